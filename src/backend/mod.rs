@@ -1,0 +1,180 @@
+//! What stands behind the device: [`Backend`] opens one [`IoQueue`] a ring. Knows no virtio.
+//!
+//! # The contract
+//! `tests/backend_contract.rs` runs these clauses against every back-end:
+//! 1. Each pushed token comes back exactly once, in any order.
+//! 2. `Ok` means every byte: a short transfer is finished or failed inside.
+//! 3. An op owns its buffer until its completion hands it back; dropping a queue waits for what is in flight, and if
+//!    it cannot wait it leaks rather than frees.
+//! 4. A `Sync` covers every write reaped before the sync was pushed, on any queue of the same back-end.
+//! 5. A sync (or a durable write) that failed over the page cache makes every later one fail, on every queue.
+//! 6. [`IoQueue::wait`] returns when [`IoQueue::reap`] would return something or a watched descriptor became
+//!    readable; an event that comes while nobody waits is seen by the next wait.
+//! 7. A full queue hands the op back; it takes ops again once something was reaped.
+
+pub mod buffer;
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+pub use crate::engine::Errno;
+pub use buffer::IoBuf;
+
+/// The caller's name for an op, returned with its completion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct OpId(pub u64);
+
+/// One operation on the image. Offsets and lengths are bytes, inside the image and multiples of the logical block
+/// size: the device model checked that.
+#[derive(Debug)]
+pub enum Op {
+    /// Fill `buf` from `offset`.
+    Read {
+        /// Byte offset in the image.
+        offset: u64,
+        /// Where the bytes go.
+        buf: IoBuf,
+    },
+    /// Store `buf` at `offset`.
+    Write {
+        /// Byte offset in the image.
+        offset: u64,
+        /// The bytes.
+        buf: IoBuf,
+        /// On stable storage when it completes. Only pushed where [`Geometry::durable_write`] is
+        /// [`DurableWrite::Native`].
+        durable: bool,
+    },
+    /// Everything reaped so far becomes durable.
+    Sync,
+    /// The range's content is no longer needed. Afterwards it reads as anything.
+    Discard {
+        /// Byte offset in the image.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// The range reads as zeroes afterwards.
+    WriteZeroes {
+        /// Byte offset in the image.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// The range may be deallocated (VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP). Without it, space stays allocated.
+        unmap: bool,
+    },
+}
+
+/// What became of an op.
+#[derive(Debug)]
+pub struct Completion {
+    /// The op.
+    pub id: OpId,
+    /// `Ok`: all of it happened.
+    pub result: Result<(), Errno>,
+    /// The op's buffer, for reuse.
+    pub buf: Option<IoBuf>,
+}
+
+/// How the back-end makes a single write durable (nbdkit's words for FUA).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DurableWrite {
+    /// By a flag on the write.
+    Native,
+    /// Only by a sync after it.
+    Emulate,
+}
+
+/// Limits of discard and write-zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RangeLimits {
+    /// Longest range in one op, in bytes.
+    pub max_bytes: u64,
+    /// Ranges aligned to this free space; in bytes.
+    pub granularity: u32,
+}
+
+/// The image as the guest will see it. Bytes throughout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Size of the image, a multiple of `logical_block`.
+    pub size: u64,
+    /// Smallest addressable unit: 512 or 4096.
+    pub logical_block: u32,
+    /// Smallest unit that the medium writes without read-modify-write.
+    pub physical_block: u32,
+    /// Offset of the first physical block.
+    pub alignment_offset: u32,
+    /// Preferred smallest I/O; 0: unknown.
+    pub min_io: u32,
+    /// Preferred I/O; 0: unknown.
+    pub opt_io: u32,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// None: discard is not offered.
+    pub discard: Option<RangeLimits>,
+    /// None: write-zeroes is not offered.
+    pub write_zeroes: Option<RangeLimits>,
+    /// Write-zeroes with `unmap` really deallocates.
+    pub zeroes_may_unmap: bool,
+    /// How one write becomes durable.
+    pub durable_write: DurableWrite,
+}
+
+/// What wakes a worker besides completions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The guest's kick eventfd.
+    Kick,
+    /// The worker's mailbox eventfd.
+    Wake,
+}
+
+/// Which sources fired since the last [`IoQueue::wait`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wakeups {
+    /// [`Source::Kick`] fired.
+    pub kick: bool,
+    /// [`Source::Wake`] fired.
+    pub wake: bool,
+}
+
+/// An opened image. Shared by the rings' threads, the vhost-user thread and main.
+pub trait Backend: Send + Sync {
+    /// The image's shape. Constant while open (a resize comes with its own issue).
+    fn geometry(&self) -> Geometry;
+
+    /// A queue for one ring, called in the ring's own thread, which alone uses it. `depth`: how many ops the caller
+    /// wants in flight at most.
+    fn open_queue(&self, depth: usize) -> io::Result<Box<dyn IoQueue>>;
+
+    /// Makes everything written so far durable; blocks. Called by the vhost-user thread (GET_VRING_BASE,
+    /// disconnect), by main at the end, and by a quiesce that finds no running ring; never by a ring's thread.
+    fn sync(&self) -> io::Result<()>;
+
+    /// One line for logs and status: what is open and how.
+    fn describe(&self) -> String;
+
+    /// The error number of the first sync that failed for good (clause 5), if any.
+    fn sync_failed(&self) -> Option<Errno>;
+}
+
+/// One ring's way into the back-end. Everything happens in the thread that opened it.
+pub trait IoQueue {
+    /// Takes an op, or hands it back when full (clause 7). Nothing need happen before `submit` or `wait`.
+    fn push(&mut self, op: Op, id: OpId) -> Result<(), Op>;
+
+    /// Starts what was pushed, without waiting.
+    fn submit(&mut self) -> io::Result<()>;
+
+    /// Appends what has finished. Never blocks.
+    fn reap(&mut self, out: &mut Vec<Completion>);
+
+    /// Watches an eventfd; called once a source, before the first `wait`. The descriptor stays open until the queue
+    /// is dropped. The queue may consume the eventfd's count; the caller never reads it.
+    fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()>;
+
+    /// Submits, then sleeps until there is something to reap or a source fired (clause 6), or the timeout passed.
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups>;
+}

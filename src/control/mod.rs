@@ -1,0 +1,1 @@
+//! The quiesce socket: QMP's dialect on a Unix socket.

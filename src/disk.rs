@@ -1,0 +1,209 @@
+//! What the control socket may ask of a running disk, and what the disk tells it: the [`Disk`] trait, the status
+//! types and the [`Events`] queue. The one seam between `control` and `virtio`; neither imports the other.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
+use serde::Serialize;
+
+use crate::engine::Errno;
+
+/// A disk that can be held still. Implemented by `virtio::rings::Rings`; called by the control thread. No call blocks
+/// on I/O.
+pub trait Disk: Send + Sync {
+    /// Closes the write gate of every ring, running now or started later. Once nothing that changes the disk is in
+    /// flight and everything acknowledged is durable (or that failed), [`Event::HoldSettled`] with this `epoch`
+    /// follows. `epoch` is never reused. Not called again before `open_gate`.
+    fn close_gate(&self, epoch: u64);
+
+    /// Opens the gate. A settlement of the closing that is still under way is dropped or carries the old epoch.
+    fn open_gate(&self);
+
+    /// A snapshot of the disk's state, from counters that the rings keep; may lag by one batch.
+    fn status(&self) -> DiskStatus;
+}
+
+/// What a settled hold measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HoldFigures {
+    /// Rings that were running.
+    pub rings: u32,
+    /// Requests that change the disk and were in flight when the gate closed.
+    pub drained: u64,
+    /// From closing the gate until the last of them had finished.
+    pub drain: Duration,
+    /// From then until the data was durable.
+    pub sync: Duration,
+    /// Bytes acknowledged since the last good sync, as the rings counted them: at most this was written back.
+    pub bytes_synced: u64,
+}
+
+/// Something happened that operators want to hear of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A front-end connected.
+    Connected,
+    /// The front-end left; why.
+    Disconnected(String),
+    /// The hold of this epoch is settled.
+    HoldSettled {
+        /// As given to [`Disk::close_gate`].
+        epoch: u64,
+        /// `Err`: the sync failed (or a ring died).
+        result: Result<HoldFigures, Errno>,
+    },
+    /// A request failed.
+    IoError {
+        /// `read`, `write`, `flush`, `discard` or `write-zeroes`.
+        operation: &'static str,
+        /// Which ring.
+        ring: u32,
+        /// Byte offset in the image (0 for a flush).
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Why.
+        errno: Errno,
+    },
+    /// A sync failed, whoever asked for it.
+    SyncError(Errno),
+    /// A ring or the front-end broke the protocol and was stopped; what and how.
+    ProtocolError(String),
+}
+
+/// Events on their way to the control thread: bounded, so that a guest that provokes errors costs no memory.
+/// `HoldSettled` is never dropped.
+pub struct Events {
+    state: Mutex<EventsState>,
+    ready: OwnedFd,
+}
+
+#[derive(Default)]
+struct EventsState {
+    queue: VecDeque<Event>,
+    dropped: u64,
+}
+
+/// Errors kept at most until the control thread takes them.
+const MOST_EVENTS: usize = 256;
+
+impl Events {
+    /// An empty queue. Errors: no file descriptor left.
+    pub fn new() -> std::io::Result<Self> {
+        let ready = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Events { state: Mutex::default(), ready })
+    }
+
+    /// Adds an event; any thread, never blocks on I/O.
+    pub fn send(&self, event: Event) {
+        let mut state = self.state.lock().expect("no panic while held");
+        if state.queue.len() >= MOST_EVENTS && !matches!(event, Event::HoldSettled { .. }) {
+            state.dropped += 1;
+            return;
+        }
+        state.queue.push_back(event);
+        drop(state);
+        // A full counter (2^64 - 2) is the only error, and it means "readable".
+        let _ = rustix::io::write(&self.ready, &1u64.to_ne_bytes());
+    }
+
+    /// Takes all that is queued, and how many were dropped since the last call. The control thread, after
+    /// [`Events::as_fd`] became readable.
+    pub fn take(&self) -> (Vec<Event>, u64) {
+        // Not readable is fine: somebody else's wake-up was enough.
+        let _ = rustix::io::read(&self.ready, &mut [0u8; 8]);
+        let mut state = self.state.lock().expect("no panic while held");
+        (state.queue.drain(..).collect(), std::mem::take(&mut state.dropped))
+    }
+}
+
+impl AsFd for Events {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ready.as_fd()
+    }
+}
+
+/// One ring, as status and stats show it.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct RingStatus {
+    /// Virtqueue index.
+    pub index: u32,
+    /// Descriptors in the ring.
+    pub size: u16,
+    /// Requests taken and not yet answered.
+    pub in_flight: u64,
+    /// Whether a request waits in the ring because writes are blocked.
+    pub held: bool,
+    /// Requests answered, by kind, since the daemon started (a ring keeps its figures over reconnects).
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Writes answered.
+    pub writes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Flushes answered.
+    pub flushes: u64,
+    /// Syncs handed to the back-end, flushes' and the policy's own.
+    pub syncs: u64,
+    /// Discards answered.
+    pub discards: u64,
+    /// Write-zeroes answered.
+    pub write_zeroes: u64,
+    /// Requests answered with VIRTIO_BLK_S_IOERR.
+    pub errors: u64,
+    /// Requests answered with VIRTIO_BLK_S_UNSUPP.
+    pub unsupported: u64,
+    /// Interrupts sent.
+    pub interrupts: u64,
+}
+
+/// An error worth showing until the next one.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct LastError {
+    /// What failed.
+    pub what: String,
+    /// Seconds since the epoch.
+    pub when: u64,
+}
+
+/// What a disk says of itself; `query-status` adds the holders.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiskStatus {
+    /// The back-end in one line (`Backend::describe`).
+    pub image: String,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes.
+    pub logical_block_size: u32,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// The configured mode, as libvirt spells it.
+    pub cache_mode: String,
+    /// When a write is acknowledged now, in words ("when durable", ...), the driver's missing FLUSH included.
+    pub write_acknowledged: String,
+    /// What happens to a guest's flush: `synced` or `ignored`.
+    pub guest_flush: String,
+    /// `write back` or `write through`: what the features offered make the guest believe.
+    pub guest_sees: String,
+    /// A front-end is connected.
+    pub connected: bool,
+    /// The driver negotiated its features.
+    pub driver_ready: bool,
+    /// The feature bits that the driver acknowledged.
+    pub acked_features: u64,
+    /// Rings that are running.
+    pub rings: Vec<RingStatus>,
+    /// Sums over all rings that ever ran (index and size 0).
+    pub total: RingStatus,
+    /// Newest last; at most eight.
+    pub last_errors: Vec<LastError>,
+    /// A sync failed for good: writes are no longer made durable.
+    pub sync_failed: bool,
+}

@@ -1,0 +1,2 @@
+//! The `virtioblkd` daemon.
+fn main() {}
