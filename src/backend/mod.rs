@@ -13,6 +13,7 @@
 //! 7. A full queue hands the op back; it takes ops again once something was reaped.
 
 pub mod buffer;
+pub mod failing;
 
 use std::io;
 use std::os::fd::BorrowedFd;

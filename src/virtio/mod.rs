@@ -1,1 +1,25 @@
 //! The virtio-blk device model behind vhost-user. Knows no files.
+//!
+//! | file | idea |
+//! |---|---|
+//! | `features` | what is offered, from policy and geometry |
+//! | `request` | descriptor chain -> checked request |
+//! | `buffer` | guest memory as iovecs (unsafe) |
+//! | `worker` | one a running ring: ring <-> engine <-> back-end queue |
+//! | `queue_state` | a ring's two lives: stopped (the handler's) and running (a worker's) |
+//! | `handler` | vhost-user messages; every change of a ring goes through `queue_state` |
+//! | `memory` | the front-end's memory table |
+//! | `rings` | what outlives a connection: counters, the operator's hold, events |
+//! | `device` | one disk: serves one front-end after the other |
+
+pub mod buffer;
+pub mod device;
+pub mod features;
+mod handler;
+mod memory;
+mod queue_state;
+pub mod request;
+pub mod rings;
+mod worker;
+
+pub use device::{Device, DeviceOptions};

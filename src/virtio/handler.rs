@@ -1,0 +1,347 @@
+//! vhost-user messages (QEMU's docs/interop/vhost-user.rst), one connection. No data path here: every message that
+//! changes a ring goes through [`QueueState::change`], and is answered when the change is complete.
+//!
+//! INFLIGHT_SHMFD, LOG_SHMFD and the resize message have their places marked; they are not offered yet.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use vhost_user_backend::VringT;
+
+use super::device::{Identity, Offer};
+use super::features;
+use super::memory::{MOST_REGIONS, MemoryTable};
+use super::queue_state::{QueueState, Stopped, Surroundings};
+use super::rings::Rings;
+
+/// The protocol features served. REPLY_ACK is the vhost crate's own.
+fn protocol_features() -> VhostUserProtocolFeatures {
+    VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::BACKEND_REQ
+}
+
+/// One front-end's view of the disk, from its connection to its end. Owned by the vhost-user thread.
+pub(super) struct Handler {
+    rings: Arc<Rings>,
+    offer: Offer,
+    identity: Arc<Identity>,
+    memory: MemoryTable,
+    queues: Vec<QueueState>,
+    /// None until SET_FEATURES.
+    acked_features: Option<u64>,
+    /// The channel for our own requests (CONFIG_CHANGE, with resize). Kept open: QEMU complains of its end.
+    backend_channel: Option<Backend>,
+}
+
+impl Handler {
+    pub(super) fn new(rings: Arc<Rings>, offer: Offer, identity: Arc<Identity>) -> Self {
+        Handler {
+            rings,
+            offer,
+            identity,
+            memory: MemoryTable::new(),
+            queues: Vec::new(),
+            acked_features: None,
+            backend_channel: None,
+        }
+    }
+
+    /// Stops every ring, finishing what is in flight: the front-end is gone, or the daemon ends.
+    pub(super) fn stop_all(&mut self) {
+        for queue in &mut self.queues {
+            queue.pause(&self.rings);
+        }
+    }
+
+    /// Changes one ring by the one rule. Rings come into being when they are first named.
+    fn change<T>(&mut self, index: u32, change: impl FnOnce(&MemoryTable, &mut Stopped) -> Result<T>) -> Result<T> {
+        let (queue, around) = self.queue(index)?;
+        queue.change(&around, |ring| change(around.memory, ring))
+    }
+
+    /// Changes every ring at once: all are stopped before the change and started after it.
+    fn change_all(&mut self, change: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        self.stop_all();
+        let result = change(self);
+        let around = Surroundings {
+            rings: &self.rings,
+            memory: &self.memory,
+            acked_features: self.acked_features.unwrap_or(0),
+            serial: &self.identity.serial,
+        };
+        for queue in &mut self.queues {
+            queue.change(&around, |_| ());
+        }
+        result
+    }
+
+    fn queue(&mut self, index: u32) -> Result<(&mut QueueState, Surroundings<'_>)> {
+        if index >= u32::from(self.identity.num_queues) {
+            log::error!(
+                "the front-end names ring {index}, but only {} are allowed: give its num-queues a smaller number or \
+                 --num-queues a larger one",
+                self.identity.num_queues
+            );
+            return Err(Error::InvalidParam);
+        }
+        // Without protocol features there is no SET_VRING_ENABLE: rings are born enabled. (QEMU sends SET_VRING_CALL
+        // before SET_FEATURES: nothing is enabled that early.)
+        let enabled = self.acked_features.is_some_and(|acked| acked & features::PROTOCOL_FEATURES == 0);
+        while self.queues.len() <= index as usize {
+            let next = self.queues.len() as u32;
+            let queue = QueueState::new(next, &self.memory, self.identity.queue_size, enabled)
+                .map_err(|error| Error::ReqHandlerError(std::io::Error::other(error)))?;
+            self.queues.push(queue);
+        }
+        let around = Surroundings {
+            rings: &self.rings,
+            memory: &self.memory,
+            acked_features: self.acked_features.unwrap_or(0),
+            serial: &self.identity.serial,
+        };
+        Ok((&mut self.queues[index as usize], around))
+    }
+}
+
+impl VhostUserBackendReqHandlerMut for Handler {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.reset_device()
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.change_all(|this| {
+            this.acked_features = None;
+            this.rings.negotiated(None);
+            this.queues.clear();
+            Ok(())
+        })
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.offer.features)
+    }
+
+    fn set_features(&mut self, acked: u64) -> Result<()> {
+        let unknown = acked & !features::acceptable();
+        if unknown != 0 {
+            log::error!("the front-end acknowledges features {unknown:#x}, which were not offered");
+            return Err(Error::InvalidParam);
+        }
+        // QEMU repeats itself when migration logging starts and stops; nothing changes then.
+        if self.acked_features == Some(acked) {
+            return Ok(());
+        }
+        self.change_all(|this| {
+            this.acked_features = Some(acked);
+            this.rings.negotiated(Some(acked));
+            if acked & features::PROTOCOL_FEATURES == 0 {
+                for queue in &mut this.queues {
+                    queue.enable_while_stopped();
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn set_mem_table(
+        &mut self,
+        table: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        self.change_all(|this| this.memory.replace(table, files))?;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let largest = u32::from(self.identity.queue_size);
+        if num == 0 || num > largest || !num.is_power_of_two() {
+            log::error!(
+                "the front-end asks for a ring of {num} descriptors: a power of two up to {largest} is allowed; give \
+                 its queue-size a smaller number or --queue-size a larger one"
+            );
+            return Err(Error::InvalidParam);
+        }
+        self.change(index, |_, ring| {
+            ring.vring.set_queue_size(num as u16);
+            Ok(())
+        })
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        self.change(index, |memory, ring| {
+            ring.placed = false;
+            let descriptor = memory.guest_address(descriptor)?;
+            let available = memory.guest_address(available)?;
+            let used = memory.guest_address(used)?;
+            ring.vring.set_queue_info(descriptor, available, used).map_err(|_| Error::InvalidParam)?;
+            // The used index lives in guest memory and is not sent (split rings): go on where the ring stands.
+            let next_used = ring.vring.queue_used_idx().map_err(|_| Error::InvalidParam)?;
+            ring.vring.set_queue_next_used(next_used);
+            ring.placed = true;
+            Ok(())
+        })
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        self.change(index, |_, ring| {
+            ring.vring.set_queue_next_avail(base as u16);
+            Ok(())
+        })
+    }
+
+    /// Stops the ring for good, and syncs: QEMU sends a vhost-user disk no flush at `stop` or migration, so this is
+    /// where `virsh suspend` becomes as safe as with an in-process disk. Held writes stay in the ring, so a quiesced
+    /// disk answers at once.
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let base = self.change(index, |_, ring| {
+            ring.kick = None;
+            ring.vring.set_call(None);
+            Ok(ring.vring.queue_next_avail())
+        })?;
+        self.rings.sync_unless_ignored();
+        Ok(VhostUserVringState::new(index, u32::from(base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, kick: Option<File>) -> Result<()> {
+        if kick.is_none() {
+            log::error!("the front-end wants ring {index} to be polled without a kick descriptor: not supported");
+            return Err(Error::InvalidParam);
+        }
+        self.change(u32::from(index), |_, ring| {
+            ring.kick = kick;
+            Ok(())
+        })
+    }
+
+    fn set_vring_call(&mut self, index: u8, call: Option<File>) -> Result<()> {
+        let (queue, around) = self.queue(u32::from(index))?;
+        queue.set_call(&around, call);
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, err: Option<File>) -> Result<()> {
+        self.change(u32::from(index), |_, ring| {
+            ring.err = err;
+            Ok(())
+        })
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(protocol_features())
+    }
+
+    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(u64::from(self.identity.num_queues))
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        self.change(index, |_, ring| {
+            ring.enabled = enable;
+            Ok(())
+        })
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        Ok(features::read_config(&self.offer.config, offset, size))
+    }
+
+    /// Nothing is writable (CONFIG_WCE is not offered). A guest can try all the same, and an error would cost it the
+    /// disk.
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        log::debug!("the guest's write of {} bytes at {offset} of the configuration space is ignored", buf.len());
+        Ok(())
+    }
+
+    fn set_backend_req_fd(&mut self, backend: Backend) {
+        self.backend_channel = Some(backend);
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MOST_REGIONS)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        self.change_all(|this| this.memory.add(region, file))?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        self.change_all(|this| this.memory.remove(region))
+    }
+
+    // INFLIGHT_SHMFD: what a restarted server must redo. Comes with the issue on surviving a crash.
+    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        Err(not_offered("INFLIGHT_SHMFD"))
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        Err(not_offered("INFLIGHT_SHMFD"))
+    }
+
+    // LOG_SHMFD: the dirty log of a live migration. Comes with the same issue.
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        Err(not_offered("LOG_SHMFD"))
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        Err(not_offered("GPU"))
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        Err(not_offered("SHARED_OBJECT"))
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> Result<Option<File>> {
+        Err(not_offered("DEVICE_STATE"))
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(not_offered("DEVICE_STATE"))
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(not_offered("SHMEM"))
+    }
+}
+
+fn not_offered(what: &'static str) -> Error {
+    log::error!("the front-end uses {what}, which was not offered");
+    Error::InvalidOperation("not offered")
+}

@@ -1,0 +1,114 @@
+//! The front-end's memory table: guest-physical regions, and the front-end's own addresses for them.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserSingleMemoryRegion};
+use vhost::vhost_user::{Error, Result};
+use vm_memory::{
+    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
+};
+
+/// Memory regions that a front-end may add (QEMU asks; its own limit is 512).
+pub const MOST_REGIONS: u64 = 509;
+
+/// The memory table of one connection. Rings share `atomic()`; while one runs it holds its own `Arc` of the table it
+/// started with, so a region stays mapped until the last ring that may touch it has stopped.
+pub struct MemoryTable {
+    atomic: GuestMemoryAtomic<GuestMemoryMmap>,
+    mappings: Vec<Mapping>,
+}
+
+/// A region as the front-end addresses it in SET_VRING_ADDR.
+struct Mapping {
+    user_addr: u64,
+    guest_addr: u64,
+    size: u64,
+}
+
+impl MemoryTable {
+    /// No memory yet.
+    pub fn new() -> Self {
+        MemoryTable { atomic: GuestMemoryAtomic::new(GuestMemoryMmap::new()), mappings: Vec::new() }
+    }
+
+    /// For the rings (`VringT::new`).
+    pub fn atomic(&self) -> GuestMemoryAtomic<GuestMemoryMmap> {
+        self.atomic.clone()
+    }
+
+    /// An `Arc` of today's table for one ring to hold while it runs. A fresh one a ring: its reference count is then
+    /// on no other ring's cache line.
+    pub fn pin(&self) -> Arc<GuestMemoryMmap> {
+        Arc::new((*self.atomic.memory()).clone())
+    }
+
+    /// SET_MEM_TABLE.
+    pub fn replace(&mut self, table: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<()> {
+        let mut regions = Vec::new();
+        for (region, file) in table.iter().zip(files) {
+            regions.push(Arc::new(map(region, file)?));
+        }
+        let memory = GuestMemoryMmap::from_arc_regions(regions).map_err(invalid)?;
+        self.mappings = table.iter().map(Mapping::of).collect();
+        self.publish(memory);
+        Ok(())
+    }
+
+    /// ADD_MEM_REG.
+    pub fn add(&mut self, region: &VhostUserSingleMemoryRegion, file: File) -> Result<()> {
+        let memory = self.atomic.memory().insert_region(Arc::new(map(region, file)?)).map_err(invalid)?;
+        self.mappings.push(Mapping::of(region));
+        self.publish(memory);
+        Ok(())
+    }
+
+    /// REM_MEM_REG: the region is named by its guest address, user address and size.
+    pub fn remove(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let (memory, _) = self
+            .atomic
+            .memory()
+            .remove_region(GuestAddress(region.guest_phys_addr), region.memory_size)
+            .map_err(invalid)?;
+        self.mappings.retain(|mapping| mapping.guest_addr != region.guest_phys_addr);
+        self.publish(memory);
+        Ok(())
+    }
+
+    /// The guest address behind one of the front-end's.
+    pub fn guest_address(&self, user_addr: u64) -> Result<u64> {
+        self.mappings
+            .iter()
+            .find_map(|mapping| {
+                let offset = user_addr.checked_sub(mapping.user_addr)?;
+                (offset < mapping.size).then(|| mapping.guest_addr + offset)
+            })
+            .ok_or(Error::InvalidParam)
+    }
+
+    fn publish(&self, memory: GuestMemoryMmap) {
+        log::debug!("guest memory: {} regions, {} bytes", memory.num_regions(), bytes(&memory));
+        self.atomic.lock().expect("no panic while held").replace(memory);
+    }
+}
+
+impl Mapping {
+    fn of(region: &VhostUserMemoryRegion) -> Self {
+        Mapping { user_addr: region.user_addr, guest_addr: region.guest_phys_addr, size: region.memory_size }
+    }
+}
+
+fn map(region: &VhostUserMemoryRegion, file: File) -> Result<GuestRegionMmap> {
+    // `guest_addr + offset` must not overflow later.
+    region.guest_phys_addr.checked_add(region.memory_size).ok_or(Error::InvalidParam)?;
+    GuestRegionMmap::new(region.mmap_region(file)?, GuestAddress(region.guest_phys_addr)).ok_or(Error::InvalidParam)
+}
+
+fn invalid(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::ReqHandlerError(std::io::Error::other(error))
+}
+
+fn bytes(memory: &GuestMemoryMmap) -> u64 {
+    memory.iter().map(|region| region.len()).sum()
+}

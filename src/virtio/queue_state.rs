@@ -1,0 +1,184 @@
+//! A ring's two lives. Stopped, it belongs to the handler, which may change anything about it. Running, it belongs to
+//! its worker's thread, and nobody else can touch it: the ring is *moved* there and back.
+//!
+//! So every control change has one rule, [`QueueState::change`]: stop popping, finish what is in flight, publish it,
+//! take the ring back; then change it; then start it again if it may run.
+
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use rustix::event::{EventfdFlags, eventfd};
+use vhost_user_backend::{VringMutex, VringT};
+use virtio_queue::QueueT;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+use super::memory::MemoryTable;
+use super::rings::{Command, Mailbox, Rings};
+use super::worker::{self, Setup};
+use crate::disk::Event;
+
+/// The ring type of `vhost-user-backend`, over the connection's memory table.
+pub(super) type Vring = VringMutex<GuestMemoryAtomic<GuestMemoryMmap>>;
+
+/// A ring that nobody is serving.
+pub(super) struct Stopped {
+    /// Size, addresses, indices and call.
+    pub vring: Vring,
+    /// Where the guest's kicks arrive; the worker only watches it.
+    pub kick: Option<File>,
+    /// Where a broken ring is told of (SET_VRING_ERR).
+    pub err: Option<File>,
+    /// SET_VRING_ENABLE, or set for all where the front-end negotiated no protocol features.
+    pub enabled: bool,
+    /// SET_VRING_ADDR came since the last start from scratch.
+    pub placed: bool,
+}
+
+impl Stopped {
+    fn may_run(&self) -> bool {
+        self.enabled && self.placed && self.kick.is_some()
+    }
+}
+
+/// What a ring needs to start, besides itself.
+pub(super) struct Surroundings<'a> {
+    pub rings: &'a Arc<Rings>,
+    pub memory: &'a MemoryTable,
+    pub acked_features: u64,
+    pub serial: &'a Arc<[u8; super::request::ID_BYTES]>,
+}
+
+/// One ring of a connection.
+pub(super) struct QueueState {
+    index: u32,
+    /// `None` only inside `change`.
+    life: Option<Life>,
+}
+
+enum Life {
+    Stopped(Stopped),
+    Running { mailbox: Mailbox, thread: JoinHandle<Stopped> },
+}
+
+impl QueueState {
+    /// A ring as it is before the front-end said anything about it. `largest`: a power of two.
+    pub(super) fn new(
+        index: u32,
+        memory: &MemoryTable,
+        largest: u16,
+        enabled: bool,
+    ) -> Result<Self, virtio_queue::Error> {
+        let vring = Vring::new(memory.atomic(), largest)?;
+        let stopped = Stopped { vring, kick: None, err: None, enabled, placed: false };
+        Ok(QueueState { index, life: Some(Life::Stopped(stopped)) })
+    }
+
+    /// The one rule: stop, change, start again if it may run.
+    pub(super) fn change<T>(&mut self, around: &Surroundings, change: impl FnOnce(&mut Stopped) -> T) -> T {
+        let mut stopped = self.stop(around.rings);
+        let answer = change(&mut stopped);
+        self.life = Some(self.start(stopped, around));
+        answer
+    }
+
+    /// Stops the ring and leaves it stopped until [`QueueState::change`]: for changes of all rings at once.
+    pub(super) fn pause(&mut self, rings: &Arc<Rings>) {
+        let stopped = self.stop(rings);
+        self.life = Some(Life::Stopped(stopped));
+    }
+
+    /// Every ring is enabled where the front-end negotiated no protocol features. Only between `pause` and `change`.
+    pub(super) fn enable_while_stopped(&mut self) {
+        if let Some(Life::Stopped(stopped)) = &mut self.life {
+            stopped.enabled = true;
+        }
+    }
+
+    /// SET_VRING_CALL on a running ring: swapped between two batches without a drain. A guest that moves an interrupt
+    /// to another CPU sends it, and must not wait for its slowest request.
+    pub(super) fn set_call(&mut self, around: &Surroundings, call: Option<File>) {
+        if let Some(Life::Running { mailbox, .. }) = &self.life {
+            let (sender, done) = mpsc::channel();
+            mailbox.send(Command::SetCall(call, sender));
+            if done.recv().is_err() {
+                log::error!("ring {}: the worker ended before it took the new call descriptor", self.index);
+            }
+        } else {
+            self.change(around, |ring| ring.vring.set_call(call));
+        }
+    }
+
+    fn stop(&mut self, rings: &Arc<Rings>) -> Stopped {
+        match self.life.take().expect("set outside of change") {
+            Life::Stopped(stopped) => stopped,
+            Life::Running { mailbox, thread } => {
+                mailbox.send(Command::Stop);
+                // A panic in a worker ends the process (server's panic hook): a ring whose state is unknown must not
+                // be served on, and a front-end sees a closed socket but no dead thread.
+                let stopped = thread.join().expect("a worker's panic ends the process");
+                rings.ring_left(self.index);
+                stopped.vring.set_queue_ready(false);
+                log::debug!("ring {} stopped at {}", self.index, stopped.vring.queue_next_avail());
+                stopped
+            }
+        }
+    }
+
+    fn start(&self, stopped: Stopped, around: &Surroundings) -> Life {
+        if !stopped.may_run() {
+            return Life::Stopped(stopped);
+        }
+        let memory = around.memory.pin();
+        stopped.vring.set_queue_ready(true);
+        if !stopped.vring.get_ref().get_queue().is_valid(&*memory) {
+            stopped.vring.set_queue_ready(false);
+            let what = format!("ring {}: its descriptors lie outside the guest's memory; not started", self.index);
+            around.rings.report(Event::ProtocolError(what));
+            return Life::Stopped(stopped);
+        }
+        let (sender, commands) = mpsc::channel();
+        let wake = match eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK) {
+            Ok(wake) => Arc::new(wake),
+            Err(error) => return self.not_started(stopped, around, &error.into()),
+        };
+        let mailbox = Mailbox::new(sender, wake.clone());
+        let setup = Setup {
+            index: self.index,
+            rings: around.rings.clone(),
+            memory,
+            acked_features: around.acked_features,
+            serial: around.serial.clone(),
+            commands,
+            wake,
+        };
+        // The ring travels through a channel, so that it comes back if the thread cannot be made.
+        let (hand_over, received) = mpsc::sync_channel(1);
+        let (counters, hold) = around.rings.ring_joined(self.index, mailbox.clone());
+        let name = format!("ring {}", self.index);
+        let body = move || {
+            let stopped = received.recv().expect("sent right after the thread was made");
+            worker::run(setup, stopped, counters, hold)
+        };
+        match std::thread::Builder::new().name(name).spawn(body) {
+            Ok(thread) => {
+                log::debug!("ring {} runs, {} descriptors", self.index, stopped.vring.get_ref().get_queue().size());
+                let sent = hand_over.send(stopped);
+                assert!(sent.is_ok(), "the thread waits for its ring");
+                Life::Running { mailbox, thread }
+            }
+            Err(error) => {
+                around.rings.ring_left(self.index);
+                self.not_started(stopped, around, &error)
+            }
+        }
+    }
+
+    fn not_started(&self, stopped: Stopped, around: &Surroundings, error: &std::io::Error) -> Life {
+        stopped.vring.set_queue_ready(false);
+        let what = format!("ring {} cannot run: {error}; raise the limit on threads and files", self.index);
+        around.rings.report(Event::ProtocolError(what));
+        Life::Stopped(stopped)
+    }
+}

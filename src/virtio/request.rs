@@ -1,0 +1,282 @@
+//! Descriptor chain -> checked [`Request`], or the status that refuses it. Everything here comes from a hostile
+//! guest: no index, sum or cast goes unchecked, and nothing panics.
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+};
+use virtio_queue::DescriptorChain;
+
+use super::features::{SECTOR, sectors};
+use crate::backend::Geometry;
+
+/// The status byte of a request (virtio 1.3, 5.2.6).
+pub type Status = u8;
+/// VIRTIO_BLK_S_OK.
+pub const OK: Status = VIRTIO_BLK_S_OK as u8;
+/// VIRTIO_BLK_S_IOERR.
+pub const IOERR: Status = VIRTIO_BLK_S_IOERR as u8;
+/// VIRTIO_BLK_S_UNSUPP.
+pub const UNSUPP: Status = VIRTIO_BLK_S_UNSUPP as u8;
+
+/// Bytes of `struct virtio_blk_req` before the data.
+const HEADER: usize = 16;
+/// Bytes of `struct virtio_blk_discard_write_zeroes`.
+const RANGE: usize = 16;
+/// Bytes of the serial that GET_ID returns.
+pub const ID_BYTES: usize = 20;
+/// More data segments than Linux takes in one vectored call (IOV_MAX) are refused.
+const MOST_SEGMENTS: usize = 1024;
+
+/// A piece of guest memory: address and length.
+pub type Segment = (GuestAddress, u32);
+
+/// What the guest asks, checked against the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Read `len` bytes at byte `offset` into the data segments.
+    Read {
+        /// Byte offset.
+        offset: u64,
+        /// Bytes.
+        len: u32,
+    },
+    /// Write the data segments.
+    Write {
+        /// Byte offset.
+        offset: u64,
+        /// Bytes.
+        len: u32,
+    },
+    /// Make acknowledged writes durable.
+    Flush,
+    /// The serial.
+    GetId,
+    /// The range is no longer needed.
+    Discard {
+        /// Byte offset.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// The range becomes zero.
+    WriteZeroes {
+        /// Byte offset.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP.
+        unmap: bool,
+    },
+}
+
+/// A chain that can be answered: what to do (or the status that refuses it) and where the status byte goes. The data
+/// segments stay in the [`Parser`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// The chain's head: the request's name in the ring.
+    pub head: u16,
+    /// Where the status byte goes.
+    pub status_at: GuestAddress,
+    /// Bytes that the device may write before the status byte.
+    pub writable: u32,
+    /// What to do; `Err`: answer this status.
+    pub command: Result<Command, Status>,
+}
+
+/// A chain without a place for the status byte, or with broken descriptors: it can only be returned unanswered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Malformed {
+    /// The chain's head.
+    pub head: u16,
+    /// What is wrong, for the log.
+    pub why: &'static str,
+}
+
+/// Takes chains apart. Keeps its lists between requests, so that parsing allocates nothing.
+#[derive(Default)]
+pub struct Parser {
+    readable: Vec<Segment>,
+    writable: Vec<Segment>,
+}
+
+impl Parser {
+    /// The data segments of the request parsed last: where the data of a read goes or of a write comes from.
+    pub fn data(&self, command: &Command) -> &[Segment] {
+        match command {
+            Command::Write { .. } => &self.readable,
+            _ => &self.writable,
+        }
+    }
+
+    /// Parses one chain. Called by the ring's worker.
+    pub fn parse(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        chain: DescriptorChain<&GuestMemoryMmap>,
+        geometry: &Geometry,
+    ) -> Result<Request, Malformed> {
+        let head = chain.head_index();
+        self.collect(chain).map_err(|why| Malformed { head, why })?;
+        let status_at =
+            take_last_byte(&mut self.writable).ok_or(Malformed { head, why: "no writable byte for the status" })?;
+        let writable = total(&self.writable).ok_or(Malformed { head, why: "chain longer than 4 GiB" })?;
+        let mut header = [0; HEADER];
+        take_front(memory, &mut self.readable, &mut header)
+            .map_err(|_| Malformed { head, why: "no complete request header" })?;
+        let command = self.decode(memory, &header, writable, geometry);
+        Ok(Request { head, status_at, writable, command })
+    }
+
+    /// Sorts the descriptors into readable and writable ones (virtio 1.3, 2.7.4.2: readable ones come first).
+    fn collect(&mut self, mut chain: DescriptorChain<&GuestMemoryMmap>) -> Result<(), &'static str> {
+        self.readable.clear();
+        self.writable.clear();
+        let mut more = true;
+        for descriptor in chain.by_ref() {
+            more = descriptor.has_next();
+            let segment = (descriptor.addr(), descriptor.len());
+            if descriptor.is_write_only() {
+                self.writable.push(segment);
+            } else if self.writable.is_empty() {
+                self.readable.push(segment);
+            } else {
+                return Err("a readable descriptor behind a writable one");
+            }
+        }
+        // The iterator ends without a word at a bad address, a loop or a bad indirect table.
+        if more { Err("broken descriptor chain") } else { Ok(()) }
+    }
+
+    fn decode(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        header: &[u8; HEADER],
+        writable: u32,
+        geometry: &Geometry,
+    ) -> Result<Command, Status> {
+        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = *header;
+        let sector = u64::from_le_bytes(sector);
+        match u32::from_le_bytes([t0, t1, t2, t3]) {
+            VIRTIO_BLK_T_IN => {
+                let (offset, len) = data_range(sector, &self.writable, geometry)?;
+                Ok(Command::Read { offset, len })
+            }
+            VIRTIO_BLK_T_OUT if geometry.read_only => Err(IOERR),
+            VIRTIO_BLK_T_OUT => {
+                let (offset, len) = data_range(sector, &self.readable, geometry)?;
+                Ok(Command::Write { offset, len })
+            }
+            VIRTIO_BLK_T_FLUSH => Ok(Command::Flush),
+            VIRTIO_BLK_T_GET_ID if (writable as usize) < ID_BYTES => Err(IOERR),
+            VIRTIO_BLK_T_GET_ID => Ok(Command::GetId),
+            VIRTIO_BLK_T_DISCARD => self.decode_discard(memory, geometry),
+            VIRTIO_BLK_T_WRITE_ZEROES => self.decode_write_zeroes(memory, geometry),
+            _ => Err(UNSUPP),
+        }
+    }
+
+    fn decode_discard(&mut self, memory: &GuestMemoryMmap, geometry: &Geometry) -> Result<Command, Status> {
+        let limits = geometry.discard.filter(|_| !geometry.read_only).ok_or(UNSUPP)?;
+        let (offset, len, unmap) = self.range(memory, geometry, limits.max_bytes)?;
+        // virtio 1.3, 5.2.6.2: the unmap flag belongs to write-zeroes only.
+        if unmap { Err(UNSUPP) } else { Ok(Command::Discard { offset, len }) }
+    }
+
+    fn decode_write_zeroes(&mut self, memory: &GuestMemoryMmap, geometry: &Geometry) -> Result<Command, Status> {
+        let limits = geometry.write_zeroes.filter(|_| !geometry.read_only).ok_or(UNSUPP)?;
+        let (offset, len, unmap) = self.range(memory, geometry, limits.max_bytes)?;
+        Ok(Command::WriteZeroes { offset, len, unmap: unmap && geometry.zeroes_may_unmap })
+    }
+
+    /// The one range of a discard or write-zeroes: byte offset, bytes, unmap flag. More than one range was not offered
+    /// (max_discard_seg is 1).
+    fn range(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        geometry: &Geometry,
+        max_bytes: u64,
+    ) -> Result<(u64, u64, bool), Status> {
+        match total(&self.readable) {
+            Some(len) if len as usize == RANGE => {}
+            Some(len) if len > 0 && (len as usize).is_multiple_of(RANGE) => return Err(UNSUPP),
+            _ => return Err(IOERR),
+        }
+        let mut range = [0; RANGE];
+        take_front(memory, &mut self.readable, &mut range).map_err(|_| IOERR)?;
+        let [sector @ .., c0, c1, c2, c3, f0, f1, f2, f3] = range;
+        let count = u32::from_le_bytes([c0, c1, c2, c3]);
+        let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+        if flags & !1 != 0 {
+            return Err(UNSUPP);
+        }
+        if count > sectors(max_bytes) {
+            return Err(IOERR);
+        }
+        let len = u64::from(count) * SECTOR;
+        let offset = inside(u64::from_le_bytes(sector), len, geometry)?;
+        Ok((offset, len, flags & 1 != 0))
+    }
+}
+
+/// The byte range of a read or write.
+fn data_range(sector: u64, segments: &[Segment], geometry: &Geometry) -> Result<(u64, u32), Status> {
+    if segments.len() > MOST_SEGMENTS {
+        return Err(IOERR);
+    }
+    let len = total(segments).ok_or(IOERR)?;
+    Ok((inside(sector, u64::from(len), geometry)?, len))
+}
+
+/// The byte offset of `len` bytes at `sector` if they lie inside the image on logical block boundaries.
+fn inside(sector: u64, len: u64, geometry: &Geometry) -> Result<u64, Status> {
+    let offset = sector.checked_mul(SECTOR).ok_or(IOERR)?;
+    let end = offset.checked_add(len).ok_or(IOERR)?;
+    let block = u64::from(geometry.logical_block);
+    if end > geometry.size || !offset.is_multiple_of(block) || !len.is_multiple_of(block) {
+        return Err(IOERR);
+    }
+    Ok(offset)
+}
+
+fn total(segments: &[Segment]) -> Option<u32> {
+    segments.iter().try_fold(0u32, |sum, &(_, len)| sum.checked_add(len))
+}
+
+/// Cuts the last byte off the writable segments: the status (virtio 1.3, 2.7.4: no framing may be assumed).
+fn take_last_byte(segments: &mut Vec<Segment>) -> Option<GuestAddress> {
+    loop {
+        let (address, len) = segments.pop()?;
+        if len == 0 {
+            continue;
+        }
+        if len > 1 {
+            segments.push((address, len - 1));
+        }
+        return address.0.checked_add(u64::from(len) - 1).map(GuestAddress);
+    }
+}
+
+/// Cuts `to.len()` bytes off the front of the readable segments and copies them.
+fn take_front(memory: &GuestMemoryMmap, segments: &mut Vec<Segment>, to: &mut [u8]) -> Result<(), ()> {
+    let mut done = 0;
+    let mut used = 0;
+    for (address, len) in segments.iter_mut() {
+        if done == to.len() {
+            break;
+        }
+        let part = (*len as usize).min(to.len() - done);
+        memory.read_slice(&mut to[done..done + part], *address).map_err(|_| ())?;
+        done += part;
+        if part == *len as usize {
+            used += 1;
+        } else {
+            *address = GuestAddress(address.0.checked_add(part as u64).ok_or(())?);
+            *len -= part as u32;
+        }
+    }
+    segments.drain(..used);
+    if done == to.len() { Ok(()) } else { Err(()) }
+}

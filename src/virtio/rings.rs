@@ -1,0 +1,430 @@
+//! What outlives a ring and a connection: the counters, the operator's hold over all rings, and what status shows.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use super::features;
+use crate::backend::{Backend, Errno};
+use crate::disk::{Disk, DiskStatus, Event, Events, HoldFigures, LastError, RingStatus};
+use crate::engine::{CacheMode, CachePolicy};
+
+/// What a worker can be asked; the only way to reach a running ring.
+pub(super) enum Command {
+    /// Block writes, drain, sync, then [`Rings::ring_settled`] with this epoch.
+    CloseGate(u64),
+    /// Unblock writes.
+    OpenGate,
+    /// Replace the call descriptor; then send the answer.
+    SetCall(Option<std::fs::File>, Sender<()>),
+    /// Stop popping, finish what is in flight, publish it, hand the ring back.
+    Stop,
+}
+
+/// Where to send a worker commands: its queue, and the eventfd that wakes it.
+#[derive(Clone)]
+pub(super) struct Mailbox {
+    commands: Sender<Command>,
+    wake: Arc<OwnedFd>,
+}
+
+impl Mailbox {
+    pub(super) fn new(commands: Sender<Command>, wake: Arc<OwnedFd>) -> Self {
+        Mailbox { commands, wake }
+    }
+
+    /// Sends and wakes. A worker that has ended takes no more commands; whoever sent finds out by its own means (a
+    /// hold by [`Rings::ring_left`], a change of the ring by the thread's join).
+    pub(super) fn send(&self, command: Command) {
+        if self.commands.send(command).is_ok() {
+            // Fails only when the counter is full, which is as good as written.
+            let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+/// The counters of one ring, written by its worker alone, read by anybody.
+#[derive(Default)]
+pub(super) struct Counters {
+    pub size: AtomicU64,
+    pub running: AtomicBool,
+    pub in_flight: AtomicU64,
+    pub held: AtomicBool,
+    pub reads: AtomicU64,
+    pub read_bytes: AtomicU64,
+    pub writes: AtomicU64,
+    pub written_bytes: AtomicU64,
+    pub flushes: AtomicU64,
+    pub syncs: AtomicU64,
+    pub discards: AtomicU64,
+    pub write_zeroes: AtomicU64,
+    pub errors: AtomicU64,
+    pub unsupported: AtomicU64,
+    pub interrupts: AtomicU64,
+}
+
+/// Adds to a counter that only this thread writes: no locked instruction needed.
+pub(super) fn add(counter: &AtomicU64, n: u64) {
+    counter.store(counter.load(Relaxed).wrapping_add(n), Relaxed);
+}
+
+impl Counters {
+    fn status(&self, index: u32) -> RingStatus {
+        RingStatus {
+            index,
+            size: self.size.load(Relaxed) as u16,
+            in_flight: self.in_flight.load(Relaxed),
+            held: self.held.load(Relaxed),
+            reads: self.reads.load(Relaxed),
+            read_bytes: self.read_bytes.load(Relaxed),
+            writes: self.writes.load(Relaxed),
+            written_bytes: self.written_bytes.load(Relaxed),
+            flushes: self.flushes.load(Relaxed),
+            syncs: self.syncs.load(Relaxed),
+            discards: self.discards.load(Relaxed),
+            write_zeroes: self.write_zeroes.load(Relaxed),
+            errors: self.errors.load(Relaxed),
+            unsupported: self.unsupported.load(Relaxed),
+            interrupts: self.interrupts.load(Relaxed),
+        }
+    }
+}
+
+/// What one ring did for a hold.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RingHold {
+    pub drained: u64,
+    pub drain: Duration,
+    pub sync: Duration,
+    pub bytes: u64,
+    pub result: Result<(), Errno>,
+}
+
+/// All rings of one disk. Shared by the handler, the workers and, as a [`Disk`], the control thread.
+pub struct Rings {
+    backend: Arc<dyn Backend>,
+    events: Arc<Events>,
+    mode: CacheMode,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    running: BTreeMap<u32, Mailbox>,
+    counters: BTreeMap<u32, Arc<Counters>>,
+    hold: Option<Hold>,
+    /// The thread that syncs where no ring does is running, for the hold of this epoch.
+    syncing: Option<u64>,
+    connected: bool,
+    acked_features: Option<u64>,
+    last_errors: VecDeque<LastError>,
+    log_budget: LogBudget,
+}
+
+/// A hold that is settling or settled.
+struct Hold {
+    epoch: u64,
+    waiting: BTreeSet<u32>,
+    /// Some ring left without a sync after its last write, or none was there: sync once more at the end.
+    needs_sync: bool,
+    figures: HoldFigures,
+    error: Option<Errno>,
+}
+
+/// Errors that a guest provokes are logged this often at most; the counters have them all.
+#[derive(Default)]
+struct LogBudget {
+    window: Option<Instant>,
+    used: u32,
+    suppressed: u64,
+}
+
+/// Errors shown in status.
+const LAST_ERRORS: usize = 8;
+/// Lines about errors in one [`LOG_WINDOW`].
+const LOG_LINES: u32 = 10;
+const LOG_WINDOW: Duration = Duration::from_secs(10);
+
+impl Rings {
+    /// For a disk on `backend` in this mode; what happens goes to `events`.
+    pub fn new(backend: Arc<dyn Backend>, mode: CacheMode, events: Arc<Events>) -> Arc<Self> {
+        Arc::new(Rings { backend, events, mode, state: Mutex::default() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no panic while held")
+    }
+
+    /// The policy of the configured mode.
+    pub(super) fn policy(&self) -> CachePolicy {
+        self.mode.into()
+    }
+
+    /// The image.
+    pub(super) fn backend(&self) -> &Arc<dyn Backend> {
+        &self.backend
+    }
+
+    /// A ring starts. Returns its counters and, if writes are blocked, the hold's epoch: the worker then begins
+    /// blocked.
+    pub(super) fn ring_joined(&self, index: u32, mailbox: Mailbox) -> (Arc<Counters>, Option<u64>) {
+        let mut state = self.lock();
+        state.running.insert(index, mailbox);
+        let counters = state.counters.entry(index).or_default().clone();
+        counters.running.store(true, Relaxed);
+        (counters, state.hold.as_ref().map(|hold| hold.epoch))
+    }
+
+    /// A ring has stopped, everything of it answered.
+    pub(super) fn ring_left(self: &Arc<Self>, index: u32) {
+        let mut state = self.lock();
+        state.running.remove(&index);
+        if let Some(counters) = state.counters.get(&index) {
+            counters.running.store(false, Relaxed);
+            counters.held.store(false, Relaxed);
+        }
+        if let Some(hold) = &mut state.hold
+            && hold.waiting.remove(&index)
+        {
+            hold.needs_sync = true;
+            self.settle_if_complete(&mut state);
+        }
+    }
+
+    /// A worker's answer to [`Command::CloseGate`].
+    pub(super) fn ring_settled(self: &Arc<Self>, index: u32, epoch: u64, ring: RingHold) {
+        if let Err(errno) = ring.result {
+            self.report(Event::SyncError(errno));
+        }
+        let mut state = self.lock();
+        let Some(hold) = state.hold.as_mut().filter(|hold| hold.epoch == epoch) else { return };
+        if !hold.waiting.remove(&index) {
+            return;
+        }
+        let figures = &mut hold.figures;
+        figures.rings += 1;
+        figures.drained += ring.drained;
+        figures.drain = figures.drain.max(ring.drain);
+        figures.sync = figures.sync.max(ring.sync);
+        figures.bytes_synced += ring.bytes;
+        hold.error = hold.error.or(ring.result.err());
+        self.settle_if_complete(&mut state);
+    }
+
+    fn settle_if_complete(self: &Arc<Self>, state: &mut State) {
+        let Some(hold) = &state.hold else { return };
+        if !hold.waiting.is_empty() {
+            return;
+        }
+        if hold.needs_sync && hold.error.is_none() {
+            let epoch = hold.epoch;
+            // One such thread at a time: a medium that hangs must not collect threads. The one that runs looks for a
+            // newer hold when it ends.
+            if state.syncing.is_none() {
+                match self.spawn_sync() {
+                    Ok(()) => state.syncing = Some(epoch),
+                    Err(error) => {
+                        log::error!("cannot start a thread to sync for a quiesce: {error}");
+                        self.events.send(Event::HoldSettled { epoch, result: Err(errno_of(&error)) });
+                    }
+                }
+            }
+            return;
+        }
+        let result = match hold.error {
+            Some(errno) => Err(errno),
+            None => Ok(hold.figures),
+        };
+        self.events.send(Event::HoldSettled { epoch: hold.epoch, result });
+    }
+
+    /// Syncs in a thread of its own, for a hold that no running ring can sync for.
+    fn spawn_sync(self: &Arc<Self>) -> std::io::Result<()> {
+        let rings = self.clone();
+        std::thread::Builder::new().name("hold-sync".into()).spawn(move || rings.sync_for_holds()).map(drop)
+    }
+
+    fn sync_for_holds(self: Arc<Self>) {
+        loop {
+            let start = Instant::now();
+            let result = self.backend.sync();
+            let took = start.elapsed();
+            if let Err(error) = &result {
+                self.report(Event::SyncError(errno_of(error)));
+            }
+            let mut state = self.lock();
+            let synced = state.syncing.take();
+            let Some(hold) = &mut state.hold else { return };
+            if !hold.needs_sync || !hold.waiting.is_empty() {
+                return;
+            }
+            if synced == Some(hold.epoch) {
+                hold.needs_sync = false;
+                hold.figures.sync = hold.figures.sync.max(took);
+                hold.error = result.err().map(|error| errno_of(&error));
+                self.settle_if_complete(&mut state);
+                return;
+            }
+            state.syncing = Some(hold.epoch);
+        }
+    }
+
+    /// Makes acknowledged writes durable when a ring or the front-end goes (GET_VRING_BASE, disconnect), except in
+    /// `unsafe`: QEMU sends a vhost-user disk no flush of its own at `stop` or migration. The vhost-user thread.
+    pub(super) fn sync_unless_ignored(&self) {
+        if self.policy().ignores_flush() {
+            return;
+        }
+        if let Err(error) = self.backend.sync() {
+            self.report(Event::SyncError(errno_of(&error)));
+        }
+    }
+
+    /// A front-end came.
+    pub(super) fn connected(&self) {
+        self.lock().connected = true;
+        self.events.send(Event::Connected);
+    }
+
+    /// The front-end left.
+    pub(super) fn disconnected(&self, why: &str) {
+        {
+            let mut state = self.lock();
+            state.connected = false;
+            state.acked_features = None;
+        }
+        self.events.send(Event::Disconnected(why.to_owned()));
+    }
+
+    /// The driver's features, or none after a reset.
+    pub(super) fn negotiated(&self, acked: Option<u64>) {
+        self.lock().acked_features = acked;
+    }
+
+    /// Something went wrong: to the events, the status and (within a budget, for a guest can provoke it) the log.
+    pub(super) fn report(&self, event: Event) {
+        let text = match &event {
+            Event::IoError { operation, ring, offset, len, errno } => {
+                let why = std::io::Error::from_raw_os_error(errno.0);
+                format!("{operation} of {len} bytes at {offset} (ring {ring}) failed: {why}")
+            }
+            Event::SyncError(errno) => {
+                format!("sync failed: {}: acknowledged writes may be lost", std::io::Error::from_raw_os_error(errno.0))
+            }
+            Event::ProtocolError(what) => what.clone(),
+            _ => return self.events.send(event),
+        };
+        let mut state = self.lock();
+        state.log_budget.log(&text);
+        let when = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        if state.last_errors.len() == LAST_ERRORS {
+            state.last_errors.pop_front();
+        }
+        state.last_errors.push_back(LastError { what: text, when });
+        drop(state);
+        self.events.send(event);
+    }
+}
+
+impl LogBudget {
+    fn log(&mut self, text: &str) {
+        if self.window.is_none_or(|start| start.elapsed() > LOG_WINDOW) {
+            if self.suppressed > 0 {
+                log::warn!("{} more errors were not logged", self.suppressed);
+            }
+            *self = LogBudget { window: Some(Instant::now()), used: 0, suppressed: 0 };
+        }
+        if self.used < LOG_LINES {
+            self.used += 1;
+            log::error!("{text}");
+        } else {
+            self.suppressed += 1;
+        }
+    }
+}
+
+/// The error number of an I/O error; EIO where it has none.
+pub(super) fn errno_of(error: &std::io::Error) -> Errno {
+    Errno(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+/// `Arc<Rings>` is the disk that the control socket sees.
+impl Disk for Arc<Rings> {
+    fn close_gate(&self, epoch: u64) {
+        let mut state = self.lock();
+        let waiting: BTreeSet<u32> = state.running.keys().copied().collect();
+        let needs_sync = waiting.is_empty();
+        for mailbox in state.running.values() {
+            mailbox.send(Command::CloseGate(epoch));
+        }
+        state.hold = Some(Hold { epoch, waiting, needs_sync, figures: HoldFigures::default(), error: None });
+        self.settle_if_complete(&mut state);
+    }
+
+    fn open_gate(&self) {
+        let mut state = self.lock();
+        if state.hold.take().is_some() {
+            for mailbox in state.running.values() {
+                mailbox.send(Command::OpenGate);
+            }
+        }
+    }
+
+    fn status(&self) -> DiskStatus {
+        let geometry = self.backend.geometry();
+        let policy = self.policy();
+        let state = self.lock();
+        let acked = state.acked_features;
+        let mut total = RingStatus::default();
+        let mut rings = Vec::new();
+        for (&index, counters) in &state.counters {
+            let ring = counters.status(index);
+            accumulate(&mut total, &ring);
+            if counters.running.load(Relaxed) {
+                rings.push(ring);
+            }
+        }
+        let durable = policy.syncs_each_write(acked.is_none_or(features::driver_can_flush));
+        DiskStatus {
+            image: self.backend.describe(),
+            size: geometry.size,
+            logical_block_size: geometry.logical_block,
+            read_only: geometry.read_only,
+            cache_mode: self.mode.to_string(),
+            write_acknowledged: match (durable, policy.opens_direct()) {
+                (true, _) => "when durable",
+                (false, true) => "when the host's device has it",
+                (false, false) => "when the host's cache has it",
+            }
+            .into(),
+            guest_flush: if policy.ignores_flush() { "ignored" } else { "synced" }.into(),
+            guest_sees: if policy.guest_sees_write_cache() { "write back" } else { "write through" }.into(),
+            connected: state.connected,
+            driver_ready: acked.is_some(),
+            acked_features: acked.unwrap_or(0),
+            rings,
+            total,
+            last_errors: state.last_errors.iter().cloned().collect(),
+            sync_failed: self.backend.sync_failed().is_some(),
+        }
+    }
+}
+
+fn accumulate(total: &mut RingStatus, ring: &RingStatus) {
+    total.in_flight += ring.in_flight;
+    total.held |= ring.held;
+    total.reads += ring.reads;
+    total.read_bytes += ring.read_bytes;
+    total.writes += ring.writes;
+    total.written_bytes += ring.written_bytes;
+    total.flushes += ring.flushes;
+    total.syncs += ring.syncs;
+    total.discards += ring.discards;
+    total.write_zeroes += ring.write_zeroes;
+    total.errors += ring.errors;
+    total.unsupported += ring.unsupported;
+    total.interrupts += ring.interrupts;
+}

@@ -1,0 +1,509 @@
+//! One running ring: descriptors in, answers out. Owns the ring, the engine and the back-end queue; nothing else
+//! touches them, so the request path takes no contended lock.
+//!
+//! A turn: reap completions, let the engine say what follows, answer, pop new requests, interrupt at most once; then
+//! one `wait`, which submits the whole batch and sleeps.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use vhost_user_backend::{VringState, VringT};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
+use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::buffer;
+use super::features;
+use super::queue_state::Stopped;
+use super::request::{self, Command as Ask, ID_BYTES, Parser, Request, Status};
+use super::rings::{Command, Counters, RingHold, Rings, add, errno_of};
+use crate::backend::failing::FailingQueue;
+use crate::backend::{Completion, DurableWrite, Errno, Geometry, IoQueue, Op, OpId, Source};
+use crate::disk::Event;
+use crate::engine::{Action, Engine, Kind, Offer, Token};
+
+/// What a worker starts with, besides the ring.
+pub(super) struct Setup {
+    pub index: u32,
+    pub rings: Arc<Rings>,
+    /// Held while the ring runs: no request outlives its memory.
+    pub memory: Arc<GuestMemoryMmap>,
+    pub acked_features: u64,
+    pub serial: Arc<[u8; ID_BYTES]>,
+    pub commands: Receiver<Command>,
+    pub wake: Arc<OwnedFd>,
+}
+
+/// A request from pop to answer.
+struct Slot {
+    kind: Kind,
+    /// Until the engine says `Submit`.
+    op: Option<Op>,
+    status_at: GuestAddress,
+    /// What the used ring says the device wrote: data (for a read) and the status byte.
+    written: u32,
+    offset: u64,
+    len: u64,
+}
+
+/// An operator's hold, timed for its figures.
+struct HoldClock {
+    epoch: u64,
+    closed: Instant,
+    drained: u64,
+    drained_at: Option<Instant>,
+}
+
+struct Worker {
+    setup: Setup,
+    counters: Arc<Counters>,
+    geometry: Geometry,
+    io: Box<dyn IoQueue>,
+    engine: Engine,
+    parser: Parser,
+    /// By head: a head is a request's name until it is answered.
+    slots: Vec<Option<Slot>>,
+    in_flight: u64,
+    /// Ops that the queue handed back as full, oldest first.
+    backlog: VecDeque<(Op, OpId)>,
+    completions: Vec<Completion>,
+    /// Iovec lists for reuse.
+    iovecs: Vec<Vec<libc::iovec>>,
+    /// A write waits at the head of the ring.
+    held: bool,
+    hold: Option<HoldClock>,
+    /// The guest broke the ring: nothing is popped until it is set up anew.
+    broken: bool,
+    stopping: bool,
+    answered: bool,
+    /// The ring may hold more than this turn took.
+    more: bool,
+    /// Bytes acknowledged and not known to be durable; and how many of them the running sync covers.
+    dirty: u64,
+    syncing: u64,
+}
+
+const SYNC: OpId = OpId(u64::MAX);
+
+fn op_id(token: Token) -> OpId {
+    match token {
+        Token::Data(slot) => OpId(u64::from(slot)),
+        Token::Sync => SYNC,
+    }
+}
+
+fn token(id: OpId) -> Token {
+    if id == SYNC { Token::Sync } else { Token::Data(id.0 as u16) }
+}
+
+/// Serves the ring until [`Command::Stop`], then hands it back with everything answered and published. `hold`: the
+/// epoch of a hold that the ring is born into.
+pub(super) fn run(setup: Setup, ring: Stopped, counters: Arc<Counters>, hold: Option<u64>) -> Stopped {
+    let mut worker = Worker::new(setup, &ring, counters);
+    if let Some(epoch) = hold {
+        worker.close_gate(epoch);
+    }
+    loop {
+        worker.turn(&mut ring.vring.get_mut());
+        if worker.stopping && worker.engine.is_idle() && worker.backlog.is_empty() {
+            break;
+        }
+        let timeout = worker.more.then_some(Duration::ZERO);
+        // Only a broken process gets here: the back-end retries what can be retried.
+        let woken = worker.io.wait(timeout).unwrap_or_else(|error| panic!("cannot wait for I/O: {error}"));
+        if woken.wake {
+            while let Ok(command) = worker.setup.commands.try_recv() {
+                worker.obey(command, &ring);
+            }
+        }
+    }
+    worker.counters.in_flight.store(0, Relaxed);
+    ring
+}
+
+impl Worker {
+    fn new(setup: Setup, ring: &Stopped, counters: Arc<Counters>) -> Self {
+        let size = ring.vring.get_ref().get_queue().size();
+        let event_idx = features::has(setup.acked_features, VIRTIO_RING_F_EVENT_IDX);
+        ring.vring.set_queue_event_idx(event_idx);
+        counters.size.store(u64::from(size), Relaxed);
+        let backend = setup.rings.backend().clone();
+        let geometry = backend.geometry();
+        // One more than the ring holds: the engine's sync.
+        let mut io = backend.open_queue(usize::from(size) + 1).unwrap_or_else(|error| {
+            let what = format!("ring {}: the image's queue cannot be opened: {error}; all I/O fails", setup.index);
+            setup.rings.report(Event::ProtocolError(what));
+            Box::new(FailingQueue::new(errno_of(&error)))
+        });
+        watch(&mut *io, Source::Wake, setup.wake.as_fd());
+        if let Some(kick) = &ring.kick {
+            watch(&mut *io, Source::Kick, kick.as_fd());
+        }
+        let mut engine = Engine::new(setup.rings.policy(), geometry.durable_write == DurableWrite::Native);
+        engine.set_driver_can_flush(features::driver_can_flush(setup.acked_features));
+        Worker {
+            setup,
+            counters,
+            geometry,
+            io,
+            engine,
+            parser: Parser::default(),
+            slots: (0..size).map(|_| None).collect(),
+            in_flight: 0,
+            backlog: VecDeque::new(),
+            completions: Vec::new(),
+            iovecs: Vec::new(),
+            held: false,
+            hold: None,
+            broken: false,
+            stopping: false,
+            answered: false,
+            more: false,
+            dirty: 0,
+            syncing: 0,
+        }
+    }
+
+    fn turn(&mut self, ring: &mut VringState) {
+        self.reap();
+        self.act(ring);
+        self.retry_backlog();
+        self.pop(ring);
+        self.act(ring);
+        self.interrupt(ring);
+        self.counters.in_flight.store(self.in_flight, Relaxed);
+        self.counters.held.store(self.held, Relaxed);
+    }
+
+    fn obey(&mut self, command: Command, ring: &Stopped) {
+        match command {
+            Command::CloseGate(epoch) => self.close_gate(epoch),
+            Command::OpenGate => {
+                self.engine.unblock_writes();
+                self.hold = None;
+            }
+            Command::SetCall(call, done) => {
+                ring.vring.set_call(call);
+                // Nobody waits any more: the handler ended with its connection.
+                let _ = done.send(());
+            }
+            Command::Stop => self.stopping = true,
+        }
+    }
+
+    fn close_gate(&mut self, epoch: u64) {
+        let drained = u64::from(self.engine.writes_in_flight());
+        self.hold = Some(HoldClock { epoch, closed: Instant::now(), drained, drained_at: None });
+        self.engine.block_writes();
+    }
+
+    /// Takes what has finished to the engine: all of it before any action, so that one sync covers many.
+    fn reap(&mut self) {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.io.reap(&mut completions);
+        for Completion { id, result, buf } in completions.drain(..) {
+            if let Some(buf) = buf {
+                self.iovecs.push(buf.into_iovecs());
+            }
+            let token = token(id);
+            match (token, result) {
+                (Token::Sync, Ok(())) => self.dirty -= self.syncing,
+                (Token::Sync, Err(errno)) => self.setup.rings.report(Event::SyncError(errno)),
+                _ => {}
+            }
+            self.engine.complete(token, result);
+        }
+        self.completions = completions;
+    }
+
+    /// Does what the engine says, until it has nothing more to say.
+    fn act(&mut self, ring: &mut VringState) {
+        while let Some(action) = self.engine.next_action() {
+            match action {
+                Action::Submit { token: Token::Sync, .. } => {
+                    add(&self.counters.syncs, 1);
+                    self.syncing = self.dirty;
+                    self.note_drained();
+                    self.push(Op::Sync, SYNC);
+                }
+                Action::Submit { token: token @ Token::Data(head), durable } => {
+                    let op = self.slots[usize::from(head)].as_mut().and_then(|slot| slot.op.take());
+                    match op.expect("submitted once, while in its slot") {
+                        Op::Write { offset, buf, .. } => self.push(Op::Write { offset, buf, durable }, op_id(token)),
+                        op => self.push(op, op_id(token)),
+                    }
+                }
+                Action::Done { slot, result } => self.finish(ring, slot, result),
+                Action::Quiesced(result) => self.settled(result),
+                Action::Resumed => self.held = false,
+            }
+        }
+    }
+
+    fn push(&mut self, op: Op, id: OpId) {
+        if !self.backlog.is_empty() {
+            self.backlog.push_back((op, id));
+        } else if let Err(op) = self.io.push(op, id) {
+            self.backlog.push_back((op, id));
+        }
+    }
+
+    fn retry_backlog(&mut self) {
+        while let Some((op, id)) = self.backlog.pop_front() {
+            if let Err(op) = self.io.push(op, id) {
+                self.backlog.push_front((op, id));
+                return;
+            }
+        }
+    }
+
+    /// Takes requests from the ring until it is empty, a write is held, the back-end is full or the ring is broken.
+    fn pop(&mut self, ring: &mut VringState) {
+        self.more = false;
+        if self.broken || self.stopping || self.held {
+            return;
+        }
+        let memory = self.setup.memory.clone();
+        if let Err(error) = self.pop_from(ring, &memory) {
+            self.break_ring(&error.to_string());
+        }
+    }
+
+    fn pop_from(&mut self, ring: &mut VringState, memory: &GuestMemoryMmap) -> Result<(), virtio_queue::Error> {
+        let mut budget = self.slots.len();
+        loop {
+            ring.get_queue_mut().disable_notification(memory)?;
+            while self.backlog.is_empty() && !self.broken {
+                if budget == 0 {
+                    self.more = true;
+                    return Ok(());
+                }
+                budget -= 1;
+                let Some(chain) = ring.get_queue_mut().iter(memory)?.next() else { break };
+                if self.take(ring, chain) == Offer::Held {
+                    ring.get_queue_mut().go_to_previous_position();
+                    self.held = true;
+                    break;
+                }
+            }
+            let more = ring.get_queue_mut().enable_notification(memory)?;
+            if !more || self.held || self.broken || !self.backlog.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// One chain: parse, offer to the engine, keep its slot. `Held`: put it back.
+    fn take(&mut self, ring: &mut VringState, chain: DescriptorChain<&GuestMemoryMmap>) -> Offer {
+        let head = chain.head_index();
+        if self.slots.get(usize::from(head)).is_none_or(Option::is_some) {
+            self.break_ring("a descriptor head was made available twice or lies outside the ring");
+            return Offer::Taken;
+        }
+        let request = match self.parser.parse(&self.setup.memory, chain, &self.geometry) {
+            Ok(request) => request,
+            Err(malformed) => {
+                let what = format!("ring {}: request {head}: {}", self.setup.index, malformed.why);
+                self.setup.rings.report(Event::ProtocolError(what));
+                self.publish(ring, head, 0);
+                return Offer::Taken;
+            }
+        };
+        match self.prepare(&request) {
+            Ok(slot) => {
+                let offer = self.engine.offer(head, slot.kind);
+                if offer == Offer::Taken {
+                    self.slots[usize::from(head)] = Some(slot);
+                    self.in_flight += 1;
+                } else if let Some(Op::Write { buf, .. }) = slot.op {
+                    self.iovecs.push(buf.into_iovecs());
+                }
+                offer
+            }
+            Err(status) => {
+                self.answer(ring, head, request.status_at, status, request.writable.saturating_add(1));
+                Offer::Taken
+            }
+        }
+    }
+
+    /// The slot of a request that goes to the engine; `Err`: the status of one that is answered at once.
+    fn prepare(&mut self, request: &Request) -> Result<Slot, Status> {
+        let command = request.command?;
+        let (kind, offset, len, op) = match command {
+            Ask::GetId => return Err(self.write_serial()),
+            Ask::Read { len: 0, .. }
+            | Ask::Write { len: 0, .. }
+            | Ask::Discard { len: 0, .. }
+            | Ask::WriteZeroes { len: 0, .. } => return Err(request::OK),
+            Ask::Flush => (Kind::Flush, 0, 0, None),
+            Ask::Read { offset, len } => {
+                let buf = self.buffer(&command)?;
+                (Kind::Read, offset, u64::from(len), Some(Op::Read { offset, buf }))
+            }
+            Ask::Write { offset, len } => {
+                let buf = self.buffer(&command)?;
+                (Kind::Write, offset, u64::from(len), Some(Op::Write { offset, buf, durable: false }))
+            }
+            Ask::Discard { offset, len } => (Kind::Discard, offset, len, Some(Op::Discard { offset, len })),
+            Ask::WriteZeroes { offset, len, unmap } => {
+                (Kind::WriteZeroes, offset, len, Some(Op::WriteZeroes { offset, len, unmap }))
+            }
+        };
+        let data_in = if kind == Kind::Read { len as u32 } else { 0 };
+        Ok(Slot { kind, op, status_at: request.status_at, written: data_in.saturating_add(1), offset, len })
+    }
+
+    fn buffer(&mut self, command: &Ask) -> Result<crate::backend::IoBuf, Status> {
+        let scratch = self.iovecs.pop().unwrap_or_default();
+        buffer::guest_buffer(&self.setup.memory, self.parser.data(command), scratch).map_err(|_| request::IOERR)
+    }
+
+    /// GET_ID: twenty bytes, zero-padded (virtio 1.3, 5.2.6).
+    fn write_serial(&self) -> Status {
+        let scratch = Vec::new();
+        match buffer::guest_buffer(&self.setup.memory, self.parser.data(&Ask::GetId), scratch) {
+            Ok(buf) => {
+                buf.copy_from(0, &self.setup.serial[..]);
+                request::OK
+            }
+            Err(_) => request::IOERR,
+        }
+    }
+
+    /// The engine is done with a request.
+    fn finish(&mut self, ring: &mut VringState, head: u16, result: Result<(), Errno>) {
+        let slot = self.slots[usize::from(head)].take().expect("done once, while in its slot");
+        self.in_flight -= 1;
+        let operation = self.count(&slot, result.is_ok());
+        let status = match result {
+            Ok(()) => request::OK,
+            Err(errno) => {
+                let (ring, offset, len) = (self.setup.index, slot.offset, slot.len);
+                self.setup.rings.report(Event::IoError { operation, ring, offset, len, errno });
+                request::IOERR
+            }
+        };
+        self.answer(ring, head, slot.status_at, status, slot.written);
+    }
+
+    fn count(&mut self, slot: &Slot, ok: bool) -> &'static str {
+        let counters = &self.counters;
+        let bytes = if ok { slot.len } else { 0 };
+        match slot.kind {
+            Kind::Read => {
+                add(&counters.reads, 1);
+                add(&counters.read_bytes, bytes);
+                "read"
+            }
+            Kind::Write => {
+                add(&counters.writes, 1);
+                add(&counters.written_bytes, bytes);
+                self.dirty += bytes;
+                "write"
+            }
+            Kind::Flush => {
+                add(&counters.flushes, 1);
+                "flush"
+            }
+            Kind::Discard => {
+                add(&counters.discards, 1);
+                "discard"
+            }
+            Kind::WriteZeroes => {
+                add(&counters.write_zeroes, 1);
+                "write-zeroes"
+            }
+        }
+    }
+
+    /// Status byte, then used ring: from here on the request is the guest's again.
+    fn answer(&mut self, ring: &mut VringState, head: u16, status_at: GuestAddress, status: Status, written: u32) {
+        match status {
+            request::IOERR => add(&self.counters.errors, 1),
+            request::UNSUPP => add(&self.counters.unsupported, 1),
+            _ => {}
+        }
+        if self.setup.memory.write_obj(status, status_at).is_err() {
+            return self.publish(ring, head, 0);
+        }
+        self.publish(ring, head, written);
+    }
+
+    fn publish(&mut self, ring: &mut VringState, head: u16, written: u32) {
+        if let Err(error) = ring.get_queue_mut().add_used(&*self.setup.memory, head, written) {
+            self.break_ring(&error.to_string());
+        }
+        self.answered = true;
+    }
+
+    /// One interrupt for all that was answered, if the driver wants one (virtio 1.3, 2.7.10).
+    fn interrupt(&mut self, ring: &mut VringState) {
+        if !std::mem::take(&mut self.answered) {
+            return;
+        }
+        let memory = &*self.setup.memory;
+        let queue = ring.get_queue_mut();
+        let wanted = if queue.event_idx_enabled() {
+            queue.needs_notification(memory)
+        } else {
+            // virtio-queue leaves this flag to us. The fence: the used index is visible before the flag is read.
+            std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+            memory
+                .load::<u16>(GuestAddress(queue.avail_ring()), Relaxed)
+                .map(|flags| u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+                .map_err(virtio_queue::Error::GuestMemory)
+        };
+        match wanted {
+            Ok(true) => {
+                add(&self.counters.interrupts, 1);
+                if let Err(error) = ring.signal_used_queue() {
+                    log::debug!("ring {}: the call descriptor does not take a signal: {error}", self.setup.index);
+                }
+            }
+            Ok(false) => {}
+            Err(error) => self.break_ring(&error.to_string()),
+        }
+    }
+
+    /// The guest's ring makes no sense: serve it no more. What is in flight still finishes; other rings go on.
+    fn break_ring(&mut self, why: &str) {
+        if !self.broken {
+            self.broken = true;
+            self.setup.rings.report(Event::ProtocolError(format!("ring {} stopped: {why}", self.setup.index)));
+        }
+    }
+
+    fn note_drained(&mut self) {
+        if let Some(hold) = &mut self.hold
+            && hold.drained_at.is_none()
+            && self.engine.writes_in_flight() == 0
+        {
+            hold.drained_at = Some(Instant::now());
+        }
+    }
+
+    /// The engine is quiet (or its last sync failed): tell the hold.
+    fn settled(&mut self, result: Result<(), Errno>) {
+        self.note_drained();
+        let Some(hold) = &self.hold else { return };
+        let drained_at = hold.drained_at.unwrap_or(hold.closed);
+        let figures = RingHold {
+            drained: hold.drained,
+            drain: drained_at - hold.closed,
+            sync: drained_at.elapsed(),
+            bytes: self.syncing,
+            result,
+        };
+        self.setup.rings.ring_settled(self.setup.index, hold.epoch, figures);
+    }
+}
+
+fn watch(io: &mut dyn IoQueue, source: Source, fd: BorrowedFd<'_>) {
+    // Without its wake-ups the ring would hang silently.
+    io.watch(source, fd).unwrap_or_else(|error| panic!("cannot watch a descriptor: {error}"));
+}
