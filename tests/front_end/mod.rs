@@ -1,0 +1,352 @@
+//! A front-end that does as it is told: it builds rings and descriptors by hand, so that tests can send what no decent
+//! driver would, and control messages in any order. (For decent drivers there are virtio-driver and QEMU.)
+#![allow(dead_code)]
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
+
+use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Virtio request types.
+pub const IN: u32 = 0;
+pub const OUT: u32 = 1;
+pub const FLUSH: u32 = 4;
+pub const GET_ID: u32 = 8;
+pub const DISCARD: u32 = 11;
+pub const WRITE_ZEROES: u32 = 13;
+/// Feature bits.
+pub const F_FLUSH: u64 = 1 << 9;
+pub const F_EVENT_IDX: u64 = 1 << 29;
+pub const F_PROTOCOL: u64 = 1 << 30;
+pub const F_VERSION_1: u64 = 1 << 32;
+pub const ALL: u64 = u64::MAX;
+/// Descriptor flags.
+pub const NEXT: u16 = 1;
+pub const WRITE: u16 = 2;
+pub const INDIRECT: u16 = 4;
+/// What a status byte is before the device writes it.
+pub const UNANSWERED: u8 = 0xaa;
+
+/// How long an answer may take before a test fails.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Bytes of guest memory, and where its parts lie.
+const MEMORY: u64 = 64 << 20;
+const RING_BYTES: u64 = 0x1_0000;
+const SLOTS_AT: u64 = 16 << 20;
+/// A slot holds header, status and data of one request.
+pub const SLOT_BYTES: u64 = 128 << 10;
+const STATUS_OFFSET: u64 = 64;
+pub const DATA_OFFSET: u64 = 4096;
+
+pub struct FrontEnd {
+    pub control: Frontend,
+    pub memory: GuestMemoryMmap,
+    pub features: u64,
+    pub rings: Vec<Ring>,
+}
+
+/// One split ring, filled by hand. Request slot `n` uses descriptors 4n to 4n+3.
+pub struct Ring {
+    pub index: usize,
+    pub size: u16,
+    pub kick: EventFd,
+    pub call: EventFd,
+    pub avail: u16,
+    pub used_seen: u16,
+    free: Vec<u16>,
+}
+
+impl FrontEnd {
+    /// Connects and sets up `rings` rings of `size` descriptors, running, with the features offered less what `mask`
+    /// leaves out.
+    pub fn connect(path: &std::path::Path, rings: usize, size: u16, mask: u64) -> FrontEnd {
+        let mut front_end = Self::handshake(UnixStream::connect(path).unwrap(), rings, size, mask);
+        for index in 0..rings {
+            front_end.start_ring(index, 0);
+        }
+        front_end
+    }
+
+    /// Everything up to the memory table; no ring is set up.
+    pub fn handshake(stream: UnixStream, rings: usize, size: u16, mask: u64) -> FrontEnd {
+        let mut control = Frontend::from_stream(stream, 256);
+        control.set_owner().unwrap();
+        let features = control.get_features().unwrap() & (mask | F_PROTOCOL | F_VERSION_1);
+        let wanted = VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        let offered = control.get_protocol_features().unwrap();
+        assert!(offered.contains(wanted));
+        control.set_protocol_features(wanted).unwrap();
+        control.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        control.set_features(features).unwrap();
+        let memory = guest_memory();
+        let mut front_end = FrontEnd { control, memory, features, rings: Vec::new() };
+        front_end.send_memory_table();
+        for index in 0..rings {
+            front_end.rings.push(Ring::new(index, size));
+        }
+        front_end
+    }
+
+    pub fn send_memory_table(&mut self) {
+        let regions: Vec<_> =
+            self.memory.iter().map(|region| VhostUserMemoryRegionInfo::from_guest_region(region).unwrap()).collect();
+        self.control.set_mem_table(&regions).unwrap();
+    }
+
+    /// Sets a ring up from available index `base` and enables it.
+    pub fn start_ring(&mut self, index: usize, base: u16) {
+        let ring = &mut self.rings[index];
+        ring.avail = base;
+        ring.used_seen = self.memory.read_obj(ring.used_at().0.wrapping_add(2).into_address()).unwrap();
+        let host = |address: GuestAddress| self.memory.get_host_address(address).unwrap() as u64;
+        let config = VringConfigData {
+            queue_max_size: ring.size,
+            queue_size: ring.size,
+            flags: 0,
+            desc_table_addr: host(ring.desc_at()),
+            avail_ring_addr: host(ring.avail_at()),
+            used_ring_addr: host(ring.used_at()),
+            log_addr: None,
+        };
+        self.control.set_vring_num(index, ring.size).unwrap();
+        self.control.set_vring_base(index, base).unwrap();
+        self.control.set_vring_addr(index, &config).unwrap();
+        self.control.set_vring_call(index, &ring.call).unwrap();
+        self.control.set_vring_kick(index, &ring.kick).unwrap();
+        self.control.set_vring_enable(index, true).unwrap();
+    }
+
+    /// Stops a ring as QEMU does: disable, then GET_VRING_BASE. Returns the base.
+    pub fn stop_ring(&mut self, index: usize) -> u16 {
+        self.control.set_vring_enable(index, false).unwrap();
+        self.control.get_vring_base(index).unwrap() as u16
+    }
+
+    /// The configuration space.
+    pub fn config(&mut self, size: u32) -> Vec<u8> {
+        let flags = vhost::vhost_user::message::VhostUserConfigFlags::WRITABLE;
+        self.control.get_config(0, size, flags, &vec![0; size as usize]).unwrap().1
+    }
+
+    fn slot_at(&self, ring: usize, slot: u16) -> u64 {
+        SLOTS_AT + (ring as u64 * 64 + u64::from(slot)) * SLOT_BYTES
+    }
+
+    /// Where a slot's data lies.
+    pub fn data_at(&self, ring: usize, slot: u16) -> GuestAddress {
+        GuestAddress(self.slot_at(ring, slot) + DATA_OFFSET)
+    }
+
+    /// Makes a request available (no kick): header, one data descriptor (if any), status. Returns its slot.
+    pub fn add(&mut self, ring: usize, kind: u32, sector: u64, data: &[u8], read: u32) -> u16 {
+        let slot = self.rings[ring].free.pop().expect("a free request slot");
+        let base = self.slot_at(ring, slot);
+        self.put_header(base, kind, sector);
+        self.memory.write_slice(data, GuestAddress(base + DATA_OFFSET)).unwrap();
+        let mut parts = vec![(base, 16, 0)];
+        if !data.is_empty() {
+            parts.push((base + DATA_OFFSET, data.len() as u32, 0));
+        }
+        if read > 0 {
+            parts.push((base + DATA_OFFSET, read, WRITE));
+        }
+        parts.push((base + STATUS_OFFSET, 1, WRITE));
+        self.put_chain(ring, slot * 4, &parts);
+        self.make_available(ring, slot * 4);
+        slot
+    }
+
+    /// A request header at an address.
+    pub fn put_header(&self, at: u64, kind: u32, sector: u64) {
+        self.memory.write_obj(kind, GuestAddress(at)).unwrap();
+        self.memory.write_obj(0u32, GuestAddress(at + 4)).unwrap();
+        self.memory.write_obj(sector, GuestAddress(at + 8)).unwrap();
+        self.memory.write_obj(UNANSWERED, GuestAddress(at + STATUS_OFFSET)).unwrap();
+    }
+
+    /// Chains descriptors from `first` on.
+    pub fn put_chain(&self, ring: usize, first: u16, parts: &[(u64, u32, u16)]) {
+        for (at, &(address, len, flags)) in parts.iter().enumerate() {
+            let next = if at + 1 < parts.len() { NEXT } else { 0 };
+            let index = first + at as u16;
+            self.put_descriptor(ring, index, address, len, flags | next, index + 1);
+        }
+    }
+
+    pub fn put_descriptor(&self, ring: usize, index: u16, address: u64, len: u32, flags: u16, next: u16) {
+        let at = self.rings[ring].desc_at().0 + u64::from(index) * 16;
+        self.memory.write_obj(address, GuestAddress(at)).unwrap();
+        self.memory.write_obj(len, GuestAddress(at + 8)).unwrap();
+        self.memory.write_obj(flags, GuestAddress(at + 12)).unwrap();
+        self.memory.write_obj(next, GuestAddress(at + 14)).unwrap();
+    }
+
+    pub fn make_available(&mut self, ring: usize, head: u16) {
+        let ring = &mut self.rings[ring];
+        let at = ring.avail_at().0 + 4 + u64::from(ring.avail % ring.size) * 2;
+        self.memory.write_obj(head, GuestAddress(at)).unwrap();
+        ring.avail = ring.avail.wrapping_add(1);
+        self.memory.store(ring.avail, GuestAddress(ring.avail_at().0 + 2), Ordering::Release).unwrap();
+        // Interrupt at the next completion (EVENT_IDX).
+        let event_at = ring.avail_at().0 + 4 + u64::from(ring.size) * 2;
+        self.memory.write_obj(ring.used_seen, GuestAddress(event_at)).unwrap();
+    }
+
+    pub fn kick(&self, ring: usize) {
+        fence(Ordering::SeqCst);
+        self.rings[ring].kick.write(1).unwrap();
+    }
+
+    /// The next used element, if there is one: (head, written).
+    pub fn used(&mut self, ring: usize) -> Option<(u32, u32)> {
+        let ring = &mut self.rings[ring];
+        let index: u16 = self.memory.load(GuestAddress(ring.used_at().0 + 2), Ordering::Acquire).unwrap();
+        if index == ring.used_seen {
+            return None;
+        }
+        let at = ring.used_at().0 + 4 + u64::from(ring.used_seen % ring.size) * 8;
+        ring.used_seen = ring.used_seen.wrapping_add(1);
+        let head: u32 = self.memory.read_obj(GuestAddress(at)).unwrap();
+        let written = self.memory.read_obj(GuestAddress(at + 4)).unwrap();
+        Some((head, written))
+    }
+
+    /// Waits for the next used element within `patience`.
+    pub fn used_within(&mut self, ring: usize, patience: Duration) -> Option<(u32, u32)> {
+        let end = Instant::now() + patience;
+        loop {
+            if let Some(used) = self.used(ring) {
+                return Some(used);
+            }
+            if Instant::now() > end {
+                return None;
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+
+    /// Waits for one request of `add` to be answered; its slot is free again. Returns (slot, status).
+    pub fn wait(&mut self, ring: usize) -> (u16, u8) {
+        let (head, _) = self.used_within(ring, PATIENCE).expect("an answer");
+        let slot = (head / 4) as u16;
+        self.rings[ring].free.push(slot);
+        (slot, self.status(ring, slot))
+    }
+
+    pub fn status(&self, ring: usize, slot: u16) -> u8 {
+        self.memory.read_obj(GuestAddress(self.slot_at(ring, slot) + STATUS_OFFSET)).unwrap()
+    }
+
+    /// One request, start to end. Returns its status and, for a read, its data.
+    pub fn ask(&mut self, ring: usize, kind: u32, sector: u64, data: &[u8], read: u32) -> (u8, Vec<u8>) {
+        let slot = self.add(ring, kind, sector, data, read);
+        self.kick(ring);
+        let (answered, status) = self.wait(ring);
+        assert_eq!(answered, slot);
+        let mut bytes = vec![0; read as usize];
+        self.memory.read_slice(&mut bytes, self.data_at(ring, slot)).unwrap();
+        (status, bytes)
+    }
+
+    pub fn write(&mut self, ring: usize, sector: u64, data: &[u8]) -> u8 {
+        self.ask(ring, OUT, sector, data, 0).0
+    }
+
+    pub fn read(&mut self, ring: usize, sector: u64, len: u32) -> (u8, Vec<u8>) {
+        self.ask(ring, IN, sector, &[], len)
+    }
+
+    pub fn flush(&mut self, ring: usize) -> u8 {
+        self.ask(ring, FLUSH, 0, &[], 0).0
+    }
+
+    /// DISCARD or WRITE_ZEROES of `count` sectors.
+    pub fn range(&mut self, ring: usize, kind: u32, sector: u64, count: u32, flags: u32) -> u8 {
+        let mut range = sector.to_le_bytes().to_vec();
+        range.extend(count.to_le_bytes());
+        range.extend(flags.to_le_bytes());
+        self.ask(ring, kind, 0, &range, 0).0
+    }
+}
+
+impl Ring {
+    fn new(index: usize, size: u16) -> Ring {
+        Ring {
+            index,
+            size,
+            kick: EventFd::new(EFD_NONBLOCK).unwrap(),
+            call: EventFd::new(EFD_NONBLOCK).unwrap(),
+            avail: 0,
+            used_seen: 0,
+            free: (0..(size / 4).min(64)).rev().collect(),
+        }
+    }
+
+    pub fn desc_at(&self) -> GuestAddress {
+        GuestAddress(0x1000 + self.index as u64 * RING_BYTES)
+    }
+
+    pub fn avail_at(&self) -> GuestAddress {
+        GuestAddress(self.desc_at().0 + 0x8000)
+    }
+
+    pub fn used_at(&self) -> GuestAddress {
+        GuestAddress(self.desc_at().0 + 0xa000)
+    }
+}
+
+trait IntoAddress {
+    fn into_address(self) -> GuestAddress;
+}
+
+impl IntoAddress for u64 {
+    fn into_address(self) -> GuestAddress {
+        GuestAddress(self)
+    }
+}
+
+/// Two regions side by side, so that a buffer can cross from one into the other.
+fn guest_memory() -> GuestMemoryMmap {
+    let file: File = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into();
+    file.set_len(MEMORY).unwrap();
+    let half = MEMORY / 2;
+    let ranges = [
+        (GuestAddress(0), half as usize, Some(FileOffset::new(file.try_clone().unwrap(), 0))),
+        (GuestAddress(half), half as usize, Some(FileOffset::new(file, half))),
+    ];
+    GuestMemoryMmap::from_ranges_with_files(ranges).unwrap()
+}
+
+/// The last address of the first region: what starts before it and is longer crosses.
+pub const REGION_BORDER: u64 = MEMORY / 2;
+
+/// Waits for a descriptor to become readable.
+pub fn readable(fd: &impl AsRawFd, patience: Duration) -> bool {
+    let raw = fd.as_raw_fd();
+    let end = Instant::now() + patience;
+    loop {
+        // vmm-sys-util's EventFd does not implement AsFd; its read is non-blocking, so poll by trying.
+        let path = format!("/proc/self/fdinfo/{raw}");
+        let info = std::fs::read_to_string(path).unwrap();
+        let count = info.lines().find_map(|line| line.strip_prefix("eventfd-count:")).unwrap().trim();
+        if u64::from_str_radix(count, 16).unwrap() > 0 {
+            return true;
+        }
+        if Instant::now() > end {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
