@@ -1,11 +1,35 @@
 //! PURE. Which request runs, when it is acknowledged, and when the disk is quiet. Standard library only: no I/O, no
 //! memory of the guest, no file descriptor, no thread, no clock.
 //!
-//! One [`Engine`] serves one ring, in that ring's thread.
+//! One [`Engine`] serves one ring, in that ring's thread. The caller feeds it what happened ([`Engine::offer`],
+//! [`Engine::complete`], [`Engine::block_writes`], [`Engine::unblock_writes`]) and then does what
+//! [`Engine::next_action`] says until it says no more. Feeding a whole batch first is better than one at a time: a
+//! sync starts only when the other actions are taken, so it covers all completions of the batch.
+//!
+//! # The life of a request
+//! | kind | write back | write through | write through, durable writes native |
+//! |---|---|---|---|
+//! | `Read` | data, done | data, done | data, done |
+//! | `Write` | data, done | data, sync, done | durable data, done |
+//! | `Discard`, `WriteZeroes` | data, done | data, sync, done | data, sync, done |
+//! | `Flush` | sync, done (`unsafe`: done) | sync, done | sync, done |
+//!
+//! A transfer that fails is answered with its error at once; a sync that fails fails exactly those it covered.
+//! Everything but `Read` passes the gate and leaves it when it is done, its sync included.
+//!
+//! # The life of a quiesce
+//! Open -> Draining (the gate is closed, some are in flight) -> Flushing (a sync that began after the last of them
+//! was done) -> Quiet (answered). It syncs in every mode: a flush is the guest's wish, a quiesce the operator's order.
 
 pub mod cache;
+mod gate;
+mod sync_line;
+
+use std::collections::VecDeque;
 
 pub use cache::{CacheMode, CachePolicy};
+use gate::WriteGate;
+use sync_line::{SyncLine, Waiter};
 
 /// An operating system error number. Never zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -73,58 +97,373 @@ pub enum Action {
     Resumed,
 }
 
-/// Admission, acknowledgement and quiet for one ring. SKELETON: the engine's author replaces this.
-pub struct Engine;
+/// Where the request in a slot stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+enum Stage {
+    /// Nothing is in this slot.
+    #[default]
+    Free,
+    /// A read's transfer is with the back-end. It did not pass the gate.
+    Reading,
+    /// A change's transfer is with the back-end.
+    Changing {
+        /// A sync must follow before the answer.
+        then_sync: bool,
+    },
+    /// Waits for a sync, running or to come.
+    Syncing,
+}
+
+/// How far a quiesce is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+enum Quiesce {
+    /// None is under way.
+    #[default]
+    Open,
+    /// Changes that passed the gate before it closed are still in flight.
+    Draining,
+    /// They are done; the barrier of this epoch waits for its sync. The sync of an abandoned quiesce may end while a
+    /// later one is here, and must not answer it: it began before the writes in between.
+    Flushing(u64),
+    /// Answered, well or badly; the gate stays closed until the last holder leaves.
+    Quiet,
+}
+
+/// Admission, acknowledgement and quiet for one ring.
+///
+/// Owned and called by the ring's thread alone. No call blocks or panics on anything that a guest can do. Every call
+/// takes constant time (a finished sync: constant for each request that it covered), and none allocates once the
+/// queues have grown to the ring's depth.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Engine {
+    policy: CachePolicy,
+    durable_writes: bool,
+    driver_can_flush: bool,
+    /// Indexed by slot; grows to the highest slot used.
+    stages: Vec<Stage>,
+    reads_in_flight: u32,
+    gate: WriteGate,
+    sync_line: SyncLine,
+    quiesce: Quiesce,
+    /// Names the latest quiesce.
+    epoch: u64,
+    /// `Submit` of data and `Done`, in order.
+    actions: VecDeque<Action>,
+    /// `Quiesced`, not yet taken. Not in `actions`, for a quiesce that is abandoned takes its answer with it: taken
+    /// late, the answer would seem to be the next quiesce's.
+    settled: Option<Result<(), Errno>>,
+    /// `Resumed`, not yet taken. Void once the gate is closed again.
+    resumed: bool,
+}
 
 impl Engine {
     /// `durable_writes`: the back-end has durable writes natively ([`Action::Submit`]'s flag). A write through the
     /// policy is then one durable write; otherwise data, then a sync shared by many.
     pub fn new(policy: CachePolicy, durable_writes: bool) -> Self {
-        let _ = (policy, durable_writes);
-        todo!()
+        Engine {
+            policy,
+            durable_writes,
+            driver_can_flush: false,
+            stages: Vec::new(),
+            reads_in_flight: 0,
+            gate: WriteGate::default(),
+            sync_line: SyncLine::default(),
+            quiesce: Quiesce::Open,
+            epoch: 0,
+            actions: VecDeque::new(),
+            settled: None,
+            resumed: false,
+        }
     }
 
-    /// Whether the driver negotiated VIRTIO_BLK_F_FLUSH. Called before the first `offer`.
+    /// Whether the driver negotiated VIRTIO_BLK_F_FLUSH. Called before the first `offer`, and again when a driver
+    /// negotiated anew and the engine [is idle](Engine::is_idle). Never called: it cannot, which is the safe reading.
     pub fn set_driver_can_flush(&mut self, can: bool) {
-        let _ = can;
-        todo!()
+        self.driver_can_flush = can;
     }
 
-    /// Offers the request at the head of the ring.
+    /// Offers the request at the head of the ring. `Held` changes nothing here: what is held stays in the ring.
+    ///
+    /// A slot that is taken already is the caller's bug: an assertion in debug, `Held` in release.
+    #[inline]
     pub fn offer(&mut self, slot: Slot, kind: Kind) -> Offer {
-        let _ = (slot, kind);
-        todo!()
+        let index = usize::from(slot);
+        if index >= self.stages.len() {
+            self.stages.resize(index + 1, Stage::Free);
+        }
+        if self.stages[index] != Stage::Free {
+            debug_assert!(false, "slot {slot} was offered while in flight");
+            return Offer::Held;
+        }
+        if kind == Kind::Read {
+            self.reads_in_flight += 1;
+            self.stages[index] = Stage::Reading;
+            self.submit(slot, false);
+            return Offer::Taken;
+        }
+        if !self.gate.enter() {
+            return Offer::Held;
+        }
+        match kind {
+            Kind::Flush => self.flush(slot),
+            _ => self.change(slot, kind),
+        }
+        Offer::Taken
     }
 
     /// Something submitted came back. Every submitted token, exactly once.
+    ///
+    /// A token that is not in flight is the caller's bug: an assertion in debug, without effect in release.
+    #[inline]
     pub fn complete(&mut self, token: Token, result: Result<(), Errno>) {
-        let _ = (token, result);
-        todo!()
+        let Token::Data(slot) = token else { return self.complete_sync(result) };
+        match (self.stages.get(usize::from(slot)), result) {
+            (Some(Stage::Reading), _) => {
+                self.reads_in_flight -= 1;
+                self.done(slot, result);
+            }
+            (Some(Stage::Changing { then_sync: true }), Ok(())) => self.wait_for_sync(slot),
+            (Some(Stage::Changing { .. }), _) => self.done_with_change(slot, result),
+            _ => debug_assert!(false, "{token:?} completed, which is not in flight"),
+        }
     }
 
     /// Closes the gate (nests). The first call begins a quiesce, answered by one `Quiesced`; a nested one changes
     /// nothing but the count.
     pub fn block_writes(&mut self) {
-        todo!()
+        if !self.gate.block() {
+            return;
+        }
+        self.epoch += 1;
+        self.resumed = false;
+        self.quiesce = Quiesce::Draining;
+        self.flush_if_drained();
     }
 
-    /// Undoes one `block_writes`; the last one yields `Resumed` and abandons a quiesce that is still under way.
+    /// Undoes one `block_writes`; the last one yields `Resumed` and abandons a quiesce that is still under way or
+    /// whose `Quiesced` was not taken yet.
+    ///
+    /// Without a `block_writes` to undo it is the caller's bug: an assertion in debug, without effect in release.
     pub fn unblock_writes(&mut self) {
-        todo!()
+        if !self.gate.unblock() {
+            return;
+        }
+        self.quiesce = Quiesce::Open;
+        self.settled = None;
+        self.resumed = true;
     }
 
-    /// Requests that change the disk and are not done yet: what a quiesce would drain.
+    /// Requests that change the disk and are not done yet (flushes too): what a quiesce would drain.
     pub fn writes_in_flight(&self) -> u32 {
-        todo!()
+        self.gate.in_flight()
     }
 
-    /// Nothing taken is undone and no sync is running: the ring may stop.
+    /// Nothing taken is undone, no sync is running or due, and `next_action` has nothing left: the ring may stop.
+    /// Whether writes are blocked makes no difference.
     pub fn is_idle(&self) -> bool {
-        todo!()
+        self.reads_in_flight == 0
+            && self.gate.in_flight() == 0
+            && self.sync_line.is_idle()
+            && self.actions.is_empty()
+            && self.settled.is_none()
+            && !self.resumed
     }
 
-    /// The next thing to do; call until `None` after every `offer` batch and every `complete` batch.
+    /// The next thing to do; call until `None` after every `offer` batch and every `complete` batch, and after
+    /// `block_writes` and `unblock_writes`.
+    #[inline]
     pub fn next_action(&mut self) -> Option<Action> {
-        todo!()
+        if let Some(action) = self.actions.pop_front() {
+            return Some(action);
+        }
+        // After the queue, so that one sync covers the whole batch, and `Quiesced` comes after every `Done`.
+        if self.sync_line.start() {
+            return Some(Action::Submit { token: Token::Sync, durable: false });
+        }
+        if let Some(result) = self.settled.take() {
+            return Some(Action::Quiesced(result));
+        }
+        std::mem::take(&mut self.resumed).then_some(Action::Resumed)
+    }
+
+    /// A flush that passed the gate.
+    fn flush(&mut self, slot: Slot) {
+        if self.policy.ignores_flush() {
+            return self.done_with_change(slot, Ok(()));
+        }
+        self.wait_for_sync(slot);
+    }
+
+    /// A write, discard or write-zeroes that passed the gate. Only writes have a durable form; QEMU acknowledges
+    /// write-zeroes under write-through that are not durable, so they get their sync here.
+    #[inline]
+    fn change(&mut self, slot: Slot, kind: Kind) {
+        let through = self.policy.syncs_each_write(self.driver_can_flush);
+        let durable = through && self.durable_writes && kind == Kind::Write;
+        self.stages[usize::from(slot)] = Stage::Changing { then_sync: through && !durable };
+        self.submit(slot, durable);
+    }
+
+    #[inline]
+    fn submit(&mut self, slot: Slot, durable: bool) {
+        self.actions.push_back(Action::Submit { token: Token::Data(slot), durable });
+    }
+
+    fn wait_for_sync(&mut self, slot: Slot) {
+        self.stages[usize::from(slot)] = Stage::Syncing;
+        self.sync_line.join(Waiter::Request(slot));
+    }
+
+    fn complete_sync(&mut self, result: Result<(), Errno>) {
+        let Some(covered) = self.sync_line.finish() else {
+            debug_assert!(false, "a sync completed, but none is running");
+            return;
+        };
+        for &waiter in &covered {
+            match waiter {
+                Waiter::Request(slot) => self.done_with_change(slot, result),
+                Waiter::Barrier(epoch) => self.settle(epoch, result),
+            }
+        }
+        self.sync_line.recycle(covered);
+    }
+
+    /// The sync of this epoch's barrier is over.
+    fn settle(&mut self, epoch: u64, result: Result<(), Errno>) {
+        if self.quiesce != Quiesce::Flushing(epoch) {
+            return;
+        }
+        self.quiesce = Quiesce::Quiet;
+        self.settled = Some(result);
+    }
+
+    /// The end of everything that passed the gate.
+    #[inline]
+    fn done_with_change(&mut self, slot: Slot, result: Result<(), Errno>) {
+        self.done(slot, result);
+        self.gate.leave();
+        self.flush_if_drained();
+    }
+
+    #[inline]
+    fn done(&mut self, slot: Slot, result: Result<(), Errno>) {
+        self.stages[usize::from(slot)] = Stage::Free;
+        self.actions.push_back(Action::Done { slot, result });
+    }
+
+    #[inline]
+    fn flush_if_drained(&mut self) {
+        if self.quiesce == Quiesce::Draining && self.gate.is_drained() {
+            self.quiesce = Quiesce::Flushing(self.epoch);
+            self.sync_line.join(Waiter::Barrier(self.epoch));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn engine(mode: CacheMode, durable_writes: bool) -> Engine {
+        let mut engine = Engine::new(CachePolicy::from(mode), durable_writes);
+        engine.set_driver_can_flush(true);
+        engine
+    }
+
+    fn drain(engine: &mut Engine) -> Vec<Action> {
+        std::iter::from_fn(|| engine.next_action()).collect()
+    }
+
+    fn data(slot: Slot, durable: bool) -> Action {
+        Action::Submit { token: Token::Data(slot), durable }
+    }
+
+    fn done(slot: Slot) -> Action {
+        Action::Done { slot, result: Ok(()) }
+    }
+
+    const SYNC: Action = Action::Submit { token: Token::Sync, durable: false };
+
+    #[test]
+    fn a_batch_of_through_writes_shares_one_sync() {
+        let mut engine = engine(CacheMode::Writethrough, false);
+        (0..64).for_each(|slot| assert_eq!(engine.offer(slot, Kind::Write), Offer::Taken));
+        assert_eq!(drain(&mut engine), (0..64).map(|slot| data(slot, false)).collect::<Vec<_>>());
+        (0..64).for_each(|slot| engine.complete(Token::Data(slot), Ok(())));
+        assert_eq!(drain(&mut engine), [SYNC]);
+        assert_eq!(engine.writes_in_flight(), 64);
+        engine.complete(Token::Sync, Ok(()));
+        assert_eq!(drain(&mut engine), (0..64).map(done).collect::<Vec<_>>());
+        assert!(engine.is_idle());
+    }
+
+    #[test]
+    fn a_native_durable_write_needs_no_sync_but_a_discard_does() {
+        let mut engine = engine(CacheMode::Directsync, true);
+        engine.offer(0, Kind::Write);
+        engine.offer(1, Kind::Discard);
+        assert_eq!(drain(&mut engine), [data(0, true), data(1, false)]);
+        engine.complete(Token::Data(0), Ok(()));
+        engine.complete(Token::Data(1), Ok(()));
+        assert_eq!(drain(&mut engine), [done(0), SYNC]);
+    }
+
+    #[test]
+    fn unsafe_syncs_for_the_operator_and_never_for_the_guest() {
+        let mut engine = engine(CacheMode::Unsafe, true);
+        engine.set_driver_can_flush(false);
+        engine.offer(0, Kind::Write);
+        engine.offer(1, Kind::Flush);
+        assert_eq!(drain(&mut engine), [data(0, false), done(1)]);
+        engine.complete(Token::Data(0), Ok(()));
+        assert_eq!(drain(&mut engine), [done(0)]);
+        engine.block_writes();
+        assert_eq!(drain(&mut engine), [SYNC]);
+        engine.complete(Token::Sync, Ok(()));
+        assert_eq!(drain(&mut engine), [Action::Quiesced(Ok(()))]);
+    }
+
+    #[test]
+    fn an_answer_not_taken_before_the_resume_does_not_answer_the_next_quiesce() {
+        let mut engine = engine(CacheMode::None, false);
+        engine.block_writes();
+        assert_eq!(drain(&mut engine), [SYNC]);
+        engine.complete(Token::Sync, Ok(()));
+        engine.unblock_writes();
+        assert_eq!(engine.offer(0, Kind::Write), Offer::Taken);
+        engine.block_writes();
+        assert_eq!(drain(&mut engine), [data(0, false)], "neither Quiesced nor Resumed");
+    }
+
+    #[test]
+    fn a_driver_of_which_nothing_is_known_is_served_write_through() {
+        let mut engine = Engine::new(CachePolicy::from(CacheMode::None), true);
+        engine.offer(0, Kind::Write);
+        assert_eq!(drain(&mut engine), [data(0, true)]);
+    }
+
+    #[test]
+    fn steady_state_allocates_nothing() {
+        let mut engine = engine(CacheMode::Writethrough, false);
+        let mut round = || {
+            (0..32).for_each(|slot| assert_eq!(engine.offer(slot, Kind::Write), Offer::Taken));
+            while engine.next_action().is_some() {}
+            (0..32).for_each(|slot| engine.complete(Token::Data(slot), Ok(())));
+            while engine.next_action().is_some() {}
+            engine.complete(Token::Sync, Ok(()));
+            while engine.next_action().is_some() {}
+            (engine.actions.capacity(), engine.stages.capacity())
+        };
+        let first = round();
+        (0..10).for_each(|_| assert_eq!(round(), first));
+    }
+
+    #[test]
+    fn the_highest_slot_is_a_slot() {
+        let mut engine = engine(CacheMode::None, false);
+        assert_eq!(engine.offer(Slot::MAX, Kind::Read), Offer::Taken);
+        assert_eq!(drain(&mut engine), [data(Slot::MAX, false)]);
+        engine.complete(Token::Data(Slot::MAX), Err(Errno(5)));
+        assert_eq!(drain(&mut engine), [Action::Done { slot: Slot::MAX, result: Err(Errno(5)) }]);
     }
 }

@@ -1,0 +1,112 @@
+//! Group commit: which sync covers which waiters.
+//!
+//! A sync covers what the back-end had finished when the sync was handed over (clause 4 of the back-end's contract).
+//! So a waiter never joins a sync that is running: it waits for the next one, which starts when the running one is
+//! over and covers everybody who waits by then. At most one sync runs at a time; starting a second would make the
+//! device do twice what the next one does once.
+
+use super::Slot;
+
+/// Who waits for a sync.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Waiter {
+    /// A flush, or a request whose data arrived and must be durable before its answer.
+    Request(Slot),
+    /// The quiesce of this epoch.
+    Barrier(u64),
+}
+
+/// The two groups: those that the running sync covers and those that wait for the next. The vectors swap roles and
+/// are reused, so in steady state nothing is allocated.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct SyncLine {
+    running: bool,
+    covered: Vec<Waiter>,
+    waiting: Vec<Waiter>,
+}
+
+impl SyncLine {
+    /// Waits for the next sync that starts.
+    #[inline]
+    pub fn join(&mut self, waiter: Waiter) {
+        self.waiting.push(waiter);
+    }
+
+    /// Starts a sync if somebody waits and none is running. Returns whether one must be submitted now.
+    #[inline]
+    pub fn start(&mut self) -> bool {
+        if self.running || self.waiting.is_empty() {
+            return false;
+        }
+        debug_assert!(self.covered.is_empty(), "the last sync's waiters were not settled");
+        std::mem::swap(&mut self.covered, &mut self.waiting);
+        self.running = true;
+        true
+    }
+
+    /// The running sync is over: hands out those it covered, in the order they joined. `None`: none was running.
+    /// Give the vector back through [`SyncLine::recycle`].
+    pub fn finish(&mut self) -> Option<Vec<Waiter>> {
+        if !self.running {
+            return None;
+        }
+        self.running = false;
+        Some(std::mem::take(&mut self.covered))
+    }
+
+    /// Takes the vector of [`SyncLine::finish`] back, so that the next group needs no new one.
+    pub fn recycle(&mut self, mut settled: Vec<Waiter>) {
+        settled.clear();
+        self.covered = settled;
+    }
+
+    /// No sync is running and nobody waits for one.
+    #[inline]
+    pub fn is_idle(&self) -> bool {
+        !self.running && self.waiting.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_sync_serves_all_who_wait_and_none_who_come_later() {
+        let mut line = SyncLine::default();
+        assert!(!line.start(), "nobody waits");
+        line.join(Waiter::Request(1));
+        line.join(Waiter::Request(2));
+        assert!(line.start());
+        line.join(Waiter::Request(3));
+        line.join(Waiter::Barrier(7));
+        assert!(!line.start(), "one at a time");
+
+        let first = line.finish().unwrap();
+        assert_eq!(first, [Waiter::Request(1), Waiter::Request(2)]);
+        line.recycle(first);
+        assert!(!line.is_idle(), "two wait");
+        assert!(line.start());
+        assert_eq!(line.finish().unwrap(), [Waiter::Request(3), Waiter::Barrier(7)]);
+        assert!(line.is_idle());
+        assert_eq!(line.finish(), None);
+    }
+
+    #[test]
+    fn a_round_reuses_its_memory() {
+        let mut line = SyncLine::default();
+        let round = |line: &mut SyncLine| {
+            (0..64).for_each(|slot| line.join(Waiter::Request(slot)));
+            assert!(line.start());
+            let settled = line.finish().unwrap();
+            let place = settled.as_ptr();
+            line.recycle(settled);
+            place
+        };
+        let (first, second) = (round(&mut line), round(&mut line));
+        for _ in 0..10 {
+            let place = round(&mut line);
+            assert!(place == first || place == second);
+        }
+    }
+}
