@@ -1,7 +1,7 @@
 //! One disk: what it offers, and serving one front-end after the other.
 
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use vhost::vhost_user::{BackendReqHandler, Error};
 
@@ -45,8 +45,18 @@ pub struct Device {
     rings: Arc<Rings>,
     offer: Offer,
     identity: Arc<Identity>,
-    /// The front-end's socket, for `disconnect`.
-    connection: Mutex<Option<UnixStream>>,
+    connection: Mutex<Connection>,
+    /// `connection.front_end` became `None`.
+    left: Condvar,
+}
+
+/// Whether somebody is served, and whether anybody may be.
+#[derive(Default)]
+struct Connection {
+    /// The front-end's socket, from the start of `serve` to its end.
+    front_end: Option<UnixStream>,
+    /// `shutdown` was called.
+    closed: bool,
 }
 
 impl Device {
@@ -69,7 +79,8 @@ impl Device {
                 serial: Arc::new(serial),
             }),
             rings: Rings::new(backend, options.mode, events),
-            connection: Mutex::new(None),
+            connection: Mutex::default(),
+            left: Condvar::new(),
         })
     }
 
@@ -78,11 +89,17 @@ impl Device {
         self.rings.clone()
     }
 
-    /// Serves a front-end until it leaves, or [`Device::disconnect`]. On return every ring is stopped, everything
-    /// popped is answered, and (in every mode but `unsafe`) synced. Returns why it ended, for the log. One call at a
-    /// time; blocks; the vhost-user thread.
+    /// Serves a front-end until it leaves, breaks the protocol, or [`Device::shutdown`]. On return every ring is
+    /// stopped, everything popped is answered, and (in every mode but `unsafe`) synced. Returns why it ended, for the
+    /// log. One call at a time; blocks; the vhost-user thread.
     pub fn serve(&self, stream: UnixStream) -> std::io::Result<String> {
-        *self.connection.lock().expect("no panic while held") = Some(stream.try_clone()?);
+        {
+            let mut connection = self.lock();
+            if connection.closed {
+                return Ok("the daemon is ending".into());
+            }
+            connection.front_end = Some(stream.try_clone()?);
+        }
         self.rings.connected();
         let handler = Handler::new(self.rings.clone(), self.offer.clone(), self.identity.clone());
         let handler = Arc::new(Mutex::new(handler));
@@ -99,16 +116,27 @@ impl Device {
             Error::Disconnected | Error::PartialMessage | Error::SocketBroken(_) => "the front-end left".to_owned(),
             error => format!("the front-end broke the protocol: {error}"),
         };
-        self.connection.lock().expect("no panic while held").take();
         self.rings.disconnected(&why);
+        self.lock().front_end = None;
+        self.left.notify_all();
         Ok(why)
     }
 
-    /// Ends the connection, if there is one: `serve` drains and returns. Main, at shutdown.
-    pub fn disconnect(&self) {
-        if let Some(stream) = &*self.connection.lock().expect("no panic while held") {
+    /// Ends the connection, if there is one, and serves nobody any more; returns when everything popped is answered.
+    /// Main, at the end.
+    pub fn shutdown(&self) {
+        let mut connection = self.lock();
+        connection.closed = true;
+        if let Some(stream) = &connection.front_end {
             // Already closed by the other side is fine.
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }
+        while connection.front_end.is_some() {
+            connection = self.left.wait(connection).expect("no panic while held");
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Connection> {
+        self.connection.lock().expect("no panic while held")
     }
 }
