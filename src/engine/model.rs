@@ -1,0 +1,420 @@
+//! What the engine is judged by: a medium that keeps what was synced and loses the rest, a back-end that completes in
+//! any order, a worker that may dawdle, and the [`Oracle`]s. Shares nothing with the engine but its public words; even
+//! the mode table is written a second time.
+
+use super::{Action, CacheMode, CachePolicy, Engine, Errno, Kind, Offer, Slot, Token};
+
+/// Requests in one script, at most.
+pub const MOST_REQUESTS: usize = 6;
+/// The error of every transfer that fails.
+pub const DATA_ERROR: Errno = Errno(5);
+/// The error of every sync that fails.
+pub const SYNC_ERROR: Errno = Errno(28);
+
+/// A set of requests of the script, one bit each.
+type Set = u8;
+
+/// The promises. A path that breaks one ends there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Oracle {
+    /// A request was answered that is not in flight.
+    AnsweredTwice,
+    /// Everything came back and was taken, and a request has no answer.
+    Unanswered,
+    /// A change (or a flush) was taken while writes were blocked.
+    AdmittedWhileBlocked,
+    /// A read was held, or anything while the gate was open.
+    HeldWithoutReason,
+    /// Acknowledged under write-through, and not durable.
+    ThroughNotDurable,
+    /// A flush was acknowledged, and a write acknowledged before the flush was offered is not durable.
+    FlushNotDurable,
+    /// A request whose transfer failed, or whose sync failed, was acknowledged (or got the other's error).
+    FailureAcknowledged,
+    /// A request failed though neither its transfer nor a sync that covered it did.
+    FailedWithoutReason,
+    /// Quiesced(Ok) while a change was in flight.
+    QuietInFlight,
+    /// Quiesced(Ok) while an acknowledged write was not durable.
+    QuietNotDurable,
+    /// Quiesced, but not with the result of a sync that began within this quiesce after the last change was done.
+    QuietUnsynced,
+    /// Quiesced while no quiesce waits for its answer.
+    QuiescedTwice,
+    /// Everything came back, writes are still blocked, and no Quiesced came.
+    QuiesceUnanswered,
+    /// Resumed while writes were blocked, or without an unblock.
+    ResumedWithoutReason,
+    /// Writes are unblocked and Resumed never came.
+    ResumedLost,
+    /// A sync was submitted while one was running.
+    TwoSyncs,
+    /// The durable flag on anything but a write, or where the back-end has no durable writes.
+    DurableFlagMisused,
+    /// `writes_in_flight` differs from what is taken and not answered.
+    Miscounted,
+    /// `is_idle` while something is in flight, or not although nothing is.
+    IdleWrong,
+}
+
+/// What one exploration is about.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    pub mode: CacheMode,
+    pub durable_writes: bool,
+    pub driver_can_flush: bool,
+    /// The requests, in the ring's order.
+    pub script: Vec<Kind>,
+    /// How often writes are blocked, at most.
+    pub blocks: u8,
+    /// How many completions fail, at most.
+    pub errors: u8,
+}
+
+impl Setup {
+    fn is_through(&self) -> bool {
+        match self.mode {
+            CacheMode::Directsync | CacheMode::Writethrough => true,
+            CacheMode::None | CacheMode::Writeback => !self.driver_can_flush,
+            CacheMode::Unsafe => false,
+        }
+    }
+}
+
+/// What a worker may do next.
+#[derive(Clone, Copy, Debug)]
+pub enum Step {
+    /// Offer the request at the head of the ring.
+    Offer,
+    /// Hand over a completion.
+    Complete(Token, Result<(), Errno>),
+    /// A holder comes.
+    Block,
+    /// A holder leaves.
+    Unblock,
+    /// Take and do all actions.
+    Act,
+}
+
+/// Whether a quiesce waits for its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Hold {
+    Open,
+    Waiting,
+    Answered,
+}
+
+/// The sync that is running, as of its submission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Sync {
+    /// Transfers that had finished: these it makes durable.
+    landed: Set,
+    /// Requests that waited for nothing but a sync.
+    waiting: Set,
+    /// It began within a quiesce with no change in flight; which quiesce.
+    barrier: Option<u8>,
+}
+
+/// The engine and everything around it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct World {
+    pub engine: Engine,
+    /// The request in each slot. Slots are reused, the lowest first.
+    slots: [Option<u8>; MOST_REQUESTS],
+    /// The next request of the script.
+    next: u8,
+    held: bool,
+    holders: u8,
+    blocks_left: u8,
+    errors_left: u8,
+    hold: Hold,
+    /// Counts quiesces, from the first holder of each.
+    quiesces: u8,
+    /// How the latest sync that could answer the present quiesce ended.
+    barrier: Option<Result<(), Errno>>,
+    resume_due: bool,
+    /// Something happened since the actions were taken.
+    act_due: bool,
+    sync: Option<Sync>,
+    /// With the back-end, and of these the ones with the durable flag.
+    moving: Set,
+    flagged: Set,
+    offered: Set,
+    answered: Set,
+    acked: Set,
+    landed: Set,
+    durable: Set,
+    data_failed: Set,
+    sync_failed: Set,
+    /// For a flush: the changes that had been acknowledged when it was offered.
+    owed: [Set; MOST_REQUESTS],
+}
+
+impl World {
+    pub fn new(setup: &Setup) -> World {
+        assert!(setup.script.len() <= MOST_REQUESTS);
+        let mut engine = Engine::new(CachePolicy::from(setup.mode), setup.durable_writes);
+        engine.set_driver_can_flush(setup.driver_can_flush);
+        World {
+            engine,
+            slots: [None; MOST_REQUESTS],
+            next: 0,
+            held: false,
+            holders: 0,
+            blocks_left: setup.blocks,
+            errors_left: setup.errors,
+            hold: Hold::Open,
+            quiesces: 0,
+            barrier: None,
+            resume_due: false,
+            act_due: false,
+            sync: None,
+            moving: 0,
+            flagged: 0,
+            offered: 0,
+            answered: 0,
+            acked: 0,
+            landed: 0,
+            durable: 0,
+            data_failed: 0,
+            sync_failed: 0,
+            owed: [0; MOST_REQUESTS],
+        }
+    }
+
+    /// All that may happen now. A held request is offered again only once the gate is open; whether it waits for
+    /// `Resumed` or a kick comes first is left open.
+    pub fn steps(&self, setup: &Setup, steps: &mut Vec<Step>) {
+        steps.clear();
+        if self.act_due {
+            steps.push(Step::Act);
+        }
+        if usize::from(self.next) < setup.script.len() && !(self.held && self.holders > 0) {
+            steps.push(Step::Offer);
+        }
+        let mut complete = |token, error| {
+            steps.push(Step::Complete(token, Ok(())));
+            if self.errors_left > 0 {
+                steps.push(Step::Complete(token, Err(error)));
+            }
+        };
+        for (slot, request) in self.slots.iter().enumerate() {
+            if request.is_some_and(|request| self.moving & 1 << request != 0) {
+                complete(Token::Data(slot as Slot), DATA_ERROR);
+            }
+        }
+        if self.sync.is_some() {
+            complete(Token::Sync, SYNC_ERROR);
+        }
+        if self.blocks_left > 0 {
+            steps.push(Step::Block);
+        }
+        if self.holders > 0 {
+            steps.push(Step::Unblock);
+        }
+    }
+
+    /// Does one step and asks the oracles that judge events. [`World::judge`] asks the others.
+    pub fn step(&mut self, setup: &Setup, step: Step) -> Result<(), Oracle> {
+        match step {
+            Step::Offer => self.offer(setup)?,
+            Step::Complete(token, result) => self.complete(setup, token, result),
+            Step::Block => {
+                self.blocks_left -= 1;
+                self.holders += 1;
+                if self.holders == 1 {
+                    self.hold = Hold::Waiting;
+                    self.quiesces += 1;
+                    self.barrier = None;
+                    self.resume_due = false;
+                }
+                self.engine.block_writes();
+            }
+            Step::Unblock => {
+                self.holders -= 1;
+                if self.holders == 0 {
+                    self.hold = Hold::Open;
+                    self.resume_due = true;
+                }
+                self.engine.unblock_writes();
+            }
+            Step::Act => {
+                while let Some(action) = self.engine.next_action() {
+                    self.act(setup, action)?;
+                }
+            }
+        }
+        self.act_due = match step {
+            Step::Act => false,
+            // A held request changes nothing, so there is nothing to do.
+            Step::Offer => self.act_due || !self.held,
+            _ => true,
+        };
+        Ok(())
+    }
+
+    fn offer(&mut self, setup: &Setup) -> Result<(), Oracle> {
+        let request = self.next;
+        let kind = setup.script[usize::from(request)];
+        let slot = self.slots.iter().position(Option::is_none).expect("a slot for each request");
+        let may_pass = kind == Kind::Read || self.holders == 0;
+        match self.engine.offer(slot as Slot, kind) {
+            Offer::Taken if !may_pass => return Err(Oracle::AdmittedWhileBlocked),
+            Offer::Held if may_pass => return Err(Oracle::HeldWithoutReason),
+            Offer::Held => {
+                self.held = true;
+                return Ok(());
+            }
+            Offer::Taken => {}
+        }
+        self.held = false;
+        self.next += 1;
+        self.slots[slot] = Some(request);
+        self.offered |= 1 << request;
+        self.owed[usize::from(request)] = if kind == Kind::Flush { self.acked & changes(setup) } else { 0 };
+        Ok(())
+    }
+
+    fn complete(&mut self, setup: &Setup, token: Token, result: Result<(), Errno>) {
+        self.errors_left -= u8::from(result.is_err());
+        self.engine.complete(token, result);
+        match token {
+            Token::Data(slot) => {
+                let bit = 1 << self.slots[usize::from(slot)].expect("a request is moving in this slot");
+                self.moving &= !bit;
+                match result {
+                    Ok(()) => self.landed |= bit & changes(setup),
+                    Err(_) => self.data_failed |= bit,
+                }
+                if result.is_ok() && self.flagged & bit != 0 {
+                    self.durable |= bit;
+                }
+            }
+            Token::Sync => {
+                let sync = self.sync.take().expect("a sync is running");
+                match result {
+                    Ok(()) => self.durable |= sync.landed,
+                    Err(_) => self.sync_failed |= sync.waiting & !self.answered,
+                }
+                if sync.barrier == Some(self.quiesces) && self.holders > 0 {
+                    self.barrier = Some(result);
+                }
+            }
+        }
+    }
+
+    fn act(&mut self, setup: &Setup, action: Action) -> Result<(), Oracle> {
+        match action {
+            Action::Submit { token: Token::Data(slot), durable } => {
+                let request = self.slots[usize::from(slot)].expect("only offered slots are submitted");
+                let is_write = setup.script[usize::from(request)] == Kind::Write;
+                if durable && !(setup.durable_writes && is_write) {
+                    return Err(Oracle::DurableFlagMisused);
+                }
+                self.moving |= 1 << request;
+                self.flagged |= u8::from(durable) << request;
+            }
+            Action::Submit { token: Token::Sync, .. } => {
+                if self.sync.is_some() {
+                    return Err(Oracle::TwoSyncs);
+                }
+                let open = self.offered & !self.answered;
+                let waiting = open & ((self.landed & changes(setup)) | flushes(setup));
+                let quiet = self.holders > 0 && open & !reads(setup) == 0;
+                self.sync = Some(Sync { landed: self.landed, waiting, barrier: quiet.then_some(self.quiesces) });
+            }
+            Action::Done { slot, result } => self.answer(setup, slot, result)?,
+            Action::Quiesced(result) => self.quiesced(setup, result)?,
+            Action::Resumed => {
+                if self.holders > 0 || !self.resume_due {
+                    return Err(Oracle::ResumedWithoutReason);
+                }
+                self.resume_due = false;
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, setup: &Setup, slot: Slot, result: Result<(), Errno>) -> Result<(), Oracle> {
+        let request = self.slots[usize::from(slot)].take().ok_or(Oracle::AnsweredTwice)?;
+        let bit = 1 << request;
+        self.answered |= bit;
+        let expected = match (self.data_failed & bit != 0, self.sync_failed & bit != 0) {
+            (true, _) => Err(DATA_ERROR),
+            (_, true) => Err(SYNC_ERROR),
+            _ => Ok(()),
+        };
+        match (expected, result) {
+            (Ok(()), Err(_)) => return Err(Oracle::FailedWithoutReason),
+            (Err(_), _) if result != expected => return Err(Oracle::FailureAcknowledged),
+            (Err(_), _) => return Ok(()),
+            (Ok(()), Ok(())) => {}
+        }
+        self.acked |= bit;
+        if setup.is_through() && bit & changes(setup) & !self.durable != 0 {
+            return Err(Oracle::ThroughNotDurable);
+        }
+        if setup.mode != CacheMode::Unsafe && self.owed[usize::from(request)] & !self.durable != 0 {
+            return Err(Oracle::FlushNotDurable);
+        }
+        Ok(())
+    }
+
+    fn quiesced(&mut self, setup: &Setup, result: Result<(), Errno>) -> Result<(), Oracle> {
+        if self.hold != Hold::Waiting {
+            return Err(Oracle::QuiescedTwice);
+        }
+        self.hold = Hold::Answered;
+        if result.is_ok() && self.offered & !self.answered & !reads(setup) != 0 {
+            return Err(Oracle::QuietInFlight);
+        }
+        if result.is_ok() && self.acked & changes(setup) & !self.durable != 0 {
+            return Err(Oracle::QuietNotDurable);
+        }
+        if self.barrier != Some(result) {
+            return Err(Oracle::QuietUnsynced);
+        }
+        Ok(())
+    }
+
+    /// What must hold in every state, and what must have happened once nothing is under way.
+    pub fn judge(&self, setup: &Setup) -> Result<(), Oracle> {
+        let open = self.offered & !self.answered;
+        let under_way = open != 0 || self.sync.is_some();
+        if under_way && self.engine.is_idle() {
+            return Err(Oracle::IdleWrong);
+        }
+        if self.act_due {
+            return Ok(());
+        }
+        if self.engine.writes_in_flight() != (open & !reads(setup)).count_ones() {
+            return Err(Oracle::Miscounted);
+        }
+        if self.moving != 0 || self.sync.is_some() {
+            return Ok(());
+        }
+        match () {
+            _ if open != 0 => Err(Oracle::Unanswered),
+            _ if self.hold == Hold::Waiting => Err(Oracle::QuiesceUnanswered),
+            _ if self.resume_due => Err(Oracle::ResumedLost),
+            _ if !self.engine.is_idle() => Err(Oracle::IdleWrong),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn of(setup: &Setup, is: impl Fn(Kind) -> bool) -> Set {
+    setup.script.iter().enumerate().filter(|(_, kind)| is(**kind)).map(|(request, _)| 1 << request).sum()
+}
+
+fn reads(setup: &Setup) -> Set {
+    of(setup, |kind| kind == Kind::Read)
+}
+
+fn flushes(setup: &Setup) -> Set {
+    of(setup, |kind| kind == Kind::Flush)
+}
+
+fn changes(setup: &Setup) -> Set {
+    of(setup, |kind| !matches!(kind, Kind::Read | Kind::Flush))
+}
