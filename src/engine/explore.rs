@@ -2,10 +2,14 @@
 //! writes and a driver that can flush, and asks the oracles of [`super::model`] after every step.
 //!
 //! States that were seen are not walked again: two paths that lead to equal worlds have the same future. A seen state
-//! is remembered by a 64-bit hash, so a walk of a million states misses one with a chance of about one in 10^7.
+//! is remembered by a 64-bit hash; a walk has some 10^6 states at most, so that one of them is taken for another is a
+//! matter of one in 10^7.
 //!
-//! `cargo test` walks [`SHORT`] in a few seconds. `VIRTIOBLKD_EXPLORE=long cargo test --release explore` walks every
-//! script of up to three requests and many of four and five, with two errors and three holders.
+//! `cargo test` walks [`short`] in a few seconds. `VIRTIOBLKD_EXPLORE=long cargo test --lib no_order_of_events` walks
+//! [`long`], more than a hundred times as much: a few minutes in a debug build.
+//!
+//! A violation is printed with the setup and the steps that lead to it. A new promise is a new oracle, and a mutant
+//! that shows that it bites.
 
 use std::collections::HashSet;
 use std::fmt;
