@@ -502,4 +502,29 @@ mod tests {
         engine.complete(Token::Data(Slot::MAX), Err(Errno(5)));
         assert_eq!(drain(&mut engine), [Action::Done { slot: Slot::MAX, result: Err(Errno(5)) }]);
     }
+
+    /// Each is a bug of the caller's; a hostile guest cannot cause one.
+    const CALLERS_BUGS: [fn(&mut Engine); 5] = [
+        |engine| assert_eq!(engine.offer(0, Kind::Flush), Offer::Held),
+        |engine| engine.complete(Token::Data(1), Ok(())),
+        |engine| engine.complete(Token::Data(Slot::MAX), Err(Errno(5))),
+        |engine| engine.complete(Token::Sync, Ok(())),
+        |engine| engine.unblock_writes(),
+    ];
+
+    #[test]
+    fn a_callers_bug_is_loud_in_debug_and_harmless_in_release() {
+        for (number, bug) in CALLERS_BUGS.into_iter().enumerate() {
+            let mut engine = engine(CacheMode::None, false);
+            engine.offer(0, Kind::Write);
+            assert_eq!(drain(&mut engine), [data(0, false)]);
+            let before = engine.clone();
+            let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| bug(&mut engine)));
+            assert_eq!(caught.is_err(), cfg!(debug_assertions), "bug {number}");
+            assert_eq!(engine, before, "bug {number} left a trace");
+            engine.complete(Token::Data(0), Ok(()));
+            assert_eq!(drain(&mut engine), [done(0)]);
+            assert!(engine.is_idle());
+        }
+    }
 }
