@@ -2,7 +2,13 @@
 #![allow(unsafe_code)]
 
 use std::any::Any;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+
+/// Longest buffer that [`IoBuf::zeroes`] makes, in bytes.
+pub const MOST_ZEROES: usize = 1 << 20;
+
+/// Bytes of the shared zero memory, and its alignment.
+pub const ZERO_PART: usize = 64 << 10;
 
 /// The memory of one read or write: iovecs into guest memory (or into memory of our own, in tests), and a handle that
 /// keeps it mapped. It moves into an [`super::Op`] and comes back in its [`super::Completion`].
@@ -36,6 +42,19 @@ unsafe impl Send for Owned {}
 // SAFETY: as above; no method hands out a reference to the bytes.
 unsafe impl Sync for Owned {}
 
+impl Owned {
+    fn zeroed(len: usize, align: usize) -> Self {
+        assert!(len > 0);
+        let layout = std::alloc::Layout::from_size_align(len, align).expect("a valid layout");
+        // SAFETY: the size is not zero.
+        let start = unsafe { std::alloc::alloc_zeroed(layout) };
+        if start.is_null() {
+            std::alloc::handle_alloc_error(layout);
+        }
+        Owned { start, layout }
+    }
+}
+
 impl Drop for Owned {
     fn drop(&mut self) {
         // SAFETY: `start` came from `alloc_zeroed` with this layout and is freed only here.
@@ -57,17 +76,11 @@ impl IoBuf {
     /// Zeroed memory of our own, `len` > 0 bytes, aligned to `align` (a power of two) plus `skew` bytes (to make
     /// unaligned buffers in tests).
     pub fn owned(len: usize, align: usize, skew: usize) -> Self {
-        assert!(len > 0);
-        let layout = std::alloc::Layout::from_size_align(len + skew, align).expect("a valid layout");
-        // SAFETY: the size is not zero.
-        let start = unsafe { std::alloc::alloc_zeroed(layout) };
-        if start.is_null() {
-            std::alloc::handle_alloc_error(layout);
-        }
+        let owned = Owned::zeroed(len + skew, align);
         // SAFETY: start + skew .. + len lies inside the allocation of len + skew bytes.
-        let base = unsafe { start.add(skew) };
+        let base = unsafe { owned.start.add(skew) };
         let iovec = libc::iovec { iov_base: base.cast(), iov_len: len };
-        IoBuf { iovecs: vec![iovec], len, _keep: Some(Arc::new(Owned { start, layout })) }
+        IoBuf { iovecs: vec![iovec], len, _keep: Some(Arc::new(owned)) }
     }
 
     /// The same memory as `owned`, seen as several iovecs of the lengths given (their sum is the length). For tests.
@@ -83,6 +96,23 @@ impl IoBuf {
         whole
     }
 
+    /// `len` zero bytes to write, at most [`MOST_ZEROES`]. All such buffers share one small allocation, aligned to
+    /// [`ZERO_PART`]; nobody may read into one.
+    pub fn zeroes(len: usize) -> Self {
+        assert!(len <= MOST_ZEROES);
+        static PAGE: OnceLock<Arc<Owned>> = OnceLock::new();
+        let page = PAGE.get_or_init(|| Arc::new(Owned::zeroed(ZERO_PART, ZERO_PART)));
+        let part = |at: usize| libc::iovec { iov_base: page.start.cast(), iov_len: (len - at).min(ZERO_PART) };
+        IoBuf { iovecs: (0..len).step_by(ZERO_PART).map(part).collect(), len, _keep: Some(page.clone()) }
+    }
+
+    /// Whether every part starts at a multiple of `address` and is a multiple of `length` bytes long (powers of two).
+    /// What O_DIRECT asks for.
+    #[inline]
+    pub fn is_aligned(&self, address: usize, length: usize) -> bool {
+        self.iovecs.iter().all(|part| (part.iov_base as usize) & (address - 1) == 0 && part.iov_len & (length - 1) == 0)
+    }
+
     /// Bytes in all.
     pub fn len(&self) -> usize {
         self.len
@@ -96,6 +126,11 @@ impl IoBuf {
     /// The iovecs, for the kernel.
     pub fn iovecs(&self) -> &[libc::iovec] {
         &self.iovecs
+    }
+
+    /// Appends the iovecs of `len` bytes from `offset` on to `to`. Panics if the range is not inside.
+    pub fn push_range(&self, offset: usize, len: usize, to: &mut Vec<libc::iovec>) {
+        self.walk(offset, len, |part, _, len| to.push(libc::iovec { iov_base: part.cast(), iov_len: len }));
     }
 
     /// Gives the iovec list back for reuse; the memory is no longer held.
@@ -118,6 +153,18 @@ impl IoBuf {
         self.walk(offset, from.len(), |part, at, len| {
             // SAFETY: as in `copy_to`, the other way round.
             unsafe { std::ptr::copy_nonoverlapping(from[at..at + len].as_ptr(), part, len) }
+        });
+    }
+
+    /// Copies `len` bytes at `from_offset` of `from` into this buffer at `offset`, parts on both sides. Panics if a
+    /// range is not inside.
+    pub fn copy_between(&self, offset: usize, from: &IoBuf, from_offset: usize, len: usize) {
+        self.walk(offset, len, |to, at, part| {
+            from.walk(from_offset + at, part, |source, done, step| {
+                // SAFETY: both pointers are inside iovecs that their buffers keep mapped, and `done + step` <= `part`.
+                // `copy`, not `copy_nonoverlapping`: a hostile guest may name the same memory twice.
+                unsafe { std::ptr::copy(source, to.add(done), step) }
+            });
         });
     }
 
@@ -154,6 +201,34 @@ mod tests {
         let mut middle = [0; 9];
         buf.copy_to(2, &mut middle);
         assert_eq!(middle[..], pattern[2..11]);
+    }
+
+    #[test]
+    fn copies_between_parts_of_different_shape() {
+        let from = IoBuf::owned_parts(&[5, 1, 10], 512);
+        from.copy_from(0, &(1..=16).collect::<Vec<u8>>());
+        let to = IoBuf::owned_parts(&[2, 9, 7], 512);
+        to.copy_between(3, &from, 1, 14);
+        let mut seen = [9; 18];
+        to.copy_to(0, &mut seen);
+        assert_eq!(seen, [0, 0, 0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0]);
+    }
+
+    #[test]
+    fn zeroes_are_zero_and_aligned() {
+        let zeroes = IoBuf::zeroes(MOST_ZEROES - 512);
+        assert_eq!(zeroes.len(), MOST_ZEROES - 512);
+        assert!(zeroes.is_aligned(4096, 512) && !zeroes.is_aligned(4096, 4096));
+        let mut bytes = vec![1; zeroes.len()];
+        zeroes.copy_to(0, &mut bytes);
+        assert!(bytes.iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn alignment_sees_every_part() {
+        assert!(IoBuf::owned_parts(&[512, 1024], 512).is_aligned(512, 512));
+        assert!(!IoBuf::owned_parts(&[512, 8, 504], 512).is_aligned(8, 512));
+        assert!(!IoBuf::owned(512, 512, 4).is_aligned(8, 512));
     }
 
     #[test]
