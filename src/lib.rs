@@ -11,4 +11,5 @@ pub mod backend;
 pub mod control;
 pub mod disk;
 pub mod engine;
+mod sys;
 pub mod virtio;

@@ -14,6 +14,8 @@
 
 pub mod buffer;
 pub mod failing;
+pub mod file;
+mod uring;
 
 use std::io;
 use std::os::fd::BorrowedFd;

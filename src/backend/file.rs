@@ -1,0 +1,167 @@
+//! Raw image files and host block devices, over one io_uring a ring.
+
+mod copied;
+mod geometry;
+mod helper;
+mod latch;
+mod lock;
+mod mailbox;
+mod open;
+mod queue;
+mod ranged;
+mod rmw;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustix::fs::OFlags;
+
+pub use open::OpenError;
+
+use super::{Backend, DurableWrite, Errno, Geometry, IoQueue};
+use crate::engine::CachePolicy;
+use geometry::Alignment;
+use latch::Latch;
+use queue::FileQueue;
+use ranged::Unable;
+use rmw::RangeLocks;
+
+/// Whether QEMU's image locks are used (`--locking`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Locking {
+    /// Where the filesystem has them; a warning where not.
+    #[default]
+    Auto,
+    /// No: the user answers for it.
+    Off,
+}
+
+/// What to open and how.
+#[derive(Clone, Debug)]
+pub struct FileOptions {
+    /// The image: a regular file or a block device.
+    pub path: PathBuf,
+    /// The cache mode's meaning; decides about O_DIRECT.
+    pub policy: CachePolicy,
+    /// Refuse writes; the image need not be writable.
+    pub read_only: bool,
+    /// The sector size that the guest sees, 512 or 4096 bytes; None: what O_DIRECT needs here, in every mode.
+    pub logical_block_size: Option<u32>,
+    /// Pass discards on, and let write-zeroes deallocate.
+    pub discard_unmap: bool,
+    /// QEMU's image locks.
+    pub locking: Locking,
+    /// Make single writes durable with RWF_DSYNC ([`DurableWrite::Native`]) instead of a sync after them.
+    pub durable_writes: bool,
+}
+
+/// An open image.
+pub struct FileBackend {
+    shared: Arc<Shared>,
+}
+
+/// What all queues of an image have in common.
+struct Shared {
+    /// Holds the image locks. Queues open their own descriptions.
+    fd: OwnedFd,
+    name: String,
+    flags: OFlags,
+    is_device: bool,
+    /// Opened with O_DIRECT.
+    direct: bool,
+    /// Of O_DIRECT; 1 without.
+    align: Alignment,
+    /// Bytes of the units in which the kernel discards and zeroes.
+    range_unit: u32,
+    may_unmap: bool,
+    /// The guest's blocks are smaller than those that can be written.
+    read_modify_write: bool,
+    geometry: Geometry,
+    latch: Latch,
+    unable: Unable,
+    ranges: Arc<RangeLocks>,
+}
+
+impl FileBackend {
+    /// Opens and checks an image, and takes its locks. Errors name the thing, the cause and the mend. Called by main
+    /// before the socket is bound.
+    pub fn open(options: &FileOptions) -> Result<FileBackend, OpenError> {
+        let opened = open::open(options)?;
+        let medium = opened.medium;
+        let direct = options.policy.opens_direct();
+        let align = if direct { medium.alignment } else { Alignment { memory: 1, offset: 1 } };
+        let writable = !options.read_only;
+        let may_unmap = options.discard_unmap && medium.zeroes_may_unmap;
+        let geometry = Geometry {
+            size: medium.size,
+            logical_block: opened.logical_block,
+            physical_block: medium.physical_block.max(opened.logical_block),
+            alignment_offset: medium.alignment_offset,
+            min_io: medium.min_io.max(opened.logical_block),
+            opt_io: medium.opt_io,
+            read_only: options.read_only,
+            discard: medium.discard.filter(|_| writable && options.discard_unmap),
+            write_zeroes: Some(medium.write_zeroes).filter(|_| writable),
+            zeroes_may_unmap: writable && may_unmap,
+            durable_write: if options.durable_writes { DurableWrite::Native } else { DurableWrite::Emulate },
+        };
+        let shared = Shared {
+            fd: opened.fd,
+            name: options.path.display().to_string(),
+            flags: opened.flags,
+            is_device: opened.is_device,
+            direct,
+            align,
+            range_unit: medium.range_unit,
+            may_unmap,
+            read_modify_write: opened.logical_block < align.offset,
+            geometry,
+            latch: Latch::default(),
+            unable: Unable::default(),
+            ranges: Arc::default(),
+        };
+        Ok(FileBackend { shared: Arc::new(shared) })
+    }
+}
+
+impl Backend for FileBackend {
+    fn geometry(&self) -> Geometry {
+        self.shared.geometry
+    }
+
+    fn open_queue(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
+        // Its own open file description: the kernel reports a writeback error to each of them once. If queues shared
+        // one, the first sync would take the error and another, running at the same time, would succeed.
+        let file = geometry::reopen(self.shared.fd.as_fd(), self.shared.flags)?;
+        Ok(Box::new(FileQueue::open(Arc::clone(&self.shared), file, depth)?))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let result = loop {
+            match rustix::fs::fdatasync(&self.shared.fd) {
+                Err(rustix::io::Errno::INTR) => {}
+                result => break result.map_err(|error| Errno(error.raw_os_error())),
+            }
+        };
+        self.shared.latch.judge(result, &self.shared.name).map_err(|errno| io::Error::from_raw_os_error(errno.0))
+    }
+
+    fn describe(&self) -> String {
+        let shared = &self.shared;
+        let what = if shared.is_device { "block device" } else { "raw file" };
+        let how = if shared.direct { "O_DIRECT" } else { "the host's cache" };
+        let access = if shared.geometry.read_only { ", read-only" } else { "" };
+        let modify = if shared.read_modify_write {
+            format!(", read-modify-write of {}-byte blocks", shared.align.offset)
+        } else {
+            String::new()
+        };
+        format!("{what} {} over {how}{access}{modify}", shared.name)
+    }
+
+    fn sync_failed(&self) -> Option<Errno> {
+        self.shared.latch.get()
+    }
+}

@@ -1,0 +1,60 @@
+//! QEMU's image locks (block/file-posix.c, raw_apply_lock_bytes and raw_check_lock_bytes): one byte a permission.
+//!
+//! A user of the image holds a shared lock on byte 100 + i for each permission i that it uses, and on byte 200 + i for
+//! each that it does not let others use. Then it asks whether anybody's locks contradict its own.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use crate::sys;
+
+/// RAW_LOCK_PERM_BASE.
+const USED: u64 = 100;
+/// RAW_LOCK_SHARED_BASE.
+const NOT_SHARED: u64 = 200;
+
+/// BLK_PERM_CONSISTENT_READ.
+const READ: (u64, &str) = (0, "consistent read");
+/// BLK_PERM_WRITE.
+const WRITE: (u64, &str) = (1, "write");
+
+/// Why an image could not be locked.
+#[derive(Debug)]
+pub(super) enum LockError {
+    /// Somebody uses what we do not share, or does not share what we use: the permission's name.
+    InUse(&'static str),
+    /// The filesystem or the kernel has no such locks.
+    Unavailable(io::Error),
+}
+
+/// Takes the locks of a virtio-blk device with `share-rw=off`: it reads (and writes) and shares all but writing. They
+/// live as long as the open file description behind `fd`.
+pub(super) fn lock_image(fd: BorrowedFd<'_>, read_only: bool) -> Result<(), LockError> {
+    let used: &[_] = if read_only { &[READ] } else { &[READ, WRITE] };
+    let not_shared = [WRITE];
+    // First hold, then look: of two that start together at least one sees the other.
+    let hold = |byte, name| {
+        sys::lock_byte_shared(fd, byte).map_err(|error| match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::EACCES) => LockError::InUse(name),
+            _ => LockError::Unavailable(error),
+        })
+    };
+    for &(bit, name) in used {
+        hold(USED + bit, name)?;
+    }
+    for (bit, name) in not_shared {
+        hold(NOT_SHARED + bit, name)?;
+    }
+    let free = |byte, name| match sys::byte_is_locked(fd, byte) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(LockError::InUse(name)),
+        Err(error) => Err(LockError::Unavailable(error)),
+    };
+    for (bit, name) in not_shared {
+        free(USED + bit, name)?;
+    }
+    for &(bit, name) in used {
+        free(NOT_SHARED + bit, name)?;
+    }
+    Ok(())
+}

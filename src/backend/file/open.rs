@@ -1,0 +1,173 @@
+//! Opening an image: everything that a user can get wrong is found here, before a guest waits, and said with a mend.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{FileType, Mode, OFlags, fstat, stat};
+
+use super::geometry::{self, Medium};
+use super::lock::{LockError, lock_image};
+use super::{FileOptions, Locking};
+use crate::backend::uring;
+
+/// Why an image cannot be served: the thing, the cause and the mend in one line.
+#[derive(Debug)]
+pub struct OpenError {
+    thing: String,
+    cause: String,
+    mend: String,
+}
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}; {}", self.thing, self.cause, self.mend)
+    }
+}
+
+impl std::error::Error for OpenError {}
+
+/// An image that passed every check.
+pub(super) struct Opened {
+    pub(super) fd: OwnedFd,
+    /// As it was opened, to open it again.
+    pub(super) flags: OFlags,
+    pub(super) is_device: bool,
+    pub(super) medium: Medium,
+    pub(super) logical_block: u32,
+}
+
+/// Opens and checks. Takes the image locks, which live as long as the descriptor returned.
+pub(super) fn open(options: &FileOptions) -> Result<Opened, OpenError> {
+    let path = options.path.as_path();
+    // Before opening: to open a FIFO would wait for its other end.
+    check_kind(path, stat(path).map_err(|error| cannot_open(options, error.into()))?.st_mode)?;
+    let access = if options.read_only { OFlags::RDONLY } else { OFlags::RDWR };
+    let direct = if options.policy.opens_direct() { OFlags::DIRECT } else { OFlags::empty() };
+    let flags = access | direct;
+    let fd = rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| cannot_open(options, error.into()))?;
+    let ask = |error: io::Error| fail(path, format!("cannot ask the kernel about it ({error})"), "check the storage");
+    let is_device = check_kind(path, fstat(&fd).map_err(|error| ask(error.into()))?.st_mode)?;
+    lock(options, &fd)?;
+    let medium = if is_device { geometry::of_device(fd.as_fd()) } else { geometry::of_file(fd.as_fd()) };
+    let medium = medium.map_err(ask)?;
+    let logical_block = check_shape(options, &medium, is_device)?;
+    uring::probe().map_err(|error| fail(path, "the kernel gives us no way to do I/O".into(), &error.to_string()))?;
+    Ok(Opened { fd, flags, is_device, medium, logical_block })
+}
+
+fn fail(path: &Path, cause: String, mend: &str) -> OpenError {
+    OpenError { thing: path.display().to_string(), cause, mend: mend.into() }
+}
+
+/// Whether it is a block device; an error unless it is that or a regular file.
+fn check_kind(path: &Path, mode: u32) -> Result<bool, OpenError> {
+    let what = match FileType::from_raw_mode(mode) {
+        FileType::RegularFile => return Ok(false),
+        FileType::BlockDevice => return Ok(true),
+        FileType::Directory => "a directory",
+        FileType::Fifo => "a FIFO",
+        FileType::Socket => "a socket",
+        FileType::CharacterDevice => "a character device",
+        _ => "no ordinary file",
+    };
+    Err(fail(path, format!("this is {what}"), "name a raw image file or a block device"))
+}
+
+fn cannot_open(options: &FileOptions, error: io::Error) -> OpenError {
+    let path = options.path.as_path();
+    let (cause, mend) = match error.raw_os_error() {
+        Some(libc::ENOENT) => ("there is no such file", "create it (truncate -s 10G FILE) or correct the path"),
+        Some(libc::ENOTDIR) => ("a part of the path is not a directory", "correct the path"),
+        Some(libc::ELOOP) => ("too many symbolic links", "correct the path"),
+        Some(libc::ENAMETOOLONG) => ("the path is too long", "use a shorter one"),
+        Some(libc::EACCES) if options.read_only => {
+            ("permission denied", "let the user that runs virtioblkd read it and enter its directories")
+        }
+        Some(libc::EACCES) => (
+            "permission denied",
+            "let the user that runs virtioblkd read and write it and enter its directories, or serve it with --read-only",
+        ),
+        Some(libc::EPERM) => {
+            ("operation not permitted", "remove the immutable attribute (chattr -i), or serve it with --read-only")
+        }
+        Some(libc::EROFS) => {
+            ("the filesystem or the device is read-only", "make it writable, or serve it with --read-only")
+        }
+        Some(libc::EBUSY) => ("the device is in use", "stop or unmount what uses it"),
+        Some(libc::ETXTBSY) => ("the file is in use as swap or as a running program", "stop what uses it"),
+        Some(libc::ENXIO | libc::ENODEV | libc::ENOMEDIUM) => {
+            ("there is no device or no medium behind it", "attach it, or correct the path")
+        }
+        Some(libc::EMFILE | libc::ENFILE) => {
+            ("no file descriptor is left", "raise RLIMIT_NOFILE (ulimit -n, or LimitNOFILE= in the systemd unit)")
+        }
+        Some(libc::EINVAL | libc::EOPNOTSUPP) if options.policy.opens_direct() => (
+            "its filesystem refuses O_DIRECT, which the cache modes none and directsync need",
+            "use --cache writeback, writethrough or unsafe, or move the image to another filesystem",
+        ),
+        _ => return fail(path, format!("cannot be opened ({error})"), "see the kernel's log"),
+    };
+    fail(path, cause.into(), mend)
+}
+
+fn lock(options: &FileOptions, fd: &OwnedFd) -> Result<(), OpenError> {
+    let path = options.path.as_path();
+    if options.locking == Locking::Off {
+        return Ok(());
+    }
+    match lock_image(fd.as_fd(), options.read_only) {
+        Ok(()) => Ok(()),
+        Err(LockError::InUse(permission)) => Err(fail(
+            path,
+            format!(
+                "another process uses the image (QEMU, qemu-img or another virtioblkd holds its \"{permission}\" lock)"
+            ),
+            "stop it (fuser names it), open both with --read-only, or, if you know that it is safe, use --locking off",
+        )),
+        Err(LockError::Unavailable(error)) => {
+            log::warn!(
+                "{}: image locks are not available here ({error}); nothing keeps a second writer away. --locking off \
+                 silences this",
+                path.display()
+            );
+            Ok(())
+        }
+    }
+}
+
+/// Checks the size against the blocks and returns the logical block size.
+fn check_shape(options: &FileOptions, medium: &Medium, is_device: bool) -> Result<u32, OpenError> {
+    let path = options.path.as_path();
+    // The same in every mode, so that a change of mode never changes what the guest sees.
+    let usual = medium.alignment.offset.clamp(512, 4096);
+    let logical = options.logical_block_size.unwrap_or(usual);
+    if logical != 512 && logical != 4096 {
+        let cause = format!("a logical block size of {logical} bytes is not possible");
+        return Err(fail(path, cause, "use --logical-block-size 512 or 4096"));
+    }
+    if medium.size == 0 {
+        let mend = if is_device { "attach a medium" } else { "give it a size (truncate -s 10G FILE)" };
+        return Err(fail(path, "it is empty".into(), mend));
+    }
+    // With O_DIRECT the last block must be whole for the kernel too, whatever the guest sees.
+    let (unit, whose) = match medium.alignment.offset {
+        offset if options.policy.opens_direct() && offset > logical => (offset, "blocks that O_DIRECT needs here"),
+        _ => (logical, "logical blocks"),
+    };
+    if medium.size.is_multiple_of(u64::from(unit)) {
+        return Ok(logical);
+    }
+    let cause = format!("its size, {} bytes, is not a multiple of the {unit}-byte {whose}", medium.size);
+    let mend = match (is_device, unit > 512 && medium.size.is_multiple_of(512)) {
+        (false, false) => format!("round it up: truncate -s %{unit} FILE"),
+        (false, true) if whose == "logical blocks" => {
+            format!("round it up (truncate -s %{unit} FILE), or use --logical-block-size 512")
+        }
+        (false, true) => format!("round it up (truncate -s %{unit} FILE), or use a mode over the host's cache"),
+        (true, _) => "use --logical-block-size 512, or a device of another size".into(),
+    };
+    Err(fail(path, cause, &mend))
+}

@@ -1,0 +1,306 @@
+//! One ring's way to the image: ops in, completions out, over one [`Ring`].
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::super::uring::{Command, Event, Ring, Transfer};
+use super::super::{Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
+use super::Shared;
+use super::copied::{Copied, Next, Pool};
+use super::helper::Helper;
+use super::mailbox::{Mail, Mailbox};
+use super::ranged::{Ranged, Step};
+use super::rmw::Ticket;
+
+const KICK: u32 = 0;
+const WAKE: u32 = 1;
+const MAIL: u32 = 2;
+
+/// A queue of a [`super::FileBackend`]. The order of the fields matters: the ring goes first and waits for what is in
+/// flight, then the helper, and the file last.
+pub(super) struct FileQueue {
+    ring: Ring<Job>,
+    helper: Option<Helper>,
+    /// With an open file description of its own, which remembers writeback errors for this queue.
+    _file: OwnedFd,
+    shared: Arc<Shared>,
+    mailbox: Arc<Mailbox>,
+    pool: Pool,
+    /// Ops taken and not yet in `ready`.
+    live: usize,
+    depth: usize,
+    /// Ops that wait for a range lock, by ticket, and how they begin.
+    parked: HashMap<u64, (Job, Step)>,
+    /// Ops that the helper thread works on.
+    helped: HashMap<u64, Job>,
+    last_key: u64,
+    ready: Vec<Completion>,
+    wakeups: Wakeups,
+}
+
+/// An op on its way.
+struct Job {
+    id: OpId,
+    durable: bool,
+    work: Work,
+    /// Held until the op is over, however it ends.
+    _ticket: Option<Ticket>,
+}
+
+enum Work {
+    /// One command is all of it.
+    Whole,
+    Copied(Box<Copied>),
+    Ranged(Box<Ranged>),
+}
+
+impl FileQueue {
+    pub(super) fn open(shared: Arc<Shared>, file: OwnedFd, depth: usize) -> io::Result<Self> {
+        let mut ring = Ring::new(depth, file.as_fd())?;
+        let mailbox = Arc::new(Mailbox::new()?);
+        ring.watch(MAIL, mailbox.as_fd())?;
+        Ok(FileQueue {
+            ring,
+            helper: None,
+            _file: file,
+            pool: Pool::new(shared.align),
+            shared,
+            mailbox,
+            live: 0,
+            depth,
+            parked: HashMap::new(),
+            helped: HashMap::new(),
+            last_key: 0,
+            ready: Vec::with_capacity(depth),
+            wakeups: Wakeups::default(),
+        })
+    }
+
+    /// How the op begins, and what is left of it afterwards.
+    fn plan(&mut self, op: Op) -> (bool, Work, Step) {
+        match op {
+            Op::Read { offset, buf } => self.plan_transfer((false, false), offset, buf),
+            Op::Write { offset, buf, durable } => self.plan_transfer((true, durable), offset, buf),
+            Op::Sync => (false, Work::Whole, Step::Run(Command::Sync)),
+            Op::Discard { offset, len } => self.plan_ranged(Ranged::discard(offset, len, &self.shared)),
+            Op::WriteZeroes { offset, len, unmap } => {
+                self.plan_ranged(Ranged::zeroes(offset, len, unmap, &self.shared))
+            }
+        }
+    }
+
+    fn plan_transfer(&mut self, (write, durable): (bool, bool), offset: u64, buf: IoBuf) -> (bool, Work, Step) {
+        let align = self.shared.align;
+        // An aligned list of parts may still add up to less than a block of the medium, or start inside one.
+        let whole_blocks = (offset | buf.len() as u64) & u64::from(align.offset - 1) == 0;
+        if whole_blocks && buf.is_aligned(align.memory as usize, align.offset as usize) {
+            let len = buf.len();
+            let transfer = Transfer { write, durable, offset, buf, from: 0, len };
+            return (durable, Work::Whole, Step::Run(Command::Transfer(transfer)));
+        }
+        let (copied, command) = Copied::begin((write, durable), offset, buf, align.offset, &mut self.pool);
+        (durable, Work::Copied(Box::new(copied)), Step::Run(command))
+    }
+
+    fn plan_ranged(&mut self, mut ranged: Ranged) -> (bool, Work, Step) {
+        let step = ranged.next(&self.shared, &mut self.pool);
+        (false, Work::Ranged(Box::new(ranged)), step)
+    }
+
+    /// Asks for the range lock of an op that changes the image, where blocks of the medium are larger than the guest's.
+    fn lock(&self, op: &Op) -> Option<(Ticket, bool)> {
+        if !self.shared.read_modify_write {
+            return None;
+        }
+        let (offset, len) = match op {
+            Op::Read { .. } | Op::Sync => return None,
+            Op::Write { offset, buf, .. } => (*offset, buf.len() as u64),
+            Op::Discard { offset, len } | Op::WriteZeroes { offset, len, .. } => (*offset, *len),
+        };
+        let align = u64::from(self.shared.align.offset);
+        let blocks = offset & !(align - 1)..(offset + len).next_multiple_of(align);
+        let exclusive = (offset | len) & (align - 1) != 0;
+        Some(self.shared.ranges.acquire(blocks, exclusive, &self.mailbox))
+    }
+
+    fn run(&mut self, job: Job, step: Step) {
+        match step {
+            Step::Run(command) => self.ring.start(command, job),
+            Step::DiscardDevice { offset, len } => self.discard_device(job, offset, len),
+            Step::Done(result) => self.finish(job, result, None),
+        }
+    }
+
+    fn discard_device(&mut self, mut job: Job, offset: u64, len: u64) {
+        if self.helper.is_none() {
+            match Helper::start(Arc::clone(&self.shared), Arc::clone(&self.mailbox)) {
+                Ok(helper) => self.helper = Some(helper),
+                Err(error) => {
+                    log::error!("{}: no thread for a discard ({error})", self.shared.name);
+                    job.work = Work::Whole;
+                    return self.finish(job, Err(Errno(libc::ENOMEM)), None);
+                }
+            }
+        }
+        self.last_key += 1;
+        self.helped.insert(self.last_key, job);
+        self.helper.as_ref().expect("started just now").discard(self.last_key, offset, len);
+    }
+
+    /// A command came out of the ring: the op goes on, or is over.
+    fn after(&mut self, mut job: Job, command: Command, result: Result<(), Errno>) {
+        match (&mut job.work, command) {
+            (Work::Whole, Command::Transfer(transfer)) => {
+                if self.shared.direct && result == Err(Errno(libc::EINVAL)) {
+                    return self.bounce_after_all(job, transfer);
+                }
+                self.finish(job, result, Some(transfer.buf));
+            }
+            (Work::Whole, _) => {
+                let result = self.shared.latch.judge(result, &self.shared.name);
+                self.finish(job, result, None);
+            }
+            (Work::Copied(copied), Command::Transfer(transfer)) => {
+                match copied.after(result, transfer.buf, &mut self.pool) {
+                    Next::Run(command) => self.ring.start(command, job),
+                    Next::Done(result) => self.finish(job, result, None),
+                }
+            }
+            (Work::Copied(_), _) => unreachable!("a copied transfer runs transfers only"),
+            (Work::Ranged(ranged), command) => {
+                let step = ranged.after(command, result, &self.shared, &mut self.pool);
+                self.run(job, step);
+            }
+        }
+    }
+
+    /// The kernel refused a buffer that looked aligned: a filesystem that asks for more than it tells.
+    fn bounce_after_all(&mut self, mut job: Job, transfer: Transfer) {
+        let Transfer { write, durable, offset, buf, .. } = transfer;
+        let align = self.shared.align.offset;
+        let (copied, command) = Copied::begin((write, durable), offset, buf, align, &mut self.pool);
+        job.work = Work::Copied(Box::new(copied));
+        self.ring.start(command, job);
+    }
+
+    fn finish(&mut self, job: Job, mut result: Result<(), Errno>, buf: Option<IoBuf>) {
+        if job.durable {
+            result = match result {
+                // Over the page cache the data may be lost and its pages marked clean, as after a failed fdatasync.
+                Err(_) if !self.shared.direct => self.shared.latch.judge(result, &self.shared.name),
+                Err(errno) => Err(errno),
+                Ok(()) => self.shared.latch.judge(Ok(()), &self.shared.name),
+            };
+        }
+        let buf = match job.work {
+            Work::Copied(copied) => Some(copied.into_guest()),
+            Work::Whole | Work::Ranged(_) => buf,
+        };
+        self.live -= 1;
+        self.ready.push(Completion { id: job.id, result, buf });
+    }
+
+    /// Works off what the ring has, without a system call.
+    fn collect(&mut self) {
+        while let Some(event) = self.ring.next_event() {
+            match event {
+                Event::Finished(job, command, result) => self.after(job, command, result),
+                Event::Fired(KICK) => self.wakeups.kick = true,
+                Event::Fired(WAKE) => self.wakeups.wake = true,
+                Event::Fired(_) => self.open_mail(),
+            }
+        }
+    }
+
+    fn open_mail(&mut self) {
+        for mail in self.mailbox.take() {
+            match mail {
+                Mail::Granted(ticket) => {
+                    // Not there: the queue is being dropped, or it was granted in `push`.
+                    if let Some((job, step)) = self.parked.remove(&ticket) {
+                        self.run(job, step);
+                    }
+                }
+                Mail::Discarded(key, result) => {
+                    let mut job = self.helped.remove(&key).expect("the helper answers each task once");
+                    let result = result.map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EIO)));
+                    let Work::Ranged(ranged) = &mut job.work else { unreachable!("only a range is helped") };
+                    let step = ranged.discarded(result, &self.shared, &mut self.pool);
+                    self.run(job, step);
+                }
+            }
+        }
+    }
+
+    fn has_news(&self) -> bool {
+        !self.ready.is_empty() || self.wakeups != Wakeups::default()
+    }
+}
+
+impl IoQueue for FileQueue {
+    fn push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
+        // An op counts until it was reaped: what was finished on the spot must not pile up either.
+        if self.live + self.ready.len() >= self.depth {
+            return Err(op);
+        }
+        self.live += 1;
+        let refused = self.shared.geometry.read_only && !matches!(op, Op::Read { .. } | Op::Sync);
+        if refused {
+            let buf = if let Op::Write { buf, .. } = op { Some(buf) } else { None };
+            let job = Job { id, durable: false, work: Work::Whole, _ticket: None };
+            self.finish(job, Err(Errno(libc::EROFS)), buf);
+            return Ok(());
+        }
+        let ticket = self.lock(&op);
+        let (durable, work, step) = self.plan(op);
+        match ticket {
+            None => self.run(Job { id, durable, work, _ticket: None }, step),
+            Some((ticket, true)) => self.run(Job { id, durable, work, _ticket: Some(ticket) }, step),
+            Some((ticket, false)) => {
+                let key = ticket.id;
+                self.parked.insert(key, (Job { id, durable, work, _ticket: Some(ticket) }, step));
+            }
+        }
+        Ok(())
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        if self.ring.wants_enter() {
+            self.ring.enter(false, None)?;
+        }
+        Ok(())
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        self.collect();
+        out.append(&mut self.ready);
+    }
+
+    fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let token = match source {
+            Source::Kick => KICK,
+            Source::Wake => WAKE,
+        };
+        self.ring.watch(token, fd)
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        self.collect();
+        loop {
+            if self.has_news() {
+                self.submit()?;
+                return Ok(std::mem::take(&mut self.wakeups));
+            }
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            self.ring.enter(true, left)?;
+            self.collect();
+            if left == Some(Duration::ZERO) {
+                return Ok(std::mem::take(&mut self.wakeups));
+            }
+        }
+    }
+}

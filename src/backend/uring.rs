@@ -1,0 +1,360 @@
+//! UNSAFE. One io_uring: commands on one file in a slab until their completion, and eventfds that wake its owner.
+//!
+//! Knows transfers, not requests: short ones go on by themselves, EINTR and EAGAIN are retried, everything else comes
+//! back to the owner once, with the owner's note (`J`) that went in with it.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::time::Duration;
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+
+use super::{Errno, IoBuf};
+
+/// What the kernel is asked to do with the file.
+pub(super) enum Command {
+    /// A read or a write of `len` bytes of `buf` from byte `from` on, at `offset` of the file.
+    Transfer(Transfer),
+    /// fdatasync(2).
+    Sync,
+    /// fallocate(2).
+    Fallocate {
+        /// FALLOC_FL_*.
+        mode: i32,
+        /// Byte offset.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+}
+
+/// See [`Command::Transfer`].
+pub(super) struct Transfer {
+    pub(super) write: bool,
+    /// RWF_DSYNC.
+    pub(super) durable: bool,
+    pub(super) offset: u64,
+    pub(super) buf: IoBuf,
+    pub(super) from: usize,
+    pub(super) len: usize,
+}
+
+/// What came out of the ring.
+pub(super) enum Event<J> {
+    /// A command is over; `Ok` means all of it.
+    Finished(J, Command, Result<(), Errno>),
+    /// A watched eventfd was written to.
+    Fired(u32),
+}
+
+/// A ring for one file. Neither `Send` nor usable elsewhere: the kernel ties it to the thread that made it
+/// (IORING_SETUP_SINGLE_ISSUER).
+pub(super) struct Ring<J> {
+    ring: IoUring,
+    file: RawFd,
+    slots: Vec<Option<Active<J>>>,
+    free: Vec<usize>,
+    watches: Vec<Watch>,
+    /// Entries in the submission queue that the kernel has not been shown.
+    unsubmitted: bool,
+    _thread: PhantomData<*mut ()>,
+}
+
+struct Active<J> {
+    job: J,
+    command: Command,
+    /// Bytes transferred so far.
+    done: usize,
+    /// The iovecs of what is left, when that is not simply all of the buffer.
+    rest: Vec<libc::iovec>,
+    retries: u32,
+}
+
+struct Watch {
+    fd: OwnedFd,
+    token: u32,
+}
+
+/// Set in the user data of a watch's entries; the rest is its index.
+const WATCH: u64 = 1 << 63;
+
+/// Watches that fit beside the commands: kick, wake, the owner's mailbox.
+const MOST_WATCHES: usize = 8;
+
+/// iovecs in one call (UIO_MAXIOV).
+const MOST_IOVECS: usize = 1024;
+
+/// EINTR and EAGAIN in a row on one command before it is given up.
+const MOST_RETRIES: u32 = 1000;
+
+/// Proves at start, before a guest waits, that queues can be made later. Errors: as [`Ring::new`].
+pub(super) fn probe() -> io::Result<()> {
+    build(8).map(drop)
+}
+
+fn build(entries: u32) -> io::Result<IoUring> {
+    let ring = build_newest(entries).map_err(explain)?;
+    let params = ring.params();
+    if !(params.is_feature_ext_arg() && params.is_feature_nodrop() && params.is_feature_native_workers()) {
+        return Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "this kernel's io_uring is too old: Linux 5.13 or newer is needed",
+        ));
+    }
+    Ok(ring)
+}
+
+/// The best set of flags that this kernel knows: it says EINVAL to one it does not.
+fn build_newest(entries: u32) -> io::Result<IoUring> {
+    let mut builder = IoUring::builder();
+    builder.dontfork().setup_clamp();
+    // 6.1: completions are worked off in `wait`, by the thread that waits.
+    let mut newest = builder.clone();
+    newest.setup_single_issuer().setup_defer_taskrun().setup_coop_taskrun().setup_taskrun_flag().setup_submit_all();
+    // 5.19: no interrupt to work them off.
+    let mut middle = builder.clone();
+    middle.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all();
+    for candidate in [newest, middle] {
+        match candidate.build(entries) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            decided => return decided,
+        }
+    }
+    builder.build(entries)
+}
+
+/// An error of io_uring_setup(2) in words that say what to change.
+fn explain(error: io::Error) -> io::Error {
+    let why = match error.raw_os_error() {
+        Some(libc::ENOSYS) => {
+            "io_uring is not available (ENOSYS): use a kernel built with CONFIG_IO_URING, or allow io_uring_setup, \
+             io_uring_enter and io_uring_register in the container's seccomp profile"
+        }
+        Some(libc::EPERM | libc::EACCES) => {
+            "io_uring is forbidden (EPERM): set the sysctl kernel.io_uring_disabled to 0 (or to 1 and join \
+             kernel.io_uring_group), or allow io_uring_setup, io_uring_enter and io_uring_register in the container's \
+             seccomp profile"
+        }
+        Some(libc::ENOMEM) => {
+            "no memory for an io_uring (ENOMEM): raise the limit of locked memory (RLIMIT_MEMLOCK; ulimit -l, or \
+             LimitMEMLOCK= in the systemd unit)"
+        }
+        Some(libc::EMFILE | libc::ENFILE) => {
+            "no file descriptor left for an io_uring: raise the limit of open files (RLIMIT_NOFILE; ulimit -n, or \
+             LimitNOFILE= in the systemd unit)"
+        }
+        _ => return io::Error::new(error.kind(), format!("cannot set up an io_uring: {error}")),
+    };
+    io::Error::new(error.kind(), why)
+}
+
+impl<J> Ring<J> {
+    /// A ring for at most `depth` commands at once on `file`, which the caller keeps open for longer than the ring.
+    /// Call it in the thread that will use the ring. Errors name the cause and the mend.
+    pub(super) fn new(depth: usize, file: BorrowedFd<'_>) -> io::Result<Self> {
+        // Every command and every watch has at most one entry that is not submitted: the queue cannot overflow.
+        let entries = u32::try_from(depth + MOST_WATCHES).expect("a queue's depth is small").next_power_of_two();
+        let ring = build(entries)?;
+        if (ring.params().sq_entries() as usize) < depth + MOST_WATCHES {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("queue depth {depth} is too large")));
+        }
+        Ok(Ring {
+            ring,
+            file: file.as_raw_fd(),
+            slots: (0..depth).map(|_| None).collect(),
+            free: (0..depth).rev().collect(),
+            watches: Vec::new(),
+            unsubmitted: false,
+            _thread: PhantomData,
+        })
+    }
+
+    /// Queues a command; `enter` starts it. The caller has at most `depth` in here at once.
+    pub(super) fn start(&mut self, command: Command, job: J) {
+        let slot = self.free.pop().expect("the caller counts");
+        self.slots[slot] = Some(Active { job, command, done: 0, rest: Vec::new(), retries: 0 });
+        self.queue(slot);
+    }
+
+    /// Reports each write to the eventfd `fd` as `Fired(token)`, and once at the start if its count is not zero.
+    pub(super) fn watch(&mut self, token: u32, fd: BorrowedFd<'_>) -> io::Result<()> {
+        if self.watches.len() == MOST_WATCHES {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many watched descriptors"));
+        }
+        self.watches.push(Watch { fd: fd.try_clone_to_owned()?, token });
+        self.arm(self.watches.len() - 1);
+        Ok(())
+    }
+
+    /// Whether `enter` has anything to do even without waiting.
+    pub(super) fn wants_enter(&mut self) -> bool {
+        let queue = self.ring.submission();
+        self.unsubmitted || queue.taskrun() || queue.cq_overflow()
+    }
+
+    /// Starts what was queued and, if `block`, sleeps until there is an event, a signal came or `timeout` passed.
+    pub(super) fn enter(&mut self, block: bool, timeout: Option<Duration>) -> io::Result<()> {
+        let timespec = timeout.map(types::Timespec::from);
+        let mut args = types::SubmitArgs::new();
+        if let Some(timespec) = &timespec {
+            args = args.timespec(timespec);
+        }
+        match self.ring.submitter().submit_with_args(usize::from(block), &args) {
+            Ok(_) => {}
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EINTR | libc::ETIME) => {}
+                // The kernel is short of memory, or wants its completions read first: both pass.
+                Some(libc::EAGAIN | libc::EBUSY) => std::thread::yield_now(),
+                _ => return Err(error),
+            },
+        }
+        self.unsubmitted = !self.ring.submission().is_empty();
+        Ok(())
+    }
+
+    /// The next thing that happened, without a system call.
+    pub(super) fn next_event(&mut self) -> Option<Event<J>> {
+        loop {
+            let entry = self.ring.completion().next()?;
+            let data = entry.user_data();
+            if data & WATCH != 0 {
+                let index = (data & !WATCH) as usize;
+                if !cqueue::more(entry.flags()) {
+                    self.arm(index);
+                }
+                return Some(Event::Fired(self.watches[index].token));
+            }
+            let slot = data as usize;
+            let active = self.slots[slot].as_mut().expect("the kernel completes what was submitted");
+            match active.after(entry.result()) {
+                After::Again => self.queue(slot),
+                After::Over(result) => {
+                    let Active { job, command, .. } = self.slots[slot].take().expect("looked at just now");
+                    self.free.push(slot);
+                    return Some(Event::Finished(job, command, result));
+                }
+            }
+        }
+    }
+
+    fn arm(&mut self, index: usize) {
+        let fd = types::Fd(self.watches[index].fd.as_raw_fd());
+        let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true).build().user_data(WATCH | index as u64);
+        self.queue_entry(&entry);
+    }
+
+    fn queue(&mut self, slot: usize) {
+        let active = self.slots[slot].as_mut().expect("the slot was just filled or looked at");
+        let entry = active.entry(types::Fd(self.file)).user_data(slot as u64);
+        self.queue_entry(&entry);
+    }
+
+    fn queue_entry(&mut self, entry: &squeue::Entry) {
+        // SAFETY: what the entry points to (iovecs, guest memory) belongs to an `Active` in `slots`, which stays there
+        // until the kernel's completion was read; `drop` waits for that, or leaks the slots. The file and the watched
+        // descriptors stay open as long as the ring.
+        unsafe { self.ring.submission().push(entry) }.expect("sized for every command and watch in `new`");
+        self.unsubmitted = true;
+    }
+}
+
+impl<J> Drop for Ring<J> {
+    fn drop(&mut self) {
+        while self.free.len() < self.slots.len() {
+            if let Err(error) = self.enter(true, None) {
+                // The kernel may still use the memory: it must stay for ever.
+                log::error!("cannot wait for I/O in flight ({error}); its memory is leaked");
+                std::mem::forget(std::mem::take(&mut self.slots));
+                return;
+            }
+            while let Some(entry) = self.ring.completion().next() {
+                let data = entry.user_data();
+                if data & WATCH == 0 {
+                    self.slots[data as usize] = None;
+                    self.free.push(data as usize);
+                }
+            }
+        }
+    }
+}
+
+enum After {
+    Again,
+    Over(Result<(), Errno>),
+}
+
+impl<J> Active<J> {
+    /// Decides what a completion means. A transfer that moved nothing will never end: inside the image a read that
+    /// returns 0 means that the file was cut short under us.
+    fn after(&mut self, result: i32) -> After {
+        if result == -libc::EINTR || result == -libc::EAGAIN {
+            self.retries += 1;
+            return if self.retries < MOST_RETRIES { After::Again } else { After::Over(Err(Errno(libc::EIO))) };
+        }
+        if result < 0 {
+            return After::Over(Err(Errno(-result)));
+        }
+        let Command::Transfer(transfer) = &self.command else {
+            return After::Over(Ok(()));
+        };
+        let left = transfer.len - self.done;
+        match result as usize {
+            moved if moved == left => After::Over(Ok(())),
+            moved if moved == 0 || moved > left => After::Over(Err(Errno(libc::EIO))),
+            moved => {
+                self.done += moved;
+                self.retries = 0;
+                After::Again
+            }
+        }
+    }
+
+    fn entry(&mut self, file: types::Fd) -> squeue::Entry {
+        // A retry runs in a kernel worker, where it may sleep instead of spinning here.
+        let flags = if self.retries > 0 { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        let entry = match &self.command {
+            Command::Sync => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
+            Command::Fallocate { mode, offset, len } => {
+                opcode::Fallocate::new(file, *len).offset(*offset).mode(*mode).build()
+            }
+            Command::Transfer(transfer) => {
+                let whole = self.done == 0 && transfer.from == 0 && transfer.len == transfer.buf.len();
+                let iovecs = if whole && transfer.buf.iovecs().len() <= MOST_IOVECS {
+                    transfer.buf.iovecs()
+                } else {
+                    self.rest.clear();
+                    transfer.buf.push_range(transfer.from + self.done, transfer.len - self.done, &mut self.rest);
+                    // More than that comes back as a short transfer and goes on.
+                    self.rest.truncate(MOST_IOVECS);
+                    &self.rest
+                };
+                transfer.entry(file, iovecs, transfer.offset + self.done as u64)
+            }
+        };
+        entry.flags(flags)
+    }
+}
+
+impl Transfer {
+    fn entry(&self, file: types::Fd, iovecs: &[libc::iovec], offset: u64) -> squeue::Entry {
+        let flags = if self.durable { libc::RWF_DSYNC } else { 0 };
+        match (iovecs, self.write) {
+            // One part needs no list to be copied in. A length over u32 is cut and goes on as a short transfer.
+            ([one], true) => {
+                opcode::Write::new(file, one.iov_base.cast(), clamp(one.iov_len)).offset(offset).rw_flags(flags).build()
+            }
+            ([one], false) => opcode::Read::new(file, one.iov_base.cast(), clamp(one.iov_len)).offset(offset).build(),
+            (many, true) => {
+                opcode::Writev::new(file, many.as_ptr(), many.len() as u32).offset(offset).rw_flags(flags).build()
+            }
+            (many, false) => opcode::Readv::new(file, many.as_ptr(), many.len() as u32).offset(offset).build(),
+        }
+    }
+}
+
+/// Bytes for one call: the kernel moves at most this much at once (MAX_RW_COUNT), in whole blocks.
+fn clamp(len: usize) -> u32 {
+    len.min(0x4000_0000) as u32
+}

@@ -1,0 +1,77 @@
+//! UNSAFE. System calls that no library wraps safely: locks of open file descriptions and ioctls of block devices.
+//! Each function is one call.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// `_IO(0x12, 119)` of linux/fs.h.
+const BLKDISCARD: libc::c_ulong = 0x1277;
+/// `_IO(0x12, 120)`.
+const BLKIOMIN: libc::c_ulong = 0x1278;
+/// `_IO(0x12, 121)`.
+const BLKIOOPT: libc::c_ulong = 0x1279;
+/// `_IO(0x12, 122)`.
+const BLKALIGNOFF: libc::c_ulong = 0x127a;
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// One byte at `start`, for a lock of type `kind`.
+fn one_byte(kind: libc::c_int, start: u64) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: start as libc::off_t,
+        l_len: 1,
+        l_pid: 0,
+    }
+}
+
+/// Takes a shared lock on the byte at `start`, owned by the open file description (fcntl(2), F_OFD_SETLK); closing the
+/// description lets it go. Errors: EAGAIN if somebody holds it exclusively; EINVAL, ENOLCK or EOPNOTSUPP if the
+/// kernel or the filesystem has no such locks.
+pub(crate) fn lock_byte_shared(fd: BorrowedFd<'_>, start: u64) -> io::Result<()> {
+    let lock = one_byte(libc::F_RDLCK, start);
+    // SAFETY: `fd` is open and `lock` lives through the call, which only reads it.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) })
+}
+
+/// Whether another open file description holds any lock on the byte at `start` (F_OFD_GETLK).
+pub(crate) fn byte_is_locked(fd: BorrowedFd<'_>, start: u64) -> io::Result<bool> {
+    let mut lock = one_byte(libc::F_WRLCK, start);
+    // SAFETY: `fd` is open and `lock` lives through the call, which writes a struct flock to it.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) })?;
+    Ok(libc::c_int::from(lock.l_type) != libc::F_UNLCK)
+}
+
+/// Discards bytes of a block device; blocks (ioctl BLKDISCARD). Errors: EOPNOTSUPP if the device cannot; EINVAL if
+/// the range is not whole logical blocks.
+pub(crate) fn discard(fd: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<()> {
+    let range = [offset, len];
+    // SAFETY: BLKDISCARD reads two u64 from the pointer, which live through the call.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), BLKDISCARD as _, range.as_ptr()) })
+}
+
+/// A block device's smallest preferred I/O, in bytes.
+pub(crate) fn min_io(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    get(fd, BLKIOMIN)
+}
+
+/// A block device's best I/O size in bytes; 0: it does not say.
+pub(crate) fn opt_io(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    get(fd, BLKIOOPT)
+}
+
+/// How far a block device's first physical block is displaced, in bytes; 0 too where the kernel says "misaligned" (-1).
+pub(crate) fn alignment_offset(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    get(fd, BLKALIGNOFF).map(|offset| if offset > i32::MAX as u32 { 0 } else { offset })
+}
+
+fn get(fd: BorrowedFd<'_>, request: libc::c_ulong) -> io::Result<u32> {
+    let mut value: libc::c_uint = 0;
+    // SAFETY: these requests write one int to the pointer, which lives through the call.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), request as _, &raw mut value) })?;
+    Ok(value)
+}

@@ -1,0 +1,258 @@
+//! What the contract tests share: a driver for one queue, a source of chance, a model to compare with, loop devices.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
+use virtioblkd::backend::{Backend, Completion, Errno, IoBuf, IoQueue, Op, OpId};
+use virtioblkd::engine::CacheMode;
+
+/// Longest that anything may hang before a test fails instead of the whole run.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Xorshift: the same story for the same seed.
+pub struct Chance(u64);
+
+impl Chance {
+    pub fn new(seed: u64) -> Self {
+        Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % limit
+    }
+
+    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
+        (0..len).map(|_| self.below(256) as u8).collect()
+    }
+}
+
+/// One queue, used the way a worker does.
+pub struct Driver {
+    pub queue: Box<dyn IoQueue>,
+    last: u64,
+    finished: HashMap<OpId, Completion>,
+}
+
+impl Driver {
+    pub fn new(backend: &dyn Backend, depth: usize) -> Self {
+        Driver { queue: backend.open_queue(depth).expect("a queue"), last: 0, finished: HashMap::new() }
+    }
+
+    pub fn push(&mut self, op: Op) -> OpId {
+        self.last += 1;
+        let id = OpId(self.last);
+        self.queue.push(op, id).expect("the queue has room");
+        id
+    }
+
+    /// Waits until something finished and takes all that has.
+    pub fn reap(&mut self) -> Vec<Completion> {
+        let mut out = Vec::new();
+        while out.is_empty() {
+            self.queue.wait(Some(PATIENCE)).expect("wait");
+            self.queue.reap(&mut out);
+        }
+        out
+    }
+
+    pub fn finish(&mut self, id: OpId) -> Completion {
+        loop {
+            if let Some(completion) = self.finished.remove(&id) {
+                return completion;
+            }
+            for completion in self.reap() {
+                let twice = self.finished.insert(completion.id, completion);
+                assert!(twice.is_none(), "a token came back twice");
+            }
+        }
+    }
+
+    pub fn run(&mut self, op: Op) -> Result<(), Errno> {
+        let id = self.push(op);
+        self.finish(id).result
+    }
+
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let buf = IoBuf::owned(bytes.len(), 4096, 0);
+        buf.copy_from(0, bytes);
+        self.run(Op::Write { offset, buf, durable: false })
+    }
+
+    pub fn read(&mut self, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
+        let id = self.push(Op::Read { offset, buf: IoBuf::owned(len, 4096, 0) });
+        let Completion { result, buf, .. } = self.finish(id);
+        let mut bytes = vec![0; len];
+        buf.expect("a read's buffer comes back").copy_to(0, &mut bytes);
+        result.map(|()| bytes)
+    }
+}
+
+/// A buffer as a guest may make it: one part or many, aligned or not.
+pub fn some_buffer(chance: &mut Chance, len: usize) -> IoBuf {
+    match chance.below(4) {
+        0 => IoBuf::owned(len, 4096, 0),
+        1 => IoBuf::owned(len, 4096, 1 + chance.below(511) as usize),
+        2 => {
+            let mut lens = vec![512; len / 512];
+            lens.extend((!len.is_multiple_of(512)).then_some(len % 512));
+            IoBuf::owned_parts(&lens, 4096)
+        }
+        _ => {
+            let mut lens = Vec::new();
+            let mut left = len;
+            while left > 0 {
+                let part = (1 + chance.below(len.min(5000) as u64) as usize).min(left);
+                lens.push(part);
+                left -= part;
+            }
+            IoBuf::owned_parts(&lens, 4096)
+        }
+    }
+}
+
+/// Runs `rounds` random ops, up to the depth at once and never two on the same block, and compares with a model: each
+/// read when it comes back, and all of the image at the end.
+pub fn random_ops(backend: &dyn Backend, seed: u64, rounds: usize) {
+    let geometry = backend.geometry();
+    let block = u64::from(geometry.logical_block);
+    let blocks = geometry.size / block;
+    let mut chance = Chance::new(seed);
+    let mut driver = Driver::new(backend, 16);
+    let mut disk = vec![0u8; geometry.size as usize];
+    for at in (0..disk.len()).step_by(1 << 20) {
+        let end = disk.len().min(at + (1 << 20));
+        disk[at..end].copy_from_slice(&driver.read(at as u64, end - at).expect("a first look"));
+    }
+    // After a discard a block may read as anything until it is written.
+    let mut known = vec![true; blocks as usize];
+    let mut busy: HashMap<OpId, (std::ops::Range<u64>, Option<Vec<u8>>)> = HashMap::new();
+    for _ in 0..rounds {
+        let count = 1 + if chance.below(20) == 0 { chance.below(blocks / 4) } else { chance.below(16) };
+        let first = chance.below(blocks - count + 1);
+        let range = first..first + count;
+        if busy.values().any(|(other, _)| other.start < range.end && range.start < other.end) {
+            continue;
+        }
+        let (offset, len) = (first * block, count * block);
+        let place = offset as usize..(offset + len) as usize;
+        let op = match chance.below(10) {
+            0..4 => {
+                let buf = some_buffer(&mut chance, len as usize);
+                let bytes = chance.bytes(len as usize);
+                buf.copy_from(0, &bytes);
+                disk[place].copy_from_slice(&bytes);
+                known[first as usize..range.end as usize].fill(true);
+                let native = geometry.durable_write == virtioblkd::backend::DurableWrite::Native;
+                Op::Write { offset, buf, durable: native && chance.below(4) == 0 }
+            }
+            4..7 => Op::Read { offset, buf: some_buffer(&mut chance, len as usize) },
+            7 if geometry.write_zeroes.is_some() => {
+                disk[place].fill(0);
+                known[first as usize..range.end as usize].fill(true);
+                Op::WriteZeroes { offset, len, unmap: chance.below(2) == 0 }
+            }
+            8 if geometry.discard.is_some() => {
+                known[first as usize..range.end as usize].fill(false);
+                Op::Discard { offset, len }
+            }
+            _ => Op::Sync,
+        };
+        let expected = matches!(op, Op::Read { .. }).then(|| disk[offset as usize..(offset + len) as usize].to_vec());
+        let touched = if matches!(op, Op::Sync) { 0..0 } else { range };
+        let id = driver.push(op);
+        busy.insert(id, (touched, expected));
+        while busy.len() >= 12 {
+            reap_some(&mut driver, &mut busy, &known, block);
+        }
+    }
+    while !busy.is_empty() {
+        reap_some(&mut driver, &mut busy, &known, block);
+    }
+    for index in 0..blocks {
+        if known[index as usize] {
+            let seen = driver.read(index * block, block as usize).expect("the last look");
+            let place = (index * block) as usize..((index + 1) * block) as usize;
+            assert!(seen == disk[place], "block {index} differs, seed {seed}");
+        }
+    }
+}
+
+type Busy = HashMap<OpId, (std::ops::Range<u64>, Option<Vec<u8>>)>;
+
+fn reap_some(driver: &mut Driver, busy: &mut Busy, known: &[bool], block: u64) {
+    for Completion { id, result, buf } in driver.reap() {
+        let (range, expected) = busy.remove(&id).expect("each token once");
+        result.expect("no op fails here");
+        let Some(expected) = expected else { continue };
+        let mut seen = vec![0; expected.len()];
+        buf.expect("a read's buffer").copy_to(0, &mut seen);
+        for index in range.clone().filter(|&index| known[index as usize]) {
+            let place = ((index - range.start) * block) as usize..((index - range.start + 1) * block) as usize;
+            assert!(seen[place.clone()] == expected[place], "block {index} read wrong");
+        }
+    }
+}
+
+/// Options as the command line's defaults are, but for the mode.
+pub fn options(path: &Path, mode: CacheMode) -> FileOptions {
+    FileOptions {
+        path: path.into(),
+        policy: mode.into(),
+        read_only: false,
+        logical_block_size: None,
+        discard_unmap: true,
+        locking: Locking::Auto,
+        durable_writes: true,
+    }
+}
+
+pub fn open(path: &Path, mode: CacheMode) -> FileBackend {
+    FileBackend::open(&options(path, mode)).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// A directory on the disk that the build runs on.
+pub fn disk_dir() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory")
+}
+
+pub fn image(dir: &Path, name: &str, size: u64) -> PathBuf {
+    let path = dir.join(name);
+    std::fs::File::create(&path).and_then(|file| file.set_len(size)).expect("an image");
+    path
+}
+
+/// A loop device, detached when dropped.
+pub struct Loop(pub PathBuf);
+
+impl Loop {
+    /// None, said loudly, where there are none to be had (not root, a container).
+    pub fn attach(file: &Path, sector: u32) -> Option<Loop> {
+        let args = ["--find", "--show", "--sector-size", &sector.to_string()];
+        match Command::new("losetup").args(args).arg(file).output() {
+            Ok(output) if output.status.success() => {
+                Some(Loop(String::from_utf8(output.stdout).expect("a path").trim().into()))
+            }
+            Ok(output) => skip(&format!("no loop device: {}", String::from_utf8_lossy(&output.stderr).trim())),
+            Err(error) => skip(&format!("no losetup: {error}")),
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let status = Command::new("losetup").arg("-d").arg(&self.0).status();
+        assert!(std::thread::panicking() || status.is_ok_and(|status| status.success()), "losetup -d failed");
+    }
+}
+
+/// Says that a test could not run here.
+pub fn skip<T>(why: &str) -> Option<T> {
+    eprintln!("SKIPPED: {why}");
+    None
+}
