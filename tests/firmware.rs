@@ -1,0 +1,96 @@
+//! The smallest real guest: a boot sector that writes, reads back and compares through SeaBIOS on a disk that
+//! virtioblkd serves. A fraction of a second a boot, so that every commit can afford it. SeaBIOS's driver knows no
+//! FLUSH: it is also the driver that must be served write through (virtio 1.3, 5.2.6.2).
+
+mod guest;
+
+use std::path::Path;
+
+use guest::oracle::{self, LoopDevice};
+use guest::qemu::{Verdict, boot_sector, install_boot_sector};
+use guest::{Server, scratch, sparse_image};
+use virtioblkd::engine::cache::CacheMode;
+
+/// What bootsector.S writes: sector N is full of 0xA0 + N.
+const SECTORS: u8 = 8;
+
+fn bootable_image(dir: &Path) -> std::path::PathBuf {
+    let image = sparse_image(dir, 1 << 20);
+    install_boot_sector(&image);
+    // So that the boot sector itself is no dirty page when we look.
+    std::fs::File::open(&image).and_then(|file| file.sync_all()).expect("the image can be synced");
+    image
+}
+
+fn check_content(image: &Path) {
+    for sector in 1..=SECTORS {
+        let found = oracle::read_at(image, u64::from(sector) * 512, 512);
+        assert_eq!(found, [0xa0 + sector; 512], "sector {sector}");
+    }
+}
+
+#[test]
+fn what_the_firmware_wrote_to_a_file_is_durable() {
+    for mode in CacheMode::ALL {
+        let dir = scratch();
+        let image = bootable_image(dir.path());
+        let server = Server::start(&image, mode, &[]);
+        let (verdict, _guest) = boot_sector(&server.socket());
+        assert_eq!(verdict, Verdict::Good, "{mode}");
+        assert_eq!(server.total("writes"), u64::from(SECTORS), "{mode}");
+
+        // The guest is still connected: nothing was synced because it left.
+        if mode == CacheMode::Unsafe {
+            assert_eq!(server.total("syncs"), 0, "{mode}");
+        } else {
+            let dirty = oracle::dirty_pages(&image).unwrap_or(0);
+            assert_eq!(dirty, 0, "{mode}: pages of acknowledged writes that are not durable");
+        }
+        check_content(&image);
+    }
+}
+
+#[test]
+fn what_the_firmware_wrote_to_a_block_device_was_flushed_there() {
+    let dir = scratch();
+    let Some(disk) = LoopDevice::attach(&bootable_image(dir.path())) else { return };
+    for mode in CacheMode::ALL {
+        let before = disk.flushes();
+        let server = Server::start(disk.path(), mode, &[]);
+        let (verdict, _guest) = boot_sector(&server.socket());
+        assert_eq!(verdict, Verdict::Good, "{mode}");
+        let flushes = disk.flushes() - before;
+        if mode == CacheMode::Unsafe {
+            assert_eq!(flushes, 0, "{mode}");
+        } else {
+            // The firmware waits for each write, so no two share a flush.
+            assert!(flushes >= SECTORS.into(), "{mode}: {SECTORS} durable writes and only {flushes} flushes");
+        }
+    }
+}
+
+#[test]
+fn a_read_only_disk_refuses_the_firmwares_writes() {
+    let dir = scratch();
+    let image = bootable_image(dir.path());
+    let before = oracle::digest(&image);
+    let server = Server::start(&image, CacheMode::None, &["--read-only"]);
+    let (verdict, _guest) = boot_sector(&server.socket());
+    assert_eq!(verdict, Verdict::WriteFailed);
+    assert_eq!(oracle::digest(&image), before);
+}
+
+#[test]
+fn the_next_front_end_is_served_after_one_leaves() {
+    let dir = scratch();
+    let image = bootable_image(dir.path());
+    let server = Server::start(&image, CacheMode::Writeback, &[]);
+    for _ in 0..3 {
+        let (verdict, guest) = boot_sector(&server.socket());
+        assert_eq!(verdict, Verdict::Good);
+        drop(guest);
+    }
+    let (status, log) = server.terminate();
+    assert!(status.success(), "{status}\n{log}");
+    check_content(&image);
+}

@@ -1,0 +1,105 @@
+//! The real-guest kit: a `virtioblkd` ([`Server`]), a QEMU with a guest in it ([`Vm`]), and what the host can see of
+//! the image by itself ([`oracle`]). Used by `tests/firmware.rs`, `tests/vm.rs` and `tests/libvirt.rs`.
+//!
+//! Everything started here is ended by `Drop`, and a failing test prints what its server and its guest had to say.
+
+// Each test program uses its part of the kit.
+#![allow(dead_code)]
+
+pub mod oracle;
+pub mod qemu;
+pub mod qmp;
+pub mod server;
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+pub use qmp::Qmp;
+pub use server::Server;
+
+/// How long anything may take before a test gives up. TCG on a busy machine is slow, and no test asserts a time.
+pub const PATIENCE: Duration = Duration::from_secs(180);
+
+/// The sources' directory.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A directory on the build's filesystem, gone after the test. Images live here, as /tmp may have no O_DIRECT.
+pub fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a scratch directory under target/tmp")
+}
+
+/// A sparse image of `size` bytes.
+pub fn sparse_image(dir: &Path, size: u64) -> PathBuf {
+    let path = dir.join("disk.img");
+    fs::File::create(&path).and_then(|file| file.set_len(size)).expect("a sparse image");
+    path
+}
+
+/// Says something that the reader of a passing test run should see too (the test runner hides `eprintln!` there).
+pub fn tell(text: &str) {
+    // Nobody left to read it is no reason to fail.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Runs a command to its end; panics with its output if it fails.
+pub fn run(command: &mut Command) -> String {
+    let output = output(command);
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).expect("text")
+}
+
+/// Runs a command to its end, whatever that is.
+pub fn output(command: &mut Command) -> Output {
+    command
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}; 'make deps' installs what the guest tests need"))
+}
+
+/// Waits until `done` says so; `what` names it when it never does.
+pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The directory with the guest's kernel and images, made once a test run.
+pub fn guest_files() -> &'static Path {
+    static FILES: OnceLock<PathBuf> = OnceLock::new();
+    FILES.get_or_init(|| {
+        script("guest-image");
+        target_dir().join("guest")
+    })
+}
+
+/// The accelerator that runs guests here: `kvm` or `tcg`.
+pub fn accelerator() -> &'static str {
+    static ACCELERATOR: OnceLock<String> = OnceLock::new();
+    ACCELERATOR.get_or_init(|| {
+        guest_files();
+        script("guest-accel").trim().to_owned()
+    })
+}
+
+/// Cargo's target directory: two above the tests' own (`target/tmp`).
+fn target_dir() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("CARGO_TARGET_TMPDIR is target/tmp")
+}
+
+fn script(name: &str) -> String {
+    run(Command::new(root().join("scripts").join(name)).env("CARGO_TARGET_DIR", target_dir()))
+}

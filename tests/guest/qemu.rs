@@ -1,0 +1,305 @@
+//! QEMU: its command line by version, a running guest, and the talk with the job in it.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+
+use virtioblkd::engine::cache::CacheMode;
+
+use super::{PATIENCE, Qmp, accelerator, guest_files, root, run, wait_until};
+
+/// What the guest's kernel is told: quiet, and without the start-up work that is slow under TCG.
+const KERNEL_OPTIONS: &str = "console=ttyS0 panic=-1 quiet mitigations=off no_timer_check tsc=reliable \
+                              cryptomgr.notests random.trust_cpu=on job.tty=ttyS1";
+
+/// A QEMU command line in the making.
+pub struct Qemu {
+    command: Command,
+    dir: tempfile::TempDir,
+    disks: usize,
+}
+
+impl Qemu {
+    /// A q35 machine with shared memory (which vhost-user needs), a QMP socket and nothing else.
+    pub fn new(accelerator: &str, mib: u32, cpus: u32) -> Qemu {
+        let dir = tempfile::tempdir().expect("a directory for the guest");
+        Qemu { command: Command::new("qemu-system-x86_64"), dir, disks: 0 }
+            .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
+            .args(["-accel", accelerator])
+            .args(["-m", &format!("{mib}M"), "-smp", &cpus.to_string()])
+            .args(["-object", &format!("memory-backend-memfd,id=mem,size={mib}M,share=on")])
+            .args(["-machine", "q35,memory-backend=mem"])
+            .listen_for_qmp()
+    }
+
+    fn listen_for_qmp(self) -> Qemu {
+        let socket = format!("unix:{},server=on,wait=off", self.dir.path().join("qmp").display());
+        self.args(["-qmp", &socket])
+    }
+
+    /// More arguments, as they are.
+    pub fn args<T: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = T>) -> Qemu {
+        self.command.args(arguments);
+        self
+    }
+
+    /// A disk that `virtioblkd` serves. `more` goes to the device, such as `,num-queues=4`.
+    pub fn vhost_user_disk(mut self, socket: &Path, more: &str) -> Qemu {
+        self.disks += 1;
+        let id = format!("vu{}", self.disks);
+        let reconnect = if version() >= (9, 2) { "reconnect-ms=200" } else { "reconnect=1" };
+        let chardev = format!("socket,id={id},path={},{reconnect}", socket.display());
+        let device = format!("vhost-user-blk-pci,id=disk{},chardev={id},bootindex={}{more}", self.disks, self.disks);
+        self.args(["-chardev", &chardev, "-device", &device])
+    }
+
+    /// A disk that QEMU serves by itself in the same mode: what ours is compared with. Threads, so that strace sees
+    /// what it does.
+    pub fn own_disk(mut self, image: &Path, mode: CacheMode) -> Qemu {
+        self.disks += 1;
+        let drive = format!("if=none,id=own,format=raw,aio=threads,cache={mode},file={}", image.display());
+        self.args(["-drive", &drive, "-device", "virtio-blk-pci,drive=own"])
+    }
+
+    /// A kernel and an initramfs that runs `job`; with fio in it if `full`.
+    pub fn linux(self, job: &str, full: bool) -> Qemu {
+        let files = guest_files();
+        let base = files.join(if full { "initramfs-full.cpio" } else { "initramfs.cpio" });
+        let mut initramfs = fs::read(&base).unwrap_or_else(|error| panic!("{}: {error}", base.display()));
+        append_file(&mut initramfs, "job", job.as_bytes());
+        let path = self.dir.path().join("initramfs");
+        fs::write(&path, initramfs).expect("room for an initramfs");
+        let console = format!("file:{}", self.dir.path().join("console").display());
+        self.args(["-kernel".as_ref(), files.join("vmlinuz").as_os_str()])
+            .args(["-initrd".as_ref(), path.as_os_str()])
+            .args(["-append", KERNEL_OPTIONS, "-serial", &console, "-serial", "stdio"])
+    }
+
+    /// Runs it.
+    pub fn start(self) -> Vm {
+        self.start_under(&[])
+    }
+
+    /// Runs it under another program, such as strace with its arguments.
+    pub fn start_under(self, wrapper: &[&str]) -> Vm {
+        let Qemu { mut command, dir, .. } = self;
+        if let [program, arguments @ ..] = wrapper {
+            let mut outer = Command::new(program);
+            outer.args(arguments).arg(command.get_program()).args(command.get_args());
+            command = outer;
+        }
+        let log = File::create(dir.path().join("qemu.log")).expect("a log");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
+        let mut child = command.spawn().expect("qemu-system-x86_64 starts; 'make deps' installs it");
+        let stdin = child.stdin.take().expect("piped");
+        let (lines_to, lines) = channel();
+        let stdout = BufReader::new(child.stdout.take().expect("piped"));
+        std::thread::spawn(move || {
+            // The end of the pipe, and a receiver that has gone, both mean that nobody is left to talk with.
+            for line in stdout.split(b'\n').map_while(Result::ok) {
+                let line = String::from_utf8_lossy(&line).trim_end_matches('\r').to_owned();
+                if lines_to.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Vm { child, stdin, lines, said: Vec::new(), dir }
+    }
+}
+
+/// A running guest, killed when dropped.
+pub struct Vm {
+    child: Child,
+    stdin: ChildStdin,
+    lines: Receiver<String>,
+    said: Vec<String>,
+    dir: tempfile::TempDir,
+}
+
+impl Vm {
+    /// QEMU's monitor. One client at a time.
+    pub fn qmp(&self) -> Qmp {
+        Qmp::connect(&self.dir.path().join("qmp"))
+    }
+
+    /// The QEMU process (or the program that runs it).
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until the job asks `word` (see `ask` in the guest's init). Returns what it printed since the last time.
+    pub fn until_asked(&mut self, word: &str) -> Vec<String> {
+        self.until(&format!("@@ask {word}"))
+    }
+
+    /// Lets the job go on after [`Vm::until_asked`].
+    pub fn go(&mut self) {
+        self.stdin.write_all(b"go\n").expect("QEMU reads its standard input");
+    }
+
+    /// Waits for the job's next line that starts with `start`; the lines before it, and it, are returned.
+    pub fn until_line(&mut self, start: &str) -> Vec<String> {
+        let mut lines = Vec::new();
+        loop {
+            let line = self.next_line(start);
+            let found = line.starts_with(start);
+            assert!(found || !line.starts_with("@@exit"), "the job ended before '{start}': {:?}", self.said);
+            lines.push(line);
+            if found {
+                return lines;
+            }
+        }
+    }
+
+    /// Waits for the job to end well and for QEMU to be gone. Returns what the job printed since the last time.
+    pub fn finish(mut self) -> Vec<String> {
+        let lines = self.until("@@exit 0");
+        let status = self.wait();
+        assert!(status.success(), "QEMU: {status}");
+        lines
+    }
+
+    /// Waits until QEMU is gone.
+    pub fn wait(&mut self) -> ExitStatus {
+        let mut status = None;
+        wait_until("QEMU ends", || {
+            status = self.child.try_wait().expect("our own child");
+            status.is_some()
+        });
+        status.expect("ended")
+    }
+
+    fn until(&mut self, wanted: &str) -> Vec<String> {
+        let mut lines = self.until_line("@@");
+        let last = lines.pop().expect("until_line returns the line it found");
+        assert_eq!(last, wanted, "the job said before: {:?}", self.said);
+        lines
+    }
+
+    fn next_line(&mut self, waiting_for: &str) -> String {
+        let line = match self.lines.recv_timeout(PATIENCE) {
+            Ok(line) => line,
+            Err(RecvTimeoutError::Timeout) => panic!("the guest said nothing for {PATIENCE:?}, not '{waiting_for}'"),
+            Err(RecvTimeoutError::Disconnected) => panic!("QEMU ended before the guest said '{waiting_for}'"),
+        };
+        self.said.push(line.clone());
+        line
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // Both fail only if the process is gone and reaped, which is what we want.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            for name in ["qemu.log", "console"] {
+                let text = fs::read_to_string(self.dir.path().join(name)).unwrap_or_default();
+                eprintln!("--- {name}:\n{text}");
+            }
+            eprintln!("--- the job said:\n{}", self.said.join("\n"));
+        }
+    }
+}
+
+/// What became of a guest that is only a boot sector (`bootsector.S`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// All sectors written, read back and equal.
+    Good,
+    /// INT 13h refused a write.
+    WriteFailed,
+    /// INT 13h refused a read.
+    ReadFailed,
+    /// A sector came back different.
+    Differs,
+}
+
+/// Writes the boot sector into the first sector of `image`.
+pub fn install_boot_sector(image: &Path) {
+    use std::os::unix::fs::FileExt;
+    static SECTOR: OnceLock<Vec<u8>> = OnceLock::new();
+    let sector = SECTOR.get_or_init(|| {
+        let dir = tempfile::tempdir().expect("a directory for the assembler");
+        let (object, sector) = (dir.path().join("o"), dir.path().join("sector"));
+        run(Command::new("as").args(["--32", "-o"]).arg(&object).arg(root().join("tests/guest/bootsector.S")));
+        let link = ["-m", "elf_i386", "-Ttext", "0x7c00", "-e", "start", "--oformat", "binary", "-o"];
+        run(Command::new("ld").args(link).arg(&sector).arg(&object));
+        fs::read(&sector).expect("what ld wrote")
+    });
+    assert_eq!(sector.len(), 512);
+    let image = File::options().write(true).open(image).expect("the image can be written");
+    image.write_all_at(sector, 0).expect("the image can be written");
+}
+
+/// Boots the boot sector on the disk behind `socket` and waits for its verdict. The guest stays, connected and idle,
+/// until the [`Vm`] is dropped. Always TCG: SeaBIOS needs no faster one.
+pub fn boot_sector(socket: &Path) -> (Verdict, Vm) {
+    let mut vm = Qemu::new("tcg", 32, 1)
+        .vhost_user_disk(socket, ",num-queues=1")
+        .args(["-chardev", "stdio,id=out", "-device", "isa-debugcon,iobase=0xe9,chardev=out"])
+        .start();
+    let verdict = match vm.next_line("a verdict").as_str() {
+        "G" => Verdict::Good,
+        "W" => Verdict::WriteFailed,
+        "R" => Verdict::ReadFailed,
+        "D" => Verdict::Differs,
+        other => panic!("the boot sector said '{other}'"),
+    };
+    (verdict, vm)
+}
+
+/// A guest for Linux jobs, with the accelerator that works here.
+pub fn linux(cpus: u32, job: &str) -> Qemu {
+    Qemu::new(accelerator(), 256, cpus).linux(job, false)
+}
+
+/// The same with fio and the guest agent.
+pub fn linux_full(cpus: u32, job: &str) -> Qemu {
+    Qemu::new(accelerator(), 768, cpus).linux(job, true)
+}
+
+/// QEMU's version, major and minor. Its options differ: `reconnect-ms` is from 9.2 on.
+pub fn version() -> (u32, u32) {
+    static VERSION: OnceLock<(u32, u32)> = OnceLock::new();
+    *VERSION.get_or_init(|| {
+        let text = run(Command::new("qemu-system-x86_64").arg("--version"));
+        let mut numbers = text.split_whitespace().nth(3).expect("QEMU emulator version X").split('.');
+        let mut number = || numbers.next().and_then(|text| text.parse().ok()).expect("a version number");
+        (number(), number())
+    })
+}
+
+/// Appends one file to an initramfs as a second cpio archive ("newc", cpio(5)). The kernel looks for it at a multiple
+/// of four bytes and takes no notice of it elsewhere.
+fn append_file(initramfs: &mut Vec<u8>, name: &str, content: &[u8]) {
+    let entry = |out: &mut Vec<u8>, name: &str, mode: u32, content: &[u8]| {
+        // inode, mode, uid, gid, links, mtime, size, device and its class twice, length of the name, checksum
+        let size = u32::try_from(content.len()).expect("a small file");
+        let name_size = u32::try_from(name.len() + 1).expect("a short name");
+        out.extend(b"070701");
+        for field in [0, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0] {
+            out.extend(format!("{field:08x}").bytes());
+        }
+        out.extend(name.bytes());
+        out.push(0);
+        out.resize(out.len().next_multiple_of(4), 0);
+        out.extend(content);
+        out.resize(out.len().next_multiple_of(4), 0);
+    };
+    initramfs.resize(initramfs.len().next_multiple_of(4), 0);
+    entry(initramfs, name, 0o100_755, content);
+    entry(initramfs, "TRAILER!!!", 0, &[]);
+}
+
+/// The path of the file where strace of `command` writes.
+pub fn strace_arguments(trace: &Path, calls: &str) -> Vec<String> {
+    let trace: PathBuf = trace.into();
+    ["strace", "-f", "-qq", "-e", &format!("trace={calls}"), "-o", trace.to_str().expect("a plain path")]
+        .map(str::to_owned)
+        .into()
+}

@@ -1,0 +1,128 @@
+//! A running `virtioblkd` and its operator's command.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use virtioblkd::engine::cache::CacheMode;
+
+use super::{Qmp, output, wait_until};
+
+/// One disk's server, killed when dropped.
+pub struct Server {
+    child: Child,
+    // Its own directory: a socket's path must be short, and the build's may be long.
+    dir: tempfile::TempDir,
+}
+
+impl Server {
+    /// Starts a server for `image` and waits until it listens.
+    pub fn start(image: &Path, mode: CacheMode, more: &[&str]) -> Server {
+        let dir = tempfile::tempdir().expect("a directory for the sockets");
+        let log = File::create(dir.path().join("log")).expect("a log");
+        let mut command = Command::new(program("virtioblkd", env!("CARGO_BIN_EXE_virtioblkd")));
+        command
+            .arg("--socket-path")
+            .arg(dir.path().join("vhost"))
+            .arg("--blk-file")
+            .arg(image)
+            .args(["--cache", mode.name()])
+            .arg("--control-path")
+            .arg(dir.path().join("control"))
+            .args(more);
+        let child = command.stdin(Stdio::null()).stdout(log.try_clone().expect("a second log handle")).stderr(log);
+        let child = child.spawn().expect("virtioblkd starts");
+        let mut server = Server { child, dir };
+        let socket = server.socket();
+        wait_until("virtioblkd listens", || {
+            let ended = server.child.try_wait().expect("our own child");
+            assert!(ended.is_none(), "virtioblkd ended before it listened: {ended:?}\n{}", server.log());
+            listens(&socket)
+        });
+        server
+    }
+
+    /// The vhost-user socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("vhost")
+    }
+
+    /// The quiesce socket.
+    pub fn control(&self) -> PathBuf {
+        self.dir.path().join("control")
+    }
+
+    /// What the server said so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("log")).unwrap_or_else(|error| format!("no log: {error}"))
+    }
+
+    /// The server's process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// `query-status`, over a connection of its own.
+    pub fn status(&self) -> Value {
+        Qmp::connect(&self.control()).execute("query-status", json!({}))
+    }
+
+    /// A figure of the sums over all rings, such as `syncs`.
+    pub fn total(&self, figure: &str) -> u64 {
+        let status = self.status();
+        status["total"][figure].as_u64().unwrap_or_else(|| panic!("no total.{figure} in {status}"))
+    }
+
+    /// Runs `virtioblkctl` on this disk.
+    pub fn ctl(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(program("virtioblkctl", env!("CARGO_BIN_EXE_virtioblkctl")));
+        output(command.arg("--control").arg(self.control()).args(arguments))
+    }
+
+    /// Runs `virtioblkctl` on this disk; panics if it fails. Returns what it printed.
+    pub fn ctl_ok(&self, arguments: &[&str]) -> String {
+        let output = self.ctl(arguments);
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "virtioblkctl {arguments:?}: {}\n{stderr}", output.status);
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    /// Ends the server by SIGTERM and waits for it.
+    pub fn terminate(mut self) -> (ExitStatus, String) {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, Signal::TERM).expect("our own child");
+        let mut status = None;
+        wait_until("virtioblkd ends after SIGTERM", || {
+            status = self.child.try_wait().expect("our own child");
+            status.is_some()
+        });
+        let log = self.log();
+        (status.expect("ended"), log)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Both fail only if the process is gone and reaped, which is what we want.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- virtioblkd said:\n{}", self.log());
+        }
+    }
+}
+
+/// The program under test: the one just built, or an installed one where VIRTIOBLKD_BIN_DIR says so.
+fn program(name: &str, built: &str) -> PathBuf {
+    std::env::var_os("VIRTIOBLKD_BIN_DIR").map_or_else(|| built.into(), |dir| Path::new(&dir).join(name))
+}
+
+/// Whether somebody listens on this socket. Connecting would count as a front-end.
+pub fn listens(socket: &Path) -> bool {
+    const SO_ACCEPTCON: &str = "00010000";
+    let path = socket.to_str().expect("a plain path");
+    let sockets = fs::read_to_string("/proc/net/unix").expect("/proc is mounted");
+    sockets.lines().any(|line| line.ends_with(path) && line.split_whitespace().nth(3) == Some(SO_ACCEPTCON))
+}
