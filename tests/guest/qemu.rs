@@ -155,6 +155,18 @@ impl Vm {
         }
     }
 
+    /// The job's next line that starts with `start`, if it was said by now; does not wait.
+    pub fn said_so_far(&mut self, start: &str) -> Option<String> {
+        while let Ok(line) = self.lines.try_recv() {
+            self.said.push(line.clone());
+            assert!(!line.starts_with("@@exit"), "the job ended before '{start}': {:?}", self.said);
+            if line.starts_with(start) {
+                return Some(line);
+            }
+        }
+        None
+    }
+
     /// Waits for the job to end well and for QEMU to be gone. Returns what the job printed since the last time.
     pub fn finish(mut self) -> Vec<String> {
         let lines = self.until("@@exit 0");

@@ -1,0 +1,343 @@
+//! A Linux guest on disks that virtioblkd serves, through a real QEMU, judged from the host's side: what the guest is
+//! told in each cache mode, that a guest's fsync is durable when it returns, that a quiesced disk holds still and holds
+//! what was promised, and that `stop`/`cont` and quiesce/resume under load corrupt nothing.
+
+mod guest;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use guest::oracle::{self, LoopDevice};
+use guest::{Server, output, qemu, run, scratch, sparse_image, tell};
+use serde_json::json;
+use virtioblkd::engine::cache::{CacheMode, CachePolicy};
+
+const MIB: u64 = 1 << 20;
+
+/// How often [`FSYNC_JOB`] writes and fsyncs.
+const FSYNCS: u64 = 16;
+
+/// Shows the disk, then writes one block and fsyncs it, `FSYNCS` times over.
+const FSYNC_JOB: &str = r#"
+cd /sys/block/vda
+echo "cache: $(cat queue/write_cache)"
+echo "bytes: $(($(cat size) * 512))"
+echo "serial: $(cat serial)"
+echo "logical block: $(cat queue/logical_block_size)"
+ask before
+for block in $(seq 1 16); do
+    yes "block $block" | head -c 4096 >/tmp/block
+    dd if=/tmp/block of=/dev/vda bs=4k seek=$block count=1 conv=notrunc,fsync 2>/tmp/error || { cat /tmp/error; exit 1; }
+done
+ask after
+"#;
+
+fn check_fsync_job_content(image: &Path) {
+    for block in 1..=FSYNCS {
+        let line = format!("block {block}\n");
+        let expected: Vec<u8> = line.bytes().cycle().take(4096).collect();
+        assert_eq!(oracle::read_at(image, block * 4096, 4096), expected, "block {block}");
+    }
+}
+
+#[test]
+fn each_mode_shows_its_cache_and_an_fsync_is_durable_when_it_returns() {
+    for mode in CacheMode::ALL {
+        let dir = scratch();
+        let image = sparse_image(dir.path(), 64 * MIB);
+        let server = Server::start(&image, mode, &["--serial", "kit-42", "--logical-block-size", "512"]);
+        let mut vm = qemu::linux(1, FSYNC_JOB).vhost_user_disk(&server.socket(), "").start();
+
+        let seen = vm.until_asked("before");
+        let sees_write_cache = CachePolicy::from(mode).guest_sees_write_cache();
+        let cache = if sees_write_cache { "write back" } else { "write through" };
+        let expected = [&format!("cache: {cache}"), "bytes: 67108864", "serial: kit-42", "logical block: 512"];
+        assert_eq!(seen, expected, "{mode}");
+        let figures = || ["writes", "flushes", "syncs"].map(|figure| server.total(figure));
+        let before = figures();
+        vm.go();
+
+        // The guest waits: every fsync has returned, and nothing else makes the image clean.
+        vm.until_asked("after");
+        let dirty = oracle::dirty_pages(&image);
+        let after = figures();
+        let [writes, flushes, syncs] = [0, 1, 2].map(|figure| after[figure] - before[figure]);
+        assert!(writes >= FSYNCS, "{mode}: {writes} writes");
+        assert_eq!(flushes, if sees_write_cache { FSYNCS } else { 0 }, "{mode}: flushes of the guest");
+        match mode {
+            CacheMode::None | CacheMode::Writeback => assert_eq!(syncs, FSYNCS, "{mode}: one sync a flush"),
+            CacheMode::Unsafe => assert_eq!(syncs, 0, "{mode}"),
+            // Each write is durable by itself, by a sync or natively: the page cache tells, and below the device does.
+            CacheMode::Directsync | CacheMode::Writethrough => {}
+        }
+        if mode != CacheMode::Unsafe {
+            assert_eq!(dirty.unwrap_or(0), 0, "{mode}: pages that an fsync in the guest left dirty on the host");
+        }
+        check_fsync_job_content(&image);
+        vm.go();
+        vm.finish();
+    }
+}
+
+#[test]
+fn flushes_that_reach_the_device_are_as_many_as_with_qemus_own_disk() {
+    let dir = scratch();
+    let Some(disk) = LoopDevice::attach(&sparse_image(dir.path(), 64 * MIB)) else { return };
+    let flushes_during = |mut vm: qemu::Vm| {
+        vm.until_asked("before");
+        let before = disk.flushes();
+        vm.go();
+        vm.until_asked("after");
+        let flushes = disk.flushes() - before;
+        vm.go();
+        vm.finish();
+        flushes
+    };
+    let mut table = format!("flushes at the device for {FSYNCS} fsyncs in the guest:\n");
+    table += &format!("{:14}{:>12}{:>12}\n", "mode", "virtioblkd", "QEMU's own");
+    for mode in CacheMode::ALL {
+        let server = Server::start(disk.path(), mode, &[]);
+        let ours = flushes_during(qemu::linux(1, FSYNC_JOB).vhost_user_disk(&server.socket(), "").start());
+        drop(server);
+        let theirs = flushes_during(qemu::linux(1, FSYNC_JOB).own_disk(disk.path(), mode).start());
+        table += &format!("{:14}{ours:>12}{theirs:>12}\n", mode.name());
+        for (who, flushes) in [("virtioblkd", ours), ("QEMU", theirs)] {
+            match mode {
+                CacheMode::Unsafe => assert_eq!(flushes, 0, "{who}, {mode}"),
+                CacheMode::None | CacheMode::Writeback => assert_eq!(flushes, FSYNCS, "{who}, {mode}"),
+                // A durable write may cost the device more than one flush, never less.
+                CacheMode::Directsync | CacheMode::Writethrough => {
+                    assert!(flushes >= FSYNCS, "{who}, {mode}: {flushes} flushes");
+                }
+            }
+        }
+        check_fsync_job_content(disk.path());
+    }
+    tell(&table);
+}
+
+/// Random writes that fio verifies while it goes on, from three processes on their own parts, on every queue.
+const FIO_JOB: &str = r#"
+cat >/tmp/fio.job <<'FIO'
+[global]
+filename=/dev/vda
+direct=1
+ioengine=libaio
+iodepth=16
+rw=randwrite
+size=16m
+verify=crc32c
+verify_backlog=256
+verify_fatal=1
+serialize_overlap=1
+fsync=64
+time_based
+runtime=12
+[small]
+bs=4k
+offset=0
+[odd]
+bs=1536
+offset=16m
+[large]
+bs=64k
+offset=32m
+FIO
+ls /sys/block/vda/mq | wc -l
+echo "@begin"
+fio --output=/tmp/fio.out /tmp/fio.job || { cat /tmp/fio.out; exit 1; }
+sync
+echo "@end $(sha256sum </dev/vda)"
+ask end
+"#;
+
+#[test]
+fn fio_verifies_under_stop_and_cont_and_quiesce_and_resume() {
+    let dir = scratch();
+    let image = sparse_image(dir.path(), 64 * MIB);
+    let server = Server::start(&image, CacheMode::None, &["--num-queues", "4"]);
+    let mut vm = qemu::linux_full(2, FIO_JOB).vhost_user_disk(&server.socket(), ",num-queues=4").start();
+    let queues = vm.until_line("@begin");
+    // Linux uses no more queues than it has CPUs.
+    assert_eq!(queues[0], "2");
+
+    let mut monitor = vm.qmp();
+    let mut control = guest::Qmp::connect(&server.control());
+    let mut quiesce = || {
+        let reply = control.execute("quiesce", json!({"timeout-ms": 60_000, "lease-ms": 120_000}));
+        reply["token"].as_str().expect("a token").to_owned()
+    };
+    let mut rounds = 0;
+    let ended = loop {
+        // Pause the guest under load.
+        monitor.execute("stop", json!({}));
+        let paused = oracle::digest(&image);
+        assert_eq!(oracle::digest(&image), paused, "a stopped guest's disk changed");
+        monitor.execute("cont", json!({}));
+
+        // Hold the disk under load.
+        let token = quiesce();
+        assert_eq!(oracle::dirty_pages(&image).unwrap_or(0), 0, "a quiesced disk is durable");
+        let held = oracle::digest(&image);
+        let done = vm.said_so_far("@end");
+        assert_eq!(oracle::digest(&image), held, "a quiesced disk changed");
+
+        // Pause the guest while its disk is held: must not wait for the hold's end.
+        monitor.execute("stop", json!({}));
+        monitor.execute("cont", json!({}));
+        assert_eq!(oracle::digest(&image), held, "a quiesced disk changed at stop or cont");
+        guest::Qmp::connect(&server.control()).execute("resume", json!({ "token": token }));
+        rounds += 1;
+        if let Some(line) = done {
+            break line;
+        }
+    };
+    assert!(rounds >= 5, "only {rounds} rounds while fio ran");
+    vm.until_asked("end");
+    assert_eq!(ended, format!("@end {}  -", oracle::digest(&image)), "the guest and the host read different disks");
+    vm.go();
+    vm.finish();
+    tell(&format!("fio verified clean over {rounds} rounds of stop, cont, quiesce, stop, cont, resume"));
+}
+
+/// Writes files one after another and says so once a file's fsync has returned, until the host says stop.
+const FILES_JOB: &str = r#"
+mkfs.ext4 -q /dev/vda || exit 1
+mount -t ext4 /dev/vda /mnt || exit 1
+( n=0
+  while [ ! -e /tmp/stop ]; do
+    n=$((n + 1))
+    yes "file $n" | head -c $((n % 7 * 3000 + 100)) | dd of=/mnt/$n conv=fsync 2>/dev/null || exit 1
+    echo "@file $n"
+  done
+  echo "@last $n" ) &
+ask stop
+touch /tmp/stop
+wait $! || exit 1
+umount /mnt
+"#;
+
+/// A program of e2fsprogs, which lives where plain users do not look.
+fn e2fs(program: &str) -> Command {
+    let found = ["/usr/sbin", "/sbin"].iter().map(|dir| Path::new(dir).join(program)).find(|path| path.exists());
+    Command::new(found.unwrap_or_else(|| panic!("{program} of e2fsprogs is installed")))
+}
+
+#[test]
+fn a_snapshot_of_a_quiesced_disk_holds_every_file_that_was_fsynced() {
+    for mode in [CacheMode::None, CacheMode::Writeback, CacheMode::Directsync] {
+        let dir = scratch();
+        let image = sparse_image(dir.path(), 64 * MIB);
+        let server = Server::start(&image, mode, &[]);
+        let mut vm = qemu::linux(1, FILES_JOB).vhost_user_disk(&server.socket(), "").start();
+        vm.until_asked("stop");
+        for round in 0..3 {
+            // Under load, and with a few more files each time.
+            let said = vm.until_line("@file ");
+            let mut promised = said.last().expect("the line waited for").clone();
+            // Said before the quiesce was asked for: promised. The copy is what a snapshot would be.
+            while let Some(line) = vm.said_so_far("@file ") {
+                promised = line;
+            }
+            let promised: u64 = promised["@file ".len()..].parse().expect("a number");
+            let snapshot = dir.path().join(format!("snapshot-{round}"));
+            // Compared a moment later: a disk that is not held has changed by then.
+            let copy = "cp --sparse=always \"$1\" \"$2\" && sleep 0.5 && cmp \"$1\" \"$2\"";
+            let (from, to) = (image.to_str().expect("a plain path"), snapshot.to_str().expect("a plain path"));
+            server.ctl_ok(&["quiesce", "--", "sh", "-c", copy, "sh", from, to]);
+            check_snapshot(&snapshot, promised, mode);
+        }
+        vm.go();
+        vm.until_line("@last");
+        vm.finish();
+        run(e2fs("e2fsck").args(["-fn"]).arg(&image));
+    }
+}
+
+/// Replays the journal of a copy, as a mount would, checks it, and reads back the files that were promised.
+fn check_snapshot(snapshot: &Path, promised: u64, mode: CacheMode) {
+    // 0: clean, 1: the journal was replayed and what it told was mended. More is damage.
+    let replayed = output(e2fs("e2fsck").args(["-p"]).arg(snapshot));
+    let report = String::from_utf8_lossy(&replayed.stdout).into_owned();
+    assert!(matches!(replayed.status.code(), Some(0 | 1)), "{mode}: e2fsck: {}\n{report}", replayed.status);
+    let checked = output(e2fs("e2fsck").args(["-fn"]).arg(snapshot));
+    let report = String::from_utf8_lossy(&checked.stdout).into_owned();
+    assert!(checked.status.success(), "{mode}: not clean after its journal was replayed\n{report}");
+    for n in promised.saturating_sub(20).max(1)..=promised {
+        let read = output(e2fs("debugfs").args(["-R", &format!("cat /{n}")]).arg(snapshot));
+        let line = format!("file {n}\n");
+        let length = usize::try_from(n % 7 * 3000 + 100).expect("small");
+        let expected: Vec<u8> = line.bytes().cycle().take(length).collect();
+        assert!(
+            read.stdout == expected,
+            "{mode}: file {n} of {promised} was fsynced before the quiesce and is not there"
+        );
+    }
+}
+
+/// vda: an ordinary disk; vdb: the same read-only; vdc: sectors of 4096 bytes.
+const FILESYSTEM_JOB: &str = r#"
+fail() { echo "$*"; exit 1; }
+cat /sys/block/vda/ro /sys/block/vdb/ro /sys/block/vdc/ro
+cat /sys/block/vda/queue/logical_block_size /sys/block/vdc/queue/logical_block_size
+
+dd if=/dev/zero of=/dev/vdb bs=4k count=1 2>/tmp/error && fail "a read-only disk took a write"
+dd if=/dev/vdb bs=4k count=1 2>/dev/null | tr -d '\0' | grep -q "read me" || fail "a read-only disk cannot be read"
+
+mkfs.ext4 -q -b 4096 /dev/vdc && mount -t ext4 /dev/vdc /mnt || fail "no ext4 on sectors of 4096 bytes"
+yes sectors | head -c 1000000 >/mnt/file
+umount /mnt
+mount -t ext4 /dev/vdc /mnt || fail "no second mount"
+yes sectors | head -c 1000000 | cmp - /mnt/file || fail "another file came back"
+umount /mnt
+
+mkfs.ext4 -q -E lazy_itable_init=0 /dev/vda && mount -t ext4 /dev/vda /mnt || fail "no ext4"
+mkdir /mnt/small
+for n in $(seq 1 200); do echo "small $n" >/mnt/small/$n; done
+dd if=/dev/urandom of=/mnt/big bs=1M count=24 2>/dev/null || fail "no room"
+sync
+ask full
+rm /mnt/big
+sync
+fstrim /mnt || fail "no discard"
+sync
+ask trimmed
+umount /mnt
+"#;
+
+#[test]
+fn ext4_discard_read_only_and_large_sectors() {
+    let dir = scratch();
+    let disk = |name: &str, size| {
+        fs::create_dir(dir.path().join(name)).expect("a directory");
+        sparse_image(&dir.path().join(name), size)
+    };
+    let (ordinary, read_only, large) = (disk("a", 64 * MIB), disk("b", MIB), disk("c", 64 * MIB));
+    let mut read_me = b"read me".to_vec();
+    read_me.resize(MIB as usize, 0);
+    fs::write(&read_only, &read_me).expect("room");
+    let a = Server::start(&ordinary, CacheMode::Writeback, &["--discard", "unmap"]);
+    let b = Server::start(&read_only, CacheMode::Writeback, &["--read-only"]);
+    let c = Server::start(&large, CacheMode::None, &["--logical-block-size", "4096"]);
+    let mut vm = qemu::linux(1, FILESYSTEM_JOB)
+        .vhost_user_disk(&a.socket(), "")
+        .vhost_user_disk(&b.socket(), "")
+        .vhost_user_disk(&c.socket(), "")
+        .start();
+
+    assert_eq!(vm.until_asked("full"), ["0", "1", "0", "512", "4096"]);
+    let full = oracle::allocated(&ordinary);
+    assert!(full >= 24 * MIB, "24 MiB of random bytes take {full} bytes");
+    vm.go();
+    vm.until_asked("trimmed");
+    let trimmed = oracle::allocated(&ordinary);
+    assert!(trimmed + 20 * MIB < full, "fstrim freed too little: {full} bytes before, {trimmed} after");
+    vm.go();
+    vm.finish();
+    for image in [&ordinary, &large] {
+        run(e2fs("e2fsck").arg("-fn").arg(image));
+    }
+    assert!(fs::read(&read_only).expect("readable") == read_me, "a read-only image changed");
+    assert!(a.total("discards") > 0, "{}", a.status());
+}
