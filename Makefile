@@ -1,0 +1,63 @@
+# What people do with the sources. `make help` lists it.
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+CARGO ?= cargo
+# A guest test is a QEMU and a server; more at once than CPUs only wait for each other.
+TEST_THREADS ?= 2
+# Tests that boot guests. All others need nothing but Rust.
+VM_TESTS = firmware vm
+OTHER_TESTS = $(filter-out $(VM_TESTS) libvirt,$(basename $(notdir $(wildcard tests/*.rs))))
+
+release = $(or $(CARGO_TARGET_DIR),target)/release
+doc = $(DESTDIR)$(PREFIX)/share/doc/virtioblkd
+
+.NOTPARALLEL:
+.PHONY: help build demo check check-unit check-vm check-lint bench explore-long install deps toolchain
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
+
+build: toolchain ## Build the programs, optimized
+	$(CARGO) build --release
+
+demo: toolchain deps ## Watch a guest write, be held still under load, and go on
+	$(CARGO) build --release
+	scripts/demo
+
+check: toolchain deps check-lint check-unit check-vm ## All checks: lint, unit, integration, real guests
+
+check-unit: toolchain ## Unit and integration tests that boot no guest
+	$(CARGO) test --lib --bins
+	$(CARGO) test --doc
+	$(if $(OTHER_TESTS),$(CARGO) test $(OTHER_TESTS:%=--test %))
+
+check-vm: toolchain deps ## Tests with real guests
+	$(CARGO) test $(VM_TESTS:%=--test %) -- --test-threads=$(TEST_THREADS)
+
+check-lint: toolchain ## Formatting, clippy, documentation, without a warning
+	$(CARGO) fmt --check
+	$(CARGO) clippy --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --document-private-items
+
+explore-long: toolchain ## The engine's explorer over longer scripts; minutes
+	VIRTIOBLKD_EXPLORE=long $(CARGO) test --release --lib engine::explore -- --nocapture
+
+bench: toolchain deps ## 4 KiB random I/O beside qemu-storage-daemon's export, as ratios
+	$(CARGO) bench --bench peers
+
+install: ## Install what `make build` made (PREFIX, DESTDIR)
+	@test -x $(release)/virtioblkd || { echo "install: run 'make build' first" >&2; exit 1; }
+	install -D $(release)/virtioblkd $(DESTDIR)$(PREFIX)/bin/virtioblkd
+	install -D $(release)/virtioblkctl $(DESTDIR)$(PREFIX)/bin/virtioblkctl
+	install -d $(DESTDIR)$(PREFIX)/share/qemu/vhost-user $(doc)
+	sed 's|/usr/local|$(PREFIX)|' qemu-configs/vhost-user/50-virtioblkd.json \
+		>$(DESTDIR)$(PREFIX)/share/qemu/vhost-user/50-virtioblkd.json
+	cp -r qemu-configs $(doc)/
+
+deps: ## Install what the guest tests need; fetch the guest
+	scripts/install-test-deps
+	scripts/guest-image
+
+toolchain:
+	@scripts/check-toolchain
