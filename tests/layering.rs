@@ -12,11 +12,11 @@ const UNSAFE_FILES: [(&str, &str); 4] = [
     ("src/sys.rs", "system calls that no safe wrapper has"),
 ];
 
-/// In files under `room` none of `words` may stand, except that a file whose path contains `but.0` may name `but.1`.
+/// In files under `room` none of `words` may stand, `but` apart.
 struct Rule {
     room: &'static str,
     words: &'static [&'static str],
-    but: Option<(&'static str, &'static str)>,
+    but: Option<&'static str>,
 }
 
 const RULES: [Rule; 5] = [
@@ -28,7 +28,7 @@ const RULES: [Rule; 5] = [
     Rule { room: "src/backend/", words: &["crate::virtio", "crate::control"], but: None },
     Rule { room: "src/virtio/", words: &["crate::control", "File::open", "File::create", "OpenOptions"], but: None },
     // Descriptors that the front-end hands over arrive as `std::fs::File`.
-    Rule { room: "src/virtio/", words: &["std::fs"], but: Some(("handler", "std::fs::File")) },
+    Rule { room: "src/virtio/", words: &["std::fs"], but: Some("std::fs::File") },
     Rule { room: "src/control/", words: &["crate::virtio"], but: None },
 ];
 
@@ -56,7 +56,6 @@ fn the_checks_can_fail() {
         ("src/backend/file.rs", "use crate::virtio::request::Request;"),
         ("src/backend/file.rs", "use crate::{engine::Errno, virtio};"),
         ("src/virtio/worker.rs", "let file = std::fs::File::open(path)?;"),
-        ("src/virtio/worker.rs", "use std::fs::File;"),
         ("src/virtio/worker.rs", "use std::{fs, fmt};"),
         ("src/virtio/handler.rs", "use std::fs::{self, File};"),
         ("src/virtio/handler.rs", "let disk = std::fs::File::open(path);"),
@@ -82,7 +81,7 @@ fn the_checks_let_honest_text_pass() {
         ("src/engine/gate.rs", "/// As `crate::backend` says, std::time and unsafe are elsewhere.\nstruct Unsafe;"),
         ("src/virtio/handler.rs", "use std::fs::File;\nfn f(file: File) {}"),
         ("src/virtio/handler.rs", "use std::{fs::File, os::fd::AsFd};"),
-        ("src/virtio/handler_kicks.rs", "use std::fs::File;"),
+        ("src/virtio/worker.rs", "use std::fs::File;"),
         ("src/virtio/worker.rs", "let ring = \"http://example.org\"; // std::fs"),
         ("src/backend/uring.rs", "//! UNSAFE. The ring.\n#![allow(unsafe_code)]\nunsafe impl Send for Ring {}"),
         ("src/config.rs", "Unsafe, \"unsafe\", \"unsafe { }\""),
@@ -133,7 +132,7 @@ fn complaints(file: &Source) -> Vec<String> {
     let mut found = Vec::new();
     let paths = named_paths(code);
     for rule in RULES.iter().filter(|rule| path.starts_with(rule.room)) {
-        let allowed = rule.but.filter(|(name, _)| path.contains(name)).map_or("", |(_, allowed)| allowed);
+        let allowed = rule.but.unwrap_or("");
         let code = if allowed.is_empty() { code.clone() } else { code.replace(allowed, "") };
         for word in rule.words {
             if has_path(&code, word) || paths.iter().any(|used| used != allowed && begins_with(used, word)) {
