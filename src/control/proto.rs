@@ -1,0 +1,498 @@
+//! PURE. The words of the quiesce socket: QMP's dialect (QEMU, docs/interop/qmp-spec), so that `qmp-shell`,
+//! `qemu.qmp` and `socat` drive it. This is the one place where commands, events and error codes are listed.
+//!
+//! The server greets; the client sends `{"execute": "qmp_capabilities"}` and then commands
+//! `{"execute": NAME, "arguments": {...}, "id": ANYTHING}`. Each is answered in the order received by one line,
+//! `{"return": ...}` or `{"error": {"class": ..., "code": ..., "desc": ...}}`, with the `id` if there was one.
+//!
+//! | command | arguments (default) | returns |
+//! | --- | --- | --- |
+//! | `qmp_capabilities` | `enable` (`[]`) | nothing |
+//! | `query-commands` | | the commands' names |
+//! | `query-version` | | the greeting's version |
+//! | `quiesce` | `timeout-ms` (10000), `lease-ms` (30000), `detached` (false), `who` | `token`, `epoch`, `rings`, `drained`, `drain-us`, `sync-us`, `bytes-synced`, `holders` |
+//! | `renew-lease` | `token`, `lease-ms` (30000) | nothing |
+//! | `resume` | `token`, or `all`: true | `resumed`, `holders` |
+//! | `query-status` | | the disk, the daemon and `quiesce`: who holds it and how long |
+//! | `query-stats` | | `rings` and `total` |
+//! | `quit` | | nothing; then the daemon ends in order, as by SIGTERM |
+//!
+//! A quiesce ends by `resume`, when its lease runs out, and, unless `detached`, with the connection that asked for it
+//! (also when the client closes only its sending side). The disk goes on when the last holder is gone.
+//!
+//! | event | data |
+//! | --- | --- |
+//! | `QUIESCED` | a holder got the disk: `token`, `who`, `pid`, `uid`, `detached`, `lease-ms`, `holders` and the figures |
+//! | `RESUMED` | a holder left: `token`, `who`, `reason` (`resume`, `lease-expired`, `connection-closed`, `shutdown`), `held-ms`, `holders` (0: the disk goes on) |
+//! | `LEASE_EXPIRED` | `token`, `who`; its `RESUMED` follows |
+//! | `QUIESCE_FAILED` | a quiesce that did not succeed: `who`, `pid`, `uid`, `code` |
+//! | `FRONTEND_CONNECTED` | nothing |
+//! | `FRONTEND_DISCONNECTED` | `reason` |
+//! | `IO_ERROR` | `operation`, `ring`, `offset`, `length`, `errno`, `message`, `suppressed` |
+//! | `SYNC_ERROR` | `errno`, `message`, `suppressed` |
+//! | `PROTOCOL_ERROR` | `message`, `suppressed` |
+//! | `SHUTDOWN` | nothing; the daemon ends |
+//!
+//! `suppressed` counts the errors that were not told since the last one that was: a guest can provoke any number.
+//!
+//! | `code` | meaning |
+//! | --- | --- |
+//! | `parse-error` | the bytes are no JSON object, or too long or too deep |
+//! | `bad-request` | an object, but no request: `execute` missing, unknown member, ... |
+//! | `not-negotiated` | a command came before `qmp_capabilities` (class `CommandNotFound`, as in QEMU) |
+//! | `already-negotiated` | `qmp_capabilities` came twice (class `CommandNotFound`) |
+//! | `unknown-command` | class `CommandNotFound` |
+//! | `bad-argument` | an argument is missing, unknown, of the wrong type or out of range |
+//! | `timeout` | the writes in flight and the sync did not end in `timeout-ms`; the disk goes on |
+//! | `sync-failed` | the sync failed, so nothing is promised; the disk goes on |
+//! | `cancelled` | `resume {all: true}` came while the quiesce was under way |
+//! | `not-quiesced` | nobody holds the disk, and the token is unknown |
+//! | `unknown-token` | others hold the disk, not this token |
+//! | `lease-expired` | the token's lease ran out: writes may have gone through since |
+//! | `not-held` | the token's hold ended otherwise: resumed, connection closed |
+//! | `too-many-holders` | as many holders as this server keeps |
+//! | `shutting-down` | the daemon ends |
+//! | `too-many-clients` | as many connections as this server keeps; it then closes this one |
+//! | `not-allowed` | the peer's user may not use this socket; it then closes the connection |
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Map, Value, json};
+
+/// How long a quiesce may take when `timeout-ms` is not given.
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a quiesce lasts when `lease-ms` is not given.
+pub const DEFAULT_LEASE: Duration = Duration::from_secs(30);
+/// The longest timeout and lease: an hour. A guest that is frozen for longer is a mistake.
+pub const LONGEST: Duration = Duration::from_secs(3600);
+/// The longest `who`, in bytes.
+pub const LONGEST_WHO: usize = 256;
+
+/// What a client may ask.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Ends the negotiation.
+    QmpCapabilities,
+    /// Names the commands.
+    QueryCommands,
+    /// The greeting's version again.
+    QueryVersion,
+    /// Holds the disk still.
+    Quiesce(QuiesceArgs),
+    /// Gives a hold more time.
+    RenewLease {
+        /// Whose.
+        token: String,
+        /// From now.
+        lease: Duration,
+    },
+    /// Ends one hold.
+    Resume {
+        /// Whose.
+        token: String,
+    },
+    /// Ends every hold and every quiesce under way.
+    ResumeAll,
+    /// Everything about the disk and its holders.
+    QueryStatus,
+    /// Counters.
+    QueryStats,
+    /// Ends the daemon.
+    Quit,
+}
+
+/// The arguments of `quiesce`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuiesceArgs {
+    /// Until it is answered with an error.
+    pub timeout: Duration,
+    /// From the answer on.
+    pub lease: Duration,
+    /// Outlives the connection.
+    pub detached: bool,
+    /// Who asks, in the operator's words; for status, events and the log.
+    pub who: Option<String>,
+}
+
+/// QEMU's error classes, as far as they are used. Clients know a closed list of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Everything else.
+    GenericError,
+    /// Unknown, or not now.
+    CommandNotFound,
+}
+
+/// An error reply.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Error {
+    /// For clients that know QEMU.
+    pub class: Class,
+    /// For programs; the list is at the head of this module.
+    pub code: &'static str,
+    /// For people.
+    pub desc: String,
+}
+
+impl Error {
+    /// Of class `GenericError`.
+    pub fn new(code: &'static str, desc: impl Into<String>) -> Self {
+        Error { class: Class::GenericError, code, desc: desc.into() }
+    }
+
+    fn command(code: &'static str, desc: impl Into<String>) -> Self {
+        Error { class: Class::CommandNotFound, code, desc: desc.into() }
+    }
+
+    fn argument(desc: impl Into<String>) -> Self {
+        Error::new("bad-argument", desc)
+    }
+}
+
+/// A request that was read: its `id`, and what it asks or what is wrong with it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// Echoed, whatever it is.
+    pub id: Option<Value>,
+    /// What it asks.
+    pub command: Result<Command, Error>,
+}
+
+type Parse = fn(&mut Args) -> Result<Command, Error>;
+
+/// Every command, in the order in which `query-commands` names them.
+const COMMANDS: [(&str, Parse); 9] = [
+    ("qmp_capabilities", parse_capabilities),
+    ("query-commands", |_| Ok(Command::QueryCommands)),
+    ("query-version", |_| Ok(Command::QueryVersion)),
+    ("query-status", |_| Ok(Command::QueryStatus)),
+    ("query-stats", |_| Ok(Command::QueryStats)),
+    ("quiesce", parse_quiesce),
+    ("renew-lease", parse_renew),
+    ("resume", parse_resume),
+    ("quit", |_| Ok(Command::Quit)),
+];
+
+/// Reads one JSON value as a request. `negotiated`: `qmp_capabilities` was answered on this connection.
+pub fn parse(value: Value, negotiated: bool) -> Request {
+    let Value::Object(mut members) = value else {
+        let error = Error::new("bad-request", "a request is a JSON object");
+        return Request { id: None, command: Err(error) };
+    };
+    let id = members.remove("id");
+    Request { id, command: parse_members(members, negotiated) }
+}
+
+fn parse_members(mut members: Map<String, Value>, negotiated: bool) -> Result<Command, Error> {
+    let bad = |desc: String| Error::new("bad-request", desc);
+    let name = match members.remove("execute") {
+        Some(Value::String(name)) => name,
+        Some(_) => return Err(bad("'execute' must be a string: the name of a command".into())),
+        None => return Err(bad("the request has no member 'execute'".into())),
+    };
+    let arguments = match members.remove("arguments") {
+        Some(Value::Object(arguments)) => arguments,
+        Some(_) => return Err(bad("'arguments' must be an object".into())),
+        None => Map::new(),
+    };
+    if let Some(other) = members.keys().next() {
+        let desc = format!("unknown member '{}': a request has 'execute', 'arguments' and 'id'", shown(other));
+        return Err(bad(desc));
+    }
+    let known = COMMANDS.iter().find(|(known, _)| *known == name);
+    match (negotiated, name == "qmp_capabilities") {
+        (false, false) => {
+            let desc = "send {\"execute\": \"qmp_capabilities\"} first; commands are known after it";
+            return Err(Error::command("not-negotiated", desc));
+        }
+        (true, true) => {
+            return Err(Error::command(
+                "already-negotiated",
+                "qmp_capabilities was answered on this connection already",
+            ));
+        }
+        _ => {}
+    }
+    let Some((_, parse)) = known else {
+        let desc = format!("there is no command '{}'; query-commands names them", shown(&name));
+        return Err(Error::command("unknown-command", desc));
+    };
+    let mut args = Args { command: &name, given: arguments };
+    let command = parse(&mut args)?;
+    args.finish()?;
+    Ok(command)
+}
+
+fn parse_capabilities(args: &mut Args) -> Result<Command, Error> {
+    match args.given.remove("enable") {
+        None => Ok(Command::QmpCapabilities),
+        Some(Value::Array(list)) if list.is_empty() => Ok(Command::QmpCapabilities),
+        Some(Value::Array(_)) => Err(Error::argument("'enable' must be empty: this server offers no capabilities")),
+        Some(_) => Err(Error::argument("'enable' must be a list")),
+    }
+}
+
+fn parse_quiesce(args: &mut Args) -> Result<Command, Error> {
+    Ok(Command::Quiesce(QuiesceArgs {
+        timeout: args.milliseconds("timeout-ms")?.unwrap_or(DEFAULT_TIMEOUT),
+        lease: args.milliseconds("lease-ms")?.unwrap_or(DEFAULT_LEASE),
+        detached: args.boolean("detached")?.unwrap_or(false),
+        who: args.text("who", LONGEST_WHO)?,
+    }))
+}
+
+fn parse_renew(args: &mut Args) -> Result<Command, Error> {
+    let lease = args.milliseconds("lease-ms")?.unwrap_or(DEFAULT_LEASE);
+    match args.text("token", LONGEST_WHO)? {
+        Some(token) => Ok(Command::RenewLease { token, lease }),
+        None => Err(Error::argument("renew-lease needs 'token', as quiesce returned it")),
+    }
+}
+
+fn parse_resume(args: &mut Args) -> Result<Command, Error> {
+    let all = args.boolean("all")?.unwrap_or(false);
+    match (args.text("token", LONGEST_WHO)?, all) {
+        (Some(token), false) => Ok(Command::Resume { token }),
+        (None, true) => Ok(Command::ResumeAll),
+        (Some(_), true) => Err(Error::argument("resume takes 'token' or 'all', not both")),
+        (None, false) => Err(Error::argument("resume needs 'token', as quiesce returned it, or 'all': true")),
+    }
+}
+
+/// The arguments of one command. Each reader takes its own out; what is left at the end is unknown.
+struct Args<'a> {
+    command: &'a str,
+    given: Map<String, Value>,
+}
+
+impl Args<'_> {
+    fn boolean(&mut self, name: &str) -> Result<Option<bool>, Error> {
+        match self.given.remove(name) {
+            None => Ok(None),
+            Some(Value::Bool(value)) => Ok(Some(value)),
+            Some(other) => Err(wrong_type(name, "true or false", &other)),
+        }
+    }
+
+    fn text(&mut self, name: &str, longest: usize) -> Result<Option<String>, Error> {
+        match self.given.remove(name) {
+            None => Ok(None),
+            Some(Value::String(value)) if value.len() <= longest => Ok(Some(value)),
+            Some(Value::String(_)) => Err(Error::argument(format!("'{name}' is longer than {longest} bytes"))),
+            Some(other) => Err(wrong_type(name, "a string", &other)),
+        }
+    }
+
+    fn milliseconds(&mut self, name: &str) -> Result<Option<Duration>, Error> {
+        let most = LONGEST.as_millis() as u64;
+        let Some(value) = self.given.remove(name) else { return Ok(None) };
+        match value.as_u64() {
+            Some(number) if (1..=most).contains(&number) => Ok(Some(Duration::from_millis(number))),
+            None if !value.is_number() => Err(wrong_type(name, "a whole number of milliseconds", &value)),
+            _ => Err(Error::argument(format!(
+                "'{name}' must be a whole number of milliseconds from 1 to {most}, not {value}"
+            ))),
+        }
+    }
+
+    fn finish(self) -> Result<(), Error> {
+        match self.given.keys().next() {
+            None => Ok(()),
+            Some(name) => {
+                let desc = format!("{} has no argument '{}'", self.command, shown(name));
+                Err(Error::argument(desc))
+            }
+        }
+    }
+}
+
+fn wrong_type(name: &str, wanted: &str, value: &Value) -> Error {
+    let kind = match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    };
+    Error::argument(format!("'{name}' must be {wanted}, not {kind}"))
+}
+
+/// A name out of a request, short enough for a message.
+fn shown(name: &str) -> String {
+    match name.char_indices().nth(64) {
+        Some((end, _)) => format!("{}...", &name[..end]),
+        None => name.to_owned(),
+    }
+}
+
+/// The line that a client reads first.
+pub fn greeting() -> Vec<u8> {
+    line(&json!({"QMP": {"version": version(), "capabilities": []}}))
+}
+
+/// Our version where QEMU's clients look for QEMU's.
+pub fn version() -> Value {
+    let part = |text: &str| text.parse::<u32>().unwrap_or(0);
+    json!({
+        "qemu": {
+            "major": part(env!("CARGO_PKG_VERSION_MAJOR")),
+            "minor": part(env!("CARGO_PKG_VERSION_MINOR")),
+            "micro": part(env!("CARGO_PKG_VERSION_PATCH")),
+        },
+        "package": concat!("virtioblkd ", env!("CARGO_PKG_VERSION")),
+    })
+}
+
+/// The answer of `query-commands`.
+pub fn command_list() -> Value {
+    COMMANDS.iter().map(|(name, _)| json!({"name": name})).collect()
+}
+
+/// One reply, a line.
+pub fn reply(id: Option<&Value>, result: Result<Value, Error>) -> Vec<u8> {
+    let mut message = match result {
+        Ok(value) => json!({"return": value}),
+        Err(error) => {
+            let class = match error.class {
+                Class::GenericError => "GenericError",
+                Class::CommandNotFound => "CommandNotFound",
+            };
+            json!({"error": {"class": class, "code": error.code, "desc": error.desc}})
+        }
+    };
+    if let Some(id) = id {
+        message["id"] = id.clone();
+    }
+    line(&message)
+}
+
+/// One event, a line.
+pub fn event(name: &str, data: Value, when: SystemTime) -> Vec<u8> {
+    // A clock before 1970 is not worth an error in the middle of an event.
+    let since = when.duration_since(UNIX_EPOCH).unwrap_or_default();
+    line(&json!({
+        "event": name,
+        "data": data,
+        "timestamp": {"seconds": since.as_secs(), "microseconds": since.subsec_micros()},
+    }))
+}
+
+fn line(message: &Value) -> Vec<u8> {
+    let mut text = message.to_string().into_bytes();
+    text.extend_from_slice(b"\r\n");
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ask(text: &str) -> Result<Command, Error> {
+        parse(serde_json::from_str(text).unwrap(), true).command
+    }
+
+    fn refused(text: &str, code: &str, words: &[&str]) {
+        let error = ask(text).unwrap_err();
+        assert_eq!(error.code, code, "{text}: {error:?}");
+        for word in words {
+            assert!(error.desc.contains(word), "{text}: '{word}' is not in '{}'", error.desc);
+        }
+    }
+
+    #[test]
+    fn commands_wait_for_the_negotiation() {
+        for name in ["query-status", "no-such-command", "quit"] {
+            let error = parse(json!({"execute": name}), false).command.unwrap_err();
+            assert_eq!((error.class, error.code), (Class::CommandNotFound, "not-negotiated"));
+        }
+        assert_eq!(parse(json!({"execute": "qmp_capabilities"}), false).command, Ok(Command::QmpCapabilities));
+        assert_eq!(ask(r#"{"execute":"qmp_capabilities"}"#).unwrap_err().code, "already-negotiated");
+        let enable = json!({"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}});
+        assert_eq!(parse(enable, false).command.unwrap_err().code, "bad-argument");
+        let enable = json!({"execute": "qmp_capabilities", "arguments": {"enable": []}});
+        assert_eq!(parse(enable, false).command, Ok(Command::QmpCapabilities));
+    }
+
+    #[test]
+    fn quiesce_has_defaults() {
+        let defaults = QuiesceArgs {
+            timeout: Duration::from_secs(10),
+            lease: Duration::from_secs(30),
+            detached: false,
+            who: None,
+        };
+        assert_eq!(ask(r#"{"execute":"quiesce"}"#), Ok(Command::Quiesce(defaults)));
+        let given = ask(
+            r#"{"execute":"quiesce","arguments":{"timeout-ms":1,"lease-ms":3600000,"detached":true,"who":"backup"}}"#,
+        );
+        let wanted = QuiesceArgs {
+            timeout: Duration::from_millis(1),
+            lease: Duration::from_secs(3600),
+            detached: true,
+            who: Some("backup".into()),
+        };
+        assert_eq!(given, Ok(Command::Quiesce(wanted)));
+    }
+
+    #[test]
+    fn wrong_requests_say_what_is_wrong() {
+        refused(r#"{}"#, "bad-request", &["execute"]);
+        refused(r#"{"execute":3}"#, "bad-request", &["execute", "string"]);
+        refused(r#"{"execute":"quit","arguments":[]}"#, "bad-request", &["arguments", "object"]);
+        refused(r#"{"execute":"quit","argument":{}}"#, "bad-request", &["'argument'"]);
+        refused(r#"{"execute":"quitt"}"#, "unknown-command", &["quitt", "query-commands"]);
+        refused(r#"{"execute":"quit","arguments":{"now":true}}"#, "bad-argument", &["quit", "now"]);
+        refused(r#"{"execute":"quiesce","arguments":{"timeout":5}}"#, "bad-argument", &["quiesce", "'timeout'"]);
+        refused(r#"{"execute":"quiesce","arguments":{"timeout-ms":"5"}}"#, "bad-argument", &["timeout-ms", "a string"]);
+        for wrong in ["0", "-1", "1.5", "3600001", "1e300", "18446744073709551616"] {
+            let text = format!(r#"{{"execute":"quiesce","arguments":{{"lease-ms":{wrong}}}}}"#);
+            refused(&text, "bad-argument", &["lease-ms", "3600000"]);
+        }
+        refused(r#"{"execute":"quiesce","arguments":{"detached":1}}"#, "bad-argument", &["detached", "a number"]);
+        refused(r#"{"execute":"resume"}"#, "bad-argument", &["token", "all"]);
+        refused(r#"{"execute":"resume","arguments":{"all":true,"token":"x"}}"#, "bad-argument", &["not both"]);
+        refused(r#"{"execute":"resume","arguments":{"token":7}}"#, "bad-argument", &["token", "a number"]);
+        refused(r#"{"execute":"renew-lease"}"#, "bad-argument", &["token"]);
+        let long = json!({"execute": "quiesce", "arguments": {"who": "x".repeat(257)}}).to_string();
+        refused(&long, "bad-argument", &["who", "256"]);
+        let long = json!({"execute": "\u{e9}".repeat(5000)}).to_string();
+        assert!(ask(&long).unwrap_err().desc.len() < 300, "a long name is cut");
+        assert_eq!(parse(json!([1]), true).command.unwrap_err().code, "bad-request");
+    }
+
+    #[test]
+    fn the_id_is_echoed_whatever_it_is() {
+        for id in [json!(1), json!("a"), json!(null), json!({"b": [1, 2]})] {
+            let request = parse(json!({"execute": "nonsense", "id": id}), true);
+            assert_eq!(request.id.as_ref(), Some(&id));
+            let text = reply(request.id.as_ref(), Err(request.command.unwrap_err()));
+            let value: Value = serde_json::from_slice(&text).unwrap();
+            assert_eq!(value["id"], id);
+            assert_eq!(value["error"]["class"], "CommandNotFound");
+            assert_eq!(value["error"]["code"], "unknown-command");
+        }
+        assert_eq!(reply(None, Ok(json!({}))), b"{\"return\":{}}\r\n");
+    }
+
+    #[test]
+    fn every_command_is_documented_and_listed() {
+        let source = include_str!("proto.rs");
+        for (name, _) in COMMANDS {
+            assert!(source.contains(&format!("//! | `{name}` |")), "{name} is missing in the table");
+        }
+        assert_eq!(command_list().as_array().unwrap().len(), COMMANDS.len());
+    }
+
+    #[test]
+    fn a_message_is_one_line() {
+        let text = event("IO_ERROR", json!({"message": "two\nlines"}), UNIX_EPOCH + Duration::from_micros(1_500_000));
+        let text = String::from_utf8(text).unwrap();
+        assert_eq!(text.matches('\n').count(), 1);
+        let value: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(value["timestamp"], json!({"seconds": 1, "microseconds": 500_000}));
+        let greeting: Value = serde_json::from_slice(&greeting()).unwrap();
+        assert!(greeting["QMP"]["version"]["qemu"]["major"].is_u64());
+        assert_eq!(greeting["QMP"]["capabilities"], json!([]));
+    }
+}

@@ -1,0 +1,368 @@
+//! PURE. Who holds the disk: a state machine with the clock passed in.
+//!
+//! The write gate is closed exactly while somebody holds the disk or waits to. The first request closes it and begins
+//! an epoch; requests that come while it settles join that epoch and share its answer; those that come when the disk
+//! is quiet are answered at once, because nothing can have changed since. The gate opens when the last holder or
+//! waiting request is gone, however it went. An answer of the disk counts only for the epoch it was asked for: after a
+//! timeout, the late answer of the abandoned closing must not vouch for the next one.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use crate::disk::HoldFigures;
+use crate::engine::Errno;
+
+/// A connection.
+pub type PeerId = u64;
+/// A `quiesce` request that waits for its answer.
+pub type RequestId = u64;
+
+/// Holders and waiting requests at most.
+pub const MOST_HOLDERS: usize = 64;
+/// How many ended holds are remembered, so that a late `resume` can be told what became of its hold.
+const MOST_ENDED: usize = 64;
+
+/// Who asked, as far as the kernel and the client tell.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Who {
+    /// The client's own words.
+    pub text: Option<String>,
+    /// Process (0: unknown), when it connected.
+    pub pid: i32,
+    /// User, when it connected.
+    pub uid: u32,
+}
+
+/// A `quiesce` request.
+#[derive(Clone, Debug)]
+pub struct Ask {
+    /// Names the answer.
+    pub request: RequestId,
+    /// Of the hold to be: unguessable, never used before.
+    pub token: String,
+    /// The connection that asks.
+    pub owner: PeerId,
+    /// Until the request is answered with an error.
+    pub timeout: Duration,
+    /// From the grant on.
+    pub lease: Duration,
+    /// The hold outlives the connection.
+    pub detached: bool,
+    /// For status and events.
+    pub who: Who,
+}
+
+/// Why a request was not granted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The gate did not settle in time.
+    Timeout,
+    /// The disk could not make everything durable.
+    SyncFailed(Errno),
+    /// Somebody resumed everything.
+    Cancelled,
+    /// [`MOST_HOLDERS`].
+    TooMany,
+    /// The daemon ends.
+    Shutdown,
+}
+
+/// Why a hold ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// Its holder, or somebody for all, said so.
+    Resume,
+    /// Nobody renewed it.
+    LeaseExpired,
+    /// Its connection ended.
+    ConnectionClosed,
+    /// The daemon ends.
+    Shutdown,
+}
+
+/// What the caller must do, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// [`crate::disk::Disk::close_gate`].
+    CloseGate(u64),
+    /// [`crate::disk::Disk::open_gate`].
+    OpenGate,
+    /// Answer a request: the disk is still.
+    Granted {
+        /// Which.
+        request: RequestId,
+        /// The hold, as it stands.
+        hold: Hold,
+        /// The epoch that settled.
+        epoch: u64,
+        /// What settling it took.
+        figures: HoldFigures,
+        /// Holders now.
+        holders: usize,
+    },
+    /// Answer a request: it failed.
+    Refused {
+        /// Which.
+        request: RequestId,
+        /// Whose.
+        who: Who,
+        /// Why.
+        why: Refusal,
+    },
+    /// A holder is gone.
+    Left {
+        /// The hold that ended.
+        hold: Hold,
+        /// Why.
+        reason: Reason,
+        /// How long it lasted.
+        held: Duration,
+        /// Holders left.
+        holders: usize,
+    },
+}
+
+/// One holder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hold {
+    /// Its name.
+    pub token: String,
+    /// The connection that asked.
+    pub owner: PeerId,
+    /// It outlives that connection.
+    pub detached: bool,
+    /// Who asked.
+    pub who: Who,
+    /// Granted when.
+    pub since: Instant,
+    /// Ends when.
+    pub until: Instant,
+}
+
+struct Waiting {
+    ask: Ask,
+    deadline: Instant,
+}
+
+#[derive(Clone, Copy)]
+enum Gate {
+    /// Nobody holds, nobody waits.
+    Open,
+    /// Somebody waits, nobody holds.
+    Settling { epoch: u64 },
+    /// Somebody holds, nobody waits.
+    Quiet { epoch: u64, rings: u32 },
+}
+
+/// The holders of one disk. Every method takes the time and leaves its orders in [`Coordinator::effects`].
+pub struct Coordinator {
+    gate: Gate,
+    last_epoch: u64,
+    waiting: Vec<Waiting>,
+    holds: Vec<Hold>,
+    ended: VecDeque<(String, Reason)>,
+    effects: VecDeque<Effect>,
+}
+
+impl Default for Coordinator {
+    fn default() -> Self {
+        Coordinator {
+            gate: Gate::Open,
+            last_epoch: 0,
+            waiting: Vec::new(),
+            holds: Vec::new(),
+            ended: VecDeque::new(),
+            effects: VecDeque::new(),
+        }
+    }
+}
+
+impl Coordinator {
+    /// The orders that piled up, oldest first. To be carried out before the next call.
+    pub fn effects(&mut self) -> Vec<Effect> {
+        self.effects.drain(..).collect()
+    }
+
+    /// A `quiesce`. Answered by exactly one [`Effect::Granted`] or [`Effect::Refused`], unless its connection ends.
+    pub fn quiesce(&mut self, ask: Ask, now: Instant) {
+        if self.waiting.len() + self.holds.len() >= MOST_HOLDERS {
+            self.refuse(ask, Refusal::TooMany);
+            return;
+        }
+        match self.gate {
+            Gate::Open => {
+                self.last_epoch += 1;
+                self.gate = Gate::Settling { epoch: self.last_epoch };
+                self.effects.push_back(Effect::CloseGate(self.last_epoch));
+                self.wait(ask, now);
+            }
+            Gate::Settling { .. } => self.wait(ask, now),
+            Gate::Quiet { epoch, rings } => {
+                let figures = HoldFigures { rings, ..HoldFigures::default() };
+                self.grant(vec![ask], epoch, figures, now);
+            }
+        }
+    }
+
+    /// The disk's answer. An answer for another epoch than the one that settles now is nobody's.
+    pub fn settled(&mut self, epoch: u64, result: Result<HoldFigures, Errno>, now: Instant) {
+        match self.gate {
+            Gate::Settling { epoch: current } if current == epoch => {}
+            _ => return,
+        }
+        let asks: Vec<Ask> = self.waiting.drain(..).map(|waiting| waiting.ask).collect();
+        match result {
+            Ok(figures) => {
+                self.gate = Gate::Quiet { epoch, rings: figures.rings };
+                self.grant(asks, epoch, figures, now);
+            }
+            Err(errno) => {
+                // The guest goes on first; the answers can wait.
+                self.open_if_free();
+                for ask in asks {
+                    self.refuse(ask, Refusal::SyncFailed(errno));
+                }
+            }
+        }
+    }
+
+    /// Ends one hold and returns how many are left. `Err`: what became of the token, `None` if it was never one.
+    pub fn resume(&mut self, token: &str, now: Instant) -> Result<usize, Option<Reason>> {
+        match self.holds.iter().position(|hold| hold.token == token) {
+            Some(_) => {
+                self.end_holds(now, Reason::Resume, |hold| hold.token == token);
+                Ok(self.holds.len())
+            }
+            None => Err(self.what_became_of(token)),
+        }
+    }
+
+    /// Ends every hold and refuses every waiting request. Returns how many holds there were.
+    pub fn resume_all(&mut self, now: Instant) -> usize {
+        let count = self.holds.len();
+        self.end_all(now, Reason::Resume, Refusal::Cancelled);
+        count
+    }
+
+    /// Lets a hold last until `lease` from now. Errors as of [`Coordinator::resume`].
+    pub fn renew(&mut self, token: &str, lease: Duration, now: Instant) -> Result<(), Option<Reason>> {
+        match self.holds.iter_mut().find(|hold| hold.token == token) {
+            Some(hold) => {
+                hold.until = now + lease;
+                Ok(())
+            }
+            None => Err(self.what_became_of(token)),
+        }
+    }
+
+    /// A connection ended: its requests are nobody's, and its holds end unless they are detached.
+    pub fn peer_gone(&mut self, peer: PeerId, now: Instant) {
+        self.waiting.retain(|waiting| waiting.ask.owner != peer);
+        self.end_holds(now, Reason::ConnectionClosed, |hold| hold.owner == peer && !hold.detached);
+    }
+
+    /// The daemon ends: nobody holds any more.
+    pub fn shutdown(&mut self, now: Instant) {
+        self.end_all(now, Reason::Shutdown, Refusal::Shutdown);
+    }
+
+    /// Lets leases and timeouts run out. Called no later than [`Coordinator::next_deadline`].
+    pub fn tick(&mut self, now: Instant) {
+        let (late, rest) = self.waiting.drain(..).partition(|waiting| waiting.deadline <= now);
+        self.waiting = rest;
+        let late: Vec<Waiting> = late;
+        self.end_holds(now, Reason::LeaseExpired, |hold| hold.until <= now);
+        for waiting in late {
+            self.refuse(waiting.ask, Refusal::Timeout);
+        }
+    }
+
+    /// When the next lease or timeout runs out.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        let waiting = self.waiting.iter().map(|waiting| waiting.deadline);
+        waiting.chain(self.holds.iter().map(|hold| hold.until)).min()
+    }
+
+    /// The holders, oldest first.
+    pub fn holds(&self) -> &[Hold] {
+        &self.holds
+    }
+
+    /// How many requests wait for the gate to settle.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// `open`, `settling` or `quiesced`.
+    pub fn state(&self) -> &'static str {
+        match self.gate {
+            Gate::Open => "open",
+            Gate::Settling { .. } => "settling",
+            Gate::Quiet { .. } => "quiesced",
+        }
+    }
+
+    fn wait(&mut self, ask: Ask, now: Instant) {
+        let deadline = now + ask.timeout;
+        self.waiting.push(Waiting { ask, deadline });
+    }
+
+    fn grant(&mut self, asks: Vec<Ask>, epoch: u64, figures: HoldFigures, now: Instant) {
+        let granted = asks.len();
+        let mut requests = Vec::with_capacity(granted);
+        for ask in asks {
+            let Ask { request, token, owner, lease, detached, who, timeout: _ } = ask;
+            requests.push(request);
+            self.holds.push(Hold { token, owner, detached, who, since: now, until: now + lease });
+        }
+        let holders = self.holds.len();
+        for (request, hold) in requests.into_iter().zip(&self.holds[holders - granted..]) {
+            self.effects.push_back(Effect::Granted { request, hold: hold.clone(), epoch, figures, holders });
+        }
+    }
+
+    fn refuse(&mut self, ask: Ask, why: Refusal) {
+        self.effects.push_back(Effect::Refused { request: ask.request, who: ask.who, why });
+    }
+
+    fn end_all(&mut self, now: Instant, reason: Reason, refusal: Refusal) {
+        let asks: Vec<Ask> = self.waiting.drain(..).map(|waiting| waiting.ask).collect();
+        self.end_holds(now, reason, |_| true);
+        for ask in asks {
+            self.refuse(ask, refusal);
+        }
+    }
+
+    /// Ends the holds that `which` names, and opens the gate if nobody is left (also when only waiting requests went).
+    fn end_holds(&mut self, now: Instant, reason: Reason, which: impl Fn(&Hold) -> bool) {
+        let (ended, rest): (Vec<Hold>, Vec<Hold>) = self.holds.drain(..).partition(|hold| which(hold));
+        self.holds = rest;
+        self.open_if_free();
+        let mut holders = self.holds.len() + ended.len();
+        for hold in ended {
+            holders -= 1;
+            if self.ended.len() == MOST_ENDED {
+                self.ended.pop_front();
+            }
+            self.ended.push_back((hold.token.clone(), reason));
+            let held = now.saturating_duration_since(hold.since);
+            self.effects.push_back(Effect::Left { hold, reason, held, holders });
+        }
+    }
+
+    fn open_if_free(&mut self) {
+        if self.holds.is_empty() && self.waiting.is_empty() && !matches!(self.gate, Gate::Open) {
+            self.gate = Gate::Open;
+            self.effects.push_back(Effect::OpenGate);
+        }
+    }
+
+    fn what_became_of(&self, token: &str) -> Option<Reason> {
+        self.ended.iter().rev().find(|(ended, _)| ended == token).map(|(_, reason)| *reason)
+    }
+}
+
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod tests;

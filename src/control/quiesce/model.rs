@@ -1,0 +1,146 @@
+//! Random scripts against simple invariants: the gate is closed exactly while somebody holds or waits, each request is
+//! answered exactly once unless its connection ended, epochs are never reused, a grant is only ever said after the
+//! disk's good answer for the closing under way, and a hold ends exactly once and for the reason that took place.
+
+use std::collections::{HashMap, HashSet};
+
+use super::*;
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % bound
+    }
+}
+
+/// What the world knows by watching effects alone.
+#[derive(Default)]
+struct World {
+    closed: Option<u64>,
+    /// The closing under way has settled well.
+    quiet: bool,
+    epochs: HashSet<u64>,
+    waiting: HashMap<RequestId, (PeerId, Instant)>,
+    holding: HashMap<String, (PeerId, bool, Instant)>,
+    answered: HashSet<RequestId>,
+}
+
+impl World {
+    fn apply(&mut self, coordinator: &mut Coordinator, now: Instant) {
+        for effect in coordinator.effects() {
+            match effect {
+                Effect::CloseGate(epoch) => {
+                    assert!(self.closed.is_none(), "closed twice");
+                    assert!(self.epochs.insert(epoch), "epoch {epoch} reused");
+                    (self.closed, self.quiet) = (Some(epoch), false);
+                }
+                Effect::OpenGate => assert!(self.closed.take().is_some(), "opened twice"),
+                Effect::Granted { request, hold, epoch, holders, .. } => {
+                    assert!(self.quiet && self.closed == Some(epoch), "granted without the disk's answer");
+                    assert!(self.answered.insert(request), "answered twice");
+                    let (owner, _) = self.waiting.remove(&request).expect("an answer to nobody");
+                    assert_eq!(owner, hold.owner);
+                    assert!(hold.until >= now);
+                    self.holding.insert(hold.token, (owner, hold.detached, hold.until));
+                    assert!(holders >= self.holding.len());
+                }
+                Effect::Refused { request, why, .. } => {
+                    assert!(self.answered.insert(request), "answered twice");
+                    let (_, deadline) = self.waiting.remove(&request).expect("an answer to nobody");
+                    assert!(why != Refusal::Timeout || deadline <= now, "a timeout before its time");
+                }
+                Effect::Left { hold, reason, .. } => {
+                    let (_, detached, until) = self.holding.remove(&hold.token).expect("left twice or never held");
+                    assert!(reason != Reason::LeaseExpired || until <= now, "a lease that ended early");
+                    assert!(reason != Reason::ConnectionClosed || !detached);
+                }
+            }
+        }
+        assert_eq!(coordinator.holds().len(), self.holding.len());
+        assert_eq!(coordinator.waiting(), self.waiting.len());
+        let somebody = !self.waiting.is_empty() || !self.holding.is_empty();
+        assert_eq!(self.closed.is_some(), somebody, "the gate is closed exactly while somebody holds or waits");
+        assert_eq!(coordinator.next_deadline().is_some(), somebody, "nobody holds for ever");
+        assert!(self.holding.is_empty() || self.quiet, "a holder of a disk that is not quiet");
+    }
+}
+
+fn one_script(seed: u64, steps: u32) {
+    let random = &mut Random(seed * 2 + 1);
+    let (mut coordinator, mut world) = (Coordinator::default(), World::default());
+    let mut now = Instant::now();
+    let mut next_request = 0;
+    for _ in 0..steps {
+        let peer = random.below(4);
+        let token = format!("t{}", next_request.max(8) - 1 - random.below(8));
+        match random.below(12) {
+            0..=2 => {
+                next_request += 1;
+                let second = Duration::from_secs(1);
+                let (timeout, lease) = (second * (1 + random.below(9) as u32), second * (1 + random.below(9) as u32));
+                let ask = Ask {
+                    request: next_request,
+                    token: format!("t{next_request}"),
+                    owner: peer,
+                    timeout,
+                    lease,
+                    detached: random.below(2) == 0,
+                    who: Who::default(),
+                };
+                world.waiting.insert(next_request, (peer, now + timeout));
+                coordinator.quiesce(ask, now);
+            }
+            // The disk answers: for the closing under way, or late, for one given up; well or badly.
+            3..=5 => {
+                let Some(current) = coordinator.last_epoch.checked_sub(random.below(3)) else { continue };
+                let result = if random.below(4) == 0 { Err(Errno(5)) } else { Ok(HoldFigures::default()) };
+                world.quiet |= world.closed == Some(current) && result.is_ok() && !world.waiting.is_empty();
+                coordinator.settled(current, result, now);
+            }
+            6 => {
+                let known = world.holding.contains_key(&token);
+                assert_eq!(coordinator.resume(&token, now).is_ok(), known);
+            }
+            7 => {
+                let renewed = coordinator.renew(&token, Duration::from_secs(4), now).is_ok();
+                assert_eq!(renewed, world.holding.contains_key(&token));
+                if let Some((.., until)) = world.holding.get_mut(&token) {
+                    *until = now + Duration::from_secs(4);
+                }
+            }
+            8 => {
+                world.waiting.retain(|_, (owner, _)| *owner != peer);
+                coordinator.peer_gone(peer, now);
+                world.apply(&mut coordinator, now);
+                assert!(world.holding.values().all(|(owner, detached, _)| *owner != peer || *detached));
+            }
+            9 if random.below(8) == 0 => {
+                coordinator.resume_all(now);
+            }
+            10 if random.below(8) == 0 => coordinator.shutdown(now),
+            _ => {
+                now += Duration::from_millis(random.below(2500));
+                coordinator.tick(now);
+                world.apply(&mut coordinator, now);
+                assert!(coordinator.next_deadline().is_none_or(|deadline| deadline > now));
+            }
+        }
+        world.apply(&mut coordinator, now);
+    }
+    // Whatever happened, time alone opens the gate.
+    coordinator.tick(now + Duration::from_secs(3600));
+    world.apply(&mut coordinator, now + Duration::from_secs(3600));
+    assert_eq!(coordinator.state(), "open");
+    assert!(world.closed.is_none());
+}
+
+#[test]
+fn random_scripts_keep_the_invariants() {
+    for seed in 0..20_000 {
+        one_script(seed, 60);
+    }
+}

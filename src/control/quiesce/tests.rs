@@ -1,0 +1,180 @@
+//! The coordinator's rules, one at a time.
+
+use super::*;
+
+const S: Duration = Duration::from_secs(1);
+
+fn ask(request: RequestId, owner: PeerId) -> Ask {
+    let token = format!("t{request}");
+    Ask { request, token, owner, timeout: 10 * S, lease: 30 * S, detached: false, who: Who::default() }
+}
+
+/// The effects in few words.
+fn words(coordinator: &mut Coordinator) -> Vec<String> {
+    let word = |effect| match effect {
+        Effect::CloseGate(epoch) => format!("close {epoch}"),
+        Effect::OpenGate => "open".into(),
+        Effect::Granted { request, figures, holders, epoch, hold } => {
+            format!("{} granted {request} epoch {epoch} drained {} of {holders}", hold.token, figures.drained)
+        }
+        Effect::Refused { request, why, .. } => format!("refused {request} {why:?}"),
+        Effect::Left { hold, reason, holders, .. } => format!("{} left {reason:?} {holders}", hold.token),
+    };
+    coordinator.effects().into_iter().map(word).collect()
+}
+
+fn figures() -> Result<HoldFigures, Errno> {
+    Ok(HoldFigures { rings: 2, drained: 7, ..HoldFigures::default() })
+}
+
+/// A coordinator with request 1 of peer 1 granted.
+fn held(now: Instant) -> Coordinator {
+    let mut c = Coordinator::default();
+    c.quiesce(ask(1, 1), now);
+    c.settled(1, figures(), now);
+    assert_eq!(words(&mut c), ["close 1", "t1 granted 1 epoch 1 drained 7 of 1"]);
+    c
+}
+
+#[test]
+fn the_last_holder_opens_the_gate() {
+    let now = Instant::now();
+    let mut c = held(now);
+    c.quiesce(ask(2, 2), now);
+    assert_eq!(words(&mut c), ["t2 granted 2 epoch 1 drained 0 of 2"], "quiet already: at once");
+    assert_eq!(c.resume("t1", now), Ok(1));
+    assert_eq!(words(&mut c), ["t1 left Resume 1"]);
+    assert_eq!(c.resume("t2", now), Ok(0));
+    assert_eq!(words(&mut c), ["open", "t2 left Resume 0"]);
+    assert_eq!(c.resume("t2", now), Err(Some(Reason::Resume)));
+    assert_eq!(c.resume("t9", now), Err(None));
+    c.quiesce(ask(3, 1), now);
+    assert_eq!(words(&mut c), ["close 2"]);
+}
+
+#[test]
+fn those_who_join_share_the_answer() {
+    let now = Instant::now();
+    let mut c = Coordinator::default();
+    c.quiesce(ask(1, 1), now);
+    c.quiesce(ask(2, 2), now);
+    assert_eq!(words(&mut c), ["close 1"]);
+    c.settled(1, figures(), now);
+    assert_eq!(words(&mut c), ["t1 granted 1 epoch 1 drained 7 of 2", "t2 granted 2 epoch 1 drained 7 of 2"]);
+}
+
+#[test]
+fn a_late_answer_does_not_vouch_for_the_next_closing() {
+    let now = Instant::now();
+    let mut c = Coordinator::default();
+    c.quiesce(ask(1, 1), now);
+    c.tick(now + 10 * S - Duration::from_nanos(1));
+    assert_eq!(words(&mut c), ["close 1"]);
+    c.tick(now + 10 * S);
+    assert_eq!(words(&mut c), ["open", "refused 1 Timeout"]);
+    c.quiesce(ask(2, 1), now + 10 * S);
+    assert_eq!(words(&mut c), ["close 2"]);
+    c.settled(1, figures(), now + 11 * S);
+    assert_eq!(words(&mut c), [""; 0], "the answer of epoch 1 is nobody's");
+    c.settled(2, figures(), now + 12 * S);
+    assert_eq!(words(&mut c), ["t2 granted 2 epoch 2 drained 7 of 1"]);
+    c.settled(2, Err(Errno(5)), now + 12 * S);
+    assert_eq!(words(&mut c), [""; 0], "answered once");
+}
+
+#[test]
+fn a_timeout_takes_only_its_own_request() {
+    let now = Instant::now();
+    let mut c = Coordinator::default();
+    c.quiesce(Ask { timeout: S, ..ask(1, 1) }, now);
+    c.quiesce(ask(2, 2), now);
+    assert_eq!(c.next_deadline(), Some(now + S));
+    c.tick(now + S);
+    assert_eq!(words(&mut c), ["close 1", "refused 1 Timeout"], "the gate stays closed for request 2");
+    c.settled(1, figures(), now + 2 * S);
+    assert_eq!(words(&mut c), ["t2 granted 2 epoch 1 drained 7 of 1"]);
+}
+
+#[test]
+fn a_failed_sync_is_everybodys_error() {
+    let now = Instant::now();
+    let mut c = Coordinator::default();
+    c.quiesce(ask(1, 1), now);
+    c.quiesce(ask(2, 2), now);
+    c.settled(1, Err(Errno(5)), now);
+    assert_eq!(words(&mut c), ["close 1", "open", "refused 1 SyncFailed(Errno(5))", "refused 2 SyncFailed(Errno(5))"]);
+    assert_eq!(c.state(), "open");
+}
+
+#[test]
+fn a_lease_ends_unless_it_is_renewed() {
+    let now = Instant::now();
+    let mut c = held(now);
+    c.tick(now + 29 * S);
+    assert_eq!(c.renew("t1", 30 * S, now + 29 * S), Ok(()));
+    c.tick(now + 58 * S);
+    assert_eq!(words(&mut c), [""; 0]);
+    c.tick(now + 59 * S);
+    assert_eq!(words(&mut c), ["open", "t1 left LeaseExpired 0"]);
+    assert_eq!(c.renew("t1", S, now + 60 * S), Err(Some(Reason::LeaseExpired)));
+    assert_eq!(c.next_deadline(), None);
+}
+
+#[test]
+fn a_lease_counts_from_the_grant() {
+    let now = Instant::now();
+    let mut c = Coordinator::default();
+    c.quiesce(Ask { lease: S, ..ask(1, 1) }, now);
+    c.settled(1, figures(), now + 9 * S);
+    assert_eq!(c.next_deadline(), Some(now + 10 * S));
+}
+
+#[test]
+fn a_connection_takes_its_holds_along_unless_detached() {
+    let now = Instant::now();
+    let mut c = held(now);
+    c.quiesce(Ask { detached: true, ..ask(2, 1) }, now);
+    c.quiesce(ask(3, 3), now);
+    c.effects();
+    c.peer_gone(1, now);
+    assert_eq!(words(&mut c), ["t1 left ConnectionClosed 2"]);
+    c.peer_gone(3, now);
+    assert_eq!(words(&mut c), ["t3 left ConnectionClosed 1"]);
+    assert_eq!(c.resume("t2", now), Ok(0));
+}
+
+#[test]
+fn a_connection_takes_its_waiting_requests_along_even_detached() {
+    let now = Instant::now();
+    let mut c = Coordinator::default();
+    c.quiesce(Ask { detached: true, ..ask(1, 1) }, now);
+    c.peer_gone(1, now);
+    assert_eq!(words(&mut c), ["close 1", "open"], "nobody would ever learn the token");
+}
+
+#[test]
+fn resuming_all_ends_holds_and_waiting_requests() {
+    let now = Instant::now();
+    let mut c = held(now);
+    c.quiesce(ask(2, 2), now);
+    c.effects();
+    assert_eq!(c.resume_all(now), 2);
+    assert_eq!(words(&mut c), ["open", "t1 left Resume 1", "t2 left Resume 0"]);
+    c.quiesce(ask(3, 1), now);
+    assert_eq!(c.resume_all(now), 0);
+    assert_eq!(words(&mut c), ["close 2", "open", "refused 3 Cancelled"]);
+    assert_eq!(c.resume_all(now), 0);
+    assert_eq!(words(&mut c), [""; 0]);
+}
+
+#[test]
+fn holders_are_bounded() {
+    let now = Instant::now();
+    let mut c = Coordinator::default();
+    for request in 0..=MOST_HOLDERS as u64 {
+        c.quiesce(ask(request, 1), now);
+    }
+    assert_eq!(words(&mut c), ["close 1", "refused 64 TooMany"]);
+    c.shutdown(now);
+    assert_eq!(words(&mut c).len(), 1 + MOST_HOLDERS, "open, and an answer for each");
+}

@@ -1,0 +1,286 @@
+//! PURE. Bytes in, whole JSON objects out.
+//!
+//! A client may send no newline, many, two requests in one write or one request in a hundred writes (`qemu.qmp` sends
+//! no newline at all), so the end of a request is where its brackets close. [`Decoder`] looks at each byte once: the
+//! work is linear however the bytes are cut, and the memory is bounded by [`MOST_BYTES`].
+//!
+//! After garbage, reading goes on behind the next control character (a newline is one) or 0xFF, as in QEMU. What is
+//! merely too long or too deep is skipped up to the end of its own brackets, so that a client without newlines is
+//! understood again at its next request.
+
+use serde_json::Value;
+
+/// The longest request, in bytes.
+pub const MOST_BYTES: usize = 64 * 1024;
+
+/// The deepest nesting. Below `serde_json`'s own limit of 128, so that ours is the message.
+pub const MOST_DEPTH: u32 = 64;
+
+/// What is wrong with the bytes. One is reported for each unreadable request, however long it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Garbage {
+    /// A byte that no JSON object holds at this place.
+    Stray(u8),
+    /// Longer than [`MOST_BYTES`].
+    TooLong,
+    /// Deeper than [`MOST_DEPTH`].
+    TooDeep,
+    /// 0xFF in the middle of a request: the client gave it up.
+    Reset,
+    /// The brackets close, and yet it is no JSON; the parser's words.
+    Invalid(String),
+}
+
+impl std::fmt::Display for Garbage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Garbage::Stray(byte) if byte.is_ascii_graphic() => {
+                write!(
+                    f,
+                    "a request is a JSON object, and '{}' cannot stand here; skipped to the end of the line",
+                    *byte as char
+                )
+            }
+            Garbage::Stray(byte) => {
+                write!(f, "a request is a JSON object, and byte 0x{byte:02x} cannot stand here")
+            }
+            Garbage::TooLong => write!(f, "the request is longer than {MOST_BYTES} bytes"),
+            Garbage::TooDeep => write!(f, "the request is nested deeper than {MOST_DEPTH} levels"),
+            Garbage::Reset => write!(f, "the request was cut off by a reset byte (0xff)"),
+            Garbage::Invalid(why) => write!(f, "the request is not valid JSON: {why}"),
+        }
+    }
+}
+
+/// Where the next byte falls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// Between requests.
+    Outside,
+    /// In a request, outside of a string.
+    Inside,
+    /// In a string.
+    Text,
+    /// Behind a backslash in a string.
+    Escape,
+    /// In garbage: up to the next control character.
+    Lost,
+}
+
+/// Cuts a stream of bytes into JSON objects.
+#[derive(Debug)]
+pub struct Decoder {
+    frame: Vec<u8>,
+    depth: u32,
+    place: Place,
+    /// Already reported: the rest of this request is read over.
+    skipping: bool,
+}
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Decoder { frame: Vec::new(), depth: 0, place: Place::Outside, skipping: false }
+    }
+}
+
+impl Decoder {
+    /// Takes bytes from the front of `input` until a request ends or is found unreadable, and returns it with the
+    /// number of bytes taken; `None` when all bytes were taken and the request goes on.
+    pub fn feed(&mut self, input: &[u8]) -> (usize, Option<Result<Value, Garbage>>) {
+        for (at, &byte) in input.iter().enumerate() {
+            if let Some(found) = self.step(byte) {
+                return (at + 1, Some(found));
+            }
+        }
+        (input.len(), None)
+    }
+
+    fn step(&mut self, byte: u8) -> Option<Result<Value, Garbage>> {
+        if byte == 0xff {
+            let cut = self.place != Place::Outside && self.place != Place::Lost && !self.skipping;
+            self.reset();
+            return cut.then_some(Err(Garbage::Reset));
+        }
+        match self.place {
+            Place::Outside => match byte {
+                b' ' | b'\t' | b'\r' | b'\n' => return None,
+                b'{' => self.place = Place::Inside,
+                _ => return self.lose(byte),
+            },
+            Place::Lost => {
+                if byte < b' ' {
+                    self.reset();
+                }
+                return None;
+            }
+            Place::Inside => match byte {
+                b'"' => self.place = Place::Text,
+                b'{' | b'}' | b'[' | b']' | b':' | b',' | b' ' | b'\t' | b'\r' | b'\n' => {}
+                // Numbers, and the letters of true, false and null.
+                b'0'..=b'9' | b'+' | b'-' | b'.' | b'E' | b'a'..=b'z' => {}
+                _ => return self.lose(byte),
+            },
+            Place::Text => match byte {
+                b'"' => self.place = Place::Inside,
+                b'\\' => self.place = Place::Escape,
+                0..=0x1f => return self.lose(byte),
+                _ => {}
+            },
+            Place::Escape => match byte {
+                0..=0x1f => return self.lose(byte),
+                _ => self.place = Place::Text,
+            },
+        }
+        self.keep(byte)
+    }
+
+    /// Stores a byte of a request and tells whether the request ends with it.
+    fn keep(&mut self, byte: u8) -> Option<Result<Value, Garbage>> {
+        if !self.skipping {
+            self.frame.push(byte);
+        }
+        if self.place == Place::Inside {
+            match byte {
+                b'{' | b'[' => self.depth += 1,
+                b'}' | b']' => self.depth -= 1,
+                _ => {}
+            }
+            if self.depth == 0 {
+                let frame = std::mem::take(&mut self.frame);
+                let whole = !self.skipping;
+                self.reset();
+                return whole
+                    .then(|| serde_json::from_slice(&frame).map_err(|error| Garbage::Invalid(error.to_string())));
+            }
+        }
+        if self.skipping {
+            return None;
+        }
+        if self.depth > MOST_DEPTH {
+            return self.skip(Garbage::TooDeep);
+        }
+        if self.frame.len() >= MOST_BYTES {
+            return self.skip(Garbage::TooLong);
+        }
+        None
+    }
+
+    /// Gives the request up but follows its brackets to their end.
+    fn skip(&mut self, why: Garbage) -> Option<Result<Value, Garbage>> {
+        self.skipping = true;
+        self.frame = Vec::new();
+        Some(Err(why))
+    }
+
+    /// Gives everything up to the next control character up.
+    fn lose(&mut self, byte: u8) -> Option<Result<Value, Garbage>> {
+        let known = self.skipping;
+        self.reset();
+        if byte >= b' ' {
+            self.place = Place::Lost;
+        }
+        (!known).then_some(Err(Garbage::Stray(byte)))
+    }
+
+    fn reset(&mut self) {
+        *self = Decoder::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// Feeds `input` in pieces of `piece` bytes; one text per outcome.
+    fn outcomes(input: &[u8], piece: usize) -> Vec<Result<Value, Garbage>> {
+        let mut decoder = Decoder::default();
+        let mut all = Vec::new();
+        for mut part in input.chunks(piece) {
+            while !part.is_empty() {
+                let (taken, found) = decoder.feed(part);
+                part = &part[taken..];
+                all.extend(found);
+                assert!(decoder.frame.len() <= MOST_BYTES);
+            }
+        }
+        all
+    }
+
+    fn same_however_cut(input: &[u8]) -> Vec<Result<Value, Garbage>> {
+        let whole = outcomes(input, input.len().max(1));
+        for piece in [1, 2, 3, 7, 4096] {
+            assert_eq!(outcomes(input, piece), whole, "pieces of {piece}");
+        }
+        whole
+    }
+
+    #[test]
+    fn requests_need_no_newline_and_may_share_a_write() {
+        let found = same_however_cut(br#"{"a":"}{\"]"}  {"b":[1,{"c":null}]}{"d":"#);
+        assert_eq!(found, [Ok(json!({"a": "}{\"]"})), Ok(json!({"b": [1, {"c": null}]}))]);
+    }
+
+    #[test]
+    fn garbage_is_reported_once_and_ends_with_the_line() {
+        let found = same_however_cut(b"GET / HTTP/1.1 {\"a\":1}\n{\"a\":2}\r\n\r\n");
+        assert_eq!(found, [Err(Garbage::Stray(b'G')), Ok(json!({"a": 2}))]);
+        let found = same_however_cut(b"{ \"a\": X, {{{{ \n{\"a\":3}");
+        assert_eq!(found, [Err(Garbage::Stray(b'X')), Ok(json!({"a": 3}))]);
+        let found = same_however_cut(b"{\"open string\n{\"a\":4}");
+        assert_eq!(found, [Err(Garbage::Stray(b'\n')), Ok(json!({"a": 4}))]);
+    }
+
+    #[test]
+    fn brackets_that_close_wrongly_are_invalid_json() {
+        let found = same_however_cut(b"{\"a\":[1}}{\"a\":5}");
+        assert!(matches!(found[0], Err(Garbage::Invalid(_))), "{found:?}");
+        assert_eq!(found[1], Ok(json!({"a": 5})));
+        assert_eq!(found.len(), 2, "{found:?}");
+    }
+
+    #[test]
+    fn a_reset_byte_begins_anew() {
+        let found = same_however_cut(b"\xff{\"a\": \"half\xff{\"a\":6}");
+        assert_eq!(found, [Err(Garbage::Reset), Ok(json!({"a": 6}))]);
+    }
+
+    #[test]
+    fn too_long_is_skipped_to_its_own_end() {
+        let mut input = b"{\"a\":\"".to_vec();
+        input.resize(1 << 20, b'x');
+        input.extend_from_slice(b"\"}{\"a\":7}");
+        assert_eq!(outcomes(&input, 4096), [Err(Garbage::TooLong), Ok(json!({"a": 7}))]);
+        let mut fits = b"{\"a\":\"".to_vec();
+        fits.resize(MOST_BYTES - 2, b'x');
+        fits.extend_from_slice(b"\"}");
+        assert!(outcomes(&fits, 4096)[0].is_ok(), "exactly the limit is allowed");
+    }
+
+    #[test]
+    fn too_deep_is_skipped_to_its_own_end() {
+        let mut input = b"{\"a\":".to_vec();
+        input.extend(std::iter::repeat_n(b'[', 10_000));
+        input.extend(std::iter::repeat_n(b']', 10_000));
+        input.extend_from_slice(b"}{\"a\":8}");
+        assert_eq!(same_however_cut(&input), [Err(Garbage::TooDeep), Ok(json!({"a": 8}))]);
+    }
+
+    #[test]
+    fn any_bytes_leave_it_sound() {
+        // A cheap generator is enough: what matters is that nothing panics and that a reset always mends it.
+        let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+        let alphabet = b"{}[]\",:\\ \n\xff\x00a1tX\xc3";
+        for _ in 0..2000 {
+            let mut input = Vec::new();
+            for _ in 0..60 {
+                seed ^= seed << 13;
+                seed ^= seed >> 7;
+                seed ^= seed << 17;
+                input.push(alphabet[(seed % alphabet.len() as u64) as usize]);
+            }
+            input.extend_from_slice(b"\xff{\"mended\":1}");
+            assert_eq!(same_however_cut(&input).last(), Some(&Ok(json!({"mended": 1}))));
+        }
+    }
+}
