@@ -12,4 +12,5 @@ pub mod control;
 pub mod disk;
 pub mod engine;
 mod sys;
+pub mod listen;
 pub mod virtio;

@@ -1,0 +1,368 @@
+//! Binding a Unix socket in the file system: the vhost-user socket and the quiesce socket do it the same way.
+//!
+//! The socket is never more open than its mode, not for a moment: on Linux, bind(2) makes the file with the mode of the
+//! unbound socket (fchmod(2) on its descriptor) less the umask, so neither the process-wide umask is touched nor is
+//! there a window before a chmod. A socket that a dead server left behind is replaced; a living server's never: only
+//! connect(2) tells them apart. Two servers that start at once take turns by a lock on the directory, which leaves no
+//! file behind.
+
+use std::fmt;
+use std::fs::{self, File, Permissions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use rustix::fs::{FlockOperation, Mode, fchmod, flock};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
+
+/// The longest path that fits into a `sockaddr_un` with its final zero (unix(7)).
+pub const LONGEST_PATH: usize = 107;
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+/// How often, and how long apart, the directory's lock is tried. Somebody else's lock on it delays us, no more.
+const LOCK_TRIES: u32 = 50;
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
+/// Why a socket could not be bound. Each message names the path and what to do.
+#[derive(Debug)]
+pub enum BindError {
+    /// Longer than [`LONGEST_PATH`].
+    TooLong(PathBuf),
+    /// A living server has it.
+    InUse(PathBuf),
+    /// Something else has that name; what.
+    NotASocket(PathBuf, &'static str),
+    /// The directory does not exist (or is none).
+    NoDirectory(PathBuf),
+    /// Permission denied.
+    Denied(PathBuf, io::Error),
+    /// Anything else.
+    Other(PathBuf, io::Error),
+}
+
+impl fmt::Display for BindError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            BindError::TooLong(path) => write!(
+                f,
+                "the socket path '{}' has {} bytes, and a socket address holds {LONGEST_PATH}: use a shorter path",
+                path.display(),
+                path.as_os_str().len()
+            ),
+            BindError::InUse(path) => {
+                write!(f, "a server is listening on '{}' already: stop it, or use another socket path", path.display())
+            }
+            BindError::NotASocket(path, what) => write!(
+                f,
+                "'{}' is {what}, not a socket, and is left alone: remove it, or use another socket path",
+                path.display()
+            ),
+            BindError::NoDirectory(path) => write!(
+                f,
+                "the directory of the socket '{}' does not exist: create it first, or use another socket path",
+                path.display()
+            ),
+            BindError::Denied(path, error) => write!(
+                f,
+                "the socket '{}' cannot be created: {error}; give this user write permission in its directory, or use \
+                 another socket path",
+                path.display()
+            ),
+            BindError::Other(path, error) => write!(
+                f,
+                "the socket '{}' cannot be created: {error}; check the directory and its file system",
+                path.display()
+            ),
+        }
+    }
+}
+
+impl std::error::Error for BindError {}
+
+impl BindError {
+    fn new(path: &Path, errno: Errno) -> Self {
+        let path = path.to_owned();
+        match errno {
+            Errno::NOENT | Errno::NOTDIR => BindError::NoDirectory(path),
+            Errno::ACCESS | Errno::PERM => BindError::Denied(path, errno.into()),
+            _ => BindError::Other(path, errno.into()),
+        }
+    }
+
+    fn io(path: &Path, error: io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(number) => BindError::new(path, Errno::from_raw_os_error(number)),
+            None => BindError::Other(path.to_owned(), error),
+        }
+    }
+}
+
+/// Listens on a socket at `path` with the permission bits `mode` (whatever the umask). Replaces the socket of a dead
+/// server. Any thread; may wait up to a second for another server that starts in the same directory.
+pub fn bind_unix(path: &Path, mode: u32) -> Result<UnixListener, BindError> {
+    if path.as_os_str().len() > LONGEST_PATH {
+        return Err(BindError::TooLong(path.to_owned()));
+    }
+    let failed = |errno| BindError::new(path, errno);
+    let address = SocketAddrUnix::new(path).map_err(failed)?;
+    let _turn = lock_directory(path)?;
+    make_way(path, &address)?;
+    let socket = new_socket().map_err(failed)?;
+    let mode = Mode::from_raw_mode(mode & 0o777);
+    fchmod(&socket, mode).map_err(failed)?;
+    match bind(&socket, &address) {
+        Ok(()) => {}
+        // Somebody who does not take turns was faster.
+        Err(Errno::ADDRINUSE) => return Err(BindError::InUse(path.to_owned())),
+        Err(errno) => return Err(failed(errno)),
+    }
+    // Bound. From here on, failure must not leave the file behind.
+    let file = SocketFile::of(path).map_err(|error| BindError::io(path, error))?;
+    // Gives back what the umask took.
+    fs::set_permissions(path, Permissions::from_mode(mode.as_raw_mode()))
+        .map_err(|error| BindError::io(path, error))?;
+    listen(&socket, BACKLOG).map_err(failed)?;
+    file.keep();
+    Ok(UnixListener::from(socket))
+}
+
+/// Removes the socket of a dead server; refuses everything else that is in the way.
+fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
+    let metadata = match fs::symlink_metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(BindError::io(path, error)),
+    };
+    let kind = metadata.file_type();
+    if !kind.is_socket() {
+        let what = match kind {
+            _ if kind.is_dir() => "a directory",
+            _ if kind.is_symlink() => "a symbolic link",
+            _ if kind.is_file() => "a file",
+            _ => "a device or a pipe",
+        };
+        return Err(BindError::NotASocket(path.to_owned(), what));
+    }
+    let probe = new_socket().map_err(|errno| BindError::new(path, errno))?;
+    match connect(&probe, address) {
+        Err(Errno::CONNREFUSED) => {}
+        // A full queue (AGAIN) or another kind of socket (PROTOTYPE) has somebody behind it, too.
+        Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => return Err(BindError::InUse(path.to_owned())),
+        // Gone meanwhile.
+        Err(Errno::NOENT) => return Ok(()),
+        Err(errno) => return Err(BindError::new(path, errno)),
+    }
+    log::info!("removing '{}', the socket of a server that is gone", path.display());
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(BindError::io(path, error)),
+        _ => Ok(()),
+    }
+}
+
+/// Non-blocking, so that a probe of a full queue does not hang.
+fn new_socket() -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    Ok(socket)
+}
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Our turn in this directory, until the file is closed. Best effort: a directory that cannot be read, or whose lock
+/// somebody keeps, does not stop us.
+fn lock_directory(path: &Path) -> Result<Option<File>, BindError> {
+    let directory = match File::open(directory_of(path)) {
+        Ok(directory) => directory,
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(None),
+        Err(error) => return Err(BindError::io(path, error)),
+    };
+    for _ in 0..LOCK_TRIES {
+        match flock(directory.as_fd(), FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(Some(directory)),
+            Err(Errno::WOULDBLOCK) => std::thread::sleep(LOCK_PAUSE),
+            Err(_) => return Ok(None),
+        }
+    }
+    Ok(None)
+}
+
+/// Unlinks a socket when dropped, if the file is still the one that was there when the guard was made: a successor that
+/// has put its own socket there keeps it.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    identity: Identity,
+    armed: bool,
+}
+
+/// Device, inode, and the time of birth where the file system tells it: inode numbers are given out again.
+type Identity = (u64, u64, Option<SystemTime>);
+
+fn identity(path: &Path) -> io::Result<Identity> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino(), metadata.created().ok()))
+}
+
+impl SocketFile {
+    /// Guards the socket at `path`; call it right after [`bind_unix`].
+    pub fn of(path: &Path) -> io::Result<Self> {
+        let identity = identity(path)?;
+        Ok(SocketFile { path: std::path::absolute(path)?, identity, armed: true })
+    }
+
+    /// The file stays.
+    fn keep(mut self) {
+        self.armed = false;
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if !self.armed || !identity(&self.path).is_ok_and(|found| found == self.identity) {
+            return;
+        }
+        if let Err(error) = fs::remove_file(&self.path) {
+            log::warn!("the socket '{}' cannot be removed: {error}", self.path.display());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::{UnixDatagram, UnixStream};
+
+    fn mode_of(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    #[test]
+    fn the_mode_is_exact_and_there_is_no_window() {
+        let dir = tempfile::tempdir().unwrap();
+        for mode in [0o600, 0o660, 0o666, 0o777] {
+            let path = dir.path().join(format!("{mode:o}"));
+            let _listener = bind_unix(&path, mode).unwrap();
+            assert_eq!(mode_of(&path), mode);
+        }
+        // What the kernel does without the chmod behind it: the window that must not be.
+        let path = dir.path().join("bare");
+        let socket = new_socket().unwrap();
+        fchmod(&socket, Mode::from_raw_mode(0o600)).unwrap();
+        bind(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        assert_eq!(mode_of(&path) & !0o600, 0);
+    }
+
+    #[test]
+    fn a_dead_servers_socket_is_replaced_and_a_living_ones_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let first = bind_unix(&path, 0o600).unwrap();
+        let error = bind_unix(&path, 0o600).unwrap_err();
+        assert!(matches!(error, BindError::InUse(_)), "{error:?}");
+        assert!(error.to_string().contains("already") && error.to_string().contains("/s'"));
+        UnixStream::connect(&path).expect("the living server still has its socket");
+        drop(first);
+        let second = bind_unix(&path, 0o600).expect("the dead server's is replaced");
+        UnixStream::connect(&path).unwrap();
+        drop(second);
+        fs::remove_file(&path).unwrap();
+        let _datagram = UnixDatagram::bind(&path).unwrap();
+        assert!(matches!(bind_unix(&path, 0o600), Err(BindError::InUse(_))), "somebody's, if no stream");
+    }
+
+    #[test]
+    fn a_server_too_busy_to_accept_is_alive() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let _listener = bind_unix(&path, 0o600).unwrap();
+        let address = SocketAddrUnix::new(&path).unwrap();
+        let mut waiting = Vec::new();
+        loop {
+            let client = new_socket().unwrap();
+            match connect(&client, &address) {
+                Ok(()) => waiting.push(client),
+                Err(errno) => break assert_eq!(errno, Errno::AGAIN),
+            }
+        }
+        assert!(matches!(bind_unix(&path, 0o600), Err(BindError::InUse(_))));
+    }
+
+    #[test]
+    fn whatever_is_no_socket_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "precious").unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        for (path, word) in [(&file, "a file"), (&link, "symbolic"), (&dir.path().to_owned(), "directory")] {
+            let error = bind_unix(path, 0o600).unwrap_err();
+            assert!(matches!(error, BindError::NotASocket(..)), "{error:?}");
+            assert!(error.to_string().contains(word), "{error}");
+        }
+        assert_eq!(fs::read(&file).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn errors_name_the_cause() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = bind_unix(&dir.path().join("x".repeat(200)), 0o600).unwrap_err();
+        assert!(matches!(error, BindError::TooLong(_)) && error.to_string().contains("107"), "{error}");
+        let length = LONGEST_PATH - dir.path().as_os_str().len() - 1;
+        bind_unix(&dir.path().join("x".repeat(length)), 0o600).expect("107 bytes fit");
+        let error = bind_unix(&dir.path().join("missing/s"), 0o600).unwrap_err();
+        assert!(matches!(error, BindError::NoDirectory(_)), "{error:?}");
+        assert!(error.to_string().contains("create it"), "{error}");
+        let error = bind_unix(Path::new("/proc/s"), 0o600).unwrap_err();
+        assert!(error.to_string().contains("/proc/s"), "{error}");
+        // Root is never denied, so the kernel's answer is made up here.
+        let error = BindError::new(Path::new("/there/s"), Errno::ACCESS);
+        assert!(matches!(error, BindError::Denied(..)) && error.to_string().contains("/there/s"), "{error}");
+    }
+
+    #[test]
+    fn of_many_who_start_at_once_one_wins() {
+        let dir = tempfile::tempdir().unwrap();
+        for round in 0..20 {
+            let path = dir.path().join(format!("s{round}"));
+            drop(bind_unix(&path, 0o600).unwrap());
+            let start = std::sync::Barrier::new(4);
+            let won: Vec<_> = std::thread::scope(|scope| {
+                let bind = || {
+                    start.wait();
+                    bind_unix(&path, 0o600)
+                };
+                let threads: Vec<_> = (0..4).map(|_| scope.spawn(bind)).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert_eq!(won.iter().filter(|result| result.is_ok()).count(), 1, "{won:?}");
+            UnixStream::connect(&path).expect("and the winner's socket is there");
+        }
+    }
+
+    #[test]
+    fn the_guard_unlinks_only_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let first = bind_unix(&path, 0o600).unwrap();
+        let guard = SocketFile::of(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        // It may well get the same inode number.
+        let _successor = bind_unix(&path, 0o600).unwrap();
+        drop(guard);
+        assert!(path.exists(), "a successor's socket stays");
+        drop(first);
+        let guard = SocketFile::of(&path).unwrap();
+        drop(guard);
+        assert!(!path.exists());
+        assert!(SocketFile::of(&path).is_err());
+    }
+}
