@@ -6,13 +6,13 @@
 //! the head of [`proto`].
 
 mod creds;
-//mod peer;
+mod peer;
 pub mod proto;
 pub mod quiesce;
-//mod service;
-//mod socket;
+mod service;
+mod socket;
 pub mod stream;
 
 pub use creds::Credentials;
-//pub use service::Info;
-//pub use socket::Server;
+pub use service::Info;
+pub use socket::Server;

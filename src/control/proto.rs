@@ -53,6 +53,7 @@
 //! | `too-many-holders` | as many holders as this server keeps |
 //! | `shutting-down` | the daemon ends |
 //! | `too-many-clients` | as many connections as this server keeps; it then closes this one |
+//! | `internal` | a defect of this server |
 //! | `not-allowed` | the peer's user may not use this socket; it then closes the connection |
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

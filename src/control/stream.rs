@@ -4,9 +4,9 @@
 //! no newline at all), so the end of a request is where its brackets close. [`Decoder`] looks at each byte once: the
 //! work is linear however the bytes are cut, and the memory is bounded by [`MOST_BYTES`].
 //!
-//! After garbage, reading goes on behind the next control character (a newline is one) or 0xFF, as in QEMU. What is
-//! merely too long or too deep is skipped up to the end of its own brackets, so that a client without newlines is
-//! understood again at its next request.
+//! After garbage, reading goes on behind the next newline or 0xFF (the reset byte of QEMU's clients). What is merely
+//! too long or too deep is skipped up to the end of its own brackets, and a bracket too many costs only itself, so that
+//! a client without newlines is understood again at its next request.
 
 use serde_json::Value;
 
@@ -16,7 +16,7 @@ pub const MOST_BYTES: usize = 64 * 1024;
 /// The deepest nesting. Below `serde_json`'s own limit of 128, so that ours is the message.
 pub const MOST_DEPTH: u32 = 64;
 
-/// What is wrong with the bytes. One is reported for each unreadable request, however long it is.
+/// What is wrong with the bytes. Reported once for what is skipped, however long it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Garbage {
     /// A byte that no JSON object holds at this place.
@@ -35,11 +35,7 @@ impl std::fmt::Display for Garbage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Garbage::Stray(byte) if byte.is_ascii_graphic() => {
-                write!(
-                    f,
-                    "a request is a JSON object, and '{}' cannot stand here; skipped to the end of the line",
-                    *byte as char
-                )
+                write!(f, "a request is a JSON object, and '{}' cannot stand here", *byte as char)
             }
             Garbage::Stray(byte) => {
                 write!(f, "a request is a JSON object, and byte 0x{byte:02x} cannot stand here")
@@ -63,7 +59,7 @@ enum Place {
     Text,
     /// Behind a backslash in a string.
     Escape,
-    /// In garbage: up to the next control character.
+    /// In garbage: up to the next newline.
     Lost,
 }
 
@@ -105,10 +101,11 @@ impl Decoder {
             Place::Outside => match byte {
                 b' ' | b'\t' | b'\r' | b'\n' => return None,
                 b'{' => self.place = Place::Inside,
+                b'}' | b']' => return Some(Err(Garbage::Stray(byte))),
                 _ => return self.lose(byte),
             },
             Place::Lost => {
-                if byte < b' ' {
+                if byte == b'\n' {
                     self.reset();
                 }
                 return None;
@@ -172,11 +169,11 @@ impl Decoder {
         Some(Err(why))
     }
 
-    /// Gives everything up to the next control character up.
+    /// Gives everything up to the next newline up.
     fn lose(&mut self, byte: u8) -> Option<Result<Value, Garbage>> {
         let known = self.skipping;
         self.reset();
-        if byte >= b' ' {
+        if byte != b'\n' {
             self.place = Place::Lost;
         }
         (!known).then_some(Err(Garbage::Stray(byte)))
@@ -229,6 +226,8 @@ mod tests {
         assert_eq!(found, [Err(Garbage::Stray(b'X')), Ok(json!({"a": 3}))]);
         let found = same_however_cut(b"{\"open string\n{\"a\":4}");
         assert_eq!(found, [Err(Garbage::Stray(b'\n')), Ok(json!({"a": 4}))]);
+        let found = same_however_cut(b"\x16\x03\x01{\n{\"a\":5}");
+        assert_eq!(found, [Err(Garbage::Stray(0x16)), Ok(json!({"a": 5}))]);
     }
 
     #[test]
@@ -237,6 +236,9 @@ mod tests {
         assert!(matches!(found[0], Err(Garbage::Invalid(_))), "{found:?}");
         assert_eq!(found[1], Ok(json!({"a": 5})));
         assert_eq!(found.len(), 2, "{found:?}");
+        let found = same_however_cut(b"{\"a\":]}{\"a\":6}");
+        assert!(matches!(found[0], Err(Garbage::Invalid(_))), "{found:?}");
+        assert_eq!(found[1..], [Err(Garbage::Stray(b'}')), Ok(json!({"a": 6}))]);
     }
 
     #[test]

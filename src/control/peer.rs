@@ -1,0 +1,254 @@
+//! One connection: bounded input, bounded output, bounded rate. Non-blocking; owned by the control thread.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::event::PollFlags;
+use serde_json::Value;
+
+use super::creds::Credentials;
+use super::quiesce::PeerId;
+use super::stream::{Decoder, Garbage};
+
+/// Bytes read in one turn.
+const READ_SIZE: usize = 16 * 1024;
+/// While this much waits to be written, no further request of this connection is carried out.
+const ENOUGH_OUTPUT: usize = 64 * 1024;
+/// A reader so slow that this much waits (events, then) is cut off.
+pub(super) const MOST_OUTPUT: usize = 256 * 1024;
+
+/// Requests carried out at once after a pause, and per second.
+const BURST: u32 = 50;
+const PER_SECOND: u32 = 200;
+
+/// A connection.
+pub(super) struct Peer {
+    pub(super) id: PeerId,
+    pub(super) credentials: Credentials,
+    /// `qmp_capabilities` was answered.
+    pub(super) negotiated: bool,
+    /// Connected when.
+    pub(super) since: Instant,
+    stream: UnixStream,
+    decoder: Decoder,
+    input: Vec<u8>,
+    taken: usize,
+    output: Vec<u8>,
+    sent: usize,
+    /// A request is being carried out: the next one waits, so that replies come in order.
+    busy: bool,
+    /// The client will send no more.
+    input_ended: bool,
+    /// The client reads no more; what it sent is still carried out.
+    output_ended: bool,
+    /// To be closed, whatever is left.
+    dead: bool,
+    bucket: Bucket,
+}
+
+impl Peer {
+    /// Takes a connection. Errors: it cannot be made non-blocking.
+    pub(super) fn new(id: PeerId, stream: UnixStream, credentials: Credentials, now: Instant) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        Ok(Peer {
+            id,
+            credentials,
+            negotiated: false,
+            since: now,
+            stream,
+            decoder: Decoder::default(),
+            input: Vec::new(),
+            taken: 0,
+            output: Vec::new(),
+            sent: 0,
+            busy: false,
+            input_ended: false,
+            output_ended: false,
+            dead: false,
+            bucket: Bucket::new(now),
+        })
+    }
+
+    /// What to poll for; `None`: nothing, also no hang-up, because only time helps (and a hang-up would be reported
+    /// again and again).
+    pub(super) fn interest(&self) -> Option<PollFlags> {
+        let mut flags = PollFlags::empty();
+        if self.unsent() > 0 {
+            flags |= PollFlags::OUT;
+        }
+        if self.input_left() == 0 && !self.input_ended && !self.busy {
+            flags |= PollFlags::IN;
+        }
+        (!flags.is_empty() || self.busy).then_some(flags)
+    }
+
+    /// Acts on what poll reported.
+    pub(super) fn ready(&mut self, found: PollFlags) {
+        if found.contains(PollFlags::IN) || (found.contains(PollFlags::HUP) && !self.busy && !self.input_ended) {
+            self.read();
+        } else if found.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) {
+            self.dead = true;
+        }
+        if found.contains(PollFlags::OUT) {
+            self.flush();
+        }
+    }
+
+    fn read(&mut self) {
+        if self.input_left() > 0 {
+            return;
+        }
+        self.input.resize(READ_SIZE, 0);
+        self.taken = 0;
+        let result = self.stream.read(&mut self.input);
+        self.input.truncate(*result.as_ref().unwrap_or(&0));
+        match result {
+            Ok(0) => self.input_ended = true,
+            Ok(_) => {}
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(_) => self.input_ended = true,
+        }
+    }
+
+    /// The next request, if there is one and it is this connection's turn.
+    pub(super) fn next(&mut self, now: Instant) -> Option<Result<Value, Garbage>> {
+        while !self.held_up() && self.input_left() > 0 {
+            if !self.bucket.has_one(now) {
+                return None;
+            }
+            let (taken, found) = self.decoder.feed(&self.input[self.taken..]);
+            self.taken += taken;
+            if found.is_some() {
+                self.bucket.take();
+                self.busy = true;
+                return found;
+            }
+        }
+        None
+    }
+
+    /// When [`Peer::next`] may have something without poll's help.
+    pub(super) fn next_turn(&self, now: Instant) -> Option<Instant> {
+        (!self.held_up() && self.input_left() > 0).then(|| self.bucket.ready_at(now))
+    }
+
+    fn held_up(&self) -> bool {
+        self.busy || self.dead || self.unsent() > ENOUGH_OUTPUT
+    }
+
+    /// The reply to the request that [`Peer::next`] gave out.
+    pub(super) fn reply(&mut self, line: &[u8]) {
+        self.busy = false;
+        self.queue(line);
+    }
+
+    /// A line that is no reply.
+    pub(super) fn queue(&mut self, line: &[u8]) {
+        if self.output_ended {
+            return;
+        }
+        self.output.extend_from_slice(line);
+        if self.unsent() > MOST_OUTPUT {
+            self.flush();
+        }
+        if self.unsent() > MOST_OUTPUT {
+            log::warn!("control: {:?} reads too slowly and is cut off", self.credentials);
+            self.dead = true;
+        }
+    }
+
+    /// Writes what the socket takes.
+    pub(super) fn flush(&mut self) {
+        while self.unsent() > 0 {
+            match self.stream.write(&self.output[self.sent..]) {
+                Ok(count) => self.sent += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(_) => {
+                    self.output_ended = true;
+                    self.sent = self.output.len();
+                }
+            }
+        }
+        if self.unsent() == 0 {
+            (self.output, self.sent) = (Vec::new(), 0);
+        } else if self.sent > ENOUGH_OUTPUT {
+            self.output.drain(..self.sent);
+            self.sent = 0;
+        }
+    }
+
+    /// Nothing will come of this connection any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.dead || (self.input_ended && !self.busy && self.input_left() == 0 && self.unsent() == 0)
+    }
+
+    /// Bytes that wait to be written.
+    pub(super) fn unsent(&self) -> usize {
+        self.output.len() - self.sent
+    }
+
+    fn input_left(&self) -> usize {
+        self.input.len() - self.taken
+    }
+}
+
+impl AsFd for Peer {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// A token bucket: the time at which the next request would be on schedule, allowed to lag by [`BURST`].
+struct Bucket {
+    schedule: Instant,
+}
+
+impl Bucket {
+    const EACH: Duration = Duration::from_nanos(1_000_000_000 / PER_SECOND as u64);
+
+    fn new(now: Instant) -> Self {
+        Bucket { schedule: now }
+    }
+
+    fn has_one(&mut self, now: Instant) -> bool {
+        self.schedule = self.schedule.max(now);
+        self.ready_at(now) <= now
+    }
+
+    fn take(&mut self) {
+        self.schedule += Self::EACH;
+    }
+
+    fn ready_at(&self, now: Instant) -> Instant {
+        (self.schedule).checked_sub(Self::EACH * (BURST - 1)).unwrap_or(now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_then_the_rate() {
+        let start = Instant::now();
+        let mut bucket = Bucket::new(start);
+        let mut carried_out = |now| {
+            let mut count = 0;
+            while bucket.has_one(now) {
+                bucket.take();
+                count += 1;
+            }
+            (count, bucket.ready_at(now))
+        };
+        let (count, ready) = carried_out(start);
+        assert_eq!(count, BURST);
+        assert!(ready > start);
+        assert_eq!(carried_out(ready).0, 1);
+        let minute = ready + Duration::from_secs(60);
+        assert_eq!(carried_out(minute).0, BURST, "a pause earns no more than a burst");
+        assert_eq!(carried_out(minute + Duration::from_millis(100)).0, PER_SECOND / 10);
+    }
+}

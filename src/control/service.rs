@@ -1,0 +1,438 @@
+//! Carries commands out: the coordinator's orders to the disk, and replies and events to the peers. Knows no socket.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use serde_json::{Value, json};
+
+use super::creds::Credentials;
+use super::proto::{self, Command, Error, QuiesceArgs};
+use super::quiesce::{Ask, Coordinator, Effect, Hold, PeerId, Reason, Refusal, RequestId, Who};
+use super::stream::Garbage;
+use crate::disk::{Disk, Event, HoldFigures};
+use crate::engine::Errno;
+
+/// Errors of the disk that are told in one second; more are counted and told with the next.
+const MOST_ERRORS_PER_SECOND: u32 = 20;
+
+/// What `query-status` says of the daemon itself.
+#[derive(Clone, Debug, Default)]
+pub struct Info {
+    /// Where the front-end connects, for people: a path, or `fd N`.
+    pub vhost_socket: String,
+}
+
+/// Whom a line is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum To {
+    /// The reply that this connection waits for.
+    Reply(PeerId),
+    /// An event: every connection that has negotiated.
+    Everyone,
+}
+
+/// The disk, who holds it, and the lines that are due.
+pub(super) struct Service {
+    disk: Arc<dyn Disk>,
+    info: Info,
+    started: Instant,
+    coordinator: Coordinator,
+    /// The gate closed when, as long as it is closed.
+    closed_at: Option<Instant>,
+    asked: HashMap<RequestId, (PeerId, Option<Value>)>,
+    next_request: RequestId,
+    tokens: RandomState,
+    throttle: Throttle,
+    outgoing: Vec<(To, Vec<u8>)>,
+    quit: bool,
+}
+
+impl Service {
+    pub(super) fn new(disk: Arc<dyn Disk>, info: Info) -> Self {
+        Service {
+            disk,
+            info,
+            started: Instant::now(),
+            coordinator: Coordinator::default(),
+            closed_at: None,
+            asked: HashMap::new(),
+            next_request: 0,
+            tokens: RandomState::new(),
+            throttle: Throttle::default(),
+            outgoing: Vec::new(),
+            quit: false,
+        }
+    }
+
+    /// The lines that are due, in order.
+    pub(super) fn outgoing(&mut self) -> Vec<(To, Vec<u8>)> {
+        std::mem::take(&mut self.outgoing)
+    }
+
+    /// Somebody said `quit`.
+    pub(super) fn quit_asked(&self) -> bool {
+        self.quit
+    }
+
+    /// When [`Service::tick`] is due.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.coordinator.next_deadline()
+    }
+
+    /// Lets leases and timeouts run out.
+    pub(super) fn tick(&mut self, now: Instant) {
+        self.coordinator.tick(now);
+        self.carry_out(now);
+    }
+
+    /// A connection ended.
+    pub(super) fn peer_gone(&mut self, peer: PeerId, now: Instant) {
+        self.asked.retain(|_, (asker, _)| *asker != peer);
+        self.coordinator.peer_gone(peer, now);
+        self.carry_out(now);
+    }
+
+    /// The daemon ends: everybody is told, nobody holds.
+    pub(super) fn shutdown(&mut self, now: Instant) {
+        self.coordinator.shutdown(now);
+        self.carry_out(now);
+        self.event("SHUTDOWN", json!({}));
+    }
+
+    /// One request of a connection. Its reply comes out of [`Service::outgoing`], now or later, exactly once.
+    pub(super) fn request(
+        &mut self,
+        peer: PeerId,
+        credentials: Credentials,
+        negotiated: &mut bool,
+        found: Result<Value, Garbage>,
+        now: Instant,
+    ) {
+        let request = match found {
+            Ok(value) => proto::parse(value, *negotiated),
+            Err(garbage) => {
+                let error = Error::new("parse-error", garbage.to_string());
+                proto::Request { id: None, command: Err(error) }
+            }
+        };
+        let result = match request.command {
+            Ok(Command::Quiesce(args)) => {
+                self.quiesce(peer, request.id, credentials, args, now);
+                return;
+            }
+            Ok(Command::QmpCapabilities) => {
+                *negotiated = true;
+                Ok(json!({}))
+            }
+            Ok(command) => self.answer(command, now),
+            Err(error) => Err(error),
+        };
+        // As in QEMU: the events of a command come before its reply. And the guest goes on before anybody is told.
+        self.carry_out(now);
+        self.outgoing.push((To::Reply(peer), proto::reply(request.id.as_ref(), result)));
+    }
+
+    fn quiesce(&mut self, peer: PeerId, id: Option<Value>, from: Credentials, args: QuiesceArgs, now: Instant) {
+        self.next_request += 1;
+        let request = self.next_request;
+        self.asked.insert(request, (peer, id));
+        let QuiesceArgs { timeout, lease, detached, who } = args;
+        let ask = Ask {
+            request,
+            // Keyed with the system's randomness: no stale script can name another's hold.
+            token: format!("{:016x}", self.tokens.hash_one(request)),
+            owner: peer,
+            timeout,
+            lease,
+            detached,
+            who: Who { text: who, pid: from.pid, uid: from.uid },
+        };
+        self.coordinator.quiesce(ask, now);
+        self.carry_out(now);
+    }
+
+    fn answer(&mut self, command: Command, now: Instant) -> Result<Value, Error> {
+        match command {
+            Command::QueryCommands => Ok(proto::command_list()),
+            Command::QueryVersion => Ok(proto::version()),
+            Command::RenewLease { token, lease } => match self.coordinator.renew(&token, lease, now) {
+                Ok(()) => Ok(json!({})),
+                Err(ended) => Err(self.no_such_hold(ended)),
+            },
+            Command::Resume { token } => match self.coordinator.resume(&token, now) {
+                Ok(holders) => Ok(json!({"resumed": 1, "holders": holders})),
+                Err(ended) => Err(self.no_such_hold(ended)),
+            },
+            Command::ResumeAll => Ok(json!({"resumed": self.coordinator.resume_all(now), "holders": 0})),
+            Command::QueryStatus => self.status(now),
+            Command::QueryStats => {
+                let status = self.disk.status();
+                Ok(json!({"rings": to_json(&status.rings)?, "total": to_json(&status.total)?}))
+            }
+            Command::Quit => {
+                self.quit = true;
+                Ok(json!({}))
+            }
+            Command::Quiesce(_) | Command::QmpCapabilities => {
+                Err(Error::new("internal", "this command is answered elsewhere; please report it as a defect"))
+            }
+        }
+    }
+
+    fn status(&self, now: Instant) -> Result<Value, Error> {
+        let mut status = to_json(&self.disk.status())?;
+        let milliseconds = |since: Instant| now.saturating_duration_since(since).as_millis() as u64;
+        let holder = |hold: &Hold| {
+            let mut value = named(hold);
+            value["detached"] = json!(hold.detached);
+            value["held-ms"] = json!(milliseconds(hold.since));
+            value["lease-left-ms"] = json!(hold.until.saturating_duration_since(now).as_millis() as u64);
+            value
+        };
+        status["quiesce"] = json!({
+            "state": self.coordinator.state(),
+            "closed-ms": self.closed_at.map(milliseconds),
+            "waiting": self.coordinator.waiting(),
+            "holders": self.coordinator.holds().iter().map(holder).collect::<Vec<_>>(),
+        });
+        status["daemon"] = json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "pid": std::process::id(),
+            "uptime-seconds": now.saturating_duration_since(self.started).as_secs(),
+            "vhost-socket": self.info.vhost_socket,
+        });
+        Ok(status)
+    }
+
+    fn no_such_hold(&self, ended: Option<Reason>) -> Error {
+        match ended {
+            Some(Reason::LeaseExpired) => Error::new(
+                "lease-expired",
+                "the lease of this token ran out and the disk went on: a snapshot that was not complete by then holds \
+                 writes of later. Quiesce again with a longer lease-ms, or renew-lease in time",
+            ),
+            Some(Reason::ConnectionClosed) => {
+                Error::new("not-held", "this hold ended with its connection; ask with 'detached': true to outlive it")
+            }
+            Some(Reason::Resume | Reason::Shutdown) => Error::new("not-held", "this hold was resumed already"),
+            None if self.coordinator.holds().is_empty() => {
+                Error::new("not-quiesced", "nobody holds the disk, and this token is unknown")
+            }
+            None => Error::new("unknown-token", "this token is unknown; query-status names the holders"),
+        }
+    }
+
+    /// What the disk had to say since the last call.
+    pub(super) fn disk_events(&mut self, (events, dropped): (Vec<Event>, u64), now: Instant) {
+        self.throttle.suppressed += dropped;
+        for event in events {
+            match event {
+                Event::HoldSettled { epoch, result } => {
+                    self.coordinator.settled(epoch, result, now);
+                    self.carry_out(now);
+                }
+                Event::Connected => self.event("FRONTEND_CONNECTED", json!({})),
+                Event::Disconnected(reason) => self.event("FRONTEND_DISCONNECTED", json!({"reason": reason})),
+                Event::IoError { operation, ring, offset, len, errno } => {
+                    let data = json!({
+                        "operation": operation, "ring": ring, "offset": offset, "length": len,
+                        "errno": errno.0, "message": message(errno),
+                    });
+                    self.error_event("IO_ERROR", data, now);
+                }
+                Event::SyncError(errno) => {
+                    self.error_event("SYNC_ERROR", json!({"errno": errno.0, "message": message(errno)}), now);
+                }
+                Event::ProtocolError(what) => self.error_event("PROTOCOL_ERROR", json!({"message": what}), now),
+            }
+        }
+    }
+
+    fn carry_out(&mut self, now: Instant) {
+        for effect in self.coordinator.effects() {
+            match effect {
+                Effect::CloseGate(epoch) => {
+                    self.closed_at = Some(now);
+                    self.disk.close_gate(epoch);
+                }
+                Effect::OpenGate => {
+                    self.closed_at = None;
+                    self.disk.open_gate();
+                }
+                Effect::Granted { request, hold, epoch, figures, holders } => {
+                    self.granted(request, &hold, epoch, figures, holders);
+                }
+                Effect::Refused { request, who, why } => self.refused(request, &who, why),
+                Effect::Left { hold, reason, held, holders } => self.left(&hold, reason, held, holders),
+            }
+        }
+    }
+
+    fn granted(&mut self, request: RequestId, hold: &Hold, epoch: u64, figures: HoldFigures, holders: usize) {
+        let microseconds = |time: Duration| time.as_micros() as u64;
+        let figures = json!({
+            "epoch": epoch,
+            "rings": figures.rings,
+            "drained": figures.drained,
+            "drain-us": microseconds(figures.drain),
+            "sync-us": microseconds(figures.sync),
+            "bytes-synced": figures.bytes_synced,
+            "holders": holders,
+        });
+        log::info!("quiesced for {}, {holders} holder(s): {figures}", shown(&hold.who));
+        let mut told = named(hold);
+        told["detached"] = json!(hold.detached);
+        told["lease-ms"] = json!(hold.until.saturating_duration_since(hold.since).as_millis() as u64);
+        let mut answer = json!({"token": hold.token});
+        for part in [&mut told, &mut answer] {
+            for (name, value) in figures.as_object().into_iter().flatten() {
+                part[name] = value.clone();
+            }
+        }
+        self.event("QUIESCED", told);
+        self.reply_later(request, Ok(answer));
+    }
+
+    fn refused(&mut self, request: RequestId, who: &Who, why: Refusal) {
+        let error = match why {
+            Refusal::Timeout => Error::new(
+                "timeout",
+                "the writes in flight and the sync did not end in time, and the disk goes on: nothing is promised. \
+                 Ask again with a longer timeout-ms; query-stats shows what is in flight",
+            ),
+            Refusal::SyncFailed(errno) => Error::new(
+                "sync-failed",
+                format!(
+                    "the data could not be made durable ({}), and the disk goes on: nothing is promised. See the \
+                     daemon's log and the image's device",
+                    message(errno)
+                ),
+            ),
+            Refusal::Cancelled => Error::new("cancelled", "everything was resumed while this quiesce was under way"),
+            Refusal::TooMany => {
+                Error::new("too-many-holders", "too many holders; query-status names them, resume ends their holds")
+            }
+            Refusal::Shutdown => Error::new("shutting-down", "the daemon ends"),
+        };
+        log::warn!("quiesce for {} failed: {}", shown(who), error.desc);
+        let told = json!({"who": who.text, "pid": who.pid, "uid": who.uid, "code": error.code});
+        self.event("QUIESCE_FAILED", told);
+        self.reply_later(request, Err(error));
+    }
+
+    fn left(&mut self, hold: &Hold, reason: Reason, held: Duration, holders: usize) {
+        let word = match reason {
+            Reason::Resume => "resume",
+            Reason::LeaseExpired => "lease-expired",
+            Reason::ConnectionClosed => "connection-closed",
+            Reason::Shutdown => "shutdown",
+        };
+        let told = shown(&hold.who);
+        if reason == Reason::LeaseExpired {
+            log::warn!("the lease of {told} ran out after {} ms, {holders} holder(s) left", held.as_millis());
+            self.event("LEASE_EXPIRED", named(hold));
+        } else {
+            log::info!("{told} held for {} ms, ended by {word}, {holders} holder(s) left", held.as_millis());
+        }
+        let mut data = named(hold);
+        data["reason"] = json!(word);
+        data["held-ms"] = json!(held.as_millis() as u64);
+        data["holders"] = json!(holders);
+        self.event("RESUMED", data);
+    }
+
+    fn reply_later(&mut self, request: RequestId, result: Result<Value, Error>) {
+        // Nobody asked any more: the connection ended.
+        let Some((peer, id)) = self.asked.remove(&request) else { return };
+        self.outgoing.push((To::Reply(peer), proto::reply(id.as_ref(), result)));
+    }
+
+    fn event(&mut self, name: &str, data: Value) {
+        self.outgoing.push((To::Everyone, proto::event(name, data, SystemTime::now())));
+    }
+
+    fn error_event(&mut self, name: &str, mut data: Value, now: Instant) {
+        if let Some(suppressed) = self.throttle.admit(now) {
+            data["suppressed"] = json!(suppressed);
+            self.event(name, data);
+        }
+    }
+}
+
+impl Drop for Service {
+    /// Whatever ends the control thread, a guest is not left frozen.
+    fn drop(&mut self) {
+        if self.closed_at.is_some() {
+            log::error!("the control thread ends while the disk is quiesced: the disk goes on");
+            self.disk.open_gate();
+        }
+    }
+}
+
+/// Tells at most [`MOST_ERRORS_PER_SECOND`] and counts the rest.
+#[derive(Default)]
+struct Throttle {
+    second: Option<Instant>,
+    told: u32,
+    suppressed: u64,
+}
+
+impl Throttle {
+    /// `Some(n)`: tell this one, `n` were not told before it.
+    fn admit(&mut self, now: Instant) -> Option<u64> {
+        if self.second.is_none_or(|second| now.saturating_duration_since(second) >= Duration::from_secs(1)) {
+            (self.second, self.told) = (Some(now), 0);
+        }
+        if self.told == MOST_ERRORS_PER_SECOND {
+            self.suppressed += 1;
+            return None;
+        }
+        self.told += 1;
+        Some(std::mem::take(&mut self.suppressed))
+    }
+}
+
+fn named(hold: &Hold) -> Value {
+    json!({"token": hold.token, "who": hold.who.text, "pid": hold.who.pid, "uid": hold.who.uid})
+}
+
+fn shown(who: &Who) -> String {
+    let Who { text, pid, uid } = who;
+    // Debug quotes what the client wrote, so that it cannot forge a log line.
+    match text {
+        Some(text) => format!("{text:?} (pid {pid}, uid {uid})"),
+        None => format!("pid {pid}, uid {uid}"),
+    }
+}
+
+fn message(errno: Errno) -> String {
+    io::Error::from_raw_os_error(errno.0).to_string()
+}
+
+fn to_json(value: &impl serde::Serialize) -> Result<Value, Error> {
+    serde_json::to_value(value).map_err(|error| Error::new("internal", error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_throttled_and_counted() {
+        let mut throttle = Throttle::default();
+        let now = Instant::now();
+        let told = (0..100).filter(|_| throttle.admit(now).is_some()).count();
+        assert_eq!(told, MOST_ERRORS_PER_SECOND as usize);
+        assert_eq!(throttle.admit(now + Duration::from_secs(1)), Some(80));
+        assert_eq!(throttle.admit(now + Duration::from_secs(1)), Some(0));
+    }
+
+    #[test]
+    fn a_client_cannot_forge_a_log_line() {
+        let who = Who { text: Some("a\nERROR b".into()), pid: 1, uid: 2 };
+        assert!(!shown(&who).contains('\n'));
+    }
+}

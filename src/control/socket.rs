@@ -1,0 +1,329 @@
+//! The control thread: one `poll` over the listener, the peers and the disk's events.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use super::creds::Credentials;
+use super::peer::Peer;
+use super::proto;
+use super::quiesce::PeerId;
+use super::service::{Info, Service, To};
+use crate::disk::{Disk, Events};
+
+/// Connections at most.
+const MOST_PEERS: usize = 32;
+/// A client that has not even negotiated in this time gives way to a new one when all places are taken.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Requests of one connection in one turn.
+const PER_TURN: usize = 8;
+/// Accepting rests this long when file descriptors run out.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+/// How long the last lines may take on their way out when the server stops.
+const LAST_WORDS: Duration = Duration::from_millis(250);
+
+/// The running quiesce socket. Dropping it stops it.
+pub struct Server {
+    wake: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Serves `listener` in a thread named `control`. `quit` is called from that thread, once, when a client asked for
+    /// the daemon's end and its reply is on its way; it must not call [`Server::stop`] itself (that joins the thread)
+    /// but make somebody do so. The listener's file is the caller's to unlink.
+    ///
+    /// Errors: no thread or file descriptor to be had.
+    pub fn start(
+        listener: UnixListener,
+        disk: Arc<dyn Disk>,
+        events: Arc<Events>,
+        quit: Arc<dyn Fn() + Send + Sync>,
+        info: Info,
+    ) -> io::Result<Server> {
+        listener.set_nonblocking(true)?;
+        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let mut control = Control {
+            listener,
+            accept_again: None,
+            service: Service::new(disk, info),
+            events,
+            peers: Vec::new(),
+            last_peer: 0,
+            quit: Some(quit),
+        };
+        let stop = wake.clone();
+        let thread = std::thread::Builder::new().name("control".into()).spawn(move || control.run(&stop))?;
+        Ok(Server { wake, thread: Some(thread) })
+    }
+
+    /// Ends every hold, tells the peers (`RESUMED`, `SHUTDOWN`), closes and joins the thread. Takes a quarter of a
+    /// second at most. Not from the control thread.
+    pub fn stop(mut self) {
+        self.join();
+    }
+
+    fn join(&mut self) {
+        let Some(thread) = self.thread.take() else { return };
+        // The only error is a full counter, and that is readable too.
+        let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+        if thread.join().is_err() {
+            log::error!("the control thread had panicked");
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+/// What poll reported, sorted.
+struct Ready {
+    stop: bool,
+    events: bool,
+    accept: bool,
+    peers: Vec<(PeerId, PollFlags)>,
+}
+
+struct Control {
+    listener: UnixListener,
+    accept_again: Option<Instant>,
+    service: Service,
+    events: Arc<Events>,
+    peers: Vec<Peer>,
+    last_peer: PeerId,
+    quit: Option<Arc<dyn Fn() + Send + Sync>>,
+}
+
+impl Control {
+    fn run(&mut self, stop: &OwnedFd) {
+        loop {
+            let ready = match self.wait(stop) {
+                Ok(ready) => ready,
+                Err(error) => {
+                    log::error!("control: poll failed, the quiesce socket ends: {error}");
+                    break;
+                }
+            };
+            if ready.stop {
+                break;
+            }
+            self.turn(ready);
+        }
+        self.finish();
+    }
+
+    fn turn(&mut self, ready: Ready) {
+        let now = Instant::now();
+        self.service.tick(now);
+        if ready.events {
+            self.service.disk_events(self.events.take(), now);
+        }
+        self.deliver();
+        for (id, found) in ready.peers {
+            if let Some(peer) = self.peers.iter_mut().find(|peer| peer.id == id) {
+                peer.ready(found);
+            }
+        }
+        for index in 0..self.peers.len() {
+            for _ in 0..PER_TURN {
+                let peer = &mut self.peers[index];
+                let Some(found) = peer.next(now) else { break };
+                self.service.request(peer.id, peer.credentials, &mut peer.negotiated, found, now);
+                self.deliver();
+            }
+        }
+        self.sweep(now);
+        if self.service.quit_asked()
+            && let Some(quit) = self.quit.take()
+        {
+            log::info!("control: a client asked for the end of the daemon");
+            quit();
+        }
+        if ready.accept {
+            self.accept(now);
+        }
+    }
+
+    /// Sleeps until something is to be done.
+    fn wait(&self, stop: &OwnedFd) -> io::Result<Ready> {
+        let now = Instant::now();
+        let accepting = self.accept_again.is_none_or(|again| again <= now);
+        let mut fds = vec![
+            PollFd::new(stop, PollFlags::IN),
+            PollFd::from_borrowed_fd(self.events.as_fd(), PollFlags::IN),
+            // Without flags it reports errors only, and a listener has none.
+            PollFd::new(&self.listener, if accepting { PollFlags::IN } else { PollFlags::empty() }),
+        ];
+        let mut ids = Vec::with_capacity(self.peers.len());
+        for peer in &self.peers {
+            if let Some(flags) = peer.interest() {
+                fds.push(PollFd::new(peer, flags));
+                ids.push(peer.id);
+            }
+        }
+        let deadlines = self.peers.iter().filter_map(|peer| peer.next_turn(now));
+        let deadline =
+            deadlines.chain(self.service.next_deadline()).chain(self.accept_again.filter(|_| !accepting)).min();
+        poll_until(&mut fds, deadline)?;
+        let found: Vec<PollFlags> = fds.iter().map(PollFd::revents).collect();
+        Ok(Ready {
+            stop: !found[0].is_empty(),
+            events: !found[1].is_empty(),
+            accept: !found[2].is_empty(),
+            peers: ids.into_iter().zip(found[3..].iter().copied()).filter(|(_, found)| !found.is_empty()).collect(),
+        })
+    }
+
+    /// Hands the due lines to the peers.
+    fn deliver(&mut self) {
+        for (to, line) in self.service.outgoing() {
+            for peer in &mut self.peers {
+                match to {
+                    To::Reply(id) if id == peer.id => peer.reply(&line),
+                    To::Everyone if peer.negotiated => peer.queue(&line),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Writes, and takes leave of those who are gone. Their leaving may be news to the others.
+    fn sweep(&mut self, now: Instant) {
+        loop {
+            for peer in &mut self.peers {
+                peer.flush();
+            }
+            let Some(index) = self.peers.iter().position(Peer::is_over) else { return };
+            let peer = self.peers.remove(index);
+            self.service.peer_gone(peer.id, now);
+            self.deliver();
+        }
+    }
+
+    fn accept(&mut self, now: Instant) {
+        self.accept_again = None;
+        // A few at a time: those who are here already come first.
+        for _ in 0..PER_TURN {
+            match self.listener.accept() {
+                Ok((stream, _)) => self.welcome(stream, now),
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
+                        log::warn!("control: cannot accept, trying again in a second: {error}");
+                        self.accept_again = Some(now + ACCEPT_PAUSE);
+                        return;
+                    }
+                    Some(libc::EAGAIN) => return,
+                    // The client is gone already, or a signal came.
+                    _ => {}
+                },
+            }
+        }
+    }
+
+    fn welcome(&mut self, stream: UnixStream, now: Instant) {
+        let credentials = match Credentials::of(&stream) {
+            Ok(credentials) => credentials,
+            Err(error) => {
+                log::warn!("control: a client without credentials is refused: {error}");
+                return;
+            }
+        };
+        if !self.allows(credentials) {
+            log::warn!("control: user {} (pid {}) is refused", credentials.uid, credentials.pid);
+            let error = proto::Error::new(
+                "not-allowed",
+                format!(
+                    "user {} may not use this socket; be root or the daemon's user, or widen the socket's mode",
+                    credentials.uid
+                ),
+            );
+            turn_away(&stream, error);
+            return;
+        }
+        if self.peers.len() >= MOST_PEERS && !self.make_room(now) {
+            log::warn!("control: {MOST_PEERS} clients are connected, another one is refused");
+            let desc = format!("{MOST_PEERS} clients are connected, which is as many as this server keeps; try again");
+            turn_away(&stream, proto::Error::new("too-many-clients", desc));
+            return;
+        }
+        self.last_peer += 1;
+        match Peer::new(self.last_peer, stream, credentials, now) {
+            Ok(mut peer) => {
+                peer.queue(&proto::greeting());
+                peer.flush();
+                self.peers.push(peer);
+            }
+            Err(error) => log::warn!("control: a connection cannot be served: {error}"),
+        }
+    }
+
+    /// Our own user and root; others if the operator widened the socket's mode, for then the file system judged them.
+    fn allows(&self, peer: Credentials) -> bool {
+        if peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw() {
+            return true;
+        }
+        let address = self.listener.local_addr().ok();
+        let mode = address.and_then(|address| Some(address.as_pathname()?.metadata().ok()?.permissions().mode()));
+        mode.is_some_and(|mode| mode & 0o077 != 0)
+    }
+
+    /// Ends the oldest connection that never said a word. `false`: there is none.
+    fn make_room(&mut self, now: Instant) -> bool {
+        let silent = |peer: &Peer| !peer.negotiated && now.saturating_duration_since(peer.since) > PATIENCE;
+        let Some(index) = self.peers.iter().position(silent) else { return false };
+        let peer = self.peers.remove(index);
+        self.service.peer_gone(peer.id, now);
+        self.deliver();
+        true
+    }
+
+    /// The last words, for as long as the peers are willing to listen but not longer than [`LAST_WORDS`].
+    fn finish(&mut self) {
+        let now = Instant::now();
+        self.service.shutdown(now);
+        self.deliver();
+        let deadline = now + LAST_WORDS;
+        loop {
+            for peer in &mut self.peers {
+                peer.flush();
+            }
+            let slow = self.peers.iter().filter(|peer| peer.unsent() > 0);
+            let mut fds: Vec<PollFd> = slow.map(|peer| PollFd::new(peer, PollFlags::OUT)).collect();
+            if fds.is_empty() || Instant::now() >= deadline {
+                return;
+            }
+            if let Err(error) = poll_until(&mut fds, Some(deadline)) {
+                log::warn!("control: the last words may be lost: {error}");
+                return;
+            }
+        }
+    }
+}
+
+/// `poll` until a deadline; returns early, with nothing, when a signal came.
+fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<()> {
+    let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+    let timeout = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
+    match poll(fds, timeout.as_ref()) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// One error line in place of the greeting. A fresh socket has room for it.
+fn turn_away(mut stream: &UnixStream, error: proto::Error) {
+    let told =
+        stream.set_nonblocking(true).and_then(|()| io::Write::write(&mut stream, &proto::reply(None, Err(error))));
+    if let Err(error) = told {
+        log::debug!("control: the refused client did not wait to hear why: {error}");
+    }
+}

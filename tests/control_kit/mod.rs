@@ -1,0 +1,270 @@
+//! A disk that does what a test tells it, the quiesce socket in front of it, and a client. Shared by the tests of the
+//! socket and of the operator's command.
+#![allow(dead_code)] // Each test program uses its own part of this.
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use virtioblkd::control::{Info, Server};
+use virtioblkd::disk::{Disk, DiskStatus, Event, Events, HoldFigures, LastError, RingStatus};
+use virtioblkd::engine::Errno;
+use virtioblkd::listen::bind_unix;
+
+/// Nothing here takes this long; a test that waits so long has failed.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How the fake disk answers a closing of its gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settle {
+    /// At once and well.
+    Well,
+    /// At once, with this error.
+    Fail(Errno),
+    /// Never: the test does it.
+    ByHand,
+}
+
+#[derive(Debug)]
+struct Gate {
+    settle: Settle,
+    closed: Option<u64>,
+    epochs: Vec<u64>,
+    panics: bool,
+}
+
+pub struct FakeDisk {
+    gate: Mutex<Gate>,
+    changed: Condvar,
+    pub events: Arc<Events>,
+}
+
+pub fn figures() -> HoldFigures {
+    HoldFigures {
+        rings: 2,
+        drained: 12,
+        drain: Duration::from_micros(1500),
+        sync: Duration::from_micros(3250),
+        bytes_synced: 8192,
+    }
+}
+
+impl FakeDisk {
+    pub fn set(&self, settle: Settle) {
+        self.gate.lock().unwrap().settle = settle;
+    }
+
+    /// Answers the closing under way, or an earlier one.
+    pub fn settle(&self, epoch: u64, result: Result<HoldFigures, Errno>) {
+        self.events.send(Event::HoldSettled { epoch, result });
+    }
+
+    pub fn closed(&self) -> Option<u64> {
+        self.gate.lock().unwrap().closed
+    }
+
+    /// How often the gate was closed.
+    pub fn closings(&self) -> usize {
+        self.gate.lock().unwrap().epochs.len()
+    }
+
+    /// Waits until the gate is closed (or open) and returns the last epoch.
+    pub fn wait_closed(&self, closed: bool) -> u64 {
+        let gate = self.gate.lock().unwrap();
+        let (gate, waited) =
+            self.changed.wait_timeout_while(gate, PATIENCE, |gate| gate.closed.is_some() != closed).unwrap();
+        assert!(!waited.timed_out(), "the gate should be {}: {gate:?}", if closed { "closed" } else { "open" });
+        gate.epochs.last().copied().unwrap_or(0)
+    }
+
+    /// The next `status` panics, as a defect of the disk would.
+    pub fn panic_next(&self) {
+        self.gate.lock().unwrap().panics = true;
+    }
+}
+
+impl Disk for FakeDisk {
+    fn close_gate(&self, epoch: u64) {
+        let mut gate = self.gate.lock().unwrap();
+        assert!(gate.closed.is_none(), "closed twice");
+        assert!(!gate.epochs.contains(&epoch), "epoch {epoch} reused");
+        gate.closed = Some(epoch);
+        gate.epochs.push(epoch);
+        let settle = gate.settle;
+        drop(gate);
+        self.changed.notify_all();
+        match settle {
+            Settle::Well => self.settle(epoch, Ok(figures())),
+            Settle::Fail(errno) => self.settle(epoch, Err(errno)),
+            Settle::ByHand => {}
+        }
+    }
+
+    fn open_gate(&self) {
+        assert!(self.gate.lock().unwrap().closed.take().is_some(), "opened twice");
+        self.changed.notify_all();
+    }
+
+    fn status(&self) -> DiskStatus {
+        let panics = std::mem::take(&mut self.gate.lock().unwrap().panics);
+        assert!(!panics, "a defect");
+        let held = self.closed().is_some();
+        let ring = |index| RingStatus {
+            index,
+            size: 128,
+            in_flight: 3,
+            held: held && index == 1,
+            reads: 1000 * u64::from(index + 1),
+            read_bytes: 4_096_000,
+            writes: 500,
+            written_bytes: 2_048_000,
+            flushes: 7,
+            syncs: 8,
+            ..RingStatus::default()
+        };
+        DiskStatus {
+            image: "raw file '/images/a.raw', O_DIRECT".into(),
+            size: 10 << 30,
+            logical_block_size: 512,
+            cache_mode: "none".into(),
+            write_acknowledged: "when the host's device has it".into(),
+            guest_flush: "synced".into(),
+            guest_sees: "write back".into(),
+            connected: true,
+            driver_ready: true,
+            acked_features: 0x1_3000_6e46,
+            rings: vec![ring(0), ring(1)],
+            total: RingStatus { reads: 3000, writes: 1000, ..RingStatus::default() },
+            last_errors: vec![LastError { what: "write at 4096: Input/output error".into(), when: 1_700_000_000 }],
+            ..DiskStatus::default()
+        }
+    }
+}
+
+/// A served fake disk. Everything ends with it.
+pub struct Served {
+    pub disk: Arc<FakeDisk>,
+    pub path: PathBuf,
+    pub quits: Arc<AtomicU32>,
+    server: Option<Server>,
+    _dir: tempfile::TempDir,
+}
+
+impl Served {
+    pub fn new() -> Self {
+        Self::with_mode(0o600)
+    }
+
+    pub fn with_mode(mode: u32) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control");
+        let events = Arc::new(Events::new().unwrap());
+        let gate = Mutex::new(Gate { settle: Settle::Well, closed: None, epochs: Vec::new(), panics: false });
+        let disk = Arc::new(FakeDisk { gate, changed: Condvar::new(), events: events.clone() });
+        let quits = Arc::new(AtomicU32::new(0));
+        let quit = {
+            let quits = quits.clone();
+            Arc::new(move || {
+                quits.fetch_add(1, Ordering::SeqCst);
+            })
+        };
+        let info = Info { vhost_socket: "/run/vhost.sock".into() };
+        let listener = bind_unix(&path, mode).unwrap();
+        let server = Server::start(listener, disk.clone(), events, quit, info).unwrap();
+        Served { disk, path, quits, server: Some(server), _dir: dir }
+    }
+
+    pub fn raw(&self) -> UnixStream {
+        let stream = UnixStream::connect(&self.path).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    /// A client that has read the greeting.
+    pub fn greeted(&self) -> Client {
+        let mut client = Client::new(self.raw());
+        assert!(client.line()["QMP"]["version"]["qemu"].is_object());
+        client
+    }
+
+    /// A client that has negotiated.
+    pub fn client(&self) -> Client {
+        let mut client = self.greeted();
+        assert_eq!(client.ask("qmp_capabilities", json!({})), Ok(json!({})));
+        client
+    }
+
+    pub fn stop(&mut self) {
+        self.server.take().unwrap().stop();
+    }
+}
+
+/// A QMP client that keeps the events it meets.
+pub struct Client {
+    pub reader: BufReader<UnixStream>,
+    events: VecDeque<Value>,
+}
+
+impl Client {
+    pub fn new(stream: UnixStream) -> Self {
+        Client { reader: BufReader::new(stream), events: VecDeque::new() }
+    }
+
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.reader.get_mut().write_all(bytes.as_ref()).unwrap();
+    }
+
+    /// The next line, whatever it is. An ended connection is a failure.
+    pub fn line(&mut self) -> Value {
+        let mut line = String::new();
+        assert!(self.reader.read_line(&mut line).unwrap() > 0, "the server closed the connection");
+        assert!(line.ends_with("\r\n"), "{line}");
+        serde_json::from_str(&line).unwrap()
+    }
+
+    /// The next reply; events on the way are kept.
+    pub fn reply(&mut self) -> Value {
+        loop {
+            let line = self.line();
+            if line.get("event").is_none() {
+                return line;
+            }
+            self.events.push_back(line);
+        }
+    }
+
+    /// Asks and waits. `Err` is the error's code.
+    pub fn ask(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
+        self.send(json!({"execute": command, "arguments": arguments}).to_string());
+        let mut reply = self.reply();
+        match reply["error"]["code"].as_str() {
+            Some(code) => Err(code.to_owned()),
+            None => Ok(reply["return"].take()),
+        }
+    }
+
+    /// `quiesce`; its token.
+    pub fn quiesce(&mut self, arguments: Value) -> String {
+        self.ask("quiesce", arguments).unwrap()["token"].as_str().unwrap().to_owned()
+    }
+
+    /// The next event, which must be this one; its data.
+    pub fn event(&mut self, name: &str) -> Value {
+        let mut event = self.events.pop_front().unwrap_or_else(|| self.line());
+        assert_eq!(event["event"], name, "{event}");
+        assert!(event["timestamp"]["seconds"].as_u64().unwrap() > 1_600_000_000);
+        event["data"].take()
+    }
+
+    /// The server closes the connection and sends no more than what it owes.
+    pub fn ends(&mut self) {
+        let mut line = String::new();
+        assert_eq!(self.reader.read_line(&mut line).unwrap(), 0, "{line}");
+    }
+}
