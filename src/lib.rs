@@ -11,6 +11,6 @@ pub mod backend;
 pub mod control;
 pub mod disk;
 pub mod engine;
-mod sys;
 pub mod listen;
+mod sys;
 pub mod virtio;

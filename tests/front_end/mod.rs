@@ -11,9 +11,7 @@ use std::time::{Duration, Instant};
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Virtio request types.
@@ -109,7 +107,7 @@ impl FrontEnd {
     pub fn start_ring(&mut self, index: usize, base: u16) {
         let ring = &mut self.rings[index];
         ring.avail = base;
-        ring.used_seen = self.memory.read_obj(ring.used_at().0.wrapping_add(2).into_address()).unwrap();
+        ring.used_seen = self.memory.read_obj(GuestAddress(ring.used_at().0 + 2)).unwrap();
         let host = |address: GuestAddress| self.memory.get_host_address(address).unwrap() as u64;
         let config = VringConfigData {
             queue_max_size: ring.size,
@@ -132,6 +130,28 @@ impl FrontEnd {
     pub fn stop_ring(&mut self, index: usize) -> u16 {
         self.control.set_vring_enable(index, false).unwrap();
         self.control.get_vring_base(index).unwrap() as u16
+    }
+
+    /// `start_ring` after `stop_ring`, for a ring that still has requests up to `avail` in it.
+    pub fn restart_ring(&mut self, index: usize, base: u16, avail: u16) {
+        self.start_ring(index, base);
+        self.rings[index].avail = avail;
+    }
+
+    /// As a driver does before it sets a ring up from scratch.
+    pub fn reset_ring_memory(&mut self, index: usize) {
+        let ring = &mut self.rings[index];
+        self.memory.write_slice(&[0; RING_BYTES as usize], ring.desc_at()).unwrap();
+        *ring = Ring {
+            kick: ring.kick.try_clone().unwrap(),
+            call: ring.call.try_clone().unwrap(),
+            ..Ring::new(index, ring.size)
+        };
+    }
+
+    /// A request slot whose answer was taken with `used` is free again.
+    pub fn give_back(&mut self, ring: usize, slot: u16) {
+        self.rings[ring].free.push(slot);
     }
 
     /// The configuration space.
@@ -304,16 +324,6 @@ impl Ring {
 
     pub fn used_at(&self) -> GuestAddress {
         GuestAddress(self.desc_at().0 + 0xa000)
-    }
-}
-
-trait IntoAddress {
-    fn into_address(self) -> GuestAddress;
-}
-
-impl IntoAddress for u64 {
-    fn into_address(self) -> GuestAddress {
-        GuestAddress(self)
     }
 }
 

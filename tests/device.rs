@@ -1,0 +1,525 @@
+//! The device model, in process, under a front-end that sends what no decent driver would and control messages in any
+//! order.
+
+mod front_end;
+
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use front_end::*;
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use virtioblkd::backend::Backend;
+use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
+use virtioblkd::disk::{Disk, Event, Events, HoldFigures};
+use virtioblkd::engine::{CacheMode, Errno};
+use virtioblkd::virtio::rings::Rings;
+use virtioblkd::virtio::{Device, DeviceOptions};
+use vm_memory::{Bytes, GuestAddress};
+
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+const SIZE: u64 = 8 << 20;
+const SECTORS: u64 = SIZE / 512;
+
+/// A served disk; one front-end after another.
+struct Rig {
+    device: Arc<Device>,
+    disk: Arc<Rings>,
+    events: Arc<Events>,
+    path: PathBuf,
+    image: PathBuf,
+    server: Option<JoinHandle<()>>,
+    _dir: tempfile::TempDir,
+}
+
+impl Rig {
+    fn new(mode: CacheMode) -> Rig {
+        Rig::with(mode, |_| ())
+    }
+
+    fn with(mode: CacheMode, change: impl FnOnce(&mut FileOptions)) -> Rig {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("disk.img");
+        std::fs::File::create(&image).unwrap().set_len(SIZE).unwrap();
+        let mut options = FileOptions {
+            path: image.clone(),
+            policy: mode.into(),
+            read_only: false,
+            logical_block_size: Some(512),
+            discard_unmap: true,
+            locking: Locking::Auto,
+            durable_writes: true,
+        };
+        change(&mut options);
+        let backend: Arc<dyn Backend> = Arc::new(FileBackend::open(&options).unwrap());
+        let events = Arc::new(Events::new().unwrap());
+        let options = DeviceOptions { mode, num_queues: 8, queue_size: 256, serial: "rig-0123456789-too-long".into() };
+        let device = Device::new(backend, &options, events.clone());
+        let path = dir.path().join("sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let served = device.clone();
+        let server = std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let why = served.serve(stream.unwrap()).unwrap();
+                if why == "the daemon is ending" {
+                    return;
+                }
+            }
+        });
+        Rig { disk: device.disk(), device, events, path, image, server: Some(server), _dir: dir }
+    }
+
+    fn connect(&self, rings: usize) -> FrontEnd {
+        FrontEnd::connect(&self.path, rings, 256, ALL)
+    }
+
+    /// Waits for an event that `want` picks something from; others are dropped.
+    fn event<T>(&self, mut want: impl FnMut(&Event) -> Option<T>) -> T {
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            for event in self.events.take().0 {
+                if let Some(found) = want(&event) {
+                    return found;
+                }
+            }
+            assert!(Instant::now() < end, "the event did not come");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn settled(&self, wanted: u64) -> Result<HoldFigures, Errno> {
+        self.event(|event| match event {
+            Event::HoldSettled { epoch, result } if *epoch == wanted => Some(*result),
+            _ => None,
+        })
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.device.shutdown();
+        // Wakes the accept loop; a failed connect means that it has ended.
+        let _ = std::os::unix::net::UnixStream::connect(&self.path);
+        let ended = self.server.take().unwrap().join();
+        if !std::thread::panicking() {
+            ended.unwrap();
+        }
+    }
+}
+
+fn pattern(seed: u8, len: usize) -> Vec<u8> {
+    (0..len).map(|at| (at as u8).wrapping_mul(31) ^ seed).collect()
+}
+
+#[test]
+fn every_request_in_every_mode() {
+    for mode in CacheMode::ALL {
+        let rig = Rig::new(mode);
+        let mut guest = rig.connect(2);
+        let data = pattern(7, 8192);
+        assert_eq!(guest.write(0, 16, &data), OK, "{mode}");
+        assert_eq!(guest.read(1, 16, 8192), (OK, data), "{mode}");
+        assert_eq!(guest.flush(1), OK, "{mode}: synced or ignored, never refused");
+        assert_eq!(guest.range(0, WRITE_ZEROES, 16, 8, 1), OK);
+        assert_eq!(guest.read(0, 16, 4096), (OK, vec![0; 4096]), "{mode}");
+        assert_eq!(guest.range(0, DISCARD, 16, 16, 0), OK);
+        let (status, serial) = guest.ask(0, GET_ID, 0, &[], 20);
+        assert_eq!((status, &serial[..]), (OK, &b"rig-0123456789-too-l"[..]));
+        assert_eq!(guest.ask(0, 99, 0, &[], 512).0, UNSUPP);
+        assert_eq!(guest.read(0, SECTORS, 512).0, IOERR);
+        assert_eq!(guest.write(0, SECTORS - 1, &[1; 1024]), IOERR);
+        let has_cache = matches!(mode, CacheMode::None | CacheMode::Writeback | CacheMode::Unsafe);
+        assert_eq!(guest.features & F_FLUSH != 0, has_cache, "{mode}");
+        let config = guest.config(60);
+        assert_eq!(u64::from_le_bytes(config[..8].try_into().unwrap()), SECTORS);
+        assert_eq!(config[32], u8::from(has_cache));
+        assert_eq!(guest.config(96).len(), 96);
+    }
+}
+
+#[test]
+fn how_many_syncs_each_mode_makes() {
+    // mode, driver flushes, durable writes by flag: syncs after 3 writes, and after one flush more.
+    for (mode, mask, native, after_writes, after_flush) in [
+        (CacheMode::None, ALL, true, 0, 1),
+        (CacheMode::Writeback, ALL, true, 0, 1),
+        (CacheMode::Unsafe, ALL, true, 0, 0),
+        (CacheMode::Writethrough, ALL, false, 3, 4),
+        (CacheMode::Directsync, ALL, false, 3, 4),
+        (CacheMode::Writethrough, ALL, true, 0, 1),
+        // A driver that cannot flush.
+        (CacheMode::None, !F_FLUSH, false, 3, 4),
+        (CacheMode::Writeback, !F_FLUSH, false, 3, 4),
+        (CacheMode::Unsafe, !F_FLUSH, false, 0, 0),
+    ] {
+        let rig = Rig::with(mode, |options| options.durable_writes = native);
+        let mut guest = FrontEnd::connect(&rig.path, 1, 64, mask);
+        for sector in 0..3 {
+            assert_eq!(guest.write(0, sector * 8, &[1; 4096]), OK);
+        }
+        assert_eq!(rig.disk.status().total.syncs, after_writes, "{mode} {native}");
+        assert_eq!(guest.flush(0), OK);
+        assert_eq!(rig.disk.status().total.syncs, after_flush, "{mode} {native}");
+    }
+}
+
+#[test]
+fn held_writes_stay_in_the_ring_and_reads_go_on() {
+    let rig = Rig::new(CacheMode::Writeback);
+    let mut guest = rig.connect(2);
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+    rig.disk.close_gate(1);
+    let figures = rig.settled(1).unwrap();
+    assert_eq!((figures.rings, figures.drained), (2, 0));
+    assert_eq!(guest.read(0, 0, 512).0, OK, "reads go on");
+    let held = guest.add(0, OUT, 0, &[2; 512], 0);
+    let behind = guest.add(0, IN, 0, &[], 512);
+    guest.kick(0);
+    assert_eq!(guest.used_within(0, Duration::from_millis(100)), None, "the write and what is behind it wait");
+    assert_eq!(guest.status(0, held), UNANSWERED);
+    assert_eq!(guest.read(1, 0, 512), (OK, vec![1; 512]), "another ring's reads go on, and nothing was written");
+    assert!(rig.disk.status().rings[0].held);
+    rig.disk.open_gate();
+    let mut answered = [guest.wait(0), guest.wait(0)];
+    answered.sort();
+    let mut expected = [(held, OK), (behind, OK)];
+    expected.sort();
+    assert_eq!(answered, expected, "no kick was needed");
+    assert_eq!(guest.read(0, 0, 512), (OK, vec![2; 512]));
+}
+
+#[test]
+fn a_hold_syncs_in_every_mode() {
+    for mode in CacheMode::ALL {
+        let rig = Rig::new(mode);
+        let mut guest = rig.connect(1);
+        assert_eq!(guest.write(0, 0, &[1; 4096]), OK);
+        let before = rig.disk.status().total.syncs;
+        rig.disk.close_gate(7);
+        rig.settled(7).unwrap();
+        assert_eq!(rig.disk.status().total.syncs, before + 1, "{mode}");
+        rig.disk.open_gate();
+        assert_eq!(guest.write(0, 0, &[1; 4096]), OK, "{mode}: goes on");
+    }
+}
+
+#[test]
+fn a_hold_needs_no_front_end_and_outlives_one() {
+    let rig = Rig::new(CacheMode::Writeback);
+    rig.disk.close_gate(1);
+    assert_eq!(rig.settled(1).unwrap().rings, 0);
+    let mut guest = rig.connect(1);
+    let held = guest.add(0, OUT, 0, &[1; 512], 0);
+    guest.kick(0);
+    assert_eq!(guest.used_within(0, Duration::from_millis(50)), None, "born into the hold");
+    drop(guest);
+    let mut guest = rig.connect(1);
+    assert_eq!(guest.read(0, 0, 512), (OK, vec![0; 512]), "nothing was written: {held}");
+    rig.disk.open_gate();
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+}
+
+#[test]
+fn get_vring_base_answers_while_held_and_loses_nothing() {
+    let rig = Rig::new(CacheMode::None);
+    let mut guest = rig.connect(1);
+    rig.disk.close_gate(1);
+    rig.settled(1).unwrap();
+    guest.add(0, OUT, 0, &[9; 512], 0);
+    guest.add(0, OUT, 8, &[9; 512], 0);
+    guest.kick(0);
+    std::thread::sleep(Duration::from_millis(20));
+    let base = guest.stop_ring(0);
+    assert_eq!(base, 0, "held writes were not taken");
+    rig.disk.open_gate();
+    assert_eq!(guest.used_within(0, Duration::from_millis(50)), None, "stopped is stopped");
+    // QEMU's `cont`: the same ring from the base on; the requests are still in it.
+    let avail = guest.rings[0].avail;
+    guest.start_ring(0, base);
+    guest.rings[0].avail = avail;
+    assert_eq!((guest.wait(0).1, guest.wait(0).1), (OK, OK));
+    assert_eq!(guest.read(0, 8, 512), (OK, vec![9; 512]));
+}
+
+#[test]
+fn stop_and_start_under_load_answers_everything_once() {
+    let rig = Rig::new(CacheMode::None);
+    let mut guest = rig.connect(1);
+    let (mut sent, mut answered) = (0, 0);
+    for round in 0..40 {
+        for _ in 0..16 {
+            guest.add(0, OUT, (sent % 1000) * 8, &pattern(round, 4096), 0);
+            sent += 1;
+        }
+        guest.kick(0);
+        let base = guest.stop_ring(0);
+        while guest.used(0).is_some_and(|(head, _)| {
+            let slot = (head / 4) as u16;
+            assert_eq!(guest.status(0, slot), OK);
+            guest.give_back(0, slot);
+            true
+        }) {
+            answered += 1;
+        }
+        let avail = guest.rings[0].avail;
+        assert_eq!(u64::from(base), answered % 65536, "what was taken was answered before the base was told");
+        guest.restart_ring(0, base, avail);
+        while answered < sent {
+            assert_eq!(guest.wait(0).1, OK);
+            answered += 1;
+        }
+    }
+    assert_eq!(rig.disk.status().total.writes, sent);
+}
+
+#[test]
+fn the_memory_table_changes_under_load() {
+    let rig = Rig::new(CacheMode::Writeback);
+    let mut guest = rig.connect(2);
+    for _ in 0..50 {
+        for _ in 0..8 {
+            guest.add(0, OUT, 0, &[3; 4096], 0);
+            guest.add(1, IN, 0, &[], 4096);
+        }
+        guest.kick(0);
+        guest.kick(1);
+        guest.send_memory_table();
+        for _ in 0..8 {
+            assert_eq!(guest.wait(0).1, OK);
+            assert_eq!(guest.wait(1).1, OK);
+        }
+    }
+}
+
+#[test]
+fn a_disabled_ring_rests_and_an_enabled_one_wakes() {
+    let rig = Rig::new(CacheMode::None);
+    let mut guest = rig.connect(1);
+    guest.control.set_vring_enable(0, false).unwrap();
+    guest.add(0, OUT, 0, &[1; 512], 0);
+    guest.kick(0);
+    assert_eq!(guest.used_within(0, Duration::from_millis(50)), None);
+    assert!(rig.disk.status().rings.is_empty(), "no thread for a ring at rest");
+    guest.control.set_vring_enable(0, true).unwrap();
+    assert_eq!(guest.wait(0).1, OK);
+}
+
+#[test]
+fn the_call_descriptor_is_changed_while_running() {
+    let rig = Rig::new(CacheMode::None);
+    let mut guest = rig.connect(1);
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+    assert!(readable(&guest.rings[0].call, Duration::from_secs(5)), "an interrupt");
+    guest.rings[0].call = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+    guest.control.set_vring_call(0, &guest.rings[0].call).unwrap();
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+    assert!(readable(&guest.rings[0].call, Duration::from_secs(5)), "an interrupt on the new descriptor");
+}
+
+#[test]
+fn without_event_idx_the_no_interrupt_flag_is_honoured() {
+    let rig = Rig::new(CacheMode::None);
+    let mut guest = FrontEnd::connect(&rig.path, 1, 64, !F_EVENT_IDX);
+    let flags_at = guest.rings[0].avail_at();
+    guest.memory.write_obj(1u16, flags_at).unwrap();
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+    assert!(!readable(&guest.rings[0].call, Duration::from_millis(50)));
+    guest.memory.write_obj(0u16, flags_at).unwrap();
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+    assert!(readable(&guest.rings[0].call, Duration::from_secs(5)));
+}
+
+#[test]
+fn buffers_of_every_shape_are_served() {
+    for mode in [CacheMode::None, CacheMode::Writeback] {
+        let rig = Rig::new(mode);
+        let mut guest = rig.connect(1);
+        // Across the border of two regions, and not aligned to anything.
+        let data = pattern(5, 16384);
+        for start in [REGION_BORDER - 4096, REGION_BORDER - 1, REGION_BORDER - 8191, 40 << 20, (40 << 20) + 3] {
+            guest.memory.write_slice(&data, GuestAddress(start)).unwrap();
+            let header = 0x80_0000;
+            guest.put_header(header, OUT, 32);
+            guest.put_chain(0, 200, &[(header, 16, 0), (start, 16384, 0), (header + 64, 1, WRITE)]);
+            guest.make_available(0, 200);
+            guest.kick(0);
+            assert_eq!(guest.used_within(0, Duration::from_secs(20)), Some((200, 1)));
+            assert_eq!(guest.memory.read_obj::<u8>(GuestAddress(header + 64)).unwrap(), OK);
+            assert_eq!(guest.read(0, 32, 16384), (OK, data.clone()), "{mode} from {start:x}");
+            // And back, in odd pieces.
+            guest.put_header(header, IN, 32);
+            let to = start + 100_000;
+            let parts = [
+                (header, 16, 0),
+                (to, 1, WRITE),
+                (to + 1, 511, WRITE),
+                (to + 512, 15872, WRITE),
+                (header + 64, 1, WRITE),
+            ];
+            guest.put_chain(0, 200, &parts);
+            guest.make_available(0, 200);
+            guest.kick(0);
+            assert_eq!(guest.used_within(0, Duration::from_secs(20)), Some((200, 16385)));
+            let mut back = vec![0; 16384];
+            guest.memory.read_slice(&mut back, GuestAddress(to)).unwrap();
+            assert_eq!(back, data, "{mode} to {to:x}");
+        }
+    }
+}
+
+#[test]
+fn malformed_chains_are_returned_and_the_ring_goes_on() {
+    let rig = Rig::new(CacheMode::None);
+    let mut guest = rig.connect(1);
+    let header = 0x80_0000u64;
+    let status = header + 64;
+    let (far, page) = (1 << 40, 0x90_0000u64);
+    // What the chain is, and the status where one can be written.
+    let cases: &[(&[(u64, u32, u16)], Option<u8>)] = &[
+        (&[(header, 16, 0)], None),
+        (&[(header, 16, 0), (status, 0, WRITE)], None),
+        (&[(header, 3, 0), (status, 1, WRITE)], None),
+        (&[(far, 16, 0), (status, 1, WRITE)], None),
+        (&[(status, 1, WRITE), (header, 16, 0)], None),
+        (&[(header, 16, 0), (far, 512, 0), (status, 1, WRITE)], Some(IOERR)),
+        (&[(header, 16, 0), (REGION_BORDER * 2 - 256, 512, 0), (status, 1, WRITE)], Some(IOERR)),
+        (&[(header, 16, 0), (page, 512, 0), (far, 1, WRITE)], None),
+        (&[(header, 16, 0), (page, 100, 0), (status, 1, WRITE)], Some(IOERR)),
+        (&[(header, 16, 0), (page, 1 << 31, 0), (status, 1, WRITE)], Some(IOERR)),
+        (&[(header, 16, 0), (page, 1 << 31, 0), (page, 1 << 31, 0), (status, 1, WRITE)], None),
+        (&[(page, 33, INDIRECT)], None),
+        (&[(far, 32, INDIRECT)], None),
+    ];
+    for (parts, expected) in cases {
+        guest.put_header(header, OUT, 0);
+        guest.put_chain(0, 200, parts);
+        guest.make_available(0, 200);
+        guest.kick(0);
+        let (head, _) = guest.used_within(0, Duration::from_secs(20)).expect("returned");
+        assert_eq!(head, 200);
+        let answer: u8 = guest.memory.read_obj(GuestAddress(status)).unwrap();
+        assert_eq!(answer, expected.unwrap_or(UNANSWERED), "{parts:x?}");
+        assert_eq!(guest.write(0, 0, &[1; 512]), OK, "the ring goes on after {parts:x?}");
+    }
+    // A chain that bites its tail, and one through an indirect table in an indirect table.
+    guest.put_header(header, OUT, 0);
+    guest.put_descriptor(0, 200, header, 16, NEXT, 201);
+    guest.put_descriptor(0, 201, page, 512, NEXT, 200);
+    guest.make_available(0, 200);
+    guest.put_descriptor(0, 210, page, 16, INDIRECT, 0);
+    guest.memory.write_obj(page, GuestAddress(page)).unwrap();
+    guest.memory.write_obj((u64::from(INDIRECT) << 32) | 16, GuestAddress(page + 8)).unwrap();
+    guest.make_available(0, 210);
+    guest.kick(0);
+    assert_eq!(guest.used_within(0, Duration::from_secs(20)), Some((200, 0)));
+    assert_eq!(guest.used_within(0, Duration::from_secs(20)), Some((210, 0)));
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+}
+
+#[test]
+fn a_broken_ring_stops_alone() {
+    type Break = fn(&mut FrontEnd);
+    let breaks: [(&str, Break); 3] = [
+        ("available index", |guest| {
+            let at = guest.rings[0].avail_at().0 + 2;
+            guest.memory.write_obj(1000u16, GuestAddress(at)).unwrap();
+        }),
+        ("made available twice", |guest| {
+            // Held, so that the first is still in flight when the second comes.
+            guest.put_header(0x80_0000, OUT, 0);
+            for _ in 0..2 {
+                let parts = [(0x80_0000, 16, 0), (0x90_0000, 512 << 10, 0), (0x80_0040, 1, WRITE)];
+                guest.put_chain(0, 200, &parts);
+                guest.make_available(0, 200);
+            }
+        }),
+        ("outside the ring", |guest| guest.make_available(0, 256)),
+    ];
+    for (what, break_it) in breaks {
+        let rig = Rig::new(CacheMode::None);
+        let mut guest = rig.connect(2);
+        break_it(&mut guest);
+        guest.kick(0);
+        let why = rig.event(|event| match event {
+            Event::ProtocolError(why) => Some(why.clone()),
+            _ => None,
+        });
+        assert!(why.starts_with("ring 0 stopped"), "{what}: {why}");
+        assert_eq!(guest.write(1, 0, &[1; 512]), OK, "{what}: the other ring goes on");
+        // A hold still settles, and a reset ring works again.
+        rig.disk.close_gate(1);
+        rig.settled(1).unwrap();
+        rig.disk.open_gate();
+        guest.stop_ring(0);
+        guest.reset_ring_memory(0);
+        guest.start_ring(0, 0);
+        assert_eq!(guest.write(0, 0, &[1; 512]), OK, "{what}: set up anew");
+    }
+}
+
+#[test]
+fn a_driver_before_version_1_or_without_flush_is_served_write_through() {
+    let rig = Rig::with(CacheMode::None, |options| options.durable_writes = false);
+    let mut bios = FrontEnd::connect(&rig.path, 1, 64, 0);
+    assert_eq!(bios.write(0, 0, &[1; 512]), OK);
+    let status = rig.disk.status();
+    assert_eq!((status.total.syncs, &status.write_acknowledged[..]), (1, "when durable"));
+    drop(bios);
+    let mut linux = rig.connect(1);
+    assert_eq!(linux.write(0, 0, &[1; 512]), OK);
+    let status = rig.disk.status();
+    assert_eq!(status.write_acknowledged, "when the host's device has it");
+    // The BIOS's write and its disconnect; Linux's write needs none.
+    assert_eq!(status.total.syncs, 1);
+}
+
+#[test]
+fn a_front_end_that_misbehaves_is_dropped_and_the_next_is_served() {
+    let rig = Rig::new(CacheMode::None);
+    type Misbehave = fn(&mut FrontEnd) -> bool;
+    let cases: [(&str, Misbehave); 6] = [
+        ("too many rings", |guest| guest.control.set_vring_num(8, 64).is_err()),
+        ("a ring too large", |guest| guest.control.set_vring_num(0, 512).is_err()),
+        ("not a power of two", |guest| guest.control.set_vring_num(0, 100).is_err()),
+        ("a feature never offered", |guest| guest.control.set_features(u64::MAX).is_err()),
+        ("in-flight region", |guest| {
+            let wanted = vhost::vhost_user::message::VhostUserInflight::default();
+            guest.control.get_inflight_fd(&wanted).is_err()
+        }),
+        ("gone", |_| true),
+    ];
+    for (what, misbehave) in cases {
+        let mut guest = rig.connect(1);
+        assert!(misbehave(&mut guest), "{what}");
+        drop(guest);
+        let mut guest = rig.connect(1);
+        assert_eq!(guest.write(0, 0, &[1; 512]), OK, "after: {what}");
+    }
+}
+
+#[test]
+fn config_space_cannot_be_written() {
+    let rig = Rig::new(CacheMode::None);
+    let mut guest = rig.connect(1);
+    let before = guest.config(60);
+    let flags = vhost::vhost_user::message::VhostUserConfigFlags::WRITABLE;
+    guest.control.set_config(32, flags, &[0]).unwrap();
+    assert_eq!(guest.config(60), before);
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+}
+
+#[test]
+fn read_only_is_shown_and_kept() {
+    let rig = Rig::with(CacheMode::None, |options| options.read_only = true);
+    let mut guest = rig.connect(1);
+    assert_ne!(guest.features & (1 << 5), 0, "VIRTIO_BLK_F_RO");
+    assert_eq!(guest.write(0, 0, &[1; 512]), IOERR);
+    assert_eq!(guest.range(0, WRITE_ZEROES, 0, 8, 0), UNSUPP);
+    assert_eq!(guest.read(0, 0, 512), (OK, vec![0; 512]));
+    assert!(std::fs::read(&rig.image).unwrap().iter().all(|&byte| byte == 0));
+}
