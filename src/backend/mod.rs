@@ -15,7 +15,10 @@
 pub mod buffer;
 pub mod failing;
 pub mod file;
+pub mod mem;
+pub mod null;
 mod uring;
+mod watch;
 
 use std::io;
 use std::os::fd::BorrowedFd;

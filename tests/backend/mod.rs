@@ -1,4 +1,5 @@
 //! What the contract tests share: a driver for one queue, a source of chance, a model to compare with, loop devices.
+#![allow(dead_code)] // Each test file uses a part of it.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -6,6 +7,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
+use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
+use virtioblkd::backend::null::NullBackend;
 use virtioblkd::backend::{Backend, Completion, Errno, IoBuf, IoQueue, Op, OpId};
 use virtioblkd::engine::CacheMode;
 
@@ -255,4 +258,66 @@ impl Drop for Loop {
 pub fn skip<T>(why: &str) -> Option<T> {
     eprintln!("SKIPPED: {why}");
     None
+}
+
+/// Every back-end, null included; 8 MiB each.
+pub fn each(check: impl Fn(&str, &dyn Backend)) {
+    check("null", &NullBackend::new(8 << 20, 512));
+    each_that_stores(check);
+}
+
+/// Every back-end whose reads return what was written.
+pub fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
+    for order in [Order::InOrder, Order::Shuffled(3)] {
+        check(&format!("mem, {order:?}"), &MemBackend::new(MemOptions { order, ..MemOptions::new(8 << 20) }));
+    }
+    let dir = disk_dir();
+    let path = image(dir.path(), "disk.img", 8 << 20);
+    for mode in [CacheMode::None, CacheMode::Writeback] {
+        match FileBackend::open(&options(&path, mode)) {
+            Ok(file) => check(&format!("file, {mode}"), &file),
+            Err(error) => drop(skip::<()>(&error.to_string())),
+        }
+    }
+    let shm = tempfile::tempdir_in("/dev/shm").expect("a directory");
+    let path = image(shm.path(), "disk.img", 8 << 20);
+    for mode in [CacheMode::None, CacheMode::Unsafe] {
+        match FileBackend::open(&options(&path, mode)) {
+            Ok(file) => check(&format!("file on tmpfs, {mode}"), &file),
+            // Before Linux 6.6 there is no O_DIRECT on tmpfs.
+            Err(error) => drop(skip::<()>(&error.to_string())),
+        }
+    }
+    for (sector, logical, mode) in [
+        (512, None, CacheMode::None),
+        (512, Some(4096), CacheMode::None),
+        (512, None, CacheMode::Writeback),
+        (4096, None, CacheMode::None),
+        (4096, None, CacheMode::Writeback),
+        (4096, Some(512), CacheMode::None),
+        (4096, Some(512), CacheMode::Writeback),
+    ] {
+        let Some(device) = Loop::attach(&image(dir.path(), "loop.img", 8 << 20), sector) else { return };
+        let options = FileOptions { logical_block_size: logical, ..options(&device.0, mode) };
+        let backend = FileBackend::open(&options).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(backend.geometry().logical_block, logical.unwrap_or(sector));
+        check(&format!("loop device with {sector}-byte sectors as {logical:?}, {mode}"), &backend);
+    }
+}
+
+/// Dirty pages of a file in the page cache (cachestat(2)); None before Linux 6.5.
+#[allow(unsafe_code)]
+pub fn dirty_pages(path: &Path) -> Option<u64> {
+    use std::os::fd::AsRawFd;
+    const CACHESTAT: libc::c_long = 451;
+    let file = std::fs::File::open(path).expect("the image");
+    let range = [0u64, 0];
+    // nr_cache, nr_dirty, nr_writeback, nr_evicted, nr_recently_evicted
+    let mut stat = [0u64; 5];
+    // SAFETY: cachestat reads two u64 and writes five, all of which live through the call.
+    let result = unsafe { libc::syscall(CACHESTAT, file.as_raw_fd(), range.as_ptr(), stat.as_mut_ptr(), 0) };
+    if result < 0 {
+        return skip(&format!("no cachestat: {}", std::io::Error::last_os_error()));
+    }
+    Some(stat[1] + stat[2])
 }

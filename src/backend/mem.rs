@@ -1,0 +1,471 @@
+//! A RAM disk with a volatile cache: what is written is lost in [`MemBackend::crash`] unless a sync covered it. For
+//! tests: it fails, delays and reorders on request, and counts.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::time::{Duration, Instant};
+
+use super::watch::{Watches, deadline};
+use super::{
+    Backend, Completion, DurableWrite, Errno, Geometry, IoBuf, IoQueue, Op, OpId, RangeLimits, Source, Wakeups,
+};
+
+/// When ops are carried out and complete.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    /// At once, one after the other.
+    #[default]
+    InOrder,
+    /// Some at a time, in an order that follows from the seed.
+    Shuffled(u64),
+    /// Only as many as [`MemBackend::release`] allowed, in order.
+    OnRequest,
+}
+
+/// What to make.
+#[derive(Clone, Copy, Debug)]
+pub struct MemOptions {
+    /// Bytes, a multiple of `logical_block`.
+    pub size: u64,
+    /// 512 or 4096 bytes.
+    pub logical_block: u32,
+    /// When ops complete.
+    pub order: Order,
+    /// How a single write becomes durable.
+    pub durable_write: DurableWrite,
+}
+
+impl MemOptions {
+    /// `size` bytes in 512-byte blocks, in order, with native durable writes.
+    pub fn new(size: u64) -> Self {
+        MemOptions { size, logical_block: 512, order: Order::InOrder, durable_write: DurableWrite::Native }
+    }
+}
+
+/// The kinds of ops, for faults and counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum MemOp {
+    /// [`Op::Read`].
+    Read,
+    /// [`Op::Write`], durable or not.
+    Write,
+    /// [`Op::Sync`] and [`Backend::sync`].
+    Sync,
+    /// [`Op::Discard`].
+    Discard,
+    /// [`Op::WriteZeroes`].
+    WriteZeroes,
+}
+
+/// One failure to come.
+#[derive(Clone, Copy, Debug)]
+pub struct Fault {
+    /// Of which ops.
+    pub op: MemOp,
+    /// The how manieth from now: 1 is the next.
+    pub nth: u64,
+    /// What it fails with.
+    pub errno: Errno,
+    /// For a read or write: the bytes that are transferred all the same.
+    pub transferred: usize,
+}
+
+/// What a crash leaves of the writes that no sync covered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Nothing.
+    Nothing,
+    /// Some blocks, chosen by the seed.
+    Some(u64),
+}
+
+/// Ops carried out, by kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Reads.
+    pub reads: u64,
+    /// Writes, durable ones included.
+    pub writes: u64,
+    /// Writes that asked to be durable.
+    pub durable_writes: u64,
+    /// Syncs.
+    pub syncs: u64,
+    /// Discards.
+    pub discards: u64,
+    /// Write-zeroes.
+    pub write_zeroes: u64,
+}
+
+/// The RAM disk. All methods may be called from any thread.
+pub struct MemBackend {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    geometry: Geometry,
+    order: Order,
+    state: Mutex<State>,
+}
+
+struct State {
+    volatile: Vec<u8>,
+    durable: Vec<u8>,
+    /// Blocks that differ from the durable image, and when they first did.
+    dirty: BTreeMap<u64, u64>,
+    /// Counts changes to the image.
+    now: u64,
+    /// Counts crashes: an op of an earlier life changes nothing.
+    life: u64,
+    sync_failed: Option<Errno>,
+    faults: Vec<Fault>,
+    counts: Counts,
+    /// [`Order::OnRequest`]: ops that may still complete.
+    released: u64,
+    waiting: usize,
+    sleepers: Vec<Weak<OwnedFd>>,
+}
+
+impl MemBackend {
+    /// A disk full of zeroes, durable ones. Panics if the size is not whole blocks.
+    pub fn new(options: MemOptions) -> Self {
+        let MemOptions { size, logical_block, order, durable_write } = options;
+        assert!(size > 0 && size.is_multiple_of(u64::from(logical_block)), "the size must be whole blocks");
+        let range = Some(RangeLimits { max_bytes: 1 << 30, granularity: logical_block });
+        let geometry = Geometry {
+            size,
+            logical_block,
+            physical_block: logical_block,
+            alignment_offset: 0,
+            min_io: 0,
+            opt_io: 0,
+            read_only: false,
+            discard: range,
+            write_zeroes: range,
+            zeroes_may_unmap: true,
+            durable_write,
+        };
+        let state = State {
+            volatile: vec![0; size as usize],
+            durable: vec![0; size as usize],
+            dirty: BTreeMap::new(),
+            now: 0,
+            life: 0,
+            sync_failed: None,
+            faults: Vec::new(),
+            counts: Counts::default(),
+            released: 0,
+            waiting: 0,
+            sleepers: Vec::new(),
+        };
+        MemBackend { shared: Arc::new(Shared { geometry, order, state: Mutex::new(state) }) }
+    }
+
+    /// The power goes: returns what a restart finds. The disk goes on from there; ops pushed before and not yet carried
+    /// out fail with EIO and change nothing.
+    pub fn crash(&self, keep: Keep) -> Vec<u8> {
+        let mut state = self.shared.lock();
+        let mut chance = Chance::new(if let Keep::Some(seed) = keep { seed } else { 0 });
+        for block in std::mem::take(&mut state.dirty).into_keys() {
+            if keep != Keep::Nothing && chance.below(2) == 0 {
+                state.make_durable(self.shared.place(block));
+            }
+        }
+        state.volatile = state.durable.clone();
+        state.life += 1;
+        state.volatile.clone()
+    }
+
+    /// What a reader sees now.
+    pub fn volatile_image(&self) -> Vec<u8> {
+        self.shared.lock().volatile.clone()
+    }
+
+    /// What a crash would leave at least.
+    pub fn durable_image(&self) -> Vec<u8> {
+        self.shared.lock().durable.clone()
+    }
+
+    /// Plans a failure. A failed sync, or durable write, makes every later one fail (clause 5).
+    pub fn fail(&self, fault: Fault) {
+        self.shared.lock().faults.push(fault);
+    }
+
+    /// Ops carried out so far.
+    pub fn counts(&self) -> Counts {
+        self.shared.lock().counts
+    }
+
+    /// Ops pushed, on all queues, and not yet carried out.
+    pub fn waiting(&self) -> usize {
+        self.shared.lock().waiting
+    }
+
+    /// Lets `count` more ops complete ([`Order::OnRequest`]).
+    pub fn release(&self, count: u64) {
+        let mut state = self.shared.lock();
+        state.released += count;
+        for sleeper in state.sleepers.iter().filter_map(Weak::upgrade) {
+            // Full means readable, which is all that is wanted.
+            let _ = rustix::io::write(&*sleeper, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no panic while held")
+    }
+
+    fn place(&self, block: u64) -> std::ops::Range<usize> {
+        let len = self.geometry.logical_block as usize;
+        block as usize * len..(block as usize + 1) * len
+    }
+
+    fn blocks(&self, offset: u64, len: u64) -> std::ops::Range<u64> {
+        let block = u64::from(self.geometry.logical_block);
+        offset / block..(offset + len).div_ceil(block)
+    }
+}
+
+impl State {
+    fn make_durable(&mut self, place: std::ops::Range<usize>) {
+        self.durable[place.clone()].copy_from_slice(&self.volatile[place]);
+    }
+
+    /// The fault that hits this op, if one does.
+    fn fault(&mut self, op: MemOp) -> Option<Fault> {
+        let mut hit = None;
+        self.faults.retain_mut(|fault| {
+            if fault.op != op {
+                return true;
+            }
+            fault.nth = fault.nth.saturating_sub(1);
+            if fault.nth == 0 && hit.is_none() {
+                hit = Some(*fault);
+                return false;
+            }
+            true
+        });
+        hit
+    }
+
+    fn changed(&mut self, shared: &Shared, offset: u64, len: u64) {
+        self.now += 1;
+        for block in shared.blocks(offset, len) {
+            self.dirty.entry(block).or_insert(self.now);
+        }
+    }
+
+    /// Makes durable what had been changed when the sync was pushed, and as little else as possible.
+    fn sync(&mut self, shared: &Shared, pushed: u64) -> Result<(), Errno> {
+        self.counts.syncs += 1;
+        if let Some(fault) = self.fault(MemOp::Sync) {
+            self.sync_failed.get_or_insert(fault.errno);
+        }
+        self.sync_failed.map_or(Ok(()), Err)?;
+        let covered: Vec<u64> = self.dirty.iter().filter(|&(_, &since)| since <= pushed).map(|(&b, _)| b).collect();
+        for block in covered {
+            self.dirty.remove(&block);
+            self.make_durable(shared.place(block));
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, shared: &Shared, offset: u64, buf: &IoBuf, durable: bool) -> Result<(), Errno> {
+        self.counts.writes += 1;
+        self.counts.durable_writes += u64::from(durable);
+        let fault = self.fault(MemOp::Write);
+        let len = fault.map_or(buf.len(), |fault| fault.transferred.min(buf.len()));
+        let start = offset as usize;
+        buf.copy_to(0, &mut self.volatile[start..start + len]);
+        self.changed(shared, offset, len as u64);
+        if let Some(fault) = fault {
+            if durable {
+                self.sync_failed.get_or_insert(fault.errno);
+            }
+            return Err(fault.errno);
+        }
+        if durable {
+            self.sync_failed.map_or(Ok(()), Err)?;
+            for block in shared.blocks(offset, len as u64) {
+                self.dirty.remove(&block);
+                self.make_durable(shared.place(block));
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, offset: u64, buf: &IoBuf) -> Result<(), Errno> {
+        self.counts.reads += 1;
+        let fault = self.fault(MemOp::Read);
+        let len = fault.map_or(buf.len(), |fault| fault.transferred.min(buf.len()));
+        buf.copy_from(0, &self.volatile[offset as usize..offset as usize + len]);
+        fault.map_or(Ok(()), |fault| Err(fault.errno))
+    }
+
+    /// Zeroes a range, or fills it with what nobody may rely on.
+    fn fill(&mut self, shared: &Shared, op: MemOp, offset: u64, len: u64) -> Result<(), Errno> {
+        let byte = if op == MemOp::Discard { 0xdb } else { 0 };
+        *(if op == MemOp::Discard { &mut self.counts.discards } else { &mut self.counts.write_zeroes }) += 1;
+        if let Some(fault) = self.fault(op) {
+            return Err(fault.errno);
+        }
+        self.volatile[offset as usize..(offset + len) as usize].fill(byte);
+        self.changed(shared, offset, len);
+        Ok(())
+    }
+}
+
+impl Backend for MemBackend {
+    fn geometry(&self) -> Geometry {
+        self.shared.geometry
+    }
+
+    fn open_queue(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
+        let watches = Watches::new()?;
+        let mut state = self.shared.lock();
+        state.sleepers.retain(|sleeper| sleeper.strong_count() > 0);
+        state.sleepers.push(watches.own());
+        drop(state);
+        let seed = if let Order::Shuffled(seed) = self.shared.order { seed } else { 0 };
+        let shared = Arc::clone(&self.shared);
+        let chance = Chance::new(seed);
+        Ok(Box::new(MemQueue { shared, watches, chance, depth, pending: Vec::new(), done: Vec::new() }))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut state = self.shared.lock();
+        let now = state.now;
+        state.sync(&self.shared, now).map_err(|errno| io::Error::from_raw_os_error(errno.0))
+    }
+
+    fn describe(&self) -> String {
+        format!("RAM disk of {} bytes", self.shared.geometry.size)
+    }
+
+    fn sync_failed(&self) -> Option<Errno> {
+        self.shared.lock().sync_failed
+    }
+}
+
+struct MemQueue {
+    shared: Arc<Shared>,
+    watches: Watches,
+    chance: Chance,
+    depth: usize,
+    pending: Vec<Pending>,
+    done: Vec<Completion>,
+}
+
+struct Pending {
+    op: Op,
+    id: OpId,
+    /// [`State::now`] and [`State::life`] when it was pushed.
+    pushed: u64,
+    life: u64,
+}
+
+impl MemQueue {
+    /// Carries out what may be now.
+    fn advance(&mut self) {
+        match self.shared.order {
+            Order::InOrder => self.carry_out(self.pending.len(), false),
+            Order::Shuffled(_) => {
+                let some = 1 + self.chance.below(self.pending.len() as u64 + 1) as usize;
+                self.carry_out(some, true);
+            }
+            Order::OnRequest => {
+                let released = std::mem::take(&mut self.shared.lock().released);
+                let count = self.pending.len().min(usize::try_from(released).unwrap_or(usize::MAX));
+                self.shared.lock().released += released - count as u64;
+                self.carry_out(count, false);
+            }
+        }
+    }
+
+    fn carry_out(&mut self, count: usize, shuffled: bool) {
+        for _ in 0..count.min(self.pending.len()) {
+            let next = if shuffled { self.chance.below(self.pending.len() as u64) as usize } else { 0 };
+            let Pending { op, id, pushed, life } = self.pending.remove(next);
+            let mut state = self.shared.lock();
+            state.waiting -= 1;
+            let dead = life != state.life;
+            let result = match &op {
+                _ if dead => Err(Errno(libc::EIO)),
+                Op::Read { offset, buf } => state.read(*offset, buf),
+                Op::Write { offset, buf, durable } => state.write(&self.shared, *offset, buf, *durable),
+                Op::Sync => state.sync(&self.shared, pushed),
+                Op::Discard { offset, len } => state.fill(&self.shared, MemOp::Discard, *offset, *len),
+                Op::WriteZeroes { offset, len, .. } => state.fill(&self.shared, MemOp::WriteZeroes, *offset, *len),
+            };
+            drop(state);
+            let buf = if let Op::Read { buf, .. } | Op::Write { buf, .. } = op { Some(buf) } else { None };
+            self.done.push(Completion { id, result, buf });
+        }
+    }
+}
+
+impl IoQueue for MemQueue {
+    fn push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
+        if self.pending.len() + self.done.len() >= self.depth {
+            return Err(op);
+        }
+        let mut state = self.shared.lock();
+        state.waiting += 1;
+        self.pending.push(Pending { op, id, pushed: state.now, life: state.life });
+        Ok(())
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        self.advance();
+        out.append(&mut self.done);
+    }
+
+    fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.watches.watch(source, fd)
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
+        let deadline = deadline(timeout);
+        loop {
+            self.advance();
+            let until = if self.done.is_empty() { deadline } else { Some(Instant::now()) };
+            let wakeups = self.watches.sleep(until)?;
+            if !self.done.is_empty()
+                || wakeups != Wakeups::default()
+                || deadline.is_some_and(|deadline| deadline <= Instant::now())
+            {
+                return Ok(wakeups);
+            }
+        }
+    }
+}
+
+impl Drop for MemQueue {
+    /// What is in flight is finished, as a device would.
+    fn drop(&mut self) {
+        self.carry_out(self.pending.len(), false);
+    }
+}
+
+/// Xorshift: the same story for the same seed.
+struct Chance(u64);
+
+impl Chance {
+    fn new(seed: u64) -> Self {
+        Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % limit
+    }
+}
