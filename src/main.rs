@@ -1,2 +1,30 @@
-//! The `virtioblkd` daemon.
-fn main() {}
+//! The `virtioblkd` daemon: the command line, the log, the server, the exit status.
+//!
+//! Exit status: 0 well ended, 1 failed at run time, 2 wrong command line or file.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use virtioblkd::config::{Config, Invocation};
+
+fn main() -> ExitCode {
+    match Config::from_args(std::env::args_os()) {
+        Ok(Invocation::Print(text)) => print(&text),
+        Ok(Invocation::Run(_config)) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("virtioblkd: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Whoever reads the answer must learn when it is not whole.
+fn print(text: &str) -> ExitCode {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("virtioblkd: cannot write to stdout: {error}");
+            ExitCode::from(1)
+        }
+    }
+}

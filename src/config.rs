@@ -1,0 +1,347 @@
+//! The command line and the disk file (TOML, the same names), together one checked [`Config`]. The command line wins.
+//!
+//! Reads the file given with `--config` and touches nothing else: whether an image, a path or a group exists is found
+//! out by who uses it. Options follow QEMU's back-end program conventions (docs/interop/vhost-user.rst); those beyond
+//! them are ours.
+
+mod file;
+mod values;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{CommandFactory, FromArgMatches, Parser};
+use log::LevelFilter;
+
+use crate::engine::CacheMode;
+use values::{Mode, Switch};
+
+/// The answer to `--print-capabilities`: the features that QEMU's conventions name for a block back-end.
+pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
+
+/// Mode of the vhost-user socket when nothing was said: its owner may connect.
+const SOCKET_MODE: u32 = 0o600;
+/// Mode of the vhost-user socket when a group was named: that group may connect too.
+const GROUP_SOCKET_MODE: u32 = 0o660;
+/// Mode of the control socket when nothing was said.
+const CONTROL_MODE: u32 = 0o600;
+/// Generous, since it costs nothing: a thread exists only for a ring in use.
+const NUM_QUEUES: u16 = 256;
+/// QEMU's largest `queue-size`.
+const QUEUE_SIZE: u16 = 1024;
+
+/// What the daemon was told to do. Constant once made; read by main and the server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Where the front-end connects.
+    pub listen: Listen,
+    /// What stands behind the disk.
+    pub backend: BackendKind,
+    /// Writes are refused, and the guest is told so.
+    pub read_only: bool,
+    /// When a write is acknowledged and what a flush does.
+    pub cache: CacheMode,
+    /// The quiesce socket, if wanted.
+    pub control: Option<ControlSocket>,
+    /// Most queues that a front-end may use (1 to 256).
+    pub num_queues: u16,
+    /// Largest ring that a front-end may set, in descriptors: a power of two.
+    pub queue_size: u16,
+    /// VIRTIO_BLK_T_GET_ID's answer, at most 20 bytes of printable ASCII. Empty by default, as QEMU's own device has it:
+    /// a name made from the file's name would change with it, and would show the guest how the host names things.
+    pub serial: String,
+    /// Bytes; `None`: what the image's medium has.
+    pub logical_block_size: Option<u32>,
+    /// The guest's discards free space in the image.
+    pub discard_unmap: bool,
+    /// QEMU's image locks are taken and obeyed.
+    pub lock_image: bool,
+    /// Where to write the process id, if wanted.
+    pub pid_file: Option<PathBuf>,
+    /// What is logged.
+    pub log_level: LevelFilter,
+}
+
+/// Where the front-end connects.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listen {
+    /// A socket that we make and remove.
+    Path {
+        /// Its path.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+        /// Its group, by name or number; `None`: the process's.
+        group: Option<String>,
+    },
+    /// A listening socket that we inherited under this number.
+    Fd(i32),
+}
+
+/// The quiesce socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ControlSocket {
+    /// Its path.
+    pub path: PathBuf,
+    /// Its permission bits.
+    pub mode: u32,
+}
+
+/// What stands behind the disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BackendKind {
+    /// A raw file or a block device.
+    File(PathBuf),
+    /// Nothing; so many bytes of it. For measuring.
+    Null(u64),
+    /// Memory of so many bytes, gone at the end. For tests.
+    Mem(u64),
+}
+
+/// What an argument list asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Invocation {
+    /// Serve the disk.
+    Run(Box<Config>),
+    /// Print this text and end well (`--help`, `--version`, `--print-capabilities`).
+    Print(String),
+}
+
+/// A command line or a file that cannot be obeyed. Its text names the option or the key, what was given and what is
+/// allowed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError(String);
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+fn refuse<T>(message: impl Into<String>) -> Result<T, ConfigError> {
+    Err(ConfigError(message.into()))
+}
+
+/// A vhost-user-blk server: serves one raw image to QEMU, truthfully, and holds it still on request.
+///
+/// It stays in the foreground and serves one front-end after another. SIGTERM, SIGINT or SIGHUP: drains, syncs,
+/// removes its sockets and ends with status 0; a second signal ends it at once. Status 1: a failure at run time;
+/// 2: a wrong command line or file.
+#[derive(Debug, Parser)]
+#[command(name = "virtioblkd", version, max_term_width = 100, args_override_self = false)]
+struct Args {
+    /// Listen for the front-end (QEMU) on this Unix socket; a dead server's socket is replaced
+    #[arg(long, value_name = "PATH")]
+    socket_path: Option<PathBuf>,
+
+    /// Take over this listening Unix socket instead, inherited under this number
+    #[arg(long, value_name = "N", value_parser = values::fd)]
+    fd: Option<i32>,
+
+    /// The raw image: a file or a block device
+    #[arg(long, value_name = "PATH")]
+    blk_file: Option<PathBuf>,
+
+    /// Refuse writes, and tell the guest
+    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          value_parser = values::truth)]
+    read_only: Option<Switch>,
+
+    /// When a write is acknowledged: none (O_DIRECT, when the device has it), directsync (O_DIRECT, when durable),
+    /// writeback (when the host's cache has it), writethrough (when durable), unsafe (as writeback, and the guest's
+    /// flushes are ignored) [default: none]
+    #[arg(long, value_name = "MODE", value_parser = values::cache)]
+    cache: Option<CacheMode>,
+
+    /// Answer virtioblkctl and QMP clients on this Unix socket
+    #[arg(long, value_name = "PATH")]
+    control_path: Option<PathBuf>,
+
+    /// Permission bits of the control socket [default: 0600]
+    #[arg(long, value_name = "OCTAL", value_parser = values::mode)]
+    control_mode: Option<Mode>,
+
+    /// Most queues that a front-end may use, 1 to 256 [default: 256]
+    #[arg(long, value_name = "N", value_parser = values::num_queues)]
+    num_queues: Option<u16>,
+
+    /// Largest ring that a front-end may set, a power of two from 2 to 32768 [default: 1024]
+    #[arg(long, value_name = "N", value_parser = values::queue_size)]
+    queue_size: Option<u16>,
+
+    /// The disk's serial number as the guest sees it, at most 20 ASCII characters [default: none]
+    #[arg(long, value_name = "TEXT", value_parser = values::serial)]
+    serial: Option<String>,
+
+    /// Smallest unit that the guest may address, 512 or 4096 [default: the image's medium's]
+    #[arg(long, value_name = "BYTES", value_parser = values::logical_block_size)]
+    logical_block_size: Option<u32>,
+
+    /// Whether the guest's discards free space in the image, unmap or ignore [default: unmap]
+    #[arg(long, value_name = "unmap|ignore", value_parser = values::discard)]
+    discard: Option<Switch>,
+
+    /// QEMU's image locks: auto (taken and obeyed) or off [default: auto]
+    #[arg(long, value_name = "auto|off", value_parser = values::locking)]
+    locking: Option<Switch>,
+
+    /// Permission bits of the vhost-user socket: who may connect can read and write the disk
+    /// [default: 0600, and 0660 with --socket-group]
+    #[arg(long, value_name = "OCTAL", value_parser = values::mode)]
+    socket_mode: Option<Mode>,
+
+    /// Give the vhost-user socket to this group (a name or a number); under libvirt the one that QEMU runs in,
+    /// kvm on Debian
+    #[arg(long, value_name = "GROUP")]
+    socket_group: Option<String>,
+
+    /// Write the process id to this file, and hold a lock on it
+    #[arg(long, value_name = "PATH")]
+    pid_file: Option<PathBuf>,
+
+    /// Read options from this TOML file, named as here without the dashes; the command line wins
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// What to log on stderr: error, warn, info, debug or trace [default: info]
+    #[arg(long, value_name = "LEVEL", value_parser = values::log_level)]
+    log_level: Option<LevelFilter>,
+
+    /// Print what this back-end can do, as JSON, and end; other options are ignored
+    #[arg(long)]
+    print_capabilities: bool,
+
+    /// file, null[:SIZE] or mem:SIZE
+    #[arg(long, value_name = "KIND", hide = true, value_parser = values::backend)]
+    backend: Option<values::Backend>,
+}
+
+impl Config {
+    /// Makes a configuration of an argument list, the program's name first, and the file that it may name. Called once,
+    /// by main.
+    pub fn from_args<I, T>(args: I) -> Result<Invocation, ConfigError>
+    where
+        I: IntoIterator<Item = T>,
+        T: Into<OsString>,
+    {
+        let mut args: Vec<OsString> = args.into_iter().map(Into::into).collect();
+        // QEMU's conventions: other options are ignored, so wrong ones are too.
+        if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
+            return Ok(Invocation::Print(format!("{CAPABILITIES}\n")));
+        }
+        let matches = match Args::command().try_get_matches_from(&args) {
+            Ok(matches) => matches,
+            Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+                return Ok(Invocation::Print(error.to_string()));
+            }
+            Err(error) => return refuse(strip(&error)),
+        };
+        if let Some(path) = matches.get_one::<PathBuf>("config") {
+            let given = |key: &str| matches.value_source(&key.replace('-', "_")) == Some(ValueSource::CommandLine);
+            let from_file = file::read(path)?.into_iter().filter(|(key, _)| !outranked(key, given));
+            args.splice(1..1, from_file.map(|(_, argument)| argument));
+        }
+        let matches = Args::command().try_get_matches_from(&args).map_err(|error| ConfigError(strip(&error)))?;
+        let args = Args::from_arg_matches(&matches).map_err(|error| ConfigError(strip(&error)))?;
+        Ok(Invocation::Run(Box::new(args.check()?)))
+    }
+}
+
+/// Whether the command line makes the file's `key` void.
+fn outranked(key: &str, given: impl Fn(&str) -> bool) -> bool {
+    given(key)
+        || match key {
+            "fd" => given("socket-path"),
+            "socket-path" | "socket-mode" | "socket-group" => given("fd"),
+            _ => false,
+        }
+}
+
+/// clap's message without its own `error: `, which main adds.
+fn strip(error: &clap::Error) -> String {
+    let text = error.to_string();
+    text.strip_prefix("error: ").unwrap_or(&text).trim_end().to_string()
+}
+
+impl Args {
+    /// What one option alone cannot tell: what is missing, and what contradicts what.
+    fn check(self) -> Result<Config, ConfigError> {
+        self.check_paths_differ()?;
+        let control = match (self.control_path.clone(), self.control_mode) {
+            (Some(path), mode) => Some(ControlSocket { path, mode: mode.map_or(CONTROL_MODE, |mode| mode.0) }),
+            (None, None) => None,
+            (None, Some(_)) => return refuse("--control-mode needs --control-path"),
+        };
+        Ok(Config {
+            listen: self.listen()?,
+            backend: self.backend()?,
+            read_only: self.read_only.is_some_and(|switch| switch.0),
+            cache: self.cache.unwrap_or_default(),
+            control,
+            num_queues: self.num_queues.unwrap_or(NUM_QUEUES),
+            queue_size: self.queue_size.unwrap_or(QUEUE_SIZE),
+            serial: self.serial.unwrap_or_default(),
+            logical_block_size: self.logical_block_size,
+            discard_unmap: self.discard.is_none_or(|switch| switch.0),
+            lock_image: self.locking.is_none_or(|switch| switch.0),
+            pid_file: self.pid_file,
+            log_level: self.log_level.unwrap_or(LevelFilter::Info),
+        })
+    }
+
+    fn listen(&self) -> Result<Listen, ConfigError> {
+        match (&self.socket_path, self.fd) {
+            (Some(path), None) => {
+                let default = if self.socket_group.is_some() { GROUP_SOCKET_MODE } else { SOCKET_MODE };
+                let mode = self.socket_mode.map_or(default, |mode| mode.0);
+                Ok(Listen::Path { path: path.clone(), mode, group: self.socket_group.clone() })
+            }
+            (None, Some(_)) if self.socket_mode.is_some() || self.socket_group.is_some() => {
+                refuse("--socket-mode and --socket-group need --socket-path: a socket given with --fd is its maker's")
+            }
+            (None, Some(fd)) => Ok(Listen::Fd(fd)),
+            (Some(_), Some(_)) => refuse("--socket-path and --fd exclude each other: give one of them"),
+            (None, None) => refuse("no socket given: --socket-path PATH, or --fd N for one that is already listening"),
+        }
+    }
+
+    fn backend(&self) -> Result<BackendKind, ConfigError> {
+        match (&self.backend, &self.blk_file) {
+            (None | Some(values::Backend::File), Some(path)) => Ok(BackendKind::File(path.clone())),
+            (None | Some(values::Backend::File), None) => {
+                refuse("no image given: --blk-file PATH of a raw image or a block device")
+            }
+            (Some(_), Some(_)) => refuse("--backend null or mem has no image: leave out --blk-file"),
+            (Some(values::Backend::Null(size)), None) => Ok(BackendKind::Null(*size)),
+            (Some(values::Backend::Mem(size)), None) => Ok(BackendKind::Mem(*size)),
+        }
+    }
+
+    /// A slip of the hand must not put a socket where the image is.
+    fn check_paths_differ(&self) -> Result<(), ConfigError> {
+        let paths: Vec<(&str, &Path)> = [
+            ("--socket-path", &self.socket_path),
+            ("--blk-file", &self.blk_file),
+            ("--control-path", &self.control_path),
+            ("--pid-file", &self.pid_file),
+            ("--config", &self.config),
+        ]
+        .into_iter()
+        .filter_map(|(name, path)| Some((name, path.as_deref()?)))
+        .collect();
+        for (at, (name, path)) in paths.iter().enumerate() {
+            if let Some((other, _)) = paths[at + 1..].iter().find(|(_, other)| other == path) {
+                return refuse(format!("{name} and {other} are both '{}': give each its own path", path.display()));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,104 @@
+//! The disk file: a flat TOML table whose keys are the long options. Each pair becomes the argument that says the same,
+//! so that there is one set of rules and one set of messages.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
+use std::path::Path;
+
+use clap::CommandFactory;
+use toml::de::{DeTable, DeValue};
+
+use super::{Args, ConfigError, refuse, strip};
+
+/// Options that make no sense in a file.
+const ONLY_ARGUMENTS: [&str; 4] = ["config", "print-capabilities", "help", "version"];
+/// A disk file has a line an option; what is larger is something else, the image perhaps.
+const LARGEST_FILE: u64 = 1 << 20;
+/// Permission bits are octal, which a number in TOML would not be.
+const QUOTED: [&str; 2] = ["socket-mode", "control-mode"];
+
+/// The file's keys, each with the argument that says the same. Errors name the file, the line and the key.
+pub(super) fn read(path: &Path) -> Result<Vec<(String, OsString)>, ConfigError> {
+    let name = path.display();
+    let mut text = String::new();
+    File::open(path)
+        .and_then(|file| file.take(LARGEST_FILE + 1).read_to_string(&mut text))
+        .map_err(|error| ConfigError(format!("cannot read the file given with --config, {name}: {error}")))?;
+    if text.len() as u64 > LARGEST_FILE {
+        return refuse(format!("--config {name}: larger than {LARGEST_FILE} bytes; is it the disk file?"));
+    }
+    parse(&name.to_string(), &text)
+}
+
+fn parse(name: &str, text: &str) -> Result<Vec<(String, OsString)>, ConfigError> {
+    let table = DeTable::parse(text).map_err(|error| {
+        let line = error.span().map_or(String::new(), |span| format!(":{}", line_of(text, span)));
+        ConfigError(format!("{name}{line}: not TOML ({}); text stands in quotes: key = \"text\"", error.message()))
+    })?;
+    let mut arguments = Vec::new();
+    for (key, value) in table.get_ref() {
+        let place = format!("{name}:{}", line_of(text, key.span()));
+        let key = key.get_ref().as_ref();
+        check_key(&place, key)?;
+        let word = argument_value(&place, key, value.get_ref())?;
+        let argument = OsString::from(format!("--{key}={word}"));
+        check_value(&place, key, &word, &argument)?;
+        arguments.push((key.to_string(), argument));
+    }
+    Ok(arguments)
+}
+
+fn line_of(text: &str, span: Range<usize>) -> usize {
+    1 + text.as_bytes()[..span.start.min(text.len())].iter().filter(|byte| **byte == b'\n').count()
+}
+
+fn check_key(place: &str, key: &str) -> Result<(), ConfigError> {
+    let command = Args::command();
+    let known = || command.get_arguments().filter_map(|argument| argument.get_long());
+    if ONLY_ARGUMENTS.contains(&key) {
+        return refuse(format!("{place}: '{key}' can only be given on the command line, as --{key}"));
+    }
+    if known().any(|name| name == key) {
+        return Ok(());
+    }
+    let nearest = known()
+        .filter(|name| !ONLY_ARGUMENTS.contains(name))
+        .map(|name| (strsim::jaro_winkler(name, &key.replace('_', "-").to_lowercase()), name))
+        .max_by(|one, other| one.0.total_cmp(&other.0));
+    match nearest {
+        Some((_, name)) => refuse(format!("{place}: unknown key '{key}'; the nearest known one is '{name}'")),
+        None => refuse(format!("{place}: unknown key '{key}'")),
+    }
+}
+
+/// The value as it would stand on the command line.
+fn argument_value(place: &str, key: &str, value: &DeValue<'_>) -> Result<String, ConfigError> {
+    match value {
+        DeValue::String(text) => Ok(text.to_string()),
+        DeValue::Integer(number) if QUOTED.contains(&key) => {
+            refuse(format!("{place}: {key} is octal, so write it in quotes, such as {key} = \"0660\" (found {number})"))
+        }
+        DeValue::Integer(number) => match i64::from_str_radix(number.as_str(), number.radix()) {
+            Ok(number) => Ok(number.to_string()),
+            Err(error) => refuse(format!("{place}: {key} = {number}: {error}")),
+        },
+        DeValue::Boolean(truth) => Ok(truth.to_string()),
+        other => refuse(format!(
+            "{place}: {key} is of type {}; give text in quotes, a whole number, or true or false",
+            other.type_str()
+        )),
+    }
+}
+
+/// Tries the argument alone, so that its error can name the line.
+fn check_value(place: &str, key: &str, word: &str, argument: &OsString) -> Result<(), ConfigError> {
+    let Err(error) = Args::command().try_get_matches_from([OsString::from("virtioblkd"), argument.clone()]) else {
+        return Ok(());
+    };
+    match std::error::Error::source(&error) {
+        Some(reason) => refuse(format!("{place}: invalid value '{word}' for {key}: {reason}")),
+        None => refuse(format!("{place}: {key}: {}", strip(&error).lines().next().unwrap_or("not understood"))),
+    }
+}

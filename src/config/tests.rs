@@ -1,0 +1,326 @@
+//! Every rule of the command line and of the disk file.
+
+use std::io::Write;
+
+use super::*;
+
+const LEAST: [&str; 2] = ["--socket-path=/run/d.sock", "--blk-file=/d.img"];
+
+fn parse(args: &[&str]) -> Result<Invocation, ConfigError> {
+    Config::from_args(["virtioblkd"].iter().chain(args))
+}
+
+fn good(more: &[&str]) -> Config {
+    match parse(&[&LEAST, more].concat()) {
+        Ok(Invocation::Run(config)) => *config,
+        other => panic!("{more:?}: {other:?}"),
+    }
+}
+
+fn bad(args: &[&str]) -> String {
+    match parse(args) {
+        Err(error) => error.to_string(),
+        Ok(other) => panic!("{args:?} was accepted: {other:?}"),
+    }
+}
+
+/// The file's path stays good as long as the handle lives.
+fn disk_file(text: &str) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
+
+fn with_file(text: &str, more: &[&str]) -> Result<Invocation, ConfigError> {
+    let file = disk_file(text);
+    parse(&[more, &["--config", file.path().to_str().unwrap()]].concat())
+}
+
+fn bad_file(text: &str) -> String {
+    with_file(text, &LEAST).expect_err(text).to_string()
+}
+
+fn good_file(text: &str, more: &[&str]) -> Config {
+    match with_file(text, more) {
+        Ok(Invocation::Run(config)) => *config,
+        other => panic!("{text}: {other:?}"),
+    }
+}
+
+#[test]
+fn defaults() {
+    assert_eq!(
+        good(&[]),
+        Config {
+            listen: Listen::Path { path: "/run/d.sock".into(), mode: 0o600, group: None },
+            backend: BackendKind::File("/d.img".into()),
+            read_only: false,
+            cache: CacheMode::None,
+            control: None,
+            num_queues: 256,
+            queue_size: 1024,
+            serial: String::new(),
+            logical_block_size: None,
+            discard_unmap: true,
+            lock_image: true,
+            pid_file: None,
+            log_level: LevelFilter::Info,
+        }
+    );
+}
+
+#[test]
+fn every_option() {
+    let config = good(&[
+        "--read-only",
+        "--cache=directsync",
+        "--control-path",
+        "/run/c.sock",
+        "--control-mode=0660",
+        "--num-queues=4",
+        "--queue-size",
+        "128",
+        "--serial=disk one",
+        "--logical-block-size=4096",
+        "--discard=ignore",
+        "--locking=off",
+        "--socket-mode=0o666",
+        "--socket-group=kvm",
+        "--pid-file=/run/d.pid",
+        "--log-level=trace",
+    ]);
+    assert_eq!(
+        config,
+        Config {
+            listen: Listen::Path { path: "/run/d.sock".into(), mode: 0o666, group: Some("kvm".into()) },
+            backend: BackendKind::File("/d.img".into()),
+            read_only: true,
+            cache: CacheMode::Directsync,
+            control: Some(ControlSocket { path: "/run/c.sock".into(), mode: 0o660 }),
+            num_queues: 4,
+            queue_size: 128,
+            serial: "disk one".into(),
+            logical_block_size: Some(4096),
+            discard_unmap: false,
+            lock_image: false,
+            pid_file: Some("/run/d.pid".into()),
+            log_level: LevelFilter::Trace,
+        }
+    );
+}
+
+#[test]
+fn a_group_may_connect_unless_the_mode_says_otherwise() {
+    let mode = |more: &[&str]| match good(more).listen {
+        Listen::Path { mode, .. } => mode,
+        Listen::Fd(_) => panic!("no --fd was given"),
+    };
+    assert_eq!(mode(&[]), 0o600);
+    assert_eq!(mode(&["--socket-group=kvm"]), 0o660);
+    assert_eq!(mode(&["--socket-group=kvm", "--socket-mode=600"]), 0o600);
+}
+
+#[test]
+fn every_cache_mode() {
+    for mode in CacheMode::ALL {
+        assert_eq!(good(&["--cache", mode.name()]).cache, mode);
+    }
+}
+
+#[test]
+fn backends_for_tests() {
+    let backend = |kind: &str| match parse(&["--fd=3", "--backend", kind]) {
+        Ok(Invocation::Run(config)) => config.backend,
+        other => panic!("{kind}: {other:?}"),
+    };
+    assert_eq!(backend("null"), BackendKind::Null(1 << 30));
+    assert_eq!(backend("null:2T"), BackendKind::Null(2 << 40));
+    assert_eq!(backend("mem:64M"), BackendKind::Mem(64 << 20));
+    assert_eq!(backend("mem:8K"), BackendKind::Mem(8192));
+    assert_eq!(backend("mem:512"), BackendKind::Mem(512));
+    assert!(bad(&["--fd=3", "--backend=null", "--blk-file=/d"]).contains("--blk-file"));
+    assert!(bad(&["--fd=3", "--backend=file"]).contains("--blk-file PATH"));
+    for wrong in ["mem", "mem:", "mem:0", "mem:511", "mem:9999999999G", "mem:16777215T", "mem:-1", "mem:M", "nil"] {
+        assert!(bad(&["--fd=3", "--backend", wrong]).contains(wrong), "{wrong}");
+    }
+}
+
+#[test]
+fn a_wrong_value_is_named_with_its_option_and_what_is_allowed() {
+    let table = [
+        ("--cache", "write-back", "writeback, writethrough, unsafe"),
+        ("--fd", "2", "3 or more"),
+        ("--fd", "x", "3 or more"),
+        ("--num-queues", "0", "1 to 256"),
+        ("--num-queues", "257", "1 to 256"),
+        ("--num-queues", "99999", "1 to 256"),
+        ("--queue-size", "1", "power of two from 2 to 32768"),
+        ("--queue-size", "100", "power of two from 2 to 32768"),
+        ("--queue-size", "65536", "power of two from 2 to 32768"),
+        ("--serial", "123456789012345678901", "at most 20 printable ASCII"),
+        ("--serial", "gr\u{fc}n", "at most 20 printable ASCII"),
+        ("--serial", "a\nb", "at most 20 printable ASCII"),
+        ("--logical-block-size", "1024", "512 or 4096"),
+        ("--discard", "on", "unmap or ignore"),
+        ("--locking", "on", "auto or off"),
+        ("--socket-mode", "0888", "octal"),
+        ("--socket-mode", "1777", "octal"),
+        ("--socket-mode", "+660", "octal"),
+        ("--control-mode", "rw", "octal"),
+        ("--read-only", "yes", "true or false"),
+        ("--log-level", "loud", "error, warn, info, debug or trace"),
+    ];
+    for (option, value, allowed) in table {
+        let message = bad(&[LEAST[1], &format!("{option}={value}")]);
+        for part in [option, value, allowed] {
+            assert!(message.contains(part), "{option}={value}: '{part}' is missing in: {message}");
+        }
+    }
+}
+
+#[test]
+fn what_is_missing_or_contradicts_is_said() {
+    let table: [(&[&str], &str); 12] = [
+        (&["--blk-file=/d"], "no socket given"),
+        (&["--socket-path=/s"], "no image given"),
+        (&["--socket-path=/s", "--fd=3", "--blk-file=/d"], "exclude each other"),
+        (&["--fd=3", "--socket-mode=0600", "--blk-file=/d"], "its maker's"),
+        (&["--fd=3", "--socket-group=kvm", "--blk-file=/d"], "its maker's"),
+        (&["--fd=3", "--blk-file=/d", "--control-mode=0600"], "--control-path"),
+        (&["--socket-path=/s", "--blk-file=/s"], "both '/s'"),
+        (&["--socket-path=/s", "--blk-file=/d", "--control-path=/s"], "both '/s'"),
+        (&["--socket-path=/s", "--blk-file=/d", "--control-path=/c", "--pid-file=/c"], "both '/c'"),
+        (&["--socket-path=/s", "--blk-file=/d", "--sockt-mode=0600"], "--socket-mode"),
+        (&["--socket-path=/s", "--blk-file=/d", "disk"], "disk"),
+        (&["--socket-path=", "--blk-file=/d"], "--socket-path"),
+    ];
+    for (args, part) in table {
+        assert!(bad(args).contains(part), "{args:?}: {}", bad(args));
+    }
+    assert!(bad(&[&LEAST[..], &["--cache=none", "--cache=unsafe"]].concat()).contains("--cache"));
+}
+
+#[test]
+fn capabilities_are_printed_whatever_else_is_asked() {
+    let expected = Ok(Invocation::Print(format!("{CAPABILITIES}\n")));
+    assert_eq!(parse(&["--print-capabilities"]), expected);
+    assert_eq!(parse(&["--cache=wrong", "--print-capabilities", "--unheard-of"]), expected);
+    let value: serde_json::Value = serde_json::from_str(CAPABILITIES).unwrap();
+    assert_eq!(value["type"], "block");
+    assert_eq!(value["features"], serde_json::json!(["read-only", "blk-file"]));
+}
+
+#[test]
+fn the_file_says_the_same_in_the_same_words() {
+    let text = r#"
+        # A disk.
+        socket-path = "/run/d.sock"
+        blk-file = "/d.img"
+        read-only = true
+        cache = "writethrough"
+        control-path = "/run/c.sock"
+        control-mode = "0660"
+        num-queues = 4
+        queue-size = 0x80
+        serial = "disk one"
+        logical-block-size = 4_096
+        discard = "ignore"
+        locking = "off"
+        socket-mode = "0666"
+        socket-group = "kvm"
+        pid-file = "/run/d.pid"
+        log-level = "debug"
+    "#;
+    let arguments = [
+        "--read-only",
+        "--cache=writethrough",
+        "--control-path=/run/c.sock",
+        "--control-mode=0660",
+        "--num-queues=4",
+        "--queue-size=128",
+        "--serial=disk one",
+        "--logical-block-size=4096",
+        "--discard=ignore",
+        "--locking=off",
+        "--socket-mode=0666",
+        "--socket-group=kvm",
+        "--pid-file=/run/d.pid",
+        "--log-level=debug",
+    ];
+    assert_eq!(good_file(text, &[]), good(&arguments));
+}
+
+#[test]
+fn the_command_line_wins() {
+    let file = "cache = \"unsafe\"\nread-only = true\nqueue-size = 64\n";
+    let config = good_file(file, &[&LEAST[..], &["--cache=directsync", "--read-only=false"]].concat());
+    assert_eq!(config.cache, CacheMode::Directsync);
+    assert!(!config.read_only);
+    assert_eq!(config.queue_size, 64);
+}
+
+#[test]
+fn a_socket_on_the_command_line_replaces_the_files_socket_of_either_kind() {
+    let file = "socket-path = \"/run/file.sock\"\nsocket-mode = \"0666\"\nblk-file = \"/d\"\n";
+    assert_eq!(good_file(file, &["--fd=3"]).listen, Listen::Fd(3));
+    let config = good_file("fd = 7\nblk-file = \"/d\"\n", &["--socket-path=/s"]);
+    assert_eq!(config.listen, Listen::Path { path: "/s".into(), mode: 0o600, group: None });
+}
+
+#[test]
+fn an_unknown_key_is_named_with_its_line_and_the_nearest_known_one() {
+    for (key, nearest) in
+        [("cahce", "cache"), ("blk_file", "blk-file"), ("Queue-Size", "queue-size"), ("socketpath", "socket-path")]
+    {
+        let message = bad_file(&format!("# a disk\nserial = \"x\"\n{key} = \"y\"\n"));
+        for part in [":3:", &format!("'{key}'"), &format!("'{nearest}'")] {
+            assert!(message.contains(part), "'{part}' is missing in: {message}");
+        }
+    }
+    assert!(bad_file("\n[disk]\ncache = \"none\"\n").contains(":2: unknown key 'disk'"));
+}
+
+#[test]
+fn a_wrong_value_in_the_file_is_named_with_its_line() {
+    let table: [(&str, &[&str]); 10] = [
+        ("\ncache = \"fast\"", &[":2:", "cache", "'fast'", "writeback"]),
+        ("queue-size = 100", &[":1:", "queue-size", "'100'", "power of two"]),
+        ("num-queues = -1", &[":1:", "num-queues", "'-1'", "1 to 256"]),
+        ("num-queues = 99999999999999999999", &[":1:", "num-queues"]),
+        ("num-queues = 1.5", &[":1:", "num-queues", "float"]),
+        ("cache = [\"none\"]", &[":1:", "cache", "array"]),
+        ("socket-mode = 660", &[":1:", "socket-mode", "quotes", "660"]),
+        ("read-only = \"maybe\"", &[":1:", "read-only", "true or false"]),
+        ("config = \"/other\"", &[":1:", "'config'", "command line"]),
+        ("pid-file = \"\"", &[":1:", "pid-file"]),
+    ];
+    for (text, parts) in table {
+        let message = bad_file(text);
+        for part in parts {
+            assert!(message.contains(part), "{text}: '{part}' is missing in: {message}");
+        }
+    }
+}
+
+#[test]
+fn a_file_that_is_none_is_said_to_be_none() {
+    assert!(bad_file("cache = none\n").contains(":1: not TOML"));
+    assert!(bad_file("serial = \"a\"\nserial = \"b\"\n").contains(":2: not TOML"));
+    let message = bad(&["--config=/does/not/exist.toml"]);
+    assert!(message.contains("/does/not/exist.toml") && message.contains("--config"), "{message}");
+    assert!(bad(&["--config=/"]).contains("--config"));
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(2 << 20).unwrap();
+    assert!(bad(&["--config", file.path().to_str().unwrap()]).contains("larger than"));
+}
+
+#[test]
+fn help_names_every_option_that_is_not_hidden() {
+    let Ok(Invocation::Print(help)) = parse(&["--help"]) else { panic!("--help prints") };
+    for argument in Args::command().get_arguments() {
+        let name = format!("--{}", argument.get_long().expect("long options only"));
+        assert_eq!(help.contains(&name), !argument.is_hide_set(), "{name}");
+    }
+    let Ok(Invocation::Print(version)) = parse(&["--version"]) else { panic!("--version prints") };
+    assert_eq!(version, format!("virtioblkd {}\n", env!("CARGO_PKG_VERSION")));
+}

@@ -1,0 +1,136 @@
+//! One parser a value. Each error says what is allowed; clap names the option and the value before it.
+
+use log::LevelFilter;
+
+use crate::engine::CacheMode;
+
+/// A choice of two words, or a flag with a value. A type of its own, so that clap takes it for a value.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Switch(pub bool);
+
+/// Permission bits.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mode(pub u32);
+
+/// `--backend`; sizes in bytes.
+#[derive(Clone, Debug)]
+pub(super) enum Backend {
+    File,
+    Null(u64),
+    Mem(u64),
+}
+
+/// Size of `--backend null`.
+const NULL_SIZE: u64 = 1 << 30;
+/// VIRTIO_BLK_ID_BYTES (virtio 1.3, 5.2.6).
+const SERIAL_BYTES: usize = 20;
+/// VIRTIO_BLK_T_IN and OUT count in sectors of 512 bytes, whatever the logical block.
+const SECTOR: u64 = 512;
+
+fn switch(text: &str, on: &str, off: &str) -> Result<Switch, String> {
+    match text {
+        _ if text == on => Ok(Switch(true)),
+        _ if text == off => Ok(Switch(false)),
+        _ => Err(format!("use {on} or {off}")),
+    }
+}
+
+pub(super) fn truth(text: &str) -> Result<Switch, String> {
+    switch(text, "true", "false")
+}
+
+pub(super) fn discard(text: &str) -> Result<Switch, String> {
+    switch(text, "unmap", "ignore")
+}
+
+pub(super) fn locking(text: &str) -> Result<Switch, String> {
+    switch(text, "auto", "off")
+}
+
+pub(super) fn cache(text: &str) -> Result<CacheMode, String> {
+    text.parse()
+}
+
+pub(super) fn mode(text: &str) -> Result<Mode, String> {
+    let digits = text.strip_prefix("0o").unwrap_or(text);
+    let octal = digits.bytes().all(|byte| (b'0'..=b'7').contains(&byte));
+    match u32::from_str_radix(digits, 8) {
+        Ok(bits) if octal && bits <= 0o777 => Ok(Mode(bits)),
+        _ => Err("use permission bits in octal, 0000 to 0777, such as 0660".to_string()),
+    }
+}
+
+pub(super) fn fd(text: &str) -> Result<i32, String> {
+    match text.parse() {
+        Ok(fd) if fd > 2 => Ok(fd),
+        _ => Err("use the number of an inherited listening socket, 3 or more".to_string()),
+    }
+}
+
+pub(super) fn num_queues(text: &str) -> Result<u16, String> {
+    match text.parse() {
+        Ok(queues) if (1..=256).contains(&queues) => Ok(queues),
+        _ => Err("use a number from 1 to 256".to_string()),
+    }
+}
+
+pub(super) fn queue_size(text: &str) -> Result<u16, String> {
+    match text.parse::<u16>() {
+        Ok(size) if size >= 2 && size.is_power_of_two() => Ok(size),
+        _ => Err("use a power of two from 2 to 32768".to_string()),
+    }
+}
+
+pub(super) fn serial(text: &str) -> Result<String, String> {
+    let printable = text.bytes().all(|byte| (b' '..=b'~').contains(&byte));
+    if text.len() > SERIAL_BYTES || !printable {
+        return Err(format!("use at most {SERIAL_BYTES} printable ASCII characters (it has {} bytes)", text.len()));
+    }
+    Ok(text.to_string())
+}
+
+pub(super) fn logical_block_size(text: &str) -> Result<u32, String> {
+    match text {
+        "512" => Ok(512),
+        "4096" => Ok(4096),
+        _ => Err("use 512 or 4096".to_string()),
+    }
+}
+
+pub(super) fn log_level(text: &str) -> Result<LevelFilter, String> {
+    match text {
+        "error" => Ok(LevelFilter::Error),
+        "warn" => Ok(LevelFilter::Warn),
+        "info" => Ok(LevelFilter::Info),
+        "debug" => Ok(LevelFilter::Debug),
+        "trace" => Ok(LevelFilter::Trace),
+        _ => Err("use error, warn, info, debug or trace".to_string()),
+    }
+}
+
+pub(super) fn backend(text: &str) -> Result<Backend, String> {
+    match text.split_once(':') {
+        None if text == "file" => Ok(Backend::File),
+        None if text == "null" => Ok(Backend::Null(NULL_SIZE)),
+        Some(("null", size)) => Ok(Backend::Null(disk_size(size)?)),
+        Some(("mem", size)) => Ok(Backend::Mem(disk_size(size)?)),
+        _ => Err("use file, null, null:SIZE or mem:SIZE".to_string()),
+    }
+}
+
+/// Bytes, with K, M, G or T for powers of 1024.
+fn disk_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K') => (&text[..text.len() - 1], 10),
+        Some(b'M') => (&text[..text.len() - 1], 20),
+        Some(b'G') => (&text[..text.len() - 1], 30),
+        Some(b'T') => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(1 << shift))
+        .filter(|size| *size > 0 && *size <= i64::MAX as u64 && size % SECTOR == 0)
+        .ok_or_else(|| format!("'{text}' is no size: use a multiple of {SECTOR} bytes, such as 64M or 1G"))
+}
