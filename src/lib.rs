@@ -14,4 +14,5 @@ pub mod disk;
 pub mod engine;
 pub mod listen;
 mod sys;
+pub mod logging;
 pub mod virtio;

@@ -1,0 +1,140 @@
+//! The log: lines on stderr. Where the journal reads them, each carries its priority (sd-daemon(3)) and the journal
+//! adds the time; elsewhere each carries the time in UTC and the level.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use log::{Level, LevelFilter, Log, Metadata, Record};
+
+struct Stderr {
+    journal: bool,
+}
+
+/// Sets up the process's log; called once, by main, before the first thread starts. Later calls change the level only.
+pub fn start(level: LevelFilter) {
+    let journal = journal_reads_stderr(std::env::var("JOURNAL_STREAM").ok().as_deref());
+    // The only error is a logger that is there already, which is what is wanted.
+    let _ = log::set_logger(Box::leak(Box::new(Stderr { journal })));
+    log::set_max_level(level);
+}
+
+/// Whether stderr is the stream that `JOURNAL_STREAM` names, as `device:inode` (systemd.exec(5)): the variable outlives
+/// a redirection.
+fn journal_reads_stderr(variable: Option<&str>) -> bool {
+    let Some((device, inode)) = variable.and_then(|text| text.split_once(':')) else {
+        return false;
+    };
+    let stderr = rustix::fs::fstat(std::io::stderr());
+    stderr.is_ok_and(|stat| device.parse() == Ok(stat.st_dev) && inode.parse() == Ok(stat.st_ino))
+}
+
+impl Log for Stderr {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        // The libraries below us log each message of the protocol; of theirs only what went wrong is wanted, but for
+        // those who debug.
+        let ours = metadata.target().starts_with(env!("CARGO_PKG_NAME"));
+        metadata.level() <= log::max_level()
+            && (ours || metadata.level() <= Level::Warn || log::max_level() > Level::Info)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let text = record.args().to_string();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let lines =
+            if self.journal { for_journal(record.level(), &text) } else { for_people(now, record.level(), &text) };
+        // One write, so that lines of two threads do not mix. A log that nobody can read must not stop a disk.
+        let _ = std::io::stderr().write_all(lines.as_bytes());
+    }
+
+    fn flush(&self) {}
+}
+
+fn for_journal(level: Level, text: &str) -> String {
+    let priority = match level {
+        Level::Error => 3,
+        Level::Warn => 4,
+        Level::Info => 6,
+        Level::Debug | Level::Trace => 7,
+    };
+    text.lines().fold(String::new(), |mut lines, line| {
+        let _ = writeln!(lines, "<{priority}>{line}");
+        lines
+    })
+}
+
+fn for_people(since_1970: Duration, level: Level, text: &str) -> String {
+    let level = level.as_str().to_lowercase();
+    format!("{} {level}: {}\n", utc(since_1970), text.trim_end())
+}
+
+/// `2026-01-31T23:59:59.123Z` (RFC 3339).
+fn utc(since_1970: Duration) -> String {
+    let seconds = since_1970.as_secs();
+    let (year, month, day) = date(seconds / 86_400);
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    let milli = since_1970.subsec_millis();
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{milli:03}Z")
+}
+
+/// Year, month and day of a day counted from 1 January 1970, by walking the calendar: years first, then months.
+fn date(mut day: u64) -> (u64, u64, u64) {
+    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+    let mut year = 1970;
+    while day >= 365 + u64::from(leap(year)) {
+        day -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let lengths = [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+    let mut month = 0;
+    while day >= lengths[month] {
+        day -= lengths[month];
+        month += 1;
+    }
+    (year, month as u64 + 1, day + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_calendar() {
+        // From date(1): date -u -d @N
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00.000Z"),
+            (951_782_399, "2000-02-28T23:59:59.000Z"),
+            (951_782_400, "2000-02-29T00:00:00.000Z"),
+            (1_709_251_199, "2024-02-29T23:59:59.000Z"),
+            (1_735_689_599, "2024-12-31T23:59:59.000Z"),
+            (1_795_228_800, "2026-11-21T02:40:00.000Z"),
+            (4_107_542_400, "2100-03-01T00:00:00.000Z"),
+        ] {
+            assert_eq!(utc(Duration::from_secs(seconds)), text);
+        }
+        assert_eq!(utc(Duration::from_millis(1_042)), "1970-01-01T00:00:01.042Z");
+    }
+
+    #[test]
+    fn each_line_carries_its_priority_in_the_journal() {
+        assert_eq!(for_journal(Level::Error, "one\ntwo\n"), "<3>one\n<3>two\n");
+        assert_eq!(for_journal(Level::Info, "x"), "<6>x\n");
+    }
+
+    #[test]
+    fn people_get_time_and_level() {
+        assert_eq!(for_people(Duration::ZERO, Level::Warn, "x\n"), "1970-01-01T00:00:00.000Z warn: x\n");
+    }
+
+    #[test]
+    fn the_journal_is_known_by_the_stream_that_it_reads() {
+        let stat = rustix::fs::fstat(std::io::stderr()).unwrap();
+        assert!(journal_reads_stderr(Some(&format!("{}:{}", stat.st_dev, stat.st_ino))));
+        assert!(!journal_reads_stderr(Some(&format!("{}:{}", stat.st_dev, stat.st_ino + 1))));
+        assert!(!journal_reads_stderr(Some("journal")));
+        assert!(!journal_reads_stderr(None));
+    }
+}
