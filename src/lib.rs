@@ -15,4 +15,6 @@ pub mod engine;
 pub mod listen;
 mod sys;
 pub mod logging;
+pub mod pidfile;
+
 pub mod virtio;

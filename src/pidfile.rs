@@ -1,0 +1,179 @@
+//! The pid file: whoever holds its lock is the daemon that runs, whatever the file says.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::io::Errno;
+
+/// A pid file, written and locked; removed when dropped, unless the path names another file by then.
+#[derive(Debug)]
+pub struct PidFile {
+    path: PathBuf,
+    file: File,
+}
+
+/// Why there is no pid file.
+#[derive(Debug)]
+pub enum PidFileError {
+    /// A living process holds it; what the file says of it.
+    Held(PathBuf, String),
+    /// The file cannot be made or written.
+    Io(PathBuf, io::Error),
+}
+
+impl fmt::Display for PidFileError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PidFileError::Held(path, owner) => write!(
+                f,
+                "the pid file '{}' is held by a process that runs (pid {owner}): stop it, or name another --pid-file",
+                path.display()
+            ),
+            PidFileError::Io(path, error) => {
+                write!(
+                    f,
+                    "cannot write the pid file '{}': {error}; does its directory exist, may we write there?",
+                    path.display()
+                )
+            }
+        }
+    }
+}
+
+impl std::error::Error for PidFileError {}
+
+impl PidFile {
+    /// Makes the file or takes over a dead process's, locks it and writes our process id. The lock is the process's
+    /// until the end. Called by main's thread.
+    pub fn create(path: &Path) -> Result<Self, PidFileError> {
+        let io_error = |error: io::Error| PidFileError::Io(path.to_path_buf(), error);
+        let mut file = loop {
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+            let fd =
+                rustix::fs::open(path, flags, Mode::from_raw_mode(0o644)).map_err(|errno| io_error(errno.into()))?;
+            let mut file = File::from(fd);
+            let data = file.metadata().map_err(io_error)?;
+            if !data.is_file() {
+                return Err(io_error(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "it is there and not a regular file",
+                )));
+            }
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => return Err(PidFileError::Held(path.to_path_buf(), owner(&mut file))),
+                Err(errno) => return Err(io_error(errno.into())),
+            }
+            // Between our open and our lock the owner may have removed it: then the lock is on a file without a name.
+            if names(path, &file).map_err(io_error)? {
+                break file;
+            }
+        };
+        let written = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+        let pid_file = PidFile { path: path.to_path_buf(), file };
+        written.map_err(io_error)?;
+        Ok(pid_file)
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        // Still locked: nobody can take the file over between the look and the removal.
+        match names(&self.path, &self.file) {
+            Ok(true) => {
+                if let Err(error) = std::fs::remove_file(&self.path) {
+                    log::warn!("cannot remove the pid file '{}': {error}", self.path.display());
+                }
+            }
+            Ok(false) => log::warn!("the pid file '{}' is no longer ours: left alone", self.path.display()),
+            Err(error) => log::warn!("cannot look at the pid file '{}': {error}", self.path.display()),
+        }
+    }
+}
+
+/// Whether the path names this open file.
+fn names(path: &Path, file: &File) -> io::Result<bool> {
+    let ours = file.metadata()?;
+    match std::fs::symlink_metadata(path) {
+        Ok(there) => Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// What a held file says of its owner; it may be about to be written.
+fn owner(file: &mut File) -> String {
+    let mut text = String::new();
+    let read = file.take(20).read_to_string(&mut text);
+    match text.trim() {
+        pid if read.is_ok() && !pid.is_empty() && pid.bytes().all(|byte| byte.is_ascii_digit()) => pid.to_string(),
+        _ => "unknown".to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn written_and_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pid");
+        let held = PidFile::create(&path).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
+        drop(held);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_living_owner_is_named_and_keeps_its_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pid");
+        let _held = PidFile::create(&path).unwrap();
+        let message = PidFile::create(&path).unwrap_err().to_string();
+        assert!(message.contains(&format!("pid {}", std::process::id())), "{message}");
+        assert!(message.contains(path.to_str().unwrap()), "{message}");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
+    }
+
+    #[test]
+    fn a_dead_owners_file_is_taken_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pid");
+        std::fs::write(&path, "4194304999999\nand more").unwrap();
+        let _held = PidFile::create(&path).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
+    }
+
+    #[test]
+    fn another_file_under_the_name_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pid");
+        let held = PidFile::create(&path).unwrap();
+        std::fs::rename(&path, directory.path().join("away")).unwrap();
+        std::fs::write(&path, "1\n").unwrap();
+        drop(held);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "1\n");
+    }
+
+    #[test]
+    fn neither_a_link_nor_a_directory_is_written_to() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("target");
+        std::fs::write(&target, "precious").unwrap();
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        for path in [&link, directory.path(), &directory.path().join("none/pid")] {
+            let message = PidFile::create(path).unwrap_err().to_string();
+            assert!(message.contains(path.to_str().unwrap()), "{message}");
+        }
+        assert_eq!(std::fs::read_to_string(&target).unwrap(), "precious");
+        let fifo = directory.path().join("fifo");
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        assert!(PidFile::create(&fifo).unwrap_err().to_string().contains("not a regular file"));
+    }
+}
