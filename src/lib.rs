@@ -16,5 +16,5 @@ pub mod listen;
 mod sys;
 pub mod logging;
 pub mod pidfile;
-
+pub mod signals;
 pub mod virtio;
