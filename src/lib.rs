@@ -16,5 +16,6 @@ pub mod listen;
 mod sys;
 pub mod logging;
 pub mod pidfile;
+pub mod server;
 pub mod signals;
 pub mod virtio;

@@ -6,14 +6,27 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use virtioblkd::config::{Config, Invocation};
+use virtioblkd::logging;
+use virtioblkd::server::Server;
 
 fn main() -> ExitCode {
     match Config::from_args(std::env::args_os()) {
         Ok(Invocation::Print(text)) => print(&text),
-        Ok(Invocation::Run(_config)) => ExitCode::SUCCESS,
+        Ok(Invocation::Run(config)) => run(&config),
         Err(error) => {
             eprintln!("virtioblkd: {error}");
             ExitCode::from(2)
+        }
+    }
+}
+
+fn run(config: &Config) -> ExitCode {
+    logging::start(config.log_level);
+    match Server::run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log::error!("{error}");
+            ExitCode::from(1)
         }
     }
 }

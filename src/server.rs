@@ -1,0 +1,268 @@
+//! The daemon's life: what is opened in which order, who is served, and how it ends.
+//!
+//! Order: the inherited socket and the group are looked at, the image is opened and checked, the control socket is
+//! bound, the vhost-user socket is bound, the pid file is written. The vhost-user socket comes after whatever may take
+//! time or fail, since a listener that does not answer freezes QEMU. The main thread then waits for front-ends, signals
+//! and the control socket's `quit`; it never waits for I/O of the image, except at the very end.
+//!
+//! A panic in any thread ends the process at once (SIGABRT): the front-end sees that its server is gone and its QEMU
+//! reconnects to the next one, while a guest whose ring has no thread would hang and nobody would know why.
+
+mod bell;
+mod frontend;
+mod inherited;
+mod notify;
+mod socket;
+mod wiring;
+
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
+
+use nix::sys::signal::Signal;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::config::Config;
+use crate::listen::BindError;
+use crate::pidfile::{PidFile, PidFileError};
+use crate::signals::Signals;
+use bell::Bell;
+use frontend::FrontEnds;
+use socket::{FrontSocket, SocketError};
+
+/// The disk as the server drives it.
+pub trait Served: Send + Sync {
+    /// Speaks vhost-user until the front-end leaves, breaks the protocol, or `shutdown`; when it returns, nothing of
+    /// this front-end is in flight. Tells why it ended. In a thread of its own; never twice at a time.
+    fn serve(&self, stream: UnixStream) -> io::Result<String>;
+
+    /// Takes no more requests, now or later, and returns when those taken are answered. Once, at the end.
+    fn shutdown(&self);
+
+    /// Makes everything written durable, in every mode. After `shutdown`.
+    fn sync(&self) -> io::Result<()>;
+
+    /// The image and how it is open, in one line.
+    fn describe(&self) -> String;
+
+    /// Requests taken and not yet answered.
+    fn in_flight(&self) -> u64;
+}
+
+/// A control socket that is answered until it is dropped, which waits for its thread.
+pub trait Control {}
+
+/// Why the daemon could not start, or did not end well. Each text names the thing, the cause and the mend.
+#[derive(Debug)]
+pub enum ServerError {
+    /// The vhost-user socket.
+    Socket(SocketError),
+    /// The control socket.
+    Control(BindError),
+    /// The control socket's thread.
+    ControlThread(io::Error),
+    /// The image.
+    Image(Box<dyn Error + Send + Sync>),
+    /// The pid file.
+    PidFile(PidFileError),
+    /// A descriptor, or poll(2); what for.
+    System(&'static str, io::Error),
+    /// The final sync failed; of which image.
+    Sync(String, io::Error),
+    /// Told a second time to end while ending; what was left undone.
+    Impatient(String),
+}
+
+impl fmt::Display for ServerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ServerError::Socket(error) => error.fmt(f),
+            ServerError::Control(error) => write!(f, "--control-path: {error}"),
+            ServerError::ControlThread(error) => write!(f, "cannot start the control socket's thread: {error}"),
+            ServerError::Image(error) => error.fmt(f),
+            ServerError::PidFile(error) => error.fmt(f),
+            ServerError::System(what, error) => write!(f, "{what}: {error}"),
+            ServerError::Sync(image, error) => write!(
+                f,
+                "{image}: the final sync failed: {error}; what the guest wrote since its last flush may not be on the \
+                 medium: check the medium and the host's kernel log"
+            ),
+            ServerError::Impatient(undone) => f.write_str(undone),
+        }
+    }
+}
+
+impl Error for ServerError {}
+
+/// The daemon.
+pub struct Server {
+    served: Arc<dyn Served>,
+    signals: Signals,
+    /// Rung by the control socket's `quit`.
+    quit: Arc<Bell>,
+    /// Signals seen that ask for an end and count.
+    asked: u32,
+}
+
+impl Server {
+    /// Serves the disk until told to end. Called by main, once, before any other thread exists.
+    pub fn run(config: &Config) -> Result<(), ServerError> {
+        abort_on_panic();
+        let signals = Signals::block().map_err(|error| ServerError::System("cannot receive signals", error))?;
+        raise_descriptor_limit();
+        let prepared = socket::prepare(&config.listen).map_err(ServerError::Socket)?;
+        let disk = wiring::open(config).map_err(ServerError::Image)?;
+        let control_socket = match &config.control {
+            Some(control) => Some(socket::bind(&control.path, control.mode).map_err(ServerError::Control)?),
+            None => None,
+        };
+        let quit = Bell::new()?;
+        let front_socket = prepared.bind().map_err(ServerError::Socket)?;
+        let _pid_file = config.pid_file.as_deref().map(PidFile::create).transpose().map_err(ServerError::PidFile)?;
+        // Dropped before the guard: the thread ends, then the path goes.
+        let (listener, _control_file) = control_socket.unzip();
+        let control = match listener {
+            Some(listener) => {
+                let quit = Arc::clone(&quit);
+                let start = (disk.start_control)(listener, Arc::new(move || quit.ring()));
+                Some(start.map_err(ServerError::ControlThread)?)
+            }
+            None => None,
+        };
+        let mut server = Server { served: disk.served, signals, quit, asked: 0 };
+        log::info!("{}: cache mode {}, serving on {front_socket}", server.served.describe(), config.cache);
+        notify::systemd("READY=1");
+        let served = server.serve(&front_socket);
+        // From here whoever connects learns at once that nobody serves.
+        drop(front_socket);
+        notify::systemd("STOPPING=1");
+        let ended = server.end();
+        if matches!(ended, Err(ServerError::Impatient(_))) {
+            // Its thread may wait for the disk.
+            std::mem::forget(control);
+        }
+        if let (Err(error), Err(_)) = (&served, &ended) {
+            log::error!("{error}");
+        }
+        ended.and(served)
+    }
+
+    /// Serves one front-end after another until told to end.
+    fn serve(&mut self, socket: &FrontSocket) -> Result<(), ServerError> {
+        let mut front_ends = FrontEnds::new(Arc::clone(&self.served))?;
+        loop {
+            let mut sources = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&*self.quit, PollFlags::IN)];
+            front_ends.watch(socket, &mut sources);
+            wait(&mut sources)?;
+            drop(sources);
+            if let Some(signal) = self.signal()? {
+                log::info!("{signal}: draining, then ending");
+                return Ok(());
+            }
+            if self.quit.was_rung() {
+                log::info!("told to quit by the control socket: draining, then ending");
+                return Ok(());
+            }
+            front_ends.tend(socket)?;
+        }
+    }
+
+    /// The signal that came, if one did.
+    fn signal(&mut self) -> Result<Option<Signal>, ServerError> {
+        let signal = self.signals.next().map_err(|error| ServerError::System("cannot receive signals", error))?;
+        // A terminal that closes sends SIGHUP twice: that is not impatience.
+        if signal.is_some_and(|signal| signal != Signal::SIGHUP) {
+            self.asked += 1;
+        }
+        Ok(signal)
+    }
+
+    /// Finishes what was taken and syncs, in a thread, so that a second signal is heard meanwhile.
+    fn end(&mut self) -> Result<(), ServerError> {
+        let (sender, outcome) = mpsc::channel();
+        let finished = Bell::new()?;
+        let drained = Arc::new(AtomicBool::new(false));
+        let work = {
+            let (served, finished, drained) = (Arc::clone(&self.served), Arc::clone(&finished), Arc::clone(&drained));
+            move || {
+                served.shutdown();
+                drained.store(true, Ordering::Relaxed);
+                // Nobody listens any more after a second signal.
+                let _ = sender.send(served.sync());
+                finished.ring();
+            }
+        };
+        if let Err(error) = thread::Builder::new().name("end".into()).spawn(work.clone()) {
+            log::warn!("no thread to end in ({error}): a second signal will not be heard");
+            work();
+        }
+        // The other sender would keep the channel open.
+        drop(work);
+        loop {
+            wait(&mut [PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&*finished, PollFlags::IN)])?;
+            if let Ok(result) = outcome.try_recv() {
+                let image = self.served.describe();
+                result.map_err(|error| ServerError::Sync(image.clone(), error))?;
+                log::info!("{image}: drained and synced");
+                return Ok(());
+            }
+            if let Some(signal) = self.signal()?
+                && self.asked > 1
+            {
+                return Err(ServerError::Impatient(self.undone(signal, drained.load(Ordering::Relaxed))));
+            }
+        }
+    }
+
+    fn undone(&self, signal: Signal, drained: bool) -> String {
+        let what = match drained {
+            true => "drained, but the final sync had not finished".to_string(),
+            false => format!("neither drained ({} requests in flight) nor synced", self.served.in_flight()),
+        };
+        format!(
+            "{signal} again while ending: ended at once. {}: {what}; what the guest wrote since its last flush may be \
+             lost if the host fails now",
+            self.served.describe()
+        )
+    }
+}
+
+/// Waits until a source is ready; each is then asked by itself, without blocking.
+fn wait(sources: &mut [PollFd<'_>]) -> Result<(), ServerError> {
+    match poll(sources, None) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(errno) => Err(ServerError::System("cannot wait for front-ends", errno.into())),
+    }
+}
+
+/// See this module's head.
+fn abort_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        log::error!(
+            "a bug: the daemon ends at once so that no guest hangs silently; nothing more was acknowledged. Start it \
+             again (QEMU reconnects if told to) and report the lines above"
+        );
+        std::process::abort();
+    }));
+}
+
+/// A ring needs a handful of descriptors and a front-end may ask for hundreds of rings.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current == limit.maximum {
+        return;
+    }
+    if let Err(errno) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        log::warn!("cannot raise the limit of open files (RLIMIT_NOFILE) from {:?}: {errno}", limit.current);
+    }
+}
+
+#[cfg(test)]
+mod tests;

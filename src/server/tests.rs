@@ -1,0 +1,258 @@
+//! The end of the daemon and the change of front-ends, with disks that fail or dawdle. Signals are raised in the test's
+//! own thread, which alone blocks and reads them.
+
+use std::io::Read;
+use std::sync::Condvar;
+use std::sync::Mutex;
+
+use nix::sys::signal::raise;
+
+use super::*;
+
+/// A gate that a disk's call waits at until it is opened.
+#[derive(Default)]
+struct Gate {
+    open: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn opened() -> Self {
+        Gate { open: Mutex::new(true), changed: Condvar::new() }
+    }
+
+    fn pass(&self) {
+        let open = self.open.lock().unwrap();
+        drop(self.changed.wait_while(open, |open| !*open).unwrap());
+    }
+
+    fn open(&self) {
+        *self.open.lock().unwrap() = true;
+        self.changed.notify_all();
+    }
+}
+
+/// Serves by reading until the front-end leaves.
+struct Disk {
+    serve_returns: Gate,
+    shutdown_returns: Gate,
+    sync_returns: Gate,
+    sync_fails: bool,
+    /// In which order it was called.
+    calls: Mutex<Vec<&'static str>>,
+}
+
+impl Disk {
+    fn new() -> Self {
+        Disk {
+            serve_returns: Gate::opened(),
+            shutdown_returns: Gate::opened(),
+            sync_returns: Gate::opened(),
+            sync_fails: false,
+            calls: Mutex::default(),
+        }
+    }
+
+    fn note(&self, call: &'static str) {
+        self.calls.lock().unwrap().push(call);
+    }
+
+    fn wait_for(&self, call: &'static str) {
+        while self.calls.lock().unwrap().last() != Some(&call) {
+            thread::yield_now();
+        }
+    }
+}
+
+impl Served for Disk {
+    fn serve(&self, mut stream: UnixStream) -> io::Result<String> {
+        self.note("serve");
+        stream.read_to_end(&mut Vec::new())?;
+        self.serve_returns.pass();
+        self.note("left");
+        Ok("the front-end left".to_string())
+    }
+
+    fn shutdown(&self) {
+        self.shutdown_returns.pass();
+        self.note("shutdown");
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.note("sync");
+        self.sync_returns.pass();
+        if self.sync_fails { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(()) }
+    }
+
+    fn describe(&self) -> String {
+        "disk.img".to_string()
+    }
+
+    fn in_flight(&self) -> u64 {
+        3
+    }
+}
+
+fn server(disk: &Arc<Disk>) -> Server {
+    let signals = Signals::block().unwrap();
+    Server { served: Arc::clone(disk) as Arc<dyn Served>, signals, quit: Bell::new().unwrap(), asked: 0 }
+}
+
+/// The directory holds the socket's path.
+fn socket() -> (tempfile::TempDir, FrontSocket) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let socket = socket::prepare(&crate::config::Listen::Path { path, mode: 0o600, group: None }).unwrap().bind();
+    (directory, socket.unwrap())
+}
+
+#[test]
+fn the_end_drains_then_syncs() {
+    let disk = Arc::new(Disk::new());
+    let mut server = server(&disk);
+    raise(Signal::SIGTERM).unwrap();
+    let (_directory, socket) = socket();
+    server.serve(&socket).unwrap();
+    server.end().unwrap();
+    assert_eq!(*disk.calls.lock().unwrap(), ["shutdown", "sync"]);
+}
+
+#[test]
+fn quit_ends_as_a_signal_does() {
+    let disk = Arc::new(Disk::new());
+    let mut server = server(&disk);
+    server.quit.ring();
+    let (_directory, socket) = socket();
+    server.serve(&socket).unwrap();
+    server.end().unwrap();
+    assert_eq!(*disk.calls.lock().unwrap(), ["shutdown", "sync"]);
+}
+
+#[test]
+fn a_failed_final_sync_is_an_error_that_names_the_image() {
+    let disk = Arc::new(Disk { sync_fails: true, ..Disk::new() });
+    let message = server(&disk).end().unwrap_err().to_string();
+    for part in ["disk.img", "final sync failed", "os error 5"] {
+        assert!(message.contains(part), "{message}");
+    }
+}
+
+#[test]
+fn a_second_signal_ends_at_once_and_says_what_was_not_drained() {
+    let disk = Arc::new(Disk { shutdown_returns: Gate::default(), ..Disk::new() });
+    let mut server = server(&disk);
+    raise(Signal::SIGINT).unwrap();
+    raise(Signal::SIGTERM).unwrap();
+    let (_directory, socket) = socket();
+    server.serve(&socket).unwrap();
+    let message = server.end().unwrap_err().to_string();
+    for part in ["again", "disk.img", "neither drained (3 requests in flight) nor synced"] {
+        assert!(message.contains(part), "{message}");
+    }
+    disk.shutdown_returns.open();
+}
+
+#[test]
+fn a_second_signal_in_the_final_sync_says_that_it_had_not_finished() {
+    let disk = Arc::new(Disk { sync_returns: Gate::default(), ..Disk::new() });
+    let mut server = server(&disk);
+    server.asked = 1;
+    let main = nix::sys::pthread::pthread_self();
+    let impatient = {
+        let disk = Arc::clone(&disk);
+        thread::spawn(move || {
+            disk.wait_for("sync");
+            nix::sys::pthread::pthread_kill(main, Signal::SIGTERM).unwrap();
+        })
+    };
+    let message = server.end().unwrap_err().to_string();
+    assert!(message.contains("drained, but the final sync had not finished"), "{message}");
+    impatient.join().unwrap();
+    disk.sync_returns.open();
+}
+
+#[test]
+fn a_terminal_that_hangs_up_twice_is_not_impatient() {
+    let disk = Arc::new(Disk { sync_returns: Gate::default(), ..Disk::new() });
+    let mut server = server(&disk);
+    raise(Signal::SIGHUP).unwrap();
+    let (_directory, socket) = socket();
+    server.serve(&socket).unwrap();
+    raise(Signal::SIGHUP).unwrap();
+    let patient = {
+        let disk = Arc::clone(&disk);
+        thread::spawn(move || {
+            disk.wait_for("sync");
+            disk.sync_returns.open();
+        })
+    };
+    server.end().unwrap();
+    patient.join().unwrap();
+}
+
+fn wait_for_news(front_ends: &FrontEnds, socket: &FrontSocket) {
+    let mut sources = Vec::new();
+    front_ends.watch(socket, &mut sources);
+    wait(&mut sources).unwrap();
+}
+
+#[test]
+fn the_next_front_end_waits_while_the_last_is_drained() {
+    let disk = Arc::new(Disk { serve_returns: Gate::default(), ..Disk::new() });
+    let (directory, socket) = socket();
+    let path = directory.path().join("s");
+    let mut front_ends = FrontEnds::new(Arc::clone(&disk) as Arc<dyn Served>).unwrap();
+    let connect = || {
+        let stream = UnixStream::connect(&path).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        stream
+    };
+    let open =
+        |mut stream: &UnixStream| stream.read(&mut [0]).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
+
+    let first = connect();
+    front_ends.tend(&socket).unwrap();
+    disk.wait_for("serve");
+    let turned_away = connect();
+    front_ends.tend(&socket).unwrap();
+    assert!(open(&first) && !open(&turned_away));
+
+    drop(first);
+    // Another test's child may hold the connection open between its fork and its exec.
+    wait_for_news(&front_ends, &socket);
+    let second = connect();
+    front_ends.tend(&socket).unwrap();
+    front_ends.tend(&socket).unwrap();
+    assert!(open(&second), "neither served nor turned away");
+    assert_eq!(*disk.calls.lock().unwrap(), ["serve"]);
+
+    disk.serve_returns.open();
+    disk.wait_for("left");
+    wait_for_news(&front_ends, &socket);
+    front_ends.tend(&socket).unwrap();
+    disk.wait_for("serve");
+    assert_eq!(*disk.calls.lock().unwrap(), ["serve", "left", "serve"]);
+    assert!(open(&second));
+}
+
+/// Set in the environment of the process that is to panic.
+const PANIC: &str = "VIRTIOBLKD_TEST_PANIC";
+
+#[test]
+fn a_panic_in_any_thread_ends_the_process() {
+    use std::os::unix::process::ExitStatusExt;
+    if std::env::var_os(PANIC).is_some() {
+        abort_on_panic();
+        // The join would return and the test pass, were it not for the hook.
+        assert!(thread::spawn(|| panic!("a ring's thread")).join().is_err());
+        return;
+    }
+    let name = "server::tests::a_panic_in_any_thread_ends_the_process";
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture"])
+        .env(PANIC, "1")
+        .output()
+        .unwrap();
+    assert_eq!(child.status.signal(), Some(libc::SIGABRT), "{}", String::from_utf8_lossy(&child.stdout));
+    assert!(String::from_utf8_lossy(&child.stderr).contains("a ring's thread"));
+}
