@@ -26,6 +26,9 @@ const UNSUPP: u8 = 2;
 const SIZE: u64 = 8 << 20;
 const SECTORS: u64 = SIZE / 512;
 
+/// Descriptors: address, length, flags.
+type Chain = &'static [(u64, u32, u16)];
+
 /// A served disk; one front-end after another.
 struct Rig {
     device: Arc<Device>,
@@ -380,7 +383,7 @@ fn malformed_chains_are_returned_and_the_ring_goes_on() {
     let status = header + 64;
     let (far, page) = (1 << 40, 0x90_0000u64);
     // What the chain is, and the status where one can be written.
-    let cases: &[(&[(u64, u32, u16)], Option<u8>)] = &[
+    let cases: &[(Chain, Option<u8>)] = &[
         (&[(header, 16, 0)], None),
         (&[(header, 16, 0), (status, 0, WRITE)], None),
         (&[(header, 3, 0), (status, 1, WRITE)], None),

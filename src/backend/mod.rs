@@ -13,7 +13,6 @@
 //! 7. A full queue hands the op back; it takes ops again once something was reaped.
 
 pub mod buffer;
-pub mod failing;
 pub mod file;
 pub mod mem;
 pub mod null;

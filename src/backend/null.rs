@@ -41,7 +41,7 @@ impl Backend for NullBackend {
     }
 
     fn open_queue(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
-        Ok(Box::new(NullQueue { watches: Watches::new()?, done: Vec::with_capacity(depth), depth }))
+        queue(depth, Ok(()))
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -57,8 +57,20 @@ impl Backend for NullBackend {
     }
 }
 
+/// A queue on which every op fails with `errno`: what a ring gets when its real queue cannot be opened, so that the
+/// guest sees I/O errors instead of a disk that never answers.
+pub fn failing_queue(depth: usize, errno: Errno) -> io::Result<Box<dyn IoQueue>> {
+    queue(depth, Err(errno))
+}
+
+fn queue(depth: usize, result: Result<(), Errno>) -> io::Result<Box<dyn IoQueue>> {
+    Ok(Box::new(NullQueue { watches: Watches::new()?, result, done: Vec::with_capacity(depth), depth }))
+}
+
 struct NullQueue {
     watches: Watches,
+    /// Of every op.
+    result: Result<(), Errno>,
     done: Vec<Completion>,
     depth: usize,
 }
@@ -72,7 +84,7 @@ impl IoQueue for NullQueue {
             Op::Read { buf, .. } | Op::Write { buf, .. } => Some(buf),
             Op::Sync | Op::Discard { .. } | Op::WriteZeroes { .. } => None,
         };
-        self.done.push(Completion { id, result: Ok(()), buf });
+        self.done.push(Completion { id, result: self.result, buf });
         Ok(())
     }
 

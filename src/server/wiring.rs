@@ -1,16 +1,19 @@
 //! The one place that knows every part: makes the disk that a configuration describes.
 
 use std::error::Error;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
-use std::net::Shutdown;
+use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
-use std::thread;
+use std::sync::Arc;
 
 use super::{Control, Served};
-use crate::config::{BackendKind, Config};
+use crate::backend::Backend;
+use crate::backend::file::{FileBackend, FileOptions, Locking};
+use crate::backend::mem::{MemBackend, MemOptions};
+use crate::backend::null::NullBackend;
+use crate::config::{BackendKind, Config, Listen};
+use crate::control;
+use crate::disk::{Disk, Events};
+use crate::virtio::{Device, DeviceOptions};
 
 /// Called by the control socket's thread when it is told to end the daemon.
 pub(super) type Quit = Arc<dyn Fn() + Send + Sync>;
@@ -26,73 +29,76 @@ pub(super) struct Opened {
 
 /// Opens the image and makes the device. Nothing listens yet.
 pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Sync>> {
-    let image = match &config.backend {
-        BackendKind::File(path) => Some((path.clone(), open_image(path.clone(), config.read_only)?)),
-        BackendKind::Null(_) | BackendKind::Mem(_) => None,
+    let backend = open_backend(config)?;
+    let events = Arc::new(Events::new()?);
+    let options = DeviceOptions {
+        mode: config.cache,
+        num_queues: config.num_queues,
+        queue_size: config.queue_size,
+        serial: config.serial.clone(),
     };
-    Ok(Opened {
-        served: Arc::new(Listener { image, connection: Mutex::default() }),
-        start_control: Box::new(|listener, quit| {
-            thread::Builder::new().name("control".into()).spawn(move || hear_quit(&listener, &quit))?;
-            Ok(Box::new(Deaf))
-        }),
+    let device = Device::new(backend.clone(), &options, events.clone());
+    let disk: Arc<dyn Disk> = Arc::new(device.disk());
+    let info = control::Info { vhost_socket: name_of(&config.listen) };
+    let start_control: StartControl = Box::new(move |listener, quit| {
+        let server = control::Server::start(listener, disk, events, quit, info)?;
+        Ok(Box::new(server) as Box<dyn Control>)
+    });
+    Ok(Opened { served: Arc::new(ServedDisk { backend, device }), start_control })
+}
+
+fn open_backend(config: &Config) -> Result<Arc<dyn Backend>, Box<dyn Error + Send + Sync>> {
+    let block = config.logical_block_size.unwrap_or(512);
+    Ok(match &config.backend {
+        BackendKind::File(path) => Arc::new(FileBackend::open(&FileOptions {
+            path: path.clone(),
+            policy: config.cache.into(),
+            read_only: config.read_only,
+            logical_block_size: config.logical_block_size,
+            discard_unmap: config.discard_unmap,
+            locking: if config.lock_image { Locking::Auto } else { Locking::Off },
+            durable_writes: true,
+        })?),
+        BackendKind::Null(size) => Arc::new(NullBackend::new(*size, block)),
+        BackendKind::Mem(size) => {
+            Arc::new(MemBackend::new(MemOptions { logical_block: block, ..MemOptions::new(*size) }))
+        }
     })
 }
 
-fn open_image(path: PathBuf, read_only: bool) -> Result<File, String> {
-    OpenOptions::new()
-        .read(true)
-        .write(!read_only)
-        .open(&path)
-        .map_err(|error| format!("cannot open the image '{}': {error}", path.display()))
+fn name_of(listen: &Listen) -> String {
+    match listen {
+        Listen::Path { path, .. } => path.display().to_string(),
+        Listen::Fd(number) => format!("fd {number}"),
+    }
 }
 
-/// Stands in for the device until it is wired: hears a front-end out and says nothing.
-struct Listener {
-    image: Option<(PathBuf, File)>,
-    connection: Mutex<Option<UnixStream>>,
+/// The device and its image, as the server drives them.
+struct ServedDisk {
+    backend: Arc<dyn Backend>,
+    device: Arc<Device>,
 }
 
-impl Served for Listener {
-    fn serve(&self, mut stream: UnixStream) -> io::Result<String> {
-        *self.connection.lock().expect("no panic while held") = Some(stream.try_clone()?);
-        io::copy(&mut stream, &mut io::sink())?;
-        *self.connection.lock().expect("no panic while held") = None;
-        Ok("the front-end left".to_string())
+impl Served for ServedDisk {
+    fn serve(&self, stream: UnixStream) -> io::Result<String> {
+        self.device.serve(stream)
     }
 
     fn shutdown(&self) {
-        if let Some(stream) = self.connection.lock().expect("no panic while held").as_ref() {
-            // Not connected any more is what is wanted.
-            let _ = stream.shutdown(Shutdown::Both);
-        }
+        self.device.shutdown();
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.image.as_ref().map_or(Ok(()), |(_, file)| file.sync_data())
+        self.backend.sync()
     }
 
     fn describe(&self) -> String {
-        self.image.as_ref().map_or("no image".to_string(), |(path, _)| path.display().to_string())
+        self.backend.describe()
     }
 
     fn in_flight(&self) -> u64 {
-        0
+        self.device.disk().status().total.in_flight
     }
 }
 
-/// Stands in for the control socket until it is wired: knows `quit`.
-struct Deaf;
-
-impl Control for Deaf {}
-
-fn hear_quit(listener: &UnixListener, quit: &Quit) {
-    for mut stream in listener.incoming().flatten() {
-        let mut text = [0; 256];
-        while let Ok(length @ 1..) = stream.read(&mut text) {
-            if text[..length].windows(6).any(|word| word == b"\"quit\"") {
-                quit();
-            }
-        }
-    }
-}
+impl Control for control::Server {}

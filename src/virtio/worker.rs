@@ -21,7 +21,7 @@ use super::features;
 use super::queue_state::Stopped;
 use super::request::{self, Command as Ask, ID_BYTES, Parser, Request, Status};
 use super::rings::{Command, Counters, RingHold, Rings, add, errno_of};
-use crate::backend::failing::FailingQueue;
+use crate::backend::null;
 use crate::backend::{Completion, DurableWrite, Errno, Geometry, IoQueue, Op, OpId, Source};
 use crate::disk::Event;
 use crate::engine::{Action, Engine, Kind, Offer, Token};
@@ -137,7 +137,9 @@ impl Worker {
         let mut io = backend.open_queue(usize::from(size) + 1).unwrap_or_else(|error| {
             let what = format!("ring {}: the image's queue cannot be opened: {error}; all I/O fails", setup.index);
             setup.rings.report(Event::ProtocolError(what));
-            Box::new(FailingQueue::new(errno_of(&error)))
+            // No descriptor left even for that: the process ends, which a front-end sees.
+            null::failing_queue(usize::from(size) + 1, errno_of(&error))
+                .unwrap_or_else(|error| panic!("cannot even fail: {error}"))
         });
         watch(&mut *io, Source::Wake, setup.wake.as_fd());
         if let Some(kick) = &ring.kick {
