@@ -358,6 +358,15 @@ fn a_failed_durable_write_is_never_forgotten_over_the_cache() {
     }
 }
 
+/// Tells the others to stop, also when its thread panics.
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn read_modify_write_never_loses_a_neighbours_write() {
     let dir = disk_dir();
@@ -375,6 +384,7 @@ fn read_modify_write_never_loses_a_neighbours_write() {
                 let mut driver = Driver::new(backend, 8);
                 let mut chance = Chance::new(parity + 1);
                 let mut counts = [0u8; 128];
+                let _stop = StopAtEnd(stop);
                 for _ in 0..1500 {
                     let sector = chance.below(64) * 2 + parity;
                     let seen = driver.read(sector * 512, 512).expect("a read");
@@ -392,7 +402,6 @@ fn read_modify_write_never_loses_a_neighbours_write() {
                         _ => driver.write(sector * 512, &[next; 512]).expect("a write"),
                     }
                 }
-                stop.store(true, Ordering::Relaxed);
                 counts
             })
         });

@@ -53,8 +53,30 @@ pub struct FileOptions {
     pub discard_unmap: bool,
     /// QEMU's image locks.
     pub locking: Locking,
-    /// Make single writes durable with RWF_DSYNC ([`DurableWrite::Native`]) instead of a sync after them.
+    /// Make single writes durable with RWF_DSYNC ([`DurableWrite::Native`]) instead of a sync after them. See
+    /// [`FileOptions::new`] for which is better where.
     pub durable_writes: bool,
+}
+
+impl FileOptions {
+    /// The defaults: writable, blocks as O_DIRECT needs them, discards passed on, locks taken.
+    ///
+    /// Single durable writes past the page cache, a sync shared by many over it. Measured by `benches/durable_write.rs`
+    /// (ext4, virtio disk without FUA, 4 KiB random, depths 1, 16, 64), shared sync relative to RWF_DSYNC: O_DIRECT
+    /// 0.94, 0.97, 1.07; page cache 0.95, 3.15, 3.94. Past the cache they are equal here, and RWF_DSYNC needs one step
+    /// instead of two and uses the FUA of devices that have it. Over the cache its writes to one file take turns.
+    /// And there a failed RWF_DSYNC is as final as a failed sync, even where only this write found no room.
+    pub fn new(path: impl Into<PathBuf>, policy: CachePolicy) -> Self {
+        FileOptions {
+            path: path.into(),
+            policy,
+            read_only: false,
+            logical_block_size: None,
+            discard_unmap: true,
+            locking: Locking::Auto,
+            durable_writes: policy.opens_direct(),
+        }
+    }
 }
 
 /// An open image.
@@ -163,5 +185,44 @@ impl Backend for FileBackend {
 
     fn sync_failed(&self) -> Option<Errno> {
         self.shared.latch.get()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::backend::{IoBuf, Op, OpId};
+    use crate::engine::CacheMode;
+
+    /// A filesystem that asks for more than it told must not fail a guest's request.
+    #[test]
+    fn what_the_kernel_refuses_is_bounced_after_all() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let mut backend = match FileBackend::open(&FileOptions::new(file.path(), CacheMode::None.into())) {
+            Ok(backend) => backend,
+            Err(error) => return eprintln!("SKIPPED: {error}"),
+        };
+        Arc::get_mut(&mut backend.shared).unwrap().align.memory = 1;
+        let mut queue = backend.open_queue(2).unwrap();
+        let mut run = |op| {
+            let mut out = Vec::new();
+            queue.push(op, OpId(1)).unwrap();
+            while out.is_empty() {
+                queue.wait(Some(Duration::from_secs(60))).unwrap();
+                queue.reap(&mut out);
+            }
+            out.remove(0)
+        };
+        let skewed = IoBuf::owned(8192, 4096, 1);
+        skewed.copy_from(0, &[5; 8192]);
+        assert_eq!(run(Op::Write { offset: 4096, buf: skewed, durable: true }).result, Ok(()));
+        let read = run(Op::Read { offset: 4096, buf: IoBuf::owned(8192, 4096, 3) });
+        assert_eq!(read.result, Ok(()));
+        let mut seen = [0; 8192];
+        read.buf.unwrap().copy_to(0, &mut seen);
+        assert_eq!(seen, [5; 8192]);
     }
 }

@@ -358,3 +358,37 @@ impl Transfer {
 fn clamp(len: usize) -> u32 {
     len.min(0x4000_0000) as u32
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_io_uring_that_is_not_to_be_had_says_what_to_change() {
+        for (errno, words) in [
+            (libc::ENOSYS, &["CONFIG_IO_URING", "seccomp"][..]),
+            (libc::EPERM, &["kernel.io_uring_disabled", "seccomp"]),
+            (libc::ENOMEM, &["RLIMIT_MEMLOCK", "LimitMEMLOCK="]),
+            (libc::EMFILE, &["RLIMIT_NOFILE", "LimitNOFILE="]),
+            (libc::EIO, &["io_uring", "os error 5"]),
+        ] {
+            let message = explain(io::Error::from_raw_os_error(errno)).to_string();
+            assert!(words.iter().all(|word| message.contains(word)), "{errno}: {message}");
+        }
+    }
+
+    #[test]
+    fn a_transfer_goes_on_ends_or_fails() {
+        let transfer =
+            Transfer { write: false, durable: false, offset: 0, buf: IoBuf::owned(8192, 512, 0), from: 0, len: 8192 };
+        let command = Command::Transfer(transfer);
+        let mut active = Active { job: (), command, done: 0, rest: Vec::new(), retries: 0 };
+        assert!(matches!(active.after(512), After::Again));
+        assert!(matches!(active.after(-libc::EINTR), After::Again));
+        assert!(matches!(active.after(-libc::EAGAIN), After::Again));
+        assert!(matches!(active.after(0), After::Over(Err(Errno(libc::EIO)))), "nothing moved: it never will");
+        assert!(matches!(active.after(-libc::ENOSPC), After::Over(Err(Errno(libc::ENOSPC)))));
+        assert!(matches!(active.after(8192), After::Over(Err(Errno(libc::EIO)))), "more than was asked");
+        assert!(matches!(active.after(7680), After::Over(Ok(()))));
+    }
+}

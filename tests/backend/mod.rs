@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
+use virtioblkd::backend::file::{FileBackend, FileOptions};
 use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
 use virtioblkd::backend::null::NullBackend;
 use virtioblkd::backend::{Backend, Completion, Errno, IoBuf, IoQueue, Op, OpId};
@@ -202,17 +202,9 @@ fn reap_some(driver: &mut Driver, busy: &mut Busy, known: &[bool], block: u64) {
     }
 }
 
-/// Options as the command line's defaults are, but for the mode.
+/// The defaults, with native durable writes in every mode, so that these are tested.
 pub fn options(path: &Path, mode: CacheMode) -> FileOptions {
-    FileOptions {
-        path: path.into(),
-        policy: mode.into(),
-        read_only: false,
-        logical_block_size: None,
-        discard_unmap: true,
-        locking: Locking::Auto,
-        durable_writes: true,
-    }
+    FileOptions { durable_writes: true, ..FileOptions::new(path, mode.into()) }
 }
 
 pub fn open(path: &Path, mode: CacheMode) -> FileBackend {

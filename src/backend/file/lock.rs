@@ -25,6 +25,18 @@ pub(super) enum LockError {
     InUse(&'static str),
     /// The filesystem or the kernel has no such locks.
     Unavailable(io::Error),
+    /// It has, and they failed.
+    Failed(io::Error),
+}
+
+impl From<io::Error> for LockError {
+    fn from(error: io::Error) -> Self {
+        match error.raw_os_error() {
+            // ENOLCK: NFS without a lock daemon.
+            Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOLCK) => LockError::Unavailable(error),
+            _ => LockError::Failed(error),
+        }
+    }
 }
 
 /// Takes the locks of a virtio-blk device with `share-rw=off`: it reads (and writes) and shares all but writing. They
@@ -36,7 +48,7 @@ pub(super) fn lock_image(fd: BorrowedFd<'_>, read_only: bool) -> Result<(), Lock
     let hold = |byte, name| {
         sys::lock_byte_shared(fd, byte).map_err(|error| match error.raw_os_error() {
             Some(libc::EAGAIN | libc::EACCES) => LockError::InUse(name),
-            _ => LockError::Unavailable(error),
+            _ => LockError::from(error),
         })
     };
     for &(bit, name) in used {
@@ -48,7 +60,7 @@ pub(super) fn lock_image(fd: BorrowedFd<'_>, read_only: bool) -> Result<(), Lock
     let free = |byte, name| match sys::byte_is_locked(fd, byte) {
         Ok(false) => Ok(()),
         Ok(true) => Err(LockError::InUse(name)),
-        Err(error) => Err(LockError::Unavailable(error)),
+        Err(error) => Err(LockError::from(error)),
     };
     for (bit, name) in not_shared {
         free(USED + bit, name)?;

@@ -127,6 +127,11 @@ fn lock(options: &FileOptions, fd: &OwnedFd) -> Result<(), OpenError> {
             ),
             "stop it (fuser names it), open both with --read-only, or, if you know that it is safe, use --locking off",
         )),
+        Err(LockError::Failed(error)) => Err(fail(
+            path,
+            format!("it cannot be locked ({error})"),
+            "mend the filesystem's locks, or, if you know that nobody else uses the image, use --locking off",
+        )),
         Err(LockError::Unavailable(error)) => {
             log::warn!(
                 "{}: image locks are not available here ({error}); nothing keeps a second writer away. --locking off \
