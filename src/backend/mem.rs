@@ -1,16 +1,16 @@
 //! A RAM disk with a volatile cache: what is written is lost in [`MemBackend::crash`] unless a sync covered it. For
 //! tests: it fails, delays and reorders on request, and counts.
 
+mod queue;
+
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
-use std::time::{Duration, Instant};
 
-use super::watch::{Watches, deadline};
-use super::{
-    Backend, Completion, DurableWrite, Errno, Geometry, IoBuf, IoQueue, Op, OpId, RangeLimits, Source, Wakeups,
-};
+use super::watch::Watches;
+use super::{Backend, DurableWrite, Errno, Geometry, IoBuf, IoQueue, RangeLimits};
+use queue::MemQueue;
 
 /// When ops are carried out and complete.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,15 +47,15 @@ impl MemOptions {
 /// The kinds of ops, for faults and counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum MemOp {
-    /// [`Op::Read`].
+    /// [`super::Op::Read`].
     Read,
-    /// [`Op::Write`], durable or not.
+    /// [`super::Op::Write`], durable or not.
     Write,
-    /// [`Op::Sync`] and [`Backend::sync`].
+    /// [`super::Op::Sync`] and [`Backend::sync`].
     Sync,
-    /// [`Op::Discard`].
+    /// [`super::Op::Discard`].
     Discard,
-    /// [`Op::WriteZeroes`].
+    /// [`super::Op::WriteZeroes`].
     WriteZeroes,
 }
 
@@ -332,7 +332,7 @@ impl Backend for MemBackend {
         let seed = if let Order::Shuffled(seed) = self.shared.order { seed } else { 0 };
         let shared = Arc::clone(&self.shared);
         let chance = Chance::new(seed);
-        Ok(Box::new(MemQueue { shared, watches, chance, depth, pending: Vec::new(), done: Vec::new() }))
+        Ok(Box::new(MemQueue::new(shared, watches, chance, depth)))
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -347,110 +347,6 @@ impl Backend for MemBackend {
 
     fn sync_failed(&self) -> Option<Errno> {
         self.shared.lock().sync_failed
-    }
-}
-
-struct MemQueue {
-    shared: Arc<Shared>,
-    watches: Watches,
-    chance: Chance,
-    depth: usize,
-    pending: Vec<Pending>,
-    done: Vec<Completion>,
-}
-
-struct Pending {
-    op: Op,
-    id: OpId,
-    /// [`State::now`] and [`State::life`] when it was pushed.
-    pushed: u64,
-    life: u64,
-}
-
-impl MemQueue {
-    /// Carries out what may be now.
-    fn advance(&mut self) {
-        match self.shared.order {
-            Order::InOrder => self.carry_out(self.pending.len(), false),
-            Order::Shuffled(_) => {
-                let some = 1 + self.chance.below(self.pending.len() as u64 + 1) as usize;
-                self.carry_out(some, true);
-            }
-            Order::OnRequest => {
-                let released = std::mem::take(&mut self.shared.lock().released);
-                let count = self.pending.len().min(usize::try_from(released).unwrap_or(usize::MAX));
-                self.shared.lock().released += released - count as u64;
-                self.carry_out(count, false);
-            }
-        }
-    }
-
-    fn carry_out(&mut self, count: usize, shuffled: bool) {
-        for _ in 0..count.min(self.pending.len()) {
-            let next = if shuffled { self.chance.below(self.pending.len() as u64) as usize } else { 0 };
-            let Pending { op, id, pushed, life } = self.pending.remove(next);
-            let mut state = self.shared.lock();
-            state.waiting -= 1;
-            let dead = life != state.life;
-            let result = match &op {
-                _ if dead => Err(Errno(libc::EIO)),
-                Op::Read { offset, buf } => state.read(*offset, buf),
-                Op::Write { offset, buf, durable } => state.write(&self.shared, *offset, buf, *durable),
-                Op::Sync => state.sync(&self.shared, pushed),
-                Op::Discard { offset, len } => state.fill(&self.shared, MemOp::Discard, *offset, *len),
-                Op::WriteZeroes { offset, len, .. } => state.fill(&self.shared, MemOp::WriteZeroes, *offset, *len),
-            };
-            drop(state);
-            let buf = if let Op::Read { buf, .. } | Op::Write { buf, .. } = op { Some(buf) } else { None };
-            self.done.push(Completion { id, result, buf });
-        }
-    }
-}
-
-impl IoQueue for MemQueue {
-    fn push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
-        if self.pending.len() + self.done.len() >= self.depth {
-            return Err(op);
-        }
-        let mut state = self.shared.lock();
-        state.waiting += 1;
-        self.pending.push(Pending { op, id, pushed: state.now, life: state.life });
-        Ok(())
-    }
-
-    fn submit(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn reap(&mut self, out: &mut Vec<Completion>) {
-        self.advance();
-        out.append(&mut self.done);
-    }
-
-    fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
-        self.watches.watch(source, fd)
-    }
-
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
-        let deadline = deadline(timeout);
-        loop {
-            self.advance();
-            let until = if self.done.is_empty() { deadline } else { Some(Instant::now()) };
-            let wakeups = self.watches.sleep(until)?;
-            if !self.done.is_empty()
-                || wakeups != Wakeups::default()
-                || deadline.is_some_and(|deadline| deadline <= Instant::now())
-            {
-                return Ok(wakeups);
-            }
-        }
-    }
-}
-
-impl Drop for MemQueue {
-    /// What is in flight is finished, as a device would.
-    fn drop(&mut self) {
-        self.carry_out(self.pending.len(), false);
     }
 }
 

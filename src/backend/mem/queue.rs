@@ -1,0 +1,119 @@
+//! A queue of the RAM disk: when ops are carried out.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::super::watch::{Watches, deadline};
+use super::super::{Completion, Errno, IoQueue, Op, OpId, Source, Wakeups};
+use super::{Chance, MemOp, Order, Shared};
+
+/// A queue of a [`MemBackend`](super::MemBackend).
+pub(super) struct MemQueue {
+    shared: Arc<Shared>,
+    watches: Watches,
+    chance: Chance,
+    depth: usize,
+    pending: Vec<Pending>,
+    done: Vec<Completion>,
+}
+
+struct Pending {
+    op: Op,
+    id: OpId,
+    /// [`State::now`] and [`State::life`] when it was pushed.
+    pushed: u64,
+    life: u64,
+}
+
+impl MemQueue {
+    pub(super) fn new(shared: Arc<Shared>, watches: Watches, chance: Chance, depth: usize) -> Self {
+        MemQueue { shared, watches, chance, depth, pending: Vec::new(), done: Vec::new() }
+    }
+
+    /// Carries out what may be now.
+    fn advance(&mut self) {
+        match self.shared.order {
+            Order::InOrder => self.carry_out(self.pending.len(), false),
+            Order::Shuffled(_) => {
+                let some = 1 + self.chance.below(self.pending.len() as u64 + 1) as usize;
+                self.carry_out(some, true);
+            }
+            Order::OnRequest => {
+                let released = std::mem::take(&mut self.shared.lock().released);
+                let count = self.pending.len().min(usize::try_from(released).unwrap_or(usize::MAX));
+                self.shared.lock().released += released - count as u64;
+                self.carry_out(count, false);
+            }
+        }
+    }
+
+    fn carry_out(&mut self, count: usize, shuffled: bool) {
+        for _ in 0..count.min(self.pending.len()) {
+            let next = if shuffled { self.chance.below(self.pending.len() as u64) as usize } else { 0 };
+            let Pending { op, id, pushed, life } = self.pending.remove(next);
+            let mut state = self.shared.lock();
+            state.waiting -= 1;
+            let dead = life != state.life;
+            let result = match &op {
+                _ if dead => Err(Errno(libc::EIO)),
+                Op::Read { offset, buf } => state.read(*offset, buf),
+                Op::Write { offset, buf, durable } => state.write(&self.shared, *offset, buf, *durable),
+                Op::Sync => state.sync(&self.shared, pushed),
+                Op::Discard { offset, len } => state.fill(&self.shared, MemOp::Discard, *offset, *len),
+                Op::WriteZeroes { offset, len, .. } => state.fill(&self.shared, MemOp::WriteZeroes, *offset, *len),
+            };
+            drop(state);
+            let buf = if let Op::Read { buf, .. } | Op::Write { buf, .. } = op { Some(buf) } else { None };
+            self.done.push(Completion { id, result, buf });
+        }
+    }
+}
+
+impl IoQueue for MemQueue {
+    fn push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
+        if self.pending.len() + self.done.len() >= self.depth {
+            return Err(op);
+        }
+        let mut state = self.shared.lock();
+        state.waiting += 1;
+        self.pending.push(Pending { op, id, pushed: state.now, life: state.life });
+        Ok(())
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        self.advance();
+        out.append(&mut self.done);
+    }
+
+    fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.watches.watch(source, fd)
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
+        let deadline = deadline(timeout);
+        loop {
+            self.advance();
+            let until = if self.done.is_empty() { deadline } else { Some(Instant::now()) };
+            let wakeups = self.watches.sleep(until)?;
+            if !self.done.is_empty()
+                || wakeups != Wakeups::default()
+                || deadline.is_some_and(|deadline| deadline <= Instant::now())
+            {
+                return Ok(wakeups);
+            }
+        }
+    }
+}
+
+impl Drop for MemQueue {
+    /// What is in flight is finished, as a device would.
+    fn drop(&mut self) {
+        self.carry_out(self.pending.len(), false);
+    }
+}
