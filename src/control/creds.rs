@@ -1,11 +1,9 @@
-//! UNSAFE. Who is at the other end of a Unix socket (SO_PEERCRED, unix(7)).
-//!
-//! By hand, because the safe wrapper at hand stores the process id in a type that cannot be zero, and the kernel does
-//! say zero for a peer outside of our process namespace.
-#![allow(unsafe_code)]
+//! Who is at the other end of a Unix socket (SO_PEERCRED, unix(7)).
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
+
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 /// The peer when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,23 +17,8 @@ pub struct Credentials {
 impl Credentials {
     /// Asks the kernel.
     pub fn of(socket: impl AsFd) -> io::Result<Self> {
-        let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
-        let mut length = size_of::<libc::ucred>() as libc::socklen_t;
-        // SAFETY: both pointers are to locals of the sizes given, which outlive the call; the descriptor is borrowed
-        // for the length of the call.
-        let result = unsafe {
-            libc::getsockopt(
-                socket.as_fd().as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_PEERCRED,
-                (&raw mut credentials).cast(),
-                &raw mut length,
-            )
-        };
-        if result != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Credentials { pid: credentials.pid, uid: credentials.uid })
+        let credentials = getsockopt(&socket, PeerCredentials)?;
+        Ok(Credentials { pid: credentials.pid(), uid: credentials.uid() })
     }
 }
 

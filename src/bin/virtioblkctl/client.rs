@@ -1,0 +1,258 @@
+//! The quiesce socket seen from the operator's side: connect, negotiate, ask, listen. Blocking, each wait bounded.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use serde_json::{Value, json};
+
+/// How long a living daemon may take for anything but a quiesce.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+/// A line longer than this is not from our daemon.
+const LONGEST_LINE: usize = 16 << 20;
+
+/// Why a command failed: words for people, and the daemon's code if it was the daemon that refused.
+#[derive(Debug)]
+pub struct Failure {
+    /// The daemon's error code (`virtioblkd::control::proto`); ours are `no-daemon`, `no-permission`, `no-answer` and
+    /// `not-virtioblkd`.
+    pub code: String,
+    /// Names the thing, the cause and the mend.
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure of our own.
+    pub fn new(code: &str, message: impl Into<String>) -> Self {
+        Failure { code: code.into(), message: message.into() }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+/// One line of the daemon's.
+pub enum Message {
+    /// The answer to the oldest request not answered yet.
+    Reply(Result<Value, Failure>),
+    /// Something happened: the whole message.
+    Event(Value),
+}
+
+/// A connection that has negotiated.
+pub struct Client {
+    stream: UnixStream,
+    name: String,
+    input: Vec<u8>,
+    events: VecDeque<Value>,
+}
+
+impl Client {
+    /// Connects and negotiates, within [`PATIENCE`].
+    pub fn connect(path: &Path) -> Result<Self, Failure> {
+        let deadline = Instant::now() + PATIENCE;
+        let stream = open(path, deadline)?;
+        let name = path.display().to_string();
+        let mut client = Client { stream, name, input: Vec::new(), events: VecDeque::new() };
+        let greeting = client.line(Some(deadline))?;
+        if let Some(failure) = refusal(&greeting) {
+            return Err(failure);
+        }
+        if !greeting["QMP"].is_object() {
+            return Err(Failure::new("not-virtioblkd", format!("'{}' does not speak QMP: {greeting}", client.name)));
+        }
+        client.ask("qmp_capabilities", json!({}), PATIENCE)?;
+        Ok(client)
+    }
+
+    /// Asks and waits for the answer; events that come meanwhile are kept for [`Client::next`].
+    pub fn ask(&mut self, command: &str, arguments: Value, patience: Duration) -> Result<Value, Failure> {
+        self.send(command, arguments)?;
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.message(Some(deadline))? {
+                Message::Reply(reply) => return reply,
+                Message::Event(event) => self.events.push_back(event),
+            }
+        }
+    }
+
+    /// Asks; the answer will come out of [`Client::next`].
+    pub fn send(&mut self, command: &str, arguments: Value) -> Result<(), Failure> {
+        let request = json!({"execute": command, "arguments": arguments});
+        // A request is far smaller than the socket's buffer; one that does not fit means that nobody reads.
+        self.stream.write_all(format!("{request}\n").as_bytes()).map_err(|error| self.lost(&error))
+    }
+
+    /// The next message, kept or new. Without a deadline it waits for ever.
+    pub fn next(&mut self, deadline: Option<Instant>) -> Result<Message, Failure> {
+        match self.events.pop_front() {
+            Some(event) => Ok(Message::Event(event)),
+            None => self.message(deadline),
+        }
+    }
+
+    /// Whether [`Client::next`] has something without reading.
+    pub fn has_more(&self) -> bool {
+        !self.events.is_empty() || self.input.contains(&b'\n')
+    }
+
+    fn message(&mut self, deadline: Option<Instant>) -> Result<Message, Failure> {
+        let mut value = self.line(deadline)?;
+        if value.get("event").is_some() {
+            return Ok(Message::Event(value));
+        }
+        Ok(Message::Reply(match refusal(&value) {
+            Some(failure) => Err(failure),
+            None => Ok(value["return"].take()),
+        }))
+    }
+
+    fn line(&mut self, deadline: Option<Instant>) -> Result<Value, Failure> {
+        let mut searched = 0;
+        loop {
+            if let Some(end) = self.input[searched..].iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.input.drain(..=searched + end).collect();
+                return serde_json::from_slice(&line).map_err(|error| {
+                    Failure::new("not-virtioblkd", format!("'{}' does not speak QMP: {error}", self.name))
+                });
+            }
+            searched = self.input.len();
+            if searched > LONGEST_LINE {
+                return Err(Failure::new("not-virtioblkd", format!("'{}' does not speak QMP", self.name)));
+            }
+            self.read_more(deadline)?;
+        }
+    }
+
+    fn read_more(&mut self, deadline: Option<Instant>) -> Result<(), Failure> {
+        if !wait_readable(&self.stream, deadline).map_err(|error| self.lost(&error))? {
+            return Err(self.no_answer());
+        }
+        let mut buffer = [0; 16 * 1024];
+        match self.stream.read(&mut buffer) {
+            Ok(0) => Err(self.lost(&io::Error::from(io::ErrorKind::UnexpectedEof))),
+            Ok(count) => {
+                self.input.extend_from_slice(&buffer[..count]);
+                Ok(())
+            }
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(()),
+            Err(error) => Err(self.lost(&error)),
+        }
+    }
+
+    fn lost(&self, error: &io::Error) -> Failure {
+        let why = match error.kind() {
+            io::ErrorKind::WouldBlock => "it reads no requests".to_owned(),
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+                "it closed the connection".to_owned()
+            }
+            _ => error.to_string(),
+        };
+        Failure::new(
+            "no-daemon",
+            format!("the daemon behind '{}' is lost: {why}. See its log, and whether it still runs", self.name),
+        )
+    }
+
+    fn no_answer(&self) -> Failure {
+        Failure::new(
+            "no-answer",
+            format!(
+                "no answer from '{}' in time: its daemon is stopped or stuck (see its log), or this is not a quiesce \
+                 socket (give the one of virtioblkd's --control-path, not of --socket-path)",
+                self.name
+            ),
+        )
+    }
+}
+
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+fn refusal(value: &Value) -> Option<Failure> {
+    let error = value.get("error")?;
+    let code = error["code"].as_str().or(error["class"].as_str()).unwrap_or("unknown");
+    Some(Failure::new(code, error["desc"].as_str().unwrap_or("the daemon gave no reason")))
+}
+
+/// connect(2) on a socket whose queue is full would wait for ever, so it is tried.
+fn open(path: &Path, deadline: Instant) -> Result<UnixStream, Failure> {
+    let shown = path.display();
+    let failed = |errno: Errno| describe(path, errno);
+    let address = SocketAddrUnix::new(path).map_err(failed)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed)?;
+    loop {
+        match connect(&socket, &address) {
+            Ok(()) => return Ok(UnixStream::from(socket)),
+            Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Err(Errno::AGAIN | Errno::INTR) => {
+                let message = format!(
+                    "the daemon behind '{shown}' accepts no connection: it is stopped or stuck; see its log and \
+                     whether it was stopped by a signal"
+                );
+                return Err(Failure::new("no-answer", message));
+            }
+            Err(errno) => return Err(failed(errno)),
+        }
+    }
+}
+
+fn describe(path: &Path, errno: Errno) -> Failure {
+    let shown = path.display();
+    let is_socket = std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
+    let (code, message) = match errno {
+        Errno::NOENT => (
+            "no-daemon",
+            format!("there is no socket '{shown}': start virtioblkd with --control-path {shown}, or correct the path"),
+        ),
+        Errno::CONNREFUSED if is_socket => (
+            "no-daemon",
+            format!("nobody listens on '{shown}': its daemon is gone; start it again, it replaces the socket"),
+        ),
+        Errno::CONNREFUSED | Errno::NOTSOCK => {
+            ("no-daemon", format!("'{shown}' is not a socket: give the path of virtioblkd's --control-path"))
+        }
+        Errno::ACCESS | Errno::PERM => (
+            "no-permission",
+            format!(
+                "permission denied on '{shown}': be root or the daemon's user, or widen the socket's mode (and look at \
+                 the directories above it)"
+            ),
+        ),
+        Errno::NAMETOOLONG | Errno::INVAL => {
+            ("no-daemon", format!("the socket path '{shown}' is longer than the 107 bytes that a socket address holds"))
+        }
+        _ => ("no-daemon", format!("cannot connect to '{shown}': {}", io::Error::from(errno))),
+    };
+    Failure::new(code, message)
+}
+
+fn wait_readable(socket: impl AsFd, deadline: Option<Instant>) -> io::Result<bool> {
+    loop {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let timeout = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
+        match poll(&mut [PollFd::new(&socket, PollFlags::IN)], timeout.as_ref()) {
+            Ok(count) => return Ok(count > 0),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! The operator's command: asks a running `virtioblkd` through its quiesce socket.
+//!
+//! Exit status: 0 success, 1 the daemon refused or could not be reached, 2 wrong usage. `quiesce -- COMMAND` exits with
+//! COMMAND's status (128 + n for signal n), 125 if we failed or the hold was lost, 126 and 127 if COMMAND cannot be run.
+
+mod client;
+mod hold;
+mod show;
+mod spawn;
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use serde_json::{Value, json};
+
+use client::{Client, Failure, Message, PATIENCE};
+use virtioblkd::control::proto::{LONGEST, LONGEST_WHO};
+
+/// Ask a running virtioblkd, and hold its disk still
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    /// The daemon's quiesce socket (virtioblkd --control-path)
+    #[arg(long, value_name = "PATH", global = true)]
+    control: Option<PathBuf>,
+    /// Print the daemon's JSON
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// The disk: cache mode, front-end, rings, who holds it, last errors
+    Status,
+    /// Counters, a row a ring
+    Stats,
+    /// Hold the disk still: no write in flight, everything acknowledged durable
+    ///
+    /// Without COMMAND, prints a token and leaves the disk held until `resume TOKEN` or the end of the lease. With
+    /// COMMAND, holds the disk while COMMAND runs, resumes whatever happens, and exits with COMMAND's status.
+    Quiesce(Quiesce),
+    /// Let the disk go on
+    Resume(Resume),
+    /// Print what happens, until interrupted
+    Watch,
+    /// End the daemon in order, as SIGTERM does
+    Quit,
+}
+
+#[derive(Args)]
+struct Quiesce {
+    /// Give up, and let the disk go on, if it is not still by then
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
+    timeout: Duration,
+    /// The disk goes on by itself after this time (renewed while COMMAND runs)
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
+    lease: Duration,
+    /// A name for this hold, for status, events and the log
+    #[arg(long, value_name = "TEXT")]
+    who: Option<String>,
+    /// Hold the disk while this runs
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct Resume {
+    /// The hold to end, as quiesce printed it
+    token: Option<String>,
+    /// End every hold
+    #[arg(long)]
+    all: bool,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let Some(path) = &cli.control else {
+        let error = Cli::command().error(
+            clap::error::ErrorKind::MissingRequiredArgument,
+            "--control PATH is missing: give the socket that virtioblkd was started with as --control-path",
+        );
+        error.exit();
+    };
+    let own_failure = match &cli.what {
+        What::Quiesce(Quiesce { command, .. }) if !command.is_empty() => hold::FAILED,
+        _ => 1,
+    };
+    match Client::connect(path).and_then(|client| run(&cli, client)) {
+        Ok(status) => ExitCode::from(status),
+        Err(failure) => {
+            eprintln!("virtioblkctl: {failure}");
+            if cli.json {
+                let error = json!({"error": {"code": failure.code, "desc": failure.message}});
+                // The status tells it as well; a closed pipe is the reader's choice.
+                let _ = writeln!(io::stdout(), "{error}");
+            }
+            ExitCode::from(own_failure)
+        }
+    }
+}
+
+fn run(cli: &Cli, mut client: Client) -> Result<u8, Failure> {
+    let text = match &cli.what {
+        What::Status => page(cli, &client.ask("query-status", json!({}), PATIENCE)?, show::status),
+        What::Stats => page(cli, &client.ask("query-stats", json!({}), PATIENCE)?, show::stats),
+        What::Quiesce(quiesce) => {
+            let arguments = arguments(quiesce);
+            if !quiesce.command.is_empty() {
+                return hold::run(client, arguments, quiesce.timeout, &quiesce.command);
+            }
+            let answer = client.ask("quiesce", arguments, quiesce.timeout + PATIENCE)?;
+            if !cli.json {
+                // Standard output has the token alone, for TOKEN=$(...).
+                eprintln!("virtioblkctl: the disk is held: {}", show::figures(&answer));
+            }
+            page(cli, &answer, |answer| format!("{}\n", answer["token"].as_str().unwrap_or_default()))
+        }
+        What::Resume(resume) => {
+            let arguments = match &resume.token {
+                Some(token) => json!({"token": token}),
+                None => json!({"all": true}),
+            };
+            page(cli, &client.ask("resume", arguments, PATIENCE)?, resumed)
+        }
+        What::Watch => return watch(cli, client),
+        What::Quit => page(cli, &client.ask("quit", json!({}), PATIENCE)?, |_| "the daemon ends\n".to_owned()),
+    };
+    print(&text)?;
+    Ok(0)
+}
+
+fn page(cli: &Cli, answer: &Value, readable: impl Fn(&Value) -> String) -> String {
+    if cli.json { format!("{answer:#}\n") } else { readable(answer) }
+}
+
+fn arguments(quiesce: &Quiesce) -> Value {
+    let user = || {
+        let command = quiesce.command.first().map(|name| format!(" -- {}", name.to_string_lossy()));
+        format!("virtioblkctl quiesce{}", command.unwrap_or_default())
+    };
+    let mut who = quiesce.who.clone().unwrap_or_else(user);
+    while who.len() > LONGEST_WHO {
+        who.pop();
+    }
+    json!({
+        "timeout-ms": quiesce.timeout.as_millis() as u64,
+        "lease-ms": quiesce.lease.as_millis() as u64,
+        "detached": quiesce.command.is_empty(),
+        "who": who,
+    })
+}
+
+fn resumed(answer: &Value) -> String {
+    match answer["holders"].as_u64() {
+        Some(0) | None => format!("{} hold(s) ended, the disk goes on\n", answer["resumed"]),
+        Some(others) => {
+            format!("{} hold(s) ended, {others} holder(s) left: the disk is still held\n", answer["resumed"])
+        }
+    }
+}
+
+fn watch(cli: &Cli, mut client: Client) -> Result<u8, Failure> {
+    loop {
+        let Message::Event(event) = client.next(None)? else { continue };
+        print(&if cli.json { format!("{event}\n") } else { format!("{}\n", show::event(&event)) })?;
+        if event["event"] == "SHUTDOWN" {
+            return Ok(0);
+        }
+    }
+}
+
+/// Prints at once, also into a pipe.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(|error| Failure::new("output", format!("cannot print: {error}")))
+}
+
+/// `500ms`, `5s`, `2m`, `1h`: from 1 ms to the longest that the daemon takes.
+fn duration(text: &str) -> Result<Duration, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let milliseconds = match unit {
+        "ms" => 1,
+        "s" => 1000,
+        "m" | "min" => 60_000,
+        "h" => 3_600_000,
+        _ => return Err("a time is a whole number and a unit: 500ms, 5s, 2m, 1h".into()),
+    };
+    let total = number.parse::<u64>().ok().and_then(|number| number.checked_mul(milliseconds));
+    match total.map(Duration::from_millis) {
+        Some(time) if !time.is_zero() && time <= LONGEST => Ok(time),
+        _ => Err(format!("a time is at least 1ms and at most {}h", LONGEST.as_secs() / 3600)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_have_units_and_limits() {
+        let good = [("500ms", 500), ("5s", 5000), ("2m", 120_000), ("1min", 60_000), ("1h", 3_600_000)];
+        for (text, milliseconds) in good {
+            assert_eq!(duration(text), Ok(Duration::from_millis(milliseconds)));
+        }
+        for text in
+            ["", "5", "s", "-5s", "1.5s", "5 s", "5d", "0s", "61m", "99999999999999999999s", "18446744073709551615h"]
+        {
+            assert!(duration(text).is_err(), "{text}");
+        }
+        assert!(duration("5").unwrap_err().contains("500ms"));
+    }
+}

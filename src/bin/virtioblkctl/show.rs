@@ -1,0 +1,252 @@
+//! Replies and events as text. Whatever a daemon of another version leaves out is left out here, too.
+
+use std::fmt::Write;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::Value;
+
+/// A string of the daemon's, or of another client's, without what could play with a terminal.
+fn clean(value: &Value) -> String {
+    let text = value.as_str().unwrap_or("");
+    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
+/// `12 ms`, `3.4 s`, `12 min`, `3.5 h`, `9 days`.
+fn time(milliseconds: u64) -> String {
+    match milliseconds {
+        0..=999 => format!("{milliseconds} ms"),
+        1_000..=119_999 => format!("{:.1} s", milliseconds as f64 / 1e3),
+        120_000..=7_199_999 => format!("{} min", milliseconds / 60_000),
+        7_200_000..=172_799_999 => format!("{:.1} h", milliseconds as f64 / 3.6e6),
+        _ => format!("{} days", milliseconds / 86_400_000),
+    }
+}
+
+/// `1500` microseconds as `1.5 ms`.
+fn short_time(microseconds: &Value) -> String {
+    match microseconds.as_u64().unwrap_or(0) {
+        few @ 0..=999 => format!("{few} us"),
+        some @ 1_000..=999_999 => format!("{:.1} ms", some as f64 / 1e3),
+        many => time(many / 1000),
+    }
+}
+
+/// `512 B`, `4.0 KiB`, `10 GiB`.
+fn bytes(count: u64) -> String {
+    let units = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    if count < 1024 {
+        return format!("{count} B");
+    }
+    let mut size = count as f64 / 1024.0;
+    let mut unit = 0;
+    while size >= 1024.0 && unit + 1 < units.len() {
+        size /= 1024.0;
+        unit += 1;
+    }
+    if size < 10.0 { format!("{size:.1} {}", units[unit]) } else { format!("{size:.0} {}", units[unit]) }
+}
+
+fn who(holder: &Value) -> String {
+    let process = format!("pid {}, uid {}", holder["pid"], holder["uid"]);
+    match holder["who"].as_str() {
+        Some(_) => format!("{} ({process})", clean(&holder["who"])),
+        None => process,
+    }
+}
+
+/// The page of `status`.
+pub fn status(status: &Value) -> String {
+    let mut page = String::new();
+    let mut line = |name: &str, text: String| {
+        // Writing to a String cannot fail.
+        let _ = writeln!(page, "{name:<11}{text}");
+    };
+    let number = |value: &Value| value.as_u64().unwrap_or(0);
+    let read_only = if status["read-only"] == true { ", read-only" } else { "" };
+    line("image", clean(&status["image"]));
+    line("", format!("{}, {}-byte blocks{read_only}", bytes(number(&status["size"])), status["logical-block-size"]));
+    line("cache mode", clean(&status["cache-mode"]));
+    line("", format!("a write is acknowledged {}", clean(&status["write-acknowledged"])));
+    let (flush, sees) = (clean(&status["guest-flush"]), clean(&status["guest-sees"]));
+    line("", format!("a guest's flush is {flush}; the guest sees {sees}"));
+    line("front-end", front_end(status));
+    line("rings", rings(status));
+    let mut first = "quiesced";
+    for text in quiesce(&status["quiesce"]) {
+        line(std::mem::take(&mut first), text);
+    }
+    if status["sync-failed"] == true {
+        line(
+            "WARNING",
+            "a sync failed for good: writes are no longer made durable; replace the medium, restart".into(),
+        );
+    }
+    let mut first = "errors";
+    for text in errors(&status["last-errors"]) {
+        line(std::mem::take(&mut first), text);
+    }
+    let daemon = &status["daemon"];
+    let up = time(number(&daemon["uptime-seconds"]) * 1000);
+    line("daemon", format!("virtioblkd {}, pid {}, up {up}", clean(&daemon["version"]), daemon["pid"]));
+    page
+}
+
+fn front_end(status: &Value) -> String {
+    let state = match (status["connected"] == true, status["driver-ready"] == true) {
+        (true, true) => "connected, driver ready",
+        (true, false) => "connected, no driver yet",
+        (false, _) => "not connected",
+    };
+    match clean(&status["daemon"]["vhost-socket"]) {
+        socket if socket.is_empty() => state.to_owned(),
+        socket => format!("{state} ({socket})"),
+    }
+}
+
+fn rings(status: &Value) -> String {
+    let rings = status["rings"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let in_flight: u64 = rings.iter().filter_map(|ring| ring["in-flight"].as_u64()).sum();
+    let held = rings.iter().filter(|ring| ring["held"] == true).count();
+    format!("{} running, {in_flight} in flight, {held} with a held write", rings.len())
+}
+
+fn quiesce(quiesce: &Value) -> Vec<String> {
+    let closed = time(quiesce["closed-ms"].as_u64().unwrap_or(0));
+    let holders = quiesce["holders"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let mut lines = match quiesce["state"].as_str() {
+        Some("quiesced") => vec![format!("for {closed}, {} holder(s)", holders.len())],
+        Some("settling") => vec![format!("not yet: draining for {closed}, {} waiting", quiesce["waiting"])],
+        _ => vec!["no".to_owned()],
+    };
+    for holder in holders {
+        let milliseconds = |name: &str| time(holder[name].as_u64().unwrap_or(0));
+        let detached = if holder["detached"] == true { ", detached" } else { "" };
+        lines.push(format!(
+            "{} by {}: held {}, lease {} left{detached}",
+            clean(&holder["token"]),
+            who(holder),
+            milliseconds("held-ms"),
+            milliseconds("lease-left-ms")
+        ));
+    }
+    lines
+}
+
+fn errors(errors: &Value) -> Vec<String> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let errors = errors.as_array().map(Vec::as_slice).unwrap_or_default();
+    if errors.is_empty() {
+        return vec!["none".to_owned()];
+    }
+    let line = |error: &Value| {
+        let age = now.saturating_sub(error["when"].as_u64().unwrap_or(now));
+        format!("{} ago: {}", time(age * 1000), clean(&error["what"]))
+    };
+    errors.iter().rev().map(line).collect()
+}
+
+/// The table of `stats`: a row a ring, and their sum.
+pub fn stats(stats: &Value) -> String {
+    const COLUMNS: [(&str, &str); 14] = [
+        ("size", "size"),
+        ("in-flight", "in-flight"),
+        ("held", "held"),
+        ("reads", "reads"),
+        ("read-bytes", "read"),
+        ("writes", "writes"),
+        ("written-bytes", "written"),
+        ("flushes", "flushes"),
+        ("syncs", "syncs"),
+        ("discards", "discards"),
+        ("write-zeroes", "zeroes"),
+        ("errors", "errors"),
+        ("unsupported", "unsupp"),
+        ("interrupts", "irqs"),
+    ];
+    let heading = std::iter::once("ring").chain(COLUMNS.map(|(_, heading)| heading)).map(str::to_owned).collect();
+    let mut rows: Vec<Vec<String>> = vec![heading];
+    let rings = stats["rings"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let rings = rings.iter().map(|ring| (ring["index"].to_string(), ring));
+    for (name, ring) in rings.chain([("total".to_owned(), &stats["total"])]) {
+        let cell = |(member, _): (&str, &str)| match (&ring[member], member) {
+            (_, "size" | "held") if name == "total" => String::new(),
+            (Value::Bool(held), _) => if *held { "yes" } else { "no" }.to_owned(),
+            (value, "read-bytes" | "written-bytes") => bytes(value.as_u64().unwrap_or(0)),
+            (Value::Null, _) => "-".to_owned(),
+            (value, _) => value.to_string(),
+        };
+        rows.push(std::iter::once(name.clone()).chain(COLUMNS.map(cell)).collect());
+    }
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..=COLUMNS.len()).map(width).collect();
+    let mut table = String::new();
+    for row in &rows {
+        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:>width$}")).collect();
+        table.push_str(cells.join("  ").trim_end());
+        table.push('\n');
+    }
+    table
+}
+
+/// What a quiesce took, in a line.
+pub fn figures(figures: &Value) -> String {
+    format!(
+        "{} request(s) drained in {}, {} synced in {}, {} ring(s), {} holder(s)",
+        figures["drained"],
+        short_time(&figures["drain-us"]),
+        bytes(figures["bytes-synced"].as_u64().unwrap_or(0)),
+        short_time(&figures["sync-us"]),
+        figures["rings"],
+        figures["holders"]
+    )
+}
+
+/// An event in a line: the time (UTC), the name and the data.
+pub fn event(event: &Value) -> String {
+    let seconds = event["timestamp"]["seconds"].as_u64().unwrap_or(0);
+    let milliseconds = event["timestamp"]["microseconds"].as_u64().unwrap_or(0) / 1000;
+    let (hours, minutes) = (seconds / 3600 % 24, seconds / 60 % 60);
+    let mut line = format!("{hours:02}:{minutes:02}:{:02}.{milliseconds:03}Z {}", seconds % 60, clean(&event["event"]));
+    for (name, value) in event["data"].as_object().into_iter().flatten() {
+        match value {
+            Value::Null => {}
+            // JSON's own quoting keeps control characters away.
+            value => {
+                let _ = write!(line, " {name}={value}");
+            }
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn units_are_readable() {
+        let times = [0, 999, 1000, 119_999, 120_000, 7_200_000, 864_000_000].map(time);
+        assert_eq!(times, ["0 ms", "999 ms", "1.0 s", "120.0 s", "2 min", "2.0 h", "10 days"]);
+        let sizes = [0, 1023, 1024, 10 << 20, 10 << 30, u64::MAX].map(bytes);
+        assert_eq!(sizes, ["0 B", "1023 B", "1.0 KiB", "10 MiB", "10 GiB", "16384 PiB"]);
+        let times = [json!(12), json!(1500), json!(2_500_000), json!(null)].map(|value| short_time(&value));
+        assert_eq!(times, ["12 us", "1.5 ms", "2.5 s", "0 us"]);
+    }
+
+    #[test]
+    fn nothing_plays_with_the_terminal() {
+        let holder = json!({"who": "\u{1b}[2Jgone\nx", "pid": 1, "uid": 0, "token": "t"});
+        let page = status(&json!({"quiesce": {"state": "quiesced", "holders": [holder]}}));
+        assert!(!page.contains('\u{1b}') && page.contains("gone"), "{page}");
+        let line = event(&json!({"event": "QUIESCED", "data": {"who": "\u{1b}[2J\n"}}));
+        assert!(!line.contains('\u{1b}') && !line.contains('\n'), "{line}");
+    }
+
+    #[test]
+    fn a_daemon_that_says_little_is_no_error() {
+        assert!(status(&json!({})).contains("not connected"));
+        assert!(stats(&json!({"rings": [{"index": 0}]})).contains("total"));
+        assert!(event(&json!({})).starts_with("00:00:00"));
+    }
+}

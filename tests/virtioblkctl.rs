@@ -1,0 +1,359 @@
+//! The operator's command, as a process, against a served fake disk.
+
+mod control_kit;
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use control_kit::{PATIENCE, Served, Settle};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use virtioblkd::disk::Event;
+use virtioblkd::engine::Errno;
+
+fn ctl(path: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"));
+    command.arg("--control").arg(path).stdin(Stdio::null());
+    command
+}
+
+fn run(served: &Served, arguments: &[&str]) -> Output {
+    ctl(&served.path).args(arguments).output().unwrap()
+}
+
+fn out(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn err(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+fn ok(served: &Served, arguments: &[&str]) -> String {
+    let output = run(served, arguments);
+    assert!(output.status.success(), "{arguments:?}: {output:?}");
+    out(&output)
+}
+
+/// Starts it with its output in pipes.
+fn start(served: &Served, arguments: &[&str]) -> Child {
+    ctl(&served.path).args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn contains(text: &str, words: &[&str]) {
+    for word in words {
+        assert!(text.contains(word), "'{word}' is not in:\n{text}");
+    }
+}
+
+#[test]
+fn status_is_a_page_and_stats_a_table() {
+    let served = Served::new();
+    let page = ok(&served, &["status"]);
+    let words = [
+        "raw file '/images/a.raw'",
+        "10 GiB, 512-byte blocks",
+        "none",
+        "acknowledged when the host's device has it",
+        "flush is synced",
+        "sees write back",
+        "connected, driver ready (/run/vhost.sock)",
+        "2 running, 6 in flight, 0 with a held write",
+        "quiesced   no",
+        "write at 4096: Input/output error",
+        "virtioblkd 0.1.0",
+    ];
+    contains(&page, &words);
+    let mut client = served.client();
+    client.quiesce(json!({"who": "nightly", "lease-ms": 3_600_000}));
+    contains(
+        &ok(&served, &["status"]),
+        &["1 with a held write", "1 holder(s)", "by nightly (pid", "lease", " min left"],
+    );
+    let table = ok(&served, &["stats"]);
+    let lines: Vec<&str> = table.lines().collect();
+    assert_eq!(lines.len(), 4, "{table}");
+    contains(lines[0], &["ring", "in-flight", "written", "syncs", "irqs"]);
+    contains(lines[2], &["1", "2000", "2.0 MiB", "yes"]);
+    contains(lines[3], &["total", "3000"]);
+    let status: Value = serde_json::from_str(&ok(&served, &["--json", "status"])).unwrap();
+    assert_eq!(status["quiesce"]["holders"][0]["who"], "nightly");
+    let stats: Value = serde_json::from_str(&ok(&served, &["stats", "--json"])).unwrap();
+    assert_eq!(stats["total"]["reads"], 3000);
+}
+
+#[test]
+fn a_quiesce_outlives_the_command() {
+    let served = Served::new();
+    let output = run(&served, &["quiesce", "--lease", "1m", "--timeout", "500ms", "--who", "me"]);
+    contains(&err(&output), &["12 request(s) drained in 1.5 ms", "8.0 KiB synced in 3.2 ms", "1 holder(s)"]);
+    let text = out(&output);
+    let token = text.strip_suffix('\n').unwrap();
+    assert_eq!(token.len(), 16, "the token alone, for TOKEN=$(...)");
+    assert!(served.disk.closed().is_some());
+    let second: Value = serde_json::from_str(&ok(&served, &["--json", "quiesce"])).unwrap();
+    assert_eq!(second["holders"], 2);
+    contains(&ok(&served, &["resume", token]), &["1 holder(s) left"]);
+    contains(&ok(&served, &["resume", "--all"]), &["goes on"]);
+    assert!(served.disk.closed().is_none());
+    let again = run(&served, &["resume", token]);
+    assert_eq!(again.status.code(), Some(1));
+    contains(&err(&again), &["resumed already"]);
+    let again = run(&served, &["--json", "resume", token]);
+    assert_eq!(serde_json::from_str::<Value>(&out(&again)).unwrap()["error"]["code"], "not-held");
+}
+
+#[test]
+fn a_quiesce_that_fails_says_why() {
+    let served = Served::new();
+    served.disk.set(Settle::Fail(Errno(28)));
+    let output = run(&served, &["quiesce"]);
+    assert_eq!(output.status.code(), Some(1));
+    contains(&err(&output), &["No space left on device", "goes on"]);
+    served.disk.set(Settle::ByHand);
+    let output = run(&served, &["quiesce", "--timeout", "30ms", "--", "touch", "/nonexistent/never-run"]);
+    assert_eq!(output.status.code(), Some(125));
+    contains(&err(&output), &["in time", "timeout-ms"]);
+    assert!(served.disk.closed().is_none());
+}
+
+// With a command under it.
+
+#[test]
+fn the_disk_is_held_while_the_command_runs_and_its_status_is_ours() {
+    let served = Served::new();
+    let ctl = env!("CARGO_BIN_EXE_virtioblkctl");
+    let script = r#""$0" --control "$1" --json status; echo "$VIRTIOBLK_QUIESCE_TOKEN" >&2; exit 7"#;
+    let output = run(&served, &["quiesce", "--", "sh", "-c", script, ctl, served.path.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(7), "{output:?}");
+    let status: Value = serde_json::from_str(&out(&output)).unwrap();
+    let holder = &status["quiesce"]["holders"][0];
+    assert_eq!((&status["quiesce"]["state"], &holder["detached"]), (&json!("quiesced"), &json!(false)));
+    assert_eq!(holder["who"], "virtioblkctl quiesce -- sh");
+    contains(&err(&output), &[holder["token"].as_str().unwrap()]);
+    assert!(served.disk.closed().is_none(), "resumed");
+    assert_eq!(run(&served, &["quiesce", "--", "true"]).status.code(), Some(0));
+    assert_eq!(run(&served, &["quiesce", "--", "sh", "-c", "kill -9 $$"]).status.code(), Some(128 + 9));
+    assert_eq!(run(&served, &["quiesce", "--", "/nonexistent/command"]).status.code(), Some(127));
+    assert_eq!(run(&served, &["quiesce", "--", "/dev/null"]).status.code(), Some(126));
+    assert!(served.disk.closed().is_none());
+    assert_eq!(served.disk.closings(), 5);
+}
+
+#[test]
+fn the_lease_is_renewed_while_the_command_runs() {
+    let served = Served::new();
+    let output = run(&served, &["quiesce", "--lease", "300ms", "--", "sleep", "1.5"]);
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    assert_eq!(served.disk.closings(), 1);
+}
+
+#[test]
+fn signals_go_to_the_command_and_the_disk_goes_on() {
+    for (signal, name) in [(Signal::TERM, "TERM"), (Signal::INT, "INT"), (Signal::HUP, "HUP")] {
+        let served = Served::new();
+        let script = format!("trap 'echo got {name}; exit 3' {name}; echo ready; while :; do sleep 0.05; done");
+        let mut child = start(&served, &["quiesce", "--", "bash", "-c", &script]);
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert_eq!(lines.next().unwrap().unwrap(), "ready");
+        kill_process(Pid::from_child(&child), signal).unwrap();
+        assert_eq!(lines.next().unwrap().unwrap(), format!("got {name}"));
+        assert_eq!(child.wait().unwrap().code(), Some(3));
+        assert!(served.disk.closed().is_none());
+    }
+    // A command that does not catch it.
+    let served = Served::new();
+    let mut child = start(&served, &["quiesce", "--", "sh", "-c", "echo ready; exec sleep 100"]);
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
+    assert!(served.disk.closed().is_none());
+}
+
+#[test]
+fn our_death_lets_the_disk_go_on() {
+    let served = Served::new();
+    let mut child = start(&served, &["quiesce", "--", "sh", "-c", "echo $$; exec sleep 100"]);
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert!(served.disk.closed().is_some());
+    child.kill().unwrap();
+    served.disk.wait_closed(false);
+    assert_eq!(child.wait().unwrap().signal(), Some(9));
+    let orphan = Pid::from_raw(line.trim().parse().unwrap()).unwrap();
+    kill_process(orphan, Signal::KILL).unwrap();
+}
+
+#[test]
+fn a_hold_that_is_lost_is_no_success() {
+    // Somebody resumes everything.
+    let served = Served::new();
+    let mut client = served.client();
+    let child = start(&served, &["quiesce", "--", "sh", "-c", "echo ready; sleep 0.5"]);
+    client.event("QUIESCED");
+    client.ask("resume", json!({"all": true})).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    contains(&err(&output), &["somebody else resumed", "cannot be trusted"]);
+    // The command's own failure is kept.
+    let child = start(&served, &["quiesce", "--", "sh", "-c", "sleep 0.5; exit 9"]);
+    client.event("RESUMED");
+    client.event("QUIESCED");
+    client.ask("resume", json!({"all": true})).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(9));
+    contains(&err(&output), &["cannot be trusted"]);
+    // The lease runs out because we were stopped, and nobody renewed it.
+    let child = start(&served, &["quiesce", "--lease", "200ms", "--", "sleep", "0.8"]);
+    client.event("RESUMED");
+    client.event("QUIESCED");
+    kill_process(Pid::from_child(&child), Signal::STOP).unwrap();
+    client.event("LEASE_EXPIRED");
+    kill_process(Pid::from_child(&child), Signal::CONT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(125), "{}", err(&output));
+    contains(&err(&output), &["lease ran out", "cannot be trusted"]);
+    // The daemon ends.
+    let mut served = Served::new();
+    let child = start(&served, &["quiesce", "--", "sleep", "0.5"]);
+    served.disk.wait_closed(true);
+    served.stop();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(125), "{}", err(&output));
+}
+
+// The rest.
+
+#[test]
+fn watch_prints_until_the_end() {
+    let mut served = Served::new();
+    let mut text = start(&served, &["watch"]);
+    let mut json = start(&served, &["watch", "--json"]);
+    let mut lines = BufReader::new(text.stdout.take().unwrap()).lines();
+    let mut json_lines = BufReader::new(json.stdout.take().unwrap()).lines();
+    // Nobody says when it has connected, so something happens until it tells of it.
+    let connected = AtomicBool::new(false);
+    let first = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !connected.load(Ordering::SeqCst) {
+                served.disk.events.send(Event::Disconnected("test".into()));
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        });
+        let first = lines.next();
+        json_lines.next().unwrap().unwrap();
+        connected.store(true, Ordering::SeqCst);
+        first
+    });
+    contains(&first.unwrap().unwrap(), &["Z FRONTEND_DISCONNECTED reason=\"test\""]);
+    served.client().quiesce(json!({"who": "x\u{1b}[2J"}));
+    let line = lines.find(|line| line.as_ref().unwrap().contains("QUIESCED")).unwrap().unwrap();
+    contains(&line, &["token=", "who=\"x\\u001b[2J\"", "drained=12"]);
+    served.stop();
+    assert!(lines.any(|line| line.unwrap().contains("SHUTDOWN")));
+    assert_eq!(text.wait().unwrap().code(), Some(0));
+    let rest: Vec<Value> = json_lines.map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect();
+    assert_eq!(rest.last().unwrap()["event"], "SHUTDOWN");
+    assert_eq!(json.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn quit_asks_for_the_end() {
+    let served = Served::new();
+    contains(&ok(&served, &["quit"]), &["the daemon ends"]);
+    // The reply is written before the daemon is told.
+    let start = Instant::now();
+    while served.quits.load(Ordering::SeqCst) == 0 {
+        assert!(start.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn errors_name_the_thing_the_cause_and_the_mend() {
+    let dir = tempfile::tempdir().unwrap();
+    let fails = |path: &Path, words: &[&str]| {
+        let output = ctl(path).arg("status").output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        contains(&err(&output), words);
+        contains(&err(&output), &["virtioblkctl: "]);
+    };
+    let missing = dir.path().join("missing");
+    fails(&missing, &[missing.to_str().unwrap(), "no socket", "--control-path"]);
+    let dead = dir.path().join("dead");
+    drop(UnixListener::bind(&dead).unwrap());
+    fails(&dead, &["nobody listens", "start it again"]);
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    fails(&file, &["not a socket"]);
+    fails(&dir.path().join("x".repeat(200)), &["107"]);
+    let closing = dir.path().join("closing");
+    let listener = UnixListener::bind(&closing).unwrap();
+    std::thread::spawn(move || drop(listener.accept()));
+    fails(&closing, &["closed the connection"]);
+    let http = dir.path().join("http");
+    let listener = UnixListener::bind(&http).unwrap();
+    std::thread::spawn(move || {
+        let mut stream = listener.accept().unwrap().0;
+        std::io::Write::write_all(&mut stream, b"HTTP/1.1 400 Bad Request\r\n").unwrap();
+        std::thread::sleep(PATIENCE);
+    });
+    fails(&http, &["does not speak QMP"]);
+    let silent = dir.path().join("silent");
+    let _listener = UnixListener::bind(&silent).unwrap();
+    let start = Instant::now();
+    fails(&silent, &["no answer", "--socket-path"]);
+    assert!(start.elapsed() < PATIENCE, "it waits for five seconds, not for ever");
+}
+
+#[test]
+fn too_many_clients_is_told_in_words() {
+    let served = Served::new();
+    let _others: Vec<_> = (0..32).map(|_| served.greeted()).collect();
+    let output = run(&served, &["status"]);
+    assert_eq!(output.status.code(), Some(1));
+    contains(&err(&output), &["32 clients", "try again"]);
+}
+
+#[test]
+fn another_user_is_let_in_only_if_the_mode_says_so() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: only root can become another user");
+        return;
+    }
+    for (mode, allowed) in [(0o600, false), (0o666, true)] {
+        let served = Served::with_mode(mode);
+        let directory = served.path.parent().unwrap();
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(directory, open).unwrap();
+        // The binary's own directory may be closed to that user, so it gets a copy.
+        let copy = directory.join("ctl");
+        std::fs::copy(env!("CARGO_BIN_EXE_virtioblkctl"), &copy).unwrap();
+        let mut command = Command::new(&copy);
+        std::os::unix::process::CommandExt::uid(&mut command, 65534);
+        let output = command.arg("--control").arg(&served.path).arg("status").output().unwrap();
+        assert_eq!(output.status.success(), allowed, "{output:?}");
+        if !allowed {
+            contains(&err(&output), &["permission denied", "widen the socket's mode"]);
+        }
+    }
+}
+
+#[test]
+fn wrong_usage_is_explained() {
+    let usage = |arguments: &[&str], words: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_virtioblkctl")).args(arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        contains(&err(&output), words);
+    };
+    usage(&["status"], &["--control PATH"]);
+    usage(&["--control", "x", "quiesce", "--lease", "30"], &["500ms", "--lease"]);
+    usage(&["--control", "x", "resume"], &["--all"]);
+    usage(&["--control", "x", "resume", "t", "--all"], &["cannot be used with"]);
+}
