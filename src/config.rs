@@ -81,6 +81,16 @@ pub enum Listen {
     Fd(i32),
 }
 
+/// For the log and the status: the path, or `fd N`.
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Listen::Path { path, .. } => path.display().fmt(f),
+            Listen::Fd(number) => write!(f, "fd {number}"),
+        }
+    }
+}
+
 /// The quiesce socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ControlSocket {

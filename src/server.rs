@@ -135,7 +135,7 @@ impl Server {
             None => None,
         };
         let mut server = Server { served: disk.served, signals, quit, asked: 0 };
-        log::info!("{}: cache mode {}, serving on {front_socket}", server.served.describe(), config.cache);
+        log::info!("{}: cache mode {}, serving on {}", server.served.describe(), config.cache, config.listen);
         notify::systemd("READY=1");
         let served = server.serve(&front_socket);
         // From here whoever connects learns at once that nobody serves.

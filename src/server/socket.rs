@@ -66,7 +66,7 @@ impl std::error::Error for SocketError {}
 /// What can be checked before the image is opened.
 pub(super) enum Prepared {
     Path { path: PathBuf, mode: u32, group: Option<Gid> },
-    Fd(i32, UnixListener),
+    Fd(UnixListener),
 }
 
 /// Checks the inherited socket, or looks up the group. Before anything else is opened: a number that was not inherited
@@ -82,7 +82,7 @@ pub(super) fn prepare(listen: &Listen) -> Result<Prepared, SocketError> {
             let fd = inherited::duplicate(*number)
                 .map_err(|error| refuse(format!("nothing usable was inherited: {error}")))?;
             check_listening(&fd).map_err(|why| refuse(why.to_string()))?;
-            Ok(Prepared::Fd(*number, UnixListener::from(fd)))
+            Ok(Prepared::Fd(UnixListener::from(fd)))
         }
     }
 }
@@ -115,14 +115,14 @@ impl Prepared {
     pub(super) fn bind(self) -> Result<FrontSocket, SocketError> {
         let socket = match self {
             Prepared::Path { path, mode, group: None } => {
-                FrontSocket::Ours(bind(&path, mode).map_err(SocketError::Bind)?, path)
+                FrontSocket::Ours(bind(&path, mode).map_err(SocketError::Bind)?)
             }
             Prepared::Path { path, mode, group: Some(group) } => {
                 let bound = bind(&path, OWNER_ONLY).map_err(SocketError::Bind)?;
                 give_to_group(&path, mode, group)?;
-                FrontSocket::Ours(bound, path)
+                FrontSocket::Ours(bound)
             }
-            Prepared::Fd(number, listener) => FrontSocket::Inherited(listener, number),
+            Prepared::Fd(listener) => FrontSocket::Inherited(listener),
         };
         socket.listener().set_nonblocking(true).map_err(SocketError::Setting)?;
         Ok(socket)
@@ -146,15 +146,15 @@ fn give_to_group(path: &Path, mode: u32, group: Gid) -> Result<(), SocketError> 
 
 /// The vhost-user socket. Dropping it ends listening; our own path is removed, an inherited one's is its maker's.
 pub(super) enum FrontSocket {
-    Ours((UnixListener, SocketFile), PathBuf),
-    Inherited(UnixListener, i32),
+    Ours((UnixListener, SocketFile)),
+    Inherited(UnixListener),
 }
 
 impl FrontSocket {
     fn listener(&self) -> &UnixListener {
         match self {
-            FrontSocket::Ours((listener, _), _) => listener,
-            FrontSocket::Inherited(listener, _) => listener,
+            FrontSocket::Ours((listener, _)) => listener,
+            FrontSocket::Inherited(listener) => listener,
         }
     }
 
@@ -167,14 +167,5 @@ impl FrontSocket {
 impl AsFd for FrontSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.listener().as_fd()
-    }
-}
-
-impl fmt::Display for FrontSocket {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            FrontSocket::Ours(_, path) => write!(f, "'{}'", path.display()),
-            FrontSocket::Inherited(_, number) => write!(f, "the inherited socket {number}"),
-        }
     }
 }
