@@ -316,7 +316,7 @@ fn the_image_is_opened_before_anything_listens() {
         &place.arg("blk-file", "none.img"),
     ]);
     // Were a socket bound first, its missing directory would be the complaint.
-    daemon.fails(&[image.to_str().unwrap(), "No such file"]);
+    daemon.fails(&[image.to_str().unwrap(), "such file"]);
 }
 
 #[test]
