@@ -10,7 +10,7 @@ use crate::backend::Backend;
 use crate::backend::file::{FileBackend, FileOptions, Locking};
 use crate::backend::mem::{MemBackend, MemOptions};
 use crate::backend::null::NullBackend;
-use crate::config::{BackendKind, Config, Listen};
+use crate::config::{BackendKind, Config};
 use crate::control;
 use crate::disk::{Disk, Events};
 use crate::virtio::{Device, DeviceOptions};
@@ -39,7 +39,7 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
     };
     let device = Device::new(backend.clone(), &options, events.clone());
     let disk: Arc<dyn Disk> = Arc::new(device.disk());
-    let info = control::Info { vhost_socket: name_of(&config.listen) };
+    let info = control::Info { vhost_socket: config.listen.to_string() };
     let start_control: StartControl = Box::new(move |listener, quit| {
         let server = control::Server::start(listener, disk, events, quit, info)?;
         Ok(Box::new(server) as Box<dyn Control>)
@@ -64,13 +64,6 @@ fn open_backend(config: &Config) -> Result<Arc<dyn Backend>, Box<dyn Error + Sen
             Arc::new(MemBackend::new(MemOptions { logical_block: block, ..MemOptions::new(*size) }))
         }
     })
-}
-
-fn name_of(listen: &Listen) -> String {
-    match listen {
-        Listen::Path { path, .. } => path.display().to_string(),
-        Listen::Fd(number) => format!("fd {number}"),
-    }
 }
 
 /// The device and its image, as the server drives them.
