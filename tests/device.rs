@@ -27,7 +27,7 @@ const SIZE: u64 = 8 << 20;
 const SECTORS: u64 = SIZE / 512;
 
 /// Descriptors: address, length, flags.
-type Chain = &'static [(u64, u32, u16)];
+type Chain<'a> = &'a [(u64, u32, u16)];
 
 /// A served disk; one front-end after another.
 struct Rig {
@@ -320,8 +320,24 @@ fn the_call_descriptor_is_changed_while_running() {
     assert!(readable(&guest.rings[0].call, Duration::from_secs(5)), "an interrupt");
     guest.rings[0].call = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
     guest.control.set_vring_call(0, &guest.rings[0].call).unwrap();
+    consume(&guest.rings[0].call);
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
     assert!(readable(&guest.rings[0].call, Duration::from_secs(5)), "an interrupt on the new descriptor");
+}
+
+#[test]
+fn an_answer_given_before_the_call_descriptor_came_is_signalled_with_it() {
+    let rig = Rig::new(CacheMode::None);
+    let mut guest = rig.connect(1);
+    let base = guest.stop_ring(0);
+    let avail = guest.rings[0].avail;
+    // GET_VRING_BASE took the descriptor away; QEMU's `cont` starts the ring and sends a new one last.
+    guest.restart_ring_without_call(0, base, avail);
+    consume(&guest.rings[0].call);
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+    assert!(!readable(&guest.rings[0].call, Duration::from_millis(20)));
+    guest.control.set_vring_call(0, &guest.rings[0].call).unwrap();
+    assert!(readable(&guest.rings[0].call, Duration::from_secs(5)));
 }
 
 #[test]
@@ -330,6 +346,7 @@ fn without_event_idx_the_no_interrupt_flag_is_honoured() {
     let mut guest = FrontEnd::connect(&rig.path, 1, 64, !F_EVENT_IDX);
     let flags_at = guest.rings[0].avail_at();
     guest.memory.write_obj(1u16, flags_at).unwrap();
+    consume(&guest.rings[0].call);
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
     assert!(!readable(&guest.rings[0].call, Duration::from_millis(50)));
     guest.memory.write_obj(0u16, flags_at).unwrap();

@@ -51,13 +51,11 @@ fn open_backend(config: &Config) -> Result<Arc<dyn Backend>, Box<dyn Error + Sen
     let block = config.logical_block_size.unwrap_or(512);
     Ok(match &config.backend {
         BackendKind::File(path) => Arc::new(FileBackend::open(&FileOptions {
-            path: path.clone(),
-            policy: config.cache.into(),
             read_only: config.read_only,
             logical_block_size: config.logical_block_size,
             discard_unmap: config.discard_unmap,
             locking: if config.lock_image { Locking::Auto } else { Locking::Off },
-            durable_writes: true,
+            ..FileOptions::new(path, config.cache.into())
         })?),
         BackendKind::Null(size) => Arc::new(NullBackend::new(*size, block)),
         BackendKind::Mem(size) => {

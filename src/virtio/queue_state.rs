@@ -42,6 +42,15 @@ impl Stopped {
     }
 }
 
+/// Replaces the call descriptor and signals the new one. QEMU starts a ring before it sends the descriptor: answers in
+/// between went to nobody, and the guest would wait for ever for their interrupt. One too many is harmless.
+pub(super) fn set_call(vring: &Vring, call: Option<File>) {
+    vring.set_call(call);
+    if let Err(error) = vring.signal_used_queue() {
+        log::debug!("the new call descriptor does not take a signal: {error}");
+    }
+}
+
 /// What a ring needs to start, besides itself.
 pub(super) struct Surroundings<'a> {
     pub rings: &'a Arc<Rings>,
@@ -106,7 +115,7 @@ impl QueueState {
                 log::error!("ring {}: the worker ended before it took the new call descriptor", self.index);
             }
         } else {
-            self.change(around, |ring| ring.vring.set_call(call));
+            self.change(around, |ring| set_call(&ring.vring, call));
         }
     }
 

@@ -18,7 +18,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::buffer;
 use super::features;
-use super::queue_state::Stopped;
+use super::queue_state::{self, Stopped};
 use super::request::{self, Command as Ask, ID_BYTES, Parser, Request, Status};
 use super::rings::{Command, Counters, RingHold, Rings, add, errno_of};
 use crate::backend::null;
@@ -189,7 +189,7 @@ impl Worker {
                 self.hold = None;
             }
             Command::SetCall(call, done) => {
-                ring.vring.set_call(call);
+                queue_state::set_call(&ring.vring, call);
                 // Nobody waits any more: the handler ended with its connection.
                 let _ = done.send(());
             }

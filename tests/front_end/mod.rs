@@ -105,6 +105,11 @@ impl FrontEnd {
 
     /// Sets a ring up from available index `base` and enables it.
     pub fn start_ring(&mut self, index: usize, base: u16) {
+        self.start_ring_without_call(index, base);
+        self.control.set_vring_call(index, &self.rings[index].call).unwrap();
+    }
+
+    fn start_ring_without_call(&mut self, index: usize, base: u16) {
         let ring = &mut self.rings[index];
         ring.avail = base;
         ring.used_seen = self.memory.read_obj(GuestAddress(ring.used_at().0 + 2)).unwrap();
@@ -121,7 +126,6 @@ impl FrontEnd {
         self.control.set_vring_num(index, ring.size).unwrap();
         self.control.set_vring_base(index, base).unwrap();
         self.control.set_vring_addr(index, &config).unwrap();
-        self.control.set_vring_call(index, &ring.call).unwrap();
         self.control.set_vring_kick(index, &ring.kick).unwrap();
         self.control.set_vring_enable(index, true).unwrap();
     }
@@ -135,6 +139,12 @@ impl FrontEnd {
     /// `start_ring` after `stop_ring`, for a ring that still has requests up to `avail` in it.
     pub fn restart_ring(&mut self, index: usize, base: u16, avail: u16) {
         self.start_ring(index, base);
+        self.rings[index].avail = avail;
+    }
+
+    /// `restart_ring`, with nowhere to send interrupts yet.
+    pub fn restart_ring_without_call(&mut self, index: usize, base: u16, avail: u16) {
+        self.start_ring_without_call(index, base);
         self.rings[index].avail = avail;
     }
 
@@ -359,4 +369,10 @@ pub fn readable(fd: &impl AsRawFd, patience: Duration) -> bool {
         }
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Forgets the signals so far.
+pub fn consume(fd: &EventFd) {
+    // None came is fine.
+    let _ = fd.read();
 }
