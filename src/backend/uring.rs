@@ -96,8 +96,8 @@ pub(super) fn probe() -> io::Result<()> {
 
 fn build(entries: u32) -> io::Result<IoUring> {
     let ring = build_newest(entries).map_err(explain)?;
-    let params = ring.params();
-    if !(params.is_feature_ext_arg() && params.is_feature_nodrop() && params.is_feature_native_workers()) {
+    // Resource tagging came with 5.13, as did the multishot polls that watches are made of.
+    if !(ring.params().is_feature_ext_arg() && ring.params().is_feature_resource_tagging()) {
         return Err(io::Error::new(
             io::ErrorKind::Unsupported,
             "this kernel's io_uring is too old: Linux 5.13 or newer is needed",

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use virtioblkd::backend::file::{FileBackend, FileOptions};
+use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
 use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
 use virtioblkd::backend::null::NullBackend;
 use virtioblkd::backend::{Backend, Completion, Errno, IoBuf, IoQueue, Op, OpId};
@@ -208,7 +208,27 @@ pub fn options(path: &Path, mode: CacheMode) -> FileOptions {
 }
 
 pub fn open(path: &Path, mode: CacheMode) -> FileBackend {
-    FileBackend::open(&options(path, mode)).unwrap_or_else(|error| panic!("{error}"))
+    opened(&options(path, mode))
+}
+
+/// Opens an image that nobody uses. A test in another thread that starts a program has, until that runs, a copy of
+/// every descriptor, and with it of locks that were let go here: hence the patience.
+pub fn opened(options: &FileOptions) -> FileBackend {
+    let mut found = None;
+    eventually("the image is free", || {
+        found = Some(FileBackend::open(options));
+        !matches!(&found, Some(Err(error)) if error.to_string().contains("another process"))
+    });
+    found.expect("tried once at least").unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Asks again and again until it is so.
+pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = std::time::Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < PATIENCE, "never came: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// A directory on the disk that the build runs on.
@@ -266,19 +286,15 @@ pub fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
     let dir = disk_dir();
     let path = image(dir.path(), "disk.img", 8 << 20);
     for mode in [CacheMode::None, CacheMode::Writeback] {
-        match FileBackend::open(&options(&path, mode)) {
-            Ok(file) => check(&format!("file, {mode}"), &file),
-            Err(error) => drop(skip::<()>(&error.to_string())),
-        }
+        check(&format!("file, {mode}"), &open(&path, mode));
     }
     let shm = tempfile::tempdir_in("/dev/shm").expect("a directory");
     let path = image(shm.path(), "disk.img", 8 << 20);
-    for mode in [CacheMode::None, CacheMode::Unsafe] {
-        match FileBackend::open(&options(&path, mode)) {
-            Ok(file) => check(&format!("file on tmpfs, {mode}"), &file),
-            // Before Linux 6.6 there is no O_DIRECT on tmpfs.
-            Err(error) => drop(skip::<()>(&error.to_string())),
-        }
+    check("file on tmpfs", &open(&path, CacheMode::Unsafe));
+    match FileBackend::open(&FileOptions { locking: Locking::Off, ..options(&path, CacheMode::None) }) {
+        Ok(file) => check("file on tmpfs, O_DIRECT", &file),
+        // Before Linux 6.6.
+        Err(error) => drop(skip::<()>(&error.to_string())),
     }
     for (sector, logical, mode) in [
         (512, None, CacheMode::None),
@@ -291,7 +307,7 @@ pub fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
     ] {
         let Some(device) = Loop::attach(&image(dir.path(), "loop.img", 8 << 20), sector) else { return };
         let options = FileOptions { logical_block_size: logical, ..options(&device.0, mode) };
-        let backend = FileBackend::open(&options).unwrap_or_else(|error| panic!("{error}"));
+        let backend = opened(&options);
         assert_eq!(backend.geometry().logical_block, logical.unwrap_or(sector));
         check(&format!("loop device with {sector}-byte sectors as {logical:?}, {mode}"), &backend);
     }

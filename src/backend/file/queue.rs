@@ -19,7 +19,8 @@ const KICK: u32 = 0;
 const WAKE: u32 = 1;
 const MAIL: u32 = 2;
 
-/// A queue of a [`super::FileBackend`]. The order of the fields matters: the ring goes first and waits for what is in
+/// A queue of a [`super::FileBackend`]. `submit` and `wait` enter the kernel, which then shows what has finished; `reap`
+/// makes no system call. Who polls instead of sleeping calls `submit` between two reaps. The order of the fields matters: the ring goes first and waits for what is in
 /// flight, then the helper, and the file last.
 pub(super) struct FileQueue {
     ring: Ring<Job>,
