@@ -7,7 +7,7 @@ use std::net::Shutdown;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use control_kit::{Client, PATIENCE, Served, Settle, figures};
+use control_kit::{Client, Served, Settle, figures};
 use serde_json::{Value, json};
 use virtioblkd::disk::Event;
 use virtioblkd::engine::Errno;
@@ -468,5 +468,4 @@ fn a_client_that_reads_nothing_and_leaves_is_forgotten() {
     assert!((0..1000).any(|_| served.greeted_or_refused()));
     let status: Value = served.client().ask("query-status", json!({})).unwrap();
     assert_eq!(status["quiesce"]["holders"], json!([]));
-    let _ = PATIENCE;
 }

@@ -1,8 +1,8 @@
 //! The quiesce socket: QMP's dialect on a Unix socket, served by one thread.
 //!
 //! [`stream`] cuts bytes into JSON values and [`proto`] turns those into commands and replies; [`quiesce`] decides who
-//! holds the disk. All three are pure: no I/O, no clock of their own. [`service`] joins them to the [`crate::disk::Disk`];
-//! [`peer`] and [`socket`] move the bytes. The commands, their arguments, the events and the error codes are listed at
+//! holds the disk. All three are pure: no I/O, no clock of their own. `service` joins them to the [`crate::disk::Disk`];
+//! `peer` and `socket` move the bytes. The commands, their arguments, the events and the error codes are listed at
 //! the head of [`proto`].
 
 mod creds;
@@ -12,6 +12,7 @@ pub mod quiesce;
 mod service;
 mod socket;
 pub mod stream;
+mod words;
 
 pub use creds::Credentials;
 pub use service::Info;

@@ -1,0 +1,91 @@
+//! What replies and events say of holders and failures.
+
+use std::io;
+
+use serde_json::{Value, json};
+
+use super::proto::Error;
+use super::quiesce::{Hold, Reason, Refusal, Who};
+use crate::engine::Errno;
+
+/// Why a token is refused. `held`: somebody holds the disk.
+pub(super) fn no_such_hold(ended: Option<Reason>, held: bool) -> Error {
+    match ended {
+        Some(Reason::LeaseExpired) => Error::new(
+            "lease-expired",
+            "the lease of this token ran out, and writes may have gone on since: a snapshot that was not complete by \
+             then cannot be trusted. Quiesce again with a longer lease-ms, or renew-lease in time",
+        ),
+        Some(Reason::ConnectionClosed) => {
+            Error::new("not-held", "this hold ended with its connection; ask with 'detached': true to outlive it")
+        }
+        Some(Reason::Resume | Reason::Shutdown) => Error::new("not-held", "this hold was resumed already"),
+        None if !held => Error::new("not-quiesced", "nobody holds the disk, and this token is unknown"),
+        None => Error::new("unknown-token", "this token is unknown; query-status names the holders"),
+    }
+}
+
+/// Why a quiesce failed.
+pub(super) fn refused(why: Refusal) -> Error {
+    match why {
+        Refusal::Timeout => Error::new(
+            "timeout",
+            "the writes in flight and the sync did not end in time: nothing is promised, and this request no \
+             longer holds the disk. Ask again with a longer timeout-ms; query-stats shows what is in flight",
+        ),
+        Refusal::SyncFailed(errno) => Error::new(
+            "sync-failed",
+            format!(
+                "the data could not be made durable ({}), and the disk goes on: nothing is promised. See the \
+                 daemon's log and the image's device",
+                self::errno(errno)
+            ),
+        ),
+        Refusal::Cancelled => Error::new("cancelled", "everything was resumed while this quiesce was under way"),
+        Refusal::TooMany => {
+            Error::new("too-many-holders", "too many holders; query-status names them, resume ends their holds")
+        }
+        Refusal::Shutdown => Error::new("shutting-down", "the daemon ends"),
+    }
+}
+
+/// The `reason` of `RESUMED`.
+pub(super) fn reason(reason: Reason) -> &'static str {
+    match reason {
+        Reason::Resume => "resume",
+        Reason::LeaseExpired => "lease-expired",
+        Reason::ConnectionClosed => "connection-closed",
+        Reason::Shutdown => "shutdown",
+    }
+}
+
+/// A hold, as status and events name it.
+pub(super) fn named(hold: &Hold) -> Value {
+    json!({"token": hold.token, "who": hold.who.text, "pid": hold.who.pid, "uid": hold.who.uid})
+}
+
+/// A holder, as the log names it.
+pub(super) fn shown(who: &Who) -> String {
+    let Who { text, pid, uid } = who;
+    // Debug quotes what the client wrote, so that it cannot forge a log line.
+    match text {
+        Some(text) => format!("{text:?} (pid {pid}, uid {uid})"),
+        None => format!("pid {pid}, uid {uid}"),
+    }
+}
+
+/// The system's words for an error number.
+pub(super) fn errno(errno: Errno) -> String {
+    io::Error::from_raw_os_error(errno.0).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_cannot_forge_a_log_line() {
+        let who = Who { text: Some("a\nERROR b".into()), pid: 1, uid: 2 };
+        assert!(!shown(&who).contains('\n'));
+    }
+}
