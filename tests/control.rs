@@ -187,9 +187,9 @@ fn a_lease_ends_a_forgotten_hold_and_says_so() {
     assert!(served.disk.closed().is_none());
     assert_eq!(client.ask("resume", json!({"token": token})), Err("lease-expired".into()));
     assert_eq!(client.ask("renew-lease", json!({"token": token})), Err("lease-expired".into()));
-    let token = client.quiesce(json!({"lease-ms": 300}));
+    let token = client.quiesce(json!({"lease-ms": 1000}));
     assert_eq!(client.ask("renew-lease", json!({"token": token, "lease-ms": 3_000_000})), Ok(json!({})));
-    std::thread::sleep(Duration::from_millis(400));
+    std::thread::sleep(Duration::from_millis(1100));
     assert!(served.disk.closed().is_some(), "renewed in time");
 }
 

@@ -148,7 +148,7 @@ fn the_disk_is_held_while_the_command_runs_and_its_status_is_ours() {
 #[test]
 fn the_lease_is_renewed_while_the_command_runs() {
     let served = Served::new();
-    let output = run(&served, &["quiesce", "--lease", "300ms", "--", "sleep", "1.5"]);
+    let output = run(&served, &["quiesce", "--lease", "1s", "--", "sleep", "2.5"]);
     assert_eq!(output.status.code(), Some(0), "{}", err(&output));
     assert_eq!(served.disk.closings(), 1);
 }
