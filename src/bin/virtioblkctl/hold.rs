@@ -79,6 +79,8 @@ impl Hold {
         let pid = Pid::from_child(child);
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|errno| failed("pidfd_open", errno.into()))?;
         loop {
+            // What came together with an earlier message makes no descriptor readable.
+            self.listen(false);
             let timeout = self.lost.is_none().then(|| self.renew_at.saturating_duration_since(Instant::now()));
             let timeout = timeout.map(|t| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
             let mut fds = vec![PollFd::new(&pidfd, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
@@ -92,7 +94,7 @@ impl Hold {
             let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
             pass_on(signals, &pidfd).map_err(|error| failed("passing a signal on", error))?;
             if ready.get(2) == Some(&true) {
-                self.listen();
+                self.listen(true);
             }
             if ready[0] {
                 return child.wait().map_err(|error| failed("waiting for the command", error));
@@ -101,11 +103,9 @@ impl Hold {
         }
     }
 
-    /// Reads what the daemon said; the end of our hold is what matters.
-    fn listen(&mut self) {
-        let mut first = true;
-        while self.lost.is_none() && (first || self.client.has_more()) {
-            first = false;
+    /// Reads what the daemon said (`readable`: there is something in the socket); the end of our hold is what matters.
+    fn listen(&mut self, mut readable: bool) {
+        while self.lost.is_none() && (std::mem::take(&mut readable) || self.client.has_more()) {
             match self.client.next(Some(Instant::now() + PATIENCE)) {
                 Ok(Message::Event(event)) if event["event"] == "RESUMED" && event["data"]["token"] == *self.token => {
                     self.lose(match event["data"]["reason"].as_str() {
