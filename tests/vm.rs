@@ -146,7 +146,7 @@ offset=32m
 FIO
 ls /sys/block/vda/mq | wc -l
 echo "@begin"
-fio --output=/tmp/fio.out /tmp/fio.job || { cat /tmp/fio.out; exit 1; }
+fio --eta=never --output=/tmp/fio.out /tmp/fio.job || { cat /tmp/fio.out; exit 1; }
 sync
 echo "@end $(sha256sum </dev/vda)"
 ask end
