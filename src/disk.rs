@@ -42,7 +42,7 @@ pub struct HoldFigures {
 }
 
 /// Something happened that operators want to hear of.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// A front-end connected.
     Connected,
@@ -70,6 +70,8 @@ pub enum Event {
     },
     /// A sync failed, whoever asked for it.
     SyncError(Errno),
+    /// A point-in-time copy ended: completed, failed or cancelled.
+    CopyEnded(CopyStatus),
     /// A ring or the front-end broke the protocol and was stopped; what and how.
     ProtocolError(String),
 }
@@ -126,6 +128,76 @@ impl AsFd for Events {
     }
 }
 
+/// Point-in-time copies of a disk: the instant is fixed while the disk is held, and the image of that instant is then
+/// copied in the background; a block about to be overwritten is saved first. Called by the control thread; no call
+/// blocks on the image's or the target's I/O for longer than it takes to create a file.
+pub trait Copies: Send + Sync {
+    /// Makes everything ready for `start`: the target's partial file, the bookkeeping. One copy at a time. Returns the
+    /// copy's name. Errors carry a message for the operator.
+    fn prepare(&self, options: &CopyOptions) -> Result<String, CopyError>;
+
+    /// Fixes the instant. Only while the disk is held and the hold is settled; takes no time that depends on the
+    /// image's size. An error if a write is in flight all the same.
+    fn start(&self, copy: &str) -> Result<(), CopyError>;
+
+    /// Ends a copy and removes its partial file.
+    fn cancel(&self, copy: &str) -> Result<(), CopyError>;
+
+    /// Changes the limit, in bytes a second; 0: none.
+    fn set_bandwidth(&self, copy: &str, bandwidth: u64) -> Result<(), CopyError>;
+
+    /// The copy that is prepared or running, and those that ended last (at most eight, newest last).
+    fn status(&self) -> Vec<CopyStatus>;
+}
+
+/// What to copy to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopyOptions {
+    /// An absolute path where nothing is yet. Until the copy is complete and durable it is called PATH.partial.
+    pub target: std::path::PathBuf,
+    /// Bytes a second that the background copy may read; 0: no limit.
+    pub bandwidth: u64,
+    /// Compute the SHA-256 of the whole copy.
+    pub digest: bool,
+}
+
+/// Why a copy was refused: a code for programs, a message for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopyError {
+    /// `busy`, `no-such-copy`, `not-held`, `target`, ...
+    pub code: &'static str,
+    /// Names the thing, the cause and the mend.
+    pub message: String,
+}
+
+/// How far a copy is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CopyStatus {
+    /// Its name.
+    pub copy: String,
+    /// Where it will be when complete.
+    pub target: String,
+    /// `prepared`, `running`, `syncing`, `completed`, `failed` or `cancelled`.
+    pub state: String,
+    /// Bytes of the image.
+    pub total_bytes: u64,
+    /// Bytes dealt with so far, holes included.
+    pub done_bytes: u64,
+    /// Bytes that were saved because the guest was about to overwrite them.
+    pub saved_before_write_bytes: u64,
+    /// Bytes that the target holds; the rest is holes.
+    pub stored_bytes: u64,
+    /// Seconds since the epoch when the instant was fixed.
+    pub instant: Option<f64>,
+    /// Seconds since then, or until its end.
+    pub seconds: f64,
+    /// SHA-256 in hexadecimal, if asked for and complete.
+    pub sha256: Option<String>,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
 /// One ring, as status and stats show it.
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -178,6 +250,8 @@ pub struct LastError {
 pub struct DiskStatus {
     /// The back-end in one line (`Backend::describe`).
     pub image: String,
+    /// The file or block device behind it, if there is one; absolute.
+    pub image_path: Option<String>,
     /// Bytes.
     pub size: u64,
     /// Bytes.

@@ -13,7 +13,7 @@ mod rmw;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::OFlags;
@@ -89,6 +89,8 @@ struct Shared {
     /// Holds the image locks. Queues open their own descriptions.
     fd: OwnedFd,
     name: String,
+    /// Absolute.
+    path: PathBuf,
     flags: OFlags,
     is_device: bool,
     /// Opened with O_DIRECT.
@@ -132,6 +134,7 @@ impl FileBackend {
         let shared = Shared {
             fd: opened.fd,
             name: options.path.display().to_string(),
+            path: std::path::absolute(&options.path).unwrap_or_else(|_| options.path.clone()),
             flags: opened.flags,
             is_device: opened.is_device,
             direct,
@@ -168,6 +171,28 @@ impl Backend for FileBackend {
             }
         };
         self.shared.latch.judge(result, &self.shared.name).map_err(|errno| io::Error::from_raw_os_error(errno.0))
+    }
+
+    fn path(&self) -> Option<&Path> {
+        Some(&self.shared.path)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        use rustix::fs::{SeekFrom, seek};
+        use rustix::io::Errno;
+        let size = self.shared.geometry.size;
+        if offset >= size {
+            return Ok(None);
+        }
+        // Moves the position of our own description, which nothing else uses.
+        match seek(&self.shared.fd, SeekFrom::Data(offset)) {
+            Ok(start) if start >= size => Ok(None),
+            Ok(start) => Ok(Some((start, seek(&self.shared.fd, SeekFrom::Hole(start))?.min(size)))),
+            Err(Errno::NXIO) => Ok(None),
+            // Devices, and filesystems that do not know.
+            Err(Errno::INVAL | Errno::NOTSUP) => Ok(Some((offset, size))),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn describe(&self) -> String {

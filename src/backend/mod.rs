@@ -161,6 +161,18 @@ pub trait Backend: Send + Sync {
     /// One line for logs and status: what is open and how.
     fn describe(&self) -> String;
 
+    /// The file or block device, absolute, if there is one. For status, and for snapshots taken outside.
+    fn path(&self) -> Option<&std::path::Path> {
+        None
+    }
+
+    /// The next range at or after `offset` that may hold data, as (start, end); `None`: only zeroes from here on. By
+    /// default everything may. May block on metadata; not called by a ring's thread.
+    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        let size = self.geometry().size;
+        Ok((offset < size).then_some((offset, size)))
+    }
+
     /// The error number of the first sync that failed for good (clause 5), if any.
     fn sync_failed(&self) -> Option<Errno>;
 }

@@ -227,6 +227,10 @@ impl Service {
                 Event::SyncError(errno) => {
                     self.error_event("SYNC_ERROR", json!({"errno": errno.0, "message": words::errno(errno)}), now);
                 }
+                Event::CopyEnded(copy) => {
+                    let name = format!("COPY_{}", copy.state.to_uppercase());
+                    self.event(&name, json!(copy));
+                }
                 Event::ProtocolError(what) => self.error_event("PROTOCOL_ERROR", json!({"message": what}), now),
             }
         }

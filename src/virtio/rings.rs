@@ -390,6 +390,7 @@ impl Disk for Arc<Rings> {
         let durable = policy.syncs_each_write(acked.is_none_or(features::driver_can_flush));
         DiskStatus {
             image: self.backend.describe(),
+            image_path: self.backend.path().map(|path| path.display().to_string()),
             size: geometry.size,
             logical_block_size: geometry.logical_block,
             read_only: geometry.read_only,
