@@ -6,14 +6,14 @@ CARGO ?= cargo
 # A guest test is a QEMU and a server; more at once than CPUs only wait for each other.
 TEST_THREADS ?= 2
 # Tests that boot guests. All others need nothing but Rust.
-VM_TESTS = firmware vm
-OTHER_TESTS = $(filter-out $(VM_TESTS) libvirt,$(basename $(notdir $(wildcard tests/*.rs))))
+VM_TESTS = firmware vm libvirt
+OTHER_TESTS = $(filter-out $(VM_TESTS),$(basename $(notdir $(wildcard tests/*.rs))))
 
 release = $(or $(CARGO_TARGET_DIR),target)/release
 doc = $(DESTDIR)$(PREFIX)/share/doc/virtioblkd
 
 .NOTPARALLEL:
-.PHONY: help build demo check check-unit check-vm check-lint bench explore-long install deps toolchain
+.PHONY: help build demo check check-unit check-vm check-libvirt check-lint bench explore-long install deps toolchain
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -34,6 +34,9 @@ check-unit: toolchain ## Unit and integration tests that boot no guest
 
 check-vm: toolchain deps ## Tests with real guests
 	$(CARGO) test $(VM_TESTS:%=--test %) -- --test-threads=$(TEST_THREADS)
+
+check-libvirt: toolchain deps ## The shipped domain on a real libvirt
+	$(CARGO) test --test libvirt
 
 check-lint: toolchain ## Formatting, clippy, documentation, without a warning
 	$(CARGO) fmt --check

@@ -4,17 +4,17 @@
 
 mod guest;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use guest::oracle::{self, LoopDevice};
-use guest::qemu::{Verdict, boot_sector, install_boot_sector};
-use guest::{Server, scratch, sparse_image};
+use guest::qemu::{BOOT_SECTOR_DEVICES, Verdict, Vm, boot_sector, boot_sector_in, install_boot_sector};
+use guest::{Server, mortal, scratch, server, sparse_image};
 use virtioblkd::engine::cache::CacheMode;
 
 /// What bootsector.S writes: sector N is full of 0xA0 + N.
 const SECTORS: u8 = 8;
 
-fn bootable_image(dir: &Path) -> std::path::PathBuf {
+fn bootable_image(dir: &Path) -> PathBuf {
     let image = sparse_image(dir, 1 << 20);
     install_boot_sector(&image);
     // So that the boot sector itself is no dirty page when we look.
@@ -93,4 +93,28 @@ fn the_next_front_end_is_served_after_one_leaves() {
     let (status, log) = server.terminate();
     assert!(status.success(), "{status}\n{log}");
     check_content(&image);
+}
+
+#[test]
+fn the_shipped_command_lines_boot() {
+    let scripts = guest::root().join("qemu-configs/qemu");
+    // So that the scripts find the server that was built.
+    let bin = server::program("virtioblkd");
+    let bin = bin.parent().expect("a directory").to_str().expect("a plain path");
+    let path = format!("{bin}:{}", std::env::var("PATH").expect("a PATH"));
+    for mode in CacheMode::ALL {
+        let dir = scratch();
+        let image = bootable_image(dir.path());
+        let server = Server::start_as(|socket, control| {
+            let mut command = mortal(scripts.join(format!("{mode}.sh")));
+            command.arg(socket).arg(&image).arg(control).args(["--serial", "shipped"]).env("PATH", &path);
+            command
+        });
+        assert_eq!(server.status()["cache-mode"], mode.name());
+        let mut qemu = mortal(scripts.join("qemu.sh"));
+        qemu.arg(server.socket()).args(["-nodefaults", "-display", "none"]).args(BOOT_SECTOR_DEVICES);
+        qemu.env("MEMORY", "64M").env("ACCEL", "tcg");
+        let (verdict, _guest) = boot_sector_in(Vm::start(qemu));
+        assert_eq!(verdict, Verdict::Good, "{mode}");
+    }
 }

@@ -11,6 +11,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod server;
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -66,6 +67,13 @@ pub fn output(command: &mut Command) -> Output {
         .stdin(Stdio::null())
         .output()
         .unwrap_or_else(|error| panic!("{command:?}: {error}; 'make deps' installs what the guest tests need"))
+}
+
+/// A command that dies with this test process, even where the process is killed and no `Drop` runs.
+pub fn mortal(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL"]).arg(program);
+    command
 }
 
 /// Waits until `done` says so; `what` names it when it never does.

@@ -3,14 +3,14 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 
 use virtioblkd::engine::cache::CacheMode;
 
-use super::{PATIENCE, Qmp, accelerator, guest_files, root, run, wait_until};
+use super::{PATIENCE, Qmp, accelerator, guest_files, mortal, root, run, wait_until};
 
 /// What the guest's kernel is told: quiet, and without the start-up work that is slow under TCG.
 const KERNEL_OPTIONS: &str = "console=ttyS0 panic=-1 quiet mitigations=off no_timer_check tsc=reliable \
@@ -27,7 +27,7 @@ impl Qemu {
     /// A q35 machine with shared memory (which vhost-user needs), a QMP socket and nothing else.
     pub fn new(accelerator: &str, mib: u32, cpus: u32) -> Qemu {
         let dir = tempfile::tempdir().expect("a directory for the guest");
-        Qemu { command: Command::new("qemu-system-x86_64"), dir, disks: 0 }
+        Qemu { command: mortal("qemu-system-x86_64"), dir, disks: 0 }
             .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
             .args(["-accel", accelerator])
             .args(["-m", &format!("{mib}M"), "-smp", &cpus.to_string()])
@@ -81,17 +81,26 @@ impl Qemu {
 
     /// Runs it.
     pub fn start(self) -> Vm {
-        self.start_under(&[])
+        Vm::start_in(self.command, self.dir)
+    }
+}
+
+/// A running guest, killed when dropped.
+pub struct Vm {
+    child: Child,
+    stdin: ChildStdin,
+    lines: Receiver<String>,
+    said: Vec<String>,
+    dir: tempfile::TempDir,
+}
+
+impl Vm {
+    /// Runs any command that becomes a QEMU, whose standard output is the job's line.
+    pub fn start(command: Command) -> Vm {
+        Vm::start_in(command, tempfile::tempdir().expect("a directory for the guest"))
     }
 
-    /// Runs it under another program, such as strace with its arguments.
-    pub fn start_under(self, wrapper: &[&str]) -> Vm {
-        let Qemu { mut command, dir, .. } = self;
-        if let [program, arguments @ ..] = wrapper {
-            let mut outer = Command::new(program);
-            outer.args(arguments).arg(command.get_program()).args(command.get_args());
-            command = outer;
-        }
+    fn start_in(mut command: Command, dir: tempfile::TempDir) -> Vm {
         let log = File::create(dir.path().join("qemu.log")).expect("a log");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
         let mut child = command.spawn().expect("qemu-system-x86_64 starts; 'make deps' installs it");
@@ -109,18 +118,7 @@ impl Qemu {
         });
         Vm { child, stdin, lines, said: Vec::new(), dir }
     }
-}
 
-/// A running guest, killed when dropped.
-pub struct Vm {
-    child: Child,
-    stdin: ChildStdin,
-    lines: Receiver<String>,
-    said: Vec<String>,
-    dir: tempfile::TempDir,
-}
-
-impl Vm {
     /// QEMU's monitor. One client at a time.
     pub fn qmp(&self) -> Qmp {
         Qmp::connect(&self.dir.path().join("qmp"))
@@ -248,13 +246,18 @@ pub fn install_boot_sector(image: &Path) {
     image.write_all_at(sector, 0).expect("the image can be written");
 }
 
+/// Where the boot sector says its verdict.
+pub const BOOT_SECTOR_DEVICES: [&str; 4] =
+    ["-chardev", "stdio,id=out", "-device", "isa-debugcon,iobase=0xe9,chardev=out"];
+
 /// Boots the boot sector on the disk behind `socket` and waits for its verdict. The guest stays, connected and idle,
 /// until the [`Vm`] is dropped. Always TCG: SeaBIOS needs no faster one.
 pub fn boot_sector(socket: &Path) -> (Verdict, Vm) {
-    let mut vm = Qemu::new("tcg", 32, 1)
-        .vhost_user_disk(socket, ",num-queues=1")
-        .args(["-chardev", "stdio,id=out", "-device", "isa-debugcon,iobase=0xe9,chardev=out"])
-        .start();
+    boot_sector_in(Qemu::new("tcg", 32, 1).vhost_user_disk(socket, ",num-queues=1").args(BOOT_SECTOR_DEVICES).start())
+}
+
+/// The verdict of a boot sector that was started by hand.
+pub fn boot_sector_in(mut vm: Vm) -> (Verdict, Vm) {
     let verdict = match vm.next_line("a verdict").as_str() {
         "G" => Verdict::Good,
         "W" => Verdict::WriteFailed,
@@ -306,12 +309,4 @@ fn append_file(initramfs: &mut Vec<u8>, name: &str, content: &[u8]) {
     initramfs.resize(initramfs.len().next_multiple_of(4), 0);
     entry(initramfs, name, 0o100_755, content);
     entry(initramfs, "TRAILER!!!", 0, &[]);
-}
-
-/// The path of the file where strace of `command` writes.
-pub fn strace_arguments(trace: &Path, calls: &str) -> Vec<String> {
-    let trace: PathBuf = trace.into();
-    ["strace", "-f", "-qq", "-e", &format!("trace={calls}"), "-o", trace.to_str().expect("a plain path")]
-        .map(str::to_owned)
-        .into()
 }

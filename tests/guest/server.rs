@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use virtioblkd::engine::cache::CacheMode;
 
-use super::{Qmp, output, wait_until};
+use super::{Qmp, mortal, output, wait_until};
 
 /// One disk's server, killed when dropped.
 pub struct Server {
@@ -20,25 +20,26 @@ pub struct Server {
 impl Server {
     /// Starts a server for `image` and waits until it listens.
     pub fn start(image: &Path, mode: CacheMode, more: &[&str]) -> Server {
+        Server::start_as(|socket, control| {
+            let mut command = mortal(program("virtioblkd"));
+            command.arg("--socket-path").arg(socket).arg("--control-path").arg(control);
+            command.arg("--blk-file").arg(image).args(["--cache", mode.name()]).args(more);
+            command
+        })
+    }
+
+    /// Starts a server by another command, made from the two sockets' paths: vhost-user and control.
+    pub fn start_as(command: impl FnOnce(&Path, &Path) -> Command) -> Server {
         let dir = tempfile::tempdir().expect("a directory for the sockets");
         let log = File::create(dir.path().join("log")).expect("a log");
-        let mut command = Command::new(program("virtioblkd", env!("CARGO_BIN_EXE_virtioblkd")));
-        command
-            .arg("--socket-path")
-            .arg(dir.path().join("vhost"))
-            .arg("--blk-file")
-            .arg(image)
-            .args(["--cache", mode.name()])
-            .arg("--control-path")
-            .arg(dir.path().join("control"))
-            .args(more);
-        let child = command.stdin(Stdio::null()).stdout(log.try_clone().expect("a second log handle")).stderr(log);
-        let child = child.spawn().expect("virtioblkd starts");
+        let mut command = command(&dir.path().join("vhost"), &dir.path().join("control"));
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a second log handle")).stderr(log);
+        let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let mut server = Server { child, dir };
         let socket = server.socket();
         wait_until("virtioblkd listens", || {
             let ended = server.child.try_wait().expect("our own child");
-            assert!(ended.is_none(), "virtioblkd ended before it listened: {ended:?}\n{}", server.log());
+            assert!(ended.is_none(), "virtioblkd ended before it listened: {ended:?}");
             listens(&socket)
         });
         server
@@ -77,7 +78,7 @@ impl Server {
 
     /// Runs `virtioblkctl` on this disk.
     pub fn ctl(&self, arguments: &[&str]) -> Output {
-        let mut command = Command::new(program("virtioblkctl", env!("CARGO_BIN_EXE_virtioblkctl")));
+        let mut command = Command::new(program("virtioblkctl"));
         output(command.arg("--control").arg(self.control()).args(arguments))
     }
 
@@ -114,9 +115,12 @@ impl Drop for Server {
     }
 }
 
-/// The program under test: the one just built, or an installed one where VIRTIOBLKD_BIN_DIR says so.
-fn program(name: &str, built: &str) -> PathBuf {
-    std::env::var_os("VIRTIOBLKD_BIN_DIR").map_or_else(|| built.into(), |dir| Path::new(&dir).join(name))
+/// `virtioblkd` or `virtioblkctl`: the one just built, or an installed one where VIRTIOBLKD_BIN_DIR says so.
+pub fn program(name: &str) -> PathBuf {
+    match std::env::var_os("VIRTIOBLKD_BIN_DIR") {
+        Some(dir) => Path::new(&dir).join(name),
+        None => Path::new(env!("CARGO_BIN_EXE_virtioblkd")).with_file_name(name),
+    }
 }
 
 /// Whether somebody listens on this socket. Connecting would count as a front-end.

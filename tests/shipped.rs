@@ -1,0 +1,64 @@
+//! What `qemu-configs` ships says what the programs understand. (Its QEMU command lines boot in tests/firmware.rs, its
+//! XML in tests/libvirt.rs.)
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn shipped(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("qemu-configs").join(name)
+}
+
+fn read(name: &str) -> String {
+    fs::read_to_string(shipped(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+fn virtioblkd(argument: &str) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_virtioblkd")).arg(argument).output().expect("virtioblkd starts");
+    assert!(output.status.success(), "virtioblkd {argument}: {}", output.status);
+    String::from_utf8(output.stdout).expect("text")
+}
+
+#[test]
+fn the_description_for_qemu_names_a_block_back_end() {
+    let description: serde_json::Value = serde_json::from_str(&read("vhost-user/50-virtioblkd.json")).expect("JSON");
+    assert_eq!(description["type"], "block");
+    assert!(description["description"].is_string());
+    // `make install` puts PREFIX in the place of /usr/local.
+    assert_eq!(description["binary"], "/usr/local/bin/virtioblkd");
+    let capabilities: serde_json::Value = serde_json::from_str(&virtioblkd("--print-capabilities")).expect("JSON");
+    assert_eq!(capabilities["type"], description["type"]);
+}
+
+#[test]
+fn every_key_of_the_example_disk_is_an_option() {
+    let disk: toml::Table = read("systemd/example.toml").parse().expect("TOML");
+    let help = virtioblkd("--help");
+    for key in disk.keys() {
+        assert!(help.contains(&format!("--{key} ")), "example.toml has '{key}', --help has no --{key}:\n{help}");
+    }
+    disk["cache"].as_str().expect("a word").parse::<virtioblkd::engine::cache::CacheMode>().expect("a cache mode");
+}
+
+#[test]
+fn systemd_takes_the_unit() {
+    let dir = tempfile::tempdir().expect("a directory");
+    // Verification looks for the program.
+    let unit =
+        read("systemd/virtioblkd@.service").replace("/usr/local/bin/virtioblkd", env!("CARGO_BIN_EXE_virtioblkd"));
+    let path = dir.path().join("virtioblkd@example.service");
+    fs::write(&path, unit).expect("room");
+    match Command::new("systemd-analyze").args(["verify", "--recursive-errors=no"]).arg(&path).output() {
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            // What it says of other units is not about ours.
+            let ours: Vec<_> = said.lines().filter(|line| line.contains("virtioblkd@")).collect();
+            assert!(ours.is_empty(), "systemd-analyze verify: {ours:#?}");
+        }
+        Err(error) => {
+            use std::io::Write;
+            let note = format!("SKIPPED: systemd-analyze ({error}): the unit was not verified\n");
+            std::io::stderr().write_all(note.as_bytes()).expect("standard error");
+        }
+    }
+}
