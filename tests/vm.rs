@@ -258,6 +258,27 @@ fn a_snapshot_of_a_quiesced_disk_holds_every_file_that_was_fsynced() {
     }
 }
 
+#[test]
+fn a_guest_goes_on_after_its_server_was_restarted_in_order() {
+    let dir = scratch();
+    let image = sparse_image(dir.path(), 64 * MIB);
+    let mut server = Server::start(&image, CacheMode::None, &[]);
+    let mut vm = qemu::linux(1, FILES_JOB).vhost_user_disk(&server.socket(), "").start();
+    vm.until_asked("stop");
+    for _ in 0..3 {
+        vm.until_line("@file ");
+        server = server.restart(&image, CacheMode::None, &[]);
+        wait_until("QEMU comes back", || server.status()["connected"] == true);
+        // Said before the restart or after it; written after it.
+        wait_until("the guest writes on", || server.total("writes") > 0);
+    }
+    vm.until_line("@file ");
+    vm.go();
+    vm.until_line("@last");
+    vm.finish();
+    run(e2fs("e2fsck").arg("-fn").arg(&image));
+}
+
 /// Replays the journal of a copy, as a mount would, checks it, and reads back the files that were promised.
 fn check_snapshot(snapshot: &Path, promised: u64, mode: CacheMode) {
     // 0: clean, 1: the journal was replayed and what it told was mended. More is damage.

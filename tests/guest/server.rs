@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::Arc;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -13,26 +14,34 @@ use super::{Qmp, mortal, output, wait_until};
 /// One disk's server, killed when dropped.
 pub struct Server {
     child: Child,
-    // Its own directory: a socket's path must be short, and the build's may be long.
-    dir: tempfile::TempDir,
+    // Its own directory: a socket's path must be short, and the build's may be long. Kept over a restart.
+    dir: Arc<tempfile::TempDir>,
 }
 
 impl Server {
     /// Starts a server for `image` and waits until it listens.
     pub fn start(image: &Path, mode: CacheMode, more: &[&str]) -> Server {
-        Server::start_as(|socket, control| {
-            let mut command = mortal(program("virtioblkd"));
-            command.arg("--socket-path").arg(socket).arg("--control-path").arg(control);
-            command.arg("--blk-file").arg(image).args(["--cache", mode.name()]).args(more);
-            command
-        })
+        Server::start_as(|socket, control| virtioblkd(socket, control, image, mode, more))
     }
 
     /// Starts a server by another command, made from the two sockets' paths: vhost-user and control.
     pub fn start_as(command: impl FnOnce(&Path, &Path) -> Command) -> Server {
         let dir = tempfile::tempdir().expect("a directory for the sockets");
+        let command = command(&dir.path().join("vhost"), &dir.path().join("control"));
+        Server::start_in(Arc::new(dir), command)
+    }
+
+    /// Ends the server in order and starts another one on the same sockets, while the front-end waits.
+    pub fn restart(self, image: &Path, mode: CacheMode, more: &[&str]) -> Server {
+        let dir = self.dir.clone();
+        let (status, log) = self.terminate();
+        assert!(status.success(), "{status}\n{log}");
+        let command = virtioblkd(&dir.path().join("vhost"), &dir.path().join("control"), image, mode, more);
+        Server::start_in(dir, command)
+    }
+
+    fn start_in(dir: Arc<tempfile::TempDir>, mut command: Command) -> Server {
         let log = File::create(dir.path().join("log")).expect("a log");
-        let mut command = command(&dir.path().join("vhost"), &dir.path().join("control"));
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a second log handle")).stderr(log);
         let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let mut server = Server { child, dir };
@@ -113,6 +122,13 @@ impl Drop for Server {
             eprintln!("--- virtioblkd said:\n{}", self.log());
         }
     }
+}
+
+fn virtioblkd(socket: &Path, control: &Path, image: &Path, mode: CacheMode, more: &[&str]) -> Command {
+    let mut command = mortal(program("virtioblkd"));
+    command.arg("--socket-path").arg(socket).arg("--control-path").arg(control);
+    command.arg("--blk-file").arg(image).args(["--cache", mode.name()]).args(more);
+    command
 }
 
 /// `virtioblkd` or `virtioblkctl`: the one just built, or an installed one where VIRTIOBLKD_BIN_DIR says so.
