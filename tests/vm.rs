@@ -102,14 +102,14 @@ fn flushes_that_reach_the_device_are_as_many_as_with_qemus_own_disk() {
         drop(server);
         let theirs = flushes_during(qemu::linux(1, FSYNC_JOB).own_disk(disk.path(), mode).start());
         table += &format!("{:14}{ours:>12}{theirs:>12}\n", mode.name());
-        for (who, flushes) in [("virtioblkd", ours), ("QEMU", theirs)] {
-            match mode {
-                CacheMode::Unsafe => assert_eq!(flushes, 0, "{who}, {mode}"),
-                CacheMode::None | CacheMode::Writeback => assert_eq!(flushes, FSYNCS, "{who}, {mode}"),
+        match mode {
+            CacheMode::Unsafe => assert_eq!((ours, theirs), (0, 0), "{mode}\n{table}"),
+            CacheMode::None | CacheMode::Writeback => assert_eq!((ours, theirs), (FSYNCS, FSYNCS), "{mode}\n{table}"),
+            CacheMode::Directsync | CacheMode::Writethrough => {
                 // A durable write may cost the device more than one flush, never less.
-                CacheMode::Directsync | CacheMode::Writethrough => {
-                    assert!(flushes >= FSYNCS, "{who}, {mode}: {flushes} flushes");
-                }
+                assert!(ours >= FSYNCS, "{mode}\n{table}");
+                // QEMU 10.0.13 does not flush the first such write after it opened the image (10.0.2 does).
+                assert!(theirs >= FSYNCS - 1, "{mode}\n{table}");
             }
         }
         check_fsync_job_content(disk.path());
