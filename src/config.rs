@@ -226,7 +226,7 @@ struct Args {
     #[arg(long)]
     print_capabilities: bool,
 
-    /// file, null[:SIZE] or mem:SIZE
+    /// file, null, `null:SIZE` or `mem:SIZE`
     #[arg(long, value_name = "KIND", hide = true, value_parser = values::backend)]
     backend: Option<values::Backend>,
 }

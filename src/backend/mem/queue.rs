@@ -22,7 +22,7 @@ pub(super) struct MemQueue {
 struct Pending {
     op: Op,
     id: OpId,
-    /// [`State::now`] and [`State::life`] when it was pushed.
+    /// `State::now` and `State::life` when it was pushed.
     pushed: u64,
     life: u64,
 }
