@@ -29,7 +29,9 @@ impl Driver {
         let features = mask | VirtioFeatureFlags::VERSION_1.bits();
         let transport = VhostUser::new(path.to_str().expect("a UTF-8 path"), features)?;
         let mut transport: Box<VirtioBlkTransport> = Box::new(transport);
-        let queues = VirtioBlkQueue::setup_queues(&mut *transport, queues, size)?;
+        let mut queues = VirtioBlkQueue::setup_queues(&mut *transport, queues, size)?;
+        // Off by default, and `wait` sleeps on them.
+        queues.iter_mut().for_each(|queue| queue.set_used_notif_enabled(true));
         let file: File = rustix::fs::memfd_create("buffers", rustix::fs::MemfdFlags::CLOEXEC)?.into();
         file.set_len(memory as u64)?;
         let fd = file.as_raw_fd();
