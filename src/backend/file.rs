@@ -63,7 +63,7 @@ impl FileOptions {
     ///
     /// Single durable writes past the page cache, a sync shared by many over it. Measured by `benches/durable_write.rs`
     /// (ext4, virtio disk without FUA, 4 KiB random, depths 1, 16, 64), shared sync relative to RWF_DSYNC: O_DIRECT
-    /// 0.94, 0.97, 1.07; page cache 0.95, 3.15, 3.94. Past the cache they are equal here, and RWF_DSYNC needs one step
+    /// 0.92, 1.11, 0.90; page cache 0.96, 3.21, 4.31. Past the cache they are equal here, and RWF_DSYNC needs one step
     /// instead of two and uses the FUA of devices that have it. Over the cache its writes to one file take turns.
     /// And there a failed RWF_DSYNC is as final as a failed sync, even where only this write found no room.
     pub fn new(path: impl Into<PathBuf>, policy: CachePolicy) -> Self {
