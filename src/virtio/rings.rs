@@ -194,11 +194,8 @@ impl Rings {
         }
     }
 
-    /// A worker's answer to [`Command::CloseGate`].
+    /// A worker's answer to [`Command::CloseGate`]. A sync that failed was reported when it came back.
     pub(super) fn ring_settled(self: &Arc<Self>, index: u32, epoch: u64, ring: RingHold) {
-        if let Err(errno) = ring.result {
-            self.report(Event::SyncError(errno));
-        }
         let mut state = self.lock();
         let Some(hold) = state.hold.as_mut().filter(|hold| hold.epoch == epoch) else { return };
         if !hold.waiting.remove(&index) {
