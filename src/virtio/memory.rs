@@ -50,6 +50,8 @@ impl MemoryTable {
         for (region, file) in table.iter().zip(files) {
             regions.push(Arc::new(map(region, file)?));
         }
+        // vm-memory wants them in order; the message needs to have none.
+        regions.sort_by_key(|region| region.start_addr());
         let memory = GuestMemoryMmap::from_arc_regions(regions).map_err(invalid)?;
         self.mappings = table.iter().map(Mapping::of).collect();
         self.publish(memory);
@@ -58,6 +60,12 @@ impl MemoryTable {
 
     /// ADD_MEM_REG.
     pub fn add(&mut self, region: &VhostUserSingleMemoryRegion, file: File) -> Result<()> {
+        if self.mappings.len() as u64 >= MOST_REGIONS {
+            log::error!(
+                "the front-end adds more than the {MOST_REGIONS} memory regions that GET_MAX_MEM_SLOTS told it of"
+            );
+            return Err(Error::InvalidParam);
+        }
         let memory = self.atomic.memory().insert_region(Arc::new(map(region, file)?)).map_err(invalid)?;
         self.mappings.push(Mapping::of(region));
         self.publish(memory);
@@ -102,6 +110,13 @@ impl Mapping {
 fn map(region: &VhostUserMemoryRegion, file: File) -> Result<GuestRegionMmap> {
     // `guest_addr + offset` must not overflow later.
     region.guest_phys_addr.checked_add(region.memory_size).ok_or(Error::InvalidParam)?;
+    let end = region.mmap_offset.checked_add(region.memory_size).ok_or(Error::InvalidParam)?;
+    let metadata = file.metadata().map_err(Error::ReqHandlerError)?;
+    // Touching what lies behind the end of its file would kill us (SIGBUS). Only regular files have an end.
+    if metadata.is_file() && metadata.len() < end {
+        log::error!("the front-end maps bytes up to {end} of a memory file that has {}", metadata.len());
+        return Err(Error::InvalidParam);
+    }
     GuestRegionMmap::new(region.mmap_region(file)?, GuestAddress(region.guest_phys_addr)).ok_or(Error::InvalidParam)
 }
 
