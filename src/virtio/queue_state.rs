@@ -40,6 +40,14 @@ impl Stopped {
     fn may_run(&self) -> bool {
         self.enabled && self.placed && self.kick.is_some()
     }
+
+    /// Tells the front-end that the ring is broken (QEMU logs it). Called by the ring's worker.
+    pub(super) fn signal_error(&self, index: u32) {
+        let Some(err) = &self.err else { return };
+        if let Err(error) = rustix::io::write(err, &1u64.to_ne_bytes()) {
+            log::debug!("ring {index}: the error descriptor does not take a signal: {error}");
+        }
+    }
 }
 
 /// Replaces the call descriptor and signals the new one. QEMU starts a ring before it sends the descriptor: answers in

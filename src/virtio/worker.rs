@@ -78,6 +78,8 @@ struct Worker {
     hold: Option<HoldClock>,
     /// The guest broke the ring: nothing is popped until it is set up anew.
     broken: bool,
+    /// And the front-end is to be told so.
+    tell_broken: bool,
     stopping: bool,
     answered: bool,
     /// The ring may hold more than this turn took.
@@ -86,6 +88,10 @@ struct Worker {
     dirty: u64,
     syncing: u64,
 }
+
+/// Ops handed to the back-end at once at most, whatever the ring's size; more wait for their turn. An io_uring holds
+/// 32768.
+const MOST_OPS: usize = 4096;
 
 const SYNC: OpId = OpId(u64::MAX);
 
@@ -109,6 +115,9 @@ pub(super) fn run(setup: Setup, ring: Stopped, counters: Arc<Counters>, hold: Op
     }
     loop {
         worker.turn(&mut ring.vring.get_mut());
+        if std::mem::take(&mut worker.tell_broken) {
+            ring.signal_error(worker.setup.index);
+        }
         if worker.stopping && worker.engine.is_idle() && worker.backlog.is_empty() {
             break;
         }
@@ -130,16 +139,21 @@ impl Worker {
         let size = ring.vring.get_ref().get_queue().size();
         let event_idx = features::has(setup.acked_features, VIRTIO_RING_F_EVENT_IDX);
         ring.vring.set_queue_event_idx(event_idx);
+        // virtio-queue counts answers in 16 bits since it was last asked this, which it is only with EVENT_IDX: what a
+        // driver without it left there could hide the first answers from this one.
+        if event_idx && let Err(error) = ring.vring.get_mut().get_queue_mut().needs_notification(&*setup.memory) {
+            log::debug!("ring {}: {error}", setup.index);
+        }
         counters.size.store(u64::from(size), Relaxed);
         let backend = setup.rings.backend().clone();
         let geometry = backend.geometry();
         // One more than the ring holds: the engine's sync.
-        let mut io = backend.open_queue(usize::from(size) + 1).unwrap_or_else(|error| {
+        let depth = usize::from(size).min(MOST_OPS) + 1;
+        let mut io = backend.open_queue(depth).unwrap_or_else(|error| {
             let what = format!("ring {}: the image's queue cannot be opened: {error}; all I/O fails", setup.index);
             setup.rings.report(Event::ProtocolError(what));
             // No descriptor left even for that: the process ends, which a front-end sees.
-            null::failing_queue(usize::from(size) + 1, errno_of(&error))
-                .unwrap_or_else(|error| panic!("cannot even fail: {error}"))
+            null::failing_queue(depth, errno_of(&error)).unwrap_or_else(|error| panic!("cannot even fail: {error}"))
         });
         watch(&mut *io, Source::Wake, setup.wake.as_fd());
         if let Some(kick) = &ring.kick {
@@ -162,6 +176,7 @@ impl Worker {
             held: false,
             hold: None,
             broken: false,
+            tell_broken: false,
             stopping: false,
             answered: false,
             more: false,
@@ -476,6 +491,7 @@ impl Worker {
     fn break_ring(&mut self, why: &str) {
         if !self.broken {
             self.broken = true;
+            self.tell_broken = true;
             self.setup.rings.report(Event::ProtocolError(format!("ring {} stopped: {why}", self.setup.index)));
         }
     }
