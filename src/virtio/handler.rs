@@ -15,6 +15,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use vhost_user_backend::VringT;
 
+use super::descriptor;
 use super::device::{Identity, Offer};
 use super::features;
 use super::memory::{MOST_REGIONS, MemoryTable};
@@ -230,6 +231,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             log::error!("the front-end wants ring {index} to be polled without a kick descriptor: not supported");
             return Err(Error::InvalidParam);
         }
+        let kick = descriptor::checked(kick, "kick", index)?;
         self.change(u32::from(index), |_, ring| {
             ring.kick = kick;
             Ok(())
@@ -237,12 +239,14 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_vring_call(&mut self, index: u8, call: Option<File>) -> Result<()> {
+        let call = descriptor::checked(call, "call", index)?;
         let (queue, around) = self.queue(u32::from(index))?;
         queue.set_call(&around, call);
         Ok(())
     }
 
     fn set_vring_err(&mut self, index: u8, err: Option<File>) -> Result<()> {
+        let err = descriptor::checked(err, "error", index)?;
         self.change(u32::from(index), |_, ring| {
             ring.err = err;
             Ok(())

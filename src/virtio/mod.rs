@@ -8,11 +8,13 @@
 //! | `worker` | one a running ring: ring <-> engine <-> back-end queue |
 //! | `queue_state` | a ring's two lives: stopped (the handler's) and running (a worker's) |
 //! | `handler` | vhost-user messages; every change of a ring goes through `queue_state` |
+//! | `descriptor` | a front-end's kick, call and error descriptors are eventfds |
 //! | `memory` | the front-end's memory table |
 //! | `rings` | what outlives a connection: counters, the operator's hold, events |
 //! | `device` | one disk: serves one front-end after the other |
 
 pub mod buffer;
+mod descriptor;
 pub mod device;
 pub mod features;
 mod handler;

@@ -1,0 +1,46 @@
+//! The descriptors that a front-end hands over for a ring (kick, call, error) must be eventfds. Anything else can stop
+//! the ring's thread (a pipe that is full blocks whoever writes an interrupt to it) or keep it awake for ever (a regular
+//! file is always readable).
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
+
+use rustix::fs::{FileType, fstat, readlink};
+use vhost::vhost_user::{Error, Result};
+
+/// Hands the descriptor back if it is an eventfd. `what` and `ring` name it in the log. Called by the handler.
+pub(super) fn checked(fd: Option<File>, what: &str, ring: u8) -> Result<Option<File>> {
+    if let Some(fd) = &fd
+        && !is_eventfd(fd)
+    {
+        log::error!("the front-end's {what} descriptor for ring {ring} is not an eventfd; it must be one");
+        return Err(Error::InvalidParam);
+    }
+    Ok(fd)
+}
+
+fn is_eventfd(fd: &impl AsFd) -> bool {
+    let fd = fd.as_fd();
+    match readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new()) {
+        Ok(name) => name.as_bytes() == b"anon_inode:[eventfd]",
+        // A sandbox without procfs: whatever is a file, a pipe, a socket or a device has a type, an eventfd has none.
+        Err(_) => fstat(fd).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Unknown),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+
+    #[test]
+    fn an_eventfd_is_told_from_the_rest() {
+        assert!(is_eventfd(&eventfd(0, EventfdFlags::CLOEXEC).unwrap()));
+        assert!(!is_eventfd(&tempfile::tempfile().unwrap()));
+        assert!(!is_eventfd(&rustix::pipe::pipe().unwrap().1));
+        let event: File = eventfd(0, EventfdFlags::CLOEXEC).unwrap().into();
+        assert!(checked(Some(event), "kick", 0).unwrap().is_some());
+        assert!(checked(None, "call", 0).unwrap().is_none());
+        assert!(checked(Some(tempfile::tempfile().unwrap()), "call", 0).is_err());
+    }
+}
