@@ -2,20 +2,18 @@
 //! completes in any order, and a driver that remembers what it was promised.
 
 mod front_end;
+mod rig;
 
-use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use front_end::*;
+use rig::Chance;
 use virtioblkd::backend::mem::{Fault, Keep, MemBackend, MemOp, MemOptions, Order};
 use virtioblkd::backend::{DurableWrite, Errno};
-use virtioblkd::disk::{Disk, DiskStatus, Event, Events, HoldFigures};
+use virtioblkd::disk::{Disk, Event};
 use virtioblkd::engine::CacheMode;
-use virtioblkd::virtio::rings::Rings;
-use virtioblkd::virtio::{Device, DeviceOptions};
+use virtioblkd::virtio::DeviceOptions;
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
@@ -25,99 +23,30 @@ const RINGS: usize = 2;
 const EIO: Errno = Errno(5);
 const ENOSPC: Errno = Errno(28);
 
-/// A served RAM disk; one front-end after another.
+/// A served RAM disk.
 struct Rig {
     memory: Arc<MemBackend>,
-    device: Arc<Device>,
-    disk: Arc<Rings>,
-    events: Arc<Events>,
-    path: PathBuf,
-    server: Option<JoinHandle<()>>,
-    _dir: tempfile::TempDir,
+    rig: rig::Rig,
 }
 
 impl Rig {
     fn new(mode: CacheMode, durable_write: DurableWrite, order: Order) -> Rig {
         let options = MemOptions { order, durable_write, ..MemOptions::new((BLOCKS * BLOCK) as u64) };
         let memory = Arc::new(MemBackend::new(options));
-        let events = Arc::new(Events::new().unwrap());
         let options = DeviceOptions { mode, num_queues: 4, queue_size: 256, serial: String::new() };
-        let device = Device::new(memory.clone(), &options, events.clone());
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("sock");
-        let listener = UnixListener::bind(&path).unwrap();
-        let served = device.clone();
-        let server = std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                if served.serve(stream.unwrap()).unwrap() == "the daemon is ending" {
-                    return;
-                }
-            }
-        });
-        Rig { memory, disk: device.disk(), device, events, path, server: Some(server), _dir: dir }
+        Rig { rig: rig::Rig::on(memory.clone(), &options), memory }
     }
 
     fn connect(&self, mask: u64) -> FrontEnd {
         FrontEnd::connect(&self.path, RINGS, 256, mask)
     }
-
-    fn status(&self) -> DiskStatus {
-        self.disk.status()
-    }
-
-    /// Waits for an event that `want` picks something from; others are dropped.
-    fn event<T>(&self, mut want: impl FnMut(Event) -> Option<T>) -> T {
-        let end = Instant::now() + Duration::from_secs(20);
-        loop {
-            for event in self.events.take().0 {
-                if let Some(found) = want(event) {
-                    return found;
-                }
-            }
-            assert!(Instant::now() < end, "the event did not come");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    /// Closes the gate and waits for what comes of it.
-    fn hold(&self, epoch: u64) -> Result<HoldFigures, Errno> {
-        self.disk.close_gate(epoch);
-        self.event(|event| match event {
-            Event::HoldSettled { epoch: of, result } if of == epoch => Some(result),
-            _ => None,
-        })
-    }
-
-    fn disconnected(&self) {
-        self.event(|event| matches!(event, Event::Disconnected(_)).then_some(()));
-    }
 }
 
-impl Drop for Rig {
-    fn drop(&mut self) {
-        self.device.shutdown();
-        // Wakes the accept loop; a failed connect means that it has ended.
-        let _ = std::os::unix::net::UnixStream::connect(&self.path);
-        let ended = self.server.take().unwrap().join();
-        if !std::thread::panicking() {
-            ended.unwrap();
-        }
-    }
-}
+impl std::ops::Deref for Rig {
+    type Target = rig::Rig;
 
-/// A small generator: the same numbers for the same seed.
-struct Chance(u64);
-
-impl Chance {
-    fn new(seed: u64) -> Chance {
-        Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % limit
+    fn deref(&self) -> &rig::Rig {
+        &self.rig
     }
 }
 

@@ -1,0 +1,657 @@
+//! Front-ends and guests that mean harm or know no better: descriptors that are no eventfds, memory tables that make no
+//! sense, messages and descriptor chains at random. The device goes on, answers each request once, and writes nowhere
+//! but where it was told.
+//!
+//! What is random comes from a seed, which a failing test prints.
+
+mod front_end;
+mod rig;
+
+use std::fs::File;
+use std::io::{IoSlice, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use front_end::*;
+use rig::{Chance, Rig};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::{VhostBackend, VringConfigData};
+use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
+use virtioblkd::backend::mem::{MemBackend, MemOptions};
+use virtioblkd::disk::Event;
+use virtioblkd::engine::CacheMode;
+use virtioblkd::virtio::DeviceOptions;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+const OK: u8 = 0;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn options() -> DeviceOptions {
+    DeviceOptions { mode: CacheMode::None, num_queues: 8, queue_size: 1024, serial: "hostile".into() }
+}
+
+fn memory_disk() -> Rig {
+    Rig::on(Arc::new(MemBackend::new(MemOptions::new(1 << 20))), &options())
+}
+
+/// vhost-user's request codes.
+mod code {
+    pub const GET_FEATURES: u32 = 1;
+    pub const SET_FEATURES: u32 = 2;
+    pub const SET_OWNER: u32 = 3;
+    pub const SET_MEM_TABLE: u32 = 5;
+    pub const SET_VRING_NUM: u32 = 8;
+    pub const SET_VRING_ADDR: u32 = 9;
+    pub const SET_VRING_BASE: u32 = 10;
+    pub const GET_VRING_BASE: u32 = 11;
+    pub const SET_VRING_KICK: u32 = 12;
+    pub const SET_VRING_CALL: u32 = 13;
+    pub const SET_VRING_ERR: u32 = 14;
+    pub const SET_PROTOCOL_FEATURES: u32 = 16;
+    pub const SET_VRING_ENABLE: u32 = 18;
+    pub const GET_CONFIG: u32 = 24;
+    pub const ADD_MEM_REG: u32 = 37;
+    pub const REM_MEM_REG: u32 = 38;
+}
+
+/// A message as it is on the wire; `flags` beside the version.
+fn send(wire: &UnixStream, code: u32, flags: u32, body: &[u8], files: &[BorrowedFd]) -> std::io::Result<()> {
+    let mut message: Vec<u8> =
+        [code, 1 | flags, body.len() as u32].iter().flat_map(|word| word.to_le_bytes()).collect();
+    message.extend(body);
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(files.is_empty() || control.push(SendAncillaryMessage::ScmRights(files)));
+    sendmsg(wire, &[IoSlice::new(&message)], &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+const NEED_REPLY: u32 = 8;
+
+/// Sends a message that wants an acknowledgement; whether that came and was good.
+fn accepted(mut wire: &UnixStream, code: u32, body: &[u8], files: &[BorrowedFd]) -> bool {
+    wire.set_read_timeout(Some(PATIENCE)).unwrap();
+    send(wire, code, NEED_REPLY, body, files).unwrap();
+    let mut reply = [0; 20];
+    wire.read_exact(&mut reply).is_ok() && reply[12..] == [0; 8]
+}
+
+/// A front-end with one ring, and its wire.
+fn connect(rig: &Rig) -> (FrontEnd, UnixStream) {
+    let stream = UnixStream::connect(&rig.path).unwrap();
+    let wire = stream.try_clone().unwrap();
+    let mut guest = FrontEnd::handshake(stream, 1, 64, ALL);
+    guest.start_ring(0, 0);
+    (guest, wire)
+}
+
+fn serves(rig: &Rig) {
+    let mut guest = FrontEnd::connect(&rig.path, 2, 64, ALL);
+    assert_eq!(guest.write(1, 0, &[1; 512]), OK);
+    assert_eq!(guest.read(0, 0, 512), (OK, vec![1; 512]));
+}
+
+/// A pipe that takes no more: writing to it blocks.
+fn full_pipe() -> (OwnedFd, OwnedFd) {
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    let flags = rustix::fs::fcntl_getfl(&writer).unwrap();
+    rustix::fs::fcntl_setfl(&writer, flags | rustix::fs::OFlags::NONBLOCK).unwrap();
+    while rustix::io::write(&writer, &[0; 4096]).is_ok() {}
+    rustix::fs::fcntl_setfl(&writer, flags).unwrap();
+    (reader, writer)
+}
+
+#[test]
+fn what_is_no_eventfd_is_refused() {
+    let rig = memory_disk();
+    let (_reader, pipe) = full_pipe();
+    let file: OwnedFd = tempfile::tempfile().unwrap().into();
+    let (socket, _peer) = UnixStream::pair().unwrap();
+    let epoll = rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC).unwrap();
+    let zero = File::open("/dev/zero").unwrap();
+    for what in [pipe.as_fd(), file.as_fd(), socket.as_fd(), epoll.as_fd(), zero.as_fd()] {
+        for code in [code::SET_VRING_KICK, code::SET_VRING_CALL, code::SET_VRING_ERR] {
+            let (_guest, wire) = connect(&rig);
+            assert!(!accepted(&wire, code, &0u64.to_le_bytes(), &[what]), "{what:?} for {code}");
+        }
+    }
+    let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    let (guest, wire) = connect(&rig);
+    for code in [code::SET_VRING_KICK, code::SET_VRING_CALL, code::SET_VRING_ERR] {
+        assert!(accepted(&wire, code, &0u64.to_le_bytes(), &[event.as_fd()]), "{code}");
+    }
+    drop((guest, wire));
+    serves(&rig);
+}
+
+/// virtio-queue counts the answers since it last looked for a wish to be interrupted, in 16 bits, and looks only where
+/// EVENT_IDX was negotiated.
+#[test]
+fn the_first_answer_after_event_idx_was_negotiated_is_interrupted_whatever_came_before() {
+    let rig = memory_disk();
+    let mut guest = FrontEnd::connect(&rig.path, 1, 256, !F_EVENT_IDX);
+    let mut left = u16::MAX;
+    while left > 0 {
+        let batch = left.min(60);
+        for _ in 0..batch {
+            guest.add(0, GET_ID, 0, &[], 20);
+        }
+        guest.kick(0);
+        for _ in 0..batch {
+            assert_eq!(guest.wait(0).1, OK);
+        }
+        left -= batch;
+    }
+    let features = guest.features | F_EVENT_IDX;
+    guest.control.set_features(features).unwrap();
+    consume(&guest.rings[0].call);
+    assert_eq!(guest.read(0, 0, 512).0, OK);
+    assert!(readable(&guest.rings[0].call, Duration::from_secs(5)), "the guest would wait for ever");
+}
+
+/// A file backend's queue cannot be as deep as the largest ring.
+#[test]
+fn the_largest_ring_is_served() {
+    let disk = Disk::new(1 << 20);
+    let rig = disk.rig(DeviceOptions { queue_size: 32768, ..options() });
+    let (mut guest, _wire) = connect(&rig);
+    guest.stop_ring(0);
+    let (desc, avail, used) = (1u64 << 20, 2u64 << 20, 3u64 << 20);
+    let host = |at: u64| guest.memory.get_host_address(GuestAddress(at)).unwrap() as u64;
+    let config = VringConfigData {
+        queue_max_size: 32768,
+        queue_size: 32768,
+        flags: 0,
+        desc_table_addr: host(desc),
+        avail_ring_addr: host(avail),
+        used_ring_addr: host(used),
+        log_addr: None,
+    };
+    guest.control.set_vring_num(0, 32768).unwrap();
+    guest.control.set_vring_base(0, 0).unwrap();
+    guest.control.set_vring_addr(0, &config).unwrap();
+    // As many requests as there are descriptors for: header and status are shared, data is one sector for all.
+    let (header, data, requests) = (4u64 << 20, 5u64 << 20, 32768 / 3);
+    guest.put_header(header, OUT, 0);
+    guest.memory.write_slice(&[9; 512], GuestAddress(data)).unwrap();
+    for request in 0..requests as u16 {
+        let parts = [(header, 16, NEXT), (data, 512, NEXT), (header + 64, 1, WRITE)];
+        for (part, (address, len, flags)) in (0u16..).zip(parts) {
+            let at = GuestAddress(desc + u64::from(request * 3 + part) * 16);
+            guest.memory.write_obj(address, at).unwrap();
+            let rest = u64::from(len as u32) | u64::from(flags) << 32 | u64::from(request * 3 + part + 1) << 48;
+            guest.memory.write_obj(rest, GuestAddress(at.0 + 8)).unwrap();
+        }
+        guest.memory.write_obj(request * 3, GuestAddress(avail + 4 + u64::from(request) * 2)).unwrap();
+    }
+    guest.memory.write_obj(requests as u16, GuestAddress(avail + 2)).unwrap();
+    guest.control.set_vring_kick(0, &guest.rings[0].kick).unwrap();
+    guest.control.set_vring_enable(0, true).unwrap();
+    guest.kick(0);
+    let end = Instant::now() + PATIENCE;
+    while guest.memory.read_obj::<u16>(GuestAddress(used + 2)).unwrap() != requests as u16 {
+        assert!(Instant::now() < end, "not all was answered: {:?}", rig.status().last_errors);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let total = rig.status().total;
+    assert_eq!((total.writes, total.errors, total.written_bytes), (requests, 0, requests * 512));
+}
+
+/// The tables of vhost-user: guest address, size, the front-end's address, offset in the file.
+type Region = (u64, u64, u64, u64);
+
+fn table(regions: &[Region]) -> Vec<u8> {
+    let mut body = (regions.len() as u64).to_le_bytes().to_vec();
+    for &(guest, size, user, offset) in regions {
+        body.extend([guest, size, user, offset].iter().flat_map(|word| word.to_le_bytes()));
+    }
+    body
+}
+
+fn one_region((guest, size, user, offset): Region) -> Vec<u8> {
+    [0, guest, size, user, offset].iter().flat_map(|word: &u64| word.to_le_bytes()).collect()
+}
+
+fn memfd(len: u64) -> OwnedFd {
+    let memory = rustix::fs::memfd_create("hostile", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&memory, len).unwrap();
+    memory
+}
+
+#[test]
+fn a_memory_table_in_any_order_is_served_and_one_that_makes_no_sense_refused() {
+    let rig = memory_disk();
+    let memory = memfd(1 << 20);
+    let user = 0x7000_0000_0000;
+    let page = 4096;
+    let good: &[&[Region]] = &[
+        &[(0, page, user, 0)],
+        // The specification asks for no order.
+        &[(4 * page, page, user, 0), (0, page, user + page, page), (2 * page, page, user + 2 * page, 0)],
+    ];
+    let bad: &[&[Region]] = &[
+        &[(0, 0, user, 0)],
+        &[(0, 2 * page, user, 0), (page, page, user + 2 * page, 0)],
+        &[(page, page, user, 0), (page, page, user + 2 * page, 0)],
+        &[(u64::MAX - page + 1, page, user, 0)],
+        &[(u64::MAX - 5, page, user, 0)],
+        &[(0, 1 << 62, user, 0)],
+        &[(0, 2 << 20, user, 0)],
+        &[(0, page, user, 1 << 20)],
+        &[(0, page, user, u64::MAX - page + 1)],
+        &[(0, page, u64::MAX - 5, 0)],
+        &[(0, page, user, 5)],
+    ];
+    for (regions, wanted) in good.iter().map(|good| (good, true)).chain(bad.iter().map(|bad| (bad, false))) {
+        let (guest, wire) = connect(&rig);
+        let files = vec![memory.as_fd(); regions.len()];
+        assert_eq!(accepted(&wire, code::SET_MEM_TABLE, &table(regions), &files), wanted, "{regions:x?}");
+        if regions.len() == 1 && !wanted {
+            let (_guest, wire) = connect_again(&rig, (guest, wire));
+            assert!(!accepted(&wire, code::ADD_MEM_REG, &one_region(regions[0]), &files), "{regions:x?}");
+        }
+    }
+    serves(&rig);
+}
+
+fn connect_again(rig: &Rig, old: (FrontEnd, UnixStream)) -> (FrontEnd, UnixStream) {
+    drop(old);
+    connect(rig)
+}
+
+#[test]
+fn no_more_regions_than_were_said_to_be_possible() {
+    let rig = memory_disk();
+    let (mut guest, wire) = connect(&rig);
+    let most = guest.control.get_max_mem_slots().unwrap();
+    let memory = memfd(4096);
+    // Two are there already.
+    for number in 2..most {
+        let at = (1 << 40) + number * 8192;
+        let body = one_region((at, 4096, 0x7000_0000_0000 + at, 0));
+        assert!(accepted(&wire, code::ADD_MEM_REG, &body, &[memory.as_fd()]), "{number}");
+    }
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK, "the first are still there");
+    let last = (1 << 40) + most * 8192;
+    let body = one_region((last, 4096, 0x7000_0000_0000 + last, 0));
+    assert!(!accepted(&wire, code::ADD_MEM_REG, &body, &[memory.as_fd()]));
+    drop((guest, wire));
+    serves(&rig);
+}
+
+#[test]
+fn a_broken_ring_is_told_of_on_its_error_descriptor() {
+    let rig = memory_disk();
+    let (mut guest, _wire) = connect(&rig);
+    let error = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+    guest.control.set_vring_err(0, &error).unwrap();
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+    assert!(!readable(&error, Duration::ZERO));
+    // A head that no ring has.
+    guest.make_available(0, 64);
+    guest.kick(0);
+    assert!(readable(&error, PATIENCE));
+}
+
+#[test]
+fn what_comes_in_no_order_does_no_harm() {
+    let rig = memory_disk();
+    let zero = 0u64.to_le_bytes();
+    let connected = || {
+        let wire = UnixStream::connect(&rig.path).unwrap();
+        wire.set_read_timeout(Some(PATIENCE)).unwrap();
+        wire
+    };
+    // Addresses before memory: the connection ends.
+    let wire = connected();
+    send(&wire, code::SET_VRING_ADDR, 0, &[0; 40], &[]).unwrap();
+    assert_eq!((&wire).read(&mut [0; 1]).unwrap(), 0);
+    // The base of a ring that never was is zero.
+    let wire = connected();
+    send(&wire, code::GET_VRING_BASE, 0, &zero, &[]).unwrap();
+    let mut reply = [0; 20];
+    (&wire).read_exact(&mut reply).unwrap();
+    assert_eq!(reply[12..], [0; 8]);
+    drop(wire);
+    // The configuration space from anywhere, as much as a message holds; a size that is none is answered with nothing.
+    for (offset, size) in [(0u32, 60u32), (0, 256), (59, 1), (60, 196), (0x100, 60), (255, 1), (4095, 1), (4095, 2)] {
+        let wire = connected();
+        let features = (1u64 << 30).to_le_bytes();
+        send(&wire, code::GET_FEATURES, 0, &[], &[]).unwrap();
+        (&wire).read_exact(&mut [0; 20]).unwrap();
+        send(&wire, code::SET_FEATURES, 0, &features, &[]).unwrap();
+        send(&wire, code::SET_PROTOCOL_FEATURES, 0, &(1u64 << 9).to_le_bytes(), &[]).unwrap();
+        let mut body: Vec<u8> = [offset, size, 0].iter().flat_map(|word| word.to_le_bytes()).collect();
+        body.resize(12 + size as usize, 0);
+        send(&wire, code::GET_CONFIG, 0, &body, &[]).unwrap();
+        let mut answer = vec![0; 24 + size as usize];
+        if offset + size <= 4096 {
+            (&wire).read_exact(&mut answer).unwrap();
+        } else {
+            // Past what the protocol allows.
+            assert_eq!((&wire).read(&mut answer).unwrap(), 0, "{offset} {size}");
+        }
+    }
+    // Without protocol features the rings need no SET_VRING_ENABLE, also if that is settled late.
+    let (mut guest, wire) = connect(&rig);
+    guest.control.set_vring_enable(0, false).unwrap();
+    let features = guest.features & !F_PROTOCOL;
+    guest.control.set_features(features).unwrap();
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+    drop((guest, wire));
+    serves(&rig);
+}
+
+/// A random message that is nearly right: most have the size and the descriptors that they should have.
+fn random_message(chance: &mut Chance, wire: &UnixStream, files: &[OwnedFd]) -> std::io::Result<()> {
+    let word = |chance: &mut Chance| match chance.below(8) {
+        0 => chance.one_of(&[u64::MAX, 1 << 63, 1 << 32, u64::from(u32::MAX), u64::MAX - 4095]),
+        1 => chance.below(u64::MAX / 4096),
+        2 => chance.below(1 << 20),
+        3 => chance.below(1 << 10) * 4096,
+        _ => chance.below(5),
+    };
+    let codes = [
+        (code::SET_OWNER, 0),
+        (code::GET_FEATURES, 0),
+        (code::SET_FEATURES, 1),
+        (code::SET_MEM_TABLE, 5),
+        (code::SET_VRING_NUM, 1),
+        (code::SET_VRING_ADDR, 5),
+        (code::SET_VRING_BASE, 1),
+        (code::GET_VRING_BASE, 1),
+        (code::SET_VRING_KICK, 1),
+        (code::SET_VRING_CALL, 1),
+        (code::SET_VRING_ERR, 1),
+        (code::SET_PROTOCOL_FEATURES, 1),
+        (code::SET_VRING_ENABLE, 1),
+        (code::GET_CONFIG, 3),
+        (code::ADD_MEM_REG, 5),
+        (code::REM_MEM_REG, 5),
+    ];
+    let (mut request, words) = chance.one_of(&codes);
+    let mut body: Vec<u8> = (0..words).flat_map(|_| word(chance).to_le_bytes()).collect();
+    match request {
+        // Ring and number share a word; half of them name a ring that is there.
+        code::SET_VRING_NUM | code::SET_VRING_BASE | code::SET_VRING_ENABLE if chance.below(2) == 0 => {
+            body[..4].copy_from_slice(&(chance.below(2) as u32).to_le_bytes());
+            body[4..].copy_from_slice(&chance.one_of(&[0u32, 1, 2, 64, 256]).to_le_bytes());
+        }
+        code::SET_FEATURES if chance.below(2) == 0 => {
+            body = (1u64 << 32 | chance.below(2) << 30 | chance.below(2) << 29 | chance.below(2) << 9)
+                .to_le_bytes()
+                .into();
+        }
+        code::SET_MEM_TABLE => body[..8].copy_from_slice(&chance.below(2).to_le_bytes()),
+        _ => {}
+    }
+    if chance.below(16) == 0 {
+        request = chance.below(50) as u32;
+    }
+    if chance.below(16) == 0 {
+        let len = chance.below(64) as usize;
+        body.resize(len, 0xff);
+    }
+    let wanted = u64::from(matches!(
+        request,
+        code::SET_MEM_TABLE | code::ADD_MEM_REG | code::SET_VRING_KICK | code::SET_VRING_CALL | code::SET_VRING_ERR
+    ));
+    let count = if chance.below(16) == 0 { chance.below(4) } else { wanted };
+    let files: Vec<BorrowedFd> = (0..count).map(|_| files[chance.below(files.len() as u64) as usize].as_fd()).collect();
+    send(wire, request, chance.below(2) as u32 * NEED_REPLY, &body, &files)
+}
+
+#[test]
+fn random_messages_end_their_connection_at_most() {
+    let rig = memory_disk();
+    let (_reader, pipe) = full_pipe();
+    let (socket, _peer) = UnixStream::pair().unwrap();
+    let event = || eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    let file = || OwnedFd::from(tempfile::tempfile().unwrap());
+    // Eventfds and memory more often than what is neither.
+    let files = [event(), event(), event(), memfd(4 << 20), memfd(4 << 20), memfd(0), file(), pipe, socket.into()];
+    let end = Instant::now() + Duration::from_secs(10);
+    for seed in 0..400 {
+        eprintln!("seed {seed}");
+        let mut chance = Chance::new(seed);
+        // A front-end that is there already, or one that begins with the chaos.
+        let (guest, wire) = if chance.below(2) == 0 {
+            let (guest, wire) = connect(&rig);
+            (Some(guest), wire)
+        } else {
+            (None, UnixStream::connect(&rig.path).unwrap())
+        };
+        wire.set_nonblocking(true).unwrap();
+        for _ in 0..40 {
+            // The connection is over, or the other side is slow: more chaos comes with the next seed.
+            if random_message(&mut chance, &wire, &files).is_err() {
+                break;
+            }
+            // What it answers is its own affair.
+            let _ = (&wire).read(&mut [0; 4096]);
+        }
+        drop((guest, wire));
+        rig.disconnected();
+        if seed % 20 == 0 {
+            serves(&rig);
+            rig.disconnected();
+        }
+        if Instant::now() > end {
+            break;
+        }
+    }
+    serves(&rig);
+}
+
+/// A file served with O_DIRECT or without.
+struct Disk {
+    path: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Disk {
+    fn new(size: u64) -> Disk {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let path = dir.path().join("disk.img");
+        File::create(&path).unwrap().set_len(size).unwrap();
+        Disk { path, _dir: dir }
+    }
+
+    fn rig(&self, options: DeviceOptions) -> Rig {
+        let file = FileOptions {
+            path: self.path.clone(),
+            policy: options.mode.into(),
+            read_only: false,
+            logical_block_size: Some(512),
+            discard_unmap: true,
+            locking: Locking::Auto,
+            durable_writes: true,
+        };
+        Rig::on(Arc::new(FileBackend::open(&file).unwrap()), &options)
+    }
+}
+
+/// The first half of the image is what random requests may write to; no header names the other.
+const HALF: u64 = 32 << 20;
+
+/// Fills the ring's descriptors and what they point to at random: chains, loops, tables in tables, memory that is not
+/// there, lengths that overflow.
+fn random_ring(chance: &mut Chance, guest: &FrontEnd) {
+    let (headers, data) = (0x80_0000u64, 0x90_0000u64);
+    let mut kinds = Vec::new();
+    for at in 0..16 {
+        // Sectors and counts such that no reading from a shifted place makes one that lies in the second half.
+        let sector = chance.one_of(&[0, 3, 1000, 1023, u64::MAX, u64::MAX / 512, 1 << 40]);
+        kinds.push(chance.one_of(&[IN, OUT, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, 99]));
+        guest.put_header(headers + at * 128, kinds[at as usize], sector);
+        let range = headers + 0x1000 + at * 16;
+        guest.memory.write_obj(chance.one_of(&[0u64, 3, 1000, u64::MAX]), GuestAddress(range)).unwrap();
+        guest.memory.write_obj(chance.one_of(&[0u32, 1, 8, u32::MAX]), GuestAddress(range + 8)).unwrap();
+        guest.memory.write_obj(chance.one_of(&[0u32, 0, 1, 2]), GuestAddress(range + 12)).unwrap();
+    }
+    let descriptor = |chance: &mut Chance, first: bool| -> (u64, u32, u16, u16) {
+        let header = headers + chance.below(16) * 128;
+        let address = match chance.below(12) {
+            _ if first => header,
+            0 => headers + 0x1000 + chance.below(16) * 16,
+            1 => chance.one_of(&[1 << 40, u64::MAX, u64::MAX - 15, 2 * REGION_BORDER - 8, 2 * REGION_BORDER]),
+            2 => REGION_BORDER - chance.below(600),
+            3 => header + 64,
+            4 => headers + 0x2000 + chance.below(4) * 256,
+            _ => data + chance.below(1 << 20),
+        };
+        let len = match chance.below(6) {
+            0 => chance.one_of(&[0, 3, 15, 17, 1 << 31, u32::MAX, (4 << 20) + 1]),
+            1 => 1,
+            2 | 3 => 16,
+            _ => 512 * chance.below(20) as u32,
+        };
+        let kind = chance.one_of(&[0, 0, 0, WRITE, WRITE, INDIRECT, WRITE | INDIRECT]);
+        let more = if chance.below(3) > 0 { NEXT } else { 0 };
+        (address, if first { 16 } else { len }, if first { NEXT } else { kind | more }, chance.below(70) as u16)
+    };
+    let mut sane = 0;
+    // Indirect tables.
+    for table in 0..4 {
+        for entry in 0..16 {
+            let (address, len, flags, _) = descriptor(chance, entry == 0);
+            let at = headers + 0x2000 + table * 256 + entry * 16;
+            guest.memory.write_obj(address, GuestAddress(at)).unwrap();
+            let rest = u64::from(len) | u64::from(flags) << 32 | (entry + 1) << 48;
+            guest.memory.write_obj(rest, GuestAddress(at + 8)).unwrap();
+        }
+    }
+    for index in 0..64 {
+        // Every other chain makes sense up to its header's sector.
+        if index % 4 == 0 && chance.below(2) == 0 {
+            let header = chance.below(16);
+            let body = match kinds[header as usize] {
+                OUT => (data + chance.below(5000), 512 * (1 + chance.below(8) as u32), 0),
+                DISCARD | WRITE_ZEROES => (headers + 0x1000 + chance.below(16) * 16, 16, 0),
+                _ => (data + chance.below(5000), 512 * (1 + chance.below(8) as u32), WRITE),
+            };
+            let header = headers + header * 128;
+            guest.put_chain(0, index, &[(header, 16, 0), body, (header + 64, 1, WRITE)]);
+            sane = index + 4;
+        }
+        if index < sane {
+            continue;
+        }
+        let (address, len, flags, next) = descriptor(chance, index % 4 == 0);
+        // Mostly the next one, so that some chains make sense.
+        let next = if chance.below(4) > 0 { index + 1 } else { next };
+        let flags = if index % 4 == 3 && chance.below(2) == 0 { WRITE } else { flags };
+        guest.put_descriptor(0, index, address, len, flags, next);
+    }
+}
+
+#[test]
+fn random_chains_are_answered_once_and_write_nowhere_else() {
+    for mode in [CacheMode::None, CacheMode::Writeback] {
+        let disk = Disk::new(2 * HALF);
+        let secret: Vec<u8> = (0..HALF).map(|at| (at % 251) as u8 ^ 0x5a).collect();
+        let file = File::options().write(true).open(&disk.path).unwrap();
+        file.write_all_at(&secret, HALF).unwrap();
+        file.sync_all().unwrap();
+        let rig = disk.rig(DeviceOptions { mode, ..options() });
+        let mut whole = 0;
+        let end = Instant::now() + Duration::from_secs(8);
+        for seed in 0..400 {
+            eprintln!("{mode}, seed {seed}");
+            let mut chance = Chance::new(seed);
+            let (mut guest, wire) = connect(&rig);
+            random_ring(&mut chance, &guest);
+            let mut offered = vec![0; 64];
+            let requests = 1 + chance.below(40);
+            for _ in 0..requests {
+                let head = chance.below(64) as u16 & if chance.below(8) == 0 { u16::MAX } else { !3 };
+                offered[usize::from(head)] += 1;
+                guest.make_available(0, head);
+            }
+            guest.kick(0);
+            // Until all is answered or the ring is broken; what is in flight is finished by the stop.
+            let mut answered = 0;
+            let mut take = |guest: &mut FrontEnd| {
+                while let Some((head, _)) = guest.used(0) {
+                    offered[head as usize] -= 1;
+                    assert!(offered[head as usize] >= 0, "head {head} was answered more often than it was offered");
+                    answered += 1;
+                }
+                answered
+            };
+            let patience = Instant::now() + PATIENCE;
+            let mut broken = false;
+            while take(&mut guest) < requests && !broken {
+                broken = rig
+                    .events
+                    .take()
+                    .0
+                    .iter()
+                    .any(|event| matches!(event, Event::ProtocolError(why) if why.starts_with("ring 0 stopped")));
+                assert!(Instant::now() < patience, "unanswered: {:?}", rig.status());
+                std::thread::yield_now();
+            }
+            let base = guest.stop_ring(0);
+            let answered = take(&mut guest);
+            // What broke the ring was taken and never answered.
+            assert_eq!(u64::from(base), answered + u64::from(broken), "taken and answered");
+            whole += u64::from(!broken);
+            assert_eq!(rig.status().total.in_flight, 0);
+            drop((guest, wire));
+            rig.disconnected();
+            if Instant::now() > end {
+                break;
+            }
+        }
+        let total = rig.status().total;
+        let served =
+            [whole, total.reads, total.writes, total.flushes, total.discards, total.write_zeroes, total.errors];
+        assert!(!served.contains(&0), "{mode}: the chaos tested less than it should: {served:?}");
+        serves(&rig);
+        let image = std::fs::read(&disk.path).unwrap();
+        assert!(image[HALF as usize..] == secret, "{mode}: something was written that no request named");
+    }
+}
+
+#[test]
+fn a_wire_that_stops_in_the_middle_of_a_message_is_a_front_end_that_left() {
+    let rig = memory_disk();
+    for bytes in [&[][..], &[1], &[2, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0], &[5, 0, 0, 0, 1, 0, 0, 0, 40, 0, 0, 0, 1, 2, 3]]
+    {
+        let mut wire = UnixStream::connect(&rig.path).unwrap();
+        wire.write_all(bytes).unwrap();
+        drop(wire);
+        rig.disconnected();
+    }
+    let long: Vec<u8> = [2u32, 1, u32::MAX].iter().flat_map(|word| word.to_le_bytes()).collect();
+    let mut wire = UnixStream::connect(&rig.path).unwrap();
+    wire.write_all(&long).unwrap();
+    assert!(rig.disconnected().contains("broke the protocol"));
+    serves(&rig);
+}
+
+#[test]
+fn thousands_of_malformed_requests_cost_a_bounded_log_and_status() {
+    let rig = memory_disk();
+    let (mut guest, _wire) = connect(&rig);
+    for _ in 0..500 {
+        for slot in 0..10u16 {
+            guest.put_chain(0, slot, &[(0x80_0000, 3, 0)]);
+            guest.make_available(0, slot);
+        }
+        guest.kick(0);
+        for _ in 0..10 {
+            guest.used_within(0, PATIENCE).expect("returned");
+        }
+    }
+    let status = rig.status();
+    assert_eq!(status.last_errors.len(), 8);
+    let (events, dropped) = rig.events.take();
+    assert!(events.len() <= 256 && dropped > 0, "{} events, {dropped} dropped", events.len());
+}

@@ -1,0 +1,106 @@
+//! A device in process on any back-end, served to one front-end after another.
+#![allow(dead_code)]
+
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use virtioblkd::backend::{Backend, Errno};
+use virtioblkd::disk::{Disk, DiskStatus, Event, Events, HoldFigures};
+use virtioblkd::virtio::rings::Rings;
+use virtioblkd::virtio::{Device, DeviceOptions};
+
+/// A served disk.
+pub struct Rig {
+    pub device: Arc<Device>,
+    pub disk: Arc<Rings>,
+    pub events: Arc<Events>,
+    pub path: PathBuf,
+    server: Option<JoinHandle<()>>,
+    _dir: tempfile::TempDir,
+}
+
+impl Rig {
+    pub fn on(backend: Arc<dyn Backend>, options: &DeviceOptions) -> Rig {
+        let events = Arc::new(Events::new().unwrap());
+        let device = Device::new(backend, options, events.clone());
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let served = device.clone();
+        let server = std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                if served.serve(stream.unwrap()).unwrap() == "the daemon is ending" {
+                    return;
+                }
+            }
+        });
+        Rig { disk: device.disk(), device, events, path, server: Some(server), _dir: dir }
+    }
+
+    pub fn status(&self) -> DiskStatus {
+        self.disk.status()
+    }
+
+    /// Waits for an event that `want` picks something from; others are dropped.
+    pub fn event<T>(&self, mut want: impl FnMut(Event) -> Option<T>) -> T {
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            for event in self.events.take().0 {
+                if let Some(found) = want(event) {
+                    return found;
+                }
+            }
+            assert!(Instant::now() < end, "the event did not come");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Closes the gate and waits for what comes of it.
+    pub fn hold(&self, epoch: u64) -> Result<HoldFigures, Errno> {
+        self.disk.close_gate(epoch);
+        self.event(|event| match event {
+            Event::HoldSettled { epoch: of, result } if of == epoch => Some(result),
+            _ => None,
+        })
+    }
+
+    /// Waits until the front-end's leaving is complete; why it left.
+    pub fn disconnected(&self) -> String {
+        self.event(|event| if let Event::Disconnected(why) = event { Some(why) } else { None })
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.device.shutdown();
+        // Wakes the accept loop; a failed connect means that it has ended.
+        let _ = std::os::unix::net::UnixStream::connect(&self.path);
+        let ended = self.server.take().unwrap().join();
+        if !std::thread::panicking() {
+            ended.unwrap();
+        }
+    }
+}
+
+/// The same numbers for the same seed.
+pub struct Chance(u64);
+
+impl Chance {
+    pub fn new(seed: u64) -> Chance {
+        Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % limit
+    }
+
+    pub fn one_of<T: Copy>(&mut self, choices: &[T]) -> T {
+        choices[self.below(choices.len() as u64) as usize]
+    }
+}
