@@ -173,14 +173,16 @@ fn kick(fd: &rustix::fd::OwnedFd) {
 #[test]
 fn clause_6_wait_sees_every_event() {
     each(|name, backend| {
-        let (kicked, woken) = (event(), event());
+        let (kicked, woken, copied) = (event(), event(), event());
         let mut queue = backend.open_queue(4).expect("a queue");
         // Before it was watched at all.
         kick(&kicked);
         queue.watch(Source::Kick, kicked.as_fd()).expect("watch");
         queue.watch(Source::Wake, woken.as_fd()).expect("watch");
-        let kick_only = Wakeups { kick: true, wake: false };
-        let wake_only = Wakeups { kick: false, wake: true };
+        queue.watch(Source::Copy, copied.as_fd()).expect("watch");
+        let kick_only = Wakeups { kick: true, ..Wakeups::default() };
+        let wake_only = Wakeups { wake: true, ..Wakeups::default() };
+        let copy_only = Wakeups { copy: true, ..Wakeups::default() };
         assert_eq!(queue.wait(Some(PATIENCE)).expect("wait"), kick_only, "{name}: written before the watch");
         assert_eq!(queue.wait(Some(Duration::from_millis(1))).expect("wait"), Wakeups::default(), "{name}: nothing");
         assert_eq!(queue.wait(Some(Duration::ZERO)).expect("wait"), Wakeups::default(), "{name}: nothing");
@@ -189,6 +191,8 @@ fn clause_6_wait_sees_every_event() {
         queue.submit().expect("submit");
         queue.reap(&mut Vec::new());
         assert_eq!(queue.wait(Some(PATIENCE)).expect("wait"), wake_only, "{name}: written meanwhile");
+        kick(&copied);
+        assert_eq!(queue.wait(Some(PATIENCE)).expect("wait"), copy_only, "{name}: the third source");
         for _ in 0..100 {
             kick(&kicked);
             assert_eq!(queue.wait(Some(PATIENCE)).expect("wait"), kick_only, "{name}: again and again");

@@ -135,6 +135,8 @@ pub enum Source {
     Kick,
     /// The worker's mailbox eventfd.
     Wake,
+    /// The mailbox of a back-end that wraps this one: a point-in-time copy has let delayed writes go.
+    Copy,
 }
 
 /// Which sources fired since the last [`IoQueue::wait`].
@@ -144,6 +146,8 @@ pub struct Wakeups {
     pub kick: bool,
     /// [`Source::Wake`] fired.
     pub wake: bool,
+    /// [`Source::Copy`] fired.
+    pub copy: bool,
 }
 
 /// An opened image. Shared by the rings' threads, the vhost-user thread and main.

@@ -15,12 +15,13 @@ pub(super) struct Watches {
     own: Arc<OwnedFd>,
     kick: Option<OwnedFd>,
     wake: Option<OwnedFd>,
+    copy: Option<OwnedFd>,
 }
 
 impl Watches {
     pub(super) fn new() -> io::Result<Self> {
         let own = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Watches { own: Arc::new(own), kick: None, wake: None })
+        Ok(Watches { own: Arc::new(own), kick: None, wake: None, copy: None })
     }
 
     /// The eventfd to wake the queue with, for as long as there is a queue.
@@ -32,6 +33,7 @@ impl Watches {
         let place = match source {
             Source::Kick => &mut self.kick,
             Source::Wake => &mut self.wake,
+            Source::Copy => &mut self.copy,
         };
         *place = Some(fd.try_clone_to_owned()?);
         Ok(())
@@ -45,7 +47,7 @@ impl Watches {
             Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
         });
         let mut fds = vec![PollFd::new(&*self.own, PollFlags::IN)];
-        fds.extend([&self.kick, &self.wake].into_iter().flatten().map(|fd| PollFd::new(fd, PollFlags::IN)));
+        fds.extend([&self.kick, &self.wake, &self.copy].into_iter().flatten().map(|fd| PollFd::new(fd, PollFlags::IN)));
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => return Ok(Wakeups::default()),
@@ -60,7 +62,8 @@ impl Watches {
         empty(Some(self.own.as_fd()))?;
         let kick = empty(self.kick.as_ref().map(AsFd::as_fd))?;
         let wake = empty(self.wake.as_ref().map(AsFd::as_fd))?;
-        Ok(Wakeups { kick, wake })
+        let copy = empty(self.copy.as_ref().map(AsFd::as_fd))?;
+        Ok(Wakeups { kick, wake, copy })
     }
 }
 

@@ -17,7 +17,8 @@ use super::rmw::Ticket;
 
 const KICK: u32 = 0;
 const WAKE: u32 = 1;
-const MAIL: u32 = 2;
+const COPY: u32 = 2;
+const MAIL: u32 = 3;
 
 /// A queue of a [`super::FileBackend`]. `submit` and `wait` enter the kernel, which then shows what has finished; `reap`
 /// makes no system call. Who polls instead of sleeping calls `submit` between two reaps. The order of the fields matters: the ring goes first and waits for what is in
@@ -211,6 +212,7 @@ impl FileQueue {
                 Event::Finished(job, command, result) => self.after(job, command, result),
                 Event::Fired(KICK) => self.wakeups.kick = true,
                 Event::Fired(WAKE) => self.wakeups.wake = true,
+                Event::Fired(COPY) => self.wakeups.copy = true,
                 Event::Fired(_) => self.open_mail(),
             }
         }
@@ -284,6 +286,7 @@ impl IoQueue for FileQueue {
         let token = match source {
             Source::Kick => KICK,
             Source::Wake => WAKE,
+            Source::Copy => COPY,
         };
         self.ring.watch(token, fd)
     }
