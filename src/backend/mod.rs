@@ -17,6 +17,7 @@ pub mod file;
 mod mailbox;
 pub mod mem;
 pub mod null;
+pub mod point_in_time;
 mod uring;
 mod watch;
 

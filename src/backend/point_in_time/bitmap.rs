@@ -1,0 +1,71 @@
+//! Which clusters of the image are saved: one bit each, set by the copier, read by the rings without a lock.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A bit a cluster; bits are set and never cleared.
+pub(super) struct Bitmap {
+    words: Box<[AtomicU64]>,
+    len: u64,
+}
+
+impl Bitmap {
+    /// `len` bits, all clear.
+    pub(super) fn new(len: u64) -> Self {
+        Bitmap { words: (0..len.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(), len }
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Sets a range and returns how many of its bits were clear. Whoever sees a bit sees what was done before.
+    pub(super) fn set(&self, range: Range<u64>) -> u64 {
+        let mut fresh = 0;
+        for (word, mask) in masks(range) {
+            fresh += u64::from((mask & !self.words[word].fetch_or(mask, Ordering::Release)).count_ones());
+        }
+        fresh
+    }
+
+    /// The first clear bit of a range.
+    pub(super) fn first_clear(&self, range: Range<u64>) -> Option<u64> {
+        masks(range).find_map(|(word, mask)| {
+            let clear = mask & !self.words[word].load(Ordering::Acquire);
+            (clear != 0).then(|| word as u64 * 64 + u64::from(clear.trailing_zeros()))
+        })
+    }
+}
+
+/// The words that a range of bits touches, and which bits of each.
+fn masks(range: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
+    let Range { start, end } = range;
+    let words = if start < end { start / 64..(end - 1) / 64 + 1 } else { 0..0 };
+    words.map(move |word| {
+        let from = start.saturating_sub(word * 64);
+        let to = (end - word * 64).min(64);
+        (word as usize, (u64::MAX << from) & (u64::MAX >> (64 - to)))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_cross_words() {
+        let bits = Bitmap::new(300);
+        assert_eq!(bits.len(), 300);
+        assert_eq!(bits.first_clear(0..300), Some(0));
+        assert_eq!(bits.set(5..5), 0);
+        assert_eq!(bits.set(3..130), 127);
+        assert_eq!(bits.set(0..64), 3);
+        assert_eq!(bits.set(0..130), 0);
+        assert_eq!(bits.first_clear(0..300), Some(130));
+        assert_eq!(bits.first_clear(7..130), None);
+        assert_eq!(bits.first_clear(9..9), None);
+        assert_eq!(bits.set(131..300), 169);
+        assert_eq!(bits.first_clear(0..300), Some(130));
+        assert_eq!(bits.first_clear(131..300), None);
+    }
+}

@@ -1,0 +1,330 @@
+//! One copy from `prepare` to its end: what the rings, its two threads and the control thread share.
+//!
+//! A cluster is *saved* when the old data is in memory or known to be zero. From the instant on, a ring lets a change
+//! of a cluster pass only if its bit is set; so a cluster whose bit is clear still holds what it held at the instant.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use super::bitmap::Bitmap;
+use super::target::Target;
+use super::{Mutant, Shared};
+use crate::backend::IoBuf;
+use crate::backend::mailbox::Mailbox;
+use crate::disk::{CopyOptions, CopyStatus, Event};
+
+/// Bytes of the units in which the image is saved.
+pub(super) const CLUSTER: u64 = 64 << 10;
+
+/// Where in its life a copy is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    Prepared,
+    Running,
+    Syncing,
+    /// It has its name, which is not durable yet.
+    Renamed,
+    Completed,
+    Failed,
+    Cancelled,
+}
+
+impl Phase {
+    pub(super) fn is_over(self) -> bool {
+        matches!(self, Phase::Completed | Phase::Failed | Phase::Cancelled)
+    }
+
+    fn word(self) -> &'static str {
+        match self {
+            Phase::Prepared => "prepared",
+            Phase::Running => "running",
+            Phase::Syncing | Phase::Renamed => "syncing",
+            Phase::Completed => "completed",
+            Phase::Failed => "failed",
+            Phase::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// A copy.
+pub(super) struct Copy {
+    /// Never 0, never used before.
+    pub(super) number: u64,
+    pub(super) name: String,
+    pub(super) size: u64,
+    pub(super) target: Target,
+    pub(super) digest: bool,
+    pub(super) shared: Arc<Shared>,
+    pub(super) saved: Bitmap,
+    /// Bytes a second; 0: no limit.
+    pub(super) bandwidth: AtomicU64,
+    /// Clusters dealt with, and bytes.
+    pub(super) done: AtomicU64,
+    pub(super) saved_before_write: AtomicU64,
+    pub(super) stored: AtomicU64,
+    /// The copier sleeps on it.
+    wake: OwnedFd,
+    /// Buffers that the writer is done with.
+    returned: Mutex<Vec<IoBuf>>,
+    state: Mutex<State>,
+}
+
+struct State {
+    phase: Phase,
+    /// Delayed ops, of all rings.
+    waiters: Vec<Waiter>,
+    /// Clusters that they wait for and the copier has not heard of.
+    urgent: VecDeque<Range<u64>>,
+    instant: Option<SystemTime>,
+    started: Option<Instant>,
+    took: Option<Duration>,
+    error: Option<String>,
+    sha256: Option<String>,
+    /// Somebody clears up after it.
+    buried: bool,
+}
+
+/// A delayed op: the clusters that it still waits for, and whom to tell.
+struct Waiter {
+    missing: Range<u64>,
+    ticket: u64,
+    mailbox: Arc<Mailbox<u64>>,
+}
+
+impl Copy {
+    /// `wake`: an eventfd for the copier to sleep on.
+    pub(super) fn new(
+        number: u64,
+        size: u64,
+        options: &CopyOptions,
+        target: Target,
+        wake: OwnedFd,
+        shared: Arc<Shared>,
+    ) -> Self {
+        Copy {
+            number,
+            name: format!("copy-{number}"),
+            size,
+            target,
+            digest: options.digest,
+            shared,
+            saved: Bitmap::new(size.div_ceil(CLUSTER)),
+            bandwidth: AtomicU64::new(options.bandwidth),
+            done: AtomicU64::new(0),
+            saved_before_write: AtomicU64::new(0),
+            stored: AtomicU64::new(0),
+            wake,
+            returned: Mutex::default(),
+            state: Mutex::new(State {
+                phase: Phase::Prepared,
+                waiters: Vec::new(),
+                urgent: VecDeque::new(),
+                instant: None,
+                started: None,
+                took: None,
+                error: None,
+                sha256: None,
+                buried: false,
+            }),
+        }
+    }
+
+    /// Nobody has heard of it and nobody will.
+    pub(super) fn abandon(&self) {
+        self.end(Phase::Cancelled, None);
+        self.target.remove_partial();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no panic while held")
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        self.lock().phase
+    }
+
+    pub(super) fn wake_copier(&self) {
+        // A full counter is readable too.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    pub(super) fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+
+    /// Fixes the instant, unless `writes_in_flight` finds some. False: it did. The lock is held meanwhile: a ring that
+    /// sees the copy and wants to know whether it runs waits until that is decided.
+    pub(super) fn begin(&self, writes_in_flight: impl FnOnce() -> u64) -> bool {
+        let mut state = self.lock();
+        // Before the counters are read: a ring counts its write before it looks here, so one of the two sees the other.
+        self.shared.delaying.store(self.number, Ordering::SeqCst);
+        if writes_in_flight() > 0 {
+            self.shared.delaying.store(0, Ordering::SeqCst);
+            return false;
+        }
+        state.phase = Phase::Running;
+        state.instant = Some(SystemTime::now());
+        state.started = Some(Instant::now());
+        drop(state);
+        self.wake_copier();
+        true
+    }
+
+    /// A ring has an op that changes `clusters`. True: it must wait for its ticket to come to `mailbox`; false: it may
+    /// go. Each ring's thread.
+    pub(super) fn must_wait(&self, clusters: Range<u64>, ticket: u64, mailbox: &Arc<Mailbox<u64>>) -> bool {
+        if self.shared.tuning.mutant == Some(Mutant::SavesNothing) || self.saved.first_clear(clusters.clone()).is_none()
+        {
+            return false;
+        }
+        let mut state = self.lock();
+        // Again: the copier sets bits before it takes the lock to look for waiters.
+        let Some(first) = self.saved.first_clear(clusters.clone()).filter(|_| state.phase == Phase::Running) else {
+            return false;
+        };
+        let missing = first..clusters.end;
+        state.urgent.push_back(missing.clone());
+        state.waiters.push(Waiter { missing, ticket, mailbox: Arc::clone(mailbox) });
+        drop(state);
+        self.wake_copier();
+        true
+    }
+
+    /// The op of this ticket of this mailbox waits no more.
+    pub(super) fn forget(&self, ticket: u64, mailbox: &Arc<Mailbox<u64>>) {
+        self.lock().waiters.retain(|waiter| waiter.ticket != ticket || !Arc::ptr_eq(&waiter.mailbox, mailbox));
+    }
+
+    /// Clusters are saved: whoever waited for them goes on. Returns how many are new. The copier.
+    pub(super) fn mark_saved(&self, clusters: Range<u64>) -> u64 {
+        let fresh = self.saved.set(clusters);
+        self.lock().waiters.retain_mut(|waiter| match self.saved.first_clear(waiter.missing.clone()) {
+            Some(first) => {
+                waiter.missing.start = first;
+                true
+            }
+            None => {
+                waiter.mailbox.post(waiter.ticket);
+                false
+            }
+        });
+        fresh
+    }
+
+    /// What delayed ops wait for and was not taken yet; None: the copy does not run (any more). The copier.
+    pub(super) fn take_urgent(&self) -> Option<VecDeque<Range<u64>>> {
+        let mut state = self.lock();
+        (state.phase == Phase::Running).then(|| std::mem::take(&mut state.urgent))
+    }
+
+    /// Every cluster is saved: the rings need not look any more. The copier.
+    pub(super) fn all_saved(&self) {
+        self.stop_delaying();
+    }
+
+    /// A buffer is free again. The writer.
+    pub(super) fn give_back(&self, buf: IoBuf) {
+        self.returned.lock().expect("no panic while held").push(buf);
+        self.wake_copier();
+    }
+
+    pub(super) fn take_returned(&self) -> Vec<IoBuf> {
+        std::mem::take(&mut self.returned.lock().expect("no panic while held"))
+    }
+
+    /// The writer has everything and makes it durable. False: the copy is over.
+    pub(super) fn begin_sync(&self) -> bool {
+        let mut state = self.lock();
+        let runs = state.phase == Phase::Running;
+        if runs {
+            state.phase = Phase::Syncing;
+        }
+        runs
+    }
+
+    /// Gives the file its name, unless the copy is over (false). The lock is held, so that no cancel comes between.
+    pub(super) fn publish(&self, sha256: Option<String>) -> std::io::Result<bool> {
+        let mut state = self.lock();
+        if state.phase != Phase::Syncing {
+            return Ok(false);
+        }
+        self.target.publish()?;
+        state.phase = Phase::Renamed;
+        state.sha256 = sha256;
+        Ok(true)
+    }
+
+    /// Ends the copy and lets every delayed op go on. False: it is over already, or too late to cancel.
+    pub(super) fn end(&self, phase: Phase, error: Option<String>) -> bool {
+        let mut state = self.lock();
+        if state.phase.is_over() || (state.phase == Phase::Renamed && phase == Phase::Cancelled) {
+            return false;
+        }
+        state.phase = phase;
+        state.took = state.started.map(|started| started.elapsed());
+        state.error = error;
+        self.stop_delaying();
+        state.urgent.clear();
+        for waiter in state.waiters.drain(..) {
+            waiter.mailbox.post(waiter.ticket);
+        }
+        drop(state);
+        self.wake_copier();
+        true
+    }
+
+    /// Ends the copy as failed.
+    pub(super) fn fail(&self, why: String) {
+        let line = format!("{} to {} failed: {why}", self.name, self.target.path.display());
+        if self.end(Phase::Failed, Some(why)) {
+            log::error!("{line}");
+        }
+    }
+
+    /// Clears up after the end, whoever comes first: the partial file goes, operators are told. May block on the
+    /// target's filesystem, so a ring never calls it.
+    pub(super) fn bury(&self) {
+        let mut state = self.lock();
+        if !state.phase.is_over() || std::mem::replace(&mut state.buried, true) {
+            return;
+        }
+        let completed = state.phase == Phase::Completed;
+        drop(state);
+        if !completed {
+            self.target.remove_partial();
+        }
+        let status = self.status();
+        log::info!("{} to {}: {}", self.name, status.target, status.state);
+        self.shared.ended(self.number, status.clone());
+        self.shared.events.send(Event::CopyEnded(status));
+    }
+
+    fn stop_delaying(&self) {
+        // Another copy's number stays.
+        let _ = self.shared.delaying.compare_exchange(self.number, 0, Ordering::SeqCst, Ordering::SeqCst);
+    }
+
+    /// For operators.
+    pub(super) fn status(&self) -> CopyStatus {
+        let state = self.lock();
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let took = state.took.or_else(|| state.started.map(|started| started.elapsed()));
+        CopyStatus {
+            copy: self.name.clone(),
+            target: self.target.path.display().to_string(),
+            state: state.phase.word().into(),
+            total_bytes: self.size,
+            done_bytes: load(&self.done).saturating_mul(CLUSTER).min(self.size),
+            saved_before_write_bytes: load(&self.saved_before_write),
+            stored_bytes: load(&self.stored),
+            instant: state.instant.map(|instant| instant.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()),
+            seconds: took.unwrap_or_default().as_secs_f64(),
+            sha256: state.sha256.clone(),
+            error: state.error.clone(),
+        }
+    }
+}

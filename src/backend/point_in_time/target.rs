@@ -1,0 +1,138 @@
+//! The file that a copy goes to: PATH.partial until it is complete, then PATH, which never replaces anything.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
+
+use crate::disk::CopyError;
+
+/// Added to the name of a copy that is not complete.
+const PARTIAL: &str = ".partial";
+
+/// The names of the target, in a directory that is held open, so that its renaming does not matter.
+pub(super) struct Target {
+    /// As the operator wrote it.
+    pub(super) path: PathBuf,
+    directory: OwnedFd,
+    name: OsString,
+    partial: OsString,
+}
+
+impl Target {
+    /// Creates the partial file, `size` bytes of hole. Errors, code `target`: something is there already, the directory
+    /// cannot be written, the filesystem cannot hold a file of this size.
+    pub(super) fn create(path: &Path, size: u64) -> Result<(Target, File), CopyError> {
+        let Some(name) = path.file_name().filter(|_| path.is_absolute()) else {
+            return Err(refused(path, "this is not an absolute path of a file", "name the new file by its whole path"));
+        };
+        // Larger writes would not fail but kill the daemon (SIGXFSZ).
+        if let Some(limit) = getrlimit(Resource::Fsize).current.filter(|&limit| limit < size) {
+            let cause = format!("this daemon may write no file larger than {limit} bytes, and the image has {size}");
+            return Err(refused(path, &cause, "raise RLIMIT_FSIZE (ulimit -f, or LimitFSIZE= in the systemd unit)"));
+        }
+        let parent = path.parent().unwrap_or(Path::new("/"));
+        let directory = rustix::fs::open(parent, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|error| cannot_create(path, error))?;
+        let mut partial = name.to_os_string();
+        partial.push(PARTIAL);
+        let target = Target { path: path.into(), directory, name: name.into(), partial };
+        match rustix::fs::statat(&target.directory, &target.name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => {}
+            Err(error) => return Err(cannot_create(path, error)),
+            Ok(_) => {
+                let mend = "choose another path, or move away what is there";
+                return Err(refused(path, "something is there already, and a copy replaces nothing", mend));
+            }
+        }
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        // What is in it is the guest's and nobody else's.
+        let file = rustix::fs::openat(&target.directory, &target.partial, flags, Mode::RUSR | Mode::WUSR)
+            .map_err(|error| target.cannot_open(error))?;
+        let file = File::from(file);
+        if let Err(error) = file.set_len(size) {
+            target.remove_partial();
+            let cause = format!("its filesystem refuses a file of {size} bytes ({error})");
+            return Err(refused(path, &cause, "use another filesystem"));
+        }
+        Ok((target, file))
+    }
+
+    fn cannot_open(&self, error: Errno) -> CopyError {
+        match error {
+            Errno::EXIST => refused(
+                &self.partial_path(),
+                "this is another copy under way, or what a daemon left that died while it copied",
+                "remove it if no copy is writing to it, or choose another target",
+            ),
+            Errno::NAMETOOLONG => refused(&self.path, "with .partial the name is too long", "use a shorter one"),
+            error => cannot_create(&self.path, error),
+        }
+    }
+
+    /// Where it is until it is complete.
+    pub(super) fn partial_path(&self) -> PathBuf {
+        self.path.with_file_name(&self.partial)
+    }
+
+    /// Removes the partial file. That it cannot be removed is only worth a line in the log: its name says what it is.
+    pub(super) fn remove_partial(&self) {
+        if let Err(error) = rustix::fs::unlinkat(&self.directory, &self.partial, AtFlags::empty()) {
+            log::warn!("{}: cannot be removed ({error}); remove it by hand", self.partial_path().display());
+        }
+    }
+
+    /// Gives the file its name, if nothing has that name.
+    pub(super) fn publish(&self) -> io::Result<()> {
+        let (directory, partial, name) = (&self.directory, &self.partial, &self.name);
+        match rustix::fs::renameat_with(directory, partial, directory, name, RenameFlags::NOREPLACE) {
+            // Filesystems that cannot do that in one step (NFS among them): a link replaces nothing either.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {
+                rustix::fs::linkat(directory, partial, directory, name, AtFlags::empty())?;
+                self.remove_partial();
+                Ok(())
+            }
+            result => Ok(result?),
+        }
+    }
+
+    /// Takes the file away again after `publish`.
+    pub(super) fn unpublish(&self) {
+        if let Err(error) = rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty()) {
+            log::error!(
+                "{}: cannot be removed ({error}), though the copy failed; remove it by hand",
+                self.path.display()
+            );
+        }
+    }
+
+    /// Makes the name durable.
+    pub(super) fn sync_directory(&self) -> io::Result<()> {
+        Ok(rustix::fs::fsync(&self.directory)?)
+    }
+}
+
+fn refused(path: &Path, cause: &str, mend: &str) -> CopyError {
+    CopyError { code: "target", message: format!("{}: {cause}; {mend}", path.display()) }
+}
+
+fn cannot_create(path: &Path, error: Errno) -> CopyError {
+    let (cause, mend) = match error {
+        Errno::NOENT => ("there is no such directory", "create it, or correct the path"),
+        Errno::NOTDIR => ("a part of the path is not a directory", "correct the path"),
+        Errno::ACCESS | Errno::PERM => {
+            ("permission denied", "let the user that runs virtioblkd write to its directory, or choose another")
+        }
+        Errno::ROFS => ("its filesystem is read-only", "choose another"),
+        Errno::NOSPC | Errno::DQUOT => ("no space is left on its filesystem", "make room, or choose another"),
+        Errno::NAMETOOLONG => ("the name is too long", "use a shorter one"),
+        Errno::INVAL => ("the path holds a byte that no path can hold", "correct the path"),
+        error => return refused(path, &format!("cannot be created ({error})"), "check its filesystem"),
+    };
+    refused(path, cause, mend)
+}
