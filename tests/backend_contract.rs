@@ -179,7 +179,9 @@ fn clause_6_wait_sees_every_event() {
         kick(&kicked);
         queue.watch(Source::Kick, kicked.as_fd()).expect("watch");
         queue.watch(Source::Wake, woken.as_fd()).expect("watch");
-        queue.watch(Source::Copy, copied.as_fd()).expect("watch");
+        // One copy in front of an image, not two.
+        let is_copied = name.starts_with("point-in-time");
+        assert_eq!(queue.watch(Source::Copy, copied.as_fd()).is_err(), is_copied, "{name}");
         let kick_only = Wakeups { kick: true, ..Wakeups::default() };
         let wake_only = Wakeups { wake: true, ..Wakeups::default() };
         let copy_only = Wakeups { copy: true, ..Wakeups::default() };
@@ -191,8 +193,10 @@ fn clause_6_wait_sees_every_event() {
         queue.submit().expect("submit");
         queue.reap(&mut Vec::new());
         assert_eq!(queue.wait(Some(PATIENCE)).expect("wait"), wake_only, "{name}: written meanwhile");
-        kick(&copied);
-        assert_eq!(queue.wait(Some(PATIENCE)).expect("wait"), copy_only, "{name}: the third source");
+        if !is_copied {
+            kick(&copied);
+            assert_eq!(queue.wait(Some(PATIENCE)).expect("wait"), copy_only, "{name}: the third source");
+        }
         for _ in 0..100 {
             kick(&kicked);
             assert_eq!(queue.wait(Some(PATIENCE)).expect("wait"), kick_only, "{name}: again and again");

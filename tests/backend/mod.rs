@@ -4,12 +4,15 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
 use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
 use virtioblkd::backend::null::NullBackend;
+use virtioblkd::backend::point_in_time::PointInTime;
 use virtioblkd::backend::{Backend, Completion, Errno, IoBuf, IoQueue, Op, OpId};
+use virtioblkd::disk::{Copies, CopyOptions, Events};
 use virtioblkd::engine::CacheMode;
 
 /// Longest that anything may hang before a test fails instead of the whole run.
@@ -287,6 +290,20 @@ pub fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
     let path = image(dir.path(), "disk.img", 8 << 20);
     for mode in [CacheMode::None, CacheMode::Writeback] {
         check(&format!("file, {mode}"), &open(&path, mode));
+    }
+    for active in [false, true] {
+        let mem = MemBackend::new(MemOptions { order: Order::Shuffled(5), ..MemOptions::new(8 << 20) });
+        let direct = open(&path, CacheMode::None);
+        for (name, image) in [("mem", Arc::new(mem) as Arc<dyn Backend>), ("file", Arc::new(direct))] {
+            let disk = PointInTime::new(image, Arc::new(Events::new().expect("an eventfd")));
+            // So slow that it lasts: all that is saved is saved because of what the test writes.
+            let options = CopyOptions { target: dir.path().join("copy.img"), bandwidth: 1, digest: false };
+            if active {
+                let copy = disk.prepare(&options).expect("a copy");
+                disk.start(&copy).expect("a quiet disk");
+            }
+            check(&format!("point-in-time copy ({}) of {name}", if active { "running" } else { "none" }), &disk);
+        }
     }
     let shm = tempfile::tempdir_in("/dev/shm").expect("a directory");
     let path = image(shm.path(), "disk.img", 8 << 20);

@@ -231,6 +231,9 @@ impl IoQueue for DelayingQueue {
     }
 
     fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
+        if source == Source::Copy {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "this queue has a copy in front of it already"));
+        }
         self.inner.watch(source, fd)
     }
 
