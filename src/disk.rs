@@ -24,6 +24,11 @@ pub trait Disk: Send + Sync {
 
     /// A snapshot of the disk's state, from counters that the rings keep; may lag by one batch.
     fn status(&self) -> DiskStatus;
+
+    /// Its point-in-time copies, where the daemon makes them.
+    fn copies(&self) -> Option<&dyn Copies> {
+        None
+    }
 }
 
 /// What a settled hold measured.
@@ -77,7 +82,7 @@ pub enum Event {
 }
 
 /// Events on their way to the control thread: bounded, so that a guest that provokes errors costs no memory.
-/// `HoldSettled` is never dropped.
+/// `HoldSettled` and `CopyEnded`, which operators provoke, are never dropped.
 pub struct Events {
     state: Mutex<EventsState>,
     ready: OwnedFd,
@@ -102,7 +107,7 @@ impl Events {
     /// Adds an event; any thread, never blocks on I/O.
     pub fn send(&self, event: Event) {
         let mut state = self.state.lock().expect("no panic while held");
-        if state.queue.len() >= MOST_EVENTS && !matches!(event, Event::HoldSettled { .. }) {
+        if state.queue.len() >= MOST_EVENTS && !matches!(event, Event::HoldSettled { .. } | Event::CopyEnded(_)) {
             state.dropped += 1;
             return;
         }
@@ -164,7 +169,7 @@ pub struct CopyOptions {
 /// Why a copy was refused: a code for programs, a message for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CopyError {
-    /// `busy`, `no-such-copy`, `not-held`, `target`, ...
+    /// `busy`, `no-such-copy`, `target` or `resources`; they are explained at the head of `control::proto`.
     pub code: &'static str,
     /// Names the thing, the cause and the mend.
     pub message: String,

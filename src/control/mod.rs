@@ -5,6 +5,7 @@
 //! `peer` and `socket` move the bytes. The commands, their arguments, the events and the error codes are listed at
 //! the head of [`proto`].
 
+mod copies;
 mod creds;
 mod peer;
 pub mod proto;
@@ -14,6 +15,7 @@ mod socket;
 pub mod stream;
 mod words;
 
+pub use copies::CopyCommand;
 pub use creds::Credentials;
 pub use service::Info;
 pub use socket::Server;

@@ -15,10 +15,24 @@
 //! | `resume` | `token`, or `all`: true | `resumed`, `holders` |
 //! | `query-status` | | the disk, the daemon and `quiesce`: who holds it and how long |
 //! | `query-stats` | | `rings` and `total` |
+//! | `copy-prepare` | `target`, `bandwidth` (0), `digest` (false), `detached` (false) | `copy`: its name |
+//! | `copy-start` | `copy`, `token` | nothing |
+//! | `copy-cancel` | `copy` | nothing |
+//! | `copy-bandwidth` | `copy`, `bandwidth` | nothing |
+//! | `query-copies` | | a list: the copies that ended last, and the one prepared or running |
 //! | `quit` | | nothing; then the daemon ends in order, as by SIGTERM |
 //!
 //! A quiesce ends by `resume`, when its lease runs out, and, unless `detached`, with the connection that asked for it
 //! (also when the client closes only its sending side). The disk goes on when the last holder is gone.
+//!
+//! A copy is prepared before anything is held still: its file, `target` with `.partial` added, is created, and
+//! everything that can fail has failed. `copy-start` fixes the instant while the hold of `token` is granted, and takes
+//! no time; the disk may be resumed at once, while the image of that instant is copied in the background, reading no
+//! more than `bandwidth` bytes a second (0: no limit). Complete and durable it gets its name `target`, replacing
+//! nothing, and with `digest` its SHA-256. A prepared copy ends with the connection that asked for it; so does a running
+//! one unless `detached`. Its status has `copy`, `target`, `state` (`prepared`, `running`, `syncing`, `completed`,
+//! `failed`, `cancelled`), `total-bytes`, `done-bytes`, `saved-before-write-bytes`, `stored-bytes`, `instant`, `seconds`,
+//! `sha256` and `error`.
 //!
 //! | event | data |
 //! | --- | --- |
@@ -30,6 +44,7 @@
 //! | `FRONTEND_DISCONNECTED` | `reason` |
 //! | `IO_ERROR` | `operation`, `ring`, `offset`, `length`, `errno`, `message`, `suppressed` |
 //! | `SYNC_ERROR` | `errno`, `message`, `suppressed` |
+//! | `COPY_COMPLETED`, `COPY_FAILED`, `COPY_CANCELLED` | a copy ended: its status |
 //! | `PROTOCOL_ERROR` | `message`, `suppressed` |
 //! | `SHUTDOWN` | nothing; the daemon ends |
 //!
@@ -49,8 +64,13 @@
 //! | `not-quiesced` | nobody holds the disk, and the token is unknown |
 //! | `unknown-token` | others hold the disk, not this token |
 //! | `lease-expired` | the token's lease ran out: writes may have gone through since |
-//! | `not-held` | the token's hold ended otherwise: resumed, connection closed |
+//! | `not-held` | the token's hold ended otherwise: resumed, connection closed; of `copy-start`: it is not granted now |
 //! | `too-many-holders` | as many holders as this server keeps |
+//! | `busy` | there is another copy, or this one's state does not allow that, or (`copy-start`) a write is in flight |
+//! | `no-such-copy` | no copy that is prepared or running has this name |
+//! | `target` | the copy's file cannot be created |
+//! | `resources` | no thread or descriptor for a copy |
+//! | `no-copies` | this daemon makes no copies |
 //! | `shutting-down` | the daemon ends |
 //! | `too-many-clients` | as many connections as this server keeps; it then closes this one |
 //! | `internal` | a defect of this server |
@@ -59,6 +79,8 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
+
+use super::copies::{self, CopyCommand};
 
 /// How long a quiesce may take when `timeout-ms` is not given.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -98,6 +120,8 @@ pub enum Command {
     QueryStatus,
     /// Counters.
     QueryStats,
+    /// About point-in-time copies.
+    Copy(CopyCommand),
     /// Ends the daemon.
     Quit,
 }
@@ -145,7 +169,7 @@ impl Error {
         Error { class: Class::CommandNotFound, code, desc: desc.into() }
     }
 
-    fn argument(desc: impl Into<String>) -> Self {
+    pub(super) fn argument(desc: impl Into<String>) -> Self {
         Error::new("bad-argument", desc)
     }
 }
@@ -162,7 +186,7 @@ pub struct Request {
 type Parse = fn(&mut Args) -> Result<Command, Error>;
 
 /// Every command, in the order in which `query-commands` names them.
-const COMMANDS: [(&str, Parse); 9] = [
+const COMMANDS: [(&str, Parse); 14] = [
     ("qmp_capabilities", parse_capabilities),
     ("query-commands", |_| Ok(Command::QueryCommands)),
     ("query-version", |_| Ok(Command::QueryVersion)),
@@ -171,6 +195,11 @@ const COMMANDS: [(&str, Parse); 9] = [
     ("quiesce", parse_quiesce),
     ("renew-lease", parse_renew),
     ("resume", parse_resume),
+    ("copy-prepare", copies::parse_prepare),
+    ("copy-start", copies::parse_start),
+    ("copy-cancel", copies::parse_cancel),
+    ("copy-bandwidth", copies::parse_bandwidth),
+    ("query-copies", copies::parse_query),
     ("quit", |_| Ok(Command::Quit)),
 ];
 
@@ -261,13 +290,13 @@ fn parse_resume(args: &mut Args) -> Result<Command, Error> {
 }
 
 /// The arguments of one command. Each reader takes its own out; what is left at the end is unknown.
-struct Args<'a> {
-    command: &'a str,
+pub(super) struct Args<'a> {
+    pub(super) command: &'a str,
     given: Map<String, Value>,
 }
 
 impl Args<'_> {
-    fn boolean(&mut self, name: &str) -> Result<Option<bool>, Error> {
+    pub(super) fn boolean(&mut self, name: &str) -> Result<Option<bool>, Error> {
         match self.given.remove(name) {
             None => Ok(None),
             Some(Value::Bool(value)) => Ok(Some(value)),
@@ -275,7 +304,7 @@ impl Args<'_> {
         }
     }
 
-    fn text(&mut self, name: &str, longest: usize) -> Result<Option<String>, Error> {
+    pub(super) fn text(&mut self, name: &str, longest: usize) -> Result<Option<String>, Error> {
         match self.given.remove(name) {
             None => Ok(None),
             Some(Value::String(value)) if value.len() <= longest => Ok(Some(value)),
@@ -293,6 +322,15 @@ impl Args<'_> {
             _ => Err(Error::argument(format!(
                 "'{name}' must be a whole number of milliseconds from 1 to {most}, not {value}"
             ))),
+        }
+    }
+
+    pub(super) fn bytes(&mut self, name: &str) -> Result<Option<u64>, Error> {
+        let Some(value) = self.given.remove(name) else { return Ok(None) };
+        match value.as_u64() {
+            Some(bytes) => Ok(Some(bytes)),
+            None if !value.is_number() => Err(wrong_type(name, "a whole number of bytes", &value)),
+            None => Err(Error::argument(format!("'{name}' must be a whole number of bytes, not {value}"))),
         }
     }
 

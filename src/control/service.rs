@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
+use super::copies::CopyOwners;
 use super::creds::Credentials;
 use super::proto::{self, Command, Error, QuiesceArgs};
 use super::quiesce::{Ask, Coordinator, Effect, Hold, PeerId, Reason, Refusal, RequestId, Who};
@@ -39,6 +40,7 @@ pub(super) struct Service {
     info: Info,
     started: Instant,
     coordinator: Coordinator,
+    copies: CopyOwners,
     /// The gate closed when, as long as it is closed.
     closed_at: Option<Instant>,
     asked: HashMap<RequestId, (PeerId, Option<Value>)>,
@@ -56,6 +58,7 @@ impl Service {
             info,
             started: Instant::now(),
             coordinator: Coordinator::default(),
+            copies: CopyOwners::default(),
             closed_at: None,
             asked: HashMap::new(),
             next_request: 0,
@@ -92,6 +95,7 @@ impl Service {
         self.asked.retain(|_, (asker, _)| *asker != peer);
         self.coordinator.peer_gone(peer, now);
         self.carry_out(now);
+        self.copies.peer_gone(&*self.disk, peer);
     }
 
     /// The daemon ends: everybody is told, nobody holds.
@@ -126,7 +130,7 @@ impl Service {
                 *negotiated = true;
                 Ok(json!({}))
             }
-            Ok(command) => self.answer(command, now),
+            Ok(command) => self.answer(peer, command, now),
             Err(error) => Err(error),
         };
         // As in QEMU: the events of a command come before its reply. And the guest goes on before anybody is told.
@@ -153,7 +157,7 @@ impl Service {
         self.carry_out(now);
     }
 
-    fn answer(&mut self, command: Command, now: Instant) -> Result<Value, Error> {
+    fn answer(&mut self, peer: PeerId, command: Command, now: Instant) -> Result<Value, Error> {
         match command {
             Command::QueryCommands => Ok(proto::command_list()),
             Command::QueryVersion => Ok(proto::version()),
@@ -170,6 +174,11 @@ impl Service {
             Command::QueryStats => {
                 let status = self.disk.status();
                 Ok(json!({"rings": to_json(&status.rings)?, "total": to_json(&status.total)?}))
+            }
+            Command::Copy(command) => {
+                let holds = self.coordinator.holds();
+                let is_held = |token: &str| holds.iter().any(|hold| hold.token == token);
+                self.copies.answer(&*self.disk, peer, command, is_held)
             }
             Command::Quit => {
                 self.quit = true;
@@ -228,6 +237,7 @@ impl Service {
                     self.error_event("SYNC_ERROR", json!({"errno": errno.0, "message": words::errno(errno)}), now);
                 }
                 Event::CopyEnded(copy) => {
+                    self.copies.ended(&copy.copy);
                     let name = format!("COPY_{}", copy.state.to_uppercase());
                     self.event(&name, json!(copy));
                 }
