@@ -10,9 +10,10 @@ use crate::backend::Backend;
 use crate::backend::file::{FileBackend, FileOptions, Locking};
 use crate::backend::mem::{MemBackend, MemOptions};
 use crate::backend::null::NullBackend;
+use crate::backend::point_in_time::PointInTime;
 use crate::config::{BackendKind, Config};
 use crate::control;
-use crate::disk::{Disk, Events};
+use crate::disk::{Copies, Disk, DiskStatus, Events};
 use crate::virtio::{Device, DeviceOptions};
 
 /// Called by the control socket's thread when it is told to end the daemon.
@@ -29,8 +30,8 @@ pub(super) struct Opened {
 
 /// Opens the image and makes the device. Nothing listens yet.
 pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Sync>> {
-    let backend = open_backend(config)?;
     let events = Arc::new(Events::new()?);
+    let backend = Arc::new(PointInTime::new(open_backend(config)?, events.clone()));
     let options = DeviceOptions {
         mode: config.cache,
         num_queues: config.num_queues,
@@ -38,7 +39,7 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
         serial: config.serial.clone(),
     };
     let device = Device::new(backend.clone(), &options, events.clone());
-    let disk: Arc<dyn Disk> = Arc::new(device.disk());
+    let disk: Arc<dyn Disk> = Arc::new(CopiedDisk { disk: Box::new(device.disk()), copies: backend.clone() });
     let info = control::Info { vhost_socket: config.listen.to_string() };
     let start_control: StartControl = Box::new(move |listener, quit| {
         let server = control::Server::start(listener, disk, events, quit, info)?;
@@ -66,7 +67,7 @@ fn open_backend(config: &Config) -> Result<Arc<dyn Backend>, Box<dyn Error + Sen
 
 /// The device and its image, as the server drives them.
 struct ServedDisk {
-    backend: Arc<dyn Backend>,
+    backend: Arc<PointInTime>,
     device: Arc<Device>,
 }
 
@@ -76,6 +77,8 @@ impl Served for ServedDisk {
     }
 
     fn shutdown(&self) {
+        // First: nothing of the guest's waits for a copy that will not be finished.
+        self.backend.close();
         self.device.shutdown();
     }
 
@@ -89,6 +92,30 @@ impl Served for ServedDisk {
 
     fn in_flight(&self) -> u64 {
         self.device.disk().status().total.in_flight
+    }
+}
+
+/// The rings, with the copies that stand behind them.
+struct CopiedDisk {
+    disk: Box<dyn Disk>,
+    copies: Arc<PointInTime>,
+}
+
+impl Disk for CopiedDisk {
+    fn close_gate(&self, epoch: u64) {
+        self.disk.close_gate(epoch);
+    }
+
+    fn open_gate(&self) {
+        self.disk.open_gate();
+    }
+
+    fn status(&self) -> DiskStatus {
+        self.disk.status()
+    }
+
+    fn copies(&self) -> Option<&dyn Copies> {
+        Some(&*self.copies)
     }
 }
 
