@@ -8,6 +8,7 @@
 //! never names a file; `control` reaches the rings only through the [`disk::Disk`] trait.
 
 pub mod backend;
+pub mod client;
 pub mod config;
 pub mod control;
 pub mod disk;
@@ -17,5 +18,6 @@ pub mod logging;
 pub mod pidfile;
 pub mod server;
 pub mod signals;
+pub mod snapshot;
 mod sys;
 pub mod virtio;

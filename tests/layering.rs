@@ -10,7 +10,7 @@ const UNSAFE_FILES: [(&str, &str); 6] = [
     ("src/backend/uring.rs", "submissions point into buffers that the kernel uses"),
     ("src/virtio/buffer.rs", "guest memory as iovecs"),
     ("src/sys.rs", "system calls that no safe wrapper has"),
-    ("src/bin/virtioblkctl/spawn.rs", "a command with another signal mask"),
+    ("src/snapshot/spawn.rs", "a command with another signal mask"),
     ("src/server/inherited.rs", "a descriptor that is known by its number alone"),
 ];
 

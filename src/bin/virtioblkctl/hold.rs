@@ -13,9 +13,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 
-use crate::client::{Client, Failure, Message, PATIENCE};
 use crate::show;
-use crate::spawn;
+use virtioblkd::client::{Client, Failure, Message, PATIENCE};
+use virtioblkd::snapshot::spawn;
 
 /// Our own failure, as timeout(1), env(1) and nice(1) say it.
 pub const FAILED: u8 = 125;

@@ -3,10 +3,8 @@
 //! Exit status: 0 success, 1 the daemon refused or could not be reached, 2 wrong usage. `quiesce -- COMMAND` exits with
 //! COMMAND's status (128 + n for signal n), 125 if we failed or the hold was lost, 126 and 127 if COMMAND cannot be run.
 
-mod client;
 mod hold;
 mod show;
-mod spawn;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -17,7 +15,7 @@ use std::time::Duration;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde_json::{Value, json};
 
-use client::{Client, Failure, Message, PATIENCE};
+use virtioblkd::client::{Client, Failure, Message, PATIENCE};
 use virtioblkd::control::proto::{LONGEST, LONGEST_WHO};
 
 /// Ask a running virtioblkd, and hold its disk still

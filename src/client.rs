@@ -1,4 +1,6 @@
-//! The quiesce socket seen from the operator's side: connect, negotiate, ask, listen. Blocking, each wait bounded.
+//! The quiesce socket seen from the operator's side: connect, negotiate, ask, listen. Each wait is bounded.
+//!
+//! For `virtioblkctl` and [`crate::snapshot`]; the daemon does not use it.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -101,6 +103,38 @@ impl Client {
             Some(event) => Ok(Message::Event(event)),
             None => self.message(deadline),
         }
+    }
+
+    /// The next message if there is one: never waits. For those who poll many daemons.
+    pub fn try_next(&mut self) -> Result<Option<Message>, Failure> {
+        match self.events.pop_front() {
+            Some(event) => Ok(Some(Message::Event(event))),
+            None => self.try_message(),
+        }
+    }
+
+    /// The reply if it is there; events on the way are kept for [`Client::next`]. Never waits.
+    pub fn try_reply(&mut self) -> Result<Option<Result<Value, Failure>>, Failure> {
+        loop {
+            match self.try_message()? {
+                Some(Message::Reply(reply)) => return Ok(Some(reply)),
+                Some(Message::Event(event)) => self.events.push_back(event),
+                None => return Ok(None),
+            }
+        }
+    }
+
+    fn try_message(&mut self) -> Result<Option<Message>, Failure> {
+        while !self.input.contains(&b'\n') {
+            if !wait_readable(&self.stream, Some(Instant::now())).map_err(|error| self.lost(&error))? {
+                return Ok(None);
+            }
+            if self.input.len() > LONGEST_LINE {
+                return Err(Failure::new("not-virtioblkd", format!("'{}' does not speak QMP", self.name)));
+            }
+            self.read_more(Some(Instant::now()))?;
+        }
+        self.message(Some(Instant::now())).map(Some)
     }
 
     /// Whether [`Client::next`] has something without reading.

@@ -1,0 +1,3 @@
+//! What `virtioblkctl` needs to take snapshots.
+
+pub mod spawn;

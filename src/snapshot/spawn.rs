@@ -1,0 +1,30 @@
+//! UNSAFE. Starting a command with the signal mask that we had, not the one that we have.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command};
+
+use nix::sys::signal::SigSet;
+
+/// Starts `command` with the signals blocked that are in `mask`, and no others.
+pub fn with_mask(command: Command, mask: SigSet) -> io::Result<Child> {
+    start(command, move || Ok(mask.thread_set_mask()?))
+}
+
+/// Starts `command` as [`with_mask`] does, and has the kernel send it SIGTERM should the calling thread end before it
+/// (prctl(2), PR_SET_PDEATHSIG): what it makes is worth nothing then.
+pub fn leashed(command: Command, mask: SigSet) -> io::Result<Child> {
+    start(command, move || {
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
+        Ok(mask.thread_set_mask()?)
+    })
+}
+
+fn start(mut command: Command, before: impl Fn() -> io::Result<()> + Send + Sync + 'static) -> io::Result<Child> {
+    // SAFETY: both callers' closures make one or two system calls (prctl, and sigprocmask through pthread_sigmask,
+    // which are async-signal-safe) between fork and exec, in the child, on values that they own; they allocate nothing
+    // and take no lock. The closure is kept by `command` until spawn has returned.
+    unsafe { command.pre_exec(before) };
+    command.spawn()
+}
