@@ -1,4 +1,5 @@
-//! UNSAFE. System calls that no library wraps safely: locks of open file descriptions and ioctls of block devices.
+//! UNSAFE. System calls that no library wraps safely: locks of open file descriptions, ioctls of block devices, and
+//! clones of a file's part.
 //! Each function is one call.
 #![allow(unsafe_code)]
 
@@ -67,6 +68,16 @@ pub(crate) fn opt_io(fd: BorrowedFd<'_>) -> io::Result<u32> {
 /// How far a block device's first physical block is displaced, in bytes; 0 too where the kernel says "misaligned" (-1).
 pub(crate) fn alignment_offset(fd: BorrowedFd<'_>) -> io::Result<u32> {
     get(fd, BLKALIGNOFF).map(|offset| if offset > i32::MAX as u32 { 0 } else { offset })
+}
+
+/// Lets `target` share the first `len` bytes of `source` (ioctl_ficlonerange(2)); 0: all of them. Errors: EOPNOTSUPP,
+/// ENOTTY or EINVAL if the filesystem cannot share blocks; EXDEV if the files are on different filesystems.
+pub(crate) fn clone_start(target: BorrowedFd<'_>, source: BorrowedFd<'_>, len: u64) -> io::Result<()> {
+    let range =
+        libc::file_clone_range { src_fd: source.as_raw_fd().into(), src_offset: 0, src_length: len, dest_offset: 0 };
+    // SAFETY: FICLONERANGE reads one struct file_clone_range from the pointer, which lives through the call; both
+    // descriptors are open.
+    check(unsafe { libc::ioctl(target.as_raw_fd(), libc::FICLONERANGE as _, &raw const range) })
 }
 
 fn get(fd: BorrowedFd<'_>, request: libc::c_ulong) -> io::Result<u32> {

@@ -1,3 +1,26 @@
-//! What `virtioblkctl` needs to take snapshots.
+//! `virtioblkctl snapshot`: a snapshot of one disk or many, at one instant, that holds exactly what its level promises.
+//!
+//! The order is everything: prepare what can be prepared -> hooks, guest freeze -> all gates close, all disks are still
+//! -> the instant -> all disks go on -> thaw, hooks -> what is slow. A freeze after a closed gate would hang, and so
+//! would a thaw before the gates open: both write. Whatever fails, at whatever step, what was begun is undone in the
+//! opposite order; where we cannot do it because we are dead, the daemons (a hold ends with its connection) and the
+//! [`guard`] do.
+//!
+//! Runs in `virtioblkctl`, in its one thread; the daemon does not use it.
 
+pub mod agent;
+pub mod child;
+pub mod copies;
+pub mod disks;
+pub mod guard;
+pub mod guest;
+pub mod hooks;
+pub mod libvirt;
+pub mod plan;
+pub mod receipt;
+pub mod reflink;
 pub mod spawn;
+mod take;
+pub mod wait;
+
+pub use take::{USAGE, take};

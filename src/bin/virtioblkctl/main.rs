@@ -1,13 +1,15 @@
-//! The operator's command: asks a running `virtioblkd` through its quiesce socket.
+//! The operator's command: asks a running `virtioblkd` through its quiesce socket, and takes snapshots.
 //!
-//! Exit status: 0 success, 1 the daemon refused or could not be reached, 2 wrong usage. `quiesce -- COMMAND` exits with
+//! Exit status: 0 success, 1 the daemon refused or could not be reached (`snapshot`: none was taken), 2 wrong usage. `quiesce -- COMMAND` exits with
 //! COMMAND's status (128 + n for signal n), 125 if we failed or the hold was lost, 126 and 127 if COMMAND cannot be run.
 
 mod hold;
 mod show;
+mod snapshot;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -45,6 +47,14 @@ enum What {
     Quiesce(Quiesce),
     /// Let the disk go on
     Resume(Resume),
+    /// Take a snapshot of one disk or several, at one instant, that holds what its level promises
+    ///
+    /// Freezes the guest's filesystems if the level asks for it, holds every disk, takes the snapshot, lets everything
+    /// go on, and prints what was really reached. Whatever fails, every disk goes on and the guest is thawed.
+    Snapshot(snapshot::Snapshot),
+    /// The process that thaws a guest if `snapshot` is killed
+    #[command(name = virtioblkd::snapshot::guard::SUBCOMMAND, hide = true)]
+    Guard,
     /// Print what happens, until interrupted
     Watch,
     /// End the daemon in order, as SIGTERM does
@@ -79,6 +89,11 @@ struct Resume {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    match &cli.what {
+        What::Snapshot(options) => return take_snapshot(options, &cli),
+        What::Guard => return guard(),
+        _ => {}
+    }
     let Some(path) = &cli.control else {
         let error = Cli::command().error(
             clap::error::ErrorKind::MissingRequiredArgument,
@@ -93,13 +108,37 @@ fn main() -> ExitCode {
     match Client::connect(path).and_then(|client| run(&cli, client)) {
         Ok(status) => ExitCode::from(status),
         Err(failure) => {
-            eprintln!("virtioblkctl: {failure}");
-            if cli.json {
-                let error = json!({"error": {"code": failure.code, "desc": failure.message}});
-                // The status tells it as well; a closed pipe is the reader's choice.
-                let _ = writeln!(io::stdout(), "{error}");
-            }
+            tell(&cli, &failure);
             ExitCode::from(own_failure)
+        }
+    }
+}
+
+fn tell(cli: &Cli, failure: &Failure) {
+    eprintln!("virtioblkctl: {failure}");
+    if cli.json {
+        let error = json!({"error": {"code": failure.code, "desc": failure.message}});
+        // The status tells it as well; a closed pipe is the reader's choice.
+        let _ = writeln!(io::stdout(), "{error}");
+    }
+}
+
+fn take_snapshot(options: &snapshot::Snapshot, cli: &Cli) -> ExitCode {
+    match snapshot::run(options, cli.control.as_ref(), cli.json).and_then(|text| print(&text)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            tell(cli, &failure);
+            ExitCode::from(if failure.code == virtioblkd::snapshot::USAGE { 2 } else { 1 })
+        }
+    }
+}
+
+fn guard() -> ExitCode {
+    match io::stdin().as_fd().try_clone_to_owned() {
+        Ok(link) => virtioblkd::snapshot::guard::serve(link),
+        Err(error) => {
+            eprintln!("virtioblkctl: no standard input: {error}");
+            ExitCode::FAILURE
         }
     }
 }
@@ -128,6 +167,7 @@ fn run(cli: &Cli, mut client: Client) -> Result<u8, Failure> {
             page(cli, &client.ask("resume", arguments, PATIENCE)?, resumed)
         }
         What::Watch => return watch(cli, client),
+        What::Snapshot(_) | What::Guard => return Err(Failure::new("internal", "this command is run elsewhere")),
         What::Quit => page(cli, &client.ask("quit", json!({}), PATIENCE)?, |_| "the daemon ends\n".to_owned()),
     };
     print(&text)?;

@@ -1,0 +1,99 @@
+//! The subcommand `snapshot`: its options become a plan, its receipt is printed.
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use virtioblkd::client::Failure;
+use virtioblkd::snapshot::plan::{AgentAt, Level, Plan, Way};
+use virtioblkd::snapshot::receipt::Receipt;
+use virtioblkd::snapshot::{self, USAGE};
+
+use crate::duration;
+
+#[derive(Args)]
+pub struct Snapshot {
+    /// The quiesce socket of a disk (virtioblkd --control-path); once for each disk
+    #[arg(long = "disk", value_name = "CONTROL")]
+    disks: Vec<PathBuf>,
+    /// What is promised: crash, filesystem (needs --qga or --libvirt), application (needs hooks besides)
+    #[arg(long, value_name = "LEVEL", value_parser = str::parse::<Level>)]
+    level: Level,
+    /// How: reflink:PATH, copy:PATH or exec:COMMAND; one a disk, or one for all with {} for the image's file name
+    #[arg(long = "to", value_name = "WAY:ARG")]
+    to: Vec<OsString>,
+    /// The socket of the guest's agent
+    #[arg(long, value_name = "SOCKET", conflicts_with = "libvirt")]
+    qga: Option<PathBuf>,
+    /// The libvirt domain, where libvirt has the agent's channel (through virsh)
+    #[arg(long, value_name = "DOMAIN")]
+    libvirt: Option<String>,
+    /// Call DIR/freeze before and DIR/thaw after, on the host
+    #[arg(long, value_name = "DIR")]
+    hooks: Option<PathBuf>,
+    /// Take a weaker snapshot, and say so, where the level cannot be reached
+    #[arg(long)]
+    or_weaker: bool,
+    /// Give up if the disks are not still by then
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
+    timeout: Duration,
+    /// Give up if the guest's filesystems are not frozen by then; also for each hook
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
+    freeze_timeout: Duration,
+    /// The longest that the disks may be held, an exec: included
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
+    lease: Duration,
+    /// Of copy:, in bytes a second
+    #[arg(long, value_name = "BYTES", default_value_t = 0, hide_default_value = true)]
+    bandwidth: u64,
+    /// Compute the SHA-256 of each snapshot
+    #[arg(long)]
+    digest: bool,
+    /// Do not wait for the end of copy:
+    #[arg(long)]
+    background: bool,
+}
+
+/// Takes the snapshot. `control`: the global option, which stands in for --disk.
+pub fn run(options: &Snapshot, control: Option<&PathBuf>, json: bool) -> Result<String, Failure> {
+    let receipt = snapshot::take(&plan(options, control)?)?;
+    if receipt.level != receipt.requested_level {
+        eprintln!("virtioblkctl: WEAKER THAN ASKED FOR: the snapshot is {} consistent", receipt.level);
+    }
+    show(&receipt, json)
+}
+
+fn plan(options: &Snapshot, control: Option<&PathBuf>) -> Result<Plan, Failure> {
+    let usage = |why: String| Failure::new(USAGE, why);
+    let ways = options.to.iter().map(Way::parse).collect::<Result<_, _>>().map_err(usage)?;
+    let mut disks = options.disks.clone();
+    if disks.is_empty() {
+        disks.extend(control.cloned());
+    }
+    let agent = options.qga.clone().map(AgentAt::Socket).or(options.libvirt.clone().map(AgentAt::Domain));
+    Ok(Plan {
+        disks,
+        level: options.level,
+        ways,
+        agent,
+        hooks: options.hooks.clone(),
+        or_weaker: options.or_weaker,
+        timeout: options.timeout,
+        freeze_timeout: options.freeze_timeout,
+        lease: options.lease,
+        bandwidth: options.bandwidth,
+        digest: options.digest,
+        background: options.background,
+        progress: std::io::stderr().is_terminal(),
+    })
+}
+
+fn show(receipt: &Receipt, json: bool) -> Result<String, Failure> {
+    if !json {
+        return Ok(receipt.page());
+    }
+    let text = serde_json::to_string_pretty(receipt);
+    text.map(|text| format!("{text}\n")).map_err(|error| Failure::new("internal", format!("the receipt: {error}")))
+}

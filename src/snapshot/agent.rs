@@ -1,0 +1,260 @@
+//! QEMU's guest agent on its socket: one JSON line each way, and the manners that it needs (QEMU,
+//! docs/interop/qemu-ga-ref).
+//!
+//! The socket knows no clients: bytes that an earlier one asked for may still come, and a request to an agent that does
+//! not run waits in the channel until it does. So a connection begins, and goes on after every answer that did not come
+//! in time, with `guest-sync-delimited`: a byte 0xFF before the request makes the agent drop what it was reading,
+//! and 0xFF before the answer with our number tells where its answers to us begin. The agent does one thing after the
+//! other: an answer to the sync proves that everything asked before is done, a late freeze too.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use serde_json::{Value, json};
+
+use super::wait::{Stop, Wake, pause, wait};
+
+/// Bytes read at most for one answer, garbage included.
+const MOST_INPUT: usize = 16 << 20;
+/// A sync that is not answered is sent again after this time: the agent may have been restarted.
+const SYNC_AGAIN: Duration = Duration::from_secs(5);
+
+/// Why the agent did not do as asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// It does not answer; what was asked may be done later.
+    Silent(String),
+    /// It cannot be reached.
+    Lost(String),
+    /// It says no: nothing was done, or it was undone.
+    Refused(String),
+    /// Nobody wants it any more; what was asked may be done later.
+    Stopped,
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Trouble::Silent(text) | Trouble::Lost(text) | Trouble::Refused(text) => f.write_str(text),
+            Trouble::Stopped => f.write_str("interrupted"),
+        }
+    }
+}
+
+/// A way to the agent.
+pub trait Channel {
+    /// Asks and waits for the answer, at most `patience`. Whatever was asked before is done by then.
+    fn ask(&mut self, command: &str, arguments: Value, patience: Duration, stop: Stop<'_>) -> Result<Value, Trouble>;
+}
+
+/// The agent's socket, as QEMU made it (`-chardev socket,path=...` with a `virtserialport` named
+/// `org.qemu.guest_agent.0`).
+pub struct Socket {
+    path: PathBuf,
+    link: Option<Link>,
+    next_id: u64,
+}
+
+/// A connection.
+struct Link {
+    stream: UnixStream,
+    input: Vec<u8>,
+    /// Nothing is under way: the next line is the answer to the next request.
+    in_sync: bool,
+}
+
+impl Socket {
+    /// Not connected until the first question.
+    pub fn new(path: &Path) -> Self {
+        // Not the same as an earlier client's: its stale answers must not pass for ours. The agent takes any number
+        // that fits into 63 bits.
+        let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let first = (clock.as_nanos() as u64 ^ u64::from(std::process::id()) << 40) >> 1;
+        Socket { path: path.to_owned(), link: None, next_id: first & (u64::MAX >> 2) }
+    }
+
+    fn shown(&self) -> String {
+        format!("the guest agent at '{}'", self.path.display())
+    }
+
+    fn silent(&self) -> Trouble {
+        Trouble::Silent(format!(
+            "{} does not answer: see that qemu-guest-agent runs in the guest, that the guest is not paused, and that \
+             nobody else is connected to the socket (libvirt is, to those of its domains: give --libvirt DOMAIN)",
+            self.shown()
+        ))
+    }
+
+    /// Connects if need be, and waits until the agent listens to us and to nobody else.
+    fn synchronize(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<(), Trouble> {
+        if self.link.is_none() {
+            self.link = Some(Link { stream: self.open(deadline, stop)?, input: Vec::new(), in_sync: false });
+        }
+        while self.link.as_ref().is_some_and(|link| !link.in_sync) {
+            self.next_id += 1;
+            let id = self.next_id;
+            let request = json!({"execute": "guest-sync-delimited", "arguments": {"id": id}});
+            self.send(format!("\u{00}{request}\n").into_bytes(), true)?;
+            let again = (Instant::now() + SYNC_AGAIN).min(deadline);
+            loop {
+                match self.line(again, stop) {
+                    Ok(line) => {
+                        // What stands before the 0xFF was for somebody else.
+                        let Some(at) = line.iter().rposition(|byte| *byte == 0xff) else { continue };
+                        let answer = serde_json::from_slice::<Value>(&line[at + 1..]);
+                        if answer.is_ok_and(|answer| answer["return"] == id) {
+                            self.link()?.in_sync = true;
+                            break;
+                        }
+                    }
+                    Err(Trouble::Silent(_)) if Instant::now() < deadline => break,
+                    Err(trouble) => return Err(trouble),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn link(&mut self) -> Result<&mut Link, Trouble> {
+        let shown = self.shown();
+        self.link.as_mut().ok_or_else(|| Trouble::Lost(format!("{shown} closed the connection")))
+    }
+
+    fn send(&mut self, mut bytes: Vec<u8>, delimited: bool) -> Result<(), Trouble> {
+        if delimited {
+            // No byte of UTF-8: the agent's parser starts anew.
+            bytes[0] = 0xff;
+        }
+        match self.link()?.stream.write_all(&bytes) {
+            Ok(()) => Ok(()),
+            // The channel takes no more: nobody reads it in the guest.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.link = None;
+                Err(self.silent())
+            }
+            Err(error) => {
+                self.link = None;
+                Err(Trouble::Lost(format!("{} cannot be written to: {error}", self.shown())))
+            }
+        }
+    }
+
+    /// The next line, without its end.
+    fn line(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<Vec<u8>, Trouble> {
+        let (mut searched, mut read) = (0, 0);
+        loop {
+            let silent = self.silent();
+            let shown = self.shown();
+            let link = self.link()?;
+            if let Some(end) = link.input[searched..].iter().position(|byte| *byte == b'\n') {
+                let mut line: Vec<u8> = link.input.drain(..=searched + end).collect();
+                line.pop();
+                return Ok(line);
+            }
+            searched = link.input.len();
+            if searched > MOST_INPUT || read > MOST_INPUT {
+                self.link = None;
+                return Err(Trouble::Lost(format!("{shown} sends without end: it is no guest agent")));
+            }
+            match wait(&[link.stream.as_fd()], stop, deadline) {
+                Ok(Wake::Ready(_)) => {}
+                Ok(Wake::Stopped) => return Err(Trouble::Stopped),
+                Ok(Wake::TimedOut) => return Err(silent),
+                Err(error) => return Err(Trouble::Lost(format!("{shown}: poll: {error}"))),
+            }
+            let mut buffer = [0; 16 * 1024];
+            match link.stream.read(&mut buffer) {
+                Ok(0) => {
+                    self.link = None;
+                    return Err(Trouble::Lost(format!("{shown} closed the connection: does the guest still run?")));
+                }
+                Ok(count) => {
+                    read += count;
+                    link.input.extend_from_slice(&buffer[..count]);
+                }
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(error) => {
+                    self.link = None;
+                    return Err(Trouble::Lost(format!("{shown}: {error}")));
+                }
+            }
+        }
+    }
+
+    fn open(&self, deadline: Instant, stop: Stop<'_>) -> Result<UnixStream, Trouble> {
+        let lost = |errno: Errno| {
+            let mend = match errno {
+                Errno::NOENT => ": does the guest run, and is this the socket of its agent's channel?",
+                Errno::CONNREFUSED => ": nobody listens there; does the guest still run?",
+                Errno::ACCESS | Errno::PERM => ": be root or QEMU's user",
+                Errno::NAMETOOLONG | Errno::INVAL => ": a socket's path has at most 107 bytes",
+                _ => "",
+            };
+            Trouble::Lost(format!("{} cannot be reached: {}{mend}", self.shown(), io::Error::from(errno)))
+        };
+        let address = SocketAddrUnix::new(&self.path).map_err(lost)?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(lost)?;
+        loop {
+            match connect(&socket, &address) {
+                Ok(()) => return Ok(UnixStream::from(socket)),
+                // The queue of those who want to connect is full.
+                Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => {
+                    match pause(Duration::from_millis(50), stop) {
+                        Ok(true) => {}
+                        Ok(false) => return Err(Trouble::Stopped),
+                        Err(error) => return Err(Trouble::Lost(format!("{}: poll: {error}", self.shown()))),
+                    }
+                }
+                Err(Errno::AGAIN | Errno::INTR) => return Err(self.silent()),
+                Err(errno) => return Err(lost(errno)),
+            }
+        }
+    }
+}
+
+impl Channel for Socket {
+    fn ask(&mut self, command: &str, arguments: Value, patience: Duration, stop: Stop<'_>) -> Result<Value, Trouble> {
+        let deadline = Instant::now() + patience;
+        self.synchronize(deadline, stop)?;
+        let mut request = json!({"execute": command});
+        if !arguments.is_null() {
+            request["arguments"] = arguments;
+        }
+        self.link()?.in_sync = false;
+        self.send(format!("{request}\n").into_bytes(), false)?;
+        let line = self.line(deadline, stop)?;
+        self.link()?.in_sync = true;
+        answer(&self.shown(), command, &line).inspect_err(|trouble| {
+            if matches!(trouble, Trouble::Lost(_)) {
+                self.link = None;
+            }
+        })
+    }
+}
+
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// Reads an answer: `{"return": ...}` or `{"error": {"class", "desc"}}`.
+pub fn answer(who: &str, command: &str, line: &[u8]) -> Result<Value, Trouble> {
+    let garbage = || {
+        let start = String::from_utf8_lossy(&line[..line.len().min(80)]).into_owned();
+        Trouble::Lost(format!("{who} answers {command} with what is no answer: {start:?}"))
+    };
+    let mut value: Value = serde_json::from_slice(line).map_err(|_| garbage())?;
+    if let Some(error) = value.get("error") {
+        let why = error["desc"].as_str().or(error["class"].as_str()).unwrap_or("it gives no reason");
+        return Err(Trouble::Refused(format!("{who} refuses {command}: {why}")));
+    }
+    value.get_mut("return").map(Value::take).ok_or_else(garbage)
+}

@@ -1,0 +1,109 @@
+//! A command that runs no longer than allowed: hooks, `exec:`, virsh.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::AsFd;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::SigSet;
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+
+use super::spawn;
+use super::wait::{Stop, Wake, wait};
+
+/// How long a command may take to end in order after SIGTERM.
+const GRACE: Duration = Duration::from_secs(2);
+/// Output beyond this is not read.
+const MOST_OUTPUT: u64 = 16 << 20;
+
+/// How a command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// By itself.
+    Status(ExitStatus),
+    /// By us: it took too long.
+    TimedOut,
+    /// By us: it is no longer wanted.
+    Stopped,
+}
+
+impl Ended {
+    /// What is wrong, after the command's name; `None`: it succeeded.
+    pub fn complaint(&self, allowed: Duration) -> Option<String> {
+        match self {
+            Ended::Status(status) if status.success() => None,
+            Ended::Status(status) => Some(format!("failed ({status})")),
+            Ended::TimedOut => Some(format!("did not end within {allowed:?} and was killed")),
+            Ended::Stopped => Some("was ended, because the snapshot was interrupted".into()),
+        }
+    }
+}
+
+/// Runs `command` in a process group of its own, without input and with `mask` as its blocked signals, until
+/// `deadline`. The whole group is ended if it takes too long or `stop` comes. `leashed`: it gets SIGTERM if we die.
+/// Errors: it cannot be started.
+pub fn run(mut command: Command, mask: SigSet, leashed: bool, deadline: Instant, stop: Stop<'_>) -> io::Result<Ended> {
+    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    command.stdin(Stdio::null());
+    let mut child = if leashed { spawn::leashed(command, mask)? } else { spawn::with_mask(command, mask)? };
+    let watched = watch(&mut child, deadline, stop);
+    match watched {
+        Ok(Some(status)) => Ok(Ended::Status(status)),
+        Ok(None) => {
+            let stopped =
+                stop.is_some_and(|fd| wait(&[fd], None, Instant::now()).is_ok_and(|wake| wake != Wake::TimedOut));
+            end(&mut child)?;
+            Ok(if stopped { Ended::Stopped } else { Ended::TimedOut })
+        }
+        Err(error) => {
+            end(&mut child)?;
+            Err(error)
+        }
+    }
+}
+
+/// Runs a command as [`run`] does and returns what it printed, standard output and standard error.
+pub fn output(mut command: Command, deadline: Instant, stop: Stop<'_>) -> io::Result<(Ended, String, String)> {
+    let file = || memfd_create("output", MemfdFlags::CLOEXEC).map(File::from);
+    let (out, err) = (file()?, file()?);
+    command.stdout(out.try_clone()?).stderr(err.try_clone()?);
+    let ended = run(command, SigSet::empty(), false, deadline, stop)?;
+    Ok((ended, text(out)?, text(err)?))
+}
+
+fn text(mut file: File) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    file.seek(SeekFrom::Start(0))?;
+    file.take(MOST_OUTPUT).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+fn watch(child: &mut Child, deadline: Instant, stop: Stop<'_>) -> io::Result<Option<ExitStatus>> {
+    let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+    match wait(&[pidfd.as_fd()], stop, deadline)? {
+        Wake::Ready(_) => Ok(Some(child.wait()?)),
+        Wake::Stopped | Wake::TimedOut => Ok(None),
+    }
+}
+
+/// SIGTERM to the group, and SIGKILL if that is not enough.
+fn end(child: &mut Child) -> io::Result<()> {
+    let group = Pid::from_child(child);
+    signal(group, Signal::TERM)?;
+    if watch(child, Instant::now() + GRACE, None)?.is_none() {
+        signal(group, Signal::KILL)?;
+        child.wait()?;
+    }
+    // What it started and left behind ends, too.
+    signal(group, Signal::KILL)
+}
+
+fn signal(group: Pid, signal: Signal) -> io::Result<()> {
+    match kill_process_group(group, signal) {
+        // All gone.
+        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}

@@ -1,0 +1,167 @@
+//! The way `copy`: the daemon fixes the instant and copies in the background; here it is asked, watched and cancelled.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use serde_json::{Value, json};
+
+use super::disks::{Disks, Unanswered, interrupted};
+use super::plan::Plan;
+use super::wait::{Stop, Wake, wait};
+use crate::client::{Client, Failure, PATIENCE};
+
+/// How often a copy is asked how far it is, if nothing is heard of it.
+const TICK: Duration = Duration::from_millis(500);
+
+/// One disk's copy.
+#[derive(Clone, Debug)]
+pub struct Copy {
+    /// The disk's place.
+    pub disk: usize,
+    /// What the daemon calls it.
+    name: String,
+    /// Where it will be.
+    target: PathBuf,
+    /// What was heard of it last.
+    pub status: Value,
+}
+
+/// Has the daemon make everything ready. The daemon removes what is prepared when our connection ends.
+pub fn prepare(disks: &mut Disks, disk: usize, target: &Path, plan: &Plan) -> Result<Copy, Failure> {
+    let Some(text) = target.to_str() else {
+        let text =
+            format!("'{}' is not UTF-8, which the daemon's protocol needs: choose another name", target.display());
+        return Err(Failure::new("target", text));
+    };
+    let mut arguments = json!({"target": text});
+    if plan.bandwidth != 0 {
+        arguments["bandwidth"] = json!(plan.bandwidth);
+    }
+    if plan.digest {
+        arguments["digest"] = json!(true);
+    }
+    if plan.background {
+        arguments["detached"] = json!(true);
+    }
+    let disk_at = &mut disks.list[disk];
+    let answer = disk_at.client()?.ask("copy-prepare", arguments, PATIENCE);
+    let answer = answer.map_err(|failure| match failure.code.as_str() {
+        "unknown-command" => Failure::new(
+            "unknown-command",
+            format!("the daemon behind '{}' is too old for copy: upgrade it", disk_at.control.display()),
+        ),
+        _ => disk_at.blame("cannot be copied", failure),
+    })?;
+    let name = answer["copy"].as_str().unwrap_or_default().to_owned();
+    Ok(Copy { disk, name, target: target.to_owned(), status: Value::Null })
+}
+
+/// Fixes the instant of all copies, while all disks are held.
+pub fn start(disks: &mut Disks, copies: &[Copy], stop: Stop<'_>) -> Result<(), Failure> {
+    let request = |copy: &Copy| {
+        let token = disks.list[copy.disk].token().unwrap_or_default();
+        (copy.disk, "copy-start", json!({"copy": copy.name, "token": token}))
+    };
+    let requests = copies.iter().map(request).collect();
+    let deadline = (Instant::now() + PATIENCE).min(disks.lease_ends());
+    for answer in disks.ask(requests, deadline, stop, Unanswered::EndsAll) {
+        answer.result.map_err(|why| disks.list[answer.disk].blame("could not be copied", why))?;
+    }
+    Ok(())
+}
+
+/// Asks how far the copies are. The error is the first copy's that failed.
+pub fn ask(disks: &mut Disks, copies: &mut [Copy]) -> Result<(), Failure> {
+    let requests = copies.iter().map(|copy| (copy.disk, "query-copies", json!({}))).collect();
+    let answers = disks.ask(requests, Instant::now() + PATIENCE, None, Unanswered::OnlyThat);
+    for (copy, answer) in copies.iter_mut().zip(answers) {
+        let blame = |why| disks.list[answer.disk].blame("is copied by a daemon that is lost", why);
+        let list = answer.result.map_err(blame)?;
+        let found = list.as_array().and_then(|list| list.iter().find(|status| status["copy"] == *copy.name));
+        copy.status = found.cloned().unwrap_or_else(|| json!({"state": "failed", "error": "the daemon forgot it"}));
+    }
+    for copy in copies.iter() {
+        if matches!(copy.state(), "failed" | "cancelled") {
+            let why = copy.status["error"].as_str().unwrap_or(copy.state()).to_owned();
+            return Err(Failure::new("copy-failed", format!("the copy to '{}' failed: {why}", copy.target.display())));
+        }
+    }
+    Ok(())
+}
+
+/// Waits until all copies are complete. The error is the first copy's that failed, or a signal.
+pub fn wait_for(disks: &mut Disks, copies: &mut [Copy], progress: bool, stop: Stop<'_>) -> Result<(), Failure> {
+    loop {
+        ask(disks, copies)?;
+        if progress {
+            show(copies);
+        }
+        if copies.iter().all(|copy| copy.state() == "completed") {
+            return Ok(());
+        }
+        let fds: Vec<_> = copies.iter().filter_map(|copy| disks.list[copy.disk].fd()).collect();
+        match wait(&fds, stop, Instant::now() + TICK) {
+            Ok(Wake::Stopped) => return Err(interrupted()),
+            Ok(Wake::Ready(_) | Wake::TimedOut) => {}
+            Err(error) => return Err(Failure::new("internal", format!("poll: {error}"))),
+        }
+        for copy in copies.iter() {
+            // Events tell when to ask again, no more.
+            while disks.list[copy.disk].client()?.try_next()?.is_some() {}
+        }
+    }
+}
+
+/// Ends what is under way and removes what is complete: nothing is left behind. What cannot be ended is said.
+pub fn undo(disks: &mut Disks, copies: &[Copy]) -> Vec<String> {
+    copies.iter().filter_map(|copy| undo_one(disks, copy).err()).collect()
+}
+
+fn undo_one(disks: &mut Disks, copy: &Copy) -> Result<(), String> {
+    let disk = &mut disks.list[copy.disk];
+    let shown = copy.target.display();
+    // The connection may have been given up; a detached copy outlives it.
+    let mut fresh;
+    let client = match disk.client() {
+        Ok(client) => client,
+        Err(_) => {
+            fresh =
+                Client::connect(&disk.control).map_err(|why| format!("is the copy to '{shown}' cancelled? {why}"))?;
+            &mut fresh
+        }
+    };
+    match client.ask("copy-cancel", json!({"copy": copy.name}), PATIENCE) {
+        Ok(_) => return Ok(()),
+        // It is over, well or not.
+        Err(failure) if failure.code == "no-such-copy" => {}
+        Err(why) => return Err(format!("the copy to '{shown}' could not be cancelled: {why}")),
+    }
+    let list = client.ask("query-copies", json!({}), PATIENCE).map_err(|why| format!("is '{shown}' there? {why}"))?;
+    let list = list.as_array().map(Vec::as_slice).unwrap_or_default();
+    // What is not complete the daemon has removed; then whatever has the target's name is not ours.
+    if !list.iter().any(|status| status["copy"] == *copy.name && status["state"] == "completed") {
+        return Ok(());
+    }
+    match rustix::fs::unlink(&copy.target) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err(format!("'{shown}', which is no snapshot, cannot be removed: {errno}")),
+    }
+}
+
+impl Copy {
+    fn state(&self) -> &str {
+        self.status["state"].as_str().unwrap_or("prepared")
+    }
+}
+
+/// One line, over and over.
+fn show(copies: &[Copy]) {
+    let sum = |name: &str| copies.iter().filter_map(|copy| copy.status[name].as_u64()).sum::<u64>();
+    let (done, total) = (sum("done-bytes"), sum("total-bytes").max(1));
+    let over = copies.iter().all(|copy| copy.state() == "completed");
+    let end = if over { "\n" } else { "" };
+    // Nobody looks any more, if it fails.
+    let _ = write!(std::io::stderr(), "\rcopied {} % of {} MiB{end}", done * 100 / total, total >> 20);
+}

@@ -1,0 +1,235 @@
+//! The disks of a snapshot, each a connection to its daemon: held all together or not at all.
+//!
+//! A hold is bound to its connection: whatever ends us ends it. That the daemon still knows our token when we resume is
+//! the proof that the disk was held all the time.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+
+use serde_json::{Value, json};
+
+use super::wait::{Stop, Wake, wait};
+use crate::client::{Client, Failure, PATIENCE};
+
+/// The daemon's own deadline comes first, so that its words are heard and not ours.
+const SLACK: Duration = Duration::from_secs(1);
+
+/// One disk.
+pub struct Disk {
+    /// `None` once its daemon is lost, or an answer of it is outstanding that nobody waits for any more.
+    client: Option<Client>,
+    /// Its quiesce socket.
+    pub control: PathBuf,
+    /// The daemon's `image`, for people.
+    pub image: String,
+    /// The file or device.
+    pub image_path: Option<PathBuf>,
+    /// The daemon's process, as it sees itself.
+    pub pid: u64,
+    /// Of the hold.
+    token: Option<String>,
+    /// When its gate was asked to close.
+    asked: Option<Instant>,
+    /// What the quiesce measured.
+    pub figures: Value,
+    /// From asking the gate to close until it was open again: the guest's writes waited at most this long.
+    pub held: Duration,
+}
+
+/// All of them.
+pub struct Disks {
+    /// In the user's order.
+    pub list: Vec<Disk>,
+    lease: Duration,
+    lease_ends: Option<Instant>,
+}
+
+impl Disks {
+    /// Connects to every daemon and asks what it serves. Nothing is held yet.
+    pub fn connect(controls: &[PathBuf], lease: Duration) -> Result<Self, Failure> {
+        let list = controls.iter().map(|control| Disk::connect(control)).collect::<Result<_, _>>()?;
+        Ok(Disks { list, lease, lease_ends: None })
+    }
+
+    /// Closes every gate at once and waits until all disks are still. Returns the instant: from now until
+    /// [`Disks::resume`] nothing changes on any of them. On an error the caller must [`Disks::resume`], too.
+    pub fn hold(&mut self, timeout: Duration, who: &str, stop: Stop<'_>) -> Result<SystemTime, Failure> {
+        let lease = self.lease.as_millis() as u64;
+        let arguments = json!({"timeout-ms": timeout.as_millis() as u64, "lease-ms": lease, "who": who});
+        let now = Instant::now();
+        // Every lease begins with its grant, and no grant comes before this.
+        self.lease_ends = Some(now + self.lease);
+        for disk in &mut self.list {
+            disk.asked = Some(now);
+        }
+        let requests = (0..self.list.len()).map(|disk| (disk, "quiesce", arguments.clone())).collect();
+        let mut failure = None;
+        for answer in self.ask(requests, now + timeout + SLACK, stop, Unanswered::EndsAll) {
+            let disk = &mut self.list[answer.disk];
+            match answer.result {
+                Ok(figures) => {
+                    disk.token = figures["token"].as_str().map(str::to_owned);
+                    disk.figures = figures;
+                }
+                Err(why) => keep_first(&mut failure, disk.blame("could not be held", why)),
+            }
+        }
+        failure.map_or(Ok(SystemTime::now()), Err)
+    }
+
+    /// When the first lease may end: what must be done while the disks are held must be done by then.
+    pub fn lease_ends(&self) -> Instant {
+        self.lease_ends.unwrap_or_else(Instant::now)
+    }
+
+    /// Lets every disk go on; at once, and whatever happens. Errors: one of them was not held until now, so that what
+    /// was taken of them is worth nothing; or a daemon does not answer, whose hold then ends with the connection.
+    pub fn resume(&mut self) -> Result<(), Failure> {
+        let mut held = Vec::new();
+        for (at, disk) in self.list.iter_mut().enumerate() {
+            match disk.token.take() {
+                Some(token) => held.push((at, "resume", json!({"token": token}))),
+                // Its quiesce may still be under way; it ends with the connection.
+                None if disk.asked.is_some() => disk.client = None,
+                None => {}
+            }
+        }
+        let mut failure = None;
+        for answer in self.ask(held, Instant::now() + PATIENCE, None, Unanswered::OnlyThat) {
+            let disk = &mut self.list[answer.disk];
+            disk.held = disk.asked.map_or(Duration::ZERO, |asked| answer.when.saturating_duration_since(asked));
+            if let Err(why) = answer.result {
+                keep_first(&mut failure, disk.blame("was not held until the snapshot was taken", why));
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// Asks disks, all at once: (place, command, arguments). The answers come in the same order. A connection that owes
+    /// an answer at the end is closed.
+    pub fn ask(
+        &mut self,
+        requests: Vec<(usize, &'static str, Value)>,
+        deadline: Instant,
+        stop: Stop<'_>,
+        unanswered: Unanswered,
+    ) -> Vec<Answer> {
+        let mut answers: Vec<(usize, Option<Answer>)> = Vec::new();
+        for (disk, name, arguments) in requests {
+            let sent = self.list[disk].client().and_then(|client| client.send(name, arguments));
+            answers.push((disk, sent.err().map(|lost| Answer { disk, when: Instant::now(), result: Err(lost) })));
+        }
+        let end = loop {
+            for (disk, answer) in answers.iter_mut().filter(|(_, answer)| answer.is_none()) {
+                let result = self.list[*disk].try_reply();
+                *answer = result.map(|result| Answer { disk: *disk, when: Instant::now(), result });
+            }
+            let failed = answers.iter().any(|(_, answer)| answer.as_ref().is_some_and(|a| a.result.is_err()));
+            let waiting: Vec<BorrowedFd<'_>> =
+                answers.iter().filter(|(_, a)| a.is_none()).filter_map(|(disk, _)| self.list[*disk].fd()).collect();
+            if waiting.is_empty() || (failed && unanswered == Unanswered::EndsAll) {
+                break Failure::new(NOT_WAITED, "another disk failed first");
+            }
+            match wait(&waiting, stop, deadline) {
+                Ok(Wake::Ready(_)) => {}
+                Ok(Wake::Stopped) => break interrupted(),
+                Ok(Wake::TimedOut) => {
+                    let late = "its daemon does not answer in time: it is stopped or stuck; see its log";
+                    break Failure::new("timeout", late);
+                }
+                Err(error) => break Failure::new("internal", format!("poll: {error}")),
+            }
+        };
+        let mut outstanding = |disk: usize| {
+            self.list[disk].client = None;
+            Answer { disk, when: Instant::now(), result: Err(Failure::new(&end.code, end.message.clone())) }
+        };
+        answers.into_iter().map(|(disk, answer)| answer.unwrap_or_else(|| outstanding(disk))).collect()
+    }
+}
+
+/// What a disk said, and when it was heard.
+pub struct Answer {
+    /// Its place.
+    pub disk: usize,
+    /// When.
+    pub when: Instant,
+    /// What.
+    pub result: Result<Value, Failure>,
+}
+
+/// The code of those that were not waited for; never the cause.
+const NOT_WAITED: &str = "not-waited";
+
+/// What an answer that failed does to the others that are asked with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unanswered {
+    /// Nobody waits for the others any more: all or nothing.
+    EndsAll,
+    /// The others are waited for.
+    OnlyThat,
+}
+
+/// The failure of everything that a signal ended.
+pub fn interrupted() -> Failure {
+    Failure::new("interrupted", "interrupted by a signal")
+}
+
+/// Keeps the first failure, but prefers a cause to "another disk failed first".
+fn keep_first(kept: &mut Option<Failure>, failure: Failure) {
+    if kept.as_ref().is_none_or(|kept| kept.code == NOT_WAITED) {
+        *kept = Some(failure);
+    }
+}
+
+impl Disk {
+    fn connect(control: &Path) -> Result<Self, Failure> {
+        let mut client = Client::connect(control)?;
+        let status = client.ask("query-status", json!({}), PATIENCE)?;
+        Ok(Disk {
+            client: Some(client),
+            control: control.to_owned(),
+            image: status["image"].as_str().unwrap_or("").to_owned(),
+            image_path: status["image-path"].as_str().map(PathBuf::from),
+            pid: status["daemon"]["pid"].as_u64().unwrap_or(0),
+            token: None,
+            asked: None,
+            figures: Value::Null,
+            held: Duration::ZERO,
+        })
+    }
+
+    /// Its connection, or why there is none.
+    pub fn client(&mut self) -> Result<&mut Client, Failure> {
+        let Disk { client, control, .. } = self;
+        client.as_mut().ok_or_else(|| {
+            Failure::new("no-daemon", format!("the connection to '{}' was given up before", control.display()))
+        })
+    }
+
+    /// The token of its hold.
+    pub fn token(&self) -> Option<&str> {
+        self.token.as_deref()
+    }
+
+    /// What to poll.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.client.as_ref().map(AsFd::as_fd)
+    }
+
+    fn try_reply(&mut self) -> Option<Result<Value, Failure>> {
+        match self.client().and_then(Client::try_reply) {
+            Ok(answer) => answer,
+            Err(lost) => {
+                self.client = None;
+                Some(Err(lost))
+            }
+        }
+    }
+
+    /// A failure with the disk's name before it.
+    pub fn blame(&self, what: &str, why: Failure) -> Failure {
+        Failure::new(&why.code, format!("the disk behind '{}' {what}: {}", self.control.display(), why.message))
+    }
+}

@@ -1,0 +1,271 @@
+//! Freezing and thawing a guest's filesystems through its agent, and finding out what was really frozen.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::agent::{Channel, Socket, Trouble};
+use super::libvirt::Domain;
+use super::plan::AgentAt;
+use super::wait::{Stop, pause};
+
+/// For anything but freeze and thaw.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Between two attempts to thaw a guest that does not answer.
+const AGAIN: Duration = Duration::from_millis(200);
+/// Filesystems that Linux mounts from a disk and cannot freeze (no `freeze_fs`), so that the agent skips them.
+const NEVER_FREEZE: [&str; 12] =
+    ["vfat", "msdos", "fat", "exfat", "iso9660", "udf", "squashfs", "erofs", "cramfs", "ntfs", "ntfs3", "fuseblk"];
+/// Where qemu-ga looks for its hook and its settings unless told otherwise.
+const DEFAULT_HOOK: &str = "/etc/qemu/fsfreeze-hook";
+const DEFAULT_CONFIG: &str = "/etc/qemu/qemu-ga.conf";
+
+/// What a guest says of itself before it is frozen.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Checked {
+    /// Filesystems that should be frozen, `None` if the guest does not say.
+    pub freezable: Option<u64>,
+    /// Mounted filesystems that cannot be, with their types.
+    pub never: Vec<String>,
+    /// The hook that the agent runs, if it says that it runs one.
+    pub hook: Option<String>,
+    /// Why that is not known.
+    pub hook_unknown: Option<String>,
+}
+
+/// What a thaw found.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Thawed {
+    /// The guest was frozen until then.
+    pub was_frozen: bool,
+    /// Filesystems that were thawed, as the agent counts.
+    pub count: u64,
+}
+
+/// A guest.
+pub struct Guest {
+    channel: Box<dyn Channel>,
+}
+
+impl Guest {
+    /// Reaches it when first asked.
+    pub fn new(at: &AgentAt) -> Self {
+        let channel: Box<dyn Channel> = match at {
+            AgentAt::Socket(path) => Box::new(Socket::new(path)),
+            AgentAt::Domain(name) => Box::new(Domain::new(name)),
+        };
+        Guest { channel }
+    }
+
+    /// Whether it can be frozen, and what is to be expected; changes nothing. `hooks`: also find out whether its agent
+    /// runs a hook. Everything that the agent answers only while it is not frozen is asked here.
+    pub fn check(&mut self, hooks: bool, stop: Stop<'_>) -> Result<Checked, Trouble> {
+        let status = self.ask("guest-fsfreeze-status", Value::Null, PATIENCE, stop)?;
+        if status != "thawed" {
+            return Err(Trouble::Refused(format!(
+                "the guest's filesystems are {} already, by somebody else, who may thaw them at any time: wait for its \
+                 end, thaw them (guest-fsfreeze-thaw, virsh domfsthaw), or ask for level crash",
+                status.as_str().unwrap_or("frozen")
+            )));
+        }
+        let info = self.ask("guest-info", Value::Null, PATIENCE, stop)?;
+        let known = info["supported_commands"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let freeze = known.iter().find(|command| command["name"] == "guest-fsfreeze-freeze");
+        if freeze.is_none_or(|command| command["enabled"] == false) {
+            return Err(Trouble::Refused(
+                "the guest's agent does not offer guest-fsfreeze-freeze: take it off the agent's block list \
+                 (qemu-ga --block-rpcs), or ask for level crash"
+                    .into(),
+            ));
+        }
+        let mut checked = Checked::default();
+        match self.ask("guest-get-fsinfo", Value::Null, PATIENCE, stop) {
+            Ok(filesystems) => count(&filesystems, &mut checked),
+            Err(Trouble::Refused(_)) => {}
+            Err(trouble) => return Err(trouble),
+        }
+        if hooks {
+            match self.hook(stop) {
+                Ok(hook) => checked.hook = hook,
+                Err(Trouble::Refused(why)) => checked.hook_unknown = Some(why),
+                Err(trouble) => return Err(trouble),
+            }
+        }
+        Ok(checked)
+    }
+
+    /// Freezes; how many filesystems. After `Refused` the guest was thawed; after anything else nobody knows, and
+    /// [`Guest::thaw`] must follow.
+    pub fn freeze(&mut self, patience: Duration, stop: Stop<'_>) -> Result<u64, Trouble> {
+        match self.ask("guest-fsfreeze-freeze", Value::Null, patience, stop) {
+            Ok(count) => Ok(count.as_u64().unwrap_or(0)),
+            Err(Trouble::Refused(why)) => {
+                // The agent undoes what it began; a hook that failed half way may have left something.
+                self.thaw(Instant::now() + patience, None).map(|_| ())?;
+                Err(Trouble::Refused(why))
+            }
+            Err(trouble) => Err(trouble),
+        }
+    }
+
+    /// Thaws, also a freeze that comes late: asks again and again until the agent has answered or `deadline`. The agent
+    /// works in order, so its answer means that no freeze of ours is still to come.
+    pub fn thaw(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<Thawed, Trouble> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let trouble = match self.thaw_once(left.max(Duration::from_millis(1)), stop) {
+                Ok(thawed) => return Ok(thawed),
+                Err(trouble) => trouble,
+            };
+            let again = matches!(pause(AGAIN.min(left), stop), Ok(true));
+            if !again || Instant::now() >= deadline {
+                return Err(trouble);
+            }
+        }
+    }
+
+    fn thaw_once(&mut self, patience: Duration, stop: Stop<'_>) -> Result<Thawed, Trouble> {
+        let status = self.ask("guest-fsfreeze-status", Value::Null, patience, stop)?;
+        // Also if it says that nothing is frozen: it costs nothing then, and an agent that was restarted may not know.
+        let count = self.ask("guest-fsfreeze-thaw", Value::Null, patience, stop)?;
+        let after = self.ask("guest-fsfreeze-status", Value::Null, patience, stop)?;
+        if after != "thawed" {
+            return Err(Trouble::Silent("the guest's filesystems are frozen still, after a thaw".into()));
+        }
+        Ok(Thawed { was_frozen: status == "frozen", count: count.as_u64().unwrap_or(0) })
+    }
+
+    /// The hook that the agent runs, if it does, from its own command line and settings, which it reads for us.
+    fn hook(&mut self, stop: Stop<'_>) -> Result<Option<String>, Trouble> {
+        let line = self.read("/proc/self/cmdline", stop)?;
+        let words: Vec<String> = line.split(|byte| *byte == 0).map(|w| String::from_utf8_lossy(w).into()).collect();
+        if let Some(hook) = hook_in_words(&words) {
+            return Ok(Some(hook));
+        }
+        match self.read(&config_in_words(&words), stop) {
+            Ok(text) => Ok(hook_in_config(&String::from_utf8_lossy(&text))),
+            // There is none; the command line was all.
+            Err(Trouble::Refused(_)) => Ok(None),
+            Err(trouble) => Err(trouble),
+        }
+    }
+
+    /// A small file of the guest's.
+    fn read(&mut self, path: &str, stop: Stop<'_>) -> Result<Vec<u8>, Trouble> {
+        let handle = self.ask("guest-file-open", json!({"path": path, "mode": "r"}), PATIENCE, stop)?;
+        let read = self.ask("guest-file-read", json!({"handle": handle, "count": 65536}), PATIENCE, stop);
+        self.ask("guest-file-close", json!({"handle": handle}), PATIENCE, stop)?;
+        let read = read?;
+        base64(read["buf-b64"].as_str().unwrap_or(""))
+            .ok_or_else(|| Trouble::Refused(format!("the guest's agent sent '{path}' in no base64")))
+    }
+
+    fn ask(&mut self, name: &str, arguments: Value, patience: Duration, stop: Stop<'_>) -> Result<Value, Trouble> {
+        self.channel.ask(name, arguments, patience, stop)
+    }
+}
+
+/// Counts the filesystems of `guest-get-fsinfo`, each device once.
+fn count(filesystems: &Value, checked: &mut Checked) {
+    let mut devices = BTreeMap::new();
+    for filesystem in filesystems.as_array().map(Vec::as_slice).unwrap_or_default() {
+        let (Some(name), Some(kind)) = (filesystem["name"].as_str(), filesystem["type"].as_str()) else { continue };
+        devices.insert(name, kind);
+    }
+    let never = |kind: &str| NEVER_FREEZE.contains(&kind.to_ascii_lowercase().as_str());
+    checked.freezable = Some(devices.values().filter(|kind| !never(kind)).count() as u64);
+    checked.never =
+        devices.iter().filter(|(_, kind)| never(kind)).map(|(name, kind)| format!("{name} ({kind})")).collect();
+}
+
+/// `-F`, `-FPATH`, `--fsfreeze-hook` and `--fsfreeze-hook=PATH` of qemu-ga.
+fn hook_in_words(words: &[String]) -> Option<String> {
+    words.iter().find_map(|word| {
+        let path = word.strip_prefix("--fsfreeze-hook").or(word.strip_prefix("-F"))?;
+        let path = path.strip_prefix('=').unwrap_or(path);
+        Some(if path.is_empty() { DEFAULT_HOOK.to_owned() } else { path.to_owned() })
+    })
+}
+
+/// `-c PATH` and `--config PATH`.
+fn config_in_words(words: &[String]) -> String {
+    let after = words.iter().position(|word| word == "-c" || word == "--config").and_then(|at| words.get(at + 1));
+    let joined = words.iter().find_map(|word| word.strip_prefix("--config="));
+    after.map(String::as_str).or(joined).unwrap_or(DEFAULT_CONFIG).to_owned()
+}
+
+/// `fsfreeze-hook=PATH` in the agent's settings, an INI file.
+fn hook_in_config(text: &str) -> Option<String> {
+    text.lines().find_map(|line| {
+        let (key, value) = line.split_once('=')?;
+        let value = value.trim();
+        (key.trim() == "fsfreeze-hook" && Path::new(value).is_absolute()).then(|| value.to_owned())
+    })
+}
+
+/// Decodes base64 (RFC 4648) as the agent writes it: padded, on one line.
+fn base64(text: &str) -> Option<Vec<u8>> {
+    let digit = |c: u8| match c {
+        b'A'..=b'Z' => Some(c - b'A'),
+        b'a'..=b'z' => Some(c - b'a' + 26),
+        b'0'..=b'9' => Some(c - b'0' + 52),
+        b'+' => Some(62),
+        b'/' => Some(63),
+        _ => None,
+    };
+    let digits = text.trim_end_matches('=').bytes().map(digit).collect::<Option<Vec<u8>>>()?;
+    let mut bytes = Vec::with_capacity(digits.len() * 3 / 4);
+    for chunk in digits.chunks(4) {
+        let word = (0..4).fold(0u32, |word, at| word << 6 | u32::from(chunk.get(at).copied().unwrap_or(0)));
+        // 2, 3 or 4 digits make 1, 2 or 3 bytes; a single one makes none.
+        let count = chunk.len().checked_sub(1).filter(|count| *count > 0)?;
+        bytes.extend_from_slice(&word.to_be_bytes()[1..=count]);
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base64_as_the_rfc_has_it() {
+        let cases =
+            [("", ""), ("Zg==", "f"), ("Zm8=", "fo"), ("Zm9v", "foo"), ("Zm9vYg==", "foob"), ("Zm9vYmFy", "foobar")];
+        for (text, bytes) in cases {
+            assert_eq!(base64(text).as_deref(), Some(bytes.as_bytes()), "{text}");
+        }
+        assert_eq!(base64("Z"), None);
+        assert_eq!(base64("Zm9v\n"), None);
+    }
+
+    #[test]
+    fn the_agents_hook_is_found_where_it_can_be_given() {
+        let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let found = |text: &str| hook_in_words(&words(text));
+        assert_eq!(found("qemu-ga -F"), Some(DEFAULT_HOOK.into()));
+        assert_eq!(found("qemu-ga -F/a/hook -d"), Some("/a/hook".into()));
+        assert_eq!(found("qemu-ga --fsfreeze-hook=/a/hook"), Some("/a/hook".into()));
+        assert_eq!(found("qemu-ga -m virtio-serial"), None);
+        assert_eq!(config_in_words(&words("qemu-ga -c /c")), "/c");
+        assert_eq!(config_in_words(&words("qemu-ga")), DEFAULT_CONFIG);
+        assert_eq!(hook_in_config("[general]\nfsfreeze-hook = /a/hook\n"), Some("/a/hook".into()));
+        assert_eq!(hook_in_config("#fsfreeze-hook=\nfsfreeze-hook=\n"), None);
+    }
+
+    #[test]
+    fn filesystems_are_counted_once_a_device() {
+        let mut checked = Checked::default();
+        let list = json!([
+            {"name": "vda1", "mountpoint": "/", "type": "ext4"}, {"name": "vda1", "mountpoint": "/srv", "type": "ext4"},
+            {"name": "vda15", "mountpoint": "/boot/efi", "type": "vfat"}, {"name": "vdb", "mountpoint": "/d", "type": "xfs"},
+        ]);
+        count(&list, &mut checked);
+        assert_eq!((checked.freezable, checked.never), (Some(2), vec!["vda15 (vfat)".to_owned()]));
+    }
+}

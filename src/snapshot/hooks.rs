@@ -1,0 +1,52 @@
+//! The host's hooks: executables `freeze` and `thaw` in a directory, as librbd's quiesce callbacks allow. `freeze` says
+//! by its status whether the application is still; whatever it says, `thaw` is called.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::SigSet;
+
+use super::child::run;
+use super::wait::Stop;
+
+/// A directory of hooks.
+pub struct Hooks {
+    directory: PathBuf,
+    environment: Vec<(String, String)>,
+}
+
+/// Whether both hooks are there and executable. The error names what is missing.
+pub fn check(directory: &Path) -> Result<(), String> {
+    for name in ["freeze", "thaw"] {
+        let path = directory.join(name);
+        let shown = path.display();
+        let mend = "--hooks DIR needs two executables, DIR/freeze and DIR/thaw";
+        let metadata =
+            path.metadata().map_err(|error| format!("the hook '{shown}' cannot be used: {error}; {mend}"))?;
+        if !metadata.is_file() || metadata.permissions().mode() & 0o111 == 0 {
+            return Err(format!("the hook '{shown}' is not executable: chmod +x it; {mend}"));
+        }
+    }
+    Ok(())
+}
+
+impl Hooks {
+    /// `environment`: what the hooks are told beside our own environment.
+    pub fn new(directory: &Path, environment: Vec<(String, String)>) -> Self {
+        Hooks { directory: directory.to_owned(), environment }
+    }
+
+    /// Runs `freeze` or `thaw`, at most `patience`; a hook that hangs is killed. The error names the hook.
+    pub fn call(&self, name: &str, patience: Duration, stop: Stop<'_>) -> Result<(), String> {
+        let path = self.directory.join(name);
+        let mut command = Command::new(&path);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        // Our standard output is the receipt's.
+        command.stdout(std::io::stderr());
+        let ended = run(command, SigSet::empty(), false, Instant::now() + patience, stop)
+            .map_err(|error| format!("the hook '{}' cannot be run: {error}", path.display()))?;
+        ended.complaint(patience).map_or(Ok(()), |what| Err(format!("the hook '{}' {what}", path.display())))
+    }
+}

@@ -1,0 +1,79 @@
+//! The guest agent where libvirt has its channel: through virsh, which honours LIBVIRT_DEFAULT_URI and its own
+//! configuration. libvirt synchronizes with the agent before each command by itself.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::agent::{Channel, Trouble, answer};
+use super::child::{Ended, output};
+use super::wait::Stop;
+
+/// What virsh may need besides the agent's own time.
+const VIRSH: Duration = Duration::from_secs(5);
+
+/// A domain's agent.
+pub struct Domain {
+    name: String,
+}
+
+impl Domain {
+    /// `name`: what virsh takes as a domain: name, id or UUID.
+    pub fn new(name: &str) -> Self {
+        Domain { name: name.to_owned() }
+    }
+}
+
+impl Channel for Domain {
+    fn ask(&mut self, command: &str, arguments: Value, patience: Duration, stop: Stop<'_>) -> Result<Value, Trouble> {
+        let who = format!("the guest agent of libvirt's domain '{}'", self.name);
+        let mut request = json!({"execute": command});
+        if !arguments.is_null() {
+            request["arguments"] = arguments;
+        }
+        let seconds = patience.as_secs().max(1).to_string();
+        let mut virsh = Command::new("virsh");
+        virsh.args(["--quiet", "qemu-agent-command", "--timeout", &seconds, "--domain", &self.name]);
+        // virsh's own words are matched below.
+        virsh.arg(request.to_string()).env("LC_ALL", "C");
+        let (ended, out, err) = output(virsh, Instant::now() + patience + VIRSH, stop).map_err(|error| {
+            Trouble::Lost(format!("virsh cannot be run: {error}; --libvirt needs it (Debian: libvirt-clients)"))
+        })?;
+        match ended {
+            Ended::Status(status) if status.success() => answer(&who, command, out.trim().as_bytes()),
+            Ended::Status(_) => Err(failed(&who, command, err.trim())),
+            Ended::TimedOut => Err(Trouble::Silent(format!("{who}: virsh does not end; does libvirtd answer?"))),
+            Ended::Stopped => Err(Trouble::Stopped),
+        }
+    }
+}
+
+/// What virsh's complaint means.
+fn failed(who: &str, command: &str, said: &str) -> Trouble {
+    let said = said.trim_start_matches("error: ").replace('\n', "; ");
+    let text = format!("{who}: {command}: {said}");
+    if said.contains("unable to execute QEMU agent command") {
+        Trouble::Refused(text)
+    } else if said.contains("not responding") || said.contains("not available for now") || said.contains("timed out") {
+        Trouble::Silent(format!("{text}. See that qemu-guest-agent runs in the guest, and that it is not paused"))
+    } else {
+        Trouble::Lost(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn virsh_s_words_are_understood() {
+        let refused = "error: internal error: unable to execute QEMU agent command 'guest-fsfreeze-freeze': disabled";
+        assert!(matches!(failed("it", "c", refused), Trouble::Refused(_)));
+        let silent = "error: Guest agent is not responding: Guest agent not available for now";
+        assert!(matches!(failed("it", "c", silent), Trouble::Silent(_)));
+        let lost = "error: failed to get domain 'x'\nerror: Domain not found";
+        let Trouble::Lost(text) = failed("it", "c", lost) else { panic!("not lost") };
+        assert!(text.contains("Domain not found") && !text.contains('\n'), "{text}");
+    }
+}

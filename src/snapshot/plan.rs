@@ -1,0 +1,297 @@
+//! What was asked for: the level, the disks, and the way in which each is taken. PURE, checked before anything is
+//! touched.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+/// What a snapshot promises. Ordered: a later one promises more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// What a power cut would leave, at one instant over all disks.
+    Crash,
+    /// Besides, the guest's filesystems were frozen: all that its programs wrote is there, nothing needs repair.
+    Filesystem,
+    /// Besides, programs were told by hooks, on the host or in the guest, and agreed.
+    Application,
+}
+
+impl Level {
+    /// As the command line spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Level::Crash => "crash",
+            Level::Filesystem => "filesystem",
+            Level::Application => "application",
+        }
+    }
+}
+
+impl FromStr for Level {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = [Level::Crash, Level::Filesystem, Level::Application];
+        known
+            .into_iter()
+            .find(|level| level.name() == text)
+            .ok_or_else(|| format!("there is no level '{text}': give crash, filesystem or application"))
+    }
+}
+
+/// How a snapshot is taken. Paths may hold `{}`, which becomes the image's file name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// FICLONE to this path: XFS, btrfs, bcachefs.
+    Reflink(PathBuf),
+    /// A point-in-time copy to this path, made by the daemon.
+    Copy(PathBuf),
+    /// A command, run once while all disks are held.
+    Exec(OsString),
+}
+
+/// Every way, for messages.
+pub const WAYS: &str = "reflink:PATH (XFS, btrfs), copy:PATH (any filesystem) or exec:COMMAND (LVM, ZFS, anything)";
+
+impl Way {
+    /// Reads `WAY:ARGUMENT`.
+    pub fn parse(text: &OsString) -> Result<Self, String> {
+        let bytes = text.as_bytes();
+        let split = bytes.iter().position(|byte| *byte == b':');
+        let (way, rest) = split.map_or((bytes, &b""[..]), |at| (&bytes[..at], &bytes[at + 1..]));
+        let rest = OsString::from_vec(rest.to_vec());
+        match way {
+            b"reflink" | b"copy" | b"exec" if rest.is_empty() => {
+                Err(format!("'{}' lacks what follows the colon: give {WAYS}", text.to_string_lossy()))
+            }
+            b"reflink" => Ok(Way::Reflink(rest.into())),
+            b"copy" => Ok(Way::Copy(rest.into())),
+            b"exec" => Ok(Way::Exec(rest)),
+            _ => Err(format!("'{}' is no way to take a snapshot: give {WAYS}", text.to_string_lossy())),
+        }
+    }
+
+    /// As the receipt names it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Way::Reflink(_) => "reflink",
+            Way::Copy(_) => "copy",
+            Way::Exec(_) => "exec",
+        }
+    }
+}
+
+/// Where the guest's agent is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AgentAt {
+    /// The socket of QEMU's guest agent channel.
+    Socket(PathBuf),
+    /// A libvirt domain: its name, id or UUID.
+    Domain(String),
+}
+
+impl fmt::Display for AgentAt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AgentAt::Socket(path) => write!(f, "the guest agent at '{}'", path.display()),
+            AgentAt::Domain(name) => write!(f, "the guest agent of libvirt's domain '{name}'"),
+        }
+    }
+}
+
+/// What the user asked for.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The quiesce sockets, one a disk.
+    pub disks: Vec<PathBuf>,
+    /// The level asked for.
+    pub level: Level,
+    /// One a disk, or one for all.
+    pub ways: Vec<Way>,
+    /// Who freezes the guest's filesystems.
+    pub agent: Option<AgentAt>,
+    /// The directory of the host's hooks.
+    pub hooks: Option<PathBuf>,
+    /// A weaker level is better than nothing.
+    pub or_weaker: bool,
+    /// For every disk to be still.
+    pub timeout: Duration,
+    /// For the guest's freeze, and for each hook.
+    pub freeze_timeout: Duration,
+    /// The longest that the disks may be held, however slow the way is.
+    pub lease: Duration,
+    /// Of a copy, in bytes a second; 0: no limit.
+    pub bandwidth: u64,
+    /// Compute the SHA-256 of each snapshot.
+    pub digest: bool,
+    /// Do not wait for the end of copies.
+    pub background: bool,
+    /// Show how far copies are, on standard error.
+    pub progress: bool,
+}
+
+impl Plan {
+    /// Whether the parts go together. The error is one of usage: names what does not, and the mend.
+    pub fn check(&self) -> Result<(), String> {
+        let is_exec = |way: &Way| matches!(way, Way::Exec(_));
+        let all_copies = self.ways.iter().all(|way| matches!(way, Way::Copy(_)));
+        if self.disks.is_empty() {
+            return Err(
+                "no disk is named: give --disk CONTROL, the socket that virtioblkd has as --control-path".into()
+            );
+        }
+        for (at, disk) in self.disks.iter().enumerate() {
+            if self.disks[..at].iter().any(|other| same(other, disk)) {
+                return Err(format!("the disk '{}' is named twice: name each once", disk.display()));
+            }
+        }
+        if self.ways.is_empty() {
+            return Err(format!("how to take the snapshot is missing: give --to with {WAYS}"));
+        }
+        if self.ways.iter().any(is_exec) && self.ways.len() > 1 {
+            return Err("exec: runs once for all disks: give it alone, as the only --to".into());
+        }
+        if self.ways.len() != 1 && self.ways.len() != self.disks.len() {
+            let (ways, disks) = (self.ways.len(), self.disks.len());
+            return Err(format!("{ways} --to for {disks} disk(s): give one a disk, in their order, or one for all"));
+        }
+        if self.digest && self.ways.iter().any(is_exec) {
+            return Err("--digest is not possible with exec:, which keeps to itself what it makes".into());
+        }
+        if self.bandwidth != 0 && !all_copies {
+            return Err("--bandwidth limits copy: alone; the other ways copy nothing".into());
+        }
+        if self.background && !all_copies {
+            return Err("--background is for copy: alone; the other ways are done at the instant".into());
+        }
+        if self.level > Level::Crash && self.agent.is_none() {
+            return Err(format!(
+                "level {} needs the guest's agent: give --qga SOCKET, or --libvirt DOMAIN where libvirt has the channel",
+                self.level.name()
+            ));
+        }
+        Ok(())
+    }
+
+    /// The way for each disk, `{}` replaced and paths absolute. `images`: the image's path of each, where there is one.
+    pub fn ways(&self, images: &[Option<PathBuf>]) -> Result<Vec<Way>, String> {
+        let mut resolved: Vec<Way> = Vec::new();
+        for (at, image) in images.iter().enumerate() {
+            let way = if self.ways.len() == 1 { &self.ways[0] } else { &self.ways[at] };
+            let fill = |path: &Path| absolute(path, image.as_deref());
+            let way = match way {
+                Way::Reflink(path) => Way::Reflink(fill(path)?),
+                Way::Copy(path) => Way::Copy(fill(path)?),
+                Way::Exec(command) => Way::Exec(command.clone()),
+            };
+            if let Way::Reflink(path) | Way::Copy(path) = &way
+                && resolved.iter().any(|other| matches!(other, Way::Reflink(o) | Way::Copy(o) if o == path))
+            {
+                return Err(format!(
+                    "two disks would go to '{}': put {{}} into --to, which becomes the image's file name, or give one \
+                     --to a disk",
+                    path.display()
+                ));
+            }
+            resolved.push(way);
+        }
+        Ok(resolved)
+    }
+}
+
+fn same(one: &Path, other: &Path) -> bool {
+    one == other || matches!((one.canonicalize(), other.canonicalize()), (Ok(one), Ok(other)) if one == other)
+}
+
+/// `path` with `{}` replaced, absolute.
+fn absolute(path: &Path, image: Option<&Path>) -> Result<PathBuf, String> {
+    let shown = path.display();
+    let bytes = path.as_os_str().as_bytes();
+    let mut filled = Vec::with_capacity(bytes.len());
+    let mut rest = bytes;
+    while let Some(at) = rest.windows(2).position(|two| two == b"{}") {
+        let name = image.and_then(Path::file_name).ok_or_else(|| {
+            format!("'{shown}' has {{}} in it, but the disk has no image with a file name: write the name out")
+        })?;
+        filled.extend_from_slice(&rest[..at]);
+        filled.extend_from_slice(name.as_bytes());
+        rest = &rest[at + 2..];
+    }
+    filled.extend_from_slice(rest);
+    let filled = PathBuf::from(OsString::from_vec(filled));
+    if filled.as_os_str().as_bytes().ends_with(b"/") || filled.is_dir() {
+        return Err(format!("'{}' is a directory: name a file in it, for example with {{}}", filled.display()));
+    }
+    std::path::absolute(&filled).map_err(|error| format!("'{}' has no absolute path: {error}", filled.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(disks: &[&str], ways: &[&str]) -> Plan {
+        Plan {
+            disks: disks.iter().map(PathBuf::from).collect(),
+            level: Level::Crash,
+            ways: ways.iter().map(|way| Way::parse(&OsString::from(way)).unwrap()).collect(),
+            agent: None,
+            hooks: None,
+            or_weaker: false,
+            timeout: Duration::from_secs(10),
+            freeze_timeout: Duration::from_secs(30),
+            lease: Duration::from_secs(30),
+            bandwidth: 0,
+            digest: false,
+            background: false,
+            progress: false,
+        }
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_refused_with_a_mend() {
+        let base = || plan(&["/a", "/b"], &["copy:/x/{}"]);
+        assert_eq!(base().check(), Ok(()));
+        let cases = [
+            (plan(&[], &["copy:/x"]), "--disk"),
+            (plan(&["/a", "/a"], &["copy:/x"]), "twice"),
+            (plan(&["/a"], &[]), "reflink:PATH"),
+            (plan(&["/a", "/b"], &["copy:/x", "exec:true"]), "alone"),
+            (plan(&["/a", "/b", "/c"], &["copy:/x", "copy:/y"]), "one a disk"),
+            (Plan { digest: true, ..plan(&["/a"], &["exec:true"]) }, "--digest"),
+            (Plan { bandwidth: 1, ..plan(&["/a"], &["reflink:/x"]) }, "--bandwidth"),
+            (Plan { background: true, ..plan(&["/a", "/b"], &["reflink:/x", "copy:/y"]) }, "--background"),
+            (Plan { level: Level::Filesystem, ..base() }, "--qga"),
+            (Plan { level: Level::Application, hooks: Some("/h".into()), ..base() }, "--libvirt"),
+        ];
+        for (plan, word) in cases {
+            let error = plan.check().expect_err(word);
+            assert!(error.contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn ways_are_read() {
+        let way = |text: &str| Way::parse(&OsString::from(text));
+        assert_eq!(way("reflink:/a:b"), Ok(Way::Reflink("/a:b".into())));
+        assert_eq!(way("exec:lvcreate -s"), Ok(Way::Exec("lvcreate -s".into())));
+        for bad in ["", "reflink", "reflink:", "zfs:/a", "exec:"] {
+            assert!(way(bad).expect_err(bad).contains("exec:COMMAND"));
+        }
+    }
+
+    #[test]
+    fn targets_get_the_images_names() {
+        let images = [Some(PathBuf::from("/i/a.raw")), Some(PathBuf::from("/i/b.raw"))];
+        let ways = plan(&["/a", "/b"], &["copy:/nowhere/x-{}-{}"]).ways(&images).unwrap();
+        assert_eq!(ways, [Way::Copy("/nowhere/x-a.raw-a.raw".into()), Way::Copy("/nowhere/x-b.raw-b.raw".into())]);
+        let same = plan(&["/a", "/b"], &["copy:/nowhere/x"]).ways(&images).unwrap_err();
+        assert!(same.contains("{}"), "{same}");
+        let nameless = plan(&["/a"], &["reflink:/nowhere/{}"]).ways(&[None]).unwrap_err();
+        assert!(nameless.contains("no image"), "{nameless}");
+        assert!(plan(&["/a"], &["copy:/nowhere/"]).ways(&images[..1]).unwrap_err().contains("directory"));
+        assert!(plan(&["/a"], &["copy:/tmp"]).ways(&images[..1]).unwrap_err().contains("directory"));
+    }
+}

@@ -1,0 +1,141 @@
+//! What was really reached, for programs and for people.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+use serde_json::Value;
+
+/// The receipt of a snapshot.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Receipt {
+    /// Reached: `crash`, `filesystem` or `application`.
+    pub level: &'static str,
+    /// Asked for.
+    pub requested_level: &'static str,
+    /// Seconds since the epoch: all disks were still.
+    pub instant: f64,
+    /// The longest that writes were held on a disk.
+    pub held_us: u64,
+    /// In the order of the command line.
+    pub disks: Vec<DiskReceipt>,
+    /// As the agent counted them; 0 at level crash.
+    pub filesystems_frozen: u64,
+    /// From asking for the freeze until the thaw was confirmed.
+    pub frozen_us: u64,
+    /// Hooks that were called and agreed.
+    pub hooks: Vec<String>,
+    /// What was seen to be so.
+    pub verified: Vec<String>,
+    /// What the level rests on and nobody can see from here.
+    pub trusted: Vec<String>,
+    /// What the operator should know.
+    pub warnings: Vec<String>,
+    /// Copies go on in the background; the snapshot is complete when they are.
+    pub detached: bool,
+}
+
+/// One disk's part.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiskReceipt {
+    /// Its quiesce socket.
+    pub control: String,
+    /// The file or device, or the daemon's words for it.
+    pub image: String,
+    /// From asking its gate to close until it was open again: writes were held at most this long.
+    pub held_us: u64,
+    /// Requests that were in flight.
+    pub drained: u64,
+    /// They took this long.
+    pub drain_us: u64,
+    /// Making all of it durable took this long.
+    pub sync_us: u64,
+    /// At most this was written back.
+    pub bytes_synced: u64,
+    /// `reflink`, `copy` or `exec`.
+    pub way: &'static str,
+    /// Where the snapshot is; the command of an `exec`.
+    pub target: String,
+    /// If asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+    /// The daemon's `CopyStatus`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub copy: Option<Value>,
+}
+
+impl Receipt {
+    /// A page for people.
+    pub fn page(&self) -> String {
+        let mut page = String::new();
+        let mut line = |name: &str, text: String| {
+            // Writing to a String cannot fail.
+            let _ = writeln!(page, "{name:<11}{}", clean(&text));
+        };
+        let asked = if self.level == self.requested_level {
+            String::new()
+        } else {
+            format!(", ASKED FOR {}", self.requested_level)
+        };
+        line("snapshot", format!("{} consistent{asked}", self.level));
+        line("instant", format!("{:.6} seconds since the epoch", self.instant));
+        line("held", format!("writes waited at most {}", time(self.held_us)));
+        if self.filesystems_frozen > 0 {
+            line("frozen", format!("{} filesystem(s) for {}", self.filesystems_frozen, time(self.frozen_us)));
+        }
+        for disk in &self.disks {
+            line("disk", format!("{} ({})", disk.image, disk.control));
+            let (held, drain, sync) = (time(disk.held_us), time(disk.drain_us), time(disk.sync_us));
+            line("", format!("held {held}: {} request(s) drained in {drain}, synced in {sync}", disk.drained));
+            let going_on = if self.detached { " (being copied in the background)" } else { "" };
+            line("", format!("{}: {}{going_on}", disk.way, disk.target));
+            if let Some(digest) = &disk.sha256 {
+                line("", format!("sha256 {digest}"));
+            }
+        }
+        let lists = [
+            ("hook", &self.hooks),
+            ("verified", &self.verified),
+            ("on trust", &self.trusted),
+            ("WARNING", &self.warnings),
+        ];
+        for (name, list) in lists {
+            list.iter().for_each(|text| line(name, text.clone()));
+        }
+        page
+    }
+}
+
+/// Without what could play with a terminal.
+fn clean(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
+/// `812 us`, `3.4 ms`, `1.2 s`.
+fn time(microseconds: u64) -> String {
+    match microseconds {
+        0..=999 => format!("{microseconds} us"),
+        1_000..=999_999 => format!("{:.1} ms", microseconds as f64 / 1e3),
+        _ => format!("{:.1} s", microseconds as f64 / 1e6),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_weaker_level_is_shouted_and_nothing_plays_with_the_terminal() {
+        let disk =
+            DiskReceipt { image: "/i/\u{1b}[2Ja".into(), way: "reflink", target: "/s/a".into(), ..Default::default() };
+        let receipt =
+            Receipt { level: "crash", requested_level: "filesystem", disks: vec![disk], ..Default::default() };
+        let page = receipt.page();
+        assert!(page.contains("crash consistent, ASKED FOR filesystem"), "{page}");
+        assert!(!page.contains('\u{1b}') && page.contains("reflink: /s/a"), "{page}");
+        let json = serde_json::to_value(&receipt).unwrap();
+        assert_eq!(json["requested-level"], "filesystem");
+        assert_eq!(json["disks"][0].get("sha256"), None);
+    }
+}

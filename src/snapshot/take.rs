@@ -1,0 +1,436 @@
+//! One snapshot, start to end.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use nix::sys::signal::SigSet;
+
+use super::child::run;
+use super::copies::{self, Copy};
+use super::disks::{Disks, interrupted};
+use super::guard::{Ask, Begun, Guard, LATE, Orders};
+use super::guest::Checked;
+use super::plan::{AgentAt, Level, Plan, Way};
+use super::receipt::{DiskReceipt, Receipt};
+use super::reflink::Target;
+use super::wait::{Stop, Wake, wait};
+use super::{hooks, plan};
+use crate::client::Failure;
+use crate::signals::Signals;
+
+/// The code of failures that are the command line's.
+pub const USAGE: &str = "usage";
+/// How long we may be silent towards the guard, beside the timeouts: connections, figures, a machine under load.
+const QUIET: Duration = Duration::from_secs(10);
+/// What a lease keeps in reserve for the resume.
+const RESERVE: Duration = Duration::from_millis(100);
+
+/// Takes a snapshot. SIGINT, SIGTERM and SIGHUP are blocked in this thread from now on, and end the snapshot in order.
+/// On an error nothing is left behind, every disk goes on and the guest is thawed, or it was said on standard error
+/// what could not be done.
+pub fn take(plan: &Plan) -> Result<Receipt, Failure> {
+    plan.check().map_err(|why| Failure::new(USAGE, why))?;
+    let failed = |error: std::io::Error| Failure::new("internal", format!("signals cannot be caught: {error}"));
+    let mask = SigSet::thread_get_mask().map_err(|errno| failed(errno.into()))?;
+    let signals = Signals::block().map_err(failed)?;
+    let mut run = Run::prepare(plan, mask, signals)?;
+    run.write_back();
+    let taken = run.freeze().and_then(|()| run.hold_and_take());
+    // Always, and in this order.
+    let resumed = run.disks.resume();
+    let was_frozen = run.thaw();
+    let done = taken.and(resumed).and_then(|()| run.was_frozen(was_frozen)).and_then(|()| run.complete());
+    match done {
+        Ok(()) => Ok(run.receipt()),
+        Err(failure) => {
+            run.discard();
+            Err(failure)
+        }
+    }
+}
+
+/// A snapshot under way. Dropped in this order: the disks go on before the guard hears that we are gone.
+struct Run<'a> {
+    plan: &'a Plan,
+    mask: SigSet,
+    signals: Signals,
+    disks: Disks,
+    guard: Option<Guard>,
+    ways: Vec<Way>,
+    targets: Vec<(usize, Target)>,
+    copies: Vec<Copy>,
+    /// As far as it is reached.
+    level: Level,
+    receipt: Receipt,
+}
+
+impl<'a> Run<'a> {
+    /// Everything that may fail and needs no disk held: after this the rest is quick.
+    fn prepare(plan: &'a Plan, mask: SigSet, signals: Signals) -> Result<Self, Failure> {
+        if let Some(directory) = &plan.hooks {
+            hooks::check(directory).map_err(|why| Failure::new("hook", why))?;
+        }
+        let disks = Disks::connect(&plan.disks, plan.lease)?;
+        let images: Vec<Option<PathBuf>> = disks.list.iter().map(|disk| disk.image_path.clone()).collect();
+        let ways = plan.ways(&images).map_err(|why| Failure::new(USAGE, why))?;
+        let receipt = Receipt { requested_level: plan.level.name(), ..Receipt::default() };
+        let (targets, copies) = (Vec::new(), Vec::new());
+        let mut run =
+            Run { plan, mask, signals, disks, guard: None, ways, targets, copies, level: plan.level, receipt };
+        match run.prepare_ways().and_then(|()| run.start_guard()) {
+            Ok(()) => Ok(run),
+            Err(failure) => {
+                run.discard();
+                Err(failure)
+            }
+        }
+    }
+
+    fn prepare_ways(&mut self) -> Result<(), Failure> {
+        for (at, way) in self.ways.iter().enumerate() {
+            match way {
+                Way::Reflink(path) => self.targets.push((at, Target::prepare(&self.disks.list[at], path)?)),
+                Way::Copy(path) => self.copies.push(copies::prepare(&mut self.disks, at, path, self.plan)?),
+                Way::Exec(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn start_guard(&mut self) -> Result<(), Failure> {
+        let freezes = self.plan.level > Level::Crash;
+        if !freezes && self.plan.agent.is_some() {
+            self.warn("level crash freezes nothing: the guest's agent is not asked".into());
+        }
+        if !freezes && self.plan.hooks.is_none() {
+            return Ok(());
+        }
+        let agent = self.plan.agent.as_ref().filter(|_| freezes);
+        let environment = self.environment().into_iter().map(|(name, value)| {
+            // Hooks get text; an image whose name is none is named as well as can be.
+            (name, value.to_string_lossy().into_owned())
+        });
+        let orders = Orders {
+            socket: agent.and_then(|at| if let AgentAt::Socket(path) = at { Some(path.clone()) } else { None }),
+            domain: agent.and_then(|at| if let AgentAt::Domain(name) = at { Some(name.clone()) } else { None }),
+            hooks: self.plan.hooks.clone(),
+            environment: environment.collect(),
+            patience: self.plan.freeze_timeout,
+            silence: self.plan.timeout + self.plan.lease + QUIET,
+            begun: Begun::default(),
+        };
+        self.guard = Some(Guard::start(orders)?);
+        Ok(())
+    }
+
+    /// Hooks, then the guest's filesystems. Finds out which level is reached, and whether that is enough.
+    fn freeze(&mut self) -> Result<(), Failure> {
+        if let Some(directory) = &self.plan.hooks {
+            let shown = directory.join("freeze").display().to_string();
+            match self.ask_guard(Ask::HooksFreeze) {
+                Ok(_) => self.receipt.hooks.push(shown.clone()),
+                Err(failure) if self.level == Level::Application => self.weaken(Level::Filesystem, failure)?,
+                Err(failure) if failure.code == "interrupted" || !self.plan.or_weaker => return Err(failure),
+                Err(failure) => self.warn(failure.message),
+            }
+            if self.receipt.hooks.is_empty() {
+                // It may have frozen half of something.
+                self.hooks_thaw();
+            } else {
+                self.receipt.verified.push(format!("the hook '{shown}' succeeded"));
+                self.receipt.trusted.push(format!("that '{shown}' made its application still"));
+            }
+        }
+        if self.level > Level::Crash
+            && let Err(failure) = self.freeze_guest()
+        {
+            // Before the gates close: a freeze that is still under way would wait for them, and they for nothing.
+            self.thaw_guest();
+            self.weaken(Level::Crash, failure)?;
+        }
+        Ok(())
+    }
+
+    fn freeze_guest(&mut self) -> Result<(), Failure> {
+        let host_hooks = !self.receipt.hooks.is_empty();
+        let ask = if self.level == Level::Application && !host_hooks { Ask::CheckAll } else { Ask::Check };
+        let checked = self.ask_guard(ask)?;
+        let checked: Checked = serde_json::from_value(checked)
+            .map_err(|error| Failure::new("internal", format!("the guard's answer: {error}")))?;
+        if ask == Ask::CheckAll && checked.hook.is_none() {
+            let why = checked.hook_unknown.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
+            let text = format!(
+                "no application was told: there are no --hooks, and the guest's agent does not say that it runs \
+                 fsfreeze hooks{why}. Give --hooks DIR, or start qemu-ga with --fsfreeze-hook"
+            );
+            self.weaken(Level::Filesystem, Failure::new("no-hooks", text))?;
+        }
+        let frozen = self.ask_guard(Ask::Freeze)?["frozen"].as_u64().unwrap_or(0);
+        let expected = checked.freezable.unwrap_or(1).max(1);
+        if frozen < expected {
+            let text = format!(
+                "{} froze {frozen} filesystem(s) of {expected} that are mounted: see the guest's log",
+                self.agent()
+            );
+            return Err(Failure::new("fewer", text));
+        }
+        self.receipt.filesystems_frozen = frozen;
+        match checked.freezable {
+            Some(count) => self.receipt.verified.push(format!("{frozen} filesystem(s) frozen of {count} that can be")),
+            None => self.warn(format!("the guest does not list its filesystems: {frozen} frozen, of how many?")),
+        }
+        if !checked.never.is_empty() {
+            let list = checked.never.join(", ");
+            self.receipt
+                .trusted
+                .push(format!("that nothing that matters is written to {list}, which cannot be frozen"));
+        }
+        if self.level == Level::Application
+            && let Some(hook) = checked.hook
+        {
+            self.receipt.verified.push(format!("the guest's agent runs the hook '{hook}', which agreed to the freeze"));
+            self.receipt.trusted.push(format!("that '{hook}' in the guest made its applications still"));
+            self.receipt.hooks.push(format!("guest:{hook}"));
+        }
+        Ok(())
+    }
+
+    /// The gates close, the instant is fixed. The caller resumes.
+    fn hold_and_take(&mut self) -> Result<(), Failure> {
+        self.not_interrupted()?;
+        let who = format!("virtioblkctl snapshot, level {}", self.level.name());
+        let instant = self.disks.hold(self.plan.timeout, &who, Some(self.signals.as_fd()))?;
+        self.receipt.instant = instant.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        // Between here and the resume nothing slow happens that could happen elsewhere.
+        if !self.copies.is_empty() {
+            copies::start(&mut self.disks, &self.copies, Some(self.signals.as_fd()))?;
+        }
+        self.clone_all()?;
+        if let Some(Way::Exec(command)) = self.ways.first() {
+            self.exec(command)?;
+        }
+        self.not_interrupted()
+    }
+
+    /// What is dirty in the host's cache now need not be written back while the gates are closed, nor while the guest
+    /// is frozen. The quiesce's own sync is the one that counts.
+    fn write_back(&mut self) {
+        for at in 0..self.disks.list.len() {
+            let Some(path) = self.disks.list[at].image_path.clone() else { continue };
+            if let Err(error) = File::open(&path).and_then(|file| file.sync_data()) {
+                self.warn(format!("'{}' could not be synced beforehand: {error}", path.display()));
+            }
+        }
+    }
+
+    /// All at once: the slowest one counts, not their sum.
+    fn clone_all(&self) -> Result<(), Failure> {
+        match self.targets.as_slice() {
+            [] => Ok(()),
+            [(_, only)] => only.share(),
+            many => std::thread::scope(|scope| {
+                let threads: Vec<_> = many.iter().map(|(_, target)| scope.spawn(|| target.share())).collect();
+                let results = threads.into_iter().map(|thread| {
+                    thread.join().unwrap_or_else(|_| Err(Failure::new("internal", "a thread that cloned panicked")))
+                });
+                // All of them, before anybody resumes.
+                results.collect::<Vec<_>>().into_iter().collect()
+            }),
+        }
+    }
+
+    fn exec(&self, script: &OsStr) -> Result<(), Failure> {
+        let mut command = Command::new("/bin/sh");
+        command.arg("-c").arg(script).envs(self.environment());
+        // Our standard output is the receipt's.
+        command.stdout(std::io::stderr());
+        let deadline = self.disks.lease_ends().checked_sub(RESERVE).unwrap_or_else(Instant::now);
+        let ended = run(command, self.mask, true, deadline, Some(self.signals.as_fd()));
+        let shown = script.to_string_lossy();
+        let ended = ended.map_err(|error| Failure::new("exec", format!("/bin/sh cannot be run: {error}")))?;
+        match ended.complaint(self.plan.lease) {
+            None => Ok(()),
+            Some(_) if ended == super::child::Ended::Stopped => Err(interrupted()),
+            Some(what) => Err(Failure::new(
+                "exec",
+                format!("the command '{shown}' {what}; the disks are held for --lease ({:?}) at most", self.plan.lease),
+            )),
+        }
+    }
+
+    /// Thaws the guest, calls the hooks. Whether the guest was frozen until now, if that is known.
+    fn thaw(&mut self) -> Option<bool> {
+        let was_frozen = self.thaw_guest();
+        self.hooks_thaw();
+        was_frozen
+    }
+
+    /// Frozen at the instant means frozen before and after: a guest that was not, or of which nobody knows, does not
+    /// have the level.
+    fn was_frozen(&mut self, was_frozen: Option<bool>) -> Result<(), Failure> {
+        if self.level == Level::Crash || was_frozen == Some(true) {
+            return Ok(());
+        }
+        let text = match was_frozen {
+            Some(_) => format!(
+                "the filesystems were thawed by somebody else before the snapshot was taken ({}; a Windows guest thaws \
+                 by itself after 10 s)",
+                self.agent()
+            ),
+            None => "whether the filesystems were frozen all the time is not known".to_owned(),
+        };
+        self.weaken(Level::Crash, Failure::new("thawed-early", text))
+    }
+
+    /// Thaws the guest if it was told to freeze. `Some(false)`: it was not frozen any more. What fails is said, and
+    /// left to the guard.
+    fn thaw_guest(&mut self) -> Option<bool> {
+        let guard = self.guard.as_mut().filter(|guard| guard.begun().guest)?;
+        match guard.thaw(Ask::Thaw) {
+            Ok(thawed) => {
+                self.receipt.frozen_us = thawed["frozen-us"].as_u64().unwrap_or(0);
+                Some(thawed["was-frozen"] == true)
+            }
+            Err(failure) => {
+                let minutes = LATE.as_secs() / 60;
+                let text = format!(
+                    "THE GUEST MAY BE FROZEN, or freeze later: {}. Process {} goes on trying to thaw it for {minutes} \
+                     minutes",
+                    failure.message,
+                    guard.pid()
+                );
+                self.warn(text);
+                None
+            }
+        }
+    }
+
+    fn hooks_thaw(&mut self) {
+        let Some(guard) = self.guard.as_mut().filter(|guard| guard.begun().hooks) else { return };
+        if let Err(failure) = guard.thaw(Ask::HooksThaw) {
+            self.warn(format!("{}: WHAT IT SHOULD HAVE THAWED MAY BE FROZEN", failure.message));
+        }
+    }
+
+    /// What is slow: durability, digests, the end of copies. The disks and the guest are going on already.
+    fn complete(&mut self) -> Result<(), Failure> {
+        for at in 0..self.targets.len() {
+            self.not_interrupted()?;
+            self.targets[at].1.finish()?;
+        }
+        let mut digests = vec![None; self.disks.list.len()];
+        if self.plan.digest {
+            for (at, target) in &mut self.targets {
+                digests[*at] = Some(target.digest(Some(self.signals.as_fd()))?);
+            }
+        }
+        let stop = Some(self.signals.as_fd());
+        if self.plan.background {
+            copies::ask(&mut self.disks, &mut self.copies)?;
+        } else {
+            copies::wait_for(&mut self.disks, &mut self.copies, self.plan.progress, stop)?;
+        }
+        self.not_interrupted()?;
+        self.targets.iter_mut().for_each(|(_, target)| target.keep());
+        self.receipt.disks = self.disk_receipts(digests);
+        Ok(())
+    }
+
+    fn disk_receipts(&self, mut digests: Vec<Option<String>>) -> Vec<DiskReceipt> {
+        let receipts = self.disks.list.iter().enumerate().map(|(at, disk)| {
+            let figure = |name: &str| disk.figures[name].as_u64().unwrap_or(0);
+            let way = &self.ways[at];
+            let copy = self.copies.iter().find(|copy| copy.disk == at).map(|copy| copy.status.clone());
+            let copied = copy.as_ref().and_then(|copy| copy["sha256"].as_str()).map(str::to_owned);
+            DiskReceipt {
+                control: disk.control.display().to_string(),
+                image: disk.image_path.as_ref().map_or(disk.image.clone(), |path| path.display().to_string()),
+                held_us: disk.held.as_micros() as u64,
+                drained: figure("drained"),
+                drain_us: figure("drain-us"),
+                sync_us: figure("sync-us"),
+                bytes_synced: figure("bytes-synced"),
+                way: way.name(),
+                target: match way {
+                    Way::Reflink(path) | Way::Copy(path) => path.display().to_string(),
+                    Way::Exec(command) => command.to_string_lossy().into_owned(),
+                },
+                sha256: digests[at].take().or(copied),
+                copy,
+            }
+        });
+        receipts.collect()
+    }
+
+    fn receipt(mut self) -> Receipt {
+        self.receipt.level = self.level.name();
+        self.receipt.detached = self.plan.background;
+        self.receipt.held_us = self.receipt.disks.iter().map(|disk| disk.held_us).max().unwrap_or(0);
+        self.receipt
+    }
+
+    /// Nothing is left behind. Files of ours go when they are dropped.
+    fn discard(&mut self) {
+        for trouble in copies::undo(&mut self.disks, &self.copies) {
+            self.warn(trouble);
+        }
+    }
+
+    /// Goes on with a weaker level where that is wanted, and says so; else fails.
+    fn weaken(&mut self, level: Level, failure: Failure) -> Result<(), Failure> {
+        if failure.code == "interrupted" || !self.plan.or_weaker {
+            return Err(failure);
+        }
+        self.warn(format!("level {} is not reached, {} is: {}", self.level.name(), level.name(), failure.message));
+        self.level = level;
+        if level == Level::Crash {
+            self.receipt.filesystems_frozen = 0;
+            self.receipt.verified.retain(|text| !text.contains("frozen"));
+        }
+        Ok(())
+    }
+
+    fn ask_guard(&mut self, ask: Ask) -> Result<serde_json::Value, Failure> {
+        self.not_interrupted()?;
+        let Some(guard) = &mut self.guard else { return Err(Failure::new("internal", "there is no guard")) };
+        guard.ask(ask, Some(self.signals.as_fd()))
+    }
+
+    fn not_interrupted(&self) -> Result<(), Failure> {
+        let stop: Stop<'_> = Some(self.signals.as_fd());
+        match wait(&[], stop, Instant::now()) {
+            Ok(Wake::Stopped) => Err(interrupted()),
+            Ok(_) => Ok(()),
+            Err(error) => Err(Failure::new("internal", format!("poll: {error}"))),
+        }
+    }
+
+    fn agent(&self) -> String {
+        self.plan.agent.as_ref().map(plan::AgentAt::to_string).unwrap_or_default()
+    }
+
+    /// Said at once and kept for the receipt.
+    fn warn(&mut self, text: String) {
+        eprintln!("virtioblkctl: {text}");
+        self.receipt.warnings.push(text);
+    }
+
+    /// What hooks and `exec:` are told.
+    fn environment(&self) -> Vec<(String, std::ffi::OsString)> {
+        let images = self.disks.list.iter().map(|disk| disk.image_path.clone().unwrap_or_default().into_os_string());
+        let images: Vec<_> = images.collect();
+        let controls: Vec<_> = self.disks.list.iter().map(|disk| disk.control.clone().into_os_string()).collect();
+        let mut environment = vec![
+            ("VIRTIOBLK_DISKS".to_owned(), images.join(OsStr::new(" "))),
+            ("VIRTIOBLK_CONTROLS".to_owned(), controls.join(OsStr::new(" "))),
+            ("VIRTIOBLK_LEVEL".to_owned(), self.level.name().into()),
+        ];
+        let numbered = images.into_iter().enumerate();
+        environment.extend(numbered.map(|(at, image)| (format!("VIRTIOBLK_DISK_{}", at + 1), image)));
+        environment
+    }
+}

@@ -1,0 +1,49 @@
+//! Waiting for several descriptors at once, never longer than allowed, and no longer than somebody still wants it.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+/// A descriptor that is readable when what is under way is no longer wanted: a signal came, or whoever asked is gone.
+/// `None` where something must be finished whatever comes (resume, thaw).
+pub type Stop<'a> = Option<BorrowedFd<'a>>;
+
+/// Why a wait ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// These descriptors are readable, or closed at the other end.
+    Ready(Vec<bool>),
+    /// The [`Stop`] is. It comes before all others.
+    Stopped,
+    /// The deadline.
+    TimedOut,
+}
+
+/// Sleeps until one of `fds` or `stop` is readable, at most until `deadline`.
+pub fn wait(fds: &[BorrowedFd<'_>], stop: Stop<'_>, deadline: Instant) -> io::Result<Wake> {
+    let mut polled: Vec<PollFd<'_>> =
+        fds.iter().copied().chain(stop).map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        match poll(&mut polled, Some(&timeout)) {
+            Ok(0) => return Ok(Wake::TimedOut),
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        }
+        let mut ready: Vec<bool> = polled.iter().map(|fd| !fd.revents().is_empty()).collect();
+        if stop.is_some() && ready.pop() == Some(true) {
+            return Ok(Wake::Stopped);
+        }
+        return Ok(Wake::Ready(ready));
+    }
+}
+
+/// Sleeps; `false`: `stop` came first.
+pub fn pause(time: Duration, stop: Stop<'_>) -> io::Result<bool> {
+    Ok(wait(&[], stop, Instant::now() + time)? != Wake::Stopped)
+}
