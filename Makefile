@@ -13,7 +13,7 @@ release = $(or $(CARGO_TARGET_DIR),target)/release
 doc = $(DESTDIR)$(PREFIX)/share/doc/virtioblkd
 
 .NOTPARALLEL:
-.PHONY: help build demo check check-unit check-vm check-libvirt check-lint bench explore-long install deps toolchain
+.PHONY: help build demo demo-snapshot check check-unit check-vm check-libvirt check-lint bench explore-long install deps toolchain
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -37,6 +37,9 @@ check-vm: toolchain deps ## Tests with real guests
 
 check-libvirt: toolchain deps ## The shipped domain on a real libvirt
 	$(CARGO) test --test libvirt
+
+demo-snapshot: toolchain deps ## What a snapshot at each level holds of what a guest's programs wrote: a table
+	$(CARGO) test --test story the_cloud_disk_story -- --nocapture
 
 check-lint: toolchain ## Formatting, clippy, documentation, without a warning
 	$(CARGO) fmt --check
