@@ -27,6 +27,15 @@ const BACKLOG: i32 = 128;
 const LOCK_TRIES: u32 = 50;
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
+/// What to do when descriptors ran out.
+pub(crate) const MORE_DESCRIPTORS: &str =
+    "raise the limit of open files (RLIMIT_NOFILE; ulimit -n, or LimitNOFILE= in the systemd unit)";
+
+/// Whether the process or the host has no descriptor left.
+pub(crate) fn out_of_descriptors(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
 /// Why a socket could not be bound. Each message names the path and what to do.
 #[derive(Debug)]
 pub enum BindError {
@@ -72,6 +81,9 @@ impl fmt::Display for BindError {
                  another socket path",
                 path.display()
             ),
+            BindError::Other(path, error) if out_of_descriptors(error) => {
+                write!(f, "the socket '{}' cannot be created: {error}; {MORE_DESCRIPTORS}", path.display())
+            }
             BindError::Other(path, error) => write!(
                 f,
                 "the socket '{}' cannot be created: {error}; check the directory and its file system",

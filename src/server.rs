@@ -28,7 +28,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::config::Config;
-use crate::listen::BindError;
+use crate::listen::{self, BindError};
 use crate::pidfile::{PidFile, PidFileError};
 use crate::signals::Signals;
 use bell::Bell;
@@ -86,6 +86,9 @@ impl fmt::Display for ServerError {
             ServerError::ControlThread(error) => write!(f, "cannot start the control socket's thread: {error}"),
             ServerError::Image(error) => error.fmt(f),
             ServerError::PidFile(error) => error.fmt(f),
+            ServerError::System(what, error) if listen::out_of_descriptors(error) => {
+                write!(f, "{what}: {error}; {}", listen::MORE_DESCRIPTORS)
+            }
             ServerError::System(what, error) => write!(f, "{what}: {error}"),
             ServerError::Sync(image, error) => write!(
                 f,

@@ -153,11 +153,11 @@ impl Worker {
             let what = format!("ring {}: the image's queue cannot be opened: {error}; all I/O fails", setup.index);
             setup.rings.report(Event::ProtocolError(what));
             // No descriptor left even for that: the process ends, which a front-end sees.
-            null::failing_queue(depth, errno_of(&error)).unwrap_or_else(|error| panic!("cannot even fail: {error}"))
+            null::failing_queue(depth, errno_of(&error)).unwrap_or_else(|error| give_up(setup.index, &error))
         });
-        watch(&mut *io, Source::Wake, setup.wake.as_fd());
+        watch(&mut *io, setup.index, Source::Wake, setup.wake.as_fd());
         if let Some(kick) = &ring.kick {
-            watch(&mut *io, Source::Kick, kick.as_fd());
+            watch(&mut *io, setup.index, Source::Kick, kick.as_fd());
         }
         let mut engine = Engine::new(setup.rings.policy(), geometry.durable_write == DurableWrite::Native);
         engine.set_driver_can_flush(features::driver_can_flush(setup.acked_features));
@@ -521,7 +521,17 @@ impl Worker {
     }
 }
 
-fn watch(io: &mut dyn IoQueue, source: Source, fd: BorrowedFd<'_>) {
-    // Without its wake-ups the ring would hang silently.
-    io.watch(source, fd).unwrap_or_else(|error| panic!("cannot watch a descriptor: {error}"));
+fn watch(io: &mut dyn IoQueue, ring: u32, source: Source, fd: BorrowedFd<'_>) {
+    io.watch(source, fd).unwrap_or_else(|error| give_up(ring, &error));
+}
+
+/// Ends the process: without its wake-ups the ring would hang silently, while a front-end sees that its server is gone.
+/// Not a bug but a limit, so no panic.
+fn give_up(ring: u32, error: &std::io::Error) -> ! {
+    log::error!(
+        "ring {ring} cannot be watched: {error}; raise the limit of open files (RLIMIT_NOFILE; ulimit -n, or LimitNOFILE= \
+         in the systemd unit: ten for each ring), or allow fewer queues (--num-queues). Ended at once so that no guest \
+         hangs silently"
+    );
+    std::process::abort()
 }
