@@ -107,7 +107,13 @@ impl Events {
     /// Adds an event; any thread, never blocks on I/O.
     pub fn send(&self, event: Event) {
         let mut state = self.state.lock().expect("no panic while held");
-        if state.queue.len() >= MOST_EVENTS && !matches!(event, Event::HoldSettled { .. } | Event::CopyEnded(_)) {
+        let most = match event {
+            Event::HoldSettled { .. } | Event::CopyEnded(_) => usize::MAX,
+            // A guest that provokes them leaves room for what an operator must hear of.
+            Event::ProtocolError(_) => MOST_EVENTS / 2,
+            _ => MOST_EVENTS,
+        };
+        if state.queue.len() >= most {
             state.dropped += 1;
             return;
         }

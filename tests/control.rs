@@ -310,6 +310,24 @@ fn the_disks_events_reach_those_who_negotiated() {
 }
 
 #[test]
+fn a_guest_that_provokes_errors_does_not_hide_the_disks_own() {
+    let served = Served::new();
+    let mut client = served.client();
+    (0..200).for_each(|_| served.disk.events.send(Event::ProtocolError("descriptor loop".into())));
+    served.disk.events.send(Event::SyncError(EIO));
+    let mut others = 0;
+    loop {
+        let line = client.line();
+        if line["event"] == "SYNC_ERROR" {
+            break;
+        }
+        assert_eq!(line["event"], "PROTOCOL_ERROR");
+        others += 1;
+    }
+    assert!(others <= 40, "{others}");
+}
+
+#[test]
 fn quit_is_answered_and_asked_once() {
     let served = Served::new();
     let mut client = served.client();

@@ -22,8 +22,9 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VringConfigData};
+use virtioblkd::backend::Errno;
 use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
-use virtioblkd::backend::mem::{MemBackend, MemOptions};
+use virtioblkd::backend::mem::{Fault, MemBackend, MemOp, MemOptions};
 use virtioblkd::disk::Event;
 use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::DeviceOptions;
@@ -638,8 +639,14 @@ fn a_wire_that_stops_in_the_middle_of_a_message_is_a_front_end_that_left() {
 
 #[test]
 fn thousands_of_malformed_requests_cost_a_bounded_log_and_status() {
-    let rig = memory_disk();
+    let disk = Arc::new(MemBackend::new(MemOptions::new(1 << 20)));
+    let rig = Rig::on(disk.clone(), &options());
     let (mut guest, _wire) = connect(&rig);
+    let failed_write = |guest: &mut FrontEnd| {
+        disk.fail(Fault { op: MemOp::Write, nth: 1, errno: Errno(28), transferred: 0 });
+        assert_eq!(guest.write(0, 0, &[1; 512]), 1);
+    };
+    failed_write(&mut guest);
     for _ in 0..500 {
         for slot in 0..10u16 {
             guest.put_chain(0, slot, &[(0x80_0000, 3, 0)]);
@@ -650,8 +657,12 @@ fn thousands_of_malformed_requests_cost_a_bounded_log_and_status() {
             guest.used_within(0, PATIENCE).expect("returned");
         }
     }
+    failed_write(&mut guest);
     let status = rig.status();
     assert_eq!(status.last_errors.len(), 8);
+    let first = &status.last_errors[0].what;
+    assert!(first.contains("No space left"), "the guest hid the disk's own error: {status:?}");
     let (events, dropped) = rig.events.take();
     assert!(events.len() <= 256 && dropped > 0, "{} events, {dropped} dropped", events.len());
+    assert!(matches!(events.last(), Some(Event::IoError { .. })), "{:?}", events.last());
 }

@@ -46,7 +46,10 @@ pub(super) struct Service {
     asked: HashMap<RequestId, (PeerId, Option<Value>)>,
     next_request: RequestId,
     tokens: RandomState,
+    /// Of the disk's own errors.
     throttle: Throttle,
+    /// Of those that a guest or a front-end provokes: they cannot crowd out the disk's own.
+    guests_throttle: Throttle,
     outgoing: Vec<(To, Vec<u8>)>,
     quit: bool,
 }
@@ -64,6 +67,7 @@ impl Service {
             next_request: 0,
             tokens: RandomState::new(),
             throttle: Throttle::default(),
+            guests_throttle: Throttle::default(),
             outgoing: Vec::new(),
             quit: false,
         }
@@ -231,17 +235,23 @@ impl Service {
                         "operation": operation, "ring": ring, "offset": offset, "length": len,
                         "errno": errno.0, "message": words::errno(errno),
                     });
-                    self.error_event("IO_ERROR", data, now);
+                    let admitted = self.throttle.admit(now);
+                    self.error_event("IO_ERROR", data, admitted);
                 }
                 Event::SyncError(errno) => {
-                    self.error_event("SYNC_ERROR", json!({"errno": errno.0, "message": words::errno(errno)}), now);
+                    let data = json!({"errno": errno.0, "message": words::errno(errno)});
+                    let admitted = self.throttle.admit(now);
+                    self.error_event("SYNC_ERROR", data, admitted);
                 }
                 Event::CopyEnded(copy) => {
                     self.copies.ended(&copy.copy);
                     let name = format!("COPY_{}", copy.state.to_uppercase());
                     self.event(&name, json!(copy));
                 }
-                Event::ProtocolError(what) => self.error_event("PROTOCOL_ERROR", json!({"message": what}), now),
+                Event::ProtocolError(what) => {
+                    let admitted = self.guests_throttle.admit(now);
+                    self.error_event("PROTOCOL_ERROR", json!({"message": what}), admitted);
+                }
             }
         }
     }
@@ -325,8 +335,9 @@ impl Service {
         self.outgoing.push((To::Everyone, proto::event(name, data, SystemTime::now())));
     }
 
-    fn error_event(&mut self, name: &str, mut data: Value, now: Instant) {
-        if let Some(suppressed) = self.throttle.admit(now) {
+    /// `admitted`: what the event's throttle said.
+    fn error_event(&mut self, name: &str, mut data: Value, admitted: Option<u64>) {
+        if let Some(suppressed) = admitted {
             data["suppressed"] = json!(suppressed);
             self.event(name, data);
         }

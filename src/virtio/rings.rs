@@ -120,8 +120,10 @@ struct State {
     syncing: Option<u64>,
     connected: bool,
     acked_features: Option<u64>,
-    last_errors: VecDeque<LastError>,
-    log_budget: LogBudget,
+    /// And whether the guest or the front-end provoked it.
+    last_errors: VecDeque<(bool, LastError)>,
+    /// Of the disk's own errors, and of those that the guest or the front-end provokes.
+    log_budgets: [LogBudget; 2],
 }
 
 /// A hold that is settling or settled.
@@ -134,11 +136,18 @@ struct Hold {
     error: Option<Errno>,
 }
 
-/// Errors that a guest provokes are logged this often at most; the counters have them all.
+/// Errors are logged this often at most, for a guest can provoke them; the counters have them all.
 #[derive(Default)]
 struct LogBudget {
     window: Option<Instant>,
     used: u32,
+    suppressed: u64,
+}
+
+/// What [`LogBudget::admit`] decided.
+struct LogLine {
+    admitted: bool,
+    /// Lines left out before this one.
     suppressed: u64,
 }
 
@@ -314,31 +323,50 @@ impl Rings {
             Event::ProtocolError(what) => what.clone(),
             _ => return self.events.send(event),
         };
-        let mut state = self.lock();
-        state.log_budget.log(&text);
+        let by_guest = matches!(event, Event::ProtocolError(_));
         let when = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        if state.last_errors.len() == LAST_ERRORS {
-            state.last_errors.pop_front();
-        }
-        state.last_errors.push_back(LastError { what: text, when });
+        let mut state = self.lock();
+        state.remember(by_guest, LastError { what: text.clone(), when });
+        let line = state.log_budgets[usize::from(by_guest)].admit();
         drop(state);
+        // Not under the lock: a log that nobody reads must not stop the control socket.
+        line.log(&text);
         self.events.send(event);
     }
 }
 
+impl State {
+    /// Keeps an error for the status. What a guest provokes pushes out its own like, so that it cannot hide the rest.
+    fn remember(&mut self, by_guest: bool, error: LastError) {
+        if self.last_errors.len() == LAST_ERRORS {
+            let guests = self.last_errors.iter().position(|(by_guest, _)| *by_guest);
+            self.last_errors.remove(guests.unwrap_or(0));
+        }
+        self.last_errors.push_back((by_guest, error));
+    }
+}
+
 impl LogBudget {
-    fn log(&mut self, text: &str) {
+    fn admit(&mut self) -> LogLine {
+        let mut suppressed = 0;
         if self.window.is_none_or(|start| start.elapsed() > LOG_WINDOW) {
-            if self.suppressed > 0 {
-                log::warn!("{} more errors were not logged", self.suppressed);
-            }
+            suppressed = self.suppressed;
             *self = LogBudget { window: Some(Instant::now()), used: 0, suppressed: 0 };
         }
-        if self.used < LOG_LINES {
-            self.used += 1;
+        let admitted = self.used < LOG_LINES;
+        self.used += u32::from(admitted);
+        self.suppressed += u64::from(!admitted);
+        LogLine { admitted, suppressed }
+    }
+}
+
+impl LogLine {
+    fn log(&self, text: &str) {
+        if self.suppressed > 0 {
+            log::warn!("{} more errors were not logged", self.suppressed);
+        }
+        if self.admitted {
             log::error!("{text}");
-        } else {
-            self.suppressed += 1;
         }
     }
 }
@@ -405,7 +433,7 @@ impl Disk for Arc<Rings> {
             acked_features: acked.unwrap_or(0),
             rings,
             total,
-            last_errors: state.last_errors.iter().cloned().collect(),
+            last_errors: state.last_errors.iter().map(|(_, error)| error.clone()).collect(),
             sync_failed: self.backend.sync_failed().is_some(),
         }
     }
