@@ -489,6 +489,20 @@ fn told_to_end_under_load_it_keeps_everything_acknowledged() {
 }
 
 #[test]
+fn told_to_end_while_held_it_ends_and_writes_nothing_more() {
+    for mode in MODES {
+        let served = Served::new(&["--cache", mode]);
+        let load = Load::start(&served);
+        load.wait_for(100);
+        served.ctl(&["quiesce"]);
+        let held = served.image();
+        assert!(served.end() == held, "{mode}: a held write was carried out at the end");
+        let acknowledged = load.stop();
+        holds(&held, &acknowledged, mode);
+    }
+}
+
+#[test]
 #[ignore = "run by the next test, in a process of its own that it kills"]
 fn the_victim() {
     let socket = std::env::var_os("VICTIMS_SOCKET").expect("run by another test");
