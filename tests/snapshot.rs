@@ -1,0 +1,494 @@
+//! `virtioblkctl snapshot` as a process, with real daemons and an agent that does what the test tells it: every level,
+//! and whatever fails or dies at whatever step, every disk goes on and every guest is thawed.
+
+mod snapshot_kit;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use snapshot_kit::{Agent, Daemon, Mood, Xfs, ctl, err, hooks, out, wait_until};
+
+/// One disk, a guest, and a place.
+struct Scene {
+    disk: Daemon,
+    agent: Agent,
+    dir: tempfile::TempDir,
+}
+
+impl Scene {
+    fn new(mood: Mood) -> Scene {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = Daemon::with_image(dir.path(), "a.raw", 1 << 20);
+        let agent = Agent::start(mood, &[disk.control()]);
+        Scene { disk, agent, dir }
+    }
+
+    /// The command with the disk, the level and the agent.
+    fn command(&self, level: &str, more: &[&str]) -> Command {
+        let mut command = snapshot(&[&self.disk], level, more);
+        if level != "crash" {
+            command.arg("--qga").arg(&self.agent.path);
+        }
+        command.env("JOURNAL", self.agent.journal()).env("CTL", env!("CARGO_BIN_EXE_virtioblkctl"));
+        command.env("PLACE", self.dir.path());
+        command
+    }
+
+    fn run(&self, level: &str, more: &[&str]) -> Output {
+        self.command(level, more).output().unwrap()
+    }
+
+    /// It fails with status 1 and says all of this; nothing is held, frozen or left behind.
+    fn fails(&self, level: &str, more: &[&str], words: &[&str]) {
+        let output = self.run(level, more);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        contains(&err(&output), words);
+        self.is_over();
+    }
+
+    fn is_over(&self) {
+        wait_until("the disk goes on", || !self.disk.is_held());
+        wait_until("the guest is thawed", || !self.agent.is_frozen());
+        assert!(!self.agent.held_at_thaw(), "a thaw came while the disk was held: it would hang in a real guest");
+        assert!(!self.path("target").exists() && !self.path("target.partial").exists(), "something is left behind");
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+}
+
+fn snapshot(disks: &[&Daemon], level: &str, more: &[&str]) -> Command {
+    let mut command = ctl();
+    command.args(["snapshot", "--level", level]);
+    for disk in disks {
+        command.arg("--disk").arg(disk.control());
+    }
+    command.args(more).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn receipt(output: &Output) -> Value {
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+}
+
+fn contains(text: &str, words: &[&str]) {
+    for word in words {
+        assert!(text.contains(word), "'{word}' is not in:\n{text}");
+    }
+}
+
+fn signal(child: &Child, signal: Signal) {
+    kill_process(Pid::from_child(child), signal).unwrap();
+}
+
+/// Waits for a file that a hook or a command makes.
+fn wait_for(path: &Path) {
+    wait_until(&path.display().to_string(), || path.exists());
+}
+
+// Levels.
+
+#[test]
+fn the_order_is_hooks_freeze_instant_thaw_hooks() {
+    let scene = Scene::new(Mood::Good);
+    let directory = hooks(
+        scene.dir.path(),
+        r#"echo "hook freeze $VIRTIOBLK_LEVEL $VIRTIOBLK_DISK_1" >> "$JOURNAL""#,
+        r#"echo "hook thaw" >> "$JOURNAL"; echo "a hook speaks""#,
+    );
+    let exec = r#"exec:"$CTL" --control "$VIRTIOBLK_CONTROLS" --json status | grep -c '"quiesced"' >> "$JOURNAL""#;
+    let output = scene.run("application", &["--json", "--to", exec, "--hooks", directory.to_str().unwrap()]);
+    let receipt = receipt(&output);
+    let image = scene.disk.image.display().to_string();
+    let order =
+        [format!("hook freeze application {image}"), "freeze".into(), "1".into(), "thaw".into(), "hook thaw".into()];
+    assert_eq!(scene.agent.journaled(), order);
+    assert_eq!((&receipt["level"], &receipt["requested-level"]), (&"application".into(), &"application".into()));
+    assert_eq!(receipt["filesystems-frozen"], 2);
+    assert!(receipt["frozen-us"].as_u64() > receipt["held-us"].as_u64(), "{receipt}");
+    assert_eq!(receipt["hooks"][0], directory.join("freeze").to_str().unwrap());
+    assert_eq!(receipt["disks"][0]["image"], image.as_str());
+    assert_eq!(receipt["disks"][0]["held-us"], receipt["held-us"]);
+    assert!(receipt["instant"].as_f64().unwrap() > 1.6e9);
+    assert_eq!(receipt["warnings"].as_array().unwrap().len(), 0, "{receipt}");
+    contains(&receipt["trusted"].to_string(), &["vda15 (vfat)"]);
+    contains(&err(&output), &["a hook speaks"]);
+    scene.is_over();
+}
+
+#[test]
+fn the_page_has_the_same_facts() {
+    let scene = Scene::new(Mood::Stale);
+    let output = scene.run("filesystem", &["--to", "exec:true"]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let words = ["filesystem consistent", "2 filesystem(s)", "writes waited at most", "exec: true", "vda15 (vfat)"];
+    contains(&out(&output), &words);
+    scene.is_over();
+}
+
+#[test]
+fn guest_hooks_are_verified_or_the_level_is_not_reached() {
+    let scene = Scene::new(Mood::Good);
+    // The file commands are blocked: nobody knows.
+    scene.fails("application", &["--to", "exec:true"], &["--hooks DIR", "--fsfreeze-hook", "not allowed"]);
+    assert_eq!(scene.agent.asked("guest-fsfreeze-freeze"), 0, "found out before the freeze");
+    let weaker = receipt(&scene.run("application", &["--json", "--or-weaker", "--to", "exec:true"]));
+    assert_eq!((&weaker["level"], &weaker["hooks"]), (&"filesystem".into(), &Value::Array(vec![])));
+    scene.agent.set_cmdline("/usr/sbin/qemu-ga\0-m\0virtio-serial\0");
+    scene.fails("application", &["--to", "exec:true"], &["--fsfreeze-hook"]);
+    scene.agent.set_cmdline("/usr/sbin/qemu-ga\0-F/etc/qemu/fsfreeze-hook\0");
+    let reached = receipt(&scene.run("application", &["--json", "--to", "exec:true"]));
+    assert_eq!(
+        (&reached["level"], &reached["hooks"][0]),
+        (&"application".into(), &"guest:/etc/qemu/fsfreeze-hook".into())
+    );
+    contains(&reached["trusted"].to_string(), &["/etc/qemu/fsfreeze-hook"]);
+    scene.is_over();
+}
+
+#[test]
+fn wrong_usage_is_status_two() {
+    let scene = Scene::new(Mood::Good);
+    let usage = |output: Output, words: &[&str]| {
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        contains(&err(&output), words);
+    };
+    usage(scene.run("crash", &[]), &["--to", "reflink:PATH", "copy:PATH", "exec:COMMAND"]);
+    usage(scene.run("crash", &["--to", "zip:/x"]), &["'zip:/x'", "reflink:PATH"]);
+    usage(scene.run("crash", &["--to", "exec:true", "--digest"]), &["--digest"]);
+    usage(scene.run("crash", &["--to", "reflink:/tmp"]), &["directory"]);
+    usage(scene.run("power", &["--to", "exec:true"]), &["crash, filesystem or application"]);
+    usage(snapshot(&[&scene.disk], "filesystem", &["--to", "exec:true"]).output().unwrap(), &["--qga", "--libvirt"]);
+    usage(snapshot(&[&scene.disk, &scene.disk], "crash", &["--to", "exec:true"]).output().unwrap(), &["twice"]);
+    usage(snapshot(&[], "crash", &["--to", "exec:true"]).output().unwrap(), &["--disk"]);
+    // The global option stands in.
+    let mut command = ctl();
+    command.arg("--control").arg(scene.disk.control()).args(["snapshot", "--level", "crash", "--to", "exec:true"]);
+    assert_eq!(command.output().unwrap().status.code(), Some(0));
+}
+
+// The guest's agent.
+
+#[test]
+fn an_agent_that_cannot_freeze_makes_nothing() {
+    let quick: &[&str] = &["--freeze-timeout", "500ms", "--to", "exec:touch \"$PLACE/target\""];
+    Scene::new(Mood::Garbage).fails("filesystem", quick, &["what is no answer"]);
+    Scene::new(Mood::Refuses).fails("filesystem", quick, &["hook script exited with 3"]);
+    Scene::new(Mood::Silent).fails("filesystem", quick, &["does not answer", "qemu-guest-agent", "--libvirt"]);
+    Scene::new(Mood::Dies).fails("filesystem", quick, &["closed the connection"]);
+    Scene::new(Mood::ThawsEarly).fails("filesystem", &["--to", "exec:true"], &["thawed by somebody else"]);
+    let missing = Scene::new(Mood::Good);
+    fs::remove_file(&missing.agent.path).unwrap();
+    missing.fails("filesystem", quick, &["cannot be reached", "does the guest run"]);
+    let fewer = Scene::new(Mood::Good);
+    fewer.agent.set_count(1);
+    fewer.fails("filesystem", quick, &["froze 1 filesystem(s) of 2"]);
+    let frozen = Scene::new(Mood::Good);
+    frozen.agent.set_frozen();
+    let output = frozen.run("filesystem", quick);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    contains(&err(&output), &["frozen already", "somebody else"]);
+    assert!(frozen.agent.is_frozen(), "it is not ours to thaw");
+    assert!(!frozen.path("target").exists());
+    assert_eq!(receipt(&frozen.run("crash", &["--json", "--to", "exec:true"]))["level"], "crash");
+}
+
+#[test]
+fn a_weaker_level_is_taken_only_if_asked_and_said() {
+    let cases = [Mood::Garbage, Mood::Refuses, Mood::Silent, Mood::Dies, Mood::ThawsEarly];
+    for mood in cases {
+        let scene = Scene::new(mood.clone());
+        let output =
+            scene.run("filesystem", &["--json", "--or-weaker", "--freeze-timeout", "500ms", "--to", "exec:true"]);
+        let receipt = receipt(&output);
+        assert_eq!(
+            (&receipt["level"], &receipt["requested-level"]),
+            (&"crash".into(), &"filesystem".into()),
+            "{mood:?}"
+        );
+        assert_eq!(receipt["filesystems-frozen"], 0, "{mood:?}");
+        contains(&receipt["warnings"].to_string(), &["level filesystem is not reached"]);
+        contains(&err(&output), &["WEAKER THAN ASKED FOR"]);
+        scene.is_over();
+    }
+}
+
+#[test]
+fn another_client_of_the_agent_is_told_apart_from_a_dead_one() {
+    let scene = Scene::new(Mood::Good);
+    let _other = std::os::unix::net::UnixStream::connect(&scene.agent.path).unwrap();
+    scene.fails("filesystem", &["--to", "exec:true"], &["nobody else is connected", "--libvirt"]);
+}
+
+#[test]
+fn a_freeze_that_comes_late_is_found_and_thawed() {
+    let scene = Scene::new(Mood::Late(Duration::from_secs(3)));
+    let output = scene.run("filesystem", &["--freeze-timeout", "700ms", "--to", "exec:touch \"$PLACE/target\""]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    contains(&err(&output), &["does not answer", "MAY BE FROZEN", "goes on trying"]);
+    wait_until("the freeze came", || scene.agent.journaled().contains(&"freeze".to_owned()));
+    scene.agent.wait_thawed();
+    scene.is_over();
+}
+
+// Hooks.
+
+#[test]
+fn a_hook_that_fails_or_hangs_is_followed_by_its_thaw() {
+    for (freeze, word) in [("exit 3", "failed (exit status: 3)"), ("sleep 100", "did not end within 500ms")] {
+        let scene = Scene::new(Mood::Good);
+        let directory = hooks(scene.dir.path(), freeze, "echo thawed >> $JOURNAL");
+        let base = ["--hooks", directory.to_str().unwrap(), "--freeze-timeout", "500ms", "--to", "exec:true"];
+        scene.fails("application", &base, &[word, directory.join("freeze").to_str().unwrap()]);
+        assert_eq!(scene.agent.journaled(), ["thawed"], "{freeze}");
+        let weaker = receipt(&scene.run("application", &[&base[..], &["--json", "--or-weaker"]].concat()));
+        assert_eq!((&weaker["level"], &weaker["hooks"]), (&"filesystem".into(), &Value::Array(vec![])));
+        assert_eq!(scene.agent.journaled(), ["thawed", "thawed", "freeze", "thaw"], "{freeze}");
+        scene.is_over();
+    }
+    // The snapshot is good, but somebody should look.
+    let scene = Scene::new(Mood::Good);
+    let directory = hooks(scene.dir.path(), "true", "exit 4");
+    let output = scene.run("application", &["--json", "--hooks", directory.to_str().unwrap(), "--to", "exec:true"]);
+    contains(&receipt(&output)["warnings"].to_string(), &["MAY BE FROZEN", "exit status: 4"]);
+    // A hook that is none.
+    fs::remove_file(directory.join("thaw")).unwrap();
+    let base = ["--hooks", directory.to_str().unwrap(), "--to", "exec:true"];
+    scene.fails("crash", &base, &["DIR/freeze and DIR/thaw"]);
+}
+
+// exec:
+
+#[test]
+fn a_command_that_fails_or_takes_too_long_makes_no_snapshot() {
+    let scene = Scene::new(Mood::Good);
+    scene.fails("filesystem", &["--to", "exec:exit 9"], &["'exit 9'", "exit status: 9"]);
+    let hangs = ["--lease", "1s", "--to", "exec:sleep 100 & echo $! > $PLACE/pid; wait"];
+    scene.fails("filesystem", &hangs, &["was killed", "--lease"]);
+    let child: i32 = fs::read_to_string(scene.path("pid")).unwrap().trim().parse().unwrap();
+    let gone = || kill_process(Pid::from_raw(child).unwrap(), Signal::TERM).is_err();
+    wait_until("what the command started is ended, too", gone);
+}
+
+#[test]
+fn a_hold_that_is_lost_makes_no_snapshot() {
+    let scene = Scene::new(Mood::Good);
+    let resumes = r#"exec:"$CTL" --control "$VIRTIOBLK_CONTROLS" resume --all >&2"#;
+    scene.fails("filesystem", &["--to", resumes], &["was not held", "resumed already"]);
+    // We sleep longer than the lease, and nobody notices but the daemon.
+    let mut child =
+        scene.command("crash", &["--lease", "1s", "--to", "exec:echo $$ > $PLACE/pid; sleep 0.2"]).spawn().unwrap();
+    wait_for(&scene.path("pid"));
+    signal(&child, Signal::STOP);
+    wait_until("the lease ran out", || !scene.disk.is_held());
+    signal(&child, Signal::CONT);
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    scene.is_over();
+}
+
+// Several disks.
+
+#[test]
+fn a_disk_that_is_late_releases_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let disks = ["a", "b", "c"].map(|name| Daemon::with_image(dir.path(), name, 1 << 20));
+    let all: Vec<&Daemon> = disks.iter().collect();
+    let target = dir.path().join("target");
+    let exec = format!("exec:echo $VIRTIOBLK_DISKS > {0}; echo $VIRTIOBLK_DISK_3 >> {0}", target.display());
+    // Stopped once all have answered the first question: a hook is the place.
+    let stop = format!("kill -STOP {}", disks[1].child.id());
+    let directory = hooks(dir.path(), &stop, "true");
+    let late = ["--timeout", "500ms", "--to", &exec, "--hooks", directory.to_str().unwrap()];
+    let output = snapshot(&all, "crash", &late).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    contains(&err(&output), &[disks[1].control().to_str().unwrap(), "does not answer in time"]);
+    assert!(!disks[0].is_held() && !disks[2].is_held(), "released");
+    assert!(!target.exists());
+    signal(&disks[1].child, Signal::CONT);
+    wait_until("the late one goes on, too", || !disks[1].is_held());
+    // And now well.
+    let receipt = receipt(&snapshot(&all, "crash", &["--json", "--to", &exec]).output().unwrap());
+    let images: Vec<String> = disks.iter().map(|disk| disk.image.display().to_string()).collect();
+    assert_eq!(fs::read_to_string(&target).unwrap(), format!("{}\n{}\n", images.join(" "), images[2]));
+    assert_eq!(receipt["disks"].as_array().unwrap().len(), 3);
+}
+
+// Death.
+
+/// Kills the client with `how` once `marker` is there; then everything goes on and is thawed. What it printed.
+fn killed(scene: &Scene, mut command: Command, marker: &Path, how: Signal) -> Output {
+    let child = command.spawn().unwrap();
+    wait_for(marker);
+    signal(&child, how);
+    let output = child.wait_with_output().unwrap();
+    assert_ne!(output.status.code(), Some(0), "{output:?}");
+    scene.is_over();
+    output
+}
+
+#[test]
+fn a_client_killed_at_any_step_leaves_nothing_held_or_frozen() {
+    for how in [Signal::KILL, Signal::TERM, Signal::INT, Signal::HUP] {
+        // In the host's hook: the guest was never frozen, the hook's thaw is called.
+        let scene = Scene::new(Mood::Good);
+        let thaw = "echo thawed >> $JOURNAL";
+        let directory = hooks(scene.dir.path(), "touch $PLACE/here; sleep 100", thaw);
+        let options = ["--hooks", directory.to_str().unwrap(), "--to", "exec:true"];
+        killed(&scene, scene.command("application", &options), &scene.path("here"), how);
+        wait_until("the hook thaws", || scene.agent.journaled() == ["thawed"]);
+        // While the guest freezes.
+        let scene = Scene::new(Mood::Late(Duration::from_secs(1)));
+        let child = scene.command("filesystem", &["--to", "exec:true"]).spawn().unwrap();
+        scene.agent.wait_for("guest-fsfreeze-freeze");
+        signal(&child, how);
+        let output = child.wait_with_output().unwrap();
+        assert_ne!(output.status.code(), Some(0), "{output:?}");
+        scene.agent.wait_thawed();
+        assert_eq!(scene.agent.journaled(), ["freeze", "thaw"]);
+        scene.is_over();
+        // While the disks are held, with a command that would go on.
+        let scene = Scene::new(Mood::Good);
+        let directory = hooks(scene.dir.path(), "true", thaw);
+        let exec = "exec:touch $PLACE/here; exec sleep 100";
+        let options = ["--hooks", directory.to_str().unwrap(), "--to", exec];
+        let output = killed(&scene, scene.command("application", &options), &scene.path("here"), how);
+        wait_until("guest and hook are thawed", || scene.agent.journaled() == ["freeze", "thaw", "thawed"]);
+        if how != Signal::KILL {
+            assert_eq!(output.status.code(), Some(1));
+            contains(&err(&output), &["interrupted by a signal"]);
+        }
+        // While the guest thaws.
+        let scene = Scene::new(Mood::LateThaw(Duration::from_millis(500)));
+        let child = scene.command("filesystem", &["--to", "exec:true"]).spawn().unwrap();
+        scene.agent.wait_for("guest-fsfreeze-thaw");
+        signal(&child, how);
+        child.wait_with_output().unwrap();
+        scene.agent.wait_thawed();
+        scene.is_over();
+    }
+}
+
+#[test]
+fn a_guard_that_is_killed_is_replaced() {
+    let scene = Scene::new(Mood::Good);
+    let mut command = scene.command(
+        "filesystem",
+        &["--json", "--to", "exec:touch $PLACE/here; while [ -e $PLACE/here ]; do sleep 0.02; done"],
+    );
+    let child = command.spawn().unwrap();
+    wait_for(&scene.path("here"));
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap();
+    let guard = children
+        .split_whitespace()
+        .find(|pid| fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap().contains("snapshot-guard"));
+    kill_process(Pid::from_raw(guard.expect("a guard").parse().unwrap()).unwrap(), Signal::KILL).unwrap();
+    fs::remove_file(scene.path("here")).unwrap();
+    let receipt = receipt(&child.wait_with_output().unwrap());
+    assert_eq!(receipt["level"], "filesystem");
+    scene.agent.wait_thawed();
+    scene.is_over();
+}
+
+#[test]
+fn a_client_that_stands_still_does_not_keep_the_guest_frozen() {
+    let scene = Scene::new(Mood::Good);
+    let short = ["--timeout", "100ms", "--lease", "1s", "--to", "exec:touch $PLACE/here; sleep 0.5"];
+    let mut child = scene.command("filesystem", &short).spawn().unwrap();
+    wait_for(&scene.path("here"));
+    signal(&child, Signal::STOP);
+    scene.agent.wait_thawed();
+    signal(&child, Signal::CONT);
+    assert_eq!(child.wait().unwrap().code(), Some(1), "the lease ran out");
+    scene.is_over();
+}
+
+// libvirt, by a virsh that speaks to our agent.
+
+#[test]
+fn libvirt_s_channel_is_used_through_virsh() {
+    let scene = Scene::new(Mood::Good);
+    let bin = scene.path("bin");
+    fs::create_dir(&bin).unwrap();
+    let virsh = r#"#!/bin/sh
+echo "$@" >> $PLACE/virsh
+for last; do :; done
+case "$*" in *"--domain guest"*) ;; *) echo "error: failed to get domain 'x'" >&2; exit 1 ;; esac
+case $last in
+*freeze-status*) [ -e $PLACE/frozen ] && echo '{"return":"frozen"}' || echo '{"return":"thawed"}' ;;
+*freeze-freeze*) touch $PLACE/frozen; echo '{"return":2}' ;;
+*freeze-thaw*) rm -f $PLACE/frozen; echo '{"return":2}' ;;
+*guest-info*) echo '{"return":{"supported_commands":[{"name":"guest-fsfreeze-freeze","enabled":true}]}}' ;;
+*) echo "error: internal error: unable to execute QEMU agent command 'x': disabled" >&2; exit 1 ;;
+esac
+"#;
+    fs::write(bin.join("virsh"), virsh).unwrap();
+    fs::set_permissions(bin.join("virsh"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
+    let run = |domain: &str| {
+        let mut command = snapshot(&[&scene.disk], "filesystem", &["--json", "--to", "exec:true", "--libvirt", domain]);
+        command.env("PATH", &path).env("PLACE", scene.dir.path()).output().unwrap()
+    };
+    let receipt = receipt(&run("guest"));
+    assert_eq!((&receipt["level"], &receipt["filesystems-frozen"]), (&"filesystem".into(), &2.into()));
+    contains(&receipt["warnings"].to_string(), &["does not list its filesystems"]);
+    contains(&fs::read_to_string(scene.path("virsh")).unwrap(), &["qemu-agent-command --timeout"]);
+    assert!(!scene.path("frozen").exists());
+    let output = run("nobody");
+    assert_eq!(output.status.code(), Some(1));
+    contains(&err(&output), &["libvirt's domain 'nobody'", "failed to get domain"]);
+}
+
+// reflink:
+
+#[test]
+fn a_reflink_is_the_image_at_the_instant() {
+    let Some(xfs) = Xfs::mount() else { return };
+    let image = xfs.path().join("a.raw");
+    let content: Vec<u8> = (0..3 << 20).map(|at: u32| (at % 251) as u8).collect();
+    fs::write(&image, &content).unwrap();
+    let disk = Daemon::start(&image, "none");
+    let target = xfs.path().join("snap-a.raw");
+    let to = format!("reflink:{}/snap-{{}}", xfs.path().display());
+    let output = snapshot(&[&disk], "crash", &["--json", "--digest", "--to", &to]).output().unwrap();
+    let receipt = receipt(&output);
+    assert_eq!(fs::read(&target).unwrap(), content);
+    assert_eq!(receipt["disks"][0]["target"], target.to_str().unwrap());
+    let sum = Command::new("sha256sum").arg(&target).output().unwrap();
+    assert!(out(&sum).starts_with(receipt["disks"][0]["sha256"].as_str().unwrap()));
+    // It exists now.
+    let fails = |to: &str, words: &[&str]| {
+        let output = snapshot(&[&disk], "crash", &["--to", to]).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        contains(&err(&output), words);
+        assert!(!disk.is_held());
+    };
+    fails(&to, &["exists already"]);
+    let partial = format!("reflink:{}/p", xfs.path().display());
+    File::create(xfs.path().join("p.partial")).unwrap();
+    fails(&partial, &["p.partial", "remove it"]);
+    fails("reflink:/nonexistent/x", &["make its directory"]);
+    let elsewhere = tempfile::tempdir().unwrap();
+    fails(&format!("reflink:{}/x", elsewhere.path().display()), &["different filesystems", "copy:PATH"]);
+    assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0, "nothing is left behind");
+    // The file of this name is no longer the one that is served.
+    fs::rename(&image, xfs.path().join("b.raw")).unwrap();
+    fs::write(&image, &content).unwrap();
+    fails(&format!("reflink:{}/y", xfs.path().display()), &["not the one that the daemon has open"]);
+}
+
+#[test]
+fn a_reflink_is_refused_where_there_is_none() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let disk = Daemon::with_image(dir.path(), "a", 1 << 20);
+    let to = format!("reflink:{}/x", dir.path().display());
+    let output = snapshot(&[&disk], "crash", &["--to", &to]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    contains(&err(&output), &["cannot share blocks", "copy:PATH"]);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left behind");
+}

@@ -1,0 +1,420 @@
+//! What the tests of `virtioblkctl snapshot` share: disks served by the real program, and a guest's agent that does
+//! what a test tells it.
+#![allow(dead_code)] // Each test program uses its own part of this.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+/// Nothing here takes this long; a test that waits so long has failed.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until `done` says so; `what` names it when it never does.
+pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < PATIENCE, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Says something that the reader of a passing test run should see too.
+pub fn tell(text: &str) {
+    // Nobody left to read it is no reason to fail.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+pub fn ctl() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"));
+    command.stdin(Stdio::null());
+    command
+}
+
+/// A disk served by `virtioblkd`, killed when dropped.
+pub struct Daemon {
+    pub child: Child,
+    pub image: PathBuf,
+    // Its own directory: a socket's path must be short, and the build's may be long.
+    dir: tempfile::TempDir,
+}
+
+impl Daemon {
+    /// Serves `image`, which may be on any filesystem.
+    pub fn start(image: &Path, mode: &str) -> Daemon {
+        let dir = tempfile::tempdir().unwrap();
+        let log = File::create(dir.path().join("log")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkd"));
+        command
+            .arg("--socket-path")
+            .arg(dir.path().join("vhost"))
+            .arg("--control-path")
+            .arg(dir.path().join("control"));
+        command.arg("--blk-file").arg(image).args(["--cache", mode]);
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
+        let mut daemon = Daemon { child, image: image.to_owned(), dir };
+        wait_until("virtioblkd serves", || {
+            assert!(daemon.child.try_wait().unwrap().is_none(), "virtioblkd ended: {}", daemon.log());
+            daemon.log().contains("serving on")
+        });
+        daemon
+    }
+
+    /// Serves a new image of `size` bytes in `dir`.
+    pub fn with_image(dir: &Path, name: &str, size: u64) -> Daemon {
+        let image = dir.join(name);
+        File::create(&image).unwrap().set_len(size).unwrap();
+        Daemon::start(&image, "writeback")
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("vhost")
+    }
+
+    pub fn control(&self) -> PathBuf {
+        self.dir.path().join("control")
+    }
+
+    pub fn is_held(&self) -> bool {
+        is_held(&self.control())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Both fail only if it is gone.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- virtioblkd said:\n{}", self.log());
+        }
+    }
+}
+
+/// Whether somebody holds the disk, or waits to, behind this quiesce socket.
+pub fn is_held(control: &Path) -> bool {
+    let output = ctl().arg("--control").arg(control).args(["--json", "status"]).output().unwrap();
+    let status: Value = serde_json::from_slice(&output.stdout).unwrap();
+    status["quiesce"]["closed-ms"] != Value::Null
+}
+
+/// What the agent does with a freeze.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Mood {
+    /// Freezes.
+    Good,
+    /// Answers nothing, not even a sync.
+    Silent,
+    /// Says yes to everything with what is no answer.
+    Garbage,
+    /// Sends what earlier clients asked for before it answers.
+    Stale,
+    /// Freezes after this long.
+    Late(Duration),
+    /// Says no.
+    Refuses,
+    /// Freezes and drops the connection instead of an answer.
+    Dies,
+    /// Says yes and thaws at once, as Windows does after a while.
+    ThawsEarly,
+    /// Thaws after this long.
+    LateThaw(Duration),
+}
+
+#[derive(Debug)]
+struct State {
+    mood: Mood,
+    frozen: bool,
+    /// Every command but syncs.
+    asked: Vec<String>,
+    /// The disks were held when a thaw came.
+    held_at_thaw: bool,
+    filesystems: Value,
+    count: u64,
+    cmdline: Option<&'static str>,
+}
+
+/// A guest's agent on a socket that serves one client after the other, as QEMU's do.
+pub struct Agent {
+    state: Arc<(Mutex<State>, Condvar)>,
+    pub path: PathBuf,
+    /// Freezes and thaws go here, a line each.
+    journal: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Agent {
+    /// `controls`: of the disks that must not be held while it thaws.
+    pub fn start(mood: Mood, controls: &[PathBuf]) -> Agent {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qga");
+        let journal = dir.path().join("journal");
+        File::create(&journal).unwrap();
+        let filesystems = json!([
+            {"name": "vda1", "mountpoint": "/", "type": "ext4"}, {"name": "vda1", "mountpoint": "/mnt", "type": "ext4"},
+            {"name": "vda15", "mountpoint": "/boot/efi", "type": "vfat"}, {"name": "vdb", "mountpoint": "/d", "type": "xfs"},
+        ]);
+        let state =
+            State { mood, frozen: false, asked: Vec::new(), held_at_thaw: false, filesystems, count: 2, cmdline: None };
+        let state = Arc::new((Mutex::new(state), Condvar::new()));
+        let listener = UnixListener::bind(&path).unwrap();
+        let served = Served { state: state.clone(), controls: controls.to_vec(), journal: journal.clone() };
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                served.serve(stream.unwrap());
+            }
+        });
+        Agent { state, path, journal, _dir: dir }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.0.lock().unwrap()
+    }
+
+    pub fn set(&self, mood: Mood) {
+        self.lock().mood = mood;
+    }
+
+    pub fn set_frozen(&self) {
+        self.lock().frozen = true;
+    }
+
+    /// Of the two filesystems that can be frozen, it freezes so many.
+    pub fn set_count(&self, count: u64) {
+        self.lock().count = count;
+    }
+
+    /// It tells its own command line (words end with NUL); else it has its file commands blocked.
+    pub fn set_cmdline(&self, line: &'static str) {
+        self.lock().cmdline = Some(line);
+    }
+
+    pub fn is_frozen(&self) -> bool {
+        self.lock().frozen
+    }
+
+    pub fn asked(&self, command: &str) -> usize {
+        self.lock().asked.iter().filter(|asked| *asked == command).count()
+    }
+
+    pub fn wait_for(&self, command: &str) {
+        wait_until(command, || self.asked(command) > 0);
+    }
+
+    pub fn held_at_thaw(&self) -> bool {
+        self.lock().held_at_thaw
+    }
+
+    /// The file to which freezes and thaws are written; hooks and commands of a test may add their lines.
+    pub fn journal(&self) -> &Path {
+        &self.journal
+    }
+
+    pub fn journaled(&self) -> Vec<String> {
+        fs::read_to_string(&self.journal).unwrap().lines().map(str::to_owned).collect()
+    }
+
+    /// Waits until it is thawed and a thaw was asked for.
+    pub fn wait_thawed(&self) {
+        wait_until("the guest is thawed", || self.asked("guest-fsfreeze-thaw") > 0 && !self.is_frozen());
+        assert!(!self.held_at_thaw(), "a thaw while a disk was held: it would hang in a real guest");
+    }
+}
+
+/// The agent's thread.
+struct Served {
+    state: Arc<(Mutex<State>, Condvar)>,
+    controls: Vec<PathBuf>,
+    journal: PathBuf,
+}
+
+impl Served {
+    fn serve(&self, mut stream: UnixStream) {
+        let mut lines = BufReader::new(stream.try_clone().unwrap());
+        loop {
+            let mut line = Vec::new();
+            match lines.read_until(b'\n', &mut line) {
+                Ok(0) | Err(_) => return,
+                Ok(_) => {}
+            }
+            let delimited = line.contains(&0xff);
+            let start = line.iter().rposition(|byte| *byte == 0xff).map_or(0, |at| at + 1);
+            let Ok(request) = serde_json::from_slice::<Value>(&line[start..]) else { continue };
+            let Some(answer) = self.answer(&request, delimited) else { continue };
+            if answer.is_empty() || stream.write_all(&answer).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// `None`: nothing. Empty: the connection ends.
+    fn answer(&self, request: &Value, delimited: bool) -> Option<Vec<u8>> {
+        let line = |value: Value| Some(format!("{value}\n").into_bytes());
+        let command = request["execute"].as_str().unwrap();
+        let mut state = self.state.0.lock().unwrap();
+        let mood = state.mood.clone();
+        if mood == Mood::Silent {
+            return None;
+        }
+        if command == "guest-sync-delimited" {
+            assert!(delimited, "a sync without 0xFF before it");
+            let mut bytes = Vec::new();
+            if mood == Mood::Stale {
+                bytes.extend(b"{\"return\": 1}\n\xff{\"return\": 123}\nnot JSON at all\n");
+            }
+            bytes.extend(b"{\"error\": {\"class\": \"GenericError\", \"desc\": \"JSON parse error, stray\"}}\n\xff");
+            bytes.extend(line(json!({"return": request["arguments"]["id"]})).unwrap());
+            return Some(bytes);
+        }
+        state.asked.push(command.to_owned());
+        if mood == Mood::Garbage && command != "guest-fsfreeze-thaw" {
+            return Some(b"yes\n".to_vec());
+        }
+        match command {
+            "guest-fsfreeze-status" => line(json!({"return": if state.frozen { "frozen" } else { "thawed" }})),
+            "guest-info" => line(json!({"return": {"version": "10.0.2", "supported_commands": [
+                {"name": "guest-fsfreeze-freeze", "enabled": !state.frozen, "success-response": true}]}})),
+            "guest-get-fsinfo" => line(json!({"return": state.filesystems})),
+            "guest-fsfreeze-freeze" => {
+                let pause = if let Mood::Late(pause) = mood { pause } else { Duration::ZERO };
+                drop(state);
+                std::thread::sleep(pause);
+                self.freeze(&mood)
+            }
+            "guest-fsfreeze-thaw" => {
+                let held = self.controls.iter().any(|control| is_held(control));
+                state.held_at_thaw |= held;
+                drop(state);
+                if let Mood::LateThaw(pause) = mood {
+                    std::thread::sleep(pause);
+                }
+                let mut state = self.state.0.lock().unwrap();
+                let count = if std::mem::take(&mut state.frozen) { state.count } else { 0 };
+                self.write("thaw");
+                line(json!({"return": count}))
+            }
+            _ => line(file(command, request, state.cmdline)),
+        }
+    }
+
+    fn freeze(&self, mood: &Mood) -> Option<Vec<u8>> {
+        let mut state = self.state.0.lock().unwrap();
+        if *mood == Mood::Refuses {
+            let error = json!({"error": {"class": "GenericError", "desc": "hook script exited with 3"}});
+            return Some(format!("{error}\n").into_bytes());
+        }
+        state.frozen = *mood != Mood::ThawsEarly;
+        self.write("freeze");
+        self.state.1.notify_all();
+        if *mood == Mood::Dies {
+            return Some(Vec::new());
+        }
+        Some(format!("{}\n", json!({"return": state.count})).into_bytes())
+    }
+
+    fn write(&self, text: &str) {
+        let mut journal = File::options().append(true).open(&self.journal).unwrap();
+        writeln!(journal, "{text}").unwrap();
+    }
+}
+
+/// The file commands, for the one file that is asked for.
+fn file(command: &str, request: &Value, cmdline: Option<&str>) -> Value {
+    let refused = json!({"error": {"class": "CommandNotFound", "desc": "the command is not allowed"}});
+    let Some(cmdline) = cmdline else { return refused };
+    match command {
+        "guest-file-open" if request["arguments"]["path"] == "/proc/self/cmdline" => json!({"return": 7}),
+        "guest-file-open" => json!({"error": {"class": "GenericError", "desc": "No such file or directory"}}),
+        "guest-file-read" => json!({"return": {"count": cmdline.len(), "buf-b64": base64(cmdline), "eof": true}}),
+        "guest-file-close" => json!({"return": {}}),
+        _ => refused,
+    }
+}
+
+fn base64(text: &str) -> String {
+    let digits = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::new();
+    for chunk in text.as_bytes().chunks(3) {
+        let word = (0..3).fold(0u32, |word, at| word << 8 | u32::from(chunk.get(at).copied().unwrap_or(0)));
+        for at in 0..4 {
+            let digit = digits[(word >> (18 - 6 * at)) as usize & 63] as char;
+            out.push(if at > chunk.len() { '=' } else { digit });
+        }
+    }
+    out
+}
+
+/// A directory with hooks: shell scripts.
+pub fn hooks(dir: &Path, freeze: &str, thaw: &str) -> PathBuf {
+    let hooks = dir.join("hooks");
+    fs::create_dir_all(&hooks).unwrap();
+    for (name, body) in [("freeze", freeze), ("thaw", thaw)] {
+        let path = hooks.join(name);
+        fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    hooks
+}
+
+pub fn out(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+pub fn err(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// An XFS of its own in a file, mounted; `None`, said loudly, where that is not possible.
+pub struct Xfs {
+    dir: tempfile::TempDir,
+}
+
+impl Xfs {
+    pub fn mount() -> Option<Xfs> {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("xfs");
+        File::create(&file).unwrap().set_len(512 << 20).unwrap();
+        fs::create_dir(dir.path().join("m")).unwrap();
+        let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+        let done = |command: &mut Command| match command.env("PATH", &path).output() {
+            Ok(output) if output.status.success() => true,
+            Ok(output) => {
+                tell(&format!("{command:?}: {}", err(&output)));
+                false
+            }
+            Err(error) => {
+                tell(&format!("{command:?}: {error}"));
+                false
+            }
+        };
+        let made = done(Command::new("mkfs.xfs").args(["-q", "-m", "reflink=1"]).arg(&file))
+            && done(Command::new("mount").args(["-o", "loop"]).arg(&file).arg(dir.path().join("m")));
+        if !made {
+            tell("SKIPPED: no XFS can be mounted here (root, xfsprogs and loop devices are needed): no reflink tested");
+            return None;
+        }
+        Some(Xfs { dir })
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.dir.path().join("m")
+    }
+}
+
+impl Drop for Xfs {
+    fn drop(&mut self) {
+        // Lazily: a daemon that is ending may have it open.
+        let status = Command::new("umount").arg("-l").arg(self.path()).status();
+        assert!(status.is_ok_and(|status| status.success()) || std::thread::panicking(), "umount failed");
+    }
+}

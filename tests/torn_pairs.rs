@@ -1,0 +1,167 @@
+//! One instant over two disks: a writer writes i to disk A, waits until that is acknowledged, writes i to disk B, waits,
+//! and so on. In no snapshot may B hold an i that A lacks, nor A be more than one ahead. The same reader, with copies
+//! made without holding the disks, must find torn pairs.
+
+#[path = "driver/mod.rs"]
+mod driver;
+mod snapshot_kit;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use driver::{ALL, Driver};
+use snapshot_kit::{Daemon, Xfs, ctl, err, tell, wait_until};
+
+const BLOCK: usize = 4096;
+/// Blocks that the writer goes round in.
+const BLOCKS: u64 = 16;
+const MODES: [&str; 5] = ["none", "directsync", "writeback", "writethrough", "unsafe"];
+
+/// Two disks and a writer on both.
+struct Pair {
+    disks: [Daemon; 2],
+    ends: Arc<AtomicBool>,
+    written: Arc<AtomicU64>,
+    writer: Option<JoinHandle<()>>,
+}
+
+impl Pair {
+    fn start(dir: &Path, mode: &str) -> Pair {
+        let disks = ["a", "b"].map(|name| {
+            let image = dir.join(format!("{name}-{mode}"));
+            fs::write(&image, vec![0; BLOCK * BLOCKS as usize]).unwrap();
+            Daemon::start(&image, mode)
+        });
+        let ends = Arc::new(AtomicBool::new(false));
+        let written = Arc::new(AtomicU64::new(0));
+        let sockets = disks.each_ref().map(Daemon::socket);
+        let writer = {
+            let (ends, written) = (ends.clone(), written.clone());
+            std::thread::spawn(move || write(&sockets, &ends, &written))
+        };
+        let pair = Pair { disks, ends, written, writer: Some(writer) };
+        wait_until("the writer writes", || pair.written() > 100);
+        pair
+    }
+
+    fn written(&self) -> u64 {
+        self.written.load(Ordering::SeqCst)
+    }
+
+    /// Takes a snapshot; which i are in it.
+    fn snapshot(&self, to: &str, targets: &[PathBuf; 2]) -> [u64; 2] {
+        let mut command = ctl();
+        command.args(["snapshot", "--level", "crash", "--to", to]);
+        for disk in &self.disks {
+            command.arg("--disk").arg(disk.control());
+        }
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", err(&output));
+        read_and_remove(targets)
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        self.ends.store(true, Ordering::SeqCst);
+        let ended = self.writer.take().unwrap().join();
+        assert!(ended.is_ok() || std::thread::panicking(), "the writer panicked");
+    }
+}
+
+fn write(sockets: &[PathBuf; 2], ends: &AtomicBool, written: &AtomicU64) {
+    let mut disks = sockets.each_ref().map(|socket| Driver::connect_soon(socket, 1, 16, BLOCK, ALL));
+    for i in 1u64.. {
+        if ends.load(Ordering::SeqCst) {
+            return;
+        }
+        let block = i.to_le_bytes().repeat(BLOCK / 8);
+        for disk in &mut disks {
+            disk.fill(0, &block);
+            let offset = i % BLOCKS * BLOCK as u64;
+            assert_eq!(disk.one(0, |disk, id| disk.write(0, offset, 0, BLOCK, id)), 0);
+        }
+        written.store(i, Ordering::SeqCst);
+    }
+}
+
+/// The largest i of each image. A block that holds two is torn in itself.
+fn read_and_remove(targets: &[PathBuf; 2]) -> [u64; 2] {
+    targets.each_ref().map(|target| {
+        let bytes = fs::read(target).unwrap_or_else(|error| panic!("{}: {error}", target.display()));
+        fs::remove_file(target).unwrap();
+        assert_eq!(bytes.len(), BLOCK * BLOCKS as usize);
+        let blocks = bytes.chunks(BLOCK).map(|block| {
+            let numbers: Vec<u64> =
+                block.chunks(8).map(|eight| u64::from_le_bytes(eight.try_into().unwrap())).collect();
+            assert!(numbers.iter().all(|number| *number == numbers[0]), "a torn block: {numbers:?}");
+            numbers[0]
+        });
+        blocks.max().unwrap()
+    })
+}
+
+/// Takes `count` snapshots. The writer goes on between any two of them.
+fn take(pair: &Pair, mode: &str, count: usize, to: &str, targets: &[PathBuf; 2]) {
+    for _ in 0..count {
+        let (before, [a, b]) = (pair.written(), pair.snapshot(to, targets));
+        assert!(a == b || a == b + 1, "{mode}, {to}: A has {a}, B has {b}");
+        assert!(b >= before, "{mode}, {to}: {before} was acknowledged before the snapshot, B has {b}");
+        wait_until("the writer goes on", || pair.written() > a);
+    }
+}
+
+#[test]
+fn no_pair_is_torn_by_exec_in_any_mode() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for mode in MODES {
+        let pair = Pair::start(dir.path(), mode);
+        let targets = ["a", "b"].map(|name| dir.path().join(name));
+        let to = format!(
+            "exec:cp \"$VIRTIOBLK_DISK_1\" {0}/a && sleep 0.01 && cp \"$VIRTIOBLK_DISK_2\" {0}/b",
+            dir.path().display()
+        );
+        take(&pair, mode, 40, &to, &targets);
+    }
+}
+
+#[test]
+fn no_pair_is_torn_by_reflink_in_any_mode() {
+    let Some(xfs) = Xfs::mount() else { return };
+    for mode in MODES {
+        let pair = Pair::start(&xfs.path(), mode);
+        let targets = ["a", "b"].map(|name| xfs.path().join(format!("snap-{name}-{mode}")));
+        let to = format!("reflink:{}/snap-{{}}", xfs.path().display());
+        take(&pair, mode, 60, &to, &targets);
+    }
+}
+
+#[test]
+fn without_holding_the_disks_pairs_are_torn() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let pair = Pair::start(dir.path(), "writeback");
+    let targets = ["a", "b"].map(|name| dir.path().join(name));
+    let mut torn = 0;
+    for _ in 0..40 {
+        for (disk, target) in pair.disks.iter().zip(&targets) {
+            assert!(Command::new("cp").arg(&disk.image).arg(target).status().unwrap().success());
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        let [a, b] = read_maybe_torn(&targets);
+        torn += usize::from(b > a);
+    }
+    tell(&format!("copied without holding the disks, {torn} pairs of 40 were torn"));
+    assert!(torn > 0, "the reader would not notice a torn pair");
+}
+
+/// As [`read_and_remove`], but a block may be torn: nobody held the disk.
+fn read_maybe_torn(targets: &[PathBuf; 2]) -> [u64; 2] {
+    targets.each_ref().map(|target| {
+        let bytes = fs::read(target).unwrap();
+        bytes.chunks(8).map(|eight| u64::from_le_bytes(eight.try_into().unwrap())).max().unwrap()
+    })
+}
