@@ -141,6 +141,17 @@ fn no_pair_is_torn_by_reflink_in_any_mode() {
 }
 
 #[test]
+fn no_pair_is_torn_by_copy_in_any_mode() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for mode in MODES {
+        let pair = Pair::start(dir.path(), mode);
+        let targets = ["a", "b"].map(|name| dir.path().join(format!("snap-{name}-{mode}")));
+        let to = format!("copy:{}/snap-{{}}", dir.path().display());
+        take(&pair, mode, 40, &to, &targets);
+    }
+}
+
+#[test]
 fn without_holding_the_disks_pairs_are_torn() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let pair = Pair::start(dir.path(), "writeback");
