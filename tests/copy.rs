@@ -4,18 +4,22 @@
 mod backend;
 
 use std::collections::HashMap;
+use std::io;
 use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
-use std::sync::{Arc, Barrier};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use backend::{Chance, Driver, disk_dir, eventually, image, opened, options, some_buffer};
 use virtioblkd::backend::file::FileOptions;
-use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
-use virtioblkd::backend::point_in_time::{Mutant, PointInTime, Tuning};
-use virtioblkd::backend::{Backend, Completion, DurableWrite, Op, OpId};
-use virtioblkd::disk::{Copies, CopyOptions, CopyStatus, Event, Events};
+use virtioblkd::backend::mem::{Fault, MemBackend, MemOp, MemOptions, Order};
+use virtioblkd::backend::point_in_time::{Mutant, PointInTime, Step, Tuning};
+use virtioblkd::backend::{Backend, Completion, DurableWrite, Errno, IoBuf, Op, OpId};
+use virtioblkd::disk::{Copies, CopyError, CopyOptions, CopyStatus, Event, Events};
 use virtioblkd::engine::CacheMode;
 
 const CLUSTER: u64 = 64 << 10;
@@ -363,4 +367,343 @@ fn mutants_are_noticed() {
         });
         assert!(noticed, "{mutant:?} lives");
     }
+}
+
+// What goes wrong.
+
+/// Starts a copy of a disk on which nothing is in flight.
+fn started(world: &World, bandwidth: u64) -> String {
+    let copy = world.prepare(bandwidth);
+    world.disk.start(&copy).expect("nothing is in flight");
+    copy
+}
+
+fn failing_at(step: Step, nth: u32, errno: i32) -> Tuning {
+    let seen = AtomicU32::new(0);
+    let hook = move |now| {
+        let fails = now == step && seen.fetch_add(1, Ordering::Relaxed) + 1 == nth;
+        if fails { Err(io::Error::from_raw_os_error(errno)) } else { Ok(()) }
+    };
+    Tuning { hook: Some(Arc::new(hook)), ..Tuning::default() }
+}
+
+/// A block of every cluster is overwritten while the copy runs or fails; all of it must succeed.
+fn write_everywhere(disk: &PointInTime) {
+    let clusters = disk.geometry().size / CLUSTER;
+    let mut guest = Driver::new(disk, 64);
+    let mut open: Vec<OpId> = Vec::new();
+    for cluster in 0..clusters {
+        let buf = IoBuf::owned(4096, 4096, 0);
+        buf.copy_from(0, &[7; 4096]);
+        open.push(guest.push(Op::Write { offset: cluster * CLUSTER, buf, durable: false }));
+    }
+    for id in open {
+        assert_eq!(guest.finish(id).result, Ok(()), "the guest saw an error");
+    }
+    for cluster in 0..clusters {
+        assert_eq!(guest.read(cluster * CLUSTER, 4096), Ok(vec![7; 4096]));
+    }
+}
+
+/// The disk full of ones.
+fn fill(mem: &MemBackend) {
+    let mut driver = Driver::new(mem, 1);
+    (0..2).for_each(|at| driver.write(at << 20, &[1; 1 << 20]).expect("a write"));
+}
+
+#[test]
+fn a_failure_of_the_target_fails_the_copy_alone() {
+    for (step, nth, errno, words) in [
+        (Step::Write, 1, libc::ENOSPC, "make room"),
+        (Step::Write, 3, libc::EIO, "medium"),
+        (Step::Sync, 1, libc::EIO, "cannot be synced"),
+        (Step::Publish, 1, libc::EROFS, "cannot be named"),
+    ] {
+        let (world, mem) = World::mem(Order::InOrder, failing_at(step, nth, errno));
+        fill(&mem);
+        let copy = started(&world, 0);
+        write_everywhere(&world.disk);
+        let status = world.wait_ended(&copy);
+        let why = status.error.expect("why it failed");
+        assert_eq!(status.state, "failed");
+        assert!(why.contains(words) && why.contains("copy.img.partial"), "{step:?}: {why}");
+        assert!(world.files().is_empty(), "{step:?}: {:?}", world.files());
+        // And the next one is a copy like any other.
+        let instant = contents(&*mem);
+        let copy = started(&world, 0);
+        assert_eq!(world.wait_ended(&copy).state, "completed");
+        assert!(std::fs::read(world.target()).expect("the copy") == instant);
+    }
+}
+
+#[test]
+fn a_full_filesystem_fails_the_copy_alone() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mount = |args: &[&str]| {
+        let status = Command::new(args[0]).args(&args[1..]).arg(dir.path()).status();
+        status.is_ok_and(|status| status.success())
+    };
+    if !mount(&["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs"]) {
+        backend::skip::<()>("no tmpfs can be mounted");
+        return;
+    }
+    let (world, mem) = World::mem(Order::InOrder, Tuning::default());
+    fill(&mem);
+    let options = CopyOptions { target: dir.path().join("copy.img"), bandwidth: 0, digest: false };
+    let copy = world.disk.prepare(&options).expect("holes need no room");
+    world.disk.start(&copy).expect("started");
+    write_everywhere(&world.disk);
+    let status = world.wait_ended(&copy);
+    let left: Vec<_> = std::fs::read_dir(dir.path()).expect("the directory").collect();
+    drop(world);
+    assert!(mount(&["umount"]), "the mount is busy: the file was not let go");
+    assert_eq!(status.state, "failed");
+    assert!(status.error.as_ref().is_some_and(|why| why.contains("make room")), "{status:?}");
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_source_that_cannot_be_read_fails_the_copy_alone() {
+    for nth in [1, 2, 3] {
+        let (world, mem) = World::mem(Order::InOrder, Tuning::default());
+        fill(&mem);
+        mem.fail(Fault { op: MemOp::Read, nth, errno: Errno(libc::EIO), transferred: 512 });
+        let copy = started(&world, 0);
+        let status = world.wait_ended(&copy);
+        assert_eq!(status.state, "failed");
+        assert!(status.error.as_ref().is_some_and(|why| why.contains("image cannot be read")), "{status:?}");
+        write_everywhere(&world.disk);
+        assert!(world.files().is_empty());
+    }
+}
+
+/// A target that hangs, and no memory left: writes wait, but not for ever.
+#[test]
+fn a_target_that_hangs_does_not_hang_the_guest() {
+    let (release, hangs) = mpsc::channel::<()>();
+    let hangs = Mutex::new(hangs);
+    let hook = move |step| {
+        if step == Step::Write {
+            // Until the test lets go.
+            let _ = hangs.lock().expect("one writer").recv();
+        }
+        Ok(())
+    };
+    let tuning = Tuning {
+        patience: Duration::from_millis(300),
+        memory: 4 * CLUSTER as usize,
+        hook: Some(Arc::new(hook)),
+        ..Tuning::default()
+    };
+    let (world, mem) = World::mem(Order::InOrder, tuning);
+    fill(&mem);
+    let copy = started(&world, 0);
+    write_everywhere(&world.disk);
+    let status = world.wait_ended(&copy);
+    assert_eq!(status.state, "failed");
+    assert!(status.error.as_ref().is_some_and(|why| why.contains("too slow")), "{status:?}");
+    assert!(world.files().is_empty(), "{:?}", world.files());
+    // Another one, cancelled while it hangs: at once.
+    let copy = started(&world, 0);
+    world.disk.cancel(&copy).expect("cancelled");
+    assert!(world.files().is_empty());
+    drop(release);
+}
+
+/// A discard is advice: it waits only so long, and then it is left undone and the copy goes on.
+#[test]
+fn a_discard_that_would_wait_too_long_is_left_undone() {
+    let (release, hangs) = mpsc::channel::<()>();
+    let hangs = Mutex::new(hangs);
+    let hook = move |step| {
+        if step == Step::Write {
+            // Until the test lets go.
+            let _ = hangs.lock().expect("one writer").recv();
+        }
+        Ok(())
+    };
+    let tuning = Tuning { memory: 4 * CLUSTER as usize, hook: Some(Arc::new(hook)), ..Tuning::default() };
+    let (world, mem) = World::mem(Order::InOrder, tuning);
+    fill(&mem);
+    let copy = started(&world, 1);
+    let mut guest = Driver::new(&*world.disk, 4);
+    assert_eq!(guest.run(Op::Discard { offset: 0, len: 2 << 20 }), Ok(()));
+    assert_eq!(mem.counts().discards, 0);
+    assert_eq!(world.status(&copy).state, "running");
+    drop(release);
+    world.disk.set_bandwidth(&copy, 0).expect("no limit");
+    assert_eq!(world.wait_ended(&copy).state, "completed");
+    assert!(std::fs::read(world.target()).expect("the copy") == vec![1; 2 << 20]);
+}
+
+/// Ops that do not overlap what is saved now, reads, and syncs go on while a write waits.
+#[test]
+fn only_what_overlaps_waits() {
+    let (world, mem) = World::mem(Order::OnRequest, Tuning::default());
+    let mut guest = Driver::new(&*world.disk, 8);
+    started(&world, 1);
+    // The copier's first read, in the background, is in flight and not released: cluster 0 is being saved.
+    eventually("the copier reads", || mem.waiting() == 1);
+    let write = |offset| Op::Write { offset, buf: IoBuf::owned(4096, 4096, 0), durable: true };
+    let waits = guest.push(write(4096));
+    let read = guest.push(Op::Read { offset: 4096, buf: IoBuf::owned(4096, 4096, 0) });
+    let sync = guest.push(Op::Sync);
+    assert_eq!(mem.waiting(), 3, "the write is not with the image");
+    mem.release(3);
+    for id in [read, sync, waits] {
+        mem.release(1);
+        assert_eq!(guest.finish(id).result, Ok(()));
+    }
+    assert_eq!(mem.counts().durable_writes, 1, "it stayed durable");
+}
+
+// What is asked of it.
+
+fn refused(result: Result<impl std::fmt::Debug, CopyError>, code: &str, words: &[&str]) {
+    let error = result.expect_err("refused");
+    assert_eq!(error.code, code, "{}", error.message);
+    for word in words {
+        assert!(error.message.contains(word), "'{word}' is not in: {}", error.message);
+    }
+}
+
+#[test]
+fn targets_that_cannot_be_are_refused() {
+    let (world, _) = World::mem(Order::InOrder, Tuning::default());
+    let dir = world.dir.path();
+    std::fs::write(dir.join("there"), "precious").expect("a file");
+    std::fs::write(dir.join("half.partial"), "left").expect("a file");
+    std::os::unix::fs::symlink("/nowhere", dir.join("link")).expect("a link");
+    let long = "x".repeat(250);
+    for (target, words) in [
+        ("there", &["there", "something is there already", "another path"][..]),
+        ("link", &["something is there already"]),
+        ("half", &["half.partial", "daemon left", "remove it"]),
+        ("no/such", &["no such directory", "create it"]),
+        ("there/file", &["not a directory"]),
+        ("..", &["absolute path of a file"]),
+        (&long, &["too long", "shorter"]),
+        ("nul\0byte", &["no path can hold"]),
+    ] {
+        let options = CopyOptions { target: dir.join(target), bandwidth: 0, digest: false };
+        refused(world.disk.prepare(&options), "target", words);
+    }
+    let relative = CopyOptions { target: "copy.img".into(), bandwidth: 0, digest: false };
+    refused(world.disk.prepare(&relative), "target", &["absolute"]);
+    let mut left = world.files();
+    left.sort();
+    assert_eq!(left, ["half.partial", "link", "there"]);
+    assert_eq!(std::fs::read(dir.join("there")).expect("the file"), b"precious");
+}
+
+/// Even if the caller forgets to hold the disk still, no instant is torn.
+#[test]
+fn a_start_with_a_write_in_flight_is_refused() {
+    let (world, mem) = World::mem(Order::OnRequest, Tuning::default());
+    let mut guest = Driver::new(&*world.disk, 4);
+    let copy = world.prepare(0);
+    let read = guest.push(Op::Read { offset: 0, buf: IoBuf::owned(4096, 4096, 0) });
+    let write = guest.push(Op::WriteZeroes { offset: 0, len: 4096, unmap: true });
+    refused(world.disk.start(&copy), "busy", &["in flight", "Quiesce"]);
+    mem.release(2);
+    guest.finish(write);
+    guest.finish(read);
+    let other = guest.push(Op::Read { offset: 0, buf: IoBuf::owned(4096, 4096, 0) });
+    world.disk.start(&copy).expect("a read changes nothing");
+    refused(world.disk.start(&copy), "busy", &["started already"]);
+    refused(world.disk.start("copy-7"), "no-such-copy", &["query-copies"]);
+    mem.release(1000);
+    guest.finish(other);
+    assert_eq!(world.wait_ended(&copy).state, "completed");
+    refused(world.disk.cancel(&copy), "no-such-copy", &["has ended", "completed"]);
+}
+
+#[test]
+fn something_that_appears_at_the_target_is_not_replaced() {
+    let (world, _) = World::mem(Order::InOrder, Tuning::default());
+    let copy = world.prepare(0);
+    std::fs::write(world.target(), "precious").expect("a file");
+    world.disk.start(&copy).expect("started");
+    let status = world.wait_ended(&copy);
+    assert!(status.error.is_some_and(|why| why.contains("replaces nothing")));
+    assert_eq!(world.files(), ["copy.img"]);
+    assert_eq!(std::fs::read(world.target()).expect("the file"), b"precious");
+}
+
+/// Holes are not read, zeroes are not stored; the digest is the whole image's.
+#[test]
+fn sparse_stays_sparse() {
+    const SIZE: u64 = (64 << 30) + 4096;
+    let dir = disk_dir();
+    let path = image(dir.path(), "disk.img", SIZE);
+    let file = std::fs::OpenOptions::new().write(true).open(&path).expect("the image");
+    file.write_all_at(&[5; 4096], 40 << 30).expect("data");
+    file.write_all_at(&[6; 4096], SIZE - 4096).expect("data at the end");
+    // Written, and zero.
+    file.write_all_at(&[0; 1 << 20], 20 << 30).expect("zeroes");
+    let world = World::new(Arc::new(opened(&options(&path, CacheMode::Writeback))), Tuning::default());
+    let target = dir.path().join("copy.img");
+    let copy =
+        world.disk.prepare(&CopyOptions { target: target.clone(), bandwidth: 0, digest: false }).expect("prepared");
+    world.disk.start(&copy).expect("started");
+    let mut guest = Driver::new(&*world.disk, 4);
+    assert_eq!(guest.write(10 << 30, &[9; 4096]), Ok(()), "into a hole");
+    let status = world.wait_ended(&copy);
+    assert_eq!((status.state.as_str(), status.total_bytes, status.done_bytes), ("completed", SIZE, SIZE));
+    assert_eq!(status.stored_bytes, CLUSTER + 4096);
+    let copy = std::fs::File::open(&target).expect("the copy");
+    assert_eq!(copy.metadata().expect("its size").len(), SIZE);
+    assert!(copy.metadata().expect("its blocks").blocks() * 512 <= 4 * CLUSTER);
+    let mut seen = [0; 4096];
+    for (at, wanted) in [(40 << 30, 5), (SIZE - 4096, 6), (20 << 30, 0), (10 << 30, 0)] {
+        copy.read_exact_at(&mut seen, at).expect("a read");
+        assert_eq!(seen, [wanted; 4096], "at {at}");
+    }
+}
+
+#[test]
+fn the_digest_is_that_of_the_whole_image() {
+    let (world, mem) = World::mem(Order::InOrder, Tuning::default());
+    let mut driver = Driver::new(&*mem, 1);
+    driver.write(CLUSTER * 3 + 512, &[1; 300_000]).expect("a write");
+    let copy =
+        world.disk.prepare(&CopyOptions { target: world.target(), bandwidth: 0, digest: true }).expect("prepared");
+    world.disk.start(&copy).expect("started");
+    driver.read(0, 512).expect("a read");
+    let status = world.wait_ended(&copy);
+    let sum = Command::new("sha256sum").arg(world.target()).output().expect("sha256sum").stdout;
+    assert_eq!(String::from_utf8(sum).expect("text").split(' ').next(), status.sha256.as_deref());
+}
+
+#[test]
+fn the_bandwidth_is_limited_and_progress_grows() {
+    let (world, mem) = World::mem(Order::InOrder, Tuning::default());
+    fill(&mem);
+    let copy = started(&world, 2 << 20);
+    let mut last = 0;
+    let mut steps = 0;
+    eventually("its end", || {
+        let status = world.status(&copy);
+        assert!(status.done_bytes >= last, "backwards");
+        steps += u32::from(status.done_bytes > last);
+        last = status.done_bytes;
+        status.state == "completed"
+    });
+    assert!(steps > 3, "all at once: {steps} steps");
+    assert!(world.status(&copy).seconds > 0.3, "{:?}", world.status(&copy));
+}
+
+#[test]
+fn dropping_the_disk_cancels_and_lets_the_image_go() {
+    let dir = disk_dir();
+    let path = image(dir.path(), "disk.img", 2 << 20);
+    let world = World::new(Arc::new(backend::open(&path, CacheMode::None)), Tuning::default());
+    let copy = started(&world, 1);
+    let World { disk, events, dir } = world;
+    drop(disk);
+    assert!(std::fs::read_dir(dir.path()).expect("the directory").next().is_none());
+    let ended = |event| matches!(event, Event::CopyEnded(status) if status.copy == copy && status.state == "cancelled");
+    assert!(events.take().0.into_iter().any(ended));
+    // Its locks are free: nothing of the copy has it open.
+    backend::open(&path, CacheMode::None);
 }
