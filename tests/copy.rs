@@ -530,8 +530,8 @@ fn a_discard_that_would_wait_too_long_is_left_undone() {
     assert_eq!(guest.run(Op::Discard { offset: 0, len: 2 << 20 }), Ok(()));
     assert_eq!(mem.counts().discards, 0);
     assert_eq!(world.status(&copy).state, "running");
-    drop(release);
     world.disk.set_bandwidth(&copy, 0).expect("no limit");
+    drop(release);
     assert_eq!(world.wait_ended(&copy).state, "completed");
     assert!(std::fs::read(world.target()).expect("the copy") == vec![1; 2 << 20]);
 }

@@ -2,8 +2,8 @@
 //! guest goes on writing. A block about to be overwritten is saved first (copy before write).
 //!
 //! No copy: an op costs a slot's number, and one that changes the image a look at one atomic. During a copy an op that
-//! changes clusters (64 KiB) not saved yet waits in its ring's [`queue`] until the [`copier`] has read them; nothing
-//! else waits. Old data goes to the [`writer`] in memory, at most 32 MiB of it. The copy never harms the guest: if
+//! changes clusters (64 KiB) not saved yet waits in its ring's `queue` until the `copier` has read them; nothing
+//! else waits. Old data goes to the `writer` in memory, at most 32 MiB of it. The copy never harms the guest: if
 //! anything of it fails, or makes a write wait too long, the copy fails and every delayed op goes on.
 //!
 //! Why the copy equals the image at the instant: `start` is called while the disk is held and quiet, and refuses if any
@@ -39,6 +39,9 @@ const MOST_ENDED: usize = 8;
 
 /// Copies that ended and whose threads have not, because the image or a target hangs, at most.
 const MOST_HANGING: usize = 4;
+
+/// A filesystem that does not answer in this time hangs; callers do not wait for it any longer.
+const HANGS: Duration = Duration::from_secs(2);
 
 /// What the copier does wrong on purpose, so that tests show that they would notice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,7 +146,7 @@ impl PointInTime {
         if let Some(copy) = current
             && copy.end(Phase::Cancelled, None)
         {
-            copy.bury();
+            bury(&copy);
         }
     }
 
@@ -191,7 +194,7 @@ impl PointInTime {
             message: format!("no thread or descriptor for the copy ({error}); raise the daemon's limits"),
         };
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| lacking(error.into()))?;
-        let (target, file) = Target::create(&options.target, size)?;
+        let (target, file) = create(&options.target, size)?;
         let copy = Arc::new(Copy::new(number, size, options, target, wake, Arc::clone(&self.shared)));
         self.start_threads(&copy, file).map_err(|error| {
             copy.abandon();
@@ -261,6 +264,45 @@ impl Registry {
     }
 }
 
+/// Creates the target in a thread of its own: its filesystem may hang, and the caller must not.
+fn create(path: &Path, size: u64) -> Result<(Target, std::fs::File), CopyError> {
+    let (sender, created) = mpsc::sync_channel(0);
+    let wanted = path.to_path_buf();
+    let work = move || {
+        // Nobody waits any more: nobody will use it.
+        if let Err(mpsc::SendError(Ok((target, _)))) = sender.send(Target::create(&wanted, size)) {
+            target.remove_partial();
+        }
+    };
+    if let Err(error) = thread::Builder::new().name("copy-create".into()).spawn(work) {
+        let message = format!("no thread for the copy ({error}); raise the daemon's limits");
+        return Err(CopyError { code: "resources", message });
+    }
+    created.recv_timeout(HANGS).unwrap_or_else(|_| {
+        let message = format!("{}: its filesystem does not answer; mend it, or choose another target", path.display());
+        Err(CopyError { code: "target", message })
+    })
+}
+
+/// Clears up in a thread of its own, for the same reason. When the filesystem answers, the file is gone on return.
+fn bury(copy: &Arc<Copy>) {
+    let (sender, buried) = mpsc::channel::<()>();
+    let theirs = Arc::clone(copy);
+    let work = move || {
+        theirs.bury();
+        drop(sender);
+    };
+    match thread::Builder::new().name("copy-end".into()).spawn(work) {
+        Ok(_) => {
+            if buried.recv_timeout(HANGS) == Err(mpsc::RecvTimeoutError::Timeout) {
+                log::warn!("{}: its filesystem does not answer; it is removed when it does", copy.name);
+            }
+        }
+        // A hang is only possible, a file left behind would be certain.
+        Err(_) => copy.bury(),
+    }
+}
+
 fn busy(message: impl Into<String>) -> CopyError {
     CopyError { code: "busy", message: message.into() }
 }
@@ -303,7 +345,7 @@ impl Copies for PointInTime {
         if !copy.end(Phase::Cancelled, None) {
             return Err(busy(format!("{} is complete, or ends just now; query-copies tells how", copy.name)));
         }
-        copy.bury();
+        bury(&copy);
         Ok(())
     }
 

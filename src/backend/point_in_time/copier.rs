@@ -14,11 +14,13 @@ use super::copy::{CLUSTER, Copy, Phase};
 use super::writer::Job;
 use crate::backend::{Backend, Completion, IoBuf, IoQueue, Op, OpId, Source};
 
-/// Reads in flight at most, and those of them that nobody waits for.
+/// Reads in flight at most, and those of them that nobody waits for. What is in flight stands before a guest's request:
+/// measured here (`benches/point_in_time.rs`), two reads of 256 KiB copy as fast as four of 512 KiB, and a guest's
+/// write takes a fifth of the time.
 const DEPTH: usize = 32;
-const MOST_BACKGROUND: usize = 4;
+const MOST_BACKGROUND: usize = 2;
 /// Clusters in one read at most.
-const LONGEST: u64 = 8;
+const LONGEST: u64 = 4;
 /// Free buffers kept.
 const KEPT: usize = 32;
 

@@ -26,8 +26,8 @@ pub(super) enum Phase {
     Prepared,
     Running,
     Syncing,
-    /// It has its name, which is not durable yet.
-    Renamed,
+    /// It gets its name.
+    Publishing,
     Completed,
     Failed,
     Cancelled,
@@ -42,7 +42,7 @@ impl Phase {
         match self {
             Phase::Prepared => "prepared",
             Phase::Running => "running",
-            Phase::Syncing | Phase::Renamed => "syncing",
+            Phase::Syncing | Phase::Publishing => "syncing",
             Phase::Completed => "completed",
             Phase::Failed => "failed",
             Phase::Cancelled => "cancelled",
@@ -246,22 +246,21 @@ impl Copy {
         runs
     }
 
-    /// Gives the file its name, unless the copy is over (false). The lock is held, so that no cancel comes between.
-    pub(super) fn publish(&self, sha256: Option<String>) -> std::io::Result<bool> {
+    /// The file is durable and gets its name now: too late to cancel. False: the copy is over.
+    pub(super) fn begin_publish(&self, sha256: Option<String>) -> bool {
         let mut state = self.lock();
-        if state.phase != Phase::Syncing {
-            return Ok(false);
+        let syncs = state.phase == Phase::Syncing;
+        if syncs {
+            state.phase = Phase::Publishing;
+            state.sha256 = sha256;
         }
-        self.target.publish()?;
-        state.phase = Phase::Renamed;
-        state.sha256 = sha256;
-        Ok(true)
+        syncs
     }
 
-    /// Ends the copy and lets every delayed op go on. False: it is over already, or too late to cancel.
+    /// Ends the copy and lets every delayed op go on. False: it is over already, or it is too late to cancel.
     pub(super) fn end(&self, phase: Phase, error: Option<String>) -> bool {
         let mut state = self.lock();
-        if state.phase.is_over() || (state.phase == Phase::Renamed && phase == Phase::Cancelled) {
+        if state.phase.is_over() || (state.phase == Phase::Publishing && phase == Phase::Cancelled) {
             return false;
         }
         state.phase = phase;
@@ -285,8 +284,8 @@ impl Copy {
         }
     }
 
-    /// Clears up after the end, whoever comes first: the partial file goes, operators are told. May block on the
-    /// target's filesystem, so a ring never calls it.
+    /// Clears up after the end, whoever comes first: the partial file goes, operators are told. May hang with the
+    /// target's filesystem, so neither a ring nor the control thread calls it.
     pub(super) fn bury(&self) {
         let mut state = self.lock();
         if !state.phase.is_over() || std::mem::replace(&mut state.buried, true) {

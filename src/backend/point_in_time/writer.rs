@@ -102,10 +102,11 @@ fn complete(copy: &Copy, file: &File) -> Result<(), String> {
         .and_then(|()| file.sync_all())
         .map_err(|error| cannot("synced", copy, &error))?;
     let sha256 = if copy.digest { digest(copy, file)? } else { None };
-    let publish = copy.shared.tuning.step(Step::Publish).and_then(|()| copy.publish(sha256));
-    if !publish.map_err(|error| cannot_publish(copy, &error))? {
+    if !copy.begin_publish(sha256) {
         return Ok(());
     }
+    let published = copy.shared.tuning.step(Step::Publish).and_then(|()| copy.target.publish());
+    published.map_err(|error| cannot_publish(copy, &error))?;
     if let Err(error) = copy.target.sync_directory() {
         copy.target.unpublish();
         return Err(cannot("given a durable name", copy, &error));
