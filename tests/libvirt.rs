@@ -10,8 +10,9 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
-use guest::qemu::install_boot_sector;
-use guest::{Qmp, Server, oracle, output, root, scratch, sparse_image, tell, wait_until};
+use guest::qemu::{self, install_boot_sector};
+use guest::server::program;
+use guest::{Qmp, Server, guest_files, oracle, output, root, scratch, sparse_image, tell, wait_until};
 use rustix::process::geteuid;
 use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
@@ -157,4 +158,123 @@ fn the_shipped_domain_runs_and_is_suspended_while_its_disk_is_held() {
     libvirt.virsh_ok(&["undefine", "example"]);
     let (status, log) = server.terminate();
     assert!(status.success(), "{status}\n{log}");
+}
+
+/// A Linux with the guest agent on libvirt's own channel, a writer on the disk, and a place to plug another one in.
+const LINUX: &str = r#"
+<domain type='qemu'>
+  <name>example</name>
+  <memory unit='MiB'>768</memory>
+  <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>
+  <os>
+    <type arch='x86_64' machine='q35'>hvm</type>
+    <kernel>@HOME@/vmlinuz</kernel>
+    <initrd>@HOME@/initramfs</initrd>
+    <cmdline>@OPTIONS@</cmdline>
+  </os>
+  <features><acpi/></features>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    @DISK@
+    <controller type='pci' model='pcie-root'/>
+    <controller type='pci' model='pcie-root-port'/>
+    <controller type='pci' model='pcie-root-port'/>
+    <controller type='pci' model='pcie-root-port'/>
+    <controller type='pci' model='pcie-root-port'/>
+    <controller type='usb' model='none'/>
+    <memballoon model='none'/>
+    <serial type='file'><source path='@HOME@/console'/><target port='0'/></serial>
+    <serial type='file'><source path='@HOME@/job'/><target port='1'/></serial>
+    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+  </devices>
+</domain>
+"#;
+
+const WRITER: &str = r#"
+mkdir -p /run /var /etc/qemu
+ln -sfn /run /var/run
+mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt || exit 1
+until port=$(ls /sys/class/virtio-ports 2>/dev/null) && [ -n "$port" ]; do sleep 0.1; done
+qemu-ga -m virtio-serial -p "/dev/$port" -t /run &
+n=0
+while sleep 0.05; do n=$((n + 1)); echo $n >/mnt/counter; done
+"#;
+
+fn disk_xml(socket: &Path, target: &str) -> String {
+    shipped("disk.xml")
+        .replace("/run/virtioblkd/example.sock", socket.to_str().expect("a plain path"))
+        .replace("dev='vda'", &format!("dev='{target}'"))
+}
+
+/// A server whose sockets the other user may open.
+fn server_for_all(image: &Path) -> Server {
+    let server = Server::start(image, CacheMode::None, &["--socket-mode", "0666", "--control-mode", "0666"]);
+    let sockets = server.socket().parent().expect("a directory").to_owned();
+    fs::set_permissions(&sockets, fs::Permissions::from_mode(0o755)).expect("ours");
+    server
+}
+
+#[test]
+fn a_guest_of_libvirts_is_frozen_snapshotted_and_gets_another_disk() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let (dir, other_dir) = (scratch(), scratch());
+    let (image, other) = (sparse_image(dir.path(), 64 << 20), sparse_image(other_dir.path(), 8 << 20));
+    let (server, second) = (server_for_all(&image), server_for_all(&other));
+
+    let home = libvirt.home.path();
+    fs::copy(guest_files().join("vmlinuz"), home.join("vmlinuz")).expect("room");
+    fs::write(home.join("initramfs"), qemu::initramfs(WRITER, true)).expect("room");
+    let xml = LINUX
+        .replace("@HOME@", home.to_str().expect("a plain path"))
+        .replace("@OPTIONS@", qemu::KERNEL_OPTIONS)
+        .replace("@DISK@", &disk_xml(&server.socket(), "vda"));
+    fs::write(home.join("linux.xml"), xml).expect("room");
+    fs::write(home.join("second.xml"), disk_xml(&second.socket(), "vdb")).expect("room");
+    let path = |name: &str| home.join(name).to_str().expect("a plain path").to_owned();
+    libvirt.virsh_ok(&["create", &path("linux.xml")]);
+    let ping = r#"{"execute":"guest-ping"}"#;
+    wait_until("the agent answers", || libvirt.virsh(&["qemu-agent-command", "example", ping]).status.success());
+
+    // By hand: a frozen guest writes nothing, a thawed one goes on.
+    libvirt.virsh_ok(&["domfsfreeze", "example"]);
+    let frozen = oracle::digest(&image);
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert_eq!(oracle::digest(&image), frozen, "a frozen guest's disk changed");
+    libvirt.virsh_ok(&["domfsthaw", "example"]);
+
+    // By our command, through libvirt, which owns the agent's channel.
+    let target = dir.path().join("snapshot.img");
+    // A copy: the other user may not see into the build's directory.
+    fs::copy(program("virtioblkctl"), home.join("virtioblkctl")).expect("room");
+    let mut command = as_user(home, &path("virtioblkctl"));
+    command.env("LIBVIRT_DEFAULT_URI", "qemu:///session");
+    command.args(["snapshot", "--json", "--level", "filesystem", "--libvirt", "example", "--disk"]);
+    command.arg(server.control()).arg("--to").arg(format!("copy:{}", target.display()));
+    let taken = output(&mut command);
+    let said = String::from_utf8_lossy(&taken.stderr).into_owned();
+    assert!(taken.status.success(), "{}\n{said}", taken.status);
+    let receipt: serde_json::Value = serde_json::from_slice(&taken.stdout).expect("a receipt");
+    assert_eq!(receipt["level"], "filesystem", "{receipt}");
+    assert_eq!(receipt["filesystems-frozen"], 1, "{receipt}");
+    assert!(target.exists());
+    let thawed = libvirt.virsh_ok(&["qemu-agent-command", "example", r#"{"execute":"guest-fsfreeze-status"}"#]);
+    assert!(thawed.contains("thawed"), "{thawed}");
+
+    // Suspended and resumed under load, and another disk comes and goes.
+    for _ in 0..3 {
+        libvirt.virsh_ok(&["suspend", "example"]);
+        let paused = oracle::digest(&image);
+        assert_eq!(oracle::dirty_pages(&image).unwrap_or(0), 0, "a suspended guest's disk is durable");
+        assert_eq!(oracle::digest(&image), paused, "a suspended guest's disk changed");
+        libvirt.virsh_ok(&["resume", "example"]);
+    }
+    libvirt.virsh_ok(&["attach-device", "example", &path("second.xml")]);
+    wait_until("the second disk's driver is ready", || second.status()["driver-ready"] == true);
+    assert!(libvirt.virsh_ok(&["domblklist", "example"]).contains("vdb"));
+    libvirt.virsh_ok(&["detach-device", "example", &path("second.xml")]);
+    wait_until("the second disk is gone", || second.status()["connected"] == false);
+
+    libvirt.virsh_ok(&["destroy", "example"]);
+    assert!(server.terminate().0.success());
+    assert!(second.terminate().0.success());
 }

@@ -13,7 +13,7 @@ use virtioblkd::engine::cache::CacheMode;
 use super::{PATIENCE, Qmp, accelerator, guest_files, mortal, root, run, wait_until};
 
 /// What the guest's kernel is told: quiet, and without the start-up work that is slow under TCG.
-const KERNEL_OPTIONS: &str = "console=ttyS0 panic=-1 quiet mitigations=off no_timer_check tsc=reliable \
+pub const KERNEL_OPTIONS: &str = "console=ttyS0 panic=-1 quiet mitigations=off no_timer_check tsc=reliable \
                               cryptomgr.notests random.trust_cpu=on job.tty=ttyS1";
 
 /// A QEMU command line in the making.
@@ -65,14 +65,11 @@ impl Qemu {
         self.args(["-drive", &drive, "-device", "virtio-blk-pci,drive=own"])
     }
 
-    /// A kernel and an initramfs that runs `job`; with fio in it if `full`.
+    /// A kernel and an [`initramfs`] that runs `job`.
     pub fn linux(self, job: &str, full: bool) -> Qemu {
         let files = guest_files();
-        let base = files.join(if full { "initramfs-full.cpio" } else { "initramfs.cpio" });
-        let mut initramfs = fs::read(&base).unwrap_or_else(|error| panic!("{}: {error}", base.display()));
-        append_file(&mut initramfs, "job", job.as_bytes());
         let path = self.dir.path().join("initramfs");
-        fs::write(&path, initramfs).expect("room for an initramfs");
+        fs::write(&path, initramfs(job, full)).expect("room for an initramfs");
         let console = format!("file:{}", self.dir.path().join("console").display());
         self.args(["-kernel".as_ref(), files.join("vmlinuz").as_os_str()])
             .args(["-initrd".as_ref(), path.as_os_str()])
@@ -287,6 +284,14 @@ pub fn version() -> (u32, u32) {
         let mut number = || numbers.next().and_then(|text| text.parse().ok()).expect("a version number");
         (number(), number())
     })
+}
+
+/// An initramfs that runs `job`; with fio, the guest agent and Python in it if `full`.
+pub fn initramfs(job: &str, full: bool) -> Vec<u8> {
+    let base = guest_files().join(if full { "initramfs-full.cpio" } else { "initramfs.cpio" });
+    let mut initramfs = fs::read(&base).unwrap_or_else(|error| panic!("{}: {error}", base.display()));
+    append_file(&mut initramfs, "job", job.as_bytes());
+    initramfs
 }
 
 /// Appends one file to an initramfs as a second cpio archive ("newc", cpio(5)). The kernel looks for it at a multiple
