@@ -252,6 +252,8 @@ enum End {
     Itself,
     /// Cancelled some time after the start.
     Cancelled,
+    /// The target fails at some time.
+    Failing,
 }
 
 /// One round: two rings write, stop, the instant is fixed, and they write on while the copy is made.
@@ -298,7 +300,8 @@ fn round(world: &World, seed: u64, end: End) -> Result<(), String> {
         instant
     });
     let status = world.wait_ended(&copy);
-    if end == End::Cancelled && status.state == "cancelled" {
+    let ends = [(End::Cancelled, "cancelled"), (End::Failing, "failed")];
+    if ends.contains(&(end, &status.state)) {
         assert!(world.files().is_empty(), "{:?}", world.files());
         return Ok(());
     }
@@ -312,7 +315,9 @@ fn round(world: &World, seed: u64, end: End) -> Result<(), String> {
 
 #[test]
 fn the_copy_is_the_image_at_the_instant() {
-    for seed in 0..120 {
+    // For a long run: VIRTIOBLKD_COPY_ROUNDS=5000 cargo test --release --test copy.
+    let rounds = std::env::var("VIRTIOBLKD_COPY_ROUNDS").map_or(120, |rounds| rounds.parse().expect("a number"));
+    for seed in 0..rounds {
         let order = if seed % 2 == 0 { Order::InOrder } else { Order::Shuffled(seed) };
         let memory = if seed % 3 == 0 { 4 * CLUSTER as usize } else { Tuning::default().memory };
         let (world, _) = World::mem(order, Tuning { memory, ..Tuning::default() });
@@ -354,6 +359,19 @@ fn a_cancelled_copy_leaves_nothing_and_the_guest_alone() {
         ended[usize::from(world.disk.status().last().expect("the copy").state == "cancelled")] += 1;
     }
     assert!(ended[1] > 10, "completed and cancelled: {ended:?}");
+}
+
+#[test]
+fn a_target_that_fails_at_any_time_leaves_nothing_and_the_guest_alone() {
+    let mut ended = [0, 0];
+    for seed in 0..60 {
+        let mut chance = Chance::new(seed);
+        let step = if chance.below(8) == 0 { Step::Sync } else { Step::Write };
+        let (world, _) = World::mem(Order::Shuffled(seed), failing_at(step, 1 + chance.below(24) as u32, libc::ENOSPC));
+        round(&world, seed, End::Failing).unwrap_or_else(|what| panic!("{what}"));
+        ended[usize::from(world.disk.status().last().expect("the copy").state == "failed")] += 1;
+    }
+    assert!(ended[1] > 10, "completed and failed: {ended:?}");
 }
 
 /// The rounds can fail: a copier that does it wrong is noticed.

@@ -100,6 +100,8 @@ pub struct PointInTime {
     shared: Arc<Shared>,
     /// Of copies whose copier has, or had, the image open: disconnected when it let go.
     copiers: Mutex<Vec<Receiver<()>>>,
+    /// Of threads that create targets, in the same way.
+    creators: Mutex<Vec<Receiver<()>>>,
 }
 
 /// What the rings' queues and the copies have in common.
@@ -133,7 +135,7 @@ impl PointInTime {
     /// For tests.
     pub fn with_tuning(image: Arc<dyn Backend>, events: Arc<Events>, tuning: Tuning) -> Self {
         let shared = Shared { delaying: AtomicU64::new(0), events, tuning, registry: Mutex::default() };
-        PointInTime { image, shared: Arc::new(shared), copiers: Mutex::default() }
+        PointInTime { image, shared: Arc::new(shared), copiers: Mutex::default(), creators: Mutex::default() }
     }
 
     /// Cancels the copy there is and takes no more. At the daemon's orderly end.
@@ -194,7 +196,9 @@ impl PointInTime {
             message: format!("no thread or descriptor for the copy ({error}); raise the daemon's limits"),
         };
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| lacking(error.into()))?;
-        let (target, file) = create(&options.target, size)?;
+        let (creating, created) = mpsc::channel();
+        self.creators.lock().expect("no panic while held").push(created);
+        let (target, file) = create(&options.target, size, creating)?;
         let copy = Arc::new(Copy::new(number, size, options, target, wake, Arc::clone(&self.shared)));
         self.start_threads(&copy, file).map_err(|error| {
             copy.abandon();
@@ -203,11 +207,14 @@ impl PointInTime {
         Ok(copy)
     }
 
-    /// How many ended copies still have the image open.
+    /// How many threads of copies that ended or never began hang in the image or a target.
     fn hanging(&self) -> usize {
-        let mut copiers = self.copiers.lock().expect("no panic while held");
-        copiers.retain(|closed| closed.try_recv() != Err(TryRecvError::Disconnected));
-        copiers.len()
+        let count = |threads: &Mutex<Vec<Receiver<()>>>| {
+            let mut threads = threads.lock().expect("no panic while held");
+            threads.retain(|ended| ended.try_recv() != Err(TryRecvError::Disconnected));
+            threads.len()
+        };
+        count(&self.copiers) + count(&self.creators)
     }
 }
 
@@ -265,7 +272,7 @@ impl Registry {
 }
 
 /// Creates the target in a thread of its own: its filesystem may hang, and the caller must not.
-fn create(path: &Path, size: u64) -> Result<(Target, std::fs::File), CopyError> {
+fn create(path: &Path, size: u64, creating: mpsc::Sender<()>) -> Result<(Target, std::fs::File), CopyError> {
     let (sender, created) = mpsc::sync_channel(0);
     let wanted = path.to_path_buf();
     let work = move || {
@@ -273,6 +280,7 @@ fn create(path: &Path, size: u64) -> Result<(Target, std::fs::File), CopyError> 
         if let Err(mpsc::SendError(Ok((target, _)))) = sender.send(Target::create(&wanted, size)) {
             target.remove_partial();
         }
+        drop(creating);
     };
     if let Err(error) = thread::Builder::new().name("copy-create".into()).spawn(work) {
         let message = format!("no thread for the copy ({error}); raise the daemon's limits");
