@@ -5,7 +5,9 @@ use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
-use super::{Control, Served};
+use rustix::process::{Resource, getrlimit};
+
+use super::{Control, Served, ServerError};
 use crate::backend::Backend;
 use crate::backend::file::{FileBackend, FileOptions, Locking};
 use crate::backend::mem::{MemBackend, MemOptions};
@@ -14,6 +16,7 @@ use crate::backend::point_in_time::PointInTime;
 use crate::config::{BackendKind, Config};
 use crate::control;
 use crate::disk::{Copies, Disk, DiskStatus, Events};
+use crate::listen::MORE_DESCRIPTORS;
 use crate::virtio::{Device, DeviceOptions};
 
 /// Called by the control socket's thread when it is told to end the daemon.
@@ -30,11 +33,12 @@ pub(super) struct Opened {
 
 /// Opens the image and makes the device. Nothing listens yet.
 pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Sync>> {
-    let events = Arc::new(Events::new()?);
+    let events = Events::new().map_err(|error| ServerError::System("cannot make an eventfd", error))?;
+    let events = Arc::new(events);
     let backend = Arc::new(PointInTime::new(open_backend(config)?, events.clone()));
     let options = DeviceOptions {
         mode: config.cache,
-        num_queues: config.num_queues,
+        num_queues: affordable(config.num_queues),
         queue_size: config.queue_size,
         serial: config.serial.clone(),
     };
@@ -46,6 +50,25 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
         Ok(Box::new(server) as Box<dyn Control>)
     });
     Ok(Opened { served: Arc::new(ServedDisk { backend, device }), start_control })
+}
+
+/// Descriptors that a ring needs: three of the front-end's, its wake-ups, the image, an io_uring. Somewhat rounded up.
+const EACH_RING: u64 = 14;
+/// And everything else: sockets, memory regions, clients of the control socket.
+const SPARE: u64 = 64;
+
+/// As many queues as were allowed, and as there are descriptors for. Without one to spare the kernel drops those that
+/// come with a message, the message layer loses its place, and the front-end would wait for an answer for ever.
+fn affordable(wanted: u16) -> u16 {
+    let Some(limit) = getrlimit(Resource::Nofile).current else { return wanted };
+    let affordable = limit.saturating_sub(SPARE) / EACH_RING;
+    let offered = wanted.min(u16::try_from(affordable).unwrap_or(u16::MAX)).max(1);
+    if offered < wanted {
+        log::warn!(
+            "{offered} queues are offered instead of {wanted}: only {limit} files may be open; {MORE_DESCRIPTORS}"
+        );
+    }
+    offered
 }
 
 fn open_backend(config: &Config) -> Result<Arc<dyn Backend>, Box<dyn Error + Send + Sync>> {

@@ -106,13 +106,20 @@ impl Device {
         let mut requests = BackendReqHandler::from_stream(stream, handler.clone());
         let end = loop {
             match requests.handle_request() {
-                Ok(()) | Err(Error::SocketRetry(_)) => {}
+                Ok(()) => {}
+                // Nothing was read yet. For want of memory or descriptors (ENOBUFS: the message's could not be taken)
+                // half a message is lost, and reading on would take the other half for a message.
+                Err(Error::SocketRetry(error)) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) => break error,
             }
         };
         handler.lock().expect("no panic while held").stop_all();
         self.rings.sync_unless_ignored();
         let why = match end {
+            Error::SocketRetry(error) => format!(
+                "a message's descriptors could not be taken: {error}; raise the limit of open files (RLIMIT_NOFILE; \
+                 ulimit -n, or LimitNOFILE= in the systemd unit), or allow fewer queues (--num-queues)"
+            ),
             Error::Disconnected | Error::PartialMessage | Error::SocketBroken(_) => "the front-end left".to_owned(),
             error => format!("the front-end broke the protocol: {error}"),
         };
