@@ -179,6 +179,7 @@ fn wrong_usage_is_status_two() {
 fn an_agent_that_cannot_freeze_makes_nothing() {
     let quick: &[&str] = &["--freeze-timeout", "500ms", "--to", "exec:touch \"$PLACE/target\""];
     Scene::new(Mood::Garbage).fails("filesystem", quick, &["what is no answer"]);
+    Scene::new(Mood::HooksFail).fails("filesystem", quick, &["hook script exited with 3"]);
     Scene::new(Mood::Refuses).fails("filesystem", quick, &["hook script exited with 3"]);
     Scene::new(Mood::Silent).fails("filesystem", quick, &["does not answer", "qemu-guest-agent", "--libvirt"]);
     Scene::new(Mood::Dies).fails("filesystem", quick, &["closed the connection"]);
@@ -217,6 +218,16 @@ fn a_weaker_level_is_taken_only_if_asked_and_said() {
         contains(&err(&output), &["WEAKER THAN ASKED FOR"]);
         scene.is_over();
     }
+}
+
+#[test]
+fn a_guest_s_hook_that_fails_to_thaw_is_told() {
+    let scene = Scene::new(Mood::ThawHookFails);
+    let receipt = receipt(&scene.run("filesystem", &["--json", "--to", "exec:true"]));
+    assert_eq!(receipt["level"], "filesystem");
+    contains(&receipt["warnings"].to_string(), &["applications may not be", "thaw hook exited with 4"]);
+    assert_eq!(scene.agent.journaled(), ["freeze", "thaw"], "thawed once, not again and again");
+    scene.is_over();
 }
 
 #[test]

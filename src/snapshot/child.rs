@@ -88,13 +88,14 @@ fn watch(child: &mut Child, deadline: Instant, stop: Stop<'_>) -> io::Result<Opt
     }
 }
 
-/// SIGTERM to the group, and SIGKILL if that is not enough.
+/// SIGTERM to the group, and SIGKILL if that is not enough. A command that waits for a filesystem that we had frozen
+/// cannot even be killed until the thaw, which must not wait for it: such a one is left to itself.
 fn end(child: &mut Child) -> io::Result<()> {
     let group = Pid::from_child(child);
     signal(group, Signal::TERM)?;
     if watch(child, Instant::now() + GRACE, None)?.is_none() {
         signal(group, Signal::KILL)?;
-        child.wait()?;
+        watch(child, Instant::now() + GRACE, None)?;
     }
     // What it started and left behind ends, too.
     signal(group, Signal::KILL)

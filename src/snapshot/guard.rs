@@ -285,7 +285,7 @@ impl Keeper {
                 let thawed = self.guest()?.thaw(deadline, stop).map_err(failure)?;
                 self.begun.guest = false;
                 let frozen = self.frozen_at.map_or(0, |since| since.elapsed().as_micros() as u64);
-                Ok(json!({"was-frozen": thawed.was_frozen, "count": thawed.count, "frozen-us": frozen}))
+                Ok(json!({"thawed": thawed, "frozen-us": frozen}))
             }
         }
     }

@@ -38,13 +38,15 @@ pub struct Checked {
 }
 
 /// What a thaw found.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Thawed {
     /// The guest was frozen until then.
     pub was_frozen: bool,
     /// Filesystems that were thawed, as the agent counts.
     pub count: u64,
+    /// They are thawed, but the agent complains: its hook failed.
+    pub complaint: Option<String>,
 }
 
 /// A guest.
@@ -106,8 +108,10 @@ impl Guest {
             Ok(count) => Ok(count.as_u64().unwrap_or(0)),
             Err(Trouble::Refused(why)) => {
                 // The agent undoes what it began; a hook that failed half way may have left something.
-                self.thaw(Instant::now() + patience, None).map(|_| ())?;
-                Err(Trouble::Refused(why))
+                match self.thaw(Instant::now() + patience, None) {
+                    Ok(_) => Err(Trouble::Refused(why)),
+                    Err(trouble) => Err(Trouble::Silent(format!("{why}; and the thaw after it: {trouble}"))),
+                }
             }
             Err(trouble) => Err(trouble),
         }
@@ -132,12 +136,18 @@ impl Guest {
     fn thaw_once(&mut self, patience: Duration, stop: Stop<'_>) -> Result<Thawed, Trouble> {
         let status = self.ask("guest-fsfreeze-status", Value::Null, patience, stop)?;
         // Also if it says that nothing is frozen: it costs nothing then, and an agent that was restarted may not know.
-        let count = self.ask("guest-fsfreeze-thaw", Value::Null, patience, stop)?;
+        let (count, complaint) = match self.ask("guest-fsfreeze-thaw", Value::Null, patience, stop) {
+            Ok(count) => (count.as_u64().unwrap_or(0), None),
+            // It calls its hook when the filesystems are thawed: what counts is what it says afterwards.
+            Err(Trouble::Refused(why)) => (0, Some(why)),
+            Err(trouble) => return Err(trouble),
+        };
         let after = self.ask("guest-fsfreeze-status", Value::Null, patience, stop)?;
         if after != "thawed" {
-            return Err(Trouble::Silent("the guest's filesystems are frozen still, after a thaw".into()));
+            let why = complaint.map(|why| format!(": {why}")).unwrap_or_default();
+            return Err(Trouble::Silent(format!("the guest's filesystems are frozen still, after a thaw{why}")));
         }
-        Ok(Thawed { was_frozen: status == "frozen", count: count.as_u64().unwrap_or(0) })
+        Ok(Thawed { was_frozen: status == "frozen", count, complaint })
     }
 
     /// The hook that the agent runs, if it does, from its own command line and settings, which it reads for us.

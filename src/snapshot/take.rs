@@ -293,7 +293,10 @@ impl<'a> Run<'a> {
         match guard.thaw(Ask::Thaw) {
             Ok(thawed) => {
                 self.receipt.frozen_us = thawed["frozen-us"].as_u64().unwrap_or(0);
-                Some(thawed["was-frozen"] == true)
+                if let Some(why) = thawed["thawed"]["complaint"].as_str() {
+                    self.warn(format!("the guest's filesystems are thawed, but its applications may not be: {why}"));
+                }
+                Some(thawed["thawed"]["was-frozen"] == true)
             }
             Err(failure) => {
                 let minutes = LATE.as_secs() / 60;

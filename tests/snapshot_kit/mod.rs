@@ -129,6 +129,10 @@ pub enum Mood {
     ThawsEarly,
     /// Thaws after this long.
     LateThaw(Duration),
+    /// Thaws, but its hook fails then.
+    ThawHookFails,
+    /// Its hook fails always: it refuses to freeze, and complains when it thaws.
+    HooksFail,
 }
 
 #[derive(Debug)]
@@ -301,6 +305,9 @@ impl Served {
                 let mut state = self.state.0.lock().unwrap();
                 let count = if std::mem::take(&mut state.frozen) { state.count } else { 0 };
                 self.write("thaw");
+                if matches!(mood, Mood::ThawHookFails | Mood::HooksFail) {
+                    return line(json!({"error": {"class": "GenericError", "desc": "thaw hook exited with 4"}}));
+                }
                 line(json!({"return": count}))
             }
             _ => line(file(command, request, state.cmdline)),
@@ -309,7 +316,7 @@ impl Served {
 
     fn freeze(&self, mood: &Mood) -> Option<Vec<u8>> {
         let mut state = self.state.0.lock().unwrap();
-        if *mood == Mood::Refuses {
+        if matches!(mood, Mood::Refuses | Mood::HooksFail) {
             let error = json!({"error": {"class": "GenericError", "desc": "hook script exited with 3"}});
             return Some(format!("{error}\n").into_bytes());
         }
