@@ -10,10 +10,12 @@
 //! | `handler` | vhost-user messages; every change of a ring goes through `queue_state` |
 //! | `descriptor` | a front-end's kick, call and error descriptors are eventfds |
 //! | `memory` | the front-end's memory table |
-//! | `rings` | what outlives a connection: counters, the operator's hold, events |
+//! | `rings` | what outlives a connection: the operator's hold, errors, status |
+//! | `counters` | what a ring counts |
 //! | `device` | one disk: serves one front-end after the other |
 
 pub mod buffer;
+mod counters;
 mod descriptor;
 pub mod device;
 pub mod features;

@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use super::counters::{Counters, accumulate};
 use super::features;
 use crate::backend::{Backend, Errno};
 use crate::disk::{Disk, DiskStatus, Event, Events, HoldFigures, LastError, RingStatus};
@@ -42,53 +43,6 @@ impl Mailbox {
         if self.commands.send(command).is_ok() {
             // Fails only when the counter is full, which is as good as written.
             let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
-        }
-    }
-}
-
-/// The counters of one ring, written by its worker alone, read by anybody.
-#[derive(Default)]
-pub(super) struct Counters {
-    pub size: AtomicU64,
-    pub running: AtomicBool,
-    pub in_flight: AtomicU64,
-    pub held: AtomicBool,
-    pub reads: AtomicU64,
-    pub read_bytes: AtomicU64,
-    pub writes: AtomicU64,
-    pub written_bytes: AtomicU64,
-    pub flushes: AtomicU64,
-    pub syncs: AtomicU64,
-    pub discards: AtomicU64,
-    pub write_zeroes: AtomicU64,
-    pub errors: AtomicU64,
-    pub unsupported: AtomicU64,
-    pub interrupts: AtomicU64,
-}
-
-/// Adds to a counter that only this thread writes: no locked instruction needed.
-pub(super) fn add(counter: &AtomicU64, n: u64) {
-    counter.store(counter.load(Relaxed).wrapping_add(n), Relaxed);
-}
-
-impl Counters {
-    fn status(&self, index: u32) -> RingStatus {
-        RingStatus {
-            index,
-            size: self.size.load(Relaxed) as u16,
-            in_flight: self.in_flight.load(Relaxed),
-            held: self.held.load(Relaxed),
-            reads: self.reads.load(Relaxed),
-            read_bytes: self.read_bytes.load(Relaxed),
-            writes: self.writes.load(Relaxed),
-            written_bytes: self.written_bytes.load(Relaxed),
-            flushes: self.flushes.load(Relaxed),
-            syncs: self.syncs.load(Relaxed),
-            discards: self.discards.load(Relaxed),
-            write_zeroes: self.write_zeroes.load(Relaxed),
-            errors: self.errors.load(Relaxed),
-            unsupported: self.unsupported.load(Relaxed),
-            interrupts: self.interrupts.load(Relaxed),
         }
     }
 }
@@ -437,20 +391,4 @@ impl Disk for Arc<Rings> {
             sync_failed: self.backend.sync_failed().is_some(),
         }
     }
-}
-
-fn accumulate(total: &mut RingStatus, ring: &RingStatus) {
-    total.in_flight += ring.in_flight;
-    total.held |= ring.held;
-    total.reads += ring.reads;
-    total.read_bytes += ring.read_bytes;
-    total.writes += ring.writes;
-    total.written_bytes += ring.written_bytes;
-    total.flushes += ring.flushes;
-    total.syncs += ring.syncs;
-    total.discards += ring.discards;
-    total.write_zeroes += ring.write_zeroes;
-    total.errors += ring.errors;
-    total.unsupported += ring.unsupported;
-    total.interrupts += ring.interrupts;
 }

@@ -4,6 +4,8 @@
 //! A turn: reap completions, let the engine say what follows, answer, pop new requests, interrupt at most once; then
 //! one `wait`, which submits the whole batch and sleeps.
 
+mod answer;
+
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -12,15 +14,16 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use vhost_user_backend::{VringState, VringT};
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::buffer;
+use super::counters::{Counters, add};
 use super::features;
 use super::queue_state::{self, Stopped};
 use super::request::{self, Command as Ask, ID_BYTES, Parser, Request, Status};
-use super::rings::{Command, Counters, RingHold, Rings, add, errno_of};
+use super::rings::{Command, RingHold, Rings, errno_of};
 use crate::backend::null;
 use crate::backend::{Completion, DurableWrite, Errno, Geometry, IoQueue, Op, OpId, Source};
 use crate::disk::Event;
@@ -389,110 +392,6 @@ impl Worker {
                 request::OK
             }
             Err(_) => request::IOERR,
-        }
-    }
-
-    /// The engine is done with a request.
-    fn finish(&mut self, ring: &mut VringState, head: u16, result: Result<(), Errno>) {
-        let slot = self.slots[usize::from(head)].take().expect("done once, while in its slot");
-        self.in_flight -= 1;
-        let operation = self.count(&slot, result.is_ok());
-        let status = match result {
-            Ok(()) => request::OK,
-            Err(errno) => {
-                let (ring, offset, len) = (self.setup.index, slot.offset, slot.len);
-                self.setup.rings.report(Event::IoError { operation, ring, offset, len, errno });
-                request::IOERR
-            }
-        };
-        self.answer(ring, head, slot.status_at, status, slot.written);
-    }
-
-    fn count(&mut self, slot: &Slot, ok: bool) -> &'static str {
-        let counters = &self.counters;
-        let bytes = if ok { slot.len } else { 0 };
-        match slot.kind {
-            Kind::Read => {
-                add(&counters.reads, 1);
-                add(&counters.read_bytes, bytes);
-                "read"
-            }
-            Kind::Write => {
-                add(&counters.writes, 1);
-                add(&counters.written_bytes, bytes);
-                self.dirty += bytes;
-                "write"
-            }
-            Kind::Flush => {
-                add(&counters.flushes, 1);
-                "flush"
-            }
-            Kind::Discard => {
-                add(&counters.discards, 1);
-                "discard"
-            }
-            Kind::WriteZeroes => {
-                add(&counters.write_zeroes, 1);
-                "write-zeroes"
-            }
-        }
-    }
-
-    /// Status byte, then used ring: from here on the request is the guest's again.
-    fn answer(&mut self, ring: &mut VringState, head: u16, status_at: GuestAddress, status: Status, written: u32) {
-        match status {
-            request::IOERR => add(&self.counters.errors, 1),
-            request::UNSUPP => add(&self.counters.unsupported, 1),
-            _ => {}
-        }
-        if self.setup.memory.write_obj(status, status_at).is_err() {
-            return self.publish(ring, head, 0);
-        }
-        self.publish(ring, head, written);
-    }
-
-    fn publish(&mut self, ring: &mut VringState, head: u16, written: u32) {
-        if let Err(error) = ring.get_queue_mut().add_used(&*self.setup.memory, head, written) {
-            self.break_ring(&error.to_string());
-        }
-        self.answered = true;
-    }
-
-    /// One interrupt for all that was answered, if the driver wants one (virtio 1.3, 2.7.10).
-    fn interrupt(&mut self, ring: &mut VringState) {
-        if !std::mem::take(&mut self.answered) {
-            return;
-        }
-        let memory = &*self.setup.memory;
-        let queue = ring.get_queue_mut();
-        let wanted = if queue.event_idx_enabled() {
-            queue.needs_notification(memory)
-        } else {
-            // virtio-queue leaves this flag to us. The fence: the used index is visible before the flag is read.
-            std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
-            memory
-                .load::<u16>(GuestAddress(queue.avail_ring()), Relaxed)
-                .map(|flags| u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
-                .map_err(virtio_queue::Error::GuestMemory)
-        };
-        match wanted {
-            Ok(true) => {
-                add(&self.counters.interrupts, 1);
-                if let Err(error) = ring.signal_used_queue() {
-                    log::debug!("ring {}: the call descriptor does not take a signal: {error}", self.setup.index);
-                }
-            }
-            Ok(false) => {}
-            Err(error) => self.break_ring(&error.to_string()),
-        }
-    }
-
-    /// The guest's ring makes no sense: serve it no more. What is in flight still finishes; other rings go on.
-    fn break_ring(&mut self, why: &str) {
-        if !self.broken {
-            self.broken = true;
-            self.tell_broken = true;
-            self.setup.rings.report(Event::ProtocolError(format!("ring {} stopped: {why}", self.setup.index)));
         }
     }
 

@@ -1,0 +1,127 @@
+//! The way back: from the engine's verdict to the guest. Status byte, used ring, counters, at most one interrupt a turn.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use vhost_user_backend::VringState;
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::QueueT;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::super::counters::add;
+use super::super::request::{self, Status};
+use super::{Slot, Worker};
+use crate::disk::Event;
+use crate::engine::{Errno, Kind};
+
+impl Worker {
+    /// The engine is done with a request.
+    pub(super) fn finish(&mut self, ring: &mut VringState, head: u16, result: Result<(), Errno>) {
+        let slot = self.slots[usize::from(head)].take().expect("done once, while in its slot");
+        self.in_flight -= 1;
+        let operation = self.count(&slot, result.is_ok());
+        let status = match result {
+            Ok(()) => request::OK,
+            Err(errno) => {
+                let (ring, offset, len) = (self.setup.index, slot.offset, slot.len);
+                self.setup.rings.report(Event::IoError { operation, ring, offset, len, errno });
+                request::IOERR
+            }
+        };
+        self.answer(ring, head, slot.status_at, status, slot.written);
+    }
+
+    fn count(&mut self, slot: &Slot, ok: bool) -> &'static str {
+        let counters = &self.counters;
+        let bytes = if ok { slot.len } else { 0 };
+        match slot.kind {
+            Kind::Read => {
+                add(&counters.reads, 1);
+                add(&counters.read_bytes, bytes);
+                "read"
+            }
+            Kind::Write => {
+                add(&counters.writes, 1);
+                add(&counters.written_bytes, bytes);
+                self.dirty += bytes;
+                "write"
+            }
+            Kind::Flush => {
+                add(&counters.flushes, 1);
+                "flush"
+            }
+            Kind::Discard => {
+                add(&counters.discards, 1);
+                "discard"
+            }
+            Kind::WriteZeroes => {
+                add(&counters.write_zeroes, 1);
+                "write-zeroes"
+            }
+        }
+    }
+
+    /// Status byte, then used ring: from here on the request is the guest's again.
+    pub(super) fn answer(
+        &mut self,
+        ring: &mut VringState,
+        head: u16,
+        status_at: GuestAddress,
+        status: Status,
+        written: u32,
+    ) {
+        match status {
+            request::IOERR => add(&self.counters.errors, 1),
+            request::UNSUPP => add(&self.counters.unsupported, 1),
+            _ => {}
+        }
+        if self.setup.memory.write_obj(status, status_at).is_err() {
+            return self.publish(ring, head, 0);
+        }
+        self.publish(ring, head, written);
+    }
+
+    pub(super) fn publish(&mut self, ring: &mut VringState, head: u16, written: u32) {
+        if let Err(error) = ring.get_queue_mut().add_used(&*self.setup.memory, head, written) {
+            self.break_ring(&error.to_string());
+        }
+        self.answered = true;
+    }
+
+    /// One interrupt for all that was answered, if the driver wants one (virtio 1.3, 2.7.10).
+    pub(super) fn interrupt(&mut self, ring: &mut VringState) {
+        if !std::mem::take(&mut self.answered) {
+            return;
+        }
+        let memory = &*self.setup.memory;
+        let queue = ring.get_queue_mut();
+        let wanted = if queue.event_idx_enabled() {
+            queue.needs_notification(memory)
+        } else {
+            // virtio-queue leaves this flag to us. The fence: the used index is visible before the flag is read.
+            std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+            memory
+                .load::<u16>(GuestAddress(queue.avail_ring()), Relaxed)
+                .map(|flags| u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+                .map_err(virtio_queue::Error::GuestMemory)
+        };
+        match wanted {
+            Ok(true) => {
+                add(&self.counters.interrupts, 1);
+                if let Err(error) = ring.signal_used_queue() {
+                    log::debug!("ring {}: the call descriptor does not take a signal: {error}", self.setup.index);
+                }
+            }
+            Ok(false) => {}
+            Err(error) => self.break_ring(&error.to_string()),
+        }
+    }
+
+    /// The guest's ring makes no sense: serve it no more. What is in flight still finishes; other rings go on.
+    pub(super) fn break_ring(&mut self, why: &str) {
+        if !self.broken {
+            self.broken = true;
+            self.tell_broken = true;
+            self.setup.rings.report(Event::ProtocolError(format!("ring {} stopped: {why}", self.setup.index)));
+        }
+    }
+}
