@@ -2,22 +2,21 @@
 //! order.
 
 mod front_end;
+mod rig;
 
-use std::os::unix::net::UnixListener;
+use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use front_end::*;
+use rig::Rig;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
-use virtioblkd::backend::Backend;
-use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
-use virtioblkd::disk::{Disk, Event, Events, HoldFigures};
-use virtioblkd::engine::{CacheMode, Errno};
-use virtioblkd::virtio::rings::Rings;
-use virtioblkd::virtio::{Device, DeviceOptions};
+use virtioblkd::backend::file::{FileBackend, FileOptions};
+use virtioblkd::disk::{Disk, Event};
+use virtioblkd::engine::CacheMode;
+use virtioblkd::virtio::DeviceOptions;
 use vm_memory::{Bytes, GuestAddress};
 
 const OK: u8 = 0;
@@ -29,90 +28,39 @@ const SECTORS: u64 = SIZE / 512;
 /// Descriptors: address, length, flags.
 type Chain<'a> = &'a [(u64, u32, u16)];
 
-/// A served disk; one front-end after another.
-struct Rig {
-    device: Arc<Device>,
-    disk: Arc<Rings>,
-    events: Arc<Events>,
-    path: PathBuf,
+/// A served file; one front-end after another.
+struct FileRig {
+    rig: Rig,
     image: PathBuf,
-    server: Option<JoinHandle<()>>,
     _dir: tempfile::TempDir,
 }
 
-impl Rig {
-    fn new(mode: CacheMode) -> Rig {
-        Rig::with(mode, |_| ())
-    }
+impl Deref for FileRig {
+    type Target = Rig;
 
-    fn with(mode: CacheMode, change: impl FnOnce(&mut FileOptions)) -> Rig {
-        let dir = tempfile::tempdir().unwrap();
-        let image = dir.path().join("disk.img");
-        std::fs::File::create(&image).unwrap().set_len(SIZE).unwrap();
-        let mut options = FileOptions {
-            path: image.clone(),
-            policy: mode.into(),
-            read_only: false,
-            logical_block_size: Some(512),
-            discard_unmap: true,
-            locking: Locking::Auto,
-            durable_writes: true,
-        };
-        change(&mut options);
-        let backend: Arc<dyn Backend> = Arc::new(FileBackend::open(&options).unwrap());
-        let events = Arc::new(Events::new().unwrap());
-        let options = DeviceOptions { mode, num_queues: 8, queue_size: 256, serial: "rig-0123456789-too-long".into() };
-        let device = Device::new(backend, &options, events.clone());
-        let path = dir.path().join("sock");
-        let listener = UnixListener::bind(&path).unwrap();
-        let served = device.clone();
-        let server = std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                let why = served.serve(stream.unwrap()).unwrap();
-                if why == "the daemon is ending" {
-                    return;
-                }
-            }
-        });
-        Rig { disk: device.disk(), device, events, path, image, server: Some(server), _dir: dir }
-    }
-
-    fn connect(&self, rings: usize) -> FrontEnd {
-        FrontEnd::connect(&self.path, rings, 256, ALL)
-    }
-
-    /// Waits for an event that `want` picks something from; others are dropped.
-    fn event<T>(&self, mut want: impl FnMut(&Event) -> Option<T>) -> T {
-        let end = Instant::now() + Duration::from_secs(20);
-        loop {
-            for event in self.events.take().0 {
-                if let Some(found) = want(&event) {
-                    return found;
-                }
-            }
-            assert!(Instant::now() < end, "the event did not come");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    fn settled(&self, wanted: u64) -> Result<HoldFigures, Errno> {
-        self.event(|event| match event {
-            Event::HoldSettled { epoch, result } if *epoch == wanted => Some(*result),
-            _ => None,
-        })
+    fn deref(&self) -> &Rig {
+        &self.rig
     }
 }
 
-impl Drop for Rig {
-    fn drop(&mut self) {
-        self.device.shutdown();
-        // Wakes the accept loop; a failed connect means that it has ended.
-        let _ = std::os::unix::net::UnixStream::connect(&self.path);
-        let ended = self.server.take().unwrap().join();
-        if !std::thread::panicking() {
-            ended.unwrap();
-        }
-    }
+fn rig(mode: CacheMode) -> FileRig {
+    rig_with(mode, |_| ())
+}
+
+fn rig_with(mode: CacheMode, change: impl FnOnce(&mut FileOptions)) -> FileRig {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.img");
+    std::fs::File::create(&image).unwrap().set_len(SIZE).unwrap();
+    let mut options =
+        FileOptions { logical_block_size: Some(512), durable_writes: true, ..FileOptions::new(&image, mode.into()) };
+    change(&mut options);
+    let backend = Arc::new(FileBackend::open(&options).unwrap());
+    let options = DeviceOptions { mode, num_queues: 8, queue_size: 256, serial: "rig-0123456789-too-long".into() };
+    FileRig { rig: Rig::on(backend, &options), image, _dir: dir }
+}
+
+fn connect(rig: &Rig, rings: usize) -> FrontEnd {
+    FrontEnd::connect(&rig.path, rings, 256, ALL)
 }
 
 fn pattern(seed: u8, len: usize) -> Vec<u8> {
@@ -122,8 +70,8 @@ fn pattern(seed: u8, len: usize) -> Vec<u8> {
 #[test]
 fn every_request_in_every_mode() {
     for mode in CacheMode::ALL {
-        let rig = Rig::new(mode);
-        let mut guest = rig.connect(2);
+        let rig = rig(mode);
+        let mut guest = connect(&rig, 2);
         let data = pattern(7, 8192);
         assert_eq!(guest.write(0, 16, &data), OK, "{mode}");
         assert_eq!(guest.read(1, 16, 8192), (OK, data), "{mode}");
@@ -160,7 +108,7 @@ fn how_many_syncs_each_mode_makes() {
         (CacheMode::Writeback, !F_FLUSH, false, 3, 4),
         (CacheMode::Unsafe, !F_FLUSH, false, 0, 0),
     ] {
-        let rig = Rig::with(mode, |options| options.durable_writes = native);
+        let rig = rig_with(mode, |options| options.durable_writes = native);
         let mut guest = FrontEnd::connect(&rig.path, 1, 64, mask);
         for sector in 0..3 {
             assert_eq!(guest.write(0, sector * 8, &[1; 4096]), OK);
@@ -173,11 +121,10 @@ fn how_many_syncs_each_mode_makes() {
 
 #[test]
 fn held_writes_stay_in_the_ring_and_reads_go_on() {
-    let rig = Rig::new(CacheMode::Writeback);
-    let mut guest = rig.connect(2);
+    let rig = rig(CacheMode::Writeback);
+    let mut guest = connect(&rig, 2);
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
-    rig.disk.close_gate(1);
-    let figures = rig.settled(1).unwrap();
+    let figures = rig.hold(1).unwrap();
     assert_eq!((figures.rings, figures.drained), (2, 0));
     assert_eq!(guest.read(0, 0, 512).0, OK, "reads go on");
     let held = guest.add(0, OUT, 0, &[2; 512], 0);
@@ -199,12 +146,11 @@ fn held_writes_stay_in_the_ring_and_reads_go_on() {
 #[test]
 fn a_hold_syncs_in_every_mode() {
     for mode in CacheMode::ALL {
-        let rig = Rig::new(mode);
-        let mut guest = rig.connect(1);
+        let rig = rig(mode);
+        let mut guest = connect(&rig, 1);
         assert_eq!(guest.write(0, 0, &[1; 4096]), OK);
         let before = rig.disk.status().total.syncs;
-        rig.disk.close_gate(7);
-        rig.settled(7).unwrap();
+        rig.hold(7).unwrap();
         assert_eq!(rig.disk.status().total.syncs, before + 1, "{mode}");
         rig.disk.open_gate();
         assert_eq!(guest.write(0, 0, &[1; 4096]), OK, "{mode}: goes on");
@@ -213,15 +159,14 @@ fn a_hold_syncs_in_every_mode() {
 
 #[test]
 fn a_hold_needs_no_front_end_and_outlives_one() {
-    let rig = Rig::new(CacheMode::Writeback);
-    rig.disk.close_gate(1);
-    assert_eq!(rig.settled(1).unwrap().rings, 0);
-    let mut guest = rig.connect(1);
+    let rig = rig(CacheMode::Writeback);
+    assert_eq!(rig.hold(1).unwrap().rings, 0);
+    let mut guest = connect(&rig, 1);
     let held = guest.add(0, OUT, 0, &[1; 512], 0);
     guest.kick(0);
     assert_eq!(guest.used_within(0, Duration::from_millis(50)), None, "born into the hold");
     drop(guest);
-    let mut guest = rig.connect(1);
+    let mut guest = connect(&rig, 1);
     assert_eq!(guest.read(0, 0, 512), (OK, vec![0; 512]), "nothing was written: {held}");
     rig.disk.open_gate();
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
@@ -229,10 +174,9 @@ fn a_hold_needs_no_front_end_and_outlives_one() {
 
 #[test]
 fn get_vring_base_answers_while_held_and_loses_nothing() {
-    let rig = Rig::new(CacheMode::None);
-    let mut guest = rig.connect(1);
-    rig.disk.close_gate(1);
-    rig.settled(1).unwrap();
+    let rig = rig(CacheMode::None);
+    let mut guest = connect(&rig, 1);
+    rig.hold(1).unwrap();
     guest.add(0, OUT, 0, &[9; 512], 0);
     guest.add(0, OUT, 8, &[9; 512], 0);
     guest.kick(0);
@@ -251,8 +195,8 @@ fn get_vring_base_answers_while_held_and_loses_nothing() {
 
 #[test]
 fn stop_and_start_under_load_answers_everything_once() {
-    let rig = Rig::new(CacheMode::None);
-    let mut guest = rig.connect(1);
+    let rig = rig(CacheMode::None);
+    let mut guest = connect(&rig, 1);
     let (mut sent, mut answered) = (0, 0);
     for round in 0..40 {
         for _ in 0..16 {
@@ -282,8 +226,8 @@ fn stop_and_start_under_load_answers_everything_once() {
 
 #[test]
 fn the_memory_table_changes_under_load() {
-    let rig = Rig::new(CacheMode::Writeback);
-    let mut guest = rig.connect(2);
+    let rig = rig(CacheMode::Writeback);
+    let mut guest = connect(&rig, 2);
     for _ in 0..50 {
         for _ in 0..8 {
             guest.add(0, OUT, 0, &[3; 4096], 0);
@@ -301,8 +245,8 @@ fn the_memory_table_changes_under_load() {
 
 #[test]
 fn a_disabled_ring_rests_and_an_enabled_one_wakes() {
-    let rig = Rig::new(CacheMode::None);
-    let mut guest = rig.connect(1);
+    let rig = rig(CacheMode::None);
+    let mut guest = connect(&rig, 1);
     guest.control.set_vring_enable(0, false).unwrap();
     guest.add(0, OUT, 0, &[1; 512], 0);
     guest.kick(0);
@@ -314,8 +258,8 @@ fn a_disabled_ring_rests_and_an_enabled_one_wakes() {
 
 #[test]
 fn the_call_descriptor_is_changed_while_running() {
-    let rig = Rig::new(CacheMode::None);
-    let mut guest = rig.connect(1);
+    let rig = rig(CacheMode::None);
+    let mut guest = connect(&rig, 1);
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
     assert!(readable(&guest.rings[0].call, Duration::from_secs(5)), "an interrupt");
     guest.rings[0].call = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
@@ -327,8 +271,8 @@ fn the_call_descriptor_is_changed_while_running() {
 
 #[test]
 fn an_answer_given_before_the_call_descriptor_came_is_signalled_with_it() {
-    let rig = Rig::new(CacheMode::None);
-    let mut guest = rig.connect(1);
+    let rig = rig(CacheMode::None);
+    let mut guest = connect(&rig, 1);
     let base = guest.stop_ring(0);
     let avail = guest.rings[0].avail;
     // GET_VRING_BASE took the descriptor away; QEMU's `cont` starts the ring and sends a new one last.
@@ -342,7 +286,7 @@ fn an_answer_given_before_the_call_descriptor_came_is_signalled_with_it() {
 
 #[test]
 fn without_event_idx_the_no_interrupt_flag_is_honoured() {
-    let rig = Rig::new(CacheMode::None);
+    let rig = rig(CacheMode::None);
     let mut guest = FrontEnd::connect(&rig.path, 1, 64, !F_EVENT_IDX);
     let flags_at = guest.rings[0].avail_at();
     guest.memory.write_obj(1u16, flags_at).unwrap();
@@ -357,8 +301,8 @@ fn without_event_idx_the_no_interrupt_flag_is_honoured() {
 #[test]
 fn buffers_of_every_shape_are_served() {
     for mode in [CacheMode::None, CacheMode::Writeback] {
-        let rig = Rig::new(mode);
-        let mut guest = rig.connect(1);
+        let rig = rig(mode);
+        let mut guest = connect(&rig, 1);
         // Across the border of two regions, and not aligned to anything.
         let data = pattern(5, 16384);
         for start in [REGION_BORDER - 4096, REGION_BORDER - 1, REGION_BORDER - 8191, 40 << 20, (40 << 20) + 3] {
@@ -394,8 +338,8 @@ fn buffers_of_every_shape_are_served() {
 
 #[test]
 fn malformed_chains_are_returned_and_the_ring_goes_on() {
-    let rig = Rig::new(CacheMode::None);
-    let mut guest = rig.connect(1);
+    let rig = rig(CacheMode::None);
+    let mut guest = connect(&rig, 1);
     let header = 0x80_0000u64;
     let status = header + 64;
     let (far, page) = (1 << 40, 0x90_0000u64);
@@ -461,19 +405,18 @@ fn a_broken_ring_stops_alone() {
         ("outside the ring", |guest| guest.make_available(0, 256)),
     ];
     for (what, break_it) in breaks {
-        let rig = Rig::new(CacheMode::None);
-        let mut guest = rig.connect(2);
+        let rig = rig(CacheMode::None);
+        let mut guest = connect(&rig, 2);
         break_it(&mut guest);
         guest.kick(0);
         let why = rig.event(|event| match event {
-            Event::ProtocolError(why) => Some(why.clone()),
+            Event::ProtocolError(why) => Some(why),
             _ => None,
         });
         assert!(why.starts_with("ring 0 stopped"), "{what}: {why}");
         assert_eq!(guest.write(1, 0, &[1; 512]), OK, "{what}: the other ring goes on");
         // A hold still settles, and a reset ring works again.
-        rig.disk.close_gate(1);
-        rig.settled(1).unwrap();
+        rig.hold(1).unwrap();
         rig.disk.open_gate();
         guest.stop_ring(0);
         guest.reset_ring_memory(0);
@@ -484,13 +427,13 @@ fn a_broken_ring_stops_alone() {
 
 #[test]
 fn a_driver_before_version_1_or_without_flush_is_served_write_through() {
-    let rig = Rig::with(CacheMode::None, |options| options.durable_writes = false);
+    let rig = rig_with(CacheMode::None, |options| options.durable_writes = false);
     let mut bios = FrontEnd::connect(&rig.path, 1, 64, 0);
     assert_eq!(bios.write(0, 0, &[1; 512]), OK);
     let status = rig.disk.status();
     assert_eq!((status.total.syncs, &status.write_acknowledged[..]), (1, "when durable"));
     drop(bios);
-    let mut linux = rig.connect(1);
+    let mut linux = connect(&rig, 1);
     assert_eq!(linux.write(0, 0, &[1; 512]), OK);
     let status = rig.disk.status();
     assert_eq!(status.write_acknowledged, "when the host's device has it");
@@ -500,7 +443,7 @@ fn a_driver_before_version_1_or_without_flush_is_served_write_through() {
 
 #[test]
 fn a_front_end_that_misbehaves_is_dropped_and_the_next_is_served() {
-    let rig = Rig::new(CacheMode::None);
+    let rig = rig(CacheMode::None);
     type Misbehave = fn(&mut FrontEnd) -> bool;
     let cases: [(&str, Misbehave); 6] = [
         ("too many rings", |guest| guest.control.set_vring_num(8, 64).is_err()),
@@ -514,18 +457,18 @@ fn a_front_end_that_misbehaves_is_dropped_and_the_next_is_served() {
         ("gone", |_| true),
     ];
     for (what, misbehave) in cases {
-        let mut guest = rig.connect(1);
+        let mut guest = connect(&rig, 1);
         assert!(misbehave(&mut guest), "{what}");
         drop(guest);
-        let mut guest = rig.connect(1);
+        let mut guest = connect(&rig, 1);
         assert_eq!(guest.write(0, 0, &[1; 512]), OK, "after: {what}");
     }
 }
 
 #[test]
 fn config_space_cannot_be_written() {
-    let rig = Rig::new(CacheMode::None);
-    let mut guest = rig.connect(1);
+    let rig = rig(CacheMode::None);
+    let mut guest = connect(&rig, 1);
     let before = guest.config(60);
     let flags = vhost::vhost_user::message::VhostUserConfigFlags::WRITABLE;
     guest.control.set_config(32, flags, &[0]).unwrap();
@@ -535,8 +478,8 @@ fn config_space_cannot_be_written() {
 
 #[test]
 fn read_only_is_shown_and_kept() {
-    let rig = Rig::with(CacheMode::None, |options| options.read_only = true);
-    let mut guest = rig.connect(1);
+    let rig = rig_with(CacheMode::None, |options| options.read_only = true);
+    let mut guest = connect(&rig, 1);
     assert_ne!(guest.features & (1 << 5), 0, "VIRTIO_BLK_F_RO");
     assert_eq!(guest.write(0, 0, &[1; 512]), IOERR);
     assert_eq!(guest.range(0, WRITE_ZEROES, 0, 8, 0), UNSUPP);
