@@ -17,6 +17,8 @@ use driver::{ALL, Driver};
 use snapshot_kit::{Daemon, Xfs, ctl, err, tell, wait_until};
 
 const BLOCK: usize = 4096;
+/// Snapshots in each mode and way.
+const ROUNDS: usize = 200;
 /// Blocks that the writer goes round in.
 const BLOCKS: u64 = 16;
 const MODES: [&str; 5] = ["none", "directsync", "writeback", "writethrough", "unsafe"];
@@ -125,7 +127,7 @@ fn no_pair_is_torn_by_exec_in_any_mode() {
             "exec:cp \"$VIRTIOBLK_DISK_1\" {0}/a && sleep 0.01 && cp \"$VIRTIOBLK_DISK_2\" {0}/b",
             dir.path().display()
         );
-        take(&pair, mode, 40, &to, &targets);
+        take(&pair, mode, ROUNDS, &to, &targets);
     }
 }
 
@@ -136,7 +138,7 @@ fn no_pair_is_torn_by_reflink_in_any_mode() {
         let pair = Pair::start(&xfs.path(), mode);
         let targets = ["a", "b"].map(|name| xfs.path().join(format!("snap-{name}-{mode}")));
         let to = format!("reflink:{}/snap-{{}}", xfs.path().display());
-        take(&pair, mode, 60, &to, &targets);
+        take(&pair, mode, ROUNDS, &to, &targets);
     }
 }
 
@@ -147,7 +149,7 @@ fn no_pair_is_torn_by_copy_in_any_mode() {
         let pair = Pair::start(dir.path(), mode);
         let targets = ["a", "b"].map(|name| dir.path().join(format!("snap-{name}-{mode}")));
         let to = format!("copy:{}/snap-{{}}", dir.path().display());
-        take(&pair, mode, 40, &to, &targets);
+        take(&pair, mode, ROUNDS, &to, &targets);
     }
 }
 
