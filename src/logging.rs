@@ -72,7 +72,7 @@ fn for_people(since_1970: Duration, level: Level, text: &str) -> String {
 }
 
 /// `2026-01-31T23:59:59.123Z` (RFC 3339).
-fn utc(since_1970: Duration) -> String {
+pub fn utc(since_1970: Duration) -> String {
     let seconds = since_1970.as_secs();
     let (year, month, day) = date(seconds / 86_400);
     let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);

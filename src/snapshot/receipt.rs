@@ -79,7 +79,7 @@ impl Receipt {
             format!(", ASKED FOR {}", self.requested_level)
         };
         line("snapshot", format!("{} consistent{asked}", self.level));
-        line("instant", format!("{:.6} seconds since the epoch", self.instant));
+        line("instant", crate::logging::utc(std::time::Duration::try_from_secs_f64(self.instant).unwrap_or_default()));
         line("held", format!("writes waited at most {}", time(self.held_us)));
         if self.filesystems_frozen > 0 {
             line("frozen", format!("{} filesystem(s) for {}", self.filesystems_frozen, time(self.frozen_us)));
