@@ -1,7 +1,8 @@
 //! The operator's command: asks a running `virtioblkd` through its quiesce socket, and takes snapshots.
 //!
-//! Exit status: 0 success, 1 the daemon refused or could not be reached (`snapshot`: none was taken), 2 wrong usage. `quiesce -- COMMAND` exits with
-//! COMMAND's status (128 + n for signal n), 125 if we failed or the hold was lost, 126 and 127 if COMMAND cannot be run.
+//! Exit status: 0 success, 1 the daemon refused or could not be reached (`snapshot`: none was taken), 2 wrong usage.
+//! `quiesce -- COMMAND` exits with COMMAND's status (128 + n for signal n), 125 if we failed or the hold was lost, 126
+//! and 127 if COMMAND cannot be run.
 
 mod hold;
 mod show;
@@ -52,6 +53,8 @@ enum What {
     /// Freezes the guest's filesystems if the level asks for it, holds every disk, takes the snapshot, lets everything
     /// go on, and prints what was really reached. Whatever fails, every disk goes on and the guest is thawed.
     Snapshot(snapshot::Snapshot),
+    /// Copies in the background (`snapshot --to copy:... --background`): how far they are
+    Copies(Copies),
     /// The process that thaws a guest if `snapshot` is killed
     #[command(name = virtioblkd::snapshot::guard::SUBCOMMAND, hide = true)]
     Guard,
@@ -85,6 +88,28 @@ struct Resume {
     /// End every hold
     #[arg(long)]
     all: bool,
+}
+
+#[derive(Args)]
+struct Copies {
+    #[command(subcommand)]
+    change: Option<ChangeCopy>,
+}
+
+#[derive(Subcommand)]
+enum ChangeCopy {
+    /// End a copy and remove what there is of it
+    Cancel {
+        /// Its name, as `copies` shows it
+        copy: String,
+    },
+    /// Let a copy read at most this much a second
+    Limit {
+        /// Its name, as `copies` shows it
+        copy: String,
+        /// Bytes a second; 0: no limit
+        bandwidth: u64,
+    },
 }
 
 fn main() -> ExitCode {
@@ -165,6 +190,18 @@ fn run(cli: &Cli, mut client: Client) -> Result<u8, Failure> {
                 None => json!({"all": true}),
             };
             page(cli, &client.ask("resume", arguments, PATIENCE)?, resumed)
+        }
+        What::Copies(Copies { change: None }) => {
+            page(cli, &client.ask("query-copies", json!({}), PATIENCE)?, show::copies)
+        }
+        What::Copies(Copies { change: Some(change) }) => {
+            let (command, arguments) = match change {
+                ChangeCopy::Cancel { copy } => ("copy-cancel", json!({"copy": copy})),
+                ChangeCopy::Limit { copy, bandwidth } => {
+                    ("copy-bandwidth", json!({"copy": copy, "bandwidth": bandwidth}))
+                }
+            };
+            page(cli, &client.ask(command, arguments, PATIENCE)?, |_| String::new())
         }
         What::Watch => return watch(cli, client),
         What::Snapshot(_) | What::Guard => return Err(Failure::new("internal", "this command is run elsewhere")),

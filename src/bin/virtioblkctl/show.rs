@@ -145,6 +145,38 @@ fn errors(errors: &Value) -> Vec<String> {
     errors.iter().rev().map(line).collect()
 }
 
+/// The page of `copies`: two lines a copy, the newest last.
+pub fn copies(copies: &Value) -> String {
+    let mut page = String::new();
+    for copy in copies.as_array().into_iter().flatten() {
+        let figure = |name: &str| copy[name].as_u64().unwrap_or(0);
+        let (done, total) = (figure("done-bytes"), figure("total-bytes").max(1));
+        let percent = (u128::from(done) * 100 / u128::from(total)) as u64;
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            page,
+            "{:<8}  {:<9}  {percent:>3} % of {}  {}",
+            clean(&copy["copy"]),
+            clean(&copy["state"]),
+            bytes(total),
+            clean(&copy["target"])
+        );
+        let seconds = copy["seconds"].as_f64().unwrap_or(0.0);
+        let _ = write!(
+            page,
+            "          {} stored, {} saved before the guest overwrote it, {}",
+            bytes(figure("stored-bytes")),
+            bytes(figure("saved-before-write-bytes")),
+            time((seconds * 1e3) as u64)
+        );
+        let _ = match copy["error"].as_str() {
+            Some(_) => writeln!(page, ": {}", clean(&copy["error"])),
+            None => writeln!(page),
+        };
+    }
+    if page.is_empty() { "no copies\n".to_owned() } else { page }
+}
+
 /// The table of `stats`: a row a ring, and their sum.
 pub fn stats(stats: &Value) -> String {
     const COLUMNS: [(&str, &str); 14] = [
