@@ -1,6 +1,7 @@
 //! `virtioblkctl snapshot` as a process, with real daemons and an agent that does what the test tells it: every level,
 //! and whatever fails or dies at whatever step, every disk goes on and every guest is thawed.
 
+mod driver;
 mod snapshot_kit;
 
 use std::fs::{self, File};
@@ -8,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
+use driver::{ALL, Driver};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use snapshot_kit::{Agent, Daemon, Mood, Xfs, ctl, err, hooks, out, wait_until};
@@ -457,6 +459,42 @@ esac
 
 // reflink:
 
+/// XFS asks more of O_DIRECT on a file that shares blocks. A guest's partition table counts in sectors: they must stay.
+#[test]
+fn a_reflink_does_not_change_the_sectors_that_the_guest_sees() {
+    let Some(xfs) = Xfs::mount() else { return };
+    let image = xfs.path().join("a.raw");
+    fs::write(&image, vec![7; 1 << 20]).unwrap();
+    let sector = |disk: &Daemon| {
+        let output = ctl().args(["--json", "--control"]).arg(disk.control()).arg("status").output().unwrap();
+        let status: Value = serde_json::from_slice(&output.stdout).unwrap();
+        status["logical-block-size"].as_u64().unwrap()
+    };
+    for mode in ["none", "writeback"] {
+        let target = xfs.path().join(mode);
+        let disk = Daemon::start(&image, mode);
+        let before = sector(&disk);
+        let to = format!("reflink:{}", target.display());
+        receipt(&snapshot(&[&disk], "crash", &["--json", "--to", &to]).output().unwrap());
+        // Sectors of 512 bytes are written while the file shares its blocks, and after a restart.
+        for (disk, at) in [(disk, 3u64), (Daemon::start(&target, mode), 5)] {
+            assert_eq!(sector(&disk), before, "{mode}");
+            if before == 512 {
+                let mut guest = Driver::connect_soon(&disk.socket(), 1, 16, 8192, ALL);
+                guest.fill(0, &[at as u8; 512]);
+                assert_eq!(guest.one(0, |guest, id| guest.write(0, at * 512, 0, 512, id)), 0);
+                assert_eq!(guest.one(0, |guest, id| guest.read(0, (at - 1) * 512, 4096, 1536, id)), 0);
+                let expected = [[7; 512], [at as u8; 512], [7; 512]].concat();
+                assert_eq!(guest.fetch(4096, 1536), expected, "{mode}");
+            }
+        }
+        let again = Daemon::start(&image, mode);
+        assert_eq!(sector(&again), before, "{mode}: after a restart");
+        drop(again);
+        fs::write(&image, vec![7; 1 << 20]).unwrap();
+    }
+}
+
 #[test]
 fn a_reflink_is_the_image_at_the_instant() {
     let Some(xfs) = Xfs::mount() else { return };
@@ -559,6 +597,38 @@ fn a_copy_in_the_background_outlives_the_command() {
     assert_eq!(names(dir.path()), ["a", "snap.partial"]);
     wait_for(&dir.path().join("snap"));
     assert_eq!(fs::read(dir.path().join("snap")).unwrap(), content);
+}
+
+#[test]
+fn a_copy_in_the_background_is_watched_limited_and_cancelled() {
+    let dir = tempfile::tempdir().unwrap();
+    let (disk, content) = filled(dir.path(), "a", 4 << 20);
+    let copies = |words: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"));
+        let output = command.arg("--control").arg(disk.control()).arg("copies").args(words).output().unwrap();
+        assert!(output.status.success(), "{words:?}: {}", err(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(copies(&[]), "no copies\n");
+    let name = |receipt: &serde_json::Value| receipt["disks"][0]["copy"]["copy"].as_str().unwrap().to_owned();
+    let to = format!("copy:{}/first", dir.path().display());
+    let slow = ["--json", "--background", "--bandwidth", "100000", "--to", &to];
+    let first = name(&receipt(&snapshot(&[&disk], "crash", &slow).output().unwrap()));
+    contains(&copies(&[]), &[&first, "running", "% of 4.0 MiB", "/first"]);
+    // Forty seconds otherwise.
+    copies(&["limit", &first, "0"]);
+    wait_for(&dir.path().join("first"));
+    assert_eq!(fs::read(dir.path().join("first")).unwrap(), content);
+    let to = format!("copy:{}/second", dir.path().display());
+    let slow = ["--json", "--background", "--bandwidth", "100000", "--to", &to];
+    let second = name(&receipt(&snapshot(&[&disk], "crash", &slow).output().unwrap()));
+    copies(&["cancel", &second]);
+    wait_until("nothing of it is left", || names(dir.path()) == ["a", "first"]);
+    contains(&copies(&[]), &[&first, "completed", &second, "cancelled"]);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"));
+    let output = command.arg("--control").arg(disk.control()).args(["copies", "cancel", "nonsense"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    contains(&err(&output), &["no copy of this name"]);
 }
 
 #[test]

@@ -47,7 +47,7 @@ pub struct FileOptions {
     pub policy: CachePolicy,
     /// Refuse writes; the image need not be writable.
     pub read_only: bool,
-    /// The sector size that the guest sees, 512 or 4096 bytes; None: what O_DIRECT needs here, in every mode.
+    /// The sector size that the guest sees, 512 or 4096 bytes; None: the sector of the disk below, in every mode.
     pub logical_block_size: Option<u32>,
     /// Pass discards on, and let write-zeroes deallocate.
     pub discard_unmap: bool,

@@ -33,6 +33,10 @@ pub(super) struct Alignment {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Medium {
     pub(super) size: u64,
+    /// The sector of the disk below: what the guest is shown unless told otherwise. Not what O_DIRECT asks of this
+    /// file today: XFS asks more of a file once it was reflinked, and a guest must not see its disk's sectors change
+    /// because somebody took a snapshot.
+    pub(super) sector: u32,
     /// Asked by O_DIRECT, also when the image is opened without.
     pub(super) alignment: Alignment,
     /// What discard and write-zeroes of the kernel ask of offsets and lengths.
@@ -58,6 +62,11 @@ pub(super) fn of_file(fd: BorrowedFd<'_>) -> io::Result<Medium> {
     let block = if block.is_power_of_two() { block } else { 4096 };
     Ok(Medium {
         size: stat.stx_size,
+        // Filesystems without one disk below (btrfs, tmpfs, NFS) always ask for the same.
+        sector: u32::try_from(Sysfs::below(&stat).read("logical_block_size"))
+            .ok()
+            .filter(|sector| *sector != 0)
+            .unwrap_or(alignment.offset),
         alignment,
         range_unit: 1,
         physical_block: block,
@@ -84,6 +93,7 @@ pub(super) fn of_device(fd: BorrowedFd<'_>) -> io::Result<Medium> {
     let most_zeroes = if native_zeroes == 0 { MOST_WRITTEN_ZEROES } else { native_zeroes.min(MOST_ZEROES) };
     Ok(Medium {
         size: rustix::fs::seek(fd, rustix::fs::SeekFrom::End(0))?,
+        sector: alignment.offset,
         alignment,
         range_unit: sector,
         physical_block: rustix::fs::ioctl_blkpbszget(fd)?,
@@ -147,8 +157,18 @@ pub(super) fn reopen(fd: BorrowedFd<'_>, flags: OFlags) -> io::Result<OwnedFd> {
 struct Sysfs(Option<PathBuf>);
 
 impl Sysfs {
+    /// Of a block device.
     fn of(stat: &Statx) -> Self {
-        let device = PathBuf::from(format!("/sys/dev/block/{}:{}", stat.stx_rdev_major, stat.stx_rdev_minor));
+        Self::at(stat.stx_rdev_major, stat.stx_rdev_minor)
+    }
+
+    /// Of the disk that a file's filesystem is on, if it is on one.
+    fn below(stat: &Statx) -> Self {
+        Self::at(stat.stx_dev_major, stat.stx_dev_minor)
+    }
+
+    fn at(major: u32, minor: u32) -> Self {
+        let device = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
         Sysfs([device.join("queue"), device.join("../queue")].into_iter().find(|path| path.is_dir()))
     }
 

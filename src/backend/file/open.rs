@@ -147,7 +147,7 @@ fn lock(options: &FileOptions, fd: &OwnedFd) -> Result<(), OpenError> {
 fn check_shape(options: &FileOptions, medium: &Medium, is_device: bool) -> Result<u32, OpenError> {
     let path = options.path.as_path();
     // The same in every mode, so that a change of mode never changes what the guest sees.
-    let usual = medium.alignment.offset.clamp(512, 4096);
+    let usual = medium.sector.clamp(512, 4096);
     let logical = options.logical_block_size.unwrap_or(usual);
     if logical != 512 && logical != 4096 {
         let cause = format!("a logical block size of {logical} bytes is not possible");
