@@ -164,7 +164,7 @@ fn the_shipped_domain_runs_and_is_suspended_while_its_disk_is_held() {
 const LINUX: &str = r#"
 <domain type='qemu'>
   <name>example</name>
-  <memory unit='MiB'>768</memory>
+  <memory unit='MiB'>384</memory>
   <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>
   <os>
     <type arch='x86_64' machine='q35'>hvm</type>
@@ -223,7 +223,7 @@ fn a_guest_of_libvirts_is_frozen_snapshotted_and_gets_another_disk() {
 
     let home = libvirt.home.path();
     fs::copy(guest_files().join("vmlinuz"), home.join("vmlinuz")).expect("room");
-    fs::write(home.join("initramfs"), qemu::initramfs(WRITER, true)).expect("room");
+    fs::write(home.join("initramfs"), qemu::initramfs(WRITER, "initramfs-agent.cpio")).expect("room");
     let xml = LINUX
         .replace("@HOME@", home.to_str().expect("a plain path"))
         .replace("@OPTIONS@", qemu::KERNEL_OPTIONS)

@@ -1,15 +1,18 @@
 //! The real-guest kit: a `virtioblkd` ([`Server`]), a QEMU with a guest in it ([`Vm`]), and what the host can see of
-//! the image by itself ([`oracle`]). Used by `tests/firmware.rs`, `tests/vm.rs` and `tests/libvirt.rs`.
+//! the image by itself ([`oracle`]). Used by `tests/firmware.rs`, `tests/vm.rs`, `tests/story.rs`, `tests/agent.rs` and
+//! `tests/libvirt.rs`.
 //!
 //! Everything started here is ended by `Drop`, and a failing test prints what its server and its guest had to say.
 
 // Each test program uses its part of the kit.
 #![allow(dead_code)]
 
+pub mod agent;
 pub mod oracle;
 pub mod qemu;
 pub mod qmp;
 pub mod server;
+pub mod xfs;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -19,6 +22,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+pub use agent::Agent;
 pub use qmp::Qmp;
 pub use server::Server;
 

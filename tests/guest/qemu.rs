@@ -3,14 +3,14 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 
 use virtioblkd::engine::cache::CacheMode;
 
-use super::{PATIENCE, Qmp, accelerator, guest_files, mortal, root, run, wait_until};
+use super::{Agent, PATIENCE, Qmp, accelerator, guest_files, mortal, root, run, wait_until};
 
 /// What the guest's kernel is told: quiet, and without the start-up work that is slow under TCG.
 pub const KERNEL_OPTIONS: &str = "console=ttyS0 panic=-1 quiet mitigations=off no_timer_check tsc=reliable \
@@ -65,11 +65,18 @@ impl Qemu {
         self.args(["-drive", &drive, "-device", "virtio-blk-pci,drive=own"])
     }
 
+    /// The channel of the guest's agent, a socket that [`Vm::agent`] talks to.
+    pub fn agent_channel(self) -> Qemu {
+        let chardev = format!("socket,id=qga,path={},server=on,wait=off", self.dir.path().join("qga").display());
+        let port = "virtserialport,chardev=qga,name=org.qemu.guest_agent.0";
+        self.args(["-chardev", &chardev, "-device", "virtio-serial-pci", "-device", port])
+    }
+
     /// A kernel and an [`initramfs`] that runs `job`.
-    pub fn linux(self, job: &str, full: bool) -> Qemu {
+    pub fn linux(self, job: &str, image: &str) -> Qemu {
         let files = guest_files();
         let path = self.dir.path().join("initramfs");
-        fs::write(&path, initramfs(job, full)).expect("room for an initramfs");
+        fs::write(&path, initramfs(job, image)).expect("room for an initramfs");
         let console = format!("file:{}", self.dir.path().join("console").display());
         self.args(["-kernel".as_ref(), files.join("vmlinuz").as_os_str()])
             .args(["-initrd".as_ref(), path.as_os_str()])
@@ -79,6 +86,14 @@ impl Qemu {
     /// Runs it.
     pub fn start(self) -> Vm {
         Vm::start_in(self.command, self.dir)
+    }
+
+    /// Runs a guest of [`linux_with_agent`] and waits until it takes orders.
+    pub fn start_shell(self) -> Vm {
+        let mut vm = self.start();
+        // What a terminal gets before somebody reads it is lost.
+        vm.until_line("@@ready");
+        vm
     }
 }
 
@@ -134,6 +149,32 @@ impl Vm {
     /// Lets the job go on after [`Vm::until_asked`].
     pub fn go(&mut self) {
         self.stdin.write_all(b"go\n").expect("QEMU reads its standard input");
+    }
+
+    /// Runs a line of shell in a guest of [`linux_with_agent`]; panics if it fails. Returns what it printed.
+    pub fn sh(&mut self, line: &str) -> Vec<String> {
+        let (status, said) = self.try_sh(line);
+        assert_eq!(status, "0", "the guest's '{line}' failed and said {said:?}");
+        said
+    }
+
+    /// The same; returns the exit status, too.
+    pub fn try_sh(&mut self, line: &str) -> (String, Vec<String>) {
+        assert!(!line.contains('\n') && line.len() < 4000, "one line, and no longer than a terminal takes: {line}");
+        self.stdin.write_all(format!("{line}\n").as_bytes()).expect("QEMU reads its standard input");
+        let mut said = self.until_line("@@status ");
+        let last = said.pop().expect("until_line returns the line it found");
+        (last.trim_start_matches("@@status ").to_owned(), said)
+    }
+
+    /// The socket of the guest's agent.
+    pub fn agent_socket(&self) -> PathBuf {
+        self.dir.path().join("qga")
+    }
+
+    /// The guest's agent. It has room for one client at a time: drop it before somebody else's turn.
+    pub fn agent(&self) -> Agent {
+        Agent::connect(&self.agent_socket())
     }
 
     /// Waits for the job's next line that starts with `start`; the lines before it, and it, are returned.
@@ -267,12 +308,19 @@ pub fn boot_sector_in(mut vm: Vm) -> (Verdict, Vm) {
 
 /// A guest for Linux jobs, with the accelerator that works here.
 pub fn linux(cpus: u32, job: &str) -> Qemu {
-    Qemu::new(accelerator(), 256, cpus).linux(job, false)
+    Qemu::new(accelerator(), 256, cpus).linux(job, "initramfs.cpio")
 }
 
 /// The same with fio and the guest agent.
 pub fn linux_full(cpus: u32, job: &str) -> Qemu {
-    Qemu::new(accelerator(), 768, cpus).linux(job, true)
+    Qemu::new(accelerator(), 768, cpus).linux(job, "initramfs-full.cpio")
+}
+
+/// A guest with its agent (not started) and Python, which does what [`Vm::sh`] tells it: what shell.sh defines, and
+/// `functions`. Start it with [`Qemu::start_shell`].
+pub fn linux_with_agent(functions: &str) -> Qemu {
+    let job = format!("{functions}\n{}", include_str!("shell.sh"));
+    Qemu::new(accelerator(), 384, 1).linux(&job, "initramfs-agent.cpio").agent_channel()
 }
 
 /// QEMU's version, major and minor. Its options differ: `reconnect-ms` is from 9.2 on.
@@ -286,9 +334,9 @@ pub fn version() -> (u32, u32) {
     })
 }
 
-/// An initramfs that runs `job`; with fio, the guest agent and Python in it if `full`.
-pub fn initramfs(job: &str, full: bool) -> Vec<u8> {
-    let base = guest_files().join(if full { "initramfs-full.cpio" } else { "initramfs.cpio" });
+/// An initramfs that runs `job`; `image` is what scripts/guest-image calls it.
+pub fn initramfs(job: &str, image: &str) -> Vec<u8> {
+    let base = guest_files().join(image);
     let mut initramfs = fs::read(&base).unwrap_or_else(|error| panic!("{}: {error}", base.display()));
     append_file(&mut initramfs, "job", job.as_bytes());
     initramfs
