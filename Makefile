@@ -13,7 +13,7 @@ release = $(or $(CARGO_TARGET_DIR),target)/release
 doc = $(DESTDIR)$(PREFIX)/share/doc/virtioblkd
 
 .NOTPARALLEL:
-.PHONY: help build demo demo-snapshot check check-unit check-vm check-libvirt check-lint bench explore-long install deps toolchain
+.PHONY: help build demo demo-snapshot check check-unit check-vm check-story check-libvirt check-lint bench explore-long install deps toolchain
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -25,6 +25,9 @@ demo: toolchain deps ## Watch a guest write, be held still under load, and go on
 	$(CARGO) build --release
 	scripts/demo
 
+demo-snapshot: toolchain deps ## Watch what a snapshot of a running guest holds, at each level
+	scripts/demo-snapshot
+
 check: toolchain deps check-lint check-unit check-vm ## All checks: lint, unit, integration, real guests
 
 check-unit: toolchain ## Unit and integration tests that boot no guest
@@ -35,11 +38,11 @@ check-unit: toolchain ## Unit and integration tests that boot no guest
 check-vm: toolchain deps ## Tests with real guests
 	$(CARGO) test $(VM_TESTS:%=--test %) -- --test-threads=$(TEST_THREADS)
 
+check-story: toolchain deps ## Snapshots of real guests, frozen by their agents
+	$(CARGO) test --test story -- --test-threads=$(TEST_THREADS)
+
 check-libvirt: toolchain deps ## The shipped domain on a real libvirt
 	$(CARGO) test --test libvirt
-
-demo-snapshot: toolchain deps ## What a snapshot at each level holds of what a guest's programs wrote: a table
-	$(CARGO) test --test story the_cloud_disk_story -- --nocapture
 
 check-lint: toolchain ## Formatting, clippy, documentation, without a warning
 	$(CARGO) fmt --check
