@@ -6,7 +6,7 @@ CARGO ?= cargo
 # A guest test is a QEMU and a server; more at once than CPUs only wait for each other.
 TEST_THREADS ?= 2
 # Tests that boot guests. All others need nothing but Rust.
-VM_TESTS = firmware vm story libvirt
+VM_TESTS = firmware vm story agent libvirt
 OTHER_TESTS = $(filter-out $(VM_TESTS),$(basename $(notdir $(wildcard tests/*.rs))))
 
 release = $(or $(CARGO_TARGET_DIR),target)/release
@@ -39,7 +39,7 @@ check-vm: toolchain deps ## Tests with real guests
 	$(CARGO) test $(VM_TESTS:%=--test %) -- --test-threads=$(TEST_THREADS)
 
 check-story: toolchain deps ## Snapshots of real guests, frozen by their agents
-	$(CARGO) test --test story -- --test-threads=$(TEST_THREADS)
+	$(CARGO) test --test story --test agent -- --test-threads=$(TEST_THREADS)
 
 check-libvirt: toolchain deps ## The shipped domain on a real libvirt
 	$(CARGO) test --test libvirt
