@@ -17,7 +17,7 @@ use std::time::Duration;
 use backend::{Chance, Driver, disk_dir, eventually, image, opened, options, some_buffer};
 use virtioblkd::backend::file::FileOptions;
 use virtioblkd::backend::mem::{Fault, MemBackend, MemOp, MemOptions, Order};
-use virtioblkd::backend::point_in_time::{Mutant, PointInTime, Step, Tuning};
+use virtioblkd::backend::point_in_time::{Mutant, PointInTime, Step, TargetHook, Tuning};
 use virtioblkd::backend::{Backend, Completion, DurableWrite, Errno, IoBuf, Op, OpId};
 use virtioblkd::disk::{Copies, CopyError, CopyOptions, CopyStatus, Event, Events};
 use virtioblkd::engine::CacheMode;
@@ -495,9 +495,8 @@ fn a_source_that_cannot_be_read_fails_the_copy_alone() {
     }
 }
 
-/// A target that hangs, and no memory left: writes wait, but not for ever.
-#[test]
-fn a_target_that_hangs_does_not_hang_the_guest() {
+/// A hook that keeps every write to the target waiting until the sender is dropped.
+fn hanging_target() -> (mpsc::Sender<()>, TargetHook) {
     let (release, hangs) = mpsc::channel::<()>();
     let hangs = Mutex::new(hangs);
     let hook = move |step| {
@@ -507,10 +506,17 @@ fn a_target_that_hangs_does_not_hang_the_guest() {
         }
         Ok(())
     };
+    (release, Arc::new(hook))
+}
+
+/// A target that hangs, and no memory left: writes wait, but not for ever.
+#[test]
+fn a_target_that_hangs_does_not_hang_the_guest() {
+    let (release, hook) = hanging_target();
     let tuning = Tuning {
         patience: Duration::from_millis(300),
         memory: 4 * CLUSTER as usize,
-        hook: Some(Arc::new(hook)),
+        hook: Some(hook),
         ..Tuning::default()
     };
     let (world, mem) = World::mem(Order::InOrder, tuning);
@@ -531,16 +537,8 @@ fn a_target_that_hangs_does_not_hang_the_guest() {
 /// A discard is advice: it waits only so long, and then it is left undone and the copy goes on.
 #[test]
 fn a_discard_that_would_wait_too_long_is_left_undone() {
-    let (release, hangs) = mpsc::channel::<()>();
-    let hangs = Mutex::new(hangs);
-    let hook = move |step| {
-        if step == Step::Write {
-            // Until the test lets go.
-            let _ = hangs.lock().expect("one writer").recv();
-        }
-        Ok(())
-    };
-    let tuning = Tuning { memory: 4 * CLUSTER as usize, hook: Some(Arc::new(hook)), ..Tuning::default() };
+    let (release, hook) = hanging_target();
+    let tuning = Tuning { memory: 4 * CLUSTER as usize, hook: Some(hook), ..Tuning::default() };
     let (world, mem) = World::mem(Order::InOrder, tuning);
     fill(&mem);
     let copy = started(&world, 1);

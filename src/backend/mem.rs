@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use super::watch::Watches;
-use super::{Backend, DurableWrite, Errno, Geometry, IoBuf, IoQueue, RangeLimits};
+use super::{Backend, DurableWrite, Errno, Geometry, IoBuf, IoQueue};
 use queue::MemQueue;
 
 /// When ops are carried out and complete.
@@ -132,20 +132,7 @@ impl MemBackend {
     pub fn new(options: MemOptions) -> Self {
         let MemOptions { size, logical_block, order, durable_write } = options;
         assert!(size > 0 && size.is_multiple_of(u64::from(logical_block)), "the size must be whole blocks");
-        let range = Some(RangeLimits { max_bytes: 1 << 30, granularity: logical_block });
-        let geometry = Geometry {
-            size,
-            logical_block,
-            physical_block: logical_block,
-            alignment_offset: 0,
-            min_io: 0,
-            opt_io: 0,
-            read_only: false,
-            discard: range,
-            write_zeroes: range,
-            zeroes_may_unmap: true,
-            durable_write,
-        };
+        let geometry = Geometry::without_medium(size, logical_block, durable_write);
         let state = State {
             volatile: vec![0; size as usize],
             durable: vec![0; size as usize],

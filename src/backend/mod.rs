@@ -129,6 +129,27 @@ pub struct Geometry {
     pub durable_write: DurableWrite,
 }
 
+impl Geometry {
+    /// A writable disk of `size` bytes, whole blocks, that has no medium behind it: everything is possible, nothing is
+    /// preferred. For `mem` and `null`.
+    fn without_medium(size: u64, block: u32, durable_write: DurableWrite) -> Self {
+        let range = Some(RangeLimits { max_bytes: 1 << 30, granularity: block });
+        Geometry {
+            size,
+            logical_block: block,
+            physical_block: block,
+            alignment_offset: 0,
+            min_io: 0,
+            opt_io: 0,
+            read_only: false,
+            discard: range,
+            write_zeroes: range,
+            zeroes_may_unmap: true,
+            durable_write,
+        }
+    }
+}
+
 /// What wakes a worker besides completions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use super::watch::{Watches, deadline};
-use super::{Backend, Completion, DurableWrite, Errno, Geometry, IoQueue, Op, OpId, RangeLimits, Source, Wakeups};
+use super::{Backend, Completion, DurableWrite, Errno, Geometry, IoQueue, Op, OpId, Source, Wakeups};
 
 /// A disk of nothing.
 pub struct NullBackend {
@@ -16,22 +16,8 @@ pub struct NullBackend {
 impl NullBackend {
     /// `size` bytes, rounded down to whole blocks of `logical_block` bytes.
     pub fn new(size: u64, logical_block: u32) -> Self {
-        let range = Some(RangeLimits { max_bytes: 1 << 30, granularity: logical_block });
-        NullBackend {
-            geometry: Geometry {
-                size: size / u64::from(logical_block) * u64::from(logical_block),
-                logical_block,
-                physical_block: logical_block,
-                alignment_offset: 0,
-                min_io: 0,
-                opt_io: 0,
-                read_only: false,
-                discard: range,
-                write_zeroes: range,
-                zeroes_may_unmap: true,
-                durable_write: DurableWrite::Native,
-            },
-        }
+        let size = size / u64::from(logical_block) * u64::from(logical_block);
+        NullBackend { geometry: Geometry::without_medium(size, logical_block, DurableWrite::Native) }
     }
 }
 

@@ -1,6 +1,9 @@
 //! What the contract tests share: a driver for one queue, a source of chance, a model to compare with, loop devices.
 #![allow(dead_code)] // Each test file uses a part of it.
 
+#[path = "../chance/mod.rs"]
+mod chance;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,28 +18,10 @@ use virtioblkd::backend::{Backend, Completion, Errno, IoBuf, IoQueue, Op, OpId};
 use virtioblkd::disk::{Copies, CopyOptions, Events};
 use virtioblkd::engine::CacheMode;
 
+pub use chance::Chance;
+
 /// Longest that anything may hang before a test fails instead of the whole run.
 pub const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Xorshift: the same story for the same seed.
-pub struct Chance(u64);
-
-impl Chance {
-    pub fn new(seed: u64) -> Self {
-        Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % limit
-    }
-
-    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
-        (0..len).map(|_| self.below(256) as u8).collect()
-    }
-}
 
 /// One queue, used the way a worker does.
 pub struct Driver {

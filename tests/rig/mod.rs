@@ -1,6 +1,9 @@
 //! A device in process on any back-end, served to one front-end after another.
 #![allow(dead_code)]
 
+#[path = "../chance/mod.rs"]
+mod chance;
+
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,6 +14,9 @@ use virtioblkd::backend::{Backend, Errno};
 use virtioblkd::disk::{Disk, DiskStatus, Event, Events, HoldFigures};
 use virtioblkd::virtio::rings::Rings;
 use virtioblkd::virtio::{Device, DeviceOptions};
+
+#[allow(unused_imports)]
+pub use chance::Chance;
 
 /// A served disk.
 pub struct Rig {
@@ -82,25 +88,5 @@ impl Drop for Rig {
         if !std::thread::panicking() {
             ended.unwrap();
         }
-    }
-}
-
-/// The same numbers for the same seed.
-pub struct Chance(u64);
-
-impl Chance {
-    pub fn new(seed: u64) -> Chance {
-        Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % limit
-    }
-
-    pub fn one_of<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len() as u64) as usize]
     }
 }
