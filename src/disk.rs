@@ -29,6 +29,11 @@ pub trait Disk: Send + Sync {
     fn copies(&self) -> Option<&dyn Copies> {
         None
     }
+
+    /// Snapshots made by the image's own store, where it can.
+    fn snapshots(&self) -> Option<std::sync::Arc<dyn ImageSnapshots>> {
+        None
+    }
 }
 
 /// What a settled hold measured.
@@ -79,6 +84,8 @@ pub enum Event {
     CopyEnded(CopyStatus),
     /// A ring or the front-end broke the protocol and was stopped; what and how.
     ProtocolError(String),
+    /// The image's state changed.
+    ImageState(ImageStatus),
 }
 
 /// Events on their way to the control thread: bounded, so that a guest that provokes errors costs no memory.
@@ -159,6 +166,19 @@ pub trait Copies: Send + Sync {
 
     /// The copy that is prepared or running, and those that ended last (at most eight, newest last).
     fn status(&self) -> Vec<CopyStatus>;
+}
+
+/// Snapshots that the store of an image makes and keeps by itself (Ceph RBD). Called by threads that may block.
+pub trait ImageSnapshots: Send + Sync {
+    /// Makes a snapshot of the image as it is now; the caller holds the disk still. Blocks until it exists. Errors
+    /// carry a message for the operator; `code` is `exists`, `busy` or `store`.
+    fn create(&self, name: &str) -> Result<(), CopyError>;
+
+    /// Removes one that [`ImageSnapshots::create`] made, because the instant it was made for failed elsewhere.
+    fn remove(&self, name: &str) -> Result<(), CopyError>;
+
+    /// How the snapshot is named outside: `POOL/IMAGE@NAME`.
+    fn full_name(&self, name: &str) -> String;
 }
 
 /// What to copy to.
@@ -255,6 +275,16 @@ pub struct LastError {
     pub when: u64,
 }
 
+/// What a back-end says of its image beyond its shape.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ImageStatus {
+    /// Why the image cannot be used as it should (`fenced`, ...), one word for programs. `None`: all is well.
+    pub trouble: Option<String>,
+    /// The same for people: the cause and the mend.
+    pub trouble_detail: Option<String>,
+}
+
 /// What a disk says of itself; `query-status` adds the holders.
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -291,4 +321,7 @@ pub struct DiskStatus {
     pub last_errors: Vec<LastError>,
     /// A sync failed for good: writes are no longer made durable.
     pub sync_failed: bool,
+    /// What the back-end adds.
+    #[serde(flatten)]
+    pub image_status: ImageStatus,
 }

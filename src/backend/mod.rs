@@ -16,6 +16,7 @@ pub mod buffer;
 pub mod file;
 mod mailbox;
 pub mod mem;
+pub mod notices;
 pub mod null;
 pub mod point_in_time;
 mod uring;
@@ -23,10 +24,13 @@ mod watch;
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
+use crate::disk::{ImageSnapshots, ImageStatus};
 pub use crate::engine::Errno;
 pub use buffer::IoBuf;
+pub use notices::{Notices, QuiesceAsk};
 
 /// The caller's name for an op, returned with its completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -174,7 +178,7 @@ pub struct Wakeups {
 
 /// An opened image. Shared by the rings' threads, the vhost-user thread and main.
 pub trait Backend: Send + Sync {
-    /// The image's shape. Constant while open (a resize comes with its own issue).
+    /// The image's shape. Only the size may change while it is open, and [`Notices::resized`] says so.
     fn geometry(&self) -> Geometry;
 
     /// A queue for one ring, called in the ring's own thread, which alone uses it. `depth`: how many ops the caller
@@ -202,6 +206,37 @@ pub trait Backend: Send + Sync {
 
     /// The error number of the first sync that failed for good (clause 5), if any.
     fn sync_failed(&self) -> Option<Errno>;
+
+    /// Tells `notices` what happens from now on. Called once, by whoever puts the parts together, before the first
+    /// queue is opened; the back-end lets go of `notices` in [`Backend::stop_notices`].
+    fn start_notices(&self, notices: Arc<dyn Notices>) {
+        drop(notices);
+    }
+
+    /// The daemon ends: no notice comes after this returns, and no quiesce is left unanswered. May block for a moment;
+    /// main.
+    fn stop_notices(&self) {}
+
+    /// A guest is about to use the image: the first ring starts. A back-end that excludes others from an image that
+    /// several hosts can open does so here; an error keeps the ring from running. Called by the vhost-user thread; may
+    /// block.
+    fn activate(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// The last ring has stopped, and everything it acknowledged was synced as its mode promises: others may have the
+    /// image. Called by the vhost-user thread; may block.
+    fn deactivate(&self) {}
+
+    /// What the status says of the image besides its shape. Called by the control thread; does not block on I/O.
+    fn image_status(&self) -> ImageStatus {
+        ImageStatus::default()
+    }
+
+    /// Snapshots that the image's own store makes, where it can. Called by the control thread.
+    fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {
+        None
+    }
 }
 
 /// One ring's way into the back-end. Everything happens in the thread that opened it.

@@ -28,8 +28,8 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{Backend, Errno, Geometry, IoQueue};
-use crate::disk::{Copies, CopyError, CopyOptions, CopyStatus, Events};
+use super::{Backend, Errno, Geometry, IoQueue, Notices};
+use crate::disk::{Copies, CopyError, CopyOptions, CopyStatus, Events, ImageSnapshots, ImageStatus};
 use copy::{Copy, Phase};
 use queue::DelayingQueue;
 use target::Target;
@@ -399,5 +399,29 @@ impl Backend for PointInTime {
 
     fn sync_failed(&self) -> Option<Errno> {
         self.image.sync_failed()
+    }
+
+    fn start_notices(&self, notices: Arc<dyn Notices>) {
+        self.image.start_notices(notices);
+    }
+
+    fn stop_notices(&self) {
+        self.image.stop_notices();
+    }
+
+    fn activate(&self) -> io::Result<()> {
+        self.image.activate()
+    }
+
+    fn deactivate(&self) {
+        self.image.deactivate();
+    }
+
+    fn image_status(&self) -> ImageStatus {
+        self.image.image_status()
+    }
+
+    fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {
+        self.image.snapshots()
     }
 }

@@ -45,6 +45,7 @@
 //! | `IO_ERROR` | `operation`, `ring`, `offset`, `length`, `errno`, `message`, `suppressed` |
 //! | `SYNC_ERROR` | `errno`, `message`, `suppressed` |
 //! | `COPY_COMPLETED`, `COPY_FAILED`, `COPY_CANCELLED` | a copy ended: its status |
+//! | `IMAGE_STATE` | `trouble`, `trouble-detail`: the image can no longer be used as it should, or can again |
 //! | `PROTOCOL_ERROR` | `message`, `suppressed` |
 //! | `SHUTDOWN` | nothing; the daemon ends |
 //!

@@ -248,6 +248,7 @@ impl Service {
                     let name = format!("COPY_{}", copy.state.to_uppercase());
                     self.event(&name, json!(copy));
                 }
+                Event::ImageState(state) => self.event("IMAGE_STATE", json!(state)),
                 Event::ProtocolError(what) => {
                     let admitted = self.guests_throttle.admit(now);
                     self.error_event("PROTOCOL_ERROR", json!({"message": what}), admitted);

@@ -15,7 +15,7 @@ use crate::backend::null::NullBackend;
 use crate::backend::point_in_time::PointInTime;
 use crate::config::{BackendKind, Config};
 use crate::control;
-use crate::disk::{Copies, Disk, DiskStatus, Events};
+use crate::disk::{Copies, Disk, DiskStatus, Events, ImageSnapshots};
 use crate::listen::MORE_DESCRIPTORS;
 use crate::virtio::{Device, DeviceOptions};
 
@@ -139,6 +139,10 @@ impl Disk for CopiedDisk {
 
     fn copies(&self) -> Option<&dyn Copies> {
         Some(&*self.copies)
+    }
+
+    fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {
+        self.copies.snapshots()
     }
 }
 

@@ -389,6 +389,7 @@ impl Disk for Arc<Rings> {
             total,
             last_errors: state.last_errors.iter().map(|(_, error)| error.clone()).collect(),
             sync_failed: self.backend.sync_failed().is_some(),
+            image_status: self.backend.image_status(),
         }
     }
 }
