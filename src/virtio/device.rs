@@ -5,6 +5,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use vhost::vhost_user::{BackendReqHandler, Error};
 
+use super::activation;
+use super::channel;
 use super::features;
 use super::handler::Handler;
 use super::request::ID_BYTES;
@@ -93,8 +95,10 @@ impl Device {
     /// stopped, everything popped is answered, and (in every mode but `unsafe`) synced. Returns why it ended, for the
     /// log. One call at a time; blocks; the vhost-user thread.
     pub fn serve(&self, stream: UnixStream) -> std::io::Result<String> {
+        let peeking;
         {
             let mut connection = self.lock();
+            peeking = stream.try_clone()?;
             if connection.closed {
                 return Ok("the daemon is ending".into());
             }
@@ -103,8 +107,17 @@ impl Device {
         self.rings.connected();
         let handler = Handler::new(self.rings.clone(), self.offer.clone(), self.identity.clone());
         let handler = Arc::new(Mutex::new(handler));
+        let ours = || handler.lock().expect("no panic while held");
         let mut requests = BackendReqHandler::from_stream(stream, handler.clone());
         let end = loop {
+            let timeout = ours().waits_for_image().then_some(activation::RETRY);
+            if !channel::wait_for_message(&peeking, timeout) {
+                ours().retry();
+                continue;
+            }
+            if let Some(channel) = channel::peek(&peeking) {
+                ours().offer_channel(channel);
+            }
             match requests.handle_request() {
                 Ok(()) => {}
                 // Nothing was read yet. For want of memory or descriptors (ENOBUFS: the message's could not be taken)
@@ -113,8 +126,7 @@ impl Device {
                 Err(error) => break error,
             }
         };
-        handler.lock().expect("no panic while held").stop_all();
-        self.rings.sync_unless_ignored();
+        ours().end();
         let why = match end {
             Error::SocketRetry(error) => format!(
                 "a message's descriptors could not be taken: {error}; raise the limit of open files (RLIMIT_NOFILE; \
@@ -127,6 +139,13 @@ impl Device {
         self.lock().front_end = None;
         self.left.notify_all();
         Ok(why)
+    }
+
+    /// The image has `bytes` now, more or fewer: GET_CONFIG says so, requests beyond the end fail with
+    /// VIRTIO_BLK_S_IOERR, and the front-end is told at once or, if none is connected, when it starts its rings. Requests
+    /// taken before keep the size that they were checked against. Any thread; does not block.
+    pub fn resized(&self, bytes: u64) {
+        self.rings.resized(bytes);
     }
 
     /// Ends the connection, if there is one, and serves nobody any more; returns when everything popped is answered.

@@ -102,6 +102,12 @@ pub fn config_space(policy: CachePolicy, geometry: &Geometry, num_queues: u16, q
     space
 }
 
+/// The configuration space with another capacity: the image was resized.
+pub fn with_capacity(mut space: [u8; 60], bytes: u64) -> [u8; 60] {
+    space[..8].copy_from_slice(&(bytes / SECTOR).to_le_bytes());
+    space
+}
+
 /// The longest range of a discard or write-zeroes, as the 32-bit sector count that the request carries.
 pub fn sectors(bytes: u64) -> u32 {
     u32::try_from(bytes / SECTOR).unwrap_or(u32::MAX)

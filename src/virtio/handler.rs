@@ -1,9 +1,10 @@
 //! vhost-user messages (QEMU's docs/interop/vhost-user.rst), one connection. No data path here: every message that
 //! changes a ring goes through [`QueueState::change`], and is answered when the change is complete.
 //!
-//! INFLIGHT_SHMFD, LOG_SHMFD and the resize message have their places marked; they are not offered yet.
+//! INFLIGHT_SHMFD and LOG_SHMFD have their places marked; they are not offered yet.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vhost::VhostUserMemoryRegionBase;
@@ -15,6 +16,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use vhost_user_backend::VringT;
 
+use super::activation::Activation;
 use super::descriptor;
 use super::device::{Identity, Offer};
 use super::features;
@@ -37,11 +39,14 @@ pub(super) struct Handler {
     offer: Offer,
     identity: Arc<Identity>,
     memory: MemoryTable,
+    activation: Activation,
     queues: Vec<QueueState>,
     /// None until SET_FEATURES.
     acked_features: Option<u64>,
-    /// The channel for our own requests (CONFIG_CHANGE, with resize). Kept open: QEMU complains of its end.
+    /// The channel for our own requests, as the `vhost` crate has it. Kept open: QEMU complains of its end.
     backend_channel: Option<Backend>,
+    /// The same, before the crate took it ([`super::channel::peek`]).
+    peeked: Option<OwnedFd>,
 }
 
 impl Handler {
@@ -51,14 +56,16 @@ impl Handler {
             offer,
             identity,
             memory: MemoryTable::new(),
+            activation: Activation::default(),
             queues: Vec::new(),
             acked_features: None,
             backend_channel: None,
+            peeked: None,
         }
     }
 
-    /// Stops every ring, finishing what is in flight: the front-end is gone, or the daemon ends.
-    pub(super) fn stop_all(&mut self) {
+    /// Stops every ring, finishing what is in flight.
+    fn stop_all(&mut self) {
         for queue in &mut self.queues {
             queue.pause(&self.rings);
         }
@@ -74,16 +81,53 @@ impl Handler {
     fn change_all(&mut self, change: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         self.stop_all();
         let result = change(self);
+        self.start_all();
+        result
+    }
+
+    /// Starts every ring that may run and does not.
+    fn start_all(&mut self) {
         let around = Surroundings {
             rings: &self.rings,
             memory: &self.memory,
+            activation: &self.activation,
             acked_features: self.acked_features.unwrap_or(0),
             serial: &self.identity.serial,
         };
         for queue in &mut self.queues {
-            queue.change(&around, |_| ());
+            queue.start_again(&around);
         }
-        result
+    }
+
+    /// Rings wait for the image, which is to be tried again with [`Handler::retry`] every second.
+    pub(super) fn waits_for_image(&self) -> bool {
+        self.activation.is_refused()
+    }
+
+    /// Tries again to get the image and, with it, to start the rings that wait.
+    pub(super) fn retry(&mut self) {
+        self.start_all();
+    }
+
+    /// Syncs what the rings acknowledged and, if none of them is to run, gives the image free. Called after rings stopped
+    /// for good: [`Handler::stop_all`] at the end of a connection, GET_VRING_BASE, reset.
+    fn settle(&mut self) {
+        self.rings.sync_unless_ignored();
+        if !self.queues.iter().any(QueueState::may_run) {
+            self.activation.release(&self.rings);
+        }
+    }
+
+    /// The end of the connection: every ring is stopped, what it acknowledged is synced, others may have the image.
+    pub(super) fn end(&mut self) {
+        self.stop_all();
+        self.queues.clear();
+        self.settle();
+    }
+
+    /// A descriptor of our own of the channel that the next message hands over.
+    pub(super) fn offer_channel(&mut self, channel: OwnedFd) {
+        self.peeked = Some(channel);
     }
 
     fn queue(&mut self, index: u32) -> Result<(&mut QueueState, Surroundings<'_>)> {
@@ -107,6 +151,7 @@ impl Handler {
         let around = Surroundings {
             rings: &self.rings,
             memory: &self.memory,
+            activation: &self.activation,
             acked_features: self.acked_features.unwrap_or(0),
             serial: &self.identity.serial,
         };
@@ -129,7 +174,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
             this.rings.negotiated(None);
             this.queues.clear();
             Ok(())
-        })
+        })?;
+        self.settle();
+        Ok(())
     }
 
     fn get_features(&mut self) -> Result<u64> {
@@ -222,7 +269,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             ring.vring.set_call(None);
             Ok(ring.vring.queue_next_avail())
         })?;
-        self.rings.sync_unless_ignored();
+        self.settle();
         Ok(VhostUserVringState::new(index, u32::from(base)))
     }
 
@@ -273,7 +320,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        Ok(features::read_config(&self.offer.config, offset, size))
+        let config = features::with_capacity(self.offer.config, self.rings.capacity().read());
+        Ok(features::read_config(&config, offset, size))
     }
 
     /// Nothing is writable (CONFIG_WCE is not offered). A guest can try all the same, and an error would cost it the
@@ -285,6 +333,10 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn set_backend_req_fd(&mut self, backend: Backend) {
         self.backend_channel = Some(backend);
+        match self.peeked.take() {
+            Some(channel) => self.rings.capacity().set_channel(channel),
+            None => log::warn!("the front-end's channel could not be looked at: it will not be told of a resize"),
+        }
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {

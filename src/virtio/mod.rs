@@ -10,11 +10,17 @@
 //! | `handler` | vhost-user messages; every change of a ring goes through `queue_state` |
 //! | `descriptor` | a front-end's kick, call and error descriptors are eventfds |
 //! | `memory` | the front-end's memory table |
+//! | `activation` | whether the image is ours to use |
+//! | `capacity` | the disk's size, and telling the front-end that it changed |
+//! | `channel` | the front-end's channel for our requests |
 //! | `rings` | what outlives a connection: the operator's hold, errors, status |
 //! | `counters` | what a ring counts |
 //! | `device` | one disk: serves one front-end after the other |
 
+mod activation;
 pub mod buffer;
+mod capacity;
+mod channel;
 mod counters;
 mod descriptor;
 pub mod device;

@@ -14,6 +14,7 @@ use vhost_user_backend::{VringMutex, VringT};
 use virtio_queue::QueueT;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+use super::activation::Activation;
 use super::memory::MemoryTable;
 use super::rings::{Command, Mailbox, Rings};
 use super::worker::{self, Setup};
@@ -63,6 +64,7 @@ pub(super) fn set_call(vring: &Vring, call: Option<File>) {
 pub(super) struct Surroundings<'a> {
     pub rings: &'a Arc<Rings>,
     pub memory: &'a MemoryTable,
+    pub activation: &'a Activation,
     pub acked_features: u64,
     pub serial: &'a Arc<[u8; super::request::ID_BYTES]>,
 }
@@ -106,6 +108,21 @@ impl QueueState {
         self.life = Some(Life::Stopped(stopped));
     }
 
+    /// Whether it is to run, and perhaps does.
+    pub(super) fn may_run(&self) -> bool {
+        match &self.life {
+            Some(Life::Stopped(stopped)) => stopped.may_run(),
+            _ => true,
+        }
+    }
+
+    /// Starts the ring if it may run and does not: the image was refused before.
+    pub(super) fn start_again(&mut self, around: &Surroundings) {
+        if let Some(Life::Stopped(_)) = &self.life {
+            self.change(around, |_| ());
+        }
+    }
+
     /// Every ring is enabled where the front-end negotiated no protocol features. Only between `pause` and `change`.
     pub(super) fn enable_while_stopped(&mut self) {
         if let Some(Life::Stopped(stopped)) = &mut self.life {
@@ -145,6 +162,9 @@ impl QueueState {
 
     fn start(&self, stopped: Stopped, around: &Surroundings) -> Life {
         if !stopped.may_run() {
+            return Life::Stopped(stopped);
+        }
+        if !around.activation.claim(around.rings) {
             return Life::Stopped(stopped);
         }
         let memory = around.memory.pin();

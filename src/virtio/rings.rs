@@ -7,10 +7,11 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use super::capacity::Capacity;
 use super::counters::{Counters, accumulate};
 use super::features;
 use crate::backend::{Backend, Errno};
-use crate::disk::{Disk, DiskStatus, Event, Events, HoldFigures, LastError, RingStatus};
+use crate::disk::{Disk, DiskStatus, Event, Events, HoldFigures, ImageStatus, LastError, RingStatus};
 use crate::engine::{CacheMode, CachePolicy};
 
 /// What a worker can be asked; the only way to reach a running ring.
@@ -19,6 +20,8 @@ pub(super) enum Command {
     CloseGate(u64),
     /// Unblock writes.
     OpenGate,
+    /// The image has so many bytes now.
+    Resize(u64),
     /// Replace the call descriptor; then send the answer.
     SetCall(Option<std::fs::File>, Sender<()>),
     /// Stop popping, finish what is in flight, publish it, hand the ring back.
@@ -62,6 +65,7 @@ pub struct Rings {
     backend: Arc<dyn Backend>,
     events: Arc<Events>,
     mode: CacheMode,
+    capacity: Capacity,
     state: Mutex<State>,
 }
 
@@ -74,6 +78,8 @@ struct State {
     syncing: Option<u64>,
     connected: bool,
     acked_features: Option<u64>,
+    /// Why the back-end does not let us use the image, while rings wait for it.
+    refused: Option<String>,
     /// And whether the guest or the front-end provoked it.
     last_errors: VecDeque<(bool, LastError)>,
     /// Of the disk's own errors, and of those that the guest or the front-end provokes.
@@ -114,7 +120,8 @@ const LOG_WINDOW: Duration = Duration::from_secs(10);
 impl Rings {
     /// For a disk on `backend` in this mode; what happens goes to `events`.
     pub fn new(backend: Arc<dyn Backend>, mode: CacheMode, events: Arc<Events>) -> Arc<Self> {
-        Arc::new(Rings { backend, events, mode, state: Mutex::default() })
+        let capacity = Capacity::new(backend.geometry().size);
+        Arc::new(Rings { backend, events, mode, capacity, state: Mutex::default() })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -131,11 +138,48 @@ impl Rings {
         &self.backend
     }
 
+    /// The disk's size, and what the front-end knows of it.
+    pub(super) fn capacity(&self) -> &Capacity {
+        &self.capacity
+    }
+
+    /// The image has `bytes` now: requests are checked against that from each ring's next batch on, and the front-end is
+    /// told. Any thread.
+    pub(super) fn resized(&self, bytes: u64) {
+        let before = self.capacity.get();
+        let bytes = bytes - bytes % u64::from(self.backend.geometry().logical_block);
+        if bytes == before {
+            return;
+        }
+        log::info!("{}: {before} bytes before, {bytes} now", self.backend.describe());
+        self.capacity.set(bytes);
+        for mailbox in self.lock().running.values() {
+            mailbox.send(Command::Resize(bytes));
+        }
+        self.capacity.announce();
+    }
+
+    /// Rings wait for the image, and why; or no longer. The vhost-user thread.
+    pub(super) fn image_refused(&self, why: Option<String>) {
+        self.lock().refused = why;
+        self.events.send(Event::ImageState(self.image_status()));
+    }
+
+    /// The back-end's words, or that rings wait for the image.
+    fn image_status(&self) -> ImageStatus {
+        let refused = self.lock().refused.clone();
+        match refused {
+            Some(why) => ImageStatus { trouble: Some("not-ours".into()), trouble_detail: Some(why) },
+            None => self.backend.image_status(),
+        }
+    }
+
     /// A ring starts. Returns its counters and, if writes are blocked, the hold's epoch: the worker then begins
     /// blocked.
     pub(super) fn ring_joined(&self, index: u32, mailbox: Mailbox) -> (Arc<Counters>, Option<u64>) {
         let mut state = self.lock();
         state.running.insert(index, mailbox);
+        self.capacity.ring_started();
         let counters = state.counters.entry(index).or_default().clone();
         counters.running.store(true, Relaxed);
         (counters, state.hold.as_ref().map(|hold| hold.epoch))
@@ -145,6 +189,9 @@ impl Rings {
     pub(super) fn ring_left(self: &Arc<Self>, index: u32) {
         let mut state = self.lock();
         state.running.remove(&index);
+        if state.running.is_empty() {
+            self.capacity.rings_stopped();
+        }
         if let Some(counters) = state.counters.get(&index) {
             counters.running.store(false, Relaxed);
             counters.held.store(false, Relaxed);
@@ -245,12 +292,14 @@ impl Rings {
 
     /// A front-end came.
     pub(super) fn connected(&self) {
+        self.capacity.connected();
         self.lock().connected = true;
         self.events.send(Event::Connected);
     }
 
     /// The front-end left.
     pub(super) fn disconnected(&self, why: &str) {
+        self.capacity.disconnected();
         {
             let mut state = self.lock();
             state.connected = false;
@@ -355,6 +404,7 @@ impl Disk for Arc<Rings> {
     fn status(&self) -> DiskStatus {
         let geometry = self.backend.geometry();
         let policy = self.policy();
+        let image_status = self.image_status();
         let state = self.lock();
         let acked = state.acked_features;
         let mut total = RingStatus::default();
@@ -370,7 +420,7 @@ impl Disk for Arc<Rings> {
         DiskStatus {
             image: self.backend.describe(),
             image_path: self.backend.path().map(|path| path.display().to_string()),
-            size: geometry.size,
+            size: self.capacity.get(),
             logical_block_size: geometry.logical_block,
             read_only: geometry.read_only,
             cache_mode: self.mode.to_string(),
@@ -389,7 +439,7 @@ impl Disk for Arc<Rings> {
             total,
             last_errors: state.last_errors.iter().map(|(_, error)| error.clone()).collect(),
             sync_failed: self.backend.sync_failed().is_some(),
-            image_status: self.backend.image_status(),
+            image_status,
         }
     }
 }

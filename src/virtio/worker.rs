@@ -149,7 +149,7 @@ impl Worker {
         }
         counters.size.store(u64::from(size), Relaxed);
         let backend = setup.rings.backend().clone();
-        let geometry = backend.geometry();
+        let geometry = Geometry { size: setup.rings.capacity().get(), ..backend.geometry() };
         // One more than the ring holds: the engine's sync.
         let depth = usize::from(size).min(MOST_OPS) + 1;
         let mut io = backend.open_queue(depth).unwrap_or_else(|error| {
@@ -206,6 +206,7 @@ impl Worker {
                 self.engine.unblock_writes();
                 self.hold = None;
             }
+            Command::Resize(bytes) => self.geometry.size = bytes,
             Command::SetCall(call, done) => {
                 queue_state::set_call(&ring.vring, call);
                 // Nobody waits any more: the handler ended with its connection.

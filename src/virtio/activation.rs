@@ -1,0 +1,68 @@
+//! Whether the image is ours to use: [`Backend::activate`] before the first ring runs, [`Backend::deactivate`] after the
+//! last one has stopped for good. Pauses (a change of the memory table, a ring set up anew) keep it.
+//!
+//! An image that cannot be had (another host holds its lock) keeps the rings from running, and the guest waits. Status
+//! and an event say so, and the vhost-user thread tries again every [`RETRY`] until it succeeds or the front-end stops
+//! the rings: whatever front-end it is, the guest goes on by itself once the image is free. To run the ring and fail
+//! its requests instead would cost the guest its filesystem for what passes by itself, such as a migration's hand-over.
+//!
+//! [`Backend::activate`]: crate::backend::Backend::activate
+//! [`Backend::deactivate`]: crate::backend::Backend::deactivate
+
+use std::cell::{Cell, RefCell};
+use std::time::Duration;
+
+use super::rings::Rings;
+
+/// How long until a refused image is tried again.
+pub(super) const RETRY: Duration = Duration::from_secs(1);
+
+/// One connection's claim to the image. Owned by the handler; the vhost-user thread.
+#[derive(Default)]
+pub(super) struct Activation {
+    active: Cell<bool>,
+    /// Why it was refused last; told once for each cause.
+    refused: RefCell<Option<String>>,
+}
+
+impl Activation {
+    /// Claims the image for a ring that is about to run, if that was not done. `false`: it is refused, and the ring must
+    /// not run. Blocks as long as the back-end does.
+    pub(super) fn claim(&self, rings: &Rings) -> bool {
+        if self.active.get() {
+            return true;
+        }
+        match rings.backend().activate() {
+            Ok(()) => {
+                self.active.set(true);
+                if self.refused.take().is_some() {
+                    log::info!("{} is ours now: the guest goes on", rings.backend().describe());
+                    rings.image_refused(None);
+                }
+            }
+            Err(error) => {
+                let why = error.to_string();
+                if self.refused.replace(Some(why.clone())).as_ref() != Some(&why) {
+                    log::error!("the guest waits for its image, which is tried again every second: {why}");
+                    rings.image_refused(Some(why));
+                }
+            }
+        }
+        self.active.get()
+    }
+
+    /// The last ring has stopped and what it acknowledged is synced: others may have the image.
+    pub(super) fn release(&self, rings: &Rings) {
+        if self.active.take() {
+            rings.backend().deactivate();
+        }
+        if self.refused.take().is_some() {
+            rings.image_refused(None);
+        }
+    }
+
+    /// Rings wait for the image.
+    pub(super) fn is_refused(&self) -> bool {
+        self.refused.borrow().is_some()
+    }
+}

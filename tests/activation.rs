@@ -1,0 +1,158 @@
+//! Who may have the image: the back-end is told before the first ring runs and after the last one has stopped and was
+//! synced, not in between; and a guest whose image is refused goes on when it is free.
+
+mod front_end;
+mod rig;
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use front_end::*;
+use rig::Rig;
+use vhost::vhost_user::VhostUserFrontend;
+use virtioblkd::backend::mem::{MemBackend, MemOptions};
+use virtioblkd::backend::{Backend, Errno, Geometry, IoQueue};
+use virtioblkd::disk::{Disk, Event};
+use virtioblkd::engine::CacheMode;
+use virtioblkd::virtio::DeviceOptions;
+
+/// A RAM disk that notes what it is told, and can be somebody else's.
+struct Watched {
+    disk: MemBackend,
+    told: Mutex<Vec<&'static str>>,
+    taken: AtomicBool,
+    active: AtomicBool,
+}
+
+impl Watched {
+    fn note(&self, what: &'static str) {
+        let mut told = self.told.lock().unwrap();
+        // How many syncs there are does not matter.
+        if told.last() != Some(&what) {
+            told.push(what);
+        }
+    }
+
+    fn told(&self) -> Vec<&'static str> {
+        std::mem::take(&mut self.told.lock().unwrap())
+    }
+}
+
+impl Backend for Watched {
+    fn geometry(&self) -> Geometry {
+        self.disk.geometry()
+    }
+
+    fn open_queue(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
+        assert!(self.active.load(SeqCst), "a ring runs on an image that is not ours");
+        self.disk.open_queue(depth)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.note("sync");
+        self.disk.sync()
+    }
+
+    fn describe(&self) -> String {
+        self.disk.describe()
+    }
+
+    fn sync_failed(&self) -> Option<Errno> {
+        self.disk.sync_failed()
+    }
+
+    fn activate(&self) -> io::Result<()> {
+        if self.taken.load(SeqCst) {
+            return Err(io::Error::other("another host has the image; stop its guest"));
+        }
+        self.note("activate");
+        assert!(!self.active.swap(true, SeqCst), "activated twice");
+        Ok(())
+    }
+
+    fn deactivate(&self) {
+        self.note("deactivate");
+        assert!(self.active.swap(false, SeqCst), "deactivated twice");
+    }
+}
+
+fn watched() -> (Arc<Watched>, Rig) {
+    let disk = MemBackend::new(MemOptions::new(8 << 20));
+    let backend = Arc::new(Watched {
+        disk,
+        told: Mutex::default(),
+        taken: AtomicBool::new(false),
+        active: AtomicBool::new(false),
+    });
+    let options = DeviceOptions { mode: CacheMode::None, num_queues: 8, queue_size: 256, serial: String::new() };
+    (backend.clone(), Rig::on(backend, &options))
+}
+
+#[test]
+fn the_back_end_is_told_before_the_first_ring_and_after_the_last_sync() {
+    let (backend, rig) = watched();
+    let mut guest = FrontEnd::handshake(std::os::unix::net::UnixStream::connect(&rig.path).unwrap(), 2, 256, ALL);
+    assert_eq!(backend.told(), [""; 0], "no ring runs yet");
+    guest.start_ring(0, 0);
+    guest.start_ring(1, 0);
+    assert_eq!(guest.write(0, 0, &[1; 512]), 0);
+    assert_eq!(backend.told(), ["activate"]);
+    // Pauses.
+    guest.send_memory_table();
+    guest.control.set_vring_enable(0, false).unwrap();
+    guest.control.set_vring_enable(1, false).unwrap();
+    guest.control.set_vring_enable(0, true).unwrap();
+    guest.control.set_vring_enable(1, true).unwrap();
+    assert_eq!(backend.told(), [""; 0]);
+    // One of two stops.
+    let base = guest.stop_ring(0);
+    assert_eq!(backend.told(), ["sync"], "the other one may run");
+    guest.stop_ring(1);
+    assert_eq!(backend.told(), ["sync", "deactivate"]);
+    // And again.
+    guest.restart_ring(0, base, base);
+    assert_eq!(guest.read(0, 0, 512), (0, vec![1; 512]));
+    assert_eq!(backend.told(), ["activate"]);
+    drop(guest);
+    rig.disconnected();
+    assert_eq!(backend.told(), ["sync", "deactivate"]);
+}
+
+#[test]
+fn a_guest_whose_image_is_refused_waits_and_goes_on() {
+    let (backend, rig) = watched();
+    backend.taken.store(true, SeqCst);
+    let mut guest = FrontEnd::connect(&rig.path, 2, 256, ALL);
+    let trouble = |event| if let Event::ImageState(state) = event { Some(state) } else { None };
+    let state = rig.event(trouble);
+    assert_eq!(state.trouble.as_deref(), Some("not-ours"));
+    assert!(state.trouble_detail.as_deref().unwrap().contains("stop its guest"), "{state:?}");
+    assert_eq!(rig.status().image_status, state);
+    let slot = guest.add(0, IN, 0, &[], 512);
+    guest.kick(0);
+    assert_eq!(guest.used_within(0, Duration::from_millis(100)), None);
+    assert_eq!(backend.told(), [""; 0]);
+    assert!(rig.hold(1).is_ok(), "a quiesce needs no ring");
+    rig.disk.open_gate();
+    backend.told();
+    backend.taken.store(false, SeqCst);
+    assert_eq!(guest.wait(0), (slot, 0), "tried again without the front-end's help");
+    assert_eq!(rig.event(trouble).trouble, None);
+    assert_eq!(rig.status().rings.len(), 2);
+    assert_eq!(guest.write(1, 0, &[3; 512]), 0);
+    assert_eq!(backend.told()[0], "activate");
+}
+
+#[test]
+fn a_front_end_that_stops_its_rings_no_longer_waits_for_the_image() {
+    let (backend, rig) = watched();
+    backend.taken.store(true, SeqCst);
+    let mut guest = FrontEnd::connect(&rig.path, 1, 256, ALL);
+    assert_eq!(guest.stop_ring(0), 0);
+    assert_eq!(rig.status().image_status.trouble, None);
+    backend.taken.store(false, SeqCst);
+    std::thread::sleep(Duration::from_millis(1500));
+    assert!(!backend.told().contains(&"activate"), "nobody wants it");
+}

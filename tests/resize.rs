@@ -1,0 +1,125 @@
+//! A disk that grows and shrinks under its guest: what the front-end is told, and what requests may touch.
+
+mod front_end;
+mod rig;
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use front_end::*;
+use rig::Rig;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use virtioblkd::backend::mem::{MemBackend, MemOptions};
+use virtioblkd::engine::CacheMode;
+use virtioblkd::virtio::DeviceOptions;
+
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const LARGE: u64 = 8 << 20;
+const SMALL: u64 = 4 << 20;
+
+/// A RAM disk of which only the first half is there at first.
+fn half() -> Rig {
+    let options = DeviceOptions { mode: CacheMode::None, num_queues: 8, queue_size: 256, serial: String::new() };
+    let rig = Rig::on(Arc::new(MemBackend::new(MemOptions::new(LARGE))), &options);
+    rig.device.resized(SMALL);
+    rig
+}
+
+/// Connects with a channel for the daemon's requests; its other end.
+fn connect(rig: &Rig) -> (FrontEnd, UnixStream) {
+    let mut guest = FrontEnd::handshake(UnixStream::connect(&rig.path).unwrap(), 1, 256, ALL);
+    let wanted = VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::BACKEND_REQ;
+    guest.control.set_protocol_features(wanted).unwrap();
+    let (theirs, ours) = UnixStream::pair().unwrap();
+    guest.control.set_backend_request_fd(&ours).unwrap();
+    (guest, theirs)
+}
+
+/// Messages that came by now; CONFIG_CHANGE_MSG is the only one there is.
+fn messages(channel: &UnixStream) -> usize {
+    let soon = Timespec { tv_sec: 0, tv_nsec: Duration::from_millis(50).subsec_nanos().into() };
+    if poll(&mut [PollFd::new(channel, PollFlags::IN)], Some(&soon)).unwrap() == 0 {
+        return 0;
+    }
+    let mut bytes = [0; 240];
+    let len = std::io::Read::read(&mut &*channel, &mut bytes).unwrap();
+    for message in bytes[..len].chunks(12) {
+        assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    }
+    len / 12
+}
+
+fn capacity(guest: &mut FrontEnd) -> u64 {
+    u64::from_le_bytes(guest.config(60)[..8].try_into().unwrap()) * 512
+}
+
+#[test]
+fn a_running_guest_is_told_and_may_use_what_there_is() {
+    let rig = half();
+    let (mut guest, channel) = connect(&rig);
+    assert_eq!(capacity(&mut guest), SMALL);
+    guest.start_ring(0, 0);
+    assert_eq!(messages(&channel), 0);
+    assert_eq!(guest.write(0, SMALL / 512 - 1, &[1; 1024]), IOERR);
+    rig.device.resized(LARGE);
+    rig.device.resized(LARGE);
+    assert_eq!(messages(&channel), 1);
+    assert_eq!(capacity(&mut guest), LARGE);
+    assert_eq!(guest.write(0, SMALL / 512 - 1, &[1; 1024]), OK);
+    assert_eq!(guest.write(0, LARGE / 512 - 1, &[2; 512]), OK);
+    assert_eq!(rig.status().size, LARGE);
+    // Not whole blocks: rounded down.
+    rig.device.resized(SMALL + 100);
+    assert_eq!(messages(&channel), 1);
+    assert_eq!(capacity(&mut guest), SMALL);
+    assert_eq!(guest.read(0, SMALL / 512, 512).0, IOERR);
+    assert_eq!(guest.write(0, SMALL / 512 - 1, &[1; 1024]), IOERR);
+    assert_eq!(guest.range(0, DISCARD, SMALL / 512, 8, 0), IOERR);
+    assert_eq!(guest.read(0, SMALL / 512 - 1, 512), (OK, vec![1; 512]));
+}
+
+#[test]
+fn a_size_that_changed_meanwhile_is_told_when_the_rings_start() {
+    let rig = half();
+    let (mut guest, channel) = connect(&rig);
+    assert_eq!(capacity(&mut guest), SMALL);
+    guest.start_ring(0, 0);
+    let base = guest.stop_ring(0);
+    rig.device.resized(LARGE);
+    assert_eq!(messages(&channel), 0, "QEMU takes no notice now");
+    guest.restart_ring(0, base, base);
+    assert_eq!(messages(&channel), 1);
+    drop((guest, channel));
+    rig.disconnected();
+    rig.device.resized(SMALL);
+    // A reconnecting front-end does not read the configuration.
+    let (mut guest, channel) = connect(&rig);
+    guest.start_ring(0, 0);
+    assert_eq!(messages(&channel), 1);
+    assert_eq!(capacity(&mut guest), SMALL);
+    assert_eq!(guest.read(0, SMALL / 512, 512).0, IOERR);
+}
+
+#[test]
+fn a_front_end_that_reads_no_messages_holds_nobody_up() {
+    let rig = half();
+    let (mut guest, channel) = connect(&rig);
+    guest.start_ring(0, 0);
+    for _ in 0..10_000 {
+        rig.device.resized(LARGE);
+        rig.device.resized(SMALL);
+    }
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+    assert_eq!(rig.status().size, SMALL);
+    drop(channel);
+    rig.device.resized(LARGE);
+    assert_eq!(guest.write(0, LARGE / 512 - 1, &[1; 512]), OK);
+}
