@@ -25,6 +25,14 @@ pub trait Disk: Send + Sync {
     /// A snapshot of the disk's state, from counters that the rings keep; may lag by one batch.
     fn status(&self) -> DiskStatus;
 
+    /// Takes the image's size as it is now, grown to `grow_to` bytes first if that is given, and tells the guest. One that
+    /// is smaller than before is an error without `shrink`. Returns the size, or a message for the operator. Waits two
+    /// seconds at most for storage that hangs.
+    fn resize(&self, grow_to: Option<u64>, shrink: bool) -> Result<u64, String> {
+        let _ = (grow_to, shrink);
+        Err("this disk's size does not change".into())
+    }
+
     /// Its point-in-time copies, where the daemon makes them.
     fn copies(&self) -> Option<&dyn Copies> {
         None

@@ -12,10 +12,14 @@ use rig::Rig;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use virtioblkd::backend::file::{FileBackend, FileOptions};
 use virtioblkd::backend::mem::{MemBackend, MemOptions};
+use virtioblkd::backend::point_in_time::PointInTime;
+use virtioblkd::disk::{Copies, CopyOptions, Disk, Events};
 use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::DeviceOptions;
 
+const MODE: CacheMode = CacheMode::Writeback;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const LARGE: u64 = 8 << 20;
@@ -122,4 +126,99 @@ fn a_front_end_that_reads_no_messages_holds_nobody_up() {
     drop(channel);
     rig.device.resized(LARGE);
     assert_eq!(guest.write(0, LARGE / 512 - 1, &[1; 512]), OK);
+}
+
+/// A served file of `SMALL` bytes in a mode over the host's cache.
+fn file() -> (tempfile::NamedTempFile, Rig) {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(SMALL).unwrap();
+    let options = FileOptions { logical_block_size: Some(512), ..FileOptions::new(image.path(), MODE.into()) };
+    let backend = PointInTime::new(Arc::new(FileBackend::open(&options).unwrap()), Arc::new(Events::new().unwrap()));
+    let options = DeviceOptions { mode: MODE, num_queues: 8, queue_size: 256, serial: String::new() };
+    (image, Rig::on(Arc::new(backend), &options))
+}
+
+#[test]
+fn a_file_is_grown_and_the_guest_writes_there() {
+    let (image, rig) = file();
+    let (mut guest, channel) = connect(&rig);
+    assert_eq!(capacity(&mut guest), SMALL);
+    guest.start_ring(0, 0);
+    assert_eq!(rig.disk.resize(None, false), Ok(SMALL));
+    assert_eq!(messages(&channel), 0, "nothing changed");
+    assert_eq!(rig.disk.resize(Some(LARGE), false), Ok(LARGE));
+    assert_eq!(messages(&channel), 1);
+    assert_eq!(image.as_file().metadata().unwrap().len(), LARGE);
+    assert_eq!(guest.write(0, LARGE / 512 - 1, &[7; 512]), OK);
+    let mut end = [0; 512];
+    std::os::unix::fs::FileExt::read_exact_at(image.as_file(), &mut end, LARGE - 512).unwrap();
+    assert_eq!(end, [7; 512]);
+    // Grown by somebody else, and not by whole blocks.
+    image.as_file().set_len(2 * LARGE + 5).unwrap();
+    assert_eq!(rig.disk.resize(None, false), Ok(2 * LARGE));
+    assert_eq!(guest.write(0, 2 * LARGE / 512 - 1, &[8; 512]), OK);
+}
+
+#[test]
+fn a_smaller_image_is_refused_unless_forced() {
+    let (image, rig) = file();
+    let (mut guest, channel) = connect(&rig);
+    assert_eq!(capacity(&mut guest), SMALL);
+    guest.start_ring(0, 0);
+    let refused = |to, force, words: [&str; 2]| {
+        let why = rig.disk.resize(to, force).unwrap_err();
+        assert!(words.iter().all(|word| why.contains(word)), "{why}");
+    };
+    refused(Some(SMALL / 2), true, ["never cut", "truncate"]);
+    refused(Some(SMALL + 5), false, ["whole blocks", "multiple"]);
+    image.as_file().set_len(SMALL / 2).unwrap();
+    refused(None, false, ["lost", "--force"]);
+    assert_eq!((messages(&channel), rig.status().size), (0, SMALL));
+    assert_eq!(rig.disk.resize(None, true), Ok(SMALL / 2));
+    assert_eq!(messages(&channel), 1);
+    assert_eq!(guest.read(0, SMALL / 1024, 512).0, IOERR);
+    image.as_file().set_len(0).unwrap();
+    refused(None, true, ["empty", "stop its guest"]);
+}
+
+#[test]
+fn a_copy_holds_the_image_as_it_was_prepared_and_started() {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(image.path(), vec![5; SMALL as usize]).unwrap();
+    let options = FileOptions { logical_block_size: Some(512), ..FileOptions::new(image.path(), MODE.into()) };
+    let disk = FileBackend::open(&options).unwrap();
+    let events = Arc::new(Events::new().unwrap());
+    let backend = Arc::new(PointInTime::new(Arc::new(disk), events.clone()));
+    let options = DeviceOptions { mode: MODE, num_queues: 8, queue_size: 256, serial: String::new() };
+    let rig = Rig::on(backend.clone(), &options);
+    let mut guest = FrontEnd::connect(&rig.path, 1, 256, ALL);
+    let dir = tempfile::tempdir().unwrap();
+    let prepare = |name: &str| {
+        // So slow that the guest is first.
+        let options = CopyOptions { target: dir.path().join(name), bandwidth: 1 << 20, digest: false };
+        backend.prepare(&options).unwrap()
+    };
+    let stale = prepare("stale");
+    assert_eq!(rig.disk.resize(Some(LARGE), false), Ok(LARGE));
+    let why = backend.start(&stale).unwrap_err();
+    assert!(why.code == "busy" && why.message.contains("resized"), "{why:?}");
+    backend.cancel(&stale).unwrap();
+    let before = std::fs::read(image.path()).unwrap();
+    let copy = prepare("copy");
+    backend.start(&copy).unwrap();
+    assert_eq!(rig.disk.resize(Some(2 * LARGE), false), Ok(2 * LARGE));
+    // Inside, across the old end, and behind it.
+    for sector in [0, LARGE / 512 - 1, LARGE / 512 + 100, 2 * LARGE / 512 - 2] {
+        assert_eq!(guest.write(0, sector, &[9; 1024]), OK, "{sector}");
+    }
+    backend.set_bandwidth(&copy, 0).unwrap();
+    let ended = loop {
+        let status = backend.status().into_iter().find(|status| status.copy == copy).unwrap();
+        if !["running", "syncing"].contains(&&*status.state) {
+            break status;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    assert_eq!(ended.state, "completed", "{ended:?}");
+    assert!(std::fs::read(dir.path().join("copy")).unwrap() == before);
 }

@@ -9,12 +9,14 @@ mod mailbox;
 mod open;
 mod queue;
 mod ranged;
+mod resize;
 mod rmw;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::OFlags;
 
@@ -102,7 +104,10 @@ struct Shared {
     may_unmap: bool,
     /// The guest's blocks are smaller than those that can be written.
     read_modify_write: bool,
+    /// As it was opened; the size is in `size`.
     geometry: Geometry,
+    /// Bytes.
+    size: AtomicU64,
     latch: Latch,
     unable: Unable,
     ranges: Arc<RangeLocks>,
@@ -142,6 +147,7 @@ impl FileBackend {
             range_unit: medium.range_unit,
             may_unmap,
             read_modify_write: opened.logical_block < align.offset,
+            size: AtomicU64::new(geometry.size),
             geometry,
             latch: Latch::default(),
             unable: Unable::default(),
@@ -153,7 +159,7 @@ impl FileBackend {
 
 impl Backend for FileBackend {
     fn geometry(&self) -> Geometry {
-        self.shared.geometry
+        Geometry { size: self.shared.size.load(Ordering::Relaxed), ..self.shared.geometry }
     }
 
     fn open_queue(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
@@ -180,7 +186,7 @@ impl Backend for FileBackend {
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         use rustix::fs::{SeekFrom, seek};
         use rustix::io::Errno;
-        let size = self.shared.geometry.size;
+        let size = self.geometry().size;
         if offset >= size {
             return Ok(None);
         }
@@ -206,6 +212,10 @@ impl Backend for FileBackend {
             String::new()
         };
         format!("{what} {} over {how}{access}{modify}", shared.name)
+    }
+
+    fn resize(&self, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
+        resize::resize(&self.shared, grow_to, shrink)
     }
 
     fn sync_failed(&self) -> Option<Errno> {

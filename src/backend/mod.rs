@@ -228,6 +228,15 @@ pub trait Backend: Send + Sync {
     /// image. Called by the vhost-user thread; may block.
     fn deactivate(&self) {}
 
+    /// Takes the image's size as it is now, because somebody changed it; with `grow_to`, makes it so many bytes first,
+    /// where the back-end can. One that is smaller than before is taken only with `shrink`. Returns the size, which
+    /// [`Backend::geometry`] has from now on. Errors name the thing, the cause and the mend. Called by a thread of its
+    /// own for `resize` on the control socket; may block.
+    fn resize(&self, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
+        let _ = (grow_to, shrink);
+        Err(io::Error::other(format!("{}: its size does not change", self.describe())))
+    }
+
     /// What the status says of the image besides its shape. Called by the control thread; does not block on I/O.
     fn image_status(&self) -> ImageStatus {
         ImageStatus::default()

@@ -339,6 +339,15 @@ impl Copies for PointInTime {
         if copy.phase() != Phase::Prepared {
             return Err(busy(format!("{} was started already", copy.name)));
         }
+        let size = self.geometry().size;
+        if size != copy.size {
+            let prepared = copy.size;
+            return Err(busy(format!(
+                "the image was resized since {} was prepared, from {prepared} to {size} bytes; cancel it and prepare \
+                 another",
+                copy.name
+            )));
+        }
         let in_flight =
             || registry.changes.iter().filter_map(Weak::upgrade).map(|count| count.load(Ordering::SeqCst)).sum();
         if !copy.begin(in_flight) {
@@ -415,6 +424,10 @@ impl Backend for PointInTime {
 
     fn deactivate(&self) {
         self.image.deactivate();
+    }
+
+    fn resize(&self, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
+        self.image.resize(grow_to, shrink)
     }
 
     fn image_status(&self) -> ImageStatus {

@@ -137,6 +137,10 @@ impl Disk for CopiedDisk {
         self.disk.status()
     }
 
+    fn resize(&self, grow_to: Option<u64>, shrink: bool) -> Result<u64, String> {
+        self.disk.resize(grow_to, shrink)
+    }
+
     fn copies(&self) -> Option<&dyn Copies> {
         Some(&*self.copies)
     }

@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering::Relaxed;
-use std::sync::mpsc::Sender;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -66,6 +67,8 @@ pub struct Rings {
     events: Arc<Events>,
     mode: CacheMode,
     capacity: Capacity,
+    /// [`Disk::resize`] is under way.
+    resizing: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -116,12 +119,14 @@ const LAST_ERRORS: usize = 8;
 /// Lines about errors in one [`LOG_WINDOW`].
 const LOG_LINES: u32 = 10;
 const LOG_WINDOW: Duration = Duration::from_secs(10);
+/// Storage that does not answer in this time hangs; the control thread waits no longer.
+const HANGS: Duration = Duration::from_secs(2);
 
 impl Rings {
     /// For a disk on `backend` in this mode; what happens goes to `events`.
     pub fn new(backend: Arc<dyn Backend>, mode: CacheMode, events: Arc<Events>) -> Arc<Self> {
         let capacity = Capacity::new(backend.geometry().size);
-        Arc::new(Rings { backend, events, mode, capacity, state: Mutex::default() })
+        Arc::new(Rings { backend, events, mode, capacity, resizing: AtomicBool::new(false), state: Mutex::default() })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -157,6 +162,31 @@ impl Rings {
             mailbox.send(Command::Resize(bytes));
         }
         self.capacity.announce();
+    }
+
+    /// [`Disk::resize`], in a thread of its own: the control thread must not wait for storage that hangs. One at a time.
+    fn resize_in_thread(self: &Arc<Self>, grow_to: Option<u64>, shrink: bool) -> Result<u64, String> {
+        if self.resizing.swap(true, Acquire) {
+            return Err("an earlier resize has not ended: the image's storage does not answer; mend it".into());
+        }
+        let (sender, result) = mpsc::sync_channel(1);
+        let rings = self.clone();
+        let work = move || {
+            let result = rings.backend.resize(grow_to, shrink).map_err(|error| error.to_string());
+            if let Ok(bytes) = result {
+                rings.resized(bytes);
+            }
+            rings.resizing.store(false, Release);
+            // Nobody waits any more for storage that hung.
+            let _ = sender.send(result);
+        };
+        if let Err(error) = std::thread::Builder::new().name("resize".into()).spawn(work) {
+            self.resizing.store(false, Release);
+            return Err(format!("no thread to resize in: {error}; raise the limit on threads"));
+        }
+        result.recv_timeout(HANGS).unwrap_or_else(|_| {
+            Err("the image's storage does not answer; once it does, the guest is told of the new size".into())
+        })
     }
 
     /// Rings wait for the image, and why; or no longer. The vhost-user thread.
@@ -399,6 +429,10 @@ impl Disk for Arc<Rings> {
                 mailbox.send(Command::OpenGate);
             }
         }
+    }
+
+    fn resize(&self, grow_to: Option<u64>, shrink: bool) -> Result<u64, String> {
+        self.resize_in_thread(grow_to, shrink)
     }
 
     fn status(&self) -> DiskStatus {

@@ -177,6 +177,8 @@ impl Copy {
     /// A ring has an op that changes `clusters`. True: it must wait for its ticket to come to `mailbox`; false: it may
     /// go. Each ring's thread.
     pub(super) fn must_wait(&self, clusters: Range<u64>, ticket: u64, mailbox: &Arc<Mailbox<u64>>) -> bool {
+        // What the image grew by since is no part of the copy.
+        let clusters = clusters.start..clusters.end.min(self.saved.len());
         if self.shared.tuning.mutant == Some(Mutant::SavesNothing) || self.saved.first_clear(clusters.clone()).is_none()
         {
             return false;
