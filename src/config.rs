@@ -17,6 +17,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use log::LevelFilter;
 
 use crate::engine::CacheMode;
+pub use values::disk_size;
 use values::{Mode, Switch};
 
 /// The answer to `--print-capabilities`: the features that QEMU's conventions name for a block back-end.

@@ -365,3 +365,49 @@ fn ext4_discard_read_only_and_large_sectors() {
     assert!(fs::read(&read_only).expect("readable") == read_me, "a read-only image changed");
     assert!(a.total("discards") > 0, "{}", a.status());
 }
+
+/// Says the size whenever it is asked to, and writes at the end of the disk.
+const RESIZE_JOB: &str = r#"
+end() { dd if=/dev/zero bs=512 count=1 2>/dev/null | tr '\0' "$1" |
+    dd of=/dev/vda bs=512 seek=$(($(cat /sys/block/vda/size) - 1)) count=1 conv=notrunc,fsync 2>/tmp/error || { cat /tmp/error; exit 1; }; }
+echo "sectors: $(cat /sys/block/vda/size)"
+ask grow
+while [ "$(cat /sys/block/vda/size)" != 262144 ]; do sleep 0.1; done
+end g
+ask restart
+while [ "$(cat /sys/block/vda/size)" != 393216 ]; do
+    # Something must start the rings again, and QEMU reconnects only then.
+    dd if=/dev/vda of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null
+    sleep 0.1
+done
+end r
+"#;
+
+#[test]
+fn a_grown_image_reaches_the_running_guest() {
+    let dir = scratch();
+    let image = sparse_image(dir.path(), 64 * MIB);
+    let server = Server::start(&image, CacheMode::None, &["--logical-block-size", "512"]);
+    let mut vm = qemu::linux(1, RESIZE_JOB).vhost_user_disk(&server.socket(), "").start();
+    assert_eq!(vm.until_asked("grow"), ["sectors: 131072"]);
+    assert_eq!(server.ctl_ok(&["resize", "128M"]), "the guest's disk has 134217728 bytes\n");
+    vm.go();
+    vm.until_asked("restart");
+    assert_eq!(oracle::read_at(&image, 128 * MIB - 512, 512), [b'g'; 512]);
+    // While nobody serves it.
+    let grow = image.clone();
+    let server = server.restart_after(&image, CacheMode::None, &["--logical-block-size", "512"], move || {
+        fs::File::options().write(true).open(&grow).and_then(|file| file.set_len(192 * MIB)).expect("a larger image");
+    });
+    vm.go();
+    vm.finish();
+    assert_eq!(oracle::read_at(&image, 192 * MIB - 512, 512), [b'r'; 512]);
+    // A smaller one is refused.
+    let shrunk = fs::File::options().write(true).open(&image).and_then(|file| file.set_len(64 * MIB));
+    shrunk.expect("a smaller image");
+    let refused = server.ctl(&["resize"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--force"), "{refused:?}");
+    server.ctl_ok(&["resize", "--force"]);
+    assert_eq!(server.status()["size"], 64 * MIB);
+}

@@ -118,8 +118,9 @@ pub(super) fn backend(text: &str) -> Result<Backend, String> {
     }
 }
 
-/// Bytes, with K, M, G or T for powers of 1024.
-fn disk_size(text: &str) -> Result<u64, String> {
+/// A disk's size in bytes, with K, M, G or T for powers of 1024: whole sectors. The error says what is allowed. Also
+/// for `virtioblkctl`.
+pub fn disk_size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.as_bytes().last() {
         Some(b'K') => (&text[..text.len() - 1], 10),
         Some(b'M') => (&text[..text.len() - 1], 20),

@@ -20,10 +20,15 @@
 //! | `copy-cancel` | `copy` | nothing |
 //! | `copy-bandwidth` | `copy`, `bandwidth` | nothing |
 //! | `query-copies` | | a list: the copies that ended last, and the one prepared or running |
+//! | `resize` | `size` (what the image has), `force` (false) | `size`: what the guest sees now |
 //! | `quit` | | nothing; then the daemon ends in order, as by SIGTERM |
 //!
 //! A quiesce ends by `resume`, when its lease runs out, and, unless `detached`, with the connection that asked for it
 //! (also when the client closes only its sending side). The disk goes on when the last holder is gone.
+//!
+//! `resize` makes the daemon look at the size of its image, which somebody changed, and tell the guest. With `size` it
+//! grows the image first, where it can; it never cuts one. A smaller image is refused without `force`: the guest loses
+//! what lies behind the new end.
 //!
 //! A copy is prepared before anything is held still: its file, `target` with `.partial` added, is created, and
 //! everything that can fail has failed. `copy-start` fixes the instant while the hold of `token` is granted, and takes
@@ -71,6 +76,7 @@
 //! | `no-such-copy` | no copy that is prepared or running has this name |
 //! | `target` | the copy's file cannot be created |
 //! | `resources` | no thread or descriptor for a copy |
+//! | `resize` | the image's size cannot be taken, or was refused |
 //! | `no-copies` | this daemon makes no copies |
 //! | `shutting-down` | the daemon ends |
 //! | `too-many-clients` | as many connections as this server keeps; it then closes this one |
@@ -123,6 +129,13 @@ pub enum Command {
     QueryStats,
     /// About point-in-time copies.
     Copy(CopyCommand),
+    /// The image has another size.
+    Resize {
+        /// Grow it to so many bytes first.
+        size: Option<u64>,
+        /// Even if it is smaller now.
+        force: bool,
+    },
     /// Ends the daemon.
     Quit,
 }
@@ -187,7 +200,7 @@ pub struct Request {
 type Parse = fn(&mut Args) -> Result<Command, Error>;
 
 /// Every command, in the order in which `query-commands` names them.
-const COMMANDS: [(&str, Parse); 14] = [
+const COMMANDS: [(&str, Parse); 15] = [
     ("qmp_capabilities", parse_capabilities),
     ("query-commands", |_| Ok(Command::QueryCommands)),
     ("query-version", |_| Ok(Command::QueryVersion)),
@@ -201,6 +214,7 @@ const COMMANDS: [(&str, Parse); 14] = [
     ("copy-cancel", copies::parse_cancel),
     ("copy-bandwidth", copies::parse_bandwidth),
     ("query-copies", copies::parse_query),
+    ("resize", parse_resize),
     ("quit", |_| Ok(Command::Quit)),
 ];
 
@@ -288,6 +302,10 @@ fn parse_resume(args: &mut Args) -> Result<Command, Error> {
         (Some(_), true) => Err(Error::argument("resume takes 'token' or 'all', not both")),
         (None, false) => Err(Error::argument("resume needs 'token', as quiesce returned it, or 'all': true")),
     }
+}
+
+fn parse_resize(args: &mut Args) -> Result<Command, Error> {
+    Ok(Command::Resize { size: args.bytes("size")?, force: args.boolean("force")?.unwrap_or(false) })
 }
 
 /// The arguments of one command. Each reader takes its own out; what is left at the end is unknown.

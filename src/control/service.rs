@@ -184,6 +184,10 @@ impl Service {
                 let is_held = |token: &str| holds.iter().any(|hold| hold.token == token);
                 self.copies.answer(&*self.disk, peer, command, is_held)
             }
+            Command::Resize { size, force } => match self.disk.resize(size, force) {
+                Ok(size) => Ok(json!({ "size": size })),
+                Err(why) => Err(Error::new("resize", why)),
+            },
             Command::Quit => {
                 self.quit = true;
                 Ok(json!({}))

@@ -33,9 +33,15 @@ impl Server {
 
     /// Ends the server in order and starts another one on the same sockets, while the front-end waits.
     pub fn restart(self, image: &Path, mode: CacheMode, more: &[&str]) -> Server {
+        self.restart_after(image, mode, more, || ())
+    }
+
+    /// The same; `meanwhile` is done while no server runs.
+    pub fn restart_after(self, image: &Path, mode: CacheMode, more: &[&str], meanwhile: impl FnOnce()) -> Server {
         let dir = self.dir.clone();
         let (status, log) = self.terminate();
         assert!(status.success(), "{status}\n{log}");
+        meanwhile();
         let command = virtioblkd(&dir.path().join("vhost"), &dir.path().join("control"), image, mode, more);
         Server::start_in(dir, command)
     }

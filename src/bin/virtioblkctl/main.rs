@@ -19,6 +19,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde_json::{Value, json};
 
 use virtioblkd::client::{Client, Failure, Message, PATIENCE};
+use virtioblkd::config::disk_size;
 use virtioblkd::control::proto::{LONGEST, LONGEST_WHO};
 
 /// Ask a running virtioblkd, and hold its disk still
@@ -58,6 +59,10 @@ enum What {
     /// The process that thaws a guest if `snapshot` is killed
     #[command(name = virtioblkd::snapshot::guard::SUBCOMMAND, hide = true)]
     Guard,
+    /// Tell the guest that its image has another size
+    ///
+    /// With SIZE the image, a file, is grown first. Grow a block device by its own tools and leave SIZE out.
+    Resize(Resize),
     /// Print what happens, until interrupted
     Watch,
     /// End the daemon in order, as SIGTERM does
@@ -88,6 +93,16 @@ struct Resume {
     /// End every hold
     #[arg(long)]
     all: bool,
+}
+
+#[derive(Args)]
+struct Resize {
+    /// Grow the image to this many bytes first (with K, M, G or T: powers of 1024)
+    #[arg(value_name = "SIZE", value_parser = disk_size)]
+    size: Option<u64>,
+    /// Even if the image is smaller now: the guest loses what was behind its end
+    #[arg(long)]
+    force: bool,
 }
 
 #[derive(Args)]
@@ -202,6 +217,14 @@ fn run(cli: &Cli, mut client: Client) -> Result<u8, Failure> {
                 }
             };
             page(cli, &client.ask(command, arguments, PATIENCE)?, |_| String::new())
+        }
+        What::Resize(Resize { size, force }) => {
+            let mut arguments = json!({"force": force});
+            if let Some(size) = size {
+                arguments["size"] = json!(size);
+            }
+            let readable = |answer: &Value| format!("the guest's disk has {} bytes\n", answer["size"]);
+            page(cli, &client.ask("resize", arguments, PATIENCE)?, readable)
         }
         What::Watch => return watch(cli, client),
         What::Snapshot(_) | What::Guard => return Err(Failure::new("internal", "this command is run elsewhere")),

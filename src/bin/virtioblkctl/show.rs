@@ -65,6 +65,9 @@ pub fn status(status: &Value) -> String {
     let read_only = if status["read-only"] == true { ", read-only" } else { "" };
     line("image", clean(&status["image"]));
     line("", format!("{}, {}-byte blocks{read_only}", bytes(number(&status["size"])), status["logical-block-size"]));
+    if !status["trouble"].is_null() {
+        line("TROUBLE", format!("{}: {}", clean(&status["trouble"]), clean(&status["trouble-detail"])));
+    }
     line("cache mode", clean(&status["cache-mode"]));
     line("", format!("a write is acknowledged {}", clean(&status["write-acknowledged"])));
     let (flush, sees) = (clean(&status["guest-flush"]), clean(&status["guest-sees"]));
