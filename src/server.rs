@@ -54,7 +54,7 @@ pub trait Served: Send + Sync {
     fn in_flight(&self) -> u64;
 }
 
-/// A control socket that is answered until it is dropped, which waits for its thread.
+/// Who holds the disk still, and a control socket if there is one, until it is dropped, which waits for its thread.
 pub trait Control {}
 
 /// Why the daemon could not start, or did not end well. Each text names the thing, the cause and the mend.
@@ -64,7 +64,7 @@ pub enum ServerError {
     Socket(SocketError),
     /// The control socket.
     Control(BindError),
-    /// The control socket's thread.
+    /// The control thread.
     ControlThread(io::Error),
     /// The image.
     Image(Box<dyn Error + Send + Sync>),
@@ -83,7 +83,7 @@ impl fmt::Display for ServerError {
         match self {
             ServerError::Socket(error) => error.fmt(f),
             ServerError::Control(error) => write!(f, "--control-path: {error}"),
-            ServerError::ControlThread(error) => write!(f, "cannot start the control socket's thread: {error}"),
+            ServerError::ControlThread(error) => write!(f, "cannot start the control thread: {error}"),
             ServerError::Image(error) => error.fmt(f),
             ServerError::PidFile(error) => error.fmt(f),
             ServerError::System(what, error) if listen::out_of_descriptors(error) => {
@@ -129,13 +129,9 @@ impl Server {
         let _pid_file = config.pid_file.as_deref().map(PidFile::create).transpose().map_err(ServerError::PidFile)?;
         // Dropped before the guard: the thread ends, then the path goes.
         let (listener, _control_file) = control_socket.unzip();
-        let control = match listener {
-            Some(listener) => {
-                let quit = Arc::clone(&quit);
-                let start = (disk.start_control)(listener, Arc::new(move || quit.ring()));
-                Some(start.map_err(ServerError::ControlThread)?)
-            }
-            None => None,
+        let control = {
+            let quit = Arc::clone(&quit);
+            (disk.start_control)(listener, Arc::new(move || quit.ring())).map_err(ServerError::ControlThread)?
         };
         let mut server = Server { served: disk.served, signals, quit, asked: 0 };
         log::info!("{}: cache mode {}, serving on {}", server.served.describe(), config.cache, config.listen);

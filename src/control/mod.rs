@@ -2,11 +2,12 @@
 //!
 //! [`stream`] cuts bytes into JSON values and [`proto`] turns those into commands and replies; [`quiesce`] decides who
 //! holds the disk. All three are pure: no I/O, no clock of their own. `service` joins them to the [`crate::disk::Disk`];
-//! `peer` and `socket` move the bytes. The commands, their arguments, the events and the error codes are listed at
+//! `peer` and `socket` move the bytes, `inbox` brings what the image's store says. The commands, their arguments, the events and the error codes are listed at
 //! the head of [`proto`].
 
 mod copies;
 mod creds;
+mod inbox;
 mod peer;
 pub mod proto;
 pub mod quiesce;
@@ -17,5 +18,6 @@ mod words;
 
 pub use copies::CopyCommand;
 pub use creds::Credentials;
+pub use inbox::ImageNotices;
 pub use service::Info;
-pub use socket::Server;
+pub use socket::{Server, Setup};

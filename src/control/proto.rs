@@ -30,6 +30,9 @@
 //! grows the image first, where it can; it never cuts one. A smaller image is refused without `force`: the guest loses
 //! what lies behind the new end.
 //!
+//! A snapshot that somebody elsewhere takes of an image that allows it (Ceph RBD) is a holder, too: its `who` is
+//! `rbd snapshot`, and it has neither `pid` nor `uid` (null).
+//!
 //! A copy is prepared before anything is held still: its file, `target` with `.partial` added, is created, and
 //! everything that can fail has failed. `copy-start` fixes the instant while the hold of `token` is granted, and takes
 //! no time; the disk may be resumed at once, while the image of that instant is copied in the background, reading no
@@ -45,6 +48,7 @@
 //! | `RESUMED` | a holder left: `token`, `who`, `reason` (`resume`, `lease-expired`, `connection-closed`, `shutdown`), `held-ms`, `holders` (0: the disk goes on) |
 //! | `LEASE_EXPIRED` | `token`, `who`; its `RESUMED` follows |
 //! | `QUIESCE_FAILED` | a quiesce that did not succeed: `who`, `pid`, `uid`, `code` |
+//! | `QUIESCE_EXPIRED` | the store of the image let the disk go by itself, `held-ms` after it was still: a snapshot of several images may not be of one instant; its `RESUMED` follows |
 //! | `FRONTEND_CONNECTED` | nothing |
 //! | `FRONTEND_DISCONNECTED` | `reason` |
 //! | `IO_ERROR` | `operation`, `ring`, `offset`, `length`, `errno`, `message`, `suppressed` |

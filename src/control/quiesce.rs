@@ -9,11 +9,14 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use super::creds::Credentials;
 use crate::disk::HoldFigures;
 use crate::engine::Errno;
 
 /// A connection.
 pub type PeerId = u64;
+/// No connection, but the store of the image: somebody elsewhere takes a snapshot of it.
+pub const STORE: PeerId = 0;
 /// A `quiesce` request that waits for its answer.
 pub type RequestId = u64;
 
@@ -27,10 +30,8 @@ const MOST_ENDED: usize = 64;
 pub struct Who {
     /// The client's own words.
     pub text: Option<String>,
-    /// Process (0: unknown), when it connected.
-    pub pid: i32,
-    /// User, when it connected.
-    pub uid: u32,
+    /// The process and its user when it connected; `None`: no client, but the image's store.
+    pub client: Option<Credentials>,
 }
 
 /// A `quiesce` request.
@@ -59,7 +60,7 @@ pub enum Refusal {
     Timeout,
     /// The disk could not make everything durable.
     SyncFailed(Errno),
-    /// Somebody resumed everything.
+    /// Somebody resumed everything, or whoever asked gave up.
     Cancelled,
     /// [`MOST_HOLDERS`].
     TooMany,
@@ -224,6 +225,14 @@ impl Coordinator {
                 }
             }
         }
+    }
+
+    /// Whoever asked gave up: a request that waits is refused. Nothing else changes, also if it is granted already.
+    pub fn cancel(&mut self, request: RequestId) {
+        let Some(at) = self.waiting.iter().position(|waiting| waiting.ask.request == request) else { return };
+        let waiting = self.waiting.remove(at);
+        self.open_if_free();
+        self.refuse(waiting.ask, Refusal::Cancelled);
     }
 
     /// Ends one hold and returns how many are left. `Err`: what became of the token, `None` if it was never one.

@@ -1,5 +1,7 @@
 //! Carries commands out: the coordinator's orders to the disk, and replies and events to the peers. Knows no socket.
 
+mod store;
+
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
@@ -13,7 +15,8 @@ use super::proto::{self, Command, Error, QuiesceArgs};
 use super::quiesce::{Ask, Coordinator, Effect, Hold, PeerId, Reason, Refusal, RequestId, Who};
 use super::stream::Garbage;
 use super::words;
-use crate::disk::{Disk, Event, HoldFigures};
+use crate::disk::{Disk, Event, HoldFigures, ImageStatus};
+use store::Elsewhere;
 
 /// Errors of the disk that are told in one second; more are counted and told with the next.
 const MOST_ERRORS_PER_SECOND: u32 = 20;
@@ -41,6 +44,13 @@ pub(super) struct Service {
     started: Instant,
     coordinator: Coordinator,
     copies: CopyOwners,
+    /// Of the image, by somebody else.
+    elsewhere: Option<Elsewhere>,
+    /// For such a one, until it is refused.
+    store_timeout: Duration,
+    resized: Box<dyn Fn(u64) + Send>,
+    /// As it was told last.
+    image_state: ImageStatus,
     /// The gate closed when, as long as it is closed.
     closed_at: Option<Instant>,
     asked: HashMap<RequestId, (PeerId, Option<Value>)>,
@@ -55,10 +65,20 @@ pub(super) struct Service {
 }
 
 impl Service {
-    pub(super) fn new(disk: Arc<dyn Disk>, info: Info) -> Self {
+    /// `resized`: [`super::Setup::resized`].
+    pub(super) fn new(
+        disk: Arc<dyn Disk>,
+        info: Info,
+        store_timeout: Duration,
+        resized: Box<dyn Fn(u64) + Send>,
+    ) -> Self {
         Service {
             disk,
             info,
+            elsewhere: None,
+            store_timeout,
+            resized,
+            image_state: ImageStatus::default(),
             started: Instant::now(),
             coordinator: Coordinator::default(),
             copies: CopyOwners::default(),
@@ -143,22 +163,19 @@ impl Service {
     }
 
     fn quiesce(&mut self, peer: PeerId, id: Option<Value>, from: Credentials, args: QuiesceArgs, now: Instant) {
-        self.next_request += 1;
-        let request = self.next_request;
+        let (request, token) = self.next_hold();
         self.asked.insert(request, (peer, id));
         let QuiesceArgs { timeout, lease, detached, who } = args;
-        let ask = Ask {
-            request,
-            // Keyed with the system's randomness: no stale script can name another's hold.
-            token: format!("{:016x}", self.tokens.hash_one(request)),
-            owner: peer,
-            timeout,
-            lease,
-            detached,
-            who: Who { text: who, pid: from.pid, uid: from.uid },
-        };
-        self.coordinator.quiesce(ask, now);
+        let who = Who { text: who, client: Some(from) };
+        self.coordinator.quiesce(Ask { request, token, owner: peer, timeout, lease, detached, who }, now);
         self.carry_out(now);
+    }
+
+    /// The number of a request and the token of its hold to be, keyed with the system's randomness: no stale script can
+    /// name another's hold.
+    fn next_hold(&mut self) -> (RequestId, String) {
+        self.next_request += 1;
+        (self.next_request, format!("{:016x}", self.tokens.hash_one(self.next_request)))
     }
 
     fn answer(&mut self, peer: PeerId, command: Command, now: Instant) -> Result<Value, Error> {
@@ -302,16 +319,23 @@ impl Service {
                 part[name] = value.clone();
             }
         }
+        // The store waits with somebody's snapshot.
+        let is_stores = self.store_granted(request, hold);
         self.event("QUIESCED", told);
-        self.reply_later(request, Ok(answer));
+        if !is_stores {
+            self.reply_later(request, Ok(answer));
+        }
     }
 
     fn refused(&mut self, request: RequestId, who: &Who, why: Refusal) {
         let error = words::refused(why);
         log::warn!("quiesce for {} failed: {}", words::shown(who), error.desc);
-        let told = json!({"who": who.text, "pid": who.pid, "uid": who.uid, "code": error.code});
+        let mut told = words::who(who);
+        told["code"] = json!(error.code);
         self.event("QUIESCE_FAILED", told);
-        self.reply_later(request, Err(error));
+        if !self.store_refused(request, why) {
+            self.reply_later(request, Err(error));
+        }
     }
 
     fn left(&mut self, hold: &Hold, reason: Reason, held: Duration, holders: usize) {
@@ -328,6 +352,7 @@ impl Service {
         data["held-ms"] = json!(held.as_millis() as u64);
         data["holders"] = json!(holders);
         self.event("RESUMED", data);
+        self.store_left(hold, reason);
     }
 
     fn reply_later(&mut self, request: RequestId, result: Result<Value, Error>) {

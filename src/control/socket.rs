@@ -1,4 +1,4 @@
-//! The control thread: one `poll` over the listener, the peers and the disk's events.
+//! The control thread: one `poll` over the listener, the peers, the disk's events and what its image says.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::creds::Credentials;
+use super::inbox::{ImageNotices, Inbox};
 use super::peer::Peer;
 use super::proto;
-use super::quiesce::PeerId;
+use super::quiesce::{PeerId, STORE};
 use super::service::{Info, Service, To};
 use crate::disk::{Disk, Events};
 
@@ -28,34 +29,51 @@ const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 /// How long the last lines may take on their way out when the server stops.
 const LAST_WORDS: Duration = Duration::from_millis(250);
 
-/// The running quiesce socket. Dropping it stops it.
+/// What the control room is joined to.
+pub struct Setup {
+    /// The disk that it holds still.
+    pub disk: Arc<dyn Disk>,
+    /// What the disk says.
+    pub events: Arc<Events>,
+    /// What its image says; for [`crate::backend::Backend::start_notices`], too.
+    pub notices: Arc<ImageNotices>,
+    /// How long a snapshot that somebody else takes of the image may wait until the disk is still; then it is refused.
+    pub store_timeout: Duration,
+    /// Called from the control thread when the image's size may have changed, with the size in bytes; must not block on
+    /// I/O.
+    pub resized: Box<dyn Fn(u64) + Send>,
+    /// Called from the control thread, once, when a client asked for the daemon's end and its reply is on its way. It
+    /// must not call [`Server::stop`] itself (that joins the thread) but make somebody do so.
+    pub quit: Arc<dyn Fn() + Send + Sync>,
+    /// For people.
+    pub info: Info,
+}
+
+/// The running control room, with or without a quiesce socket. Dropping it stops it.
 pub struct Server {
     wake: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Server {
-    /// Serves `listener` in a thread named `control`. `quit` is called from that thread, once, when a client asked for
-    /// the daemon's end and its reply is on its way; it must not call [`Server::stop`] itself (that joins the thread)
-    /// but make somebody do so. The listener's file is the caller's to unlink.
+    /// Serves in a thread named `control`. Without a listener nobody connects, but the image's store is answered. The
+    /// listener's file is the caller's to unlink.
     ///
     /// Errors: no thread or file descriptor to be had.
-    pub fn start(
-        listener: UnixListener,
-        disk: Arc<dyn Disk>,
-        events: Arc<Events>,
-        quit: Arc<dyn Fn() + Send + Sync>,
-        info: Info,
-    ) -> io::Result<Server> {
-        listener.set_nonblocking(true)?;
+    pub fn start(listener: Option<UnixListener>, setup: Setup) -> io::Result<Server> {
+        if let Some(listener) = &listener {
+            listener.set_nonblocking(true)?;
+        }
+        let Setup { disk, events, notices, store_timeout, resized, quit, info } = setup;
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let mut control = Control {
             listener,
             accept_again: None,
-            service: Service::new(disk, info),
+            service: Service::new(disk, info, store_timeout, resized),
             events,
+            inbox: notices.inbox(),
             peers: Vec::new(),
-            last_peer: 0,
+            last_peer: STORE,
             quit: Some(quit),
         };
         let stop = wake.clone();
@@ -89,15 +107,17 @@ impl Drop for Server {
 struct Ready {
     stop: bool,
     events: bool,
+    image: bool,
     accept: bool,
     peers: Vec<(PeerId, PollFlags)>,
 }
 
 struct Control {
-    listener: UnixListener,
+    listener: Option<UnixListener>,
     accept_again: Option<Instant>,
     service: Service,
     events: Arc<Events>,
+    inbox: Arc<Inbox>,
     peers: Vec<Peer>,
     last_peer: PeerId,
     quit: Option<Arc<dyn Fn() + Send + Sync>>,
@@ -126,6 +146,9 @@ impl Control {
         self.service.tick(now);
         if ready.events {
             self.service.disk_events(self.events.take(), now);
+        }
+        if ready.image {
+            self.service.image_notes(self.inbox.take(), now);
         }
         self.deliver();
         for (id, found) in ready.peers {
@@ -160,9 +183,12 @@ impl Control {
         let mut fds = vec![
             PollFd::new(stop, PollFlags::IN),
             PollFd::from_borrowed_fd(self.events.as_fd(), PollFlags::IN),
-            // Without flags it reports errors only, and a listener has none.
-            PollFd::new(&self.listener, if accepting { PollFlags::IN } else { PollFlags::empty() }),
+            PollFd::from_borrowed_fd(self.inbox.as_fd(), PollFlags::IN),
         ];
+        if let Some(listener) = self.listener.as_ref().filter(|_| accepting) {
+            fds.push(PollFd::new(listener, PollFlags::IN));
+        }
+        let others = fds.len();
         let mut ids = Vec::with_capacity(self.peers.len());
         for peer in &self.peers {
             if let Some(flags) = peer.interest() {
@@ -178,8 +204,13 @@ impl Control {
         Ok(Ready {
             stop: !found[0].is_empty(),
             events: !found[1].is_empty(),
-            accept: !found[2].is_empty(),
-            peers: ids.into_iter().zip(found[3..].iter().copied()).filter(|(_, found)| !found.is_empty()).collect(),
+            image: !found[2].is_empty(),
+            accept: found[3..others].iter().any(|found| !found.is_empty()),
+            peers: ids
+                .into_iter()
+                .zip(found[others..].iter().copied())
+                .filter(|(_, found)| !found.is_empty())
+                .collect(),
         })
     }
 
@@ -213,7 +244,8 @@ impl Control {
         self.accept_again = None;
         // A few at a time: those who are here already come first.
         for _ in 0..PER_TURN {
-            match self.listener.accept() {
+            let Some(listener) = &self.listener else { return };
+            match listener.accept() {
                 Ok((stream, _)) => self.welcome(stream, now),
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
@@ -271,7 +303,7 @@ impl Control {
         if peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw() {
             return true;
         }
-        let address = self.listener.local_addr().ok();
+        let address = self.listener.as_ref().and_then(|listener| listener.local_addr().ok());
         let mode = address.and_then(|address| Some(address.as_pathname()?.metadata().ok()?.permissions().mode()));
         mode.is_some_and(|mode| mode & 0o077 != 0)
     }
@@ -289,6 +321,8 @@ impl Control {
     /// The last words, for as long as the peers are willing to listen but not longer than [`LAST_WORDS`].
     fn finish(&mut self) {
         let now = Instant::now();
+        // Nobody takes anything out of it any more.
+        self.inbox.close();
         self.service.shutdown(now);
         self.deliver();
         let deadline = now + LAST_WORDS;

@@ -4,6 +4,7 @@ use std::io;
 
 use serde_json::{Value, json};
 
+use super::creds::Credentials;
 use super::proto::Error;
 use super::quiesce::{Hold, Reason, Refusal, Who};
 use crate::engine::Errno;
@@ -41,7 +42,10 @@ pub(super) fn refused(why: Refusal) -> Error {
                 self::errno(errno)
             ),
         ),
-        Refusal::Cancelled => Error::new("cancelled", "everything was resumed while this quiesce was under way"),
+        Refusal::Cancelled => Error::new(
+            "cancelled",
+            "everything was resumed, or whoever asked gave up, while this quiesce was under way",
+        ),
         Refusal::TooMany => {
             Error::new("too-many-holders", "too many holders; query-status names them, resume ends their holds")
         }
@@ -61,17 +65,36 @@ pub(super) fn reason(reason: Reason) -> &'static str {
 
 /// A hold, as status and events name it.
 pub(super) fn named(hold: &Hold) -> Value {
-    json!({"token": hold.token, "who": hold.who.text, "pid": hold.who.pid, "uid": hold.who.uid})
+    let mut value = self::who(&hold.who);
+    value["token"] = json!(hold.token);
+    value
+}
+
+/// Who asked, as events name it.
+pub(super) fn who(who: &Who) -> Value {
+    json!({"who": who.text, "pid": who.client.map(|client| client.pid), "uid": who.client.map(|client| client.uid)})
 }
 
 /// A holder, as the log names it.
 pub(super) fn shown(who: &Who) -> String {
-    let Who { text, pid, uid } = who;
     // Debug quotes what the client wrote, so that it cannot forge a log line.
-    match text {
-        Some(text) => format!("{text:?} (pid {pid}, uid {uid})"),
-        None => format!("pid {pid}, uid {uid}"),
+    let text = who.text.as_ref().map(|text| format!("{text:?}"));
+    let client = who.client.map(|Credentials { pid, uid }| format!("pid {pid}, uid {uid}"));
+    match (text, client) {
+        (Some(text), Some(client)) => format!("{text} ({client})"),
+        (text, client) => text.or(client).unwrap_or_default(),
     }
+}
+
+/// Why a quiesce failed, for the image's store: only numbers that make librbd's client fail cleanly. ETIMEDOUT and
+/// ERESTART would have it ask again for ever, and EOPNOTSUPP would pass for consent.
+pub(super) fn store_errno(why: Refusal) -> Errno {
+    Errno(match why {
+        Refusal::Timeout => libc::EAGAIN,
+        Refusal::SyncFailed(_) => libc::EIO,
+        Refusal::Cancelled | Refusal::Shutdown => libc::ECANCELED,
+        Refusal::TooMany => libc::EBUSY,
+    })
 }
 
 /// The system's words for an error number.
@@ -85,7 +108,7 @@ mod tests {
 
     #[test]
     fn a_client_cannot_forge_a_log_line() {
-        let who = Who { text: Some("a\nERROR b".into()), pid: 1, uid: 2 };
+        let who = Who { text: Some("a\nERROR b".into()), client: Some(Credentials { pid: 1, uid: 2 }) };
         assert!(!shown(&who).contains('\n'));
     }
 }

@@ -4,6 +4,7 @@ use std::error::Error;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::process::{Resource, getrlimit};
 
@@ -14,7 +15,7 @@ use crate::backend::mem::{MemBackend, MemOptions};
 use crate::backend::null::NullBackend;
 use crate::backend::point_in_time::PointInTime;
 use crate::config::{BackendKind, Config};
-use crate::control;
+use crate::control::{self, ImageNotices};
 use crate::disk::{Copies, Disk, DiskStatus, Events, ImageSnapshots};
 use crate::listen::MORE_DESCRIPTORS;
 use crate::virtio::{Device, DeviceOptions};
@@ -22,8 +23,11 @@ use crate::virtio::{Device, DeviceOptions};
 /// Called by the control socket's thread when it is told to end the daemon.
 pub(super) type Quit = Arc<dyn Fn() + Send + Sync>;
 
-/// Starts to answer the control socket.
-pub(super) type StartControl = Box<dyn FnOnce(UnixListener, Quit) -> io::Result<Box<dyn Control>>>;
+/// Starts to answer the control socket, if there is one, and the image's store.
+pub(super) type StartControl = Box<dyn FnOnce(Option<UnixListener>, Quit) -> io::Result<Box<dyn Control>>>;
+
+/// How long somebody else's snapshot of the image waits for the disk. librbd's client gives up after 50 s.
+const STORE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// An open image, checked, and how to control it.
 pub(super) struct Opened {
@@ -45,11 +49,24 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
     let device = Device::new(backend.clone(), &options, events.clone());
     let disk: Arc<dyn Disk> = Arc::new(CopiedDisk { disk: Box::new(device.disk()), copies: backend.clone() });
     let info = control::Info { vhost_socket: config.listen.to_string() };
+    let notices = ImageNotices::new().map_err(|error| ServerError::System("cannot make an eventfd", error))?;
+    let served = Arc::new(ServedDisk { backend: backend.clone(), device, notices: notices.clone() });
     let start_control: StartControl = Box::new(move |listener, quit| {
-        let server = control::Server::start(listener, disk, events, quit, info)?;
+        let setup = control::Setup {
+            disk,
+            events,
+            notices: notices.clone(),
+            store_timeout: STORE_TIMEOUT,
+            resized: Box::new(|size| log::debug!("the image has {size} bytes")),
+            quit,
+            info,
+        };
+        let server = control::Server::start(listener, setup)?;
+        // When somebody answers, and before the first front-end.
+        backend.start_notices(notices);
         Ok(Box::new(server) as Box<dyn Control>)
     });
-    Ok(Opened { served: Arc::new(ServedDisk { backend, device }), start_control })
+    Ok(Opened { served, start_control })
 }
 
 /// Descriptors that a ring needs: three of the front-end's, its wake-ups, the image, an io_uring. Somewhat rounded up.
@@ -92,6 +109,7 @@ fn open_backend(config: &Config) -> Result<Arc<dyn Backend>, Box<dyn Error + Sen
 struct ServedDisk {
     backend: Arc<PointInTime>,
     device: Arc<Device>,
+    notices: Arc<ImageNotices>,
 }
 
 impl Served for ServedDisk {
@@ -103,6 +121,10 @@ impl Served for ServedDisk {
         // First: nothing of the guest's waits for a copy that will not be finished.
         self.backend.close();
         self.device.shutdown();
+        // Nothing changes the image any more, so a snapshot need not wait for us; what still does is answered, for a
+        // back-end cannot stop before.
+        self.notices.close();
+        self.backend.stop_notices();
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -7,12 +7,13 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use virtioblkd::control::{Info, Server};
-use virtioblkd::disk::{Disk, DiskStatus, Event, Events, HoldFigures, LastError, RingStatus};
+use virtioblkd::backend::{Notices, QuiesceAsk};
+use virtioblkd::control::{ImageNotices, Info, Server, Setup};
+use virtioblkd::disk::{Disk, DiskStatus, Event, Events, HoldFigures, ImageStatus, LastError, RingStatus};
 use virtioblkd::engine::Errno;
 use virtioblkd::listen::bind_unix;
 
@@ -36,6 +37,7 @@ struct Gate {
     closed: Option<u64>,
     epochs: Vec<u64>,
     panics: bool,
+    image_status: ImageStatus,
 }
 
 pub struct FakeDisk {
@@ -80,6 +82,10 @@ impl FakeDisk {
             self.changed.wait_timeout_while(gate, PATIENCE, |gate| gate.closed.is_some() != closed).unwrap();
         assert!(!waited.timed_out(), "the gate should be {}: {gate:?}", if closed { "closed" } else { "open" });
         gate.epochs.last().copied().unwrap_or(0)
+    }
+
+    pub fn set_image_status(&self, status: ImageStatus) {
+        self.gate.lock().unwrap().image_status = status;
     }
 
     /// The next `status` panics, as a defect of the disk would.
@@ -140,6 +146,7 @@ impl Disk for FakeDisk {
             acked_features: 0x1_3000_6e46,
             rings: vec![ring(0), ring(1)],
             total: RingStatus { reads: 3000, writes: 1000, ..RingStatus::default() },
+            image_status: self.gate.lock().unwrap().image_status.clone(),
             last_errors: vec![LastError { what: "write at 4096: Input/output error".into(), when: 1_700_000_000 }],
             ..DiskStatus::default()
         }
@@ -151,6 +158,10 @@ pub struct Served {
     pub disk: Arc<FakeDisk>,
     pub path: PathBuf,
     pub quits: Arc<AtomicU32>,
+    /// What the image's store would call.
+    pub notices: Arc<ImageNotices>,
+    /// The sizes that were passed on.
+    pub sizes: Arc<Mutex<Vec<u64>>>,
     server: Option<Server>,
     _dir: tempfile::TempDir,
 }
@@ -161,10 +172,21 @@ impl Served {
     }
 
     pub fn with_mode(mode: u32) -> Self {
+        Self::start(Some(mode), PATIENCE)
+    }
+
+    /// `mode`: of its socket, `None`: it has none. `store_timeout`: for somebody else's snapshot.
+    pub fn start(mode: Option<u32>, store_timeout: Duration) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("control");
         let events = Arc::new(Events::new().unwrap());
-        let gate = Mutex::new(Gate { settle: Settle::Well, closed: None, epochs: Vec::new(), panics: false });
+        let gate = Mutex::new(Gate {
+            settle: Settle::Well,
+            closed: None,
+            epochs: Vec::new(),
+            panics: false,
+            image_status: ImageStatus::default(),
+        });
         let disk = Arc::new(FakeDisk { gate, changed: Condvar::new(), events: events.clone() });
         let quits = Arc::new(AtomicU32::new(0));
         let quit = {
@@ -173,10 +195,34 @@ impl Served {
                 quits.fetch_add(1, Ordering::SeqCst);
             })
         };
-        let info = Info { vhost_socket: "/run/vhost.sock".into() };
-        let listener = bind_unix(&path, mode).unwrap();
-        let server = Server::start(listener, disk.clone(), events, quit, info).unwrap();
-        Served { disk, path, quits, server: Some(server), _dir: dir }
+        let notices = ImageNotices::new().unwrap();
+        let sizes = Arc::new(Mutex::new(Vec::new()));
+        let resized = {
+            let sizes = sizes.clone();
+            Box::new(move |size| sizes.lock().unwrap().push(size))
+        };
+        let setup = Setup {
+            disk: disk.clone(),
+            events,
+            notices: notices.clone(),
+            store_timeout,
+            resized,
+            quit,
+            info: Info { vhost_socket: "/run/vhost.sock".into() },
+        };
+        let listener = mode.map(|mode| bind_unix(&path, mode).unwrap());
+        let server = Server::start(listener, setup).unwrap();
+        Served { disk, path, quits, notices, sizes, server: Some(server), _dir: dir }
+    }
+
+    /// Somebody else begins a snapshot; the answer comes out of the channel.
+    pub fn store_asks(&self) -> mpsc::Receiver<Result<(), Errno>> {
+        let (sender, answer) = mpsc::channel();
+        // Nobody listens any more: the test is over.
+        self.notices.quiesce(QuiesceAsk::new(move |result| {
+            let _ = sender.send(result);
+        }));
+        answer
     }
 
     pub fn raw(&self) -> UnixStream {

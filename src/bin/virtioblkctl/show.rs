@@ -47,6 +47,10 @@ fn bytes(count: u64) -> String {
 }
 
 fn who(holder: &Value) -> String {
+    // The image's store is no process.
+    if holder["pid"].is_null() {
+        return clean(&holder["who"]);
+    }
     let process = format!("pid {}, uid {}", holder["pid"], holder["uid"]);
     match holder["who"].as_str() {
         Some(_) => format!("{} ({process})", clean(&holder["who"])),

@@ -77,7 +77,7 @@ fn one_script(seed: u64, steps: u32) {
     for _ in 0..steps {
         let peer = random.below(4);
         let token = format!("t{}", next_request.max(8) - 1 - random.below(8));
-        match random.below(12) {
+        match random.below(13) {
             0..=2 => {
                 next_request += 1;
                 let second = Duration::from_secs(1);
@@ -122,6 +122,7 @@ fn one_script(seed: u64, steps: u32) {
                 coordinator.resume_all(now);
             }
             10 if random.below(8) == 0 => coordinator.shutdown(now),
+            11 => coordinator.cancel(next_request.saturating_sub(random.below(4))),
             _ => {
                 now += Duration::from_millis(random.below(2500));
                 coordinator.tick(now);

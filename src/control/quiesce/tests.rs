@@ -168,6 +168,25 @@ fn resuming_all_ends_holds_and_waiting_requests() {
 }
 
 #[test]
+fn a_cancelled_request_is_refused_and_takes_nobody_along() {
+    let now = Instant::now();
+    let mut c = Coordinator::default();
+    c.quiesce(ask(1, STORE), now);
+    c.quiesce(ask(2, 2), now);
+    c.cancel(1);
+    assert_eq!(words(&mut c), ["close 1", "refused 1 Cancelled"], "the gate stays closed for request 2");
+    c.cancel(1);
+    c.settled(1, figures(), now);
+    c.cancel(2);
+    assert_eq!(words(&mut c), ["t2 granted 2 epoch 1 drained 7 of 1"], "granted: not cancelled any more");
+    c.shutdown(now);
+    c.effects();
+    c.quiesce(ask(3, STORE), now);
+    c.cancel(3);
+    assert_eq!(words(&mut c), ["close 2", "open", "refused 3 Cancelled"]);
+}
+
+#[test]
 fn holders_are_bounded() {
     let now = Instant::now();
     let mut c = Coordinator::default();

@@ -1,0 +1,149 @@
+//! What the image's own store asks: to hold the disk still while somebody elsewhere takes a snapshot of the image.
+//!
+//! Its hold is one among others in the coordinator. It is answered once, with a number that its client takes well
+//! ([`words::store_errno`]), and ends when the store says so or by our lease: a store that gave up waiting says nothing.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::Service;
+use crate::backend::QuiesceAsk;
+use crate::control::inbox::{Note, Notes};
+use crate::control::quiesce::{Ask, Hold, Reason, Refusal, RequestId, STORE, Who};
+use crate::control::words;
+use crate::engine::Errno;
+
+/// As status, events and the log name it.
+const WHO: &str = "rbd snapshot";
+/// From our answer on. librbd lets the disk go 10 s after it at the latest, so this is for a store that is lost.
+const LEASE: Duration = Duration::from_secs(30);
+/// The store has let the disk go by itself, without waiting for the snapshot, when its word comes so late after our
+/// answer: librbd does after 10 s.
+const SELF_RELEASE: Duration = Duration::from_millis(9_900);
+
+/// The snapshot that somebody elsewhere takes. A store asks for one at a time.
+pub(super) struct Elsewhere {
+    request: RequestId,
+    token: String,
+    /// Until it is answered.
+    ask: Option<QuiesceAsk>,
+    /// Well, and when.
+    answered: Option<Instant>,
+}
+
+impl Service {
+    /// What the image's back-end had to say since the last call.
+    pub(in crate::control) fn image_notes(&mut self, notes: Notes, now: Instant) {
+        if let Some(size) = notes.resized {
+            (self.resized)(size);
+        }
+        for note in notes.notes {
+            match note {
+                Note::Quiesce(ask, came) => self.store_asks(ask, came, now),
+                Note::Unquiesce(came) => self.store_is_done(came, now),
+                Note::Closed => {
+                    if let Some(elsewhere) = &self.elsewhere {
+                        self.coordinator.cancel(elsewhere.request);
+                        self.carry_out(now);
+                    }
+                }
+            }
+        }
+        if notes.state_changed {
+            self.image_state();
+        }
+    }
+
+    fn store_asks(&mut self, ask: QuiesceAsk, came: Instant, now: Instant) {
+        if self.elsewhere.is_some() {
+            log::warn!("{WHO}: refused, because an earlier one is not over: take one snapshot after the other");
+            ask.answer(Err(Errno(libc::EBUSY)));
+            return;
+        }
+        let (request, token) = self.next_hold();
+        self.elsewhere = Some(Elsewhere { request, token: token.clone(), ask: Some(ask), answered: None });
+        let hold = Ask {
+            request,
+            token,
+            owner: STORE,
+            timeout: (came + self.store_timeout).saturating_duration_since(now),
+            lease: LEASE,
+            detached: true,
+            who: who(),
+        };
+        self.coordinator.quiesce(hold, now);
+        self.carry_out(now);
+    }
+
+    /// The snapshot is taken or given up. Says nothing of one that was refused, or that ended before.
+    fn store_is_done(&mut self, came: Instant, now: Instant) {
+        let Some(elsewhere) = &self.elsewhere else { return };
+        let (request, token) = (elsewhere.request, elsewhere.token.clone());
+        let Some(answered) = elsewhere.answered else {
+            self.coordinator.cancel(request);
+            self.carry_out(now);
+            return;
+        };
+        let since = came.saturating_duration_since(answered);
+        if since >= SELF_RELEASE {
+            log::warn!(
+                "{WHO}: its store let the disk go by itself {} ms after it was held still. If the snapshot is of several \
+                 images, one of them may have been quiesced too late and the snapshot may not be of one instant: take \
+                 it again",
+                since.as_millis()
+            );
+            self.event("QUIESCE_EXPIRED", json!({"who": WHO, "held-ms": since.as_millis() as u64}));
+        }
+        if self.coordinator.resume(&token, now).is_err() {
+            log::error!("{WHO}: its hold had ended unnoticed; please report this as a defect");
+        }
+        self.carry_out(now);
+    }
+
+    /// Whether a granted request is the store's; then it is answered.
+    pub(super) fn store_granted(&mut self, request: RequestId, hold: &Hold) -> bool {
+        let Some(elsewhere) = self.elsewhere.as_mut().filter(|elsewhere| elsewhere.request == request) else {
+            return false;
+        };
+        elsewhere.answered = Some(hold.since);
+        if let Some(ask) = elsewhere.ask.take() {
+            ask.answer(Ok(()));
+        }
+        true
+    }
+
+    /// Whether a refused request is the store's; then it is answered and over.
+    pub(super) fn store_refused(&mut self, request: RequestId, why: Refusal) -> bool {
+        let Some(elsewhere) = self.elsewhere.take_if(|elsewhere| elsewhere.request == request) else { return false };
+        if let Some(ask) = elsewhere.ask {
+            ask.answer(Err(words::store_errno(why)));
+        }
+        true
+    }
+
+    /// A hold ended. If it is the store's the snapshot is over for us, however it ended.
+    pub(super) fn store_left(&mut self, hold: &Hold, reason: Reason) {
+        let Some(_) = self.elsewhere.take_if(|elsewhere| elsewhere.token == hold.token) else { return };
+        if reason == Reason::LeaseExpired {
+            log::warn!("{WHO}: its store never said that it is over; if it was taken after now, it was not held still");
+        }
+    }
+
+    fn image_state(&mut self) {
+        let state = self.disk.status().image_status;
+        if state == self.image_state {
+            return;
+        }
+        match (&state.trouble, &state.trouble_detail) {
+            (Some(trouble), detail) => log::error!("the image: {trouble}: {}", detail.as_deref().unwrap_or("")),
+            (None, _) => log::info!("the image is well again"),
+        }
+        self.event("IMAGE_STATE", json!(state));
+        self.image_state = state;
+    }
+}
+
+fn who() -> Who {
+    Who { text: Some(WHO.into()), client: None }
+}

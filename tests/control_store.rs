@@ -1,0 +1,213 @@
+//! A snapshot that somebody else takes of the image: its store asks, the disk is held still, and every ask is answered
+//! once, with a number that the store's client takes well. In front of a fake disk.
+
+mod control_kit;
+
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
+
+use control_kit::{Client, PATIENCE, Served, Settle, figures};
+use serde_json::{Value, json};
+use virtioblkd::backend::Notices;
+use virtioblkd::disk::ImageStatus;
+use virtioblkd::engine::Errno;
+
+type Answer = Result<(), Errno>;
+
+fn wait(answer: &Receiver<Answer>) -> Answer {
+    answer.recv_timeout(PATIENCE).expect("an answer")
+}
+
+fn refused(errno: i32) -> Answer {
+    Err(Errno(errno))
+}
+
+/// Nothing holds the disk, and the socket answers.
+fn is_idle(served: &Served, client: &mut Client) {
+    served.disk.wait_closed(false);
+    assert_eq!(client.ask("query-status", json!({})).unwrap()["quiesce"]["holders"], json!([]));
+}
+
+#[test]
+fn the_disk_is_held_from_the_answer_until_the_store_says_so() {
+    let served = Served::new();
+    let mut client = served.client();
+    served.disk.set(Settle::ByHand);
+    let answer = served.store_asks();
+    let epoch = served.disk.wait_closed(true);
+    assert!(answer.recv_timeout(Duration::from_millis(50)).is_err(), "not before everything is durable");
+    served.disk.settle(epoch, Ok(figures()));
+    assert_eq!(wait(&answer), Ok(()));
+    let quiesced = client.event("QUIESCED");
+    assert_eq!((&quiesced["who"], &quiesced["drained"]), (&json!("rbd snapshot"), &json!(12)));
+    assert_eq!((&quiesced["pid"], &quiesced["uid"]), (&Value::Null, &Value::Null));
+    let holders = client.ask("query-status", json!({})).unwrap()["quiesce"]["holders"].take();
+    assert_eq!((holders.as_array().unwrap().len(), &holders[0]["who"]), (1, &json!("rbd snapshot")));
+    assert_eq!(served.disk.closed(), Some(epoch));
+    served.notices.unquiesce();
+    let resumed = client.event("RESUMED");
+    assert_eq!(
+        (&resumed["who"], &resumed["reason"], &resumed["holders"]),
+        (&json!("rbd snapshot"), &json!("resume"), &json!(0))
+    );
+    // Also after one that was refused, and without any.
+    served.notices.unquiesce();
+    is_idle(&served, &mut client);
+}
+
+#[test]
+fn it_works_without_a_control_socket() {
+    let mut served = Served::start(None, PATIENCE);
+    for _ in 0..3 {
+        let answer = served.store_asks();
+        assert_eq!(wait(&answer), Ok(()));
+        served.disk.wait_closed(true);
+        served.notices.unquiesce();
+        served.disk.wait_closed(false);
+    }
+    assert!(!served.path.exists());
+    let answer = served.store_asks();
+    assert_eq!(wait(&answer), Ok(()));
+    served.stop();
+    assert_eq!(served.disk.closed(), None);
+}
+
+#[test]
+fn each_failure_has_its_number() {
+    let served = Served::start(Some(0o600), Duration::from_millis(50));
+    let mut client = served.client();
+    served.disk.set(Settle::Fail(Errno(libc::ENOSPC)));
+    assert_eq!(wait(&served.store_asks()), refused(libc::EIO));
+    assert_eq!(client.event("QUIESCE_FAILED")["code"], "sync-failed");
+    // The store says that it is over also if it was refused.
+    served.notices.unquiesce();
+    served.disk.set(Settle::ByHand);
+    assert_eq!(wait(&served.store_asks()), refused(libc::EAGAIN));
+    let failed = client.event("QUIESCE_FAILED");
+    assert_eq!((&failed["code"], &failed["who"]), (&json!("timeout"), &json!("rbd snapshot")));
+    served.notices.unquiesce();
+    is_idle(&served, &mut client);
+}
+
+#[test]
+fn an_operator_and_a_store_that_change_their_minds_are_heard() {
+    let served = Served::new();
+    let mut client = served.client();
+    served.disk.set(Settle::ByHand);
+    let given_up = served.store_asks();
+    served.disk.wait_closed(true);
+    served.notices.unquiesce();
+    assert_eq!(wait(&given_up), refused(libc::ECANCELED));
+    served.disk.wait_closed(false);
+    let cancelled = served.store_asks();
+    served.disk.wait_closed(true);
+    client.ask("resume", json!({"all": true})).unwrap();
+    assert_eq!(wait(&cancelled), refused(libc::ECANCELED));
+    served.notices.unquiesce();
+    // Resumed by the operator while the snapshot is taken: what the store says after that is no news.
+    served.disk.set(Settle::Well);
+    assert_eq!(wait(&served.store_asks()), Ok(()));
+    client.ask("resume", json!({"all": true})).unwrap();
+    served.notices.unquiesce();
+    is_idle(&served, &mut client);
+}
+
+#[test]
+fn one_at_a_time() {
+    let served = Served::new();
+    let mut client = served.client();
+    let first = served.store_asks();
+    assert_eq!(wait(&first), Ok(()));
+    assert_eq!(wait(&served.store_asks()), refused(libc::EBUSY));
+    assert!(served.disk.closed().is_some(), "the first is not disturbed");
+    served.notices.unquiesce();
+    is_idle(&served, &mut client);
+    assert_eq!(wait(&served.store_asks()), Ok(()));
+}
+
+#[test]
+fn an_operators_hold_and_the_stores_nest() {
+    let served = Served::new();
+    let mut client = served.client();
+    let token = client.quiesce(json!({}));
+    let answer = served.store_asks();
+    assert_eq!(wait(&answer), Ok(()), "the disk is still already");
+    assert_eq!(served.disk.closings(), 1);
+    served.notices.unquiesce();
+    client.event("QUIESCED");
+    client.event("QUIESCED");
+    assert_eq!(client.event("RESUMED")["holders"], 1);
+    assert!(served.disk.closed().is_some());
+    assert_eq!(wait(&served.store_asks()), Ok(()));
+    client.ask("resume", json!({"token": token})).unwrap();
+    assert!(served.disk.closed().is_some(), "the store's is left");
+    served.notices.unquiesce();
+    is_idle(&served, &mut client);
+}
+
+#[test]
+fn the_end_leaves_nothing_unanswered() {
+    // While it settles: refused at once when the notices close, and a later one, too.
+    let served = Served::new();
+    served.disk.set(Settle::ByHand);
+    let answer = served.store_asks();
+    served.disk.wait_closed(true);
+    served.notices.close();
+    assert_eq!(wait(&answer), refused(libc::ECANCELED));
+    served.disk.wait_closed(false);
+    assert_eq!(wait(&served.store_asks()), refused(libc::ECANCELED));
+    // Granted: held until the very end, for somebody's snapshot relies on it.
+    let mut served = Served::new();
+    assert_eq!(wait(&served.store_asks()), Ok(()));
+    served.notices.close();
+    served.client().ask("query-status", json!({})).unwrap();
+    assert!(served.disk.closed().is_some());
+    served.stop();
+    assert_eq!(served.disk.closed(), None);
+    // Without closing them first: the server's end is enough.
+    let mut served = Served::new();
+    served.disk.set(Settle::ByHand);
+    let answer = served.store_asks();
+    served.disk.wait_closed(true);
+    served.stop();
+    assert_eq!(wait(&answer), refused(libc::ECANCELED));
+    assert_eq!(wait(&served.store_asks()), refused(libc::ECANCELED), "nobody reads any more");
+}
+
+#[test]
+fn a_store_that_lets_go_by_itself_is_told_of() {
+    let served = Served::new();
+    let mut client = served.client();
+    let answer = served.store_asks();
+    assert_eq!(wait(&answer), Ok(()));
+    client.event("QUIESCED");
+    // As long as librbd waits for the others of a group.
+    std::thread::sleep(Duration::from_millis(10_000));
+    served.notices.unquiesce();
+    let expired = client.event("QUIESCE_EXPIRED");
+    assert_eq!(expired["who"], "rbd snapshot");
+    assert!(expired["held-ms"].as_u64().unwrap() >= 9_900, "{expired}");
+    client.event("RESUMED");
+}
+
+#[test]
+fn the_images_size_and_state_are_passed_on() {
+    let served = Served::new();
+    let mut client = served.client();
+    served.notices.resized(4096);
+    let state =
+        ImageStatus { trouble: Some("fenced".into()), trouble_detail: Some("another host took the image".into()) };
+    served.disk.set_image_status(state);
+    served.notices.state_changed();
+    assert_eq!(
+        client.event("IMAGE_STATE"),
+        json!({"trouble": "fenced", "trouble-detail": "another host took the image"})
+    );
+    assert_eq!(*served.sizes.lock().unwrap(), [4096]);
+    assert_eq!(client.ask("query-status", json!({})).unwrap()["trouble"], "fenced");
+    // Nothing changed: nothing is said.
+    served.notices.state_changed();
+    served.disk.set_image_status(ImageStatus::default());
+    served.notices.state_changed();
+    assert_eq!(client.event("IMAGE_STATE"), json!({"trouble": null, "trouble-detail": null}));
+}
