@@ -211,3 +211,126 @@ fn the_images_size_and_state_are_passed_on() {
     served.notices.state_changed();
     assert_eq!(client.event("IMAGE_STATE"), json!({"trouble": null, "trouble-detail": null}));
 }
+
+// Who is asked before.
+
+fn attends(served: &Served, arguments: Value) -> Client {
+    let mut client = served.client();
+    client.ask("attend", arguments).unwrap();
+    client
+}
+
+#[test]
+fn the_attendant_is_asked_while_the_gate_is_open_and_told_when_it_is_open_again() {
+    let served = Served::new();
+    let mut watcher = served.client();
+    let mut attendant = attends(&served, json!({"who": "vm1", "timeout-ms": 3_600_000}));
+    let status = watcher.ask("query-status", json!({})).unwrap()["attendant"].take();
+    assert_eq!((&status["who"], &status["present"], &status["required"]), (&json!("vm1"), &json!(true), &json!(true)));
+    assert_eq!(served.client().ask("attend", json!({})), Err("attended".into()));
+    let answer = served.store_asks();
+    let prepare = attendant.event("PREPARE");
+    assert_eq!((&prepare["who"], &prepare["timeout-ms"]), (&json!("rbd snapshot"), &json!(13_333)), "of 20 s");
+    assert_eq!(served.disk.closed(), None, "the guest is frozen while its disks take writes");
+    assert!(answer.try_recv().is_err());
+    assert_eq!(watcher.ask("query-status", json!({})).unwrap()["attendant"]["preparing"], true);
+    assert_eq!(watcher.ask("prepared", json!({"id": prepare["id"]})), Err("not-asked".into()));
+    attendant.ask("prepared", json!({"id": prepare["id"], "level": "filesystem"})).unwrap();
+    assert_eq!(wait(&answer), Ok(()));
+    assert!(served.disk.closed().is_some());
+    assert_eq!(watcher.event("PREPARED")["level"], "filesystem", "PREPARE is the attendant's alone");
+    watcher.event("QUIESCED");
+    attendant.event("PREPARED");
+    attendant.event("QUIESCED");
+    // An operator's hold goes on: a guest cannot be thawed yet.
+    let token = watcher.quiesce(json!({}));
+    served.notices.unquiesce();
+    attendant.event("QUIESCED");
+    attendant.event("RESUMED");
+    watcher.ask("resume", json!({"token": token})).unwrap();
+    attendant.event("RESUMED");
+    assert_eq!(attendant.event("RELEASED")["id"], prepare["id"]);
+    assert_eq!(attendant.ask("prepared", json!({"id": prepare["id"]})), Err("not-asked".into()));
+}
+
+#[test]
+fn what_the_attendant_does_not_consent_to_is_refused_if_it_is_required() {
+    let served = Served::new();
+    for required in [true, false] {
+        let mut attendant = attends(&served, json!({"required": required, "timeout-ms": 100}));
+        // It says no; it says nothing.
+        for says in [true, false] {
+            let answer = served.store_asks();
+            let id = attendant.event("PREPARE")["id"].take();
+            if says {
+                attendant.ask("prepared", json!({"id": id, "error": "the agent is silent\u{1b}"})).unwrap();
+            }
+            assert_eq!(wait(&answer), if required { refused(libc::EBUSY) } else { Ok(()) });
+            let failed = attendant.event("PREPARE_FAILED");
+            assert_eq!(failed["required"], required);
+            assert!(failed["message"].as_str().unwrap().contains(if says { "silent" } else { "100 ms" }), "{failed}");
+            if required {
+                assert_eq!(attendant.event("QUIESCE_FAILED")["code"], "not-prepared");
+            } else {
+                attendant.event("QUIESCED");
+            }
+            served.notices.unquiesce();
+            if !required {
+                attendant.event("RESUMED");
+            }
+            assert_eq!(attendant.event("RELEASED")["id"], id, "it may have begun");
+            assert_eq!(attendant.ask("prepared", json!({"id": id})), Err("not-asked".into()), "too late");
+            served.disk.wait_closed(false);
+        }
+        attendant.ask("unattend", json!({})).unwrap();
+    }
+    assert_eq!(served.disk.closings(), 2);
+}
+
+#[test]
+fn a_lost_attendant_is_missed_and_one_that_ends_is_not() {
+    let served = Served::new();
+    let mut watcher = served.client();
+    let mut attendant = attends(&served, json!({"who": "vm1"}));
+    let answer = served.store_asks();
+    attendant.event("PREPARE");
+    drop(attendant);
+    assert_eq!(wait(&answer), refused(libc::EBUSY), "it died at work");
+    assert_eq!(wait(&served.store_asks()), refused(libc::EBUSY), "and is not back");
+    assert_eq!(served.disk.closings(), 0);
+    let status = watcher.ask("query-status", json!({})).unwrap()["attendant"].take();
+    assert_eq!((&status["who"], &status["present"]), (&json!("vm1"), &json!(false)));
+    // The operator's own quiesce asks nobody.
+    let token = watcher.quiesce(json!({}));
+    watcher.ask("resume", json!({"token": token})).unwrap();
+    let mut back = attends(&served, json!({}));
+    let answer = served.store_asks();
+    back.event("PREPARE");
+    back.ask("unattend", json!({})).unwrap();
+    assert_eq!(wait(&answer), refused(libc::EBUSY), "it left in the middle");
+    assert_eq!(wait(&served.store_asks()), Ok(()), "nobody attends");
+    assert_eq!(back.ask("unattend", json!({})), Err("not-attending".into()));
+    assert_eq!(watcher.ask("query-status", json!({})).unwrap()["attendant"], Value::Null);
+}
+
+#[test]
+fn a_store_that_gives_up_or_a_daemon_that_ends_does_not_wait_for_the_attendant() {
+    let mut served = Served::new();
+    let mut attendant = attends(&served, json!({}));
+    for _ in 0..2 {
+        let answer = served.store_asks();
+        let id = attendant.event("PREPARE")["id"].take();
+        served.notices.unquiesce();
+        assert_eq!(wait(&answer), refused(libc::ECANCELED));
+        attendant.event("QUIESCE_FAILED");
+        assert_eq!(attendant.event("RELEASED")["id"], id);
+    }
+    let answer = served.store_asks();
+    attendant.event("PREPARE");
+    served.stop();
+    assert_eq!(wait(&answer), refused(libc::ECANCELED));
+    attendant.event("QUIESCE_FAILED");
+    attendant.event("RELEASED");
+    attendant.event("SHUTDOWN");
+    assert_eq!(served.disk.closings(), 0);
+}

@@ -21,6 +21,9 @@
 //! | `copy-bandwidth` | `copy`, `bandwidth` | nothing |
 //! | `query-copies` | | a list: the copies that ended last, and the one prepared or running |
 //! | `resize` | `size` (what the image has), `force` (false) | `size`: what the guest sees now |
+//! | `attend` | `required` (true), `timeout-ms` (10000), `who` | nothing; this connection is the attendant |
+//! | `prepared` | `id`, and `level` or `error` | nothing |
+//! | `unattend` | | nothing |
 //! | `quit` | | nothing; then the daemon ends in order, as by SIGTERM |
 //!
 //! A quiesce ends by `resume`, when its lease runs out, and, unless `detached`, with the connection that asked for it
@@ -32,6 +35,13 @@
 //!
 //! A snapshot that somebody elsewhere takes of an image that allows it (Ceph RBD) is a holder, too: its `who` is
 //! `rbd snapshot`, and it has neither `pid` nor `uid` (null).
+//!
+//! Before the disk is held for that, its *attendant* is asked, if one has registered: `PREPARE` to its connection, and
+//! the gate waits for `prepared`, for `timeout-ms` (and two thirds of the store's own deadline) at most. Meanwhile the
+//! guest's disks still take writes, so this is where it is frozen. `RELEASED` follows each `PREPARE`, once the gate is
+//! open: thaw. If the attendant answers with `error`, late or not at all, the snapshot is refused if it is `required`
+//! and goes on without it if not. A `required` attendant whose connection ends without `unattend` is missed: snapshots
+//! are refused until one is back. There is one at a time; the operator's own `quiesce` does not ask it.
 //!
 //! A copy is prepared before anything is held still: its file, `target` with `.partial` added, is created, and
 //! everything that can fail has failed. `copy-start` fixes the instant while the hold of `token` is granted, and takes
@@ -49,6 +59,10 @@
 //! | `LEASE_EXPIRED` | `token`, `who`; its `RESUMED` follows |
 //! | `QUIESCE_FAILED` | a quiesce that did not succeed: `who`, `pid`, `uid`, `code` |
 //! | `QUIESCE_EXPIRED` | the store of the image let the disk go by itself, `held-ms` after it was still: a snapshot of several images may not be of one instant; its `RESUMED` follows |
+//! | `PREPARE` | to the attendant alone: `id`, `timeout-ms`, `who` |
+//! | `RELEASED` | to the attendant alone: `id`; the snapshot is over and the disk goes on |
+//! | `PREPARED` | the attendant consented: `level` |
+//! | `PREPARE_FAILED` | it did not: `message`, `required` (then a `QUIESCE_FAILED` follows) |
 //! | `FRONTEND_CONNECTED` | nothing |
 //! | `FRONTEND_DISCONNECTED` | `reason` |
 //! | `IO_ERROR` | `operation`, `ring`, `offset`, `length`, `errno`, `message`, `suppressed` |
@@ -71,6 +85,10 @@
 //! | `timeout` | the writes in flight and the sync did not end in `timeout-ms`; the disk goes on |
 //! | `sync-failed` | the sync failed, so nothing is promised; the disk goes on |
 //! | `cancelled` | `resume {all: true}` came while the quiesce was under way |
+//! | `not-prepared` | (of `QUIESCE_FAILED`) the attendant did not consent, or is lost |
+//! | `attended` | another connection attends already |
+//! | `not-attending` | this connection does not attend |
+//! | `not-asked` | no `PREPARE` of this id waits for an answer |
 //! | `not-quiesced` | nobody holds the disk, and the token is unknown |
 //! | `unknown-token` | others hold the disk, not this token |
 //! | `lease-expired` | the token's lease ran out: writes may have gone through since |
@@ -91,6 +109,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
 
+use super::attend::{self, AttendCommand};
 use super::copies::{self, CopyCommand};
 
 /// How long a quiesce may take when `timeout-ms` is not given.
@@ -140,6 +159,8 @@ pub enum Command {
         /// Even if it is smaller now.
         force: bool,
     },
+    /// An attendant's.
+    Attend(AttendCommand),
     /// Ends the daemon.
     Quit,
 }
@@ -204,7 +225,7 @@ pub struct Request {
 type Parse = fn(&mut Args) -> Result<Command, Error>;
 
 /// Every command, in the order in which `query-commands` names them.
-const COMMANDS: [(&str, Parse); 15] = [
+const COMMANDS: &[(&str, Parse)] = &[
     ("qmp_capabilities", parse_capabilities),
     ("query-commands", |_| Ok(Command::QueryCommands)),
     ("query-version", |_| Ok(Command::QueryVersion)),
@@ -219,6 +240,9 @@ const COMMANDS: [(&str, Parse); 15] = [
     ("copy-bandwidth", copies::parse_bandwidth),
     ("query-copies", copies::parse_query),
     ("resize", parse_resize),
+    ("attend", attend::parse_attend),
+    ("prepared", attend::parse_prepared),
+    ("unattend", attend::parse_unattend),
     ("quit", |_| Ok(Command::Quit)),
 ];
 
@@ -336,7 +360,7 @@ impl Args<'_> {
         }
     }
 
-    fn milliseconds(&mut self, name: &str) -> Result<Option<Duration>, Error> {
+    pub(super) fn milliseconds(&mut self, name: &str) -> Result<Option<Duration>, Error> {
         let most = LONGEST.as_millis() as u64;
         let Some(value) = self.given.remove(name) else { return Ok(None) };
         match value.as_u64() {
@@ -349,11 +373,19 @@ impl Args<'_> {
     }
 
     pub(super) fn bytes(&mut self, name: &str) -> Result<Option<u64>, Error> {
+        self.whole(name, "a whole number of bytes")
+    }
+
+    pub(super) fn number(&mut self, name: &str) -> Result<Option<u64>, Error> {
+        self.whole(name, "a whole number")
+    }
+
+    fn whole(&mut self, name: &str, wanted: &str) -> Result<Option<u64>, Error> {
         let Some(value) = self.given.remove(name) else { return Ok(None) };
         match value.as_u64() {
-            Some(bytes) => Ok(Some(bytes)),
-            None if !value.is_number() => Err(wrong_type(name, "a whole number of bytes", &value)),
-            None => Err(Error::argument(format!("'{name}' must be a whole number of bytes, not {value}"))),
+            Some(number) => Ok(Some(number)),
+            None if !value.is_number() => Err(wrong_type(name, wanted, &value)),
+            None => Err(Error::argument(format!("'{name}' must be {wanted}, not {value}"))),
         }
     }
 

@@ -64,6 +64,8 @@ pub enum Refusal {
     Cancelled,
     /// [`MOST_HOLDERS`].
     TooMany,
+    /// Whoever must consent did not ([`super::AttendCommand`]). Never the coordinator's own.
+    NotPrepared,
     /// The daemon ends.
     Shutdown,
 }
@@ -300,6 +302,11 @@ impl Coordinator {
     /// How many requests wait for the gate to settle.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
+    }
+
+    /// Nobody holds or waits.
+    pub fn is_open(&self) -> bool {
+        matches!(self.gate, Gate::Open)
     }
 
     /// `open`, `settling` or `quiesced`.

@@ -1,6 +1,7 @@
 //! Carries commands out: the coordinator's orders to the disk, and replies and events to the peers. Knows no socket.
 
 mod store;
+mod throttle;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
+use super::attend::Attendance;
 use super::copies::CopyOwners;
 use super::creds::Credentials;
 use super::proto::{self, Command, Error, QuiesceArgs};
@@ -17,9 +19,7 @@ use super::stream::Garbage;
 use super::words;
 use crate::disk::{Disk, Event, HoldFigures, ImageStatus};
 use store::Elsewhere;
-
-/// Errors of the disk that are told in one second; more are counted and told with the next.
-const MOST_ERRORS_PER_SECOND: u32 = 20;
+use throttle::Throttle;
 
 /// What `query-status` says of the daemon itself.
 #[derive(Clone, Debug, Default)]
@@ -33,6 +33,8 @@ pub struct Info {
 pub(super) enum To {
     /// The reply that this connection waits for.
     Reply(PeerId),
+    /// An event that concerns this connection alone.
+    Only(PeerId),
     /// An event: every connection that has negotiated.
     Everyone,
 }
@@ -46,6 +48,8 @@ pub(super) struct Service {
     copies: CopyOwners,
     /// Of the image, by somebody else.
     elsewhere: Option<Elsewhere>,
+    /// Who is asked before that.
+    attendance: Attendance,
     /// For such a one, until it is refused.
     store_timeout: Duration,
     resized: Box<dyn Fn(u64) + Send>,
@@ -76,6 +80,7 @@ impl Service {
             disk,
             info,
             elsewhere: None,
+            attendance: Attendance::default(),
             store_timeout,
             resized,
             image_state: ImageStatus::default(),
@@ -105,13 +110,16 @@ impl Service {
 
     /// When [`Service::tick`] is due.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        self.coordinator.next_deadline()
+        [self.coordinator.next_deadline(), self.attendance.next_deadline()].into_iter().flatten().min()
     }
 
     /// Lets leases and timeouts run out.
     pub(super) fn tick(&mut self, now: Instant) {
         self.coordinator.tick(now);
         self.carry_out(now);
+        if let Some(outcome) = self.attendance.tick(now) {
+            self.prepared(outcome, now);
+        }
     }
 
     /// A connection ended.
@@ -120,12 +128,16 @@ impl Service {
         self.coordinator.peer_gone(peer, now);
         self.carry_out(now);
         self.copies.peer_gone(&*self.disk, peer);
+        if let Some(outcome) = self.attendance.gone(peer) {
+            self.prepared(outcome, now);
+        }
     }
 
     /// The daemon ends: everybody is told, nobody holds.
     pub(super) fn shutdown(&mut self, now: Instant) {
         self.coordinator.shutdown(now);
         self.carry_out(now);
+        self.store_ends(now);
         self.event("SHUTDOWN", json!({}));
     }
 
@@ -154,6 +166,7 @@ impl Service {
                 *negotiated = true;
                 Ok(json!({}))
             }
+            Ok(Command::Attend(command)) => self.attend(peer, credentials, command, now),
             Ok(command) => self.answer(peer, command, now),
             Err(error) => Err(error),
         };
@@ -209,7 +222,7 @@ impl Service {
                 self.quit = true;
                 Ok(json!({}))
             }
-            Command::Quiesce(_) | Command::QmpCapabilities => {
+            Command::Quiesce(_) | Command::Attend(_) | Command::QmpCapabilities => {
                 Err(Error::new("internal", "this command is answered elsewhere; please report it as a defect"))
             }
         }
@@ -231,6 +244,7 @@ impl Service {
             "waiting": self.coordinator.waiting(),
             "holders": self.coordinator.holds().iter().map(holder).collect::<Vec<_>>(),
         });
+        status["attendant"] = self.attendance.status();
         status["daemon"] = json!({
             "version": env!("CARGO_PKG_VERSION"),
             "pid": std::process::id(),
@@ -296,6 +310,7 @@ impl Service {
                 Effect::Left { hold, reason, held, holders } => self.left(&hold, reason, held, holders),
             }
         }
+        self.tell_released();
     }
 
     fn granted(&mut self, request: RequestId, hold: &Hold, epoch: u64, figures: HoldFigures, holders: usize) {
@@ -362,7 +377,11 @@ impl Service {
     }
 
     fn event(&mut self, name: &str, data: Value) {
-        self.outgoing.push((To::Everyone, proto::event(name, data, SystemTime::now())));
+        self.tell(To::Everyone, name, data);
+    }
+
+    fn tell(&mut self, to: To, name: &str, data: Value) {
+        self.outgoing.push((to, proto::event(name, data, SystemTime::now())));
     }
 
     /// `admitted`: what the event's throttle said.
@@ -384,44 +403,6 @@ impl Drop for Service {
     }
 }
 
-/// Tells at most [`MOST_ERRORS_PER_SECOND`] and counts the rest.
-#[derive(Default)]
-struct Throttle {
-    second: Option<Instant>,
-    told: u32,
-    suppressed: u64,
-}
-
-impl Throttle {
-    /// `Some(n)`: tell this one, `n` were not told before it.
-    fn admit(&mut self, now: Instant) -> Option<u64> {
-        if self.second.is_none_or(|second| now.saturating_duration_since(second) >= Duration::from_secs(1)) {
-            (self.second, self.told) = (Some(now), 0);
-        }
-        if self.told == MOST_ERRORS_PER_SECOND {
-            self.suppressed += 1;
-            return None;
-        }
-        self.told += 1;
-        Some(std::mem::take(&mut self.suppressed))
-    }
-}
-
 fn to_json(value: &impl serde::Serialize) -> Result<Value, Error> {
     serde_json::to_value(value).map_err(|error| Error::new("internal", error.to_string()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn errors_are_throttled_and_counted() {
-        let mut throttle = Throttle::default();
-        let now = Instant::now();
-        let told = (0..100).filter(|_| throttle.admit(now).is_some()).count();
-        assert_eq!(told, MOST_ERRORS_PER_SECOND as usize);
-        assert_eq!(throttle.admit(now + Duration::from_secs(1)), Some(80));
-        assert_eq!(throttle.admit(now + Duration::from_secs(1)), Some(0));
-    }
 }

@@ -220,6 +220,7 @@ impl Control {
             for peer in &mut self.peers {
                 match to {
                     To::Reply(id) if id == peer.id => peer.reply(&line),
+                    To::Only(id) if id == peer.id => peer.queue(&line),
                     To::Everyone if peer.negotiated => peer.queue(&line),
                     _ => {}
                 }

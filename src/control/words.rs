@@ -49,6 +49,11 @@ pub(super) fn refused(why: Refusal) -> Error {
         Refusal::TooMany => {
             Error::new("too-many-holders", "too many holders; query-status names them, resume ends their holds")
         }
+        Refusal::NotPrepared => Error::new(
+            "not-prepared",
+            "the attendant that must consent did not, or is lost: no snapshot is made. See what 'virtioblkctl attend' \
+             said",
+        ),
         Refusal::Shutdown => Error::new("shutting-down", "the daemon ends"),
     }
 }
@@ -93,7 +98,7 @@ pub(super) fn store_errno(why: Refusal) -> Errno {
         Refusal::Timeout => libc::EAGAIN,
         Refusal::SyncFailed(_) => libc::EIO,
         Refusal::Cancelled | Refusal::Shutdown => libc::ECANCELED,
-        Refusal::TooMany => libc::EBUSY,
+        Refusal::TooMany | Refusal::NotPrepared => libc::EBUSY,
     })
 }
 

@@ -5,12 +5,15 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::Service;
+use super::{Service, To};
 use crate::backend::QuiesceAsk;
+use crate::control::attend::{AttendCommand, First, Outcome, Prepare};
+use crate::control::creds::Credentials;
 use crate::control::inbox::{Note, Notes};
-use crate::control::quiesce::{Ask, Hold, Reason, Refusal, RequestId, STORE, Who};
+use crate::control::proto::Error;
+use crate::control::quiesce::{Ask, Hold, PeerId, Reason, Refusal, RequestId, STORE, Who};
 use crate::control::words;
 use crate::engine::Errno;
 
@@ -28,8 +31,21 @@ pub(super) struct Elsewhere {
     token: String,
     /// Until it is answered.
     ask: Option<QuiesceAsk>,
-    /// Well, and when.
-    answered: Option<Instant>,
+    /// It is refused then.
+    until: Instant,
+    /// The attendant was asked so.
+    prepare: Option<Prepare>,
+    phase: Phase,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// The gate is open, and the attendant is asked.
+    Preparing,
+    /// The coordinator has the request.
+    Settling,
+    /// Granted and answered, when.
+    Held(Instant),
 }
 
 impl Service {
@@ -42,12 +58,7 @@ impl Service {
             match note {
                 Note::Quiesce(ask, came) => self.store_asks(ask, came, now),
                 Note::Unquiesce(came) => self.store_is_done(came, now),
-                Note::Closed => {
-                    if let Some(elsewhere) = &self.elsewhere {
-                        self.coordinator.cancel(elsewhere.request);
-                        self.carry_out(now);
-                    }
-                }
+                Note::Closed => self.store_ends(now),
             }
         }
         if notes.state_changed {
@@ -62,12 +73,31 @@ impl Service {
             return;
         }
         let (request, token) = self.next_hold();
-        self.elsewhere = Some(Elsewhere { request, token: token.clone(), ask: Some(ask), answered: None });
+        let until = came + self.store_timeout;
+        let first = self.attendance.begin(self.store_timeout * 2 / 3, now);
+        let prepare = if let First::Wait(prepare) = first { Some(prepare) } else { None };
+        self.elsewhere = Some(Elsewhere { request, token, ask: Some(ask), until, prepare, phase: Phase::Preparing });
+        match first {
+            First::Nothing => self.hold_for_store(now),
+            First::Wait(Prepare { peer, id, patience }) => {
+                let data = json!({"id": id, "timeout-ms": patience.as_millis() as u64, "who": WHO});
+                self.tell(To::Only(peer), "PREPARE", data);
+            }
+            First::GiveUp => {
+                let error = "the attendant that must consent is lost".to_owned();
+                self.prepared(Outcome { result: Err(error), required: true }, now);
+            }
+        }
+    }
+
+    fn hold_for_store(&mut self, now: Instant) {
+        let Some(elsewhere) = &mut self.elsewhere else { return };
+        elsewhere.phase = Phase::Settling;
         let hold = Ask {
-            request,
-            token,
+            request: elsewhere.request,
+            token: elsewhere.token.clone(),
             owner: STORE,
-            timeout: (came + self.store_timeout).saturating_duration_since(now),
+            timeout: elsewhere.until.saturating_duration_since(now),
             lease: LEASE,
             detached: true,
             who: who(),
@@ -76,13 +106,93 @@ impl Service {
         self.carry_out(now);
     }
 
+    /// What the attendant says.
+    pub(super) fn attend(
+        &mut self,
+        peer: PeerId,
+        from: Credentials,
+        command: AttendCommand,
+        now: Instant,
+    ) -> Result<Value, Error> {
+        let outcome = match command {
+            AttendCommand::Attend { required, patience, who } => {
+                let who = Who { text: who, client: Some(from) };
+                log::info!("{} attends{}", words::shown(&who), if required { ", and is required" } else { "" });
+                self.attendance.attend(peer, who, required, patience)?;
+                None
+            }
+            AttendCommand::Prepared { id, result } => Some(self.attendance.prepared(peer, id, result)?),
+            AttendCommand::Unattend => {
+                let outcome = self.attendance.unattend(peer)?;
+                log::info!("the attendant ends: snapshots of the image by others are as after a power cut again");
+                outcome
+            }
+        };
+        if let Some(outcome) = outcome {
+            self.prepared(outcome, now);
+        }
+        Ok(json!({}))
+    }
+
+    /// The attendant answered, or nothing will come of it.
+    pub(super) fn prepared(&mut self, Outcome { result, required }: Outcome, now: Instant) {
+        let Some(request) = self.elsewhere.as_ref().filter(|it| it.phase == Phase::Preparing).map(|it| it.request)
+        else {
+            return;
+        };
+        match result {
+            Ok(level) => {
+                log::info!("{WHO}: prepared: {}", level.as_deref().unwrap_or("no level is told"));
+                self.event("PREPARED", json!({"level": level}));
+                self.hold_for_store(now);
+            }
+            Err(why) => {
+                self.event("PREPARE_FAILED", json!({"message": why, "required": required}));
+                if required {
+                    log::warn!("{WHO}: not prepared: {why:?}");
+                    self.refused(request, &who(), Refusal::NotPrepared);
+                    self.tell_released();
+                } else {
+                    log::warn!("{WHO}: goes on as after a power cut, for it was not prepared: {why:?}");
+                    self.hold_for_store(now);
+                }
+            }
+        }
+    }
+
+    /// Once the gate is open a guest can be thawed.
+    pub(super) fn tell_released(&mut self) {
+        if !self.coordinator.is_open() {
+            return;
+        }
+        for (peer, id) in self.attendance.released() {
+            self.tell(To::Only(peer), "RELEASED", json!({"id": id}));
+        }
+    }
+
+    /// Refuses what is not granted yet.
+    pub(super) fn store_ends(&mut self, now: Instant) {
+        let Some(Elsewhere { request, phase, .. }) = &self.elsewhere else { return };
+        let request = *request;
+        match phase {
+            Phase::Preparing => {
+                self.refused(request, &who(), Refusal::Cancelled);
+                self.tell_released();
+            }
+            Phase::Settling => {
+                self.coordinator.cancel(request);
+                self.carry_out(now);
+            }
+            Phase::Held(_) => {}
+        }
+    }
+
     /// The snapshot is taken or given up. Says nothing of one that was refused, or that ended before.
     fn store_is_done(&mut self, came: Instant, now: Instant) {
-        let Some(elsewhere) = &self.elsewhere else { return };
-        let (request, token) = (elsewhere.request, elsewhere.token.clone());
-        let Some(answered) = elsewhere.answered else {
-            self.coordinator.cancel(request);
-            self.carry_out(now);
+        let Some(Elsewhere { token, phase, .. }) = &self.elsewhere else { return };
+        let token = token.clone();
+        let Phase::Held(answered) = *phase else {
+            self.store_ends(now);
             return;
         };
         let since = came.saturating_duration_since(answered);
@@ -106,7 +216,7 @@ impl Service {
         let Some(elsewhere) = self.elsewhere.as_mut().filter(|elsewhere| elsewhere.request == request) else {
             return false;
         };
-        elsewhere.answered = Some(hold.since);
+        elsewhere.phase = Phase::Held(hold.since);
         if let Some(ask) = elsewhere.ask.take() {
             ask.answer(Ok(()));
         }
@@ -119,12 +229,18 @@ impl Service {
         if let Some(ask) = elsewhere.ask {
             ask.answer(Err(words::store_errno(why)));
         }
+        if let Some(prepare) = elsewhere.prepare {
+            self.attendance.over(prepare);
+        }
         true
     }
 
     /// A hold ended. If it is the store's the snapshot is over for us, however it ended.
     pub(super) fn store_left(&mut self, hold: &Hold, reason: Reason) {
-        let Some(_) = self.elsewhere.take_if(|elsewhere| elsewhere.token == hold.token) else { return };
+        let Some(elsewhere) = self.elsewhere.take_if(|elsewhere| elsewhere.token == hold.token) else { return };
+        if let Some(prepare) = elsewhere.prepare {
+            self.attendance.over(prepare);
+        }
         if reason == Reason::LeaseExpired {
             log::warn!("{WHO}: its store never said that it is over; if it was taken after now, it was not held still");
         }

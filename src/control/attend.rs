@@ -1,0 +1,322 @@
+//! The attendant: a connection that is asked before the disk is held for somebody else's snapshot, so that a guest can
+//! be frozen while its disks still take writes. PURE: its commands' arguments, and who is asked what.
+//!
+//! `PREPARE` goes out before any gate is closed, and the gate waits for `prepared`. With one attendant for all disks of a
+//! guest no freeze ever waits for a disk that is held. Each `PREPARE` is followed by exactly one `RELEASED`, when the
+//! gate is open again, unless the connection ends first.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::proto::{Args, Command, Error, LONGEST_WHO};
+use super::quiesce::{PeerId, Who};
+use super::words;
+
+/// How long an attendant may take when `timeout-ms` is not given.
+const DEFAULT_PATIENCE: Duration = Duration::from_secs(10);
+/// The longest complaint of an attendant, in bytes.
+const LONGEST_COMPLAINT: usize = 4096;
+
+/// What an attendant says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AttendCommand {
+    /// It wants to be asked from now on.
+    Attend {
+        /// Without its consent there is no snapshot.
+        required: bool,
+        /// For each `prepared`.
+        patience: Duration,
+        /// In the operator's words.
+        who: Option<String>,
+    },
+    /// The answer to a `PREPARE`.
+    Prepared {
+        /// Which.
+        id: u64,
+        /// The level that is reached, or why it is not.
+        result: Result<Option<String>, String>,
+    },
+    /// It wants to be asked no more.
+    Unattend,
+}
+
+pub(super) fn parse_attend(args: &mut Args) -> Result<Command, Error> {
+    Ok(Command::Attend(AttendCommand::Attend {
+        required: args.boolean("required")?.unwrap_or(true),
+        patience: args.milliseconds("timeout-ms")?.unwrap_or(DEFAULT_PATIENCE),
+        who: args.text("who", LONGEST_WHO)?,
+    }))
+}
+
+pub(super) fn parse_prepared(args: &mut Args) -> Result<Command, Error> {
+    let Some(id) = args.number("id")? else { return Err(Error::argument("prepared needs 'id', as PREPARE had it")) };
+    let level = args.text("level", LONGEST_WHO)?;
+    let result = match (args.text("error", LONGEST_COMPLAINT)?, level) {
+        (None, level) => Ok(level),
+        (Some(error), None) => Err(error),
+        (Some(_), Some(_)) => return Err(Error::argument("prepared takes 'level' or 'error', not both")),
+    };
+    Ok(Command::Attend(AttendCommand::Prepared { id, result }))
+}
+
+pub(super) fn parse_unattend(_: &mut Args) -> Result<Command, Error> {
+    Ok(Command::Attend(AttendCommand::Unattend))
+}
+
+/// A `PREPARE` that goes out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Prepare {
+    pub(super) peer: PeerId,
+    pub(super) id: u64,
+    /// For its answer.
+    pub(super) patience: Duration,
+}
+
+/// What a snapshot must do first.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum First {
+    /// Nothing.
+    Nothing,
+    /// Wait for the answer to this.
+    Wait(Prepare),
+    /// Give up: the attendant that must consent is lost.
+    GiveUp,
+}
+
+/// How a `PREPARE` ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Outcome {
+    /// The level, or what went wrong.
+    pub(super) result: Result<Option<String>, String>,
+    /// Whether that is the end of the snapshot.
+    pub(super) required: bool,
+}
+
+struct Attendant {
+    peer: PeerId,
+    who: Who,
+    required: bool,
+    patience: Duration,
+}
+
+struct Asking {
+    prepare: Prepare,
+    until: Instant,
+    required: bool,
+}
+
+/// Who attends, and what it was asked.
+#[derive(Default)]
+pub(super) struct Attendance {
+    attendant: Option<Attendant>,
+    /// The last one that was required, and lost: whoever took it for there must not be deceived.
+    lost: Option<Who>,
+    asking: Option<Asking>,
+    last_id: u64,
+    /// Connections that must hear that the snapshot of this id is over, once the gate is open.
+    owed: Vec<(PeerId, u64)>,
+}
+
+impl Attendance {
+    /// Registers a connection, or changes what it wants. One at a time.
+    pub(super) fn attend(&mut self, peer: PeerId, who: Who, required: bool, patience: Duration) -> Result<(), Error> {
+        if let Some(other) = self.attendant.as_ref().filter(|other| other.peer != peer) {
+            let desc = format!("{} attends already: end it first", words::shown(&other.who));
+            return Err(Error::new("attended", desc));
+        }
+        self.attendant = Some(Attendant { peer, who, required, patience });
+        self.lost = None;
+        Ok(())
+    }
+
+    /// Takes a connection off. What it was asked and did not answer is answered by that.
+    pub(super) fn unattend(&mut self, peer: PeerId) -> Result<Option<Outcome>, Error> {
+        match self.attendant.take_if(|attendant| attendant.peer == peer) {
+            Some(_) => Ok(self.end_asking(peer, "the attendant ended before it had answered")),
+            None => Err(not_attending()),
+        }
+    }
+
+    /// A connection ended.
+    pub(super) fn gone(&mut self, peer: PeerId) -> Option<Outcome> {
+        self.owed.retain(|(owed, _)| *owed != peer);
+        let attendant = self.attendant.take_if(|attendant| attendant.peer == peer)?;
+        if attendant.required {
+            log::warn!(
+                "the attendant {} is lost: until one is back, snapshots of the image by others are refused (start \
+                 'virtioblkctl attend' again; ending it in order lifts this)",
+                words::shown(&attendant.who)
+            );
+            self.lost = Some(attendant.who);
+        }
+        self.end_asking(peer, "the attendant's connection ended")
+    }
+
+    /// Somebody else begins a snapshot that may last until `limit` in this phase.
+    pub(super) fn begin(&mut self, limit: Duration, now: Instant) -> First {
+        let Some(Attendant { peer, required, patience, .. }) = &self.attendant else {
+            return if self.lost.is_some() { First::GiveUp } else { First::Nothing };
+        };
+        self.last_id += 1;
+        let prepare = Prepare { peer: *peer, id: self.last_id, patience: (*patience).min(limit) };
+        self.asking = Some(Asking { prepare, until: now + prepare.patience, required: *required });
+        First::Wait(prepare)
+    }
+
+    /// The answer of an attendant. Errors: it was not asked, or the answer is too late.
+    pub(super) fn prepared(
+        &mut self,
+        peer: PeerId,
+        id: u64,
+        result: Result<Option<String>, String>,
+    ) -> Result<Outcome, Error> {
+        let is_it = |asking: &mut Asking| (asking.prepare.peer, asking.prepare.id) == (peer, id);
+        match self.asking.take_if(is_it) {
+            Some(Asking { required, .. }) => Ok(Outcome { result, required }),
+            None => {
+                Err(Error::new("not-asked", "no PREPARE of this id waits for an answer: it is over, or came too late"))
+            }
+        }
+    }
+
+    /// Lets the time for an answer run out.
+    pub(super) fn tick(&mut self, now: Instant) -> Option<Outcome> {
+        let Asking { prepare, required, .. } = self.asking.take_if(|asking| asking.until <= now)?;
+        let text = format!("the attendant did not answer within {} ms", prepare.patience.as_millis());
+        Some(Outcome { result: Err(text), required })
+    }
+
+    /// When [`Attendance::tick`] is due.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.asking.as_ref().map(|asking| asking.until)
+    }
+
+    /// The snapshot that `prepare` was sent for is over, however it went.
+    pub(super) fn over(&mut self, prepare: Prepare) {
+        self.asking.take_if(|asking| asking.prepare == prepare);
+        self.owed.push((prepare.peer, prepare.id));
+    }
+
+    /// Who must hear `RELEASED` of which id; to be called when the gate is open.
+    pub(super) fn released(&mut self) -> Vec<(PeerId, u64)> {
+        std::mem::take(&mut self.owed)
+    }
+
+    /// For the status: who attends; null: nobody.
+    pub(super) fn status(&self) -> Value {
+        let (who, present, required) = match (&self.attendant, &self.lost) {
+            (Some(attendant), _) => (&attendant.who, true, attendant.required),
+            (None, Some(who)) => (who, false, true),
+            (None, None) => return Value::Null,
+        };
+        let mut value = words::who(who);
+        value["present"] = json!(present);
+        value["required"] = json!(required);
+        value["preparing"] = json!(self.asking.is_some());
+        value
+    }
+
+    fn end_asking(&mut self, peer: PeerId, why: &str) -> Option<Outcome> {
+        let asking = self.asking.take_if(|asking| asking.prepare.peer == peer)?;
+        Some(Outcome { result: Err(why.to_owned()), required: asking.required })
+    }
+}
+
+fn not_attending() -> Error {
+    Error::new("not-attending", "this connection does not attend: send attend first")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::proto::parse;
+    use super::*;
+
+    const S: Duration = Duration::from_secs(1);
+
+    fn who() -> Who {
+        Who { text: Some("attend".into()), client: None }
+    }
+
+    fn attended(required: bool) -> Attendance {
+        let mut attendance = Attendance::default();
+        attendance.attend(1, who(), required, 8 * S).unwrap();
+        attendance
+    }
+
+    fn prepare(attendance: &mut Attendance, now: Instant) -> Prepare {
+        match attendance.begin(5 * S, now) {
+            First::Wait(prepare) => prepare,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_answer_counts_once_from_whoever_was_asked() {
+        let now = Instant::now();
+        let mut a = attended(true);
+        let asked = prepare(&mut a, now);
+        assert_eq!(asked, Prepare { peer: 1, id: 1, patience: 5 * S });
+        assert_eq!(a.next_deadline(), Some(now + 5 * S));
+        assert_eq!(a.prepared(2, 1, Ok(None)).unwrap_err().code, "not-asked");
+        assert_eq!(a.prepared(1, 2, Ok(None)).unwrap_err().code, "not-asked");
+        assert_eq!(a.tick(now + 4 * S), None);
+        let outcome = Outcome { result: Ok(Some("filesystem".into())), required: true };
+        assert_eq!(a.prepared(1, 1, Ok(Some("filesystem".into()))), Ok(outcome));
+        assert_eq!(a.prepared(1, 1, Ok(None)).unwrap_err().code, "not-asked");
+        a.over(asked);
+        assert_eq!((a.released(), a.released()), (vec![(1, 1)], vec![]));
+    }
+
+    #[test]
+    fn silence_and_death_are_answers() {
+        let now = Instant::now();
+        for required in [true, false] {
+            let mut a = attended(required);
+            let asked = prepare(&mut a, now);
+            let late = a.tick(now + 5 * S).unwrap();
+            assert!(late.required == required && late.result.unwrap_err().contains("5000 ms"));
+            a.over(asked);
+            assert_eq!(a.next_deadline(), None);
+            prepare(&mut a, now);
+            let dead = a.gone(1).unwrap();
+            assert!(dead.required == required && dead.result.is_err());
+            assert_eq!(a.released(), [], "nobody listens");
+            assert_eq!(a.begin(S, now), if required { First::GiveUp } else { First::Nothing });
+            assert_eq!(a.status()["present"], if required { json!(false) } else { Value::Null });
+        }
+    }
+
+    #[test]
+    fn a_lost_one_is_missed_until_one_is_back_or_ends_in_order() {
+        let now = Instant::now();
+        let mut a = attended(true);
+        assert_eq!(a.attend(2, who(), false, S).unwrap_err().code, "attended");
+        assert_eq!(a.unattend(2).unwrap_err().code, "not-attending");
+        assert_eq!((a.gone(2), a.gone(1)), (None, None));
+        assert_eq!(a.begin(S, now), First::GiveUp);
+        a.attend(2, who(), true, S).unwrap();
+        prepare(&mut a, now);
+        assert!(a.unattend(2).unwrap().is_some_and(|outcome| outcome.result.is_err()));
+        assert_eq!(a.begin(S, now), First::Nothing);
+    }
+
+    #[test]
+    fn wrong_arguments_say_what_is_wrong() {
+        for (command, arguments, words) in [
+            ("attend", json!({"required": 1}), "required"),
+            ("attend", json!({"timeout-ms": 0}), "timeout-ms"),
+            ("prepared", json!({}), "'id'"),
+            ("prepared", json!({"id": "x"}), "a string"),
+            ("prepared", json!({"id": -1}), "-1"),
+            ("prepared", json!({"id": 1, "level": "crash", "error": "x"}), "not both"),
+            ("unattend", json!({"id": 1}), "unattend"),
+        ] {
+            let request = json!({"execute": command, "arguments": arguments});
+            let error = parse(request, true).command.unwrap_err();
+            assert!(error.code == "bad-argument" && error.desc.contains(words), "{command} {arguments}: {error:?}");
+        }
+        let attend = AttendCommand::Attend { required: true, patience: 10 * S, who: None };
+        assert_eq!(parse(json!({"execute": "attend"}), true).command, Ok(Command::Attend(attend)));
+    }
+}
