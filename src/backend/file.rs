@@ -3,7 +3,6 @@
 mod copied;
 mod geometry;
 mod helper;
-mod latch;
 mod lock;
 mod mailbox;
 mod open;
@@ -22,10 +21,10 @@ use rustix::fs::OFlags;
 
 pub use open::OpenError;
 
+use super::latch::Latch;
 use super::{Backend, DurableWrite, Errno, Geometry, IoQueue};
 use crate::engine::CachePolicy;
 use geometry::Alignment;
-use latch::Latch;
 use queue::FileQueue;
 use ranged::Unable;
 use rmw::RangeLocks;

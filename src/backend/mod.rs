@@ -14,6 +14,7 @@
 
 pub mod buffer;
 pub mod file;
+mod latch;
 mod mailbox;
 pub mod mem;
 pub mod notices;

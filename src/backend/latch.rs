@@ -2,9 +2,10 @@
 
 use std::sync::atomic::{AtomicI32, Ordering};
 
-use super::super::Errno;
+use super::Errno;
 
-/// The first failure to make data durable. One for all queues of a back-end.
+/// The first failure to make data durable. One for all queues of a back-end. A cache that failed to write back (the
+/// page cache, librbd's) does not know afterwards what it lost.
 ///
 /// Linux marks pages clean whose writeback failed, and the next fdatasync succeeds: what the medium holds is then
 /// unknown for good. QEMU remembers this over the page cache only. We do so in the O_DIRECT modes as well: filesystems
