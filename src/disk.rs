@@ -291,6 +291,35 @@ pub struct ImageStatus {
     pub trouble: Option<String>,
     /// The same for people: the cause and the mend.
     pub trouble_detail: Option<String>,
+    /// Of a Ceph RBD image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rbd: Option<RbdStatus>,
+}
+
+/// What only a Ceph RBD image has.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct RbdStatus {
+    /// `POOL[/NAMESPACE]/IMAGE[@SNAP]`.
+    pub image: String,
+    /// The exclusive lock: `held`, `released` (no guest uses the image), `waiting` for another client, or `none`.
+    pub lock: String,
+    /// Snapshots taken by others; absent where this disk does not wait for them.
+    pub quiesce: Option<RbdQuiesceStatus>,
+}
+
+/// Snapshots of a Ceph RBD image that others took, since the daemon started.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct RbdQuiesceStatus {
+    /// The cluster asks us before a snapshot is taken.
+    pub watching: bool,
+    /// How often it asked.
+    pub asked: u64,
+    /// How often the answer was no.
+    pub refused: u64,
+    /// How often it let the disk go before the snapshot was taken, since another disk of a group took too long.
+    pub expired: u64,
 }
 
 /// What a disk says of itself; `query-status` adds the holders.

@@ -195,8 +195,11 @@ fn the_images_size_and_state_are_passed_on() {
     let served = Served::new();
     let mut client = served.client();
     served.notices.resized(4096);
-    let state =
-        ImageStatus { trouble: Some("fenced".into()), trouble_detail: Some("another host took the image".into()) };
+    let state = ImageStatus {
+        trouble: Some("fenced".into()),
+        trouble_detail: Some("another host took the image".into()),
+        ..ImageStatus::default()
+    };
     served.disk.set_image_status(state);
     served.notices.state_changed();
     assert_eq!(

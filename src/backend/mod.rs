@@ -20,6 +20,7 @@ pub mod mem;
 pub mod notices;
 pub mod null;
 pub mod point_in_time;
+pub mod rbd;
 mod uring;
 mod watch;
 

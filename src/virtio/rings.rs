@@ -198,10 +198,11 @@ impl Rings {
     /// The back-end's words, or that rings wait for the image.
     fn image_status(&self) -> ImageStatus {
         let refused = self.lock().refused.clone();
-        match refused {
-            Some(why) => ImageStatus { trouble: Some("not-ours".into()), trouble_detail: Some(why) },
-            None => self.backend.image_status(),
+        let mut status = self.backend.image_status();
+        if let Some(why) = refused {
+            (status.trouble, status.trouble_detail) = (Some("not-ours".into()), Some(why));
         }
+        status
     }
 
     /// A ring starts. Returns its counters and, if writes are blocked, the hold's epoch: the worker then begins

@@ -1,0 +1,306 @@
+//! Ceph RBD images, through librbd, which is loaded when one is opened.
+//!
+//! What is acknowledged when is decided by the engine, as for every back-end; librbd's cache is set so that the modes
+//! mean the same as over a file (`options`). Contract clause 5: with librbd's cache on, a flush that failed is as final
+//! as one of the page cache; without it nothing was lost, and only that flush fails. A client that was shut out of the
+//! cluster (blocklisted) is done for good: every later op fails, and it never opens the image again by itself.
+
+mod aio;
+mod handle;
+mod keeper;
+mod lock;
+mod luks;
+mod name;
+mod open;
+mod options;
+mod queue;
+mod quiesce;
+mod snapshots;
+mod sys;
+mod takeover;
+mod trouble;
+mod watch;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
+
+pub use name::RbdName;
+pub use open::OpenError;
+
+use super::latch::Latch;
+use super::{Backend, Errno, Geometry, IoQueue, Notices};
+use crate::disk::{ImageSnapshots, ImageStatus, RbdStatus};
+use crate::engine::CacheMode;
+use handle::Image;
+use keeper::{Keeper, News};
+use lock::Lock;
+use queue::RbdQueue;
+use quiesce::Quiesces;
+use trouble::Trouble;
+
+/// Whether the image's lock is taken while a guest uses it (`--rbd-lock`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RbdLock {
+    /// Where the image has the feature exclusive-lock; a warning where not.
+    #[default]
+    Auto,
+    /// Always: an image without the feature is refused.
+    Exclusive,
+    /// Never: clients that write take turns, and the user answers for it.
+    None,
+}
+
+/// The format of an image that librbd encrypts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encryption {
+    /// Whichever of the two it is.
+    Luks,
+    /// LUKS1.
+    Luks1,
+    /// LUKS2.
+    Luks2,
+}
+
+/// What to open and how. Everything but the name and the mode has a default.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RbdOptions {
+    /// Which image.
+    pub name: RbdName,
+    /// The cache mode.
+    pub mode: CacheMode,
+    /// The cluster's configuration file; `None`: where Ceph looks by itself.
+    pub conf: Option<PathBuf>,
+    /// The Ceph user, without "client.".
+    pub user: String,
+    /// Options for librbd and librados, in order.
+    pub options: Vec<(String, String)>,
+    /// An override of a pool's or an image's that breaks the mode is only warned of.
+    pub allow_override: bool,
+    /// Refuse writes. A snapshot is read-only anyway.
+    pub read_only: bool,
+    /// The sector size that the guest sees: 512 or 4096 bytes.
+    pub logical_block_size: u32,
+    /// Pass discards on, and let write-zeroes deallocate.
+    pub discard_unmap: bool,
+    /// The image's lock.
+    pub lock: RbdLock,
+    /// Who has the lock is kept in this file, so that a restart after a crash need not wait for the dead owner.
+    pub state_file: Option<PathBuf>,
+    /// Decrypt and encrypt, with the passphrase in this file.
+    pub encryption: Option<(Encryption, PathBuf)>,
+    /// Hold still for snapshots that others take.
+    pub quiesce: bool,
+    /// How long such a snapshot waits for us at most.
+    pub quiesce_timeout: Duration,
+    /// Where librados and librbd are; `None`: where the dynamic linker looks.
+    pub library_path: Option<PathBuf>,
+}
+
+impl RbdOptions {
+    /// The defaults.
+    pub fn new(name: RbdName, mode: CacheMode) -> Self {
+        RbdOptions {
+            name,
+            mode,
+            conf: None,
+            user: "admin".to_string(),
+            options: Vec::new(),
+            allow_override: false,
+            read_only: false,
+            logical_block_size: 512,
+            discard_unmap: true,
+            lock: RbdLock::Auto,
+            state_file: None,
+            encryption: None,
+            quiesce: true,
+            quiesce_timeout: Duration::from_secs(30),
+            library_path: None,
+        }
+    }
+}
+
+/// An open image.
+pub struct RbdBackend {
+    shared: Arc<Shared>,
+    quiesce: Option<Arc<Quiesces>>,
+    keeper: Mutex<Keeper>,
+}
+
+/// What queues, callbacks and the keeper have in common.
+struct Shared {
+    image: Image,
+    name: String,
+    /// librbd's version and its cache, for people.
+    how: String,
+    /// All but the size, which may change.
+    geometry: Geometry,
+    /// Bytes, whole blocks.
+    size: AtomicU64,
+    /// Write-zeroes may deallocate.
+    zeroes_may_unmap: bool,
+    /// librbd acknowledges writes that the cluster does not have.
+    cached: bool,
+    /// It does so only after the first flush (`rbd_cache_writethrough_until_flush`).
+    cached_after_flush: bool,
+    /// Something was written since the last sync of ours began.
+    changed: AtomicBool,
+    /// A flush was passed on.
+    flushed: AtomicBool,
+    /// One sync of ours at a time: the second must not end before the first.
+    sync_turn: Mutex<()>,
+    latch: Latch,
+    trouble: Trouble,
+    lock: Lock,
+    news: mpsc::Sender<News>,
+}
+
+impl Shared {
+    /// Whether a range lies in the image, as large as it is now.
+    fn check_range(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let end = offset.checked_add(len).filter(|end| *end <= self.size.load(Ordering::Acquire));
+        end.map(drop).ok_or(Errno(libc::EIO))
+    }
+
+    /// Whether anything can be asked of the image. A cluster forgets after an hour or so that it shut a client out; the
+    /// client must not.
+    fn check_usable(&self) -> Result<(), Errno> {
+        if self.trouble.is_fenced() { Err(queue::FENCED) } else { Ok(()) }
+    }
+
+    fn check_sync(&self) -> Result<(), Errno> {
+        self.latch.get().map_or(Ok(()), Err)
+    }
+
+    /// Something that was written is about to be reported.
+    fn changed(&self) {
+        self.changed.store(true, Ordering::Release);
+    }
+
+    /// A flush is about to be passed on.
+    fn flushes(&self) {
+        self.flushed.store(true, Ordering::Release);
+    }
+
+    /// The outcome of a sync, as its caller must see it.
+    fn judge_sync(&self, result: Result<(), Errno>) -> Result<(), Errno> {
+        if result.is_ok() {
+            self.trouble.is_writable_again(&self.news);
+        }
+        if self.cached { self.latch.judge(result, &self.name) } else { result }
+    }
+
+    /// What an op's outcome means for the whole image.
+    fn heed(&self, result: Result<(), Errno>) {
+        match result {
+            Err(queue::FENCED) => self.trouble.fenced(&self.name, &self.news),
+            Err(queue::LOCKED_OUT) if !self.geometry.read_only => self.trouble.locked_out(&self.name, &self.news),
+            _ => {}
+        }
+    }
+
+    /// Makes everything durable that was reaped. A flush of ours would end the caution that librbd has for guests that
+    /// never flush, so none is sent before the guest's first: until then a write is acknowledged when the cluster has
+    /// it, and nothing is left to be done.
+    fn sync(&self) -> Result<(), Errno> {
+        let _turn = self.sync_turn.lock().expect("no panic while held");
+        self.check_sync()?;
+        self.check_usable()?;
+        if self.cached && self.cached_after_flush && !self.flushed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        // An image that we did not write may be another client's, which keeps us from flushing.
+        if !self.changed.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.flushes();
+        let result = self.judge_sync(self.image.flush());
+        if result.is_err() {
+            self.changed();
+        }
+        self.heed(result);
+        result
+    }
+}
+
+/// An error number with words.
+fn io_error(errno: Errno) -> io::Error {
+    io::Error::from_raw_os_error(errno.0)
+}
+
+impl RbdBackend {
+    /// Opens and checks an image. Errors name the thing, the cause and the mend. Called by main before the socket is
+    /// bound, after signals were blocked: librados' threads inherit that.
+    pub fn open(options: &RbdOptions) -> Result<RbdBackend, OpenError> {
+        let (sender, receiver) = mpsc::channel();
+        let shared = Arc::new(open::open(options, sender)?);
+        let watched = options.quiesce && !shared.geometry.read_only;
+        let quiesce = watched.then(|| Arc::new(Quiesces::new(Arc::clone(&shared), options.quiesce_timeout)));
+        Ok(RbdBackend { shared, quiesce, keeper: Mutex::new(Keeper::new(receiver)) })
+    }
+}
+
+impl Backend for RbdBackend {
+    fn geometry(&self) -> Geometry {
+        Geometry { size: self.shared.size.load(Ordering::Acquire), ..self.shared.geometry }
+    }
+
+    fn open_queue(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
+        Ok(Box::new(RbdQueue::open(Arc::clone(&self.shared), depth)?))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.shared.sync().map_err(io_error)
+    }
+
+    fn describe(&self) -> String {
+        let access = if self.shared.geometry.read_only { ", read-only" } else { "" };
+        format!("Ceph RBD image {} over {}{access}", self.shared.name, self.shared.how)
+    }
+
+    fn sync_failed(&self) -> Option<Errno> {
+        self.shared.latch.get()
+    }
+
+    fn start_notices(&self, notices: Arc<dyn Notices>) {
+        let mut keeper = self.keeper.lock().expect("no panic while held");
+        keeper.start(&self.shared, self.quiesce.as_ref(), notices);
+    }
+
+    fn stop_notices(&self) {
+        self.keeper.lock().expect("no panic while held").stop(&self.shared, self.quiesce.as_ref());
+    }
+
+    fn activate(&self) -> io::Result<()> {
+        self.shared.lock.activate(&self.shared)
+    }
+
+    fn deactivate(&self) {
+        self.shared.lock.deactivate(&self.shared);
+    }
+
+    fn image_status(&self) -> ImageStatus {
+        let (trouble, trouble_detail) = self.shared.trouble.status().unzip();
+        let rbd = RbdStatus {
+            image: self.shared.name.clone(),
+            lock: self.shared.lock.status().to_string(),
+            quiesce: self.quiesce.as_ref().map(|quiesce| quiesce.status()),
+        };
+        ImageStatus { trouble, trouble_detail, rbd: Some(rbd) }
+    }
+
+    fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {
+        if self.shared.geometry.read_only {
+            return None;
+        }
+        Some(Arc::new(snapshots::Snapshots(Arc::clone(&self.shared))))
+    }
+}
+
+impl Drop for RbdBackend {
+    fn drop(&mut self) {
+        self.stop_notices();
+    }
+}

@@ -1,0 +1,296 @@
+//! UNSAFE. An open image as a value: librbd's synchronous functions, each one call. Those that move data are in `aio`.
+//!
+//! Every function may wait for the cluster, for as long as that takes, unless it says otherwise; none may be called from
+//! a thread of librbd's (its callbacks).
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::path::Path;
+use std::ptr;
+
+use super::super::Errno;
+use super::sys::{self, Api, rados_ioctx_t, rados_t, rbd_config_option_t, rbd_image_t};
+
+/// The result of a C function: negative is an error number.
+pub(super) fn check(result: c_int) -> Result<(), Errno> {
+    if result < 0 { Err(Errno(result.saturating_neg())) } else { Ok(()) }
+}
+
+/// Text for C. EINVAL: it has a zero byte, which none of C's names can have.
+pub(super) fn c_string(text: &str) -> Result<CString, Errno> {
+    CString::new(text).map_err(|_| Errno(libc::EINVAL))
+}
+
+/// A connection to a cluster, or one to be.
+pub(super) struct Cluster {
+    api: &'static Api,
+    raw: rados_t,
+}
+
+// SAFETY: librados' handles may be used by any thread, several at a time (librados.h).
+unsafe impl Send for Cluster {}
+// SAFETY: as above.
+unsafe impl Sync for Cluster {}
+
+impl Cluster {
+    /// Not yet connected; `user` without "client.".
+    pub(super) fn new(api: &'static Api, user: &str) -> Result<Self, Errno> {
+        let name = c_string(&format!("client.{user}"))?;
+        let mut raw = ptr::null_mut();
+        // SAFETY: the strings live through the call, which writes a handle.
+        check(unsafe { (api.rados.rados_create2)(&raw mut raw, c"ceph".as_ptr(), name.as_ptr(), 0) })?;
+        Ok(Cluster { api, raw })
+    }
+
+    /// Reads a configuration file; none: where Ceph looks by itself (CEPH_CONF, /etc/ceph/ceph.conf, ...).
+    pub(super) fn read_file(&self, path: Option<&Path>) -> Result<(), Errno> {
+        use std::os::unix::ffi::OsStrExt;
+        let path = path.map(|path| CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno(libc::EINVAL)));
+        let path = path.transpose()?;
+        // SAFETY: a string that lives through the call, or null.
+        check(unsafe {
+            (self.api.rados.rados_conf_read_file)(self.raw, path.as_ref().map_or(ptr::null(), |path| path.as_ptr()))
+        })
+    }
+
+    /// Sets an option. ENOENT: there is none of this name; EINVAL: not this value.
+    pub(super) fn set(&self, option: &str, value: &str) -> Result<(), Errno> {
+        let (option, value) = (c_string(option)?, c_string(value)?);
+        // SAFETY: the strings live through the call.
+        check(unsafe { (self.api.rados.rados_conf_set)(self.raw, option.as_ptr(), value.as_ptr()) })
+    }
+
+    /// An option's value before pools and images override it.
+    pub(super) fn get(&self, option: &str) -> Result<String, Errno> {
+        let option = c_string(option)?;
+        let mut text = vec![0u8; 4096];
+        // SAFETY: writes at most `len` bytes, a zero among them, to the buffer, which lives through the call.
+        check(unsafe {
+            (self.api.rados.rados_conf_get)(self.raw, option.as_ptr(), text.as_mut_ptr().cast::<c_char>(), text.len())
+        })?;
+        let text = CStr::from_bytes_until_nul(&text).map_err(|_| Errno(libc::ERANGE))?;
+        Ok(text.to_string_lossy().into_owned())
+    }
+
+    /// Connects. ETIMEDOUT: no monitor answered within `client_mount_timeout`.
+    pub(super) fn connect(&self) -> Result<(), Errno> {
+        // SAFETY: the handle is not connected yet: whoever made it calls this once.
+        check(unsafe { (self.api.rados.rados_connect)(self.raw) })
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // SAFETY: nothing of this connection is used any more: its pool's handle lives in `Image`, which owns this.
+        unsafe { (self.api.rados.rados_shutdown)(self.raw) }
+    }
+}
+
+/// A pool, and a namespace in it.
+pub(super) struct Pool {
+    raw: rados_ioctx_t,
+    /// After `raw`: what it is of.
+    cluster: Cluster,
+}
+
+// SAFETY: as `Cluster`.
+unsafe impl Send for Pool {}
+// SAFETY: as `Cluster`.
+unsafe impl Sync for Pool {}
+
+impl Pool {
+    pub(super) fn open(cluster: Cluster, pool: &str, namespace: &str) -> Result<Self, Errno> {
+        let (pool, namespace) = (c_string(pool)?, c_string(namespace)?);
+        let mut raw = ptr::null_mut();
+        // SAFETY: the string lives through the call, which writes a handle.
+        check(unsafe { (cluster.api.rados.rados_ioctx_create)(cluster.raw, pool.as_ptr(), &raw mut raw) })?;
+        // SAFETY: the handle is good, and the string lives through the call.
+        unsafe { (cluster.api.rados.rados_ioctx_set_namespace)(raw, namespace.as_ptr()) };
+        Ok(Pool { raw, cluster })
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        // SAFETY: made by `open`, and no image of it is open: `Image` closes itself before it drops this.
+        unsafe { (self.cluster.api.rados.rados_ioctx_destroy)(self.raw) }
+    }
+}
+
+/// An open image. Closed when dropped, which waits for what is in flight and writes back what is cached.
+pub(super) struct Image {
+    pub(super) api: &'static Api,
+    pub(super) raw: rbd_image_t,
+    /// After the image: what it is in.
+    pool: Pool,
+}
+
+// SAFETY: librbd's images may be used by any thread, several at a time.
+unsafe impl Send for Image {}
+// SAFETY: as above.
+unsafe impl Sync for Image {}
+
+/// An option and where its value comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Effective {
+    pub value: String,
+    /// The pool or the image overrides what was configured: which of them.
+    pub overridden_by: Option<&'static str>,
+}
+
+impl Image {
+    /// Opens an image, or a snapshot of it, which is always read-only.
+    pub(super) fn open(pool: Pool, image: &str, snapshot: Option<&str>, read_only: bool) -> Result<Self, Errno> {
+        let api = pool.cluster.api;
+        let image = c_string(image)?;
+        let snapshot = snapshot.map(c_string).transpose()?;
+        let snapshot = snapshot.as_ref().map_or(ptr::null(), |name| name.as_ptr());
+        let open = if read_only { api.rbd.rbd_open_read_only } else { api.rbd.rbd_open };
+        let mut raw = ptr::null_mut();
+        // SAFETY: the strings (or null) live through the call, which writes a handle.
+        check(unsafe { open(pool.raw, image.as_ptr(), &raw mut raw, snapshot) })?;
+        Ok(Image { api, raw, pool })
+    }
+
+    fn number(&self, function: unsafe extern "C" fn(rbd_image_t, *mut u64) -> c_int) -> Result<u64, Errno> {
+        let mut value = 0;
+        // SAFETY: the image is open, and the function writes one u64.
+        check(unsafe { function(self.raw, &raw mut value) })?;
+        Ok(value)
+    }
+
+    /// Bytes; of an encrypted image, those that hold data.
+    pub(super) fn size(&self) -> Result<u64, Errno> {
+        self.number(self.api.rbd.rbd_get_size)
+    }
+
+    /// Bytes that lie together in one object.
+    pub(super) fn stripe_unit(&self) -> Result<u64, Errno> {
+        self.number(self.api.rbd.rbd_get_stripe_unit)
+    }
+
+    /// Whether the image has the feature exclusive-lock.
+    pub(super) fn can_lock(&self) -> Result<bool, Errno> {
+        Ok(self.number(self.api.rbd.rbd_get_features)? & sys::RBD_FEATURE_EXCLUSIVE_LOCK != 0)
+    }
+
+    /// The options' values in force for this image, by name.
+    pub(super) fn options(&self) -> Result<Vec<(String, Effective)>, Errno> {
+        let mut room: c_int = 512;
+        loop {
+            let mut list: Vec<rbd_config_option_t> = Vec::with_capacity(room as usize);
+            let most = room;
+            // SAFETY: the list has room for as many entries as is said; what is filled in is released below.
+            let result = unsafe { (self.api.rbd.rbd_config_image_list)(self.raw, list.as_mut_ptr(), &raw mut room) };
+            if result == -libc::ERANGE && room > most {
+                continue;
+            }
+            check(result)?;
+            let count = room.clamp(0, most);
+            // SAFETY: the function filled in so many entries.
+            unsafe { list.set_len(count as usize) };
+            // SAFETY: each entry has two strings, which live until the cleanup.
+            let text = |from: *const c_char| unsafe { CStr::from_ptr(from) }.to_string_lossy().into_owned();
+            let options = list.iter().map(|option| {
+                let overridden_by = match option.source {
+                    sys::RBD_CONFIG_SOURCE_POOL => Some("pool"),
+                    sys::RBD_CONFIG_SOURCE_IMAGE => Some("image"),
+                    _ => None,
+                };
+                (text(option.name), Effective { value: text(option.value), overridden_by })
+            });
+            let options = options.collect();
+            // SAFETY: the entries are as the function left them, and not used afterwards.
+            unsafe { (self.api.rbd.rbd_config_image_list_cleanup)(list.as_mut_ptr(), count) };
+            return Ok(options);
+        }
+    }
+
+    /// An option of the connection, for those that images do not have.
+    pub(super) fn cluster_option(&self, name: &str) -> Result<String, Errno> {
+        self.pool.cluster.get(name)
+    }
+
+    /// Makes everything written durable. librbd takes it for the guest's flush.
+    pub(super) fn flush(&self) -> Result<(), Errno> {
+        // SAFETY: the image is open.
+        check(unsafe { (self.api.rbd.rbd_flush)(self.raw) })
+    }
+
+    /// Forgets what was read: another client may have written meanwhile.
+    pub(super) fn invalidate_cache(&self) -> Result<(), Errno> {
+        // SAFETY: the image is open.
+        check(unsafe { (self.api.rbd.rbd_invalidate_cache)(self.raw) })
+    }
+
+    /// Takes the lock for good, until `unlock`. EROFS: another client has it for good. A client that died is waited
+    /// for, half a minute as a rule, and then shut out.
+    pub(super) fn lock(&self) -> Result<(), Errno> {
+        // SAFETY: the image is open.
+        check(unsafe { (self.api.rbd.rbd_lock_acquire)(self.raw, sys::RBD_LOCK_MODE_EXCLUSIVE) })
+    }
+
+    /// Lets the lock go; our own writes then fail (EROFS) until the next `lock`.
+    pub(super) fn unlock(&self) -> Result<(), Errno> {
+        // SAFETY: the image is open.
+        check(unsafe { (self.api.rbd.rbd_lock_release)(self.raw) })
+    }
+
+    /// The address of the client that has the lock, as `rbd lock ls` prints it.
+    pub(super) fn lock_owner(&self) -> Result<Option<String>, Errno> {
+        let mut owners = [ptr::null_mut::<c_char>(); 8];
+        let mut count = owners.len();
+        let mut mode = 0;
+        // SAFETY: the image is open; the function writes one mode and at most `count` strings, released below.
+        let result =
+            unsafe { (self.api.rbd.rbd_lock_get_owners)(self.raw, &raw mut mode, owners.as_mut_ptr(), &raw mut count) };
+        if result == -libc::ENOENT {
+            return Ok(None);
+        }
+        check(result)?;
+        let count = count.min(owners.len());
+        // SAFETY: the function made so many strings, which live until the cleanup.
+        let first = (count > 0).then(|| unsafe { CStr::from_ptr(owners[0]) }.to_string_lossy().into_owned());
+        // SAFETY: as the function left them, and not used afterwards.
+        unsafe { (self.api.rbd.rbd_lock_get_owners_cleanup)(owners.as_mut_ptr(), count) };
+        Ok(first)
+    }
+
+    /// Takes the lock away from a client that is known to be dead, and shuts it out of the cluster. ENOENT: it has it
+    /// no more.
+    pub(super) fn break_lock(&self, owner: &str) -> Result<(), Errno> {
+        let owner = c_string(owner)?;
+        // SAFETY: the image is open, and the string lives through the call.
+        check(unsafe { (self.api.rbd.rbd_lock_break)(self.raw, sys::RBD_LOCK_MODE_EXCLUSIVE, owner.as_ptr()) })
+    }
+
+    /// Makes a snapshot without asking anybody to hold still. EEXIST: the name is taken.
+    pub(super) fn create_snapshot(&self, name: &str) -> Result<(), Errno> {
+        let name = c_string(name)?;
+        let Some(create) = self.api.rbd.rbd_snap_create2 else {
+            // As old as that, nobody would be asked.
+            // SAFETY: the image is open, and the string lives through the call.
+            return check(unsafe { (self.api.rbd.rbd_snap_create)(self.raw, name.as_ptr()) });
+        };
+        let flags = sys::RBD_SNAP_CREATE_SKIP_QUIESCE;
+        // SAFETY: as above; without a callback its argument is not looked at.
+        check(unsafe { create(self.raw, name.as_ptr(), flags, None, ptr::null_mut()) })
+    }
+
+    /// Removes a snapshot.
+    pub(super) fn remove_snapshot(&self, name: &str) -> Result<(), Errno> {
+        let name = c_string(name)?;
+        // SAFETY: the image is open, and the string lives through the call.
+        check(unsafe { (self.api.rbd.rbd_snap_remove)(self.raw, name.as_ptr()) })
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        // SAFETY: opened by `open` and closed only here. Queues and watches hold the image, so nothing is in flight
+        // and nobody is called back afterwards.
+        if let Err(errno) = check(unsafe { (self.api.rbd.rbd_close)(self.raw) }) {
+            log::error!("closing the RBD image failed: {}", std::io::Error::from_raw_os_error(errno.0));
+        }
+    }
+}

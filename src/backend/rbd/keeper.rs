@@ -1,0 +1,123 @@
+//! The thread that does for an image what librbd's own threads must not: ask for the size, and watch the time.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::super::Notices;
+use super::Shared;
+use super::quiesce::Quiesces;
+use super::watch::Watch;
+
+/// What the keeper hears.
+pub(super) enum News {
+    /// The image's header changed.
+    Updated,
+    /// The image's trouble began or ended.
+    StateChanged,
+    /// A quiesce was asked for: there is a deadline.
+    Quiesce,
+    /// The end.
+    Stop,
+}
+
+/// The thread, and what it will hear.
+pub(super) struct Keeper {
+    news: Option<mpsc::Receiver<News>>,
+    running: Option<Running>,
+}
+
+struct Running {
+    thread: JoinHandle<()>,
+    updates: Option<Watch>,
+}
+
+impl Keeper {
+    pub(super) fn new(news: mpsc::Receiver<News>) -> Self {
+        Keeper { news: Some(news), running: None }
+    }
+
+    /// Begins to tell `notices`. Once.
+    pub(super) fn start(&mut self, shared: &Arc<Shared>, quiesces: Option<&Arc<Quiesces>>, notices: Arc<dyn Notices>) {
+        let Some(news) = self.news.take() else { return };
+        if let Some(quiesces) = quiesces {
+            quiesces.start(Arc::clone(&notices));
+        }
+        // A snapshot does not change, and an image that is open read-only hears nothing.
+        let updates = (!shared.geometry.read_only).then(|| watch_updates(shared)).flatten();
+        let (shared, quiesces) = (Arc::clone(shared), quiesces.cloned());
+        let body = move || keep(&shared, quiesces.as_deref(), &*notices, &news);
+        match thread::Builder::new().name("rbd-keeper".into()).spawn(body) {
+            Ok(thread) => self.running = Some(Running { thread, updates }),
+            Err(error) => log::error!("no thread for the RBD image's news: {error}; resizes are not seen"),
+        }
+    }
+
+    /// Nothing is told any more, and no quiesce is unanswered.
+    pub(super) fn stop(&mut self, shared: &Shared, quiesces: Option<&Arc<Quiesces>>) {
+        if let Some(quiesces) = quiesces {
+            quiesces.stop();
+        }
+        let Some(Running { thread, updates }) = self.running.take() else { return };
+        if let Some(watch) = updates
+            && let Err(errno) = watch.stop()
+        {
+            log::warn!("{}: the update watch cannot be removed: {}", shared.name, super::io_error(errno));
+        }
+        // It hears this: it holds the receiver.
+        let _ = shared.news.send(News::Stop);
+        if thread.join().is_err() {
+            log::error!("{}: the keeper's thread panicked", shared.name);
+        }
+    }
+}
+
+fn watch_updates(shared: &Arc<Shared>) -> Option<Watch> {
+    let news = shared.news.clone();
+    let changed = Box::new(move || {
+        // Nobody listens at the end.
+        let _ = news.send(News::Updated);
+    });
+    match Watch::updates(Arc::clone(shared), changed) {
+        Ok(watch) => Some(watch),
+        Err(errno) => {
+            log::warn!("{}: no update watch ({}): resizes are not seen", shared.name, super::io_error(errno));
+            None
+        }
+    }
+}
+
+fn keep(shared: &Shared, quiesces: Option<&Quiesces>, notices: &dyn Notices, news: &mpsc::Receiver<News>) {
+    loop {
+        let next = quiesces.and_then(Quiesces::expire);
+        let heard = match next {
+            Some(deadline) => news.recv_timeout(deadline.saturating_duration_since(Instant::now())),
+            None => news.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected),
+        };
+        match heard {
+            Ok(News::Updated) => look_at_size(shared, notices),
+            Ok(News::StateChanged) => notices.state_changed(),
+            Ok(News::Quiesce) | Err(mpsc::RecvTimeoutError::Timeout) => {}
+            Ok(News::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+fn look_at_size(shared: &Shared, notices: &dyn Notices) {
+    let block = u64::from(shared.geometry.logical_block);
+    match shared.image.size() {
+        Ok(size) => {
+            let size = size / block * block;
+            if shared.size.swap(size, Ordering::AcqRel) != size {
+                notices.resized(size);
+            }
+        }
+        Err(errno) => {
+            shared.heed(Err(errno));
+            log::warn!("{}: its size cannot be read: {}", shared.name, super::io_error(errno));
+            // Not at once again: the next change of the header asks anew.
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}

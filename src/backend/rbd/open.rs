@@ -1,0 +1,228 @@
+//! From a name to an open, checked image. Every error names the thing, the cause and the mend.
+
+use std::fmt;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Mutex, mpsc};
+
+use super::super::latch::Latch;
+use super::super::{DurableWrite, Errno, Geometry, RangeLimits};
+use super::handle::{Cluster, Image, Pool};
+use super::keeper::News;
+use super::lock::{self, Lock};
+use super::options::{self, InForce};
+use super::sys::Api;
+use super::takeover::StateFile;
+use super::trouble::Trouble;
+use super::{RbdOptions, Shared, luks};
+use crate::engine::CachePolicy;
+
+/// Blocks that the cluster writes without reading first.
+const PHYSICAL_BLOCK: u32 = 4096;
+/// Longest discard or write-zeroes in one op: so many objects of 4 MiB are enough at a time.
+const LONGEST_RANGE: u64 = 1 << 30;
+/// librbd's default of `rbd_discard_granularity_bytes`: what does not fill such a block is not discarded.
+const DISCARD_GRANULARITY: u32 = 64 << 10;
+/// A passphrase file has a line; what is larger is something else.
+const LARGEST_PASSPHRASE: usize = 4096;
+
+/// Why an image cannot be served: the image, the cause and the mend.
+#[derive(Debug)]
+pub struct OpenError(String);
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for OpenError {}
+
+impl OpenError {
+    pub(super) fn new(message: String) -> Self {
+        OpenError(message)
+    }
+
+    pub(super) fn option(name: &str, value: &str, errno: Errno) -> Self {
+        let cause = match errno.0 {
+            libc::ENOENT => "this Ceph has no option of that name".to_string(),
+            libc::EINVAL => "not a value of that option".to_string(),
+            _ => super::io_error(errno).to_string(),
+        };
+        OpenError(format!("--rbd-option {name}={value}: {cause}; `ceph config help {name}` explains it"))
+    }
+
+    fn from_errno(what: &str, errno: Errno, mend: &str) -> Self {
+        OpenError(format!("{what}: {}; {mend}", super::io_error(errno)))
+    }
+}
+
+/// Opens the image. May take as long as the cluster does, and seconds for an encrypted one.
+pub(super) fn open(options: &RbdOptions, news: mpsc::Sender<News>) -> Result<Shared, OpenError> {
+    let api = Api::load(options.library_path.as_deref()).map_err(|error| OpenError(error.to_string()))?;
+    let name = options.name.to_string();
+    let passphrase = options.encryption.as_ref().map(|(format, path)| Ok((*format, read_passphrase(path)?)));
+    let passphrase = passphrase.transpose()?;
+    let pool = connect(api, options)?;
+    let read_only = options.read_only || options.name.snapshot.is_some();
+    let image = Image::open(pool, &options.name.image, options.name.snapshot.as_deref(), read_only)
+        .map_err(|errno| image_error(options, errno))?;
+    let in_force = InForce::read(&image).map_err(|errno| {
+        OpenError::from_errno(&name, errno, "its options cannot be read; see the state of the cluster")
+    })?;
+    options::check(&in_force, options.mode, &name, options.allow_override)?;
+    if let Some((format, passphrase)) = passphrase {
+        luks::load(&image, format, &passphrase).map_err(|errno| encryption_error(options, errno))?;
+    }
+    let about = |errno| OpenError::from_errno(&name, errno, "it cannot be examined; see the state of the cluster");
+    let geometry = geometry(&image, &in_force, options, read_only).map_err(about)?;
+    if geometry.size == 0 {
+        return Err(OpenError(format!(
+            "{name}: smaller than a block of {} bytes; make it larger with rbd resize",
+            geometry.logical_block
+        )));
+    }
+    let lock = lock_of(&image, options, read_only)?;
+    let cached = in_force.is("rbd_cache", "true");
+    let (major, minor, extra) = api.version();
+    let cache = if cached { "its cache" } else { "no cache" };
+    Ok(Shared {
+        image,
+        name,
+        how: format!("librbd {major}.{minor}.{extra} with {cache}"),
+        geometry,
+        size: AtomicU64::new(geometry.size),
+        zeroes_may_unmap: geometry.zeroes_may_unmap,
+        cached,
+        cached_after_flush: in_force.is("rbd_cache_writethrough_until_flush", "true"),
+        changed: AtomicBool::new(false),
+        flushed: AtomicBool::new(false),
+        sync_turn: Mutex::default(),
+        latch: Latch::default(),
+        trouble: Trouble::default(),
+        lock,
+        news,
+    })
+}
+
+fn connect(api: &'static Api, options: &RbdOptions) -> Result<Pool, OpenError> {
+    let RbdOptions { user, name, .. } = options;
+    let cluster = Cluster::new(api, user).map_err(|errno| {
+        OpenError::from_errno(&format!("--ceph-user {user}"), errno, "use a Ceph user's name without 'client.'")
+    })?;
+    cluster.read_file(options.conf.as_deref()).map_err(|errno| {
+        let what = options.conf.as_ref().map_or("Ceph's configuration file".into(), |conf| conf.display().to_string());
+        OpenError::from_errno(&what, errno, "name the cluster's configuration file with --ceph-conf")
+    })?;
+    options::set(&cluster, CachePolicy::from(options.mode), &options.options)?;
+    cluster.connect().map_err(|errno| {
+        let mend = match errno.0 {
+            libc::ETIMEDOUT => "no monitor answers: see 'mon host' in its configuration (--ceph-conf), and the network",
+            libc::ENOENT => {
+                "no key or no monitor is named: see 'keyring' and 'mon host' in its configuration (--ceph-conf)"
+            }
+            libc::EPERM | libc::EACCES => "the cluster does not accept the key: see --ceph-user and its keyring",
+            _ => "see --ceph-conf and --ceph-user",
+        };
+        OpenError::from_errno(&format!("cannot connect to the Ceph cluster as client.{user}"), errno, mend)
+    })?;
+    Pool::open(cluster, &name.pool, &name.namespace).map_err(|errno| {
+        let mend = match errno.0 {
+            libc::ENOENT => "there is no such pool (ceph osd pool ls)",
+            _ => "see the state of the cluster (ceph status)",
+        };
+        OpenError::from_errno(&format!("pool {}", name.pool), errno, mend)
+    })
+}
+
+fn image_error(options: &RbdOptions, errno: Errno) -> OpenError {
+    let RbdOptions { name, user, .. } = options;
+    let mend = match errno.0 {
+        libc::ENOENT => format!("there is none: see `rbd ls {}`", name.pool),
+        libc::EPERM | libc::EACCES => {
+            format!("client.{user} may not: give it 'profile rbd' for mon and for osd on pool {}", name.pool)
+        }
+        libc::EROFS => "it cannot be written: give --read-only".to_string(),
+        libc::ESHUTDOWN => "this client is shut out of the cluster: see `ceph osd blocklist ls`".to_string(),
+        _ => "see the state of the cluster (ceph status)".to_string(),
+    };
+    OpenError::from_errno(&format!("RBD image {name}"), errno, &mend)
+}
+
+fn encryption_error(options: &RbdOptions, errno: Errno) -> OpenError {
+    let cause = match errno.0 {
+        libc::EPERM => "the passphrase is wrong: see --rbd-passphrase-file".to_string(),
+        libc::EINVAL => "it is not encrypted in this format: see --rbd-encryption".to_string(),
+        libc::ENOTSUP | libc::ENOSYS => "this librbd cannot: Ceph 16 or later is needed".to_string(),
+        _ => super::io_error(errno).to_string(),
+    };
+    OpenError(format!("RBD image {} cannot be decrypted: {cause}", options.name))
+}
+
+fn geometry(image: &Image, in_force: &InForce, options: &RbdOptions, read_only: bool) -> Result<Geometry, Errno> {
+    let block = u64::from(options.logical_block_size);
+    let size = image.size()? / block * block;
+    let granularity = in_force.get("rbd_discard_granularity_bytes").and_then(|text| text.parse().ok());
+    let granularity = granularity.unwrap_or(DISCARD_GRANULARITY).max(options.logical_block_size);
+    let writable = !read_only;
+    let range = |granularity| Some(RangeLimits { max_bytes: LONGEST_RANGE, granularity }).filter(|_| writable);
+    Ok(Geometry {
+        size,
+        logical_block: options.logical_block_size,
+        physical_block: PHYSICAL_BLOCK,
+        alignment_offset: 0,
+        min_io: PHYSICAL_BLOCK,
+        opt_io: u32::try_from(image.stripe_unit()?).unwrap_or(0),
+        read_only,
+        discard: range(granularity).filter(|_| options.discard_unmap),
+        write_zeroes: range(options.logical_block_size),
+        zeroes_may_unmap: writable && options.discard_unmap,
+        durable_write: DurableWrite::Emulate,
+    })
+}
+
+fn lock_of(image: &Image, options: &RbdOptions, read_only: bool) -> Result<Lock, OpenError> {
+    let name = &options.name;
+    let can_lock = image
+        .can_lock()
+        .map_err(|errno| OpenError::from_errno(&name.to_string(), errno, "its features cannot be read"))?;
+    if !can_lock && !read_only && options.lock == super::RbdLock::Auto {
+        log::warn!(
+            "{name}: it has no feature exclusive-lock, so nothing keeps two hosts from writing it at once (rbd feature \
+             enable {name} exclusive-lock)"
+        );
+    }
+    let wanted = lock::is_wanted(options.lock, can_lock, read_only).map_err(|_| {
+        OpenError(format!(
+            "--rbd-lock exclusive: {name} has no feature exclusive-lock; add it (rbd feature enable {name} \
+             exclusive-lock), or use --rbd-lock auto"
+        ))
+    })?;
+    let file = options.state_file.as_deref().filter(|_| wanted);
+    let file = file.map(|path| StateFile::open(path, &name.to_string())).transpose().map_err(OpenError)?;
+    Ok(Lock::new(wanted, file))
+}
+
+/// The file's content, but for a line's end.
+fn read_passphrase(path: &Path) -> Result<Vec<u8>, OpenError> {
+    let failed = |cause: &dyn fmt::Display| {
+        let path = path.display();
+        OpenError(format!("--rbd-passphrase-file {path}: {cause}; it holds the passphrase and nothing else"))
+    };
+    let mut text = Vec::new();
+    io::Read::read_to_end(
+        &mut io::Read::take(std::fs::File::open(path).map_err(|error| failed(&error))?, LARGEST_PASSPHRASE as u64 + 1),
+        &mut text,
+    )
+    .map_err(|error| failed(&error))?;
+    if text.len() > LARGEST_PASSPHRASE {
+        return Err(failed(&format!("larger than {LARGEST_PASSPHRASE} bytes")));
+    }
+    let end = text.strip_suffix(b"\n").map_or(text.len(), <[u8]>::len);
+    text.truncate(end);
+    if text.is_empty() {
+        return Err(failed(&"empty"));
+    }
+    Ok(text)
+}

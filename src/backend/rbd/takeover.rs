@@ -1,0 +1,103 @@
+//! The state file: who of us has the lock. A daemon that was killed leaves a lock behind that the cluster gives away
+//! only after half a minute; its successor need not wait if it knows for certain that the owner is dead.
+//!
+//! It does if three things come together: the file names the owner, as the cluster prints it (an address and a random
+//! number of that one connection); the cluster still names the same; and the file's lock (flock(2)), which the owner
+//! held until it died, is ours now. The cluster shuts the dead owner out before anything else happens.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+
+/// A name and an address fit; what is larger is no state file.
+const LARGEST: u64 = 8 << 10;
+
+/// The file, locked for as long as this process lives.
+pub(super) struct StateFile {
+    file: File,
+    path: PathBuf,
+    image: String,
+}
+
+impl StateFile {
+    /// Opens or makes it. Errors say the cause and the mend.
+    pub(super) fn open(path: &Path, image: &str) -> Result<Self, String> {
+        let failed = |error: io::Error| format!("--rbd-state-file {}: {error}", path.display());
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let file = options.open(path).map_err(failed)?;
+        if file.metadata().map_err(failed)?.len() > LARGEST {
+            return Err(format!("--rbd-state-file {}: it is something else; name a file of its own", path.display()));
+        }
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(StateFile { file, path: path.to_path_buf(), image: image.to_string() }),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(format!(
+                "--rbd-state-file {}: another virtioblkd uses it: end that one, or give each disk a file of its own",
+                path.display()
+            )),
+            Err(errno) => Err(failed(errno.into())),
+        }
+    }
+
+    /// The owner that the file names: a client of this image's that is dead.
+    pub(super) fn dead_owner(&self) -> Option<String> {
+        let mut text = String::new();
+        let read = (&self.file).rewind().and_then(|()| (&self.file).take(LARGEST).read_to_string(&mut text));
+        if let Err(error) = read {
+            log::warn!("{}: {error}: a dead owner of the lock is waited for", self.path.display());
+            return None;
+        }
+        let (image, owner) = text.strip_suffix('\n')?.split_once('\n')?;
+        (image == self.image && !owner.is_empty() && !owner.contains('\n')).then(|| owner.to_string())
+    }
+
+    /// We are the owner, under this name; `None`: not any more. What cannot be written is no harm: the successor waits.
+    pub(super) fn write(&self, owner: Option<&str>) {
+        let text = owner.map_or(String::new(), |owner| format!("{}\n{owner}\n", self.image));
+        let written = self.file.set_len(0).and_then(|()| {
+            (&self.file).rewind()?;
+            (&self.file).write_all(text.as_bytes())
+        });
+        if let Err(error) = written {
+            log::warn!("{}: {error}: a restart after a crash will wait for the lock", self.path.display());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_names_the_owner_to_the_next_of_the_same_image_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        let state = StateFile::open(&path, "p/i").unwrap();
+        assert_eq!(state.dead_owner(), None);
+        state.write(Some("10.0.0.1:0/4711"));
+        let Err(error) = StateFile::open(&path, "p/i") else { panic!("two at a time") };
+        assert!(error.contains("another virtioblkd"), "{error}");
+        drop(state);
+        assert_eq!(StateFile::open(&path, "p/i").unwrap().dead_owner().as_deref(), Some("10.0.0.1:0/4711"));
+        assert_eq!(StateFile::open(&path, "p/j").unwrap().dead_owner(), None);
+        let state = StateFile::open(&path, "p/i").unwrap();
+        state.write(None);
+        assert_eq!(state.dead_owner(), None);
+    }
+
+    #[test]
+    fn what_was_half_written_or_is_something_else_names_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        for text in ["", "p/i", "p/i\n", "p/i\n10.0.0.1:0/47", "p/i\n\n", "p/i\na\nb\n", "\u{fffd}\n1\n"] {
+            std::fs::write(&path, text).unwrap();
+            assert_eq!(StateFile::open(&path, "p/i").unwrap().dead_owner(), None, "{text:?}");
+        }
+        std::fs::write(&path, [b'\n'; 10000]).unwrap();
+        assert!(StateFile::open(&path, "p/i").is_err());
+        assert!(StateFile::open(dir.path(), "p/i").is_err());
+    }
+}
