@@ -5,6 +5,7 @@
 //! them are ours.
 
 mod file;
+mod rbd;
 mod values;
 
 use std::ffi::OsString;
@@ -16,7 +17,9 @@ use clap::parser::ValueSource;
 use clap::{CommandFactory, FromArgMatches, Parser};
 use log::LevelFilter;
 
+use crate::backend::rbd::RbdOptions;
 use crate::engine::CacheMode;
+use rbd::RbdArgs;
 pub use values::disk_size;
 use values::{Mode, Switch};
 
@@ -106,6 +109,8 @@ pub struct ControlSocket {
 pub enum BackendKind {
     /// A raw file or a block device.
     File(PathBuf),
+    /// A Ceph RBD image, with all that opening it takes.
+    Rbd(Box<RbdOptions>),
     /// Nothing; so many bytes of it. For measuring.
     Null(u64),
     /// Memory of so many bytes, gone at the end. For tests.
@@ -138,7 +143,7 @@ fn refuse<T>(message: impl Into<String>) -> Result<T, ConfigError> {
     Err(ConfigError(message.into()))
 }
 
-/// A vhost-user-blk server: serves one raw image to QEMU, truthfully, and holds it still on request.
+/// A vhost-user-blk server: serves one raw image or Ceph RBD image to QEMU, truthfully, and holds it still on request.
 ///
 /// It stays in the foreground and serves one front-end after another. SIGTERM, SIGINT or SIGHUP: drains, syncs,
 /// removes its sockets and ends with status 0; a second signal ends it at once. Status 1: a failure at run time;
@@ -230,6 +235,9 @@ struct Args {
     /// file, null, `null:SIZE` or `mem:SIZE`
     #[arg(long, value_name = "KIND", hide = true, value_parser = values::backend)]
     backend: Option<values::Backend>,
+
+    #[command(flatten)]
+    rbd: RbdArgs,
 }
 
 impl Config {
@@ -322,10 +330,26 @@ impl Args {
     }
 
     fn backend(&self) -> Result<BackendKind, ConfigError> {
+        if let Some(name) = &self.rbd.rbd {
+            if self.backend.is_some() || self.blk_file.is_some() {
+                return refuse("--rbd and --blk-file (or --backend) exclude each other: a process serves one disk");
+            }
+            if self.locking.is_some() {
+                return refuse("--locking is for files: an RBD image has --rbd-lock");
+            }
+            let common = rbd::Common {
+                mode: self.cache.unwrap_or_default(),
+                read_only: self.read_only.is_some_and(|switch| switch.0),
+                logical_block_size: self.logical_block_size,
+                discard_unmap: self.discard.is_none_or(|switch| switch.0),
+            };
+            return self.rbd.backend(name, common);
+        }
+        self.rbd.refuse_without_image()?;
         match (&self.backend, &self.blk_file) {
             (None | Some(values::Backend::File), Some(path)) => Ok(BackendKind::File(path.clone())),
             (None | Some(values::Backend::File), None) => {
-                refuse("no image given: --blk-file PATH of a raw image or a block device")
+                refuse("no image given: --blk-file PATH of a raw image or a block device, or --rbd POOL/IMAGE")
             }
             (Some(_), Some(_)) => refuse("--backend null or mem has no image: leave out --blk-file"),
             (Some(values::Backend::Null(size)), None) => Ok(BackendKind::Null(*size)),
@@ -343,7 +367,9 @@ impl Args {
             ("--config", &self.config),
         ]
         .into_iter()
-        .filter_map(|(name, path)| Some((name, path.as_deref()?)))
+        .map(|(name, path)| (name, path.as_deref()))
+        .chain(self.rbd.paths())
+        .filter_map(|(name, path)| Some((name, path?)))
         .collect();
         for (at, (name, path)) in paths.iter().enumerate() {
             if let Some((other, _)) = paths[at + 1..].iter().find(|(_, other)| other == path) {

@@ -16,6 +16,8 @@ use super::{Args, ConfigError, refuse, strip};
 const ONLY_ARGUMENTS: [&str; 4] = ["config", "print-capabilities", "help", "version"];
 /// A disk file has a line an option; what is larger is something else, the image perhaps.
 const LARGEST_FILE: u64 = 1 << 20;
+/// May be given several times: a list, or a table of names and values.
+const REPEATED: [&str; 1] = ["rbd-option"];
 /// Permission bits are octal, which a number in TOML would not be.
 const QUOTED: [&str; 2] = ["socket-mode", "control-mode"];
 
@@ -42,10 +44,11 @@ fn parse(name: &str, text: &str) -> Result<Vec<(String, OsString)>, ConfigError>
         let place = format!("{name}:{}", line_of(text, key.span()));
         let key = key.get_ref().as_ref();
         check_key(&place, key)?;
-        let word = argument_value(&place, key, value.get_ref())?;
-        let argument = OsString::from(format!("--{key}={word}"));
-        check_value(&place, key, &word, &argument)?;
-        arguments.push((key.to_string(), argument));
+        for word in argument_values(&place, key, value.get_ref())? {
+            let argument = OsString::from(format!("--{key}={word}"));
+            check_value(&place, key, &word, &argument)?;
+            arguments.push((key.to_string(), argument));
+        }
     }
     Ok(arguments)
 }
@@ -73,7 +76,22 @@ fn check_key(place: &str, key: &str) -> Result<(), ConfigError> {
     }
 }
 
-/// The value as it would stand on the command line.
+/// The values as they would stand on the command line, one after the other: of an option that may be repeated, a list
+/// or a table.
+fn argument_values(place: &str, key: &str, value: &DeValue<'_>) -> Result<Vec<String>, ConfigError> {
+    match value {
+        DeValue::Array(values) if REPEATED.contains(&key) => {
+            values.iter().map(|value| argument_value(place, key, value.get_ref())).collect()
+        }
+        DeValue::Table(table) if REPEATED.contains(&key) => table
+            .iter()
+            .map(|(name, value)| Ok(format!("{}={}", name.get_ref(), argument_value(place, key, value.get_ref())?)))
+            .collect(),
+        value => Ok(vec![argument_value(place, key, value)?]),
+    }
+}
+
+/// One value as it would stand on the command line.
 fn argument_value(place: &str, key: &str, value: &DeValue<'_>) -> Result<String, ConfigError> {
     match value {
         DeValue::String(text) => Ok(text.to_string()),

@@ -2,6 +2,7 @@
 
 use log::LevelFilter;
 
+use crate::backend::rbd::{Encryption, RbdLock, RbdName};
 use crate::engine::CacheMode;
 
 /// A choice of two words, or a flag with a value. A type of its own, so that clap takes it for a value.
@@ -45,6 +46,58 @@ pub(super) fn discard(text: &str) -> Result<Switch, String> {
 
 pub(super) fn locking(text: &str) -> Result<Switch, String> {
     switch(text, "auto", "off")
+}
+
+pub(super) fn on(text: &str) -> Result<Switch, String> {
+    switch(text, "on", "off")
+}
+
+pub(super) fn rbd_name(text: &str) -> Result<RbdName, String> {
+    text.parse()
+}
+
+pub(super) fn ceph_user(text: &str) -> Result<String, String> {
+    if text.is_empty() || text.starts_with("client.") || text.contains('\0') {
+        return Err("use the name without 'client.', such as admin".to_string());
+    }
+    Ok(text.to_string())
+}
+
+pub(super) fn rbd_option(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.trim().is_empty() => {
+            // Ceph takes spaces and dashes for underscores.
+            let name = name.trim().replace([' ', '-'], "_");
+            Ok((name, value.trim().to_string()))
+        }
+        _ => Err("use OPTION=VALUE, such as rbd_cache_size=67108864".to_string()),
+    }
+}
+
+pub(super) fn rbd_lock(text: &str) -> Result<RbdLock, String> {
+    match text {
+        "auto" => Ok(RbdLock::Auto),
+        "exclusive" => Ok(RbdLock::Exclusive),
+        "none" => Ok(RbdLock::None),
+        _ => Err("use auto, exclusive or none".to_string()),
+    }
+}
+
+pub(super) fn rbd_encryption(text: &str) -> Result<Encryption, String> {
+    match text {
+        "luks" => Ok(Encryption::Luks),
+        "luks1" => Ok(Encryption::Luks1),
+        "luks2" => Ok(Encryption::Luks2),
+        _ => Err("use luks, luks1 or luks2".to_string()),
+    }
+}
+
+/// The cluster waits 50 s.
+pub(super) fn quiesce_timeout(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(seconds) if (1..=45).contains(&seconds) => Ok(seconds),
+        _ => Err("use a number of seconds from 1 to 45".to_string()),
+    }
 }
 
 pub(super) fn cache(text: &str) -> Result<CacheMode, String> {

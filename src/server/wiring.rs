@@ -14,6 +14,7 @@ use crate::backend::file::{FileBackend, FileOptions, Locking};
 use crate::backend::mem::{MemBackend, MemOptions};
 use crate::backend::null::NullBackend;
 use crate::backend::point_in_time::PointInTime;
+use crate::backend::rbd::RbdBackend;
 use crate::config::{BackendKind, Config};
 use crate::control::{self, ImageNotices};
 use crate::disk::{Copies, Disk, DiskStatus, Events, ImageSnapshots};
@@ -98,6 +99,7 @@ fn open_backend(config: &Config) -> Result<Arc<dyn Backend>, Box<dyn Error + Sen
             locking: if config.lock_image { Locking::Auto } else { Locking::Off },
             ..FileOptions::new(path, config.cache.into())
         })?),
+        BackendKind::Rbd(options) => Arc::new(RbdBackend::open(options)?),
         BackendKind::Null(size) => Arc::new(NullBackend::new(*size, block)),
         BackendKind::Mem(size) => {
             Arc::new(MemBackend::new(MemOptions { logical_block: block, ..MemOptions::new(*size) }))
