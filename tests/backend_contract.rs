@@ -1,107 +1,19 @@
-//! The contract of `src/backend/mod.rs`, clause by clause, against every back-end.
+//! The contract of `src/backend/mod.rs`, clause by clause, against every back-end that needs nothing but this machine.
 
 mod backend;
+#[path = "backend/contract.rs"]
+mod contract;
 
-use std::collections::HashSet;
-use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use backend::{Chance, Driver, PATIENCE, dirty_pages, each, each_that_stores, image, open, random_ops, some_buffer};
-use rustix::event::{EventfdFlags, eventfd};
+use backend::{Driver, dirty_pages, each, each_that_stores, image, open};
+use contract::read_op;
 use virtioblkd::backend::mem::{Counts, Fault, Keep, MemBackend, MemOp, MemOptions, Order};
-use virtioblkd::backend::{Backend, DurableWrite, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
+use virtioblkd::backend::{Backend, DurableWrite, Errno, IoBuf, Op, OpId};
 use virtioblkd::engine::CacheMode;
 
 const EIO: Errno = Errno(libc::EIO);
-
-fn read_op(offset: u64) -> Op {
-    Op::Read { offset, buf: IoBuf::owned(4096, 4096, 0) }
-}
-
-#[test]
-fn clause_1_each_token_comes_back_once() {
-    each(|name, backend| {
-        let mut driver = Driver::new(backend, 16);
-        let mut chance = Chance::new(1);
-        let mut out = HashSet::new();
-        for _ in 0..50 {
-            for turn in 0..16u64 {
-                let offset = turn * 16384;
-                let id = driver.push(match chance.below(5) {
-                    0 => Op::Sync,
-                    1 => Op::Discard { offset, len: 8192 },
-                    2 => Op::WriteZeroes { offset, len: 4096, unmap: chance.below(2) == 0 },
-                    3 => Op::Write { offset, buf: some_buffer(&mut chance, 4096), durable: false },
-                    _ => Op::Read { offset, buf: some_buffer(&mut chance, 4096) },
-                });
-                assert!(out.insert(id));
-            }
-            while !out.is_empty() {
-                for completion in driver.reap() {
-                    assert!(out.remove(&completion.id), "{name}: {:?} came back, but was not out", completion.id);
-                    assert_eq!(completion.result, Ok(()), "{name}");
-                }
-            }
-        }
-        let mut late = Vec::new();
-        driver.queue.wait(Some(Duration::from_millis(20))).expect("wait");
-        driver.queue.reap(&mut late);
-        assert!(late.is_empty(), "{name}: something came back twice");
-    });
-}
-
-#[test]
-fn clause_2_ok_means_every_byte() {
-    each_that_stores(|_, backend| {
-        for seed in 1..4 {
-            random_ops(backend, seed, 500);
-        }
-    });
-}
-
-#[test]
-fn clause_2_many_parts_and_long_transfers() {
-    each_that_stores(|name, backend| {
-        let mut driver = Driver::new(backend, 4);
-        let mut chance = Chance::new(7);
-        // More parts than one system call takes, aligned and not; more bytes than one bounce buffer has.
-        for parts in [vec![512; 6000], vec![4096; 700], [vec![500, 12], vec![512; 3999]].concat()] {
-            let len = parts.iter().sum();
-            let bytes = chance.bytes(len);
-            let buf = IoBuf::owned_parts(&parts, 4096);
-            buf.copy_from(0, &bytes);
-            assert_eq!(driver.run(Op::Write { offset: 4096, buf, durable: false }), Ok(()), "{name}");
-            assert!(driver.read(4096, len) == Ok(bytes.clone()), "{name}");
-            let id = driver.push(Op::Read { offset: 4096, buf: IoBuf::owned_parts(&parts, 4096) });
-            let completion = driver.finish(id);
-            assert_eq!(completion.result, Ok(()), "{name}");
-            let mut seen = vec![0; len];
-            completion.buf.expect("the buffer").copy_to(0, &mut seen);
-            assert!(seen == bytes, "{name}");
-        }
-    });
-}
-
-#[test]
-fn clause_3_dropping_a_queue_waits() {
-    each_that_stores(|name, backend| {
-        for round in 1..20u8 {
-            let mut queue = backend.open_queue(32).expect("a queue");
-            for turn in 0..32u64 {
-                // Odd ones are not aligned and go through a buffer of the queue's own.
-                let buf = IoBuf::owned(16384, 4096, turn as usize % 2);
-                buf.copy_from(0, &[round; 16384]);
-                queue.push(Op::Write { offset: turn * 16384, buf, durable: false }, OpId(turn)).expect("room");
-            }
-            queue.submit().expect("submit");
-            drop(queue);
-            let seen = Driver::new(backend, 1).read(0, 32 * 16384).expect("a read");
-            assert!(seen.iter().all(|&byte| byte == round), "{name}: a write outlived its queue");
-        }
-    });
-}
 
 #[test]
 fn clause_4_a_sync_covers_what_was_reaped_on_any_queue() {
@@ -160,109 +72,6 @@ fn clause_5_a_sync_that_failed_keeps_failing() {
     assert_eq!(other.run(durable), Err(EIO));
     assert_eq!(disk.sync_failed(), Some(EIO));
     assert_eq!(other.write(0, &[1; 512]), Ok(()), "only durability is lost");
-}
-
-fn event() -> Arc<rustix::fd::OwnedFd> {
-    Arc::new(eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd"))
-}
-
-fn kick(fd: &rustix::fd::OwnedFd) {
-    assert_eq!(rustix::io::write(fd, &1u64.to_ne_bytes()), Ok(8));
-}
-
-#[test]
-fn clause_6_wait_sees_every_event() {
-    each(|name, backend| {
-        let (kicked, woken, copied) = (event(), event(), event());
-        let mut queue = backend.open_queue(4).expect("a queue");
-        // Before it was watched at all.
-        kick(&kicked);
-        queue.watch(Source::Kick, kicked.as_fd()).expect("watch");
-        queue.watch(Source::Wake, woken.as_fd()).expect("watch");
-        // One copy in front of an image, not two.
-        let is_copied = name.starts_with("point-in-time");
-        assert_eq!(queue.watch(Source::Copy, copied.as_fd()).is_err(), is_copied, "{name}");
-        let kick_only = Wakeups { kick: true, ..Wakeups::default() };
-        let wake_only = Wakeups { wake: true, ..Wakeups::default() };
-        let copy_only = Wakeups { copy: true, ..Wakeups::default() };
-        assert_eq!(queue.wait(Some(PATIENCE)).expect("wait"), kick_only, "{name}: written before the watch");
-        assert_eq!(queue.wait(Some(Duration::from_millis(1))).expect("wait"), Wakeups::default(), "{name}: nothing");
-        assert_eq!(queue.wait(Some(Duration::ZERO)).expect("wait"), Wakeups::default(), "{name}: nothing");
-        // While nobody waits, also between other calls.
-        kick(&woken);
-        queue.submit().expect("submit");
-        queue.reap(&mut Vec::new());
-        assert_eq!(queue.wait(Some(PATIENCE)).expect("wait"), wake_only, "{name}: written meanwhile");
-        if !is_copied {
-            kick(&copied);
-            assert_eq!(queue.wait(Some(PATIENCE)).expect("wait"), copy_only, "{name}: the third source");
-        }
-        for _ in 0..100 {
-            kick(&kicked);
-            assert_eq!(queue.wait(Some(PATIENCE)).expect("wait"), kick_only, "{name}: again and again");
-        }
-        // While it sleeps.
-        let later = Arc::clone(&kicked);
-        let thread = thread::spawn(move || {
-            thread::sleep(Duration::from_millis(10));
-            kick(&later);
-        });
-        assert_eq!(queue.wait(None).expect("wait"), kick_only, "{name}: written while asleep");
-        thread.join().expect("the thread");
-    });
-}
-
-/// Waits as a worker does until all of `wanted` was seen; an event lost hangs until the deadline and fails.
-fn wait_for(queue: &mut dyn IoQueue, mut tokens: usize, mut kick: bool, name: &str) {
-    let mut out = Vec::new();
-    while tokens > 0 || kick {
-        let start = std::time::Instant::now();
-        let wakeups = queue.wait(Some(PATIENCE)).expect("wait");
-        assert!(start.elapsed() < PATIENCE, "{name}: an event was lost");
-        kick &= !wakeups.kick;
-        queue.reap(&mut out);
-        tokens -= out.drain(..).count();
-    }
-}
-
-#[test]
-fn clause_6_events_among_completions() {
-    each(|name, backend| {
-        let kicked = event();
-        let mut queue = backend.open_queue(8).expect("a queue");
-        queue.watch(Source::Kick, kicked.as_fd()).expect("watch");
-        for round in 0..200u64 {
-            for turn in 0..8 {
-                queue.push(read_op(turn * 4096), OpId(turn)).expect("room");
-            }
-            if round % 2 == 0 {
-                queue.submit().expect("submit");
-            }
-            kick(&kicked);
-            wait_for(&mut *queue, 8, true, name);
-        }
-    });
-}
-
-#[test]
-fn clause_7_a_full_queue_hands_the_op_back() {
-    each(|name, backend| {
-        for depth in [1, 3, 128] {
-            let mut queue = backend.open_queue(depth).expect("a queue");
-            for turn in 0..depth as u64 {
-                assert!(queue.push(read_op(turn * 4096), OpId(turn)).is_ok(), "{name}: room for {depth}");
-            }
-            let Err(back) = queue.push(read_op(12288), OpId(999)) else { panic!("{name}: no end at {depth}") };
-            assert!(matches!(back, Op::Read { offset: 12288, .. }), "{name}: another op came back");
-            let mut out = Vec::new();
-            while out.is_empty() {
-                queue.wait(Some(PATIENCE)).expect("wait");
-                queue.reap(&mut out);
-            }
-            assert!(queue.push(back, OpId(999)).is_ok(), "{name}: room again");
-            wait_for(&mut *queue, depth + 1 - out.len(), false, name);
-        }
-    });
 }
 
 #[test]

@@ -1,0 +1,615 @@
+//! The real program under virtio-driver (libblkio's), a front-end that nobody here wrote: every mode and request,
+//! many queues, a model at depth, and what becomes of the data when somebody quiesces, leaves, is killed or is told to
+//! end. The same tests for every kind of image: the test program around them has a `new_store`.
+
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::driver::{ALL, Driver, F_FLUSH};
+
+/// An image full of zeroes, gone when dropped, and how it looks from outside.
+pub trait Store {
+    /// The daemon's options that name it.
+    fn options(&self) -> Vec<OsString>;
+
+    /// All of it, by another way than through the daemon.
+    fn content(&self) -> Vec<u8>;
+
+    /// A command that copies it to a file.
+    fn copy_to(&self, file: &Path) -> Vec<OsString>;
+
+    /// Others see what a mode that promises nothing has acknowledged, before any sync.
+    fn shows_what_is_cached(&self) -> bool;
+}
+
+const SIZE: usize = 4 << 20;
+const MODES: [&str; 5] = ["none", "directsync", "writeback", "writethrough", "unsafe"];
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Minus EIO: what virtio-driver makes of VIRTIO_BLK_S_IOERR; and minus ENOTSUP, of VIRTIO_BLK_S_UNSUPP.
+const EIO: i32 = -5;
+const ENOTSUP: i32 = -95;
+
+/// The program, serving an image of its own.
+struct Served {
+    child: Child,
+    log: Arc<Mutex<String>>,
+    reader: Option<JoinHandle<()>>,
+    store: Box<dyn Store>,
+    socket: PathBuf,
+    control: PathBuf,
+    _sockets: tempfile::TempDir,
+}
+
+impl Served {
+    fn new(options: &[&str]) -> Served {
+        let store = crate::new_store(SIZE as u64);
+        // Socket paths are short.
+        let sockets = tempfile::tempdir().unwrap();
+        let (socket, control) = (sockets.path().join("s"), sockets.path().join("c"));
+        let mut child = Command::new(env!("CARGO_BIN_EXE_virtioblkd"))
+            .args(options)
+            .args(store.options())
+            .args([Path::new("--socket-path"), &socket, Path::new("--control-path"), &control])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log = Arc::new(Mutex::new(String::new()));
+        let (lines, stderr) = (log.clone(), BufReader::new(child.stderr.take().unwrap()));
+        let reader = std::thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                *lines.lock().unwrap() += &(line + "\n");
+            }
+        });
+        let served = Served { child, log, reader: Some(reader), store, socket, control, _sockets: sockets };
+        served.wait_for("serving on");
+        served
+    }
+
+    fn wait_for(&self, text: &str) {
+        let end = Instant::now() + PATIENCE;
+        while !self.log.lock().unwrap().contains(text) {
+            assert!(Instant::now() < end, "no '{text}' in the log: {}", self.log.lock().unwrap());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn connect(&self, queues: usize, size: u16, memory: usize) -> Driver {
+        Driver::connect(&self.socket, queues, size, memory, ALL).unwrap()
+    }
+
+    /// Until the server has let the last one go.
+    fn connect_again(&self, queues: usize, size: u16, memory: usize) -> Driver {
+        Driver::connect_soon(&self.socket, queues, size, memory, ALL)
+    }
+
+    /// Runs virtioblkctl; it must succeed. What it printed.
+    fn ctl(&self, args: &[&str]) -> String {
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_virtioblkctl")).arg("--control").arg(&self.control).args(args).output();
+        let output = output.unwrap();
+        let log = self.log.lock().unwrap();
+        assert!(output.status.success(), "{args:?}: {}\n{log}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn status(&self) -> serde_json::Value {
+        serde_json::from_str(&self.ctl(&["--json", "status"])).unwrap()
+    }
+
+    fn image(&self) -> Vec<u8> {
+        self.store.content()
+    }
+
+    fn terminate(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
+    }
+
+    /// SIGTERM, the end, and the image afterwards.
+    fn end(mut self) -> Vec<u8> {
+        self.terminate();
+        let status = self.child.wait().unwrap();
+        self.reader.take().unwrap().join().unwrap();
+        let log = self.log.lock().unwrap();
+        assert!(status.success() && log.contains("drained and synced"), "{status}: {log}");
+        assert!(!self.socket.exists() && !self.control.exists());
+        self.image()
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // Ended already, in most tests.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The same numbers for the same seed.
+struct Chance(u64);
+
+impl Chance {
+    fn new(seed: u64) -> Chance {
+        Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        ((self.0 >> 11) % limit as u64) as usize
+    }
+}
+
+fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let mut chance = Chance::new(seed);
+    (0..len).map(|_| chance.below(256) as u8).collect()
+}
+
+#[test]
+fn every_request_in_every_mode() {
+    for mode in MODES {
+        let served = Served::new(&["--cache", mode]);
+        let mut guest = served.connect(2, 128, 4 << 20);
+        let mut model = vec![0; SIZE];
+        // Offset in the image, position and length in memory: odd sizes, from addresses aligned to nothing.
+        let shapes = [(0, 0, 512), (512, 1, 512), (4096, 4096, 4096), (10_240, 513, 1536), (65_024, 3, 66_048)];
+        for (seed, (offset, at, len)) in (1u64..).zip(shapes.into_iter().chain([(1 << 20, 4095, 1 << 20)])) {
+            let data = pattern(seed, len);
+            guest.fill(at, &data);
+            assert_eq!(guest.one(0, |guest, id| guest.write(0, offset as u64, at, len, id)), 0, "{mode} {offset}");
+            model[offset..offset + len].copy_from_slice(&data);
+            let to = (2 << 20) + at;
+            guest.fill(to, &vec![0xee; len]);
+            assert_eq!(guest.one(1, |guest, id| guest.read(1, offset as u64, to, len, id)), 0, "{mode} {offset}");
+            assert!(guest.fetch(to, len) == data, "{mode}: {len} bytes at {offset} came back changed");
+        }
+        assert_eq!(guest.one(0, |guest, id| guest.flush(0, id)), 0, "{mode}");
+        assert_eq!(guest.one(0, |guest, id| guest.write_zeroes(0, 4096, 8192, false, id)), 0, "{mode}");
+        model[4096..4096 + 8192].fill(0);
+        assert_eq!(guest.one(1, |guest, id| guest.write_zeroes(1, 512, 512, true, id)), 0, "{mode}");
+        model[512..1024].fill(0);
+        assert_eq!(guest.one(0, |guest, id| guest.discard(0, 2 << 20, 1 << 20, id)), 0, "{mode}");
+        // Past the end, and half a sector.
+        assert_eq!(guest.one(0, |guest, id| guest.read(0, SIZE as u64, 0, 512, id)), EIO, "{mode}");
+        assert_eq!(guest.one(0, |guest, id| guest.write(0, SIZE as u64 - 512, 0, 1024, id)), EIO, "{mode}");
+        assert_eq!(guest.one(0, |guest, id| guest.write(0, 0, 0, 100, id)), EIO, "{mode}");
+        drop(guest);
+        let image = served.end();
+        assert!(image[..2 << 20] == model[..2 << 20], "{mode}: the image is not what was written");
+    }
+}
+
+#[test]
+fn many_part_vectors_arrive_in_order() {
+    for mode in ["none", "writethrough"] {
+        let served = Served::new(&["--cache", mode]);
+        let mut guest = served.connect(1, 128, 1 << 20);
+        // 126 parts is what a ring of 128 takes: whole sectors, then odd pieces that add up to sectors.
+        for (round, piece) in [512usize, 513, 1, 1023].into_iter().enumerate() {
+            let mut parts: Vec<(usize, usize)> = (0..126).map(|part| (part * 2048 + part % 7, piece)).collect();
+            let total: usize = parts.iter().map(|part| part.1).sum();
+            parts.last_mut().unwrap().1 += total.next_multiple_of(512) - total;
+            let data = pattern(round as u64 + 7, total.next_multiple_of(512));
+            let mut done = 0;
+            for &(at, len) in &parts {
+                guest.fill(at, &data[done..done + len]);
+                done += len;
+            }
+            let offset = (round * (256 << 10)) as u64;
+            assert_eq!(guest.one(0, |guest, id| guest.vectored(0, true, offset, &parts, id)), 0, "{mode} {piece}");
+            for &(at, len) in &parts {
+                guest.fill(at, &vec![0; len]);
+            }
+            assert_eq!(guest.one(0, |guest, id| guest.vectored(0, false, offset, &parts, id)), 0, "{mode} {piece}");
+            let back: Vec<u8> = parts.iter().flat_map(|&(at, len)| guest.fetch(at, len)).collect();
+            assert!(back == data, "{mode}: parts of {piece}");
+            let offset = offset as usize;
+            assert!(served.image()[offset..offset + data.len()] == data, "{mode}: parts of {piece} in the image");
+        }
+    }
+}
+
+#[test]
+fn as_many_queues_as_are_asked_for() {
+    let served = Served::new(&[]);
+    for queues in [1, 16, 256] {
+        let mut guest = served.connect_again(queues, 16, 256 * 512);
+        for queue in 0..queues {
+            guest.fill(queue * 512, &pattern((queues + queue) as u64, 512));
+            guest.write(queue, (queue * 512) as u64, queue * 512, 512, queue as u64);
+            guest.kick(queue);
+        }
+        for queue in 0..queues {
+            assert_eq!(guest.wait(queue), [(queue as u64, 0)]);
+        }
+        let status = served.status();
+        assert_eq!(status["rings"].as_array().unwrap().len(), queues, "a thread for each ring in use, and no more");
+        let image = served.image();
+        for queue in 0..queues {
+            assert!(image[queue * 512..(queue + 1) * 512] == pattern((queues + queue) as u64, 512), "{queue}");
+        }
+    }
+    // More than was allowed is refused, not served wrongly; and the next is served.
+    let few = Served::new(&["--num-queues", "2"]);
+    assert!(Driver::connect(&few.socket, 3, 16, 4096, ALL).is_err());
+    let mut guest = few.connect_again(2, 16, 4096);
+    assert_eq!(guest.one(1, |guest, id| guest.write(1, 0, 0, 512, id)), 0);
+}
+
+/// Requests in flight over several rings against a model, in sectors. Two that overlap are never in flight together.
+struct Model {
+    /// What each sector holds; `None`: discarded, so anything.
+    sectors: Vec<Option<u64>>,
+    busy: Vec<bool>,
+    asked: Vec<Option<Asked>>,
+}
+
+#[derive(Clone)]
+struct Asked {
+    sectors: std::ops::Range<usize>,
+    read_to: Option<usize>,
+}
+
+/// Bytes of memory that each request has, and the longest transfer.
+const ROOM: usize = 40 << 10;
+const LONGEST: usize = 64;
+
+impl Model {
+    fn send(&mut self, guest: &mut Driver, queue: usize, id: usize, chance: &mut Chance, tag: u64) -> bool {
+        let start = chance.below(self.sectors.len());
+        let end = (start + 1 + chance.below(LONGEST)).min(self.sectors.len());
+        if self.busy[start..end].contains(&true) {
+            return false;
+        }
+        let (offset, len) = ((start * 512) as u64, (end - start) * 512);
+        let at = id * ROOM + chance.below(3) * chance.below(512);
+        let mut read_to = None;
+        match chance.below(10) {
+            0..=4 => {
+                guest.fill(at, &tag.to_le_bytes().repeat(len / 8));
+                guest.write(queue, offset, at, len, id as u64);
+                self.sectors[start..end].fill(Some(tag));
+            }
+            5..=7 => {
+                guest.fill(at, &vec![0xee; len]);
+                guest.read(queue, offset, at, len, id as u64);
+                read_to = Some(at);
+            }
+            8 => {
+                guest.write_zeroes(queue, offset, len as u64, tag.is_multiple_of(2), id as u64);
+                self.sectors[start..end].fill(Some(0));
+            }
+            _ => {
+                guest.discard(queue, offset, len as u64, id as u64);
+                self.sectors[start..end].fill(None);
+            }
+        }
+        self.busy[start..end].fill(true);
+        self.asked[id] = Some(Asked { sectors: start..end, read_to });
+        true
+    }
+
+    fn answered(&mut self, guest: &Driver, id: usize) {
+        let asked = self.asked[id].take().expect("answered once");
+        self.busy[asked.sectors.clone()].fill(false);
+        if let Some(at) = asked.read_to {
+            let bytes = guest.fetch(at, asked.sectors.len() * 512);
+            self.check(&bytes, asked.sectors);
+        }
+    }
+
+    fn check(&self, bytes: &[u8], sectors: std::ops::Range<usize>) {
+        for (sector, found) in sectors.zip(bytes.chunks(512)) {
+            if let Some(tag) = self.sectors[sector] {
+                assert!(found == tag.to_le_bytes().repeat(64), "sector {sector} does not hold {tag:#x}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_model_at_depth_64_over_four_rings() {
+    const QUEUES: usize = 4;
+    const DEPTH: usize = 64;
+    for (seed, mode) in (1u64..).zip(MODES) {
+        let served = Served::new(&["--cache", mode]);
+        let mut guest = served.connect(QUEUES, 256, QUEUES * DEPTH * ROOM);
+        let sectors = SIZE / 512;
+        let mut model =
+            Model { sectors: vec![Some(0); sectors], busy: vec![false; sectors], asked: vec![None; QUEUES * DEPTH] };
+        let mut chance = Chance::new(seed);
+        let (mut sent, mut answered) = (0u64, 0u64);
+        let end = Instant::now() + PATIENCE;
+        while answered < 3000 {
+            for queue in 0..QUEUES {
+                for id in queue * DEPTH..(queue + 1) * DEPTH {
+                    if sent < 3000
+                        && model.asked[id].is_none()
+                        && model.send(&mut guest, queue, id, &mut chance, sent + 1)
+                    {
+                        sent += 1;
+                    }
+                }
+                guest.kick(queue);
+                for (id, result) in guest.completed(queue) {
+                    assert_eq!(result, 0, "{mode}, seed {seed}");
+                    model.answered(&guest, id as usize);
+                    answered += 1;
+                }
+            }
+            assert!(Instant::now() < end, "{mode}: {answered} of {sent} were answered");
+            std::thread::yield_now();
+        }
+        assert!(model.asked.iter().all(Option::is_none));
+        let total: serde_json::Value = serde_json::from_str(&served.ctl(&["--json", "stats"])).unwrap();
+        let total = &total["total"];
+        let kinds = ["reads", "writes", "discards", "write-zeroes"];
+        let counted: u64 = kinds.iter().map(|kind| total[kind].as_u64().unwrap()).sum();
+        assert_eq!((counted, total["errors"].as_u64(), total["in-flight"].as_u64()), (3000, Some(0), Some(0)));
+        drop(guest);
+        model.check(&served.end(), 0..sectors);
+    }
+}
+
+/// Numbered writes of 4 KiB at depth over two rings, from a thread of its own, until told to stop.
+struct Load {
+    acknowledged: Arc<Mutex<Vec<u64>>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+const PAGE: usize = 4096;
+const PAGES: usize = SIZE / PAGE;
+const LOAD_QUEUES: usize = 2;
+
+impl Load {
+    fn start(served: &Served) -> Load {
+        let acknowledged = Arc::new(Mutex::new(vec![0; PAGES]));
+        let stop = Arc::new(AtomicBool::new(false));
+        let (acked, ended, socket) = (acknowledged.clone(), stop.clone(), served.socket.clone());
+        let thread = std::thread::spawn(move || {
+            let mut guest = Driver::connect_soon(&socket, LOAD_QUEUES, 64, SIZE, ALL);
+            write_numbers(
+                &mut guest,
+                || ended.load(Ordering::Relaxed),
+                |page, number| acked.lock().unwrap()[page] = number,
+            );
+        });
+        Load { acknowledged, stop, thread: Some(thread) }
+    }
+
+    fn acknowledged(&self) -> Vec<u64> {
+        self.acknowledged.lock().unwrap().clone()
+    }
+
+    /// Until so many more writes were acknowledged.
+    fn wait_for(&self, writes: u64) {
+        let newest = || self.acknowledged().into_iter().max().unwrap();
+        let (goal, end) = (newest() + writes, Instant::now() + PATIENCE);
+        while newest() < goal {
+            assert!(Instant::now() < end, "the load stands still");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Ends the load; what was acknowledged.
+    fn stop(mut self) -> Vec<u64> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap();
+        self.acknowledged()
+    }
+}
+
+/// Writes number after number to page after page, each page's memory its own, and tells of every acknowledgement.
+fn write_numbers(guest: &mut Driver, ended: impl Fn() -> bool, mut acknowledged: impl FnMut(usize, u64)) {
+    let mut in_flight: Vec<Option<u64>> = vec![None; PAGES];
+    let (mut number, mut chance, mut depth) = (0u64, Chance::new(5), [0; LOAD_QUEUES]);
+    while !ended() {
+        for (queue, depth) in depth.iter_mut().enumerate() {
+            while *depth < 16 {
+                let page = chance.below(PAGES);
+                if in_flight[page].is_none() {
+                    number += 1;
+                    guest.fill(page * PAGE, &number.to_le_bytes().repeat(PAGE / 8));
+                    guest.write(queue, (page * PAGE) as u64, page * PAGE, PAGE, page as u64);
+                    in_flight[page] = Some(number);
+                    *depth += 1;
+                }
+            }
+            guest.kick(queue);
+            for (page, result) in guest.completed(queue) {
+                assert_eq!(result, 0);
+                let number = in_flight[page as usize].take().expect("answered once");
+                acknowledged(page as usize, number);
+                *depth -= 1;
+            }
+        }
+        std::thread::yield_now();
+    }
+}
+
+/// Every page holds what was acknowledged or something newer, and is whole.
+fn holds(image: &[u8], acknowledged: &[u64], what: &str) {
+    for (page, (found, &least)) in image.chunks(PAGE).zip(acknowledged).enumerate() {
+        let number = u64::from_le_bytes(found[..8].try_into().unwrap());
+        assert!(found == number.to_le_bytes().repeat(PAGE / 8), "{what}: page {page} is torn");
+        assert!(number >= least, "{what}: page {page} holds {number}, {least} was acknowledged");
+    }
+}
+
+#[test]
+fn a_quiesce_under_load_holds_the_image_still_and_lets_it_go_on() {
+    for mode in MODES {
+        let served = Served::new(&["--cache", mode]);
+        let load = Load::start(&served);
+        for round in 0..4 {
+            load.wait_for(100);
+            let token = served.ctl(&["quiesce", "--lease", "60s"]);
+            let image = served.image();
+            // What the driver has taken note of since is in there too: nothing was acknowledged while held.
+            holds(&image, &load.acknowledged(), mode);
+            std::thread::sleep(Duration::from_millis(30));
+            assert!(served.image() == image, "{mode}: the image changed while it was held");
+            // Sooner or later a write stands before each ring.
+            let end = Instant::now() + PATIENCE;
+            loop {
+                let status = served.status();
+                assert_eq!(status["quiesce"]["state"], "quiesced", "{mode}");
+                if status["rings"].as_array().unwrap().iter().all(|ring| ring["held"] == true) {
+                    break;
+                }
+                assert!(Instant::now() < end, "{mode}: {status}");
+            }
+            if round % 2 == 0 {
+                served.ctl(&["resume", token.trim()]);
+            } else {
+                served.ctl(&["resume", "--all"]);
+            }
+        }
+        // Held for as long as a command runs.
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let copy = dir.path().join("copy");
+        load.wait_for(100);
+        let before = load.acknowledged();
+        let copying = served.store.copy_to(&copy);
+        let copying = copying.iter().map(|word| word.to_str().unwrap());
+        served.ctl(&["quiesce", "--"].into_iter().chain(copying).collect::<Vec<_>>());
+        holds(&std::fs::read(&copy).unwrap(), &before, mode);
+        load.wait_for(100);
+        let acknowledged = load.stop();
+        holds(&served.end(), &acknowledged, mode);
+    }
+}
+
+#[test]
+fn told_to_end_under_load_it_keeps_everything_acknowledged() {
+    for mode in MODES {
+        let served = Served::new(&["--cache", mode]);
+        let load = Load::start(&served);
+        load.wait_for(300);
+        let image = served.end();
+        // The driver may have found acknowledgements only after the end.
+        std::thread::sleep(Duration::from_millis(20));
+        holds(&image, &load.stop(), mode);
+    }
+}
+
+#[test]
+fn told_to_end_while_held_it_ends_and_writes_nothing_more() {
+    for mode in MODES {
+        let served = Served::new(&["--cache", mode]);
+        let load = Load::start(&served);
+        load.wait_for(100);
+        served.ctl(&["quiesce"]);
+        let held = served.image();
+        assert!(served.end() == held, "{mode}: a held write was carried out at the end");
+        let acknowledged = load.stop();
+        holds(&held, &acknowledged, mode);
+    }
+}
+
+#[test]
+#[ignore = "run by the next test, in a process of its own that it kills"]
+fn the_victim() {
+    let socket = std::env::var_os("VICTIMS_SOCKET").expect("run by another test");
+    let mut guest = Driver::connect_soon(Path::new(&socket), LOAD_QUEUES, 64, SIZE, ALL);
+    // One line an acknowledgement; the pipe's end ends us, too.
+    write_numbers(&mut guest, || false, |page, number| println!("\nacknowledged {page} {number}"));
+}
+
+#[test]
+fn a_front_end_killed_in_the_middle_leaves_everything_acknowledged_and_the_next_is_served() {
+    for mode in MODES {
+        let served = Served::new(&["--cache", mode]);
+        let mut victim = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "suite::the_victim", "--ignored", "--nocapture"])
+            .env("VICTIMS_SOCKET", &served.socket)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut acknowledged = vec![0; PAGES];
+        let mut count = 0;
+        for line in BufReader::new(victim.stdout.take().unwrap()).lines().map_while(Result::ok) {
+            let mut words = line.split(' ');
+            // A line that the kill cut short says too little, or names a smaller number, which is no less true.
+            let (Some("acknowledged"), Some(Ok(page)), Some(Ok(number))) =
+                (words.next(), words.next().map(str::parse::<usize>), words.next().map(str::parse::<u64>))
+            else {
+                continue;
+            };
+            acknowledged[page] = acknowledged[page].max(number);
+            count += 1;
+            if count == 500 {
+                victim.kill().unwrap();
+            }
+        }
+        assert!(!victim.wait().unwrap().success());
+        assert!(count >= 500, "{mode}: the victim died by itself");
+        served.wait_for("front-end gone");
+        if mode != "unsafe" || served.store.shows_what_is_cached() {
+            holds(&served.image(), &acknowledged, mode);
+        }
+        let mut guest = served.connect_again(1, 64, PAGE);
+        assert_eq!(guest.one(0, |guest, id| guest.read(0, 0, 0, PAGE, id)), 0, "{mode}");
+        let status = served.status();
+        assert_eq!(status["total"]["in-flight"], 0, "{mode}");
+        drop(guest);
+        holds(&served.end(), &acknowledged, mode);
+    }
+}
+
+#[test]
+fn one_front_end_after_another_whatever_they_negotiate() {
+    let served = Served::new(&[]);
+    for round in 0..12u8 {
+        let mask = if round % 2 == 0 { ALL } else { !F_FLUSH };
+        let mut guest = Driver::connect_soon(&served.socket, 1 + usize::from(round % 3), 32, 8192, mask);
+        guest.fill(0, &[round; 4096]);
+        assert_eq!(guest.one(0, |guest, id| guest.write(0, 4096, 0, 4096, id)), 0);
+        let acknowledged = if round % 2 == 0 { "when the host's device has it" } else { "when durable" };
+        assert!(served.ctl(&["status"]).contains(acknowledged), "round {round}");
+    }
+    assert!(served.end()[4096..8192] == [11; 4096]);
+}
+
+#[test]
+fn a_4096_byte_block_is_the_smallest_there_is() {
+    for mode in MODES {
+        let served = Served::new(&["--cache", mode, "--logical-block-size", "4096"]);
+        let mut guest = served.connect(1, 64, 64 << 10);
+        guest.fill(1, &[7; 8192]);
+        assert_eq!(guest.one(0, |guest, id| guest.write(0, 4096, 1, 8192, id)), 0, "{mode}");
+        assert_eq!(guest.one(0, |guest, id| guest.write(0, 512, 1, 4096, id)), EIO, "{mode}");
+        assert_eq!(guest.one(0, |guest, id| guest.write(0, 4096, 1, 512, id)), EIO, "{mode}");
+        assert_eq!(guest.one(0, |guest, id| guest.write_zeroes(0, 4096, 4096, true, id)), 0, "{mode}");
+        assert_eq!(guest.one(0, |guest, id| guest.write_zeroes(0, 512, 4096, true, id)), EIO, "{mode}");
+        drop(guest);
+        let image = served.end();
+        assert!(image[..8192] == [0; 8192] && image[8192..12288] == [7; 4096] && image[12288] == 0, "{mode}");
+    }
+}
+
+#[test]
+fn a_read_only_disk_is_read_and_nothing_else() {
+    for mode in MODES {
+        let served = Served::new(&["--cache", mode, "--read-only"]);
+        let mut guest = served.connect(1, 64, 8192);
+        guest.fill(0, &[7; 4096]);
+        assert_eq!(guest.one(0, |guest, id| guest.read(0, 0, 4096, 4096, id)), 0, "{mode}");
+        assert_eq!(guest.fetch(4096, 4096), [0; 4096]);
+        assert_eq!(guest.one(0, |guest, id| guest.write(0, 0, 0, 4096, id)), EIO, "{mode}");
+        assert_eq!(guest.one(0, |guest, id| guest.write_zeroes(0, 0, 4096, true, id)), ENOTSUP, "{mode}");
+        assert_eq!(guest.one(0, |guest, id| guest.discard(0, 0, 4096, id)), ENOTSUP, "{mode}");
+        assert_eq!(guest.one(0, |guest, id| guest.flush(0, id)), 0, "{mode}: there is nothing to sync, and it is");
+        drop(guest);
+        assert!(served.end().iter().all(|&byte| byte == 0), "{mode}");
+    }
+}
