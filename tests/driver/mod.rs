@@ -2,6 +2,10 @@
 //! benchmarks.
 #![allow(dead_code, unsafe_code)]
 
+#[path = "../chance/mod.rs"]
+pub mod chance;
+pub mod load;
+
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;

@@ -6,13 +6,14 @@ use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::driver::chance::Chance;
+use crate::driver::load::{LOAD_QUEUES, Load, PAGE, PAGES, SIZE, holds, write_numbers};
 use crate::driver::{ALL, Driver, F_FLUSH};
 
 /// An image full of zeroes, gone when dropped, and how it looks from outside.
@@ -30,7 +31,6 @@ pub trait Store {
     fn shows_what_is_cached(&self) -> bool;
 }
 
-const SIZE: usize = 4 << 20;
 const MODES: [&str; 5] = ["none", "directsync", "writeback", "writethrough", "unsafe"];
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Minus EIO: what virtio-driver makes of VIRTIO_BLK_S_IOERR; and minus ENOTSUP, of VIRTIO_BLK_S_UNSUPP.
@@ -132,25 +132,8 @@ impl Drop for Served {
     }
 }
 
-/// The same numbers for the same seed.
-struct Chance(u64);
-
-impl Chance {
-    fn new(seed: u64) -> Chance {
-        Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        ((self.0 >> 11) % limit as u64) as usize
-    }
-}
-
 fn pattern(seed: u64, len: usize) -> Vec<u8> {
-    let mut chance = Chance::new(seed);
-    (0..len).map(|_| chance.below(256) as u8).collect()
+    Chance::new(seed).bytes(len)
 }
 
 #[test]
@@ -264,13 +247,13 @@ const LONGEST: usize = 64;
 
 impl Model {
     fn send(&mut self, guest: &mut Driver, queue: usize, id: usize, chance: &mut Chance, tag: u64) -> bool {
-        let start = chance.below(self.sectors.len());
-        let end = (start + 1 + chance.below(LONGEST)).min(self.sectors.len());
+        let start = chance.below(self.sectors.len() as u64) as usize;
+        let end = (start + 1 + chance.below(LONGEST as u64) as usize).min(self.sectors.len());
         if self.busy[start..end].contains(&true) {
             return false;
         }
         let (offset, len) = ((start * 512) as u64, (end - start) * 512);
-        let at = id * ROOM + chance.below(3) * chance.below(512);
+        let at = id * ROOM + (chance.below(3) * chance.below(512)) as usize;
         let mut read_to = None;
         match chance.below(10) {
             0..=4 => {
@@ -359,97 +342,11 @@ fn a_model_at_depth_64_over_four_rings() {
     }
 }
 
-/// Numbered writes of 4 KiB at depth over two rings, from a thread of its own, until told to stop.
-struct Load {
-    acknowledged: Arc<Mutex<Vec<u64>>>,
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-const PAGE: usize = 4096;
-const PAGES: usize = SIZE / PAGE;
-const LOAD_QUEUES: usize = 2;
-
-impl Load {
-    fn start(served: &Served) -> Load {
-        let acknowledged = Arc::new(Mutex::new(vec![0; PAGES]));
-        let stop = Arc::new(AtomicBool::new(false));
-        let (acked, ended, socket) = (acknowledged.clone(), stop.clone(), served.socket.clone());
-        let thread = std::thread::spawn(move || {
-            let mut guest = Driver::connect_soon(&socket, LOAD_QUEUES, 64, SIZE, ALL);
-            write_numbers(
-                &mut guest,
-                || ended.load(Ordering::Relaxed),
-                |page, number| acked.lock().unwrap()[page] = number,
-            );
-        });
-        Load { acknowledged, stop, thread: Some(thread) }
-    }
-
-    fn acknowledged(&self) -> Vec<u64> {
-        self.acknowledged.lock().unwrap().clone()
-    }
-
-    /// Until so many more writes were acknowledged.
-    fn wait_for(&self, writes: u64) {
-        let newest = || self.acknowledged().into_iter().max().unwrap();
-        let (goal, end) = (newest() + writes, Instant::now() + PATIENCE);
-        while newest() < goal {
-            assert!(Instant::now() < end, "the load stands still");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    /// Ends the load; what was acknowledged.
-    fn stop(mut self) -> Vec<u64> {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.take().unwrap().join().unwrap();
-        self.acknowledged()
-    }
-}
-
-/// Writes number after number to page after page, each page's memory its own, and tells of every acknowledgement.
-fn write_numbers(guest: &mut Driver, ended: impl Fn() -> bool, mut acknowledged: impl FnMut(usize, u64)) {
-    let mut in_flight: Vec<Option<u64>> = vec![None; PAGES];
-    let (mut number, mut chance, mut depth) = (0u64, Chance::new(5), [0; LOAD_QUEUES]);
-    while !ended() {
-        for (queue, depth) in depth.iter_mut().enumerate() {
-            while *depth < 16 {
-                let page = chance.below(PAGES);
-                if in_flight[page].is_none() {
-                    number += 1;
-                    guest.fill(page * PAGE, &number.to_le_bytes().repeat(PAGE / 8));
-                    guest.write(queue, (page * PAGE) as u64, page * PAGE, PAGE, page as u64);
-                    in_flight[page] = Some(number);
-                    *depth += 1;
-                }
-            }
-            guest.kick(queue);
-            for (page, result) in guest.completed(queue) {
-                assert_eq!(result, 0);
-                let number = in_flight[page as usize].take().expect("answered once");
-                acknowledged(page as usize, number);
-                *depth -= 1;
-            }
-        }
-        std::thread::yield_now();
-    }
-}
-
-/// Every page holds what was acknowledged or something newer, and is whole.
-fn holds(image: &[u8], acknowledged: &[u64], what: &str) {
-    for (page, (found, &least)) in image.chunks(PAGE).zip(acknowledged).enumerate() {
-        let number = u64::from_le_bytes(found[..8].try_into().unwrap());
-        assert!(found == number.to_le_bytes().repeat(PAGE / 8), "{what}: page {page} is torn");
-        assert!(number >= least, "{what}: page {page} holds {number}, {least} was acknowledged");
-    }
-}
-
 #[test]
 fn a_quiesce_under_load_holds_the_image_still_and_lets_it_go_on() {
     for mode in MODES {
         let served = Served::new(&["--cache", mode]);
-        let load = Load::start(&served);
+        let load = Load::start(&served.socket);
         for round in 0..4 {
             load.wait_for(100);
             let token = served.ctl(&["quiesce", "--lease", "60s"]);
@@ -493,7 +390,7 @@ fn a_quiesce_under_load_holds_the_image_still_and_lets_it_go_on() {
 fn told_to_end_under_load_it_keeps_everything_acknowledged() {
     for mode in MODES {
         let served = Served::new(&["--cache", mode]);
-        let load = Load::start(&served);
+        let load = Load::start(&served.socket);
         load.wait_for(300);
         let image = served.end();
         // The driver may have found acknowledgements only after the end.
@@ -506,7 +403,7 @@ fn told_to_end_under_load_it_keeps_everything_acknowledged() {
 fn told_to_end_while_held_it_ends_and_writes_nothing_more() {
     for mode in MODES {
         let served = Served::new(&["--cache", mode]);
-        let load = Load::start(&served);
+        let load = Load::start(&served.socket);
         load.wait_for(100);
         served.ctl(&["quiesce"]);
         let held = served.image();
