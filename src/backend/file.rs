@@ -1,8 +1,9 @@
-//! Raw image files and host block devices, over one io_uring a ring.
+//! Raw image files and host block devices: one io_uring a ring, and plain calls for what needs no waiting.
 
 mod copied;
 mod geometry;
 mod helper;
+mod immediate;
 mod lock;
 mod mailbox;
 mod open;
@@ -10,6 +11,7 @@ mod queue;
 mod ranged;
 mod resize;
 mod rmw;
+mod unsynced;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -28,6 +30,7 @@ use geometry::Alignment;
 use queue::FileQueue;
 use ranged::Unable;
 use rmw::RangeLocks;
+use unsynced::Unsynced;
 
 /// Whether QEMU's image locks are used (`--locking`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -108,6 +111,9 @@ struct Shared {
     /// Bytes.
     size: AtomicU64,
     latch: Latch,
+    unsynced: Unsynced,
+    /// What may be done in a queue's own thread.
+    medium: immediate::Medium,
     unable: Unable,
     ranges: Arc<RangeLocks>,
 }
@@ -149,6 +155,12 @@ impl FileBackend {
             size: AtomicU64::new(geometry.size),
             geometry,
             latch: Latch::default(),
+            unsynced: Unsynced::default(),
+            medium: match (direct, medium.in_memory) {
+                (true, _) => immediate::Medium::Device,
+                (false, false) => immediate::Medium::Cache,
+                (false, true) => immediate::Medium::Memory,
+            },
             unable: Unable::default(),
             ranges: Arc::default(),
         };
@@ -169,11 +181,18 @@ impl Backend for FileBackend {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let result = loop {
-            match rustix::fs::fdatasync(&self.shared.fd) {
-                Err(rustix::io::Errno::INTR) => {}
-                result => break result.map_err(|error| Errno(error.raw_os_error())),
-            }
+        let result = match self.shared.unsynced.begin() {
+            None => Ok(()),
+            Some(upto) => loop {
+                match rustix::fs::fdatasync(&self.shared.fd) {
+                    Err(rustix::io::Errno::INTR) => {}
+                    Err(error) => break Err(Errno(error.raw_os_error())),
+                    Ok(()) => {
+                        self.shared.unsynced.synced(upto);
+                        break Ok(());
+                    }
+                }
+            },
         };
         self.shared.latch.judge(result, &self.shared.name).map_err(|errno| io::Error::from_raw_os_error(errno.0))
     }

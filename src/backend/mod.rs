@@ -13,6 +13,7 @@
 //! 7. A full queue hands the op back; it takes ops again once something was reaped.
 
 pub mod buffer;
+mod call;
 pub mod file;
 mod latch;
 mod mailbox;

@@ -48,6 +48,8 @@ pub(super) struct Medium {
     pub(super) discard: Option<RangeLimits>,
     pub(super) write_zeroes: RangeLimits,
     pub(super) zeroes_may_unmap: bool,
+    /// No storage behind it: nothing sleeps, unless it was swapped out.
+    pub(super) in_memory: bool,
 }
 
 /// Asks the kernel about a regular file.
@@ -76,6 +78,7 @@ pub(super) fn of_file(fd: BorrowedFd<'_>) -> io::Result<Medium> {
         discard: Some(RangeLimits { max_bytes: MOST_DISCARD, granularity: block }),
         write_zeroes: RangeLimits { max_bytes: MOST_ZEROES, granularity: block },
         zeroes_may_unmap: true,
+        in_memory: is_in_memory(fd)?,
     })
 }
 
@@ -103,7 +106,16 @@ pub(super) fn of_device(fd: BorrowedFd<'_>) -> io::Result<Medium> {
         discard: (most_discard > 0).then_some(RangeLimits { max_bytes: MOST_DISCARD, granularity }),
         write_zeroes: RangeLimits { max_bytes: most_zeroes, granularity: sector },
         zeroes_may_unmap: most_discard > 0 && native_zeroes > 0,
+        in_memory: false,
     })
+}
+
+/// Whether a file lives in tmpfs or ramfs.
+fn is_in_memory(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    // linux/magic.h
+    const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
+    const RAMFS_MAGIC: rustix::fs::FsWord = 0x8584_58f6;
+    Ok(matches!(rustix::fs::fstatfs(fd)?.f_type, TMPFS_MAGIC | RAMFS_MAGIC))
 }
 
 fn stat(fd: BorrowedFd<'_>) -> io::Result<Statx> {

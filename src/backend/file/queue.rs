@@ -11,9 +11,11 @@ use super::super::{Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups}
 use super::Shared;
 use super::copied::{Copied, Next, Pool};
 use super::helper::Helper;
+use super::immediate::{Immediate, Outcome};
 use super::mailbox::{Mail, Mailbox};
 use super::ranged::{Ranged, Step};
 use super::rmw::Ticket;
+use super::unsynced::Upto;
 
 const KICK: u32 = 0;
 const WAKE: u32 = 1;
@@ -27,7 +29,8 @@ pub(super) struct FileQueue {
     ring: Ring<Job>,
     helper: Option<Helper>,
     /// With an open file description of its own, which remembers writeback errors for this queue.
-    _file: OwnedFd,
+    file: OwnedFd,
+    immediate: Immediate,
     shared: Arc<Shared>,
     mailbox: Arc<Mailbox>,
     pool: Pool,
@@ -47,6 +50,8 @@ pub(super) struct FileQueue {
 struct Job {
     id: OpId,
     durable: bool,
+    /// Whether there is something to sync afterwards.
+    changes: bool,
     work: Work,
     /// Held until the op is over, however it ends.
     _ticket: Option<Ticket>,
@@ -55,6 +60,8 @@ struct Job {
 enum Work {
     /// One command is all of it.
     Whole,
+    /// A sync, and what it covers.
+    Sync(Upto),
     Copied(Box<Copied>),
     Ranged(Box<Ranged>),
 }
@@ -67,7 +74,8 @@ impl FileQueue {
         Ok(FileQueue {
             ring,
             helper: None,
-            _file: file,
+            file,
+            immediate: Immediate::new(shared.medium),
             pool: Pool::new(shared.align),
             shared,
             mailbox,
@@ -86,7 +94,10 @@ impl FileQueue {
         match op {
             Op::Read { offset, buf } => self.plan_transfer((false, false), offset, buf),
             Op::Write { offset, buf, durable } => self.plan_transfer((true, durable), offset, buf),
-            Op::Sync => (false, Work::Whole, Step::Run(Command::Sync)),
+            Op::Sync => match self.shared.unsynced.begin() {
+                Some(upto) => (false, Work::Sync(upto), Step::Run(Command::Sync)),
+                None => (false, Work::Whole, Step::Done(self.shared.latch.judge(Ok(()), &self.shared.name))),
+            },
             Op::Discard { offset, len } => self.plan_ranged(Ranged::discard(offset, len, &self.shared)),
             Op::WriteZeroes { offset, len, unmap } => {
                 self.plan_ranged(Ranged::zeroes(offset, len, unmap, &self.shared))
@@ -130,7 +141,10 @@ impl FileQueue {
 
     fn run(&mut self, job: Job, step: Step) {
         match step {
-            Step::Run(command) => self.ring.start(command, job),
+            Step::Run(command) => match self.immediate.attempt(command, self.file.as_fd()) {
+                Outcome::Over(command, result) => self.after(job, command, result),
+                Outcome::Ring(command) => self.ring.start(command, job),
+            },
             Step::DiscardDevice { offset, len } => self.discard_device(job, offset, len),
             Step::Done(result) => self.finish(job, result, None),
         }
@@ -161,10 +175,14 @@ impl FileQueue {
                 }
                 self.finish(job, result, Some(transfer.buf));
             }
-            (Work::Whole, _) => {
+            (Work::Sync(upto), _) => {
+                if result.is_ok() {
+                    self.shared.unsynced.synced(*upto);
+                }
                 let result = self.shared.latch.judge(result, &self.shared.name);
                 self.finish(job, result, None);
             }
+            (Work::Whole, _) => unreachable!("a range has its own work, and so has a sync"),
             (Work::Copied(copied), Command::Transfer(transfer)) => {
                 match copied.after(result, transfer.buf, &mut self.pool) {
                     Next::Run(command) => self.ring.start(command, job),
@@ -189,6 +207,10 @@ impl FileQueue {
     }
 
     fn finish(&mut self, job: Job, mut result: Result<(), Errno>, buf: Option<IoBuf>) {
+        if job.changes {
+            // Also what failed: some of it may have been stored.
+            self.shared.unsynced.changed();
+        }
         if job.durable {
             result = match result {
                 // Over the page cache the data may be lost and its pages marked clean, as after a failed fdatasync.
@@ -199,7 +221,7 @@ impl FileQueue {
         }
         let buf = match job.work {
             Work::Copied(copied) => Some(copied.into_guest()),
-            Work::Whole | Work::Ranged(_) => buf,
+            Work::Whole | Work::Sync(_) | Work::Ranged(_) => buf,
         };
         self.live -= 1;
         self.ready.push(Completion { id: job.id, result, buf });
@@ -253,18 +275,19 @@ impl IoQueue for FileQueue {
         let refused = self.shared.geometry.read_only && !matches!(op, Op::Read { .. } | Op::Sync);
         if refused {
             let buf = if let Op::Write { buf, .. } = op { Some(buf) } else { None };
-            let job = Job { id, durable: false, work: Work::Whole, _ticket: None };
+            let job = Job { id, durable: false, changes: false, work: Work::Whole, _ticket: None };
             self.finish(job, Err(Errno(libc::EROFS)), buf);
             return Ok(());
         }
+        let changes = !matches!(op, Op::Read { .. } | Op::Sync);
         let ticket = self.lock(&op);
         let (durable, work, step) = self.plan(op);
         match ticket {
-            None => self.run(Job { id, durable, work, _ticket: None }, step),
-            Some((ticket, true)) => self.run(Job { id, durable, work, _ticket: Some(ticket) }, step),
+            None => self.run(Job { id, durable, changes, work, _ticket: None }, step),
+            Some((ticket, true)) => self.run(Job { id, durable, changes, work, _ticket: Some(ticket) }, step),
             Some((ticket, false)) => {
                 let key = ticket.id;
-                self.parked.insert(key, (Job { id, durable, work, _ticket: Some(ticket) }, step));
+                self.parked.insert(key, (Job { id, durable, changes, work, _ticket: Some(ticket) }, step));
             }
         }
         Ok(())
@@ -279,6 +302,7 @@ impl IoQueue for FileQueue {
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
         self.collect();
+        self.immediate.reaped();
         out.append(&mut self.ready);
     }
 

@@ -1,0 +1,42 @@
+//! UNSAFE. One read or write by a plain system call, in the caller's thread.
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use super::{Errno, IoBuf};
+
+/// iovecs in one call (UIO_MAXIOV).
+const MOST_IOVECS: usize = 1024;
+
+/// preadv2(2) or pwritev2(2) of `buf` from its byte `from` on, at `offset` of the file. Returns the bytes moved, which
+/// may be fewer than the buffer has. `scratch` is for the iovecs, if a list has to be made.
+pub(super) fn transfer(
+    file: BorrowedFd<'_>,
+    write: bool,
+    buf: &IoBuf,
+    from: usize,
+    offset: u64,
+    flags: i32,
+    scratch: &mut Vec<libc::iovec>,
+) -> Result<usize, Errno> {
+    let iovecs = if from == 0 && buf.iovecs().len() <= MOST_IOVECS {
+        buf.iovecs()
+    } else {
+        scratch.clear();
+        buf.push_range(from, buf.len() - from, scratch);
+        scratch.truncate(MOST_IOVECS);
+        scratch
+    };
+    let (fd, list, count) = (file.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32);
+    // SAFETY: the iovecs point into memory that `buf`, borrowed for longer than the call, keeps mapped; no reference
+    // to that memory exists, and the kernel answers EFAULT if its pages are gone. `list` has `count` entries.
+    let moved = unsafe {
+        if write {
+            libc::pwritev2(fd, list, count, offset as libc::off_t, flags)
+        } else {
+            libc::preadv2(fd, list, count, offset as libc::off_t, flags)
+        }
+    };
+    // -1 is the one negative answer.
+    usize::try_from(moved).map_err(|_| Errno(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)))
+}

@@ -1,0 +1,62 @@
+//! Whether there is anything to sync: a flush after nothing was written costs no system call.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Counts changes of an image and remembers which a good sync has covered. One for all queues of a back-end.
+///
+/// Every change is counted before its op is reaped, and a sync reads the count before it begins. What a guest's flush
+/// must cover was reaped, answered and seen by the driver before the flush was sent, and that order holds between
+/// threads too.
+pub(super) struct Unsynced {
+    changes: AtomicU64,
+    covered: AtomicU64,
+}
+
+/// What a sync that begins now will cover.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) struct Upto(u64);
+
+impl Default for Unsynced {
+    /// Not clean: what another process, maybe our own predecessor, acknowledged may still be in the cache.
+    fn default() -> Self {
+        Unsynced { changes: AtomicU64::new(1), covered: AtomicU64::new(0) }
+    }
+}
+
+impl Unsynced {
+    /// An op changed the image, or failed and may have.
+    pub(super) fn changed(&self) {
+        self.changes.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// A sync is asked for. `None`: everything is durable already.
+    pub(super) fn begin(&self) -> Option<Upto> {
+        let changes = self.changes.load(Ordering::SeqCst);
+        (self.covered.load(Ordering::SeqCst) < changes).then_some(Upto(changes))
+    }
+
+    /// The sync that began with `upto` succeeded.
+    pub(super) fn synced(&self, upto: Upto) {
+        self.covered.fetch_max(upto.0, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sync_covers_what_was_changed_before_it_began() {
+        let unsynced = Unsynced::default();
+        let first = unsynced.begin().expect("a fresh image may hold a predecessor's writes");
+        unsynced.changed();
+        unsynced.synced(first);
+        let second = unsynced.begin().expect("changed while the first ran");
+        assert!(unsynced.begin().is_some(), "a sync that runs covers nobody yet");
+        unsynced.synced(second);
+        unsynced.synced(first);
+        assert!(unsynced.begin().is_none(), "a late answer takes nothing back");
+        unsynced.changed();
+        assert!(unsynced.begin().is_some());
+    }
+}
