@@ -246,15 +246,65 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::backend::{IoBuf, Op, OpId};
+    use crate::backend::{IoBuf, Op, OpId, call};
     use crate::engine::CacheMode;
+
+    fn image(policy: CacheMode) -> (tempfile::NamedTempFile, Result<FileBackend, OpenError>) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let backend = FileBackend::open(&FileOptions::new(file.path(), policy.into()));
+        (file, backend)
+    }
+
+    /// What a push left ready, without any help of the kernel's.
+    fn at_once(queue: &mut dyn IoQueue, op: Op) -> Option<Result<(), Errno>> {
+        let mut out = Vec::new();
+        queue.push(op, OpId(1)).unwrap();
+        queue.reap(&mut out);
+        out.pop().map(|completion| completion.result)
+    }
+
+    fn write() -> Op {
+        Op::Write { offset: 4096, buf: IoBuf::owned(4096, 4096, 0), durable: false }
+    }
+
+    #[test]
+    fn what_is_in_the_cache_takes_no_ring() {
+        let (file, backend) = image(CacheMode::Writeback);
+        let mut queue = backend.unwrap().open_queue(4).unwrap();
+        assert_eq!(at_once(&mut *queue, write()), Some(Ok(())));
+        let part = IoBuf::owned(4096, 4096, 0);
+        let asked = call::transfer(file.as_file().as_fd(), false, &part, 0, 4096, libc::RWF_NOWAIT, &mut Vec::new());
+        if asked == Err(Errno(libc::EOPNOTSUPP)) {
+            return eprintln!("SKIPPED: reads of {} do not know RWF_NOWAIT", file.path().display());
+        }
+        assert_eq!(at_once(&mut *queue, Op::Read { offset: 4096, buf: part }), Some(Ok(())));
+        let long = IoBuf::owned(1 << 20, 4096, 0);
+        assert_eq!(at_once(&mut *queue, Op::Read { offset: 0, buf: long }), None, "long copies hold up the others");
+    }
+
+    #[test]
+    fn a_sync_after_a_sync_asks_nobody() {
+        let (_file, backend) = image(CacheMode::Writeback);
+        let backend = backend.unwrap();
+        let is_clean = || backend.shared.unsynced.begin().is_none();
+        let mut queue = backend.open_queue(4).unwrap();
+        assert!(!is_clean(), "a predecessor's writes may be in the cache");
+        backend.sync().unwrap();
+        assert!(is_clean());
+        assert_eq!(at_once(&mut *queue, Op::Sync), Some(Ok(())));
+        at_once(&mut *queue, write());
+        assert!(!is_clean());
+        backend.shared.latch.fail(Errno(libc::EIO), "test");
+        backend.sync().unwrap_err();
+        assert_eq!(at_once(&mut *queue, Op::Sync), Some(Err(Errno(libc::EIO))), "a failure is for good");
+    }
 
     /// A filesystem that asks for more than it told must not fail a guest's request.
     #[test]
     fn what_the_kernel_refuses_is_bounced_after_all() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(1 << 20).unwrap();
-        let mut backend = match FileBackend::open(&FileOptions::new(file.path(), CacheMode::None.into())) {
+        let (_file, backend) = image(CacheMode::None);
+        let mut backend = match backend {
             Ok(backend) => backend,
             Err(error) => return eprintln!("SKIPPED: {error}"),
         };
