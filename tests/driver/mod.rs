@@ -155,6 +155,19 @@ impl Driver {
         }
     }
 
+    /// Sleeps until one of the first `queues` rings interrupts. Something may have completed already: look first.
+    pub fn wait_any(&mut self, queues: usize) {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let fds: Vec<_> = (0..queues).map(|queue| self.transport.get_completion_fd(queue)).collect();
+        let mut wanted: Vec<PollFd> = fds.iter().map(|fd| PollFd::new(&**fd, PollFlags::IN)).collect();
+        let ready = poll(&mut wanted, Some(&Timespec { tv_sec: 30, tv_nsec: 0 })).expect("poll");
+        assert!(ready > 0, "no completion within 30 s");
+        let readable: Vec<bool> = wanted.iter().map(|fd| !fd.revents().is_empty()).collect();
+        for (fd, _) in fds.iter().zip(readable).filter(|(_, readable)| *readable) {
+            fd.read().expect("the call eventfd");
+        }
+    }
+
     /// One request, start to end: 0 or a negative errno.
     pub fn one(&mut self, queue: usize, ask: impl FnOnce(&mut Self, u64)) -> i32 {
         ask(self, u64::MAX);

@@ -1,0 +1,157 @@
+//! The front-end: keeps every queue full and counts the answers.
+
+use std::time::{Duration, Instant};
+
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use super::case::{Blocks, Case, Pattern};
+use super::driver::{ALL, Driver};
+use super::server::Running;
+
+/// Where the client runs, and how it waits.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Client {
+    Same,
+    Poll,
+    Free,
+}
+
+impl Client {
+    pub fn named(name: &str) -> Client {
+        match name {
+            "same" => Client::Same,
+            "poll" => Client::Poll,
+            "free" => Client::Free,
+            other => panic!("--client {other}: same, poll or free"),
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Client::Same => "and server share a CPU",
+            Client::Poll => "polls on its own CPU",
+            Client::Free => "sleeps, anywhere",
+        }
+    }
+}
+
+/// What one measurement found.
+pub struct Figures {
+    pub per_second: f64,
+    /// Of the server, user and system, microseconds a request.
+    pub cpu_us: f64,
+}
+
+struct Load<'a> {
+    driver: Driver,
+    blocks: Blocks,
+    case: &'a Case,
+    /// By slot: the write was answered, and its flush is under way.
+    flushing: Vec<bool>,
+    answered: u64,
+}
+
+pub fn measure(running: &Running, case: &Case, client: Client, size: u64, seconds: f64) -> Figures {
+    let slots = case.queues * case.depth;
+    let descriptors = (case.depth * 4).next_power_of_two().max(128) as u16;
+    let mut driver = Driver::connect_soon(&running.socket, case.queues, descriptors, slots.max(4) * case.block, ALL);
+    check(&mut driver);
+    place(client, running.pid());
+    let blocks = Blocks::new(case, size);
+    let mut load = Load { driver, blocks, case, flushing: vec![false; slots], answered: 0 };
+    load.start();
+    let (start, length) = (Instant::now(), Duration::from_secs_f64(seconds));
+    let before = running.cpu_seconds();
+    while start.elapsed() < length {
+        load.turn(client);
+    }
+    let (took, cpu) = (start.elapsed().as_secs_f64(), running.cpu_seconds() - before);
+    let done = load.answered as f64;
+    Figures { per_second: done / took, cpu_us: cpu * 1e6 / done }
+}
+
+impl Load<'_> {
+    fn start(&mut self) {
+        for queue in 0..self.case.queues {
+            for slot in 0..self.case.depth {
+                self.ask(queue, queue * self.case.depth + slot);
+            }
+            self.driver.kick(queue);
+        }
+    }
+
+    fn ask(&mut self, queue: usize, slot: usize) {
+        let block = self.case.block;
+        let (offset, at) = (self.blocks.next() * block as u64, slot * block);
+        match self.case.pattern {
+            Pattern::RandomRead | Pattern::SequentialRead => self.driver.read(queue, offset, at, block, slot as u64),
+            Pattern::RandomWrite | Pattern::WriteFlush => self.driver.write(queue, offset, at, block, slot as u64),
+        }
+    }
+
+    /// Takes answers and asks anew.
+    fn turn(&mut self, client: Client) {
+        let mut any = false;
+        for queue in 0..self.case.queues {
+            // Only the last queue may sleep, and only if no other had anything.
+            let sleep = client != Client::Poll && !any && queue + 1 == self.case.queues;
+            let done = if !sleep {
+                self.driver.completed(queue)
+            } else if self.case.queues == 1 {
+                self.driver.wait(queue)
+            } else {
+                self.driver.wait_any(self.case.queues);
+                self.driver.completed(queue)
+            };
+            any |= !done.is_empty();
+            for &(slot, result) in &done {
+                assert_eq!(result, 0, "an I/O error");
+                self.answer(queue, slot as usize);
+            }
+            if !done.is_empty() {
+                self.driver.kick(queue);
+            }
+        }
+    }
+
+    fn answer(&mut self, queue: usize, slot: usize) {
+        if self.case.pattern == Pattern::WriteFlush && !self.flushing[slot] {
+            self.flushing[slot] = true;
+            return self.driver.flush(queue, slot as u64);
+        }
+        self.flushing[slot] = false;
+        self.answered += 1;
+        self.ask(queue, slot);
+    }
+}
+
+/// The server stores and returns what it is given.
+fn check(driver: &mut Driver) {
+    let pattern: Vec<u8> = (0..4096).map(|at| (at * 7 + 3) as u8).collect();
+    driver.fill(0, &pattern);
+    assert_eq!(driver.one(0, |driver, id| driver.write(0, 8 * 4096, 0, 4096, id)), 0);
+    assert_eq!(driver.one(0, |driver, id| driver.read(0, 8 * 4096, 4096, 4096, id)), 0);
+    assert_eq!(driver.fetch(4096, 4096), pattern, "wrong data");
+}
+
+/// Puts the client's thread and every thread of the server where the measurement wants them.
+fn place(client: Client, server: u32) {
+    let on = |cpus: &[usize]| {
+        let mut set = CpuSet::new();
+        cpus.iter().for_each(|&cpu| set.set(cpu));
+        set
+    };
+    let everywhere = on(&(0..std::thread::available_parallelism().map_or(1, usize::from)).collect::<Vec<_>>());
+    let (ours, theirs) = match client {
+        Client::Same => (on(&[0]), on(&[0])),
+        Client::Poll => (on(&[0]), on(&[1])),
+        Client::Free => (everywhere, everywhere),
+    };
+    sched_setaffinity(None, &ours).expect("this CPU");
+    for thread in std::fs::read_dir(format!("/proc/{server}/task")).expect("a running server") {
+        let id = thread.ok().and_then(|entry| entry.file_name().to_str()?.parse().ok());
+        let id = id.and_then(rustix::process::Pid::from_raw);
+        // A thread that ended meanwhile needs no place.
+        let _ = sched_setaffinity(id, &theirs);
+    }
+}

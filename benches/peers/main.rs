@@ -1,0 +1,149 @@
+//! Requests per second beside other vhost-user-blk servers, on the same file, in one run.
+//!
+//! `cargo bench --bench peers -- [--dir DIR] [--seconds S] [--rounds N] [--size MiB] [--only TEXT]
+//!     [--client same|poll|free] [--peer 'NAME=COMMAND LINE']...`
+//!
+//! Method: all servers are given the same raw file, one after the other, in turn (A B C A B C ...), with virtio-driver
+//! as the front-end. Before each measurement the server stores and returns a pattern. Printed: our requests per second
+//! (median over the rounds), and for each peer the median of the ratios round by round, with the smallest and the
+//! largest; in brackets the processor time of the server (user and system) a request. Only the ratios mean anything.
+//!
+//! The client: `same` shares one CPU with the server and sleeps on its call eventfd (the length of the software path);
+//! `poll` polls its rings on a CPU of its own; `free` sleeps and is put where the scheduler likes.
+//!
+//! A peer's command line may hold `{socket}`, `{image}` and `{direct}` (`on` or `off`). The bare kernel takes part as
+//! two more peers: `call`, one system call a request, and `uring`, a plain io_uring; neither has a virtqueue.
+
+mod bare;
+mod case;
+mod client;
+mod server;
+
+#[path = "../../tests/driver/mod.rs"]
+mod driver;
+
+use std::path::{Path, PathBuf};
+
+use case::{CASES, Case};
+use client::{Client, Figures};
+use server::Server;
+
+const MIB: u64 = 1 << 20;
+
+struct Options {
+    dir: PathBuf,
+    seconds: f64,
+    rounds: usize,
+    size: u64,
+    only: String,
+    client: Client,
+    peers: Vec<(String, String)>,
+}
+
+/// Who is measured.
+enum Runner {
+    Server(Server),
+    Bare(bare::Way),
+}
+
+fn main() {
+    let options = parse(std::env::args().skip(1));
+    let image = options.dir.join(format!("virtioblkd-bench-{}.img", std::process::id()));
+    prepare(&image, options.size);
+    server::require_qsd();
+    println!(
+        "{} MiB file in {}, {} rounds of {} s, client {}",
+        options.size / MIB,
+        options.dir.display(),
+        options.rounds,
+        options.seconds,
+        options.client.name(),
+    );
+    for case in CASES.iter().filter(|case| case.name.contains(&options.only)) {
+        compare(&options, &image, case);
+    }
+    std::fs::remove_file(&image).expect("the image of this run");
+}
+
+fn parse(mut args: impl Iterator<Item = String>) -> Options {
+    let mut options = Options {
+        dir: std::env::temp_dir(),
+        seconds: 1.0,
+        rounds: 5,
+        size: 256 * MIB,
+        only: String::new(),
+        client: Client::Same,
+        peers: Vec::new(),
+    };
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().unwrap_or_else(|| panic!("{arg} needs a value"));
+        match arg.as_str() {
+            "--dir" => options.dir = value().into(),
+            "--seconds" => options.seconds = value().parse().expect("seconds"),
+            "--rounds" => options.rounds = value().parse().expect("a number of rounds"),
+            "--size" => options.size = value().parse::<u64>().expect("MiB") * MIB,
+            "--only" => options.only = value(),
+            "--client" => options.client = Client::named(&value()),
+            "--peer" => {
+                let peer = value();
+                let (name, command) = peer.split_once('=').expect("--peer 'NAME=COMMAND LINE'");
+                options.peers.push((name.into(), command.into()));
+            }
+            "--bench" => {}
+            other => panic!("unknown option {other}"),
+        }
+    }
+    options
+}
+
+/// A file with every block written: no measurement of holes.
+fn prepare(image: &Path, size: u64) {
+    use std::io::Write;
+    let mut file = std::fs::File::create(image).expect("the image");
+    let chunk: Vec<u8> = (0..MIB).map(|at| (at * 31 + at / 512) as u8).collect();
+    for _ in 0..size / MIB {
+        file.write_all(&chunk).expect("space for the image");
+    }
+    file.sync_all().expect("the image on disk");
+}
+
+fn compare(options: &Options, image: &Path, case: &Case) {
+    let mut runners = vec![("virtioblkd".to_owned(), Runner::Server(Server::Virtioblkd))];
+    for aio in if case.direct { &["native", "threads", "io_uring"][..] } else { &["threads", "io_uring"] } {
+        runners.push((format!("qsd-{aio}"), Runner::Server(Server::Qsd(aio))));
+    }
+    for (name, command) in &options.peers {
+        runners.push((name.clone(), Runner::Server(Server::Other(command.clone()))));
+    }
+    // What one thread of the kernel's can do says nothing about four queues.
+    if case.queues == 1 {
+        runners.push(("call".into(), Runner::Bare(bare::Way::Call)));
+        runners.push(("uring".into(), Runner::Bare(bare::Way::Uring)));
+    }
+    let mut figures: Vec<Vec<Figures>> = runners.iter().map(|_| Vec::new()).collect();
+    for _ in 0..options.rounds {
+        for ((_, runner), figures) in runners.iter().zip(&mut figures) {
+            figures.push(match runner {
+                Runner::Server(server) => {
+                    let running = server::start(server, image, case, &options.dir);
+                    client::measure(&running, case, options.client, options.size, options.seconds)
+                }
+                Runner::Bare(way) => bare::measure(*way, image, case, options.size, options.seconds),
+            });
+        }
+    }
+    let cost = |figures: &[Figures]| median(figures.iter().map(|figure| figure.cpu_us));
+    let ours = median(figures[0].iter().map(|figure| figure.per_second));
+    println!("{:<18} {:>10.0}/s ({:.1} us)", case.name, ours, cost(&figures[0]));
+    for ((name, _), theirs) in runners.iter().zip(&figures).skip(1) {
+        let ratios = || figures[0].iter().zip(theirs).map(|(ours, theirs)| ours.per_second / theirs.per_second);
+        let (low, high) = (ratios().fold(f64::INFINITY, f64::min), ratios().fold(0.0, f64::max));
+        println!("    / {name:<14} x{:.2} ({low:.2} .. {high:.2}) ({:.1} us)", median(ratios()), cost(theirs));
+    }
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
