@@ -52,7 +52,8 @@ check-lint: toolchain ## Formatting, clippy, documentation, without a warning
 explore-long: toolchain ## The engine's explorer over longer scripts; minutes
 	VIRTIOBLKD_EXPLORE=long $(CARGO) test --release --lib engine::explore -- --nocapture
 
-bench: toolchain deps ## 4 KiB random I/O beside qemu-storage-daemon's export, as ratios
+bench: toolchain deps ## Beside qemu-storage-daemon's export and the bare kernel, as ratios
+	$(CARGO) bench --bench peers -- --only hot --dir /dev/shm
 	$(CARGO) bench --bench peers
 
 install: ## Install what `make build` made (PREFIX, DESTDIR)
