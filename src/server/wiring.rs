@@ -27,9 +27,6 @@ pub(super) type Quit = Arc<dyn Fn() + Send + Sync>;
 /// Starts to answer the control socket, if there is one, and the image's store.
 pub(super) type StartControl = Box<dyn FnOnce(Option<UnixListener>, Quit) -> io::Result<Box<dyn Control>>>;
 
-/// How long somebody else's snapshot of the image waits for the disk. librbd's client gives up after 50 s.
-const STORE_TIMEOUT: Duration = Duration::from_secs(30);
-
 /// An open image, checked, and how to control it.
 pub(super) struct Opened {
     pub served: Arc<dyn Served>,
@@ -51,14 +48,20 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
     let disk: Arc<dyn Disk> = Arc::new(CopiedDisk { disk: Box::new(device.disk()), copies: backend.clone() });
     let info = control::Info { vhost_socket: config.listen.to_string() };
     let notices = ImageNotices::new().map_err(|error| ServerError::System("cannot make an eventfd", error))?;
+    let store_timeout = match &config.backend {
+        BackendKind::Rbd(options) => options.quiesce_timeout,
+        // Never asked: these images have no store that speaks to us.
+        _ => Duration::from_secs(30),
+    };
+    let resized = device.clone();
     let served = Arc::new(ServedDisk { backend: backend.clone(), device, notices: notices.clone() });
     let start_control: StartControl = Box::new(move |listener, quit| {
         let setup = control::Setup {
             disk,
             events,
             notices: notices.clone(),
-            store_timeout: STORE_TIMEOUT,
-            resized: Box::new(|size| log::debug!("the image has {size} bytes")),
+            store_timeout,
+            resized: Box::new(move |size| resized.resized(size)),
             quit,
             info,
         };
