@@ -18,6 +18,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use log::LevelFilter;
 
 use crate::backend::rbd::RbdOptions;
+use crate::backend::stable::StableWrites;
 use crate::engine::CacheMode;
 use rbd::RbdArgs;
 pub use values::disk_size;
@@ -61,6 +62,8 @@ pub struct Config {
     pub logical_block_size: Option<u32>,
     /// The guest's discards free space in the image.
     pub discard_unmap: bool,
+    /// What is done about guests that change a buffer while its write is under way.
+    pub stable_writes: StableWrites,
     /// QEMU's image locks are taken and obeyed.
     pub lock_image: bool,
     /// Where to write the process id, if wanted.
@@ -202,6 +205,12 @@ struct Args {
     #[arg(long, value_name = "unmap|ignore", value_parser = values::discard)]
     discard: Option<Switch>,
 
+    /// What if the guest changes a buffer while its write is under way: copy (each write is copied first, except where
+    /// the host copies it anyway), detect (changes are counted and told), off, or auto (copy where the medium asks for
+    /// buffers that stay as they are) [default: auto]
+    #[arg(long, value_name = "HOW", value_parser = values::stable_writes)]
+    stable_writes: Option<StableWrites>,
+
     /// QEMU's image locks: auto (taken and obeyed) or off [default: auto]
     #[arg(long, value_name = "auto|off", value_parser = values::locking)]
     locking: Option<Switch>,
@@ -307,6 +316,7 @@ impl Args {
             serial: self.serial.unwrap_or_default(),
             logical_block_size: self.logical_block_size,
             discard_unmap: self.discard.is_none_or(|switch| switch.0),
+            stable_writes: self.stable_writes.unwrap_or_default(),
             lock_image: self.locking.is_none_or(|switch| switch.0),
             pid_file: self.pid_file,
             log_level: self.log_level.unwrap_or(LevelFilter::Info),

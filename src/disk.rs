@@ -92,6 +92,15 @@ pub enum Event {
     CopyEnded(CopyStatus),
     /// A ring or the front-end broke the protocol and was stopped; what and how.
     ProtocolError(String),
+    /// The guest changed the buffer of a write while it was under way. Only with `--stable-writes detect`.
+    BufferChanged {
+        /// Byte offset in the image.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Changes before it that were not told: a guest can provoke any number.
+        suppressed: u64,
+    },
     /// The image's state changed.
     ImageState(ImageStatus),
 }
@@ -125,7 +134,7 @@ impl Events {
         let most = match event {
             Event::HoldSettled { .. } | Event::CopyEnded(_) => usize::MAX,
             // A guest that provokes them leaves room for what an operator must hear of.
-            Event::ProtocolError(_) => MOST_EVENTS / 2,
+            Event::ProtocolError(_) | Event::BufferChanged { .. } => MOST_EVENTS / 2,
             _ => MOST_EVENTS,
         };
         if state.queue.len() >= most {
@@ -291,6 +300,9 @@ pub struct ImageStatus {
     pub trouble: Option<String>,
     /// The same for people: the cause and the mend.
     pub trouble_detail: Option<String>,
+    /// What is done about guests that change a buffer while its write is under way.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stable_writes: Option<StableWritesStatus>,
     /// Of a Ceph RBD image.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rbd: Option<RbdStatus>,
@@ -320,6 +332,48 @@ pub struct RbdQuiesceStatus {
     pub refused: u64,
     /// How often it let the disk go before the snapshot was taken, since another disk of a group took too long.
     pub expired: u64,
+}
+
+/// Writes whose buffers a guest may change under way: what is done about it, and what was seen. Sums over all rings.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct StableWritesStatus {
+    /// As configured: `auto`, `copy`, `detect` or `off`.
+    pub asked: String,
+    /// What is done: `copy`, `detect` or `off`.
+    pub in_effect: String,
+    /// Why: what the medium does with the buffer of a write, and how that is known.
+    pub why: String,
+    /// Writes that were copied and have completed.
+    pub copied_writes: u64,
+    /// Bytes copied.
+    pub copied_bytes: u64,
+    /// Writes that had to wait for memory.
+    pub waited_writes: u64,
+    /// Bytes allocated for copies now, in use or kept for reuse.
+    pub memory_bytes: u64,
+    /// Bytes allocated for copies at most so far.
+    pub most_memory_bytes: u64,
+    /// What all rings may have together, beyond the largest piece (1 MiB) that each of them may always have.
+    pub shared_memory_limit: u64,
+    /// Writes whose buffer was compared before and after.
+    pub checked_writes: u64,
+    /// Writes whose buffer had changed.
+    pub changed_writes: u64,
+    /// The last of them, newest last; at most eight.
+    pub last_changed: Vec<ChangedWrite>,
+}
+
+/// A write whose buffer the guest changed while it was under way.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ChangedWrite {
+    /// Byte offset in the image.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Seconds since the epoch.
+    pub when: u64,
 }
 
 /// What a disk says of itself; `query-status` adds the holders.

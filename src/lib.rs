@@ -20,4 +20,5 @@ pub mod server;
 pub mod signals;
 pub mod snapshot;
 mod sys;
+mod throttle;
 pub mod virtio;

@@ -62,6 +62,36 @@ impl Drop for Owned {
     }
 }
 
+/// Memory of our own that is lent to one transfer after the other.
+pub(super) struct Memory(Arc<Owned>);
+
+impl Memory {
+    /// `len` > 0 zeroed bytes, aligned to `align` (a power of two).
+    pub(super) fn new(len: usize, align: usize) -> Self {
+        Memory(Arc::new(Owned::zeroed(len, align)))
+    }
+
+    /// Bytes.
+    pub(super) fn len(&self) -> usize {
+        self.0.layout.size()
+    }
+
+    /// The first `len` bytes as a buffer, which keeps them allocated. `scratch` is an old iovec list to reuse. Panics
+    /// if there are fewer.
+    pub(super) fn lend(&self, len: usize, scratch: Vec<libc::iovec>) -> IoBuf {
+        assert!(len <= self.len(), "longer than the memory");
+        let mut iovecs = scratch;
+        iovecs.clear();
+        iovecs.push(libc::iovec { iov_base: self.0.start.cast(), iov_len: len });
+        IoBuf { iovecs, len, _keep: Some(self.0.clone()) }
+    }
+
+    /// Whether no buffer of [`Memory::lend`] is left.
+    pub(super) fn is_free(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
+    }
+}
+
 impl IoBuf {
     /// Wraps iovecs.
     ///
@@ -104,6 +134,23 @@ impl IoBuf {
         let page = PAGE.get_or_init(|| Arc::new(Owned::zeroed(ZERO_PART, ZERO_PART)));
         let part = |at: usize| libc::iovec { iov_base: page.start.cast(), iov_len: (len - at).min(ZERO_PART) };
         IoBuf { iovecs: (0..len).step_by(ZERO_PART).map(part).collect(), len, _keep: Some(page.clone()) }
+    }
+
+    /// Visits all bytes in order, copied piece by piece into `scratch`: what is seen cannot change while it is looked at.
+    pub fn visit(&self, scratch: &mut [u8], mut visit: impl FnMut(&[u8])) {
+        assert!(!scratch.is_empty());
+        for iovec in &self.iovecs {
+            for at in (0..iovec.iov_len).step_by(scratch.len()) {
+                let len = (iovec.iov_len - at).min(scratch.len());
+                // SAFETY: at + len <= iov_len, and `_keep` keeps the iovec's memory mapped; `scratch` is ours and does
+                // not overlap it (no Rust reference to an iovec's memory exists).
+                unsafe {
+                    let from = iovec.iov_base.cast::<u8>().add(at);
+                    std::ptr::copy_nonoverlapping(from, scratch.as_mut_ptr(), len);
+                }
+                visit(&scratch[..len]);
+            }
+        }
     }
 
     /// Whether every part starts at a multiple of `address` and is a multiple of `length` bytes long (powers of two).
@@ -212,6 +259,27 @@ mod tests {
         let mut seen = [9; 18];
         to.copy_to(0, &mut seen);
         assert_eq!(seen, [0, 0, 0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0]);
+    }
+
+    #[test]
+    fn a_visit_sees_every_byte_once() {
+        let buf = IoBuf::owned_parts(&[3, 10, 1, 7], 512);
+        let pattern: Vec<u8> = (1..=21).collect();
+        buf.copy_from(0, &pattern);
+        let mut seen = Vec::new();
+        buf.visit(&mut [0; 4], |bytes| seen.extend_from_slice(bytes));
+        assert_eq!(seen, pattern);
+    }
+
+    #[test]
+    fn memory_is_free_when_its_buffers_are_gone() {
+        let memory = Memory::new(4096, 4096);
+        let (one, other) = (memory.lend(4096, Vec::new()), memory.lend(512, vec![]));
+        assert_eq!((one.len(), other.len()), (4096, 512));
+        drop(one);
+        assert!(!memory.is_free());
+        drop(other.into_iovecs());
+        assert!(memory.is_free());
     }
 
     #[test]

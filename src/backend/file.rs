@@ -24,7 +24,7 @@ use rustix::fs::OFlags;
 pub use open::OpenError;
 
 use super::latch::Latch;
-use super::{Backend, DurableWrite, Errno, Geometry, IoQueue};
+use super::{Backend, BufferUse, DurableWrite, Errno, Geometry, IoQueue};
 use crate::engine::CachePolicy;
 use geometry::Alignment;
 use queue::FileQueue;
@@ -195,6 +195,14 @@ impl Backend for FileBackend {
             },
         };
         self.shared.latch.judge(result, &self.shared.name).map_err(|errno| io::Error::from_raw_os_error(errno.0))
+    }
+
+    fn buffer_use(&self) -> BufferUse {
+        if self.shared.direct {
+            BufferUse::ReadsOnce("the image is opened with O_DIRECT".into())
+        } else {
+            BufferUse::Copies("the host's page cache gets a copy of each write".into())
+        }
     }
 
     fn path(&self) -> Option<&Path> {

@@ -21,7 +21,9 @@ pub mod mem;
 pub mod notices;
 pub mod null;
 pub mod point_in_time;
+pub mod pool;
 pub mod rbd;
+pub mod stable;
 mod uring;
 mod watch;
 
@@ -34,6 +36,7 @@ use crate::disk::{ImageSnapshots, ImageStatus};
 pub use crate::engine::Errno;
 pub use buffer::IoBuf;
 pub use notices::{Notices, QuiesceAsk};
+pub use stable::BufferUse;
 
 /// The caller's name for an op, returned with its completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -205,6 +208,11 @@ pub trait Backend: Send + Sync {
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         let size = self.geometry().size;
         Ok((offset < size).then_some((offset, size)))
+    }
+
+    /// How what is below reads the buffer of a write. Called once, by whoever puts the parts together.
+    fn buffer_use(&self) -> BufferUse {
+        BufferUse::ReadsOnce("nothing is below that would read a write's buffer twice".into())
     }
 
     /// The error number of the first sync that failed for good (clause 5), if any.

@@ -31,7 +31,7 @@ pub use name::RbdName;
 pub use open::OpenError;
 
 use super::latch::Latch;
-use super::{Backend, Errno, Geometry, IoQueue, Notices};
+use super::{Backend, BufferUse, Errno, Geometry, IoQueue, Notices};
 use crate::disk::{ImageSnapshots, ImageStatus, RbdStatus};
 use crate::engine::CacheMode;
 use handle::Image;
@@ -260,6 +260,11 @@ impl Backend for RbdBackend {
         format!("Ceph RBD image {} over {}{access}", self.shared.name, self.shared.how)
     }
 
+    /// Checked when the image is opened: `rbd_disable_zero_copy_writes` is true.
+    fn buffer_use(&self) -> BufferUse {
+        BufferUse::Copies("librbd copies each write before it is sent".into())
+    }
+
     fn sync_failed(&self) -> Option<Errno> {
         self.shared.latch.get()
     }
@@ -288,7 +293,7 @@ impl Backend for RbdBackend {
             lock: self.shared.lock.status().to_string(),
             quiesce: self.quiesce.as_ref().map(|quiesce| quiesce.status()),
         };
-        ImageStatus { trouble, trouble_detail, rbd: Some(rbd) }
+        ImageStatus { trouble, trouble_detail, rbd: Some(rbd), ..ImageStatus::default() }
     }
 
     fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {

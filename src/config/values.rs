@@ -3,6 +3,7 @@
 use log::LevelFilter;
 
 use crate::backend::rbd::{Encryption, RbdLock, RbdName};
+use crate::backend::stable::StableWrites;
 use crate::engine::CacheMode;
 
 /// A choice of two words, or a flag with a value. A type of its own, so that clap takes it for a value.
@@ -101,6 +102,10 @@ pub(super) fn quiesce_timeout(text: &str) -> Result<u64, String> {
 }
 
 pub(super) fn cache(text: &str) -> Result<CacheMode, String> {
+    text.parse()
+}
+
+pub(super) fn stable_writes(text: &str) -> Result<StableWrites, String> {
     text.parse()
 }
 

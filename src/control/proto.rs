@@ -14,7 +14,7 @@
 //! | `renew-lease` | `token`, `lease-ms` (30000) | nothing |
 //! | `resume` | `token`, or `all`: true | `resumed`, `holders` |
 //! | `query-status` | | the disk, the daemon and `quiesce`: who holds it and how long |
-//! | `query-stats` | | `rings` and `total` |
+//! | `query-stats` | | `rings`, `total` and `stable-writes` |
 //! | `copy-prepare` | `target`, `bandwidth` (0), `digest` (false), `detached` (false) | `copy`: its name |
 //! | `copy-start` | `copy`, `token` | nothing |
 //! | `copy-cancel` | `copy` | nothing |
@@ -68,6 +68,7 @@
 //! | `IO_ERROR` | `operation`, `ring`, `offset`, `length`, `errno`, `message`, `suppressed` |
 //! | `SYNC_ERROR` | `errno`, `message`, `suppressed` |
 //! | `COPY_COMPLETED`, `COPY_FAILED`, `COPY_CANCELLED` | a copy ended: its status |
+//! | `BUFFER_CHANGED` | with `--stable-writes detect`: the guest changed the buffer of a write under way: `offset`, `length`, `suppressed` |
 //! | `IMAGE_STATE` | `trouble`, `trouble-detail`: the image can no longer be used as it should, or can again |
 //! | `PROTOCOL_ERROR` | `message`, `suppressed` |
 //! | `SHUTDOWN` | nothing; the daemon ends |

@@ -1,7 +1,6 @@
 //! Carries commands out: the coordinator's orders to the disk, and replies and events to the peers. Knows no socket.
 
 mod store;
-mod throttle;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
@@ -18,8 +17,8 @@ use super::quiesce::{Ask, Coordinator, Effect, Hold, PeerId, Reason, Refusal, Re
 use super::stream::Garbage;
 use super::words;
 use crate::disk::{Disk, Event, HoldFigures, ImageStatus};
+use crate::throttle::Throttle;
 use store::Elsewhere;
-use throttle::Throttle;
 
 /// What `query-status` says of the daemon itself.
 #[derive(Clone, Debug, Default)]
@@ -207,7 +206,10 @@ impl Service {
             Command::QueryStatus => self.status(now),
             Command::QueryStats => {
                 let status = self.disk.status();
-                Ok(json!({"rings": to_json(&status.rings)?, "total": to_json(&status.total)?}))
+                let stable = to_json(&status.image_status.stable_writes)?;
+                Ok(json!({
+                    "rings": to_json(&status.rings)?, "total": to_json(&status.total)?, "stable-writes": stable,
+                }))
             }
             Command::Copy(command) => {
                 let holds = self.coordinator.holds();
@@ -282,6 +284,9 @@ impl Service {
                     self.copies.ended(&copy.copy);
                     let name = format!("COPY_{}", copy.state.to_uppercase());
                     self.event(&name, json!(copy));
+                }
+                Event::BufferChanged { offset, len, suppressed } => {
+                    self.event("BUFFER_CHANGED", json!({"offset": offset, "length": len, "suppressed": suppressed}));
                 }
                 Event::ImageState(state) => self.event("IMAGE_STATE", json!(state)),
                 Event::ProtocolError(what) => {

@@ -14,7 +14,9 @@ use crate::backend::file::{FileBackend, FileOptions, Locking};
 use crate::backend::mem::{MemBackend, MemOptions};
 use crate::backend::null::NullBackend;
 use crate::backend::point_in_time::PointInTime;
+use crate::backend::pool::Depot;
 use crate::backend::rbd::RbdBackend;
+use crate::backend::stable::StableBackend;
 use crate::config::{BackendKind, Config};
 use crate::control::{self, ImageNotices};
 use crate::disk::{Copies, Disk, DiskStatus, Events, ImageSnapshots};
@@ -37,7 +39,10 @@ pub(super) struct Opened {
 pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Sync>> {
     let events = Events::new().map_err(|error| ServerError::System("cannot make an eventfd", error))?;
     let events = Arc::new(events);
-    let backend = Arc::new(PointInTime::new(open_backend(config)?, events.clone()));
+    let depot = Depot::new(Depot::USUAL);
+    // Copies of an instant in front: see the head of backend::stable for the order.
+    let stable = StableBackend::new(open_backend(config)?, config.stable_writes, depot, events.clone());
+    let backend = Arc::new(PointInTime::new(Arc::new(stable), events.clone()));
     let options = DeviceOptions {
         mode: config.cache,
         num_queues: affordable(config.num_queues),

@@ -14,6 +14,8 @@ use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
 use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
 use virtioblkd::backend::null::NullBackend;
 use virtioblkd::backend::point_in_time::PointInTime;
+use virtioblkd::backend::pool::Depot;
+use virtioblkd::backend::stable::{StableBackend, StableWrites};
 use virtioblkd::backend::{Backend, Completion, Errno, IoBuf, IoQueue, Op, OpId};
 use virtioblkd::disk::{Copies, CopyOptions, Events};
 use virtioblkd::engine::CacheMode;
@@ -292,6 +294,14 @@ pub fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
             check(&format!("point-in-time copy ({}) of {name}", if active { "running" } else { "none" }), &disk);
         }
     }
+    for (name, limit) in [("copied", Depot::USUAL), ("copied with little memory", 0)] {
+        let mem = MemBackend::new(MemOptions { order: Order::Shuffled(7), ..MemOptions::new(8 << 20) });
+        let direct = open(&path, CacheMode::None);
+        for (of, image) in [("mem", Arc::new(mem) as Arc<dyn Backend>), ("file", Arc::new(direct))] {
+            check(&format!("{name}, {of}"), &stable(image, StableWrites::Copy, limit));
+        }
+    }
+    check("detecting, file", &stable(Arc::new(open(&path, CacheMode::None)), StableWrites::Detect, 0));
     let shm = tempfile::tempdir_in("/dev/shm").expect("a directory");
     let path = image(shm.path(), "disk.img", 8 << 20);
     check("file on tmpfs", &open(&path, CacheMode::Unsafe));
@@ -315,6 +325,11 @@ pub fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
         assert_eq!(backend.geometry().logical_block, logical.unwrap_or(sector));
         check(&format!("loop device with {sector}-byte sectors as {logical:?}, {mode}"), &backend);
     }
+}
+
+/// `image` with stable writes, and this much memory to share.
+pub fn stable(image: Arc<dyn Backend>, how: StableWrites, limit: usize) -> StableBackend {
+    StableBackend::new(image, how, Depot::new(limit), Arc::new(Events::new().expect("an eventfd")))
 }
 
 /// Dirty pages of a file in the page cache (cachestat(2)); None before Linux 6.5.

@@ -76,6 +76,10 @@ pub fn status(status: &Value) -> String {
     line("", format!("a write is acknowledged {}", clean(&status["write-acknowledged"])));
     let (flush, sees) = (clean(&status["guest-flush"]), clean(&status["guest-sees"]));
     line("", format!("a guest's flush is {flush}; the guest sees {sees}"));
+    let mut first = "buffers";
+    for text in stable_writes(&status["stable-writes"]) {
+        line(std::mem::take(&mut first), text);
+    }
     line("front-end", front_end(status));
     line("rings", rings(status));
     let mut first = "quiesced";
@@ -96,6 +100,25 @@ pub fn status(status: &Value) -> String {
     let up = time(number(&daemon["uptime-seconds"]) * 1000);
     line("daemon", format!("virtioblkd {}, pid {}, up {up}", clean(&daemon["version"]), daemon["pid"]));
     page
+}
+
+/// What is done about guests that change a buffer under way, and what was seen.
+fn stable_writes(stable: &Value) -> Vec<String> {
+    let figure = |name: &str| stable[name].as_u64().unwrap_or(0);
+    let effect = clean(&stable["in-effect"]);
+    let mut lines = match effect.as_str() {
+        "" => return Vec::new(),
+        "copy" => vec![format!("copied before each write ({}): {}", clean(&stable["asked"]), clean(&stable["why"]))],
+        "detect" => vec![format!("compared before and after each write: {}", clean(&stable["why"]))],
+        _ => vec![format!("not copied ({}): {}", clean(&stable["asked"]), clean(&stable["why"]))],
+    };
+    if effect == "detect" {
+        lines.push(format!("{} of {} writes changed under way", figure("changed-writes"), figure("checked-writes")));
+    }
+    if let Some(last) = stable["last-changed"].as_array().and_then(|changed| changed.last()) {
+        lines.push(format!("the last one: {} bytes at {}", last["length"], last["offset"]));
+    }
+    lines
 }
 
 fn front_end(status: &Value) -> String {
