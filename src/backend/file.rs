@@ -1,5 +1,6 @@
 //! Raw image files and host block devices: one io_uring a ring, and plain calls for what needs no waiting.
 
+mod below;
 mod copied;
 mod geometry;
 mod helper;
@@ -60,6 +61,8 @@ pub struct FileOptions {
     /// Make single writes durable with RWF_DSYNC ([`DurableWrite::Native`]) instead of a sync after them. See
     /// [`FileOptions::new`] for which is better where.
     pub durable_writes: bool,
+    /// Where sysfs is mounted: `/sys`, but for tests.
+    pub sysfs: PathBuf,
 }
 
 impl FileOptions {
@@ -79,6 +82,7 @@ impl FileOptions {
             discard_unmap: true,
             locking: Locking::Auto,
             durable_writes: policy.opens_direct(),
+            sysfs: "/sys".into(),
         }
     }
 }
@@ -110,6 +114,7 @@ struct Shared {
     geometry: Geometry,
     /// Bytes.
     size: AtomicU64,
+    buffer_use: BufferUse,
     latch: Latch,
     unsynced: Unsynced,
     /// What may be done in a queue's own thread.
@@ -141,6 +146,11 @@ impl FileBackend {
             zeroes_may_unmap: writable && may_unmap,
             durable_write: if options.durable_writes { DurableWrite::Native } else { DurableWrite::Emulate },
         };
+        let buffer_use = if direct {
+            below::of(opened.fd.as_fd(), opened.is_device, &options.sysfs)
+        } else {
+            BufferUse::Copies("the host's page cache gets a copy of each write".into())
+        };
         let shared = Shared {
             fd: opened.fd,
             name: options.path.display().to_string(),
@@ -154,6 +164,7 @@ impl FileBackend {
             read_modify_write: opened.logical_block < align.offset,
             size: AtomicU64::new(geometry.size),
             geometry,
+            buffer_use,
             latch: Latch::default(),
             unsynced: Unsynced::default(),
             medium: match (direct, medium.in_memory) {
@@ -198,11 +209,7 @@ impl Backend for FileBackend {
     }
 
     fn buffer_use(&self) -> BufferUse {
-        if self.shared.direct {
-            BufferUse::ReadsOnce("the image is opened with O_DIRECT".into())
-        } else {
-            BufferUse::Copies("the host's page cache gets a copy of each write".into())
-        }
+        self.shared.buffer_use.clone()
     }
 
     fn path(&self) -> Option<&Path> {

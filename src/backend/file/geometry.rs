@@ -118,7 +118,8 @@ fn is_in_memory(fd: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(matches!(rustix::fs::fstatfs(fd)?.f_type, TMPFS_MAGIC | RAMFS_MAGIC))
 }
 
-fn stat(fd: BorrowedFd<'_>) -> io::Result<Statx> {
+/// statx(2) of an open file.
+pub(super) fn stat(fd: BorrowedFd<'_>) -> io::Result<Statx> {
     Ok(statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS | StatxFlags::DIOALIGN)?)
 }
 
