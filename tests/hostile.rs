@@ -23,7 +23,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VringConfigData};
 use virtioblkd::backend::Errno;
-use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
+use virtioblkd::backend::file::{FileBackend, FileOptions};
 use virtioblkd::backend::mem::{Fault, MemBackend, MemOp, MemOptions};
 use virtioblkd::disk::Event;
 use virtioblkd::engine::CacheMode;
@@ -466,13 +466,9 @@ impl Disk {
 
     fn rig(&self, options: DeviceOptions) -> Rig {
         let file = FileOptions {
-            path: self.path.clone(),
-            policy: options.mode.into(),
-            read_only: false,
             logical_block_size: Some(512),
-            discard_unmap: true,
-            locking: Locking::Auto,
             durable_writes: true,
+            ..FileOptions::new(&self.path, options.mode.into())
         };
         Rig::on(Arc::new(FileBackend::open(&file).unwrap()), &options)
     }

@@ -25,6 +25,7 @@ use rustix::fs::OFlags;
 pub use open::OpenError;
 
 use super::latch::Latch;
+use super::pool::Depot;
 use super::{Backend, BufferUse, DurableWrite, Errno, Geometry, IoQueue};
 use crate::engine::CachePolicy;
 use geometry::Alignment;
@@ -61,6 +62,8 @@ pub struct FileOptions {
     /// Make single writes durable with RWF_DSYNC ([`DurableWrite::Native`]) instead of a sync after them. See
     /// [`FileOptions::new`] for which is better where.
     pub durable_writes: bool,
+    /// Where transfers that must be copied get their memory.
+    pub memory: Arc<Depot>,
     /// Where sysfs is mounted: `/sys`, but for tests.
     pub sysfs: PathBuf,
 }
@@ -82,6 +85,7 @@ impl FileOptions {
             discard_unmap: true,
             locking: Locking::Auto,
             durable_writes: policy.opens_direct(),
+            memory: Depot::new(Depot::USUAL),
             sysfs: "/sys".into(),
         }
     }
@@ -115,6 +119,7 @@ struct Shared {
     /// Bytes.
     size: AtomicU64,
     buffer_use: BufferUse,
+    memory: Arc<Depot>,
     latch: Latch,
     unsynced: Unsynced,
     /// What may be done in a queue's own thread.
@@ -165,6 +170,7 @@ impl FileBackend {
             size: AtomicU64::new(geometry.size),
             geometry,
             buffer_use,
+            memory: options.memory.clone(),
             latch: Latch::default(),
             unsynced: Unsynced::default(),
             medium: match (direct, medium.in_memory) {

@@ -30,6 +30,12 @@ pub struct Depot {
     gauge: Arc<Gauge>,
 }
 
+impl std::fmt::Debug for Depot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Depot({} bytes)", self.limit())
+    }
+}
+
 impl Depot {
     /// Bytes that suit most: 64 large writes at once.
     pub const USUAL: usize = 64 << 20;

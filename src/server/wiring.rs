@@ -40,8 +40,9 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
     let events = Events::new().map_err(|error| ServerError::System("cannot make an eventfd", error))?;
     let events = Arc::new(events);
     let depot = Depot::new(Depot::USUAL);
+    let image = open_backend(config, &depot)?;
     // Copies of an instant in front: see the head of backend::stable for the order.
-    let stable = StableBackend::new(open_backend(config)?, config.stable_writes, depot, events.clone());
+    let stable = StableBackend::new(image, config.stable_writes, depot, events.clone());
     let backend = Arc::new(PointInTime::new(Arc::new(stable), events.clone()));
     let options = DeviceOptions {
         mode: config.cache,
@@ -97,13 +98,14 @@ fn affordable(wanted: u16) -> u16 {
     offered
 }
 
-fn open_backend(config: &Config) -> Result<Arc<dyn Backend>, Box<dyn Error + Send + Sync>> {
+fn open_backend(config: &Config, memory: &Arc<Depot>) -> Result<Arc<dyn Backend>, Box<dyn Error + Send + Sync>> {
     let block = config.logical_block_size.unwrap_or(512);
     Ok(match &config.backend {
         BackendKind::File(path) => Arc::new(FileBackend::open(&FileOptions {
             read_only: config.read_only,
             logical_block_size: config.logical_block_size,
             discard_unmap: config.discard_unmap,
+            memory: memory.clone(),
             locking: if config.lock_image { Locking::Auto } else { Locking::Off },
             ..FileOptions::new(path, config.cache.into())
         })?),

@@ -301,6 +301,8 @@ pub fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
             check(&format!("{name}, {of}"), &stable(image, StableWrites::Copy, limit));
         }
     }
+    let little = FileOptions { memory: Depot::new(0), ..options(&path, CacheMode::None) };
+    check("file, none, with little memory", &opened(&little));
     check("detecting, file", &stable(Arc::new(open(&path, CacheMode::None)), StableWrites::Detect, 0));
     let shm = tempfile::tempdir_in("/dev/shm").expect("a directory");
     let path = image(shm.path(), "disk.img", 8 << 20);

@@ -162,11 +162,11 @@ fn loop_device(sysfs: &Path, disk: &Path, file: &Path, deeper: usize) -> BufferU
         return BufferUse::Copies(format!("{name} (a loop device) copies each write into the host's page cache"));
     }
     let magic = rustix::fs::statfs(file).map_or(0, |found| found.f_type as u32);
-    let Ok(found) = rustix::fs::stat(file) else {
+    let (Ok(found), 1..) = (rustix::fs::stat(file), deeper) else {
         return BufferUse::ReadsOnce(format!("{name} is a loop device, and {} cannot be looked at", file.display()));
     };
     let (major, minor) = (rustix::fs::major(found.st_dev), rustix::fs::minor(found.st_dev));
-    filesystem(magic).unwrap_or_else(|| device(sysfs, (major, minor), deeper.saturating_sub(1)))
+    filesystem(magic).unwrap_or_else(|| device(sysfs, (major, minor), deeper - 1))
 }
 
 /// Several devices side by side: as the worst of them.

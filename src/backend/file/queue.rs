@@ -1,15 +1,16 @@
 //! One ring's way to the image: ops in, completions out, over one [`Ring`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::super::pool::Pool;
 use super::super::uring::{Command, Event, Ring, Transfer};
 use super::super::{Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
 use super::Shared;
-use super::copied::{Copied, Next, Pool};
+use super::copied::{Copied, Next};
 use super::helper::Helper;
 use super::immediate::{Immediate, Outcome};
 use super::mailbox::{Mail, Mailbox};
@@ -39,6 +40,9 @@ pub(super) struct FileQueue {
     depth: usize,
     /// Ops that wait for a range lock, by ticket, and how they begin.
     parked: HashMap<u64, (Job, Step)>,
+    /// Ops that wait for memory, oldest first. They have their range lock already, and whoever has memory waits for the
+    /// medium only, so none of them waits for another.
+    hungry: VecDeque<Job>,
     /// Ops that the helper thread works on.
     helped: HashMap<u64, Job>,
     last_key: u64,
@@ -76,12 +80,13 @@ impl FileQueue {
             helper: None,
             file,
             immediate: Immediate::new(shared.medium),
-            pool: Pool::new(shared.align),
+            pool: Pool::new(shared.memory.clone(), shared.align.memory as usize),
             shared,
             mailbox,
             live: 0,
             depth,
             parked: HashMap::new(),
+            hungry: VecDeque::new(),
             helped: HashMap::new(),
             last_key: 0,
             ready: Vec::with_capacity(depth),
@@ -90,7 +95,7 @@ impl FileQueue {
     }
 
     /// How the op begins, and what is left of it afterwards.
-    fn plan(&mut self, op: Op) -> (bool, Work, Step) {
+    fn plan(&self, op: Op) -> (bool, Work, Step) {
         match op {
             Op::Read { offset, buf } => self.plan_transfer((false, false), offset, buf),
             Op::Write { offset, buf, durable } => self.plan_transfer((true, durable), offset, buf),
@@ -105,7 +110,7 @@ impl FileQueue {
         }
     }
 
-    fn plan_transfer(&mut self, (write, durable): (bool, bool), offset: u64, buf: IoBuf) -> (bool, Work, Step) {
+    fn plan_transfer(&self, (write, durable): (bool, bool), offset: u64, buf: IoBuf) -> (bool, Work, Step) {
         let align = self.shared.align;
         // An aligned list of parts may still add up to less than a block of the medium, or start inside one.
         let whole_blocks = (offset | buf.len() as u64) & u64::from(align.offset - 1) == 0;
@@ -114,12 +119,12 @@ impl FileQueue {
             let transfer = Transfer { write, durable, offset, buf, from: 0, len };
             return (durable, Work::Whole, Step::Run(Command::Transfer(transfer)));
         }
-        let (copied, command) = Copied::begin((write, durable), offset, buf, align.offset, &mut self.pool);
-        (durable, Work::Copied(Box::new(copied)), Step::Run(command))
+        let copied = Copied::new((write, durable), offset, buf, align.offset);
+        (durable, Work::Copied(Box::new(copied)), Step::Copy)
     }
 
-    fn plan_ranged(&mut self, mut ranged: Ranged) -> (bool, Work, Step) {
-        let step = ranged.next(&self.shared, &mut self.pool);
+    fn plan_ranged(&self, mut ranged: Ranged) -> (bool, Work, Step) {
+        let step = ranged.next(&self.shared);
         (false, Work::Ranged(Box::new(ranged)), step)
     }
 
@@ -145,8 +150,26 @@ impl FileQueue {
                 Outcome::Over(command, result) => self.after(job, command, result),
                 Outcome::Ring(command) => self.ring.start(command, job),
             },
+            Step::Copy => {
+                self.hungry.push_back(job);
+                self.feed();
+            }
             Step::DiscardDevice { offset, len } => self.discard_device(job, offset, len),
             Step::Done(result) => self.finish(job, result, None),
+        }
+    }
+
+    /// Begins the copied transfers that there is memory for.
+    fn feed(&mut self) {
+        while let Some(job) = self.hungry.front_mut() {
+            let begun = match &mut job.work {
+                Work::Copied(copied) => copied.begin(&mut self.pool),
+                Work::Ranged(ranged) => ranged.begin(&mut self.pool),
+                Work::Whole | Work::Sync(_) => unreachable!("it needs no memory"),
+            };
+            let Some(command) = begun else { return };
+            let job = self.hungry.pop_front().expect("looked at just now");
+            self.ring.start(command, job);
         }
     }
 
@@ -188,11 +211,13 @@ impl FileQueue {
                     Next::Run(command) => self.ring.start(command, job),
                     Next::Done(result) => self.finish(job, result, None),
                 }
+                self.feed();
             }
             (Work::Copied(_), _) => unreachable!("a copied transfer runs transfers only"),
             (Work::Ranged(ranged), command) => {
                 let step = ranged.after(command, result, &self.shared, &mut self.pool);
                 self.run(job, step);
+                self.feed();
             }
         }
     }
@@ -201,9 +226,8 @@ impl FileQueue {
     fn bounce_after_all(&mut self, mut job: Job, transfer: Transfer) {
         let Transfer { write, durable, offset, buf, .. } = transfer;
         let align = self.shared.align.offset;
-        let (copied, command) = Copied::begin((write, durable), offset, buf, align, &mut self.pool);
-        job.work = Work::Copied(Box::new(copied));
-        self.ring.start(command, job);
+        job.work = Work::Copied(Box::new(Copied::new((write, durable), offset, buf, align)));
+        self.run(job, Step::Copy);
     }
 
     fn finish(&mut self, job: Job, mut result: Result<(), Errno>, buf: Option<IoBuf>) {
@@ -253,7 +277,7 @@ impl FileQueue {
                     let mut job = self.helped.remove(&key).expect("the helper answers each task once");
                     let result = result.map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EIO)));
                     let Work::Ranged(ranged) = &mut job.work else { unreachable!("only a range is helped") };
-                    let step = ranged.discarded(result, &self.shared, &mut self.pool);
+                    let step = ranged.discarded(result, &self.shared);
                     self.run(job, step);
                 }
             }
@@ -329,6 +353,19 @@ impl IoQueue for FileQueue {
             if left == Some(Duration::ZERO) {
                 return Ok(std::mem::take(&mut self.wakeups));
             }
+        }
+    }
+}
+
+impl Drop for FileQueue {
+    /// What waits for memory is carried out (clause 3); the ring waits for the rest.
+    fn drop(&mut self) {
+        while !self.hungry.is_empty() {
+            if let Err(error) = self.ring.enter(true, None) {
+                log::error!("{}: cannot wait for I/O ({error}); {} ops are lost", self.shared.name, self.hungry.len());
+                return;
+            }
+            self.collect();
         }
     }
 }

@@ -3,10 +3,11 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::super::buffer::MOST_ZEROES;
+use super::super::pool::Pool;
 use super::super::uring::{Command, Transfer};
 use super::super::{Errno, IoBuf};
 use super::Shared;
-use super::copied::{Copied, Next, Pool};
+use super::copied::{Copied, Next};
 
 /// What this image turned out not to be able to do.
 #[derive(Default)]
@@ -54,6 +55,8 @@ enum Part {
 /// What comes next.
 pub(super) enum Step {
     Run(Command),
+    /// A copied transfer that begins as soon as there is memory: [`Ranged::begin`], or the op's own.
+    Copy,
     /// BLKDISCARD, by the helper thread.
     DiscardDevice {
         offset: u64,
@@ -92,12 +95,12 @@ impl Ranged {
     }
 
     /// The next step, after the last one succeeded.
-    pub(super) fn next(&mut self, shared: &Shared, pool: &mut Pool) -> Step {
+    pub(super) fn next(&mut self, shared: &Shared) -> Step {
         loop {
             match self.parts.pop() {
                 None => return Step::Done(Ok(())),
                 Some(Part::Write { len: 0, .. }) => {}
-                Some(Part::Write { offset, len }) => return Step::Run(self.write(offset, len, shared, pool)),
+                Some(Part::Write { offset, len }) => return self.write(offset, len, shared),
                 Some(Part::Kernel { offset, len }) => match self.kernel(offset, len, shared) {
                     Some(step) => return step,
                     None => self.parts.push(Part::Write { offset, len }),
@@ -121,16 +124,21 @@ impl Ranged {
         Some(Step::Run(Command::Fallocate { mode: mode | libc::FALLOC_FL_KEEP_SIZE, offset, len }))
     }
 
-    fn write(&mut self, offset: u64, len: u64, shared: &Shared, pool: &mut Pool) -> Command {
+    fn write(&mut self, offset: u64, len: u64, shared: &Shared) -> Step {
         let now = len.min(MOST_ZEROES as u64);
         self.parts.push(Part::Write { offset: offset + now, len: len - now });
         let buf = IoBuf::zeroes(now as usize);
         if (offset | now) & u64::from(shared.align.offset - 1) != 0 {
-            let (copied, command) = Copied::begin((true, false), offset, buf, shared.align.offset, pool);
-            self.copied = Some(copied);
-            return command;
+            self.copied = Some(Copied::new((true, false), offset, buf, shared.align.offset));
+            return Step::Copy;
         }
-        Command::Transfer(Transfer { write: true, durable: false, offset, buf, from: 0, len: now as usize })
+        let transfer = Transfer { write: true, durable: false, offset, buf, from: 0, len: now as usize };
+        Step::Run(Command::Transfer(transfer))
+    }
+
+    /// After [`Step::Copy`]: as [`Copied::begin`].
+    pub(super) fn begin(&mut self, pool: &mut Pool) -> Option<Command> {
+        self.copied.as_mut().expect("the step was `Copy`").begin(pool)
     }
 
     /// A command of this request is over.
@@ -148,7 +156,7 @@ impl Ranged {
                 Next::Done(Ok(())) => self.copied = None,
             },
             (Command::Fallocate { mode, offset, len }, _) => match result {
-                Err(errno) if is_unsupported(errno) => return self.refused(mode, (offset, len), errno, shared, pool),
+                Err(errno) if is_unsupported(errno) => return self.refused(mode, (offset, len), errno, shared),
                 Err(errno) => return Step::Done(Err(errno)),
                 Ok(()) => {}
             },
@@ -158,13 +166,13 @@ impl Ranged {
                 }
             }
         }
-        self.next(shared, pool)
+        self.next(shared)
     }
 
     /// A discard ioctl is over.
-    pub(super) fn discarded(&mut self, result: Result<(), Errno>, shared: &Shared, pool: &mut Pool) -> Step {
+    pub(super) fn discarded(&mut self, result: Result<(), Errno>, shared: &Shared) -> Step {
         match result {
-            Ok(()) => self.next(shared, pool),
+            Ok(()) => self.next(shared),
             Err(errno) if is_unsupported(errno) => {
                 shared.unable.note(&shared.unable.discard, "discard", shared);
                 Step::Done(Ok(()))
@@ -174,7 +182,7 @@ impl Ranged {
     }
 
     /// A fallocate was refused: discard is advice and well done without; zeroes go on in the next best way.
-    fn refused(&mut self, mode: i32, at: (u64, u64), errno: Errno, shared: &Shared, pool: &mut Pool) -> Step {
+    fn refused(&mut self, mode: i32, at: (u64, u64), errno: Errno, shared: &Shared) -> Step {
         if self.what == What::Discard {
             shared.unable.note(&shared.unable.discard, "discard (fallocate PUNCH_HOLE)", shared);
             return Step::Done(Ok(()));
@@ -193,7 +201,7 @@ impl Ranged {
             }
         }
         self.parts.push(Part::Kernel { offset: at.0, len: at.1 });
-        self.next(shared, pool)
+        self.next(shared)
     }
 }
 
