@@ -52,9 +52,10 @@ check-lint: toolchain ## Formatting, clippy, documentation, without a warning
 explore-long: toolchain ## The engine's explorer over longer scripts; minutes
 	VIRTIOBLKD_EXPLORE=long $(CARGO) test --release --lib engine::explore -- --nocapture
 
-bench: toolchain deps ## Beside qemu-storage-daemon's export and the bare kernel, as ratios
+bench: toolchain deps ## Beside qemu-storage-daemon's export and the bare kernel, and what stable writes cost, as ratios
 	$(CARGO) bench --bench peers -- --only hot --dir /dev/shm
 	$(CARGO) bench --bench peers
+	$(CARGO) bench --bench stable_writes
 
 install: ## Install what `make build` made (PREFIX, DESTDIR)
 	@test -x $(release)/virtioblkd || { echo "install: run 'make build' first" >&2; exit 1; }

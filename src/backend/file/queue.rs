@@ -358,11 +358,12 @@ impl IoQueue for FileQueue {
 }
 
 impl Drop for FileQueue {
-    /// What waits for memory is carried out (clause 3); the ring waits for the rest.
+    /// What was taken is carried out (clause 3), in all its parts; except what waits for a range that another queue has,
+    /// which may be this thread's own and then never lets go.
     fn drop(&mut self) {
-        while !self.hungry.is_empty() {
+        while self.live > self.parked.len() {
             if let Err(error) = self.ring.enter(true, None) {
-                log::error!("{}: cannot wait for I/O ({error}); {} ops are lost", self.shared.name, self.hungry.len());
+                log::error!("{}: cannot wait for I/O ({error}); {} ops are lost", self.shared.name, self.live);
                 return;
             }
             self.collect();
