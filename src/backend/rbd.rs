@@ -25,7 +25,8 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 pub use name::RbdName;
 pub use open::OpenError;
@@ -307,5 +308,15 @@ impl Backend for RbdBackend {
 impl Drop for RbdBackend {
     fn drop(&mut self) {
         self.stop_notices();
+        // A callback may be on its way out. Were it the last to hold the image, librbd's own thread would close it, and
+        // wait for itself.
+        let start = Instant::now();
+        while self.quiesce.as_ref().is_some_and(|quiesces| Arc::strong_count(quiesces) > 1) {
+            if start.elapsed() > Duration::from_secs(5) {
+                log::error!("{}: a callback of librbd's does not end", self.shared.name);
+                break;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 }

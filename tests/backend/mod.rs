@@ -3,6 +3,8 @@
 
 #[path = "../chance/mod.rs"]
 mod chance;
+#[path = "../stub/mod.rs"]
+pub mod stub;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -304,6 +306,9 @@ pub fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
     let little = FileOptions { memory: Depot::new(0), ..options(&path, CacheMode::None) };
     check("file, none, with little memory", &opened(&little));
     check("detecting, file", &stable(Arc::new(open(&path, CacheMode::None)), StableWrites::Detect, 0));
+    for mode in [CacheMode::None, CacheMode::Unsafe] {
+        check(&format!("rbd (stub), {mode}"), &stub::Stub::new(mode).open());
+    }
     let shm = tempfile::tempdir_in("/dev/shm").expect("a directory");
     let path = image(shm.path(), "disk.img", 8 << 20);
     check("file on tmpfs", &open(&path, CacheMode::Unsafe));

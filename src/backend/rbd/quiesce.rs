@@ -67,11 +67,11 @@ impl Quiesces {
     pub(super) fn start(self: &Arc<Self>, notices: Arc<dyn Notices>) {
         // Held meanwhile: a callback that comes early waits until there is a watch to answer with.
         let mut state = self.lock();
-        let (asked, done) = (Arc::clone(self), Arc::clone(self));
+        let (asked, done) = (Arc::downgrade(self), Arc::downgrade(self));
         let watch = Watch::quiesces(
             Arc::clone(&self.shared),
-            Box::new(move || asked.ask()),
-            Box::new(move || done.unquiesced()),
+            Box::new(move || asked.upgrade().into_iter().for_each(|quiesces| quiesces.ask())),
+            Box::new(move || done.upgrade().into_iter().for_each(|quiesces| quiesces.unquiesced())),
         );
         state.notices = Some(notices);
         match watch {
@@ -123,8 +123,13 @@ impl Quiesces {
         drop(state);
         // The keeper lives until after `stop`.
         let _ = self.shared.news.send(News::Quiesce);
-        let quiesces = Arc::clone(self);
-        notices.quiesce(QuiesceAsk::new(move |result| quiesces.answer(number, result)));
+        let quiesces = Arc::downgrade(self);
+        notices.quiesce(QuiesceAsk::new(move |result| {
+            // Without it all was answered by `stop`.
+            if let Some(quiesces) = quiesces.upgrade() {
+                quiesces.answer(number, result);
+            }
+        }));
     }
 
     /// The answer to a question, unless it has one.

@@ -1,10 +1,12 @@
 //! UNSAFE. What librbd calls when something happens to the image. Its threads call; what is called must not block and
 //! must not call a synchronous function of librbd's.
+//!
+//! What librbd has the address of is never freed, as it may still be inside when the watch is gone: a few words for each
+//! image opened. It must not hold the image, which would then never be closed.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::super::Errno;
 use super::Shared;
@@ -19,6 +21,12 @@ struct Ears {
     second: Ear,
 }
 
+impl Ears {
+    fn leak(first: Ear, second: Ear) -> *mut c_void {
+        Box::into_raw(Box::new(Ears { first, second })).cast::<c_void>()
+    }
+}
+
 #[derive(Clone, Copy)]
 enum Kind {
     Update,
@@ -30,27 +38,18 @@ pub(super) struct Watch {
     shared: Arc<Shared>,
     kind: Kind,
     handle: u64,
-    /// Made by `Box::into_raw`.
-    ears: *mut Ears,
-    stopped: AtomicBool,
 }
-
-// SAFETY: `ears` is only freed, by `drop`; what it points to is Send and Sync.
-unsafe impl Send for Watch {}
-// SAFETY: as above.
-unsafe impl Sync for Watch {}
 
 impl Watch {
     /// Calls `changed` when the image's header changed: its size, its snapshots, anything.
     pub(super) fn updates(shared: Arc<Shared>, changed: Ear) -> Result<Watch, Errno> {
-        let ears = Box::into_raw(Box::new(Ears { first: changed, second: Box::new(|| {}) }));
+        let ears = Ears::leak(changed, Box::new(|| {}));
         let mut handle = 0;
         let image = &shared.image;
-        // SAFETY: the image is open; the ears live until the watch was stopped, or longer.
-        let result = check(unsafe {
-            (image.api.rbd.rbd_update_watch)(image.raw, &raw mut handle, Some(call_first), ears.cast::<c_void>())
-        });
-        Self::made(shared, Kind::Update, handle, ears, result)
+        // SAFETY: the image is open; the ears live for ever.
+        let result =
+            check(unsafe { (image.api.rbd.rbd_update_watch)(image.raw, &raw mut handle, Some(call_first), ears) });
+        result.map(|()| Watch { shared, kind: Kind::Update, handle })
     }
 
     /// Calls `quiesce` when a snapshot is about to be taken, which waits for [`Watch::complete`], and `unquiesce` when
@@ -63,28 +62,11 @@ impl Watch {
         else {
             return Err(Errno(libc::ENOTSUP));
         };
-        let ears = Box::into_raw(Box::new(Ears { first: quiesce, second: unquiesce }));
+        let ears = Ears::leak(quiesce, unquiesce);
         let mut handle = 0;
         // SAFETY: as above.
-        let result = check(unsafe {
-            watch(image.raw, Some(call_first), Some(call_second), ears.cast::<c_void>(), &raw mut handle)
-        });
-        Self::made(shared, Kind::Quiesce, handle, ears, result)
-    }
-
-    fn made(
-        shared: Arc<Shared>,
-        kind: Kind,
-        handle: u64,
-        ears: *mut Ears,
-        result: Result<(), Errno>,
-    ) -> Result<Watch, Errno> {
-        if let Err(errno) = result {
-            // SAFETY: made by `into_raw`; librbd did not register it.
-            drop(unsafe { Box::from_raw(ears) });
-            return Err(errno);
-        }
-        Ok(Watch { shared, kind, handle, ears, stopped: AtomicBool::new(false) })
+        let result = check(unsafe { watch(image.raw, Some(call_first), Some(call_second), ears, &raw mut handle) });
+        result.map(|()| Watch { shared, kind: Kind::Quiesce, handle })
     }
 
     /// Answers the quiesce that was asked for: 0 or a negative error number. Exactly once for each: librbd aborts at
@@ -105,24 +87,12 @@ impl Watch {
             Kind::Quiesce => image.api.rbd.rbd_quiesce_unwatch,
         };
         // SAFETY: the image is open and the watch is registered.
-        let result = stop.map_or(Ok(()), |stop| check(unsafe { stop(image.raw, self.handle) }));
-        self.stopped.store(result.is_ok(), Ordering::Release);
-        result
-    }
-}
-
-impl Drop for Watch {
-    /// What is still registered is leaked rather than freed.
-    fn drop(&mut self) {
-        if self.stopped.load(Ordering::Acquire) {
-            // SAFETY: made by `into_raw`, freed only here, and librbd calls it no more.
-            drop(unsafe { Box::from_raw(self.ears) });
-        }
+        stop.map_or(Ok(()), |stop| check(unsafe { stop(image.raw, self.handle) }))
     }
 }
 
 unsafe extern "C" fn call_first(ears: *mut c_void) {
-    // SAFETY: the ears of a watch that is not stopped.
+    // SAFETY: what `Ears::leak` made.
     (unsafe { &*ears.cast::<Ears>() }.first)();
 }
 

@@ -1,0 +1,791 @@
+//! The RBD back-end over a librbd that does on request what a cluster cannot be made to do: errors of every kind at every
+//! call, ops that hang, short reads, questions at any moment. What a real cluster does is in the other rbd tests.
+
+#[path = "backend/mod.rs"]
+mod backend;
+
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use backend::stub::{Stub, libraries};
+use backend::{Driver, PATIENCE, eventually, random_ops};
+use virtioblkd::backend::rbd::{Encryption, RbdBackend, RbdLock};
+use virtioblkd::backend::{Backend, Errno, IoBuf, Notices, Op, OpId, QuiesceAsk};
+use virtioblkd::engine::CacheMode;
+
+const EIO: Errno = Errno(libc::EIO);
+const EROFS: Errno = Errno(libc::EROFS);
+const ESHUTDOWN: Errno = Errno(libc::ESHUTDOWN);
+
+/// What a back-end said.
+#[derive(Debug, PartialEq)]
+enum Said {
+    Resized(u64),
+    Quiesce,
+    Unquiesce,
+    StateChanged,
+}
+
+/// Keeps what is said, and the questions until somebody answers.
+struct Listener {
+    said: Mutex<mpsc::Sender<Said>>,
+    asks: Mutex<Vec<QuiesceAsk>>,
+}
+
+impl Listener {
+    fn start(disk: &RbdBackend) -> (Arc<Listener>, mpsc::Receiver<Said>) {
+        let (sender, said) = mpsc::channel();
+        let listener = Arc::new(Listener { said: Mutex::new(sender), asks: Mutex::default() });
+        disk.start_notices(listener.clone());
+        (listener, said)
+    }
+
+    fn say(&self, what: Said) {
+        self.said.lock().unwrap().send(what).unwrap();
+    }
+
+    fn ask(&self) -> QuiesceAsk {
+        self.asks.lock().unwrap().pop().expect("somebody asked")
+    }
+}
+
+impl Notices for Listener {
+    fn resized(&self, size: u64) {
+        self.say(Said::Resized(size));
+    }
+
+    fn quiesce(&self, ask: QuiesceAsk) {
+        self.asks.lock().unwrap().push(ask);
+        self.say(Said::Quiesce);
+    }
+
+    fn unquiesce(&self) {
+        self.say(Said::Unquiesce);
+    }
+
+    fn state_changed(&self) {
+        self.say(Said::StateChanged);
+    }
+}
+
+fn hears(said: &mpsc::Receiver<Said>, what: Said) {
+    assert_eq!(said.recv_timeout(PATIENCE).expect("something is said"), what);
+}
+
+fn hears_nothing_more(said: &mpsc::Receiver<Said>) {
+    assert_eq!(said.recv_timeout(Duration::from_millis(50)).ok(), None);
+}
+
+fn trouble(disk: &RbdBackend) -> Option<String> {
+    let status = disk.image_status();
+    assert_eq!(status.trouble.is_some(), status.trouble_detail.is_some());
+    status.trouble
+}
+
+fn write_op(offset: u64) -> Op {
+    Op::Write { offset, buf: IoBuf::owned(4096, 4096, 0), durable: false }
+}
+
+// ---- I/O
+
+#[test]
+fn several_images_at_a_time_keep_to_themselves() {
+    let stubs = [Stub::new(CacheMode::None), Stub::new(CacheMode::Writeback)];
+    let disks = stubs.each_ref().map(Stub::open);
+    thread::scope(|scope| {
+        for (disk, seed) in disks.iter().zip(1..) {
+            scope.spawn(move || random_ops(disk, seed, 300));
+        }
+    });
+    assert_eq!(disks[0].geometry().size, 8 << 20);
+    assert!(disks[0].describe().contains("with no cache") && disks[1].describe().contains("with its cache"));
+}
+
+#[test]
+fn a_short_read_is_an_error() {
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    let mut driver = Driver::new(&disk, 4);
+    stub.tell("short 512");
+    assert_eq!(driver.read(0, 4096), Err(EIO));
+    assert_eq!(driver.read(0, 4096), Ok(vec![0; 4096]));
+}
+
+#[test]
+fn an_error_is_of_its_op_alone_and_keeps_its_number() {
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    let mut driver = Driver::new(&disk, 4);
+    for errno in [libc::EIO, libc::ENOSPC, libc::EDQUOT, libc::ETIMEDOUT, libc::EINVAL] {
+        for (what, op) in [
+            ("write", write_op(0)),
+            ("read", Op::Read { offset: 0, buf: IoBuf::owned(512, 512, 0) }),
+            ("flush", Op::Sync),
+            ("discard", Op::Discard { offset: 0, len: 65536 }),
+            ("zeroes", Op::WriteZeroes { offset: 0, len: 512, unmap: true }),
+            ("submit", write_op(4096)),
+        ] {
+            stub.tell(&format!("fail {what} {errno} 1"));
+            let id = driver.push(op);
+            let completion = driver.finish(id);
+            assert_eq!(completion.result, Err(Errno(errno)), "{what}");
+            assert_eq!(completion.buf.is_some(), matches!(what, "write" | "read" | "submit"), "{what}");
+            assert_eq!(driver.write(0, &[1; 512]), Ok(()), "{what}");
+            assert_eq!(trouble(&disk), None);
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_never_reaches_librbd() {
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    let mut driver = Driver::new(&disk, 4);
+    let end = disk.geometry().size;
+    for offset in [end - 512, end, u64::MAX - 511] {
+        assert_eq!(driver.run(write_op(offset)), Err(EIO));
+        assert_eq!(driver.run(Op::Discard { offset, len: 1024 }), Err(EIO));
+        assert_eq!(driver.run(Op::WriteZeroes { offset, len: u64::MAX, unmap: true }), Err(EIO));
+        assert_eq!(driver.read(offset, 1024), Err(EIO));
+    }
+    assert_eq!(stub.tell("counts").split(" thick").next(), Some("reads=0 writes=0 flushes=0 discards=0 zeroes=0"));
+    assert_eq!(driver.run(write_op(end - 4096)), Ok(()));
+}
+
+#[test]
+fn write_zeroes_keeps_space_unless_it_may_go() {
+    let mut stub = Stub::new(CacheMode::None);
+    let thick = |stub: &Stub, unmap| {
+        let disk = stub.open();
+        let op = Op::WriteZeroes { offset: 512, len: 1024, unmap };
+        assert_eq!(Driver::new(&disk, 1).run(op), Ok(()));
+        stub.count("thick") == 1
+    };
+    assert!(thick(&stub, false));
+    assert!(!thick(&stub, true));
+    stub.options.discard_unmap = false;
+    assert!(thick(&stub, true), "--discard ignore");
+    let geometry = stub.open().geometry();
+    assert!(geometry.discard.is_none() && !geometry.zeroes_may_unmap && geometry.write_zeroes.is_some());
+}
+
+#[test]
+fn the_shape_is_the_images() {
+    let mut stub = Stub::new(CacheMode::None);
+    stub.set("stub_size", "1049088").set("rbd_discard_granularity_bytes", "131072");
+    stub.options.logical_block_size = 4096;
+    let geometry = stub.open().geometry();
+    assert_eq!(geometry.size, 1 << 20, "whole blocks");
+    assert_eq!((geometry.logical_block, geometry.physical_block, geometry.opt_io), (4096, 4096, 4 << 20));
+    assert_eq!(geometry.discard.expect("discard").granularity, 131072);
+    assert_eq!(Driver::new(&stub.open(), 1).read(0, 4096), Ok(vec![0; 4096]));
+}
+
+#[test]
+fn a_queue_that_is_dropped_waits_for_ops_that_hang() {
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    let mut queue = disk.open_queue(8).unwrap();
+    stub.tell("hang");
+    for turn in 0..8 {
+        queue.push(write_op(turn * 4096), OpId(turn)).unwrap();
+    }
+    assert_eq!(stub.count("in-flight"), 8);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(Duration::from_millis(50));
+            stub.tell("go");
+        });
+        drop(queue);
+        assert_eq!(stub.count("in-flight"), 0, "an op outlived its queue");
+    });
+}
+
+// ---- Durability
+
+#[test]
+fn a_sync_of_ours_waits_for_the_guests_first_flush() {
+    let stub = Stub::new(CacheMode::Writeback);
+    let disk = stub.open();
+    let mut driver = Driver::new(&disk, 4);
+    disk.sync().unwrap();
+    driver.write(0, &[1; 512]).unwrap();
+    disk.sync().unwrap();
+    assert_eq!(stub.count("flushes"), 0, "until then a write is acknowledged when the cluster has it");
+    assert_eq!(driver.run(Op::Sync), Ok(()));
+    assert_eq!(stub.count("flushes"), 1);
+    driver.write(0, &[2; 512]).unwrap();
+    disk.sync().unwrap();
+    assert_eq!(stub.count("flushes"), 2);
+    disk.sync().unwrap();
+    assert_eq!(stub.count("flushes"), 2, "nothing was written since");
+    driver.read(0, 512).unwrap();
+    driver.write(0, &[3; 512]).unwrap();
+    disk.sync().unwrap();
+    assert_eq!(stub.count("flushes"), 3);
+}
+
+#[test]
+fn a_sync_of_ours_flushes_wherever_librbd_may_hold_something() {
+    let mut cautious = Stub::new(CacheMode::Writeback);
+    cautious.set("rbd_cache_writethrough_until_flush", "false").options.allow_override = true;
+    let others = [CacheMode::None, CacheMode::Directsync, CacheMode::Unsafe].map(Stub::new);
+    for stub in others.into_iter().chain([cautious]) {
+        let disk = stub.open();
+        let mut driver = Driver::new(&disk, 4);
+        disk.sync().unwrap();
+        assert_eq!(stub.count("flushes"), 0, "nothing was written");
+        for op in [write_op(0), Op::Discard { offset: 0, len: 65536 }] {
+            let before = stub.count("flushes");
+            driver.run(op).unwrap();
+            disk.sync().unwrap();
+            assert_eq!(stub.count("flushes"), before + 1, "{}", stub.options.mode);
+        }
+    }
+}
+
+#[test]
+fn a_flush_that_failed_is_final_with_a_cache() {
+    let stub = Stub::new(CacheMode::Writeback);
+    let disk = stub.open();
+    let (mut one, mut other) = (Driver::new(&disk, 4), Driver::new(&disk, 4));
+    one.write(0, &[1; 512]).unwrap();
+    stub.tell("fail flush 5 1");
+    assert_eq!(one.run(Op::Sync), Err(EIO));
+    assert_eq!(one.run(Op::Sync), Err(EIO));
+    assert_eq!(other.run(Op::Sync), Err(EIO));
+    assert!(disk.sync().is_err());
+    assert_eq!(disk.sync_failed(), Some(EIO));
+    assert_eq!(other.write(0, &[1; 512]), Ok(()), "only durability is lost");
+    assert_eq!(stub.count("flushes"), 1);
+}
+
+#[test]
+fn a_flush_that_failed_without_a_cache_lost_nothing() {
+    for mode in [CacheMode::None, CacheMode::Directsync] {
+        let stub = Stub::new(mode);
+        let disk = stub.open();
+        let mut driver = Driver::new(&disk, 4);
+        driver.write(0, &[1; 512]).unwrap();
+        stub.tell("fail flush 5 2");
+        assert_eq!(driver.run(Op::Sync), Err(EIO));
+        assert!(disk.sync().is_err());
+        assert_eq!(disk.sync_failed(), None);
+        disk.sync().unwrap();
+        assert_eq!(driver.run(Op::Sync), Ok(()));
+    }
+}
+
+#[test]
+fn a_sync_of_ours_that_failed_is_made_again() {
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    Driver::new(&disk, 4).write(0, &[1; 512]).unwrap();
+    stub.tell("fail flush 5 1");
+    assert!(disk.sync().is_err());
+    disk.sync().unwrap();
+    assert_eq!(stub.count("flushes"), 1);
+}
+
+// ---- Trouble
+
+#[test]
+fn who_is_fenced_stays_so() {
+    let stub = Stub::new(CacheMode::Writeback);
+    let disk = stub.open();
+    let (listener, said) = Listener::start(&disk);
+    let mut driver = Driver::new(&disk, 4);
+    disk.activate().unwrap();
+    assert_eq!(trouble(&disk), None);
+    // The cluster forgets it after an hour: only one op is refused by it.
+    stub.tell("fail write 108 1");
+    assert_eq!(driver.write(0, &[1; 512]), Err(ESHUTDOWN));
+    hears(&said, Said::StateChanged);
+    assert_eq!(trouble(&disk).as_deref(), Some("fenced"));
+    let before = stub.tell("counts");
+    assert_eq!(driver.read(0, 512), Err(ESHUTDOWN));
+    assert_eq!(driver.run(Op::Sync), Err(ESHUTDOWN));
+    assert_eq!(driver.run(write_op(0)), Err(ESHUTDOWN));
+    assert_eq!(disk.sync().unwrap_err().raw_os_error(), Some(libc::ESHUTDOWN));
+    disk.deactivate();
+    assert!(disk.activate().unwrap_err().to_string().contains("fenced"));
+    assert_eq!(stub.tell("counts"), before, "librbd was asked");
+    hears_nothing_more(&said);
+    drop(listener);
+}
+
+#[test]
+fn every_way_to_learn_of_being_fenced_counts() {
+    for (order, act) in [
+        ("read", (|disk| drop(Driver::new(disk, 1).read(0, 512))) as fn(&RbdBackend)),
+        ("flush", |disk| drop(Driver::new(disk, 1).run(Op::Sync))),
+        ("submit", |disk| drop(Driver::new(disk, 1).read(0, 512))),
+        ("lock", |disk| drop(disk.activate())),
+        ("invalidate", |disk| drop(disk.activate())),
+        ("snap", |disk| drop(disk.snapshots().unwrap().create("s"))),
+    ] {
+        let stub = Stub::new(CacheMode::None);
+        let disk = stub.open();
+        stub.tell(&format!("fail {order} 108 1"));
+        act(&disk);
+        assert_eq!(trouble(&disk).as_deref(), Some("fenced"), "{order}");
+    }
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    let (_listener, said) = Listener::start(&disk);
+    stub.tell("fail size 108 1");
+    stub.tell("resize 4194304");
+    hears(&said, Said::StateChanged);
+    assert_eq!(trouble(&disk).as_deref(), Some("fenced"));
+}
+
+#[test]
+fn a_lost_lock_is_said_and_so_is_its_return() {
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    let (_listener, said) = Listener::start(&disk);
+    let mut driver = Driver::new(&disk, 4);
+    stub.tell("owner 10.0.0.9:0/1");
+    assert_eq!(driver.write(0, &[1; 512]), Err(EROFS));
+    assert_eq!(driver.write(0, &[1; 512]), Err(EROFS));
+    hears(&said, Said::StateChanged);
+    assert_eq!(trouble(&disk).as_deref(), Some("lock-lost"));
+    assert_eq!(driver.read(0, 512), Ok(vec![0; 512]));
+    assert_eq!(trouble(&disk).as_deref(), Some("lock-lost"), "reads go on all the time");
+    stub.tell("owner none");
+    driver.write(0, &[1; 512]).unwrap();
+    driver.run(Op::Sync).unwrap();
+    hears(&said, Said::StateChanged);
+    assert_eq!(trouble(&disk), None);
+    hears_nothing_more(&said);
+}
+
+// ---- The lock
+
+#[test]
+fn the_lock_is_held_while_a_guest_uses_the_image() {
+    let stub = Stub::new(CacheMode::Unsafe);
+    let disk = stub.open();
+    let lock = |disk: &RbdBackend| disk.image_status().rbd.unwrap().lock;
+    assert_eq!((lock(&disk).as_str(), stub.count("locks")), ("released", 0));
+    for turn in 1..4 {
+        disk.activate().unwrap();
+        disk.activate().unwrap();
+        assert_eq!((lock(&disk).as_str(), stub.count("locks")), ("held", turn));
+        assert_eq!(stub.count("invalidates"), turn, "somebody else may have written");
+        Driver::new(&disk, 1).write(0, &[1; 512]).unwrap();
+        disk.deactivate();
+        disk.deactivate();
+        assert_eq!((lock(&disk).as_str(), stub.count("unlocks")), ("released", turn));
+        assert_eq!(stub.count("flushes"), turn, "what is cached goes first, in every mode");
+    }
+}
+
+#[test]
+fn whether_the_lock_is_taken_is_chosen() {
+    for (lock, features, taken) in [
+        (RbdLock::Auto, "61", true),
+        (RbdLock::Exclusive, "61", true),
+        (RbdLock::None, "61", false),
+        (RbdLock::Auto, "1", false),
+        (RbdLock::None, "1", false),
+    ] {
+        let mut stub = Stub::new(CacheMode::None);
+        stub.set("stub_features", features).options.lock = lock;
+        let disk = stub.open();
+        disk.activate().unwrap();
+        assert_eq!(stub.count("locks"), i64::from(taken), "{lock:?} {features}");
+        assert_eq!(stub.count("invalidates"), 1);
+        assert_eq!(disk.image_status().rbd.unwrap().lock, if taken { "held" } else { "none" });
+        disk.deactivate();
+        assert_eq!(stub.count("unlocks"), i64::from(taken));
+    }
+    let mut stub = Stub::new(CacheMode::None);
+    stub.set("stub_features", "1").options.lock = RbdLock::Exclusive;
+    let error = stub.try_open().err().expect("refused").to_string();
+    assert!(error.contains("rbd feature enable"), "{error}");
+    stub.options.read_only = true;
+    stub.open().activate().unwrap();
+}
+
+#[test]
+fn a_lock_that_another_has_is_waited_for_and_not_for_ever() {
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    stub.tell("owner 10.0.0.9:0/1");
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(Duration::from_millis(300));
+            stub.tell("owner none");
+        });
+        disk.activate().unwrap();
+    });
+    assert_eq!(stub.count("locks"), 1);
+    disk.deactivate();
+
+    stub.tell("owner 10.0.0.9:0/1");
+    let error = disk.activate().unwrap_err().to_string();
+    for part in ["10.0.0.9:0/1", "rbd lock"] {
+        assert!(error.contains(part), "'{part}' is missing in: {error}");
+    }
+    assert_eq!(disk.image_status().rbd.unwrap().lock, "released");
+    stub.tell("owner none");
+    disk.activate().unwrap();
+}
+
+#[test]
+fn what_cannot_be_flushed_keeps_the_lock() {
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    disk.activate().unwrap();
+    Driver::new(&disk, 1).write(0, &[1; 512]).unwrap();
+    stub.tell("fail flush 5 1");
+    disk.deactivate();
+    assert_eq!(stub.count("unlocks"), 0, "another would read what is stale");
+    disk.activate().unwrap();
+    disk.deactivate();
+    assert_eq!(stub.count("unlocks"), 1);
+}
+
+#[test]
+fn a_dead_owner_of_ours_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    let mut stub = Stub::new(CacheMode::None);
+    stub.options.state_file = Some(state.clone());
+    let name = stub.options.name.to_string();
+    let disk = stub.open();
+    disk.activate().unwrap();
+    let signed = std::fs::read_to_string(&state).unwrap();
+    assert_eq!(signed, format!("{name}\n127.0.0.1:0/4711\n"));
+    let Err(error) = stub.try_open() else { panic!("a second one with the same state file") };
+    assert!(error.to_string().contains("another virtioblkd"), "{error}");
+    disk.deactivate();
+    assert_eq!(std::fs::read_to_string(&state).unwrap(), "", "it died no more");
+    drop(disk);
+
+    // As a daemon that was killed leaves it.
+    std::fs::write(&state, &signed).unwrap();
+    let disk = stub.open();
+    stub.tell("owner 127.0.0.1:0/4711");
+    disk.activate().unwrap();
+    assert_eq!((stub.count("breaks"), stub.count("locks")), (1, 1));
+    disk.deactivate();
+    drop(disk);
+
+    // Another client has it now: it is alive, for all that we know.
+    std::fs::write(&state, &signed).unwrap();
+    let disk = stub.open();
+    stub.tell("owner 127.0.0.1:0/4712");
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(Duration::from_millis(200));
+            stub.tell("owner none");
+        });
+        disk.activate().unwrap();
+    });
+    assert_eq!((stub.count("breaks"), stub.count("locks")), (0, 1));
+}
+
+// ---- Quiesce
+
+#[test]
+fn a_snapshot_of_others_waits_until_the_disk_is_held() {
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    let (listener, said) = Listener::start(&disk);
+    let answers = [
+        (Ok(()), 0),
+        (Err(libc::EBUSY), -libc::EBUSY),
+        (Err(libc::ETIMEDOUT), -libc::EAGAIN),
+        (Err(libc::ERESTART), -libc::EIO),
+        (Err(libc::EOPNOTSUPP), -libc::EIO),
+        (Err(libc::ECANCELED), -libc::ECANCELED),
+    ];
+    let mut expected = Vec::new();
+    for (answer, told) in answers {
+        stub.tell("quiesce");
+        hears(&said, Said::Quiesce);
+        listener.ask().answer(answer.map_err(Errno));
+        expected.push(told.to_string());
+        assert_eq!(stub.tell(&format!("answers {}", expected.len())), expected.join(" "));
+        stub.tell("unquiesce");
+        hears(&said, Said::Unquiesce);
+    }
+    stub.tell("quiesce");
+    hears(&said, Said::Quiesce);
+    drop(listener.ask());
+    expected.push((-libc::ECANCELED).to_string());
+    assert_eq!(stub.tell("answers 7"), expected.join(" "));
+    let status = disk.image_status().rbd.unwrap().quiesce.unwrap();
+    assert!(status.watching);
+    assert_eq!((status.asked, status.refused, status.expired), (7, 6, 0));
+    hears_nothing_more(&said);
+}
+
+#[test]
+fn a_question_that_nobody_answers_is_answered_in_time() {
+    let mut stub = Stub::new(CacheMode::None);
+    stub.options.quiesce_timeout = Duration::from_secs(1);
+    let disk = stub.open();
+    let (listener, said) = Listener::start(&disk);
+    stub.tell("quiesce");
+    hears(&said, Said::Quiesce);
+    assert_eq!(stub.tell("answers 1"), (-libc::EAGAIN).to_string());
+    hears(&said, Said::Unquiesce);
+    // Too late: a second answer aborts in librbd.
+    listener.ask().answer(Ok(()));
+    stub.tell("unquiesce");
+    hears(&said, Said::Unquiesce);
+    assert_eq!(disk.image_status().rbd.unwrap().quiesce.unwrap().refused, 1);
+}
+
+#[test]
+fn the_end_answers_what_is_asked() {
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    let (listener, said) = Listener::start(&disk);
+    stub.tell("quiesce");
+    hears(&said, Said::Quiesce);
+    // The stub waits for the answer here, as librbd does.
+    disk.stop_notices();
+    assert_eq!(stub.tell("answers 1"), (-libc::ECANCELED).to_string());
+    listener.ask().answer(Ok(()));
+    disk.stop_notices();
+    stub.tell("resize 4194304");
+    hears_nothing_more(&said);
+    assert!(!disk.image_status().rbd.unwrap().quiesce.unwrap().watching);
+}
+
+#[test]
+fn questions_and_the_end_at_any_moment() {
+    for turn in 0..40 {
+        let stub = Stub::new(CacheMode::None);
+        let disk = stub.open();
+        let (listener, said) = Listener::start(&disk);
+        stub.tell("quiesce");
+        hears(&said, Said::Quiesce);
+        let ask = listener.ask();
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                thread::sleep(Duration::from_micros(turn * 10));
+                ask.answer(Ok(()));
+            });
+            disk.stop_notices();
+        });
+        let answer = stub.tell("answers 1");
+        assert!(["0", "-125"].contains(&answer.as_str()), "{answer}");
+    }
+}
+
+#[test]
+fn a_disk_that_was_let_go_too_early_is_counted() {
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    let (listener, said) = Listener::start(&disk);
+    stub.tell("quiesce");
+    hears(&said, Said::Quiesce);
+    listener.ask().answer(Ok(()));
+    // What librbd does after 10 s.
+    thread::sleep(Duration::from_secs(10));
+    stub.tell("unquiesce");
+    hears(&said, Said::Unquiesce);
+    assert_eq!(disk.image_status().rbd.unwrap().quiesce.unwrap().expired, 1);
+}
+
+#[test]
+fn nobody_is_asked_where_it_was_not_wanted_or_cannot_be() {
+    let mut stub = Stub::new(CacheMode::None);
+    stub.options.quiesce = false;
+    let disk = stub.open();
+    let _listener = Listener::start(&disk);
+    assert_eq!(disk.image_status().rbd.unwrap().quiesce, None);
+    drop(disk);
+    stub.options.quiesce = true;
+    stub.options.read_only = true;
+    let disk = stub.open();
+    let _listener = Listener::start(&disk);
+    assert_eq!(disk.image_status().rbd.unwrap().quiesce, None);
+    drop(disk);
+    // A Ceph that is too old, and a watch that fails.
+    stub.options.read_only = false;
+    stub.options.library_path = Some(libraries(true).to_path_buf());
+    let disk = stub.open();
+    let _listener = Listener::start(&disk);
+    assert!(!disk.image_status().rbd.unwrap().quiesce.unwrap().watching);
+    random_ops(&disk, 1, 50);
+    disk.snapshots().unwrap().create("s").unwrap();
+    assert_eq!(stub.count("snaps"), 1);
+    drop(disk);
+    stub.options.library_path = Some(libraries(false).to_path_buf());
+    let disk = stub.open();
+    stub.tell("fail quiesce-watch 5 1");
+    stub.tell("fail update-watch 5 1");
+    let _listener = Listener::start(&disk);
+    assert!(!disk.image_status().rbd.unwrap().quiesce.unwrap().watching);
+}
+
+// ---- Size, snapshots
+
+#[test]
+fn a_new_size_is_told_once_and_bounds_every_op() {
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    let (_listener, said) = Listener::start(&disk);
+    let mut driver = Driver::new(&disk, 4);
+    for size in [16 << 20, 4 << 20, (8 << 20) + 512] {
+        stub.tell(&format!("resize {size}"));
+        hears(&said, Said::Resized(size));
+        // A snapshot changes the header too.
+        stub.tell(&format!("resize {size}"));
+        assert_eq!(disk.geometry().size, size);
+        assert_eq!(driver.run(write_op(size - 4096)), Ok(()));
+        assert_eq!(driver.run(write_op(size - 3584)), Err(EIO));
+    }
+    stub.tell(&format!("resize {}", (8 << 20) + 1000));
+    hears_nothing_more(&said);
+}
+
+#[test]
+fn snapshots_and_what_keeps_them_from_being_made() {
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    let snapshots = disk.snapshots().unwrap();
+    let full = snapshots.full_name("monday");
+    assert_eq!(full, format!("{}@monday", stub.options.name));
+    snapshots.create("monday").unwrap();
+    snapshots.remove("monday").unwrap();
+    assert_eq!((stub.count("snaps"), stub.count("removed")), (1, 1));
+    let error = snapshots.create("taken").unwrap_err();
+    assert_eq!(error.code, "exists");
+    assert!(error.message.contains("@taken"), "{}", error.message);
+    for (errno, code, part) in [
+        (libc::EBUSY, "busy", "try again"),
+        (libc::EROFS, "store", "rbd lock ls"),
+        (libc::EDQUOT, "store", "full"),
+        (libc::EPERM, "store", "profile rbd"),
+        (libc::EIO, "store", "ceph status"),
+    ] {
+        stub.tell(&format!("fail snap {errno} 1"));
+        let error = snapshots.create("s").unwrap_err();
+        assert_eq!(error.code, code);
+        assert!(error.message.contains(part), "'{part}' is missing in: {}", error.message);
+    }
+    for name in ["", "a@b", "a/b", "a\0b"] {
+        assert_eq!(snapshots.create(name).unwrap_err().code, "store", "{name:?}");
+    }
+    assert_eq!(snapshots.remove("missing").unwrap_err().code, "store");
+    assert_eq!(stub.count("snaps"), 1);
+}
+
+// ---- Opening
+
+#[test]
+fn a_snapshot_is_read_only() {
+    let mut stub = Stub::new(CacheMode::None);
+    stub.options.name.snapshot = Some("s".into());
+    let disk = stub.open();
+    let geometry = disk.geometry();
+    assert!(geometry.read_only && geometry.discard.is_none() && geometry.write_zeroes.is_none());
+    assert!(disk.snapshots().is_none());
+    assert!(disk.describe().ends_with("read-only"));
+    disk.activate().unwrap();
+    assert_eq!(stub.count("locks"), 0);
+    let mut driver = Driver::new(&disk, 1);
+    assert_eq!(driver.read(0, 512), Ok(vec![0; 512]));
+    assert_eq!(driver.run(write_op(0)), Err(EROFS));
+    assert_eq!(trouble(&disk), None, "nobody has taken anything away");
+}
+
+#[test]
+fn an_encrypted_image_is_smaller_and_opens_with_its_passphrase_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("passphrase");
+    let mut stub = Stub::new(CacheMode::None);
+    stub.set("stub_passphrase", "open sesame");
+    for (text, format, part) in [
+        ("open sesame\n", Encryption::Luks2, None),
+        ("open sesame", Encryption::Luks, None),
+        ("open sesame\n", Encryption::Luks1, Some("--rbd-encryption")),
+        ("wrong", Encryption::Luks, Some("passphrase is wrong")),
+        ("open sesame\n\n", Encryption::Luks2, Some("passphrase is wrong")),
+        ("\n", Encryption::Luks2, Some("empty")),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        stub.options.encryption = Some((format, file.clone()));
+        match (stub.try_open(), part) {
+            (Ok(disk), None) => assert_eq!(disk.geometry().size, (8 << 20) - 4096),
+            (Err(error), Some(part)) => assert!(error.to_string().contains(part), "{text:?}: {error}"),
+            (Ok(_), Some(_)) => panic!("{text:?} opened it"),
+            (Err(error), None) => panic!("{text:?}: {error}"),
+        }
+    }
+    std::fs::remove_file(&file).unwrap();
+    assert!(stub.try_open().err().expect("refused").to_string().contains("--rbd-passphrase-file"));
+    std::fs::write(&file, "x").unwrap();
+    stub.options.library_path = Some(libraries(true).to_path_buf());
+    assert!(stub.try_open().err().expect("refused").to_string().contains("--rbd-passphrase-file"));
+}
+
+#[test]
+fn what_overrides_the_mode_is_refused_unless_that_is_wanted() {
+    for (mode, wrong) in [
+        (CacheMode::None, "rbd_cache=true"),
+        (CacheMode::Directsync, "rbd_cache=true"),
+        (CacheMode::Writeback, "rbd_cache=false"),
+        (CacheMode::Writethrough, "rbd_cache_policy=writeback"),
+        (CacheMode::Unsafe, "rbd_cache_writethrough_until_flush=true"),
+    ] {
+        for place in ["pool", "image"] {
+            let mut stub = Stub::new(mode);
+            stub.set("stub_override", &format!("{place}:{wrong}"));
+            let error = stub.try_open().err().expect("refused").to_string();
+            for part in [place, wrong.split('=').next().unwrap(), "--rbd-allow-override", mode.name()] {
+                assert!(error.contains(part), "'{part}' is missing in: {error}");
+            }
+            stub.options.allow_override = true;
+            stub.open();
+        }
+    }
+    let mut stub = Stub::new(CacheMode::None);
+    stub.set("rbd_cache", "true");
+    assert!(stub.try_open().err().expect("refused").to_string().contains("--rbd-option"));
+    let mut stub = Stub::new(CacheMode::Writeback);
+    stub.set("stub_override", "image:rbd_disable_zero_copy_writes=false").options.allow_override = true;
+    assert!(stub.try_open().err().expect("refused").to_string().contains("hang the disk"));
+}
+
+#[test]
+fn what_keeps_an_image_from_being_opened_is_said() {
+    let table: [(&str, i32, &[&str]); 10] = [
+        ("stub_connect", libc::ETIMEDOUT, &["cluster", "mon host", "--ceph-conf"]),
+        ("stub_connect", libc::EPERM, &["client.admin", "--ceph-user"]),
+        ("stub_connect", libc::ENOENT, &["keyring"]),
+        ("stub_connect", libc::EIO, &["cluster"]),
+        ("stub_pool", libc::ENOENT, &["pool pool", "ceph osd pool ls"]),
+        ("stub_pool", libc::EIO, &["pool pool"]),
+        ("stub_open", libc::ENOENT, &["pool/image", "rbd ls pool"]),
+        ("stub_open", libc::EPERM, &["pool/image", "profile rbd"]),
+        ("stub_open", libc::ESHUTDOWN, &["pool/image", "blocklist"]),
+        ("stub_open", libc::EIO, &["pool/image", "ceph status"]),
+    ];
+    for (option, errno, parts) in table {
+        let mut stub = Stub::new(CacheMode::None);
+        let error = stub.set(option, &errno.to_string()).try_open().err().expect("refused").to_string();
+        for part in parts {
+            assert!(error.contains(part), "'{part}' is missing in: {error}");
+        }
+    }
+    let mut stub = Stub::new(CacheMode::None);
+    stub.set("stub_unknown", "rbd_speed").set("rbd_speed", "high");
+    let error = stub.try_open().err().expect("refused").to_string();
+    assert!(error.contains("rbd_speed=high") && error.contains("no option"), "{error}");
+    let mut stub = Stub::new(CacheMode::None);
+    stub.options.conf = Some("/missing.conf".into());
+    let error = stub.try_open().err().expect("refused").to_string();
+    assert!(error.contains("/missing.conf") && error.contains("--ceph-conf"), "{error}");
+    let mut stub = Stub::new(CacheMode::None);
+    stub.set("stub_size", "511");
+    assert!(stub.try_open().err().expect("refused").to_string().contains("rbd resize"));
+}
