@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use backend::stub::{Stub, libraries};
-use backend::{Driver, PATIENCE, eventually, random_ops};
+use backend::{Driver, PATIENCE, random_ops};
 use virtioblkd::backend::rbd::{Encryption, RbdBackend, RbdLock};
 use virtioblkd::backend::{Backend, Errno, IoBuf, Notices, Op, OpId, QuiesceAsk};
 use virtioblkd::engine::CacheMode;
@@ -319,7 +319,7 @@ fn who_is_fenced_stays_so() {
 fn every_way_to_learn_of_being_fenced_counts() {
     for (order, act) in [
         ("read", (|disk| drop(Driver::new(disk, 1).read(0, 512))) as fn(&RbdBackend)),
-        ("flush", |disk| drop(Driver::new(disk, 1).run(Op::Sync))),
+        ("flush", |disk| assert_eq!(Driver::new(disk, 1).run(Op::Sync), Err(ESHUTDOWN))),
         ("submit", |disk| drop(Driver::new(disk, 1).read(0, 512))),
         ("lock", |disk| drop(disk.activate())),
         ("invalidate", |disk| drop(disk.activate())),
@@ -459,7 +459,9 @@ fn a_dead_owner_of_ours_is_not_waited_for() {
     disk.activate().unwrap();
     let signed = std::fs::read_to_string(&state).unwrap();
     assert_eq!(signed, format!("{name}\n127.0.0.1:0/4711\n"));
-    let Err(error) = stub.try_open() else { panic!("a second one with the same state file") };
+    let mut other = Stub::new(CacheMode::None);
+    other.options.state_file = Some(state.clone());
+    let Err(error) = other.try_open() else { panic!("a second one with the same state file") };
     assert!(error.to_string().contains("another virtioblkd"), "{error}");
     disk.deactivate();
     assert_eq!(std::fs::read_to_string(&state).unwrap(), "", "it died no more");

@@ -492,11 +492,14 @@ int rbd_lock_break(void *handle, unsigned mode, const char *owner)
 int rbd_update_watch(void *handle, uint64_t *id, notice updated, void *arg)
 {
 	struct image *image = handle;
+	int error = call(image, "update-watch", NULL);
 
+	if (error)
+		return error;
 	image->update_arg = arg;
 	image->updated = updated;
 	*id = 17;
-	return call(image, "update-watch", NULL);
+	return 0;
 }
 
 int rbd_update_unwatch(void *handle, uint64_t id)
