@@ -74,6 +74,11 @@ impl Lock {
             return;
         }
         state.active = false;
+        if shared.trouble.is_fenced() {
+            // The cluster gave the lock away, and was said to have done so.
+            state.held = false;
+            return;
+        }
         if let Err(errno) = shared.sync() {
             // With the lock gone another client would read what is stale, and nobody would know.
             log::error!(
