@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use super::takeover::StateFile;
 use super::{Errno, Shared, queue};
 
-/// How long another client that has the lock for good is given to let it go: a migration's source has stopped its rings
-/// when the target's start, but is not done.
-const HAND_OVER: Duration = Duration::from_secs(15);
+/// How long another client that has the lock for good is given to let it go before the caller hears of it: a migration's
+/// source has stopped its rings when the target's start, but is not done. Callers try again, and a front-end that sends
+/// something meanwhile waits.
+const HAND_OVER: Duration = Duration::from_secs(1);
 /// How often it is asked for meanwhile.
 const ASK_EVERY: Duration = Duration::from_millis(100);
 
@@ -23,10 +24,12 @@ pub(super) struct Lock {
     state: Mutex<State>,
 }
 
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Default)]
 struct State {
     active: bool,
     held: bool,
+    /// Who had the lock at the last try.
+    waits_for: Option<String>,
 }
 
 impl Lock {
@@ -54,7 +57,7 @@ impl Lock {
         shared.check_usable().map_err(|_| refused(shared, "this client was fenced"))?;
         if self.wanted && !state.held {
             self.break_dead_owner(shared);
-            take(shared)?;
+            take(shared, &mut state.waits_for)?;
             state.held = true;
             self.sign(shared);
             shared.trouble.is_writable_again(&shared.news);
@@ -137,35 +140,36 @@ impl Lock {
     }
 }
 
-/// Takes the lock, waiting for a while for another client's.
-fn take(shared: &Shared) -> io::Result<()> {
+/// Takes the lock, waiting a moment for another client's. `waits_for`: who had it when this was tried before.
+fn take(shared: &Shared, waits_for: &mut Option<String>) -> io::Result<()> {
     let start = Instant::now();
-    let mut owner = None;
-    if let Ok(Some(found)) = shared.image.lock_owner() {
+    // Only for people; whether the lock can be had is found out below.
+    if let Ok(Some(owner)) = shared.image.lock_owner()
+        && waits_for.as_ref() != Some(&owner)
+    {
         log::info!(
-            "{}: the lock is {found}'s: waiting for it. If that client was killed, the cluster waits half a minute \
+            "{}: the lock is {owner}'s: waiting for it. If that client was killed, the cluster waits half a minute \
              before it gives its lock away; with --rbd-state-file a restart need not",
             shared.name
         );
-        owner = Some(found);
+        *waits_for = Some(owner);
     }
     loop {
         match shared.image.lock() {
             Ok(()) => {
-                if owner.is_some() {
-                    log::info!("{}: has the lock, after {:.1} s", shared.name, start.elapsed().as_secs_f32());
+                if let Some(owner) = waits_for.take() {
+                    log::info!("{}: has the lock now, after {owner}", shared.name);
                 }
                 return Ok(());
             }
             Err(queue::LOCKED_OUT) if start.elapsed() < HAND_OVER => thread::sleep(ASK_EVERY),
             Err(queue::LOCKED_OUT) => {
-                let owner = owner.as_deref().unwrap_or("another client");
+                let owner = waits_for.as_deref().unwrap_or("another client");
                 return Err(refused(
                     shared,
                     &format!(
-                        "{owner} has its exclusive lock, and kept it for {} s: end that client, or break its lock (rbd \
-                         lock ls, rbd lock rm) if it is dead",
-                        HAND_OVER.as_secs()
+                        "{owner} has its exclusive lock: end that client, or break its lock (rbd lock ls, rbd lock rm) \
+                         if it is dead"
                     ),
                 ));
             }
