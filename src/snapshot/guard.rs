@@ -70,6 +70,8 @@ pub enum Ask {
     Check,
     /// [`Guest::freeze`].
     Freeze,
+    /// [`Guest::is_frozen`].
+    IsFrozen,
     /// [`Guest::thaw`].
     Thaw,
     /// Calls the hook.
@@ -256,7 +258,8 @@ struct Keeper {
 impl Keeper {
     fn new(orders: Orders) -> Self {
         let socket = orders.socket.clone().map(AgentAt::Socket);
-        let guest = socket.or_else(|| orders.domain.clone().map(AgentAt::Domain)).map(|at| Guest::new(&at));
+        let guest =
+            socket.or_else(|| orders.domain.clone().map(AgentAt::Domain)).map(|at| Guest::new(&at, orders.patience));
         let hooks = orders.hooks.as_deref().map(|directory| Hooks::new(directory, orders.environment.clone()));
         Keeper { begun: orders.begun, guest, hooks, frozen_at: None, orders }
     }
@@ -282,6 +285,10 @@ impl Keeper {
                 let frozen = self.guest()?.freeze(patience, stop);
                 self.begun.guest = !matches!(frozen, Err(Trouble::Refused(_)));
                 frozen.map(|count| json!({"frozen": count})).map_err(failure)
+            }
+            Ask::IsFrozen => {
+                let frozen = self.guest()?.is_frozen(stop).map_err(failure)?;
+                Ok(json!({"frozen": frozen}))
             }
             Ask::Thaw => {
                 let deadline = Instant::now() + patience;

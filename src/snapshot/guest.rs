@@ -12,7 +12,7 @@ use super::libvirt::Domain;
 use super::plan::AgentAt;
 use super::wait::{Stop, pause};
 
-/// For anything but freeze and thaw.
+/// For anything but freeze and thaw, at most.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Between two attempts to thaw a guest that does not answer.
 const AGAIN: Duration = Duration::from_millis(200);
@@ -52,22 +52,24 @@ pub struct Thawed {
 /// A guest.
 pub struct Guest {
     channel: Box<dyn Channel>,
+    /// For anything but freeze and thaw.
+    patience: Duration,
 }
 
 impl Guest {
-    /// Reaches it when first asked.
-    pub fn new(at: &AgentAt) -> Self {
+    /// Reaches it when first asked. `patience`: it takes no longer for anything but freeze and thaw.
+    pub fn new(at: &AgentAt, patience: Duration) -> Self {
         let channel: Box<dyn Channel> = match at {
             AgentAt::Socket(path) => Box::new(Socket::new(path)),
             AgentAt::Domain(name) => Box::new(Domain::new(name)),
         };
-        Guest { channel }
+        Guest { channel, patience: patience.min(PATIENCE) }
     }
 
     /// Whether it can be frozen, and what is to be expected; changes nothing. `hooks`: also find out whether its agent
     /// runs a hook. Everything that the agent answers only while it is not frozen is asked here.
     pub fn check(&mut self, hooks: bool, stop: Stop<'_>) -> Result<Checked, Trouble> {
-        let status = self.ask("guest-fsfreeze-status", Value::Null, PATIENCE, stop)?;
+        let status = self.ask("guest-fsfreeze-status", Value::Null, self.patience, stop)?;
         if status != "thawed" {
             return Err(Trouble::Refused(format!(
                 "the guest's filesystems are {} already, by somebody else, who may thaw them at any time: wait for its \
@@ -75,7 +77,7 @@ impl Guest {
                 status.as_str().unwrap_or("frozen")
             )));
         }
-        let info = self.ask("guest-info", Value::Null, PATIENCE, stop)?;
+        let info = self.ask("guest-info", Value::Null, self.patience, stop)?;
         let known = info["supported_commands"].as_array().map(Vec::as_slice).unwrap_or_default();
         let freeze = known.iter().find(|command| command["name"] == "guest-fsfreeze-freeze");
         if freeze.is_none_or(|command| command["enabled"] == false) {
@@ -86,7 +88,7 @@ impl Guest {
             ));
         }
         let mut checked = Checked::default();
-        match self.ask("guest-get-fsinfo", Value::Null, PATIENCE, stop) {
+        match self.ask("guest-get-fsinfo", Value::Null, self.patience, stop) {
             Ok(filesystems) => count(&filesystems, &mut checked),
             Err(Trouble::Refused(_)) => {}
             Err(trouble) => return Err(trouble),
@@ -115,6 +117,11 @@ impl Guest {
             }
             Err(trouble) => Err(trouble),
         }
+    }
+
+    /// Whether its filesystems are frozen now.
+    pub fn is_frozen(&mut self, stop: Stop<'_>) -> Result<bool, Trouble> {
+        Ok(self.ask("guest-fsfreeze-status", Value::Null, self.patience, stop)? == "frozen")
     }
 
     /// Thaws, also a freeze that comes late: asks again and again until the agent has answered or `deadline`. The agent
@@ -167,9 +174,9 @@ impl Guest {
 
     /// A small file of the guest's.
     fn read(&mut self, path: &str, stop: Stop<'_>) -> Result<Vec<u8>, Trouble> {
-        let handle = self.ask("guest-file-open", json!({"path": path, "mode": "r"}), PATIENCE, stop)?;
-        let read = self.ask("guest-file-read", json!({"handle": handle, "count": 65536}), PATIENCE, stop);
-        self.ask("guest-file-close", json!({"handle": handle}), PATIENCE, stop)?;
+        let handle = self.ask("guest-file-open", json!({"path": path, "mode": "r"}), self.patience, stop)?;
+        let read = self.ask("guest-file-read", json!({"handle": handle, "count": 65536}), self.patience, stop);
+        self.ask("guest-file-close", json!({"handle": handle}), self.patience, stop)?;
         let read = read?;
         base64(read["buf-b64"].as_str().unwrap_or(""))
             .ok_or_else(|| Trouble::Refused(format!("the guest's agent sent '{path}' in no base64")))

@@ -1,6 +1,7 @@
 //! The host's hooks: executables `freeze` and `thaw` in a directory, as librbd's quiesce callbacks allow. `freeze` says
 //! by its status whether the application is still; whatever it says, `thaw` is called.
 
+use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::SigSet;
 
 use super::child::run;
+use super::plan::Level;
 use super::wait::Stop;
 
 /// A directory of hooks.
@@ -30,6 +32,23 @@ pub fn check(directory: &Path) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// What hooks and `exec:` are told of the disks, each with its quiesce socket and its image's path, and of the level.
+pub fn environment<'a>(
+    disks: impl Iterator<Item = (&'a Path, Option<&'a Path>)>,
+    level: Level,
+) -> Vec<(String, OsString)> {
+    let (controls, images): (Vec<&OsStr>, Vec<&OsStr>) =
+        disks.map(|(control, image)| (control.as_os_str(), image.map(Path::as_os_str).unwrap_or_default())).unzip();
+    let mut environment = vec![
+        ("VIRTIOBLK_DISKS".to_owned(), images.join(OsStr::new(" "))),
+        ("VIRTIOBLK_CONTROLS".to_owned(), controls.join(OsStr::new(" "))),
+        ("VIRTIOBLK_LEVEL".to_owned(), level.name().into()),
+    ];
+    let numbered = images.into_iter().enumerate();
+    environment.extend(numbered.map(|(at, image)| (format!("VIRTIOBLK_DISK_{}", at + 1), image.to_owned())));
+    environment
 }
 
 impl Hooks {

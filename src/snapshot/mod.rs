@@ -12,6 +12,7 @@ pub mod agent;
 pub mod child;
 pub mod copies;
 pub mod disks;
+pub mod freeze;
 pub mod guard;
 pub mod guest;
 pub mod hooks;

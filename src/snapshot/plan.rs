@@ -138,16 +138,7 @@ impl Plan {
     pub fn check(&self) -> Result<(), String> {
         let is_exec = |way: &Way| matches!(way, Way::Exec(_));
         let all_copies = self.ways.iter().all(|way| matches!(way, Way::Copy(_)));
-        if self.disks.is_empty() {
-            return Err(
-                "no disk is named: give --disk CONTROL, the socket that virtioblkd has as --control-path".into()
-            );
-        }
-        for (at, disk) in self.disks.iter().enumerate() {
-            if self.disks[..at].iter().any(|other| same(other, disk)) {
-                return Err(format!("the disk '{}' is named twice: name each once", disk.display()));
-            }
-        }
+        check_disks(&self.disks)?;
         if self.ways.is_empty() {
             return Err(format!("how to take the snapshot is missing: give --to with {WAYS}"));
         }
@@ -167,13 +158,7 @@ impl Plan {
         if self.background && !all_copies {
             return Err("--background is for copy: alone; the other ways are done at the instant".into());
         }
-        if self.level > Level::Crash && self.agent.is_none() {
-            return Err(format!(
-                "level {} needs the guest's agent: give --qga SOCKET, or --libvirt DOMAIN where libvirt has the channel",
-                self.level.name()
-            ));
-        }
-        Ok(())
+        check_agent(self.level, self.agent.as_ref())
     }
 
     /// The way for each disk, `{}` replaced and paths absolute. `images`: the image's path of each, where there is one.
@@ -200,6 +185,30 @@ impl Plan {
         }
         Ok(resolved)
     }
+}
+
+/// Whether disks are named, each once.
+pub fn check_disks(disks: &[PathBuf]) -> Result<(), String> {
+    if disks.is_empty() {
+        return Err("no disk is named: give --disk CONTROL, the socket that virtioblkd has as --control-path".into());
+    }
+    for (at, disk) in disks.iter().enumerate() {
+        if disks[..at].iter().any(|other| same(other, disk)) {
+            return Err(format!("the disk '{}' is named twice: name each once", disk.display()));
+        }
+    }
+    Ok(())
+}
+
+/// Whether there is an agent where the level needs one.
+pub fn check_agent(level: Level, agent: Option<&AgentAt>) -> Result<(), String> {
+    if level == Level::Crash || agent.is_some() {
+        return Ok(());
+    }
+    Err(format!(
+        "level {} needs the guest's agent: give --qga SOCKET, or --libvirt DOMAIN where libvirt has the channel",
+        level.name()
+    ))
 }
 
 fn same(one: &Path, other: &Path) -> bool {

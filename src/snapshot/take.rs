@@ -1,8 +1,6 @@
 //! One snapshot, start to end.
 
-mod freeze;
-
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -14,12 +12,11 @@ use nix::sys::signal::SigSet;
 use super::child::run;
 use super::copies::{self, Copy};
 use super::disks::{Disks, interrupted};
-use super::guard::{Ask, Guard};
-use super::plan::{Level, Plan, Way};
+use super::freeze::{self, Freezer, Wanted};
+use super::hooks;
+use super::plan::{Plan, Way};
 use super::receipt::{DiskReceipt, Receipt};
 use super::reflink::Target;
-use super::wait::{Stop, Wake, wait};
-use super::{hooks, plan};
 use crate::client::Failure;
 use crate::signals::Signals;
 
@@ -27,6 +24,8 @@ use crate::signals::Signals;
 pub const USAGE: &str = "usage";
 /// What a lease keeps in reserve for the resume.
 const RESERVE: Duration = Duration::from_millis(100);
+/// How long we may be silent towards the guard, beside the timeouts: connections, figures, a machine under load.
+const QUIET: Duration = Duration::from_secs(10);
 
 /// Takes a snapshot. SIGINT, SIGTERM and SIGHUP are blocked in this thread from now on, and end the snapshot in order.
 /// On an error nothing is left behind, every disk goes on and the guest is thawed, or it was said on standard error
@@ -38,11 +37,11 @@ pub fn take(plan: &Plan) -> Result<Receipt, Failure> {
     let signals = Signals::block().map_err(failed)?;
     let mut run = Run::prepare(plan, mask, signals)?;
     run.write_back();
-    let taken = run.freeze().and_then(|()| run.hold_and_take());
+    let taken = run.freezer.freeze(Some(run.signals.as_fd())).and_then(|()| run.hold_and_take());
     // Always, and in this order.
     let resumed = run.disks.resume();
-    let was_frozen = run.thaw();
-    let done = taken.and(resumed).and_then(|()| run.was_frozen(was_frozen)).and_then(|()| run.complete());
+    let was_frozen = run.freezer.thaw();
+    let done = taken.and(resumed).and_then(|()| run.freezer.was_frozen(was_frozen)).and_then(|()| run.complete());
     match done {
         Ok(()) => Ok(run.receipt()),
         Err(failure) => {
@@ -58,13 +57,10 @@ struct Run<'a> {
     mask: SigSet,
     signals: Signals,
     disks: Disks,
-    guard: Option<Guard>,
+    freezer: Freezer,
     ways: Vec<Way>,
     targets: Vec<(usize, Target)>,
     copies: Vec<Copy>,
-    /// As far as it is reached.
-    level: Level,
-    receipt: Receipt,
 }
 
 impl<'a> Run<'a> {
@@ -76,11 +72,17 @@ impl<'a> Run<'a> {
         let disks = Disks::connect(&plan.disks, plan.lease)?;
         let images: Vec<Option<PathBuf>> = disks.list.iter().map(|disk| disk.image_path.clone()).collect();
         let ways = plan.ways(&images).map_err(|why| Failure::new(USAGE, why))?;
-        let receipt = Receipt { requested_level: plan.level.name(), ..Receipt::default() };
+        let freezer = Freezer::new(Wanted {
+            level: plan.level,
+            agent: plan.agent.clone(),
+            hooks: plan.hooks.clone(),
+            or_weaker: plan.or_weaker,
+            patience: plan.freeze_timeout,
+            silence: plan.timeout + plan.lease + QUIET,
+        });
         let (targets, copies) = (Vec::new(), Vec::new());
-        let mut run =
-            Run { plan, mask, signals, disks, guard: None, ways, targets, copies, level: plan.level, receipt };
-        match run.prepare_ways().and_then(|()| run.start_guard()) {
+        let mut run = Run { plan, mask, signals, disks, freezer, ways, targets, copies };
+        match run.prepare_ways().and_then(|()| run.freezer.start(run.environment())) {
             Ok(()) => Ok(run),
             Err(failure) => {
                 run.discard();
@@ -103,9 +105,9 @@ impl<'a> Run<'a> {
     /// The gates close, the instant is fixed. The caller resumes.
     fn hold_and_take(&mut self) -> Result<(), Failure> {
         self.not_interrupted()?;
-        let who = format!("virtioblkctl snapshot, level {}", self.level.name());
+        let who = format!("virtioblkctl snapshot, level {}", self.freezer.level.name());
         let instant = self.disks.hold(self.plan.timeout, &who, Some(self.signals.as_fd()))?;
-        self.receipt.instant = instant.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        self.freezer.receipt.instant = instant.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         // Between here and the resume nothing slow happens that could happen elsewhere.
         if !self.copies.is_empty() {
             copies::start(&mut self.disks, &self.copies, Some(self.signals.as_fd()))?;
@@ -123,7 +125,7 @@ impl<'a> Run<'a> {
         for at in 0..self.disks.list.len() {
             let Some(path) = self.disks.list[at].image_path.clone() else { continue };
             if let Err(error) = File::open(&path).and_then(|file| file.sync_data()) {
-                self.warn(format!("'{}' could not be synced beforehand: {error}", path.display()));
+                self.freezer.warn(format!("'{}' could not be synced beforehand: {error}", path.display()));
             }
         }
     }
@@ -183,7 +185,7 @@ impl<'a> Run<'a> {
         }
         self.not_interrupted()?;
         self.targets.iter_mut().for_each(|(_, target)| target.keep());
-        self.receipt.disks = self.disk_receipts(digests);
+        self.freezer.receipt.disks = self.disk_receipts(digests);
         Ok(())
     }
 
@@ -214,70 +216,26 @@ impl<'a> Run<'a> {
     }
 
     fn receipt(mut self) -> Receipt {
-        self.receipt.level = self.level.name();
-        self.receipt.detached = self.plan.background;
-        self.receipt.held_us = self.receipt.disks.iter().map(|disk| disk.held_us).max().unwrap_or(0);
-        self.receipt
+        self.freezer.receipt.level = self.freezer.level.name();
+        self.freezer.receipt.detached = self.plan.background;
+        self.freezer.receipt.held_us = self.freezer.receipt.disks.iter().map(|disk| disk.held_us).max().unwrap_or(0);
+        self.freezer.receipt
     }
 
     /// Nothing is left behind. Files of ours go when they are dropped.
     fn discard(&mut self) {
         for trouble in copies::undo(&mut self.disks, &self.copies) {
-            self.warn(trouble);
+            self.freezer.warn(trouble);
         }
-    }
-
-    /// Goes on with a weaker level where that is wanted, and says so; else fails.
-    fn weaken(&mut self, level: Level, failure: Failure) -> Result<(), Failure> {
-        if failure.code == "interrupted" || !self.plan.or_weaker {
-            return Err(failure);
-        }
-        self.warn(format!("level {} is not reached, {} is: {}", self.level.name(), level.name(), failure.message));
-        self.level = level;
-        if level == Level::Crash {
-            self.receipt.filesystems_frozen = 0;
-            self.receipt.verified.retain(|text| !text.contains("frozen"));
-        }
-        Ok(())
-    }
-
-    fn ask_guard(&mut self, ask: Ask) -> Result<serde_json::Value, Failure> {
-        self.not_interrupted()?;
-        let Some(guard) = &mut self.guard else { return Err(Failure::new("internal", "there is no guard")) };
-        guard.ask(ask, Some(self.signals.as_fd()))
     }
 
     fn not_interrupted(&self) -> Result<(), Failure> {
-        let stop: Stop<'_> = Some(self.signals.as_fd());
-        match wait(&[], stop, Instant::now()) {
-            Ok(Wake::Stopped) => Err(interrupted()),
-            Ok(_) => Ok(()),
-            Err(error) => Err(Failure::new("internal", format!("poll: {error}"))),
-        }
-    }
-
-    fn agent(&self) -> String {
-        self.plan.agent.as_ref().map(plan::AgentAt::to_string).unwrap_or_default()
-    }
-
-    /// Said at once and kept for the receipt.
-    fn warn(&mut self, text: String) {
-        eprintln!("virtioblkctl: {text}");
-        self.receipt.warnings.push(text);
+        freeze::check(Some(self.signals.as_fd()))
     }
 
     /// What hooks and `exec:` are told.
-    fn environment(&self) -> Vec<(String, std::ffi::OsString)> {
-        let images = self.disks.list.iter().map(|disk| disk.image_path.clone().unwrap_or_default().into_os_string());
-        let images: Vec<_> = images.collect();
-        let controls: Vec<_> = self.disks.list.iter().map(|disk| disk.control.clone().into_os_string()).collect();
-        let mut environment = vec![
-            ("VIRTIOBLK_DISKS".to_owned(), images.join(OsStr::new(" "))),
-            ("VIRTIOBLK_CONTROLS".to_owned(), controls.join(OsStr::new(" "))),
-            ("VIRTIOBLK_LEVEL".to_owned(), self.level.name().into()),
-        ];
-        let numbered = images.into_iter().enumerate();
-        environment.extend(numbered.map(|(at, image)| (format!("VIRTIOBLK_DISK_{}", at + 1), image)));
-        environment
+    fn environment(&self) -> Vec<(String, OsString)> {
+        let disks = self.disks.list.iter().map(|disk| (disk.control.as_path(), disk.image_path.as_deref()));
+        hooks::environment(disks, self.freezer.level)
     }
 }

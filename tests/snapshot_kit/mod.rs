@@ -143,6 +143,8 @@ struct State {
     asked: Vec<String>,
     /// The disks were held when a thaw came.
     held_at_thaw: bool,
+    /// A disk was held when a freeze came.
+    held_at_freeze: bool,
     filesystems: Value,
     count: u64,
     cmdline: Option<&'static str>,
@@ -158,7 +160,8 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// `controls`: of the disks that must not be held while it thaws.
+    /// `controls`: of the guest's disks, which must not be held while it thaws; and while one is, a freeze hangs, as in a
+    /// guest that must write for it.
     pub fn start(mood: Mood, controls: &[PathBuf]) -> Agent {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("qga");
@@ -168,8 +171,16 @@ impl Agent {
             {"name": "vda1", "mountpoint": "/", "type": "ext4"}, {"name": "vda1", "mountpoint": "/mnt", "type": "ext4"},
             {"name": "vda15", "mountpoint": "/boot/efi", "type": "vfat"}, {"name": "vdb", "mountpoint": "/d", "type": "xfs"},
         ]);
-        let state =
-            State { mood, frozen: false, asked: Vec::new(), held_at_thaw: false, filesystems, count: 2, cmdline: None };
+        let state = State {
+            mood,
+            frozen: false,
+            asked: Vec::new(),
+            held_at_thaw: false,
+            held_at_freeze: false,
+            filesystems,
+            count: 2,
+            cmdline: None,
+        };
         let state = Arc::new((Mutex::new(state), Condvar::new()));
         let listener = UnixListener::bind(&path).unwrap();
         let served = Served { state: state.clone(), controls: controls.to_vec(), journal: journal.clone() };
@@ -217,6 +228,11 @@ impl Agent {
 
     pub fn held_at_thaw(&self) -> bool {
         self.lock().held_at_thaw
+    }
+
+    /// A freeze came while a disk was held.
+    pub fn held_at_freeze(&self) -> bool {
+        self.lock().held_at_freeze
     }
 
     /// The file to which freezes and thaws are written; hooks and commands of a test may add their lines.
@@ -293,6 +309,7 @@ impl Served {
                 let pause = if let Mood::Late(pause) = mood { pause } else { Duration::ZERO };
                 drop(state);
                 std::thread::sleep(pause);
+                self.wait_for_disks();
                 self.freeze(&mood)
             }
             "guest-fsfreeze-thaw" => {
@@ -311,6 +328,13 @@ impl Served {
                 line(json!({"return": count}))
             }
             _ => line(file(command, request, state.cmdline)),
+        }
+    }
+
+    fn wait_for_disks(&self) {
+        while self.controls.iter().any(|control| control.exists() && is_held(control)) {
+            self.state.0.lock().unwrap().held_at_freeze = true;
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 

@@ -1,37 +1,86 @@
-//! Freezing and thawing, hooks and guest, and finding out which level is reached.
+//! Freezing and thawing, hooks and guest, and finding out which level is reached. For `snapshot` and `attend`.
 
-use std::time::Duration;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
-use super::Run;
+use serde_json::Value;
+
+use super::disks::interrupted;
+use super::guard::{Ask, Begun, Guard, LATE, Orders};
+use super::guest::Checked;
+use super::plan::{AgentAt, Level};
+use super::receipt::Receipt;
+use super::wait::{Stop, Wake, wait};
 use crate::client::Failure;
-use crate::snapshot::guard::{Ask, Begun, Guard, LATE, Orders};
-use crate::snapshot::guest::Checked;
-use crate::snapshot::plan::{AgentAt, Level};
 
-/// How long we may be silent towards the guard, beside the timeouts: connections, figures, a machine under load.
-const QUIET: Duration = Duration::from_secs(10);
+/// What is to be frozen, and how.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// The level asked for.
+    pub level: Level,
+    /// Who freezes the guest's filesystems.
+    pub agent: Option<AgentAt>,
+    /// The directory of the host's hooks.
+    pub hooks: Option<PathBuf>,
+    /// A weaker level is better than nothing.
+    pub or_weaker: bool,
+    /// For the guest's freeze, its thaw, and each hook.
+    pub patience: Duration,
+    /// We are never silent towards the guard for longer while something is frozen; then it thaws by itself.
+    pub silence: Duration,
+}
 
-impl Run<'_> {
-    pub(super) fn start_guard(&mut self) -> Result<(), Failure> {
-        let freezes = self.plan.level > Level::Crash;
-        if !freezes && self.plan.agent.is_some() {
+/// One freeze and its thaw. What is frozen when it is dropped the guard thaws.
+pub struct Freezer {
+    wanted: Wanted,
+    guard: Option<Guard>,
+    /// As far as it is reached.
+    pub level: Level,
+    /// What was seen on the way.
+    pub receipt: Receipt,
+}
+
+/// Whether nobody wants it any more. Errors: `interrupted`.
+pub fn check(stop: Stop<'_>) -> Result<(), Failure> {
+    match wait(&[], stop, Instant::now()) {
+        Ok(Wake::Stopped) => Err(interrupted()),
+        Ok(_) => Ok(()),
+        Err(error) => Err(Failure::new("internal", format!("poll: {error}"))),
+    }
+}
+
+impl Freezer {
+    /// Nothing is started yet.
+    pub fn new(wanted: Wanted) -> Self {
+        let level = wanted.level;
+        let receipt = Receipt { requested_level: level.name(), ..Receipt::default() };
+        Freezer { wanted, guard: None, level, receipt }
+    }
+
+    /// Starts the guard, if there is anything to freeze. `environment`: for hooks.
+    pub fn start(&mut self, environment: Vec<(String, OsString)>) -> Result<(), Failure> {
+        let wanted = &self.wanted;
+        let freezes = wanted.level > Level::Crash;
+        if !freezes && wanted.agent.is_some() {
             self.warn("level crash freezes nothing: the guest's agent is not asked".into());
         }
-        if !freezes && self.plan.hooks.is_none() {
+        let wanted = &self.wanted;
+        if !freezes && wanted.hooks.is_none() {
             return Ok(());
         }
-        let agent = self.plan.agent.as_ref().filter(|_| freezes);
-        let environment = self.environment().into_iter().map(|(name, value)| {
+        let agent = wanted.agent.as_ref().filter(|_| freezes);
+        let environment = environment.into_iter().map(|(name, value)| {
             // Hooks get text; an image whose name is none is named as well as can be.
             (name, value.to_string_lossy().into_owned())
         });
         let orders = Orders {
             socket: agent.and_then(|at| if let AgentAt::Socket(path) = at { Some(path.clone()) } else { None }),
             domain: agent.and_then(|at| if let AgentAt::Domain(name) = at { Some(name.clone()) } else { None }),
-            hooks: self.plan.hooks.clone(),
+            hooks: wanted.hooks.clone(),
             environment: environment.collect(),
-            patience: self.plan.freeze_timeout,
-            silence: self.plan.timeout + self.plan.lease + QUIET,
+            patience: wanted.patience,
+            silence: wanted.silence,
             begun: Begun::default(),
         };
         self.guard = Some(Guard::start(orders)?);
@@ -39,13 +88,13 @@ impl Run<'_> {
     }
 
     /// Hooks, then the guest's filesystems. Finds out which level is reached, and whether that is enough.
-    pub(super) fn freeze(&mut self) -> Result<(), Failure> {
-        if let Some(directory) = &self.plan.hooks {
+    pub fn freeze(&mut self, stop: Stop<'_>) -> Result<(), Failure> {
+        if let Some(directory) = &self.wanted.hooks {
             let shown = directory.join("freeze").display().to_string();
-            match self.ask_guard(Ask::HooksFreeze) {
+            match self.ask_guard(Ask::HooksFreeze, stop) {
                 Ok(_) => self.receipt.hooks.push(shown.clone()),
                 Err(failure) if self.level == Level::Application => self.weaken(Level::Filesystem, failure)?,
-                Err(failure) if failure.code == "interrupted" || !self.plan.or_weaker => return Err(failure),
+                Err(failure) if failure.code == "interrupted" || !self.wanted.or_weaker => return Err(failure),
                 Err(failure) => self.warn(failure.message),
             }
             if self.receipt.hooks.is_empty() {
@@ -57,7 +106,7 @@ impl Run<'_> {
             }
         }
         if self.level > Level::Crash
-            && let Err(failure) = self.freeze_guest()
+            && let Err(failure) = self.freeze_guest(stop)
         {
             // Before the gates close: a freeze that is still under way would wait for them, and they for nothing.
             self.thaw_guest();
@@ -66,10 +115,10 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn freeze_guest(&mut self) -> Result<(), Failure> {
+    fn freeze_guest(&mut self, stop: Stop<'_>) -> Result<(), Failure> {
         let host_hooks = !self.receipt.hooks.is_empty();
         let ask = if self.level == Level::Application && !host_hooks { Ask::CheckAll } else { Ask::Check };
-        let checked = self.ask_guard(ask)?;
+        let checked = self.ask_guard(ask, stop)?;
         let checked: Checked = serde_json::from_value(checked)
             .map_err(|error| Failure::new("internal", format!("the guard's answer: {error}")))?;
         if ask == Ask::CheckAll && checked.hook.is_none() {
@@ -80,7 +129,7 @@ impl Run<'_> {
             );
             self.weaken(Level::Filesystem, Failure::new("no-hooks", text))?;
         }
-        let frozen = self.ask_guard(Ask::Freeze)?["frozen"].as_u64().unwrap_or(0);
+        let frozen = self.ask_guard(Ask::Freeze, stop)?["frozen"].as_u64().unwrap_or(0);
         let expected = checked.freezable.unwrap_or(1).max(1);
         if frozen < expected {
             let text = format!(
@@ -111,15 +160,29 @@ impl Run<'_> {
     }
 
     /// Thaws the guest, calls the hooks. Whether the guest was frozen until now, if that is known.
-    pub(super) fn thaw(&mut self) -> Option<bool> {
+    pub fn thaw(&mut self) -> Option<bool> {
         let was_frozen = self.thaw_guest();
         self.hooks_thaw();
         was_frozen
     }
 
+    /// Whether the guest that was frozen still is. Errors: it is not, or nobody knows.
+    pub fn is_frozen_still(&mut self, stop: Stop<'_>) -> Result<(), Failure> {
+        if self.level == Level::Crash || self.ask_guard(Ask::IsFrozen, stop)?["frozen"] == true {
+            return Ok(());
+        }
+        let text = format!("the filesystems were thawed by somebody else meanwhile ({})", self.agent());
+        self.weaken(Level::Crash, Failure::new("thawed-early", text))
+    }
+
+    /// Nothing that was begun is left for the guard.
+    pub fn is_undone(&self) -> bool {
+        self.guard.as_ref().is_none_or(|guard| guard.begun() == Begun::default())
+    }
+
     /// Frozen at the instant means frozen before and after: a guest that was not, or of which nobody knows, does not
     /// have the level.
-    pub(super) fn was_frozen(&mut self, was_frozen: Option<bool>) -> Result<(), Failure> {
+    pub fn was_frozen(&mut self, was_frozen: Option<bool>) -> Result<(), Failure> {
         if self.level == Level::Crash || was_frozen == Some(true) {
             return Ok(());
         }
@@ -165,5 +228,35 @@ impl Run<'_> {
         if let Err(failure) = guard.thaw(Ask::HooksThaw) {
             self.warn(format!("{}: WHAT IT SHOULD HAVE THAWED MAY BE FROZEN", failure.message));
         }
+    }
+
+    /// Goes on with a weaker level where that is wanted, and says so; else fails.
+    fn weaken(&mut self, level: Level, failure: Failure) -> Result<(), Failure> {
+        if failure.code == "interrupted" || !self.wanted.or_weaker {
+            return Err(failure);
+        }
+        self.warn(format!("level {} is not reached, {} is: {}", self.level.name(), level.name(), failure.message));
+        self.level = level;
+        if level == Level::Crash {
+            self.receipt.filesystems_frozen = 0;
+            self.receipt.verified.retain(|text| !text.contains("frozen"));
+        }
+        Ok(())
+    }
+
+    fn ask_guard(&mut self, ask: Ask, stop: Stop<'_>) -> Result<Value, Failure> {
+        check(stop)?;
+        let Some(guard) = &mut self.guard else { return Err(Failure::new("internal", "there is no guard")) };
+        guard.ask(ask, stop)
+    }
+
+    fn agent(&self) -> String {
+        self.wanted.agent.as_ref().map(AgentAt::to_string).unwrap_or_default()
+    }
+
+    /// Said at once and kept for the receipt.
+    pub fn warn(&mut self, text: String) {
+        eprintln!("virtioblkctl: {text}");
+        self.receipt.warnings.push(text);
     }
 }
