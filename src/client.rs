@@ -63,7 +63,12 @@ pub struct Client {
 impl Client {
     /// Connects and negotiates, within [`PATIENCE`].
     pub fn connect(path: &Path) -> Result<Self, Failure> {
-        let deadline = Instant::now() + PATIENCE;
+        Self::connect_within(path, PATIENCE)
+    }
+
+    /// [`Client::connect`], within `patience`.
+    pub fn connect_within(path: &Path, patience: Duration) -> Result<Self, Failure> {
+        let deadline = Instant::now() + patience;
         let stream = open(path, deadline)?;
         let name = path.display().to_string();
         let mut client = Client { stream, name, input: Vec::new(), events: VecDeque::new() };
@@ -74,7 +79,7 @@ impl Client {
         if !greeting["QMP"].is_object() {
             return Err(Failure::new("not-virtioblkd", format!("'{}' does not speak QMP: {greeting}", client.name)));
         }
-        client.ask("qmp_capabilities", json!({}), PATIENCE)?;
+        client.ask("qmp_capabilities", json!({}), patience)?;
         Ok(client)
     }
 

@@ -11,7 +11,7 @@
 mod bell;
 mod frontend;
 mod inherited;
-mod notify;
+pub(crate) mod notify;
 mod socket;
 mod wiring;
 

@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 /// Sends one state, such as `READY=1`. A failure costs no guest its disk: it is logged.
-pub(super) fn systemd(state: &str) {
+pub(crate) fn systemd(state: &str) {
     let Some(address) = std::env::var_os("NOTIFY_SOCKET") else {
         return;
     };

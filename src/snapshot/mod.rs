@@ -9,6 +9,7 @@
 //! Runs in `virtioblkctl`, in its one thread; the daemon does not use it.
 
 pub mod agent;
+pub mod attend;
 pub mod child;
 pub mod copies;
 pub mod disks;

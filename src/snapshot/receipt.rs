@@ -66,6 +66,17 @@ pub struct DiskReceipt {
 }
 
 impl Receipt {
+    /// A line for people, of a freeze without disks (`attend`).
+    pub fn line(&self) -> String {
+        let when = crate::logging::utc(std::time::Duration::try_from_secs_f64(self.instant).unwrap_or_default());
+        let frozen = format!("{} filesystem(s) frozen for {}", self.filesystems_frozen, time(self.frozen_us));
+        let mut line = format!("{when} level {} of {}: {frozen}", self.level, self.requested_level);
+        for warning in &self.warnings {
+            line += &format!("; WARNING: {warning}");
+        }
+        clean(&line)
+    }
+
     /// A page for people.
     pub fn page(&self) -> String {
         let mut page = String::new();

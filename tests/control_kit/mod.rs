@@ -187,32 +187,37 @@ impl Served {
             panics: false,
             image_status: ImageStatus::default(),
         });
-        let disk = Arc::new(FakeDisk { gate, changed: Condvar::new(), events: events.clone() });
-        let quits = Arc::new(AtomicU32::new(0));
-        let quit = {
-            let quits = quits.clone();
-            Arc::new(move || {
-                quits.fetch_add(1, Ordering::SeqCst);
-            })
-        };
+        let disk = Arc::new(FakeDisk { gate, changed: Condvar::new(), events });
+        let (quits, sizes) = (Arc::default(), Arc::default());
         let notices = ImageNotices::new().unwrap();
-        let sizes = Arc::new(Mutex::new(Vec::new()));
-        let resized = {
-            let sizes = sizes.clone();
-            Box::new(move |size| sizes.lock().unwrap().push(size))
-        };
+        let mut served = Served { disk, path, quits, notices, sizes, server: None, _dir: dir };
+        served.serve(mode, store_timeout);
+        served
+    }
+
+    fn serve(&mut self, mode: Option<u32>, store_timeout: Duration) {
+        self.notices = ImageNotices::new().unwrap();
+        let (quits, sizes) = (self.quits.clone(), self.sizes.clone());
         let setup = Setup {
-            disk: disk.clone(),
-            events,
-            notices: notices.clone(),
+            disk: self.disk.clone(),
+            events: self.disk.events.clone(),
+            notices: self.notices.clone(),
             store_timeout,
-            resized,
-            quit,
+            resized: Box::new(move |size| sizes.lock().unwrap().push(size)),
+            quit: Arc::new(move || {
+                quits.fetch_add(1, Ordering::SeqCst);
+            }),
             info: Info { vhost_socket: "/run/vhost.sock".into() },
         };
-        let listener = mode.map(|mode| bind_unix(&path, mode).unwrap());
-        let server = Server::start(listener, setup).unwrap();
-        Served { disk, path, quits, notices, sizes, server: Some(server), _dir: dir }
+        let listener = mode.map(|mode| bind_unix(&self.path, mode).unwrap());
+        self.server = Some(Server::start(listener, setup).unwrap());
+    }
+
+    /// Another daemon in the place of the one that was stopped.
+    pub fn restart(&mut self) {
+        assert!(self.server.is_none());
+        self.disk.gate.lock().unwrap().epochs.clear();
+        self.serve(Some(0o600), PATIENCE);
     }
 
     /// Somebody else begins a snapshot; the answer comes out of the channel.

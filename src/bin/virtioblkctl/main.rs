@@ -4,6 +4,7 @@
 //! `quiesce -- COMMAND` exits with COMMAND's status (128 + n for signal n), 125 if we failed or the hold was lost, 126
 //! and 127 if COMMAND cannot be run.
 
+mod attend;
 mod hold;
 mod show;
 mod snapshot;
@@ -54,9 +55,14 @@ enum What {
     /// Freezes the guest's filesystems if the level asks for it, holds every disk, takes the snapshot, lets everything
     /// go on, and prints what was really reached. Whatever fails, every disk goes on and the guest is thawed.
     Snapshot(snapshot::Snapshot),
+    /// Freeze a guest for snapshots that others take of its disks' images (rbd snap create, Cinder)
+    ///
+    /// Runs until interrupted, one process for all disks of a guest. Each virtioblkd asks it before it holds its disk for
+    /// such a snapshot: the guest is frozen once for all disks, and thawed when the last one goes on.
+    Attend(attend::Attend),
     /// Copies in the background (`snapshot --to copy:... --background`): how far they are
     Copies(Copies),
-    /// The process that thaws a guest if `snapshot` is killed
+    /// The process that thaws a guest if `snapshot` or `attend` is killed
     #[command(name = virtioblkd::snapshot::guard::SUBCOMMAND, hide = true)]
     Guard,
     /// Tell the guest that its image has another size
@@ -131,6 +137,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match &cli.what {
         What::Snapshot(options) => return take_snapshot(options, &cli),
+        What::Attend(options) => return finish(&cli, attend::run(options, cli.control.as_ref(), cli.json)),
         What::Guard => return guard(),
         _ => {}
     }
@@ -164,7 +171,11 @@ fn tell(cli: &Cli, failure: &Failure) {
 }
 
 fn take_snapshot(options: &snapshot::Snapshot, cli: &Cli) -> ExitCode {
-    match snapshot::run(options, cli.control.as_ref(), cli.json).and_then(|text| print(&text)) {
+    finish(cli, snapshot::run(options, cli.control.as_ref(), cli.json).and_then(|text| print(&text)))
+}
+
+fn finish(cli: &Cli, result: Result<(), Failure>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             tell(cli, &failure);
@@ -227,7 +238,9 @@ fn run(cli: &Cli, mut client: Client) -> Result<u8, Failure> {
             page(cli, &client.ask("resize", arguments, PATIENCE)?, readable)
         }
         What::Watch => return watch(cli, client),
-        What::Snapshot(_) | What::Guard => return Err(Failure::new("internal", "this command is run elsewhere")),
+        What::Snapshot(_) | What::Attend(_) | What::Guard => {
+            return Err(Failure::new("internal", "this command is run elsewhere"));
+        }
         What::Quit => page(cli, &client.ask("quit", json!({}), PATIENCE)?, |_| "the daemon ends\n".to_owned()),
     };
     print(&text)?;

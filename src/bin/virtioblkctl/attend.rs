@@ -1,0 +1,66 @@
+//! The subcommand `attend`: its options become a plan; each freeze is told on standard output.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use virtioblkd::client::Failure;
+use virtioblkd::snapshot::attend::{self, Plan};
+use virtioblkd::snapshot::plan::{AgentAt, Level};
+use virtioblkd::snapshot::receipt::Receipt;
+
+use crate::duration;
+
+#[derive(Args)]
+pub struct Attend {
+    /// The quiesce socket of a disk (virtioblkd --control-path); once for each disk of the guest
+    #[arg(long = "disk", value_name = "CONTROL")]
+    disks: Vec<PathBuf>,
+    /// What is promised: filesystem (needs --qga or --libvirt), application (needs hooks besides), crash (hooks alone)
+    #[arg(long, value_name = "LEVEL", value_parser = str::parse::<Level>)]
+    level: Level,
+    /// The socket of the guest's agent
+    #[arg(long, value_name = "SOCKET", conflicts_with = "libvirt")]
+    qga: Option<PathBuf>,
+    /// The libvirt domain, where libvirt has the agent's channel (through virsh)
+    #[arg(long, value_name = "DOMAIN")]
+    libvirt: Option<String>,
+    /// Call DIR/freeze before and DIR/thaw after, on the host
+    #[arg(long, value_name = "DIR")]
+    hooks: Option<PathBuf>,
+    /// Let a weaker snapshot be taken, and say so, where the level cannot be reached; without it that one fails
+    #[arg(long)]
+    or_weaker: bool,
+    /// Give up if the guest's filesystems are not frozen by then; also for each hook
+    #[arg(long, value_name = "TIME", default_value = "6s", value_parser = duration)]
+    freeze_timeout: Duration,
+}
+
+/// Attends until a signal. `control`: the global option, which stands in for --disk.
+pub fn run(options: &Attend, control: Option<&PathBuf>, json: bool) -> Result<(), Failure> {
+    let mut disks = options.disks.clone();
+    if disks.is_empty() {
+        disks.extend(control.cloned());
+    }
+    let plan = Plan {
+        disks,
+        level: options.level,
+        agent: options.qga.clone().map(AgentAt::Socket).or(options.libvirt.clone().map(AgentAt::Domain)),
+        hooks: options.hooks.clone(),
+        or_weaker: options.or_weaker,
+        patience: options.freeze_timeout,
+    };
+    attend::attend(&plan, |receipt| tell(receipt, json))
+}
+
+/// One line a freeze, or its JSON.
+fn tell(receipt: &Receipt, json: bool) {
+    let line = match serde_json::to_string(receipt) {
+        Ok(text) if json => text,
+        Ok(_) => receipt.line(),
+        Err(error) => format!("the receipt: {error}"),
+    };
+    // A guest is frozen or thawed whether anybody reads of it or not.
+    let _ = writeln!(std::io::stdout(), "{line}");
+}

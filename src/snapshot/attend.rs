@@ -1,0 +1,335 @@
+//! `virtioblkctl attend`: freezes a guest for snapshots that somebody else takes of its disks' images (`rbd snap create`,
+//! Cinder, `rbd group snap create`), with the levels, the agent, the hooks and the guard of `snapshot`.
+//!
+//! One process attends all disks of one guest. Each daemon asks before it closes its gate (`PREPARE`) and says when the
+//! gate is open again (`RELEASED`). The first question freezes, for all disks; the last release thaws. So no freeze
+//! waits for a disk that is held already, and no thaw comes before the last disk goes on.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+
+use super::freeze::{Freezer, Wanted};
+use super::hooks;
+use super::plan::{self, Level};
+use super::receipt::Receipt;
+use super::wait::{Wake, wait};
+use crate::client::{Client, Failure, Message, PATIENCE};
+use crate::server::notify;
+use crate::signals::Signals;
+
+/// Between two attempts to reach a daemon that is gone.
+const AGAIN: Duration = Duration::from_secs(1);
+/// For a daemon that is reached again: others may need us meanwhile.
+const QUICK: Duration = Duration::from_secs(1);
+/// A guest is not frozen for longer, whatever a daemon says: the guard thaws it then.
+const LONGEST: Duration = Duration::from_secs(90);
+/// How long an end waits for the snapshots that are under way: a thaw waits for the disks. librbd lets them go 10 s after
+/// they are still.
+const LAST_ROUND: Duration = Duration::from_secs(15);
+/// Added to what a freeze may take, until the daemon gives up.
+const SLACK: Duration = Duration::from_secs(1);
+
+/// What the user asked for.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The quiesce sockets of all disks of the guest.
+    pub disks: Vec<PathBuf>,
+    /// The level asked for.
+    pub level: Level,
+    /// Who freezes the guest's filesystems.
+    pub agent: Option<plan::AgentAt>,
+    /// The directory of the host's hooks.
+    pub hooks: Option<PathBuf>,
+    /// A weaker snapshot is better than none.
+    pub or_weaker: bool,
+    /// For the guest's freeze, its thaw, and each hook.
+    pub patience: Duration,
+}
+
+impl Plan {
+    fn check(&self) -> Result<(), Failure> {
+        let usage = |why: String| Failure::new(super::USAGE, why);
+        plan::check_disks(&self.disks)
+            .and_then(|()| plan::check_agent(self.level, self.agent.as_ref()))
+            .map_err(usage)?;
+        if self.level == Level::Crash && self.hooks.is_none() {
+            let why = "level crash without --hooks freezes nothing: the disks are held still without an attendant, too";
+            return Err(usage(why.into()));
+        }
+        if let Some(directory) = &self.hooks {
+            hooks::check(directory).map_err(|why| Failure::new("hook", why))?;
+        }
+        Ok(())
+    }
+
+    /// What a `prepared` may take: a hook, a freeze, and the thaw of one that failed.
+    fn allowed(&self) -> Duration {
+        self.patience * if self.hooks.is_some() { 3 } else { 2 } + SLACK
+    }
+}
+
+/// Attends until SIGINT, SIGTERM or SIGHUP, which are blocked in this thread from now on. `report`: is told what each
+/// freeze came to. Errors: a disk that cannot be attended from the start, or a guest that could not be thawed.
+pub fn attend(plan: &Plan, report: impl Fn(&Receipt)) -> Result<(), Failure> {
+    plan.check()?;
+    let failed = |error: std::io::Error| Failure::new("internal", format!("signals cannot be caught: {error}"));
+    let signals = Signals::block().map_err(failed)?;
+    let disks = plan.disks.iter().map(|control| Attended::new(control.clone())).collect();
+    let mut attendant = Attendant { plan, signals, disks, round: None, ending: None, thawed: Ok(()), report: &report };
+    for at in 0..attendant.disks.len() {
+        attendant.register(at, PATIENCE)?;
+    }
+    eprintln!("virtioblkctl: attending {} disk(s), level {}", plan.disks.len(), plan.level.name());
+    notify::systemd("READY=1");
+    attendant.serve()
+}
+
+/// One disk.
+struct Attended {
+    control: PathBuf,
+    /// The file or device, for hooks.
+    image: Option<PathBuf>,
+    /// `None`: its daemon is gone.
+    client: Option<Client>,
+    retry: Instant,
+    /// What it asked to be prepared for, and has not released.
+    asked: BTreeSet<u64>,
+}
+
+impl Attended {
+    fn new(control: PathBuf) -> Self {
+        Attended { control, image: None, client: None, retry: Instant::now(), asked: BTreeSet::new() }
+    }
+}
+
+/// A freeze, for as many questions as come until it is thawed.
+struct Round {
+    freezer: Freezer,
+    /// What each of them is answered.
+    outcome: Result<(), String>,
+    since: Instant,
+}
+
+struct Attendant<'a> {
+    plan: &'a Plan,
+    signals: Signals,
+    disks: Vec<Attended>,
+    round: Option<Round>,
+    /// A signal came; until then the last round is waited for.
+    ending: Option<Instant>,
+    /// The last failure to thaw.
+    thawed: Result<(), Failure>,
+    report: &'a dyn Fn(&Receipt),
+}
+
+impl Attendant<'_> {
+    fn serve(mut self) -> Result<(), Failure> {
+        loop {
+            self.listen();
+            self.thaw_if_over();
+            if self.ending.is_some_and(|until| self.round.is_none() || until <= Instant::now()) {
+                // In the middle of a snapshot that takes too long: its disks are held, and the thaw waits for them.
+                self.thaw();
+                return self.thawed;
+            }
+            let fds: Vec<BorrowedFd<'_>> =
+                self.disks.iter().filter_map(|disk| disk.client.as_ref().map(AsFd::as_fd)).collect();
+            match wait(&fds, Some(self.signals.as_fd()), self.next_deadline()) {
+                Ok(Wake::Stopped) => self.stop()?,
+                Ok(Wake::Ready(_)) => {}
+                Ok(Wake::TimedOut) => self.retry(),
+                Err(error) => return Err(Failure::new("internal", format!("poll: {error}"))),
+            }
+        }
+    }
+
+    fn next_deadline(&self) -> Instant {
+        let retries = self.disks.iter().filter(|disk| disk.client.is_none()).map(|disk| disk.retry);
+        let far = Instant::now() + Duration::from_secs(3600);
+        retries.chain(self.ending).min().unwrap_or(far)
+    }
+
+    /// Connects and registers. Errors name the disk.
+    fn register(&mut self, at: usize, patience: Duration) -> Result<(), Failure> {
+        let plan = self.plan;
+        let disk = &mut self.disks[at];
+        let blame = |why: Failure| {
+            Failure::new(&why.code, format!("the disk behind '{}' cannot be attended: {why}", disk.control.display()))
+        };
+        let mut client = Client::connect_within(&disk.control, patience).map_err(blame)?;
+        let status = client.ask("query-status", json!({}), patience).map_err(blame)?;
+        let who = format!("virtioblkctl attend, level {}", plan.level.name());
+        let allowed = plan.allowed().as_millis() as u64;
+        let arguments = json!({"required": !plan.or_weaker, "timeout-ms": allowed, "who": who});
+        client.ask("attend", arguments, patience).map_err(blame)?;
+        disk.image = status["image-path"].as_str().map(PathBuf::from);
+        disk.client = Some(client);
+        Ok(())
+    }
+
+    /// Looks for the daemons that are gone; not while a guest is frozen, for a stuck one costs time.
+    fn retry(&mut self) {
+        for at in 0..self.disks.len() {
+            let disk = &self.disks[at];
+            if disk.client.is_some() || disk.retry > Instant::now() {
+                continue;
+            }
+            if self.round.is_none() && self.ending.is_none() && self.register(at, QUICK).is_ok() {
+                eprintln!("virtioblkctl: '{}' is back and attended again", self.disks[at].control.display());
+            }
+            self.disks[at].retry = Instant::now() + AGAIN;
+        }
+    }
+
+    /// Hears all that the daemons have to say.
+    fn listen(&mut self) {
+        for at in 0..self.disks.len() {
+            while let Some(client) = &mut self.disks[at].client {
+                match client.try_next() {
+                    Ok(Some(Message::Event(event))) => self.event(at, &event),
+                    Ok(Some(Message::Reply(Ok(_)))) => {}
+                    Ok(Some(Message::Reply(Err(failure)))) => self.complain(at, &failure),
+                    Ok(None) => break,
+                    Err(lost) => self.lose(at, &lost),
+                }
+            }
+        }
+    }
+
+    fn event(&mut self, at: usize, event: &Value) {
+        let Some(id) = event["data"]["id"].as_u64() else { return };
+        match event["event"].as_str() {
+            Some("PREPARE") => {
+                self.disks[at].asked.insert(id);
+                self.prepare(at, id);
+            }
+            Some("RELEASED") => {
+                self.disks[at].asked.remove(&id);
+            }
+            _ => {}
+        }
+    }
+
+    /// Freezes, unless it is done, and answers.
+    fn prepare(&mut self, at: usize, id: u64) {
+        if self.ending.is_some() {
+            return self.answer(at, json!({"id": id, "error": "virtioblkctl attend is ending"}));
+        }
+        let is_first = self.round.is_none();
+        if is_first {
+            self.round = Some(self.freeze());
+        }
+        let Some(round) = &mut self.round else { return };
+        // Frozen for another disk: is it still?
+        if !is_first && round.outcome.is_ok() {
+            round.outcome = round.freezer.is_frozen_still(Some(self.signals.as_fd())).map_err(|why| why.message);
+        }
+        let answer = match &round.outcome {
+            Ok(()) => json!({"id": id, "level": round.freezer.level.name()}),
+            Err(why) => json!({"id": id, "error": why}),
+        };
+        self.answer(at, answer);
+        if is_first && let Some(round) = &mut self.round.as_mut().filter(|round| round.outcome.is_err()) {
+            // What was begun; the next question is answered the same until all disks are released.
+            round.freezer.thaw();
+        }
+    }
+
+    fn freeze(&self) -> Round {
+        let plan = self.plan;
+        let mut freezer = Freezer::new(Wanted {
+            level: plan.level,
+            agent: plan.agent.clone(),
+            hooks: plan.hooks.clone(),
+            or_weaker: plan.or_weaker,
+            patience: plan.patience,
+            silence: LONGEST,
+        });
+        let since = Instant::now();
+        freezer.receipt.instant = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        let disks = self.disks.iter().map(|disk| (disk.control.as_path(), disk.image.as_deref()));
+        let environment = hooks::environment(disks, plan.level);
+        let stop = Some(self.signals.as_fd());
+        let outcome = freezer.start(environment).and_then(|()| freezer.freeze(stop)).map_err(|failure| failure.message);
+        if let Err(why) = &outcome {
+            freezer.warn(format!("not prepared: {why}"));
+        }
+        Round { freezer, outcome, since }
+    }
+
+    fn answer(&mut self, at: usize, arguments: Value) {
+        if let Some(client) = &mut self.disks[at].client
+            && let Err(lost) = client.send("prepared", arguments)
+        {
+            self.lose(at, &lost);
+        }
+    }
+
+    /// A daemon that is gone holds nothing any more.
+    fn lose(&mut self, at: usize, lost: &Failure) {
+        let disk = &mut self.disks[at];
+        disk.client = None;
+        disk.asked.clear();
+        disk.retry = Instant::now();
+        if self.ending.is_none() {
+            eprintln!("virtioblkctl: {lost}; looking for it every second");
+        }
+    }
+
+    fn complain(&self, at: usize, failure: &Failure) {
+        eprintln!("virtioblkctl: '{}': {failure}", self.disks[at].control.display());
+    }
+
+    fn thaw_if_over(&mut self) {
+        if self.disks.iter().all(|disk| disk.asked.is_empty()) {
+            self.thaw();
+        }
+    }
+
+    fn thaw(&mut self) {
+        let Some(Round { mut freezer, outcome, since }) = self.round.take() else { return };
+        let was_frozen = freezer.thaw();
+        if outcome.is_ok() {
+            if let Err(failure) = freezer.was_frozen(was_frozen) {
+                freezer.warn(format!("THE SNAPSHOT IS CRASH CONSISTENT AT MOST: {}", failure.message));
+                freezer.level = Level::Crash;
+            }
+            let seconds = since.elapsed().as_secs_f64();
+            eprintln!("virtioblkctl: thawed after {seconds:.1} s, level {}", freezer.level.name());
+        }
+        self.thawed = match freezer.is_undone() {
+            true => Ok(()),
+            false => Err(Failure::new("frozen", "the guest may be frozen still; the guard goes on trying to thaw it")),
+        };
+        let mut receipt = freezer.receipt.clone();
+        receipt.level = if outcome.is_ok() { freezer.level.name() } else { "none" };
+        (self.report)(&receipt);
+    }
+
+    /// A signal: asks for no more questions, and waits for the last round. The second one ends at once, and the guard
+    /// thaws.
+    fn stop(&mut self) -> Result<(), Failure> {
+        let failed = |error: std::io::Error| Failure::new("internal", format!("signals cannot be read: {error}"));
+        while self.signals.next().map_err(failed)?.is_some() {}
+        if self.ending.is_some() {
+            let text = "interrupted again: ended at once, the guard thaws the guest if it is frozen";
+            return Err(Failure::new("interrupted", text));
+        }
+        self.ending = Some(Instant::now() + LAST_ROUND);
+        for at in 0..self.disks.len() {
+            if let Some(client) = &mut self.disks[at].client
+                && let Err(lost) = client.send("unattend", json!({}))
+            {
+                self.lose(at, &lost);
+            }
+        }
+        if self.round.is_some() {
+            eprintln!("virtioblkctl: ending when the snapshot under way is over");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,361 @@
+//! `virtioblkctl attend` as a process, between a guest's agent that does what the test tells it and quiesce sockets whose
+//! images somebody else takes snapshots of. Whatever fails or dies at whatever step: every snapshot is answered, every
+//! disk goes on, every guest is thawed, and no snapshot passes for more than it is.
+
+mod control_kit;
+mod snapshot_kit;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
+
+use control_kit::{Served, Settle, figures};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use snapshot_kit::{Agent, Mood, PATIENCE, ctl, err, hooks, wait_until};
+use virtioblkd::backend::Notices;
+use virtioblkd::engine::Errno;
+
+const BUSY: Result<(), Errno> = Err(Errno(libc::EBUSY));
+
+/// A guest with two disks, and somebody who attends them.
+struct Scene {
+    disks: [Served; 2],
+    agent: Agent,
+    attendant: Child,
+    lines: BufReader<ChildStdout>,
+    dir: tempfile::TempDir,
+}
+
+impl Scene {
+    fn new(mood: Mood, more: &[&str]) -> Scene {
+        let disks = [Served::new(), Served::new()];
+        let agent = Agent::start(mood, &[disks[0].path.clone(), disks[1].path.clone()]);
+        let dir = tempfile::tempdir().unwrap();
+        let (attendant, lines) = start(&disks, &agent, dir.path(), more);
+        Scene { disks, agent, attendant, lines, dir }
+    }
+
+    /// In the place of the one that is gone.
+    fn attend_again(&mut self) {
+        (self.attendant, self.lines) = start(&self.disks, &self.agent, self.dir.path(), &["--level", "filesystem"]);
+    }
+
+    /// Somebody begins a snapshot of all disks (`rbd group snap create`).
+    fn ask_all(&self) -> Vec<Receiver<Result<(), Errno>>> {
+        self.disks.iter().map(Served::store_asks).collect()
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.attendant), signal).unwrap();
+    }
+
+    /// What the attendant says of the freeze that ended.
+    fn receipt(&mut self) -> Value {
+        let mut line = String::new();
+        self.lines.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}: {}", self.log()))
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("log")).unwrap()
+    }
+
+    /// Nothing is held or frozen, and nobody waits.
+    fn is_over(&self) {
+        for disk in &self.disks {
+            disk.notices.unquiesce();
+            disk.disk.wait_closed(false);
+        }
+        wait_until("the guest is thawed", || !self.agent.is_frozen());
+    }
+
+    fn freezes(&self) -> usize {
+        self.agent.asked("guest-fsfreeze-freeze")
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        // Both fail only if it is gone.
+        let _ = self.attendant.kill();
+        let _ = self.attendant.wait();
+        if std::thread::panicking() {
+            eprintln!("--- attend said:\n{}", self.log());
+        }
+    }
+}
+
+fn start(disks: &[Served], agent: &Agent, dir: &Path, more: &[&str]) -> (Child, BufReader<ChildStdout>) {
+    let mut command = attend(disks, agent, more);
+    command.stderr(File::create(dir.join("log")).unwrap());
+    let mut child = command.spawn().unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap());
+    wait_until("it attends", || {
+        assert!(child.try_wait().unwrap().is_none(), "{}", std::fs::read_to_string(dir.join("log")).unwrap());
+        disks.iter().all(|disk| attended(disk)["present"] == true)
+    });
+    (child, lines)
+}
+
+fn attend(disks: &[Served], agent: &Agent, more: &[&str]) -> Command {
+    let mut command = ctl();
+    command.args(["--json", "attend"]).args(more).arg("--qga").arg(&agent.path);
+    for disk in disks {
+        command.arg("--disk").arg(&disk.path);
+    }
+    command.env("JOURNAL", agent.journal()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn attended(disk: &Served) -> Value {
+    disk.client().ask("query-status", json!({})).unwrap()["attendant"].take()
+}
+
+fn wait(answer: &Receiver<Result<(), Errno>>) -> Result<(), Errno> {
+    answer.recv_timeout(PATIENCE).expect("an answer")
+}
+
+#[test]
+fn two_disks_are_frozen_once_before_either_is_held_and_thawed_after_both() {
+    let mut scene = Scene::new(Mood::Good, &["--level", "filesystem"]);
+    for round in 1..=3 {
+        for answer in scene.ask_all() {
+            assert_eq!(wait(&answer), Ok(()));
+        }
+        assert!(scene.agent.is_frozen());
+        assert!(scene.disks.iter().all(|disk| disk.disk.closed().is_some()));
+        assert_eq!(scene.freezes(), round, "once for both");
+        // The first goes on: the guest stays frozen for the second.
+        scene.disks[0].notices.unquiesce();
+        scene.disks[0].disk.wait_closed(false);
+        assert_eq!(scene.agent.asked("guest-fsfreeze-thaw"), round - 1);
+        // And is asked for again: still frozen, so no second freeze, which would hang.
+        assert_eq!(wait(&scene.disks[0].store_asks()), Ok(()));
+        scene.disks[1].notices.unquiesce();
+        scene.disks[1].disk.wait_closed(false);
+        assert!(scene.agent.is_frozen());
+        scene.disks[0].notices.unquiesce();
+        let receipt = scene.receipt();
+        assert_eq!((&receipt["level"], &receipt["filesystems-frozen"]), (&json!("filesystem"), &json!(2)));
+        assert_eq!(receipt["warnings"], json!([]));
+        assert!(receipt["frozen-us"].as_u64().unwrap() > 0);
+    }
+    assert!(!scene.agent.held_at_freeze() && !scene.agent.held_at_thaw());
+    assert_eq!(scene.agent.journaled(), ["freeze", "thaw", "freeze", "thaw", "freeze", "thaw"]);
+}
+
+#[test]
+fn a_freeze_that_waits_for_a_disk_that_an_operator_holds_fails_in_time() {
+    let mut scene = Scene::new(Mood::Good, &["--level", "filesystem", "--freeze-timeout", "500ms"]);
+    let mut operator = scene.disks[1].client();
+    let token = operator.quiesce(json!({}));
+    assert_eq!(wait(&scene.disks[0].store_asks()), BUSY, "the order that deadlocks: held, then frozen");
+    assert_eq!(scene.disks[0].disk.closings(), 0);
+    assert!(scene.agent.held_at_freeze());
+    operator.ask("resume", json!({"token": token})).unwrap();
+    // The freeze comes now, when nobody wants it any more.
+    scene.agent.wait_thawed();
+    assert_eq!(scene.receipt()["level"], "none");
+    scene.is_over();
+    // And the next one goes well.
+    wait_until("it is frozen again", || {
+        let answer = wait(&scene.disks[0].store_asks());
+        scene.disks[0].notices.unquiesce();
+        scene.disks[0].disk.wait_closed(false);
+        answer == Ok(())
+    });
+    scene.is_over();
+}
+
+#[test]
+fn what_the_guest_refuses_is_refused_or_called_weaker() {
+    for (mood, words) in
+        [(Mood::Refuses, "hook script exited"), (Mood::Silent, "does not answer"), (Mood::Garbage, "no answer")]
+    {
+        let mut scene = Scene::new(mood.clone(), &["--level", "filesystem", "--freeze-timeout", "300ms"]);
+        let mut watcher = scene.disks[0].client();
+        for answer in scene.ask_all() {
+            assert_eq!(wait(&answer), BUSY, "{mood:?}");
+        }
+        let failed = watcher.event("PREPARE_FAILED");
+        assert!(failed["message"].as_str().unwrap().contains(words), "{failed}");
+        assert_eq!(watcher.event("QUIESCE_FAILED")["code"], "not-prepared");
+        assert!(scene.disks.iter().all(|disk| disk.disk.closings() == 0));
+        scene.agent.set(Mood::Good);
+        assert_eq!(scene.receipt()["level"], "none");
+        scene.is_over();
+        drop(scene);
+        let mut scene =
+            Scene::new(mood.clone(), &["--level", "filesystem", "--freeze-timeout", "300ms", "--or-weaker"]);
+        let mut watcher = scene.disks[0].client();
+        for answer in scene.ask_all() {
+            assert_eq!(wait(&answer), Ok(()), "{mood:?}");
+        }
+        assert_eq!(watcher.event("PREPARED")["level"], "crash");
+        scene.agent.set(Mood::Good);
+        scene.is_over();
+        let receipt = scene.receipt();
+        assert_eq!((&receipt["level"], &receipt["requested-level"]), (&json!("crash"), &json!("filesystem")));
+        assert!(receipt["warnings"][0].as_str().unwrap().contains(words), "{receipt}");
+    }
+}
+
+#[test]
+fn a_guest_that_thaws_by_itself_is_told_of() {
+    let mut scene = Scene::new(Mood::ThawsEarly, &["--level", "filesystem"]);
+    assert_eq!(wait(&scene.disks[0].store_asks()), Ok(()));
+    // For the second disk it is looked at again.
+    assert_eq!(wait(&scene.disks[1].store_asks()), BUSY);
+    scene.is_over();
+    let receipt = scene.receipt();
+    assert_eq!(receipt["level"], "none", "{receipt}");
+    let mut scene = Scene::new(Mood::ThawsEarly, &["--level", "filesystem"]);
+    assert_eq!(wait(&scene.disks[0].store_asks()), Ok(()));
+    scene.is_over();
+    let receipt = scene.receipt();
+    assert_eq!(receipt["level"], "crash", "{receipt}");
+    assert!(receipt["warnings"][0].as_str().unwrap().contains("CRASH CONSISTENT"), "{receipt}");
+}
+
+#[test]
+fn killed_in_the_middle_of_a_freeze() {
+    let mut scene = Scene::new(Mood::Late(Duration::from_secs(1)), &["--level", "filesystem"]);
+    let answers = scene.ask_all();
+    scene.agent.wait_for("guest-fsfreeze-freeze");
+    scene.signal(Signal::KILL);
+    for answer in &answers {
+        assert_eq!(wait(answer), BUSY);
+    }
+    // The freeze comes after our death, and is found and undone.
+    scene.agent.wait_thawed();
+    assert_eq!(scene.agent.journaled().first().map(String::as_str), Some("freeze"));
+    assert!(scene.disks.iter().all(|disk| disk.disk.closings() == 0));
+    // Nobody takes a weaker snapshot for what was promised.
+    assert_eq!(wait(&scene.disks[0].store_asks()), BUSY);
+    assert_eq!(attended(&scene.disks[0])["present"], false);
+    scene.agent.set(Mood::Good);
+    scene.attend_again();
+    assert_eq!(wait(&scene.disks[0].store_asks()), Ok(()));
+    scene.is_over();
+}
+
+#[test]
+fn killed_while_the_disks_are_held() {
+    let scene = Scene::new(Mood::Good, &["--level", "filesystem"]);
+    for answer in scene.ask_all() {
+        assert_eq!(wait(&answer), Ok(()));
+    }
+    scene.signal(Signal::KILL);
+    // The thaw's writes wait until the disks go on; nothing of it is in the snapshot.
+    wait_until("the guard thaws", || !scene.agent.is_frozen());
+    assert!(scene.disks.iter().all(|disk| disk.disk.closed().is_some()));
+    scene.is_over();
+    assert_eq!(scene.agent.journaled(), ["freeze", "thaw"]);
+}
+
+#[test]
+fn told_to_end_it_waits_for_the_snapshot_and_leaves_in_order() {
+    let mut scene = Scene::new(Mood::Good, &["--level", "filesystem"]);
+    let answers = scene.ask_all();
+    assert!(answers.iter().all(|answer| wait(answer) == Ok(())));
+    scene.signal(Signal::TERM);
+    wait_until("it attends no more", || scene.disks.iter().all(|disk| attended(disk).is_null()));
+    assert!(scene.agent.is_frozen() && scene.attendant.try_wait().unwrap().is_none(), "the snapshot is not over");
+    scene.is_over();
+    assert_eq!(scene.receipt()["level"], "filesystem");
+    assert!(scene.attendant.wait().unwrap().success());
+    assert!(!scene.agent.held_at_thaw());
+    // As after a power cut again, for that is what was asked for.
+    assert_eq!(wait(&scene.disks[0].store_asks()), Ok(()));
+    assert_eq!(scene.freezes(), 1);
+}
+
+#[test]
+fn told_to_end_in_the_middle_of_a_freeze_it_gives_up() {
+    let mut scene = Scene::new(Mood::Late(Duration::from_millis(500)), &["--level", "filesystem"]);
+    let answers = scene.ask_all();
+    scene.agent.wait_for("guest-fsfreeze-freeze");
+    scene.signal(Signal::INT);
+    for answer in &answers {
+        assert_eq!(wait(answer), BUSY);
+    }
+    assert!(scene.attendant.wait().unwrap().success());
+    scene.agent.wait_thawed();
+    scene.is_over();
+}
+
+#[test]
+fn a_daemon_that_is_gone_and_back_is_attended_again() {
+    let mut scene = Scene::new(Mood::Good, &["--level", "filesystem"]);
+    let answers = scene.ask_all();
+    assert!(answers.iter().all(|answer| wait(answer) == Ok(())));
+    // It ends in the middle: the other one's snapshot goes on.
+    scene.disks[1].stop();
+    assert!(scene.agent.is_frozen());
+    scene.disks[0].notices.unquiesce();
+    assert_eq!(scene.receipt()["level"], "filesystem");
+    scene.disks[1].restart();
+    wait_until("it is attended again", || attended(&scene.disks[1])["present"] == true);
+    assert_eq!(wait(&scene.disks[1].store_asks()), Ok(()));
+    assert_eq!(scene.freezes(), 2);
+    scene.is_over();
+    assert!(scene.log().contains("is back"), "{}", scene.log());
+}
+
+#[test]
+fn a_store_that_gives_up_thaws() {
+    let mut scene = Scene::new(Mood::Good, &["--level", "filesystem"]);
+    scene.disks[0].disk.set(Settle::ByHand);
+    let answer = scene.disks[0].store_asks();
+    let epoch = scene.disks[0].disk.wait_closed(true);
+    assert!(scene.agent.is_frozen());
+    scene.disks[0].notices.unquiesce();
+    assert_eq!(wait(&answer), Err(Errno(libc::ECANCELED)));
+    assert_eq!(scene.receipt()["level"], "filesystem");
+    scene.disks[0].disk.settle(epoch, Ok(figures()));
+    scene.is_over();
+    assert!(!scene.agent.held_at_thaw());
+}
+
+#[test]
+fn hooks_alone_and_hooks_that_say_no() {
+    let dir = tempfile::tempdir().unwrap();
+    let freeze =
+        r#"echo "hook $VIRTIOBLK_LEVEL $(echo $VIRTIOBLK_CONTROLS | wc -w)" >> "$JOURNAL"; [ ! -e "$JOURNAL.no" ]"#;
+    let directory = hooks(dir.path(), freeze, r#"echo "hook thaw" >> "$JOURNAL""#);
+    let mut scene = Scene::new(Mood::Good, &["--level", "application", "--hooks", directory.to_str().unwrap()]);
+    assert!(scene.ask_all().iter().all(|answer| wait(answer) == Ok(())));
+    scene.is_over();
+    assert_eq!(scene.receipt()["level"], "application");
+    assert_eq!(scene.agent.journaled(), ["hook application 2", "freeze", "thaw", "hook thaw"]);
+    let no = format!("{}.no", scene.agent.journal().display());
+    File::create(no).unwrap();
+    assert!(scene.ask_all().iter().all(|answer| wait(answer) == BUSY));
+    scene.is_over();
+    assert_eq!(scene.receipt()["level"], "none");
+    assert_eq!(scene.agent.journaled()[4..], ["hook application 2", "hook thaw"], "the guest was not touched");
+}
+
+#[test]
+fn what_cannot_be_attended_is_said_at_once() {
+    let scene = Scene::new(Mood::Good, &["--level", "filesystem"]);
+    let fails = |output: Output, status: i32, words: &[&str]| {
+        assert_eq!(output.status.code(), Some(status), "{output:?}");
+        for word in words {
+            assert!(err(&output).contains(word), "{word}: {output:?}");
+        }
+    };
+    let second = attend(&scene.disks, &scene.agent, &["--level", "filesystem"]).output().unwrap();
+    fails(second, 1, &["attends already", "virtioblkctl attend"]);
+    let gone = ctl().args(["attend", "--level", "filesystem", "--qga", "/q", "--disk", "/nowhere"]).output().unwrap();
+    fails(gone, 1, &["/nowhere", "--control-path"]);
+    fails(ctl().args(["attend", "--level", "filesystem", "--disk", "/d"]).output().unwrap(), 2, &["--qga"]);
+    fails(ctl().args(["attend", "--level", "crash", "--disk", "/d"]).output().unwrap(), 2, &["--hooks"]);
+    fails(ctl().args(["attend", "--level", "filesystem", "--qga", "/q"]).output().unwrap(), 2, &["--disk"]);
+    assert_eq!(wait(&scene.disks[0].store_asks()), Ok(()), "the first one is not disturbed");
+    scene.is_over();
+}
