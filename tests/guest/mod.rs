@@ -1,6 +1,6 @@
 //! The real-guest kit: a `virtioblkd` ([`Server`]), a QEMU with a guest in it ([`Vm`]), and what the host can see of
-//! the image by itself ([`oracle`]). Used by `tests/firmware.rs`, `tests/vm.rs`, `tests/story.rs`, `tests/agent.rs` and
-//! `tests/libvirt.rs`.
+//! the image by itself ([`oracle`]). Used by `tests/firmware.rs`, `tests/vm.rs`, `tests/story.rs`, `tests/agent.rs`,
+//! `tests/replicas.rs` and `tests/libvirt.rs`.
 //!
 //! Everything started here is ended by `Drop`, and a failing test prints what its server and its guest had to say.
 
@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 
 pub use agent::Agent;
 pub use qmp::Qmp;
+#[allow(unused_imports)]
 pub use server::Server;
 
 /// How long anything may take before a test gives up. TCG on a busy machine is slow, and no test asserts a time.

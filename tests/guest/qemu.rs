@@ -61,8 +61,9 @@ impl Qemu {
     /// what it does.
     pub fn own_disk(mut self, image: &Path, mode: CacheMode) -> Qemu {
         self.disks += 1;
-        let drive = format!("if=none,id=own,format=raw,aio=threads,cache={mode},file={}", image.display());
-        self.args(["-drive", &drive, "-device", "virtio-blk-pci,drive=own"])
+        let id = format!("own{}", self.disks);
+        let drive = format!("if=none,id={id},format=raw,aio=threads,cache={mode},file={}", image.display());
+        self.args(["-drive", &drive, "-device", &format!("virtio-blk-pci,drive={id}")])
     }
 
     /// The channel of the guest's agent, a socket that [`Vm::agent`] talks to.
@@ -74,9 +75,22 @@ impl Qemu {
 
     /// A kernel and an [`initramfs`] that runs `job`.
     pub fn linux(self, job: &str, image: &str) -> Qemu {
+        self.boot(&initramfs(job, image))
+    }
+
+    /// The same, with programs of this machine and their libraries in the guest's `/bin`: (name, path).
+    pub fn linux_with_programs(self, job: &str, image: &str, programs: &[(&str, PathBuf)]) -> Qemu {
+        let mut initramfs = initramfs(job, image);
+        for (name, program) in programs {
+            append_program(&mut initramfs, name, program, self.dir.path());
+        }
+        self.boot(&initramfs)
+    }
+
+    fn boot(self, initramfs: &[u8]) -> Qemu {
         let files = guest_files();
         let path = self.dir.path().join("initramfs");
-        fs::write(&path, initramfs(job, image)).expect("room for an initramfs");
+        fs::write(&path, initramfs).expect("room for an initramfs");
         let console = format!("file:{}", self.dir.path().join("console").display());
         self.args(["-kernel".as_ref(), files.join("vmlinuz").as_os_str()])
             .args(["-initrd".as_ref(), path.as_os_str()])
@@ -340,6 +354,17 @@ pub fn initramfs(job: &str, image: &str) -> Vec<u8> {
     let mut initramfs = fs::read(&base).unwrap_or_else(|error| panic!("{}: {error}", base.display()));
     append_file(&mut initramfs, "job", job.as_bytes());
     initramfs
+}
+
+/// Appends a program as `/bin/name`, without its debug information, and its libraries.
+fn append_program(initramfs: &mut Vec<u8>, name: &str, program: &Path, scratch: &Path) {
+    let stripped = scratch.join(name);
+    run(Command::new("strip").arg("-o").arg(&stripped).arg(program));
+    append_file(initramfs, &format!("bin/{name}"), &fs::read(&stripped).expect("what strip wrote"));
+    let libraries = run(Command::new("ldd").arg(program));
+    for library in libraries.split_whitespace().filter(|word| word.starts_with('/')) {
+        append_file(initramfs, library.trim_start_matches('/'), &fs::read(library).expect("a library"));
+    }
 }
 
 /// Appends one file to an initramfs as a second cpio archive ("newc", cpio(5)). The kernel looks for it at a multiple
