@@ -9,6 +9,7 @@ pub mod load;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags};
@@ -23,7 +24,7 @@ pub const ALL: u64 = !(1 << 34);
 pub struct Driver {
     pub transport: Box<VirtioBlkTransport>,
     queues: Vec<VirtioBlkQueue<'static, u64>>,
-    memory: MmapRegion,
+    memory: Arc<MmapRegion>,
 }
 
 impl Driver {
@@ -42,7 +43,7 @@ impl Driver {
         let memory =
             MmapRegion::from_file(FileOffset::new(file.try_clone()?, 0), memory).map_err(std::io::Error::other)?;
         transport.map_mem_region(memory.as_ptr() as usize, memory.size(), fd, 0)?;
-        Ok(Driver { transport, queues, memory })
+        Ok(Driver { transport, queues, memory: Arc::new(memory) })
     }
 
     /// Like `connect`, but waits for a server that is still starting.
@@ -55,6 +56,11 @@ impl Driver {
                 Err(_) => std::thread::sleep(Duration::from_millis(5)),
             }
         }
+    }
+
+    /// The shared memory, for a thread that changes it while requests are under way.
+    pub fn memory(&self) -> Arc<MmapRegion> {
+        self.memory.clone()
     }
 
     /// Copies into the shared memory.
