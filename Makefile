@@ -6,14 +6,14 @@ CARGO ?= cargo
 # A guest test is a QEMU and a server; more at once than CPUs only wait for each other.
 TEST_THREADS ?= 2
 # Tests that boot guests. All others need nothing but Rust.
-VM_TESTS = firmware vm story agent libvirt
+VM_TESTS = firmware vm story agent replicas libvirt
 OTHER_TESTS = $(filter-out $(VM_TESTS),$(basename $(notdir $(wildcard tests/*.rs))))
 
 release = $(or $(CARGO_TARGET_DIR),target)/release
 doc = $(DESTDIR)$(PREFIX)/share/doc/virtioblkd
 
 .NOTPARALLEL:
-.PHONY: help build demo demo-snapshot check check-unit check-vm check-story check-libvirt check-lint bench explore-long install deps toolchain
+.PHONY: help build demo demo-snapshot check check-unit check-vm check-story check-stable check-libvirt check-lint bench explore-long install deps toolchain
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -40,6 +40,9 @@ check-vm: toolchain deps ## Tests with real guests
 
 check-story: toolchain deps ## Snapshots of real guests, frozen by their agents
 	$(CARGO) test --test story --test agent -- --test-threads=$(TEST_THREADS)
+
+check-stable: toolchain deps ## Guests that change buffers in flight, over a real md RAID1 and DRBD
+	$(CARGO) test --test replicas -- --test-threads=$(TEST_THREADS)
 
 check-libvirt: toolchain deps ## The shipped domain on a real libvirt
 	$(CARGO) test --test libvirt

@@ -1,0 +1,114 @@
+# What the guest of tests/replicas.rs can be told to do; comes before shell.sh. It has two disks, /dev/vda and /dev/vdb,
+# and stores everything twice on them.
+
+# wait_for CONDITION: until that shell line holds; half a minute at most.
+wait_for() {
+	local tries=0
+	until eval "$1"; do
+		tries=$((tries + 1))
+		if [ $tries -ge 300 ]; then
+			echo "waited in vain until: $1"
+			return 1
+		fi
+		sleep 0.1
+	done
+}
+
+# serve DEVICE MODE OPTION...: a server inside this guest.
+serve() {
+	local device=$1 mode=$2
+	shift 2
+	virtioblkd --socket-path /tmp/vhost --control-path /tmp/control --blk-file "$device" --cache "$mode" "$@" \
+		>/tmp/virtioblkd.log 2>&1 &
+	server=$!
+	wait_for "[ -S /tmp/vhost ] || ! [ -d /proc/$server ]" && [ -S /tmp/vhost ] || { cat /tmp/virtioblkd.log; return 1; }
+}
+
+# Ends the server in order; that syncs in every mode.
+stop_serving() {
+	kill "$server"
+	wait "$server" || { cat /tmp/virtioblkd.log; return 1; }
+}
+
+# front_end SCRIBBLES: one run of the front-end (the test program itself) on what is served.
+front_end() {
+	SOCKET=/tmp/vhost SCRIBBLES=$1 replicas --ignored --exact front_end --nocapture >/tmp/front_end.log 2>&1 ||
+		{ cat /tmp/front_end.log /tmp/virtioblkd.log; return 1; }
+}
+
+# --- md RAID1 ---
+
+# make_raid1 KIB: /dev/md0. Both halves are empty, so there is nothing to make equal at first.
+make_raid1() {
+	export MDADM_NO_UDEV=1
+	mdadm --quiet --create /dev/md0 --run --level=1 --raid-devices=2 --assume-clean --bitmap=none --size="$1" \
+		/dev/vda /dev/vdb && wait_for '[ -b /dev/md0 ]'
+}
+
+# Prints what differs, in sectors, as the kernel's own comparison has it; then makes the halves equal again.
+compare_raid1() {
+	local mismatch=/sys/block/md0/md/mismatch_cnt
+	sync_raid1 check || return 1
+	echo "differ: $(cat $mismatch)"
+	[ "$(cat $mismatch)" = 0 ] || sync_raid1 repair
+}
+
+sync_raid1() {
+	echo "$1" >/sys/block/md0/md/sync_action && wait_for '[ "$(cat /sys/block/md0/md/sync_action)" = idle ]'
+}
+
+# --- DRBD: two resources in one kernel, each the other's peer ---
+
+# make_drbd KIB: /dev/drbd0, primary, whose peer is /dev/drbd1.
+make_drbd() {
+	local minor disk
+	mkdir -p /var/lock /var/lib/drbd && ifconfig lo 127.0.0.1 up &&
+		# What DRBD would call to tell the administrator.
+		echo /bin/true >/sys/module/drbd/parameters/usermode_helper || return 1
+	for minor in 0 1; do
+		disk=/dev/vd$(echo $minor | tr 01 ab)
+		# A fixed and high rate: DRBD would find its own over many seconds.
+		drbdmeta --force $minor v08 "$disk" internal create-md &&
+			drbdsetup-84 new-resource r$minor && drbdsetup-84 new-minor r$minor $minor 0 &&
+			drbdsetup-84 attach $minor "$disk" "$disk" internal --size="$1k" --c-plan-ahead=0 --resync-rate=1G || return 1
+	done
+	connect_drbd && wait_for 'drbd_is cs:Connected' &&
+		drbdsetup-84 new-current-uuid --clear-bitmap 0 && drbdsetup-84 primary 0 --force &&
+		wait_for 'drbd_is ds:UpToDate/UpToDate && [ -b /dev/drbd0 ]'
+} 2>&1
+
+# connect_drbd OPTION...: of the connection, besides the usual ones.
+connect_drbd() {
+	local here=ipv4:127.0.0.1:7790 there=ipv4:127.0.0.1:7791 net="--protocol=C --verify-alg=crc32c"
+	drbdsetup-84 connect r0 $here $there $net "$@" && drbdsetup-84 connect r1 $there $here $net "$@"
+}
+
+disconnect_drbd() {
+	drbdsetup-84 disconnect ipv4:127.0.0.1:7790 ipv4:127.0.0.1:7791 &&
+		drbdsetup-84 disconnect ipv4:127.0.0.1:7791 ipv4:127.0.0.1:7790
+}
+
+# reconnect_drbd OPTION...: makes the replicas equal where DRBD knows that they differ.
+reconnect_drbd() {
+	disconnect_drbd && connect_drbd "$@" && wait_for 'drbd_is cs:Connected && drbd_is ds:UpToDate/UpToDate'
+}
+
+# drbd_is WORD: whether /proc/drbd has it of the first device.
+drbd_is() {
+	grep -q "^ 0:.* $1 " /proc/drbd
+}
+
+# Prints what differs, in KiB, as DRBD's own comparison has it; then makes the replicas equal again.
+compare_drbd() {
+	local differ
+	drbdsetup-84 verify 0 && wait_for 'drbd_is cs:Connected' || return 1
+	differ=$(sed -n '/^ 0:/ { n; s/.* oos://p }' /proc/drbd)
+	echo "differ: $differ"
+	[ "$differ" = 0 ] || reconnect_drbd
+}
+
+# Prints how often DRBD's own checksum found that a buffer was changed while it was sent, since this was last asked.
+drbd_complaints() {
+	wait_for 'drbd_is cs:Connected && drbd_is ds:UpToDate/UpToDate' || return 1
+	echo "complaints: $(dmesg -c | grep -c 'buffer modified by upper layers')"
+}

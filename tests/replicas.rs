@@ -1,0 +1,259 @@
+//! What becomes of data that is stored twice, or with a checksum, when a guest changes a buffer while its write is under
+//! way. A guest runs virtioblkd inside, on a device that reads each buffer more than once: an md RAID1, and DRBD (two
+//! resources in one kernel, each the other's peer). A front-end, this very program, writes the whole disk while a
+//! thread of it changes the buffers. Then the kernel compares the replicas, in every cache mode. docs/stable-writes.md
+//! has the tables and says what they mean.
+
+mod driver;
+mod guest;
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use driver::{ALL, Driver};
+use guest::qemu::{Qemu, Vm};
+use guest::server::program;
+use guest::{accelerator, scratch, sparse_image, tell};
+use virtioblkd::engine::cache::CacheMode;
+use vm_memory::{Bytes, VolatileMemory};
+
+const MIB: usize = 1 << 20;
+/// What the front-end writes: the whole disk, so often.
+const DISK: usize = 16 * MIB;
+const ROUNDS: usize = 2;
+/// Bytes of one write, and how many are under way at once, no two of them for the same place: what differs in the end
+/// comes from changed buffers alone.
+const WRITE: usize = 64 << 10;
+const DEPTH: usize = 8;
+const SECTOR: usize = 512;
+
+/// The front-end. The guest starts it by this name.
+#[test]
+#[ignore = "no test by itself: the guests of the other tests run it (front_end in guest/replicas.sh)"]
+fn front_end() {
+    let socket = std::env::var("SOCKET").expect("SOCKET is where virtioblkd listens");
+    let scribbles = std::env::var("SCRIBBLES").expect("SCRIBBLES is yes or no");
+    let mut driver = Driver::connect_soon(Path::new(&socket), 1, 64, DEPTH * WRITE, ALL);
+    let scribbler = (scribbles == "yes").then(|| Scribbler::start(&driver));
+
+    let mut offsets = (0..ROUNDS).flat_map(|_| (0..DISK).step_by(WRITE)).zip(1_u64..).peekable();
+    let mut idle: Vec<usize> = (0..DEPTH).collect();
+    while offsets.peek().is_some() || idle.len() < DEPTH {
+        while let Some(slot) = idle.pop_if(|_| offsets.peek().is_some()) {
+            let (offset, count) = offsets.next().expect("there is one more");
+            if scribbler.is_none() {
+                driver.fill(slot * WRITE, &count.to_ne_bytes().repeat(WRITE / 8));
+            }
+            driver.write(0, offset as u64, slot * WRITE, WRITE, slot as u64);
+        }
+        driver.kick(0);
+        for (slot, result) in driver.wait(0) {
+            assert_eq!(result, 0, "a write failed");
+            idle.push(usize::try_from(slot).expect("one of ours"));
+        }
+    }
+    if let Some(scribbler) = scribbler {
+        scribbler.stop();
+    }
+}
+
+/// A thread that changes every sector of the driver's buffers, again and again.
+struct Scribbler {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Scribbler {
+    fn start(driver: &Driver) -> Scribbler {
+        let (memory, stop) = (driver.memory(), Arc::new(AtomicBool::new(false)));
+        let stop_asked = stop.clone();
+        let thread = std::thread::spawn(move || {
+            let memory = memory.as_volatile_slice();
+            for count in 0_u64.. {
+                for sector in (0..memory.len()).step_by(SECTOR) {
+                    memory.store(count, sector, Ordering::Relaxed).expect("inside the memory");
+                }
+                if stop_asked.load(Ordering::Relaxed) {
+                    return;
+                }
+            }
+        });
+        Scribbler { stop, thread }
+    }
+
+    fn stop(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("the scribbler");
+    }
+}
+
+/// What reads a buffer more than once. The names are those of the functions in guest/replicas.sh.
+#[derive(Clone, Copy)]
+enum Layer {
+    Raid1,
+    Drbd,
+}
+
+impl Layer {
+    fn name(self) -> &'static str {
+        match self {
+            Layer::Raid1 => "raid1",
+            Layer::Drbd => "drbd",
+        }
+    }
+
+    fn device(self) -> &'static str {
+        match self {
+            Layer::Raid1 => "/dev/md0",
+            Layer::Drbd => "/dev/drbd0",
+        }
+    }
+
+    /// What the kernel counts. md counts all 64 KiB of a comparison in which anything differs.
+    fn unit(self) -> &'static str {
+        match self {
+            Layer::Raid1 => "sectors, of 32768",
+            Layer::Drbd => "KiB, of 16384",
+        }
+    }
+}
+
+/// A guest with two empty disks, and one device over both.
+struct Laboratory {
+    vm: Vm,
+    layer: Layer,
+    _disks: tempfile::TempDir,
+}
+
+impl Laboratory {
+    fn new(layer: Layer) -> Laboratory {
+        let job = [include_str!("guest/replicas.sh"), include_str!("guest/shell.sh")].concat();
+        let own = std::env::current_exe().expect("a running program's path");
+        let programs = [("virtioblkd", program("virtioblkd")), ("replicas", own)];
+        let mut qemu = Qemu::new(accelerator(), 512, 2).linux_with_programs(&job, "initramfs-replicas.cpio", &programs);
+        let disks = scratch();
+        for name in ["vda", "vdb"] {
+            let dir = disks.path().join(name);
+            std::fs::create_dir(&dir).expect("room");
+            // Room for md's and DRBD's own data, too.
+            qemu = qemu.own_disk(&sparse_image(&dir, 2 * DISK as u64), CacheMode::Unsafe);
+        }
+        let mut vm = qemu.start_shell();
+        vm.sh(&format!("make_{} {}", layer.name(), DISK >> 10));
+        Laboratory { vm, layer, _disks: disks }
+    }
+
+    /// Serves the device, lets the front-end write all of it, and ends the server, which syncs.
+    fn write_all(&mut self, mode: CacheMode, front_end: FrontEnd) {
+        self.vm.sh(&format!("serve {} {mode}", self.layer.device()));
+        self.vm.sh(&format!("front_end {}", if front_end == FrontEnd::Scribbles { "yes" } else { "no" }));
+        self.vm.sh("stop_serving");
+    }
+
+    /// How much differs between the replicas by the kernel's own account, in the layer's unit. They are equal again
+    /// afterwards.
+    fn compare(&mut self) -> u64 {
+        self.ask(&format!("compare_{}", self.layer.name()), "differ: ")
+    }
+
+    /// Runs a command that prints a number after `name`.
+    fn ask(&mut self, command: &str, name: &str) -> u64 {
+        let said = self.vm.sh(command);
+        let number = said.iter().find_map(|line| line.strip_prefix(name)?.parse().ok());
+        number.unwrap_or_else(|| panic!("{command} said {said:?}"))
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum FrontEnd {
+    Behaves,
+    Scribbles,
+}
+
+/// A number for each cache mode, in the order of [`CacheMode::ALL`].
+struct Column {
+    title: String,
+    figures: [u64; 5],
+}
+
+impl Column {
+    fn measure(title: impl Into<String>, figure: impl FnMut(CacheMode) -> u64) -> Column {
+        Column { title: title.into(), figures: CacheMode::ALL.map(figure) }
+    }
+}
+
+struct Table {
+    title: String,
+    columns: Vec<Column>,
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}:", self.title)?;
+        write!(f, "{:14}", "")?;
+        self.columns.iter().try_for_each(|column| write!(f, "{:>16}", column.title))?;
+        for (row, mode) in CacheMode::ALL.iter().enumerate() {
+            write!(f, "\n{:14}", mode.name())?;
+            self.columns.iter().try_for_each(|column| write!(f, "{:>16}", column.figures[row]))?;
+        }
+        writeln!(f)
+    }
+}
+
+/// Whether the mode has the data copied into the host's page cache before anything below reads it.
+fn copies_into_page_cache(mode: CacheMode) -> bool {
+    !matches!(mode, CacheMode::None | CacheMode::Directsync)
+}
+
+fn replicas_stay_equal(layer: Layer) {
+    let mut laboratory = Laboratory::new(layer);
+    let mut column = |title: &str, front_end| {
+        Column::measure(title, |mode| {
+            laboratory.write_all(mode, front_end);
+            laboratory.compare()
+        })
+    };
+    let columns = vec![column("still", FrontEnd::Behaves), column("off", FrontEnd::Scribbles)];
+    let table = Table { title: format!("{}: what differs ({})", layer.device(), layer.unit()), columns };
+    tell(&table.to_string());
+    for (row, mode) in CacheMode::ALL.into_iter().enumerate() {
+        let [still, off] = [0, 1].map(|column: usize| table.columns[column].figures[row]);
+        assert_eq!(still, 0, "{mode}: nobody changed a buffer\n{table}");
+        assert_eq!(off == 0, copies_into_page_cache(mode), "{mode}\n{table}");
+    }
+}
+
+#[test]
+fn both_halves_of_an_md_raid1_stay_equal() {
+    replicas_stay_equal(Layer::Raid1);
+}
+
+#[test]
+fn both_replicas_of_a_drbd_stay_equal() {
+    replicas_stay_equal(Layer::Drbd);
+}
+
+/// With data-integrity-alg DRBD sends a checksum with the data, and finds that the data has changed meanwhile. It then
+/// breaks the connection and synchronizes anew.
+#[test]
+fn drbds_own_checksums_hold() {
+    let mut laboratory = Laboratory::new(Layer::Drbd);
+    laboratory.vm.sh("reconnect_drbd --data-integrity-alg=crc32c");
+    let mut column = |title: &str, front_end| {
+        Column::measure(title, |mode| {
+            laboratory.write_all(mode, front_end);
+            laboratory.ask("drbd_complaints", "complaints: ")
+        })
+    };
+    let columns = vec![column("still", FrontEnd::Behaves), column("off", FrontEnd::Scribbles)];
+    let table = Table { title: "/dev/drbd0: \"buffer modified by upper layers\"".into(), columns };
+    tell(&table.to_string());
+    for (row, mode) in CacheMode::ALL.into_iter().enumerate() {
+        let [still, off] = [0, 1].map(|column: usize| table.columns[column].figures[row]);
+        assert_eq!(still, 0, "{mode}: nobody changed a buffer\n{table}");
+        assert_eq!(off == 0, copies_into_page_cache(mode), "{mode}\n{table}");
+    }
+}
