@@ -1,8 +1,8 @@
 //! What becomes of data that is stored twice, or with a checksum, when a guest changes a buffer while its write is under
-//! way. A guest runs virtioblkd inside, on a device that reads each buffer more than once: an md RAID1, and DRBD (two
-//! resources in one kernel, each the other's peer). A front-end, this very program, writes the whole disk while a
-//! thread of it changes the buffers. Then the kernel compares the replicas, in every cache mode. docs/stable-writes.md
-//! has the tables and says what they mean.
+//! way. A guest runs virtioblkd inside, on what reads each buffer more than once: an md RAID1, DRBD (two resources in
+//! one kernel, each the other's peer) and btrfs. A front-end, this very program, writes the whole disk while a thread of
+//! it changes the buffers. Then the kernel compares the replicas, or checks what it reads, in every cache mode.
+//! docs/stable-writes.md has the tables and says what they mean.
 
 mod driver;
 mod guest;
@@ -21,6 +21,8 @@ use virtioblkd::engine::cache::CacheMode;
 use vm_memory::{Bytes, VolatileMemory};
 
 const MIB: usize = 1 << 20;
+/// What the layers have below them: btrfs would not do with less.
+const HOST_DISK: u64 = 256 << 20;
 /// What the front-end writes: the whole disk, so often.
 const DISK: usize = 16 * MIB;
 const ROUNDS: usize = 2;
@@ -95,6 +97,7 @@ impl Scribbler {
 enum Layer {
     Raid1,
     Drbd,
+    Btrfs,
 }
 
 impl Layer {
@@ -102,21 +105,25 @@ impl Layer {
         match self {
             Layer::Raid1 => "raid1",
             Layer::Drbd => "drbd",
+            Layer::Btrfs => "btrfs",
         }
     }
 
-    fn device(self) -> &'static str {
+    /// What virtioblkd serves.
+    fn image(self) -> &'static str {
         match self {
             Layer::Raid1 => "/dev/md0",
             Layer::Drbd => "/dev/drbd0",
+            Layer::Btrfs => "/mnt/disk.img",
         }
     }
 
     /// What the kernel counts. md counts all 64 KiB of a comparison in which anything differs.
     fn unit(self) -> &'static str {
         match self {
-            Layer::Raid1 => "sectors, of 32768",
-            Layer::Drbd => "KiB, of 16384",
+            Layer::Raid1 => "sectors that differ, of 32768",
+            Layer::Drbd => "KiB that differ, of 16384",
+            Layer::Btrfs => "blocks that cannot be read, of 4096",
         }
     }
 }
@@ -138,8 +145,7 @@ impl Laboratory {
         for name in ["vda", "vdb"] {
             let dir = disks.path().join(name);
             std::fs::create_dir(&dir).expect("room");
-            // Room for md's and DRBD's own data, too.
-            qemu = qemu.own_disk(&sparse_image(&dir, 2 * DISK as u64), CacheMode::Unsafe);
+            qemu = qemu.own_disk(&sparse_image(&dir, HOST_DISK), CacheMode::Unsafe);
         }
         let mut vm = qemu.start_shell();
         vm.sh(&format!("make_{} {}", layer.name(), DISK >> 10));
@@ -148,13 +154,12 @@ impl Laboratory {
 
     /// Serves the device, lets the front-end write all of it, and ends the server, which syncs.
     fn write_all(&mut self, mode: CacheMode, front_end: FrontEnd) {
-        self.vm.sh(&format!("serve {} {mode}", self.layer.device()));
+        self.vm.sh(&format!("serve {} {mode}", self.layer.image()));
         self.vm.sh(&format!("front_end {}", if front_end == FrontEnd::Scribbles { "yes" } else { "no" }));
         self.vm.sh("stop_serving");
     }
 
-    /// How much differs between the replicas by the kernel's own account, in the layer's unit. They are equal again
-    /// afterwards.
+    /// What went wrong by the kernel's own account, in the layer's unit. The next comparison begins anew.
     fn compare(&mut self) -> u64 {
         self.ask(&format!("compare_{}", self.layer.name()), "differ: ")
     }
@@ -208,7 +213,7 @@ fn copies_into_page_cache(mode: CacheMode) -> bool {
     !matches!(mode, CacheMode::None | CacheMode::Directsync)
 }
 
-fn replicas_stay_equal(layer: Layer) {
+fn layer_keeps_what_it_was_given(layer: Layer) {
     let mut laboratory = Laboratory::new(layer);
     let mut column = |title: &str, front_end| {
         Column::measure(title, |mode| {
@@ -217,7 +222,7 @@ fn replicas_stay_equal(layer: Layer) {
         })
     };
     let columns = vec![column("still", FrontEnd::Behaves), column("off", FrontEnd::Scribbles)];
-    let table = Table { title: format!("{}: what differs ({})", layer.device(), layer.unit()), columns };
+    let table = Table { title: format!("{}, {}", layer.image(), layer.unit()), columns };
     tell(&table.to_string());
     for (row, mode) in CacheMode::ALL.into_iter().enumerate() {
         let [still, off] = [0, 1].map(|column: usize| table.columns[column].figures[row]);
@@ -228,12 +233,17 @@ fn replicas_stay_equal(layer: Layer) {
 
 #[test]
 fn both_halves_of_an_md_raid1_stay_equal() {
-    replicas_stay_equal(Layer::Raid1);
+    layer_keeps_what_it_was_given(Layer::Raid1);
 }
 
 #[test]
 fn both_replicas_of_a_drbd_stay_equal() {
-    replicas_stay_equal(Layer::Drbd);
+    layer_keeps_what_it_was_given(Layer::Drbd);
+}
+
+#[test]
+fn a_btrfs_can_read_what_it_stored() {
+    layer_keeps_what_it_was_given(Layer::Btrfs);
 }
 
 /// With data-integrity-alg DRBD sends a checksum with the data, and finds that the data has changed meanwhile. It then

@@ -1,5 +1,5 @@
 # What the guest of tests/replicas.rs can be told to do; comes before shell.sh. It has two disks, /dev/vda and /dev/vdb,
-# and stores everything twice on them.
+# and stores everything twice, or with a checksum, on them.
 
 # wait_for CONDITION: until that shell line holds; half a minute at most.
 wait_for() {
@@ -111,4 +111,25 @@ compare_drbd() {
 drbd_complaints() {
 	wait_for 'drbd_is cs:Connected && drbd_is ds:UpToDate/UpToDate' || return 1
 	echo "complaints: $(dmesg -c | grep -c 'buffer modified by upper layers')"
+}
+
+# --- btrfs, which keeps a checksum of each block ---
+
+# make_btrfs KIB: an image of that size in a new filesystem.
+make_btrfs() {
+	mkfs.btrfs --quiet --data single --metadata single /dev/vda && mkdir -p /mnt &&
+		mount -t btrfs /dev/vda /mnt && truncate -s "$1k" /mnt/disk.img
+}
+
+# Prints how many blocks that nobody has read before do not fit their checksums. The next run writes all of them anew.
+compare_btrfs() {
+	local before
+	before=$(corrupt_blocks) && umount /mnt && mount -t btrfs /dev/vda /mnt || return 1
+	# Reading such a block is an error.
+	dd if=/mnt/disk.img of=/dev/null bs=64k iflag=direct conv=noerror 2>/tmp/dd
+	echo "differ: $(($(corrupt_blocks) - before))"
+}
+
+corrupt_blocks() {
+	sed -n 's/^corruption_errs //p' /sys/fs/btrfs/*-*/devinfo/1/error_stats
 }
