@@ -17,19 +17,19 @@ use driver::{ALL, Driver};
 use guest::qemu::{Qemu, Vm};
 use guest::server::program;
 use guest::{accelerator, scratch, sparse_image, tell};
+use serde_json::Value;
 use virtioblkd::engine::cache::CacheMode;
 use vm_memory::{Bytes, VolatileMemory};
 
-const MIB: usize = 1 << 20;
 /// What the layers have below them: btrfs would not do with less.
 const HOST_DISK: u64 = 256 << 20;
-/// What the front-end writes: the whole disk, so often.
-const DISK: usize = 16 * MIB;
-const ROUNDS: usize = 2;
+/// What the front-end writes, all of it once.
+const DISK: usize = 16 << 20;
 /// Bytes of one write, and how many are under way at once, no two of them for the same place: what differs in the end
 /// comes from changed buffers alone.
 const WRITE: usize = 64 << 10;
 const DEPTH: usize = 8;
+const WRITES: usize = DISK / WRITE;
 const SECTOR: usize = 512;
 
 /// The front-end. The guest starts it by this name.
@@ -41,7 +41,7 @@ fn front_end() {
     let mut driver = Driver::connect_soon(Path::new(&socket), 1, 64, DEPTH * WRITE, ALL);
     let scribbler = (scribbles == "yes").then(|| Scribbler::start(&driver));
 
-    let mut offsets = (0..ROUNDS).flat_map(|_| (0..DISK).step_by(WRITE)).zip(1_u64..).peekable();
+    let mut offsets = (0..DISK).step_by(WRITE).zip(1_u64..).peekable();
     let mut idle: Vec<usize> = (0..DEPTH).collect();
     while offsets.peek().is_some() || idle.len() < DEPTH {
         while let Some(slot) = idle.pop_if(|_| offsets.peek().is_some()) {
@@ -119,11 +119,11 @@ impl Layer {
     }
 
     /// What the kernel counts. md counts all 64 KiB of a comparison in which anything differs.
-    fn unit(self) -> &'static str {
+    fn unit(self) -> String {
         match self {
-            Layer::Raid1 => "sectors that differ, of 32768",
-            Layer::Drbd => "KiB that differ, of 16384",
-            Layer::Btrfs => "blocks that cannot be read, of 4096",
+            Layer::Raid1 => format!("sectors that differ, of {}", DISK / SECTOR),
+            Layer::Drbd => format!("KiB that differ, of {}", DISK >> 10),
+            Layer::Btrfs => format!("blocks that cannot be read, of {}", DISK >> 12),
         }
     }
 }
@@ -139,7 +139,8 @@ impl Laboratory {
     fn new(layer: Layer) -> Laboratory {
         let job = [include_str!("guest/replicas.sh"), include_str!("guest/shell.sh")].concat();
         let own = std::env::current_exe().expect("a running program's path");
-        let programs = [("virtioblkd", program("virtioblkd")), ("replicas", own)];
+        let programs =
+            [("virtioblkd", program("virtioblkd")), ("virtioblkctl", program("virtioblkctl")), ("replicas", own)];
         let mut qemu = Qemu::new(accelerator(), 512, 2).linux_with_programs(&job, "initramfs-replicas.cpio", &programs);
         let disks = scratch();
         for name in ["vda", "vdb"] {
@@ -152,11 +153,15 @@ impl Laboratory {
         Laboratory { vm, layer, _disks: disks }
     }
 
-    /// Serves the device, lets the front-end write all of it, and ends the server, which syncs.
-    fn write_all(&mut self, mode: CacheMode, front_end: FrontEnd) {
-        self.vm.sh(&format!("serve {} {mode}", self.layer.image()));
+    /// Serves the image, lets the front-end write all of it, and ends the server, which syncs. Returns what the server
+    /// said of stable writes before it ended.
+    fn write_all(&mut self, mode: CacheMode, stable_writes: &str, front_end: FrontEnd) -> Value {
+        self.vm.sh(&format!("serve {} {mode} --stable-writes {stable_writes}", self.layer.image()));
         self.vm.sh(&format!("front_end {}", if front_end == FrontEnd::Scribbles { "yes" } else { "no" }));
+        let said = self.vm.sh("virtioblkctl --control /tmp/control --json status").concat();
+        let status: Value = serde_json::from_str(&said).unwrap_or_else(|error| panic!("{error}: {said}"));
         self.vm.sh("stop_serving");
+        status["stable-writes"].clone()
     }
 
     /// What went wrong by the kernel's own account, in the layer's unit. The next comparison begins anew.
@@ -213,22 +218,39 @@ fn copies_into_page_cache(mode: CacheMode) -> bool {
     !matches!(mode, CacheMode::None | CacheMode::Directsync)
 }
 
-fn layer_keeps_what_it_was_given(layer: Layer) {
-    let mut laboratory = Laboratory::new(layer);
-    let mut column = |title: &str, front_end| {
+/// The columns of every table: the server's `--stable-writes`, and what the front-end does.
+const COLUMNS: [(&str, &str, FrontEnd); 4] = [
+    ("buffers kept", "off", FrontEnd::Behaves),
+    ("off", "off", FrontEnd::Scribbles),
+    ("auto", "auto", FrontEnd::Scribbles),
+    ("copy", "copy", FrontEnd::Scribbles),
+];
+
+/// Measures `damage` in every column, tells the table, and holds it against what is promised: damage where buffers
+/// change and neither we nor the page cache copy them, and nowhere else.
+fn only_off_does_damage(laboratory: &mut Laboratory, title: &str, mut damage: impl FnMut(&mut Laboratory) -> u64) {
+    let columns = COLUMNS.map(|(title, stable_writes, front_end)| {
         Column::measure(title, |mode| {
-            laboratory.write_all(mode, front_end);
-            laboratory.compare()
+            let said = laboratory.write_all(mode, stable_writes, front_end);
+            let copies = stable_writes != "off" && !copies_into_page_cache(mode);
+            assert_eq!(said["in-effect"] == "copy", copies, "{mode}, {stable_writes}: {said}");
+            assert_eq!(said["copied-writes"] == WRITES as u64, copies, "{mode}, {stable_writes}: {said}");
+            damage(laboratory)
         })
-    };
-    let columns = vec![column("still", FrontEnd::Behaves), column("off", FrontEnd::Scribbles)];
-    let table = Table { title: format!("{}, {}", layer.image(), layer.unit()), columns };
+    });
+    let table = Table { title: title.into(), columns: columns.into() };
     tell(&table.to_string());
     for (row, mode) in CacheMode::ALL.into_iter().enumerate() {
-        let [still, off] = [0, 1].map(|column: usize| table.columns[column].figures[row]);
-        assert_eq!(still, 0, "{mode}: nobody changed a buffer\n{table}");
-        assert_eq!(off == 0, copies_into_page_cache(mode), "{mode}\n{table}");
+        for (column, (_, stable_writes, front_end)) in table.columns.iter().zip(COLUMNS) {
+            let expected = stable_writes == "off" && front_end == FrontEnd::Scribbles && !copies_into_page_cache(mode);
+            assert_eq!(column.figures[row] > 0, expected, "{mode}, {}\n{table}", column.title);
+        }
     }
+}
+
+fn layer_keeps_what_it_was_given(layer: Layer) {
+    let title = format!("{}, {}", layer.image(), layer.unit());
+    only_off_does_damage(&mut Laboratory::new(layer), &title, Laboratory::compare);
 }
 
 #[test]
@@ -244,6 +266,12 @@ fn both_replicas_of_a_drbd_stay_equal() {
 #[test]
 fn a_btrfs_can_read_what_it_stored() {
     layer_keeps_what_it_was_given(Layer::Btrfs);
+
+    // Without checksums there is nothing to protect, and `auto` knows such a file.
+    let mut laboratory = Laboratory::new(Layer::Btrfs);
+    laboratory.vm.sh(&format!("make_image {} nodatacow", DISK >> 10));
+    let said = laboratory.write_all(CacheMode::None, "auto", FrontEnd::Scribbles);
+    assert_eq!((&said["in-effect"], laboratory.compare()), (&Value::from("off"), 0), "{said}");
 }
 
 /// With data-integrity-alg DRBD sends a checksum with the data, and finds that the data has changed meanwhile. It then
@@ -252,18 +280,25 @@ fn a_btrfs_can_read_what_it_stored() {
 fn drbds_own_checksums_hold() {
     let mut laboratory = Laboratory::new(Layer::Drbd);
     laboratory.vm.sh("reconnect_drbd --data-integrity-alg=crc32c");
+    let title = "/dev/drbd0, \"buffer modified by upper layers\"";
+    only_off_does_damage(&mut laboratory, title, |laboratory| laboratory.ask("drbd_complaints", "complaints: "));
+}
+
+/// Counts what a guest does, whether it does harm below or not.
+#[test]
+fn detect_tells_who_changes_buffers() {
+    let mut laboratory = Laboratory::new(Layer::Raid1);
     let mut column = |title: &str, front_end| {
         Column::measure(title, |mode| {
-            laboratory.write_all(mode, front_end);
-            laboratory.ask("drbd_complaints", "complaints: ")
+            let said = laboratory.write_all(mode, "detect", front_end);
+            assert_eq!(said["checked-writes"], WRITES as u64, "{mode}: {said}");
+            said["changed-writes"].as_u64().expect("a number")
         })
     };
-    let columns = vec![column("still", FrontEnd::Behaves), column("off", FrontEnd::Scribbles)];
-    let table = Table { title: "/dev/drbd0: \"buffer modified by upper layers\"".into(), columns };
+    let columns = vec![column("buffers kept", FrontEnd::Behaves), column("buffers change", FrontEnd::Scribbles)];
+    let title = format!("/dev/md0, writes that --stable-writes detect found changed, of {WRITES}");
+    let table = Table { title, columns };
     tell(&table.to_string());
-    for (row, mode) in CacheMode::ALL.into_iter().enumerate() {
-        let [still, off] = [0, 1].map(|column: usize| table.columns[column].figures[row]);
-        assert_eq!(still, 0, "{mode}: nobody changed a buffer\n{table}");
-        assert_eq!(off == 0, copies_into_page_cache(mode), "{mode}\n{table}");
-    }
+    assert_eq!(table.columns[0].figures, [0; 5], "nobody changed a buffer\n{table}");
+    assert!(table.columns[1].figures.iter().all(|changed| *changed > 0), "{table}");
 }

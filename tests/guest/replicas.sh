@@ -45,16 +45,11 @@ make_raid1() {
 		/dev/vda /dev/vdb && wait_for '[ -b /dev/md0 ]'
 }
 
-# Prints what differs, in sectors, as the kernel's own comparison has it; then makes the halves equal again.
+# Prints what differs, in sectors, as the kernel's own comparison has it. The next run writes everything anew.
 compare_raid1() {
-	local mismatch=/sys/block/md0/md/mismatch_cnt
-	sync_raid1 check || return 1
-	echo "differ: $(cat $mismatch)"
-	[ "$(cat $mismatch)" = 0 ] || sync_raid1 repair
-}
-
-sync_raid1() {
-	echo "$1" >/sys/block/md0/md/sync_action && wait_for '[ "$(cat /sys/block/md0/md/sync_action)" = idle ]'
+	local md=/sys/block/md0/md
+	echo check >$md/sync_action && wait_for "[ \"\$(cat $md/sync_action)\" = idle ]" || return 1
+	echo "differ: $(cat $md/mismatch_cnt)"
 }
 
 # --- DRBD: two resources in one kernel, each the other's peer ---
@@ -118,7 +113,12 @@ drbd_complaints() {
 # make_btrfs KIB: an image of that size in a new filesystem.
 make_btrfs() {
 	mkfs.btrfs --quiet --data single --metadata single /dev/vda && mkdir -p /mnt &&
-		mount -t btrfs /dev/vda /mnt && truncate -s "$1k" /mnt/disk.img
+		mount -t btrfs /dev/vda /mnt && make_image "$1" datacow
+}
+
+# make_image KIB OPTION: a new image, made while the filesystem has that mount option.
+make_image() {
+	rm -f /mnt/disk.img && mount -o "remount,$2" /mnt && truncate -s "$1k" /mnt/disk.img
 }
 
 # Prints how many blocks that nobody has read before do not fit their checksums. The next run writes all of them anew.
