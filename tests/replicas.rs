@@ -1,6 +1,6 @@
 //! What becomes of data that is stored twice, or with a checksum, when a guest changes a buffer while its write is under
 //! way. A guest runs virtioblkd inside, on what reads each buffer more than once: an md RAID1, DRBD (two resources in
-//! one kernel, each the other's peer) and btrfs. A front-end, this very program, writes the whole disk while a thread of
+//! one kernel, each the other's peer), btrfs, dm-integrity. A front-end, this very program, writes the whole disk while a thread of
 //! it changes the buffers. Then the kernel compares the replicas, or checks what it reads, in every cache mode.
 //! docs/stable-writes.md has the tables and says what they mean.
 
@@ -98,6 +98,7 @@ enum Layer {
     Raid1,
     Drbd,
     Btrfs,
+    Integrity,
 }
 
 impl Layer {
@@ -106,6 +107,7 @@ impl Layer {
             Layer::Raid1 => "raid1",
             Layer::Drbd => "drbd",
             Layer::Btrfs => "btrfs",
+            Layer::Integrity => "integrity",
         }
     }
 
@@ -115,6 +117,7 @@ impl Layer {
             Layer::Raid1 => "/dev/md0",
             Layer::Drbd => "/dev/drbd0",
             Layer::Btrfs => "/mnt/disk.img",
+            Layer::Integrity => "/dev/dm-0",
         }
     }
 
@@ -124,6 +127,7 @@ impl Layer {
             Layer::Raid1 => format!("sectors that differ, of {}", DISK / SECTOR),
             Layer::Drbd => format!("KiB that differ, of {}", DISK >> 10),
             Layer::Btrfs => format!("blocks that cannot be read, of {}", DISK >> 12),
+            Layer::Integrity => format!("pieces of 64 KiB that cannot be read, of {}", DISK >> 16),
         }
     }
 }
@@ -272,6 +276,11 @@ fn a_btrfs_can_read_what_it_stored() {
     laboratory.vm.sh(&format!("make_image {} nodatacow", DISK >> 10));
     let said = laboratory.write_all(CacheMode::None, "auto", FrontEnd::Scribbles);
     assert_eq!((&said["in-effect"], laboratory.compare()), (&Value::from("off"), 0), "{said}");
+}
+
+#[test]
+fn a_dm_integrity_can_read_what_it_stored() {
+    layer_keeps_what_it_was_given(Layer::Integrity);
 }
 
 /// With data-integrity-alg DRBD sends a checksum with the data, and finds that the data has changed meanwhile. It then

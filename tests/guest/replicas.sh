@@ -1,12 +1,12 @@
 # What the guest of tests/replicas.rs can be told to do; comes before shell.sh. It has two disks, /dev/vda and /dev/vdb,
 # and stores everything twice, or with a checksum, on them.
 
-# wait_for CONDITION: until that shell line holds; half a minute at most.
+# wait_for CONDITION: until that shell line holds; two minutes at least before it gives up.
 wait_for() {
 	local tries=0
 	until eval "$1"; do
 		tries=$((tries + 1))
-		if [ $tries -ge 300 ]; then
+		if [ $tries -ge 1200 ]; then
 			echo "waited in vain until: $1"
 			return 1
 		fi
@@ -121,15 +121,46 @@ make_image() {
 	rm -f /mnt/disk.img && mount -o "remount,$2" /mnt && truncate -s "$1k" /mnt/disk.img
 }
 
-# Prints how many blocks that nobody has read before do not fit their checksums. The next run writes all of them anew.
+# Prints how many blocks do not fit their checksums; then the image is a new one, since no server would start on one
+# whose first block cannot be read.
 compare_btrfs() {
-	local before
+	local before kib
 	before=$(corrupt_blocks) && umount /mnt && mount -t btrfs /dev/vda /mnt || return 1
 	# Reading such a block is an error.
 	dd if=/mnt/disk.img of=/dev/null bs=64k iflag=direct conv=noerror 2>/tmp/dd
 	echo "differ: $(($(corrupt_blocks) - before))"
+	kib=$(($(stat -c %s /mnt/disk.img) / 1024)) && make_image $kib datacow
 }
 
 corrupt_blocks() {
 	sed -n 's/^corruption_errs //p' /sys/fs/btrfs/*-*/devinfo/1/error_stats
+}
+
+# --- dm-integrity, which keeps a checksum of each sector ---
+
+# make_integrity KIB: without its journal (D). With it (J) the data is copied into the journal, and the checksum is that
+# of the copy.
+make_integrity() {
+	local sectors
+	# The kernel formats the empty disk for one sector, and only then is there a device of any size.
+	for sectors in 1 $(($1 * 2)); do
+		[ ! -e /dev/dm-0 ] || dmsetup remove --noudevsync integrity || return 1
+		# Named as integritysetup names it.
+		dmsetup create --noudevsync --noudevrules --uuid CRYPT-INTEGRITY-replicas integrity \
+			--table "0 $sectors integrity /dev/vda 0 4 D 1 internal_hash:crc32c" || return 1
+	done
+	clear_integrity
+}
+
+# Gives every sector a checksum.
+clear_integrity() {
+	dd if=/dev/zero of=/dev/dm-0 bs=64k oflag=direct 2>/tmp/dd
+	grep -q 'No space left' /tmp/dd
+}
+
+# Prints how many times 64 KiB cannot be read because a sector does not fit its checksum; then all can be read again.
+compare_integrity() {
+	dd if=/dev/dm-0 of=/dev/null bs=64k iflag=direct conv=noerror 2>/tmp/dd
+	echo "differ: $(grep -c '^dd: ' /tmp/dd)"
+	clear_integrity
 }
