@@ -6,14 +6,14 @@ CARGO ?= cargo
 # A guest test is a QEMU and a server; more at once than CPUs only wait for each other.
 TEST_THREADS ?= 2
 # Tests that boot guests. All others need nothing but Rust.
-VM_TESTS = firmware vm story agent replicas libvirt
+VM_TESTS = firmware vm story agent replicas power_cut libvirt
 OTHER_TESTS = $(filter-out $(VM_TESTS),$(basename $(notdir $(wildcard tests/*.rs))))
 
 release = $(or $(CARGO_TARGET_DIR),target)/release
 doc = $(DESTDIR)$(PREFIX)/share/doc/virtioblkd
 
 .NOTPARALLEL:
-.PHONY: help build demo demo-snapshot check check-unit check-vm check-story check-stable check-libvirt check-lint bench explore-long install deps toolchain
+.PHONY: toolchain $(shell sed -n 's/^\([a-z-]*\):.*## .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -46,6 +46,12 @@ check-stable: toolchain deps ## Guests that change buffers in flight, over a rea
 
 check-libvirt: toolchain deps ## The shipped domain on a real libvirt
 	$(CARGO) test --test libvirt
+
+check-power: toolchain deps ## Power cuts of a guest that serves, in every mode; minutes
+	$(CARGO) test --test power_cut -- --test-threads=$(TEST_THREADS) --nocapture
+
+power-long: toolchain deps ## The same with twenty seeds and more cuts; an hour
+	VIRTIOBLKD_POWER=long $(CARGO) test --test power_cut -- --test-threads=$(TEST_THREADS) --nocapture
 
 check-lint: toolchain ## Formatting, clippy, documentation, without a warning
 	$(CARGO) fmt --check
