@@ -6,8 +6,8 @@ mod guest;
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
+use guest::ext4::e2fsprogs;
 use guest::oracle::{self, LoopDevice};
 use guest::{Qmp, Server, output, qemu, run, scratch, sparse_image, tell, wait_until};
 use serde_json::json;
@@ -221,12 +221,6 @@ wait $! || exit 1
 umount /mnt
 "#;
 
-/// A program of e2fsprogs, which lives where plain users do not look.
-fn e2fs(program: &str) -> Command {
-    let found = ["/usr/sbin", "/sbin"].iter().map(|dir| Path::new(dir).join(program)).find(|path| path.exists());
-    Command::new(found.unwrap_or_else(|| panic!("{program} of e2fsprogs is installed")))
-}
-
 #[test]
 fn a_snapshot_of_a_quiesced_disk_holds_every_file_that_was_fsynced() {
     for mode in [CacheMode::None, CacheMode::Writeback, CacheMode::Directsync] {
@@ -254,7 +248,7 @@ fn a_snapshot_of_a_quiesced_disk_holds_every_file_that_was_fsynced() {
         vm.go();
         vm.until_line("@last");
         vm.finish();
-        run(e2fs("e2fsck").args(["-fn"]).arg(&image));
+        run(e2fsprogs("e2fsck").args(["-fn"]).arg(&image));
     }
 }
 
@@ -276,20 +270,20 @@ fn a_guest_goes_on_after_its_server_was_restarted_in_order() {
     vm.go();
     vm.until_line("@last");
     vm.finish();
-    run(e2fs("e2fsck").arg("-fn").arg(&image));
+    run(e2fsprogs("e2fsck").arg("-fn").arg(&image));
 }
 
 /// Replays the journal of a copy, as a mount would, checks it, and reads back the files that were promised.
 fn check_snapshot(snapshot: &Path, promised: u64, mode: CacheMode) {
     // 0: clean, 1: the journal was replayed and what it told was mended. More is damage.
-    let replayed = output(e2fs("e2fsck").args(["-p"]).arg(snapshot));
+    let replayed = output(e2fsprogs("e2fsck").args(["-p"]).arg(snapshot));
     let report = String::from_utf8_lossy(&replayed.stdout).into_owned();
     assert!(matches!(replayed.status.code(), Some(0 | 1)), "{mode}: e2fsck: {}\n{report}", replayed.status);
-    let checked = output(e2fs("e2fsck").args(["-fn"]).arg(snapshot));
+    let checked = output(e2fsprogs("e2fsck").args(["-fn"]).arg(snapshot));
     let report = String::from_utf8_lossy(&checked.stdout).into_owned();
     assert!(checked.status.success(), "{mode}: not clean after its journal was replayed\n{report}");
     for n in promised.saturating_sub(20).max(1)..=promised {
-        let read = output(e2fs("debugfs").args(["-R", &format!("cat /{n}")]).arg(snapshot));
+        let read = output(e2fsprogs("debugfs").args(["-R", &format!("cat /{n}")]).arg(snapshot));
         let line = format!("file {n}\n");
         let length = usize::try_from(n % 7 * 3000 + 100).expect("small");
         let expected: Vec<u8> = line.bytes().cycle().take(length).collect();
@@ -360,7 +354,7 @@ fn ext4_discard_read_only_and_large_sectors() {
     vm.go();
     vm.finish();
     for image in [&ordinary, &large] {
-        run(e2fs("e2fsck").arg("-fn").arg(image));
+        run(e2fsprogs("e2fsck").arg("-fn").arg(image));
     }
     assert!(fs::read(&read_only).expect("readable") == read_me, "a read-only image changed");
     assert!(a.total("discards") > 0, "{}", a.status());
