@@ -131,10 +131,12 @@ impl VolatileDisk {
         });
     }
 
-    /// Waits for the front-end's last word and ends the record.
+    /// Ends the record of a load whose server was ended in order.
     pub fn end(&self) -> Record {
         wait_until("the front-end's last word", || self.shared.lock().expect("the disk's thread runs").ended);
-        self.shared.lock().expect("the disk's thread runs").record.take().expect("begun")
+        let mut shared = self.shared.lock().expect("the disk's thread runs");
+        shared.note(Event::Said(Said::Stopped));
+        shared.record.take().expect("begun")
     }
 }
 
@@ -227,7 +229,7 @@ impl Thread {
         };
         self.last += 1;
         let id = self.last;
-        let late = self.delay();
+        let late = self.delay(&request.command);
         let mut shared = self.shared.lock().expect("no one panicked");
         let event = match request.command {
             Command::Disconnect => return Ok(false),
@@ -260,9 +262,14 @@ impl Thread {
         Ok(true)
     }
 
-    /// Long beside the way of a word from the guest; now and then so long that many others overtake.
-    fn delay(&mut self) -> Duration {
-        let longest = if self.chance.below(16) == 0 { 20_000 } else { 2000 };
+    /// Long beside the way of a word from the guest, and longer for a flush, so that much happens while one runs; now and
+    /// then so long that many others overtake.
+    fn delay(&mut self, command: &Command) -> Duration {
+        let longest = match command {
+            _ if self.chance.below(16) == 0 => 16_000,
+            Command::Flush => 6000,
+            _ => 1500,
+        };
         Duration::from_micros(self.chance.below(longest))
     }
 

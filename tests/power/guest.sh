@@ -8,6 +8,11 @@ make_file() {
 	mkdir -p /mnt && mount -t ext4 /dev/vda /mnt && truncate -s "$1" /mnt/disk.img && sync
 }
 
+# From now on this kernel drops all flushes of the disk and says that they are done.
+lie() {
+	echo 'write through' >/sys/block/vda/queue/write_cache
+}
+
 # load PLAN: the front-end (the test program itself), as the plan (JSON) says.
 load() {
 	VIRTIOBLKD_POWER_PLAN=$1 power_cut --ignored --exact front_end --nocapture >/tmp/load.log 2>&1 ||

@@ -15,7 +15,7 @@ pub enum Promise {
     Acknowledged,
     /// When a flush that was sent after its acknowledgement is acknowledged.
     Flushed,
-    /// When an operator's quiesce has succeeded since.
+    /// When an operator's quiesce has succeeded since, or the server has ended in order.
     Held,
 }
 
@@ -151,7 +151,7 @@ impl Promises {
                     return self.promise_all(&covered);
                 }
             }
-            Said::Held => return self.promise_all(&self.acknowledged()),
+            Said::Held | Said::Stopped => return self.promise_all(&self.acknowledged()),
             Said::Ended => {}
         }
         Vec::new()
@@ -293,8 +293,9 @@ pub fn judge_file(
 
 /// Points of a record, the last one first: half of them anywhere, half where something was just acknowledged.
 fn points(record: &Record, count: usize, chance: &mut Chance) -> Vec<usize> {
-    let is_answer =
-        |event: &Event| matches!(event, Event::Said(Said::Acknowledged(_) | Said::FlushAcknowledged(_) | Said::Held));
+    let is_answer = |event: &Event| {
+        matches!(event, Event::Said(Said::Acknowledged(_) | Said::FlushAcknowledged(_) | Said::Held | Said::Stopped))
+    };
     let answers: Vec<usize> = (0..record.events.len()).filter(|at| is_answer(&record.events[*at])).collect();
     let mut points: Vec<usize> = (0..count)
         .map(

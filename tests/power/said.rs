@@ -35,6 +35,8 @@ pub enum Said {
     Held,
     /// The last request was answered.
     Ended,
+    /// The server was ended in order: the host's own word.
+    Stopped,
 }
 
 impl fmt::Display for Said {
@@ -49,6 +51,7 @@ impl fmt::Display for Said {
             Said::FlushAcknowledged(number) => write!(f, "flush-acknowledged {number}"),
             Said::Held => write!(f, "held"),
             Said::Ended => write!(f, "ended"),
+            Said::Stopped => write!(f, "stopped"),
         }
     }
 }
@@ -68,6 +71,7 @@ impl Said {
             "flush-acknowledged" => Said::FlushAcknowledged(number(1)?),
             "held" => Said::Held,
             "ended" => Said::Ended,
+            "stopped" => Said::Stopped,
             _ => return None,
         })
     }
