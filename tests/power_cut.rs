@@ -12,13 +12,13 @@ mod power;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use driver::chance::Chance;
 use guest::qemu::{Qemu, Vm};
 use guest::{accelerator, ext4, scratch, tell};
 use power::disk::{Record, VolatileDisk};
-use power::judge::{Area, Promise, Verdict, judge_disk, judge_file};
+use power::judge::{Area, Promise, Verdict, judge_copies, judge_disk, judge_file};
 use power::load::{self, Plan};
 use power::said::SECTOR;
 use virtioblkd::engine::cache::CacheMode;
@@ -130,7 +130,7 @@ fn is_long() -> bool {
 }
 
 fn plan(case: &Case, seed: u64, salt: u64) -> Plan {
-    Plan { seed, salt, sectors: AREA, requests: 1000, flushes: case.flushes, holds: 3 }
+    Plan { seed, salt, sectors: AREA, requests: 1000, flushes: case.flushes, holds: 3, copies: None }
 }
 
 #[test]
@@ -163,7 +163,9 @@ fn each_mode_keeps_what_it_promises_on_a_file() {
             laboratory.vm.sh("umount /mnt");
             let area = Area { salt: plan.salt, sectors: plan.sectors };
             cuts += check(case, "file", seed, &mut |promise| {
-                let recover = |medium: &[u8]| recovered_file(dir.path(), medium);
+                let recover = |medium: &[u8]| {
+                    ext4::read_file(&recovered(dir.path(), medium), "disk.img").expect("a file that was synced")
+                };
                 judge_file(&record, promise, area, each, &mut Chance::new(seed), recover)
             });
         }
@@ -188,8 +190,33 @@ fn where_flushes_are_dropped_below_the_server_every_promise_breaks() {
     }
 }
 
-/// What a guest would read of its image after the power came back: the filesystem replays its journal first.
-fn recovered_file(dir: &Path, medium: &[u8]) -> Vec<u8> {
+/// A snapshot by `copy:` that was reported is there after a cut, and whole; one that was not is not there under its
+/// name. A copy by cp, which syncs nothing, is judged as well: it must not be as good.
+#[test]
+fn a_copy_that_has_its_name_is_whole() {
+    let (seed, dir) = (rounds().start, scratch());
+    let mut laboratory = Laboratory::start(seed);
+    let case = &CASES[2];
+    let cuts = if is_long() { 300 } else { 20 };
+    let mut wrong = ["copy:/mnt/copy-N", "exec:cp /mnt/disk.img /mnt/copy-N"].map(|to| {
+        let plan = Plan { copies: Some(to.into()), ..plan(case, seed, seed << 8) };
+        laboratory.vm.sh(&format!("make_file {}", AREA as usize * SECTOR));
+        let record = laboratory.load("/mnt/disk.img", case.mode, &plan);
+        laboratory.vm.sh("umount /mnt");
+        let wrong = judge_copies(&record, cuts, &mut Chance::new(seed), |medium| {
+            let image = recovered(dir.path(), medium);
+            (1..=plan.holds).map(|copy| ext4::read_file(&image, &format!("copy-{copy}"))).collect()
+        });
+        tell(&format!("{to}: {cuts} cuts, {} copies missing or not whole", wrong.len()));
+        wrong
+    });
+    assert!(!wrong[1].is_empty(), "seed {seed}: the judge sees no loss where there must be one");
+    wrong[0].truncate(5);
+    assert!(wrong[0].is_empty(), "seed {seed}: {}", wrong[0].join("\n"));
+}
+
+/// A medium after the power came back: its filesystem has replayed the journal.
+fn recovered(dir: &Path, medium: &[u8]) -> PathBuf {
     let image = dir.join("cut.img");
     let file = File::create(&image).and_then(|file| file.set_len(medium.len() as u64).map(|()| file));
     let file = file.expect("room for an image");
@@ -200,5 +227,5 @@ fn recovered_file(dir: &Path, medium: &[u8]) -> Vec<u8> {
         }
     }
     ext4::recover(&image);
-    ext4::read_file(&image, "disk.img")
+    image
 }

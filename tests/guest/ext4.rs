@@ -20,11 +20,16 @@ pub fn recover(image: &Path) {
     run(e2fsprogs("e2fsck").args(["-f", "-n"]).arg(image));
 }
 
-/// The bytes of a file in it.
-pub fn read_file(image: &Path, name: &str) -> Vec<u8> {
+/// The bytes of a file in its root. `None`: there is no such file.
+pub fn read_file(image: &Path, name: &str) -> Option<Vec<u8>> {
     let copy = image.with_extension("file");
-    run(e2fsprogs("debugfs").arg("-R").arg(format!("dump {name} {}", copy.display())).arg(image));
-    let bytes = std::fs::read(&copy).unwrap_or_else(|error| panic!("{name} of {}: {error}", image.display()));
+    let said = output(e2fsprogs("debugfs").arg("-R").arg(format!("dump {name} {}", copy.display())).arg(image));
+    // debugfs ends well whatever happens.
+    let said = String::from_utf8_lossy(&said.stderr).into_owned();
+    if said.contains("File not found") {
+        return None;
+    }
+    let bytes = std::fs::read(&copy).unwrap_or_else(|error| panic!("{name} of {}: {error}\n{said}", image.display()));
     std::fs::remove_file(copy).expect("ours");
-    bytes
+    Some(bytes)
 }

@@ -20,7 +20,7 @@ serve() {
 	virtioblkd --socket-path /tmp/vhost --control-path /tmp/control --blk-file "$image" --cache "$mode" "$@" \
 		>/tmp/virtioblkd.log 2>&1 &
 	server=$!
-	wait_for '[ -S /tmp/vhost ]' || { cat /tmp/virtioblkd.log; return 1; }
+	wait_for "[ -S /tmp/vhost ] || ! [ -d /proc/$server ]" && [ -S /tmp/vhost ] || { cat /tmp/virtioblkd.log; return 1; }
 }
 
 # Ends the server in order; that syncs in every mode.

@@ -84,6 +84,17 @@ impl Medium {
         std::iter::once(durable).chain(pending.map(|(_, bytes)| &**bytes))
     }
 
+    /// What the disk was told last, in every sector.
+    fn newest(&self) -> Vec<u8> {
+        let mut medium = self.durable.clone();
+        for (sector, versions) in &self.pending {
+            if let Some((_, bytes)) = versions.last() {
+                medium[*sector as usize * SECTOR..][..SECTOR].copy_from_slice(bytes);
+            }
+        }
+        medium
+    }
+
     /// One of the media that a cut may leave: nothing that was not flushed, all of it, or any part.
     pub fn cut(&self, chance: &mut Chance) -> Vec<u8> {
         let mut medium = self.durable.clone();
@@ -152,7 +163,7 @@ impl Promises {
                 }
             }
             Said::Held | Said::Stopped => return self.promise_all(&self.acknowledged()),
-            Said::Ended => {}
+            Said::Copied(_) | Said::Ended => {}
         }
         Vec::new()
     }
@@ -266,18 +277,13 @@ pub fn judge_file(
     chance: &mut Chance,
     mut recover: impl FnMut(&[u8]) -> Vec<u8>,
 ) -> Verdict {
-    let mut medium = Medium::new(record);
     let mut promises = Promises::new(promise, area.sectors);
     let mut verdict = Verdict { cuts, ..Verdict::default() };
-    let mut points: Vec<usize> = points(record, cuts, chance);
-    for (at, event) in record.events.iter().enumerate() {
-        medium.apply(at, event);
-        if let Event::Said(said) = event {
-            verdict.promises += promises.hear(said).len();
-        }
-        while points.last() == Some(&at) {
-            points.pop();
-            let file = recover(&medium.cut(chance));
+    let points = points(record, cuts, chance);
+    walk(record, points, chance, &mut |at, step| match step {
+        Step::Said(said) => verdict.promises += promises.hear(said).len(),
+        Step::Cut(medium) => {
+            let file = recover(&medium);
             assert_eq!(file.len(), area.sectors as usize * SECTOR, "cut at {at}: the file's size");
             for (sector, bytes) in (0..).zip(file.chunks(SECTOR)) {
                 let found = read(area.salt, sector, bytes);
@@ -287,8 +293,65 @@ pub fn judge_file(
                 }
             }
         }
-    }
+    });
     verdict
+}
+
+/// Judges copies of the disk, made during a load on a file: one that was reported to be complete is there, and one that
+/// is there is complete. `recover` makes the copies, by number from 1, of a medium. Returns what is wrong.
+pub fn judge_copies(
+    record: &Record,
+    cuts: usize,
+    chance: &mut Chance,
+    mut recover: impl FnMut(&[u8]) -> Vec<Option<Vec<u8>>>,
+) -> Vec<String> {
+    let ends: Vec<usize> =
+        (0..record.events.len()).filter(|at| matches!(record.events[*at], Event::Said(Said::Copied(_)))).collect();
+    // What the disk was told last is what a copy is when nothing is lost.
+    let mut medium = Medium::new(record);
+    record.events.iter().enumerate().for_each(|(at, event)| medium.apply(at, event));
+    let whole = recover(&medium.newest());
+    assert!(whole.len() == ends.len() && whole.iter().all(Option::is_some), "copies are missing without a cut");
+    // About the ends something may go wrong; most of the record has nothing to do with them.
+    let near = |chance: &mut Chance| (chance.one_of(&ends) + chance.below(60) as usize).saturating_sub(40);
+    let mut points: Vec<usize> = (0..cuts).map(|_| near(chance).min(record.events.len() - 1)).collect();
+    points.sort_unstable_by(|a, b| b.cmp(a));
+    let (mut reported, mut wrong) = (0, Vec::new());
+    walk(record, points, chance, &mut |at, step| match step {
+        Step::Said(said) => reported += u64::from(matches!(said, Said::Copied(_))),
+        Step::Cut(medium) => {
+            for (number, (found, whole)) in (1..).zip(recover(&medium).iter().zip(&whole)) {
+                match found {
+                    None if number <= reported => wrong.push(format!("cut at {at}: copy {number} is not there")),
+                    Some(_) if found != whole => wrong.push(format!("cut at {at}: copy {number} is not whole")),
+                    _ => {}
+                }
+            }
+        }
+    });
+    wrong
+}
+
+/// What [`walk`] comes upon.
+enum Step<'a> {
+    Said(&'a Said),
+    /// One of the media that a cut may leave here.
+    Cut(Vec<u8>),
+}
+
+/// Goes through a record and cuts at `points`, the last one first.
+fn walk(record: &Record, mut points: Vec<usize>, chance: &mut Chance, visit: &mut dyn FnMut(usize, Step<'_>)) {
+    let mut medium = Medium::new(record);
+    for (at, event) in record.events.iter().enumerate() {
+        medium.apply(at, event);
+        if let Event::Said(said) = event {
+            visit(at, Step::Said(said));
+        }
+        while points.last() == Some(&at) {
+            points.pop();
+            visit(at, Step::Cut(medium.cut(chance)));
+        }
+    }
 }
 
 /// Points of a record, the last one first: half of them anywhere, half where something was just acknowledged.

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -40,6 +40,8 @@ pub struct Plan {
     pub flushes: bool,
     /// How many times an operator quiesces the disk meanwhile.
     pub holds: u64,
+    /// After each of these: a snapshot with this `--to`, where `N` stands for its number.
+    pub copies: Option<String>,
 }
 
 /// The way to the host: a virtio-serial port. A step is in the host's record before `say` returns; the kernel does not
@@ -214,24 +216,28 @@ impl Load {
     }
 }
 
-/// A thread that quiesces the disk every so many answers, says so while it is held, and resumes it.
+/// A thread that quiesces the disk every so many answers, says so while it is held, and resumes it; then copies it.
 fn operator(plan: &Plan, port: Port, answered: Arc<AtomicU64>) -> JoinHandle<()> {
-    let (holds, every) = (plan.holds, plan.requests / (plan.holds + 1));
+    let (holds, every, copies) = (plan.holds, plan.requests / (plan.holds + 1), plan.copies.clone());
     std::thread::spawn(move || {
         for hold in 1..=holds {
             while answered.load(Ordering::SeqCst) < hold * every {
                 std::thread::sleep(Duration::from_millis(1));
             }
-            let token = virtioblkctl(&["quiesce"]);
+            let token = virtioblkctl(&["--control", CONTROL, "quiesce"]);
             port.say(&[Said::Held]);
-            virtioblkctl(&["resume", token.trim()]);
+            virtioblkctl(&["--control", CONTROL, "resume", token.trim()]);
+            if let Some(to) = &copies {
+                let to = to.replace('N', &hold.to_string());
+                virtioblkctl(&["snapshot", "--disk", CONTROL, "--level", "crash", "--to", &to]);
+                port.say(&[Said::Copied(hold)]);
+            }
         }
     })
 }
 
 fn virtioblkctl(arguments: &[&str]) -> String {
-    let mut command = Command::new(PathBuf::from("virtioblkctl"));
-    let output = command.args(["--control", CONTROL]).args(arguments).output().expect("virtioblkctl runs");
+    let output = Command::new("virtioblkctl").args(arguments).output().expect("virtioblkctl runs");
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "virtioblkctl {arguments:?}: {}\n{said}", output.status);
     String::from_utf8(output.stdout).expect("text")

@@ -33,6 +33,8 @@ pub enum Said {
     FlushAcknowledged(u64),
     /// An operator's quiesce has succeeded and the disk is still held.
     Held,
+    /// Copy so and so of the disk was reported to be complete.
+    Copied(u64),
     /// The last request was answered.
     Ended,
     /// The server was ended in order: the host's own word.
@@ -50,6 +52,7 @@ impl fmt::Display for Said {
             Said::FlushSent(number) => write!(f, "flush-sent {number}"),
             Said::FlushAcknowledged(number) => write!(f, "flush-acknowledged {number}"),
             Said::Held => write!(f, "held"),
+            Said::Copied(copy) => write!(f, "copied {copy}"),
             Said::Ended => write!(f, "ended"),
             Said::Stopped => write!(f, "stopped"),
         }
@@ -70,6 +73,7 @@ impl Said {
             "flush-sent" => Said::FlushSent(number(1)?),
             "flush-acknowledged" => Said::FlushAcknowledged(number(1)?),
             "held" => Said::Held,
+            "copied" => Said::Copied(number(1)?),
             "ended" => Said::Ended,
             "stopped" => Said::Stopped,
             _ => return None,
