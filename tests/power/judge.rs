@@ -313,7 +313,7 @@ pub fn judge_copies(
     let whole = recover(&medium.newest());
     assert!(whole.len() == ends.len() && whole.iter().all(Option::is_some), "copies are missing without a cut");
     // About the ends something may go wrong; most of the record has nothing to do with them.
-    let near = |chance: &mut Chance| (chance.one_of(&ends) + chance.below(60) as usize).saturating_sub(40);
+    let near = |chance: &mut Chance| (chance.one_of(&ends) + chance.below(60) as usize).saturating_sub(20);
     let mut points: Vec<usize> = (0..cuts).map(|_| near(chance).min(record.events.len() - 1)).collect();
     points.sort_unstable_by(|a, b| b.cmp(a));
     let (mut reported, mut wrong) = (0, Vec::new());
