@@ -266,8 +266,8 @@ impl Thread {
     /// then so long that many others overtake.
     fn delay(&mut self, command: &Command) -> Duration {
         let longest = match command {
-            _ if self.chance.below(16) == 0 => 16_000,
-            Command::Flush => 6000,
+            _ if self.chance.below(16) == 0 => 20_000,
+            Command::Flush => 10_000,
             _ => 1500,
         };
         Duration::from_micros(self.chance.below(longest))
