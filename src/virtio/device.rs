@@ -11,6 +11,7 @@ use super::features;
 use super::handler::Handler;
 use super::request::ID_BYTES;
 use super::rings::Rings;
+use super::vanished::Wire;
 use crate::backend::Backend;
 use crate::disk::Events;
 use crate::engine::CacheMode;
@@ -104,8 +105,9 @@ impl Device {
             }
             connection.front_end = Some(stream.try_clone()?);
         }
+        let wire = Wire::new(stream.try_clone()?.into())?;
         self.rings.connected();
-        let handler = Handler::new(self.rings.clone(), self.offer.clone(), self.identity.clone());
+        let handler = Handler::new(self.rings.clone(), self.offer.clone(), self.identity.clone(), wire.clone());
         let handler = Arc::new(Mutex::new(handler));
         let ours = || handler.lock().expect("no panic while held");
         let mut requests = BackendReqHandler::from_stream(stream, handler.clone());
@@ -128,6 +130,11 @@ impl Device {
         };
         ours().end();
         let why = match end {
+            _ if wire.vanished() => {
+                "the front-end took away guest memory that it had shared (it truncated the memory's \
+                                     file): its connection was ended"
+                    .to_owned()
+            }
             Error::SocketRetry(error) => format!(
                 "a message's descriptors could not be taken: {error}; raise the limit of open files (RLIMIT_NOFILE; \
                  ulimit -n, or LimitNOFILE= in the systemd unit), or allow fewer queues (--num-queues)"

@@ -23,6 +23,7 @@ use super::features;
 use super::memory::{MOST_REGIONS, MemoryTable};
 use super::queue_state::{QueueState, Stopped, Surroundings};
 use super::rings::Rings;
+use super::vanished::Wire;
 
 /// The protocol features served. REPLY_ACK is the vhost crate's own.
 fn protocol_features() -> VhostUserProtocolFeatures {
@@ -50,13 +51,13 @@ pub(super) struct Handler {
 }
 
 impl Handler {
-    pub(super) fn new(rings: Arc<Rings>, offer: Offer, identity: Arc<Identity>) -> Self {
+    pub(super) fn new(rings: Arc<Rings>, offer: Offer, identity: Arc<Identity>, wire: Arc<Wire>) -> Self {
         Handler {
             rings,
             offer,
             identity,
-            memory: MemoryTable::new(),
             activation: Activation::default(),
+            memory: MemoryTable::new(wire),
             queues: Vec::new(),
             acked_features: None,
             backend_channel: None,

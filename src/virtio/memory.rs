@@ -10,14 +10,18 @@ use vm_memory::{
     GuestRegionMmap,
 };
 
+use super::vanished::{Watched, Wire};
+
 /// Memory regions that a front-end may add (QEMU asks; its own limit is 512).
 pub const MOST_REGIONS: u64 = 509;
 
 /// The memory table of one connection. Rings share `atomic()`; while one runs it holds its own `Arc` of the table it
 /// started with, so a region stays mapped until the last ring that may touch it has stopped.
 pub struct MemoryTable {
-    atomic: GuestMemoryAtomic<GuestMemoryMmap>,
     mappings: Vec<Mapping>,
+    atomic: GuestMemoryAtomic<GuestMemoryMmap>,
+    /// Where a region that vanishes is told of.
+    wire: Arc<Wire>,
 }
 
 /// A region as the front-end addresses it in SET_VRING_ADDR.
@@ -25,12 +29,14 @@ struct Mapping {
     user_addr: u64,
     guest_addr: u64,
     size: u64,
+    /// Dropped while every ring is stopped, and before the last `Arc` of the region.
+    _watched: Watched,
 }
 
 impl MemoryTable {
     /// No memory yet.
-    pub fn new() -> Self {
-        MemoryTable { atomic: GuestMemoryAtomic::new(GuestMemoryMmap::new()), mappings: Vec::new() }
+    pub(super) fn new(wire: Arc<Wire>) -> Self {
+        MemoryTable { mappings: Vec::new(), atomic: GuestMemoryAtomic::new(GuestMemoryMmap::new()), wire }
     }
 
     /// For the rings (`VringT::new`).
@@ -46,14 +52,16 @@ impl MemoryTable {
 
     /// SET_MEM_TABLE.
     pub fn replace(&mut self, table: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<()> {
-        let mut regions = Vec::new();
+        let (mut regions, mut mappings) = (Vec::new(), Vec::new());
         for (region, file) in table.iter().zip(files) {
-            regions.push(Arc::new(map(region, file)?));
+            let mapped = map(region, file)?;
+            mappings.push(Mapping::of(region, &mapped, &self.wire));
+            regions.push(Arc::new(mapped));
         }
         // vm-memory wants them in order; the message needs to have none.
         regions.sort_by_key(|region| region.start_addr());
         let memory = GuestMemoryMmap::from_arc_regions(regions).map_err(invalid)?;
-        self.mappings = table.iter().map(Mapping::of).collect();
+        self.mappings = mappings;
         self.publish(memory);
         Ok(())
     }
@@ -66,8 +74,10 @@ impl MemoryTable {
             );
             return Err(Error::InvalidParam);
         }
-        let memory = self.atomic.memory().insert_region(Arc::new(map(region, file)?)).map_err(invalid)?;
-        self.mappings.push(Mapping::of(region));
+        let mapped = map(region, file)?;
+        let mapping = Mapping::of(region, &mapped, &self.wire);
+        let memory = self.atomic.memory().insert_region(Arc::new(mapped)).map_err(invalid)?;
+        self.mappings.push(mapping);
         self.publish(memory);
         Ok(())
     }
@@ -102,8 +112,13 @@ impl MemoryTable {
 }
 
 impl Mapping {
-    fn of(region: &VhostUserMemoryRegion) -> Self {
-        Mapping { user_addr: region.user_addr, guest_addr: region.guest_phys_addr, size: region.memory_size }
+    fn of(region: &VhostUserMemoryRegion, mapped: &GuestRegionMmap, wire: &Arc<Wire>) -> Self {
+        Mapping {
+            user_addr: region.user_addr,
+            guest_addr: region.guest_phys_addr,
+            size: region.memory_size,
+            _watched: Watched::new(mapped.as_ptr(), mapped.size(), wire),
+        }
     }
 }
 

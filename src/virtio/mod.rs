@@ -13,6 +13,7 @@
 //! | `activation` | whether the image is ours to use |
 //! | `capacity` | the disk's size, and telling the front-end that it changed |
 //! | `channel` | the front-end's channel for our requests |
+//! | `vanished` | memory that the front-end takes away ends its connection only (unsafe) |
 //! | `rings` | what outlives a connection: the operator's hold, errors, status |
 //! | `counters` | what a ring counts |
 //! | `device` | one disk: serves one front-end after the other |
@@ -30,6 +31,7 @@ mod memory;
 mod queue_state;
 pub mod request;
 pub mod rings;
+mod vanished;
 mod worker;
 
 pub use device::{Device, DeviceOptions};

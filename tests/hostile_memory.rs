@@ -1,0 +1,215 @@
+//! Front-ends that take their memory away while the disk uses it: whoever touches what lay behind a file's new end gets
+//! SIGBUS. Only that front-end's connection ends; the next one is served.
+
+mod front_end;
+mod rig;
+
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use front_end::*;
+use rig::Rig;
+use vhost::{VhostBackend, VringConfigData};
+use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
+use virtioblkd::backend::mem::{MemBackend, MemOptions};
+use virtioblkd::disk::Disk;
+use virtioblkd::engine::CacheMode;
+use virtioblkd::virtio::DeviceOptions;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+const OK: u8 = 0;
+const SIZE: u64 = 1 << 20;
+
+fn options() -> DeviceOptions {
+    DeviceOptions { mode: CacheMode::None, num_queues: 4, queue_size: 256, serial: String::new() }
+}
+
+/// A disk whose back-end copies guest memory with the processor.
+fn memory_disk() -> Rig {
+    Rig::on(Arc::new(MemBackend::new(MemOptions::new(SIZE))), &options())
+}
+
+/// The file of all the guest's memory.
+fn file_of(guest: &FrontEnd) -> File {
+    let region = guest.memory.iter().next().unwrap();
+    region.file_offset().unwrap().file().try_clone().unwrap()
+}
+
+fn connect(rig: &Rig) -> FrontEnd {
+    FrontEnd::connect(&rig.path, 2, 64, ALL)
+}
+
+/// The connection ended for the right reason, and the next front-end finds a disk.
+fn survives(rig: &Rig) {
+    let why = rig.disconnected();
+    assert!(why.contains("took away guest memory"), "{why}");
+    let mut guest = connect(rig);
+    assert_eq!(guest.write(0, 0, &[3; 4096]), OK);
+    assert_eq!(guest.read(1, 0, 4096), (OK, vec![3; 4096]));
+    assert_eq!(guest.flush(0), OK);
+}
+
+#[test]
+fn a_ring_that_vanishes() {
+    let rig = memory_disk();
+    let guest = connect(&rig);
+    file_of(&guest).set_len(0).unwrap();
+    guest.kick(0);
+    survives(&rig);
+}
+
+#[test]
+fn all_rings_that_vanish_at_once() {
+    let rig = memory_disk();
+    for _ in 0..20 {
+        let guest = FrontEnd::connect(&rig.path, 4, 64, ALL);
+        file_of(&guest).set_len(0).unwrap();
+        (0..4).for_each(|ring| guest.kick(ring));
+        assert!(rig.disconnected().contains("took away guest memory"));
+    }
+    let guest = connect(&rig);
+    file_of(&guest).set_len(0).unwrap();
+    guest.kick(1);
+    survives(&rig);
+}
+
+/// The ring stays; headers, data and status bytes go, each by itself.
+#[test]
+fn requests_that_vanish() {
+    // What the request needs, and where its parts lie: header, data, status.
+    for (kind, write, len) in [(OUT, true, 4096), (IN, false, 4096), (GET_ID, false, 20), (FLUSH, false, 0)] {
+        for part in 0..3 {
+            if part == 1 && len == 0 {
+                continue;
+            }
+            let rig = memory_disk();
+            let mut guest = connect(&rig);
+            let (kept, gone) = (0x80_0000, REGION_BORDER + 0x80_0000);
+            let at = |this: usize, offset: u64| if part == this { gone } else { kept } + offset;
+            guest.put_header(at(0, 0), kind, 0);
+            let mut parts = vec![(at(0, 0), 16, 0)];
+            if len > 0 {
+                parts.push((at(1, 4096), len, if write { 0 } else { WRITE }));
+            }
+            parts.push((at(2, 64), 1, WRITE));
+            guest.put_chain(0, 0, &parts);
+            guest.make_available(0, 0);
+            file_of(&guest).set_len(REGION_BORDER).unwrap();
+            guest.kick(0);
+            survives(&rig);
+        }
+    }
+}
+
+#[test]
+fn an_indirect_table_that_vanishes() {
+    let rig = memory_disk();
+    let mut guest = connect(&rig);
+    guest.put_descriptor(0, 0, REGION_BORDER + 0x1000, 48, INDIRECT, 0);
+    guest.make_available(0, 0);
+    file_of(&guest).set_len(REGION_BORDER).unwrap();
+    guest.kick(0);
+    survives(&rig);
+}
+
+/// The handler's own look at the used ring, in the vhost-user thread.
+#[test]
+fn memory_that_vanished_before_a_ring_is_set_up() {
+    let rig = memory_disk();
+    let stream = UnixStream::connect(&rig.path).unwrap();
+    let guest = FrontEnd::handshake(stream, 1, 64, ALL);
+    let host = |address: GuestAddress| guest.memory.get_host_address(address).unwrap() as u64;
+    let ring = &guest.rings[0];
+    let config = VringConfigData {
+        queue_max_size: ring.size,
+        queue_size: ring.size,
+        flags: 0,
+        desc_table_addr: host(ring.desc_at()),
+        avail_ring_addr: host(ring.avail_at()),
+        used_ring_addr: host(ring.used_at()),
+        log_addr: None,
+    };
+    file_of(&guest).set_len(0).unwrap();
+    // Its connection ends before, or instead of, the answer.
+    let _ = guest.control.set_vring_addr(0, &config);
+    survives(&rig);
+}
+
+/// io_uring reads and writes guest memory by itself: there the request fails, and the answer is what faults.
+#[test]
+fn memory_that_vanishes_under_io_uring() {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(SIZE).unwrap();
+    for mode in [CacheMode::None, CacheMode::Writeback] {
+        let file = FileOptions { locking: Locking::Off, ..FileOptions::new(image.path(), mode.into()) };
+        let backend = match FileBackend::open(&file) {
+            Ok(backend) => backend,
+            Err(error) if mode == CacheMode::None => {
+                eprintln!("SKIPPED: {error}");
+                continue;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let rig = Rig::on(Arc::new(backend), &DeviceOptions { mode, ..options() });
+        for round in 0..10 {
+            let mut guest = connect(&rig);
+            let memory = file_of(&guest);
+            for sector in 0..14 {
+                match sector % 2 {
+                    0 => guest.add(0, IN, sector * 8, &[], 4096),
+                    _ => guest.add(0, OUT, sector * 8, &[0; 4096], 0),
+                };
+            }
+            guest.kick(0);
+            // Now before, now after the requests were taken.
+            std::thread::sleep(Duration::from_micros(round * 50));
+            memory.set_len(0).unwrap();
+            guest.kick(0);
+            assert!(rig.disconnected().contains("took away guest memory"));
+        }
+        survives_after(&rig);
+    }
+}
+
+fn survives_after(rig: &Rig) {
+    let guest = connect(rig);
+    file_of(&guest).set_len(0).unwrap();
+    guest.kick(0);
+    survives(rig);
+}
+
+/// A hold that is asked for meanwhile is answered, and the disk is let go.
+#[test]
+fn a_hold_outlives_the_memory() {
+    let rig = memory_disk();
+    let guest = connect(&rig);
+    rig.hold(1).unwrap();
+    file_of(&guest).set_len(0).unwrap();
+    guest.kick(0);
+    assert!(rig.disconnected().contains("took away guest memory"));
+    rig.disk.open_gate();
+    drop(guest);
+    survives_after(&rig);
+}
+
+/// Requests in flight while their memory shrinks page by page, from their end.
+#[test]
+fn memory_that_shrinks_bit_by_bit_under_requests() {
+    let rig = memory_disk();
+    for _ in 0..10 {
+        let mut guest = connect(&rig);
+        let memory = file_of(&guest);
+        let slots: Vec<u16> = (0..14).map(|sector| guest.add(0, OUT, sector, &[1; 512], 0)).collect();
+        let first = slots.iter().map(|slot| guest.data_at(0, *slot).0).min().unwrap() - DATA_OFFSET;
+        guest.kick(0);
+        for len in (0..=14).rev().map(|slot| first + slot * SLOT_BYTES) {
+            memory.set_len(len).unwrap();
+        }
+        memory.set_len(0).unwrap();
+        guest.kick(0);
+        assert!(rig.disconnected().contains("took away guest memory"));
+    }
+    survives_after(&rig);
+}
