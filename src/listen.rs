@@ -243,7 +243,10 @@ impl Drop for SocketFile {
             return;
         }
         if let Err(error) = fs::remove_file(&self.path) {
-            log::warn!("the socket '{}' cannot be removed: {error}", self.path.display());
+            log::warn!(
+                "the socket '{}' cannot be removed: {error}; the next start replaces it, as it does a dead server's",
+                self.path.display()
+            );
         }
     }
 }

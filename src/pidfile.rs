@@ -86,7 +86,9 @@ impl Drop for PidFile {
         match names(&self.path, &self.file) {
             Ok(true) => {
                 if let Err(error) = std::fs::remove_file(&self.path) {
-                    log::warn!("cannot remove the pid file '{}': {error}", self.path.display());
+                    // Another process may get our number.
+                    let emptied = self.file.set_len(0).map_or("", |()| "; it is empty now");
+                    log::warn!("the pid file '{}' cannot be removed: {error}{emptied}", self.path.display());
                 }
             }
             Ok(false) => log::warn!("the pid file '{}' is no longer ours: left alone", self.path.display()),
