@@ -20,6 +20,7 @@ use log::LevelFilter;
 use crate::backend::rbd::RbdOptions;
 use crate::backend::stable::StableWrites;
 use crate::engine::CacheMode;
+use crate::sandbox::Level;
 use rbd::RbdArgs;
 pub use values::disk_size;
 use values::{Mode, Switch};
@@ -70,6 +71,12 @@ pub struct Config {
     pub pid_file: Option<PathBuf>,
     /// What is logged.
     pub log_level: LevelFilter,
+    /// What is given up once everything is open.
+    pub sandbox: Level,
+    /// Who to be then, by name or number; `None`: who started us.
+    pub user: Option<String>,
+    /// Directories that point-in-time copies may go to, and beneath.
+    pub copy_dirs: Vec<PathBuf>,
 }
 
 /// Where the front-end connects.
@@ -237,6 +244,20 @@ struct Args {
     #[arg(long, value_name = "LEVEL", value_parser = values::log_level)]
     log_level: Option<LevelFilter>,
 
+    /// What the daemon gives up once everything is open: on (most of the file system, new programs, other processes, the
+    /// network), no-filter (the same without the filter of system calls), off [default: on]
+    #[arg(long, value_name = "on|no-filter|off", value_parser = values::sandbox)]
+    sandbox: Option<Level>,
+
+    /// Become this user (a name or a number) once everything is open; it must be able to open the image
+    #[arg(long, value_name = "USER")]
+    user: Option<String>,
+
+    /// Let point-in-time copies go to this directory and those beneath; may be given more than once. In the sandbox
+    /// nothing can be created elsewhere
+    #[arg(long, value_name = "DIR")]
+    copy_dir: Vec<PathBuf>,
+
     /// Print what this back-end can do, as JSON, and end; other options are ignored
     #[arg(long)]
     print_capabilities: bool,
@@ -320,6 +341,9 @@ impl Args {
             lock_image: self.locking.is_none_or(|switch| switch.0),
             pid_file: self.pid_file,
             log_level: self.log_level.unwrap_or(LevelFilter::Info),
+            sandbox: self.sandbox.unwrap_or_default(),
+            user: self.user,
+            copy_dirs: self.copy_dir,
         })
     }
 

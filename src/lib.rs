@@ -16,6 +16,7 @@ pub mod engine;
 pub mod listen;
 pub mod logging;
 pub mod pidfile;
+pub mod sandbox;
 pub mod server;
 pub mod signals;
 pub mod snapshot;

@@ -1,7 +1,7 @@
 //! The daemon's life: what is opened in which order, who is served, and how it ends.
 //!
 //! Order: the inherited socket and the group are looked at, the image is opened and checked, the control socket is
-//! bound, the vhost-user socket is bound, the pid file is written. The vhost-user socket comes after whatever may take
+//! bound, the vhost-user socket is bound, the pid file is written, the sandbox is entered. The vhost-user socket comes after whatever may take
 //! time or fail, since a listener that does not answer freezes QEMU. The main thread then waits for front-ends, signals
 //! and the control socket's `quit`; it never waits for I/O of the image, except at the very end.
 //!
@@ -30,6 +30,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use crate::config::Config;
 use crate::listen::{self, BindError};
 use crate::pidfile::{PidFile, PidFileError};
+use crate::sandbox::{Sandbox, SandboxError};
 use crate::signals::Signals;
 use bell::Bell;
 use frontend::FrontEnds;
@@ -70,6 +71,8 @@ pub enum ServerError {
     Image(Box<dyn Error + Send + Sync>),
     /// The pid file.
     PidFile(PidFileError),
+    /// The sandbox.
+    Sandbox(SandboxError),
     /// A descriptor, or poll(2); what for.
     System(&'static str, io::Error),
     /// The final sync failed; of which image.
@@ -86,6 +89,7 @@ impl fmt::Display for ServerError {
             ServerError::ControlThread(error) => write!(f, "cannot start the control thread: {error}"),
             ServerError::Image(error) => error.fmt(f),
             ServerError::PidFile(error) => error.fmt(f),
+            ServerError::Sandbox(error) => error.fmt(f),
             ServerError::System(what, error) if listen::out_of_descriptors(error) => {
                 write!(f, "{what}: {error}; {}", listen::MORE_DESCRIPTORS)
             }
@@ -118,6 +122,7 @@ impl Server {
         abort_on_panic();
         let signals = Signals::block().map_err(|error| ServerError::System("cannot receive signals", error))?;
         raise_descriptor_limit();
+        let sandbox = Sandbox::prepare(config).map_err(ServerError::Sandbox)?;
         let prepared = socket::prepare(&config.listen).map_err(ServerError::Socket)?;
         let disk = wiring::open(config).map_err(ServerError::Image)?;
         let control_socket = match &config.control {
@@ -127,6 +132,7 @@ impl Server {
         let quit = Bell::new()?;
         let front_socket = prepared.bind().map_err(ServerError::Socket)?;
         let _pid_file = config.pid_file.as_deref().map(PidFile::create).transpose().map_err(ServerError::PidFile)?;
+        sandbox.enter().map_err(ServerError::Sandbox)?;
         // Dropped before the guard: the thread ends, then the path goes.
         let (listener, _control_file) = control_socket.unzip();
         let control = {

@@ -28,7 +28,7 @@ impl Served {
         let path = |name: &str| dir.path().join(name).into_os_string().into_string().expect("a path");
         let child = Command::new(env!("CARGO_BIN_EXE_virtioblkd"))
             .args(["--socket-path", &path("sock"), "--blk-file", &path("disk.img"), "--cache", cache])
-            .args(["--control-path", &path("ctl")])
+            .args(["--control-path", &path("ctl"), "--copy-dir", &path("")])
             .args(more)
             .spawn()
             .expect("the daemon");

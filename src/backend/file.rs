@@ -185,6 +185,12 @@ impl FileBackend {
     }
 }
 
+/// Whether the kernel gives this process an io_uring, with the rights that it has now; the error says why not. Called by
+/// main once more after rights were given up.
+pub(crate) fn probe_io_uring() -> io::Result<()> {
+    super::uring::probe()
+}
+
 impl Backend for FileBackend {
     fn geometry(&self) -> Geometry {
         Geometry { size: self.shared.size.load(Ordering::Relaxed), ..self.shared.geometry }

@@ -17,7 +17,7 @@ const ONLY_ARGUMENTS: [&str; 4] = ["config", "print-capabilities", "help", "vers
 /// A disk file has a line an option; what is larger is something else, the image perhaps.
 const LARGEST_FILE: u64 = 1 << 20;
 /// May be given several times: a list, or a table of names and values.
-const REPEATED: [&str; 1] = ["rbd-option"];
+const REPEATED: [&str; 2] = ["rbd-option", "copy-dir"];
 /// Permission bits are octal, which a number in TOML would not be.
 const QUOTED: [&str; 2] = ["socket-mode", "control-mode"];
 

@@ -67,6 +67,9 @@ fn defaults() {
             lock_image: true,
             pid_file: None,
             log_level: LevelFilter::Info,
+            sandbox: Level::On,
+            user: None,
+            copy_dirs: Vec::new(),
         }
     );
 }
@@ -91,6 +94,11 @@ fn every_option() {
         "--socket-group=kvm",
         "--pid-file=/run/d.pid",
         "--log-level=trace",
+        "--sandbox=no-filter",
+        "--user=nobody",
+        "--copy-dir=/backup",
+        "--copy-dir",
+        "/more",
     ]);
     assert_eq!(
         config,
@@ -109,6 +117,9 @@ fn every_option() {
             lock_image: false,
             pid_file: Some("/run/d.pid".into()),
             log_level: LevelFilter::Trace,
+            sandbox: Level::NoFilter,
+            user: Some("nobody".into()),
+            copy_dirs: vec!["/backup".into(), "/more".into()],
         }
     );
 }
@@ -270,6 +281,7 @@ fn a_wrong_value_is_named_with_its_option_and_what_is_allowed() {
         ("--logical-block-size", "1024", "512 or 4096"),
         ("--discard", "on", "unmap or ignore"),
         ("--stable-writes", "on", "auto, copy, detect or off"),
+        ("--sandbox", "paranoid", "on, no-filter or off"),
         ("--locking", "on", "auto or off"),
         ("--socket-mode", "0888", "octal"),
         ("--socket-mode", "1777", "octal"),
@@ -348,6 +360,9 @@ fn the_file_says_the_same_in_the_same_words() {
         socket-group = "kvm"
         pid-file = "/run/d.pid"
         log-level = "debug"
+        sandbox = "off"
+        user = "nobody"
+        copy-dir = ["/backup", "/more"]
     "#;
     let arguments = [
         "--read-only",
@@ -364,6 +379,10 @@ fn the_file_says_the_same_in_the_same_words() {
         "--socket-group=kvm",
         "--pid-file=/run/d.pid",
         "--log-level=debug",
+        "--sandbox=off",
+        "--user=nobody",
+        "--copy-dir=/backup",
+        "--copy-dir=/more",
     ];
     assert_eq!(good_file(text, &[]), good(&arguments));
 }

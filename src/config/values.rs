@@ -5,6 +5,7 @@ use log::LevelFilter;
 use crate::backend::rbd::{Encryption, RbdLock, RbdName};
 use crate::backend::stable::StableWrites;
 use crate::engine::CacheMode;
+use crate::sandbox::Level;
 
 /// A choice of two words, or a flag with a value. A type of its own, so that clap takes it for a value.
 #[derive(Clone, Copy, Debug)]
@@ -98,6 +99,15 @@ pub(super) fn quiesce_timeout(text: &str) -> Result<u64, String> {
     match text.parse() {
         Ok(seconds) if (1..=45).contains(&seconds) => Ok(seconds),
         _ => Err("use a number of seconds from 1 to 45".to_string()),
+    }
+}
+
+pub(super) fn sandbox(text: &str) -> Result<Level, String> {
+    match text {
+        "on" => Ok(Level::On),
+        "no-filter" => Ok(Level::NoFilter),
+        "off" => Ok(Level::Off),
+        _ => Err("use on, no-filter or off".to_string()),
     }
 }
 

@@ -134,6 +134,10 @@ fn virtioblkd(socket: &Path, control: &Path, image: &Path, mode: CacheMode, more
     let mut command = mortal(program("virtioblkd"));
     command.arg("--socket-path").arg(socket).arg("--control-path").arg(control);
     command.arg("--blk-file").arg(image).args(["--cache", mode.name()]).args(more);
+    // A device's neighbours are no copies.
+    if image.is_file() {
+        command.arg("--copy-dir").arg(image.parent().expect("an absolute path"));
+    }
     command
 }
 

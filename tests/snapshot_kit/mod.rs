@@ -57,6 +57,7 @@ impl Daemon {
             .arg("--control-path")
             .arg(dir.path().join("control"));
         command.arg("--blk-file").arg(image).args(["--cache", mode]);
+        command.arg("--copy-dir").arg(image.parent().expect("an absolute path"));
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
         let mut daemon = Daemon { child, image: image.to_owned(), dir };
         wait_until("virtioblkd serves", || {

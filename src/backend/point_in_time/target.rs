@@ -125,9 +125,11 @@ fn cannot_create(path: &Path, error: Errno) -> CopyError {
     let (cause, mend) = match error {
         Errno::NOENT => ("there is no such directory", "create it, or correct the path"),
         Errno::NOTDIR => ("a part of the path is not a directory", "correct the path"),
-        Errno::ACCESS | Errno::PERM => {
-            ("permission denied", "let the user that runs virtioblkd write to its directory, or choose another")
-        }
+        Errno::ACCESS | Errno::PERM => (
+            "permission denied",
+            "start virtioblkd with --copy-dir for its directory, and let the user that runs it write there; or choose \
+             another",
+        ),
         Errno::ROFS => ("its filesystem is read-only", "choose another"),
         Errno::NOSPC | Errno::DQUOT => ("no space is left on its filesystem", "make room, or choose another"),
         Errno::NAMETOOLONG => ("the name is too long", "use a shorter one"),

@@ -1,0 +1,210 @@
+//! What the daemon gives up once everything is open, so that a guest or a front-end that breaks into it finds little.
+//!
+//! In this order, by main, before any other thread exists:
+//!
+//! 1. Another user (`--user`), or as root all capabilities but three.
+//! 2. No core dump, no debugger of the same user (prctl(2), PR_SET_DUMPABLE): guest memory is mapped here.
+//! 3. No new privileges by any program (PR_SET_NO_NEW_PRIVS), and rules on paths (Landlock): the image, the directories
+//!    for copies (`--copy-dir`), and the removal of sockets and pid file.
+//! 4. The filter of system calls (seccomp): no program is started, no process made or touched, no network.
+//!
+//! What the kernel lacks is said in one warning, and the disk is served: a guest without its disk is the greater harm,
+//! and the operator sees it. What the operator asked for by name (`--user`, `--copy-dir`) is an error if it fails.
+//!
+//! `virtioblkctl` is outside: hooks, commands and reflinks are its own.
+
+mod calls;
+mod paths;
+mod user;
+mod violation;
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+
+use crate::backend::file;
+use crate::config::{BackendKind, Config};
+use user::Account;
+
+/// `--sandbox`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Level {
+    /// All of it.
+    #[default]
+    On,
+    /// Without the filter of system calls, for a C library or a storage library that makes others than those known.
+    NoFilter,
+    /// None of it but `--user`.
+    Off,
+}
+
+/// What a kind of image asks of the sandbox.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Needs {
+    /// It is reached over a network.
+    pub network: bool,
+}
+
+impl Needs {
+    fn of(backend: &BackendKind) -> Needs {
+        match backend {
+            BackendKind::File(_) | BackendKind::Null(_) | BackendKind::Mem(_) => Needs { network: false },
+        }
+    }
+}
+
+/// Why the daemon does not start. Each text names the thing, the cause and the mend.
+#[derive(Debug)]
+pub enum SandboxError {
+    /// `--user` names nobody; the lookup's error, if it failed.
+    NoUser(String, Option<io::Error>),
+    /// Only root can become somebody else.
+    NotRoot(String),
+    /// A step of becoming that user failed; which.
+    Switch(String, &'static str, io::Error),
+    /// That user may not open the image.
+    Image(String, PathBuf, io::Error),
+    /// Capabilities cannot be dropped.
+    Capabilities(io::Error),
+    /// Without what was given up there is no io_uring.
+    IoUring(io::Error),
+    /// prctl(2), setrlimit(2) or sigaction(2); what for.
+    Process(&'static str, io::Error),
+    /// Rules on paths.
+    Paths(paths::PathsError),
+}
+
+impl fmt::Display for SandboxError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SandboxError::NoUser(name, None) => {
+                write!(f, "--user: there is no user '{name}' on this host: name one of getent(1) passwd, or its number")
+            }
+            SandboxError::NoUser(name, Some(error)) => write!(f, "--user: cannot look up '{name}': {error}"),
+            SandboxError::NotRoot(name) => {
+                write!(f, "--user {name}: only root can become another user: start virtioblkd as root, or as that user")
+            }
+            SandboxError::Switch(name, what, error) => write!(
+                f,
+                "--user {name}: {what}: {error}; let virtioblkd start with the capabilities SETUID and SETGID, or as \
+                 that user"
+            ),
+            SandboxError::Image(name, path, error) => write!(
+                f,
+                "--user {name}: that user cannot open {} ({error}), and each ring opens it anew: let the user or one of \
+                 its groups read and write it",
+                path.display()
+            ),
+            SandboxError::Capabilities(error) => {
+                write!(f, "cannot drop capabilities: {error}; start virtioblkd as another user, or with --sandbox off")
+            }
+            SandboxError::IoUring(error) => write!(
+                f,
+                "without root's capabilities the kernel gives us no io_uring: {error}; put a group of the daemon's user \
+                 into the sysctl kernel.io_uring_group, or use --sandbox off"
+            ),
+            SandboxError::Process(what, error) => write!(f, "cannot {what}: {error}; --sandbox off does without"),
+            SandboxError::Paths(error @ paths::PathsError::Rules(_)) => {
+                write!(f, "{error}; --sandbox off does without")
+            }
+            SandboxError::Paths(error) => error.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for SandboxError {}
+
+/// A sandbox that is not entered yet.
+pub struct Sandbox<'a> {
+    config: &'a Config,
+    user: Option<Account>,
+}
+
+impl<'a> Sandbox<'a> {
+    /// Looks up what the configuration names. Main, before anything is opened.
+    pub fn prepare(config: &'a Config) -> Result<Self, SandboxError> {
+        let user = config.user.as_deref().map(Account::find).transpose()?;
+        Ok(Sandbox { config, user })
+    }
+
+    /// Gives up, for good, what the daemon does not need any more. Everything is open and bound, and no other thread
+    /// of ours exists: the rules on paths and root's capabilities are each thread's own. Main, once.
+    pub fn enter(self) -> Result<(), SandboxError> {
+        if let Some(user) = &self.user {
+            // Landlock asks again who may walk where: the rules' places are opened as root.
+            let rules = self.rules()?;
+            user.assume(self.config)?;
+            return self.restrict(rules);
+        }
+        let rules = self.rules()?;
+        if self.config.sandbox != Level::Off {
+            user::keep_few_capabilities()?;
+        }
+        self.restrict(rules)
+    }
+
+    fn rules(&self) -> Result<Vec<paths::Rule>, SandboxError> {
+        match self.config.sandbox {
+            Level::Off => Ok(Vec::new()),
+            Level::On | Level::NoFilter => paths::rules(self.config).map_err(SandboxError::Paths),
+        }
+    }
+
+    /// Each ring makes one, with the rights that are left: kernel.io_uring_disabled=1 asks for one that is gone now.
+    fn check_io_uring(&self) -> Result<(), SandboxError> {
+        match self.config.backend {
+            BackendKind::File(_) => file::probe_io_uring().map_err(SandboxError::IoUring),
+            BackendKind::Null(_) | BackendKind::Mem(_) => Ok(()),
+        }
+    }
+
+    fn restrict(&self, rules: Vec<paths::Rule>) -> Result<(), SandboxError> {
+        if self.config.sandbox == Level::Off {
+            log::warn!("the sandbox is off: whoever breaks into this daemon can do what its user can");
+            return Ok(());
+        }
+        let needs = Needs::of(&self.config.backend);
+        self.check_io_uring()?;
+        set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(|errno| {
+            SandboxError::Process("keep guest memory out of core dumps (PR_SET_DUMPABLE)", errno.into())
+        })?;
+        setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })
+            .map_err(|errno| SandboxError::Process("forbid core dumps (RLIMIT_CORE)", errno.into()))?;
+        rustix::thread::set_no_new_privs(true)
+            .map_err(|errno| SandboxError::Process("give up new privileges (PR_SET_NO_NEW_PRIVS)", errno.into()))?;
+        let paths = match paths::confine(rules, needs) {
+            Ok(what) => what,
+            Err(Some(error)) => return Err(SandboxError::Paths(error)),
+            Err(None) => {
+                log::warn!(
+                    "this kernel has no rules on paths (Landlock: CONFIG_SECURITY_LANDLOCK, and landlock among the lsm= \
+                     at boot): whoever breaks into this daemon can open what its user can"
+                );
+                "no Landlock".to_string()
+            }
+        };
+        let calls = match self.config.sandbox {
+            Level::NoFilter => {
+                log::warn!("system calls are not filtered (--sandbox no-filter)");
+                "no system call filter"
+            }
+            _ => {
+                violation::install().map_err(|error| SandboxError::Process("handle SIGSYS", error))?;
+                match calls::install(needs) {
+                    Ok(()) => "seccomp",
+                    Err(error) => {
+                        log::warn!(
+                            "system calls cannot be filtered here ({error}): whoever breaks into this daemon can make \
+                             any"
+                        );
+                        "no system call filter"
+                    }
+                }
+            }
+        };
+        log::info!("sandbox: {paths}, {calls}, user {}", rustix::process::geteuid().as_raw());
+        Ok(())
+    }
+}

@@ -1,0 +1,225 @@
+//! The system call filter (seccomp(2)): what the daemon uses, and nothing that starts a program, reaches another
+//! process or asks for more rights. Found by tracing every test that runs the daemon, and completed with what the C
+//! library, Rust's and librados may use instead on other machines.
+//!
+//! One set for all threads: they share their memory, so whoever controls one controls what the others do. The kernel
+//! caches the answer of each call that is allowed whatever its arguments (Linux 5.11), so those cost nothing.
+//!
+//! Operations of io_uring pass no such filter: what they may open is for the rules on paths to say.
+
+use std::collections::BTreeMap;
+
+use libc::c_long;
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch, apply_filter_all_threads,
+};
+
+use super::Needs;
+
+macro_rules! calls {
+    ($($name:ident)*) => { [$((libc::$name, stringify!($name))),*] };
+}
+
+/// Allowed with any arguments.
+const PLAIN: &[(c_long, &str)] = &calls! {
+    // Data.
+    SYS_read SYS_write SYS_readv SYS_writev SYS_pread64 SYS_pwrite64 SYS_preadv SYS_pwritev SYS_preadv2 SYS_pwritev2
+    SYS_lseek SYS_fsync SYS_fdatasync SYS_fallocate SYS_ftruncate SYS_fadvise64 SYS_copy_file_range
+    SYS_io_uring_setup SYS_io_uring_enter SYS_io_uring_register
+    // Files: which ones is for the rules on paths to say.
+    SYS_openat SYS_close SYS_close_range SYS_dup SYS_dup3 SYS_fcntl SYS_flock SYS_fstat SYS_newfstatat SYS_statx SYS_statfs
+    SYS_fstatfs SYS_readlinkat SYS_faccessat SYS_faccessat2 SYS_getdents64 SYS_unlinkat SYS_linkat
+    SYS_renameat2 SYS_getcwd SYS_umask SYS_memfd_create
+    // Waiting and waking.
+    SYS_ppoll SYS_pselect6 SYS_epoll_create1 SYS_epoll_ctl SYS_epoll_pwait SYS_eventfd2 SYS_signalfd4 SYS_timerfd_create
+    SYS_timerfd_settime SYS_timerfd_gettime SYS_pipe2 SYS_futex SYS_nanosleep SYS_clock_nanosleep SYS_sched_yield
+    SYS_restart_syscall
+    // Sockets that are there already, and their clients.
+    SYS_accept4 SYS_accept SYS_connect SYS_sendto SYS_recvfrom SYS_sendmsg SYS_recvmsg SYS_shutdown SYS_getsockopt
+    SYS_setsockopt SYS_getsockname SYS_getpeername
+    // Memory.
+    SYS_brk SYS_munmap SYS_mremap SYS_madvise SYS_mlock SYS_munlock SYS_membarrier SYS_mincore
+    // Threads, and what they ask about themselves. Whether clone makes one is checked below; clone3 is refused.
+    SYS_clone3 SYS_set_robust_list SYS_set_tid_address SYS_rseq SYS_exit SYS_exit_group SYS_gettid SYS_getpid SYS_getppid
+    SYS_getuid SYS_geteuid SYS_getgid SYS_getegid SYS_getrusage SYS_times SYS_uname SYS_sysinfo SYS_getrandom SYS_getcpu
+    SYS_getpriority SYS_sched_getaffinity SYS_sched_setaffinity SYS_sched_getparam SYS_sched_getscheduler
+    SYS_sched_get_priority_max SYS_sched_get_priority_min SYS_clock_gettime SYS_clock_getres SYS_gettimeofday
+    SYS_get_mempolicy
+    // Signals to ourselves, as abort(3) sends them.
+    SYS_rt_sigaction SYS_rt_sigprocmask SYS_rt_sigreturn SYS_sigaltstack
+};
+
+/// Older forms, which new architectures do not have.
+#[cfg(target_arch = "x86_64")]
+const OLDER: &[(c_long, &str)] = &calls! {
+    SYS_open SYS_stat SYS_lstat SYS_access SYS_readlink SYS_unlink SYS_rename SYS_link SYS_dup2 SYS_poll SYS_select
+    SYS_epoll_create SYS_epoll_wait SYS_eventfd SYS_pipe SYS_time SYS_renameat SYS_sync_file_range SYS_getrlimit SYS_arch_prctl
+};
+#[cfg(not(target_arch = "x86_64"))]
+const OLDER: &[(c_long, &str)] = &[];
+
+/// What a client of a storage cluster does besides: connections that break are made again.
+const NETWORK: &[(c_long, &str)] =
+    &calls! { SYS_bind SYS_listen SYS_socketpair SYS_sched_setscheduler SYS_setpriority };
+
+/// What an intruder would try, for the log's sake. Everything that is in none of the lists is stopped alike.
+const TELLING: &[(c_long, &str)] = &calls! {
+    SYS_execve SYS_execveat SYS_clone SYS_ptrace SYS_process_vm_readv SYS_process_vm_writev SYS_kill SYS_tkill SYS_tgkill
+    SYS_socket SYS_bind SYS_listen SYS_mmap SYS_mprotect SYS_ioctl SYS_prctl SYS_prlimit64 SYS_setuid SYS_setgid
+    SYS_setresuid SYS_setresgid SYS_setgroups SYS_capset SYS_mount SYS_umount2 SYS_pivot_root SYS_chroot SYS_unshare
+    SYS_setns SYS_bpf SYS_perf_event_open SYS_userfaultfd SYS_init_module SYS_finit_module SYS_kexec_load SYS_reboot
+    SYS_keyctl SYS_add_key SYS_open_by_handle_at SYS_name_to_handle_at SYS_mknodat SYS_mkdirat SYS_symlinkat SYS_fchmodat
+    SYS_fchownat SYS_fchmod SYS_fchown SYS_pidfd_open SYS_pidfd_getfd SYS_seccomp SYS_personality SYS_swapon SYS_chdir
+    SYS_sethostname SYS_settimeofday SYS_shmget SYS_shmat SYS_msgget SYS_semget SYS_memfd_secret
+};
+
+#[cfg(target_arch = "x86_64")]
+const TELLING_OLDER: &[(c_long, &str)] = &calls! {
+    SYS_fork SYS_vfork SYS_creat SYS_chmod SYS_chown SYS_mkdir SYS_rmdir SYS_mknod SYS_symlink SYS_setrlimit SYS_iopl
+    SYS_ioperm SYS_modify_ldt
+};
+#[cfg(not(target_arch = "x86_64"))]
+const TELLING_OLDER: &[(c_long, &str)] = &[];
+
+/// `linux/fs.h` and its kin: what the daemon asks of files, devices and sockets. All but the first change nothing.
+const IOCTLS: [u64; 14] = [
+    0x1277,      // BLKDISCARD
+    0x1268,      // BLKSSZGET
+    0x127b,      // BLKPBSZGET
+    0x1278,      // BLKIOMIN
+    0x1279,      // BLKIOOPT
+    0x127a,      // BLKALIGNOFF
+    0x127c,      // BLKDISCARDZEROES
+    0x125e,      // BLKROGET
+    0x8008_1272, // BLKGETSIZE64
+    0x5421,      // FIONBIO
+    0x541b,      // FIONREAD
+    0x5450,      // FIONCLEX
+    0x5451,      // FIOCLEX
+    0x5401,      // TCGETS
+];
+
+/// PR_SET_VMA, by which the C library names its memory: of linux/prctl.h.
+const PR_SET_VMA: u64 = 0x5356_4d41;
+
+/// Why there is no filter.
+#[derive(Debug)]
+pub enum FilterError {
+    /// It cannot be compiled: an architecture without one.
+    Compile(BackendError),
+    /// The kernel does not take it.
+    Install(seccompiler::Error),
+}
+
+impl std::fmt::Display for FilterError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            FilterError::Compile(error) => error.fmt(f),
+            FilterError::Install(error) => error.fmt(f),
+        }
+    }
+}
+
+impl From<BackendError> for FilterError {
+    fn from(error: BackendError) -> Self {
+        FilterError::Compile(error)
+    }
+}
+
+/// Installs the filter in every thread. Whatever is stopped raises SIGSYS.
+pub(super) fn install(needs: Needs) -> Result<(), FilterError> {
+    let [polite, strict] = compile(needs)?;
+    // The strict one is last: it allows no other.
+    for program in [polite, strict] {
+        apply_filter_all_threads(&program).map_err(FilterError::Install)?;
+    }
+    Ok(())
+}
+
+/// Two programs; of two answers the kernel takes the harder. The first refuses with an error what has another way, the
+/// second stops what has none.
+fn compile(needs: Needs) -> Result<[BpfProgram; 2], BackendError> {
+    let architecture = TargetArch::try_from(std::env::consts::ARCH)?;
+    // Its arguments lie in memory, where no filter looks. The C library then uses clone.
+    let refused = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    let polite =
+        SeccompFilter::new(refused, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32), architecture)?;
+    let strict = SeccompFilter::new(allowed(needs)?, SeccompAction::Trap, SeccompAction::Allow, architecture)?;
+    Ok([polite.try_into()?, strict.try_into()?])
+}
+
+fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
+    let network: &[(c_long, &str)] = if needs.network { NETWORK } else { &[] };
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        [PLAIN, OLDER, network].concat().into_iter().map(|(number, _)| (number, Vec::new())).collect();
+    let pid = u64::from(std::process::id());
+    let domains = match needs.network {
+        false => vec![libc::AF_UNIX as u64],
+        true => [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK].map(|domain| domain as u64).to_vec(),
+    };
+    let executable = libc::PROT_EXEC as u64;
+    let thread = libc::CLONE_THREAD as u64;
+    let conditional = [
+        // A new process is what an intruder would want.
+        (libc::SYS_clone, one_of(0, &[thread], Some(thread))?),
+        (libc::SYS_tgkill, one_of(0, &[pid], None)?),
+        // Ourselves: who has what limit.
+        (libc::SYS_prlimit64, one_of(0, &[0, pid], None)?),
+        (libc::SYS_socket, one_of(0, &domains, None)?),
+        (libc::SYS_ioctl, one_of(1, &IOCTLS, None)?),
+        (libc::SYS_prctl, one_of(0, &[libc::PR_SET_NAME as u64, libc::PR_GET_NAME as u64, PR_SET_VMA], None)?),
+        // No new code. A cluster's client loads parts of itself when they are first used.
+        (libc::SYS_mmap, if needs.network { Vec::new() } else { one_of(2, &[0], Some(executable))? }),
+        (libc::SYS_mprotect, if needs.network { Vec::new() } else { one_of(2, &[0], Some(executable))? }),
+    ];
+    rules.extend(conditional);
+    Ok(rules)
+}
+
+/// A rule for each value that an argument may have, all of its bits or those of `mask`. Arguments are compared in their
+/// lower 32 bits, which is what the kernel looks at in all of these.
+fn one_of(argument: u8, values: &[u64], mask: Option<u64>) -> Result<Vec<SeccompRule>, BackendError> {
+    let rule = |&value: &u64| {
+        let how = mask.map_or(SeccompCmpOp::Eq, SeccompCmpOp::MaskedEq);
+        SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, how, value)?])
+    };
+    values.iter().map(rule).collect()
+}
+
+/// A system call's name, if it is one of those that an intruder would try. Called in a signal's handler: only looks.
+pub(super) fn name(number: c_long) -> Option<&'static str> {
+    let found =
+        [TELLING, TELLING_OLDER, PLAIN, OLDER, NETWORK].into_iter().flatten().find(|(known, _)| *known == number);
+    found.map(|(_, name)| &name["SYS_".len()..])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_filters_compile_for_each_kind_of_image() {
+        for network in [false, true] {
+            let [polite, strict] = compile(Needs { network }).unwrap();
+            assert!(!polite.is_empty() && strict.len() > 100);
+            // The kernel's limit on instructions (BPF_MAXINSNS).
+            assert!(strict.len() <= 4096, "{}", strict.len());
+        }
+    }
+
+    #[test]
+    fn nothing_telling_is_allowed_whatever_its_arguments() {
+        let rules = allowed(Needs::default()).unwrap();
+        for (number, name) in TELLING.iter().chain(TELLING_OLDER) {
+            assert!(rules.get(number).is_none_or(|rules| !rules.is_empty()), "{name}");
+        }
+    }
+
+    #[test]
+    fn names_are_found() {
+        assert_eq!(name(libc::SYS_execve), Some("execve"));
+        assert_eq!(name(libc::SYS_read), Some("read"));
+        assert_eq!(name(100_000), None);
+    }
+}

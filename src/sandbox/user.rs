@@ -1,0 +1,88 @@
+//! Another user than root, and what root itself does not need.
+
+use std::ffi::CString;
+use std::io;
+
+use nix::unistd::{Gid, Uid, User, initgroups, setresgid, setresuid};
+use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, accessat};
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+
+use super::SandboxError;
+use crate::config::{BackendKind, Config};
+
+/// `--user`, looked up.
+pub(super) struct Account {
+    name: String,
+    uid: Uid,
+    gid: Gid,
+}
+
+impl Account {
+    /// Looks a name or a number up. Before anything is opened: a lookup may start a conversation with a name service.
+    pub(super) fn find(name: &str) -> Result<Account, SandboxError> {
+        let found = match name.parse() {
+            Ok(number) => User::from_uid(Uid::from_raw(number)),
+            Err(_) => User::from_name(name),
+        };
+        let user = match found {
+            Ok(Some(user)) => user,
+            Ok(None) => return Err(SandboxError::NoUser(name.to_string(), None)),
+            Err(errno) => return Err(SandboxError::NoUser(name.to_string(), Some(errno.into()))),
+        };
+        if !Uid::effective().is_root() && Uid::effective() != user.uid {
+            return Err(SandboxError::NotRoot(name.to_string()));
+        }
+        Ok(Account { name: user.name, uid: user.uid, gid: user.gid })
+    }
+
+    /// Becomes this user for good, with the groups that it is a member of. Every thread; Linux drops all capabilities.
+    pub(super) fn assume(&self, config: &Config) -> Result<(), SandboxError> {
+        if Uid::effective().is_root() {
+            let failed = |what: &'static str| {
+                move |errno: nix::Error| SandboxError::Switch(self.name.clone(), what, errno.into())
+            };
+            let name = CString::new(self.name.as_str())
+                .map_err(|error| SandboxError::Switch(self.name.clone(), "initgroups", error.into()))?;
+            let image = image_place(config);
+            initgroups(&name, self.gid).map_err(failed("initgroups"))?;
+            setresgid(self.gid, self.gid, self.gid).map_err(failed("setresgid"))?;
+            setresuid(self.uid, self.uid, self.uid).map_err(failed("setresuid"))?;
+            self.check_image(config, image)?;
+        }
+        Ok(())
+    }
+
+    /// Each ring opens the image for itself, later: better said now.
+    fn check_image(
+        &self,
+        config: &Config,
+        image: Option<io::Result<std::os::fd::OwnedFd>>,
+    ) -> Result<(), SandboxError> {
+        let (BackendKind::File(path), Some(image)) = (&config.backend, image) else { return Ok(()) };
+        let refused = |error| SandboxError::Image(self.name.clone(), path.clone(), error);
+        let image = image.map_err(refused)?;
+        let access = if config.read_only { Access::READ_OK } else { Access::READ_OK | Access::WRITE_OK };
+        let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&image));
+        accessat(CWD, again, access, AtFlags::EACCESS).map_err(|errno| refused(errno.into()))
+    }
+}
+
+/// The image's place, opened while we may still walk to it.
+fn image_place(config: &Config) -> Option<io::Result<std::os::fd::OwnedFd>> {
+    let BackendKind::File(path) = &config.backend else { return None };
+    Some(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(Into::into))
+}
+
+/// Root's, for those who do not name a user: images and directories that belong to others. The calling thread and those
+/// that it starts.
+pub(super) fn keep_few_capabilities() -> Result<(), SandboxError> {
+    if !Uid::effective().is_root() {
+        return Ok(());
+    }
+    let all = rustix::thread::capabilities(None).map_err(|errno| SandboxError::Capabilities(errno.into()))?;
+    // IPC_LOCK: before Linux 5.12 the rings of io_uring counted as locked memory.
+    let wanted = CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH | CapabilitySet::IPC_LOCK;
+    let kept = all.permitted & wanted;
+    let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
+    set_capabilities(None, sets).map_err(|errno| SandboxError::Capabilities(errno.into()))
+}
