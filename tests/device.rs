@@ -5,15 +5,18 @@ mod front_end;
 mod rig;
 
 use std::ops::Deref;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use front_end::*;
 use rig::Rig;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use virtioblkd::backend::file::{FileBackend, FileOptions};
+use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
 use virtioblkd::disk::{Disk, Event};
 use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::DeviceOptions;
@@ -485,4 +488,35 @@ fn read_only_is_shown_and_kept() {
     assert_eq!(guest.range(0, WRITE_ZEROES, 0, 8, 0), UNSUPP);
     assert_eq!(guest.read(0, 0, 512), (OK, vec![0; 512]));
     assert!(std::fs::read(&rig.image).unwrap().iter().all(|&byte| byte == 0));
+}
+
+/// QEMU reads the used index when it sees the server gone, and gives the next one what is not answered by then.
+#[test]
+fn a_front_end_sees_the_end_after_the_last_answer() {
+    let options = MemOptions { order: Order::OnRequest, ..MemOptions::new(SIZE) };
+    let backend = Arc::new(MemBackend::new(options));
+    let device = DeviceOptions { mode: CacheMode::Writeback, num_queues: 1, queue_size: 64, serial: String::new() };
+    let rig = Rig::on(backend.clone(), &device);
+    let stream = UnixStream::connect(&rig.path).unwrap();
+    let wire = stream.try_clone().unwrap();
+    let mut guest = FrontEnd::handshake(stream, 1, 64, ALL);
+    guest.start_ring(0, 0);
+    guest.add(0, OUT, 0, &[1; 512], 0);
+    guest.kick(0);
+    while backend.waiting() == 0 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let ended = |patience| {
+        let patience = Timespec { tv_sec: 0, tv_nsec: patience };
+        poll(&mut [PollFd::new(&wire, PollFlags::RDHUP)], Some(&patience)).unwrap() > 0
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| rig.device.shutdown());
+        let early = ended(300_000_000);
+        // The write, and the sync at the end.
+        backend.release(2);
+        while !ended(1_000_000) {}
+        assert!(!early, "a request is in flight");
+        assert!(guest.used(0).is_some(), "answered before");
+    });
 }

@@ -161,8 +161,10 @@ impl Device {
         let mut connection = self.lock();
         connection.closed = true;
         if let Some(stream) = &connection.front_end {
-            // Already closed by the other side is fine.
-            let _ = stream.shutdown(std::net::Shutdown::Both);
+            // For reading only: our thread hears of the end, and the front-end does not before everything is answered.
+            // QEMU takes up the used index when it sees us gone, and would give what is answered after that to the next
+            // server again. Already closed by the other side is fine.
+            let _ = stream.shutdown(std::net::Shutdown::Read);
         }
         while connection.front_end.is_some() {
             connection = self.left.wait(connection).expect("no panic while held");
