@@ -9,6 +9,11 @@ TEST_THREADS ?= 2
 VM_TESTS = firmware vm story agent replicas power_cut libvirt
 OTHER_TESTS = $(filter-out $(VM_TESTS),$(basename $(notdir $(wildcard tests/*.rs))))
 
+# How long `make fuzz` searches each target.
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS = $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
+
+deep = $(or $(CARGO_TARGET_DIR),target)/deep
 release = $(or $(CARGO_TARGET_DIR),target)/release
 doc = $(DESTDIR)$(PREFIX)/share/doc/virtioblkd
 
@@ -57,6 +62,14 @@ check-lint: toolchain ## Formatting, clippy, documentation, without a warning
 	$(CARGO) fmt --check
 	$(CARGO) clippy --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --document-private-items
+
+fuzz: toolchain ## Search for what breaks the parsers, FUZZ_SECONDS a target (needs cargo-fuzz)
+	@$(CARGO) fuzz --version >/dev/null 2>&1 || { echo "fuzz: run 'cargo install cargo-fuzz' first" >&2; exit 1; }
+	set -e; for target in $(FUZZ_TARGETS); do \
+		mkdir -p $(deep)/fuzz-corpus/$$target; \
+		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run $$target $(deep)/fuzz-corpus/$$target fuzz/corpus/$$target -- \
+			-max_total_time=$(FUZZ_SECONDS) -max_len=4096 -print_final_stats=1; \
+	done
 
 explore-long: toolchain ## The engine's explorer over longer scripts; minutes
 	VIRTIOBLKD_EXPLORE=long $(CARGO) test --release --lib engine::explore -- --nocapture

@@ -1,0 +1,88 @@
+//! A guest's memory, ring and descriptors included, all of it random.
+
+use std::sync::Arc;
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtioblkd::backend::{DurableWrite, Geometry, RangeLimits};
+use virtioblkd::virtio::buffer::guest_buffer;
+use virtioblkd::virtio::request::{Command, Parser};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+/// Two regions side by side, and a hole behind them.
+const REGION: u64 = 0x4000;
+const SIZE: u64 = 1 << 20;
+
+fn geometry(choice: u8) -> Geometry {
+    let limits = Some(RangeLimits { max_bytes: SIZE / 2, granularity: 4096 });
+    Geometry {
+        size: SIZE,
+        logical_block: if choice & 1 == 0 { 512 } else { 4096 },
+        physical_block: 4096,
+        alignment_offset: 0,
+        min_io: 4096,
+        opt_io: 0,
+        read_only: choice & 2 != 0,
+        discard: limits.filter(|_| choice & 4 == 0),
+        write_zeroes: limits.filter(|_| choice & 8 == 0),
+        zeroes_may_unmap: choice & 16 == 0,
+        durable_write: DurableWrite::Emulate,
+    }
+}
+
+/// The first byte chooses a geometry, the second the ring's size, the rest is memory from address 0 on: descriptors at
+/// 0, the available ring at 0x100, the used ring at 0x200. Returns how many
+/// requests made sense.
+pub fn run(data: &[u8]) -> u64 {
+    let [choice, size, bytes @ ..] = data else { return 0 };
+    let geometry = geometry(*choice);
+    let size = 1u16 << (size % 5);
+    let regions = [(GuestAddress(0), REGION as usize), (GuestAddress(REGION), REGION as usize)];
+    let memory = Arc::new(GuestMemoryMmap::from_ranges(&regions).expect("memory"));
+    let bytes = &bytes[..bytes.len().min(2 * REGION as usize)];
+    memory.write_slice(bytes, GuestAddress(0)).expect("inside");
+    let mut queue = Queue::new(256).expect("a queue");
+    queue.set_size(size);
+    queue.set_desc_table_address(Some(0), Some(0));
+    queue.set_avail_ring_address(Some(0x100), Some(0));
+    queue.set_used_ring_address(Some(0x200), Some(0));
+    queue.set_ready(true);
+    let mut parser = Parser::default();
+    // More entries than the ring has are an error; without one there is nothing to read.
+    let Ok(chains) = queue.iter(&*memory) else { return 0 };
+    let mut understood = 0;
+    for chain in chains {
+        let Ok(request) = parser.parse(&memory, chain, &geometry) else { continue };
+        let Ok(command) = request.command else { continue };
+        understood += 1;
+        let segments = parser.data(&command);
+        let total: u64 = segments.iter().map(|&(_, len)| u64::from(len)).sum();
+        match command {
+            Command::Read { offset, len } | Command::Write { offset, len } => {
+                inside(offset, u64::from(len), &geometry);
+                assert_eq!(total, u64::from(len));
+                assert!(segments.len() <= 1024);
+            }
+            Command::Discard { offset, len } | Command::WriteZeroes { offset, len, .. } => {
+                inside(offset, len, &geometry);
+                assert!(len <= SIZE / 2);
+            }
+            Command::GetId => assert!(total >= 20),
+            Command::Flush => {}
+        }
+        if matches!(command, Command::Write { .. } | Command::Discard { .. } | Command::WriteZeroes { .. }) {
+            assert!(!geometry.read_only);
+        }
+        // Every byte is the guest's, or there is no buffer.
+        if let Ok(buffer) = guest_buffer(&memory, segments, Vec::new()) {
+            assert_eq!(buffer.len() as u64, total);
+            assert!(segments.iter().all(|&(at, len)| len == 0 || memory.check_range(at, len as usize)));
+        }
+    }
+    understood
+}
+
+fn inside(offset: u64, len: u64, geometry: &Geometry) {
+    let block = u64::from(geometry.logical_block);
+    assert!(offset.checked_add(len).is_some_and(|end| end <= geometry.size), "{offset} {len}");
+    assert!(offset.is_multiple_of(block) && len.is_multiple_of(block), "{offset} {len}");
+}

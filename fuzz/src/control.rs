@@ -1,0 +1,36 @@
+//! What a client writes to the control socket, in pieces of any size.
+
+use serde_json::Value;
+use virtioblkd::control::proto;
+use virtioblkd::control::stream::{Decoder, Garbage, MOST_BYTES};
+
+/// The first byte is the size of the pieces.
+pub fn run(data: &[u8]) {
+    let [piece, text @ ..] = data else { return };
+    let whole = outcomes(text, text.len().max(1));
+    assert_eq!(outcomes(text, usize::from(*piece).max(1)), whole, "however it is cut");
+    for value in whole.into_iter().flatten() {
+        for negotiated in [false, true] {
+            let request = proto::parse(value.clone(), negotiated);
+            let reply = proto::reply(request.id.as_ref(), request.command.map(|_| Value::Null));
+            assert!(reply.ends_with(b"\r\n") && !reply[..reply.len() - 2].contains(&b'\n'), "one line");
+            // What is refused is shown cut, and an `id` comes back as it was: the answer to little is little.
+            assert!(reply.len() < 6 * MOST_BYTES + 1024, "{}", reply.len());
+            serde_json::from_slice::<Value>(&reply).expect("JSON");
+        }
+    }
+}
+
+fn outcomes(text: &[u8], piece: usize) -> Vec<Result<Value, Garbage>> {
+    let mut decoder = Decoder::default();
+    let mut found = Vec::new();
+    for mut rest in text.chunks(piece) {
+        while !rest.is_empty() {
+            let (taken, outcome) = decoder.feed(rest);
+            assert!(taken > 0 && taken <= rest.len());
+            rest = &rest[taken..];
+            found.extend(outcome);
+        }
+    }
+    found
+}

@@ -1,0 +1,34 @@
+//! The command line and the disk file.
+
+use std::ffi::OsString;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStringExt;
+
+use virtioblkd::config::{Config, Invocation};
+
+/// The first byte chooses: arguments with zeroes between them, or the text of a disk file.
+pub fn run(data: &[u8]) {
+    let [choice, text @ ..] = data else { return };
+    let program = OsString::from("virtioblkd");
+    let made = if choice % 2 == 0 {
+        let arguments = text.split(|byte| *byte == 0).map(|word| OsString::from_vec(word.to_vec()));
+        // A name of a file would be read, and be another input than this one.
+        let arguments = arguments.filter(|word| !word.as_encoded_bytes().starts_with(b"--c"));
+        Config::from_args(std::iter::once(program).chain(arguments))
+    } else {
+        let file = rustix::fs::memfd_create("disk.toml", rustix::fs::MemfdFlags::CLOEXEC).expect("a file");
+        rustix::io::write(&file, text).expect("room");
+        let path = format!("--config=/proc/self/fd/{}", file.as_raw_fd());
+        Config::from_args([program, path.into()])
+    };
+    match made {
+        Ok(Invocation::Run(config)) => {
+            assert!((1..=256).contains(&config.num_queues));
+            assert!(config.queue_size.is_power_of_two() && config.queue_size >= 2);
+            assert!(config.serial.len() <= 20 && config.serial.is_ascii());
+            assert!(config.logical_block_size.is_none_or(|size| size == 512 || size == 4096));
+        }
+        Ok(Invocation::Print(text)) => assert!(!text.is_empty()),
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
+}
