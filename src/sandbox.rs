@@ -8,12 +8,16 @@
 //!    for copies (`--copy-dir`), and the removal of sockets and pid file.
 //! 4. The filter of system calls (seccomp): no program is started, no process made or touched, no network.
 //!
+//! An image that a storage library reaches over a network (Ceph) is opened by a thread that has gone through 3 already:
+//! the library's threads inherit that. The library may open connections and what its configuration names.
+//!
 //! What the kernel lacks is said in one warning, and the disk is served: a guest without its disk is the greater harm,
 //! and the operator sees it. What the operator asked for by name (`--user`, `--copy-dir`) is an error if it fails.
 //!
 //! `virtioblkctl` is outside: hooks, commands and reflinks are its own.
 
 mod calls;
+mod ceph;
 mod paths;
 mod user;
 mod violation;
@@ -51,8 +55,18 @@ impl Needs {
     fn of(backend: &BackendKind) -> Needs {
         match backend {
             BackendKind::File(_) | BackendKind::Null(_) | BackendKind::Mem(_) => Needs { network: false },
+            BackendKind::Rbd(_) => Needs { network: true },
         }
     }
+}
+
+/// What the rules on paths are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// A storage library that opens the image.
+    Opening,
+    /// Everything from then on.
+    Serving,
 }
 
 /// Why the daemon does not start. Each text names the thing, the cause and the mend.
@@ -129,6 +143,25 @@ impl<'a> Sandbox<'a> {
         Ok(Sandbox { config, user })
     }
 
+    /// Runs `open`, which opens the image. A storage library starts threads then, which no rule on paths reaches later:
+    /// it is called from a thread that has been restricted before, and they inherit that. Main, before `enter`.
+    pub fn open<T: Send>(&self, open: impl FnOnce() -> T + Send) -> Result<T, SandboxError> {
+        if !Needs::of(&self.config.backend).network || self.config.sandbox == Level::Off {
+            return Ok(open());
+        }
+        let rules = paths::rules(self.config, Stage::Opening).map_err(SandboxError::Paths)?;
+        let restricted = move || {
+            user::keep_few_capabilities()?;
+            match paths::confine(rules, Needs { network: true }) {
+                // That the kernel has no such rules is said at the end, once.
+                Ok(_) | Err(None) => Ok(open()),
+                Err(Some(error)) => Err(SandboxError::Paths(error)),
+            }
+        };
+        // A panic has ended the process.
+        std::thread::scope(|scope| scope.spawn(restricted).join().expect("no panic"))
+    }
+
     /// Gives up, for good, what the daemon does not need any more. Everything is open and bound, and no other thread
     /// of ours exists: the rules on paths and root's capabilities are each thread's own. Main, once.
     pub fn enter(self) -> Result<(), SandboxError> {
@@ -148,7 +181,7 @@ impl<'a> Sandbox<'a> {
     fn rules(&self) -> Result<Vec<paths::Rule>, SandboxError> {
         match self.config.sandbox {
             Level::Off => Ok(Vec::new()),
-            Level::On | Level::NoFilter => paths::rules(self.config).map_err(SandboxError::Paths),
+            Level::On | Level::NoFilter => paths::rules(self.config, Stage::Serving).map_err(SandboxError::Paths),
         }
     }
 
@@ -156,7 +189,7 @@ impl<'a> Sandbox<'a> {
     fn check_io_uring(&self) -> Result<(), SandboxError> {
         match self.config.backend {
             BackendKind::File(_) => file::probe_io_uring().map_err(SandboxError::IoUring),
-            BackendKind::Null(_) | BackendKind::Mem(_) => Ok(()),
+            BackendKind::Rbd(_) | BackendKind::Null(_) | BackendKind::Mem(_) => Ok(()),
         }
     }
 

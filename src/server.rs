@@ -124,7 +124,8 @@ impl Server {
         raise_descriptor_limit();
         let sandbox = Sandbox::prepare(config).map_err(ServerError::Sandbox)?;
         let prepared = socket::prepare(&config.listen).map_err(ServerError::Socket)?;
-        let disk = wiring::open(config).map_err(ServerError::Image)?;
+        let open = || wiring::open(config).map_err(ServerError::Image);
+        let disk = sandbox.open(open).map_err(ServerError::Sandbox)??;
         let control_socket = match &config.control {
             Some(control) => Some(socket::bind(&control.path, control.mode).map_err(ServerError::Control)?),
             None => None,

@@ -60,8 +60,10 @@ const OLDER: &[(c_long, &str)] = &calls! {
 const OLDER: &[(c_long, &str)] = &[];
 
 /// What a client of a storage cluster does besides: connections that break are made again.
-const NETWORK: &[(c_long, &str)] =
-    &calls! { SYS_bind SYS_listen SYS_socketpair SYS_sched_setscheduler SYS_setpriority };
+const NETWORK: &[(c_long, &str)] = &calls! {
+    SYS_bind SYS_listen SYS_socketpair SYS_sendmmsg SYS_recvmmsg SYS_sched_setscheduler SYS_setpriority SYS_fchmod
+    SYS_fchmodat
+};
 
 /// What an intruder would try, for the log's sake. Everything that is in none of the lists is stopped alike.
 const TELLING: &[(c_long, &str)] = &calls! {

@@ -7,14 +7,19 @@ use std::path::{Path, PathBuf};
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, PathFd, PathFdError, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+    RulesetCreatedAttr, RulesetError, RulesetStatus, Scope, make_bitflags,
 };
 
-use super::Needs;
+use super::{Needs, Stage, ceph};
 use crate::config::{BackendKind, Config, Listen};
 
 /// What was read and tested; the crate leaves out what the kernel lacks.
 const KNOWN: ABI = ABI::V9;
+
+/// To make files, to write, read and rename them, and to remove them.
+const CREATE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
+    ReadDir | ReadFile | WriteFile | Truncate | MakeReg | RemoveFile
+});
 
 /// Where a rule begins, open, so that a later rename does not matter; and what is allowed there and beneath.
 pub(super) struct Rule {
@@ -60,7 +65,7 @@ impl From<RulesetError> for PathsError {
 
 /// The rules that a configuration needs. Once its sockets and its pid file are there, and before the user changes: who
 /// may open what counts again at each use.
-pub(super) fn rules(config: &Config) -> Result<Vec<Rule>, PathsError> {
+pub(super) fn rules(config: &Config, stage: Stage) -> Result<Vec<Rule>, PathsError> {
     let mut rules = Vec::new();
     let mut add = |option, path: &Path, access| match PathFd::new(path) {
         Ok(place) => {
@@ -75,6 +80,42 @@ pub(super) fn rules(config: &Config) -> Result<Vec<Rule>, PathsError> {
         let write = if config.read_only { BitFlags::EMPTY } else { write };
         add("--blk-file", path, write | AccessFs::ReadFile | AccessFs::IoctlDev)?;
     }
+    if let BackendKind::Rbd(options) = &config.backend {
+        let (read, written) = ceph::paths(options);
+        for path in &read {
+            let access = AccessFs::ReadFile | AccessFs::ReadDir;
+            // A file has nothing to list; /dev/null is written to.
+            let access = if path.is_dir() { access } else { AccessFs::ReadFile | AccessFs::WriteFile };
+            add("Ceph", path, access)?;
+        }
+        // It is opened once.
+        let state = options.state_file.as_deref().filter(|_| stage == Stage::Opening).map(directory_of);
+        for path in written.iter().map(PathBuf::as_path).chain(state) {
+            add("Ceph", path, CREATE | AccessFs::MakeSock)?;
+        }
+    }
+    if stage == Stage::Serving {
+        serving(config, &mut add)?;
+    }
+    // What the kernel tells of the image's device and of ourselves, and what malloc(3) asks before it gives memory back.
+    // Where it is not mounted nothing can be read.
+    for (path, access) in [
+        ("/sys", AccessFs::ReadFile | AccessFs::ReadDir),
+        ("/proc/self", AccessFs::ReadFile | AccessFs::ReadDir),
+        ("/proc/sys/vm/overcommit_memory", AccessFs::ReadFile.into()),
+    ] {
+        if Path::new(path).exists() {
+            add(path, Path::new(path), access)?;
+        }
+    }
+    Ok(rules)
+}
+
+/// How a rule is added: the option that names the place, the place, what is allowed there.
+type Add<'a> = dyn FnMut(&'static str, &Path, BitFlags<AccessFs>) -> Result<(), PathsError> + 'a;
+
+/// What is needed beside the image.
+fn serving(config: &Config, add: &mut Add<'_>) -> Result<(), PathsError> {
     for path in &config.copy_dirs {
         if !path.is_dir() {
             return Err(match PathFd::new(path) {
@@ -82,13 +123,7 @@ pub(super) fn rules(config: &Config) -> Result<Vec<Rule>, PathsError> {
                 Err(error) => PathsError::Open("--copy-dir", error),
             });
         }
-        let access = AccessFs::ReadDir
-            | AccessFs::ReadFile
-            | AccessFs::WriteFile
-            | AccessFs::Truncate
-            | AccessFs::MakeReg
-            | AccessFs::RemoveFile;
-        add("--copy-dir", path, access)?;
+        add("--copy-dir", path, CREATE)?;
     }
     let socket = match &config.listen {
         Listen::Path { path, .. } => Some(path),
@@ -103,17 +138,6 @@ pub(super) fn rules(config: &Config) -> Result<Vec<Rule>, PathsError> {
             add(option, directory_of(path), AccessFs::RemoveFile.into())?;
         }
     }
-    // What the kernel tells of the image's device and of ourselves, and what malloc(3) asks before it gives memory back.
-    // Where it is not mounted nothing can be read.
-    for (path, access) in [
-        ("/sys", AccessFs::ReadFile | AccessFs::ReadDir),
-        ("/proc/self", AccessFs::ReadFile | AccessFs::ReadDir),
-        ("/proc/sys/vm/overcommit_memory", AccessFs::ReadFile.into()),
-    ] {
-        if Path::new(path).exists() {
-            add(path, Path::new(path), access)?;
-        }
-    }
     // systemd is told of the end. A name that begins with '@' is no path.
     if let Some(path) = std::env::var_os("NOTIFY_SOCKET").map(PathBuf::from)
         && path.is_absolute()
@@ -121,7 +145,7 @@ pub(super) fn rules(config: &Config) -> Result<Vec<Rule>, PathsError> {
     {
         add("NOTIFY_SOCKET", &path, AccessFs::ResolveUnix.into())?;
     }
-    Ok(rules)
+    Ok(())
 }
 
 fn directory_of(path: &Path) -> &Path {

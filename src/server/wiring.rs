@@ -27,7 +27,7 @@ use crate::virtio::{Device, DeviceOptions};
 pub(super) type Quit = Arc<dyn Fn() + Send + Sync>;
 
 /// Starts to answer the control socket, if there is one, and the image's store.
-pub(super) type StartControl = Box<dyn FnOnce(Option<UnixListener>, Quit) -> io::Result<Box<dyn Control>>>;
+pub(super) type StartControl = Box<dyn FnOnce(Option<UnixListener>, Quit) -> io::Result<Box<dyn Control>> + Send>;
 
 /// An open image, checked, and how to control it.
 pub(super) struct Opened {
