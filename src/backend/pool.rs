@@ -1,7 +1,7 @@
 //! Memory for transfers that are copied: aligned, reused and bounded.
 //!
-//! Every queue has a [`Pool`] of its own, which may always hold one largest piece, so that whoever is the only one to
-//! want memory gets it; what a queue needs beyond that comes from the image's [`Depot`]. [`Pool::take`] never waits: a
+//! Every queue has a `Pool` of its own, which may always hold one largest piece, so that whoever is the only one to
+//! want memory gets it; what a queue needs beyond that comes from the image's [`Depot`]. `Pool::take` never waits: a
 //! queue that gets nothing has pieces at work itself, and asks again when one of them comes back. Whoever has a piece
 //! waits for the medium only, never for a second piece. So there is no deadlock, and no queue need wake another.
 

@@ -1,9 +1,9 @@
 //! What is below an image: whether it reads the buffer of an O_DIRECT write more than once.
 //!
-//! The kernel says so of a block device in `queue/stable_writes` (parity RAID where it saves its own copy, iSCSI and
-//! NVMe/TCP with data digests, krbd, zram), and not of everything that does: md mirrors never set it, DRBD had lost it
-//! between Linux 6.9 and 6.19, and a filesystem has no such attribute. So the stack of devices is walked, from the image
-//! down through partitions, md and device-mapper, and what is known of each kind is written here with its reason.
+//! The kernel says so of a block device in `queue/stable_writes` (md's parity RAID, iSCSI and NVMe/TCP with data
+//! digests, krbd, zram), and not of everything that does: md's mirrors never set it, DRBD did not for some years (mended
+//! in Linux 7.0), and a filesystem has no such attribute. So the stack of devices is walked, from the image down through
+//! partitions, md and device-mapper, and what is known of each kind is written here with its reason.
 
 use std::fs;
 use std::os::fd::BorrowedFd;
