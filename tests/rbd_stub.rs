@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use backend::stub::{Stub, libraries};
-use backend::{Driver, PATIENCE, random_ops};
+use backend::{Driver, PATIENCE, eventually, random_ops};
 use virtioblkd::backend::rbd::{Encryption, RbdBackend, RbdLock};
 use virtioblkd::backend::{Backend, Errno, IoBuf, Notices, Op, OpId, QuiesceAsk};
 use virtioblkd::engine::CacheMode;
@@ -432,6 +432,33 @@ fn a_lock_that_another_has_is_waited_for_and_not_for_ever() {
     assert_eq!(disk.image_status().rbd.unwrap().lock, "released");
     stub.tell("owner none");
     disk.activate().unwrap();
+}
+
+#[test]
+fn a_dead_owner_is_waited_for_without_holding_up_the_caller() {
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    stub.tell("lock-hangs");
+    for _ in 0..2 {
+        let error = disk.activate().unwrap_err().to_string();
+        assert!(error.contains("waiting"), "{error}");
+        assert_eq!(disk.image_status().rbd.unwrap().lock, "waiting");
+    }
+    stub.tell("lock-goes");
+    eventually("the lock", || disk.activate().is_ok());
+    assert_eq!((stub.count("locks"), stub.count("invalidates")), (1, 1));
+    disk.deactivate();
+    assert_eq!(stub.count("unlocks"), 1);
+
+    // A guest that leaves meanwhile: what nobody came for goes back, and can be had again.
+    stub.tell("lock-hangs");
+    disk.activate().unwrap_err();
+    stub.tell("lock-goes");
+    eventually("the lock is given back", || stub.count("unlocks") == 2);
+    disk.activate().unwrap();
+    assert_eq!(stub.count("locks"), 3);
+    disk.deactivate();
+    assert_eq!(stub.count("unlocks"), 3);
 }
 
 #[test]

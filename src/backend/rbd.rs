@@ -6,6 +6,7 @@
 //! cluster (blocklisted) is done for good: every later op fails, and it never opens the image again by itself.
 
 mod aio;
+mod attempt;
 mod handle;
 mod keeper;
 mod lock;

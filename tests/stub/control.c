@@ -3,6 +3,7 @@
  *   fail WHAT ERRNO COUNT   ops (read, write, flush, discard, zeroes) or calls (lock, size, ...) fail; -1: for ever
  *   short BYTES             the next read is short by so many
  *   hang, go                ops stay in flight; they finish
+ *   lock-hangs, lock-goes   the lock's owner is dead, as far as anybody knows; the cluster gives up waiting
  *   fence                   everything fails with ESHUTDOWN
  *   owner ADDRESS           another client has the lock; `none`: nobody
  *   resize BYTES            and the update watch is called
@@ -87,6 +88,10 @@ static void obey(struct image *image, char *order, FILE *out)
 		set(image, &image->hanging, 1);
 	} else if (!strcmp(order, "go")) {
 		set(image, &image->hanging, 0);
+	} else if (!strcmp(order, "lock-hangs")) {
+		set(image, &image->lock_hangs, 1);
+	} else if (!strcmp(order, "lock-goes")) {
+		set(image, &image->lock_hangs, 0);
 	} else if (!strcmp(order, "fence")) {
 		set(image, &image->fenced, 1);
 	} else if (sscanf(order, "owner %63s", what) == 1) {

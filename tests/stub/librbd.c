@@ -433,6 +433,8 @@ int rbd_lock_acquire(void *handle, unsigned mode)
 	int error;
 
 	pthread_mutex_lock(&image->lock);
+	while (image->lock_hangs)
+		pthread_cond_wait(&image->changed, &image->lock);
 	error = stub_fault(image, "lock");
 	if (!error && mode)
 		error = EINVAL;

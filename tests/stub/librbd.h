@@ -51,7 +51,7 @@ struct image {
 	int short_by;
 	long counts[OPS], thick, snaps, removed, invalidates, locks, unlocks, breaks;
 
-	int locked;
+	int locked, lock_hangs;
 	char owner[64];
 
 	notice updated, quiesce, unquiesce;

@@ -2,19 +2,11 @@
 //! migration hands it over.
 
 use std::io;
-use std::sync::Mutex;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
 
+use super::attempt::{Attempt, Progress};
 use super::takeover::StateFile;
 use super::{Errno, Shared, queue};
-
-/// How long another client that has the lock for good is given to let it go before the caller hears of it: a migration's
-/// source has stopped its rings when the target's start, but is not done. Callers try again, and a front-end that sends
-/// something meanwhile waits.
-const HAND_OVER: Duration = Duration::from_secs(1);
-/// How often it is asked for meanwhile.
-const ASK_EVERY: Duration = Duration::from_millis(100);
 
 /// Whether we use the lock, and have it.
 pub(super) struct Lock {
@@ -30,6 +22,7 @@ struct State {
     held: bool,
     /// Who had the lock at the last try.
     waits_for: Option<String>,
+    attempt: Option<Arc<Attempt>>,
 }
 
 impl Lock {
@@ -43,21 +36,24 @@ impl Lock {
         match self.state.try_lock() {
             _ if !self.wanted => "none",
             Ok(state) if state.held => "held",
+            Ok(state) if state.attempt.is_some() => "waiting",
             Ok(_) => "released",
             Err(_) => "waiting",
         }
     }
 
     /// A guest begins. Takes the lock, and forgets what was read before: whoever had it may have written.
-    pub(super) fn activate(&self, shared: &Shared) -> io::Result<()> {
+    pub(super) fn activate(&self, shared: &Arc<Shared>) -> io::Result<()> {
         let mut state = self.state.lock().expect("no panic while held");
         if state.active {
             return Ok(());
         }
         shared.check_usable().map_err(|_| refused(shared, "this client was fenced"))?;
         if self.wanted && !state.held {
-            self.break_dead_owner(shared);
-            take(shared, &mut state.waits_for)?;
+            if state.attempt.is_none() {
+                self.break_dead_owner(shared);
+            }
+            take(shared, &mut state)?;
             state.held = true;
             self.sign(shared);
             shared.trouble.is_writable_again(&shared.news);
@@ -140,44 +136,59 @@ impl Lock {
     }
 }
 
-/// Takes the lock, waiting a moment for another client's. `waits_for`: who had it when this was tried before.
-fn take(shared: &Shared, waits_for: &mut Option<String>) -> io::Result<()> {
-    let start = Instant::now();
-    // Only for people; whether the lock can be had is found out below.
-    if let Ok(Some(owner)) = shared.image.lock_owner()
-        && waits_for.as_ref() != Some(&owner)
-    {
+/// Takes the lock, or says why not yet. `state`: what is known from earlier tries.
+fn take(shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
+    say_whom_we_wait_for(shared, state);
+    let no_thread = |error: io::Error| refused(shared, &format!("no thread to take its lock: {error}"));
+    let progress = loop {
+        let attempt = match state.attempt.take() {
+            Some(attempt) => attempt,
+            None => Attempt::start(shared).map_err(no_thread)?,
+        };
+        match attempt.come_for() {
+            Some(Progress::Running) => {
+                state.attempt = Some(attempt);
+                break Progress::Running;
+            }
+            Some(ended) => break ended,
+            None => {}
+        }
+    };
+    let owner = state.waits_for.as_deref().unwrap_or("another client");
+    match progress {
+        Progress::Ended(Ok(())) => {
+            if let Some(owner) = state.waits_for.take() {
+                log::info!("{}: has the lock now, after {owner}", shared.name);
+            }
+            Ok(())
+        }
+        Progress::Running => {
+            Err(refused(shared, &format!("its exclusive lock is {owner}'s, which may be dead: waiting")))
+        }
+        Progress::Ended(Err(queue::LOCKED_OUT)) => Err(refused(
+            shared,
+            &format!(
+                "{owner} has its exclusive lock: end that client, or break its lock (rbd lock ls, rbd lock rm) if it is \
+                 dead"
+            ),
+        )),
+        Progress::Ended(Err(errno)) => {
+            shared.heed(Err(errno));
+            Err(refused(shared, &format!("its lock cannot be taken: {}", super::io_error(errno))))
+        }
+    }
+}
+
+/// Once for each owner, however often it is tried. Only for people: whether the lock can be had is found out otherwise.
+fn say_whom_we_wait_for(shared: &Shared, state: &mut State) {
+    let Ok(Some(owner)) = shared.image.lock_owner() else { return };
+    if state.attempt.is_none() && state.waits_for.as_ref() != Some(&owner) {
         log::info!(
             "{}: the lock is {owner}'s: waiting for it. If that client was killed, the cluster waits half a minute \
              before it gives its lock away; with --rbd-state-file a restart need not",
             shared.name
         );
-        *waits_for = Some(owner);
-    }
-    loop {
-        match shared.image.lock() {
-            Ok(()) => {
-                if let Some(owner) = waits_for.take() {
-                    log::info!("{}: has the lock now, after {owner}", shared.name);
-                }
-                return Ok(());
-            }
-            Err(queue::LOCKED_OUT) if start.elapsed() < HAND_OVER => thread::sleep(ASK_EVERY),
-            Err(queue::LOCKED_OUT) => {
-                let owner = waits_for.as_deref().unwrap_or("another client");
-                return Err(refused(
-                    shared,
-                    &format!(
-                        "{owner} has its exclusive lock: end that client, or break its lock (rbd lock ls, rbd lock rm) \
-                         if it is dead"
-                    ),
-                ));
-            }
-            Err(errno) => {
-                shared.heed(Err(errno));
-                return Err(refused(shared, &format!("its lock cannot be taken: {}", super::io_error(errno))));
-            }
-        }
+        state.waits_for = Some(owner);
     }
 }
 
