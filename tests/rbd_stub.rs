@@ -818,3 +818,28 @@ fn what_keeps_an_image_from_being_opened_is_said() {
     stub.set("stub_size", "511");
     assert!(stub.try_open().err().expect("refused").to_string().contains("rbd resize"));
 }
+
+#[test]
+fn the_program_says_what_is_missing_and_ends_with_status_1() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |libraries: &std::path::Path, more: &[&str]| {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_virtioblkd"))
+            .arg("--socket-path")
+            .arg(dir.path().join("socket"))
+            .arg("--ceph-library-path")
+            .arg(libraries)
+            .args(["--rbd=pool/image"])
+            .args(more)
+            .output()
+            .expect("the program starts");
+        assert_eq!(output.status.code(), Some(1));
+        assert!(!dir.path().join("socket").exists(), "a socket for a disk that is not there");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let text = run(dir.path(), &[]);
+    assert!(text.contains("librados.so.2") && text.contains("--ceph-library-path"), "{text}");
+    let text = run(libraries(false), &["--rbd-option=stub_open=2", "--ceph-user=qemu"]);
+    assert!(text.contains("RBD image pool/image") && text.contains("rbd ls pool"), "{text}");
+    let text = run(libraries(false), &["--rbd-option=rbd_cache=true"]);
+    assert!(text.contains("cache mode none") && text.contains("--rbd-allow-override"), "{text}");
+}
