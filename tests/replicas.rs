@@ -244,10 +244,13 @@ fn only_off_does_damage(laboratory: &mut Laboratory, title: &str, mut damage: im
     });
     let table = Table { title: title.into(), columns: columns.into() };
     tell(&table.to_string());
+    // Since Linux 6.14, and in some longterm kernels, btrfs has such a file go through the page cache.
+    let harm_is_certain = !matches!(laboratory.layer, Layer::Btrfs);
     for (row, mode) in CacheMode::ALL.into_iter().enumerate() {
         for (column, (_, stable_writes, front_end)) in table.columns.iter().zip(COLUMNS) {
-            let expected = stable_writes == "off" && front_end == FrontEnd::Scribbles && !copies_into_page_cache(mode);
-            assert_eq!(column.figures[row] > 0, expected, "{mode}, {}\n{table}", column.title);
+            let harmful = stable_writes == "off" && front_end == FrontEnd::Scribbles && !copies_into_page_cache(mode);
+            let harmed = column.figures[row] > 0;
+            assert!(harmed == harmful || harmful && !harm_is_certain, "{mode}, {}\n{table}", column.title);
         }
     }
 }
