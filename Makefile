@@ -86,7 +86,7 @@ install: ## Install what `make build` made (PREFIX, DESTDIR)
 	install -d $(DESTDIR)$(PREFIX)/share/qemu/vhost-user $(doc)
 	sed 's|/usr/local|$(PREFIX)|' qemu-configs/vhost-user/50-virtioblkd.json \
 		>$(DESTDIR)$(PREFIX)/share/qemu/vhost-user/50-virtioblkd.json
-	cp -r qemu-configs $(doc)/
+	cp -r qemu-configs docs $(doc)/
 
 deps: ## Install what the guest tests need; fetch the guest
 	scripts/install-test-deps
