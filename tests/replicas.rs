@@ -141,7 +141,8 @@ struct Laboratory {
 
 impl Laboratory {
     fn new(layer: Layer) -> Laboratory {
-        let job = [include_str!("guest/replicas.sh"), include_str!("guest/shell.sh")].concat();
+        let job = [include_str!("guest/serve.sh"), include_str!("guest/replicas.sh"), include_str!("guest/shell.sh")]
+            .concat();
         let own = std::env::current_exe().expect("a running program's path");
         let programs =
             [("virtioblkd", program("virtioblkd")), ("virtioblkctl", program("virtioblkctl")), ("replicas", own)];

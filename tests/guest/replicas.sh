@@ -1,34 +1,5 @@
-# What the guest of tests/replicas.rs can be told to do; comes before shell.sh. It has two disks, /dev/vda and /dev/vdb,
-# and stores everything twice, or with a checksum, on them.
-
-# wait_for CONDITION: until that shell line holds; two minutes at least before it gives up.
-wait_for() {
-	local tries=0
-	until eval "$1"; do
-		tries=$((tries + 1))
-		if [ $tries -ge 1200 ]; then
-			echo "waited in vain until: $1"
-			return 1
-		fi
-		sleep 0.1
-	done
-}
-
-# serve DEVICE MODE OPTION...: a server inside this guest.
-serve() {
-	local device=$1 mode=$2
-	shift 2
-	virtioblkd --socket-path /tmp/vhost --control-path /tmp/control --blk-file "$device" --cache "$mode" "$@" \
-		>/tmp/virtioblkd.log 2>&1 &
-	server=$!
-	wait_for "[ -S /tmp/vhost ] || ! [ -d /proc/$server ]" && [ -S /tmp/vhost ] || { cat /tmp/virtioblkd.log; return 1; }
-}
-
-# Ends the server in order; that syncs in every mode.
-stop_serving() {
-	kill "$server"
-	wait "$server" || { cat /tmp/virtioblkd.log; return 1; }
-}
+# What the guest of tests/replicas.rs can be told to do; comes after serve.sh and before shell.sh. It has two disks,
+# /dev/vda and /dev/vdb, and stores everything twice, or with a checksum, on them.
 
 # front_end SCRIBBLES: one run of the front-end (the test program itself) on what is served.
 front_end() {

@@ -1,11 +1,11 @@
 # A server inside the guest, for tests whose guests have virtioblkd in them; comes before shell.sh.
 
-# wait_for CONDITION: until that shell line holds; half a minute at most.
+# wait_for CONDITION: until that shell line holds; two minutes at least before it gives up.
 wait_for() {
 	local tries=0
 	until eval "$1"; do
 		tries=$((tries + 1))
-		if [ $tries -ge 300 ]; then
+		if [ $tries -ge 1200 ]; then
 			echo "waited in vain until: $1"
 			return 1
 		fi
