@@ -142,10 +142,8 @@ fn kind(disk: &Path, name: &str) -> Option<BufferUse> {
         return Some(twice(format!("{name} (md {level}) reads the buffer for each copy or parity")));
     }
     let uuid = text(&disk.join("dm/uuid")).unwrap_or_default();
-    if uuid.starts_with("CRYPT-INTEGRITY") {
-        return Some(twice(format!("{name} (dm-integrity) computes a checksum of each write and then stores it")));
-    }
-    if uuid.starts_with("CRYPT-") {
+    // dm-integrity reads twice unless it has a journal, and says so by the kernel's flag.
+    if uuid.starts_with("CRYPT-") && !uuid.starts_with("CRYPT-INTEGRITY") {
         return Some(BufferUse::Copies(format!("{name} (dm-crypt) encrypts each write into memory of its own")));
     }
     // LVM's mirrors and caches: the target is not in sysfs, but the names of the parts are.
@@ -319,8 +317,10 @@ mod tests {
         check(&tree.look(3), "once", "neither dm-3");
         tree.disk("md0", false).put("devices/md0/md/level", "raid1").slave("md0", "dm-2").number(4, "md0");
         check(&tree.look(4), "twice", "md raid1");
-        tree.disk("dm-5", false).put("devices/dm-5/dm/uuid", "CRYPT-INTEGRITY-name").number(5, "dm-5");
-        check(&tree.look(5), "twice", "dm-integrity");
+        tree.disk("dm-5", true).put("devices/dm-5/dm/uuid", "CRYPT-INTEGRITY-name").number(5, "dm-5");
+        check(&tree.look(5), "twice", "dm-5");
+        tree.disk("dm-6", false).put("devices/dm-6/dm/uuid", "CRYPT-INTEGRITY-name").number(6, "dm-6");
+        check(&tree.look(6), "once", "dm-6");
     }
 
     #[test]

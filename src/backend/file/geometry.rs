@@ -152,6 +152,8 @@ fn probe(fd: BorrowedFd<'_>) -> io::Result<Alignment> {
         match rustix::io::pread(&direct, &mut memory[start..start + offset as usize], 0) {
             Ok(_) => return Ok(Alignment { memory: offset, offset }),
             Err(rustix::io::Errno::INVAL) => {}
+            // Accepted, but this block cannot be read. The guest's business, when it reads it.
+            Err(rustix::io::Errno::IO) => return Ok(Alignment { memory: offset, offset }),
             Err(error) => return Err(error.into()),
         }
     }
