@@ -10,6 +10,7 @@ use std::time::Instant;
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::backend::{Notices, QuiesceAsk};
+use crate::disk::CopyError;
 use crate::engine::Errno;
 
 /// Asks that wait for the control thread at most. A store asks for one at a time; a thread that is so late will not be
@@ -22,6 +23,8 @@ pub(super) enum Note {
     Quiesce(QuiesceAsk, Instant),
     /// [`Notices::unquiesce`], and when it came.
     Unquiesce(Instant),
+    /// The thread that makes snapshots of the image is done: the snapshot's full name, or what went wrong.
+    JobDone(Result<String, CopyError>),
     /// [`ImageNotices::close`]: nothing more comes, and what is not granted yet is refused.
     Closed,
 }
@@ -70,10 +73,16 @@ impl Inbox {
         // Not under the lock: an ask that is dropped is answered.
         for note in unread {
             // The end of a snapshot is news still.
-            if let Note::Unquiesce(_) = note {
+            if let Note::Unquiesce(_) | Note::JobDone(_) = note {
                 self.lock().notes.push_back(note);
             }
         }
+        self.ring();
+    }
+
+    /// Adds one; any thread.
+    pub(super) fn put(&self, note: Note) {
+        self.lock().notes.push_back(note);
         self.ring();
     }
 

@@ -8,6 +8,7 @@
 mod attend;
 mod copies;
 mod creds;
+mod image_snapshots;
 mod inbox;
 mod peer;
 pub mod proto;
@@ -20,6 +21,7 @@ mod words;
 pub use attend::AttendCommand;
 pub use copies::CopyCommand;
 pub use creds::Credentials;
+pub use image_snapshots::ImageSnapshotCommand;
 pub use inbox::ImageNotices;
 pub use service::Info;
 pub use socket::{Server, Setup};

@@ -21,6 +21,9 @@
 //! | `copy-bandwidth` | `copy`, `bandwidth` | nothing |
 //! | `query-copies` | | a list: the copies that ended last, and the one prepared or running |
 //! | `resize` | `size` (what the image has), `force` (false) | `size`: what the guest sees now |
+//! | `image-snapshot` | `name`, `token` | `snapshot`: its full name |
+//! | `image-snapshot-keep` | `name` | nothing |
+//! | `image-snapshot-remove` | `name` | nothing |
 //! | `attend` | `required` (true), `timeout-ms` (10000), `who` | nothing; this connection is the attendant |
 //! | `prepared` | `id`, and `level` or `error` | nothing |
 //! | `unattend` | | nothing |
@@ -32,6 +35,10 @@
 //! `resize` makes the daemon look at the size of its image, which somebody changed, and tell the guest. With `size` it
 //! grows the image first, where it can; it never cuts one. A smaller image is refused without `force`: the guest loses
 //! what lies behind the new end.
+//!
+//! `image-snapshot` has the store of the image (Ceph RBD; `query-status` has `image-snapshots`: true) make a snapshot
+//! while the hold of `token` is granted. It is removed again when the connection that asked for it ends before it said
+//! `image-snapshot-keep`, so that nothing is left of several disks' snapshot that failed on one of them.
 //!
 //! A snapshot that somebody elsewhere takes of an image that allows it (Ceph RBD) is a holder, too: its `who` is
 //! `rbd snapshot`, and it has neither `pid` nor `uid` (null).
@@ -95,12 +102,15 @@
 //! | `lease-expired` | the token's lease ran out: writes may have gone through since |
 //! | `not-held` | the token's hold ended otherwise: resumed, connection closed; of `copy-start`: it is not granted now |
 //! | `too-many-holders` | as many holders as this server keeps |
-//! | `busy` | there is another copy, or this one's state does not allow that, or (`copy-start`) a write is in flight |
+//! | `busy` | there is another copy (or `image-snapshot`), or this one's state does not allow that, or (`copy-start`) a write is in flight |
 //! | `no-such-copy` | no copy that is prepared or running has this name |
 //! | `target` | the copy's file cannot be created |
-//! | `resources` | no thread or descriptor for a copy |
+//! | `resources` | no thread or descriptor for a copy or a snapshot |
 //! | `resize` | the image's size cannot be taken, or was refused |
 //! | `no-copies` | this daemon makes no copies |
+//! | `no-image-snapshots` | the image's store makes no snapshots |
+//! | `exists`, `store` | the store made none: there is one of this name; or why |
+//! | `no-such-snapshot` | this connection made none of this name |
 //! | `shutting-down` | the daemon ends |
 //! | `too-many-clients` | as many connections as this server keeps; it then closes this one |
 //! | `internal` | a defect of this server |
@@ -112,6 +122,7 @@ use serde_json::{Map, Value, json};
 
 use super::attend::{self, AttendCommand};
 use super::copies::{self, CopyCommand};
+use super::image_snapshots::{self, ImageSnapshotCommand};
 
 /// How long a quiesce may take when `timeout-ms` is not given.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -160,6 +171,8 @@ pub enum Command {
         /// Even if it is smaller now.
         force: bool,
     },
+    /// About snapshots that the image's store makes.
+    ImageSnapshot(ImageSnapshotCommand),
     /// An attendant's.
     Attend(AttendCommand),
     /// Ends the daemon.
@@ -241,6 +254,9 @@ const COMMANDS: &[(&str, Parse)] = &[
     ("copy-bandwidth", copies::parse_bandwidth),
     ("query-copies", copies::parse_query),
     ("resize", parse_resize),
+    ("image-snapshot", image_snapshots::parse_create),
+    ("image-snapshot-keep", image_snapshots::parse_keep),
+    ("image-snapshot-remove", image_snapshots::parse_remove),
     ("attend", attend::parse_attend),
     ("prepared", attend::parse_prepared),
     ("unattend", attend::parse_unattend),

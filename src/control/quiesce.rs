@@ -373,7 +373,8 @@ impl Coordinator {
         }
     }
 
-    fn what_became_of(&self, token: &str) -> Option<Reason> {
+    /// Why a token's hold ended; `None`: it never had one, or has it still.
+    pub fn what_became_of(&self, token: &str) -> Option<Reason> {
         self.ended.iter().rev().find(|(ended, _)| ended == token).map(|(_, reason)| *reason)
     }
 }

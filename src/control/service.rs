@@ -1,5 +1,6 @@
 //! Carries commands out: the coordinator's orders to the disk, and replies and events to the peers. Knows no socket.
 
+mod image_snapshot;
 mod store;
 
 use std::collections::HashMap;
@@ -12,6 +13,8 @@ use serde_json::{Value, json};
 use super::attend::Attendance;
 use super::copies::CopyOwners;
 use super::creds::Credentials;
+use super::image_snapshots::Jobs;
+use super::inbox::Inbox;
 use super::proto::{self, Command, Error, QuiesceArgs};
 use super::quiesce::{Ask, Coordinator, Effect, Hold, PeerId, Reason, Refusal, RequestId, Who};
 use super::stream::Garbage;
@@ -45,6 +48,9 @@ pub(super) struct Service {
     started: Instant,
     coordinator: Coordinator,
     copies: CopyOwners,
+    /// Snapshots of the image that clients asked for.
+    jobs: Jobs,
+    inbox: Arc<Inbox>,
     /// Of the image, by somebody else.
     elsewhere: Option<Elsewhere>,
     /// Who is asked before that.
@@ -72,12 +78,15 @@ impl Service {
     pub(super) fn new(
         disk: Arc<dyn Disk>,
         info: Info,
+        inbox: Arc<Inbox>,
         store_timeout: Duration,
         resized: Box<dyn Fn(u64) + Send>,
     ) -> Self {
         Service {
             disk,
             info,
+            jobs: Jobs::default(),
+            inbox,
             elsewhere: None,
             attendance: Attendance::default(),
             store_timeout,
@@ -127,6 +136,8 @@ impl Service {
         self.coordinator.peer_gone(peer, now);
         self.carry_out(now);
         self.copies.peer_gone(&*self.disk, peer);
+        self.jobs.peer_gone(peer);
+        self.next_job();
         if let Some(outcome) = self.attendance.gone(peer) {
             self.prepared(outcome, now);
         }
@@ -137,6 +148,7 @@ impl Service {
         self.coordinator.shutdown(now);
         self.carry_out(now);
         self.store_ends(now);
+        self.tell_left_snapshots();
         self.event("SHUTDOWN", json!({}));
     }
 
@@ -161,6 +173,10 @@ impl Service {
                 self.quiesce(peer, request.id, credentials, args, now);
                 return;
             }
+            Ok(Command::ImageSnapshot(command)) => match self.image_snapshot(peer, request.id.as_ref(), command) {
+                Some(result) => result,
+                None => return,
+            },
             Ok(Command::QmpCapabilities) => {
                 *negotiated = true;
                 Ok(json!({}))
@@ -224,7 +240,7 @@ impl Service {
                 self.quit = true;
                 Ok(json!({}))
             }
-            Command::Quiesce(_) | Command::Attend(_) | Command::QmpCapabilities => {
+            Command::Quiesce(_) | Command::Attend(_) | Command::ImageSnapshot(_) | Command::QmpCapabilities => {
                 Err(Error::new("internal", "this command is answered elsewhere; please report it as a defect"))
             }
         }
@@ -246,6 +262,7 @@ impl Service {
             "waiting": self.coordinator.waiting(),
             "holders": self.coordinator.holds().iter().map(holder).collect::<Vec<_>>(),
         });
+        status["image-snapshots"] = json!(self.disk.snapshots().is_some());
         status["attendant"] = self.attendance.status();
         status["daemon"] = json!({
             "version": env!("CARGO_PKG_VERSION"),

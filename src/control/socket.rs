@@ -69,7 +69,7 @@ impl Server {
         let mut control = Control {
             listener,
             accept_again: None,
-            service: Service::new(disk, info, store_timeout, resized),
+            service: Service::new(disk, info, notices.inbox(), store_timeout, resized),
             events,
             inbox: notices.inbox(),
             peers: Vec::new(),

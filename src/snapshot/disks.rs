@@ -25,6 +25,8 @@ pub struct Disk {
     pub image: String,
     /// The file or device.
     pub image_path: Option<PathBuf>,
+    /// Its store makes snapshots.
+    pub image_snapshots: bool,
     /// The daemon's process, as it sees itself.
     pub pid: u64,
     /// Of the hold.
@@ -192,6 +194,7 @@ impl Disk {
             control: control.to_owned(),
             image: status["image"].as_str().unwrap_or("").to_owned(),
             image_path: status["image-path"].as_str().map(PathBuf::from),
+            image_snapshots: status["image-snapshots"] == true,
             pid: status["daemon"]["pid"].as_u64().unwrap_or(0),
             token: None,
             asked: None,

@@ -17,6 +17,7 @@ pub mod freeze;
 pub mod guard;
 pub mod guest;
 pub mod hooks;
+pub mod images;
 pub mod libvirt;
 pub mod plan;
 pub mod receipt;

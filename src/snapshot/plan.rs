@@ -49,12 +49,15 @@ pub enum Way {
     Reflink(PathBuf),
     /// A point-in-time copy to this path, made by the daemon.
     Copy(PathBuf),
+    /// A snapshot of this name, made by the image's store (Ceph RBD) through the daemon; `None`: [`default_name`].
+    Rbd(Option<String>),
     /// A command, run once while all disks are held.
     Exec(OsString),
 }
 
 /// Every way, for messages.
-pub const WAYS: &str = "reflink:PATH (XFS, btrfs), copy:PATH (any filesystem) or exec:COMMAND (LVM, ZFS, anything)";
+pub const WAYS: &str = "reflink:PATH (XFS, btrfs), copy:PATH (any filesystem), rbd or rbd:NAME (Ceph RBD) or \
+                        exec:COMMAND (LVM, ZFS, anything)";
 
 impl Way {
     /// Reads `WAY:ARGUMENT`.
@@ -70,6 +73,11 @@ impl Way {
             b"reflink" => Ok(Way::Reflink(rest.into())),
             b"copy" => Ok(Way::Copy(rest.into())),
             b"exec" => Ok(Way::Exec(rest)),
+            b"rbd" if rest.is_empty() => Ok(Way::Rbd(None)),
+            b"rbd" => match rest.to_str().filter(|name| !name.contains(['@', '/'])) {
+                Some(name) => Ok(Way::Rbd(Some(name.to_owned()))),
+                None => Err(format!("'{}' is no name for a snapshot: UTF-8 without @ and /", text.to_string_lossy())),
+            },
             _ => Err(format!("'{}' is no way to take a snapshot: give {WAYS}", text.to_string_lossy())),
         }
     }
@@ -79,6 +87,7 @@ impl Way {
         match self {
             Way::Reflink(_) => "reflink",
             Way::Copy(_) => "copy",
+            Way::Rbd(_) => "rbd",
             Way::Exec(_) => "exec",
         }
     }
@@ -137,20 +146,21 @@ impl Plan {
     /// Whether the parts go together. The error is one of usage: names what does not, and the mend.
     pub fn check(&self) -> Result<(), String> {
         let is_exec = |way: &Way| matches!(way, Way::Exec(_));
-        let all_copies = self.ways.iter().all(|way| matches!(way, Way::Copy(_)));
+        let all_copies = !self.ways.is_empty() && self.ways.iter().all(|way| matches!(way, Way::Copy(_)));
         check_disks(&self.disks)?;
-        if self.ways.is_empty() {
-            return Err(format!("how to take the snapshot is missing: give --to with {WAYS}"));
-        }
         if self.ways.iter().any(is_exec) && self.ways.len() > 1 {
             return Err("exec: runs once for all disks: give it alone, as the only --to".into());
         }
-        if self.ways.len() != 1 && self.ways.len() != self.disks.len() {
+        if self.ways.len() > 1 && self.ways.len() != self.disks.len() {
             let (ways, disks) = (self.ways.len(), self.disks.len());
             return Err(format!("{ways} --to for {disks} disk(s): give one a disk, in their order, or one for all"));
         }
         if self.digest && self.ways.iter().any(is_exec) {
             return Err("--digest is not possible with exec:, which keeps to itself what it makes".into());
+        }
+        let is_rbd = |way: &Way| matches!(way, Way::Rbd(_));
+        if self.digest && (self.ways.is_empty() || self.ways.iter().any(is_rbd)) {
+            return Err("--digest is for reflink: and copy:, which make files: Ceph keeps its own checksums".into());
         }
         if self.bandwidth != 0 && !all_copies {
             return Err("--bandwidth limits copy: alone; the other ways copy nothing".into());
@@ -161,15 +171,26 @@ impl Plan {
         check_agent(self.level, self.agent.as_ref())
     }
 
-    /// The way for each disk, `{}` replaced and paths absolute. `images`: the image's path of each, where there is one.
-    pub fn ways(&self, images: &[Option<PathBuf>]) -> Result<Vec<Way>, String> {
+    /// The way for each disk, `{}` replaced, paths absolute, snapshots named. `disks`: the image's path of each, where
+    /// there is one, and whether its store makes snapshots; a disk of which nothing is said takes that way.
+    pub fn ways(&self, disks: &[(Option<PathBuf>, bool)], default_name: &str) -> Result<Vec<Way>, String> {
         let mut resolved: Vec<Way> = Vec::new();
-        for (at, image) in images.iter().enumerate() {
-            let way = if self.ways.len() == 1 { &self.ways[0] } else { &self.ways[at] };
+        for (at, (image, makes_snapshots)) in disks.iter().enumerate() {
+            let shown = self.disks.get(at).map(|disk| disk.display().to_string()).unwrap_or_default();
+            let way = match self.ways.as_slice() {
+                [] if *makes_snapshots => &Way::Rbd(None),
+                [] => return Err(format!("how to take the snapshot of '{shown}' is missing: give --to with {WAYS}")),
+                [only] => only,
+                ways => &ways[at],
+            };
             let fill = |path: &Path| absolute(path, image.as_deref());
             let way = match way {
                 Way::Reflink(path) => Way::Reflink(fill(path)?),
                 Way::Copy(path) => Way::Copy(fill(path)?),
+                Way::Rbd(_) if !makes_snapshots => {
+                    return Err(format!("the disk behind '{shown}' is no Ceph RBD image: give it another --to"));
+                }
+                Way::Rbd(name) => Way::Rbd(Some(name.clone().unwrap_or_else(|| default_name.to_owned()))),
                 Way::Exec(command) => Way::Exec(command.clone()),
             };
             if let Way::Reflink(path) | Way::Copy(path) = &way
@@ -185,6 +206,11 @@ impl Plan {
         }
         Ok(resolved)
     }
+}
+
+/// `virtioblk-20261122T055212.345Z`: the name of a snapshot for which none was given, the same for all disks.
+pub fn default_name(now: Duration) -> String {
+    format!("virtioblk-{}", crate::logging::utc(now).replace([':', '-'], ""))
 }
 
 /// Whether disks are named, each once.
@@ -266,7 +292,9 @@ mod tests {
         let cases = [
             (plan(&[], &["copy:/x"]), "--disk"),
             (plan(&["/a", "/a"], &["copy:/x"]), "twice"),
-            (plan(&["/a"], &[]), "reflink:PATH"),
+            (Plan { digest: true, ..plan(&["/a"], &[]) }, "--digest"),
+            (Plan { digest: true, ..plan(&["/a", "/b"], &["rbd", "copy:/x"]) }, "--digest"),
+            (Plan { background: true, ..plan(&["/a"], &[]) }, "--background"),
             (plan(&["/a", "/b"], &["copy:/x", "exec:true"]), "alone"),
             (plan(&["/a", "/b", "/c"], &["copy:/x", "copy:/y"]), "one a disk"),
             (Plan { digest: true, ..plan(&["/a"], &["exec:true"]) }, "--digest"),
@@ -286,6 +314,9 @@ mod tests {
         let way = |text: &str| Way::parse(&OsString::from(text));
         assert_eq!(way("reflink:/a:b"), Ok(Way::Reflink("/a:b".into())));
         assert_eq!(way("exec:lvcreate -s"), Ok(Way::Exec("lvcreate -s".into())));
+        assert_eq!(way("rbd:monday"), Ok(Way::Rbd(Some("monday".into()))));
+        assert_eq!((way("rbd"), way("rbd:")), (Ok(Way::Rbd(None)), Ok(Way::Rbd(None))));
+        assert!(way("rbd:a@b").unwrap_err().contains("without @"));
         for bad in ["", "reflink", "reflink:", "zfs:/a", "exec:"] {
             assert!(way(bad).expect_err(bad).contains("exec:COMMAND"));
         }
@@ -293,14 +324,29 @@ mod tests {
 
     #[test]
     fn targets_get_the_images_names() {
-        let images = [Some(PathBuf::from("/i/a.raw")), Some(PathBuf::from("/i/b.raw"))];
-        let ways = plan(&["/a", "/b"], &["copy:/nowhere/x-{}-{}"]).ways(&images).unwrap();
+        let file = |path: &str| (Some(PathBuf::from(path)), false);
+        let disks = [file("/i/a.raw"), file("/i/b.raw")];
+        let ways = plan(&["/a", "/b"], &["copy:/nowhere/x-{}-{}"]).ways(&disks, "n").unwrap();
         assert_eq!(ways, [Way::Copy("/nowhere/x-a.raw-a.raw".into()), Way::Copy("/nowhere/x-b.raw-b.raw".into())]);
-        let same = plan(&["/a", "/b"], &["copy:/nowhere/x"]).ways(&images).unwrap_err();
+        let same = plan(&["/a", "/b"], &["copy:/nowhere/x"]).ways(&disks, "n").unwrap_err();
         assert!(same.contains("{}"), "{same}");
-        let nameless = plan(&["/a"], &["reflink:/nowhere/{}"]).ways(&[None]).unwrap_err();
+        let nameless = plan(&["/a"], &["reflink:/nowhere/{}"]).ways(&[(None, false)], "n").unwrap_err();
         assert!(nameless.contains("no image"), "{nameless}");
-        assert!(plan(&["/a"], &["copy:/nowhere/"]).ways(&images[..1]).unwrap_err().contains("directory"));
-        assert!(plan(&["/a"], &["copy:/tmp"]).ways(&images[..1]).unwrap_err().contains("directory"));
+        assert!(plan(&["/a"], &["copy:/nowhere/"]).ways(&disks[..1], "n").unwrap_err().contains("directory"));
+        assert!(plan(&["/a"], &["copy:/tmp"]).ways(&disks[..1], "n").unwrap_err().contains("directory"));
+    }
+
+    #[test]
+    fn images_of_a_store_need_no_way() {
+        let disks = [(None, true), (Some(PathBuf::from("/i/b.raw")), false)];
+        let rbd = |name: &str| Way::Rbd(Some(name.into()));
+        assert_eq!(plan(&["/a"], &[]).ways(&disks[..1], "n"), Ok(vec![rbd("n")]));
+        let missing = plan(&["/a", "/b"], &[]).ways(&disks, "n").unwrap_err();
+        assert!(missing.contains("'/b'") && missing.contains("reflink:PATH"), "{missing}");
+        let mixed = plan(&["/a", "/b"], &["rbd", "copy:/nowhere/{}"]).ways(&disks, "n").unwrap();
+        assert_eq!(mixed, [rbd("n"), Way::Copy("/nowhere/b.raw".into())]);
+        let other = plan(&["/a", "/b"], &["rbd:m"]).ways(&disks, "n").unwrap_err();
+        assert!(other.contains("'/b'") && other.contains("no Ceph RBD image"), "{other}");
+        assert_eq!(default_name(Duration::from_millis(1_795_326_732_345)), "virtioblk-20261122T055212.345Z");
     }
 }

@@ -53,9 +53,9 @@ pub struct DiskReceipt {
     pub sync_us: u64,
     /// At most this was written back.
     pub bytes_synced: u64,
-    /// `reflink`, `copy` or `exec`.
+    /// `reflink`, `copy`, `rbd` or `exec`.
     pub way: &'static str,
-    /// Where the snapshot is; the command of an `exec`.
+    /// Where the snapshot is, of an `rbd` as POOL/IMAGE@NAME; the command of an `exec`.
     pub target: String,
     /// If asked for.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::sys::signal::SigSet;
 
@@ -14,7 +14,8 @@ use super::copies::{self, Copy};
 use super::disks::{Disks, interrupted};
 use super::freeze::{self, Freezer, Wanted};
 use super::hooks;
-use super::plan::{Plan, Way};
+use super::images::{self, Image};
+use super::plan::{self, Plan, Way};
 use super::receipt::{DiskReceipt, Receipt};
 use super::reflink::Target;
 use crate::client::Failure;
@@ -61,6 +62,7 @@ struct Run<'a> {
     ways: Vec<Way>,
     targets: Vec<(usize, Target)>,
     copies: Vec<Copy>,
+    images: Vec<Image>,
 }
 
 impl<'a> Run<'a> {
@@ -70,8 +72,10 @@ impl<'a> Run<'a> {
             hooks::check(directory).map_err(|why| Failure::new("hook", why))?;
         }
         let disks = Disks::connect(&plan.disks, plan.lease)?;
-        let images: Vec<Option<PathBuf>> = disks.list.iter().map(|disk| disk.image_path.clone()).collect();
-        let ways = plan.ways(&images).map_err(|why| Failure::new(USAGE, why))?;
+        let each: Vec<(Option<PathBuf>, bool)> =
+            disks.list.iter().map(|disk| (disk.image_path.clone(), disk.image_snapshots)).collect();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let ways = plan.ways(&each, &plan::default_name(now)).map_err(|why| Failure::new(USAGE, why))?;
         let freezer = Freezer::new(Wanted {
             level: plan.level,
             agent: plan.agent.clone(),
@@ -80,8 +84,8 @@ impl<'a> Run<'a> {
             patience: plan.freeze_timeout,
             silence: plan.timeout + plan.lease + QUIET,
         });
-        let (targets, copies) = (Vec::new(), Vec::new());
-        let mut run = Run { plan, mask, signals, disks, freezer, ways, targets, copies };
+        let (targets, copies, images) = (Vec::new(), Vec::new(), Vec::new());
+        let mut run = Run { plan, mask, signals, disks, freezer, ways, targets, copies, images };
         match run.prepare_ways().and_then(|()| run.freezer.start(run.environment())) {
             Ok(()) => Ok(run),
             Err(failure) => {
@@ -96,6 +100,7 @@ impl<'a> Run<'a> {
             match way {
                 Way::Reflink(path) => self.targets.push((at, Target::prepare(&self.disks.list[at], path)?)),
                 Way::Copy(path) => self.copies.push(copies::prepare(&mut self.disks, at, path, self.plan)?),
+                Way::Rbd(name) => self.images.push(Image::new(at, name.clone().unwrap_or_default())),
                 Way::Exec(_) => {}
             }
         }
@@ -113,6 +118,8 @@ impl<'a> Run<'a> {
             copies::start(&mut self.disks, &self.copies, Some(self.signals.as_fd()))?;
         }
         self.clone_all()?;
+        let deadline = self.disks.lease_ends().checked_sub(RESERVE).unwrap_or_else(Instant::now);
+        images::take(&mut self.disks, &mut self.images, deadline, Some(self.signals.as_fd()))?;
         if let Some(Way::Exec(command)) = self.ways.first() {
             self.exec(command)?;
         }
@@ -184,6 +191,7 @@ impl<'a> Run<'a> {
             copies::wait_for(&mut self.disks, &mut self.copies, self.plan.progress, stop)?;
         }
         self.not_interrupted()?;
+        images::keep(&mut self.disks, &self.images)?;
         self.targets.iter_mut().for_each(|(_, target)| target.keep());
         self.freezer.receipt.disks = self.disk_receipts(digests);
         Ok(())
@@ -206,6 +214,10 @@ impl<'a> Run<'a> {
                 way: way.name(),
                 target: match way {
                     Way::Reflink(path) | Way::Copy(path) => path.display().to_string(),
+                    Way::Rbd(_) => {
+                        let image = self.images.iter().find(|image| image.disk == at);
+                        image.and_then(|image| image.full_name.clone()).unwrap_or_default()
+                    }
                     Way::Exec(command) => command.to_string_lossy().into_owned(),
                 },
                 sha256: digests[at].take().or(copied),
@@ -224,7 +236,9 @@ impl<'a> Run<'a> {
 
     /// Nothing is left behind. Files of ours go when they are dropped.
     fn discard(&mut self) {
-        for trouble in copies::undo(&mut self.disks, &self.copies) {
+        let mut troubles = images::undo(&mut self.disks, &self.images);
+        troubles.extend(copies::undo(&mut self.disks, &self.copies));
+        for trouble in troubles {
             self.freezer.warn(trouble);
         }
     }

@@ -13,7 +13,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use virtioblkd::backend::{Notices, QuiesceAsk};
 use virtioblkd::control::{ImageNotices, Info, Server, Setup};
-use virtioblkd::disk::{Disk, DiskStatus, Event, Events, HoldFigures, ImageStatus, LastError, RingStatus};
+use virtioblkd::disk::{
+    CopyError, Disk, DiskStatus, Event, Events, HoldFigures, ImageSnapshots, ImageStatus, LastError, RingStatus,
+};
 use virtioblkd::engine::Errno;
 use virtioblkd::listen::bind_unix;
 
@@ -40,7 +42,72 @@ struct Gate {
     image_status: ImageStatus,
 }
 
+/// A store that makes snapshots, and what a test wants of it.
+#[derive(Default)]
+pub struct FakeStore {
+    state: Mutex<StoreState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct StoreState {
+    made: Vec<String>,
+    fails: bool,
+    hangs: bool,
+    creating: bool,
+}
+
+impl FakeStore {
+    pub fn made(&self) -> Vec<String> {
+        self.state.lock().unwrap().made.clone()
+    }
+
+    pub fn fail(&self, fails: bool) {
+        self.state.lock().unwrap().fails = fails;
+    }
+
+    /// What is under way, and what comes later, does not end until this is taken back.
+    pub fn hang(&self, hangs: bool) {
+        self.state.lock().unwrap().hangs = hangs;
+        self.changed.notify_all();
+    }
+
+    pub fn wait_creating(&self) {
+        let state = self.state.lock().unwrap();
+        let waited = self.changed.wait_timeout_while(state, PATIENCE, |state| !state.creating).unwrap();
+        assert!(!waited.1.timed_out(), "no snapshot is asked for");
+    }
+}
+
+impl ImageSnapshots for FakeStore {
+    fn create(&self, name: &str) -> Result<(), CopyError> {
+        let mut state = self.state.lock().unwrap();
+        state.creating = true;
+        self.changed.notify_all();
+        let mut state = self.changed.wait_while(state, |state| state.hangs).unwrap();
+        state.creating = false;
+        if state.fails {
+            return Err(CopyError { code: "store", message: "the pool is full: add space".into() });
+        }
+        state.made.push(name.to_owned());
+        Ok(())
+    }
+
+    fn remove(&self, name: &str) -> Result<(), CopyError> {
+        let mut state = self.state.lock().unwrap();
+        let at = state.made.iter().position(|made| made == name).expect("only what was made is removed");
+        state.made.remove(at);
+        Ok(())
+    }
+
+    fn full_name(&self, name: &str) -> String {
+        format!("pool/image@{name}")
+    }
+}
+
 pub struct FakeDisk {
+    /// Who makes snapshots of it, if anybody.
+    pub store: Mutex<Option<Arc<FakeStore>>>,
     gate: Mutex<Gate>,
     changed: Condvar,
     pub events: Arc<Events>,
@@ -116,6 +183,10 @@ impl Disk for FakeDisk {
         self.changed.notify_all();
     }
 
+    fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {
+        self.store.lock().unwrap().clone().map(|store| store as Arc<dyn ImageSnapshots>)
+    }
+
     fn status(&self) -> DiskStatus {
         let panics = std::mem::take(&mut self.gate.lock().unwrap().panics);
         assert!(!panics, "a defect");
@@ -187,7 +258,7 @@ impl Served {
             panics: false,
             image_status: ImageStatus::default(),
         });
-        let disk = Arc::new(FakeDisk { gate, changed: Condvar::new(), events });
+        let disk = Arc::new(FakeDisk { store: Mutex::default(), gate, changed: Condvar::new(), events });
         let (quits, sizes) = (Arc::default(), Arc::default());
         let notices = ImageNotices::new().unwrap();
         let mut served = Served { disk, path, quits, notices, sizes, server: None, _dir: dir };
@@ -211,6 +282,13 @@ impl Served {
         };
         let listener = mode.map(|mode| bind_unix(&self.path, mode).unwrap());
         self.server = Some(Server::start(listener, setup).unwrap());
+    }
+
+    /// From now on its image's store makes snapshots.
+    pub fn with_store(&self) -> Arc<FakeStore> {
+        let store = Arc::new(FakeStore::default());
+        *self.disk.store.lock().unwrap() = Some(store.clone());
+        store
     }
 
     /// Another daemon in the place of the one that was stopped.

@@ -58,6 +58,7 @@ impl Service {
             match note {
                 Note::Quiesce(ask, came) => self.store_asks(ask, came, now),
                 Note::Unquiesce(came) => self.store_is_done(came, now),
+                Note::JobDone(result) => self.job_done(result),
                 Note::Closed => self.store_ends(now),
             }
         }

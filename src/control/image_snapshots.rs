@@ -1,0 +1,189 @@
+//! The commands for snapshots that the image's own store makes while the disk is held: their arguments, and what is to
+//! be done in which order. The snapshots themselves are made behind [`crate::disk::ImageSnapshots`], by one thread at a
+//! time, for it may take long.
+
+use std::collections::VecDeque;
+
+use super::proto::{Args, Command, Error, LONGEST_WHO};
+use super::quiesce::{PeerId, RequestId};
+
+/// What a client may ask about them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ImageSnapshotCommand {
+    /// Make one.
+    Create {
+        /// Its name.
+        name: String,
+        /// Of a hold that is granted.
+        token: String,
+    },
+    /// It outlives the connection.
+    Keep {
+        /// Which.
+        name: String,
+    },
+    /// It is not wanted after all.
+    Remove {
+        /// Which.
+        name: String,
+    },
+}
+
+pub(super) fn parse_create(args: &mut Args) -> Result<Command, Error> {
+    let name = named(args)?;
+    match args.text("token", LONGEST_WHO)? {
+        Some(token) => Ok(Command::ImageSnapshot(ImageSnapshotCommand::Create { name, token })),
+        None => Err(Error::argument("image-snapshot needs 'token', as quiesce returned it")),
+    }
+}
+
+pub(super) fn parse_keep(args: &mut Args) -> Result<Command, Error> {
+    Ok(Command::ImageSnapshot(ImageSnapshotCommand::Keep { name: named(args)? }))
+}
+
+pub(super) fn parse_remove(args: &mut Args) -> Result<Command, Error> {
+    Ok(Command::ImageSnapshot(ImageSnapshotCommand::Remove { name: named(args)? }))
+}
+
+fn named(args: &mut Args) -> Result<String, Error> {
+    let name = args.text("name", LONGEST_WHO)?.filter(|name| !name.is_empty());
+    name.ok_or_else(|| Error::argument(format!("{} needs 'name', the snapshot's", args.command)))
+}
+
+/// One thing to be done by the thread.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Job {
+    /// Make a snapshot, and answer this request.
+    Create { name: String, token: String, peer: PeerId, request: RequestId },
+    /// Remove one, and answer this request, if there is one.
+    Remove { name: String, request: Option<RequestId> },
+}
+
+/// What is under way and what is made. PURE.
+#[derive(Default)]
+pub(super) struct Jobs {
+    running: Option<Job>,
+    waiting: VecDeque<Job>,
+    made: Vec<Made>,
+}
+
+/// A snapshot of a connection that is still there.
+struct Made {
+    peer: PeerId,
+    name: String,
+    /// It outlives the connection.
+    kept: bool,
+}
+
+impl Jobs {
+    /// Takes a job. Errors: a snapshot is made or removed already, and this one would have to wait for it while its disk
+    /// is held.
+    pub(super) fn create(
+        &mut self,
+        name: String,
+        token: String,
+        peer: PeerId,
+        request: RequestId,
+    ) -> Result<(), Error> {
+        if self.running.is_some() || !self.waiting.is_empty() {
+            return Err(Error::new("busy", "another snapshot of this image is being made or removed: try again"));
+        }
+        self.waiting.push_back(Job::Create { name, token, peer, request });
+        Ok(())
+    }
+
+    /// Takes a job. Errors: this connection made none of this name.
+    pub(super) fn remove(&mut self, name: String, peer: PeerId, request: RequestId) -> Result<(), Error> {
+        let at = self.find(&name, peer)?;
+        self.made.remove(at);
+        self.waiting.push_back(Job::Remove { name, request: Some(request) });
+        Ok(())
+    }
+
+    /// A snapshot outlives its connection. Errors as of [`Jobs::remove`].
+    pub(super) fn keep(&mut self, name: &str, peer: PeerId) -> Result<(), Error> {
+        let at = self.find(name, peer)?;
+        self.made[at].kept = true;
+        Ok(())
+    }
+
+    fn find(&self, name: &str, peer: PeerId) -> Result<usize, Error> {
+        let at = self.made.iter().position(|made| made.peer == peer && made.name == name);
+        at.ok_or_else(|| Error::new("no-such-snapshot", "this connection made no snapshot of this name"))
+    }
+
+    /// A connection ended: what it made and did not keep goes.
+    pub(super) fn peer_gone(&mut self, peer: PeerId) {
+        let (gone, rest) = std::mem::take(&mut self.made).into_iter().partition(|made| made.peer == peer);
+        self.made = rest;
+        let gone: Vec<Made> = gone;
+        let unwanted = gone.into_iter().filter(|made| !made.kept);
+        self.waiting.extend(unwanted.map(|made| Job::Remove { name: made.name, request: None }));
+    }
+
+    /// The job for the thread, if it is free. The caller runs it, and [`Jobs::done`] follows.
+    pub(super) fn next(&mut self) -> Option<Job> {
+        if self.running.is_none() {
+            self.running = self.waiting.pop_front();
+            return self.running.clone();
+        }
+        None
+    }
+
+    /// The thread is free again; what it did.
+    pub(super) fn done(&mut self) -> Option<Job> {
+        self.running.take()
+    }
+
+    /// A snapshot was made and is wanted.
+    pub(super) fn made(&mut self, name: String, peer: PeerId) {
+        self.made.push(Made { peer, name, kept: false });
+    }
+
+    /// One was made in vain.
+    pub(super) fn unwanted(&mut self, name: String) {
+        self.waiting.push_back(Job::Remove { name, request: None });
+    }
+
+    /// Those that nobody has said to keep, and those that are not removed yet: at the end of the daemon they stay.
+    pub(super) fn left(&self) -> Vec<&str> {
+        let removed = self.waiting.iter().filter_map(|job| match job {
+            Job::Remove { name, .. } => Some(name.as_str()),
+            Job::Create { .. } => None,
+        });
+        self.made.iter().filter(|made| !made.kept).map(|made| made.name.as_str()).chain(removed).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_at_a_time_and_what_is_not_kept_goes() {
+        let mut jobs = Jobs::default();
+        jobs.create("a".into(), "t".into(), 1, 7).unwrap();
+        let create = Job::Create { name: "a".into(), token: "t".into(), peer: 1, request: 7 };
+        assert_eq!((jobs.next(), jobs.next()), (Some(create.clone()), None));
+        assert_eq!(jobs.create("b".into(), "t".into(), 2, 8).unwrap_err().code, "busy");
+        assert_eq!(jobs.done(), Some(create));
+        jobs.made("a".into(), 1);
+        jobs.made("b".into(), 1);
+        jobs.made("c".into(), 1);
+        assert_eq!(jobs.keep("a", 2).unwrap_err().code, "no-such-snapshot");
+        jobs.keep("a", 1).unwrap();
+        jobs.made("d".into(), 1);
+        jobs.keep("d", 1).unwrap();
+        jobs.remove("b".into(), 1, 9).unwrap();
+        assert_eq!(jobs.remove("b".into(), 1, 9).unwrap_err().code, "no-such-snapshot");
+        jobs.peer_gone(2);
+        jobs.peer_gone(1);
+        assert_eq!(jobs.left(), ["b", "c"]);
+        assert_eq!(jobs.next(), Some(Job::Remove { name: "b".into(), request: Some(9) }));
+        assert_eq!(jobs.next(), None, "the thread is busy");
+        jobs.done();
+        assert_eq!(jobs.next(), Some(Job::Remove { name: "c".into(), request: None }));
+        jobs.done();
+        assert_eq!(jobs.next(), None);
+    }
+}

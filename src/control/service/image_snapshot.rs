@@ -1,0 +1,119 @@
+//! Snapshots that the image's own store makes while a client holds the disk.
+
+use serde_json::{Value, json};
+
+use super::Service;
+use crate::control::image_snapshots::{ImageSnapshotCommand, Job};
+use crate::control::inbox::Note;
+use crate::control::proto::Error;
+use crate::control::quiesce::{PeerId, RequestId};
+use crate::control::words;
+use crate::disk::CopyError;
+
+impl Service {
+    /// Carries a command out; `None`: the answer comes when the thread is done. `id`: of the request.
+    pub(super) fn image_snapshot(
+        &mut self,
+        peer: PeerId,
+        id: Option<&Value>,
+        command: ImageSnapshotCommand,
+    ) -> Option<Result<Value, Error>> {
+        if self.disk.snapshots().is_none() {
+            let desc = "the store of this disk's image makes no snapshots: take the snapshot another way";
+            return Some(Err(Error::new("no-image-snapshots", desc)));
+        }
+        self.next_request += 1;
+        let request = self.next_request;
+        let taken = match command {
+            ImageSnapshotCommand::Create { name, token } => {
+                if !self.is_held(&token) {
+                    return Some(Err(self.no_such_hold(&token)));
+                }
+                self.jobs.create(name, token, peer, request)
+            }
+            ImageSnapshotCommand::Remove { name } => self.jobs.remove(name, peer, request),
+            ImageSnapshotCommand::Keep { name } => {
+                return Some(self.jobs.keep(&name, peer).map(|()| json!({})));
+            }
+        };
+        if let Err(error) = taken {
+            return Some(Err(error));
+        }
+        self.asked.insert(request, (peer, id.cloned()));
+        self.next_job();
+        None
+    }
+
+    /// Starts the thread for what waits, if it is free.
+    pub(super) fn next_job(&mut self) {
+        while let Some(job) = self.jobs.next() {
+            let (Some(snapshots), inbox) = (self.disk.snapshots(), self.inbox.clone()) else { return };
+            let work = move || {
+                let result = match &job {
+                    Job::Create { name, .. } => snapshots.create(name).map(|()| snapshots.full_name(name)),
+                    Job::Remove { name, .. } => snapshots.remove(name).map(|()| snapshots.full_name(name)),
+                };
+                inbox.put(Note::JobDone(result));
+            };
+            match std::thread::Builder::new().name("image-snapshot".into()).spawn(work) {
+                Ok(_) => return,
+                Err(error) => {
+                    let message = format!("no thread for a snapshot of the image: {error}; raise the limit of tasks");
+                    self.job_is_done(Err(CopyError { code: "resources", message }));
+                }
+            }
+        }
+    }
+
+    /// The thread is done.
+    pub(super) fn job_done(&mut self, result: Result<String, CopyError>) {
+        self.job_is_done(result);
+        self.next_job();
+    }
+
+    fn job_is_done(&mut self, result: Result<String, CopyError>) {
+        let result = result.map_err(|error| Error::new(error.code, error.message));
+        match self.jobs.done() {
+            Some(Job::Create { name, token, peer, request }) => self.created(name, &token, peer, request, result),
+            Some(Job::Remove { name, request }) => {
+                match &result {
+                    Ok(full) => log::info!("the snapshot {full} is removed: it was not wanted after all"),
+                    Err(error) => log::error!("'{name}' is no snapshot to rely on, and stays: {}", error.desc),
+                }
+                if let Some(request) = request {
+                    self.reply_later(request, result.map(|_| json!({})));
+                }
+            }
+            None => log::error!("a snapshot was made that nobody asked for; please report this as a defect"),
+        }
+    }
+
+    fn created(&mut self, name: String, token: &str, peer: PeerId, request: RequestId, result: Result<String, Error>) {
+        let result = result.and_then(|full| {
+            // Held until now, or it may be of no instant; and somebody must still want it.
+            if self.is_held(token) && self.asked.contains_key(&request) {
+                log::info!("made the snapshot {full}");
+                self.jobs.made(name, peer);
+                return Ok(json!({"snapshot": full}));
+            }
+            self.jobs.unwanted(name);
+            Err(self.no_such_hold(token))
+        });
+        self.reply_later(request, result);
+    }
+
+    /// The daemon ends.
+    pub(super) fn tell_left_snapshots(&self) {
+        for name in self.jobs.left() {
+            log::warn!("the snapshot '{name}' was made for somebody who did not keep it, and stays: remove it");
+        }
+    }
+
+    fn is_held(&self, token: &str) -> bool {
+        self.coordinator.holds().iter().any(|hold| hold.token == token)
+    }
+
+    fn no_such_hold(&self, token: &str) -> Error {
+        words::no_such_hold(self.coordinator.what_became_of(token), !self.coordinator.holds().is_empty())
+    }
+}

@@ -1,0 +1,93 @@
+//! The way `rbd`: the image's store makes the snapshot, asked by the daemon, which removes it when our connection ends
+//! before we have said that it is to be kept.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::disks::{Disks, Unanswered};
+use super::wait::Stop;
+use crate::client::{Failure, PATIENCE};
+
+/// For a removal: the store may be slow, and nobody is held up.
+const FOR_REMOVAL: Duration = Duration::from_secs(60);
+
+/// One disk's snapshot.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// The disk's place.
+    pub disk: usize,
+    name: String,
+    asked: bool,
+    /// Once it is made: POOL/IMAGE@NAME.
+    pub full_name: Option<String>,
+}
+
+impl Image {
+    /// Of the disk at this place. Nothing is made yet.
+    pub fn new(disk: usize, name: String) -> Self {
+        Image { disk, name, asked: false, full_name: None }
+    }
+}
+
+/// Makes all of them, at the same time, while all disks are held; until `deadline`.
+pub fn take(disks: &mut Disks, images: &mut [Image], deadline: Instant, stop: Stop<'_>) -> Result<(), Failure> {
+    let request = |image: &mut Image| {
+        image.asked = true;
+        let token = disks.list[image.disk].token().unwrap_or_default();
+        (image.disk, "image-snapshot", json!({"name": image.name, "token": token}))
+    };
+    let requests = images.iter_mut().map(request).collect();
+    let mut failed = Ok(());
+    // All are waited for: one that is made is known by its answer, and can be removed.
+    for (image, answer) in images.iter_mut().zip(disks.ask(requests, deadline, stop, Unanswered::OnlyThat)) {
+        match answer.result {
+            Ok(made) => image.full_name = made["snapshot"].as_str().map(str::to_owned),
+            Err(why) if failed.is_ok() => {
+                failed = Err(disks.list[answer.disk].blame("has no snapshot made by its store", why));
+            }
+            Err(_) => {}
+        }
+    }
+    failed
+}
+
+/// They outlive us. The last step that can fail; what is kept already then is removed by [`undo`], too.
+pub fn keep(disks: &mut Disks, images: &[Image]) -> Result<(), Failure> {
+    let requests =
+        images.iter().map(|image| (image.disk, "image-snapshot-keep", json!({"name": image.name}))).collect();
+    let mut failed = Ok(());
+    for answer in disks.ask(requests, Instant::now() + PATIENCE, None, Unanswered::OnlyThat) {
+        if let Err(why) = answer.result
+            && failed.is_ok()
+        {
+            failed = Err(disks.list[answer.disk].blame("lost the snapshot that its store had made", why));
+        }
+    }
+    failed
+}
+
+/// Removes those that are made. What cannot be removed is said.
+pub fn undo(disks: &mut Disks, images: &[Image]) -> Vec<String> {
+    let made: Vec<&Image> = images.iter().filter(|image| image.full_name.is_some()).collect();
+    let request = |image: &&Image| (image.disk, "image-snapshot-remove", json!({"name": image.name}));
+    let requests = made.iter().map(request).collect();
+    let answers = disks.ask(requests, Instant::now() + FOR_REMOVAL, None, Unanswered::OnlyThat);
+    let unmade = images.iter().filter(|image| image.asked && image.full_name.is_none());
+    // Refused, or nobody knows: then the daemon removes it when it hears of our end.
+    let unknown = unmade.filter(|image| disks.list[image.disk].fd().is_none()).map(|image| {
+        let control = disks.list[image.disk].control.display();
+        format!(
+            "whether '{control}' made the snapshot '{}' is not known; its daemon removes it if it lives",
+            image.name
+        )
+    });
+    let mut troubles: Vec<String> = unknown.collect();
+    for (image, answer) in made.iter().zip(answers) {
+        if let Err(why) = answer.result {
+            let full = image.full_name.as_deref().unwrap_or_default();
+            troubles.push(format!("the snapshot {full}, which is not to be relied on, may be left: {why}"));
+        }
+    }
+    troubles
+}
