@@ -44,7 +44,7 @@ fn every_key_of_the_example_disk_is_an_option() {
 fn every_option_that_the_pages_name_exists() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut known = virtioblkd("--help") + " --help ";
-    let commands = ["quiesce", "resume", "status", "snapshot"].map(|command| vec![command, "--help"]);
+    let commands = ["quiesce", "resume", "status", "snapshot", "attend"].map(|command| vec![command, "--help"]);
     for words in [vec!["--help"]].into_iter().chain(commands) {
         let output =
             Command::new(env!("CARGO_BIN_EXE_virtioblkctl")).args(words).output().expect("virtioblkctl starts");
@@ -70,18 +70,22 @@ fn every_option_that_the_pages_name_exists() {
 }
 
 #[test]
-fn systemd_takes_the_unit() {
+fn systemd_takes_the_units() {
+    systemd_takes("virtioblkd@", "/usr/local/bin/virtioblkd", env!("CARGO_BIN_EXE_virtioblkd"));
+    systemd_takes("virtioblk-attend@", "/usr/local/bin/virtioblkctl", env!("CARGO_BIN_EXE_virtioblkctl"));
+}
+
+fn systemd_takes(name: &str, installed: &str, built: &str) {
     let dir = tempfile::tempdir().expect("a directory");
     // Verification looks for the program.
-    let unit =
-        read("systemd/virtioblkd@.service").replace("/usr/local/bin/virtioblkd", env!("CARGO_BIN_EXE_virtioblkd"));
-    let path = dir.path().join("virtioblkd@example.service");
+    let unit = read(&format!("systemd/{name}.service")).replace(installed, built);
+    let path = dir.path().join(format!("{name}example.service"));
     fs::write(&path, unit).expect("room");
     match Command::new("systemd-analyze").args(["verify", "--recursive-errors=no"]).arg(&path).output() {
         Ok(output) => {
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
             // What it says of other units is not about ours.
-            let ours: Vec<_> = said.lines().filter(|line| line.contains("virtioblkd@")).collect();
+            let ours: Vec<_> = said.lines().filter(|line| line.contains(name)).collect();
             assert!(ours.is_empty(), "systemd-analyze verify: {ours:#?}");
         }
         Err(error) => {

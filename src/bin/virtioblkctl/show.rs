@@ -86,6 +86,9 @@ pub fn status(status: &Value) -> String {
     for text in quiesce(&status["quiesce"]) {
         line(std::mem::take(&mut first), text);
     }
+    if let Some(text) = attendant(&status["attendant"]) {
+        line("attendant", text);
+    }
     if status["sync-failed"] == true {
         line(
             "WARNING",
@@ -160,6 +163,18 @@ fn quiesce(quiesce: &Value) -> Vec<String> {
         ));
     }
     lines
+}
+
+fn attendant(attendant: &Value) -> Option<String> {
+    if !attendant.is_object() {
+        return None;
+    }
+    let state = match (attendant["present"] == true, attendant["required"] == true) {
+        (true, true) => "required",
+        (true, false) => "not required",
+        (false, _) => "LOST: snapshots by others are refused until one is back",
+    };
+    Some(format!("{}: {state}", who(attendant)))
 }
 
 fn errors(errors: &Value) -> Vec<String> {
