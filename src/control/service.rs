@@ -1,5 +1,6 @@
 //! Carries commands out: the coordinator's orders to the disk, and replies and events to the peers. Knows no socket.
 
+mod disk;
 mod image_snapshot;
 mod store;
 
@@ -19,7 +20,7 @@ use super::proto::{self, Command, Error, QuiesceArgs};
 use super::quiesce::{Ask, Coordinator, Effect, Hold, PeerId, Reason, Refusal, RequestId, Who};
 use super::stream::Garbage;
 use super::words;
-use crate::disk::{Disk, Event, HoldFigures, ImageStatus};
+use crate::disk::{Disk, HoldFigures, ImageStatus};
 use crate::throttle::Throttle;
 use store::Elsewhere;
 
@@ -273,47 +274,6 @@ impl Service {
         Ok(status)
     }
 
-    /// What the disk had to say since the last call.
-    pub(super) fn disk_events(&mut self, (events, dropped): (Vec<Event>, u64), now: Instant) {
-        self.throttle.suppressed += dropped;
-        for event in events {
-            match event {
-                Event::HoldSettled { epoch, result } => {
-                    self.coordinator.settled(epoch, result, now);
-                    self.carry_out(now);
-                }
-                Event::Connected => self.event("FRONTEND_CONNECTED", json!({})),
-                Event::Disconnected(reason) => self.event("FRONTEND_DISCONNECTED", json!({"reason": reason})),
-                Event::IoError { operation, ring, offset, len, errno } => {
-                    let data = json!({
-                        "operation": operation, "ring": ring, "offset": offset, "length": len,
-                        "errno": errno.0, "message": words::errno(errno),
-                    });
-                    let admitted = self.throttle.admit(now);
-                    self.error_event("IO_ERROR", data, admitted);
-                }
-                Event::SyncError(errno) => {
-                    let data = json!({"errno": errno.0, "message": words::errno(errno)});
-                    let admitted = self.throttle.admit(now);
-                    self.error_event("SYNC_ERROR", data, admitted);
-                }
-                Event::CopyEnded(copy) => {
-                    self.copies.ended(&copy.copy);
-                    let name = format!("COPY_{}", copy.state.to_uppercase());
-                    self.event(&name, json!(copy));
-                }
-                Event::BufferChanged { offset, len, suppressed } => {
-                    self.event("BUFFER_CHANGED", json!({"offset": offset, "length": len, "suppressed": suppressed}));
-                }
-                Event::ImageState(state) => self.event("IMAGE_STATE", json!(state)),
-                Event::ProtocolError(what) => {
-                    let admitted = self.guests_throttle.admit(now);
-                    self.error_event("PROTOCOL_ERROR", json!({"message": what}), admitted);
-                }
-            }
-        }
-    }
-
     fn carry_out(&mut self, now: Instant) {
         for effect in self.coordinator.effects() {
             match effect {
@@ -404,14 +364,6 @@ impl Service {
 
     fn tell(&mut self, to: To, name: &str, data: Value) {
         self.outgoing.push((to, proto::event(name, data, SystemTime::now())));
-    }
-
-    /// `admitted`: what the event's throttle said.
-    fn error_event(&mut self, name: &str, mut data: Value, admitted: Option<u64>) {
-        if let Some(suppressed) = admitted {
-            data["suppressed"] = json!(suppressed);
-            self.event(name, data);
-        }
     }
 }
 

@@ -1,0 +1,60 @@
+//! What the disk says of its own accord.
+
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use super::Service;
+use crate::control::words;
+use crate::disk::Event;
+
+impl Service {
+    /// What the disk had to say since the last call.
+    pub(in crate::control) fn disk_events(&mut self, (events, dropped): (Vec<Event>, u64), now: Instant) {
+        self.throttle.suppressed += dropped;
+        for event in events {
+            match event {
+                Event::HoldSettled { epoch, result } => {
+                    self.coordinator.settled(epoch, result, now);
+                    self.carry_out(now);
+                }
+                Event::Connected => self.event("FRONTEND_CONNECTED", json!({})),
+                Event::Disconnected(reason) => self.event("FRONTEND_DISCONNECTED", json!({"reason": reason})),
+                Event::IoError { operation, ring, offset, len, errno } => {
+                    let data = json!({
+                        "operation": operation, "ring": ring, "offset": offset, "length": len,
+                        "errno": errno.0, "message": words::errno(errno),
+                    });
+                    let admitted = self.throttle.admit(now);
+                    self.error_event("IO_ERROR", data, admitted);
+                }
+                Event::SyncError(errno) => {
+                    let data = json!({"errno": errno.0, "message": words::errno(errno)});
+                    let admitted = self.throttle.admit(now);
+                    self.error_event("SYNC_ERROR", data, admitted);
+                }
+                Event::CopyEnded(copy) => {
+                    self.copies.ended(&copy.copy);
+                    let name = format!("COPY_{}", copy.state.to_uppercase());
+                    self.event(&name, json!(copy));
+                }
+                Event::BufferChanged { offset, len, suppressed } => {
+                    self.event("BUFFER_CHANGED", json!({"offset": offset, "length": len, "suppressed": suppressed}));
+                }
+                Event::ImageState(state) => self.event("IMAGE_STATE", json!(state)),
+                Event::ProtocolError(what) => {
+                    let admitted = self.guests_throttle.admit(now);
+                    self.error_event("PROTOCOL_ERROR", json!({"message": what}), admitted);
+                }
+            }
+        }
+    }
+
+    /// `admitted`: what the event's throttle said.
+    fn error_event(&mut self, name: &str, mut data: Value, admitted: Option<u64>) {
+        if let Some(suppressed) = admitted {
+            data["suppressed"] = json!(suppressed);
+            self.event(name, data);
+        }
+    }
+}
