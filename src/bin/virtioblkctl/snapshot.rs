@@ -21,8 +21,8 @@ pub struct Snapshot {
     /// What is promised: crash, filesystem (needs --qga or --libvirt), application (needs hooks besides)
     #[arg(long, value_name = "LEVEL", value_parser = str::parse::<Level>)]
     level: Level,
-    /// How: reflink:PATH, copy:PATH, rbd[:NAME] or exec:COMMAND; one a disk, or one for all with {} for the image's file
-    /// name; an RBD image needs none
+    /// How: reflink:PATH, copy:PATH, rbd, rbd:NAME or exec:COMMAND; one a disk, or one for all with {} for the image's
+    /// file name; an RBD image needs none
     #[arg(long = "to", value_name = "WAY:ARG")]
     to: Vec<OsString>,
     /// The socket of the guest's agent
