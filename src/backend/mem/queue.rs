@@ -41,9 +41,11 @@ impl MemQueue {
                 self.carry_out(some, true);
             }
             Order::OnRequest => {
-                let released = std::mem::take(&mut self.shared.lock().released);
-                let count = self.pending.len().min(usize::try_from(released).unwrap_or(usize::MAX));
-                self.shared.lock().released += released - count as u64;
+                // In one step: another queue that looks meanwhile would find nothing, and sleep.
+                let mut state = self.shared.lock();
+                let count = self.pending.len().min(usize::try_from(state.released).unwrap_or(usize::MAX));
+                state.released -= count as u64;
+                drop(state);
                 self.carry_out(count, false);
             }
         }
