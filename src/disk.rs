@@ -86,6 +86,20 @@ pub enum Event {
         /// Why.
         errno: Errno,
     },
+    /// Requests are in flight for so long that something must be wrong. Once, until `IoResumed`.
+    IoStalled {
+        /// Which ring.
+        ring: u32,
+        /// How many.
+        requests: u64,
+        /// How long the oldest of them has been in flight.
+        oldest: Duration,
+    },
+    /// The ring's requests that were stalled are answered.
+    IoResumed {
+        /// Which ring.
+        ring: u32,
+    },
     /// A sync failed, whoever asked for it.
     SyncError(Errno),
     /// A point-in-time copy ended: completed, failed or cancelled.
@@ -256,6 +270,10 @@ pub struct RingStatus {
     pub size: u16,
     /// Requests taken and not yet answered.
     pub in_flight: u64,
+    /// Those of them that are in flight for so long that something must be wrong (10 s); as of a look every 2.5 s.
+    pub stalled: u64,
+    /// Milliseconds that the oldest of these has been in flight.
+    pub oldest_stalled_ms: u64,
     /// Whether a request waits in the ring because writes are blocked.
     pub held: bool,
     /// Requests answered, by kind, since the daemon started (a ring keeps its figures over reconnects).

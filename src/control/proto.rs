@@ -73,6 +73,8 @@
 //! | `FRONTEND_CONNECTED` | nothing |
 //! | `FRONTEND_DISCONNECTED` | `reason` |
 //! | `IO_ERROR` | `operation`, `ring`, `offset`, `length`, `errno`, `message`, `suppressed` |
+//! | `IO_STALLED` | requests are in flight for 10 s and more: `ring`, `requests`, `oldest-ms` |
+//! | `IO_RESUMED` | the ring's stalled requests are answered: `ring` |
 //! | `SYNC_ERROR` | `errno`, `message`, `suppressed` |
 //! | `COPY_COMPLETED`, `COPY_FAILED`, `COPY_CANCELLED` | a copy ended: its status |
 //! | `BUFFER_CHANGED` | with `--stable-writes detect`: the guest changed the buffer of a write under way: `offset`, `length`, `suppressed` |

@@ -10,6 +10,8 @@ pub(super) struct Counters {
     pub size: AtomicU64,
     pub running: AtomicBool,
     pub in_flight: AtomicU64,
+    pub stalled: AtomicU64,
+    pub oldest_stalled_ms: AtomicU64,
     pub held: AtomicBool,
     pub reads: AtomicU64,
     pub read_bytes: AtomicU64,
@@ -35,6 +37,8 @@ impl Counters {
             index,
             size: self.size.load(Relaxed) as u16,
             in_flight: self.in_flight.load(Relaxed),
+            stalled: self.stalled.load(Relaxed),
+            oldest_stalled_ms: self.oldest_stalled_ms.load(Relaxed),
             held: self.held.load(Relaxed),
             reads: self.reads.load(Relaxed),
             read_bytes: self.read_bytes.load(Relaxed),
@@ -54,6 +58,8 @@ impl Counters {
 /// Adds one ring to a sum.
 pub(super) fn accumulate(total: &mut RingStatus, ring: &RingStatus) {
     total.in_flight += ring.in_flight;
+    total.stalled += ring.stalled;
+    total.oldest_stalled_ms = total.oldest_stalled_ms.max(ring.oldest_stalled_ms);
     total.held |= ring.held;
     total.reads += ring.reads;
     total.read_bytes += ring.read_bytes;

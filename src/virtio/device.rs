@@ -1,7 +1,10 @@
 //! One disk: what it offers, and serving one front-end after the other.
 
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread;
+use std::time::Duration;
 
 use vhost::vhost_user::{BackendReqHandler, Error};
 
@@ -27,6 +30,19 @@ pub struct DeviceOptions {
     pub queue_size: u16,
     /// What GET_ID returns; cut to 20 bytes.
     pub serial: String,
+}
+
+/// What tests change.
+#[derive(Clone, Debug)]
+pub struct Tuning {
+    /// A request that is in flight for longer is told of.
+    pub stall_after: Duration,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Tuning { stall_after: Duration::from_secs(10) }
+    }
 }
 
 /// What GET_FEATURES and GET_CONFIG answer.
@@ -65,6 +81,16 @@ struct Connection {
 impl Device {
     /// A device with no front-end yet. What happens is told to `events`.
     pub fn new(backend: Arc<dyn Backend>, options: &DeviceOptions, events: Arc<Events>) -> Arc<Self> {
+        Self::with_tuning(backend, options, events, &Tuning::default())
+    }
+
+    /// The same, for tests.
+    pub fn with_tuning(
+        backend: Arc<dyn Backend>,
+        options: &DeviceOptions,
+        events: Arc<Events>,
+        tuning: &Tuning,
+    ) -> Arc<Self> {
         let geometry = backend.geometry();
         let policy = options.mode.into();
         let mut serial = [0; ID_BYTES];
@@ -81,7 +107,7 @@ impl Device {
                 queue_size: options.queue_size,
                 serial: Arc::new(serial),
             }),
-            rings: Rings::new(backend, options.mode, events),
+            rings: Rings::new(backend, options.mode, events, tuning.stall_after),
             connection: Mutex::default(),
             left: Condvar::new(),
         })
@@ -110,6 +136,7 @@ impl Device {
         let handler = Handler::new(self.rings.clone(), self.offer.clone(), self.identity.clone(), wire.clone());
         let handler = Arc::new(Mutex::new(handler));
         let ours = || handler.lock().expect("no panic while held");
+        let watch = self.watch_for_stalls();
         let mut requests = BackendReqHandler::from_stream(stream, handler.clone());
         let end = loop {
             let timeout = ours().waits_for_image().then_some(activation::RETRY);
@@ -129,6 +156,7 @@ impl Device {
             }
         };
         ours().end();
+        drop(watch);
         let why = match end {
             _ if wire.vanished() => {
                 "the front-end took away guest memory that it had shared (it truncated the memory's \
@@ -169,6 +197,22 @@ impl Device {
         while connection.front_end.is_some() {
             connection = self.left.wait(connection).expect("no panic while held");
         }
+    }
+
+    /// Looks for stalled requests, in a thread of its own until the value returned is dropped: the vhost-user thread may
+    /// itself wait for a ring to stop.
+    fn watch_for_stalls(&self) -> mpsc::Sender<()> {
+        let (until, ended) = mpsc::channel();
+        let rings = self.rings.clone();
+        let work = move || {
+            while ended.recv_timeout(rings.stall_after() / 4) == Err(RecvTimeoutError::Timeout) {
+                rings.look_for_stalls();
+            }
+        };
+        if let Err(error) = thread::Builder::new().name("stall-watch".into()).spawn(work) {
+            log::warn!("no thread to watch for I/O that hangs: {error}; raise the limit on threads");
+        }
+        until
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {

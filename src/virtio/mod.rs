@@ -34,4 +34,4 @@ pub mod rings;
 mod vanished;
 mod worker;
 
-pub use device::{Device, DeviceOptions};
+pub use device::{Device, DeviceOptions, Tuning};

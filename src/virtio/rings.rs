@@ -23,6 +23,8 @@ pub(super) enum Command {
     OpenGate,
     /// The image has so many bytes now.
     Resize(u64),
+    /// Look whether requests are in flight for too long.
+    Look,
     /// Replace the call descriptor; then send the answer.
     SetCall(Option<std::fs::File>, Sender<()>),
     /// Stop popping, finish what is in flight, publish it, hand the ring back.
@@ -66,6 +68,8 @@ pub struct Rings {
     backend: Arc<dyn Backend>,
     events: Arc<Events>,
     mode: CacheMode,
+    /// A request that is in flight for longer is stalled.
+    stall_after: Duration,
     capacity: Capacity,
     /// [`Disk::resize`] is under way.
     resizing: AtomicBool,
@@ -123,10 +127,19 @@ const LOG_WINDOW: Duration = Duration::from_secs(10);
 const HANGS: Duration = Duration::from_secs(2);
 
 impl Rings {
-    /// For a disk on `backend` in this mode; what happens goes to `events`.
-    pub fn new(backend: Arc<dyn Backend>, mode: CacheMode, events: Arc<Events>) -> Arc<Self> {
+    /// For a disk on `backend` in this mode; what happens goes to `events`. A request that is in flight for longer than
+    /// `stall_after` is told of.
+    pub fn new(backend: Arc<dyn Backend>, mode: CacheMode, events: Arc<Events>, stall_after: Duration) -> Arc<Self> {
         let capacity = Capacity::new(backend.geometry().size);
-        Arc::new(Rings { backend, events, mode, capacity, resizing: AtomicBool::new(false), state: Mutex::default() })
+        Arc::new(Rings {
+            backend,
+            events,
+            mode,
+            stall_after,
+            capacity,
+            resizing: AtomicBool::new(false),
+            state: Mutex::default(),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -141,6 +154,22 @@ impl Rings {
     /// The image.
     pub(super) fn backend(&self) -> &Arc<dyn Backend> {
         &self.backend
+    }
+
+    /// A request that is in flight for longer is stalled.
+    pub(super) fn stall_after(&self) -> Duration {
+        self.stall_after
+    }
+
+    /// Has every ring with requests in flight look for stalled ones: its worker sleeps until one is answered, and would
+    /// not look by itself. Called now and then by a thread of the connection's.
+    pub(super) fn look_for_stalls(&self) {
+        let state = self.lock();
+        for (index, mailbox) in &state.running {
+            if state.counters.get(index).is_some_and(|counters| counters.in_flight.load(Relaxed) > 0) {
+                mailbox.send(Command::Look);
+            }
+        }
     }
 
     /// The disk's size, and what the front-end knows of it.
@@ -355,6 +384,11 @@ impl Rings {
                 format!("sync failed: {}: acknowledged writes may be lost", std::io::Error::from_raw_os_error(errno.0))
             }
             Event::ProtocolError(what) => what.clone(),
+            Event::IoStalled { ring, requests, oldest } => format!(
+                "ring {ring}: {requests} requests wait for the image's storage, the oldest for {} s: see the host's \
+                 kernel log, and the storage",
+                oldest.as_secs()
+            ),
             _ => return self.events.send(event),
         };
         let by_guest = matches!(event, Event::ProtocolError(_));

@@ -5,6 +5,7 @@
 //! one `wait`, which submits the whole batch and sleeps.
 
 mod answer;
+mod stall;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -51,6 +52,8 @@ struct Slot {
     written: u32,
     offset: u64,
     len: u64,
+    /// When its batch was popped.
+    since: Instant,
 }
 
 /// An operator's hold, timed for its figures.
@@ -71,6 +74,10 @@ struct Worker {
     /// By head: a head is a request's name until it is answered.
     slots: Vec<Option<Slot>>,
     in_flight: u64,
+    /// The time of this turn's pop: one look at the clock a batch.
+    now: Instant,
+    /// `Event::IoStalled` was told.
+    stalled: bool,
     /// Ops that the queue handed back as full, oldest first.
     backlog: VecDeque<(Op, OpId)>,
     completions: Vec<Completion>,
@@ -133,6 +140,7 @@ pub(super) fn run(setup: Setup, ring: Stopped, counters: Arc<Counters>, hold: Op
             }
         }
     }
+    worker.look();
     worker.counters.in_flight.store(0, Relaxed);
     ring
 }
@@ -173,6 +181,8 @@ impl Worker {
             parser: Parser::default(),
             slots: (0..size).map(|_| None).collect(),
             in_flight: 0,
+            now: Instant::now(),
+            stalled: false,
             backlog: VecDeque::new(),
             completions: Vec::new(),
             iovecs: Vec::new(),
@@ -207,6 +217,7 @@ impl Worker {
                 self.hold = None;
             }
             Command::Resize(bytes) => self.geometry.size = bytes,
+            Command::Look => self.look(),
             Command::SetCall(call, done) => {
                 queue_state::set_call(&ring.vring, call);
                 // Nobody waits any more: the handler ended with its connection.
@@ -288,6 +299,7 @@ impl Worker {
         if self.broken || self.stopping || self.held {
             return;
         }
+        self.now = Instant::now();
         let memory = self.setup.memory.clone();
         if let Err(error) = self.pop_from(ring, &memory) {
             self.break_ring(&error.to_string());
@@ -376,7 +388,15 @@ impl Worker {
             }
         };
         let data_in = if kind == Kind::Read { len as u32 } else { 0 };
-        Ok(Slot { kind, op, status_at: request.status_at, written: data_in.saturating_add(1), offset, len })
+        Ok(Slot {
+            kind,
+            op,
+            status_at: request.status_at,
+            written: data_in.saturating_add(1),
+            offset,
+            len,
+            since: self.now,
+        })
     }
 
     fn buffer(&mut self, command: &Ask) -> Result<crate::backend::IoBuf, Status> {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use virtioblkd::backend::{Backend, Errno};
 use virtioblkd::disk::{Disk, DiskStatus, Event, Events, HoldFigures};
 use virtioblkd::virtio::rings::Rings;
-use virtioblkd::virtio::{Device, DeviceOptions};
+use virtioblkd::virtio::{Device, DeviceOptions, Tuning};
 
 #[allow(unused_imports)]
 pub use chance::Chance;
@@ -30,8 +30,12 @@ pub struct Rig {
 
 impl Rig {
     pub fn on(backend: Arc<dyn Backend>, options: &DeviceOptions) -> Rig {
+        Self::tuned(backend, options, &Tuning::default())
+    }
+
+    pub fn tuned(backend: Arc<dyn Backend>, options: &DeviceOptions, tuning: &Tuning) -> Rig {
         let events = Arc::new(Events::new().unwrap());
-        let device = Device::new(backend, options, events.clone());
+        let device = Device::with_tuning(backend, options, events.clone(), tuning);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("sock");
         let listener = UnixListener::bind(&path).unwrap();

@@ -140,7 +140,13 @@ fn rings(status: &Value) -> String {
     let rings = status["rings"].as_array().map(Vec::as_slice).unwrap_or_default();
     let in_flight: u64 = rings.iter().filter_map(|ring| ring["in-flight"].as_u64()).sum();
     let held = rings.iter().filter(|ring| ring["held"] == true).count();
-    format!("{} running, {in_flight} in flight, {held} with a held write", rings.len())
+    let stalled: u64 = rings.iter().filter_map(|ring| ring["stalled"].as_u64()).sum();
+    let oldest = rings.iter().filter_map(|ring| ring["oldest-stalled-ms"].as_u64()).max().map(time);
+    let stalled = match oldest {
+        Some(oldest) if stalled > 0 => format!(", {stalled} STALLED (the oldest for {oldest})"),
+        _ => String::new(),
+    };
+    format!("{} running, {in_flight} in flight{stalled}, {held} with a held write", rings.len())
 }
 
 fn quiesce(quiesce: &Value) -> Vec<String> {

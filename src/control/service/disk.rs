@@ -28,6 +28,11 @@ impl Service {
                     let admitted = self.throttle.admit(now);
                     self.error_event("IO_ERROR", data, admitted);
                 }
+                Event::IoStalled { ring, requests, oldest } => {
+                    let oldest = oldest.as_millis() as u64;
+                    self.event("IO_STALLED", json!({"ring": ring, "requests": requests, "oldest-ms": oldest}));
+                }
+                Event::IoResumed { ring } => self.event("IO_RESUMED", json!({ "ring": ring })),
                 Event::SyncError(errno) => {
                     let data = json!({"errno": errno.0, "message": words::errno(errno)});
                     let admitted = self.throttle.admit(now);

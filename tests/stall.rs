@@ -1,0 +1,57 @@
+//! I/O that hangs is seen, while it hangs.
+
+mod front_end;
+mod rig;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use front_end::*;
+use rig::Rig;
+use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
+use virtioblkd::disk::{Disk, Event};
+use virtioblkd::engine::CacheMode;
+use virtioblkd::virtio::{DeviceOptions, Tuning};
+
+#[test]
+fn requests_that_hang_are_counted_told_of_and_told_of_when_they_are_over() {
+    let disk = Arc::new(MemBackend::new(MemOptions { order: Order::OnRequest, ..MemOptions::new(1 << 20) }));
+    let options = DeviceOptions { mode: CacheMode::None, num_queues: 8, queue_size: 256, serial: String::new() };
+    let limit = Duration::from_millis(100);
+    let rig = Rig::tuned(disk.clone(), &options, &Tuning { stall_after: limit });
+    let mut guest = FrontEnd::connect(&rig.path, 2, 256, ALL);
+    guest.add(1, OUT, 0, &[1; 512], 0);
+    guest.add(1, IN, 0, &[], 512);
+    guest.kick(1);
+    let told = rig.event(|event| match event {
+        Event::IoStalled { ring, requests, oldest } => Some((ring, requests, oldest)),
+        Event::IoResumed { .. } => panic!("nothing was stalled"),
+        _ => None,
+    });
+    assert_eq!((told.0, told.1), (1, 2));
+    assert!(told.2 >= limit, "{told:?}");
+    let status = rig.status();
+    assert_eq!((status.total.stalled, status.rings[0].stalled, status.rings[1].stalled), (2, 0, 2));
+    assert!(status.total.oldest_stalled_ms >= 100, "{status:?}");
+    assert!(status.last_errors[0].what.contains("storage"), "{:?}", status.last_errors);
+    // A quiesce is not answered by what hangs, and can be given up.
+    rig.disk.close_gate(1);
+    rig.disk.open_gate();
+    // A ring that stops waits for them: they are seen all the same.
+    let control = std::thread::spawn(move || {
+        guest.stop_ring(1);
+        guest
+    });
+    disk.release(1);
+    let end = Instant::now() + Duration::from_secs(20);
+    while rig.status().total.stalled != 1 {
+        assert!(Instant::now() < end, "{:?}", rig.status());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    disk.release(2);
+    rig.event(|event| matches!(event, Event::IoResumed { ring: 1 }).then_some(()));
+    assert_eq!(rig.status().total.stalled, 0);
+    disk.release(100);
+    let mut guest = control.join().unwrap();
+    assert_eq!([guest.wait(1).1, guest.wait(1).1], [0, 0]);
+}
