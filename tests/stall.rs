@@ -18,7 +18,7 @@ fn requests_that_hang_are_counted_told_of_and_told_of_when_they_are_over() {
     let disk = Arc::new(MemBackend::new(MemOptions { order: Order::OnRequest, ..MemOptions::new(1 << 20) }));
     let options = DeviceOptions { mode: CacheMode::None, num_queues: 8, queue_size: 256, serial: String::new() };
     let limit = Duration::from_millis(100);
-    let rig = Rig::tuned(disk.clone(), &options, &Tuning { stall_after: limit });
+    let rig = Rig::tuned(disk.clone(), &options, &Tuning { stall_after: limit, ..Tuning::default() });
     let mut guest = FrontEnd::connect(&rig.path, 2, 256, ALL);
     guest.add(1, OUT, 0, &[1; 512], 0);
     guest.add(1, IN, 0, &[], 512);

@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::activation;
@@ -37,11 +38,13 @@ pub struct DeviceOptions {
 pub struct Tuning {
     /// A request that is in flight for longer is told of.
     pub stall_after: Duration,
+    /// The protocol features that are offered at most: without INFLIGHT_SHMFD, tests show that they would notice.
+    pub protocol_features: VhostUserProtocolFeatures,
 }
 
 impl Default for Tuning {
     fn default() -> Self {
-        Tuning { stall_after: Duration::from_secs(10) }
+        Tuning { stall_after: Duration::from_secs(10), protocol_features: VhostUserProtocolFeatures::all() }
     }
 }
 
@@ -50,6 +53,7 @@ impl Default for Tuning {
 pub(super) struct Offer {
     pub features: u64,
     pub config: [u8; 60],
+    pub protocol_features: VhostUserProtocolFeatures,
 }
 
 /// The constants of a device.
@@ -101,6 +105,7 @@ impl Device {
             offer: Offer {
                 features: features::offered(policy, &geometry),
                 config: features::config_space(policy, &geometry, options.num_queues, options.queue_size),
+                protocol_features: tuning.protocol_features,
             },
             identity: Arc::new(Identity {
                 num_queues: options.num_queues,

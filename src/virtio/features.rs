@@ -27,6 +27,10 @@ const USUAL_RING: u32 = 128;
 /// VHOST_USER_F_PROTOCOL_FEATURES: not a virtio feature, but it travels with them.
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 
+/// VHOST_F_LOG_ALL: what we write to guest memory is logged, for a live migration. No virtio feature either; without it
+/// QEMU refuses to migrate or save the guest.
+pub const LOG_ALL: u64 = 1 << 26;
+
 /// `true` if the bit is set in `features`.
 pub fn has(features: u64, bit: u32) -> bool {
     features & (1 << bit) != 0
@@ -63,6 +67,7 @@ const ALWAYS: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_BLK_F_SIZE_MAX
     | 1 << VIRTIO_BLK_F_BLK_SIZE
     | 1 << VIRTIO_BLK_F_TOPOLOGY
+    | LOG_ALL
     | PROTOCOL_FEATURES;
 
 /// The bits that a front-end may acknowledge. More than [`offered`]: QEMU replays what the driver acknowledged before

@@ -1,7 +1,5 @@
 //! vhost-user messages (QEMU's docs/interop/vhost-user.rst), one connection. No data path here: every message that
 //! changes a ring goes through [`QueueState::change`], and is answered when the change is complete.
-//!
-//! INFLIGHT_SHMFD and LOG_SHMFD have their places marked; they are not offered yet.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -19,7 +17,9 @@ use vhost_user_backend::VringT;
 use super::activation::Activation;
 use super::descriptor;
 use super::device::{Identity, Offer};
+use super::dirty::DirtyLog;
 use super::features;
+use super::inflight::Inflight;
 use super::memory::{MOST_REGIONS, MemoryTable};
 use super::queue_state::{QueueState, Stopped, Surroundings};
 use super::rings::Rings;
@@ -32,6 +32,8 @@ fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::BACKEND_REQ
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::LOG_SHMFD
 }
 
 /// One front-end's view of the disk, from its connection to its end. Owned by the vhost-user thread.
@@ -42,6 +44,10 @@ pub(super) struct Handler {
     memory: MemoryTable,
     activation: Activation,
     queues: Vec<QueueState>,
+    /// What an earlier server left, and what we leave to the next one.
+    inflight: Option<Inflight>,
+    /// Where what we write is logged while LOG_ALL is acknowledged.
+    log: Option<Arc<DirtyLog>>,
     /// None until SET_FEATURES.
     acked_features: Option<u64>,
     /// The channel for our own requests, as the `vhost` crate has it. Kept open: QEMU complains of its end.
@@ -59,6 +65,8 @@ impl Handler {
             activation: Activation::default(),
             memory: MemoryTable::new(wire),
             queues: Vec::new(),
+            inflight: None,
+            log: None,
             acked_features: None,
             backend_channel: None,
             peeked: None,
@@ -88,11 +96,14 @@ impl Handler {
 
     /// Starts every ring that may run and does not.
     fn start_all(&mut self) {
+        let acked_features = self.acked_features.unwrap_or(0);
         let around = Surroundings {
             rings: &self.rings,
             memory: &self.memory,
             activation: &self.activation,
-            acked_features: self.acked_features.unwrap_or(0),
+            inflight: self.inflight.as_ref(),
+            log: self.log.as_ref().filter(|_| acked_features & features::LOG_ALL != 0),
+            acked_features,
             serial: &self.identity.serial,
         };
         for queue in &mut self.queues {
@@ -149,11 +160,14 @@ impl Handler {
                 .map_err(|error| Error::ReqHandlerError(std::io::Error::other(error)))?;
             self.queues.push(queue);
         }
+        let acked_features = self.acked_features.unwrap_or(0);
         let around = Surroundings {
             rings: &self.rings,
             memory: &self.memory,
             activation: &self.activation,
-            acked_features: self.acked_features.unwrap_or(0),
+            inflight: self.inflight.as_ref(),
+            log: self.log.as_ref().filter(|_| acked_features & features::LOG_ALL != 0),
+            acked_features,
             serial: &self.identity.serial,
         };
         Ok((&mut self.queues[index as usize], around))
@@ -174,6 +188,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
             this.acked_features = None;
             this.rings.negotiated(None);
             this.queues.clear();
+            this.inflight = None;
+            this.log = None;
             Ok(())
         })?;
         self.settle();
@@ -302,7 +318,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(protocol_features())
+        Ok(protocol_features() & self.offer.protocol_features)
     }
 
     fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
@@ -358,18 +374,36 @@ impl VhostUserBackendReqHandlerMut for Handler {
         self.change_all(|this| this.memory.remove(region))
     }
 
-    // INFLIGHT_SHMFD: what a restarted server must redo. Comes with the issue on surviving a crash.
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(not_offered("INFLIGHT_SHMFD"))
+    /// Fresh memory for the front-end to keep. What QEMU asks for is not what the guest chose but what it may choose.
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let (rings, entries) = (wanted.num_queues, wanted.queue_size);
+        if rings > self.identity.num_queues || entries > self.identity.queue_size {
+            let (most, largest) = (self.identity.num_queues, self.identity.queue_size);
+            log::error!(
+                "the front-end asks for an in-flight region of {rings} rings of {entries}; {most} of {largest} are \
+                 allowed: give it smaller numbers, or --num-queues and --queue-size larger ones"
+            );
+            return Err(Error::InvalidParam);
+        }
+        Inflight::create(rings, entries).map_err(Error::ReqHandlerError)
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        Err(not_offered("INFLIGHT_SHMFD"))
+    /// What an earlier server, or we, left. The rings do it again when they start.
+    fn set_inflight_fd(&mut self, told: &VhostUserInflight, file: File) -> Result<()> {
+        let inflight = Inflight::map(told, file)?;
+        self.change_all(|this| {
+            this.inflight = Some(inflight);
+            Ok(())
+        })
     }
 
-    // LOG_SHMFD: the dirty log of a live migration. Comes with the same issue.
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        Err(not_offered("LOG_SHMFD"))
+    /// The dirty log of a live migration; QEMU sends another one when memory was added.
+    fn set_log_base(&mut self, told: &VhostUserLog, file: File) -> Result<()> {
+        let log = Arc::new(DirtyLog::map(told, file)?);
+        self.change_all(|this| {
+            this.log = Some(log);
+            Ok(())
+        })
     }
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {

@@ -9,6 +9,10 @@
 //! | `queue_state` | a ring's two lives: stopped (the handler's) and running (a worker's) |
 //! | `handler` | vhost-user messages; every change of a ring goes through `queue_state` |
 //! | `descriptor` | a front-end's kick, call and error descriptors are eventfds |
+//! | `inflight` | what a server that dies leaves to the next one |
+//! | `chain` | the descriptors of a chain that an earlier server took |
+//! | `dirty` | the dirty log of a live migration |
+//! | `shared` | memory that the front-end shares for these two |
 //! | `memory` | the front-end's memory table |
 //! | `activation` | whether the image is ours to use |
 //! | `capacity` | the disk's size, and telling the front-end that it changed |
@@ -21,17 +25,21 @@
 mod activation;
 pub mod buffer;
 mod capacity;
+mod chain;
 mod channel;
 mod counters;
 mod descriptor;
 pub mod device;
+mod dirty;
 pub mod features;
 mod handler;
+mod inflight;
 mod memory;
 mod queue_state;
 pub mod request;
 pub mod rings;
 mod vanished;
+mod shared;
 mod worker;
 
 pub use device::{Device, DeviceOptions, Tuning};

@@ -15,6 +15,8 @@ use virtio_queue::QueueT;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::activation::Activation;
+use super::dirty::DirtyLog;
+use super::inflight::Inflight;
 use super::memory::MemoryTable;
 use super::rings::{Command, Mailbox, Rings};
 use super::worker::{self, Setup};
@@ -65,6 +67,9 @@ pub(super) struct Surroundings<'a> {
     pub rings: &'a Arc<Rings>,
     pub memory: &'a MemoryTable,
     pub activation: &'a Activation,
+    pub inflight: Option<&'a Inflight>,
+    /// What we write is logged here.
+    pub log: Option<&'a Arc<DirtyLog>>,
     pub acked_features: u64,
     pub serial: &'a Arc<[u8; super::request::ID_BYTES]>,
 }
@@ -185,6 +190,8 @@ impl QueueState {
             index: self.index,
             rings: around.rings.clone(),
             memory,
+            inflight: around.inflight.and_then(|inflight| inflight.ring(self.index)),
+            log: around.log.cloned(),
             acked_features: around.acked_features,
             serial: around.serial.clone(),
             commands,

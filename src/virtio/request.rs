@@ -8,6 +8,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_queue::DescriptorChain;
+use virtio_queue::desc::split::Descriptor;
 
 use super::features::{SECTOR, sectors};
 use crate::backend::Geometry;
@@ -118,8 +119,18 @@ impl Parser {
         chain: DescriptorChain<&GuestMemoryMmap>,
         geometry: &Geometry,
     ) -> Result<Request, Malformed> {
-        let head = chain.head_index();
-        self.collect(chain).map_err(|why| Malformed { head, why })?;
+        self.parse_descriptors(memory, chain.head_index(), chain, geometry)
+    }
+
+    /// The same for a chain that comes from elsewhere than the available ring.
+    pub fn parse_descriptors(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        head: u16,
+        descriptors: impl Iterator<Item = Descriptor>,
+        geometry: &Geometry,
+    ) -> Result<Request, Malformed> {
+        self.collect(descriptors).map_err(|why| Malformed { head, why })?;
         let status_at =
             take_last_byte(&mut self.writable).ok_or(Malformed { head, why: "no writable byte for the status" })?;
         let writable = total(&self.writable).ok_or(Malformed { head, why: "chain longer than 4 GiB" })?;
@@ -131,11 +142,11 @@ impl Parser {
     }
 
     /// Sorts the descriptors into readable and writable ones (virtio 1.3, 2.7.4.2: readable ones come first).
-    fn collect(&mut self, mut chain: DescriptorChain<&GuestMemoryMmap>) -> Result<(), &'static str> {
+    fn collect(&mut self, descriptors: impl Iterator<Item = Descriptor>) -> Result<(), &'static str> {
         self.readable.clear();
         self.writable.clear();
         let mut more = true;
-        for descriptor in chain.by_ref() {
+        for descriptor in descriptors {
             more = descriptor.has_next();
             let segment = (descriptor.addr(), descriptor.len());
             if descriptor.is_write_only() {
@@ -286,7 +297,7 @@ mod tests {
     use super::*;
     use crate::backend::{DurableWrite, RangeLimits};
     use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
-    use virtio_queue::desc::{RawDescriptor, split::Descriptor};
+    use virtio_queue::desc::RawDescriptor;
     use virtio_queue::mock::MockSplitQueue;
     use virtio_queue::{Queue, QueueOwnedT};
 

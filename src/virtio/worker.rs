@@ -5,6 +5,7 @@
 //! one `wait`, which submits the whole batch and sleeps.
 
 mod answer;
+mod replay;
 mod stall;
 
 use std::collections::VecDeque;
@@ -16,14 +17,17 @@ use std::time::{Duration, Instant};
 
 use vhost_user_backend::{VringState, VringT};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::buffer;
 use super::counters::{Counters, add};
+use super::dirty::DirtyLog;
 use super::features;
+use super::inflight::Tracker;
 use super::queue_state::{self, Stopped};
-use super::request::{self, Command as Ask, ID_BYTES, Parser, Request, Status};
+use super::request::{self, Command as Ask, ID_BYTES, Parser, Request, Segment, Status};
 use super::rings::{Command, RingHold, Rings, errno_of};
 use crate::backend::null;
 use crate::backend::{Completion, DurableWrite, Errno, Geometry, IoQueue, Op, OpId, Source};
@@ -36,6 +40,10 @@ pub(super) struct Setup {
     pub rings: Arc<Rings>,
     /// Held while the ring runs: no request outlives its memory.
     pub memory: Arc<GuestMemoryMmap>,
+    /// Where heads in flight are marked for the next server.
+    pub inflight: Option<Tracker>,
+    /// Where written pages are logged.
+    pub log: Option<Arc<DirtyLog>>,
     pub acked_features: u64,
     pub serial: Arc<[u8; ID_BYTES]>,
     pub commands: Receiver<Command>,
@@ -54,6 +62,8 @@ struct Slot {
     len: u64,
     /// When its batch was popped.
     since: Instant,
+    /// Guest memory that it writes: to be logged. Empty without a log.
+    writes: Vec<Segment>,
 }
 
 /// An operator's hold, timed for its figures.
@@ -73,6 +83,8 @@ struct Worker {
     parser: Parser,
     /// By head: a head is a request's name until it is answered.
     slots: Vec<Option<Slot>>,
+    /// Heads that an earlier server took and did not answer, to be done before anything new; oldest first.
+    replay: VecDeque<u16>,
     in_flight: u64,
     /// The time of this turn's pop: one look at the clock a batch.
     now: Instant,
@@ -123,12 +135,13 @@ pub(super) fn run(setup: Setup, ring: Stopped, counters: Arc<Counters>, hold: Op
     if let Some(epoch) = hold {
         worker.close_gate(epoch);
     }
+    worker.recover(&mut ring.vring.get_mut());
     loop {
         worker.turn(&mut ring.vring.get_mut());
         if std::mem::take(&mut worker.tell_broken) {
             ring.signal_error(worker.setup.index);
         }
-        if worker.stopping && worker.engine.is_idle() && worker.backlog.is_empty() {
+        if worker.stopping && worker.engine.is_idle() && worker.backlog.is_empty() && worker.may_leave_replay() {
             break;
         }
         let timeout = worker.more.then_some(Duration::ZERO);
@@ -180,6 +193,7 @@ impl Worker {
             engine,
             parser: Parser::default(),
             slots: (0..size).map(|_| None).collect(),
+            replay: VecDeque::new(),
             in_flight: 0,
             now: Instant::now(),
             stalled: false,
@@ -204,6 +218,7 @@ impl Worker {
         self.retry_backlog();
         self.pop(ring);
         self.act(ring);
+        self.log_ring(ring);
         self.interrupt(ring);
         self.counters.in_flight.store(self.in_flight, Relaxed);
         self.counters.held.store(self.held, Relaxed);
@@ -296,11 +311,15 @@ impl Worker {
     /// Takes requests from the ring until it is empty, a write is held, the back-end is full or the ring is broken.
     fn pop(&mut self, ring: &mut VringState) {
         self.more = false;
-        if self.broken || self.stopping || self.held {
+        if self.broken || self.held || (self.stopping && self.replay.is_empty()) {
             return;
         }
         self.now = Instant::now();
         let memory = self.setup.memory.clone();
+        self.take_replay(ring, &memory);
+        if self.broken || self.held || self.stopping {
+            return;
+        }
         if let Err(error) = self.pop_from(ring, &memory) {
             self.break_ring(&error.to_string());
         }
@@ -317,7 +336,7 @@ impl Worker {
                 }
                 budget -= 1;
                 let Some(chain) = ring.get_queue_mut().iter(memory)?.next() else { break };
-                if self.take(ring, chain) == Offer::Held {
+                if self.take(ring, chain.head_index(), chain) == Offer::Held {
                     ring.get_queue_mut().go_to_previous_position();
                     self.held = true;
                     break;
@@ -331,13 +350,12 @@ impl Worker {
     }
 
     /// One chain: parse, offer to the engine, keep its slot. `Held`: put it back.
-    fn take(&mut self, ring: &mut VringState, chain: DescriptorChain<&GuestMemoryMmap>) -> Offer {
-        let head = chain.head_index();
+    fn take(&mut self, ring: &mut VringState, head: u16, chain: impl Iterator<Item = Descriptor>) -> Offer {
         if self.slots.get(usize::from(head)).is_none_or(Option::is_some) {
             self.break_ring("a descriptor head was made available twice or lies outside the ring");
             return Offer::Taken;
         }
-        let request = match self.parser.parse(&self.setup.memory, chain, &self.geometry) {
+        let request = match self.parser.parse_descriptors(&self.setup.memory, head, chain, &self.geometry) {
             Ok(request) => request,
             Err(malformed) => {
                 let what = format!("ring {}: request {head}: {}", self.setup.index, malformed.why);
@@ -351,6 +369,9 @@ impl Worker {
                 let offer = self.engine.offer(head, slot.kind);
                 if offer == Offer::Taken {
                     self.slots[usize::from(head)] = Some(slot);
+                    if let Some(inflight) = &mut self.setup.inflight {
+                        inflight.taken(head);
+                    }
                     self.in_flight += 1;
                 } else if let Some(Op::Write { buf, .. }) = slot.op {
                     self.iovecs.push(buf.into_iovecs());
@@ -396,6 +417,7 @@ impl Worker {
             offset,
             len,
             since: self.now,
+            writes: self.to_be_logged(&command),
         })
     }
 
@@ -410,6 +432,7 @@ impl Worker {
         match buffer::guest_buffer(&self.setup.memory, self.parser.data(&Ask::GetId), scratch) {
             Ok(buf) => {
                 buf.copy_from(0, &self.setup.serial[..]);
+                self.log_writes(self.parser.data(&Ask::GetId));
                 request::OK
             }
             Err(_) => request::IOERR,

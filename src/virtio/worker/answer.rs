@@ -8,7 +8,7 @@ use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::counters::add;
-use super::super::request::{self, Status};
+use super::super::request::{self, Segment, Status};
 use super::{Slot, Worker};
 use crate::disk::Event;
 use crate::engine::{Errno, Kind};
@@ -19,6 +19,7 @@ impl Worker {
         let slot = self.slots[usize::from(head)].take().expect("done once, while in its slot");
         self.in_flight -= 1;
         let operation = self.count(&slot, result.is_ok());
+        self.log_writes(&slot.writes);
         let status = match result {
             Ok(()) => request::OK,
             Err(errno) => {
@@ -77,14 +78,46 @@ impl Worker {
         if self.setup.memory.write_obj(status, status_at).is_err() {
             return self.publish(ring, head, 0);
         }
+        self.log_writes(&[(status_at, 1)]);
         self.publish(ring, head, written);
     }
 
     pub(super) fn publish(&mut self, ring: &mut VringState, head: u16, written: u32) {
-        if let Err(error) = ring.get_queue_mut().add_used(&*self.setup.memory, head, written) {
-            self.break_ring(&error.to_string());
+        if let Some(inflight) = &mut self.setup.inflight {
+            inflight.answering(head);
+        }
+        match ring.get_queue_mut().add_used(&*self.setup.memory, head, written) {
+            Ok(()) => {
+                if let Some(inflight) = &mut self.setup.inflight {
+                    inflight.answered(head, ring.get_queue().next_used());
+                }
+            }
+            Err(error) => self.break_ring(&error.to_string()),
         }
         self.answered = true;
+    }
+
+    /// What a request writes, kept until it is done if there is a log.
+    pub(super) fn to_be_logged(&self, command: &request::Command) -> Vec<Segment> {
+        match (&self.setup.log, command) {
+            (Some(_), request::Command::Read { .. }) => self.parser.data(command).to_vec(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Guest memory was written: to the log, if there is one.
+    pub(super) fn log_writes(&self, segments: &[Segment]) {
+        if let Some(log) = &self.setup.log {
+            segments.iter().for_each(|&(at, len)| log.mark(at, len.into()));
+        }
+    }
+
+    /// The used ring with its flags, index and event was written, or may have been: all of it to the log, once a turn.
+    pub(super) fn log_ring(&self, ring: &VringState) {
+        if let Some(log) = &self.setup.log {
+            let queue = ring.get_queue();
+            log.mark(GuestAddress(queue.used_ring()), 6 + 8 * u64::from(queue.size()));
+        }
     }
 
     /// One interrupt for all that was answered, if the driver wants one (virtio 1.3, 2.7.10).

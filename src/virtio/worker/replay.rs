@@ -1,0 +1,56 @@
+//! What an earlier server took from the ring and did not answer is done again, before anything new and in its order.
+//! Doing it twice is harmless: the guest has seen no answer, so it may not have built on either outcome.
+
+use std::sync::atomic::Ordering;
+
+use vhost_user_backend::VringState;
+use virtio_queue::QueueT;
+use vm_memory::GuestMemoryMmap;
+
+use super::super::chain::Chain;
+use super::{Offer, Worker};
+
+impl Worker {
+    /// Looks what an earlier server left. The front-end knows only how many were answered (QEMU takes the used index
+    /// for the ring's base after a lost connection); what was taken is that and what was not answered.
+    pub(super) fn recover(&mut self, ring: &mut VringState) {
+        let Some(inflight) = &mut self.setup.inflight else { return };
+        let queue = ring.get_queue_mut();
+        let recovered = match queue.used_idx(&*self.setup.memory, Ordering::Acquire) {
+            Ok(used) => inflight.recover(used.0, queue.size()).map(|heads| (used.0, heads)),
+            Err(_) => Err("its used ring lies outside the guest's memory"),
+        };
+        match recovered {
+            Ok((_, heads)) if heads.is_empty() => {}
+            Ok((used, heads)) => {
+                log::info!("ring {}: {} requests of an earlier server are done again", self.setup.index, heads.len());
+                // At most the ring's size, which is 16 bits.
+                queue.set_next_avail(used.wrapping_add(heads.len() as u16));
+                self.replay = heads.into();
+            }
+            Err(why) => self.break_ring(why),
+        }
+    }
+
+    /// Takes what is to be done again, until a write is held. `self.held` says so.
+    pub(super) fn take_replay(&mut self, ring: &mut VringState, memory: &GuestMemoryMmap) {
+        while let Some(&head) = self.replay.front()
+            && !self.broken
+        {
+            let queue = ring.get_queue_mut();
+            let chain = Chain::new(memory, queue.desc_table(), queue.size(), head);
+            if self.take(ring, head, chain) == Offer::Held {
+                self.held = true;
+                return;
+            }
+            self.replay.pop_front();
+        }
+    }
+
+    /// Whether the ring may stop though something is held that is to be done again: the memory that told of it tells the
+    /// next start. Where the guest moves to another host that memory stays behind, so there the stop waits for the
+    /// operator's hold to end.
+    pub(super) fn may_leave_replay(&self) -> bool {
+        self.replay.is_empty() || self.setup.log.is_none() || self.broken
+    }
+}

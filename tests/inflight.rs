@@ -1,0 +1,227 @@
+//! What a server that dies had taken and not answered: the next one does it again, in order, before anything new, and
+//! whatever else is in that memory harms nobody but its ring.
+
+mod front_end;
+mod rig;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use front_end::*;
+use rig::{Chance, Rig};
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
+use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
+use virtioblkd::disk::{Disk, Event};
+use virtioblkd::engine::CacheMode;
+use virtioblkd::virtio::DeviceOptions;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+const OK: u8 = 0;
+const SIZE: u16 = 64;
+const SECTOR: usize = 512;
+
+/// A RAM disk, in the order that `order` says, and the server in front of it.
+fn server(order: Order) -> (Arc<MemBackend>, Rig) {
+    let disk = Arc::new(MemBackend::new(MemOptions { order, ..MemOptions::new(1 << 20) }));
+    let options = DeviceOptions { mode: CacheMode::None, num_queues: 2, queue_size: SIZE, serial: String::new() };
+    (disk.clone(), Rig::on(disk, &options))
+}
+
+/// The guest of a front-end that tracks, and the memory that it keeps.
+struct Guest {
+    front_end: FrontEnd,
+    told: VhostUserInflight,
+    region: File,
+}
+
+fn handshake(rig: &Rig) -> FrontEnd {
+    let mut front_end = FrontEnd::handshake(UnixStream::connect(&rig.path).unwrap(), 1, SIZE, ALL);
+    let wanted = VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+    front_end.control.set_protocol_features(wanted).unwrap();
+    front_end
+}
+
+impl Guest {
+    fn new(rig: &Rig) -> Guest {
+        let mut front_end = handshake(rig);
+        let wanted = VhostUserInflight { num_queues: 1, queue_size: SIZE, ..VhostUserInflight::default() };
+        let (told, region) = front_end.control.get_inflight_fd(&wanted).unwrap();
+        let mut guest = Guest { front_end, told, region };
+        guest.set_region();
+        guest.front_end.start_ring(0, 0);
+        guest
+    }
+
+    fn set_region(&mut self) {
+        use std::os::fd::AsRawFd;
+        self.front_end.control.set_inflight_fd(&self.told, self.region.as_raw_fd()).unwrap();
+    }
+
+    /// As QEMU does when its server is gone: the same memory and region to the next one, and the used index for a base.
+    /// The first server lives on here, with its requests hanging; that is what its death looks like to the guest.
+    fn reconnect(&mut self, rig: &Rig) -> FrontEnd {
+        let mut front_end = handshake(rig);
+        front_end.memory = self.front_end.memory.clone();
+        front_end.send_memory_table();
+        std::mem::swap(&mut front_end.rings, &mut self.front_end.rings);
+        // The first server would take kicks away.
+        front_end.rings[0].kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        let old = std::mem::replace(&mut self.front_end, front_end);
+        self.set_region();
+        let ring = &self.front_end.rings[0];
+        let used: u16 = self.front_end.memory.read_obj(GuestAddress(ring.used_at().0 + 2)).unwrap();
+        let avail = ring.avail;
+        self.front_end.restart_ring(0, used, avail);
+        old
+    }
+}
+
+/// Lets what hangs go, so that the first server can end. Dropped before the server is, also by a test that fails.
+struct Released(Arc<MemBackend>);
+
+impl Drop for Released {
+    fn drop(&mut self) {
+        self.0.release(1000);
+    }
+}
+
+#[test]
+fn what_was_taken_is_done_again_in_order_and_before_anything_new() {
+    let (first_disk, first) = server(Order::OnRequest);
+    let (second_disk, second) = server(Order::InOrder);
+    let _released = Released(first_disk.clone());
+    let mut guest = Guest::new(&first);
+    // Some are answered out of the ring's order: the RAM disk answers in order, but GET_ID at once.
+    let write = |guest: &mut Guest, sector, byte| guest.front_end.add(0, OUT, sector, &[byte; SECTOR], 0);
+    let taken = [write(&mut guest, 0, 1), write(&mut guest, 0, 2), write(&mut guest, 0, 3)];
+    let id = guest.front_end.add(0, GET_ID, 0, &[], 20);
+    let last = write(&mut guest, 0, 4);
+    guest.front_end.kick(0);
+    assert_eq!(guest.front_end.wait(0), (id, OK));
+    // Its slot, and so its head, is used again; and one answered in the middle makes the heads' order differ.
+    let again = write(&mut guest, 8, 5);
+    guest.front_end.kick(0);
+    assert_eq!(again, id);
+    while first_disk.waiting() < 5 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    first_disk.release(1);
+    assert_eq!(guest.front_end.wait(0), (taken[0], OK));
+    let _old = guest.reconnect(&second);
+    let answered: Vec<_> = (0..4).map(|_| guest.front_end.wait(0)).collect();
+    assert_eq!(answered, [(taken[1], OK), (taken[2], OK), (last, OK), (again, OK)]);
+    assert_eq!(second_disk.volatile_image()[..SECTOR], [4; SECTOR], "the last one is the last one");
+    assert_eq!(second_disk.counts().writes, 4);
+    assert_eq!(guest.front_end.read(0, 8, SECTOR as u32), (OK, vec![5; SECTOR]), "and it goes on");
+}
+
+#[test]
+fn what_is_held_is_not_in_flight_and_what_is_in_flight_is_held() {
+    let (first_disk, first) = server(Order::OnRequest);
+    let (second_disk, second) = server(Order::InOrder);
+    let _released = Released(first_disk.clone());
+    let mut guest = Guest::new(&first);
+    let taken = guest.front_end.add(0, OUT, 0, &[1; SECTOR], 0);
+    guest.front_end.kick(0);
+    while first_disk.waiting() < 1 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    first.disk.close_gate(1);
+    let held = guest.front_end.add(0, OUT, 8, &[2; SECTOR], 0);
+    guest.front_end.kick(0);
+    while !first.status().rings[0].held {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // The operator holds the next server, too, before the front-end comes.
+    assert!(second.hold(1).is_ok());
+    let _old = guest.reconnect(&second);
+    assert_eq!(guest.front_end.used_within(0, Duration::from_millis(200)), None);
+    assert_eq!(second_disk.counts().writes, 0, "a held disk was changed by what an earlier server owed");
+    // Stopped and started while it is held: nothing is lost.
+    let base = guest.front_end.stop_ring(0);
+    let avail = guest.front_end.rings[0].avail;
+    guest.front_end.restart_ring(0, base, avail);
+    assert_eq!(guest.front_end.used_within(0, Duration::from_millis(100)), None);
+    second.disk.open_gate();
+    assert_eq!([guest.front_end.wait(0), guest.front_end.wait(0)], [(taken, OK), (held, OK)]);
+    assert_eq!(second_disk.counts().writes, 2, "each once");
+    first.disk.open_gate();
+}
+
+#[test]
+fn an_orderly_restart_owes_nothing() {
+    let (_, first) = server(Order::Shuffled(7));
+    let (second_disk, second) = server(Order::Shuffled(8));
+    let mut guest = Guest::new(&first);
+    for round in 0..100u64 {
+        for sector in 0..10 {
+            guest.front_end.add(0, OUT, sector, &[round as u8; SECTOR], 0);
+        }
+        guest.front_end.kick(0);
+        (0..10).for_each(|_| assert_eq!(guest.front_end.wait(0).1, OK));
+    }
+    guest.front_end.stop_ring(0);
+    let old = guest.reconnect(&second);
+    assert_eq!(guest.front_end.read(0, 0, SECTOR as u32).0, OK);
+    assert_eq!(second_disk.counts().writes, 0);
+    drop(old);
+}
+
+#[test]
+fn a_region_of_another_size_is_refused() {
+    let (_disk, rig) = server(Order::InOrder);
+    for (queues, size) in [(3, SIZE), (1, SIZE * 2)] {
+        let mut front_end = handshake(&rig);
+        let wanted = VhostUserInflight { num_queues: queues, queue_size: size, ..VhostUserInflight::default() };
+        assert!(front_end.control.get_inflight_fd(&wanted).is_err());
+        drop(front_end);
+        assert!(rig.disconnected().contains("protocol"));
+    }
+}
+
+#[test]
+fn garbage_in_the_region_harms_its_ring_only() {
+    let (_disk, rig) = server(Order::InOrder);
+    let mut chance = Chance::new(5);
+    let mut stopped = 0;
+    for round in 0..200 {
+        let mut guest = Guest::new(&rig);
+        assert_eq!(guest.front_end.write(0, 0, &[1; SECTOR]), OK);
+        let used = guest.front_end.stop_ring(0);
+        let len = usize::try_from(guest.told.mmap_size).unwrap();
+        let mut bytes = vec![0; len];
+        guest.region.read_exact_at(&mut bytes, 0).unwrap();
+        // All of it, or only the marks and the orders.
+        let from = if round % 2 == 0 { 0 } else { 16 };
+        bytes[from..].iter_mut().for_each(|byte| *byte = chance.below(if round % 4 < 2 { 256 } else { 3 }) as u8);
+        guest.region.write_all_at(&bytes, 0).unwrap();
+        let avail = guest.front_end.rings[0].avail;
+        guest.front_end.restart_ring(0, used, avail);
+        // It may answer heads that nobody asked for, or nothing at all; the server lives.
+        guest.front_end.add(0, IN, 0, &[], SECTOR as u32);
+        guest.front_end.kick(0);
+        guest.front_end.used_within(0, Duration::from_millis(5));
+        guest.front_end.stop_ring(0);
+        drop(guest);
+        rig.event(|event| match event {
+            Event::ProtocolError(_) => {
+                stopped += 1;
+                None
+            }
+            Event::Disconnected(_) => Some(()),
+            _ => None,
+        });
+    }
+    assert!(stopped > 20, "{stopped} rings were stopped");
+    let mut good = Guest::new(&rig);
+    assert_eq!(good.front_end.write(0, 0, &[1; SECTOR]), OK);
+}
