@@ -11,6 +11,7 @@ mod values;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
@@ -125,6 +126,25 @@ pub enum BackendKind {
     Null(u64),
     /// Memory of so many bytes, gone at the end. For tests.
     Mem(u64),
+    /// A file of which some writes are kept back for this time or twice as long. For tests of a daemon that is killed.
+    Slow {
+        /// The file.
+        path: PathBuf,
+        /// How long.
+        delay: Duration,
+        /// And INFLIGHT_SHMFD is not offered: the guest must then hang, or the test finds nothing.
+        forgets: bool,
+    },
+}
+
+impl BackendKind {
+    /// The file or block device, if there is one.
+    pub(crate) fn file(&self) -> Option<&Path> {
+        match self {
+            BackendKind::File(path) | BackendKind::Slow { path, .. } => Some(path),
+            _ => None,
+        }
+    }
 }
 
 /// What an argument list asks for.
@@ -262,7 +282,7 @@ struct Args {
     #[arg(long)]
     print_capabilities: bool,
 
-    /// file, null, `null:SIZE` or `mem:SIZE`
+    /// file, null, `null:SIZE`, `mem:SIZE`, `slow:MS` or `forgetful:MS`
     #[arg(long, value_name = "KIND", hide = true, value_parser = values::backend)]
     backend: Option<values::Backend>,
 
@@ -385,6 +405,10 @@ impl Args {
             (None | Some(values::Backend::File), None) => {
                 refuse("no image given: --blk-file PATH of a raw image or a block device, or --rbd POOL/IMAGE")
             }
+            (Some(values::Backend::Slow { delay, forgets }), Some(path)) => {
+                Ok(BackendKind::Slow { path: path.clone(), delay: *delay, forgets: *forgets })
+            }
+            (Some(values::Backend::Slow { .. }), None) => refuse("--backend slow needs --blk-file PATH"),
             (Some(_), Some(_)) => refuse("--backend null or mem has no image: leave out --blk-file"),
             (Some(values::Backend::Null(size)), None) => Ok(BackendKind::Null(*size)),
             (Some(values::Backend::Mem(size)), None) => Ok(BackendKind::Mem(*size)),

@@ -54,7 +54,9 @@ pub(crate) struct Needs {
 impl Needs {
     fn of(backend: &BackendKind) -> Needs {
         match backend {
-            BackendKind::File(_) | BackendKind::Null(_) | BackendKind::Mem(_) => Needs { network: false },
+            BackendKind::File(_) | BackendKind::Null(_) | BackendKind::Mem(_) | BackendKind::Slow { .. } => {
+                Needs { network: false }
+            }
             BackendKind::Rbd(_) => Needs { network: true },
         }
     }
@@ -188,7 +190,7 @@ impl<'a> Sandbox<'a> {
     /// Each ring makes one, with the rights that are left: kernel.io_uring_disabled=1 asks for one that is gone now.
     fn check_io_uring(&self) -> Result<(), SandboxError> {
         match self.config.backend {
-            BackendKind::File(_) => file::probe_io_uring().map_err(SandboxError::IoUring),
+            BackendKind::File(_) | BackendKind::Slow { .. } => file::probe_io_uring().map_err(SandboxError::IoUring),
             BackendKind::Rbd(_) | BackendKind::Null(_) | BackendKind::Mem(_) => Ok(()),
         }
     }

@@ -23,6 +23,7 @@ pub mod null;
 pub mod point_in_time;
 pub mod pool;
 pub mod rbd;
+pub mod slow;
 pub mod stable;
 mod uring;
 mod watch;

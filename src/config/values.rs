@@ -1,5 +1,7 @@
 //! One parser a value. Each error says what is allowed; clap names the option and the value before it.
 
+use std::time::Duration;
+
 use log::LevelFilter;
 
 use crate::backend::rbd::{Encryption, RbdLock, RbdName};
@@ -21,6 +23,7 @@ pub(super) enum Backend {
     File,
     Null(u64),
     Mem(u64),
+    Slow { delay: Duration, forgets: bool },
 }
 
 /// Size of `--backend null`.
@@ -182,7 +185,11 @@ pub(super) fn backend(text: &str) -> Result<Backend, String> {
         None if text == "null" => Ok(Backend::Null(NULL_SIZE)),
         Some(("null", size)) => Ok(Backend::Null(disk_size(size)?)),
         Some(("mem", size)) => Ok(Backend::Mem(disk_size(size)?)),
-        _ => Err("use file, null, null:SIZE or mem:SIZE".to_string()),
+        Some((name @ ("slow" | "forgetful"), delay)) => match delay.parse() {
+            Ok(delay) => Ok(Backend::Slow { delay: Duration::from_millis(delay), forgets: name == "forgetful" }),
+            Err(_) => Err("use slow:MS or forgetful:MS, a whole number of milliseconds".to_string()),
+        },
+        _ => Err("use file, null, null:SIZE, mem:SIZE, slow:MS or forgetful:MS".to_string()),
     }
 }
 

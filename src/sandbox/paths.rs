@@ -74,7 +74,7 @@ pub(super) fn rules(config: &Config, stage: Stage) -> Result<Vec<Rule>, PathsErr
         }
         Err(error) => Err(PathsError::Open(option, error)),
     };
-    if let BackendKind::File(path) = &config.backend {
+    if let Some(path) = config.backend.file() {
         // Each ring opens it for itself.
         let write = AccessFs::WriteFile | AccessFs::Truncate;
         let write = if config.read_only { BitFlags::EMPTY } else { write };

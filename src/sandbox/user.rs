@@ -8,7 +8,7 @@ use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, accessat};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 
 use super::SandboxError;
-use crate::config::{BackendKind, Config};
+use crate::config::Config;
 
 /// `--user`, looked up.
 pub(super) struct Account {
@@ -58,8 +58,8 @@ impl Account {
         config: &Config,
         image: Option<io::Result<std::os::fd::OwnedFd>>,
     ) -> Result<(), SandboxError> {
-        let (BackendKind::File(path), Some(image)) = (&config.backend, image) else { return Ok(()) };
-        let refused = |error| SandboxError::Image(self.name.clone(), path.clone(), error);
+        let (Some(path), Some(image)) = (config.backend.file(), image) else { return Ok(()) };
+        let refused = |error| SandboxError::Image(self.name.clone(), path.to_path_buf(), error);
         let image = image.map_err(refused)?;
         let access = if config.read_only { Access::READ_OK } else { Access::READ_OK | Access::WRITE_OK };
         let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&image));
@@ -69,7 +69,7 @@ impl Account {
 
 /// The image's place, opened while we may still walk to it.
 fn image_place(config: &Config) -> Option<io::Result<std::os::fd::OwnedFd>> {
-    let BackendKind::File(path) = &config.backend else { return None };
+    let path = config.backend.file()?;
     Some(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(Into::into))
 }
 

@@ -3,25 +3,28 @@
 use std::error::Error;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Resource, getrlimit};
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::{Control, Served, ServerError};
 use crate::backend::Backend;
-use crate::backend::file::{FileBackend, FileOptions, Locking};
+use crate::backend::file::{FileBackend, FileOptions, Locking, OpenError};
 use crate::backend::mem::{MemBackend, MemOptions};
 use crate::backend::null::NullBackend;
 use crate::backend::point_in_time::PointInTime;
 use crate::backend::pool::Depot;
 use crate::backend::rbd::RbdBackend;
+use crate::backend::slow::SlowBackend;
 use crate::backend::stable::StableBackend;
 use crate::config::{BackendKind, Config};
 use crate::control::{self, ImageNotices};
 use crate::disk::{Copies, Disk, DiskStatus, Events, ImageSnapshots};
 use crate::listen::MORE_DESCRIPTORS;
-use crate::virtio::{Device, DeviceOptions};
+use crate::virtio::{Device, DeviceOptions, Tuning};
 
 /// Called by the control socket's thread when it is told to end the daemon.
 pub(super) type Quit = Arc<dyn Fn() + Send + Sync>;
@@ -50,7 +53,7 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
         queue_size: config.queue_size,
         serial: config.serial.clone(),
     };
-    let device = Device::new(backend.clone(), &options, events.clone());
+    let device = Device::with_tuning(backend.clone(), &options, events.clone(), &tuning(config));
     let disk: Arc<dyn Disk> = Arc::new(CopiedDisk { disk: Box::new(device.disk()), copies: backend.clone() });
     let info = control::Info { vhost_socket: config.listen.to_string() };
     let notices = ImageNotices::new().map_err(|error| ServerError::System("cannot make an eventfd", error))?;
@@ -101,20 +104,36 @@ fn affordable(wanted: u16) -> u16 {
 fn open_backend(config: &Config, memory: &Arc<Depot>) -> Result<Arc<dyn Backend>, Box<dyn Error + Send + Sync>> {
     let block = config.logical_block_size.unwrap_or(512);
     Ok(match &config.backend {
-        BackendKind::File(path) => Arc::new(FileBackend::open(&FileOptions {
-            read_only: config.read_only,
-            logical_block_size: config.logical_block_size,
-            discard_unmap: config.discard_unmap,
-            memory: memory.clone(),
-            locking: if config.lock_image { Locking::Auto } else { Locking::Off },
-            ..FileOptions::new(path, config.cache.into())
-        })?),
+        BackendKind::File(path) => Arc::new(open_file(config, path, memory)?),
         BackendKind::Rbd(options) => Arc::new(RbdBackend::open(options)?),
+        BackendKind::Slow { path, delay, .. } => {
+            Arc::new(SlowBackend::new(Arc::new(open_file(config, path, memory)?), *delay))
+        }
         BackendKind::Null(size) => Arc::new(NullBackend::new(*size, block)),
         BackendKind::Mem(size) => {
             Arc::new(MemBackend::new(MemOptions { logical_block: block, ..MemOptions::new(*size) }))
         }
     })
+}
+
+fn open_file(config: &Config, path: &Path, memory: &Arc<Depot>) -> Result<FileBackend, OpenError> {
+    FileBackend::open(&FileOptions {
+        read_only: config.read_only,
+        logical_block_size: config.logical_block_size,
+        discard_unmap: config.discard_unmap,
+        memory: memory.clone(),
+        locking: if config.lock_image { Locking::Auto } else { Locking::Off },
+        ..FileOptions::new(path, config.cache.into())
+    })
+}
+
+/// What a test asked for.
+fn tuning(config: &Config) -> Tuning {
+    let mut tuning = Tuning::default();
+    if let BackendKind::Slow { forgets: true, .. } = config.backend {
+        tuning.protocol_features.remove(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+    }
+    tuning
 }
 
 /// The device and its image, as the server drives them.

@@ -38,8 +38,8 @@ mod memory;
 mod queue_state;
 pub mod request;
 pub mod rings;
-mod vanished;
 mod shared;
+mod vanished;
 mod worker;
 
 pub use device::{Device, DeviceOptions, Tuning};

@@ -46,6 +46,15 @@ impl Server {
         Server::start_in(dir, command)
     }
 
+    /// Kills the server (SIGKILL) and starts another one on the same sockets, while the front-end waits.
+    pub fn kill_and_start(mut self, image: &Path, mode: CacheMode, more: &[&str]) -> Server {
+        self.child.kill().expect("our own child");
+        self.child.wait().expect("our own child");
+        let dir = self.dir.clone();
+        let command = virtioblkd(&dir.path().join("vhost"), &dir.path().join("control"), image, mode, more);
+        Server::start_in(dir, command)
+    }
+
     fn start_in(dir: Arc<tempfile::TempDir>, mut command: Command) -> Server {
         let log = File::create(dir.path().join("log")).expect("a log");
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a second log handle")).stderr(log);

@@ -1,0 +1,142 @@
+//! kill -9 of the server under a real guest's verified load, again and again: the guest notices a pause and nothing
+//! else. Some writes are kept back on purpose (`--backend slow:MS`), so that many requests of each kind are in flight, and
+//! answered out of order, when the server dies: without that a server that forgets them would not be noticed.
+//!
+//! VIRTIOBLKD_KILLS says how often (40; `make check-deep` asks for 200).
+
+mod guest;
+
+use std::time::{Duration, Instant};
+
+use guest::qemu::Vm;
+use guest::{Server, oracle, qemu, scratch, sparse_image, tell};
+use virtioblkd::engine::cache::CacheMode;
+
+const MIB: u64 = 1 << 20;
+
+/// fio writes and verifies from two processes, again and again until told to stop; then the guest reads the whole disk.
+const JOB: &str = r#"
+cat >/tmp/fio.job <<'FIO'
+[global]
+filename=/dev/vda
+direct=1
+ioengine=libaio
+iodepth=16
+size=8m
+verify=crc32c
+verify_backlog=64
+verify_fatal=1
+serialize_overlap=1
+time_based
+runtime=5
+[mixed]
+rw=randrw
+bs=4k
+offset=0
+[flushing]
+rw=randwrite
+bs=16k
+offset=8m
+fsync=32
+FIO
+( while [ ! -e /tmp/stop ]; do
+    fio --eta=never --output=/tmp/fio.out /tmp/fio.job || { cat /tmp/fio.out; exit 1; }
+  done ) &
+echo "@begin"
+ask stop
+touch /tmp/stop
+wait $! || exit 1
+sync
+sha256sum </dev/vda
+ask compare
+"#;
+
+struct World {
+    server: Option<Server>,
+    vm: Vm,
+    image: std::path::PathBuf,
+    options: [&'static str; 4],
+    _dir: tempfile::TempDir,
+}
+
+impl World {
+    fn new(backend: &'static str) -> World {
+        let dir = scratch();
+        let image = sparse_image(dir.path(), 16 * MIB);
+        let options = ["--backend", backend, "--num-queues", "2"];
+        let server = Server::start(&image, CacheMode::None, &options);
+        let mut vm = qemu::linux_full(2, JOB).vhost_user_disk(&server.socket(), ",num-queues=2").start();
+        vm.until_asked("stop");
+        World { server: Some(server), vm, image, options, _dir: dir }
+    }
+
+    fn server(&self) -> &Server {
+        self.server.as_ref().expect("there is one")
+    }
+
+    fn kill(&mut self) {
+        let server = self.server.take().expect("there is one");
+        self.server = Some(server.kill_and_start(&self.image, CacheMode::None, &self.options));
+    }
+
+    /// Whether each process writes on within `patience` (fio's second process flushes).
+    fn goes_on(&self, patience: Duration) -> bool {
+        let figures = || ["writes", "flushes"].map(|figure| self.server().total(figure));
+        let before = figures();
+        let end = Instant::now() + patience;
+        while figures().iter().zip(before).any(|(now, before)| *now < before + 2) {
+            if Instant::now() > end {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        true
+    }
+}
+
+fn kills() -> u32 {
+    std::env::var("VIRTIOBLKD_KILLS").map_or(40, |kills| kills.parse().expect("VIRTIOBLKD_KILLS is a number"))
+}
+
+#[test]
+fn a_guest_outlives_every_kill_of_its_server() {
+    let mut world = World::new("slow:30");
+    let (mut owed, mut done_again) = (0, 0);
+    for kill in 0..kills() {
+        assert!(
+            world.goes_on(guest::PATIENCE),
+            "after {kill} kills the guest's I/O hangs: {}",
+            world.server().status()
+        );
+        // At another moment each time.
+        std::thread::sleep(Duration::from_millis(u64::from(kill * 37 % 60)));
+        owed += u32::from(world.server().total("in-flight") > 0);
+        world.kill();
+        done_again += u32::from(world.server().log().contains("are done again"));
+    }
+    assert!(world.goes_on(guest::PATIENCE));
+    done_again += u32::from(world.server().log().contains("are done again"));
+    world.vm.go();
+    let sum = world.vm.until_asked("compare");
+    assert_eq!(sum.last(), Some(&format!("{}  -", oracle::digest(&world.image))));
+    world.vm.go();
+    world.vm.finish();
+    tell(&format!(
+        "{} kills, no error in the guest; I/O was in flight at {owed}, seen at once by {done_again}",
+        kills()
+    ));
+}
+
+#[test]
+fn a_server_that_forgets_is_noticed() {
+    let mut world = World::new("forgetful:30");
+    assert!(world.goes_on(guest::PATIENCE));
+    let mut kills = 0;
+    // QEMU and the guest need a moment to come back, and a busy machine longer.
+    while world.goes_on(Duration::from_secs(20)) {
+        kills += 1;
+        assert!(kills < 10, "ten kills and no hang: this test would not notice a server that forgets");
+        world.kill();
+    }
+    tell(&format!("a server without in-flight tracking hangs its guest after {kills} kills"));
+}
