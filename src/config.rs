@@ -18,6 +18,7 @@ use clap::parser::ValueSource;
 use clap::{CommandFactory, FromArgMatches, Parser};
 use log::LevelFilter;
 
+use crate::backend::file::Locking;
 use crate::backend::rbd::RbdOptions;
 use crate::backend::stable::StableWrites;
 use crate::engine::CacheMode;
@@ -66,8 +67,8 @@ pub struct Config {
     pub discard_unmap: bool,
     /// What is done about guests that change a buffer while its write is under way.
     pub stable_writes: StableWrites,
-    /// QEMU's image locks are taken and obeyed.
-    pub lock_image: bool,
+    /// When QEMU's image locks are taken and obeyed.
+    pub locking: Locking,
     /// Where to write the process id, if wanted.
     pub pid_file: Option<PathBuf>,
     /// What is logged.
@@ -238,9 +239,10 @@ struct Args {
     #[arg(long, value_name = "HOW", value_parser = values::stable_writes)]
     stable_writes: Option<StableWrites>,
 
-    /// QEMU's image locks: auto (taken and obeyed) or off [default: auto]
-    #[arg(long, value_name = "auto|off", value_parser = values::locking)]
-    locking: Option<Switch>,
+    /// QEMU's image locks: auto (held from start to end), in-use (only while a guest runs: for live migration) or off
+    /// [default: auto]
+    #[arg(long, value_name = "auto|in-use|off", value_parser = values::locking)]
+    locking: Option<Locking>,
 
     /// Permission bits of the vhost-user socket: who may connect can read and write the disk
     /// [default: 0600, and 0660 with --socket-group]
@@ -358,7 +360,7 @@ impl Args {
             logical_block_size: self.logical_block_size,
             discard_unmap: self.discard.is_none_or(|switch| switch.0),
             stable_writes: self.stable_writes.unwrap_or_default(),
-            lock_image: self.locking.is_none_or(|switch| switch.0),
+            locking: self.locking.unwrap_or_default(),
             pid_file: self.pid_file,
             log_level: self.log_level.unwrap_or(LevelFilter::Info),
             sandbox: self.sandbox.unwrap_or_default(),

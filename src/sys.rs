@@ -39,6 +39,13 @@ pub(crate) fn lock_byte_shared(fd: BorrowedFd<'_>, start: u64) -> io::Result<()>
     check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) })
 }
 
+/// Lets go of the lock on the byte at `start`, whatever it is (F_OFD_SETLK with F_UNLCK).
+pub(crate) fn unlock_byte(fd: BorrowedFd<'_>, start: u64) -> io::Result<()> {
+    let lock = one_byte(libc::F_UNLCK, start);
+    // SAFETY: `fd` is open and `lock` lives through the call, which only reads it.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) })
+}
+
 /// Whether another open file description holds any lock on the byte at `start` (F_OFD_GETLK).
 pub(crate) fn byte_is_locked(fd: BorrowedFd<'_>, start: u64) -> io::Result<bool> {
     let mut lock = one_byte(libc::F_WRLCK, start);

@@ -25,12 +25,32 @@ const IOERR: u8 = 1;
 const LARGE: u64 = 8 << 20;
 const SMALL: u64 = 4 << 20;
 
-/// A RAM disk of which only the first half is there at first.
-fn half() -> Rig {
-    let options = DeviceOptions { mode: CacheMode::None, num_queues: 8, queue_size: 256, serial: String::new() };
-    let rig = Rig::on(Arc::new(MemBackend::new(MemOptions::new(LARGE))), &options);
-    rig.device.resized(SMALL);
-    rig
+/// A served RAM disk of which only the first half is there at first.
+struct Half {
+    disk: Arc<MemBackend>,
+    rig: Rig,
+}
+
+impl Half {
+    fn new() -> Half {
+        let options = DeviceOptions { mode: CacheMode::None, num_queues: 8, queue_size: 256, serial: String::new() };
+        let disk = Arc::new(MemBackend::new(MemOptions::new(LARGE)));
+        disk.set_size(SMALL);
+        Half { disk: disk.clone(), rig: Rig::on(disk, &options) }
+    }
+
+    fn resize(&self, bytes: u64) {
+        self.disk.set_size(bytes);
+        self.rig.device.resized(bytes);
+    }
+}
+
+impl std::ops::Deref for Half {
+    type Target = Rig;
+
+    fn deref(&self) -> &Rig {
+        &self.rig
+    }
 }
 
 /// Connects with a channel for the daemon's requests; its other end.
@@ -67,21 +87,21 @@ fn capacity(guest: &mut FrontEnd) -> u64 {
 
 #[test]
 fn a_running_guest_is_told_and_may_use_what_there_is() {
-    let rig = half();
+    let rig = Half::new();
     let (mut guest, channel) = connect(&rig);
     assert_eq!(capacity(&mut guest), SMALL);
     guest.start_ring(0, 0);
     assert_eq!(messages(&channel), 0);
     assert_eq!(guest.write(0, SMALL / 512 - 1, &[1; 1024]), IOERR);
-    rig.device.resized(LARGE);
-    rig.device.resized(LARGE);
+    rig.resize(LARGE);
+    rig.resize(LARGE);
     assert_eq!(messages(&channel), 1);
     assert_eq!(capacity(&mut guest), LARGE);
     assert_eq!(guest.write(0, SMALL / 512 - 1, &[1; 1024]), OK);
     assert_eq!(guest.write(0, LARGE / 512 - 1, &[2; 512]), OK);
     assert_eq!(rig.status().size, LARGE);
     // Not whole blocks: rounded down.
-    rig.device.resized(SMALL + 100);
+    rig.resize(SMALL + 100);
     assert_eq!(messages(&channel), 1);
     assert_eq!(capacity(&mut guest), SMALL);
     assert_eq!(guest.read(0, SMALL / 512, 512).0, IOERR);
@@ -92,18 +112,18 @@ fn a_running_guest_is_told_and_may_use_what_there_is() {
 
 #[test]
 fn a_size_that_changed_meanwhile_is_told_when_the_rings_start() {
-    let rig = half();
+    let rig = Half::new();
     let (mut guest, channel) = connect(&rig);
     assert_eq!(capacity(&mut guest), SMALL);
     guest.start_ring(0, 0);
     let base = guest.stop_ring(0);
-    rig.device.resized(LARGE);
+    rig.resize(LARGE);
     assert_eq!(messages(&channel), 0, "QEMU takes no notice now");
     guest.restart_ring(0, base, base);
     assert_eq!(messages(&channel), 1);
     drop((guest, channel));
     rig.disconnected();
-    rig.device.resized(SMALL);
+    rig.resize(SMALL);
     // A reconnecting front-end does not read the configuration.
     let (mut guest, channel) = connect(&rig);
     guest.start_ring(0, 0);
@@ -114,17 +134,17 @@ fn a_size_that_changed_meanwhile_is_told_when_the_rings_start() {
 
 #[test]
 fn a_front_end_that_reads_no_messages_holds_nobody_up() {
-    let rig = half();
+    let rig = Half::new();
     let (mut guest, channel) = connect(&rig);
     guest.start_ring(0, 0);
     for _ in 0..10_000 {
-        rig.device.resized(LARGE);
-        rig.device.resized(SMALL);
+        rig.resize(LARGE);
+        rig.resize(SMALL);
     }
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
     assert_eq!(rig.status().size, SMALL);
     drop(channel);
-    rig.device.resized(LARGE);
+    rig.resize(LARGE);
     assert_eq!(guest.write(0, LARGE / 512 - 1, &[1; 512]), OK);
 }
 

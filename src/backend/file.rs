@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::OFlags;
+use rustix::fs::{Advice, OFlags};
 
 pub use open::OpenError;
 
@@ -40,6 +40,9 @@ pub enum Locking {
     /// Where the filesystem has them; a warning where not.
     #[default]
     Auto,
+    /// The same, but only while a guest's rings run: two servers can have the image open, and a live migration hands it
+    /// from one to the other. A guest that is paused holds no lock.
+    InUse,
     /// No: the user answers for it.
     Off,
 }
@@ -126,6 +129,7 @@ struct Shared {
     medium: immediate::Medium,
     unable: Unable,
     ranges: Arc<RangeLocks>,
+    locking: Locking,
 }
 
 impl FileBackend {
@@ -180,6 +184,7 @@ impl FileBackend {
             },
             unable: Unable::default(),
             ranges: Arc::default(),
+            locking: options.locking,
         };
         Ok(FileBackend { shared: Arc::new(shared) })
     }
@@ -257,6 +262,26 @@ impl Backend for FileBackend {
             String::new()
         };
         format!("{what} {} over {how}{access}{modify}", shared.name)
+    }
+
+    fn activate(&self) -> io::Result<()> {
+        let shared = &self.shared;
+        if shared.locking == Locking::InUse {
+            open::lock(&shared.path, shared.fd.as_fd(), shared.geometry.read_only)
+                .map_err(|error| io::Error::other(error.to_string()))?;
+            // Another host may have written it since: what is cached here and clean is read again.
+            if let Err(error) = rustix::fs::fadvise(&shared.fd, 0, None, Advice::DontNeed) {
+                log::debug!("{}: what is cached of it stays: {error}", shared.name);
+            }
+        }
+        resize::notice_growth(shared);
+        Ok(())
+    }
+
+    fn deactivate(&self) {
+        if self.shared.locking == Locking::InUse {
+            lock::unlock_image(self.shared.fd.as_fd());
+        }
     }
 
     fn resize(&self, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {

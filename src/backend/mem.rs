@@ -6,6 +6,7 @@ mod queue;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use super::watch::Watches;
@@ -104,7 +105,9 @@ pub struct MemBackend {
 }
 
 struct Shared {
+    /// As it was made; what is told has `size`.
     geometry: Geometry,
+    size: AtomicU64,
     order: Order,
     state: Mutex<State>,
 }
@@ -146,7 +149,9 @@ impl MemBackend {
             waiting: 0,
             sleepers: Vec::new(),
         };
-        MemBackend { shared: Arc::new(Shared { geometry, order, state: Mutex::new(state) }) }
+        MemBackend {
+            shared: Arc::new(Shared { geometry, size: AtomicU64::new(size), order, state: Mutex::new(state) }),
+        }
     }
 
     /// The power goes: returns what a restart finds. The disk goes on from there; ops pushed before and not yet carried
@@ -162,6 +167,12 @@ impl MemBackend {
         state.volatile = state.durable.clone();
         state.life += 1;
         state.volatile.clone()
+    }
+
+    /// Tells of another size from now on, at most the one that it was made with.
+    pub fn set_size(&self, bytes: u64) {
+        assert!(bytes <= self.shared.geometry.size, "there is no more memory");
+        self.shared.size.store(bytes, Ordering::Relaxed);
     }
 
     /// What a reader sees now.
@@ -307,7 +318,7 @@ impl State {
 
 impl Backend for MemBackend {
     fn geometry(&self) -> Geometry {
-        self.shared.geometry
+        Geometry { size: self.shared.size.load(Ordering::Relaxed), ..self.shared.geometry }
     }
 
     fn open_queue(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use log::LevelFilter;
 
+use crate::backend::file::Locking;
 use crate::backend::rbd::{Encryption, RbdLock, RbdName};
 use crate::backend::stable::StableWrites;
 use crate::engine::CacheMode;
@@ -49,8 +50,13 @@ pub(super) fn discard(text: &str) -> Result<Switch, String> {
     switch(text, "unmap", "ignore")
 }
 
-pub(super) fn locking(text: &str) -> Result<Switch, String> {
-    switch(text, "auto", "off")
+pub(super) fn locking(text: &str) -> Result<Locking, String> {
+    match text {
+        "auto" => Ok(Locking::Auto),
+        "in-use" => Ok(Locking::InUse),
+        "off" => Ok(Locking::Off),
+        _ => Err("use auto, in-use or off".to_string()),
+    }
 }
 
 pub(super) fn on(text: &str) -> Result<Switch, String> {

@@ -12,7 +12,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::{Control, Served, ServerError};
 use crate::backend::Backend;
-use crate::backend::file::{FileBackend, FileOptions, Locking, OpenError};
+use crate::backend::file::{FileBackend, FileOptions, OpenError};
 use crate::backend::mem::{MemBackend, MemOptions};
 use crate::backend::null::NullBackend;
 use crate::backend::point_in_time::PointInTime;
@@ -122,7 +122,7 @@ fn open_file(config: &Config, path: &Path, memory: &Arc<Depot>) -> Result<FileBa
         logical_block_size: config.logical_block_size,
         discard_unmap: config.discard_unmap,
         memory: memory.clone(),
-        locking: if config.lock_image { Locking::Auto } else { Locking::Off },
+        locking: config.locking,
         ..FileOptions::new(path, config.cache.into())
     })
 }

@@ -35,6 +35,8 @@ impl Activation {
         match rings.backend().activate() {
             Ok(()) => {
                 self.active.set(true);
+                // It may have grown while nobody used it.
+                rings.resized(rings.backend().geometry().size);
                 if self.refused.take().is_some() {
                     log::info!("{} is ours now: the guest goes on", rings.backend().describe());
                     rings.image_refused(None);

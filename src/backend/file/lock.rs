@@ -40,8 +40,21 @@ impl From<io::Error> for LockError {
 }
 
 /// Takes the locks of a virtio-blk device with `share-rw=off`: it reads (and writes) and shares all but writing. They
-/// live as long as the open file description behind `fd`.
+/// live as long as the open file description behind `fd`, or until [`unlock_image`]. On an error none is held.
 pub(super) fn lock_image(fd: BorrowedFd<'_>, read_only: bool) -> Result<(), LockError> {
+    hold_and_look(fd, read_only).inspect_err(|_| unlock_image(fd))
+}
+
+/// Lets go of all of them.
+pub(super) fn unlock_image(fd: BorrowedFd<'_>) {
+    for byte in [USED + READ.0, USED + WRITE.0, NOT_SHARED + WRITE.0] {
+        if let Err(error) = sys::unlock_byte(fd, byte) {
+            log::debug!("the lock on byte {byte} of the image cannot be given back: {error}");
+        }
+    }
+}
+
+fn hold_and_look(fd: BorrowedFd<'_>, read_only: bool) -> Result<(), LockError> {
     let used: &[_] = if read_only { &[READ] } else { &[READ, WRITE] };
     let not_shared = [WRITE];
     // First hold, then look: of two that start together at least one sees the other.

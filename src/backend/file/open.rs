@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{FileType, Mode, OFlags, fstat, stat};
@@ -50,7 +50,9 @@ pub(super) fn open(options: &FileOptions) -> Result<Opened, OpenError> {
         .map_err(|error| cannot_open(options, error.into()))?;
     let ask = |error: io::Error| fail(path, format!("cannot ask the kernel about it ({error})"), "check the storage");
     let is_device = check_kind(path, fstat(&fd).map_err(|error| ask(error.into()))?.st_mode)?;
-    lock(options, &fd)?;
+    if options.locking == Locking::Auto {
+        lock(path, fd.as_fd(), options.read_only)?;
+    }
     let medium = if is_device { geometry::of_device(fd.as_fd()) } else { geometry::of_file(fd.as_fd()) };
     let medium = medium.map_err(ask)?;
     let logical_block = check_shape(options, &medium, is_device)?;
@@ -113,19 +115,17 @@ fn cannot_open(options: &FileOptions, error: io::Error) -> OpenError {
     fail(path, cause.into(), mend)
 }
 
-fn lock(options: &FileOptions, fd: &OwnedFd) -> Result<(), OpenError> {
-    let path = options.path.as_path();
-    if options.locking == Locking::Off {
-        return Ok(());
-    }
-    match lock_image(fd.as_fd(), options.read_only) {
+/// Takes the image locks, where the filesystem has them.
+pub(super) fn lock(path: &Path, fd: BorrowedFd<'_>, read_only: bool) -> Result<(), OpenError> {
+    match lock_image(fd, read_only) {
         Ok(()) => Ok(()),
         Err(LockError::InUse(permission)) => Err(fail(
             path,
             format!(
                 "another process uses the image (QEMU, qemu-img or another virtioblkd holds its \"{permission}\" lock)"
             ),
-            "stop it (fuser names it), open both with --read-only, or, if you know that it is safe, use --locking off",
+            "stop it (fuser names it), open both with --read-only, start both with --locking in-use if the guest is to \
+             migrate from one to the other, or, if you know that it is safe, use --locking off",
         )),
         Err(LockError::Failed(error)) => Err(fail(
             path,

@@ -1,7 +1,7 @@
 //! A file or block device that gets another size while it is open.
 //!
-//! Nothing is noticed by itself: a block device tells nobody, and an operator who grows a file may not want the guest to
-//! see it yet. `virtioblkctl resize` makes the daemon look.
+//! While a guest uses it nothing is noticed by itself: a block device tells nobody, and an operator who grows a file may
+//! not want the guest to see it yet. `virtioblkctl resize` makes the daemon look, and so does the start of a guest's rings.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -52,6 +52,15 @@ pub(super) fn resize(shared: &Shared, grow_to: Option<u64>, shrink: bool) -> io:
     }
     shared.size.store(bytes, Ordering::Relaxed);
     Ok(bytes)
+}
+
+/// A guest begins to use the image: what it grew by meanwhile is there. One that was cut is served as it was, for the guest
+/// that comes back may know it as that; what is missing fails.
+pub(super) fn notice_growth(shared: &Shared) {
+    match resize(shared, None, false) {
+        Ok(_) => {}
+        Err(error) => log::warn!("{error}"),
+    }
 }
 
 /// Bytes that the kernel says it has.
