@@ -6,7 +6,7 @@ CARGO ?= cargo
 # A guest test is a QEMU and a server; more at once than CPUs only wait for each other.
 TEST_THREADS ?= 2
 # Tests that boot guests. All others need nothing but Rust.
-VM_TESTS = firmware vm kill story agent replicas power_cut libvirt
+VM_TESTS = firmware vm kill migration story agent replicas power_cut libvirt
 OTHER_TESTS = $(filter-out $(VM_TESTS),$(basename $(notdir $(wildcard tests/*.rs))))
 
 # How long `make fuzz` searches each target.

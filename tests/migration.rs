@@ -1,0 +1,131 @@
+//! Live migration between two QEMUs and two servers on one image, under load: what a read stored in the guest's memory
+//! arrives, to the byte, fio's verification never fails, and the image's locks go along.
+//!
+//! The kernel's `init_on_alloc` hides what is missing from the dirty log, since it writes each page before we do; Debian
+//! has it on, and here it is off.
+
+mod guest;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use guest::{Qmp, Server, oracle, output, qemu, scratch, tell, wait_until};
+use serde_json::json;
+use virtioblkd::engine::cache::CacheMode;
+
+const MIB: u64 = 1 << 20;
+/// What the guest reads through its page cache.
+const READ: u64 = 16 * MIB;
+
+/// Reads the first part of the disk into the page cache again and again, and looks at what is cached more than once
+/// before it drops it: some of it is read on one host and looked at on the other. Meanwhile fio verifies what it writes.
+const JOB: &str = r#"
+cat >/tmp/fio.job <<'FIO'
+[verified]
+filename=/dev/vda
+direct=1
+ioengine=libaio
+iodepth=8
+rw=randrw
+bs=4k
+offset=16m
+size=8m
+verify=crc32c
+verify_backlog=64
+verify_fatal=1
+serialize_overlap=1
+time_based
+runtime=5
+FIO
+# Else the last reader's close would drop the page cache.
+exec 3</dev/vda
+wanted=$(dd if=/dev/vda bs=1M count=16 iflag=direct 2>/dev/null | md5sum)
+look() {
+    found=$(dd if=/dev/vda bs=1M count=16 2>/dev/null | md5sum)
+    [ "$found" = "$wanted" ] || { echo "@differs"; exit 1; }
+}
+( while [ ! -e /tmp/stop ]; do
+    echo 1 >/proc/sys/vm/drop_caches
+    for n in 1 2 3 4 5 6; do look; sleep 0.3; done
+    echo "@looked"
+  done ) &
+looks=$!
+( while [ ! -e /tmp/stop ]; do
+    fio --eta=never --output=/tmp/fio.out /tmp/fio.job || { cat /tmp/fio.out; echo "@fio"; exit 1; }
+  done ) &
+writes=$!
+ask stop
+touch /tmp/stop
+wait $looks || exit 1
+wait $writes || exit 1
+sync
+sha256sum </dev/vda
+ask compare
+"#;
+
+fn served(image: &Path) -> Server {
+    Server::start(image, CacheMode::None, &["--locking", "in-use"])
+}
+
+/// A machine for the job; the other one must be the same.
+fn machine(server: &Server) -> qemu::Qemu {
+    let options = format!("{} init_on_alloc=0", qemu::KERNEL_OPTIONS);
+    qemu::linux_full(2, JOB).vhost_user_disk(&server.socket(), "").args(["-append", &options])
+}
+
+fn migrated(monitor: &mut Qmp) -> bool {
+    let status = monitor.execute("query-migrate", json!({}));
+    assert_ne!(status["status"], "failed", "{status}");
+    status["status"] == "completed"
+}
+
+#[test]
+fn a_guest_moves_to_another_server_under_load() {
+    let dir = scratch();
+    let image = dir.path().join("disk.img");
+    // No page like another.
+    let content: Vec<u8> = (0..READ / 8).flat_map(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()).collect();
+    fs::write(&image, content).expect("room");
+    fs::File::options().write(true).open(&image).and_then(|file| file.set_len(32 * MIB)).expect("room");
+
+    let mut server = served(&image);
+    let mut vm = machine(&server).start();
+    vm.until_asked("stop");
+    let rounds = 3;
+    for round in 0..rounds {
+        wait_until("the guest looks at what it read", || vm.said_so_far("@looked").is_some());
+        let next_server = served(&image);
+        let way = dir.path().join(format!("way{round}"));
+        let uri = format!("unix:{}", way.display());
+        let next = machine(&next_server).args(["-incoming", &uri]).start();
+        wait_until("the other QEMU listens", || way.exists() && next_server.status()["connected"] == true);
+        let writes = server.total("writes");
+        wait_until("the guest writes", || server.total("writes") > writes);
+        let mut monitor = vm.qmp();
+        let limits = json!({"max-bandwidth": 200 * MIB, "downtime-limit": 2000});
+        monitor.execute("migrate-set-parameters", limits);
+        monitor.execute("migrate", json!({"uri": uri}));
+        wait_until("the guest has moved", || migrated(&mut monitor));
+        drop(monitor);
+        (vm, server) = (next, next_server);
+        wait_until("the guest writes on", || server.total("writes") > 10);
+        // The image is the second server's now: nobody else may have it.
+        let third = output(
+            Command::new(guest::server::program("virtioblkd"))
+                .args(["--socket-path".as_ref(), dir.path().join("third").as_os_str(), "--blk-file".as_ref()])
+                .arg(&image),
+        );
+        assert_eq!(third.status.code(), Some(1), "{third:?}");
+        assert!(String::from_utf8_lossy(&third.stderr).contains("another process uses the image"), "{third:?}");
+        // What was cached on the one host is looked at on the other.
+        vm.until_line("@looked");
+        vm.until_line("@looked");
+    }
+    vm.go();
+    let sum = vm.until_asked("compare");
+    assert_eq!(sum.last(), Some(&format!("{}  -", oracle::digest(&image))));
+    vm.go();
+    vm.finish();
+    tell(&format!("a guest moved {rounds} times under load, to the byte"));
+}
