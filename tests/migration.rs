@@ -43,7 +43,7 @@ exec 3</dev/vda
 wanted=$(dd if=/dev/vda bs=1M count=16 iflag=direct 2>/dev/null | md5sum)
 look() {
     found=$(dd if=/dev/vda bs=1M count=16 2>/dev/null | md5sum)
-    [ "$found" = "$wanted" ] || { echo "@differs"; exit 1; }
+    [ "$found" = "$wanted" ] || { echo "@@exit: what is cached differs"; exit 1; }
 }
 ( while [ ! -e /tmp/stop ]; do
     echo 1 >/proc/sys/vm/drop_caches
@@ -52,7 +52,7 @@ look() {
   done ) &
 looks=$!
 ( while [ ! -e /tmp/stop ]; do
-    fio --eta=never --output=/tmp/fio.out /tmp/fio.job || { cat /tmp/fio.out; echo "@fio"; exit 1; }
+    fio --eta=never --output=/tmp/fio.out /tmp/fio.job || { cat /tmp/fio.out; echo "@@exit: fio"; exit 1; }
   done ) &
 writes=$!
 ask stop
