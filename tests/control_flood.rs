@@ -1,0 +1,225 @@
+//! Careless and hostile clients of the real daemon's control socket, all at once, while a guest works: the guest goes on,
+//! the daemon stays small and answers whoever asks properly, and what a client held is let go.
+
+mod control_kit;
+mod driver;
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use control_kit::{Client, PATIENCE};
+use driver::{ALL, Driver};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+
+const MIB: usize = 1 << 20;
+
+struct Daemon {
+    child: Child,
+    dir: tempfile::TempDir,
+}
+
+impl Daemon {
+    fn start() -> Daemon {
+        let dir = tempfile::tempdir().unwrap();
+        let log = File::create(dir.path().join("log")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkd"));
+        command.args(["--backend", "mem:1048576", "--cache", "writeback"]);
+        command
+            .arg("--socket-path")
+            .arg(dir.path().join("vhost"))
+            .arg("--control-path")
+            .arg(dir.path().join("control"));
+        let child = command.stdin(Stdio::null()).stderr(log).spawn().unwrap();
+        let daemon = Daemon { child, dir };
+        let end = Instant::now() + PATIENCE;
+        while !daemon.log().contains("serving on") {
+            assert!(Instant::now() < end, "{}", daemon.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        daemon
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("log")).unwrap()
+    }
+
+    fn connect(&self) -> std::io::Result<UnixStream> {
+        UnixStream::connect(self.dir.path().join("control"))
+    }
+
+    /// A client that does all properly. Its place may have to be waited for.
+    fn client(&self) -> Client {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            assert!(Instant::now() < end, "nobody is let in: {}", self.log());
+            if let Some(client) = self.connect().ok().and_then(greeted) {
+                return client;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn guest(&self) -> Driver {
+        Driver::connect_soon(&self.dir.path().join("vhost"), 1, 64, MIB, ALL)
+    }
+
+    /// Descriptors, and kilobytes of memory.
+    fn size(&self) -> (usize, u64) {
+        let pid = self.child.id();
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        let resident = resident.trim().trim_end_matches(" kB").parse().unwrap();
+        (fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(), resident)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Both fail only if it is gone.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- virtioblkd said:\n{}", self.log());
+        }
+    }
+}
+
+/// `None`: it was turned away.
+fn greeted(stream: UnixStream) -> Option<Client> {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut first = [0; 1];
+    let mut peeked = stream.try_clone().unwrap();
+    // The greeting is an object with QMP in it; a refusal is an error, and the end.
+    let mut text = Vec::new();
+    while peeked.read(&mut first).ok()? == 1 {
+        text.push(first[0]);
+        if first[0] == b'\n' {
+            break;
+        }
+    }
+    if !String::from_utf8_lossy(&text).contains("QMP") {
+        return None;
+    }
+    let mut client = Client::new(stream);
+    client.ask("qmp_capabilities", json!({})).ok()?;
+    Some(client)
+}
+
+fn works(guest: &mut Driver) {
+    assert_eq!(guest.one(0, |guest, id| guest.write(0, 0, 0, 4096, id)), 0);
+}
+
+#[test]
+fn a_thousand_connections_that_say_nothing() {
+    let daemon = Daemon::start();
+    let mut guest = daemon.guest();
+    works(&mut guest);
+    let before = daemon.size();
+    let mut silent = Vec::new();
+    for at in 0..1000 {
+        // The queue of connections may be full for a moment.
+        silent.extend(daemon.connect());
+        if at % 100 == 0 {
+            works(&mut guest);
+        }
+    }
+    works(&mut guest);
+    let during = daemon.size();
+    assert!(during.0 < before.0 + 100, "descriptors: {before:?}, then {during:?}");
+    assert!(during.1 < before.1 + 32 * 1024, "kilobytes: {before:?}, then {during:?}");
+    let mut client = daemon.client();
+    assert!(client.ask("query-status", json!({})).is_ok(), "whoever speaks is let in");
+    drop(silent);
+    let token = daemon.client().quiesce(json!({}));
+    assert!(!token.is_empty());
+    assert!(daemon.log().len() < 200_000, "{} bytes of log", daemon.log().len());
+}
+
+#[test]
+fn megabytes_of_nonsense_and_answers_that_nobody_reads() {
+    let daemon = Daemon::start();
+    let mut guest = daemon.guest();
+    works(&mut guest);
+    let before = daemon.size();
+    let texts: [Vec<u8>; 5] = [
+        [br#"{"a":""#.to_vec(), vec![b'x'; 8 * MIB]].concat(),
+        br#"{"a":"#.repeat(MIB),
+        b"[".repeat(4 * MIB),
+        br#"{"execute":"query-status"}"#.repeat(MIB / 4),
+        vec![0xff; 4 * MIB],
+    ];
+    for text in texts {
+        let mut stream = daemon.connect().unwrap();
+        stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+        // It is turned away in the middle, or not read any more: nobody reads the answers either.
+        let _ = stream.write_all(&text);
+        works(&mut guest);
+        let during = daemon.size();
+        assert!(during.1 < before.1 + 32 * 1024, "kilobytes: {before:?}, then {during:?}");
+    }
+    assert!(daemon.client().ask("query-status", json!({})).is_ok());
+    assert!(daemon.log().len() < 200_000, "{} bytes of log", daemon.log().len());
+}
+
+/// A client that holds the disk and stops (SIGSTOP, a debugger, a host that swaps) neither reads nor speaks: its lease
+/// ends, and the guest goes on.
+#[test]
+fn a_client_that_stops_while_it_holds_the_disk() {
+    let daemon = Daemon::start();
+    let mut guest = daemon.guest();
+    works(&mut guest);
+    let control = daemon.dir.path().join("control");
+    let mut holder = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"))
+        .arg("--control")
+        .arg(control)
+        .args(["quiesce", "--lease", "2s", "--", "sleep", "30"])
+        .stdin(Stdio::null())
+        // It outlives its parent, and would keep our output open.
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut client = daemon.client();
+    let end = Instant::now() + PATIENCE;
+    while client.ask("query-status", json!({})).unwrap()["quiesce"]["state"] != "quiesced" {
+        assert!(Instant::now() < end, "it is not held");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    kill_process(Pid::from_child(&holder), Signal::STOP).unwrap();
+    // Waits for the end of the lease.
+    works(&mut guest);
+    let status = client.ask("query-status", json!({})).unwrap();
+    assert_eq!(status["quiesce"]["state"], "open", "{status}");
+    kill_process(Pid::from_child(&holder), Signal::KILL).unwrap();
+    holder.wait().unwrap();
+}
+
+/// Connections that end at every moment of a request, over and over.
+#[test]
+fn connections_that_end_in_the_middle() {
+    let daemon = Daemon::start();
+    let mut guest = daemon.guest();
+    let text =
+        br#"{"execute":"qmp_capabilities"}{"execute":"quiesce","arguments":{"who":"me"}}{"execute":"query-status"}"#;
+    for cut in 0..=text.len() {
+        let mut stream = daemon.connect().unwrap();
+        // It may have been turned away: there are many of us.
+        let _ = stream.write_all(&text[..cut]);
+        if cut % 3 == 0 {
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+        }
+        drop(stream);
+        works(&mut guest);
+    }
+    let end = Instant::now() + PATIENCE;
+    let mut client = daemon.client();
+    while client.ask("query-status", json!({})).unwrap()["quiesce"]["state"] != "open" {
+        assert!(Instant::now() < end, "it is held still");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    works(&mut guest);
+}
