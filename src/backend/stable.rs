@@ -22,6 +22,8 @@ use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use log::Level;
+
 use super::pool::Depot;
 use super::{Backend, Errno, Geometry, IoQueue, Notices};
 use crate::disk::{Events, ImageSnapshots, ImageStatus, StableWritesStatus};
@@ -121,7 +123,9 @@ impl StableBackend {
     pub fn new(image: Arc<dyn Backend>, asked: StableWrites, depot: Arc<Depot>, events: Arc<Events>) -> Self {
         let (effect, why) = decide(asked, &image.buffer_use(), image.geometry().read_only);
         let this = StableBackend { image, asked, effect, why, depot, tallies: Tallies::new(events) };
-        log::info!("stable writes: {} ({asked} was asked for): {}", this.effect_name(), this.why);
+        // The default that changes nothing is no news.
+        let level = if this.effect == Effect::Off && asked == StableWrites::Auto { Level::Debug } else { Level::Info };
+        log::log!(level, "stable writes: {} ({asked} was asked for): {}", this.effect_name(), this.why);
         this
     }
 
