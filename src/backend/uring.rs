@@ -6,7 +6,7 @@
 
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -53,7 +53,6 @@ pub(super) enum Event<J> {
 /// (IORING_SETUP_SINGLE_ISSUER).
 pub(super) struct Ring<J> {
     ring: IoUring,
-    file: RawFd,
     slots: Vec<Option<Active<J>>>,
     free: Vec<usize>,
     watches: Vec<Watch>,
@@ -82,6 +81,9 @@ const WATCH: u64 = 1 << 63;
 
 /// Watches that fit beside the commands: kick, wake, the owner's mailbox.
 const MOST_WATCHES: usize = 8;
+
+/// The image, the one registered file.
+const FILE: types::Fixed = types::Fixed(0);
 
 /// iovecs in one call (UIO_MAXIOV).
 const MOST_IOVECS: usize = 1024;
@@ -160,9 +162,10 @@ impl<J> Ring<J> {
         if (ring.params().sq_entries() as usize) < depth + MOST_WATCHES {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("queue depth {depth} is too large")));
         }
+        // The kernel looks the file up once, not for each command.
+        ring.submitter().register_files(&[file.as_raw_fd()]).map_err(explain)?;
         Ok(Ring {
             ring,
-            file: file.as_raw_fd(),
             slots: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
             watches: Vec::new(),
@@ -247,7 +250,7 @@ impl<J> Ring<J> {
 
     fn queue(&mut self, slot: usize) {
         let active = self.slots[slot].as_mut().expect("the slot was just filled or looked at");
-        let entry = active.entry(types::Fd(self.file)).user_data(slot as u64);
+        let entry = active.entry(FILE).user_data(slot as u64);
         self.queue_entry(&entry);
     }
 
@@ -276,6 +279,10 @@ impl<J> Drop for Ring<J> {
                     self.free.push(data as usize);
                 }
             }
+        }
+        // The kernel tears rings down later; the image is to be closed when its owner closes it.
+        if let Err(error) = self.ring.submitter().unregister_files() {
+            log::debug!("the image stays open until its ring is gone: {error}");
         }
     }
 }
@@ -311,7 +318,7 @@ impl<J> Active<J> {
         }
     }
 
-    fn entry(&mut self, file: types::Fd) -> squeue::Entry {
+    fn entry(&mut self, file: types::Fixed) -> squeue::Entry {
         // A retry runs in a kernel worker, where it may sleep instead of spinning here.
         let flags = if self.retries > 0 { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
         let entry = match &self.command {
@@ -338,7 +345,7 @@ impl<J> Active<J> {
 }
 
 impl Transfer {
-    fn entry(&self, file: types::Fd, iovecs: &[libc::iovec], offset: u64) -> squeue::Entry {
+    fn entry(&self, file: types::Fixed, iovecs: &[libc::iovec], offset: u64) -> squeue::Entry {
         let flags = if self.durable { libc::RWF_DSYNC } else { 0 };
         match (iovecs, self.write) {
             // One part needs no list to be copied in. A length over u32 is cut and goes on as a short transfer.
