@@ -1,0 +1,201 @@
+//! The back-end's contract on images of a real Ceph cluster, several open in one process.
+
+mod backend;
+mod ceph;
+#[path = "backend/contract.rs"]
+mod contract;
+mod guest;
+
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex};
+
+use backend::{Driver, PATIENCE, eventually, random_ops};
+use ceph::{Cluster, Image, NAMESPACE, POOL};
+use rustix::event::{EventfdFlags, eventfd};
+use virtioblkd::backend::notices::{Notices, QuiesceAsk};
+use virtioblkd::backend::rbd::{RbdBackend, RbdOptions};
+use virtioblkd::backend::{Backend, Errno, IoBuf, Op, Source};
+use virtioblkd::engine::CacheMode;
+
+const MIB: u64 = 1 << 20;
+
+fn open(image: &Image, mode: CacheMode) -> RbdBackend {
+    let name = image.spec.parse().unwrap_or_else(|error| panic!("{}: {error}", image.spec));
+    let options = RbdOptions { conf: Some(image.cluster.conf()), ..RbdOptions::new(name, mode) };
+    RbdBackend::open(&options).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Objects of 1 MiB, so that many requests touch two.
+fn small_objects(place: &str) -> Image<'static> {
+    Cluster::shared().image_in(place, 4 * MIB, &["--object-size", "1M"])
+}
+
+fn each(check: impl Fn(&str, &dyn Backend)) {
+    each_that_stores(check);
+}
+
+fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
+    for (mode, place) in [
+        (CacheMode::None, POOL.to_string()),
+        (CacheMode::Writethrough, format!("{POOL}/{NAMESPACE}")),
+        (CacheMode::Unsafe, POOL.to_string()),
+    ] {
+        let image = small_objects(&place);
+        let disk = open(&image, mode);
+        disk.activate().expect("nobody else has the image");
+        check(&format!("RBD, {mode}"), &disk);
+        disk.deactivate();
+    }
+}
+
+#[test]
+fn clause_4_a_sync_covers_what_was_reaped_on_any_queue() {
+    for mode in CacheMode::ALL {
+        let image = small_objects(POOL);
+        let disk = open(&image, mode);
+        disk.activate().expect("nobody else has the image");
+        let (mut writer, mut syncer) = (Driver::new(&disk, 16), Driver::new(&disk, 16));
+        // The first flush lifts what librbd does for guests that never flush.
+        assert_eq!(syncer.run(Op::Sync), Ok(()));
+        for round in 1..=8u8 {
+            let at = u64::from(round) * 300 * 1024;
+            writer.write(at, &[round; 64 << 10]).expect("a write");
+            if round % 2 == 0 {
+                assert_eq!(syncer.run(Op::Sync), Ok(()), "{mode}");
+            } else {
+                disk.sync().expect("a sync");
+            }
+            let at = at as usize;
+            let seen = image.content();
+            assert!(seen[at..at + (64 << 10)] == [round; 64 << 10], "{mode}: the cluster lacks a synced write");
+        }
+    }
+}
+
+#[test]
+fn random_ops_leave_what_an_export_sees() {
+    let image = small_objects(POOL);
+    let disk = open(&image, CacheMode::Writeback);
+    disk.activate().expect("nobody else has the image");
+    random_ops(&disk, 11, 400);
+    disk.sync().expect("a sync");
+    let mut driver = Driver::new(&disk, 4);
+    let through_us: Vec<u8> = (0..4).flat_map(|mib| driver.read(mib * MIB, MIB as usize).expect("a read")).collect();
+    assert!(through_us == image.content());
+}
+
+/// Keeps what it hears.
+#[derive(Default)]
+struct Heard {
+    sizes: Mutex<Vec<u64>>,
+}
+
+impl Notices for Heard {
+    fn resized(&self, size: u64) {
+        self.sizes.lock().expect("no panic while held").push(size);
+    }
+
+    fn quiesce(&self, ask: QuiesceAsk) {
+        ask.answer(Ok(()));
+    }
+
+    fn unquiesce(&self) {}
+
+    fn state_changed(&self) {}
+}
+
+#[test]
+fn a_resize_is_heard_and_is_the_new_bound() {
+    let image = small_objects(POOL);
+    let disk = open(&image, CacheMode::None);
+    let heard = Arc::new(Heard::default());
+    disk.start_notices(heard.clone());
+    disk.activate().expect("nobody else has the image");
+    let mut driver = Driver::new(&disk, 4);
+    driver.write(4 * MIB, &[1; 512]).expect_err("past the end");
+    for size in [8 * MIB, 3 * MIB] {
+        let (mib, spec) = (format!("{}M", size >> 20), image.spec.as_str());
+        image.cluster.rbd(&["resize", "--no-progress", "--allow-shrink", "--size", &mib, spec]);
+        eventually("the resize is heard", || heard.sizes.lock().expect("no panic").last() == Some(&size));
+        assert_eq!(disk.geometry().size, size);
+        driver.write(size - 512, &[2; 512]).expect("the last block");
+        // librbd would cut it short and call that a success.
+        driver.write(size - 512, &[3; 1024]).expect_err("across the end");
+        driver.read(size - 512, 1024).expect_err("across the end");
+        assert_eq!(driver.read(size - 512, 512), Ok(vec![2; 512]), "what crosses the end changes nothing");
+    }
+    drop(driver);
+    disk.stop_notices();
+}
+
+#[test]
+fn odd_names_and_many_images_in_one_process() {
+    let cluster = Cluster::shared();
+    let names = ["a b", "ünïcode", "dash-dot.colon:under_", "1"];
+    let mut disks = Vec::new();
+    for name in names {
+        let spec = format!("{POOL}/{name}");
+        cluster.rbd(&["create", "--size", "1M", &spec]);
+        let image = Image { cluster, spec };
+        let disk = open(&image, CacheMode::Writeback);
+        disk.activate().expect("nobody else has the image");
+        disks.push((image, disk));
+    }
+    let mut drivers: Vec<Driver> = disks.iter().map(|(_, disk)| Driver::new(disk, 16)).collect();
+    for round in 0..64u64 {
+        for (number, driver) in drivers.iter_mut().enumerate() {
+            let buf = IoBuf::owned(4096, 4096, 0);
+            buf.copy_from(0, &[number as u8 + 1; 4096]);
+            driver.push(Op::Write { offset: round * 4096, buf, durable: false });
+        }
+        if round % 16 == 15 {
+            for driver in &mut drivers {
+                let mut left = 16;
+                while left > 0 {
+                    left -= driver.reap().into_iter().inspect(|done| assert_eq!(done.result, Ok(()))).count();
+                }
+            }
+        }
+    }
+    drop(drivers);
+    for (number, (image, disk)) in disks.iter().enumerate() {
+        disk.sync().expect("a sync");
+        let content = image.content();
+        assert!(content[..64 * 4096] == vec![number as u8 + 1; 64 * 4096], "{}", image.spec);
+    }
+}
+
+#[test]
+fn a_blocklisted_client_is_fenced_for_good_and_wakes_whoever_waits() {
+    // A cluster of its own: what is shut out is an address of this process's.
+    let cluster = Cluster::start(&[]);
+    let image = cluster.image(4 * MIB);
+    let disk = open(&image, CacheMode::Writeback);
+    disk.activate().expect("nobody else has the image");
+    let mut driver = Driver::new(&disk, 16);
+    driver.write(0, &[1; 4096]).expect("a write");
+    assert_eq!(driver.run(Op::Sync), Ok(()));
+    cluster.fence(&image);
+    eventually("the client notices", || driver.write(4096, &[2; 4096]).is_err() || driver.run(Op::Sync).is_err());
+    for _ in 0..3 {
+        driver.write(4096, &[3; 4096]).expect_err("fenced");
+        driver.read(8192, 4096).expect_err("fenced");
+        assert!(matches!(driver.run(Op::Sync), Err(Errno(_))));
+        disk.sync().expect_err("fenced");
+    }
+    assert_eq!(disk.image_status().trouble.as_deref(), Some("fenced"));
+    // The queue still wakes: whoever waits for a kick is not left asleep.
+    let kick = eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd");
+    let mut queue = disk.open_queue(4).expect("a queue");
+    queue.watch(Source::Kick, kick.as_fd()).expect("a watch");
+    rustix::io::write(&kick, &1u64.to_ne_bytes()).expect("a kick");
+    assert!(queue.wait(Some(PATIENCE)).expect("wait").kick);
+    drop(queue);
+    // Not even when the cluster would have it back.
+    cluster.forgive();
+    driver.write(4096, &[4; 4096]).expect_err("fenced for good");
+    drop(driver);
+    disk.deactivate();
+    drop(disk);
+    assert!(image.content()[4096..8192] == [0; 4096], "a write that failed was carried out");
+}
