@@ -5,9 +5,10 @@ DESTDIR ?=
 CARGO ?= cargo
 # A guest test is a QEMU and a server; more at once than CPUs only wait for each other.
 TEST_THREADS ?= 2
-# Tests that boot guests. All others need nothing but Rust.
+# Tests that boot guests, and tests that start a Ceph cluster or need its headers. All others need nothing but Rust.
 VM_TESTS = firmware vm kill migration story agent replicas power_cut libvirt
-OTHER_TESTS = $(filter-out $(VM_TESTS),$(basename $(notdir $(wildcard tests/*.rs))))
+RBD_TESTS = rbd_abi rbd_backend rbd_front_end rbd_guest rbd_modes rbd_snapshot rbd_trouble
+OTHER_TESTS = $(filter-out $(VM_TESTS) $(RBD_TESTS),$(basename $(notdir $(wildcard tests/*.rs))))
 
 # How long `make fuzz` searches each target.
 FUZZ_SECONDS ?= 60
@@ -33,7 +34,7 @@ demo: toolchain deps ## Watch a guest write, be held still under load, and go on
 demo-snapshot: toolchain deps ## Watch what a snapshot of a running guest holds, at each level
 	scripts/demo-snapshot
 
-check: toolchain deps check-lint check-unit check-vm ## All checks: lint, unit, integration, real guests
+check: toolchain deps check-lint check-unit check-vm check-rbd ## All checks: lint, unit, integration, real guests, Ceph
 
 check-unit: toolchain ## Unit and integration tests that boot no guest
 	$(CARGO) test --lib --bins
@@ -42,6 +43,9 @@ check-unit: toolchain ## Unit and integration tests that boot no guest
 
 check-vm: toolchain deps ## Tests with real guests
 	$(CARGO) test $(VM_TESTS:%=--test %) -- --test-threads=$(TEST_THREADS)
+
+check-rbd: toolchain deps deps-rbd ## Tests with a real Ceph cluster, which they start themselves
+	$(CARGO) test $(RBD_TESTS:%=--test %) -- --test-threads=$(TEST_THREADS)
 
 check-story: toolchain deps ## Snapshots of real guests, frozen by their agents
 	$(CARGO) test --test story --test agent -- --test-threads=$(TEST_THREADS)
@@ -91,6 +95,9 @@ install: ## Install what `make build` made (PREFIX, DESTDIR)
 deps: ## Install what the guest tests need; fetch the guest
 	scripts/install-test-deps
 	scripts/guest-image
+
+deps-rbd: ## Install what the Ceph tests need
+	scripts/install-test-deps rbd
 
 toolchain:
 	@scripts/check-toolchain
