@@ -155,11 +155,14 @@ impl Server {
         if let (Err(error), Err(_)) = (&served, &ended) {
             log::error!("{error}");
         }
-        ended.and(served)
+        ended?;
+        // A library's exit handlers must not run while another thread lets go of the image.
+        served?.see_off();
+        Ok(())
     }
 
-    /// Serves one front-end after another until told to end.
-    fn serve(&mut self, socket: &FrontSocket) -> Result<(), ServerError> {
+    /// Serves one front-end after another until told to end; whoever is connected then.
+    fn serve(&mut self, socket: &FrontSocket) -> Result<FrontEnds, ServerError> {
         let mut front_ends = FrontEnds::new(Arc::clone(&self.served))?;
         loop {
             let mut sources = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&*self.quit, PollFlags::IN)];
@@ -168,11 +171,11 @@ impl Server {
             drop(sources);
             if let Some(signal) = self.signal()? {
                 log::info!("{signal}: draining, then ending");
-                return Ok(());
+                return Ok(front_ends);
             }
             if self.quit.was_rung() {
                 log::info!("told to quit by the control socket: draining, then ending");
-                return Ok(());
+                return Ok(front_ends);
             }
             front_ends.tend(socket)?;
         }
@@ -203,15 +206,21 @@ impl Server {
                 finished.ring();
             }
         };
-        if let Err(error) = thread::Builder::new().name("end".into()).spawn(work.clone()) {
-            log::warn!("no thread to end in ({error}): a second signal will not be heard");
-            work();
-        }
+        let mut thread = match thread::Builder::new().name("end".into()).spawn(work.clone()) {
+            Ok(thread) => Some(thread),
+            Err(error) => {
+                log::warn!("no thread to end in ({error}): a second signal will not be heard");
+                work();
+                None
+            }
+        };
         // The other sender would keep the channel open.
         drop(work);
         loop {
             wait(&mut [PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&*finished, PollFlags::IN)])?;
             if let Ok(result) = outcome.try_recv() {
+                // It has said its last word, and lets go of the image. A panic would have ended the process.
+                let _ = thread.take().map(thread::JoinHandle::join);
                 let image = self.served.describe();
                 result.map_err(|error| ServerError::Sync(image.clone(), error))?;
                 log::info!("{image}: drained and synced");

@@ -124,7 +124,8 @@ impl FrontEnds {
         Ok(FrontEnd { connection: watched, peer: peer.to_string(), thread, leaving: false, told: false })
     }
 
-    fn see_off(&mut self) {
+    /// Waits for the thread of a front-end that is gone.
+    pub(super) fn see_off(&mut self) {
         if let Some(current) = self.current.take() {
             // A panic would have ended the process.
             let _ = current.thread.join();
