@@ -9,49 +9,35 @@ mod snapshot_kit;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 
-use driver::{ALL, Driver};
+use driver::pairs::{PairWriter, USED, are_of_one_instant, newest};
 use snapshot_kit::{Daemon, Xfs, ctl, err, tell, wait_until};
 
-const BLOCK: usize = 4096;
 /// Snapshots in each mode and way.
 const ROUNDS: usize = 200;
-/// Blocks that the writer goes round in.
-const BLOCKS: u64 = 16;
 const MODES: [&str; 5] = ["none", "directsync", "writeback", "writethrough", "unsafe"];
 
 /// Two disks and a writer on both.
 struct Pair {
     disks: [Daemon; 2],
-    ends: Arc<AtomicBool>,
-    written: Arc<AtomicU64>,
-    writer: Option<JoinHandle<()>>,
+    writer: PairWriter,
 }
 
 impl Pair {
     fn start(dir: &Path, mode: &str) -> Pair {
         let disks = ["a", "b"].map(|name| {
             let image = dir.join(format!("{name}-{mode}"));
-            fs::write(&image, vec![0; BLOCK * BLOCKS as usize]).unwrap();
+            fs::write(&image, vec![0; USED]).unwrap();
             Daemon::start(&image, mode)
         });
-        let ends = Arc::new(AtomicBool::new(false));
-        let written = Arc::new(AtomicU64::new(0));
-        let sockets = disks.each_ref().map(Daemon::socket);
-        let writer = {
-            let (ends, written) = (ends.clone(), written.clone());
-            std::thread::spawn(move || write(&sockets, &ends, &written))
-        };
-        let pair = Pair { disks, ends, written, writer: Some(writer) };
+        let writer = PairWriter::start(disks.each_ref().map(Daemon::socket));
+        let pair = Pair { disks, writer };
         wait_until("the writer writes", || pair.written() > 100);
         pair
     }
 
     fn written(&self) -> u64 {
-        self.written.load(Ordering::SeqCst)
+        self.writer.written()
     }
 
     /// Takes a snapshot; which i are in it.
@@ -67,43 +53,13 @@ impl Pair {
     }
 }
 
-impl Drop for Pair {
-    fn drop(&mut self) {
-        self.ends.store(true, Ordering::SeqCst);
-        let ended = self.writer.take().unwrap().join();
-        assert!(ended.is_ok() || std::thread::panicking(), "the writer panicked");
-    }
-}
-
-fn write(sockets: &[PathBuf; 2], ends: &AtomicBool, written: &AtomicU64) {
-    let mut disks = sockets.each_ref().map(|socket| Driver::connect_soon(socket, 1, 16, BLOCK, ALL));
-    for i in 1u64.. {
-        if ends.load(Ordering::SeqCst) {
-            return;
-        }
-        let block = i.to_le_bytes().repeat(BLOCK / 8);
-        for disk in &mut disks {
-            disk.fill(0, &block);
-            let offset = i % BLOCKS * BLOCK as u64;
-            assert_eq!(disk.one(0, |disk, id| disk.write(0, offset, 0, BLOCK, id)), 0);
-        }
-        written.store(i, Ordering::SeqCst);
-    }
-}
-
 /// The largest i of each image. A block that holds two is torn in itself.
 fn read_and_remove(targets: &[PathBuf; 2]) -> [u64; 2] {
     targets.each_ref().map(|target| {
         let bytes = fs::read(target).unwrap_or_else(|error| panic!("{}: {error}", target.display()));
         fs::remove_file(target).unwrap();
-        assert_eq!(bytes.len(), BLOCK * BLOCKS as usize);
-        let blocks = bytes.chunks(BLOCK).map(|block| {
-            let numbers: Vec<u64> =
-                block.chunks(8).map(|eight| u64::from_le_bytes(eight.try_into().unwrap())).collect();
-            assert!(numbers.iter().all(|number| *number == numbers[0]), "a torn block: {numbers:?}");
-            numbers[0]
-        });
-        blocks.max().unwrap()
+        assert_eq!(bytes.len(), USED);
+        newest(&bytes)
     })
 }
 
@@ -111,7 +67,7 @@ fn read_and_remove(targets: &[PathBuf; 2]) -> [u64; 2] {
 fn take(pair: &Pair, mode: &str, count: usize, to: &str, targets: &[PathBuf; 2]) {
     for _ in 0..count {
         let (before, [a, b]) = (pair.written(), pair.snapshot(to, targets));
-        assert!(a == b || a == b + 1, "{mode}, {to}: A has {a}, B has {b}");
+        assert!(are_of_one_instant([a, b]), "{mode}, {to}: A has {a}, B has {b}");
         assert!(b >= before, "{mode}, {to}: {before} was acknowledged before the snapshot, B has {b}");
         wait_until("the writer goes on", || pair.written() > a);
     }

@@ -5,6 +5,7 @@
 #[path = "../chance/mod.rs"]
 pub mod chance;
 pub mod load;
+pub mod pairs;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
