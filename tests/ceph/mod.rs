@@ -92,6 +92,21 @@ impl Cluster {
         command
     }
 
+    /// Runs a Python program with `rbd`, Ceph's own binding, and `io`, the pool, at hand. What it wrote.
+    pub fn python(&self, program: &str, arguments: &[&str]) -> Vec<u8> {
+        let program = format!(
+            "import rados, rbd, sys\ncluster = rados.Rados(conffile={:?})\ncluster.connect()\nio = \
+             cluster.open_ioctx({POOL:?})\n{program}",
+            self.conf()
+        );
+        // Debian's own: another one would not have Debian's modules.
+        let mut command = mortal("timeout");
+        command.args(["--signal", "KILL", "120", "/usr/bin/python3", "-c", &program]).args(arguments);
+        let output = output(&mut command);
+        assert!(output.status.success(), "{program}\n{}", String::from_utf8_lossy(&output.stderr));
+        output.stdout
+    }
+
     /// A new image of `size` bytes, whole MiB.
     pub fn image(&self, size: u64) -> Image<'_> {
         self.image_in(POOL, size, &[])
@@ -124,9 +139,25 @@ impl Cluster {
         self.script("osd-up");
     }
 
-    /// Makes the cluster full, as the monitor does when an OSD has no space left; or lets it have some again.
+    /// Makes the cluster full, or lets it have space again: what an OSD may hold at most is set below what it holds.
     pub fn full(&self, full: bool) {
-        self.ceph(&["osd", if full { "set" } else { "unset" }, "full"]);
+        let mut ratios = [("nearfull", "0.85"), ("backfillfull", "0.9"), ("full", "0.95")];
+        if full {
+            ratios = ratios.map(|(name, _)| (name, "0.0000001"));
+        } else {
+            // Each may only be lower than the next.
+            ratios.reverse();
+        }
+        for (name, ratio) in ratios {
+            self.ceph(&["osd", &format!("set-{name}-ratio"), ratio]);
+        }
+        wait_until("the pool is full, or is not any more", || {
+            let map: Value = serde_json::from_str(&self.ceph(&["osd", "dump", "--format", "json"])).expect("JSON");
+            let mut pools = map["pools"].as_array().expect("pools").iter();
+            let pool = pools.find(|pool| pool["pool_name"] == POOL).expect("our pool");
+            let mut flags = pool["flags_names"].as_str().expect("flags").split(',');
+            flags.any(|flag| flag == "full") == full
+        });
     }
 
     /// Shuts out whoever has this image open (`ceph osd blocklist add`).
@@ -212,6 +243,11 @@ impl Image<'_> {
         let output = self.cluster.try_rbd(&["export", "--no-progress", spec, "-"]);
         assert!(output.status.success(), "rbd export {spec}: {}", String::from_utf8_lossy(&output.stderr));
         output.stdout
+    }
+
+    /// Its name without the pool.
+    pub fn name(&self) -> &str {
+        self.spec.rsplit_once('/').expect("POOL/IMAGE").1
     }
 
     /// The specification of a snapshot of it.
