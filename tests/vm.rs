@@ -8,8 +8,9 @@ use std::fs;
 use std::path::Path;
 
 use guest::ext4::e2fsprogs;
+use guest::files::{FILES_JOB, check_snapshot, promised_so_far};
 use guest::oracle::{self, LoopDevice};
-use guest::{Qmp, Server, output, qemu, run, scratch, sparse_image, tell, wait_until};
+use guest::{Qmp, Server, qemu, run, scratch, sparse_image, tell, wait_until};
 use serde_json::json;
 use virtioblkd::engine::cache::{CacheMode, CachePolicy};
 
@@ -204,23 +205,6 @@ fn fio_verifies_under_stop_and_cont_and_quiesce_and_resume() {
     tell(&format!("fio verified clean over {rounds} rounds of stop, cont, quiesce, stop, cont, resume"));
 }
 
-/// Writes files one after another and says so once a file's fsync has returned, until the host says stop.
-const FILES_JOB: &str = r#"
-mkfs.ext4 -q /dev/vda || exit 1
-mount -t ext4 /dev/vda /mnt || exit 1
-( n=0
-  while [ ! -e /tmp/stop ]; do
-    n=$((n + 1))
-    yes "file $n" | head -c $((n % 7 * 3000 + 100)) | dd of=/mnt/$n conv=fsync 2>/dev/null || exit 1
-    echo "@file $n"
-  done
-  echo "@last $n" ) &
-ask stop
-touch /tmp/stop
-wait $! || exit 1
-umount /mnt
-"#;
-
 #[test]
 fn a_snapshot_of_a_quiesced_disk_holds_every_file_that_was_fsynced() {
     for mode in [CacheMode::None, CacheMode::Writeback, CacheMode::Directsync] {
@@ -230,20 +214,14 @@ fn a_snapshot_of_a_quiesced_disk_holds_every_file_that_was_fsynced() {
         let mut vm = qemu::linux(1, FILES_JOB).vhost_user_disk(&server.socket(), "").start();
         vm.until_asked("stop");
         for round in 0..3 {
-            // Under load, and with a few more files each time.
-            let said = vm.until_line("@file ");
-            let mut promised = said.last().expect("the line waited for").clone();
-            // Said before the quiesce was asked for: promised. The copy is what a snapshot would be.
-            while let Some(line) = vm.said_so_far("@file ") {
-                promised = line;
-            }
-            let promised: u64 = promised["@file ".len()..].parse().expect("a number");
+            // Under load, and with a few more files each time. The copy is what a snapshot would be.
+            let promised = promised_so_far(&mut vm);
             let snapshot = dir.path().join(format!("snapshot-{round}"));
             // Compared a moment later: a disk that is not held has changed by then.
             let copy = "cp --sparse=always \"$1\" \"$2\" && sleep 0.5 && cmp \"$1\" \"$2\"";
             let (from, to) = (image.to_str().expect("a plain path"), snapshot.to_str().expect("a plain path"));
             server.ctl_ok(&["quiesce", "--", "sh", "-c", copy, "sh", from, to]);
-            check_snapshot(&snapshot, promised, mode);
+            check_snapshot(&snapshot, promised, mode.name());
         }
         vm.go();
         vm.until_line("@last");
@@ -271,27 +249,6 @@ fn a_guest_goes_on_after_its_server_was_restarted_in_order() {
     vm.until_line("@last");
     vm.finish();
     run(e2fsprogs("e2fsck").arg("-fn").arg(&image));
-}
-
-/// Replays the journal of a copy, as a mount would, checks it, and reads back the files that were promised.
-fn check_snapshot(snapshot: &Path, promised: u64, mode: CacheMode) {
-    // 0: clean, 1: the journal was replayed and what it told was mended. More is damage.
-    let replayed = output(e2fsprogs("e2fsck").args(["-p"]).arg(snapshot));
-    let report = String::from_utf8_lossy(&replayed.stdout).into_owned();
-    assert!(matches!(replayed.status.code(), Some(0 | 1)), "{mode}: e2fsck: {}\n{report}", replayed.status);
-    let checked = output(e2fsprogs("e2fsck").args(["-fn"]).arg(snapshot));
-    let report = String::from_utf8_lossy(&checked.stdout).into_owned();
-    assert!(checked.status.success(), "{mode}: not clean after its journal was replayed\n{report}");
-    for n in promised.saturating_sub(20).max(1)..=promised {
-        let read = output(e2fsprogs("debugfs").args(["-R", &format!("cat /{n}")]).arg(snapshot));
-        let line = format!("file {n}\n");
-        let length = usize::try_from(n % 7 * 3000 + 100).expect("small");
-        let expected: Vec<u8> = line.bytes().cycle().take(length).collect();
-        assert!(
-            read.stdout == expected,
-            "{mode}: file {n} of {promised} was fsynced before the quiesce and is not there"
-        );
-    }
 }
 
 /// vda: an ordinary disk; vdb: the same read-only; vdc: sectors of 4096 bytes.

@@ -1,6 +1,7 @@
 //! The real-guest kit: a `virtioblkd` ([`Server`]), a QEMU with a guest in it ([`Vm`]), and what the host can see of
 //! the image by itself ([`oracle`], [`ext4`]). Used by `tests/firmware.rs`, `tests/vm.rs`, `tests/story.rs`,
-//! `tests/agent.rs`, `tests/replicas.rs`, `tests/power_cut.rs` and `tests/libvirt.rs`.
+//! `tests/agent.rs`, `tests/replicas.rs`, `tests/power_cut.rs`, `tests/libvirt.rs` and
+//! `tests/rbd_*.rs`.
 //!
 //! Everything started here is ended by `Drop`, and a failing test prints what its server and its guest had to say.
 
@@ -9,6 +10,7 @@
 
 pub mod agent;
 pub mod ext4;
+pub mod files;
 pub mod oracle;
 pub mod qemu;
 pub mod qmp;
