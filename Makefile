@@ -83,6 +83,9 @@ bench: toolchain deps ## Beside qemu-storage-daemon's export and the bare kernel
 	$(CARGO) bench --bench peers
 	$(CARGO) bench --bench stable_writes
 
+bench-rbd: toolchain deps-rbd ## The same on Ceph RBD, beside fio's rbd engine and qemu-storage-daemon's export
+	$(CARGO) bench --bench rbd
+
 install: ## Install what `make build` made (PREFIX, DESTDIR)
 	@test -x $(release)/virtioblkd || { echo "install: run 'make build' first" >&2; exit 1; }
 	install -D $(release)/virtioblkd $(DESTDIR)$(PREFIX)/bin/virtioblkd
