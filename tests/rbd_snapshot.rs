@@ -76,7 +76,7 @@ struct Group<'a> {
 }
 
 impl Group<'_> {
-    fn new(name: &str, mode: &str) -> Group<'static> {
+    fn new(name: &str, mode: &str, options: &[&str]) -> Group<'static> {
         let cluster = Cluster::shared();
         let images = [cluster.image(MIB), cluster.image(MIB)];
         let name = format!("{POOL}/{name}");
@@ -84,8 +84,7 @@ impl Group<'_> {
         for image in &images {
             cluster.rbd(&["group", "image", "add", &name, &image.spec]);
         }
-        // `rbd group snap create` takes the lock of each image for itself, and is refused by who keeps it.
-        let servers = images.each_ref().map(|image| serve(image, mode, &["--rbd-lock", "none"]));
+        let servers = images.each_ref().map(|image| serve(image, mode, options));
         Group { images, servers, name }
     }
 
@@ -110,7 +109,7 @@ impl Group<'_> {
 #[test]
 fn a_group_snapshot_over_two_servers_is_of_one_instant() {
     for mode in ["none", "writeback"] {
-        let group = Group::new(&format!("group-{mode}"), mode);
+        let group = Group::new(&format!("group-{mode}"), mode, &[]);
         let writer = PairWriter::start(group.servers.each_ref().map(Server::socket));
         wait_until("the writer writes", || writer.written() > 50);
         for round in 0..12 {
@@ -136,6 +135,20 @@ fn a_group_snapshot_over_two_servers_is_of_one_instant() {
         tell(&format!("{mode}: torn: 0 of 12 group snapshots, {torn} of 20 pairs of single ones"));
         assert!(torn > 0, "{mode}: the reader would not notice a torn pair");
     }
+}
+
+#[test]
+fn a_group_snapshot_of_images_that_keep_their_locks_is_refused_and_the_disks_go_on() {
+    let group = Group::new("locked", "none", &["--rbd-lock", "exclusive"]);
+    let writer = PairWriter::start(group.servers.each_ref().map(Server::socket));
+    wait_until("the writer writes", || writer.written() > 50);
+    let name = format!("{}@refused", group.name);
+    let cluster = group.images[0].cluster;
+    assert_eq!(cluster.try_rbd(&["group", "snap", "create", &name]).status.code(), Some(libc::EROFS));
+    assert!(!cluster.rbd(&["group", "snap", "ls", &group.name]).contains("refused"), "half a snapshot was left");
+    let written = writer.written();
+    wait_until("the writer goes on", || writer.written() > written);
+    assert!(group.servers.iter().all(is_open));
 }
 
 /// Writes pairs of blocks in different objects, one soon after the other, as an application writes what belongs together;

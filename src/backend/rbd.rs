@@ -46,7 +46,8 @@ use trouble::Trouble;
 /// Whether the image's lock is taken while a guest uses it (`--rbd-lock`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RbdLock {
-    /// Where the image has the feature exclusive-lock; a warning where not.
+    /// Where the image has the feature exclusive-lock, with a warning where not; and not where it is in a group, of
+    /// which no snapshot could be taken then.
     #[default]
     Auto,
     /// Always: an image without the feature is refused.

@@ -174,6 +174,12 @@ impl Image {
         Ok(self.number(self.api.rbd.rbd_get_features)? & sys::RBD_FEATURE_EXCLUSIVE_LOCK != 0)
     }
 
+    /// Whether the image is in a group (`rbd group`).
+    pub(super) fn is_in_group(&self) -> Result<bool, Errno> {
+        let Some(op_features) = self.api.rbd.rbd_get_op_features else { return Ok(false) };
+        Ok(self.number(op_features)? & sys::RBD_OPERATION_FEATURE_GROUP != 0)
+    }
+
     /// The options' values in force for this image, by name.
     pub(super) fn options(&self) -> Result<Vec<(String, Effective)>, Errno> {
         let mut room: c_int = 512;

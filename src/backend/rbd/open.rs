@@ -193,12 +193,21 @@ fn lock_of(image: &Image, options: &RbdOptions, read_only: bool) -> Result<Lock,
              enable {name} exclusive-lock)"
         );
     }
-    let wanted = lock::is_wanted(options.lock, can_lock, read_only).map_err(|_| {
+    let mut wanted = lock::is_wanted(options.lock, can_lock, read_only).map_err(|_| {
         OpenError(format!(
             "--rbd-lock exclusive: {name} has no feature exclusive-lock; add it (rbd feature enable {name} \
              exclusive-lock), or use --rbd-lock auto"
         ))
     })?;
+    // `rbd group snap create` takes every member's lock for itself, and fails where somebody does not share it.
+    let groups = |errno| OpenError::from_errno(&name.to_string(), errno, "its groups cannot be read");
+    if wanted && options.lock == super::RbdLock::Auto && image.is_in_group().map_err(groups)? {
+        log::info!(
+            "{name}: it is in a group, so its lock is shared, or no snapshot of the group could be taken; --rbd-lock \
+             exclusive keeps it all the same"
+        );
+        wanted = false;
+    }
     let file = options.state_file.as_deref().filter(|_| wanted);
     let file = file.map(|path| StateFile::open(path, &name.to_string())).transpose().map_err(OpenError)?;
     Ok(Lock::new(wanted, file))

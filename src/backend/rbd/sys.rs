@@ -65,6 +65,7 @@ pub(super) struct rbd_encryption_luks_format_options_t {
 }
 
 pub(super) const RBD_FEATURE_EXCLUSIVE_LOCK: u64 = 4;
+pub(super) const RBD_OPERATION_FEATURE_GROUP: u64 = 4;
 pub(super) const RBD_LOCK_MODE_EXCLUSIVE: rbd_lock_mode_t = 0;
 pub(super) const RBD_CONFIG_SOURCE_POOL: rbd_config_source_t = 1;
 pub(super) const RBD_CONFIG_SOURCE_IMAGE: rbd_config_source_t = 2;
@@ -156,6 +157,7 @@ functions! {
         fn rbd_snap_remove(image: rbd_image_t, snapname: *const c_char) -> c_int;
     }
     optional {
+        fn rbd_get_op_features(image: rbd_image_t, op_features: *mut u64) -> c_int;
         fn rbd_snap_create2(image: rbd_image_t, snap_name: *const c_char, flags: u32, cb: librbd_progress_fn_t, cbdata: *mut c_void) -> c_int;
         fn rbd_encryption_load(image: rbd_image_t, format: rbd_encryption_format_t, opts: rbd_encryption_options_t, opts_size: size_t) -> c_int;
         fn rbd_quiesce_watch(image: rbd_image_t, quiesce_cb: rbd_update_callback_t, unquiesce_cb: rbd_update_callback_t, arg: *mut c_void, handle: *mut u64) -> c_int;
