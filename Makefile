@@ -7,7 +7,7 @@ CARGO ?= cargo
 TEST_THREADS ?= 2
 # Tests that boot guests, and tests that start a Ceph cluster or need its headers. All others need nothing but Rust.
 VM_TESTS = firmware vm kill migration story agent replicas power_cut libvirt
-RBD_TESTS = rbd_abi rbd_backend rbd_front_end rbd_guest rbd_modes rbd_snapshot rbd_trouble
+RBD_TESTS = $(filter-out rbd_stub,$(basename $(notdir $(wildcard tests/rbd_*.rs))))
 OTHER_TESTS = $(filter-out $(VM_TESTS) $(RBD_TESTS),$(basename $(notdir $(wildcard tests/*.rs))))
 
 # How long `make fuzz` searches each target.
