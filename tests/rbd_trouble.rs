@@ -124,6 +124,7 @@ fn a_full_pool_makes_writes_wait_and_a_quiesce_fail_cleanly() {
         let image = cluster.image(8 * MIB);
         let server = serve(&image, mode, &[]);
         let mut guest = connect(&server);
+        let mut client = Qmp::connect(&server.control());
         assert_eq!((write(&mut guest, 0, 1), flush(&mut guest)), (0, 0));
         cluster.full(true);
         begin_write(&mut guest, 4 * MIB, 2);
@@ -141,6 +142,9 @@ fn a_full_pool_makes_writes_wait_and_a_quiesce_fail_cleanly() {
         assert!(!refused.status.success(), "{mode}: held still with a write in flight");
         let status = server.status();
         assert_eq!(status["quiesce"]["state"], "open", "{mode}: {status}");
+        // Ten seconds make it worth an event.
+        client.event("IO_STALLED");
+        assert!(server.total("stalled") > 0, "{mode}");
 
         cluster.full(false);
         let mut answered = Vec::new();
@@ -149,6 +153,7 @@ fn a_full_pool_makes_writes_wait_and_a_quiesce_fail_cleanly() {
             answered.iter().any(|done| done.0 == 8)
         });
         assert!(answered.iter().all(|done| done.1 == 0), "{mode}: {answered:?}");
+        client.event("IO_RESUMED");
         assert_eq!((write(&mut guest, PAGE as u64, 3), flush(&mut guest)), (0, 0), "{mode}: it goes on");
         let held = server.ctl_ok(&["quiesce"]);
         server.ctl_ok(&["resume", held.trim()]);
