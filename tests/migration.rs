@@ -7,7 +7,7 @@
 mod guest;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use guest::{Qmp, Server, oracle, output, qemu, scratch, tell, wait_until};
@@ -74,6 +74,15 @@ fn machine(server: &Server) -> qemu::Qemu {
     qemu::linux_full(2, JOB).vhost_user_disk(&server.socket(), "").args(["-append", &options])
 }
 
+/// The first part of it has no page like another.
+fn image(dir: &tempfile::TempDir) -> PathBuf {
+    let image = dir.path().join("disk.img");
+    let content: Vec<u8> = (0..READ / 8).flat_map(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()).collect();
+    fs::write(&image, content).expect("room");
+    fs::File::options().write(true).open(&image).and_then(|file| file.set_len(32 * MIB)).expect("room");
+    image
+}
+
 fn migrated(monitor: &mut Qmp) -> bool {
     let status = monitor.execute("query-migrate", json!({}));
     assert_ne!(status["status"], "failed", "{status}");
@@ -83,11 +92,7 @@ fn migrated(monitor: &mut Qmp) -> bool {
 #[test]
 fn a_guest_moves_to_another_server_under_load() {
     let dir = scratch();
-    let image = dir.path().join("disk.img");
-    // No page like another.
-    let content: Vec<u8> = (0..READ / 8).flat_map(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()).collect();
-    fs::write(&image, content).expect("room");
-    fs::File::options().write(true).open(&image).and_then(|file| file.set_len(32 * MIB)).expect("room");
+    let image = image(&dir);
 
     let mut server = served(&image);
     let mut vm = machine(&server).start();
@@ -128,4 +133,41 @@ fn a_guest_moves_to_another_server_under_load() {
     vm.go();
     vm.finish();
     tell(&format!("a guest moved {rounds} times under load, to the byte"));
+}
+
+/// What `virsh save` and `restore` do: the guest goes to a file, its QEMU and its server end, and others go on with it.
+#[test]
+fn a_guest_is_saved_and_restored_under_load() {
+    let dir = scratch();
+    let image = image(&dir);
+    let saved = dir.path().join("saved");
+    let server = served(&image);
+    let mut vm = machine(&server).start();
+    vm.until_asked("stop");
+    vm.until_line("@looked");
+    let mut monitor = vm.qmp();
+    // As libvirt does: paused first, then there is no hurry.
+    monitor.execute("stop", json!({}));
+    monitor.execute("migrate-set-parameters", json!({"max-bandwidth": 1000 * MIB}));
+    monitor.execute("migrate", json!({"uri": format!("exec:cat >{}", saved.display())}));
+    wait_until("the guest is saved", || migrated(&mut monitor));
+    drop((monitor, vm));
+    let (status, log) = server.terminate();
+    assert!(status.success(), "{status}\n{log}");
+
+    let server = served(&image);
+    let mut vm = machine(&server).args(["-incoming", &format!("exec:cat {}", saved.display())]).start();
+    wait_until("QEMU is there", || server.status()["connected"] == true);
+    let mut monitor = vm.qmp();
+    wait_until("the guest is restored", || {
+        let status = monitor.execute("query-status", json!({}));
+        status["status"] == "paused"
+    });
+    monitor.execute("cont", json!({}));
+    vm.until_line("@looked");
+    vm.go();
+    let sum = vm.until_asked("compare");
+    assert_eq!(sum.last(), Some(&format!("{}  -", oracle::digest(&image))));
+    vm.go();
+    vm.finish();
 }
