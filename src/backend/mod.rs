@@ -246,7 +246,10 @@ pub trait Backend: Send + Sync {
     /// own for `resize` on the control socket; may block.
     fn resize(&self, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
         let _ = (grow_to, shrink);
-        Err(io::Error::other(format!("{}: its size does not change", self.describe())))
+        Err(io::Error::other(format!(
+            "{}: it cannot be resized from here; where its store can do it (rbd resize), use that, and the guest is told",
+            self.describe()
+        )))
     }
 
     /// What the status says of the image besides its shape. Called by the control thread; does not block on I/O.
