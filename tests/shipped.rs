@@ -44,7 +44,8 @@ fn every_key_of_the_example_disk_is_an_option() {
 fn every_option_that_the_pages_name_exists() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut known = virtioblkd("--help") + " --help ";
-    let commands = ["quiesce", "resume", "resize", "status", "snapshot", "attend"].map(|command| vec![command, "--help"]);
+    let commands =
+        ["quiesce", "resume", "resize", "status", "snapshot", "attend"].map(|command| vec![command, "--help"]);
     for words in [vec!["--help"]].into_iter().chain(commands) {
         let output =
             Command::new(env!("CARGO_BIN_EXE_virtioblkctl")).args(words).output().expect("virtioblkctl starts");

@@ -20,6 +20,7 @@
 //! | `vanished` | memory that the front-end takes away ends its connection only (unsafe) |
 //! | `rings` | what outlives a connection: the operator's hold, errors, status |
 //! | `counters` | what a ring counts |
+//! | `errors` | what the status keeps of errors, and what the log gets |
 //! | `device` | one disk: serves one front-end after the other |
 
 mod activation;
@@ -31,6 +32,7 @@ mod counters;
 mod descriptor;
 pub mod device;
 mod dirty;
+mod errors;
 pub mod features;
 mod handler;
 mod inflight;

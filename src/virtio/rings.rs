@@ -1,18 +1,19 @@
 //! What outlives a ring and a connection: the counters, the operator's hold over all rings, and what status shows.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use super::capacity::Capacity;
 use super::counters::{Counters, accumulate};
+use super::errors::{self, Errors};
 use super::features;
 use crate::backend::{Backend, Errno};
-use crate::disk::{Disk, DiskStatus, Event, Events, HoldFigures, ImageStatus, LastError, RingStatus};
+use crate::disk::{Disk, DiskStatus, Event, Events, HoldFigures, ImageStatus, RingStatus};
 use crate::engine::{CacheMode, CachePolicy};
 
 /// What a worker can be asked; the only way to reach a running ring.
@@ -87,10 +88,7 @@ struct State {
     acked_features: Option<u64>,
     /// Why the back-end does not let us use the image, while rings wait for it.
     refused: Option<String>,
-    /// And whether the guest or the front-end provoked it.
-    last_errors: VecDeque<(bool, LastError)>,
-    /// Of the disk's own errors, and of those that the guest or the front-end provokes.
-    log_budgets: [LogBudget; 2],
+    errors: Errors,
 }
 
 /// A hold that is settling or settled.
@@ -103,26 +101,6 @@ struct Hold {
     error: Option<Errno>,
 }
 
-/// Errors are logged this often at most, for a guest can provoke them; the counters have them all.
-#[derive(Default)]
-struct LogBudget {
-    window: Option<Instant>,
-    used: u32,
-    suppressed: u64,
-}
-
-/// What [`LogBudget::admit`] decided.
-struct LogLine {
-    admitted: bool,
-    /// Lines left out before this one.
-    suppressed: u64,
-}
-
-/// Errors shown in status.
-const LAST_ERRORS: usize = 8;
-/// Lines about errors in one [`LOG_WINDOW`].
-const LOG_LINES: u32 = 10;
-const LOG_WINDOW: Duration = Duration::from_secs(10);
 /// Storage that does not answer in this time hangs; the control thread waits no longer.
 const HANGS: Duration = Duration::from_secs(2);
 
@@ -380,67 +358,12 @@ impl Rings {
 
     /// Something went wrong: to the events, the status and (within a budget, for a guest can provoke it) the log.
     pub(super) fn report(&self, event: Event) {
-        let text = match &event {
-            Event::IoError { operation, ring, offset, len, errno } => {
-                let why = std::io::Error::from_raw_os_error(errno.0);
-                format!("{operation} of {len} bytes at {offset} (ring {ring}) failed: {why}")
-            }
-            Event::SyncError(errno) => {
-                format!("sync failed: {}: acknowledged writes may be lost", std::io::Error::from_raw_os_error(errno.0))
-            }
-            Event::ProtocolError(what) => what.clone(),
-            Event::IoStalled { ring, requests, oldest } => format!(
-                "ring {ring}: {requests} requests wait for the image's storage, the oldest for {} s: see the host's \
-                 kernel log, and the storage",
-                oldest.as_secs()
-            ),
-            _ => return self.events.send(event),
-        };
+        let Some(text) = errors::text(&event) else { return self.events.send(event) };
         let by_guest = matches!(event, Event::ProtocolError(_));
-        let when = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let mut state = self.lock();
-        state.remember(by_guest, LastError { what: text.clone(), when });
-        let line = state.log_budgets[usize::from(by_guest)].admit();
-        drop(state);
+        let line = self.lock().errors.take(by_guest, text.clone());
         // Not under the lock: a log that nobody reads must not stop the control socket.
         line.log(&text);
         self.events.send(event);
-    }
-}
-
-impl State {
-    /// Keeps an error for the status. What a guest provokes pushes out its own like, so that it cannot hide the rest.
-    fn remember(&mut self, by_guest: bool, error: LastError) {
-        if self.last_errors.len() == LAST_ERRORS {
-            let guests = self.last_errors.iter().position(|(by_guest, _)| *by_guest);
-            self.last_errors.remove(guests.unwrap_or(0));
-        }
-        self.last_errors.push_back((by_guest, error));
-    }
-}
-
-impl LogBudget {
-    fn admit(&mut self) -> LogLine {
-        let mut suppressed = 0;
-        if self.window.is_none_or(|start| start.elapsed() > LOG_WINDOW) {
-            suppressed = self.suppressed;
-            *self = LogBudget { window: Some(Instant::now()), used: 0, suppressed: 0 };
-        }
-        let admitted = self.used < LOG_LINES;
-        self.used += u32::from(admitted);
-        self.suppressed += u64::from(!admitted);
-        LogLine { admitted, suppressed }
-    }
-}
-
-impl LogLine {
-    fn log(&self, text: &str) {
-        if self.suppressed > 0 {
-            log::warn!("{} more errors were not logged", self.suppressed);
-        }
-        if self.admitted {
-            log::error!("{text}");
-        }
     }
 }
 
@@ -511,7 +434,7 @@ impl Disk for Arc<Rings> {
             acked_features: acked.unwrap_or(0),
             rings,
             total,
-            last_errors: state.last_errors.iter().map(|(_, error)| error.clone()).collect(),
+            last_errors: state.errors.last(),
             sync_failed: self.backend.sync_failed().is_some(),
             image_status,
         }
