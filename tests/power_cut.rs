@@ -59,7 +59,9 @@ impl Laboratory {
 
     /// One load from start to end, on what is served as `image` in the guest.
     fn load(&mut self, image: &str, mode: CacheMode, plan: &Plan) -> Record {
-        self.vm.sh(&format!("serve {image} {mode}"));
+        // Copies are made beside a file.
+        let copies = if image.starts_with("/mnt/") { "--copy-dir /mnt" } else { "" };
+        self.vm.sh(&format!("serve {image} {mode} {copies}"));
         self.disk.begin();
         let plan = serde_json::to_string(plan).expect("a plan is JSON");
         self.vm.sh(&format!("load '{plan}'"));

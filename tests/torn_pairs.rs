@@ -19,8 +19,9 @@ const MODES: [&str; 5] = ["none", "directsync", "writeback", "writethrough", "un
 
 /// Two disks and a writer on both.
 struct Pair {
-    disks: [Daemon; 2],
+    /// First, so that it ends before what it writes to.
     writer: PairWriter,
+    disks: [Daemon; 2],
 }
 
 impl Pair {
@@ -31,7 +32,7 @@ impl Pair {
             Daemon::start(&image, mode)
         });
         let writer = PairWriter::start(disks.each_ref().map(Daemon::socket));
-        let pair = Pair { disks, writer };
+        let pair = Pair { writer, disks };
         wait_until("the writer writes", || pair.written() > 100);
         pair
     }
