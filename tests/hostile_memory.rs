@@ -5,15 +5,19 @@ mod front_end;
 mod rig;
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
 use front_end::*;
 use rig::Rig;
-use vhost::{VhostBackend, VringConfigData};
+use rustix::fs::{MemfdFlags, memfd_create};
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VringConfigData};
 use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
-use virtioblkd::backend::mem::{MemBackend, MemOptions};
+use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
 use virtioblkd::disk::Disk;
 use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::DeviceOptions;
@@ -21,6 +25,8 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 const OK: u8 = 0;
 const SIZE: u64 = 1 << 20;
+/// In the reason why a connection ended.
+const TAKEN: &str = "took away memory";
 
 fn options() -> DeviceOptions {
     DeviceOptions { mode: CacheMode::None, num_queues: 4, queue_size: 256, serial: String::new() }
@@ -44,7 +50,7 @@ fn connect(rig: &Rig) -> FrontEnd {
 /// The connection ended for the right reason, and the next front-end finds a disk.
 fn survives(rig: &Rig) {
     let why = rig.disconnected();
-    assert!(why.contains("took away guest memory"), "{why}");
+    assert!(why.contains(TAKEN), "{why}");
     let mut guest = connect(rig);
     assert_eq!(guest.write(0, 0, &[3; 4096]), OK);
     assert_eq!(guest.read(1, 0, 4096), (OK, vec![3; 4096]));
@@ -67,7 +73,7 @@ fn all_rings_that_vanish_at_once() {
         let guest = FrontEnd::connect(&rig.path, 4, 64, ALL);
         file_of(&guest).set_len(0).unwrap();
         (0..4).for_each(|ring| guest.kick(ring));
-        assert!(rig.disconnected().contains("took away guest memory"));
+        assert!(rig.disconnected().contains(TAKEN));
     }
     let guest = connect(&rig);
     file_of(&guest).set_len(0).unwrap();
@@ -120,8 +126,15 @@ fn memory_that_vanished_before_a_ring_is_set_up() {
     let rig = memory_disk();
     let stream = UnixStream::connect(&rig.path).unwrap();
     let guest = FrontEnd::handshake(stream, 1, 64, ALL);
-    let host = |address: GuestAddress| guest.memory.get_host_address(address).unwrap() as u64;
+    file_of(&guest).set_len(0).unwrap();
+    start_in_vain(&guest);
+    survives(&rig);
+}
+
+/// Starts ring 0. The connection ends before, or instead of, some answer.
+fn start_in_vain(guest: &FrontEnd) {
     let ring = &guest.rings[0];
+    let host = |address: GuestAddress| guest.memory.get_host_address(address).unwrap() as u64;
     let config = VringConfigData {
         queue_max_size: ring.size,
         queue_size: ring.size,
@@ -131,10 +144,12 @@ fn memory_that_vanished_before_a_ring_is_set_up() {
         used_ring_addr: host(ring.used_at()),
         log_addr: None,
     };
-    file_of(&guest).set_len(0).unwrap();
-    // Its connection ends before, or instead of, the answer.
-    let _ = guest.control.set_vring_addr(0, &config);
-    survives(&rig);
+    let _ = guest
+        .control
+        .set_vring_num(0, ring.size)
+        .and_then(|()| guest.control.set_vring_addr(0, &config))
+        .and_then(|()| guest.control.set_vring_kick(0, &ring.kick))
+        .and_then(|()| guest.control.clone().set_vring_enable(0, true));
 }
 
 /// io_uring reads and writes guest memory by itself: there the request fails, and the answer is what faults.
@@ -167,7 +182,7 @@ fn memory_that_vanishes_under_io_uring() {
             std::thread::sleep(Duration::from_micros(round * 50));
             memory.set_len(0).unwrap();
             guest.kick(0);
-            assert!(rig.disconnected().contains("took away guest memory"));
+            assert!(rig.disconnected().contains(TAKEN));
         }
         survives_after(&rig);
     }
@@ -188,7 +203,7 @@ fn a_hold_outlives_the_memory() {
     rig.hold(1).unwrap();
     file_of(&guest).set_len(0).unwrap();
     guest.kick(0);
-    assert!(rig.disconnected().contains("took away guest memory"));
+    assert!(rig.disconnected().contains(TAKEN));
     rig.disk.open_gate();
     drop(guest);
     survives_after(&rig);
@@ -209,7 +224,129 @@ fn memory_that_shrinks_bit_by_bit_under_requests() {
         }
         memory.set_len(0).unwrap();
         guest.kick(0);
-        assert!(rig.disconnected().contains("took away guest memory"));
+        assert!(rig.disconnected().contains(TAKEN));
     }
     survives_after(&rig);
+}
+
+/// Memory of the front-end's own bookkeeping, which nobody sealed: `flags` beside close-on-exec.
+fn bookkeeping(len: u64, flags: MemfdFlags) -> File {
+    let file: File = memfd_create("bookkeeping", MemfdFlags::CLOEXEC | flags).unwrap().into();
+    file.set_len(len).unwrap();
+    file
+}
+
+/// A front-end with one ring that has its in-flight region in `region`; the ring is not started.
+fn tracking(rig: &Rig, region: &File, len: u64) -> FrontEnd {
+    let mut guest = FrontEnd::handshake(UnixStream::connect(&rig.path).unwrap(), 1, 64, ALL);
+    also(&mut guest, VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+    let told = VhostUserInflight { mmap_size: len, mmap_offset: 0, num_queues: 1, queue_size: 64 };
+    guest.control.set_inflight_fd(&told, region.as_raw_fd()).unwrap();
+    guest
+}
+
+/// Negotiates one more protocol feature than the front-end has.
+fn also(guest: &mut FrontEnd, feature: VhostUserProtocolFeatures) {
+    let usual = VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+    guest.control.set_protocol_features(usual | feature).unwrap();
+}
+
+/// Before its ring starts, before a request is taken, and before one is answered.
+#[test]
+fn an_in_flight_region_that_vanishes() {
+    const LEN: u64 = 4096;
+    for step in 0..3 {
+        let disk = Arc::new(MemBackend::new(MemOptions { order: Order::OnRequest, ..MemOptions::new(SIZE) }));
+        let rig = Rig::on(disk.clone(), &options());
+        let region = bookkeeping(LEN, MemfdFlags::empty());
+        let mut guest = tracking(&rig, &region, LEN);
+        if step == 0 {
+            region.set_len(0).unwrap();
+            start_in_vain(&guest);
+        } else {
+            guest.start_ring(0, 0);
+            guest.add(0, OUT, 0, &[1; 512], 0);
+            if step == 1 {
+                region.set_len(0).unwrap();
+                guest.kick(0);
+            } else {
+                guest.kick(0);
+                wait_for_request(&disk);
+                region.set_len(0).unwrap();
+            }
+            // The stop of the ring waits for what is in flight.
+            wait_for_request(&disk);
+            disk.release(1);
+        }
+        let why = rig.disconnected();
+        assert!(why.contains(TAKEN), "step {step}: {why}");
+        drop(guest);
+        let mut next = connect(&rig);
+        let slot = next.add(0, OUT, 0, &[3; 512], 0);
+        next.kick(0);
+        wait_for_request(&disk);
+        disk.release(1);
+        assert_eq!(next.wait(0), (slot, OK), "step {step}");
+    }
+}
+
+/// Until the disk has a request.
+fn wait_for_request(disk: &MemBackend) {
+    let end = std::time::Instant::now() + Duration::from_secs(20);
+    while disk.waiting() == 0 {
+        assert!(std::time::Instant::now() < end, "no request came");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Sealed, so that it cannot be cut, and yet not there: no page was kept for it.
+#[test]
+fn an_in_flight_region_of_huge_pages_that_do_not_exist() {
+    const GIB: u64 = 1 << 30;
+    let flags = MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB;
+    if memfd_create("huge", MemfdFlags::CLOEXEC | flags).is_err() {
+        eprintln!("SKIPPED: this kernel has no pages of 1 GiB");
+        return;
+    }
+    let free = "/sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages";
+    if std::fs::read_to_string(free).is_ok_and(|free| free.trim() != "0") {
+        eprintln!("SKIPPED: there are free pages of 1 GiB, so none is missing");
+        return;
+    }
+    let rig = memory_disk();
+    let guest = tracking(&rig, &bookkeeping(GIB, flags), GIB);
+    start_in_vain(&guest);
+    survives(&rig);
+}
+
+/// Before a ring starts with it, and under a ring that runs.
+#[test]
+fn a_dirty_log_that_vanishes() {
+    // Bytes of log for all of the guest's memory.
+    const LEN: u64 = 4096;
+    const LOG_ALL: u64 = 1 << 26;
+    for running in [false, true] {
+        let rig = memory_disk();
+        let mut guest = FrontEnd::handshake(UnixStream::connect(&rig.path).unwrap(), 1, 64, ALL);
+        also(&mut guest, VhostUserProtocolFeatures::LOG_SHMFD);
+        guest.start_ring(0, 0);
+        let log = bookkeeping(LEN, MemfdFlags::empty());
+        let told = VhostUserDirtyLogRegion { mmap_size: LEN, mmap_offset: 0, mmap_handle: log.as_raw_fd() };
+        guest.control.set_log_base(0, Some(told)).unwrap();
+        let features = guest.features | LOG_ALL;
+        if running {
+            guest.control.set_features(features).unwrap();
+            assert_eq!(guest.read(0, 0, 4096).0, OK);
+            log.set_len(0).unwrap();
+        } else {
+            log.set_len(0).unwrap();
+            guest.control.set_features(features).unwrap();
+        }
+        guest.add(0, IN, 0, &[], 4096);
+        guest.kick(0);
+        survives(&rig);
+    }
 }

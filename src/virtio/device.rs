@@ -164,8 +164,8 @@ impl Device {
         drop(watch);
         let why = match end {
             _ if wire.vanished() => {
-                "the front-end took away guest memory that it had shared (it truncated the memory's \
-                                     file): its connection was ended"
+                "the front-end took away memory that it had shared (it truncated the memory's file, or huge pages ran \
+                 out): its connection was ended"
                     .to_owned()
             }
             Error::SocketRetry(error) => format!(

@@ -6,28 +6,30 @@
 //! that no request is half logged. Without a log it costs one branch a request.
 
 use std::fs::File;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use vhost::vhost_user::Result;
 use vhost::vhost_user::message::VhostUserLog;
-use vm_memory::{GuestAddress, MmapRegion, VolatileMemory};
+use vm_memory::GuestAddress;
 
-use super::shared;
+use super::shared::Shared;
+use super::vanished::Wire;
 
 /// Bytes of guest memory that a bit stands for (QEMU's VHOST_LOG_PAGE).
 const PAGE: u64 = 4096;
 
 /// The log, mapped. Shared by the handler and the workers.
 pub(super) struct DirtyLog {
-    region: MmapRegion,
+    region: Shared,
     /// It was said that the log is too short.
     told: AtomicBool,
 }
 
 impl DirtyLog {
-    /// SET_LOG_BASE.
-    pub(super) fn map(told: &VhostUserLog, file: File) -> Result<Self> {
-        let region = shared::map("dirty log", file, told.mmap_offset, told.mmap_size)?;
+    /// SET_LOG_BASE on the connection of `wire`.
+    pub(super) fn map(told: &VhostUserLog, file: File, wire: &Arc<Wire>) -> Result<Self> {
+        let region = Shared::map("dirty log", file, told.mmap_offset, told.mmap_size, wire)?;
         Ok(DirtyLog { region, told: AtomicBool::new(false) })
     }
 
@@ -39,9 +41,9 @@ impl DirtyLog {
         let last = at.0.saturating_add(len - 1) / PAGE;
         for page in at.0 / PAGE..=last {
             let byte = usize::try_from(page / 8).ok();
-            match byte.map(|byte| self.region.get_atomic_ref::<AtomicU8>(byte)) {
+            match byte.and_then(|byte| self.region.cell::<AtomicU8>(byte)) {
                 // The front-end takes bits with an atomic exchange; what we wrote to the page comes before the bit.
-                Some(Ok(byte)) => drop(byte.fetch_or(1 << (page % 8), Ordering::SeqCst)),
+                Some(byte) => drop(byte.fetch_or(1 << (page % 8), Ordering::SeqCst)),
                 _ if self.told.swap(true, Ordering::Relaxed) => return,
                 _ => {
                     log::error!(
@@ -58,19 +60,19 @@ impl DirtyLog {
 mod tests {
     use std::os::unix::fs::FileExt;
 
-    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+    use rustix::fs::{MemfdFlags, memfd_create};
 
     use super::*;
 
     #[test]
     fn every_page_that_is_touched_is_marked_and_no_other() {
-        let file: File = memfd_create("log", MemfdFlags::ALLOW_SEALING).unwrap().into();
+        let (wire, _peer) = Wire::pair();
+        let map = |told: &VhostUserLog, file: &File| DirtyLog::map(told, file.try_clone().unwrap(), &wire);
+        let file: File = memfd_create("log", MemfdFlags::CLOEXEC).unwrap().into();
         file.set_len(8192).unwrap();
         let told = VhostUserLog { mmap_size: 16, mmap_offset: 4096 };
-        assert!(DirtyLog::map(&told, file.try_clone().unwrap()).is_err(), "it can be cut");
-        fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
-        assert!(DirtyLog::map(&VhostUserLog { mmap_size: 4097, ..told }, file.try_clone().unwrap()).is_err());
-        let log = DirtyLog::map(&told, file.try_clone().unwrap()).unwrap();
+        assert!(map(&VhostUserLog { mmap_size: 4097, ..told }, &file).is_err());
+        let log = map(&told, &file).unwrap();
         log.mark(GuestAddress(0), 0);
         log.mark(GuestAddress(4095), 1);
         log.mark(GuestAddress(3 * 4096 - 1), 2);

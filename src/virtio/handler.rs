@@ -390,7 +390,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     /// What an earlier server, or we, left. The rings do it again when they start.
     fn set_inflight_fd(&mut self, told: &VhostUserInflight, file: File) -> Result<()> {
-        let inflight = Inflight::map(told, file)?;
+        let inflight = Inflight::map(told, file, self.memory.wire())?;
         self.change_all(|this| {
             this.inflight = Some(inflight);
             Ok(())
@@ -399,7 +399,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     /// The dirty log of a live migration; QEMU sends another one when memory was added.
     fn set_log_base(&mut self, told: &VhostUserLog, file: File) -> Result<()> {
-        let log = Arc::new(DirtyLog::map(told, file)?);
+        let log = Arc::new(DirtyLog::map(told, file, self.memory.wire())?);
         self.change_all(|this| {
             this.log = Some(log);
             Ok(())

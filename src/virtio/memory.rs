@@ -10,6 +10,7 @@ use vm_memory::{
     GuestRegionMmap,
 };
 
+use super::shared::whole_pages;
 use super::vanished::{Watched, Wire};
 
 /// Memory regions that a front-end may add (QEMU asks; its own limit is 512).
@@ -37,6 +38,11 @@ impl MemoryTable {
     /// No memory yet.
     pub(super) fn new(wire: Arc<Wire>) -> Self {
         MemoryTable { mappings: Vec::new(), atomic: GuestMemoryAtomic::new(GuestMemoryMmap::new()), wire }
+    }
+
+    /// The connection that ends when memory vanishes.
+    pub(super) fn wire(&self) -> &Arc<Wire> {
+        &self.wire
     }
 
     /// For the rings (`VringT::new`).
@@ -132,6 +138,10 @@ fn map(region: &VhostUserMemoryRegion, file: File) -> Result<GuestRegionMmap> {
         log::error!("the front-end maps bytes up to {end} of a memory file that has {}", metadata.len());
         return Err(Error::InvalidParam);
     }
+    whole_pages(&file, region.memory_size).map_err(|why| {
+        log::error!("the front-end shares guest memory: {why}");
+        Error::InvalidParam
+    })?;
     GuestRegionMmap::new(region.mmap_region(file)?, GuestAddress(region.guest_phys_addr)).ok_or(Error::InvalidParam)
 }
 

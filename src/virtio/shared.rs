@@ -1,27 +1,58 @@
 //! Memory that the front-end shares for its own bookkeeping: the in-flight region, the dirty log.
 
 use std::fs::File;
+use std::sync::Arc;
 
-use rustix::fs::{SealFlags, fcntl_get_seals};
+use rustix::fs::fstatfs;
 use vhost::vhost_user::{Error, Result};
-use vm_memory::{FileOffset, MmapRegion};
+use vm_memory::{AtomicInteger, FileOffset, MmapRegion, VolatileMemory};
 
-/// Maps `len` bytes at `offset` of a file that the front-end handed over; `what` names it in the log. Refused: what lies
-/// behind the end of the file, and a file that could be cut later, for touching what is no longer there would kill us
-/// (SIGBUS). QEMU seals both of its own.
-pub(super) fn map(what: &str, file: File, offset: u64, len: u64) -> Result<MmapRegion> {
-    let refuse = |why: String| {
-        log::error!("the front-end's {what}: {why}");
-        Error::InvalidParam
-    };
-    let end = offset.checked_add(len).ok_or(Error::InvalidParam)?;
-    let found = file.metadata().map_err(Error::ReqHandlerError)?.len();
-    if len == 0 || found < end {
-        return Err(refuse(format!("it is to have {len} bytes at {offset}, and its file has {found}")));
+use super::vanished::{Watched, Wire};
+
+/// HUGETLBFS_MAGIC (linux/magic.h).
+const HUGETLBFS: u32 = 0x9584_58f6;
+
+/// Such memory, mapped. Only atomics of it are handed out, for the front-end writes to it, too.
+pub(super) struct Shared {
+    /// Dropped before what it watches is unmapped.
+    _watched: Watched,
+    region: MmapRegion,
+}
+
+impl Shared {
+    /// Maps `len` bytes at `offset` of a file that the front-end handed over; `what` names it in the log. Refused: what
+    /// lies behind the end of the file. One that is cut later ends the connection of `wire`. The vhost-user thread.
+    pub(super) fn map(what: &str, file: File, offset: u64, len: u64, wire: &Arc<Wire>) -> Result<Self> {
+        let refuse = |why: String| {
+            log::error!("the front-end's {what}: {why}");
+            Error::InvalidParam
+        };
+        let end = offset.checked_add(len).ok_or(Error::InvalidParam)?;
+        let found = file.metadata().map_err(Error::ReqHandlerError)?.len();
+        if len == 0 || found < end {
+            return Err(refuse(format!("it is to have {len} bytes at {offset}, and its file has {found}")));
+        }
+        whole_pages(&file, len).map_err(refuse)?;
+        let len = usize::try_from(len).map_err(|_| Error::InvalidParam)?;
+        let region =
+            MmapRegion::from_file(FileOffset::new(file, offset), len).map_err(|error| refuse(error.to_string()))?;
+        Ok(Shared { _watched: Watched::new(region.as_ptr(), region.size(), wire), region })
     }
-    if !fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK)) {
-        return Err(refuse("its file can be cut while it is used; a memfd sealed against that is needed".into()));
+
+    /// The atomic at byte `at`. `None`: it is not aligned, or lies outside. Any thread.
+    #[inline]
+    pub(super) fn cell<A: AtomicInteger>(&self, at: usize) -> Option<&A> {
+        self.region.get_atomic_ref(at).ok()
     }
-    let len = usize::try_from(len).map_err(|_| Error::InvalidParam)?;
-    MmapRegion::from_file(FileOffset::new(file, offset), len).map_err(|error| refuse(error.to_string()))
+}
+
+/// Whether `len` bytes of `file` can be mapped and covered again ([`super::vanished`]): huge pages only whole, for the
+/// kernel maps more than it was asked for otherwise, and takes back nothing. `Err`: what is wrong.
+pub(super) fn whole_pages(file: &File, len: u64) -> std::result::Result<(), String> {
+    let found = fstatfs(file).map_err(|error| format!("fstatfs(2) of its file failed: {error}"))?;
+    let page = found.f_bsize as u64;
+    if found.f_type as u32 == HUGETLBFS && !len.is_multiple_of(page) {
+        return Err(format!("{len} bytes of a file whose huge pages have {page}; only whole ones can be shared"));
+    }
+    Ok(())
 }

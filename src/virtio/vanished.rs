@@ -1,5 +1,6 @@
-//! UNSAFE. Guest memory that its front-end takes away. A memory file may be truncated while it is mapped; whoever then
-//! touches what lay behind its new end gets SIGBUS, which would end the daemon. Here it ends the connection alone.
+//! UNSAFE. Shared memory that its front-end takes away. A memory file may be truncated while it is mapped; whoever then
+//! touches what lay behind its new end gets SIGBUS, which would end the daemon. Here it ends the connection alone. The
+//! same happens where huge pages run out, and to the front-end's own bookkeeping (the in-flight region, the dirty log).
 //!
 //! The handler looks for the address among the regions that connections have mapped. Found, it maps zeroes over the
 //! whole region, so that the access goes on with harmless bytes, notes the loss, and shuts the front-end's socket down:
@@ -28,14 +29,22 @@ impl Wire {
         Ok(Arc::new(Wire { socket, vanished: AtomicBool::new(false) }))
     }
 
+    /// For tests, with its other end.
+    #[cfg(test)]
+    pub(super) fn pair() -> (Arc<Self>, std::os::unix::net::UnixStream) {
+        let (here, there) = std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
+        (Wire::new(here.into()).expect("a handler"), there)
+    }
+
     /// Whether memory of this connection vanished. The vhost-user thread, at the connection's end.
     pub(super) fn vanished(&self) -> bool {
         self.vanished.load(Ordering::Acquire)
     }
 }
 
-/// A mapped region that may vanish, until it is dropped. Dropped by the vhost-user thread while every ring is stopped
-/// and before the region is unmapped, so that whoever faults in a region finds it here.
+/// A mapped region that may vanish, until it is dropped. Dropped when no thread touches the region any more (by the
+/// vhost-user thread while every ring is stopped, or by the last that shares both) and before the region is unmapped, so
+/// that whoever faults in a region finds it here.
 pub(super) struct Watched {
     slot: &'static Slot,
     _wire: Arc<Wire>,
@@ -152,8 +161,8 @@ impl Slot {
     fn cover(&self) -> bool {
         let (start, len) = (self.start.load(Ordering::Acquire), self.len.load(Ordering::Relaxed));
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
-        // SAFETY: the whole range is one mapping of guest memory, which only raw pointers point into (vm-memory and we
-        // make no references); it stays mapped, since the thread that faulted in it holds it. Its owner unmaps the
+        // SAFETY: the whole range is one mapping of shared memory, which only raw pointers and references to atomics
+        // point into (`virtio::shared`): its bytes may change at any time anyhow. It stays mapped, since the thread that faulted in it holds it. Its owner unmaps the
         // range as it would have unmapped the file's.
         let covered =
             unsafe { libc::mmap(start as *mut libc::c_void, len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
@@ -180,19 +189,12 @@ fn hand_back() {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixStream;
-
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
     use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
     use super::*;
 
     const LEN: usize = 1 << 20;
-
-    fn wire() -> (Arc<Wire>, UnixStream) {
-        let (here, there) = UnixStream::pair().unwrap();
-        (Wire::new(here.into()).unwrap(), there)
-    }
 
     /// A mapped file and the file.
     fn mapping() -> (*mut u8, OwnedFd) {
@@ -206,8 +208,8 @@ mod tests {
 
     #[test]
     fn memory_that_vanishes_reads_as_zeroes_and_ends_its_connection_only() {
-        let (ours, mut our_peer) = wire();
-        let (other, _other_peer) = wire();
+        let (ours, mut our_peer) = Wire::pair();
+        let (other, _other_peer) = Wire::pair();
         let (start, file) = mapping();
         let (other_start, other_file) = mapping();
         let watched = [Watched::new(start, LEN, &ours), Watched::new(other_start, LEN, &other)];
@@ -234,7 +236,7 @@ mod tests {
 
     #[test]
     fn slots_are_used_again() {
-        let (ours, _peer) = wire();
+        let (ours, _peer) = Wire::pair();
         let (start, _file) = mapping();
         for _ in 0..10_000 {
             drop(Watched::new(start, LEN, &ours));
