@@ -96,9 +96,14 @@ pub struct Malformed {
     pub why: &'static str,
 }
 
-/// Takes chains apart. Keeps its lists between requests, so that parsing allocates nothing.
+/// Segments that a parser keeps room for between requests.
+const KEPT_SEGMENTS: usize = 2 * MOST_SEGMENTS;
+
+/// Takes chains apart. Keeps its lists between requests, so that parsing allocates nothing; but not those of a chain
+/// that no driver would make, of which each ring might have been sent one.
 #[derive(Default)]
 pub struct Parser {
+    walked: u64,
     readable: Vec<Segment>,
     writable: Vec<Segment>,
 }
@@ -110,6 +115,12 @@ impl Parser {
             Command::Write { .. } => &self.readable,
             _ => &self.writable,
         }
+    }
+
+    /// Descriptors looked at so far. A guest chooses how many a request has, up to 98,302 (all but one of the largest
+    /// ring, and an indirect table of 65,535): what a worker does between two looks at its commands is counted in these.
+    pub fn walked(&self) -> u64 {
+        self.walked
     }
 
     /// Parses one chain. Called by the ring's worker.
@@ -143,10 +154,13 @@ impl Parser {
 
     /// Sorts the descriptors into readable and writable ones (virtio 1.3, 2.7.4.2: readable ones come first).
     fn collect(&mut self, descriptors: impl Iterator<Item = Descriptor>) -> Result<(), &'static str> {
-        self.readable.clear();
-        self.writable.clear();
+        for list in [&mut self.readable, &mut self.writable] {
+            list.clear();
+            list.shrink_to(KEPT_SEGMENTS);
+        }
         let mut more = true;
         for descriptor in descriptors {
+            self.walked += 1;
             more = descriptor.has_next();
             let segment = (descriptor.addr(), descriptor.len());
             if descriptor.is_write_only() {
@@ -442,6 +456,30 @@ mod tests {
         let chain = queue.iter(&memory).unwrap().next().unwrap();
         let error = Parser::default().parse(&memory, chain, &geometry()).unwrap_err();
         assert_eq!(error.why, "broken descriptor chain");
+    }
+
+    #[test]
+    fn a_chain_of_65535_descriptors_leaves_no_memory_behind() {
+        let memory = memory();
+        put_header(&memory, VIRTIO_BLK_T_IN, 0);
+        let chain = |len: u16, flags: u16| {
+            (0..len).map(move |at| match at {
+                0 => Descriptor::new(HEADER_AT, 16, NEXT, 1),
+                _ if at + 1 < len => Descriptor::new(DATA_AT, 512, NEXT | flags, at + 1),
+                _ => Descriptor::new(STATUS_AT, 1, WRITE, 0),
+            })
+        };
+        let mut parser = Parser::default();
+        for flags in [0, WRITE] {
+            let request = parser.parse_descriptors(&memory, 0, chain(u16::MAX, flags), &geometry()).unwrap();
+            let wanted = if flags == WRITE { Err(IOERR) } else { Ok(Command::Read { offset: 0, len: 0 }) };
+            assert_eq!((request.status_at, request.command), (GuestAddress(STATUS_AT), wanted));
+        }
+        assert_eq!(parser.walked(), 2 * 65_535);
+        let request = parser.parse_descriptors(&memory, 0, chain(3, WRITE), &geometry()).unwrap();
+        assert_eq!(request.command, Ok(Command::Read { offset: 0, len: 512 }));
+        let kept = parser.readable.capacity() + parser.writable.capacity();
+        assert!(kept <= 2 * KEPT_SEGMENTS, "room for {kept} segments is kept");
     }
 
     #[test]

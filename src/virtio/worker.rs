@@ -115,6 +115,10 @@ struct Worker {
 /// 32768.
 const MOST_OPS: usize = 4096;
 
+/// Descriptors looked at in one turn, the last chain apart: a ring full of the longest chains takes seconds, in which
+/// its worker would hear no command.
+const MOST_WALKED: u64 = 1 << 16;
+
 const SYNC: OpId = OpId(u64::MAX);
 
 fn op_id(token: Token) -> OpId {
@@ -316,21 +320,28 @@ impl Worker {
         }
         self.now = Instant::now();
         let memory = self.setup.memory.clone();
-        self.take_replay(ring, &memory);
-        if self.broken || self.held || self.stopping {
+        let until = self.parser.walked() + MOST_WALKED;
+        self.take_replay(ring, &memory, until);
+        if self.broken || self.held || self.stopping || self.more {
             return;
         }
-        if let Err(error) = self.pop_from(ring, &memory) {
+        if let Err(error) = self.pop_from(ring, &memory, until) {
             self.break_ring(&error.to_string());
         }
     }
 
-    fn pop_from(&mut self, ring: &mut VringState, memory: &GuestMemoryMmap) -> Result<(), virtio_queue::Error> {
+    /// `until`: descriptors that the parser may have walked when the next chain is taken.
+    fn pop_from(
+        &mut self,
+        ring: &mut VringState,
+        memory: &GuestMemoryMmap,
+        until: u64,
+    ) -> Result<(), virtio_queue::Error> {
         let mut budget = self.slots.len();
         loop {
             ring.get_queue_mut().disable_notification(memory)?;
             while self.backlog.is_empty() && !self.broken {
-                if budget == 0 {
+                if budget == 0 || self.parser.walked() > until {
                     self.more = true;
                     return Ok(());
                 }

@@ -32,11 +32,16 @@ impl Worker {
         }
     }
 
-    /// Takes what is to be done again, until a write is held. `self.held` says so.
-    pub(super) fn take_replay(&mut self, ring: &mut VringState, memory: &GuestMemoryMmap) {
+    /// Takes what is to be done again, until a write is held (`self.held` says so) or `until` descriptors were walked
+    /// (`self.more` does).
+    pub(super) fn take_replay(&mut self, ring: &mut VringState, memory: &GuestMemoryMmap, until: u64) {
         while let Some(&head) = self.replay.front()
             && !self.broken
         {
+            if self.parser.walked() > until {
+                self.more = true;
+                return;
+            }
             let queue = ring.get_queue_mut();
             let chain = Chain::new(memory, queue.desc_table(), queue.size(), head);
             if self.take(ring, head, chain) == Offer::Held {
