@@ -11,6 +11,7 @@ use io_uring::{IoUring, opcode, types};
 
 use super::case::{Blocks, Case, Pattern};
 use super::client::Figures;
+use super::histogram::Histogram;
 
 #[derive(Clone, Copy)]
 pub enum Way {
@@ -50,22 +51,22 @@ pub fn measure(way: Way, image: &Path, case: &Case, size: u64, seconds: f64) -> 
     let buffers = Buffers::new(case);
     let length = Duration::from_secs_f64(seconds);
     let (start, before) = (Instant::now(), cpu_seconds());
-    let done = match way {
+    let (done, times) = match way {
         Way::Call => by_calls(&file, case, blocks, &buffers, length),
         Way::Uring => by_uring(&file, case, blocks, &buffers, length),
     };
     let (took, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds() - before);
-    Figures { per_second: done as f64 / took, cpu_us: cpu * 1e6 / done as f64 }
+    Figures::new(took, cpu, done, &times)
 }
 
 fn writes(case: &Case) -> bool {
     matches!(case.pattern, Pattern::RandomWrite | Pattern::WriteFlush)
 }
 
-fn by_calls(file: &File, case: &Case, mut blocks: Blocks, buffers: &Buffers, length: Duration) -> u64 {
+fn by_calls(file: &File, case: &Case, mut blocks: Blocks, buffers: &Buffers, length: Duration) -> (u64, Histogram) {
     let start = Instant::now();
-    let mut done = 0;
-    while start.elapsed() < length {
+    let (mut done, mut times, mut now) = (0, Histogram::default(), start);
+    while now - start < length {
         let offset = (blocks.next() * case.block as u64) as libc::off_t;
         let at = buffers.of(0);
         // SAFETY: the memory is of this length and outlives the process's work.
@@ -81,11 +82,13 @@ fn by_calls(file: &File, case: &Case, mut blocks: Blocks, buffers: &Buffers, len
             file.sync_data().expect("a sync");
         }
         done += 1;
+        let asked = std::mem::replace(&mut now, Instant::now());
+        times.record(now - asked);
     }
-    done
+    (done, times)
 }
 
-fn by_uring(file: &File, case: &Case, mut blocks: Blocks, buffers: &Buffers, length: Duration) -> u64 {
+fn by_uring(file: &File, case: &Case, mut blocks: Blocks, buffers: &Buffers, length: Duration) -> (u64, Histogram) {
     let mut builder = IoUring::builder();
     builder.setup_single_issuer().setup_defer_taskrun().setup_coop_taskrun();
     let mut ring: IoUring = builder.build((case.depth as u32).next_power_of_two().max(8)).expect("an io_uring");
@@ -110,21 +113,26 @@ fn by_uring(file: &File, case: &Case, mut blocks: Blocks, buffers: &Buffers, len
         ask(&mut ring, slot, false);
     }
     let start = Instant::now();
-    let mut done = 0;
-    while start.elapsed() < length {
+    let (mut done, mut times) = (0, Histogram::default());
+    let (mut asked, mut now) = (vec![start; case.depth], start);
+    while now - start < length {
         ring.submit_and_wait(1).expect("completions");
         let completed: Vec<_> = ring.completion().map(|entry| (entry.user_data() as usize, entry.result())).collect();
+        now = Instant::now();
         for (slot, result) in completed {
             let flush = case.pattern == Pattern::WriteFlush && !flushing[slot];
             assert_eq!(result, if flushing[slot] { 0 } else { case.block as i32 }, "a failed transfer");
             flushing[slot] = flush;
-            done += u64::from(!flush);
+            if !flush {
+                done += 1;
+                times.record(now - std::mem::replace(&mut asked[slot], now));
+            }
             ask(&mut ring, slot, flush);
         }
     }
     // What is in flight ends before the file is closed and the memory is looked at again.
     ring.submit_and_wait(case.depth).expect("completions");
-    done
+    (done, times)
 }
 
 /// Processor time of this process, the kernel's workers of its rings included.

@@ -6,6 +6,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::case::{Blocks, Case, Pattern};
 use super::driver::{ALL, Driver};
+use super::histogram::Histogram;
 use super::server::Running;
 
 /// Where the client runs, and how it waits.
@@ -40,6 +41,22 @@ pub struct Figures {
     pub per_second: f64,
     /// Of the server, user and system, microseconds a request.
     pub cpu_us: f64,
+    /// From a request to its answer (write + flush: to the flush's), microseconds: the median, and what one in a hundred
+    /// exceeded.
+    pub latency_us: f64,
+    pub p99_us: f64,
+}
+
+impl Figures {
+    /// Of `cpu_seconds` of the server and the times of all requests that were answered in `seconds`.
+    pub fn new(seconds: f64, cpu_seconds: f64, answered: u64, times: &Histogram) -> Figures {
+        Figures {
+            per_second: answered as f64 / seconds,
+            cpu_us: cpu_seconds * 1e6 / answered as f64,
+            latency_us: times.quantile(0.5),
+            p99_us: times.quantile(0.99),
+        }
+    }
 }
 
 struct Load<'a> {
@@ -48,7 +65,10 @@ struct Load<'a> {
     case: &'a Case,
     /// By slot: the write was answered, and its flush is under way.
     flushing: Vec<bool>,
+    /// By slot: when it was asked for.
+    asked: Vec<Instant>,
     answered: u64,
+    times: Histogram,
 }
 
 pub fn measure(running: &Running, case: &Case, client: Client, size: u64, seconds: f64) -> Figures {
@@ -58,7 +78,9 @@ pub fn measure(running: &Running, case: &Case, client: Client, size: u64, second
     check(&mut driver);
     place(client, running.pid());
     let blocks = Blocks::new(case, size);
-    let mut load = Load { driver, blocks, case, flushing: vec![false; slots], answered: 0 };
+    let asked = vec![Instant::now(); slots];
+    let mut load =
+        Load { driver, blocks, case, flushing: vec![false; slots], asked, answered: 0, times: Histogram::default() };
     load.start();
     let (start, length) = (Instant::now(), Duration::from_secs_f64(seconds));
     let before = running.cpu_seconds();
@@ -66,21 +88,22 @@ pub fn measure(running: &Running, case: &Case, client: Client, size: u64, second
         load.turn(client);
     }
     let (took, cpu) = (start.elapsed().as_secs_f64(), running.cpu_seconds() - before);
-    let done = load.answered as f64;
-    Figures { per_second: done / took, cpu_us: cpu * 1e6 / done }
+    Figures::new(took, cpu, load.answered, &load.times)
 }
 
 impl Load<'_> {
     fn start(&mut self) {
         for queue in 0..self.case.queues {
+            let now = Instant::now();
             for slot in 0..self.case.depth {
-                self.ask(queue, queue * self.case.depth + slot);
+                self.ask(queue, queue * self.case.depth + slot, now);
             }
             self.driver.kick(queue);
         }
     }
 
-    fn ask(&mut self, queue: usize, slot: usize) {
+    fn ask(&mut self, queue: usize, slot: usize, now: Instant) {
+        self.asked[slot] = now;
         let block = self.case.block;
         let (offset, at) = (self.blocks.next() * block as u64, slot * block);
         match self.case.pattern {
@@ -104,9 +127,11 @@ impl Load<'_> {
                 self.driver.completed(queue)
             };
             any |= !done.is_empty();
+            // One look at the clock a batch: it ends what was answered and begins what is asked next.
+            let now = Instant::now();
             for &(slot, result) in &done {
                 assert_eq!(result, 0, "an I/O error");
-                self.answer(queue, slot as usize);
+                self.answer(queue, slot as usize, now);
             }
             if !done.is_empty() {
                 self.driver.kick(queue);
@@ -114,14 +139,15 @@ impl Load<'_> {
         }
     }
 
-    fn answer(&mut self, queue: usize, slot: usize) {
+    fn answer(&mut self, queue: usize, slot: usize, now: Instant) {
         if self.case.pattern == Pattern::WriteFlush && !self.flushing[slot] {
             self.flushing[slot] = true;
             return self.driver.flush(queue, slot as u64);
         }
         self.flushing[slot] = false;
         self.answered += 1;
-        self.ask(queue, slot);
+        self.times.record(now - self.asked[slot]);
+        self.ask(queue, slot, now);
     }
 }
 

@@ -6,7 +6,9 @@
 //! Method: all servers are given the same raw file, one after the other, in turn (A B C A B C ...), with virtio-driver
 //! as the front-end. Before each measurement the server stores and returns a pattern. Printed: our requests per second
 //! (median over the rounds), and for each peer the median of the ratios round by round, with the smallest and the
-//! largest; in brackets the processor time of the server (user and system) a request. Only the ratios mean anything.
+//! largest; in brackets the processor time of the server (user and system) a request; and the latency, the median of a
+//! request's time and what one in a hundred exceeds (medians over the rounds). Only ratios mean anything, and latencies
+//! beside each other. The queue is kept full, so at depth a latency is mostly the wait for those before.
 //!
 //! The client: `same` shares one CPU with the server and sleeps on its call eventfd (the length of the software path);
 //! `poll` polls its rings on a CPU of its own; `free` sleeps and is put where the scheduler likes.
@@ -21,6 +23,8 @@ mod server;
 
 #[path = "../../tests/driver/mod.rs"]
 mod driver;
+#[path = "../kit/histogram.rs"]
+mod histogram;
 
 use std::path::{Path, PathBuf};
 
@@ -134,11 +138,18 @@ fn compare(options: &Options, image: &Path, case: &Case) {
     }
     let cost = |figures: &[Figures]| median(figures.iter().map(|figure| figure.cpu_us));
     let ours = median(figures[0].iter().map(|figure| figure.per_second));
-    println!("{:<18} {:>10.0}/s ({:.1} us)", case.name, ours, cost(&figures[0]));
+    let latency = |figures: &[Figures]| {
+        let (middle, p99) =
+            (figures.iter().map(|figure| figure.latency_us), figures.iter().map(|figure| figure.p99_us));
+        format!("latency {:>7.1} us, p99 {:>7.1} us", median(middle), median(p99))
+    };
+    let rate = format!("{ours:.0}/s");
+    println!("{:<21} {rate:<21} ({:>5.1} us)  {}", case.name, cost(&figures[0]), latency(&figures[0]));
     for ((name, _), theirs) in runners.iter().zip(&figures).skip(1) {
         let ratios = || figures[0].iter().zip(theirs).map(|(ours, theirs)| ours.per_second / theirs.per_second);
         let (low, high) = (ratios().fold(f64::INFINITY, f64::min), ratios().fold(0.0, f64::max));
-        println!("    / {name:<14} x{:.2} ({low:.2} .. {high:.2}) ({:.1} us)", median(ratios()), cost(theirs));
+        let ratio = format!("x{:.2} ({low:.2} .. {high:.2})", median(ratios()));
+        println!("    / {name:<15} {ratio:<21} ({:>5.1} us)  {}", cost(theirs), latency(theirs));
     }
 }
 

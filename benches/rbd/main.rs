@@ -22,6 +22,9 @@ mod driver;
 #[path = "../../tests/guest/mod.rs"]
 mod guest;
 #[allow(dead_code)]
+#[path = "../kit/histogram.rs"]
+mod histogram;
+#[allow(dead_code)]
 #[path = "../peers/server.rs"]
 mod server;
 
