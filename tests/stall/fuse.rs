@@ -1,0 +1,230 @@
+//! A filesystem with one file, in memory, that answers chosen requests only when it is told to.
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry,
+    ReplyOpen, ReplyWrite, Request, WriteFlags,
+};
+
+const FILE: INodeNo = INodeNo(2);
+const NAME: &str = "disk.img";
+/// How long the kernel may believe what it was told.
+const BELIEVE: Duration = Duration::from_secs(600);
+
+/// What waits to be let go.
+enum Waiting {
+    Read { reply: ReplyData, offset: usize, size: usize },
+    Sync(ReplyEmpty),
+}
+
+struct State {
+    content: Vec<u8>,
+    /// Reads that touch this byte wait.
+    read: Option<u64>,
+    /// Syncs wait.
+    sync: bool,
+    waiting: Vec<Waiting>,
+}
+
+impl State {
+    fn read(&self, reply: ReplyData, offset: usize, size: usize) {
+        let end = self.content.len();
+        reply.data(&self.content[offset.min(end)..(offset + size).min(end)]);
+    }
+}
+
+/// Why there can be no such filesystem here.
+pub struct Unable(pub String);
+
+/// A mounted one; unmounted when dropped.
+pub struct Stalling {
+    state: Arc<Mutex<State>>,
+    // Before the directory: it is mounted there.
+    session: Option<BackgroundSession>,
+    dir: tempfile::TempDir,
+}
+
+impl Stalling {
+    /// Mounts one. Its file has this content.
+    pub fn mount(content: Vec<u8>) -> Result<Stalling, Unable> {
+        if !rustix::process::geteuid().is_root() {
+            return Err(Unable("only root may mount a filesystem".into()));
+        }
+        let state = Arc::new(Mutex::new(State { content, read: None, sync: false, waiting: Vec::new() }));
+        let dir = tempfile::tempdir().expect("a directory to mount on");
+        let mut config = Config::default();
+        config.mount_options = vec![MountOption::FSName("stalling".into())];
+        match fuser::spawn_mount(Tree(state.clone()), dir.path(), &config) {
+            Ok(session) => Ok(Stalling { state, session: Some(session), dir }),
+            Err(error)
+                if [libc::ENOENT, libc::ENODEV, libc::EPERM, libc::ENXIO].map(Some).contains(&error.raw_os_error()) =>
+            {
+                Err(Unable(format!("this machine mounts no FUSE filesystem ({error})")))
+            }
+            Err(error) => panic!("mounting a FUSE filesystem: {error}"),
+        }
+    }
+
+    pub fn image(&self) -> PathBuf {
+        self.dir.path().join(NAME)
+    }
+
+    /// From now on reads of this byte wait.
+    pub fn stall_reads_of(&self, offset: u64) {
+        self.lock().read = Some(offset);
+    }
+
+    /// From now on syncs wait.
+    pub fn stall_syncs(&self) {
+        self.lock().sync = true;
+    }
+
+    /// How many wait now.
+    pub fn waiting(&self) -> usize {
+        self.lock().waiting.len()
+    }
+
+    /// Answers those that wait; nothing waits from now on.
+    pub fn let_go(&self) {
+        let mut state = self.lock();
+        (state.read, state.sync) = (None, false);
+        for waiting in std::mem::take(&mut state.waiting) {
+            match waiting {
+                Waiting::Read { reply, offset, size } => state.read(reply, offset, size),
+                Waiting::Sync(reply) => reply.ok(),
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no panic while held")
+    }
+}
+
+impl Drop for Stalling {
+    fn drop(&mut self) {
+        // Whoever has the file open could not end otherwise.
+        self.let_go();
+        let ended = self.session.take().expect("until here").umount_and_join();
+        if !std::thread::panicking() {
+            ended.expect("nobody has the file open any more");
+        }
+    }
+}
+
+struct Tree(Arc<Mutex<State>>);
+
+impl Tree {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().expect("no panic while held")
+    }
+
+    fn attributes(&self, inode: INodeNo) -> FileAttr {
+        let file = inode == FILE;
+        let size = if file { self.lock().content.len() as u64 } else { 0 };
+        let (kind, perm) = if file { (FileType::RegularFile, 0o600) } else { (FileType::Directory, 0o700) };
+        let time = SystemTime::UNIX_EPOCH;
+        FileAttr {
+            ino: inode,
+            size,
+            blocks: size / 512,
+            atime: time,
+            mtime: time,
+            ctime: time,
+            crtime: time,
+            kind,
+            perm,
+            nlink: 1,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            blksize: 4096,
+            flags: 0,
+        }
+    }
+}
+
+impl Filesystem for Tree {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        // As libfuse has it by default. Without, Linux makes an O_DIRECT read of io_uring wait in the thread that
+        // submits it.
+        config
+            .add_capabilities(InitFlags::FUSE_ASYNC_DIO)
+            .map_err(|lacking| io::Error::other(format!("the kernel lacks {lacking:?}")))?;
+        // No read of a neighbour may touch the byte that waits. A page is the least, and what a reader asks for anyway.
+        config.set_max_readahead(4096).map(drop).map_err(|least| io::Error::other(format!("readahead of {least}")))
+    }
+
+    fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        if name == NAME {
+            reply.entry(&BELIEVE, &self.attributes(FILE), Generation(0));
+        } else {
+            reply.error(Errno::ENOENT);
+        }
+    }
+
+    fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        reply.attr(&BELIEVE, &self.attributes(inode));
+    }
+
+    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        // What one description has read into the page cache stays there when the next is opened.
+        reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let mut state = self.lock();
+        let range = offset..offset + u64::from(size);
+        let (offset, size) = (offset as usize, size as usize);
+        if state.read.is_some_and(|byte| range.contains(&byte)) {
+            state.waiting.push(Waiting::Read { reply, offset, size });
+        } else {
+            state.read(reply, offset, size);
+        }
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let mut state = self.lock();
+        let Some(room) = state.content.get_mut(offset as usize..offset as usize + data.len()) else {
+            return reply.error(Errno::ENOSPC);
+        };
+        room.copy_from_slice(data);
+        reply.written(data.len() as u32);
+    }
+
+    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        let mut state = self.lock();
+        if state.sync {
+            state.waiting.push(Waiting::Sync(reply));
+        } else {
+            reply.ok();
+        }
+    }
+}

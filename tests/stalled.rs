@@ -1,0 +1,208 @@
+//! One request that the medium does not answer holds up no other of its ring: reads, writes and flushes pass a read
+//! that is stalled, and reads pass a stalled sync.
+// Both kits have their source of chance.
+#![allow(clippy::duplicate_mod)]
+
+mod driver;
+#[path = "stall/fuse.rs"]
+mod fuse;
+#[path = "guest/mod.rs"]
+mod guest;
+mod rig;
+#[path = "stall/withheld.rs"]
+mod withheld;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use driver::chance::Chance;
+use driver::{ALL, Driver};
+use fuse::{Stalling, Unable};
+use rig::Rig;
+use virtioblkd::engine::CacheMode;
+use virtioblkd::virtio::DeviceOptions;
+use withheld::Withholding;
+
+const PAGE: usize = 4096;
+const SIZE: u64 = 4 << 20;
+const PAGES: u64 = SIZE / PAGE as u64;
+/// The page whose read is stalled. No other request touches it.
+const STALLED: u64 = PAGES / 2;
+const STALLED_ID: u64 = u64::MAX - 1;
+const DEPTH: u64 = 16;
+const REQUESTS: u64 = 1000;
+
+/// A page of the image at the start; later it has a generation.
+fn page(number: u64, generation: u64) -> Vec<u8> {
+    (number << 32 | generation).to_le_bytes().repeat(PAGE / 8)
+}
+
+fn content() -> Vec<u8> {
+    (0..PAGES).flat_map(|number| page(number, 0)).collect()
+}
+
+/// What may be asked beside the one that is stalled.
+#[derive(Clone, Copy, PartialEq)]
+enum Others {
+    Reads,
+    ReadsAndWrites,
+    ReadsWritesAndFlushes,
+}
+
+/// A thousand requests at depth through ring 0 while something of it is stalled. All must be answered, rightly; and
+/// nothing else.
+fn stream(guest: &mut Driver, others: Others, first_generation: u64) {
+    let mut chance = Chance::new(7);
+    let mut generations: HashMap<u64, u64> = HashMap::new();
+    let mut reads: HashMap<u64, Vec<u8>> = HashMap::new();
+    for round in 0..REQUESTS / DEPTH {
+        reads.clear();
+        let mut pages = Vec::new();
+        for slot in 0..DEPTH {
+            let at = slot as usize * PAGE;
+            // Two at once on a page could overtake each other.
+            let number = loop {
+                let number = chance.below(PAGES);
+                if number != STALLED && !pages.contains(&number) {
+                    break number;
+                }
+            };
+            pages.push(number);
+            let offset = number * PAGE as u64;
+            match (others, chance.below(8)) {
+                (Others::ReadsWritesAndFlushes, 0) => guest.flush(0, slot),
+                (Others::ReadsAndWrites | Others::ReadsWritesAndFlushes, 1..4) => {
+                    let generation = first_generation + round;
+                    guest.fill(at, &page(number, generation));
+                    guest.write(0, offset, at, PAGE, slot);
+                    generations.insert(number, generation);
+                }
+                _ => {
+                    reads.insert(slot, page(number, generations.get(&number).copied().unwrap_or(0)));
+                    guest.read(0, offset, at, PAGE, slot);
+                }
+            }
+        }
+        guest.kick(0);
+        let mut answered = 0;
+        while answered < DEPTH {
+            for (id, result) in guest.wait(0) {
+                assert!(id < DEPTH, "what is stalled was answered");
+                assert_eq!(result, 0);
+                if let Some(wanted) = reads.get(&id) {
+                    assert_eq!(&guest.fetch(id as usize * PAGE, PAGE), wanted, "round {round}, request {id}");
+                }
+                answered += 1;
+            }
+        }
+    }
+}
+
+/// Where the stalled request's data goes: behind that of the others.
+const STALLED_AT: usize = DEPTH as usize * PAGE;
+const MEMORY: usize = STALLED_AT + PAGE;
+
+fn others(mode: CacheMode) -> Others {
+    match mode {
+        // Where every write is through a guest has nothing to flush, and is not offered it.
+        CacheMode::Directsync | CacheMode::Writethrough => Others::ReadsAndWrites,
+        _ => Others::ReadsWritesAndFlushes,
+    }
+}
+
+#[test]
+fn the_device_lets_all_pass_a_stalled_read() {
+    for mode in CacheMode::ALL {
+        let (disk, withheld) = Withholding::new(SIZE, STALLED * PAGE as u64);
+        let options = DeviceOptions { mode, num_queues: 1, queue_size: 128, serial: String::new() };
+        let rig = Rig::on(Arc::new(disk), &options);
+        let mut guest = Driver::connect(&rig.path, 1, 128, MEMORY, ALL).unwrap();
+        for number in 0..PAGES {
+            guest.fill(0, &page(number, 0));
+            assert_eq!(guest.one(0, |guest, id| guest.write(0, number * PAGE as u64, 0, PAGE, id)), 0);
+        }
+        guest.read(0, STALLED * PAGE as u64, STALLED_AT, PAGE, STALLED_ID);
+        guest.kick(0);
+        guest::wait_until("the read is under way", || withheld.waiting() == 1);
+        stream(&mut guest, others(mode), 1);
+        assert_eq!(withheld.waiting(), 1, "{mode}: it is stalled still");
+        withheld.let_go();
+        // The ring looks when there is something to do.
+        guest.read(0, 0, 0, PAGE, 0);
+        guest.kick(0);
+        let mut answers: Vec<_> = guest.wait(0);
+        while answers.len() < 2 {
+            answers.extend(guest.wait(0));
+        }
+        answers.sort();
+        assert_eq!(answers, [(0, 0), (STALLED_ID, 0)], "{mode}");
+        assert_eq!(guest.fetch(STALLED_AT, PAGE), page(STALLED, 0));
+    }
+}
+
+/// The program, serving a file on a filesystem that stalls.
+struct Served {
+    guest: Driver,
+    _server: guest::Server,
+    disk: Stalling,
+}
+
+impl Served {
+    /// `None`, and said so, where no such filesystem can be mounted.
+    fn start(mode: CacheMode) -> Option<Served> {
+        let disk = match Stalling::mount(content()) {
+            Ok(disk) => disk,
+            Err(Unable(why)) => {
+                guest::tell(&format!("SKIPPED: a stalled request of a real file: {why}"));
+                return None;
+            }
+        };
+        let server = guest::Server::start(&disk.image(), mode, &[]);
+        let guest = Driver::connect_soon(&server.socket(), 1, 128, MEMORY, ALL);
+        Some(Served { guest, _server: server, disk })
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // A process that waits for FUSE cannot be killed.
+        self.disk.let_go();
+    }
+}
+
+#[test]
+fn a_real_file_lets_all_pass_a_stalled_read() {
+    for mode in CacheMode::ALL {
+        let Some(mut served) = Served::start(mode) else { return };
+        let Served { guest, disk, .. } = &mut served;
+        disk.stall_reads_of(STALLED * PAGE as u64);
+        guest.read(0, STALLED * PAGE as u64, STALLED_AT, PAGE, STALLED_ID);
+        guest.kick(0);
+        guest::wait_until("the read is under way", || disk.waiting() == 1);
+        stream(guest, others(mode), 1);
+        assert_eq!(disk.waiting(), 1, "{mode}: it is stalled still");
+        disk.let_go();
+        assert_eq!(guest.wait(0), [(STALLED_ID, 0)], "{mode}");
+        assert_eq!(guest.fetch(STALLED_AT, PAGE), page(STALLED, 0));
+    }
+}
+
+/// Writes need not pass: a sync of FUSE has the file's lock, and so have they.
+#[test]
+fn a_real_file_lets_reads_pass_a_stalled_sync() {
+    for mode in [CacheMode::None, CacheMode::Writeback] {
+        let Some(mut served) = Served::start(mode) else { return };
+        let Served { guest, disk, .. } = &mut served;
+        // There must be something to sync.
+        guest.fill(0, &page(0, 0));
+        assert_eq!(guest.one(0, |guest, id| guest.write(0, 0, 0, PAGE, id)), 0);
+        disk.stall_syncs();
+        guest.flush(0, STALLED_ID);
+        guest.kick(0);
+        guest::wait_until("the sync is under way", || disk.waiting() == 1);
+        stream(guest, Others::Reads, 1);
+        assert_eq!(disk.waiting(), 1, "{mode}: it is stalled still");
+        disk.let_go();
+        assert_eq!(guest.wait(0), [(STALLED_ID, 0)], "{mode}");
+    }
+}
