@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use ceph::{Cluster, Image, POOL, serve};
 use driver::load::{Load, PAGE, SIZE, holds};
-use driver::pairs::{BLOCK, PairWriter, USED, are_of_one_instant, newest};
+use driver::pairs::{BLOCK, PairWriter, are_of_one_instant, newest};
 use driver::{ALL, Driver};
 use guest::{Qmp, Server, tell, wait_until};
 use serde_json::{Value, json};
@@ -92,17 +92,7 @@ impl Group<'_> {
     fn snapshot(&self, snapshot: &str, options: &[&str]) -> [u64; 2] {
         let name = format!("{}@{snapshot}", self.name);
         self.images[0].cluster.rbd(&[&["group", "snap", "create", &name], options].concat());
-        self.images.each_ref().map(|image| {
-            let bytes = image.cluster.python(
-                "image = rbd.Image(io, sys.argv[1], read_only=True)\n\
-                 ids = [s['id'] for s in image.list_snaps() if s.get('group', {}).get('snap_name') == sys.argv[2]]\n\
-                 image.set_snap_by_id(ids[0])\n\
-                 sys.stdout.buffer.write(image.read(0, int(sys.argv[3])))\n\
-                 image.close()",
-                &[image.name(), snapshot, &USED.to_string()],
-            );
-            newest(&bytes)
-        })
+        self.images.each_ref().map(|image| newest(&image.snapshot_of_group(snapshot)))
     }
 }
 

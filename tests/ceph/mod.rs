@@ -239,6 +239,18 @@ impl Image<'_> {
         self.content_of(&self.at(name))
     }
 
+    /// All of it in a snapshot of its group, which has another name here than there.
+    pub fn snapshot_of_group(&self, name: &str) -> Vec<u8> {
+        self.cluster.python(
+            "image = rbd.Image(io, sys.argv[1], read_only=True)\n\
+             ids = [s['id'] for s in image.list_snaps() if s.get('group', {}).get('snap_name') == sys.argv[2]]\n\
+             image.set_snap_by_id(ids[0])\n\
+             sys.stdout.buffer.write(image.read(0, image.size()))\n\
+             image.close()",
+            &[self.name(), name],
+        )
+    }
+
     fn content_of(&self, spec: &str) -> Vec<u8> {
         let output = self.cluster.try_rbd(&["export", "--no-progress", spec, "-"]);
         assert!(output.status.success(), "rbd export {spec}: {}", String::from_utf8_lossy(&output.stderr));
