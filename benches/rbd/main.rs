@@ -8,6 +8,9 @@
 //! librbd alone. Printed: our requests per second (median over the rounds) with the processor time of the server a
 //! request, and for each peer the median of the ratios round by round, with the smallest and the largest. Only the
 //! ratios mean anything.
+//!
+//! Then `--cache unsafe` beside `--cache writeback`, ours both, in the same way: it promises less, so it must not be
+//! slower.
 
 #[allow(dead_code)]
 #[path = "../peers/case.rs"]
@@ -34,7 +37,7 @@ use std::process::{Command, Stdio};
 
 use case::{Case, Pattern};
 use ceph::{Cluster, Image, POOL};
-use client::Client;
+use client::{Client, Figures};
 use rustix::process::{Pid, Signal, kill_process};
 use server::{Running, Server};
 
@@ -51,6 +54,16 @@ const CASES: [Case; 6] = [
     case("randwrite q1", Pattern::RandomWrite, 1),
     case("randwrite q16", Pattern::RandomWrite, 16),
     case("randwrite q64", Pattern::RandomWrite, 64),
+];
+
+/// Of `unsafe` beside `writeback`.
+const UNSAFE_CASES: [Case; 6] = [
+    case("unsafe randread q16", Pattern::RandomRead, 16),
+    case("unsafe randwrite q1", Pattern::RandomWrite, 1),
+    case("unsafe randwrite q16", Pattern::RandomWrite, 16),
+    case("unsafe randwrite q64", Pattern::RandomWrite, 64),
+    case("unsafe write+flush q1", Pattern::WriteFlush, 1),
+    case("unsafe write+flush q16", Pattern::WriteFlush, 16),
 ];
 
 struct Options {
@@ -82,6 +95,9 @@ fn main() {
     );
     for case in CASES.iter().filter(|case| case.name.contains(&options.only)) {
         compare(&rig, &options, case);
+    }
+    for case in UNSAFE_CASES.iter().filter(|case| case.name.contains(&options.only)) {
+        compare_unsafe(&rig, &options, case);
     }
 }
 
@@ -123,24 +139,42 @@ fn prepare<'a>(cluster: &'a Cluster, options: &Options) -> Rig<'a> {
 fn compare(rig: &Rig, options: &Options, case: &Case) {
     let mut rounds = Vec::new();
     for _ in 0..options.rounds {
-        let [ours, qsd] = [virtioblkd(rig), qemu_storage_daemon(rig)].map(|line| {
-            let running = server::start(&Server::Other(line), Path::new(""), case, rig.dir.path());
-            let figures = client::measure(&running, case, Client::Free, options.size, options.seconds);
-            end(running);
-            figures
-        });
+        let [ours, qsd] =
+            [virtioblkd(rig, "none"), qemu_storage_daemon(rig)].map(|line| measure(rig, options, case, line));
         rounds.push((ours, qsd, fio(rig, case, options.seconds)));
     }
     let cost = median(rounds.iter().map(|(ours, ..)| ours.cpu_us));
     println!("{:<16} {:>9.0}/s ({cost:.1} us)", case.name, median(rounds.iter().map(|(ours, ..)| ours.per_second)));
-    let report = |name: &str, ratios: Vec<f64>| {
-        let (low, high) =
-            (ratios.iter().copied().fold(f64::INFINITY, f64::min), ratios.iter().copied().fold(0.0, f64::max));
-        println!("    / {name:<22} x{:.2} ({low:.2} .. {high:.2})", median(ratios.iter().copied()));
-    };
     report("fio's rbd engine", rounds.iter().map(|(ours, _, fio)| ours.per_second / fio).collect());
     report("qemu-storage-daemon", rounds.iter().map(|(ours, qsd, _)| ours.per_second / qsd.per_second).collect());
     println!("      (its processor time: {:.1} us)", median(rounds.iter().map(|(_, qsd, _)| qsd.cpu_us)));
+}
+
+fn compare_unsafe(rig: &Rig, options: &Options, case: &Case) {
+    let round = |_| ["unsafe", "writeback"].map(|mode| measure(rig, options, case, virtioblkd(rig, mode)));
+    let rounds: Vec<[Figures; 2]> = (0..options.rounds).map(round).collect();
+    let cost = median(rounds.iter().map(|[without, _]| without.cpu_us));
+    println!(
+        "{:<22} {:>9.0}/s ({cost:.1} us)",
+        case.name,
+        median(rounds.iter().map(|[without, _]| without.per_second))
+    );
+    report("writeback", rounds.iter().map(|[without, with]| without.per_second / with.per_second).collect());
+    println!("      (its processor time: {:.1} us)", median(rounds.iter().map(|[_, with]| with.cpu_us)));
+}
+
+fn report(name: &str, ratios: Vec<f64>) {
+    let (low, high) =
+        (ratios.iter().copied().fold(f64::INFINITY, f64::min), ratios.iter().copied().fold(0.0, f64::max));
+    println!("    / {name:<22} x{:.2} ({low:.2} .. {high:.2})", median(ratios.into_iter()));
+}
+
+/// One measurement of the server that this command line starts.
+fn measure(rig: &Rig, options: &Options, case: &Case, line: String) -> Figures {
+    let running = server::start(&Server::Other(line), Path::new(""), case, rig.dir.path());
+    let figures = client::measure(&running, case, Client::Free, options.size, options.seconds);
+    end(running);
+    figures
 }
 
 /// Ends a server in order. One that is killed keeps its lock on the image for half a minute.
@@ -152,9 +186,9 @@ fn end(running: Running) {
     guest::wait_until("the server ends", || std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") Z ")));
 }
 
-fn virtioblkd(rig: &Rig) -> String {
+fn virtioblkd(rig: &Rig, mode: &str) -> String {
     format!(
-        "{} --socket-path {{socket}} --rbd {} --ceph-conf {} --cache none --log-level error",
+        "{} --socket-path {{socket}} --rbd {} --ceph-conf {} --cache {mode} --log-level error",
         env!("CARGO_BIN_EXE_virtioblkd"),
         rig.image.spec,
         rig.conf.display()
