@@ -1,7 +1,5 @@
 //! The real-guest kit: a `virtioblkd` ([`Server`]), a QEMU with a guest in it ([`Vm`]), and what the host can see of
-//! the image by itself ([`oracle`], [`ext4`]). Used by `tests/firmware.rs`, `tests/vm.rs`, `tests/story.rs`,
-//! `tests/agent.rs`, `tests/replicas.rs`, `tests/power_cut.rs`, `tests/libvirt.rs` and
-//! `tests/rbd_*.rs`.
+//! the image by itself ([`oracle`], [`ext4`]). Used by the tests of the Makefile's VM_TESTS, and by `tests/rbd_*.rs`.
 //!
 //! Everything started here is ended by `Drop`, and a failing test prints what its server and its guest had to say.
 
@@ -11,6 +9,7 @@
 pub mod agent;
 pub mod ext4;
 pub mod files;
+pub mod ledger;
 pub mod oracle;
 pub mod qemu;
 pub mod qmp;
@@ -26,6 +25,10 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 pub use agent::Agent;
+#[allow(unused_imports)]
+pub use ledger::Ledger;
+#[allow(unused_imports)]
+pub use qemu::Vm;
 pub use qmp::Qmp;
 #[allow(unused_imports)]
 pub use server::Server;

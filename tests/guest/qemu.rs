@@ -87,7 +87,8 @@ impl Qemu {
         self.boot(&initramfs)
     }
 
-    fn boot(self, initramfs: &[u8]) -> Qemu {
+    /// A kernel and this initramfs.
+    pub fn boot(self, initramfs: &[u8]) -> Qemu {
         let files = guest_files();
         let path = self.dir.path().join("initramfs");
         fs::write(&path, initramfs).expect("room for an initramfs");
@@ -330,11 +331,33 @@ pub fn linux_full(cpus: u32, job: &str) -> Qemu {
     Qemu::new(accelerator(), 768, cpus).linux(job, "initramfs-full.cpio")
 }
 
+/// The same, and it does what [`Vm::sh`] tells it: what shell.sh defines, and `functions`. Start it with
+/// [`Qemu::start_shell`].
+pub fn linux_full_shell(cpus: u32, functions: &str) -> Qemu {
+    linux_full(cpus, &format!("{functions}\n{}", include_str!("shell.sh")))
+}
+
 /// A guest with its agent (not started) and Python, which does what [`Vm::sh`] tells it: what shell.sh defines, and
 /// `functions`. Start it with [`Qemu::start_shell`].
 pub fn linux_with_agent(functions: &str) -> Qemu {
+    linux_shell(1, functions).agent_channel()
+}
+
+/// The same on so many CPUs and without the agent's channel.
+pub fn linux_shell(cpus: u32, functions: &str) -> Qemu {
     let job = format!("{functions}\n{}", include_str!("shell.sh"));
-    Qemu::new(accelerator(), 384, 1).linux(&job, "initramfs-agent.cpio").agent_channel()
+    Qemu::new(accelerator(), 384, cpus).linux(&job, "initramfs-agent.cpio")
+}
+
+/// What [`linux_shell`] boots, with `kexec` in it, for [`Qemu::boot`] and for `kexec` itself.
+pub fn initramfs_with_kexec(functions: &str) -> Vec<u8> {
+    let dir = tempfile::tempdir().expect("a directory for the compiler");
+    let program = dir.path().join("compiled");
+    let mut cc = Command::new("cc");
+    run(cc.args(["-O1", "-Wall", "-Wextra", "-Werror", "-o"]).arg(&program).arg(root().join("tests/guest/kexec.c")));
+    let mut initramfs = initramfs(&format!("{functions}\n{}", include_str!("shell.sh")), "initramfs-agent.cpio");
+    append_program(&mut initramfs, "kexec", &program, dir.path());
+    initramfs
 }
 
 /// QEMU's version, major and minor. Its options differ: `reconnect-ms` is from 9.2 on.

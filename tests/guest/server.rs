@@ -47,9 +47,21 @@ impl Server {
     }
 
     /// Kills the server (SIGKILL) and starts another one on the same sockets, while the front-end waits.
-    pub fn kill_and_start(mut self, image: &Path, mode: CacheMode, more: &[&str]) -> Server {
+    pub fn kill_and_start(self, image: &Path, mode: CacheMode, more: &[&str]) -> Server {
+        self.kill_and_start_after(image, mode, more, || ())
+    }
+
+    /// The same; `meanwhile` is done while no server runs.
+    pub fn kill_and_start_after(
+        mut self,
+        image: &Path,
+        mode: CacheMode,
+        more: &[&str],
+        meanwhile: impl FnOnce(),
+    ) -> Server {
         self.child.kill().expect("our own child");
         self.child.wait().expect("our own child");
+        meanwhile();
         let dir = self.dir.clone();
         let command = virtioblkd(&dir.path().join("vhost"), &dir.path().join("control"), image, mode, more);
         Server::start_in(dir, command)
