@@ -157,6 +157,72 @@ fn what_is_held_is_not_in_flight_and_what_is_in_flight_is_held() {
     first.disk.open_gate();
 }
 
+/// The server dies with requests in flight, and before the next one comes the guest is reset. QEMU gives the new driver
+/// fresh memory; a front-end that does not must not have the new guest's memory written by what the old one asked for.
+#[test]
+fn what_an_earlier_driver_asked_for_is_not_done_to_the_next() {
+    for keeps_the_region in [false, true] {
+        let (first_disk, first) = server(Order::OnRequest);
+        let (second_disk, second) = server(Order::InOrder);
+        let _released = Released(first_disk.clone());
+        let mut guest = Guest::new(&first);
+        let read = guest.front_end.add(0, IN, 0, &[], SECTOR as u32);
+        let written = guest.front_end.add(0, OUT, 8, &[1; SECTOR], 0);
+        guest.front_end.kick(0);
+        while first_disk.waiting() < 2 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // The reset: the new driver's ring lies where the old one did, and other things where its buffers were.
+        let mine = [0x77; SECTOR];
+        let places = [read, written].map(|slot| guest.front_end.data_at(0, slot));
+        guest.front_end.reset_ring_memory(0);
+        for place in places {
+            guest.front_end.memory.write_slice(&mine, place).unwrap();
+        }
+        let mut front_end = handshake(&second);
+        if !keeps_the_region {
+            (guest.told, guest.region) = front_end.control.get_inflight_fd(&guest.told).unwrap();
+        }
+        drop(front_end);
+        let _old = guest.reconnect(&second);
+        assert_eq!(guest.front_end.used_within(0, Duration::from_millis(100)), None, "{keeps_the_region}");
+        let counts = second_disk.counts();
+        assert_eq!((counts.reads, counts.writes), (0, 0), "{keeps_the_region}");
+        for place in places {
+            let mut found = [0; SECTOR];
+            guest.front_end.memory.read_slice(&mut found, place).unwrap();
+            assert_eq!(found, mine, "{keeps_the_region}");
+        }
+        // The new driver is served, and tracked: the next server does what it asked for, and only that.
+        assert_eq!(guest.front_end.write(0, 16, &[2; SECTOR]), OK);
+        assert_eq!(guest.front_end.read(0, 8, SECTOR as u32), (OK, vec![0; SECTOR]));
+    }
+}
+
+/// The same without a death: a ring that is stopped while an earlier server's requests are held leaves them in the region.
+#[test]
+fn what_was_held_for_an_earlier_driver_is_not_done_to_the_next() {
+    let (first_disk, first) = server(Order::OnRequest);
+    let (second_disk, second) = server(Order::InOrder);
+    let _released = Released(first_disk.clone());
+    let mut guest = Guest::new(&first);
+    guest.front_end.add(0, OUT, 0, &[1; SECTOR], 0);
+    guest.front_end.kick(0);
+    while first_disk.waiting() < 1 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(second.hold(1).is_ok());
+    let _old = guest.reconnect(&second);
+    guest.front_end.stop_ring(0);
+    // The driver is reset; the front-end says nothing of a region.
+    guest.front_end.reset_ring_memory(0);
+    guest.front_end.start_ring(0, 0);
+    second.disk.open_gate();
+    assert_eq!(guest.front_end.used_within(0, Duration::from_millis(100)), None);
+    assert_eq!(second_disk.counts().writes, 0, "the earlier driver's write was done");
+    assert_eq!(guest.front_end.write(0, 8, &[2; SECTOR]), OK);
+}
+
 #[test]
 fn an_orderly_restart_owes_nothing() {
     let (_, first) = server(Order::Shuffled(7));
@@ -204,10 +270,11 @@ fn garbage_in_the_region_harms_its_ring_only() {
         let from = if round % 2 == 0 { 0 } else { 16 };
         bytes[from..].iter_mut().for_each(|byte| *byte = chance.below(if round % 4 < 2 { 256 } else { 3 }) as u8);
         guest.region.write_all_at(&bytes, 0).unwrap();
+        // A driver that waits for nothing is owed nothing.
+        (0..8).for_each(|_| _ = guest.front_end.add(0, IN, 0, &[], SECTOR as u32));
         let avail = guest.front_end.rings[0].avail;
         guest.front_end.restart_ring(0, used, avail);
         // It may answer heads that nobody asked for, or nothing at all; the server lives.
-        guest.front_end.add(0, IN, 0, &[], SECTOR as u32);
         guest.front_end.kick(0);
         guest.front_end.used_within(0, Duration::from_millis(5));
         guest.front_end.stop_ring(0);

@@ -112,8 +112,17 @@ impl Tracker {
     }
 
     /// The heads that were taken and not answered, in the order in which they were taken; fresh memory has none. `used`:
-    /// the used index in the guest's memory; `size`: descriptors of the ring. Errors: what is wrong with the memory.
-    pub(super) fn recover(&mut self, used: u16, size: u16) -> std::result::Result<Vec<u16>, &'static str> {
+    /// the used index in the guest's memory; `outstanding`: requests that the driver waits for, by its two indices; `size`:
+    /// descriptors of the ring. Errors: what is wrong with the memory.
+    ///
+    /// A front-end gives a driver that was reset fresh memory. One that does not would have the next driver's memory
+    /// written by what the earlier one asked for: a driver is owed no more than it waits for.
+    pub(super) fn recover(
+        &mut self,
+        used: u16,
+        outstanding: u16,
+        size: u16,
+    ) -> std::result::Result<Vec<u16>, &'static str> {
         if size > self.entries {
             return Err("the in-flight region is for smaller rings");
         }
@@ -127,12 +136,19 @@ impl Tracker {
         {
             return Err("the in-flight region is of an unknown kind");
         }
+        if outstanding == 0 || (0..self.entries).all(|head| self.mark(head).load(Ordering::Relaxed) == 0) {
+            self.begin(used);
+            return Ok(Vec::new());
+        }
         self.finish_last_answers(used, size)?;
         let in_flight = |head: &u16| self.mark(*head).load(Ordering::Relaxed) == 1;
         let mut heads: Vec<(u64, u16)> = (0..size)
             .filter(in_flight)
             .map(|head| (self.entry::<AtomicU64>(head, COUNTER).load(Ordering::Relaxed), head))
             .collect();
+        if heads.len() > usize::from(outstanding) {
+            return Err("the in-flight region has more requests than the driver waits for");
+        }
         heads.sort_unstable();
         // Counted anew from 0, so that they never run out. Each gets no more than it had (they differ, and are sorted),
         // so the order stands wherever this is cut off.
@@ -218,18 +234,18 @@ mod tests {
     fn what_was_taken_and_not_answered_is_found_in_order() {
         let memory = fresh();
         let mut first = ring(&memory);
-        assert_eq!(first.recover(65_534, SIZE), Ok(vec![]));
+        assert_eq!(first.recover(65_534, SIZE, SIZE), Ok(vec![]));
         for head in [5, 2, 7, 0] {
             first.taken(head);
         }
         first.answering(2);
         first.answered(2, 65_535);
-        assert_eq!(ring(&memory).recover(65_535, SIZE), Ok(vec![5, 7, 0]));
+        assert_eq!(ring(&memory).recover(65_535, SIZE, SIZE), Ok(vec![5, 7, 0]));
         // The next server takes one more and dies too.
         let mut second = ring(&memory);
-        assert_eq!(second.recover(65_535, SIZE), Ok(vec![5, 7, 0]));
+        assert_eq!(second.recover(65_535, SIZE, SIZE), Ok(vec![5, 7, 0]));
         second.taken(2);
-        assert_eq!(ring(&memory).recover(65_535, SIZE), Ok(vec![5, 7, 0, 2]));
+        assert_eq!(ring(&memory).recover(65_535, SIZE, SIZE), Ok(vec![5, 7, 0, 2]));
     }
 
     #[test]
@@ -237,7 +253,7 @@ mod tests {
         for steps in 0..=2 {
             let memory = fresh();
             let mut dying = ring(&memory);
-            assert_eq!(dying.recover(65_535, SIZE), Ok(vec![]));
+            assert_eq!(dying.recover(65_535, SIZE, SIZE), Ok(vec![]));
             dying.taken(3);
             dying.taken(4);
             dying.answering(4);
@@ -246,7 +262,7 @@ mod tests {
                 dying.answered(4, 0);
             }
             let (used, left) = if steps == 0 { (65_535, vec![3, 4]) } else { (0, vec![3]) };
-            assert_eq!(ring(&memory).recover(used, SIZE), Ok(left), "{steps} steps");
+            assert_eq!(ring(&memory).recover(used, SIZE, SIZE), Ok(left), "{steps} steps");
         }
     }
 
@@ -255,13 +271,42 @@ mod tests {
     fn a_head_that_was_never_marked_is_told_from_the_last_one() {
         let memory = fresh();
         let mut dying = ring(&memory);
-        assert_eq!(dying.recover(0, SIZE), Ok(vec![]));
+        assert_eq!(dying.recover(0, SIZE, SIZE), Ok(vec![]));
         dying.taken(1);
         dying.answering(1);
         dying.answered(1, 1);
         dying.taken(1);
         dying.answering(6);
-        assert_eq!(ring(&memory).recover(2, SIZE), Ok(vec![1]));
+        assert_eq!(ring(&memory).recover(2, SIZE, SIZE), Ok(vec![1]));
+    }
+
+    /// The driver was reset and the memory was not: nothing of what the earlier driver asked for.
+    #[test]
+    fn a_driver_is_owed_no_more_than_it_waits_for() {
+        let used_by_the_first = 5;
+        let memory = fresh();
+        let mut first = ring(&memory);
+        assert_eq!(first.recover(used_by_the_first, 0, SIZE), Ok(vec![]));
+        first.taken(2);
+        first.taken(3);
+        assert!(ring(&memory).recover(used_by_the_first, 1, SIZE).is_err(), "one of them is not its own");
+        assert!(ring(&memory).recover(0, 2, SIZE).is_err(), "its used ring was begun anew");
+        assert_eq!(ring(&memory).recover(used_by_the_first, 2, SIZE), Ok(vec![2, 3]));
+        assert_eq!(ring(&memory).recover(0, 0, SIZE), Ok(vec![]));
+        // And they are forgotten.
+        assert_eq!(ring(&memory).recover(0, 2, SIZE), Ok(vec![]));
+    }
+
+    /// Where nothing is marked, nothing is owed, whatever became of the ring.
+    #[test]
+    fn memory_without_marks_fits_every_ring() {
+        let memory = fresh();
+        let mut first = ring(&memory);
+        assert_eq!(first.recover(0, 0, SIZE), Ok(vec![]));
+        first.taken(2);
+        first.answering(2);
+        first.answered(2, 1);
+        assert_eq!(ring(&memory).recover(700, 3, SIZE), Ok(vec![]));
     }
 
     #[test]
@@ -270,11 +315,11 @@ mod tests {
         let region = map(&memory.0, &memory.1).unwrap();
         let mut rings: Vec<Tracker> = (0..3).map(|index| region.ring(index).unwrap()).collect();
         for (head, ring) in rings.iter_mut().enumerate() {
-            assert_eq!(ring.recover(0, SIZE), Ok(vec![]));
+            assert_eq!(ring.recover(0, SIZE, SIZE), Ok(vec![]));
             ring.taken(head as u16);
         }
         for (head, ring) in rings.iter_mut().enumerate() {
-            assert_eq!(ring.recover(0, SIZE), Ok(vec![head as u16]));
+            assert_eq!(ring.recover(0, SIZE, SIZE), Ok(vec![head as u16]));
         }
         assert!(region.ring(3).is_none());
     }
@@ -328,7 +373,7 @@ mod tests {
             }
             memory.1.write_all_at(&bytes, 0).unwrap();
             let mut ring = ring(&memory);
-            match ring.recover((chance() % 12) as u16, if chance() % 2 == 0 { SIZE } else { SIZE / 2 }) {
+            match ring.recover((chance() % 12) as u16, SIZE, if chance() % 2 == 0 { SIZE } else { SIZE / 2 }) {
                 Ok(mut heads) => {
                     good += 1;
                     let found = heads.len();

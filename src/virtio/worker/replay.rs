@@ -16,9 +16,13 @@ impl Worker {
     pub(super) fn recover(&mut self, ring: &mut VringState) {
         let Some(inflight) = &mut self.setup.inflight else { return };
         let queue = ring.get_queue_mut();
-        let recovered = match queue.used_idx(&*self.setup.memory, Ordering::Acquire) {
-            Ok(used) => inflight.recover(used.0, queue.size()).map(|heads| (used.0, heads)),
-            Err(_) => Err("its used ring lies outside the guest's memory"),
+        let memory = &*self.setup.memory;
+        let indices = (queue.used_idx(memory, Ordering::Acquire), queue.avail_idx(memory, Ordering::Acquire));
+        let recovered = match indices {
+            (Ok(used), Ok(avail)) => {
+                inflight.recover(used.0, (avail - used).0, queue.size()).map(|heads| (used.0, heads))
+            }
+            _ => Err("its indices lie outside the guest's memory"),
         };
         match recovered {
             Ok((_, heads)) if heads.is_empty() => {}
