@@ -78,13 +78,18 @@ fuzz: toolchain ## Search for what breaks the parsers, FUZZ_SECONDS a target (ne
 explore-long: toolchain ## The engine's explorer over longer scripts; minutes
 	VIRTIOBLKD_EXPLORE=long $(CARGO) test --release --lib engine::explore -- --nocapture
 
-bench: toolchain deps ## Beside qemu-storage-daemon's export and the bare kernel, and what stable writes cost, as ratios
+bench: toolchain deps ## Speed beside others and the bare kernel, quiesces, idling, stable writes; a quarter of an hour
 	$(CARGO) bench --bench peers -- --only hot --dir /dev/shm
 	$(CARGO) bench --bench peers
+	$(CARGO) bench --bench quiesce
+	$(CARGO) bench --bench idle
 	$(CARGO) bench --bench stable_writes
 
 bench-rbd: toolchain deps-rbd ## The same on Ceph RBD, beside fio's rbd engine and qemu-storage-daemon's export
 	$(CARGO) bench --bench rbd
+
+bench-guest: toolchain deps ## fio in a guest, beside QEMU and qemu-storage-daemon, into benches/results; ten minutes
+	$(CARGO) bench --bench guest
 
 install: ## Install what `make build` made (PREFIX, DESTDIR)
 	@test -x $(release)/virtioblkd || { echo "install: run 'make build' first" >&2; exit 1; }
