@@ -3,14 +3,17 @@
 use std::ffi::OsStr;
 use std::io;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
     InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry,
     ReplyOpen, ReplyWrite, Request, WriteFlags,
 };
+
+use crate::guest;
 
 const FILE: INodeNo = INodeNo(2);
 const NAME: &str = "disk.img";
@@ -111,7 +114,12 @@ impl Drop for Stalling {
     fn drop(&mut self) {
         // Whoever has the file open could not end otherwise.
         self.let_go();
-        let ended = self.session.take().expect("until here").umount_and_join();
+        // A process that was killed has the file open for a moment longer: its io_uring is taken down by the kernel.
+        let end = Instant::now() + guest::PATIENCE;
+        while !guest::output(Command::new("umount").arg(self.dir.path())).status.success() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let ended = self.session.take().expect("until here").join();
         if !std::thread::panicking() {
             ended.expect("nobody has the file open any more");
         }
