@@ -39,6 +39,7 @@ check: toolchain deps check-lint check-unit check-vm check-rbd ## All checks: li
 check-unit: toolchain ## Unit and integration tests that boot no guest
 	$(CARGO) test --lib --bins
 	$(CARGO) test --doc
+	$(CARGO) test --lib --features model orders::
 	$(if $(OTHER_TESTS),$(CARGO) test $(OTHER_TESTS:%=--test %))
 
 check-vm: toolchain deps ## Tests with real guests

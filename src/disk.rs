@@ -2,14 +2,13 @@
 //! types and the [`Events`] queue. The one seam between `control` and `virtio`; neither imports the other.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Mutex;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, eventfd};
 use serde::Serialize;
 
 use crate::engine::Errno;
+use crate::sync::{Bell, Mutex};
 
 /// A disk that can be held still. Implemented by `virtio::rings::Rings`; called by the control thread. No call blocks
 /// on I/O.
@@ -123,7 +122,7 @@ pub enum Event {
 /// `HoldSettled` and `CopyEnded`, which operators provoke, are never dropped.
 pub struct Events {
     state: Mutex<EventsState>,
-    ready: OwnedFd,
+    ready: Bell,
 }
 
 #[derive(Default)]
@@ -138,12 +137,16 @@ const MOST_EVENTS: usize = 256;
 impl Events {
     /// An empty queue. Errors: no file descriptor left.
     pub fn new() -> std::io::Result<Self> {
-        let ready = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Events { state: Mutex::default(), ready })
+        Ok(Events { state: Mutex::default(), ready: Bell::new()? })
     }
 
     /// Adds an event; any thread, never blocks on I/O.
     pub fn send(&self, event: Event) {
+        self.ready.ring_after(|| self.queue(event));
+    }
+
+    /// Whether there was room for it.
+    fn queue(&self, event: Event) -> bool {
         let mut state = self.state.lock().expect("no panic while held");
         let most = match event {
             Event::HoldSettled { .. } | Event::CopyEnded(_) => usize::MAX,
@@ -153,21 +156,19 @@ impl Events {
         };
         if state.queue.len() >= most {
             state.dropped += 1;
-            return;
+            return false;
         }
         state.queue.push_back(event);
-        drop(state);
-        // A full counter (2^64 - 2) is the only error, and it means "readable".
-        let _ = rustix::io::write(&self.ready, &1u64.to_ne_bytes());
+        true
     }
 
     /// Takes all that is queued, and how many were dropped since the last call. The control thread, after
     /// [`Events::as_fd`] became readable.
     pub fn take(&self) -> (Vec<Event>, u64) {
-        // Not readable is fine: somebody else's wake-up was enough.
-        let _ = rustix::io::read(&self.ready, &mut [0u8; 8]);
-        let mut state = self.state.lock().expect("no panic while held");
-        (state.queue.drain(..).collect(), std::mem::take(&mut state.dropped))
+        self.ready.silence_before(|| {
+            let mut state = self.state.lock().expect("no panic while held");
+            (state.queue.drain(..).collect(), std::mem::take(&mut state.dropped))
+        })
     }
 }
 
@@ -433,4 +434,33 @@ pub struct DiskStatus {
     /// What the back-end adds.
     #[serde(flatten)]
     pub image_status: ImageStatus,
+}
+
+#[cfg(all(test, feature = "model"))]
+mod orders {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::sync::orders::{Mutant, holds};
+    use crate::sync::{thread, yield_until_readable};
+
+    /// Whoever polls until the bell rings and then takes what there is gets everything.
+    #[test]
+    fn no_event_is_slept_over() {
+        let model = || {
+            let events = Arc::new(Events::new().unwrap());
+            let sender = |epoch| {
+                let events = events.clone();
+                thread::spawn(move || events.send(Event::HoldSettled { epoch, result: Err(Errno(5)) }))
+            };
+            let senders = [sender(0), sender(1)];
+            let mut taken = 0;
+            while taken < senders.len() {
+                yield_until_readable(&[events.as_fd()], None);
+                taken += events.take().0.len();
+            }
+            senders.into_iter().for_each(|sender| sender.join().unwrap());
+        };
+        holds(model, &[Mutant::RingsFirst, Mutant::SilencesLast]);
+    }
 }

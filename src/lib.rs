@@ -20,6 +20,7 @@ pub mod sandbox;
 pub mod server;
 pub mod signals;
 pub mod snapshot;
+mod sync;
 mod sys;
 mod throttle;
 pub mod virtio;

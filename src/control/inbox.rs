@@ -3,15 +3,14 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Instant;
-
-use rustix::event::{EventfdFlags, eventfd};
 
 use crate::backend::{Notices, QuiesceAsk};
 use crate::disk::CopyError;
 use crate::engine::Errno;
+use crate::sync::{Bell, Mutex, MutexGuard};
 
 /// Asks that wait for the control thread at most. A store asks for one at a time; a thread that is so late will not be
 /// in time for more.
@@ -43,22 +42,24 @@ pub(super) struct Notes {
 /// The queue: any thread puts, the control thread takes.
 pub(super) struct Inbox {
     notes: Mutex<Notes>,
-    ready: OwnedFd,
+    ready: Bell,
 }
 
 impl Inbox {
     fn new() -> io::Result<Self> {
-        let ready = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Inbox { notes: Mutex::default(), ready })
+        Ok(Inbox { notes: Mutex::default(), ready: Bell::new()? })
     }
 
     fn lock(&self) -> MutexGuard<'_, Notes> {
         self.notes.lock().expect("no panic while held")
     }
 
-    fn ring(&self) {
-        // A full counter (2^64 - 2) is the only error, and it means "readable".
-        let _ = rustix::io::write(&self.ready, &1u64.to_ne_bytes());
+    /// Changes what waits for the control thread, and wakes it.
+    fn change(&self, change: impl FnOnce(&mut Notes)) {
+        self.ready.ring_after(|| {
+            change(&mut self.lock());
+            true
+        });
     }
 
     /// [`ImageNotices::close`].
@@ -77,22 +78,21 @@ impl Inbox {
                 self.lock().notes.push_back(note);
             }
         }
-        self.ring();
+        self.ready.ring();
     }
 
     /// Adds one; any thread.
     pub(super) fn put(&self, note: Note) {
-        self.lock().notes.push_back(note);
-        self.ring();
+        self.change(|notes| notes.notes.push_back(note));
     }
 
     /// Takes everything; the control thread, after the descriptor became readable.
     pub(super) fn take(&self) -> Notes {
-        // Not readable is fine: somebody else's wake-up was enough.
-        let _ = rustix::io::read(&self.ready, &mut [0u8; 8]);
-        let mut notes = self.lock();
-        let closed = notes.closed;
-        std::mem::replace(&mut *notes, Notes { closed, ..Notes::default() })
+        self.ready.silence_before(|| {
+            let mut notes = self.lock();
+            let closed = notes.closed;
+            std::mem::replace(&mut *notes, Notes { closed, ..Notes::default() })
+        })
     }
 }
 
@@ -128,41 +128,38 @@ impl ImageNotices {
 
 impl Notices for ImageNotices {
     fn resized(&self, size: u64) {
-        self.inbox.lock().resized = Some(size);
-        self.inbox.ring();
+        self.inbox.change(|notes| notes.resized = Some(size));
     }
 
     fn quiesce(&self, ask: QuiesceAsk) {
-        let refused = {
+        let mut refused = None;
+        self.inbox.ready.ring_after(|| {
             let mut notes = self.inbox.lock();
             if notes.closed {
-                Some((ask, libc::ECANCELED))
+                refused = Some((ask, libc::ECANCELED));
             } else if notes.notes.len() >= MOST_NOTES {
-                Some((ask, libc::EBUSY))
+                refused = Some((ask, libc::EBUSY));
             } else {
                 notes.notes.push_back(Note::Quiesce(ask, Instant::now()));
-                None
             }
-        };
-        match refused {
-            Some((ask, errno)) => ask.answer(Err(Errno(errno))),
-            None => self.inbox.ring(),
+            refused.is_none()
+        });
+        if let Some((ask, errno)) = refused {
+            ask.answer(Err(Errno(errno)));
         }
     }
 
     fn unquiesce(&self) {
-        let mut notes = self.inbox.lock();
-        // Two in a row say no more than one.
-        if !matches!(notes.notes.back(), Some(Note::Unquiesce(_))) {
-            notes.notes.push_back(Note::Unquiesce(Instant::now()));
-        }
-        drop(notes);
-        self.inbox.ring();
+        self.inbox.change(|notes| {
+            // Two in a row say no more than one.
+            if !matches!(notes.notes.back(), Some(Note::Unquiesce(_))) {
+                notes.notes.push_back(Note::Unquiesce(Instant::now()));
+            }
+        });
     }
 
     fn state_changed(&self) {
-        self.inbox.lock().state_changed = true;
-        self.inbox.ring();
+        self.inbox.change(|notes| notes.state_changed = true);
     }
 }
 
@@ -206,5 +203,52 @@ mod tests {
         assert_eq!((notes.resized, notes.state_changed), (Some(2), true));
         let notes = notices.inbox().take();
         assert_eq!((notes.resized, notes.state_changed), (None, false));
+    }
+}
+
+#[cfg(all(test, feature = "model"))]
+mod orders {
+    use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+    use super::*;
+    use crate::sync::orders::{Mutant, holds};
+    use crate::sync::{thread, yield_until_readable};
+
+    /// An ask, a new size and the end, from three threads: the control thread hears of the end, and the ask is answered
+    /// once, whether it came before it or after.
+    #[test]
+    fn nothing_is_slept_over_and_each_ask_is_answered_once() {
+        let model = || {
+            let notices = ImageNotices::new().unwrap();
+            let answers = Arc::new(AtomicU32::new(0));
+            let (asking, resizing, closing) = (notices.clone(), notices.clone(), notices.clone());
+            let answered = answers.clone();
+            let threads = [
+                thread::spawn(move || {
+                    asking.quiesce(QuiesceAsk::new(move |_| {
+                        answered.fetch_add(1, Relaxed);
+                    }));
+                }),
+                thread::spawn(move || resizing.resized(1)),
+                thread::spawn(move || closing.close()),
+            ];
+            let inbox = notices.inbox();
+            let (mut size, mut closed) = (None, false);
+            while size.is_none() || !closed {
+                yield_until_readable(&[inbox.as_fd()], None);
+                let taken = inbox.take();
+                size = size.or(taken.resized);
+                for note in taken.notes {
+                    match note {
+                        Note::Quiesce(ask, _) => ask.answer(Ok(())),
+                        Note::Closed => closed = true,
+                        Note::Unquiesce(_) | Note::JobDone(_) => unreachable!("nobody sent it"),
+                    }
+                }
+            }
+            threads.into_iter().for_each(|thread| thread.join().unwrap());
+            assert_eq!(answers.load(Relaxed), 1);
+        };
+        holds(model, &[Mutant::RingsFirst, Mutant::SilencesLast]);
     }
 }

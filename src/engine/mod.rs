@@ -28,7 +28,7 @@ mod gate;
 #[cfg(test)]
 mod model;
 #[cfg(test)]
-mod mutants;
+pub(crate) mod mutants;
 mod sync_line;
 mod words;
 

@@ -37,6 +37,8 @@ pub mod features;
 mod handler;
 mod inflight;
 mod memory;
+#[cfg(all(test, feature = "model"))]
+mod orders;
 mod queue_state;
 pub mod request;
 pub mod rings;

@@ -6,10 +6,7 @@
 
 use std::fs::File;
 use std::sync::Arc;
-use std::sync::mpsc;
-use std::thread::JoinHandle;
 
-use rustix::event::{EventfdFlags, eventfd};
 use vhost_user_backend::{VringMutex, VringT};
 use virtio_queue::QueueT;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -21,6 +18,8 @@ use super::memory::MemoryTable;
 use super::rings::{Command, Mailbox, Rings};
 use super::worker::{self, Setup};
 use crate::disk::Event;
+use crate::sync::thread::{self, JoinHandle};
+use crate::sync::{Bell, mpsc};
 
 /// The ring type of `vhost-user-backend`, over the connection's memory table.
 pub(super) type Vring = VringMutex<GuestMemoryAtomic<GuestMemoryMmap>>;
@@ -181,9 +180,9 @@ impl QueueState {
             return Life::Stopped(stopped);
         }
         let (sender, commands) = mpsc::channel();
-        let wake = match eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK) {
+        let wake = match Bell::new() {
             Ok(wake) => Arc::new(wake),
-            Err(error) => return self.not_started(stopped, around, &error.into()),
+            Err(error) => return self.not_started(stopped, around, &error),
         };
         let mailbox = Mailbox::new(sender, wake.clone());
         let setup = Setup {
@@ -205,7 +204,7 @@ impl QueueState {
             let stopped = received.recv().expect("sent right after the thread was made");
             worker::run(setup, stopped, counters, hold)
         };
-        match std::thread::Builder::new().name(name).spawn(body) {
+        match thread::Builder::new().name(name).spawn(body) {
             Ok(thread) => {
                 log::debug!("ring {} runs, {} descriptors", self.index, stopped.vring.get_ref().get_queue().size());
                 let sent = hand_over.send(stopped);

@@ -1,11 +1,9 @@
 //! What outlives a ring and a connection: the counters, the operator's hold over all rings, and what status shows.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::capacity::Capacity;
@@ -15,6 +13,10 @@ use super::features;
 use crate::backend::{Backend, Errno};
 use crate::disk::{Disk, DiskStatus, Event, Events, HoldFigures, ImageStatus, RingStatus};
 use crate::engine::{CacheMode, CachePolicy};
+use crate::sync::mpsc::{self, Sender};
+#[cfg(all(test, feature = "model"))]
+use crate::sync::orders::{Mutant, planted};
+use crate::sync::{Bell, Mutex, MutexGuard, thread};
 
 /// What a worker can be asked; the only way to reach a running ring.
 pub(super) enum Command {
@@ -32,25 +34,22 @@ pub(super) enum Command {
     Stop,
 }
 
-/// Where to send a worker commands: its queue, and the eventfd that wakes it.
+/// Where to send a worker commands: its queue, and the bell that wakes it.
 #[derive(Clone)]
 pub(super) struct Mailbox {
     commands: Sender<Command>,
-    wake: Arc<OwnedFd>,
+    wake: Arc<Bell>,
 }
 
 impl Mailbox {
-    pub(super) fn new(commands: Sender<Command>, wake: Arc<OwnedFd>) -> Self {
+    pub(super) fn new(commands: Sender<Command>, wake: Arc<Bell>) -> Self {
         Mailbox { commands, wake }
     }
 
     /// Sends and wakes. A worker that has ended takes no more commands; whoever sent finds out by its own means (a
     /// hold by [`Rings::ring_left`], a change of the ring by the thread's join).
     pub(super) fn send(&self, command: Command) {
-        if self.commands.send(command).is_ok() {
-            // Fails only when the counter is full, which is as good as written.
-            let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
-        }
+        self.wake.ring_after(|| self.commands.send(command).is_ok());
     }
 }
 
@@ -192,7 +191,7 @@ impl Rings {
             // Nobody waits any more for storage that hung.
             let _ = sender.send(result);
         };
-        if let Err(error) = std::thread::Builder::new().name("resize".into()).spawn(work) {
+        if let Err(error) = thread::Builder::new().name("resize".into()).spawn(work) {
             self.resizing.store(false, Release);
             return Err(format!("no thread to resize in: {error}; raise the limit on threads"));
         }
@@ -225,6 +224,10 @@ impl Rings {
         self.capacity.ring_started();
         let counters = state.counters.entry(index).or_default().clone();
         counters.running.store(true, Relaxed);
+        #[cfg(all(test, feature = "model"))]
+        if planted(Mutant::JoinsOpen) {
+            return (counters, None);
+        }
         (counters, state.hold.as_ref().map(|hold| hold.epoch))
     }
 
@@ -238,6 +241,10 @@ impl Rings {
         if let Some(counters) = state.counters.get(&index) {
             counters.running.store(false, Relaxed);
             counters.held.store(false, Relaxed);
+        }
+        #[cfg(all(test, feature = "model"))]
+        if planted(Mutant::LeavesUnsettled) {
+            return;
         }
         if let Some(hold) = &mut state.hold
             && hold.waiting.remove(&index)
@@ -294,7 +301,7 @@ impl Rings {
     /// Syncs in a thread of its own, for a hold that no running ring can sync for.
     fn spawn_sync(self: &Arc<Self>) -> std::io::Result<()> {
         let rings = self.clone();
-        std::thread::Builder::new().name("hold-sync".into()).spawn(move || rings.sync_for_holds()).map(drop)
+        thread::Builder::new().name("hold-sync".into()).spawn(move || rings.sync_for_holds()).map(drop)
     }
 
     fn sync_for_holds(self: Arc<Self>) {

@@ -9,10 +9,9 @@ mod replay;
 mod stall;
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use vhost_user_backend::{VringState, VringT};
@@ -33,6 +32,8 @@ use crate::backend::null;
 use crate::backend::{Completion, DurableWrite, Errno, Geometry, IoQueue, Op, OpId, Source};
 use crate::disk::Event;
 use crate::engine::{Action, Engine, Kind, Offer, Token};
+use crate::sync::Bell;
+use crate::sync::mpsc::Receiver;
 
 /// What a worker starts with, besides the ring.
 pub(super) struct Setup {
@@ -47,7 +48,7 @@ pub(super) struct Setup {
     pub acked_features: u64,
     pub serial: Arc<[u8; ID_BYTES]>,
     pub commands: Receiver<Command>,
-    pub wake: Arc<OwnedFd>,
+    pub wake: Arc<Bell>,
 }
 
 /// A request from pop to answer.
@@ -154,6 +155,10 @@ pub(super) fn run(setup: Setup, ring: Stopped, counters: Arc<Counters>, hold: Op
         if woken.wake {
             while let Ok(command) = worker.setup.commands.try_recv() {
                 worker.obey(command, &ring);
+                #[cfg(all(test, feature = "model"))]
+                if crate::sync::orders::planted(crate::sync::orders::Mutant::OneCommandAWake) {
+                    break;
+                }
             }
         }
     }

@@ -1,0 +1,106 @@
+//! What threads hand work to each other with: a mutex, channels, threads, and a [`Bell`] that poll(2) hears.
+//!
+//! They are std's. With the feature `model` they are shuttle's, whose scheduler runs one thread at a time and tries
+//! orders: the models beside the hand-offs (`orders.rs`) then find wake-ups that are lost. What is no hand-off, and the
+//! counters of the request path, use std directly.
+
+#[cfg(all(test, feature = "model"))]
+pub(crate) mod orders;
+
+#[cfg(all(feature = "model", not(test)))]
+compile_error!("the feature `model` is for tests of the library alone: cargo test --lib --features model orders::");
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+#[cfg(feature = "model")]
+pub(crate) use shuttle::{
+    sync::{Mutex, MutexGuard, mpsc},
+    thread,
+};
+#[cfg(not(feature = "model"))]
+pub(crate) use std::{
+    sync::{Mutex, MutexGuard, mpsc},
+    thread,
+};
+
+/// An eventfd beside a list of news: whoever puts something there rings, whoever takes it polls.
+pub(crate) struct Bell(OwnedFd);
+
+impl Bell {
+    /// Errors: no file descriptor left.
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Bell(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+    }
+
+    /// Does `post` and, if it says that there is news, rings. In this order: whoever hears a bell before the news is
+    /// there finds nothing, and sleeps on. Any thread; does not block.
+    pub(crate) fn ring_after(&self, post: impl FnOnce() -> bool) {
+        #[cfg(all(test, feature = "model"))]
+        if orders::planted(orders::Mutant::RingsFirst) {
+            self.ring();
+            post();
+            return;
+        }
+        if post() {
+            self.ring();
+        }
+    }
+
+    /// Rings.
+    pub(crate) fn ring(&self) {
+        let_others_run();
+        // A full counter (2^64 - 2) is the only error, and it is readable as well.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    /// Makes the bell silent and then does `take`, which takes all there is. In this order: what is put there between
+    /// the two rings again. The thread that polls.
+    pub(crate) fn silence_before<T>(&self, take: impl FnOnce() -> T) -> T {
+        #[cfg(all(test, feature = "model"))]
+        if orders::planted(orders::Mutant::SilencesLast) {
+            let taken = take();
+            self.silence();
+            return taken;
+        }
+        self.silence();
+        take()
+    }
+
+    fn silence(&self) {
+        let_others_run();
+        // Silent is fine: somebody else's wake-up was enough.
+        let _ = rustix::io::read(&self.0, &mut [0u8; 8]);
+    }
+}
+
+impl AsFd for Bell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// In a model other threads may run here; a system call is none of shuttle's.
+#[inline]
+fn let_others_run() {
+    #[cfg(feature = "model")]
+    thread::yield_now();
+}
+
+/// In a model nobody sleeps in poll(2), for all its threads are one of the kernel's: lets the others run until one of
+/// `fds` is readable, or `until` is past.
+#[cfg(feature = "model")]
+pub(crate) fn yield_until_readable(fds: &[BorrowedFd<'_>], until: Option<std::time::Instant>) {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    loop {
+        let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+        let readable = poll(&mut polled, Some(&now)).expect("poll(2) of open descriptors, which does not sleep");
+        if readable > 0 || until.is_some_and(|until| until <= std::time::Instant::now()) {
+            return;
+        }
+        thread::yield_now();
+    }
+}

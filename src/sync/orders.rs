@@ -1,0 +1,63 @@
+//! How the models run: many orders of the threads, drawn at random from a seed. A thread that waits looks again and
+//! again, so a lost wake-up is a run that does not end, and fails when it has taken [`MOST_STEPS`].
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use shuttle::scheduler::RandomScheduler;
+use shuttle::{Config, FailurePersistence, MaxSteps, Runner};
+
+/// A fault that can be planted into a hand-off; the models must find each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mutant {
+    /// The bell is rung before the news is there.
+    RingsFirst,
+    /// The bell is silenced after the news was taken.
+    SilencesLast,
+    /// A worker takes one command for each time that it wakes.
+    OneCommandAWake,
+    /// A ring that starts during a hold starts open.
+    JoinsOpen,
+    /// A ring that stops during a hold is waited for.
+    LeavesUnsettled,
+}
+
+thread_local! {
+    // All threads of a model are one of the kernel's, so this is all of theirs.
+    static PLANTED: Cell<Option<Mutant>> = const { Cell::new(None) };
+}
+
+/// Whether this fault is planted.
+pub(crate) fn planted(mutant: Mutant) -> bool {
+    PLANTED.get() == Some(mutant)
+}
+
+/// Orders that each model tries; `make check-deep` wants more (VIRTIOBLKD_ORDERS).
+const ORDERS: usize = 1000;
+/// A run that ends takes some hundreds.
+const MOST_STEPS: usize = 20_000;
+const SEED: u64 = 7;
+
+fn run(model: impl Fn() + Send + Sync + 'static) {
+    let mut config = Config::new();
+    config.max_steps = MaxSteps::FailAfter(MOST_STEPS);
+    config.failure_persistence = FailurePersistence::None;
+    let orders = std::env::var("VIRTIOBLKD_ORDERS").map_or(ORDERS, |orders| orders.parse().expect("a number"));
+    Runner::new(RandomScheduler::new_from_seed(SEED, orders), config).run(model);
+}
+
+/// Runs the model, which must hold in every order, and then with each fault, which must break it in some.
+pub(crate) fn holds(model: impl Fn() + Clone + Send + Sync + 'static, mutants: &[Mutant]) {
+    run(model.clone());
+    for &mutant in mutants {
+        PLANTED.set(Some(mutant));
+        let broken = fails(model.clone());
+        PLANTED.set(None);
+        assert!(broken, "{mutant:?} was not found");
+    }
+}
+
+/// Whether some order breaks the model.
+pub(crate) fn fails(model: impl Fn() + Send + Sync + 'static) -> bool {
+    catch_unwind(AssertUnwindSafe(|| run(model))).is_err()
+}

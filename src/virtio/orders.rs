@@ -1,0 +1,194 @@
+//! A disk in many orders of its threads: a guest that writes and kicks, an operator who holds the disk and lets it go, a
+//! front-end that stops and starts the ring meanwhile. All of it is what is served, but for the storage.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::{MemfdFlags, memfd_create};
+use vhost::vhost_user::message::VhostUserMemoryRegion;
+use vhost_user_backend::VringT;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::activation::Activation;
+use super::features;
+use super::memory::MemoryTable;
+use super::queue_state::{QueueState, Surroundings};
+use super::request::{ID_BYTES, OK};
+use super::rings::Rings;
+use super::vanished::Wire;
+use crate::backend::null::NullBackend;
+use crate::disk::{Disk, Event, Events};
+use crate::engine::CacheMode;
+use crate::engine::mutants;
+use crate::sync::orders::{Mutant, fails, holds};
+use crate::sync::thread;
+use crate::sync::{Bell, yield_until_readable};
+
+const SIZE: u16 = 4;
+const WRITES: u16 = 3;
+/// Guest memory: the ring's parts, then header, data and status byte of the one request that is under way.
+const MEMORY: u64 = 0x4000;
+const AVAIL: u64 = 0x1000;
+const USED: u64 = 0x2000;
+const HEADER: u64 = 0x3000;
+const DATA: u64 = 0x3200;
+const STATUS: u64 = 0x3100;
+const NEXT: u64 = 1 << 32;
+const WRITE: u64 = 2 << 32;
+
+/// What the front-end's thread has.
+struct FrontEnd {
+    rings: Arc<Rings>,
+    memory: MemoryTable,
+    activation: Activation,
+    queue: QueueState,
+    kick: Arc<Bell>,
+    _peer: UnixStream,
+}
+
+impl FrontEnd {
+    fn new(rings: Arc<Rings>) -> FrontEnd {
+        let (wire, peer) = Wire::pair();
+        let mut memory = MemoryTable::new(wire);
+        let file: File = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap().into();
+        file.set_len(MEMORY).unwrap();
+        let region = VhostUserMemoryRegion { guest_phys_addr: 0, memory_size: MEMORY, user_addr: 0, mmap_offset: 0 };
+        memory.replace(&[region], vec![file]).unwrap();
+        let queue = QueueState::new(0, &memory, SIZE, true).unwrap();
+        let kick = Arc::new(Bell::new().unwrap());
+        FrontEnd { rings, memory, activation: Activation::default(), queue, kick, _peer: peer }
+    }
+
+    fn change(&mut self, change: impl FnOnce(&mut super::queue_state::Stopped)) {
+        let around = Surroundings {
+            rings: &self.rings,
+            memory: &self.memory,
+            activation: &self.activation,
+            inflight: None,
+            log: None,
+            acked_features: features::PROTOCOL_FEATURES,
+            serial: &Arc::new([0; ID_BYTES]),
+        };
+        self.queue.change(&around, change);
+    }
+
+    fn start(&mut self) {
+        let kick = File::from(self.kick.as_fd().try_clone_to_owned().unwrap());
+        self.change(|ring| {
+            ring.vring.set_queue_info(0, AVAIL, USED).unwrap();
+            ring.kick = Some(kick);
+            ring.placed = true;
+        });
+    }
+}
+
+/// Writes one sector after the other, each when the one before is answered.
+fn guest(memory: &GuestMemoryMmap, kick: &Bell) {
+    let put = |value: u64, at: u64| memory.write_obj(value, GuestAddress(at)).unwrap();
+    let parts = [(HEADER, 16 | NEXT), (DATA, 512 | NEXT), (STATUS, 1 | WRITE)];
+    for (entry, (address, rest)) in (0u64..).zip(parts) {
+        put(address, entry * 16);
+        put(rest | (entry + 1) << 48, entry * 16 + 8);
+    }
+    // A write (1) at sector 0.
+    put(1, HEADER);
+    put(0, HEADER + 8);
+    for number in 1..=WRITES {
+        memory.write_obj(0xffu8, GuestAddress(STATUS)).unwrap();
+        memory.write_obj(0u16, GuestAddress(AVAIL + 4 + u64::from((number - 1) % SIZE) * 2)).unwrap();
+        memory.write_obj(number, GuestAddress(AVAIL + 2)).unwrap();
+        thread::yield_now();
+        // As a driver does: not while the device says that it looks by itself (VIRTQ_USED_F_NO_NOTIFY).
+        if memory.read_obj::<u16>(GuestAddress(USED)).unwrap() & 1 == 0 {
+            kick.ring();
+        }
+        while answered(memory) != number {
+            thread::yield_now();
+        }
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(), OK);
+    }
+}
+
+/// The used ring's index.
+fn answered(memory: &GuestMemoryMmap) -> u16 {
+    memory.read_obj(GuestAddress(USED + 2)).unwrap()
+}
+
+/// Holds the disk; returns when that is settled.
+fn hold(rings: &Arc<Rings>, events: &Events, wanted: u64) {
+    rings.close_gate(wanted);
+    let settled = |event: &Event| matches!(event, Event::HoldSettled { epoch, result: Ok(_) } if *epoch == wanted);
+    loop {
+        yield_until_readable(&[events.as_fd()], None);
+        if events.take().0.iter().any(settled) {
+            return;
+        }
+    }
+}
+
+/// Holds the disk twice; while it is held nothing is answered.
+fn operator(rings: &Arc<Rings>, events: &Events, memory: &GuestMemoryMmap) {
+    for epoch in 1..=2 {
+        hold(rings, events, epoch);
+        let before = answered(memory);
+        for _ in 0..10 {
+            thread::yield_now();
+        }
+        assert_eq!(answered(memory), before, "a write was answered while the disk was held");
+        rings.open_gate();
+    }
+}
+
+fn disk() -> (Arc<Rings>, Arc<Events>) {
+    let events = Arc::new(Events::new().unwrap());
+    let backend = Arc::new(NullBackend::new(1 << 20, 512));
+    (Rings::new(backend, CacheMode::Writeback, events.clone(), Duration::from_secs(1000)), events)
+}
+
+/// A ring that stops just when a hold begins may have taken its last command, and is waited for no longer.
+fn stop_under_a_hold() {
+    let (rings, events) = disk();
+    let mut front_end = FrontEnd::new(rings.clone());
+    front_end.start();
+    let of_operator = rings.clone();
+    let operator = thread::spawn(move || hold(&of_operator, &events, 1));
+    front_end.queue.pause(&rings);
+    operator.join().unwrap();
+}
+
+fn disk_under_holds() {
+    let (rings, events) = disk();
+    let mut front_end = FrontEnd::new(rings.clone());
+    let memory = front_end.memory.pin();
+    let (kick, of_guest) = (front_end.kick.clone(), memory.clone());
+    let guest = thread::spawn(move || guest(&of_guest, &kick));
+    let of_operator = rings.clone();
+    let operator = thread::spawn(move || operator(&of_operator, &events, &memory));
+    front_end.start();
+    for _ in 0..2 {
+        thread::yield_now();
+        front_end.change(|_| ());
+    }
+    guest.join().unwrap();
+    operator.join().unwrap();
+    front_end.queue.pause(&rings);
+    assert_eq!(rings.status().total.writes, u64::from(WRITES));
+}
+
+#[test]
+fn every_write_is_answered_and_every_hold_settles() {
+    use Mutant::*;
+    holds(disk_under_holds, &[RingsFirst, OneCommandAWake, JoinsOpen]);
+    // Faults of the gate itself: the ring is not read again when the hold ends; the gate stays open.
+    for fault in [mutants::Mutant::ResumedLost, mutants::Mutant::GateStaysOpen] {
+        assert!(mutants::with(fault, || fails(disk_under_holds)), "{fault:?} was not found");
+    }
+}
+
+#[test]
+fn a_hold_does_not_wait_for_a_ring_that_stopped() {
+    holds(stop_under_a_hold, &[Mutant::LeavesUnsettled]);
+}
