@@ -14,6 +14,21 @@ OTHER_TESTS = $(filter-out $(VM_TESTS) $(RBD_TESTS),$(basename $(notdir $(wildca
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS = $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 
+# What touches memory and threads and needs no guest. Left out: what runs the real daemon (the sanitizer looks for leaks
+# at the end, and the sandbox stops the clone(2) that this takes), tests of deadlines (all is many times slower), and of
+# the engine, which is pure.
+ADDRESS_TESTS = activation backend_contract control control_clients control_flood control_store device durability \
+	file_backend fuzz_replay hostile hostile_memory inflight resize stable_writes
+# Those whose reports were all looked at, see the suppressions. Nor those that provoke SIGBUS: the sanitizer's own mmap(2)
+# hangs in a signal's handler.
+THREAD_TESTS = activation control device inflight resize
+# A stable compiler has these behind RUSTC_BOOTSTRAP; std itself is not instrumented.
+SANITIZE_address = -Zsanitizer=address
+SANITIZE_thread = -Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer
+sanitized = RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(SANITIZE_$(1))" CARGO_TARGET_DIR=$(abspath $(deep))/$(1) $(CARGO) test \
+	--target $$(rustc -vV | sed -n 's/^host: //p') --no-fail-fast --lib $(2:%=--test %) \
+	-- --test-threads=$(TEST_THREADS) --skip engine:: --skip the_daemon_says_what_it_does
+
 deep = $(or $(CARGO_TARGET_DIR),target)/deep
 release = $(or $(CARGO_TARGET_DIR),target)/release
 doc = $(DESTDIR)$(PREFIX)/share/doc/virtioblkd
@@ -75,6 +90,17 @@ fuzz: toolchain ## Search for what breaks the parsers, FUZZ_SECONDS a target (ne
 		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run $$target $(deep)/fuzz-corpus/$$target fuzz/corpus/$$target -- \
 			-max_total_time=$(FUZZ_SECONDS) -max_len=4096 -print_final_stats=1; \
 	done
+
+check-deep: toolchain check-address check-thread check-orders explore-long fuzz ## Sanitizers, orders of threads, the long explorer, fuzzing; an hour
+
+check-address: toolchain ## The suites that need no guest, with the address sanitizer
+	$(call sanitized,address,$(ADDRESS_TESTS))
+
+check-thread: toolchain ## Some of them with the thread sanitizer
+	TSAN_OPTIONS="suppressions=$(CURDIR)/tests/thread-sanitizer.supp" $(call sanitized,thread,$(THREAD_TESTS))
+
+check-orders: toolchain ## The models of the hand-offs between threads, in ten times as many orders
+	VIRTIOBLKD_ORDERS=10000 $(CARGO) test --lib --features model orders::
 
 explore-long: toolchain ## The engine's explorer over longer scripts; minutes
 	VIRTIOBLKD_EXPLORE=long $(CARGO) test --release --lib engine::explore -- --nocapture
