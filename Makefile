@@ -19,8 +19,8 @@ FUZZ_TARGETS = $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 # the engine, which is pure.
 ADDRESS_TESTS = activation backend_contract control control_clients control_flood control_store device durability \
 	file_backend fuzz_replay hostile hostile_memory inflight resize stable_writes
-# Those whose reports were all looked at, see the suppressions. Nor those that provoke SIGBUS: the sanitizer's own mmap(2)
-# hangs in a signal's handler.
+# Those whose reports were judged, see the suppressions (others are not examined yet). Nor those that provoke SIGBUS: the
+# sanitizer's own mmap(2) hangs in a signal's handler.
 THREAD_TESTS = activation control device inflight resize
 # A stable compiler has these behind RUSTC_BOOTSTRAP; std itself is not instrumented.
 SANITIZE_address = -Zsanitizer=address
