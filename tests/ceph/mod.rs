@@ -139,25 +139,9 @@ impl Cluster {
         self.script("osd-up");
     }
 
-    /// Makes the cluster full, or lets it have space again: what an OSD may hold at most is set below what it holds.
+    /// Makes the cluster full, or lets it have space again.
     pub fn full(&self, full: bool) {
-        let mut ratios = [("nearfull", "0.85"), ("backfillfull", "0.9"), ("full", "0.95")];
-        if full {
-            ratios = ratios.map(|(name, _)| (name, "0.0000001"));
-        } else {
-            // Each may only be lower than the next.
-            ratios.reverse();
-        }
-        for (name, ratio) in ratios {
-            self.ceph(&["osd", &format!("set-{name}-ratio"), ratio]);
-        }
-        wait_until("the pool is full, or is not any more", || {
-            let map: Value = serde_json::from_str(&self.ceph(&["osd", "dump", "--format", "json"])).expect("JSON");
-            let mut pools = map["pools"].as_array().expect("pools").iter();
-            let pool = pools.find(|pool| pool["pool_name"] == POOL).expect("our pool");
-            let mut flags = pool["flags_names"].as_str().expect("flags").split(',');
-            flags.any(|flag| flag == "full") == full
-        });
+        self.python(include_str!("full.py"), &[&full.to_string(), POOL]);
     }
 
     /// Shuts out whoever has this image open (`ceph osd blocklist add`).

@@ -56,6 +56,13 @@ impl Load {
         }
     }
 
+    /// Whether nothing is acknowledged for a while.
+    pub fn stands_still(&self) -> bool {
+        let before = self.acknowledged();
+        std::thread::sleep(Duration::from_millis(500));
+        before == self.acknowledged()
+    }
+
     /// Ends the load; what was acknowledged.
     pub fn stop(mut self) -> Vec<u64> {
         self.stop.store(true, Ordering::Relaxed);
