@@ -7,12 +7,13 @@ mod driver;
 mod guest;
 mod snapshot_kit;
 
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, ChildStdout, Output, Stdio};
 
 use ceph::{Cluster, Image, POOL, serve};
 use driver::pairs::{PairWriter, USED, are_of_one_instant, newest};
-use guest::{Server, wait_until};
+use guest::{Server, scratch, sparse_image, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use snapshot_kit::{Agent, Mood, ctl, err};
@@ -131,6 +132,38 @@ fn an_attendant_that_is_killed_leaves_no_frozen_guest_and_no_weaker_snapshot() {
     scene.is_over();
     let taken = scene.images[0].take_snapshot("no", &[]);
     assert!(!taken.status.success() && err(&taken).contains("busy"), "{}", err(&taken));
+}
+
+/// A file and an image, in this order or the other, in one snapshot.
+#[test]
+fn a_file_and_an_image_of_ceph_are_snapshotted_at_one_instant() {
+    let cluster = Cluster::shared();
+    for (mode, image_first) in [("writeback", true), ("none", false)] {
+        let dir = scratch();
+        let (image, file) = (cluster.image(1 << 20), sparse_image(dir.path(), 1 << 20));
+        let of_image = serve(&image, mode, &[]);
+        let of_file = Server::start(&file, mode.parse().expect("a mode"), &[]);
+        let servers = if image_first { [&of_image, &of_file] } else { [&of_file, &of_image] };
+        let writer = PairWriter::start(servers.map(Server::socket));
+        wait_until("pairs are written", || writer.written() > 20);
+        for round in 0..8 {
+            let (before, copy) = (writer.written(), dir.path().join(format!("s{round}")));
+            let ways = [format!("rbd:s{round}"), format!("copy:{}", copy.display())];
+            let mut command = ctl();
+            command.args(["--json", "snapshot", "--level", "crash"]);
+            for (server, way) in [&of_image, &of_file].into_iter().zip(&ways) {
+                command.arg("--disk").arg(server.control()).args(["--to", way]);
+            }
+            let output = command.output().unwrap();
+            assert!(output.status.success(), "{}", err(&output));
+            let image = newest(&image.snapshot(&format!("s{round}"))[..USED]);
+            let file = newest(&fs::read(copy).expect("a copy")[..USED]);
+            let found = if image_first { [image, file] } else { [file, image] };
+            assert!(are_of_one_instant(found), "{mode}: {found:?}");
+            assert!(found[1] >= before, "{mode}: {before} was acknowledged on both, {found:?} is in the snapshot");
+            wait_until("the writer goes on", || writer.written() > found[0]);
+        }
+    }
 }
 
 #[test]
