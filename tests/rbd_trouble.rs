@@ -82,6 +82,21 @@ fn what_is_not_there_is_named() {
 }
 
 #[test]
+fn the_cluster_is_found_where_cephs_own_commands_find_it() {
+    let cluster = Cluster::shared();
+    let image = cluster.image(MIB);
+    let server = Server::start_as(|socket, control| {
+        let mut command = guest::mortal(guest::server::program("virtioblkd"));
+        command.args(["--rbd", &image.spec]).env("CEPH_CONF", cluster.conf());
+        command.arg("--socket-path").arg(socket).arg("--control-path").arg(control);
+        command
+    });
+    let mut guest = connect(&server);
+    assert_eq!((write(&mut guest, 0, 1), flush(&mut guest)), (0, 0));
+    assert!(image.content()[..PAGE] == [1; PAGE]);
+}
+
+#[test]
 fn a_monitor_that_is_dead_is_given_up() {
     let cluster = Cluster::shared();
     // A port that was free a moment ago.

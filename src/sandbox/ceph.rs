@@ -1,8 +1,9 @@
 //! What librados and librbd open, at first and when they connect anew: configuration, keyrings, name resolution, parts of
 //! themselves; and where they write: their log and their admin socket.
 
-use std::fs;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::{env, fs};
 
 use crate::backend::rbd::RbdOptions;
 
@@ -35,9 +36,9 @@ const WRITTEN: &[&str] = &["/var/log/ceph", "/run/ceph"];
 pub(super) fn paths(options: &RbdOptions) -> (Vec<PathBuf>, Vec<PathBuf>) {
     let mut read: Vec<PathBuf> = READ.iter().map(PathBuf::from).collect();
     let mut written: Vec<PathBuf> = WRITTEN.iter().map(PathBuf::from).collect();
-    let conf = options.conf.clone().unwrap_or_else(|| "/etc/ceph/ceph.conf".into());
-    // What Ceph's own reader cannot read is its to complain of.
-    let text = fs::read_to_string(&conf).unwrap_or_default();
+    let confs = configurations(options, |name| env::var_os(name));
+    // What Ceph's own reader cannot read is its to complain of. It reads the first that is there.
+    let text = confs.iter().find_map(|conf| fs::read_to_string(conf).ok()).unwrap_or_default();
     let given = options.options.iter().map(|(name, value)| (name.as_str(), value.as_str()));
     for (name, value) in text.lines().filter_map(|line| line.split_once('=')).chain(given) {
         let value = value.trim().trim_matches('"');
@@ -49,13 +50,26 @@ pub(super) fn paths(options: &RbdOptions) -> (Vec<PathBuf>, Vec<PathBuf>) {
             _ => read.extend(directory(value)),
         }
     }
-    read.push(conf);
+    read.extend(confs);
     read.extend(options.library_path.clone());
     read.extend(options.encryption.as_ref().map(|(_, passphrase)| passphrase.clone()));
     for paths in [&mut read, &mut written] {
         paths.retain(|path| path.exists());
     }
     (read, written)
+}
+
+/// The files that librados takes its configuration from, the first of them that there is (conf_files and `home` in its
+/// common/config.cc).
+fn configurations(options: &RbdOptions, environment: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
+    if let Some(conf) = &options.conf {
+        return vec![conf.clone()];
+    }
+    if let Some(conf) = environment("CEPH_CONF") {
+        return vec![conf.into()];
+    }
+    let home = environment("HOME").map(|home| Path::new(&home).join(".ceph/ceph.conf"));
+    [Some("/etc/ceph/ceph.conf".into()), home, Some("ceph.conf".into())].into_iter().flatten().collect()
 }
 
 /// The directory of a value, in front of what Ceph puts in (`$name` and its like).
@@ -72,6 +86,20 @@ fn directory(value: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::CacheMode;
+
+    #[test]
+    fn the_configuration_is_where_ceph_looks_for_it() {
+        let mut options = RbdOptions::new("p/i".parse().unwrap(), CacheMode::None);
+        let none = |_: &str| None;
+        let home = |name: &str| (name == "HOME").then(|| "/h".into());
+        let both = |name: &str| Some(if name == "HOME" { "/h".into() } else { "/c".into() });
+        assert_eq!(configurations(&options, none), [Path::new("/etc/ceph/ceph.conf"), Path::new("ceph.conf")]);
+        assert_eq!(configurations(&options, home)[1], Path::new("/h/.ceph/ceph.conf"));
+        assert_eq!(configurations(&options, both), [Path::new("/c")]);
+        options.conf = Some("/o".into());
+        assert_eq!(configurations(&options, both), [Path::new("/o")]);
+    }
 
     #[test]
     fn the_directory_in_front_of_what_ceph_puts_in() {

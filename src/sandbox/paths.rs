@@ -84,8 +84,12 @@ pub(super) fn rules(config: &Config, stage: Stage) -> Result<Vec<Rule>, PathsErr
         let (read, written) = ceph::paths(options);
         for path in &read {
             let access = AccessFs::ReadFile | AccessFs::ReadDir;
-            // A file has nothing to list; /dev/null is written to.
-            let access = if path.is_dir() { access } else { AccessFs::ReadFile | AccessFs::WriteFile };
+            let access = match path {
+                path if path.is_dir() => access,
+                // The only one among them that is written to.
+                path if path == Path::new("/dev/null") => AccessFs::ReadFile | AccessFs::WriteFile,
+                _ => AccessFs::ReadFile.into(),
+            };
             add("Ceph", path, access)?;
         }
         // It is opened once.
