@@ -398,6 +398,7 @@ impl Args {
                 read_only: self.read_only.is_some_and(|switch| switch.0),
                 logical_block_size: self.logical_block_size,
                 discard_unmap: self.discard.is_none_or(|switch| switch.0),
+                has_control: self.control_path.is_some(),
             };
             return self.rbd.backend(name, common);
         }

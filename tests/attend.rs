@@ -307,6 +307,39 @@ fn a_daemon_that_is_gone_and_back_is_attended_again() {
 }
 
 #[test]
+fn a_daemon_that_must_be_attended_takes_no_weaker_snapshot_between_its_start_and_its_attendant() {
+    let mut scene = Scene::new(Mood::Good, &["--level", "filesystem"]);
+    for disk in &mut scene.disks {
+        disk.stop();
+        disk.must_be_attended();
+        disk.restart();
+    }
+    // The first answer may come before `attend` has found it, or after.
+    let is_prepared = |scene: &Scene, before: usize| scene.freezes() > before;
+    for round in 0..20 {
+        let before = scene.freezes();
+        let answer = wait(&scene.disks[round % 2].store_asks());
+        assert_eq!(answer, if is_prepared(&scene, before) { Ok(()) } else { BUSY });
+        scene.is_over();
+        scene.disks[0].stop();
+        scene.disks[0].restart();
+    }
+    wait_until("both are attended", || scene.disks.iter().all(|disk| attended(disk)["present"] == true));
+    assert!(scene.ask_all().iter().all(|answer| wait(answer) == Ok(())));
+    scene.is_over();
+    // Ended in order: nothing is weaker for that.
+    scene.signal(Signal::TERM);
+    assert!(scene.attendant.wait().unwrap().success());
+    let mut watcher = scene.disks[0].client();
+    assert_eq!(wait(&scene.disks[0].store_asks()), BUSY);
+    let failed = watcher.event("PREPARE_FAILED");
+    assert!(failed["message"].as_str().unwrap().contains("--rbd-quiesce attended"), "{failed}");
+    let shown = ctl().arg("--control").arg(&scene.disks[0].path).arg("status").output().unwrap();
+    assert!(String::from_utf8_lossy(&shown.stdout).contains("NOBODY"), "{shown:?}");
+    assert!(scene.disks.iter().all(|disk| disk.disk.closed().is_none()));
+}
+
+#[test]
 fn a_store_that_gives_up_thaws() {
     let mut scene = Scene::new(Mood::Good, &["--level", "filesystem"]);
     scene.disks[0].disk.set(Settle::ByHand);

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use backend::stub::{Stub, libraries};
 use backend::{Driver, PATIENCE, eventually, random_ops};
-use virtioblkd::backend::rbd::{Encryption, RbdBackend, RbdLock};
+use virtioblkd::backend::rbd::{Encryption, RbdBackend, RbdLock, RbdQuiesce};
 use virtioblkd::backend::{Backend, Errno, IoBuf, Notices, Op, OpId, QuiesceAsk};
 use virtioblkd::engine::CacheMode;
 
@@ -626,12 +626,12 @@ fn a_disk_that_was_let_go_too_early_is_counted() {
 #[test]
 fn nobody_is_asked_where_it_was_not_wanted_or_cannot_be() {
     let mut stub = Stub::new(CacheMode::None);
-    stub.options.quiesce = false;
+    stub.options.quiesce = RbdQuiesce::Off;
     let disk = stub.open();
     let _listener = Listener::start(&disk);
     assert_eq!(disk.image_status().rbd.unwrap().quiesce, None);
     drop(disk);
-    stub.options.quiesce = true;
+    stub.options.quiesce = RbdQuiesce::On;
     stub.options.read_only = true;
     let disk = stub.open();
     let _listener = Listener::start(&disk);

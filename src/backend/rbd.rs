@@ -56,6 +56,19 @@ pub enum RbdLock {
     None,
 }
 
+/// Whether the disk is held still for snapshots that others take (`--rbd-quiesce`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RbdQuiesce {
+    /// It is; and an attendant is asked first if there is one.
+    #[default]
+    On,
+    /// It is while somebody attends. Else the snapshot is refused: also before `virtioblkctl attend` has found a daemon that
+    /// was started again.
+    Attended,
+    /// It is not: no watch.
+    Off,
+}
+
 /// The format of an image that librbd encrypts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Encryption {
@@ -95,7 +108,7 @@ pub struct RbdOptions {
     /// Decrypt and encrypt, with the passphrase in this file.
     pub encryption: Option<(Encryption, PathBuf)>,
     /// Hold still for snapshots that others take.
-    pub quiesce: bool,
+    pub quiesce: RbdQuiesce,
     /// How long such a snapshot waits for us at most.
     pub quiesce_timeout: Duration,
     /// Where librados and librbd are; `None`: where the dynamic linker looks.
@@ -118,7 +131,7 @@ impl RbdOptions {
             lock: RbdLock::Auto,
             state_file: None,
             encryption: None,
-            quiesce: true,
+            quiesce: RbdQuiesce::On,
             quiesce_timeout: Duration::from_secs(30),
             library_path: None,
         }
@@ -239,7 +252,7 @@ impl RbdBackend {
     pub fn open(options: &RbdOptions) -> Result<RbdBackend, OpenError> {
         let (sender, receiver) = mpsc::channel();
         let shared = Arc::new(open::open(options, sender)?);
-        let watched = options.quiesce && !shared.geometry.read_only;
+        let watched = options.quiesce != RbdQuiesce::Off && !shared.geometry.read_only;
         let quiesce = watched.then(|| Arc::new(Quiesces::new(Arc::clone(&shared), options.quiesce_timeout)));
         Ok(RbdBackend { shared, quiesce, keeper: Mutex::new(Keeper::new(receiver)) })
     }

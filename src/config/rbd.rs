@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::values::{self, Switch};
 use super::{BackendKind, ConfigError, refuse};
-use crate::backend::rbd::{Encryption, RbdLock, RbdName, RbdOptions};
+use crate::backend::rbd::{Encryption, RbdLock, RbdName, RbdOptions, RbdQuiesce};
 use crate::engine::CacheMode;
 
 /// They stand in a group of their own in `--help`.
@@ -55,9 +55,10 @@ pub(super) struct RbdArgs {
     #[arg(long, value_name = "FILE")]
     pub(super) rbd_passphrase_file: Option<PathBuf>,
 
-    /// Hold the disk still for snapshots of the image that others take, on or off [default: on]
-    #[arg(long, value_name = "on|off", value_parser = values::on)]
-    rbd_quiesce: Option<Switch>,
+    /// Hold the disk still for snapshots of the image that others take: on, attended (and refuse them while nobody runs
+    /// virtioblkctl attend) or off [default: on]
+    #[arg(long, value_name = "on|attended|off", value_parser = values::rbd_quiesce)]
+    rbd_quiesce: Option<RbdQuiesce>,
 
     /// How long such a snapshot waits for that, 1 to 45 seconds [default: 30]
     #[arg(long, value_name = "SECONDS", value_parser = values::quiesce_timeout)]
@@ -74,6 +75,8 @@ pub(super) struct Common {
     pub read_only: bool,
     pub logical_block_size: Option<u32>,
     pub discard_unmap: bool,
+    /// There is a quiesce socket.
+    pub has_control: bool,
 }
 
 impl RbdArgs {
@@ -118,6 +121,9 @@ impl RbdArgs {
         if self.rbd_state_file.is_some() && self.rbd_lock == Some(RbdLock::None) {
             return refuse("--rbd-state-file is about the lock: leave out --rbd-lock none");
         }
+        if self.rbd_quiesce == Some(RbdQuiesce::Attended) && !common.has_control {
+            return refuse("--rbd-quiesce attended needs --control-path: nobody could attend the disk");
+        }
         let defaults = RbdOptions::new(name.clone(), common.mode);
         Ok(BackendKind::Rbd(Box::new(RbdOptions {
             conf: self.ceph_conf.clone(),
@@ -130,7 +136,7 @@ impl RbdArgs {
             lock: self.rbd_lock.unwrap_or_default(),
             state_file: self.rbd_state_file.clone(),
             encryption,
-            quiesce: self.rbd_quiesce.is_none_or(|switch| switch.0),
+            quiesce: self.rbd_quiesce.unwrap_or_default(),
             quiesce_timeout: Duration::from_secs(self.rbd_quiesce_timeout.unwrap_or(QUIESCE_TIMEOUT)),
             library_path: self.ceph_library_path.clone(),
             ..defaults

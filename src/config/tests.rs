@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use super::*;
-use crate::backend::rbd::{Encryption, RbdLock};
+use crate::backend::rbd::{Encryption, RbdLock, RbdQuiesce};
 
 const LEAST: [&str; 2] = ["--socket-path=/run/d.sock", "--blk-file=/d.img"];
 
@@ -208,7 +208,7 @@ fn an_rbd_image_with_every_option_and_with_none() {
         lock: RbdLock::Auto,
         state_file: Some("/s".into()),
         encryption: Some((Encryption::Luks2, "/w".into())),
-        quiesce: false,
+        quiesce: RbdQuiesce::Off,
         quiesce_timeout: std::time::Duration::from_secs(45),
         library_path: Some("/l".into()),
     };
@@ -295,7 +295,7 @@ fn a_wrong_value_is_named_with_its_option_and_what_is_allowed() {
         ("--rbd-lock", "shared", "auto, exclusive or none"),
         ("--rbd-encryption", "luks3", "luks, luks1 or luks2"),
         ("--rbd-allow-override", "on", "true or false"),
-        ("--rbd-quiesce", "true", "on or off"),
+        ("--rbd-quiesce", "true", "on, attended or off"),
         ("--rbd-quiesce-timeout", "0", "1 to 45"),
         ("--rbd-quiesce-timeout", "46", "1 to 45"),
         ("--log-level", "loud", "error, warn, info, debug or trace"),

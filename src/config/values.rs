@@ -5,7 +5,7 @@ use std::time::Duration;
 use log::LevelFilter;
 
 use crate::backend::file::Locking;
-use crate::backend::rbd::{Encryption, RbdLock, RbdName};
+use crate::backend::rbd::{Encryption, RbdLock, RbdName, RbdQuiesce};
 use crate::backend::stable::StableWrites;
 use crate::engine::CacheMode;
 use crate::sandbox::Level;
@@ -59,10 +59,6 @@ pub(super) fn locking(text: &str) -> Result<Locking, String> {
     }
 }
 
-pub(super) fn on(text: &str) -> Result<Switch, String> {
-    switch(text, "on", "off")
-}
-
 pub(super) fn rbd_name(text: &str) -> Result<RbdName, String> {
     text.parse()
 }
@@ -91,6 +87,15 @@ pub(super) fn rbd_lock(text: &str) -> Result<RbdLock, String> {
         "exclusive" => Ok(RbdLock::Exclusive),
         "none" => Ok(RbdLock::None),
         _ => Err("use auto, exclusive or none".to_string()),
+    }
+}
+
+pub(super) fn rbd_quiesce(text: &str) -> Result<RbdQuiesce, String> {
+    match text {
+        "on" => Ok(RbdQuiesce::On),
+        "attended" => Ok(RbdQuiesce::Attended),
+        "off" => Ok(RbdQuiesce::Off),
+        _ => Err("use on, attended or off".to_string()),
     }
 }
 

@@ -80,8 +80,8 @@ pub(super) enum First {
     Nothing,
     /// Wait for the answer to this.
     Wait(Prepare),
-    /// Give up: the attendant that must consent is lost.
-    GiveUp,
+    /// Give up, because of this: nobody is there who could consent.
+    GiveUp(&'static str),
 }
 
 /// How a `PREPARE` ended.
@@ -109,6 +109,8 @@ struct Asking {
 /// Who attends, and what it was asked.
 #[derive(Default)]
 pub(super) struct Attendance {
+    /// There must be one, whether one was ever there or not.
+    needed: bool,
     attendant: Option<Attendant>,
     /// The last one that was required, and lost: whoever took it for there must not be deceived.
     lost: Option<Who>,
@@ -119,6 +121,11 @@ pub(super) struct Attendance {
 }
 
 impl Attendance {
+    /// `needed`: nothing begins without an attendant.
+    pub(super) fn new(needed: bool) -> Self {
+        Attendance { needed, ..Attendance::default() }
+    }
+
     /// Registers a connection, or changes what it wants. One at a time.
     pub(super) fn attend(&mut self, peer: PeerId, who: Who, required: bool, patience: Duration) -> Result<(), Error> {
         if let Some(other) = self.attendant.as_ref().filter(|other| other.peer != peer) {
@@ -156,7 +163,11 @@ impl Attendance {
     /// Somebody else begins a snapshot that may last until `limit` in this phase.
     pub(super) fn begin(&mut self, limit: Duration, now: Instant) -> First {
         let Some(Attendant { peer, required, patience, .. }) = &self.attendant else {
-            return if self.lost.is_some() { First::GiveUp } else { First::Nothing };
+            return match (&self.lost, self.needed) {
+                (Some(_), _) => First::GiveUp("the attendant that must consent is lost"),
+                (None, true) => First::GiveUp("nobody attends, and --rbd-quiesce attended asks for somebody who does"),
+                (None, false) => First::Nothing,
+            };
         };
         self.last_id += 1;
         let prepare = Prepare { peer: *peer, id: self.last_id, patience: (*patience).min(limit) };
@@ -203,11 +214,20 @@ impl Attendance {
         std::mem::take(&mut self.owed)
     }
 
+    /// What becomes of snapshots of the image by others while nobody attends and none is lost.
+    pub(super) fn without(&self) -> &'static str {
+        match self.needed {
+            true => "snapshots of the image by others are refused until one is back",
+            false => "snapshots of the image by others are as after a power cut again",
+        }
+    }
+
     /// For the status: who attends; null: nobody.
     pub(super) fn status(&self) -> Value {
         let (who, present, required) = match (&self.attendant, &self.lost) {
             (Some(attendant), _) => (&attendant.who, true, attendant.required),
             (None, Some(who)) => (who, false, true),
+            (None, None) if self.needed => (&Who::default(), false, true),
             (None, None) => return Value::Null,
         };
         let mut value = words::who(who);
@@ -282,7 +302,7 @@ mod tests {
             let dead = a.gone(1).unwrap();
             assert!(dead.required == required && dead.result.is_err());
             assert_eq!(a.released(), [], "nobody listens");
-            assert_eq!(a.begin(S, now), if required { First::GiveUp } else { First::Nothing });
+            assert_eq!(matches!(a.begin(S, now), First::GiveUp(_)), required);
             assert_eq!(a.status()["present"], if required { json!(false) } else { Value::Null });
         }
     }
@@ -294,11 +314,31 @@ mod tests {
         assert_eq!(a.attend(2, who(), false, S).unwrap_err().code, "attended");
         assert_eq!(a.unattend(2).unwrap_err().code, "not-attending");
         assert_eq!((a.gone(2), a.gone(1)), (None, None));
-        assert_eq!(a.begin(S, now), First::GiveUp);
+        assert!(matches!(a.begin(S, now), First::GiveUp(why) if why.contains("lost")));
         a.attend(2, who(), true, S).unwrap();
         prepare(&mut a, now);
         assert!(a.unattend(2).unwrap().is_some_and(|outcome| outcome.result.is_err()));
         assert_eq!(a.begin(S, now), First::Nothing);
+    }
+
+    #[test]
+    fn one_that_is_needed_is_missed_from_the_start_and_after_every_end() {
+        let now = Instant::now();
+        let mut a = Attendance::new(true);
+        let is_missed = |a: &mut Attendance| matches!(a.begin(S, now), First::GiveUp(why) if why.contains("nobody"));
+        assert!(is_missed(&mut a));
+        let status = a.status();
+        assert_eq!(
+            (&status["present"], &status["required"], &status["who"]),
+            (&json!(false), &json!(true), &Value::Null)
+        );
+        a.attend(1, who(), false, S).unwrap();
+        prepare(&mut a, now);
+        a.unattend(1).unwrap();
+        assert!(is_missed(&mut a));
+        a.attend(2, who(), false, S).unwrap();
+        a.gone(2);
+        assert!(is_missed(&mut a));
     }
 
     #[test]

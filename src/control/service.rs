@@ -75,12 +75,12 @@ pub(super) struct Service {
 }
 
 impl Service {
-    /// `resized`: [`super::Setup::resized`].
+    /// `store`: [`super::Setup::store_timeout`] and [`super::Setup::attended`]. `resized`: [`super::Setup::resized`].
     pub(super) fn new(
         disk: Arc<dyn Disk>,
         info: Info,
         inbox: Arc<Inbox>,
-        store_timeout: Duration,
+        (store_timeout, attended): (Duration, bool),
         resized: Box<dyn Fn(u64) + Send>,
     ) -> Self {
         Service {
@@ -89,7 +89,7 @@ impl Service {
             jobs: Jobs::default(),
             inbox,
             elsewhere: None,
-            attendance: Attendance::default(),
+            attendance: Attendance::new(attended),
             store_timeout,
             resized,
             image_state: ImageStatus::default(),

@@ -39,6 +39,8 @@ pub struct Setup {
     pub notices: Arc<ImageNotices>,
     /// How long a snapshot that somebody else takes of the image may wait until the disk is still; then it is refused.
     pub store_timeout: Duration,
+    /// Such a snapshot is refused while nobody attends.
+    pub attended: bool,
     /// Called from the control thread when the image's size may have changed, with the size in bytes; must not block on
     /// I/O.
     pub resized: Box<dyn Fn(u64) + Send>,
@@ -64,12 +66,12 @@ impl Server {
         if let Some(listener) = &listener {
             listener.set_nonblocking(true)?;
         }
-        let Setup { disk, events, notices, store_timeout, resized, quit, info } = setup;
+        let Setup { disk, events, notices, store_timeout, attended, resized, quit, info } = setup;
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let mut control = Control {
             listener,
             accept_again: None,
-            service: Service::new(disk, info, notices.inbox(), store_timeout, resized),
+            service: Service::new(disk, info, notices.inbox(), (store_timeout, attended), resized),
             events,
             inbox: notices.inbox(),
             peers: Vec::new(),

@@ -17,7 +17,7 @@ use crate::backend::mem::{MemBackend, MemOptions};
 use crate::backend::null::NullBackend;
 use crate::backend::point_in_time::PointInTime;
 use crate::backend::pool::Depot;
-use crate::backend::rbd::RbdBackend;
+use crate::backend::rbd::{RbdBackend, RbdQuiesce};
 use crate::backend::slow::SlowBackend;
 use crate::backend::stable::StableBackend;
 use crate::config::{BackendKind, Config};
@@ -57,10 +57,10 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
     let disk: Arc<dyn Disk> = Arc::new(CopiedDisk { disk: Box::new(device.disk()), copies: backend.clone() });
     let info = control::Info { vhost_socket: config.listen.to_string() };
     let notices = ImageNotices::new().map_err(|error| ServerError::System("cannot make an eventfd", error))?;
-    let store_timeout = match &config.backend {
-        BackendKind::Rbd(options) => options.quiesce_timeout,
+    let (store_timeout, attended) = match &config.backend {
+        BackendKind::Rbd(options) => (options.quiesce_timeout, options.quiesce == RbdQuiesce::Attended),
         // Never asked: these images have no store that speaks to us.
-        _ => Duration::from_secs(30),
+        _ => (Duration::from_secs(30), false),
     };
     let resized = device.clone();
     let served = Arc::new(ServedDisk { backend: backend.clone(), device, notices: notices.clone() });
@@ -70,6 +70,7 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
             events,
             notices: notices.clone(),
             store_timeout,
+            attended,
             resized: Box::new(move |size| resized.resized(size)),
             quit,
             info,

@@ -234,6 +234,7 @@ pub struct Served {
     /// The sizes that were passed on.
     pub sizes: Arc<Mutex<Vec<u64>>>,
     server: Option<Server>,
+    attended: bool,
     _dir: tempfile::TempDir,
 }
 
@@ -261,7 +262,8 @@ impl Served {
         let disk = Arc::new(FakeDisk { store: Mutex::default(), gate, changed: Condvar::new(), events });
         let (quits, sizes) = (Arc::default(), Arc::default());
         let notices = ImageNotices::new().unwrap();
-        let mut served = Served { disk, path, quits, notices, sizes, server: None, _dir: dir };
+        let attended = false;
+        let mut served = Served { disk, path, quits, notices, sizes, server: None, attended, _dir: dir };
         served.serve(mode, store_timeout);
         served
     }
@@ -274,6 +276,7 @@ impl Served {
             events: self.disk.events.clone(),
             notices: self.notices.clone(),
             store_timeout,
+            attended: self.attended,
             resized: Box::new(move |size| sizes.lock().unwrap().push(size)),
             quit: Arc::new(move || {
                 quits.fetch_add(1, Ordering::SeqCst);
@@ -327,6 +330,11 @@ impl Served {
         let mut client = self.greeted();
         assert_eq!(client.ask("qmp_capabilities", json!({})), Ok(json!({})));
         client
+    }
+
+    /// From its next start on, somebody must attend it.
+    pub fn must_be_attended(&mut self) {
+        self.attended = true;
     }
 
     pub fn stop(&mut self) {

@@ -175,6 +175,9 @@ fn attendant(attendant: &Value) -> Option<String> {
     if !attendant.is_object() {
         return None;
     }
+    if attendant["who"].is_null() && attendant["present"] == false {
+        return Some("NOBODY: snapshots by others are refused until somebody attends".to_owned());
+    }
     let state = match (attendant["present"] == true, attendant["required"] == true) {
         (true, true) => "required",
         (true, false) => "not required",

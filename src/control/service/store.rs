@@ -84,10 +84,7 @@ impl Service {
                 let data = json!({"id": id, "timeout-ms": patience.as_millis() as u64, "who": WHO});
                 self.tell(To::Only(peer), "PREPARE", data);
             }
-            First::GiveUp => {
-                let error = "the attendant that must consent is lost".to_owned();
-                self.prepared(Outcome { result: Err(error), required: true }, now);
-            }
+            First::GiveUp(why) => self.prepared(Outcome { result: Err(why.to_owned()), required: true }, now),
         }
     }
 
@@ -125,7 +122,7 @@ impl Service {
             AttendCommand::Prepared { id, result } => Some(self.attendance.prepared(peer, id, result)?),
             AttendCommand::Unattend => {
                 let outcome = self.attendance.unattend(peer)?;
-                log::info!("the attendant ends: snapshots of the image by others are as after a power cut again");
+                log::info!("the attendant ends: {}", self.attendance.without());
                 outcome
             }
         };
