@@ -185,6 +185,8 @@ fn a_disk_that_its_store_lets_go_before_another_is_ready_says_so() {
     succeeds(&taking.wait_with_output().expect("our own child"));
     assert_eq!((figure(&early, "expired"), figure(&late, "expired")), (1, 0));
     assert!(early.log().contains("may not be of one instant"), "{}", early.log());
+    let shown = early.ctl_ok(&["status"]);
+    assert!(shown.contains("snapshots by others: 1 asked, 0 refused, 1 LET GO EARLY"), "{shown}");
     attendant.0.event("RELEASED");
     // The next one is in time.
     attendant.0.execute("unattend", json!({}));

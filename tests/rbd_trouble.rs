@@ -268,6 +268,7 @@ fn one_server_hands_an_image_to_the_next_as_a_migration_does() {
         let mut on_source = connect(&source);
         assert_eq!((write(&mut on_source, 0, 1), flush(&mut on_source)), (0, 0));
         assert_eq!(lock(&source), "held", "{mode}");
+        assert!(source.ctl_ok(&["status"]).contains("exclusive lock: held"), "{mode}");
         // While the source's rings run, nobody else writes.
         let stranger =
             cluster.try_rbd(&["bench", "--io-type", "write", "--io-total", "4K", "--io-size", "4K", &image.spec]);

@@ -428,10 +428,12 @@ impl Disk for Arc<Rings> {
             logical_block_size: geometry.logical_block,
             read_only: geometry.read_only,
             cache_mode: self.mode.to_string(),
-            write_acknowledged: match (durable, policy.opens_direct()) {
-                (true, _) => "when durable",
-                (false, true) => "when the host's device has it",
-                (false, false) => "when the host's cache has it",
+            write_acknowledged: match (durable, policy.opens_direct(), &image_status.rbd) {
+                (true, ..) => "when durable",
+                (false, true, None) => "when the host's device has it",
+                (false, false, None) => "when the host's cache has it",
+                (false, true, Some(_)) => "when the Ceph cluster has it",
+                (false, false, Some(_)) => "when librbd's cache has it",
             }
             .into(),
             guest_flush: if policy.ignores_flush() { "ignored" } else { "synced" }.into(),

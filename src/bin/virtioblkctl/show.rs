@@ -86,6 +86,10 @@ pub fn status(status: &Value) -> String {
     for text in quiesce(&status["quiesce"]) {
         line(std::mem::take(&mut first), text);
     }
+    let mut first = "rbd";
+    for text in rbd(&status["rbd"]) {
+        line(std::mem::take(&mut first), text);
+    }
     if let Some(text) = attendant(&status["attendant"]) {
         line("attendant", text);
     }
@@ -169,6 +173,28 @@ fn quiesce(quiesce: &Value) -> Vec<String> {
         ));
     }
     lines
+}
+
+/// What only a Ceph RBD image has.
+fn rbd(rbd: &Value) -> Vec<String> {
+    if !rbd.is_object() {
+        return Vec::new();
+    }
+    let lock = match clean(&rbd["lock"]).as_str() {
+        "none" => "no exclusive lock is used".to_owned(),
+        lock => format!("exclusive lock: {lock}"),
+    };
+    let quiesce = &rbd["quiesce"];
+    let figure = |name: &str| quiesce[name].as_u64().unwrap_or(0);
+    let mut snapshots = match (quiesce.is_object(), quiesce["watching"] == true) {
+        (false, _) => "snapshots by others do not wait for this disk".to_owned(),
+        (true, false) => "snapshots by others DO NOT WAIT for this disk: there is no quiesce watch".to_owned(),
+        (true, true) => format!("snapshots by others: {} asked, {} refused", figure("asked"), figure("refused")),
+    };
+    if figure("expired") > 0 {
+        snapshots += &format!(", {} LET GO EARLY, perhaps not of one instant", figure("expired"));
+    }
+    vec![lock, snapshots]
 }
 
 fn attendant(attendant: &Value) -> Option<String> {
@@ -327,6 +353,18 @@ mod tests {
         assert!(!page.contains('\u{1b}') && page.contains("gone"), "{page}");
         let line = event(&json!({"event": "QUIESCED", "data": {"who": "\u{1b}[2J\n"}}));
         assert!(!line.contains('\u{1b}') && !line.contains('\n'), "{line}");
+    }
+
+    #[test]
+    fn what_others_may_do_with_an_image_of_ceph_is_shown() {
+        let page = |quiesce: Value| status(&json!({"rbd": {"lock": "waiting", "quiesce": quiesce}}));
+        let well = page(json!({"watching": true, "asked": 3, "refused": 1, "expired": 0}));
+        assert!(well.contains("exclusive lock: waiting") && well.contains("3 asked, 1 refused\n"), "{well}");
+        assert!(page(json!({"watching": true, "expired": 2})).contains("2 LET GO EARLY"));
+        assert!(page(json!({"watching": false})).contains("DO NOT WAIT"));
+        assert!(page(Value::Null).contains("do not wait"));
+        let nobody = status(&json!({"attendant": {"who": null, "present": false, "required": true}}));
+        assert!(nobody.contains("NOBODY") && !status(&json!({})).contains("rbd"), "{nobody}");
     }
 
     #[test]
