@@ -21,7 +21,7 @@ use log::LevelFilter;
 use crate::backend::file::Locking;
 use crate::backend::rbd::RbdOptions;
 use crate::backend::stable::StableWrites;
-use crate::engine::CacheMode;
+use crate::engine::{CacheMode, OnError};
 use crate::sandbox::Level;
 use rbd::RbdArgs;
 pub use values::disk_size;
@@ -67,6 +67,8 @@ pub struct Config {
     pub discard_unmap: bool,
     /// What is done about guests that change a buffer while its write is under way.
     pub stable_writes: StableWrites,
+    /// Which failed requests are kept from the guest until somebody mended the cause.
+    pub on_error: OnError,
     /// When QEMU's image locks are taken and obeyed.
     pub locking: Locking,
     /// Where to write the process id, if wanted.
@@ -239,6 +241,11 @@ struct Args {
     #[arg(long, value_name = "HOW", value_parser = values::stable_writes)]
     stable_writes: Option<StableWrites>,
 
+    /// When a request fails: report (the guest gets the error), stop (it is kept, and the ring waits for `virtioblkctl
+    /// continue`), enospc (stop where space is missing, else report) [default: enospc]
+    #[arg(long, value_name = "enospc|report|stop", value_parser = values::on_error)]
+    on_error: Option<OnError>,
+
     /// QEMU's image locks: auto (held from start to end), in-use (only while a guest runs: for live migration) or off
     /// [default: auto]
     #[arg(long, value_name = "auto|in-use|off", value_parser = values::locking)]
@@ -360,6 +367,7 @@ impl Args {
             logical_block_size: self.logical_block_size,
             discard_unmap: self.discard.is_none_or(|switch| switch.0),
             stable_writes: self.stable_writes.unwrap_or_default(),
+            on_error: self.on_error.unwrap_or_default(),
             locking: self.locking.unwrap_or_default(),
             pid_file: self.pid_file,
             log_level: self.log_level.unwrap_or(LevelFilter::Info),

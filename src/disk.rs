@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::engine::Errno;
+use crate::engine::{Errno, Kind};
 use crate::sync::{Bell, Mutex};
 
 /// A disk that can be held still. Implemented by `virtio::rings::Rings`; called by the control thread. No call blocks
@@ -23,6 +23,16 @@ pub trait Disk: Send + Sync {
 
     /// A snapshot of the disk's state, from counters that the rings keep; may lag by one batch.
     fn status(&self) -> DiskStatus;
+
+    /// Tries again the requests that failed and are kept, and lets their rings go on. Returns how many there are.
+    fn continue_io(&self) -> u64 {
+        0
+    }
+
+    /// A request that changes the disk, failed and is kept: no hold can succeed before it is done.
+    fn stopped_change(&self) -> Option<FailedRequest> {
+        None
+    }
 
     /// Takes the image's size as it is now, grown to `grow_to` bytes first if that is given, and tells the guest. One that
     /// is smaller than before is an error without `shrink`. Returns the size, or a message for the operator. Waits two
@@ -40,6 +50,28 @@ pub trait Disk: Send + Sync {
     /// Snapshots made by the image's own store, where it can.
     fn snapshots(&self) -> Option<std::sync::Arc<dyn ImageSnapshots>> {
         None
+    }
+}
+
+/// A request that failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FailedRequest {
+    /// `read`, `write`, `discard` or `write-zeroes`.
+    pub operation: &'static str,
+    /// Which ring.
+    pub ring: u32,
+    /// Byte offset in the image.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Why.
+    pub errno: Errno,
+}
+
+impl FailedRequest {
+    /// It changes the disk, perhaps did so in part.
+    pub fn is_change(&self) -> bool {
+        self.operation != Kind::Read.name()
     }
 }
 
@@ -84,6 +116,14 @@ pub enum Event {
         len: u64,
         /// Why.
         errno: Errno,
+    },
+    /// A request failed and is kept from the guest; its ring takes nothing more that changes the disk. Once, until
+    /// `IoContinued`, and a second time if the first one was a read.
+    IoStopped(FailedRequest),
+    /// What the ring kept is tried again, here or by whoever serves it next.
+    IoContinued {
+        /// Which ring.
+        ring: u32,
     },
     /// Requests are in flight for so long that something must be wrong. Once, until `IoResumed`.
     IoStalled {
@@ -277,6 +317,8 @@ pub struct RingStatus {
     pub oldest_stalled_ms: u64,
     /// Whether a request waits in the ring because writes are blocked.
     pub held: bool,
+    /// Requests that failed and are kept from the guest until `continue`.
+    pub kept: u64,
     /// Requests answered, by kind, since the daemon started (a ring keeps its figures over reconnects).
     pub reads: u64,
     /// Bytes read.
@@ -299,6 +341,41 @@ pub struct RingStatus {
     pub unsupported: u64,
     /// Interrupts sent.
     pub interrupts: u64,
+}
+
+/// A disk that stands still because a request failed.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct StoppedStatus {
+    /// `read`, `write`, `discard` or `write-zeroes`: the request that stopped the first such ring.
+    pub operation: String,
+    /// Which ring.
+    pub ring: u32,
+    /// Byte offset in the image.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Why, as a number,
+    pub errno: i32,
+    /// and in the system's words.
+    pub message: String,
+    /// Requests that are kept, over all rings.
+    pub requests: u64,
+}
+
+impl StoppedStatus {
+    /// Of the first request that was kept, and how many are kept.
+    pub fn new(first: &FailedRequest, requests: u64) -> Self {
+        StoppedStatus {
+            operation: first.operation.to_owned(),
+            ring: first.ring,
+            offset: first.offset,
+            length: first.len,
+            errno: first.errno.0,
+            message: std::io::Error::from_raw_os_error(first.errno.0).to_string(),
+            requests,
+        }
+    }
 }
 
 /// An error worth showing until the next one.
@@ -427,6 +504,10 @@ pub struct DiskStatus {
     pub rings: Vec<RingStatus>,
     /// Sums over all rings that ever ran (index and size 0).
     pub total: RingStatus,
+    /// Failed requests are kept from the guest until `continue`.
+    pub stopped: Option<StoppedStatus>,
+    /// Which failures are: `enospc`, `report` (none) or `stop` (all).
+    pub on_error: String,
     /// Newest last; at most eight.
     pub last_errors: Vec<LastError>,
     /// A sync failed for good: writes are no longer made durable.

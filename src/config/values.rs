@@ -7,7 +7,7 @@ use log::LevelFilter;
 use crate::backend::file::Locking;
 use crate::backend::rbd::{Encryption, RbdLock, RbdName, RbdQuiesce};
 use crate::backend::stable::StableWrites;
-use crate::engine::CacheMode;
+use crate::engine::{CacheMode, OnError};
 use crate::sandbox::Level;
 
 /// A choice of two words, or a flag with a value. A type of its own, so that clap takes it for a value.
@@ -130,6 +130,10 @@ pub(super) fn cache(text: &str) -> Result<CacheMode, String> {
 }
 
 pub(super) fn stable_writes(text: &str) -> Result<StableWrites, String> {
+    text.parse()
+}
+
+pub(super) fn on_error(text: &str) -> Result<OnError, String> {
     text.parse()
 }
 

@@ -1,5 +1,5 @@
 //! Walks every order of events that a worker could see, over small scripts, the five modes, with and without durable
-//! writes and a driver that can flush, and asks the oracles of [`super::model`] after every step.
+//! writes and a driver that can flush, with failures that are reported and kept, and asks the oracles of [`super::model`] after every step.
 //!
 //! States that were seen are not walked again: two paths that lead to equal worlds have the same future. A seen state
 //! is remembered by a 64-bit hash; a walk has some 10^6 states at most, so that one of them is taken for another is a
@@ -21,11 +21,12 @@ use super::{CacheMode, Kind};
 
 /// Scripts of every run, beside all of one and two requests: letters are [`kind`]s, then how many blocks and errors
 /// may happen.
-const SHORT: [(&str, u8, u8); 8] = [
+const SHORT: [(&str, u8, u8); 9] = [
     ("w", 3, 2),
     ("ww", 2, 0),
     ("wf", 2, 1),
     ("wrf", 1, 0),
+    ("wr", 0, 2),
     ("wwf", 0, 1),
     ("fwf", 1, 0),
     ("www", 1, 0),
@@ -153,27 +154,38 @@ struct Totals {
     transitions: u64,
 }
 
-/// Walks every script in every mode, until an oracle speaks up.
-fn explore(scripts: &[(String, u8, u8)], wanted: Option<Oracle>, totals: &mut Totals) -> Option<Violation> {
-    for (letters, blocks, errors) in scripts {
+/// Walks every script in every mode, until an oracle speaks up. `keeps`: whether failures are kept, where there are any.
+fn explore(
+    scripts: &[(String, u8, u8)],
+    keeps: bool,
+    wanted: Option<Oracle>,
+    totals: &mut Totals,
+) -> Option<Violation> {
+    for (letters, blocks, errors) in scripts.iter().filter(|(_, _, errors)| *errors > 0 || !keeps) {
         for mode in CacheMode::ALL {
             for (durable_writes, driver_can_flush) in [(false, false), (false, true), (true, false), (true, true)] {
                 let script: Vec<Kind> = letters.chars().map(kind).collect();
                 let (blocks, errors) = (*blocks, *errors);
-                let setup = Setup { mode, durable_writes, driver_can_flush, script, blocks, errors };
-                let mut walk = Walk { setup: &setup, wanted, seen: Seen::default(), trace: Vec::new(), transitions: 0 };
-                let found = walk.go(&World::new(&setup));
-                totals.setups += 1;
-                totals.states += walk.seen.len() as u64;
-                totals.transitions += walk.transitions;
-                if let Some(oracle) = found {
-                    let trace = walk.trace;
-                    return Some(Violation { oracle, setup, trace });
+                let setup = Setup { mode, durable_writes, driver_can_flush, script, blocks, errors, keeps };
+                let found = walk(setup, wanted, totals);
+                if found.is_some() {
+                    return found;
                 }
             }
         }
     }
     None
+}
+
+fn walk(setup: Setup, wanted: Option<Oracle>, totals: &mut Totals) -> Option<Violation> {
+    let mut walk = Walk { setup: &setup, wanted, seen: Seen::default(), trace: Vec::new(), transitions: 0 };
+    let found = walk.go(&World::new(&setup));
+    totals.setups += 1;
+    totals.states += walk.seen.len() as u64;
+    totals.transitions += walk.transitions;
+    let oracle = found?;
+    let trace = walk.trace;
+    Some(Violation { oracle, setup, trace })
 }
 
 fn kind(letter: char) -> Kind {
@@ -216,8 +228,10 @@ fn no_order_of_events_breaks_a_promise() {
     let is_long = std::env::var_os("VIRTIOBLKD_EXPLORE").is_some_and(|how| how == "long");
     let scripts = if is_long { long() } else { short() };
     let mut totals = Totals::default();
-    if let Some(violation) = explore(&scripts, None, &mut totals) {
-        panic!("{violation}");
+    for keeps in [false, true] {
+        if let Some(violation) = explore(&scripts, keeps, None, &mut totals) {
+            panic!("{violation}");
+        }
     }
     let Totals { setups, states, transitions } = totals;
     println!("{setups} setups, {states} states, {transitions} transitions");
@@ -227,15 +241,16 @@ fn no_order_of_events_breaks_a_promise() {
 #[test]
 fn every_planted_fault_is_found_by_its_oracle() {
     let scripts = short();
-    for (mutant, oracle) in Mutant::FAULTS {
-        let found = mutants::with(mutant, || explore(&scripts, Some(oracle), &mut Totals::default()));
+    let faults = Mutant::FAULTS.map(|fault| (fault, false)).into_iter();
+    for ((mutant, oracle), keeps) in faults.chain(Mutant::KEEPING_FAULTS.map(|fault| (fault, true))) {
+        let found = mutants::with(mutant, || explore(&scripts, keeps, Some(oracle), &mut Totals::default()));
         assert!(found.is_some(), "{mutant:?} survived: {oracle:?} did not find it");
     }
 }
 
 #[test]
 fn the_legal_change_survives() {
-    let found = mutants::with(Mutant::FlushNoopUnderThrough, || explore(&short(), None, &mut Totals::default()));
+    let found = mutants::with(Mutant::FlushNoopUnderThrough, || explore(&short(), false, None, &mut Totals::default()));
     if let Some(violation) = found {
         panic!("a legal engine was refused: {violation}");
     }

@@ -55,6 +55,12 @@ impl WriteGate {
         was_blocked && self.blockers == 0
     }
 
+    /// Somebody keeps it closed.
+    #[inline]
+    pub fn is_closed(&self) -> bool {
+        self.blockers > 0
+    }
+
     /// Closed, and everything that passed before is done.
     #[inline]
     pub fn is_drained(&self) -> bool {

@@ -14,8 +14,9 @@
 //! | `Discard`, `WriteZeroes` | data, done | data, sync, done | data, sync, done |
 //! | `Flush` | sync, done (`unsafe`: done) | sync, done | sync, done |
 //!
-//! A transfer that fails is answered with its error at once; a sync that fails fails exactly those it covered.
-//! Everything but `Read` passes the gate and leaves it when it is done, its sync included.
+//! A transfer that fails is answered with its error at once, or kept and tried again ([`on_error`]); a sync that fails
+//! fails exactly those it covered. Everything but `Read` passes the gate and leaves it when it is done, its sync
+//! included.
 //!
 //! # The life of a quiesce
 //! Open -> Draining (the gate is closed, some are in flight) -> Flushing (a sync that began after the last of them
@@ -29,6 +30,7 @@ mod gate;
 mod model;
 #[cfg(test)]
 pub(crate) mod mutants;
+pub mod on_error;
 mod sync_line;
 mod words;
 
@@ -38,6 +40,7 @@ pub use cache::{CacheMode, CachePolicy};
 use gate::WriteGate;
 #[cfg(test)]
 use mutants::{Mutant, planted};
+pub use on_error::OnError;
 use sync_line::{SyncLine, Waiter};
 pub use words::{Action, Errno, Kind, Offer, Slot, Token};
 
@@ -53,6 +56,17 @@ enum Stage {
     Changing {
         /// A sync must follow before the answer.
         then_sync: bool,
+        /// It was submitted as a durable write.
+        durable: bool,
+    },
+    /// A read's transfer failed and is to be tried again.
+    KeptRead,
+    /// A change's transfer failed and is to be tried again as it was.
+    KeptChange {
+        /// As of `Changing`.
+        then_sync: bool,
+        /// As of `Changing`.
+        durable: bool,
     },
     /// Waits for a sync, running or to come.
     Syncing,
@@ -83,6 +97,9 @@ pub struct Engine {
     policy: CachePolicy,
     durable_writes: bool,
     driver_can_flush: bool,
+    on_error: OnError,
+    /// Requests whose transfers failed and are to be tried again, in the order in which they failed.
+    kept: Vec<Slot>,
     /// Indexed by slot; grows to the highest slot used.
     stages: Vec<Stage>,
     reads_in_flight: u32,
@@ -108,6 +125,8 @@ impl Engine {
             policy,
             durable_writes,
             driver_can_flush: false,
+            on_error: OnError::Report,
+            kept: Vec::new(),
             stages: Vec::new(),
             reads_in_flight: 0,
             gate: WriteGate::default(),
@@ -149,7 +168,11 @@ impl Engine {
             self.submit(slot, false);
             return Offer::Taken;
         }
-        if !self.gate.enter() {
+        #[cfg(test)]
+        let stopped = !self.kept.is_empty() && !planted(Mutant::TakenWhileStopped);
+        #[cfg(not(test))]
+        let stopped = !self.kept.is_empty();
+        if stopped || !self.gate.enter() {
             return Offer::Held;
         }
         match kind {
@@ -172,11 +195,14 @@ impl Engine {
             return self.done_with_change(slot, result);
         }
         match (self.stages.get(usize::from(slot)), result) {
+            (Some(Stage::Reading | Stage::Changing { .. }), Err(errno)) if self.on_error.keeps(errno) => {
+                self.keep(slot, errno);
+            }
             (Some(Stage::Reading), _) => {
                 self.reads_in_flight -= 1;
                 self.done(slot, result);
             }
-            (Some(Stage::Changing { then_sync: true }), Ok(())) => self.wait_for_sync(slot),
+            (Some(Stage::Changing { then_sync: true, .. }), Ok(())) => self.wait_for_sync(slot),
             (Some(Stage::Changing { .. }), _) => self.done_with_change(slot, result),
             _ => debug_assert!(false, "{token:?} completed, which is not in flight"),
         }
@@ -243,12 +269,7 @@ impl Engine {
         if planted(Mutant::IdleWhileSyncing) {
             return self.reads_in_flight == 0 && self.gate.in_flight() == 0 && self.actions.is_empty();
         }
-        self.reads_in_flight == 0
-            && self.gate.in_flight() == 0
-            && self.sync_line.is_idle()
-            && self.actions.is_empty()
-            && self.settled.is_none()
-            && !self.resumed
+        self.kept.is_empty() && self.rests()
     }
 
     /// The next thing to do; call until `None` after every `offer` batch and every `complete` batch, and after
@@ -300,7 +321,7 @@ impl Engine {
             _ if planted(Mutant::FlagWithoutNative) => through && kind == Kind::Write,
             _ => durable,
         };
-        self.stages[usize::from(slot)] = Stage::Changing { then_sync: through && !durable };
+        self.stages[usize::from(slot)] = Stage::Changing { then_sync: through && !durable, durable };
         self.submit(slot, durable);
         #[cfg(test)]
         if planted(Mutant::LeavesBeforeData) && (!through || durable) {
@@ -328,6 +349,10 @@ impl Engine {
             debug_assert!(false, "a sync completed, but none is running");
             return;
         };
+        #[cfg(test)]
+        if planted(Mutant::SyncRetried) && self.on_error == OnError::Stop && result.is_err() {
+            return covered.iter().for_each(|&waiter| self.sync_line.join(waiter));
+        }
         for &waiter in &covered {
             #[cfg(test)]
             let result = match waiter {
@@ -363,7 +388,7 @@ impl Engine {
         self.done(slot, result);
         #[cfg(test)]
         if (planted(Mutant::LeavesBeforeDurable) && stage == Stage::Syncing)
-            || (planted(Mutant::LeavesBeforeData) && matches!(stage, Stage::Changing { then_sync: false }))
+            || (planted(Mutant::LeavesBeforeData) && matches!(stage, Stage::Changing { then_sync: false, .. }))
         {
             return;
         }

@@ -2,7 +2,7 @@
 //! any order, a worker that may dawdle, and the [`Oracle`]s. Shares nothing with the engine but its public words; even
 //! the mode table is written a second time.
 
-use super::{Action, CacheMode, CachePolicy, Engine, Errno, Kind, Offer, Slot, Token};
+use super::{Action, CacheMode, CachePolicy, Engine, Errno, Kind, Offer, OnError, Slot, Token};
 
 /// Requests in one script, at most.
 pub const MOST_REQUESTS: usize = 6;
@@ -21,7 +21,7 @@ pub enum Oracle {
     AnsweredTwice,
     /// Everything came back and was taken, and a request has no answer.
     Unanswered,
-    /// A change (or a flush) was taken while writes were blocked.
+    /// A change (or a flush) was taken while writes were blocked or something was kept.
     AdmittedWhileBlocked,
     /// A read was held, or anything while the gate was open.
     HeldWithoutReason,
@@ -51,6 +51,10 @@ pub enum Oracle {
     TwoSyncs,
     /// The durable flag on anything but a write, or where the back-end has no durable writes.
     DurableFlagMisused,
+    /// A failure was kept that is the guest's, kept twice, or answered although it is to be kept.
+    KeptWrong,
+    /// What was kept was tried again, but not in the order in which it failed.
+    RetriedOutOfOrder,
     /// `writes_in_flight` differs from what is taken and not answered.
     Miscounted,
     /// `is_idle` while something is in flight, or not although nothing is.
@@ -69,6 +73,8 @@ pub struct Setup {
     pub blocks: u8,
     /// How many completions fail, at most.
     pub errors: u8,
+    /// Transfers that fail are kept.
+    pub keeps: bool,
 }
 
 impl Setup {
@@ -92,6 +98,10 @@ pub enum Step {
     Block,
     /// A holder leaves.
     Unblock,
+    /// Try again what is kept.
+    Retry,
+    /// The same for the last time.
+    StopKeeping,
     /// Take and do all actions.
     Act,
 }
@@ -146,6 +156,14 @@ pub struct World {
     durable: Set,
     data_failed: Set,
     sync_failed: Set,
+    /// What fails now is kept.
+    keeps: bool,
+    /// Kept, in the order of failing: each failed, and was not handed to the back-end again.
+    kept: Vec<u8>,
+    /// Of `kept`: the caller was told, or the retry is due.
+    told: Set,
+    /// To be submitted again before anything else, in this order.
+    retries: Vec<u8>,
     /// For a flush: the changes that had been acknowledged when it was offered.
     owed: [Set; MOST_REQUESTS],
 }
@@ -155,6 +173,7 @@ impl World {
         assert!(setup.script.len() <= MOST_REQUESTS);
         let mut engine = Engine::new(CachePolicy::from(setup.mode), setup.durable_writes);
         engine.set_driver_can_flush(setup.driver_can_flush);
+        engine.set_on_error(if setup.keeps { OnError::Stop } else { OnError::Report });
         World {
             engine,
             slots: [None; MOST_REQUESTS],
@@ -178,6 +197,10 @@ impl World {
             durable: 0,
             data_failed: 0,
             sync_failed: 0,
+            keeps: setup.keeps,
+            kept: Vec::new(),
+            told: 0,
+            retries: Vec::new(),
             owed: [0; MOST_REQUESTS],
         }
     }
@@ -189,7 +212,7 @@ impl World {
         if self.act_due {
             steps.push(Step::Act);
         }
-        if usize::from(self.next) < setup.script.len() && !(self.held && self.holders > 0) {
+        if usize::from(self.next) < setup.script.len() && !(self.held && self.is_blocked()) {
             steps.push(Step::Offer);
         }
         let mut complete = |token, error| {
@@ -212,6 +235,13 @@ impl World {
         if self.holders > 0 {
             steps.push(Step::Unblock);
         }
+        if !self.kept.is_empty() {
+            steps.extend([Step::Retry, Step::StopKeeping]);
+        }
+    }
+
+    fn is_blocked(&self) -> bool {
+        self.holders > 0 || !self.kept.is_empty()
     }
 
     /// Does one step and asks the oracles that judge events. [`World::judge`] asks the others.
@@ -238,6 +268,11 @@ impl World {
                 }
                 self.engine.unblock_writes();
             }
+            Step::Retry => self.retry(),
+            Step::StopKeeping => {
+                self.keeps = false;
+                self.retry();
+            }
             Step::Act => {
                 while let Some(action) = self.engine.next_action() {
                     self.act(setup, action)?;
@@ -253,11 +288,17 @@ impl World {
         Ok(())
     }
 
+    fn retry(&mut self) {
+        self.retries.append(&mut self.kept);
+        self.resume_due |= self.holders == 0;
+        if self.keeps { self.engine.retry() } else { self.engine.stop_keeping() }
+    }
+
     fn offer(&mut self, setup: &Setup) -> Result<(), Oracle> {
         let request = self.next;
         let kind = setup.script[usize::from(request)];
         let slot = self.slots.iter().position(Option::is_none).expect("a slot for each request");
-        let may_pass = kind == Kind::Read || self.holders == 0;
+        let may_pass = kind == Kind::Read || !self.is_blocked();
         match self.engine.offer(slot as Slot, kind) {
             Offer::Taken if !may_pass => return Err(Oracle::AdmittedWhileBlocked),
             Offer::Held if may_pass => return Err(Oracle::HeldWithoutReason),
@@ -280,10 +321,12 @@ impl World {
         self.engine.complete(token, result);
         match token {
             Token::Data(slot) => {
-                let bit = 1 << self.slots[usize::from(slot)].expect("a request is moving in this slot");
+                let request = self.slots[usize::from(slot)].expect("a request is moving in this slot");
+                let bit = 1 << request;
                 self.moving &= !bit;
                 match result {
                     Ok(()) => self.landed |= bit & changes(setup),
+                    Err(_) if self.keeps => self.kept.push(request),
                     Err(_) => self.data_failed |= bit,
                 }
                 if result.is_ok() && self.flagged & bit != 0 {
@@ -311,8 +354,15 @@ impl World {
                 if durable && !(setup.durable_writes && is_write) {
                     return Err(Oracle::DurableFlagMisused);
                 }
+                if let Some(at) = self.retries.iter().position(|retried| *retried == request) {
+                    self.retries.remove(at);
+                    self.told &= !(1 << request);
+                    if at > 0 {
+                        return Err(Oracle::RetriedOutOfOrder);
+                    }
+                }
                 self.moving |= 1 << request;
-                self.flagged |= u8::from(durable) << request;
+                self.flagged = self.flagged & !(1 << request) | u8::from(durable) << request;
             }
             Action::Submit { token: Token::Sync, .. } => {
                 if self.sync.is_some() {
@@ -322,6 +372,14 @@ impl World {
                 let waiting = open & ((self.landed & changes(setup)) | flushes(setup));
                 let quiet = self.holders > 0 && open & !reads(setup) == 0;
                 self.sync = Some(Sync { landed: self.landed, waiting, barrier: quiet.then_some(self.quiesces) });
+            }
+            Action::Keep { slot, errno } => {
+                let request = self.slots[usize::from(slot)].ok_or(Oracle::KeptWrong)?;
+                let is_kept = self.kept.contains(&request) || self.retries.contains(&request);
+                if !is_kept || self.told & 1 << request != 0 || errno != DATA_ERROR {
+                    return Err(Oracle::KeptWrong);
+                }
+                self.told |= 1 << request;
             }
             Action::Done { slot, result } => self.answer(setup, slot, result)?,
             Action::Quiesced(result) => self.quiesced(setup, result)?,
@@ -339,6 +397,9 @@ impl World {
         let request = self.slots[usize::from(slot)].take().ok_or(Oracle::AnsweredTwice)?;
         let bit = 1 << request;
         self.answered |= bit;
+        if self.kept.contains(&request) || self.retries.contains(&request) {
+            return Err(Oracle::KeptWrong);
+        }
         let expected = match (self.data_failed & bit != 0, self.sync_failed & bit != 0) {
             (true, _) => Err(DATA_ERROR),
             (_, true) => Err(SYNC_ERROR),
@@ -390,14 +451,17 @@ impl World {
         if self.engine.writes_in_flight() != (open & !reads(setup)).count_ones() {
             return Err(Oracle::Miscounted);
         }
-        if self.moving != 0 || self.sync.is_some() {
-            return Ok(());
+        let rests = self.moving == 0 && self.sync.is_none();
+        if !rests {
+            return if self.engine.rests() { Err(Oracle::IdleWrong) } else { Ok(()) };
         }
+        let kept = self.kept.iter().fold(0, |set, request| set | 1 << request);
         match () {
-            _ if open != 0 => Err(Oracle::Unanswered),
-            _ if self.hold == Hold::Waiting => Err(Oracle::QuiesceUnanswered),
+            _ if open != kept => Err(Oracle::Unanswered),
+            _ if kept != self.told => Err(Oracle::KeptWrong),
+            _ if self.hold == Hold::Waiting && kept & !reads(setup) == 0 => Err(Oracle::QuiesceUnanswered),
             _ if self.resume_due => Err(Oracle::ResumedLost),
-            _ if !self.engine.is_idle() => Err(Oracle::IdleWrong),
+            _ if !self.engine.rests() || self.engine.is_idle() != (open == 0) => Err(Oracle::IdleWrong),
             _ => Ok(()),
         }
     }

@@ -66,6 +66,20 @@ pub enum Mutant {
     NestedQuiesce,
     /// Reads pass the gate too.
     ReadsGated,
+    /// A change is taken while another one is kept.
+    TakenWhileStopped,
+    /// A kept change has left the gate.
+    KeptLeavesGate,
+    /// What is kept is tried again, the last first.
+    RetryReversed,
+    /// One of those kept is not tried again.
+    RetryForgets,
+    /// A durable write is tried again without its flag.
+    RetryNotDurable,
+    /// Where failures are kept, a failed sync is tried again.
+    SyncRetried,
+    /// What failed is answered although failures are kept.
+    KeptAnswered,
     /// LEGAL: a flush is answered at once under write-through, where all that is acknowledged is durable.
     FlushNoopUnderThrough,
 }
@@ -105,6 +119,18 @@ impl Mutant {
         (Mutant::LostDrain, Oracle::QuiesceUnanswered),
         (Mutant::NestedQuiesce, Oracle::QuiescedTwice),
         (Mutant::ReadsGated, Oracle::HeldWithoutReason),
+    ];
+
+    /// Those of which nothing is seen unless failures are kept.
+    pub const KEEPING_FAULTS: [(Mutant, Oracle); 8] = [
+        (Mutant::TakenWhileStopped, Oracle::AdmittedWhileBlocked),
+        (Mutant::KeptLeavesGate, Oracle::QuietInFlight),
+        (Mutant::KeptLeavesGate, Oracle::Miscounted),
+        (Mutant::RetryReversed, Oracle::RetriedOutOfOrder),
+        (Mutant::RetryForgets, Oracle::Unanswered),
+        (Mutant::RetryNotDurable, Oracle::ThroughNotDurable),
+        (Mutant::SyncRetried, Oracle::FailureAcknowledged),
+        (Mutant::KeptAnswered, Oracle::KeptWrong),
     ];
 }
 

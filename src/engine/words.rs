@@ -19,6 +19,19 @@ pub enum Kind {
     WriteZeroes,
 }
 
+impl Kind {
+    /// As events and the log call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Read => "read",
+            Kind::Write => "write",
+            Kind::Flush => "flush",
+            Kind::Discard => "discard",
+            Kind::WriteZeroes => "write-zeroes",
+        }
+    }
+}
+
 /// The caller's name for a request: its slot. Unique among the requests taken and not yet done.
 pub type Slot = u16;
 
@@ -36,8 +49,8 @@ pub enum Token {
 pub enum Offer {
     /// The request is the engine's until its `Done`.
     Taken,
-    /// Writes are blocked: leave the request in the ring (and what stands behind it) and offer it again after
-    /// `Resumed`.
+    /// Writes are blocked, or a failed transfer is [kept](Action::Keep): leave the request in the ring (and what stands
+    /// behind it) and offer it again after `Resumed`.
     Held,
 }
 
@@ -59,9 +72,17 @@ pub enum Action {
         /// Its outcome.
         result: Result<(), Errno>,
     },
+    /// This request's transfer failed and is kept: it stays in flight, and a `Submit` for it follows after
+    /// [`retry`](super::Engine::retry).
+    Keep {
+        /// The request.
+        slot: Slot,
+        /// Why it failed.
+        errno: Errno,
+    },
     /// The quiesce begun by the first `block_writes` is settled: nothing that changes the disk is in flight and, if
     /// `Ok`, everything acknowledged so far is durable.
     Quiesced(Result<(), Errno>),
-    /// The last holder left: read the ring again, without waiting for a kick.
+    /// The last holder left, or what was kept is tried again: read the ring again, without waiting for a kick.
     Resumed,
 }

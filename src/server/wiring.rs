@@ -22,7 +22,7 @@ use crate::backend::slow::SlowBackend;
 use crate::backend::stable::StableBackend;
 use crate::config::{BackendKind, Config};
 use crate::control::{self, ImageNotices};
-use crate::disk::{Copies, Disk, DiskStatus, Events, ImageSnapshots};
+use crate::disk::{Copies, Disk, DiskStatus, Events, FailedRequest, ImageSnapshots};
 use crate::listen::MORE_DESCRIPTORS;
 use crate::virtio::{Device, DeviceOptions, Tuning};
 
@@ -128,9 +128,9 @@ fn open_file(config: &Config, path: &Path, memory: &Arc<Depot>) -> Result<FileBa
     })
 }
 
-/// What a test asked for.
+/// The choices that are not in [`DeviceOptions`], those of tests among them.
 fn tuning(config: &Config) -> Tuning {
-    let mut tuning = Tuning::default();
+    let mut tuning = Tuning { on_error: config.on_error, ..Tuning::default() };
     if let BackendKind::Slow { forgets: true, .. } = config.backend {
         tuning.protocol_features.remove(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
     }
@@ -189,6 +189,14 @@ impl Disk for CopiedDisk {
 
     fn status(&self) -> DiskStatus {
         self.disk.status()
+    }
+
+    fn continue_io(&self) -> u64 {
+        self.disk.continue_io()
+    }
+
+    fn stopped_change(&self) -> Option<FailedRequest> {
+        self.disk.stopped_change()
     }
 
     fn resize(&self, grow_to: Option<u64>, shrink: bool) -> Result<u64, String> {

@@ -13,6 +13,7 @@ pub(super) struct Counters {
     pub stalled: AtomicU64,
     pub oldest_stalled_ms: AtomicU64,
     pub held: AtomicBool,
+    pub kept: AtomicU64,
     pub reads: AtomicU64,
     pub read_bytes: AtomicU64,
     pub writes: AtomicU64,
@@ -40,6 +41,7 @@ impl Counters {
             stalled: self.stalled.load(Relaxed),
             oldest_stalled_ms: self.oldest_stalled_ms.load(Relaxed),
             held: self.held.load(Relaxed),
+            kept: self.kept.load(Relaxed),
             reads: self.reads.load(Relaxed),
             read_bytes: self.read_bytes.load(Relaxed),
             writes: self.writes.load(Relaxed),
@@ -61,6 +63,7 @@ pub(super) fn accumulate(total: &mut RingStatus, ring: &RingStatus) {
     total.stalled += ring.stalled;
     total.oldest_stalled_ms = total.oldest_stalled_ms.max(ring.oldest_stalled_ms);
     total.held |= ring.held;
+    total.kept += ring.kept;
     total.reads += ring.reads;
     total.read_bytes += ring.read_bytes;
     total.writes += ring.writes;

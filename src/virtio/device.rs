@@ -18,7 +18,7 @@ use super::rings::Rings;
 use super::vanished::Wire;
 use crate::backend::Backend;
 use crate::disk::Events;
-use crate::engine::CacheMode;
+use crate::engine::{CacheMode, OnError};
 
 /// What an operator chooses about the device.
 #[derive(Clone, Debug)]
@@ -33,18 +33,24 @@ pub struct DeviceOptions {
     pub serial: String,
 }
 
-/// What tests change.
+/// What most leave as it is.
 #[derive(Clone, Debug)]
 pub struct Tuning {
     /// A request that is in flight for longer is told of.
     pub stall_after: Duration,
+    /// Which failed requests are kept from the guest until somebody mended the cause.
+    pub on_error: OnError,
     /// The protocol features that are offered at most: without INFLIGHT_SHMFD, tests show that they would notice.
     pub protocol_features: VhostUserProtocolFeatures,
 }
 
 impl Default for Tuning {
     fn default() -> Self {
-        Tuning { stall_after: Duration::from_secs(10), protocol_features: VhostUserProtocolFeatures::all() }
+        Tuning {
+            stall_after: Duration::from_secs(10),
+            on_error: OnError::Report,
+            protocol_features: VhostUserProtocolFeatures::all(),
+        }
     }
 }
 
@@ -88,7 +94,7 @@ impl Device {
         Self::with_tuning(backend, options, events, &Tuning::default())
     }
 
-    /// The same, for tests.
+    /// The same, with what most leave as it is.
     pub fn with_tuning(
         backend: Arc<dyn Backend>,
         options: &DeviceOptions,
@@ -112,7 +118,7 @@ impl Device {
                 queue_size: options.queue_size,
                 serial: Arc::new(serial),
             }),
-            rings: Rings::new(backend, options.mode, events, tuning.stall_after),
+            rings: Rings::new(backend, options.mode, events, tuning.stall_after, tuning.on_error),
             connection: Mutex::default(),
             left: Condvar::new(),
         })
@@ -124,7 +130,7 @@ impl Device {
     }
 
     /// Serves a front-end until it leaves, breaks the protocol, or [`Device::shutdown`]. On return every ring is
-    /// stopped, everything popped is answered, and (in every mode but `unsafe`) synced. Returns why it ended, for the
+    /// stopped, everything popped is answered (or kept, for the next server) and, in every mode but `unsafe`, synced. Returns why it ended, for the
     /// log. One call at a time; blocks; the vhost-user thread.
     pub fn serve(&self, stream: UnixStream) -> std::io::Result<String> {
         let peeking;

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::disk::{Event, LastError};
+use crate::disk::{Event, FailedRequest, LastError};
 
 /// The errors of one disk.
 #[derive(Default)]
@@ -50,6 +50,11 @@ pub(super) fn text(event: &Event) -> Option<String> {
             "ring {ring}: {requests} requests wait for the image's storage, the oldest for {} s: see the host's \
                  kernel log, and the storage",
             oldest.as_secs()
+        ),
+        Event::IoStopped(FailedRequest { operation, ring, offset, len, errno }) => format!(
+            "ring {ring} stopped: {operation} of {len} bytes at {offset} failed: {}. It is kept from the guest: mend the \
+             cause, then 'virtioblkctl continue'",
+            std::io::Error::from_raw_os_error(errno.0)
         ),
         _ => return None,
     })

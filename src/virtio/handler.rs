@@ -24,6 +24,7 @@ use super::memory::{MOST_REGIONS, MemoryTable};
 use super::queue_state::{QueueState, Stopped, Surroundings};
 use super::rings::Rings;
 use super::vanished::Wire;
+use super::worker::Stop;
 
 /// The protocol features served. REPLY_ACK is the vhost crate's own.
 fn protocol_features() -> VhostUserProtocolFeatures {
@@ -74,9 +75,9 @@ impl Handler {
     }
 
     /// Stops every ring, finishing what is in flight.
-    fn stop_all(&mut self) {
+    fn stop_all(&mut self, how: Stop) {
         for queue in &mut self.queues {
-            queue.pause(&self.rings);
+            queue.pause(&self.rings, how);
         }
     }
 
@@ -88,7 +89,7 @@ impl Handler {
 
     /// Changes every ring at once: all are stopped before the change and started after it.
     fn change_all(&mut self, change: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
-        self.stop_all();
+        self.stop_all(Stop::ToGoOn);
         let result = change(self);
         self.start_all();
         result
@@ -130,9 +131,10 @@ impl Handler {
         }
     }
 
-    /// The end of the connection: every ring is stopped, what it acknowledged is synced, others may have the image.
+    /// The end of the connection: every ring is stopped, what it acknowledged is synced, others may have the image. What
+    /// failed and is kept is left to the next server, if the front-end can tell it.
     pub(super) fn end(&mut self) {
-        self.stop_all();
+        self.stop_all(if self.inflight.is_some() { Stop::ToGoOn } else { Stop::ForGood });
         self.queues.clear();
         self.settle();
     }
@@ -140,6 +142,13 @@ impl Handler {
     /// A descriptor of our own of the channel that the next message hands over.
     pub(super) fn offer_channel(&mut self, channel: OwnedFd) {
         self.peeked = Some(channel);
+    }
+
+    /// Stops a ring that may go on elsewhere, or never: everything popped is answered.
+    fn finish(&mut self, index: u32) -> Result<()> {
+        let (queue, around) = self.queue(index)?;
+        queue.pause(around.rings, Stop::ForGood);
+        Ok(())
     }
 
     fn queue(&mut self, index: u32) -> Result<(&mut QueueState, Surroundings<'_>)> {
@@ -281,6 +290,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     /// where `virsh suspend` becomes as safe as with an in-process disk. Held writes stay in the ring, so a quiesced
     /// disk answers at once.
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        self.finish(index)?;
         let base = self.change(index, |_, ring| {
             ring.kick = None;
             ring.vring.set_call(None);
@@ -329,7 +339,11 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Ok(u64::from(self.identity.num_queues))
     }
 
+    /// QEMU disables a ring right before it takes it back.
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        if !enable {
+            self.finish(index)?;
+        }
         self.change(index, |_, ring| {
             ring.enabled = enable;
             Ok(())

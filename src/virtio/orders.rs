@@ -19,10 +19,10 @@ use super::queue_state::{QueueState, Surroundings};
 use super::request::{ID_BYTES, OK};
 use super::rings::Rings;
 use super::vanished::Wire;
+use super::worker::Stop;
 use crate::backend::null::NullBackend;
 use crate::disk::{Disk, Event, Events};
-use crate::engine::CacheMode;
-use crate::engine::mutants;
+use crate::engine::{CacheMode, OnError, mutants};
 use crate::sync::orders::{Mutant, fails, holds};
 use crate::sync::thread;
 use crate::sync::{Bell, yield_until_readable};
@@ -145,7 +145,9 @@ fn operator(rings: &Arc<Rings>, events: &Events, memory: &GuestMemoryMmap) {
 fn disk() -> (Arc<Rings>, Arc<Events>) {
     let events = Arc::new(Events::new().unwrap());
     let backend = Arc::new(NullBackend::new(1 << 20, 512));
-    (Rings::new(backend, CacheMode::Writeback, events.clone(), Duration::from_secs(1000)), events)
+    let rings =
+        Rings::new(backend, CacheMode::Writeback, events.clone(), Duration::from_secs(1000), OnError::default());
+    (rings, events)
 }
 
 /// A ring that stops just when a hold begins may have taken its last command, and is waited for no longer.
@@ -155,7 +157,7 @@ fn stop_under_a_hold() {
     front_end.start();
     let of_operator = rings.clone();
     let operator = thread::spawn(move || hold(&of_operator, &events, 1));
-    front_end.queue.pause(&rings);
+    front_end.queue.pause(&rings, Stop::ForGood);
     operator.join().unwrap();
 }
 
@@ -174,7 +176,7 @@ fn disk_under_holds() {
     }
     guest.join().unwrap();
     operator.join().unwrap();
-    front_end.queue.pause(&rings);
+    front_end.queue.pause(&rings, Stop::ForGood);
     assert_eq!(rings.status().total.writes, u64::from(WRITES));
 }
 

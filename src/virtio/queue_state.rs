@@ -16,7 +16,7 @@ use super::dirty::DirtyLog;
 use super::inflight::Inflight;
 use super::memory::MemoryTable;
 use super::rings::{Command, Mailbox, Rings};
-use super::worker::{self, Setup};
+use super::worker::{self, Setup, Stop};
 use crate::disk::Event;
 use crate::sync::thread::{self, JoinHandle};
 use crate::sync::{Bell, mpsc};
@@ -36,6 +36,8 @@ pub(super) struct Stopped {
     pub enabled: bool,
     /// SET_VRING_ADDR came since the last start from scratch.
     pub placed: bool,
+    /// Heads that were taken and not answered because their transfers failed: the next start does them again.
+    pub kept: Vec<u16>,
 }
 
 impl Stopped {
@@ -94,21 +96,28 @@ impl QueueState {
         enabled: bool,
     ) -> Result<Self, virtio_queue::Error> {
         let vring = Vring::new(memory.atomic(), largest)?;
-        let stopped = Stopped { vring, kick: None, err: None, enabled, placed: false };
+        let stopped = Stopped { vring, kick: None, err: None, enabled, placed: false, kept: Vec::new() };
         Ok(QueueState { index, life: Some(Life::Stopped(stopped)) })
     }
 
     /// The one rule: stop, change, start again if it may run.
     pub(super) fn change<T>(&mut self, around: &Surroundings, change: impl FnOnce(&mut Stopped) -> T) -> T {
-        let mut stopped = self.stop(around.rings);
+        let mut stopped = self.stop(around.rings, Stop::ToGoOn);
         let answer = change(&mut stopped);
         self.life = Some(self.start(stopped, around));
         answer
     }
 
     /// Stops the ring and leaves it stopped until [`QueueState::change`]: for changes of all rings at once.
-    pub(super) fn pause(&mut self, rings: &Arc<Rings>) {
-        let stopped = self.stop(rings);
+    pub(super) fn pause(&mut self, rings: &Arc<Rings>, how: Stop) {
+        let mut stopped = self.stop(rings, how);
+        if how == Stop::ForGood && !stopped.kept.is_empty() {
+            // Its memory is gone, or its image is another's: there is nowhere to answer, or nothing to try.
+            let (index, kept) = (self.index, std::mem::take(&mut stopped.kept).len());
+            let what =
+                format!("ring {index}: {kept} failed requests stay unanswered: reset the guest if it waits for them");
+            rings.report(Event::ProtocolError(what));
+        }
         self.life = Some(Life::Stopped(stopped));
     }
 
@@ -148,11 +157,11 @@ impl QueueState {
         }
     }
 
-    fn stop(&mut self, rings: &Arc<Rings>) -> Stopped {
+    fn stop(&mut self, rings: &Arc<Rings>, how: Stop) -> Stopped {
         match self.life.take().expect("set outside of change") {
             Life::Stopped(stopped) => stopped,
             Life::Running { mailbox, thread } => {
-                mailbox.send(Command::Stop);
+                mailbox.send(Command::Stop(how));
                 // A panic in a worker ends the process (server's panic hook): a ring whose state is unknown must not
                 // be served on, and a front-end sees a closed socket but no dead thread.
                 let stopped = thread.join().expect("a worker's panic ends the process");

@@ -10,9 +10,12 @@ use super::capacity::Capacity;
 use super::counters::{Counters, accumulate};
 use super::errors::{self, Errors};
 use super::features;
+use super::worker::Stop;
 use crate::backend::{Backend, Errno};
-use crate::disk::{Disk, DiskStatus, Event, Events, HoldFigures, ImageStatus, RingStatus};
-use crate::engine::{CacheMode, CachePolicy};
+use crate::disk::{
+    Disk, DiskStatus, Event, Events, FailedRequest, HoldFigures, ImageStatus, RingStatus, StoppedStatus,
+};
+use crate::engine::{CacheMode, CachePolicy, OnError};
 use crate::sync::mpsc::{self, Sender};
 #[cfg(all(test, feature = "model"))]
 use crate::sync::orders::{Mutant, planted};
@@ -30,8 +33,10 @@ pub(super) enum Command {
     Look,
     /// Replace the call descriptor; then send the answer.
     SetCall(Option<std::fs::File>, Sender<()>),
+    /// Try again what failed and is kept.
+    Retry,
     /// Stop popping, finish what is in flight, publish it, hand the ring back.
-    Stop,
+    Stop(Stop),
 }
 
 /// Where to send a worker commands: its queue, and the bell that wakes it.
@@ -63,6 +68,13 @@ pub(super) struct RingHold {
     pub result: Result<(), Errno>,
 }
 
+/// What one ring keeps of failed requests.
+pub(super) struct Kept {
+    /// The one that stopped it: the first change, if there is one.
+    pub first: FailedRequest,
+    pub requests: u64,
+}
+
 /// All rings of one disk. Shared by the handler, the workers and, as a [`Disk`], the control thread.
 pub struct Rings {
     backend: Arc<dyn Backend>,
@@ -70,6 +82,8 @@ pub struct Rings {
     mode: CacheMode,
     /// A request that is in flight for longer is stalled.
     stall_after: Duration,
+    /// Which failures are kept from the guest.
+    on_error: OnError,
     capacity: Capacity,
     /// [`Disk::resize`] is under way.
     resizing: AtomicBool,
@@ -83,6 +97,8 @@ struct State {
     hold: Option<Hold>,
     /// The thread that syncs where no ring does is running, for the hold of this epoch.
     syncing: Option<u64>,
+    /// By ring.
+    kept: BTreeMap<u32, Kept>,
     connected: bool,
     acked_features: Option<u64>,
     /// Why the back-end does not let us use the image, while rings wait for it.
@@ -105,14 +121,21 @@ const HANGS: Duration = Duration::from_secs(2);
 
 impl Rings {
     /// For a disk on `backend` in this mode; what happens goes to `events`. A request that is in flight for longer than
-    /// `stall_after` is told of.
-    pub fn new(backend: Arc<dyn Backend>, mode: CacheMode, events: Arc<Events>, stall_after: Duration) -> Arc<Self> {
+    /// `stall_after` is told of, and one that fails is dealt with as `on_error` says.
+    pub fn new(
+        backend: Arc<dyn Backend>,
+        mode: CacheMode,
+        events: Arc<Events>,
+        stall_after: Duration,
+        on_error: OnError,
+    ) -> Arc<Self> {
         let capacity = Capacity::new(backend.geometry().size);
         Arc::new(Rings {
             backend,
             events,
             mode,
             stall_after,
+            on_error,
             capacity,
             resizing: AtomicBool::new(false),
             state: Mutex::default(),
@@ -136,6 +159,20 @@ impl Rings {
     /// A request that is in flight for longer is stalled.
     pub(super) fn stall_after(&self) -> Duration {
         self.stall_after
+    }
+
+    /// Which failures are kept from the guest.
+    pub(super) fn on_error(&self) -> OnError {
+        self.on_error
+    }
+
+    /// What a ring keeps of failed requests; `None`: nothing any more. Its worker.
+    pub(super) fn ring_keeps(&self, index: u32, kept: Option<Kept>) {
+        let mut state = self.lock();
+        match kept {
+            Some(kept) => state.kept.insert(index, kept),
+            None => state.kept.remove(&index),
+        };
     }
 
     /// Has every ring with requests in flight look for stalled ones: its worker sleeps until one is answered, and would
@@ -405,6 +442,20 @@ impl Disk for Arc<Rings> {
         self.resize_in_thread(grow_to, shrink)
     }
 
+    fn continue_io(&self) -> u64 {
+        let state = self.lock();
+        for index in state.kept.keys() {
+            if let Some(mailbox) = state.running.get(index) {
+                mailbox.send(Command::Retry);
+            }
+        }
+        state.kept.values().map(|kept| kept.requests).sum()
+    }
+
+    fn stopped_change(&self) -> Option<FailedRequest> {
+        self.lock().kept.values().map(|kept| &kept.first).find(|failed| failed.is_change()).cloned()
+    }
+
     fn status(&self) -> DiskStatus {
         let geometry = self.backend.geometry();
         let policy = self.policy();
@@ -442,6 +493,8 @@ impl Disk for Arc<Rings> {
             driver_ready: acked.is_some(),
             acked_features: acked.unwrap_or(0),
             rings,
+            stopped: state.kept.values().next().map(|kept| StoppedStatus::new(&kept.first, total.kept)),
+            on_error: self.on_error.to_string(),
             total,
             last_errors: state.errors.last(),
             sync_failed: self.backend.sync_failed().is_some(),

@@ -7,6 +7,7 @@
 mod answer;
 mod replay;
 mod stall;
+mod stop;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -30,10 +31,11 @@ use super::request::{self, Command as Ask, ID_BYTES, Parser, Request, Segment, S
 use super::rings::{Command, RingHold, Rings, errno_of};
 use crate::backend::null;
 use crate::backend::{Completion, DurableWrite, Errno, Geometry, IoQueue, Op, OpId, Source};
-use crate::disk::Event;
+use crate::disk::{Event, FailedRequest};
 use crate::engine::{Action, Engine, Kind, Offer, Token};
 use crate::sync::Bell;
 use crate::sync::mpsc::Receiver;
+pub(super) use stop::Stop;
 
 /// What a worker starts with, besides the ring.
 pub(super) struct Setup {
@@ -54,8 +56,12 @@ pub(super) struct Setup {
 /// A request from pop to answer.
 struct Slot {
     kind: Kind,
-    /// Until the engine says `Submit`.
+    /// Until the engine says `Submit`, and again while it is kept.
     op: Option<Op>,
+    /// Its transfer failed and is to be tried again.
+    kept: bool,
+    /// Of a write-zeroes.
+    unmap: bool,
     status_at: GuestAddress,
     /// What the used ring says the device wrote: data (for a read) and the status byte.
     written: u32,
@@ -103,7 +109,10 @@ struct Worker {
     broken: bool,
     /// And the front-end is to be told so.
     tell_broken: bool,
-    stopping: bool,
+    /// The ring is to stop.
+    stopping: Option<Stop>,
+    /// The first of the failed requests that are kept, the first change if there is one.
+    stopped_by: Option<FailedRequest>,
     answered: bool,
     /// The ring may hold more than this turn took.
     more: bool,
@@ -133,20 +142,21 @@ fn token(id: OpId) -> Token {
     if id == SYNC { Token::Sync } else { Token::Data(id.0 as u16) }
 }
 
-/// Serves the ring until [`Command::Stop`], then hands it back with everything answered and published. `hold`: the
-/// epoch of a hold that the ring is born into.
-pub(super) fn run(setup: Setup, ring: Stopped, counters: Arc<Counters>, hold: Option<u64>) -> Stopped {
+/// Serves the ring until [`Command::Stop`], then hands it back with everything answered and published but what is kept
+/// ([`Stopped::kept`]). `hold`: the epoch of a hold that the ring is born into.
+pub(super) fn run(setup: Setup, mut ring: Stopped, counters: Arc<Counters>, hold: Option<u64>) -> Stopped {
     let mut worker = Worker::new(setup, &ring, counters);
     if let Some(epoch) = hold {
         worker.close_gate(epoch);
     }
-    worker.recover(&mut ring.vring.get_mut());
+    let left = std::mem::take(&mut ring.kept);
+    worker.recover(&mut ring.vring.get_mut(), left);
     loop {
         worker.turn(&mut ring.vring.get_mut());
         if std::mem::take(&mut worker.tell_broken) {
             ring.signal_error(worker.setup.index);
         }
-        if worker.stopping && worker.engine.is_idle() && worker.backlog.is_empty() && worker.may_leave_replay() {
+        if worker.may_stop() {
             break;
         }
         let timeout = worker.more.then_some(Duration::ZERO);
@@ -162,6 +172,7 @@ pub(super) fn run(setup: Setup, ring: Stopped, counters: Arc<Counters>, hold: Op
             }
         }
     }
+    ring.kept = worker.leave_kept();
     worker.look();
     worker.counters.in_flight.store(0, Relaxed);
     ring
@@ -194,6 +205,7 @@ impl Worker {
         }
         let mut engine = Engine::new(setup.rings.policy(), geometry.durable_write == DurableWrite::Native);
         engine.set_driver_can_flush(features::driver_can_flush(setup.acked_features));
+        engine.set_on_error(setup.rings.on_error());
         Worker {
             setup,
             counters,
@@ -213,7 +225,8 @@ impl Worker {
             hold: None,
             broken: false,
             tell_broken: false,
-            stopping: false,
+            stopping: None,
+            stopped_by: None,
             answered: false,
             more: false,
             dirty: 0,
@@ -242,12 +255,13 @@ impl Worker {
             }
             Command::Resize(bytes) => self.geometry.size = bytes,
             Command::Look => self.look(),
+            Command::Retry => self.retry(),
             Command::SetCall(call, done) => {
                 queue_state::set_call(&ring.vring, call);
                 // Nobody waits any more: the handler ended with its connection.
                 let _ = done.send(());
             }
-            Command::Stop => self.stopping = true,
+            Command::Stop(how) => self.stop(how),
         }
     }
 
@@ -262,14 +276,22 @@ impl Worker {
         let mut completions = std::mem::take(&mut self.completions);
         self.io.reap(&mut completions);
         for Completion { id, result, buf } in completions.drain(..) {
-            if let Some(buf) = buf {
-                self.iovecs.push(buf.into_iovecs());
-            }
             let token = token(id);
             match (token, result) {
                 (Token::Sync, Ok(())) => self.dirty -= self.syncing,
-                (Token::Sync, Err(errno)) => self.setup.rings.report(Event::SyncError(errno)),
+                (Token::Sync, Err(errno)) => {
+                    self.setup.rings.report(Event::SyncError(errno));
+                    self.stop_keeping();
+                }
+                (Token::Data(head), Err(errno)) if self.may_keep(errno) => {
+                    self.take_back(head, buf);
+                    self.engine.complete(token, result);
+                    continue;
+                }
                 _ => {}
+            }
+            if let Some(buf) = buf {
+                self.iovecs.push(buf.into_iovecs());
             }
             self.engine.complete(token, result);
         }
@@ -287,13 +309,18 @@ impl Worker {
                     self.push(Op::Sync, SYNC);
                 }
                 Action::Submit { token: token @ Token::Data(head), durable } => {
-                    let op = self.slots[usize::from(head)].as_mut().and_then(|slot| slot.op.take());
+                    let slot = self.slots[usize::from(head)].as_mut();
+                    let op = slot.and_then(|slot| {
+                        slot.kept = false;
+                        slot.op.take()
+                    });
                     match op.expect("submitted once, while in its slot") {
                         Op::Write { offset, buf, .. } => self.push(Op::Write { offset, buf, durable }, op_id(token)),
                         op => self.push(op, op_id(token)),
                     }
                 }
                 Action::Done { slot, result } => self.finish(ring, slot, result),
+                Action::Keep { slot, errno } => self.keep(slot, errno),
                 Action::Quiesced(result) => self.settled(result),
                 Action::Resumed => self.held = false,
             }
@@ -320,14 +347,14 @@ impl Worker {
     /// Takes requests from the ring until it is empty, a write is held, the back-end is full or the ring is broken.
     fn pop(&mut self, ring: &mut VringState) {
         self.more = false;
-        if self.broken || self.held || (self.stopping && self.replay.is_empty()) {
+        if self.broken || self.held || (self.stopping.is_some() && self.replay.is_empty()) {
             return;
         }
         self.now = Instant::now();
         let memory = self.setup.memory.clone();
         let until = self.parser.walked() + MOST_WALKED;
         self.take_replay(ring, &memory, until);
-        if self.broken || self.held || self.stopping || self.more {
+        if self.broken || self.held || self.stopping.is_some() || self.more {
             return;
         }
         if let Err(error) = self.pop_from(ring, &memory, until) {
@@ -428,6 +455,8 @@ impl Worker {
         Ok(Slot {
             kind,
             op,
+            kept: false,
+            unmap: matches!(command, Ask::WriteZeroes { unmap: true, .. }),
             status_at: request.status_at,
             written: data_in.saturating_add(1),
             offset,

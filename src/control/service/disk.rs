@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::Service;
 use crate::control::words;
-use crate::disk::Event;
+use crate::disk::{Event, FailedRequest};
 
 impl Service {
     /// What the disk had to say since the last call.
@@ -21,13 +21,14 @@ impl Service {
                 Event::Connected => self.event("FRONTEND_CONNECTED", json!({})),
                 Event::Disconnected(reason) => self.event("FRONTEND_DISCONNECTED", json!({"reason": reason})),
                 Event::IoError { operation, ring, offset, len, errno } => {
-                    let data = json!({
-                        "operation": operation, "ring": ring, "offset": offset, "length": len,
-                        "errno": errno.0, "message": words::errno(errno),
-                    });
+                    let data = failed_request(&FailedRequest { operation, ring, offset, len, errno });
                     let admitted = self.throttle.admit(now);
                     self.error_event("IO_ERROR", data, admitted);
                 }
+                Event::IoStopped(failed) => {
+                    self.event("IO_STOPPED", failed_request(&failed));
+                }
+                Event::IoContinued { ring } => self.event("IO_CONTINUED", json!({ "ring": ring })),
                 Event::IoStalled { ring, requests, oldest } => {
                     let oldest = oldest.as_millis() as u64;
                     self.event("IO_STALLED", json!({"ring": ring, "requests": requests, "oldest-ms": oldest}));
@@ -62,4 +63,12 @@ impl Service {
             self.event(name, data);
         }
     }
+}
+
+fn failed_request(failed: &FailedRequest) -> Value {
+    let FailedRequest { operation, ring, offset, len, errno } = failed;
+    json!({
+        "operation": operation, "ring": ring, "offset": offset, "length": len,
+        "errno": errno.0, "message": words::errno(*errno),
+    })
 }

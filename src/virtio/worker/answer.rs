@@ -18,12 +18,12 @@ impl Worker {
     pub(super) fn finish(&mut self, ring: &mut VringState, head: u16, result: Result<(), Errno>) {
         let slot = self.slots[usize::from(head)].take().expect("done once, while in its slot");
         self.in_flight -= 1;
-        let operation = self.count(&slot, result.is_ok());
+        self.count(&slot, result.is_ok());
         self.log_writes(&slot.writes);
         let status = match result {
             Ok(()) => request::OK,
             Err(errno) => {
-                let (ring, offset, len) = (self.setup.index, slot.offset, slot.len);
+                let (operation, ring, offset, len) = (slot.kind.name(), self.setup.index, slot.offset, slot.len);
                 self.setup.rings.report(Event::IoError { operation, ring, offset, len, errno });
                 request::IOERR
             }
@@ -31,33 +31,22 @@ impl Worker {
         self.answer(ring, head, slot.status_at, status, slot.written);
     }
 
-    fn count(&mut self, slot: &Slot, ok: bool) -> &'static str {
+    fn count(&mut self, slot: &Slot, ok: bool) {
         let counters = &self.counters;
         let bytes = if ok { slot.len } else { 0 };
         match slot.kind {
             Kind::Read => {
                 add(&counters.reads, 1);
                 add(&counters.read_bytes, bytes);
-                "read"
             }
             Kind::Write => {
                 add(&counters.writes, 1);
                 add(&counters.written_bytes, bytes);
                 self.dirty += bytes;
-                "write"
             }
-            Kind::Flush => {
-                add(&counters.flushes, 1);
-                "flush"
-            }
-            Kind::Discard => {
-                add(&counters.discards, 1);
-                "discard"
-            }
-            Kind::WriteZeroes => {
-                add(&counters.write_zeroes, 1);
-                "write-zeroes"
-            }
+            Kind::Flush => add(&counters.flushes, 1),
+            Kind::Discard => add(&counters.discards, 1),
+            Kind::WriteZeroes => add(&counters.write_zeroes, 1),
         }
     }
 

@@ -8,13 +8,19 @@ use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
 
 use super::super::chain::Chain;
-use super::{Offer, Worker};
+use super::{Offer, Stop, Worker};
 
 impl Worker {
     /// Looks what an earlier server left. The front-end knows only how many were answered (QEMU takes the used index
     /// for the ring's base after a lost connection); what was taken is that and what was not answered.
-    pub(super) fn recover(&mut self, ring: &mut VringState) {
-        let Some(inflight) = &mut self.setup.inflight else { return };
+    ///
+    /// `left`: heads that our own worker before this one kept ([`super::stop`]). They are marked, too, unless the
+    /// front-end keeps no such memory, or another one by now.
+    pub(super) fn recover(&mut self, ring: &mut VringState, left: Vec<u16>) {
+        let Some(inflight) = &mut self.setup.inflight else {
+            self.replay = left.into();
+            return;
+        };
         let queue = ring.get_queue_mut();
         let memory = &*self.setup.memory;
         let indices = (queue.used_idx(memory, Ordering::Acquire), queue.avail_idx(memory, Ordering::Acquire));
@@ -25,9 +31,15 @@ impl Worker {
             _ => Err("its indices lie outside the guest's memory"),
         };
         match recovered {
-            Ok((_, heads)) if heads.is_empty() => {}
-            Ok((used, heads)) => {
-                log::info!("ring {}: {} requests of an earlier server are done again", self.setup.index, heads.len());
+            Ok((used, mut heads)) => {
+                let (index, found) = (self.setup.index, heads.len());
+                heads.extend(left.iter().filter(|&head| !heads[..found].contains(head)).collect::<Vec<_>>());
+                if heads.is_empty() {
+                    return;
+                }
+                // A front-end can have its rings restarted as often as it likes while something is kept.
+                let level = if left.is_empty() { log::Level::Info } else { log::Level::Debug };
+                log::log!(level, "ring {index}: {} requests that were not answered are done again", heads.len());
                 // At most the ring's size, which is 16 bits.
                 queue.set_next_avail(used.wrapping_add(heads.len() as u16));
                 self.replay = heads.into();
@@ -56,10 +68,11 @@ impl Worker {
         }
     }
 
-    /// Whether the ring may stop though something is held that is to be done again: the memory that told of it tells the
-    /// next start. Where the guest moves to another host that memory stays behind, so there the stop waits for the
-    /// operator's hold to end.
-    pub(super) fn may_leave_replay(&self) -> bool {
-        self.replay.is_empty() || self.setup.log.is_none() || self.broken
+    /// Whether the ring may stop though something is held that is to be done again. Where it goes on here it is handed
+    /// over, and where it may not the memory that told of it tells the next start. Where the guest moves to another host
+    /// that memory stays behind, so there the stop waits for the operator's hold to end.
+    pub(super) fn may_leave_replay(&self, stop: Stop) -> bool {
+        let is_told = self.setup.inflight.is_some() && self.setup.log.is_none();
+        self.replay.is_empty() || stop == Stop::ToGoOn || is_told || self.broken
     }
 }

@@ -12,7 +12,8 @@ impl Worker {
         let limit = self.setup.rings.stall_after();
         let (mut requests, mut oldest) = (0, Duration::ZERO);
         if self.in_flight > 0 {
-            for slot in self.slots.iter().flatten() {
+            // What is kept waits for the operator, who was told.
+            for slot in self.slots.iter().flatten().filter(|slot| !slot.kept) {
                 let age = slot.since.elapsed();
                 if age >= limit {
                     requests += 1;
