@@ -20,6 +20,7 @@
 //! | `copy-cancel` | `copy` | nothing |
 //! | `copy-bandwidth` | `copy`, `bandwidth` | nothing |
 //! | `query-copies` | | a list: the copies that ended last, and the one prepared or running |
+//! | `continue` | | `retried`: how many failed requests are tried again |
 //! | `resize` | `size` (what the image has), `force` (false) | `size`: what the guest sees now |
 //! | `image-snapshot` | `name`, `token` | `snapshot`: its full name |
 //! | `image-snapshot-keep` | `name` | nothing |
@@ -31,6 +32,10 @@
 //!
 //! A quiesce ends by `resume`, when its lease runs out, and, unless `detached`, with the connection that asked for it
 //! (also when the client closes only its sending side). The disk goes on when the last holder is gone.
+//!
+//! A request that failed for want of space (or, by `--on-error`, otherwise) is kept from the guest, and its ring stands
+//! still: `query-status` has `stopped` then, and `IO_STOPPED` told of it. `continue` tries again what is kept. No quiesce
+//! succeeds while a change is kept, for part of it may be in the image (`stopped`).
 //!
 //! `resize` makes the daemon look at the size of its image, which somebody changed, and tell the guest. With `size` it
 //! grows the image first, where it can; it never cuts one. A smaller image is refused without `force`: the guest loses
@@ -73,6 +78,8 @@
 //! | `FRONTEND_CONNECTED` | nothing |
 //! | `FRONTEND_DISCONNECTED` | `reason` |
 //! | `IO_ERROR` | `operation`, `ring`, `offset`, `length`, `errno`, `message`, `suppressed` |
+//! | `IO_STOPPED` | a request failed and is kept; its ring stands still: `operation`, `ring`, `offset`, `length`, `errno`, `message` |
+//! | `IO_CONTINUED` | what the ring kept is tried again: `ring` |
 //! | `IO_STALLED` | requests are in flight for 10 s and more: `ring`, `requests`, `oldest-ms` |
 //! | `IO_RESUMED` | the ring's stalled requests are answered: `ring` |
 //! | `SYNC_ERROR` | `errno`, `message`, `suppressed` |
@@ -94,6 +101,7 @@
 //! | `bad-argument` | an argument is missing, unknown, of the wrong type or out of range |
 //! | `timeout` | the writes in flight and the sync did not end in `timeout-ms`; the disk goes on |
 //! | `sync-failed` | the sync failed, so nothing is promised; the disk goes on |
+//! | `stopped` | a request that changes the disk failed and is kept until `continue`: the disk cannot be held |
 //! | `cancelled` | `resume {all: true}` came while the quiesce was under way |
 //! | `not-prepared` | (of `QUIESCE_FAILED`) the attendant did not consent, or is lost |
 //! | `attended` | another connection attends already |
@@ -166,6 +174,8 @@ pub enum Command {
     QueryStats,
     /// About point-in-time copies.
     Copy(CopyCommand),
+    /// Tries again what failed and is kept.
+    Continue,
     /// The image has another size.
     Resize {
         /// Grow it to so many bytes first.
@@ -255,6 +265,7 @@ const COMMANDS: &[(&str, Parse)] = &[
     ("copy-cancel", copies::parse_cancel),
     ("copy-bandwidth", copies::parse_bandwidth),
     ("query-copies", copies::parse_query),
+    ("continue", |_| Ok(Command::Continue)),
     ("resize", parse_resize),
     ("image-snapshot", image_snapshots::parse_create),
     ("image-snapshot-keep", image_snapshots::parse_keep),

@@ -60,6 +60,8 @@ pub enum Refusal {
     Timeout,
     /// The disk could not make everything durable.
     SyncFailed(Errno),
+    /// A request that changes the disk failed so and is kept: part of it may be in the image.
+    Stopped(Errno),
     /// Somebody resumed everything, or whoever asked gave up.
     Cancelled,
     /// [`MOST_HOLDERS`].
@@ -226,6 +228,16 @@ impl Coordinator {
                     self.refuse(ask, Refusal::SyncFailed(errno));
                 }
             }
+        }
+    }
+
+    /// A request that changes the disk failed and is kept, for how long nobody knows: whoever waits for the disk to be
+    /// still is refused. Who holds it already has it still.
+    pub fn stopped(&mut self, errno: Errno) {
+        let asks: Vec<Ask> = self.waiting.drain(..).map(|waiting| waiting.ask).collect();
+        self.open_if_free();
+        for ask in asks {
+            self.refuse(ask, Refusal::Stopped(errno));
         }
     }
 

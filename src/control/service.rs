@@ -198,6 +198,15 @@ impl Service {
         let who = Who { text: who, client: Some(from) };
         self.coordinator.quiesce(Ask { request, token, owner: peer, timeout, lease, detached, who }, now);
         self.carry_out(now);
+        self.refuse_if_stopped(now);
+    }
+
+    /// While a failed change is kept no hold can succeed: those who wait need not wait for their deadlines.
+    fn refuse_if_stopped(&mut self, now: Instant) {
+        if let Some(failed) = self.disk.stopped_change() {
+            self.coordinator.stopped(failed.errno);
+            self.carry_out(now);
+        }
     }
 
     /// The number of a request and the token of its hold to be, keyed with the system's randomness: no stale script can
@@ -232,6 +241,11 @@ impl Service {
                 let holds = self.coordinator.holds();
                 let is_held = |token: &str| holds.iter().any(|hold| hold.token == token);
                 self.copies.answer(&*self.disk, peer, command, is_held)
+            }
+            Command::Continue => {
+                let retried = self.disk.continue_io();
+                log::info!("continue: {retried} failed requests are tried again");
+                Ok(json!({ "retried": retried }))
             }
             Command::Resize { size, force } => match self.disk.resize(size, force) {
                 Ok(size) => Ok(json!({ "size": size })),

@@ -42,6 +42,14 @@ pub(super) fn refused(why: Refusal) -> Error {
                 self::errno(errno)
             ),
         ),
+        Refusal::Stopped(errno) => Error::new(
+            "stopped",
+            format!(
+                "the disk stands still because a request of the guest failed ({}), part of which may be in the image: \
+                 nothing is promised. Mend the cause, let it go on ('virtioblkctl continue'), and ask again",
+                self::errno(errno)
+            ),
+        ),
         Refusal::Cancelled => Error::new(
             "cancelled",
             "everything was resumed, or whoever asked gave up, while this quiesce was under way",
@@ -96,7 +104,7 @@ pub(super) fn shown(who: &Who) -> String {
 pub(super) fn store_errno(why: Refusal) -> Errno {
     Errno(match why {
         Refusal::Timeout => libc::EAGAIN,
-        Refusal::SyncFailed(_) => libc::EIO,
+        Refusal::SyncFailed(_) | Refusal::Stopped(_) => libc::EIO,
         Refusal::Cancelled | Refusal::Shutdown => libc::ECANCELED,
         Refusal::TooMany | Refusal::NotPrepared => libc::EBUSY,
     })

@@ -65,6 +65,10 @@ enum What {
     /// The process that thaws a guest if `snapshot` or `attend` is killed
     #[command(name = virtioblkd::snapshot::guard::SUBCOMMAND, hide = true)]
     Guard,
+    /// Let a stopped disk go on: what failed, and was kept from the guest, is tried again
+    ///
+    /// For a disk that `status` shows as STOPPED, after the cause was mended (space was added to a full filesystem).
+    Continue,
     /// Tell the guest that its image has another size
     ///
     /// With SIZE the image, a file, is grown first. Grow a block device by its own tools and leave SIZE out.
@@ -228,6 +232,15 @@ fn run(cli: &Cli, mut client: Client) -> Result<u8, Failure> {
                 }
             };
             page(cli, &client.ask(command, arguments, PATIENCE)?, |_| String::new())
+        }
+        What::Continue => {
+            let readable = |answer: &Value| match answer["retried"].as_u64() {
+                Some(0) | None => "the disk was not stopped\n".to_owned(),
+                Some(some) => {
+                    format!("{some} failed request(s) are tried again; 'status' shows whether they fail again\n")
+                }
+            };
+            page(cli, &client.ask("continue", json!({}), PATIENCE)?, readable)
         }
         What::Resize(Resize { size, force }) => {
             let mut arguments = json!({"force": force});

@@ -72,6 +72,14 @@ pub fn status(status: &Value) -> String {
     if !status["trouble"].is_null() {
         line("TROUBLE", format!("{}: {}", clean(&status["trouble"]), clean(&status["trouble-detail"])));
     }
+    let stopped = &status["stopped"];
+    if stopped.is_object() {
+        let (operation, why) = (clean(&stopped["operation"]), clean(&stopped["message"]));
+        let (len, offset, ring) = (&stopped["length"], &stopped["offset"], &stopped["ring"]);
+        line("STOPPED", format!("{operation} of {len} bytes at {offset} (ring {ring}) failed: {why}"));
+        let kept = &stopped["requests"];
+        line("", format!("{kept} request(s) are kept from the guest: mend the cause, then 'virtioblkctl continue'"));
+    }
     line("cache mode", clean(&status["cache-mode"]));
     line("", format!("a write is acknowledged {}", clean(&status["write-acknowledged"])));
     let (flush, sees) = (clean(&status["guest-flush"]), clean(&status["guest-sees"]));

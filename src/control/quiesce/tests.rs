@@ -197,3 +197,21 @@ fn holders_are_bounded() {
     c.shutdown(now);
     assert_eq!(words(&mut c).len(), 1 + MOST_HOLDERS, "open, and an answer for each");
 }
+
+#[test]
+fn a_disk_that_stopped_refuses_those_who_wait_and_leaves_holders_alone() {
+    let now = Instant::now();
+    let mut c = held(now);
+    c.stopped(Errno(28));
+    assert_eq!(words(&mut c), [""; 0], "it is still already");
+    c.shutdown(now);
+    c.effects();
+    c.stopped(Errno(28));
+    assert_eq!(words(&mut c), [""; 0]);
+    c.quiesce(ask(3, 1), now);
+    c.quiesce(ask(4, 2), now);
+    c.stopped(Errno(28));
+    assert_eq!(words(&mut c), ["close 2", "open", "refused 3 Stopped(Errno(28))", "refused 4 Stopped(Errno(28))"]);
+    c.settled(2, figures(), now);
+    assert_eq!(words(&mut c), [""; 0], "its answer comes too late");
+}

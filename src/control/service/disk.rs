@@ -27,6 +27,7 @@ impl Service {
                 }
                 Event::IoStopped(failed) => {
                     self.event("IO_STOPPED", failed_request(&failed));
+                    self.refuse_if_stopped(now);
                 }
                 Event::IoContinued { ring } => self.event("IO_CONTINUED", json!({ "ring": ring })),
                 Event::IoStalled { ring, requests, oldest } => {

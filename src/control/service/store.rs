@@ -102,6 +102,7 @@ impl Service {
         };
         self.coordinator.quiesce(hold, now);
         self.carry_out(now);
+        self.refuse_if_stopped(now);
     }
 
     /// What the attendant says.
