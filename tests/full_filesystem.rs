@@ -1,0 +1,138 @@
+//! A filesystem that is really full under the image of a running daemon: the guest waits, the operator makes room, and
+//! the guest goes on without an error.
+
+mod backend;
+mod front_end;
+mod guest;
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use front_end::*;
+use guest::{Qmp, Server};
+use serde_json::json;
+use virtioblkd::engine::CacheMode;
+
+const OK: u8 = 0;
+const SIZE: u16 = 64;
+
+/// A filesystem of its own, unmounted when dropped.
+struct Mounted {
+    at: PathBuf,
+    _device: Option<backend::Loop>,
+    _dir: tempfile::TempDir,
+}
+
+impl Mounted {
+    /// Of `kind`, small. None, said loudly, for those who may not mount.
+    fn new(kind: &str) -> Option<Mounted> {
+        let dir = backend::disk_dir();
+        let at = dir.path().join("mnt");
+        fs::create_dir(&at).expect("a directory");
+        let mut mount = Command::new("mount");
+        let device = match kind {
+            "tmpfs" => {
+                mount.args(["-t", "tmpfs", "-o", "size=8m", "none"]);
+                None
+            }
+            kind => {
+                let file = dir.path().join("filesystem");
+                fs::File::create(&file).expect("a file").set_len(64 << 20).expect("room");
+                let made = Command::new(format!("mkfs.{kind}")).arg("-q").arg(&file).output();
+                if !made.is_ok_and(|made| made.status.success()) {
+                    return backend::skip(&format!("no mkfs.{kind}"));
+                }
+                let device = backend::Loop::attach(&file, 512)?;
+                mount.arg(&device.0);
+                Some(device)
+            }
+        };
+        let output = mount.arg(&at).output().expect("mount");
+        if !output.status.success() {
+            return backend::skip(&format!("no mount: {}", String::from_utf8_lossy(&output.stderr).trim()));
+        }
+        Some(Mounted { at, _device: device, _dir: dir })
+    }
+
+    /// Takes all the room there is; removing the file gives it back.
+    fn fill(&self) -> PathBuf {
+        let ballast = self.at.join("ballast");
+        let file = fs::File::create(&ballast).expect("a file");
+        let (mut at, mut piece) = (0, vec![0xff; 1 << 20]);
+        while !piece.is_empty() {
+            match file.write_at(&piece, at) {
+                Ok(written) => at += written as u64,
+                Err(_) => piece.truncate(if piece.len() > 512 { piece.len() / 2 } else { 0 }),
+            }
+        }
+        file.sync_all().expect("what was written is stored");
+        ballast
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let status = Command::new("umount").arg("-l").arg(&self.at).status();
+        assert!(std::thread::panicking() || status.is_ok_and(|status| status.success()), "umount failed");
+    }
+}
+
+fn on_a_full_filesystem(kind: &str, mode: CacheMode) {
+    let Some(filesystem) = Mounted::new(kind) else { return };
+    let image: &Path = &filesystem.at.join("disk.img");
+    fs::File::create(image).expect("an image").set_len(32 << 20).expect("sparse");
+    let server = Server::start(image, mode, &[]);
+    let mut operator = Qmp::connect(&server.control());
+    let mut guest = FrontEnd::connect(&server.socket(), 2, SIZE, ALL);
+    assert_eq!(guest.write(0, 0, &[1; 4096]), OK, "{kind} {mode}");
+    assert_eq!(guest.flush(0), OK);
+    let ballast = filesystem.fill();
+    let slots: Vec<u16> = (1..=4u64).map(|n| guest.add(0, OUT, n * 4096, &[n as u8 + 1; 65536], 0)).collect();
+    guest.kick(0);
+    let told = &operator.event("IO_STOPPED")["data"];
+    assert_eq!((&told["operation"], &told["errno"]), (&json!("write"), &json!(28)), "{kind} {mode}");
+    assert_eq!(guest.used_within(0, Duration::from_millis(30)), None);
+    let page = server.ctl_ok(&["status"]);
+    assert!(page.contains("STOPPED") && page.contains("No space left"), "{page}");
+    // No quiesce succeeds, and none takes its time.
+    let refused = server.ctl(&["--json", "quiesce", "--timeout", "1h"]);
+    assert!(!refused.status.success());
+    assert!(String::from_utf8_lossy(&refused.stdout).contains("\"stopped\""), "{refused:?}");
+    // Reads go on; and so do writes of the other ring where there is room.
+    assert_eq!(guest.read(0, 0, 4096), (OK, vec![1; 4096]), "{kind} {mode}");
+    // Nothing was mended: it stops again.
+    assert!(server.ctl_ok(&["continue"]).contains("tried again"));
+    operator.event("IO_CONTINUED");
+    operator.event("IO_STOPPED");
+    fs::remove_file(ballast).expect("ours");
+    server.ctl_ok(&["continue"]);
+    let mut answered: Vec<(u16, u8)> = slots.iter().map(|_| guest.wait(0)).collect();
+    answered.sort_unstable();
+    assert_eq!(answered, slots.iter().map(|slot| (*slot, OK)).collect::<Vec<_>>(), "{kind} {mode}");
+    assert_eq!(guest.flush(0), OK, "{kind} {mode}");
+    assert_eq!((server.total("errors"), server.total("kept")), (0, 0));
+    assert_eq!(server.ctl_ok(&["continue"]), "the disk was not stopped\n");
+    server.ctl_ok(&["quiesce", "--", "true"]);
+    drop(guest);
+    let (status, log) = server.terminate();
+    assert!(status.success(), "{log}");
+    let bytes = fs::read(image).expect("the image");
+    for n in 1..=4 {
+        assert!(bytes[n * 4096 * 512..][..65536].iter().all(|byte| usize::from(*byte) == n + 1), "{kind} {mode}");
+    }
+}
+
+#[test]
+fn a_full_tmpfs_stops_the_disk_until_there_is_room() {
+    on_a_full_filesystem("tmpfs", CacheMode::Writeback);
+}
+
+#[test]
+fn a_full_ext4_stops_the_disk_until_there_is_room_in_every_mode() {
+    for mode in CacheMode::ALL {
+        on_a_full_filesystem("ext4", mode);
+    }
+}
