@@ -179,10 +179,11 @@ fn a_disk_that_its_store_lets_go_before_another_is_ready_says_so() {
     // librbd waits for 10 s, and then no longer: the first disk goes on while the second is still being prepared.
     let expired = watcher.event("QUIESCE_EXPIRED");
     assert!(expired["data"]["held-ms"].as_u64().is_some_and(|held| held >= 9900), "{expired}");
-    load.wait_for(100);
+    wait_until("the first goes on", || is_open(&early));
     attendant.consent(&id);
     // Ceph calls it a success.
     succeeds(&taking.wait_with_output().expect("our own child"));
+    load.wait_for(100);
     assert_eq!((figure(&early, "expired"), figure(&late, "expired")), (1, 0));
     assert!(early.log().contains("may not be of one instant"), "{}", early.log());
     let shown = early.ctl_ok(&["status"]);
