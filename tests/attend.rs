@@ -316,7 +316,7 @@ fn a_daemon_that_must_be_attended_takes_no_weaker_snapshot_between_its_start_and
     }
     // The first answer may come before `attend` has found it, or after.
     let is_prepared = |scene: &Scene, before: usize| scene.freezes() > before;
-    for round in 0..20 {
+    for round in 0..10 {
         let before = scene.freezes();
         let answer = wait(&scene.disks[round % 2].store_asks());
         assert_eq!(answer, if is_prepared(&scene, before) { Ok(()) } else { BUSY });
@@ -370,7 +370,10 @@ fn hooks_alone_and_hooks_that_say_no() {
     assert!(scene.ask_all().iter().all(|answer| wait(answer) == BUSY));
     scene.is_over();
     assert_eq!(scene.receipt()["level"], "none");
-    assert_eq!(scene.agent.journaled()[4..], ["hook application 2", "hook thaw"], "the guest was not touched");
+    // Once for both, or, where the second asked when the first was over, for each.
+    let journaled = scene.agent.journaled().split_off(4);
+    let untouched = journaled.chunks(2).all(|pair| pair == ["hook application 2", "hook thaw"]);
+    assert!(untouched && !journaled.is_empty(), "{journaled:?}");
 }
 
 #[test]

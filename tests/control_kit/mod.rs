@@ -4,11 +4,11 @@
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use virtioblkd::backend::{Notices, QuiesceAsk};
@@ -17,7 +17,7 @@ use virtioblkd::disk::{
     CopyError, Disk, DiskStatus, Event, Events, HoldFigures, ImageSnapshots, ImageStatus, LastError, RingStatus,
 };
 use virtioblkd::engine::Errno;
-use virtioblkd::listen::bind_unix;
+use virtioblkd::listen::{BindError, bind_unix};
 
 /// Nothing here takes this long; a test that waits so long has failed.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -238,6 +238,19 @@ pub struct Served {
     _dir: tempfile::TempDir,
 }
 
+/// A process that another test has forked, and that has not become a program yet, may have a copy of the listener that was
+/// just closed.
+fn bind_soon(path: &Path, mode: u32) -> UnixListener {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match bind_unix(path, mode) {
+            Ok(listener) => return listener,
+            Err(BindError::InUse(_)) if Instant::now() < end => std::thread::sleep(Duration::from_millis(5)),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
 impl Served {
     pub fn new() -> Self {
         Self::with_mode(0o600)
@@ -283,7 +296,7 @@ impl Served {
             }),
             info: Info { vhost_socket: "/run/vhost.sock".into() },
         };
-        let listener = mode.map(|mode| bind_unix(&self.path, mode).unwrap());
+        let listener = mode.map(|mode| bind_soon(&self.path, mode));
         self.server = Some(Server::start(listener, setup).unwrap());
     }
 
