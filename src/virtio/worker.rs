@@ -281,7 +281,9 @@ impl Worker {
                 (Token::Sync, Ok(())) => self.dirty -= self.syncing,
                 (Token::Sync, Err(errno)) => {
                     self.setup.rings.report(Event::SyncError(errno));
-                    self.stop_keeping();
+                    if self.setup.rings.backend().sync_failed().is_some() {
+                        self.stop_keeping();
+                    }
                 }
                 (Token::Data(head), Err(errno)) if self.may_keep(errno) => {
                     self.take_back(head, buf);

@@ -102,7 +102,7 @@ impl Worker {
         self.no_longer_stopped();
     }
 
-    /// A sync failed, or the ring stops for good: whatever fails is the guest's to hear of.
+    /// Syncs fail for good, or the ring stops for good: whatever fails is the guest's to hear of.
     pub(super) fn stop_keeping(&mut self) {
         self.engine.stop_keeping();
         self.no_longer_stopped();
