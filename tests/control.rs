@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use control_kit::{Client, Served, Settle, figures};
 use serde_json::{Value, json};
-use virtioblkd::disk::Event;
+use virtioblkd::disk::{Event, FailedRequest};
 use virtioblkd::engine::Errno;
 
 const EIO: Errno = Errno(5);
@@ -174,6 +174,39 @@ fn a_failed_sync_is_an_error_and_the_disk_goes_on() {
     assert_eq!(reply["error"]["code"], "sync-failed");
     assert!(reply["error"]["desc"].as_str().unwrap().contains("Input/output error"));
     assert!(served.disk.closed().is_none());
+}
+
+#[test]
+fn a_disk_that_stops_is_not_held_until_it_is_continued() {
+    let served = Served::new();
+    served.disk.set(Settle::ByHand);
+    let mut client = served.client();
+    let mut watcher = served.client();
+    let failed = FailedRequest { operation: "write", ring: 1, offset: 4096, len: 512, errno: Errno(28) };
+    // While a quiesce waits.
+    client.send(r#"{"execute":"quiesce","arguments":{"timeout-ms":3600000}}"#);
+    served.disk.wait_closed(true);
+    *served.disk.stopped.lock().unwrap() = Some(failed.clone());
+    served.disk.events.send(Event::IoStopped(failed));
+    let reply = client.reply();
+    assert_eq!(reply["error"]["code"], "stopped");
+    let why = reply["error"]["desc"].as_str().unwrap();
+    assert!(why.contains("No space left") && why.contains("virtioblkctl continue"), "{why}");
+    assert!(served.disk.closed().is_none());
+    let told = watcher.event("IO_STOPPED");
+    assert_eq!(told["message"], "No space left on device (os error 28)");
+    assert_eq!((&told["operation"], &told["offset"], &told["ring"]), (&json!("write"), &json!(4096), &json!(1)));
+    assert_eq!(watcher.event("QUIESCE_FAILED")["code"], "stopped");
+    // And before.
+    served.disk.set(Settle::Well);
+    assert_eq!(client.ask("quiesce", json!({})), Err("stopped".into()));
+    assert_eq!(watcher.event("QUIESCE_FAILED")["code"], "stopped");
+    assert!(served.disk.closed().is_none());
+    assert_eq!(watcher.ask("continue", json!({})), Ok(json!({"retried": 1})));
+    assert_eq!(watcher.ask("continue", json!({})), Ok(json!({"retried": 0})));
+    served.disk.events.send(Event::IoContinued { ring: 1 });
+    assert_eq!(watcher.event("IO_CONTINUED")["ring"], 1);
+    client.quiesce(json!({}));
 }
 
 #[test]

@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 use virtioblkd::backend::{Notices, QuiesceAsk};
 use virtioblkd::control::{ImageNotices, Info, Server, Setup};
 use virtioblkd::disk::{
-    CopyError, Disk, DiskStatus, Event, Events, HoldFigures, ImageSnapshots, ImageStatus, LastError, RingStatus,
+    CopyError, Disk, DiskStatus, Event, Events, FailedRequest, HoldFigures, ImageSnapshots, ImageStatus, LastError,
+    RingStatus,
 };
 use virtioblkd::engine::Errno;
 use virtioblkd::listen::{BindError, bind_unix};
@@ -108,6 +109,8 @@ impl ImageSnapshots for FakeStore {
 pub struct FakeDisk {
     /// Who makes snapshots of it, if anybody.
     pub store: Mutex<Option<Arc<FakeStore>>>,
+    /// What failed and is kept.
+    pub stopped: Mutex<Option<FailedRequest>>,
     gate: Mutex<Gate>,
     changed: Condvar,
     pub events: Arc<Events>,
@@ -181,6 +184,14 @@ impl Disk for FakeDisk {
     fn open_gate(&self) {
         assert!(self.gate.lock().unwrap().closed.take().is_some(), "opened twice");
         self.changed.notify_all();
+    }
+
+    fn continue_io(&self) -> u64 {
+        u64::from(self.stopped.lock().unwrap().take().is_some())
+    }
+
+    fn stopped_change(&self) -> Option<FailedRequest> {
+        self.stopped.lock().unwrap().clone()
     }
 
     fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {
@@ -272,7 +283,13 @@ impl Served {
             panics: false,
             image_status: ImageStatus::default(),
         });
-        let disk = Arc::new(FakeDisk { store: Mutex::default(), gate, changed: Condvar::new(), events });
+        let disk = Arc::new(FakeDisk {
+            store: Mutex::default(),
+            stopped: Mutex::default(),
+            gate,
+            changed: Condvar::new(),
+            events,
+        });
         let (quits, sizes) = (Arc::default(), Arc::default());
         let notices = ImageNotices::new().unwrap();
         let attended = false;
