@@ -12,7 +12,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use front_end::*;
-use guest::{Qmp, Server};
+use guest::{Qmp, Server, qemu, tell, wait_until};
 use serde_json::json;
 use virtioblkd::engine::CacheMode;
 
@@ -135,4 +135,45 @@ fn a_full_ext4_stops_the_disk_until_there_is_room_in_every_mode() {
     for mode in CacheMode::ALL {
         on_a_full_filesystem("ext4", mode);
     }
+}
+
+/// Writes where there is no room; dd, and so the job, fails if the kernel saw one error.
+const JOB: &str = r#"
+ask full
+tr '\0' w </dev/zero | dd of=/dev/vda bs=64k count=64 iflag=fullblock oflag=direct conv=notrunc,fsync 2>/tmp/error || { cat /tmp/error; exit 1; }
+dmesg | grep -i 'i/o error' && exit 1
+ask written
+"#;
+
+#[test]
+fn a_real_guest_waits_for_room_whatever_becomes_of_its_server() {
+    let Some(filesystem) = Mounted::new("tmpfs") else { return };
+    let image: &Path = &filesystem.at.join("disk.img");
+    fs::File::create(image).expect("an image").set_len(32 << 20).expect("sparse");
+    let mode = CacheMode::Writeback;
+    let server = Server::start(image, mode, &[]);
+    let mut vm = qemu::linux(1, JOB).vhost_user_disk(&server.socket(), "").start();
+    vm.until_asked("full");
+    let ballast = filesystem.fill();
+    vm.go();
+    let stops = |server: &Server| {
+        wait_until("the disk stops", || server.status()["stopped"].is_object());
+        assert_eq!(server.total("errors"), 0, "{}", server.log());
+        tell(&format!("{} kept", server.total("kept")));
+    };
+    stops(&server);
+    let server = server.kill_and_start(image, mode, &[]);
+    stops(&server);
+    let server = server.restart(image, mode, &[]);
+    stops(&server);
+    fs::remove_file(ballast).expect("ours");
+    server.ctl_ok(&["continue"]);
+    vm.until_asked("written");
+    vm.go();
+    vm.finish();
+    assert_eq!(server.total("errors"), 0);
+    let (status, log) = server.terminate();
+    assert!(status.success(), "{log}");
+    let bytes = fs::read(image).expect("the image");
+    assert!(bytes[..4 << 20].iter().all(|byte| *byte == b'w'), "what was acknowledged is there");
 }
