@@ -156,6 +156,11 @@ impl Server {
             log::error!("{error}");
         }
         ended?;
+        // All is synced. What is left may hang for ever (librbd closing an image whose cluster is gone), and a second
+        // signal ends it.
+        if let Err(error) = server.signals.release() {
+            log::warn!("a second signal will not be heard: {error}");
+        }
         // A library's exit handlers must not run while another thread lets go of the image.
         served?.see_off();
         Ok(())

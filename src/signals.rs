@@ -31,6 +31,15 @@ impl Signals {
         Ok(Signals { fd: SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)? })
     }
 
+    /// Nobody reads them any more: SIGTERM and SIGINT have their usual effect on the process from now on, those that
+    /// wait included. Called by main, the thread that called [`Signals::block`], when all that is left may be cut off.
+    pub fn release(&self) -> io::Result<()> {
+        let mut set = SigSet::empty();
+        set.add(Signal::SIGTERM);
+        set.add(Signal::SIGINT);
+        Ok(set.thread_unblock()?)
+    }
+
     /// The next signal that came, if any. Never blocks.
     pub fn next(&self) -> io::Result<Option<Signal>> {
         let Some(info) = self.fd.read_signal()? else {

@@ -843,3 +843,29 @@ fn the_program_says_what_is_missing_and_ends_with_status_1() {
     let text = run(libraries(false), &["--rbd-option=rbd_cache=true"]);
     assert!(text.contains("cache mode none") && text.contains("--rbd-allow-override"), "{text}");
 }
+
+/// A cluster that is gone for good must not keep the process: everything is synced by then.
+#[test]
+fn a_second_signal_ends_a_program_whose_image_does_not_close() {
+    use std::io::BufRead;
+    use std::os::unix::process::ExitStatusExt;
+    let dir = tempfile::tempdir().unwrap();
+    let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_virtioblkd"))
+        .arg("--socket-path")
+        .arg(dir.path().join("socket"))
+        .arg("--ceph-library-path")
+        .arg(libraries(false))
+        .args(["--rbd=pool/image", "--rbd-option=stub_close=hangs"])
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let mut log = std::io::BufReader::new(program.stderr.take().unwrap()).lines();
+    let mut until = |words: &str| assert!(log.any(|line| line.unwrap().contains(words)), "it never said: {words}");
+    let pid = rustix::process::Pid::from_child(&program);
+    until("serving on");
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    until("drained and synced");
+    assert_eq!(program.try_wait().unwrap(), None, "the image closed");
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert_eq!(program.wait().unwrap().signal(), Some(15));
+}

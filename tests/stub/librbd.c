@@ -141,6 +141,8 @@ int rbd_close(void *handle)
 	if (image->quiesce || image->updated || image->in_flight)
 		abort();
 	pthread_mutex_lock(&image->lock);
+	while (stub_option(image, "stub_close"))
+		pthread_cond_wait(&image->changed, &image->lock);
 	image->closing = 1;
 	pthread_cond_broadcast(&image->changed);
 	pthread_mutex_unlock(&image->lock);
