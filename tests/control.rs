@@ -186,6 +186,8 @@ fn a_disk_that_stops_is_not_held_until_it_is_continued() {
     // While a quiesce waits.
     client.send(r#"{"execute":"quiesce","arguments":{"timeout-ms":3600000}}"#);
     served.disk.wait_closed(true);
+    // Answered when the quiesce has been seen to: it does not find the disk stopped already.
+    watcher.ask("query-version", json!({})).unwrap();
     *served.disk.stopped.lock().unwrap() = Some(failed.clone());
     served.disk.events.send(Event::IoStopped(failed));
     let reply = client.reply();
