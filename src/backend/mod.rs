@@ -16,6 +16,7 @@ pub mod buffer;
 mod call;
 pub mod file;
 mod latch;
+pub mod layer;
 mod mailbox;
 pub mod mem;
 pub mod notices;

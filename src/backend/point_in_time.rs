@@ -28,8 +28,9 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{Backend, Errno, Geometry, IoQueue, Notices};
-use crate::disk::{Copies, CopyError, CopyOptions, CopyStatus, Events, ImageSnapshots, ImageStatus};
+use super::layer::Layer;
+use super::{Backend, IoQueue};
+use crate::disk::{Copies, CopyError, CopyOptions, CopyStatus, Events};
 use copy::{Copy, Phase};
 use queue::DelayingQueue;
 use target::Target;
@@ -380,61 +381,13 @@ impl Copies for PointInTime {
     }
 }
 
-impl Backend for PointInTime {
-    fn geometry(&self) -> Geometry {
-        self.image.geometry()
+impl Layer for PointInTime {
+    fn image(&self) -> &dyn Backend {
+        &*self.image
     }
 
-    fn open_queue(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
+    fn open_layer(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
         let inner = self.image.open_queue(depth)?;
         Ok(Box::new(DelayingQueue::new(inner, depth, Arc::clone(&self.shared))?))
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.image.sync()
-    }
-
-    fn describe(&self) -> String {
-        self.image.describe()
-    }
-
-    fn path(&self) -> Option<&Path> {
-        self.image.path()
-    }
-
-    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
-        self.image.next_data(offset)
-    }
-
-    fn sync_failed(&self) -> Option<Errno> {
-        self.image.sync_failed()
-    }
-
-    fn start_notices(&self, notices: Arc<dyn Notices>) {
-        self.image.start_notices(notices);
-    }
-
-    fn stop_notices(&self) {
-        self.image.stop_notices();
-    }
-
-    fn activate(&self) -> io::Result<()> {
-        self.image.activate()
-    }
-
-    fn deactivate(&self) {
-        self.image.deactivate();
-    }
-
-    fn resize(&self, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
-        self.image.resize(grow_to, shrink)
-    }
-
-    fn image_status(&self) -> ImageStatus {
-        self.image.image_status()
-    }
-
-    fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {
-        self.image.snapshots()
     }
 }

@@ -4,12 +4,11 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Backend, Completion, Errno, Geometry, IoQueue, Notices, Op, OpId, Source, Wakeups};
-use crate::disk::{ImageSnapshots, ImageStatus};
+use super::layer::Layer;
+use super::{Backend, Completion, IoQueue, Op, OpId, Source, Wakeups};
 
 /// Two of three writes come late: one by `delay`, one by twice as much.
 pub struct SlowBackend {
@@ -88,61 +87,17 @@ impl Drop for SlowQueue {
     }
 }
 
-impl Backend for SlowBackend {
-    fn geometry(&self) -> Geometry {
-        self.image.geometry()
+impl Layer for SlowBackend {
+    fn image(&self) -> &dyn Backend {
+        &*self.image
     }
 
-    fn open_queue(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
+    fn open_layer(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
         let inner = self.image.open_queue(depth)?;
         Ok(Box::new(SlowQueue { inner, delay: self.delay, writes: 0, late: VecDeque::new() }))
     }
 
-    fn sync(&self) -> io::Result<()> {
-        self.image.sync()
-    }
-
-    fn describe(&self) -> String {
-        format!("{}, slow on purpose", self.image.describe())
-    }
-
-    fn path(&self) -> Option<&Path> {
-        self.image.path()
-    }
-
-    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
-        self.image.next_data(offset)
-    }
-
-    fn sync_failed(&self) -> Option<Errno> {
-        self.image.sync_failed()
-    }
-
-    fn start_notices(&self, notices: Arc<dyn Notices>) {
-        self.image.start_notices(notices);
-    }
-
-    fn stop_notices(&self) {
-        self.image.stop_notices();
-    }
-
-    fn activate(&self) -> io::Result<()> {
-        self.image.activate()
-    }
-
-    fn deactivate(&self) {
-        self.image.deactivate();
-    }
-
-    fn resize(&self, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
-        self.image.resize(grow_to, shrink)
-    }
-
-    fn image_status(&self) -> ImageStatus {
-        self.image.image_status()
-    }
-
-    fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {
-        self.image.snapshots()
+    fn layer_description(&self, image: String) -> String {
+        format!("{image}, slow on purpose")
     }
 }

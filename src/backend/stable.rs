@@ -18,15 +18,15 @@ mod status;
 
 use std::fmt;
 use std::io;
-use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use log::Level;
 
+use super::layer::Layer;
 use super::pool::Depot;
-use super::{Backend, Errno, Geometry, IoQueue, Notices};
-use crate::disk::{Events, ImageSnapshots, ImageStatus, StableWritesStatus};
+use super::{Backend, IoQueue};
+use crate::disk::{Events, ImageStatus, StableWritesStatus};
 use copy::CopyingQueue;
 use detect::DetectingQueue;
 use status::Tallies;
@@ -151,12 +151,12 @@ impl StableBackend {
     }
 }
 
-impl Backend for StableBackend {
-    fn geometry(&self) -> Geometry {
-        self.image.geometry()
+impl Layer for StableBackend {
+    fn image(&self) -> &dyn Backend {
+        &*self.image
     }
 
-    fn open_queue(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
+    fn open_layer(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
         Ok(match self.effect {
             Effect::Copy => Box::new(CopyingQueue::open(&*self.image, depth, &self.depot, self.tallies.open())?),
             Effect::Detect => Box::new(DetectingQueue::open(&*self.image, depth, &self.tallies)?),
@@ -164,58 +164,14 @@ impl Backend for StableBackend {
         })
     }
 
-    fn sync(&self) -> io::Result<()> {
-        self.image.sync()
-    }
-
-    fn describe(&self) -> String {
-        self.image.describe()
-    }
-
-    fn path(&self) -> Option<&Path> {
-        self.image.path()
-    }
-
-    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
-        self.image.next_data(offset)
-    }
-
-    fn buffer_use(&self) -> BufferUse {
+    fn layer_buffer_use(&self, image: BufferUse) -> BufferUse {
         match self.effect {
             Effect::Copy => BufferUse::Copies("its writes are copied before anything reads them".into()),
-            Effect::Detect | Effect::Off => self.image.buffer_use(),
+            Effect::Detect | Effect::Off => image,
         }
     }
 
-    fn sync_failed(&self) -> Option<Errno> {
-        self.image.sync_failed()
-    }
-
-    fn start_notices(&self, notices: Arc<dyn Notices>) {
-        self.image.start_notices(notices);
-    }
-
-    fn stop_notices(&self) {
-        self.image.stop_notices();
-    }
-
-    fn activate(&self) -> io::Result<()> {
-        self.image.activate()
-    }
-
-    fn deactivate(&self) {
-        self.image.deactivate();
-    }
-
-    fn resize(&self, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
-        self.image.resize(grow_to, shrink)
-    }
-
-    fn image_status(&self) -> ImageStatus {
-        ImageStatus { stable_writes: Some(self.status()), ..self.image.image_status() }
-    }
-
-    fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {
-        self.image.snapshots()
+    fn layer_status(&self, image: ImageStatus) -> ImageStatus {
+        ImageStatus { stable_writes: Some(self.status()), ..image }
     }
 }
