@@ -15,13 +15,13 @@ use rig::Rig;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
-use vhost::{VhostBackend, VhostUserDirtyLogRegion, VringConfigData};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion};
 use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
 use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
 use virtioblkd::disk::Disk;
 use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::DeviceOptions;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 const OK: u8 = 0;
 const SIZE: u64 = 1 << 20;
@@ -134,16 +134,7 @@ fn memory_that_vanished_before_a_ring_is_set_up() {
 /// Starts ring 0. The connection ends before, or instead of, some answer.
 fn start_in_vain(guest: &FrontEnd) {
     let ring = &guest.rings[0];
-    let host = |address: GuestAddress| guest.memory.get_host_address(address).unwrap() as u64;
-    let config = VringConfigData {
-        queue_max_size: ring.size,
-        queue_size: ring.size,
-        flags: 0,
-        desc_table_addr: host(ring.desc_at()),
-        avail_ring_addr: host(ring.avail_at()),
-        used_ring_addr: host(ring.used_at()),
-        log_addr: None,
-    };
+    let config = guest.ring_config(0);
     let _ = guest
         .control
         .set_vring_num(0, ring.size)

@@ -109,12 +109,11 @@ impl FrontEnd {
         self.control.set_vring_call(index, &self.rings[index].call).unwrap();
     }
 
-    fn start_ring_without_call(&mut self, index: usize, base: u16) {
-        let ring = &mut self.rings[index];
-        ring.avail = base;
-        ring.used_seen = self.memory.read_obj(GuestAddress(ring.used_at().0 + 2)).unwrap();
+    /// Where a ring lies, in our own addresses, for SET_VRING_ADDR.
+    pub fn ring_config(&self, index: usize) -> VringConfigData {
+        let ring = &self.rings[index];
         let host = |address: GuestAddress| self.memory.get_host_address(address).unwrap() as u64;
-        let config = VringConfigData {
+        VringConfigData {
             queue_max_size: ring.size,
             queue_size: ring.size,
             flags: 0,
@@ -122,7 +121,14 @@ impl FrontEnd {
             avail_ring_addr: host(ring.avail_at()),
             used_ring_addr: host(ring.used_at()),
             log_addr: None,
-        };
+        }
+    }
+
+    fn start_ring_without_call(&mut self, index: usize, base: u16) {
+        let config = self.ring_config(index);
+        let ring = &mut self.rings[index];
+        ring.avail = base;
+        ring.used_seen = self.memory.read_obj(GuestAddress(ring.used_at().0 + 2)).unwrap();
         self.control.set_vring_num(index, ring.size).unwrap();
         self.control.set_vring_base(index, base).unwrap();
         self.control.set_vring_addr(index, &config).unwrap();
