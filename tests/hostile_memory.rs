@@ -334,7 +334,8 @@ fn a_dirty_log_that_vanishes() {
             log.set_len(0).unwrap();
         } else {
             log.set_len(0).unwrap();
-            guest.control.set_features(features).unwrap();
+            // The ring starts and touches the log: the connection may end before this is answered, or after.
+            let _ = guest.control.set_features(features);
         }
         guest.add(0, IN, 0, &[], 4096);
         guest.kick(0);
