@@ -15,30 +15,10 @@ use virtioblkd::engine::cache::CacheMode;
 const MIB: u64 = 1 << 20;
 
 /// fio writes and verifies from two processes, again and again until told to stop; then the guest reads the whole disk.
-const JOB: &str = r#"
-cat >/tmp/fio.job <<'FIO'
-[global]
-filename=/dev/vda
-direct=1
-ioengine=libaio
-iodepth=16
-size=8m
-verify=crc32c
-verify_backlog=64
-verify_fatal=1
-serialize_overlap=1
-time_based
-runtime=5
-[mixed]
-rw=randrw
-bs=4k
-offset=0
-[flushing]
-rw=randwrite
-bs=16k
-offset=8m
-fsync=32
-FIO
+const JOB: &str = concat!(
+    include_str!("guest/fio.sh"),
+    r#"
+verifying_fio 5
 ( while [ ! -e /tmp/stop ]; do
     fio --eta=never --output=/tmp/fio.out /tmp/fio.job || { cat /tmp/fio.out; exit 1; }
   done ) &
@@ -49,7 +29,8 @@ wait $! || exit 1
 sync
 sha256sum </dev/vda
 ask compare
-"#;
+"#
+);
 
 struct World {
     server: Option<Server>,

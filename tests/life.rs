@@ -18,30 +18,10 @@ const MIB: u64 = 1 << 20;
 const FUNCTIONS: &str = include_str!("guest/life.sh");
 
 /// fio writes and verifies from two processes until told to stop.
-const FIO: &str = r#"
-cat >/tmp/fio.job <<'FIO'
-[global]
-filename=/dev/vda
-direct=1
-ioengine=libaio
-iodepth=16
-size=8m
-verify=crc32c
-verify_backlog=64
-verify_fatal=1
-serialize_overlap=1
-time_based
-runtime=2
-[mixed]
-rw=randrw
-bs=4k
-offset=0
-[flushing]
-rw=randwrite
-bs=16k
-offset=8m
-fsync=32
-FIO
+const FIO: &str = concat!(
+    include_str!("guest/fio.sh"),
+    r#"
+verifying_fio 2
 verify() {
 	( while [ ! -e /tmp/stop ]; do
 		fio --eta=never --output=/tmp/fio.out /tmp/fio.job || { cat /tmp/fio.out; echo "@@exit: fio"; exit 1; }
@@ -54,7 +34,8 @@ movable_in_use() {
 	awk '/zone/ { here = $4 == "Movable" } here && $1 == "pages" { free = $3 } here && $1 == "present" { present = $2 }
 		END { print (present - free) * 4096 }' /proc/zoneinfo
 }
-"#;
+"#
+);
 
 /// What the guest reads of the disk's first bytes is what the host has.
 fn same_to_guest_and_host(vm: &mut Vm, device: &str, image: &Path, bytes: u64) {
