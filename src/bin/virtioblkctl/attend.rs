@@ -7,10 +7,11 @@ use std::time::Duration;
 use clap::Args;
 use virtioblkd::client::Failure;
 use virtioblkd::snapshot::attend::{self, Plan};
-use virtioblkd::snapshot::plan::{AgentAt, Level};
+use virtioblkd::snapshot::plan::Level;
 use virtioblkd::snapshot::receipt::Receipt;
 
 use crate::duration;
+use crate::freezing::{Freezing, disks};
 
 #[derive(Args)]
 pub struct Attend {
@@ -20,15 +21,8 @@ pub struct Attend {
     /// What is promised: filesystem (needs --qga or --libvirt), application (needs hooks besides), crash (hooks alone)
     #[arg(long, value_name = "LEVEL", value_parser = str::parse::<Level>)]
     level: Level,
-    /// The socket of the guest's agent
-    #[arg(long, value_name = "SOCKET", conflicts_with = "libvirt")]
-    qga: Option<PathBuf>,
-    /// The libvirt domain, where libvirt has the agent's channel (through virsh)
-    #[arg(long, value_name = "DOMAIN")]
-    libvirt: Option<String>,
-    /// Call DIR/freeze before and DIR/thaw after, on the host
-    #[arg(long, value_name = "DIR")]
-    hooks: Option<PathBuf>,
+    #[command(flatten)]
+    freezing: Freezing,
     /// Let a weaker snapshot be taken, and say so, where the level cannot be reached; without it that one fails
     #[arg(long)]
     or_weaker: bool,
@@ -39,15 +33,11 @@ pub struct Attend {
 
 /// Attends until a signal. `control`: the global option, which stands in for --disk.
 pub fn run(options: &Attend, control: Option<&PathBuf>, json: bool) -> Result<(), Failure> {
-    let mut disks = options.disks.clone();
-    if disks.is_empty() {
-        disks.extend(control.cloned());
-    }
     let plan = Plan {
-        disks,
+        disks: disks(&options.disks, control),
         level: options.level,
-        agent: options.qga.clone().map(AgentAt::Socket).or(options.libvirt.clone().map(AgentAt::Domain)),
-        hooks: options.hooks.clone(),
+        agent: options.freezing.agent(),
+        hooks: options.freezing.hooks.clone(),
         or_weaker: options.or_weaker,
         patience: options.freeze_timeout,
     };

@@ -5,6 +5,7 @@
 //! and 127 if COMMAND cannot be run.
 
 mod attend;
+mod freezing;
 mod hold;
 mod show;
 mod snapshot;

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use clap::Args;
 use virtioblkd::client::Failure;
-use virtioblkd::snapshot::plan::{AgentAt, Level, Plan, Way};
+use virtioblkd::snapshot::plan::{Level, Plan, Way};
 use virtioblkd::snapshot::receipt::Receipt;
 use virtioblkd::snapshot::{self, USAGE};
 
 use crate::duration;
+use crate::freezing::{Freezing, disks};
 
 #[derive(Args)]
 pub struct Snapshot {
@@ -25,15 +26,8 @@ pub struct Snapshot {
     /// file name; an RBD image needs none
     #[arg(long = "to", value_name = "WAY:ARG")]
     to: Vec<OsString>,
-    /// The socket of the guest's agent
-    #[arg(long, value_name = "SOCKET", conflicts_with = "libvirt")]
-    qga: Option<PathBuf>,
-    /// The libvirt domain, where libvirt has the agent's channel (through virsh)
-    #[arg(long, value_name = "DOMAIN")]
-    libvirt: Option<String>,
-    /// Call DIR/freeze before and DIR/thaw after, on the host
-    #[arg(long, value_name = "DIR")]
-    hooks: Option<PathBuf>,
+    #[command(flatten)]
+    freezing: Freezing,
     /// Take a weaker snapshot, and say so, where the level cannot be reached
     #[arg(long)]
     or_weaker: bool,
@@ -69,17 +63,12 @@ pub fn run(options: &Snapshot, control: Option<&PathBuf>, json: bool) -> Result<
 fn plan(options: &Snapshot, control: Option<&PathBuf>) -> Result<Plan, Failure> {
     let usage = |why: String| Failure::new(USAGE, why);
     let ways = options.to.iter().map(Way::parse).collect::<Result<_, _>>().map_err(usage)?;
-    let mut disks = options.disks.clone();
-    if disks.is_empty() {
-        disks.extend(control.cloned());
-    }
-    let agent = options.qga.clone().map(AgentAt::Socket).or(options.libvirt.clone().map(AgentAt::Domain));
     Ok(Plan {
-        disks,
+        disks: disks(&options.disks, control),
         level: options.level,
         ways,
-        agent,
-        hooks: options.hooks.clone(),
+        agent: options.freezing.agent(),
+        hooks: options.freezing.hooks.clone(),
         or_weaker: options.or_weaker,
         timeout: options.timeout,
         freeze_timeout: options.freeze_timeout,
