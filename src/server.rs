@@ -8,7 +8,6 @@
 //! A panic in any thread ends the process at once (SIGABRT): the front-end sees that its server is gone and its QEMU
 //! reconnects to the next one, while a guest whose ring has no thread would hang and nobody would know why.
 
-mod bell;
 mod frontend;
 mod inherited;
 pub(crate) mod notify;
@@ -32,7 +31,7 @@ use crate::listen::{self, BindError};
 use crate::pidfile::{PidFile, PidFileError};
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::signals::Signals;
-use bell::Bell;
+use crate::sync::Bell;
 use frontend::FrontEnds;
 use socket::{FrontSocket, SocketError};
 
@@ -116,6 +115,11 @@ pub struct Server {
     asked: u32,
 }
 
+/// One that threads share.
+fn new_bell() -> Result<Arc<Bell>, ServerError> {
+    Bell::new().map(Arc::new).map_err(|error| ServerError::System("cannot make an eventfd", error))
+}
+
 impl Server {
     /// Serves the disk until told to end. Called by main, once, before any other thread exists.
     pub fn run(config: &Config) -> Result<(), ServerError> {
@@ -130,7 +134,7 @@ impl Server {
             Some(control) => Some(socket::bind(&control.path, control.mode).map_err(ServerError::Control)?),
             None => None,
         };
-        let quit = Bell::new()?;
+        let quit = new_bell()?;
         let front_socket = prepared.bind().map_err(ServerError::Socket)?;
         let _pid_file = config.pid_file.as_deref().map(PidFile::create).transpose().map_err(ServerError::PidFile)?;
         sandbox.enter().map_err(ServerError::Sandbox)?;
@@ -199,7 +203,7 @@ impl Server {
     /// Finishes what was taken and syncs, in a thread, so that a second signal is heard meanwhile.
     fn end(&mut self) -> Result<(), ServerError> {
         let (sender, outcome) = mpsc::channel();
-        let finished = Bell::new()?;
+        let finished = new_bell()?;
         let drained = Arc::new(AtomicBool::new(false));
         let work = {
             let (served, finished, drained) = (Arc::clone(&self.served), Arc::clone(&finished), Arc::clone(&drained));

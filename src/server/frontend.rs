@@ -12,7 +12,8 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::socket::FrontSocket;
-use super::{Bell, Served, ServerError};
+use super::{Served, ServerError, new_bell};
+use crate::sync::Bell;
 
 /// How long to leave connections waiting when the process or the system is out of descriptors or memory.
 const OUT_OF_RESOURCES: Duration = Duration::from_millis(100);
@@ -38,7 +39,7 @@ struct FrontEnd {
 
 impl FrontEnds {
     pub(super) fn new(served: Arc<dyn Served>) -> Result<Self, ServerError> {
-        Ok(FrontEnds { served, left: Bell::new()?, current: None })
+        Ok(FrontEnds { served, left: new_bell()?, current: None })
     }
 
     /// Adds what main must wait for.

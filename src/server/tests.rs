@@ -95,7 +95,7 @@ impl Served for Disk {
 
 fn server(disk: &Arc<Disk>) -> Server {
     let signals = Signals::block().unwrap();
-    Server { served: Arc::clone(disk) as Arc<dyn Served>, signals, quit: Bell::new().unwrap(), asked: 0 }
+    Server { served: Arc::clone(disk) as Arc<dyn Served>, signals, quit: new_bell().unwrap(), asked: 0 }
 }
 
 /// The directory holds the socket's path.
