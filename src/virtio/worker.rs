@@ -240,10 +240,22 @@ impl Worker {
         self.retry_backlog();
         self.pop(ring);
         self.act(ring);
+        self.finish_the_finished(ring);
         self.log_ring(ring);
         self.interrupt(ring);
         self.counters.in_flight.store(self.in_flight, Relaxed);
         self.counters.held.store(self.held, Relaxed);
+    }
+
+    /// What the back-end did on the spot is answered in the turn that popped it: the next one may sleep at once.
+    fn finish_the_finished(&mut self, ring: &mut VringState) {
+        let (was_held, was_full) = (self.held, !self.backlog.is_empty());
+        while self.reap() {
+            self.act(ring);
+            self.retry_backlog();
+        }
+        // What kept the ring from being emptied is gone, and no kick will tell of the rest.
+        self.more |= (was_held && !self.held) || (was_full && self.backlog.is_empty());
     }
 
     fn obey(&mut self, command: Command, ring: &Stopped) {
@@ -271,10 +283,12 @@ impl Worker {
         self.engine.block_writes();
     }
 
-    /// Takes what has finished to the engine: all of it before any action, so that one sync covers many.
-    fn reap(&mut self) {
+    /// Takes what has finished to the engine: all of it before any action, so that one sync covers many. Whether there
+    /// was anything.
+    fn reap(&mut self) -> bool {
         let mut completions = std::mem::take(&mut self.completions);
         self.io.reap(&mut completions);
+        let any = !completions.is_empty();
         for Completion { id, result, buf } in completions.drain(..) {
             let token = token(id);
             match (token, result) {
@@ -298,6 +312,7 @@ impl Worker {
             self.engine.complete(token, result);
         }
         self.completions = completions;
+        any
     }
 
     /// Does what the engine says, until it has nothing more to say.
