@@ -341,6 +341,8 @@ pub struct RingStatus {
     pub unsupported: u64,
     /// Interrupts sent.
     pub interrupts: u64,
+    /// Sleeps saved by looking for work a little longer (`--poll-max-ns`).
+    pub polled: u64,
 }
 
 /// A disk that stands still because a request failed.

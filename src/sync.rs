@@ -85,7 +85,7 @@ impl AsFd for Bell {
 
 /// In a model other threads may run here; a system call is none of shuttle's.
 #[inline]
-fn let_others_run() {
+pub(crate) fn let_others_run() {
     #[cfg(feature = "model")]
     thread::yield_now();
 }

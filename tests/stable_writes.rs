@@ -104,6 +104,10 @@ impl IoQueue for MirrorQueue {
         self.second.watch(source, fd)
     }
 
+    fn has_news(&mut self) -> bool {
+        self.second.has_news()
+    }
+
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         self.second.wait(timeout)
     }

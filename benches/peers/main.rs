@@ -1,7 +1,7 @@
 //! Requests per second beside other vhost-user-blk servers, on the same file, in one run.
 //!
 //! `cargo bench --bench peers -- [--dir DIR] [--seconds S] [--rounds N] [--size MiB] [--only TEXT]
-//!     [--client same|poll|free] [--peer 'NAME=COMMAND LINE']...`
+//!     [--client same|poll|free] [--ours OPTIONS] [--peer 'NAME=COMMAND LINE']...`
 //!
 //! Method: all servers are given the same raw file, one after the other, in turn (A B C A B C ...), with virtio-driver
 //! as the front-end. Before each measurement the server stores and returns a pattern. Printed: our requests per second
@@ -12,6 +12,9 @@
 //!
 //! The client: `same` shares one CPU with the server and sleeps on its call eventfd (the length of the software path);
 //! `poll` polls its rings on a CPU of its own; `free` sleeps and is put where the scheduler likes.
+//!
+//! `--ours '--poll-max-ns 32768'` lets our rings look for work before they sleep. Both servers then do: it is what
+//! qemu-storage-daemon's iothread does unless told otherwise, and is told nothing else here.
 //!
 //! A peer's command line may hold `{socket}`, `{image}` and `{direct}` (`on` or `off`). The bare kernel takes part as
 //! two more peers: `call`, one system call a request, and `uring`, a plain io_uring; neither has a virtqueue.
@@ -41,6 +44,8 @@ struct Options {
     size: u64,
     only: String,
     client: Client,
+    /// More options of ours.
+    ours: String,
     peers: Vec<(String, String)>,
 }
 
@@ -56,12 +61,14 @@ fn main() {
     prepare(&image, options.size);
     server::require_qsd();
     println!(
-        "{} MiB file in {}, {} rounds of {} s, client {}",
+        "{} MiB file in {}, {} rounds of {} s, client {}{}{}",
         options.size / MIB,
         options.dir.display(),
         options.rounds,
         options.seconds,
         options.client.name(),
+        if options.ours.is_empty() { "" } else { ", virtioblkd " },
+        options.ours,
     );
     for case in CASES.iter().filter(|case| case.name.contains(&options.only)) {
         compare(&options, &image, case);
@@ -77,6 +84,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Options {
         size: 256 * MIB,
         only: String::new(),
         client: Client::Same,
+        ours: String::new(),
         peers: Vec::new(),
     };
     while let Some(arg) = args.next() {
@@ -88,6 +96,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Options {
             "--size" => options.size = value().parse::<u64>().expect("MiB") * MIB,
             "--only" => options.only = value(),
             "--client" => options.client = Client::named(&value()),
+            "--ours" => options.ours = value(),
             "--peer" => {
                 let peer = value();
                 let (name, command) = peer.split_once('=').expect("--peer 'NAME=COMMAND LINE'");
@@ -112,7 +121,7 @@ fn prepare(image: &Path, size: u64) {
 }
 
 fn compare(options: &Options, image: &Path, case: &Case) {
-    let mut runners = vec![("virtioblkd".to_owned(), Runner::Server(Server::Virtioblkd))];
+    let mut runners = vec![("virtioblkd".to_owned(), Runner::Server(Server::Virtioblkd(options.ours.clone())))];
     for aio in if case.direct { &["native", "threads", "io_uring"][..] } else { &["threads", "io_uring"] } {
         runners.push((format!("qsd-{aio}"), Runner::Server(Server::Qsd(aio))));
     }

@@ -6,7 +6,8 @@ use std::process::{Child, Command, Stdio};
 use super::case::Case;
 
 pub enum Server {
-    Virtioblkd,
+    /// Ours, with more options.
+    Virtioblkd(String),
     /// qemu-storage-daemon with this `aio=`, and an iothread.
     Qsd(&'static str),
     /// A command line with `{socket}`, `{image}` and `{direct}`.
@@ -60,11 +61,11 @@ pub fn start(server: &Server, image: &Path, case: &Case, dir: &Path) -> Running 
     let _ = std::fs::remove_file(&socket);
     let direct = if case.direct { "on" } else { "off" };
     let mut command = match server {
-        Server::Virtioblkd => {
+        Server::Virtioblkd(more) => {
             let cache = if case.direct { "none" } else { "writeback" };
             let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkd"));
             command.arg("--socket-path").arg(&socket).arg("--blk-file").arg(image).args(["--cache", cache]);
-            command.args(["--log-level", "error"]);
+            command.args(["--log-level", "error"]).args(more.split_whitespace());
             command
         }
         Server::Qsd(aio) => {

@@ -9,7 +9,8 @@
 //! 4. A `Sync` covers every write reaped before the sync was pushed, on any queue of the same back-end.
 //! 5. A sync (or a durable write) that failed over the page cache makes every later one fail, on every queue.
 //! 6. [`IoQueue::wait`] returns when [`IoQueue::reap`] would return something or a watched descriptor became
-//!    readable; an event that comes while nobody waits is seen by the next wait.
+//!    readable; an event that comes while nobody waits is seen by the next wait. [`IoQueue::has_news`] becomes true when
+//!    something submitted has finished.
 //! 7. A full queue hands the op back; it takes ops again once something was reaped.
 
 pub mod buffer;
@@ -278,6 +279,10 @@ pub trait IoQueue {
     /// Watches an eventfd; called once a source, before the first `wait`. The descriptor stays open until the queue
     /// is dropped. The queue may consume the eventfd's count; the caller never reads it.
     fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()>;
+
+    /// Whether `wait` is known to return at once, found out without a system call: for who looks again and again instead
+    /// of sleeping. May overlook a descriptor that is watched.
+    fn has_news(&mut self) -> bool;
 
     /// Submits, then sleeps until there is something to reap or a source fired (clause 6), or the timeout passed.
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups>;

@@ -86,6 +86,10 @@ impl IoQueue for NullQueue {
         self.watches.watch(source, fd)
     }
 
+    fn has_news(&mut self) -> bool {
+        !self.done.is_empty()
+    }
+
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         let deadline = if self.done.is_empty() { deadline(timeout) } else { Some(Instant::now()) };
         loop {

@@ -70,6 +70,10 @@ impl IoQueue for SlowQueue {
         self.inner.watch(source, fd)
     }
 
+    fn has_news(&mut self) -> bool {
+        self.inner.has_news()
+    }
+
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         let now = Instant::now();
         self.pass_on(Some(now));

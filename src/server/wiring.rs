@@ -130,7 +130,7 @@ fn open_file(config: &Config, path: &Path, memory: &Arc<Depot>) -> Result<FileBa
 
 /// The choices that are not in [`DeviceOptions`], those of tests among them.
 fn tuning(config: &Config) -> Tuning {
-    let mut tuning = Tuning { on_error: config.on_error, ..Tuning::default() };
+    let mut tuning = Tuning { on_error: config.on_error, poll_max: config.poll_max, ..Tuning::default() };
     if let BackendKind::Slow { forgets: true, .. } = config.backend {
         tuning.protocol_features.remove(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
     }

@@ -18,6 +18,8 @@ pub(crate) enum Mutant {
     OneCommandAWake,
     /// A ring that starts during a hold starts open.
     JoinsOpen,
+    /// A worker that looked for work in vain asks for kicks and sleeps, though something came meanwhile.
+    SleepsUnlooking,
     /// A ring that stops during a hold is waited for.
     LeavesUnsettled,
 }

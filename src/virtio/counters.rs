@@ -25,6 +25,7 @@ pub(super) struct Counters {
     pub errors: AtomicU64,
     pub unsupported: AtomicU64,
     pub interrupts: AtomicU64,
+    pub polled: AtomicU64,
 }
 
 /// Adds to a counter that only this thread writes: no locked instruction needed.
@@ -53,6 +54,7 @@ impl Counters {
             errors: self.errors.load(Relaxed),
             unsupported: self.unsupported.load(Relaxed),
             interrupts: self.interrupts.load(Relaxed),
+            polled: self.polled.load(Relaxed),
         }
     }
 }
@@ -75,4 +77,5 @@ pub(super) fn accumulate(total: &mut RingStatus, ring: &RingStatus) {
     total.errors += ring.errors;
     total.unsupported += ring.unsupported;
     total.interrupts += ring.interrupts;
+    total.polled += ring.polled;
 }

@@ -40,6 +40,8 @@ pub struct Tuning {
     pub stall_after: Duration,
     /// Which failed requests are kept from the guest until somebody mended the cause.
     pub on_error: OnError,
+    /// How long a ring's thread looks for work before it sleeps, at most; zero: it sleeps at once.
+    pub poll_max: Duration,
     /// The protocol features that are offered at most: without INFLIGHT_SHMFD, tests show that they would notice.
     pub protocol_features: VhostUserProtocolFeatures,
 }
@@ -49,6 +51,7 @@ impl Default for Tuning {
         Tuning {
             stall_after: Duration::from_secs(10),
             on_error: OnError::Report,
+            poll_max: Duration::ZERO,
             protocol_features: VhostUserProtocolFeatures::all(),
         }
     }
@@ -118,7 +121,7 @@ impl Device {
                 queue_size: options.queue_size,
                 serial: Arc::new(serial),
             }),
-            rings: Rings::new(backend, options.mode, events, tuning.stall_after, tuning.on_error),
+            rings: Rings::new(backend, options.mode, events, tuning.clone()),
             connection: Mutex::default(),
             left: Condvar::new(),
         })
@@ -216,7 +219,7 @@ impl Device {
         let (until, ended) = mpsc::channel();
         let rings = self.rings.clone();
         let work = move || {
-            while ended.recv_timeout(rings.stall_after() / 4) == Err(RecvTimeoutError::Timeout) {
+            while ended.recv_timeout(rings.tuning().stall_after / 4) == Err(RecvTimeoutError::Timeout) {
                 rings.look_for_stalls();
             }
         };

@@ -13,6 +13,7 @@ use vhost_user_backend::VringT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::activation::Activation;
+use super::device::Tuning;
 use super::features;
 use super::memory::MemoryTable;
 use super::queue_state::{QueueState, Surroundings};
@@ -22,7 +23,7 @@ use super::vanished::Wire;
 use super::worker::Stop;
 use crate::backend::null::NullBackend;
 use crate::disk::{Disk, Event, Events};
-use crate::engine::{CacheMode, OnError, mutants};
+use crate::engine::{CacheMode, mutants};
 use crate::sync::orders::{Mutant, fails, holds};
 use crate::sync::thread;
 use crate::sync::{Bell, yield_until_readable};
@@ -142,17 +143,18 @@ fn operator(rings: &Arc<Rings>, events: &Events, memory: &GuestMemoryMmap) {
     }
 }
 
-fn disk() -> (Arc<Rings>, Arc<Events>) {
+/// `poll_max`: how long a worker looks for work. Any time is long enough for some steps of the others.
+fn disk(poll_max: Duration) -> (Arc<Rings>, Arc<Events>) {
     let events = Arc::new(Events::new().unwrap());
     let backend = Arc::new(NullBackend::new(1 << 20, 512));
-    let rings =
-        Rings::new(backend, CacheMode::Writeback, events.clone(), Duration::from_secs(1000), OnError::default());
+    let tuning = Tuning { stall_after: Duration::from_secs(1000), poll_max, ..Tuning::default() };
+    let rings = Rings::new(backend, CacheMode::Writeback, events.clone(), tuning);
     (rings, events)
 }
 
 /// A ring that stops just when a hold begins may have taken its last command, and is waited for no longer.
 fn stop_under_a_hold() {
-    let (rings, events) = disk();
+    let (rings, events) = disk(Duration::ZERO);
     let mut front_end = FrontEnd::new(rings.clone());
     front_end.start();
     let of_operator = rings.clone();
@@ -161,8 +163,18 @@ fn stop_under_a_hold() {
     operator.join().unwrap();
 }
 
-fn disk_under_holds() {
-    let (rings, events) = disk();
+/// Nothing wakes the worker but the guest.
+fn ring_that_is_looked_at() {
+    let (rings, _events) = disk(Duration::from_nanos(1));
+    let mut front_end = FrontEnd::new(rings.clone());
+    let (kick, memory) = (front_end.kick.clone(), front_end.memory.pin());
+    front_end.start();
+    thread::spawn(move || guest(&memory, &kick)).join().unwrap();
+    front_end.queue.pause(&rings, Stop::ForGood);
+}
+
+fn disk_under_holds(poll_max: Duration) {
+    let (rings, events) = disk(poll_max);
     let mut front_end = FrontEnd::new(rings.clone());
     let memory = front_end.memory.pin();
     let (kick, of_guest) = (front_end.kick.clone(), memory.clone());
@@ -183,11 +195,18 @@ fn disk_under_holds() {
 #[test]
 fn every_write_is_answered_and_every_hold_settles() {
     use Mutant::*;
-    holds(disk_under_holds, &[RingsFirst, OneCommandAWake, JoinsOpen]);
+    let sleeping = || disk_under_holds(Duration::ZERO);
+    holds(sleeping, &[RingsFirst, OneCommandAWake, JoinsOpen]);
     // Faults of the gate itself: the ring is not read again when the hold ends; the gate stays open.
     for fault in [mutants::Mutant::ResumedLost, mutants::Mutant::GateStaysOpen] {
-        assert!(mutants::with(fault, || fails(disk_under_holds)), "{fault:?} was not found");
+        assert!(mutants::with(fault, || fails(sleeping)), "{fault:?} was not found");
     }
+}
+
+#[test]
+fn a_worker_that_looks_for_work_misses_none() {
+    holds(ring_that_is_looked_at, &[Mutant::SleepsUnlooking]);
+    holds(|| disk_under_holds(Duration::from_nanos(1)), &[]);
 }
 
 #[test]

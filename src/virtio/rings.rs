@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::capacity::Capacity;
 use super::counters::{Counters, accumulate};
+use super::device::Tuning;
 use super::errors::{self, Errors};
 use super::features;
 use super::worker::Stop;
@@ -15,7 +16,7 @@ use crate::backend::{Backend, Errno};
 use crate::disk::{
     Disk, DiskStatus, Event, Events, FailedRequest, HoldFigures, ImageStatus, RingStatus, StoppedStatus,
 };
-use crate::engine::{CacheMode, CachePolicy, OnError};
+use crate::engine::{CacheMode, CachePolicy};
 use crate::sync::mpsc::{self, Sender};
 #[cfg(all(test, feature = "model"))]
 use crate::sync::orders::{Mutant, planted};
@@ -80,10 +81,7 @@ pub struct Rings {
     backend: Arc<dyn Backend>,
     events: Arc<Events>,
     mode: CacheMode,
-    /// A request that is in flight for longer is stalled.
-    stall_after: Duration,
-    /// Which failures are kept from the guest.
-    on_error: OnError,
+    tuning: Tuning,
     capacity: Capacity,
     /// [`Disk::resize`] is under way.
     resizing: AtomicBool,
@@ -120,22 +118,14 @@ struct Hold {
 const HANGS: Duration = Duration::from_secs(2);
 
 impl Rings {
-    /// For a disk on `backend` in this mode; what happens goes to `events`. A request that is in flight for longer than
-    /// `stall_after` is told of, and one that fails is dealt with as `on_error` says.
-    pub fn new(
-        backend: Arc<dyn Backend>,
-        mode: CacheMode,
-        events: Arc<Events>,
-        stall_after: Duration,
-        on_error: OnError,
-    ) -> Arc<Self> {
+    /// For a disk on `backend` in this mode; what happens goes to `events`.
+    pub fn new(backend: Arc<dyn Backend>, mode: CacheMode, events: Arc<Events>, tuning: Tuning) -> Arc<Self> {
         let capacity = Capacity::new(backend.geometry().size);
         Arc::new(Rings {
             backend,
             events,
             mode,
-            stall_after,
-            on_error,
+            tuning,
             capacity,
             resizing: AtomicBool::new(false),
             state: Mutex::default(),
@@ -156,14 +146,9 @@ impl Rings {
         &self.backend
     }
 
-    /// A request that is in flight for longer is stalled.
-    pub(super) fn stall_after(&self) -> Duration {
-        self.stall_after
-    }
-
-    /// Which failures are kept from the guest.
-    pub(super) fn on_error(&self) -> OnError {
-        self.on_error
+    /// What most leave as it is.
+    pub(super) fn tuning(&self) -> &Tuning {
+        &self.tuning
     }
 
     /// What a ring keeps of failed requests; `None`: nothing any more. Its worker.
@@ -494,7 +479,7 @@ impl Disk for Arc<Rings> {
             acked_features: acked.unwrap_or(0),
             rings,
             stopped: state.kept.values().next().map(|kept| StoppedStatus::new(&kept.first, total.kept)),
-            on_error: self.on_error.to_string(),
+            on_error: self.tuning.on_error.to_string(),
             total,
             last_errors: state.errors.last(),
             sync_failed: self.backend.sync_failed().is_some(),

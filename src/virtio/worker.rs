@@ -5,6 +5,7 @@
 //! one `wait`, which submits the whole batch and sleeps.
 
 mod answer;
+mod polling;
 mod replay;
 mod stall;
 mod stop;
@@ -12,7 +13,7 @@ mod stop;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
 use std::time::{Duration, Instant};
 
 use vhost_user_backend::{VringState, VringT};
@@ -35,6 +36,7 @@ use crate::disk::{Event, FailedRequest};
 use crate::engine::{Action, Engine, Kind, Offer, Token};
 use crate::sync::Bell;
 use crate::sync::mpsc::Receiver;
+use polling::Polling;
 pub(super) use stop::Stop;
 
 /// What a worker starts with, besides the ring.
@@ -116,6 +118,9 @@ struct Worker {
     answered: bool,
     /// The ring may hold more than this turn took.
     more: bool,
+    /// Looking for work before a sleep; and the guest was left without a wish for kicks because of it.
+    polling: Polling,
+    unarmed: bool,
     /// Bytes acknowledged and not known to be durable; and how many of them the running sync covers.
     dirty: u64,
     syncing: u64,
@@ -158,6 +163,9 @@ pub(super) fn run(setup: Setup, mut ring: Stopped, counters: Arc<Counters>, hold
         }
         if worker.may_stop() {
             break;
+        }
+        if worker.finds_work(&mut ring.vring.get_mut()) {
+            continue;
         }
         let timeout = worker.more.then_some(Duration::ZERO);
         // Only a broken process gets here: the back-end retries what can be retried.
@@ -205,7 +213,8 @@ impl Worker {
         }
         let mut engine = Engine::new(setup.rings.policy(), geometry.durable_write == DurableWrite::Native);
         engine.set_driver_can_flush(features::driver_can_flush(setup.acked_features));
-        engine.set_on_error(setup.rings.on_error());
+        engine.set_on_error(setup.rings.tuning().on_error);
+        let polling = Polling::new(setup.rings.tuning().poll_max);
         Worker {
             setup,
             counters,
@@ -229,6 +238,8 @@ impl Worker {
             stopped_by: None,
             answered: false,
             more: false,
+            polling,
+            unarmed: false,
             dirty: 0,
             syncing: 0,
         }
@@ -402,7 +413,13 @@ impl Worker {
                     break;
                 }
             }
-            let more = ring.get_queue_mut().enable_notification(memory)?;
+            self.unarmed = self.leaves_kicks_off();
+            let queue = ring.get_queue_mut();
+            let more = if self.unarmed {
+                queue.avail_idx(memory, Acquire)?.0 != queue.next_avail()
+            } else {
+                queue.enable_notification(memory)?
+            };
             if !more || self.held || self.broken || !self.backlog.is_empty() {
                 return Ok(());
             }

@@ -104,6 +104,10 @@ impl IoQueue for Queue {
         self.inner.watch(source, fd)
     }
 
+    fn has_news(&mut self) -> bool {
+        self.inner.has_news()
+    }
+
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         self.inner.wait(timeout)
     }

@@ -284,7 +284,7 @@ impl FileQueue {
         }
     }
 
-    fn has_news(&self) -> bool {
+    fn has_collected(&self) -> bool {
         !self.ready.is_empty() || self.wakeups != Wakeups::default()
     }
 }
@@ -339,11 +339,15 @@ impl IoQueue for FileQueue {
         self.ring.watch(token, fd)
     }
 
+    fn has_news(&mut self) -> bool {
+        self.has_collected() || self.ring.has_news()
+    }
+
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         self.collect();
         loop {
-            if self.has_news() {
+            if self.has_collected() {
                 self.submit()?;
                 return Ok(std::mem::take(&mut self.wakeups));
             }

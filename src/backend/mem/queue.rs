@@ -97,6 +97,10 @@ impl IoQueue for MemQueue {
         self.watches.watch(source, fd)
     }
 
+    fn has_news(&mut self) -> bool {
+        !self.done.is_empty() || !self.pending.is_empty()
+    }
+
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         let deadline = deadline(timeout);
         loop {

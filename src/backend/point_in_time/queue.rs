@@ -237,6 +237,10 @@ impl IoQueue for DelayingQueue {
         self.inner.watch(source, fd)
     }
 
+    fn has_news(&mut self) -> bool {
+        !self.ready.is_empty() || self.inner.has_news()
+    }
+
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         if !self.delayed.is_empty() || !self.released.is_empty() || !self.ready.is_empty() {
             return self.wait_delayed(timeout);

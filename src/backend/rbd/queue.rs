@@ -115,6 +115,10 @@ impl IoQueue for RbdQueue {
         self.watches.watch(source, fd)
     }
 
+    fn has_news(&mut self) -> bool {
+        self.has_finished()
+    }
+
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         let deadline = deadline(timeout);
         loop {

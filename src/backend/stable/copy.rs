@@ -224,6 +224,10 @@ impl IoQueue for CopyingQueue {
         self.inner.watch(source, fd)
     }
 
+    fn has_news(&mut self) -> bool {
+        self.inner.has_news()
+    }
+
     /// May return for a part of a write, with nothing to reap yet: the caller's `reap` then goes on with the rest.
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         self.inner.wait(timeout)

@@ -267,7 +267,7 @@ pub fn copies(copies: &Value) -> String {
 
 /// The table of `stats`: a row a ring, and their sum.
 pub fn stats(stats: &Value) -> String {
-    const COLUMNS: [(&str, &str); 14] = [
+    const COLUMNS: [(&str, &str); 15] = [
         ("size", "size"),
         ("in-flight", "in-flight"),
         ("held", "held"),
@@ -282,6 +282,7 @@ pub fn stats(stats: &Value) -> String {
         ("errors", "errors"),
         ("unsupported", "unsupp"),
         ("interrupts", "irqs"),
+        ("polled", "polled"),
     ];
     let heading = std::iter::once("ring").chain(COLUMNS.map(|(_, heading)| heading)).map(str::to_owned).collect();
     let mut rows: Vec<Vec<String>> = vec![heading];

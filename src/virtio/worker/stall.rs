@@ -9,7 +9,7 @@ use crate::disk::Event;
 impl Worker {
     /// Counts the requests that are in flight for too long. On [`super::Command::Look`], and when the ring has stopped.
     pub(super) fn look(&mut self) {
-        let limit = self.setup.rings.stall_after();
+        let limit = self.setup.rings.tuning().stall_after;
         let (mut requests, mut oldest) = (0, Duration::ZERO);
         if self.in_flight > 0 {
             // What is kept waits for the operator, who was told.
