@@ -1,7 +1,7 @@
 //! 4 KiB random reads and writes of a Ceph RBD image, beside fio's rbd engine and qemu-storage-daemon's export of the
 //! same image, in one run.
 //!
-//! `cargo bench --bench rbd -- [--seconds S] [--rounds N] [--size MiB] [--only TEXT]`
+//! `cargo bench --bench rbd -- [--seconds S] [--rounds N] [--size MiB] [--only TEXT] [--ours OPTIONS]`
 //!
 //! Method: a cluster of its own (`scripts/ceph-cluster`: one OSD in memory on the loopback), no librbd cache. The three
 //! are measured in turn (A B C A B C ...), the two servers with virtio-driver as the front-end; fio has none, so it is
@@ -71,6 +71,8 @@ struct Options {
     rounds: usize,
     size: u64,
     only: String,
+    /// More options of ours.
+    ours: String,
 }
 
 /// The image under test and what is needed to reach it.
@@ -87,11 +89,13 @@ fn main() {
     let cluster = Cluster::start(&[]);
     let rig = prepare(&cluster, &options);
     println!(
-        "{} rounds of {} s, {} MiB, one OSD in memory, client {}",
+        "{} rounds of {} s, {} MiB, one OSD in memory, client {}{}{}",
         options.rounds,
         options.seconds,
         options.size / MIB,
-        Client::Free.name()
+        Client::Free.name(),
+        if options.ours.is_empty() { "" } else { ", virtioblkd " },
+        options.ours,
     );
     for case in CASES.iter().filter(|case| case.name.contains(&options.only)) {
         compare(&rig, &options, case);
@@ -102,7 +106,7 @@ fn main() {
 }
 
 fn parse(mut args: impl Iterator<Item = String>) -> Options {
-    let mut options = Options { seconds: 2.0, rounds: 5, size: 64 * MIB, only: String::new() };
+    let mut options = Options { seconds: 2.0, rounds: 5, size: 64 * MIB, only: String::new(), ours: String::new() };
     while let Some(arg) = args.next() {
         let mut value = || args.next().unwrap_or_else(|| panic!("{arg} needs a value"));
         match arg.as_str() {
@@ -110,6 +114,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Options {
             "--rounds" => options.rounds = value().parse().expect("a number of rounds"),
             "--size" => options.size = value().parse::<u64>().expect("MiB") * MIB,
             "--only" => options.only = value(),
+            "--ours" => options.ours = value(),
             "--bench" => {}
             other => panic!("unknown option {other}"),
         }
@@ -140,7 +145,7 @@ fn compare(rig: &Rig, options: &Options, case: &Case) {
     let mut rounds = Vec::new();
     for _ in 0..options.rounds {
         let [ours, qsd] =
-            [virtioblkd(rig, "none"), qemu_storage_daemon(rig)].map(|line| measure(rig, options, case, line));
+            [virtioblkd(rig, options, "none"), qemu_storage_daemon(rig)].map(|line| measure(rig, options, case, line));
         rounds.push((ours, qsd, fio(rig, case, options.seconds)));
     }
     let cost = median(rounds.iter().map(|(ours, ..)| ours.cpu_us));
@@ -151,7 +156,7 @@ fn compare(rig: &Rig, options: &Options, case: &Case) {
 }
 
 fn compare_unsafe(rig: &Rig, options: &Options, case: &Case) {
-    let round = |_| ["unsafe", "writeback"].map(|mode| measure(rig, options, case, virtioblkd(rig, mode)));
+    let round = |_| ["unsafe", "writeback"].map(|mode| measure(rig, options, case, virtioblkd(rig, options, mode)));
     let rounds: Vec<[Figures; 2]> = (0..options.rounds).map(round).collect();
     let cost = median(rounds.iter().map(|[without, _]| without.cpu_us));
     println!(
@@ -186,12 +191,13 @@ fn end(running: Running) {
     guest::wait_until("the server ends", || std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") Z ")));
 }
 
-fn virtioblkd(rig: &Rig, mode: &str) -> String {
+fn virtioblkd(rig: &Rig, options: &Options, mode: &str) -> String {
     format!(
-        "{} --socket-path {{socket}} --rbd {} --ceph-conf {} --cache {mode} --log-level error",
+        "{} --socket-path {{socket}} --rbd {} --ceph-conf {} --cache {mode} --log-level error {}",
         env!("CARGO_BIN_EXE_virtioblkd"),
         rig.image.spec,
-        rig.conf.display()
+        rig.conf.display(),
+        options.ours
     )
 }
 
