@@ -18,7 +18,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::{Advice, OFlags};
 
@@ -62,6 +62,8 @@ pub struct FileOptions {
     pub discard_unmap: bool,
     /// QEMU's image locks.
     pub locking: Locking,
+    /// Another process has the image, and gives its locks up later: then [`Backend::take_over`] takes them.
+    pub lock_later: bool,
     /// Make single writes durable with RWF_DSYNC ([`DurableWrite::Native`]) instead of a sync after them. See
     /// [`FileOptions::new`] for which is better where.
     pub durable_writes: bool,
@@ -87,6 +89,7 @@ impl FileOptions {
             logical_block_size: None,
             discard_unmap: true,
             locking: Locking::Auto,
+            lock_later: false,
             durable_writes: policy.opens_direct(),
             memory: Depot::new(Depot::USUAL),
             sysfs: "/sys".into(),
@@ -130,6 +133,8 @@ struct Shared {
     unable: Unable,
     ranges: Arc<RangeLocks>,
     locking: Locking,
+    /// The locks of [`Locking::Auto`] are another process's to take, or still its own.
+    lent: AtomicBool,
 }
 
 impl FileBackend {
@@ -185,6 +190,7 @@ impl FileBackend {
             unable: Unable::default(),
             ranges: Arc::default(),
             locking: options.locking,
+            lent: AtomicBool::new(options.lock_later),
         };
         Ok(FileBackend { shared: Arc::new(shared) })
     }
@@ -264,7 +270,35 @@ impl Backend for FileBackend {
         format!("{what} {} over {how}{access}{modify}", shared.name)
     }
 
+    fn identity(&self) -> Option<String> {
+        // By its own numbers: a device may be named by many paths, a file as well.
+        let found = rustix::fs::fstat(&self.shared.fd).ok()?;
+        Some(match self.shared.is_device {
+            true => format!("device {}", found.st_rdev),
+            false => format!("file {}:{}", found.st_dev, found.st_ino),
+        })
+    }
+
+    fn hand_over(&self) {
+        if self.shared.locking == Locking::Auto {
+            self.shared.lent.store(true, Ordering::Release);
+            lock::unlock_image(self.shared.fd.as_fd());
+        }
+    }
+
+    fn take_over(&self) -> io::Result<()> {
+        let shared = &self.shared;
+        if shared.locking == Locking::Auto && shared.lent.load(Ordering::Acquire) {
+            open::lock(&shared.path, shared.fd.as_fd(), shared.geometry.read_only)
+                .map_err(|error| io::Error::other(error.to_string()))?;
+            shared.lent.store(false, Ordering::Release);
+        }
+        Ok(())
+    }
+
     fn activate(&self) -> io::Result<()> {
+        // Where it could not be taken back at once it is tried again before a guest's rings run.
+        self.take_over()?;
         let shared = &self.shared;
         if shared.locking == Locking::InUse {
             open::lock(&shared.path, shared.fd.as_fd(), shared.geometry.read_only)

@@ -81,6 +81,18 @@ impl<L: Layer> Backend for L {
         self.image().deactivate();
     }
 
+    fn identity(&self) -> Option<String> {
+        self.image().identity()
+    }
+
+    fn hand_over(&self) {
+        self.image().hand_over();
+    }
+
+    fn take_over(&self) -> io::Result<()> {
+        self.image().take_over()
+    }
+
     fn resize(&self, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
         self.image().resize(grow_to, shrink)
     }

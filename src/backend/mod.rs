@@ -242,6 +242,23 @@ pub trait Backend: Send + Sync {
     /// image. Called by the vhost-user thread; may block.
     fn deactivate(&self) {}
 
+    /// Names the image so that two processes can tell whether they have the same one open, by whatever path. `None`: no
+    /// other process can have it. For upgrades in place; any thread.
+    fn identity(&self) -> Option<String> {
+        None
+    }
+
+    /// Another process goes on with the image: gives up what keeps others away even without a guest
+    /// ([`Backend::deactivate`] comes before it, and a good sync). Not the guest's I/O but only [`Backend::take_over`] comes
+    /// next, if the other gives up. The thread that hands over.
+    fn hand_over(&self) {}
+
+    /// Takes what the process before us gave up by [`Backend::hand_over`], for an image that was opened to be taken over;
+    /// or takes it back. Errors: somebody else was faster. The thread that hands over or takes over.
+    fn take_over(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Takes the image's size as it is now, because somebody changed it; with `grow_to`, makes it so many bytes first,
     /// where the back-end can. One that is smaller than before is taken only with `shrink`. Returns the size, which
     /// [`Backend::geometry`] has from now on. Errors name the thing, the cause and the mend. Called by a thread of its

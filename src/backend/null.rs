@@ -34,6 +34,10 @@ impl Backend for NullBackend {
         Ok(())
     }
 
+    fn identity(&self) -> Option<String> {
+        Some("nothing".into())
+    }
+
     fn describe(&self) -> String {
         "null: stores nothing".into()
     }

@@ -50,7 +50,7 @@ pub(super) fn open(options: &FileOptions) -> Result<Opened, OpenError> {
         .map_err(|error| cannot_open(options, error.into()))?;
     let ask = |error: io::Error| fail(path, format!("cannot ask the kernel about it ({error})"), "check the storage");
     let is_device = check_kind(path, fstat(&fd).map_err(|error| ask(error.into()))?.st_mode)?;
-    if options.locking == Locking::Auto {
+    if options.locking == Locking::Auto && !options.lock_later {
         lock(path, fd.as_fd(), options.read_only)?;
     }
     let medium = if is_device { geometry::of_device(fd.as_fd()) } else { geometry::of_file(fd.as_fd()) };
