@@ -35,8 +35,8 @@ const PLAIN: &[(c_long, &str)] = &calls! {
     SYS_ppoll SYS_pselect6 SYS_epoll_create1 SYS_epoll_ctl SYS_epoll_pwait SYS_eventfd2 SYS_signalfd4 SYS_timerfd_create
     SYS_timerfd_settime SYS_timerfd_gettime SYS_pipe2 SYS_futex SYS_nanosleep SYS_clock_nanosleep SYS_sched_yield
     SYS_restart_syscall
-    // Sockets that are there already, and their clients.
-    SYS_accept4 SYS_accept SYS_connect SYS_sendto SYS_recvfrom SYS_sendmsg SYS_recvmsg SYS_shutdown SYS_getsockopt
+    // Sockets that are there already, their clients, and pairs that lead nowhere else.
+    SYS_socketpair SYS_accept4 SYS_accept SYS_connect SYS_sendto SYS_recvfrom SYS_sendmsg SYS_recvmsg SYS_shutdown SYS_getsockopt
     SYS_setsockopt SYS_getsockname SYS_getpeername
     // Memory.
     SYS_brk SYS_munmap SYS_mremap SYS_madvise SYS_mlock SYS_munlock SYS_membarrier SYS_mincore
@@ -61,7 +61,7 @@ const OLDER: &[(c_long, &str)] = &[];
 
 /// What a client of a storage cluster does besides: connections that break are made again.
 const NETWORK: &[(c_long, &str)] = &calls! {
-    SYS_bind SYS_listen SYS_socketpair SYS_sendmmsg SYS_recvmmsg SYS_sched_setscheduler SYS_setpriority SYS_fchmod
+    SYS_bind SYS_listen SYS_sendmmsg SYS_recvmmsg SYS_sched_setscheduler SYS_setpriority SYS_fchmod
     SYS_fchmodat
 };
 
