@@ -1,6 +1,6 @@
 //! The quiesce socket seen from the operator's side: connect, negotiate, ask, listen. Each wait is bounded.
 //!
-//! For `virtioblkctl` and [`crate::snapshot`]; the daemon does not use it.
+//! For `virtioblkctl`, [`crate::snapshot`], and a daemon that takes over from another.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -81,6 +81,14 @@ impl Client {
         }
         client.ask("qmp_capabilities", json!({}), patience)?;
         Ok(client)
+    }
+
+    /// The connection, after an answer that made it another protocol's. Errors: more came already.
+    pub(crate) fn into_stream(self) -> Result<UnixStream, Failure> {
+        match self.input.is_empty() {
+            true => Ok(self.stream),
+            false => Err(Failure::new("not-virtioblkd", format!("'{}' says more than it was asked", self.name))),
+        }
     }
 
     /// Asks and waits for the answer; events that come meanwhile are kept for [`Client::next`].

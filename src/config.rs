@@ -83,6 +83,8 @@ pub struct Config {
     pub user: Option<String>,
     /// Directories that point-in-time copies may go to, and beneath.
     pub copy_dirs: Vec<PathBuf>,
+    /// The control socket of the daemon that the guest is taken over from.
+    pub take_over: Option<PathBuf>,
 }
 
 /// Where the front-end connects.
@@ -295,6 +297,11 @@ struct Args {
     #[arg(long, value_name = "DIR")]
     copy_dir: Vec<PathBuf>,
 
+    /// Take the guest over from the daemon behind this control socket, while the guest runs, and let that one end
+    /// (virtioblkctl upgrade starts a daemon so). Whatever fails, that one serves on
+    #[arg(long, value_name = "CONTROL")]
+    take_over: Option<PathBuf>,
+
     /// Print what this back-end can do, as JSON, and end; other options are ignored
     #[arg(long)]
     print_capabilities: bool,
@@ -383,6 +390,7 @@ impl Args {
             sandbox: self.sandbox.unwrap_or_default(),
             user: self.user,
             copy_dirs: self.copy_dir,
+            take_over: self.take_over,
         })
     }
 

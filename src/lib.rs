@@ -23,4 +23,5 @@ pub mod snapshot;
 mod sync;
 mod sys;
 mod throttle;
+mod upgrade;
 pub mod virtio;

@@ -225,6 +225,11 @@ fn identity(path: &Path) -> io::Result<Identity> {
 }
 
 impl SocketFile {
+    /// Its path, absolute.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Guards the socket at `path`; call it right after [`bind_unix`].
     pub fn of(path: &Path) -> io::Result<Self> {
         let identity = identity(path)?;
@@ -232,7 +237,7 @@ impl SocketFile {
     }
 
     /// The file stays.
-    fn keep(mut self) {
+    pub(crate) fn keep(mut self) {
         self.armed = false;
     }
 }

@@ -3,20 +3,37 @@
 
 use std::fmt::Write as _;
 use std::io::Write as _;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
-struct Stderr {
-    journal: bool,
-}
+struct Stderr;
+
+/// Whether the journal reads stderr.
+static JOURNAL: AtomicBool = AtomicBool::new(false);
 
 /// Sets up the process's log; called once, by main, before the first thread starts. Later calls change the level only.
 pub fn start(level: LevelFilter) {
     let journal = journal_reads_stderr(std::env::var("JOURNAL_STREAM").ok().as_deref());
     // The only error is a logger that is there already, which is what is wanted.
-    let _ = log::set_logger(Box::leak(Box::new(Stderr { journal })));
+    let _ = log::set_logger(&Stderr);
+    JOURNAL.store(journal, Ordering::Relaxed);
     log::set_max_level(level);
+}
+
+/// Whether the journal reads the log.
+pub(crate) fn is_journal() -> bool {
+    JOURNAL.load(Ordering::Relaxed)
+}
+
+/// Goes on with the log of a process before us; `journal`: the journal reads it. Until then whoever started us reads.
+pub(crate) fn go_on_to(log: &OwnedFd, journal: bool) {
+    match rustix::stdio::dup2_stderr(log) {
+        Ok(()) => JOURNAL.store(journal, Ordering::Relaxed),
+        Err(errno) => log::warn!("the log of the process before us cannot be gone on with: {errno}"),
+    }
 }
 
 /// Whether stderr is the stream that `JOURNAL_STREAM` names, as `device:inode` (systemd.exec(5)): the variable outlives
@@ -45,7 +62,7 @@ impl Log for Stderr {
         let text = record.args().to_string();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let lines =
-            if self.journal { for_journal(record.level(), &text) } else { for_people(now, record.level(), &text) };
+            if is_journal() { for_journal(record.level(), &text) } else { for_people(now, record.level(), &text) };
         // One write, so that lines of two threads do not mix. A log that nobody can read must not stop a disk.
         let _ = std::io::stderr().write_all(lines.as_bytes());
     }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +14,8 @@ use rustix::io::Errno;
 pub struct PidFile {
     path: PathBuf,
     file: File,
+    /// Another process goes on with it.
+    given: bool,
 }
 
 /// Why there is no pid file.
@@ -51,7 +53,7 @@ impl PidFile {
     /// until the end. Called by main's thread.
     pub fn create(path: &Path) -> Result<Self, PidFileError> {
         let io_error = |error: io::Error| PidFileError::Io(path.to_path_buf(), error);
-        let mut file = loop {
+        let file = loop {
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
             let fd =
                 rustix::fs::open(path, flags, Mode::from_raw_mode(0o644)).map_err(|errno| io_error(errno.into()))?;
@@ -73,15 +75,43 @@ impl PidFile {
                 break file;
             }
         };
-        let written = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
-        let pid_file = PidFile { path: path.to_path_buf(), file };
-        written.map_err(io_error)?;
+        let pid_file = PidFile { path: path.to_path_buf(), file, given: false };
+        pid_file.write().map_err(io_error)?;
         Ok(pid_file)
+    }
+
+    /// Goes on with a file that another process has made and locked; its lock is ours, too, since it is the open file's.
+    /// What cannot be written is only warned of: the disk is ours already. Main, after a hand-over.
+    pub(crate) fn take_over(path: &Path, file: File) -> Self {
+        let pid_file = PidFile { path: path.to_path_buf(), file, given: false };
+        if let Err(error) = pid_file.write() {
+            log::warn!("{}", PidFileError::Io(path.to_path_buf(), error));
+        }
+        pid_file
+    }
+
+    /// Its path and the locked file, for such a process.
+    pub(crate) fn parts(&self) -> (&Path, &File) {
+        (&self.path, &self.file)
+    }
+
+    /// Such a process goes on with it: the file and the lock stay.
+    pub(crate) fn give(mut self) {
+        self.given = true;
+    }
+
+    fn write(&self) -> io::Result<()> {
+        self.file.set_len(0)?;
+        (&self.file).rewind()?;
+        writeln!(&self.file, "{}", std::process::id())
     }
 }
 
 impl Drop for PidFile {
     fn drop(&mut self) {
+        if self.given {
+            return;
+        }
         // Still locked: nobody can take the file over between the look and the removal.
         match names(&self.path, &self.file) {
             Ok(true) => {

@@ -8,35 +8,46 @@
 //! A panic in any thread ends the process at once (SIGABRT): the front-end sees that its server is gone and its QEMU
 //! reconnects to the next one, while a guest whose ring has no thread would hang and nobody would know why.
 
+mod files;
 mod frontend;
 mod inherited;
 pub(crate) mod notify;
 mod socket;
+mod take_over;
+mod upgrade;
 mod wiring;
 
 use std::error::Error;
 use std::fmt;
 use std::io;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::Value;
 
 use crate::config::Config;
 use crate::listen::{self, BindError};
-use crate::pidfile::{PidFile, PidFileError};
+use crate::pidfile::PidFileError;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::signals::Signals;
 use crate::sync::Bell;
+use crate::upgrade::DiskFacts;
+use crate::virtio::device::{HandedOver, Steps};
+use crate::virtio::moving::Moved;
+use files::Files;
 use frontend::FrontEnds;
-use socket::{FrontSocket, SocketError};
+use socket::SocketError;
+use take_over::{TakeOver, TakeOverError};
+use upgrade::{HandOver, Outcome, Requests, Successor};
 
 /// The disk as the server drives it.
-pub trait Served: Send + Sync {
+pub(crate) trait Served: Send + Sync {
     /// Speaks vhost-user until the front-end leaves, breaks the protocol, or `shutdown`; when it returns, nothing of
     /// this front-end is in flight. Tells why it ended. In a thread of its own; never twice at a time.
     fn serve(&self, stream: UnixStream) -> io::Result<String>;
@@ -52,10 +63,30 @@ pub trait Served: Send + Sync {
 
     /// Requests taken and not yet answered.
     fn in_flight(&self) -> u64;
+
+    /// The image, and what the guest was told of it. `None`: it cannot go on in another process.
+    fn facts(&self) -> Option<DiskFacts>;
+
+    /// Syncs ahead of [`Served::hand_over`], while requests are served. Its thread.
+    fn sync_ahead(&self) -> io::Result<()>;
+
+    /// Brings the disk to a stand, durable, for another process to go on with; no front-end is begun with meanwhile. What
+    /// is in flight has `patience` to finish. Errors: why it goes on here. A thread of its own.
+    fn hand_over(&self, patience: Duration) -> Result<HandedOver, String>;
+
+    /// Takes what keeps others from the image, which the process before us gave up. Main.
+    fn take_over(&self) -> io::Result<()>;
+
+    /// [`Served::serve`] for a connection that another process served. Its thread.
+    fn adopt(&self, moved: Moved, steps: &Steps) -> io::Result<String>;
 }
 
 /// Who holds the disk still, and a control socket if there is one, until it is dropped, which waits for its thread.
-pub trait Control {}
+pub(crate) trait Control {
+    /// The disk is ours now, as it was another process's: its clients are served on `listener`, `figures` are in the
+    /// status, and an attendant may be missed.
+    fn take_over(&self, listener: Option<UnixListener>, figures: Value, misses_attendant: bool) -> io::Result<()>;
+}
 
 /// Why the daemon could not start, or did not end well. Each text names the thing, the cause and the mend.
 #[derive(Debug)]
@@ -78,6 +109,8 @@ pub enum ServerError {
     Sync(String, io::Error),
     /// Told a second time to end while ending; what was left undone.
     Impatient(String),
+    /// The guest stays with the daemon that it was to be taken over from.
+    TakeOver(TakeOverError),
 }
 
 impl fmt::Display for ServerError {
@@ -99,6 +132,7 @@ impl fmt::Display for ServerError {
                  medium: check the medium and the host's kernel log"
             ),
             ServerError::Impatient(undone) => f.write_str(undone),
+            ServerError::TakeOver(error) => error.fmt(f),
         }
     }
 }
@@ -111,6 +145,8 @@ pub struct Server {
     signals: Signals,
     /// Rung by the control socket's `quit`.
     quit: Arc<Bell>,
+    /// Who wants to take over.
+    requests: Arc<Requests>,
     /// Signals seen that ask for an end and count.
     asked: u32,
 }
@@ -120,6 +156,14 @@ fn new_bell() -> Result<Arc<Bell>, ServerError> {
     Bell::new().map(Arc::new).map_err(|error| ServerError::System("cannot make an eventfd", error))
 }
 
+/// Why the daemon serves nobody any more.
+enum Ending {
+    /// It was told to end.
+    Told,
+    /// Another process has the disk.
+    HandedOver(Successor),
+}
+
 impl Server {
     /// Serves the disk until told to end. Called by main, once, before any other thread exists.
     pub fn run(config: &Config) -> Result<(), ServerError> {
@@ -127,34 +171,67 @@ impl Server {
         let signals = Signals::block().map_err(|error| ServerError::System("cannot receive signals", error))?;
         raise_descriptor_limit();
         let sandbox = Sandbox::prepare(config).map_err(ServerError::Sandbox)?;
-        let prepared = socket::prepare(&config.listen).map_err(ServerError::Socket)?;
+        // A socket that was given to the daemon before us need not be given to us.
+        let prepare = || socket::prepare(&config.listen).map_err(ServerError::Socket);
+        let prepared = if config.take_over.is_none() { Some(prepare()?) } else { None };
         let open = || wiring::open(config).map_err(ServerError::Image);
         let disk = sandbox.open(open).map_err(ServerError::Sandbox)??;
-        let control_socket = match &config.control {
-            Some(control) => Some(socket::bind(&control.path, control.mode).map_err(ServerError::Control)?),
-            None => None,
+        let mut taking = config.take_over.as_deref().map(|path| TakeOver::begin(path, &*disk.served));
+        let mut taking = taking.take().transpose().map_err(ServerError::TakeOver)?;
+        let start = || -> Result<_, ServerError> {
+            let files = Files::make(config, prepared, taking.as_mut())?;
+            sandbox.enter().map_err(ServerError::Sandbox)?;
+            let (quit, requests) = (new_bell()?, Requests::new()?);
+            let control = {
+                let (quit, listener) = (Arc::clone(&quit), files.control_listener()?);
+                (disk.start_control)(listener, Arc::new(move || quit.ring()), Arc::clone(&requests))
+                    .map_err(ServerError::ControlThread)?
+            };
+            let server = Server { served: disk.served, signals, quit, requests, asked: 0 };
+            let front_ends = FrontEnds::new(Arc::clone(&server.served))?;
+            Ok((files, control, server, front_ends))
         };
-        let quit = new_bell()?;
-        let front_socket = prepared.bind().map_err(ServerError::Socket)?;
-        let _pid_file = config.pid_file.as_deref().map(PidFile::create).transpose().map_err(ServerError::PidFile)?;
-        sandbox.enter().map_err(ServerError::Sandbox)?;
-        // Dropped before the guard: the thread ends, then the path goes.
-        let (listener, _control_file) = control_socket.unzip();
-        let control = {
-            let quit = Arc::clone(&quit);
-            (disk.start_control)(listener, Arc::new(move || quit.ring())).map_err(ServerError::ControlThread)?
-        };
-        let mut server = Server { served: disk.served, signals, quit, asked: 0 };
+        let started = start().inspect_err(|error| {
+            if let Some(taking) = &taking {
+                // It has the message; ours is main's to log.
+                let _ = taking.give_up(&error.to_string());
+            }
+        });
+        let (mut files, control, mut server, mut front_ends) = started?;
+        if let Some(taking) = taking {
+            let (figures, misses) = taking.finish(&*server.served, &mut front_ends).map_err(ServerError::TakeOver)?;
+            files = files.own(config);
+            let listener = files.control_listener().unwrap_or_else(|error| {
+                log::error!("{error}: the control socket is not answered");
+                None
+            });
+            if let Err(error) = control.take_over(listener, figures.clone(), misses) {
+                log::error!("the control socket is not answered: {error}");
+            }
+            log::info!("took the guest over: {figures}");
+            take_over::tell(&figures);
+        }
         log::info!("{}: cache mode {}, serving on {}", server.served.describe(), config.cache, config.listen);
         notify::systemd("READY=1");
-        let served = server.serve(&front_socket);
+        let served = server.serve(&files, &mut front_ends);
+        if let Ok(Ending::HandedOver(successor)) = served {
+            log::info!("another process (pid {}) serves the disk: ending", successor.pid);
+            notify::systemd(&format!("MAINPID={}", successor.pid));
+            files.give(successor.keeps);
+            drop(control);
+            front_ends.see_off();
+            return Ok(());
+        }
         // From here whoever connects learns at once that nobody serves.
-        drop(front_socket);
+        let _files = files.stop_listening();
         notify::systemd("STOPPING=1");
         let ended = server.end();
         if matches!(ended, Err(ServerError::Impatient(_))) {
             // Its thread may wait for the disk.
             std::mem::forget(control);
+        } else {
+            // Before the guard: the thread ends, then the path goes.
+            drop(control);
         }
         if let (Err(error), Err(_)) = (&served, &ended) {
             log::error!("{error}");
@@ -166,27 +243,61 @@ impl Server {
             log::warn!("a second signal will not be heard: {error}");
         }
         // A library's exit handlers must not run while another thread lets go of the image.
-        served?.see_off();
+        served?;
+        front_ends.see_off();
         Ok(())
     }
 
-    /// Serves one front-end after another until told to end; whoever is connected then.
-    fn serve(&mut self, socket: &FrontSocket) -> Result<FrontEnds, ServerError> {
-        let mut front_ends = FrontEnds::new(Arc::clone(&self.served))?;
+    /// Serves one front-end after another until told to end, or until another process has the disk.
+    fn serve(&mut self, files: &Files, front_ends: &mut FrontEnds) -> Result<Ending, ServerError> {
+        let mut handing: Option<HandOver> = None;
+        let mut told_to_end = false;
         loop {
             let mut sources = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&*self.quit, PollFlags::IN)];
-            front_ends.watch(socket, &mut sources);
+            match &handing {
+                Some(handing) => sources.push(PollFd::new(&*handing.done, PollFlags::IN)),
+                None => {
+                    sources.push(PollFd::new(&*self.requests.bell, PollFlags::IN));
+                    front_ends.watch(&files.front, &mut sources);
+                }
+            }
             wait(&mut sources)?;
             drop(sources);
             if let Some(signal) = self.signal()? {
                 log::info!("{signal}: draining, then ending");
-                return Ok(front_ends);
+                told_to_end = true;
             }
             if self.quit.was_rung() {
                 log::info!("told to quit by the control socket: draining, then ending");
-                return Ok(front_ends);
+                told_to_end = true;
             }
-            front_ends.tend(socket)?;
+            if let Some(running) = handing.take() {
+                if told_to_end {
+                    running.cancel();
+                }
+                if self.asked > 1 {
+                    return Err(ServerError::Impatient(self.undone(Signal::SIGTERM, false)));
+                }
+                if !running.done.was_rung() {
+                    handing = Some(running);
+                    continue;
+                }
+                match running.outcome() {
+                    Outcome::Gone(successor) => return Ok(Ending::HandedOver(successor)),
+                    Outcome::Stayed(why) => upgrade::stayed(&self.requests, &why),
+                }
+            }
+            if told_to_end {
+                return Ok(Ending::Told);
+            }
+            if let Some(asked) = self.requests.take() {
+                match HandOver::start(asked, &self.served, &files.estate()) {
+                    Ok(started) => handing = Some(started),
+                    Err(why) => upgrade::stayed(&self.requests, &why),
+                }
+                continue;
+            }
+            front_ends.tend(&files.front)?;
         }
     }
 

@@ -1,10 +1,10 @@
-//! UNSAFE. System calls that no library wraps safely: locks of open file descriptions, ioctls of block devices, and
-//! clones of a file's part.
+//! UNSAFE. System calls that no library wraps safely: locks of open file descriptions, ioctls of block devices,
+//! clones of a file's part, and descriptors that change hands.
 //! Each function is one call.
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 /// `_IO(0x12, 119)` of linux/fs.h.
 const BLKDISCARD: libc::c_ulong = 0x1277;
@@ -92,4 +92,17 @@ fn get(fd: BorrowedFd<'_>, request: libc::c_ulong) -> io::Result<u32> {
     // SAFETY: these requests write one int to the pointer, which lives through the call.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), request as _, &raw mut value) })?;
     Ok(value)
+}
+
+/// The descriptor of a type that gives it up only as a number.
+pub(crate) fn owned(descriptor: impl IntoRawFd) -> OwnedFd {
+    // SAFETY: `into_raw_fd` hands the ownership to its caller: nobody else closes this number.
+    unsafe { OwnedFd::from_raw_fd(descriptor.into_raw_fd()) }
+}
+
+/// Lets `descriptor`, which goes on being its owner's, stand for what `by` stands for (dup3(2)); what it stood for before
+/// is closed. For owners that do not let go of their descriptor.
+pub(crate) fn replace(descriptor: &impl AsRawFd, by: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: both are open, since their owners are borrowed, and the number is the same owner's before and after.
+    check(unsafe { libc::dup3(by.as_raw_fd(), descriptor.as_raw_fd(), libc::O_CLOEXEC) })
 }

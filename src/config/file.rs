@@ -13,7 +13,7 @@ use toml::de::{DeTable, DeValue};
 use super::{Args, ConfigError, refuse, strip};
 
 /// Options that make no sense in a file.
-const ONLY_ARGUMENTS: [&str; 4] = ["config", "print-capabilities", "help", "version"];
+const ONLY_ARGUMENTS: [&str; 5] = ["config", "print-capabilities", "take-over", "help", "version"];
 /// A disk file has a line an option; what is larger is something else, the image perhaps.
 const LARGEST_FILE: u64 = 1 << 20;
 /// May be given several times: a list, or a table of names and values.

@@ -72,6 +72,7 @@ fn defaults() {
             sandbox: Level::On,
             user: None,
             copy_dirs: Vec::new(),
+            take_over: None,
         }
     );
 }
@@ -126,6 +127,7 @@ fn every_option() {
             sandbox: Level::NoFilter,
             user: Some("nobody".into()),
             copy_dirs: vec!["/backup".into(), "/more".into()],
+            take_over: None,
         }
     );
 }

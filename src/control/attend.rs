@@ -160,6 +160,18 @@ impl Attendance {
         self.end_asking(peer, "the attendant's connection ended")
     }
 
+    /// Whether snapshots must not be taken without an attendant that is, or was, there.
+    pub(super) fn is_relied_on(&self) -> bool {
+        self.lost.is_some() || self.attendant.as_ref().is_some_and(|attendant| attendant.required)
+    }
+
+    /// The process before us relied on an attendant, which must find us first.
+    pub(super) fn misses(&mut self) {
+        if self.attendant.is_none() {
+            self.lost = Some(Who::default());
+        }
+    }
+
     /// Somebody else begins a snapshot that may last until `limit` in this phase.
     pub(super) fn begin(&mut self, limit: Duration, now: Instant) -> First {
         let Some(Attendant { peer, required, patience, .. }) = &self.attendant else {

@@ -107,6 +107,11 @@ impl Jobs {
         Ok(())
     }
 
+    /// Something is made or removed, or made and not kept yet.
+    pub(super) fn is_busy(&self) -> bool {
+        self.running.is_some() || !self.waiting.is_empty() || self.made.iter().any(|made| !made.kept)
+    }
+
     fn find(&self, name: &str, peer: PeerId) -> Result<usize, Error> {
         let at = self.made.iter().position(|made| made.peer == peer && made.name == name);
         at.ok_or_else(|| Error::new("no-such-snapshot", "this connection made no snapshot of this name"))

@@ -23,5 +23,5 @@ pub use copies::CopyCommand;
 pub use creds::Credentials;
 pub use image_snapshots::ImageSnapshotCommand;
 pub use inbox::ImageNotices;
-pub use service::Info;
+pub use service::{CommandLine, Info, Upgrade};
 pub use socket::{Server, Setup};

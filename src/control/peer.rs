@@ -180,6 +180,11 @@ impl Peer {
         }
     }
 
+    /// The connection, for another purpose. What the client sent after its last request is lost.
+    pub(super) fn into_stream(self) -> UnixStream {
+        self.stream
+    }
+
     /// Nothing will come of this connection any more.
     pub(super) fn is_over(&self) -> bool {
         self.dead || (self.input_ended && !self.busy && self.input_left() == 0 && self.unsent() == 0)

@@ -28,6 +28,8 @@
 //! | `attend` | `required` (true), `timeout-ms` (10000), `who` | nothing; this connection is the attendant |
 //! | `prepared` | `id`, and `level` or `error` | nothing |
 //! | `unattend` | | nothing |
+//! | `query-command-line` | | `program`, `arguments`, `directory`: how the daemon was started |
+//! | `hand-over` | `version` | nothing; then this connection speaks another protocol: [`crate::upgrade`] |
 //! | `quit` | | nothing; then the daemon ends in order, as by SIGTERM |
 //!
 //! A quiesce ends by `resume`, when its lease runs out, and, unless `detached`, with the connection that asked for it
@@ -87,6 +89,7 @@
 //! | `BUFFER_CHANGED` | with `--stable-writes detect`: the guest changed the buffer of a write under way: `offset`, `length`, `suppressed` |
 //! | `IMAGE_STATE` | `trouble`, `trouble-detail`: the image can no longer be used as it should, or can again |
 //! | `PROTOCOL_ERROR` | `message`, `suppressed` |
+//! | `UPGRADE` | another process begins to take the disk over; if it succeeds, `SHUTDOWN` follows: connect again |
 //! | `SHUTDOWN` | nothing; the daemon ends |
 //!
 //! `suppressed` counts the errors that were not told since the last one that was: a guest can provoke any number.
@@ -121,6 +124,9 @@
 //! | `no-image-snapshots` | the image's store makes no snapshots |
 //! | `exists`, `store` | the store made none: there is one of this name; or why |
 //! | `no-such-snapshot` | this connection made none of this name |
+//! | `not-now` | of `hand-over`: what must end first |
+//! | `upgrading` | another process is taking the disk over: connect again |
+//! | `no-upgrade` | this daemon cannot be taken over, or not by that one |
 //! | `shutting-down` | the daemon ends |
 //! | `too-many-clients` | as many connections as this server keeps; it then closes this one |
 //! | `internal` | a defect of this server |
@@ -187,6 +193,13 @@ pub enum Command {
     ImageSnapshot(ImageSnapshotCommand),
     /// An attendant's.
     Attend(AttendCommand),
+    /// How the daemon was started.
+    QueryCommandLine,
+    /// Another process takes over.
+    HandOver {
+        /// Of the protocol that it speaks.
+        version: u64,
+    },
     /// Ends the daemon.
     Quit,
 }
@@ -273,6 +286,8 @@ const COMMANDS: &[(&str, Parse)] = &[
     ("attend", attend::parse_attend),
     ("prepared", attend::parse_prepared),
     ("unattend", attend::parse_unattend),
+    ("query-command-line", |_| Ok(Command::QueryCommandLine)),
+    ("hand-over", parse_hand_over),
     ("quit", |_| Ok(Command::Quit)),
 ];
 
@@ -364,6 +379,12 @@ fn parse_resume(args: &mut Args) -> Result<Command, Error> {
 
 fn parse_resize(args: &mut Args) -> Result<Command, Error> {
     Ok(Command::Resize { size: args.bytes("size")?, force: args.boolean("force")?.unwrap_or(false) })
+}
+
+fn parse_hand_over(args: &mut Args) -> Result<Command, Error> {
+    let version = args.number("version")?;
+    let version = version.ok_or_else(|| Error::argument("hand-over needs 'version', of what is spoken then"))?;
+    Ok(Command::HandOver { version })
 }
 
 /// The arguments of one command. Each reader takes its own out; what is left at the end is unknown.

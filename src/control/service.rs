@@ -3,12 +3,16 @@
 mod disk;
 mod image_snapshot;
 mod store;
+mod upgrade;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant, SystemTime};
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::attend::Attendance;
@@ -29,6 +33,28 @@ use store::Elsewhere;
 pub struct Info {
     /// Where the front-end connects, for people: a path, or `fd N`.
     pub vhost_socket: String,
+    /// How the daemon was started, for whoever starts the next one; `None`: it is not told.
+    pub command_line: Option<CommandLine>,
+}
+
+/// A daemon's program, its arguments and its directory.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct CommandLine {
+    /// The program's path when it was started.
+    pub program: String,
+    /// Without the program's name and `--take-over`.
+    pub arguments: Vec<String>,
+    /// What relative paths are relative to.
+    pub directory: String,
+}
+
+/// What the daemon does for one that takes over.
+pub struct Upgrade {
+    /// Called from the control thread with the connection that the two speak on from now on, and whether an attendant is
+    /// relied on; must not block.
+    pub begin: Box<dyn Fn(UnixStream, bool) + Send>,
+    /// Set by the control thread right before that; cleared by whoever was called, when nothing comes of it.
+    pub under_way: Arc<AtomicBool>,
 }
 
 /// Whom a line is for.
@@ -70,6 +96,11 @@ pub(super) struct Service {
     throttle: Throttle,
     /// Of those that a guest or a front-end provokes: they cannot crowd out the disk's own.
     guests_throttle: Throttle,
+    upgrade: Option<Upgrade>,
+    /// The connection that asked for the hand-over, until it has its answer.
+    hands_over_to: Option<PeerId>,
+    /// The hand-over that made us the disk's daemon.
+    took_over: Value,
     outgoing: Vec<(To, Vec<u8>)>,
     quit: bool,
 }
@@ -82,6 +113,7 @@ impl Service {
         inbox: Arc<Inbox>,
         (store_timeout, attended): (Duration, bool),
         resized: Box<dyn Fn(u64) + Send>,
+        upgrade: Option<Upgrade>,
     ) -> Self {
         Service {
             disk,
@@ -102,6 +134,9 @@ impl Service {
             tokens: RandomState::new(),
             throttle: Throttle::default(),
             guests_throttle: Throttle::default(),
+            upgrade,
+            hands_over_to: None,
+            took_over: Value::Null,
             outgoing: Vec::new(),
             quit: false,
         }
@@ -115,6 +150,21 @@ impl Service {
     /// Somebody said `quit`.
     pub(super) fn quit_asked(&self) -> bool {
         self.quit
+    }
+
+    /// We are the disk's daemon by a hand-over; what it took, for the status. `misses`: an attendant is missed.
+    pub(super) fn took_over(&mut self, figures: Value, misses: bool) {
+        self.took_over = figures;
+        if misses {
+            self.attendance.misses();
+        }
+    }
+
+    /// Passes the connection that asked for the hand-over on.
+    pub(super) fn pass_on(&self, stream: UnixStream) {
+        if let Some(upgrade) = &self.upgrade {
+            (upgrade.begin)(stream, self.misses_attendant());
+        }
     }
 
     /// When [`Service::tick`] is due.
@@ -169,7 +219,8 @@ impl Service {
                 proto::Request { id: None, command: Err(error) }
             }
         };
-        let result = match request.command {
+        let command = request.command.and_then(|command| self.refuse_while_upgrading(&command).map(|()| command));
+        let result = match command {
             Ok(Command::Quiesce(args)) => {
                 self.quiesce(peer, request.id, credentials, args, now);
                 return;
@@ -182,6 +233,7 @@ impl Service {
                 *negotiated = true;
                 Ok(json!({}))
             }
+            Ok(Command::HandOver { version }) => self.hand_over(peer, version),
             Ok(Command::Attend(command)) => self.attend(peer, credentials, command, now),
             Ok(command) => self.answer(peer, command, now),
             Err(error) => Err(error),
@@ -230,6 +282,12 @@ impl Service {
             },
             Command::ResumeAll => Ok(json!({"resumed": self.coordinator.resume_all(now), "holders": 0})),
             Command::QueryStatus => self.status(now),
+            Command::QueryCommandLine => match &self.info.command_line {
+                Some(line) => to_json(line),
+                None => {
+                    Err(Error::new("no-upgrade", "how this daemon was started is not known: its arguments are no text"))
+                }
+            },
             Command::QueryStats => {
                 let status = self.disk.status();
                 let stable = to_json(&status.image_status.stable_writes)?;
@@ -255,7 +313,11 @@ impl Service {
                 self.quit = true;
                 Ok(json!({}))
             }
-            Command::Quiesce(_) | Command::Attend(_) | Command::ImageSnapshot(_) | Command::QmpCapabilities => {
+            Command::Quiesce(_)
+            | Command::Attend(_)
+            | Command::ImageSnapshot(_)
+            | Command::HandOver { .. }
+            | Command::QmpCapabilities => {
                 Err(Error::new("internal", "this command is answered elsewhere; please report it as a defect"))
             }
         }
@@ -284,6 +346,7 @@ impl Service {
             "pid": std::process::id(),
             "uptime-seconds": now.saturating_duration_since(self.started).as_secs(),
             "vhost-socket": self.info.vhost_socket,
+            "took-over": self.took_over,
         });
         Ok(status)
     }

@@ -1,22 +1,24 @@
 //! The control thread: one `poll` over the listener, the peers, the disk's events and what its image says.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::Value;
 
 use super::creds::Credentials;
 use super::inbox::{ImageNotices, Inbox};
 use super::peer::Peer;
 use super::proto;
 use super::quiesce::{PeerId, STORE};
-use super::service::{Info, Service, To};
+use super::service::{Info, Service, To, Upgrade};
 use crate::disk::{Disk, Events};
+use crate::sync::{Bell, Mutex};
 
 /// Connections at most.
 const MOST_PEERS: usize = 32;
@@ -49,12 +51,27 @@ pub struct Setup {
     pub quit: Arc<dyn Fn() + Send + Sync>,
     /// For people.
     pub info: Info,
+    /// For a process that takes over; `None`: none can.
+    pub upgrade: Option<Upgrade>,
 }
 
 /// The running control room, with or without a quiesce socket. Dropping it stops it.
 pub struct Server {
-    wake: Arc<OwnedFd>,
+    orders: Arc<Orders>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What the control thread is told by whoever started it.
+struct Orders {
+    bell: Bell,
+    news: Mutex<News>,
+}
+
+#[derive(Default)]
+struct News {
+    stop: bool,
+    /// To be served from now on; what is said in the status of how we got it; whether an attendant is missed.
+    took_over: Option<(Option<UnixListener>, Value, bool)>,
 }
 
 impl Server {
@@ -66,21 +83,38 @@ impl Server {
         if let Some(listener) = &listener {
             listener.set_nonblocking(true)?;
         }
-        let Setup { disk, events, notices, store_timeout, attended, resized, quit, info } = setup;
-        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let Setup { disk, events, notices, store_timeout, attended, resized, quit, info, upgrade } = setup;
+        let orders = Arc::new(Orders { bell: Bell::new()?, news: Mutex::default() });
         let mut control = Control {
             listener,
             accept_again: None,
-            service: Service::new(disk, info, notices.inbox(), (store_timeout, attended), resized),
+            service: Service::new(disk, info, notices.inbox(), (store_timeout, attended), resized, upgrade),
             events,
             inbox: notices.inbox(),
             peers: Vec::new(),
             last_peer: STORE,
             quit: Some(quit),
         };
-        let stop = wake.clone();
-        let thread = std::thread::Builder::new().name("control".into()).spawn(move || control.run(&stop))?;
-        Ok(Server { wake, thread: Some(thread) })
+        let heard = orders.clone();
+        let thread = std::thread::Builder::new().name("control".into()).spawn(move || control.run(&heard))?;
+        Ok(Server { orders, thread: Some(thread) })
+    }
+
+    /// The disk is ours from now on, as it was another process's: serves its clients, too. `figures`: of the hand-over,
+    /// for the status; `misses`: an attendant is missed. Errors: the listener cannot be made non-blocking.
+    pub fn take_over(&self, listener: Option<UnixListener>, figures: Value, misses: bool) -> io::Result<()> {
+        if let Some(listener) = &listener {
+            listener.set_nonblocking(true)?;
+        }
+        self.order(|news| news.took_over = Some((listener, figures, misses)));
+        Ok(())
+    }
+
+    fn order(&self, change: impl FnOnce(&mut News)) {
+        self.orders.bell.ring_after(|| {
+            change(&mut self.orders.news.lock().expect("no panic while held"));
+            true
+        });
     }
 
     /// Ends every hold, tells the peers (`RESUMED`, `SHUTDOWN`), closes and joins the thread. Takes a quarter of a
@@ -91,8 +125,7 @@ impl Server {
 
     fn join(&mut self) {
         let Some(thread) = self.thread.take() else { return };
-        // The only error is a full counter, and that is readable too.
-        let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+        self.order(|news| news.stop = true);
         if thread.join().is_err() {
             log::error!("the control thread had panicked");
         }
@@ -107,7 +140,7 @@ impl Drop for Server {
 
 /// What poll reported, sorted.
 struct Ready {
-    stop: bool,
+    orders: bool,
     events: bool,
     image: bool,
     accept: bool,
@@ -126,21 +159,32 @@ struct Control {
 }
 
 impl Control {
-    fn run(&mut self, stop: &OwnedFd) {
+    fn run(&mut self, orders: &Orders) {
         loop {
-            let ready = match self.wait(stop) {
+            let ready = match self.wait(&orders.bell) {
                 Ok(ready) => ready,
                 Err(error) => {
                     log::error!("control: poll failed, the quiesce socket ends: {error}");
                     break;
                 }
             };
-            if ready.stop {
+            if ready.orders && self.obey(orders) {
                 break;
             }
             self.turn(ready);
         }
         self.finish();
+    }
+
+    /// Whether it is to stop.
+    fn obey(&mut self, orders: &Orders) -> bool {
+        let News { stop, took_over } =
+            orders.bell.silence_before(|| std::mem::take(&mut *orders.news.lock().expect("no panic while held")));
+        if let Some((listener, figures, misses)) = took_over {
+            self.listener = listener;
+            self.service.took_over(figures, misses);
+        }
+        stop
     }
 
     fn turn(&mut self, ready: Ready) {
@@ -158,13 +202,20 @@ impl Control {
                 peer.ready(found);
             }
         }
-        for index in 0..self.peers.len() {
+        let mut index = 0;
+        while index < self.peers.len() {
             for _ in 0..PER_TURN {
                 let peer = &mut self.peers[index];
                 let Some(found) = peer.next(now) else { break };
                 self.service.request(peer.id, peer.credentials, &mut peer.negotiated, found, now);
                 self.deliver();
+                if self.service.hands_over().is_some() {
+                    self.pass_on(index, now);
+                    // The next one has its place.
+                    break;
+                }
             }
+            index += 1;
         }
         self.sweep(now);
         if self.service.quit_asked()
@@ -178,12 +229,23 @@ impl Control {
         }
     }
 
+    /// A connection that asked for the hand-over, and has its answer, is no client any more.
+    fn pass_on(&mut self, index: usize, now: Instant) {
+        let mut peer = self.peers.remove(index);
+        // A line on a fresh connection fits; what does not is missed by the other end, which gives up.
+        peer.flush();
+        let id = peer.id;
+        self.service.pass_on(peer.into_stream());
+        self.service.peer_gone(id, now);
+        self.deliver();
+    }
+
     /// Sleeps until something is to be done.
-    fn wait(&self, stop: &OwnedFd) -> io::Result<Ready> {
+    fn wait(&self, orders: &Bell) -> io::Result<Ready> {
         let now = Instant::now();
         let accepting = self.accept_again.is_none_or(|again| again <= now);
         let mut fds = vec![
-            PollFd::new(stop, PollFlags::IN),
+            PollFd::new(orders, PollFlags::IN),
             PollFd::from_borrowed_fd(self.events.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.inbox.as_fd(), PollFlags::IN),
         ];
@@ -204,7 +266,7 @@ impl Control {
         poll_until(&mut fds, deadline)?;
         let found: Vec<PollFlags> = fds.iter().map(PollFd::revents).collect();
         Ok(Ready {
-            stop: !found[0].is_empty(),
+            orders: !found[0].is_empty(),
             events: !found[1].is_empty(),
             image: !found[2].is_empty(),
             accept: found[3..others].iter().any(|found| !found.is_empty()),

@@ -14,6 +14,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::socket::FrontSocket;
 use super::{Served, ServerError, new_bell};
 use crate::sync::Bell;
+use crate::virtio::device::Steps;
+use crate::virtio::moving::Moved;
 
 /// How long to leave connections waiting when the process or the system is out of descriptors or memory.
 const OUT_OF_RESOURCES: Duration = Duration::from_millis(100);
@@ -111,12 +113,28 @@ impl FrontEnds {
         }
     }
 
+    /// Goes on with a front-end that another process served.
+    pub(super) fn adopt(&mut self, moved: Moved, steps: Steps) -> io::Result<()> {
+        let (watched, peer) = (moved.stream.try_clone()?, peer(&moved.stream));
+        self.current = Some(self.spawn(watched, &peer, move |served| served.adopt(moved, &steps))?);
+        Ok(())
+    }
+
     fn start(&self, connection: UnixStream, peer: &str) -> io::Result<FrontEnd> {
         // Ours must not be what keeps the other's half open, nor must accept's own setting reach the handler.
         let watched = connection.try_clone()?;
+        self.spawn(watched, peer, |served| served.serve(connection))
+    }
+
+    fn spawn(
+        &self,
+        watched: UnixStream,
+        peer: &str,
+        serve: impl FnOnce(&dyn Served) -> io::Result<String> + Send + 'static,
+    ) -> io::Result<FrontEnd> {
         let (served, left, name) = (Arc::clone(&self.served), Arc::clone(&self.left), peer.to_string());
         let thread = thread::Builder::new().name("vhost-user".into()).spawn(move || {
-            match served.serve(connection) {
+            match serve(&*served) {
                 Ok(why) => log::info!("front-end gone ({name}): {why}"),
                 Err(error) => log::warn!("front-end dropped ({name}): {error}"),
             }

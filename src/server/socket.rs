@@ -136,6 +136,13 @@ pub(super) fn bind(path: &Path, mode: u32) -> Result<(UnixListener, SocketFile),
     Ok((listener, file))
 }
 
+/// The guard of a socket that somebody else bound and gave to us; none if it cannot be found.
+pub(super) fn guard(path: &Path) -> Option<SocketFile> {
+    SocketFile::of(path)
+        .inspect_err(|error| log::warn!("'{}' will not be removed at the end: {error}", path.display()))
+        .ok()
+}
+
 fn give_to_group(path: &Path, mode: u32, group: Gid) -> Result<(), SocketError> {
     let failed = |what: String| move |error: io::Error| SocketError::Permissions(path.to_path_buf(), what, error);
     let gid = rustix::fs::Gid::from_raw(group.as_raw());
@@ -147,6 +154,7 @@ fn give_to_group(path: &Path, mode: u32, group: Gid) -> Result<(), SocketError> 
 /// The vhost-user socket. Dropping it ends listening; our own path is removed, an inherited one's is its maker's.
 pub(super) enum FrontSocket {
     Ours((UnixListener, SocketFile)),
+    /// Somebody else's path; also another daemon's, until it is ours.
     Inherited(UnixListener),
 }
 
@@ -155,6 +163,38 @@ impl FrontSocket {
         match self {
             FrontSocket::Ours((listener, _)) => listener,
             FrontSocket::Inherited(listener) => listener,
+        }
+    }
+
+    /// Of the daemon that we take over from.
+    pub(super) fn taken_over(listener: UnixListener) -> Result<Self, SocketError> {
+        listener.set_nonblocking(true).map_err(SocketError::Setting)?;
+        Ok(FrontSocket::Inherited(listener))
+    }
+
+    /// Its path is ours to remove from now on.
+    pub(super) fn own(self, path: &Path) -> Self {
+        match self {
+            FrontSocket::Inherited(listener) => match guard(path) {
+                Some(file) => FrontSocket::Ours((listener, file)),
+                None => FrontSocket::Inherited(listener),
+            },
+            ours => ours,
+        }
+    }
+
+    /// Our own path.
+    pub(super) fn path(&self) -> Option<&Path> {
+        match self {
+            FrontSocket::Ours((_, file)) => Some(file.path()),
+            FrontSocket::Inherited(_) => None,
+        }
+    }
+
+    /// Another process goes on with it: its path stays.
+    pub(super) fn give(self) {
+        if let FrontSocket::Ours((_, file)) = self {
+            file.keep();
         }
     }
 

@@ -7,6 +7,7 @@ use std::sync::Mutex;
 
 use nix::sys::signal::raise;
 
+use super::socket::FrontSocket;
 use super::*;
 
 /// A gate that a disk's call waits at until it is opened.
@@ -91,11 +92,32 @@ impl Served for Disk {
     fn in_flight(&self) -> u64 {
         3
     }
+
+    fn facts(&self) -> Option<DiskFacts> {
+        None
+    }
+
+    fn sync_ahead(&self) -> io::Result<()> {
+        unimplemented!("nobody takes over")
+    }
+
+    fn hand_over(&self, _: Duration) -> Result<HandedOver, String> {
+        unimplemented!("nobody takes over")
+    }
+
+    fn take_over(&self) -> io::Result<()> {
+        unimplemented!("nobody takes over")
+    }
+
+    fn adopt(&self, _: Moved, _: &Steps) -> io::Result<String> {
+        unimplemented!("nobody takes over")
+    }
 }
 
 fn server(disk: &Arc<Disk>) -> Server {
     let signals = Signals::block().unwrap();
-    Server { served: Arc::clone(disk) as Arc<dyn Served>, signals, quit: new_bell().unwrap(), asked: 0 }
+    let requests = Requests::new().unwrap();
+    Server { served: Arc::clone(disk) as Arc<dyn Served>, signals, quit: new_bell().unwrap(), requests, asked: 0 }
 }
 
 /// The directory holds the socket's path.
@@ -112,7 +134,9 @@ fn the_end_drains_then_syncs() {
     let mut server = server(&disk);
     raise(Signal::SIGTERM).unwrap();
     let (_directory, socket) = socket();
-    server.serve(&socket).unwrap();
+    let mut front_ends = FrontEnds::new(Arc::clone(&server.served)).unwrap();
+    let ending = server.serve(&Files::of(socket), &mut front_ends).unwrap();
+    assert!(matches!(ending, Ending::Told));
     server.end().unwrap();
     assert_eq!(*disk.calls.lock().unwrap(), ["shutdown", "sync"]);
 }
@@ -123,7 +147,9 @@ fn quit_ends_as_a_signal_does() {
     let mut server = server(&disk);
     server.quit.ring();
     let (_directory, socket) = socket();
-    server.serve(&socket).unwrap();
+    let mut front_ends = FrontEnds::new(Arc::clone(&server.served)).unwrap();
+    let ending = server.serve(&Files::of(socket), &mut front_ends).unwrap();
+    assert!(matches!(ending, Ending::Told));
     server.end().unwrap();
     assert_eq!(*disk.calls.lock().unwrap(), ["shutdown", "sync"]);
 }
@@ -144,7 +170,9 @@ fn a_second_signal_ends_at_once_and_says_what_was_not_drained() {
     raise(Signal::SIGINT).unwrap();
     raise(Signal::SIGTERM).unwrap();
     let (_directory, socket) = socket();
-    server.serve(&socket).unwrap();
+    let mut front_ends = FrontEnds::new(Arc::clone(&server.served)).unwrap();
+    let ending = server.serve(&Files::of(socket), &mut front_ends).unwrap();
+    assert!(matches!(ending, Ending::Told));
     let message = server.end().unwrap_err().to_string();
     for part in ["again", "disk.img", "neither drained (3 requests in flight) nor synced"] {
         assert!(message.contains(part), "{message}");
@@ -177,7 +205,9 @@ fn a_terminal_that_hangs_up_twice_is_not_impatient() {
     let mut server = server(&disk);
     raise(Signal::SIGHUP).unwrap();
     let (_directory, socket) = socket();
-    server.serve(&socket).unwrap();
+    let mut front_ends = FrontEnds::new(Arc::clone(&server.served)).unwrap();
+    let ending = server.serve(&Files::of(socket), &mut front_ends).unwrap();
+    assert!(matches!(ending, Ending::Told));
     raise(Signal::SIGHUP).unwrap();
     let patient = {
         let disk = Arc::clone(&disk);

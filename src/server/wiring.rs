@@ -8,9 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Resource, getrlimit};
+use serde_json::Value;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
-use super::{Control, Served, ServerError};
+use super::upgrade::Requests;
+use super::{Control, Served, ServerError, upgrade};
 use crate::backend::Backend;
 use crate::backend::file::{FileBackend, FileOptions, OpenError};
 use crate::backend::mem::{MemBackend, MemOptions};
@@ -24,13 +26,18 @@ use crate::config::{BackendKind, Config};
 use crate::control::{self, ImageNotices};
 use crate::disk::{Copies, Disk, DiskStatus, Events, FailedRequest, ImageSnapshots};
 use crate::listen::MORE_DESCRIPTORS;
+use crate::upgrade::DiskFacts;
+use crate::virtio::device::{HandedOver, Steps};
+use crate::virtio::moving::Moved;
 use crate::virtio::{Device, DeviceOptions, Tuning};
 
 /// Called by the control socket's thread when it is told to end the daemon.
 pub(super) type Quit = Arc<dyn Fn() + Send + Sync>;
 
-/// Starts to answer the control socket, if there is one, and the image's store.
-pub(super) type StartControl = Box<dyn FnOnce(Option<UnixListener>, Quit) -> io::Result<Box<dyn Control>> + Send>;
+/// Starts to answer the control socket, if there is one, and the image's store. Who wants to take over is told to the
+/// last.
+pub(super) type StartControl =
+    Box<dyn FnOnce(Option<UnixListener>, Quit, Arc<Requests>) -> io::Result<Box<dyn Control>> + Send>;
 
 /// An open image, checked, and how to control it.
 pub(super) struct Opened {
@@ -55,7 +62,7 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
     };
     let device = Device::with_tuning(backend.clone(), &options, events.clone(), &tuning(config));
     let disk: Arc<dyn Disk> = Arc::new(CopiedDisk { disk: Box::new(device.disk()), copies: backend.clone() });
-    let info = control::Info { vhost_socket: config.listen.to_string() };
+    let info = control::Info { vhost_socket: config.listen.to_string(), command_line: upgrade::command_line() };
     let notices = ImageNotices::new().map_err(|error| ServerError::System("cannot make an eventfd", error))?;
     let (store_timeout, attended) = match &config.backend {
         BackendKind::Rbd(options) => (options.quiesce_timeout, options.quiesce == RbdQuiesce::Attended),
@@ -64,7 +71,12 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
     };
     let resized = device.clone();
     let served = Arc::new(ServedDisk { backend: backend.clone(), device, notices: notices.clone() });
-    let start_control: StartControl = Box::new(move |listener, quit| {
+    let start_control: StartControl = Box::new(move |listener, quit, requests| {
+        let under_way = requests.under_way.clone();
+        let upgrade = control::Upgrade {
+            begin: Box::new(move |stream, misses_attendant| requests.put(stream, misses_attendant)),
+            under_way,
+        };
         let setup = control::Setup {
             disk,
             events,
@@ -74,6 +86,7 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
             resized: Box::new(move |size| resized.resized(size)),
             quit,
             info,
+            upgrade: Some(upgrade),
         };
         let server = control::Server::start(listener, setup)?;
         // When somebody answers, and before the first front-end.
@@ -124,6 +137,7 @@ fn open_file(config: &Config, path: &Path, memory: &Arc<Depot>) -> Result<FileBa
         discard_unmap: config.discard_unmap,
         memory: memory.clone(),
         locking: config.locking,
+        lock_later: config.take_over.is_some(),
         ..FileOptions::new(path, config.cache.into())
     })
 }
@@ -147,6 +161,26 @@ struct ServedDisk {
 impl Served for ServedDisk {
     fn serve(&self, stream: UnixStream) -> io::Result<String> {
         self.device.serve(stream)
+    }
+
+    fn facts(&self) -> Option<DiskFacts> {
+        self.device.facts()
+    }
+
+    fn sync_ahead(&self) -> io::Result<()> {
+        self.device.sync_ahead()
+    }
+
+    fn hand_over(&self, patience: Duration) -> Result<HandedOver, String> {
+        self.device.hand_over(patience)
+    }
+
+    fn take_over(&self) -> io::Result<()> {
+        self.backend.take_over()
+    }
+
+    fn adopt(&self, moved: Moved, steps: &Steps) -> io::Result<String> {
+        self.device.adopt(moved, steps)
     }
 
     fn shutdown(&self) {
@@ -212,4 +246,8 @@ impl Disk for CopiedDisk {
     }
 }
 
-impl Control for control::Server {}
+impl Control for control::Server {
+    fn take_over(&self, listener: Option<UnixListener>, figures: Value, misses_attendant: bool) -> io::Result<()> {
+        control::Server::take_over(self, listener, figures, misses_attendant)
+    }
+}

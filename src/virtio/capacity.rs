@@ -6,6 +6,7 @@
 //! has read the present size itself; a size that changed while nobody was connected, or between two lives of the daemon,
 //! reaches the guest in this way.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
@@ -66,6 +67,18 @@ impl Capacity {
     /// The front-end handed over its channel.
     pub(super) fn set_channel(&self, channel: OwnedFd) {
         self.lock().channel = Some(channel);
+    }
+
+    /// For another process that takes the connection over: a duplicate of the channel, and the size that the front-end
+    /// knows.
+    pub(super) fn record(&self) -> (io::Result<Option<OwnedFd>>, Option<u64>) {
+        let front_end = self.lock();
+        (front_end.channel.as_ref().map(OwnedFd::try_clone).transpose(), front_end.knows)
+    }
+
+    /// What the front-end was told by the process before this one.
+    pub(super) fn set_known(&self, knows: Option<u64>) {
+        self.lock().knows = knows;
     }
 
     /// GET_CONFIG: the size to answer.

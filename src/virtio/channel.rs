@@ -10,17 +10,48 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recv, recvmsg};
 
+use crate::sync::Bell;
+
 /// VHOST_USER_SET_BACKEND_REQ_FD.
 const SET_BACKEND_REQ_FD: u32 = 21;
+/// VHOST_USER_GET_FEATURES.
+pub(super) const GET_FEATURES: u32 = 1;
+/// VHOST_USER_SET_FEATURES.
+pub(super) const SET_FEATURES: u32 = 2;
+/// VHOST_USER_SET_PROTOCOL_FEATURES.
+pub(super) const SET_PROTOCOL_FEATURES: u32 = 16;
 
-/// Waits until there is a message (or the end of the connection, or an error: reading shows it), or the time is over:
-/// then `false`.
-pub(super) fn wait_for_message(stream: &UnixStream, timeout: Option<Duration>) -> bool {
+/// A front-end's message of version 1, with a number for its body or none, that wants no acknowledgement.
+pub(super) fn message(request: u32, argument: Option<u64>) -> Vec<u8> {
+    let size = if argument.is_some() { 8 } else { 0 };
+    let mut message = [request, 1, size].map(u32::to_ne_bytes).concat();
+    message.extend(argument.map(u64::to_ne_bytes).into_iter().flatten());
+    message
+}
+
+/// What ended a wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Woken {
+    /// There is a message, or the end of the connection, or an error: reading shows it.
+    Message,
+    /// The bell was rung.
+    Bell,
+    /// The time is over.
+    Time,
+}
+
+/// Waits for a message, the bell (which comes first) or the end of the time.
+pub(super) fn wait_for_message(stream: &UnixStream, bell: &Bell, timeout: Option<Duration>) -> Woken {
     let timeout = timeout.map(|timeout| Timespec {
         tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: timeout.subsec_nanos().into(),
     });
-    poll(&mut [PollFd::new(stream, PollFlags::IN)], timeout.as_ref()) != Ok(0)
+    let mut sources = [PollFd::new(bell, PollFlags::IN), PollFd::new(stream, PollFlags::IN)];
+    match poll(&mut sources, timeout.as_ref()) {
+        Ok(0) => Woken::Time,
+        Ok(_) if !sources[0].revents().is_empty() => Woken::Bell,
+        _ => Woken::Message,
+    }
 }
 
 /// The channel, if the next message on `stream` hands one over: a descriptor of our own of it. The message stays.

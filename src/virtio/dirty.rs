@@ -33,6 +33,11 @@ impl DirtyLog {
         Ok(DirtyLog { region, told: AtomicBool::new(false) })
     }
 
+    /// The memory.
+    pub(super) fn shared(&self) -> &Shared {
+        &self.region
+    }
+
     /// `len` bytes of guest memory from `at` on were written. Any worker.
     pub(super) fn mark(&self, at: GuestAddress, len: u64) {
         if len == 0 {

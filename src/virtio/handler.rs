@@ -39,18 +39,20 @@ fn protocol_features() -> VhostUserProtocolFeatures {
 
 /// One front-end's view of the disk, from its connection to its end. Owned by the vhost-user thread.
 pub(super) struct Handler {
-    rings: Arc<Rings>,
+    pub(super) rings: Arc<Rings>,
     offer: Offer,
     identity: Arc<Identity>,
-    memory: MemoryTable,
-    activation: Activation,
-    queues: Vec<QueueState>,
+    pub(super) memory: MemoryTable,
+    pub(super) activation: Activation,
+    pub(super) queues: Vec<QueueState>,
     /// What an earlier server left, and what we leave to the next one.
-    inflight: Option<Inflight>,
+    pub(super) inflight: Option<Inflight>,
     /// Where what we write is logged while LOG_ALL is acknowledged.
-    log: Option<Arc<DirtyLog>>,
+    pub(super) log: Option<Arc<DirtyLog>>,
     /// None until SET_FEATURES.
-    acked_features: Option<u64>,
+    pub(super) acked_features: Option<u64>,
+    /// SET_PROTOCOL_FEATURES, which the message layer obeys.
+    pub(super) acked_protocol_features: u64,
     /// The channel for our own requests, as the `vhost` crate has it. Kept open: QEMU complains of its end.
     backend_channel: Option<Backend>,
     /// The same, before the crate took it ([`super::channel::peek`]).
@@ -69,13 +71,14 @@ impl Handler {
             inflight: None,
             log: None,
             acked_features: None,
+            acked_protocol_features: 0,
             backend_channel: None,
             peeked: None,
         }
     }
 
     /// Stops every ring, finishing what is in flight.
-    fn stop_all(&mut self, how: Stop) {
+    pub(super) fn stop_all(&mut self, how: Stop) {
         for queue in &mut self.queues {
             queue.pause(&self.rings, how);
         }
@@ -96,7 +99,7 @@ impl Handler {
     }
 
     /// Starts every ring that may run and does not.
-    fn start_all(&mut self) {
+    pub(super) fn start_all(&mut self) {
         let acked_features = self.acked_features.unwrap_or(0);
         let around = Surroundings {
             rings: &self.rings,
@@ -137,6 +140,12 @@ impl Handler {
         self.stop_all(if self.inflight.is_some() { Stop::ToGoOn } else { Stop::ForGood });
         self.queues.clear();
         self.settle();
+    }
+
+    /// Another process keeps what we were to go on with: the image is given back, untouched.
+    pub(super) fn let_go(&mut self) {
+        self.queues.clear();
+        self.activation.release(&self.rings);
     }
 
     /// A descriptor of our own of the channel that the next message hands over.
@@ -331,7 +340,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Ok(protocol_features() & self.offer.protocol_features)
     }
 
-    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        self.acked_protocol_features = features;
         Ok(())
     }
 

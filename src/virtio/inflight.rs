@@ -72,6 +72,16 @@ impl Inflight {
         Ok(Inflight { region, rings, entries })
     }
 
+    /// How many rings it is for, and of how many descriptors.
+    pub(super) fn shape(&self) -> (u16, u16) {
+        (self.rings, self.entries)
+    }
+
+    /// The memory.
+    pub(super) fn shared(&self) -> &Shared {
+        &self.region
+    }
+
     /// The part of one ring, if there is one.
     pub(super) fn ring(&self, index: u32) -> Option<Tracker> {
         (index < u32::from(self.rings)).then(|| Tracker {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserSingleMemoryRegion};
 use vhost::vhost_user::{Error, Result};
 use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap,
+    FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
+    GuestMemoryRegion, GuestRegionMmap,
 };
 
 use super::shared::whole_pages;
@@ -30,6 +30,7 @@ struct Mapping {
     user_addr: u64,
     guest_addr: u64,
     size: u64,
+    source: FileOffset,
     /// Dropped while every ring is stopped, and before the last `Arc` of the region.
     _watched: Watched,
 }
@@ -43,6 +44,11 @@ impl MemoryTable {
     /// The connection that ends when memory vanishes.
     pub(super) fn wire(&self) -> &Arc<Wire> {
         &self.wire
+    }
+
+    /// The regions as the front-end told of them, each with its file.
+    pub(super) fn record(&self) -> impl Iterator<Item = (VhostUserMemoryRegion, &File)> {
+        self.mappings.iter().map(|mapping| (mapping.told(), mapping.source.file()))
     }
 
     /// For the rings (`VringT::new`).
@@ -123,7 +129,17 @@ impl Mapping {
             user_addr: region.user_addr,
             guest_addr: region.guest_phys_addr,
             size: region.memory_size,
+            source: mapped.file_offset().expect("it was mapped from a file").clone(),
             _watched: Watched::new(mapped.as_ptr(), mapped.size(), wire),
+        }
+    }
+
+    fn told(&self) -> VhostUserMemoryRegion {
+        VhostUserMemoryRegion {
+            guest_phys_addr: self.guest_addr,
+            memory_size: self.size,
+            user_addr: self.user_addr,
+            mmap_offset: self.source.start(),
         }
     }
 }

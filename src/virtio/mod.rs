@@ -17,6 +17,7 @@
 //! | `activation` | whether the image is ours to use |
 //! | `capacity` | the disk's size, and telling the front-end that it changed |
 //! | `channel` | the front-end's channel for our requests |
+//! | `moving` | a connection that another process goes on with, or we |
 //! | `vanished` | memory that the front-end takes away ends its connection only (unsafe) |
 //! | `rings` | what outlives a connection: the operator's hold, errors, status |
 //! | `counters` | what a ring counts |
@@ -37,6 +38,7 @@ pub mod features;
 mod handler;
 mod inflight;
 mod memory;
+pub(crate) mod moving;
 #[cfg(all(test, feature = "model"))]
 mod orders;
 mod queue_state;

@@ -138,7 +138,7 @@ impl QueueState {
 
     /// Every ring is enabled where the front-end negotiated no protocol features. Only between `pause` and `change`.
     pub(super) fn enable_while_stopped(&mut self) {
-        if let Some(Life::Stopped(stopped)) = &mut self.life {
+        if let Some(stopped) = self.stopped() {
             stopped.enabled = true;
         }
     }
@@ -154,6 +154,32 @@ impl QueueState {
             }
         } else {
             self.change(around, |ring| set_call(&ring.vring, call));
+        }
+    }
+
+    /// Asks a running ring to come to rest; the receiver hears when it has. `None`: it does not run.
+    pub(super) fn ask_to_rest(&self) -> Option<mpsc::Receiver<()>> {
+        self.ask(Command::Rest)
+    }
+
+    /// Lets a ring that was asked to rest go on. Of one that was just started the receiver hears when it has looked at
+    /// what is in it.
+    pub(super) fn ask_to_go_on(&self) -> Option<mpsc::Receiver<()>> {
+        self.ask(Command::GoOn)
+    }
+
+    fn ask(&self, command: impl FnOnce(mpsc::Sender<()>) -> Command) -> Option<mpsc::Receiver<()>> {
+        let Some(Life::Running { mailbox, .. }) = &self.life else { return None };
+        let (sender, told) = mpsc::channel();
+        mailbox.send(command(sender));
+        Some(told)
+    }
+
+    /// The ring, if nobody serves it.
+    pub(super) fn stopped(&mut self) -> Option<&mut Stopped> {
+        match &mut self.life {
+            Some(Life::Stopped(stopped)) => Some(stopped),
+            _ => None,
         }
     }
 

@@ -36,6 +36,10 @@ pub(super) enum Command {
     SetCall(Option<std::fs::File>, Sender<()>),
     /// Try again what failed and is kept.
     Retry,
+    /// Stop popping, finish what is in flight and publish it, then tell; the ring stays.
+    Rest(Sender<()>),
+    /// Pop again, if it was told to rest; and send an answer. A ring that did not rest has looked at what is in it by then.
+    GoOn(Sender<()>),
     /// Stop popping, finish what is in flight, publish it, hand the ring back.
     Stop(Stop),
 }
@@ -354,12 +358,15 @@ impl Rings {
     /// Makes acknowledged writes durable when a ring or the front-end goes (GET_VRING_BASE, disconnect), except in
     /// `unsafe`: QEMU sends a vhost-user disk no flush of its own at `stop` or migration. The vhost-user thread.
     pub(super) fn sync_unless_ignored(&self) {
-        if self.policy().ignores_flush() {
-            return;
+        if !self.policy().ignores_flush() {
+            // It is told of.
+            let _ = self.sync();
         }
-        if let Err(error) = self.backend.sync() {
-            self.report(Event::SyncError(errno_of(&error)));
-        }
+    }
+
+    /// Makes acknowledged writes durable, in every mode. What fails is told of, too. A thread that may block.
+    pub(super) fn sync(&self) -> std::io::Result<()> {
+        self.backend.sync().inspect_err(|error| self.report(Event::SyncError(errno_of(error))))
     }
 
     /// A front-end came.

@@ -1,13 +1,16 @@
 //! Memory that the front-end shares for its own bookkeeping: the in-flight region, the dirty log.
 
 use std::fs::File;
+use std::io;
 use std::sync::Arc;
 
 use rustix::fs::fstatfs;
 use vhost::vhost_user::{Error, Result};
 use vm_memory::{AtomicInteger, FileOffset, MmapRegion, VolatileMemory};
 
+use super::moving;
 use super::vanished::{Watched, Wire};
+use crate::upgrade::Descriptors;
 
 /// HUGETLBFS_MAGIC (linux/magic.h).
 const HUGETLBFS: u32 = 0x9584_58f6;
@@ -37,6 +40,13 @@ impl Shared {
         let region =
             MmapRegion::from_file(FileOffset::new(file, offset), len).map_err(|error| refuse(error.to_string()))?;
         Ok(Shared { _watched: Watched::new(region.as_ptr(), region.size(), wire), region })
+    }
+
+    /// What another process needs to map the same.
+    pub(super) fn record(&self, descriptors: &mut Descriptors) -> io::Result<moving::Shared> {
+        let source = self.region.file_offset().expect("it was mapped from a file");
+        let file = descriptors.add_copy(source.file())?;
+        Ok(moving::Shared { offset: source.start(), len: self.region.size() as u64, file })
     }
 
     /// The atomic at byte `at`. `None`: it is not aligned, or lies outside. Any thread.

@@ -37,6 +37,7 @@ use crate::engine::{Action, Engine, Kind, Offer, Token};
 use crate::sync::Bell;
 use crate::sync::mpsc::Receiver;
 use polling::Polling;
+use stop::Rest;
 pub(super) use stop::Stop;
 
 /// What a worker starts with, besides the ring.
@@ -113,6 +114,8 @@ struct Worker {
     tell_broken: bool,
     /// The ring is to stop.
     stopping: Option<Stop>,
+    /// It is only to rest, and whoever waits for that is to be told.
+    resting: Option<Rest>,
     /// The first of the failed requests that are kept, the first change if there is one.
     stopped_by: Option<FailedRequest>,
     answered: bool,
@@ -161,7 +164,7 @@ pub(super) fn run(setup: Setup, mut ring: Stopped, counters: Arc<Counters>, hold
         if std::mem::take(&mut worker.tell_broken) {
             ring.signal_error(worker.setup.index);
         }
-        if worker.may_stop() {
+        if worker.may_stop() && !worker.only_rests() {
             break;
         }
         if worker.finds_work(&mut ring.vring.get_mut()) {
@@ -235,6 +238,7 @@ impl Worker {
             broken: false,
             tell_broken: false,
             stopping: None,
+            resting: None,
             stopped_by: None,
             answered: false,
             more: false,
@@ -284,6 +288,8 @@ impl Worker {
                 // Nobody waits any more: the handler ended with its connection.
                 let _ = done.send(());
             }
+            Command::Rest(told) => self.rest(told),
+            Command::GoOn(told) => self.go_on(&told),
             Command::Stop(how) => self.stop(how),
         }
     }

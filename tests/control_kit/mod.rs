@@ -311,7 +311,8 @@ impl Served {
             quit: Arc::new(move || {
                 quits.fetch_add(1, Ordering::SeqCst);
             }),
-            info: Info { vhost_socket: "/run/vhost.sock".into() },
+            info: Info { vhost_socket: "/run/vhost.sock".into(), command_line: None },
+            upgrade: None,
         };
         let listener = mode.map(|mode| bind_soon(&self.path, mode));
         self.server = Some(Server::start(listener, setup).unwrap());

@@ -175,6 +175,17 @@ impl Driver {
         }
     }
 
+    /// The same, while others are in flight, whose answers may come first and are lost.
+    pub fn one_beside(&mut self, queue: usize, ask: impl FnOnce(&mut Self, u64)) -> i32 {
+        ask(self, u64::MAX);
+        self.kick(queue);
+        loop {
+            if let Some((_, result)) = self.wait(queue).into_iter().find(|(id, _)| *id == u64::MAX) {
+                return result;
+            }
+        }
+    }
+
     /// One request, start to end: 0 or a negative errno.
     pub fn one(&mut self, queue: usize, ask: impl FnOnce(&mut Self, u64)) -> i32 {
         ask(self, u64::MAX);

@@ -9,11 +9,12 @@ mod freezing;
 mod hold;
 mod show;
 mod snapshot;
+mod upgrade;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -74,6 +75,13 @@ enum What {
     ///
     /// With SIZE the image, a file, is grown first. Grow a block device by its own tools and leave SIZE out.
     Resize(Resize),
+    /// Replace the running daemon by another program, or change its options, while the guest runs
+    ///
+    /// Starts virtioblkd with the running one's options, changed by OPTIONS; it opens the image and checks everything, then
+    /// takes over the guest, the sockets and the pid file, and the old one ends. The guest notices a pause of milliseconds.
+    /// Whatever fails before that, the running daemon serves on. The image, its size, --read-only and the block size
+    /// cannot change. Not while the disk is held or copied.
+    Upgrade(upgrade::Upgrade),
     /// Print what happens, until interrupted
     Watch,
     /// End the daemon in order, as SIGTERM does
@@ -157,7 +165,7 @@ fn main() -> ExitCode {
         What::Quiesce(Quiesce { command, .. }) if !command.is_empty() => hold::FAILED,
         _ => 1,
     };
-    match Client::connect(path).and_then(|client| run(&cli, client)) {
+    match Client::connect(path).and_then(|client| run(&cli, path, client)) {
         Ok(status) => ExitCode::from(status),
         Err(failure) => {
             tell(&cli, &failure);
@@ -199,7 +207,7 @@ fn guard() -> ExitCode {
     }
 }
 
-fn run(cli: &Cli, mut client: Client) -> Result<u8, Failure> {
+fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
     let text = match &cli.what {
         What::Status => page(cli, &client.ask("query-status", json!({}), PATIENCE)?, show::status),
         What::Stats => page(cli, &client.ask("query-stats", json!({}), PATIENCE)?, show::stats),
@@ -251,6 +259,7 @@ fn run(cli: &Cli, mut client: Client) -> Result<u8, Failure> {
             let readable = |answer: &Value| format!("the guest's disk has {} bytes\n", answer["size"]);
             page(cli, &client.ask("resize", arguments, PATIENCE)?, readable)
         }
+        What::Upgrade(options) => page(cli, &upgrade::run(options, path, client)?, upgrade::readable),
         What::Watch => return watch(cli, client),
         What::Snapshot(_) | What::Attend(_) | What::Guard => {
             return Err(Failure::new("internal", "this command is run elsewhere"));

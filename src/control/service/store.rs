@@ -68,6 +68,11 @@ impl Service {
     }
 
     fn store_asks(&mut self, ask: QuiesceAsk, came: Instant, now: Instant) {
+        if self.is_upgrading() {
+            log::warn!("{WHO}: refused, because another process takes the disk over: take the snapshot again");
+            ask.answer(Err(Errno(libc::EBUSY)));
+            return;
+        }
         if self.elsewhere.is_some() {
             log::warn!("{WHO}: refused, because an earlier one is not over: take one snapshot after the other");
             ask.answer(Err(Errno(libc::EBUSY)));

@@ -14,6 +14,7 @@ use super::Worker;
 use crate::backend::{Errno, IoBuf, Op};
 use crate::disk::{Event, FailedRequest};
 use crate::engine::Kind;
+use crate::sync::mpsc::Sender;
 
 /// How a ring is to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,9 +25,49 @@ pub(in super::super) enum Stop {
     ForGood,
 }
 
+/// A ring that is to come to rest, and is not to be handed back.
+pub(super) enum Rest {
+    /// Something is in flight; who waits.
+    Coming(Sender<()>),
+    /// Nothing is.
+    Reached,
+}
+
 impl Worker {
+    /// [`super::Command::Rest`].
+    pub(super) fn rest(&mut self, told: Sender<()>) {
+        self.stopping = Some(Stop::ToGoOn);
+        self.resting = Some(Rest::Coming(told));
+    }
+
+    /// [`super::Command::GoOn`].
+    pub(super) fn go_on(&mut self, told: &Sender<()>) {
+        if self.resting.take().is_some() {
+            self.stopping = None;
+        }
+        // Whoever asked may not wait.
+        let _ = told.send(());
+    }
+
+    /// The ring may stop. Whether it only rests: then whoever waits for that is told, once.
+    pub(super) fn only_rests(&mut self) -> bool {
+        match self.resting.replace(Rest::Reached) {
+            Some(Rest::Coming(told)) => {
+                // It may have lost patience.
+                let _ = told.send(());
+                true
+            }
+            Some(Rest::Reached) => true,
+            None => {
+                self.resting = None;
+                false
+            }
+        }
+    }
+
     /// [`super::Command::Stop`].
     pub(super) fn stop(&mut self, how: Stop) {
+        self.resting = None;
         self.stopping = Some(how);
         if how == Stop::ForGood {
             self.stop_keeping();

@@ -1,0 +1,250 @@
+//! The old daemon's side of an upgrade in place ([`crate::upgrade`]): hands its guest over to a process that took all
+//! else already, or keeps it.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+
+use super::{Served, ServerError, new_bell};
+use crate::control::CommandLine;
+use crate::logging;
+use crate::sync::Bell;
+use crate::upgrade::{Channel, Descriptors, FromNew, FromOld, Hello, State};
+
+/// For requests in flight, and for the connection to be between two messages.
+const DRAIN: Duration = Duration::from_secs(5);
+/// For the new daemon while the guest's rings run: it enters its sandbox, and may speak to a cluster.
+const UNHURRIED: Duration = Duration::from_secs(60);
+/// For the new daemon while they do not.
+const HURRIED: Duration = Duration::from_secs(5);
+/// Syncs ahead of the pause: another one while the last took longer than this, and so many at most.
+const LONG_SYNC: Duration = Duration::from_millis(20);
+const MOST_SYNCS: u32 = 4;
+
+/// Requests of the control thread's for main: somebody wants to take over.
+pub(super) struct Requests {
+    pub(super) bell: Arc<Bell>,
+    asked: Mutex<Option<(UnixStream, bool)>>,
+    /// Somebody is at it: the control thread sets it, main clears it when nothing came of it.
+    pub(super) under_way: Arc<AtomicBool>,
+}
+
+impl Requests {
+    pub(super) fn new() -> Result<Arc<Self>, ServerError> {
+        let (asked, under_way) = (Mutex::default(), Arc::new(AtomicBool::new(false)));
+        Ok(Arc::new(Requests { bell: new_bell()?, asked, under_way }))
+    }
+
+    /// The control thread. `misses`: an attendant is relied on.
+    pub(super) fn put(&self, stream: UnixStream, misses: bool) {
+        self.bell.ring_after(|| {
+            *self.asked.lock().expect("no panic while held") = Some((stream, misses));
+            true
+        });
+    }
+
+    /// Main: who asks.
+    pub(super) fn take(&self) -> Option<(UnixStream, bool)> {
+        self.bell.silence_before(|| self.asked.lock().expect("no panic while held").take())
+    }
+}
+
+/// What outlives this process, in copies.
+pub(super) struct Estate<'a> {
+    /// The path of the vhost-user socket, if it is ours, and the socket.
+    pub(super) front: (Option<&'a Path>, &'a dyn AsFd),
+    pub(super) control: Option<(&'a Path, &'a dyn AsFd)>,
+    pub(super) pid_file: Option<(&'a Path, &'a dyn AsFd)>,
+}
+
+impl Estate<'_> {
+    fn hello(&self, served: &dyn Served, misses_attendant: bool) -> Result<(Hello, Descriptors), String> {
+        let disk = served.facts().ok_or("its image lives in this process and ends with it")?;
+        let mut descriptors = Descriptors::default();
+        let told = (|| {
+            let mut named = |place: Option<(&Path, &dyn AsFd)>| {
+                place
+                    .map(|(path, fd)| Ok::<_, io::Error>((std::path::absolute(path)?, descriptors.add_copy(fd)?)))
+                    .transpose()
+            };
+            let (control, pid_file) = (named(self.control)?, named(self.pid_file)?);
+            let front_path = self.front.0.map(std::path::absolute).transpose()?;
+            let front_socket = descriptors.add_copy(self.front.1)?;
+            let log = descriptors.add_copy(io::stderr())?;
+            let log_is_journal = logging::is_journal();
+            let pid = std::process::id();
+            Ok(Hello { pid, disk, front_path, front_socket, control, pid_file, log, log_is_journal, misses_attendant })
+        })();
+        told.map(|hello| (hello, descriptors)).map_err(|error: io::Error| format!("no descriptor to spare: {error}"))
+    }
+}
+
+/// What became of it.
+pub(super) enum Outcome {
+    /// Everything is as before; why.
+    Stayed(String),
+    /// The disk is another process's.
+    Gone(Successor),
+}
+
+/// The other process.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Successor {
+    /// 0: it has no number here.
+    pub(super) pid: i32,
+    /// Which of our files it goes on with.
+    pub(super) keeps: Keeps,
+}
+
+pub(super) use crate::upgrade::Keeps;
+
+/// A hand-over, in a thread of its own: main hears signals meanwhile.
+pub(super) struct HandOver {
+    /// Rung at the end.
+    pub(super) done: Arc<Bell>,
+    /// To end it early.
+    line: UnixStream,
+    thread: JoinHandle<Outcome>,
+}
+
+impl HandOver {
+    /// Begins. Nobody may begin to be served from now on, until the end.
+    pub(super) fn start(
+        (stream, misses_attendant): (UnixStream, bool),
+        served: &Arc<dyn Served>,
+        estate: &Estate<'_>,
+    ) -> Result<HandOver, String> {
+        let failed = |error: io::Error| format!("no thread or descriptor left for it: {error}");
+        let line = stream.try_clone().map_err(failed)?;
+        let channel = Channel::new(stream).map_err(failed)?;
+        let hello = estate.hello(&**served, misses_attendant).inspect_err(|why| refuse(&channel, why))?;
+        let done = Bell::new().map(Arc::new).map_err(failed)?;
+        let (served, finished) = (served.clone(), done.clone());
+        let work = move || {
+            let outcome = match give(&channel, &*served, hello) {
+                Ok(successor) => Outcome::Gone(successor),
+                Err(why) => {
+                    refuse(&channel, &why);
+                    Outcome::Stayed(why)
+                }
+            };
+            finished.ring();
+            outcome
+        };
+        let thread = thread::Builder::new().name("hand-over".into()).spawn(work).map_err(failed)?;
+        Ok(HandOver { done, line, thread })
+    }
+
+    /// Ends it as soon as the other process is waited for: we are told to end. It may have succeeded before.
+    pub(super) fn cancel(&self) {
+        // The other end may have hung up.
+        let _ = self.line.shutdown(std::net::Shutdown::Both);
+    }
+
+    /// Waits for the end.
+    pub(super) fn outcome(self) -> Outcome {
+        // A panic would have ended the process.
+        self.thread.join().unwrap_or_else(|_| Outcome::Stayed("a defect".into()))
+    }
+}
+
+/// Tells the other process, if it still listens, why it is off.
+fn refuse(channel: &Channel, why: &str) {
+    if let Err(error) = channel.send(&FromOld::Refused(why.to_owned()), &[], HURRIED) {
+        log::debug!("the other process does not hear why it is refused: {error}");
+    }
+}
+
+fn give(
+    channel: &Channel,
+    served: &dyn Served,
+    (hello, descriptors): (Hello, Descriptors),
+) -> Result<Successor, String> {
+    match next(channel, UNHURRIED)? {
+        FromNew::Begin => {}
+        _ => return Err(OUT_OF_TURN.into()),
+    }
+    send(channel, &FromOld::Hello(Box::new(hello)), &descriptors.into_list())?;
+    let keeps = match next(channel, UNHURRIED)? {
+        FromNew::Ready(keeps) => keeps,
+        _ => return Err(OUT_OF_TURN.into()),
+    };
+    sync_ahead(served)?;
+    let mut handed_over = served.hand_over(DRAIN)?;
+    let (mut descriptors, mut front_end) = (Descriptors::default(), None);
+    if let Some(moved) = handed_over.moved.take() {
+        descriptors = moved.descriptors;
+        front_end = Some((descriptors.add(moved.stream.into()), moved.record));
+    }
+    let state = State { since: handed_over.since, drained_in: handed_over.drained_in, front_end };
+    let descriptors: Vec<OwnedFd> = descriptors.into_list();
+    send(channel, &FromOld::State(Box::new(state)), &descriptors)?;
+    match next(channel, HURRIED)? {
+        FromNew::Prepared => {}
+        _ => return Err(OUT_OF_TURN.into()),
+    }
+    send(channel, &FromOld::Go, &[])?;
+    handed_over.commit();
+    let pid = getsockopt(&channel.stream().as_fd(), PeerCredentials).map_or(0, |peer| peer.pid());
+    Ok(Successor { pid, keeps })
+}
+
+/// So that little is left to be synced while the guest waits.
+fn sync_ahead(served: &dyn Served) -> Result<(), String> {
+    for _ in 0..MOST_SYNCS {
+        let start = Instant::now();
+        served.sync_ahead().map_err(|error| format!("the image cannot be synced: {error}; mend the storage"))?;
+        if start.elapsed() < LONG_SYNC {
+            break;
+        }
+    }
+    Ok(())
+}
+
+const OUT_OF_TURN: &str = "the new virtioblkd said something out of turn; please report it as a defect";
+
+fn next(channel: &Channel, patience: Duration) -> Result<FromNew, String> {
+    match channel.receive(patience) {
+        Ok((FromNew::Failed(why), _)) => Err(format!("the new virtioblkd gives up: {why}")),
+        Ok((message, _)) => Ok(message),
+        Err(error) => Err(format!("the new virtioblkd: {error}")),
+    }
+}
+
+fn send(channel: &Channel, message: &FromOld, descriptors: &[OwnedFd]) -> Result<(), String> {
+    channel.send(message, descriptors, HURRIED).map_err(|error| format!("the new virtioblkd does not listen: {error}"))
+}
+
+/// How this process was started, for whoever starts the next one. `None`: a part of it is no text. Called at the start,
+/// when the program's file still has its name.
+pub(super) fn command_line() -> Option<CommandLine> {
+    let text = |path: io::Result<std::path::PathBuf>| path.ok()?.into_os_string().into_string().ok();
+    let mut arguments = Vec::new();
+    let mut given = std::env::args_os().skip(1);
+    while let Some(argument) = given.next() {
+        let argument = argument.into_string().ok()?;
+        match argument.as_str() {
+            TAKE_OVER => drop(given.next()),
+            word if word.starts_with(TAKE_OVER) && word[TAKE_OVER.len()..].starts_with('=') => {}
+            _ => arguments.push(argument),
+        }
+    }
+    let (program, directory) = (text(std::env::current_exe())?, text(std::env::current_dir())?);
+    Some(CommandLine { program, arguments, directory })
+}
+
+/// The option of whoever takes over.
+const TAKE_OVER: &str = "--take-over";
+
+/// Main, when it is over and nothing came of it.
+pub(super) fn stayed(requests: &Requests, why: &str) {
+    log::error!("the upgrade failed, and this daemon serves on: {why}");
+    requests.under_way.store(false, Ordering::Release);
+}

@@ -1,0 +1,213 @@
+//! Messages between two daemons, with descriptors: a header (bytes of JSON, number of descriptors), the JSON, then a byte
+//! for each bundle of descriptors (SCM_RIGHTS, unix(7)), since the kernel takes 253 at most with one message.
+
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::io::retry_on_intr;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Descriptors sent with one byte.
+const BUNDLE: usize = 128;
+/// The longest message, in bytes: 256 rings and 509 memory regions fit many times.
+const MOST_BYTES: u32 = 4 << 20;
+/// The most descriptors with one message.
+const MOST_DESCRIPTORS: u32 = 2048;
+
+/// One end. Blocks; each wait for the other end is bounded.
+pub(crate) struct Channel {
+    stream: UnixStream,
+}
+
+impl Channel {
+    /// Over a stream that nothing else is sent on any more.
+    pub(crate) fn new(stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(false)?;
+        Ok(Channel { stream })
+    }
+
+    /// The stream, to see the other end hang up or to ask who is there.
+    pub(crate) fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// Sends a message; nobody takes it within `patience`: an error.
+    pub(crate) fn send(&self, message: &impl Serialize, descriptors: &[OwnedFd], patience: Duration) -> io::Result<()> {
+        self.stream.set_write_timeout(Some(patience))?;
+        let text = serde_json::to_vec(message)?;
+        let mut bytes = [text.len(), descriptors.len()].map(|length| length as u32).map(u32::to_le_bytes).concat();
+        bytes.extend(text);
+        (&self.stream).write_all(&bytes)?;
+        for bundle in descriptors.chunks(BUNDLE) {
+            let bundle: Vec<BorrowedFd<'_>> = bundle.iter().map(AsFd::as_fd).collect();
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BUNDLE))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            if !ancillary.push(SendAncillaryMessage::ScmRights(&bundle)) {
+                return Err(io::Error::other("too many descriptors at once"));
+            }
+            retry_on_intr(|| sendmsg(&self.stream, &[IoSlice::new(b"+")], &mut ancillary, SendFlags::NOSIGNAL))?;
+        }
+        Ok(())
+    }
+
+    /// Receives a message. Errors: the other end hung up or said nothing for `patience` (their text says which), or what
+    /// came is no such message.
+    pub(crate) fn receive<T: DeserializeOwned>(&self, patience: Duration) -> io::Result<(T, Vec<OwnedFd>)> {
+        self.stream.set_read_timeout(Some(patience))?;
+        let mut header = [0; 8];
+        self.read(&mut header)?;
+        let field = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let (length, count) = (field(0), field(4));
+        if length > MOST_BYTES || count > MOST_DESCRIPTORS {
+            return Err(io::Error::other("it sent no message of a daemon's"));
+        }
+        let mut text = vec![0; length as usize];
+        self.read(&mut text)?;
+        let mut descriptors = Vec::with_capacity(count as usize);
+        while descriptors.len() < count as usize {
+            self.receive_bundle(&mut descriptors)?;
+        }
+        Ok((serde_json::from_slice(&text)?, descriptors))
+    }
+
+    fn read(&self, bytes: &mut [u8]) -> io::Result<()> {
+        (&self.stream).read_exact(bytes).map_err(plain)
+    }
+
+    fn receive_bundle(&self, descriptors: &mut Vec<OwnedFd>) -> io::Result<()> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BUNDLE))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut byte = [0];
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let got = retry_on_intr(|| recvmsg(&self.stream, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, flags))
+            .map_err(|errno| plain(errno.into()))?;
+        let before = descriptors.len();
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(bundle) = message {
+                descriptors.extend(bundle);
+            }
+        }
+        if got.bytes == 0 {
+            return Err(plain(io::ErrorKind::UnexpectedEof.into()));
+        }
+        if got.flags.contains(ReturnFlags::CTRUNC) || descriptors.len() == before {
+            return Err(io::Error::other(format!(
+                "descriptors were lost on the way; {}",
+                crate::listen::MORE_DESCRIPTORS
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Says what the error means here.
+fn plain(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            io::Error::new(io::ErrorKind::TimedOut, "it said nothing in time")
+        }
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
+            io::Error::new(io::ErrorKind::UnexpectedEof, "it hung up")
+        }
+        _ => error,
+    }
+}
+
+/// Descriptors that a message speaks of by their numbers in this list.
+#[derive(Default)]
+pub(crate) struct Descriptors {
+    list: Vec<Option<OwnedFd>>,
+}
+
+impl Descriptors {
+    /// Those that came with a message.
+    pub(crate) fn new(received: Vec<OwnedFd>) -> Self {
+        Descriptors { list: received.into_iter().map(Some).collect() }
+    }
+
+    /// Adds one; its number.
+    pub(crate) fn add(&mut self, descriptor: OwnedFd) -> usize {
+        self.list.push(Some(descriptor));
+        self.list.len() - 1
+    }
+
+    /// Adds a duplicate; its number.
+    pub(crate) fn add_copy(&mut self, descriptor: impl AsFd) -> io::Result<usize> {
+        Ok(self.add(descriptor.as_fd().try_clone_to_owned()?))
+    }
+
+    /// Takes the one of this number. Errors: it was never sent, or is spoken of twice.
+    pub(crate) fn take(&mut self, number: usize) -> io::Result<OwnedFd> {
+        let taken = self.list.get_mut(number).and_then(Option::take);
+        taken.ok_or_else(|| io::Error::other("a descriptor that the message speaks of did not come with it"))
+    }
+
+    /// All that were added, in order, to be sent.
+    pub(crate) fn into_list(self) -> Vec<OwnedFd> {
+        self.list.into_iter().flatten().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+
+    const SOON: Duration = Duration::from_millis(50);
+    const LATE: Duration = Duration::from_secs(20);
+
+    fn pair() -> (Channel, Channel) {
+        let (here, there) = UnixStream::pair().unwrap();
+        (Channel::new(here).unwrap(), Channel::new(there).unwrap())
+    }
+
+    #[test]
+    fn many_descriptors_arrive_in_their_order() {
+        let (here, there) = pair();
+        let made: Vec<OwnedFd> = (0..300)
+            .map(|number| {
+                let file = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+                rustix::fs::ftruncate(&file, number).unwrap();
+                file
+            })
+            .collect();
+        let sender = std::thread::spawn(move || {
+            here.send(&"first", &made, LATE).unwrap();
+            here.send(&"second", &[], LATE).unwrap();
+        });
+        let (text, descriptors): (String, _) = there.receive(LATE).unwrap();
+        assert_eq!((text.as_str(), descriptors.len()), ("first", 300));
+        let mut descriptors = Descriptors::new(descriptors);
+        for number in [299, 0, 128, 127] {
+            let file = std::fs::File::from(descriptors.take(number).unwrap());
+            assert_eq!(file.metadata().unwrap().len(), number as u64);
+            let flags = rustix::io::fcntl_getfd(&file).unwrap();
+            assert!(flags.contains(rustix::io::FdFlags::CLOEXEC), "descriptor {}", file.as_raw_fd());
+        }
+        assert!(descriptors.take(0).is_err() && descriptors.take(300).is_err());
+        assert_eq!(there.receive::<String>(LATE).unwrap().0, "second");
+        sender.join().unwrap();
+    }
+
+    #[test]
+    fn silence_an_end_and_garbage_are_told_apart() {
+        let (here, there) = pair();
+        assert!(there.receive::<String>(SOON).err().unwrap().to_string().contains("in time"));
+        (&here.stream).write_all(&[0xff; 8]).unwrap();
+        assert!(there.receive::<String>(LATE).err().unwrap().to_string().contains("no message"));
+        drop(here);
+        assert!(there.receive::<String>(LATE).err().unwrap().to_string().contains("hung up"));
+        // Promised descriptors that do not come.
+        let (here, there) = pair();
+        (&here.stream).write_all(&[2, 0, 0, 0, 1, 0, 0, 0, b'"', b'"', b'+']).unwrap();
+        assert!(there.receive::<String>(LATE).err().unwrap().to_string().contains("lost"));
+    }
+}

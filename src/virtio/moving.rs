@@ -1,0 +1,280 @@
+//! A connection that moves to another process ([`crate::upgrade`]): all that the front-end said on it, in numbers and
+//! descriptors. Taken while every ring is stopped, with nothing in flight; the next handler is brought into the same
+//! state as the front-end would bring it there, by the same methods.
+//!
+//! What the guest's memory holds is not in here: the used rings, and what is marked as in flight.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use vhost::vhost_user::message::{VhostUserInflight, VhostUserLog, VhostUserMemoryRegion};
+use vhost::vhost_user::{Backend, Result, VhostUserBackendReqHandlerMut};
+use vhost_user_backend::VringT;
+use virtio_queue::QueueT;
+
+use super::handler::Handler;
+use super::queue_state::{self, QueueState, Stopped};
+use super::worker::Stop;
+use crate::sync::mpsc::Receiver;
+use crate::sys;
+use crate::upgrade::Descriptors;
+
+/// Everything but the connection itself. Numbers of descriptors are places in a list.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Record {
+    /// SET_FEATURES.
+    features: Option<u64>,
+    /// SET_PROTOCOL_FEATURES.
+    protocol_features: u64,
+    /// SET_MEM_TABLE and its kin.
+    memory: Vec<Region>,
+    /// SET_INFLIGHT_FD.
+    inflight: Option<Inflight>,
+    /// SET_LOG_BASE.
+    log: Option<Shared>,
+    /// SET_BACKEND_REQ_FD.
+    channel: Option<usize>,
+    /// The size that the front-end knows.
+    knows: Option<u64>,
+    rings: Vec<Ring>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Region {
+    guest_addr: u64,
+    user_addr: u64,
+    size: u64,
+    offset: u64,
+    file: usize,
+}
+
+/// Memory that the front-end shares for its bookkeeping.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Shared {
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) file: usize,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Inflight {
+    memory: Shared,
+    rings: u16,
+    entries: u16,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Ring {
+    size: u16,
+    /// Guest addresses of descriptors, available and used ring; `None`: never told.
+    at: Option<[u64; 3]>,
+    next_avail: u16,
+    enabled: bool,
+    kick: Option<usize>,
+    call: Option<usize>,
+    err: Option<usize>,
+    /// Heads that failed and are kept.
+    kept: Vec<u16>,
+}
+
+/// What the next process goes on with.
+pub(crate) struct Moved {
+    /// The front-end's connection, also for whoever watches for its end.
+    pub(crate) stream: UnixStream,
+    pub(crate) record: Record,
+    /// What the record's numbers mean.
+    pub(crate) descriptors: Descriptors,
+}
+
+impl Record {
+    /// SET_FEATURES and SET_PROTOCOL_FEATURES, of which the message layer knows, too.
+    pub(super) fn negotiated(&self) -> (Option<u64>, u64) {
+        (self.features, self.protocol_features)
+    }
+}
+
+impl Handler {
+    /// Stops every ring, with nothing in flight, and gives the image free. `drained`: called when nothing is in flight any
+    /// more. Errors: requests that do not finish within `patience`, a sync that failed; then the rings go on.
+    pub(super) fn stand_still(
+        &mut self,
+        patience: Duration,
+        drained: impl FnOnce(),
+    ) -> std::result::Result<(), String> {
+        if let Err(why) = self.come_to_rest(patience) {
+            wait_for(self.queues.iter().filter_map(QueueState::ask_to_go_on).collect(), None);
+            return Err(why);
+        }
+        drained();
+        self.stop_all(Stop::ToGoOn);
+        if let Err(error) = self.rings.sync() {
+            self.start_all();
+            return Err(format!("what the guest wrote cannot be synced: {error}; mend the storage"));
+        }
+        self.activation.release(&self.rings);
+        Ok(())
+    }
+
+    /// All rings at once: the pause is as long as the slowest request, not as all of them together.
+    fn come_to_rest(&mut self, patience: Duration) -> std::result::Result<(), String> {
+        let resting: Vec<_> = self.queues.iter().filter_map(QueueState::ask_to_rest).collect();
+        if wait_for(resting, Some(Instant::now() + patience)) {
+            return Ok(());
+        }
+        Err(format!(
+            "requests are in flight for more than {patience:?}: the storage hangs (see `virtioblkctl status`); mend it and \
+             try again"
+        ))
+    }
+
+    /// The other process did not take over: the rings run again, once the image is ours again.
+    pub(super) fn go_on(&mut self) {
+        self.start_all();
+    }
+
+    /// What another process needs to go on. While every ring is stopped.
+    pub(super) fn record(&mut self, descriptors: &mut Descriptors) -> io::Result<Record> {
+        let memory = self.memory.record().map(|(region, file)| {
+            Ok(Region {
+                guest_addr: region.guest_phys_addr,
+                user_addr: region.user_addr,
+                size: region.memory_size,
+                offset: region.mmap_offset,
+                file: descriptors.add_copy(file)?,
+            })
+        });
+        let memory = memory.collect::<io::Result<_>>()?;
+        let inflight = match &self.inflight {
+            None => None,
+            Some(inflight) => {
+                let (rings, entries) = inflight.shape();
+                Some(Inflight { memory: inflight.shared().record(descriptors)?, rings, entries })
+            }
+        };
+        let log = self.log.as_ref().map(|log| log.shared().record(descriptors)).transpose()?;
+        let (channel, knows) = self.rings.capacity().record();
+        let channel = channel?.map(|channel| descriptors.add(channel));
+        let mut rings = Vec::new();
+        for queue in &mut self.queues {
+            let stopped = queue.stopped().expect("every ring is stopped");
+            rings.push(record_ring(stopped, descriptors)?);
+        }
+        Ok(Record {
+            features: self.acked_features,
+            protocol_features: self.acked_protocol_features,
+            memory,
+            inflight,
+            log,
+            channel,
+            knows,
+            rings,
+        })
+    }
+
+    /// Brings a fresh handler into the state of the record, but for the features ([`Record::negotiated`]), which come
+    /// first. No ring runs; with [`Handler::go_on`] they do. Errors are as those of the front-end's messages.
+    pub(super) fn take_over(&mut self, record: Record, descriptors: &mut Descriptors) -> Result<()> {
+        let file = |descriptors: &mut Descriptors, number| descriptors.take(number).map(File::from).map_err(failed);
+        let mut regions = Vec::new();
+        let mut files = Vec::new();
+        for Region { guest_addr, user_addr, size, offset, file: number } in record.memory {
+            regions.push(VhostUserMemoryRegion {
+                guest_phys_addr: guest_addr,
+                memory_size: size,
+                user_addr,
+                mmap_offset: offset,
+            });
+            files.push(file(descriptors, number)?);
+        }
+        self.set_mem_table(&regions, files, None)?;
+        if let Some(Inflight { memory, rings, entries }) = record.inflight {
+            let told = VhostUserInflight::new(memory.len, memory.offset, rings, entries);
+            let file = file(descriptors, memory.file)?;
+            self.set_inflight_fd(&told, file)?;
+        }
+        if let Some(Shared { offset, len, file: number }) = record.log {
+            let file = file(descriptors, number)?;
+            self.set_log_base(&VhostUserLog { mmap_size: len, mmap_offset: offset }, file)?;
+        }
+        if let Some(number) = record.channel {
+            let channel = descriptors.take(number).map_err(failed)?;
+            self.offer_channel(channel.try_clone().map_err(failed)?);
+            self.set_backend_req_fd(Backend::from_stream(UnixStream::from(channel)));
+        }
+        self.rings.capacity().set_known(record.knows);
+        for (index, ring) in record.rings.into_iter().enumerate() {
+            self.take_over_ring(index as u32, ring, descriptors)?;
+        }
+        Ok(())
+    }
+
+    /// Until the image is claimed nothing may run, so a ring is enabled last, by hand.
+    fn take_over_ring(&mut self, index: u32, ring: Ring, descriptors: &mut Descriptors) -> Result<()> {
+        let mut file = |number: Option<usize>| {
+            number.map(|number| descriptors.take(number).map(File::from)).transpose().map_err(failed)
+        };
+        let (kick, call, err) = (file(ring.kick)?, file(ring.call)?, file(ring.err)?);
+        // An empty ring is made; one that could run would.
+        self.set_vring_err(index as u8, err)?;
+        self.set_vring_num(index, u32::from(ring.size))?;
+        let stopped = self.queues[index as usize].stopped().expect("it has no addresses yet");
+        stopped.vring.set_queue_next_avail(ring.next_avail);
+        if let Some([descriptors, available, used]) = ring.at {
+            let vring = &stopped.vring;
+            vring.set_queue_info(descriptors, available, used).map_err(|error| failed(io::Error::other(error)))?;
+            let next_used = vring.queue_used_idx().map_err(|error| failed(io::Error::other(error)))?;
+            vring.set_queue_next_used(next_used);
+        }
+        stopped.kick = kick;
+        stopped.kept = ring.kept;
+        stopped.placed = ring.at.is_some();
+        stopped.enabled = ring.enabled;
+        // Signals it, too: one interrupt too many is harmless.
+        queue_state::set_call(&stopped.vring, call);
+        Ok(())
+    }
+
+    /// Claims the image for rings that are to run. `false`: it is refused (the log and the status say why).
+    pub(super) fn claim(&self) -> bool {
+        !self.queues.iter().any(QueueState::may_run) || self.activation.claim(&self.rings)
+    }
+
+    /// Returns when every ring that runs has looked at what is in it.
+    pub(super) fn have_looked(&self) {
+        wait_for(self.queues.iter().filter_map(QueueState::ask_to_go_on).collect(), None);
+    }
+}
+
+/// Whether all answered in time. A ring's worker answers all the same; nobody listens then.
+fn wait_for(answers: Vec<Receiver<()>>, deadline: Option<Instant>) -> bool {
+    answers.into_iter().all(|answer| match deadline {
+        Some(deadline) => answer.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_ok(),
+        None => answer.recv().is_ok(),
+    })
+}
+
+fn record_ring(stopped: &Stopped, descriptors: &mut Descriptors) -> io::Result<Ring> {
+    let vring = stopped.vring.get_ref();
+    let queue = vring.get_queue();
+    let call = vring.get_call().as_ref().map(|call| call.try_clone()).transpose()?;
+    let mut copy = |file: &Option<File>| file.as_ref().map(|file| descriptors.add_copy(file.as_fd())).transpose();
+    let (kick, err) = (copy(&stopped.kick)?, copy(&stopped.err)?);
+    Ok(Ring {
+        size: queue.size(),
+        at: stopped.placed.then(|| [queue.desc_table(), queue.avail_ring(), queue.used_ring()]),
+        next_avail: queue.next_avail(),
+        enabled: stopped.enabled,
+        kick,
+        call: call.map(|call| descriptors.add(sys::owned(call))),
+        err,
+        kept: stopped.kept.clone(),
+    })
+}
+
+fn failed(error: io::Error) -> vhost::vhost_user::Error {
+    vhost::vhost_user::Error::ReqHandlerError(error)
+}

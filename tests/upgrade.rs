@@ -1,0 +1,408 @@
+//! Upgrade in place: another process takes a guest over, under load, from any cache mode to any other; whatever fails
+//! leaves it where it is. All with the real programs, in their sandbox.
+
+mod control_kit;
+mod driver;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use control_kit::{Client, PATIENCE};
+use driver::load::{Load, SIZE, holds};
+use driver::{ALL, Driver, F_FLUSH};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use serde_json::{Value, json};
+
+const MODES: [&str; 5] = ["none", "directsync", "writeback", "writethrough", "unsafe"];
+
+/// An image with a daemon, whichever process that is.
+struct Disk {
+    dir: tempfile::TempDir,
+    /// The first one.
+    child: Child,
+}
+
+impl Disk {
+    fn serve(more: &[&str]) -> Disk {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        fs::write(dir.path().join("disk.img"), vec![0; SIZE]).unwrap();
+        let image = dir.path().join("disk.img").into_os_string().into_string().unwrap();
+        Disk::serve_in(dir, &[&["--blk-file", &image], more].concat())
+    }
+
+    fn serve_in(dir: tempfile::TempDir, more: &[&str]) -> Disk {
+        // A socket's path is short; its process's directory need not be the test's.
+        let log = fs::File::create(dir.path().join("log")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkd"));
+        command.args(["--socket-path", "vhost", "--control-path", "control", "--pid-file", "pid"]).args(more);
+        let child = command.current_dir(&dir).stdin(Stdio::null()).stderr(log).spawn().unwrap();
+        let disk = Disk { dir, child };
+        wait_until("the daemon serves", || disk.log().contains("serving on"));
+        disk
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn image(&self) -> Vec<u8> {
+        fs::read(self.path("disk.img")).unwrap()
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap()
+    }
+
+    /// Who serves, by the pid file.
+    fn pid(&self) -> Pid {
+        let text = fs::read_to_string(self.path("pid")).unwrap();
+        Pid::from_raw(text.trim().parse().unwrap()).unwrap()
+    }
+
+    fn ctl(&self, arguments: &[&str]) -> Output {
+        let ctl = Path::new(env!("CARGO_BIN_EXE_virtioblkctl"));
+        Command::new(ctl).current_dir(&self.dir).args(["--control", "control"]).args(arguments).output().unwrap()
+    }
+
+    fn ctl_ok(&self, arguments: &[&str]) -> String {
+        let output = self.ctl(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}\n{}", self.log());
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn status(&self) -> Value {
+        serde_json::from_str(&self.ctl_ok(&["status", "--json"])).unwrap()
+    }
+
+    /// Another process serves then.
+    fn upgrade(&self, options: &[&str]) -> Value {
+        let before = self.pid();
+        let figures = self.ctl_ok(&[&["upgrade", "--json", "--"], options].concat());
+        let figures: Value = serde_json::from_str(&figures).unwrap();
+        assert_eq!(figures["from-pid"], json!(before.as_raw_nonzero().get()));
+        assert_ne!(self.pid(), before);
+        let status = self.status();
+        assert_eq!(status["daemon"]["pid"], json!(self.pid().as_raw_nonzero().get()));
+        assert_eq!(status["daemon"]["took-over"], figures);
+        figures
+    }
+
+    /// The same process serves on; what the operator reads.
+    fn refuses(&self, arguments: &[&str]) -> String {
+        let before = self.pid();
+        let output = self.ctl(&[&["upgrade"], arguments].concat());
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert_eq!(self.pid(), before);
+        assert_eq!(self.status()["daemon"]["pid"], json!(before.as_raw_nonzero().get()));
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    fn client(&self) -> Client {
+        let stream = UnixStream::connect(self.path("control")).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut client = Client::new(stream);
+        client.line();
+        client.ask("qmp_capabilities", json!({})).unwrap();
+        client
+    }
+
+    /// Holds the disk and looks whether the image has all that was acknowledged.
+    fn check(&self, load: &Load, what: &str) {
+        let token = self.ctl_ok(&["quiesce"]);
+        let acknowledged = load.acknowledged();
+        holds(&self.image(), &acknowledged, what);
+        self.ctl_ok(&["resume", token.trim()]);
+    }
+
+    /// Ends in order; nothing is left behind.
+    fn end(self) {
+        let pid = self.pid();
+        self.ctl_ok(&["quit"]);
+        wait_until("the daemon ends", || !lives(pid));
+        for name in ["vhost", "control", "pid"] {
+            assert!(!self.path(name).exists(), "{name} is left behind:\n{}", self.log());
+        }
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Whoever serves, if anybody does.
+        if let Ok(text) = fs::read_to_string(self.path("pid"))
+            && let Some(pid) = text.trim().parse().ok().and_then(Pid::from_raw)
+        {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- virtioblkd said:\n{}", self.log());
+        }
+    }
+}
+
+/// A zombie is dead: the first daemon is our child.
+fn lives(pid: Pid) -> bool {
+    let status = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap_or_default();
+    test_kill_process(pid).is_ok() && !status.contains("State:\tZ")
+}
+
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < end, "it does not come to this: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn contains(text: &str, words: &[&str]) {
+    for word in words {
+        assert!(text.contains(word), "'{word}' is not in: {text}");
+    }
+}
+
+#[test]
+fn a_guest_under_load_goes_from_every_mode_to_every_other() {
+    let disk = Disk::serve(&["--cache", "none"]);
+    let load = Load::start(&disk.path("vhost"));
+    load.wait_for(100);
+    let mut pauses = Vec::new();
+    // A way along every pair.
+    for step in 0..MODES.len() {
+        for mode in MODES.iter().cycle().skip(step).step_by(step + 1).take(MODES.len() + 1) {
+            let figures = disk.upgrade(&["--cache", mode]);
+            assert_eq!(disk.status()["cache-mode"], json!(mode));
+            pauses.push(figures["pause-us"].as_u64().unwrap());
+            load.wait_for(100);
+        }
+        disk.check(&load, "between");
+    }
+    pauses.sort_unstable();
+    eprintln!("pauses in microseconds: median {}, longest {}", pauses[pauses.len() / 2], pauses[pauses.len() - 1]);
+    disk.check(&load, "at the end");
+    let acknowledged = load.stop();
+    disk.ctl_ok(&["quit"]);
+    wait_until("the daemon ends", || !disk.path("pid").exists());
+    holds(&disk.image(), &acknowledged, "after the end");
+}
+
+/// What the daemon does for who takes over, said by a test.
+struct NewDaemon {
+    stream: UnixStream,
+}
+
+impl NewDaemon {
+    /// Asks for the hand-over as far as the first answer.
+    fn begin(disk: &Disk) -> NewDaemon {
+        let mut client = disk.client();
+        assert_eq!(client.ask("hand-over", json!({"version": 1})), Ok(json!({})));
+        let mut new = NewDaemon { stream: client.reader.into_inner() };
+        new.say(&json!("Begin"));
+        assert!(new.hear()["Hello"]["disk"]["image"].as_str().unwrap().starts_with("file "));
+        new
+    }
+
+    fn say(&mut self, message: &Value) {
+        let text = message.to_string();
+        let mut bytes = (text.len() as u32).to_le_bytes().to_vec();
+        bytes.extend([0; 4]);
+        bytes.extend(text.into_bytes());
+        self.stream.write_all(&bytes).unwrap();
+    }
+
+    /// The descriptors that come with it are lost.
+    fn hear(&mut self) -> Value {
+        let mut header = [0; 8];
+        self.stream.read_exact(&mut header).unwrap();
+        let number = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap()) as usize;
+        let mut text = vec![0; number(0)];
+        self.stream.read_exact(&mut text).unwrap();
+        self.stream.read_exact(&mut vec![0; number(4).div_ceil(128)]).unwrap();
+        serde_json::from_slice(&text).unwrap()
+    }
+
+    fn ready(&mut self) {
+        self.say(&json!({"Ready": {"front": true, "control": true, "pid_file": true}}));
+    }
+}
+
+/// A new daemon that dies, gives up, talks nonsense or says nothing, at each step: the old one serves on, under load.
+#[test]
+fn whatever_becomes_of_the_new_daemon_before_the_end_the_old_one_serves_on() {
+    let disk = Disk::serve(&["--cache", "writeback"]);
+    let load = Load::start(&disk.path("vhost"));
+    let failures = || disk.log().matches("serves on").count();
+    let goes_on = |what: &str, before: usize| {
+        wait_until(what, || failures() > before);
+        load.wait_for(50);
+        disk.check(&load, what);
+        assert_eq!(disk.pid(), Pid::from_child(&disk.child));
+    };
+    for (step, what) in ["dies", "gives up", "talks nonsense", "talks out of turn"].iter().enumerate() {
+        let end = |mut new: NewDaemon| match step {
+            0 => drop(new),
+            1 => new.say(&json!({"Failed": "no luck"})),
+            2 => new.stream.write_all(&[0xff; 64]).unwrap(),
+            _ => new.say(&json!("Begin")),
+        };
+        let before = failures();
+        end(NewDaemon::begin(&disk));
+        goes_on(&format!("a new daemon {what} at first"), before);
+        let mut new = NewDaemon::begin(&disk);
+        new.ready();
+        assert!(new.hear()["State"]["front_end"].is_array());
+        assert!(load.stands_still(), "the old one goes on before it may");
+        end(new);
+        goes_on(&format!("a new daemon {what} with the state"), before + 1);
+    }
+    let before = failures();
+    let mut silent = NewDaemon::begin(&disk);
+    silent.ready();
+    silent.hear();
+    goes_on("a new daemon says nothing", before);
+    assert!(silent.hear()["Refused"].as_str().unwrap().contains("in time"));
+    contains(
+        &disk.log(),
+        &["it hung up", "no luck", "no message of a daemon's", "out of turn", "said nothing in time"],
+    );
+    // And the next one has it.
+    disk.upgrade(&[]);
+    load.wait_for(50);
+    disk.check(&load, "after all");
+    load.stop();
+}
+
+/// The connection and everything else is the old one's again: it can still be told things.
+#[test]
+fn a_program_that_does_not_take_over_changes_nothing() {
+    let disk = Disk::serve(&["--cache", "none"]);
+    let load = Load::start(&disk.path("vhost"));
+    load.wait_for(50);
+    fs::write(disk.path("other.img"), vec![0; SIZE]).unwrap();
+    fs::write(disk.path("small.img"), vec![0; SIZE / 2]).unwrap();
+    let cases: [(&[&str], &[&str]); 10] = [
+        (&["--", "--cache", "sometimes"], &["--cache", "sometimes"]),
+        (&["--", "--blk-file", "missing.img"], &["missing.img", "no such file"]),
+        (&["--", "--blk-file", "other.img"], &["another one", "give the same one"]),
+        (&["--", "--blk-file", "small.img"], &["another one"]),
+        (&["--", "--read-only"], &["read-only", "--read-only"]),
+        (&["--", "--logical-block-size", "4096"], &["logical block size", "512", "4096"]),
+        (&["--", "--num-queues", "1"], &["number of queues", "--num-queues"]),
+        (&["--", "--control-path", "no/such/directory"], &["no/such/directory", "create it first"]),
+        (&["--binary", "/bin/true"], &["did not take over", "serves on"]),
+        (&["--binary", "no-such-program"], &["no-such-program", "serves on"]),
+    ];
+    for (arguments, words) in cases {
+        contains(&disk.refuses(arguments), words);
+        load.wait_for(20);
+    }
+    let hangs = disk.path("hangs");
+    fs::write(&hangs, "#!/bin/sh\nexec sleep 1000\n").unwrap();
+    fs::set_permissions(&hangs, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    contains(&disk.refuses(&["--timeout", "300ms", "--binary", "./hangs"]), &["--timeout", "serves on"]);
+    load.wait_for(20);
+    disk.check(&load, "at the end");
+    load.stop();
+    disk.end();
+}
+
+#[test]
+fn what_would_be_lost_comes_first() {
+    let disk = Disk::serve(&["--cache", "writeback", "--copy-dir", "."]);
+    let mut guest = Driver::connect_soon(&disk.path("vhost"), 1, 64, 1 << 20, ALL);
+    let mut client = disk.client();
+    let token = client.quiesce(json!({}));
+    contains(&disk.refuses(&[]), &["held", "resume"]);
+    let target = disk.path("copy.img");
+    let copy = client.ask("copy-prepare", json!({"target": target, "bandwidth": 4096})).unwrap()["copy"].clone();
+    client.ask("copy-start", json!({"copy": copy, "token": token})).unwrap();
+    client.ask("resume", json!({"token": token})).unwrap();
+    guest.fill(0, &[3; 4096]);
+    assert_eq!(guest.one(0, |guest, id| guest.write(0, 4096, 0, 4096, id)), 0);
+    contains(&disk.refuses(&[]), &["copy", "cancel"]);
+    client.ask("copy-cancel", json!({"copy": copy})).unwrap();
+    wait_until("the copy is gone", || client.ask("query-copies", json!({})).unwrap()[0]["state"] == "cancelled");
+    assert_eq!(client.ask("hand-over", json!({"version": 2})), Err("no-upgrade".into()));
+    disk.upgrade(&[]);
+    // Whoever watched is told, and finds the new one.
+    wait_until("the last words", || client.line()["event"] == "SHUTDOWN");
+    client.ends();
+    disk.client().quiesce(json!({}));
+    assert_eq!(guest.one(0, |guest, id| guest.read(0, 4096, 8192, 4096, id)), 0);
+    assert_eq!(guest.fetch(8192, 4096), [3; 4096]);
+    // While a hand-over lasts nothing that would end with this process begins.
+    disk.ctl_ok(&["resume", "--all"]);
+    let mut client = disk.client();
+    let mut new = NewDaemon::begin(&disk);
+    assert_eq!(client.ask("quiesce", json!({})), Err("upgrading".into()));
+    assert_eq!(client.ask("hand-over", json!({"version": 1})), Err("upgrading".into()));
+    assert_eq!(client.ask("resize", json!({})), Err("upgrading".into()));
+    new.say(&json!({"Failed": "enough"}));
+    wait_until("it is over", || client.ask("quiesce", json!({})).is_ok());
+}
+
+/// Requests that take long are finished first; those that take too long keep the guest where it is.
+#[test]
+fn what_is_in_flight_is_finished_or_stays() {
+    let disk = Disk::serve(&["--cache", "none", "--backend", "slow:100"]);
+    let mut guest = Driver::connect_soon(&disk.path("vhost"), 1, 64, 1 << 20, ALL);
+    for round in 0..6 {
+        // A driver that sleeps until it is interrupted.
+        for id in 0..16 {
+            guest.write(0, id * 4096, 0, 4096, id);
+        }
+        guest.kick(0);
+        std::thread::scope(|scope| {
+            let upgrade = scope.spawn(|| disk.upgrade(&[]));
+            let mut done: Vec<u64> = Vec::new();
+            while done.len() < 16 {
+                done.extend(guest.wait(0).iter().map(|&(id, result)| {
+                    assert_eq!(result, 0);
+                    id
+                }));
+            }
+            done.sort_unstable();
+            assert_eq!(done, (0..16).collect::<Vec<_>>(), "round {round}");
+            upgrade.join().unwrap();
+        });
+    }
+    disk.upgrade(&["--backend", "slow:12000"]);
+    for id in 0..16 {
+        guest.write(0, id * 4096, 0, 4096, id);
+    }
+    guest.kick(0);
+    wait_until("requests are in flight", || disk.status()["total"]["in-flight"].as_u64() > Some(0));
+    contains(&disk.refuses(&[]), &["in flight", "the storage hangs"]);
+    // The ring is popped again.
+    assert_eq!(guest.one_beside(0, |guest, id| guest.read(0, 1 << 20, 65536, 4096, id)), 0);
+}
+
+/// A driver that knows no flush relies on every acknowledgement, whatever the mode is called now.
+#[test]
+fn a_driver_that_cannot_flush_is_served_durably_after_a_change() {
+    for (from, to) in [("writethrough", "writeback"), ("directsync", "none"), ("unsafe", "writeback")] {
+        let disk = Disk::serve(&["--cache", from]);
+        let mut guest = Driver::connect_soon(&disk.path("vhost"), 1, 64, 1 << 20, ALL & !F_FLUSH);
+        assert_eq!(guest.one(0, |guest, id| guest.write(0, 0, 0, 4096, id)), 0);
+        disk.upgrade(&["--cache", to]);
+        let status = disk.status();
+        assert_eq!(status["write-acknowledged"], "when durable", "{from} to {to}");
+        let syncs = |status: &Value| status["total"]["syncs"].as_u64().unwrap();
+        for _ in 0..5 {
+            assert_eq!(guest.one(0, |guest, id| guest.write(0, 4096, 0, 4096, id)), 0);
+        }
+        if to == "writeback" {
+            assert!(syncs(&disk.status()) >= syncs(&status) + 5, "{from} to {to}");
+        }
+        // And one that can is believed to flush again.
+        drop(guest);
+        wait_until("the front-end is gone", || disk.status()["connected"] == false);
+        let _guest = Driver::connect_soon(&disk.path("vhost"), 1, 64, 1 << 20, ALL);
+        wait_until("the driver is there", || disk.status()["driver-ready"] == true);
+        assert_ne!(disk.status()["write-acknowledged"], "when durable", "{to}");
+    }
+}
