@@ -77,6 +77,9 @@ pub(crate) trait Served: Send + Sync {
     /// Takes what keeps others from the image, which the process before us gave up. Main.
     fn take_over(&self) -> io::Result<()>;
 
+    /// Gives it up again, since the other process goes on after all. Main.
+    fn give_back(&self);
+
     /// [`Served::serve`] for a connection that another process served. Its thread.
     fn adopt(&self, moved: Moved, steps: &Steps) -> io::Result<String>;
 }
@@ -291,7 +294,7 @@ impl Server {
                 return Ok(Ending::Told);
             }
             if let Some(asked) = self.requests.take() {
-                match HandOver::start(asked, &self.served, &files.estate()) {
+                match HandOver::start(asked, &self.served, &files.estate(), &self.requests) {
                     Ok(started) => handing = Some(started),
                     Err(why) => upgrade::stayed(&self.requests, &why),
                 }

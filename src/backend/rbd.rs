@@ -105,6 +105,8 @@ pub struct RbdOptions {
     pub lock: RbdLock,
     /// Who has the lock is kept in this file, so that a restart after a crash need not wait for the dead owner.
     pub state_file: Option<PathBuf>,
+    /// Another process has the image and that file, and gives them up later: then [`Backend::take_over`] has them.
+    pub lock_later: bool,
     /// Decrypt and encrypt, with the passphrase in this file.
     pub encryption: Option<(Encryption, PathBuf)>,
     /// Hold still for snapshots that others take.
@@ -130,6 +132,7 @@ impl RbdOptions {
             discard_unmap: true,
             lock: RbdLock::Auto,
             state_file: None,
+            lock_later: false,
             encryption: None,
             quiesce: RbdQuiesce::On,
             quiesce_timeout: Duration::from_secs(30),
@@ -149,6 +152,8 @@ pub struct RbdBackend {
 struct Shared {
     image: Image,
     name: String,
+    /// The cluster's configuration file, if one was named.
+    conf: Option<PathBuf>,
     /// librbd's version and its cache, for people.
     how: String,
     /// All but the size, which may change.
@@ -292,6 +297,20 @@ impl Backend for RbdBackend {
 
     fn stop_notices(&self) {
         self.keeper.lock().expect("no panic while held").stop(&self.shared, self.quiesce.as_ref());
+    }
+
+    /// By its name, which is one image's in a cluster; and the cluster by its configuration file.
+    fn identity(&self) -> Option<String> {
+        let conf = self.shared.conf.as_ref().map(|conf| format!(" by {}", conf.display())).unwrap_or_default();
+        Some(format!("rbd {}{conf}", self.shared.name))
+    }
+
+    fn hand_over(&self) {
+        self.shared.lock.hand_over();
+    }
+
+    fn take_over(&self) -> io::Result<()> {
+        self.shared.lock.take_over()
     }
 
     fn activate(&self) -> io::Result<()> {

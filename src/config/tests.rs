@@ -215,6 +215,7 @@ fn an_rbd_image_with_every_option_and_with_none() {
         discard_unmap: false,
         lock: RbdLock::Auto,
         state_file: Some("/s".into()),
+        lock_later: false,
         encryption: Some((Encryption::Luks2, "/w".into())),
         quiesce: RbdQuiesce::Off,
         quiesce_timeout: std::time::Duration::from_secs(45),

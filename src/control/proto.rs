@@ -28,7 +28,7 @@
 //! | `attend` | `required` (true), `timeout-ms` (10000), `who` | nothing; this connection is the attendant |
 //! | `prepared` | `id`, and `level` or `error` | nothing |
 //! | `unattend` | | nothing |
-//! | `query-command-line` | | `program`, `arguments`, `directory`: how the daemon was started |
+//! | `query-command-line` | | `program`, `arguments`, `directory`, `notify-socket`: how the daemon was started |
 //! | `hand-over` | `version` | nothing; then this connection speaks another protocol: [`crate::upgrade`] |
 //! | `quit` | | nothing; then the daemon ends in order, as by SIGTERM |
 //!

@@ -39,6 +39,7 @@ pub struct Info {
 
 /// A daemon's program, its arguments and its directory.
 #[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct CommandLine {
     /// The program's path when it was started.
     pub program: String,
@@ -46,6 +47,8 @@ pub struct CommandLine {
     pub arguments: Vec<String>,
     /// What relative paths are relative to.
     pub directory: String,
+    /// Where the service manager listens (sd_notify(3)).
+    pub notify_socket: Option<String>,
 }
 
 /// What the daemon does for one that takes over.
@@ -55,6 +58,8 @@ pub struct Upgrade {
     pub begin: Box<dyn Fn(UnixStream, bool) + Send>,
     /// Set by the control thread right before that; cleared by whoever was called, when nothing comes of it.
     pub under_way: Arc<AtomicBool>,
+    /// Clients that come are the other process's, or have to wait: set shortly before that is decided, and cleared so.
+    pub leaving: Arc<AtomicBool>,
 }
 
 /// Whom a line is for.

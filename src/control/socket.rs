@@ -28,6 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const PER_TURN: usize = 8;
 /// Accepting rests this long when file descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+/// Or while another process may take the socket over.
+const LEAVING_PAUSE: Duration = Duration::from_millis(20);
 /// How long the last lines may take on their way out when the server stops.
 const LAST_WORDS: Duration = Duration::from_millis(250);
 
@@ -307,6 +309,10 @@ impl Control {
 
     fn accept(&mut self, now: Instant) {
         self.accept_again = None;
+        if self.service.is_leaving() {
+            self.accept_again = Some(now + LEAVING_PAUSE);
+            return;
+        }
         // A few at a time: those who are here already come first.
         for _ in 0..PER_TURN {
             let Some(listener) = &self.listener else { return };

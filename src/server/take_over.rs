@@ -136,8 +136,12 @@ impl TakeOver {
         };
         let State { since, drained_in, front_end } = state;
         served.take_over().map_err(|error| self.give_up(&error.to_string()))?;
-        let adopted = front_end.map(|(number, record)| self.adopt(number, record, descriptors, front_ends));
-        let adopted = adopted.transpose()?;
+        let adopted = front_end.map(|(number, record)| Self::adopt(number, record, descriptors, front_ends));
+        let adopted = adopted.transpose().map_err(|why| {
+            // Before the other one hears of it: it wants the image back.
+            served.give_back();
+            self.give_up(&why)
+        })?;
         say(&self.channel, &FromNew::Prepared).map_err(refuse)?;
         match hear(&self.channel, PROMPT).map_err(refuse)? {
             (FromOld::Go, _) => {}
@@ -166,22 +170,19 @@ impl TakeOver {
     /// Brings the front-end's connection to where it was, with its rings stopped; how to let them run, and to hear that
     /// they do.
     fn adopt(
-        &self,
         number: usize,
         record: crate::virtio::moving::Record,
         mut descriptors: Descriptors,
         front_ends: &mut FrontEnds,
-    ) -> Result<(mpsc::Sender<()>, mpsc::Receiver<()>), TakeOverError> {
-        let stream = descriptors.take(number).map(UnixStream::from);
-        let stream = stream.map_err(|error| self.give_up(&error.to_string()))?;
+    ) -> Result<(mpsc::Sender<()>, mpsc::Receiver<()>), String> {
+        let stream = descriptors.take(number).map(UnixStream::from).map_err(|error| error.to_string())?;
         let (prepared, is_prepared) = mpsc::channel();
         let (go, may_go) = mpsc::channel();
         let (running, is_running) = mpsc::channel();
         let steps = Steps { prepared, go: may_go, running };
         let started = front_ends.adopt(Moved { stream, record, descriptors }, steps);
-        started.map_err(|error| self.give_up(&format!("no thread or descriptor left for the front-end: {error}")))?;
-        let outcome = is_prepared.recv().unwrap_or_else(|_| Err("the front-end's thread ended".into()));
-        outcome.map_err(|why| self.give_up(&why))?;
+        started.map_err(|error| format!("no thread or descriptor left for the front-end: {error}"))?;
+        is_prepared.recv().unwrap_or_else(|_| Err("the front-end's thread ended".into()))?;
         Ok((go, is_running))
     }
 }

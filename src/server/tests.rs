@@ -109,6 +109,10 @@ impl Served for Disk {
         unimplemented!("nobody takes over")
     }
 
+    fn give_back(&self) {
+        unimplemented!("nobody takes over")
+    }
+
     fn adopt(&self, _: Moved, _: &Steps) -> io::Result<String> {
         unimplemented!("nobody takes over")
     }

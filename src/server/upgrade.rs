@@ -34,12 +34,14 @@ pub(super) struct Requests {
     asked: Mutex<Option<(UnixStream, bool)>>,
     /// Somebody is at it: the control thread sets it, main clears it when nothing came of it.
     pub(super) under_way: Arc<AtomicBool>,
+    /// And is about to: clients of the control socket wait for whoever it will be.
+    pub(super) leaving: Arc<AtomicBool>,
 }
 
 impl Requests {
     pub(super) fn new() -> Result<Arc<Self>, ServerError> {
-        let (asked, under_way) = (Mutex::default(), Arc::new(AtomicBool::new(false)));
-        Ok(Arc::new(Requests { bell: new_bell()?, asked, under_way }))
+        let flag = || Arc::new(AtomicBool::new(false));
+        Ok(Arc::new(Requests { bell: new_bell()?, asked: Mutex::default(), under_way: flag(), leaving: flag() }))
     }
 
     /// The control thread. `misses`: an attendant is relied on.
@@ -120,15 +122,16 @@ impl HandOver {
         (stream, misses_attendant): (UnixStream, bool),
         served: &Arc<dyn Served>,
         estate: &Estate<'_>,
+        requests: &Requests,
     ) -> Result<HandOver, String> {
         let failed = |error: io::Error| format!("no thread or descriptor left for it: {error}");
         let line = stream.try_clone().map_err(failed)?;
         let channel = Channel::new(stream).map_err(failed)?;
         let hello = estate.hello(&**served, misses_attendant).inspect_err(|why| refuse(&channel, why))?;
         let done = Bell::new().map(Arc::new).map_err(failed)?;
-        let (served, finished) = (served.clone(), done.clone());
+        let (served, finished, leaving) = (served.clone(), done.clone(), requests.leaving.clone());
         let work = move || {
-            let outcome = match give(&channel, &*served, hello) {
+            let outcome = match give(&channel, &*served, hello, &leaving) {
                 Ok(successor) => Outcome::Gone(successor),
                 Err(why) => {
                     refuse(&channel, &why);
@@ -166,6 +169,7 @@ fn give(
     channel: &Channel,
     served: &dyn Served,
     (hello, descriptors): (Hello, Descriptors),
+    leaving: &AtomicBool,
 ) -> Result<Successor, String> {
     match next(channel, UNHURRIED)? {
         FromNew::Begin => {}
@@ -177,6 +181,7 @@ fn give(
         _ => return Err(OUT_OF_TURN.into()),
     };
     sync_ahead(served)?;
+    leaving.store(true, Ordering::Release);
     let mut handed_over = served.hand_over(DRAIN)?;
     let (mut descriptors, mut front_end) = (Descriptors::default(), None);
     if let Some(moved) = handed_over.moved.take() {
@@ -237,7 +242,8 @@ pub(super) fn command_line() -> Option<CommandLine> {
         }
     }
     let (program, directory) = (text(std::env::current_exe())?, text(std::env::current_dir())?);
-    Some(CommandLine { program, arguments, directory })
+    let notify_socket = std::env::var("NOTIFY_SOCKET").ok();
+    Some(CommandLine { program, arguments, directory, notify_socket })
 }
 
 /// The option of whoever takes over.
@@ -246,5 +252,6 @@ const TAKE_OVER: &str = "--take-over";
 /// Main, when it is over and nothing came of it.
 pub(super) fn stayed(requests: &Requests, why: &str) {
     log::error!("the upgrade failed, and this daemon serves on: {why}");
+    requests.leaving.store(false, Ordering::Release);
     requests.under_way.store(false, Ordering::Release);
 }

@@ -19,7 +19,7 @@ use crate::backend::mem::{MemBackend, MemOptions};
 use crate::backend::null::NullBackend;
 use crate::backend::point_in_time::PointInTime;
 use crate::backend::pool::Depot;
-use crate::backend::rbd::{RbdBackend, RbdQuiesce};
+use crate::backend::rbd::{RbdBackend, RbdOptions, RbdQuiesce};
 use crate::backend::slow::SlowBackend;
 use crate::backend::stable::StableBackend;
 use crate::config::{BackendKind, Config};
@@ -72,10 +72,11 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
     let resized = device.clone();
     let served = Arc::new(ServedDisk { backend: backend.clone(), device, notices: notices.clone() });
     let start_control: StartControl = Box::new(move |listener, quit, requests| {
-        let under_way = requests.under_way.clone();
+        let (under_way, leaving) = (requests.under_way.clone(), requests.leaving.clone());
         let upgrade = control::Upgrade {
             begin: Box::new(move |stream, misses_attendant| requests.put(stream, misses_attendant)),
             under_way,
+            leaving,
         };
         let setup = control::Setup {
             disk,
@@ -119,7 +120,10 @@ fn open_backend(config: &Config, memory: &Arc<Depot>) -> Result<Arc<dyn Backend>
     let block = config.logical_block_size.unwrap_or(512);
     Ok(match &config.backend {
         BackendKind::File(path) => Arc::new(open_file(config, path, memory)?),
-        BackendKind::Rbd(options) => Arc::new(RbdBackend::open(options)?),
+        BackendKind::Rbd(options) => {
+            let lock_later = config.take_over.is_some();
+            Arc::new(RbdBackend::open(&RbdOptions { lock_later, ..(**options).clone() })?)
+        }
         BackendKind::Slow { path, delay, .. } => {
             Arc::new(SlowBackend::new(Arc::new(open_file(config, path, memory)?), *delay))
         }
@@ -177,6 +181,10 @@ impl Served for ServedDisk {
 
     fn take_over(&self) -> io::Result<()> {
         self.backend.take_over()
+    }
+
+    fn give_back(&self) {
+        self.backend.hand_over();
     }
 
     fn adopt(&self, moved: Moved, steps: &Steps) -> io::Result<String> {

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{BackendReqHandler, Error};
@@ -137,12 +137,25 @@ impl HandedOver {
     }
 }
 
+impl HandedOver {
+    /// The kernel may be about to close what the other process had open.
+    fn take_back(&self) {
+        let backend = self.device.rings.backend();
+        let end = Instant::now() + TAKE_BACK;
+        while let Err(error) = backend.take_over() {
+            if Instant::now() > end {
+                log::error!("the image was given up for another process and cannot be taken back yet: {error}");
+                return;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
 impl Drop for HandedOver {
     fn drop(&mut self) {
         if let Some(commit) = self.commit.take() {
-            if let Err(error) = self.device.rings.backend().take_over() {
-                log::error!("the image was given up for another process and cannot be taken back yet: {error}");
-            }
+            self.take_back();
             drop(commit);
         }
     }
@@ -157,6 +170,9 @@ pub(crate) struct Steps {
     /// Every ring has looked at what is in it.
     pub(crate) running: mpsc::Sender<()>,
 }
+
+/// How long the image is tried to be had again before the guest's rings are left to wait for it.
+const TAKE_BACK: Duration = Duration::from_secs(2);
 
 /// What the front-end is told after [`Device::shutdown`].
 const ENDING: &str = "the daemon is ending";
@@ -299,6 +315,7 @@ impl Device {
                 if let Some(talk) = talk {
                     talk.ours().let_go();
                 }
+                self.rings.disconnected("it stays where it was");
                 self.left();
                 Ok("it stays with the daemon that had it".into())
             }

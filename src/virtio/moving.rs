@@ -190,7 +190,9 @@ impl Handler {
             });
             files.push(file(descriptors, number)?);
         }
-        self.set_mem_table(&regions, files, None)?;
+        if !regions.is_empty() {
+            self.set_mem_table(&regions, files, None)?;
+        }
         if let Some(Inflight { memory, rings, entries }) = record.inflight {
             let told = VhostUserInflight::new(memory.len, memory.offset, rings, entries);
             let file = file(descriptors, memory.file)?;

@@ -30,6 +30,18 @@ impl Lock {
         Lock { wanted, file, state: Mutex::default() }
     }
 
+    /// Another process goes on with the image, after `deactivate`.
+    pub(super) fn hand_over(&self) {
+        if let Some(file) = &self.file {
+            file.unlock();
+        }
+    }
+
+    /// The process before us gave it up by `hand_over`, or the one after us did not come.
+    pub(super) fn take_over(&self) -> io::Result<()> {
+        self.file.as_ref().map_or(Ok(()), StateFile::lock).map_err(io::Error::other)
+    }
+
     /// One word for the status.
     pub(super) fn status(&self) -> &'static str {
         // Not for long: it is only held while the lock is asked for. The status must not wait for that.

@@ -90,6 +90,7 @@ pub(super) fn open(options: &RbdOptions, news: mpsc::Sender<News>) -> Result<Sha
     Ok(Shared {
         image,
         name,
+        conf: options.conf.clone(),
         how: format!("librbd {major}.{minor}.{extra} with {cache}"),
         geometry,
         size: AtomicU64::new(geometry.size),
@@ -209,7 +210,8 @@ fn lock_of(image: &Image, options: &RbdOptions, read_only: bool) -> Result<Lock,
         wanted = false;
     }
     let file = options.state_file.as_deref().filter(|_| wanted);
-    let file = file.map(|path| StateFile::open(path, &name.to_string())).transpose().map_err(OpenError)?;
+    let open = if options.lock_later { StateFile::open_unlocked } else { StateFile::open };
+    let file = file.map(|path| open(path, &name.to_string())).transpose().map_err(OpenError)?;
     Ok(Lock::new(wanted, file))
 }
 

@@ -23,8 +23,15 @@ pub(super) struct StateFile {
 }
 
 impl StateFile {
-    /// Opens or makes it. Errors say the cause and the mend.
+    /// Opens or makes it, and locks it. Errors say the cause and the mend.
     pub(super) fn open(path: &Path, image: &str) -> Result<Self, String> {
+        let file = StateFile::open_unlocked(path, image)?;
+        file.lock()?;
+        Ok(file)
+    }
+
+    /// The same for a process that takes over from the one that has it: [`StateFile::lock`] comes later.
+    pub(super) fn open_unlocked(path: &Path, image: &str) -> Result<Self, String> {
         let failed = |error: io::Error| format!("--rbd-state-file {}: {error}", path.display());
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
@@ -32,13 +39,25 @@ impl StateFile {
         if file.metadata().map_err(failed)?.len() > LARGEST {
             return Err(format!("--rbd-state-file {}: it is something else; name a file of its own", path.display()));
         }
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(StateFile { file, path: path.to_path_buf(), image: image.to_string() }),
+        Ok(StateFile { file, path: path.to_path_buf(), image: image.to_string() })
+    }
+
+    /// Locks it, also once more. Errors: somebody else has it.
+    pub(super) fn lock(&self) -> Result<(), String> {
+        let path = self.path.display();
+        match flock(&self.file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(()),
             Err(rustix::io::Errno::WOULDBLOCK) => Err(format!(
-                "--rbd-state-file {}: another virtioblkd uses it: end that one, or give each disk a file of its own",
-                path.display()
+                "--rbd-state-file {path}: another virtioblkd uses it: end that one, or give each disk a file of its own"
             )),
-            Err(errno) => Err(failed(errno.into())),
+            Err(errno) => Err(format!("--rbd-state-file {path}: {}", io::Error::from(errno))),
+        }
+    }
+
+    /// Lets a process have it that takes over from this one.
+    pub(super) fn unlock(&self) {
+        if let Err(errno) = flock(&self.file, FlockOperation::Unlock) {
+            log::warn!("--rbd-state-file {}: {errno}: no other process can have it", self.path.display());
         }
     }
 
@@ -80,7 +99,13 @@ mod tests {
         state.write(Some("10.0.0.1:0/4711"));
         let Err(error) = StateFile::open(&path, "p/i") else { panic!("two at a time") };
         assert!(error.contains("another virtioblkd"), "{error}");
-        drop(state);
+        // One that takes over has it after this one.
+        let next = StateFile::open_unlocked(&path, "p/i").unwrap();
+        assert!(next.lock().is_err());
+        state.unlock();
+        next.lock().unwrap();
+        assert!(state.lock().is_err());
+        drop((state, next));
         assert_eq!(StateFile::open(&path, "p/i").unwrap().dead_owner().as_deref(), Some("10.0.0.1:0/4711"));
         assert_eq!(StateFile::open(&path, "p/j").unwrap().dead_owner(), None);
         let state = StateFile::open(&path, "p/i").unwrap();

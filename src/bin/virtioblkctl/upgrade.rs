@@ -51,6 +51,9 @@ pub fn run(options: &Upgrade, control: &Path, mut client: Client) -> Result<Valu
     };
     let mut command = Command::new(program_path);
     command.args(replace(old, &options.options)).arg("--take-over").arg(control).current_dir(text("directory"));
+    if let Some(socket) = line["notify-socket"].as_str() {
+        command.env("NOTIFY_SOCKET", socket);
+    }
     // Its log is for whoever looks at us, until it goes on with the other's.
     let mut child =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().map_err(|error| failed("cannot start", &error))?;

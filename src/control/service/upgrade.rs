@@ -18,6 +18,11 @@ impl Service {
         self.upgrade.as_ref().is_some_and(|upgrade| upgrade.under_way.load(Ordering::Acquire))
     }
 
+    /// Whether it is about to be decided whose clients those are that come.
+    pub(in crate::control) fn is_leaving(&self) -> bool {
+        self.upgrade.as_ref().is_some_and(|upgrade| upgrade.leaving.load(Ordering::Acquire))
+    }
+
     /// What would be lost with this process, or would change the disk behind the next one's back.
     pub(super) fn refuse_while_upgrading(&self, command: &Command) -> Result<(), Error> {
         let lasting = matches!(
