@@ -6,7 +6,7 @@ CARGO ?= cargo
 # A guest test is a QEMU and a server; more at once than CPUs only wait for each other.
 TEST_THREADS ?= 2
 # Tests that boot guests, and tests that start a Ceph cluster or need its headers. All others need nothing but Rust.
-VM_TESTS = firmware vm kill life migration story agent replicas power_cut libvirt full_filesystem
+VM_TESTS = firmware vm kill life migration story agent replicas power_cut libvirt full_filesystem upgrade_guest
 RBD_TESTS = $(filter-out rbd_stub,$(basename $(notdir $(wildcard tests/rbd_*.rs))))
 OTHER_TESTS = $(filter-out $(VM_TESTS) $(RBD_TESTS),$(basename $(notdir $(wildcard tests/*.rs))))
 

@@ -14,23 +14,7 @@ use virtioblkd::engine::cache::CacheMode;
 
 const MIB: u64 = 1 << 20;
 
-/// fio writes and verifies from two processes, again and again until told to stop; then the guest reads the whole disk.
-const JOB: &str = concat!(
-    include_str!("guest/fio.sh"),
-    r#"
-verifying_fio 5
-( while [ ! -e /tmp/stop ]; do
-    fio --eta=never --output=/tmp/fio.out /tmp/fio.job || { cat /tmp/fio.out; exit 1; }
-  done ) &
-echo "@begin"
-ask stop
-touch /tmp/stop
-wait $! || exit 1
-sync
-sha256sum </dev/vda
-ask compare
-"#
-);
+const JOB: &str = concat!(include_str!("guest/fio.sh"), include_str!("guest/until_told.sh"));
 
 struct World {
     server: Option<Server>,
