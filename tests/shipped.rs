@@ -44,8 +44,8 @@ fn every_key_of_the_example_disk_is_an_option() {
 fn every_option_that_the_pages_name_exists() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut known = virtioblkd("--help") + " --help ";
-    let commands =
-        ["quiesce", "resume", "resize", "status", "snapshot", "attend"].map(|command| vec![command, "--help"]);
+    let commands = ["quiesce", "resume", "resize", "status", "snapshot", "attend", "upgrade"]
+        .map(|command| vec![command, "--help"]);
     for words in [vec!["--help"]].into_iter().chain(commands) {
         let output =
             Command::new(env!("CARGO_BIN_EXE_virtioblkctl")).args(words).output().expect("virtioblkctl starts");
@@ -72,14 +72,16 @@ fn every_option_that_the_pages_name_exists() {
 
 #[test]
 fn systemd_takes_the_units() {
-    systemd_takes("virtioblkd@", "/usr/local/bin/virtioblkd", env!("CARGO_BIN_EXE_virtioblkd"));
-    systemd_takes("virtioblk-attend@", "/usr/local/bin/virtioblkctl", env!("CARGO_BIN_EXE_virtioblkctl"));
+    systemd_takes("virtioblkd@");
+    systemd_takes("virtioblk-attend@");
 }
 
-fn systemd_takes(name: &str, installed: &str, built: &str) {
+fn systemd_takes(name: &str) {
     let dir = tempfile::tempdir().expect("a directory");
-    // Verification looks for the program.
-    let unit = read(&format!("systemd/{name}.service")).replace(installed, built);
+    // Verification looks for the programs.
+    let unit = read(&format!("systemd/{name}.service"))
+        .replace("/usr/local/bin/virtioblkd", env!("CARGO_BIN_EXE_virtioblkd"))
+        .replace("/usr/local/bin/virtioblkctl", env!("CARGO_BIN_EXE_virtioblkctl"));
     let path = dir.path().join(format!("{name}example.service"));
     fs::write(&path, unit).expect("room");
     match Command::new("systemd-analyze").args(["verify", "--recursive-errors=no"]).arg(&path).output() {
