@@ -6,6 +6,7 @@ mod guest;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Child;
 
 use guest::qemu::Vm;
 use guest::server::program;
@@ -76,17 +77,19 @@ fn a_real_guest_does_not_notice_twenty_upgrades() {
     assert_eq!(server.total("errors"), 0);
     let log = server.log();
     assert_eq!(log.matches("front-end connected").count(), 1, "QEMU came again:\n{log}");
-    kill_and_follow(&server, &serving, &image, &options);
+    let mut next = kill_and_follow(&server, &serving, &image, &options);
     goes_on(&server, "the guest writes on after a kill");
     vm_ends(&mut vm, &image);
     vm.finish();
+    server.ctl_ok(&["quit"]);
+    assert!(next.wait().expect("our own child").success());
     pauses.sort_by(f64::total_cmp);
     let (median, longest) = (pauses[pauses.len() / 2], pauses[pauses.len() - 1]);
     tell(&format!("20 upgrades in all modes, paused for {median:.1} ms in the median, {longest:.1} ms at most"));
 }
 
 /// A daemon that took over is killed: what it had taken is done again by the next.
-fn kill_and_follow(server: &Server, serving: &Serving, image: &Path, options: &[&str]) {
+fn kill_and_follow(server: &Server, serving: &Serving, image: &Path, options: &[&str]) -> Child {
     let pid = serving.pid().expect("it runs");
     serving.kill();
     // A dead process that nobody has waited for yet has no program any more.
@@ -94,8 +97,9 @@ fn kill_and_follow(server: &Server, serving: &Serving, image: &Path, options: &[
     let mut command = mortal(program("virtioblkd"));
     command.arg("--socket-path").arg(server.socket()).arg("--control-path").arg(server.control());
     command.arg("--blk-file").arg(image).args(["--cache", "none"]).args(options);
-    command.spawn().expect("virtioblkd");
+    let next = command.spawn().expect("virtioblkd");
     wait_until("the next daemon is there", || server.ctl(&["status"]).status.success());
+    next
 }
 
 fn vm_ends(vm: &mut Vm, image: &Path) {
