@@ -8,6 +8,7 @@
 //! A panic in any thread ends the process at once (SIGABRT): the front-end sees that its server is gone and its QEMU
 //! reconnects to the next one, while a guest whose ring has no thread would hang and nobody would know why.
 
+mod daemon;
 mod files;
 mod frontend;
 mod inherited;
@@ -34,16 +35,17 @@ use serde_json::Value;
 use crate::config::Config;
 use crate::listen::{self, BindError};
 use crate::pidfile::PidFileError;
-use crate::sandbox::{Sandbox, SandboxError};
+use crate::sandbox::SandboxError;
 use crate::signals::Signals;
 use crate::sync::Bell;
 use crate::upgrade::DiskFacts;
-use crate::virtio::device::{HandedOver, Steps};
+use crate::virtio::hand_over::{HandedOver, Steps};
 use crate::virtio::moving::Moved;
+use daemon::Daemon;
 use files::Files;
 use frontend::FrontEnds;
 use socket::SocketError;
-use take_over::{TakeOver, TakeOverError};
+use take_over::TakeOverError;
 use upgrade::{HandOver, Outcome, Requests, Successor};
 
 /// The disk as the server drives it.
@@ -167,88 +169,31 @@ enum Ending {
     HandedOver(Successor),
 }
 
+/// A hand-over, looked at.
+enum Tended {
+    Lasts(HandOver),
+    Gone(Successor),
+    Stayed,
+}
+
 impl Server {
-    /// Serves the disk until told to end. Called by main, once, before any other thread exists.
+    /// Serves the disk until told to end, or until another process has it. Called by main, once, before any other thread
+    /// exists.
     pub fn run(config: &Config) -> Result<(), ServerError> {
         abort_on_panic();
         let signals = Signals::block().map_err(|error| ServerError::System("cannot receive signals", error))?;
         raise_descriptor_limit();
-        let sandbox = Sandbox::prepare(config).map_err(ServerError::Sandbox)?;
-        // A socket that was given to the daemon before us need not be given to us.
-        let prepare = || socket::prepare(&config.listen).map_err(ServerError::Socket);
-        let prepared = if config.take_over.is_none() { Some(prepare()?) } else { None };
-        let open = || wiring::open(config).map_err(ServerError::Image);
-        let disk = sandbox.open(open).map_err(ServerError::Sandbox)??;
-        let mut taking = config.take_over.as_deref().map(|path| TakeOver::begin(path, &*disk.served));
-        let mut taking = taking.take().transpose().map_err(ServerError::TakeOver)?;
-        let start = || -> Result<_, ServerError> {
-            let files = Files::make(config, prepared, taking.as_mut())?;
-            sandbox.enter().map_err(ServerError::Sandbox)?;
-            let (quit, requests) = (new_bell()?, Requests::new()?);
-            let control = {
-                let (quit, listener) = (Arc::clone(&quit), files.control_listener()?);
-                (disk.start_control)(listener, Arc::new(move || quit.ring()), Arc::clone(&requests))
-                    .map_err(ServerError::ControlThread)?
-            };
-            let server = Server { served: disk.served, signals, quit, requests, asked: 0 };
-            let front_ends = FrontEnds::new(Arc::clone(&server.served))?;
-            Ok((files, control, server, front_ends))
-        };
-        let started = start().inspect_err(|error| {
-            if let Some(taking) = &taking {
-                // It has the message; ours is main's to log.
-                let _ = taking.give_up(&error.to_string());
-            }
-        });
-        let (mut files, control, mut server, mut front_ends) = started?;
-        if let Some(taking) = taking {
-            let (figures, misses) = taking.finish(&*server.served, &mut front_ends).map_err(ServerError::TakeOver)?;
-            files = files.own(config);
-            let listener = files.control_listener().unwrap_or_else(|error| {
-                log::error!("{error}: the control socket is not answered");
-                None
-            });
-            if let Err(error) = control.take_over(listener, figures.clone(), misses) {
-                log::error!("the control socket is not answered: {error}");
-            }
-            log::info!("took the guest over: {figures}");
-            take_over::tell(&figures);
-        }
-        log::info!("{}: cache mode {}, serving on {}", server.served.describe(), config.cache, config.listen);
+        let mut daemon = Daemon::start(config, signals)?;
+        let describe = daemon.server.served.describe();
+        log::info!("{describe}: cache mode {}, serving on {}", config.cache, config.listen);
         notify::systemd("READY=1");
-        let served = server.serve(&files, &mut front_ends);
-        if let Ok(Ending::HandedOver(successor)) = served {
-            log::info!("another process (pid {}) serves the disk: ending", successor.pid);
-            notify::systemd(&format!("MAINPID={}", successor.pid));
-            files.give(successor.keeps);
-            drop(control);
-            front_ends.see_off();
-            return Ok(());
+        match daemon.server.serve(&daemon.files, &mut daemon.front_ends) {
+            Ok(Ending::HandedOver(successor)) => {
+                daemon.leave(successor);
+                Ok(())
+            }
+            served => daemon.end(served.map(drop)),
         }
-        // From here whoever connects learns at once that nobody serves.
-        let _files = files.stop_listening();
-        notify::systemd("STOPPING=1");
-        let ended = server.end();
-        if matches!(ended, Err(ServerError::Impatient(_))) {
-            // Its thread may wait for the disk.
-            std::mem::forget(control);
-        } else {
-            // Before the guard: the thread ends, then the path goes.
-            drop(control);
-        }
-        if let (Err(error), Err(_)) = (&served, &ended) {
-            log::error!("{error}");
-        }
-        ended?;
-        // All is synced. What is left may hang for ever (librbd closing an image whose cluster is gone), and a second
-        // signal ends it.
-        if let Err(error) = server.signals.release() {
-            log::warn!("a second signal will not be heard: {error}");
-        }
-        // A library's exit handlers must not run while another thread lets go of the image.
-        served?;
-        front_ends.see_off();
-        Ok(())
     }
 
     /// Serves one front-end after another until told to end, or until another process has the disk.
@@ -275,19 +220,13 @@ impl Server {
                 told_to_end = true;
             }
             if let Some(running) = handing.take() {
-                if told_to_end {
-                    running.cancel();
-                }
-                if self.asked > 1 {
-                    return Err(ServerError::Impatient(self.undone(Signal::SIGTERM, false)));
-                }
-                if !running.done.was_rung() {
-                    handing = Some(running);
-                    continue;
-                }
-                match running.outcome() {
-                    Outcome::Gone(successor) => return Ok(Ending::HandedOver(successor)),
-                    Outcome::Stayed(why) => upgrade::stayed(&self.requests, &why),
+                match self.tend_hand_over(running, told_to_end)? {
+                    Tended::Lasts(running) => {
+                        handing = Some(running);
+                        continue;
+                    }
+                    Tended::Gone(successor) => return Ok(Ending::HandedOver(successor)),
+                    Tended::Stayed => {}
                 }
             }
             if told_to_end {
@@ -302,6 +241,26 @@ impl Server {
             }
             front_ends.tend(&files.front)?;
         }
+    }
+
+    /// Looks how far a hand-over is. Never blocks.
+    fn tend_hand_over(&self, running: HandOver, told_to_end: bool) -> Result<Tended, ServerError> {
+        if told_to_end {
+            running.cancel();
+        }
+        if self.asked > 1 {
+            return Err(ServerError::Impatient(self.undone(Signal::SIGTERM, false)));
+        }
+        if !running.done.was_rung() {
+            return Ok(Tended::Lasts(running));
+        }
+        Ok(match running.outcome() {
+            Outcome::Gone(successor) => Tended::Gone(successor),
+            Outcome::Stayed(why) => {
+                upgrade::stayed(&self.requests, &why);
+                Tended::Stayed
+            }
+        })
     }
 
     /// The signal that came, if one did.

@@ -6,12 +6,13 @@ mod driver;
 mod upgrade_kit;
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
 
 use driver::load::{Load, holds};
 use driver::{ALL, Driver, F_FLUSH};
-use rustix::process::Pid;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use upgrade_kit::{Disk, SIZE, contains, wait_until};
 
@@ -266,4 +267,56 @@ fn a_driver_that_cannot_flush_is_served_durably_after_a_change() {
         wait_until("the driver is there", || disk.status()["driver-ready"] == true);
         assert_ne!(disk.status()["write-acknowledged"], "when durable", "{to}");
     }
+}
+
+/// Told to end in the middle of a hand-over, the daemon does so in order: the guest is its own again first.
+#[test]
+fn the_end_comes_before_a_hand_over() {
+    let mut disk = Disk::serve(&["--cache", "writeback"]);
+    let mut guest = Driver::connect_soon(&disk.path("vhost"), 1, 64, 1 << 20, ALL);
+    guest.fill(0, &[4; 4096]);
+    assert_eq!(guest.one(0, |guest, id| guest.write(0, 0, 0, 4096, id)), 0);
+    let mut new = NewDaemon::begin(&disk);
+    new.ready();
+    assert!(new.hear()["State"].is_object());
+    kill_process(disk.pid(), Signal::TERM).unwrap();
+    assert!(disk.child.wait().unwrap().success(), "{}", disk.log());
+    contains(&disk.log(), &["the upgrade failed", "drained and synced"]);
+    for name in ["vhost", "control", "pid"] {
+        assert!(!disk.path(name).exists(), "{name} is left behind");
+    }
+    assert_eq!(disk.image()[..4096], [4; 4096]);
+}
+
+/// Without virtioblkctl, as a script or a unit does it; and to other sockets, while the old ones go.
+#[test]
+fn a_daemon_can_be_started_by_hand_and_on_other_sockets() {
+    let disk = Disk::serve(&["--cache", "none"]);
+    let load = Load::start(&disk.path("vhost"));
+    load.wait_for(50);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_virtioblkd"))
+        .current_dir(&disk.dir)
+        .args(["--socket-path", "vhost2", "--control-path", "control", "--pid-file", "pid", "--blk-file", "disk.img"])
+        .args(["--take-over", "control", "--cache", "directsync"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let said: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(said["took-over"]["from-pid"], json!(disk.child.id()));
+    load.wait_for(50);
+    assert_eq!(disk.pid(), Pid::from_child(&child));
+    contains(&disk.ctl_ok(&["status"]), &["directsync", "took over from pid"]);
+    wait_until("the old socket goes", || !disk.path("vhost").exists());
+    assert!(disk.path("vhost2").exists());
+    check(&disk, &load, "by hand");
+    load.stop();
+    // It is one of many options that cannot be given twice, nor in a file.
+    let output = disk.ctl(&["upgrade", "--", "--take-over", "control"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    disk.ctl_ok(&["quit"]);
+    assert!(child.wait().unwrap().success());
+    assert!(!disk.path("vhost2").exists() && !disk.path("control").exists() && !disk.path("pid").exists());
 }

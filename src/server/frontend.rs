@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::socket::FrontSocket;
 use super::{Served, ServerError, new_bell};
 use crate::sync::Bell;
-use crate::virtio::device::Steps;
+use crate::virtio::hand_over::Steps;
 use crate::virtio::moving::Moved;
 
 /// How long to leave connections waiting when the process or the system is out of descriptors or memory.

@@ -18,7 +18,7 @@ use crate::client::{Client, PATIENCE};
 use crate::config::{Config, Listen};
 use crate::logging;
 use crate::upgrade::{self, Channel, Descriptors, FromNew, FromOld, Hello, Keeps, State, VERSION};
-use crate::virtio::device::Steps;
+use crate::virtio::hand_over::Steps;
 use crate::virtio::moving::Moved;
 
 /// For the other one's answers. It may have much to sync before the last of them, while its guest runs.

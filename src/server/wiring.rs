@@ -27,7 +27,7 @@ use crate::control::{self, ImageNotices};
 use crate::disk::{Copies, Disk, DiskStatus, Events, FailedRequest, ImageSnapshots};
 use crate::listen::MORE_DESCRIPTORS;
 use crate::upgrade::DiskFacts;
-use crate::virtio::device::{HandedOver, Steps};
+use crate::virtio::hand_over::{HandedOver, Steps};
 use crate::virtio::moving::Moved;
 use crate::virtio::{Device, DeviceOptions, Tuning};
 

@@ -1,22 +1,19 @@
 //! One disk: what it offers, and serving one front-end after the other.
 
-use std::io::Write;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::activation;
 use super::channel;
-use super::channel::{GET_FEATURES, SET_FEATURES, SET_PROTOCOL_FEATURES};
 use super::features;
+use super::hand_over::Ask;
 use super::handler::Handler;
-use super::moving::{Moved, Record};
 use super::request::ID_BYTES;
 use super::rings::Rings;
 use super::vanished::Wire;
@@ -24,8 +21,6 @@ use crate::backend::Backend;
 use crate::disk::Events;
 use crate::engine::{CacheMode, OnError};
 use crate::sync::Bell;
-use crate::sys;
-use crate::upgrade::{self, Descriptors, DiskFacts};
 
 /// What an operator chooses about the device.
 #[derive(Clone, Debug)]
@@ -81,9 +76,9 @@ pub(super) struct Identity {
 
 /// A virtio-blk device on a back-end. Made by main; `serve` runs in the vhost-user thread.
 pub struct Device {
-    rings: Arc<Rings>,
+    pub(super) rings: Arc<Rings>,
     offer: Offer,
-    identity: Arc<Identity>,
+    pub(super) identity: Arc<Identity>,
     connection: Mutex<Connection>,
     /// `connection.front_end` became `None`.
     left: Condvar,
@@ -91,102 +86,34 @@ pub struct Device {
 
 /// Whether somebody is served, and whether anybody may be.
 #[derive(Default)]
-struct Connection {
+pub(super) struct Connection {
     /// The front-end's, from the start of `serve` to its end.
-    front_end: Option<Line>,
+    pub(super) front_end: Option<Line>,
     /// Another process is to take it over.
-    ask: Option<Ask>,
+    pub(super) ask: Option<Ask>,
     /// `shutdown` was called.
     closed: bool,
 }
 
 /// The front-end's socket, and the bell by which its thread is told of other things.
-struct Line {
-    stream: UnixStream,
-    bell: Arc<Bell>,
+pub(super) struct Line {
+    pub(super) stream: UnixStream,
+    pub(super) bell: Arc<Bell>,
 }
-
-/// To the vhost-user thread, between two messages: come to a stand, and hand the connection out.
-struct Ask {
-    patience: Duration,
-    /// And when nothing was in flight any more.
-    answer: mpsc::Sender<Result<(Moved, u64), String>>,
-    /// Something: another process has it. An end: go on.
-    verdict: mpsc::Receiver<()>,
-}
-
-/// A disk that stands still for another process. Dropped, it goes on here.
-pub(crate) struct HandedOver {
-    /// The front-end's connection.
-    pub(crate) moved: Option<Moved>,
-    /// When the disk began to come to a stand ([`upgrade::monotonic`]).
-    pub(crate) since: u64,
-    /// Nanoseconds until nothing was in flight.
-    pub(crate) drained_in: u64,
-    device: Arc<Device>,
-    commit: Option<mpsc::Sender<()>>,
-}
-
-impl HandedOver {
-    /// The other process has it: nothing here touches the image any more, and the vhost-user thread ends.
-    pub(crate) fn commit(mut self) {
-        if let Some(commit) = self.commit.take() {
-            // Without a connection nobody waits for it.
-            let _ = commit.send(());
-        }
-    }
-}
-
-impl HandedOver {
-    /// The kernel may be about to close what the other process had open.
-    fn take_back(&self) {
-        let backend = self.device.rings.backend();
-        let end = Instant::now() + TAKE_BACK;
-        while let Err(error) = backend.take_over() {
-            if Instant::now() > end {
-                log::error!("the image was given up for another process and cannot be taken back yet: {error}");
-                return;
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
-    }
-}
-
-impl Drop for HandedOver {
-    fn drop(&mut self) {
-        if let Some(commit) = self.commit.take() {
-            self.take_back();
-            drop(commit);
-        }
-    }
-}
-
-/// The steps of [`Device::adopt`], with whoever speaks to the other process.
-pub(crate) struct Steps {
-    /// The state is taken over and the image claimed; or why not.
-    pub(crate) prepared: mpsc::Sender<Result<(), String>>,
-    /// Something: the connection is ours. An end: it is not.
-    pub(crate) go: mpsc::Receiver<()>,
-    /// Every ring has looked at what is in it.
-    pub(crate) running: mpsc::Sender<()>,
-}
-
-/// How long the image is tried to be had again before the guest's rings are left to wait for it.
-const TAKE_BACK: Duration = Duration::from_secs(2);
 
 /// What the front-end is told after [`Device::shutdown`].
-const ENDING: &str = "the daemon is ending";
+pub(super) const ENDING: &str = "the daemon is ending";
 
 /// One conversation with a front-end.
-struct Talk {
-    line: Line,
+pub(super) struct Talk {
+    pub(super) line: Line,
     wire: Arc<Wire>,
     handler: Arc<Mutex<Handler>>,
-    requests: BackendReqHandler<Mutex<Handler>>,
+    pub(super) requests: BackendReqHandler<Mutex<Handler>>,
 }
 
 impl Talk {
-    fn new(device: &Device, line: Line, stream: UnixStream) -> std::io::Result<Self> {
+    pub(super) fn new(device: &Device, line: Line, stream: UnixStream) -> std::io::Result<Self> {
         let wire = Wire::new(line.stream.try_clone()?.into())?;
         device.rings.connected();
         let handler = Handler::new(device.rings.clone(), device.offer.clone(), device.identity.clone(), wire.clone());
@@ -195,23 +122,7 @@ impl Talk {
         Ok(Talk { line, wire, handler, requests })
     }
 
-    /// The same for a connection on which the features were settled already. The message layer learns them from messages
-    /// alone: so it first has a connection to us, on which we say them again, and then the real one in its place.
-    fn replayed(device: &Device, line: Line, record: &Record) -> std::io::Result<Self> {
-        let (here, there) = UnixStream::pair()?;
-        let mut talk = Talk::new(device, line, there)?;
-        let (features, protocol_features) = record.negotiated();
-        let mut messages = vec![(GET_FEATURES, None), (SET_PROTOCOL_FEATURES, Some(protocol_features))];
-        messages.extend(features.map(|features| (SET_FEATURES, Some(features))));
-        for (request, argument) in messages {
-            (&here).write_all(&channel::message(request, argument))?;
-            talk.requests.handle_request().map_err(std::io::Error::other)?;
-        }
-        sys::replace(&talk.requests, talk.line.stream.as_fd())?;
-        Ok(talk)
-    }
-
-    fn ours(&self) -> MutexGuard<'_, Handler> {
+    pub(super) fn ours(&self) -> MutexGuard<'_, Handler> {
         self.handler.lock().expect("no panic while held")
     }
 
@@ -285,45 +196,8 @@ impl Device {
         Ok(self.converse(talk))
     }
 
-    /// Goes on with a connection that another process served ([`crate::upgrade`]), then as [`Device::serve`].
-    pub(crate) fn adopt(&self, moved: Moved, steps: &Steps) -> std::io::Result<String> {
-        let Moved { stream, record, mut descriptors } = moved;
-        let Some(line) = self.begin(&stream)? else { return Ok(ENDING.into()) };
-        let ready = Talk::replayed(self, line, &record).and_then(|talk| {
-            talk.ours().take_over(record, &mut descriptors).map_err(std::io::Error::other)?;
-            if talk.ours().claim() {
-                return Ok(talk);
-            }
-            // Told of by the claim.
-            Err(std::io::Error::other("the image is not given to us; see the log"))
-        });
-        let (talk, told) = match ready {
-            Ok(talk) => (Some(talk), Ok(())),
-            Err(error) => (None, Err(format!("the front-end's connection cannot be taken over: {error}"))),
-        };
-        // Nobody listens: the hand-over is off.
-        let told = steps.prepared.send(told).is_ok();
-        match talk {
-            Some(talk) if told && steps.go.recv() == Ok(()) => {
-                talk.ours().go_on();
-                talk.ours().have_looked();
-                // Only for the measure.
-                let _ = steps.running.send(());
-                Ok(self.converse(talk))
-            }
-            talk => {
-                if let Some(talk) = talk {
-                    talk.ours().let_go();
-                }
-                self.rings.disconnected("it stays where it was");
-                self.left();
-                Ok("it stays with the daemon that had it".into())
-            }
-        }
-    }
-
     /// Somebody is connected from now on. `None`: nobody may be.
-    fn begin(&self, stream: &UnixStream) -> std::io::Result<Option<Line>> {
+    pub(super) fn begin(&self, stream: &UnixStream) -> std::io::Result<Option<Line>> {
         let line = Line { stream: stream.try_clone()?, bell: Arc::new(Bell::new()?) };
         let mut connection = self.lock();
         if connection.closed {
@@ -334,7 +208,7 @@ impl Device {
     }
 
     /// Nobody is connected any more.
-    fn left(&self) {
+    pub(super) fn left(&self) {
         let mut connection = self.lock();
         connection.front_end = None;
         // Dropped, which is an answer, too.
@@ -344,7 +218,7 @@ impl Device {
     }
 
     /// Message after message, to the end.
-    fn converse(&self, mut talk: Talk) -> String {
+    pub(super) fn converse(&self, mut talk: Talk) -> String {
         let watch = self.watch_for_stalls();
         let end = loop {
             let timeout = talk.ours().waits_for_image().then_some(activation::RETRY);
@@ -383,84 +257,6 @@ impl Device {
         self.rings.disconnected(&why);
         self.left();
         why
-    }
-
-    /// Whether another process has the connection now: [`Device::hand_over`] asked for it, and committed.
-    fn was_handed_over(&self, talk: &Talk) -> bool {
-        talk.line.bell.was_rung();
-        let Some(Ask { patience, answer, verdict }) = self.lock().ask.take() else { return false };
-        let moved = Self::bring_to_a_stand(talk, patience);
-        let stands = moved.is_ok();
-        // Whoever asked waits for the answer, and is gone only with the process.
-        let heard = answer.send(moved).is_ok();
-        if stands && heard && verdict.recv() == Ok(()) {
-            return true;
-        }
-        talk.ours().go_on();
-        false
-    }
-
-    /// The connection, and when nothing was in flight any more.
-    fn bring_to_a_stand(talk: &Talk, patience: Duration) -> Result<(Moved, u64), String> {
-        let (mut drained, mut handler, mut descriptors) = (0, talk.ours(), Descriptors::default());
-        handler.stand_still(patience, || drained = upgrade::monotonic())?;
-        let record = handler.record(&mut descriptors);
-        let moved = record.and_then(|record| Ok(Moved { stream: talk.line.stream.try_clone()?, record, descriptors }));
-        let moved = moved.map_err(|error| format!("no descriptor is left to hand the connection over: {error}"))?;
-        Ok((moved, drained))
-    }
-
-    /// Brings the disk to a stand and hands out the front-end's connection, if there is one, for another process to go on
-    /// with. Everything acknowledged is durable then, and nothing changes the image until the value returned is dropped,
-    /// which makes the disk go on here; after [`HandedOver::commit`] it never does. Errors say the cause and the mend, and
-    /// the disk goes on. `patience`: for requests in flight. A thread of its own; nobody may begin to be served meanwhile.
-    pub(crate) fn hand_over(self: &Arc<Self>, patience: Duration) -> Result<HandedOver, String> {
-        let since = upgrade::monotonic();
-        let (answer, answered) = mpsc::channel();
-        let (commit, verdict) = mpsc::channel();
-        let bell = {
-            let mut connection = self.lock();
-            let bell = connection.front_end.as_ref().map(|line| line.bell.clone());
-            connection.ask = bell.as_ref().map(|_| Ask { patience, answer, verdict });
-            bell
-        };
-        let mut moved = None;
-        if let Some(bell) = bell {
-            bell.ring();
-            let heard = answered.recv_timeout(patience);
-            if matches!(heard, Err(RecvTimeoutError::Timeout)) && self.lock().ask.take().is_some() {
-                return Err("the front-end is in the middle of a message: see whether its QEMU hangs".into());
-            }
-            // The connection may have ended at the same time: then nobody is connected.
-            let heard = heard.or_else(|_| answered.recv());
-            moved = heard.ok().transpose()?;
-        }
-        if moved.is_none() {
-            let synced = self.rings.sync();
-            synced.map_err(|error| format!("the image cannot be synced: {error}; mend the storage"))?;
-        }
-        let (moved, drained) = moved.unzip();
-        self.rings.backend().hand_over();
-        let drained_in = drained.map_or(0, |drained| drained - since);
-        Ok(HandedOver { moved, since, drained_in, device: self.clone(), commit: Some(commit) })
-    }
-
-    /// Syncs while the rings run, so that little is left for [`Device::hand_over`]. The same thread.
-    pub(crate) fn sync_ahead(&self) -> std::io::Result<()> {
-        self.rings.sync()
-    }
-
-    /// The image, and what the guest was told of it. `None`: no other process can have it.
-    pub(crate) fn facts(&self) -> Option<DiskFacts> {
-        let geometry = self.rings.backend().geometry();
-        Some(DiskFacts {
-            image: self.rings.backend().identity()?,
-            size: self.rings.capacity().get(),
-            logical_block: geometry.logical_block,
-            read_only: geometry.read_only,
-            num_queues: self.identity.num_queues,
-            queue_size: self.identity.queue_size,
-        })
     }
 
     /// The image has `bytes` now, more or fewer: GET_CONFIG says so, requests beyond the end fail with
@@ -502,7 +298,7 @@ impl Device {
         until
     }
 
-    fn lock(&self) -> MutexGuard<'_, Connection> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Connection> {
         self.connection.lock().expect("no panic while held")
     }
 }

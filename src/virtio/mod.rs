@@ -17,6 +17,7 @@
 //! | `activation` | whether the image is ours to use |
 //! | `capacity` | the disk's size, and telling the front-end that it changed |
 //! | `channel` | the front-end's channel for our requests |
+//! | `hand_over` | the device gives its front-end to another process, or takes one |
 //! | `moving` | a connection that another process goes on with, or we |
 //! | `vanished` | memory that the front-end takes away ends its connection only (unsafe) |
 //! | `rings` | what outlives a connection: the operator's hold, errors, status |
@@ -35,6 +36,7 @@ pub mod device;
 mod dirty;
 mod errors;
 pub mod features;
+pub(crate) mod hand_over;
 mod handler;
 mod inflight;
 mod memory;

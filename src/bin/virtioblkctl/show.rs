@@ -114,6 +114,11 @@ pub fn status(status: &Value) -> String {
     let daemon = &status["daemon"];
     let up = time(number(&daemon["uptime-seconds"]) * 1000);
     line("daemon", format!("virtioblkd {}, pid {}, up {up}", clean(&daemon["version"]), daemon["pid"]));
+    if let (Some(from), Some(pause)) =
+        (daemon["took-over"]["from-pid"].as_u64(), daemon["took-over"]["pause-us"].as_f64())
+    {
+        line("", format!("took over from pid {from}, the guest was paused for {:.1} ms", pause / 1e3));
+    }
     page
 }
 
