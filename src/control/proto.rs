@@ -29,7 +29,7 @@
 //! | `prepared` | `id`, and `level` or `error` | nothing |
 //! | `unattend` | | nothing |
 //! | `query-command-line` | | `program`, `arguments`, `directory`, `notify-socket`: how the daemon was started |
-//! | `hand-over` | `version` | nothing; then this connection speaks another protocol: [`crate::upgrade`] |
+//! | `hand-over` | `version` | nothing; then this connection speaks another protocol (`src/upgrade/mod.rs`) |
 //! | `quit` | | nothing; then the daemon ends in order, as by SIGTERM |
 //!
 //! A quiesce ends by `resume`, when its lease runs out, and, unless `detached`, with the connection that asked for it
