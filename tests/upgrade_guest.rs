@@ -57,7 +57,7 @@ fn a_real_guest_does_not_notice_twenty_upgrades() {
     let mut vm = qemu::linux_full(2, JOB).vhost_user_disk(&server.socket(), ",num-queues=2").start();
     vm.until_asked("stop");
     let mut monitor = vm.qmp();
-    let mut pauses = Vec::new();
+    let (mut pauses, mut dirty_before) = (Vec::new(), 0);
     for round in 0..20 {
         let mode = ["directsync", "writeback", "writethrough", "none", "unsafe"][round % 5];
         let figures = server.ctl_ok(&["upgrade", "--json", "--", "--cache", mode]);
@@ -72,7 +72,16 @@ fn a_real_guest_does_not_notice_twenty_upgrades() {
             goes_on(&server, "the guest writes on after a stop");
             server.ctl_ok(&["quiesce", "--", "true"]);
         }
+        if mode == "unsafe" {
+            monitor.execute("stop", json!({}));
+            dirty_before = dirty_before.max(oracle::dirty_pages(&image).unwrap_or(1));
+            server.ctl_ok(&["upgrade", "--", "--cache", "directsync"]);
+            assert_eq!(oracle::dirty_pages(&image).unwrap_or(0), 0, "what 'unsafe' left behind is not durable");
+            monitor.execute("cont", json!({}));
+            goes_on(&server, "the guest writes on after 'unsafe'");
+        }
     }
+    assert!(dirty_before > 0, "'unsafe' left nothing behind: this test would not notice");
     server.ctl_ok(&["upgrade", "--", "--cache", "none"]);
     assert_eq!(server.total("errors"), 0);
     let log = server.log();

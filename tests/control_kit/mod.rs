@@ -6,13 +6,13 @@ use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use virtioblkd::backend::{Notices, QuiesceAsk};
-use virtioblkd::control::{ImageNotices, Info, Server, Setup};
+use virtioblkd::control::{ImageNotices, Info, Server, Setup, Upgrade};
 use virtioblkd::disk::{
     CopyError, Disk, DiskStatus, Event, Events, FailedRequest, HoldFigures, ImageSnapshots, ImageStatus, LastError,
     RingStatus,
@@ -244,6 +244,10 @@ pub struct Served {
     pub notices: Arc<ImageNotices>,
     /// The sizes that were passed on.
     pub sizes: Arc<Mutex<Vec<u64>>>,
+    /// Connections that asked for the hand-over, and whether an attendant was relied on.
+    pub handed_over: Arc<Mutex<Vec<(UnixStream, bool)>>>,
+    /// A hand-over is under way; and about to be decided.
+    pub upgrading: (Arc<AtomicBool>, Arc<AtomicBool>),
     server: Option<Server>,
     attended: bool,
     _dir: tempfile::TempDir,
@@ -290,17 +294,23 @@ impl Served {
             changed: Condvar::new(),
             events,
         });
-        let (quits, sizes) = (Arc::default(), Arc::default());
+        let (quits, sizes, handed_over, upgrading) = Default::default();
         let notices = ImageNotices::new().unwrap();
         let attended = false;
-        let mut served = Served { disk, path, quits, notices, sizes, server: None, attended, _dir: dir };
+        let mut served =
+            Served { disk, path, quits, notices, sizes, handed_over, upgrading, server: None, attended, _dir: dir };
         served.serve(mode, store_timeout);
         served
     }
 
     fn serve(&mut self, mode: Option<u32>, store_timeout: Duration) {
         self.notices = ImageNotices::new().unwrap();
-        let (quits, sizes) = (self.quits.clone(), self.sizes.clone());
+        let (quits, sizes, handed_over) = (self.quits.clone(), self.sizes.clone(), self.handed_over.clone());
+        let upgrade = Upgrade {
+            begin: Box::new(move |stream, relied_on| handed_over.lock().unwrap().push((stream, relied_on))),
+            under_way: self.upgrading.0.clone(),
+            leaving: self.upgrading.1.clone(),
+        };
         let setup = Setup {
             disk: self.disk.clone(),
             events: self.disk.events.clone(),
@@ -312,7 +322,7 @@ impl Served {
                 quits.fetch_add(1, Ordering::SeqCst);
             }),
             info: Info { vhost_socket: "/run/vhost.sock".into(), command_line: None },
-            upgrade: None,
+            upgrade: Some(upgrade),
         };
         let listener = mode.map(|mode| bind_soon(&self.path, mode));
         self.server = Some(Server::start(listener, setup).unwrap());
@@ -366,6 +376,12 @@ impl Served {
     /// From its next start on, somebody must attend it.
     pub fn must_be_attended(&mut self) {
         self.attended = true;
+    }
+
+    /// As after a hand-over from a process that relied on an attendant, or did not.
+    pub fn took_over(&self, figures: Value, misses: bool) {
+        let listener = bind_soon(&self.path, 0o600);
+        self.server.as_ref().unwrap().take_over(Some(listener), figures, misses).unwrap();
     }
 
     pub fn stop(&mut self) {

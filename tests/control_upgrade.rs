@@ -1,0 +1,134 @@
+//! The control room's part of an upgrade in place: when a hand-over may begin, what is refused while it lasts, and whose
+//! the clients are.
+
+mod control_kit;
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
+
+use control_kit::*;
+use serde_json::{Value, json};
+use virtioblkd::backend::Notices;
+use virtioblkd::engine::Errno;
+
+fn hand_over(client: &mut Client) -> Result<Value, String> {
+    client.ask("hand-over", json!({"version": 1}))
+}
+
+/// The connection that is passed on, right after its reply; and whether an attendant is relied on.
+fn passed_on(served: &Served) -> (UnixStream, bool) {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(passed_on) = served.handed_over.lock().unwrap().pop() {
+            return passed_on;
+        }
+        assert!(Instant::now() < end, "the connection is not passed on");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn it_begins_when_nothing_would_be_lost() {
+    let served = Served::new();
+    let (mut client, mut other) = (served.client(), served.client());
+    assert_eq!(client.ask("hand-over", json!({})), Err("bad-argument".into()));
+    assert_eq!(client.ask("hand-over", json!({"version": 0})), Err("no-upgrade".into()));
+    let token = other.quiesce(json!({}));
+    assert_eq!(hand_over(&mut client), Err("not-now".into()));
+    other.ask("resume", json!({"token": token})).unwrap();
+    // A hold that is only asked for.
+    served.disk.set(Settle::ByHand);
+    other.send(json!({"execute": "quiesce", "arguments": {"timeout-ms": 300}}).to_string());
+    served.disk.wait_closed(true);
+    assert_eq!(hand_over(&mut client), Err("not-now".into()));
+    assert_eq!(other.reply()["error"]["code"], "timeout");
+    served.disk.set(Settle::Well);
+    // Somebody else's snapshot.
+    let answer = served.store_asks();
+    assert_eq!(answer.recv_timeout(PATIENCE), Ok(Ok(())));
+    assert_eq!(hand_over(&mut client), Err("not-now".into()));
+    served.notices.unquiesce();
+    served.disk.wait_closed(false);
+    assert!(served.handed_over.lock().unwrap().is_empty());
+    assert_eq!(hand_over(&mut client), Ok(json!({})));
+}
+
+#[test]
+fn while_it_lasts_nothing_begins_that_would_end_with_this_process() {
+    let served = Served::new();
+    served.with_store();
+    let (mut client, mut other) = (served.client(), served.client());
+    assert_eq!(hand_over(&mut client), Ok(json!({})));
+    other.event("UPGRADE");
+    // The connection is the other process's way in now.
+    let (mut stream, relied_on) = passed_on(&served);
+    assert!(!relied_on);
+    client.reader.get_mut().write_all(b"from the new one").unwrap();
+    stream.set_nonblocking(false).unwrap();
+    let mut bytes = [0; 16];
+    stream.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"from the new one");
+    for (command, arguments) in [
+        ("quiesce", json!({})),
+        ("hand-over", json!({"version": 1})),
+        ("resize", json!({})),
+        ("attend", json!({})),
+        ("copy-prepare", json!({"target": "/copy"})),
+        ("image-snapshot", json!({"name": "x", "token": "y"})),
+    ] {
+        assert_eq!(other.ask(command, arguments), Err("upgrading".into()), "{command}");
+    }
+    let answer = served.store_asks();
+    assert_eq!(answer.recv_timeout(PATIENCE), Ok(Err(Errno(libc::EBUSY))));
+    assert_eq!(served.disk.closings(), 0);
+    assert!(other.ask("query-status", json!({})).is_ok());
+    // It came to nothing.
+    served.upgrading.0.store(false, SeqCst);
+    let token = other.quiesce(json!({}));
+    other.ask("resume", json!({"token": token})).unwrap();
+}
+
+#[test]
+fn clients_that_come_when_it_is_decided_wait() {
+    let served = Served::new();
+    let mut before = served.client();
+    served.upgrading.1.store(true, SeqCst);
+    let mut client = Client::new(served.raw());
+    let silent = |client: &mut Client| {
+        let stream = client.reader.get_mut();
+        stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        let read = stream.read(&mut [0]);
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        read.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
+    };
+    assert!(silent(&mut client), "it is greeted by a process that may end");
+    assert!(before.ask("query-status", json!({})).is_ok(), "who was there is answered");
+    served.upgrading.1.store(false, SeqCst);
+    assert!(client.line()["QMP"].is_object());
+}
+
+/// An attendant that the process before us relied on must be back before there is a snapshot by others.
+#[test]
+fn an_attendant_is_missed_by_the_next_process_too() {
+    let served = Served::new();
+    let (mut attendant, mut client) = (served.client(), served.client());
+    attendant.ask("attend", json!({"who": "vm1"})).unwrap();
+    assert_eq!(hand_over(&mut client), Ok(json!({})));
+    assert!(passed_on(&served).1, "it is not told");
+
+    let next = Served::start(None, PATIENCE);
+    next.took_over(json!({"pause-us": 7}), true);
+    let mut watcher = next.client();
+    let status = watcher.ask("query-status", json!({})).unwrap();
+    assert_eq!(status["daemon"]["took-over"], json!({"pause-us": 7}));
+    assert_eq!(status["attendant"]["present"], false);
+    assert_eq!(next.store_asks().recv_timeout(PATIENCE), Ok(Err(Errno(libc::EBUSY))));
+    let mut attendant = next.client();
+    attendant.ask("attend", json!({})).unwrap();
+    let answer = next.store_asks();
+    let id = attendant.event("PREPARE")["id"].take();
+    attendant.ask("prepared", json!({"id": id})).unwrap();
+    assert_eq!(answer.recv_timeout(PATIENCE), Ok(Ok(())));
+}
