@@ -173,6 +173,15 @@ fn a_program_that_does_not_take_over_changes_nothing() {
 }
 
 #[test]
+fn a_disk_in_memory_stays_where_it_is() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let disk = Disk::serve_in(dir, &["--backend", "mem:4M"]);
+    let mut guest = Driver::connect_soon(&disk.path("vhost"), 1, 64, 1 << 20, ALL);
+    contains(&disk.refuses(&[]), &["lives in this process", "serves on"]);
+    assert_eq!(guest.one(0, |guest, id| guest.write(0, 0, 0, 4096, id)), 0);
+}
+
+#[test]
 fn what_would_be_lost_comes_first() {
     let disk = Disk::serve(&["--cache", "writeback", "--copy-dir", "."]);
     let mut guest = Driver::connect_soon(&disk.path("vhost"), 1, 64, 1 << 20, ALL);

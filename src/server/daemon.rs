@@ -69,7 +69,12 @@ impl Daemon {
     /// Takes the guest over. What fails after it is ours is told, and it is served.
     fn take_over(self, config: &Config, taking: TakeOver) -> Result<Daemon, ServerError> {
         let Daemon { server, mut front_ends, control, files } = self;
-        let (figures, misses) = taking.finish(&*server.served, &mut front_ends).map_err(ServerError::TakeOver)?;
+        let taken = taking.finish(&*server.served, &mut front_ends);
+        let (figures, misses) = taken.map_err(|error| {
+            // Its thread lets go of the image, which the other one wants back.
+            front_ends.see_off();
+            ServerError::TakeOver(error)
+        })?;
         let files = files.own(config);
         let listener = files.control_listener().unwrap_or_else(|error| {
             log::error!("{error}: the control socket is not answered");

@@ -44,9 +44,7 @@ impl HandedOver {
             let _ = commit.send(());
         }
     }
-}
 
-impl HandedOver {
     /// The kernel may be about to close what the other process had open.
     fn take_back(&self) {
         let backend = self.device.rings.backend();
