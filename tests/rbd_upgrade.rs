@@ -41,7 +41,7 @@ fn an_image_goes_over_with_its_lock_in_every_mode() {
     let load = Load::start(&server.socket());
     load.wait_for(50);
     let mut pauses = Vec::new();
-    for mode in ["writeback", "writethrough", "unsafe", "directsync", "none", "writeback", "unsafe"] {
+    for mode in ["writeback", "writethrough", "unsafe", "directsync", "none"] {
         let figures = server.ctl_ok(&["upgrade", "--json", "--", "--cache", mode]);
         let figures: Value = serde_json::from_str(&figures).expect("figures");
         pauses.push(figures["pause-us"].as_f64().expect("a number") / 1000.0);

@@ -85,6 +85,10 @@ impl<L: Layer> Backend for L {
         self.image().identity()
     }
 
+    fn settle(&self) {
+        self.image().settle();
+    }
+
     fn hand_over(&self) {
         self.image().hand_over();
     }

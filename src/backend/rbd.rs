@@ -305,6 +305,10 @@ impl Backend for RbdBackend {
         Some(format!("rbd {}{conf}", self.shared.name))
     }
 
+    fn settle(&self) {
+        self.shared.lock.settle();
+    }
+
     fn hand_over(&self) {
         self.shared.lock.hand_over();
     }

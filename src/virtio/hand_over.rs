@@ -88,7 +88,9 @@ impl Device {
         let Some(line) = self.begin(&stream)? else { return Ok(ENDING.into()) };
         let ready = Talk::replayed(self, line, &record).and_then(|talk| {
             talk.ours().take_over(record, &mut descriptors).map_err(std::io::Error::other)?;
+            log::debug!("hand-over: the connection's state is taken over");
             if talk.ours().claim() {
+                log::debug!("hand-over: the image is claimed");
                 return Ok(talk);
             }
             // Told of by the claim.
@@ -181,6 +183,7 @@ impl Device {
 
     /// Syncs while the rings run, so that little is left for [`Device::hand_over`]. The same thread.
     pub(crate) fn sync_ahead(&self) -> std::io::Result<()> {
+        self.rings.backend().settle();
         self.rings.sync()
     }
 

@@ -110,12 +110,16 @@ impl Handler {
             return Err(why);
         }
         drained();
+        log::debug!("hand-over: nothing is in flight");
         self.stop_all(Stop::ToGoOn);
+        log::debug!("hand-over: the rings are stopped");
         if let Err(error) = self.rings.sync() {
             self.start_all();
             return Err(format!("what the guest wrote cannot be synced: {error}; mend the storage"));
         }
+        log::debug!("hand-over: all is synced");
         self.activation.release(&self.rings);
+        log::debug!("hand-over: the image is let go");
         Ok(())
     }
 

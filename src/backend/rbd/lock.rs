@@ -3,6 +3,8 @@
 
 use std::io;
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::attempt::{Attempt, Progress};
 use super::takeover::StateFile;
@@ -16,10 +18,17 @@ pub(super) struct Lock {
     state: Mutex<State>,
 }
 
+/// librbd tells all who have the image open that it took the lock, waits so long for their answers, and releases the lock
+/// only then. One that is just closing the image, such as the process that the guest came from, may not answer: seen with
+/// librbd 1.16 where a release followed within that time.
+const TELLING: Duration = Duration::from_millis(5200);
+
 #[derive(Default)]
 struct State {
     active: bool,
     held: bool,
+    /// When it was taken.
+    since: Option<Instant>,
     /// Who had the lock at the last try.
     waits_for: Option<String>,
     attempt: Option<Arc<Attempt>>,
@@ -28,6 +37,14 @@ struct State {
 impl Lock {
     pub(super) fn new(wanted: bool, file: Option<StateFile>) -> Self {
         Lock { wanted, file, state: Mutex::default() }
+    }
+
+    /// Returns when the lock can be released without a wait.
+    pub(super) fn settle(&self) {
+        let since = self.state.lock().expect("no panic while held").since;
+        if let Some(rest) = since.and_then(|since| TELLING.checked_sub(since.elapsed())) {
+            thread::sleep(rest);
+        }
     }
 
     /// Another process goes on with the image, after `deactivate`.
@@ -67,6 +84,7 @@ impl Lock {
             }
             take(shared, &mut state)?;
             state.held = true;
+            state.since = Some(Instant::now());
             self.sign(shared);
             shared.trouble.is_writable_again(&shared.news);
         }
