@@ -236,6 +236,7 @@ fn a_socket_that_was_given_and_the_service_manager() {
         assert_eq!(guest.read(0, 0, 512), (OK, vec![5; 512]));
     }
     drop(guest);
+    wait_until("it is gone", || disk.status()["connected"] == false);
     let mut guest = FrontEnd::connect(&disk.path("vhost"), 1, RING, ALL);
     assert_eq!(guest.read(0, 0, 512), (OK, vec![5; 512]));
 }

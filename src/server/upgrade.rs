@@ -127,7 +127,7 @@ impl HandOver {
         let failed = |error: io::Error| format!("no thread or descriptor left for it: {error}");
         let line = stream.try_clone().map_err(failed)?;
         let channel = Channel::new(stream).map_err(failed)?;
-        let hello = estate.hello(&**served, misses_attendant).inspect_err(|why| refuse(&channel, why))?;
+        let hello = estate.hello(&**served, misses_attendant);
         let done = Bell::new().map(Arc::new).map_err(failed)?;
         let (served, finished, leaving) = (served.clone(), done.clone(), requests.leaving.clone());
         let work = move || {
@@ -168,13 +168,15 @@ fn refuse(channel: &Channel, why: &str) {
 fn give(
     channel: &Channel,
     served: &dyn Served,
-    (hello, descriptors): (Hello, Descriptors),
+    hello: Result<(Hello, Descriptors), String>,
     leaving: &AtomicBool,
 ) -> Result<Successor, String> {
     match next(channel, UNHURRIED)? {
         FromNew::Begin => {}
         _ => return Err(OUT_OF_TURN.into()),
     }
+    // Not before the other one has said that it is done with the control socket's own language.
+    let (hello, descriptors) = hello?;
     send(channel, &FromOld::Hello(Box::new(hello)), &descriptors.into_list())?;
     let keeps = match next(channel, UNHURRIED)? {
         FromNew::Ready(keeps) => keeps,
