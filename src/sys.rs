@@ -106,3 +106,11 @@ pub(crate) fn replace(descriptor: &impl AsRawFd, by: BorrowedFd<'_>) -> io::Resu
     // SAFETY: both are open, since their owners are borrowed, and the number is the same owner's before and after.
     check(unsafe { libc::dup3(by.as_raw_fd(), descriptor.as_raw_fd(), libc::O_CLOEXEC) })
 }
+
+/// Adds one to the eventfd `fd`. Not by glibc's write(2), which is a cancellation point: that costs a tenth of the call.
+pub(crate) fn signal(fd: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: `fd` owns the descriptor, and is borrowed for longer than the call.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+    rustix::io::write(fd, &1u64.to_ne_bytes())?;
+    Ok(())
+}

@@ -12,6 +12,7 @@ use super::super::request::{self, Segment, Status};
 use super::{Slot, Worker};
 use crate::disk::Event;
 use crate::engine::{Errno, Kind};
+use crate::sys;
 
 impl Worker {
     /// The engine is done with a request.
@@ -129,7 +130,9 @@ impl Worker {
         match wanted {
             Ok(true) => {
                 add(&self.counters.interrupts, 1);
-                if let Err(error) = ring.signal_used_queue() {
+                if let Some(call) = ring.get_call()
+                    && let Err(error) = sys::signal(call)
+                {
                     log::debug!("ring {}: the call descriptor does not take a signal: {error}", self.setup.index);
                 }
             }
