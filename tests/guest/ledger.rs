@@ -33,10 +33,15 @@ impl Ledger {
 
     /// Starts it, or starts it again after the guest was.
     pub fn start(&mut self, vm: &mut Vm) {
+        vm.sh(&self.line());
+    }
+
+    /// The line of shell that starts it, or starts it again.
+    pub fn line(&mut self) -> String {
         let Ledger { name, device, offset, .. } = self;
         // No round twice, or a block of the first life would pass for one of the second.
         self.last += UNHEARD + 1;
-        vm.sh(&format!("keep {device} {name} {offset} {}", self.last));
+        format!("keep {device} {name} {offset} {}", self.last)
     }
 
     /// Takes notice of the lines that are its own. What was cut off by a reset is a smaller number, which is kept, too.

@@ -10,6 +10,7 @@ pub mod agent;
 pub mod ext4;
 pub mod files;
 pub mod ledger;
+pub mod libvirt;
 pub mod oracle;
 pub mod qemu;
 pub mod qmp;
