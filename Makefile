@@ -6,7 +6,8 @@ CARGO ?= cargo
 # A guest test is a QEMU and a server; more at once than CPUs only wait for each other.
 TEST_THREADS ?= 2
 # Tests that boot guests, and tests that start a Ceph cluster or need its headers. All others need nothing but Rust.
-VM_TESTS = firmware vm kill life migration story agent replicas power_cut libvirt full_filesystem upgrade_guest
+VM_TESTS = firmware vm kill life migration story agent replicas power_cut libvirt libvirt_moves full_filesystem \
+	upgrade_guest
 RBD_TESTS = $(filter-out rbd_stub,$(basename $(notdir $(wildcard tests/rbd_*.rs))))
 OTHER_TESTS = $(filter-out $(VM_TESTS) $(RBD_TESTS),$(basename $(notdir $(wildcard tests/*.rs))))
 
@@ -69,8 +70,8 @@ check-story: toolchain deps ## Snapshots of real guests, frozen by their agents
 check-stable: toolchain deps ## Guests that change buffers in flight, over a real md RAID1 and DRBD
 	$(CARGO) test --test replicas -- --test-threads=$(TEST_THREADS)
 
-check-libvirt: toolchain deps ## The shipped domain on a real libvirt
-	$(CARGO) test --test libvirt
+check-libvirt: toolchain deps ## The shipped domain on a real libvirt; its saves and migrations
+	$(CARGO) test --test libvirt --test libvirt_moves -- --test-threads=$(TEST_THREADS)
 
 check-power: toolchain deps ## Power cuts of a guest that serves, in every mode; minutes
 	$(CARGO) test --test power_cut -- --test-threads=$(TEST_THREADS) --nocapture

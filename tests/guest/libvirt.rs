@@ -74,10 +74,7 @@ impl Libvirt {
     }
 
     pub fn virsh(&self, arguments: &[&str]) -> Output {
-        // `virsh start` waits for ever if QEMU cannot connect to the disk.
-        let patience = PATIENCE.as_secs().to_string();
-        let mut command = as_user(self.home(), "timeout");
-        output(command.args([&patience, "virsh", "-q", "-c", "qemu:///session"]).args(arguments))
+        output(self.command("virsh").arg("-q").args(arguments))
     }
 
     /// The same; panics if it fails. Returns what it printed.
@@ -88,10 +85,11 @@ impl Libvirt {
         String::from_utf8(output.stdout).expect("text").trim().to_owned()
     }
 
-    /// A program as the user whose daemon this is.
+    /// A program as the user whose daemon this is, for so long as a test is patient: what waits for a QEMU that cannot
+    /// connect to its disk waits for ever.
     pub fn command(&self, program: &str) -> Command {
-        let mut command = as_user(self.home(), program);
-        command.env("LIBVIRT_DEFAULT_URI", "qemu:///session");
+        let mut command = as_user(self.home(), "timeout");
+        command.env("LIBVIRT_DEFAULT_URI", "qemu:///session").args([&PATIENCE.as_secs().to_string(), program]);
         command
     }
 
