@@ -12,7 +12,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use front_end::*;
-use guest::{Qmp, Server, qemu, tell, wait_until};
+use guest::{Qmp, Server, Vm, oracle, qemu, tell, wait_until};
 use serde_json::json;
 use virtioblkd::engine::CacheMode;
 
@@ -176,4 +176,125 @@ fn a_real_guest_waits_for_room_whatever_becomes_of_its_server() {
     assert!(status.success(), "{log}");
     let bytes = fs::read(image).expect("the image");
     assert!(bytes[..4 << 20].iter().all(|byte| *byte == b'w'), "what was acknowledged is there");
+}
+
+/// `put N`: 64 KiB of Ns at N times 128 KiB, in the background; then says whether the kernel saw an error.
+const PUT: &str = r#"
+put() {
+    ( tr '\0' "$1" </dev/zero | dd of=/dev/vda bs=64k count=1 seek=$(($1 * 2)) iflag=fullblock oflag=direct \
+        conv=notrunc 2>/dev/null; echo "@put $1 $?" ) &
+}
+"#;
+
+/// A guest whose disk stops whenever the test wants it to, wherever it runs.
+struct Stopping<'a> {
+    filesystem: &'a Mounted,
+    vm: Vm,
+    server: Server,
+}
+
+impl Stopping<'_> {
+    /// Write `n` finds no room and is kept.
+    fn stop(&mut self, n: u8) -> PathBuf {
+        let ballast = self.filesystem.fill();
+        self.vm.sh(&format!("put {n}"));
+        wait_until("the disk stops", || self.server.status()["stopped"].is_object());
+        ballast
+    }
+
+    /// Write `n` is answered, with an error or without, and the disk is not stopped any more.
+    fn answered(&mut self, n: u8, is_well: bool) {
+        let said = self.vm.until_line("@put ").pop().expect("the line waited for");
+        assert_eq!(said, format!("@put {n} {}", u8::from(!is_well)));
+        assert_eq!(self.server.status()["stopped"], json!(null));
+    }
+
+    fn bytes_of(&self, n: u8) -> Vec<u8> {
+        oracle::read_at(&self.filesystem.at.join("disk.img"), u64::from(n) * (128 << 10), 64 << 10)
+    }
+}
+
+/// Whatever is done to it, neither QEMU nor its guest waits for the operator, who may come too late or never.
+#[test]
+fn a_guest_of_a_stopped_disk_is_paused_saved_moved_reset_and_ended() {
+    let Some(filesystem) = Mounted::new("tmpfs") else { return };
+    let image: &Path = &filesystem.at.join("disk.img");
+    fs::File::create(image).expect("an image").set_len(32 << 20).expect("sparse");
+    let served = || Server::start(image, CacheMode::Writeback, &["--locking", "in-use"]);
+    let machine = |server: &Server| {
+        qemu::linux_shell(1, PUT).vhost_user_disk(&server.socket(), "").args(["-action", "reboot=reset"])
+    };
+    let server = served();
+    let vm = machine(&server).start_shell();
+    let mut guest = Stopping { filesystem: &filesystem, vm, server };
+
+    // Paused: the guest has the error when it goes on. What there is room for by then is written.
+    let mut monitor = guest.vm.qmp();
+    let ballast = guest.stop(1);
+    monitor.execute("stop", json!({}));
+    assert_eq!(guest.server.status()["stopped"], json!(null));
+    monitor.execute("cont", json!({}));
+    guest.answered(1, false);
+    fs::remove_file(&ballast).expect("ours");
+    let ballast = guest.stop(2);
+    fs::remove_file(&ballast).expect("ours");
+    monitor.execute("stop", json!({}));
+    monitor.execute("cont", json!({}));
+    guest.answered(2, true);
+    assert_eq!(guest.bytes_of(2), [b'2'; 64 << 10]);
+
+    // Saved, and restored with the next server.
+    let ballast = guest.stop(3);
+    let saved = tempfile::NamedTempFile::new().expect("room");
+    monitor.execute("stop", json!({}));
+    qemu::migrate(&mut monitor, 1 << 30, &format!("exec:cat >{}", saved.path().display()));
+    drop(monitor);
+    let Stopping { vm, server, .. } = guest;
+    drop(vm);
+    assert!(server.terminate().0.success());
+    let server = served();
+    let vm = machine(&server).args(["-incoming", &format!("exec:cat {}", saved.path().display())]).start();
+    let mut guest = Stopping { filesystem: &filesystem, vm, server };
+    let mut monitor = guest.vm.qmp();
+    wait_until("the guest is restored", || monitor.execute("query-status", json!({}))["status"] == "paused");
+    monitor.execute("cont", json!({}));
+    guest.answered(3, false);
+    fs::remove_file(&ballast).expect("ours");
+
+    // Moved while it runs.
+    let ballast = guest.stop(4);
+    let next = served();
+    let way = tempfile::tempdir().expect("room");
+    let uri = format!("unix:{}", way.path().join("way").display());
+    let vm = machine(&next).args(["-incoming", &uri]).start();
+    wait_until("the other QEMU listens", || way.path().join("way").exists() && next.status()["connected"] == true);
+    qemu::migrate(&mut monitor, 1 << 30, &uri);
+    drop(monitor);
+    assert_eq!(guest.server.status()["stopped"], json!(null));
+    (guest.vm, guest.server) = (vm, next);
+    guest.answered(4, false);
+    fs::remove_file(&ballast).expect("ours");
+
+    // Reset: the next kernel finds a disk that goes on.
+    let mut monitor = guest.vm.qmp();
+    let ballast = guest.stop(5);
+    monitor.execute("system_reset", json!({}));
+    guest.vm.until_line("@@ready");
+    assert_eq!(guest.server.status()["stopped"], json!(null));
+    fs::remove_file(&ballast).expect("ours");
+    guest.vm.sh("put 6");
+    guest.answered(6, true);
+    assert_eq!(guest.bytes_of(6), [b'6'; 64 << 10]);
+
+    // Ended: nothing is written after its end.
+    let ballast = guest.stop(7);
+    monitor.execute("quit", json!({}));
+    assert!(guest.vm.wait().success());
+    wait_until("QEMU has left", || guest.server.status()["connected"] == false);
+    fs::remove_file(&ballast).expect("ours");
+    assert_eq!(guest.server.ctl_ok(&["continue"]), "the disk was not stopped\n");
+    assert_eq!(guest.bytes_of(7), [0; 64 << 10]);
+    let (status, log) = guest.server.terminate();
+    assert!(status.success(), "{log}");
+    tell("a guest of a stopped disk paused twice, saved, moved, reset and ended: it had each answer");
 }

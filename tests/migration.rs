@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use guest::{Qmp, Server, oracle, output, qemu, scratch, tell, wait_until};
+use guest::{Server, oracle, output, qemu, scratch, tell, wait_until};
 use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
 
@@ -83,12 +83,6 @@ fn image(dir: &tempfile::TempDir) -> PathBuf {
     image
 }
 
-fn migrated(monitor: &mut Qmp) -> bool {
-    let status = monitor.execute("query-migrate", json!({}));
-    assert_ne!(status["status"], "failed", "{status}");
-    status["status"] == "completed"
-}
-
 #[test]
 fn a_guest_moves_to_another_server_under_load() {
     let dir = scratch();
@@ -107,12 +101,7 @@ fn a_guest_moves_to_another_server_under_load() {
         wait_until("the other QEMU listens", || way.exists() && next_server.status()["connected"] == true);
         let writes = server.total("writes");
         wait_until("the guest writes", || server.total("writes") > writes);
-        let mut monitor = vm.qmp();
-        let limits = json!({"max-bandwidth": 200 * MIB, "downtime-limit": 2000});
-        monitor.execute("migrate-set-parameters", limits);
-        monitor.execute("migrate", json!({"uri": uri}));
-        wait_until("the guest has moved", || migrated(&mut monitor));
-        drop(monitor);
+        qemu::migrate(&mut vm.qmp(), 200 * MIB, &uri);
         (vm, server) = (next, next_server);
         wait_until("the guest writes on", || server.total("writes") > 10);
         // The image is the second server's now: nobody else may have it.
@@ -148,9 +137,7 @@ fn a_guest_is_saved_and_restored_under_load() {
     let mut monitor = vm.qmp();
     // As libvirt does: paused first, then there is no hurry.
     monitor.execute("stop", json!({}));
-    monitor.execute("migrate-set-parameters", json!({"max-bandwidth": 1000 * MIB}));
-    monitor.execute("migrate", json!({"uri": format!("exec:cat >{}", saved.display())}));
-    wait_until("the guest is saved", || migrated(&mut monitor));
+    qemu::migrate(&mut monitor, 1000 * MIB, &format!("exec:cat >{}", saved.display()));
     drop((monitor, vm));
     let (status, log) = server.terminate();
     assert!(status.success(), "{status}\n{log}");

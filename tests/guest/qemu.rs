@@ -8,6 +8,7 @@ use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 
+use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
 
 use super::{Agent, PATIENCE, Qmp, accelerator, guest_files, mortal, root, run, wait_until};
@@ -362,6 +363,17 @@ pub fn initramfs_with_kexec(functions: &str) -> Vec<u8> {
     let mut initramfs = initramfs(&format!("{functions}\n{}", include_str!("shell.sh")), "initramfs-agent.cpio");
     append_program(&mut initramfs, "kexec", &program, dir.path());
     initramfs
+}
+
+/// Sends the guest of this monitor to `uri`, at so many bytes a second, and waits until it has left.
+pub fn migrate(monitor: &mut Qmp, bandwidth: u64, uri: &str) {
+    monitor.execute("migrate-set-parameters", json!({"max-bandwidth": bandwidth, "downtime-limit": 2000}));
+    monitor.execute("migrate", json!({"uri": uri}));
+    wait_until("the guest has left", || {
+        let status = monitor.execute("query-migrate", json!({}));
+        assert_ne!(status["status"], "failed", "{status}");
+        status["status"] == "completed"
+    });
 }
 
 /// QEMU's version, major and minor. Its options differ: `reconnect-ms` is from 9.2 on.
