@@ -15,7 +15,7 @@ use crate::sync::{Bell, Mutex};
 pub trait Disk: Send + Sync {
     /// Closes the write gate of every ring, running now or started later. Once nothing that changes the disk is in
     /// flight and everything acknowledged is durable (or that failed), [`Event::HoldSettled`] with this `epoch`
-    /// follows. `epoch` is never reused. Not called again before `open_gate`.
+    /// follows, or [`Event::HoldRefused`]. `epoch` is never reused. Not called again before `open_gate`.
     fn close_gate(&self, epoch: u64);
 
     /// Opens the gate. A settlement of the closing that is still under way is dropped or carries the old epoch.
@@ -104,6 +104,11 @@ pub enum Event {
         /// `Err`: the sync failed (or a ring died).
         result: Result<HoldFigures, Errno>,
     },
+    /// The hold of this epoch can never settle: the image is somebody else's, and what is in it is not ours to promise.
+    HoldRefused {
+        /// As given to [`Disk::close_gate`].
+        epoch: u64,
+    },
     /// A request failed.
     IoError {
         /// `read`, `write`, `flush`, `discard` or `write-zeroes`.
@@ -159,7 +164,7 @@ pub enum Event {
 }
 
 /// Events on their way to the control thread: bounded, so that a guest that provokes errors costs no memory.
-/// `HoldSettled` and `CopyEnded`, which operators provoke, are never dropped.
+/// `HoldSettled`, `HoldRefused` and `CopyEnded`, which operators provoke, are never dropped.
 pub struct Events {
     state: Mutex<EventsState>,
     ready: Bell,
@@ -189,7 +194,7 @@ impl Events {
     fn queue(&self, event: Event) -> bool {
         let mut state = self.state.lock().expect("no panic while held");
         let most = match event {
-            Event::HoldSettled { .. } | Event::CopyEnded(_) => usize::MAX,
+            Event::HoldSettled { .. } | Event::HoldRefused { .. } | Event::CopyEnded(_) => usize::MAX,
             // A guest that provokes them leaves room for what an operator must hear of.
             Event::ProtocolError(_) | Event::BufferChanged { .. } => MOST_EVENTS / 2,
             _ => MOST_EVENTS,

@@ -72,6 +72,10 @@ impl Backend for Watched {
         Ok(())
     }
 
+    fn activate_for_hold(&self) -> io::Result<bool> {
+        self.activate().map(|()| true)
+    }
+
     fn deactivate(&self) {
         self.note("deactivate");
         assert!(self.active.swap(false, SeqCst), "deactivated twice");
@@ -134,7 +138,9 @@ fn a_guest_whose_image_is_refused_waits_and_goes_on() {
     guest.kick(0);
     assert_eq!(guest.used_within(0, Duration::from_millis(100)), None);
     assert_eq!(backend.told(), [""; 0]);
-    assert!(rig.hold(1).is_ok(), "a quiesce needs no ring");
+    // What another host's guest writes cannot be held from here.
+    rig.disk.close_gate(1);
+    rig.event(|event| (event == Event::HoldRefused { epoch: 1 }).then_some(()));
     rig.disk.open_gate();
     backend.told();
     backend.taken.store(false, SeqCst);
@@ -143,6 +149,56 @@ fn a_guest_whose_image_is_refused_waits_and_goes_on() {
     assert_eq!(rig.status().rings.len(), 2);
     assert_eq!(guest.write(1, 0, &[3; 512]), 0);
     assert_eq!(backend.told()[0], "activate");
+}
+
+/// What else is told the test does not know: how many syncs there are, and when, is no matter.
+fn until_told(backend: &Watched, what: &str) -> Vec<&'static str> {
+    let end = std::time::Instant::now() + Duration::from_secs(20);
+    let mut told = Vec::new();
+    while told.last() != Some(&what) {
+        assert!(std::time::Instant::now() < end, "{what}: {told:?}");
+        std::thread::sleep(Duration::from_millis(1));
+        told.extend(backend.told());
+    }
+    told
+}
+
+#[test]
+fn a_held_disk_is_nobody_elses_until_it_goes_on() {
+    let (backend, rig) = watched();
+    // Without a guest.
+    assert!(rig.hold(1).is_ok());
+    assert_eq!(backend.told(), ["activate", "sync"]);
+    rig.disk.open_gate();
+    assert_eq!(until_told(&backend, "deactivate"), ["deactivate"]);
+    // The guest leaves while it is held.
+    let mut guest = FrontEnd::connect(&rig.path, 1, 256, ALL);
+    assert!(rig.hold(2).is_ok());
+    let base = guest.stop_ring(0);
+    assert!(backend.active.load(SeqCst), "another host may write what is held");
+    // And it comes back: nothing is given up when the hold ends.
+    guest.restart_ring(0, base, base);
+    rig.disk.open_gate();
+    assert_eq!(guest.write(0, 0, &[1; 512]), 0);
+    assert!(rig.hold(3).is_ok());
+    backend.told();
+    drop(guest);
+    rig.disconnected();
+    rig.disk.open_gate();
+    assert_eq!(until_told(&backend, "deactivate"), ["sync", "deactivate"]);
+    // A hold that nobody waits for any more.
+    for epoch in 4..200 {
+        rig.disk.close_gate(epoch);
+        if epoch % 3 == 0 {
+            std::thread::yield_now();
+        }
+        rig.disk.open_gate();
+    }
+    assert!(rig.hold(200).is_ok());
+    rig.disk.open_gate();
+    until_told(&backend, "deactivate");
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!backend.active.load(SeqCst), "nobody uses it: {:?}", backend.told());
 }
 
 #[test]

@@ -312,6 +312,15 @@ impl Backend for FileBackend {
         Ok(())
     }
 
+    fn activate_for_hold(&self) -> io::Result<bool> {
+        match self.shared.locking {
+            Locking::InUse => self.activate().map(|()| true),
+            // Where a process that was to go on with it did not, and the image could not be had back at once.
+            Locking::Auto => self.take_over().map(|()| false),
+            Locking::Off => Ok(false),
+        }
+    }
+
     fn deactivate(&self) {
         if self.shared.locking == Locking::InUse {
             lock::unlock_image(self.shared.fd.as_fd());

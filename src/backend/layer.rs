@@ -77,6 +77,10 @@ impl<L: Layer> Backend for L {
         self.image().activate()
     }
 
+    fn activate_for_hold(&self) -> io::Result<bool> {
+        self.image().activate_for_hold()
+    }
+
     fn deactivate(&self) {
         self.image().deactivate();
     }

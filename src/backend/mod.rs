@@ -238,8 +238,16 @@ pub trait Backend: Send + Sync {
         Ok(())
     }
 
-    /// The last ring has stopped, and everything it acknowledged was synced as its mode promises: others may have the
-    /// image. Called by the vhost-user thread; may block.
+    /// An operator holds the disk still while no ring runs: what [`Backend::activate`] does, where only that keeps others
+    /// from changing the image meanwhile. `Ok(false)`: nothing was to be done, and [`Backend::deactivate`] does not
+    /// follow. An error: the image is somebody else's. Called by a thread of the hold's; may block.
+    fn activate_for_hold(&self) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    /// The last ring has stopped, everything it acknowledged was synced as its mode promises, and no hold is on: others
+    /// may have the image. Called by the vhost-user thread or one of a hold's, after [`Backend::activate`] and not
+    /// during it; may block.
     fn deactivate(&self) {}
 
     /// Names the image so that two processes can tell whether they have the same one open, by whatever path. `None`: no

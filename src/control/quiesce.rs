@@ -62,6 +62,8 @@ pub enum Refusal {
     SyncFailed(Errno),
     /// A request that changes the disk failed so and is kept: part of it may be in the image.
     Stopped(Errno),
+    /// The image is somebody else's: it changes, whoever holds it here.
+    NotOurs,
     /// Somebody resumed everything, or whoever asked gave up.
     Cancelled,
     /// [`MOST_HOLDERS`].
@@ -211,34 +213,43 @@ impl Coordinator {
 
     /// The disk's answer. An answer for another epoch than the one that settles now is nobody's.
     pub fn settled(&mut self, epoch: u64, result: Result<HoldFigures, Errno>, now: Instant) {
-        match self.gate {
-            Gate::Settling { epoch: current } if current == epoch => {}
-            _ => return,
+        if !self.is_settling(epoch) {
+            return;
         }
-        let asks: Vec<Ask> = self.waiting.drain(..).map(|waiting| waiting.ask).collect();
         match result {
             Ok(figures) => {
+                let asks = self.waiting.drain(..).map(|waiting| waiting.ask).collect();
                 self.gate = Gate::Quiet { epoch, rings: figures.rings };
                 self.grant(asks, epoch, figures, now);
             }
-            Err(errno) => {
-                // The guest goes on first; the answers can wait.
-                self.open_if_free();
-                for ask in asks {
-                    self.refuse(ask, Refusal::SyncFailed(errno));
-                }
-            }
+            Err(errno) => self.refuse_all(Refusal::SyncFailed(errno)),
+        }
+    }
+
+    /// The disk's other answer: the image is somebody else's.
+    pub fn not_ours(&mut self, epoch: u64) {
+        if self.is_settling(epoch) {
+            self.refuse_all(Refusal::NotOurs);
+        }
+    }
+
+    fn is_settling(&self, epoch: u64) -> bool {
+        matches!(self.gate, Gate::Settling { epoch: current } if current == epoch)
+    }
+
+    /// All who wait. The guest goes on first; the answers can wait.
+    fn refuse_all(&mut self, why: Refusal) {
+        let asks: Vec<Ask> = self.waiting.drain(..).map(|waiting| waiting.ask).collect();
+        self.open_if_free();
+        for ask in asks {
+            self.refuse(ask, why);
         }
     }
 
     /// A request that changes the disk failed and is kept, for how long nobody knows: whoever waits for the disk to be
     /// still is refused. Who holds it already has it still.
     pub fn stopped(&mut self, errno: Errno) {
-        let asks: Vec<Ask> = self.waiting.drain(..).map(|waiting| waiting.ask).collect();
-        self.open_if_free();
-        for ask in asks {
-            self.refuse(ask, Refusal::Stopped(errno));
-        }
+        self.refuse_all(Refusal::Stopped(errno));
     }
 
     /// Whoever asked gave up: a request that waits is refused. Nothing else changes, also if it is granted already.

@@ -50,6 +50,11 @@ pub(super) fn refused(why: Refusal) -> Error {
                 self::errno(errno)
             ),
         ),
+        Refusal::NotOurs => Error::new(
+            "not-ours",
+            "another process uses the image, perhaps because its guest has moved there: what it writes cannot be held \
+             from here, and nothing is promised. Quiesce the disk where its guest is; the daemon's log says more",
+        ),
         Refusal::Cancelled => Error::new(
             "cancelled",
             "everything was resumed, or whoever asked gave up, while this quiesce was under way",
@@ -106,7 +111,7 @@ pub(super) fn store_errno(why: Refusal) -> Errno {
         Refusal::Timeout => libc::EAGAIN,
         Refusal::SyncFailed(_) | Refusal::Stopped(_) => libc::EIO,
         Refusal::Cancelled | Refusal::Shutdown => libc::ECANCELED,
-        Refusal::TooMany | Refusal::NotPrepared => libc::EBUSY,
+        Refusal::TooMany | Refusal::NotPrepared | Refusal::NotOurs => libc::EBUSY,
     })
 }
 

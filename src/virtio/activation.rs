@@ -1,5 +1,6 @@
 //! Whether the image is ours to use: [`Backend::activate`] before the first ring runs, [`Backend::deactivate`] after the
-//! last one has stopped for good. Pauses (a change of the memory table, a ring set up anew) keep it.
+//! last one has stopped for good, or after the operator's hold that outlasts it ([`super::claim`]). Pauses (a change of
+//! the memory table, a ring set up anew) keep it.
 //!
 //! An image that cannot be had (another host holds its lock) keeps the rings from running, and the guest waits. Status
 //! and an event say so, and the vhost-user thread tries again every [`RETRY`] until it succeeds or the front-end stops
@@ -32,7 +33,7 @@ impl Activation {
         if self.active.get() {
             return true;
         }
-        match rings.backend().activate() {
+        match rings.claim_for_rings() {
             Ok(()) => {
                 self.active.set(true);
                 // It may have grown while nobody used it.
@@ -56,7 +57,7 @@ impl Activation {
     /// The last ring has stopped and what it acknowledged is synced: others may have the image.
     pub(super) fn release(&self, rings: &Rings) {
         if self.active.take() {
-            rings.backend().deactivate();
+            rings.no_rings_run();
         }
         if self.refused.take().is_some() {
             rings.image_refused(None);

@@ -15,6 +15,7 @@
 //! | `shared` | memory that the front-end shares for these two |
 //! | `memory` | the front-end's memory table |
 //! | `activation` | whether the image is ours to use |
+//! | `claim` | who of us uses it: rings, or an operator's hold |
 //! | `capacity` | the disk's size, and telling the front-end that it changed |
 //! | `channel` | the front-end's channel for our requests |
 //! | `hand_over` | the device gives its front-end to another process, or takes one |
@@ -30,6 +31,7 @@ pub mod buffer;
 mod capacity;
 mod chain;
 mod channel;
+mod claim;
 mod counters;
 mod descriptor;
 pub mod device;

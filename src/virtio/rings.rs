@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::time::{Duration, Instant};
 
 use super::capacity::Capacity;
+use super::claim::Claim;
 use super::counters::{Counters, accumulate};
 use super::device::Tuning;
 use super::errors::{self, Errors};
@@ -87,6 +88,7 @@ pub struct Rings {
     mode: CacheMode,
     tuning: Tuning,
     capacity: Capacity,
+    claim: Claim,
     /// [`Disk::resize`] is under way.
     resizing: AtomicBool,
     state: Mutex<State>,
@@ -131,6 +133,7 @@ impl Rings {
             mode,
             tuning,
             capacity,
+            claim: Claim::default(),
             resizing: AtomicBool::new(false),
             state: Mutex::default(),
         })
@@ -327,13 +330,22 @@ impl Rings {
     /// Syncs in a thread of its own, for a hold that no running ring can sync for.
     fn spawn_sync(self: &Arc<Self>) -> std::io::Result<()> {
         let rings = self.clone();
-        thread::Builder::new().name("hold-sync".into()).spawn(move || rings.sync_for_holds()).map(drop)
+        let work = move || {
+            rings.sync_for_holds();
+            // The hold may have ended before the image was ours.
+            rings.no_hold_claims();
+        };
+        thread::Builder::new().name("hold-sync".into()).spawn(work).map(drop)
     }
 
-    fn sync_for_holds(self: Arc<Self>) {
+    fn sync_for_holds(self: &Arc<Self>) {
         loop {
             let start = Instant::now();
-            let result = self.backend.sync();
+            let claimed = self.claim.for_hold(&*self.backend);
+            let result = match &claimed {
+                Ok(()) => self.backend.sync(),
+                Err(_) => Ok(()),
+            };
             let took = start.elapsed();
             if let Err(error) = &result {
                 self.report(Event::SyncError(errno_of(error)));
@@ -345,6 +357,11 @@ impl Rings {
                 return;
             }
             if synced == Some(hold.epoch) {
+                if let Err(why) = claimed {
+                    log::error!("the disk cannot be held still: {why}");
+                    self.events.send(Event::HoldRefused { epoch: hold.epoch });
+                    return;
+                }
                 hold.needs_sync = false;
                 hold.figures.sync = hold.figures.sync.max(took);
                 hold.error = result.err().map(|error| errno_of(&error));
@@ -353,6 +370,20 @@ impl Rings {
             }
             state.syncing = Some(hold.epoch);
         }
+    }
+
+    /// Rings are about to run. Errors: the image is somebody else's. The vhost-user thread.
+    pub(super) fn claim_for_rings(&self) -> std::io::Result<()> {
+        self.claim.for_rings(&*self.backend)
+    }
+
+    /// No ring is to run, and what they acknowledged is synced. The vhost-user thread.
+    pub(super) fn no_rings_run(&self) {
+        self.claim.no_rings(&*self.backend, || self.lock().hold.is_some());
+    }
+
+    fn no_hold_claims(&self) {
+        self.claim.no_hold(&*self.backend, || self.lock().hold.is_some());
     }
 
     /// Makes acknowledged writes durable when a ring or the front-end goes (GET_VRING_BASE, disconnect), except in
@@ -423,9 +454,22 @@ impl Disk for Arc<Rings> {
 
     fn open_gate(&self) {
         let mut state = self.lock();
-        if state.hold.take().is_some() {
-            for mailbox in state.running.values() {
-                mailbox.send(Command::OpenGate);
+        if state.hold.take().is_none() {
+            return;
+        }
+        for mailbox in state.running.values() {
+            mailbox.send(Command::OpenGate);
+        }
+        // The rings that were there may have gone and left the image to the hold.
+        let left_alone = state.running.is_empty() && state.syncing.is_none();
+        drop(state);
+        if left_alone {
+            let rings = self.clone();
+            // Not here: to give an image back may take its time.
+            let thread = thread::Builder::new().name("hold-end".into()).spawn(move || rings.no_hold_claims());
+            if let Err(error) = thread {
+                log::warn!("no thread to give the image back in ({error}): done by the control thread");
+                self.no_hold_claims();
             }
         }
     }

@@ -18,6 +18,10 @@ impl Service {
                     self.coordinator.settled(epoch, result, now);
                     self.carry_out(now);
                 }
+                Event::HoldRefused { epoch } => {
+                    self.coordinator.not_ours(epoch);
+                    self.carry_out(now);
+                }
                 Event::Connected => self.event("FRONTEND_CONNECTED", json!({})),
                 Event::Disconnected(reason) => self.event("FRONTEND_DISCONNECTED", json!({"reason": reason})),
                 Event::IoError { operation, ring, offset, len, errno } => {
