@@ -11,7 +11,8 @@ use std::process::{Command, Stdio};
 
 use guest::ledger::{self, Ledger};
 use guest::libvirt::{DOMAIN, Libvirt, disk_xml, server_for_all};
-use guest::{Server, oracle, output, run, scratch, wait_until};
+use guest::{Qmp, Server, oracle, output, run, scratch, wait_until};
+use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
 
 const MIB: u64 = 1 << 20;
@@ -201,8 +202,17 @@ fn a_domain_migrates_to_another_host_and_back() {
     is_locked(&guest.image);
     assert_eq!(there.virsh_ok(&["domstate", DOMAIN]), "running");
     assert_eq!(server.status()["connected"], false);
-    // Back to the server that it came from.
+    // What its guest writes now cannot be held from where it was.
+    let refused = server.ctl(&["--json", "quiesce"]);
+    assert!(String::from_utf8_lossy(&refused.stdout).contains("\"not-ours\""), "{refused:?}");
+    // Back to the server that it came from, while an operator holds the disk: it does not change before he lets it go.
+    let mut operator = Qmp::connect(&next.control());
+    let held = operator.execute("quiesce", json!({"timeout-ms": 60_000, "lease-ms": 600_000}));
+    let digest = oracle::digest(&guest.image);
     run(migration(&there, &guest.home, &next, &server).args(SLOWLY));
+    wait_until("the guest waits for its image", || server.status()["trouble"] == "not-ours");
+    assert_eq!(oracle::digest(&guest.image), digest, "a guest that moved away wrote to a held disk");
+    operator.execute("resume", json!({"token": held["token"]}));
     guest.goes_on();
     is_locked(&guest.image);
     assert_eq!(next.status()["connected"], false);
