@@ -104,6 +104,7 @@
 //! | `bad-argument` | an argument is missing, unknown, of the wrong type or out of range |
 //! | `timeout` | the writes in flight and the sync did not end in `timeout-ms`; the disk goes on |
 //! | `sync-failed` | the sync failed, so nothing is promised; the disk goes on |
+//! | `not-ours` | another process uses the image: it is written elsewhere |
 //! | `stopped` | a request that changes the disk failed and is kept until `continue`: the disk cannot be held |
 //! | `cancelled` | `resume {all: true}` came while the quiesce was under way |
 //! | `not-prepared` | (of `QUIESCE_FAILED`) the attendant did not consent, or is lost |
