@@ -68,7 +68,7 @@ impl Backend for Watched {
             return Err(io::Error::other("another host has the image; stop its guest"));
         }
         self.note("activate");
-        assert!(!self.active.swap(true, SeqCst), "activated twice");
+        self.active.store(true, SeqCst);
         Ok(())
     }
 

@@ -15,7 +15,7 @@ use std::thread;
 use std::time::Duration;
 
 use backend::{Chance, Driver, disk_dir, eventually, image, opened, options, some_buffer};
-use virtioblkd::backend::file::FileOptions;
+use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
 use virtioblkd::backend::mem::{Fault, MemBackend, MemOp, MemOptions, Order};
 use virtioblkd::backend::point_in_time::{Mutant, PointInTime, Step, TargetHook, Tuning};
 use virtioblkd::backend::{Backend, Completion, DurableWrite, Errno, IoBuf, Op, OpId};
@@ -722,4 +722,57 @@ fn dropping_the_disk_cancels_and_lets_the_image_go() {
     assert!(events.take().0.into_iter().any(ended));
     // Its locks are free: nothing of the copy has it open.
     backend::open(&path, CacheMode::None);
+}
+
+/// The image of this world and the same one as another host has it, each while its guest runs.
+fn shared_with_another_host(patience: Duration) -> (World, FileBackend, tempfile::TempDir) {
+    let dir = disk_dir();
+    let path = image(dir.path(), "disk.img", 2 << 20);
+    // No hole, which would take no time.
+    std::fs::write(&path, vec![1; 2 << 20]).expect("room");
+    let file = || opened(&FileOptions { locking: Locking::InUse, ..options(&path, CacheMode::Writeback) });
+    let world = World::new(Arc::new(file()), Tuning { patience, ..Tuning::default() });
+    (world, file(), dir)
+}
+
+#[test]
+fn a_guest_that_left_waits_for_a_copy_as_for_a_write_and_one_that_comes_back_does_not_harm_it() {
+    let (world, other, _dir) = shared_with_another_host(Duration::from_secs(1));
+    world.disk.activate().expect("free");
+    let copy = started(&world, 1);
+    // Reset.
+    for _ in 0..5 {
+        world.disk.deactivate();
+        assert!(other.activate().is_err(), "another host may write what is being copied");
+        world.disk.activate().expect("still ours");
+    }
+    thread::sleep(Duration::from_millis(1200));
+    assert_eq!(world.status(&copy).state, "running");
+    assert!(other.activate().is_err());
+    // Gone.
+    world.disk.deactivate();
+    let status = world.wait_ended(&copy);
+    assert_eq!(status.state, "failed");
+    assert!(status.error.as_ref().is_some_and(|why| why.contains("the guest has left")), "{status:?}");
+    eventually("the other host has it", || other.activate().is_ok());
+    assert!(world.disk.activate().is_err());
+    other.deactivate();
+    // Without a copy it is given free at once.
+    world.disk.activate().expect("free");
+    world.disk.deactivate();
+    other.activate().expect("free");
+}
+
+#[test]
+fn a_copy_of_a_disk_without_a_guest_keeps_the_image_to_its_end() {
+    let (world, other, _dir) = shared_with_another_host(Duration::from_millis(10));
+    assert_eq!(world.disk.activate_for_hold().ok(), Some(true));
+    let copy = started(&world, 1);
+    world.disk.deactivate();
+    thread::sleep(Duration::from_millis(200));
+    assert_eq!(world.status(&copy).state, "running");
+    assert!(other.activate().is_err());
+    world.disk.set_bandwidth(&copy, 0).expect("it runs");
+    assert_eq!(world.wait_ended(&copy).state, "completed");
+    eventually("the other host has it", || other.activate().is_ok());
 }

@@ -321,6 +321,10 @@ impl Backend for FileBackend {
         }
     }
 
+    fn gives_way(&self) -> bool {
+        self.shared.locking == Locking::InUse
+    }
+
     fn deactivate(&self) {
         if self.shared.locking == Locking::InUse {
             lock::unlock_image(self.shared.fd.as_fd());

@@ -16,6 +16,21 @@ pub trait Layer: Send + Sync {
     /// [`Backend::open_queue`].
     fn open_layer(&self, depth: usize) -> io::Result<Box<dyn IoQueue>>;
 
+    /// [`Backend::activate`].
+    fn activate_layer(&self) -> io::Result<()> {
+        self.image().activate()
+    }
+
+    /// [`Backend::activate_for_hold`].
+    fn activate_layer_for_hold(&self) -> io::Result<bool> {
+        self.image().activate_for_hold()
+    }
+
+    /// [`Backend::deactivate`].
+    fn deactivate_layer(&self) {
+        self.image().deactivate();
+    }
+
     /// [`Backend::describe`], made of the image's.
     fn layer_description(&self, image: String) -> String {
         image
@@ -74,15 +89,19 @@ impl<L: Layer> Backend for L {
     }
 
     fn activate(&self) -> io::Result<()> {
-        self.image().activate()
+        self.activate_layer()
     }
 
     fn activate_for_hold(&self) -> io::Result<bool> {
-        self.image().activate_for_hold()
+        self.activate_layer_for_hold()
+    }
+
+    fn gives_way(&self) -> bool {
+        self.image().gives_way()
     }
 
     fn deactivate(&self) {
-        self.image().deactivate();
+        self.deactivate_layer();
     }
 
     fn identity(&self) -> Option<String> {

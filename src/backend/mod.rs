@@ -232,7 +232,8 @@ pub trait Backend: Send + Sync {
     fn stop_notices(&self) {}
 
     /// A guest is about to use the image: the first ring starts. A back-end that excludes others from an image that
-    /// several hosts can open does so here; an error keeps the ring from running. Called by the vhost-user thread; may
+    /// several hosts can open does so here; an error keeps the ring from running. Comes again before
+    /// [`Backend::deactivate`] where a hold or a copy had kept the image meanwhile. Called by the vhost-user thread; may
     /// block.
     fn activate(&self) -> io::Result<()> {
         Ok(())
@@ -245,9 +246,14 @@ pub trait Backend: Send + Sync {
         Ok(false)
     }
 
+    /// Whether [`Backend::deactivate`] lets others change the image, who could not before. Any thread.
+    fn gives_way(&self) -> bool {
+        false
+    }
+
     /// The last ring has stopped, everything it acknowledged was synced as its mode promises, and no hold is on: others
-    /// may have the image. Called by the vhost-user thread or one of a hold's, after [`Backend::activate`] and not
-    /// during it; may block.
+    /// may have the image. Called by the vhost-user thread or one of a hold's or a copy's, after [`Backend::activate`] and
+    /// not during it; may block.
     fn deactivate(&self) {}
 
     /// Names the image so that two processes can tell whether they have the same one open, by whatever path. `None`: no

@@ -8,11 +8,13 @@
 //!
 //! Why the copy equals the image at the instant: `start` is called while the disk is held and quiet, and refuses if any
 //! change is in flight; from then on a cluster whose bit is clear is changed by nobody; its bit is set only when its
-//! old data is in memory; and what the copier reads has its bit clear.
+//! old data is in memory; and what the copier reads has its bit clear. Another host's guest could change it without all
+//! that, so a running copy keeps the image from others (`keep`).
 
 mod bitmap;
 mod copier;
 mod copy;
+mod keep;
 mod queue;
 mod target;
 mod writer;
@@ -32,6 +34,7 @@ use super::layer::Layer;
 use super::{Backend, IoQueue};
 use crate::disk::{Copies, CopyError, CopyOptions, CopyStatus, Events};
 use copy::{Copy, Phase};
+use keep::Keep;
 use queue::DelayingQueue;
 use target::Target;
 
@@ -99,6 +102,7 @@ impl Tuning {
 pub struct PointInTime {
     image: Arc<dyn Backend>,
     shared: Arc<Shared>,
+    keep: Arc<Keep>,
     /// Of copies whose copier has, or had, the image open: disconnected when it let go.
     copiers: Mutex<Vec<Receiver<()>>>,
     /// Of threads that create targets, in the same way.
@@ -136,7 +140,13 @@ impl PointInTime {
     /// For tests.
     pub fn with_tuning(image: Arc<dyn Backend>, events: Arc<Events>, tuning: Tuning) -> Self {
         let shared = Shared { delaying: AtomicU64::new(0), events, tuning, registry: Mutex::default() };
-        PointInTime { image, shared: Arc::new(shared), copiers: Mutex::default(), creators: Mutex::default() }
+        PointInTime {
+            image,
+            shared: Arc::new(shared),
+            keep: Arc::default(),
+            copiers: Mutex::default(),
+            creators: Mutex::default(),
+        }
     }
 
     /// Cancels the copy there is and takes no more. At the daemon's orderly end.
@@ -389,5 +399,17 @@ impl Layer for PointInTime {
     fn open_layer(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
         let inner = self.image.open_queue(depth)?;
         Ok(Box::new(DelayingQueue::new(inner, depth, Arc::clone(&self.shared))?))
+    }
+
+    fn activate_layer(&self) -> io::Result<()> {
+        self.keep.activate(&*self.image)
+    }
+
+    fn activate_layer_for_hold(&self) -> io::Result<bool> {
+        self.keep.activate_for_hold(&*self.image)
+    }
+
+    fn deactivate_layer(&self) {
+        self.keep.deactivate(&self.image, &self.shared);
     }
 }

@@ -321,6 +321,10 @@ impl Backend for RbdBackend {
         self.shared.lock.activate(&self.shared)
     }
 
+    fn gives_way(&self) -> bool {
+        self.shared.lock.is_used()
+    }
+
     fn deactivate(&self) {
         self.shared.lock.deactivate(&self.shared);
     }

@@ -26,7 +26,7 @@ impl Claim {
     /// Rings are about to run. The vhost-user thread.
     pub(super) fn for_rings(&self, backend: &dyn Backend) -> io::Result<()> {
         let mut users = self.0.lock().expect("no panic while held");
-        if !users.active {
+        if !users.rings {
             backend.activate()?;
         }
         *users = Users { active: true, rings: true };

@@ -304,6 +304,11 @@ impl Copy {
         self.shared.events.send(Event::CopyEnded(status));
     }
 
+    /// Clusters of it are to be read yet.
+    pub(super) fn needs_image(&self) -> bool {
+        self.shared.delaying.load(Ordering::SeqCst) == self.number
+    }
+
     fn stop_delaying(&self) {
         // Another copy's number stays.
         let _ = self.shared.delaying.compare_exchange(self.number, 0, Ordering::SeqCst, Ordering::SeqCst);

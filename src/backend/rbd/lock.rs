@@ -59,6 +59,11 @@ impl Lock {
         self.file.as_ref().map_or(Ok(()), StateFile::lock).map_err(io::Error::other)
     }
 
+    /// It is taken while the image is used.
+    pub(super) fn is_used(&self) -> bool {
+        self.wanted
+    }
+
     /// One word for the status.
     pub(super) fn status(&self) -> &'static str {
         // Not for long: it is only held while the lock is asked for. The status must not wait for that.
