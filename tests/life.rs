@@ -384,28 +384,52 @@ fn a_driver_goes_and_comes_back_with_other_queues() {
     tell("twenty rebinds with 1 to 4 queues under a neighbour's load, four without a server; servers with 8, 2 and 4");
 }
 
-#[test]
-fn another_kernel_takes_over_by_kexec() {
+/// A guest with `kexec`, and a kernel and an initramfs on its disk; their bytes, as `kernel_from` takes them.
+fn life_with_another_kernel(options: &str) -> (Life, String) {
     let kernel = std::fs::read(guest::guest_files().join("vmlinuz")).expect("the guest's kernel");
     let initrd = qemu::initramfs_with_kexec(FUNCTIONS);
-    let guest = qemu::Qemu::new(guest::accelerator(), 512, 2).boot(&initrd);
-    let mut life = Life::of(guest, |image| {
+    let options = format!("{} {options}", qemu::KERNEL_OPTIONS);
+    let guest = qemu::Qemu::new(guest::accelerator(), 768, 2).boot(&initrd).args(["-append", &options]);
+    let life = Life::of(guest, |image| {
         let file = std::fs::File::options().write(true).open(image).expect("ours");
         file.write_all_at(&kernel, 8 * MIB).and_then(|()| file.write_all_at(&initrd, 32 * MIB)).expect("room");
     });
     let (kernel, initrd) = (kernel.len(), initrd.len());
     assert!(kernel as u64 <= 24 * MIB && initrd as u64 <= 32 * MIB, "a larger image is needed");
-    for _ in 0..2 {
-        life.load();
-        life.monitor.events.clear();
-        let lines = life.vm.sh(&format!("kexec_from /dev/vda {kernel} {initrd} '{}'", qemu::KERNEL_OPTIONS));
-        for ledger in &mut life.ledgers {
+    (life, format!("{kernel} {initrd}"))
+}
+
+impl Life {
+    /// `line` has another kernel take over, without a reset.
+    fn taken_over(&mut self, line: &str) {
+        self.load();
+        self.monitor.events.clear();
+        let lines = self.vm.sh(line);
+        for ledger in &mut self.ledgers {
             ledger.hear(&lines);
         }
-        life.check();
-        // Neither a reset that happened because kexec failed.
-        life.monitor.execute("query-status", json!({}));
-        assert_eq!(life.monitor.events.iter().find(|event| event["event"] == "RESET"), None);
+        self.check();
+        // Neither a reset that happened because it failed.
+        self.monitor.execute("query-status", json!({}));
+        assert_eq!(self.monitor.events.iter().find(|event| event["event"] == "RESET"), None);
+    }
+}
+
+#[test]
+fn another_kernel_takes_over_by_kexec() {
+    let (mut life, sizes) = life_with_another_kernel("");
+    for _ in 0..2 {
+        life.taken_over(&format!("kexec_from /dev/vda {sizes} '{}'", qemu::KERNEL_OPTIONS));
     }
     tell("two kernels after one another by kexec, in the middle of writes");
+}
+
+/// Nobody told the device: its requests go on, in the memory of the kernel that crashed, until the next one resets it.
+#[test]
+fn a_kernel_that_crashed_is_followed_by_its_crash_kernel() {
+    let (mut life, sizes) = life_with_another_kernel("crashkernel=256M");
+    life.taken_over(&format!("crash_into /dev/vda {sizes} '{} nr_cpus=1'", qemu::KERNEL_OPTIONS));
+    // Only a crash kernel has what the other one left.
+    life.vm.sh("test -e /proc/vmcore");
+    tell("a kernel crashed in the middle of writes, and its crash kernel went on with the disk");
 }

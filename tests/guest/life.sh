@@ -75,9 +75,21 @@ got_all() {
 	for n in $(seq 0 "$2"); do got "$1" "$n" || return 1; done
 }
 
-# kexec_from DEVICE KERNEL_BYTES INITRD_BYTES OPTIONS: another kernel from the disk, at 8 MiB and 32 MiB, in the background.
-kexec_from() {
+# kernel_from DEVICE KERNEL_BYTES INITRD_BYTES: another kernel from the disk, at 8 MiB and 32 MiB.
+kernel_from() {
 	dd if="$1" bs=1M skip=8 2>/dev/null | head -c "$2" >/tmp/kernel
 	dd if="$1" bs=1M skip=32 2>/dev/null | head -c "$3" >/tmp/initrd
+}
+
+# kexec_from DEVICE KERNEL_BYTES INITRD_BYTES OPTIONS: starts it in the background.
+kexec_from() {
+	kernel_from "$1" "$2" "$3"
 	( sleep 0.3; kexec /tmp/kernel /tmp/initrd "$4" || echo "@@exit: kexec" ) &
+}
+
+# crash_into DEVICE KERNEL_BYTES INITRD_BYTES OPTIONS: this one crashes, in the background, and that one is started.
+crash_into() {
+	kernel_from "$1" "$2" "$3"
+	kexec -p /tmp/kernel /tmp/initrd "$4" || return 1
+	( sleep 0.3; echo c >/proc/sysrq-trigger ) &
 }
