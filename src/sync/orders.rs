@@ -22,6 +22,10 @@ pub(crate) enum Mutant {
     SleepsUnlooking,
     /// A ring that stops during a hold is waited for.
     LeavesUnsettled,
+    /// The image is given to others when the last ring stops, whoever holds it.
+    GivesHeldImage,
+    /// An image that rings left to a hold stays ours when it ends.
+    KeepsImage,
 }
 
 thread_local! {

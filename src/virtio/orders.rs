@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -22,6 +23,7 @@ use super::rings::Rings;
 use super::vanished::Wire;
 use super::worker::Stop;
 use crate::backend::null::NullBackend;
+use crate::backend::{Backend, Errno, Geometry, IoQueue};
 use crate::disk::{Disk, Event, Events};
 use crate::engine::{CacheMode, mutants};
 use crate::sync::orders::{Mutant, fails, holds};
@@ -145,8 +147,15 @@ fn operator(rings: &Arc<Rings>, events: &Events, memory: &GuestMemoryMmap) {
 
 /// `poll_max`: how long a worker looks for work. Any time is long enough for some steps of the others.
 fn disk(poll_max: Duration) -> (Arc<Rings>, Arc<Events>) {
+    disk_on(Arc::new(null()), poll_max)
+}
+
+fn null() -> NullBackend {
+    NullBackend::new(1 << 20, 512)
+}
+
+fn disk_on(backend: Arc<dyn Backend>, poll_max: Duration) -> (Arc<Rings>, Arc<Events>) {
     let events = Arc::new(Events::new().unwrap());
-    let backend = Arc::new(NullBackend::new(1 << 20, 512));
     let tuning = Tuning { stall_after: Duration::from_secs(1000), poll_max, ..Tuning::default() };
     let rings = Rings::new(backend, CacheMode::Writeback, events.clone(), tuning);
     (rings, events)
@@ -161,6 +170,77 @@ fn stop_under_a_hold() {
     let operator = thread::spawn(move || hold(&of_operator, &events, 1));
     front_end.queue.pause(&rings, Stop::ForGood);
     operator.join().unwrap();
+}
+
+/// An image that other hosts have while we do not.
+struct SharedImage {
+    disk: NullBackend,
+    ours: AtomicBool,
+}
+
+impl Backend for SharedImage {
+    fn geometry(&self) -> Geometry {
+        self.disk.geometry()
+    }
+
+    fn open_queue(&self, depth: usize) -> std::io::Result<Box<dyn IoQueue>> {
+        assert!(self.ours.load(SeqCst), "a ring runs on another's image");
+        self.disk.open_queue(depth)
+    }
+
+    fn sync(&self) -> std::io::Result<()> {
+        self.disk.sync()
+    }
+
+    fn describe(&self) -> String {
+        self.disk.describe()
+    }
+
+    fn sync_failed(&self) -> Option<Errno> {
+        self.disk.sync_failed()
+    }
+
+    fn activate(&self) -> std::io::Result<()> {
+        self.ours.store(true, SeqCst);
+        Ok(())
+    }
+
+    fn activate_for_hold(&self) -> std::io::Result<bool> {
+        self.activate().map(|()| true)
+    }
+
+    fn deactivate(&self) {
+        assert!(self.ours.swap(false, SeqCst), "given free twice");
+    }
+}
+
+/// A guest that comes and goes while an operator holds the disk and lets it go: what is held is ours, and what nobody uses
+/// is not.
+fn image_that_others_want() {
+    let image = Arc::new(SharedImage { disk: null(), ours: AtomicBool::new(false) });
+    let (rings, events) = disk_on(image.clone(), Duration::ZERO);
+    let mut front_end = FrontEnd::new(rings.clone());
+    let (of_operator, held) = (rings.clone(), image.clone());
+    let operator = thread::spawn(move || {
+        for epoch in 1..=2 {
+            hold(&of_operator, &events, epoch);
+            for _ in 0..10 {
+                assert!(held.ours.load(SeqCst), "another host may write what is held");
+                thread::yield_now();
+            }
+            of_operator.open_gate();
+        }
+    });
+    for _ in 0..2 {
+        front_end.start();
+        front_end.queue.pause(&rings, Stop::ForGood);
+        front_end.activation.release(&rings);
+    }
+    operator.join().unwrap();
+    // Threads of holds that ended give it back.
+    while image.ours.load(SeqCst) {
+        thread::yield_now();
+    }
 }
 
 /// Nothing wakes the worker but the guest.
@@ -212,4 +292,9 @@ fn a_worker_that_looks_for_work_misses_none() {
 #[test]
 fn a_hold_does_not_wait_for_a_ring_that_stopped() {
     holds(stop_under_a_hold, &[Mutant::LeavesUnsettled]);
+}
+
+#[test]
+fn an_image_is_ours_while_it_is_held_and_no_longer_than_it_is_used() {
+    holds(image_that_others_want, &[Mutant::GivesHeldImage, Mutant::KeepsImage]);
 }

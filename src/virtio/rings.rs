@@ -379,6 +379,10 @@ impl Rings {
 
     /// No ring is to run, and what they acknowledged is synced. The vhost-user thread.
     pub(super) fn no_rings_run(&self) {
+        #[cfg(all(test, feature = "model"))]
+        if planted(Mutant::GivesHeldImage) {
+            return self.claim.no_rings(&*self.backend, || false);
+        }
         self.claim.no_rings(&*self.backend, || self.lock().hold.is_some());
     }
 
@@ -463,6 +467,10 @@ impl Disk for Arc<Rings> {
         // The rings that were there may have gone and left the image to the hold.
         let left_alone = state.running.is_empty() && state.syncing.is_none();
         drop(state);
+        #[cfg(all(test, feature = "model"))]
+        if planted(Mutant::KeepsImage) {
+            return;
+        }
         if left_alone {
             let rings = self.clone();
             // Not here: to give an image back may take its time.
