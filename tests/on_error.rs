@@ -150,7 +150,8 @@ fn what_fails_again_is_kept_again() {
     let (disk, rig) = served(OnError::Stop);
     let mut guest = FrontEnd::connect(&rig.path, 1, SIZE, ALL);
     (1..=6).for_each(|nth| disk.fail(Fault { op: MemOp::Write, nth, errno: EIO, transferred: 0 }));
-    let slots: Vec<u16> = (0..3).map(|n| guest.add(0, OUT, 8 * n, &[n as u8 + 1; 512], 0)).collect();
+    // Together: once one of them has failed, a ring takes none that comes later.
+    let slots = guest.add_writes(0, [(0, &[1; 512]), (8, &[2; 512]), (16, &[3; 512])]);
     guest.kick(0);
     for tries in 1..=2 {
         wait_until("all are kept", || disk.counts().writes == 3 * tries && rig.status().total.kept == 3);
@@ -237,7 +238,7 @@ fn a_ring_that_only_changes_keeps_what_it_kept() {
     let (disk, rig) = served(OnError::Enospc);
     let mut guest = FrontEnd::connect(&rig.path, 2, SIZE, ALL);
     (1..=8).for_each(|nth| disk.fail(Fault { op: MemOp::Write, nth, errno: ENOSPC, transferred: 0 }));
-    let slots = [guest.add(0, OUT, 0, &[1; 512], 0), guest.add(0, OUT, 8, &[2; 512], 0)];
+    let slots = guest.add_writes(0, [(0, &[1; 512]), (8, &[2; 512])]);
     guest.kick(0);
     stopped(&rig);
     wait_until("both are kept", || rig.status().total.kept == 2);
@@ -291,7 +292,7 @@ fn what_is_kept_when_the_server_ends_is_done_by_the_next_one() {
     guest.start_ring(0, 0);
     assert_eq!(guest.write(0, 0, &[9; 512]), OK);
     fail(&first_disk, MemOp::Write, ENOSPC);
-    let slots = [guest.add(0, OUT, 0, &[1; 512], 0), guest.add(0, OUT, 8, &[2; 512], 0)];
+    let slots = guest.add_writes(0, [(0, &[1; 512]), (8, &[2; 512])]);
     guest.kick(0);
     stopped(&first);
     assert_eq!(guest.wait(0), (slots[1], OK), "it was taken with the other one");

@@ -187,6 +187,19 @@ impl FrontEnd {
 
     /// Makes a request available (no kick): header, one data descriptor (if any), status. Returns its slot.
     pub fn add(&mut self, ring: usize, kind: u32, sector: u64, data: &[u8], read: u32) -> u16 {
+        let slot = self.prepare(ring, kind, sector, data, read);
+        self.make_available(ring, slot * 4);
+        slot
+    }
+
+    /// The same for writes of (sector, data), made available at once: a worker that just looks takes all or none.
+    pub fn add_writes<const N: usize>(&mut self, ring: usize, writes: [(u64, &[u8]); N]) -> [u16; N] {
+        let slots = writes.map(|(sector, data)| self.prepare(ring, OUT, sector, data, 0));
+        self.make_all_available(ring, &slots.map(|slot| slot * 4));
+        slots
+    }
+
+    fn prepare(&mut self, ring: usize, kind: u32, sector: u64, data: &[u8], read: u32) -> u16 {
         let slot = self.rings[ring].free.pop().expect("a free request slot");
         let base = self.slot_at(ring, slot);
         self.put_header(base, kind, sector);
@@ -200,7 +213,6 @@ impl FrontEnd {
         }
         parts.push((base + STATUS_OFFSET, 1, WRITE));
         self.put_chain(ring, slot * 4, &parts);
-        self.make_available(ring, slot * 4);
         slot
     }
 
@@ -230,10 +242,16 @@ impl FrontEnd {
     }
 
     pub fn make_available(&mut self, ring: usize, head: u16) {
+        self.make_all_available(ring, &[head]);
+    }
+
+    fn make_all_available(&mut self, ring: usize, heads: &[u16]) {
         let ring = &mut self.rings[ring];
-        let at = ring.avail_at().0 + 4 + u64::from(ring.avail % ring.size) * 2;
-        self.memory.write_obj(head, GuestAddress(at)).unwrap();
-        ring.avail = ring.avail.wrapping_add(1);
+        for head in heads {
+            let at = ring.avail_at().0 + 4 + u64::from(ring.avail % ring.size) * 2;
+            self.memory.write_obj(*head, GuestAddress(at)).unwrap();
+            ring.avail = ring.avail.wrapping_add(1);
+        }
         self.memory.store(ring.avail, GuestAddress(ring.avail_at().0 + 2), Ordering::Release).unwrap();
         // Interrupt at the next completion (EVENT_IDX).
         let event_at = ring.avail_at().0 + 4 + u64::from(ring.size) * 2;
