@@ -158,9 +158,13 @@ impl Rings {
         &self.tuning
     }
 
-    /// What a ring keeps of failed requests; `None`: nothing any more. Its worker.
+    /// What a ring keeps of failed requests; `None`: nothing any more. Its worker. All at once: whoever reads in the status
+    /// that requests are kept can have them tried again.
     pub(super) fn ring_keeps(&self, index: u32, kept: Option<Kept>) {
         let mut state = self.lock();
+        if let Some(counters) = state.counters.get(&index) {
+            counters.kept.store(kept.as_ref().map_or(0, |kept| kept.requests), Relaxed);
+        }
         match kept {
             Some(kept) => state.kept.insert(index, kept),
             None => state.kept.remove(&index),

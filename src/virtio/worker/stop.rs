@@ -6,7 +6,6 @@
 //! (GET_VRING_BASE) is another matter: it may go on elsewhere, where nobody knows of the marks, and the guest would wait
 //! for ever. So what is kept is then tried once more, and its outcome is the guest's.
 
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use super::super::rings::Kept;
@@ -108,6 +107,10 @@ impl Worker {
 
     /// The engine keeps a request.
     pub(super) fn keep(&mut self, head: u16, errno: Errno) {
+        // Another ring's sync failed for good meanwhile ([`Worker::may_keep`]): it is about to be tried for the last time.
+        if !self.engine.kept().contains(&head) {
+            return;
+        }
         let slot = self.slots[usize::from(head)].as_mut().expect("in its slot until it is done");
         slot.kept = true;
         let failed = FailedRequest {
@@ -157,7 +160,6 @@ impl Worker {
             // What an operator's hold kept from being done again is still marked.
             left.clear();
         }
-        self.counters.kept.store(0, Relaxed);
         if self.stopped_by.take().is_some() {
             let ring = self.setup.index;
             log::debug!("ring {ring}: {} requests are left to be done again", left.len());
@@ -170,7 +172,6 @@ impl Worker {
     /// For the status, and for quiesces, which cannot succeed.
     fn show_kept(&self) {
         let requests = self.engine.kept().len() as u64;
-        self.counters.kept.store(requests, Relaxed);
         let kept = self.stopped_by.clone().map(|first| Kept { first, requests });
         self.setup.rings.ring_keeps(self.setup.index, kept);
     }
