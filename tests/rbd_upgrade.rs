@@ -6,27 +6,11 @@ mod driver;
 mod guest;
 
 use std::fs;
-use std::path::PathBuf;
 
 use ceph::{Cluster, serve};
 use driver::load::{Load, SIZE, holds};
 use guest::tell;
-use rustix::process::{Pid, Signal, kill_process};
-use serde_json::{Value, json};
-
-/// Ends whoever serves, however the test ends.
-struct Serving(PathBuf);
-
-impl Drop for Serving {
-    fn drop(&mut self) {
-        if let Ok(text) = fs::read_to_string(&self.0)
-            && let Some(pid) = text.trim().parse().ok().and_then(Pid::from_raw)
-        {
-            // It may have ended by itself.
-            let _ = kill_process(pid, Signal::KILL);
-        }
-    }
-}
+use serde_json::json;
 
 #[test]
 fn an_image_goes_over_with_its_lock_in_every_mode() {
@@ -34,7 +18,6 @@ fn an_image_goes_over_with_its_lock_in_every_mode() {
     let image = cluster.image(SIZE as u64);
     let dir = tempfile::tempdir().expect("a directory");
     let path = |name: &str| dir.path().join(name).into_os_string().into_string().expect("a plain path");
-    let serving = Serving(dir.path().join("pid"));
     let (pid_file, state_file) = (path("pid"), path("state"));
     let more = ["--pid-file", &pid_file, "--rbd-state-file", &state_file, "--rbd-lock", "exclusive"];
     let server = serve(&image, "none", &more);
@@ -42,9 +25,7 @@ fn an_image_goes_over_with_its_lock_in_every_mode() {
     load.wait_for(50);
     let mut pauses = Vec::new();
     for mode in ["writeback", "writethrough", "unsafe", "directsync", "none"] {
-        let figures = server.ctl_ok(&["upgrade", "--json", "--", "--cache", mode]);
-        let figures: Value = serde_json::from_str(&figures).expect("figures");
-        pauses.push(figures["pause-us"].as_f64().expect("a number") / 1000.0);
+        pauses.push(server.upgrade(&["--cache", mode]));
         load.wait_for(50);
         let status = server.status();
         assert_eq!(status["cache-mode"], json!(mode));
@@ -59,8 +40,8 @@ fn an_image_goes_over_with_its_lock_in_every_mode() {
     holds(&image.content(), &acknowledged, "after the upgrades");
     server.ctl_ok(&["resume", token.trim()]);
     let acknowledged = load.stop();
-    server.ctl_ok(&["quit"]);
-    guest::wait_until("the daemon ends", || !serving.0.exists());
+    server.quit();
+    assert!(!fs::exists(pid_file).expect("a directory of ours"), "the pid file is left behind");
     holds(&image.content(), &acknowledged, "at the end");
     pauses.sort_by(f64::total_cmp);
     let (median, longest) = (pauses[pauses.len() / 2], pauses[pauses.len() - 1]);

@@ -4,41 +4,18 @@
 
 mod guest;
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Child;
+use std::path::Path;
 
+use guest::ledger::Ledger;
 use guest::qemu::Vm;
-use guest::server::program;
-use guest::{Server, mortal, oracle, qemu, scratch, sparse_image, tell, wait_until};
-use rustix::process::{Pid, Signal, kill_process};
-use serde_json::{Value, json};
+use guest::{Qmp, Server, oracle, qemu, scratch, sparse_image, tell, wait_until};
+use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
 
 const MIB: u64 = 1 << 20;
+/// As tests/life.rs has it.
+const LIFE: &str = include_str!("guest/life.sh");
 const JOB: &str = concat!(include_str!("guest/fio.sh"), include_str!("guest/until_told.sh"));
-
-/// Ends whoever serves, however the test ends.
-struct Serving(PathBuf);
-
-impl Serving {
-    fn pid(&self) -> Option<Pid> {
-        Pid::from_raw(fs::read_to_string(&self.0).ok()?.trim().parse().ok()?)
-    }
-
-    fn kill(&self) {
-        if let Some(pid) = self.pid() {
-            // It may have ended by itself.
-            let _ = kill_process(pid, Signal::KILL);
-        }
-    }
-}
-
-impl Drop for Serving {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
 
 /// Both of fio's processes write on.
 fn goes_on(server: &Server, what: &str) {
@@ -51,23 +28,20 @@ fn goes_on(server: &Server, what: &str) {
 fn a_real_guest_does_not_notice_twenty_upgrades() {
     let dir = scratch();
     let image = sparse_image(dir.path(), 16 * MIB);
-    let serving = Serving(dir.path().join("pid"));
-    let options = ["--num-queues", "2", "--pid-file", serving.0.to_str().expect("a path")];
-    let server = Server::start(&image, CacheMode::None, &options);
+    let options = ["--num-queues", "2"];
+    let mut server = Server::start(&image, CacheMode::None, &options);
     let mut vm = qemu::linux_full(2, JOB).vhost_user_disk(&server.socket(), ",num-queues=2").start();
     vm.until_asked("stop");
     let mut monitor = vm.qmp();
     let (mut pauses, mut dirty_before) = (Vec::new(), 0);
     for round in 0..20 {
         let mode = ["directsync", "writeback", "writethrough", "none", "unsafe"][round % 5];
-        let figures = server.ctl_ok(&["upgrade", "--json", "--", "--cache", mode]);
-        let figures: Value = serde_json::from_str(&figures).expect("figures");
-        pauses.push(figures["pause-us"].as_u64().expect("a number") as f64 / 1000.0);
+        pauses.push(server.upgrade(&["--cache", mode]));
         goes_on(&server, "the guest writes on after an upgrade");
         if round % 5 == 1 {
             monitor.execute("stop", json!({}));
             // Nothing runs, and the state goes over all the same.
-            server.ctl_ok(&["upgrade"]);
+            server.upgrade(&[]);
             monitor.execute("cont", json!({}));
             goes_on(&server, "the guest writes on after a stop");
             server.ctl_ok(&["quiesce", "--", "true"]);
@@ -75,40 +49,27 @@ fn a_real_guest_does_not_notice_twenty_upgrades() {
         if mode == "unsafe" {
             monitor.execute("stop", json!({}));
             dirty_before = dirty_before.max(oracle::dirty_pages(&image).unwrap_or(1));
-            server.ctl_ok(&["upgrade", "--", "--cache", "directsync"]);
+            server.upgrade(&["--cache", "directsync"]);
             assert_eq!(oracle::dirty_pages(&image).unwrap_or(0), 0, "what 'unsafe' left behind is not durable");
             monitor.execute("cont", json!({}));
             goes_on(&server, "the guest writes on after 'unsafe'");
         }
     }
     assert!(dirty_before > 0, "'unsafe' left nothing behind: this test would not notice");
-    server.ctl_ok(&["upgrade", "--", "--cache", "none"]);
+    server.upgrade(&["--cache", "none"]);
     assert_eq!(server.total("errors"), 0);
     let log = server.log();
     assert_eq!(log.matches("front-end connected").count(), 1, "QEMU came again:\n{log}");
-    let mut next = kill_and_follow(&server, &serving, &image, &options);
+    // A daemon that took over is killed: what it had taken is done again by the next.
+    server = server.kill_and_start(&image, CacheMode::None, &options);
     goes_on(&server, "the guest writes on after a kill");
     vm_ends(&mut vm, &image);
     vm.finish();
-    server.ctl_ok(&["quit"]);
-    assert!(next.wait().expect("our own child").success());
+    let (status, log) = server.terminate();
+    assert!(status.success(), "{status}\n{log}");
     pauses.sort_by(f64::total_cmp);
     let (median, longest) = (pauses[pauses.len() / 2], pauses[pauses.len() - 1]);
     tell(&format!("20 upgrades in all modes, paused for {median:.1} ms in the median, {longest:.1} ms at most"));
-}
-
-/// A daemon that took over is killed: what it had taken is done again by the next.
-fn kill_and_follow(server: &Server, serving: &Serving, image: &Path, options: &[&str]) -> Child {
-    let pid = serving.pid().expect("it runs");
-    serving.kill();
-    // A dead process that nobody has waited for yet has no program any more.
-    wait_until("it is dead", || fs::read_link(format!("/proc/{}/exe", pid.as_raw_nonzero())).is_err());
-    let mut command = mortal(program("virtioblkd"));
-    command.arg("--socket-path").arg(server.socket()).arg("--control-path").arg(server.control());
-    command.arg("--blk-file").arg(image).args(["--cache", "none"]).args(options);
-    let next = command.spawn().expect("virtioblkd");
-    wait_until("the next daemon is there", || server.ctl(&["status"]).status.success());
-    next
 }
 
 fn vm_ends(vm: &mut Vm, image: &Path) {
@@ -116,4 +77,116 @@ fn vm_ends(vm: &mut Vm, image: &Path) {
     let sum = vm.until_asked("compare");
     assert_eq!(sum.last(), Some(&format!("{}  -", oracle::digest(image))));
     vm.go();
+}
+
+/// A guest's disk on a port that it can be unplugged from, with a ledger under way.
+struct Life {
+    server: Server,
+    vm: Vm,
+    monitor: Qmp,
+    ledger: Ledger,
+}
+
+impl Life {
+    fn new(image: &Path) -> Life {
+        let server = Server::start(image, CacheMode::None, &["--num-queues", "2", "--backend", "slow:5"]);
+        let mut vm = qemu::linux_shell(2, LIFE)
+            .args(["-device", "pcie-root-port,id=plug,chassis=1", "-action", "reboot=reset"])
+            .vhost_user_disk(&server.socket(), ",num-queues=2,bus=plug")
+            .start_shell();
+        let mut ledger = Ledger::new("a", "/dev/vda", 0);
+        ledger.start(&mut vm);
+        let monitor = vm.qmp();
+        let mut life = Life { server, vm, monitor, ledger };
+        life.keeps(3);
+        life
+    }
+
+    fn keeps(&mut self, rounds: u32) {
+        for _ in 0..rounds {
+            self.ledger.hear(&self.vm.until_line("@kept a "));
+        }
+    }
+
+    fn sh(&mut self, line: &str) {
+        self.ledger.hear(&self.vm.sh(line));
+    }
+
+    /// Upgrades while the guest does `meanwhile`, and waits for its word.
+    fn upgrade_during(&mut self, meanwhile: impl FnOnce(&mut Life), word: &str) {
+        meanwhile(self);
+        self.server.upgrade(&[]);
+        let said = self.vm.until_line(word);
+        self.ledger.hear(&said);
+    }
+}
+
+#[test]
+fn life_goes_on_after_upgrades() {
+    let dir = scratch();
+    let image = sparse_image(dir.path(), 16 * MIB);
+    let mut life = Life::new(&image);
+
+    // A reset, of a guest whose daemon took over, and in the middle of an upgrade.
+    for meanwhile in [false, true] {
+        life.server.upgrade(&[]);
+        life.keeps(3);
+        let reset = |life: &mut Life| {
+            life.monitor.execute("system_reset", json!({}));
+        };
+        if meanwhile {
+            life.upgrade_during(reset, "@@ready");
+        } else {
+            reset(&mut life);
+            let said = life.vm.until_line("@@ready");
+            life.ledger.hear(&said);
+        }
+        assert!(life.ledger.check(&image) > 0);
+        life.ledger.start(&mut life.vm);
+        life.keeps(3);
+    }
+    life.sh("close_ledgers");
+    assert!(life.ledger.check(&image) > 0);
+
+    // A driver that goes and comes back with another number of queues, around upgrades.
+    let virtio = life.vm.sh("virtio_device vda").pop().expect("a name");
+    for (round, queues) in [1, 2].into_iter().enumerate() {
+        let text = 4 + 2 * round;
+        life.sh(&format!("put /dev/vda {text}"));
+        life.sh(&format!("echo {virtio} >/sys/bus/virtio/drivers/virtio_blk/unbind"));
+        life.server.upgrade(&[]);
+        life.sh(&format!(
+            "echo {virtio} >/sys/bus/virtio/drivers/virtio_blk/bind; until [ -b /dev/vda ]; do sleep 0.05; done"
+        ));
+        life.sh(&format!("got /dev/vda {text}"));
+        let rebind =
+            format!("(rebind /dev/vda {virtio} {queues} >/tmp/queues; echo \"@bound $? $(cat /tmp/queues)\") &");
+        life.upgrade_during(|life| life.sh(&rebind), "@bound 0");
+        let rings = life.server.status()["rings"].as_array().expect("a list").len();
+        assert_eq!(rings, queues, "rings that run");
+        life.sh(&format!("put /dev/vda {} && got /dev/vda {text}", text + 1));
+    }
+
+    // The disk is unplugged while it is read, and plugged in again.
+    life.sh("read_all /dev/vda");
+    life.monitor.execute("device_del", json!({"id": "disk1"}));
+    life.monitor.event("DEVICE_DELETED");
+    life.sh("[ ! -e /dev/vda ]");
+    life.server.upgrade(&[]);
+    life.monitor.execute("chardev-remove", json!({"id": "vu1"}));
+    wait_until("the front-end is gone", || life.server.status()["connected"] == false);
+    life.server.upgrade(&[]);
+    let socket = json!({"type": "unix", "data": {"path": life.server.socket()}});
+    let chardev = json!({"type": "socket", "data": {"addr": socket, "server": false}});
+    life.monitor.execute("chardev-add", json!({"id": "vu1", "backend": chardev}));
+    let disk = json!({"driver": "vhost-user-blk-pci", "id": "disk1", "chardev": "vu1", "bus": "plug", "num-queues": 2});
+    life.monitor.execute("device_add", disk);
+    life.sh("until [ -b /dev/vda ]; do sleep 0.05; done");
+    life.server.upgrade(&[]);
+    life.sh("touch /tmp/stop-reading; for n in 4 5 6 7; do got /dev/vda $n || exit 1; done; put /dev/vda 8 && got /dev/vda 8");
+    assert_eq!(life.server.total("errors"), 0);
+    let log = life.server.log();
+    assert_eq!(log.matches("front-end connected").count(), 2, "QEMU came again:\n{log}");
+    life.server.quit();
+    tell("two resets, four rebinds, an unplug and a plug around ten upgrades");
 }

@@ -11,7 +11,7 @@ use virtioblkd::engine::cache::CacheMode;
 
 use super::{Qmp, mortal, output, wait_until};
 
-/// One disk's server, killed when dropped.
+/// One disk's server, killed when dropped, whichever process it is by then.
 pub struct Server {
     child: Child,
     // Its own directory: a socket's path must be short, and the build's may be long. Kept over a restart.
@@ -53,16 +53,16 @@ impl Server {
 
     /// The same; `meanwhile` is done while no server runs.
     pub fn kill_and_start_after(
-        mut self,
+        self,
         image: &Path,
         mode: CacheMode,
         more: &[&str],
         meanwhile: impl FnOnce(),
     ) -> Server {
-        self.child.kill().expect("our own child");
-        self.child.wait().expect("our own child");
-        meanwhile();
         let dir = self.dir.clone();
+        // Which kills it.
+        drop(self);
+        meanwhile();
         let command = virtioblkd(&dir.path().join("vhost"), &dir.path().join("control"), image, mode, more);
         Server::start_in(dir, command)
     }
@@ -126,6 +126,45 @@ impl Server {
         String::from_utf8(output.stdout).expect("text")
     }
 
+    /// Has another process take over, with these options in place of the old ones. Milliseconds that the guest paused.
+    pub fn upgrade(&self, options: &[&str]) -> f64 {
+        let figures = self.ctl_ok(&[&["upgrade", "--json", "--"], options].concat());
+        let figures: Value = serde_json::from_str(&figures).expect("figures");
+        figures["pause-us"].as_u64().expect("a number") as f64 / 1000.0
+    }
+
+    /// Ends the server by `virtioblkctl quit`, whichever process it is by now.
+    pub fn quit(self) {
+        self.ctl_ok(&["quit"]);
+        wait_until("virtioblkd ends", || self.processes().is_empty());
+    }
+
+    /// Kills whoever serves, and returns when nobody does.
+    fn kill(&mut self) {
+        // Each fails only where the process is gone.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        wait_until("the killed virtioblkd is dead", || {
+            let left = self.processes();
+            for pid in &left {
+                let _ = kill_process(*pid, Signal::KILL);
+            }
+            left.is_empty()
+        });
+    }
+
+    /// Who serves on our socket, or is about to: after an upgrade that is no child of ours. The dead have no command line.
+    fn processes(&self) -> Vec<Pid> {
+        let socket = self.socket();
+        let is_ours = |pid: &Pid| {
+            let words = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
+            words.split(|byte| *byte == 0).any(|word| word == socket.as_os_str().as_encoded_bytes())
+        };
+        let names = fs::read_dir("/proc").expect("/proc is mounted").map(|entry| entry.expect("an entry").file_name());
+        let pids = names.filter_map(|name| name.to_str()?.parse().ok().and_then(Pid::from_raw));
+        pids.filter(is_ours).collect()
+    }
+
     /// Ends the server by SIGTERM and waits for it.
     pub fn terminate(mut self) -> (ExitStatus, String) {
         let pid = Pid::from_child(&self.child);
@@ -142,9 +181,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Both fail only if the process is gone and reaped, which is what we want.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.kill();
         if std::thread::panicking() {
             eprintln!("--- virtioblkd said:\n{}", self.log());
         }
