@@ -3,9 +3,10 @@
 
 mod control_kit;
 mod driver;
+mod snapshot_kit;
 mod upgrade_kit;
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
@@ -14,6 +15,7 @@ use driver::load::{Load, holds};
 use driver::{ALL, Driver, F_FLUSH};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
+use snapshot_kit::{Agent, Mood};
 use upgrade_kit::{Disk, SIZE, contains, wait_until};
 
 const MODES: [&str; 5] = ["none", "directsync", "writeback", "writethrough", "unsafe"];
@@ -328,4 +330,32 @@ fn a_daemon_can_be_started_by_hand_and_on_other_sockets() {
     disk.ctl_ok(&["quit"]);
     assert!(child.wait().unwrap().success());
     assert!(!disk.path("vhost2").exists() && !disk.path("control").exists() && !disk.path("pid").exists());
+}
+
+/// `virtioblkctl attend` follows its disk from process to process, and is told of as missing in between.
+#[test]
+fn an_attendant_comes_back_by_itself() {
+    let disk = Disk::serve(&["--cache", "none"]);
+    let agent = Agent::start(Mood::Good, &[disk.path("control")]);
+    let mut attend = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"));
+    attend.args(["attend", "--level", "filesystem", "--qga"]).arg(&agent.path).arg("--disk").arg(disk.path("control"));
+    let log = File::create(disk.path("attend.log")).unwrap();
+    let mut attendant = attend.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
+    let attended = || disk.status()["attendant"].take();
+    wait_until("it attends", || attended()["present"] == true);
+    for _ in 0..3 {
+        disk.upgrade(&[]);
+        assert!(attended().is_object(), "the new one does not miss it");
+        wait_until("it attends again", || attended()["present"] == true);
+    }
+    // It leaves in order: nobody misses it, in this process or the next.
+    kill_process(Pid::from_child(&attendant), Signal::TERM).unwrap();
+    let status = attendant.wait().unwrap();
+    let said = fs::read_to_string(disk.path("attend.log")).unwrap();
+    assert!(status.success(), "{said}");
+    assert_eq!(said.matches("is back").count(), 3, "{said}");
+    assert!(attended().is_null());
+    disk.upgrade(&[]);
+    assert!(attended().is_null());
+    disk.end();
 }
