@@ -26,6 +26,10 @@ pub(crate) enum Mutant {
     GivesHeldImage,
     /// An image that rings left to a hold stays ours when it ends.
     KeepsImage,
+    /// A ring that has said that it rests takes what comes.
+    RestsInName,
+    /// A ring that is let go before it has come to rest comes to rest all the same.
+    RestsTooLate,
 }
 
 thread_local! {

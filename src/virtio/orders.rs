@@ -1,5 +1,6 @@
 //! A disk in many orders of its threads: a guest that writes and kicks, an operator who holds the disk and lets it go, a
-//! front-end that stops and starts the ring meanwhile. All of it is what is served, but for the storage.
+//! front-end that stops and starts the ring meanwhile, an upgrade that has it rest. All of it is what is served, but for
+//! the storage.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -253,29 +254,56 @@ fn ring_that_is_looked_at() {
     front_end.queue.pause(&rings, Stop::ForGood);
 }
 
-fn disk_under_holds(poll_max: Duration) {
+/// `meanwhile`: what the front-end's thread does while the guest writes and the operator holds.
+fn disk_under_holds(poll_max: Duration, meanwhile: impl FnOnce(&mut FrontEnd, &GuestMemoryMmap)) {
     let (rings, events) = disk(poll_max);
     let mut front_end = FrontEnd::new(rings.clone());
     let memory = front_end.memory.pin();
-    let (kick, of_guest) = (front_end.kick.clone(), memory.clone());
+    let (kick, of_guest, of_operator) = (front_end.kick.clone(), memory.clone(), memory.clone());
     let guest = thread::spawn(move || guest(&of_guest, &kick));
-    let of_operator = rings.clone();
-    let operator = thread::spawn(move || operator(&of_operator, &events, &memory));
+    let held = rings.clone();
+    let operator = thread::spawn(move || operator(&held, &events, &of_operator));
     front_end.start();
-    for _ in 0..2 {
-        thread::yield_now();
-        front_end.change(|_| ());
-    }
+    meanwhile(&mut front_end, &memory);
     guest.join().unwrap();
     operator.join().unwrap();
     front_end.queue.pause(&rings, Stop::ForGood);
     assert_eq!(rings.status().total.writes, u64::from(WRITES));
 }
 
+fn restarts(front_end: &mut FrontEnd, _: &GuestMemoryMmap) {
+    for _ in 0..2 {
+        thread::yield_now();
+        front_end.change(|_| ());
+    }
+}
+
+/// Upgrades in place that come to nothing: the first is refused while the ring rests, the second loses its patience, the
+/// third stops the ring, which then starts again.
+fn rests(front_end: &mut FrontEnd, memory: &GuestMemoryMmap) {
+    for upgrade in 1..=3 {
+        thread::yield_now();
+        let rests = front_end.queue.ask_to_rest().expect("it runs");
+        if upgrade != 2 {
+            rests.recv().expect("it comes to rest");
+            let before = answered(memory);
+            for _ in 0..10 {
+                thread::yield_now();
+            }
+            assert_eq!(answered(memory), before, "a write was answered while the ring was at rest");
+        }
+        if upgrade == 3 {
+            front_end.change(|_| ());
+        }
+        // As of a ring that has just begun, or did not rest, too.
+        front_end.queue.ask_to_go_on().expect("it runs").recv().expect("it goes on");
+    }
+}
+
 #[test]
 fn every_write_is_answered_and_every_hold_settles() {
     use Mutant::*;
-    let sleeping = || disk_under_holds(Duration::ZERO);
+    let sleeping = || disk_under_holds(Duration::ZERO, restarts);
     holds(sleeping, &[RingsFirst, OneCommandAWake, JoinsOpen]);
     // Faults of the gate itself: the ring is not read again when the hold ends; the gate stays open.
     for fault in [mutants::Mutant::ResumedLost, mutants::Mutant::GateStaysOpen] {
@@ -286,7 +314,7 @@ fn every_write_is_answered_and_every_hold_settles() {
 #[test]
 fn a_worker_that_looks_for_work_misses_none() {
     holds(ring_that_is_looked_at, &[Mutant::SleepsUnlooking]);
-    holds(|| disk_under_holds(Duration::from_nanos(1)), &[]);
+    holds(|| disk_under_holds(Duration::from_nanos(1), restarts), &[]);
 }
 
 #[test]
@@ -297,4 +325,11 @@ fn a_hold_does_not_wait_for_a_ring_that_stopped() {
 #[test]
 fn an_image_is_ours_while_it_is_held_and_no_longer_than_it_is_used() {
     holds(image_that_others_want, &[Mutant::GivesHeldImage, Mutant::KeepsImage]);
+}
+
+#[test]
+fn a_ring_that_is_asked_to_rest_does_so_and_misses_nothing() {
+    use Mutant::*;
+    holds(|| disk_under_holds(Duration::ZERO, rests), &[RestsInName, RestsTooLate, OneCommandAWake]);
+    holds(|| disk_under_holds(Duration::from_nanos(1), rests), &[]);
 }

@@ -14,6 +14,8 @@ use crate::backend::{Errno, IoBuf, Op};
 use crate::disk::{Event, FailedRequest};
 use crate::engine::Kind;
 use crate::sync::mpsc::Sender;
+#[cfg(all(test, feature = "model"))]
+use crate::sync::orders::{Mutant, planted};
 
 /// How a ring is to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +43,10 @@ impl Worker {
 
     /// [`super::Command::GoOn`].
     pub(super) fn go_on(&mut self, told: &Sender<()>) {
-        if self.resting.take().is_some() {
+        let resting = self.resting.take();
+        #[cfg(all(test, feature = "model"))]
+        let resting = resting.filter(|rest| matches!(rest, Rest::Reached) || !planted(Mutant::RestsTooLate));
+        if resting.is_some() {
             self.stopping = None;
         }
         // Whoever asked may not wait.
@@ -54,6 +59,10 @@ impl Worker {
             Some(Rest::Coming(told)) => {
                 // It may have lost patience.
                 let _ = told.send(());
+                #[cfg(all(test, feature = "model"))]
+                if planted(Mutant::RestsInName) {
+                    self.stopping = None;
+                }
                 true
             }
             Some(Rest::Reached) => true,
