@@ -15,11 +15,12 @@ OTHER_TESTS = $(filter-out $(VM_TESTS) $(RBD_TESTS),$(basename $(notdir $(wildca
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS = $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 
-# What touches memory and threads and needs no guest. Left out: what runs the real daemon (the sanitizer looks for leaks
-# at the end, and the sandbox stops the clone(2) that this takes), tests of deadlines (all is many times slower), and of
-# the engine, which is pure.
+# What touches memory and threads and needs no guest. Left out: tests of deadlines (all is many times slower), and of the
+# engine, which is pure. Apart: what runs the real daemon, where the sanitizer cannot look for leaks at the end (its
+# sandbox stops the clone(2) that this takes).
 ADDRESS_TESTS = activation backend_contract control control_clients control_flood control_store device durability \
 	file_backend fuzz_replay hostile hostile_memory inflight resize stable_writes
+ADDRESS_DAEMON_TESTS = upgrade upgrade_front_end
 # Those whose reports were judged, see the suppressions (others are not examined yet). Nor those that provoke SIGBUS: the
 # sanitizer's own mmap(2) hangs in a signal's handler.
 THREAD_TESTS = activation control device inflight resize
@@ -27,7 +28,7 @@ THREAD_TESTS = activation control device inflight resize
 SANITIZE_address = -Zsanitizer=address
 SANITIZE_thread = -Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer
 sanitized = RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(SANITIZE_$(1))" CARGO_TARGET_DIR=$(abspath $(deep))/$(1) $(CARGO) test \
-	--target $$(rustc -vV | sed -n 's/^host: //p') --no-fail-fast --lib $(2:%=--test %) \
+	--target $$(rustc -vV | sed -n 's/^host: //p') --no-fail-fast $(2) \
 	-- --test-threads=$(TEST_THREADS) --skip engine:: --skip the_daemon_says_what_it_does
 
 deep = $(or $(CARGO_TARGET_DIR),target)/deep
@@ -95,10 +96,11 @@ fuzz: toolchain ## Search for what breaks the parsers, FUZZ_SECONDS a target (ne
 check-deep: toolchain check-address check-thread check-orders explore-long fuzz ## Sanitizers, orders of threads, the long explorer, fuzzing; an hour
 
 check-address: toolchain ## The suites that need no guest, with the address sanitizer
-	$(call sanitized,address,$(ADDRESS_TESTS))
+	$(call sanitized,address,--lib $(ADDRESS_TESTS:%=--test %))
+	ASAN_OPTIONS=detect_leaks=0 $(call sanitized,address,$(ADDRESS_DAEMON_TESTS:%=--test %))
 
 check-thread: toolchain ## Some of them with the thread sanitizer
-	TSAN_OPTIONS="suppressions=$(CURDIR)/tests/thread-sanitizer.supp" $(call sanitized,thread,$(THREAD_TESTS))
+	TSAN_OPTIONS="suppressions=$(CURDIR)/tests/thread-sanitizer.supp" $(call sanitized,thread,--lib $(THREAD_TESTS:%=--test %))
 
 check-orders: toolchain ## The models of the hand-offs between threads, in ten times as many orders
 	VIRTIOBLKD_ORDERS=10000 $(CARGO) test --lib --features model orders::
