@@ -13,7 +13,7 @@ use std::process::{Child, ChildStdout, Output, Stdio};
 
 use ceph::{Cluster, Image, POOL, serve};
 use driver::pairs::{PairWriter, USED, are_of_one_instant, newest};
-use guest::{Server, scratch, sparse_image, wait_until};
+use guest::{Server, scratch, sparse_image, tell, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use snapshot_kit::{Agent, Mood, ctl, err};
@@ -94,6 +94,33 @@ fn a_group_snapshot_over_two_servers_freezes_once_while_both_are_written() {
     drop(writer);
     let listed = cluster.rbd(&["group", "snap", "ls", &scene.group]);
     assert!((1..=3).all(|round| listed.contains(&format!("s{round}"))), "{listed}");
+}
+
+/// The attendant finds its disks again after an upgrade in place. Until it has, there is no weaker snapshot.
+#[test]
+fn an_upgrade_between_two_snapshots_costs_none_of_them_its_level() {
+    let cluster = Cluster::shared();
+    let mut scene = Scene::new(cluster, Mood::Good, &[]);
+    let (mut taken, mut refused) = (0, 0);
+    for round in 0..6 {
+        scene.servers[round % 2].upgrade(&[]);
+        if round % 3 == 2 {
+            let all = |scene: &Scene| scene.servers.iter().all(|it| it.status()["attendant"]["present"] == true);
+            wait_until("the disks are attended again", || all(&scene));
+        }
+        let output = scene.take_group(cluster, &format!("u{round}"));
+        if output.status.success() {
+            let receipt = scene.receipt();
+            assert_eq!(receipt["level"], "filesystem", "{receipt}");
+            taken += 1;
+        } else {
+            assert!(round % 3 != 2 && err(&output).contains("busy"), "{}", err(&output));
+            refused += 1;
+        }
+        scene.is_over();
+        wait_until("both are attended", || scene.servers.iter().all(|it| it.status()["attendant"]["present"] == true));
+    }
+    tell(&format!("{taken} snapshots right after upgrades at their level, {refused} refused"));
 }
 
 #[test]
