@@ -367,13 +367,21 @@ pub fn initramfs_with_kexec(functions: &str) -> Vec<u8> {
 
 /// Sends the guest of this monitor to `uri`, at so many bytes a second, and waits until it has left.
 pub fn migrate(monitor: &mut Qmp, bandwidth: u64, uri: &str) {
-    monitor.execute("migrate-set-parameters", json!({"max-bandwidth": bandwidth, "downtime-limit": 2000}));
+    limit_migration(monitor, bandwidth, 2000);
     monitor.execute("migrate", json!({"uri": uri}));
-    wait_until("the guest has left", || {
-        let status = monitor.execute("query-migrate", json!({}));
-        assert_ne!(status["status"], "failed", "{status}");
-        status["status"] == "completed"
-    });
+    wait_until("the guest has left", || has_left(monitor));
+}
+
+/// Bytes a second, and the milliseconds that the guest may stand still for the last of them.
+pub fn limit_migration(monitor: &mut Qmp, bandwidth: u64, downtime: u64) {
+    monitor.execute("migrate-set-parameters", json!({"max-bandwidth": bandwidth, "downtime-limit": downtime}));
+}
+
+/// Whether the guest of this monitor has moved.
+pub fn has_left(monitor: &mut Qmp) -> bool {
+    let status = monitor.execute("query-migrate", json!({}));
+    assert_ne!(status["status"], "failed", "{status}");
+    status["status"] == "completed"
 }
 
 /// QEMU's version, major and minor. Its options differ: `reconnect-ms` is from 9.2 on.
