@@ -131,6 +131,24 @@ fn one_that_fails_takes_the_others_along() {
 }
 
 #[test]
+fn a_copy_that_gets_its_name_just_as_another_fails_goes_too() {
+    let (disks, stores) = two();
+    let copied = Served::new();
+    let copies = copied.with_copies();
+    let dir = tempfile::tempdir().unwrap();
+    let target = dir.path().join("copy");
+    stores[1].fail(true);
+    let all = [disks[0].path.as_path(), &disks[1].path, &copied.path];
+    let copy = format!("copy:{}", target.display());
+    let output = snapshot(&all, &["--to", "rbd:x", "--to", "rbd:x", "--to", &copy]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(err(&output).contains("the pool is full"), "{output:?}");
+    // Once more when its connection ends, whoever notices that first.
+    assert!(copies.cancels() >= 2, "{output:?}");
+    assert!(!target.exists() && stores.iter().all(|store| store.made().is_empty()), "{output:?}");
+}
+
+#[test]
 fn killed_or_out_of_time_nothing_is_left() {
     let (disks, stores) = two();
     stores[1].hang(true);

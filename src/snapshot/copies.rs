@@ -15,6 +15,9 @@ use crate::client::{Client, Failure, PATIENCE};
 /// How often a copy is asked how far it is, if nothing is heard of it.
 const TICK: Duration = Duration::from_millis(500);
 
+/// How long a copy that nothing stops any more is left alone, until it is asked again whether it has ended.
+const ENDING: Duration = Duration::from_millis(5);
+
 /// One disk's copy.
 #[derive(Clone, Debug)]
 pub struct Copy {
@@ -132,17 +135,25 @@ fn undo_one(disks: &mut Disks, copy: &Copy) -> Result<(), String> {
             &mut fresh
         }
     };
-    match client.ask("copy-cancel", json!({"copy": copy.name}), PATIENCE) {
-        Ok(_) => return Ok(()),
-        // It is over, well or not.
-        Err(failure) if failure.code == "no-such-copy" => {}
-        Err(why) => return Err(format!("the copy to '{shown}' could not be cancelled: {why}")),
-    }
-    let list = client.ask("query-copies", json!({}), PATIENCE).map_err(|why| format!("is '{shown}' there? {why}"))?;
-    let list = list.as_array().map(Vec::as_slice).unwrap_or_default();
-    // What is not complete the daemon has removed; then whatever has the target's name is not ours.
-    if !list.iter().any(|status| status["copy"] == *copy.name && status["state"] == "completed") {
-        return Ok(());
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match client.ask("copy-cancel", json!({"copy": copy.name}), PATIENCE) {
+            Ok(_) => return Ok(()),
+            // It is over, well or not; or it gets its name just now, and then nothing stops it.
+            Err(failure) if matches!(failure.code.as_str(), "no-such-copy" | "busy") => {}
+            Err(why) => return Err(format!("the copy to '{shown}' could not be cancelled: {why}")),
+        }
+        let list =
+            client.ask("query-copies", json!({}), PATIENCE).map_err(|why| format!("is '{shown}' there? {why}"))?;
+        let list = list.as_array().map(Vec::as_slice).unwrap_or_default();
+        let found = list.iter().find(|status| status["copy"] == *copy.name);
+        match found.and_then(|status| status["state"].as_str()) {
+            Some("completed") => break,
+            Some("syncing") if Instant::now() < end => std::thread::sleep(ENDING),
+            Some("syncing") => return Err(format!("the copy to '{shown}' does not end: remove it once it is there")),
+            // The daemon has removed it; then whatever has the target's name is not ours.
+            _ => return Ok(()),
+        }
     }
     match rustix::fs::unlink(&copy.target) {
         Ok(()) | Err(Errno::NOENT) => Ok(()),

@@ -7,15 +7,15 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, mpsc};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use virtioblkd::backend::{Notices, QuiesceAsk};
 use virtioblkd::control::{ImageNotices, Info, Server, Setup, Upgrade};
 use virtioblkd::disk::{
-    CopyError, Disk, DiskStatus, Event, Events, FailedRequest, HoldFigures, ImageSnapshots, ImageStatus, LastError,
-    RingStatus,
+    Copies, CopyError, CopyOptions, CopyStatus, Disk, DiskStatus, Event, Events, FailedRequest, HoldFigures,
+    ImageSnapshots, ImageStatus, LastError, RingStatus,
 };
 use virtioblkd::engine::Errno;
 use virtioblkd::listen::{BindError, bind_unix};
@@ -106,9 +106,52 @@ impl ImageSnapshots for FakeStore {
     }
 }
 
+/// Copies that are as good as complete when they start: too late to cancel, and not over before that was tried twice.
+#[derive(Default)]
+pub struct LateCopies {
+    target: Mutex<String>,
+    cancels: AtomicU32,
+}
+
+impl LateCopies {
+    /// How often somebody tried.
+    pub fn cancels(&self) -> u32 {
+        self.cancels.load(Ordering::SeqCst)
+    }
+}
+
+impl Copies for LateCopies {
+    fn prepare(&self, options: &CopyOptions) -> Result<String, CopyError> {
+        *self.target.lock().unwrap() = options.target.to_str().unwrap().to_owned();
+        Ok("copy-1".into())
+    }
+
+    fn start(&self, _: &str) -> Result<(), CopyError> {
+        std::fs::write(&*self.target.lock().unwrap(), "a copy").unwrap();
+        Ok(())
+    }
+
+    fn cancel(&self, _: &str) -> Result<(), CopyError> {
+        self.cancels.fetch_add(1, Ordering::SeqCst);
+        Err(CopyError { code: "busy", message: "it ends just now".into() })
+    }
+
+    fn set_bandwidth(&self, _: &str, _: u64) -> Result<(), CopyError> {
+        Ok(())
+    }
+
+    fn status(&self) -> Vec<CopyStatus> {
+        let state = if self.cancels() < 2 { "syncing" } else { "completed" };
+        let target = self.target.lock().unwrap().clone();
+        vec![CopyStatus { copy: "copy-1".into(), target, state: state.into(), ..CopyStatus::default() }]
+    }
+}
+
 pub struct FakeDisk {
     /// Who makes snapshots of it, if anybody.
     pub store: Mutex<Option<Arc<FakeStore>>>,
+    /// Who copies it, if anybody.
+    pub copies: OnceLock<LateCopies>,
     /// What failed and is kept.
     pub stopped: Mutex<Option<FailedRequest>>,
     gate: Mutex<Gate>,
@@ -192,6 +235,10 @@ impl Disk for FakeDisk {
 
     fn stopped_change(&self) -> Option<FailedRequest> {
         self.stopped.lock().unwrap().clone()
+    }
+
+    fn copies(&self) -> Option<&dyn Copies> {
+        self.copies.get().map(|copies| copies as &dyn Copies)
     }
 
     fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {
@@ -289,6 +336,7 @@ impl Served {
         });
         let disk = Arc::new(FakeDisk {
             store: Mutex::default(),
+            copies: OnceLock::new(),
             stopped: Mutex::default(),
             gate,
             changed: Condvar::new(),
@@ -333,6 +381,10 @@ impl Served {
         let store = Arc::new(FakeStore::default());
         *self.disk.store.lock().unwrap() = Some(store.clone());
         store
+    }
+
+    pub fn with_copies(&self) -> &LateCopies {
+        self.disk.copies.get_or_init(LateCopies::default)
     }
 
     /// Another daemon in the place of the one that was stopped.
