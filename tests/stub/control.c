@@ -95,8 +95,10 @@ static void obey(struct image *image, char *order, FILE *out)
 	} else if (!strcmp(order, "fence")) {
 		set(image, &image->fenced, 1);
 	} else if (sscanf(order, "owner %63s", what) == 1) {
+		pthread_mutex_lock(&image->lock);
 		strcpy(image->owner, strcmp(what, "none") ? what : "");
 		image->locked = 0;
+		pthread_mutex_unlock(&image->lock);
 	} else if (sscanf(order, "resize %ld", &number) == 1) {
 		image->size = number;
 		if (image->updated)

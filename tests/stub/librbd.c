@@ -456,10 +456,12 @@ int rbd_lock_release(void *handle)
 	struct image *image = handle;
 	int error = call(image, "unlock", &image->unlocks);
 
+	pthread_mutex_lock(&image->lock);
 	if (!error && image->locked) {
 		image->locked = 0;
 		*image->owner = 0;
 	}
+	pthread_mutex_unlock(&image->lock);
 	return error;
 }
 
@@ -468,11 +470,14 @@ int rbd_lock_get_owners(void *handle, unsigned *mode, char **owners, size_t *cou
 	struct image *image = handle;
 
 	*mode = 0;
-	if (!*image->owner)
-		return -ENOENT;
+	pthread_mutex_lock(&image->lock);
+	*count = *image->owner != 0;
 	owners[0] = strdup(image->owner);
-	*count = 1;
-	return 0;
+	pthread_mutex_unlock(&image->lock);
+	if (*count)
+		return 0;
+	free(owners[0]);
+	return -ENOENT;
 }
 
 void rbd_lock_get_owners_cleanup(char **owners, size_t count)
@@ -484,10 +489,15 @@ void rbd_lock_get_owners_cleanup(char **owners, size_t count)
 int rbd_lock_break(void *handle, unsigned mode, const char *owner)
 {
 	struct image *image = handle;
+	int another;
 
-	if (mode || strcmp(owner, image->owner))
+	pthread_mutex_lock(&image->lock);
+	another = mode || strcmp(owner, image->owner);
+	if (!another)
+		*image->owner = 0;
+	pthread_mutex_unlock(&image->lock);
+	if (another)
 		return -ENOENT;
-	*image->owner = 0;
 	return call(image, "break", &image->breaks);
 }
 
