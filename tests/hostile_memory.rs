@@ -220,29 +220,13 @@ fn memory_that_shrinks_bit_by_bit_under_requests() {
     survives_after(&rig);
 }
 
-/// Memory of the front-end's own bookkeeping, which nobody sealed: `flags` beside close-on-exec.
-fn bookkeeping(len: u64, flags: MemfdFlags) -> File {
-    let file: File = memfd_create("bookkeeping", MemfdFlags::CLOEXEC | flags).unwrap().into();
-    file.set_len(len).unwrap();
-    file
-}
-
 /// A front-end with one ring that has its in-flight region in `region`; the ring is not started.
 fn tracking(rig: &Rig, region: &File, len: u64) -> FrontEnd {
     let mut guest = FrontEnd::handshake(UnixStream::connect(&rig.path).unwrap(), 1, 64, ALL);
-    also(&mut guest, VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+    guest.also(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
     let told = VhostUserInflight { mmap_size: len, mmap_offset: 0, num_queues: 1, queue_size: 64 };
     guest.control.set_inflight_fd(&told, region.as_raw_fd()).unwrap();
     guest
-}
-
-/// Negotiates one more protocol feature than the front-end has.
-fn also(guest: &mut FrontEnd, feature: VhostUserProtocolFeatures) {
-    let usual = VhostUserProtocolFeatures::MQ
-        | VhostUserProtocolFeatures::CONFIG
-        | VhostUserProtocolFeatures::REPLY_ACK
-        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
-    guest.control.set_protocol_features(usual | feature).unwrap();
 }
 
 /// Before its ring starts, before a request is taken, and before one is answered.
@@ -318,16 +302,15 @@ fn an_in_flight_region_of_huge_pages_that_do_not_exist() {
 fn a_dirty_log_that_vanishes() {
     // Bytes of log for all of the guest's memory.
     const LEN: u64 = 4096;
-    const LOG_ALL: u64 = 1 << 26;
     for running in [false, true] {
         let rig = memory_disk();
         let mut guest = FrontEnd::handshake(UnixStream::connect(&rig.path).unwrap(), 1, 64, ALL);
-        also(&mut guest, VhostUserProtocolFeatures::LOG_SHMFD);
+        guest.also(VhostUserProtocolFeatures::LOG_SHMFD);
         guest.start_ring(0, 0);
         let log = bookkeeping(LEN, MemfdFlags::empty());
         let told = VhostUserDirtyLogRegion { mmap_size: LEN, mmap_offset: 0, mmap_handle: log.as_raw_fd() };
         guest.control.set_log_base(0, Some(told)).unwrap();
-        let features = guest.features | LOG_ALL;
+        let features = guest.features | F_LOG_ALL;
         if running {
             guest.control.set_features(features).unwrap();
             assert_eq!(guest.read(0, 0, 4096).0, OK);

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -23,6 +24,7 @@ pub const DISCARD: u32 = 11;
 pub const WRITE_ZEROES: u32 = 13;
 /// Feature bits.
 pub const F_FLUSH: u64 = 1 << 9;
+pub const F_LOG_ALL: u64 = 1 << 26;
 pub const F_EVENT_IDX: u64 = 1 << 29;
 pub const F_PROTOCOL: u64 = 1 << 30;
 pub const F_VERSION_1: u64 = 1 << 32;
@@ -79,10 +81,7 @@ impl FrontEnd {
         let mut control = Frontend::from_stream(stream, 256);
         control.set_owner().unwrap();
         let features = control.get_features().unwrap() & (mask | F_PROTOCOL | F_VERSION_1);
-        let wanted = VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        let wanted = usual_protocol();
         let offered = control.get_protocol_features().unwrap();
         assert!(offered.contains(wanted));
         control.set_protocol_features(wanted).unwrap();
@@ -95,6 +94,11 @@ impl FrontEnd {
             front_end.rings.push(Ring::new(index, size));
         }
         front_end
+    }
+
+    /// Negotiates one more protocol feature than a front-end has.
+    pub fn also(&mut self, feature: VhostUserProtocolFeatures) {
+        self.control.set_protocol_features(usual_protocol() | feature).unwrap();
     }
 
     pub fn send_memory_table(&mut self) {
@@ -362,8 +366,22 @@ impl Ring {
 }
 
 /// Two regions side by side, so that a buffer can cross from one into the other.
+fn usual_protocol() -> VhostUserProtocolFeatures {
+    VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+}
+
+/// Memory of a front-end's own bookkeeping, which nobody sealed: `flags` beside close-on-exec.
+pub fn bookkeeping(len: u64, flags: MemfdFlags) -> File {
+    let file: File = memfd_create("bookkeeping", MemfdFlags::CLOEXEC | flags).unwrap().into();
+    file.set_len(len).unwrap();
+    file
+}
+
 fn guest_memory() -> GuestMemoryMmap {
-    let file: File = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into();
+    let file: File = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap().into();
     file.set_len(MEMORY).unwrap();
     let half = MEMORY / 2;
     let ranges = [
