@@ -308,6 +308,11 @@ fn failing_device(dir: &Path) -> Option<(Tmpfs, Loop)> {
     Some((tmpfs, device))
 }
 
+/// There is room again, at once: a file that is removed may still be open in a process that another test starts.
+fn make_room(tmpfs: &Tmpfs) {
+    fs::File::create(tmpfs.0.join("ballast")).expect("ours");
+}
+
 #[test]
 fn a_failed_writeback_is_never_forgotten() {
     let dir = disk_dir();
@@ -318,7 +323,7 @@ fn a_failed_writeback_is_never_forgotten() {
     assert_eq!(queues[0].write(0, &[1; 65536]), Ok(()), "the cache takes it");
     let first = queues[1].run(Op::Sync).expect_err("writeback cannot succeed");
     // Now it could: the kernel would say so, and the data is gone.
-    fs::remove_file(tmpfs.0.join("ballast")).expect("room again");
+    make_room(&tmpfs);
     let plain = fs::OpenOptions::new().write(true).open(&device.0).expect("the device");
     plain.sync_data().expect("whoever comes later sees no error");
     for queue in &mut queues {
@@ -343,7 +348,7 @@ fn a_failed_durable_write_is_never_forgotten_over_the_cache() {
         let mut driver = Driver::new(&backend, 4);
         let durable = || Op::Write { offset: 0, buf: IoBuf::owned(65536, 4096, 0), durable: true };
         assert!(driver.run(durable()).is_err(), "{mode}");
-        fs::remove_file(tmpfs.0.join("ballast")).expect("room again");
+        make_room(&tmpfs);
         // Past the cache the write failed and nothing else: it may be tried again.
         assert_eq!(driver.run(durable()).is_err(), latched, "{mode}");
         assert_eq!(driver.run(Op::Sync).is_err(), latched, "{mode}");
