@@ -677,6 +677,19 @@ fn sparse_stays_sparse() {
     }
 }
 
+/// That its name is durable, too: `tests/power_cut.rs`.
+#[test]
+fn what_is_complete_is_durable() {
+    let (world, mem) = World::mem(Order::InOrder, Tuning::default());
+    let world = World { dir: disk_dir(), ..world };
+    fill(&mem);
+    let copy = started(&world, 0);
+    assert_eq!(world.wait_ended(&copy).state, "completed");
+    if let Some(dirty) = backend::dirty_pages(&world.target()) {
+        assert_eq!(dirty, 0, "pages of the copy that the medium has not");
+    }
+}
+
 #[test]
 fn the_digest_is_that_of_the_whole_image() {
     let (world, mem) = World::mem(Order::InOrder, Tuning::default());
