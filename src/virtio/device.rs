@@ -144,6 +144,22 @@ impl Talk {
     }
 }
 
+/// Of one connection, which it does not outlive.
+struct StallWatch {
+    until: Option<mpsc::Sender<()>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Drop for StallWatch {
+    fn drop(&mut self) {
+        drop(self.until.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic has told of itself, and where we are unwinding another would hide the first.
+            let _ = thread.join();
+        }
+    }
+}
+
 impl Device {
     /// A device with no front-end yet. What happens is told to `events`.
     pub fn new(backend: Arc<dyn Backend>, options: &DeviceOptions, events: Arc<Events>) -> Arc<Self> {
@@ -284,7 +300,7 @@ impl Device {
 
     /// Looks for stalled requests, in a thread of its own until the value returned is dropped: the vhost-user thread may
     /// itself wait for a ring to stop.
-    fn watch_for_stalls(&self) -> mpsc::Sender<()> {
+    fn watch_for_stalls(&self) -> StallWatch {
         let (until, ended) = mpsc::channel();
         let rings = self.rings.clone();
         let work = move || {
@@ -292,10 +308,11 @@ impl Device {
                 rings.look_for_stalls();
             }
         };
-        if let Err(error) = thread::Builder::new().name("stall-watch".into()).spawn(work) {
-            log::warn!("no thread to watch for I/O that hangs: {error}; raise the limit on threads");
-        }
-        until
+        let thread = thread::Builder::new().name("stall-watch".into()).spawn(work);
+        let thread = thread.inspect_err(|error| {
+            log::warn!("no thread to watch for I/O that hangs: {error}; raise the limit on threads")
+        });
+        StallWatch { until: Some(until), thread: thread.ok() }
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Connection> {
