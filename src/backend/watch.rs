@@ -1,11 +1,12 @@
 //! Sleeping without a ring: poll(2) over the watched eventfds and one of our own. For `mem` and `null`.
 
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use super::{Source, Wakeups};
 
@@ -56,13 +57,13 @@ impl Watches {
         }
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => return Ok(Wakeups::default()),
+            Err(Errno::INTR) => return Ok(Wakeups::default()),
             Err(error) => return Err(error.into()),
         }
         let fired: Vec<bool> = fds.iter().map(|fd| fd.revents().contains(PollFlags::IN)).collect();
         let mut fired = fired.into_iter();
         let mut empty = |fd: Option<BorrowedFd<'_>>| match fd {
-            Some(fd) if fired.next() == Some(true) => rustix::io::read(fd, &mut [0u8; 8]).map(|_| true),
+            Some(fd) if fired.next() == Some(true) => take(fd).map(|()| true),
             _ => Ok(false),
         };
         empty(Some(self.own.as_fd()))?;
@@ -73,7 +74,57 @@ impl Watches {
     }
 }
 
+/// Empties an eventfd that was readable. A front-end may give one to two rings, and read it itself: then another may have
+/// been first, and it was written to all the same. It may also be one that blocks who reads it empty, which would stop
+/// the ring's thread: so none is asked to (eventfds know RWF_NOWAIT from Linux 5.8 on).
+fn take(fd: BorrowedFd<'_>) -> io::Result<()> {
+    /// Where it stands, for what has no places.
+    const HERE: u64 = u64::MAX;
+    let mut count = [0u8; 8];
+    match preadv2(fd, &mut [IoSliceMut::new(&mut count)], HERE, ReadWriteFlags::NOWAIT) {
+        Ok(_) | Err(Errno::AGAIN) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// When `timeout` is over; None: never.
 pub(super) fn deadline(timeout: Option<Duration>) -> Option<Instant> {
     timeout.and_then(|timeout| Instant::now().checked_add(timeout))
+}
+
+#[cfg(all(test, not(feature = "model")))]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
+    use super::*;
+
+    /// As a front-end may share one between two rings, blocking or not: neither fails, and neither waits for the other.
+    #[test]
+    fn two_queues_on_one_eventfd() {
+        for flags in [EventfdFlags::empty(), EventfdFlags::NONBLOCK] {
+            let kick = eventfd(0, EventfdFlags::CLOEXEC | flags).unwrap();
+            let over = AtomicBool::new(false);
+            thread::scope(|scope| {
+                let queues = [(); 2].map(|()| {
+                    scope.spawn(|| {
+                        let mut watches = Watches::new().unwrap();
+                        watches.watch(Source::Kick, kick.as_fd()).unwrap();
+                        let mut kicks = 0;
+                        while !over.load(Ordering::Relaxed) {
+                            let until = Instant::now() + Duration::from_millis(1);
+                            kicks += u32::from(watches.sleep(Some(until)).unwrap().kick);
+                        }
+                        kicks
+                    })
+                });
+                for _ in 0..20_000 {
+                    rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
+                    thread::yield_now();
+                }
+                over.store(true, Ordering::Relaxed);
+                assert!(queues.map(|queue| queue.join().unwrap()).iter().sum::<u32>() > 0);
+            });
+        }
+    }
 }
