@@ -29,6 +29,7 @@ use virtioblkd::disk::{Disk as _, Event};
 use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::DeviceOptions;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vmm_sys_util::eventfd::EventFd;
 
 const OK: u8 = 0;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -128,6 +129,25 @@ fn what_is_no_eventfd_is_refused() {
         assert!(accepted(&wire, code, &0u64.to_le_bytes(), &[event.as_fd()]), "{code}");
     }
     drop((guest, wire));
+    serves(&rig);
+}
+
+#[test]
+fn an_eventfd_that_is_full_stops_nobody() {
+    let rig = memory_disk();
+    let stream = UnixStream::connect(&rig.path).unwrap();
+    let mut guest = FrontEnd::handshake(stream, 2, 64, ALL);
+    for ring in &mut guest.rings {
+        // Without EFD_NONBLOCK.
+        ring.call = EventFd::new(0).unwrap();
+        ring.call.write(u64::MAX - 1).unwrap();
+    }
+    (0..2).for_each(|ring| guest.start_ring(ring, 0));
+    for ring in [0, 1, 0] {
+        assert_eq!(guest.write(ring, 0, &[1; 512]), OK);
+    }
+    assert_eq!([0, 1].map(|ring| guest.stop_ring(ring)), [2, 1]);
+    drop(guest);
     serves(&rig);
 }
 

@@ -1,20 +1,28 @@
 //! The descriptors that a front-end hands over for a ring (kick, call, error) must be eventfds. Anything else can stop
 //! the ring's thread (a pipe that is full blocks whoever writes an interrupt to it) or keep it awake for ever (a regular
-//! file is always readable).
+//! file is always readable). Nor may they block: an eventfd whose counter is full stops whoever writes to it until
+//! somebody reads it.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 
-use rustix::fs::{FileType, fstat, readlink};
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat, readlink};
 use vhost::vhost_user::{Error, Result};
 
-/// Hands the descriptor back if it is an eventfd. `what` and `ring` name it in the log. Called by the handler.
+/// Hands the descriptor back if it is an eventfd, and makes it one that does not block, as QEMU's own servers do
+/// (vmsg_unblock_fds). That is a property of the open file, so the front-end's changes too; and a front-end that changes
+/// it back and then fills the counter stops its ring's thread until it reads. `what` and `ring` name it in the log. Called
+/// by the handler.
 pub(super) fn checked(fd: Option<File>, what: &str, ring: u8) -> Result<Option<File>> {
     if let Some(fd) = &fd
         && !is_eventfd(fd)
     {
         log::error!("the front-end's {what} descriptor for ring {ring} is not an eventfd; it must be one");
         return Err(Error::InvalidParam);
+    }
+    if let Some(fd) = &fd {
+        let unblocked = fcntl_getfl(fd).and_then(|flags| fcntl_setfl(fd, flags | OFlags::NONBLOCK));
+        unblocked.map_err(|error| Error::ReqHandlerError(error.into()))?;
     }
     Ok(fd)
 }
@@ -39,7 +47,8 @@ mod tests {
         assert!(!is_eventfd(&tempfile::tempfile().unwrap()));
         assert!(!is_eventfd(&rustix::pipe::pipe().unwrap().1));
         let event: File = eventfd(0, EventfdFlags::CLOEXEC).unwrap().into();
-        assert!(checked(Some(event), "kick", 0).unwrap().is_some());
+        let event = checked(Some(event), "kick", 0).unwrap().expect("the descriptor");
+        assert!(fcntl_getfl(&event).unwrap().contains(OFlags::NONBLOCK));
         assert!(checked(None, "call", 0).unwrap().is_none());
         assert!(checked(Some(tempfile::tempfile().unwrap()), "call", 0).is_err());
     }
