@@ -24,7 +24,7 @@ impl Signals {
         set.add(Signal::SIGTERM);
         set.add(Signal::SIGINT);
         // A blocked signal is queued even if it was set to be ignored, so that must be found out here.
-        if !std::fs::read_to_string("/proc/self/status").is_ok_and(|status| ignored(&status, Signal::SIGHUP)) {
+        if !hangups_are_ignored() {
             set.add(Signal::SIGHUP);
         }
         set.thread_block()?;
@@ -53,6 +53,11 @@ impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// Whether whoever started the process wants it to live on when the terminal is gone (nohup(1)).
+pub fn hangups_are_ignored() -> bool {
+    std::fs::read_to_string("/proc/self/status").is_ok_and(|status| ignored(&status, Signal::SIGHUP))
 }
 
 /// Whether the process ignores a signal, by its /proc/self/status (proc(5), SigIgn: a mask in hexadecimal).
