@@ -1,10 +1,15 @@
 //! What outlives a ring and a connection: the counters, the operator's hold over all rings, and what status shows.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod hold;
+
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use hold::Hold;
+pub(super) use hold::RingHold;
 
 use super::capacity::Capacity;
 use super::claim::Claim;
@@ -14,9 +19,7 @@ use super::errors::{self, Errors};
 use super::features;
 use super::worker::Stop;
 use crate::backend::{Backend, Errno};
-use crate::disk::{
-    Disk, DiskStatus, Event, Events, FailedRequest, HoldFigures, ImageStatus, RingStatus, StoppedStatus,
-};
+use crate::disk::{Disk, DiskStatus, Event, Events, FailedRequest, ImageStatus, RingStatus, StoppedStatus};
 use crate::engine::{CacheMode, CachePolicy};
 use crate::sync::mpsc::{self, Sender};
 #[cfg(all(test, feature = "model"))]
@@ -64,16 +67,6 @@ impl Mailbox {
     }
 }
 
-/// What one ring did for a hold.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct RingHold {
-    pub drained: u64,
-    pub drain: Duration,
-    pub sync: Duration,
-    pub bytes: u64,
-    pub result: Result<(), Errno>,
-}
-
 /// What one ring keeps of failed requests.
 pub(super) struct Kept {
     /// The one that stopped it: the first change, if there is one.
@@ -108,16 +101,6 @@ struct State {
     /// Why the back-end does not let us use the image, while rings wait for it.
     refused: Option<String>,
     errors: Errors,
-}
-
-/// A hold that is settling or settled.
-struct Hold {
-    epoch: u64,
-    waiting: BTreeSet<u32>,
-    /// Some ring left without a sync after its last write, or none was there: sync once more at the end.
-    needs_sync: bool,
-    figures: HoldFigures,
-    error: Option<Errno>,
 }
 
 /// Storage that does not answer in this time hangs; the control thread waits no longer.
@@ -287,95 +270,6 @@ impl Rings {
         }
     }
 
-    /// A worker's answer to [`Command::CloseGate`]. A sync that failed was reported when it came back.
-    pub(super) fn ring_settled(self: &Arc<Self>, index: u32, epoch: u64, ring: RingHold) {
-        let mut state = self.lock();
-        let Some(hold) = state.hold.as_mut().filter(|hold| hold.epoch == epoch) else { return };
-        if !hold.waiting.remove(&index) {
-            return;
-        }
-        let figures = &mut hold.figures;
-        figures.rings += 1;
-        figures.drained += ring.drained;
-        figures.drain = figures.drain.max(ring.drain);
-        figures.sync = figures.sync.max(ring.sync);
-        figures.bytes_synced += ring.bytes;
-        hold.error = hold.error.or(ring.result.err());
-        self.settle_if_complete(&mut state);
-    }
-
-    fn settle_if_complete(self: &Arc<Self>, state: &mut State) {
-        let Some(hold) = &state.hold else { return };
-        if !hold.waiting.is_empty() {
-            return;
-        }
-        if hold.needs_sync && hold.error.is_none() {
-            let epoch = hold.epoch;
-            // One such thread at a time: a medium that hangs must not collect threads. The one that runs looks for a
-            // newer hold when it ends.
-            if state.syncing.is_none() {
-                match self.spawn_sync() {
-                    Ok(()) => state.syncing = Some(epoch),
-                    Err(error) => {
-                        log::error!("cannot start a thread to sync for a quiesce: {error}");
-                        self.events.send(Event::HoldSettled { epoch, result: Err(errno_of(&error)) });
-                    }
-                }
-            }
-            return;
-        }
-        let result = match hold.error {
-            Some(errno) => Err(errno),
-            None => Ok(hold.figures),
-        };
-        self.events.send(Event::HoldSettled { epoch: hold.epoch, result });
-    }
-
-    /// Syncs in a thread of its own, for a hold that no running ring can sync for.
-    fn spawn_sync(self: &Arc<Self>) -> std::io::Result<()> {
-        let rings = self.clone();
-        let work = move || {
-            rings.sync_for_holds();
-            // The hold may have ended before the image was ours.
-            rings.no_hold_claims();
-        };
-        thread::Builder::new().name("hold-sync".into()).spawn(work).map(drop)
-    }
-
-    fn sync_for_holds(self: &Arc<Self>) {
-        loop {
-            let start = Instant::now();
-            let claimed = self.claim.for_hold(&*self.backend);
-            let result = match &claimed {
-                Ok(()) => self.backend.sync(),
-                Err(_) => Ok(()),
-            };
-            let took = start.elapsed();
-            if let Err(error) = &result {
-                self.report(Event::SyncError(errno_of(error)));
-            }
-            let mut state = self.lock();
-            let synced = state.syncing.take();
-            let Some(hold) = &mut state.hold else { return };
-            if !hold.needs_sync || !hold.waiting.is_empty() {
-                return;
-            }
-            if synced == Some(hold.epoch) {
-                if let Err(why) = claimed {
-                    log::error!("the disk cannot be held still: {why}");
-                    self.events.send(Event::HoldRefused { epoch: hold.epoch });
-                    return;
-                }
-                hold.needs_sync = false;
-                hold.figures.sync = hold.figures.sync.max(took);
-                hold.error = result.err().map(|error| errno_of(&error));
-                self.settle_if_complete(&mut state);
-                return;
-            }
-            state.syncing = Some(hold.epoch);
-        }
-    }
-
     /// Rings are about to run. Errors: the image is somebody else's. The vhost-user thread.
     pub(super) fn claim_for_rings(&self) -> std::io::Result<()> {
         self.claim.for_rings(&*self.backend)
@@ -388,10 +282,6 @@ impl Rings {
             return self.claim.no_rings(&*self.backend, || false);
         }
         self.claim.no_rings(&*self.backend, || self.lock().hold.is_some());
-    }
-
-    fn no_hold_claims(&self) {
-        self.claim.no_hold(&*self.backend, || self.lock().hold.is_some());
     }
 
     /// Makes acknowledged writes durable when a ring or the front-end goes (GET_VRING_BASE, disconnect), except in
@@ -450,40 +340,11 @@ pub(super) fn errno_of(error: &std::io::Error) -> Errno {
 /// `Arc<Rings>` is the disk that the control socket sees.
 impl Disk for Arc<Rings> {
     fn close_gate(&self, epoch: u64) {
-        let mut state = self.lock();
-        let waiting: BTreeSet<u32> = state.running.keys().copied().collect();
-        let needs_sync = waiting.is_empty();
-        for mailbox in state.running.values() {
-            mailbox.send(Command::CloseGate(epoch));
-        }
-        state.hold = Some(Hold { epoch, waiting, needs_sync, figures: HoldFigures::default(), error: None });
-        self.settle_if_complete(&mut state);
+        self.begin_hold(epoch);
     }
 
     fn open_gate(&self) {
-        let mut state = self.lock();
-        if state.hold.take().is_none() {
-            return;
-        }
-        for mailbox in state.running.values() {
-            mailbox.send(Command::OpenGate);
-        }
-        // The rings that were there may have gone and left the image to the hold.
-        let left_alone = state.running.is_empty() && state.syncing.is_none();
-        drop(state);
-        #[cfg(all(test, feature = "model"))]
-        if planted(Mutant::KeepsImage) {
-            return;
-        }
-        if left_alone {
-            let rings = self.clone();
-            // Not here: to give an image back may take its time.
-            let thread = thread::Builder::new().name("hold-end".into()).spawn(move || rings.no_hold_claims());
-            if let Err(error) = thread {
-                log::warn!("no thread to give the image back in ({error}): done by the control thread");
-                self.no_hold_claims();
-            }
-        }
+        self.end_hold();
     }
 
     fn resize(&self, grow_to: Option<u64>, shrink: bool) -> Result<u64, String> {
