@@ -1,9 +1,10 @@
 //! The daemon's life: what is opened in which order, who is served, and how it ends.
 //!
 //! Order: the inherited socket and the group are looked at, the image is opened and checked, the control socket is
-//! bound, the vhost-user socket is bound, the pid file is written, the sandbox is entered. The vhost-user socket comes after whatever may take
-//! time or fail, since a listener that does not answer freezes QEMU. The main thread then waits for front-ends, signals
-//! and the control socket's `quit`; it never waits for I/O of the image, except at the very end.
+//! bound, the vhost-user socket is bound, the pid file is written, the sandbox is entered. The vhost-user socket comes
+//! after whatever may take time or fail, since a listener that does not answer freezes QEMU. The main thread then waits
+//! for front-ends, signals and the control socket's `quit`; it never waits for I/O of the image, except at the very
+//! end.
 //!
 //! A panic in any thread ends the process at once (SIGABRT): the front-end sees that its server is gone and its QEMU
 //! reconnects to the next one, while a guest whose ring has no thread would hang and nobody would know why.

@@ -1,8 +1,8 @@
 //! What becomes of data that is stored twice, or with a checksum, when a guest changes a buffer while its write is under
 //! way. A guest runs virtioblkd inside, on what reads each buffer more than once: an md RAID1, DRBD (two resources in
-//! one kernel, each the other's peer), btrfs, dm-integrity. A front-end, this very program, writes the whole disk while a thread of
-//! it changes the buffers. Then the kernel compares the replicas, or checks what it reads, in every cache mode.
-//! docs/stable-writes.md has the tables and says what they mean.
+//! one kernel, each the other's peer), btrfs, dm-integrity. A front-end, this very program, writes the whole disk while
+//! a thread of it changes the buffers. Then the kernel compares the replicas, or checks what it reads, in every cache
+//! mode. docs/stable-writes.md has the tables and says what they mean.
 
 mod driver;
 mod guest;

@@ -55,7 +55,8 @@
 //! guest's disks still take writes, so this is where it is frozen. `RELEASED` follows each `PREPARE`, once the gate is
 //! open: thaw. If the attendant answers with `error`, late or not at all, the snapshot is refused if it is `required`
 //! and goes on without it if not. A `required` attendant whose connection ends without `unattend` is missed: snapshots
-//! are refused until one is back (with `--rbd-quiesce attended` whenever there is none). There is one at a time; the operator's own `quiesce` does not ask it.
+//! are refused until one is back (with `--rbd-quiesce attended` whenever there is none). There is one at a time; the
+//! operator's own `quiesce` does not ask it.
 //!
 //! A copy is prepared before anything is held still: its file, `target` with `.partial` added, is created, and
 //! everything that can fail has failed. `copy-start` fixes the instant while the hold of `token` is granted, and takes

@@ -1,5 +1,6 @@
 //! Walks every order of events that a worker could see, over small scripts, the five modes, with and without durable
-//! writes and a driver that can flush, with failures that are reported and kept, and asks the oracles of [`super::model`] after every step.
+//! writes and a driver that can flush, with failures that are reported and kept, and asks the oracles of
+//! [`super::model`] after every step.
 //!
 //! States that were seen are not walked again: two paths that lead to equal worlds have the same future. A seen state
 //! is remembered by a 64-bit hash; a walk has some 10^6 states at most, so that one of them is taken for another is a

@@ -202,8 +202,8 @@ impl Device {
     }
 
     /// Serves a front-end until it leaves, breaks the protocol, or [`Device::shutdown`]. On return every ring is
-    /// stopped, everything popped is answered (or kept, for the next server) and, in every mode but `unsafe`, synced. Returns why it ended, for the
-    /// log. One call at a time; blocks; the vhost-user thread.
+    /// stopped, everything popped is answered (or kept, for the next server) and, in every mode but `unsafe`, synced.
+    /// Returns why it ended, for the log. One call at a time; blocks; the vhost-user thread.
     pub fn serve(&self, stream: UnixStream) -> std::io::Result<String> {
         let talk = match self.begin(&stream)? {
             Some(line) => Talk::new(self, line, stream)?,

@@ -162,8 +162,8 @@ impl Slot {
         let (start, len) = (self.start.load(Ordering::Acquire), self.len.load(Ordering::Relaxed));
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
         // SAFETY: the whole range is one mapping of shared memory, which only raw pointers and references to atomics
-        // point into (`virtio::shared`): its bytes may change at any time anyhow. It stays mapped, since the thread that faulted in it holds it. Its owner unmaps the
-        // range as it would have unmapped the file's.
+        // point into (`virtio::shared`): its bytes may change at any time anyhow. It stays mapped, since the thread
+        // that faulted in it holds it. Its owner unmaps the range as it would have unmapped the file's.
         let covered =
             unsafe { libc::mmap(start as *mut libc::c_void, len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
         if covered == libc::MAP_FAILED {

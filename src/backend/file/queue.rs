@@ -24,8 +24,8 @@ const COPY: u32 = 2;
 const MAIL: u32 = 3;
 
 /// A queue of a [`super::FileBackend`]. `submit` and `wait` enter the kernel, which then shows what has finished; `reap`
-/// makes no system call. Who polls instead of sleeping calls `submit` between two reaps. The order of the fields matters: the ring goes first and waits for what is in
-/// flight, then the helper, and the file last.
+/// makes no system call. Who polls instead of sleeping calls `submit` between two reaps. The order of the fields
+/// matters: the ring goes first and waits for what is in flight, then the helper, and the file last.
 pub(super) struct FileQueue {
     ring: Ring<Job>,
     helper: Option<Helper>,
