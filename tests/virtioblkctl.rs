@@ -158,7 +158,8 @@ fn signals_go_to_the_command_and_the_disk_goes_on() {
     for (signal, name) in [(Signal::TERM, "TERM"), (Signal::INT, "INT"), (Signal::HUP, "HUP")] {
         let served = Served::new();
         let script = format!("trap 'echo got {name}; exit 3' {name}; echo ready; while :; do sleep 0.05; done");
-        let mut child = start(&served, &["quiesce", "--", "bash", "-c", &script]);
+        // A shell cannot trap what whoever started these tests had ignored (nohup(1), or a shell's background).
+        let mut child = start(&served, &["quiesce", "--", "env", "--default-signal", "bash", "-c", &script]);
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         assert_eq!(lines.next().unwrap().unwrap(), "ready");
         kill_process(Pid::from_child(&child), signal).unwrap();
