@@ -46,12 +46,7 @@ struct Guest {
 
 fn handshake(rig: &Rig) -> FrontEnd {
     let mut front_end = FrontEnd::handshake(UnixStream::connect(&rig.path).unwrap(), 1, SIZE, ALL);
-    let wanted = VhostUserProtocolFeatures::MQ
-        | VhostUserProtocolFeatures::CONFIG
-        | VhostUserProtocolFeatures::REPLY_ACK
-        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-        | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
-    front_end.control.set_protocol_features(wanted).unwrap();
+    front_end.also(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
     front_end
 }
 

@@ -71,6 +71,16 @@ impl Guest {
         self.home.linux(&job, "init_on_alloc=0", &disk_xml(&server.socket(), "vda"))
     }
 
+    /// Defines and starts it at home, on a server of its own, and waits until it is at work.
+    fn starts(&mut self, mode: CacheMode) -> Server {
+        let server = server_for_all(&self.image, mode, &IN_USE);
+        let xml = self.domain(&server);
+        self.home.virsh_ok(&["define", &self.home.file("linux.xml", &xml)]);
+        self.home.virsh_ok(&["start", DOMAIN]);
+        self.goes_on();
+        server
+    }
+
     /// It writes, and looks at what it read before.
     fn goes_on(&self) {
         self.home.until_said("@kept a", 3);
@@ -132,11 +142,7 @@ fn elsewhere(libvirt: &Libvirt, from: &Server, to: &Server) -> String {
 fn a_domain_is_saved_and_restored_with_its_server_and_with_another() {
     let Some(libvirt) = Libvirt::start() else { return };
     let mut guest = Guest::new(libvirt);
-    let server = server_for_all(&guest.image, CacheMode::Writeback, &IN_USE);
-    let xml = guest.domain(&server);
-    guest.home.virsh_ok(&["define", &guest.home.file("linux.xml", &xml)]);
-    guest.home.virsh_ok(&["start", DOMAIN]);
-    guest.goes_on();
+    let server = guest.starts(CacheMode::Writeback);
 
     guest.home.virsh_ok(&["managedsave", DOMAIN]);
     guest.is_away(&server);
@@ -179,11 +185,7 @@ fn a_domain_migrates_to_another_host_and_back() {
     let Some(here) = Libvirt::start_as_host(1) else { return };
     let Some(there) = Libvirt::start_as_host(2) else { return };
     let mut guest = Guest::new(here);
-    let server = server_for_all(&guest.image, CacheMode::None, &IN_USE);
-    let xml = guest.domain(&server);
-    guest.home.virsh_ok(&["define", &guest.home.file("linux.xml", &xml)]);
-    guest.home.virsh_ok(&["start", DOMAIN]);
-    guest.goes_on();
+    let server = guest.starts(CacheMode::None);
 
     let next = server_for_all(&guest.image, CacheMode::None, &IN_USE);
     // Given up on the way, it goes on where it is, though the other server has the image open.

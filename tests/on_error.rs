@@ -272,12 +272,7 @@ fn a_guest_that_leaves_without_tracking_is_answered() {
 
 fn tracking(rig: &Rig) -> FrontEnd {
     let mut guest = FrontEnd::handshake(UnixStream::connect(&rig.path).unwrap(), 1, SIZE, ALL);
-    let wanted = VhostUserProtocolFeatures::MQ
-        | VhostUserProtocolFeatures::CONFIG
-        | VhostUserProtocolFeatures::REPLY_ACK
-        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-        | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
-    guest.control.set_protocol_features(wanted).unwrap();
+    guest.also(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
     guest
 }
 

@@ -56,12 +56,7 @@ impl std::ops::Deref for Half {
 /// Connects with a channel for the daemon's requests; its other end.
 fn connect(rig: &Rig) -> (FrontEnd, UnixStream) {
     let mut guest = FrontEnd::handshake(UnixStream::connect(&rig.path).unwrap(), 1, 256, ALL);
-    let wanted = VhostUserProtocolFeatures::MQ
-        | VhostUserProtocolFeatures::CONFIG
-        | VhostUserProtocolFeatures::REPLY_ACK
-        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-        | VhostUserProtocolFeatures::BACKEND_REQ;
-    guest.control.set_protocol_features(wanted).unwrap();
+    guest.also(VhostUserProtocolFeatures::BACKEND_REQ);
     let (theirs, ours) = UnixStream::pair().unwrap();
     guest.control.set_backend_request_fd(&ours).unwrap();
     (guest, theirs)

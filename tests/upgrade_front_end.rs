@@ -30,19 +30,12 @@ const LOG_ALL: u64 = 1 << 26;
 fn handshake(disk: &Disk, rings: usize) -> (FrontEnd, UnixStream) {
     let stream = UnixStream::connect(disk.path("vhost")).unwrap();
     let mut guest = FrontEnd::handshake(stream.try_clone().unwrap(), rings, RING, ALL);
-    let offered = guest.control.get_protocol_features().unwrap();
-    guest.control.set_protocol_features(offered & known()).unwrap();
+    guest.also(
+        VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::LOG_SHMFD,
+    );
     (guest, stream)
-}
-
-fn known() -> VhostUserProtocolFeatures {
-    VhostUserProtocolFeatures::MQ
-        | VhostUserProtocolFeatures::CONFIG
-        | VhostUserProtocolFeatures::REPLY_ACK
-        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-        | VhostUserProtocolFeatures::BACKEND_REQ
-        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
-        | VhostUserProtocolFeatures::LOG_SHMFD
 }
 
 fn readable_soon(stream: &UnixStream) -> bool {

@@ -96,9 +96,9 @@ impl FrontEnd {
         front_end
     }
 
-    /// Negotiates one more protocol feature than a front-end has.
-    pub fn also(&mut self, feature: VhostUserProtocolFeatures) {
-        self.control.set_protocol_features(usual_protocol() | feature).unwrap();
+    /// Negotiates more protocol features than a front-end has.
+    pub fn also(&mut self, features: VhostUserProtocolFeatures) {
+        self.control.set_protocol_features(usual_protocol() | features).unwrap();
     }
 
     pub fn send_memory_table(&mut self) {
