@@ -75,8 +75,9 @@ impl Watches {
 }
 
 /// Empties an eventfd that was readable. A front-end may give one to two rings, and read it itself: then another may have
-/// been first, and it was written to all the same. It may also be one that blocks who reads it empty, which would stop
-/// the ring's thread: so none is asked to (eventfds know RWF_NOWAIT from Linux 5.8 on).
+/// been first, and it was written to all the same. It may also be made to block who reads it empty (it was given to
+/// us as one that does not, but shares that with the front-end's), which would stop the ring's thread: so none is asked to
+/// (eventfds know RWF_NOWAIT from Linux 5.8 on).
 fn take(fd: BorrowedFd<'_>) -> io::Result<()> {
     /// Where it stands, for what has no places.
     const HERE: u64 = u64::MAX;
