@@ -3,6 +3,7 @@
 
 mod control_kit;
 mod front_end;
+mod guest;
 mod upgrade_kit;
 
 use std::fs::File;
@@ -14,6 +15,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use front_end::*;
+use guest::oracle::dirty_pages;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::json;
@@ -38,6 +40,15 @@ fn handshake(disk: &Disk, rings: usize) -> (FrontEnd, UnixStream) {
     (guest, stream)
 }
 
+/// The memory in which is marked what is in flight.
+fn track(guest: &mut FrontEnd, rings: u16) -> File {
+    let wanted = VhostUserInflight { num_queues: rings, queue_size: RING, ..VhostUserInflight::default() };
+    let (told, region) = guest.control.get_inflight_fd(&wanted).unwrap();
+    assert_eq!(told.mmap_offset, 0);
+    guest.control.set_inflight_fd(&told, region.as_raw_fd()).unwrap();
+    region
+}
+
 fn readable_soon(stream: &UnixStream) -> bool {
     let soon = Timespec { tv_sec: 0, tv_nsec: Duration::from_millis(200).subsec_nanos().into() };
     poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&soon)).unwrap() > 0
@@ -50,9 +61,7 @@ fn everything_that_was_said_counts_still() {
     let (theirs, ours) = UnixStream::pair().unwrap();
     guest.control.set_backend_request_fd(&ours).unwrap();
     drop(ours);
-    let wanted = VhostUserInflight { num_queues: 3, queue_size: RING, ..VhostUserInflight::default() };
-    let (told, region) = guest.control.get_inflight_fd(&wanted).unwrap();
-    guest.control.set_inflight_fd(&told, region.as_raw_fd()).unwrap();
+    track(&mut guest, 3);
     let log: File = memfd_create("log", MemfdFlags::CLOEXEC).unwrap().into();
     log.set_len(4096).unwrap();
     let told = VhostUserDirtyLogRegion { mmap_size: 4096, mmap_offset: 0, mmap_handle: log.as_raw_fd() };
@@ -104,6 +113,38 @@ fn everything_that_was_said_counts_still() {
     assert_eq!(guest.read(0, 16, 4096), (OK, vec![3; 4096]));
     drop(guest);
     disk.end();
+}
+
+/// What the old process finishes last is durable before the new one has the disk, in `unsafe` too; and what the new one
+/// has in flight is marked for whoever comes after it.
+#[test]
+fn the_last_writes_are_synced_and_the_next_ones_marked() {
+    // Of three writes two are kept back: until after the sync that comes before the pause.
+    let disk = Disk::serve(&["--backend", "slow:800", "--cache", "unsafe"]);
+    let (mut guest, _stream) = handshake(&disk, 1);
+    let region = track(&mut guest, 1);
+    guest.start_ring(0, 0);
+    let write = |guest: &mut FrontEnd| {
+        let slots = [0, 8, 16].map(|sector| guest.add(0, OUT, sector, &[5; 4096], 0));
+        guest.kick(0);
+        slots
+    };
+    let finish = |guest: &mut FrontEnd| (0..3).for_each(|_| assert_eq!(guest.wait(0).1, OK));
+    write(&mut guest);
+    disk.upgrade(&[]);
+    finish(&mut guest);
+    assert_eq!(dirty_pages(&disk.path("disk.img")).unwrap_or(0), 0, "the last writes are in the cache alone");
+
+    // After the ring's header of 16 bytes, 16 for each head (vhost-user.rst, DescStateSplit).
+    let is_marked = |slot: u16| {
+        let mut mark = [0];
+        region.read_exact_at(&mut mark, 16 + u64::from(slot) * 4 * 16).unwrap();
+        mark[0] == 1
+    };
+    let [first, ..] = write(&mut guest);
+    wait_until("it is marked", || is_marked(first));
+    finish(&mut guest);
+    assert!(!is_marked(first), "it was answered");
 }
 
 /// Between a front-end's first word and its rings, and without any of its features.
