@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 /// `_IO(0x12, 119)` of linux/fs.h.
 const BLKDISCARD: libc::c_ulong = 0x1277;
@@ -94,12 +94,6 @@ fn get(fd: BorrowedFd<'_>, request: libc::c_ulong) -> io::Result<u32> {
     Ok(value)
 }
 
-/// The descriptor of a type that gives it up only as a number.
-pub(crate) fn owned(descriptor: impl IntoRawFd) -> OwnedFd {
-    // SAFETY: `into_raw_fd` hands the ownership to its caller: nobody else closes this number.
-    unsafe { OwnedFd::from_raw_fd(descriptor.into_raw_fd()) }
-}
-
 /// Lets `descriptor`, which goes on being its owner's, stand for what `by` stands for (dup3(2)); what it stood for before
 /// is closed. For owners that do not let go of their descriptor.
 pub(crate) fn replace(descriptor: &impl AsRawFd, by: BorrowedFd<'_>) -> io::Result<()> {
@@ -108,9 +102,7 @@ pub(crate) fn replace(descriptor: &impl AsRawFd, by: BorrowedFd<'_>) -> io::Resu
 }
 
 /// Adds one to the eventfd `fd`. Not by glibc's write(2), which is a cancellation point: that costs a tenth of the call.
-pub(crate) fn signal(fd: &impl AsRawFd) -> io::Result<()> {
-    // SAFETY: `fd` owns the descriptor, and is borrowed for longer than the call.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+pub(crate) fn signal(fd: impl AsFd) -> io::Result<()> {
     rustix::io::write(fd, &1u64.to_ne_bytes())?;
     Ok(())
 }

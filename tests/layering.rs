@@ -14,7 +14,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/backend/rbd/luks.rs", "calls them"),
     ("src/backend/rbd/aio.rs", "calls them; memory that they use"),
     ("src/backend/rbd/watch.rs", "calls them; is called by them"),
-    ("src/virtio/buffer.rs", "guest memory as iovecs"),
+    ("src/virtio/mapped.rs", "guest memory as iovecs and atomics"),
     ("src/virtio/vanished.rs", "a signal handler that maps zeroes over memory that vanished"),
     ("src/sandbox/violation.rs", "a signal handler that names the system call that was stopped"),
     ("src/sys.rs", "system calls that no safe wrapper has"),

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use virtioblkd::backend::{DurableWrite, Geometry, RangeLimits};
-use virtioblkd::virtio::buffer::guest_buffer;
+use virtioblkd::virtio::mapped::Mapped;
 use virtioblkd::virtio::request::{Command, Parser};
+use virtioblkd::virtio::split_ring::{Place, SplitRing};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 /// Two regions side by side, and a hole behind them.
@@ -40,18 +40,19 @@ pub fn run(data: &[u8]) -> u64 {
     let memory = Arc::new(GuestMemoryMmap::from_ranges(&regions).expect("memory"));
     let bytes = &bytes[..bytes.len().min(2 * REGION as usize)];
     memory.write_slice(bytes, GuestAddress(0)).expect("inside");
-    let mut queue = Queue::new(256).expect("a queue");
-    queue.set_size(size);
-    queue.set_desc_table_address(Some(0), Some(0));
-    queue.set_avail_ring_address(Some(0x100), Some(0));
-    queue.set_used_ring_address(Some(0x200), Some(0));
-    queue.set_ready(true);
+    let mapped = Mapped::new(memory.clone());
+    let place = Place { descriptors: 0, available: 0x100, used: 0x200 };
+    let mut ring = SplitRing::open(&mapped, &place, size, choice & 32 != 0, (0, 0)).expect("inside one region");
     let mut parser = Parser::default();
-    // More entries than the ring has are an error; without one there is nothing to read.
-    let Ok(chains) = queue.iter(&*memory) else { return 0 };
     let mut understood = 0;
-    for chain in chains {
-        let Ok(request) = parser.parse(&memory, chain, &geometry) else { continue };
+    // More entries than the ring has are an error; without one there is nothing to read.
+    while let Ok(Some(head)) = ring.take() {
+        let request = parser.parse(&mapped, head, ring.chain(&mapped, head), &geometry);
+        if head < size {
+            // Over whatever is there, perhaps over chains that are yet to come.
+            ring.answer(head, 1);
+        }
+        let Ok(request) = request else { continue };
         let Ok(command) = request.command else { continue };
         understood += 1;
         let segments = parser.data(&command);
@@ -73,11 +74,13 @@ pub fn run(data: &[u8]) -> u64 {
             assert!(!geometry.read_only);
         }
         // Every byte is the guest's, or there is no buffer.
-        if let Ok(buffer) = guest_buffer(&memory, segments, Vec::new()) {
+        if let Ok(buffer) = mapped.buffer(segments, Vec::new()) {
             assert_eq!(buffer.len() as u64, total);
             assert!(segments.iter().all(|&(at, len)| len == 0 || memory.check_range(at, len as usize)));
         }
     }
+    ring.wants_interrupt();
+    ring.enable_kicks();
     understood
 }
 

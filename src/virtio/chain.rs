@@ -1,86 +1,112 @@
-//! The descriptors of a chain whose head is known but is no longer in the available ring: one that an earlier server
-//! took. `virtio-queue` makes chains of the available ring only.
+//! The descriptors of one chain, one after the other (virtio 1.3, 2.7.5).
+
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
+
+use super::mapped::Mapped;
 
 /// Bytes of a descriptor.
-const DESCRIPTOR: u64 = 16;
+const DESCRIPTOR: u32 = 16;
 
-/// Yields the chain's descriptors as `virtio_queue::DescriptorChain` does: an indirect table is followed once, and a
-/// chain that is broken or longer than its table ends without a word.
-pub(super) struct Chain<'a> {
-    memory: &'a GuestMemoryMmap,
-    table: u64,
-    /// Descriptors of the table.
-    size: u32,
+/// Yields the descriptors of a chain. An indirect table is followed once, and a chain that is broken or longer than its
+/// table ends without a word: its last descriptor says then that there is another.
+pub struct Chain<'a> {
+    memory: &'a Mapped,
+    table: Table<'a>,
     next: u16,
     /// Descriptors that may still come.
     left: u32,
-    indirect: bool,
+}
+
+enum Table<'a> {
+    /// The ring's own, two words a descriptor.
+    Ring(&'a [AtomicU64]),
+    Indirect {
+        at: GuestAddress,
+        size: u32,
+    },
 }
 
 impl<'a> Chain<'a> {
-    /// The chain that begins at `head` in a table of `size` descriptors at `table`. The ring's worker.
-    pub(super) fn new(memory: &'a GuestMemoryMmap, table: u64, size: u16, head: u16) -> Self {
-        Chain { memory, table, size: size.into(), next: head, left: size.into(), indirect: false }
+    /// The chain that begins at `head` in the ring's `table`, of two words a descriptor.
+    #[inline]
+    pub(super) fn new(memory: &'a Mapped, table: &'a [AtomicU64], head: u16) -> Self {
+        Chain { memory, table: Table::Ring(table), next: head, left: (table.len() / 2) as u32 }
     }
 
+    #[inline]
     fn read(&self) -> Option<Descriptor> {
-        if u32::from(self.next) >= self.size {
-            return None;
-        }
-        let at = self.table.checked_add(DESCRIPTOR * u64::from(self.next))?;
-        self.memory.read_obj(GuestAddress(at)).ok()
+        let words = match self.table {
+            Table::Ring(table) => {
+                let at = 2 * usize::from(self.next);
+                let [first, second] = table.get(at..at + 2)? else { return None };
+                [first.load(Ordering::Relaxed), second.load(Ordering::Relaxed)].map(u64::from_le)
+            }
+            Table::Indirect { at, size } => {
+                if u32::from(self.next) >= size {
+                    return None;
+                }
+                let at = at.0.checked_add(u64::from(DESCRIPTOR * u32::from(self.next)))?;
+                let both = u128::from_le_bytes(self.memory.read_sixteen(GuestAddress(at)).ok()?);
+                [both as u64, (both >> 64) as u64]
+            }
+        };
+        let [address, rest] = words;
+        Some(Descriptor::new(address, rest as u32, (rest >> 32) as u16, (rest >> 48) as u16))
     }
 
-    /// Goes on in an indirect table (virtio 1.3, 2.7.5.3): its length is whole descriptors, and it has no table inside.
+    /// Goes on in an indirect table (virtio 1.3, 2.7.5.3): its length is whole descriptors, and it has no table inside. That
+    /// there is none behind it either is not looked at: QEMU (virtqueue_split_pop) does not.
     fn enter(&mut self, table: &Descriptor) -> Option<()> {
-        let size = table.len() / DESCRIPTOR as u32;
-        let whole = table.len().is_multiple_of(DESCRIPTOR as u32);
-        if self.indirect || table.has_next() || !whole || size == 0 || size > u32::from(u16::MAX) {
+        let size = table.len() / DESCRIPTOR;
+        let whole = table.len().is_multiple_of(DESCRIPTOR);
+        let nested = matches!(self.table, Table::Indirect { .. });
+        if nested || !whole || size == 0 || size > u32::from(u16::MAX) {
             return None;
         }
-        (self.table, self.size, self.left) = (table.addr().0, size, size);
-        (self.next, self.indirect) = (0, true);
+        self.table = Table::Indirect { at: table.addr(), size };
+        (self.next, self.left) = (0, size);
         Some(())
+    }
+
+    fn step(&mut self) -> Option<Descriptor> {
+        self.left = self.left.checked_sub(1)?;
+        let descriptor = self.read()?;
+        if descriptor.refers_to_indirect_table() {
+            self.enter(&descriptor)?;
+            return self.step();
+        }
+        if descriptor.has_next() {
+            self.next = descriptor.next();
+        } else {
+            self.left = 0;
+        }
+        Some(descriptor)
     }
 }
 
 impl Iterator for Chain<'_> {
     type Item = Descriptor;
 
+    #[inline]
     fn next(&mut self) -> Option<Descriptor> {
-        loop {
-            if self.left == 0 {
-                return None;
-            }
-            self.left -= 1;
-            let descriptor = self.read();
-            let Some(descriptor) = descriptor else {
-                self.left = 0;
-                return None;
-            };
-            if descriptor.refers_to_indirect_table() {
-                if self.enter(&descriptor).is_none() {
-                    self.left = 0;
-                    return None;
-                }
-                continue;
-            }
-            if descriptor.has_next() {
-                self.next = descriptor.next();
-            } else {
-                self.left = 0;
-            }
-            return Some(descriptor);
+        let descriptor = self.step();
+        if descriptor.is_none() {
+            self.left = 0;
         }
+        descriptor
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::virtio::mapped::Cells;
+    use vm_memory::{Bytes, GuestMemoryMmap};
 
     const NEXT: u16 = 1;
     const INDIRECT: u16 = 4;
@@ -92,7 +118,9 @@ mod tests {
         for &(at, addr, len, flags, next) in descriptors {
             memory.write_obj(Descriptor::new(addr, len, flags, next), GuestAddress(at)).unwrap();
         }
-        Chain::new(&memory, TABLE, 8, head).map(|descriptor| descriptor.len()).collect()
+        let mapped = Mapped::new(Arc::new(memory));
+        let table: Cells<AtomicU64> = mapped.cells(TABLE, 2 * 8).unwrap();
+        Chain::new(&mapped, &table, head).map(|descriptor| descriptor.len()).collect()
     }
 
     fn at(index: u64) -> u64 {
@@ -120,7 +148,7 @@ mod tests {
         assert_eq!(with(32, 0, &[]), [1, 2], "its end");
         assert_eq!(with(47, 0, &[]), [0; 0], "half a descriptor");
         assert_eq!(with(0, 0, &[]), [0; 0], "empty");
-        assert_eq!(with(48, NEXT, &[]), [0; 0], "more behind it");
+        assert_eq!(with(48, NEXT, &[]), [1, 2, 3], "what is behind it does not count");
         assert_eq!(with(48, 0, &[(INNER + 16, INNER, 48, INDIRECT, 0)]), [1], "a table in a table");
         // After direct ones.
         let mut all = inner.to_vec();

@@ -12,7 +12,6 @@ use vhost::vhost_user::message::{
     VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
-use vhost_user_backend::VringT;
 
 use super::activation::Activation;
 use super::descriptor;
@@ -23,6 +22,7 @@ use super::inflight::Inflight;
 use super::memory::{MOST_REGIONS, MemoryTable};
 use super::queue_state::{QueueState, Stopped, Surroundings};
 use super::rings::Rings;
+use super::split_ring::Place;
 use super::vanished::Wire;
 use super::worker::Stop;
 
@@ -174,9 +174,7 @@ impl Handler {
         let enabled = self.acked_features.is_some_and(|acked| acked & features::PROTOCOL_FEATURES == 0);
         while self.queues.len() <= index as usize {
             let next = self.queues.len() as u32;
-            let queue = QueueState::new(next, &self.memory, self.identity.queue_size, enabled)
-                .map_err(|error| Error::ReqHandlerError(std::io::Error::other(error)))?;
-            self.queues.push(queue);
+            self.queues.push(QueueState::new(next, self.identity.queue_size, enabled));
         }
         let acked_features = self.acked_features.unwrap_or(0);
         let around = Surroundings {
@@ -260,7 +258,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             return Err(Error::InvalidParam);
         }
         self.change(index, |_, ring| {
-            ring.vring.set_queue_size(num as u16);
+            ring.size = num as u16;
             Ok(())
         })
     }
@@ -275,22 +273,25 @@ impl VhostUserBackendReqHandlerMut for Handler {
         _log: u64,
     ) -> Result<()> {
         self.change(index, |memory, ring| {
-            ring.placed = false;
-            let descriptor = memory.guest_address(descriptor)?;
-            let available = memory.guest_address(available)?;
-            let used = memory.guest_address(used)?;
-            ring.vring.set_queue_info(descriptor, available, used).map_err(|_| Error::InvalidParam)?;
+            ring.place = None;
+            let place = Place {
+                descriptors: memory.guest_address(descriptor)?,
+                available: memory.guest_address(available)?,
+                used: memory.guest_address(used)?,
+            };
+            if !place.is_aligned() {
+                return Err(Error::InvalidParam);
+            }
             // The used index lives in guest memory and is not sent (split rings): go on where the ring stands.
-            let next_used = ring.vring.queue_used_idx().map_err(|_| Error::InvalidParam)?;
-            ring.vring.set_queue_next_used(next_used);
-            ring.placed = true;
+            ring.next_used = place.used_index(memory.memory()).ok_or(Error::InvalidParam)?;
+            ring.place = Some(place);
             Ok(())
         })
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
         self.change(index, |_, ring| {
-            ring.vring.set_queue_next_avail(base as u16);
+            ring.next_available = base as u16;
             Ok(())
         })
     }
@@ -302,8 +303,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
         self.finish(index)?;
         let base = self.change(index, |_, ring| {
             ring.kick = None;
-            ring.vring.set_call(None);
-            Ok(ring.vring.queue_next_avail())
+            ring.call = None;
+            Ok(ring.next_available)
         })?;
         self.settle();
         Ok(VhostUserVringState::new(index, u32::from(base)))

@@ -5,10 +5,7 @@ use std::sync::Arc;
 
 use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserSingleMemoryRegion};
 use vhost::vhost_user::{Error, Result};
-use vm_memory::{
-    FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
-    GuestMemoryRegion, GuestRegionMmap,
-};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 use super::shared::whole_pages;
 use super::vanished::{Watched, Wire};
@@ -16,11 +13,11 @@ use super::vanished::{Watched, Wire};
 /// Memory regions that a front-end may add (QEMU asks; its own limit is 512).
 pub const MOST_REGIONS: u64 = 509;
 
-/// The memory table of one connection. Rings share `atomic()`; while one runs it holds its own `Arc` of the table it
-/// started with, so a region stays mapped until the last ring that may touch it has stopped.
+/// The memory table of one connection. A ring that runs holds its own `Arc` of the table it started with, so a region stays
+/// mapped until the last ring that may touch it has stopped.
 pub struct MemoryTable {
     mappings: Vec<Mapping>,
-    atomic: GuestMemoryAtomic<GuestMemoryMmap>,
+    memory: Arc<GuestMemoryMmap>,
     /// Where a region that vanishes is told of.
     wire: Arc<Wire>,
 }
@@ -38,7 +35,7 @@ struct Mapping {
 impl MemoryTable {
     /// No memory yet.
     pub(super) fn new(wire: Arc<Wire>) -> Self {
-        MemoryTable { mappings: Vec::new(), atomic: GuestMemoryAtomic::new(GuestMemoryMmap::new()), wire }
+        MemoryTable { mappings: Vec::new(), memory: Arc::new(GuestMemoryMmap::new()), wire }
     }
 
     /// The connection that ends when memory vanishes.
@@ -51,15 +48,15 @@ impl MemoryTable {
         self.mappings.iter().map(|mapping| (mapping.told(), mapping.source.file()))
     }
 
-    /// For the rings (`VringT::new`).
-    pub fn atomic(&self) -> GuestMemoryAtomic<GuestMemoryMmap> {
-        self.atomic.clone()
+    /// Today's table.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
     }
 
     /// An `Arc` of today's table for one ring to hold while it runs. A fresh one a ring: its reference count is then
     /// on no other ring's cache line.
     pub fn pin(&self) -> Arc<GuestMemoryMmap> {
-        Arc::new((*self.atomic.memory()).clone())
+        Arc::new((*self.memory).clone())
     }
 
     /// SET_MEM_TABLE.
@@ -88,7 +85,7 @@ impl MemoryTable {
         }
         let mapped = map(region, file)?;
         let mapping = Mapping::of(region, &mapped, &self.wire);
-        let memory = self.atomic.memory().insert_region(Arc::new(mapped)).map_err(invalid)?;
+        let memory = self.memory.insert_region(Arc::new(mapped)).map_err(invalid)?;
         self.mappings.push(mapping);
         self.publish(memory);
         Ok(())
@@ -96,11 +93,8 @@ impl MemoryTable {
 
     /// REM_MEM_REG: the region is named by its guest address, user address and size.
     pub fn remove(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        let (memory, _) = self
-            .atomic
-            .memory()
-            .remove_region(GuestAddress(region.guest_phys_addr), region.memory_size)
-            .map_err(invalid)?;
+        let (memory, _) =
+            self.memory.remove_region(GuestAddress(region.guest_phys_addr), region.memory_size).map_err(invalid)?;
         self.mappings.retain(|mapping| mapping.guest_addr != region.guest_phys_addr);
         self.publish(memory);
         Ok(())
@@ -117,9 +111,9 @@ impl MemoryTable {
             .ok_or(Error::InvalidParam)
     }
 
-    fn publish(&self, memory: GuestMemoryMmap) {
+    fn publish(&mut self, memory: GuestMemoryMmap) {
         log::debug!("guest memory: {} regions, {} bytes", memory.num_regions(), bytes(&memory));
-        self.atomic.lock().expect("no panic while held").replace(memory);
+        self.memory = Arc::new(memory);
     }
 }
 

@@ -4,13 +4,13 @@
 //! |---|---|
 //! | `features` | what is offered, from policy and geometry |
 //! | `request` | descriptor chain -> checked request |
-//! | `buffer` | guest memory as iovecs (unsafe) |
+//! | `mapped` | guest memory as it is mapped here: addresses become pointers (unsafe) |
+//! | `split_ring`, `chain` | a ring that runs: heads, descriptors, answers, wishes |
 //! | `worker` | one a running ring: ring <-> engine <-> back-end queue |
 //! | `queue_state` | a ring's two lives: stopped (the handler's) and running (a worker's) |
 //! | `handler` | vhost-user messages; every change of a ring goes through `queue_state` |
 //! | `descriptor` | a front-end's kick, call and error descriptors are eventfds |
 //! | `inflight` | what a server that dies leaves to the next one |
-//! | `chain` | the descriptors of a chain that an earlier server took |
 //! | `dirty` | the dirty log of a live migration |
 //! | `shared` | memory that the front-end shares for these two |
 //! | `memory` | the front-end's memory table |
@@ -27,9 +27,8 @@
 //! | `device` | one disk: serves one front-end after the other |
 
 mod activation;
-pub mod buffer;
 mod capacity;
-mod chain;
+pub mod chain;
 mod channel;
 mod claim;
 mod counters;
@@ -41,6 +40,7 @@ pub mod features;
 pub(crate) mod hand_over;
 mod handler;
 mod inflight;
+pub mod mapped;
 mod memory;
 pub(crate) mod moving;
 #[cfg(all(test, feature = "model"))]
@@ -49,6 +49,7 @@ mod queue_state;
 pub mod request;
 pub mod rings;
 mod shared;
+pub mod split_ring;
 mod vanished;
 mod worker;
 

@@ -13,14 +13,12 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserLog, VhostUserMemoryRegion};
 use vhost::vhost_user::{Backend, Result, VhostUserBackendReqHandlerMut};
-use vhost_user_backend::VringT;
-use virtio_queue::QueueT;
 
 use super::handler::Handler;
-use super::queue_state::{self, QueueState, Stopped};
+use super::queue_state::{QueueState, Stopped};
+use super::split_ring::Place;
 use super::worker::Stop;
 use crate::sync::mpsc::Receiver;
-use crate::sys;
 use crate::upgrade::Descriptors;
 
 /// Everything but the connection itself. Numbers of descriptors are places in a list.
@@ -228,19 +226,18 @@ impl Handler {
         self.set_vring_err(index as u8, err)?;
         self.set_vring_num(index, u32::from(ring.size))?;
         let stopped = self.queues[index as usize].stopped().expect("it has no addresses yet");
-        stopped.vring.set_queue_next_avail(ring.next_avail);
+        stopped.next_available = ring.next_avail;
         if let Some([descriptors, available, used]) = ring.at {
-            let vring = &stopped.vring;
-            vring.set_queue_info(descriptors, available, used).map_err(|error| failed(io::Error::other(error)))?;
-            let next_used = vring.queue_used_idx().map_err(|error| failed(io::Error::other(error)))?;
-            vring.set_queue_next_used(next_used);
+            let place = Place { descriptors, available, used };
+            let next_used = place.used_index(self.memory.memory()).filter(|_| place.is_aligned());
+            stopped.next_used = next_used.ok_or_else(|| failed(io::Error::other("the ring's place makes no sense")))?;
+            stopped.place = Some(place);
         }
         stopped.kick = kick;
         stopped.kept = ring.kept;
-        stopped.placed = ring.at.is_some();
         stopped.enabled = ring.enabled;
         // Signals it, too: one interrupt too many is harmless.
-        queue_state::set_call(&stopped.vring, call);
+        stopped.set_call(index, call);
         Ok(())
     }
 
@@ -264,18 +261,15 @@ fn wait_for(answers: Vec<Receiver<()>>, deadline: Option<Instant>) -> bool {
 }
 
 fn record_ring(stopped: &Stopped, descriptors: &mut Descriptors) -> io::Result<Ring> {
-    let vring = stopped.vring.get_ref();
-    let queue = vring.get_queue();
-    let call = vring.get_call().as_ref().map(|call| call.try_clone()).transpose()?;
     let mut copy = |file: &Option<File>| file.as_ref().map(|file| descriptors.add_copy(file.as_fd())).transpose();
-    let (kick, err) = (copy(&stopped.kick)?, copy(&stopped.err)?);
+    let (kick, call, err) = (copy(&stopped.kick)?, copy(&stopped.call)?, copy(&stopped.err)?);
     Ok(Ring {
-        size: queue.size(),
-        at: stopped.placed.then(|| [queue.desc_table(), queue.avail_ring(), queue.used_ring()]),
-        next_avail: queue.next_avail(),
+        size: stopped.size,
+        at: stopped.place.map(|place| [place.descriptors, place.available, place.used]),
+        next_avail: stopped.next_available,
         enabled: stopped.enabled,
         kick,
-        call: call.map(|call| descriptors.add(sys::owned(call))),
+        call,
         err,
         kept: stopped.kept.clone(),
     })

@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
-use vhost_user_backend::VringT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::activation::Activation;
@@ -21,6 +20,7 @@ use super::memory::MemoryTable;
 use super::queue_state::{QueueState, Surroundings};
 use super::request::{ID_BYTES, OK};
 use super::rings::Rings;
+use super::split_ring::Place;
 use super::vanished::Wire;
 use super::worker::Stop;
 use crate::backend::null::NullBackend;
@@ -61,7 +61,7 @@ impl FrontEnd {
         file.set_len(MEMORY).unwrap();
         let region = VhostUserMemoryRegion { guest_phys_addr: 0, memory_size: MEMORY, user_addr: 0, mmap_offset: 0 };
         memory.replace(&[region], vec![file]).unwrap();
-        let queue = QueueState::new(0, &memory, SIZE, true).unwrap();
+        let queue = QueueState::new(0, SIZE, true);
         let kick = Arc::new(Bell::new().unwrap());
         FrontEnd { rings, memory, activation: Activation::default(), queue, kick, _peer: peer }
     }
@@ -82,9 +82,8 @@ impl FrontEnd {
     fn start(&mut self) {
         let kick = File::from(self.kick.as_fd().try_clone_to_owned().unwrap());
         self.change(|ring| {
-            ring.vring.set_queue_info(0, AVAIL, USED).unwrap();
+            ring.place = Some(Place { descriptors: 0, available: AVAIL, used: USED });
             ring.kick = Some(kick);
-            ring.placed = true;
         });
     }
 }

@@ -7,59 +7,71 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use vhost_user_backend::{VringMutex, VringT};
-use virtio_queue::QueueT;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::activation::Activation;
 use super::dirty::DirtyLog;
+use super::features;
 use super::inflight::Inflight;
+use super::mapped::Mapped;
 use super::memory::MemoryTable;
 use super::rings::{Command, Mailbox, Rings};
+use super::split_ring::{Place, SplitRing};
 use super::worker::{self, Setup, Stop};
 use crate::disk::Event;
 use crate::sync::thread::{self, JoinHandle};
 use crate::sync::{Bell, mpsc};
-
-/// The ring type of `vhost-user-backend`, over the connection's memory table.
-pub(super) type Vring = VringMutex<GuestMemoryAtomic<GuestMemoryMmap>>;
+use crate::sys;
 
 /// A ring that nobody is serving.
 pub(super) struct Stopped {
-    /// Size, addresses, indices and call.
-    pub vring: Vring,
+    /// Descriptors: a power of two.
+    pub size: u16,
+    /// Where its parts are, once SET_VRING_ADDR came since the last start from scratch.
+    pub place: Option<Place>,
+    /// Where the next head is taken, and where the next answer goes.
+    pub next_available: u16,
+    pub next_used: u16,
     /// Where the guest's kicks arrive; the worker only watches it.
     pub kick: Option<File>,
+    /// Where the guest is interrupted.
+    pub call: Option<File>,
     /// Where a broken ring is told of (SET_VRING_ERR).
     pub err: Option<File>,
     /// SET_VRING_ENABLE, or set for all where the front-end negotiated no protocol features.
     pub enabled: bool,
-    /// SET_VRING_ADDR came since the last start from scratch.
-    pub placed: bool,
     /// Heads that were taken and not answered because their transfers failed: the next start does them again.
     pub kept: Vec<u16>,
 }
 
 impl Stopped {
     fn may_run(&self) -> bool {
-        self.enabled && self.placed && self.kick.is_some()
+        self.enabled && self.place.is_some() && self.kick.is_some()
     }
 
     /// Tells the front-end that the ring is broken (QEMU logs it). Called by the ring's worker.
     pub(super) fn signal_error(&self, index: u32) {
-        let Some(err) = &self.err else { return };
-        if let Err(error) = rustix::io::write(err, &1u64.to_ne_bytes()) {
-            log::debug!("ring {index}: the error descriptor does not take a signal: {error}");
-        }
+        signal(index, "error", self.err.as_ref());
+    }
+
+    /// Interrupts the guest. Called by the ring's worker.
+    pub(super) fn interrupt(&self, index: u32) {
+        signal(index, "call", self.call.as_ref());
+    }
+
+    /// Replaces the call descriptor and signals the new one. QEMU starts a ring before it sends the descriptor: answers in
+    /// between went to nobody, and the guest would wait for ever for their interrupt. One too many is harmless.
+    pub(super) fn set_call(&mut self, index: u32, call: Option<File>) {
+        self.call = call;
+        self.interrupt(index);
     }
 }
 
-/// Replaces the call descriptor and signals the new one. QEMU starts a ring before it sends the descriptor: answers in
-/// between went to nobody, and the guest would wait for ever for their interrupt. One too many is harmless.
-pub(super) fn set_call(vring: &Vring, call: Option<File>) {
-    vring.set_call(call);
-    if let Err(error) = vring.signal_used_queue() {
-        log::debug!("the new call descriptor does not take a signal: {error}");
+fn signal(index: u32, what: &str, fd: Option<&File>) {
+    if let Some(fd) = fd
+        && let Err(error) = sys::signal(fd)
+    {
+        log::debug!("ring {index}: the {what} descriptor does not take a signal: {error}");
     }
 }
 
@@ -89,15 +101,19 @@ enum Life {
 
 impl QueueState {
     /// A ring as it is before the front-end said anything about it. `largest`: a power of two.
-    pub(super) fn new(
-        index: u32,
-        memory: &MemoryTable,
-        largest: u16,
-        enabled: bool,
-    ) -> Result<Self, virtio_queue::Error> {
-        let vring = Vring::new(memory.atomic(), largest)?;
-        let stopped = Stopped { vring, kick: None, err: None, enabled, placed: false, kept: Vec::new() };
-        Ok(QueueState { index, life: Some(Life::Stopped(stopped)) })
+    pub(super) fn new(index: u32, largest: u16, enabled: bool) -> Self {
+        let stopped = Stopped {
+            size: largest,
+            place: None,
+            next_available: 0,
+            next_used: 0,
+            kick: None,
+            call: None,
+            err: None,
+            enabled,
+            kept: Vec::new(),
+        };
+        QueueState { index, life: Some(Life::Stopped(stopped)) }
     }
 
     /// The one rule: stop, change, start again if it may run.
@@ -153,7 +169,8 @@ impl QueueState {
                 log::error!("ring {}: the worker ended before it took the new call descriptor", self.index);
             }
         } else {
-            self.change(around, |ring| set_call(&ring.vring, call));
+            let index = self.index;
+            self.change(around, |ring| ring.set_call(index, call));
         }
     }
 
@@ -192,28 +209,31 @@ impl QueueState {
                 // be served on, and a front-end sees a closed socket but no dead thread.
                 let stopped = thread.join().expect("a worker's panic ends the process");
                 rings.ring_left(self.index);
-                stopped.vring.set_queue_ready(false);
-                log::debug!("ring {} stopped at {}", self.index, stopped.vring.queue_next_avail());
+                log::debug!("ring {} stopped at {}", self.index, stopped.next_available);
                 stopped
             }
         }
     }
 
     fn start(&self, stopped: Stopped, around: &Surroundings) -> Life {
-        if !stopped.may_run() {
-            return Life::Stopped(stopped);
-        }
+        let place = match &stopped.place {
+            Some(place) if stopped.may_run() => place,
+            _ => return Life::Stopped(stopped),
+        };
         if !around.activation.claim(around.rings) {
             return Life::Stopped(stopped);
         }
-        let memory = around.memory.pin();
-        stopped.vring.set_queue_ready(true);
-        if !stopped.vring.get_ref().get_queue().is_valid(&*memory) {
-            stopped.vring.set_queue_ready(false);
-            let what = format!("ring {}: its descriptors lie outside the guest's memory; not started", self.index);
+        let memory = Mapped::new(around.memory.pin());
+        let event_idx = features::has(around.acked_features, VIRTIO_RING_F_EVENT_IDX);
+        let indices = (stopped.next_available, stopped.next_used);
+        let Some(ring) = SplitRing::open(&memory, place, stopped.size, event_idx, indices) else {
+            let what = format!(
+                "ring {}: its descriptors lie outside the guest's memory, or a part of it in two regions of that; not started",
+                self.index
+            );
             around.rings.report(Event::ProtocolError(what));
             return Life::Stopped(stopped);
-        }
+        };
         let (sender, commands) = mpsc::channel();
         let wake = match Bell::new() {
             Ok(wake) => Arc::new(wake),
@@ -237,11 +257,11 @@ impl QueueState {
         let name = format!("ring {}", self.index);
         let body = move || {
             let stopped = received.recv().expect("sent right after the thread was made");
-            worker::run(setup, stopped, counters, hold)
+            worker::run(setup, ring, stopped, counters, hold)
         };
         match thread::Builder::new().name(name).spawn(body) {
             Ok(thread) => {
-                log::debug!("ring {} runs, {} descriptors", self.index, stopped.vring.get_ref().get_queue().size());
+                log::debug!("ring {} runs, {} descriptors", self.index, stopped.size);
                 let sent = hand_over.send(stopped);
                 assert!(sent.is_ok(), "the thread waits for its ring");
                 Life::Running { mailbox, thread }
@@ -254,7 +274,6 @@ impl QueueState {
     }
 
     fn not_started(&self, stopped: Stopped, around: &Surroundings, error: &std::io::Error) -> Life {
-        stopped.vring.set_queue_ready(false);
         let what = format!("ring {} cannot run: {error}; raise the limit on threads and files", self.index);
         around.rings.report(Event::ProtocolError(what));
         Life::Stopped(stopped)

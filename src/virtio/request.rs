@@ -1,16 +1,16 @@
 //! Descriptor chain -> checked [`Request`], or the status that refuses it. Everything here comes from a hostile
 //! guest: no index, sum or cast goes unchecked, and nothing panics.
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 
 use super::features::{SECTOR, sectors};
+use super::mapped::Mapped;
 use crate::backend::Geometry;
 
 /// The status byte of a request (virtio 1.3, 5.2.6).
@@ -126,17 +126,7 @@ impl Parser {
     /// Parses one chain. Called by the ring's worker.
     pub fn parse(
         &mut self,
-        memory: &GuestMemoryMmap,
-        chain: DescriptorChain<&GuestMemoryMmap>,
-        geometry: &Geometry,
-    ) -> Result<Request, Malformed> {
-        self.parse_descriptors(memory, chain.head_index(), chain, geometry)
-    }
-
-    /// The same for a chain that comes from elsewhere than the available ring.
-    pub fn parse_descriptors(
-        &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &Mapped,
         head: u16,
         descriptors: impl Iterator<Item = Descriptor>,
         geometry: &Geometry,
@@ -144,23 +134,25 @@ impl Parser {
         self.collect(descriptors).map_err(|why| Malformed { head, why })?;
         let status_at =
             take_last_byte(&mut self.writable).ok_or(Malformed { head, why: "no writable byte for the status" })?;
-        let writable = total(&self.writable).ok_or(Malformed { head, why: "chain longer than 4 GiB" })?;
-        let mut header = [0; HEADER];
-        take_front(memory, &mut self.readable, &mut header)
-            .map_err(|_| Malformed { head, why: "no complete request header" })?;
+        let writable = total(&self.writable);
+        let header =
+            take_sixteen(memory, &mut self.readable).ok_or(Malformed { head, why: "no complete request header" })?;
         let command = self.decode(memory, &header, writable, geometry);
         Ok(Request { head, status_at, writable, command })
     }
 
-    /// Sorts the descriptors into readable and writable ones (virtio 1.3, 2.7.4.2: readable ones come first).
+    /// Sorts the descriptors into readable and writable ones (virtio 1.3, 2.7.4.2: readable ones come first; 2.7.5.2: no more
+    /// than 4 GiB in all).
     fn collect(&mut self, descriptors: impl Iterator<Item = Descriptor>) -> Result<(), &'static str> {
         for list in [&mut self.readable, &mut self.writable] {
             list.clear();
             list.shrink_to(KEPT_SEGMENTS);
         }
         let mut more = true;
+        let mut bytes = 0u32;
         for descriptor in descriptors {
             self.walked += 1;
+            bytes = bytes.checked_add(descriptor.len()).ok_or("a chain longer than 4 GiB")?;
             more = descriptor.has_next();
             let segment = (descriptor.addr(), descriptor.len());
             if descriptor.is_write_only() {
@@ -177,7 +169,7 @@ impl Parser {
 
     fn decode(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &Mapped,
         header: &[u8; HEADER],
         writable: u32,
         geometry: &Geometry,
@@ -203,14 +195,14 @@ impl Parser {
         }
     }
 
-    fn decode_discard(&mut self, memory: &GuestMemoryMmap, geometry: &Geometry) -> Result<Command, Status> {
+    fn decode_discard(&mut self, memory: &Mapped, geometry: &Geometry) -> Result<Command, Status> {
         let limits = geometry.discard.filter(|_| !geometry.read_only).ok_or(UNSUPP)?;
         let (offset, len, unmap) = self.range(memory, geometry, limits.max_bytes)?;
         // virtio 1.3, 5.2.6.2: the unmap flag belongs to write-zeroes only.
         if unmap { Err(UNSUPP) } else { Ok(Command::Discard { offset, len }) }
     }
 
-    fn decode_write_zeroes(&mut self, memory: &GuestMemoryMmap, geometry: &Geometry) -> Result<Command, Status> {
+    fn decode_write_zeroes(&mut self, memory: &Mapped, geometry: &Geometry) -> Result<Command, Status> {
         let limits = geometry.write_zeroes.filter(|_| !geometry.read_only).ok_or(UNSUPP)?;
         let (offset, len, unmap) = self.range(memory, geometry, limits.max_bytes)?;
         Ok(Command::WriteZeroes { offset, len, unmap: unmap && geometry.zeroes_may_unmap })
@@ -218,19 +210,13 @@ impl Parser {
 
     /// The one range of a discard or write-zeroes: byte offset, bytes, unmap flag. More than one range was not offered
     /// (max_discard_seg is 1).
-    fn range(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        geometry: &Geometry,
-        max_bytes: u64,
-    ) -> Result<(u64, u64, bool), Status> {
-        match total(&self.readable) {
-            Some(len) if len as usize == RANGE => {}
-            Some(len) if len > 0 && (len as usize).is_multiple_of(RANGE) => return Err(UNSUPP),
+    fn range(&mut self, memory: &Mapped, geometry: &Geometry, max_bytes: u64) -> Result<(u64, u64, bool), Status> {
+        match total(&self.readable) as usize {
+            RANGE => {}
+            len if len > 0 && len.is_multiple_of(RANGE) => return Err(UNSUPP),
             _ => return Err(IOERR),
         }
-        let mut range = [0; RANGE];
-        take_front(memory, &mut self.readable, &mut range).map_err(|_| IOERR)?;
+        let range: [u8; RANGE] = take_sixteen(memory, &mut self.readable).ok_or(IOERR)?;
         let [sector @ .., c0, c1, c2, c3, f0, f1, f2, f3] = range;
         let count = u32::from_le_bytes([c0, c1, c2, c3]);
         let flags = u32::from_le_bytes([f0, f1, f2, f3]);
@@ -251,7 +237,7 @@ fn data_range(sector: u64, segments: &[Segment], geometry: &Geometry) -> Result<
     if segments.len() > MOST_SEGMENTS {
         return Err(IOERR);
     }
-    let len = total(segments).ok_or(IOERR)?;
+    let len = total(segments);
     Ok((inside(sector, u64::from(len), geometry)?, len))
 }
 
@@ -266,8 +252,9 @@ fn inside(sector: u64, len: u64, geometry: &Geometry) -> Result<u64, Status> {
     Ok(offset)
 }
 
-fn total(segments: &[Segment]) -> Option<u32> {
-    segments.iter().try_fold(0u32, |sum, &(_, len)| sum.checked_add(len))
+/// Bytes of segments of one chain, which has no more than fit.
+fn total(segments: &[Segment]) -> u32 {
+    segments.iter().map(|&(_, len)| len).sum()
 }
 
 /// Cuts the last byte off the writable segments: the status (virtio 1.3, 2.7.4: no framing may be assumed).
@@ -284,36 +271,52 @@ fn take_last_byte(segments: &mut Vec<Segment>) -> Option<GuestAddress> {
     }
 }
 
-/// Cuts `to.len()` bytes off the front of the readable segments and copies them.
-fn take_front(memory: &GuestMemoryMmap, segments: &mut Vec<Segment>, to: &mut [u8]) -> Result<(), ()> {
+/// Cuts sixteen bytes off the front of the readable segments and copies them. `None`: there are fewer, or some lie
+/// outside the guest's memory.
+fn take_sixteen(memory: &Mapped, segments: &mut Vec<Segment>) -> Option<[u8; 16]> {
+    let &(address, len) = segments.first()?;
+    if len != 16 {
+        return take_pieces(memory, segments);
+    }
+    segments.remove(0);
+    memory.read_sixteen(address).ok()
+}
+
+/// The same where they are not a segment of their own.
+#[cold]
+fn take_pieces(memory: &Mapped, segments: &mut Vec<Segment>) -> Option<[u8; 16]> {
+    let mut bytes = [0; 16];
     let mut done = 0;
     let mut used = 0;
     for (address, len) in segments.iter_mut() {
-        if done == to.len() {
+        if done == bytes.len() {
             break;
         }
-        let part = (*len as usize).min(to.len() - done);
-        memory.read_slice(&mut to[done..done + part], *address).map_err(|_| ())?;
+        let part = (*len as usize).min(bytes.len() - done);
+        memory.read(*address, &mut bytes[done..done + part]).ok()?;
         done += part;
         if part == *len as usize {
             used += 1;
         } else {
-            *address = GuestAddress(address.0.checked_add(part as u64).ok_or(())?);
+            *address = GuestAddress(address.0.checked_add(part as u64)?);
             *len -= part as u32;
         }
     }
     segments.drain(..used);
-    if done == to.len() { Ok(()) } else { Err(()) }
+    (done == bytes.len()).then_some(bytes)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::backend::{DurableWrite, RangeLimits};
     use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
     use virtio_queue::desc::RawDescriptor;
     use virtio_queue::mock::MockSplitQueue;
     use virtio_queue::{Queue, QueueOwnedT};
+    use vm_memory::{Bytes, GuestMemoryMmap};
 
     const NEXT: u16 = VRING_DESC_F_NEXT as u16;
     const WRITE: u16 = VRING_DESC_F_WRITE as u16;
@@ -322,8 +325,12 @@ mod tests {
     const DATA_AT: u64 = 0x2_0000;
     const STATUS_AT: u64 = 0x3_0000;
 
-    fn memory() -> GuestMemoryMmap {
-        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap()
+    fn memory() -> Arc<GuestMemoryMmap> {
+        Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap())
+    }
+
+    fn mapped(memory: &Arc<GuestMemoryMmap>) -> Mapped {
+        Mapped::new(memory.clone())
     }
 
     fn geometry() -> Geometry {
@@ -343,13 +350,13 @@ mod tests {
         }
     }
 
-    fn put_header(memory: &GuestMemoryMmap, kind: u32, sector: u64) {
+    fn put_header(memory: &Arc<GuestMemoryMmap>, kind: u32, sector: u64) {
         memory.write_obj(kind, GuestAddress(HEADER_AT)).unwrap();
         memory.write_obj(0u32, GuestAddress(HEADER_AT + 4)).unwrap();
         memory.write_obj(sector, GuestAddress(HEADER_AT + 8)).unwrap();
     }
 
-    fn put_range(memory: &GuestMemoryMmap, sector: u64, count: u32, flags: u32) {
+    fn put_range(memory: &Arc<GuestMemoryMmap>, sector: u64, count: u32, flags: u32) {
         memory.write_obj(sector, GuestAddress(DATA_AT)).unwrap();
         memory.write_obj(count, GuestAddress(DATA_AT + 8)).unwrap();
         memory.write_obj(flags, GuestAddress(DATA_AT + 12)).unwrap();
@@ -357,11 +364,11 @@ mod tests {
 
     /// Parses a chain of (address, length, flags without NEXT).
     fn parse_with(
-        memory: &GuestMemoryMmap,
+        memory: &Arc<GuestMemoryMmap>,
         geometry: &Geometry,
         parts: &[(u64, u32, u16)],
     ) -> Result<(Request, Vec<Segment>), Malformed> {
-        let mock = MockSplitQueue::new(memory, 16);
+        let mock = MockSplitQueue::new(&**memory, 16);
         let last = parts.len() - 1;
         let chain: Vec<RawDescriptor> = parts
             .iter()
@@ -373,14 +380,14 @@ mod tests {
             .collect();
         mock.add_desc_chains(&chain, 0).unwrap();
         let mut queue: Queue = mock.create_queue().unwrap();
-        let chain = queue.iter(memory).unwrap().next().unwrap();
+        let chain = queue.iter(&**memory).unwrap().next().unwrap();
         let mut parser = Parser::default();
-        let request = parser.parse(memory, chain, geometry)?;
+        let request = parser.parse(&mapped(memory), chain.head_index(), chain, geometry)?;
         let data = request.command.map(|command| parser.data(&command).to_vec()).unwrap_or_default();
         Ok((request, data))
     }
 
-    fn parse(memory: &GuestMemoryMmap, parts: &[(u64, u32, u16)]) -> Result<(Request, Vec<Segment>), Malformed> {
+    fn parse(memory: &Arc<GuestMemoryMmap>, parts: &[(u64, u32, u16)]) -> Result<(Request, Vec<Segment>), Malformed> {
         parse_with(memory, &geometry(), parts)
     }
 
@@ -446,15 +453,15 @@ mod tests {
     fn a_loop_ends() {
         let memory = memory();
         put_header(&memory, VIRTIO_BLK_T_IN, 0);
-        let mock = MockSplitQueue::new(&memory, 16);
+        let mock = MockSplitQueue::new(&*memory, 16);
         let header = RawDescriptor::from(Descriptor::new(HEADER_AT, 16, NEXT, 1));
         let around = RawDescriptor::from(Descriptor::new(DATA_AT, 512, NEXT | WRITE, 1));
         mock.add_desc_chains(&[header, around], 0).unwrap();
         // add_desc_chains ends the chain; bend its end back to itself.
         mock.desc_table().store(1, around).unwrap();
         let mut queue: Queue = mock.create_queue().unwrap();
-        let chain = queue.iter(&memory).unwrap().next().unwrap();
-        let error = Parser::default().parse(&memory, chain, &geometry()).unwrap_err();
+        let chain = queue.iter(&*memory).unwrap().next().unwrap();
+        let error = Parser::default().parse(&mapped(&memory), chain.head_index(), chain, &geometry()).unwrap_err();
         assert_eq!(error.why, "broken descriptor chain");
     }
 
@@ -471,12 +478,12 @@ mod tests {
         };
         let mut parser = Parser::default();
         for flags in [0, WRITE] {
-            let request = parser.parse_descriptors(&memory, 0, chain(u16::MAX, flags), &geometry()).unwrap();
+            let request = parser.parse(&mapped(&memory), 0, chain(u16::MAX, flags), &geometry()).unwrap();
             let wanted = if flags == WRITE { Err(IOERR) } else { Ok(Command::Read { offset: 0, len: 0 }) };
             assert_eq!((request.status_at, request.command), (GuestAddress(STATUS_AT), wanted));
         }
         assert_eq!(parser.walked(), 2 * 65_535);
-        let request = parser.parse_descriptors(&memory, 0, chain(3, WRITE), &geometry()).unwrap();
+        let request = parser.parse(&mapped(&memory), 0, chain(3, WRITE), &geometry()).unwrap();
         assert_eq!(request.command, Ok(Command::Read { offset: 0, len: 512 }));
         let kept = parser.readable.capacity() + parser.writable.capacity();
         assert!(kept <= 2 * KEPT_SEGMENTS, "room for {kept} segments is kept");

@@ -13,23 +13,20 @@ mod stop;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use vhost_user_backend::{VringState, VringT};
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
-use super::buffer;
 use super::counters::{Counters, add};
 use super::dirty::DirtyLog;
 use super::features;
 use super::inflight::Tracker;
-use super::queue_state::{self, Stopped};
+use super::mapped::Mapped;
+use super::queue_state::Stopped;
 use super::request::{self, Command as Ask, ID_BYTES, Parser, Request, Segment, Status};
 use super::rings::{Command, RingHold, Rings, errno_of};
+use super::split_ring::{Place, SplitRing};
 use crate::backend::null;
 use crate::backend::{Completion, DurableWrite, Errno, Geometry, IoQueue, Op, OpId, Source};
 use crate::disk::{Event, FailedRequest};
@@ -45,7 +42,7 @@ pub(super) struct Setup {
     pub index: u32,
     pub rings: Arc<Rings>,
     /// Held while the ring runs: no request outlives its memory.
-    pub memory: Arc<GuestMemoryMmap>,
+    pub memory: Mapped,
     /// Where heads in flight are marked for the next server.
     pub inflight: Option<Tracker>,
     /// Where written pages are logged.
@@ -86,6 +83,9 @@ struct HoldClock {
 
 struct Worker {
     setup: Setup,
+    ring: SplitRing,
+    /// Where its used ring is, for the log.
+    used_at: GuestAddress,
     counters: Arc<Counters>,
     geometry: Geometry,
     io: Box<dyn IoQueue>,
@@ -152,22 +152,30 @@ fn token(id: OpId) -> Token {
 
 /// Serves the ring until [`Command::Stop`], then hands it back with everything answered and published but what is kept
 /// ([`Stopped::kept`]). `hold`: the epoch of a hold that the ring is born into.
-pub(super) fn run(setup: Setup, mut ring: Stopped, counters: Arc<Counters>, hold: Option<u64>) -> Stopped {
-    let mut worker = Worker::new(setup, &ring, counters);
+pub(super) fn run(
+    setup: Setup,
+    ring: SplitRing,
+    mut stopped: Stopped,
+    counters: Arc<Counters>,
+    hold: Option<u64>,
+) -> Stopped {
+    let mut worker = Worker::new(setup, ring, &stopped, counters);
     if let Some(epoch) = hold {
         worker.close_gate(epoch);
     }
-    let left = std::mem::take(&mut ring.kept);
-    worker.recover(&mut ring.vring.get_mut(), left);
+    worker.recover(std::mem::take(&mut stopped.kept));
     loop {
-        worker.turn(&mut ring.vring.get_mut());
+        worker.turn();
+        if worker.wants_interrupt() {
+            stopped.interrupt(worker.setup.index);
+        }
         if std::mem::take(&mut worker.tell_broken) {
-            ring.signal_error(worker.setup.index);
+            stopped.signal_error(worker.setup.index);
         }
         if worker.may_stop() && !worker.only_rests() {
             break;
         }
-        if worker.finds_work(&mut ring.vring.get_mut()) {
+        if worker.finds_work() {
             continue;
         }
         let timeout = worker.more.then_some(Duration::ZERO);
@@ -175,7 +183,7 @@ pub(super) fn run(setup: Setup, mut ring: Stopped, counters: Arc<Counters>, hold
         let woken = worker.io.wait(timeout).unwrap_or_else(|error| panic!("cannot wait for I/O: {error}"));
         if woken.wake {
             while let Ok(command) = worker.setup.commands.try_recv() {
-                worker.obey(command, &ring);
+                worker.obey(command, &mut stopped);
                 #[cfg(all(test, feature = "model"))]
                 if crate::sync::orders::planted(crate::sync::orders::Mutant::OneCommandAWake) {
                     break;
@@ -183,22 +191,17 @@ pub(super) fn run(setup: Setup, mut ring: Stopped, counters: Arc<Counters>, hold
             }
         }
     }
-    ring.kept = worker.leave_kept();
+    stopped.next_available = worker.ring.next_available();
+    stopped.next_used = worker.ring.next_used();
+    stopped.kept = worker.leave_kept();
     worker.look();
     worker.counters.in_flight.store(0, Relaxed);
-    ring
+    stopped
 }
 
 impl Worker {
-    fn new(setup: Setup, ring: &Stopped, counters: Arc<Counters>) -> Self {
-        let size = ring.vring.get_ref().get_queue().size();
-        let event_idx = features::has(setup.acked_features, VIRTIO_RING_F_EVENT_IDX);
-        ring.vring.set_queue_event_idx(event_idx);
-        // virtio-queue counts answers in 16 bits since it was last asked this, which it is only with EVENT_IDX: what a
-        // driver without it left there could hide the first answers from this one.
-        if event_idx && let Err(error) = ring.vring.get_mut().get_queue_mut().needs_notification(&*setup.memory) {
-            log::debug!("ring {}: {error}", setup.index);
-        }
+    fn new(setup: Setup, ring: SplitRing, stopped: &Stopped, counters: Arc<Counters>) -> Self {
+        let size = ring.size();
         counters.size.store(u64::from(size), Relaxed);
         let backend = setup.rings.backend().clone();
         let geometry = Geometry { size: setup.rings.capacity().get(), ..backend.geometry() };
@@ -211,15 +214,18 @@ impl Worker {
             null::failing_queue(depth, errno_of(&error)).unwrap_or_else(|error| give_up(setup.index, &error))
         });
         watch(&mut *io, setup.index, Source::Wake, setup.wake.as_fd());
-        if let Some(kick) = &ring.kick {
+        if let Some(kick) = &stopped.kick {
             watch(&mut *io, setup.index, Source::Kick, kick.as_fd());
         }
         let mut engine = Engine::new(setup.rings.policy(), geometry.durable_write == DurableWrite::Native);
         engine.set_driver_can_flush(features::driver_can_flush(setup.acked_features));
         engine.set_on_error(setup.rings.tuning().on_error);
         let polling = Polling::new(setup.rings.tuning().poll_max);
+        let used_at = stopped.place.map_or(GuestAddress(0), |place| GuestAddress(place.used));
         Worker {
             setup,
+            ring,
+            used_at,
             counters,
             geometry,
             io,
@@ -249,31 +255,30 @@ impl Worker {
         }
     }
 
-    fn turn(&mut self, ring: &mut VringState) {
+    fn turn(&mut self) {
         self.reap();
-        self.act(ring);
+        self.act();
         self.retry_backlog();
-        self.pop(ring);
-        self.act(ring);
-        self.finish_the_finished(ring);
-        self.log_ring(ring);
-        self.interrupt(ring);
+        self.pop();
+        self.act();
+        self.finish_the_finished();
+        self.log_ring();
         self.counters.in_flight.store(self.in_flight, Relaxed);
         self.counters.held.store(self.held, Relaxed);
     }
 
     /// What the back-end did on the spot is answered in the turn that popped it: the next one may sleep at once.
-    fn finish_the_finished(&mut self, ring: &mut VringState) {
+    fn finish_the_finished(&mut self) {
         let (was_held, was_full) = (self.held, !self.backlog.is_empty());
         while self.reap() {
-            self.act(ring);
+            self.act();
             self.retry_backlog();
         }
         // What kept the ring from being emptied is gone, and no kick will tell of the rest.
         self.more |= (was_held && !self.held) || (was_full && self.backlog.is_empty());
     }
 
-    fn obey(&mut self, command: Command, ring: &Stopped) {
+    fn obey(&mut self, command: Command, stopped: &mut Stopped) {
         match command {
             Command::CloseGate(epoch) => self.close_gate(epoch),
             Command::OpenGate => {
@@ -284,7 +289,7 @@ impl Worker {
             Command::Look => self.look(),
             Command::Retry => self.retry(),
             Command::SetCall(call, done) => {
-                queue_state::set_call(&ring.vring, call);
+                stopped.set_call(self.setup.index, call);
                 // Nobody waits any more: the handler ended with its connection.
                 let _ = done.send(());
             }
@@ -333,7 +338,7 @@ impl Worker {
     }
 
     /// Does what the engine says, until it has nothing more to say.
-    fn act(&mut self, ring: &mut VringState) {
+    fn act(&mut self) {
         while let Some(action) = self.engine.next_action() {
             match action {
                 Action::Submit { token: Token::Sync, .. } => {
@@ -353,7 +358,7 @@ impl Worker {
                         op => self.push(op, op_id(token)),
                     }
                 }
-                Action::Done { slot, result } => self.finish(ring, slot, result),
+                Action::Done { slot, result } => self.finish(slot, result),
                 Action::Keep { slot, errno } => self.keep(slot, errno),
                 Action::Quiesced(result) => self.settled(result),
                 Action::Resumed => self.held = false,
@@ -379,71 +384,63 @@ impl Worker {
     }
 
     /// Takes requests from the ring until it is empty, a write is held, the back-end is full or the ring is broken.
-    fn pop(&mut self, ring: &mut VringState) {
+    fn pop(&mut self) {
         self.more = false;
         if self.broken || self.held || (self.stopping.is_some() && self.replay.is_empty()) {
             return;
         }
         self.now = Instant::now();
-        let memory = self.setup.memory.clone();
         let until = self.parser.walked() + MOST_WALKED;
-        self.take_replay(ring, &memory, until);
+        self.take_replay(until);
         if self.broken || self.held || self.stopping.is_some() || self.more {
             return;
         }
-        if let Err(error) = self.pop_from(ring, &memory, until) {
-            self.break_ring(&error.to_string());
-        }
+        self.pop_new(until);
     }
 
     /// `until`: descriptors that the parser may have walked when the next chain is taken.
-    fn pop_from(
-        &mut self,
-        ring: &mut VringState,
-        memory: &GuestMemoryMmap,
-        until: u64,
-    ) -> Result<(), virtio_queue::Error> {
+    fn pop_new(&mut self, until: u64) {
         let mut budget = self.slots.len();
         loop {
-            ring.get_queue_mut().disable_notification(memory)?;
+            self.ring.disable_kicks();
             while self.backlog.is_empty() && !self.broken {
                 if budget == 0 || self.parser.walked() > until {
                     self.more = true;
-                    return Ok(());
+                    return;
                 }
                 budget -= 1;
-                let Some(chain) = ring.get_queue_mut().iter(memory)?.next() else { break };
-                if self.take(ring, chain.head_index(), chain) == Offer::Held {
-                    ring.get_queue_mut().go_to_previous_position();
+                let head = match self.ring.take() {
+                    Ok(Some(head)) => head,
+                    Ok(None) => break,
+                    Err(why) => return self.break_ring(why),
+                };
+                if self.take(head) == Offer::Held {
+                    self.ring.put_back();
                     self.held = true;
                     break;
                 }
             }
             self.unarmed = self.leaves_kicks_off();
-            let queue = ring.get_queue_mut();
-            let more = if self.unarmed {
-                queue.avail_idx(memory, Acquire)?.0 != queue.next_avail()
-            } else {
-                queue.enable_notification(memory)?
-            };
+            let more = if self.unarmed { self.ring.has_more() } else { self.ring.enable_kicks() };
             if !more || self.held || self.broken || !self.backlog.is_empty() {
-                return Ok(());
+                return;
             }
         }
     }
 
     /// One chain: parse, offer to the engine, keep its slot. `Held`: put it back.
-    fn take(&mut self, ring: &mut VringState, head: u16, chain: impl Iterator<Item = Descriptor>) -> Offer {
+    fn take(&mut self, head: u16) -> Offer {
         if self.slots.get(usize::from(head)).is_none_or(Option::is_some) {
             self.break_ring("a descriptor head was made available twice or lies outside the ring");
             return Offer::Taken;
         }
-        let request = match self.parser.parse_descriptors(&self.setup.memory, head, chain, &self.geometry) {
+        let chain = self.ring.chain(&self.setup.memory, head);
+        let request = match self.parser.parse(&self.setup.memory, head, chain, &self.geometry) {
             Ok(request) => request,
             Err(malformed) => {
                 let what = format!("ring {}: request {head}: {}", self.setup.index, malformed.why);
                 self.setup.rings.report(Event::ProtocolError(what));
-                self.publish(ring, head, 0);
+                self.publish(head, 0);
                 return Offer::Taken;
             }
         };
@@ -462,7 +459,7 @@ impl Worker {
                 offer
             }
             Err(status) => {
-                self.answer(ring, head, request.status_at, status, request.writable.saturating_add(1));
+                self.answer(head, request.status_at, status, request.writable.saturating_add(1));
                 Offer::Taken
             }
         }
@@ -508,13 +505,12 @@ impl Worker {
 
     fn buffer(&mut self, command: &Ask) -> Result<crate::backend::IoBuf, Status> {
         let scratch = self.iovecs.pop().unwrap_or_default();
-        buffer::guest_buffer(&self.setup.memory, self.parser.data(command), scratch).map_err(|_| request::IOERR)
+        self.setup.memory.buffer(self.parser.data(command), scratch).map_err(|_| request::IOERR)
     }
 
     /// GET_ID: twenty bytes, zero-padded (virtio 1.3, 5.2.6).
     fn write_serial(&self) -> Status {
-        let scratch = Vec::new();
-        match buffer::guest_buffer(&self.setup.memory, self.parser.data(&Ask::GetId), scratch) {
+        match self.setup.memory.buffer(self.parser.data(&Ask::GetId), Vec::new()) {
             Ok(buf) => {
                 buf.copy_from(0, &self.setup.serial[..]);
                 self.log_writes(self.parser.data(&Ask::GetId));

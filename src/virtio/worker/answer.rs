@@ -1,22 +1,16 @@
 //! The way back: from the engine's verdict to the guest. Status byte, used ring, counters, at most one interrupt a turn.
 
-use std::sync::atomic::Ordering::Relaxed;
-
-use vhost_user_backend::VringState;
-use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::QueueT;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::super::counters::add;
 use super::super::request::{self, Segment, Status};
-use super::{Slot, Worker};
+use super::{Place, Slot, Worker};
 use crate::disk::Event;
 use crate::engine::{Errno, Kind};
-use crate::sys;
 
 impl Worker {
     /// The engine is done with a request.
-    pub(super) fn finish(&mut self, ring: &mut VringState, head: u16, result: Result<(), Errno>) {
+    pub(super) fn finish(&mut self, head: u16, result: Result<(), Errno>) {
         let slot = self.slots[usize::from(head)].take().expect("done once, while in its slot");
         self.in_flight -= 1;
         self.count(&slot, result.is_ok());
@@ -29,7 +23,7 @@ impl Worker {
                 request::IOERR
             }
         };
-        self.answer(ring, head, slot.status_at, status, slot.written);
+        self.answer(head, slot.status_at, status, slot.written);
     }
 
     fn count(&mut self, slot: &Slot, ok: bool) {
@@ -52,37 +46,27 @@ impl Worker {
     }
 
     /// Status byte, then used ring: from here on the request is the guest's again.
-    pub(super) fn answer(
-        &mut self,
-        ring: &mut VringState,
-        head: u16,
-        status_at: GuestAddress,
-        status: Status,
-        written: u32,
-    ) {
+    pub(super) fn answer(&mut self, head: u16, status_at: GuestAddress, status: Status, written: u32) {
         match status {
             request::IOERR => add(&self.counters.errors, 1),
             request::UNSUPP => add(&self.counters.unsupported, 1),
             _ => {}
         }
-        if self.setup.memory.write_obj(status, status_at).is_err() {
-            return self.publish(ring, head, 0);
+        if self.setup.memory.store(status_at, status).is_err() {
+            return self.publish(head, 0);
         }
         self.log_writes(&[(status_at, 1)]);
-        self.publish(ring, head, written);
+        self.publish(head, written);
     }
 
-    pub(super) fn publish(&mut self, ring: &mut VringState, head: u16, written: u32) {
+    /// Into the used ring. The head was taken from this ring, so it is one of its.
+    pub(super) fn publish(&mut self, head: u16, written: u32) {
         if let Some(inflight) = &mut self.setup.inflight {
             inflight.answering(head);
         }
-        match ring.get_queue_mut().add_used(&*self.setup.memory, head, written) {
-            Ok(()) => {
-                if let Some(inflight) = &mut self.setup.inflight {
-                    inflight.answered(head, ring.get_queue().next_used());
-                }
-            }
-            Err(error) => self.break_ring(&error.to_string()),
+        self.ring.answer(head, written);
+        if let Some(inflight) = &mut self.setup.inflight {
+            inflight.answered(head, self.ring.next_used());
         }
         self.answered = true;
     }
@@ -103,42 +87,19 @@ impl Worker {
     }
 
     /// The used ring with its flags, index and event was written, or may have been: all of it to the log, once a turn.
-    pub(super) fn log_ring(&self, ring: &VringState) {
+    pub(super) fn log_ring(&self) {
         if let Some(log) = &self.setup.log {
-            let queue = ring.get_queue();
-            log.mark(GuestAddress(queue.used_ring()), 6 + 8 * u64::from(queue.size()));
+            log.mark(self.used_at, Place::used_bytes(self.ring.size()));
         }
     }
 
     /// One interrupt for all that was answered, if the driver wants one (virtio 1.3, 2.7.10).
-    pub(super) fn interrupt(&mut self, ring: &mut VringState) {
-        if !std::mem::take(&mut self.answered) {
-            return;
+    pub(super) fn wants_interrupt(&mut self) -> bool {
+        let wanted = std::mem::take(&mut self.answered) && self.ring.wants_interrupt();
+        if wanted {
+            add(&self.counters.interrupts, 1);
         }
-        let memory = &*self.setup.memory;
-        let queue = ring.get_queue_mut();
-        let wanted = if queue.event_idx_enabled() {
-            queue.needs_notification(memory)
-        } else {
-            // virtio-queue leaves this flag to us. The fence: the used index is visible before the flag is read.
-            std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
-            memory
-                .load::<u16>(GuestAddress(queue.avail_ring()), Relaxed)
-                .map(|flags| u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
-                .map_err(virtio_queue::Error::GuestMemory)
-        };
-        match wanted {
-            Ok(true) => {
-                add(&self.counters.interrupts, 1);
-                if let Some(call) = ring.get_call()
-                    && let Err(error) = sys::signal(call)
-                {
-                    log::debug!("ring {}: the call descriptor does not take a signal: {error}", self.setup.index);
-                }
-            }
-            Ok(false) => {}
-            Err(error) => self.break_ring(&error.to_string()),
-        }
+        wanted
     }
 
     /// The guest's ring makes no sense: serve it no more. What is in flight still finishes; other rings go on.

@@ -5,12 +5,7 @@
 //! It takes processor time that the guest could use, so it is off unless asked for, bounded, and given up where it does
 //! not pay: after a look that found nothing, sleeps go unprepared, twice as many after each further one.
 
-use std::num::Wrapping;
-use std::sync::atomic::Ordering::Acquire;
 use std::time::{Duration, Instant};
-
-use vhost_user_backend::VringState;
-use virtio_queue::QueueT;
 
 use super::super::counters::add;
 use super::Worker;
@@ -75,39 +70,34 @@ impl Worker {
     }
 
     /// Between two turns: whether the next can begin without asking the back-end's `wait` first.
-    pub(super) fn finds_work(&mut self, ring: &mut VringState) -> bool {
+    pub(super) fn finds_work(&mut self) -> bool {
         if !std::mem::take(&mut self.unarmed) {
             self.polling.slept();
             return false;
         }
-        let found = self.look_around(ring);
+        let found = self.look_around();
         self.polling.looked(found);
         if found {
             add(&self.counters.polled, 1);
         } else {
             // From here on the guest kicks again. What it made available meanwhile it told nobody of.
-            match ring.get_queue_mut().enable_notification(&*self.setup.memory) {
-                #[cfg(all(test, feature = "model"))]
-                Ok(_) if crate::sync::orders::planted(crate::sync::orders::Mutant::SleepsUnlooking) => {}
-                Ok(more) => self.more |= more,
-                Err(error) => self.break_ring(&error.to_string()),
-            }
+            let more = self.ring.enable_kicks();
+            #[cfg(all(test, feature = "model"))]
+            let more = more && !crate::sync::orders::planted(crate::sync::orders::Mutant::SleepsUnlooking);
+            self.more |= more;
         }
         self.more |= found;
         self.more && self.polling.may_stay_deaf()
     }
 
     /// Watches the ring and the back-end for as long as a look may last. Whether anything came.
-    fn look_around(&mut self, ring: &mut VringState) -> bool {
+    fn look_around(&mut self) -> bool {
         // What fails here fails in `wait` as well, which says so.
         let _ = self.io.submit();
-        let memory = self.setup.memory.clone();
-        let queue = ring.get_queue();
         let start = Instant::now();
         loop {
             for _ in 0..LOOKS {
-                let is_empty = queue.avail_idx(&*memory, Acquire).is_ok_and(|at| at == Wrapping(queue.next_avail()));
-                if !is_empty || self.io.has_news() {
+                if self.ring.has_more() || self.io.has_news() {
                     return true;
                 }
                 std::hint::spin_loop();

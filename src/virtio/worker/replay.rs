@@ -1,13 +1,6 @@
 //! What an earlier server took from the ring and did not answer is done again, before anything new and in its order.
 //! Doing it twice is harmless: the guest has seen no answer, so it may not have built on either outcome.
 
-use std::sync::atomic::Ordering;
-
-use vhost_user_backend::VringState;
-use virtio_queue::QueueT;
-use vm_memory::GuestMemoryMmap;
-
-use super::super::chain::Chain;
 use super::{Offer, Stop, Worker};
 
 impl Worker {
@@ -16,22 +9,14 @@ impl Worker {
     ///
     /// `left`: heads that our own worker before this one kept ([`super::stop`]). They are marked, too, unless the
     /// front-end keeps no such memory, or another one by now.
-    pub(super) fn recover(&mut self, ring: &mut VringState, left: Vec<u16>) {
+    pub(super) fn recover(&mut self, left: Vec<u16>) {
         let Some(inflight) = &mut self.setup.inflight else {
             self.replay = left.into();
             return;
         };
-        let queue = ring.get_queue_mut();
-        let memory = &*self.setup.memory;
-        let indices = (queue.used_idx(memory, Ordering::Acquire), queue.avail_idx(memory, Ordering::Acquire));
-        let recovered = match indices {
-            (Ok(used), Ok(avail)) => {
-                inflight.recover(used.0, (avail - used).0, queue.size()).map(|heads| (used.0, heads))
-            }
-            _ => Err("its indices lie outside the guest's memory"),
-        };
-        match recovered {
-            Ok((used, mut heads)) => {
+        let (available, used) = self.ring.indices();
+        match inflight.recover(used, available.wrapping_sub(used), self.ring.size()) {
+            Ok(mut heads) => {
                 let (index, found) = (self.setup.index, heads.len());
                 heads.extend(left.iter().filter(|&head| !heads[..found].contains(head)).collect::<Vec<_>>());
                 if heads.is_empty() {
@@ -41,7 +26,7 @@ impl Worker {
                 let level = if left.is_empty() { log::Level::Info } else { log::Level::Debug };
                 log::log!(level, "ring {index}: {} requests that were not answered are done again", heads.len());
                 // At most the ring's size, which is 16 bits.
-                queue.set_next_avail(used.wrapping_add(heads.len() as u16));
+                self.ring.set_next_available(used.wrapping_add(heads.len() as u16));
                 self.replay = heads.into();
             }
             Err(why) => self.break_ring(why),
@@ -50,7 +35,7 @@ impl Worker {
 
     /// Takes what is to be done again, until a write is held (`self.held` says so) or `until` descriptors were walked
     /// (`self.more` does).
-    pub(super) fn take_replay(&mut self, ring: &mut VringState, memory: &GuestMemoryMmap, until: u64) {
+    pub(super) fn take_replay(&mut self, until: u64) {
         while let Some(&head) = self.replay.front()
             && !self.broken
         {
@@ -58,9 +43,7 @@ impl Worker {
                 self.more = true;
                 return;
             }
-            let queue = ring.get_queue_mut();
-            let chain = Chain::new(memory, queue.desc_table(), queue.size(), head);
-            if self.take(ring, head, chain) == Offer::Held {
+            if self.take(head) == Offer::Held {
                 self.held = true;
                 return;
             }

@@ -1,0 +1,260 @@
+//! UNSAFE. Guest memory as it is mapped here: the one place where an address of the guest's becomes a pointer of ours.
+//!
+//! Every address is checked at every access, for the guest chooses it. `vm-memory` does that, too, through so many layers
+//! that it took a third of the instructions of a small request; here it is a comparison with the region found last.
+#![allow(unsafe_code)]
+
+use std::cell::Cell;
+use std::marker::PhantomData;
+use std::ops::Deref;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use vm_memory::{
+    AtomicInteger, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
+
+use super::request::Segment;
+use crate::backend::IoBuf;
+
+/// An address outside the guest's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadAddress;
+
+/// The guest's memory for one running ring, whose worker alone uses it.
+pub struct Mapped {
+    /// By address.
+    regions: Box<[Region]>,
+    /// Which of them was found last: a guest has few, and most requests are in the same.
+    last: Cell<usize>,
+    memory: Arc<GuestMemoryMmap>,
+}
+
+struct Region {
+    start: u64,
+    len: u64,
+    at: NonNull<u8>,
+}
+
+// SAFETY: the pointers are into mappings that `memory`, which is Send and Sync, keeps for as long as this value lives, and
+// what is behind them is only copied, or accessed as atomics.
+unsafe impl Send for Mapped {}
+
+/// Sixteen bytes at any address.
+#[repr(C, packed)]
+struct Unaligned(u128);
+
+impl Mapped {
+    /// All of `memory`, which stays mapped for as long as this, every [`Cells`] and every buffer of it lives.
+    pub fn new(memory: Arc<GuestMemoryMmap>) -> Self {
+        let region = |region: &GuestRegionMmap| {
+            let at = NonNull::new(region.as_ptr()).expect("mmap(2) never returns a null pointer");
+            Region { start: region.start_addr().0, len: region.len(), at }
+        };
+        let regions = memory.iter().map(region).collect();
+        Mapped { regions, last: Cell::new(0), memory }
+    }
+
+    /// A pointer to the byte at `address`, and how many bytes its region has from there on (at least one).
+    #[inline]
+    fn find(&self, address: GuestAddress) -> Option<(NonNull<u8>, u64)> {
+        let region = match self.regions.get(self.last.get()) {
+            Some(region) if region.has(address) => region,
+            _ => self.search(address)?,
+        };
+        let offset = address.0 - region.start;
+        // SAFETY: the region has the address, so the offset is inside its mapping, which `memory` keeps.
+        Some((unsafe { region.at.add(offset as usize) }, region.len - offset))
+    }
+
+    #[cold]
+    fn search(&self, address: GuestAddress) -> Option<&Region> {
+        let index = self.regions.partition_point(|region| region.start <= address.0).checked_sub(1)?;
+        let region = &self.regions[index];
+        region.has(address).then(|| {
+            self.last.set(index);
+            region
+        })
+    }
+
+    /// The bytes that `segments` name, as a buffer that keeps them mapped. A segment may cross from one region into the
+    /// next. `scratch` is an old iovec list to reuse.
+    pub fn buffer(&self, segments: &[Segment], scratch: Vec<libc::iovec>) -> Result<IoBuf, BadAddress> {
+        let mut iovecs = scratch;
+        iovecs.clear();
+        for &(mut address, len) in segments {
+            let mut left = u64::from(len);
+            while left > 0 {
+                let (at, rest) = self.find(address).ok_or(BadAddress)?;
+                let part = left.min(rest);
+                iovecs.push(libc::iovec { iov_base: at.as_ptr().cast(), iov_len: part as usize });
+                left -= part;
+                // No wrap to address 0: no region ends at the last one (`memory::map`).
+                address = GuestAddress(address.0.wrapping_add(part));
+            }
+        }
+        // SAFETY: every iovec lies inside a region of `memory`, which stays mapped for as long as an Arc of it lives, and
+        // the IoBuf keeps one until it is dropped. Nobody makes references to guest memory but to atomics.
+        Ok(unsafe { IoBuf::from_iovecs(iovecs, self.memory.clone()) })
+    }
+
+    /// The sixteen bytes at `address`: a descriptor, the header of a request, a range. Read once, so what is checked is
+    /// what is used.
+    #[inline]
+    pub fn read_sixteen(&self, address: GuestAddress) -> Result<[u8; 16], BadAddress> {
+        let (at, rest) = self.find(address).ok_or(BadAddress)?;
+        if rest < 16 {
+            let mut bytes = [0; 16];
+            self.read(address, &mut bytes)?;
+            return Ok(bytes);
+        }
+        // SAFETY: sixteen bytes from `at` on are inside a mapping that `memory` keeps; the type asks for no alignment and
+        // takes any bytes. The guest may write to them meanwhile: volatile, so that they are read here and only here.
+        let Unaligned(bytes) = unsafe { at.cast::<Unaligned>().as_ptr().read_volatile() };
+        Ok(bytes.to_ne_bytes())
+    }
+
+    /// Copies the bytes from `address` on, across regions if need be. For what is rare.
+    pub fn read(&self, address: GuestAddress, to: &mut [u8]) -> Result<(), BadAddress> {
+        self.memory.read_slice(to, address).map_err(|_| BadAddress)
+    }
+
+    /// Stores one byte: a request's status.
+    #[inline]
+    pub fn store(&self, address: GuestAddress, byte: u8) -> Result<(), BadAddress> {
+        let (at, _) = self.find(address).ok_or(BadAddress)?;
+        // SAFETY: one byte inside a mapping that `memory`, borrowed for longer than the reference, keeps.
+        unsafe { at.cast::<AtomicU8>().as_ref() }.store(byte, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// `count` atomics from `address` on. `None`: they are not all in one region, or not aligned.
+    pub fn cells<A: AtomicInteger>(&self, address: u64, count: usize) -> Option<Cells<A>> {
+        let (at, rest) = self.find(GuestAddress(address))?;
+        let bytes = count.checked_mul(size_of::<A>())?;
+        let first = at.cast::<A>();
+        let fits = first.is_aligned() && rest >= bytes as u64;
+        fits.then(|| Cells { first, count, _memory: self.memory.clone(), _atomics: PhantomData })
+    }
+}
+
+impl Region {
+    #[inline]
+    fn has(&self, address: GuestAddress) -> bool {
+        address.0.wrapping_sub(self.start) < self.len
+    }
+}
+
+/// Atomics in guest memory, which they keep mapped: a part of a ring.
+pub struct Cells<A> {
+    first: NonNull<A>,
+    count: usize,
+    _memory: Arc<GuestMemoryMmap>,
+    _atomics: PhantomData<A>,
+}
+
+// SAFETY: as of `Mapped`; atomics may be used from any thread.
+unsafe impl<A: AtomicInteger> Send for Cells<A> {}
+
+impl<A: AtomicInteger> Deref for Cells<A> {
+    type Target = [A];
+
+    #[inline]
+    fn deref(&self) -> &[A] {
+        // SAFETY: `cells` found that many atomics, aligned, inside one region, which `_memory` keeps mapped for longer than
+        // the reference. The guest changes them meanwhile, which is what atomics are for, and they take any bytes.
+        unsafe { std::slice::from_raw_parts(self.first.as_ptr(), self.count) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU16, AtomicU64};
+
+    use super::*;
+
+    /// Two regions side by side, a hole, and one more.
+    fn mapped() -> Mapped {
+        let regions = [(GuestAddress(0), 0x1000), (GuestAddress(0x1000), 0x1000), (GuestAddress(0x8000), 0x1000)];
+        let memory = GuestMemoryMmap::from_ranges(&regions).unwrap();
+        let bytes: Vec<u8> = (0..0x2000u32).map(|at| (at % 251) as u8).collect();
+        memory.write_slice(&bytes, GuestAddress(0)).unwrap();
+        Mapped::new(Arc::new(memory))
+    }
+
+    fn wanted<const N: usize>(at: usize) -> [u8; N] {
+        std::array::from_fn(|index| ((at + index) % 251) as u8)
+    }
+
+    #[test]
+    fn addresses_are_found_in_any_order() {
+        let mapped = mapped();
+        let places: [u64; 8] = [0, 0xfff, 0x1000, 0x8000, 0x1fff, 0x8fff, 1, 0x1001];
+        for (byte, at) in (1..).zip(places) {
+            mapped.store(GuestAddress(at), byte).unwrap();
+        }
+        for (byte, at) in (1..).zip(places) {
+            assert_eq!(mapped.memory.read_obj::<u8>(GuestAddress(at)).unwrap(), byte, "{at:#x}");
+        }
+        for at in [0x2000, 0x7fff, 0x9000, u64::MAX] {
+            assert_eq!(mapped.store(GuestAddress(at), 1), Err(BadAddress), "{at:#x}");
+        }
+    }
+
+    #[test]
+    fn no_memory_has_no_addresses() {
+        let mapped = Mapped::new(Arc::new(GuestMemoryMmap::new()));
+        assert_eq!(mapped.read_sixteen(GuestAddress(0)), Err(BadAddress));
+        assert!(mapped.cells::<AtomicU16>(0, 0).is_none());
+    }
+
+    #[test]
+    fn what_is_read_may_cross_regions_and_be_anywhere() {
+        let mapped = mapped();
+        for at in [0, 1, 7, 0xff0, 0xff1, 0xfff, 0x1000, 0x1ff0] {
+            assert_eq!(mapped.read_sixteen(GuestAddress(at as u64)), Ok(wanted(at)), "{at:#x}");
+        }
+        for at in [0x1ff1, 0x7ff8, 0x8ff1, 0x9000, u64::MAX - 7] {
+            assert_eq!(mapped.read_sixteen(GuestAddress(at)), Err(BadAddress), "{at:#x}");
+        }
+        let mut bytes = [0; 5];
+        mapped.read(GuestAddress(0xffe), &mut bytes).unwrap();
+        assert_eq!(bytes, wanted(0xffe));
+        assert_eq!(mapped.read(GuestAddress(0x1ffe), &mut bytes), Err(BadAddress));
+    }
+
+    #[test]
+    fn a_buffer_has_the_bytes_that_were_named_in_their_order() {
+        let mapped = mapped();
+        let named = [(GuestAddress(0xf00), 0x200), (GuestAddress(5), 3), (GuestAddress(0x9000), 0)];
+        let buffer = mapped.buffer(&named, vec![]).unwrap();
+        assert_eq!((buffer.len(), buffer.iovecs().len()), (0x203, 3));
+        let mut bytes = [0; 0x203];
+        buffer.copy_to(0, &mut bytes);
+        assert_eq!((&bytes[..0x200], &bytes[0x200..]), (&wanted::<0x200>(0xf00)[..], &wanted::<3>(5)[..]));
+        for outside in [(0x1f00, 0x200), (0x8000, 0x1001), (0x7fff, 2), (u64::MAX, 2), (0, u32::MAX)] {
+            let (at, len) = outside;
+            assert!(mapped.buffer(&[(GuestAddress(at), len)], vec![]).is_err(), "{at:#x} {len:#x}");
+        }
+    }
+
+    #[test]
+    fn cells_lie_in_one_region_and_are_aligned() {
+        let mapped = mapped();
+        let cells = mapped.cells::<AtomicU16>(0xff0, 8).unwrap();
+        cells[7].store(0x1234, Ordering::Relaxed);
+        assert_eq!((cells.len(), mapped.memory.read_obj::<u16>(GuestAddress(0xffe)).unwrap()), (8, 0x1234));
+        assert!(mapped.cells::<AtomicU16>(0xff0, 9).is_none(), "across regions");
+        assert!(mapped.cells::<AtomicU16>(0xff1, 1).is_none(), "not aligned");
+        assert!(mapped.cells::<AtomicU64>(0xff4, 1).is_none(), "not aligned");
+        assert!(mapped.cells::<AtomicU64>(0, usize::MAX).is_none(), "longer than all memory");
+    }
+
+    #[test]
+    fn cells_keep_their_memory() {
+        let cells = mapped().cells::<AtomicU16>(0x8000, 1).unwrap();
+        cells[0].store(1, Ordering::Relaxed);
+        assert_eq!(cells[0].load(Ordering::Relaxed), 1);
+    }
+}

@@ -1,0 +1,258 @@
+//! The ring beside `virtio-queue`'s, on two copies of the same memory: whatever a driver does, both take the same heads
+//! and chains, answer alike, and leave the same bytes.
+
+use std::sync::Arc;
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::GuestMemoryBackend;
+
+use super::*;
+
+const SIZE: u16 = 8;
+const BYTES: usize = 0x1000;
+/// The parts lie close together, the used ring at an address that is no multiple of 8.
+const PLACE: Place = Place { descriptors: 0x100, available: 0x182, used: 0x1a4 };
+
+fn memory() -> Arc<GuestMemoryMmap> {
+    Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), BYTES)]).unwrap())
+}
+
+fn open(
+    memory: &Arc<GuestMemoryMmap>,
+    place: &Place,
+    event_idx: bool,
+    indices: (u16, u16),
+) -> Option<(Mapped, SplitRing)> {
+    let mapped = Mapped::new(memory.clone());
+    let ring = SplitRing::open(&mapped, place, SIZE, event_idx, indices)?;
+    Some((mapped, ring))
+}
+
+fn theirs(event_idx: bool, (next_available, next_used): (u16, u16)) -> Queue {
+    let mut queue = Queue::new(256).unwrap();
+    queue.set_size(SIZE);
+    queue.set_desc_table_address(Some(PLACE.descriptors as u32), Some(0));
+    queue.set_avail_ring_address(Some(PLACE.available as u32), Some(0));
+    queue.set_used_ring_address(Some(PLACE.used as u32), Some(0));
+    queue.set_ready(true);
+    queue.set_event_idx(event_idx);
+    queue.set_next_avail(next_available);
+    queue.set_next_used(next_used);
+    queue
+}
+
+fn bytes(memory: &GuestMemoryMmap) -> Vec<u8> {
+    let mut bytes = vec![0; BYTES];
+    memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    bytes
+}
+
+/// The same numbers at each run.
+struct Chance(u64);
+
+impl Chance {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % bound
+    }
+}
+
+/// One driver's story, told to both.
+struct Story {
+    chance: Chance,
+    /// Ours, and theirs.
+    memories: [Arc<GuestMemoryMmap>; 2],
+    mapped: Mapped,
+    ring: SplitRing,
+    queue: Queue,
+    event_idx: bool,
+    made_available: u16,
+    taken: Vec<u16>,
+}
+
+impl Story {
+    fn new(seed: u64) -> Story {
+        let mut chance = Chance(seed);
+        let event_idx = chance.below(2) == 0;
+        // Often close to where 16 bits wrap.
+        let indices = ((0u16.wrapping_sub(chance.below(8) as u16)), 0u16.wrapping_sub(chance.below(8) as u16));
+        let memories = [memory(), memory()];
+        let (mapped, ring) = open(&memories[0], &PLACE, event_idx, indices).unwrap();
+        let story = Story {
+            chance,
+            memories,
+            mapped,
+            ring,
+            queue: theirs(event_idx, indices),
+            event_idx,
+            made_available: indices.0,
+            taken: vec![],
+        };
+        story.put(PLACE.available + 2, indices.0);
+        story.put(PLACE.used + 2, indices.1);
+        story
+    }
+
+    fn put<T: vm_memory::ByteValued>(&self, at: u64, value: T) {
+        self.memories.iter().for_each(|memory| memory.write_obj(value, GuestAddress(at)).unwrap());
+    }
+
+    /// Descriptors of any kind, some of them indirect into the same table.
+    fn scribble(&mut self) {
+        for word in 0..u64::from(SIZE) {
+            let at = PLACE.descriptors + 16 * word;
+            let [len, flags, next] = [64, 8, u64::from(SIZE) + 1].map(|bound| self.chance.below(bound));
+            let address = if flags & 4 != 0 { PLACE.descriptors + 16 * self.chance.below(4) } else { len };
+            let len = if flags & 4 != 0 { 16 * self.chance.below(5) } else { len };
+            self.put(at, address);
+            self.put(at + 8, len | flags << 32 | next << 48);
+        }
+    }
+
+    fn make_available(&mut self) {
+        let head = self.chance.below(u64::from(SIZE) + 1) as u16;
+        self.put(PLACE.available + 4 + 2 * u64::from(self.made_available % SIZE), head);
+        self.made_available = self.made_available.wrapping_add(1);
+        self.put(PLACE.available + 2, self.made_available);
+    }
+
+    fn take(&mut self) {
+        let memory = self.memories[1].clone();
+        let wanted = self.queue.iter(&*memory).map(|mut chains| chains.next());
+        match (self.ring.take(), wanted) {
+            (Ok(None), Ok(None)) => {}
+            (Ok(Some(head)), Ok(Some(chain))) => {
+                assert_eq!(head, chain.head_index());
+                let part = |descriptor: virtio_queue::desc::split::Descriptor| {
+                    (descriptor.addr(), descriptor.len(), descriptor.flags(), descriptor.next())
+                };
+                let ours: Vec<_> = self.ring.chain(&self.mapped, head).map(part).collect();
+                assert_eq!(ours, chain.map(part).collect::<Vec<_>>());
+                if self.chance.below(8) == 0 {
+                    self.ring.put_back();
+                    self.queue.go_to_previous_position();
+                } else if head < SIZE {
+                    self.taken.push(head);
+                }
+            }
+            (ours, theirs) => {
+                panic!("{ours:?}, and {}", theirs.map_or_else(|error| error.to_string(), |_| "more".into()))
+            }
+        }
+    }
+
+    fn answer(&mut self) {
+        if let Some(head) = self.taken.pop() {
+            let written = self.chance.below(1 << 32) as u32;
+            self.ring.answer(head, written);
+            self.queue.add_used(&*self.memories[1], head, written).unwrap();
+        }
+    }
+
+    fn wants_interrupt(&mut self) {
+        // Around where the answers are.
+        let wish = self.ring.next_used().wrapping_sub(self.chance.below(6) as u16);
+        self.put(PLACE.available + 4 + 2 * u64::from(SIZE), wish);
+        self.put(PLACE.available, self.chance.0 as u16 & 1);
+        let theirs = self.queue.needs_notification(&*self.memories[1]).unwrap();
+        // virtio-queue leaves the flag to its user.
+        let wanted = theirs && (self.event_idx || self.chance.0 & 1 == 0);
+        assert_eq!(self.ring.wants_interrupt(), wanted);
+    }
+
+    fn switch_kicks(&mut self) {
+        let memory = &*self.memories[1];
+        if self.chance.below(2) == 0 {
+            self.ring.disable_kicks();
+            self.queue.disable_notification(memory).unwrap();
+        } else {
+            assert_eq!(self.ring.enable_kicks(), self.queue.enable_notification(memory).unwrap());
+        }
+    }
+
+    fn step(&mut self) {
+        match self.chance.below(8) {
+            0 => self.scribble(),
+            1 | 2 if self.made_available.wrapping_sub(self.ring.next_available()) < SIZE => self.make_available(),
+            1..=4 => self.take(),
+            5 => self.answer(),
+            6 => self.wants_interrupt(),
+            _ => self.switch_kicks(),
+        }
+        assert_eq!(self.ring.next_available(), self.queue.next_avail());
+        assert_eq!(self.ring.next_used(), self.queue.next_used());
+        assert_eq!(bytes(&self.memories[0]), bytes(&self.memories[1]));
+    }
+}
+
+#[test]
+fn it_does_what_virtio_queue_does() {
+    for seed in 1..=60 {
+        let mut story = Story::new(0x9e37_79b9_7f4a_7c15 ^ seed << 20);
+        (0..400).for_each(|_| story.step());
+    }
+}
+
+#[test]
+fn an_index_that_is_too_far_ahead_breaks_the_ring() {
+    for (index, broken) in [(SIZE, false), (SIZE + 1, true), (u16::MAX, true)] {
+        let memory = memory();
+        let (_mapped, mut ring) = open(&memory, &PLACE, false, (0, 0)).unwrap();
+        memory.write_obj(index, GuestAddress(PLACE.available + 2)).unwrap();
+        assert_eq!(ring.take(), if broken { Err(TOO_FAR) } else { Ok(Some(0)) });
+    }
+}
+
+/// A driver that goes on while we take: what comes after the index was read is seen once that is worked off.
+#[test]
+fn heads_that_come_meanwhile_are_not_missed() {
+    let memory = memory();
+    let (_mapped, mut ring) = open(&memory, &PLACE, false, (0, 0)).unwrap();
+    let make_available = |upto: u16| memory.write_obj(upto, GuestAddress(PLACE.available + 2)).unwrap();
+    make_available(1);
+    assert_eq!((ring.has_more(), ring.take()), (true, Ok(Some(0))));
+    make_available(3);
+    assert!(ring.enable_kicks());
+    assert_eq!([ring.take(), ring.take(), ring.take()], [Ok(Some(0)), Ok(Some(0)), Ok(None)]);
+    assert!(!ring.has_more() && !ring.enable_kicks());
+    assert_eq!(ring.indices(), (3, 0));
+}
+
+#[test]
+fn a_place_that_cannot_be_is_refused() {
+    let memory = memory();
+    let end = BYTES as u64;
+    let fits = |place: Place| place.is_aligned() && open(&memory, &place, true, (0, 0)).is_some();
+    assert!(fits(PLACE));
+    let size = u64::from(SIZE);
+    // Each part may end where the memory does, and not a byte later.
+    assert!(fits(Place { descriptors: end - 16 * size, ..PLACE }));
+    assert!(fits(Place { available: end - 6 - 2 * size, ..PLACE }));
+    assert!(!fits(Place { descriptors: end - 16 * size + 16, ..PLACE }));
+    assert!(!fits(Place { available: end - 4 - 2 * size, ..PLACE }));
+    assert!(!fits(Place { used: end - 4 - 8 * size, ..PLACE }));
+    for far in [end, 1 << 40, !15] {
+        assert!(!fits(Place { descriptors: far, ..PLACE }));
+        assert!(!fits(Place { available: far, ..PLACE }));
+        assert!(!fits(Place { used: far, ..PLACE }));
+    }
+    for (place, why) in [
+        (Place { descriptors: 0x108, ..PLACE }, "descriptors"),
+        (Place { available: 0x183, ..PLACE }, "available"),
+        (Place { used: 0x1a2, ..PLACE }, "used"),
+    ] {
+        assert!(!place.is_aligned(), "{why}");
+    }
+    assert_eq!(PLACE.used_index(&memory), Some(0));
+    assert_eq!(Place { used: end, ..PLACE }.used_index(&memory), None);
+    assert_eq!(memory.num_regions(), 1);
+}
+
+/// Alignment in the driver's memory is not enough where a region of it begins at an odd address.
+#[test]
+fn regions_that_begin_anywhere_are_survived() {
+    let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(1), BYTES)]).unwrap());
+    assert!(open(&memory, &PLACE, true, (0, 0)).is_none());
+}
