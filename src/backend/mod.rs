@@ -41,7 +41,8 @@ pub use buffer::IoBuf;
 pub use notices::{Notices, QuiesceAsk};
 pub use stable::BufferUse;
 
-/// The caller's name for an op, returned with its completion.
+/// The caller's name for an op, returned with its completion: any number below 2^63. The highest bit is left to a back-end
+/// in front of another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct OpId(pub u64);
 

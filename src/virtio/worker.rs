@@ -137,7 +137,8 @@ const MOST_OPS: usize = 4096;
 /// its worker would hear no command.
 const MOST_WALKED: u64 = 1 << 16;
 
-const SYNC: OpId = OpId(u64::MAX);
+/// No head: these have sixteen bits.
+const SYNC: OpId = OpId(1 << 16);
 
 fn op_id(token: Token) -> OpId {
     match token {

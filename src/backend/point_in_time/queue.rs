@@ -17,13 +17,14 @@ use crate::backend::{Completion, IoQueue, Op, OpId, Source, Wakeups};
 const LONGER: Duration = Duration::from_secs(1);
 const LONG: u64 = 32 << 20;
 
-/// See [`super::PointInTime`]. Every op has a slot here, which is its name towards the inner queue.
+/// See [`super::PointInTime`]. Towards the inner queue an op's name says, too, whether it changes the image.
 pub(super) struct DelayingQueue {
     inner: Box<dyn IoQueue>,
     shared: Arc<Shared>,
     mailbox: Arc<Mailbox<u64>>,
-    slots: Vec<Slot>,
-    free: Vec<usize>,
+    /// Ops taken and not reaped, and how many may be.
+    live: usize,
+    depth: usize,
     /// Ops taken that change the image and have not completed. Written by this thread alone.
     changes: Arc<AtomicU64>,
     /// The copy seen last.
@@ -32,20 +33,20 @@ pub(super) struct DelayingQueue {
     last_ticket: u64,
     delayed: HashMap<u64, Delayed>,
     /// Delayed no more, and the inner queue was full.
-    released: VecDeque<(Op, usize)>,
+    released: VecDeque<(Op, OpId)>,
     /// Completed and not yet reaped by the caller.
     ready: Vec<Completion>,
 }
 
-#[derive(Clone, Copy)]
-struct Slot {
-    id: OpId,
-    changes: bool,
+/// The name of an op towards the inner queue.
+fn inner_name(id: OpId, changes: bool) -> OpId {
+    OpId(id.0 << 1 | u64::from(changes))
 }
 
 struct Delayed {
     op: Op,
-    slot: usize,
+    /// Towards the inner queue.
+    name: OpId,
     deadline: Instant,
 }
 
@@ -60,8 +61,8 @@ impl DelayingQueue {
             inner,
             shared,
             mailbox,
-            slots: vec![Slot { id: OpId(0), changes: false }; depth],
-            free: (0..depth).rev().collect(),
+            live: 0,
+            depth,
             changes,
             copy: Weak::new(),
             copy_number: 0,
@@ -89,27 +90,27 @@ impl DelayingQueue {
         copy.must_wait(changed.start / CLUSTER..changed.end.div_ceil(CLUSTER), self.last_ticket, &self.mailbox)
     }
 
-    fn delay(&mut self, op: Op, slot: usize, len: u64) {
+    fn delay(&mut self, op: Op, name: OpId, len: u64) {
         let patience = self.shared.tuning.patience;
         let patience = match op {
             // Advice: after a while it is well done by not doing it.
             Op::Discard { .. } => patience / 5,
             _ => patience + LONGER.mul_f64(len as f64 / LONG as f64),
         };
-        self.delayed.insert(self.last_ticket, Delayed { op, slot, deadline: Instant::now() + patience });
+        self.delayed.insert(self.last_ticket, Delayed { op, name, deadline: Instant::now() + patience });
     }
 
     /// Starts the ops whose clusters are saved.
     fn open_mail(&mut self) {
         for ticket in self.mailbox.take() {
             // Not there: it was a discard that waited too long.
-            if let Some(Delayed { op, slot, .. }) = self.delayed.remove(&ticket) {
-                self.released.push_back((op, slot));
+            if let Some(Delayed { op, name, .. }) = self.delayed.remove(&ticket) {
+                self.released.push_back((op, name));
             }
         }
-        while let Some((op, slot)) = self.released.pop_front() {
-            if let Err(op) = self.inner.push(op, OpId(slot as u64)) {
-                self.released.push_front((op, slot));
+        while let Some((op, name)) = self.released.pop_front() {
+            if let Err(op) = self.inner.push(op, name) {
+                self.released.push_front((op, name));
                 return;
             }
         }
@@ -127,8 +128,8 @@ impl DelayingQueue {
                 if let Some(copy) = copy {
                     copy.forget(ticket, &self.mailbox);
                 }
-                let Delayed { slot, .. } = self.delayed.remove(&ticket).expect("looked at just now");
-                let mut done = Completion { id: OpId(slot as u64), result: Ok(()), buf: None };
+                let Delayed { name, .. } = self.delayed.remove(&ticket).expect("looked at just now");
+                let mut done = Completion { id: name, result: Ok(()), buf: None };
                 self.finished(&mut done);
                 self.ready.push(done);
             } else if let Some(copy) = copy {
@@ -141,15 +142,14 @@ impl DelayingQueue {
         }
     }
 
-    /// An op is over: its slot is free, and its completion gets the name that the caller knows.
+    /// An op is over, and its completion gets the name that the caller knows.
     fn finished(&mut self, completion: &mut Completion) {
-        let slot = completion.id.0 as usize;
-        let Slot { id, changes } = self.slots[slot];
-        completion.id = id;
-        if changes {
+        let name = completion.id.0;
+        completion.id = OpId(name >> 1);
+        if name & 1 != 0 {
             self.count(-1);
         }
-        self.free.push(slot);
+        self.live -= 1;
     }
 
     fn collect(&mut self) {
@@ -192,29 +192,41 @@ impl DelayingQueue {
 
 impl IoQueue for DelayingQueue {
     fn push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
-        let Some(slot) = self.free.pop() else { return Err(op) };
+        debug_assert!(id.0 < 1 << 63, "the contract");
+        if self.live == self.depth {
+            return Err(op);
+        }
         let changed = match &op {
             Op::Read { .. } | Op::Sync => None,
             Op::Write { offset, buf, .. } => Some(*offset..*offset + buf.len() as u64),
             Op::Discard { offset, len } | Op::WriteZeroes { offset, len, .. } => Some(*offset..*offset + *len),
         };
-        self.slots[slot] = Slot { id, changes: changed.is_some() };
-        if let Some(changed) = &changed {
+        let changes = changed.is_some();
+        let name = inner_name(id, changes);
+        if let Some(changed) = changed {
             // Before the look: a copy that starts now sees this op, or this op sees the copy.
             self.count(1);
             let copy = self.shared.delaying.load(Ordering::SeqCst);
             let forgets = self.shared.tuning.mutant == Some(Mutant::ForgetsRanges) && !matches!(op, Op::Write { .. });
-            if copy != 0 && !forgets && self.must_wait(copy, changed.clone()) {
-                self.delay(op, slot, changed.end - changed.start);
+            let len = changed.end - changed.start;
+            if copy != 0 && !forgets && self.must_wait(copy, changed) {
+                self.live += 1;
+                self.delay(op, name, len);
                 return Ok(());
             }
         }
-        self.inner.push(op, OpId(slot as u64)).inspect_err(|_| {
-            self.free.push(slot);
-            if changed.is_some() {
-                self.count(-1);
+        match self.inner.push(op, name) {
+            Ok(()) => {
+                self.live += 1;
+                Ok(())
             }
-        })
+            Err(op) => {
+                if changes {
+                    self.count(-1);
+                }
+                Err(op)
+            }
+        }
     }
 
     fn submit(&mut self) -> io::Result<()> {
