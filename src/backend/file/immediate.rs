@@ -14,7 +14,6 @@ use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use super::super::call;
-use super::super::uring::{Command, Transfer};
 use super::super::{Errno, IoBuf};
 
 /// A write that took longer has slept. The copy of the largest takes a tenth.
@@ -51,12 +50,13 @@ enum Nowait {
     Unknown,
 }
 
-/// What became of a command.
+/// What became of a transfer.
+#[derive(Debug, PartialEq)]
 pub(super) enum Outcome {
     /// It is over.
-    Over(Command, Result<(), Errno>),
-    /// It, or what is left of it, may sleep: through the ring.
-    Ring(Command),
+    Over(Result<(), Errno>),
+    /// So many bytes are moved, and what is left may sleep: through the ring.
+    Moved(usize),
 }
 
 /// One queue's way around the ring.
@@ -87,51 +87,35 @@ impl Immediate {
         self.allowance = MOST_BETWEEN_REAPS;
     }
 
-    /// Carries the command out if that takes no waiting.
-    pub(super) fn attempt(&mut self, command: Command, file: BorrowedFd<'_>) -> Outcome {
-        match command {
-            Command::Transfer(transfer) if self.suits(&transfer) => self.transfer(transfer, file),
-            Command::Sync if self.medium == Medium::Memory => {
-                let result = rustix::fs::fdatasync(file).map_err(|error| Errno(error.raw_os_error()));
-                Outcome::Over(Command::Sync, result)
-            }
-            other => Outcome::Ring(other),
-        }
+    /// Whether a transfer of this buffer is worth trying here. Not durable ones: they wait for the medium.
+    #[inline]
+    pub(super) fn suits(&self, buf: &IoBuf) -> bool {
+        self.medium != Medium::Device && buf.len() <= MOST_AT_ONCE.min(self.allowance)
     }
 
-    /// Whole buffers only: parts belong to transfers in several steps, which stay where they began.
-    fn suits(&self, transfer: &Transfer) -> bool {
-        self.medium != Medium::Device
-            && !transfer.durable
-            && transfer.from == 0
-            && transfer.len == transfer.buf.len()
-            && transfer.len <= MOST_AT_ONCE.min(self.allowance)
-    }
-
-    fn transfer(&mut self, transfer: Transfer, file: BorrowedFd<'_>) -> Outcome {
-        let Transfer { write, offset, buf, len, durable, .. } = transfer;
+    /// Moves what can be moved without waiting.
+    #[inline]
+    pub(super) fn transfer(&mut self, file: BorrowedFd<'_>, write: bool, buf: &IoBuf, offset: u64) -> Outcome {
         let moved = match (write, self.medium) {
-            (_, Medium::Memory) => self.call(file, write, &buf, offset, 0),
-            (false, _) => self.read(file, &buf, offset),
-            (true, _) => self.write(file, &buf, offset),
+            (_, Medium::Memory) => self.call(file, write, buf, offset, 0),
+            (false, _) => self.read(file, buf, offset),
+            (true, _) => self.write(file, buf, offset),
         };
         let moved = match moved {
-            Ok(moved) => moved.min(len),
+            Ok(moved) => moved.min(buf.len()),
             // Would sleep, was interrupted, or is not known here.
             Err(Errno(libc::EAGAIN | libc::EINTR | libc::EOPNOTSUPP)) => 0,
-            Err(errno) => {
-                let transfer = Transfer { write, durable, offset, buf, from: 0, len };
-                return Outcome::Over(Command::Transfer(transfer), Err(errno));
-            }
+            Err(errno) => return Outcome::Over(Err(errno)),
         };
         self.allowance -= moved;
-        if moved == len {
-            let transfer = Transfer { write, durable, offset, buf, from: 0, len };
-            return Outcome::Over(Command::Transfer(transfer), Ok(()));
-        }
         // The ring finds out what a transfer that stopped short means.
-        let offset = offset + moved as u64;
-        Outcome::Ring(Command::Transfer(Transfer { write, durable, offset, buf, from: moved, len: len - moved }))
+        if moved == buf.len() { Outcome::Over(Ok(())) } else { Outcome::Moved(moved) }
+    }
+
+    /// fdatasync(2), where it takes no waiting.
+    pub(super) fn sync(&self, file: BorrowedFd<'_>) -> Option<Result<(), Errno>> {
+        (self.medium == Medium::Memory)
+            .then(|| rustix::fs::fdatasync(file).map_err(|error| Errno(error.raw_os_error())))
     }
 
     fn read(&mut self, file: BorrowedFd<'_>, buf: &IoBuf, offset: u64) -> Result<usize, Errno> {

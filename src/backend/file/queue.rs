@@ -32,6 +32,7 @@ pub(super) struct FileQueue {
     /// With an open file description of its own, which remembers writeback errors for this queue.
     file: OwnedFd,
     immediate: Immediate,
+    may_write: bool,
     shared: Arc<Shared>,
     mailbox: Arc<Mailbox>,
     pool: Pool,
@@ -80,6 +81,7 @@ impl FileQueue {
             helper: None,
             file,
             immediate: Immediate::new(shared.medium),
+            may_write: !shared.geometry.read_only,
             pool: Pool::new(shared.memory.clone(), shared.align.memory as usize),
             shared,
             mailbox,
@@ -94,13 +96,36 @@ impl FileQueue {
         })
     }
 
+    /// A transfer that may need no ring. The caller counts it once it is there.
+    #[inline]
+    fn at_once(&mut self, id: OpId, write: bool, offset: u64, buf: IoBuf) {
+        let result = match self.immediate.transfer(self.file.as_fd(), write, &buf, offset) {
+            Outcome::Over(result) => result,
+            Outcome::Moved(from) => {
+                self.live += 1;
+                let len = buf.len() - from;
+                let rest = Transfer { write, durable: false, offset: offset + from as u64, buf, from, len };
+                let job = Job { id, durable: false, changes: write, work: Work::Whole, _ticket: None };
+                return self.ring.start(Command::Transfer(rest), job);
+            }
+        };
+        if write {
+            // Also what failed: some of it may have been stored.
+            self.shared.unsynced.changed();
+        }
+        self.ready.push(Completion { id, result, buf: Some(buf) });
+    }
+
     /// How the op begins, and what is left of it afterwards.
     fn plan(&self, op: Op) -> (bool, Work, Step) {
         match op {
             Op::Read { offset, buf } => self.plan_transfer((false, false), offset, buf),
             Op::Write { offset, buf, durable } => self.plan_transfer((true, durable), offset, buf),
             Op::Sync => match self.shared.unsynced.begin() {
-                Some(upto) => (false, Work::Sync(upto), Step::Run(Command::Sync)),
+                Some(upto) => match self.immediate.sync(self.file.as_fd()) {
+                    None => (false, Work::Sync(upto), Step::Run(Command::Sync)),
+                    Some(result) => (false, Work::Whole, Step::Done(self.synced(upto, result))),
+                },
                 None => (false, Work::Whole, Step::Done(self.shared.latch.judge(Ok(()), &self.shared.name))),
             },
             Op::Discard { offset, len } => self.plan_ranged(Ranged::discard(offset, len, &self.shared)),
@@ -146,10 +171,7 @@ impl FileQueue {
 
     fn run(&mut self, job: Job, step: Step) {
         match step {
-            Step::Run(command) => match self.immediate.attempt(command, self.file.as_fd()) {
-                Outcome::Over(command, result) => self.after(job, command, result),
-                Outcome::Ring(command) => self.ring.start(command, job),
-            },
+            Step::Run(command) => self.ring.start(command, job),
             Step::Copy => {
                 self.hungry.push_back(job);
                 self.feed();
@@ -199,10 +221,7 @@ impl FileQueue {
                 self.finish(job, result, Some(transfer.buf));
             }
             (Work::Sync(upto), _) => {
-                if result.is_ok() {
-                    self.shared.unsynced.synced(*upto);
-                }
-                let result = self.shared.latch.judge(result, &self.shared.name);
+                let result = self.synced(*upto, result);
                 self.finish(job, result, None);
             }
             (Work::Whole, _) => unreachable!("a range has its own work, and so has a sync"),
@@ -220,6 +239,14 @@ impl FileQueue {
                 self.feed();
             }
         }
+    }
+
+    /// What a sync that began with `upto` is worth.
+    fn synced(&self, upto: Upto, result: Result<(), Errno>) -> Result<(), Errno> {
+        if result.is_ok() {
+            self.shared.unsynced.synced(upto);
+        }
+        self.shared.latch.judge(result, &self.shared.name)
     }
 
     /// The kernel refused a buffer that looked aligned: a filesystem that asks for more than it tells.
@@ -295,8 +322,19 @@ impl IoQueue for FileQueue {
         if self.live + self.ready.len() >= self.depth {
             return Err(op);
         }
+        let op = match op {
+            Op::Read { offset, buf } if self.immediate.suits(&buf) => {
+                self.at_once(id, false, offset, buf);
+                return Ok(());
+            }
+            Op::Write { offset, buf, durable: false } if self.may_write && self.immediate.suits(&buf) => {
+                self.at_once(id, true, offset, buf);
+                return Ok(());
+            }
+            op => op,
+        };
         self.live += 1;
-        let refused = self.shared.geometry.read_only && !matches!(op, Op::Read { .. } | Op::Sync);
+        let refused = !self.may_write && !matches!(op, Op::Read { .. } | Op::Sync);
         if refused {
             let buf = if let Op::Write { buf, .. } = op { Some(buf) } else { None };
             let job = Job { id, durable: false, changes: false, work: Work::Whole, _ticket: None };
@@ -327,7 +365,11 @@ impl IoQueue for FileQueue {
     fn reap(&mut self, out: &mut Vec<Completion>) {
         self.collect();
         self.immediate.reaped();
-        out.append(&mut self.ready);
+        if out.is_empty() {
+            std::mem::swap(out, &mut self.ready);
+        } else {
+            out.append(&mut self.ready);
+        }
     }
 
     fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
