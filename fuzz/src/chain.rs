@@ -74,7 +74,7 @@ pub fn run(data: &[u8]) -> u64 {
             assert!(!geometry.read_only);
         }
         // Every byte is the guest's, or there is no buffer.
-        if let Ok(buffer) = mapped.buffer(segments, Vec::new()) {
+        if let Ok(buffer) = mapped.buffer(segments, None) {
             assert_eq!(buffer.len() as u64, total);
             assert!(segments.iter().all(|&(at, len)| len == 0 || memory.check_range(at, len as usize)));
         }

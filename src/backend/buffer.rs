@@ -186,6 +186,12 @@ impl IoBuf {
         std::mem::take(&mut self.iovecs)
     }
 
+    /// The iovec list, emptied, and what kept its memory, for the next buffer over the same.
+    pub fn into_parts(mut self) -> (Vec<libc::iovec>, Option<Arc<dyn Any + Send + Sync>>) {
+        self.iovecs.clear();
+        (std::mem::take(&mut self.iovecs), self._keep.take())
+    }
+
     /// Copies from `offset` of this buffer into `to`. Panics if the range is not inside (a bug, not input).
     pub fn copy_to(&self, offset: usize, to: &mut [u8]) {
         self.walk(offset, to.len(), |part, at, len| {

@@ -4,6 +4,7 @@
 //! that it took a third of the instructions of a small request; here it is a comparison with the region found last.
 #![allow(unsafe_code)]
 
+use std::any::Any;
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Deref;
@@ -79,10 +80,9 @@ impl Mapped {
     }
 
     /// The bytes that `segments` name, as a buffer that keeps them mapped. A segment may cross from one region into the
-    /// next. `scratch` is an old iovec list to reuse.
-    pub fn buffer(&self, segments: &[Segment], scratch: Vec<libc::iovec>) -> Result<IoBuf, BadAddress> {
-        let mut iovecs = scratch;
-        iovecs.clear();
+    /// next. `spare` is an old buffer to reuse.
+    pub fn buffer(&self, segments: &[Segment], spare: Option<IoBuf>) -> Result<IoBuf, BadAddress> {
+        let (mut iovecs, keep) = spare.map(IoBuf::into_parts).unwrap_or_default();
         for &(mut address, len) in segments {
             let mut left = u64::from(len);
             while left > 0 {
@@ -96,7 +96,16 @@ impl Mapped {
         }
         // SAFETY: every iovec lies inside a region of `memory`, which stays mapped for as long as an Arc of it lives, and
         // the IoBuf keeps one until it is dropped. Nobody makes references to guest memory but to atomics.
-        Ok(unsafe { IoBuf::from_iovecs(iovecs, self.memory.clone()) })
+        Ok(unsafe { IoBuf::from_iovecs(iovecs, self.keep(keep)) })
+    }
+
+    /// What keeps the memory: an old buffer's handle if it does, which costs less than a new one.
+    #[inline]
+    fn keep(&self, old: Option<Arc<dyn Any + Send + Sync>>) -> Arc<dyn Any + Send + Sync> {
+        match old {
+            Some(old) if std::ptr::addr_eq(Arc::as_ptr(&old), Arc::as_ptr(&self.memory)) => old,
+            _ => self.memory.clone(),
+        }
     }
 
     /// The sixteen bytes at `address`: a descriptor, the header of a request, a range. Read once, so what is checked is
@@ -228,15 +237,30 @@ mod tests {
     fn a_buffer_has_the_bytes_that_were_named_in_their_order() {
         let mapped = mapped();
         let named = [(GuestAddress(0xf00), 0x200), (GuestAddress(5), 3), (GuestAddress(0x9000), 0)];
-        let buffer = mapped.buffer(&named, vec![]).unwrap();
+        let buffer = mapped.buffer(&named, None).unwrap();
         assert_eq!((buffer.len(), buffer.iovecs().len()), (0x203, 3));
         let mut bytes = [0; 0x203];
         buffer.copy_to(0, &mut bytes);
         assert_eq!((&bytes[..0x200], &bytes[0x200..]), (&wanted::<0x200>(0xf00)[..], &wanted::<3>(5)[..]));
         for outside in [(0x1f00, 0x200), (0x8000, 0x1001), (0x7fff, 2), (u64::MAX, 2), (0, u32::MAX)] {
             let (at, len) = outside;
-            assert!(mapped.buffer(&[(GuestAddress(at), len)], vec![]).is_err(), "{at:#x} {len:#x}");
+            assert!(mapped.buffer(&[(GuestAddress(at), len)], None).is_err(), "{at:#x} {len:#x}");
         }
+    }
+
+    #[test]
+    fn an_old_buffer_is_reused_only_where_it_keeps_the_same_memory() {
+        let (mapped, other) = (mapped(), super::tests::mapped());
+        let old = mapped.buffer(&[(GuestAddress(1), 2), (GuestAddress(3), 4)], None).unwrap();
+        let handles = Arc::strong_count(&mapped.memory);
+        let new = mapped.buffer(&[(GuestAddress(5), 3)], Some(old)).unwrap();
+        assert_eq!((Arc::strong_count(&mapped.memory), new.len(), new.iovecs().len()), (handles, 3, 1));
+        let foreign = other.buffer(&[(GuestAddress(5), 3)], Some(new)).unwrap();
+        assert_eq!((Arc::strong_count(&mapped.memory), Arc::strong_count(&other.memory)), (handles - 1, 2));
+        drop(other);
+        let mut bytes = [0; 3];
+        foreign.copy_to(0, &mut bytes);
+        assert_eq!(bytes, wanted(5));
     }
 
     #[test]

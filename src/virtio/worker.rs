@@ -28,7 +28,7 @@ use super::request::{self, Command as Ask, ID_BYTES, Parser, Request, Segment, S
 use super::rings::{Command, RingHold, Rings, errno_of};
 use super::split_ring::{Place, SplitRing};
 use crate::backend::null;
-use crate::backend::{Completion, DurableWrite, Errno, Geometry, IoQueue, Op, OpId, Source};
+use crate::backend::{Completion, DurableWrite, Errno, Geometry, IoBuf, IoQueue, Op, OpId, Source};
 use crate::disk::{Event, FailedRequest};
 use crate::engine::{Action, Engine, Kind, Offer, Token};
 use crate::sync::Bell;
@@ -96,6 +96,8 @@ struct Worker {
     /// Heads that an earlier server took and did not answer, to be done before anything new; oldest first.
     replay: VecDeque<u16>,
     in_flight: u64,
+    /// Ops that the back-end has taken and not handed back.
+    under_way: usize,
     /// The time of this turn's pop: one look at the clock a batch.
     now: Instant,
     /// `Event::IoStalled` was told.
@@ -103,8 +105,8 @@ struct Worker {
     /// Ops that the queue handed back as full, oldest first.
     backlog: VecDeque<(Op, OpId)>,
     completions: Vec<Completion>,
-    /// Iovec lists for reuse.
-    iovecs: Vec<Vec<libc::iovec>>,
+    /// Buffers for reuse.
+    spares: Vec<IoBuf>,
     /// A write waits at the head of the ring.
     held: bool,
     hold: Option<HoldClock>,
@@ -235,11 +237,12 @@ impl Worker {
             slots: (0..size).map(|_| None).collect(),
             replay: VecDeque::new(),
             in_flight: 0,
+            under_way: 0,
             now: Instant::now(),
             stalled: false,
             backlog: VecDeque::new(),
             completions: Vec::new(),
-            iovecs: Vec::new(),
+            spares: Vec::new(),
             held: false,
             hold: None,
             broken: false,
@@ -309,9 +312,13 @@ impl Worker {
     /// Takes what has finished to the engine: all of it before any action, so that one sync covers many. Whether there
     /// was anything.
     fn reap(&mut self) -> bool {
+        if self.under_way == 0 {
+            return false;
+        }
         let mut completions = std::mem::take(&mut self.completions);
         self.io.reap(&mut completions);
         let any = !completions.is_empty();
+        self.under_way -= completions.len();
         for Completion { id, result, buf } in completions.drain(..) {
             let token = token(id);
             match (token, result) {
@@ -329,9 +336,7 @@ impl Worker {
                 }
                 _ => {}
             }
-            if let Some(buf) = buf {
-                self.iovecs.push(buf.into_iovecs());
-            }
+            self.spares.extend(buf);
             self.engine.complete(token, result);
         }
         self.completions = completions;
@@ -369,18 +374,20 @@ impl Worker {
 
     fn push(&mut self, op: Op, id: OpId) {
         if !self.backlog.is_empty() {
-            self.backlog.push_back((op, id));
-        } else if let Err(op) = self.io.push(op, id) {
-            self.backlog.push_back((op, id));
+            return self.backlog.push_back((op, id));
+        }
+        match self.io.push(op, id) {
+            Ok(()) => self.under_way += 1,
+            Err(op) => self.backlog.push_back((op, id)),
         }
     }
 
     fn retry_backlog(&mut self) {
         while let Some((op, id)) = self.backlog.pop_front() {
             if let Err(op) = self.io.push(op, id) {
-                self.backlog.push_front((op, id));
-                return;
+                return self.backlog.push_front((op, id));
             }
+            self.under_way += 1;
         }
     }
 
@@ -455,7 +462,7 @@ impl Worker {
                     }
                     self.in_flight += 1;
                 } else if let Some(Op::Write { buf, .. }) = slot.op {
-                    self.iovecs.push(buf.into_iovecs());
+                    self.spares.push(buf);
                 }
                 offer
             }
@@ -504,14 +511,14 @@ impl Worker {
         })
     }
 
-    fn buffer(&mut self, command: &Ask) -> Result<crate::backend::IoBuf, Status> {
-        let scratch = self.iovecs.pop().unwrap_or_default();
-        self.setup.memory.buffer(self.parser.data(command), scratch).map_err(|_| request::IOERR)
+    fn buffer(&mut self, command: &Ask) -> Result<IoBuf, Status> {
+        let spare = self.spares.pop();
+        self.setup.memory.buffer(self.parser.data(command), spare).map_err(|_| request::IOERR)
     }
 
     /// GET_ID: twenty bytes, zero-padded (virtio 1.3, 5.2.6).
     fn write_serial(&self) -> Status {
-        match self.setup.memory.buffer(self.parser.data(&Ask::GetId), Vec::new()) {
+        match self.setup.memory.buffer(self.parser.data(&Ask::GetId), None) {
             Ok(buf) => {
                 buf.copy_from(0, &self.setup.serial[..]);
                 self.log_writes(self.parser.data(&Ask::GetId));
