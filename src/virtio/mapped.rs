@@ -1,11 +1,10 @@
 //! UNSAFE. Guest memory as it is mapped here: the one place where an address of the guest's becomes a pointer of ours.
 //!
 //! Every address is checked at every access, for the guest chooses it. `vm-memory` does that, too, through so many layers
-//! that it took a third of the instructions of a small request; here it is a comparison with the region found last.
+//! that it took a third of the instructions of a small request; here it is a comparison or two.
 #![allow(unsafe_code)]
 
 use std::any::Any;
-use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Deref;
 use std::ptr::NonNull;
@@ -19,6 +18,9 @@ use vm_memory::{
 use super::request::Segment;
 use crate::backend::IoBuf;
 
+/// Regions that are looked through one after the other. A guest has two or three, unless memory is plugged into it.
+const FEW: usize = 8;
+
 /// An address outside the guest's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadAddress;
@@ -27,8 +29,6 @@ pub struct BadAddress;
 pub struct Mapped {
     /// By address.
     regions: Box<[Region]>,
-    /// Which of them was found last: a guest has few, and most requests are in the same.
-    last: Cell<usize>,
     memory: Arc<GuestMemoryMmap>,
 }
 
@@ -54,29 +54,22 @@ impl Mapped {
             Region { start: region.start_addr().0, len: region.len(), at }
         };
         let regions = memory.iter().map(region).collect();
-        Mapped { regions, last: Cell::new(0), memory }
+        Mapped { regions, memory }
     }
 
     /// A pointer to the byte at `address`, and how many bytes its region has from there on (at least one).
     #[inline]
     fn find(&self, address: GuestAddress) -> Option<(NonNull<u8>, u64)> {
-        let region = match self.regions.get(self.last.get()) {
-            Some(region) if region.has(address) => region,
-            _ => self.search(address)?,
-        };
+        let few = self.regions.len() <= FEW;
+        let region = if few { self.regions.iter().find(|region| region.has(address)) } else { self.search(address) }?;
         let offset = address.0 - region.start;
         // SAFETY: the region has the address, so the offset is inside its mapping, which `memory` keeps.
         Some((unsafe { region.at.add(offset as usize) }, region.len - offset))
     }
 
-    #[cold]
     fn search(&self, address: GuestAddress) -> Option<&Region> {
         let index = self.regions.partition_point(|region| region.start <= address.0).checked_sub(1)?;
-        let region = &self.regions[index];
-        region.has(address).then(|| {
-            self.last.set(index);
-            region
-        })
+        Some(&self.regions[index]).filter(|region| region.has(address))
     }
 
     /// The bytes that `segments` name, as a buffer that keeps them mapped. A segment may cross from one region into the
@@ -208,6 +201,26 @@ mod tests {
         }
         for at in [0x2000, 0x7fff, 0x9000, u64::MAX] {
             assert_eq!(mapped.store(GuestAddress(at), 1), Err(BadAddress), "{at:#x}");
+        }
+    }
+
+    #[test]
+    fn many_regions_are_searched_and_few_looked_through() {
+        for count in [1, FEW, FEW + 1, 100] {
+            let regions: Vec<_> =
+                (0..count as u64).map(|index| (GuestAddress(index * 0x3000 + 0x1000), 0x1000)).collect();
+            let memory = GuestMemoryMmap::from_ranges(&regions).unwrap();
+            regions.iter().for_each(|&(at, _)| memory.write_obj(at.0, at).unwrap());
+            let mapped = Mapped::new(Arc::new(memory));
+            for (GuestAddress(at), len) in regions {
+                let start = mapped.read_sixteen(GuestAddress(at)).unwrap();
+                assert_eq!(start[..8], at.to_ne_bytes(), "of {count}");
+                let last = at + len as u64 - 1;
+                assert_eq!(
+                    [at - 1, at, last, last + 1].map(|at| mapped.store(GuestAddress(at), 0).is_ok()),
+                    [false, true, true, false]
+                );
+            }
         }
     }
 

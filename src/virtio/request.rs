@@ -105,6 +105,8 @@ const KEPT_SEGMENTS: usize = 2 * MOST_SEGMENTS;
 pub struct Parser {
     walked: u64,
     readable: Vec<Segment>,
+    /// Readable segments that are used up: the header was in them.
+    used_up: usize,
     writable: Vec<Segment>,
 }
 
@@ -112,9 +114,13 @@ impl Parser {
     /// The data segments of the request parsed last: where the data of a read goes or of a write comes from.
     pub fn data(&self, command: &Command) -> &[Segment] {
         match command {
-            Command::Write { .. } => &self.readable,
+            Command::Write { .. } => self.readable(),
             _ => &self.writable,
         }
+    }
+
+    fn readable(&self) -> &[Segment] {
+        &self.readable[self.used_up..]
     }
 
     /// Descriptors looked at so far. A guest chooses how many a request has, up to 98,302 (all but one of the largest
@@ -135,8 +141,7 @@ impl Parser {
         let status_at =
             take_last_byte(&mut self.writable).ok_or(Malformed { head, why: "no writable byte for the status" })?;
         let writable = total(&self.writable);
-        let header =
-            take_sixteen(memory, &mut self.readable).ok_or(Malformed { head, why: "no complete request header" })?;
+        let header = self.take_sixteen(memory).ok_or(Malformed { head, why: "no complete request header" })?;
         let command = self.decode(memory, &header, writable, geometry);
         Ok(Request { head, status_at, writable, command })
     }
@@ -148,6 +153,7 @@ impl Parser {
             list.clear();
             list.shrink_to(KEPT_SEGMENTS);
         }
+        self.used_up = 0;
         let mut more = true;
         let mut bytes = 0u32;
         for descriptor in descriptors {
@@ -167,6 +173,37 @@ impl Parser {
         if more { Err("broken descriptor chain") } else { Ok(()) }
     }
 
+    /// Cuts sixteen bytes off the front of the readable segments and copies them. `None`: there are fewer, or some lie
+    /// outside the guest's memory.
+    fn take_sixteen(&mut self, memory: &Mapped) -> Option<[u8; 16]> {
+        let &(address, len) = self.readable().first()?;
+        if len != 16 {
+            return self.take_pieces(memory);
+        }
+        self.used_up += 1;
+        memory.read_sixteen(address).ok()
+    }
+
+    /// The same where they are not a segment of their own.
+    #[cold]
+    fn take_pieces(&mut self, memory: &Mapped) -> Option<[u8; 16]> {
+        let mut bytes = [0; 16];
+        let mut done = 0;
+        while done < bytes.len() {
+            let (address, len) = self.readable.get_mut(self.used_up)?;
+            let part = (*len as usize).min(bytes.len() - done);
+            memory.read(*address, &mut bytes[done..done + part]).ok()?;
+            done += part;
+            if part == *len as usize {
+                self.used_up += 1;
+            } else {
+                *address = GuestAddress(address.0.checked_add(part as u64)?);
+                *len -= part as u32;
+            }
+        }
+        Some(bytes)
+    }
+
     fn decode(
         &mut self,
         memory: &Mapped,
@@ -183,7 +220,7 @@ impl Parser {
             }
             VIRTIO_BLK_T_OUT if geometry.read_only => Err(IOERR),
             VIRTIO_BLK_T_OUT => {
-                let (offset, len) = data_range(sector, &self.readable, geometry)?;
+                let (offset, len) = data_range(sector, self.readable(), geometry)?;
                 Ok(Command::Write { offset, len })
             }
             VIRTIO_BLK_T_FLUSH => Ok(Command::Flush),
@@ -211,12 +248,12 @@ impl Parser {
     /// The one range of a discard or write-zeroes: byte offset, bytes, unmap flag. More than one range was not offered
     /// (max_discard_seg is 1).
     fn range(&mut self, memory: &Mapped, geometry: &Geometry, max_bytes: u64) -> Result<(u64, u64, bool), Status> {
-        match total(&self.readable) as usize {
+        match total(self.readable()) as usize {
             RANGE => {}
             len if len > 0 && len.is_multiple_of(RANGE) => return Err(UNSUPP),
             _ => return Err(IOERR),
         }
-        let range: [u8; RANGE] = take_sixteen(memory, &mut self.readable).ok_or(IOERR)?;
+        let range: [u8; RANGE] = self.take_sixteen(memory).ok_or(IOERR)?;
         let [sector @ .., c0, c1, c2, c3, f0, f1, f2, f3] = range;
         let count = u32::from_le_bytes([c0, c1, c2, c3]);
         let flags = u32::from_le_bytes([f0, f1, f2, f3]);
@@ -245,8 +282,9 @@ fn data_range(sector: u64, segments: &[Segment], geometry: &Geometry) -> Result<
 fn inside(sector: u64, len: u64, geometry: &Geometry) -> Result<u64, Status> {
     let offset = sector.checked_mul(SECTOR).ok_or(IOERR)?;
     let end = offset.checked_add(len).ok_or(IOERR)?;
-    let block = u64::from(geometry.logical_block);
-    if end > geometry.size || !offset.is_multiple_of(block) || !len.is_multiple_of(block) {
+    // A power of two: a division would take longer than everything else here.
+    let within_block = u64::from(geometry.logical_block) - 1;
+    if end > geometry.size || (offset | len) & within_block != 0 {
         return Err(IOERR);
     }
     Ok(offset)
@@ -269,41 +307,6 @@ fn take_last_byte(segments: &mut Vec<Segment>) -> Option<GuestAddress> {
         }
         return address.0.checked_add(u64::from(len) - 1).map(GuestAddress);
     }
-}
-
-/// Cuts sixteen bytes off the front of the readable segments and copies them. `None`: there are fewer, or some lie
-/// outside the guest's memory.
-fn take_sixteen(memory: &Mapped, segments: &mut Vec<Segment>) -> Option<[u8; 16]> {
-    let &(address, len) = segments.first()?;
-    if len != 16 {
-        return take_pieces(memory, segments);
-    }
-    segments.remove(0);
-    memory.read_sixteen(address).ok()
-}
-
-/// The same where they are not a segment of their own.
-#[cold]
-fn take_pieces(memory: &Mapped, segments: &mut Vec<Segment>) -> Option<[u8; 16]> {
-    let mut bytes = [0; 16];
-    let mut done = 0;
-    let mut used = 0;
-    for (address, len) in segments.iter_mut() {
-        if done == bytes.len() {
-            break;
-        }
-        let part = (*len as usize).min(bytes.len() - done);
-        memory.read(*address, &mut bytes[done..done + part]).ok()?;
-        done += part;
-        if part == *len as usize {
-            used += 1;
-        } else {
-            *address = GuestAddress(address.0.checked_add(part as u64)?);
-            *len -= part as u32;
-        }
-    }
-    segments.drain(..used);
-    (done == bytes.len()).then_some(bytes)
 }
 
 #[cfg(test)]

@@ -4,32 +4,35 @@ use vm_memory::GuestAddress;
 
 use super::super::counters::add;
 use super::super::request::{self, Segment, Status};
-use super::{Place, Slot, Worker};
+use super::{Place, Worker};
 use crate::disk::Event;
 use crate::engine::{Errno, Kind};
 
 impl Worker {
     /// The engine is done with a request.
     pub(super) fn finish(&mut self, head: u16, result: Result<(), Errno>) {
-        let slot = self.slots[usize::from(head)].take().expect("done once, while in its slot");
+        let place = &mut self.slots[usize::from(head)];
+        let slot = place.as_mut().expect("done once, while in its slot");
+        let (kind, offset, len, written, status_at) = (slot.kind, slot.offset, slot.len, slot.written, slot.status_at);
+        let writes = std::mem::take(&mut slot.writes);
+        *place = None;
         self.in_flight -= 1;
-        self.count(&slot, result.is_ok());
-        self.log_writes(&slot.writes);
+        self.count(kind, if result.is_ok() { len } else { 0 });
+        self.log_writes(&writes);
         let status = match result {
             Ok(()) => request::OK,
             Err(errno) => {
-                let (operation, ring, offset, len) = (slot.kind.name(), self.setup.index, slot.offset, slot.len);
+                let (operation, ring) = (kind.name(), self.setup.index);
                 self.setup.rings.report(Event::IoError { operation, ring, offset, len, errno });
                 request::IOERR
             }
         };
-        self.answer(head, slot.status_at, status, slot.written);
+        self.answer(head, status_at, status, written);
     }
 
-    fn count(&mut self, slot: &Slot, ok: bool) {
+    fn count(&mut self, kind: Kind, bytes: u64) {
         let counters = &self.counters;
-        let bytes = if ok { slot.len } else { 0 };
-        match slot.kind {
+        match kind {
             Kind::Read => {
                 add(&counters.reads, 1);
                 add(&counters.read_bytes, bytes);
