@@ -207,12 +207,17 @@ impl<J> Ring<J> {
 
     /// Starts what was queued and, if `block`, sleeps until there is an event, a signal came or `timeout` passed.
     pub(super) fn enter(&mut self, block: bool, timeout: Option<Duration>) -> io::Result<()> {
-        let timespec = timeout.map(types::Timespec::from);
-        let mut args = types::SubmitArgs::new();
-        if let Some(timespec) = &timespec {
-            args = args.timespec(timespec);
-        }
-        match self.ring.submitter().submit_with_args(usize::from(block), &args) {
+        let submitter = self.ring.submitter();
+        let entered = match timeout {
+            // The kernel need not copy arguments that are not there.
+            None => submitter.submit_and_wait(usize::from(block)),
+            Some(timeout) => {
+                let timespec = types::Timespec::from(timeout);
+                let args = types::SubmitArgs::new().timespec(&timespec);
+                submitter.submit_with_args(usize::from(block), &args)
+            }
+        };
+        match entered {
             Ok(_) => {}
             Err(error) => match error.raw_os_error() {
                 Some(libc::EINTR | libc::ETIME) => {}
