@@ -280,6 +280,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
                 used: memory.guest_address(used)?,
             };
             if !place.is_aligned() {
+                log::error!("the front-end places ring {index} at {place:x?}, which is not aligned as virtio asks");
                 return Err(Error::InvalidParam);
             }
             // The used index lives in guest memory and is not sent (split rings): go on where the ring stands.

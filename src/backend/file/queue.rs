@@ -96,7 +96,7 @@ impl FileQueue {
         })
     }
 
-    /// A transfer that may need no ring. The caller counts it once it is there.
+    /// A transfer that may need no ring: ready when this returns, or what is left of it is live.
     #[inline]
     fn at_once(&mut self, id: OpId, write: bool, offset: u64, buf: IoBuf) {
         let result = match self.immediate.transfer(self.file.as_fd(), write, &buf, offset) {
