@@ -407,6 +407,44 @@ fn connect_again(rig: &Rig, old: (FrontEnd, UnixStream)) -> (FrontEnd, UnixStrea
     connect(rig)
 }
 
+/// What QEMU would not start either, and what no driver does.
+#[test]
+fn a_ring_of_which_a_part_lies_in_two_regions_waits_for_a_better_place() {
+    let rig = memory_disk();
+    let (mut guest, wire) = connect(&rig);
+    guest.stop_ring(0);
+    let memory = memfd(0x2000);
+    let kick = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+    // Side by side for the guest and in their file, but two regions.
+    let regions = [(0, 0x1000, 0x7000_0000_0000, 0), (0x1000, 0x1000, 0x7000_0000_1000, 0x1000)];
+    let files = [memory.as_fd(); 2];
+    assert!(accepted(&wire, code::SET_MEM_TABLE, &table(&regions), &files));
+    assert!(accepted(&wire, code::SET_VRING_KICK, &0u64.to_le_bytes(), &[kick.as_fd()]));
+    assert!(accepted(&wire, code::SET_VRING_ENABLE, &(1u64 << 32).to_le_bytes(), &[]));
+    // 64 descriptors: 0x400 bytes of table, 0x86 of the available and 0x206 of the used ring.
+    for (descriptors, available, used, fits) in [
+        (0u64, 0x400u64, 0x800u64, true),
+        (0xe00, 0x400, 0x800, false),
+        (0, 0xf80, 0x800, false),
+        (0, 0x400, 0xf00, false),
+        (0x1400, 0x400, 0x1800, true),
+    ] {
+        let at = [descriptors, used, available].map(|at| 0x7000_0000_0000 + at);
+        let body: Vec<u8> = [0, at[0], at[1], at[2], 0].iter().flat_map(|word: &u64| word.to_le_bytes()).collect();
+        assert!(accepted(&wire, code::SET_VRING_ADDR, &body, &[]));
+        assert_eq!(rig.disk.status().rings.len(), usize::from(fits), "{descriptors:#x} {available:#x} {used:#x}");
+        if !fits {
+            let why = rig.event(|event| match event {
+                Event::ProtocolError(why) => Some(why),
+                _ => None,
+            });
+            assert!(why.contains("two regions"), "{why}");
+        }
+    }
+    drop((guest, wire));
+    serves(&rig);
+}
+
 #[test]
 fn no_more_regions_than_were_said_to_be_possible() {
     let rig = memory_disk();
