@@ -316,8 +316,8 @@ pub trait IoQueue {
     /// is dropped. The queue may consume the eventfd's count; the caller never reads it.
     fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()>;
 
-    /// Whether `wait` is known to return at once, found out without a system call: for who looks again and again instead
-    /// of sleeping. May overlook a descriptor that is watched.
+    /// Whether there is something to reap, for who looks again and again instead of sleeping, at the guest's ring too: so
+    /// kicks are no news. A system call only where there is something to do. May overlook a descriptor that is watched.
     fn has_news(&mut self) -> bool;
 
     /// Submits, then sleeps until there is something to reap or a source fired (clause 6), or the timeout passed.

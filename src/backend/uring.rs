@@ -197,14 +197,6 @@ impl<J> Ring<J> {
         self.unsubmitted || queue.taskrun() || queue.cq_overflow()
     }
 
-    /// Whether there is an event, or `enter` would make one.
-    pub(super) fn has_news(&mut self) -> bool {
-        !self.ring.completion().is_empty() || {
-            let queue = self.ring.submission();
-            queue.taskrun() || queue.cq_overflow()
-        }
-    }
-
     /// Starts what was queued and, if `block`, sleeps until there is an event, a signal came or `timeout` passed.
     pub(super) fn enter(&mut self, block: bool, timeout: Option<Duration>) -> io::Result<()> {
         let submitter = self.ring.submitter();

@@ -190,6 +190,21 @@ fn wait_for(queue: &mut dyn IoQueue, mut tokens: usize, mut kick: bool, name: &s
     }
 }
 
+/// Who looks instead of sleeping looks at the guest's ring, too, and would look at a stale kick for ever.
+#[test]
+fn clause_6_a_kick_is_no_news_and_ends_the_next_wait() {
+    each(|name, backend| {
+        let kicked = event();
+        let mut queue = backend.open_queue(4).expect("a queue");
+        queue.watch(Source::Kick, kicked.as_fd()).expect("watch");
+        for _ in 0..3 {
+            kick(&kicked);
+            assert!((0..1000).all(|_| !queue.has_news()), "{name}");
+            assert!(queue.wait(Some(PATIENCE)).expect("wait").kick, "{name}");
+        }
+    });
+}
+
 #[test]
 fn clause_6_events_among_completions() {
     each(|name, backend| {
