@@ -262,6 +262,11 @@ impl Engine {
         self.gate.in_flight()
     }
 
+    /// A sync is running, or due.
+    pub fn is_syncing(&self) -> bool {
+        !self.sync_line.is_idle()
+    }
+
     /// Nothing taken is undone, no sync is running or due, and `next_action` has nothing left: the ring may stop.
     /// Whether writes are blocked makes no difference.
     pub fn is_idle(&self) -> bool {
@@ -482,6 +487,19 @@ mod tests {
         assert_eq!(drain(&mut engine), [SYNC]);
         engine.complete(Token::Sync, Ok(()));
         assert_eq!(drain(&mut engine), [Action::Quiesced(Ok(()))]);
+    }
+
+    #[test]
+    fn a_sync_is_known_from_when_somebody_waits_for_it_to_its_end() {
+        let mut engine = engine(CacheMode::None, false);
+        engine.offer(0, Kind::Write);
+        assert!(!engine.is_syncing());
+        engine.offer(1, Kind::Flush);
+        assert!(engine.is_syncing(), "due");
+        assert_eq!(drain(&mut engine), [data(0, false), SYNC]);
+        assert!(engine.is_syncing(), "running");
+        engine.complete(Token::Sync, Ok(()));
+        assert!(!engine.is_syncing());
     }
 
     #[test]

@@ -63,10 +63,11 @@ impl Polling {
 
 impl Worker {
     /// Whether the guest should be left without a wish for kicks at the end of this turn, because we look ourselves: not
-    /// while something keeps us from taking what we would see.
+    /// while something keeps us from taking what we would see, nor while a sync is under way. A thread of the kernel's or
+    /// of librbd's makes it, which may want this very processor.
     pub(super) fn leaves_kicks_off(&self) -> bool {
         let takes_requests = !self.held && !self.broken && self.stopping.is_none() && self.backlog.is_empty();
-        takes_requests && self.polling.is_due()
+        takes_requests && self.polling.is_due() && !self.engine.is_syncing()
     }
 
     /// Between two turns: whether the next can begin without asking the back-end's `wait` first.
