@@ -63,11 +63,10 @@ impl Polling {
 
 impl Worker {
     /// Whether the guest should be left without a wish for kicks at the end of this turn, because we look ourselves: not
-    /// while something keeps us from taking what we would see, nor while a sync is under way. A thread of the kernel's or
-    /// of librbd's makes it, which may want this very processor.
+    /// while something keeps us from taking what we would see.
     pub(super) fn leaves_kicks_off(&self) -> bool {
         let takes_requests = !self.held && !self.broken && self.stopping.is_none() && self.backlog.is_empty();
-        takes_requests && self.polling.is_due() && !self.engine.is_syncing()
+        takes_requests && self.polling.is_due()
     }
 
     /// Between two turns: whether the next can begin without asking the back-end's `wait` first.
@@ -76,8 +75,12 @@ impl Worker {
             self.polling.slept();
             return false;
         }
-        let found = self.look_around();
-        self.polling.looked(found);
+        // Who makes a sync is a thread of the kernel's or of librbd's, and may want this very processor.
+        let looks = !self.engine.is_syncing();
+        let found = looks && self.look_around();
+        if looks {
+            self.polling.looked(found);
+        }
         if found {
             add(&self.counters.polled, 1);
         } else {
