@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use super::watch::Watches;
 use super::{Backend, DurableWrite, Errno, Geometry, IoBuf, IoQueue};
+use crate::chance::Chance;
 use queue::MemQueue;
 
 /// When ops are carried out and complete.
@@ -345,21 +346,5 @@ impl Backend for MemBackend {
 
     fn sync_failed(&self) -> Option<Errno> {
         self.shared.lock().sync_failed
-    }
-}
-
-/// Xorshift: the same story for the same seed.
-struct Chance(u64);
-
-impl Chance {
-    fn new(seed: u64) -> Self {
-        Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % limit
     }
 }

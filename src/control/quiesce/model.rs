@@ -5,17 +5,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::*;
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
-}
+use crate::chance::Chance;
 
 /// What the world knows by watching effects alone.
 #[derive(Default)]
@@ -70,7 +60,7 @@ impl World {
 }
 
 fn one_script(seed: u64, steps: u32) {
-    let random = &mut Random(seed * 2 + 1);
+    let random = &mut Chance::new(seed);
     let (mut coordinator, mut world) = (Coordinator::default(), World::default());
     let mut now = Instant::now();
     let mut next_request = 0;

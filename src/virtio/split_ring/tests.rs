@@ -7,6 +7,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryBackend;
 
 use super::*;
+use crate::chance::Chance;
 
 const SIZE: u16 = 8;
 const BYTES: usize = 0x1000;
@@ -45,27 +46,6 @@ fn bytes(memory: &GuestMemoryMmap) -> Vec<u8> {
     let mut bytes = vec![0; BYTES];
     memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
     bytes
-}
-
-/// The same numbers at each run.
-struct Chance(u64);
-
-impl Chance {
-    fn new(seed: u64) -> Chance {
-        let mut chance = Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        // Until seeds that are close to each other differ in every bit.
-        for _ in 0..8 {
-            chance.below(2);
-        }
-        chance
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
 }
 
 /// One driver's story, told to both.
@@ -164,10 +144,11 @@ impl Story {
         // Around where the answers are.
         let wish = self.ring.next_used().wrapping_sub(self.chance.below(6) as u16);
         self.put(PLACE.available + 4 + 2 * u64::from(SIZE), wish);
-        self.put(PLACE.available, self.chance.0 as u16 & 1);
+        let suppressed = self.chance.below(2) as u16;
+        self.put(PLACE.available, suppressed);
         let theirs = self.queue.needs_notification(&*self.memories[1]).unwrap();
         // virtio-queue leaves the flag to its user.
-        let wanted = theirs && (self.event_idx || self.chance.0 & 1 == 0);
+        let wanted = theirs && (self.event_idx || suppressed == 0);
         assert_eq!(self.ring.wants_interrupt(), wanted);
     }
 
