@@ -279,14 +279,10 @@ impl VhostUserBackendReqHandlerMut for Handler {
                 available: memory.guest_address(available)?,
                 used: memory.guest_address(used)?,
             };
-            if !place.is_aligned() {
-                log::error!("the front-end places ring {index} at {place:x?}, which is not aligned as virtio asks");
-                return Err(Error::InvalidParam);
-            }
-            // The used index lives in guest memory and is not sent (split rings): go on where the ring stands.
-            ring.next_used = place.used_index(memory.memory()).ok_or(Error::InvalidParam)?;
-            ring.place = Some(place);
-            Ok(())
+            ring.put(place, memory.memory()).map_err(|why| {
+                log::error!("the front-end places ring {index} at {place:x?}: {why}");
+                Error::InvalidParam
+            })
         })
     }
 

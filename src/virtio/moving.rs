@@ -229,9 +229,7 @@ impl Handler {
         stopped.next_available = ring.next_avail;
         if let Some([descriptors, available, used]) = ring.at {
             let place = Place { descriptors, available, used };
-            let next_used = place.used_index(self.memory.memory()).filter(|_| place.is_aligned());
-            stopped.next_used = next_used.ok_or_else(|| failed(io::Error::other("the ring's place makes no sense")))?;
-            stopped.place = Some(place);
+            stopped.put(place, self.memory.memory()).map_err(|why| failed(io::Error::other(why)))?;
         }
         stopped.kick = kick;
         stopped.kept = ring.kept;

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use vm_memory::GuestMemoryMmap;
 
 use super::activation::Activation;
 use super::dirty::DirtyLog;
@@ -47,6 +48,18 @@ pub(super) struct Stopped {
 impl Stopped {
     fn may_run(&self) -> bool {
         self.enabled && self.place.is_some() && self.kick.is_some()
+    }
+
+    /// SET_VRING_ADDR: the ring is there, and goes on where its used index stands: that lives in guest memory and is not
+    /// sent (split rings). Errors: why it cannot be there; then it is nowhere.
+    pub(super) fn put(&mut self, place: Place, memory: &GuestMemoryMmap) -> Result<(), &'static str> {
+        self.place = None;
+        if !place.is_aligned() {
+            return Err("it is not aligned as virtio asks");
+        }
+        self.next_used = place.used_index(memory).ok_or("its used ring lies outside the guest's memory")?;
+        self.place = Some(place);
+        Ok(())
     }
 
     /// Tells the front-end that the ring is broken (QEMU logs it). Called by the ring's worker.

@@ -37,11 +37,11 @@ impl Place {
         let at = GuestAddress(self.used.checked_add(2)?);
         memory.load(at, Ordering::Acquire).ok().map(u16::from_le)
     }
+}
 
-    /// Bytes of the used ring of so many descriptors, with its index, flags and event.
-    pub fn used_bytes(size: u16) -> u64 {
-        6 + 8 * u64::from(size)
-    }
+/// Bytes of the used ring of so many descriptors: flags, index, the answers and the event.
+fn used_bytes(size: u16) -> u64 {
+    6 + 8 * u64::from(size)
 }
 
 /// The driver's available index makes no sense.
@@ -59,6 +59,7 @@ pub struct SplitRing {
     answers: Cells<AtomicU32>,
     available_event: Cells<AtomicU16>,
     size: u16,
+    used_at: GuestAddress,
     /// VIRTIO_F_EVENT_IDX is negotiated.
     event_idx: bool,
     /// The next head to take, and the available index that was seen last.
@@ -82,7 +83,7 @@ impl SplitRing {
     ) -> Option<Self> {
         assert!(size.is_power_of_two(), "checked when it was told (SET_VRING_NUM)");
         let entries = usize::from(size);
-        let behind_answers = place.used.checked_add(Place::used_bytes(size) - 2)?;
+        let behind_answers = place.used.checked_add(used_bytes(size) - 2)?;
         Some(SplitRing {
             table: memory.cells(place.descriptors, 2 * entries)?,
             available: memory.cells(place.available, 3 + entries)?,
@@ -90,6 +91,7 @@ impl SplitRing {
             answers: memory.cells(place.used.checked_add(4)?, 2 * entries)?,
             available_event: memory.cells(behind_answers, 1)?,
             size,
+            used_at: GuestAddress(place.used),
             event_idx,
             next_available,
             seen: next_available,
@@ -101,6 +103,11 @@ impl SplitRing {
     /// Descriptors.
     pub fn size(&self) -> u16 {
         self.size
+    }
+
+    /// The part of the guest's memory that this writes to: where it is, and its bytes.
+    pub fn used_part(&self) -> (GuestAddress, u64) {
+        (self.used_at, used_bytes(self.size))
     }
 
     /// Where the next head is taken, modulo 2^16.

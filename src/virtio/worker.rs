@@ -26,7 +26,7 @@ use super::mapped::Mapped;
 use super::queue_state::Stopped;
 use super::request::{self, Command as Ask, ID_BYTES, Parser, Request, Segment, Status};
 use super::rings::{Command, RingHold, Rings, errno_of};
-use super::split_ring::{Place, SplitRing};
+use super::split_ring::SplitRing;
 use crate::backend::null;
 use crate::backend::{Completion, DurableWrite, Errno, Geometry, IoBuf, IoQueue, Op, OpId, Source};
 use crate::disk::{Event, FailedRequest};
@@ -84,8 +84,6 @@ struct HoldClock {
 struct Worker {
     setup: Setup,
     ring: SplitRing,
-    /// Where its used ring is, for the log.
-    used_at: GuestAddress,
     counters: Arc<Counters>,
     geometry: Geometry,
     io: Box<dyn IoQueue>,
@@ -224,11 +222,9 @@ impl Worker {
         engine.set_driver_can_flush(features::driver_can_flush(setup.acked_features));
         engine.set_on_error(setup.rings.tuning().on_error);
         let polling = Polling::new(setup.rings.tuning().poll_max);
-        let used_at = stopped.place.map_or(GuestAddress(0), |place| GuestAddress(place.used));
         Worker {
             setup,
             ring,
-            used_at,
             counters,
             geometry,
             io,

@@ -4,7 +4,7 @@ use vm_memory::GuestAddress;
 
 use super::super::counters::add;
 use super::super::request::{self, Segment, Status};
-use super::{Place, Worker};
+use super::Worker;
 use crate::disk::Event;
 use crate::engine::{Errno, Kind};
 
@@ -92,7 +92,8 @@ impl Worker {
     /// The used ring with its flags, index and event was written, or may have been: all of it to the log, once a turn.
     pub(super) fn log_ring(&self) {
         if let Some(log) = &self.setup.log {
-            log.mark(self.used_at, Place::used_bytes(self.ring.size()));
+            let (at, len) = self.ring.used_part();
+            log.mark(at, len);
         }
     }
 
