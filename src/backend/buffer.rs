@@ -181,9 +181,8 @@ impl IoBuf {
     }
 
     /// Gives the iovec list back for reuse; the memory is no longer held.
-    pub fn into_iovecs(mut self) -> Vec<libc::iovec> {
-        self.iovecs.clear();
-        std::mem::take(&mut self.iovecs)
+    pub fn into_iovecs(self) -> Vec<libc::iovec> {
+        self.into_parts().0
     }
 
     /// The iovec list, emptied, and what kept its memory, for the next buffer over the same.

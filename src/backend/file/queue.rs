@@ -32,7 +32,6 @@ pub(super) struct FileQueue {
     /// With an open file description of its own, which remembers writeback errors for this queue.
     file: OwnedFd,
     immediate: Immediate,
-    may_write: bool,
     shared: Arc<Shared>,
     mailbox: Arc<Mailbox>,
     pool: Pool,
@@ -81,7 +80,6 @@ impl FileQueue {
             helper: None,
             file,
             immediate: Immediate::new(shared.medium),
-            may_write: !shared.geometry.read_only,
             pool: Pool::new(shared.memory.clone(), shared.align.memory as usize),
             shared,
             mailbox,
@@ -109,11 +107,7 @@ impl FileQueue {
                 return self.ring.start(Command::Transfer(rest), job);
             }
         };
-        if write {
-            // Also what failed: some of it may have been stored.
-            self.shared.unsynced.changed();
-        }
-        self.ready.push(Completion { id, result, buf: Some(buf) });
+        self.hand_back(id, write, result, Some(buf));
     }
 
     /// How the op begins, and what is left of it afterwards.
@@ -258,10 +252,6 @@ impl FileQueue {
     }
 
     fn finish(&mut self, job: Job, mut result: Result<(), Errno>, buf: Option<IoBuf>) {
-        if job.changes {
-            // Also what failed: some of it may have been stored.
-            self.shared.unsynced.changed();
-        }
         if job.durable {
             result = match result {
                 // Over the page cache the data may be lost and its pages marked clean, as after a failed fdatasync.
@@ -275,7 +265,17 @@ impl FileQueue {
             Work::Whole | Work::Sync(_) | Work::Ranged(_) => buf,
         };
         self.live -= 1;
-        self.ready.push(Completion { id: job.id, result, buf });
+        self.hand_back(job.id, job.changes, result, buf);
+    }
+
+    /// An op is over.
+    #[inline]
+    fn hand_back(&mut self, id: OpId, changes: bool, result: Result<(), Errno>, buf: Option<IoBuf>) {
+        if changes {
+            // Also what failed: some of it may have been stored.
+            self.shared.unsynced.changed();
+        }
+        self.ready.push(Completion { id, result, buf });
     }
 
     /// Works off what the ring has, without a system call.
@@ -327,14 +327,16 @@ impl IoQueue for FileQueue {
                 self.at_once(id, false, offset, buf);
                 return Ok(());
             }
-            Op::Write { offset, buf, durable: false } if self.may_write && self.immediate.suits(&buf) => {
+            Op::Write { offset, buf, durable: false }
+                if !self.shared.geometry.read_only && self.immediate.suits(&buf) =>
+            {
                 self.at_once(id, true, offset, buf);
                 return Ok(());
             }
             op => op,
         };
         self.live += 1;
-        let refused = !self.may_write && !matches!(op, Op::Read { .. } | Op::Sync);
+        let refused = self.shared.geometry.read_only && !matches!(op, Op::Read { .. } | Op::Sync);
         if refused {
             let buf = if let Op::Write { buf, .. } = op { Some(buf) } else { None };
             let job = Job { id, durable: false, changes: false, work: Work::Whole, _ticket: None };
