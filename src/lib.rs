@@ -17,6 +17,7 @@ pub mod engine;
 pub mod listen;
 pub mod logging;
 pub mod pidfile;
+mod publish;
 pub mod sandbox;
 pub mod server;
 pub mod signals;

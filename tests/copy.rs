@@ -646,6 +646,27 @@ fn something_that_appears_at_the_target_is_not_replaced() {
     assert_eq!(std::fs::read(world.target()).expect("the file"), b"precious");
 }
 
+/// The owner of the target's directory may put another file under the partial file's name at any time.
+#[test]
+fn a_file_put_in_the_partial_files_place_is_not_published() {
+    let dir = tempfile::tempdir_in("/dev/shm").expect("a directory");
+    let place = dir.path().to_path_buf();
+    let hook = move |step| {
+        if step == Step::Publish {
+            std::fs::rename(place.join("copy.img.partial"), place.join("elsewhere"))?;
+            std::fs::write(place.join("copy.img.partial"), "forged")?;
+        }
+        Ok(())
+    };
+    let (world, mem) = World::mem(Order::InOrder, Tuning { hook: Some(Arc::new(hook)), ..Tuning::default() });
+    let world = World { dir, ..world };
+    fill(&mem);
+    let copy = started(&world, 0);
+    assert_eq!(world.wait_ended(&copy).state, "completed");
+    assert!(std::fs::read(world.target()).expect("the copy") == vec![1; 2 << 20]);
+    assert_eq!(std::fs::read(world.dir.path().join("copy.img.partial")).expect("not ours to remove"), b"forged");
+}
+
 /// Holes are not read, zeroes are not stored; the digest is the whole image's.
 #[test]
 fn sparse_stays_sparse() {

@@ -10,12 +10,13 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use rustix::fs::{CWD, RenameFlags, ioctl_ficlone, renameat_with};
+use rustix::fs::ioctl_ficlone;
 use sha2::{Digest, Sha256};
 
 use super::disks::{Disk, interrupted};
 use super::wait::{Stop, Wake, wait};
 use crate::client::Failure;
+use crate::publish::publish;
 use crate::sys;
 
 /// What the probe clones: a multiple of every filesystem's block.
@@ -111,15 +112,19 @@ impl Target {
         let failed =
             |what: &str, error: io::Error| Failure::new("target", format!("'{}' {what}: {error}", path.display()));
         self.file.sync_all().map_err(|error| failed("cannot be made durable", error))?;
-        if let Some(partial) = &self.made {
-            renameat_with(CWD, partial, CWD, &path, RenameFlags::NOREPLACE)
-                .map_err(|errno| failed("cannot be given its name", errno.into()))?;
+        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let directory = File::open(directory).map_err(|error| failed("cannot be given its name", error))?;
+        if let Some((partial, name)) =
+            self.made.as_deref().and_then(|partial| Some((partial.file_name()?, path.file_name()?)))
+        {
+            let left = publish(self.file.as_fd(), directory.as_fd(), partial, name)
+                .map_err(|error| failed("cannot be given its name", error))?;
+            if let Some(error) = left {
+                eprintln!("virtioblkctl: '{}.partial' is left behind: {error}; remove it", path.display());
+            }
         }
         self.made = Some(path.clone());
-        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        File::open(directory)
-            .and_then(|directory| directory.sync_all())
-            .map_err(|error| failed("cannot be given its name durably", error))
+        directory.sync_all().map_err(|error| failed("cannot be given its name durably", error))
     }
 
     /// SHA-256 of all of it, in hexadecimal.

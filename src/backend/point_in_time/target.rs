@@ -3,14 +3,15 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use crate::disk::CopyError;
+use crate::publish::publish;
 
 /// Added to the name of a copy that is not complete.
 const PARTIAL: &str = ".partial";
@@ -87,18 +88,12 @@ impl Target {
         }
     }
 
-    /// Gives the file its name, if nothing has that name.
-    pub(super) fn publish(&self) -> io::Result<()> {
-        let (directory, partial, name) = (&self.directory, &self.partial, &self.name);
-        match rustix::fs::renameat_with(directory, partial, directory, name, RenameFlags::NOREPLACE) {
-            // Filesystems that cannot do that in one step (NFS among them): a link replaces nothing either.
-            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {
-                rustix::fs::linkat(directory, partial, directory, name, AtFlags::empty())?;
-                self.remove_partial();
-                Ok(())
-            }
-            result => Ok(result?),
+    /// Gives the open file its name, if nothing has that name.
+    pub(super) fn publish(&self, file: &File) -> io::Result<()> {
+        if let Some(error) = publish(file.as_fd(), self.directory.as_fd(), &self.partial, &self.name)? {
+            log::warn!("{}: is left behind ({error}); remove it by hand", self.partial_path().display());
         }
+        Ok(())
     }
 
     /// Takes the file away again after `publish`.

@@ -105,7 +105,7 @@ fn complete(copy: &Copy, file: &File) -> Result<(), String> {
     if !copy.begin_publish(sha256) {
         return Ok(());
     }
-    let published = copy.shared.tuning.step(Step::Publish).and_then(|()| copy.target.publish());
+    let published = copy.shared.tuning.step(Step::Publish).and_then(|()| copy.target.publish(file));
     published.map_err(|error| cannot_publish(copy, &error))?;
     if let Err(error) = copy.target.sync_directory() {
         copy.target.unpublish();
