@@ -417,7 +417,8 @@ pub struct ImageStatus {
 pub struct RbdStatus {
     /// `POOL[/NAMESPACE]/IMAGE[@SNAP]`.
     pub image: String,
-    /// The exclusive lock: `held`, `released` (no guest uses the image), `waiting` for another client, or `none`.
+    /// The exclusive lock: `held`, `released` (no guest uses the image), `waiting` for another client, or `none` (it is not
+    /// wanted, or the image has no feature exclusive-lock).
     pub lock: String,
     /// Snapshots taken by others; absent where this disk does not wait for them.
     pub quiesce: Option<RbdQuiesceStatus>,

@@ -517,6 +517,111 @@ fn a_dead_owner_of_ours_is_not_waited_for() {
     assert_eq!((stub.count("breaks"), stub.count("locks")), (0, 1));
 }
 
+/// The features that `stub_features` has by default, without and with exclusive-lock and what needs it.
+const WITHOUT_LOCK: &str = "features 1";
+const WITH_LOCK: &str = "features 61";
+
+fn lock_of(disk: &RbdBackend) -> String {
+    disk.image_status().rbd.expect("an RBD image").lock
+}
+
+#[test]
+fn exclusive_stops_writes_when_the_feature_is_disabled_and_takes_the_lock_again() {
+    let mut stub = Stub::new(CacheMode::None);
+    stub.options.lock = RbdLock::Exclusive;
+    let disk = stub.open();
+    let (_listener, said) = Listener::start(&disk);
+    let mut driver = Driver::new(&disk, 4);
+    disk.activate().unwrap();
+    driver.write(0, &[1; 512]).unwrap();
+    stub.tell(WITHOUT_LOCK);
+    hears(&said, Said::StateChanged);
+    eventually("trouble", || trouble(&disk).as_deref() == Some("lock-lost"));
+    assert_eq!(lock_of(&disk), "none");
+    let before = stub.count("writes");
+    for op in [write_op(0), Op::Discard { offset: 0, len: 65536 }, Op::WriteZeroes { offset: 0, len: 512, unmap: true }]
+    {
+        assert_eq!(driver.run(op), Err(EROFS));
+    }
+    assert_eq!(stub.count("writes"), before, "a write reached an image that any host may write");
+    // What was written before can be read, and made durable; that does not end the trouble.
+    assert_eq!(driver.read(0, 512), Ok(vec![1; 512]));
+    assert_eq!(driver.run(Op::Sync), Ok(()));
+    assert_eq!(trouble(&disk).as_deref(), Some("lock-lost"));
+    stub.tell(WITH_LOCK);
+    eventually("the lock", || lock_of(&disk) == "held" && trouble(&disk).is_none());
+    assert_eq!(stub.count("locks"), 2);
+    driver.write(0, &[2; 512]).unwrap();
+    // A change of the header that is about something else.
+    stub.tell(WITH_LOCK);
+    assert_eq!((lock_of(&disk).as_str(), stub.count("locks")), ("held", 2));
+
+    // A guest that starts meanwhile waits.
+    disk.deactivate();
+    stub.tell(WITHOUT_LOCK);
+    let error = disk.activate().unwrap_err().to_string();
+    assert!(error.contains("exclusive-lock") && error.contains("rbd feature enable"), "{error}");
+    stub.tell(WITH_LOCK);
+    disk.activate().unwrap();
+    driver.write(0, &[3; 512]).unwrap();
+    assert_eq!((lock_of(&disk).as_str(), trouble(&disk)), ("held", None));
+}
+
+#[test]
+fn auto_goes_on_without_the_feature_and_takes_the_lock_again() {
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    let (_listener, said) = Listener::start(&disk);
+    let mut driver = Driver::new(&disk, 4);
+    disk.activate().unwrap();
+    stub.tell(WITHOUT_LOCK);
+    hears(&said, Said::StateChanged);
+    assert_eq!((lock_of(&disk).as_str(), trouble(&disk)), ("none", None));
+    driver.write(0, &[1; 512]).unwrap();
+    // A guest that starts anew does so without the lock.
+    disk.deactivate();
+    disk.activate().unwrap();
+    driver.write(0, &[1; 512]).unwrap();
+    stub.tell(WITH_LOCK);
+    eventually("the lock", || lock_of(&disk) == "held");
+    driver.write(0, &[2; 512]).unwrap();
+    assert_eq!(trouble(&disk), None);
+}
+
+#[test]
+fn a_lock_that_another_client_took_meanwhile_is_left_to_it() {
+    for another_leaves in [true, false] {
+        let stub = Stub::new(CacheMode::None);
+        let disk = stub.open();
+        let (_listener, _said) = Listener::start(&disk);
+        let mut driver = Driver::new(&disk, 4);
+        disk.activate().unwrap();
+        stub.tell("owner 10.0.0.9:0/1");
+        stub.tell(WITH_LOCK);
+        eventually("trouble", || trouble(&disk).as_deref() == Some("lock-lost"));
+        assert_eq!(lock_of(&disk), "waiting");
+        assert_eq!(driver.write(0, &[1; 512]), Err(EROFS));
+        if another_leaves {
+            // A command of `rbd` takes the lock for a moment.
+            stub.tell("owner none");
+            eventually("the lock", || lock_of(&disk) == "held" && trouble(&disk).is_none());
+            driver.write(0, &[1; 512]).unwrap();
+            continue;
+        }
+        // One that keeps it may have written.
+        thread::sleep(Duration::from_secs(8));
+        stub.tell("owner none");
+        stub.tell(WITH_LOCK);
+        thread::sleep(Duration::from_secs(2));
+        assert_eq!(trouble(&disk).as_deref(), Some("lock-lost"));
+        assert_eq!(stub.count("locks"), 1, "the guest does not know what the other wrote");
+        disk.deactivate();
+        disk.activate().unwrap();
+        driver.write(0, &[1; 512]).unwrap();
+        assert_eq!(trouble(&disk), None);
+    }
+}
+
 // ---- Quiesce
 
 #[test]

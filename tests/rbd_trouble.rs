@@ -257,6 +257,54 @@ fn lock(server: &Server) -> Value {
     server.status()["rbd"]["lock"].clone()
 }
 
+/// Disables the feature exclusive-lock, and those that need it.
+fn disable_lock(image: &ceph::Image) {
+    image.cluster.rbd(&["feature", "disable", &image.spec, "fast-diff", "object-map", "exclusive-lock"]);
+}
+
+fn enable_lock(image: &ceph::Image) {
+    image.cluster.rbd(&["feature", "enable", &image.spec, "exclusive-lock"]);
+}
+
+#[test]
+fn a_disabled_exclusive_lock_stops_writes_until_it_is_enabled_again() {
+    let cluster = Cluster::shared();
+    let image = cluster.image(4 * MIB);
+    let server = serve(&image, "none", &["--rbd-lock", "exclusive"]);
+    let mut guest = connect(&server);
+    assert_eq!((write(&mut guest, 0, 1), flush(&mut guest)), (0, 0));
+    let mut client = Qmp::connect(&server.control());
+    disable_lock(&image);
+    assert_eq!(client.event("IMAGE_STATE")["data"]["rbd"]["lock"], "none");
+    wait_until("trouble", || trouble(&server) == "lock-lost");
+    assert_eq!((write(&mut guest, 0, 2), read(&mut guest, 0), flush(&mut guest)), (-libc::EIO, 0, 0));
+    assert!(image.content()[..PAGE] == [1; PAGE], "a write reached an image that any host may write");
+    enable_lock(&image);
+    wait_until("the lock is taken again", || lock(&server) == "held" && trouble(&server) == Value::Null);
+    assert_eq!((write(&mut guest, 0, 3), flush(&mut guest)), (0, 0));
+    assert!(image.content()[..PAGE] == [3; PAGE]);
+    let stranger =
+        cluster.try_rbd(&["bench", "--io-type", "write", "--io-total", "4K", "--io-size", "4K", &image.spec]);
+    assert!(!stranger.status.success(), "another client wrote to a locked image");
+}
+
+#[test]
+fn a_disabled_exclusive_lock_is_warned_of_by_auto_and_taken_when_enabled_again() {
+    let cluster = Cluster::shared();
+    let image = cluster.image(4 * MIB);
+    let server = serve(&image, "writeback", &[]);
+    let mut guest = connect(&server);
+    assert_eq!((write(&mut guest, 0, 1), flush(&mut guest), lock(&server)), (0, 0, "held".into()));
+    disable_lock(&image);
+    wait_until("the status says so", || lock(&server) == "none");
+    contains(&server.log(), &["its feature exclusive-lock was disabled", "rbd feature enable"]);
+    assert_eq!((write(&mut guest, 0, 2), flush(&mut guest), trouble(&server)), (0, 0, Value::Null));
+    enable_lock(&image);
+    wait_until("the lock is taken again", || lock(&server) == "held" && trouble(&server) == Value::Null);
+    assert_eq!((write(&mut guest, 0, 3), flush(&mut guest)), (0, 0));
+    assert!(image.content()[..PAGE] == [3; PAGE]);
+}
+
 #[test]
 fn one_server_hands_an_image_to_the_next_as_a_migration_does() {
     let cluster = Cluster::shared();

@@ -16,6 +16,7 @@ mod open;
 mod options;
 mod queue;
 mod quiesce;
+mod recheck;
 mod snapshots;
 mod sys;
 mod takeover;
@@ -188,7 +189,7 @@ impl Shared {
     /// Whether anything can be asked of the image. A cluster forgets after an hour or so that it shut a client out; the
     /// client must not.
     fn check_usable(&self) -> Result<(), Errno> {
-        if self.trouble.is_fenced() { Err(queue::FENCED) } else { Ok(()) }
+        self.trouble.check(false)
     }
 
     fn check_sync(&self) -> Result<(), Errno> {

@@ -6,6 +6,7 @@
  *   lock-hangs, lock-goes   the lock's owner is dead, as far as anybody knows; the cluster gives up waiting
  *   fence                   everything fails with ESHUTDOWN
  *   owner ADDRESS           another client has the lock; `none`: nobody
+ *   features NUMBER         and the update watch is called; without exclusive-lock nobody has the lock
  *   resize BYTES            and the update watch is called
  *   quiesce, unquiesce      the quiesce watch is called
  *   answers COUNT           waits for so many answers, all since the start; and what they were
@@ -99,6 +100,16 @@ static void obey(struct image *image, char *order, FILE *out)
 		strcpy(image->owner, strcmp(what, "none") ? what : "");
 		image->locked = 0;
 		pthread_mutex_unlock(&image->lock);
+	} else if (sscanf(order, "features %ld", &number) == 1) {
+		pthread_mutex_lock(&image->lock);
+		image->features = number;
+		if (!(number & EXCLUSIVE_LOCK)) {
+			image->locked = 0;
+			*image->owner = 0;
+		}
+		pthread_mutex_unlock(&image->lock);
+		if (image->updated)
+			image->updated(image->update_arg);
 	} else if (sscanf(order, "resize %ld", &number) == 1) {
 		image->size = number;
 		if (image->updated)

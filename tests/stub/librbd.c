@@ -166,10 +166,12 @@ int rbd_get_size(void *handle, uint64_t *size)
 	return error;
 }
 
-int rbd_get_features(void *image, uint64_t *features)
+int rbd_get_features(void *handle, uint64_t *features)
 {
-	*features = ((struct image *)image)->features;
-	return 0;
+	struct image *image = handle;
+
+	*features = image->features;
+	return call(image, "features", NULL);
 }
 
 int rbd_get_stripe_unit(void *image, uint64_t *unit)
@@ -348,6 +350,11 @@ int rbd_invalidate_cache(void *handle)
 	return call(image, "invalidate", &image->invalidates);
 }
 
+static int must_be_locked(struct image *image)
+{
+	return image->explicit_lock && image->features & EXCLUSIVE_LOCK;
+}
+
 static long transfer(struct image *image, struct aio *aio)
 {
 	static const char *names[] = { "read", "write", "flush", "discard", "zeroes" };
@@ -357,7 +364,8 @@ static long transfer(struct image *image, struct aio *aio)
 	image->counts[aio->op]++;
 	if (error)
 		return -error;
-	if (aio->op != READ && aio->op != FLUSH && (image->read_only || (*image->owner && !image->locked)))
+	if (aio->op != READ && aio->op != FLUSH &&
+	    (image->read_only || (!image->locked && (*image->owner || must_be_locked(image)))))
 		return -EROFS;
 	if (aio->op != FLUSH && aio->offset >= image->size)
 		return -EINVAL;
@@ -438,8 +446,10 @@ int rbd_lock_acquire(void *handle, unsigned mode)
 	while (image->lock_hangs)
 		pthread_cond_wait(&image->changed, &image->lock);
 	error = stub_fault(image, "lock");
-	if (!error && mode)
+	if (!error && (mode || !(image->features & EXCLUSIVE_LOCK)))
 		error = EINVAL;
+	if (!error)
+		image->explicit_lock = 1;
 	if (!error && *image->owner && !image->locked)
 		error = EROFS;
 	if (!error) {
@@ -462,6 +472,15 @@ int rbd_lock_release(void *handle)
 		*image->owner = 0;
 	}
 	pthread_mutex_unlock(&image->lock);
+	return error;
+}
+
+int rbd_is_exclusive_lock_owner(void *handle, int *is_owner)
+{
+	struct image *image = handle;
+	int error = call(image, "is-owner", NULL);
+
+	*is_owner = image->locked;
 	return error;
 }
 

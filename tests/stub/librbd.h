@@ -8,6 +8,8 @@
 
 #include "stub.h"
 
+#define EXCLUSIVE_LOCK 4
+
 enum op { READ, WRITE, FLUSH, DISCARD, ZEROES, OPS };
 
 typedef void (*notice)(void *);
@@ -52,6 +54,8 @@ struct image {
 	long counts[OPS], thick, snaps, removed, invalidates, locks, unlocks, breaks;
 
 	int locked, lock_hangs;
+	/* The lock was asked for once: it is not taken for a write any more (librbd's StandardPolicy). */
+	int explicit_lock;
 	char owner[64];
 
 	notice updated, quiesce, unquiesce;

@@ -242,6 +242,14 @@ impl Image {
         check(unsafe { (self.api.rbd.rbd_lock_release)(self.raw) })
     }
 
+    /// Whether we have the lock, as the cluster says.
+    pub(super) fn is_lock_owner(&self) -> Result<bool, Errno> {
+        let mut is_owner: c_int = 0;
+        // SAFETY: the image is open, and the function writes one int.
+        check(unsafe { (self.api.rbd.rbd_is_exclusive_lock_owner)(self.raw, &raw mut is_owner) })?;
+        Ok(is_owner != 0)
+    }
+
     /// The address of the client that has the lock, as `rbd lock ls` prints it.
     pub(super) fn lock_owner(&self) -> Result<Option<String>, Errno> {
         let mut owners = [ptr::null_mut::<c_char>(); 8];

@@ -1,4 +1,5 @@
-//! The thread that does for an image what librbd's own threads must not: ask for the size, and watch the time.
+//! The thread that does for an image what librbd's own threads must not: ask for the size and the features, see to the
+//! lock, and watch the time.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
@@ -50,7 +51,9 @@ impl Keeper {
         let body = move || keep(&shared, quiesces.as_deref(), &*notices, &news);
         match thread::Builder::new().name("rbd-keeper".into()).spawn(body) {
             Ok(thread) => self.running = Some(Running { thread, updates }),
-            Err(error) => log::error!("no thread for the RBD image's news: {error}; resizes are not seen"),
+            Err(error) => {
+                log::error!("no thread for the RBD image's news: {error}; resizes and a lost lock are not seen")
+            }
         }
     }
 
@@ -82,23 +85,40 @@ fn watch_updates(shared: &Arc<Shared>) -> Option<Watch> {
     match Watch::updates(Arc::clone(shared), changed) {
         Ok(watch) => Some(watch),
         Err(errno) => {
-            log::warn!("{}: no update watch ({}): resizes are not seen", shared.name, super::io_error(errno));
+            log::warn!(
+                "{}: no update watch ({}): resizes and disabled features are not seen",
+                shared.name,
+                super::io_error(errno)
+            );
             None
         }
     }
 }
 
-fn keep(shared: &Shared, quiesces: Option<&Quiesces>, notices: &dyn Notices, news: &mpsc::Receiver<News>) {
+fn keep(shared: &Arc<Shared>, quiesces: Option<&Quiesces>, notices: &dyn Notices, news: &mpsc::Receiver<News>) {
+    let mut check_lock: Option<Instant> = None;
     loop {
-        let next = quiesces.and_then(Quiesces::expire);
+        let next = [quiesces.and_then(Quiesces::expire), check_lock].into_iter().flatten().min();
         let heard = match next {
             Some(deadline) => news.recv_timeout(deadline.saturating_duration_since(Instant::now())),
             None => news.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected),
         };
         match heard {
-            Ok(News::Updated) => look_at_size(shared, notices),
-            Ok(News::StateChanged) => notices.state_changed(),
-            Ok(News::Quiesce) | Err(mpsc::RecvTimeoutError::Timeout) => {}
+            Ok(News::Updated) => {
+                check_lock = shared.lock.check(shared);
+                look_at_size(shared, notices);
+            }
+            Ok(News::StateChanged) => {
+                notices.state_changed();
+                if shared.trouble.is_locked_out() {
+                    check_lock = shared.lock.check(shared);
+                }
+            }
+            Ok(News::Quiesce) | Err(mpsc::RecvTimeoutError::Timeout) => {
+                if check_lock.is_some_and(|due| due <= Instant::now()) {
+                    check_lock = shared.lock.check(shared);
+                }
+            }
             Ok(News::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
         }
     }

@@ -2,20 +2,25 @@
 //! migration hands it over.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::attempt::{Attempt, Progress};
 use super::takeover::StateFile;
-use super::{Errno, Shared, queue};
+use super::{Errno, RbdLock, Shared, queue};
 
 /// Whether we use the lock, and have it.
 pub(super) struct Lock {
-    /// It is taken while a guest uses the image.
-    wanted: bool,
+    /// It is taken while a guest uses the image and the image has the feature.
+    pub(super) wanted: bool,
+    /// A guest's writes need it.
+    pub(super) required: bool,
+    /// The image had the feature exclusive-lock when it was looked at last.
+    pub(super) feature: AtomicBool,
     file: Option<StateFile>,
-    state: Mutex<State>,
+    pub(super) state: Mutex<State>,
 }
 
 /// librbd tells all who have the image open that it took the lock, waits so long for their answers, and releases the lock
@@ -24,9 +29,12 @@ pub(super) struct Lock {
 const TELLING: Duration = Duration::from_millis(5200);
 
 #[derive(Default)]
-struct State {
-    active: bool,
-    held: bool,
+pub(super) struct State {
+    /// A guest, a hold or a copy uses the image.
+    pub(super) active: bool,
+    pub(super) held: bool,
+    /// How many checks in a row found that another client has the lock, while we are active.
+    pub(super) lost_to_another: u32,
     /// When it was taken.
     since: Option<Instant>,
     /// Who had the lock at the last try.
@@ -35,8 +43,14 @@ struct State {
 }
 
 impl Lock {
-    pub(super) fn new(wanted: bool, file: Option<StateFile>) -> Self {
-        Lock { wanted, file, state: Mutex::default() }
+    pub(super) fn new(wanted: bool, choice: RbdLock, file: Option<StateFile>) -> Self {
+        let required = wanted && choice == RbdLock::Exclusive;
+        Lock { wanted, required, feature: AtomicBool::new(wanted), file, state: Mutex::default() }
+    }
+
+    /// The image has the feature, and the lock is taken while the image is used.
+    fn can_be_held(&self) -> bool {
+        self.wanted && self.feature.load(Ordering::Acquire)
     }
 
     /// Returns when the lock can be released without a wait.
@@ -61,16 +75,16 @@ impl Lock {
 
     /// It is taken while the image is used.
     pub(super) fn is_used(&self) -> bool {
-        self.wanted
+        self.can_be_held()
     }
 
     /// One word for the status.
     pub(super) fn status(&self) -> &'static str {
         // Not for long: it is only held while the lock is asked for. The status must not wait for that.
         match self.state.try_lock() {
-            _ if !self.wanted => "none",
+            _ if !self.can_be_held() => "none",
             Ok(state) if state.held => "held",
-            Ok(state) if state.attempt.is_some() => "waiting",
+            Ok(state) if state.attempt.is_some() || state.active => "waiting",
             Ok(_) => "released",
             Err(_) => "waiting",
         }
@@ -83,21 +97,38 @@ impl Lock {
             return Ok(());
         }
         shared.check_usable().map_err(|_| refused(shared, "this client was fenced"))?;
-        if self.wanted && !state.held {
+        state.lost_to_another = 0;
+        self.look_at_feature(shared, &mut state)
+            .map_err(|errno| refused(shared, &format!("its features cannot be read: {}", super::io_error(errno))))?;
+        if self.required && !self.can_be_held() {
+            return Err(refused(
+                shared,
+                "its feature exclusive-lock was disabled, which --rbd-lock exclusive needs: enable it again (rbd \
+                 feature enable)",
+            ));
+        }
+        if self.can_be_held() && !state.held {
             if state.attempt.is_none() {
                 self.break_dead_owner(shared);
             }
-            take(shared, &mut state)?;
-            state.held = true;
-            state.since = Some(Instant::now());
-            self.sign(shared);
-            shared.trouble.is_writable_again(&shared.news);
+            self.acquire(shared, &mut state)?;
         }
         if let Err(errno) = shared.image.invalidate_cache() {
             shared.heed(Err(errno));
             return Err(refused(shared, &format!("its cache cannot be emptied: {}", super::io_error(errno))));
         }
         state.active = true;
+        Ok(())
+    }
+
+    /// Takes the lock, or says why not yet.
+    pub(super) fn acquire(&self, shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
+        take(shared, state)?;
+        state.held = true;
+        state.lost_to_another = 0;
+        state.since = Some(Instant::now());
+        self.sign(shared);
+        shared.trouble.locked_again(&shared.news);
         Ok(())
     }
 

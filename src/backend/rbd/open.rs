@@ -212,7 +212,7 @@ fn lock_of(image: &Image, options: &RbdOptions, read_only: bool) -> Result<Lock,
     let file = options.state_file.as_deref().filter(|_| wanted);
     let open = if options.lock_later { StateFile::open_unlocked } else { StateFile::open };
     let file = file.map(|path| open(path, &name.to_string())).transpose().map_err(OpenError)?;
-    Ok(Lock::new(wanted, file))
+    Ok(Lock::new(wanted, options.lock, file))
 }
 
 /// The file's content, but for a line's end.

@@ -66,12 +66,13 @@ impl IoQueue for RbdQueue {
         }
         self.in_flight += 1;
         let is_sync = matches!(op, Op::Sync);
+        let changes = !matches!(op, Op::Sync | Op::Read { .. });
         let verdict = match range(&op) {
             // librbd cuts a write off at the image's end and calls that a success.
             Some((offset, len)) => self.shared.check_range(offset, len),
             None => self.shared.check_sync(),
         };
-        if let Err(errno) = verdict.and_then(|()| self.shared.check_usable()) {
+        if let Err(errno) = verdict.and_then(|()| self.shared.trouble.check(changes)) {
             let buf = if let Op::Read { buf, .. } | Op::Write { buf, .. } = op { Some(buf) } else { None };
             self.refused.push(Completion { id, result: Err(errno), buf });
             return Ok(());
@@ -79,7 +80,7 @@ impl IoQueue for RbdQueue {
         if is_sync {
             self.shared.flushes();
             self.syncs.push(id);
-        } else if !matches!(op, Op::Read { .. }) {
+        } else if changes {
             self.changes = true;
         }
         if let Err(completion) = aio::start(&self.shared.image, &self.inbox, op, id, !self.shared.zeroes_may_unmap) {

@@ -1,73 +1,129 @@
 //! Why an image cannot be used as it should.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc;
 
 use super::keeper::News;
+use super::{Errno, queue};
+
+/// Shut out of the cluster, for good.
+const FENCED: u8 = 1;
+/// This client does not have the lock that writes need.
+const LOCKED_OUT: u8 = 2;
+/// The lock must be held and the image has no feature exclusive-lock any more.
+const UNLOCKABLE: u8 = 4;
 
 /// The image's trouble, if it is in one. Asked for every op, so its answers cost a load.
 #[derive(Default)]
 pub(super) struct Trouble {
-    /// Shut out of the cluster, for good.
-    fenced: AtomicBool,
-    /// Another client has the lock.
-    locked_out: AtomicBool,
+    flags: AtomicU8,
 }
 
 impl Trouble {
+    fn has(&self, flag: u8) -> bool {
+        self.flags.load(Ordering::Acquire) & flag != 0
+    }
+
+    /// Sets a flag. Returns whether it was clear before.
+    fn set(&self, flag: u8) -> bool {
+        self.flags.fetch_or(flag, Ordering::AcqRel) & flag == 0
+    }
+
+    /// Clears flags. Returns whether one of them was set.
+    fn clear(&self, flags: u8) -> bool {
+        self.has(flags) && self.flags.fetch_and(!flags, Ordering::AcqRel) & flags != 0
+    }
+
     pub(super) fn is_fenced(&self) -> bool {
-        self.fenced.load(Ordering::Acquire)
+        self.has(FENCED)
+    }
+
+    /// Whether writes are known to be refused for want of the lock.
+    pub(super) fn is_locked_out(&self) -> bool {
+        self.has(LOCKED_OUT | UNLOCKABLE)
+    }
+
+    /// Whether an op may be given to librbd. `changes`: it changes the image.
+    pub(super) fn check(&self, changes: bool) -> Result<(), Errno> {
+        match self.flags.load(Ordering::Acquire) {
+            0 => Ok(()),
+            flags if flags & FENCED != 0 => Err(queue::FENCED),
+            flags if changes && flags & UNLOCKABLE != 0 => Err(queue::LOCKED_OUT),
+            _ => Ok(()),
+        }
     }
 
     /// The cluster refuses us.
     pub(super) fn fenced(&self, image: &str, news: &mpsc::Sender<News>) {
-        if !self.fenced.swap(true, Ordering::AcqRel) {
-            log::error!("{image}: fenced: {}", FENCED.1);
+        if self.set(FENCED) {
+            log::error!("{image}: fenced: {}", FENCED_TEXT.1);
             tell(news);
         }
     }
 
-    /// A write was refused.
+    /// librbd refused a write, or another client was found to have the lock.
     pub(super) fn locked_out(&self, image: &str, news: &mpsc::Sender<News>) {
-        if !self.locked_out.swap(true, Ordering::AcqRel) {
-            log::error!("{image}: lock lost: {}", LOCKED_OUT.1);
+        if !self.has(UNLOCKABLE) && self.set(LOCKED_OUT) {
+            log::error!("{image}: lock lost: {}", LOCKED_OUT_TEXT.1);
             tell(news);
         }
     }
 
-    /// The lock was taken, or a flush went through.
+    /// The image has no feature exclusive-lock any more, and must not be written without it: from now on no op that
+    /// changes the image is given to librbd, which would carry it out.
+    pub(super) fn unlockable(&self, image: &str, news: &mpsc::Sender<News>) {
+        if self.set(UNLOCKABLE) {
+            log::error!("{image}: lock lost: {}", UNLOCKABLE_TEXT.1);
+            tell(news);
+        }
+    }
+
+    /// The lock was taken, or can be taken again before the image is used.
+    pub(super) fn locked_again(&self, news: &mpsc::Sender<News>) {
+        if self.clear(LOCKED_OUT | UNLOCKABLE) {
+            tell(news);
+        }
+    }
+
+    /// A flush went through.
     pub(super) fn is_writable_again(&self, news: &mpsc::Sender<News>) {
-        if self.locked_out.load(Ordering::Relaxed) && self.locked_out.swap(false, Ordering::AcqRel) {
+        if self.clear(LOCKED_OUT) {
             tell(news);
         }
     }
 
-    /// One word for programs, and the cause and the mend for people.
+    /// One word for programs, and the cause and the fix for people.
     pub(super) fn status(&self) -> Option<(String, String)> {
-        let (word, detail) = if self.is_fenced() {
-            FENCED
-        } else if self.locked_out.load(Ordering::Acquire) {
-            LOCKED_OUT
-        } else {
-            return None;
+        let (word, detail) = match self.flags.load(Ordering::Acquire) {
+            0 => return None,
+            flags if flags & FENCED != 0 => FENCED_TEXT,
+            flags if flags & UNLOCKABLE != 0 => UNLOCKABLE_TEXT,
+            _ => LOCKED_OUT_TEXT,
         };
         Some((word.to_string(), detail.to_string()))
     }
 }
 
-const FENCED: (&str, &str) = (
+const FENCED_TEXT: (&str, &str) = (
     "fenced",
     "the cluster has shut this client out (blocklisted): another client took the image over, or an operator did it. \
      Nothing more is read or written. If this disk is to have the image, end virtioblkd and start it again, and reset \
      the guest",
 );
-const LOCKED_OUT: (&str, &str) = (
+const LOCKED_OUT_TEXT: (&str, &str) = (
     "lock-lost",
-    "another client has the image's exclusive lock, so nothing is written. See who (rbd lock ls), and end it or this \
-     one",
+    "this client does not have the image's exclusive lock, so nothing is written. See which client has it (rbd lock \
+     ls), and end that one or this one",
+);
+const UNLOCKABLE_TEXT: (&str, &str) = (
+    "lock-lost",
+    "the image's feature exclusive-lock was disabled, so nothing keeps other hosts from writing it, and --rbd-lock \
+     exclusive allows no write without the lock. Enable it again (rbd feature enable IMAGE exclusive-lock): the lock is \
+     then taken again if no other client has it",
 );
 
-fn tell(news: &mpsc::Sender<News>) {
+/// For an event.
+pub(super) fn tell(news: &mpsc::Sender<News>) {
     // Nobody listens before notices are wanted and after they were stopped; the status has it.
     let _ = news.send(News::StateChanged);
 }

@@ -256,6 +256,8 @@ impl Service {
             return;
         }
         match (&state.trouble, &state.trouble_detail) {
+            // Something else changed.
+            (trouble, _) if *trouble == self.image_state.trouble => {}
             (Some(trouble), detail) => log::error!("the image: {trouble}: {}", detail.as_deref().unwrap_or("")),
             (None, _) => log::info!("the image is well again"),
         }
