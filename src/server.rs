@@ -267,8 +267,8 @@ impl Server {
     /// The signal that came, if one did.
     fn signal(&mut self) -> Result<Option<Signal>, ServerError> {
         let signal = self.signals.next().map_err(|error| ServerError::System("cannot receive signals", error))?;
-        // A terminal that closes sends SIGHUP twice: that is not impatience.
-        if signal.is_some_and(|signal| signal != Signal::SIGHUP) {
+        // A terminal that closes sends SIGHUP twice, and the kernel SIGXCPU every second: that is not impatience.
+        if matches!(signal, Some(Signal::SIGTERM | Signal::SIGINT)) {
             self.asked += 1;
         }
         Ok(signal)

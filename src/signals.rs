@@ -3,12 +3,31 @@
 //! SIGTERM and SIGINT ask for an orderly end; a second one ends at once. SIGHUP asks for an orderly end too, as it does
 //! in QEMU, but never counts as the second: a terminal that closes sends it twice. Under nohup(1) it is ignored.
 //! SIGPIPE is ignored from the start, by Rust's runtime.
+//!
+//! The default action of most other signals ends the process, and a guest would lose its disk. So each of them has an
+//! answer here:
+//! - SIGXFSZ and SIGTTOU belong to a system call that fails or goes on by itself ([`SILENT`]): they have no effect.
+//! - SIGXCPU, SIGALRM and SIGVTALRM say that a time limit has passed ([`TIME_LIMITS`]): they ask for an orderly end.
+//! - SIGUSR1, SIGUSR2, SIGIO and SIGPWR mean nothing to this program ([`IGNORED`]): they are logged and ignored.
+//! - SIGQUIT and SIGABRT, which ask for a core dump, SIGPROF, which profilers use, the real-time signals and those of
+//!   faults keep their default action.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+/// A write beyond RLIMIT_FSIZE fails with EFBIG, and a write to a terminal by a background process succeeds, where the
+/// signal of each is blocked.
+const SILENT: [Signal; 2] = [Signal::SIGXFSZ, Signal::SIGTTOU];
+
+/// The soft limit of RLIMIT_CPU, or a timer that survived execve(2). The kernel repeats SIGXCPU every second, so these
+/// never count as a second signal.
+const TIME_LIMITS: [Signal; 3] = [Signal::SIGXCPU, Signal::SIGALRM, Signal::SIGVTALRM];
+
+/// Other programs rotate a log or report their progress on these; a sender may expect that here.
+const IGNORED: [Signal; 4] = [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGIO, Signal::SIGPWR];
 
 /// The signals' descriptor: readable when one came.
 pub struct Signals {
@@ -27,6 +46,8 @@ impl Signals {
         if !hangups_are_ignored() {
             set.add(Signal::SIGHUP);
         }
+        TIME_LIMITS.into_iter().chain(IGNORED).for_each(|signal| set.add(signal));
+        SILENT.into_iter().collect::<SigSet>().thread_block()?;
         set.thread_block()?;
         Ok(Signals { fd: SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)? })
     }
@@ -40,12 +61,16 @@ impl Signals {
         Ok(set.thread_unblock()?)
     }
 
-    /// The next signal that came, if any. Never blocks.
+    /// The next signal that came and asks for an end, if any. Never blocks.
     pub fn next(&self) -> io::Result<Option<Signal>> {
-        let Some(info) = self.fd.read_signal()? else {
-            return Ok(None);
-        };
-        Ok(Some(Signal::try_from(info.ssi_signo as i32)?))
+        while let Some(info) = self.fd.read_signal()? {
+            let signal = Signal::try_from(info.ssi_signo as i32)?;
+            if !IGNORED.contains(&signal) {
+                return Ok(Some(signal));
+            }
+            log::info!("{signal} from process {} means nothing here and is ignored; SIGTERM ends", info.ssi_pid);
+        }
+        Ok(None)
     }
 }
 
@@ -71,6 +96,8 @@ fn ignored(status: &str, signal: Signal) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::signal::raise;
+
     use super::*;
 
     #[test]
@@ -80,6 +107,19 @@ mod tests {
         assert!(ignored(status, Signal::SIGPIPE));
         assert!(!ignored(status, Signal::SIGTERM));
         assert!(!ignored("", Signal::SIGHUP));
+    }
+
+    #[test]
+    fn each_signal_ends_in_order_or_is_ignored_or_has_no_effect() {
+        let signals = Signals::block().unwrap();
+        for signal in SILENT.into_iter().chain(IGNORED) {
+            raise(signal).unwrap();
+            assert_eq!(signals.next().unwrap(), None, "{signal}");
+        }
+        for signal in TIME_LIMITS.into_iter().chain([Signal::SIGTERM, Signal::SIGINT]) {
+            raise(signal).unwrap();
+            assert_eq!(signals.next().unwrap(), Some(signal));
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use driver::{ALL, Driver};
 use rustix::process::{Resource, Rlimit, setrlimit};
+use virtioblkd::engine::CacheMode;
 
 /// The program on an image of its own, its socket and its command.
 fn program(dir: &Path) -> Command {
@@ -128,4 +129,34 @@ fn no_more_queues_are_offered_than_there_are_descriptors_for() {
     let log = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success() && log.contains("4 queues are offered instead of 256"), "{log}");
     assert!(log.contains("RLIMIT_NOFILE") && !log.contains("error:"), "{log}");
+}
+
+/// A write beyond the limit of a file's size fails as EFBIG. The signal of it would end the program, and with it every
+/// disk that an unlimited front-end still holds open.
+#[test]
+fn a_limit_of_the_files_size_fails_the_write_and_nothing_else() {
+    const LIMIT: u64 = 1 << 19;
+    for mode in CacheMode::ALL {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = program(dir.path());
+        command.args(["--cache", &mode.to_string()]);
+        let small = Rlimit { current: Some(LIMIT), maximum: Some(LIMIT) };
+        // SAFETY: between fork and exec only setrlimit(2) is called, and nothing is allocated.
+        unsafe { command.pre_exec(move || Ok(setrlimit(Resource::Fsize, small)?)) };
+        let child = command.spawn().unwrap();
+        let mut guest = Driver::connect_soon(&dir.path().join("s"), 1, 16, 1 << 19, ALL);
+        // Small and large: by a call of the ring's thread, and through io_uring.
+        for len in [4096, 1 << 18, (1 << 18) + 4096] {
+            assert_eq!(guest.one(0, |guest, id| guest.write(0, 0, 0, len, id)), 0, "{mode}: {len} bytes below");
+            assert_eq!(guest.one(0, |guest, id| guest.write(0, LIMIT, 0, len, id)), -libc::EIO, "{mode}: {len} bytes");
+            assert_eq!(guest.one(0, |guest, id| guest.read(0, LIMIT, 0, len, id)), 0, "{mode}: reads have no limit");
+        }
+        guest.one(0, |guest, id| guest.write_zeroes(0, LIMIT, 4096, false, id));
+        assert_eq!(guest.one(0, |guest, id| guest.write(0, 0, 0, 512, id)), 0, "{mode}: it serves on");
+        drop(guest);
+        rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::TERM).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let log = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success() && log.contains("File too large"), "{mode}: {log}");
+    }
 }
