@@ -1,6 +1,7 @@
 //! UNSAFE. One read or write by a plain system call, in the caller's thread.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use super::{Errno, IoBuf};
@@ -8,23 +9,23 @@ use super::{Errno, IoBuf};
 /// iovecs in one call (UIO_MAXIOV).
 const MOST_IOVECS: usize = 1024;
 
-/// preadv2(2) or pwritev2(2) of `buf` from its byte `from` on, at `offset` of the file; pread(2) or pwrite(2) where they
-/// do. Returns the bytes moved, which may be fewer than the buffer has. `scratch` is for the iovecs, if a list has to be
+/// preadv2(2) or pwritev2(2) of these bytes of `buf`, at `offset` of the file; pread(2) or pwrite(2) where they do.
+/// Returns the bytes moved, which may be fewer than were asked for. `scratch` is for the iovecs, if a list has to be
 /// made.
 pub(super) fn transfer(
     file: BorrowedFd<'_>,
     write: bool,
     buf: &IoBuf,
-    from: usize,
+    range: Range<usize>,
     offset: u64,
     flags: i32,
     scratch: &mut Vec<libc::iovec>,
 ) -> Result<usize, Errno> {
-    let iovecs = if from == 0 && buf.iovecs().len() <= MOST_IOVECS {
+    let iovecs = if range == (0..buf.len()) && buf.iovecs().len() <= MOST_IOVECS {
         buf.iovecs()
     } else {
         scratch.clear();
-        buf.push_range(from, buf.len() - from, scratch);
+        buf.push_range(range.start, range.len(), scratch);
         scratch.truncate(MOST_IOVECS);
         scratch
     };

@@ -26,9 +26,10 @@ pub use open::OpenError;
 
 use super::latch::Latch;
 use super::pool::Depot;
+use super::uring::Submission;
 use super::{Backend, BufferUse, DurableWrite, Errno, Geometry, IoQueue};
 use crate::engine::CachePolicy;
-use geometry::Alignment;
+use geometry::{Alignment, Storage};
 use queue::FileQueue;
 use ranged::Unable;
 use rmw::RangeLocks;
@@ -130,6 +131,8 @@ struct Shared {
     unsynced: Unsynced,
     /// What may be done in a queue's own thread.
     medium: immediate::Medium,
+    /// Who begins what a queue's ring is given.
+    submission: Submission,
     unable: Unable,
     ranges: Arc<RangeLocks>,
     locking: Locking,
@@ -182,10 +185,14 @@ impl FileBackend {
             memory: options.memory.clone(),
             latch: Latch::default(),
             unsynced: Unsynced::default(),
-            medium: match (direct, medium.in_memory) {
+            medium: match (direct, medium.storage) {
                 (true, _) => immediate::Medium::Device,
-                (false, false) => immediate::Medium::Cache,
-                (false, true) => immediate::Medium::Memory,
+                (false, Storage::Local | Storage::Elsewhere) => immediate::Medium::Cache,
+                (false, Storage::Memory) => immediate::Medium::Memory,
+            },
+            submission: match medium.storage {
+                Storage::Memory | Storage::Local => Submission::Inline,
+                Storage::Elsewhere => Submission::Worker,
             },
             unable: Unable::default(),
             ranges: Arc::default(),
@@ -373,7 +380,8 @@ mod tests {
         let mut queue = backend.unwrap().open_queue(4).unwrap();
         assert_eq!(at_once(&mut *queue, write()), Some(Ok(())));
         let part = IoBuf::owned(4096, 4096, 0);
-        let asked = call::transfer(file.as_file().as_fd(), false, &part, 0, 4096, libc::RWF_NOWAIT, &mut Vec::new());
+        let asked =
+            call::transfer(file.as_file().as_fd(), false, &part, 0..512, 4096, libc::RWF_NOWAIT, &mut Vec::new());
         if asked == Err(Errno(libc::EOPNOTSUPP)) {
             return eprintln!("SKIPPED: reads of {} do not know RWF_NOWAIT", file.path().display());
         }

@@ -1,7 +1,12 @@
 //! UNSAFE. One io_uring: commands on one file in a slab until their completion, and eventfds that wake its owner.
 //!
-//! Knows transfers, not requests: short ones go on by themselves, EINTR and EAGAIN are retried, everything else comes
+//! Knows transfers, not requests: short reads go on by themselves, EINTR and EAGAIN are retried, everything else comes
 //! back to the owner once, with the owner's note (`J`) that went in with it.
+//!
+//! A short write comes back for plain calls, and what the kernel says of it counts for nothing. io_write in the kernel's
+//! io_uring/rw.c goes on by itself with a write of which the file system took a part, and reports EAGAIN if that ends
+//! in a part, too, without the bytes that were stored. And over FUSE it may go on from the wrong byte of the buffer:
+//! fuse_perform_write in fs/fuse/file.c has advanced past more than was stored.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -41,9 +46,18 @@ pub(super) struct Transfer {
     pub(super) len: usize,
 }
 
+/// Which thread begins a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Submission {
+    /// The one that submits it. Where the file system would wait, a kernel worker goes on.
+    Inline,
+    /// A kernel worker, for file systems that wait in spite of IOCB_NOWAIT.
+    Worker,
+}
+
 /// What came out of the ring.
 pub(super) enum Event<J> {
-    /// A command is over; `Ok` means all of it.
+    /// A command is over; `Ok` means all of it. What is left of a transfer with EAGAIN is to be made by plain calls.
     Finished(J, Command, Result<(), Errno>),
     /// A watched eventfd was written to.
     Fired(u32),
@@ -56,6 +70,7 @@ pub(super) struct Ring<J> {
     slots: Vec<Option<Active<J>>>,
     free: Vec<usize>,
     watches: Vec<Watch>,
+    submission: Submission,
     /// Entries in the submission queue that the kernel has not been shown.
     unsubmitted: bool,
     _thread: PhantomData<*mut ()>,
@@ -66,6 +81,8 @@ struct Active<J> {
     command: Command,
     /// Bytes transferred so far.
     done: usize,
+    /// Bytes that the kernel was asked for last.
+    asked: usize,
     /// The iovecs of what is left, when that is not simply all of the buffer.
     rest: Vec<libc::iovec>,
     retries: u32,
@@ -88,7 +105,7 @@ const FILE: types::Fixed = types::Fixed(0);
 /// iovecs in one call (UIO_MAXIOV).
 const MOST_IOVECS: usize = 1024;
 
-/// EINTR and EAGAIN in a row on one command before it is given up.
+/// EINTR in a row on one command, or EAGAIN on one that is no transfer, before it is given up.
 const MOST_RETRIES: u32 = 1000;
 
 /// Proves at start, before a guest waits, that queues can be made later. Errors: as [`Ring::new`].
@@ -155,7 +172,7 @@ fn explain(error: io::Error) -> io::Error {
 impl<J> Ring<J> {
     /// A ring for at most `depth` commands at once on `file`, which the caller keeps open for longer than the ring.
     /// Call it in the thread that will use the ring. Errors name the cause and the mend.
-    pub(super) fn new(depth: usize, file: BorrowedFd<'_>) -> io::Result<Self> {
+    pub(super) fn new(depth: usize, file: BorrowedFd<'_>, submission: Submission) -> io::Result<Self> {
         // Every command and every watch has at most one entry that is not submitted: the queue cannot overflow.
         let entries = u32::try_from(depth + MOST_WATCHES).expect("a queue's depth is small").next_power_of_two();
         let ring = build(entries)?;
@@ -169,6 +186,7 @@ impl<J> Ring<J> {
             slots: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
             watches: Vec::new(),
+            submission,
             unsubmitted: false,
             _thread: PhantomData,
         })
@@ -177,7 +195,7 @@ impl<J> Ring<J> {
     /// Queues a command; `enter` starts it. The caller has at most `depth` in here at once.
     pub(super) fn start(&mut self, command: Command, job: J) {
         let slot = self.free.pop().expect("the caller counts");
-        self.slots[slot] = Some(Active { job, command, done: 0, rest: Vec::new(), retries: 0 });
+        self.slots[slot] = Some(Active { job, command, done: 0, asked: 0, rest: Vec::new(), retries: 0 });
         self.queue(slot);
     }
 
@@ -255,7 +273,7 @@ impl<J> Ring<J> {
 
     fn queue(&mut self, slot: usize) {
         let active = self.slots[slot].as_mut().expect("the slot was just filled or looked at");
-        let entry = active.entry(FILE).user_data(slot as u64);
+        let entry = active.entry(FILE, self.submission).user_data(slot as u64);
         self.queue_entry(&entry);
     }
 
@@ -301,6 +319,10 @@ impl<J> Active<J> {
     /// Decides what a completion means. A transfer that moved nothing will never end: inside the image a read that
     /// returns 0 means that the file was cut short under us.
     fn after(&mut self, result: i32) -> After {
+        // A kernel worker has tried it.
+        if result == -libc::EAGAIN && self.retries > 0 && self.leave_rest() {
+            return After::Over(Err(Errno(libc::EAGAIN)));
+        }
         if result == -libc::EINTR || result == -libc::EAGAIN {
             self.retries += 1;
             return if self.retries < MOST_RETRIES { After::Again } else { After::Over(Err(Errno(libc::EIO))) };
@@ -313,6 +335,10 @@ impl<J> Active<J> {
         };
         let left = transfer.len - self.done;
         match result as usize {
+            moved if transfer.write && moved < self.asked => {
+                self.leave_rest();
+                After::Over(Err(Errno(libc::EAGAIN)))
+            }
             moved if moved == left => After::Over(Ok(())),
             moved if moved == 0 || moved > left => After::Over(Err(Errno(libc::EIO))),
             moved => {
@@ -323,9 +349,20 @@ impl<J> Active<J> {
         }
     }
 
-    fn entry(&mut self, file: types::Fixed) -> squeue::Entry {
+    /// Takes what was moved off the command. Whether it is a transfer.
+    fn leave_rest(&mut self) -> bool {
+        let Command::Transfer(transfer) = &mut self.command else { return false };
+        let done = std::mem::take(&mut self.done);
+        transfer.offset += done as u64;
+        transfer.from += done;
+        transfer.len -= done;
+        true
+    }
+
+    fn entry(&mut self, file: types::Fixed, submission: Submission) -> squeue::Entry {
         // A retry runs in a kernel worker, where it may sleep instead of spinning here.
-        let flags = if self.retries > 0 { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        let by_worker = self.retries > 0 || submission == Submission::Worker;
+        let flags = if by_worker { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
         let entry = match &self.command {
             Command::Sync => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
             Command::Fallocate { mode, offset, len } => {
@@ -342,7 +379,9 @@ impl<J> Active<J> {
                     self.rest.truncate(MOST_IOVECS);
                     &self.rest
                 };
-                transfer.entry(file, iovecs, transfer.offset + self.done as u64)
+                let (entry, asked) = transfer.entry(file, iovecs, transfer.offset + self.done as u64);
+                self.asked = asked;
+                entry
             }
         };
         entry.flags(flags)
@@ -350,9 +389,16 @@ impl<J> Active<J> {
 }
 
 impl Transfer {
-    fn entry(&self, file: types::Fixed, iovecs: &[libc::iovec], offset: u64) -> squeue::Entry {
+    /// And the bytes that it asks for.
+    fn entry(&self, file: types::Fixed, iovecs: &[libc::iovec], offset: u64) -> (squeue::Entry, usize) {
         let flags = if self.durable { libc::RWF_DSYNC } else { 0 };
-        match (iovecs, self.write) {
+        let asked = match iovecs {
+            [one] => clamp(one.iov_len) as usize,
+            // All of the buffer: its sum is known.
+            all if std::ptr::eq(all, self.buf.iovecs()) => self.buf.len(),
+            some => some.iter().map(|part| part.iov_len).sum(),
+        };
+        let entry = match (iovecs, self.write) {
             // One part needs no list to be copied in. A length over u32 is cut and goes on as a short transfer.
             ([one], true) => {
                 opcode::Write::new(file, one.iov_base.cast(), clamp(one.iov_len)).offset(offset).rw_flags(flags).build()
@@ -362,7 +408,8 @@ impl Transfer {
                 opcode::Writev::new(file, many.as_ptr(), many.len() as u32).offset(offset).rw_flags(flags).build()
             }
             (many, false) => opcode::Readv::new(file, many.as_ptr(), many.len() as u32).offset(offset).build(),
-        }
+        };
+        (entry, asked)
     }
 }
 
@@ -394,13 +441,31 @@ mod tests {
         let transfer =
             Transfer { write: false, durable: false, offset: 0, buf: IoBuf::owned(8192, 512, 0), from: 0, len: 8192 };
         let command = Command::Transfer(transfer);
-        let mut active = Active { job: (), command, done: 0, rest: Vec::new(), retries: 0 };
+        let mut active = Active { job: (), command, done: 0, asked: 0, rest: Vec::new(), retries: 0 };
         assert!(matches!(active.after(512), After::Again));
         assert!(matches!(active.after(-libc::EINTR), After::Again));
-        assert!(matches!(active.after(-libc::EAGAIN), After::Again));
         assert!(matches!(active.after(0), After::Over(Err(Errno(libc::EIO)))), "nothing moved: it never will");
         assert!(matches!(active.after(-libc::ENOSPC), After::Over(Err(Errno(libc::ENOSPC)))));
         assert!(matches!(active.after(8192), After::Over(Err(Errno(libc::EIO)))), "more than was asked");
-        assert!(matches!(active.after(7680), After::Over(Ok(()))));
+        assert!(matches!(active.after(512), After::Again));
+        assert!(matches!(active.after(-libc::EAGAIN), After::Again), "a kernel worker may wait for it");
+        assert!(matches!(active.after(7168), After::Over(Ok(()))));
+    }
+
+    #[test]
+    fn a_short_write_comes_back_for_plain_calls_from_where_the_last_whole_one_ended() {
+        for result in [0, 512, -libc::EAGAIN] {
+            let buf = IoBuf::owned(8192, 512, 0);
+            let transfer = Transfer { write: true, durable: false, offset: 4096, buf, from: 0, len: 8192 };
+            let command = Command::Transfer(transfer);
+            let mut active = Active { job: (), command, done: 0, asked: 4096, rest: Vec::new(), retries: 0 };
+            assert!(matches!(active.after(4096), After::Again), "the rest of more iovecs than one call takes");
+            if result < 0 {
+                assert!(matches!(active.after(result), After::Again), "a kernel worker may wait");
+            }
+            assert!(matches!(active.after(result), After::Over(Err(Errno(libc::EAGAIN)))));
+            let Command::Transfer(transfer) = active.command else { unreachable!("it is one") };
+            assert_eq!((transfer.offset, transfer.from, transfer.len), (8192, 4096, 4096));
+        }
     }
 }

@@ -32,6 +32,8 @@ struct State {
     read: Option<u64>,
     /// Syncs wait.
     sync: bool,
+    /// Bytes that one write stores at most.
+    most_written: usize,
     waiting: Vec<Waiting>,
 }
 
@@ -56,10 +58,15 @@ pub struct Stalling {
 impl Stalling {
     /// Mounts one. Its file has this content.
     pub fn mount(content: Vec<u8>) -> Result<Stalling, Unable> {
+        Self::with_most_written(content, usize::MAX)
+    }
+
+    /// Mounts one of which a write stores so many bytes at most.
+    pub fn with_most_written(content: Vec<u8>, most_written: usize) -> Result<Stalling, Unable> {
         if !rustix::process::geteuid().is_root() {
             return Err(Unable("only root may mount a filesystem".into()));
         }
-        let state = Arc::new(Mutex::new(State { content, read: None, sync: false, waiting: Vec::new() }));
+        let state = Arc::new(Mutex::new(State { content, read: None, sync: false, most_written, waiting: Vec::new() }));
         let dir = tempfile::tempdir().expect("a directory to mount on");
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("stalling".into())];
@@ -160,11 +167,12 @@ impl Tree {
 
 impl Filesystem for Tree {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // As libfuse has it by default. Without, Linux makes an O_DIRECT read of io_uring wait in the thread that
-        // submits it.
-        config
-            .add_capabilities(InitFlags::FUSE_ASYNC_DIO)
-            .map_err(|lacking| io::Error::other(format!("the kernel lacks {lacking:?}")))?;
+        // As libfuse has it by default. With it, Linux makes an error of a short write.
+        if self.lock().most_written == usize::MAX {
+            config
+                .add_capabilities(InitFlags::FUSE_ASYNC_DIO)
+                .map_err(|lacking| io::Error::other(format!("the kernel lacks {lacking:?}")))?;
+        }
         // No read of a neighbour may touch the byte that waits. A page is the least, and what a reader asks for anyway.
         config.set_max_readahead(4096).map(drop).map_err(|least| io::Error::other(format!("readahead of {least}")))
     }
@@ -220,6 +228,7 @@ impl Filesystem for Tree {
         reply: ReplyWrite,
     ) {
         let mut state = self.lock();
+        let data = &data[..data.len().min(state.most_written)];
         let Some(room) = state.content.get_mut(offset as usize..offset as usize + data.len()) else {
             return reply.error(Errno::ENOSPC);
         };

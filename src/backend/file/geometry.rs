@@ -48,8 +48,19 @@ pub(super) struct Medium {
     pub(super) discard: Option<RangeLimits>,
     pub(super) write_zeroes: RangeLimits,
     pub(super) zeroes_may_unmap: bool,
-    /// No storage behind it: nothing sleeps, unless it was swapped out.
-    pub(super) in_memory: bool,
+    pub(super) storage: Storage,
+}
+
+/// What a transfer of a file waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Storage {
+    /// Nothing, unless it was swapped out.
+    Memory,
+    /// A device of this host, by a file system that does not wait where it is asked not to.
+    Local,
+    /// Another process or host (FUSE, NFS and others), or a file system that is not known: it may wait for that at any
+    /// call, also where it is asked not to.
+    Elsewhere,
 }
 
 /// Asks the kernel about a regular file.
@@ -78,7 +89,7 @@ pub(super) fn of_file(fd: BorrowedFd<'_>) -> io::Result<Medium> {
         discard: Some(RangeLimits { max_bytes: MOST_DISCARD, granularity: block }),
         write_zeroes: RangeLimits { max_bytes: MOST_ZEROES, granularity: block },
         zeroes_may_unmap: true,
-        in_memory: is_in_memory(fd)?,
+        storage: storage_of(fd)?,
     })
 }
 
@@ -106,16 +117,28 @@ pub(super) fn of_device(fd: BorrowedFd<'_>) -> io::Result<Medium> {
         discard: (most_discard > 0).then_some(RangeLimits { max_bytes: MOST_DISCARD, granularity }),
         write_zeroes: RangeLimits { max_bytes: most_zeroes, granularity: sector },
         zeroes_may_unmap: most_discard > 0 && native_zeroes > 0,
-        in_memory: false,
+        storage: Storage::Local,
     })
 }
 
-/// Whether a file lives in tmpfs or ramfs.
-fn is_in_memory(fd: BorrowedFd<'_>) -> io::Result<bool> {
-    // linux/magic.h
-    const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
-    const RAMFS_MAGIC: rustix::fs::FsWord = 0x8584_58f6;
-    Ok(matches!(rustix::fs::fstatfs(fd)?.f_type, TMPFS_MAGIC | RAMFS_MAGIC))
+/// By the file system of a file.
+fn storage_of(fd: BorrowedFd<'_>) -> io::Result<Storage> {
+    use rustix::fs::FsWord;
+    // linux/magic.h; ZFS and bcachefs have theirs in their own headers.
+    const TMPFS_MAGIC: FsWord = 0x0102_1994;
+    const RAMFS_MAGIC: FsWord = 0x8584_58f6;
+    const EXT4_SUPER_MAGIC: FsWord = 0xef53;
+    const XFS_SUPER_MAGIC: FsWord = 0x5846_5342;
+    const BTRFS_SUPER_MAGIC: FsWord = 0x9123_683e;
+    const F2FS_SUPER_MAGIC: FsWord = 0xf2f5_2010;
+    const BCACHEFS_SUPER_MAGIC: FsWord = 0xca45_1a4e;
+    const ZFS_SUPER_MAGIC: FsWord = 0x2fc1_2fc1;
+    Ok(match rustix::fs::fstatfs(fd)?.f_type {
+        TMPFS_MAGIC | RAMFS_MAGIC => Storage::Memory,
+        EXT4_SUPER_MAGIC | XFS_SUPER_MAGIC | BTRFS_SUPER_MAGIC | F2FS_SUPER_MAGIC | BCACHEFS_SUPER_MAGIC
+        | ZFS_SUPER_MAGIC => Storage::Local,
+        _ => Storage::Elsewhere,
+    })
 }
 
 /// statx(2) of an open file.

@@ -154,7 +154,7 @@ impl Immediate {
         offset: u64,
         flags: i32,
     ) -> Result<usize, Errno> {
-        call::transfer(file, write, buf, 0, offset, flags, &mut self.scratch)
+        call::transfer(file, write, buf, 0..buf.len(), offset, flags, &mut self.scratch)
     }
 }
 

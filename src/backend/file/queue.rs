@@ -30,7 +30,7 @@ pub(super) struct FileQueue {
     ring: Ring<Job>,
     helper: Option<Helper>,
     /// With an open file description of its own, which remembers writeback errors for this queue.
-    file: OwnedFd,
+    file: Arc<OwnedFd>,
     immediate: Immediate,
     shared: Arc<Shared>,
     mailbox: Arc<Mailbox>,
@@ -72,13 +72,13 @@ enum Work {
 
 impl FileQueue {
     pub(super) fn open(shared: Arc<Shared>, file: OwnedFd, depth: usize) -> io::Result<Self> {
-        let mut ring = Ring::new(depth, file.as_fd())?;
+        let mut ring = Ring::new(depth, file.as_fd(), shared.submission)?;
         let mailbox = Arc::new(Mailbox::new()?);
         ring.watch(MAIL, mailbox.as_fd())?;
         Ok(FileQueue {
             ring,
             helper: None,
-            file,
+            file: Arc::new(file),
             immediate: Immediate::new(shared.medium),
             pool: Pool::new(shared.memory.clone(), shared.align.memory as usize),
             shared,
@@ -190,19 +190,41 @@ impl FileQueue {
     }
 
     fn discard_device(&mut self, mut job: Job, offset: u64, len: u64) {
+        if self.start_helper("a discard") {
+            let key = self.help(job);
+            self.helper.as_ref().expect("started just now").discard(key, offset, len);
+        } else {
+            job.work = Work::Whole;
+            self.finish(job, Err(Errno(libc::ENOMEM)), None);
+        }
+    }
+
+    /// The ring does not get a transfer done.
+    fn by_plain_calls(&mut self, job: Job, transfer: Transfer) {
+        if self.start_helper("a transfer") {
+            let key = self.help(job);
+            self.helper.as_ref().expect("started just now").transfer(key, transfer);
+        } else {
+            self.after(job, Command::Transfer(transfer), Err(Errno(libc::ENOMEM)));
+        }
+    }
+
+    /// Whether there is a helper thread.
+    fn start_helper(&mut self, what: &str) -> bool {
         if self.helper.is_none() {
-            match Helper::start(Arc::clone(&self.shared), Arc::clone(&self.mailbox)) {
+            match Helper::start(Arc::clone(&self.file), Arc::clone(&self.mailbox)) {
                 Ok(helper) => self.helper = Some(helper),
-                Err(error) => {
-                    log::error!("{}: no thread for a discard ({error})", self.shared.name);
-                    job.work = Work::Whole;
-                    return self.finish(job, Err(Errno(libc::ENOMEM)), None);
-                }
+                Err(error) => log::error!("{}: no thread for {what}: {error}; raise the limit", self.shared.name),
             }
         }
+        self.helper.is_some()
+    }
+
+    /// Keeps a job while the helper thread works on it, under the key returned.
+    fn help(&mut self, job: Job) -> u64 {
         self.last_key += 1;
         self.helped.insert(self.last_key, job);
-        self.helper.as_ref().expect("started just now").discard(self.last_key, offset, len);
+        self.last_key
     }
 
     /// A command came out of the ring: the op goes on, or is over.
@@ -245,7 +267,9 @@ impl FileQueue {
 
     /// The kernel refused a buffer that looked aligned: a filesystem that asks for more than it tells.
     fn bounce_after_all(&mut self, mut job: Job, transfer: Transfer) {
-        let Transfer { write, durable, offset, buf, .. } = transfer;
+        let Transfer { write, durable, offset, from, buf, .. } = transfer;
+        // All of it again, if some was moved.
+        let offset = offset - from as u64;
         let align = self.shared.align.offset;
         job.work = Work::Copied(Box::new(Copied::new((write, durable), offset, buf, align)));
         self.run(job, Step::Copy);
@@ -282,6 +306,9 @@ impl FileQueue {
     fn collect(&mut self) {
         while let Some(event) = self.ring.next_event() {
             match event {
+                Event::Finished(job, Command::Transfer(transfer), Err(Errno(libc::EAGAIN))) => {
+                    self.by_plain_calls(job, transfer);
+                }
                 Event::Finished(job, command, result) => self.after(job, command, result),
                 Event::Fired(KICK) => self.wakeups.kick = true,
                 Event::Fired(WAKE) => self.wakeups.wake = true,
@@ -306,6 +333,10 @@ impl FileQueue {
                     let Work::Ranged(ranged) = &mut job.work else { unreachable!("only a range is helped") };
                     let step = ranged.discarded(result, &self.shared);
                     self.run(job, step);
+                }
+                Mail::Transferred(key, transfer, result) => {
+                    let job = self.helped.remove(&key).expect("the helper answers each task once");
+                    self.after(job, Command::Transfer(transfer), result);
                 }
             }
         }
