@@ -21,6 +21,7 @@ use log::LevelFilter;
 use crate::backend::file::Locking;
 use crate::backend::rbd::RbdOptions;
 use crate::backend::stable::StableWrites;
+use crate::control::Access;
 use crate::engine::{CacheMode, OnError};
 use crate::sandbox::Level;
 use rbd::RbdArgs;
@@ -120,6 +121,8 @@ pub struct ControlSocket {
     pub path: PathBuf,
     /// Its permission bits.
     pub mode: u32,
+    /// What users beside root and the daemon's own may do, if the bits let them in.
+    pub others: Access,
 }
 
 /// What stands behind the disk.
@@ -215,9 +218,16 @@ struct Args {
     #[arg(long, value_name = "PATH")]
     control_path: Option<PathBuf>,
 
-    /// Permission bits of the control socket [default: 0600]
+    /// Permission bits of the control socket: who may connect can hold the disk still, copy it and make snapshots; see
+    /// --control-access. Only root and the daemon's user can take the guest over, end the daemon or cut the disk
+    /// [default: 0600]
     #[arg(long, value_name = "OCTAL", value_parser = values::mode)]
     control_mode: Option<Mode>,
+
+    /// What other users may do whom --control-mode lets in: operate (hold, copy, snapshot, continue, grow the disk) or
+    /// read-only (ask and watch) [default: operate]
+    #[arg(long, value_name = "operate|read-only", value_parser = values::control_access)]
+    control_access: Option<Access>,
 
     /// Most queues that a front-end may use, 1 to 256 [default: 256]
     #[arg(long, value_name = "N", value_parser = values::num_queues)]
@@ -365,11 +375,7 @@ impl Args {
     /// What one option alone cannot tell: what is missing, and what contradicts what.
     fn check(self) -> Result<Config, ConfigError> {
         self.check_paths_differ()?;
-        let control = match (self.control_path.clone(), self.control_mode) {
-            (Some(path), mode) => Some(ControlSocket { path, mode: mode.map_or(CONTROL_MODE, |mode| mode.0) }),
-            (None, None) => None,
-            (None, Some(_)) => return refuse("--control-mode needs --control-path"),
-        };
+        let control = self.control()?;
         Ok(Config {
             listen: self.listen()?,
             backend: self.backend()?,
@@ -392,6 +398,19 @@ impl Args {
             copy_dirs: self.copy_dir,
             take_over: self.take_over,
         })
+    }
+
+    fn control(&self) -> Result<Option<ControlSocket>, ConfigError> {
+        match &self.control_path {
+            Some(path) => Ok(Some(ControlSocket {
+                path: path.clone(),
+                mode: self.control_mode.map_or(CONTROL_MODE, |mode| mode.0),
+                others: self.control_access.unwrap_or_default(),
+            })),
+            None if self.control_mode.is_some() => refuse("--control-mode needs --control-path"),
+            None if self.control_access.is_some() => refuse("--control-access needs --control-path"),
+            None => Ok(None),
+        }
     }
 
     fn listen(&self) -> Result<Listen, ConfigError> {

@@ -48,6 +48,7 @@ fn help_names_every_option() {
         "--cache",
         "--control-path",
         "--control-mode",
+        "--control-access",
         "--num-queues",
         "--queue-size",
         "--serial",

@@ -85,6 +85,7 @@ fn every_option() {
         "--control-path",
         "/run/c.sock",
         "--control-mode=0660",
+        "--control-access=read-only",
         "--num-queues=4",
         "--queue-size",
         "128",
@@ -112,7 +113,7 @@ fn every_option() {
             backend: BackendKind::File("/d.img".into()),
             read_only: true,
             cache: CacheMode::Directsync,
-            control: Some(ControlSocket { path: "/run/c.sock".into(), mode: 0o660 }),
+            control: Some(ControlSocket { path: "/run/c.sock".into(), mode: 0o660, others: Access::ReadOnly }),
             num_queues: 4,
             queue_size: 128,
             serial: "disk one".into(),
@@ -296,6 +297,7 @@ fn a_wrong_value_is_named_with_its_option_and_what_is_allowed() {
         ("--socket-mode", "1777", "octal"),
         ("--socket-mode", "+660", "octal"),
         ("--control-mode", "rw", "octal"),
+        ("--control-access", "all", "operate or read-only"),
         ("--read-only", "yes", "true or false"),
         ("--rbd", "pool", "POOL/IMAGE"),
         ("--ceph-user", "client.admin", "without 'client.'"),
@@ -319,13 +321,14 @@ fn a_wrong_value_is_named_with_its_option_and_what_is_allowed() {
 
 #[test]
 fn what_is_missing_or_contradicts_is_said() {
-    let table: [(&[&str], &str); 12] = [
+    let table: [(&[&str], &str); 13] = [
         (&["--blk-file=/d"], "no socket given"),
         (&["--socket-path=/s"], "no image given"),
         (&["--socket-path=/s", "--fd=3", "--blk-file=/d"], "exclude each other"),
         (&["--fd=3", "--socket-mode=0600", "--blk-file=/d"], "its maker's"),
         (&["--fd=3", "--socket-group=kvm", "--blk-file=/d"], "its maker's"),
         (&["--fd=3", "--blk-file=/d", "--control-mode=0600"], "--control-path"),
+        (&["--fd=3", "--blk-file=/d", "--control-access=operate"], "--control-path"),
         (&["--socket-path=/s", "--blk-file=/s"], "both '/s'"),
         (&["--socket-path=/s", "--blk-file=/d", "--control-path=/s"], "both '/s'"),
         (&["--socket-path=/s", "--blk-file=/d", "--control-path=/c", "--pid-file=/c"], "both '/c'"),
@@ -359,6 +362,7 @@ fn the_file_says_the_same_in_the_same_words() {
         cache = "writethrough"
         control-path = "/run/c.sock"
         control-mode = "0660"
+        control-access = "read-only"
         num-queues = 4
         queue-size = 0x80
         serial = "disk one"
@@ -378,6 +382,7 @@ fn the_file_says_the_same_in_the_same_words() {
         "--cache=writethrough",
         "--control-path=/run/c.sock",
         "--control-mode=0660",
+        "--control-access=read-only",
         "--num-queues=4",
         "--queue-size=128",
         "--serial=disk one",

@@ -7,6 +7,7 @@ use log::LevelFilter;
 use crate::backend::file::Locking;
 use crate::backend::rbd::{Encryption, RbdLock, RbdName, RbdQuiesce};
 use crate::backend::stable::StableWrites;
+use crate::control::Access;
 use crate::engine::{CacheMode, OnError};
 use crate::sandbox::Level;
 
@@ -114,6 +115,10 @@ pub(super) fn quiesce_timeout(text: &str) -> Result<u64, String> {
         Ok(seconds) if (1..=45).contains(&seconds) => Ok(seconds),
         _ => Err("use a number of seconds from 1 to 45".to_string()),
     }
+}
+
+pub(super) fn control_access(text: &str) -> Result<Access, String> {
+    text.parse()
 }
 
 pub(super) fn sandbox(text: &str) -> Result<Level, String> {

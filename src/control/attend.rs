@@ -261,6 +261,7 @@ fn not_attending() -> Error {
 
 #[cfg(test)]
 mod tests {
+    use super::super::access::Access;
     use super::super::proto::parse;
     use super::*;
 
@@ -365,10 +366,10 @@ mod tests {
             ("unattend", json!({"id": 1}), "unattend"),
         ] {
             let request = json!({"execute": command, "arguments": arguments});
-            let error = parse(request, true).command.unwrap_err();
+            let error = parse(request, true, Access::All).command.unwrap_err();
             assert!(error.code == "bad-argument" && error.desc.contains(words), "{command} {arguments}: {error:?}");
         }
         let attend = AttendCommand::Attend { required: true, patience: 10 * S, who: None };
-        assert_eq!(parse(json!({"execute": "attend"}), true).command, Ok(Command::Attend(attend)));
+        assert_eq!(parse(json!({"execute": "attend"}), true, Access::All).command, Ok(Command::Attend(attend)));
     }
 }

@@ -169,11 +169,12 @@ fn refused(error: CopyError) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use super::super::access::Access;
     use super::super::proto::parse;
     use super::*;
 
     fn ask(command: &str, arguments: Value) -> Result<Command, Error> {
-        parse(json!({"execute": command, "arguments": arguments}), true).command
+        parse(json!({"execute": command, "arguments": arguments}), true, Access::All).command
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! `peer` and `socket` move the bytes, `inbox` brings what the image's store says. The commands, their arguments, the
 //! events and the error codes are listed at the head of [`proto`].
 
+mod access;
 mod attend;
 mod copies;
 mod creds;
@@ -18,6 +19,7 @@ mod socket;
 pub mod stream;
 mod words;
 
+pub use access::{Access, is_trusted};
 pub use attend::AttendCommand;
 pub use copies::CopyCommand;
 pub use creds::Credentials;

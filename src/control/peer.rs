@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 use serde_json::Value;
 
+use super::access::Access;
 use super::creds::Credentials;
 use super::quiesce::PeerId;
 use super::stream::{Decoder, Garbage};
@@ -27,6 +28,8 @@ const PER_SECOND: u32 = 200;
 pub(super) struct Peer {
     pub(super) id: PeerId,
     pub(super) credentials: Credentials,
+    /// Commands that the client may use.
+    pub(super) access: Access,
     /// `qmp_capabilities` was answered.
     pub(super) negotiated: bool,
     /// Connected when.
@@ -50,11 +53,17 @@ pub(super) struct Peer {
 
 impl Peer {
     /// Takes a connection. Errors: it cannot be made non-blocking.
-    pub(super) fn new(id: PeerId, stream: UnixStream, credentials: Credentials, now: Instant) -> io::Result<Self> {
+    pub(super) fn new(
+        id: PeerId,
+        stream: UnixStream,
+        (credentials, access): (Credentials, Access),
+        now: Instant,
+    ) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Peer {
             id,
             credentials,
+            access,
             negotiated: false,
             since: now,
             stream,

@@ -8,7 +8,7 @@
 //! | command | arguments (default) | returns |
 //! | --- | --- | --- |
 //! | `qmp_capabilities` | `enable` (`[]`) | nothing |
-//! | `query-commands` | | the commands' names |
+//! | `query-commands` | | the names of the commands that this client may use |
 //! | `query-version` | | the greeting's version |
 //! | `quiesce` | `timeout-ms` (10000), `lease-ms` (30000), `detached` (false), `who` | `token`, `epoch`, `rings`, `drained`, `drain-us`, `sync-us`, `bytes-synced`, `holders` |
 //! | `renew-lease` | `token`, `lease-ms` (30000) | nothing |
@@ -31,6 +31,9 @@
 //! | `query-command-line` | | `program`, `arguments`, `directory`, `notify-socket`: how the daemon was started |
 //! | `hand-over` | `version` | nothing; then this connection speaks another protocol (`src/upgrade/mod.rs`) |
 //! | `quit` | | nothing; then the daemon ends in order, as by SIGTERM |
+//!
+//! `query-command-line`, `hand-over`, `quit` and `resize` with `force` are for root and the daemon's user (SO_PEERCRED).
+//! Other users whom the socket's mode lets in may use all others, or with `--control-access read-only` the queries.
 //!
 //! A quiesce ends by `resume`, when its lease runs out, and, unless `detached`, with the connection that asked for it
 //! (also when the client closes only its sending side). The disk goes on when the last holder is gone.
@@ -132,12 +135,13 @@
 //! | `shutting-down` | the daemon ends |
 //! | `too-many-clients` | as many connections as this server keeps; it then closes this one |
 //! | `internal` | a defect of this server |
-//! | `not-allowed` | the peer's user may not use this socket; it then closes the connection |
+//! | `not-allowed` | the peer's user may not use this command; or not this socket, which then closes the connection |
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
 
+use super::access::Access;
 use super::attend::{self, AttendCommand};
 use super::copies::{self, CopyCommand};
 use super::image_snapshots::{self, ImageSnapshotCommand};
@@ -265,45 +269,46 @@ pub struct Request {
 
 type Parse = fn(&mut Args) -> Result<Command, Error>;
 
-/// Every command, in the order in which `query-commands` names them.
-const COMMANDS: &[(&str, Parse)] = &[
-    ("qmp_capabilities", parse_capabilities),
-    ("query-commands", |_| Ok(Command::QueryCommands)),
-    ("query-version", |_| Ok(Command::QueryVersion)),
-    ("query-status", |_| Ok(Command::QueryStatus)),
-    ("query-stats", |_| Ok(Command::QueryStats)),
-    ("quiesce", parse_quiesce),
-    ("renew-lease", parse_renew),
-    ("resume", parse_resume),
-    ("copy-prepare", copies::parse_prepare),
-    ("copy-start", copies::parse_start),
-    ("copy-cancel", copies::parse_cancel),
-    ("copy-bandwidth", copies::parse_bandwidth),
-    ("query-copies", copies::parse_query),
-    ("continue", |_| Ok(Command::Continue)),
-    ("resize", parse_resize),
-    ("image-snapshot", image_snapshots::parse_create),
-    ("image-snapshot-keep", image_snapshots::parse_keep),
-    ("image-snapshot-remove", image_snapshots::parse_remove),
-    ("attend", attend::parse_attend),
-    ("prepared", attend::parse_prepared),
-    ("unattend", attend::parse_unattend),
-    ("query-command-line", |_| Ok(Command::QueryCommandLine)),
-    ("hand-over", parse_hand_over),
-    ("quit", |_| Ok(Command::Quit)),
+/// Every command with the access that it takes, in the order in which `query-commands` names them.
+const COMMANDS: &[(&str, Access, Parse)] = &[
+    ("qmp_capabilities", Access::ReadOnly, parse_capabilities),
+    ("query-commands", Access::ReadOnly, |_| Ok(Command::QueryCommands)),
+    ("query-version", Access::ReadOnly, |_| Ok(Command::QueryVersion)),
+    ("query-status", Access::ReadOnly, |_| Ok(Command::QueryStatus)),
+    ("query-stats", Access::ReadOnly, |_| Ok(Command::QueryStats)),
+    ("quiesce", Access::Operate, parse_quiesce),
+    ("renew-lease", Access::Operate, parse_renew),
+    ("resume", Access::Operate, parse_resume),
+    ("copy-prepare", Access::Operate, copies::parse_prepare),
+    ("copy-start", Access::Operate, copies::parse_start),
+    ("copy-cancel", Access::Operate, copies::parse_cancel),
+    ("copy-bandwidth", Access::Operate, copies::parse_bandwidth),
+    ("query-copies", Access::ReadOnly, copies::parse_query),
+    ("continue", Access::Operate, |_| Ok(Command::Continue)),
+    ("resize", Access::Operate, parse_resize),
+    ("image-snapshot", Access::Operate, image_snapshots::parse_create),
+    ("image-snapshot-keep", Access::Operate, image_snapshots::parse_keep),
+    ("image-snapshot-remove", Access::Operate, image_snapshots::parse_remove),
+    ("attend", Access::Operate, attend::parse_attend),
+    ("prepared", Access::Operate, attend::parse_prepared),
+    ("unattend", Access::Operate, attend::parse_unattend),
+    ("query-command-line", Access::All, |_| Ok(Command::QueryCommandLine)),
+    ("hand-over", Access::All, parse_hand_over),
+    ("quit", Access::All, |_| Ok(Command::Quit)),
 ];
 
-/// Reads one JSON value as a request. `negotiated`: `qmp_capabilities` was answered on this connection.
-pub fn parse(value: Value, negotiated: bool) -> Request {
+/// Reads one JSON value as a request. `negotiated`: `qmp_capabilities` was answered on this connection; `access`: what its
+/// client may use.
+pub fn parse(value: Value, negotiated: bool, access: Access) -> Request {
     let Value::Object(mut members) = value else {
         let error = Error::new("bad-request", "a request is a JSON object");
         return Request { id: None, command: Err(error) };
     };
     let id = members.remove("id");
-    Request { id, command: parse_members(members, negotiated) }
+    Request { id, command: parse_members(members, negotiated, access) }
 }
 
-fn parse_members(mut members: Map<String, Value>, negotiated: bool) -> Result<Command, Error> {
+fn parse_members(mut members: Map<String, Value>, negotiated: bool, access: Access) -> Result<Command, Error> {
     let bad = |desc: String| Error::new("bad-request", desc);
     let name = match members.remove("execute") {
         Some(Value::String(name)) => name,
@@ -319,7 +324,7 @@ fn parse_members(mut members: Map<String, Value>, negotiated: bool) -> Result<Co
         let desc = format!("unknown member '{}': a request has 'execute', 'arguments' and 'id'", shown(other));
         return Err(bad(desc));
     }
-    let known = COMMANDS.iter().find(|(known, _)| *known == name);
+    let known = COMMANDS.iter().find(|(known, ..)| *known == name);
     match (negotiated, name == "qmp_capabilities") {
         (false, false) => {
             let desc = "send {\"execute\": \"qmp_capabilities\"} first; commands are known after it";
@@ -333,14 +338,35 @@ fn parse_members(mut members: Map<String, Value>, negotiated: bool) -> Result<Co
         }
         _ => {}
     }
-    let Some((_, parse)) = known else {
+    let Some((_, needed, parse)) = known else {
         let desc = format!("there is no command '{}'; query-commands names them", shown(&name));
         return Err(Error::command("unknown-command", desc));
     };
+    permit(&name, *needed, access)?;
     let mut args = Args { command: &name, given: arguments };
     let command = parse(&mut args)?;
     args.finish()?;
+    if matches!(command, Command::Resize { force: true, .. }) {
+        permit("resize with 'force'", Access::All, access)?;
+    }
     Ok(command)
+}
+
+fn permit(command: &str, needed: Access, access: Access) -> Result<(), Error> {
+    if access >= needed {
+        return Ok(());
+    }
+    let desc = match needed {
+        Access::All => format!(
+            "{command} is for root and the daemon's user, since it ends the daemon, takes its guest over or cuts its \
+             disk: be one of them (sudo)"
+        ),
+        _ => format!(
+            "{command} changes something, and the daemon lets this user only ask: be root or the daemon's user, or start \
+             virtioblkd with --control-access operate"
+        ),
+    };
+    Err(Error::new("not-allowed", desc))
 }
 
 fn parse_capabilities(args: &mut Args) -> Result<Command, Error> {
@@ -491,9 +517,9 @@ pub fn version() -> Value {
     })
 }
 
-/// The answer of `query-commands`.
-pub fn command_list() -> Value {
-    COMMANDS.iter().map(|(name, _)| json!({"name": name})).collect()
+/// The answer of `query-commands`: those that a client with `access` may use.
+pub fn command_list(access: Access) -> Value {
+    COMMANDS.iter().filter(|(_, needed, _)| access >= *needed).map(|(name, ..)| json!({"name": name})).collect()
 }
 
 /// One reply, a line.
@@ -536,7 +562,7 @@ mod tests {
     use super::*;
 
     fn ask(text: &str) -> Result<Command, Error> {
-        parse(serde_json::from_str(text).unwrap(), true).command
+        parse(serde_json::from_str(text).unwrap(), true, Access::All).command
     }
 
     fn refused(text: &str, code: &str, words: &[&str]) {
@@ -550,15 +576,18 @@ mod tests {
     #[test]
     fn commands_wait_for_the_negotiation() {
         for name in ["query-status", "no-such-command", "quit"] {
-            let error = parse(json!({"execute": name}), false).command.unwrap_err();
+            let error = parse(json!({"execute": name}), false, Access::All).command.unwrap_err();
             assert_eq!((error.class, error.code), (Class::CommandNotFound, "not-negotiated"));
         }
-        assert_eq!(parse(json!({"execute": "qmp_capabilities"}), false).command, Ok(Command::QmpCapabilities));
+        assert_eq!(
+            parse(json!({"execute": "qmp_capabilities"}), false, Access::All).command,
+            Ok(Command::QmpCapabilities)
+        );
         assert_eq!(ask(r#"{"execute":"qmp_capabilities"}"#).unwrap_err().code, "already-negotiated");
         let enable = json!({"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}});
-        assert_eq!(parse(enable, false).command.unwrap_err().code, "bad-argument");
+        assert_eq!(parse(enable, false, Access::All).command.unwrap_err().code, "bad-argument");
         let enable = json!({"execute": "qmp_capabilities", "arguments": {"enable": []}});
-        assert_eq!(parse(enable, false).command, Ok(Command::QmpCapabilities));
+        assert_eq!(parse(enable, false, Access::All).command, Ok(Command::QmpCapabilities));
     }
 
     #[test]
@@ -605,13 +634,13 @@ mod tests {
         refused(&long, "bad-argument", &["who", "256"]);
         let long = json!({"execute": "\u{e9}".repeat(5000)}).to_string();
         assert!(ask(&long).unwrap_err().desc.len() < 300, "a long name is cut");
-        assert_eq!(parse(json!([1]), true).command.unwrap_err().code, "bad-request");
+        assert_eq!(parse(json!([1]), true, Access::All).command.unwrap_err().code, "bad-request");
     }
 
     #[test]
     fn the_id_is_echoed_whatever_it_is() {
         for id in [json!(1), json!("a"), json!(null), json!({"b": [1, 2]})] {
-            let request = parse(json!({"execute": "nonsense", "id": id}), true);
+            let request = parse(json!({"execute": "nonsense", "id": id}), true, Access::All);
             assert_eq!(request.id.as_ref(), Some(&id));
             let text = reply(request.id.as_ref(), Err(request.command.unwrap_err()));
             let value: Value = serde_json::from_slice(&text).unwrap();
@@ -625,10 +654,38 @@ mod tests {
     #[test]
     fn every_command_is_documented_and_listed() {
         let source = include_str!("proto.rs");
-        for (name, _) in COMMANDS {
+        for (name, ..) in COMMANDS {
             assert!(source.contains(&format!("//! | `{name}` |")), "{name} is missing in the table");
         }
-        assert_eq!(command_list().as_array().unwrap().len(), COMMANDS.len());
+        assert_eq!(command_list(Access::All).as_array().unwrap().len(), COMMANDS.len());
+    }
+
+    /// The commands that each access adds, by name: a new command must be put here on purpose.
+    #[test]
+    fn each_access_has_its_commands() {
+        let names = |access| -> Vec<String> {
+            let list = command_list(access);
+            list.as_array().unwrap().iter().map(|command| command["name"].as_str().unwrap().to_owned()).collect()
+        };
+        let (asks, operates, all) = (names(Access::ReadOnly), names(Access::Operate), names(Access::All));
+        let queries = ["qmp_capabilities", "query-commands", "query-version", "query-status", "query-stats"];
+        assert_eq!(asks, [&queries[..], &["query-copies"]].concat());
+        let added: Vec<&String> = all.iter().filter(|name| !operates.contains(name)).collect();
+        assert_eq!(added, ["query-command-line", "hand-over", "quit"]);
+        for name in &all {
+            for (access, allowed) in [(Access::ReadOnly, &asks), (Access::Operate, &operates), (Access::All, &all)] {
+                let negotiated = name != "qmp_capabilities";
+                let refused = parse(json!({"execute": name}), negotiated, access).command;
+                let refused = refused.is_err_and(|error| error.code == "not-allowed");
+                assert_eq!(refused, !allowed.contains(name), "{name} with {access}");
+            }
+        }
+        let resize = |force| json!({"execute": "resize", "arguments": {"force": force}});
+        assert!(parse(resize(false), true, Access::Operate).command.is_ok());
+        let error = parse(resize(true), true, Access::Operate).command.unwrap_err();
+        assert_eq!(error.code, "not-allowed");
+        assert!(error.desc.contains("force") && error.desc.contains("root"), "{}", error.desc);
+        assert!(parse(resize(true), true, Access::All).command.is_ok());
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant, SystemTime};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::access::Access;
 use super::attend::Attendance;
 use super::copies::CopyOwners;
 use super::creds::Credentials;
@@ -208,17 +209,17 @@ impl Service {
         self.event("SHUTDOWN", json!({}));
     }
 
-    /// One request of a connection. Its reply comes out of [`Service::outgoing`], now or later, exactly once.
+    /// One request of a connection, whose client is `credentials` and has `access`. Its reply comes out of [`Service::outgoing`], now or later, exactly once.
     pub(super) fn request(
         &mut self,
         peer: PeerId,
-        credentials: Credentials,
+        (credentials, access): (Credentials, Access),
         negotiated: &mut bool,
         found: Result<Value, Garbage>,
         now: Instant,
     ) {
         let request = match found {
-            Ok(value) => proto::parse(value, *negotiated),
+            Ok(value) => proto::parse(value, *negotiated, access),
             Err(garbage) => {
                 let error = Error::new("parse-error", garbage.to_string());
                 proto::Request { id: None, command: Err(error) }
@@ -240,6 +241,7 @@ impl Service {
             }
             Ok(Command::HandOver { version }) => self.hand_over(peer, version),
             Ok(Command::Attend(command)) => self.attend(peer, credentials, command, now),
+            Ok(Command::QueryCommands) => Ok(proto::command_list(access)),
             Ok(command) => self.answer(peer, command, now),
             Err(error) => Err(error),
         };
@@ -275,7 +277,6 @@ impl Service {
 
     fn answer(&mut self, peer: PeerId, command: Command, now: Instant) -> Result<Value, Error> {
         match command {
-            Command::QueryCommands => Ok(proto::command_list()),
             Command::QueryVersion => Ok(proto::version()),
             Command::RenewLease { token, lease } => match self.coordinator.renew(&token, lease, now) {
                 Ok(()) => Ok(json!({})),
@@ -322,6 +323,7 @@ impl Service {
             | Command::Attend(_)
             | Command::ImageSnapshot(_)
             | Command::HandOver { .. }
+            | Command::QueryCommands
             | Command::QmpCapabilities => {
                 Err(Error::new("internal", "this command is answered elsewhere; please report it as a defect"))
             }

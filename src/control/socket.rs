@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
 
+use super::access::Access;
 use super::creds::Credentials;
 use super::inbox::{ImageNotices, Inbox};
 use super::peer::Peer;
@@ -22,6 +23,8 @@ use crate::sync::{Bell, Mutex};
 
 /// Connections at most.
 const MOST_PEERS: usize = 32;
+/// And at most of users beside root and the daemon's own: the operator can always reach the disk.
+const MOST_OTHERS: usize = 28;
 /// A client that has not even negotiated in this time gives way to a new one when all places are taken.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Requests of one connection in one turn.
@@ -51,6 +54,8 @@ pub struct Setup {
     /// Called from the control thread, once, when a client asked for the daemon's end and its reply is on its way. It
     /// must not call [`Server::stop`] itself (that joins the thread) but make somebody do so.
     pub quit: Arc<dyn Fn() + Send + Sync>,
+    /// What users beside root and the daemon's own may do; [`Access::All`] gives no more than [`Access::Operate`].
+    pub others: Access,
     /// For people.
     pub info: Info,
     /// For a process that takes over; `None`: none can.
@@ -85,7 +90,7 @@ impl Server {
         if let Some(listener) = &listener {
             listener.set_nonblocking(true)?;
         }
-        let Setup { disk, events, notices, store_timeout, attended, resized, quit, info, upgrade } = setup;
+        let Setup { disk, events, notices, store_timeout, attended, resized, quit, others, info, upgrade } = setup;
         let orders = Arc::new(Orders { bell: Bell::new()?, news: Mutex::default() });
         let mut control = Control {
             listener,
@@ -95,6 +100,7 @@ impl Server {
             inbox: notices.inbox(),
             peers: Vec::new(),
             last_peer: STORE,
+            others,
             quit: Some(quit),
         };
         let heard = orders.clone();
@@ -157,6 +163,7 @@ struct Control {
     inbox: Arc<Inbox>,
     peers: Vec<Peer>,
     last_peer: PeerId,
+    others: Access,
     quit: Option<Arc<dyn Fn() + Send + Sync>>,
 }
 
@@ -209,7 +216,7 @@ impl Control {
             for _ in 0..PER_TURN {
                 let peer = &mut self.peers[index];
                 let Some(found) = peer.next(now) else { break };
-                self.service.request(peer.id, peer.credentials, &mut peer.negotiated, found, now);
+                self.service.request(peer.id, (peer.credentials, peer.access), &mut peer.negotiated, found, now);
                 self.deliver();
                 if self.service.hands_over().is_some() {
                     self.pass_on(index, now);
@@ -352,14 +359,17 @@ impl Control {
             turn_away(&stream, error);
             return;
         }
-        if self.peers.len() >= MOST_PEERS && !self.make_room(now) {
-            log::warn!("control: {MOST_PEERS} clients are connected, another one is refused");
-            let desc = format!("{MOST_PEERS} clients are connected, which is as many as this server keeps; try again");
+        let access = Access::of(credentials, rustix::process::geteuid().as_raw(), self.others);
+        if let Some(most) = self.crowd(access)
+            && !self.make_room(access, now)
+        {
+            log::warn!("control: {most} clients are connected, another one is refused");
+            let desc = format!("{most} clients are connected, which is as many as this server keeps; try again");
             turn_away(&stream, proto::Error::new("too-many-clients", desc));
             return;
         }
         self.last_peer += 1;
-        match Peer::new(self.last_peer, stream, credentials, now) {
+        match Peer::new(self.last_peer, stream, (credentials, access), now) {
             Ok(mut peer) => {
                 peer.queue(&proto::greeting());
                 peer.flush();
@@ -379,9 +389,22 @@ impl Control {
         mode.is_some_and(|mode| mode & 0o077 != 0)
     }
 
-    /// Ends the oldest connection that never said a word. `false`: there is none.
-    fn make_room(&mut self, now: Instant) -> bool {
-        let silent = |peer: &Peer| !peer.negotiated && now.saturating_duration_since(peer.since) > PATIENCE;
+    /// The limit that a further client with `access` would exceed, if there is one.
+    fn crowd(&self, access: Access) -> Option<usize> {
+        let others = self.peers.iter().filter(|peer| peer.access < Access::All).count();
+        match access {
+            Access::All => (self.peers.len() >= MOST_PEERS).then_some(MOST_PEERS),
+            _ if self.peers.len() >= MOST_PEERS => Some(MOST_PEERS),
+            _ => (others >= MOST_OTHERS).then_some(MOST_OTHERS),
+        }
+    }
+
+    /// Ends the oldest connection that never said a word, for a client with `access`: none that may do more. `false`: there
+    /// is none.
+    fn make_room(&mut self, access: Access, now: Instant) -> bool {
+        let silent = |peer: &Peer| {
+            !peer.negotiated && peer.access <= access && now.saturating_duration_since(peer.since) > PATIENCE
+        };
         let Some(index) = self.peers.iter().position(silent) else { return false };
         let peer = self.peers.remove(index);
         self.service.peer_gone(peer.id, now);

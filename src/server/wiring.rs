@@ -69,6 +69,7 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
         // Never asked: these images have no store that speaks to us.
         _ => (Duration::from_secs(30), false),
     };
+    let others = config.control.as_ref().map(|control| control.others).unwrap_or_default();
     let resized = device.clone();
     let served = Arc::new(ServedDisk { backend: backend.clone(), device, notices: notices.clone() });
     let start_control: StartControl = Box::new(move |listener, quit, requests| {
@@ -86,6 +87,7 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
             attended,
             resized: Box::new(move |size| resized.resized(size)),
             quit,
+            others,
             info,
             upgrade: Some(upgrade),
         };

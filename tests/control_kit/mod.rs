@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use virtioblkd::backend::{Notices, QuiesceAsk};
-use virtioblkd::control::{ImageNotices, Info, Server, Setup, Upgrade};
+use virtioblkd::control::{Access, ImageNotices, Info, Server, Setup, Upgrade};
 use virtioblkd::disk::{
     Copies, CopyError, CopyOptions, CopyStatus, Disk, DiskStatus, Event, Events, FailedRequest, HoldFigures,
     ImageSnapshots, ImageStatus, LastError, RingStatus,
@@ -297,6 +297,7 @@ pub struct Served {
     pub upgrading: (Arc<AtomicBool>, Arc<AtomicBool>),
     server: Option<Server>,
     attended: bool,
+    others: Access,
     _dir: tempfile::TempDir,
 }
 
@@ -344,11 +345,32 @@ impl Served {
         });
         let (quits, sizes, handed_over, upgrading) = Default::default();
         let notices = ImageNotices::new().unwrap();
-        let attended = false;
-        let mut served =
-            Served { disk, path, quits, notices, sizes, handed_over, upgrading, server: None, attended, _dir: dir };
+        let (attended, others) = (false, Access::Operate);
+        let mut served = Served {
+            disk,
+            path,
+            quits,
+            notices,
+            sizes,
+            handed_over,
+            upgrading,
+            server: None,
+            attended,
+            others,
+            _dir: dir,
+        };
         served.serve(mode, store_timeout);
         served
+    }
+
+    /// Another daemon in the place of this one, whose socket others may use for this.
+    pub fn let_others(mut self, others: Access) -> Self {
+        self.stop();
+        self.others = others;
+        self.serve(Some(0o666), PATIENCE);
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(self.path.parent().unwrap(), open).unwrap();
+        self
     }
 
     fn serve(&mut self, mode: Option<u32>, store_timeout: Duration) {
@@ -369,6 +391,7 @@ impl Served {
             quit: Arc::new(move || {
                 quits.fetch_add(1, Ordering::SeqCst);
             }),
+            others: self.others,
             info: Info { vhost_socket: "/run/vhost.sock".into(), command_line: None },
             upgrade: Some(upgrade),
         };

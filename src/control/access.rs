@@ -1,0 +1,95 @@
+//! PURE. Which commands a client may use, by its user.
+//!
+//! Root and the daemon's own user may use all of them. Other users reach the socket only where the operator widened its
+//! mode (`--control-mode`); `--control-access` says what they may do then. They may never take the guest over, end the
+//! daemon, or cut the guest's disk: that is more than the right to hold a disk still.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::creds::Credentials;
+
+/// Commands that a client may use; each value includes those before it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Access {
+    /// Queries and events.
+    ReadOnly,
+    /// And whatever holds, copies, snapshots, continues or grows the disk.
+    #[default]
+    Operate,
+    /// And `hand-over`, `query-command-line`, `quit` and `resize` with `force`.
+    All,
+}
+
+/// The user that stands for every user which our user namespace does not map (/proc/sys/kernel/overflowuid; the kernel's
+/// default). It may be anybody, so it is never the daemon's user, even if the daemon runs as `nobody`.
+const OVERFLOW_UID: u32 = 65534;
+
+impl Access {
+    /// The access of a client. `daemon`: the daemon's effective user; `others`: what users beside that one and root may do.
+    pub fn of(client: Credentials, daemon: u32, others: Access) -> Access {
+        if is_trusted(client.uid, daemon) { Access::All } else { others.min(Access::Operate) }
+    }
+}
+
+/// Whether `uid` is root or `own`, and certainly so: see [`OVERFLOW_UID`].
+pub fn is_trusted(uid: u32, own: u32) -> bool {
+    uid == 0 || (uid == own && uid != OVERFLOW_UID)
+}
+
+impl FromStr for Access {
+    type Err = String;
+
+    /// Values of `--control-access`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "read-only" => Ok(Access::ReadOnly),
+            "operate" => Ok(Access::Operate),
+            _ => Err("use operate or read-only".into()),
+        }
+    }
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Access::ReadOnly => "read-only",
+            Access::Operate => "operate",
+            Access::All => "all",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_and_the_daemons_user_may_use_everything_and_others_never_may() {
+        let cases = [
+            (0, 0, Access::All),
+            (0, 1000, Access::All),
+            (1000, 1000, Access::All),
+            (1001, 1000, Access::Operate),
+            (1001, 0, Access::Operate),
+            // A user of another user namespace; and one that may be.
+            (65534, 0, Access::Operate),
+            (65534, 65534, Access::Operate),
+        ];
+        for (uid, daemon, access) in cases {
+            let client = Credentials { pid: 1, uid };
+            assert_eq!(Access::of(client, daemon, Access::Operate), access, "{uid} of {daemon}");
+            assert_eq!(Access::of(client, daemon, Access::All), access, "{uid} of {daemon}");
+            let least = if access == Access::All { Access::All } else { Access::ReadOnly };
+            assert_eq!(Access::of(client, daemon, Access::ReadOnly), least, "{uid} of {daemon}");
+        }
+    }
+
+    #[test]
+    fn all_is_no_value_of_the_option() {
+        for access in [Access::ReadOnly, Access::Operate] {
+            assert_eq!(access.to_string().parse(), Ok(access));
+        }
+        assert!("all".parse::<Access>().is_err());
+    }
+}
