@@ -1,5 +1,5 @@
 //! UNSAFE. System calls that no library wraps safely: locks of open file descriptions, ioctls of block devices,
-//! clones of a file's part, and descriptors that change hands.
+//! clones of a file's part, a file's extents, and descriptors that change hands.
 //! Each function is one call.
 #![allow(unsafe_code)]
 
@@ -85,6 +85,30 @@ pub(crate) fn clone_start(target: BorrowedFd<'_>, source: BorrowedFd<'_>, len: u
     // SAFETY: FICLONERANGE reads one struct file_clone_range from the pointer, which lives through the call; both
     // descriptors are open.
     check(unsafe { libc::ioctl(target.as_raw_fd(), libc::FICLONERANGE as _, &raw const range) })
+}
+
+/// `struct fiemap` of linux/fiemap.h, without the extents that may follow it.
+#[repr(C)]
+struct Fiemap {
+    start: u64,
+    length: u64,
+    flags: u32,
+    mapped_extents: u32,
+    extent_count: u32,
+    reserved: u32,
+}
+
+/// `_IOWR('f', 11, struct fiemap)`.
+const FS_IOC_FIEMAP: libc::c_ulong = 0xc020_660b;
+
+/// How many extents a file has in its first `len` bytes (ioctl FS_IOC_FIEMAP, which only counts where there is room for
+/// no extent). Errors: EOPNOTSUPP or ENOTTY if the filesystem does not say.
+pub(crate) fn extents(fd: BorrowedFd<'_>, len: u64) -> io::Result<u64> {
+    let mut map = Fiemap { start: 0, length: len, flags: 0, mapped_extents: 0, extent_count: 0, reserved: 0 };
+    // SAFETY: FS_IOC_FIEMAP reads and writes one struct fiemap at the pointer, which lives through the call, and no
+    // extent behind it, since `extent_count` is 0.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), FS_IOC_FIEMAP as _, &raw mut map) })?;
+    Ok(map.mapped_extents.into())
 }
 
 fn get(fd: BorrowedFd<'_>, request: libc::c_ulong) -> io::Result<u32> {

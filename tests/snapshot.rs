@@ -12,7 +12,7 @@ use std::time::Duration;
 use driver::{ALL, Driver};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use snapshot_kit::{Agent, Daemon, Mood, Xfs, ctl, err, hooks, out, wait_until};
+use snapshot_kit::{Agent, Daemon, Mood, Mounted, ctl, err, hooks, out, wait_until};
 
 /// One disk, a guest, and a place.
 struct Scene {
@@ -462,7 +462,7 @@ esac
 /// XFS asks more of O_DIRECT on a file that shares blocks. A guest's partition table counts in sectors: they must stay.
 #[test]
 fn a_reflink_does_not_change_the_sectors_that_the_guest_sees() {
-    let Some(xfs) = Xfs::mount() else { return };
+    let Some(xfs) = Mounted::xfs() else { return };
     let image = xfs.path().join("a.raw");
     fs::write(&image, vec![7; 1 << 20]).unwrap();
     let sector = |disk: &Daemon| {
@@ -497,7 +497,7 @@ fn a_reflink_does_not_change_the_sectors_that_the_guest_sees() {
 
 #[test]
 fn a_reflink_is_the_image_at_the_instant() {
-    let Some(xfs) = Xfs::mount() else { return };
+    let Some(xfs) = Mounted::xfs() else { return };
     let image = xfs.path().join("a.raw");
     let content: Vec<u8> = (0..3 << 20).map(|at: u32| (at % 251) as u8).collect();
     fs::write(&image, &content).unwrap();
@@ -540,6 +540,64 @@ fn a_reflink_is_refused_where_there_is_none() {
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     contains(&err(&output), &["cannot share blocks", "copy:PATH"]);
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left behind");
+}
+
+/// An image in `count` extents, at least.
+fn fragmented(path: &Path, count: u64) {
+    let file = File::create(path).unwrap();
+    file.set_len(count * 8192).unwrap();
+    for at in 0..count {
+        std::os::unix::fs::FileExt::write_all_at(&file, &[7; 4096], at * 8192).unwrap();
+    }
+    file.sync_all().unwrap();
+}
+
+#[test]
+fn a_reflink_that_cannot_end_within_the_lease_is_refused_before_anything_is_held() {
+    let Some(xfs) = Mounted::xfs() else { return };
+    let image = xfs.path().join("a.raw");
+    fragmented(&image, 30_000);
+    let disk = Daemon::start(&image, "writeback");
+    let agent = Agent::start(Mood::Good, &[disk.control()]);
+    let to = format!("reflink:{}/snap", xfs.path().display());
+    let run = |lease: &str| {
+        let options = ["--json", "--lease", lease, "--to", &to, "--qga", agent.path.to_str().unwrap()];
+        snapshot(&[&disk], "filesystem", &options).output().unwrap()
+    };
+    let output = run("20ms");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    contains(&err(&output), &["30000 extents", "--lease (20ms)", "copy:PATH", "xfs_fsr"]);
+    assert_eq!(agent.asked("guest-fsfreeze-freeze"), 0, "the guest was frozen for nothing");
+    assert_eq!(names(&xfs.path()), ["a.raw"]);
+    // With room enough it is taken.
+    assert_eq!(receipt(&run("10m"))["level"], "filesystem");
+    assert!(fs::read(xfs.path().join("snap")).unwrap() == fs::read(&image).unwrap());
+}
+
+/// The guest and the disk go on when the lease is over, although the clone hangs in the kernel; nothing is published.
+#[test]
+fn a_reflink_that_hangs_is_given_up_when_the_lease_is_over() {
+    let Some(xfs) = Mounted::xfs() else { return };
+    let image = xfs.path().join("a.raw");
+    fs::write(&image, vec![7; 1 << 20]).unwrap();
+    let disk = Daemon::start(&image, "writeback");
+    let agent = Agent::start(Mood::Good, &[disk.control()]);
+    let dir = tempfile::tempdir().unwrap();
+    // The hook comes after everything was prepared.
+    let freeze = format!("PATH=$PATH:/usr/sbin:/sbin; exec fsfreeze -f {}", xfs.path().display());
+    let directory = hooks(dir.path(), &freeze, "true");
+    let to = format!("reflink:{}/snap", xfs.path().display());
+    let options = ["--lease", "2s", "--to", &to, "--hooks", directory.to_str().unwrap()];
+    let mut command = snapshot(&[&disk], "application", &options);
+    let output = command.arg("--qga").arg(&agent.path).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    contains(&err(&output), &["did not end within --lease", "copy:PATH", "snap.partial"]);
+    agent.wait_thawed();
+    assert!(!disk.is_held());
+    contains(&disk.log(), &["ended by resume"]);
+    // It ends when the filesystem goes on.
+    assert!(xfs.set_frozen(false), "it was not frozen");
+    wait_until("nothing is left behind", || names(&xfs.path()) == ["a.raw"]);
 }
 
 // copy:

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use driver::pairs::{PairWriter, USED, are_of_one_instant, newest};
-use snapshot_kit::{Daemon, Xfs, ctl, err, tell, wait_until};
+use snapshot_kit::{Daemon, Mounted, ctl, err, tell, wait_until};
 
 /// Snapshots in each mode and way.
 const ROUNDS: usize = 200;
@@ -90,7 +90,7 @@ fn no_pair_is_torn_by_exec_in_any_mode() {
 
 #[test]
 fn no_pair_is_torn_by_reflink_in_any_mode() {
-    let Some(xfs) = Xfs::mount() else { return };
+    let Some(xfs) = Mounted::xfs() else { return };
     for mode in MODES {
         let pair = Pair::start(&xfs.path(), mode);
         let targets = ["a", "b"].map(|name| xfs.path().join(format!("snap-{name}-{mode}")));

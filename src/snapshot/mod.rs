@@ -11,6 +11,7 @@
 pub mod agent;
 pub mod attend;
 pub mod child;
+pub mod cloner;
 pub mod copies;
 pub mod disks;
 pub mod freeze;

@@ -1,5 +1,5 @@
-//! The way `reflink`: the snapshot shares the image's blocks (ioctl_ficlone(2)), at a cost that does not depend on the
-//! image's size.
+//! The way `reflink`: the snapshot shares the image's blocks (ioctl_ficlone(2)). That takes a time that grows with the
+//! number of the image's extents, which are counted before anything is held ([`Target::prepare`]).
 //!
 //! Until it is complete and durable it is called PATH.partial; whatever fails removes it.
 
@@ -8,11 +8,11 @@ use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use rustix::fs::ioctl_ficlone;
 use sha2::{Digest, Sha256};
 
+use super::cloner::{self, Cloner, Outcome};
 use super::disks::{Disk, interrupted};
 use super::wait::{Stop, Wake, wait};
 use crate::client::Failure;
@@ -21,6 +21,12 @@ use crate::sys;
 
 /// What the probe clones: a multiple of every filesystem's block.
 const PROBE: u64 = 64 * 1024;
+/// An image of fewer extents is shared at once, whatever the filesystem.
+const FEW_EXTENTS: u64 = 2000;
+/// So many extents are shared, while nothing is held, to find out how long one takes.
+const SAMPLE: u64 = 500;
+/// The user is warned of a clone that takes longer.
+const SLOW: Duration = Duration::from_secs(1);
 
 /// A snapshot in the making.
 pub struct Target {
@@ -30,6 +36,11 @@ pub struct Target {
     path: PathBuf,
     /// What is there now and goes when this is dropped.
     made: Option<PathBuf>,
+    /// Of the image, when it was prepared; `None`: the filesystem does not say.
+    extents: Option<u64>,
+    cloner: Cloner,
+    /// The cloner was killed at work, and may hang in the kernel.
+    abandoned: bool,
 }
 
 impl Target {
@@ -73,9 +84,54 @@ impl Target {
             };
             failed("target", format!("'{}' cannot be made: {error}{mend}", partial.display()))
         })?;
-        let target = Target { image: image.clone(), source, file, path: path.to_owned(), made: Some(partial) };
+        let cloner = Cloner::start(&source, &file).map_err(|error| {
+            // Nothing else has the file yet.
+            let _ = fs::remove_file(&partial);
+            failed("internal", format!("the process that clones cannot be started: {error}"))
+        })?;
+        let extents = sys::extents(source.as_fd(), u64::MAX).ok();
+        let (image, path, made) = (image.clone(), path.to_owned(), Some(partial));
+        let target = Target { image, source, file, path, made, extents, cloner, abandoned: false };
         target.probe(metadata.len())?;
         Ok(target)
+    }
+
+    /// Whether the clone can be made while the disk is held for `lease`. `Some`: it can, and what the user should know.
+    /// The error names what would work.
+    pub fn check_cost(&self, lease: Duration) -> Result<Option<String>, Failure> {
+        let Some((extents, time)) = self.cost() else { return Ok(None) };
+        let (image, seconds) = (self.image.display(), time.as_secs_f64());
+        let facts = format!("'{image}' is in {extents} extents, and sharing them takes about {seconds:.1} s");
+        let mend =
+            "give copy:PATH, which holds nobody up, or defragment the image (xfs_fsr, btrfs filesystem defragment)";
+        if time > lease {
+            let text = format!(
+                "{facts}, but the disk is held for --lease ({lease:?}) at most: {mend}, or a longer --lease if the \
+                 guest's writes may wait so long"
+            );
+            return Err(Failure::new("reflink", text));
+        }
+        Ok((time > SLOW).then(|| format!("{facts}, while the guest's writes wait. If that is too long {mend}")))
+    }
+
+    /// The image's extents, and how long sharing them is going to take, by a sample of them.
+    fn cost(&self) -> Option<(u64, Duration)> {
+        let extents = self.extents.filter(|extents| *extents > FEW_EXTENTS)?;
+        let size = self.source.metadata().ok()?.len();
+        // The sample is at the image's start; an image may begin with a hole.
+        let mut len = (size / extents).saturating_mul(SAMPLE).next_multiple_of(PROBE);
+        let count = loop {
+            let count = sys::extents(self.source.as_fd(), len).ok()?;
+            if count >= SAMPLE / 5 || len >= size {
+                break count;
+            }
+            len = len.saturating_mul(2);
+        };
+        let start = Instant::now();
+        sys::clone_start(self.file.as_fd(), self.source.as_fd(), if len < size { len } else { 0 }).ok()?;
+        let time = start.elapsed().mul_f64(extents as f64 / count.max(1) as f64);
+        self.file.set_len(0).ok()?;
+        Some((extents, time))
     }
 
     fn probe(&self, size: u64) -> Result<(), Failure> {
@@ -97,13 +153,26 @@ impl Target {
         })
     }
 
-    /// The instant: everything of the image, while the disk is held.
-    pub fn share(&self) -> Result<(), Failure> {
-        ioctl_ficlone(&self.file, &self.source).map_err(|errno| {
-            let error = io::Error::from(errno);
-            let (image, path) = (self.image.display(), self.path.display());
-            Failure::new("reflink", format!("cloning '{image}' to '{path}' failed: {error}"))
-        })
+    /// What came of the clone.
+    fn judge(&mut self, outcome: Outcome) -> Result<(), Failure> {
+        let (image, path) = (self.image.display(), self.path.display());
+        let why = match outcome {
+            Outcome::Shared => return Ok(()),
+            Outcome::Failed(error) => {
+                return Err(Failure::new("reflink", format!("cloning '{image}' to '{path}' failed: {error}")));
+            }
+            Outcome::Stopped => interrupted(),
+            Outcome::TimedOut => {
+                let extents = self.extents.map(|count| format!(" ({count} extents)")).unwrap_or_default();
+                let text = format!(
+                    "cloning '{image}'{extents} to '{path}' did not end within --lease: it was given up, and the disk \
+                     goes on. Give copy:PATH, a longer --lease, or defragment the image"
+                );
+                Failure::new("reflink", text)
+            }
+        };
+        self.abandoned = true;
+        Err(why)
     }
 
     /// Makes it durable and gives it its name, replacing nothing. It still goes when dropped, until [`Target::keep`].
@@ -155,11 +224,32 @@ impl Target {
     }
 }
 
+/// The instant: everything of all images, while their disks are held. All at once: the slowest one counts, not their sum.
+/// What is not done by `deadline` is given up.
+pub fn share_all(targets: &mut [(usize, Target)], deadline: Instant, stop: Stop<'_>) -> Result<(), Failure> {
+    for (_, target) in targets.iter() {
+        let lost = |error| Failure::new("internal", format!("the process that clones is lost: {error}"));
+        target.cloner.begin().map_err(lost)?;
+    }
+    let mut cloners: Vec<&mut Cloner> = targets.iter_mut().map(|(_, target)| &mut target.cloner).collect();
+    let outcomes = cloner::wait_for(&mut cloners, deadline, stop);
+    let judged = targets.iter_mut().zip(outcomes).map(|((_, target), outcome)| target.judge(outcome));
+    judged.collect::<Vec<_>>().into_iter().collect()
+}
+
 impl Drop for Target {
     fn drop(&mut self) {
-        if let Some(made) = self.made.take()
-            && let Err(error) = fs::remove_file(&made)
-        {
+        let Some(made) = self.made.take() else { return };
+        if self.abandoned {
+            // The disks and the guest go on already.
+            let hangs = !self.cloner.has_ended();
+            if let Err(failure) = cloner::remove(&made, &self.file) {
+                eprintln!("virtioblkctl: {failure}");
+            }
+            if hangs {
+                eprintln!("virtioblkctl: the clone, process {}, hangs in the kernel still", self.cloner.pid());
+            }
+        } else if let Err(error) = fs::remove_file(&made) {
             eprintln!("virtioblkctl: '{}', which is no snapshot, cannot be removed: {error}", made.display());
         }
     }

@@ -17,7 +17,7 @@ use super::hooks;
 use super::images::{self, Image};
 use super::plan::{self, Plan, Way};
 use super::receipt::{DiskReceipt, Receipt};
-use super::reflink::Target;
+use super::reflink::{self, Target};
 use crate::client::Failure;
 use crate::signals::Signals;
 
@@ -98,7 +98,13 @@ impl<'a> Run<'a> {
     fn prepare_ways(&mut self) -> Result<(), Failure> {
         for (at, way) in self.ways.iter().enumerate() {
             match way {
-                Way::Reflink(path) => self.targets.push((at, Target::prepare(&self.disks.list[at], path)?)),
+                Way::Reflink(path) => {
+                    let target = Target::prepare(&self.disks.list[at], path)?;
+                    if let Some(warning) = target.check_cost(self.plan.lease)? {
+                        self.freezer.warn(warning);
+                    }
+                    self.targets.push((at, target));
+                }
                 Way::Copy(path) => self.copies.push(copies::prepare(&mut self.disks, at, path, self.plan)?),
                 Way::Rbd(name) => self.images.push(Image::new(at, name.clone().unwrap_or_default())),
                 Way::Exec(_) => {}
@@ -117,13 +123,18 @@ impl<'a> Run<'a> {
         if !self.copies.is_empty() {
             copies::start(&mut self.disks, &self.copies, Some(self.signals.as_fd()))?;
         }
-        self.clone_all()?;
-        let deadline = self.disks.lease_ends().checked_sub(RESERVE).unwrap_or_else(Instant::now);
+        let deadline = self.deadline();
+        reflink::share_all(&mut self.targets, deadline, Some(self.signals.as_fd()))?;
         images::take(&mut self.disks, &mut self.images, deadline, Some(self.signals.as_fd()))?;
         if let Some(Way::Exec(command)) = self.ways.first() {
             self.exec(command)?;
         }
         self.not_interrupted()
+    }
+
+    /// What is done while the disks are held is done by then, so that they are let go before their lease ends.
+    fn deadline(&self) -> Instant {
+        self.disks.lease_ends().checked_sub(RESERVE).unwrap_or_else(Instant::now)
     }
 
     /// What is dirty in the host's cache now need not be written back while the gates are closed, nor while the guest
@@ -137,28 +148,12 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// All at once: the slowest one counts, not their sum.
-    fn clone_all(&self) -> Result<(), Failure> {
-        match self.targets.as_slice() {
-            [] => Ok(()),
-            [(_, only)] => only.share(),
-            many => std::thread::scope(|scope| {
-                let threads: Vec<_> = many.iter().map(|(_, target)| scope.spawn(|| target.share())).collect();
-                let results = threads.into_iter().map(|thread| {
-                    thread.join().unwrap_or_else(|_| Err(Failure::new("internal", "a thread that cloned panicked")))
-                });
-                // All of them, before anybody resumes.
-                results.collect::<Vec<_>>().into_iter().collect()
-            }),
-        }
-    }
-
     fn exec(&self, script: &OsStr) -> Result<(), Failure> {
         let mut command = Command::new("/bin/sh");
         command.arg("-c").arg(script).envs(self.environment());
         // Our standard output is the receipt's.
         command.stdout(std::io::stderr());
-        let deadline = self.disks.lease_ends().checked_sub(RESERVE).unwrap_or_else(Instant::now);
+        let deadline = self.deadline();
         let ended = run(command, self.mask, true, deadline, Some(self.signals.as_fd()));
         let shown = script.to_string_lossy();
         let ended = ended.map_err(|error| Failure::new("exec", format!("/bin/sh cannot be run: {error}")))?;

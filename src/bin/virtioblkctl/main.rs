@@ -13,7 +13,7 @@ mod upgrade;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -67,6 +67,9 @@ enum What {
     /// The process that thaws a guest if `snapshot` or `attend` is killed
     #[command(name = virtioblkd::snapshot::guard::SUBCOMMAND, hide = true)]
     Guard,
+    /// The process that shares an image's blocks for `snapshot`
+    #[command(name = virtioblkd::snapshot::cloner::SUBCOMMAND, hide = true)]
+    Cloner,
     /// Let a stopped disk go on: what failed, and was kept from the guest, is tried again
     ///
     /// For a disk that `status` shows as STOPPED, after the cause was mended (space was added to a full filesystem).
@@ -151,7 +154,8 @@ fn main() -> ExitCode {
     match &cli.what {
         What::Snapshot(options) => return take_snapshot(options, &cli),
         What::Attend(options) => return finish(&cli, attend::run(options, cli.control.as_ref(), cli.json)),
-        What::Guard => return guard(),
+        What::Guard => return helper(virtioblkd::snapshot::guard::serve),
+        What::Cloner => return helper(virtioblkd::snapshot::cloner::serve),
         _ => {}
     }
     let Some(path) = &cli.control else {
@@ -197,9 +201,10 @@ fn finish(cli: &Cli, result: Result<(), Failure>) -> ExitCode {
     }
 }
 
-fn guard() -> ExitCode {
+/// A process that another virtioblkctl started, with a socket as its standard input.
+fn helper(serve: fn(OwnedFd) -> ExitCode) -> ExitCode {
     match io::stdin().as_fd().try_clone_to_owned() {
-        Ok(link) => virtioblkd::snapshot::guard::serve(link),
+        Ok(link) => serve(link),
         Err(error) => {
             eprintln!("virtioblkctl: no standard input: {error}");
             ExitCode::FAILURE
@@ -261,7 +266,7 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
         }
         What::Upgrade(options) => page(cli, &upgrade::run(options, path, client)?, upgrade::readable),
         What::Watch => return watch(cli, client),
-        What::Snapshot(_) | What::Attend(_) | What::Guard => {
+        What::Snapshot(_) | What::Attend(_) | What::Guard | What::Cloner => {
             return Err(Failure::new("internal", "this command is run elsewhere"));
         }
         What::Quit => page(cli, &client.ask("quit", json!({}), PATIENCE)?, |_| "the daemon ends\n".to_owned()),

@@ -1,0 +1,234 @@
+//! The cloner: a small process that lets a file share an image's blocks (ioctl_ficlone(2)).
+//!
+//! The call takes a time that grows with the image's extents, and in a filesystem that hangs it never returns; the
+//! calling process can then not even end. So another process makes it: when the lease is over we kill that process and
+//! go on. XFS (`xfs_reflink_remap_blocks`) and btrfs (`btrfs_clone`) stop between two extents at a fatal signal, so the
+//! image is soon free for the guest's writes. A process that hangs in the kernel is left to itself.
+//!
+//! It is this program again, started with a socket as its standard input. It ends when the socket does.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::fs::ioctl_ficlone;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde::{Deserialize, Serialize};
+
+use super::wait::{Stop, Wake, wait};
+use crate::client::Failure;
+use crate::upgrade::Channel;
+
+/// The hidden subcommand of `virtioblkctl` that calls [`serve`].
+pub const SUBCOMMAND: &str = "snapshot-cloner";
+/// For a message to a process that lives.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// The cloner waits so long for its order: longer than any snapshot is prepared.
+const ORDER_TIMEOUT: Duration = Duration::from_secs(86_400);
+/// How long the end of a killed cloner is waited for, and then a removal.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What the cloner is told.
+#[derive(Debug, Serialize, Deserialize)]
+enum Order {
+    /// Two descriptors come with it: the image and the target.
+    Files,
+    /// Shares all blocks of the image.
+    Clone,
+    /// Removes this file, if it is still the one whose descriptor comes with it.
+    Remove(OsString),
+}
+
+/// What it answers: the error number, if it failed.
+#[derive(Debug, Serialize, Deserialize)]
+struct Done {
+    errno: Option<i32>,
+}
+
+/// Our side of one cloner.
+pub struct Cloner {
+    child: Child,
+    channel: Channel,
+}
+
+impl Cloner {
+    /// Starts a process that is ready to share the blocks of `source` with `target`.
+    pub fn start(source: &File, target: &File) -> io::Result<Self> {
+        let cloner = Cloner::spawn()?;
+        let files = [source.try_clone()?, target.try_clone()?].map(OwnedFd::from);
+        cloner.channel.send(&Order::Files, &files, PATIENCE)?;
+        Ok(cloner)
+    }
+
+    fn spawn() -> io::Result<Self> {
+        let (ours, theirs) = UnixStream::pair()?;
+        // Itself, even if the file was replaced. Our signals are blocked, and so are the cloner's. It may outlive us, and
+        // who started us may wait for the end of our output.
+        let mut command = Command::new("/proc/self/exe");
+        command.arg(SUBCOMMAND).stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = command.spawn()?;
+        Ok(Cloner { child, channel: Channel::new(ours)? })
+    }
+
+    /// Has it begin. [`Cloner::outcome`] follows.
+    pub fn begin(&self) -> io::Result<()> {
+        self.channel.send(&Order::Clone, &[], PATIENCE)
+    }
+
+    /// What came of it, once its descriptor is readable.
+    pub fn outcome(&self) -> io::Result<()> {
+        let (done, _): (Done, _) = self.channel.receive(PATIENCE)?;
+        done.errno.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)))
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Has the kernel end it as soon as it can; does not wait.
+    pub fn kill(&mut self) {
+        // It fails only if it has ended.
+        let _ = self.child.kill();
+    }
+
+    /// Waits a little for its end; `false`: it hangs in the kernel.
+    pub fn has_ended(&mut self) -> bool {
+        let Ok(pidfd) = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()) else { return true };
+        let ended = matches!(wait(&[pidfd.as_fd()], None, Instant::now() + END_TIMEOUT), Ok(Wake::Ready(_)));
+        if ended {
+            // So that it is no zombie; it has ended.
+            let _ = self.child.wait();
+        }
+        ended
+    }
+}
+
+impl AsFd for Cloner {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.channel.stream().as_fd()
+    }
+}
+
+impl Drop for Cloner {
+    /// Nobody waits here for one that hangs.
+    fn drop(&mut self) {
+        self.kill();
+        let _ = self.child.try_wait();
+    }
+}
+
+/// Waits for all cloners, each of which has begun. The result of each, in their order; those that `deadline` or `stop`
+/// found at work are killed.
+pub fn wait_for(cloners: &mut [&mut Cloner], deadline: Instant, stop: Stop<'_>) -> Vec<Outcome> {
+    let mut outcomes: Vec<Option<Outcome>> = cloners.iter().map(|_| None).collect();
+    let over = loop {
+        let waiting: Vec<usize> = (0..cloners.len()).filter(|at| outcomes[*at].is_none()).collect();
+        if waiting.is_empty() {
+            break Outcome::TimedOut;
+        }
+        let fds: Vec<BorrowedFd<'_>> = waiting.iter().map(|at| cloners[*at].as_fd()).collect();
+        match wait(&fds, stop, deadline) {
+            Ok(Wake::Ready(ready)) => {
+                for (at, _) in waiting.into_iter().zip(ready).filter(|(_, ready)| *ready) {
+                    outcomes[at] = Some(cloners[at].outcome().map_or_else(Outcome::Failed, |()| Outcome::Shared));
+                }
+            }
+            Ok(Wake::Stopped) => break Outcome::Stopped,
+            Ok(Wake::TimedOut) => break Outcome::TimedOut,
+            Err(error) => break Outcome::Failed(error),
+        }
+    };
+    for (cloner, outcome) in cloners.iter_mut().zip(&outcomes) {
+        if outcome.is_none() {
+            cloner.kill();
+        }
+    }
+    let rest = |outcome: Option<Outcome>| {
+        outcome.unwrap_or(match &over {
+            Outcome::Failed(error) => Outcome::Failed(io::Error::from(error.kind())),
+            Outcome::Stopped => Outcome::Stopped,
+            _ => Outcome::TimedOut,
+        })
+    };
+    outcomes.into_iter().map(rest).collect()
+}
+
+/// What came of one clone.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The target shares all blocks of the image.
+    Shared,
+    /// The kernel refused, or the cloner is lost.
+    Failed(io::Error),
+    /// It was not done at the deadline.
+    TimedOut,
+    /// A signal came.
+    Stopped,
+}
+
+/// Removes `path`, the name of `file`, by a process of its own, since the filesystem may hang. The error says what is
+/// left.
+pub fn remove(path: &std::path::Path, file: &File) -> Result<(), Failure> {
+    let shown = path.display();
+    let left = |why: String| Failure::new("target", format!("'{shown}', which is no snapshot, is left behind: {why}"));
+    let cloner = Cloner::spawn().map_err(|error| left(error.to_string()))?;
+    let sent = file.try_clone().and_then(|file| {
+        let order = Order::Remove(path.as_os_str().to_owned());
+        cloner.channel.send(&order, &[OwnedFd::from(file)], PATIENCE)
+    });
+    sent.map_err(|error| left(error.to_string()))?;
+    match wait(&[cloner.as_fd()], None, Instant::now() + END_TIMEOUT) {
+        Ok(Wake::Ready(_)) => cloner.outcome().map_err(|error| left(format!("{error}; remove it"))),
+        _ => {
+            let pid = cloner.pid();
+            // It goes on.
+            std::mem::forget(cloner);
+            Err(left(format!("its filesystem does not answer; process {pid} removes it when it does")))
+        }
+    }
+}
+
+/// The cloner's side: `virtioblkctl`, when started with [`SUBCOMMAND`]. `link` is its standard input.
+pub fn serve(link: OwnedFd) -> ExitCode {
+    // Ctrl-C on our terminal is not for the cloner. It fails only for the leader of a group, which has its own already.
+    let _ = rustix::process::setsid();
+    match Channel::new(UnixStream::from(link)).and_then(|channel| carry_out(&channel)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => ExitCode::SUCCESS,
+        Err(_) => {
+            eprintln!("virtioblkctl {SUBCOMMAND}: this is started by 'virtioblkctl snapshot', not by hand");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn carry_out(channel: &Channel) -> io::Result<()> {
+    let (order, files): (Order, _) = channel.receive(ORDER_TIMEOUT)?;
+    let done = match (order, files.as_slice()) {
+        (Order::Files, [source, target]) => match channel.receive(ORDER_TIMEOUT)? {
+            (Order::Clone, _) => ioctl_ficlone(target, source).map_err(io::Error::from),
+            _ => return Err(io::ErrorKind::InvalidData.into()),
+        },
+        (Order::Remove(path), [file]) => remove_here(&path, file),
+        _ => return Err(io::ErrorKind::InvalidData.into()),
+    };
+    let errno = done.err().map(|error| error.raw_os_error().unwrap_or(libc::EIO));
+    channel.send(&Done { errno }, &[], PATIENCE)
+}
+
+/// Removes the file, unless it is gone or another one has its name.
+fn remove_here(path: &OsString, file: &OwnedFd) -> io::Result<()> {
+    let file = File::from(file.try_clone()?).metadata()?;
+    match std::fs::symlink_metadata(path) {
+        Ok(named) if (named.dev(), named.ino()) == (file.dev(), file.ino()) => std::fs::remove_file(path),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
