@@ -600,6 +600,31 @@ fn a_reflink_that_hangs_is_given_up_when_the_lease_is_over() {
     wait_until("nothing is left behind", || names(&xfs.path()) == ["a.raw"]);
 }
 
+#[test]
+fn a_reflink_on_btrfs_is_without_checksums_if_the_image_is() {
+    let Some(btrfs) = Mounted::btrfs() else { return };
+    let content = vec![7; 1 << 20];
+    let directory = btrfs.path().join("nocow");
+    fs::create_dir(&directory).unwrap();
+    let flags = rustix::fs::IFlags::NOCOW;
+    rustix::fs::ioctl_setflags(File::open(&directory).unwrap(), flags).unwrap();
+    // A file takes the flag from its directory; so there are four cases.
+    for (at, (image, target)) in
+        [("a", "a.snap"), ("nocow/b", "b.snap"), ("nocow/c", "nocow/c.snap"), ("d", "nocow/d.snap")].iter().enumerate()
+    {
+        let image = btrfs.path().join(image);
+        fs::write(&image, &content).unwrap();
+        let is_nocow = |path: &Path| rustix::fs::ioctl_getflags(File::open(path).unwrap()).unwrap().contains(flags);
+        assert_eq!(is_nocow(&image), at == 1 || at == 2);
+        let disk = Daemon::start(&image, "writeback");
+        let target = btrfs.path().join(target);
+        let to = format!("reflink:{}", target.display());
+        receipt(&snapshot(&[&disk], "crash", &["--json", "--to", &to]).output().unwrap());
+        assert!(fs::read(&target).unwrap() == content);
+        assert_eq!(is_nocow(&target), is_nocow(&image));
+    }
+}
+
 // copy:
 
 /// A served image of `size` bytes with something in it.

@@ -10,6 +10,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 use sha2::{Digest, Sha256};
 
 use super::cloner::{self, Cloner, Outcome};
@@ -136,7 +137,7 @@ impl Target {
 
     fn probe(&self, size: u64) -> Result<(), Failure> {
         let len = if size > PROBE { PROBE } else { 0 };
-        let probed = sys::clone_start(self.file.as_fd(), self.source.as_fd(), len);
+        let probed = self.like_the_image().and_then(|()| sys::clone_start(self.file.as_fd(), self.source.as_fd(), len));
         let (image, path) = (self.image.display(), self.path.display());
         probed.and_then(|()| self.file.set_len(0)).map_err(|error| {
             let why = match error.raw_os_error() {
@@ -151,6 +152,18 @@ impl Target {
             };
             Failure::new("reflink", format!("'{image}' cannot be cloned to '{path}': {why}"))
         })
+    }
+
+    /// Makes the empty target NOCOW if the image is, and only then: btrfs shares no blocks between a file with checksums
+    /// and one without (`btrfs_remap_file_range_prep`), and takes the change for an empty file only.
+    fn like_the_image(&self) -> io::Result<()> {
+        // A filesystem without such flags has nothing to make alike.
+        let (Ok(image), Ok(target)) = (ioctl_getflags(&self.source), ioctl_getflags(&self.file)) else { return Ok(()) };
+        let wanted = (target & !IFlags::NOCOW) | (image & IFlags::NOCOW);
+        if wanted != target {
+            ioctl_setflags(&self.file, wanted)?;
+        }
+        Ok(())
     }
 
     /// What came of the clone.
