@@ -20,7 +20,7 @@ FUZZ_TARGETS = $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 NOT_SANITIZED = layering shipped snapshot_shipped
 # They start the real daemon. What looks for leaks at its end takes clone(2) and ptrace(2), which the sandbox stops, so
 # there nobody looks for them; and the first race ends it, which its test notices.
-DAEMON_TESTS = attend config control_flood copy_daemon daemon limits sandbox snapshot snapshot_image stable_writes \
+DAEMON_TESTS = attend config control_flood copy_daemon daemon hung_target limits sandbox snapshot snapshot_image stable_writes \
 	stalled torn_pairs upgrade upgrade_front_end virtio_driver virtioblkctl
 IN_PROCESS_TESTS = $(filter-out $(NOT_SANITIZED) $(DAEMON_TESTS),$(OTHER_TESTS)) stable_writes
 # The thread sanitizer carries an atomic operation out itself, with a lock of its own held. If the memory behind it has

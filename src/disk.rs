@@ -241,6 +241,11 @@ pub trait Copies: Send + Sync {
     /// Changes the limit, in bytes a second; 0: none.
     fn set_bandwidth(&self, copy: &str, bandwidth: u64) -> Result<(), CopyError>;
 
+    /// How many copies are over and wait for the image or their target all the same.
+    fn ending(&self) -> u64 {
+        0
+    }
+
     /// The copy that is prepared or running, and those that ended last (at most eight, newest last).
     fn status(&self) -> Vec<CopyStatus>;
 }
@@ -304,6 +309,8 @@ pub struct CopyStatus {
     pub sha256: Option<String>,
     /// Why it failed.
     pub error: Option<String>,
+    /// It is over, and a thread of it still waits for the target: a call that does not return, a file not removed yet.
+    pub ending: bool,
 }
 
 /// One ring, as status and stats show it.
@@ -520,6 +527,8 @@ pub struct DiskStatus {
     pub last_errors: Vec<LastError>,
     /// A sync failed for good: writes are no longer made durable.
     pub sync_failed: bool,
+    /// Copies that are over, and of which a thread still waits for the image or its target.
+    pub copies_ending: u64,
     /// What the back-end adds.
     #[serde(flatten)]
     pub image_status: ImageStatus,

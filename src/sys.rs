@@ -111,6 +111,18 @@ pub(crate) fn extents(fd: BorrowedFd<'_>, len: u64) -> io::Result<u64> {
     Ok(map.mapped_extents.into())
 }
 
+/// Gives the calling thread, and those that it starts from now on, a descriptor table of their own, in which only
+/// descriptors 0 to 2 are open (close_range(2), CLOSE_RANGE_UNSHARE). The process's other threads keep theirs.
+///
+/// The caller owns no descriptor and never drops, uses or is sent one of the old table: its number means something else.
+pub(crate) fn leave_descriptor_table() -> io::Result<()> {
+    let (first, last) = (3 as libc::c_uint, libc::c_uint::MAX);
+    // SAFETY: it changes no memory. The table is a new one that only this thread has, so no owner of a descriptor loses
+    // it; that this thread is no such owner is the caller's promise.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, libc::CLOSE_RANGE_UNSHARE) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 fn get(fd: BorrowedFd<'_>, request: libc::c_ulong) -> io::Result<u32> {
     let mut value: libc::c_uint = 0;
     // SAFETY: these requests write one int to the pointer, which lives through the call.

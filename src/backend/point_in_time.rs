@@ -15,13 +15,14 @@ mod bitmap;
 mod copier;
 mod copy;
 mod keep;
+mod notes;
+mod order;
 mod queue;
 mod target;
-mod writer;
+mod target_thread;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -35,17 +36,17 @@ use super::{Backend, IoQueue};
 use crate::disk::{Copies, CopyError, CopyOptions, CopyStatus, Events};
 use copy::{Copy, Phase};
 use keep::Keep;
+use order::{Liveness, TargetLinks, TargetOrder};
 use queue::DelayingQueue;
-use target::Target;
 
 /// Copies that ended and are remembered.
 const MOST_ENDED: usize = 8;
 
 /// Copies that ended and whose threads have not, because the image or a target hangs, at most.
-const MOST_HANGING: usize = 4;
+const MAX_ENDING: usize = 4;
 
-/// A filesystem that does not answer in this time hangs; callers do not wait for it any longer.
-const HANGS: Duration = Duration::from_secs(2);
+/// How long callers wait for a target's filesystem.
+const TARGET_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What the copier does wrong on purpose, so that tests show that they would notice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +70,7 @@ pub enum Step {
     Publish,
 }
 
-/// Called by the writer's thread before each step; it may sleep, and its error is the step's.
+/// Called by the target's thread before each step; it may sleep, and its error is the step's.
 pub type TargetHook = Arc<dyn Fn(Step) -> io::Result<()> + Send + Sync>;
 
 /// What tests change.
@@ -103,10 +104,10 @@ pub struct PointInTime {
     image: Arc<dyn Backend>,
     shared: Arc<Shared>,
     keep: Arc<Keep>,
-    /// Of copies whose copier has, or had, the image open: disconnected when it let go.
-    copiers: Mutex<Vec<Receiver<()>>>,
-    /// Of threads that create targets, in the same way.
-    creators: Mutex<Vec<Receiver<()>>>,
+    /// By a copy's number: its copier has, or had, the image open; disconnected when it let go.
+    copiers: Mutex<Vec<(u64, Receiver<()>)>>,
+    /// By a copy's number: its target, also one that could not be created.
+    targets: Mutex<Vec<(u64, Liveness)>>,
 }
 
 /// What the rings' queues and the copies have in common.
@@ -122,9 +123,11 @@ struct Shared {
 struct Registry {
     last: u64,
     current: Option<Arc<Copy>>,
+    /// Copies that nothing stops any more, since they get their names, or are over and not cleared up. They hinder no other.
+    finishing: Vec<Arc<Copy>>,
     /// One is being made.
     preparing: bool,
-    ended: VecDeque<CopyStatus>,
+    ended: VecDeque<(CopyStatus, Liveness)>,
     /// Changes in flight, a counter a queue.
     changes: Vec<Weak<AtomicU64>>,
     /// The daemon ends.
@@ -145,7 +148,7 @@ impl PointInTime {
             shared: Arc::new(shared),
             keep: Arc::default(),
             copiers: Mutex::default(),
-            creators: Mutex::default(),
+            targets: Mutex::default(),
         }
     }
 
@@ -159,41 +162,54 @@ impl PointInTime {
         if let Some(copy) = current
             && copy.end(Phase::Cancelled, None)
         {
-            bury(&copy);
+            copy.clear_up();
         }
     }
 
-    /// Makes the copy's two threads, ready to start.
-    fn start_threads(&self, copy: &Arc<Copy>, file: std::fs::File) -> io::Result<()> {
-        let (to_writer, jobs) = mpsc::channel();
+    /// Makes the copy's other threads, ready to start.
+    fn start_threads(&self, copy: &Arc<Copy>, links: TargetLinks) -> io::Result<()> {
+        let TargetLinks { jobs, notes, publish } = links;
         let (ready, is_ready) = mpsc::sync_channel(1);
         let (open, closed) = mpsc::channel();
-        let (image, copier_copy, writer_copy) = (Arc::clone(&self.image), Arc::clone(copy), Arc::clone(copy));
-        thread::Builder::new().name("copy-target".into()).spawn(move || writer::run(&writer_copy, file, jobs))?;
+        let (image, copier_copy, notes_copy) = (Arc::clone(&self.image), Arc::clone(copy), Arc::clone(copy));
+        thread::Builder::new().name("copy-notes".into()).spawn(move || notes::run(&notes_copy, &notes, &publish))?;
         thread::Builder::new()
             .name("copy-image".into())
-            .spawn(move || copier::run(image, copier_copy, to_writer, ready, open))?;
-        self.copiers.lock().expect("no panic while held").push(closed);
+            .spawn(move || copier::run(image, copier_copy, jobs, ready, open))?;
+        self.copiers.lock().expect("no panic while held").push((copy.number, closed));
         is_ready.recv().unwrap_or_else(|_| Err(io::Error::other("its thread ended")))
     }
 
     /// The next copy's number, if there may be one.
     fn reserve(&self) -> Result<u64, CopyError> {
-        let hanging = self.hanging();
         let mut registry = self.shared.lock();
         if registry.closed {
             return Err(busy("the daemon ends"));
         }
-        if let Some(copy) = &registry.current {
-            return Err(busy(format!(
-                "{} to {} is {}, and there is one copy at a time; wait for its end or cancel it",
-                copy.name,
-                copy.target.path.display(),
-                copy.status().state
-            )));
+        if let Some(copy) = registry.current.take() {
+            match copy.phase() {
+                phase if phase.is_over() || phase == Phase::Publishing => registry.finishing.push(copy),
+                _ => {
+                    let state = copy.status().state;
+                    let message = format!(
+                        "{} to {} is {state}, and there is one copy at a time; wait for its end or cancel it",
+                        copy.name,
+                        copy.target.path.display(),
+                    );
+                    registry.current = Some(copy);
+                    return Err(busy(message));
+                }
+            }
         }
-        if registry.preparing || hanging >= MOST_HANGING {
-            return Err(busy("another copy is being prepared, or earlier ones wait for storage that hangs; try again"));
+        if registry.preparing {
+            return Err(busy("another copy is being prepared; try again"));
+        }
+        let ending = self.count_ending(&registry);
+        if ending >= MAX_ENDING {
+            return Err(busy(format!(
+                "{ending} earlier copies still wait for storage that does not answer (virtioblkctl copies); repair it, or \
+                 restart virtioblkd"
+            )));
         }
         registry.preparing = true;
         registry.last += 1;
@@ -207,25 +223,26 @@ impl PointInTime {
             message: format!("no thread or descriptor for the copy ({error}); raise the daemon's limits"),
         };
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| lacking(error.into()))?;
-        let (creating, created) = mpsc::channel();
-        self.creators.lock().expect("no panic while held").push(created);
-        let (target, file) = create(&options.target, size, creating)?;
+        let started = |liveness| self.targets.lock().expect("no panic while held").push((number, liveness));
+        let (target, links) = TargetOrder::create(options, size, &self.shared.tuning, started)?;
         let copy = Arc::new(Copy::new(number, size, options, target, wake, Arc::clone(&self.shared)));
-        self.start_threads(&copy, file).map_err(|error| {
+        self.start_threads(&copy, links).map_err(|error| {
             copy.abandon();
             lacking(error)
         })?;
         Ok(copy)
     }
 
-    /// How many threads of copies that ended or never began hang in the image or a target.
-    fn hanging(&self) -> usize {
-        let count = |threads: &Mutex<Vec<Receiver<()>>>| {
-            let mut threads = threads.lock().expect("no panic while held");
-            threads.retain(|ended| ended.try_recv() != Err(TryRecvError::Disconnected));
-            threads.len()
-        };
-        count(&self.copiers) + count(&self.creators)
+    /// How many copies have ended, or never began, and still wait for the image or a target.
+    fn count_ending(&self, registry: &Registry) -> usize {
+        let mut copiers = self.copiers.lock().expect("no panic while held");
+        copiers.retain(|(_, ended)| ended.try_recv() != Err(TryRecvError::Disconnected));
+        let mut targets = self.targets.lock().expect("no panic while held");
+        targets.retain(|(_, liveness)| liveness.is_alive());
+        let alive = copiers.iter().map(|(number, _)| *number).chain(targets.iter().map(|(number, _)| *number));
+        let known = || registry.current.iter().chain(&registry.finishing);
+        let runs = |number| known().any(|copy| copy.number == number && !copy.phase().is_over());
+        alive.collect::<BTreeSet<_>>().into_iter().filter(|&number| !runs(number)).count()
     }
 }
 
@@ -233,7 +250,7 @@ impl Drop for PointInTime {
     /// Returns when no copier has the image open any more.
     fn drop(&mut self) {
         self.close();
-        for closed in self.copiers.get_mut().expect("no panic while held").drain(..) {
+        for (_, closed) in self.copiers.get_mut().expect("no panic while held").drain(..) {
             // Nothing is ever sent: this waits for the other end to go.
             let _ = closed.recv();
         }
@@ -257,68 +274,29 @@ impl Shared {
     }
 
     /// A copy is cleared up.
-    fn ended(&self, number: u64, status: CopyStatus) {
+    fn ended(&self, copy: &Copy, status: CopyStatus) {
         let mut registry = self.lock();
-        if registry.current.as_ref().is_some_and(|copy| copy.number == number) {
+        if registry.current.as_ref().is_some_and(|current| current.number == copy.number) {
             registry.current = None;
         }
+        registry.finishing.retain(|finishing| finishing.number != copy.number);
         if registry.ended.len() == MOST_ENDED {
             registry.ended.pop_front();
         }
-        registry.ended.push_back(status);
+        registry.ended.push_back((status, copy.target.liveness()));
     }
 }
 
 impl Registry {
     fn find(&self, name: &str) -> Result<&Arc<Copy>, CopyError> {
-        let current = self.current.as_ref().filter(|copy| copy.name == name && !copy.phase().is_over());
-        current.ok_or_else(|| {
-            let message = match self.ended.iter().find(|ended| ended.copy == name) {
-                Some(ended) => format!("{name} has ended already ({}); query-copies tells how", ended.state),
+        let mut known = self.current.iter().chain(&self.finishing);
+        known.find(|copy| copy.name == name && !copy.phase().is_over()).ok_or_else(|| {
+            let message = match self.ended.iter().find(|(ended, _)| ended.copy == name) {
+                Some((ended, _)) => format!("{name} has ended already ({}); query-copies tells how", ended.state),
                 None => "there is no copy of this name; query-copies names them".into(),
             };
             CopyError { code: "no-such-copy", message }
         })
-    }
-}
-
-/// Creates the target in a thread of its own: its filesystem may hang, and the caller must not.
-fn create(path: &Path, size: u64, creating: mpsc::Sender<()>) -> Result<(Target, std::fs::File), CopyError> {
-    let (sender, created) = mpsc::sync_channel(0);
-    let wanted = path.to_path_buf();
-    let work = move || {
-        // Nobody waits any more: nobody will use it.
-        if let Err(mpsc::SendError(Ok((target, _)))) = sender.send(Target::create(&wanted, size)) {
-            target.remove_partial();
-        }
-        drop(creating);
-    };
-    if let Err(error) = thread::Builder::new().name("copy-create".into()).spawn(work) {
-        let message = format!("no thread for the copy ({error}); raise the daemon's limits");
-        return Err(CopyError { code: "resources", message });
-    }
-    created.recv_timeout(HANGS).unwrap_or_else(|_| {
-        let message = format!("{}: its filesystem does not answer; mend it, or choose another target", path.display());
-        Err(CopyError { code: "target", message })
-    })
-}
-
-/// Clears up in a thread of its own, for the same reason. When the filesystem answers, the file is gone on return.
-fn bury(copy: &Arc<Copy>) {
-    let (sender, buried) = mpsc::channel::<()>();
-    let theirs = Arc::clone(copy);
-    let work = move || {
-        theirs.bury();
-        drop(sender);
-    };
-    match thread::Builder::new().name("copy-end".into()).spawn(work) {
-        Ok(_) => {
-            if buried.recv_timeout(HANGS) == Err(mpsc::RecvTimeoutError::Timeout) {
-                log::warn!("{}: its filesystem does not answer; it is removed when it does", copy.name);
-            }
-        }
-        // A hang is only possible, a file left behind would be certain.
-        Err(_) => copy.bury(),
     }
 }
 
@@ -373,7 +351,7 @@ impl Copies for PointInTime {
         if !copy.end(Phase::Cancelled, None) {
             return Err(busy(format!("{} is complete, or ends just now; query-copies tells how", copy.name)));
         }
-        bury(&copy);
+        copy.clear_up();
         Ok(())
     }
 
@@ -385,9 +363,18 @@ impl Copies for PointInTime {
         Ok(())
     }
 
+    fn ending(&self) -> u64 {
+        self.count_ending(&self.shared.lock()) as u64
+    }
+
     fn status(&self) -> Vec<CopyStatus> {
         let registry = self.shared.lock();
-        registry.ended.iter().cloned().chain(registry.current.as_ref().map(|copy| copy.status())).collect()
+        let ended = registry
+            .ended
+            .iter()
+            .map(|(status, liveness)| CopyStatus { ending: liveness.is_alive(), ..status.clone() });
+        let known = registry.finishing.iter().chain(&registry.current).map(|copy| copy.status());
+        ended.chain(known).collect()
     }
 }
 

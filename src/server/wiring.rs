@@ -232,7 +232,7 @@ impl Disk for CopiedDisk {
     }
 
     fn status(&self) -> DiskStatus {
-        self.disk.status()
+        DiskStatus { copies_ending: self.copies.ending(), ..self.disk.status() }
     }
 
     fn continue_io(&self) -> u64 {

@@ -382,6 +382,7 @@ impl Disk for Arc<Rings> {
         }
         let durable = policy.syncs_each_write(acked.is_none_or(features::driver_can_flush));
         DiskStatus {
+            copies_ending: 0,
             image: self.backend.describe(),
             image_path: self.backend.path().map(|path| path.display().to_string()),
             size: self.capacity.get(),

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::Mutant;
 use super::copy::{CLUSTER, Copy, Phase};
-use super::writer::Job;
+use super::target_thread::Job;
 use crate::backend::{Backend, Completion, IoBuf, IoQueue, Op, OpId, Source};
 
 /// Reads in flight at most, and those of them that nobody waits for. What is in flight stands before a guest's request:
@@ -90,7 +90,7 @@ pub(super) fn run(
     drop(copier);
     drop((image, open));
     if copy.phase() == Phase::Failed {
-        copy.bury();
+        copy.clear_up();
     }
 }
 

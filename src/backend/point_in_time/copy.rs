@@ -1,4 +1,4 @@
-//! One copy from `prepare` to its end: what the rings, its two threads and the control thread share.
+//! One copy from `prepare` to its end: what the rings, its threads and the control thread share.
 //!
 //! A cluster is *saved* when the old data is in memory or known to be zero. From the instant on, a ring lets a change
 //! of a cluster pass only if its bit is set; so a cluster whose bit is clear still holds what it held at the instant.
@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::bitmap::Bitmap;
-use super::target::Target;
+use super::order::TargetOrder;
 use super::{Mutant, Shared};
 use crate::backend::IoBuf;
 use crate::backend::mailbox::Mailbox;
@@ -56,8 +56,8 @@ pub(super) struct Copy {
     pub(super) number: u64,
     pub(super) name: String,
     pub(super) size: u64,
-    pub(super) target: Target,
-    pub(super) digest: bool,
+    /// The target's thread.
+    pub(super) target: TargetOrder,
     pub(super) shared: Arc<Shared>,
     pub(super) saved: Bitmap,
     /// Bytes a second; 0: no limit.
@@ -84,8 +84,8 @@ struct State {
     took: Option<Duration>,
     error: Option<String>,
     sha256: Option<String>,
-    /// Somebody clears up after it.
-    buried: bool,
+    /// A thread clears up after it.
+    cleared: bool,
 }
 
 /// A delayed op: the clusters that it still waits for, and whom to tell.
@@ -101,7 +101,7 @@ impl Copy {
         number: u64,
         size: u64,
         options: &CopyOptions,
-        target: Target,
+        target: TargetOrder,
         wake: OwnedFd,
         shared: Arc<Shared>,
     ) -> Self {
@@ -110,7 +110,6 @@ impl Copy {
             name: format!("copy-{number}"),
             size,
             target,
-            digest: options.digest,
             shared,
             saved: Bitmap::new(size.div_ceil(CLUSTER)),
             bandwidth: AtomicU64::new(options.bandwidth),
@@ -128,7 +127,7 @@ impl Copy {
                 took: None,
                 error: None,
                 sha256: None,
-                buried: false,
+                cleared: false,
             }),
         }
     }
@@ -136,7 +135,7 @@ impl Copy {
     /// Nobody has heard of it and nobody will.
     pub(super) fn abandon(&self) {
         self.end(Phase::Cancelled, None);
-        self.target.remove_partial();
+        self.target.remove();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -274,6 +273,7 @@ impl Copy {
             waiter.mailbox.post(waiter.ticket);
         }
         drop(state);
+        self.target.copy_is_over();
         self.wake_copier();
         true
     }
@@ -286,21 +286,23 @@ impl Copy {
         }
     }
 
-    /// Clears up after the end, whoever comes first: the partial file goes, operators are told. May hang with the
-    /// target's filesystem, so neither a ring nor the control thread calls it.
-    pub(super) fn bury(&self) {
+    /// Clears up after the end; the first caller does it: the partial file goes, operators are told. Waits two seconds
+    /// at most for the target's filesystem; rings do not call it.
+    pub(super) fn clear_up(&self) {
         let mut state = self.lock();
-        if !state.phase.is_over() || std::mem::replace(&mut state.buried, true) {
+        if !state.phase.is_over() || std::mem::replace(&mut state.cleared, true) {
             return;
         }
         let completed = state.phase == Phase::Completed;
         drop(state);
-        if !completed {
-            self.target.remove_partial();
+        if completed {
+            self.target.finish();
+        } else {
+            self.target.remove();
         }
         let status = self.status();
         log::info!("{} to {}: {}", self.name, status.target, status.state);
-        self.shared.ended(self.number, status.clone());
+        self.shared.ended(self, status.clone());
         self.shared.events.send(Event::CopyEnded(status));
     }
 
@@ -331,6 +333,7 @@ impl Copy {
             seconds: took.unwrap_or_default().as_secs_f64(),
             sha256: state.sha256.clone(),
             error: state.error.clone(),
+            ending: false,
         }
     }
 }

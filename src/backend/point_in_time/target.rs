@@ -19,7 +19,7 @@ const PARTIAL: &str = ".partial";
 /// The names of the target, in a directory that is held open, so that its renaming does not matter.
 pub(super) struct Target {
     /// As the operator wrote it.
-    pub(super) path: PathBuf,
+    path: PathBuf,
     directory: OwnedFd,
     name: OsString,
     partial: OsString,
@@ -57,9 +57,9 @@ impl Target {
             .map_err(|error| target.cannot_open(error))?;
         let file = File::from(file);
         if let Err(error) = file.set_len(size) {
-            target.remove_partial();
+            let left = target.remove_partial().err().map_or(String::new(), |why| format!("; {why}"));
             let cause = format!("its filesystem refuses a file of {size} bytes ({error})");
-            return Err(refused(path, &cause, "use another filesystem"));
+            return Err(refused(path, &cause, &format!("use another filesystem{left}")));
         }
         Ok((target, file))
     }
@@ -76,40 +76,40 @@ impl Target {
         }
     }
 
-    /// Where it is until it is complete.
-    pub(super) fn partial_path(&self) -> PathBuf {
-        self.path.with_file_name(&self.partial)
+    fn partial_path(&self) -> PathBuf {
+        partial_path(&self.path)
     }
 
-    /// Removes the partial file. That it cannot be removed is only worth a line in the log: its name says what it is.
-    pub(super) fn remove_partial(&self) {
-        if let Err(error) = rustix::fs::unlinkat(&self.directory, &self.partial, AtFlags::empty()) {
-            log::warn!("{}: cannot be removed ({error}); remove it by hand", self.partial_path().display());
-        }
+    /// Removes the partial file. Errors: in words for the operator.
+    pub(super) fn remove_partial(&self) -> Result<(), String> {
+        rustix::fs::unlinkat(&self.directory, &self.partial, AtFlags::empty()).map_err(|error| {
+            format!("{} cannot be removed ({error}); remove it by hand", self.partial_path().display())
+        })
     }
 
-    /// Gives the open file its name, if nothing has that name.
-    pub(super) fn publish(&self, file: &File) -> io::Result<()> {
-        if let Some(error) = publish(file.as_fd(), self.directory.as_fd(), &self.partial, &self.name)? {
-            log::warn!("{}: is left behind ({error}); remove it by hand", self.partial_path().display());
-        }
-        Ok(())
+    /// Gives the open file its name, if nothing has that name. Returns why the partial file's name is left, if it is.
+    pub(super) fn publish(&self, file: &File) -> io::Result<Option<String>> {
+        let left = publish(file.as_fd(), self.directory.as_fd(), &self.partial, &self.name)?;
+        Ok(left.map(|error| format!("{} is left behind ({error}); remove it by hand", self.partial_path().display())))
     }
 
-    /// Takes the file away again after `publish`.
-    pub(super) fn unpublish(&self) {
-        if let Err(error) = rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty()) {
-            log::error!(
-                "{}: cannot be removed ({error}), though the copy failed; remove it by hand",
-                self.path.display()
-            );
-        }
+    /// Takes the file away again after `publish`. Errors: in words for the operator.
+    pub(super) fn unpublish(&self) -> Result<(), String> {
+        rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty())
+            .map_err(|error| format!("{} cannot be removed either ({error}); remove it by hand", self.path.display()))
     }
 
     /// Makes the name durable.
     pub(super) fn sync_directory(&self) -> io::Result<()> {
         Ok(rustix::fs::fsync(&self.directory)?)
     }
+}
+
+/// Where the copy to `path` is until it is complete.
+pub(super) fn partial_path(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(PARTIAL);
+    path.with_file_name(name)
 }
 
 fn refused(path: &Path, cause: &str, mend: &str) -> CopyError {

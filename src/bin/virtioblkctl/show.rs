@@ -107,6 +107,12 @@ pub fn status(status: &Value) -> String {
             "a sync failed for good: writes are no longer made durable; replace the medium, restart".into(),
         );
     }
+    match number(&status["copies-ending"]) {
+        0 => {}
+        count => {
+            line("copies", format!("{count} over, WAITING for storage that does not answer: `virtioblkctl copies`"))
+        }
+    }
     let mut first = "errors";
     for text in errors(&status["last-errors"]) {
         line(std::mem::take(&mut first), text);
@@ -262,6 +268,9 @@ pub fn copies(copies: &Value) -> String {
             bytes(figure("saved-before-write-bytes")),
             time((seconds * 1e3) as u64)
         );
+        if copy["ending"] == true {
+            let _ = write!(page, ", STILL WAITS for the target to end");
+        }
         let _ = match copy["error"].as_str() {
             Some(_) => writeln!(page, ": {}", clean(&copy["error"])),
             None => writeln!(page),

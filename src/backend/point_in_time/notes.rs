@@ -1,0 +1,44 @@
+//! The thread that carries out what the target's thread reports: figures, buffers, and the copy's next phase.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::{Receiver, Sender};
+
+use super::copy::{CLUSTER, Copy, Phase};
+use super::target_thread::Note;
+
+/// Runs until the copy is over. It waits for the target's thread only as long as the copy runs: the copy's end sends a
+/// note too.
+pub(super) fn run(copy: &Arc<Copy>, notes: &Receiver<Note>, publish: &Sender<()>) {
+    while !copy.phase().is_over() {
+        match notes.recv() {
+            Ok(Note::Written { buf, stored }) => {
+                copy.stored.fetch_add(stored, Relaxed);
+                copy.done.fetch_add((buf.len() as u64).div_ceil(CLUSTER), Relaxed);
+                copy.give_back(buf);
+            }
+            Ok(Note::Syncing) => {
+                copy.begin_sync();
+            }
+            Ok(Note::Durable(sha256)) => {
+                if copy.begin_publish(sha256) {
+                    // The thread waits for this.
+                    let _ = publish.send(());
+                }
+            }
+            Ok(Note::Published(left)) => {
+                if let Some(left) = left {
+                    log::warn!("{left}");
+                }
+                copy.end(Phase::Completed, None);
+            }
+            Ok(Note::Failed(why)) => copy.fail(why),
+            Ok(Note::Over) => {}
+            Err(_) => copy.fail("the thread of its target ended; please report this as a defect".into()),
+        }
+    }
+    // Whoever cancels clears up itself.
+    if copy.phase() != Phase::Cancelled {
+        copy.clear_up();
+    }
+}

@@ -1,0 +1,169 @@
+//! The directory for copies is on a filesystem that does not answer any more. That costs its copy, and neither the guest
+//! nor another copy, nor the next daemon.
+
+mod control_kit;
+#[path = "stall/directory.rs"]
+mod directory;
+mod driver;
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use control_kit::Client;
+use directory::Stopping;
+use driver::{ALL, Driver};
+use serde_json::{Value, json};
+
+const SIZE: usize = 16 << 20;
+/// Nothing here takes this long.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The image, and the directories for copies: one whose filesystem stops, and a healthy one.
+struct Place {
+    // First: whatever hangs in it ends.
+    target: Stopping,
+    dir: tempfile::TempDir,
+}
+
+/// A daemon for the image of a place; killed when dropped, which does not wait for it.
+struct Daemon {
+    child: Child,
+}
+
+impl Place {
+    fn new() -> Option<Place> {
+        let target = match Stopping::mount() {
+            Ok(target) => target,
+            Err(why) => {
+                eprintln!("SKIPPED: {why}");
+                return None;
+            }
+        };
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+        std::fs::write(dir.path().join("disk.img"), vec![1; SIZE]).expect("an image");
+        std::fs::create_dir(dir.path().join("healthy")).expect("a directory");
+        Some(Place { target, dir })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn serve(&self, copy_dir: &Path) -> Daemon {
+        let child = Command::new(env!("CARGO_BIN_EXE_virtioblkd"))
+            .arg("--socket-path")
+            .arg(self.path("sock"))
+            .arg("--blk-file")
+            .arg(self.path("disk.img"))
+            .arg("--control-path")
+            .arg(self.path("ctl"))
+            .arg("--copy-dir")
+            .arg(copy_dir)
+            .arg("--copy-dir")
+            .arg(self.path("healthy"))
+            .stderr(Stdio::from(std::fs::File::create(self.path("log")).expect("a log")))
+            .spawn();
+        Daemon { child: child.expect("the daemon") }
+    }
+
+    fn client(&self) -> Client {
+        let stream = soon("the control socket", || UnixStream::connect(self.path("ctl")).ok());
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        let mut client = Client::new(stream);
+        client.line();
+        client.ask("qmp_capabilities", json!({})).expect("negotiated");
+        client
+    }
+
+    fn guest(&self) -> Driver {
+        Driver::connect_soon(&self.path("sock"), 1, 64, 1 << 20, ALL)
+    }
+
+    /// A copy that is under way to `target`.
+    fn copy(&self, client: &mut Client, target: &Path) -> String {
+        let prepared = client.ask("copy-prepare", json!({"target": target})).expect("prepared");
+        let copy = prepared["copy"].as_str().expect("a name").to_owned();
+        let token = client.quiesce(json!({}));
+        client.ask("copy-start", json!({"copy": copy, "token": token})).expect("started");
+        client.ask("resume", json!({"token": token})).expect("resumed");
+        copy
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.child.kill();
+    }
+}
+
+fn soon<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < end, "not within {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn status(client: &mut Client, copy: &str) -> Value {
+    let copies = client.ask("query-copies", json!({})).expect("a list");
+    copies.as_array().and_then(|all| all.iter().find(|one| one["copy"] == copy)).expect("it is known").clone()
+}
+
+#[test]
+fn a_killed_daemon_frees_its_guest_and_its_image_while_the_target_hangs() {
+    let Some(place) = Place::new() else { return };
+    let mut old = place.serve(&place.target.path());
+    let mut client = place.client();
+    let mut front_end = UnixStream::connect(place.path("sock")).expect("served");
+    front_end.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    let prepared = client.ask("copy-prepare", json!({"target": place.target.path().join("copy.img")}));
+    let copy = prepared.expect("prepared")["copy"].clone();
+    place.target.stop();
+    let token = client.quiesce(json!({}));
+    client.ask("copy-start", json!({"copy": copy, "token": token})).expect("started");
+    soon("the copy waits for the target", || (place.target.waiting() > 0).then_some(()));
+    old.child.kill().expect("it runs");
+    assert_eq!(front_end.read(&mut [0]).expect("an end within the time"), 0, "the front-end learns of it");
+    assert_eq!(
+        old.child.try_wait().expect("our child"),
+        None,
+        "its thread waits for the target: else this shows nothing"
+    );
+    let _new = place.serve(&place.path("healthy"));
+    let mut guest = place.guest();
+    assert_eq!(guest.one(0, |guest, id| guest.write(0, 0, 0, 1 << 20, id)), 0, "the image's lock was free");
+    assert_eq!(old.child.try_wait().expect("our child"), None);
+    place.target.go_on();
+    soon("the old daemon's end", || old.child.try_wait().expect("our child"));
+}
+
+#[test]
+fn a_target_that_hangs_hinders_no_other_copy_and_is_counted() {
+    let Some(place) = Place::new() else { return };
+    let _daemon = place.serve(&place.target.path());
+    let mut client = place.client();
+    // The filesystem has no hard links: the copy is given its name all the same.
+    let copy = place.copy(&mut client, &place.target.path().join("first.img"));
+    soon("the first copy", || (status(&mut client, &copy)["state"] == "completed").then_some(()));
+    assert_eq!(place.target.files(), ["first.img"]);
+    let hung = place.copy(&mut client, &place.target.path().join("hung.img"));
+    place.target.stop();
+    soon("a request that waits", || (place.target.waiting() > 0).then_some(()));
+    assert_eq!(client.ask("copy-cancel", json!({"copy": hung})), Ok(json!({})));
+    let seen = status(&mut client, &hung);
+    assert_eq!((&seen["state"], &seen["ending"]), (&json!("cancelled"), &json!(true)), "{seen}");
+    assert_eq!(client.ask("query-status", json!({})).expect("a status")["copies-ending"], 1);
+    let good = place.copy(&mut client, &place.path("healthy/copy.img"));
+    soon("the second copy", || (status(&mut client, &good)["state"] == "completed").then_some(()));
+    assert!(std::fs::read(place.path("healthy/copy.img")).expect("the copy") == vec![1; SIZE]);
+    place.target.go_on();
+    soon("the first one's end", || (status(&mut client, &hung)["ending"] == false).then_some(()));
+    assert_eq!(client.ask("query-status", json!({})).expect("a status")["copies-ending"], 0);
+}
