@@ -321,6 +321,9 @@ pub struct RingStatus {
     pub index: u32,
     /// Descriptors in the ring.
     pub size: u16,
+    /// Requests in flight are not tracked for the next server: the front-end cannot do that (INFLIGHT_SHMFD), or its
+    /// region is for smaller rings.
+    pub untracked: bool,
     /// Requests taken and not yet answered.
     pub in_flight: u64,
     /// Those of them that are in flight for so long that something must be wrong (10 s); as of a look every 2.5 s.

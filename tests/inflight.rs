@@ -45,16 +45,26 @@ struct Guest {
 }
 
 fn handshake(rig: &Rig) -> FrontEnd {
-    let mut front_end = FrontEnd::handshake(UnixStream::connect(&rig.path).unwrap(), 1, SIZE, ALL);
+    handshake_of(rig, SIZE)
+}
+
+fn handshake_of(rig: &Rig, size: u16) -> FrontEnd {
+    let mut front_end = FrontEnd::handshake(UnixStream::connect(&rig.path).unwrap(), 1, size, ALL);
     front_end.also(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
     front_end
 }
 
 impl Guest {
     fn new(rig: &Rig) -> Guest {
-        let mut front_end = handshake(rig);
-        let wanted = VhostUserInflight { num_queues: 1, queue_size: SIZE, ..VhostUserInflight::default() };
+        Guest::asking(rig, SIZE, SIZE)
+    }
+
+    /// Asks for so many entries, sends that number back as QEMU does (vhost_user_set_inflight_fd), and has a ring of `size`.
+    fn asking(rig: &Rig, entries: u16, size: u16) -> Guest {
+        let mut front_end = handshake_of(rig, size);
+        let wanted = VhostUserInflight { num_queues: 1, queue_size: entries, ..VhostUserInflight::default() };
         let (told, region) = front_end.control.get_inflight_fd(&wanted).unwrap();
+        let told = VhostUserInflight { queue_size: entries, ..told };
         let mut guest = Guest { front_end, told, region };
         guest.set_region();
         guest.front_end.start_ring(0, 0);
@@ -243,14 +253,91 @@ fn an_orderly_restart_owes_nothing() {
 }
 
 #[test]
-fn a_region_of_another_size_is_refused() {
+fn a_region_for_more_rings_than_allowed_is_refused() {
     let (_disk, rig) = server(Order::InOrder);
-    for (queues, size) in [(3, SIZE), (1, SIZE * 2)] {
+    for (queues, size) in [(3, SIZE), (1, 32769)] {
         let mut front_end = handshake(&rig);
         let wanted = VhostUserInflight { num_queues: queues, queue_size: size, ..VhostUserInflight::default() };
         assert!(front_end.control.get_inflight_fd(&wanted).is_err());
         drop(front_end);
         assert!(rig.disconnected().contains("protocol"));
+    }
+}
+
+/// Of QEMU's default --queue-size.
+fn large_server(order: Order) -> (Arc<MemBackend>, Rig) {
+    let disk = Arc::new(MemBackend::new(MemOptions { order, ..MemOptions::new(1 << 20) }));
+    let options = DeviceOptions { mode: CacheMode::None, num_queues: 2, queue_size: 1024, serial: String::new() };
+    let tuning = Tuning { stall_after: Duration::from_secs(1000), ..Tuning::default() };
+    (disk.clone(), Rig::tuned(disk, &options, &tuning))
+}
+
+/// QEMU 10.0.13 (Debian 13) asks for entries for its queue-size, 128, and sends that number back; then its firmware sets up
+/// a ring of 256 descriptors and its Linux, after a reset, one of 1024.
+#[test]
+fn a_ring_larger_than_its_front_end_asked_for_runs_and_is_tracked() {
+    let (_, firmware) = large_server(Order::InOrder);
+    for size in [256, 1024] {
+        let (first_disk, first) = large_server(Order::OnRequest);
+        let (second_disk, second) = large_server(Order::InOrder);
+        let _released = Released(first_disk.clone());
+        let mut guest = Guest::asking(&first, 128, size);
+        // Heads beyond those asked for, too.
+        let taken: Vec<u16> = (0..60).map(|sector| guest.front_end.add(0, OUT, sector, &[7; SECTOR], 0)).collect();
+        assert!(taken.iter().any(|slot| slot * 4 >= 128));
+        guest.front_end.kick(0);
+        until("the requests are taken", || first_disk.waiting() >= 60);
+        assert!(!first.status().rings[0].untracked);
+        let _old = guest.reconnect(&second);
+        let answered: Vec<u16> = (0..60).map(|_| guest.front_end.wait(0).0).collect();
+        assert_eq!(answered, taken);
+        assert_eq!(second_disk.counts().writes, 60, "each once");
+        assert!(!second.status().rings[0].untracked);
+        guest.front_end.stop_ring(0);
+        // The other order: what serves the firmware serves the reset driver.
+        let mut guest = Guest::asking(&firmware, 128, size);
+        assert_eq!(guest.front_end.write(0, 0, &[1; SECTOR]), OK);
+    }
+}
+
+/// A region that another server made for smaller rings: the ring is served all the same, and the status says that it is
+/// not tracked.
+#[test]
+fn a_ring_that_does_not_fit_the_region_of_another_server_is_served() {
+    use std::os::fd::AsRawFd;
+    let (_disk, rig) = large_server(Order::InOrder);
+    // 16 bytes a ring, 16 a descriptor (libvhost-user's vu_inflight_queue_size).
+    let told = VhostUserInflight { mmap_size: 2112, mmap_offset: 0, num_queues: 1, queue_size: 128 };
+    let region = bookkeeping(4096, rustix::fs::MemfdFlags::empty());
+    let mut front_end = FrontEnd::handshake(UnixStream::connect(&rig.path).unwrap(), 1, 1024, ALL);
+    front_end.also(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+    front_end.control.set_inflight_fd(&told, region.as_raw_fd()).unwrap();
+    front_end.start_ring(0, 0);
+    for sector in 0..200 {
+        assert_eq!(front_end.write(0, sector, &[3; SECTOR]), OK);
+    }
+    assert!(rig.status().rings[0].untracked);
+    let base = front_end.stop_ring(0);
+    let avail = front_end.rings[0].avail;
+    front_end.restart_ring(0, base, avail);
+    assert_eq!(front_end.read(0, 0, SECTOR as u32), (OK, vec![3; SECTOR]));
+    // A reset: a region of our own is large enough.
+    let wanted = VhostUserInflight { num_queues: 1, queue_size: 128, ..VhostUserInflight::default() };
+    front_end.stop_ring(0);
+    let (told, region) = front_end.control.get_inflight_fd(&wanted).unwrap();
+    front_end.control.set_inflight_fd(&told, region.as_raw_fd()).unwrap();
+    front_end.reset_ring_memory(0);
+    front_end.start_ring(0, 0);
+    assert_eq!(front_end.read(0, 0, SECTOR as u32), (OK, vec![3; SECTOR]));
+    assert!(!rig.status().rings[0].untracked);
+}
+
+/// Waits until `done` says so.
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(30);
+    while !done() {
+        assert!(Instant::now() < end, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

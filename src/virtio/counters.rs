@@ -9,6 +9,7 @@ use crate::disk::RingStatus;
 pub(super) struct Counters {
     pub size: AtomicU64,
     pub running: AtomicBool,
+    pub untracked: AtomicBool,
     pub in_flight: AtomicU64,
     pub stalled: AtomicU64,
     pub oldest_stalled_ms: AtomicU64,
@@ -38,6 +39,7 @@ impl Counters {
         RingStatus {
             index,
             size: self.size.load(Relaxed) as u16,
+            untracked: self.untracked.load(Relaxed),
             in_flight: self.in_flight.load(Relaxed),
             stalled: self.stalled.load(Relaxed),
             oldest_stalled_ms: self.oldest_stalled_ms.load(Relaxed),
@@ -61,6 +63,7 @@ impl Counters {
 
 /// Adds one ring to a sum.
 pub(super) fn accumulate(total: &mut RingStatus, ring: &RingStatus) {
+    total.untracked |= ring.untracked;
     total.in_flight += ring.in_flight;
     total.stalled += ring.stalled;
     total.oldest_stalled_ms = total.oldest_stalled_ms.max(ring.oldest_stalled_ms);

@@ -18,7 +18,7 @@ use super::descriptor;
 use super::device::{Identity, Offer};
 use super::dirty::DirtyLog;
 use super::features;
-use super::inflight::Inflight;
+use super::inflight::{Inflight, MAX_ENTRIES};
 use super::memory::{MOST_REGIONS, MemoryTable};
 use super::queue_state::{QueueState, Stopped, Surroundings};
 use super::rings::Rings;
@@ -134,10 +134,9 @@ impl Handler {
         }
     }
 
-    /// The end of the connection: every ring is stopped, what it acknowledged is synced, others may have the image. What
-    /// failed and is kept is left to the next server, if the front-end can tell it.
+    /// The end of the connection: every ring is stopped, what it acknowledged is synced, others may have the image.
     pub(super) fn end(&mut self) {
-        self.stop_all(if self.inflight.is_some() { Stop::ToGoOn } else { Stop::ForGood });
+        self.queues.iter_mut().for_each(|queue| queue.end(&self.rings));
         self.queues.clear();
         self.settle();
     }
@@ -253,7 +252,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
         if num == 0 || num > largest || !num.is_power_of_two() {
             log::error!(
                 "the front-end asks for a ring of {num} descriptors: a power of two up to {largest} is allowed; give \
-                 its queue-size a smaller number or --queue-size a larger one"
+                 --queue-size a larger number, or the front-end's queue-size a smaller one (QEMU 10.0.13 ignores it and \
+                 needs --queue-size 1024)"
             );
             return Err(Error::InvalidParam);
         }
@@ -396,18 +396,19 @@ impl VhostUserBackendReqHandlerMut for Handler {
         self.change_all(|this| this.memory.remove(region))
     }
 
-    /// Fresh memory for the front-end to keep. What QEMU asks for is not what the guest chose but what it may choose.
+    /// Fresh memory for the front-end to keep. What it asks for need not be what the guest's rings will have: so there is
+    /// room for the largest that we allow.
     fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
         let (rings, entries) = (wanted.num_queues, wanted.queue_size);
-        if rings > self.identity.num_queues || entries > self.identity.queue_size {
-            let (most, largest) = (self.identity.num_queues, self.identity.queue_size);
+        if rings > self.identity.num_queues || entries > MAX_ENTRIES {
+            let most = self.identity.num_queues;
             log::error!(
-                "the front-end asks for an in-flight region of {rings} rings of {entries}; {most} of {largest} are \
-                 allowed: give it smaller numbers, or --num-queues and --queue-size larger ones"
+                "the front-end asks for an in-flight region of {rings} rings of {entries}; {most} of {MAX_ENTRIES} are \
+                 allowed: give its num-queues a smaller number, or --num-queues a larger one"
             );
             return Err(Error::InvalidParam);
         }
-        Inflight::create(rings, entries).map_err(Error::ReqHandlerError)
+        Inflight::create(rings, entries, self.identity.queue_size).map_err(Error::ReqHandlerError)
     }
 
     /// What an earlier server, or we, left. The rings do it again when they start.

@@ -8,11 +8,18 @@
 //! that is needed; the next one maps the memory after a few system calls.
 //!
 //! Whoever wrote it may have been anybody: every index is checked, and nothing outside the ring's part is touched.
+//!
+//! The number of entries that a front-end asks for says little about its rings. QEMU asks for its `queue-size`, and the
+//! 10.0.13 of Debian 13 gives every virtio device rings of 1024 whatever that says (virtio_add_queue; 11.1 ends this).
+//! The front-end sends back the number that it asked for, not the one in our reply (vhost_user_get_inflight_fd). So the
+//! entries asked for lie where every server looks for them, and behind all of them lie the rest, up to the largest ring
+//! that we allow: another server does not see those, and we recognise them by the mark before them.
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use vhost::vhost_user::message::VhostUserInflight;
@@ -37,26 +44,88 @@ const COUNTER: usize = 8;
 const ALIGN: usize = 64;
 /// The only version there is.
 const VERSION_1: u16 = 1;
+/// What [`Inflight::create`] puts behind the entries asked for: the mark (u64), how many more each ring has (u16), the
+/// rest up to [`ALIGN`] unused. Then those of each ring.
+const MARK: u64 = u64::from_ne_bytes(*b"vblkmore");
+const MORE: usize = 8;
 
-/// The in-flight region of one device, mapped. Owned by the handler.
-pub(super) struct Inflight {
-    region: Arc<Shared>,
-    rings: u16,
-    entries: u16,
-}
+/// The most descriptors that a ring can have (virtio 1.3, 2.7).
+pub(super) const MAX_ENTRIES: u16 = 32768;
 
 fn stride(entries: u16) -> usize {
     (HEADER + ENTRY * usize::from(entries)).next_multiple_of(ALIGN)
 }
 
+/// Where the parts of a region lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Layout {
+    rings: u16,
+    /// Entries of each ring where every server looks for them.
+    entries: u16,
+    /// Entries of each ring behind all of those.
+    more: u16,
+}
+
+impl Layout {
+    /// Where the mark is, if there are more entries.
+    fn mark_at(&self) -> usize {
+        stride(self.entries) * usize::from(self.rings)
+    }
+
+    fn more_at(&self, ring: usize) -> usize {
+        self.mark_at() + ALIGN + ENTRY * usize::from(self.more) * ring
+    }
+
+    fn len(&self) -> usize {
+        if self.more == 0 { self.mark_at() } else { self.more_at(usize::from(self.rings)) }
+    }
+
+    /// Finds out what `region`, of which the front-end says this, is.
+    fn of(region: &Shared, bytes: usize, rings: u16, entries: u16) -> Self {
+        let plain = Layout { rings, entries, more: 0 };
+        let half = |at: usize| region.cell::<AtomicU16>(at).map_or(0, |cell| cell.load(Ordering::Relaxed));
+        let mark = region.cell::<AtomicU64>(plain.mark_at()).map_or(0, |cell| cell.load(Ordering::Relaxed));
+        let extended = Layout { more: half(plain.mark_at() + MORE), ..plain };
+        let total = usize::from(entries) + usize::from(extended.more);
+        if mark == MARK && extended.len() <= bytes && total <= usize::from(MAX_ENTRIES) {
+            return extended;
+        }
+        // Another server may have made it for larger rings than it was asked for: its headers say so (desc_num).
+        let larger = Layout { entries: half(ENTRIES), ..plain };
+        let agrees = |ring| [0, larger.entries].contains(&half(stride(larger.entries) * ring + ENTRIES));
+        if (entries..=MAX_ENTRIES).contains(&larger.entries)
+            && larger.len() <= bytes
+            && (1..usize::from(rings)).all(agrees)
+        {
+            return larger;
+        }
+        plain
+    }
+}
+
+/// The in-flight region of one device, mapped. Owned by the handler.
+pub(super) struct Inflight {
+    region: Arc<Shared>,
+    /// What the front-end said of it: rings, and entries of each.
+    told: (u16, u16),
+    layout: Layout,
+    /// A ring that does not fit was logged.
+    warned: AtomicBool,
+}
+
 impl Inflight {
-    /// GET_INFLIGHT_FD: fresh memory for so many rings of so many descriptors, sealed so that nobody can cut it.
-    pub(super) fn create(rings: u16, entries: u16) -> io::Result<(VhostUserInflight, File)> {
-        let len = (stride(entries) * usize::from(rings)) as u64;
+    /// GET_INFLIGHT_FD: fresh memory for so many rings of so many descriptors, and of up to `largest`, sealed so that no
+    /// other process can cut it.
+    pub(super) fn create(rings: u16, entries: u16, largest: u16) -> io::Result<(VhostUserInflight, File)> {
+        let layout = Layout { rings, entries, more: largest.saturating_sub(entries) };
         let file: File = memfd_create("in-flight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?.into();
-        file.set_len(len)?;
+        file.set_len(layout.len() as u64)?;
+        if layout.more > 0 {
+            file.write_all_at(&MARK.to_ne_bytes(), layout.mark_at() as u64)?;
+            file.write_all_at(&layout.more.to_ne_bytes(), (layout.mark_at() + MORE) as u64)?;
+        }
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        Ok((VhostUserInflight::new(len, 0, rings, entries), file))
+        Ok((VhostUserInflight::new(layout.len() as u64, 0, rings, entries), file))
     }
 
     /// SET_INFLIGHT_FD on the connection of `wire`: what an earlier server left, or fresh memory.
@@ -69,12 +138,14 @@ impl Inflight {
             return Err(Error::InvalidParam);
         }
         let region = Arc::new(Shared::map("in-flight region", file, told.mmap_offset, told.mmap_size, wire)?);
-        Ok(Inflight { region, rings, entries })
+        let bytes = usize::try_from(told.mmap_size).map_err(|_| Error::InvalidParam)?;
+        let layout = Layout::of(&region, bytes, rings, entries);
+        Ok(Inflight { region, told: (rings, entries), layout, warned: AtomicBool::new(false) })
     }
 
-    /// How many rings it is for, and of how many descriptors.
+    /// What the front-end said of it: for how many rings it is, and of how many descriptors.
     pub(super) fn shape(&self) -> (u16, u16) {
-        (self.rings, self.entries)
+        self.told
     }
 
     /// The memory.
@@ -82,14 +153,32 @@ impl Inflight {
         &self.region
     }
 
-    /// The part of one ring, if there is one.
-    pub(super) fn ring(&self, index: u32) -> Option<Tracker> {
-        (index < u32::from(self.rings)).then(|| Tracker {
+    /// The part of a ring of `size` descriptors; `used`: its used index. `None`: there is none, or too small a one, which
+    /// is logged once. Then the ring is served all the same, and not tracked: with some of its heads tracked the next
+    /// server would take the others for answered, and the guest would wait for them for ever. Those tracked earlier are
+    /// forgotten.
+    pub(super) fn ring(&self, index: u32, size: u16, used: u16) -> Option<Tracker> {
+        let Layout { rings, entries, more } = self.layout;
+        let mut tracker = (index < u32::from(rings)).then(|| Tracker {
             region: self.region.clone(),
-            at: stride(self.entries) * index as usize,
-            entries: self.entries,
+            at: stride(entries) * index as usize,
+            entries,
+            more_at: self.layout.more_at(index as usize),
+            all: entries + more,
             counter: 0,
-        })
+        });
+        if let Some(found) = tracker.take_if(|tracker| tracker.all < size) {
+            found.begin(used);
+        }
+        if tracker.is_none() && !self.warned.swap(true, Ordering::Relaxed) {
+            log::warn!(
+                "ring {index} has {size} descriptors, and the front-end's in-flight region is for {rings} rings of {}: its \
+                 requests in flight are not tracked, so a guest may hang if virtioblkd is killed. Another server made the \
+                 region; reset the guest, and virtioblkd makes a large enough one",
+                entries + more
+            );
+        }
+        tracker
     }
 }
 
@@ -97,7 +186,12 @@ impl Inflight {
 pub(super) struct Tracker {
     region: Arc<Shared>,
     at: usize,
+    /// Entries in the ring's own part.
     entries: u16,
+    /// Where the entries of the heads from `entries` on are,
+    more_at: usize,
+    /// and how many there are with them.
+    all: u16,
     /// Of the next head taken.
     counter: u64,
 }
@@ -109,8 +203,13 @@ impl Tracker {
 
     /// A field of a head's entry. The worker takes no head that is not below the ring's size, nor does `recover`.
     fn entry<A: AtomicInteger>(&self, head: u16, field: usize) -> &A {
-        assert!(head < self.entries, "heads were checked before");
-        self.cell(HEADER + ENTRY * usize::from(head) + field)
+        assert!(head < self.all, "heads were checked before");
+        let at = if head < self.entries {
+            self.at + HEADER + ENTRY * usize::from(head)
+        } else {
+            self.more_at + ENTRY * usize::from(head - self.entries)
+        };
+        self.region.cell(at + field).expect("the region was checked to hold every ring's part")
     }
 
     fn half(&self, field: usize) -> &AtomicU16 {
@@ -123,7 +222,7 @@ impl Tracker {
 
     /// The heads that were taken and not answered, in the order in which they were taken; fresh memory has none. `used`:
     /// the used index in the guest's memory; `outstanding`: requests that the driver waits for, by its two indices; `size`:
-    /// descriptors of the ring. Errors: what is wrong with the memory.
+    /// descriptors of the ring, which fits ([`Inflight::ring`]). Errors: what is wrong with the memory.
     ///
     /// A front-end gives a driver that was reset fresh memory. One that does not would have the next driver's memory
     /// written by what the earlier one asked for: a driver is owed no more than it waits for.
@@ -133,10 +232,8 @@ impl Tracker {
         outstanding: u16,
         size: u16,
     ) -> std::result::Result<Vec<u16>, &'static str> {
-        if size > self.entries {
-            return Err("the in-flight region is for smaller rings");
-        }
-        if self.half(VERSION).load(Ordering::Acquire) == 0 {
+        // Where the driver waits for nothing, it does not matter what is in it, or of which kind it is.
+        if self.half(VERSION).load(Ordering::Acquire) == 0 || outstanding == 0 {
             self.begin(used);
             return Ok(Vec::new());
         }
@@ -146,7 +243,7 @@ impl Tracker {
         {
             return Err("the in-flight region is of an unknown kind");
         }
-        if outstanding == 0 || (0..self.entries).all(|head| self.mark(head).load(Ordering::Relaxed) == 0) {
+        if (0..self.all).all(|head| self.mark(head).load(Ordering::Relaxed) == 0) {
             self.begin(used);
             return Ok(Vec::new());
         }
@@ -170,8 +267,9 @@ impl Tracker {
     }
 
     /// Fresh memory.
-    fn begin(&mut self, used: u16) {
-        for head in 0..self.entries {
+    fn begin(&self, used: u16) {
+        self.cell::<AtomicU64>(FEATURES).store(0, Ordering::Relaxed);
+        for head in 0..self.all {
             self.mark(head).store(0, Ordering::Relaxed);
         }
         self.half(ENTRIES).store(self.entries, Ordering::Relaxed);
@@ -223,184 +321,4 @@ impl Tracker {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SIZE: u16 = 8;
-
-    fn fresh() -> (VhostUserInflight, File) {
-        Inflight::create(3, SIZE).unwrap()
-    }
-
-    fn map(told: &VhostUserInflight, file: &File) -> Result<Inflight> {
-        Inflight::map(told, file.try_clone().unwrap(), &Wire::pair().0)
-    }
-
-    fn ring((told, file): &(VhostUserInflight, File)) -> Tracker {
-        map(told, file).unwrap().ring(1).unwrap()
-    }
-
-    #[test]
-    fn what_was_taken_and_not_answered_is_found_in_order() {
-        let memory = fresh();
-        let mut first = ring(&memory);
-        assert_eq!(first.recover(65_534, SIZE, SIZE), Ok(vec![]));
-        for head in [5, 2, 7, 0] {
-            first.taken(head);
-        }
-        first.answering(2);
-        first.answered(2, 65_535);
-        assert_eq!(ring(&memory).recover(65_535, SIZE, SIZE), Ok(vec![5, 7, 0]));
-        // The next server takes one more and dies too.
-        let mut second = ring(&memory);
-        assert_eq!(second.recover(65_535, SIZE, SIZE), Ok(vec![5, 7, 0]));
-        second.taken(2);
-        assert_eq!(ring(&memory).recover(65_535, SIZE, SIZE), Ok(vec![5, 7, 0, 2]));
-    }
-
-    #[test]
-    fn a_server_may_die_between_any_two_steps_of_an_answer() {
-        for steps in 0..=2 {
-            let memory = fresh();
-            let mut dying = ring(&memory);
-            assert_eq!(dying.recover(65_535, SIZE, SIZE), Ok(vec![]));
-            dying.taken(3);
-            dying.taken(4);
-            dying.answering(4);
-            // add_used comes here: from step 1 on, the guest's used index counts the head.
-            if steps == 2 {
-                dying.answered(4, 0);
-            }
-            let (used, left) = if steps == 0 { (65_535, vec![3, 4]) } else { (0, vec![3]) };
-            assert_eq!(ring(&memory).recover(used, SIZE, SIZE), Ok(left), "{steps} steps");
-        }
-    }
-
-    /// A head is answered twice in its life, and the second life is in flight when the server dies answering another.
-    #[test]
-    fn a_head_that_was_never_marked_is_told_from_the_last_one() {
-        let memory = fresh();
-        let mut dying = ring(&memory);
-        assert_eq!(dying.recover(0, SIZE, SIZE), Ok(vec![]));
-        dying.taken(1);
-        dying.answering(1);
-        dying.answered(1, 1);
-        dying.taken(1);
-        dying.answering(6);
-        assert_eq!(ring(&memory).recover(2, SIZE, SIZE), Ok(vec![1]));
-    }
-
-    /// The driver was reset and the memory was not: nothing of what the earlier driver asked for.
-    #[test]
-    fn a_driver_is_owed_no_more_than_it_waits_for() {
-        let used_by_the_first = 5;
-        let memory = fresh();
-        let mut first = ring(&memory);
-        assert_eq!(first.recover(used_by_the_first, 0, SIZE), Ok(vec![]));
-        first.taken(2);
-        first.taken(3);
-        assert!(ring(&memory).recover(used_by_the_first, 1, SIZE).is_err(), "one of them is not its own");
-        assert!(ring(&memory).recover(0, 2, SIZE).is_err(), "its used ring was begun anew");
-        assert_eq!(ring(&memory).recover(used_by_the_first, 2, SIZE), Ok(vec![2, 3]));
-        assert_eq!(ring(&memory).recover(0, 0, SIZE), Ok(vec![]));
-        // And they are forgotten.
-        assert_eq!(ring(&memory).recover(0, 2, SIZE), Ok(vec![]));
-    }
-
-    /// Where nothing is marked, nothing is owed, whatever became of the ring.
-    #[test]
-    fn memory_without_marks_fits_every_ring() {
-        let memory = fresh();
-        let mut first = ring(&memory);
-        assert_eq!(first.recover(0, 0, SIZE), Ok(vec![]));
-        first.taken(2);
-        first.answering(2);
-        first.answered(2, 1);
-        assert_eq!(ring(&memory).recover(700, 3, SIZE), Ok(vec![]));
-    }
-
-    #[test]
-    fn each_ring_has_its_own_part() {
-        let memory = fresh();
-        let region = map(&memory.0, &memory.1).unwrap();
-        let mut rings: Vec<Tracker> = (0..3).map(|index| region.ring(index).unwrap()).collect();
-        for (head, ring) in rings.iter_mut().enumerate() {
-            assert_eq!(ring.recover(0, SIZE, SIZE), Ok(vec![]));
-            ring.taken(head as u16);
-        }
-        for (head, ring) in rings.iter_mut().enumerate() {
-            assert_eq!(ring.recover(0, SIZE, SIZE), Ok(vec![head as u16]));
-        }
-        assert!(region.ring(3).is_none());
-    }
-
-    #[test]
-    fn memory_that_is_too_small_is_refused() {
-        let (told, file) = fresh();
-        let refused = |told: VhostUserInflight, file: &File| assert!(map(&told, file).is_err());
-        refused(VhostUserInflight { num_queues: 4, ..told }, &file);
-        refused(VhostUserInflight { queue_size: 512, ..told }, &file);
-        refused(VhostUserInflight { mmap_size: told.mmap_size + 1, ..told }, &file);
-        refused(VhostUserInflight { mmap_offset: 4096, ..told }, &file);
-        refused(VhostUserInflight { mmap_offset: u64::MAX, ..told }, &file);
-        // Half a huge page. That there are none on this machine is no matter: nothing is touched.
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
-        let huge: File = memfd_create("huge", flags).unwrap().into();
-        huge.set_len(4 << 20).unwrap();
-        refused(VhostUserInflight { mmap_size: 1 << 20, ..told }, &huge);
-        assert!(map(&VhostUserInflight { mmap_size: 2 << 20, ..told }, &huge).is_ok());
-    }
-
-    /// Whatever is in the memory: no panic, and only heads of the ring, each once.
-    #[test]
-    fn garbage_is_survived() {
-        use std::os::unix::fs::FileExt;
-        let mut state = 0x9e37_79b9_7f4a_7c15u64;
-        let mut chance = move || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state
-        };
-        let (mut good, mut bad) = (0, 0);
-        for _ in 0..20_000 {
-            let memory = fresh();
-            let mut bytes: Vec<u8> = (0..stride(SIZE) * 3).map(|_| chance() as u8).collect();
-            if chance() % 8 > 0 {
-                // Nearly right.
-                let at = stride(SIZE);
-                bytes[at..at + 12].copy_from_slice(&[0, 0, 0, 0, 0, 0, 0, 0, 1, 0, SIZE as u8, 0]);
-                bytes[at + LAST + 1] = 0;
-                bytes[at + LAST] %= 10;
-                bytes[at + USED + 1] = 0;
-                bytes[at + USED] %= 10;
-                for head in 0..usize::from(SIZE) {
-                    let entry = at + HEADER + ENTRY * head;
-                    bytes[entry] %= 3;
-                    bytes[entry + NEXT] %= 9;
-                    bytes[entry + NEXT + 1] = 0;
-                }
-            }
-            memory.1.write_all_at(&bytes, 0).unwrap();
-            let mut ring = ring(&memory);
-            match ring.recover((chance() % 12) as u16, SIZE, if chance() % 2 == 0 { SIZE } else { SIZE / 2 }) {
-                Ok(mut heads) => {
-                    good += 1;
-                    let found = heads.len();
-                    heads.sort_unstable();
-                    heads.dedup();
-                    assert!(heads.len() == found && heads.iter().all(|&head| head < SIZE));
-                    (0..SIZE).for_each(|head| ring.taken(head));
-                    (0..SIZE).for_each(|head| ring.answering(head));
-                    (0..SIZE).for_each(|head| ring.answered(head, head));
-                }
-                Err(why) => bad += usize::from(!why.is_empty()),
-            }
-            let mut after = vec![0; bytes.len()];
-            memory.1.read_exact_at(&mut after, 0).unwrap();
-            assert!(after[..stride(SIZE)] == bytes[..stride(SIZE)], "another ring's part was touched");
-            assert!(after[2 * stride(SIZE)..] == bytes[2 * stride(SIZE)..], "another ring's part was touched");
-        }
-        assert!(good > 1000 && bad > 1000, "{good} good, {bad} bad: the garbage is too good or too bad");
-    }
-}
+mod tests;

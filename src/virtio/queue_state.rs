@@ -30,9 +30,9 @@ pub(super) struct Stopped {
     pub size: u16,
     /// Where its parts are, once SET_VRING_ADDR came since the last start from scratch.
     pub place: Option<Place>,
-    /// Where the next head is taken, and where the next answer goes.
+    /// Where the next head is taken. Where the next answer goes stands in the guest's memory, which firmware may still
+    /// change until the ring starts: so it is read there then.
     pub next_available: u16,
-    pub next_used: u16,
     /// Where the guest's kicks arrive; the worker only watches it.
     pub kick: Option<File>,
     /// Where the guest is interrupted.
@@ -50,14 +50,13 @@ impl Stopped {
         self.enabled && self.place.is_some() && self.kick.is_some()
     }
 
-    /// SET_VRING_ADDR: the ring is there, and goes on where its used index stands: that lives in guest memory and is not
-    /// sent (split rings). Errors: why it cannot be there; then it is nowhere.
+    /// SET_VRING_ADDR: the ring is there. Errors: why it cannot be there; then it is nowhere.
     pub(super) fn put(&mut self, place: Place, memory: &GuestMemoryMmap) -> Result<(), &'static str> {
         self.place = None;
         if !place.is_aligned() {
             return Err("it is not aligned as virtio asks");
         }
-        self.next_used = place.used_index(memory).ok_or("its used ring lies outside the guest's memory")?;
+        place.used_index(memory).ok_or("its used ring lies outside the guest's memory")?;
         self.place = Some(place);
         Ok(())
     }
@@ -103,6 +102,8 @@ pub(super) struct Surroundings<'a> {
 /// One ring of a connection.
 pub(super) struct QueueState {
     index: u32,
+    /// What it has in flight is tracked for the next server, since its last start.
+    tracked: bool,
     /// `None` only inside `change`.
     life: Option<Life>,
 }
@@ -119,14 +120,13 @@ impl QueueState {
             size: largest,
             place: None,
             next_available: 0,
-            next_used: 0,
             kick: None,
             call: None,
             err: None,
             enabled,
             kept: Vec::new(),
         };
-        QueueState { index, life: Some(Life::Stopped(stopped)) }
+        QueueState { index, tracked: false, life: Some(Life::Stopped(stopped)) }
     }
 
     /// The one rule: stop, change, start again if it may run.
@@ -148,6 +148,11 @@ impl QueueState {
             rings.report(Event::ProtocolError(what));
         }
         self.life = Some(Life::Stopped(stopped));
+    }
+
+    /// The connection ends: what failed and is kept is left to the next server, if the front-end can tell it.
+    pub(super) fn end(&mut self, rings: &Arc<Rings>) {
+        self.pause(rings, if self.tracked { Stop::ToGoOn } else { Stop::ForGood });
     }
 
     /// Whether it is to run, and perhaps does.
@@ -228,8 +233,8 @@ impl QueueState {
         }
     }
 
-    fn start(&self, stopped: Stopped, around: &Surroundings) -> Life {
-        let place = match &stopped.place {
+    fn start(&mut self, stopped: Stopped, around: &Surroundings) -> Life {
+        let place = match stopped.place {
             Some(place) if stopped.may_run() => place,
             _ => return Life::Stopped(stopped),
         };
@@ -238,8 +243,10 @@ impl QueueState {
         }
         let memory = Mapped::new(around.memory.pin());
         let event_idx = features::has(around.acked_features, VIRTIO_RING_F_EVENT_IDX);
-        let indices = (stopped.next_available, stopped.next_used);
-        let Some(ring) = SplitRing::open(&memory, place, stopped.size, event_idx, indices) else {
+        let used = place.used_index(around.memory.memory());
+        let ring = used
+            .and_then(|used| SplitRing::open(&memory, &place, stopped.size, event_idx, (stopped.next_available, used)));
+        let Some(ring) = ring else {
             let what = format!(
                 "ring {}: its descriptors lie outside the guest's memory, or a part of it in two regions of that; not started",
                 self.index
@@ -253,11 +260,13 @@ impl QueueState {
             Err(error) => return self.not_started(stopped, around, &error),
         };
         let mailbox = Mailbox::new(sender, wake.clone());
+        let inflight = around.inflight.and_then(|inflight| inflight.ring(self.index, stopped.size, ring.next_used()));
+        self.tracked = inflight.is_some();
         let setup = Setup {
             index: self.index,
             rings: around.rings.clone(),
             memory,
-            inflight: around.inflight.and_then(|inflight| inflight.ring(self.index)),
+            inflight,
             log: around.log.cloned(),
             acked_features: around.acked_features,
             serial: around.serial.clone(),

@@ -257,6 +257,7 @@ impl Rings {
         if let Some(counters) = state.counters.get(&index) {
             counters.running.store(false, Relaxed);
             counters.held.store(false, Relaxed);
+            counters.untracked.store(false, Relaxed);
         }
         #[cfg(all(test, feature = "model"))]
         if planted(Mutant::LeavesUnsettled) {

@@ -193,7 +193,6 @@ pub(super) fn run(
         }
     }
     stopped.next_available = worker.ring.next_available();
-    stopped.next_used = worker.ring.next_used();
     stopped.kept = worker.leave_kept();
     worker.look();
     worker.counters.in_flight.store(0, Relaxed);
@@ -204,6 +203,7 @@ impl Worker {
     fn new(setup: Setup, ring: SplitRing, stopped: &Stopped, counters: Arc<Counters>) -> Self {
         let size = ring.size();
         counters.size.store(u64::from(size), Relaxed);
+        counters.untracked.store(setup.inflight.is_none(), Relaxed);
         let backend = setup.rings.backend().clone();
         let geometry = Geometry { size: setup.rings.capacity().get(), ..backend.geometry() };
         // One more than the ring holds: the engine's sync.

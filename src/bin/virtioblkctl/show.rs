@@ -90,6 +90,9 @@ pub fn status(status: &Value) -> String {
     }
     line("front-end", front_end(status));
     line("rings", rings(status));
+    if let Some(text) = untracked(status) {
+        line("", text);
+    }
     let mut first = "quiesced";
     for text in quiesce(&status["quiesce"]) {
         line(std::mem::take(&mut first), text);
@@ -170,6 +173,14 @@ fn rings(status: &Value) -> String {
         _ => String::new(),
     };
     format!("{} running, {in_flight} in flight{stalled}, {held} with a held write", rings.len())
+}
+
+/// Rings whose requests in flight the front-end does not keep for the next server.
+fn untracked(status: &Value) -> Option<String> {
+    let rings = status["rings"].as_array()?;
+    let untracked = rings.iter().filter(|ring| ring["untracked"] == true).count();
+    (untracked > 0)
+        .then(|| format!("{untracked} with requests in flight NOT TRACKED: a guest may hang if this daemon is killed"))
 }
 
 fn quiesce(quiesce: &Value) -> Vec<String> {
