@@ -259,6 +259,31 @@ fn a_disabled_ring_rests_and_an_enabled_one_wakes() {
     assert_eq!(guest.wait(0).1, OK);
 }
 
+/// Between SET_VRING_ADDR and the start of a ring its indices can still change: firmware hands its disk over to a system that
+/// takes the ring up where it is.
+#[test]
+fn a_ring_goes_on_at_the_used_index_that_it_starts_with() {
+    let rig = rig(CacheMode::None);
+    let mut front_end = FrontEnd::handshake(UnixStream::connect(&rig.path).unwrap(), 1, 64, ALL);
+    let config = front_end.ring_config(0);
+    front_end.control.set_vring_num(0, 64).unwrap();
+    front_end.control.set_vring_addr(0, &config).unwrap();
+    let indices = [front_end.rings[0].avail_at(), front_end.rings[0].used_at()].map(|at| GuestAddress(at.0 + 2));
+    let data = pattern(1, 512);
+    // The second time as after a reset of the driver, of which only its memory tells.
+    for round in 0..2 {
+        indices.into_iter().for_each(|at| front_end.memory.write_obj(5u16, at).unwrap());
+        (front_end.rings[0].avail, front_end.rings[0].used_seen) = (5, 5);
+        front_end.control.set_vring_base(0, 5).unwrap();
+        front_end.control.set_vring_kick(0, &front_end.rings[0].kick).unwrap();
+        front_end.control.set_vring_call(0, &front_end.rings[0].call).unwrap();
+        front_end.control.set_vring_enable(0, true).unwrap();
+        assert_eq!(front_end.write(0, 0, &data), OK, "round {round}");
+        assert_eq!(front_end.memory.read_obj::<u16>(indices[1]).unwrap(), 6, "round {round}");
+        assert_eq!(front_end.stop_ring(0), 6, "round {round}");
+    }
+}
+
 #[test]
 fn the_call_descriptor_is_changed_while_running() {
     let rig = rig(CacheMode::None);
