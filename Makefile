@@ -40,10 +40,11 @@ RACES = suppressions=$(CURDIR)/tests/thread-sanitizer.supp
 
 deep = $(or $(CARGO_TARGET_DIR),target)/deep
 release = $(or $(CARGO_TARGET_DIR),target)/release
+debug = $(or $(CARGO_TARGET_DIR),target)/debug
 doc = $(DESTDIR)$(PREFIX)/share/doc/virtioblkd
 
 .NOTPARALLEL:
-.PHONY: toolchain $(shell sed -n 's/^\([a-z-]*\):.*## .*/\1/p' $(firstword $(MAKEFILE_LIST)))
+.PHONY: toolchain check-quick demo-debug $(shell sed -n 's/^\([a-z-]*\):.*## .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -58,7 +59,7 @@ demo: toolchain deps ## Watch a guest write, be held still under load, and go on
 demo-snapshot: toolchain deps ## Watch what a snapshot of a running guest holds, at each level
 	scripts/demo-snapshot
 
-check: toolchain deps check-lint check-unit check-vm check-rbd ## All checks: lint, unit, integration, real guests, Ceph
+check: toolchain deps check-lint check-unit check-vm check-rbd check-debian13-quick ## All checks: lint, unit, integration, real guests, Ceph, Debian 13
 
 check-unit: toolchain ## Unit and integration tests that boot no guest
 	$(CARGO) test --lib --bins
@@ -80,6 +81,32 @@ check-stable: toolchain deps ## Guests that change buffers in flight, over a rea
 
 check-libvirt: toolchain deps ## The shipped domain on a real libvirt; its saves and migrations
 	$(CARGO) test --test libvirt --test libvirt_moves -- --test-threads=$(TEST_THREADS)
+
+# What README says of a release is tried on it: with its QEMU, libvirt, Ceph and guest kernel, in a root that
+# scripts/debian-root makes under the build directory. On the release itself the other checks do that.
+IN_DEBIAN13 = scripts/debian-root trixie make
+IN_DEBIAN12 = scripts/debian-root bookworm make
+
+check-debian13-quick: toolchain ## The demo and the first suites with guests on Debian 13; minutes
+	@if grep -qs '^VERSION_CODENAME=trixie' /etc/os-release; then \
+		echo "SKIPPED: this is Debian 13: all other checks ran on it"; \
+	else \
+		$(IN_DEBIAN13) demo-debug check-quick; \
+	fi
+
+check-debian13: toolchain ## The demo, all suites with guests, libvirt, agents and Ceph on Debian 13; an hour
+	$(IN_DEBIAN13) demo check-vm check-rbd
+
+check-debian12: toolchain ## The same on Debian 12 with its own QEMU 7.2
+	$(IN_DEBIAN12) demo check-vm check-rbd
+
+# Inside such a root. The tests need the programs in their debug build, so the demo takes these.
+check-quick: toolchain deps
+	$(CARGO) test --test firmware --test vm --test libvirt -- --test-threads=$(TEST_THREADS)
+
+demo-debug: toolchain deps
+	$(CARGO) build
+	VIRTIOBLKD_BIN_DIR=$(debug) scripts/demo
 
 check-power: toolchain deps ## Power cuts of a guest that serves, in every mode; minutes
 	$(CARGO) test --test power_cut -- --test-threads=$(TEST_THREADS) --nocapture
