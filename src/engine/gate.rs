@@ -1,9 +1,6 @@
 //! The write gate: who may change the disk, and how many are at it. One a ring, used by the ring's thread alone, so
 //! there are no atomics.
 
-#[cfg(test)]
-use super::mutants::{Mutant, planted};
-
 /// Counts the holders that keep the gate closed and the requests that passed it and are not done.
 ///
 /// Invariant: while `blockers > 0`, `in_flight` never grows. So a gate that is drained stays drained until the last
@@ -18,11 +15,6 @@ impl WriteGate {
     /// Asks to pass. `false`: closed; the request stays where it is.
     #[inline]
     pub fn enter(&mut self) -> bool {
-        #[cfg(test)]
-        if planted(Mutant::GateStaysOpen) {
-            self.in_flight += 1;
-            return true;
-        }
         if self.blockers > 0 {
             return false;
         }
@@ -45,10 +37,6 @@ impl WriteGate {
 
     /// Undoes one `block`. Returns whether the gate is open now because of it; without a `block` to undo, false.
     pub fn unblock(&mut self) -> bool {
-        #[cfg(test)]
-        if planted(Mutant::FirstUnblockOpens) {
-            return std::mem::take(&mut self.blockers) > 0;
-        }
         debug_assert!(self.blockers > 0, "unblock without block");
         let was_blocked = self.blockers > 0;
         self.blockers = self.blockers.saturating_sub(1);

@@ -28,8 +28,6 @@ mod explore;
 mod gate;
 #[cfg(test)]
 mod model;
-#[cfg(test)]
-pub(crate) mod mutants;
 pub mod on_error;
 mod sync_line;
 mod words;
@@ -38,8 +36,6 @@ use std::collections::VecDeque;
 
 pub use cache::{CacheMode, CachePolicy};
 use gate::WriteGate;
-#[cfg(test)]
-use mutants::{Mutant, planted};
 pub use on_error::OnError;
 use sync_line::{SyncLine, Waiter};
 pub use words::{Action, Errno, Kind, Offer, Slot, Token};
@@ -158,21 +154,13 @@ impl Engine {
             debug_assert!(false, "slot {slot} was offered while in flight");
             return Offer::Held;
         }
-        #[cfg(test)]
-        if planted(Mutant::ReadsGated) && self.gate.in_flight() == 0 && !self.gate.clone().enter() {
-            return Offer::Held;
-        }
         if kind == Kind::Read {
             self.reads_in_flight += 1;
             self.stages[index] = Stage::Reading;
             self.submit(slot, false);
             return Offer::Taken;
         }
-        #[cfg(test)]
-        let stopped = !self.kept.is_empty() && !planted(Mutant::TakenWhileStopped);
-        #[cfg(not(test))]
-        let stopped = !self.kept.is_empty();
-        if stopped || !self.gate.enter() {
+        if !self.kept.is_empty() || !self.gate.enter() {
             return Offer::Held;
         }
         match kind {
@@ -188,12 +176,6 @@ impl Engine {
     #[inline]
     pub fn complete(&mut self, token: Token, result: Result<(), Errno>) {
         let Token::Data(slot) = token else { return self.complete_sync(result) };
-        #[cfg(test)]
-        let result = if planted(Mutant::DataErrorAcked) { Ok(()) } else { result };
-        #[cfg(test)]
-        if planted(Mutant::EarlyAck) && matches!(self.stages[usize::from(slot)], Stage::Changing { .. }) {
-            return self.done_with_change(slot, result);
-        }
         match (self.stages.get(usize::from(slot)), result) {
             (Some(Stage::Reading | Stage::Changing { .. }), Err(errno)) if self.on_error.keeps(errno) => {
                 self.keep(slot, errno);
@@ -211,28 +193,12 @@ impl Engine {
     /// Closes the gate (nests). The first call begins a quiesce, answered by one `Quiesced`; a nested one changes
     /// nothing but the count.
     pub fn block_writes(&mut self) {
-        let first = self.gate.block();
-        #[cfg(test)]
-        let first = first || planted(Mutant::NestedQuiesce);
-        if !first {
+        if !self.gate.block() {
             return;
         }
         self.epoch += 1;
         self.quiesce = Quiesce::Draining;
-        #[cfg(test)]
-        if planted(Mutant::BarrierBeforeDrained) {
-            self.quiesce = Quiesce::Flushing(self.epoch);
-            self.sync_line.join(Waiter::Barrier(self.epoch));
-        }
-        #[cfg(test)]
-        if planted(Mutant::LostDrain) {
-            return;
-        }
         self.flush_if_drained();
-        #[cfg(test)]
-        if planted(Mutant::StaleResumed) {
-            return;
-        }
         self.resumed = false;
     }
 
@@ -245,15 +211,7 @@ impl Engine {
             return;
         }
         self.quiesce = Quiesce::Open;
-        #[cfg(test)]
-        if planted(Mutant::ResumedLost) {
-            return;
-        }
         self.resumed = true;
-        #[cfg(test)]
-        if planted(Mutant::StaleAnswer) {
-            return;
-        }
         self.settled = None;
     }
 
@@ -270,10 +228,6 @@ impl Engine {
     /// Nothing taken is undone, no sync is running or due, and `next_action` has nothing left: the ring may stop.
     /// Whether writes are blocked makes no difference.
     pub fn is_idle(&self) -> bool {
-        #[cfg(test)]
-        if planted(Mutant::IdleWhileSyncing) {
-            return self.reads_in_flight == 0 && self.gate.in_flight() == 0 && self.actions.is_empty();
-        }
         self.kept.is_empty() && self.rests()
     }
 
@@ -299,12 +253,6 @@ impl Engine {
         if self.policy.ignores_flush() {
             return self.done_with_change(slot, Ok(()));
         }
-        #[cfg(test)]
-        if planted(Mutant::FlushIgnored)
-            || (planted(Mutant::FlushNoopUnderThrough) && self.policy.syncs_each_write(self.driver_can_flush))
-        {
-            return self.done_with_change(slot, Ok(()));
-        }
         self.wait_for_sync(slot);
     }
 
@@ -313,25 +261,9 @@ impl Engine {
     #[inline]
     fn change(&mut self, slot: Slot, kind: Kind) {
         let through = self.policy.syncs_each_write(self.driver_can_flush);
-        #[cfg(test)]
-        let through = match () {
-            _ if planted(Mutant::NoFlushIsWriteBack) => self.policy.syncs_each_write(true),
-            _ if planted(Mutant::RangesNotSynced) => through && kind == Kind::Write,
-            _ => through,
-        };
         let durable = through && self.durable_writes && kind == Kind::Write;
-        #[cfg(test)]
-        let durable = match () {
-            _ if planted(Mutant::RangesFlagged) => through && self.durable_writes,
-            _ if planted(Mutant::FlagWithoutNative) => through && kind == Kind::Write,
-            _ => durable,
-        };
         self.stages[usize::from(slot)] = Stage::Changing { then_sync: through && !durable, durable };
         self.submit(slot, durable);
-        #[cfg(test)]
-        if planted(Mutant::LeavesBeforeData) && (!through || durable) {
-            self.gate.leave();
-        }
     }
 
     #[inline]
@@ -342,11 +274,6 @@ impl Engine {
     fn wait_for_sync(&mut self, slot: Slot) {
         self.stages[usize::from(slot)] = Stage::Syncing;
         self.sync_line.join(Waiter::Request(slot));
-        #[cfg(test)]
-        if planted(Mutant::LeavesBeforeDurable) {
-            self.gate.leave();
-            self.flush_if_drained();
-        }
     }
 
     fn complete_sync(&mut self, result: Result<(), Errno>) {
@@ -354,17 +281,7 @@ impl Engine {
             debug_assert!(false, "a sync completed, but none is running");
             return;
         };
-        #[cfg(test)]
-        if planted(Mutant::SyncRetried) && self.on_error == OnError::Stop && result.is_err() {
-            return covered.iter().for_each(|&waiter| self.sync_line.join(waiter));
-        }
         for &waiter in &covered {
-            #[cfg(test)]
-            let result = match waiter {
-                Waiter::Request(_) if planted(Mutant::SyncErrorAcked) => Ok(()),
-                Waiter::Barrier(_) if planted(Mutant::QuiesceErrorLost) => Ok(()),
-                _ => result,
-            };
             match waiter {
                 Waiter::Request(slot) => self.done_with_change(slot, result),
                 Waiter::Barrier(epoch) => self.settle(epoch, result),
@@ -375,10 +292,7 @@ impl Engine {
 
     /// The sync of this epoch's barrier is over.
     fn settle(&mut self, epoch: u64, result: Result<(), Errno>) {
-        let awaited = self.quiesce == Quiesce::Flushing(epoch);
-        #[cfg(test)]
-        let awaited = awaited || (planted(Mutant::StaleEpoch) && matches!(self.quiesce, Quiesce::Flushing(_)));
-        if !awaited {
+        if self.quiesce != Quiesce::Flushing(epoch) {
             return;
         }
         self.quiesce = Quiesce::Quiet;
@@ -388,15 +302,7 @@ impl Engine {
     /// The end of everything that passed the gate.
     #[inline]
     fn done_with_change(&mut self, slot: Slot, result: Result<(), Errno>) {
-        #[cfg(test)]
-        let stage = self.stages[usize::from(slot)];
         self.done(slot, result);
-        #[cfg(test)]
-        if (planted(Mutant::LeavesBeforeDurable) && stage == Stage::Syncing)
-            || (planted(Mutant::LeavesBeforeData) && matches!(stage, Stage::Changing { then_sync: false, .. }))
-        {
-            return;
-        }
         self.gate.leave();
         self.flush_if_drained();
     }
@@ -405,22 +311,12 @@ impl Engine {
     fn done(&mut self, slot: Slot, result: Result<(), Errno>) {
         self.stages[usize::from(slot)] = Stage::Free;
         self.actions.push_back(Action::Done { slot, result });
-        #[cfg(test)]
-        if planted(Mutant::DoubleAnswer) {
-            self.actions.push_back(Action::Done { slot, result });
-        }
     }
 
     #[inline]
     fn flush_if_drained(&mut self) {
         if self.quiesce == Quiesce::Draining && self.gate.is_drained() {
             self.quiesce = Quiesce::Flushing(self.epoch);
-            #[cfg(test)]
-            if planted(Mutant::NoSyncAtQuiesce)
-                || (planted(Mutant::NoSyncAtQuiesceInUnsafe) && self.policy.ignores_flush())
-            {
-                return self.settle(self.epoch, Ok(()));
-            }
             self.sync_line.join(Waiter::Barrier(self.epoch));
         }
     }

@@ -8,8 +8,6 @@
 use std::fmt;
 use std::str::FromStr;
 
-#[cfg(test)]
-use super::mutants::{Mutant, planted};
 use super::{Action, Engine, Errno, Slot, Stage};
 
 /// Which failures of a transfer are kept from the guest.
@@ -85,14 +83,6 @@ impl Engine {
         if self.kept.is_empty() {
             return;
         }
-        #[cfg(test)]
-        if planted(Mutant::RetryReversed) {
-            self.kept.reverse();
-        }
-        #[cfg(test)]
-        if planted(Mutant::RetryForgets) {
-            self.kept.pop();
-        }
         for slot in std::mem::take(&mut self.kept) {
             let stage = &mut self.stages[usize::from(slot)];
             let durable = match *stage {
@@ -105,8 +95,6 @@ impl Engine {
                     false
                 }
             };
-            #[cfg(test)]
-            let durable = durable && !planted(Mutant::RetryNotDurable);
             self.submit(slot, durable);
         }
         self.resumed |= !self.gate.is_closed();
@@ -129,16 +117,6 @@ impl Engine {
 
     /// A transfer failed, and is to be tried again some time.
     pub(super) fn keep(&mut self, slot: Slot, errno: Errno) {
-        #[cfg(test)]
-        if planted(Mutant::KeptAnswered) {
-            return match self.stages[usize::from(slot)] {
-                Stage::Changing { .. } => self.done_with_change(slot, Err(errno)),
-                _ => {
-                    self.reads_in_flight -= 1;
-                    self.done(slot, Err(errno));
-                }
-            };
-        }
         let stage = &mut self.stages[usize::from(slot)];
         *stage = match *stage {
             Stage::Changing { then_sync, durable } => Stage::KeptChange { then_sync, durable },
@@ -146,11 +124,6 @@ impl Engine {
         };
         self.kept.push(slot);
         self.actions.push_back(Action::Keep { slot, errno });
-        #[cfg(test)]
-        if planted(Mutant::KeptLeavesGate) && matches!(self.stages[usize::from(slot)], Stage::KeptChange { .. }) {
-            self.gate.leave();
-            self.flush_if_drained();
-        }
     }
 }
 

@@ -6,8 +6,6 @@
 //! device do twice what the next one does once.
 
 use super::Slot;
-#[cfg(test)]
-use super::mutants::{Mutant, planted};
 
 /// Who waits for a sync.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,20 +29,12 @@ impl SyncLine {
     /// Waits for the next sync that starts.
     #[inline]
     pub fn join(&mut self, waiter: Waiter) {
-        #[cfg(test)]
-        if planted(Mutant::JoinsRunningSync) && self.running {
-            return self.covered.push(waiter);
-        }
         self.waiting.push(waiter);
     }
 
     /// Starts a sync if somebody waits and none is running. Returns whether one must be submitted now.
     #[inline]
     pub fn start(&mut self) -> bool {
-        #[cfg(test)]
-        if planted(Mutant::SecondSync) && self.running {
-            return !self.waiting.is_empty();
-        }
         if self.running || self.waiting.is_empty() {
             return false;
         }
@@ -61,14 +51,6 @@ impl SyncLine {
             return None;
         }
         self.running = false;
-        #[cfg(test)]
-        if planted(Mutant::SettlesBystanders) {
-            self.covered.append(&mut self.waiting);
-        }
-        #[cfg(test)]
-        if planted(Mutant::LostWaiter) {
-            self.covered.pop();
-        }
         Some(std::mem::take(&mut self.covered))
     }
 

@@ -30,6 +30,10 @@ pub(crate) enum Mutant {
     RestsInName,
     /// A ring that is let go before it has come to rest comes to rest all the same.
     RestsTooLate,
+    /// The gate of a held ring stays open.
+    GateStaysOpen,
+    /// A worker does not read its ring again when a hold ends.
+    ResumeMissed,
 }
 
 thread_local! {
@@ -68,6 +72,6 @@ pub(crate) fn holds(model: impl Fn() + Clone + Send + Sync + 'static, mutants: &
 }
 
 /// Whether some order breaks the model.
-pub(crate) fn fails(model: impl Fn() + Send + Sync + 'static) -> bool {
+fn fails(model: impl Fn() + Send + Sync + 'static) -> bool {
     catch_unwind(AssertUnwindSafe(|| run(model))).is_err()
 }

@@ -302,6 +302,10 @@ impl Worker {
     fn close_gate(&mut self, epoch: u64) {
         let drained = u64::from(self.engine.writes_in_flight());
         self.hold = Some(HoldClock { epoch, closed: Instant::now(), drained, drained_at: None });
+        #[cfg(all(test, feature = "model"))]
+        if crate::sync::orders::planted(crate::sync::orders::Mutant::GateStaysOpen) {
+            return self.settled(Ok(()));
+        }
         self.engine.block_writes();
     }
 
@@ -363,6 +367,8 @@ impl Worker {
                 Action::Done { slot, result } => self.finish(slot, result),
                 Action::Keep { slot, errno } => self.keep(slot, errno),
                 Action::Quiesced(result) => self.settled(result),
+                #[cfg(all(test, feature = "model"))]
+                Action::Resumed if crate::sync::orders::planted(crate::sync::orders::Mutant::ResumeMissed) => {}
                 Action::Resumed => self.held = false,
             }
         }
