@@ -25,5 +25,6 @@ pub mod snapshot;
 mod sync;
 mod sys;
 mod throttle;
+pub mod units;
 mod upgrade;
 pub mod virtio;

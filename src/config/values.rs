@@ -226,17 +226,8 @@ pub(super) fn backend(text: &str) -> Result<Backend, String> {
 /// A disk's size in bytes, with K, M, G or T for powers of 1024: whole sectors. The error says what is allowed. Also
 /// for `virtioblkctl`.
 pub fn disk_size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.as_bytes().last() {
-        Some(b'K') => (&text[..text.len() - 1], 10),
-        Some(b'M') => (&text[..text.len() - 1], 20),
-        Some(b'G') => (&text[..text.len() - 1], 30),
-        Some(b'T') => (&text[..text.len() - 1], 40),
-        _ => (text, 0),
-    };
-    digits
-        .parse::<u64>()
+    crate::units::bytes(text)
         .ok()
-        .and_then(|number| number.checked_mul(1 << shift))
         .filter(|size| *size > 0 && *size <= i64::MAX as u64 && size % SECTOR == 0)
         .ok_or_else(|| format!("'{text}' is no size: use a multiple of {SECTOR} bytes, such as 64M or 1G"))
 }

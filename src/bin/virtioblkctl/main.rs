@@ -23,7 +23,9 @@ use serde_json::{Value, json};
 
 use virtioblkd::client::{Client, Failure, Message, PATIENCE};
 use virtioblkd::config::disk_size;
-use virtioblkd::control::proto::{LONGEST, LONGEST_WHO};
+use virtioblkd::control::proto::LONGEST_WHO;
+use virtioblkd::units::bytes;
+pub(crate) use virtioblkd::units::time as duration;
 
 /// Ask a running virtioblkd, and hold its disk still
 #[derive(Parser)]
@@ -144,7 +146,8 @@ enum ChangeCopy {
     Limit {
         /// Its name, as `copies` shows it
         copy: String,
-        /// Bytes a second; 0: no limit
+        /// Bytes a second, such as 100M (K, M, G or T: powers of 1024); 0: no limit
+        #[arg(value_parser = bytes)]
         bandwidth: u64,
     },
 }
@@ -323,24 +326,6 @@ fn print(text: &str) -> Result<(), Failure> {
         .map_err(|error| Failure::new("output", format!("cannot print: {error}")))
 }
 
-/// `500ms`, `5s`, `2m`, `1h`: from 1 ms to the longest that the daemon takes.
-fn duration(text: &str) -> Result<Duration, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let milliseconds = match unit {
-        "ms" => 1,
-        "s" => 1000,
-        "m" | "min" => 60_000,
-        "h" => 3_600_000,
-        _ => return Err("a time is a whole number and a unit: 500ms, 5s, 2m, 1h".into()),
-    };
-    let total = number.parse::<u64>().ok().and_then(|number| number.checked_mul(milliseconds));
-    match total.map(Duration::from_millis) {
-        Some(time) if !time.is_zero() && time <= LONGEST => Ok(time),
-        _ => Err(format!("a time is at least 1ms and at most {}h", LONGEST.as_secs() / 3600)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -351,16 +336,18 @@ mod tests {
     }
 
     #[test]
-    fn durations_have_units_and_limits() {
-        let good = [("500ms", 500), ("5s", 5000), ("2m", 120_000), ("1min", 60_000), ("1h", 3_600_000)];
-        for (text, milliseconds) in good {
-            assert_eq!(duration(text), Ok(Duration::from_millis(milliseconds)));
-        }
-        for text in
-            ["", "5", "s", "-5s", "1.5s", "5 s", "5d", "0s", "61m", "99999999999999999999s", "18446744073709551615h"]
-        {
-            assert!(duration(text).is_err(), "{text}");
-        }
-        assert!(duration("5").unwrap_err().contains("500ms"));
+    fn sizes_are_written_with_units() {
+        let limit = ["virtioblkctl", "--control", "c", "copies", "limit", "copy-1", "100M"];
+        let What::Copies(Copies { change: Some(ChangeCopy::Limit { bandwidth, .. }) }) =
+            Cli::try_parse_from(limit).expect("a size with a unit").what
+        else {
+            panic!("copies limit is something else");
+        };
+        assert_eq!(bandwidth, 100 << 20);
+        let snapshot =
+            ["virtioblkctl", "snapshot", "--disk", "c", "--level", "crash", "--to", "copy:/b", "--bandwidth"];
+        assert!(Cli::try_parse_from(snapshot.iter().chain(&["400M"])).is_ok());
+        let error = Cli::try_parse_from(snapshot.iter().chain(&["fast"])).err().expect("no size").to_string();
+        assert!(error.contains("400M"), "{error}");
     }
 }

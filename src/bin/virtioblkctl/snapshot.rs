@@ -11,6 +11,8 @@ use virtioblkd::snapshot::plan::{Level, Plan, Way};
 use virtioblkd::snapshot::receipt::Receipt;
 use virtioblkd::snapshot::{self, USAGE};
 
+use virtioblkd::units::bytes;
+
 use crate::duration;
 use crate::freezing::{Freezing, disks};
 
@@ -40,8 +42,8 @@ pub struct Snapshot {
     /// The longest that the disks may be held, an exec: included
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     lease: Duration,
-    /// Of copy:, in bytes a second
-    #[arg(long, value_name = "BYTES", default_value_t = 0, hide_default_value = true)]
+    /// Of copy:, in bytes a second, such as 400M (K, M, G or T: powers of 1024)
+    #[arg(long, value_name = "BYTES", default_value = "0", hide_default_value = true, value_parser = bytes)]
     bandwidth: u64,
     /// Compute the SHA-256 of each snapshot
     #[arg(long)]
