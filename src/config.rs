@@ -72,6 +72,8 @@ pub struct Config {
     pub on_error: OnError,
     /// How long a ring's thread looks for work before it sleeps, at most.
     pub poll_max: Duration,
+    /// How long the holders of a quiesced disk together may keep the guest's writes waiting; `None`: no bound.
+    pub max_hold: Option<Duration>,
     /// When QEMU's image locks are taken and obeyed.
     pub locking: Locking,
     /// Where to write the process id, if wanted.
@@ -266,6 +268,12 @@ struct Args {
     #[arg(long, value_name = "NS", value_parser = values::poll_max)]
     poll_max_ns: Option<Duration>,
 
+    /// How long a quiesced disk may keep the guest's writes waiting, whoever holds it and however many do, such as 30s: no
+    /// hold goes beyond that, and new holders are refused until writes have flowed [default: only each hold's lease ends
+    /// it]
+    #[arg(long, value_name = "TIME", value_parser = crate::units::time)]
+    max_hold: Option<Duration>,
+
     /// QEMU's image locks: auto (held from start to end), in-use (only while a guest runs: for live migration) or off
     /// [default: auto]
     #[arg(long, value_name = "auto|in-use|off", value_parser = values::locking)]
@@ -390,6 +398,7 @@ impl Args {
             stable_writes: self.stable_writes.unwrap_or_default(),
             on_error: self.on_error.unwrap_or_default(),
             poll_max: self.poll_max_ns.unwrap_or_default(),
+            max_hold: self.max_hold,
             locking: self.locking.unwrap_or_default(),
             pid_file: self.pid_file,
             log_level: self.log_level.unwrap_or(LevelFilter::Info),

@@ -5,7 +5,7 @@ mod control_kit;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use control_kit::{Client, Served, Settle, figures};
 use serde_json::{Value, json};
@@ -31,7 +31,9 @@ fn negotiation_and_the_queries() {
     assert_eq!(status["cache-mode"], "none");
     assert_eq!(status["rings"][1]["in-flight"], 3);
     assert_eq!(status["daemon"]["vhost-socket"], "/run/vhost.sock");
-    let quiesce = json!({"state": "open", "closed-ms": null, "waiting": 0, "holders": []});
+    let quiesce = json!({
+        "state": "open", "closed-ms": null, "held-ms": 0, "max-hold-ms": null, "waiting": 0, "holders": [],
+    });
     assert_eq!(status["quiesce"], quiesce);
     let stats = client.ask("query-stats", json!({})).unwrap();
     assert_eq!(stats["total"]["reads"], 3000);
@@ -223,9 +225,49 @@ fn a_lease_ends_a_forgotten_hold_and_says_so() {
     assert_eq!(client.ask("resume", json!({"token": token})), Err("lease-expired".into()));
     assert_eq!(client.ask("renew-lease", json!({"token": token})), Err("lease-expired".into()));
     let token = client.quiesce(json!({"lease-ms": 1000}));
-    assert_eq!(client.ask("renew-lease", json!({"token": token, "lease-ms": 3_000_000})), Ok(json!({})));
+    assert_eq!(
+        client.ask("renew-lease", json!({"token": token, "lease-ms": 3_000_000})),
+        Ok(json!({"lease-ms": 3_000_000}))
+    );
     std::thread::sleep(Duration::from_millis(1100));
     assert!(served.disk.closed().is_some(), "renewed in time");
+}
+
+#[test]
+fn holders_together_hold_the_disk_no_longer_than_its_bound() {
+    let mut served = Served::new();
+    served.stop();
+    served.bound_holds(Duration::from_secs(2));
+    served.restart();
+    let start = Instant::now();
+    let mut clients = [served.client(), served.client()];
+    let first = clients[0].ask("quiesce", json!({"lease-ms": 60_000})).unwrap();
+    assert!(first["lease-ms"].as_u64().unwrap() <= 2000, "{first}");
+    std::thread::sleep(Duration::from_millis(500));
+    let second = clients[1].ask("quiesce", json!({"lease-ms": 60_000})).unwrap();
+    assert!(second["lease-ms"].as_u64().unwrap() <= 1500, "what is left: {second}");
+    let status = clients[0].ask("query-status", json!({})).unwrap();
+    assert_eq!(status["quiesce"]["max-hold-ms"], 2000);
+    let waited = status["quiesce"]["held-ms"].as_u64().unwrap();
+    assert!((500..=2000).contains(&waited), "the sum of both: {status}");
+    for _ in 0..2 {
+        clients[0].event("QUIESCED");
+    }
+    clients[0].event("LEASE_EXPIRED");
+    served.disk.wait_closed(false);
+    assert!(start.elapsed() >= Duration::from_secs(2));
+    assert_eq!(clients[0].ask("resume", json!({"token": second["token"]})), Err("lease-expired".into()));
+    // Until writes have flowed the disk takes no holder, and then it does.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let again = loop {
+        match clients[1].ask("quiesce", json!({"lease-ms": 1000})) {
+            Ok(answer) => break answer,
+            Err(code) => assert_eq!(code, "max-hold"),
+        }
+        assert!(Instant::now() < deadline, "it never takes a holder again");
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    assert_eq!(clients[1].ask("resume", json!({"token": again["token"]})).unwrap()["holders"], 0);
 }
 
 #[test]

@@ -292,8 +292,10 @@ impl Registry {
         let mut known = self.current.iter().chain(&self.finishing);
         known.find(|copy| copy.name == name && !copy.phase().is_over()).ok_or_else(|| {
             let message = match self.ended.iter().find(|(ended, _)| ended.copy == name) {
-                Some((ended, _)) => format!("{name} has ended already ({}); query-copies tells how", ended.state),
-                None => "there is no copy of this name; query-copies names them".into(),
+                Some((ended, _)) => {
+                    format!("{name} has ended already ({}); 'virtioblkctl copies' tells how", ended.state)
+                }
+                None => "there is no copy of this name; 'virtioblkctl copies' names them".into(),
             };
             CopyError { code: "no-such-copy", message }
         })

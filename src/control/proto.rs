@@ -10,8 +10,8 @@
 //! | `qmp_capabilities` | `enable` (`[]`) | nothing |
 //! | `query-commands` | | the names of the commands that this client may use |
 //! | `query-version` | | the greeting's version |
-//! | `quiesce` | `timeout-ms` (10000), `lease-ms` (30000), `detached` (false), `who` | `token`, `epoch`, `rings`, `drained`, `drain-us`, `sync-us`, `bytes-synced`, `holders` |
-//! | `renew-lease` | `token`, `lease-ms` (30000) | nothing |
+//! | `quiesce` | `timeout-ms` (10000), `lease-ms` (30000), `detached` (false), `who` | `token`, `lease-ms` (as granted), `epoch`, `rings`, `drained`, `drain-us`, `sync-us`, `bytes-synced`, `holders` |
+//! | `renew-lease` | `token`, `lease-ms` (30000) | `lease-ms`: how long it lasts from now on |
 //! | `resume` | `token`, or `all`: true | `resumed`, `holders` |
 //! | `query-status` | | the disk, the daemon and `quiesce`: who holds it and how long |
 //! | `query-stats` | | `rings`, `total` and `stable-writes` |
@@ -120,6 +120,7 @@
 //! | `lease-expired` | the token's lease ran out: writes may have gone through since |
 //! | `not-held` | the token's hold ended otherwise: resumed, connection closed; of `copy-start`: it is not granted now |
 //! | `too-many-holders` | as many holders as this server keeps |
+//! | `max-hold` | the disk was held for as long as `--max-hold` allows: it takes writes first |
 //! | `busy` | there is another copy (or `image-snapshot`), or this one's state does not allow that, or (`copy-start`) a write is in flight |
 //! | `no-such-copy` | no copy that is prepared or running has this name |
 //! | `target` | the copy's file cannot be created |

@@ -5,6 +5,11 @@
 //! is quiet are answered at once, because nothing can have changed since. The gate opens when the last holder or
 //! waiting request is gone, however it went. An answer of the disk counts only for the epoch it was asked for: after a
 //! timeout, the late answer of the abandoned closing must not vouch for the next one.
+//!
+//! Holds that overlap or follow each other closely add up for the guest. With a bound on their sum (`--max-hold`) no lease
+//! and no timeout goes beyond it, and who asks then is refused until writes have flowed.
+
+mod held_time;
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -12,6 +17,7 @@ use std::time::{Duration, Instant};
 use super::creds::Credentials;
 use crate::disk::HoldFigures;
 use crate::engine::Errno;
+use held_time::HeldTime;
 
 /// A connection.
 pub type PeerId = u64;
@@ -45,7 +51,7 @@ pub struct Ask {
     pub owner: PeerId,
     /// Until the request is answered with an error.
     pub timeout: Duration,
-    /// From the grant on.
+    /// From the grant on; what is left of the bound on all holds, if that is less.
     pub lease: Duration,
     /// The hold outlives the connection.
     pub detached: bool,
@@ -68,6 +74,8 @@ pub enum Refusal {
     Cancelled,
     /// [`MOST_HOLDERS`].
     TooMany,
+    /// The disk was held for as long as its holders together may hold it.
+    MaxHold,
     /// Whoever must consent did not ([`super::AttendCommand`]). Never the coordinator's own.
     NotPrepared,
     /// The daemon ends.
@@ -169,10 +177,18 @@ pub struct Coordinator {
     holds: Vec<Hold>,
     ended: VecDeque<(String, Reason)>,
     effects: VecDeque<Effect>,
+    held: HeldTime,
 }
 
 impl Default for Coordinator {
     fn default() -> Self {
+        Coordinator::new(None)
+    }
+}
+
+impl Coordinator {
+    /// `max_hold`: how long the holders together may keep writes waiting; `None`: no bound.
+    pub fn new(max_hold: Option<Duration>) -> Self {
         Coordinator {
             gate: Gate::Open,
             last_epoch: 0,
@@ -180,11 +196,10 @@ impl Default for Coordinator {
             holds: Vec::new(),
             ended: VecDeque::new(),
             effects: VecDeque::new(),
+            held: HeldTime::new(max_hold),
         }
     }
-}
 
-impl Coordinator {
     /// The orders that piled up, oldest first. To be carried out before the next call.
     pub fn effects(&mut self) -> Vec<Effect> {
         self.effects.drain(..).collect()
@@ -196,11 +211,16 @@ impl Coordinator {
             self.refuse(ask, Refusal::TooMany);
             return;
         }
+        if self.held.is_spent(now) {
+            self.refuse(ask, Refusal::MaxHold);
+            return;
+        }
         match self.gate {
             Gate::Open => {
                 self.last_epoch += 1;
                 self.gate = Gate::Settling { epoch: self.last_epoch };
                 self.effects.push_back(Effect::CloseGate(self.last_epoch));
+                self.held.close(now);
                 self.wait(ask, now);
             }
             Gate::Settling { .. } => self.wait(ask, now),
@@ -222,14 +242,14 @@ impl Coordinator {
                 self.gate = Gate::Quiet { epoch, rings: figures.rings };
                 self.grant(asks, epoch, figures, now);
             }
-            Err(errno) => self.refuse_all(Refusal::SyncFailed(errno)),
+            Err(errno) => self.refuse_all(Refusal::SyncFailed(errno), now),
         }
     }
 
     /// The disk's other answer: the image is somebody else's.
-    pub fn not_ours(&mut self, epoch: u64) {
+    pub fn not_ours(&mut self, epoch: u64, now: Instant) {
         if self.is_settling(epoch) {
-            self.refuse_all(Refusal::NotOurs);
+            self.refuse_all(Refusal::NotOurs, now);
         }
     }
 
@@ -238,9 +258,9 @@ impl Coordinator {
     }
 
     /// All who wait. The guest goes on first; the answers can wait.
-    fn refuse_all(&mut self, why: Refusal) {
+    fn refuse_all(&mut self, why: Refusal, now: Instant) {
         let asks: Vec<Ask> = self.waiting.drain(..).map(|waiting| waiting.ask).collect();
-        self.open_if_free();
+        self.open_if_free(now);
         for ask in asks {
             self.refuse(ask, why);
         }
@@ -248,15 +268,15 @@ impl Coordinator {
 
     /// A request that changes the disk failed and is kept, for how long nobody knows: whoever waits for the disk to be
     /// still is refused. Who holds it already has it still.
-    pub fn stopped(&mut self, errno: Errno) {
-        self.refuse_all(Refusal::Stopped(errno));
+    pub fn stopped(&mut self, errno: Errno, now: Instant) {
+        self.refuse_all(Refusal::Stopped(errno), now);
     }
 
     /// Whoever asked gave up: a request that waits is refused. Nothing else changes, also if it is granted already.
-    pub fn cancel(&mut self, request: RequestId) {
+    pub fn cancel(&mut self, request: RequestId, now: Instant) {
         let Some(at) = self.waiting.iter().position(|waiting| waiting.ask.request == request) else { return };
         let waiting = self.waiting.remove(at);
-        self.open_if_free();
+        self.open_if_free(now);
         self.refuse(waiting.ask, Refusal::Cancelled);
     }
 
@@ -278,12 +298,14 @@ impl Coordinator {
         count
     }
 
-    /// Lets a hold last until `lease` from now. Errors as of [`Coordinator::resume`].
-    pub fn renew(&mut self, token: &str, lease: Duration, now: Instant) -> Result<(), Option<Reason>> {
+    /// Lets a hold last until `lease` from now, or the end of the bound on all holds. Returns how long that is. Errors as
+    /// of [`Coordinator::resume`].
+    pub fn renew(&mut self, token: &str, lease: Duration, now: Instant) -> Result<Duration, Option<Reason>> {
+        let until = self.bounded(now + lease, now);
         match self.holds.iter_mut().find(|hold| hold.token == token) {
             Some(hold) => {
-                hold.until = now + lease;
-                Ok(())
+                hold.until = until;
+                Ok(until.saturating_duration_since(now))
             }
             None => Err(self.what_became_of(token)),
         }
@@ -341,8 +363,22 @@ impl Coordinator {
         }
     }
 
+    /// How long writes have not flowed, for whichever holds and requests.
+    pub fn held_time(&self, now: Instant) -> Duration {
+        self.held.sum(now)
+    }
+
+    /// The bound on that, if there is one.
+    pub fn max_hold(&self) -> Option<Duration> {
+        self.held.max()
+    }
+
+    fn bounded(&self, until: Instant, now: Instant) -> Instant {
+        self.held.end(now).map_or(until, |end| end.min(until))
+    }
+
     fn wait(&mut self, ask: Ask, now: Instant) {
-        let deadline = now + ask.timeout;
+        let deadline = self.bounded(now + ask.timeout, now);
         self.waiting.push(Waiting { ask, deadline });
     }
 
@@ -352,7 +388,8 @@ impl Coordinator {
         for ask in asks {
             let Ask { request, token, owner, lease, detached, who, timeout: _ } = ask;
             requests.push(request);
-            self.holds.push(Hold { token, owner, detached, who, since: now, until: now + lease });
+            let until = self.bounded(now + lease, now);
+            self.holds.push(Hold { token, owner, detached, who, since: now, until });
         }
         let holders = self.holds.len();
         for (request, hold) in requests.into_iter().zip(&self.holds[holders - granted..]) {
@@ -376,7 +413,7 @@ impl Coordinator {
     fn end_holds(&mut self, now: Instant, reason: Reason, which: impl Fn(&Hold) -> bool) {
         let (ended, rest): (Vec<Hold>, Vec<Hold>) = self.holds.drain(..).partition(|hold| which(hold));
         self.holds = rest;
-        self.open_if_free();
+        self.open_if_free(now);
         let mut holders = self.holds.len() + ended.len();
         for hold in ended {
             holders -= 1;
@@ -389,9 +426,10 @@ impl Coordinator {
         }
     }
 
-    fn open_if_free(&mut self) {
+    fn open_if_free(&mut self, now: Instant) {
         if self.holds.is_empty() && self.waiting.is_empty() && !matches!(self.gate, Gate::Open) {
             self.gate = Gate::Open;
+            self.held.open(now);
             self.effects.push_back(Effect::OpenGate);
         }
     }

@@ -112,12 +112,12 @@ pub(super) struct Service {
 }
 
 impl Service {
-    /// `store`: [`super::Setup::store_timeout`] and [`super::Setup::attended`]. `resized`: [`super::Setup::resized`].
+    /// `store`: [`super::Setup::store_timeout`], [`super::Setup::attended`] and [`super::Setup::max_hold`]. `resized`: [`super::Setup::resized`].
     pub(super) fn new(
         disk: Arc<dyn Disk>,
         info: Info,
         inbox: Arc<Inbox>,
-        (store_timeout, attended): (Duration, bool),
+        (store_timeout, attended, max_hold): (Duration, bool, Option<Duration>),
         resized: Box<dyn Fn(u64) + Send>,
         upgrade: Option<Upgrade>,
     ) -> Self {
@@ -132,7 +132,7 @@ impl Service {
             resized,
             image_state: ImageStatus::default(),
             started: Instant::now(),
-            coordinator: Coordinator::default(),
+            coordinator: Coordinator::new(max_hold),
             copies: CopyOwners::default(),
             closed_at: None,
             asked: HashMap::new(),
@@ -263,7 +263,7 @@ impl Service {
     /// While a failed change is kept no hold can succeed: those who wait need not wait for their deadlines.
     fn refuse_if_stopped(&mut self, now: Instant) {
         if let Some(failed) = self.disk.stopped_change() {
-            self.coordinator.stopped(failed.errno);
+            self.coordinator.stopped(failed.errno, now);
             self.carry_out(now);
         }
     }
@@ -279,7 +279,7 @@ impl Service {
         match command {
             Command::QueryVersion => Ok(proto::version()),
             Command::RenewLease { token, lease } => match self.coordinator.renew(&token, lease, now) {
-                Ok(()) => Ok(json!({})),
+                Ok(left) => Ok(json!({"lease-ms": left.as_millis() as u64})),
                 Err(ended) => Err(words::no_such_hold(ended, !self.coordinator.holds().is_empty())),
             },
             Command::Resume { token } => match self.coordinator.resume(&token, now) {
@@ -343,6 +343,8 @@ impl Service {
         status["quiesce"] = json!({
             "state": self.coordinator.state(),
             "closed-ms": self.closed_at.map(milliseconds),
+            "held-ms": self.coordinator.held_time(now).as_millis() as u64,
+            "max-hold-ms": self.coordinator.max_hold().map(|max| max.as_millis() as u64),
             "waiting": self.coordinator.waiting(),
             "holders": self.coordinator.holds().iter().map(holder).collect::<Vec<_>>(),
         });
@@ -393,8 +395,9 @@ impl Service {
         log::info!("quiesced for {}, {holders} holder(s): {figures}", words::shown(&hold.who));
         let mut told = words::named(hold);
         told["detached"] = json!(hold.detached);
-        told["lease-ms"] = json!(hold.until.saturating_duration_since(hold.since).as_millis() as u64);
-        let mut answer = json!({"token": hold.token});
+        let lease = hold.until.saturating_duration_since(hold.since).as_millis() as u64;
+        told["lease-ms"] = json!(lease);
+        let mut answer = json!({"token": hold.token, "lease-ms": lease});
         for part in [&mut told, &mut answer] {
             for (name, value) in figures.as_object().into_iter().flatten() {
                 part[name] = value.clone();

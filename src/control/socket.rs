@@ -48,6 +48,8 @@ pub struct Setup {
     pub store_timeout: Duration,
     /// Such a snapshot is refused while nobody attends.
     pub attended: bool,
+    /// How long the holders together may keep writes waiting (`--max-hold`).
+    pub max_hold: Option<Duration>,
     /// Called from the control thread when the image's size may have changed, with the size in bytes; must not block on
     /// I/O.
     pub resized: Box<dyn Fn(u64) + Send>,
@@ -90,12 +92,13 @@ impl Server {
         if let Some(listener) = &listener {
             listener.set_nonblocking(true)?;
         }
-        let Setup { disk, events, notices, store_timeout, attended, resized, quit, others, info, upgrade } = setup;
+        let Setup { disk, events, notices, store_timeout, attended, max_hold, resized, quit, others, info, upgrade } =
+            setup;
         let orders = Arc::new(Orders { bell: Bell::new()?, news: Mutex::default() });
         let mut control = Control {
             listener,
             accept_again: None,
-            service: Service::new(disk, info, notices.inbox(), (store_timeout, attended), resized, upgrade),
+            service: Service::new(disk, info, notices.inbox(), (store_timeout, attended, max_hold), resized, upgrade),
             events,
             inbox: notices.inbox(),
             peers: Vec::new(),

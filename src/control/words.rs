@@ -15,14 +15,15 @@ pub(super) fn no_such_hold(ended: Option<Reason>, held: bool) -> Error {
         Some(Reason::LeaseExpired) => Error::new(
             "lease-expired",
             "the lease of this token ran out, and writes may have gone on since: a snapshot that was not complete by \
-             then cannot be trusted. Quiesce again with a longer lease-ms, or renew-lease in time",
+             then cannot be trusted. Quiesce again with a longer lease-ms, or renew-lease in time; no lease goes beyond \
+             the disk's --max-hold",
         ),
         Some(Reason::ConnectionClosed) => {
             Error::new("not-held", "this hold ended with its connection; ask with 'detached': true to outlive it")
         }
         Some(Reason::Resume | Reason::Shutdown) => Error::new("not-held", "this hold was resumed already"),
         None if !held => Error::new("not-quiesced", "nobody holds the disk, and this token is unknown"),
-        None => Error::new("unknown-token", "this token is unknown; query-status names the holders"),
+        None => Error::new("unknown-token", "this token is unknown; 'virtioblkctl status' names the holders"),
     }
 }
 
@@ -59,9 +60,15 @@ pub(super) fn refused(why: Refusal) -> Error {
             "cancelled",
             "everything was resumed, or whoever asked gave up, while this quiesce was under way",
         ),
-        Refusal::TooMany => {
-            Error::new("too-many-holders", "too many holders; query-status names them, resume ends their holds")
-        }
+        Refusal::TooMany => Error::new(
+            "too-many-holders",
+            "too many holders: 'virtioblkctl status' names them, 'virtioblkctl resume' ends their holds",
+        ),
+        Refusal::MaxHold => Error::new(
+            "max-hold",
+            "the disk was held for as long as its holders together may hold it (--max-hold): it takes writes first. Ask \
+             again in a second; 'virtioblkctl status' names the holders",
+        ),
         Refusal::NotPrepared => Error::new(
             "not-prepared",
             "the attendant that must consent did not, or is lost: no snapshot is made. See what 'virtioblkctl attend' \
@@ -111,7 +118,7 @@ pub(super) fn store_errno(why: Refusal) -> Errno {
         Refusal::Timeout => libc::EAGAIN,
         Refusal::SyncFailed(_) | Refusal::Stopped(_) => libc::EIO,
         Refusal::Cancelled | Refusal::Shutdown => libc::ECANCELED,
-        Refusal::TooMany | Refusal::NotPrepared | Refusal::NotOurs => libc::EBUSY,
+        Refusal::TooMany | Refusal::MaxHold | Refusal::NotPrepared | Refusal::NotOurs => libc::EBUSY,
     })
 }
 

@@ -70,6 +70,7 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
         _ => (Duration::from_secs(30), false),
     };
     let others = config.control.as_ref().map(|control| control.others).unwrap_or_default();
+    let max_hold = config.max_hold;
     let resized = device.clone();
     let served = Arc::new(ServedDisk { backend: backend.clone(), device, notices: notices.clone() });
     let start_control: StartControl = Box::new(move |listener, quit, requests| {
@@ -85,6 +86,7 @@ pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Syn
             notices: notices.clone(),
             store_timeout,
             attended,
+            max_hold,
             resized: Box::new(move |size| resized.resized(size)),
             quit,
             others,

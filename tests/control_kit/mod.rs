@@ -298,6 +298,7 @@ pub struct Served {
     server: Option<Server>,
     attended: bool,
     others: Access,
+    max_hold: Option<Duration>,
     _dir: tempfile::TempDir,
 }
 
@@ -345,7 +346,7 @@ impl Served {
         });
         let (quits, sizes, handed_over, upgrading) = Default::default();
         let notices = ImageNotices::new().unwrap();
-        let (attended, others) = (false, Access::Operate);
+        let (attended, others, max_hold) = (false, Access::Operate, None);
         let mut served = Served {
             disk,
             path,
@@ -357,6 +358,7 @@ impl Served {
             server: None,
             attended,
             others,
+            max_hold,
             _dir: dir,
         };
         served.serve(mode, store_timeout);
@@ -387,6 +389,7 @@ impl Served {
             notices: self.notices.clone(),
             store_timeout,
             attended: self.attended,
+            max_hold: self.max_hold,
             resized: Box::new(move |size| sizes.lock().unwrap().push(size)),
             quit: Arc::new(move || {
                 quits.fetch_add(1, Ordering::SeqCst);
@@ -446,6 +449,11 @@ impl Served {
         let mut client = self.greeted();
         assert_eq!(client.ask("qmp_capabilities", json!({})), Ok(json!({})));
         client
+    }
+
+    /// From its next start on, its holders together may hold it for so long (`--max-hold`).
+    pub fn bound_holds(&mut self, max_hold: Duration) {
+        self.max_hold = Some(max_hold);
     }
 
     /// From its next start on, somebody must attend it.

@@ -191,6 +191,10 @@ fn quiesce(quiesce: &Value) -> Vec<String> {
         Some("settling") => vec![format!("not yet: draining for {closed}, {} waiting", quiesce["waiting"])],
         _ => vec!["no".to_owned()],
     };
+    if let Some(waited) = quiesce["held-ms"].as_u64().filter(|waited| *waited > 0) {
+        let most = quiesce["max-hold-ms"].as_u64().map(|most| format!(", at most {}", time(most))).unwrap_or_default();
+        lines.push(format!("writes wait for {} in all{most}", time(waited)));
+    }
     for holder in holders {
         let milliseconds = |name: &str| time(holder[name].as_u64().unwrap_or(0));
         let detached = if holder["detached"] == true { ", detached" } else { "" };

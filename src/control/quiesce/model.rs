@@ -1,6 +1,7 @@
 //! Random scripts against simple invariants: the gate is closed exactly while somebody holds or waits, each request is
 //! answered exactly once unless its connection ended, epochs are never reused, a grant is only ever said after the
-//! disk's good answer for the closing under way, and a hold ends exactly once and for the reason that took place.
+//! disk's good answer for the closing under way, a hold ends exactly once and for the reason that took place, and with a
+//! bound writes never wait for longer, whoever holds.
 
 use std::collections::{HashMap, HashSet};
 
@@ -17,6 +18,9 @@ struct World {
     waiting: HashMap<RequestId, (PeerId, Instant)>,
     holding: HashMap<String, (PeerId, bool, Instant)>,
     answered: HashSet<RequestId>,
+    /// Since when writes wait, and when they were let go last.
+    waited_since: Option<Instant>,
+    opened: Option<Instant>,
 }
 
 impl World {
@@ -27,8 +31,15 @@ impl World {
                     assert!(self.closed.is_none(), "closed twice");
                     assert!(self.epochs.insert(epoch), "epoch {epoch} reused");
                     (self.closed, self.quiet) = (Some(epoch), false);
+                    if self.opened.is_none_or(|opened| now - opened >= Duration::from_millis(100)) {
+                        self.waited_since = Some(now);
+                    }
+                    self.opened = None;
                 }
-                Effect::OpenGate => assert!(self.closed.take().is_some(), "opened twice"),
+                Effect::OpenGate => {
+                    assert!(self.closed.take().is_some(), "opened twice");
+                    self.opened = Some(now);
+                }
                 Effect::Granted { request, hold, epoch, holders, .. } => {
                     assert!(self.quiet && self.closed == Some(epoch), "granted without the disk's answer");
                     assert!(self.answered.insert(request), "answered twice");
@@ -41,7 +52,10 @@ impl World {
                 Effect::Refused { request, why, .. } => {
                     assert!(self.answered.insert(request), "answered twice");
                     let (_, deadline) = self.waiting.remove(&request).expect("an answer to nobody");
+                    let bound = coordinator.max_hold().zip(self.waited_since).map(|(max, since)| since + max);
+                    let deadline = bound.map_or(deadline, |bound| bound.min(deadline));
                     assert!(why != Refusal::Timeout || deadline <= now, "a timeout before its time");
+                    assert!(why != Refusal::MaxHold || bound.is_some_and(|bound| bound <= now), "refused early");
                 }
                 Effect::Left { hold, reason, .. } => {
                     let (_, detached, until) = self.holding.remove(&hold.token).expect("left twice or never held");
@@ -56,12 +70,17 @@ impl World {
         assert_eq!(self.closed.is_some(), somebody, "the gate is closed exactly while somebody holds or waits");
         assert_eq!(coordinator.next_deadline().is_some(), somebody, "nobody holds for ever");
         assert!(self.holding.is_empty() || self.quiet, "a holder of a disk that is not quiet");
+        if let (Some(max), Some(since), Some(_)) = (coordinator.max_hold(), self.waited_since, self.closed) {
+            let next = coordinator.next_deadline().expect("somebody holds or waits");
+            assert!(next <= since + max, "writes may wait for longer than the bound");
+        }
     }
 }
 
 fn one_script(seed: u64, steps: u32) {
     let random = &mut Chance::new(seed);
-    let (mut coordinator, mut world) = (Coordinator::default(), World::default());
+    let max_hold = (random.below(2) == 0).then(|| Duration::from_millis(500 + random.below(9000)));
+    let (mut coordinator, mut world) = (Coordinator::new(max_hold), World::default());
     let mut now = Instant::now();
     let mut next_request = 0;
     for _ in 0..steps {
@@ -96,10 +115,11 @@ fn one_script(seed: u64, steps: u32) {
                 assert_eq!(coordinator.resume(&token, now).is_ok(), known);
             }
             7 => {
-                let renewed = coordinator.renew(&token, Duration::from_secs(4), now).is_ok();
-                assert_eq!(renewed, world.holding.contains_key(&token));
-                if let Some((.., until)) = world.holding.get_mut(&token) {
-                    *until = now + Duration::from_secs(4);
+                let renewed = coordinator.renew(&token, Duration::from_secs(4), now);
+                assert_eq!(renewed.is_ok(), world.holding.contains_key(&token));
+                if let (Ok(lease), Some((.., until))) = (renewed, world.holding.get_mut(&token)) {
+                    assert!(lease <= Duration::from_secs(4));
+                    *until = now + lease;
                 }
             }
             8 => {
@@ -112,7 +132,7 @@ fn one_script(seed: u64, steps: u32) {
                 coordinator.resume_all(now);
             }
             10 if random.below(8) == 0 => coordinator.shutdown(now),
-            11 => coordinator.cancel(next_request.saturating_sub(random.below(4))),
+            11 => coordinator.cancel(next_request.saturating_sub(random.below(4)), now),
             _ => {
                 now += Duration::from_millis(random.below(2500));
                 coordinator.tick(now);

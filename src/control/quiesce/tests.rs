@@ -111,7 +111,7 @@ fn a_lease_ends_unless_it_is_renewed() {
     let now = Instant::now();
     let mut c = held(now);
     c.tick(now + 29 * S);
-    assert_eq!(c.renew("t1", 30 * S, now + 29 * S), Ok(()));
+    assert_eq!(c.renew("t1", 30 * S, now + 29 * S), Ok(30 * S));
     c.tick(now + 58 * S);
     assert_eq!(words(&mut c), [""; 0]);
     c.tick(now + 59 * S);
@@ -173,16 +173,16 @@ fn a_cancelled_request_is_refused_and_takes_nobody_along() {
     let mut c = Coordinator::default();
     c.quiesce(ask(1, STORE), now);
     c.quiesce(ask(2, 2), now);
-    c.cancel(1);
+    c.cancel(1, now);
     assert_eq!(words(&mut c), ["close 1", "refused 1 Cancelled"], "the gate stays closed for request 2");
-    c.cancel(1);
+    c.cancel(1, now);
     c.settled(1, figures(), now);
-    c.cancel(2);
+    c.cancel(2, now);
     assert_eq!(words(&mut c), ["t2 granted 2 epoch 1 drained 7 of 1"], "granted: not cancelled any more");
     c.shutdown(now);
     c.effects();
     c.quiesce(ask(3, STORE), now);
-    c.cancel(3);
+    c.cancel(3, now);
     assert_eq!(words(&mut c), ["close 2", "open", "refused 3 Cancelled"]);
 }
 
@@ -202,16 +202,65 @@ fn holders_are_bounded() {
 fn a_disk_that_stopped_refuses_those_who_wait_and_leaves_holders_alone() {
     let now = Instant::now();
     let mut c = held(now);
-    c.stopped(Errno(28));
+    c.stopped(Errno(28), now);
     assert_eq!(words(&mut c), [""; 0], "it is still already");
     c.shutdown(now);
     c.effects();
-    c.stopped(Errno(28));
+    c.stopped(Errno(28), now);
     assert_eq!(words(&mut c), [""; 0]);
     c.quiesce(ask(3, 1), now);
     c.quiesce(ask(4, 2), now);
-    c.stopped(Errno(28));
+    c.stopped(Errno(28), now);
     assert_eq!(words(&mut c), ["close 2", "open", "refused 3 Stopped(Errno(28))", "refused 4 Stopped(Errno(28))"]);
     c.settled(2, figures(), now);
     assert_eq!(words(&mut c), [""; 0], "its answer comes too late");
+}
+
+#[test]
+fn holders_together_keep_to_the_bound() {
+    let now = Instant::now();
+    let mut c = Coordinator::new(Some(10 * S));
+    c.quiesce(Ask { lease: 8 * S, ..ask(1, 1) }, now);
+    c.settled(1, figures(), now);
+    assert_eq!(c.holds()[0].until, now + 8 * S, "the lease fits");
+    // A second holder just before the first one's end: what is left is his.
+    c.quiesce(ask(2, 2), now + 7 * S);
+    assert_eq!(c.holds()[1].until, now + 10 * S);
+    assert_eq!(c.renew("t2", 30 * S, now + 9 * S), Ok(S), "no renewal goes beyond it");
+    c.effects();
+    c.tick(now + 8 * S);
+    assert_eq!(words(&mut c), ["t1 left LeaseExpired 1"]);
+    assert_eq!(c.held_time(now + 9 * S), 9 * S, "the sum, not one holder's");
+    c.tick(now + 10 * S);
+    assert_eq!(words(&mut c), ["open", "t2 left LeaseExpired 0"]);
+    // At once again: no write has flowed.
+    c.quiesce(ask(3, 1), now + 10 * S);
+    assert_eq!(words(&mut c), ["refused 3 MaxHold"]);
+    c.quiesce(ask(4, 1), now + 11 * S);
+    c.settled(2, figures(), now + 11 * S);
+    assert_eq!(words(&mut c), ["close 2", "t4 granted 4 epoch 2 drained 7 of 1"]);
+    assert_eq!(c.holds()[0].until, now + 21 * S);
+}
+
+#[test]
+fn holds_that_follow_each_other_closely_count_together() {
+    let now = Instant::now();
+    let mut c = Coordinator::new(Some(10 * S));
+    c.quiesce(ask(1, 1), now);
+    c.settled(1, figures(), now);
+    assert_eq!(c.resume("t1", now + 6 * S), Ok(0));
+    let soon = now + 6 * S + Duration::from_millis(1);
+    c.quiesce(ask(2, 2), soon);
+    // While it settles, too.
+    assert_eq!(c.next_deadline(), Some(now + 10 * S));
+    c.tick(now + 10 * S);
+    c.quiesce(ask(3, 3), now + 10 * S);
+    let all = words(&mut c);
+    assert_eq!(all[4..], ["close 2", "open", "refused 2 Timeout", "refused 3 MaxHold"]);
+    // Without a bound there is a sum all the same.
+    let mut c = Coordinator::default();
+    c.quiesce(ask(1, 1), now);
+    assert_eq!((c.held_time(now + S), c.max_hold()), (S, None));
+    c.cancel(1, now + S);
+    assert_eq!(c.held_time(now + 2 * S), Duration::ZERO, "writes flow");
 }

@@ -19,7 +19,7 @@ impl Service {
                     self.carry_out(now);
                 }
                 Event::HoldRefused { epoch } => {
-                    self.coordinator.not_ours(epoch);
+                    self.coordinator.not_ours(epoch, now);
                     self.carry_out(now);
                 }
                 Event::Connected => self.event("FRONTEND_CONNECTED", json!({})),

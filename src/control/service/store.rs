@@ -184,7 +184,7 @@ impl Service {
                 self.tell_released();
             }
             Phase::Settling => {
-                self.coordinator.cancel(request);
+                self.coordinator.cancel(request, now);
                 self.carry_out(now);
             }
             Phase::Held(_) => {}

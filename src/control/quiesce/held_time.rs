@@ -1,0 +1,61 @@
+//! PURE. How long the guest's writes have waited for holders, whoever these were, and the bound on that (`--max-hold`).
+
+use std::time::{Duration, Instant};
+
+/// Writes have flowed when the gate has been open for so long: what waited was taken from the rings. A hold that begins
+/// earlier continues the wait of those before it.
+const FLOW_TIME: Duration = Duration::from_millis(100);
+
+/// The time during which the gate was closed, or open too shortly to count.
+#[derive(Default)]
+pub(super) struct HeldTime {
+    /// The bound, if there is one.
+    max: Option<Duration>,
+    /// The gate closed when, for the first of the holds that count together.
+    since: Option<Instant>,
+    /// It opened after the last of them when; `None`: it is closed, or never was.
+    opened: Option<Instant>,
+}
+
+impl HeldTime {
+    pub(super) fn new(max: Option<Duration>) -> Self {
+        HeldTime { max, ..HeldTime::default() }
+    }
+
+    /// The bound, if there is one.
+    pub(super) fn max(&self) -> Option<Duration> {
+        self.max
+    }
+
+    pub(super) fn close(&mut self, now: Instant) {
+        if self.since(now).is_none() {
+            self.since = Some(now);
+        }
+        self.opened = None;
+    }
+
+    pub(super) fn open(&mut self, now: Instant) {
+        self.opened = Some(now);
+    }
+
+    /// Since when writes have not flowed; `None`: they flow.
+    fn since(&self, now: Instant) -> Option<Instant> {
+        let flowed = self.opened.is_some_and(|opened| now.saturating_duration_since(opened) >= FLOW_TIME);
+        self.since.filter(|_| !flowed)
+    }
+
+    /// How long writes have not flowed; zero: they flow.
+    pub(super) fn sum(&self, now: Instant) -> Duration {
+        self.since(now).map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
+    }
+
+    /// When every hold ends that is granted or asked for now.
+    pub(super) fn end(&self, now: Instant) -> Option<Instant> {
+        self.max.map(|max| self.since(now).unwrap_or(now) + max)
+    }
+
+    /// The bound is reached: no new holder until writes have flowed.
+    pub(super) fn is_spent(&self, now: Instant) -> bool {
+        self.end(now).is_some_and(|end| end <= now)
+    }
+}
