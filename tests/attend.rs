@@ -222,6 +222,28 @@ fn a_guest_that_thaws_by_itself_is_told_of() {
 }
 
 #[test]
+fn windows_that_gave_up_a_freeze_is_told_of() {
+    let windows = |holds: u64, admits| Mood::Windows { holds: Duration::from_millis(holds), admits };
+    // Its status is "frozen" all the time; its thaw fails.
+    let mut scene = Scene::new(windows(100, true), &["--level", "filesystem"]);
+    assert_eq!(wait(&scene.disks[0].store_asks()), Ok(()));
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(wait(&scene.disks[1].store_asks()), Ok(()));
+    scene.is_over();
+    let receipt = scene.receipt();
+    assert_eq!(receipt["level"], "crash", "{receipt}");
+    let warning = receipt["warnings"][0].as_str().unwrap();
+    assert!(warning.contains("CRASH CONSISTENT") && warning.contains("Windows (VSS)"), "{receipt}");
+    // Beyond VSS's limit nothing that it says counts: no other disk's snapshot is begun.
+    let mut scene = Scene::new(windows(60_000, false), &["--level", "filesystem"]);
+    assert_eq!(wait(&scene.disks[0].store_asks()), Ok(()));
+    std::thread::sleep(Duration::from_millis(10_200));
+    assert_eq!(wait(&scene.disks[1].store_asks()), BUSY);
+    scene.is_over();
+    assert_eq!(scene.receipt()["level"], "none");
+}
+
+#[test]
 fn killed_in_the_middle_of_a_freeze() {
     let mut scene = Scene::new(Mood::Late(Duration::from_secs(1)), &["--level", "filesystem"]);
     let answers = scene.ask_all();

@@ -203,6 +203,55 @@ fn an_agent_that_cannot_freeze_makes_nothing() {
 }
 
 #[test]
+fn a_freeze_that_windows_gave_up_is_no_snapshot() {
+    let windows = |holds: u64, admits| Mood::Windows { holds: Duration::from_millis(holds), admits };
+    // The thaw fails: the freeze was lost, whatever the status was.
+    let scene = Scene::new(windows(100, true));
+    scene.fails("filesystem", &["--to", "exec:sleep 0.5"], &["Windows (VSS)", "hold writes", "10 s at most"]);
+    let weaker = receipt(&scene.run("filesystem", &["--json", "--or-weaker", "--to", "exec:sleep 0.5"]));
+    assert_eq!((&weaker["level"], &weaker["filesystems-frozen"]), (&"crash".into(), &0.into()));
+    // In time.
+    let scene = Scene::new(windows(60_000, true));
+    assert_eq!(receipt(&scene.run("filesystem", &["--json", "--to", "exec:true"]))["level"], "filesystem");
+    // Beyond VSS's limit nothing that the agent says counts; and nothing is begun that would be in vain.
+    let scene = Scene::new(windows(60_000, false));
+    let output = scene.run("filesystem", &["--json", "--to", "exec:sleep 30; touch $PLACE/target"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    contains(&out(&output), &["thawed-early", "10 s after the freeze", "copy:"]);
+    scene.is_over();
+    let options = ["--json", "--or-weaker", "--to", "exec:sleep 10.5"];
+    assert_eq!(receipt(&scene.run("filesystem", &options))["level"], "crash");
+}
+
+#[test]
+fn the_volumes_of_windows_are_counted() {
+    let volume = |id: &str, mountpoint: &str, kind: &str| serde_json::json!({"name": format!(r"\\?\Volume{{{id}}}\"), "mountpoint": mountpoint, "type": kind, "disk": []});
+    let scene = Scene::new(Mood::Windows { holds: Duration::from_secs(10), admits: true });
+    let list = [volume("a", r"C:\", "NTFS"), volume("b", "System Reserved", "FAT32"), volume("c", r"D:\", "CDFS")];
+    scene.agent.set_filesystems(Value::Array(list.into()));
+    // The EFI partition is on a fixed drive, so VSS holds it, too; or it is not. The CD is never frozen.
+    for (count, open) in [(1, "FAT32"), (2, "CDFS")] {
+        scene.agent.set_count(count);
+        let receipt = receipt(&scene.run("filesystem", &["--json", "--to", "exec:true"]));
+        assert_eq!((&receipt["level"], &receipt["filesystems-frozen"]), (&"filesystem".into(), &count.into()));
+        contains(&receipt["verified"].to_string(), &[&format!("{count} filesystem(s) frozen of {count}")]);
+        contains(&receipt["trusted"].to_string(), &[open]);
+    }
+    scene.agent.set_count(0);
+    scene.fails("filesystem", &["--to", "exec:true"], &["froze 0 filesystem(s) of 1"]);
+}
+
+#[test]
+fn what_somebody_else_froze_after_our_check_is_left_frozen() {
+    let scene = Scene::new(Mood::FrozenMeanwhile);
+    let output = scene.run("filesystem", &["--to", "exec:touch \"$PLACE/target\""]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    contains(&err(&output), &["the agent is in frozen state", "somebody else"]);
+    assert_eq!(scene.agent.asked("guest-fsfreeze-thaw"), 0, "it is not ours to thaw");
+    assert!(scene.agent.is_frozen() && !scene.path("target").exists());
+}
+
+#[test]
 fn a_weaker_level_is_taken_only_if_asked_and_said() {
     let cases = [Mood::Garbage, Mood::Refuses, Mood::Silent, Mood::Dies, Mood::ThawsEarly];
     for mood in cases {
@@ -282,6 +331,7 @@ fn a_hook_that_fails_or_hangs_is_followed_by_its_thaw() {
 fn a_command_that_fails_or_takes_too_long_makes_no_snapshot() {
     let scene = Scene::new(Mood::Good);
     scene.fails("filesystem", &["--to", "exec:exit 9"], &["'exit 9'", "exit status: 9"]);
+    assert!(!err(&scene.run("filesystem", &["--to", "exec:exit 9"])).contains("--lease"), "it was not too late");
     let hangs = ["--lease", "1s", "--to", "exec:sleep 100 & echo $! > $PLACE/pid; wait"];
     scene.fails("filesystem", &hangs, &["was killed", "--lease"]);
     let child: i32 = fs::read_to_string(scene.path("pid")).unwrap().trim().parse().unwrap();

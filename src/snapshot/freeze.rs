@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::disks::interrupted;
 use super::guard::{Ask, Begun, Guard, LATE, Orders};
-use super::guest::Checked;
+use super::guest::{Checked, Thawed, VSS_HOLD};
 use super::plan::{AgentAt, Level};
 use super::receipt::Receipt;
 use super::wait::{Stop, Wake, wait};
@@ -35,6 +35,10 @@ pub struct Wanted {
 pub struct Freezer {
     wanted: Wanted,
     guard: Option<Guard>,
+    /// When the guest's filesystems were frozen.
+    frozen_at: Option<Instant>,
+    /// The guest is Windows.
+    windows: bool,
     /// As far as it is reached.
     pub level: Level,
     /// What was seen on the way.
@@ -55,7 +59,7 @@ impl Freezer {
     pub fn new(wanted: Wanted) -> Self {
         let level = wanted.level;
         let receipt = Receipt { requested_level: level.name(), ..Receipt::default() };
-        Freezer { wanted, guard: None, level, receipt }
+        Freezer { wanted, guard: None, frozen_at: None, windows: false, level, receipt }
     }
 
     /// Starts the guard, if there is anything to freeze. `environment`: for hooks.
@@ -129,7 +133,10 @@ impl Freezer {
             );
             self.weaken(Level::Filesystem, Failure::new("no-hooks", text))?;
         }
+        self.windows = checked.windows;
         let frozen = self.ask_guard(Ask::Freeze, stop)?["frozen"].as_u64().unwrap_or(0);
+        // VSS began to hold writes a moment before the agent answered (`requester_freeze` waits for the provider's event).
+        self.frozen_at = Some(Instant::now());
         let expected = checked.freezable.unwrap_or(1).max(1);
         if frozen < expected {
             let text = format!(
@@ -139,15 +146,15 @@ impl Freezer {
             return Err(Failure::new("fewer", text));
         }
         self.receipt.filesystems_frozen = frozen;
-        match checked.freezable {
-            Some(count) => self.receipt.verified.push(format!("{frozen} filesystem(s) frozen of {count} that can be")),
+        let (verified, open) = checked.verified(frozen);
+        match verified {
+            Some(text) => self.receipt.verified.push(text),
             None => self.warn(format!("the guest does not list its filesystems: {frozen} frozen, of how many?")),
         }
-        if !checked.never.is_empty() {
-            let list = checked.never.join(", ");
-            self.receipt
-                .trusted
-                .push(format!("that nothing that matters is written to {list}, which cannot be frozen"));
+        if !open.is_empty() {
+            let list = open.join(", ");
+            let which = if checked.unsure.is_empty() { "cannot be frozen" } else { "may not be frozen" };
+            self.receipt.trusted.push(format!("that nothing that matters is written to {list}, which {which}"));
         }
         if self.level == Level::Application
             && let Some(hook) = checked.hook
@@ -159,19 +166,31 @@ impl Freezer {
         Ok(())
     }
 
-    /// Thaws the guest, calls the hooks. Whether the guest was frozen until now, if that is known.
-    pub fn thaw(&mut self) -> Option<bool> {
+    /// Thaws the guest, calls the hooks. Whether the guest was frozen until now, and what its agent said, if it answered.
+    pub fn thaw(&mut self) -> Option<Result<(), String>> {
         let was_frozen = self.thaw_guest();
         self.hooks_thaw();
         was_frozen
     }
 
+    /// When Windows lets writes go by itself, so that what takes longer is in vain; `None`: never, or a weaker level would
+    /// do then.
+    pub fn frozen_until(&self) -> Option<Instant> {
+        let is_needed = self.windows && self.level > Level::Crash && !self.wanted.or_weaker;
+        self.frozen_at.filter(|_| is_needed).map(|at| at + VSS_HOLD)
+    }
+
     /// Whether the guest that was frozen still is. Errors: it is not, or nobody knows.
     pub fn is_frozen_still(&mut self, stop: Stop<'_>) -> Result<(), Failure> {
-        if self.level == Level::Crash || self.ask_guard(Ask::IsFrozen, stop)?["frozen"] == true {
+        if self.level == Level::Crash {
             return Ok(());
         }
-        let text = format!("the filesystems were thawed by somebody else meanwhile ({})", self.agent());
+        let is_over = self.windows && self.frozen_at.is_none_or(|at| at.elapsed() > VSS_HOLD);
+        let text = match is_over {
+            true => format!("Windows (VSS) holds writes for {} s at most ({})", VSS_HOLD.as_secs(), self.agent()),
+            false if self.ask_guard(Ask::IsFrozen, stop)?["frozen"] == true => return Ok(()),
+            false => format!("the filesystems were thawed by somebody else meanwhile ({})", self.agent()),
+        };
         self.weaken(Level::Crash, Failure::new("thawed-early", text))
     }
 
@@ -182,32 +201,35 @@ impl Freezer {
 
     /// Frozen at the instant means frozen before and after: a guest that was not, or of which nobody knows, does not
     /// have the level.
-    pub fn was_frozen(&mut self, was_frozen: Option<bool>) -> Result<(), Failure> {
-        if self.level == Level::Crash || was_frozen == Some(true) {
-            return Ok(());
-        }
+    pub fn was_frozen(&mut self, was_frozen: Option<Result<(), String>>) -> Result<(), Failure> {
         let text = match was_frozen {
-            Some(_) => format!(
-                "the filesystems were thawed by somebody else before the snapshot was taken ({}; a Windows guest thaws \
-                 by itself after 10 s)",
-                self.agent()
-            ),
+            _ if self.level == Level::Crash => return Ok(()),
+            Some(Ok(())) => return Ok(()),
+            Some(Err(why)) => {
+                format!("the guest did not stay frozen until the snapshot was taken ({}): {why}", self.agent())
+            }
             None => "whether the filesystems were frozen all the time is not known".to_owned(),
         };
         self.weaken(Level::Crash, Failure::new("thawed-early", text))
     }
 
-    /// Thaws the guest if it was told to freeze. `Some(false)`: it was not frozen any more. What fails is said, and
-    /// left to the guard.
-    fn thaw_guest(&mut self) -> Option<bool> {
+    /// Thaws the guest if it was told to freeze. `Some(Err)`: it was not frozen any more. What fails is said, and left to
+    /// the guard.
+    fn thaw_guest(&mut self) -> Option<Result<(), String>> {
         let guard = self.guard.as_mut().filter(|guard| guard.begun().guest)?;
+        // The disks go on already: what comes from now on is not in the snapshot.
+        let since = self.frozen_at.map_or(Duration::ZERO, |at| at.elapsed());
         match guard.thaw(Ask::Thaw) {
             Ok(thawed) => {
                 self.receipt.frozen_us = thawed["frozen-us"].as_u64().unwrap_or(0);
-                if let Some(why) = thawed["thawed"]["complaint"].as_str() {
+                let thawed: Thawed = serde_json::from_value(thawed["thawed"].clone()).ok()?;
+                if let Some(why) = thawed.lost(self.receipt.filesystems_frozen, since, self.windows) {
+                    return Some(Err(why));
+                }
+                if let Some(why) = thawed.complaint {
                     self.warn(format!("the guest's filesystems are thawed, but its applications may not be: {why}"));
                 }
-                Some(thawed["thawed"]["was-frozen"] == true)
+                Some(Ok(()))
             }
             Err(failure) => {
                 let minutes = LATE.as_secs() / 60;

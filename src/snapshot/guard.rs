@@ -124,6 +124,10 @@ impl Guard {
         }
         if let Some(error) = answer.get("error") {
             let text = |name: &str| error[name].as_str().unwrap_or("").to_owned();
+            if ask == Ask::Freeze && error["code"] == REFUSED {
+                // Nothing of ours is frozen, and what is somebody else's stays so.
+                self.begun.guest = false;
+            }
             return Err(Failure { code: text("code"), message: text("message") });
         }
         match ask {
@@ -194,6 +198,8 @@ impl Drop for Guard {
     }
 }
 
+/// The code of a guest's agent that says no.
+const REFUSED: &str = "agent-refused";
 /// The code of a guard that is no more.
 const DEAD: &str = "guard-dead";
 
@@ -336,7 +342,7 @@ fn failure(trouble: Trouble) -> Failure {
     let code = match trouble {
         Trouble::Silent(_) => "agent-silent",
         Trouble::Lost(_) => "agent-lost",
-        Trouble::Refused(_) => "agent-refused",
+        Trouble::Refused(_) => REFUSED,
         Trouble::Stopped => "interrupted",
     };
     Failure::new(code, trouble.to_string())

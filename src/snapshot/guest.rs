@@ -19,6 +19,16 @@ const AGAIN: Duration = Duration::from_millis(200);
 /// Filesystems that Linux mounts from a disk and cannot freeze (no `freeze_fs`), so that the agent skips them.
 const NEVER_FREEZE: [&str; 12] =
     ["vfat", "msdos", "fat", "exfat", "iso9660", "udf", "squashfs", "erofs", "cramfs", "ntfs", "ntfs3", "fuseblk"];
+/// Filesystems of Windows' that stand on CDs and DVDs. The agent freezes all volumes of fixed drives, whatever is on them,
+/// and no others (qga/vss-win32/requester.cpp, `requester_freeze`).
+const WINDOWS_NEVER_FREEZES: [&str; 2] = ["cdfs", "udf"];
+/// Those that may stand on a fixed drive (an EFI partition) or on a removable one; the agent does not say which.
+const WINDOWS_MAY_FREEZE: [&str; 3] = ["fat", "fat32", "exfat"];
+/// How Windows' agent names a volume (qga/commands-win32.c, `build_guest_fsinfo`).
+const WINDOWS_VOLUME: &str = r"\\?\Volume{";
+/// VSS holds writes for this long after a freeze and then lets them go. The agent says `frozen` all the same, until it is
+/// told to thaw; only that fails then (`requester_thaw`, VSS_E_HOLD_WRITES_TIMEOUT).
+pub const VSS_HOLD: Duration = Duration::from_secs(10);
 /// Where qemu-ga looks for its hook and its settings unless told otherwise.
 const DEFAULT_HOOK: &str = "/etc/qemu/fsfreeze-hook";
 const DEFAULT_CONFIG: &str = "/etc/qemu/qemu-ga.conf";
@@ -31,6 +41,10 @@ pub struct Checked {
     pub freezable: Option<u64>,
     /// Mounted filesystems that cannot be, with their types.
     pub never: Vec<String>,
+    /// Those of which that is not known, with their types.
+    pub unsure: Vec<String>,
+    /// It is Windows, whose freeze ends by itself after [`VSS_HOLD`].
+    pub windows: bool,
     /// The hook that the agent runs, if it says that it runs one.
     pub hook: Option<String>,
     /// Why that is not known.
@@ -45,8 +59,30 @@ pub struct Thawed {
     pub was_frozen: bool,
     /// Filesystems that were thawed, as the agent counts.
     pub count: u64,
-    /// They are thawed, but the agent complains: its hook failed.
+    /// They are thawed, but the agent complains: its hook failed, or the freeze was lost ([`Thawed::lost`]).
     pub complaint: Option<String>,
+}
+
+impl Thawed {
+    /// Why the guest was not frozen all the time, of `frozen` filesystems that the agent froze `since` ago; `None`: it
+    /// was, as far as anybody can see. The agent's status is no proof of that: it is a flag of the agent's own.
+    pub fn lost(&self, frozen: u64, since: Duration, windows: bool) -> Option<String> {
+        let limit = VSS_HOLD.as_secs();
+        match &self.complaint {
+            _ if !self.was_frozen => Some("the filesystems were thawed by somebody else".into()),
+            Some(why) if windows || why.contains("hold writes") => {
+                Some(format!("Windows (VSS) gave up the freeze, for it holds writes for {limit} s at most: {why}"))
+            }
+            _ if windows && since > VSS_HOLD => {
+                let seconds = since.as_secs_f64();
+                Some(format!("{seconds:.1} s passed, and Windows (VSS) holds writes for {limit} s at most"))
+            }
+            None if self.count < frozen => {
+                Some(format!("of {frozen} filesystems that were frozen, {} still were: others thawed them", self.count))
+            }
+            _ => None,
+        }
+    }
 }
 
 /// A guest.
@@ -88,6 +124,12 @@ impl Guest {
             ));
         }
         let mut checked = Checked::default();
+        match self.ask("guest-get-osinfo", Value::Null, self.patience, stop) {
+            Ok(system) => checked.windows = system["id"] == "mswindows",
+            // Too old, or blocked: the names of the volumes tell it, too.
+            Err(Trouble::Refused(_)) => {}
+            Err(trouble) => return Err(trouble),
+        }
         match self.ask("guest-get-fsinfo", Value::Null, self.patience, stop) {
             Ok(filesystems) => count(&filesystems, &mut checked),
             Err(Trouble::Refused(_)) => {}
@@ -103,14 +145,23 @@ impl Guest {
         Ok(checked)
     }
 
-    /// Freezes; how many filesystems. After `Refused` the guest was thawed; after anything else nobody knows, and
+    /// Freezes; how many filesystems. After `Refused` nothing of ours is frozen; after anything else nobody knows, and
     /// [`Guest::thaw`] must follow.
     pub fn freeze(&mut self, patience: Duration, stop: Stop<'_>) -> Result<u64, Trouble> {
         match self.ask("guest-fsfreeze-freeze", Value::Null, patience, stop) {
             Ok(count) => Ok(count.as_u64().unwrap_or(0)),
+            // Nothing was done: the agent is in frozen state since somebody else froze the guest after our check (qga/main.c,
+            // `ga_disable_not_allowed_freeze`), or the command was blocked. What is frozen is not ours to thaw.
+            Err(Trouble::Refused(why)) if why.contains("has been disabled") => Err(Trouble::Refused(format!(
+                "{why}; if the guest was frozen by somebody else meanwhile it is left as it is: wait for its end, thaw it \
+                 (guest-fsfreeze-thaw, virsh domfsthaw), or ask for level crash"
+            ))),
             Err(Trouble::Refused(why)) => {
                 // The agent undoes what it began; a hook that failed half way may have left something.
                 match self.thaw(Instant::now() + patience, None) {
+                    Ok(Thawed { complaint: Some(thaw), .. }) if thaw != why => {
+                        Err(Trouble::Refused(format!("{why}; and the thaw after it: {thaw}")))
+                    }
                     Ok(_) => Err(Trouble::Refused(why)),
                     Err(trouble) => Err(Trouble::Silent(format!("{why}; and the thaw after it: {trouble}"))),
                 }
@@ -194,10 +245,36 @@ fn count(filesystems: &Value, checked: &mut Checked) {
         let (Some(name), Some(kind)) = (filesystem["name"].as_str(), filesystem["type"].as_str()) else { continue };
         devices.insert(name, kind);
     }
-    let never = |kind: &str| NEVER_FREEZE.contains(&kind.to_ascii_lowercase().as_str());
-    checked.freezable = Some(devices.values().filter(|kind| !never(kind)).count() as u64);
-    checked.never =
-        devices.iter().filter(|(_, kind)| never(kind)).map(|(name, kind)| format!("{name} ({kind})")).collect();
+    checked.windows |= devices.keys().any(|name| name.starts_with(WINDOWS_VOLUME));
+    let (never, unsure): (&[&str], &[&str]) =
+        if checked.windows { (&WINDOWS_NEVER_FREEZES, &WINDOWS_MAY_FREEZE) } else { (&NEVER_FREEZE, &[]) };
+    let mut freezable = 0;
+    for (name, kind) in devices {
+        let lower = kind.to_ascii_lowercase();
+        let shown = format!("{name} ({kind})");
+        match lower.as_str() {
+            kind if never.contains(&kind) => checked.never.push(shown),
+            kind if unsure.contains(&kind) => checked.unsure.push(shown),
+            _ => freezable += 1,
+        }
+    }
+    checked.freezable = Some(freezable);
+}
+
+impl Checked {
+    /// What is known once the agent has frozen `frozen` filesystems: what was verified, if the guest lists them, and those
+    /// that may not be frozen.
+    pub fn verified(&self, frozen: u64) -> (Option<String>, Vec<&str>) {
+        let mut open: Vec<&str> = self.never.iter().map(String::as_str).collect();
+        let Some(freezable) = self.freezable else { return (None, open) };
+        let all = freezable + self.unsure.len() as u64;
+        if frozen < all {
+            open.extend(self.unsure.iter().map(String::as_str));
+        }
+        // An agent may freeze more than it lists: Windows' does not list a volume that it cannot read.
+        let of = if frozen == freezable { freezable } else { all.max(frozen) };
+        (Some(format!("{frozen} filesystem(s) frozen of {of} that can be")), open)
+    }
 }
 
 /// `-F`, `-FPATH`, `--fsfreeze-hook` and `--fsfreeze-hook=PATH` of qemu-ga.
@@ -284,5 +361,54 @@ mod tests {
         ]);
         count(&list, &mut checked);
         assert_eq!((checked.freezable, checked.never), (Some(2), vec!["vda15 (vfat)".to_owned()]));
+    }
+
+    #[test]
+    fn windows_volumes_are_counted_by_their_own_names() {
+        let volume = |id: &str, kind: &str| json!({"name": format!("{WINDOWS_VOLUME}{id}}}\\"), "mountpoint": "C:\\", "type": kind});
+        let mut checked = Checked::default();
+        count(
+            &json!([volume("a", "NTFS"), volume("b", "FAT32"), volume("c", "CDFS"), volume("d", "UDF")]),
+            &mut checked,
+        );
+        assert!(checked.windows);
+        assert_eq!((checked.freezable, checked.never.len(), checked.unsure.len()), (Some(1), 2, 1));
+        let said = |frozen| {
+            let (verified, open) = checked.verified(frozen);
+            (verified.unwrap(), open.len())
+        };
+        // The EFI partition is frozen, or not; and a volume that the agent does not list.
+        assert_eq!(said(1), ("1 filesystem(s) frozen of 1 that can be".into(), 3));
+        assert_eq!(said(2), ("2 filesystem(s) frozen of 2 that can be".into(), 2));
+        assert_eq!(said(3), ("3 filesystem(s) frozen of 3 that can be".into(), 2));
+    }
+
+    #[test]
+    fn a_freeze_that_was_lost_is_known_by_more_than_the_agents_status() {
+        let thawed = |was_frozen, count, complaint: Option<&str>| Thawed {
+            was_frozen,
+            count,
+            complaint: complaint.map(str::to_owned),
+        };
+        let (soon, late) = (Duration::from_secs(2), VSS_HOLD + Duration::from_millis(1));
+        let vss = Some("couldn't hold writes: fsfreeze is limited up to 10 seconds: ");
+        let hook = Some("thaw hook exited with 4");
+        for (thawed, since, windows) in [
+            (thawed(true, 2, None), late, false),
+            (thawed(true, 3, None), soon, true),
+            (thawed(true, 0, hook), late, false),
+        ] {
+            assert_eq!(thawed.lost(2, since, windows), None, "{thawed:?}");
+        }
+        for (thawed, since, windows, word) in [
+            (thawed(false, 2, None), soon, false, "somebody else"),
+            (thawed(true, 1, None), soon, false, "of 2 filesystems"),
+            (thawed(true, 0, None), soon, true, "of 2 filesystems"),
+            (thawed(true, 0, vss), soon, false, "10 s at most"),
+            (thawed(true, 0, Some("failed to do snapshot set")), soon, true, "failed to do snapshot set"),
+            (thawed(true, 2, None), late, true, "10.0 s passed"),
+        ] {
+            assert!(thawed.lost(2, since, windows).is_some_and(|why| why.contains(word)), "{thawed:?}");
+        }
     }
 }

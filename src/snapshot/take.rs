@@ -9,10 +9,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::sys::signal::SigSet;
 
-use super::child::run;
+use super::child::{Ended, run};
 use super::copies::{self, Copy};
 use super::disks::{Disks, interrupted};
 use super::freeze::{self, Freezer, Wanted};
+use super::guest::VSS_HOLD;
 use super::hooks;
 use super::images::{self, Image};
 use super::plan::{self, Plan, Way};
@@ -39,6 +40,7 @@ pub fn take(plan: &Plan) -> Result<Receipt, Failure> {
     let mut run = Run::prepare(plan, mask, signals)?;
     run.write_back();
     let taken = run.freezer.freeze(Some(run.signals.as_fd())).and_then(|()| run.hold_and_take());
+    let taken = taken.map_err(|failure| run.blame_windows(failure));
     // Always, and in this order.
     let resumed = run.disks.resume();
     let was_frozen = run.freezer.thaw();
@@ -134,7 +136,23 @@ impl<'a> Run<'a> {
 
     /// What is done while the disks are held is done by then, so that they are let go before their lease ends.
     fn deadline(&self) -> Instant {
-        self.disks.lease_ends().checked_sub(RESERVE).unwrap_or_else(Instant::now)
+        let ends = self.freezer.frozen_until().map_or(self.disks.lease_ends(), |end| end.min(self.disks.lease_ends()));
+        ends.checked_sub(RESERVE).unwrap_or_else(Instant::now)
+    }
+
+    /// The cause of what was given up because Windows does not stay frozen.
+    fn blame_windows(&self, failure: Failure) -> Failure {
+        let is_over = self.freezer.frozen_until().is_some_and(|end| end <= Instant::now() + RESERVE);
+        if !is_over || failure.code == "interrupted" {
+            return failure;
+        }
+        let limit = VSS_HOLD.as_secs();
+        let text = format!(
+            "{}. It was given up {limit} s after the freeze, for Windows (VSS) holds writes no longer: give copy:, which \
+             is quick, or ask for level crash",
+            failure.message
+        );
+        Failure::new("thawed-early", text)
     }
 
     /// What is dirty in the host's cache now need not be written back while the gates are closed, nor while the guest
@@ -154,16 +172,19 @@ impl<'a> Run<'a> {
         // Our standard output is the receipt's.
         command.stdout(std::io::stderr());
         let deadline = self.deadline();
+        let allowed = deadline.saturating_duration_since(Instant::now());
         let ended = run(command, self.mask, true, deadline, Some(self.signals.as_fd()));
         let shown = script.to_string_lossy();
         let ended = ended.map_err(|error| Failure::new("exec", format!("/bin/sh cannot be run: {error}")))?;
-        match ended.complaint(self.plan.lease) {
+        match ended.complaint(Duration::from_millis(allowed.as_millis() as u64)) {
             None => Ok(()),
-            Some(_) if ended == super::child::Ended::Stopped => Err(interrupted()),
-            Some(what) => Err(Failure::new(
-                "exec",
-                format!("the command '{shown}' {what}; the disks are held for --lease ({:?}) at most", self.plan.lease),
-            )),
+            Some(_) if ended == Ended::Stopped => Err(interrupted()),
+            Some(what) if ended == Ended::TimedOut => {
+                let lease = self.plan.lease;
+                let text = format!("the command '{shown}' {what}; the disks are held for --lease ({lease:?}) at most");
+                Err(Failure::new("exec", text))
+            }
+            Some(what) => Err(Failure::new("exec", format!("the command '{shown}' {what}"))),
         }
     }
 

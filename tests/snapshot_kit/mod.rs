@@ -126,8 +126,20 @@ pub enum Mood {
     Refuses,
     /// Freezes and drops the connection instead of an answer.
     Dies,
-    /// Says yes and thaws at once, as Windows does after a while.
+    /// Freezes, and another client thaws at once.
     ThawsEarly,
+    /// Windows' agent (qga/commands-win32.c, qga/vss-win32/requester.cpp). The status is a flag of the agent's own: `frozen`
+    /// from `qmp_guest_fsfreeze_freeze` until `qmp_guest_fsfreeze_thaw`, also once VSS lets writes go. That shows in the
+    /// thaw alone: it fails, clears the flag, and thaws (`requester_thaw`, VSS_E_HOLD_WRITES_TIMEOUT).
+    Windows {
+        /// VSS holds writes for so long.
+        holds: Duration,
+        /// The thaw fails after that.
+        admits: bool,
+    },
+    /// Refuses to freeze, since another client froze after our check: every command but a few is disabled then
+    /// (qga/main.c, `ga_set_frozen`).
+    FrozenMeanwhile,
     /// Thaws after this long.
     LateThaw(Duration),
     /// Thaws, but its hook fails then.
@@ -140,6 +152,7 @@ pub enum Mood {
 struct State {
     mood: Mood,
     frozen: bool,
+    frozen_at: Instant,
     /// Every command but syncs.
     asked: Vec<String>,
     /// The disks were held when a thaw came.
@@ -168,13 +181,20 @@ impl Agent {
         let path = dir.path().join("qga");
         let journal = dir.path().join("journal");
         File::create(&journal).unwrap();
-        let filesystems = json!([
+        let windows = json!([
+            {"name": r"\\?\Volume{a}\", "mountpoint": r"C:\", "type": "NTFS"},
+            {"name": r"\\?\Volume{b}\", "mountpoint": r"D:\", "type": "NTFS"},
+            {"name": r"\\?\Volume{c}\", "mountpoint": "System Reserved", "type": "FAT32"},
+        ]);
+        let linux = json!([
             {"name": "vda1", "mountpoint": "/", "type": "ext4"}, {"name": "vda1", "mountpoint": "/mnt", "type": "ext4"},
             {"name": "vda15", "mountpoint": "/boot/efi", "type": "vfat"}, {"name": "vdb", "mountpoint": "/d", "type": "xfs"},
         ]);
+        let filesystems = if matches!(mood, Mood::Windows { .. }) { windows } else { linux };
         let state = State {
             mood,
             frozen: false,
+            frozen_at: Instant::now(),
             asked: Vec::new(),
             held_at_thaw: false,
             held_at_freeze: false,
@@ -208,6 +228,11 @@ impl Agent {
     /// Of the two filesystems that can be frozen, it freezes so many.
     pub fn set_count(&self, count: u64) {
         self.lock().count = count;
+    }
+
+    /// What it lists as its filesystems.
+    pub fn set_filesystems(&self, list: Value) {
+        self.lock().filesystems = list;
     }
 
     /// It tells its own command line (words end with NUL); else it has its file commands blocked.
@@ -305,6 +330,10 @@ impl Served {
             "guest-fsfreeze-status" => line(json!({"return": if state.frozen { "frozen" } else { "thawed" }})),
             "guest-info" => line(json!({"return": {"version": "10.0.2", "supported_commands": [
                 {"name": "guest-fsfreeze-freeze", "enabled": !state.frozen, "success-response": true}]}})),
+            "guest-get-osinfo" if matches!(mood, Mood::Windows { .. }) => {
+                line(json!({"return": {"id": "mswindows", "name": "Microsoft Windows"}}))
+            }
+            "guest-get-osinfo" => line(json!({"return": {"id": "debian", "name": "Debian GNU/Linux"}})),
             "guest-get-fsinfo" => line(json!({"return": state.filesystems})),
             "guest-fsfreeze-freeze" => {
                 let pause = if let Mood::Late(pause) = mood { pause } else { Duration::ZERO };
@@ -323,6 +352,14 @@ impl Served {
                 let mut state = self.state.0.lock().unwrap();
                 let count = if std::mem::take(&mut state.frozen) { state.count } else { 0 };
                 self.write("thaw");
+                if let Mood::Windows { holds, admits: true } = mood
+                    && count > 0
+                    && state.frozen_at.elapsed() > holds
+                {
+                    // `error_set_win32` adds the system's words, of which there are none for VSS.
+                    let desc = "couldn't hold writes: fsfreeze is limited up to 10 seconds: ";
+                    return line(json!({"error": {"class": "GenericError", "desc": desc}}));
+                }
                 if matches!(mood, Mood::ThawHookFails | Mood::HooksFail) {
                     return line(json!({"error": {"class": "GenericError", "desc": "thaw hook exited with 4"}}));
                 }
@@ -345,7 +382,13 @@ impl Served {
             let error = json!({"error": {"class": "GenericError", "desc": "hook script exited with 3"}});
             return Some(format!("{error}\n").into_bytes());
         }
+        if *mood == Mood::FrozenMeanwhile {
+            state.frozen = true;
+            let desc = "Command guest-fsfreeze-freeze has been disabled: the agent is in frozen state";
+            return Some(format!("{}\n", json!({"error": {"class": "CommandNotFound", "desc": desc}})).into_bytes());
+        }
         state.frozen = *mood != Mood::ThawsEarly;
+        state.frozen_at = Instant::now();
         self.write("freeze");
         self.state.1.notify_all();
         if *mood == Mood::Dies {
