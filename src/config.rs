@@ -311,7 +311,7 @@ struct Args {
     user: Option<String>,
 
     /// Let point-in-time copies go to this directory and those beneath; may be given more than once. In the sandbox
-    /// nothing can be created elsewhere
+    /// nothing can be created elsewhere. For a filesystem that is mounted later, name a directory above its mount point
     #[arg(long, value_name = "DIR")]
     copy_dir: Vec<PathBuf>,
 

@@ -12,12 +12,14 @@
 //! the library's threads inherit that. The library may open connections and what its configuration names.
 //!
 //! What the kernel lacks is said in one warning, and the disk is served: a guest without its disk is the greater harm,
-//! and the operator sees it. What the operator asked for by name (`--user`, `--copy-dir`) is an error if it fails.
+//! and the operator sees it. What the operator asked for by name (`--user`) is an error if it
+//! fails; a `--copy-dir` that cannot be opened is not, since only the image decides whether the disk is served.
 //!
 //! `virtioblkctl` is outside: hooks, commands and reflinks are its own.
 
 mod calls;
 mod ceph;
+mod copy_dirs;
 mod paths;
 mod user;
 mod violation;
@@ -29,6 +31,7 @@ use std::path::PathBuf;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 
 use crate::backend::file;
+use crate::backend::point_in_time::CopyDirectory;
 use crate::config::{BackendKind, Config};
 use user::Account;
 
@@ -136,13 +139,23 @@ impl std::error::Error for SandboxError {}
 pub struct Sandbox<'a> {
     config: &'a Config,
     user: Option<Account>,
+    copy_dirs: Vec<copy_dirs::Opened>,
 }
 
 impl<'a> Sandbox<'a> {
     /// Looks up what the configuration names. Main, before anything is opened.
     pub fn prepare(config: &'a Config) -> Result<Self, SandboxError> {
         let user = config.user.as_deref().map(Account::find).transpose()?;
-        Ok(Sandbox { config, user })
+        let copy_dirs = match config.sandbox {
+            Level::Off => Vec::new(),
+            Level::On | Level::NoFilter => copy_dirs::open_all(&config.copy_dirs),
+        };
+        Ok(Sandbox { config, user, copy_dirs })
+    }
+
+    /// What became of each `--copy-dir`.
+    pub fn copy_directories(&self) -> Vec<CopyDirectory> {
+        self.copy_dirs.iter().map(|opened| opened.facts.clone()).collect()
     }
 
     /// Runs `open`, which opens the image. A storage library starts threads then, which no rule on paths reaches later:
@@ -151,7 +164,7 @@ impl<'a> Sandbox<'a> {
         if !Needs::of(&self.config.backend).network || self.config.sandbox == Level::Off {
             return Ok(open());
         }
-        let rules = paths::rules(self.config, Stage::Opening).map_err(SandboxError::Paths)?;
+        let rules = paths::rules(self.config, Stage::Opening, Vec::new()).map_err(SandboxError::Paths)?;
         let restricted = move || {
             user::keep_few_capabilities()?;
             match paths::confine(rules, Needs { network: true }) {
@@ -166,24 +179,26 @@ impl<'a> Sandbox<'a> {
 
     /// Gives up, for good, what the daemon does not need any more. Everything is open and bound, and no other thread
     /// of ours exists: the rules on paths and root's capabilities are each thread's own. Main, once.
-    pub fn enter(self) -> Result<(), SandboxError> {
+    pub fn enter(mut self) -> Result<(), SandboxError> {
+        // Landlock asks again who may walk where: the rules' places are opened as root.
+        let rules = self.rules()?;
         if let Some(user) = &self.user {
-            // Landlock asks again who may walk where: the rules' places are opened as root.
-            let rules = self.rules()?;
             user.assume(self.config)?;
             return self.restrict(rules);
         }
-        let rules = self.rules()?;
         if self.config.sandbox != Level::Off {
             user::keep_few_capabilities()?;
         }
         self.restrict(rules)
     }
 
-    fn rules(&self) -> Result<Vec<paths::Rule>, SandboxError> {
+    fn rules(&mut self) -> Result<Vec<paths::Rule>, SandboxError> {
         match self.config.sandbox {
             Level::Off => Ok(Vec::new()),
-            Level::On | Level::NoFilter => paths::rules(self.config, Stage::Serving).map_err(SandboxError::Paths),
+            Level::On | Level::NoFilter => {
+                let copy_dirs = self.copy_dirs.drain(..).filter_map(|opened| opened.place).collect();
+                paths::rules(self.config, Stage::Serving, copy_dirs).map_err(SandboxError::Paths)
+            }
         }
     }
 

@@ -137,6 +137,27 @@ pub(crate) fn replace(descriptor: &impl AsRawFd, by: BorrowedFd<'_>) -> io::Resu
     check(unsafe { libc::dup3(by.as_raw_fd(), descriptor.as_raw_fd(), libc::O_CLOEXEC) })
 }
 
+/// Runs `child` in a new process (fork(2)) that ends with it, and in which only `socket` is open. Returns its id.
+///
+/// `child` makes system calls and nothing else: another thread may have held a lock, the allocator's too, when the
+/// process was copied.
+pub(crate) fn fork(socket: BorrowedFd<'_>, child: impl FnOnce(BorrowedFd<'_>)) -> io::Result<rustix::process::Pid> {
+    // SAFETY: the child calls async-signal-safe functions only, which for `child` is the caller's promise. It closes
+    // the copies of descriptors that it was given, whose owners it never drops: it ends by _exit(2).
+    unsafe {
+        let pid = libc::fork();
+        if pid == 0 {
+            if libc::dup3(socket.as_raw_fd(), 0, libc::O_CLOEXEC) == 0
+                && libc::syscall(libc::SYS_close_range, 1 as libc::c_uint, libc::c_uint::MAX, 0) == 0
+            {
+                child(BorrowedFd::borrow_raw(0));
+            }
+            libc::_exit(0);
+        }
+        rustix::process::Pid::from_raw(pid).filter(|_| pid > 0).ok_or_else(io::Error::last_os_error)
+    }
+}
+
 /// Adds one to the eventfd `fd`. Not by glibc's write(2), which is a cancellation point: that costs a tenth of the call.
 pub(crate) fn signal(fd: impl AsFd) -> io::Result<()> {
     rustix::io::write(fd, &1u64.to_ne_bytes())?;

@@ -167,3 +167,20 @@ fn a_target_that_hangs_hinders_no_other_copy_and_is_counted() {
     soon("the first one's end", || (status(&mut client, &hung)["ending"] == false).then_some(()));
     assert_eq!(client.ask("query-status", json!({})).expect("a status")["copies-ending"], 0);
 }
+
+#[test]
+fn a_directory_that_hangs_at_the_start_does_not_keep_the_disk_from_its_guest() {
+    let Some(place) = Place::new() else { return };
+    place.target.stop();
+    let daemon = place.serve(&place.target.below());
+    let mut guest = place.guest();
+    assert_eq!(guest.one(0, |guest, id| guest.write(0, 0, 0, 1 << 20, id)), 0);
+    let log = std::fs::read_to_string(place.path("log")).expect("the log");
+    assert!(log.contains("does not answer: its filesystem hangs"), "{log}");
+    let mut client = place.client();
+    let refused = client.ask("copy-prepare", json!({"target": place.target.below().join("copy.img")}));
+    assert_eq!(refused, Err("target".into()));
+    let good = place.copy(&mut client, &place.path("healthy/copy.img"));
+    soon("the copy", || (status(&mut client, &good)["state"] == "completed").then_some(()));
+    drop(daemon);
+}

@@ -23,6 +23,7 @@ mod target_thread;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -73,7 +74,16 @@ pub enum Step {
 /// Called by the target's thread before each step; it may sleep, and its error is the step's.
 pub type TargetHook = Arc<dyn Fn(Step) -> io::Result<()> + Send + Sync>;
 
-/// What tests change.
+/// A directory that copies may go to in the sandbox, as it was when the daemon started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopyDirectory {
+    /// As the operator named it.
+    pub path: PathBuf,
+    /// Its device and inode; or, in words, why it could not be opened.
+    pub at_start: Result<(u64, u64), String>,
+}
+
+/// What tests change, and what is known of the surroundings.
 #[derive(Clone)]
 pub struct Tuning {
     /// How long a write may be delayed before the copy is given up (longer by a second for each 32 MiB). A discard
@@ -85,11 +95,19 @@ pub struct Tuning {
     pub hook: Option<TargetHook>,
     /// A defect.
     pub mutant: Option<Mutant>,
+    /// Where copies may go, as the sandbox has it; for messages only.
+    pub directories: Arc<[CopyDirectory]>,
 }
 
 impl Default for Tuning {
     fn default() -> Self {
-        Tuning { patience: Duration::from_secs(5), memory: 32 << 20, hook: None, mutant: None }
+        Tuning {
+            patience: Duration::from_secs(5),
+            memory: 32 << 20,
+            hook: None,
+            mutant: None,
+            directories: Arc::default(),
+        }
     }
 }
 
@@ -135,12 +153,12 @@ struct Registry {
 }
 
 impl PointInTime {
-    /// Wraps `image`. The end of each copy is told to `events`.
+    /// Wraps `image`. The end of each copy is reported to `events`.
     pub fn new(image: Arc<dyn Backend>, events: Arc<Events>) -> Self {
         Self::with_tuning(image, events, Tuning::default())
     }
 
-    /// For tests.
+    /// The same, with other choices.
     pub fn with_tuning(image: Arc<dyn Backend>, events: Arc<Events>, tuning: Tuning) -> Self {
         let shared = Shared { delaying: AtomicU64::new(0), events, tuning, registry: Mutex::default() };
         PointInTime {

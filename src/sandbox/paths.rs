@@ -3,6 +3,7 @@
 //! and no abstract socket of other processes.
 
 use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use landlock::{
@@ -23,7 +24,7 @@ const CREATE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
 
 /// Where a rule begins, open, so that a later rename does not matter; and what is allowed there and beneath.
 pub(super) struct Rule {
-    place: PathFd,
+    place: Box<dyn AsFd + Send>,
     access: BitFlags<AccessFs>,
 }
 
@@ -32,8 +33,6 @@ pub(super) struct Rule {
 pub enum PathsError {
     /// A path that a rule begins at cannot be opened; which option named it.
     Open(&'static str, PathFdError),
-    /// `--copy-dir` names something else.
-    NotADirectory(PathBuf),
     /// The kernel does not take them.
     Rules(RulesetError),
 }
@@ -49,9 +48,6 @@ impl fmt::Display for PathsError {
                 )
             }
             PathsError::Open(option, error) => write!(f, "{option}: {error}"),
-            PathsError::NotADirectory(path) => {
-                write!(f, "--copy-dir: '{}' is not a directory; name the one that copies go to", path.display())
-            }
             PathsError::Rules(error) => write!(f, "the kernel refuses the rules on paths (Landlock): {error}"),
         }
     }
@@ -65,11 +61,12 @@ impl From<RulesetError> for PathsError {
 
 /// The rules that a configuration needs. Once its sockets and its pid file are there, and before the user changes: who
 /// may open what counts again at each use.
-pub(super) fn rules(config: &Config, stage: Stage) -> Result<Vec<Rule>, PathsError> {
-    let mut rules = Vec::new();
+pub(super) fn rules(config: &Config, stage: Stage, copy_dirs: Vec<OwnedFd>) -> Result<Vec<Rule>, PathsError> {
+    let copies = copy_dirs.into_iter().map(|place| Rule { place: Box::new(place), access: CREATE });
+    let mut rules: Vec<Rule> = copies.collect();
     let mut add = |option, path: &Path, access| match PathFd::new(path) {
         Ok(place) => {
-            rules.push(Rule { place, access });
+            rules.push(Rule { place: Box::new(place), access });
             Ok(())
         }
         Err(error) => Err(PathsError::Open(option, error)),
@@ -120,15 +117,6 @@ type Add<'a> = dyn FnMut(&'static str, &Path, BitFlags<AccessFs>) -> Result<(), 
 
 /// What is needed beside the image.
 fn serving(config: &Config, add: &mut Add<'_>) -> Result<(), PathsError> {
-    for path in &config.copy_dirs {
-        if !path.is_dir() {
-            return Err(match PathFd::new(path) {
-                Ok(_) => PathsError::NotADirectory(path.clone()),
-                Err(error) => PathsError::Open("--copy-dir", error),
-            });
-        }
-        add("--copy-dir", path, CREATE)?;
-    }
     let socket = match &config.listen {
         Listen::Path { path, .. } => Some(path),
         Listen::Fd(_) => None,

@@ -28,7 +28,8 @@ impl Daemon {
         // A socket that was given to the daemon before us need not be given to us.
         let prepare = || socket::prepare(&config.listen).map_err(ServerError::Socket);
         let prepared = if config.take_over.is_none() { Some(prepare()?) } else { None };
-        let open = || wiring::open(config).map_err(ServerError::Image);
+        let copy_directories = sandbox.copy_directories();
+        let open = || wiring::open(config, copy_directories).map_err(ServerError::Image);
         let disk = sandbox.open(open).map_err(ServerError::Sandbox)??;
         let taking = config.take_over.as_deref().map(|path| TakeOver::begin(path, &*disk.served));
         let mut taking = taking.transpose().map_err(ServerError::TakeOver)?;

@@ -17,7 +17,7 @@ use crate::backend::Backend;
 use crate::backend::file::{FileBackend, FileOptions, OpenError};
 use crate::backend::mem::{MemBackend, MemOptions};
 use crate::backend::null::NullBackend;
-use crate::backend::point_in_time::PointInTime;
+use crate::backend::point_in_time::{self, CopyDirectory, PointInTime};
 use crate::backend::pool::Depot;
 use crate::backend::rbd::{RbdBackend, RbdOptions, RbdQuiesce};
 use crate::backend::slow::SlowBackend;
@@ -46,14 +46,18 @@ pub(super) struct Opened {
 }
 
 /// Opens the image and makes the device. Nothing listens yet.
-pub(super) fn open(config: &Config) -> Result<Opened, Box<dyn Error + Send + Sync>> {
+pub(super) fn open(
+    config: &Config,
+    copy_directories: Vec<CopyDirectory>,
+) -> Result<Opened, Box<dyn Error + Send + Sync>> {
     let events = Events::new().map_err(|error| ServerError::System("cannot make an eventfd", error))?;
     let events = Arc::new(events);
     let depot = Depot::new(Depot::USUAL);
     let image = open_backend(config, &depot)?;
     // Copies of an instant in front: see the head of backend::stable for the order.
     let stable = StableBackend::new(image, config.stable_writes, depot, events.clone());
-    let backend = Arc::new(PointInTime::new(Arc::new(stable), events.clone()));
+    let copies = point_in_time::Tuning { directories: copy_directories.into(), ..point_in_time::Tuning::default() };
+    let backend = Arc::new(PointInTime::with_tuning(Arc::new(stable), events.clone(), copies));
     let options = DeviceOptions {
         mode: config.cache,
         num_queues: affordable(config.num_queues),

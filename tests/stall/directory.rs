@@ -64,6 +64,11 @@ impl Stopping {
         self.dir.path().to_path_buf()
     }
 
+    /// A directory in it.
+    pub fn below(&self) -> PathBuf {
+        self.dir.path().join(BELOW)
+    }
+
     /// From now on nothing is answered.
     pub fn stop(&self) {
         self.lock().stopped = true;

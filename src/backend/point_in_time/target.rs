@@ -10,6 +10,7 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
+use super::CopyDirectory;
 use crate::disk::CopyError;
 use crate::publish::publish;
 
@@ -28,7 +29,7 @@ pub(super) struct Target {
 impl Target {
     /// Creates the partial file, `size` bytes of hole. Errors, code `target`: something is there already, the directory
     /// cannot be written, the filesystem cannot hold a file of this size.
-    pub(super) fn create(path: &Path, size: u64) -> Result<(Target, File), CopyError> {
+    pub(super) fn create(path: &Path, size: u64, directories: &[CopyDirectory]) -> Result<(Target, File), CopyError> {
         let Some(name) = path.file_name().filter(|_| path.is_absolute()) else {
             return Err(refused(path, "this is not an absolute path of a file", "name the new file by its whole path"));
         };
@@ -39,13 +40,13 @@ impl Target {
         }
         let parent = path.parent().unwrap_or(Path::new("/"));
         let directory = rustix::fs::open(parent, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|error| cannot_create(path, error))?;
+            .map_err(|error| denied(path, error, directories))?;
         let mut partial = name.to_os_string();
         partial.push(PARTIAL);
         let target = Target { path: path.into(), directory, name: name.into(), partial };
         match rustix::fs::statat(&target.directory, &target.name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => {}
-            Err(error) => return Err(cannot_create(path, error)),
+            Err(error) => return Err(denied(path, error, directories)),
             Ok(_) => {
                 let mend = "choose another path, or move away what is there";
                 return Err(refused(path, "something is there already, and a copy replaces nothing", mend));
@@ -54,7 +55,7 @@ impl Target {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         // What is in it is the guest's and nobody else's.
         let file = rustix::fs::openat(&target.directory, &target.partial, flags, Mode::RUSR | Mode::WUSR)
-            .map_err(|error| target.cannot_open(error))?;
+            .map_err(|error| target.cannot_open(error, directories))?;
         let file = File::from(file);
         if let Err(error) = file.set_len(size) {
             let left = target.remove_partial().err().map_or(String::new(), |why| format!("; {why}"));
@@ -64,7 +65,7 @@ impl Target {
         Ok((target, file))
     }
 
-    fn cannot_open(&self, error: Errno) -> CopyError {
+    fn cannot_open(&self, error: Errno, directories: &[CopyDirectory]) -> CopyError {
         match error {
             Errno::EXIST => refused(
                 &self.partial_path(),
@@ -72,7 +73,7 @@ impl Target {
                 "remove it if no copy is writing to it, or choose another target",
             ),
             Errno::NAMETOOLONG => refused(&self.path, "with .partial the name is too long", "use a shorter one"),
-            error => cannot_create(&self.path, error),
+            error => denied(&self.path, error, directories),
         }
     }
 
@@ -114,6 +115,34 @@ pub(super) fn partial_path(path: &Path) -> PathBuf {
 
 fn refused(path: &Path, cause: &str, mend: &str) -> CopyError {
     CopyError { code: "target", message: format!("{}: {cause}; {mend}", path.display()) }
+}
+
+/// Why `path` cannot be created. Where the sandbox denies it although `--copy-dir` names its directory: what happened to
+/// that directory.
+fn denied(path: &Path, error: Errno, directories: &[CopyDirectory]) -> CopyError {
+    let allowed = directories.iter().filter(|_| matches!(error, Errno::ACCESS | Errno::PERM));
+    for CopyDirectory { path: directory, at_start } in allowed.filter(|directory| path.starts_with(&directory.path)) {
+        let shown = directory.display();
+        let opened = match at_start {
+            Ok(identity) => identity,
+            Err(why) => {
+                let cause = format!("permission denied: --copy-dir '{shown}' {why} when virtioblkd started");
+                let fix = "now that it can be opened, start virtioblkd anew or run virtioblkctl upgrade";
+                return refused(path, &cause, fix);
+            }
+        };
+        let now = rustix::fs::stat(directory).map(|stat| (stat.st_dev, stat.st_ino));
+        if now.is_ok_and(|now| now != *opened) {
+            let cause = format!(
+                "permission denied: '{shown}' is not the directory any more that --copy-dir opened when virtioblkd \
+                 started: another filesystem was mounted over it, or it was replaced"
+            );
+            let fix = "start virtioblkd anew or run virtioblkctl upgrade; or name a directory above the mount point with \
+                       --copy-dir, for which mounting makes no difference";
+            return refused(path, &cause, fix);
+        }
+    }
+    cannot_create(path, error)
 }
 
 fn cannot_create(path: &Path, error: Errno) -> CopyError {

@@ -77,7 +77,7 @@ pub(super) struct Ends {
 pub(super) fn run(order: &Order, ends: Ends) {
     let Ends { created, jobs, notes, publish, remove, removed, alive } = ends;
     let shares = leave_descriptor_table().err();
-    let (target, file) = match Target::create(&order.path, order.size) {
+    let (target, file) = match Target::create(&order.path, order.size, &order.tuning.directories) {
         Ok((target, file)) => (Arc::new(target), file),
         // If the caller has gone, there is nothing to report.
         Err(error) => return drop(created.send(Err(error))),

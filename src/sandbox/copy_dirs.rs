@@ -1,0 +1,145 @@
+//! The directories of `--copy-dir`, opened for their rules. Their filesystems may hang or be gone, and the disk is served
+//! all the same: each is opened by a process of its own, for which nothing waits long.
+
+use std::ffi::CString;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Mode, OFlags, fstat, open};
+use rustix::io::{Errno, IoSlice, IoSliceMut};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
+};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+
+use crate::backend::point_in_time::CopyDirectory;
+use crate::sys;
+
+/// How long the daemon's start waits for all of them.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A `--copy-dir` at the daemon's start.
+pub(super) struct Opened {
+    /// `None`: there is no rule for it.
+    pub(super) place: Option<OwnedFd>,
+    pub(super) facts: CopyDirectory,
+}
+
+/// Opens them all. Those that cannot be opened are warned about.
+pub(super) fn open_all(paths: &[PathBuf]) -> Vec<Opened> {
+    let end = Instant::now() + OPEN_TIMEOUT;
+    // All of them first: they are waited for together.
+    let started: Vec<_> = paths.iter().map(|path| Opening::start(path)).collect();
+    let opened = started.into_iter().zip(paths).map(|(opening, path)| {
+        let opened = opening.and_then(|opening| opening.finish(end));
+        let (place, at_start) = match opened {
+            Ok((place, identity)) => (Some(place), Ok(identity)),
+            Err(error) => (None, Err(why(&error))),
+        };
+        if let Err(why) = &at_start {
+            log::warn!(
+                "--copy-dir '{}' {why}: the disk is served, but no copy can go there. Once that is put right, start \
+                 virtioblkd anew or run virtioblkctl upgrade",
+                path.display()
+            );
+        }
+        // Copies are named by absolute paths.
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        Opened { place, facts: CopyDirectory { path, at_start } }
+    });
+    opened.collect()
+}
+
+fn why(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::ENOENT) => "does not exist".into(),
+        Some(libc::ENOTDIR) => "is not a directory".into(),
+        Some(libc::ETIMEDOUT) => "does not answer: its filesystem hangs".into(),
+        _ => format!("cannot be opened ({error})"),
+    }
+}
+
+/// A process that opens one directory.
+struct Opening {
+    child: Pid,
+    answer: UnixStream,
+}
+
+impl Opening {
+    fn start(path: &Path) -> io::Result<Opening> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let (answer, theirs) = UnixStream::pair()?;
+        let child = sys::fork(theirs.as_fd(), |socket| send(socket, open_directory(&path)))?;
+        Ok(Opening { child, answer })
+    }
+
+    /// The directory, and its device and inode. Errors: ETIMEDOUT if it is not open by `end`.
+    fn finish(self, end: Instant) -> io::Result<(OwnedFd, (u64, u64))> {
+        let left = end.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        self.answer.set_read_timeout(Some(left))?;
+        let received = receive(self.answer.as_fd());
+        // It has nothing more to do. One that cannot be killed yet ends when the filesystem answers.
+        let _ = kill_process(self.child, Signal::KILL);
+        for _ in 0..10 {
+            match waitpid(Some(self.child), WaitOptions::NOHANG) {
+                Ok(None) => std::thread::sleep(Duration::from_millis(1)),
+                _ => break,
+            }
+        }
+        received
+    }
+}
+
+/// Runs in the child: only system calls.
+fn open_directory(path: &std::ffi::CStr) -> Result<(OwnedFd, (u64, u64)), Errno> {
+    let directory = open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let stat = fstat(&directory)?;
+    Ok((directory, (stat.st_dev, stat.st_ino)))
+}
+
+/// Runs in the child: only system calls. Three numbers: an errno or 0, the device, the inode.
+fn send(socket: BorrowedFd<'_>, opened: Result<(OwnedFd, (u64, u64)), Errno>) {
+    let (errno, device, inode) = match &opened {
+        Ok((_, (device, inode))) => (0, *device, *inode),
+        Err(errno) => (errno.raw_os_error() as u64, 0, 0),
+    };
+    let mut bytes = [0; 24];
+    for (number, place) in [errno, device, inode].iter().zip(bytes.chunks_mut(8)) {
+        place.copy_from_slice(&number.to_ne_bytes());
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = opened.as_ref().map(|(directory, _)| [directory.as_fd()]);
+    if let Ok(fds) = &fds {
+        control.push(SendAncillaryMessage::ScmRights(fds));
+    }
+    // If nobody waits any more, nobody misses it.
+    let _ = sendmsg(socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL);
+}
+
+fn receive(socket: BorrowedFd<'_>) -> io::Result<(OwnedFd, (u64, u64))> {
+    let mut bytes = [0; 24];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC);
+    let received = received.map_err(|errno| if errno == Errno::AGAIN { Errno::TIMEDOUT } else { errno })?;
+    if received.bytes != bytes.len() {
+        return Err(io::Error::other("the process that opens it ended"));
+    }
+    let number = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+    if number(0) != 0 {
+        return Err(io::Error::from_raw_os_error(number(0) as i32));
+    }
+    let fd = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    let fd = fd.ok_or_else(|| io::Error::other("no descriptor left; raise RLIMIT_NOFILE"))?;
+    Ok((fd, (number(8), number(16))))
+}
