@@ -24,6 +24,7 @@ pub mod signals;
 pub mod snapshot;
 mod sync;
 mod sys;
+pub mod text;
 mod throttle;
 pub mod units;
 mod upgrade;

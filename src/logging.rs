@@ -1,15 +1,41 @@
 //! The log: lines on stderr. Where the journal reads them, each carries its priority (sd-daemon(3)) and the journal
-//! adds the time; elsewhere each carries the time in UTC and the level.
+//! adds the time; elsewhere each carries the time in UTC and the level. One record is one line: what would begin another
+//! is escaped.
+//!
+//! No thread waits for the log ([`output`]): if nobody reads it, lines are dropped and counted. At the end of the
+//! process, an orderly one or not, what waits is given [`FLUSH_TIMEOUT`].
 
-use std::fmt::Write as _;
-use std::io::Write as _;
+mod output;
+
+use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
+use crate::text::{clean, clean_lines, shown};
+use output::{Output, wait_for_room, write_now};
+
+/// How long the end of the process waits for the reader of the log.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+/// And how long the end of a command waits, which nobody's disk waits for.
+const COMMAND_FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the last line waits for those before it, and then for room.
+const LAST_LINE_TIMEOUT: Duration = Duration::from_millis(200);
+
 struct Stderr;
+
+/// Standard error.
+static OUTPUT: Output = Output::new(rustix::stdio::stderr, |lost| {
+    let text =
+        format!("{lost} line(s) of the log are missing here: its reader did not keep up, or it could not be written");
+    line(Level::Warn, &text)
+});
+
+/// Standard output. What is lost there is not said there: it may be JSON.
+static PRINTED: Output = Output::new(rustix::stdio::stdout, |_| String::new());
 
 /// Whether the journal reads stderr.
 static JOURNAL: AtomicBool = AtomicBool::new(false);
@@ -23,6 +49,74 @@ pub fn start(level: LevelFilter) {
     log::set_max_level(level);
 }
 
+/// Starts the thread that writes the log; once, when the sandbox has been entered. Until then, and without it, a line
+/// that does not fit at once waits for the next one.
+pub fn start_thread() {
+    if let Err(error) = OUTPUT.start_thread() {
+        log::warn!("no thread for the log ({error}): lines that nobody reads at once wait for the next one");
+    }
+}
+
+/// Writes a line of `virtioblkctl` on standard error, for people. Never blocks: a disk may be held or a guest frozen.
+pub fn say(text: impl fmt::Display) {
+    OUTPUT.put(&format!("virtioblkctl: {}\n", shown(text)));
+}
+
+/// Writes a text of several lines on standard error as it is, but for what a terminal obeys.
+pub fn say_lines(text: impl fmt::Display) {
+    OUTPUT.put(&format!("{}\n", clean_lines(&text.to_string())));
+}
+
+/// Shows progress on a line that is written over and over, unless the terminal does not take the last one yet. `is_last`
+/// ends the line.
+pub fn show_progress(text: &str, is_last: bool) {
+    if is_last || !OUTPUT.is_pending() {
+        OUTPUT.put(&format!("\r{text}{}", if is_last { "\n" } else { "" }));
+    }
+}
+
+/// Writes a line on standard output in the same way, for a process that goes on; whether there was room for it.
+pub fn print_line(text: &str) -> bool {
+    if let Err(error) = PRINTED.start_thread() {
+        log::debug!("no thread for standard output: {error}");
+    }
+    PRINTED.put(&format!("{text}\n"))
+}
+
+/// Waits at the end of a command until all that was said and printed is written, as long as a person may look at a
+/// terminal that stands still.
+pub fn finish_command() {
+    let deadline = Instant::now() + COMMAND_FLUSH_TIMEOUT;
+    OUTPUT.flush(COMMAND_FLUSH_TIMEOUT);
+    PRINTED.flush(deadline.saturating_duration_since(Instant::now()));
+}
+
+/// Writes on standard output within [`FLUSH_TIMEOUT`]; whether all of it was written.
+pub(crate) fn print_in_time(text: &str) -> bool {
+    PRINTED.put(text);
+    PRINTED.flush(FLUSH_TIMEOUT);
+    !PRINTED.is_pending()
+}
+
+/// Waits until the log is written, at most for [`FLUSH_TIMEOUT`]. Called at the end of the process.
+pub fn finish() {
+    OUTPUT.flush(FLUSH_TIMEOUT);
+}
+
+/// Writes the last line of a process that a signal's handler ends, after those that wait. Bounded; allocates nothing and
+/// takes no lock (signal-safety(7)).
+pub(crate) fn last_line(text: &[u8]) {
+    let deadline = Instant::now() + LAST_LINE_TIMEOUT;
+    while OUTPUT.is_pending() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let stderr = rustix::stdio::stderr();
+    if wait_for_room(stderr, LAST_LINE_TIMEOUT) {
+        // Who does not read it now never will.
+        let _ = write_now(stderr, text);
+    }
+}
+
 /// Whether the journal reads the log.
 pub(crate) fn is_journal() -> bool {
     JOURNAL.load(Ordering::Relaxed)
@@ -30,6 +124,7 @@ pub(crate) fn is_journal() -> bool {
 
 /// Goes on with the log of a process before us; `journal`: the journal reads it. Until then whoever started us reads.
 pub(crate) fn go_on_to(log: &OwnedFd, journal: bool) {
+    finish();
     match rustix::stdio::dup2_stderr(log) {
         Ok(()) => JOURNAL.store(journal, Ordering::Relaxed),
         Err(errno) => log::warn!("the log of the process before us cannot be gone on with: {errno}"),
@@ -59,15 +154,17 @@ impl Log for Stderr {
         if !self.enabled(record.metadata()) {
             return;
         }
-        let text = record.args().to_string();
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let lines =
-            if is_journal() { for_journal(record.level(), &text) } else { for_people(now, record.level(), &text) };
-        // One write, so that lines of two threads do not mix. A log that nobody can read must not stop a disk.
-        let _ = std::io::stderr().write_all(lines.as_bytes());
+        OUTPUT.put(&line(record.level(), &record.args().to_string()));
     }
 
-    fn flush(&self) {}
+    fn flush(&self) {
+        finish();
+    }
+}
+
+fn line(level: Level, text: &str) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    if is_journal() { for_journal(level, text) } else { for_people(now, level, text) }
 }
 
 fn for_journal(level: Level, text: &str) -> String {
@@ -77,15 +174,12 @@ fn for_journal(level: Level, text: &str) -> String {
         Level::Info => 6,
         Level::Debug | Level::Trace => 7,
     };
-    text.lines().fold(String::new(), |mut lines, line| {
-        let _ = writeln!(lines, "<{priority}>{line}");
-        lines
-    })
+    format!("<{priority}>{}\n", clean(text.trim_end()))
 }
 
 fn for_people(since_1970: Duration, level: Level, text: &str) -> String {
     let level = level.as_str().to_lowercase();
-    format!("{} {level}: {}\n", utc(since_1970), text.trim_end())
+    format!("{} {level}: {}\n", utc(since_1970), clean(text.trim_end()))
 }
 
 /// `2026-01-31T23:59:59.123Z` (RFC 3339).
@@ -136,14 +230,16 @@ mod tests {
     }
 
     #[test]
-    fn each_line_carries_its_priority_in_the_journal() {
-        assert_eq!(for_journal(Level::Error, "one\ntwo\n"), "<3>one\n<3>two\n");
+    fn each_record_is_one_line_and_carries_its_priority_in_the_journal() {
+        assert_eq!(for_journal(Level::Error, "one\n<6>two\n"), "<3>one\\n<6>two\n");
         assert_eq!(for_journal(Level::Info, "x"), "<6>x\n");
     }
 
     #[test]
     fn people_get_time_and_level() {
         assert_eq!(for_people(Duration::ZERO, Level::Warn, "x\n"), "1970-01-01T00:00:00.000Z warn: x\n");
+        let forged = "x\n1970-01-01T00:00:00.000Z info: y\u{9b}";
+        assert_eq!(for_people(Duration::ZERO, Level::Warn, forged).lines().count(), 1);
     }
 
     #[test]

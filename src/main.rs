@@ -14,7 +14,8 @@ fn main() -> ExitCode {
         Ok(Invocation::Print(text)) => print(&text),
         Ok(Invocation::Run(config)) => run(&config),
         Err(error) => {
-            eprintln!("virtioblkd: {error}");
+            logging::say_lines(format_args!("virtioblkd: {error}"));
+            logging::finish();
             ExitCode::from(2)
         }
     }
@@ -22,13 +23,15 @@ fn main() -> ExitCode {
 
 fn run(config: &Config) -> ExitCode {
     logging::start(config.log_level);
-    match Server::run(config) {
+    let status = match Server::run(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             log::error!("{error}");
             ExitCode::from(1)
         }
-    }
+    };
+    logging::finish();
+    status
 }
 
 /// Whoever reads the answer must learn when it is not whole.
@@ -36,7 +39,8 @@ fn print(text: &str) -> ExitCode {
     match std::io::stdout().write_all(text.as_bytes()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("virtioblkd: cannot write to stdout: {error}");
+            logging::say_lines(format_args!("virtioblkd: cannot write to stdout: {error}"));
+            logging::finish();
             ExitCode::from(1)
         }
     }

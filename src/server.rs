@@ -35,6 +35,7 @@ use serde_json::Value;
 
 use crate::config::Config;
 use crate::listen::{self, BindError};
+use crate::logging;
 use crate::pidfile::PidFileError;
 use crate::sandbox::SandboxError;
 use crate::signals::Signals;
@@ -340,15 +341,29 @@ fn wait(sources: &mut [PollFd<'_>]) -> Result<(), ServerError> {
 
 /// See this module's head.
 fn abort_on_panic() {
-    let report = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |panic| {
+    std::panic::set_hook(Box::new(|panic| {
         report(panic);
         log::error!(
             "a bug: the daemon ends at once so that no guest hangs silently; nothing more was acknowledged. Start it \
              again (QEMU reconnects if told to) and report the lines above"
         );
+        logging::finish();
         std::process::abort();
     }));
+}
+
+/// Logs what the standard hook prints: it would wait for whoever reads standard error.
+fn report(panic: &std::panic::PanicHookInfo<'_>) {
+    let payload = panic.payload();
+    let text = payload.downcast_ref::<&str>().copied().or(payload.downcast_ref::<String>().map(String::as_str));
+    let place = panic.location().map(ToString::to_string).unwrap_or_default();
+    let thread = thread::current();
+    let name = thread.name().unwrap_or("<unnamed>");
+    log::error!("thread '{name}' panicked at {place}: {}", text.unwrap_or("no text"));
+    let backtrace = std::backtrace::Backtrace::capture();
+    if backtrace.status() == std::backtrace::BacktraceStatus::Captured {
+        backtrace.to_string().lines().for_each(|line| log::error!("{line}"));
+    }
 }
 
 /// A ring needs a handful of descriptors and a front-end may ask for hundreds of rings.

@@ -4,6 +4,7 @@
 
 mod control_kit;
 mod snapshot_kit;
+mod unread;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -16,6 +17,7 @@ use control_kit::{Served, Settle, figures};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use snapshot_kit::{Agent, Mood, PATIENCE, ctl, err, hooks, wait_until};
+use unread::Unread;
 use virtioblkd::backend::Notices;
 use virtioblkd::engine::Errno;
 
@@ -417,4 +419,22 @@ fn what_cannot_be_attended_is_said_at_once() {
     fails(ctl().args(["attend", "--level", "filesystem", "--qga", "/q"]).output().unwrap(), 2, &["--disk"]);
     assert_eq!(wait(&scene.disks[0].store_asks()), Ok(()), "the first one is not disturbed");
     scene.is_over();
+}
+
+#[test]
+fn an_attendant_goes_on_while_nobody_reads_what_it_says() {
+    for unread in Unread::all() {
+        let disks = [Served::new()];
+        let agent = Agent::start(Mood::Good, &[disks[0].path.clone()]);
+        let mut command = attend(&disks, &agent, &["--level", "filesystem"]);
+        let mut attendant = command.stdout(unread.output()).stderr(unread.output()).spawn().unwrap();
+        wait_until("it attends", || attended(&disks[0])["present"] == true);
+        for round in 1..=3 {
+            assert_eq!(wait(&disks[0].store_asks()), Ok(()), "{}, snapshot {round}", unread.name);
+            disks[0].notices.unquiesce();
+            agent.wait_thawed();
+        }
+        kill_process(Pid::from_child(&attendant), Signal::TERM).unwrap();
+        assert_eq!(attendant.wait().unwrap().code(), Some(0), "{}", unread.name);
+    }
 }

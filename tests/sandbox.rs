@@ -7,6 +7,7 @@
 
 mod control_kit;
 mod driver;
+mod unread;
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
@@ -14,12 +15,13 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use control_kit::{Client, PATIENCE};
 use driver::{ALL, Driver};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
+use unread::Unread;
 use virtioblkd::config::{Config, Invocation};
 use virtioblkd::sandbox::Sandbox;
 
@@ -482,9 +484,36 @@ fn child() {
 }
 
 fn attempt(place: &Place, name: &str) -> Output {
+    attempting(place, name).output().unwrap()
+}
+
+fn attempting(place: &Place, name: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["child", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
-    command.env(CHILD, format!("{}:{name}", place.root.display())).output().unwrap()
+    command.env(CHILD, format!("{}:{name}", place.root.display()));
+    command
+}
+
+#[test]
+fn a_call_that_is_stopped_ends_the_daemon_while_nobody_reads_its_log() {
+    let place = Place::new();
+    let (name, _) = DEADLY[0];
+    for unread in Unread::all() {
+        let mut command = attempting(&place, name);
+        let mut child = command.stdout(Stdio::null()).stderr(unread.output()).spawn().unwrap();
+        let end = Instant::now() + Duration::from_secs(60);
+        let status = loop {
+            match child.try_wait().unwrap() {
+                Some(status) => break status,
+                None if Instant::now() > end => {
+                    child.kill().unwrap();
+                    panic!("it does not end: {}", unread.name);
+                }
+                None => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        assert_eq!(status.signal(), Some(libc::SIGSYS), "{}", unread.name);
+    }
 }
 
 #[test]

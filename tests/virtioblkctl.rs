@@ -1,6 +1,7 @@
 //! The operator's command, as a process, against a served fake disk.
 
 mod control_kit;
+mod unread;
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixListener;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use control_kit::{PATIENCE, Served, Settle};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
+use unread::Unread;
 use virtioblkd::disk::Event;
 use virtioblkd::engine::Errno;
 
@@ -143,6 +145,19 @@ fn the_disk_is_held_while_the_command_runs_and_its_status_is_ours() {
     assert_eq!(run(&served, &["quiesce", "--", "/dev/null"]).status.code(), Some(126));
     assert!(served.disk.closed().is_none());
     assert_eq!(served.disk.closings(), 5);
+}
+
+#[test]
+fn a_hold_ends_with_its_command_while_nobody_reads_our_messages() {
+    for unread in Unread::all() {
+        let served = Served::new();
+        let mut client = served.client();
+        let mut child = ctl(&served.path).args(["quiesce", "--", "true"]).stderr(unread.output()).spawn().unwrap();
+        client.event("QUIESCED");
+        assert_eq!(client.event("RESUMED")["reason"], "resume", "{}", unread.name);
+        // It waits a while for its reader, and ends.
+        assert_eq!(child.wait().unwrap().code(), Some(0), "{}", unread.name);
+    }
 }
 
 #[test]

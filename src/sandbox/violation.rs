@@ -5,6 +5,7 @@ use std::io;
 use std::ptr::null_mut;
 
 use super::calls;
+use crate::logging;
 
 /// Installs the handler; the filter comes after it. Main, once. Errors: sigaction(2) failed.
 pub(super) fn install() -> io::Result<()> {
@@ -36,8 +37,7 @@ extern "C" fn on_sigsys(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
         ": the daemon ends at once. Either somebody has broken into it, or it lacks a permission that it needs: report \
          this line; --sandbox no-filter serves without the filter\n",
     );
-    // SAFETY: `line` lives through the call. Whether anybody reads stderr cannot be mended here.
-    unsafe { libc::write(libc::STDERR_FILENO, line.text.as_ptr().cast(), line.len) };
+    logging::last_line(&line.text[..line.len]);
     // SAFETY: plain values; all of these are on signal-safety(7)'s list but gettid and tgkill, which are bare system
     // calls.
     unsafe {

@@ -10,6 +10,7 @@ use super::upgrade::{Requests, Successor};
 use super::wiring::{self, Opened};
 use super::{Control, Server, ServerError, new_bell, notify};
 use crate::config::Config;
+use crate::logging;
 use crate::sandbox::Sandbox;
 use crate::signals::Signals;
 
@@ -59,6 +60,7 @@ impl Daemon {
         let (quit, requests) = (new_bell()?, Requests::new()?);
         let listener = files.control_listener()?;
         sandbox.enter().map_err(ServerError::Sandbox)?;
+        logging::start_thread();
         let quits = Arc::clone(&quit);
         let control = (disk.start_control)(listener, Arc::new(move || quits.ring()), Arc::clone(&requests))
             .map_err(ServerError::ControlThread)?;

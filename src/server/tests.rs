@@ -1,7 +1,7 @@
 //! The end of the daemon and the change of front-ends, with disks that fail or dawdle. Signals are raised in the test's
 //! own thread, which alone blocks and reads them.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::sync::Condvar;
 use std::sync::Mutex;
 
@@ -281,17 +281,23 @@ const PANIC: &str = "VIRTIOBLKD_TEST_PANIC";
 fn a_panic_in_any_thread_ends_the_process() {
     use std::os::unix::process::ExitStatusExt;
     if std::env::var_os(PANIC).is_some() {
+        crate::logging::start(log::LevelFilter::Info);
         abort_on_panic();
         // The join would return and the test pass, were it not for the hook.
         assert!(thread::spawn(|| panic!("a ring's thread")).join().is_err());
         return;
     }
     let name = "server::tests::a_panic_in_any_thread_ends_the_process";
-    let child = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", name, "--nocapture"])
-        .env(PANIC, "1")
-        .output()
-        .unwrap();
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", name, "--nocapture"]).env(PANIC, "1");
+    let child = command.output().unwrap();
     assert_eq!(child.status.signal(), Some(libc::SIGABRT), "{}", String::from_utf8_lossy(&child.stdout));
     assert!(String::from_utf8_lossy(&child.stderr).contains("a ring's thread"));
+    // Nor does it wait for whoever reads the log. A socket that nobody reads, filled from here.
+    let (_reader, log) = UnixStream::pair().unwrap();
+    log.set_nonblocking(true).unwrap();
+    while (&log).write(&[0; 256]).is_ok() {}
+    log.set_nonblocking(false).unwrap();
+    let status = command.stdout(std::process::Stdio::null()).stderr(std::os::fd::OwnedFd::from(log)).status().unwrap();
+    assert_eq!(status.signal(), Some(libc::SIGABRT));
 }

@@ -83,7 +83,7 @@ pub fn attend(plan: &Plan, report: impl Fn(&Receipt)) -> Result<(), Failure> {
     for at in 0..attendant.disks.len() {
         attendant.register(at, PATIENCE)?;
     }
-    eprintln!("virtioblkctl: attending {} disk(s), level {}", plan.disks.len(), plan.level.name());
+    crate::logging::say(format_args!("attending {} disk(s), level {}", plan.disks.len(), plan.level.name()));
     notify::systemd("READY=1");
     attendant.serve()
 }
@@ -179,7 +179,7 @@ impl Attendant<'_> {
                 continue;
             }
             if self.round.is_none() && self.ending.is_none() && self.register(at, QUICK).is_ok() {
-                eprintln!("virtioblkctl: '{}' is back and attended again", self.disks[at].control.display());
+                crate::logging::say(format_args!("'{}' is back and attended again", self.disks[at].control.display()));
             }
             self.disks[at].retry = Instant::now() + AGAIN;
         }
@@ -276,12 +276,12 @@ impl Attendant<'_> {
         disk.asked.clear();
         disk.retry = Instant::now();
         if self.ending.is_none() {
-            eprintln!("virtioblkctl: {lost}; looking for it every second");
+            crate::logging::say(format_args!("{lost}; looking for it every second"));
         }
     }
 
     fn complain(&self, at: usize, failure: &Failure) {
-        eprintln!("virtioblkctl: '{}': {failure}", self.disks[at].control.display());
+        crate::logging::say(format_args!("'{}': {failure}", self.disks[at].control.display()));
     }
 
     fn thaw_if_over(&mut self) {
@@ -299,7 +299,7 @@ impl Attendant<'_> {
                 freezer.level = Level::Crash;
             }
             let seconds = since.elapsed().as_secs_f64();
-            eprintln!("virtioblkctl: thawed after {seconds:.1} s, level {}", freezer.level.name());
+            crate::logging::say(format_args!("thawed after {seconds:.1} s, level {}", freezer.level.name()));
         }
         self.thawed = match freezer.is_undone() {
             true => Ok(()),
@@ -328,7 +328,7 @@ impl Attendant<'_> {
             }
         }
         if self.round.is_some() {
-            eprintln!("virtioblkctl: ending when the snapshot under way is over");
+            crate::logging::say(format_args!("ending when the snapshot under way is over"));
         }
         Ok(())
     }

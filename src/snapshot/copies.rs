@@ -1,6 +1,5 @@
 //! The way `copy`: the daemon fixes the instant and copies in the background; here it is asked, watched and cancelled.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -172,7 +171,5 @@ fn show(copies: &[Copy]) {
     let sum = |name: &str| copies.iter().filter_map(|copy| copy.status[name].as_u64()).sum::<u64>();
     let (done, total) = (sum("done-bytes"), sum("total-bytes").max(1));
     let over = copies.iter().all(|copy| copy.state() == "completed");
-    let end = if over { "\n" } else { "" };
-    // Nobody looks any more, if it fails.
-    let _ = write!(std::io::stderr(), "\rcopied {} % of {} MiB{end}", done * 100 / total, total >> 20);
+    crate::logging::show_progress(&format!("copied {} % of {} MiB", done * 100 / total, total >> 20), over);
 }

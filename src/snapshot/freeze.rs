@@ -278,7 +278,7 @@ impl Freezer {
 
     /// Said at once and kept for the receipt.
     pub fn warn(&mut self, text: String) {
-        eprintln!("virtioblkctl: {text}");
+        crate::logging::say(&text);
         self.receipt.warnings.push(text);
     }
 }

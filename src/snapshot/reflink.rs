@@ -202,7 +202,7 @@ impl Target {
             let left = publish(self.file.as_fd(), directory.as_fd(), partial, name)
                 .map_err(|error| failed("cannot be given its name", error))?;
             if let Some(error) = left {
-                eprintln!("virtioblkctl: '{}.partial' is left behind: {error}; remove it", path.display());
+                crate::logging::say(format_args!("'{}.partial' is left behind: {error}; remove it", path.display()));
             }
         }
         self.made = Some(path.clone());
@@ -257,13 +257,16 @@ impl Drop for Target {
             // The disks and the guest go on already.
             let hangs = !self.cloner.has_ended();
             if let Err(failure) = cloner::remove(&made, &self.file) {
-                eprintln!("virtioblkctl: {failure}");
+                crate::logging::say(failure);
             }
             if hangs {
-                eprintln!("virtioblkctl: the clone, process {}, hangs in the kernel still", self.cloner.pid());
+                crate::logging::say(format_args!(
+                    "the clone, process {}, hangs in the kernel still",
+                    self.cloner.pid()
+                ));
             }
         } else if let Err(error) = fs::remove_file(&made) {
-            eprintln!("virtioblkctl: '{}', which is no snapshot, cannot be removed: {error}", made.display());
+            crate::logging::say(format_args!("'{}', which is no snapshot, cannot be removed: {error}", made.display()));
         }
     }
 }

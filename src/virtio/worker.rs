@@ -567,5 +567,6 @@ fn give_up(ring: u32, error: &std::io::Error) -> ! {
          in the systemd unit: ten for each ring), or allow fewer queues (--num-queues). Ended at once so that no guest \
          hangs silently"
     );
+    log::logger().flush();
     std::process::abort()
 }

@@ -1,11 +1,11 @@
 //! The subcommand `attend`: its options become a plan; each freeze is told on standard output.
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 use virtioblkd::client::Failure;
+use virtioblkd::logging;
 use virtioblkd::snapshot::attend::{self, Plan};
 use virtioblkd::snapshot::plan::Level;
 use virtioblkd::snapshot::receipt::Receipt;
@@ -52,5 +52,7 @@ fn tell(receipt: &Receipt, json: bool) {
         Err(error) => format!("the receipt: {error}"),
     };
     // A guest is frozen or thawed whether anybody reads of it or not.
-    let _ = writeln!(std::io::stdout(), "{line}");
+    if !logging::print_line(&line) {
+        logging::say("nobody reads standard output: the receipt of a freeze is lost");
+    }
 }

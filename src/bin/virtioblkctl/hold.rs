@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::show;
 use virtioblkd::client::{Client, Failure, Message, PATIENCE};
+use virtioblkd::logging;
 use virtioblkd::snapshot::spawn;
 
 /// Our own failure, as timeout(1), env(1) and nice(1) say it.
@@ -41,7 +42,7 @@ pub fn run(mut client: Client, arguments: Value, timeout: Duration, command: &[O
     // Until here a signal ends us, and with our connection the quiesce.
     let answer = client.ask("quiesce", arguments, timeout + PATIENCE)?;
     let token = answer["token"].as_str().unwrap_or_default().to_owned();
-    eprintln!("virtioblkctl: the disk is held: {}", show::figures(&answer));
+    logging::say(format_args!("the disk is held: {}", show::figures(&answer)));
     let mut hold = Hold { client, token, lease, lost: None, renew_at: Instant::now() + lease / 3 };
     let status = match hold.start(command) {
         Ok((mut child, signals)) => match hold.wait(&mut child, &signals) {
@@ -54,7 +55,7 @@ pub fn run(mut client: Client, arguments: Value, timeout: Duration, command: &[O
         },
         Err(error) => {
             let name = command[0].to_string_lossy();
-            eprintln!("virtioblkctl: cannot run '{name}': {error}");
+            logging::say(format_args!("cannot run '{name}': {error}"));
             hold.resume();
             return Ok(if error.kind() == std::io::ErrorKind::NotFound { NOT_FOUND } else { CANNOT_RUN });
         }
@@ -122,7 +123,7 @@ impl Hold {
     }
 
     fn lose(&mut self, why: String) {
-        eprintln!("virtioblkctl: THE HOLD IS LOST while the command runs: {why}");
+        logging::say(format_args!("THE HOLD IS LOST while the command runs: {why}"));
         self.lost = Some(why);
     }
 
@@ -164,10 +165,10 @@ impl Hold {
         match &self.lost {
             None => own,
             Some(why) => {
-                eprintln!(
-                    "virtioblkctl: the disk was not held until the command ended, so what it copied cannot be trusted: \
+                logging::say(format_args!(
+                    "the disk was not held until the command ended, so what it copied cannot be trusted: \
                      {why}"
-                );
+                ));
                 if own == 0 { FAILED } else { own }
             }
         }

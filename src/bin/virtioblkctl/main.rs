@@ -24,6 +24,7 @@ use serde_json::{Value, json};
 use virtioblkd::client::{Client, Failure, Message, PATIENCE};
 use virtioblkd::config::disk_size;
 use virtioblkd::control::proto::LONGEST_WHO;
+use virtioblkd::logging;
 use virtioblkd::units::bytes;
 pub(crate) use virtioblkd::units::time as duration;
 
@@ -93,6 +94,17 @@ enum What {
     Quit,
 }
 
+impl What {
+    /// Whether a disk or a guest waits for us, which must not wait for whoever reads our messages.
+    fn holds_still(&self) -> bool {
+        match self {
+            What::Snapshot(_) | What::Attend(_) | What::Guard => true,
+            What::Quiesce(quiesce) => !quiesce.command.is_empty(),
+            _ => false,
+        }
+    }
+}
+
 #[derive(Args)]
 struct Quiesce {
     /// Give up, and let the disk go on, if it is not still by then
@@ -153,7 +165,16 @@ enum ChangeCopy {
 }
 
 fn main() -> ExitCode {
+    let status = run_command();
+    logging::finish_command();
+    status
+}
+
+fn run_command() -> ExitCode {
     let cli = Cli::parse();
+    if cli.what.holds_still() {
+        logging::start_thread();
+    }
     match &cli.what {
         What::Snapshot(options) => return take_snapshot(options, &cli),
         What::Attend(options) => return finish(&cli, attend::run(options, cli.control.as_ref(), cli.json)),
@@ -182,7 +203,7 @@ fn main() -> ExitCode {
 }
 
 fn tell(cli: &Cli, failure: &Failure) {
-    eprintln!("virtioblkctl: {failure}");
+    logging::say(failure);
     if cli.json {
         let error = json!({"error": {"code": failure.code, "desc": failure.message}});
         // The status tells it as well; a closed pipe is the reader's choice.
@@ -209,7 +230,7 @@ fn helper(serve: fn(OwnedFd) -> ExitCode) -> ExitCode {
     match io::stdin().as_fd().try_clone_to_owned() {
         Ok(link) => serve(link),
         Err(error) => {
-            eprintln!("virtioblkctl: no standard input: {error}");
+            logging::say(format_args!("no standard input: {error}"));
             ExitCode::FAILURE
         }
     }
@@ -227,7 +248,7 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
             let answer = client.ask("quiesce", arguments, quiesce.timeout + PATIENCE)?;
             if !cli.json {
                 // Standard output has the token alone, for TOKEN=$(...).
-                eprintln!("virtioblkctl: the disk is held: {}", show::figures(&answer));
+                logging::say(format_args!("the disk is held: {}", show::figures(&answer)));
             }
             page(cli, &answer, |answer| format!("{}\n", answer["token"].as_str().unwrap_or_default()))
         }

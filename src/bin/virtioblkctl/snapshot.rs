@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 use virtioblkd::client::Failure;
+use virtioblkd::logging;
 use virtioblkd::snapshot::plan::{Level, Plan, Way};
 use virtioblkd::snapshot::receipt::Receipt;
 use virtioblkd::snapshot::{self, USAGE};
@@ -57,7 +58,7 @@ pub struct Snapshot {
 pub fn run(options: &Snapshot, control: Option<&PathBuf>, json: bool) -> Result<String, Failure> {
     let receipt = snapshot::take(&plan(options, control)?)?;
     if receipt.level != receipt.requested_level {
-        eprintln!("virtioblkctl: WEAKER THAN ASKED FOR: the snapshot is {} consistent", receipt.level);
+        logging::say(format_args!("WEAKER THAN ASKED FOR: the snapshot is {} consistent", receipt.level));
     }
     show(&receipt, json)
 }

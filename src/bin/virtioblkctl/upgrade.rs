@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::{Value, json};
 use virtioblkd::client::{Client, Failure, PATIENCE};
+use virtioblkd::logging;
 
 use crate::duration;
 
@@ -67,7 +68,7 @@ pub fn run(options: &Upgrade, control: &Path, mut client: Client) -> Result<Valu
         Err(RecvTimeoutError::Timeout) => {
             // Ours to end: it is not waited for, so its number is still its own.
             if let Err(error) = child.kill().and_then(|()| child.wait()) {
-                eprintln!("virtioblkctl: the new daemon (pid {}) cannot be ended: {error}", child.id());
+                logging::say(format_args!("the new daemon (pid {}) cannot be ended: {error}", child.id()));
             }
             Err(failed("no upgrade to", &"it did not take over in time (--timeout) and was ended"))
         }

@@ -1,0 +1,382 @@
+//! One output (standard error, standard output) that somebody else reads, or stops reading: a full pipe or socket, a
+//! terminal that was stopped with Ctrl-S. No thread waits for it. Lines wait in a bounded queue; those that do not fit
+//! are dropped and counted, and the count is written when the output flows again.
+//!
+//! Until [`Output::start_thread`] the thread that puts a line also writes what the output takes at once. From then on
+//! a thread of its own writes, and it alone may wait. O_NONBLOCK would be shared with every process that has the same
+//! open file description (a shell, the other programs of a service), so it is never set: a socket is sent to with
+//! MSG_DONTWAIT, other files are written with RWF_NOWAIT, and where the kernel has none of these after poll(2) says
+//! that a pipe has room.
+
+use std::collections::VecDeque;
+use std::io::IoSlice;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::FileType;
+use rustix::io::{Errno, ReadWriteFlags};
+use rustix::net::{SendFlags, send};
+
+/// Bytes that wait at most. Some thousand lines, which a reader that is only slow never lets gather.
+const MAX_BYTES: usize = 256 << 10;
+/// What a pipe takes as one piece once poll(2) says that it has room (pipe(7)).
+const PIPE_BUF: usize = 4096;
+/// How long the thread waits for room before it looks at the descriptor again, which [`super::go_on_to`] may have
+/// replaced.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// After a refusal, so that a descriptor that poll(2) calls writable and that takes nothing costs no processor.
+const RETRY_DELAY: Duration = Duration::from_millis(10);
+
+/// An output and the lines that wait for it.
+pub struct Output {
+    descriptor: fn() -> BorrowedFd<'static>,
+    /// The line that says how many lines were lost.
+    loss: fn(u64) -> String,
+    queue: Mutex<Queue>,
+    /// There is something to write.
+    work: Condvar,
+    /// There is nothing left to write.
+    idle: Condvar,
+    /// Something waits; for a signal's handler, which takes no lock.
+    pending: AtomicBool,
+}
+
+impl Output {
+    /// `loss` makes the line that says how many were lost.
+    pub const fn new(descriptor: fn() -> BorrowedFd<'static>, loss: fn(u64) -> String) -> Output {
+        Output {
+            descriptor,
+            loss,
+            queue: Mutex::new(Queue::new()),
+            work: Condvar::new(),
+            idle: Condvar::new(),
+            pending: AtomicBool::new(false),
+        }
+    }
+
+    /// Puts a text, its newline included, behind those that wait; whether there was room. Never blocks. Any thread.
+    pub fn put(&self, text: &str) -> bool {
+        let mut queue = self.lock();
+        let has_room = queue.put(text);
+        if queue.has_thread {
+            self.pending.store(true, Ordering::Release);
+            self.work.notify_one();
+        } else {
+            self.drain(&mut queue);
+        }
+        has_room
+    }
+
+    /// Whether something waits. Takes no lock.
+    pub fn is_pending(&self) -> bool {
+        self.pending.load(Ordering::Acquire)
+    }
+
+    /// Lets a thread write from now on. It blocks the signals that ask for an end, which another thread hears. Called
+    /// once a process, when the sandbox, whose rules are each thread's own, has been entered. Without the thread,
+    /// lines that wait are written with the next one.
+    pub fn start_thread(&'static self) -> std::io::Result<()> {
+        let ends: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect();
+        let before = ends.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+        let mut queue = self.lock();
+        let started = if queue.has_thread {
+            Ok(())
+        } else {
+            thread::Builder::new().name("log".into()).spawn(|| self.serve()).map(|_| queue.has_thread = true)
+        };
+        drop(queue);
+        before.thread_set_mask()?;
+        started
+    }
+
+    /// Waits until everything is written, at most for `limit`. For the end of the process.
+    pub fn flush(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut queue = self.lock();
+        loop {
+            if !queue.has_thread {
+                self.drain(&mut queue);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if queue.is_idle() || left.is_zero() {
+                return;
+            }
+            if queue.has_thread {
+                queue = self.idle.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
+            } else {
+                wait_for_room((self.descriptor)(), left);
+                thread::sleep(RETRY_DELAY.min(left));
+            }
+        }
+    }
+
+    /// A panic while the lock is held leaves a queue that is still in order.
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes what the output takes at once.
+    fn drain(&self, queue: &mut Queue) {
+        while let Some((line, from)) = queue.first(self.loss) {
+            match write_now((self.descriptor)(), &line[from..]) {
+                Ok(count) => queue.wrote(count),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => break,
+                Err(_) => queue.failed(),
+            }
+        }
+        self.pending.store(!queue.is_idle(), Ordering::Release);
+    }
+
+    /// The thread.
+    fn serve(&self) {
+        loop {
+            let (line, from) = self.next();
+            match write_now((self.descriptor)(), &line[from..]) {
+                Ok(count) => self.lock().wrote(count),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    wait_for_room((self.descriptor)(), LOOK_INTERVAL);
+                    thread::sleep(RETRY_DELAY);
+                }
+                Err(_) => self.lock().failed(),
+            }
+        }
+    }
+
+    /// The line to write and how much of it is written; waits for one.
+    fn next(&self) -> (Arc<[u8]>, usize) {
+        let mut queue = self.lock();
+        loop {
+            if let Some(first) = queue.first(self.loss) {
+                return first;
+            }
+            self.pending.store(false, Ordering::Release);
+            self.idle.notify_all();
+            queue = self.work.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// The lines that wait. Does no I/O.
+struct Queue {
+    lines: VecDeque<Line>,
+    bytes: usize,
+    /// Of the first line.
+    written: usize,
+    /// Lines that were dropped and not yet reported.
+    lost: u64,
+    /// No line is taken until all that wait are written, so that the count stands where the lines are missing.
+    is_full: bool,
+    /// The last write failed, for another reason than want of room: the reader is gone, or a file system is full.
+    is_broken: bool,
+    has_thread: bool,
+}
+
+struct Line {
+    text: Arc<[u8]>,
+    /// How many are lost with it: one, or those that it reports.
+    stands_for: u64,
+}
+
+impl Queue {
+    const fn new() -> Queue {
+        Queue {
+            lines: VecDeque::new(),
+            bytes: 0,
+            written: 0,
+            lost: 0,
+            is_full: false,
+            is_broken: false,
+            has_thread: false,
+        }
+    }
+
+    fn put(&mut self, text: &str) -> bool {
+        if self.is_full || self.bytes + text.len() > MAX_BYTES {
+            self.is_full = true;
+            self.lost += 1;
+            return false;
+        }
+        self.bytes += text.len();
+        self.lines.push_back(Line { text: text.as_bytes().into(), stands_for: 1 });
+        true
+    }
+
+    /// The line to write, and how much of it is written. A report of lost lines is made when it is due: nothing waits
+    /// any more, or after a failure somebody tries again.
+    fn first(&mut self, loss: fn(u64) -> String) -> Option<(Arc<[u8]>, usize)> {
+        let is_due = if self.lines.is_empty() { !self.is_broken } else { self.is_broken };
+        if is_due {
+            self.is_broken = false;
+            if self.lost > 0 {
+                let line = Line { text: loss(self.lost).into_bytes().into(), stands_for: self.lost };
+                self.bytes += line.text.len();
+                self.lines.push_front(line);
+                self.lost = 0;
+            }
+            self.is_full = false;
+        }
+        self.lines.front().map(|line| (line.text.clone(), self.written))
+    }
+
+    /// So much of the first line was written.
+    fn wrote(&mut self, count: usize) {
+        self.written += count;
+        if self.lines.front().is_some_and(|line| line.text.len() <= self.written) {
+            self.written = 0;
+            self.bytes -= self.lines.pop_front().map_or(0, |line| line.text.len());
+        }
+    }
+
+    /// Nothing that waits can be written. All of it is lost; the next line is a new attempt.
+    fn failed(&mut self) {
+        self.lost += self.lines.drain(..).map(|line| line.stands_for).sum::<u64>();
+        (self.bytes, self.written, self.is_full, self.is_broken) = (0, 0, false, true);
+    }
+
+    fn is_idle(&self) -> bool {
+        self.lines.is_empty() && (self.lost == 0 || self.is_broken)
+    }
+}
+
+/// Writes as much as the descriptor takes at once. `AGAIN`: nothing. Allocates nothing and takes no lock, so a signal's
+/// handler may call it.
+///
+/// A plain write is left for regular files, and for kernels whose pipes know no RWF_NOWAIT (before 6.4); in a pipe that
+/// several processes fill, one of these may be faster between poll(2) and the write. A terminal whose buffer has room
+/// for a part of the line waits for the rest.
+pub(super) fn write_now(descriptor: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {
+    match send(descriptor, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+        Err(Errno::NOTSOCK) => {}
+        sent => return sent,
+    }
+    if !wait_for_room(descriptor, Duration::ZERO) {
+        return Err(Errno::AGAIN);
+    }
+    let piece = &bytes[..bytes.len().min(PIPE_BUF)];
+    // Where a file's position is meant, the offset is -1 (pwritev2(2)).
+    match rustix::io::pwritev2(descriptor, &[IoSlice::new(piece)], u64::MAX, ReadWriteFlags::NOWAIT) {
+        Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::SPIPE) => rustix::io::write(descriptor, piece),
+        Err(Errno::AGAIN) if is_regular(descriptor) => rustix::io::write(descriptor, piece),
+        written => written,
+    }
+}
+
+fn is_regular(descriptor: BorrowedFd<'_>) -> bool {
+    rustix::fs::fstat(descriptor).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
+}
+
+/// Waits until the descriptor takes something, or says why not; whether it does.
+pub(super) fn wait_for_room(descriptor: BorrowedFd<'_>, limit: Duration) -> bool {
+    let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
+    poll(&mut [PollFd::from_borrowed_fd(descriptor, PollFlags::OUT)], Some(&limit)).is_ok_and(|ready| ready > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{BufRead, BufReader};
+    use std::os::fd::{AsFd, OwnedFd};
+    use std::sync::OnceLock;
+
+    use super::*;
+
+    fn loss(count: u64) -> String {
+        format!("{count} lost")
+    }
+
+    /// Everything that is written until the queue has nothing more.
+    fn drain(queue: &mut Queue) -> Vec<String> {
+        let mut all = Vec::new();
+        while let Some((line, from)) = queue.first(loss) {
+            assert_eq!(from, 0);
+            all.push(String::from_utf8(line.to_vec()).unwrap());
+            queue.wrote(line.len());
+        }
+        all
+    }
+
+    #[test]
+    fn lines_that_do_not_fit_are_counted_where_they_are_missing() {
+        let mut queue = Queue::new();
+        let line = "x".repeat(MAX_BYTES / 2);
+        for _ in 0..5 {
+            queue.put(&line);
+        }
+        assert!(!queue.is_idle());
+        // Room for a small one, but it would stand before the lost ones.
+        assert!(!queue.put("small"));
+        assert_eq!(drain(&mut queue), [line.clone(), line, "4 lost".into()]);
+        queue.put("after");
+        assert_eq!(drain(&mut queue), ["after"]);
+        assert!(queue.is_idle() && queue.bytes == 0);
+    }
+
+    #[test]
+    fn a_line_goes_on_where_it_was_cut() {
+        let mut queue = Queue::new();
+        queue.put("abcdef");
+        queue.first(loss).unwrap();
+        queue.wrote(2);
+        assert_eq!(queue.first(loss).unwrap().1, 2);
+        queue.wrote(4);
+        assert!(queue.first(loss).is_none());
+    }
+
+    #[test]
+    fn lines_that_failed_are_counted_and_tried_again_with_the_next() {
+        let mut queue = Queue::new();
+        queue.put("a");
+        queue.put("b");
+        queue.first(loss).unwrap();
+        queue.failed();
+        assert!(queue.is_idle() && queue.first(loss).is_none(), "nothing is tried without a new line");
+        queue.put("c");
+        assert_eq!(&*queue.first(loss).unwrap().0, b"2 lost");
+        queue.failed();
+        queue.put("d");
+        assert_eq!(drain(&mut queue), ["3 lost", "d"]);
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_costs_lines_but_no_time() {
+        static WRITER: OnceLock<OwnedFd> = OnceLock::new();
+        static OUTPUT: Output =
+            Output::new(|| WRITER.get().expect("set below").as_fd(), |lost| format!("{lost} lost\n"));
+        let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        WRITER.set(writer).unwrap();
+        // The first ones without the thread.
+        for number in 0..100 {
+            assert!(OUTPUT.put(&format!("{number}\n")));
+        }
+        OUTPUT.start_thread().unwrap();
+        let text = "x".repeat(1000);
+        let sent = 1000;
+        let kept = (0..sent).filter(|number| OUTPUT.put(&format!("{number} {text}\n"))).count();
+        assert!(kept < sent, "everything fits");
+        let started = Instant::now();
+        OUTPUT.flush(Duration::from_millis(50));
+        assert!(started.elapsed() < Duration::from_secs(10) && OUTPUT.is_pending());
+        // Somebody reads again.
+        let mut lines = BufReader::new(File::from(reader)).lines().map(Result::unwrap);
+        let mut read = 0;
+        let report = loop {
+            let line = lines.next().expect("the writer is open");
+            if line.ends_with(" lost") {
+                break line;
+            }
+            read += 1;
+        };
+        assert_eq!((read, report), (100 + kept, format!("{} lost", sent - kept)));
+        assert!(OUTPUT.put("after\n"));
+        assert_eq!(lines.next().unwrap(), "after");
+        OUTPUT.flush(Duration::from_secs(30));
+        assert!(!OUTPUT.is_pending());
+    }
+}
