@@ -108,6 +108,7 @@ fn c_type(rust: &str) -> String {
         "c_int" => "int",
         "u64" => "uint64_t",
         "u32" => "uint32_t",
+        "u8" => "uint8_t",
         "iovec" => "struct iovec",
         // What Ceph's headers name so, and what C does.
         named if named.ends_with("_t") => named,

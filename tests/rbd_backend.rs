@@ -84,6 +84,86 @@ fn random_ops_leave_what_an_export_sees() {
     assert!(through_us == image.content());
 }
 
+/// What may hold data, as a copy asks for it.
+fn data(disk: &RbdBackend) -> Vec<(u64, u64)> {
+    let mut ranges = Vec::new();
+    let mut at = 0;
+    while let Some((start, end)) = disk.next_data(at).expect("a range") {
+        ranges.push((start, end));
+        at = end;
+    }
+    ranges
+}
+
+/// Everything outside of the ranges is zero, as the image is read; `most` bytes are in them.
+fn lists_all_but_holes(image: &Image, disk: &RbdBackend, most: u64) {
+    let content = image.content();
+    let ranges = data(disk);
+    let mut at = 0;
+    for (start, end) in ranges.iter().copied().chain([(content.len() as u64, content.len() as u64)]) {
+        assert!(content[at as usize..start as usize].iter().all(|byte| *byte == 0), "data was missed: {ranges:?}");
+        at = end;
+    }
+    let listed: u64 = ranges.iter().map(|(start, end)| end - start).sum();
+    assert!(listed <= most, "holes count as data: {ranges:?}");
+}
+
+#[test]
+fn holes_are_listed_of_clones_snapshots_and_what_only_the_cache_has() {
+    let cluster = Cluster::shared();
+    let parent = cluster.image(64 * MIB);
+    {
+        let disk = open(&parent, CacheMode::Writeback);
+        disk.activate().expect("nobody else has the image");
+        let mut driver = Driver::new(&disk, 4);
+        // The first flush lifts librbd's caution: what follows is in its cache alone.
+        driver.write(20 * MIB, &[1; 4096]).expect("a write");
+        assert_eq!(driver.run(Op::Sync), Ok(()));
+        driver.write(41 * MIB, &[2; 4096]).expect("a write");
+        let ranges = data(&disk);
+        for offset in [20 * MIB, 41 * MIB] {
+            assert!(ranges.iter().any(|(start, end)| *start <= offset && offset + 4096 <= *end), "missed: {ranges:?}");
+        }
+        lists_all_but_holes(&parent, &disk, 8 * MIB);
+        disk.sync().expect("a sync");
+        disk.deactivate();
+    }
+    cluster.rbd(&["snap", "create", "--no-progress", &parent.at("base")]);
+    cluster.rbd(&["snap", "protect", &parent.at("base")]);
+    let clone = Image { cluster, spec: format!("{}-clone", parent.spec) };
+    cluster.rbd(&["clone", &parent.at("base"), &clone.spec]);
+    let disk = open(&clone, CacheMode::None);
+    disk.activate().expect("nobody else has the image");
+    lists_all_but_holes(&clone, &disk, 8 * MIB);
+    let mut driver = Driver::new(&disk, 4);
+    driver.write(60 * MIB, &[3; 512]).expect("a write");
+    // A parent's object that is copied up, and one that is hidden.
+    driver.write(20 * MIB + 8192, &[4; 512]).expect("a write");
+    assert_eq!(driver.run(Op::WriteZeroes { offset: 40 * MIB, len: 4 * MIB, unmap: true }), Ok(()));
+    assert_eq!(driver.run(Op::Sync), Ok(()));
+    lists_all_but_holes(&clone, &disk, 12 * MIB);
+    // After snapshots objects are clean, changed, gone and new.
+    for (name, offset) in [("one", 5 * MIB), ("two", 60 * MIB)] {
+        cluster.rbd(&["snap", "create", "--no-progress", "--skip-quiesce", &clone.at(name)]);
+        driver.write(offset, &[5; 512]).expect("a write");
+        assert_eq!(driver.run(Op::Discard { offset: 20 * MIB, len: 4 * MIB }), Ok(()));
+        assert_eq!(driver.run(Op::Sync), Ok(()));
+        lists_all_but_holes(&clone, &disk, 16 * MIB);
+    }
+    disk.deactivate();
+}
+
+#[test]
+fn an_empty_image_of_a_tebibyte_is_listed_in_seconds() {
+    let image = Cluster::shared().image(MIB << 20);
+    let disk = open(&image, CacheMode::None);
+    let start = std::time::Instant::now();
+    let read: u64 = data(&disk).iter().map(|(start, end)| end - start).sum();
+    assert!(read < 256 * MIB, "{read} bytes of holes count as data");
+    assert!(start.elapsed() < std::time::Duration::from_secs(300), "{:?}", start.elapsed());
+    println!("listed in {:?}, {read} bytes to read", start.elapsed());
+}
+
 /// Keeps what it hears.
 #[derive(Default)]
 struct Heard {

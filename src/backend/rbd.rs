@@ -7,6 +7,7 @@
 
 mod aio;
 mod attempt;
+mod data_map;
 mod handle;
 mod keeper;
 mod lock;
@@ -37,6 +38,7 @@ use super::latch::Latch;
 use super::{Backend, BufferUse, Errno, Geometry, IoQueue, Notices};
 use crate::disk::{ImageSnapshots, ImageStatus, RbdStatus};
 use crate::engine::CacheMode;
+use data_map::DataMap;
 use handle::Image;
 use keeper::{Keeper, News};
 use lock::Lock;
@@ -147,6 +149,7 @@ pub struct RbdBackend {
     shared: Arc<Shared>,
     quiesce: Option<Arc<Quiesces>>,
     keeper: Mutex<Keeper>,
+    data_map: DataMap,
 }
 
 /// What queues, callbacks and the keeper have in common.
@@ -163,6 +166,8 @@ struct Shared {
     size: AtomicU64,
     /// Write-zeroes may deallocate.
     zeroes_may_unmap: bool,
+    /// librbd decrypts what is stored.
+    encrypted: bool,
     /// librbd acknowledges writes that the cluster does not have.
     cached: bool,
     /// It does so only after the first flush (`rbd_cache_writethrough_until_flush`).
@@ -260,7 +265,7 @@ impl RbdBackend {
         let shared = Arc::new(open::open(options, sender)?);
         let watched = options.quiesce != RbdQuiesce::Off && !shared.geometry.read_only;
         let quiesce = watched.then(|| Arc::new(Quiesces::new(Arc::clone(&shared), options.quiesce_timeout)));
-        Ok(RbdBackend { shared, quiesce, keeper: Mutex::new(Keeper::new(receiver)) })
+        Ok(RbdBackend { shared, quiesce, keeper: Mutex::new(Keeper::new(receiver)), data_map: DataMap::default() })
     }
 }
 
@@ -275,6 +280,17 @@ impl Backend for RbdBackend {
 
     fn sync(&self) -> io::Result<()> {
         self.shared.sync().map_err(io_error)
+    }
+
+    /// Of an encrypted image, and of one that is being moved, everything may hold data: librbd lists what is stored, which
+    /// is elsewhere.
+    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        let size = self.geometry().size;
+        if self.shared.encrypted {
+            return Ok((offset < size).then_some((offset, size)));
+        }
+        let object = u64::from(self.shared.geometry.opt_io).max(data_map::MIN_OBJECT);
+        Ok(self.data_map.next(&self.shared, offset, size, object))
     }
 
     fn describe(&self) -> String {

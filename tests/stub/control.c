@@ -3,6 +3,7 @@
  *   fail WHAT ERRNO COUNT   ops (read, write, flush, discard, zeroes) or calls (lock, size, ...) fail; -1: for ever
  *   short BYTES             the next read is short by so many
  *   hang, go                ops stay in flight; they finish
+ *   diff-hangs, diff-goes   listing what is stored takes for ever; it ends
  *   lock-hangs, lock-goes   the lock's owner is dead, as far as anybody knows; the cluster gives up waiting
  *   fence                   everything fails with ESHUTDOWN
  *   owner ADDRESS           another client has the lock; `none`: nobody
@@ -54,8 +55,8 @@ static void counts(struct image *image, FILE *out)
 	pthread_mutex_lock(&image->lock);
 	fprintf(out, "reads=%ld writes=%ld flushes=%ld discards=%ld zeroes=%ld thick=%ld ", image->counts[READ],
 		image->counts[WRITE], image->counts[FLUSH], image->counts[DISCARD], image->counts[ZEROES], image->thick);
-	fprintf(out, "snaps=%ld removed=%ld invalidates=%ld locks=%ld unlocks=%ld breaks=%ld in-flight=%d", image->snaps,
-		image->removed, image->invalidates, image->locks, image->unlocks, image->breaks, image->in_flight);
+	fprintf(out, "snaps=%ld removed=%ld invalidates=%ld locks=%ld unlocks=%ld breaks=%ld diffs=%ld in-flight=%d", image->snaps,
+		image->removed, image->invalidates, image->locks, image->unlocks, image->breaks, image->diffs, image->in_flight);
 	pthread_mutex_unlock(&image->lock);
 }
 
@@ -89,6 +90,10 @@ static void obey(struct image *image, char *order, FILE *out)
 		set(image, &image->hanging, 1);
 	} else if (!strcmp(order, "go")) {
 		set(image, &image->hanging, 0);
+	} else if (!strcmp(order, "diff-hangs")) {
+		set(image, &image->diff_hangs, 1);
+	} else if (!strcmp(order, "diff-goes")) {
+		set(image, &image->diff_hangs, 0);
 	} else if (!strcmp(order, "lock-hangs")) {
 		set(image, &image->lock_hangs, 1);
 	} else if (!strcmp(order, "lock-goes")) {

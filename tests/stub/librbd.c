@@ -252,6 +252,34 @@ int rbd_encryption_load(void *handle, unsigned format, void *options, size_t siz
 	return 0;
 }
 
+/* What is stored: every 64 KiB that are not all zeroes, the last one first, as nobody promises an order. */
+int rbd_diff_iterate2(void *handle, const char *from, uint64_t offset, uint64_t len, uint8_t parent, uint8_t whole,
+		      int (*found)(uint64_t, size_t, int, void *), void *arg)
+{
+	struct image *image = handle;
+	uint64_t piece = 64 << 10;
+	int error;
+
+	pthread_mutex_lock(&image->lock);
+	image->diffs++;
+	while (image->diff_hangs)
+		pthread_cond_wait(&image->changed, &image->lock);
+	error = stub_fault(image, "diff");
+	pthread_mutex_unlock(&image->lock);
+	/* Without the parent, and by the object map, data would be missed. */
+	if (!error && (from || !parent || whole || offset + len > image->size))
+		error = EINVAL;
+	for (uint64_t at = (offset + len - 1) / piece * piece; !error; at -= piece) {
+		uint64_t size = at + piece < image->size ? piece : image->size - at;
+
+		if (image->data[at] || memcmp(image->data + at, image->data + at + 1, size - 1))
+			error = -found(at, size, 1, arg);
+		if (at <= offset)
+			break;
+	}
+	return -error;
+}
+
 /* Ops. */
 
 int rbd_aio_create_completion(void *arg, void (*callback)(void *, void *), void **out)

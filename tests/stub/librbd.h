@@ -53,6 +53,8 @@ struct image {
 	int short_by;
 	long counts[OPS], thick, snaps, removed, invalidates, locks, unlocks, breaks;
 
+	int diff_hangs;
+	long diffs;
 	int locked, lock_hangs;
 	/* The lock was asked for once: it is not taken for a write any more (librbd's StandardPolicy). */
 	int explicit_lock;

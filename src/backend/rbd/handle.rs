@@ -4,7 +4,7 @@
 //! a thread of librbd's (its callbacks).
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, CString, c_char, c_int};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::Path;
 use std::ptr;
 
@@ -229,6 +229,24 @@ impl Image {
         check(unsafe { (self.api.rbd.rbd_invalidate_cache)(self.raw) })
     }
 
+    /// Whether the image is being moved (`rbd migration`): part of its data is elsewhere.
+    pub(super) fn is_migrating(&self) -> Result<bool, Errno> {
+        Ok(self.number(self.api.rbd.rbd_get_features)? & sys::RBD_FEATURE_MIGRATING != 0)
+    }
+
+    /// The ranges in `offset..offset + len` that the image or its parents store, as (start, end). Those that lie closer
+    /// than `min_hole` are joined. librbd flushes first.
+    pub(super) fn list_data(&self, offset: u64, len: u64, min_hole: u64) -> Result<Vec<(u64, u64)>, Errno> {
+        let mut found = Found { ranges: Vec::new(), min_hole };
+        let argument = (&raw mut found).cast::<c_void>();
+        // SAFETY: the image is open; the callback's argument lives through the call, which alone uses it: librbd calls
+        // back one range after the other, before it returns.
+        check(unsafe {
+            (self.api.rbd.rbd_diff_iterate2)(self.raw, ptr::null(), offset, len, 1, 0, Some(found_range), argument)
+        })?;
+        Ok(found.ranges)
+    }
+
     /// Takes the lock for good, until `unlock`. EROFS: another client has it for good. A client that died is waited
     /// for, half a minute as a rule, and then shut out.
     pub(super) fn lock(&self) -> Result<(), Errno> {
@@ -297,6 +315,24 @@ impl Image {
         // SAFETY: the image is open, and the string lives through the call.
         check(unsafe { (self.api.rbd.rbd_snap_remove)(self.raw, name.as_ptr()) })
     }
+}
+
+/// What [`Image::list_data`] gathers.
+struct Found {
+    ranges: Vec<(u64, u64)>,
+    min_hole: u64,
+}
+
+/// Keeps a range, whether librbd says that it holds data or a hole: some versions report one for the other.
+unsafe extern "C" fn found_range(offset: u64, len: usize, _exists: c_int, found: *mut c_void) -> c_int {
+    // SAFETY: what `list_data` gave, which waits for us.
+    let found = unsafe { &mut *found.cast::<Found>() };
+    let end = offset.saturating_add(len as u64);
+    match found.ranges.last_mut() {
+        Some(last) if last.0 <= offset && offset < last.1.saturating_add(found.min_hole) => last.1 = last.1.max(end),
+        _ => found.ranges.push((offset, end)),
+    }
+    0
 }
 
 impl Drop for Image {

@@ -95,6 +95,7 @@ pub(super) fn open(options: &RbdOptions, news: mpsc::Sender<News>) -> Result<Sha
         geometry,
         size: AtomicU64::new(geometry.size),
         zeroes_may_unmap: geometry.zeroes_may_unmap,
+        encrypted: options.encryption.is_some(),
         cached,
         cached_after_flush: in_force.is("rbd_cache_writethrough_until_flush", "true"),
         changed: AtomicBool::new(false),

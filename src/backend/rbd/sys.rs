@@ -30,6 +30,8 @@ pub(super) type rbd_callback_t = Option<unsafe extern "C" fn(rbd_completion_t, *
 pub(super) type rbd_update_callback_t = Option<unsafe extern "C" fn(*mut c_void)>;
 /// How far a long operation is; ours never asks.
 pub(super) type librbd_progress_fn_t = Option<unsafe extern "C" fn(u64, u64, *mut c_void) -> c_int>;
+/// Called for each range that a diff finds; 0: go on.
+pub(super) type rbd_diff_callback_t = Option<unsafe extern "C" fn(u64, size_t, c_int, *mut c_void) -> c_int>;
 /// `RBD_LOCK_MODE_EXCLUSIVE` and so on.
 pub(super) type rbd_lock_mode_t = u32;
 /// `RBD_CONFIG_SOURCE_POOL` and so on.
@@ -65,6 +67,7 @@ pub(super) struct rbd_encryption_luks_format_options_t {
 }
 
 pub(super) const RBD_FEATURE_EXCLUSIVE_LOCK: u64 = 4;
+pub(super) const RBD_FEATURE_MIGRATING: u64 = 1024;
 pub(super) const RBD_OPERATION_FEATURE_GROUP: u64 = 4;
 pub(super) const RBD_LOCK_MODE_EXCLUSIVE: rbd_lock_mode_t = 0;
 pub(super) const RBD_CONFIG_SOURCE_POOL: rbd_config_source_t = 1;
@@ -146,6 +149,7 @@ functions! {
         fn rbd_aio_flush(image: rbd_image_t, c: rbd_completion_t) -> c_int;
         fn rbd_flush(image: rbd_image_t) -> c_int;
         fn rbd_invalidate_cache(image: rbd_image_t) -> c_int;
+        fn rbd_diff_iterate2(image: rbd_image_t, fromsnapname: *const c_char, ofs: u64, len: u64, include_parent: u8, whole_object: u8, cb: rbd_diff_callback_t, arg: *mut c_void) -> c_int;
         fn rbd_lock_acquire(image: rbd_image_t, lock_mode: rbd_lock_mode_t) -> c_int;
         fn rbd_lock_release(image: rbd_image_t) -> c_int;
         fn rbd_is_exclusive_lock_owner(image: rbd_image_t, is_owner: *mut c_int) -> c_int;
