@@ -33,6 +33,7 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior,
 use crate::backend::file;
 use crate::backend::point_in_time::CopyDirectory;
 use crate::config::{BackendKind, Config};
+use crate::server::notify;
 use user::Account;
 
 /// `--sandbox`.
@@ -52,17 +53,23 @@ pub enum Level {
 pub(crate) struct Needs {
     /// It is reached over a network.
     pub network: bool,
+    /// Its virtqueues use io_urings.
+    pub io_uring: bool,
 }
 
 impl Needs {
     fn of(backend: &BackendKind) -> Needs {
         match backend {
-            BackendKind::File(_) | BackendKind::Null(_) | BackendKind::Mem(_) | BackendKind::Slow { .. } => {
-                Needs { network: false }
-            }
-            BackendKind::Rbd(_) => Needs { network: true },
+            BackendKind::File(_) | BackendKind::Slow { .. } => Needs { network: false, io_uring: true },
+            BackendKind::Null(_) | BackendKind::Mem(_) => Needs { network: false, io_uring: false },
+            BackendKind::Rbd(_) => Needs { network: true, io_uring: false },
         }
     }
+}
+
+/// Whether all io_urings that the daemon will need must be made before [`Sandbox::enter`]: its filter lets none be made.
+pub(crate) fn makes_io_urings_first(config: &Config) -> bool {
+    config.sandbox == Level::On && Needs::of(&config.backend).io_uring
 }
 
 /// What the rules on paths are for.
@@ -165,9 +172,10 @@ impl<'a> Sandbox<'a> {
             return Ok(open());
         }
         let rules = paths::rules(self.config, Stage::Opening, Vec::new()).map_err(SandboxError::Paths)?;
+        let switch = self.user.is_some();
         let restricted = move || {
-            user::keep_few_capabilities()?;
-            match paths::confine(rules, Needs { network: true }) {
+            user::keep_few_capabilities(switch)?;
+            match paths::confine(rules, Needs::of(&self.config.backend)) {
                 // That the kernel has no such rules is said at the end, once.
                 Ok(_) | Err(None) => Ok(open()),
                 Err(Some(error)) => Err(SandboxError::Paths(error)),
@@ -182,12 +190,12 @@ impl<'a> Sandbox<'a> {
     pub fn enter(mut self) -> Result<(), SandboxError> {
         // Landlock asks again who may walk where: the rules' places are opened as root.
         let rules = self.rules()?;
-        if let Some(user) = &self.user {
-            user.assume(self.config)?;
-            return self.restrict(rules);
+        match &self.user {
+            Some(user) => user.assume(self.config)?,
+            None => user::warn_of_root(),
         }
         if self.config.sandbox != Level::Off {
-            user::keep_few_capabilities()?;
+            user::keep_few_capabilities(false)?;
         }
         self.restrict(rules)
     }
@@ -202,11 +210,12 @@ impl<'a> Sandbox<'a> {
         }
     }
 
-    /// Each ring makes one, with the rights that are left: kernel.io_uring_disabled=1 asks for one that is gone now.
+    /// Without the filter each virtqueue makes an io_uring when it starts, with the rights that are left:
+    /// kernel.io_uring_disabled=1 asks for one that is gone now. With it they are made already.
     fn check_io_uring(&self) -> Result<(), SandboxError> {
-        match self.config.backend {
-            BackendKind::File(_) | BackendKind::Slow { .. } => file::probe_io_uring().map_err(SandboxError::IoUring),
-            BackendKind::Rbd(_) | BackendKind::Null(_) | BackendKind::Mem(_) => Ok(()),
+        match makes_io_urings_first(self.config) || !Needs::of(&self.config.backend).io_uring {
+            true => Ok(()),
+            false => file::probe_io_uring().map_err(SandboxError::IoUring),
         }
     }
 
@@ -225,36 +234,53 @@ impl<'a> Sandbox<'a> {
         rustix::thread::set_no_new_privs(true)
             .map_err(|errno| SandboxError::Process("give up new privileges (PR_SET_NO_NEW_PRIVS)", errno.into()))?;
         let paths = match paths::confine(rules, needs) {
-            Ok(what) => what,
+            Ok(confined) => Some(confined),
             Err(Some(error)) => return Err(SandboxError::Paths(error)),
             Err(None) => {
                 log::warn!(
                     "this kernel has no rules on paths (Landlock: CONFIG_SECURITY_LANDLOCK, and landlock among the lsm= \
                      at boot): whoever breaks into this daemon can open what its user can"
                 );
-                "no Landlock".to_string()
+                None
             }
         };
-        let calls = match self.config.sandbox {
-            Level::NoFilter => {
-                log::warn!("system calls are not filtered (--sandbox no-filter)");
-                "no system call filter"
-            }
-            _ => {
-                violation::install().map_err(|error| SandboxError::Process("handle SIGSYS", error))?;
-                match calls::install(needs) {
-                    Ok(()) => "seccomp",
-                    Err(error) => {
-                        log::warn!(
-                            "system calls cannot be filtered here ({error}): whoever breaks into this daemon can make \
-                             any"
-                        );
-                        "no system call filter"
-                    }
-                }
-            }
-        };
-        log::info!("sandbox: {paths}, {calls}, user {}", rustix::process::geteuid().as_raw());
+        let filtered = self.filter_calls(needs)?;
+        let calls = if filtered { "seccomp" } else { "no system call filter" };
+        let user = rustix::process::geteuid().as_raw();
+        match paths {
+            Some(confined) => log::info!("sandbox: {confined}{}, {calls}, user {user}", say_lacks(&confined, filtered)),
+            None => log::info!("sandbox: no Landlock, {calls}, user {user}"),
+        }
         Ok(())
+    }
+
+    /// Whether system calls are filtered from now on.
+    fn filter_calls(&self, needs: Needs) -> Result<bool, SandboxError> {
+        if self.config.sandbox == Level::NoFilter {
+            log::warn!("system calls are not filtered (--sandbox no-filter)");
+            return Ok(false);
+        }
+        violation::install().map_err(|error| SandboxError::Process("handle SIGSYS", error))?;
+        let installed = calls::install(needs);
+        if let Err(error) = &installed {
+            log::warn!("system calls cannot be filtered here ({error}): whoever breaks into this daemon can make any");
+        }
+        Ok(installed.is_ok())
+    }
+}
+
+/// Warns of what this kernel's rules lack and nothing else stops; returns what the filter stops, for the log.
+fn say_lacks(confined: &paths::Confined, filtered: bool) -> String {
+    let (open, stopped) = confined.lacks(filtered, notify::is_connected());
+    if !open.is_empty() {
+        log::warn!(
+            "this kernel's rules on paths ({confined}) are older than those that we know: whoever breaks into this daemon \
+             can {}; a newer kernel forbids that",
+            open.join(", ")
+        );
+    }
+    match stopped.is_empty() {
+        true => String::new(),
+        false => format!(" (too old to forbid to {}: the filter does)", stopped.join(", ")),
     }
 }

@@ -6,6 +6,7 @@
 
 #[cfg(all(test, feature = "model"))]
 pub(crate) mod orders;
+pub(crate) mod reused;
 
 #[cfg(all(feature = "model", not(test)))]
 compile_error!("the feature `model` is for tests of the library alone: cargo test --lib --features model orders::");

@@ -106,6 +106,13 @@ struct Daemon {
 
 impl Daemon {
     fn start(place: Place, more: &[&str]) -> Daemon {
+        // Root has to say that it wants to stay.
+        let stays = rustix::process::geteuid().is_root() && !more.contains(&"--user");
+        let user: &[&str] = if stays { &["--user", "root"] } else { &[] };
+        Daemon::start_as_given(place, &[user, more].concat())
+    }
+
+    fn start_as_given(place: Place, more: &[&str]) -> Daemon {
         let log = File::create(place.path("log")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkd"));
         let child = command.args(place.arguments()).args(more).stdin(Stdio::null()).stderr(log).spawn().unwrap();
@@ -161,7 +168,11 @@ impl Daemon {
         client.ask("copy-start", json!({"copy": copy, "token": token})).unwrap();
         client.ask("resume", json!({"token": token})).unwrap();
         let end = Instant::now() + PATIENCE;
-        while client.ask("query-copies", json!({})).unwrap()[0]["state"] != "completed" {
+        let completed = |client: &mut Client| {
+            let copies = client.ask("query-copies", json!({})).unwrap();
+            copies.as_array().unwrap().iter().any(|it| it["copy"] == *copy && it["state"] == "completed")
+        };
+        while !completed(&mut client) {
             assert!(Instant::now() < end, "{}", self.log());
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
@@ -232,6 +243,25 @@ fn every_cache_mode_works() {
         daemon.exercise();
         daemon.end();
     }
+}
+
+/// No io_uring is made in the sandbox: those that were made at the start are used again and again.
+#[test]
+fn queues_start_again_as_often_as_front_ends_and_copies_come() {
+    let daemon = Daemon::start(Place::new(), &["--num-queues", "2"]);
+    for count in 1..=25 {
+        daemon.exercise();
+        // The next one would be turned away while this one is drained.
+        let end = Instant::now() + PATIENCE;
+        while daemon.log().matches("front-end gone").count() < count {
+            assert!(Instant::now() < end, "{}", daemon.log());
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+    }
+    // Both queues' threads, the copy's, the control thread's, main and perhaps some that end just now.
+    let threads = daemon.each_thread("Pid").len();
+    assert!(threads <= 10, "{threads} threads");
+    daemon.end();
 }
 
 #[test]
@@ -358,6 +388,28 @@ fn a_user_that_may_not_remove_the_sockets_leaves_them_to_the_next_start() {
 }
 
 #[test]
+fn root_that_was_not_asked_for_is_warned_of() {
+    if !is_root() {
+        return;
+    }
+    let (_, log) = Daemon::start_as_given(Place::new(), &[]).end();
+    contains(&log, &[" warn: this daemon stays root", "--user"]);
+    let (_, log) = Daemon::start_as_given(Place::new(), &["--user", "root"]).end();
+    assert!(!log.contains("stays root"), "{log}");
+}
+
+/// A rule holds for all that is beneath a directory.
+#[test]
+fn nothing_is_removed_where_others_have_directories_beneath() {
+    let place = Place::new();
+    fs::create_dir_all(place.path("run/others")).unwrap();
+    let (place, log) = Daemon::start(place, &[]).end();
+    contains(&log, &["--socket-path", "others", "a directory of its own", "cannot be removed"]);
+    assert!(place.path("run/vhost").exists());
+    Daemon::start(place, &[]).end();
+}
+
+#[test]
 fn a_user_that_is_none_or_may_not_open_the_image_is_said() {
     let place = Place::new();
     contains(&refused(&place, &["--user", "nobody-at-all"]), &["--user", "nobody-at-all", "getent"]);
@@ -397,6 +449,16 @@ const DEADLY: &[Attempt] = &[
     ("execve", |_| Err(Command::new("/bin/true").exec())),
     ("clone", |_| call(libc::SYS_clone, [libc::SIGCHLD.into(), 0, 0, 0, 0, 0])),
     ("socket", |_| std::net::TcpStream::connect("127.0.0.1:9").map(drop)),
+    ("socket", |_| UnixStream::connect("/run/any").map(drop)),
+    ("socketpair", |_| std::os::unix::net::UnixDatagram::pair().map(drop)),
+    ("connect", |_| call(libc::SYS_connect, [0; 6])),
+    ("sendto", |place| {
+        let receiver = place.text("run/receiver");
+        call(libc::SYS_sendto, [2, 0, 0, 0, receiver.as_ptr() as libc::c_long, 16])
+    }),
+    ("io_uring_setup", |_| io_uring::IoUring::new(2).map(drop)),
+    ("fcntl", |_| call(libc::SYS_fcntl, [2, libc::F_SETOWN.into(), 1, 0, 0, 0])),
+    ("sched_setaffinity", |_| call(libc::SYS_sched_setaffinity, [1, 0, 0, 0, 0, 0])),
     ("kill", |_| call(libc::SYS_kill, [std::os::unix::process::parent_id().into(), 0, 0, 0, 0, 0])),
     ("tgkill", |_| {
         let parent = std::os::unix::process::parent_id().into();
@@ -433,18 +495,6 @@ const REFUSED: &[Attempt] = &[
     ("a device", |_| File::open("/dev/null").map(drop)),
     ("another process", |_| File::open(format!("/proc/{}/environ", std::os::unix::process::parent_id())).map(drop)),
     ("our own memory", |_| File::options().write(true).open("/proc/self/mem").map(drop)),
-    ("another image through io_uring", |place| {
-        let mut ring = io_uring::IoUring::new(2)?;
-        let path = std::ffi::CString::new(place.text("images/another")).unwrap();
-        let open = io_uring::opcode::OpenAt::new(io_uring::types::Fd(libc::AT_FDCWD), path.as_ptr()).build();
-        // SAFETY: the path lives until the completion, which is waited for.
-        unsafe { ring.submission().push(&open).unwrap() };
-        ring.submit_and_wait(1)?;
-        match ring.completion().next().unwrap().result() {
-            result if result < 0 => Err(std::io::Error::from_raw_os_error(-result)),
-            _ => Ok(()),
-        }
-    }),
 ];
 
 /// Each works.

@@ -209,6 +209,13 @@ pub(crate) fn probe_io_uring() -> io::Result<()> {
     super::uring::probe()
 }
 
+/// Makes the io_urings of so many queues, of all images of this process; no other is made from now on. Returns for how many
+/// there was memory. Called by main before the filter of system calls forbids it, and before it is another user: an
+/// io_uring that root made does not count as memory that a user locks. Errors: there is none at all.
+pub(crate) fn prepare_io_urings(queues: u16) -> io::Result<u16> {
+    super::uring::prepare(queues)
+}
+
 impl Backend for FileBackend {
     fn geometry(&self) -> Geometry {
         Geometry { size: self.shared.size.load(Ordering::Relaxed), ..self.shared.geometry }

@@ -35,6 +35,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::layer::Layer;
 use super::{Backend, IoQueue};
 use crate::disk::{Copies, CopyError, CopyOptions, CopyStatus, Events};
+use crate::sync::reused;
 use copy::{Copy, Phase};
 use keep::Keep;
 use order::{Liveness, TargetLinks, TargetOrder};
@@ -191,9 +192,7 @@ impl PointInTime {
         let (open, closed) = mpsc::channel();
         let (image, copier_copy, notes_copy) = (Arc::clone(&self.image), Arc::clone(copy), Arc::clone(copy));
         thread::Builder::new().name("copy-notes".into()).spawn(move || notes::run(&notes_copy, &notes, &publish))?;
-        thread::Builder::new()
-            .name("copy-image".into())
-            .spawn(move || copier::run(image, copier_copy, jobs, ready, open))?;
+        reused::spawn("copy-image".into(), move || copier::run(image, copier_copy, jobs, ready, open))?;
         self.copiers.lock().expect("no panic while held").push((copy.number, closed));
         is_ready.recv().unwrap_or_else(|_| Err(io::Error::other("its thread ended")))
     }

@@ -9,14 +9,20 @@
 //! fuse_perform_write in fs/fuse/file.c has advanced past more than was stored.
 #![allow(unsafe_code)]
 
+mod prepared;
+
+use std::cell::Cell;
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use super::{Errno, IoBuf};
+use prepared::Source;
+pub(super) use prepared::{prepare, probe};
 
 /// What the kernel is asked to do with the file.
 pub(super) enum Command {
@@ -66,7 +72,7 @@ pub(super) enum Event<J> {
 /// A ring for one file. Neither `Send` nor usable elsewhere: the kernel ties it to the thread that made it
 /// (IORING_SETUP_SINGLE_ISSUER).
 pub(super) struct Ring<J> {
-    ring: IoUring,
+    ring: ManuallyDrop<IoUring>,
     slots: Vec<Option<Active<J>>>,
     free: Vec<usize>,
     watches: Vec<Watch>,
@@ -91,10 +97,24 @@ struct Active<J> {
 struct Watch {
     fd: OwnedFd,
     token: u32,
+    /// The kernel has its poll, or will be shown it.
+    armed: bool,
+}
+
+thread_local! {
+    /// The io_uring that this thread is done with, for the next [`Ring`] that it makes: a prepared one cannot be replaced.
+    static USED: Cell<Option<IoUring>> = const { Cell::new(None) };
 }
 
 /// Set in the user data of a watch's entries; the rest is its index.
 const WATCH: u64 = 1 << 63;
+
+/// The user data of a cancellation.
+const CANCEL: u64 = WATCH - 1;
+
+/// How often the end of the watches is waited for, and how long each time, before a ring is given up.
+const MAX_CANCEL_WAITS: usize = 20;
+const CANCEL_WAIT: Duration = Duration::from_millis(500);
 
 /// Watches that fit beside the commands: kick, wake, the owner's mailbox.
 const MOST_WATCHES: usize = 8;
@@ -108,81 +128,28 @@ const MOST_IOVECS: usize = 1024;
 /// EINTR in a row on one command, or EAGAIN on one that is no transfer, before it is given up.
 const MOST_RETRIES: u32 = 1000;
 
-/// Proves at start, before a guest waits, that queues can be made later. Errors: as [`Ring::new`].
-pub(super) fn probe() -> io::Result<()> {
-    build(8).map(drop)
-}
-
-fn build(entries: u32) -> io::Result<IoUring> {
-    let ring = build_newest(entries).map_err(explain)?;
-    // Resource tagging came with 5.13, as did the multishot polls that watches are made of.
-    if !(ring.params().is_feature_ext_arg() && ring.params().is_feature_resource_tagging()) {
-        return Err(io::Error::new(
-            io::ErrorKind::Unsupported,
-            "this kernel's io_uring is too old: Linux 5.13 or newer is needed",
-        ));
-    }
-    Ok(ring)
-}
-
-/// The best set of flags that this kernel knows: it says EINVAL to one it does not.
-fn build_newest(entries: u32) -> io::Result<IoUring> {
-    let mut builder = IoUring::builder();
-    builder.dontfork().setup_clamp();
-    // 6.1: completions are worked off in `wait`, by the thread that waits.
-    let mut newest = builder.clone();
-    newest.setup_single_issuer().setup_defer_taskrun().setup_coop_taskrun().setup_taskrun_flag().setup_submit_all();
-    // 5.19: no interrupt to work them off.
-    let mut middle = builder.clone();
-    middle.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all();
-    for candidate in [newest, middle] {
-        match candidate.build(entries) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
-            decided => return decided,
-        }
-    }
-    builder.build(entries)
-}
-
-/// An error of io_uring_setup(2) in words that say what to change.
-fn explain(error: io::Error) -> io::Error {
-    let why = match error.raw_os_error() {
-        Some(libc::ENOSYS) => {
-            "io_uring is not available (ENOSYS): use a kernel built with CONFIG_IO_URING, or allow io_uring_setup, \
-             io_uring_enter and io_uring_register in the container's seccomp profile"
-        }
-        Some(libc::EPERM | libc::EACCES) => {
-            "io_uring is forbidden (EPERM): set the sysctl kernel.io_uring_disabled to 0 (or to 1 and join \
-             kernel.io_uring_group), or allow io_uring_setup, io_uring_enter and io_uring_register in the container's \
-             seccomp profile"
-        }
-        Some(libc::ENOMEM) => {
-            "no memory for an io_uring (ENOMEM): raise the limit of locked memory (RLIMIT_MEMLOCK; ulimit -l, or \
-             LimitMEMLOCK= in the systemd unit)"
-        }
-        Some(libc::EMFILE | libc::ENFILE) => {
-            "no file descriptor left for an io_uring: raise the limit of open files (RLIMIT_NOFILE; ulimit -n, or \
-             LimitNOFILE= in the systemd unit)"
-        }
-        _ => return io::Error::new(error.kind(), format!("cannot set up an io_uring: {error}")),
-    };
-    io::Error::new(error.kind(), why)
-}
-
 impl<J> Ring<J> {
     /// A ring for at most `depth` commands at once on `file`, which the caller keeps open for longer than the ring.
     /// Call it in the thread that will use the ring. Errors name the cause and the mend.
     pub(super) fn new(depth: usize, file: BorrowedFd<'_>, submission: Submission) -> io::Result<Self> {
-        // Every command and every watch has at most one entry that is not submitted: the queue cannot overflow.
-        let entries = u32::try_from(depth + MOST_WATCHES).expect("a queue's depth is small").next_power_of_two();
-        let ring = build(entries)?;
-        if (ring.params().sq_entries() as usize) < depth + MOST_WATCHES {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("queue depth {depth} is too large")));
-        }
+        let ring = match USED.take() {
+            Some(used) => used,
+            None => {
+                let ring = match prepared::take(depth + MOST_WATCHES)? {
+                    Source::Made(ring) => ring,
+                    // SAFETY: `prepare` made this io_uring and has these parameters from the kernel; nothing else owns
+                    // the descriptor.
+                    Source::Prepared(fd, parameters) => unsafe { IoUring::from_fd(fd.into_raw_fd(), parameters) }?,
+                };
+                // From here on this thread, and no other, may use it.
+                ring.submitter().register_enable_rings().map_err(prepared::explain)?;
+                ring
+            }
+        };
         // The kernel looks the file up once, not for each command.
-        ring.submitter().register_files(&[file.as_raw_fd()]).map_err(explain)?;
+        ring.submitter().register_files(&[file.as_raw_fd()]).map_err(prepared::explain)?;
         Ok(Ring {
-            ring,
+            ring: ManuallyDrop::new(ring),
             slots: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
             watches: Vec::new(),
@@ -204,7 +171,7 @@ impl<J> Ring<J> {
         if self.watches.len() == MOST_WATCHES {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many watched descriptors"));
         }
-        self.watches.push(Watch { fd: fd.try_clone_to_owned()?, token });
+        self.watches.push(Watch { fd: fd.try_clone_to_owned()?, token, armed: false });
         self.arm(self.watches.len() - 1);
         Ok(())
     }
@@ -266,6 +233,7 @@ impl<J> Ring<J> {
     }
 
     fn arm(&mut self, index: usize) {
+        self.watches[index].armed = true;
         let fd = types::Fd(self.watches[index].fd.as_raw_fd());
         let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true).build().user_data(WATCH | index as u64);
         self.queue_entry(&entry);
@@ -281,8 +249,48 @@ impl<J> Ring<J> {
         // SAFETY: what the entry points to (iovecs, guest memory) belongs to an `Active` in `slots`, which stays there
         // until the kernel's completion was read; `drop` waits for that, or leaks the slots. The file and the watched
         // descriptors stay open as long as the ring.
-        unsafe { self.ring.submission().push(entry) }.expect("sized for every command and watch in `new`");
+        while unsafe { self.ring.submission().push(entry) }.is_err() {
+            self.make_room();
+        }
         self.unsubmitted = true;
+    }
+
+    /// Ends the polls of the watches, so that the thread's next [`Ring`] finds the io_uring empty. Whether it is.
+    fn end_watches(&mut self) -> bool {
+        let mut cancels = 0;
+        for index in 0..self.watches.len() {
+            if self.watches[index].armed {
+                let cancel = opcode::AsyncCancel::new(WATCH | index as u64).build().user_data(CANCEL);
+                self.queue_entry(&cancel);
+                cancels += 1;
+            }
+        }
+        for _ in 0..MAX_CANCEL_WAITS {
+            while let Some(entry) = self.ring.completion().next() {
+                match entry.user_data() {
+                    CANCEL => cancels -= 1,
+                    data if !cqueue::more(entry.flags()) => self.watches[(data & !WATCH) as usize].armed = false,
+                    _ => {}
+                }
+            }
+            if cancels == 0 && self.watches.iter().all(|watch| !watch.armed) {
+                return true;
+            }
+            if self.enter(true, Some(CANCEL_WAIT)).is_err() {
+                break;
+            }
+        }
+        log::warn!("an io_uring does not let go of its watches and is given up; a prepared one is used instead");
+        false
+    }
+
+    /// Submits what the full queue holds: a prepared ring has fewer entries than a deep queue has commands.
+    #[cold]
+    fn make_room(&mut self) {
+        if let Err(error) = self.enter(false, None) {
+            // Only a broken process gets here, as in `enter`'s callers.
+            panic!("cannot submit I/O: {error}");
+        }
     }
 }
 
@@ -293,6 +301,7 @@ impl<J> Drop for Ring<J> {
                 // The kernel may still use the memory: it must stay for ever.
                 log::error!("cannot wait for I/O in flight ({error}); its memory is leaked");
                 std::mem::forget(std::mem::take(&mut self.slots));
+                // The io_uring, too.
                 return;
             }
             while let Some(entry) = self.ring.completion().next() {
@@ -300,12 +309,21 @@ impl<J> Drop for Ring<J> {
                 if data & WATCH == 0 {
                     self.slots[data as usize] = None;
                     self.free.push(data as usize);
+                } else if !cqueue::more(entry.flags()) {
+                    self.watches[(data & !WATCH) as usize].armed = false;
                 }
             }
         }
         // The kernel tears rings down later; the image is to be closed when its owner closes it.
-        if let Err(error) = self.ring.submitter().unregister_files() {
+        let closed = self.ring.submitter().unregister_files();
+        if let Err(error) = &closed {
             log::debug!("the image stays open until its ring is gone: {error}");
+        }
+        let reusable = prepared::in_use() && closed.is_ok() && self.end_watches();
+        // SAFETY: taken once, here; nothing uses it afterwards.
+        let ring = unsafe { ManuallyDrop::take(&mut self.ring) };
+        if reusable {
+            USED.set(Some(ring));
         }
     }
 }
@@ -421,20 +439,6 @@ fn clamp(len: usize) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_io_uring_that_is_not_to_be_had_says_what_to_change() {
-        for (errno, words) in [
-            (libc::ENOSYS, &["CONFIG_IO_URING", "seccomp"][..]),
-            (libc::EPERM, &["kernel.io_uring_disabled", "seccomp"]),
-            (libc::ENOMEM, &["RLIMIT_MEMLOCK", "LimitMEMLOCK="]),
-            (libc::EMFILE, &["RLIMIT_NOFILE", "LimitNOFILE="]),
-            (libc::EIO, &["io_uring", "os error 5"]),
-        ] {
-            let message = explain(io::Error::from_raw_os_error(errno)).to_string();
-            assert!(words.iter().all(|word| message.contains(word)), "{errno}: {message}");
-        }
-    }
 
     #[test]
     fn a_transfer_goes_on_ends_or_fails() {

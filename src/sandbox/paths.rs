@@ -2,9 +2,9 @@
 //! whoever asks the kernel, io_uring included. Besides: no TCP unless the image is reached over a network, no signal to
 //! and no abstract socket of other processes.
 
-use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::{fmt, fs};
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, PathFd, PathFdError, Ruleset, RulesetAttr,
@@ -98,16 +98,10 @@ pub(super) fn rules(config: &Config, stage: Stage, copy_dirs: Vec<OwnedFd>) -> R
     if stage == Stage::Serving {
         serving(config, &mut add)?;
     }
-    // What the kernel tells of the image's device and of ourselves, and what malloc(3) asks before it gives memory back.
-    // Where it is not mounted nothing can be read.
-    for (path, access) in [
-        ("/sys", AccessFs::ReadFile | AccessFs::ReadDir),
-        ("/proc/self", AccessFs::ReadFile | AccessFs::ReadDir),
-        ("/proc/sys/vm/overcommit_memory", AccessFs::ReadFile.into()),
-    ] {
-        if Path::new(path).exists() {
-            add(path, Path::new(path), access)?;
-        }
+    // What malloc(3) asks before it gives memory back. The image's device and the stack below it were read before.
+    let memory = Path::new("/proc/sys/vm/overcommit_memory");
+    if memory.exists() {
+        add("/proc", memory, AccessFs::ReadFile.into())?;
     }
     Ok(rules)
 }
@@ -125,19 +119,34 @@ fn serving(config: &Config, add: &mut Add<'_>) -> Result<(), PathsError> {
     for (option, path) in
         [("--socket-path", socket), ("--control-path", control), ("--pid-file", config.pid_file.as_ref())]
     {
-        if let Some(path) = path {
-            // To remove it at the end.
-            add(option, directory_of(path), AccessFs::RemoveFile.into())?;
+        // To remove it at the end.
+        if let Some(directory) = path.map(|path| directory_of(path))
+            && may_remove(option, directory)
+        {
+            add(option, directory, AccessFs::RemoveFile.into())?;
         }
     }
-    // systemd is told of the end. A name that begins with '@' is no path.
-    if let Some(path) = std::env::var_os("NOTIFY_SOCKET").map(PathBuf::from)
-        && path.is_absolute()
-        && path.exists()
-    {
-        add("NOTIFY_SOCKET", &path, AccessFs::ResolveUnix.into())?;
-    }
     Ok(())
+}
+
+/// Whether files of a directory may be removed in the sandbox. A rule holds for all that is beneath, so a directory with
+/// others beneath it, such as /run, is left alone: then the files are left at the end, and the next start replaces them.
+fn may_remove(option: &str, directory: &Path) -> bool {
+    // One that cannot be listed is an error of the rule.
+    let beneath = fs::read_dir(directory)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .find(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    if let Some(beneath) = &beneath {
+        log::warn!(
+            "{option}: '{}' has directories beneath it ('{}'), in which an intruder could remove files: ours is left there \
+             at the end, and the next start replaces it; put it into a directory of its own",
+            directory.display(),
+            beneath.file_name().display()
+        );
+    }
+    beneath.is_none()
 }
 
 fn directory_of(path: &Path) -> &Path {
@@ -147,15 +156,83 @@ fn directory_of(path: &Path) -> &Path {
     }
 }
 
-/// Restricts the calling thread and those that it starts. Returns what is in force, for the log; `Err(None)`: this
-/// kernel has none of it.
-pub(super) fn confine(rules: Vec<Rule>, needs: Needs) -> Result<String, Option<PathsError>> {
+/// The rules on paths that are in force.
+pub(super) struct Confined {
+    /// The kernel's version of them.
+    abi: ABI,
+    network: bool,
+}
+
+/// What a version of Landlock brought, from which Linux on, and what an intruder can do without it.
+struct Addition {
+    abi: ABI,
+    linux: &'static str,
+    reach: &'static str,
+    /// The filter of system calls stops that as well.
+    stopped_by: Stopped,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stopped {
+    /// Nothing does.
+    Nowhere,
+    /// The filter does.
+    Filter,
+    /// The filter does, if no datagram socket is open: systemd's (NOTIFY_SOCKET) is one, and sends to any.
+    FilterWithoutDatagrams,
+}
+
+/// Beside those of the first version. ABI 2 allows more than 1 does, 7 and 8 bring no rule.
+const ADDITIONS: &[Addition] = &[
+    Addition { abi: ABI::V3, linux: "6.2", reach: "truncate files of its user", stopped_by: Stopped::Nowhere },
+    Addition { abi: ABI::V4, linux: "6.7", reach: "make TCP connections", stopped_by: Stopped::Filter },
+    Addition { abi: ABI::V5, linux: "6.10", reach: "command devices by ioctl(2)", stopped_by: Stopped::Filter },
+    Addition { abi: ABI::V6, linux: "6.12", reach: "signal processes of its user", stopped_by: Stopped::Filter },
+    Addition {
+        abi: ABI::V6,
+        linux: "6.12",
+        reach: "send to abstract Unix sockets",
+        stopped_by: Stopped::FilterWithoutDatagrams,
+    },
+    Addition {
+        abi: ABI::V9,
+        linux: "7.1",
+        reach: "send to Unix sockets by their path",
+        stopped_by: Stopped::FilterWithoutDatagrams,
+    },
+];
+
+impl Confined {
+    /// What the kernel lacks, each with the Linux that has it: what an intruder can do therefore, and what the filter of
+    /// system calls stops. `filtered`: there is one; `datagrams`: a datagram socket is open.
+    pub(super) fn lacks(&self, filtered: bool, datagrams: bool) -> (Vec<String>, Vec<String>) {
+        let lacking = ADDITIONS.iter().filter(|it| it.abi > self.abi && !(self.network && it.abi == ABI::V4));
+        let (stopped, open): (Vec<_>, Vec<_>) = lacking.partition(|it| match it.stopped_by {
+            Stopped::Nowhere => false,
+            Stopped::Filter => filtered,
+            Stopped::FilterWithoutDatagrams => filtered && !datagrams,
+        });
+        let named = |list: Vec<&Addition>| list.iter().map(|it| format!("{} (Linux {})", it.reach, it.linux)).collect();
+        (named(open), named(stopped))
+    }
+}
+
+/// For the log.
+impl fmt::Display for Confined {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Landlock {:?}", self.abi)
+    }
+}
+
+/// Restricts the calling thread and those that it starts. Returns what is in force; `Err(None)`: this kernel has none of
+/// it.
+pub(super) fn confine(rules: Vec<Rule>, needs: Needs) -> Result<Confined, Option<PathsError>> {
     let set = || -> Result<_, RulesetError> {
-        let mut ruleset = Ruleset::default().handle_access(AccessFs::from_all(KNOWN))?.scope(Scope::Signal)?;
-        // systemd's socket may be an abstract one.
-        if !std::env::var_os("NOTIFY_SOCKET").is_some_and(|name| name.as_encoded_bytes().starts_with(b"@")) {
-            ruleset = ruleset.scope(Scope::AbstractUnixSocket)?;
-        }
+        // systemd's socket is connected already: scopes are about others.
+        let mut ruleset = Ruleset::default()
+            .handle_access(AccessFs::from_all(KNOWN))?
+            .scope(Scope::Signal)?
+            .scope(Scope::AbstractUnixSocket)?;
         if !needs.network {
             ruleset = ruleset.handle_access(AccessNet::from_all(KNOWN))?;
         }
@@ -165,6 +242,29 @@ pub(super) fn confine(rules: Vec<Rule>, needs: Needs) -> Result<String, Option<P
     let status = set().map_err(|error| Some(PathsError::Rules(error)))?;
     match (status.ruleset, status.landlock) {
         (RulesetStatus::NotEnforced, _) | (_, LandlockStatus::NotEnabled | LandlockStatus::NotImplemented) => Err(None),
-        (_, LandlockStatus::Available { effective_abi, .. }) => Ok(format!("Landlock {effective_abi:?}")),
+        (_, LandlockStatus::Available { effective_abi, .. }) => {
+            Ok(Confined { abi: effective_abi, network: needs.network })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_lacks_is_named_unless_the_filter_stops_it() {
+        let lacks = |abi, network, filtered, datagrams| Confined { abi, network }.lacks(filtered, datagrams);
+        let (open, stopped) = lacks(ABI::V9, false, false, true);
+        assert_eq!((open.len(), stopped.len()), (0, 0));
+        // Linux 6.18.
+        let (open, stopped) = lacks(ABI::V7, false, true, false);
+        assert_eq!((open.len(), &*stopped), (0, &["send to Unix sockets by their path (Linux 7.1)".to_string()][..]));
+        assert_eq!(lacks(ABI::V7, false, true, true).0, stopped, "systemd's socket sends datagrams");
+        assert_eq!(lacks(ABI::V7, false, false, false).0, stopped);
+        // Linux 6.1.
+        let (open, stopped) = lacks(ABI::V2, false, true, false);
+        assert_eq!((open, stopped.len()), (vec!["truncate files of its user (Linux 6.2)".to_string()], 5));
+        assert_eq!(lacks(ABI::V2, true, false, false).0.len(), 5, "a network is needed");
     }
 }

@@ -37,7 +37,7 @@ impl Account {
 
     /// Becomes this user for good, with the groups that it is a member of. Every thread; Linux drops all capabilities.
     pub(super) fn assume(&self, config: &Config) -> Result<(), SandboxError> {
-        if Uid::effective().is_root() {
+        if Uid::effective().is_root() && !self.uid.is_root() {
             let failed = |what: &'static str| {
                 move |errno: nix::Error| SandboxError::Switch(self.name.clone(), what, errno.into())
             };
@@ -73,16 +73,28 @@ fn image_place(config: &Config) -> Option<io::Result<std::os::fd::OwnedFd>> {
     Some(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(Into::into))
 }
 
-/// Root's, for those who do not name a user: images and directories that belong to others. The calling thread and those
-/// that it starts.
-pub(super) fn keep_few_capabilities() -> Result<(), SandboxError> {
+/// Root is for those who ask for it (`--user root`): to the rest of the host an intruder in this daemon is root, too.
+pub(super) fn warn_of_root() {
+    if Uid::effective().is_root() {
+        log::warn!(
+            "this daemon stays root: whoever breaks into it may do to files and processes what root may, as far as the \
+             sandbox lets it; name a user that may open the image (--user, or User= in the systemd unit), or say --user root"
+        );
+    }
+}
+
+/// Root's, for those who do not name a user: images and directories that belong to others. `switch`: and those to become
+/// another user, which gives all of them up: a library's threads become that user with the rest, and the C library ends
+/// the process if one of them cannot. The calling thread and those that it starts.
+pub(super) fn keep_few_capabilities(switch: bool) -> Result<(), SandboxError> {
     if !Uid::effective().is_root() {
         return Ok(());
     }
     let all = rustix::thread::capabilities(None).map_err(|errno| SandboxError::Capabilities(errno.into()))?;
     // IPC_LOCK: before Linux 5.12 the rings of io_uring counted as locked memory.
     let wanted = CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH | CapabilitySet::IPC_LOCK;
-    let kept = all.permitted & wanted;
+    let switching = CapabilitySet::SETUID | CapabilitySet::SETGID;
+    let kept = all.permitted & if switch { wanted | switching } else { wanted };
     let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
     set_capabilities(None, sets).map_err(|errno| SandboxError::Capabilities(errno.into()))
 }

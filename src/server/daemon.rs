@@ -26,6 +26,7 @@ impl Daemon {
     /// Opens and binds everything, enters the sandbox, and takes the guest over if there is one to be taken over.
     pub(super) fn start(config: &Config, signals: Signals) -> Result<Daemon, ServerError> {
         let sandbox = Sandbox::prepare(config).map_err(ServerError::Sandbox)?;
+        notify::connect();
         // A socket that was given to the daemon before us need not be given to us.
         let prepare = || socket::prepare(&config.listen).map_err(ServerError::Socket);
         let prepared = if config.take_over.is_none() { Some(prepare()?) } else { None };

@@ -5,18 +5,41 @@ use std::io;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::OnceLock;
+
+/// Connected; `None`: systemd did not ask, or cannot be reached.
+static SOCKET: OnceLock<Option<UnixDatagram>> = OnceLock::new();
+
+/// Connects to systemd, if it asked to be told. Before the sandbox is entered, in which no socket is made.
+pub(crate) fn connect() {
+    SOCKET.get_or_init(|| {
+        let address = std::env::var_os("NOTIFY_SOCKET")?;
+        match connect_to(&address) {
+            Ok(socket) => Some(socket),
+            Err(error) => {
+                log::warn!("cannot reach systemd on NOTIFY_SOCKET {}: {error}; it is told nothing", address.display());
+                None
+            }
+        }
+    });
+}
+
+/// Whether a state that is sent reaches systemd's socket.
+pub(crate) fn is_connected() -> bool {
+    SOCKET.get().is_some_and(Option::is_some)
+}
 
 /// Sends one state, such as `READY=1`. A failure costs no guest its disk: it is logged.
 pub(crate) fn systemd(state: &str) {
-    let Some(address) = std::env::var_os("NOTIFY_SOCKET") else {
-        return;
-    };
-    if let Err(error) = send(&address, state) {
-        log::warn!("cannot tell {state} to systemd on NOTIFY_SOCKET {}: {error}", address.display());
+    connect();
+    if let Some(Some(socket)) = SOCKET.get()
+        && let Err(error) = socket.send(state.as_bytes())
+    {
+        log::warn!("cannot tell {state} to systemd on its NOTIFY_SOCKET: {error}");
     }
 }
 
-fn send(address: &OsStr, state: &str) -> io::Result<()> {
+fn connect_to(address: &OsStr) -> io::Result<UnixDatagram> {
     let address = match address.as_bytes() {
         [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
         _ => SocketAddr::from_pathname(address)?,
@@ -24,7 +47,8 @@ fn send(address: &OsStr, state: &str) -> io::Result<()> {
     let socket = UnixDatagram::unbound()?;
     // A full queue must not keep the front-ends waiting.
     socket.set_nonblocking(true)?;
-    socket.send_to_addr(state.as_bytes(), &address).map(|_| ())
+    socket.connect_addr(&address)?;
+    Ok(socket)
 }
 
 #[cfg(test)]
@@ -42,11 +66,11 @@ mod tests {
         ];
         for (address, variable) in addresses {
             let systemd = UnixDatagram::bind_addr(&address).unwrap();
-            send(&variable, "READY=1").unwrap();
+            connect_to(&variable).unwrap().send(b"READY=1").unwrap();
             let mut text = [0; 32];
             let length = systemd.recv(&mut text).unwrap();
             assert_eq!(&text[..length], b"READY=1");
         }
-        assert!(send(OsStr::new("/does/not/exist"), "READY=1").is_err());
+        assert!(connect_to(OsStr::new("/does/not/exist")).is_err());
     }
 }

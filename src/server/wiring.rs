@@ -14,7 +14,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use super::upgrade::Requests;
 use super::{Control, Served, ServerError, upgrade};
 use crate::backend::Backend;
-use crate::backend::file::{FileBackend, FileOptions, OpenError};
+use crate::backend::file::{FileBackend, FileOptions, OpenError, prepare_io_urings};
 use crate::backend::mem::{MemBackend, MemOptions};
 use crate::backend::null::NullBackend;
 use crate::backend::point_in_time::{self, CopyDirectory, PointInTime};
@@ -26,6 +26,7 @@ use crate::config::{BackendKind, Config};
 use crate::control::{self, ImageNotices};
 use crate::disk::{Copies, Disk, DiskStatus, Events, FailedRequest, ImageSnapshots};
 use crate::listen::MORE_DESCRIPTORS;
+use crate::sandbox;
 use crate::upgrade::DiskFacts;
 use crate::virtio::hand_over::{HandedOver, Steps};
 use crate::virtio::moving::Moved;
@@ -54,13 +55,14 @@ pub(super) fn open(
     let events = Arc::new(events);
     let depot = Depot::new(Depot::USUAL);
     let image = open_backend(config, &depot)?;
+    let queues = with_io_urings(config, affordable(config.num_queues))?;
     // Copies of an instant in front: see the head of backend::stable for the order.
     let stable = StableBackend::new(image, config.stable_writes, depot, events.clone());
     let copies = point_in_time::Tuning { directories: copy_directories.into(), ..point_in_time::Tuning::default() };
     let backend = Arc::new(PointInTime::with_tuning(Arc::new(stable), events.clone(), copies));
     let options = DeviceOptions {
         mode: config.cache,
-        num_queues: affordable(config.num_queues),
+        num_queues: queues,
         queue_size: config.queue_size,
         serial: config.serial.clone(),
     };
@@ -122,6 +124,21 @@ fn affordable(wanted: u16) -> u16 {
         );
     }
     offered
+}
+
+/// Makes the io_urings of so many queues, where the sandbox will let none be made later. As many queues as have one.
+fn with_io_urings(config: &Config, wanted: u16) -> io::Result<u16> {
+    if !sandbox::makes_io_urings_first(config) {
+        return Ok(wanted);
+    }
+    let offered = prepare_io_urings(wanted)?;
+    if offered < wanted {
+        log::warn!(
+            "{offered} queues are offered instead of {wanted}: there is memory for no more io_urings; raise RLIMIT_MEMLOCK \
+             (LimitMEMLOCK= in the systemd unit), which all daemons of a user share, or ask for fewer (--num-queues)"
+        );
+    }
+    Ok(offered)
 }
 
 fn open_backend(config: &Config, memory: &Arc<Depot>) -> Result<Arc<dyn Backend>, Box<dyn Error + Send + Sync>> {

@@ -20,7 +20,7 @@ use super::rings::{Command, Mailbox, Rings};
 use super::split_ring::{Place, SplitRing};
 use super::worker::{self, Setup, Stop};
 use crate::disk::Event;
-use crate::sync::thread::{self, JoinHandle};
+use crate::sync::reused::{self, Task};
 use crate::sync::{Bell, mpsc};
 use crate::sys;
 
@@ -110,7 +110,7 @@ pub(super) struct QueueState {
 
 enum Life {
     Stopped(Stopped),
-    Running { mailbox: Mailbox, thread: JoinHandle<Stopped> },
+    Running { mailbox: Mailbox, thread: Task<Stopped> },
 }
 
 impl QueueState {
@@ -281,7 +281,7 @@ impl QueueState {
             let stopped = received.recv().expect("sent right after the thread was made");
             worker::run(setup, ring, stopped, counters, hold)
         };
-        match thread::Builder::new().name(name).spawn(body) {
+        match reused::spawn(name, body) {
             Ok(thread) => {
                 log::debug!("ring {} runs, {} descriptors", self.index, stopped.size);
                 let sent = hand_over.send(stopped);

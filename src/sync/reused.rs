@@ -1,0 +1,118 @@
+//! Threads that are used again. Once [`keep_threads`] was called a thread that has done its work waits for more: an
+//! io_uring that is prepared before the sandbox is entered belongs to the thread that first used it, for ever, and no
+//! other can be made.
+
+use std::io;
+
+#[cfg(feature = "model")]
+pub(crate) use model::{Task, spawn};
+#[cfg(not(feature = "model"))]
+pub(crate) use real::{Task, keep_threads, spawn};
+
+#[cfg(not(feature = "model"))]
+mod real {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::mpsc::{self, Receiver, Sender};
+    use std::thread;
+
+    use super::io;
+
+    /// Does the work and returns how to say that it is done.
+    type Job = Box<dyn FnOnce() -> Box<dyn FnOnce()> + Send>;
+
+    struct Named {
+        name: String,
+        job: Job,
+    }
+
+    static KEEP: AtomicBool = AtomicBool::new(false);
+    /// Threads that wait for work.
+    static IDLE: Mutex<Vec<Sender<Named>>> = Mutex::new(Vec::new());
+
+    /// From now on threads wait for more work. Main, before the first is started.
+    pub(crate) fn keep_threads() {
+        KEEP.store(true, Ordering::Relaxed);
+    }
+
+    /// Work that a thread does.
+    pub(crate) struct Task<T>(Receiver<T>);
+
+    impl<T> Task<T> {
+        /// Waits for its end. `None`: it panicked.
+        pub(crate) fn join(self) -> Option<T> {
+            self.0.recv().ok()
+        }
+    }
+
+    /// Starts `work` in an idle thread, or in a new one. Errors: no thread can be made.
+    pub(crate) fn spawn<T: Send + 'static>(
+        name: String,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<Task<T>> {
+        let (done, outcome) = mpsc::sync_channel(1);
+        let job = move || {
+            let result = work();
+            // Nobody may wait for it.
+            Box::new(move || drop(done.send(result))) as Box<dyn FnOnce()>
+        };
+        let mut named = Named { name, job: Box::new(job) };
+        while let Some(idle) = take_idle() {
+            match idle.send(named) {
+                Ok(()) => return Ok(Task(outcome)),
+                Err(mpsc::SendError(back)) => named = back,
+            }
+        }
+        let Named { name, job } = named;
+        thread::Builder::new().name(name).spawn(move || serve(job))?;
+        Ok(Task(outcome))
+    }
+
+    fn take_idle() -> Option<Sender<Named>> {
+        IDLE.lock().expect("no panic while held").pop()
+    }
+
+    fn serve(first: Job) {
+        let (sender, jobs) = mpsc::channel();
+        let mut job = first;
+        loop {
+            let say_done = job();
+            if !KEEP.load(Ordering::Relaxed) {
+                return say_done();
+            }
+            // Before anybody learns of the end, and starts the next: it must find this thread.
+            IDLE.lock().expect("no panic while held").push(sender.clone());
+            say_done();
+            let Ok(named) = jobs.recv() else { return };
+            let name = std::ffi::CString::new(named.name).unwrap_or_default();
+            if let Err(errno) = rustix::thread::set_name(&name) {
+                log::debug!("a thread keeps its old name: {errno}");
+            }
+            job = named.job;
+        }
+    }
+}
+
+#[cfg(feature = "model")]
+mod model {
+    use super::io;
+    use crate::sync::thread;
+
+    /// Work that a thread does.
+    pub(crate) struct Task<T>(thread::JoinHandle<T>);
+
+    impl<T> Task<T> {
+        /// Waits for its end. `None`: it panicked.
+        pub(crate) fn join(self) -> Option<T> {
+            self.0.join().ok()
+        }
+    }
+
+    /// Starts `work` in a thread of its own.
+    pub(crate) fn spawn<T: Send + 'static>(
+        name: String,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<Task<T>> {
+        thread::Builder::new().name(name).spawn(work).map(Task)
+    }
+}
