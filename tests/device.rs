@@ -25,6 +25,8 @@ use vm_memory::{Bytes, GuestAddress};
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
+/// VIRTIO_BLK_T_BARRIER of virtio 0.9.5.
+const BARRIER: u32 = 1 << 31;
 const SIZE: u64 = 8 << 20;
 const SECTORS: u64 = SIZE / 512;
 
@@ -84,6 +86,12 @@ fn every_request_in_every_mode() {
         assert_eq!(guest.range(0, DISCARD, 16, 16, 0), OK);
         let (status, serial) = guest.ask(0, GET_ID, 0, &[], 20);
         assert_eq!((status, &serial[..]), (OK, &b"rig-0123456789-too-l"[..]));
+        for len in [1, 8, 19, 21, 64] {
+            let (status, serial) = guest.ask(0, GET_ID, 0, &[], len);
+            let shown = serial.len().min(20);
+            assert_eq!((status, &serial[..shown]), (OK, &b"rig-0123456789-too-l"[..shown]), "{len} bytes");
+        }
+        assert_eq!(guest.ask(0, GET_ID, 0, &[], 0).0, OK);
         assert_eq!(guest.ask(0, 99, 0, &[], 512).0, UNSUPP);
         assert_eq!(guest.read(0, SECTORS, 512).0, IOERR);
         assert_eq!(guest.write(0, SECTORS - 1, &[1; 1024]), IOERR);
@@ -93,6 +101,25 @@ fn every_request_in_every_mode() {
         assert_eq!(u64::from_le_bytes(config[..8].try_into().unwrap()), SECTORS);
         assert_eq!(config[32], u8::from(has_cache));
         assert_eq!(guest.config(96).len(), 96);
+    }
+}
+
+/// A driver of virtio 0.9.5 flushes with type 5, and may set the bit of a barrier in any type.
+#[test]
+fn old_drivers_flush_and_write_with_their_own_types() {
+    for mode in CacheMode::ALL {
+        for flush in [FLUSH | 1, FLUSH | BARRIER, FLUSH | 1 | BARRIER] {
+            let rig = rig(mode);
+            let mut guest = connect(&rig, 1);
+            let data = pattern(3, 4096);
+            assert_eq!(guest.ask(0, OUT | BARRIER, 8, &data, 0).0, OK);
+            assert_eq!(guest.ask(0, IN | BARRIER, 8, &[], 4096), (OK, data), "{mode}");
+            let before = rig.status().total.syncs;
+            assert_eq!(guest.ask(0, flush, 0, &[], 0).0, OK, "{mode}: {flush:#x}");
+            let synced = rig.status().total.syncs - before;
+            let has_cache = matches!(mode, CacheMode::None | CacheMode::Writeback);
+            assert!(synced == 1 || !has_cache, "{mode}: {flush:#x} made {synced} syncs");
+        }
     }
 }
 

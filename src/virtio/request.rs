@@ -26,7 +26,15 @@ pub const UNSUPP: Status = VIRTIO_BLK_S_UNSUPP as u8;
 const HEADER: usize = 16;
 /// Bytes of `struct virtio_blk_discard_write_zeroes`.
 const RANGE: usize = 16;
-/// Bytes of the serial that GET_ID returns.
+/// The bit that old drivers set in a type for a barrier (virtio 0.9.5, VIRTIO_BLK_T_BARRIER). Barriers are not offered,
+/// and QEMU ignores the bit (virtio_blk_handle_request).
+const BARRIER: u32 = 1 << 31;
+/// The type by which old drivers flush (virtio 0.9.5, VIRTIO_BLK_T_FLUSH_OUT): a driver that is refused it believes that
+/// there is no cache and never flushes again.
+const FLUSH_OUT: u32 = VIRTIO_BLK_T_FLUSH | VIRTIO_BLK_T_OUT;
+/// GET_ID with the bit of the direction, which QEMU takes, too.
+const GET_ID_OUT: u32 = VIRTIO_BLK_T_GET_ID | VIRTIO_BLK_T_OUT;
+/// Bytes of the serial that GET_ID returns at most.
 pub const ID_BYTES: usize = 20;
 /// More data segments than Linux takes in one vectored call (IOV_MAX) are refused.
 const MOST_SEGMENTS: usize = 1024;
@@ -142,7 +150,7 @@ impl Parser {
             take_last_byte(&mut self.writable).ok_or(Malformed { head, why: "no writable byte for the status" })?;
         let writable = total(&self.writable);
         let header = self.take_sixteen(memory).ok_or(Malformed { head, why: "no complete request header" })?;
-        let command = self.decode(memory, &header, writable, geometry);
+        let command = self.decode(memory, &header, geometry);
         Ok(Request { head, status_at, writable, command })
     }
 
@@ -204,16 +212,10 @@ impl Parser {
         Some(bytes)
     }
 
-    fn decode(
-        &mut self,
-        memory: &Mapped,
-        header: &[u8; HEADER],
-        writable: u32,
-        geometry: &Geometry,
-    ) -> Result<Command, Status> {
+    fn decode(&mut self, memory: &Mapped, header: &[u8; HEADER], geometry: &Geometry) -> Result<Command, Status> {
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = *header;
         let sector = u64::from_le_bytes(sector);
-        match u32::from_le_bytes([t0, t1, t2, t3]) {
+        match u32::from_le_bytes([t0, t1, t2, t3]) & !BARRIER {
             VIRTIO_BLK_T_IN => {
                 let (offset, len) = data_range(sector, &self.writable, geometry)?;
                 Ok(Command::Read { offset, len })
@@ -223,9 +225,8 @@ impl Parser {
                 let (offset, len) = data_range(sector, self.readable(), geometry)?;
                 Ok(Command::Write { offset, len })
             }
-            VIRTIO_BLK_T_FLUSH => Ok(Command::Flush),
-            VIRTIO_BLK_T_GET_ID if (writable as usize) < ID_BYTES => Err(IOERR),
-            VIRTIO_BLK_T_GET_ID => Ok(Command::GetId),
+            VIRTIO_BLK_T_FLUSH | FLUSH_OUT => Ok(Command::Flush),
+            VIRTIO_BLK_T_GET_ID | GET_ID_OUT => Ok(Command::GetId),
             VIRTIO_BLK_T_DISCARD => self.decode_discard(memory, geometry),
             VIRTIO_BLK_T_WRITE_ZEROES => self.decode_write_zeroes(memory, geometry),
             _ => Err(UNSUPP),
@@ -566,17 +567,23 @@ mod tests {
         for (kind, command) in [
             (VIRTIO_BLK_T_FLUSH, Ok(Command::Flush)),
             (VIRTIO_BLK_T_GET_ID, Ok(Command::GetId)),
+            (5, Ok(Command::Flush)),
+            (9, Ok(Command::GetId)),
+            // SCSI commands, and types of zoned disks and of secure erase.
             (2, Err(UNSUPP)),
+            (3, Err(UNSUPP)),
             (10, Err(UNSUPP)),
             (14, Err(UNSUPP)),
-            (u32::MAX, Err(UNSUPP)),
+            (i32::MAX as u32, Err(UNSUPP)),
         ] {
-            put_header(&memory, kind, 0);
-            assert_eq!(parse(&memory, &parts).unwrap().0.command, command);
+            for barrier in [0, BARRIER] {
+                put_header(&memory, kind | barrier, 0);
+                assert_eq!(parse(&memory, &parts).unwrap().0.command, command, "{kind}");
+            }
         }
         put_header(&memory, VIRTIO_BLK_T_GET_ID, 0);
         let short = [(HEADER_AT, 16, 0), (DATA_AT, 19, WRITE), (STATUS_AT, 1, WRITE)];
-        assert_eq!(parse(&memory, &short).unwrap().0.command, Err(IOERR));
+        assert_eq!(parse(&memory, &short).unwrap().0.command, Ok(Command::GetId));
         put_header(&memory, VIRTIO_BLK_T_OUT, 0);
         let write = [(HEADER_AT, 16, 0), (DATA_AT, 512, 0), (STATUS_AT, 1, WRITE)];
         let read_only = Geometry { read_only: true, ..geometry() };

@@ -518,11 +518,12 @@ impl Worker {
         self.setup.memory.buffer(self.parser.data(command), spare).map_err(|_| request::IOERR)
     }
 
-    /// GET_ID: twenty bytes, zero-padded (virtio 1.3, 5.2.6).
+    /// GET_ID: twenty bytes, zero-padded (virtio 1.3, 5.2.6). A shorter buffer gets as many of them as it holds, as from
+    /// QEMU (virtio_blk_handle_request).
     fn write_serial(&self) -> Status {
         match self.setup.memory.buffer(self.parser.data(&Ask::GetId), None) {
             Ok(buf) => {
-                buf.copy_from(0, &self.setup.serial[..]);
+                buf.copy_from(0, &self.setup.serial[..ID_BYTES.min(buf.len())]);
                 self.log_writes(self.parser.data(&Ask::GetId));
                 request::OK
             }
