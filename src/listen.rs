@@ -2,22 +2,24 @@
 //!
 //! The socket is never more open than its mode, not for a moment: on Linux, bind(2) makes the file with the mode of the
 //! unbound socket (fchmod(2) on its descriptor) less the umask, so neither the process-wide umask is touched nor is
-//! there a window before a chmod. A socket that a dead server left behind is replaced; a living server's never: only
+//! there a window before a chmod. What the umask took is given back, and a group is set, through a descriptor of the
+//! bound file ([`OwnFile`]), never by its path: the directory may belong to another user, who may put a link there. A socket that a dead server left behind is replaced; a living server's never: only
 //! connect(2) tells them apart. Two servers that start at once take turns by a lock on the directory, which leaves no
 //! file behind.
 
 use std::fmt;
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use rustix::fs::{FlockOperation, Mode, fchmod, flock};
+use rustix::fs::{AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, chownat, fchmod, flock, fstat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
+use rustix::process::geteuid;
 
 /// The longest path that fits into a `sockaddr_un` with its final zero (unix(7)).
 pub const LONGEST_PATH: usize = 107;
@@ -49,6 +51,8 @@ pub enum BindError {
     NoDirectory(PathBuf),
     /// Permission denied.
     Denied(PathBuf, io::Error),
+    /// Something else had its name as soon as it was bound.
+    Replaced(PathBuf),
     /// Anything else.
     Other(PathBuf, io::Error),
 }
@@ -79,6 +83,12 @@ impl fmt::Display for BindError {
                 f,
                 "the socket '{}' cannot be created: {error}; give this user write permission in its directory, or use \
                  another socket path",
+                path.display()
+            ),
+            BindError::Replaced(path) => write!(
+                f,
+                "the socket '{}' was replaced by another file while it was made: see who may write in its directory, or \
+                 use another one",
                 path.display()
             ),
             BindError::Other(path, error) if out_of_descriptors(error) => {
@@ -133,13 +143,45 @@ pub fn bind_unix(path: &Path, mode: u32) -> Result<UnixListener, BindError> {
         Err(errno) => return Err(failed(errno)),
     }
     // Bound. From here on, failure must not leave the file behind.
+    let own = OwnFile::open(path)?;
     let file = SocketFile::of(path).map_err(|error| BindError::io(path, error))?;
     // Gives back what the umask took.
-    fs::set_permissions(path, Permissions::from_mode(mode.as_raw_mode()))
-        .map_err(|error| BindError::io(path, error))?;
+    own.set_mode(mode.as_raw_mode()).map_err(|error| BindError::io(path, error))?;
     listen(&socket, BACKLOG).map_err(failed)?;
     file.keep();
     Ok(UnixListener::from(socket))
+}
+
+/// The file of a socket that we have bound, by a descriptor: whatever its name means later, this is the file.
+pub(crate) struct OwnFile(OwnedFd);
+
+impl OwnFile {
+    /// Opens the file at `path` if it is a socket of our user's with one name. Whoever may write in the directory may have
+    /// put something else there: a link of either kind would lead to a file that is not his.
+    pub(crate) fn open(path: &Path) -> Result<OwnFile, BindError> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let opened = rustix::fs::open(path, flags, Mode::empty()).and_then(|file| Ok((fstat(&file)?, file)));
+        let (stat, file) = opened.map_err(|errno| match errno {
+            Errno::NOENT => BindError::Replaced(path.to_owned()),
+            errno => BindError::new(path, errno),
+        })?;
+        let is_socket = FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
+        if !is_socket || stat.st_uid != geteuid().as_raw() || stat.st_nlink != 1 {
+            return Err(BindError::Replaced(path.to_owned()));
+        }
+        Ok(OwnFile(file))
+    }
+
+    /// Sets its permission bits. fchmod(2) takes no such descriptor, and fchmodat2(2) is of Linux 6.6; this name leads to
+    /// the open file itself.
+    pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
+        fs::set_permissions(format!("/proc/self/fd/{}", self.0.as_raw_fd()), Permissions::from_mode(mode))
+    }
+
+    /// Gives it to a group.
+    pub(crate) fn set_group(&self, group: Gid) -> io::Result<()> {
+        Ok(chownat(&self.0, "", None, Some(group), AtFlags::EMPTY_PATH)?)
+    }
 }
 
 /// Removes the socket of a dead server; refuses everything else that is in the way.
@@ -279,6 +321,56 @@ mod tests {
         fchmod(&socket, Mode::from_raw_mode(0o600)).unwrap();
         bind(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
         assert_eq!(mode_of(&path) & !0o600, 0);
+    }
+
+    #[test]
+    fn only_a_socket_of_our_own_is_given_permissions() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        fs::set_permissions(&file, Permissions::from_mode(0o600)).unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        let twice = dir.path().join("twice");
+        let listener = bind_unix(&twice, 0o600).unwrap();
+        fs::hard_link(&twice, dir.path().join("other")).unwrap();
+        for path in [&file, &link, &twice] {
+            assert!(matches!(OwnFile::open(path), Err(BindError::Replaced(_))), "{}", path.display());
+        }
+        drop(listener);
+    }
+
+    #[test]
+    fn a_link_that_takes_the_sockets_place_keeps_its_target_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, path) = (dir.path().join("target"), dir.path().join("s"));
+        fs::write(&target, "").unwrap();
+        fs::set_permissions(&target, Permissions::from_mode(0o600)).unwrap();
+        let is_over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // The owner of the directory waits for the socket and puts a link in its place.
+            scope.spawn(|| {
+                let link = dir.path().join("link");
+                while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                    // It may be there still: the last rename found no socket.
+                    let _ = std::os::unix::fs::symlink(&target, &link);
+                    while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                        if fs::symlink_metadata(&path).is_ok_and(|found| found.file_type().is_socket()) {
+                            // It may have gone meanwhile.
+                            let _ = fs::rename(&link, &path);
+                            break;
+                        }
+                    }
+                }
+            });
+            for _ in 0..3000 {
+                // Replaced, or bound before the other one was there.
+                let _ = bind_unix(&path, 0o666);
+                let _ = fs::remove_file(&path);
+            }
+            is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        assert_eq!(mode_of(&target), 0o600);
     }
 
     #[test]

@@ -3,17 +3,15 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::unistd::{Gid, Group};
-use rustix::fs::{AtFlags, CWD, chownat};
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
 use super::inherited;
 use crate::config::Listen;
-use crate::listen::{BindError, SocketFile, bind_unix};
+use crate::listen::{BindError, OwnFile, SocketFile, bind_unix};
 
 /// Permission bits until the group is set: nobody else's before it is the right group's.
 const OWNER_ONLY: u32 = 0o600;
@@ -145,10 +143,9 @@ pub(super) fn guard(path: &Path) -> Option<SocketFile> {
 
 fn give_to_group(path: &Path, mode: u32, group: Gid) -> Result<(), SocketError> {
     let failed = |what: String| move |error: io::Error| SocketError::Permissions(path.to_path_buf(), what, error);
-    let gid = rustix::fs::Gid::from_raw(group.as_raw());
-    chownat(CWD, path, None, Some(gid), AtFlags::SYMLINK_NOFOLLOW)
-        .map_err(|errno| failed(format!("to group {group}"))(errno.into()))?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(failed(format!("mode {mode:04o}")))
+    let file = OwnFile::open(path).map_err(SocketError::Bind)?;
+    file.set_group(rustix::fs::Gid::from_raw(group.as_raw())).map_err(failed(format!("to group {group}")))?;
+    file.set_mode(mode).map_err(failed(format!("mode {mode:04o}")))
 }
 
 /// The vhost-user socket. Dropping it ends listening; our own path is removed, an inherited one's is its maker's.
