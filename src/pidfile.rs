@@ -1,7 +1,7 @@
 //! The pid file: whoever holds its lock is the daemon that runs, whatever the file says.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -23,6 +23,8 @@ pub struct PidFile {
 pub enum PidFileError {
     /// A living process holds it; what the file says of it.
     Held(PathBuf, String),
+    /// Another user could write what a service manager believes; why.
+    NotOurs(PathBuf, String),
     /// The file cannot be made or written.
     Io(PathBuf, io::Error),
 }
@@ -33,6 +35,12 @@ impl fmt::Display for PidFileError {
             PidFileError::Held(path, owner) => write!(
                 f,
                 "the pid file '{}' is held by a process that runs (pid {owner}): stop it, or name another --pid-file",
+                path.display()
+            ),
+            PidFileError::NotOurs(path, why) => write!(
+                f,
+                "the pid file '{}' {why}, so another user could name a process in it for a service manager to signal: \
+                 remove it, or name another --pid-file",
                 path.display()
             ),
             PidFileError::Io(path, error) => {
@@ -64,6 +72,9 @@ impl PidFile {
                     io::ErrorKind::InvalidInput,
                     "it is there and not a regular file",
                 )));
+            }
+            if let Some(why) = reachable_by_others(&data, rustix::process::geteuid().as_raw()) {
+                return Err(PidFileError::NotOurs(path.to_path_buf(), why));
             }
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
@@ -127,6 +138,20 @@ impl Drop for PidFile {
     }
 }
 
+/// Why others than `user` could write this file, or it is another file's content, too. An ACL shows in the bits of the
+/// group (acl(5)).
+fn reachable_by_others(data: &Metadata, user: u32) -> Option<String> {
+    match data {
+        data if data.uid() != user => Some(format!("belongs to another user (uid {})", data.uid())),
+        data if data.mode() & 0o022 != 0 => {
+            Some(format!("may be written by others (mode {:04o})", data.mode() & 0o7777))
+        }
+        // None: it was removed meanwhile, and another one is made.
+        data if data.nlink() > 1 => Some(format!("has {} names", data.nlink())),
+        _ => None,
+    }
+}
+
 /// Whether the path names this open file.
 fn names(path: &Path, file: &File) -> io::Result<bool> {
     let ours = file.metadata()?;
@@ -179,6 +204,36 @@ mod tests {
         std::fs::write(&path, "4194304999999\nand more").unwrap();
         let _held = PidFile::create(&path).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
+    }
+
+    #[test]
+    fn a_file_that_others_reach_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pid");
+        let refused = |words: &str| {
+            let error = PidFile::create(&path).unwrap_err();
+            assert!(matches!(error, PidFileError::NotOurs(..)) && error.to_string().contains(words), "{error}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), "1\n", "written");
+        };
+        std::fs::write(&path, "1\n").unwrap();
+        for mode in [0o666, 0o664, 0o622] {
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            refused(&format!("mode {mode:04o}"));
+        }
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        let other = directory.path().join("other");
+        std::fs::hard_link(&path, &other).unwrap();
+        refused("2 names");
+        std::fs::remove_file(&other).unwrap();
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(&path, Some(65534), None).unwrap();
+            refused("uid 65534");
+            std::os::unix::fs::chown(&path, Some(0), None).unwrap();
+        } else {
+            println!("SKIPPED: only root can give a file away");
+        }
+        PidFile::create(&path).unwrap();
     }
 
     #[test]
