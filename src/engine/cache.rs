@@ -1,6 +1,6 @@
 //! The five cache modes as libvirt spells them, and the three booleans they mean (QEMU's `bdrv_parse_cache_mode`).
 //!
-//! [`CacheMode`] is matched in one place, [`CachePolicy::from`]. Everybody else asks the policy a question.
+//! [`CacheMode`] is matched in one place, [`CachePolicy::from`]. All other code asks the policy.
 
 use std::fmt;
 use std::str::FromStr;
@@ -54,7 +54,7 @@ impl FromStr for CacheMode {
     }
 }
 
-/// What a mode means, in QEMU's three words. `Copy`, decided once, asked everywhere.
+/// What a mode means, as QEMU's three booleans. Made once from the mode and copied to wherever a decision is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CachePolicy {
     writeback: bool,
@@ -83,7 +83,7 @@ impl CachePolicy {
 
     /// Whether a write must be durable before it is acknowledged, given whether the driver negotiated
     /// VIRTIO_BLK_F_FLUSH. A driver that cannot flush is served write through (virtio 1.3, 5.2.6.2), except in
-    /// `unsafe`, whose operator asked for no syncing at all. What the guest says only ever strengthens the policy.
+    /// `unsafe`, whose operator asked for no syncing at all. The driver's features can only strengthen the policy.
     pub fn syncs_each_write(self, driver_can_flush: bool) -> bool {
         !self.no_flush && (!self.writeback || !driver_can_flush)
     }
@@ -93,7 +93,7 @@ impl CachePolicy {
         self.no_flush
     }
 
-    /// Whether the guest is shown a volatile write cache (VIRTIO_BLK_F_FLUSH offered, CONFIG_WCE never).
+    /// Whether the guest sees a volatile write cache: VIRTIO_BLK_F_FLUSH is offered. CONFIG_WCE never is.
     pub fn guest_sees_write_cache(self) -> bool {
         self.writeback
     }

@@ -1,9 +1,9 @@
-//! The write gate: who may change the disk, and how many are at it. One a ring, used by the ring's thread alone, so
-//! there are no atomics.
+//! The write gate: admits requests that change the disk and counts those in flight. Each virtqueue has one, which only its
+//! thread uses, so there are no atomics.
 
-/// Counts the holders that keep the gate closed and the requests that passed it and are not done.
+/// Counts the holders that keep the gate closed, and the requests that passed it and are not done.
 ///
-/// Invariant: while `blockers > 0`, `in_flight` never grows. So a gate that is drained stays drained until the last
+/// Invariant: while `blockers > 0`, `in_flight` never grows. A drained gate therefore stays drained until the last
 /// [`WriteGate::unblock`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct WriteGate {
@@ -12,7 +12,7 @@ pub struct WriteGate {
 }
 
 impl WriteGate {
-    /// Asks to pass. `false`: closed; the request stays where it is.
+    /// Admits one request. Returns `false` when the gate is closed; the request then stays in the virtqueue.
     #[inline]
     pub fn enter(&mut self) -> bool {
         if self.blockers > 0 {
@@ -22,20 +22,20 @@ impl WriteGate {
         true
     }
 
-    /// A request that passed is done, its durability included.
+    /// Counts one admitted request as done, its durability included.
     #[inline]
     pub fn leave(&mut self) {
         debug_assert!(self.in_flight > 0, "a request left the gate that never entered it");
         self.in_flight = self.in_flight.saturating_sub(1);
     }
 
-    /// Closes the gate once more. Returns whether it was open.
+    /// Closes the gate for one more holder. Returns whether it was open.
     pub fn block(&mut self) -> bool {
         self.blockers += 1;
         self.blockers == 1
     }
 
-    /// Undoes one `block`. Returns whether the gate is open now because of it; without a `block` to undo, false.
+    /// Undoes one `block`. Returns whether this opened the gate; `false` without a `block` to undo.
     pub fn unblock(&mut self) -> bool {
         debug_assert!(self.blockers > 0, "unblock without block");
         let was_blocked = self.blockers > 0;
@@ -43,19 +43,19 @@ impl WriteGate {
         was_blocked && self.blockers == 0
     }
 
-    /// Somebody keeps it closed.
+    /// Whether at least one holder keeps the gate closed.
     #[inline]
     pub fn is_closed(&self) -> bool {
         self.blockers > 0
     }
 
-    /// Closed, and everything that passed before is done.
+    /// Whether the gate is closed and every request that passed it before is done.
     #[inline]
     pub fn is_drained(&self) -> bool {
         self.blockers > 0 && self.in_flight == 0
     }
 
-    /// Requests that passed and are not done.
+    /// The number of requests that passed the gate and are not done.
     #[inline]
     pub fn in_flight(&self) -> u32 {
         self.in_flight

@@ -1,9 +1,9 @@
 //! PURE. Which request runs, when it is acknowledged, and when the disk is quiet. Standard library only: no I/O, no
 //! memory of the guest, no file descriptor, no thread, no clock.
 //!
-//! One [`Engine`] serves one ring, in that ring's thread. The caller feeds it what happened ([`Engine::offer`],
-//! [`Engine::complete`], [`Engine::block_writes`], [`Engine::unblock_writes`]) and then does what
-//! [`Engine::next_action`] says until it says no more. Feeding a whole batch first is better than one at a time: a
+//! One [`Engine`] serves one virtqueue, in that virtqueue's thread. The caller reports what happened ([`Engine::offer`],
+//! [`Engine::complete`], [`Engine::block_writes`], [`Engine::unblock_writes`]) and then carries out
+//! [`Engine::next_action`] until that returns `None`. Reporting a whole batch first is better than one event at a time: a
 //! sync starts only when the other actions are taken, so it covers all completions of the batch.
 //!
 //! # The life of a request
@@ -14,13 +14,14 @@
 //! | `Discard`, `WriteZeroes` | data, done | data, sync, done | data, sync, done |
 //! | `Flush` | sync, done (`unsafe`: done) | sync, done | sync, done |
 //!
-//! A transfer that fails is answered with its error at once, or kept and tried again ([`on_error`]); a sync that fails
-//! fails exactly those it covered. Everything but `Read` passes the gate and leaves it when it is done, its sync
-//! included.
+//! A request whose transfer fails completes with that error at once, or is retained and retried ([`on_error`]). A sync
+//! that fails fails exactly the requests that it covered. Every request but `Read` passes the gate, and leaves it when it
+//! is done, its sync included.
 //!
 //! # The life of a quiesce
-//! Open -> Draining (the gate is closed, some are in flight) -> Flushing (a sync that began after the last of them
-//! was done) -> Quiet (answered). It syncs in every mode: a flush is the guest's wish, a quiesce the operator's order.
+//! Open -> Draining (the gate is closed, changes are in flight) -> Flushing (a sync runs that began after the last of them
+//! was done) -> Quiet (the caller has the result). A quiesce syncs in every mode, `unsafe` too: the mode decides what the
+//! guest's flush does, not what the operator's quiesce does.
 
 pub mod cache;
 #[cfg(test)]
@@ -40,82 +41,83 @@ pub use on_error::OnError;
 use sync_line::{SyncLine, Waiter};
 pub use words::{Action, Errno, Kind, Offer, Slot, Token};
 
-/// Where the request in a slot stands.
+/// The state of the request in one slot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 enum Stage {
-    /// Nothing is in this slot.
+    /// The slot holds no request.
     #[default]
     Free,
-    /// A read's transfer is with the back-end. It did not pass the gate.
+    /// The back-end has a read's transfer. Reads do not pass the gate.
     Reading,
-    /// A change's transfer is with the back-end.
+    /// The back-end has the transfer of a write, discard or write-zeroes.
     Changing {
-        /// A sync must follow before the answer.
+        /// A sync must follow before the request completes.
         then_sync: bool,
         /// It was submitted as a durable write.
         durable: bool,
     },
-    /// A read's transfer failed and is to be tried again.
+    /// A read's transfer failed and will be retried.
     KeptRead,
-    /// A change's transfer failed and is to be tried again as it was.
+    /// A change's transfer failed and will be retried as it was.
     KeptChange {
         /// As of `Changing`.
         then_sync: bool,
         /// As of `Changing`.
         durable: bool,
     },
-    /// Waits for a sync, running or to come.
+    /// The request waits for a sync, the running one or the next.
     Syncing,
 }
 
-/// How far a quiesce is.
+/// The state of the latest quiesce.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 enum Quiesce {
-    /// None is under way.
+    /// No quiesce is in progress.
     #[default]
     Open,
     /// Changes that passed the gate before it closed are still in flight.
     Draining,
-    /// They are done; the barrier of this epoch waits for its sync. The sync of an abandoned quiesce may end while a
-    /// later one is here, and must not answer it: it began before the writes in between.
+    /// Those changes are done, and the barrier of this epoch waits for its sync. The sync of an abandoned quiesce may end
+    /// while a later quiesce is in this state. It must not answer the later one: it began before the writes in between.
     Flushing(u64),
-    /// Answered, well or badly; the gate stays closed until the last holder leaves.
+    /// The result was reported, success or failure. The gate stays closed until the last holder leaves.
     Quiet,
 }
 
 /// Admission, acknowledgement and quiet for one ring.
 ///
-/// Owned and called by the ring's thread alone. No call blocks or panics on anything that a guest can do. Every call
-/// takes constant time (a finished sync: constant for each request that it covered), and none allocates once the
-/// queues have grown to the ring's depth.
+/// The virtqueue's thread owns it and alone calls it. No call blocks, and none panics on anything that a guest can do.
+/// Every call takes constant time (a finished sync: constant for each request that it covered), and none allocates once the
+/// queues have grown to the virtqueue's depth.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Engine {
     policy: CachePolicy,
     durable_writes: bool,
     driver_can_flush: bool,
     on_error: OnError,
-    /// Requests whose transfers failed and are to be tried again, in the order in which they failed.
+    /// Requests whose transfers failed and will be retried, in the order in which they failed.
     kept: Vec<Slot>,
-    /// Indexed by slot; grows to the highest slot used.
+    /// The state of each slot's request. Grows to the highest slot used.
     stages: Vec<Stage>,
     reads_in_flight: u32,
     gate: WriteGate,
     sync_line: SyncLine,
     quiesce: Quiesce,
-    /// Names the latest quiesce.
+    /// The number of the latest quiesce.
     epoch: u64,
-    /// `Submit` of data and `Done`, in order.
+    /// `Submit` of data and `Done`, in the order in which the caller must carry them out.
     actions: VecDeque<Action>,
-    /// `Quiesced`, not yet taken. Not in `actions`, for a quiesce that is abandoned takes its answer with it: taken
-    /// late, the answer would seem to be the next quiesce's.
+    /// `Quiesced` that the caller has not taken yet. It is not in `actions`, because an abandoned quiesce takes its result
+    /// with it: taken late, the result would seem to be that of the next quiesce.
     settled: Option<Result<(), Errno>>,
-    /// `Resumed`, not yet taken. Void once the gate is closed again.
+    /// `Resumed` that the caller has not taken yet. Closing the gate again withdraws it.
     resumed: bool,
 }
 
 impl Engine {
-    /// `durable_writes`: the back-end has durable writes natively ([`Action::Submit`]'s flag). A write through the
-    /// policy is then one durable write; otherwise data, then a sync shared by many.
+    /// An engine for one virtqueue. `durable_writes`: the back-end writes durably by itself (the flag of
+    /// [`Action::Submit`]). Under write-through a write is then one durable write; otherwise it is data, then a sync that
+    /// many writes share.
     pub fn new(policy: CachePolicy, durable_writes: bool) -> Self {
         Engine {
             policy,
@@ -135,15 +137,17 @@ impl Engine {
         }
     }
 
-    /// Whether the driver negotiated VIRTIO_BLK_F_FLUSH. Called before the first `offer`, and again when a driver
-    /// negotiated anew and the engine [is idle](Engine::is_idle). Never called: it cannot, which is the safe reading.
+    /// Sets whether the driver negotiated VIRTIO_BLK_F_FLUSH. The worker calls it before the first `offer`, and again when
+    /// a driver negotiated anew and the engine [is idle](Engine::is_idle). Until then the driver counts as one that cannot
+    /// flush, which is the safe assumption.
     pub fn set_driver_can_flush(&mut self, can: bool) {
         self.driver_can_flush = can;
     }
 
-    /// Offers the request at the head of the ring. `Held` changes nothing here: what is held stays in the ring.
+    /// Offers the request at the head of the virtqueue. `Held` leaves the engine unchanged; the request stays in the
+    /// virtqueue.
     ///
-    /// A slot that is taken already is the caller's bug: an assertion in debug, `Held` in release.
+    /// Offering a slot that is in use is a bug of the caller: an assertion fails in debug builds, `Held` in release builds.
     #[inline]
     pub fn offer(&mut self, slot: Slot, kind: Kind) -> Offer {
         let index = usize::from(slot);
@@ -170,9 +174,10 @@ impl Engine {
         Offer::Taken
     }
 
-    /// Something submitted came back. Every submitted token, exactly once.
+    /// Reports the result of what was submitted. The caller reports every submitted token exactly once.
     ///
-    /// A token that is not in flight is the caller's bug: an assertion in debug, without effect in release.
+    /// A token that is not in flight is a bug of the caller: an assertion fails in debug builds, and release builds ignore
+    /// it.
     #[inline]
     pub fn complete(&mut self, token: Token, result: Result<(), Errno>) {
         let Token::Data(slot) = token else { return self.complete_sync(result) };
@@ -190,8 +195,8 @@ impl Engine {
         }
     }
 
-    /// Closes the gate (nests). The first call begins a quiesce, answered by one `Quiesced`; a nested one changes
-    /// nothing but the count.
+    /// Closes the gate for one more holder. The first holder begins a quiesce, which ends with one `Quiesced`; a further
+    /// holder only adds to the count.
     pub fn block_writes(&mut self) {
         if !self.gate.block() {
             return;
@@ -202,10 +207,11 @@ impl Engine {
         self.resumed = false;
     }
 
-    /// Undoes one `block_writes`; the last one yields `Resumed` and abandons a quiesce that is still under way or
-    /// whose `Quiesced` was not taken yet.
+    /// Undoes one `block_writes`. Undoing the last one yields `Resumed`, and abandons a quiesce that is still in progress
+    /// or whose `Quiesced` was not taken yet.
     ///
-    /// Without a `block_writes` to undo it is the caller's bug: an assertion in debug, without effect in release.
+    /// A call without a `block_writes` to undo is a bug of the caller: an assertion fails in debug builds, and release
+    /// builds ignore it.
     pub fn unblock_writes(&mut self) {
         if !self.gate.unblock() {
             return;
@@ -215,30 +221,30 @@ impl Engine {
         self.settled = None;
     }
 
-    /// Requests that change the disk and are not done yet (flushes too): what a quiesce would drain.
+    /// The number of requests that passed the gate and are not done (flushes too): what a quiesce would drain.
     pub fn writes_in_flight(&self) -> u32 {
         self.gate.in_flight()
     }
 
-    /// A sync is running, or due.
+    /// Whether a sync is running or due.
     pub fn is_syncing(&self) -> bool {
         !self.sync_line.is_idle()
     }
 
-    /// Nothing taken is undone, no sync is running or due, and `next_action` has nothing left: the ring may stop.
-    /// Whether writes are blocked makes no difference.
+    /// Whether every request taken is done, no sync is running or due, and `next_action` would return `None`: the worker
+    /// may stop. It makes no difference whether writes are blocked.
     pub fn is_idle(&self) -> bool {
         self.kept.is_empty() && self.rests()
     }
 
-    /// The next thing to do; call until `None` after every `offer` batch and every `complete` batch, and after
-    /// `block_writes` and `unblock_writes`.
+    /// The next action for the caller. The worker calls it until it returns `None` after every batch of `offer` and of
+    /// `complete`, and after `block_writes` and `unblock_writes`.
     #[inline]
     pub fn next_action(&mut self) -> Option<Action> {
         if let Some(action) = self.actions.pop_front() {
             return Some(action);
         }
-        // After the queue, so that one sync covers the whole batch, and `Quiesced` comes after every `Done`.
+        // This comes after the queue, so that one sync covers the whole batch, and `Quiesced` follows every `Done`.
         if self.sync_line.start() {
             return Some(Action::Submit { token: Token::Sync, durable: false });
         }
@@ -248,7 +254,7 @@ impl Engine {
         std::mem::take(&mut self.resumed).then_some(Action::Resumed)
     }
 
-    /// A flush that passed the gate.
+    /// Starts a flush that passed the gate.
     fn flush(&mut self, slot: Slot) {
         if self.policy.ignores_flush() {
             return self.done_with_change(slot, Ok(()));
@@ -256,8 +262,8 @@ impl Engine {
         self.wait_for_sync(slot);
     }
 
-    /// A write, discard or write-zeroes that passed the gate. Only writes have a durable form; QEMU acknowledges
-    /// write-zeroes under write-through that are not durable, so they get their sync here.
+    /// Starts a write, discard or write-zeroes that passed the gate. Only writes have a durable form. (QEMU acknowledges a
+    /// write-zeroes under write-through before it is durable; here it gets its sync.)
     #[inline]
     fn change(&mut self, slot: Slot, kind: Kind) {
         let through = self.policy.syncs_each_write(self.driver_can_flush);
@@ -290,7 +296,7 @@ impl Engine {
         self.sync_line.recycle(covered);
     }
 
-    /// The sync of this epoch's barrier is over.
+    /// Ends the quiesce of this epoch with the result of its sync, unless the quiesce was abandoned.
     fn settle(&mut self, epoch: u64, result: Result<(), Errno>) {
         if self.quiesce != Quiesce::Flushing(epoch) {
             return;
@@ -299,7 +305,7 @@ impl Engine {
         self.settled = Some(result);
     }
 
-    /// The end of everything that passed the gate.
+    /// Completes a request that passed the gate.
     #[inline]
     fn done_with_change(&mut self, slot: Slot, result: Result<(), Errno>) {
         self.done(slot, result);

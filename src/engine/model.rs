@@ -1,6 +1,6 @@
-//! What the engine is judged by: a medium that keeps what was synced and loses the rest, a back-end that completes in
-//! any order, a worker that may dawdle, and the [`Oracle`]s. Shares nothing with the engine but its public words; even
-//! the mode table is written a second time.
+//! The model that judges the engine: a medium that keeps what was synced and loses the rest, a back-end that completes in
+//! any order, a worker that may be late, and the [`Oracle`]s. It shares nothing with the engine but its public types; even
+//! the table of the modes is written a second time.
 
 use super::{Action, CacheMode, CachePolicy, Engine, Errno, Kind, Offer, OnError, Slot, Token};
 
@@ -19,13 +19,13 @@ type Set = u8;
 pub enum Oracle {
     /// A request was answered that is not in flight.
     AnsweredTwice,
-    /// Everything came back and was taken, and a request has no answer.
+    /// Every op has completed and every action was taken, but a request has no result.
     Unanswered,
-    /// A change (or a flush) was taken while writes were blocked or something was kept.
+    /// A change or a flush was taken while writes were blocked or a request was retained.
     AdmittedWhileBlocked,
-    /// A read was held, or anything while the gate was open.
+    /// A read was blocked, or any request while the gate was open.
     HeldWithoutReason,
-    /// Acknowledged under write-through, and not durable.
+    /// A change was acknowledged under write-through and is not durable.
     ThroughNotDurable,
     /// A flush was acknowledged, and a write acknowledged before the flush was offered is not durable.
     FlushNotDurable,
@@ -39,9 +39,9 @@ pub enum Oracle {
     QuietNotDurable,
     /// Quiesced, but not with the result of a sync that began within this quiesce after the last change was done.
     QuietUnsynced,
-    /// Quiesced while no quiesce waits for its answer.
+    /// Quiesced while no quiesce waits for its result.
     QuiescedTwice,
-    /// Everything came back, writes are still blocked, and no Quiesced came.
+    /// Every op has completed and writes are still blocked, but no Quiesced came.
     QuiesceUnanswered,
     /// Resumed while writes were blocked, or without an unblock.
     ResumedWithoutReason,
@@ -51,17 +51,18 @@ pub enum Oracle {
     TwoSyncs,
     /// The durable flag on anything but a write, or where the back-end has no durable writes.
     DurableFlagMisused,
-    /// A failure was kept that is the guest's, kept twice, or answered although it is to be kept.
+    /// A failure was retained that should go to the guest, was retained twice, or went to the guest although it should be
+    /// retained.
     KeptWrong,
-    /// What was kept was tried again, but not in the order in which it failed.
+    /// Retained requests were retried, but not in the order in which they failed.
     RetriedOutOfOrder,
-    /// `writes_in_flight` differs from what is taken and not answered.
+    /// `writes_in_flight` differs from the number of requests taken and not done.
     Miscounted,
     /// `is_idle` while something is in flight, or not although nothing is.
     IdleWrong,
 }
 
-/// What one exploration is about.
+/// What one exploration starts from.
 #[derive(Clone, Debug)]
 pub struct Setup {
     pub mode: CacheMode,
@@ -73,7 +74,7 @@ pub struct Setup {
     pub blocks: u8,
     /// How many completions fail, at most.
     pub errors: u8,
-    /// Transfers that fail are kept.
+    /// Failed transfers are retained.
     pub keeps: bool,
 }
 
@@ -92,17 +93,17 @@ impl Setup {
 pub enum Step {
     /// Offer the request at the head of the ring.
     Offer,
-    /// Hand over a completion.
+    /// Report a completion.
     Complete(Token, Result<(), Errno>),
     /// A holder comes.
     Block,
     /// A holder leaves.
     Unblock,
-    /// Try again what is kept.
+    /// Retry the retained requests.
     Retry,
-    /// The same for the last time.
+    /// Retry the retained requests for the last time.
     StopKeeping,
-    /// Take and do all actions.
+    /// Take and carry out all actions.
     Act,
 }
 

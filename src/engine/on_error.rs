@@ -1,24 +1,24 @@
-//! PURE. What follows when a transfer fails: its error is the guest's, or the request is kept and the ring stands still until
-//! somebody has mended the cause (QEMU's `werror` and `rerror`).
+//! PURE. What follows when a transfer fails: the guest gets the error, or the request is retained and the virtqueue takes no
+//! further change until an operator has fixed the cause (QEMU's `werror` and `rerror`).
 //!
-//! A kept request is in flight still: it is neither answered nor forgotten, a quiesce waits for it, and nothing that
-//! changes the disk is taken after it; reads go on. A sync that failed is never kept: what it should have covered may be
-//! gone, and a second one would claim success.
+//! A retained request is still in flight: it is not completed, a quiesce waits for it, and no request that changes the disk
+//! is taken after it; reads go on. A failed sync is never retained: the data that it should have covered may be gone, and a
+//! second sync would report success.
 
 use std::fmt;
 use std::str::FromStr;
 
 use super::{Action, Engine, Errno, Slot, Stage};
 
-/// Which failures of a transfer are kept from the guest.
+/// Which failed transfers are retained instead of reported to the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum OnError {
-    /// None: each is answered with its error.
+    /// None: the guest gets every error.
     Report,
-    /// Those for want of space, which somebody can add; others are answered. QEMU's default, too.
+    /// Those for want of space, which an operator can add; the guest gets other errors. This is QEMU's default, too.
     #[default]
     Enospc,
-    /// All.
+    /// All failed transfers.
     Stop,
 }
 
@@ -26,7 +26,7 @@ impl OnError {
     /// Every choice, as the documentation lists them.
     pub const ALL: [OnError; 3] = [OnError::Enospc, OnError::Report, OnError::Stop];
 
-    /// The choice in QEMU's words.
+    /// The name of the choice, as QEMU spells it.
     pub fn name(self) -> &'static str {
         match self {
             OnError::Report => "report",
@@ -35,7 +35,7 @@ impl OnError {
         }
     }
 
-    /// Whether a request that failed so is kept. A quota that is exceeded is mended as a full filesystem is.
+    /// Whether a request that failed with `errno` is retained. An exceeded quota is fixed as a full file system is.
     pub fn keeps(self, errno: Errno) -> bool {
         const ENOSPC: Errno = Errno(28);
         const EDQUOT: Errno = Errno(122);
@@ -62,23 +62,23 @@ impl FromStr for OnError {
 }
 
 impl Engine {
-    /// Which failures are kept. Called before the first `offer`. Never called: none.
+    /// Sets which failures are retained. The worker calls it before the first `offer`; until then none is.
     pub fn set_on_error(&mut self, on_error: OnError) {
         self.on_error = on_error;
     }
 
-    /// Whether a transfer that fails so now would be kept: the caller then needs it again.
+    /// Whether a transfer that fails with `errno` now would be retained. The caller must then keep the op for the retry.
     pub fn keeps(&self, errno: Errno) -> bool {
         self.on_error.keeps(errno)
     }
 
-    /// The requests that are kept, in the order in which they failed.
+    /// The retained requests, in the order in which they failed.
     pub fn kept(&self) -> &[Slot] {
         &self.kept
     }
 
-    /// Tries again what is kept, in the order in which it failed, and has the ring read again. What fails again is kept
-    /// again. Without effect where nothing is kept.
+    /// Retries the retained requests in the order in which they failed, and has the worker read its virtqueue again. A
+    /// request that fails again is retained again. Does nothing when no request is retained.
     pub fn retry(&mut self) {
         if self.kept.is_empty() {
             return;
@@ -100,13 +100,15 @@ impl Engine {
         self.resumed |= !self.gate.is_closed();
     }
 
-    /// Keeps nothing from now on, and tries once more what is kept: its outcome, whatever it is, is the guest's.
+    /// Retains no request from now on, and retries those that are retained once more. The guest gets their results,
+    /// whatever they are.
     pub fn stop_keeping(&mut self) {
         self.on_error = OnError::Report;
         self.retry();
     }
 
-    /// Nothing is under way but what is kept: the ring may stop, if whoever has it next does that again.
+    /// Whether nothing is in progress but retained requests. The worker may then stop, if the next owner of the virtqueue
+    /// does those requests again.
     pub fn rests(&self) -> bool {
         self.reads_in_flight as usize + self.gate.in_flight() as usize == self.kept.len()
             && self.sync_line.is_idle()
@@ -115,7 +117,7 @@ impl Engine {
             && !self.resumed
     }
 
-    /// A transfer failed, and is to be tried again some time.
+    /// Retains the request whose transfer failed.
     pub(super) fn keep(&mut self, slot: Slot, errno: Errno) {
         let stage = &mut self.stages[usize::from(slot)];
         *stage = match *stage {

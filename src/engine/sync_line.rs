@@ -1,23 +1,23 @@
 //! Group commit: which sync covers which waiters.
 //!
-//! A sync covers what the back-end had finished when the sync was handed over (clause 4 of the back-end's contract).
-//! So a waiter never joins a sync that is running: it waits for the next one, which starts when the running one is
-//! over and covers everybody who waits by then. At most one sync runs at a time; starting a second would make the
-//! device do twice what the next one does once.
+//! A sync covers what the back-end had finished when it received the sync (clause 4 of the back-end's contract). A waiter
+//! therefore never joins a running sync: it waits for the next one, which starts when the running one is over and covers
+//! every waiter of that moment. At most one sync runs at a time; a second one would make the device do twice what the next
+//! one does once.
 
 use super::Slot;
 
-/// Who waits for a sync.
+/// What waits for a sync.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Waiter {
-    /// A flush, or a request whose data arrived and must be durable before its answer.
+    /// A flush, or a request whose data was transferred and must be durable before it completes.
     Request(Slot),
     /// The quiesce of this epoch.
     Barrier(u64),
 }
 
-/// The two groups: those that the running sync covers and those that wait for the next. The vectors swap roles and
-/// are reused, so in steady state nothing is allocated.
+/// The waiters that the running sync covers, and those that wait for the next one. The two vectors swap roles and are
+/// reused, so a steady state allocates nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct SyncLine {
     running: bool,
@@ -26,13 +26,13 @@ pub struct SyncLine {
 }
 
 impl SyncLine {
-    /// Waits for the next sync that starts.
+    /// Adds a waiter for the next sync that starts.
     #[inline]
     pub fn join(&mut self, waiter: Waiter) {
         self.waiting.push(waiter);
     }
 
-    /// Starts a sync if somebody waits and none is running. Returns whether one must be submitted now.
+    /// Starts a sync if there are waiters and none is running. Returns whether the caller must submit one now.
     #[inline]
     pub fn start(&mut self) -> bool {
         if self.running || self.waiting.is_empty() {
@@ -44,8 +44,8 @@ impl SyncLine {
         true
     }
 
-    /// The running sync is over: hands out those it covered, in the order they joined. `None`: none was running.
-    /// Give the vector back through [`SyncLine::recycle`].
+    /// Ends the running sync and returns the waiters that it covered, in the order in which they joined. Returns `None`
+    /// when no sync was running. The caller returns the vector through [`SyncLine::recycle`].
     pub fn finish(&mut self) -> Option<Vec<Waiter>> {
         if !self.running {
             return None;
@@ -54,13 +54,13 @@ impl SyncLine {
         Some(std::mem::take(&mut self.covered))
     }
 
-    /// Takes the vector of [`SyncLine::finish`] back, so that the next group needs no new one.
+    /// Takes back the vector of [`SyncLine::finish`], so that the next sync needs no new one.
     pub fn recycle(&mut self, mut settled: Vec<Waiter>) {
         settled.clear();
         self.covered = settled;
     }
 
-    /// No sync is running and nobody waits for one.
+    /// Whether no sync is running and nothing waits for one.
     #[inline]
     pub fn is_idle(&self) -> bool {
         !self.running && self.waiting.is_empty()

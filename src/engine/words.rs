@@ -1,13 +1,13 @@
-//! The words that the engine and its callers share. Everyone uses them as `crate::engine::...`.
+//! The types that the engine shares with its callers, who name them as `crate::engine::...`.
 
 /// An operating system error number. Never zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Errno(pub i32);
 
-/// What a request does, as far as policy is concerned.
+/// The kind of a request, as far as the policy distinguishes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// VIRTIO_BLK_T_IN: never held, never synced.
+    /// VIRTIO_BLK_T_IN: never blocked at the gate, never followed by a sync.
     Read,
     /// VIRTIO_BLK_T_OUT.
     Write,
@@ -20,7 +20,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// As events and the log call it.
+    /// The name in events, status and log.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Read => "read",
@@ -32,10 +32,10 @@ impl Kind {
     }
 }
 
-/// The caller's name for a request: its slot. Unique among the requests taken and not yet done.
+/// The caller's number for a request: its slot. Unique among the requests that were taken and are not done.
 pub type Slot = u16;
 
-/// What was handed to the back-end and comes back in [`complete`](super::Engine::complete).
+/// Identifies what the back-end was given; the caller returns it to [`complete`](super::Engine::complete).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Token {
     /// The data transfer of the request in this slot.
@@ -47,42 +47,43 @@ pub enum Token {
 /// Whether a request was admitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Offer {
-    /// The request is the engine's until its `Done`.
+    /// The request was admitted and is in flight until its `Done`.
     Taken,
-    /// Writes are blocked, or a failed transfer is [kept](Action::Keep): leave the request in the ring (and what stands
-    /// behind it) and offer it again after `Resumed`.
+    /// Writes are blocked, or a failed transfer is [retained](Action::Keep). The caller leaves the request in the virtqueue,
+    /// with all that stand behind it, and offers it again after `Resumed`.
     Held,
 }
 
 /// What the caller must do next, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
-    /// Hand the transfer (or the sync) to the back-end. `durable`: this write must be on stable storage when it
-    /// completes (only ever set where the back-end has durable writes natively).
+    /// Give the transfer or the sync to the back-end. `durable`: this write must be on stable storage when it completes;
+    /// set only where the back-end writes durably by itself.
     Submit {
         /// What to submit.
         token: Token,
-        /// Only for `Data` of a `Write`.
+        /// The write must be durable when it completes. Never set for anything but `Data` of a `Write`.
         durable: bool,
     },
-    /// Answer the guest. `Err` is the error of exactly this request.
+    /// Complete the request to the guest. `Err` is the error of exactly this request.
     Done {
         /// The request.
         slot: Slot,
-        /// Its outcome.
+        /// The result of the request.
         result: Result<(), Errno>,
     },
-    /// This request's transfer failed and is kept: it stays in flight, and a `Submit` for it follows after
-    /// [`retry`](super::Engine::retry).
+    /// The transfer of this request failed, and the request is retained: it stays in flight, and a `Submit` for it follows
+    /// after [`retry`](super::Engine::retry).
     Keep {
         /// The request.
         slot: Slot,
         /// Why it failed.
         errno: Errno,
     },
-    /// The quiesce begun by the first `block_writes` is settled: nothing that changes the disk is in flight and, if
-    /// `Ok`, everything acknowledged so far is durable.
+    /// The quiesce that the first `block_writes` began is over: nothing that changes the disk is in flight and, if `Ok`,
+    /// everything acknowledged so far is durable.
     Quiesced(Result<(), Errno>),
-    /// The last holder left, or what was kept is tried again: read the ring again, without waiting for a kick.
+    /// The last holder left, or the retained requests are being retried: read the virtqueue again without waiting for a
+    /// kick.
     Resumed,
 }
