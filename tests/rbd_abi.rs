@@ -152,6 +152,8 @@ fn compile(text: &str) -> Result<(), String> {
     let mut c = "#include <stddef.h>\n#include <sys/uio.h>\n#include <rados/librados.h>\n#include <rbd/librbd.h>\n\
                  #include <rbd/features.h>\n"
         .to_string();
+    // Ceph's header has no name for it; the function that takes it is compared all the same.
+    c += "typedef int (*rbd_diff_callback_t)(uint64_t, size_t, int, void *);\n";
     for Check { code, since } in checks(text).all {
         match since {
             Some(since) => writeln!(c, "#if LIBRBD_VERSION_CODE >= LIBRBD_VERSION(1, {since}, 0)\n{code}\n#endif"),

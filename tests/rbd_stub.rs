@@ -834,7 +834,7 @@ fn holes_that_cannot_be_listed_count_as_data_and_hold_nobody_up() {
     let secret = secret.open();
     assert_eq!(data(&secret), [(0, secret.geometry().size)]);
     let mut moved = Stub::new(CacheMode::None);
-    moved.set("stub_features", &(61 + (1 << 10)).to_string());
+    moved.set("stub_features", &(61 + 512).to_string());
     assert_eq!(data(&moved.open()).iter().map(|(start, end)| end - start).sum::<u64>(), 8 << 20);
 }
 

@@ -67,7 +67,7 @@ pub(super) struct rbd_encryption_luks_format_options_t {
 }
 
 pub(super) const RBD_FEATURE_EXCLUSIVE_LOCK: u64 = 4;
-pub(super) const RBD_FEATURE_MIGRATING: u64 = 1024;
+pub(super) const RBD_FEATURE_MIGRATING: u64 = 512;
 pub(super) const RBD_OPERATION_FEATURE_GROUP: u64 = 4;
 pub(super) const RBD_LOCK_MODE_EXCLUSIVE: rbd_lock_mode_t = 0;
 pub(super) const RBD_CONFIG_SOURCE_POOL: rbd_config_source_t = 1;
