@@ -120,13 +120,13 @@ fn disk_of(sysfs: &Path, dir: &Path, deeper: usize) -> BufferUse {
     }
     let flag = text(&disk.join("queue/stable_writes")).or_else(|| text(&disk.join("bdi/stable_pages_required")));
     if flag.as_deref() == Some("1") {
-        return twice(format!("{name} asks for buffers that stay as they are (queue/stable_writes)"));
+        return twice(format!("the host's {name} asks for buffers that stay as they are (queue/stable_writes)"));
     }
     let slaves = entries(&disk.join("slaves"));
     if deeper == 0 || slaves.is_empty() {
-        return BufferUse::ReadsOnce(format!("{name} does not ask for buffers that stay as they are"));
+        return BufferUse::ReadsOnce(format!("the host's {name} does not ask for buffers that stay as they are"));
     }
-    let why = format!("neither {name} nor what it is made of asks for buffers that stay as they are");
+    let why = format!("neither the host's {name} nor what it is made of asks for buffers that stay as they are");
     all(slaves.iter().map(|slave| disk_of(sysfs, slave, deeper - 1)), &why)
 }
 
@@ -267,7 +267,7 @@ mod tests {
         tree.put("devices/old/bdi/stable_pages_required", "1\n").number(3, "old");
         check(&tree.look(0), "once", "sda");
         check(&tree.look(1), "once", "sda");
-        check(&tree.look(2), "twice", "nvme0n1 asks");
+        check(&tree.look(2), "twice", "the host's nvme0n1 asks");
         check(&tree.look(3), "twice", "old asks");
         check(&tree.look(9), "once", "no block device");
     }
@@ -306,7 +306,7 @@ mod tests {
         tree.disk("dm-0", false).slave("dm-0", "sda").slave("dm-0", "drbd0/drbd0p1").number(0, "dm-0");
         tree.disk("dm-1", false).slave("dm-1", "sda").number(1, "dm-1");
         check(&tree.look(0), "twice", "drbd0");
-        check(&tree.look(1), "once", "neither dm-1");
+        check(&tree.look(1), "once", "neither the host's dm-1");
         // dm-crypt in front of DRBD: what DRBD reads twice is dm-crypt's.
         tree.disk("dm-2", true).slave("dm-2", "drbd0").put("devices/dm-2/dm/uuid", "CRYPT-LUKS2-12ab-name\n");
         check(&tree.number(2, "dm-2").look(2), "copies", "dm-crypt");
@@ -314,7 +314,7 @@ mod tests {
         tree.disk("dm-3", false).slave("dm-3", "dm-2").number(3, "dm-3");
         check(&tree.look(3), "copies", "dm-crypt");
         tree.slave("dm-3", "sda");
-        check(&tree.look(3), "once", "neither dm-3");
+        check(&tree.look(3), "once", "neither the host's dm-3");
         tree.disk("md0", false).put("devices/md0/md/level", "raid1").slave("md0", "dm-2").number(4, "md0");
         check(&tree.look(4), "twice", "md raid1");
         tree.disk("dm-5", true).put("devices/dm-5/dm/uuid", "CRYPT-INTEGRITY-name").number(5, "dm-5");

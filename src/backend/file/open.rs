@@ -96,7 +96,13 @@ fn cannot_open(options: &FileOptions, error: io::Error) -> OpenError {
             ("operation not permitted", "remove the immutable attribute (chattr -i), or serve it with --read-only")
         }
         Some(libc::EROFS) => {
-            ("the filesystem or the device is read-only", "make it writable, or serve it with --read-only")
+            // EROFS is also what a unit's mounts give for a file that is writable elsewhere.
+            (
+                "the filesystem or the device is read-only",
+                "make it writable (in a systemd unit ProtectHome= makes /home, /root and /run/user read-only, and \
+                 ProtectSystem= others: give the unit ReadWritePaths= for the image's directory), or serve it with \
+                 --read-only",
+            )
         }
         Some(libc::EBUSY) => ("the device is in use", "stop or unmount what uses it"),
         Some(libc::ETXTBSY) => ("the file is in use as swap or as a running program", "stop what uses it"),
@@ -175,4 +181,19 @@ fn check_shape(options: &FileOptions, medium: &Medium, is_device: bool) -> Resul
         (true, _) => "use --logical-block-size 512, or a device of another size".into(),
     };
     Err(fail(path, cause, &mend))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::{CacheMode, CachePolicy};
+
+    #[test]
+    fn a_read_only_filesystem_names_the_mounts_of_a_unit() {
+        let options = FileOptions::new("/home/me/disk.img", CachePolicy::from(CacheMode::None));
+        let text = cannot_open(&options, io::Error::from_raw_os_error(libc::EROFS)).to_string();
+        for word in ["/home/me/disk.img", "read-only", "ProtectHome=", "ReadWritePaths="] {
+            assert!(text.contains(word), "'{word}' is not in: {text}");
+        }
+    }
 }
