@@ -4,13 +4,14 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, IoSliceMut, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, setsockopt, sockopt::PassCred};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
@@ -58,6 +59,19 @@ pub struct Client {
     name: String,
     input: Vec<u8>,
     events: VecDeque<Value>,
+    /// The one user who wrote all that was read.
+    writer: Writer,
+}
+
+/// Who wrote what was read, as far as the kernel says (SCM_CREDENTIALS, unix(7)).
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Writer {
+    /// Nothing was read yet.
+    Nobody,
+    /// All of it is this user's.
+    User(u32),
+    /// Several users, or somebody unknown.
+    Unknown,
 }
 
 impl Client {
@@ -71,16 +85,28 @@ impl Client {
         let deadline = Instant::now() + patience;
         let stream = open(path, deadline)?;
         let name = path.display().to_string();
-        let mut client = Client { stream, name, input: Vec::new(), events: VecDeque::new() };
-        let greeting = client.line(Some(deadline))?;
+        let mut client = Client { stream, name, input: Vec::new(), events: VecDeque::new(), writer: Writer::Nobody };
+        // Before the greeting: a vhost-user socket sends none, but hangs up on a message that it does not know. One that
+        // turns us away may have hung up already, and its reason is to be read.
+        let _ = client.send("qmp_capabilities", json!({}));
+        let greeting = client.line(Some(deadline)).map_err(|failure| client.ungreeted(failure))?;
         if let Some(failure) = refusal(&greeting) {
             return Err(failure);
         }
         if !greeting["QMP"].is_object() {
             return Err(Failure::new("not-virtioblkd", format!("'{}' does not speak QMP: {greeting}", client.name)));
         }
-        client.ask("qmp_capabilities", json!({}), patience)?;
+        client.reply(deadline)?;
         Ok(client)
+    }
+
+    /// The user that wrote everything which was read so far; `None`: not one user alone, or unknown. SO_PEERCRED would name
+    /// whoever made the socket: root, for a daemon that became another user since.
+    pub fn writer(&self) -> Option<u32> {
+        match self.writer {
+            Writer::User(uid) => Some(uid),
+            Writer::Nobody | Writer::Unknown => None,
+        }
     }
 
     /// The connection, after an answer that made it another protocol's. Errors: more came already.
@@ -94,7 +120,10 @@ impl Client {
     /// Asks and waits for the answer; events that come meanwhile are kept for [`Client::next`].
     pub fn ask(&mut self, command: &str, arguments: Value, patience: Duration) -> Result<Value, Failure> {
         self.send(command, arguments)?;
-        let deadline = Instant::now() + patience;
+        self.reply(Instant::now() + patience)
+    }
+
+    fn reply(&mut self, deadline: Instant) -> Result<Value, Failure> {
         loop {
             match self.message(Some(deadline))? {
                 Message::Reply(reply) => return reply,
@@ -188,7 +217,7 @@ impl Client {
             return Err(self.no_answer());
         }
         let mut buffer = [0; 16 * 1024];
-        match self.stream.read(&mut buffer) {
+        match self.receive(&mut buffer) {
             Ok(0) => Err(self.lost(&io::Error::from(io::ErrorKind::UnexpectedEof))),
             Ok(count) => {
                 self.input.extend_from_slice(&buffer[..count]);
@@ -197,6 +226,36 @@ impl Client {
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(()),
             Err(error) => Err(self.lost(&error)),
         }
+    }
+
+    /// read(2) that also notes who wrote it. Descriptors that come along are closed by the kernel: there is no room for them.
+    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut space = nix::cmsg_space!(UnixCredentials);
+        let mut into = [IoSliceMut::new(buffer)];
+        let message = recvmsg::<()>(self.stream.as_raw_fd(), &mut into, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+        let mut from = Writer::Unknown;
+        for part in message.cmsgs()? {
+            if let ControlMessageOwned::ScmCredentials(credentials) = part {
+                from = Writer::User(credentials.uid());
+            }
+        }
+        if message.bytes > 0 {
+            self.writer = if self.writer == Writer::Nobody || self.writer == from { from } else { Writer::Unknown };
+        }
+        Ok(message.bytes)
+    }
+
+    /// A failure before the greeting says more of the socket than of its daemon.
+    fn ungreeted(&self, failure: Failure) -> Failure {
+        if failure.code != "no-daemon" || !self.input.is_empty() {
+            return failure;
+        }
+        let message = format!(
+            "'{}' closed the connection without a greeting: it is not a control socket (give the one of virtioblkd's \
+             --control-path, not of --socket-path), or its daemon is ending (see its log)",
+            self.name
+        );
+        Failure::new("no-daemon", message)
     }
 
     fn lost(&self, error: &io::Error) -> Failure {
@@ -244,6 +303,8 @@ fn open(path: &Path, deadline: Instant) -> Result<UnixStream, Failure> {
     let address = SocketAddrUnix::new(path).map_err(failed)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed)?;
+    // Before anything is written to it, or the kernel would not say by whom.
+    setsockopt(&socket, PassCred, &true).map_err(|errno| failed(Errno::from_raw_os_error(errno as i32)))?;
     loop {
         match connect(&socket, &address) {
             Ok(()) => return Ok(UnixStream::from(socket)),
