@@ -27,5 +27,5 @@ mod sys;
 pub mod text;
 mod throttle;
 pub mod units;
-mod upgrade;
+pub mod upgrade;
 pub mod virtio;

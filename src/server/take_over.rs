@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -16,7 +17,7 @@ use super::frontend::FrontEnds;
 use crate::client::{Client, PATIENCE};
 use crate::config::{Config, Listen};
 use crate::logging;
-use crate::upgrade::{self, Channel, Descriptors, FromNew, FromOld, Hello, Keeps, State, VERSION};
+use crate::upgrade::{self, Channel, Descriptors, FromNew, FromOld, GAVE_UP, Hello, Keeps, Starter, State, VERSION};
 use crate::virtio::hand_over::Steps;
 use crate::virtio::moving::Moved;
 
@@ -43,6 +44,7 @@ pub(super) struct TakeOver {
     hello: Hello,
     descriptors: Descriptors,
     keeps: Keeps,
+    starter: Option<Starter>,
 }
 
 /// Files that are the same for the daemon before us.
@@ -62,6 +64,10 @@ impl TakeOver {
             log::debug!("no session of our own: {errno}");
         }
         let refuse = |why: String| TakeOverError(path.to_owned(), why);
+        let starter = Starter::of_this_process().map_err(|error| refuse(error.to_string()))?;
+        if starter.as_ref().is_some_and(Starter::has_given_up) {
+            return Err(refuse(GAVE_UP.into()));
+        }
         let mut client = Client::connect(path).map_err(|failure| refuse(failure.message))?;
         let ask = client.ask("hand-over", json!({ "version": VERSION }), PATIENCE);
         ask.map_err(|failure| match failure.code.as_str() {
@@ -70,12 +76,15 @@ impl TakeOver {
         })?;
         let stream = client.into_stream().map_err(|failure| refuse(failure.message))?;
         let channel = Channel::new(stream).map_err(|error| refuse(error.to_string()))?;
-        say(&channel, &FromNew::Begin).map_err(refuse)?;
+        let pipe: Result<Vec<OwnedFd>, io::Error> = starter.iter().map(Starter::copy).collect();
+        let pipe = pipe.map_err(|error| refuse(error.to_string()))?;
+        channel.send(&FromNew::Begin, &pipe, PROMPT).map_err(|error| refuse(no_listener(&error)))?;
         let (hello, descriptors) = match hear(&channel, PROMPT).map_err(refuse)? {
             (FromOld::Hello(hello), descriptors) => (*hello, Descriptors::new(descriptors)),
             _ => return Err(refuse(OUT_OF_TURN.into())),
         };
-        let take_over = TakeOver { path: path.to_owned(), channel, hello, descriptors, keeps: Keeps::default() };
+        let take_over =
+            TakeOver { path: path.to_owned(), channel, hello, descriptors, keeps: Keeps::default(), starter };
         let Some(facts) = served.facts() else {
             return Err(take_over.give_up("an image in memory ends with its process"));
         };
@@ -141,6 +150,11 @@ impl TakeOver {
             served.give_back();
             self.give_up(&why)
         })?;
+        // One that knows no starters does not look itself.
+        if self.starter.as_ref().is_some_and(Starter::has_given_up) {
+            served.give_back();
+            return Err(self.give_up(GAVE_UP));
+        }
         say(&self.channel, &FromNew::Prepared).map_err(refuse)?;
         match hear(&self.channel, PROMPT).map_err(refuse)? {
             (FromOld::Go, _) => {}
@@ -197,7 +211,11 @@ pub(super) fn tell(figures: &Value) {
 const OUT_OF_TURN: &str = "the running virtioblkd said something out of turn; please report it as a defect";
 
 fn say(channel: &Channel, message: &FromNew) -> Result<(), String> {
-    channel.send(message, &[], PROMPT).map_err(|error| format!("the running virtioblkd does not listen: {error}"))
+    channel.send(message, &[], PROMPT).map_err(|error| no_listener(&error))
+}
+
+fn no_listener(error: &io::Error) -> String {
+    format!("the running virtioblkd does not listen: {error}")
 }
 
 fn hear(channel: &Channel, patience: Duration) -> Result<(FromOld, Vec<OwnedFd>), String> {

@@ -11,12 +11,13 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Served, ServerError, new_bell};
 use crate::control::CommandLine;
 use crate::logging;
 use crate::sync::Bell;
-use crate::upgrade::{Channel, Descriptors, FromNew, FromOld, Hello, State};
+use crate::upgrade::{Channel, Descriptors, FromNew, FromOld, GAVE_UP, Hello, Starter, State};
 
 /// For requests in flight, and for the connection to be between two messages.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -171,18 +172,20 @@ fn give(
     hello: Result<(Hello, Descriptors), String>,
     leaving: &AtomicBool,
 ) -> Result<Successor, String> {
-    match next(channel, UNHURRIED)? {
-        FromNew::Begin => {}
+    let starter = match next(channel, UNHURRIED, None)? {
+        (FromNew::Begin, descriptors) => Starter::received(descriptors).map_err(|error| error.to_string())?,
         _ => return Err(OUT_OF_TURN.into()),
-    }
+    };
+    let starter = starter.as_ref();
     // Not before the other one has said that it is done with the control socket's own language.
     let (hello, descriptors) = hello?;
     send(channel, &FromOld::Hello(Box::new(hello)), &descriptors.into_list())?;
-    let keeps = match next(channel, UNHURRIED)? {
-        FromNew::Ready(keeps) => keeps,
+    let keeps = match next(channel, UNHURRIED, starter)? {
+        (FromNew::Ready(keeps), _) => keeps,
         _ => return Err(OUT_OF_TURN.into()),
     };
     sync_ahead(served)?;
+    is_wanted(starter)?;
     leaving.store(true, Ordering::Release);
     let mut handed_over = served.hand_over(DRAIN)?;
     let (mut descriptors, mut front_end) = (Descriptors::default(), None);
@@ -193,10 +196,11 @@ fn give(
     let state = State { since: handed_over.since, drained_in: handed_over.drained_in, front_end };
     let descriptors: Vec<OwnedFd> = descriptors.into_list();
     send(channel, &FromOld::State(Box::new(state)), &descriptors)?;
-    match next(channel, HURRIED)? {
-        FromNew::Prepared => {}
+    match next(channel, HURRIED, starter)? {
+        (FromNew::Prepared, _) => {}
         _ => return Err(OUT_OF_TURN.into()),
     }
+    is_wanted(starter)?;
     send(channel, &FromOld::Go, &[])?;
     handed_over.commit();
     let pid = getsockopt(&channel.stream().as_fd(), PeerCredentials).map_or(0, |peer| peer.pid());
@@ -217,11 +221,37 @@ fn sync_ahead(served: &dyn Served) -> Result<(), String> {
 
 const OUT_OF_TURN: &str = "the new virtioblkd said something out of turn; please report it as a defect";
 
-fn next(channel: &Channel, patience: Duration) -> Result<FromNew, String> {
-    match channel.receive(patience) {
+/// An error if the starter has given up. What follows right after it is carried out.
+fn is_wanted(starter: Option<&Starter>) -> Result<(), String> {
+    if starter.is_some_and(Starter::has_given_up) { Err(GAVE_UP.into()) } else { Ok(()) }
+}
+
+fn next(channel: &Channel, patience: Duration, starter: Option<&Starter>) -> Result<(FromNew, Vec<OwnedFd>), String> {
+    let mut left = patience;
+    if let Some(starter) = starter {
+        left = wait_for_either(channel, starter, patience);
+        is_wanted(Some(starter))?;
+    }
+    match channel.receive(left) {
         Ok((FromNew::Failed(why), _)) => Err(format!("the new virtioblkd gives up: {why}")),
-        Ok((message, _)) => Ok(message),
+        Ok(message) => Ok(message),
         Err(error) => Err(format!("the new virtioblkd: {error}")),
+    }
+}
+
+/// Waits until the new daemon says something or hangs up, or the starter gives up. Returns how long to wait for the whole
+/// message: `patience` once it has begun, next to nothing when the time is over.
+fn wait_for_either(channel: &Channel, starter: &Starter, patience: Duration) -> Duration {
+    let end = Instant::now() + patience;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let mut fds = [PollFd::new(channel.stream(), PollFlags::IN), PollFd::new(starter, PollFlags::empty())];
+        match poll(&mut fds, Some(&left)) {
+            Err(rustix::io::Errno::INTR) => {}
+            Ok(0) => return Duration::from_millis(1),
+            _ => return patience,
+        }
     }
 }
 

@@ -7,21 +7,22 @@
 //!
 //! | new | old | |
 //! |---|---|---|
-//! | `Begin` | | |
+//! | `Begin` | | with its starter's pipe, if virtioblkctl started it ([`Starter`]) |
 //! | | `Hello` | what the guest was told, and copies of the sockets that outlive the old one |
 //! | `Ready` | | everything that can fail without the guest's rings has succeeded: sandbox included |
 //! | | | syncs; **the pause begins**: its rings come to rest, are stopped and synced, the image is let go |
 //! | | `State` | the front-end's connection and all that was said on it |
 //! | `Prepared` | | it is in the same state, and the image is its own; its rings do not run |
-//! | | `Go` | the commit: the old one never touches the image again, and ends |
+//! | | `Go` | the commit, if the starter has not given up: the old one never touches the image again, and ends |
 //! | | | the rings run: **the pause ends** |
 //!
-//! Until `Go` was sent, an error, an end or silence of the new one makes the old one take its image and start its rings
+//! Until `Go` was sent, an error, an end or silence of the new one, or the starter's giving up, makes the old one take its image and start its rings
 //! again; the guest has noticed a pause. If the new one dies after `Go` that is a crash like any: what was in flight is
 //! in the front-end's memory. A message of the front-end's that comes meanwhile waits in its socket, and the new one
 //! reads it: the hand-over happens between two messages.
 
 mod channel;
+mod starter;
 
 use std::path::PathBuf;
 
@@ -29,6 +30,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::virtio::moving::Record;
 pub(crate) use channel::{Channel, Descriptors};
+pub use starter::VARIABLE as STARTER_VARIABLE;
+pub(crate) use starter::{GAVE_UP, Starter};
 
 /// Of these messages. One who takes over says which it speaks, and whoever does not know it refuses.
 pub const VERSION: u64 = 1;
