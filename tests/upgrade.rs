@@ -148,7 +148,7 @@ fn a_program_that_does_not_take_over_changes_nothing() {
     load.wait_for(50);
     fs::write(disk.path("other.img"), vec![0; SIZE]).unwrap();
     fs::write(disk.path("small.img"), vec![0; SIZE / 2]).unwrap();
-    let cases: [(&[&str], &[&str]); 10] = [
+    let cases: [(&[&str], &[&str]); 11] = [
         (&["--", "--cache", "sometimes"], &["--cache", "sometimes"]),
         (&["--", "--blk-file", "missing.img"], &["missing.img", "no such file"]),
         (&["--", "--blk-file", "other.img"], &["another one", "give the same one"]),
@@ -157,7 +157,8 @@ fn a_program_that_does_not_take_over_changes_nothing() {
         (&["--", "--logical-block-size", "4096"], &["logical block size", "512", "4096"]),
         (&["--", "--num-queues", "1"], &["number of queues", "--num-queues"]),
         (&["--", "--control-path", "no/such/directory"], &["no/such/directory", "create it first"]),
-        (&["--binary", "/bin/true"], &["did not take over", "serves on"]),
+        (&["--binary", "/bin/true"], &["did not take over", "is it virtioblkd", "--binary", "serves on"]),
+        (&["--binary", "/bin/echo"], &["did not take over", "is it virtioblkd", "serves on"]),
         (&["--binary", "no-such-program"], &["no-such-program", "serves on"]),
     ];
     for (arguments, words) in cases {

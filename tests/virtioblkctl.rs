@@ -2,9 +2,10 @@
 
 mod control_kit;
 mod unread;
+mod upgrade_kit;
 
 use std::io::{BufRead, BufReader};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -328,6 +329,22 @@ fn errors_name_the_thing_the_cause_and_the_mend() {
     assert!(start.elapsed() < PATIENCE, "it waits for five seconds, not for ever");
 }
 
+/// The vhost-user socket of a real daemon, free and with a front-end: it says at once that it is the wrong one.
+#[test]
+fn the_front_ends_socket_is_the_wrong_one_at_once() {
+    let disk = upgrade_kit::Disk::serve(&["--cache", "none"]);
+    let says = || {
+        let output = ctl(&disk.path("vhost")).arg("status").output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        contains(&err(&output), &["without a greeting", "--control-path", "--socket-path"]);
+    };
+    says();
+    upgrade_kit::wait_until("the place is free again", || disk.status()["connected"] == false);
+    let _front_end = UnixStream::connect(disk.path("vhost")).unwrap();
+    says();
+    says();
+}
+
 #[test]
 fn too_many_clients_is_told_in_words() {
     let served = Served::new();
@@ -368,7 +385,9 @@ fn wrong_usage_is_explained() {
         assert_eq!(output.status.code(), Some(2), "{output:?}");
         contains(&err(&output), words);
     };
-    usage(&["status"], &["--control PATH"]);
+    usage(&["status"], &["--control PATH", "Usage: virtioblkctl "]);
+    let version = Command::new(env!("CARGO_BIN_EXE_virtioblkctl")).arg("--version").output().unwrap();
+    contains(&out(&version), &["virtioblkctl ", env!("CARGO_PKG_VERSION")]);
     usage(&["--control", "x", "quiesce", "--lease", "30"], &["500ms", "--lease"]);
     usage(&["--control", "x", "resume"], &["--all"]);
     usage(&["--control", "x", "resume", "t", "--all"], &["cannot be used with"]);

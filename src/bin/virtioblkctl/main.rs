@@ -1,7 +1,7 @@
 //! The operator's command: asks a running `virtioblkd` through its quiesce socket, and takes snapshots.
 //!
 //! Exit status: 0 success, 1 the daemon refused or could not be reached (`snapshot`: none was taken), 2 wrong usage.
-//! `quiesce -- COMMAND` exits with COMMAND's status (128 + n for signal n), 125 if we failed or the hold was lost, 126
+//! `upgrade` ends with 128 + n if signal n gave it up. `quiesce -- COMMAND` exits with COMMAND's status (128 + n for signal n), 125 if we failed or the hold was lost, 126
 //! and 127 if COMMAND cannot be run.
 
 mod attend;
@@ -9,6 +9,7 @@ mod freezing;
 mod hold;
 mod show;
 mod snapshot;
+mod successor;
 mod upgrade;
 
 use std::ffi::OsString;
@@ -30,7 +31,7 @@ pub(crate) use virtioblkd::units::time as duration;
 
 /// Ask a running virtioblkd, and hold its disk still
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "virtioblkctl", version)]
 struct Cli {
     /// The daemon's quiesce socket (virtioblkd --control-path)
     #[arg(long, value_name = "PATH", global = true)]
@@ -288,7 +289,10 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
             let readable = |answer: &Value| format!("the guest's disk has {} bytes\n", answer["size"]);
             page(cli, &client.ask("resize", arguments, PATIENCE)?, readable)
         }
-        What::Upgrade(options) => page(cli, &upgrade::run(options, path, client)?, upgrade::readable),
+        What::Upgrade(options) => match upgrade::run(options, path, client)? {
+            upgrade::Outcome::Done(figures) => page(cli, &figures, upgrade::readable),
+            upgrade::Outcome::GivenUp(status) => return Ok(status),
+        },
         What::Watch => return watch(cli, client),
         What::Snapshot(_) | What::Attend(_) | What::Guard | What::Cloner => {
             return Err(Failure::new("internal", "this command is run elsewhere"));

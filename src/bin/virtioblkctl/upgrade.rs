@@ -1,23 +1,33 @@
 //! The subcommand `upgrade`: starts another virtioblkd that takes the guest over from the one that runs.
+//!
+//! We may be root and the daemon may not, or it may have been broken into. So the program never comes from the daemon, and
+//! its options, directory and environment only from one that runs as root or as us: any of them names files or code
+//! (`--blk-file`, `--pid-file`, `--copy-dir`, `--ceph-library-path`, `--rbd-option`), or leaves a protection out (`--user`,
+//! `--sandbox`).
 
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::process::Command;
 use std::time::Duration;
 
 use clap::Args;
 use serde_json::{Value, json};
 use virtioblkd::client::{Client, Failure, PATIENCE};
+use virtioblkd::control::is_trusted;
 use virtioblkd::logging;
 
 use crate::duration;
+use crate::successor::{self, Ending, Why};
 
 #[derive(Args)]
 pub struct Upgrade {
-    /// The new program [default: the path that the running one was started from, which may be another file by now]
+    /// The new program [default: the virtioblkd in the directory of this virtioblkctl]
     #[arg(long, value_name = "PATH")]
     binary: Option<PathBuf>,
+    /// Start the new one with this disk file, and OPTIONS, alone, instead of the running one's options
+    ///
+    /// Needed where the running one is neither root's nor yours, since its own word is not taken then.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Give up, and let the running daemon serve on, if the new one has not taken over by then
     #[arg(long, value_name = "TIME", default_value = "2min", value_parser = duration)]
     timeout: Duration,
@@ -35,60 +45,123 @@ const EXCLUDES: [(&str, &[&str]); 5] = [
     ("--fd", &["--socket-path", "--socket-mode", "--socket-group"]),
 ];
 
-/// Starts the new daemon and waits until it has taken over. Returns its figures.
-pub fn run(options: &Upgrade, control: &Path, mut client: Client) -> Result<Value, Failure> {
-    let line = client.ask("query-command-line", json!({}), PATIENCE)?;
-    let text = |name: &str| line[name].as_str().unwrap_or_default().to_owned();
-    let old: Vec<String> =
-        line["arguments"].as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect();
+/// The service manager's socket (systemd, sd_notify(3)): the one that is taken from any daemon.
+const SYSTEMD_NOTIFY: &str = "/run/systemd/notify";
+
+/// The new program's name, beside ours.
+const DAEMON: &str = "virtioblkd";
+
+/// How an upgrade ended, if it did not fail.
+pub enum Outcome {
+    /// The new daemon's figures.
+    Done(Value),
+    /// Given up by a signal; our exit status.
+    GivenUp(u8),
+}
+
+/// Starts the new daemon and waits until it has taken over.
+pub fn run(options: &Upgrade, control: &Path, mut client: Client) -> Result<Outcome, Failure> {
+    let status = client.ask("query-status", json!({}), PATIENCE)?;
+    let line = match client.ask("query-command-line", json!({}), PATIENCE) {
+        // It has arguments that are no text; they are not needed.
+        Err(failure) if failure.code == "no-upgrade" && options.config.is_some() => Value::Null,
+        line => line?,
+    };
+    let trusted = client.writer().is_some_and(|uid| is_trusted(uid, rustix::process::geteuid().as_raw()));
+    let writer = client.writer();
     drop(client);
-    let program = options.binary.clone().unwrap_or_else(|| text("program").into());
-    let failed = |what: &str, error: &dyn std::fmt::Display| {
-        Failure::new("upgrade", format!("{what} '{}': {error}; the running daemon serves on", program.display()))
+    let program = program(options)?;
+    let failed = |what: &str, why: &dyn std::fmt::Display| {
+        Failure::new("upgrade", format!("{what} '{}': {why}; the running daemon serves on", program.display()))
     };
-    let (program_path, control) = match (std::path::absolute(&program), std::path::absolute(control)) {
-        (Ok(program), Ok(control)) => (program, control),
-        (Err(error), _) | (_, Err(error)) => return Err(failed("cannot find", &error)),
-    };
-    let mut command = Command::new(program_path);
-    command.args(replace(old, &options.options)).arg("--take-over").arg(control).current_dir(text("directory"));
-    if let Some(socket) = line["notify-socket"].as_str() {
+    let control = std::path::absolute(control).map_err(|error| failed("cannot start", &error))?;
+    let mut command = Command::new(&program);
+    command.args(arguments(options, &line, trusted, writer)?).arg("--take-over").arg(&control);
+    if let Some(directory) = line["directory"].as_str().filter(|_| trusted) {
+        command.current_dir(directory);
+    }
+    if let Some(socket) = line["notify-socket"].as_str().filter(|socket| trusted || *socket == SYSTEMD_NOTIFY) {
         command.env("NOTIFY_SOCKET", socket);
     }
     // Its log is for whoever looks at us, until it goes on with the other's.
-    let mut child =
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().map_err(|error| failed("cannot start", &error))?;
-    let heard = hear(&mut child, options.timeout);
-    match heard {
-        Ok(Some(figures)) => Ok(figures),
-        Ok(None) => {
-            let status = child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
-            Err(failed("no upgrade to", &format!("it did not take over ({status}); it says above why")))
+    match successor::run(command, &control, &status["daemon"]["pid"], options.timeout) {
+        Ending::TookOver(figures) => Ok(Outcome::Done(figures)),
+        Ending::Stayed(Why::Signal(signal, gone)) => {
+            let hung = lingers(gone);
+            logging::say(format_args!("{signal}: the upgrade is given up{hung}; the running daemon serves on"));
+            Ok(Outcome::GivenUp(128 + signal as u8))
         }
-        Err(RecvTimeoutError::Timeout) => {
-            // Ours to end: it is not waited for, so its number is still its own.
-            if let Err(error) = child.kill().and_then(|()| child.wait()) {
-                logging::say(format_args!("the new daemon (pid {}) cannot be ended: {error}", child.id()));
-            }
-            Err(failed("no upgrade to", &"it did not take over in time (--timeout) and was ended"))
+        Ending::Stayed(Why::NotStarted(error)) => {
+            Err(failed("cannot start", &format!("{error}; give virtioblkd's path as --binary")))
         }
-        Err(RecvTimeoutError::Disconnected) => Err(failed("no upgrade to", &"its output cannot be read")),
+        Ending::Stayed(Why::Ended(status)) => Err(failed("no upgrade to", &not_taken_over(status))),
+        Ending::Stayed(Why::Late(gone)) => {
+            let how = if gone { " and was ended".to_owned() } else { lingers(false) };
+            Err(failed("no upgrade to", &format!("it did not take over in time (--timeout){how}")))
+        }
+        Ending::Unknown => Err(Failure::new(
+            "upgrade",
+            format!(
+                "the upgrade to '{}' was given up, and whether it had been carried out is not known: no daemon answers on \
+                 '{}'; see 'virtioblkctl status' later, and the daemons' logs",
+                program.display(),
+                control.display()
+            ),
+        )),
     }
 }
 
-/// The line that a daemon prints when it has taken over; `None`: something else, or nothing.
-fn hear(child: &mut Child, patience: Duration) -> Result<Option<Value>, RecvTimeoutError> {
-    let Some(output) = child.stdout.take() else { return Ok(None) };
-    let (sender, line) = channel();
-    std::thread::spawn(move || {
-        let mut line = String::new();
-        let read = BufReader::new(output).read_line(&mut line);
-        // After its time nobody waits.
-        let _ = sender.send(read.map(|_| line).unwrap_or_default());
-    });
-    let line = line.recv_timeout(patience)?;
-    let said: Option<Value> = serde_json::from_str(&line).ok();
-    Ok(said.and_then(|mut said| said.get_mut("took-over").map(Value::take)))
+/// What to add where a process was killed: that it does not die.
+fn lingers(gone: bool) -> String {
+    if gone {
+        return String::new();
+    }
+    ": the new process hangs in a call of the kernel (its storage does not answer?) and can take nothing over any more"
+        .into()
+}
+
+/// Why a program that ended did not take over.
+fn not_taken_over(status: Option<std::process::ExitStatus>) -> String {
+    match status {
+        Some(status) if status.success() => {
+            "it ended without an error and did not take over: is it virtioblkd? Give its path as --binary".into()
+        }
+        Some(status) => format!("it did not take over ({status}); a virtioblkd has said above why"),
+        None => "it closed its output and did not take over: is it virtioblkd? Give its path as --binary".into(),
+    }
+}
+
+/// The program to start, as a path that does not depend on our directory.
+fn program(options: &Upgrade) -> Result<PathBuf, Failure> {
+    let program = match &options.binary {
+        Some(program) => std::path::absolute(program),
+        None => std::env::current_exe().map(|ours| ours.with_file_name(DAEMON)),
+    };
+    program.map_err(|error| {
+        Failure::new("upgrade", format!("cannot find the new virtioblkd ({error}): give its path as --binary"))
+    })
+}
+
+/// The new daemon's arguments.
+fn arguments(options: &Upgrade, line: &Value, trusted: bool, writer: Option<u32>) -> Result<Vec<String>, Failure> {
+    if let Some(config) = &options.config {
+        let path = std::path::absolute(config).ok().and_then(|path| path.into_os_string().into_string().ok());
+        let path = path.ok_or_else(|| Failure::new("upgrade", "the path given as --config is no text: rename it"))?;
+        return Ok(["--config".to_owned(), path].into_iter().chain(options.options.iter().cloned()).collect());
+    }
+    if !trusted {
+        let user = writer.map_or("an unknown user".to_owned(), |uid| format!("user {uid}"));
+        return Err(Failure::new(
+            "not-trusted",
+            format!(
+                "the running daemon is {user}'s, neither root's nor yours, so the options that it says it was started with \
+                 are not taken: give its disk file (upgrade --config FILE), or start 'virtioblkd OPTIONS --take-over \
+                 CONTROL' yourself; the running daemon serves on"
+            ),
+        ));
+    }
+    let old = line["arguments"].as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect();
+    Ok(replace(old, &options.options))
 }
 
 /// The old arguments, but for the options that are among the new ones; then the new ones. An option is a word that begins
