@@ -1,4 +1,4 @@
-//! The descriptors of one chain, one after the other (virtio 1.3, 2.7.5).
+//! Iterates over the descriptors of one chain (virtio 1.3, 2.7.5).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -7,21 +7,21 @@ use vm_memory::GuestAddress;
 
 use super::mapped::Mapped;
 
-/// Bytes of a descriptor.
+/// The length of a descriptor in bytes.
 const DESCRIPTOR: u32 = 16;
 
-/// Yields the descriptors of a chain. An indirect table is followed once, and a chain that is broken or longer than its
-/// table ends without a word: its last descriptor says then that there is another.
+/// Yields the descriptors of a chain. One indirect table is followed. A chain that is broken or longer than its table ends
+/// early; the caller sees it by the last descriptor, which then has VIRTQ_DESC_F_NEXT.
 pub struct Chain<'a> {
     memory: &'a Mapped,
     table: Table<'a>,
     next: u16,
-    /// Descriptors that may still come.
+    /// How many descriptors may still follow.
     left: u32,
 }
 
 enum Table<'a> {
-    /// The ring's own, two words a descriptor.
+    /// The virtqueue's own table, two words a descriptor.
     Ring(&'a [AtomicU64]),
     Indirect {
         at: GuestAddress,
@@ -30,7 +30,7 @@ enum Table<'a> {
 }
 
 impl<'a> Chain<'a> {
-    /// The chain that begins at `head` in the ring's `table`, of two words a descriptor.
+    /// The chain that begins at `head` in the virtqueue's `table`, which has two words a descriptor.
     #[inline]
     pub(super) fn new(memory: &'a Mapped, table: &'a [AtomicU64], head: u16) -> Self {
         Chain { memory, table: Table::Ring(table), next: head, left: (table.len() / 2) as u32 }
@@ -57,8 +57,8 @@ impl<'a> Chain<'a> {
         Some(Descriptor::new(address, rest as u32, (rest >> 32) as u16, (rest >> 48) as u16))
     }
 
-    /// Goes on in an indirect table (virtio 1.3, 2.7.5.3): its length is whole descriptors, and it has no table inside. That
-    /// there is none behind it either is not looked at: QEMU (virtqueue_split_pop) does not.
+    /// Continues in an indirect table (virtio 1.3, 2.7.5.3), whose length is a multiple of a descriptor's and which holds no
+    /// further table. A table behind it in the chain is ignored, as QEMU does (virtqueue_split_pop).
     fn enter(&mut self, table: &Descriptor) -> Option<()> {
         let size = table.len() / DESCRIPTOR;
         let whole = table.len().is_multiple_of(DESCRIPTOR);

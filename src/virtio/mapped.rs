@@ -1,7 +1,7 @@
-//! UNSAFE. Guest memory as it is mapped here: the one place where an address of the guest's becomes a pointer of ours.
+//! UNSAFE. Guest memory as this process maps it: the one place where a guest address becomes a pointer.
 //!
-//! Every address is checked at every access, for the guest chooses it. `vm-memory` does that, too, through so many layers
-//! that it took a third of the instructions of a small request; here it is a comparison or two.
+//! The guest chooses every address, so every access checks it. `vm-memory` does that, too, through so many layers that it
+//! took a third of the instructions of a small request; here it is one or two comparisons.
 #![allow(unsafe_code)]
 
 use std::any::Any;
@@ -18,16 +18,16 @@ use vm_memory::{
 use super::request::Segment;
 use crate::backend::IoBuf;
 
-/// Regions that are looked through one after the other. A guest has two or three, unless memory is plugged into it.
+/// Up to this many regions are searched one by one. A guest has two or three, unless memory is plugged into it.
 const FEW: usize = 8;
 
 /// An address outside the guest's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadAddress;
 
-/// The guest's memory for one running ring, whose worker alone uses it.
+/// The guest's memory for one running virtqueue. Only its worker uses it.
 pub struct Mapped {
-    /// By address.
+    /// The regions, sorted by address.
     regions: Box<[Region]>,
     memory: Arc<GuestMemoryMmap>,
 }
@@ -38,8 +38,8 @@ struct Region {
     at: NonNull<u8>,
 }
 
-// SAFETY: the pointers are into mappings that `memory`, which is Send and Sync, keeps for as long as this value lives, and
-// what is behind them is only copied, or accessed as atomics.
+// SAFETY: the pointers are into mappings that `memory`, which is Send and Sync, keeps for as long as this value lives. The
+// bytes behind them are only copied or accessed as atomics.
 unsafe impl Send for Mapped {}
 
 /// Sixteen bytes at any address.
@@ -47,7 +47,7 @@ unsafe impl Send for Mapped {}
 struct Unaligned(u128);
 
 impl Mapped {
-    /// All of `memory`, which stays mapped for as long as this, every [`Cells`] and every buffer of it lives.
+    /// Covers all of `memory`, which stays mapped for as long as this value, or any [`Cells`] or buffer made from it, lives.
     pub fn new(memory: Arc<GuestMemoryMmap>) -> Self {
         let region = |region: &GuestRegionMmap| {
             let at = NonNull::new(region.as_ptr()).expect("mmap(2) never returns a null pointer");
@@ -57,13 +57,14 @@ impl Mapped {
         Mapped { regions, memory }
     }
 
-    /// A pointer to the byte at `address`, and how many bytes its region has from there on (at least one).
+    /// Returns a pointer to the byte at `address`, and the number of bytes from there to the end of its region (at least
+    /// one).
     #[inline]
     fn find(&self, address: GuestAddress) -> Option<(NonNull<u8>, u64)> {
         let few = self.regions.len() <= FEW;
         let region = if few { self.regions.iter().find(|region| region.has(address)) } else { self.search(address) }?;
         let offset = address.0 - region.start;
-        // SAFETY: the region has the address, so the offset is inside its mapping, which `memory` keeps.
+        // SAFETY: the region contains the address, so the offset is inside its mapping, which `memory` keeps.
         Some((unsafe { region.at.add(offset as usize) }, region.len - offset))
     }
 
@@ -72,8 +73,8 @@ impl Mapped {
         Some(&self.regions[index]).filter(|region| region.has(address))
     }
 
-    /// The bytes that `segments` name, as a buffer that keeps them mapped. A segment may cross from one region into the
-    /// next. `spare` is an old buffer to reuse.
+    /// Makes a buffer of the bytes that `segments` name; the buffer keeps them mapped. A segment may cross from one region
+    /// into the next. `spare`: an old buffer whose allocations are reused.
     pub fn buffer(&self, segments: &[Segment], spare: Option<IoBuf>) -> Result<IoBuf, BadAddress> {
         let (mut iovecs, keep) = spare.map(IoBuf::into_parts).unwrap_or_default();
         for &(mut address, len) in segments {
@@ -83,16 +84,17 @@ impl Mapped {
                 let part = left.min(rest);
                 iovecs.push(libc::iovec { iov_base: at.as_ptr().cast(), iov_len: part as usize });
                 left -= part;
-                // No wrap to address 0: no region ends at the last one (`memory::map`).
+                // This does not wrap to address 0: no region ends at the last address (`memory::map`).
                 address = GuestAddress(address.0.wrapping_add(part));
             }
         }
         // SAFETY: every iovec lies inside a region of `memory`, which stays mapped for as long as an Arc of it lives, and
-        // the IoBuf keeps one until it is dropped. Nobody makes references to guest memory but to atomics.
+        // the IoBuf keeps one until it is dropped. No code makes references to guest memory but to atomics.
         Ok(unsafe { IoBuf::from_iovecs(iovecs, self.keep(keep)) })
     }
 
-    /// What keeps the memory: an old buffer's handle if it does, which costs less than a new one.
+    /// Returns a handle that keeps the memory mapped: that of `spare` if it keeps the same memory, which is cheaper than a
+    /// new one.
     #[inline]
     fn keep(&self, old: Option<Arc<dyn Any + Send + Sync>>) -> Arc<dyn Any + Send + Sync> {
         match old {
@@ -101,8 +103,8 @@ impl Mapped {
         }
     }
 
-    /// The sixteen bytes at `address`: a descriptor, the header of a request, a range. Read once, so what is checked is
-    /// what is used.
+    /// Reads the sixteen bytes at `address`: a descriptor, the header of a request, or a range. They are read once, so the
+    /// caller checks the same bytes that it uses.
     #[inline]
     pub fn read_sixteen(&self, address: GuestAddress) -> Result<[u8; 16], BadAddress> {
         let (at, rest) = self.find(address).ok_or(BadAddress)?;
@@ -111,18 +113,18 @@ impl Mapped {
             self.read(address, &mut bytes)?;
             return Ok(bytes);
         }
-        // SAFETY: sixteen bytes from `at` on are inside a mapping that `memory` keeps; the type asks for no alignment and
-        // takes any bytes. The guest may write to them meanwhile: volatile, so that they are read here and only here.
+        // SAFETY: sixteen bytes from `at` on are inside a mapping that `memory` keeps; the type needs no alignment and
+        // accepts any bytes. The guest may write to them meanwhile: a volatile read happens here and only here.
         let Unaligned(bytes) = unsafe { at.cast::<Unaligned>().as_ptr().read_volatile() };
         Ok(bytes.to_ne_bytes())
     }
 
-    /// Copies the bytes from `address` on, across regions if need be. For what is rare.
+    /// Copies the bytes from `address` on, across regions if necessary. Slower than the other methods, for rare requests.
     pub fn read(&self, address: GuestAddress, to: &mut [u8]) -> Result<(), BadAddress> {
         self.memory.read_slice(to, address).map_err(|_| BadAddress)
     }
 
-    /// Stores one byte: a request's status.
+    /// Stores one byte: the status of a request.
     #[inline]
     pub fn store(&self, address: GuestAddress, byte: u8) -> Result<(), BadAddress> {
         let (at, _) = self.find(address).ok_or(BadAddress)?;
@@ -131,7 +133,7 @@ impl Mapped {
         Ok(())
     }
 
-    /// `count` atomics from `address` on. `None`: they are not all in one region, or not aligned.
+    /// Returns `count` atomics from `address` on, or `None` when they are not aligned or do not lie in one region.
     pub fn cells<A: AtomicInteger>(&self, address: u64, count: usize) -> Option<Cells<A>> {
         let (at, rest) = self.find(GuestAddress(address))?;
         let bytes = count.checked_mul(size_of::<A>())?;
@@ -148,7 +150,7 @@ impl Region {
     }
 }
 
-/// Atomics in guest memory, which they keep mapped: a part of a ring.
+/// Atomics in guest memory, such as a part of a virtqueue. They keep that memory mapped.
 pub struct Cells<A> {
     first: NonNull<A>,
     count: usize,
@@ -156,7 +158,7 @@ pub struct Cells<A> {
     _atomics: PhantomData<A>,
 }
 
-// SAFETY: as of `Mapped`; atomics may be used from any thread.
+// SAFETY: as for `Mapped`; atomics may be used from any thread.
 unsafe impl<A: AtomicInteger> Send for Cells<A> {}
 
 impl<A: AtomicInteger> Deref for Cells<A> {
@@ -164,8 +166,8 @@ impl<A: AtomicInteger> Deref for Cells<A> {
 
     #[inline]
     fn deref(&self) -> &[A] {
-        // SAFETY: `cells` found that many atomics, aligned, inside one region, which `_memory` keeps mapped for longer than
-        // the reference. The guest changes them meanwhile, which is what atomics are for, and they take any bytes.
+        // SAFETY: `cells` found that many aligned atomics inside one region, which `_memory` keeps mapped for longer than the
+        // reference. The guest changes them meanwhile, which atomics allow, and every value of the bytes is valid.
         unsafe { std::slice::from_raw_parts(self.first.as_ptr(), self.count) }
     }
 }

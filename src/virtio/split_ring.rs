@@ -1,8 +1,8 @@
-//! A split virtqueue that runs (virtio 1.3, 2.7): what the driver made available, and what we used.
+//! A running split virtqueue (virtio 1.3, 2.7): takes heads from the available ring and writes the used ring.
 //!
-//! Its three parts are found in the guest's memory once, when it starts, so what a request costs here is its loads and
-//! stores. `virtio-queue`, the crate that one would take for this, finds them at every access, which was more than
-//! everything else that a small request takes; it is what the tests compare this with.
+//! The three parts of the virtqueue are located in guest memory once, when it starts, so a request costs only its loads and
+//! stores. `virtio-queue`, the usual crate for this, locates them at every access, which cost more than everything else in
+//! a small request. The tests compare this implementation with that crate.
 //!
 //! All fields are little endian: VIRTIO_F_VERSION_1 is always offered.
 
@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::chain::Chain;
 use super::mapped::{Cells, Mapped};
 
-/// Where the driver put a ring's parts, in its own addresses (SET_VRING_ADDR).
+/// The guest addresses of a virtqueue's three parts (SET_VRING_ADDR).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     /// The descriptor table.
@@ -26,54 +26,54 @@ pub struct Place {
 }
 
 impl Place {
-    /// Whether each part begins where it may (virtio 1.3, 2.7: table of alignments).
+    /// Whether each part is aligned as virtio 1.3, 2.7 requires.
     pub fn is_aligned(&self) -> bool {
         self.descriptors.is_multiple_of(16) && self.available.is_multiple_of(2) && self.used.is_multiple_of(4)
     }
 
-    /// The index in the used ring: how many answers the driver has been given, modulo 2^16. `None`: it lies outside the
-    /// memory.
+    /// The used index: how many requests were completed, modulo 2^16. Returns `None` when it lies outside `memory`.
     pub fn used_index(&self, memory: &GuestMemoryMmap) -> Option<u16> {
         let at = GuestAddress(self.used.checked_add(2)?);
         memory.load(at, Ordering::Acquire).ok().map(u16::from_le)
     }
 }
 
-/// Bytes of the used ring of so many descriptors: flags, index, the answers and the event.
+/// The length in bytes of the used ring of `size` descriptors: flags, index, the elements and `avail_event`.
 fn used_bytes(size: u16) -> u64 {
     6 + 8 * u64::from(size)
 }
 
-/// The driver's available index makes no sense.
+/// The error of [`SplitRing::take`]: the driver's available index is impossible.
 pub const TOO_FAR: &str = "the available index is further ahead than the ring is long";
 
-/// One running ring. Its worker's.
+/// One running virtqueue. Owned and used by its worker alone.
 pub struct SplitRing {
-    /// Two words a descriptor.
+    /// The descriptor table, two words a descriptor.
     table: Cells<AtomicU64>,
-    /// Flags, index, a head each, and the event.
+    /// The available ring: flags, index, the heads, and `used_event`.
     available: Cells<AtomicU16>,
-    /// Flags and index.
+    /// The beginning of the used ring: flags and index.
     used: Cells<AtomicU16>,
-    /// Head and length of each answer: the used ring need not be aligned to more than their halves.
+    /// The elements of the used ring, as head and length. Two words each, because the used ring is aligned to four bytes
+    /// only.
     answers: Cells<AtomicU32>,
     available_event: Cells<AtomicU16>,
     size: u16,
     used_at: GuestAddress,
-    /// VIRTIO_F_EVENT_IDX is negotiated.
+    /// VIRTIO_F_EVENT_IDX was negotiated.
     event_idx: bool,
-    /// The next head to take, and the available index that was seen last.
+    /// The position of the next head to take, and the available index that was read last.
     next_available: u16,
     seen: u16,
-    /// The next answer, and which was the next when the driver's wish for interrupts was looked at last.
+    /// The position of the next used element, and that position when [`SplitRing::wants_interrupt`] was last called.
     next_used: u16,
     told: u16,
 }
 
 impl SplitRing {
-    /// The ring of `size` descriptors (a power of two) at `place`, to go on at these indices. `None`: one of its parts is
-    /// not all in one region of the guest's memory, or not aligned. Drivers' rings always are: QEMU refuses others, too
-    /// (vhost_memory_map). Called when a ring starts.
+    /// Locates the virtqueue of `size` descriptors (a power of two) at `place`; it continues at the given indices. Returns
+    /// `None` when one of its parts is not aligned or does not lie in one region of guest memory. The virtqueues of real
+    /// drivers always do; QEMU refuses others, too (vhost_memory_map). Called when the virtqueue starts.
     pub fn open(
         memory: &Mapped,
         place: &Place,
@@ -81,7 +81,7 @@ impl SplitRing {
         event_idx: bool,
         (next_available, next_used): (u16, u16),
     ) -> Option<Self> {
-        assert!(size.is_power_of_two(), "checked when it was told (SET_VRING_NUM)");
+        assert!(size.is_power_of_two(), "SET_VRING_NUM checked it");
         let entries = usize::from(size);
         let behind_answers = place.used.checked_add(used_bytes(size) - 2)?;
         Some(SplitRing {
@@ -100,32 +100,33 @@ impl SplitRing {
         })
     }
 
-    /// Descriptors.
+    /// The number of descriptors.
     pub fn size(&self) -> u16 {
         self.size
     }
 
-    /// The part of the guest's memory that this writes to: where it is, and its bytes.
+    /// The guest memory that this virtqueue writes to (the used ring): its address and its length in bytes. For the dirty
+    /// log.
     pub fn used_part(&self) -> (GuestAddress, u64) {
         (self.used_at, used_bytes(self.size))
     }
 
-    /// Where the next head is taken, modulo 2^16.
+    /// The position in the available ring of the next head to take, modulo 2^16.
     pub fn next_available(&self) -> u16 {
         self.next_available
     }
 
-    /// Takes up there.
+    /// Sets the position in the available ring of the next head to take.
     pub fn set_next_available(&mut self, index: u16) {
         (self.next_available, self.seen) = (index, index);
     }
 
-    /// Where the next answer goes, modulo 2^16.
+    /// The position in the used ring of the next completion, modulo 2^16.
     pub fn next_used(&self) -> u16 {
         self.next_used
     }
 
-    /// The driver's available index, and what it was given for used ones.
+    /// The available index of the driver, and the used index that it was given.
     pub fn indices(&self) -> (u16, u16) {
         (self.available_index(), u16::from_le(self.used[1].load(Ordering::Acquire)))
     }
@@ -135,13 +136,14 @@ impl SplitRing {
         u16::from_le(self.available[1].load(Ordering::Acquire))
     }
 
-    /// Whether the driver made more available than was taken. Looks at memory only.
+    /// Whether the driver has made available more heads than were taken. Reads memory only.
     #[inline]
     pub fn has_more(&self) -> bool {
         self.available_index() != self.next_available
     }
 
-    /// The next head, if there is one. It may be any number. Errors: [`TOO_FAR`].
+    /// Takes the next head, or returns `None` when there is none. The guest chose the number, so it may be any. Errors:
+    /// [`TOO_FAR`].
     #[inline]
     pub fn take(&mut self) -> Result<Option<u16>, &'static str> {
         if self.seen == self.next_available {
@@ -159,7 +161,7 @@ impl SplitRing {
         Ok(Some(u16::from_le(head)))
     }
 
-    /// The head taken last is still to be taken.
+    /// Undoes the last [`SplitRing::take`].
     pub fn put_back(&mut self) {
         self.next_available = self.next_available.wrapping_sub(1);
     }
@@ -170,8 +172,8 @@ impl SplitRing {
         Chain::new(memory, &self.table, head)
     }
 
-    /// Puts a chain into the used ring; `written`: bytes that we wrote to it. The driver may look at once. `head` is below
-    /// [`SplitRing::size`].
+    /// Puts the chain of `head`, which is below [`SplitRing::size`], into the used ring. `written`: the number of bytes that
+    /// the device wrote to the chain. The driver can see the element at once.
     #[inline]
     pub fn answer(&mut self, head: u16, written: u32) {
         let at = 2 * self.slot(self.next_used);
@@ -181,22 +183,23 @@ impl SplitRing {
         self.used[1].store(self.next_used.to_le(), Ordering::Release);
     }
 
-    /// Whether the driver is to be interrupted for what was answered since this was asked last (virtio 1.3, 2.7.7.2 and
+    /// Whether the driver wants an interrupt for the chains that were completed since the last call (virtio 1.3, 2.7.7.2 and
     /// 2.7.10).
     pub fn wants_interrupt(&mut self) -> bool {
         let told = std::mem::replace(&mut self.told, self.next_used);
-        // The used index is visible before the wish is read; the driver does it the other way round.
+        // The used index must be visible before the driver's setting is read; the driver does it the other way round.
         fence(Ordering::SeqCst);
         if !self.event_idx {
             let flags = u16::from_le(self.available[0].load(Ordering::Relaxed));
             return u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0;
         }
         let event = u16::from_le(self.available[2 + usize::from(self.size)].load(Ordering::Relaxed));
-        // vring_need_event of linux/virtio_ring.h: the answer with the event's number is among these.
+        // As vring_need_event of linux/virtio_ring.h: the element with the event's number is among these.
         self.next_used.wrapping_sub(event).wrapping_sub(1) < self.next_used.wrapping_sub(told)
     }
 
-    /// The driver need not kick: we look by ourselves. With VIRTIO_F_EVENT_IDX it kicks once at most until it is asked again.
+    /// Asks the driver not to kick, because the worker polls. With VIRTIO_F_EVENT_IDX the driver kicks at most once until
+    /// [`SplitRing::enable_kicks`].
     #[inline]
     pub fn disable_kicks(&mut self) {
         if !self.event_idx {
@@ -204,8 +207,8 @@ impl SplitRing {
         }
     }
 
-    /// From here on the driver kicks for what it makes available. Whether it made something available before, for which it
-    /// may not have.
+    /// Asks the driver to kick for every head that it makes available from now on. Returns whether it made heads available
+    /// before, for which it may not have kicked.
     #[inline]
     pub fn enable_kicks(&mut self) -> bool {
         if self.event_idx {
@@ -213,7 +216,7 @@ impl SplitRing {
         } else {
             self.used[0].store(0, Ordering::Relaxed);
         }
-        // The wish is visible before the index is read; the driver does it the other way round.
+        // The setting must be visible before the index is read; the driver does it the other way round.
         fence(Ordering::SeqCst);
         self.has_more()
     }
