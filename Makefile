@@ -114,10 +114,11 @@ check-power: toolchain deps ## Power cuts of a guest that serves, in every mode;
 power-long: toolchain deps ## The same with twenty seeds and more cuts; an hour
 	VIRTIOBLKD_POWER=long $(CARGO) test --test power_cut -- --test-threads=$(TEST_THREADS) --nocapture
 
-check-lint: toolchain check-spelling ## Formatting, clippy, documentation, spelling, without a warning
+check-lint: toolchain check-spelling ## Formatting, clippy, documentation, spelling, dependencies, without a warning
 	$(CARGO) fmt --check
 	$(CARGO) clippy --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --document-private-items
+	scripts/check-dependencies
 
 check-spelling: ## Spelling, where codespell is installed (.codespellrc has our own words)
 	@if command -v codespell >/dev/null; then codespell; else echo "SKIPPED: no codespell: apt install codespell"; fi
