@@ -98,3 +98,28 @@ fn systemd_takes(name: &str) {
         }
     }
 }
+
+#[test]
+fn the_unit_runs_as_the_user_that_the_shipped_file_makes() {
+    let unit = read("systemd/virtioblkd@.service");
+    let users = read("systemd/sysusers.d/virtioblkd.conf");
+    let user = users.lines().find_map(|line| line.strip_prefix("u ")).and_then(|line| line.split(' ').next());
+    assert!(unit.lines().any(|line| line.strip_prefix("User=") == user && user.is_some()), "{unit}");
+    let root = tempfile::tempdir().expect("a directory");
+    std::fs::create_dir(root.path().join("etc")).expect("room");
+    let mut command = Command::new("systemd-sysusers");
+    command.arg("--root").arg(root.path()).arg(shipped("systemd/sysusers.d/virtioblkd.conf"));
+    match command.output() {
+        Ok(output) => {
+            assert!(output.status.success(), "{output:?}");
+            let made = |file: &str| fs::read_to_string(root.path().join("etc").join(file)).expect("it was made");
+            assert!(made("passwd").starts_with("virtioblkd:"), "{}", made("passwd"));
+            assert!(made("group").lines().any(|line| line.starts_with("kvm:") && line.ends_with(":virtioblkd")));
+        }
+        Err(error) => {
+            use std::io::Write;
+            let note = format!("SKIPPED: systemd-sysusers ({error}): the user was not made\n");
+            std::io::stderr().write_all(note.as_bytes()).expect("standard error");
+        }
+    }
+}
