@@ -72,11 +72,11 @@ pub fn run(options: &Upgrade, control: &Path, mut client: Client) -> Result<Outc
     drop(client);
     let program = program(options)?;
     let failed = |what: &str, why: &dyn std::fmt::Display| {
-        Failure::new("upgrade", format!("{what} '{}': {why}; the running daemon serves on", program.display()))
+        Failure::new("upgrade", format!("{what} '{}': {why}; {}", program.display(), fate(control)))
     };
-    let control = std::path::absolute(control).map_err(|error| failed("cannot start", &error))?;
+    let control = &std::path::absolute(control).map_err(|error| failed("cannot start", &error))?;
     let mut command = Command::new(&program);
-    command.args(arguments(options, &line, trusted, writer)?).arg("--take-over").arg(&control);
+    command.args(arguments(options, &line, trusted, writer)?).arg("--take-over").arg(control);
     if let Some(directory) = line["directory"].as_str().filter(|_| trusted) {
         command.current_dir(directory);
     }
@@ -84,11 +84,10 @@ pub fn run(options: &Upgrade, control: &Path, mut client: Client) -> Result<Outc
         command.env("NOTIFY_SOCKET", socket);
     }
     // Its log is for whoever looks at us, until it goes on with the other's.
-    match successor::run(command, &control, &status["daemon"]["pid"], options.timeout) {
+    match successor::run(command, control, &status["daemon"]["pid"], options.timeout) {
         Ending::TookOver(figures) => Ok(Outcome::Done(figures)),
         Ending::Stayed(Why::Signal(signal, gone)) => {
-            let hung = lingers(gone);
-            logging::say(format_args!("{signal}: the upgrade is given up{hung}; the running daemon serves on"));
+            logging::say(format_args!("{signal}: the upgrade is given up{}; {}", lingers(gone), fate(control)));
             Ok(Outcome::GivenUp(128 + signal as u8))
         }
         Ending::Stayed(Why::NotStarted(error)) => {
@@ -108,6 +107,14 @@ pub fn run(options: &Upgrade, control: &Path, mut client: Client) -> Result<Outc
                 control.display()
             ),
         )),
+    }
+}
+
+/// What became of the running daemon: it may have ended for a reason of its own.
+fn fate(control: &Path) -> &'static str {
+    match Client::connect(control) {
+        Ok(_) => "the running daemon serves on",
+        Err(_) => "the running daemon does not answer: see its log, and whether it still runs",
     }
 }
 
