@@ -248,7 +248,7 @@ fn a_hold_that_is_lost_is_no_success() {
 // The rest.
 
 #[test]
-fn watch_prints_until_the_end() {
+fn watch_prints_until_no_daemon_is_left() {
     let mut served = Served::new();
     let mut text = start(&served, &["watch"]);
     let mut json = start(&served, &["watch", "--json"]);
@@ -274,10 +274,28 @@ fn watch_prints_until_the_end() {
     contains(&line, &["token=", "who=\"x\\u001b[2J\"", "drained=12"]);
     served.stop();
     assert!(lines.any(|line| line.unwrap().contains("SHUTDOWN")));
-    assert_eq!(text.wait().unwrap().code(), Some(0));
+    // Another daemon is watched, too.
+    served.restart();
+    let connected = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !connected.load(Ordering::SeqCst) {
+                served.disk.events.send(Event::Disconnected("again".into()));
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        });
+        assert!(lines.any(|line| line.unwrap().contains("again")), "it does not connect again");
+        assert!(json_lines.any(|line| line.unwrap().contains("again")), "it does not connect again");
+        connected.store(true, Ordering::SeqCst);
+    });
+    served.stop();
+    assert!(lines.any(|line| line.unwrap().contains("SHUTDOWN")));
     let rest: Vec<Value> = json_lines.map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect();
-    assert_eq!(rest.last().unwrap()["event"], "SHUTDOWN");
-    assert_eq!(json.wait().unwrap().code(), Some(0));
+    // Where there is none any more, it says so.
+    let [.., last, error] = &rest[..] else { panic!("{rest:?}") };
+    assert_eq!((&last["event"], &error["error"]["code"]), (&json!("SHUTDOWN"), &json!("no-daemon")));
+    assert_eq!(text.wait().unwrap().code(), Some(1));
+    assert_eq!(json.wait().unwrap().code(), Some(1));
 }
 
 #[test]

@@ -11,6 +11,8 @@ mod show;
 mod snapshot;
 mod successor;
 mod upgrade;
+mod upgrade_lists;
+mod watch;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -22,7 +24,7 @@ use std::time::Duration;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde_json::{Value, json};
 
-use virtioblkd::client::{Client, Failure, Message, PATIENCE};
+use virtioblkd::client::{Client, Failure, PATIENCE};
 use virtioblkd::config::disk_size;
 use virtioblkd::control::proto::LONGEST_WHO;
 use virtioblkd::logging;
@@ -293,7 +295,7 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
             upgrade::Outcome::Done(figures) => page(cli, &figures, upgrade::readable),
             upgrade::Outcome::GivenUp(status) => return Ok(status),
         },
-        What::Watch => return watch(cli, client),
+        What::Watch => return watch::run(path, client, cli.json),
         What::Snapshot(_) | What::Attend(_) | What::Guard | What::Cloner => {
             return Err(Failure::new("internal", "this command is run elsewhere"));
         }
@@ -329,16 +331,6 @@ fn resumed(answer: &Value) -> String {
         Some(0) | None => format!("{} hold(s) ended, the disk goes on\n", answer["resumed"]),
         Some(others) => {
             format!("{} hold(s) ended, {others} holder(s) left: the disk is still held\n", answer["resumed"])
-        }
-    }
-}
-
-fn watch(cli: &Cli, mut client: Client) -> Result<u8, Failure> {
-    loop {
-        let Message::Event(event) = client.next(None)? else { continue };
-        print(&if cli.json { format!("{event}\n") } else { format!("{}\n", show::event(&event)) })?;
-        if event["event"] == "SHUTDOWN" {
-            return Ok(0);
         }
     }
 }

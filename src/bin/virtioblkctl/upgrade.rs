@@ -17,6 +17,7 @@ use virtioblkd::logging;
 
 use crate::duration;
 use crate::successor::{self, Ending, Why};
+use crate::upgrade_lists::{self, Added};
 
 #[derive(Args)]
 pub struct Upgrade {
@@ -31,6 +32,10 @@ pub struct Upgrade {
     /// Give up, and let the running daemon serve on, if the new one has not taken over by then
     #[arg(long, value_name = "TIME", default_value = "2min", value_parser = duration)]
     timeout: Duration,
+    /// One more of an option that may be given several times, beside the running daemon's: copy-dir=DIR or
+    /// rbd-option=NAME=VALUE. After `--` such an option replaces all of them
+    #[arg(long, value_name = "OPTION=VALUE", value_parser = upgrade_lists::parse, conflicts_with = "config")]
+    add: Vec<Added>,
     /// Options of virtioblkd that replace the running one's, such as `--cache writeback`; all others stay as they are
     #[arg(last = true, value_name = "OPTIONS")]
     options: Vec<String>,
@@ -168,6 +173,10 @@ fn arguments(options: &Upgrade, line: &Value, trusted: bool, writer: Option<u32>
         ));
     }
     let old = line["arguments"].as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect();
+    let old = upgrade_lists::add(old, &options.add).map_err(|why| Failure::new("upgrade", why))?;
+    for lost in upgrade_lists::replaced(&old, &options.options) {
+        logging::say(lost);
+    }
     Ok(replace(old, &options.options))
 }
 
