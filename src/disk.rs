@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::engine::{Errno, Kind};
 use crate::sync::{Bell, Mutex};
@@ -313,9 +313,9 @@ pub struct CopyStatus {
     pub ending: bool,
 }
 
-/// One ring, as status and stats show it.
-#[derive(Clone, Debug, Default, Serialize)]
-#[serde(rename_all = "kebab-case")]
+/// One ring, as status and stats show it; also what an upgrade takes along of its figures.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
 pub struct RingStatus {
     /// Virtqueue index.
     pub index: u32,
@@ -334,7 +334,8 @@ pub struct RingStatus {
     pub held: bool,
     /// Requests that failed and are kept from the guest until `continue`.
     pub kept: u64,
-    /// Requests answered, by kind, since the daemon started (a ring keeps its figures over reconnects).
+    /// Requests answered, by kind, since the first daemon of the disk started (a ring keeps its figures over reconnects and
+    /// upgrades).
     pub reads: u64,
     /// Bytes read.
     pub read_bytes: u64,

@@ -34,6 +34,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::Value;
 
 use crate::config::Config;
+use crate::disk::RingStatus;
 use crate::listen::{self, BindError};
 use crate::logging;
 use crate::pidfile::PidFileError;
@@ -80,6 +81,9 @@ pub(crate) trait Served: Send + Sync {
 
     /// Takes what keeps others from the image, which the process before us gave up. Main.
     fn take_over(&self) -> io::Result<()>;
+
+    /// Goes on from what the process before us counted. Main, before [`Served::adopt`].
+    fn go_on_counting(&self, _before: &[RingStatus]) {}
 
     /// Gives it up again, since the other process goes on after all. Main.
     fn give_back(&self);

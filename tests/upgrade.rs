@@ -53,6 +53,88 @@ fn a_guest_under_load_goes_from_every_mode_to_every_other() {
     holds(&disk.image(), &acknowledged, "after the end");
 }
 
+#[test]
+fn counters_go_along() {
+    let disk = Disk::serve(&["--cache", "none"]);
+    let load = Load::start(&disk.path("vhost"));
+    load.wait_for(200);
+    load.stop();
+    wait_until("nothing is in flight", || disk.status()["connected"] == false);
+    let counted = |disk: &Disk| -> Value { serde_json::from_str(&disk.ctl_ok(&["stats", "--json"])).unwrap() };
+    let before = counted(&disk);
+    assert!(before["total"]["writes"].as_u64().unwrap() >= 200, "{before}");
+    for mode in ["none", "writeback"] {
+        disk.upgrade(&["--cache", mode]);
+        let after = counted(&disk);
+        for figure in ["reads", "read-bytes", "writes", "written-bytes", "flushes", "syncs", "interrupts"] {
+            assert_eq!(after["total"][figure], before["total"][figure], "{figure}");
+        }
+    }
+    // Nobody is connected; a guest that comes counts on.
+    let load = Load::start(&disk.path("vhost"));
+    load.wait_for(100);
+    let before = counted(&disk);
+    disk.upgrade(&[]);
+    load.wait_for(100);
+    let after = counted(&disk);
+    for part in ["/total/writes", "/rings/0/writes"] {
+        let figure = |stats: &Value| stats.pointer(part).and_then(Value::as_u64).unwrap_or_else(|| panic!("{stats}"));
+        assert!(figure(&after) >= figure(&before), "{part}: {before}, then {after}");
+    }
+    load.stop();
+    disk.end();
+}
+
+#[test]
+fn a_watch_goes_on_over_an_upgrade_and_ends_with_the_disk() {
+    let disk = Disk::serve(&[]);
+    let mut watch = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"));
+    watch.current_dir(&disk.dir).args(["--control", "control", "watch"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut watch = watch.spawn().unwrap();
+    let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
+    let mut hears = |what: &str| assert!(lines.any(|line| line.unwrap().contains(what)), "it never printed {what}");
+    let held = |hears: &mut dyn FnMut(&str), who: &str| {
+        // It may not have connected yet.
+        let until = std::time::Instant::now() + std::time::Duration::from_millis(1500);
+        while std::time::Instant::now() < until {
+            let token = disk.ctl_ok(&["quiesce", "--who", who]);
+            disk.ctl_ok(&["resume", token.trim()]);
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+        hears(who);
+    };
+    held(&mut hears, "before");
+    disk.upgrade(&[]);
+    hears("UPGRADE");
+    held(&mut hears, "after");
+    disk.end();
+    hears("SHUTDOWN");
+    let output = watch.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    contains(&said, &["another process has taken the disk over", "the daemon has ended"]);
+}
+
+#[test]
+fn copy_dirs_are_added_or_replaced_and_it_is_said() {
+    let dirs = [(); 3].map(|()| tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
+    let [first, second, third] = dirs.each_ref().map(|dir| dir.path().to_str().unwrap());
+    let disk = Disk::serve(&["--copy-dir", first]);
+    let arguments = |disk: &Disk| {
+        let line = disk.client().ask("query-command-line", json!({})).unwrap();
+        line["arguments"].to_string()
+    };
+    disk.ctl_ok(&["upgrade", "--add", &format!("copy-dir={second}")]);
+    contains(&arguments(&disk), &[first, second]);
+    let output = disk.ctl(&["upgrade", "--", "--copy-dir", third]);
+    assert!(output.status.success(), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    contains(&said, &[first, second, "is given up", "--add copy-dir="]);
+    let now = arguments(&disk);
+    assert!(now.contains(third) && !now.contains(first), "{now}");
+    disk.end();
+}
+
 /// What the daemon does for who takes over, said by a test.
 struct NewDaemon {
     stream: UnixStream,

@@ -142,7 +142,8 @@ impl TakeOver {
             (FromOld::State(state), descriptors) => (*state, Descriptors::new(descriptors)),
             _ => return Err(refuse(OUT_OF_TURN.into())),
         };
-        let State { since, drained_in, front_end } = state;
+        let State { since, drained_in, counts, front_end } = state;
+        served.go_on_counting(&counts);
         served.take_over().map_err(|error| self.give_up(&error.to_string()))?;
         let adopted = front_end.map(|(number, record)| Self::adopt(number, record, descriptors, front_ends));
         let adopted = adopted.transpose().map_err(|why| {

@@ -193,7 +193,8 @@ fn give(
         descriptors = moved.descriptors;
         front_end = Some((descriptors.add(moved.stream.into()), moved.record));
     }
-    let state = State { since: handed_over.since, drained_in: handed_over.drained_in, front_end };
+    let counts = handed_over.counts();
+    let state = State { since: handed_over.since, drained_in: handed_over.drained_in, counts, front_end };
     let descriptors: Vec<OwnedFd> = descriptors.into_list();
     send(channel, &FromOld::State(Box::new(state)), &descriptors)?;
     match next(channel, HURRIED, starter)? {

@@ -24,7 +24,7 @@ use crate::backend::slow::SlowBackend;
 use crate::backend::stable::StableBackend;
 use crate::config::{BackendKind, Config};
 use crate::control::{self, ImageNotices};
-use crate::disk::{Copies, Disk, DiskStatus, Events, FailedRequest, ImageSnapshots};
+use crate::disk::{Copies, Disk, DiskStatus, Events, FailedRequest, ImageSnapshots, RingStatus};
 use crate::listen::MORE_DESCRIPTORS;
 use crate::sandbox;
 use crate::upgrade::DiskFacts;
@@ -206,6 +206,10 @@ impl Served for ServedDisk {
 
     fn take_over(&self) -> io::Result<()> {
         self.backend.take_over()
+    }
+
+    fn go_on_counting(&self, before: &[RingStatus]) {
+        self.device.go_on_counting(before);
     }
 
     fn give_back(&self) {

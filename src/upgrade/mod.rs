@@ -28,6 +28,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::disk::RingStatus;
 use crate::virtio::moving::Record;
 pub(crate) use channel::{Channel, Descriptors};
 pub use starter::VARIABLE as STARTER_VARIABLE;
@@ -155,6 +156,9 @@ pub(crate) struct State {
     pub(crate) since: u64,
     /// How long it took until nothing was in flight, in nanoseconds.
     pub(crate) drained_in: u64,
+    /// What the rings have counted; none from a daemon that does not tell.
+    #[serde(default)]
+    pub(crate) counts: Vec<RingStatus>,
     /// The front-end's connection, and what was said on it; `None`: nobody is connected.
     pub(crate) front_end: Option<(usize, Record)>,
 }

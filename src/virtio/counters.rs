@@ -35,6 +35,26 @@ pub(super) fn add(counter: &AtomicU64, n: u64) {
 }
 
 impl Counters {
+    /// Goes on from what another process counted for this ring, which does not run.
+    pub fn go_on_from(&self, before: &RingStatus) {
+        for (counter, counted) in [
+            (&self.reads, before.reads),
+            (&self.read_bytes, before.read_bytes),
+            (&self.writes, before.writes),
+            (&self.written_bytes, before.written_bytes),
+            (&self.flushes, before.flushes),
+            (&self.syncs, before.syncs),
+            (&self.discards, before.discards),
+            (&self.write_zeroes, before.write_zeroes),
+            (&self.errors, before.errors),
+            (&self.unsupported, before.unsupported),
+            (&self.interrupts, before.interrupts),
+            (&self.polled, before.polled),
+        ] {
+            add(counter, counted);
+        }
+    }
+
     pub fn status(&self, index: u32) -> RingStatus {
         RingStatus {
             index,

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use super::channel::{self, GET_FEATURES, SET_FEATURES, SET_PROTOCOL_FEATURES};
 use super::device::{Device, ENDING, Line, Talk};
 use super::moving::{Moved, Record};
+use crate::disk::RingStatus;
 use crate::sys;
 use crate::upgrade::{self, Descriptors, DiskFacts};
 
@@ -37,6 +38,11 @@ pub(crate) struct HandedOver {
 }
 
 impl HandedOver {
+    /// What its rings have counted.
+    pub(crate) fn counts(&self) -> Vec<RingStatus> {
+        self.device.rings.counts()
+    }
+
     /// The other process has it: nothing here touches the image any more, and the vhost-user thread ends.
     pub(crate) fn commit(mut self) {
         if let Some(commit) = self.commit.take() {
@@ -82,6 +88,11 @@ pub(crate) struct Steps {
 const TAKE_BACK: Duration = Duration::from_secs(2);
 
 impl Device {
+    /// Goes on from what another process counted. Before [`Device::adopt`].
+    pub(crate) fn go_on_counting(&self, before: &[RingStatus]) {
+        self.rings.go_on_counting(before);
+    }
+
     /// Goes on with a connection that another process served ([`crate::upgrade`]), then as [`Device::serve`].
     pub(crate) fn adopt(&self, moved: Moved, steps: &Steps) -> std::io::Result<String> {
         let Moved { stream, record, mut descriptors } = moved;

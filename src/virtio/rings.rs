@@ -126,6 +126,19 @@ impl Rings {
         self.state.lock().expect("no panic while held")
     }
 
+    /// What every ring that ever ran has counted.
+    pub(super) fn counts(&self) -> Vec<RingStatus> {
+        self.lock().counters.iter().map(|(index, counters)| counters.status(*index)).collect()
+    }
+
+    /// Goes on from what another process counted. Before any ring runs.
+    pub(super) fn go_on_counting(&self, before: &[RingStatus]) {
+        let mut state = self.lock();
+        for ring in before {
+            state.counters.entry(ring.index).or_default().go_on_from(ring);
+        }
+    }
+
     /// The policy of the configured mode.
     pub(super) fn policy(&self) -> CachePolicy {
         self.mode.into()
