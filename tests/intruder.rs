@@ -90,6 +90,8 @@ impl Surroundings {
             fs::write(path(name), vec![1; 1 << 20]).unwrap();
             fs::set_permissions(path(name), fs::Permissions::from_mode(0o600)).unwrap();
         }
+        // Where the filesystem has attributes.
+        let _ = rustix::fs::setxattr(path("elsewhere/secret"), "user.hidden", b"x", rustix::fs::XattrFlags::CREATE);
         // To the rest of the system all of this is the intruder's.
         for name in ["", "images", "run", "copies", "elsewhere", "images/disk", "images/another", "elsewhere/secret"] {
             std::os::unix::fs::chown(path(name), Some(user), Some(user)).unwrap();
@@ -153,6 +155,9 @@ impl Surroundings {
         for name in ["images/another", "elsewhere/secret", "elsewhere/victim"] {
             let found = fs::metadata(self.path(name)).unwrap();
             assert_eq!((found.len(), found.permissions().mode() & 0o7777), (1 << 20, 0o600), "{name}");
+            let mut value = [0; 64];
+            let attribute = rustix::fs::getxattr(self.path(name), "user.intruder", &mut value);
+            assert!(attribute.is_err(), "{name} has an attribute of the intruder's");
         }
         for name in ["run", "copies"] {
             assert_eq!(fs::read_dir(self.path(name)).unwrap().count(), 0, "{name} is empty");

@@ -271,6 +271,7 @@ static void try_rings(void)
 	if (ring < 0)
 		return;
 	// That this intruder can use it at all.
+	static char scratch[1024];
 	char byte = 0;
 	int memory = syscall(SYS_memfd_create, "intruder", 0);
 	if (write(memory, "x", 1) != 1)
@@ -294,7 +295,7 @@ static void try_rings(void)
 	RUN("open the image", .opcode = IORING_OP_OPENAT, .fd = AT_FDCWD, .addr = ADDRESS(path("images/disk")));
 	RUN("create a file", .opcode = IORING_OP_OPENAT, .fd = AT_FDCWD, .addr = ADDRESS(path("copies/ring")),
 	    .open_flags = O_CREAT | O_RDWR, .len = 0600);
-	RUN("stat", .opcode = IORING_OP_STATX, .fd = AT_FDCWD, .addr = ADDRESS(path("elsewhere/secret")), .off = ADDRESS(base));
+	RUN("stat", .opcode = IORING_OP_STATX, .fd = AT_FDCWD, .addr = ADDRESS(path("elsewhere/secret")), .off = ADDRESS(scratch));
 	RUN("remove a file", .opcode = IORING_OP_UNLINKAT, .fd = AT_FDCWD, .addr = ADDRESS(path("elsewhere/victim")));
 	RUN("make a directory", .opcode = IORING_OP_MKDIRAT, .fd = AT_FDCWD, .addr = ADDRESS(path("copies/d")), .len = 0700);
 	RUN("make a symbolic link", .opcode = IORING_OP_SYMLINKAT, .fd = AT_FDCWD, .addr = ADDRESS("/etc/passwd"),
@@ -311,7 +312,7 @@ static void try_rings(void)
 	    .len = sizeof rights, .addr3 = ADDRESS(path("elsewhere/secret")));
 	RUN("set an attribute", .opcode = IORING_OP_SETXATTR, .addr = ADDRESS("user.intruder"), .addr2 = ADDRESS("x"),
 	    .len = 1, .addr3 = ADDRESS(path("elsewhere/secret")));
-	RUN("get an attribute", .opcode = IORING_OP_GETXATTR, .addr = ADDRESS("user.hidden"), .addr2 = ADDRESS(base), .len = 1,
+	RUN("get an attribute", .opcode = IORING_OP_GETXATTR, .addr = ADDRESS("user.hidden"), .addr2 = ADDRESS(scratch), .len = 1,
 	    .addr3 = ADDRESS(path("elsewhere/secret")));
 	RUN("a linked entry", .opcode = IORING_OP_READ, .flags = IOSQE_IO_LINK, .fd = 0);
 	// Every operation there is and will be, but READV to FALLOCATE, which the daemon uses; see `restrict`.
