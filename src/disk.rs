@@ -499,6 +499,9 @@ pub struct DiskStatus {
     pub image: String,
     /// The file or block device behind it, if there is one; absolute.
     pub image_path: Option<String>,
+    /// The bytes of `image_path` in base64, if they are no UTF-8; it is altered then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_path_b64: Option<String>,
     /// Bytes.
     pub size: u64,
     /// Bytes.

@@ -8,6 +8,7 @@
 //! never names a file; `control` reaches the rings only through the [`disk::Disk`] trait.
 
 pub mod backend;
+mod base64;
 mod chance;
 pub mod client;
 pub mod config;

@@ -418,6 +418,7 @@ fn what_cannot_be_attended_is_said_at_once() {
     fails(ctl().args(["attend", "--level", "crash", "--disk", "/d"]).output().unwrap(), 2, &["--hooks"]);
     fails(ctl().args(["attend", "--level", "filesystem", "--qga", "/q"]).output().unwrap(), 2, &["--disk"]);
     assert_eq!(wait(&scene.disks[0].store_asks()), Ok(()), "the first one is not disturbed");
+    assert!(!scene.log().contains("Until that works"), "its agent answers: {}", scene.log());
     scene.is_over();
 }
 
@@ -437,4 +438,18 @@ fn an_attendant_goes_on_while_nobody_reads_what_it_says() {
         kill_process(Pid::from_child(&attendant), Signal::TERM).unwrap();
         assert_eq!(attendant.wait().unwrap().code(), Some(0), "{}", unread.name);
     }
+}
+
+/// The agent may come later, so it is no error.
+#[test]
+fn an_agent_that_cannot_be_reached_is_said_at_the_start() {
+    let disks = [Served::new()];
+    let agent = Agent::start(Mood::Good, &[]);
+    std::fs::remove_file(&agent.path).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (mut attendant, _) = start(&disks, &agent, dir.path(), &["--level", "filesystem"]);
+    let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
+    assert!(log.contains("does the guest run") && log.contains("snapshots are refused"), "{log}");
+    attendant.kill().unwrap();
+    attendant.wait().unwrap();
 }

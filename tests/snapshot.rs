@@ -327,6 +327,44 @@ fn a_hook_that_fails_or_hangs_is_followed_by_its_thaw() {
 
 // exec:
 
+/// What a path is made of reaches hooks and commands as it is.
+#[test]
+fn names_of_disks_are_not_altered_and_not_ambiguous() {
+    use std::os::unix::ffi::OsStrExt;
+    let dir = tempfile::tempdir().unwrap();
+    let name = |bytes: &[u8]| dir.path().join(std::ffi::OsStr::from_bytes(bytes));
+    let images = [name(b"a b\xff.raw"), name(b"c\nd")];
+    for image in &images {
+        File::create(image).unwrap().set_len(1 << 20).unwrap();
+    }
+    let disks = images.each_ref().map(|image| Daemon::start(image, "writeback"));
+    let tell = r#"printf '%s|' "$VIRTIOBLK_DISK_COUNT" "$VIRTIOBLK_DISK_1" "$VIRTIOBLK_DISK_2" "$VIRTIOBLK_CONTROL_2""#;
+    let directory = hooks(dir.path(), &format!("{tell} > $PLACE/hook"), "true");
+    let exec = format!("exec:{tell} > $PLACE/exec");
+    let options = ["--to", &exec, "--hooks", directory.to_str().unwrap()];
+    let mut command = snapshot(&[&disks[0], &disks[1]], "crash", &options);
+    let output = command.env("PLACE", dir.path()).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let control = disks[1].control();
+    let words =
+        [&b"2"[..], images[0].as_os_str().as_bytes(), images[1].as_os_str().as_bytes(), control.as_os_str().as_bytes()];
+    let expected = [words.join(&b'|'), b"|".to_vec()].concat();
+    for told in ["hook", "exec"] {
+        assert_eq!(
+            fs::read(dir.path().join(told)).unwrap().escape_ascii().to_string(),
+            expected.escape_ascii().to_string()
+        );
+    }
+    // Hooks and an agent whose own path is no UTF-8.
+    let agent = Agent::start(Mood::Good, &[disks[0].control()]);
+    let [odd_hooks, odd_agent] = [name(b"hooks\xff"), name(b"agent\xff")];
+    std::os::unix::fs::symlink(&directory, &odd_hooks).unwrap();
+    std::os::unix::fs::symlink(&agent.path, &odd_agent).unwrap();
+    let mut command = snapshot(&[&disks[0]], "application", &["--to", "exec:true", "--json", "--hooks"]);
+    command.arg(odd_hooks).arg("--qga").arg(odd_agent).env("PLACE", dir.path());
+    assert_eq!(receipt(&command.output().unwrap())["level"], "application");
+}
+
 #[test]
 fn a_command_that_fails_or_takes_too_long_makes_no_snapshot() {
     let scene = Scene::new(Mood::Good);

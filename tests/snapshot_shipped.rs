@@ -38,10 +38,19 @@ impl Place {
     /// Runs a shipped script under dash, with our programs first.
     fn run(&self, script: &str, word: &str) -> Output {
         let path = format!("{}:{}", self.path("bin").display(), std::env::var("PATH").unwrap());
+        self.run_with(script, word, &path, &["/dev/vg/one", "/dev/zvol/p/two"])
+    }
+
+    fn run_with(&self, script: &str, word: &str, path: &str, disks: &[&str]) -> Output {
         let mut command = Command::new(if Path::new("/bin/dash").exists() { "/bin/dash" } else { "/bin/sh" });
         command.arg(shipped(script)).arg(word).env("PATH", path);
         command.env("FSFREEZE_HOOK_D", self.path("d")).env("MYSQL", "mysql").env("RUN", self.path("run"));
-        command.env("PSQL", "psql").env("VIRTIOBLK_DISKS", "/dev/vg/one /dev/zvol/p/two").output().unwrap()
+        command.env("PSQL", "psql").env("VIRTIOBLK_DISKS", disks.join(" "));
+        command.env("VIRTIOBLK_DISK_COUNT", disks.len().to_string());
+        for (at, disk) in disks.iter().enumerate() {
+            command.env(format!("VIRTIOBLK_DISK_{}", at + 1), disk);
+        }
+        command.output().unwrap()
     }
 
     /// What was called since the last time.
@@ -139,6 +148,14 @@ fn lvm_takes_all_or_none() {
     place.program("bin/lvs", "echo '  vg one '");
     let refused = place.run("lvm-thin.sh", "nightly");
     assert!(!refused.status.success() && said(&refused).contains("no thin volume"), "{refused:?}");
+    // Not LVM's.
+    place.program("bin/lvs", "exit 5");
+    let refused = place.run("lvm-thin.sh", "nightly");
+    assert!(!refused.status.success() && said(&refused).contains("no volume of LVM's"), "{refused:?}");
+    // No LVM.
+    let empty = place.path("empty");
+    let refused = place.run_with("lvm-thin.sh", "nightly", &empty.display().to_string(), &["/dev/vg/one"]);
+    assert!(!refused.status.success() && said(&refused).contains("install lvm2"), "{refused:?}");
 }
 
 #[test]
@@ -147,6 +164,17 @@ fn zfs_takes_all_by_one_command() {
     place.program("bin/zfs", "[ $1 = list ] && echo pool/files; true");
     succeeds(&place.run("zfs.sh", "nightly"));
     assert_eq!(place.journal().last().unwrap(), "zfs snapshot pool/files@nightly p/two@nightly");
+    // Names with spaces, of files and of datasets; two files in one.
+    place.program(
+        "bin/zfs",
+        "[ $1 = list ] && echo 'pool/my files'; for word; do printf '%s|' \"$word\"; done >> \"$0.words\"",
+    );
+    let path = format!("{}:{}", place.path("bin").display(), std::env::var("PATH").unwrap());
+    let disks = ["/pool/my files/a b.raw", "/pool/my files/c", "/dev/zvol/pool/d e"];
+    succeeds(&place.run_with("zfs.sh", "nightly", &path, &disks));
+    let words = fs::read_to_string(place.path("bin/zfs.words")).unwrap();
+    assert!(words.starts_with("list|-H|-o|name|/pool/my files/a b.raw|list|"), "{words}");
+    assert!(words.ends_with("|snapshot|pool/my files@nightly|pool/d e@nightly|"), "{words}");
 }
 
 #[test]

@@ -1,20 +1,31 @@
 #!/bin/sh
 # For `virtioblkctl snapshot --to 'exec:zfs.sh NAME'`: a ZFS snapshot DATASET@NAME under every disk, all by one command:
-# within a pool it makes all or none. A disk is a volume (/dev/zvol/..., /dev/zdN) or a file in a dataset.
+# within a pool it makes all or none. A disk is a volume (/dev/zvol/..., /dev/zdN) or a file in a dataset. Paths and names
+# of datasets may have spaces.
 set -eu
 
 name=${1:?usage: zfs.sh NAME}
-snapshots=
-for disk in $VIRTIOBLK_DISKS; do
+count=${VIRTIOBLK_DISK_COUNT:?zfs.sh is run by virtioblkctl snapshot --to exec:}
+if ! command -v zfs >/dev/null; then
+	echo "zfs.sh: there is no 'zfs': install zfsutils-linux, or add the directory that it is in to PATH" >&2
+	exit 1
+fi
+# The positional parameters are the snapshots.
+set --
+at=0
+while [ "$at" -lt "$count" ]; do
+	at=$((at + 1))
+	eval "disk=\$VIRTIOBLK_DISK_$at"
 	case $disk in
 	/dev/zvol/*) dataset=${disk#/dev/zvol/} ;;
 	/dev/zd*) dataset=$(/lib/udev/zvol_id "$disk") ;;
 	*) dataset=$(zfs list -H -o name "$disk") ;;
 	esac
-	case " $snapshots " in
-	*" $dataset@$name "*) ;; # Two files in one dataset.
-	*) snapshots="$snapshots $dataset@$name" ;;
-	esac
+	new=$dataset@$name
+	for old; do
+		# Two files in one dataset.
+		[ "$old" != "$new" ] || new=
+	done
+	[ -z "$new" ] || set -- "$@" "$new"
 done
-# Split at the spaces: dataset names have none.
-exec zfs snapshot $snapshots
+exec zfs snapshot "$@"

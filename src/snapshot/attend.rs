@@ -12,7 +12,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
+use super::agent::Trouble;
+use super::disks::image_path;
 use super::freeze::{Freezer, Wanted};
+use super::guest::Guest;
 use super::hooks;
 use super::plan::{self, Level};
 use super::receipt::Receipt;
@@ -78,6 +81,14 @@ pub fn attend(plan: &Plan, report: impl Fn(&Receipt)) -> Result<(), Failure> {
     plan.check()?;
     let failed = |error: std::io::Error| Failure::new("internal", format!("signals cannot be caught: {error}"));
     let signals = Signals::block().map_err(failed)?;
+    if let Some(at) = plan.agent.as_ref().filter(|_| plan.level > Level::Crash)
+        && let Err(trouble @ (Trouble::Silent(_) | Trouble::Lost(_))) =
+            Guest::new(at, QUICK).ping(Some(signals.as_fd()))
+    {
+        // The guest may start later.
+        let what = if plan.or_weaker { "crash consistent" } else { "refused" };
+        crate::logging::say(format_args!("{trouble}. Until that works snapshots are {what}"));
+    }
     let disks = plan.disks.iter().map(|control| Attended::new(control.clone())).collect();
     let mut attendant = Attendant { plan, signals, disks, round: None, ending: None, thawed: Ok(()), report: &report };
     for at in 0..attendant.disks.len() {
@@ -166,7 +177,7 @@ impl Attendant<'_> {
         let allowed = plan.allowed().as_millis() as u64;
         let arguments = json!({"required": !plan.or_weaker, "timeout-ms": allowed, "who": who});
         client.ask("attend", arguments, patience).map_err(blame)?;
-        disk.image = status["image-path"].as_str().map(PathBuf::from);
+        disk.image = image_path(&status);
         disk.client = Some(client);
         Ok(())
     }

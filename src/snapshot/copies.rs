@@ -95,10 +95,11 @@ pub fn ask(disks: &mut Disks, copies: &mut [Copy]) -> Result<(), Failure> {
 
 /// Waits until all copies are complete. The error is the first copy's that failed, or a signal.
 pub fn wait_for(disks: &mut Disks, copies: &mut [Copy], progress: bool, stop: Stop<'_>) -> Result<(), Failure> {
+    let mut shown = progress.then(|| Progress { show: crate::logging::show_progress, last: None });
     loop {
         ask(disks, copies)?;
-        if progress {
-            show(copies);
+        if let Some(shown) = &mut shown {
+            shown.update(copies);
         }
         if copies.iter().all(|copy| copy.state() == "completed") {
             return Ok(());
@@ -166,10 +167,45 @@ impl Copy {
     }
 }
 
-/// One line, over and over.
-fn show(copies: &[Copy]) {
-    let sum = |name: &str| copies.iter().filter_map(|copy| copy.status[name].as_u64()).sum::<u64>();
-    let (done, total) = (sum("done-bytes"), sum("total-bytes").max(1));
-    let over = copies.iter().all(|copy| copy.state() == "completed");
-    crate::logging::show_progress(&format!("copied {} % of {} MiB", done * 100 / total, total >> 20), over);
+/// How far the copies are: one line, over and over. What is said afterwards, whatever ended it, begins on a new one.
+/// `show` gets the text, and whether it is the last.
+struct Progress<F: FnMut(&str, bool)> {
+    show: F,
+    last: Option<String>,
+}
+
+impl<F: FnMut(&str, bool)> Progress<F> {
+    fn update(&mut self, copies: &[Copy]) {
+        let sum = |name: &str| copies.iter().filter_map(|copy| copy.status[name].as_u64()).sum::<u64>();
+        let (done, total) = (sum("done-bytes"), sum("total-bytes").max(1));
+        let text = format!("copied {} % of {} MiB", done * 100 / total, total >> 20);
+        (self.show)(&text, false);
+        self.last = Some(text);
+    }
+}
+
+impl<F: FnMut(&str, bool)> Drop for Progress<F> {
+    fn drop(&mut self) {
+        if let Some(text) = self.last.take() {
+            (self.show)(&text, true);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_follows_the_progress_begins_on_a_line_of_its_own() {
+        let status = json!({"done-bytes": 1 << 20, "total-bytes": 4 << 20});
+        let copy = Copy { disk: 0, name: String::new(), target: PathBuf::new(), status };
+        let mut shown = Vec::new();
+        let mut progress = Progress { show: |text: &str, last| shown.push((text.to_owned(), last)), last: None };
+        progress.update(std::slice::from_ref(&copy));
+        // Ended by whatever.
+        drop(progress);
+        let text = "copied 25 % of 4 MiB".to_owned();
+        assert_eq!(shown, [(text.clone(), false), (text, true)]);
+    }
 }

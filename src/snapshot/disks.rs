@@ -3,7 +3,9 @@
 //! A hold is bound to its connection: whatever ends us ends it. That the daemon still knows our token when we resume is
 //! the proof that the disk was held all the time.
 
+use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -173,6 +175,12 @@ pub enum Unanswered {
     OnlyThat,
 }
 
+/// The path of the image, from a daemon's status.
+pub fn image_path(status: &Value) -> Option<PathBuf> {
+    let bytes = status["image-path-b64"].as_str().and_then(crate::base64::decode);
+    bytes.map(|bytes| OsString::from_vec(bytes).into()).or_else(|| status["image-path"].as_str().map(PathBuf::from))
+}
+
 /// The failure of everything that a signal ended.
 pub fn interrupted() -> Failure {
     Failure::new("interrupted", "interrupted by a signal")
@@ -193,7 +201,7 @@ impl Disk {
             client: Some(client),
             control: control.to_owned(),
             image: status["image"].as_str().unwrap_or("").to_owned(),
-            image_path: status["image-path"].as_str().map(PathBuf::from),
+            image_path: image_path(&status),
             image_snapshots: status["image-snapshots"] == true,
             pid: status["daemon"]["pid"].as_u64().unwrap_or(0),
             token: None,

@@ -74,15 +74,11 @@ impl Freezer {
             return Ok(());
         }
         let agent = wanted.agent.as_ref().filter(|_| freezes);
-        let environment = environment.into_iter().map(|(name, value)| {
-            // Hooks get text; an image whose name is none is named as well as can be.
-            (name, value.to_string_lossy().into_owned())
-        });
         let orders = Orders {
-            socket: agent.and_then(|at| if let AgentAt::Socket(path) = at { Some(path.clone()) } else { None }),
+            socket: agent.and_then(|at| if let AgentAt::Socket(path) = at { Some(path.clone().into()) } else { None }),
             domain: agent.and_then(|at| if let AgentAt::Domain(name) = at { Some(name.clone()) } else { None }),
-            hooks: wanted.hooks.clone(),
-            environment: environment.collect(),
+            hooks: wanted.hooks.clone().map(Into::into),
+            environment,
             patience: wanted.patience,
             silence: wanted.silence,
             begun: Begun::default(),

@@ -6,10 +6,11 @@
 //! opposite order, and goes on trying for [`LATE`]: a freeze that the agent carries out long after everybody lost
 //! patience is found and undone. Should the guard die instead, [`Guard::thaw`] starts another one for the rest.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -30,17 +31,17 @@ pub const LATE: Duration = Duration::from_secs(600);
 /// The guard's own deadline comes first, so that its words are heard.
 const SLACK: Duration = Duration::from_secs(15);
 
-/// What the guard is for: its first line.
+/// What the guard is for: its first line. Paths are no `PathBuf`, which serde takes as UTF-8 only.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Orders {
     /// The socket of the guest's agent.
-    pub socket: Option<PathBuf>,
+    pub socket: Option<OsString>,
     /// Or libvirt's domain.
     pub domain: Option<String>,
     /// The directory of hooks.
-    pub hooks: Option<PathBuf>,
+    pub hooks: Option<OsString>,
     /// What the hooks are told.
-    pub environment: Vec<(String, String)>,
+    pub environment: Vec<(String, OsString)>,
     /// For a freeze, a thaw and each hook.
     pub patience: Duration,
     /// We are never silent for longer while something is frozen.
@@ -263,10 +264,11 @@ struct Keeper {
 
 impl Keeper {
     fn new(orders: Orders) -> Self {
-        let socket = orders.socket.clone().map(AgentAt::Socket);
+        let socket = orders.socket.clone().map(|path| AgentAt::Socket(path.into()));
         let guest =
             socket.or_else(|| orders.domain.clone().map(AgentAt::Domain)).map(|at| Guest::new(&at, orders.patience));
-        let hooks = orders.hooks.as_deref().map(|directory| Hooks::new(directory, orders.environment.clone()));
+        let hooks =
+            orders.hooks.as_deref().map(|directory| Hooks::new(Path::new(directory), orders.environment.clone()));
         Keeper { begun: orders.begun, guest, hooks, frozen_at: None, orders }
     }
 

@@ -145,6 +145,11 @@ impl Guest {
         Ok(checked)
     }
 
+    /// Whether its agent answers; `Refused`: it does, with a no.
+    pub fn ping(&mut self, stop: Stop<'_>) -> Result<(), Trouble> {
+        self.ask("guest-ping", Value::Null, self.patience, stop).map(|_| ())
+    }
+
     /// Freezes; how many filesystems. After `Refused` nothing of ours is frozen; after anything else nobody knows, and
     /// [`Guest::thaw`] must follow.
     pub fn freeze(&mut self, patience: Duration, stop: Stop<'_>) -> Result<u64, Trouble> {
@@ -229,7 +234,7 @@ impl Guest {
         let read = self.ask("guest-file-read", json!({"handle": handle, "count": 65536}), self.patience, stop);
         self.ask("guest-file-close", json!({"handle": handle}), self.patience, stop)?;
         let read = read?;
-        base64(read["buf-b64"].as_str().unwrap_or(""))
+        crate::base64::decode(read["buf-b64"].as_str().unwrap_or(""))
             .ok_or_else(|| Trouble::Refused(format!("the guest's agent sent '{path}' in no base64")))
     }
 
@@ -302,41 +307,9 @@ fn hook_in_config(text: &str) -> Option<String> {
     })
 }
 
-/// Decodes base64 (RFC 4648) as the agent writes it: padded, on one line.
-fn base64(text: &str) -> Option<Vec<u8>> {
-    let digit = |c: u8| match c {
-        b'A'..=b'Z' => Some(c - b'A'),
-        b'a'..=b'z' => Some(c - b'a' + 26),
-        b'0'..=b'9' => Some(c - b'0' + 52),
-        b'+' => Some(62),
-        b'/' => Some(63),
-        _ => None,
-    };
-    let digits = text.trim_end_matches('=').bytes().map(digit).collect::<Option<Vec<u8>>>()?;
-    let mut bytes = Vec::with_capacity(digits.len() * 3 / 4);
-    for chunk in digits.chunks(4) {
-        let word = (0..4).fold(0u32, |word, at| word << 6 | u32::from(chunk.get(at).copied().unwrap_or(0)));
-        // 2, 3 or 4 digits make 1, 2 or 3 bytes; a single one makes none.
-        let count = chunk.len().checked_sub(1).filter(|count| *count > 0)?;
-        bytes.extend_from_slice(&word.to_be_bytes()[1..=count]);
-    }
-    Some(bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn base64_as_the_rfc_has_it() {
-        let cases =
-            [("", ""), ("Zg==", "f"), ("Zm8=", "fo"), ("Zm9v", "foo"), ("Zm9vYg==", "foob"), ("Zm9vYmFy", "foobar")];
-        for (text, bytes) in cases {
-            assert_eq!(base64(text).as_deref(), Some(bytes.as_bytes()), "{text}");
-        }
-        assert_eq!(base64("Z"), None);
-        assert_eq!(base64("Zm9v\n"), None);
-    }
 
     #[test]
     fn the_agents_hook_is_found_where_it_can_be_given() {

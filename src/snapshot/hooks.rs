@@ -16,7 +16,7 @@ use super::wait::Stop;
 /// A directory of hooks.
 pub struct Hooks {
     directory: PathBuf,
-    environment: Vec<(String, String)>,
+    environment: Vec<(String, OsString)>,
 }
 
 /// Whether both hooks are there and executable. The error names what is missing.
@@ -34,7 +34,8 @@ pub fn check(directory: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// What hooks and `exec:` are told of the disks, each with its quiesce socket and its image's path, and of the level.
+/// What hooks and `exec:` are told of the disks, each with its quiesce socket and its image's path, and of the level. A
+/// path may have any byte but NUL in it; so each has a variable of its own. The lists are for names without spaces.
 pub fn environment<'a>(
     disks: impl Iterator<Item = (&'a Path, Option<&'a Path>)>,
     level: Level,
@@ -46,14 +47,17 @@ pub fn environment<'a>(
         ("VIRTIOBLK_CONTROLS".to_owned(), controls.join(OsStr::new(" "))),
         ("VIRTIOBLK_LEVEL".to_owned(), level.name().into()),
     ];
-    let numbered = images.into_iter().enumerate();
-    environment.extend(numbered.map(|(at, image)| (format!("VIRTIOBLK_DISK_{}", at + 1), image.to_owned())));
+    environment.push(("VIRTIOBLK_DISK_COUNT".to_owned(), images.len().to_string().into()));
+    for (at, (image, control)) in images.into_iter().zip(controls).enumerate() {
+        environment.push((format!("VIRTIOBLK_DISK_{}", at + 1), image.to_owned()));
+        environment.push((format!("VIRTIOBLK_CONTROL_{}", at + 1), control.to_owned()));
+    }
     environment
 }
 
 impl Hooks {
     /// `environment`: what the hooks are told beside our own environment.
-    pub fn new(directory: &Path, environment: Vec<(String, String)>) -> Self {
+    pub fn new(directory: &Path, environment: Vec<(String, OsString)>) -> Self {
         Hooks { directory: directory.to_owned(), environment }
     }
 

@@ -202,6 +202,9 @@ impl Plan {
                     path.display()
                 ));
             }
+            if let Way::Reflink(path) | Way::Copy(path) = &way {
+                check_partial(path, disks.iter().filter_map(|(image, _)| image.as_deref()))?;
+            }
             resolved.push(way);
         }
         Ok(resolved)
@@ -235,6 +238,22 @@ pub fn check_agent(level: Level, agent: Option<&AgentAt>) -> Result<(), String> 
         "level {} needs the guest's agent: give --qga SOCKET, or --libvirt DOMAIN where libvirt has the channel",
         level.name()
     ))
+}
+
+/// Whether no image has the name that the snapshot at `path` has until it is complete: PATH.partial.
+fn check_partial<'a>(path: &Path, mut images: impl Iterator<Item = &'a Path>) -> Result<(), String> {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
+    match images.find(|image| same(image, &partial)) {
+        None => Ok(()),
+        Some(image) => Err(format!(
+            "a snapshot at '{}' is called '{}' until it is complete, and that is the name of a disk's image: choose \
+             another name for the snapshot",
+            path.display(),
+            image.display()
+        )),
+    }
 }
 
 fn same(one: &Path, other: &Path) -> bool {
@@ -332,6 +351,10 @@ mod tests {
         assert!(same.contains("{}"), "{same}");
         let nameless = plan(&["/a"], &["reflink:/nowhere/{}"]).ways(&[(None, false)], "n").unwrap_err();
         assert!(nameless.contains("no image"), "{nameless}");
+        for way in ["copy:/i/a", "reflink:/i/a"] {
+            let partial = plan(&["/a", "/b"], &["copy:/x", way]).ways(&[file("/i/a.partial"), file("/i/b")], "n");
+            assert!(partial.clone().is_err_and(|why| why.contains("another name")), "{partial:?}");
+        }
         assert!(plan(&["/a"], &["copy:/nowhere/"]).ways(&disks[..1], "n").unwrap_err().contains("directory"));
         assert!(plan(&["/a"], &["copy:/tmp"]).ways(&disks[..1], "n").unwrap_err().contains("directory"));
     }

@@ -399,6 +399,10 @@ impl Disk for Arc<Rings> {
             copies_ending: 0,
             image: self.backend.describe(),
             image_path: self.backend.path().map(|path| path.display().to_string()),
+            image_path_b64: self.backend.path().and_then(|path| match path.to_str() {
+                Some(_) => None,
+                None => Some(crate::base64::encode(path.as_os_str().as_encoded_bytes())),
+            }),
             size: self.capacity.get(),
             logical_block_size: geometry.logical_block,
             read_only: geometry.read_only,
