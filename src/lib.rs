@@ -27,6 +27,7 @@ mod sync;
 mod sys;
 pub mod text;
 mod throttle;
+mod trust;
 pub mod units;
 pub mod upgrade;
 pub mod virtio;

@@ -121,3 +121,17 @@ fn a_wrong_disk_file_ends_with_status_2_and_its_line() {
     std::fs::remove_file(path).unwrap();
     assert_all(&refused(&["--fd=3", "--config", path]), &[path, "--config", "No such file"]);
 }
+
+#[test]
+fn a_file_that_others_may_change_is_refused() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.toml");
+    std::fs::write(&path, "blk-file = \"/nonexistent\"\nsocket-path = \"s\"\n").unwrap();
+    let mode = |mode| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+    let option = format!("--config={}", path.display());
+    mode(0o666);
+    assert_all(&refused(&[&option]), &["disk.toml", "may be written by everybody", "chmod go-w"]);
+    mode(0o644);
+    assert!(!String::from_utf8(run(&[&option]).stderr).unwrap().contains("chmod"), "the image is what it lacks");
+}

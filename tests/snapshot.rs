@@ -325,6 +325,28 @@ fn a_hook_that_fails_or_hangs_is_followed_by_its_thaw() {
     scene.fails("crash", &base, &["DIR/freeze and DIR/thaw"]);
 }
 
+#[test]
+fn hooks_that_others_may_change_are_not_run() {
+    let scene = Scene::new(Mood::Good);
+    let directory = hooks(scene.dir.path(), "touch $PLACE/ran", "touch $PLACE/ran");
+    let base = ["--hooks", directory.to_str().unwrap(), "--to", "exec:true"];
+    let mode =
+        |path: &Path, mode| fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+    for path in [directory.join("thaw"), directory.clone()] {
+        mode(&path, 0o777);
+        scene.fails("application", &base, &["is not run", "everybody", &format!("chmod go-w '{}'", path.display())]);
+        mode(&path, 0o755);
+    }
+    if std::os::unix::fs::chown(directory.join("freeze"), Some(65534), None).is_ok() {
+        scene.fails("application", &base, &["is not run", "belongs to user 65534"]);
+        std::os::unix::fs::chown(directory.join("freeze"), Some(0), None).unwrap();
+    } else {
+        snapshot_kit::tell("SKIPPED: not root: no hook that belongs to somebody else");
+    }
+    assert!(!scene.path("ran").exists());
+    assert_eq!(receipt(&scene.run("application", &[&base[..], &["--json"]].concat()))["level"], "application");
+}
+
 // exec:
 
 /// What a path is made of reaches hooks and commands as it is.

@@ -11,6 +11,7 @@ use clap::CommandFactory;
 use toml::de::{DeTable, DeValue};
 
 use super::{Args, ConfigError, refuse, strip};
+use crate::trust;
 
 /// Options that make no sense in a file.
 const ONLY_ARGUMENTS: [&str; 5] = ["config", "print-capabilities", "take-over", "help", "version"];
@@ -25,9 +26,11 @@ const QUOTED: [&str; 2] = ["socket-mode", "control-mode"];
 pub(super) fn read(path: &Path) -> Result<Vec<(String, OsString)>, ConfigError> {
     let name = path.display();
     let mut text = String::new();
-    File::open(path)
-        .and_then(|file| file.take(LARGEST_FILE + 1).read_to_string(&mut text))
-        .map_err(|error| ConfigError(format!("cannot read the file given with --config, {name}: {error}")))?;
+    let failed =
+        |error: std::io::Error| ConfigError(format!("cannot read the file given with --config, {name}: {error}"));
+    let file = File::open(path).map_err(failed)?;
+    trust::check_open(path, &file).map_err(|why| ConfigError(format!("--config {name}: {why}")))?;
+    file.take(LARGEST_FILE + 1).read_to_string(&mut text).map_err(failed)?;
     if text.len() as u64 > LARGEST_FILE {
         return refuse(format!("--config {name}: larger than {LARGEST_FILE} bytes; is it the disk file?"));
     }

@@ -19,7 +19,7 @@ pub struct Hooks {
     environment: Vec<(String, OsString)>,
 }
 
-/// Whether both hooks are there and executable. The error names what is missing.
+/// Whether both hooks are there and executable, and nobody else can change them. The error names what is missing.
 pub fn check(directory: &Path) -> Result<(), String> {
     for name in ["freeze", "thaw"] {
         let path = directory.join(name);
@@ -30,6 +30,7 @@ pub fn check(directory: &Path) -> Result<(), String> {
         if !metadata.is_file() || metadata.permissions().mode() & 0o111 == 0 {
             return Err(format!("the hook '{shown}' is not executable: chmod +x it; {mend}"));
         }
+        crate::trust::check(&path).map_err(|why| format!("the hook '{shown}' is not run: {why}"))?;
     }
     Ok(())
 }

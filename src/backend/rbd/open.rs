@@ -60,6 +60,7 @@ impl OpenError {
 
 /// Opens the image. May take as long as the cluster does, and seconds for an encrypted one.
 pub(super) fn open(options: &RbdOptions, news: mpsc::Sender<News>) -> Result<Shared, OpenError> {
+    check_trust(options)?;
     let api = Api::load(options.library_path.as_deref()).map_err(|error| OpenError(error.to_string()))?;
     let name = options.name.to_string();
     let passphrase = options.encryption.as_ref().map(|(format, path)| Ok((*format, read_passphrase(path)?)));
@@ -216,6 +217,19 @@ fn lock_of(image: &Image, options: &RbdOptions, read_only: bool) -> Result<Lock,
     Ok(Lock::new(wanted, options.lock, file))
 }
 
+/// Whether others could change what is loaded or what decides how. What is not there is for librados to say.
+fn check_trust(options: &RbdOptions) -> Result<(), OpenError> {
+    let RbdOptions { library_path, conf, .. } = options;
+    let libraries = library_path.iter().flat_map(|directory| {
+        ["", "librados.so.2", "librbd.so.1"].map(|name| ("--ceph-library-path", directory.join(name)))
+    });
+    let conf = conf.iter().map(|path| ("--ceph-conf", path.clone()));
+    for (option, path) in libraries.chain(conf).filter(|(_, path)| path.exists()) {
+        crate::trust::check(&path).map_err(|why| OpenError(format!("{option}: {why}")))?;
+    }
+    Ok(())
+}
+
 /// The file's content, but for a line's end.
 fn read_passphrase(path: &Path) -> Result<Vec<u8>, OpenError> {
     let failed = |cause: &dyn fmt::Display| {
@@ -223,11 +237,10 @@ fn read_passphrase(path: &Path) -> Result<Vec<u8>, OpenError> {
         OpenError(format!("--rbd-passphrase-file {path}: {cause}; it holds the passphrase and nothing else"))
     };
     let mut text = Vec::new();
-    io::Read::read_to_end(
-        &mut io::Read::take(std::fs::File::open(path).map_err(|error| failed(&error))?, LARGEST_PASSPHRASE as u64 + 1),
-        &mut text,
-    )
-    .map_err(|error| failed(&error))?;
+    let file = std::fs::File::open(path).map_err(|error| failed(&error))?;
+    crate::trust::check_open(path, &file).map_err(|why| failed(&why))?;
+    let mut file = io::Read::take(file, LARGEST_PASSPHRASE as u64 + 1);
+    io::Read::read_to_end(&mut file, &mut text).map_err(|error| failed(&error))?;
     if text.len() > LARGEST_PASSPHRASE {
         return Err(failed(&format!("larger than {LARGEST_PASSPHRASE} bytes")));
     }
@@ -237,4 +250,30 @@ fn read_passphrase(path: &Path) -> Result<Vec<u8>, OpenError> {
         return Err(failed(&"empty"));
     }
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{Permissions, set_permissions, write};
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn what_others_may_change_is_not_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        write(&path, "secret\n").unwrap();
+        assert_eq!(read_passphrase(&path).unwrap(), b"secret");
+        let of = |conf: Option<&Path>, library_path: Option<&Path>| RbdOptions {
+            conf: conf.map(Path::to_owned),
+            library_path: library_path.map(Path::to_owned),
+            ..RbdOptions::new("p/i".parse().unwrap(), crate::engine::cache::CacheMode::Writeback)
+        };
+        assert!(check_trust(&of(Some(&path), Some(dir.path()))).is_ok());
+        set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
+        assert!(read_passphrase(&path).unwrap_err().0.contains("may be written by everybody"));
+        assert!(check_trust(&of(Some(&path), None)).unwrap_err().0.contains("--ceph-conf"));
+        set_permissions(dir.path(), Permissions::from_mode(0o777)).unwrap();
+        assert!(check_trust(&of(None, Some(dir.path()))).unwrap_err().0.contains("--ceph-library-path"));
+    }
 }

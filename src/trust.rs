@@ -1,0 +1,193 @@
+//! Whether a file decides what we do can be changed by others: then it is refused, as sshd and sudo do. For hooks, the
+//! configuration and passphrases.
+//!
+//! The file and every directory on the way to it must belong to root or to the user that we run as, and neither its group
+//! (but root's) nor all may write it. A directory with the sticky bit may be written by all, since nobody can replace
+//! there what is another's. Symbolic links are followed one by one, so that each directory is looked at.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::fs::{File, Metadata, symlink_metadata};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Component, Path, PathBuf};
+
+/// The kernel follows as many.
+const MAX_LINKS: u32 = 40;
+/// What the shell calls a descriptor that we inherited: who gave it to us decides what is in it.
+const DESCRIPTORS: [&str; 3] = ["/dev/stdin", "/dev/fd/", "/proc/self/fd/"];
+
+/// Whether nobody but root and our user can change what is at `path`. The error names what others may change, and the mend.
+pub(crate) fn check(path: &Path) -> Result<(), String> {
+    walk(path).map(|_| ())
+}
+
+/// Whether `file`, which was opened as `path`, is safe as [`check`] says, and still what is there.
+pub(crate) fn check_open(path: &Path, file: &File) -> Result<(), String> {
+    let shown = path.display();
+    let opened = file.metadata().map_err(|error| cannot(path, &error))?;
+    if DESCRIPTORS.iter().any(|prefix| path.as_os_str().as_encoded_bytes().starts_with(prefix.as_bytes())) {
+        return judge(path, &opened);
+    }
+    let found = walk(path)?;
+    if (found.dev(), found.ino()) != (opened.dev(), opened.ino()) {
+        return Err(format!("'{shown}' was replaced while it was opened: try it again"));
+    }
+    Ok(())
+}
+
+/// Goes to `path` from the root, and looks at everything on the way.
+fn walk(path: &Path) -> Result<Metadata, String> {
+    let absolute = std::path::absolute(path).map_err(|error| cannot(path, &error))?;
+    let mut rest = names(&absolute);
+    let mut at = PathBuf::from("/");
+    let mut metadata = symlink_metadata(&at).map_err(|error| cannot(&at, &error))?;
+    let mut links = 0;
+    loop {
+        judge(&at, &metadata)?;
+        let Some(name) = rest.pop_front() else { return Ok(metadata) };
+        if name == ".." {
+            at.pop();
+            metadata = symlink_metadata(&at).map_err(|error| cannot(&at, &error))?;
+            continue;
+        }
+        let next = at.join(name);
+        metadata = symlink_metadata(&next).map_err(|error| cannot(&next, &error))?;
+        if !metadata.file_type().is_symlink() {
+            at = next;
+            continue;
+        }
+        // Its mode says nothing, its owner counts.
+        owner(&next, &metadata)?;
+        links += 1;
+        if links > MAX_LINKS {
+            return Err(format!("'{}' has too many symbolic links on the way", path.display()));
+        }
+        let target = next.read_link().map_err(|error| cannot(&next, &error))?;
+        if target.is_absolute() {
+            at = PathBuf::from("/");
+        }
+        for name in names(&target).into_iter().rev() {
+            rest.push_front(name);
+        }
+        metadata = symlink_metadata(&at).map_err(|error| cannot(&at, &error))?;
+    }
+}
+
+/// The names that a path is made of, `..` included.
+fn names(path: &Path) -> VecDeque<OsString> {
+    let is_name = |part: &Component<'_>| matches!(part, Component::Normal(_) | Component::ParentDir);
+    path.components().filter(is_name).map(|part| part.as_os_str().to_owned()).collect()
+}
+
+fn judge(path: &Path, metadata: &Metadata) -> Result<(), String> {
+    owner(path, metadata)?;
+    let mode = metadata.mode();
+    let kind = metadata.file_type();
+    // What is written to a character device is not found there later.
+    let is_exempt = (kind.is_dir() && mode & libc::S_ISVTX != 0) || kind.is_char_device();
+    let by_group = mode & libc::S_IWGRP != 0 && metadata.gid() != 0;
+    let who = match (by_group, mode & libc::S_IWOTH != 0) {
+        (_, true) => "everybody",
+        (true, false) => "its group",
+        (false, false) => return Ok(()),
+    };
+    if is_exempt {
+        return Ok(());
+    }
+    let shown = path.display();
+    Err(format!("'{shown}' may be written by {who}, who could change what is done here: chmod go-w '{shown}'"))
+}
+
+fn owner(path: &Path, metadata: &Metadata) -> Result<(), String> {
+    let (owner, user) = (metadata.uid(), rustix::process::geteuid().as_raw());
+    if owner == 0 || owner == user {
+        return Ok(());
+    }
+    let shown = path.display();
+    let users = if user == 0 { "root (0)".to_owned() } else { format!("root (0) or {user}") };
+    Err(format!("'{shown}' belongs to user {owner}, who could change what is done here: it must belong to {users}"))
+}
+
+fn cannot(path: &Path, error: &io::Error) -> String {
+    format!("'{}' cannot be checked: {error}", path.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    fn set_mode(path: &Path, mode: u32) {
+        fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn what_others_may_change_is_refused_wherever_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let inner = dir.path().join("inner");
+        fs::create_dir(&inner).unwrap();
+        set_mode(&inner, 0o755);
+        let file = inner.join("file");
+        fs::write(&file, "").unwrap();
+        set_mode(&file, 0o644);
+        let link = dir.path().join("link");
+        symlink("inner/../inner/file", &link).unwrap();
+        assert_eq!((check(&file), check(&link)), (Ok(()), Ok(())));
+        for (path, mode, word) in [(&file, 0o666, "everybody"), (&inner, 0o777, "everybody")] {
+            let before = path.metadata().unwrap().mode();
+            set_mode(path, mode);
+            for name in [&file, &link] {
+                let error = check(name).unwrap_err();
+                assert!(error.contains(word) && error.contains(&format!("chmod go-w '{}'", path.display())), "{error}");
+            }
+            set_mode(path, before);
+        }
+        // Nobody can replace what is another's in a sticky directory.
+        set_mode(&inner, 0o1777);
+        assert_eq!(check(&file), Ok(()));
+        assert!(check(&dir.path().join("nothing")).unwrap_err().contains("cannot be checked"));
+        symlink("loop", dir.path().join("loop")).unwrap();
+        assert!(check(&dir.path().join("loop")).unwrap_err().contains("too many"));
+    }
+
+    #[test]
+    fn what_belongs_to_others_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("file"), dir.path().join("link"));
+        fs::write(&file, "").unwrap();
+        symlink("file", &link).unwrap();
+        if std::os::unix::fs::lchown(&link, Some(65534), None).is_err() {
+            eprintln!("SKIPPED: not root, who alone can give files away");
+            return;
+        }
+        assert!(check(&file).is_ok());
+        assert!(check(&link).unwrap_err().contains("user 65534"));
+        std::os::unix::fs::chown(&file, None, Some(65534)).unwrap();
+        set_mode(&file, 0o660);
+        assert!(check(&file).unwrap_err().contains("its group"));
+        std::os::unix::fs::chown(&file, Some(65534), Some(0)).unwrap();
+        assert!(check(&file).unwrap_err().contains("belongs to user 65534"));
+        std::os::unix::fs::chown(&file, Some(0), None).unwrap();
+        std::os::unix::fs::chown(dir.path(), Some(65534), None).unwrap();
+        assert!(check(&file).unwrap_err().contains("belongs to user 65534"));
+        std::os::unix::fs::chown(dir.path(), Some(0), None).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_was_replaced_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        fs::write(&path, "").unwrap();
+        let file = File::open(&path).unwrap();
+        assert_eq!(check_open(&path, &file), Ok(()));
+        fs::rename(&path, dir.path().join("other")).unwrap();
+        fs::write(&path, "").unwrap();
+        assert!(check_open(&path, &file).unwrap_err().contains("replaced"));
+        // A pipe of the shell's.
+        let (pipe, _writer) = rustix::pipe::pipe().unwrap();
+        let name = format!("/dev/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&pipe));
+        assert_eq!(check_open(Path::new(&name), &File::open(&name).unwrap()), Ok(()));
+    }
+}
