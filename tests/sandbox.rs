@@ -264,6 +264,37 @@ fn queues_start_again_as_often_as_front_ends_and_copies_come() {
     daemon.end();
 }
 
+/// The io_urings that are made at the start have room for fewer commands than a deep queue has requests.
+#[test]
+fn a_queue_deeper_than_its_io_uring_completes_every_request() {
+    const BLOCKS: usize = MIB / 4096;
+    let place = Place::in_directory(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
+    let daemon = Daemon::start(place, &["--cache", "none", "--num-queues", "40"]);
+    // One of the first io_urings, and one of those that only many queues use.
+    let mut guest = Driver::connect_soon(&daemon.place.path("run/vhost"), 32, 1024, 2 * MIB, ALL);
+    for queue in [0, 31] {
+        guest.fill(0, &vec![queue as u8 + 3; MIB]);
+        for _ in 0..8 {
+            for block in 0..BLOCKS {
+                guest.write(queue, 4096 * block as u64, 4096 * block, 4096, block as u64);
+            }
+            for read in 0..80 {
+                guest.read(queue, 4096 * read as u64, MIB + 4096 * read, 4096, (BLOCKS + read) as u64);
+            }
+            guest.kick(queue);
+            let (mut completed, end) = (0, Instant::now() + PATIENCE);
+            while completed < BLOCKS + 80 {
+                assert!(Instant::now() < end, "{completed} of {}: {}", BLOCKS + 80, daemon.log());
+                let some = guest.wait(queue);
+                assert!(some.iter().all(|(_, status)| *status == 0), "{some:?}");
+                completed += some.len();
+            }
+        }
+        assert_eq!(fs::read(daemon.place.path("images/disk")).unwrap(), vec![queue as u8 + 3; MIB]);
+    }
+    daemon.end();
+}
+
 #[test]
 fn a_copy_goes_nowhere_but_where_it_was_allowed() {
     if !has_landlock() {
