@@ -628,7 +628,7 @@ fn a_start_with_a_write_in_flight_is_refused() {
     let other = guest.push(Op::Read { offset: 0, buf: IoBuf::owned(4096, 4096, 0) });
     world.disk.start(&copy).expect("a read changes nothing");
     refused(world.disk.start(&copy), "busy", &["started already"]);
-    refused(world.disk.start("copy-7"), "no-such-copy", &["query-copies"]);
+    refused(world.disk.start("copy-7"), "no-such-copy", &["virtioblkctl copies"]);
     mem.release(1000);
     guest.finish(other);
     assert_eq!(world.wait_ended(&copy).state, "completed");
@@ -688,14 +688,70 @@ fn sparse_stays_sparse() {
     assert_eq!(guest.write(10 << 30, &[9; 4096]), Ok(()), "into a hole");
     let status = world.wait_ended(&copy);
     assert_eq!((status.state.as_str(), status.total_bytes, status.done_bytes), ("completed", SIZE, SIZE));
-    assert_eq!(status.stored_bytes, CLUSTER + 4096);
+    assert_eq!(status.stored_bytes, 2 * 4096);
     let copy = std::fs::File::open(&target).expect("the copy");
     assert_eq!(copy.metadata().expect("its size").len(), SIZE);
-    assert!(copy.metadata().expect("its blocks").blocks() * 512 <= 4 * CLUSTER);
+    assert!(copy.metadata().expect("its blocks").blocks() * 512 <= CLUSTER);
     let mut seen = [0; 4096];
     for (at, wanted) in [(40 << 30, 5), (SIZE - 4096, 6), (20 << 30, 0), (10 << 30, 0)] {
         copy.read_exact_at(&mut seen, at).expect("a read");
         assert_eq!(seen, [wanted; 4096], "at {at}");
+    }
+}
+
+/// A block of data in each cluster, and one with zeroes: a copy by clusters would take sixteen times the room.
+#[test]
+fn a_thin_image_stays_as_thin_down_to_the_block() {
+    let dir = disk_dir();
+    let path = image(dir.path(), "disk.img", 64 << 20);
+    let file = std::fs::OpenOptions::new().write(true).open(&path).expect("the image");
+    let clusters = (64 << 20) / CLUSTER;
+    for cluster in 0..clusters {
+        file.write_all_at(&[1 + (cluster % 255) as u8; 4096], cluster * CLUSTER + 8192).expect("data");
+        file.write_all_at(&[0; 4096], cluster * CLUSTER + 16384).expect("zeroes");
+    }
+    file.sync_all().expect("synced");
+    let data = file.metadata().expect("its blocks").blocks() * 512;
+    for mode in [CacheMode::None, CacheMode::Writeback] {
+        let world = World::new(Arc::new(opened(&options(&path, mode))), Tuning::default());
+        let target = dir.path().join(format!("{mode}.img"));
+        let options = CopyOptions { target: target.clone(), bandwidth: 0, digest: false };
+        let copy = world.disk.prepare(&options).expect("prepared");
+        world.disk.start(&copy).expect("started");
+        let status = world.wait_ended(&copy);
+        assert_eq!((status.state.as_str(), status.done_bytes), ("completed", 64 << 20));
+        assert_eq!(status.stored_bytes, clusters * 4096);
+        let blocks = std::fs::metadata(&target).expect("the copy").blocks() * 512;
+        assert!(blocks <= data, "{mode}: {blocks} bytes instead of {data}");
+        let image = std::fs::read(&path).expect("the image");
+        same("the copy", &std::fs::read(&target).expect("the copy"), &image).unwrap_or_else(|what| panic!("{what}"));
+    }
+}
+
+/// Its bitmap would take 2 GiB, or more than there is.
+#[test]
+fn an_image_of_any_size_is_copied() {
+    for size in [1 << 50, 4 << 60] {
+        let dir = tempfile::tempdir_in("/dev/shm").expect("a directory");
+        let path = image(dir.path(), "disk.img", size);
+        let file = std::fs::OpenOptions::new().write(true).open(&path).expect("the image");
+        let at = [0, size / 2 + 4096, size - 4096];
+        at.iter().for_each(|&at| file.write_all_at(&[5; 4096], at).expect("data"));
+        let world = World::new(Arc::new(opened(&options(&path, CacheMode::Writeback))), Tuning::default());
+        let copy = world.prepare(1);
+        world.disk.start(&copy).expect("started");
+        let mut guest = Driver::new(&*world.disk, 4);
+        assert_eq!(guest.write(size / 2 + 4096, &[9; 4096]), Ok(()), "saved first");
+        world.disk.set_bandwidth(&copy, 0).expect("no limit");
+        let status = world.wait_ended(&copy);
+        assert_eq!((status.state.as_str(), status.done_bytes), ("completed", size), "{status:?}");
+        let copy = std::fs::File::open(world.target()).expect("the copy");
+        for at in at {
+            let mut seen = [0; 4096];
+            copy.read_exact_at(&mut seen, at).expect("a read");
+            assert_eq!(seen, [5; 4096], "at {at} of {size}");
+        }
+        assert_eq!(status.stored_bytes, 3 * 4096);
     }
 }
 

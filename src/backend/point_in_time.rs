@@ -2,7 +2,7 @@
 //! guest goes on writing. A block about to be overwritten is saved first (copy before write).
 //!
 //! No copy: an op costs a slot's number, and one that changes the image a look at one atomic. During a copy an op that
-//! changes clusters (64 KiB) not saved yet waits in its ring's `queue` until the `copier` has read them; nothing
+//! changes clusters (64 KiB, more for images over 32 TiB) not saved yet waits in its ring's `queue` until the `copier` has read them; nothing
 //! else waits. Old data goes to the `writer` in memory, at most 32 MiB of it. The copy never harms the guest: if
 //! anything of it fails, or makes a write wait too long, the copy fails and every delayed op goes on.
 //!
@@ -240,9 +240,13 @@ impl PointInTime {
             message: format!("no thread or descriptor for the copy ({error}); raise the daemon's limits"),
         };
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| lacking(error.into()))?;
+        let saved = Copy::bitmap(size).map_err(|error| CopyError {
+            code: "resources",
+            message: format!("no memory to copy an image of {size} bytes ({error}); give the daemon more"),
+        })?;
         let started = |liveness| self.targets.lock().expect("no panic while held").push((number, liveness));
         let (target, links) = TargetOrder::create(options, size, &self.shared.tuning, started)?;
-        let copy = Arc::new(Copy::new(number, size, options, target, wake, Arc::clone(&self.shared)));
+        let copy = Arc::new(Copy::new(number, size, options, target, wake, Arc::clone(&self.shared), saved));
         self.start_threads(&copy, links).map_err(|error| {
             copy.abandon();
             lacking(error)

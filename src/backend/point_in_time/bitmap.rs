@@ -1,5 +1,6 @@
 //! Which clusters of the image are saved: one bit each, set by the copier, read by the rings without a lock.
 
+use std::collections::TryReserveError;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,9 +11,13 @@ pub(super) struct Bitmap {
 }
 
 impl Bitmap {
-    /// `len` bits, all clear.
-    pub(super) fn new(len: u64) -> Self {
-        Bitmap { words: (0..len.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(), len }
+    /// `len` bits, all clear. Errors: no memory.
+    pub(super) fn new(len: u64) -> Result<Self, TryReserveError> {
+        let count = len.div_ceil(64) as usize;
+        let mut words = Vec::new();
+        words.try_reserve_exact(count)?;
+        words.resize_with(count, AtomicU64::default);
+        Ok(Bitmap { words: words.into_boxed_slice(), len })
     }
 
     pub(super) fn len(&self) -> u64 {
@@ -54,7 +59,8 @@ mod tests {
 
     #[test]
     fn ranges_cross_words() {
-        let bits = Bitmap::new(300);
+        let bits = Bitmap::new(300).unwrap();
+        assert!(Bitmap::new(1 << 62).is_err(), "more than there is");
         assert_eq!(bits.len(), 300);
         assert_eq!(bits.first_clear(0..300), Some(0));
         assert_eq!(bits.set(5..5), 0);

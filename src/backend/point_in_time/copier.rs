@@ -10,17 +10,23 @@ use std::sync::mpsc::{Sender, SyncSender};
 use std::time::{Duration, Instant};
 
 use super::Mutant;
-use super::copy::{CLUSTER, Copy, Phase};
+use super::copy::{Copy, Phase};
 use super::target_thread::Job;
 use crate::backend::{Backend, Completion, IoBuf, IoQueue, Op, OpId, Source};
 
-/// Reads in flight at most, and those of them that nobody waits for. What is in flight stands before a guest's request:
+/// Reads in flight at most.
+const DEPTH: usize = 32;
+/// Reads in flight that no op waits for, and their bytes, at most. What is in flight stands before a guest's request:
 /// measured here (`benches/point_in_time.rs`), two reads of 256 KiB copy as fast as four of 512 KiB, and a guest's
 /// write takes a fifth of the time.
-const DEPTH: usize = 32;
-const MOST_BACKGROUND: usize = 2;
-/// Clusters in one read at most.
-const LONGEST: u64 = 4;
+const MAX_BACKGROUND: usize = 8;
+const MAX_BACKGROUND_BYTES: u64 = 512 << 10;
+/// Bytes in one read at most, and in the clusters that are taken up at once, unless one cluster is larger.
+const MAX_READ: u64 = 256 << 10;
+/// Reads begin and end at multiples of it, but for the image's end: the largest logical block.
+const ALIGN: u64 = 4096;
+/// A hole that is not larger is read with the data around it: that is faster than another read.
+const MAX_GAP: u64 = 16 << 10;
 /// Free buffers kept.
 const KEPT: usize = 32;
 
@@ -30,22 +36,46 @@ struct Copier<'a> {
     image: &'a dyn Backend,
     queue: Box<dyn IoQueue>,
     writer: Sender<Job>,
-    reads: HashMap<u64, Reading>,
-    last_read: u64,
+    /// By number: clusters that are being saved.
+    runs: HashMap<u64, Run>,
+    /// By the op's name: in flight.
+    reads: HashMap<u64, Piece>,
+    last_number: u64,
     urgent: VecDeque<Range<u64>>,
+    /// To be read yet.
+    urgent_pieces: VecDeque<Piece>,
+    background_pieces: VecDeque<Piece>,
     /// Everything before it was dealt with in the background, or is.
     cursor: u64,
-    /// The clusters that hold data where we looked last. Right for those not saved: nothing changes them.
-    data: Range<u64>,
+    data: Extent,
     /// Bytes of the buffers that are in use here and with the writer.
     lent: usize,
     free: Vec<IoBuf>,
     pace: Pace,
 }
 
-struct Reading {
+/// Clusters that are saved together, when all of their data has been read.
+struct Run {
     clusters: Range<u64>,
+    /// Pieces that are not read yet.
+    left: usize,
+    /// An op waits for it.
     urgent: bool,
+}
+
+/// Bytes of the image that one read reads.
+struct Piece {
+    run: u64,
+    bytes: Range<u64>,
+}
+
+/// What was found where we looked for data last: none from `from` to `start`, then some up to `end`. Right for clusters
+/// that are not saved: nothing changes them.
+#[derive(Default)]
+struct Extent {
+    from: u64,
+    start: u64,
+    end: u64,
 }
 
 /// Runs the copy's source side: tells `ready` whether it can, waits for the start, and reads until everything is saved
@@ -74,11 +104,14 @@ pub(super) fn run(
         image: &*image,
         queue,
         writer,
+        runs: HashMap::new(),
         reads: HashMap::new(),
-        last_read: 0,
+        last_number: 0,
         urgent: VecDeque::new(),
+        urgent_pieces: VecDeque::new(),
+        background_pieces: VecDeque::new(),
         cursor: 0,
-        data: 0..0,
+        data: Extent::default(),
         lent: 0,
         free: Vec::new(),
         pace: Pace::default(),
@@ -104,7 +137,7 @@ impl Copier<'_> {
         while let Some(urgent) = self.copy.take_urgent() {
             self.urgent.extend(urgent);
             let wait = self.start_reads()?;
-            if self.reads.is_empty() && self.urgent.is_empty() && self.cursor == self.copy.saved.len() {
+            if self.runs.is_empty() && self.urgent.is_empty() && self.cursor == self.copy.saved.len() {
                 self.copy.all_saved();
                 return Ok(());
             }
@@ -120,111 +153,204 @@ impl Copier<'_> {
             self.give_back(buf);
         }
         let memory = self.copy.shared.tuning.memory;
-        while let Some(range) = self.urgent.pop_front() {
-            if self.reads.len() == DEPTH || self.lent >= memory {
-                self.urgent.push_front(range);
-                return Ok(None);
-            }
-            if let Some(run) = self.next_run(range.clone(), LONGEST)? {
-                self.urgent.push_front(run.end..range.end);
-                self.read(run, true)?;
-            }
+        if !self.start_urgent_reads(memory)? {
+            return Ok(None);
         }
         let now = Instant::now();
         self.pace.limit(self.copy.bandwidth.load(Relaxed), now);
         loop {
-            let background = self.reads.values().filter(|reading| !reading.urgent).count();
-            if background == MOST_BACKGROUND || self.reads.len() == DEPTH || self.lent >= memory / 4 {
+            if self.has_enough_background() || self.reads.len() == DEPTH || self.lent >= memory / 4 {
                 return Ok(None);
             }
             if let Some(wait) = self.pace.must_wait(now) {
                 return Ok(Some(wait));
             }
-            let Some(run) = self.next_run(self.cursor..self.copy.saved.len(), self.pace.longest())? else {
+            if let Some(piece) = self.background_pieces.pop_front() {
+                self.pace.spend(piece.bytes.end - piece.bytes.start);
+                self.read(piece)?;
+                continue;
+            }
+            let most = self.pace.longest();
+            let Some(run) = self.next_run(self.cursor..self.copy.saved.len(), most)? else {
                 self.cursor = self.copy.saved.len();
                 return Ok(None);
             };
             self.cursor = run.end;
-            self.pace.spend((run.end - run.start) * CLUSTER);
-            self.read(run, false)?;
+            self.plan(run, false)?;
         }
     }
 
-    /// The first clusters of a range that are neither saved nor being read and may hold data, `most` at most. Clusters
-    /// on the way that hold none are saved with that.
+    /// Starts what delayed ops wait for. False: some of it must wait.
+    fn start_urgent_reads(&mut self, memory: usize) -> Result<bool, String> {
+        while self.urgent_pieces.len() < DEPTH
+            && let Some(range) = self.urgent.pop_front()
+        {
+            self.promote(&range);
+            if let Some(run) = self.next_run(range.clone(), MAX_READ)? {
+                self.urgent.push_front(run.end..range.end);
+                self.plan(run, true)?;
+            }
+        }
+        while let Some(piece) = self.urgent_pieces.pop_front() {
+            if self.reads.len() == DEPTH || self.lent >= memory {
+                self.urgent_pieces.push_front(piece);
+                return Ok(false);
+            }
+            self.read(piece)?;
+        }
+        Ok(true)
+    }
+
+    /// An op waits for these clusters: what is being saved of them in the background is urgent now.
+    fn promote(&mut self, clusters: &Range<u64>) {
+        let background = self.runs.iter_mut().filter(|(_, run)| !run.urgent);
+        let wanted =
+            background.filter(|(_, run)| run.clusters.start < clusters.end && clusters.start < run.clusters.end);
+        for (number, run) in wanted {
+            run.urgent = true;
+            let (urgent, rest) = self.background_pieces.drain(..).partition(|piece| piece.run == *number);
+            self.background_pieces = rest;
+            let urgent: VecDeque<Piece> = urgent;
+            self.urgent_pieces.extend(urgent);
+        }
+    }
+
+    fn has_enough_background(&self) -> bool {
+        let background = self.reads.values().filter(|piece| !self.runs[&piece.run].urgent);
+        let (count, bytes) =
+            background.fold((0, 0), |(count, bytes), piece| (count + 1, bytes + piece.bytes.end - piece.bytes.start));
+        count >= MAX_BACKGROUND || bytes >= MAX_BACKGROUND_BYTES
+    }
+
+    /// The first clusters of a range that are neither saved nor being read and may hold data, of `most` bytes at most.
+    /// Clusters on the way that hold none are saved with that.
     fn next_run(&mut self, range: Range<u64>, most: u64) -> Result<Option<Range<u64>>, String> {
+        let cluster = self.copy.cluster;
         let mut at = range.start;
         loop {
             let Some(first) = self.copy.saved.first_clear(at..range.end) else { return Ok(None) };
             at = first;
-            if let Some(reading) = self.reads.values().find(|reading| reading.clusters.contains(&at)) {
-                at = reading.clusters.end;
+            if let Some(run) = self.runs.values().find(|run| run.clusters.contains(&at)) {
+                at = run.clusters.end;
                 continue;
             }
-            if !self.data.contains(&at) {
-                self.data = self.data_from(at)?;
-                if at < self.data.start {
-                    let holes = self.copy.mark_saved(at..self.data.start);
-                    self.copy.done.fetch_add(holes, Relaxed);
-                    continue;
-                }
+            let data = self.data_from(at * cluster)? / cluster;
+            if data > at {
+                let empty = at..data.min(self.copy.saved.len());
+                let fresh = self.copy.mark_saved(empty);
+                self.copy.done.fetch_add(fresh, Relaxed);
+                continue;
             }
-            let most = range.end.min(self.data.end).min(at + most);
+            let most = range.end.min(at + (most / cluster).max(1));
             let free = |cluster: &u64| {
                 self.copy.saved.first_clear(*cluster..*cluster + 1).is_some()
-                    && !self.reads.values().any(|reading| reading.clusters.contains(cluster))
+                    && !self.runs.values().any(|run| run.clusters.contains(cluster))
             };
             let end = (at + 1..most).find(|cluster| !free(cluster)).unwrap_or(most);
             return Ok(Some(at..end));
         }
     }
 
-    /// The next clusters from `at` on that may hold data; at the end of the image: an empty range there.
-    fn data_from(&self, at: u64) -> Result<Range<u64>, String> {
-        let all = self.copy.saved.len();
-        let found = self.image.next_data(at * CLUSTER).map_err(|error| {
-            format!("cannot tell the image's holes from byte {} on ({error}); check the image's medium", at * CLUSTER)
-        })?;
-        Ok(found.map_or(all..all, |(start, end)| (start / CLUSTER).max(at)..end.div_ceil(CLUSTER).min(all)))
+    /// The first byte from `at` on that may hold data; the image's end, rounded up to clusters, if there is none.
+    fn data_from(&mut self, at: u64) -> Result<u64, String> {
+        if !(self.data.from..self.data.end).contains(&at) {
+            let found = self.image.next_data(at).map_err(|error| {
+                format!("cannot tell the image's holes from byte {at} on ({error}); check the image's medium")
+            })?;
+            let none = (self.copy.size.next_multiple_of(self.copy.cluster), u64::MAX);
+            let (start, end) = found.unwrap_or(none);
+            self.data = Extent { from: at, start, end };
+        }
+        Ok(self.data.start.max(at))
     }
 
-    fn read(&mut self, clusters: Range<u64>, urgent: bool) -> Result<(), String> {
-        let offset = clusters.start * CLUSTER;
-        let len = ((clusters.end * CLUSTER).min(self.copy.size) - offset) as usize;
-        let kept = self.free.iter().position(|buf| buf.len() == len);
-        let buf = kept.map_or_else(|| IoBuf::owned(len, 4096, 0), |index| self.free.swap_remove(index));
-        self.lent += len;
+    /// Finds out which bytes of some clusters are to be read, and queues them.
+    fn plan(&mut self, clusters: Range<u64>, urgent: bool) -> Result<(), String> {
+        let cluster = self.copy.cluster;
+        let (mut at, end) = (clusters.start * cluster, (clusters.end * cluster).min(self.copy.size));
+        let mut found: Vec<Range<u64>> = Vec::new();
+        while at < end {
+            let start = self.data_from(at)? / ALIGN * ALIGN;
+            if start >= end {
+                break;
+            }
+            let stop = self.data.end.checked_next_multiple_of(ALIGN).unwrap_or(u64::MAX).min(end);
+            match found.last_mut() {
+                Some(last) if start.saturating_sub(last.end) <= MAX_GAP => last.end = stop,
+                _ => found.push(start..stop),
+            }
+            at = stop;
+        }
+        self.last_number += 1;
+        let run = self.last_number;
+        let parts = |found: Range<u64>| {
+            let starts = found.clone().step_by(MAX_READ as usize);
+            starts.map(move |start| Piece { run, bytes: start..found.end.min(start + MAX_READ) })
+        };
+        let pieces: Vec<Piece> = found.into_iter().flat_map(parts).collect();
+        if pieces.is_empty() {
+            let fresh = self.copy.mark_saved(clusters);
+            self.copy.done.fetch_add(fresh, Relaxed);
+            return Ok(());
+        }
         if self.copy.shared.tuning.mutant == Some(Mutant::ReleasesEarly) {
             self.copy.mark_saved(clusters.clone());
         }
-        self.last_read += 1;
-        self.reads.insert(self.last_read, Reading { clusters, urgent });
+        self.runs.insert(run, Run { clusters, left: pieces.len(), urgent });
+        if urgent {
+            self.urgent_pieces.extend(pieces)
+        } else {
+            self.background_pieces.extend(pieces)
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, piece: Piece) -> Result<(), String> {
+        let Range { start: offset, end } = piece.bytes;
+        let len = (end - offset) as usize;
+        let kept = self.free.iter().position(|buf| buf.len() == len);
+        let buf = kept.map_or_else(|| IoBuf::owned(len, 4096, 0), |index| self.free.swap_remove(index));
+        self.lent += len;
+        self.last_number += 1;
+        self.reads.insert(self.last_number, piece);
         let full = |_| "the image's queue took too few reads; please report this as a defect".to_owned();
-        self.queue.push(Op::Read { offset, buf }, OpId(self.last_read)).map_err(full)
+        self.queue.push(Op::Read { offset, buf }, OpId(self.last_number)).map_err(full)
     }
 
     fn reap(&mut self) -> Result<(), String> {
         let mut out = Vec::new();
         self.queue.reap(&mut out);
         for Completion { id, result, buf } in out {
-            let (Some(Reading { clusters, urgent }), Some(buf)) = (self.reads.remove(&id.0), buf) else {
+            let (Some(piece), Some(buf)) = (self.reads.remove(&id.0), buf) else {
                 return Err("the image's queue answered what was not asked; please report this as a defect".into());
             };
-            let offset = clusters.start * CLUSTER;
+            let offset = piece.bytes.start;
             if let Err(errno) = result {
                 let error = io::Error::from_raw_os_error(errno.0);
                 return Err(format!("the image cannot be read at byte {offset} ({error}); check the image's medium"));
             }
-            self.copy.mark_saved(clusters);
-            if urgent {
-                self.copy.saved_before_write.fetch_add(buf.len() as u64, Relaxed);
-            }
-            if self.writer.send(Job { offset, buf }).is_err() {
+            let clusters = self.piece_is_read(&piece, buf.len() as u64);
+            if self.writer.send(Job { offset, buf, clusters }).is_err() {
                 // The writer ends before us only with the copy.
                 return Ok(());
             }
         }
         Ok(())
+    }
+
+    /// Saves the clusters of the piece's run if it was the last of it. Returns how many those are.
+    fn piece_is_read(&mut self, piece: &Piece, len: u64) -> u64 {
+        let run = self.runs.get_mut(&piece.run).expect("it has pieces left");
+        if run.urgent {
+            self.copy.saved_before_write.fetch_add(len, Relaxed);
+        }
+        run.left -= 1;
+        if run.left > 0 {
+            return 0;
+        }
+        let Run { clusters, .. } = self.runs.remove(&piece.run).expect("looked at just now");
+        self.copy.mark_saved(clusters.clone());
+        clusters.end - clusters.start
     }
 
     fn give_back(&mut self, buf: IoBuf) {
@@ -264,8 +390,8 @@ impl Pace {
         }
     }
 
-    /// Clusters in one read: about an eighth of a second's.
+    /// Bytes that are taken up at once: about an eighth of a second's.
     fn longest(&self) -> u64 {
-        if self.limit == 0 { LONGEST } else { (self.limit / 8 / CLUSTER).clamp(1, LONGEST) }
+        if self.limit == 0 { MAX_READ } else { (self.limit / 8).min(MAX_READ) }
     }
 }

@@ -3,7 +3,7 @@
 //! A cluster is *saved* when the old data is in memory or known to be zero. From the instant on, a ring lets a change
 //! of a cluster pass only if its bit is set; so a cluster whose bit is clear still holds what it held at the instant.
 
-use std::collections::VecDeque;
+use std::collections::{TryReserveError, VecDeque};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,8 +17,14 @@ use crate::backend::IoBuf;
 use crate::backend::mailbox::Mailbox;
 use crate::disk::{CopyOptions, CopyStatus, Event};
 
-/// Bytes of the units in which the image is saved.
-pub(super) const CLUSTER: u64 = 64 << 10;
+/// Bytes of a cluster at least, and how many clusters an image has at most: a copy's bitmap takes 64 MiB at most.
+const MIN_CLUSTER: u64 = 64 << 10;
+const MAX_CLUSTERS: u64 = 1 << 29;
+
+/// Bytes of the units in which an image of this size is saved: 64 KiB up to 32 TiB, then they grow with the image.
+fn cluster_of(size: u64) -> u64 {
+    size.div_ceil(MAX_CLUSTERS).next_power_of_two().max(MIN_CLUSTER)
+}
 
 /// Where in its life a copy is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +62,8 @@ pub(super) struct Copy {
     pub(super) number: u64,
     pub(super) name: String,
     pub(super) size: u64,
+    /// Bytes of a cluster, a power of two.
+    pub(super) cluster: u64,
     /// The target's thread.
     pub(super) target: TargetOrder,
     pub(super) shared: Arc<Shared>,
@@ -96,7 +104,12 @@ struct Waiter {
 }
 
 impl Copy {
-    /// `wake`: an eventfd for the copier to sleep on.
+    /// The bitmap for an image of this size. Errors: no memory.
+    pub(super) fn bitmap(size: u64) -> Result<Bitmap, TryReserveError> {
+        Bitmap::new(size.div_ceil(cluster_of(size)))
+    }
+
+    /// `wake`: an eventfd for the copier to sleep on; `saved`: the bitmap for this size.
     pub(super) fn new(
         number: u64,
         size: u64,
@@ -104,6 +117,7 @@ impl Copy {
         target: TargetOrder,
         wake: OwnedFd,
         shared: Arc<Shared>,
+        saved: Bitmap,
     ) -> Self {
         Copy {
             number,
@@ -111,7 +125,8 @@ impl Copy {
             size,
             target,
             shared,
-            saved: Bitmap::new(size.div_ceil(CLUSTER)),
+            cluster: cluster_of(size),
+            saved,
             bandwidth: AtomicU64::new(options.bandwidth),
             done: AtomicU64::new(0),
             saved_before_write: AtomicU64::new(0),
@@ -173,11 +188,11 @@ impl Copy {
         true
     }
 
-    /// A ring has an op that changes `clusters`. True: it must wait for its ticket to come to `mailbox`; false: it may
+    /// A ring has an op that changes these bytes. True: it must wait for its ticket to come to `mailbox`; false: it may
     /// go. Each ring's thread.
-    pub(super) fn must_wait(&self, clusters: Range<u64>, ticket: u64, mailbox: &Arc<Mailbox<u64>>) -> bool {
+    pub(super) fn must_wait(&self, bytes: Range<u64>, ticket: u64, mailbox: &Arc<Mailbox<u64>>) -> bool {
         // What the image grew by since is no part of the copy.
-        let clusters = clusters.start..clusters.end.min(self.saved.len());
+        let clusters = bytes.start / self.cluster..bytes.end.div_ceil(self.cluster).min(self.saved.len());
         if self.shared.tuning.mutant == Some(Mutant::SavesNothing) || self.saved.first_clear(clusters.clone()).is_none()
         {
             return false;
@@ -326,7 +341,7 @@ impl Copy {
             target: self.target.path.display().to_string(),
             state: state.phase.word().into(),
             total_bytes: self.size,
-            done_bytes: load(&self.done).saturating_mul(CLUSTER).min(self.size),
+            done_bytes: load(&self.done).saturating_mul(self.cluster).min(self.size),
             saved_before_write_bytes: load(&self.saved_before_write),
             stored_bytes: load(&self.stored),
             instant: state.instant.map(|instant| instant.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()),
@@ -334,6 +349,27 @@ impl Copy {
             sha256: state.sha256.clone(),
             error: state.error.clone(),
             ending: false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clusters_grow_with_the_image() {
+        for (size, cluster) in [
+            (0, 64 << 10),
+            (1 << 30, 64 << 10),
+            (32 << 40, 64 << 10),
+            ((32 << 40) + 1, 128 << 10),
+            (1 << 50, 2 << 20),
+            (4 << 60, 8 << 30),
+            (u64::MAX >> 1, 16 << 30),
+        ] {
+            assert_eq!(cluster_of(size), cluster, "{size}");
+            assert!(size.div_ceil(cluster) <= MAX_CLUSTERS);
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, Sender};
 
-use super::copy::{CLUSTER, Copy, Phase};
+use super::copy::{Copy, Phase};
 use super::target_thread::Note;
 
 /// Runs until the copy is over. It waits for the target's thread only as long as the copy runs: the copy's end sends a
@@ -12,9 +12,9 @@ use super::target_thread::Note;
 pub(super) fn run(copy: &Arc<Copy>, notes: &Receiver<Note>, publish: &Sender<()>) {
     while !copy.phase().is_over() {
         match notes.recv() {
-            Ok(Note::Written { buf, stored }) => {
+            Ok(Note::Written { buf, stored, clusters }) => {
                 copy.stored.fetch_add(stored, Relaxed);
-                copy.done.fetch_add((buf.len() as u64).div_ceil(CLUSTER), Relaxed);
+                copy.done.fetch_add(clusters, Relaxed);
                 copy.give_back(buf);
             }
             Ok(Note::Syncing) => {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use super::copy::{CLUSTER, Copy};
+use super::copy::Copy;
 use super::{Mutant, Shared};
 use crate::backend::mailbox::Mailbox;
 use crate::backend::{Completion, IoQueue, Op, OpId, Source, Wakeups};
@@ -87,7 +87,7 @@ impl DelayingQueue {
         }
         let Some(copy) = self.copy.upgrade() else { return false };
         self.last_ticket += 1;
-        copy.must_wait(changed.start / CLUSTER..changed.end.div_ceil(CLUSTER), self.last_ticket, &self.mailbox)
+        copy.must_wait(changed, self.last_ticket, &self.mailbox)
     }
 
     fn delay(&mut self, op: Op, name: OpId, len: u64) {

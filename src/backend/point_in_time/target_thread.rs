@@ -29,12 +29,14 @@ use crate::sys;
 pub(super) struct Job {
     pub(super) offset: u64,
     pub(super) buf: IoBuf,
+    /// Clusters of which this was the last data.
+    pub(super) clusters: u64,
 }
 
 /// What the thread reports.
 pub(super) enum Note {
-    /// The buffer's data is written; `stored` bytes of it were not zero.
-    Written { buf: IoBuf, stored: u64 },
+    /// The job's data is written; `stored` bytes of it were not zero.
+    Written { buf: IoBuf, stored: u64, clusters: u64 },
     /// Everything is written and is being made durable.
     Syncing,
     /// Everything is durable. The thread waits for the permission to give the file its name.
@@ -130,6 +132,9 @@ struct TargetThread<'a> {
 /// Bytes written between two syncs: what lies in the host's cache would make a guest's flush wait.
 const UNSYNCED: u64 = 32 << 20;
 
+/// Bytes of a block: one that holds zeroes alone is not written. Most filesystems' own.
+const BLOCK: usize = 4096;
+
 /// Bytes hashed between two looks whether the copy is over.
 const HASHED: usize = 64 << 10;
 
@@ -149,14 +154,14 @@ impl TargetThread<'_> {
     fn write_all(&self, jobs: Receiver<Job>) -> Result<bool, String> {
         let mut bytes = Vec::new();
         let mut unsynced = 0;
-        for Job { offset, buf } in jobs {
+        for Job { offset, buf, clusters } in jobs {
             if self.is_over() {
                 return Ok(false);
             }
             bytes.resize(buf.len(), 0);
             buf.copy_to(0, &mut bytes);
             let stored = self.write(offset, &bytes).map_err(|error| self.cannot("written", &error))?;
-            self.note(Note::Written { buf, stored });
+            self.note(Note::Written { buf, stored, clusters });
             unsynced += stored;
             if unsynced >= UNSYNCED {
                 unsynced = 0;
@@ -166,18 +171,17 @@ impl TargetThread<'_> {
         Ok(!self.is_over())
     }
 
-    /// Writes what is not zero and returns how many bytes that was.
+    /// Writes the blocks that are not zero and returns how many bytes that was.
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<u64> {
-        const CLUSTER: usize = 64 << 10;
         self.order.tuning.step(Step::Write)?;
         let mut stored = 0;
-        let mut clusters = bytes.chunks(CLUSTER).zip((0..bytes.len()).step_by(CLUSTER)).peekable();
-        while let Some((cluster, start)) = clusters.next() {
-            if *cluster == ZEROES[..cluster.len()] {
+        let mut blocks = bytes.chunks(BLOCK).zip((0..bytes.len()).step_by(BLOCK)).peekable();
+        while let Some((block, start)) = blocks.next() {
+            if *block == ZEROES[..block.len()] {
                 continue;
             }
-            let mut end = start + cluster.len();
-            while let Some((more, _)) = clusters.next_if(|(next, _)| **next != ZEROES[..next.len()]) {
+            let mut end = start + block.len();
+            while let Some((more, _)) = blocks.next_if(|(next, _)| **next != ZEROES[..next.len()]) {
                 end += more.len();
             }
             self.file.write_all_at(&bytes[start..end], offset + start as u64)?;
