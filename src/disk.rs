@@ -305,6 +305,8 @@ pub struct CopyStatus {
     pub instant: Option<f64>,
     /// Seconds since then, or until its end.
     pub seconds: f64,
+    /// Seconds during which a change of the guest's waited for old data to be saved.
+    pub slowed_seconds: f64,
     /// SHA-256 in hexadecimal, if asked for and complete.
     pub sha256: Option<String>,
     /// Why it failed.

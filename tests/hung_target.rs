@@ -1,5 +1,5 @@
-//! The directory for copies is on a filesystem that does not answer any more. That costs its copy, and neither the guest
-//! nor another copy, nor the next daemon.
+//! The directory for copies is on a filesystem that does not answer any more, or slowly. That costs its copy, and neither
+//! the guest nor another copy, nor the next daemon; and what it costs the guest is said.
 
 mod control_kit;
 #[path = "stall/directory.rs"]
@@ -84,7 +84,8 @@ impl Place {
 
     /// A copy that is under way to `target`.
     fn copy(&self, client: &mut Client, target: &Path) -> String {
-        let prepared = client.ask("copy-prepare", json!({"target": target})).expect("prepared");
+        // A busy machine may be taken for a target that hangs.
+        let prepared = soon("a prepared copy", || client.ask("copy-prepare", json!({"target": target})).ok());
         let copy = prepared["copy"].as_str().expect("a name").to_owned();
         let token = client.quiesce(json!({}));
         client.ask("copy-start", json!({"copy": copy, "token": token})).expect("started");
@@ -183,4 +184,27 @@ fn a_directory_that_hangs_at_the_start_does_not_keep_the_disk_from_its_guest() {
     let good = place.copy(&mut client, &place.path("healthy/copy.img"));
     soon("the copy", || (status(&mut client, &good)["state"] == "completed").then_some(()));
     drop(daemon);
+}
+
+/// More is changed than fits into memory: the guest then writes as fast as the target does.
+#[test]
+fn a_target_that_slows_the_guest_down_is_warned_about() {
+    const CLUSTER: u64 = 64 << 10;
+    const LARGE: u64 = 64 << 20;
+    let Some(place) = Place::new() else { return };
+    std::fs::write(place.path("disk.img"), vec![1; LARGE as usize]).expect("an image");
+    let _daemon = place.serve(&place.target.path());
+    let mut client = place.client();
+    let mut guest = place.guest();
+    place.target.slow_down(2 << 20);
+    let copy = place.copy(&mut client, &place.target.path().join("copy.img"));
+    for cluster in 0..LARGE / CLUSTER {
+        assert_eq!(guest.one(0, |guest, id| guest.write(0, cluster * CLUSTER, 0, 4096, id)), 0);
+    }
+    let seen = status(&mut client, &copy);
+    assert!(seen["slowed-seconds"].as_f64().expect("a number") > 10.0, "{seen}");
+    let log = std::fs::read_to_string(place.path("log")).expect("the log");
+    assert!(log.contains("the guest has been slowed for"), "{log}");
+    place.target.slow_down(0);
+    soon("the copy", || (status(&mut client, &copy)["state"] == "completed").then_some(()));
 }

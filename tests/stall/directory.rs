@@ -26,6 +26,8 @@ struct State {
     names: BTreeMap<OsString, INodeNo>,
     files: BTreeMap<u64, Vec<u8>>,
     stopped: bool,
+    /// Bytes a second that can be written; 0: no limit.
+    rate: u64,
     /// Requests without an answer. One that is dropped is answered with EIO.
     waiting: Vec<Box<dyn Any + Send>>,
 }
@@ -72,6 +74,11 @@ impl Stopping {
     /// From now on nothing is answered.
     pub fn stop(&self) {
         self.lock().stopped = true;
+    }
+
+    /// From now on writes take their time.
+    pub fn slow_down(&self, bytes_per_second: u64) {
+        self.lock().rate = bytes_per_second;
     }
 
     /// How many requests wait for an answer.
@@ -282,6 +289,9 @@ impl Filesystem for Tree {
         let start = offset as usize;
         file.resize(file.len().max(start + data.len()), 0);
         file[start..start + data.len()].copy_from_slice(data);
+        if state.rate > 0 {
+            std::thread::sleep(Duration::from_secs_f64(data.len() as f64 / state.rate as f64));
+        }
         reply.written(data.len() as u32);
     }
 

@@ -85,6 +85,12 @@ struct State {
     phase: Phase,
     /// Delayed ops, of all rings.
     waiters: Vec<Waiter>,
+    /// Since when one of them waits.
+    waiting_since: Option<Instant>,
+    /// How long one of them waited, until then.
+    waited: Duration,
+    /// The next warning about that.
+    warn_at: Duration,
     /// Clusters that they wait for and the copier has not heard of.
     urgent: VecDeque<Range<u64>>,
     instant: Option<SystemTime>,
@@ -94,6 +100,27 @@ struct State {
     sha256: Option<String>,
     /// A thread clears up after it.
     cleared: bool,
+}
+
+/// The guest's writes waited this long for a copy, over all: the first warning. Each further one comes at twice the time.
+const FIRST_WARNING: Duration = Duration::from_secs(10);
+
+impl State {
+    /// After each change of `waiters`.
+    fn measure_waiting(&mut self) {
+        match (self.waiters.is_empty(), self.waiting_since) {
+            (false, None) => self.waiting_since = Some(Instant::now()),
+            (true, Some(since)) => {
+                self.waited += since.elapsed();
+                self.waiting_since = None;
+            }
+            _ => {}
+        }
+    }
+
+    fn waited(&self) -> Duration {
+        self.waited + self.waiting_since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
 }
 
 /// A delayed op: the clusters that it still waits for, and whom to tell.
@@ -136,6 +163,9 @@ impl Copy {
             state: Mutex::new(State {
                 phase: Phase::Prepared,
                 waiters: Vec::new(),
+                waiting_since: None,
+                waited: Duration::ZERO,
+                warn_at: FIRST_WARNING,
                 urgent: VecDeque::new(),
                 instant: None,
                 started: None,
@@ -205,6 +235,7 @@ impl Copy {
         let missing = first..clusters.end;
         state.urgent.push_back(missing.clone());
         state.waiters.push(Waiter { missing, ticket, mailbox: Arc::clone(mailbox) });
+        state.measure_waiting();
         drop(state);
         self.wake_copier();
         true
@@ -212,13 +243,16 @@ impl Copy {
 
     /// The op of this ticket of this mailbox waits no more.
     pub(super) fn forget(&self, ticket: u64, mailbox: &Arc<Mailbox<u64>>) {
-        self.lock().waiters.retain(|waiter| waiter.ticket != ticket || !Arc::ptr_eq(&waiter.mailbox, mailbox));
+        let mut state = self.lock();
+        state.waiters.retain(|waiter| waiter.ticket != ticket || !Arc::ptr_eq(&waiter.mailbox, mailbox));
+        state.measure_waiting();
     }
 
     /// Clusters are saved: whoever waited for them goes on. Returns how many are new. The copier.
     pub(super) fn mark_saved(&self, clusters: Range<u64>) -> u64 {
         let fresh = self.saved.set(clusters);
-        self.lock().waiters.retain_mut(|waiter| match self.saved.first_clear(waiter.missing.clone()) {
+        let mut state = self.lock();
+        state.waiters.retain_mut(|waiter| match self.saved.first_clear(waiter.missing.clone()) {
             Some(first) => {
                 waiter.missing.start = first;
                 true
@@ -228,6 +262,7 @@ impl Copy {
                 false
             }
         });
+        state.measure_waiting();
         fresh
     }
 
@@ -287,10 +322,30 @@ impl Copy {
         for waiter in state.waiters.drain(..) {
             waiter.mailbox.post(waiter.ticket);
         }
+        state.measure_waiting();
         drop(state);
         self.target.copy_is_over();
         self.wake_copier();
         true
+    }
+
+    /// Warns if the guest's writes have waited long for this copy. Not more often than makes sense.
+    pub(super) fn warn_if_slow(&self) {
+        let mut state = self.lock();
+        let (waited, took) = (state.waited(), state.started.map(|started| started.elapsed()).unwrap_or_default());
+        if waited < state.warn_at {
+            return;
+        }
+        state.warn_at = waited * 2;
+        drop(state);
+        log::warn!(
+            "{} to {}: the guest has been slowed for {:.0} s of {:.0} s by the copy, its writes waited for old data to be \
+             saved; use a faster target, or leave more of this one to the guest's writes (virtioblkctl copies limit)",
+            self.name,
+            self.target.path.display(),
+            waited.as_secs_f64(),
+            took.as_secs_f64()
+        );
     }
 
     /// Ends the copy as failed.
@@ -346,6 +401,7 @@ impl Copy {
             stored_bytes: load(&self.stored),
             instant: state.instant.map(|instant| instant.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()),
             seconds: took.unwrap_or_default().as_secs_f64(),
+            slowed_seconds: state.waited().as_secs_f64(),
             sha256: state.sha256.clone(),
             error: state.error.clone(),
             ending: false,

@@ -16,6 +16,7 @@ pub(super) fn run(copy: &Arc<Copy>, notes: &Receiver<Note>, publish: &Sender<()>
                 copy.stored.fetch_add(stored, Relaxed);
                 copy.done.fetch_add(clusters, Relaxed);
                 copy.give_back(buf);
+                copy.warn_if_slow();
             }
             Ok(Note::Syncing) => {
                 copy.begin_sync();
