@@ -21,7 +21,7 @@ fn pattern(len: usize, seed: usize) -> Vec<u8> {
 #[test]
 fn a_file_system_that_takes_512_bytes_at_a_time_takes_every_write() {
     for mode in CacheMode::ALL {
-        let disk = match Stalling::with_most_written(vec![0; SIZE], 512) {
+        let disk = match Stalling::mount_as(vec![0; SIZE], false, 512) {
             Ok(disk) => disk,
             Err(Unable(why)) => return guest::tell(&format!("SKIPPED: a file system with short writes: {why}")),
         };

@@ -1,9 +1,12 @@
 //! One request that the medium does not answer holds up no other of its ring: reads, writes and flushes pass a read
-//! that is stalled, and reads pass a stalled sync.
+//! that is stalled, and reads pass a stalled sync and a stalled write.
 // Both kits have their source of chance.
 #![allow(clippy::duplicate_mod)]
 
 mod driver;
+mod front_end;
+#[path = "stall/frozen.rs"]
+mod frozen;
 #[path = "stall/fuse.rs"]
 mod fuse;
 #[path = "guest/mod.rs"]
@@ -17,10 +20,16 @@ use std::sync::Arc;
 
 use driver::chance::Chance;
 use driver::{ALL, Driver};
+use front_end::{FrontEnd, IN, OUT};
+use frozen::Freezable;
 use fuse::{Stalling, Unable};
 use rig::Rig;
+use vhost::VhostBackend;
+use virtioblkd::backend::file::{FileBackend, FileOptions};
+use virtioblkd::disk::Event;
 use virtioblkd::engine::CacheMode;
-use virtioblkd::virtio::DeviceOptions;
+use virtioblkd::virtio::{DeviceOptions, Tuning};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use withheld::Withholding;
 
 const PAGE: usize = 4096;
@@ -143,14 +152,18 @@ fn the_device_lets_all_pass_a_stalled_read() {
 /// The program, serving a file on a filesystem that stalls.
 struct Served {
     guest: Driver,
-    _server: guest::Server,
+    server: guest::Server,
     disk: Stalling,
 }
 
 impl Served {
     /// `None`, and said so, where no such filesystem can be mounted.
     fn start(mode: CacheMode) -> Option<Served> {
-        let disk = match Stalling::mount(content()) {
+        Self::start_on(Stalling::mount(content()), mode)
+    }
+
+    fn start_on(disk: Result<Stalling, Unable>, mode: CacheMode) -> Option<Served> {
+        let disk = match disk {
             Ok(disk) => disk,
             Err(Unable(why)) => {
                 guest::tell(&format!("SKIPPED: a stalled request of a real file: {why}"));
@@ -159,7 +172,7 @@ impl Served {
         };
         let server = guest::Server::start(&disk.image(), mode, &[]);
         let guest = Driver::connect_soon(&server.socket(), 1, 128, MEMORY, ALL);
-        Some(Served { guest, _server: server, disk })
+        Some(Served { guest, server, disk })
     }
 }
 
@@ -204,5 +217,99 @@ fn a_real_file_lets_reads_pass_a_stalled_sync() {
         assert_eq!(disk.waiting(), 1, "{mode}: it is stalled still");
         disk.let_go();
         assert_eq!(guest.wait(0), [(STALLED_ID, 0)], "{mode}");
+    }
+}
+
+/// With FUSE_ASYNC_DIO and without: then O_DIRECT transfers wait in the thread that begins them. A read that was under way
+/// before the write is answered beside it, too.
+#[test]
+fn a_real_file_lets_reads_pass_a_stalled_write() {
+    const EARLIER: u64 = STALLED - 8;
+    const EARLIER_ID: u64 = STALLED_ID - 1;
+    for (mode, async_dio) in CacheMode::ALL.into_iter().flat_map(|mode| [(mode, true), (mode, false)]) {
+        let disk = Stalling::mount_as(content(), async_dio, usize::MAX);
+        let Some(mut served) = Served::start_on(disk, mode) else { return };
+        let Served { guest, disk, server } = &mut served;
+        disk.stall_reads_of(EARLIER * PAGE as u64);
+        guest.read(0, EARLIER * PAGE as u64, 0, PAGE, EARLIER_ID);
+        guest.kick(0);
+        guest::wait_until("the read is under way", || disk.waiting() == 1);
+        disk.stall_writes_of(STALLED * PAGE as u64);
+        guest.fill(STALLED_AT, &page(STALLED, 1));
+        guest.write(0, STALLED * PAGE as u64, STALLED_AT, PAGE, STALLED_ID);
+        guest.kick(0);
+        guest::wait_until("the write is under way", || disk.waiting() == 2);
+        disk.let_reads_go();
+        assert_eq!(guest.wait(0), [(EARLIER_ID, 0)], "{mode}");
+        assert_eq!(guest.fetch(0, PAGE), page(EARLIER, 0), "{mode}");
+        stream(guest, Others::Reads, 1);
+        assert_eq!((disk.waiting(), server.total("in-flight")), (1, 1), "{mode}: it is stalled still");
+        disk.let_go();
+        assert_eq!(guest.wait(0), [(STALLED_ID, 0)], "{mode}");
+        // Writes go on, in whichever thread.
+        stream(guest, others(mode), 1);
+        assert_eq!(guest.one(0, |guest, id| guest.read(0, STALLED * PAGE as u64, 0, PAGE, id)), 0);
+        assert_eq!(guest.fetch(0, PAGE), page(STALLED, 1), "{mode}");
+    }
+}
+
+/// Reads, a change of the interrupt and the status beside writes that wait for a frozen file system.
+fn beside_frozen_writes(kind: &str, mode: CacheMode) -> Result<(), String> {
+    let dir = guest::scratch();
+    let filesystem = Freezable::mount(dir.path(), kind)?;
+    let image = filesystem.path().join("disk.img");
+    std::fs::write(&image, content()).unwrap();
+    let disk = FileBackend::open(&FileOptions::new(&image, mode.into())).map_err(|error| error.to_string())?;
+    let options = DeviceOptions { mode, num_queues: 1, queue_size: 128, serial: String::new() };
+    let limit = std::time::Duration::from_secs(1);
+    let rig = Rig::tuned(Arc::new(disk), &options, &Tuning { stall_after: limit, ..Tuning::default() });
+    let mut guest = FrontEnd::connect(&rig.path, 1, 128, ALL);
+    let sector = |page: u64| page * PAGE as u64 / 512;
+    assert_eq!(guest.write(0, sector(1), &page(1, 1)), 0);
+
+    // Twice: the second time the ring's thread is another one.
+    for round in 2..4 {
+        filesystem.freeze();
+        let writes = [2, 3].map(|number| guest.add(0, OUT, sector(number), &page(number, round), 0));
+        guest.kick(0);
+        for number in 4..200 {
+            assert_eq!(guest.read(0, sector(number), PAGE as u32), (0, page(number, 0)), "{kind}, {mode}");
+        }
+        let call = EventFd::new(EFD_NONBLOCK).unwrap();
+        guest.control.set_vring_call(0, &call).unwrap();
+        let stalled = rig.event(|event| match event {
+            Event::IoStalled { ring: 0, requests, .. } => Some(requests),
+            _ => None,
+        });
+        let total = rig.status().total;
+        assert!(stalled > 0 && total.in_flight == 2 && total.stalled > 0, "{kind}, {mode}: {stalled}, {total:?}");
+        let slot = guest.add(0, IN, sector(4), &[], PAGE as u32);
+        guest.kick(0);
+        assert_eq!(guest.wait(0), (slot, 0));
+        filesystem.thaw();
+        let mut answered = [guest.wait(0), guest.wait(0)];
+        answered.sort();
+        let mut wanted = writes.map(|slot| (slot, 0));
+        wanted.sort();
+        assert_eq!(answered, wanted, "{kind}, {mode}");
+        rig.event(|event| matches!(event, Event::IoResumed { ring: 0 }).then_some(()));
+        for number in [2, 3] {
+            assert_eq!(guest.read(0, sector(number), PAGE as u32), (0, page(number, round)), "{kind}, {mode}");
+        }
+        assert_eq!(guest.write(0, sector(1), &page(1, round)), 0);
+    }
+    guest.stop_ring(0);
+    Ok(())
+}
+
+#[test]
+fn reads_pass_writes_that_wait_for_a_frozen_file_system() {
+    for kind in ["ext4", "xfs"] {
+        for mode in CacheMode::ALL {
+            if let Err(why) = beside_frozen_writes(kind, mode) {
+                guest::tell(&format!("SKIPPED: writes of a frozen {kind}: {why}"));
+                break;
+            }
+        }
     }
 }

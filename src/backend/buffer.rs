@@ -25,6 +25,13 @@ pub struct IoBuf {
 // copies only, never through references, so no aliasing rule of a thread's is broken.
 unsafe impl Send for IoBuf {}
 
+/// A list to be reused.
+#[derive(Default)]
+pub(super) struct IovecList(pub(super) Vec<libc::iovec>);
+
+// SAFETY: addresses alone; whoever uses them answers for what is there.
+unsafe impl Send for IovecList {}
+
 impl std::fmt::Debug for IoBuf {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "IoBuf({} bytes in {} parts)", self.len, self.iovecs.len())

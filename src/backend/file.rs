@@ -187,7 +187,8 @@ impl FileBackend {
             unsynced: Unsynced::default(),
             medium: match (direct, medium.storage) {
                 (true, _) => immediate::Medium::Device,
-                (false, Storage::Local | Storage::Elsewhere) => immediate::Medium::Cache,
+                (false, Storage::Local) => immediate::Medium::Cache,
+                (false, Storage::Elsewhere) => immediate::Medium::CacheElsewhere,
                 (false, Storage::Memory) => immediate::Medium::Memory,
             },
             submission: match medium.storage {

@@ -13,6 +13,7 @@
 //!    something submitted has finished.
 //! 7. A full queue hands the op back; it takes ops again once something was reaped.
 
+pub mod blocking;
 pub mod buffer;
 mod call;
 pub mod file;
@@ -37,6 +38,7 @@ use std::time::Duration;
 
 use crate::disk::{ImageSnapshots, ImageStatus};
 pub use crate::engine::Errno;
+pub use blocking::{BlockingCall, Caller};
 pub use buffer::IoBuf;
 pub use notices::{Notices, QuiesceAsk};
 pub use stable::BufferUse;
@@ -301,8 +303,9 @@ pub trait Backend: Send + Sync {
     }
 }
 
-/// One ring's way into the back-end. Everything happens in the thread that opened it.
-pub trait IoQueue {
+/// One ring's way into the back-end. Everything happens in the thread that opened it, or in the one that called
+/// [`IoQueue::change_thread`] last.
+pub trait IoQueue: Send {
     /// Takes an op, or hands it back when full (clause 7). Nothing need happen before `submit` or `wait`.
     fn push(&mut self, op: Op, id: OpId) -> Result<(), Op>;
 
@@ -322,4 +325,28 @@ pub trait IoQueue {
 
     /// Submits, then sleeps until there is something to reap or a source fired (clause 6), or the timeout passed.
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups>;
+
+    /// Takes it on the caller to make the calls of [`IoQueue::next_call`] after each round of pushes, with what is returned;
+    /// without, a queue makes them itself as it is pushed to. `None`: there are no such calls. Again after
+    /// [`IoQueue::change_thread`].
+    fn caller(&mut self) -> Option<Box<dyn Caller>> {
+        None
+    }
+
+    /// The next call that may block, to be made with nothing of the queue borrowed; then [`IoQueue::call_made`].
+    fn next_call(&mut self) -> Option<BlockingCall> {
+        None
+    }
+
+    /// A call was made. Its op may be reaped, or goes on.
+    fn call_made(&mut self, call: BlockingCall) {
+        drop(call);
+    }
+
+    /// This thread goes on with the queue, while the one before is in a call and does not return. What the ring had given
+    /// to the kernel before that call may need the thread, and then completes after it. Errors: no descriptor left; then
+    /// the queue is as it was.
+    fn change_thread(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::layer::Layer;
-use super::{Backend, Completion, IoQueue, Op, OpId, Source, Wakeups};
+use super::{Backend, BlockingCall, Caller, Completion, IoQueue, Op, OpId, Source, Wakeups};
 
 /// Two of three writes come late: one by `delay`, one by twice as much.
 pub struct SlowBackend {
@@ -81,6 +81,22 @@ impl IoQueue for SlowQueue {
         let wakeups = self.inner.wait(timeout.into_iter().chain(due).min())?;
         self.pass_on(Some(Instant::now()));
         Ok(wakeups)
+    }
+
+    fn caller(&mut self) -> Option<Box<dyn Caller>> {
+        self.inner.caller()
+    }
+
+    fn next_call(&mut self) -> Option<BlockingCall> {
+        self.inner.next_call()
+    }
+
+    fn call_made(&mut self, call: BlockingCall) {
+        self.inner.call_made(call);
+    }
+
+    fn change_thread(&mut self) -> io::Result<()> {
+        self.inner.change_thread()
     }
 }
 

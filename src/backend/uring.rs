@@ -13,9 +13,8 @@ mod prepared;
 
 use std::cell::Cell;
 use std::io;
-use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -69,18 +68,23 @@ pub(super) enum Event<J> {
     Fired(u32),
 }
 
-/// A ring for one file. Neither `Send` nor usable elsewhere: the kernel ties it to the thread that made it
-/// (IORING_SETUP_SINGLE_ISSUER).
+/// A ring for one file. The kernel ties it to the thread that made it (IORING_SETUP_SINGLE_ISSUER): elsewhere it may be
+/// kept, and what has not been shown to the kernel taken from it ([`Ring::take_queued`]), but not entered or dropped.
 pub(super) struct Ring<J> {
     ring: ManuallyDrop<IoUring>,
     slots: Vec<Option<Active<J>>>,
     free: Vec<usize>,
     watches: Vec<Watch>,
     submission: Submission,
+    /// Commands and watches that go into the submission queue at the next `enter`, by their user data.
+    queued: Vec<u64>,
     /// Entries in the submission queue that the kernel has not been shown.
     unsubmitted: bool,
-    _thread: PhantomData<*mut ()>,
 }
+
+// SAFETY: the mapped queues and the iovecs belong to this value alone. A thread that enters the ring of another gets EEXIST
+// from the kernel.
+unsafe impl<J: Send> Send for Ring<J> {}
 
 struct Active<J> {
     job: J,
@@ -154,8 +158,8 @@ impl<J> Ring<J> {
             free: (0..depth).rev().collect(),
             watches: Vec::new(),
             submission,
+            queued: Vec::with_capacity(depth + MOST_WATCHES),
             unsubmitted: false,
-            _thread: PhantomData,
         })
     }
 
@@ -179,11 +183,16 @@ impl<J> Ring<J> {
     /// Whether `enter` has anything to do even without waiting.
     pub(super) fn wants_enter(&mut self) -> bool {
         let queue = self.ring.submission();
-        self.unsubmitted || queue.taskrun() || queue.cq_overflow()
+        self.unsubmitted || !self.queued.is_empty() || queue.taskrun() || queue.cq_overflow()
     }
 
     /// Starts what was queued and, if `block`, sleeps until there is an event, a signal came or `timeout` passed.
     pub(super) fn enter(&mut self, block: bool, timeout: Option<Duration>) -> io::Result<()> {
+        self.fill();
+        self.enter_as_filled(block, timeout)
+    }
+
+    fn enter_as_filled(&mut self, block: bool, timeout: Option<Duration>) -> io::Result<()> {
         let submitter = self.ring.submitter();
         let entered = match timeout {
             // The kernel need not copy arguments that are not there.
@@ -232,20 +241,69 @@ impl<J> Ring<J> {
         }
     }
 
+    /// A ring for the calling thread, with the same watches and none of the commands.
+    pub(super) fn successor(&self, file: BorrowedFd<'_>) -> io::Result<Self> {
+        let mut ring = Self::new(self.slots.len(), file, self.submission)?;
+        for Watch { fd, token, .. } in &self.watches {
+            ring.watch(*token, fd.as_fd())?;
+        }
+        Ok(ring)
+    }
+
+    /// Takes the commands that the kernel was not shown; nothing of them was moved since the last completion.
+    pub(super) fn take_queued(&mut self) -> Vec<(Command, J)> {
+        let mut taken = Vec::new();
+        for data in std::mem::take(&mut self.queued) {
+            if data & WATCH != 0 {
+                self.watches[(data & !WATCH) as usize].armed = false;
+            } else if let Some(mut active) = self.slots[data as usize].take() {
+                active.leave_rest();
+                self.free.push(data as usize);
+                taken.push((active.command, active.job));
+            }
+        }
+        taken
+    }
+
+    /// Waits for the commands that the kernel has, and hands each to `over`. In the thread that made the ring.
+    pub(super) fn finish(&mut self, mut over: impl FnMut(J, Command, Result<(), Errno>)) -> io::Result<()> {
+        while self.free.len() < self.slots.len() {
+            self.enter(true, None)?;
+            while let Some(event) = self.next_event() {
+                if let Event::Finished(job, command, result) = event {
+                    over(job, command, result);
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn arm(&mut self, index: usize) {
         self.watches[index].armed = true;
-        let fd = types::Fd(self.watches[index].fd.as_raw_fd());
-        let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true).build().user_data(WATCH | index as u64);
-        self.queue_entry(&entry);
+        self.queued.push(WATCH | index as u64);
     }
 
     fn queue(&mut self, slot: usize) {
-        let active = self.slots[slot].as_mut().expect("the slot was just filled or looked at");
-        let entry = active.entry(FILE, self.submission).user_data(slot as u64);
-        self.queue_entry(&entry);
+        self.queued.push(slot as u64);
     }
 
-    fn queue_entry(&mut self, entry: &squeue::Entry) {
+    /// Puts what is queued into the submission queue.
+    fn fill(&mut self) {
+        for at in 0..self.queued.len() {
+            let data = self.queued[at];
+            let entry = if data & WATCH != 0 {
+                let fd = types::Fd(self.watches[(data & !WATCH) as usize].fd.as_raw_fd());
+                opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true).build()
+            } else {
+                let active = self.slots[data as usize].as_mut().expect("queued once, when filled or looked at");
+                active.entry(FILE, self.submission)
+            };
+            self.push_entry(&entry.user_data(data));
+        }
+        self.queued.clear();
+    }
+
+    fn push_entry(&mut self, entry: &squeue::Entry) {
         // SAFETY: what the entry points to (iovecs, guest memory) belongs to an `Active` in `slots`, which stays there
         // until the kernel's completion was read; `drop` waits for that, or leaks the slots. The file and the watched
         // descriptors stay open as long as the ring.
@@ -257,11 +315,12 @@ impl<J> Ring<J> {
 
     /// Ends the polls of the watches, so that the thread's next [`Ring`] finds the io_uring empty. Whether it is.
     fn end_watches(&mut self) -> bool {
+        self.fill();
         let mut cancels = 0;
         for index in 0..self.watches.len() {
             if self.watches[index].armed {
                 let cancel = opcode::AsyncCancel::new(WATCH | index as u64).build().user_data(CANCEL);
-                self.queue_entry(&cancel);
+                self.push_entry(&cancel);
                 cancels += 1;
             }
         }
@@ -287,7 +346,7 @@ impl<J> Ring<J> {
     /// Submits what the full queue holds: a prepared ring has fewer entries than a deep queue has commands.
     #[cold]
     fn make_room(&mut self) {
-        if let Err(error) = self.enter(false, None) {
+        if let Err(error) = self.enter_as_filled(false, None) {
             // Only a broken process gets here, as in `enter`'s callers.
             panic!("cannot submit I/O: {error}");
         }

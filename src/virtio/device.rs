@@ -1,9 +1,7 @@
 //! One disk: what it offers, and serving one front-end after the other.
 
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::thread;
 use std::time::Duration;
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -17,6 +15,7 @@ use super::handler::Handler;
 use super::request::ID_BYTES;
 use super::rings::Rings;
 use super::vanished::Wire;
+use super::watch::Watch;
 use crate::backend::Backend;
 use crate::disk::Events;
 use crate::engine::{CacheMode, OnError};
@@ -144,22 +143,6 @@ impl Talk {
     }
 }
 
-/// Of one connection, which it does not outlive.
-struct StallWatch {
-    until: Option<mpsc::Sender<()>>,
-    thread: Option<thread::JoinHandle<()>>,
-}
-
-impl Drop for StallWatch {
-    fn drop(&mut self) {
-        drop(self.until.take());
-        if let Some(thread) = self.thread.take() {
-            // A panic has told of itself, and where we are unwinding another would hide the first.
-            let _ = thread.join();
-        }
-    }
-}
-
 impl Device {
     /// A device with no front-end yet. What happens is told to `events`.
     pub fn new(backend: Arc<dyn Backend>, options: &DeviceOptions, events: Arc<Events>) -> Arc<Self> {
@@ -235,7 +218,7 @@ impl Device {
 
     /// Message after message, to the end.
     pub(super) fn converse(&self, mut talk: Talk) -> String {
-        let watch = self.watch_for_stalls();
+        let watch = Watch::start(&self.rings);
         let end = loop {
             let timeout = talk.ours().waits_for_image().then_some(activation::RETRY);
             match channel::wait_for_message(&talk.line.stream, &talk.line.bell, timeout) {
@@ -296,23 +279,6 @@ impl Device {
         while connection.front_end.is_some() {
             connection = self.left.wait(connection).expect("no panic while held");
         }
-    }
-
-    /// Looks for stalled requests, in a thread of its own until the value returned is dropped: the vhost-user thread may
-    /// itself wait for a ring to stop.
-    fn watch_for_stalls(&self) -> StallWatch {
-        let (until, ended) = mpsc::channel();
-        let rings = self.rings.clone();
-        let work = move || {
-            while ended.recv_timeout(rings.tuning().stall_after / 4) == Err(RecvTimeoutError::Timeout) {
-                rings.look_for_stalls();
-            }
-        };
-        let thread = thread::Builder::new().name("stall-watch".into()).spawn(work);
-        let thread = thread.inspect_err(|error| {
-            log::warn!("no thread to watch for I/O that hangs: {error}; raise the limit on threads")
-        });
-        StallWatch { until: Some(until), thread: thread.ok() }
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Connection> {

@@ -51,6 +51,7 @@ pub mod rings;
 mod shared;
 pub mod split_ring;
 mod vanished;
+mod watch;
 mod worker;
 
 pub use device::{Device, DeviceOptions, Tuning};

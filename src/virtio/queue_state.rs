@@ -18,7 +18,7 @@ use super::mapped::Mapped;
 use super::memory::MemoryTable;
 use super::rings::{Command, Mailbox, Rings};
 use super::split_ring::{Place, SplitRing};
-use super::worker::{self, Setup, Stop};
+use super::worker::{Relay, Setup, Stop};
 use crate::disk::Event;
 use crate::sync::reused::{self, Task};
 use crate::sync::{Bell, mpsc};
@@ -110,7 +110,7 @@ pub(super) struct QueueState {
 
 enum Life {
     Stopped(Stopped),
-    Running { mailbox: Mailbox, thread: Task<Stopped> },
+    Running { mailbox: Mailbox, thread: Task<()>, ended: mpsc::Receiver<Stopped> },
 }
 
 impl QueueState {
@@ -221,11 +221,15 @@ impl QueueState {
     fn stop(&mut self, rings: &Arc<Rings>, how: Stop) -> Stopped {
         match self.life.take().expect("set outside of change") {
             Life::Stopped(stopped) => stopped,
-            Life::Running { mailbox, thread } => {
+            Life::Running { mailbox, thread, ended } => {
                 mailbox.send(Command::Stop(how));
                 // A panic in a worker ends the process (server's panic hook): a ring whose state is unknown must not
                 // be served on, and a front-end sees a closed socket but no dead thread.
-                let stopped = thread.join().expect("a worker's panic ends the process");
+                let stopped = ended.recv().expect("a worker's panic ends the process");
+                // One that another thread took the ring over from ends when its call returns.
+                if !mailbox.relay().was_taken_over() {
+                    thread.join().expect("a worker's panic ends the process");
+                }
                 rings.ring_left(self.index);
                 log::debug!("ring {} stopped at {}", self.index, stopped.next_available);
                 stopped
@@ -259,7 +263,8 @@ impl QueueState {
             Ok(wake) => Arc::new(wake),
             Err(error) => return self.not_started(stopped, around, &error),
         };
-        let mailbox = Mailbox::new(sender, wake.clone());
+        let relay = Relay::new(self.index);
+        let mailbox = Mailbox::new(sender, wake.clone(), relay.clone());
         let inflight = around.inflight.and_then(|inflight| inflight.ring(self.index, stopped.size, ring.next_used()));
         self.tracked = inflight.is_some();
         let setup = Setup {
@@ -275,18 +280,19 @@ impl QueueState {
         };
         // The ring travels through a channel, so that it comes back if the thread cannot be made.
         let (hand_over, received) = mpsc::sync_channel(1);
-        let (counters, hold) = around.rings.ring_joined(self.index, mailbox.clone());
+        let joined = around.rings.ring_joined(self.index, mailbox.clone());
+        let (ending, ended) = mpsc::channel();
         let name = format!("ring {}", self.index);
         let body = move || {
             let stopped = received.recv().expect("sent right after the thread was made");
-            worker::run(setup, ring, stopped, counters, hold)
+            relay.run(setup, ring, stopped, joined, ending);
         };
         match reused::spawn(name, body) {
             Ok(thread) => {
                 log::debug!("ring {} runs, {} descriptors", self.index, stopped.size);
                 let sent = hand_over.send(stopped);
                 assert!(sent.is_ok(), "the thread waits for its ring");
-                Life::Running { mailbox, thread }
+                Life::Running { mailbox, thread, ended }
             }
             Err(error) => {
                 around.rings.ring_left(self.index);

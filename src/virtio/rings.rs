@@ -17,7 +17,8 @@ use super::counters::{Counters, accumulate};
 use super::device::Tuning;
 use super::errors::{self, Errors};
 use super::features;
-use super::worker::Stop;
+use super::watch::CallWatch;
+use super::worker::{Relay, Stop};
 use crate::backend::{Backend, Errno};
 use crate::disk::{Disk, DiskStatus, Event, Events, FailedRequest, ImageStatus, RingStatus, StoppedStatus};
 use crate::engine::{CacheMode, CachePolicy};
@@ -53,11 +54,17 @@ pub(super) enum Command {
 pub(super) struct Mailbox {
     commands: Sender<Command>,
     wake: Arc<Bell>,
+    relay: Arc<Relay>,
 }
 
 impl Mailbox {
-    pub(super) fn new(commands: Sender<Command>, wake: Arc<Bell>) -> Self {
-        Mailbox { commands, wake }
+    pub(super) fn new(commands: Sender<Command>, wake: Arc<Bell>, relay: Arc<Relay>) -> Self {
+        Mailbox { commands, wake, relay }
+    }
+
+    /// The ring's threads.
+    pub(super) fn relay(&self) -> &Relay {
+        &self.relay
     }
 
     /// Sends and wakes. A worker that has ended takes no more commands; whoever sent finds out by its own means (a
@@ -84,6 +91,7 @@ pub struct Rings {
     claim: Claim,
     /// [`Disk::resize`] is under way.
     resizing: AtomicBool,
+    call_watch: CallWatch,
     state: Mutex<State>,
 }
 
@@ -118,6 +126,7 @@ impl Rings {
             capacity,
             claim: Claim::default(),
             resizing: AtomicBool::new(false),
+            call_watch: CallWatch::default(),
             state: Mutex::default(),
         })
     }
@@ -181,6 +190,24 @@ impl Rings {
                 mailbox.send(Command::Look);
             }
         }
+    }
+
+    /// Has another thread go on with each ring whose thread is in the same call as at the last look. Whether any ring made
+    /// calls since then. The connection's watch.
+    pub(super) fn look_at_calls(&self) -> bool {
+        let relays: Vec<Arc<Relay>> = self.lock().running.values().map(|mailbox| mailbox.relay.clone()).collect();
+        relays.iter().filter(|relay| relay.look()).count() > 0
+    }
+
+    /// What wakes the connection's watch when a ring begins a call.
+    pub(super) fn call_watch(&self) -> &CallWatch {
+        &self.call_watch
+    }
+
+    /// A ring's thread begins a call that may block.
+    #[inline]
+    pub(super) fn call_begins(&self) {
+        self.call_watch.call_begins();
     }
 
     /// The disk's size, and what the front-end knows of it.

@@ -1,11 +1,12 @@
 //! One running ring: descriptors in, answers out. Owns the ring, the engine and the back-end queue; nothing else
 //! touches them, so the request path takes no contended lock.
 //!
-//! A turn: reap completions, let the engine say what follows, answer, pop new requests, interrupt at most once; then
-//! one `wait`, which submits the whole batch and sleeps.
+//! A turn: reap completions, let the engine say what follows, answer, pop new requests, make the calls that may block
+//! ([`relay`]), interrupt at most once; then one `wait`, which submits the whole batch and sleeps.
 
 mod answer;
 mod polling;
+mod relay;
 mod replay;
 mod stall;
 mod stop;
@@ -34,6 +35,7 @@ use crate::engine::{Action, Engine, Kind, Offer, Token};
 use crate::sync::Bell;
 use crate::sync::mpsc::Receiver;
 use polling::Polling;
+pub(super) use relay::Relay;
 use stop::Rest;
 pub(super) use stop::Stop;
 
@@ -151,54 +153,6 @@ fn token(id: OpId) -> Token {
     if id == SYNC { Token::Sync } else { Token::Data(id.0 as u16) }
 }
 
-/// Serves the ring until [`Command::Stop`], then hands it back with everything answered and published but what is kept
-/// ([`Stopped::kept`]). `hold`: the epoch of a hold that the ring is born into.
-pub(super) fn run(
-    setup: Setup,
-    ring: SplitRing,
-    mut stopped: Stopped,
-    counters: Arc<Counters>,
-    hold: Option<u64>,
-) -> Stopped {
-    let mut worker = Worker::new(setup, ring, &stopped, counters);
-    if let Some(epoch) = hold {
-        worker.close_gate(epoch);
-    }
-    worker.recover(std::mem::take(&mut stopped.kept));
-    loop {
-        worker.turn();
-        if worker.wants_interrupt() {
-            stopped.interrupt(worker.setup.index);
-        }
-        if std::mem::take(&mut worker.tell_broken) {
-            stopped.signal_error(worker.setup.index);
-        }
-        if worker.may_stop() && !worker.only_rests() {
-            break;
-        }
-        if worker.finds_work() {
-            continue;
-        }
-        let timeout = worker.more.then_some(Duration::ZERO);
-        // Only a broken process gets here: the back-end retries what can be retried.
-        let woken = worker.io.wait(timeout).unwrap_or_else(|error| panic!("cannot wait for I/O: {error}"));
-        if woken.wake {
-            while let Ok(command) = worker.setup.commands.try_recv() {
-                worker.obey(command, &mut stopped);
-                #[cfg(all(test, feature = "model"))]
-                if crate::sync::orders::planted(crate::sync::orders::Mutant::OneCommandAWake) {
-                    break;
-                }
-            }
-        }
-    }
-    stopped.next_available = worker.ring.next_available();
-    stopped.kept = worker.leave_kept();
-    worker.look();
-    worker.counters.in_flight.store(0, Relaxed);
-    stopped
-}
-
 impl Worker {
     fn new(setup: Setup, ring: SplitRing, stopped: &Stopped, counters: Arc<Counters>) -> Self {
         let size = ring.size();
@@ -255,16 +209,64 @@ impl Worker {
         }
     }
 
-    fn turn(&mut self) {
+    /// Takes what has finished and what is new to the back-end. The status shows it before any call is made that may
+    /// block.
+    fn begin_turn(&mut self) {
         self.reap();
         self.act();
         self.retry_backlog();
         self.pop();
         self.act();
-        self.finish_the_finished();
+        self.show();
+    }
+
+    fn end_turn(&mut self) {
         self.log_ring();
+        self.show();
+    }
+
+    fn show(&self) {
         self.counters.in_flight.store(self.in_flight, Relaxed);
         self.counters.held.store(self.held, Relaxed);
+    }
+
+    /// Wakes whoever has to be, and says whether the ring has stopped.
+    fn is_over(&mut self, stopped: &Stopped) -> bool {
+        if self.wants_interrupt() {
+            stopped.interrupt(self.setup.index);
+        }
+        if std::mem::take(&mut self.tell_broken) {
+            stopped.signal_error(self.setup.index);
+        }
+        self.may_stop() && !self.only_rests()
+    }
+
+    /// Sleeps until there is something to do, and obeys the commands that came.
+    fn sleep(&mut self, stopped: &mut Stopped) {
+        if self.finds_work() {
+            return;
+        }
+        let timeout = self.more.then_some(Duration::ZERO);
+        // Only a broken process gets here: the back-end retries what can be retried.
+        let woken = self.io.wait(timeout).unwrap_or_else(|error| panic!("cannot wait for I/O: {error}"));
+        if woken.wake {
+            while let Ok(command) = self.setup.commands.try_recv() {
+                self.obey(command, stopped);
+                #[cfg(all(test, feature = "model"))]
+                if crate::sync::orders::planted(crate::sync::orders::Mutant::OneCommandAWake) {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// The ring has stopped: what the next one needs of it.
+    fn leave(mut self, mut stopped: Stopped) -> Stopped {
+        stopped.next_available = self.ring.next_available();
+        stopped.kept = self.leave_kept();
+        self.look();
+        self.counters.in_flight.store(0, Relaxed);
+        stopped
     }
 
     /// What the back-end did on the spot is answered in the turn that popped it: the next one may sleep at once.

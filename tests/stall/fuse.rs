@@ -23,6 +23,7 @@ const BELIEVE: Duration = Duration::from_secs(600);
 /// What waits to be let go.
 enum Waiting {
     Read { reply: ReplyData, offset: usize, size: usize },
+    Write { reply: ReplyWrite, offset: usize, data: Vec<u8> },
     Sync(ReplyEmpty),
 }
 
@@ -30,8 +31,12 @@ struct State {
     content: Vec<u8>,
     /// Reads that touch this byte wait.
     read: Option<u64>,
+    /// Writes that touch this byte wait.
+    write: Option<u64>,
     /// Syncs wait.
     sync: bool,
+    /// FUSE_ASYNC_DIO.
+    async_dio: bool,
     /// Bytes that one write stores at most.
     most_written: usize,
     waiting: Vec<Waiting>,
@@ -41,6 +46,23 @@ impl State {
     fn read(&self, reply: ReplyData, offset: usize, size: usize) {
         let end = self.content.len();
         reply.data(&self.content[offset.min(end)..(offset + size).min(end)]);
+    }
+
+    fn answer(&mut self, waiting: Waiting) {
+        match waiting {
+            Waiting::Read { reply, offset, size } => self.read(reply, offset, size),
+            Waiting::Write { reply, offset, data } => self.write(reply, offset, &data),
+            Waiting::Sync(reply) => reply.ok(),
+        }
+    }
+
+    fn write(&mut self, reply: ReplyWrite, offset: usize, data: &[u8]) {
+        let data = &data[..data.len().min(self.most_written)];
+        let Some(room) = self.content.get_mut(offset..offset + data.len()) else {
+            return reply.error(Errno::ENOSPC);
+        };
+        room.copy_from_slice(data);
+        reply.written(data.len() as u32);
     }
 }
 
@@ -58,15 +80,25 @@ pub struct Stalling {
 impl Stalling {
     /// Mounts one. Its file has this content.
     pub fn mount(content: Vec<u8>) -> Result<Stalling, Unable> {
-        Self::with_most_written(content, usize::MAX)
+        Self::mount_as(content, true, usize::MAX)
     }
 
-    /// Mounts one of which a write stores so many bytes at most.
-    pub fn with_most_written(content: Vec<u8>, most_written: usize) -> Result<Stalling, Unable> {
+    /// Mounts one. `async_dio`: FUSE_ASYNC_DIO, without which Linux makes an O_DIRECT transfer of io_uring wait in the thread
+    /// that begins it, and with which it makes an error of a short write. `most_written`: bytes that a write stores at
+    /// most.
+    pub fn mount_as(content: Vec<u8>, async_dio: bool, most_written: usize) -> Result<Stalling, Unable> {
         if !rustix::process::geteuid().is_root() {
             return Err(Unable("only root may mount a filesystem".into()));
         }
-        let state = Arc::new(Mutex::new(State { content, read: None, sync: false, most_written, waiting: Vec::new() }));
+        let state = Arc::new(Mutex::new(State {
+            content,
+            read: None,
+            write: None,
+            sync: false,
+            async_dio,
+            most_written,
+            waiting: Vec::new(),
+        }));
         let dir = tempfile::tempdir().expect("a directory to mount on");
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("stalling".into())];
@@ -90,6 +122,11 @@ impl Stalling {
         self.lock().read = Some(offset);
     }
 
+    /// From now on writes of this byte wait.
+    pub fn stall_writes_of(&self, offset: u64) {
+        self.lock().write = Some(offset);
+    }
+
     /// From now on syncs wait.
     pub fn stall_syncs(&self) {
         self.lock().sync = true;
@@ -103,12 +140,19 @@ impl Stalling {
     /// Answers those that wait; nothing waits from now on.
     pub fn let_go(&self) {
         let mut state = self.lock();
-        (state.read, state.sync) = (None, false);
+        (state.read, state.write, state.sync) = (None, None, false);
         for waiting in std::mem::take(&mut state.waiting) {
-            match waiting {
-                Waiting::Read { reply, offset, size } => state.read(reply, offset, size),
-                Waiting::Sync(reply) => reply.ok(),
-            }
+            state.answer(waiting);
+        }
+    }
+
+    /// Answers the reads that wait; no read waits from now on.
+    pub fn let_reads_go(&self) {
+        let mut state = self.lock();
+        state.read = None;
+        for read in state.waiting.extract_if(.., |waiting| matches!(waiting, Waiting::Read { .. })).collect::<Vec<_>>()
+        {
+            state.answer(read);
         }
     }
 
@@ -167,8 +211,7 @@ impl Tree {
 
 impl Filesystem for Tree {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // As libfuse has it by default. With it, Linux makes an error of a short write.
-        if self.lock().most_written == usize::MAX {
+        if self.lock().async_dio {
             config
                 .add_capabilities(InitFlags::FUSE_ASYNC_DIO)
                 .map_err(|lacking| io::Error::other(format!("the kernel lacks {lacking:?}")))?;
@@ -228,12 +271,13 @@ impl Filesystem for Tree {
         reply: ReplyWrite,
     ) {
         let mut state = self.lock();
-        let data = &data[..data.len().min(state.most_written)];
-        let Some(room) = state.content.get_mut(offset as usize..offset as usize + data.len()) else {
-            return reply.error(Errno::ENOSPC);
-        };
-        room.copy_from_slice(data);
-        reply.written(data.len() as u32);
+        let range = offset..offset + data.len() as u64;
+        let offset = offset as usize;
+        if state.write.is_some_and(|byte| range.contains(&byte)) {
+            state.waiting.push(Waiting::Write { reply, offset, data: data.to_vec() });
+        } else {
+            state.write(reply, offset, data);
+        }
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {

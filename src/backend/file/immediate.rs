@@ -9,12 +9,18 @@
 //!   ring for a while, longer each time. The kernel throttles writers, and devices stall, for many requests in a row:
 //!   one in a row pays.
 //! - In memory (tmpfs) nothing sleeps, and syncs are made at once too.
+//! - Where another process or host answers (FUSE, NFS), the ring has all writes.
+//!
+//! A write may also never return, with RWF_NOWAIT too: pwritev2(2) waits for a frozen file system (file_start_write in the
+//! kernel's fs/read_write.c), or for a device. So writes are [`BlockingCall`]s, and if one does not return, another thread
+//! goes on with the queue and gives writes to the ring until it does.
 
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
+use super::super::buffer::IovecList;
 use super::super::call;
-use super::super::{Errno, IoBuf};
+use super::super::{BlockingCall, Errno, IoBuf};
 
 /// A write that took longer has slept. The copy of the largest takes a tenth.
 const SLOW: Duration = Duration::from_millis(1);
@@ -38,6 +44,8 @@ pub(super) enum Medium {
     Device,
     /// A filesystem or a block device over the page cache.
     Cache,
+    /// The same, of another process or host: a write waits for that one.
+    CacheElsewhere,
     /// Nothing but memory.
     Memory,
 }
@@ -57,6 +65,8 @@ pub(super) enum Outcome {
     Over(Result<(), Errno>),
     /// So many bytes are moved, and what is left may sleep: through the ring.
     Moved(usize),
+    /// A call to make again: it was asked for in a way that the filesystem does not know.
+    Again,
 }
 
 /// One queue's way around the ring.
@@ -65,9 +75,11 @@ pub(super) struct Immediate {
     reads: Nowait,
     writes: Nowait,
     pace: Pace,
+    /// A write of a thread before this one has not returned.
+    stuck: bool,
     /// Bytes that may still be moved before the next reap.
     allowance: usize,
-    scratch: Vec<libc::iovec>,
+    scratch: IovecList,
 }
 
 impl Immediate {
@@ -77,8 +89,9 @@ impl Immediate {
             reads: Nowait::Offered,
             writes: Nowait::Offered,
             pace: Pace::default(),
+            stuck: false,
             allowance: MOST_BETWEEN_REAPS,
-            scratch: Vec::new(),
+            scratch: IovecList::default(),
         }
     }
 
@@ -93,23 +106,77 @@ impl Immediate {
         self.medium != Medium::Device && buf.len() <= MOST_AT_ONCE.min(self.allowance)
     }
 
-    /// Moves what can be moved without waiting.
+    /// Whether a write of this buffer is worth trying here.
     #[inline]
-    pub(super) fn transfer(&mut self, file: BorrowedFd<'_>, write: bool, buf: &IoBuf, offset: u64) -> Outcome {
-        let moved = match (write, self.medium) {
-            (_, Medium::Memory) => self.call(file, write, buf, offset, 0),
-            (false, _) => self.read(file, buf, offset),
-            (true, _) => self.write(file, buf, offset),
+    pub(super) fn suits_write(&self, buf: &IoBuf) -> bool {
+        self.medium != Medium::CacheElsewhere && self.suits(buf)
+    }
+
+    /// Reads what can be read without waiting.
+    #[inline]
+    pub(super) fn read(&mut self, file: BorrowedFd<'_>, buf: &IoBuf, offset: u64) -> Outcome {
+        let flags = match (self.medium, self.reads) {
+            (Medium::Memory, _) => 0,
+            (_, Nowait::Offered) => libc::RWF_NOWAIT,
+            (_, Nowait::Unknown) => return Outcome::Moved(0),
         };
-        let moved = match moved {
-            Ok(moved) => moved.min(buf.len()),
-            // Would sleep, was interrupted, or is not known here.
-            Err(Errno(libc::EAGAIN | libc::EINTR | libc::EOPNOTSUPP)) => 0,
-            Err(errno) => return Outcome::Over(Err(errno)),
-        };
-        self.allowance -= moved;
-        // The ring finds out what a transfer that stopped short means.
-        if moved == buf.len() { Outcome::Over(Ok(())) } else { Outcome::Moved(moved) }
+        let result = call::transfer(file, false, buf, 0..buf.len(), offset, flags, &mut self.scratch.0);
+        if result == Err(Errno(libc::EOPNOTSUPP)) {
+            self.reads = Nowait::Unknown;
+        }
+        let outcome = judge(result, buf);
+        if outcome == Outcome::Over(Ok(())) {
+            self.allowance -= buf.len();
+        }
+        outcome
+    }
+
+    /// A write of this buffer waits to be made: see [`Immediate::suits_write`].
+    #[inline]
+    pub(super) fn reserve(&mut self, buf: &IoBuf) {
+        self.allowance -= buf.len();
+    }
+
+    /// Whether a write is to be made now, and how; if not, it takes the ring.
+    #[inline]
+    pub(super) fn admits(&mut self, call: &mut BlockingCall) -> bool {
+        if self.stuck {
+            return false;
+        }
+        call.flags = 0;
+        if self.medium == Medium::Memory {
+            return true;
+        }
+        if self.writes == Nowait::Offered {
+            call.flags = libc::RWF_NOWAIT;
+            return true;
+        }
+        let now = Instant::now();
+        call.began = Some(now);
+        self.pace.allows(now)
+    }
+
+    /// What became of a write that was admitted.
+    #[inline]
+    pub(super) fn made(&mut self, call: &BlockingCall) -> Outcome {
+        if let (Some(began), Some(ended)) = (call.began, call.ended) {
+            self.pace.took(began, ended);
+        }
+        if call.result == Err(Errno(libc::EOPNOTSUPP)) && call.flags == libc::RWF_NOWAIT {
+            self.writes = Nowait::Unknown;
+            return Outcome::Again;
+        }
+        judge(call.result, &call.buf)
+    }
+
+    /// The last write that was admitted has not returned, and this thread goes on.
+    pub(super) fn is_stuck(&mut self) {
+        self.stuck = true;
+    }
+
+    /// It has returned.
+    pub(super) fn is_back(&mut self) {
+        self.stuck = false;
     }
 
     /// fdatasync(2), where it takes no waiting.
@@ -117,44 +184,16 @@ impl Immediate {
         (self.medium == Medium::Memory)
             .then(|| rustix::fs::fdatasync(file).map_err(|error| Errno(error.raw_os_error())))
     }
+}
 
-    fn read(&mut self, file: BorrowedFd<'_>, buf: &IoBuf, offset: u64) -> Result<usize, Errno> {
-        if self.reads == Nowait::Unknown {
-            return Ok(0);
-        }
-        let result = self.call(file, false, buf, offset, libc::RWF_NOWAIT);
-        if result == Err(Errno(libc::EOPNOTSUPP)) {
-            self.reads = Nowait::Unknown;
-        }
-        result
-    }
-
-    fn write(&mut self, file: BorrowedFd<'_>, buf: &IoBuf, offset: u64) -> Result<usize, Errno> {
-        if self.writes == Nowait::Offered {
-            let result = self.call(file, true, buf, offset, libc::RWF_NOWAIT);
-            if result != Err(Errno(libc::EOPNOTSUPP)) {
-                return result;
-            }
-            self.writes = Nowait::Unknown;
-        }
-        let start = Instant::now();
-        if !self.pace.allows(start) {
-            return Ok(0);
-        }
-        let result = self.call(file, true, buf, offset, 0);
-        self.pace.took(start, Instant::now());
-        result
-    }
-
-    fn call(
-        &mut self,
-        file: BorrowedFd<'_>,
-        write: bool,
-        buf: &IoBuf,
-        offset: u64,
-        flags: i32,
-    ) -> Result<usize, Errno> {
-        call::transfer(file, write, buf, 0..buf.len(), offset, flags, &mut self.scratch)
+/// What a call's result means for its transfer. The ring finds out what one that stopped short means.
+fn judge(result: Result<usize, Errno>, buf: &IoBuf) -> Outcome {
+    match result {
+        Ok(moved) if moved >= buf.len() => Outcome::Over(Ok(())),
+        Ok(moved) => Outcome::Moved(moved),
+        // Would sleep, was interrupted, or is not known here.
+        Err(Errno(libc::EAGAIN | libc::EINTR | libc::EOPNOTSUPP)) => Outcome::Moved(0),
+        Err(errno) => Outcome::Over(Err(errno)),
     }
 }
 

@@ -2,8 +2,9 @@
 
 use std::io;
 
-use super::super::Errno;
-use super::super::uring::Transfer;
+use super::super::uring::{Command, Transfer};
+use super::super::{BlockingCall, Errno};
+use super::queue::Job;
 
 /// One message.
 pub(super) enum Mail {
@@ -13,6 +14,10 @@ pub(super) enum Mail {
     Discarded(u64, io::Result<()>),
     /// The helper thread finished the transfer of this key.
     Transferred(u64, Transfer, Result<(), Errno>),
+    /// A thread that had the queue before is back from this call.
+    Returned(BlockingCall),
+    /// And a command that its ring had is over.
+    Finished(Job, Command, Result<(), Errno>),
 }
 
 /// Where it arrives.

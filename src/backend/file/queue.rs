@@ -3,12 +3,13 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use super::super::buffer::IovecList;
 use super::super::pool::Pool;
 use super::super::uring::{Command, Event, Ring, Transfer};
-use super::super::{Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
+use super::super::{BlockingCall, Caller, Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups, call};
 use super::Shared;
 use super::copied::{Copied, Next};
 use super::helper::Helper;
@@ -28,6 +29,10 @@ const MAIL: u32 = 3;
 /// matters: the ring goes first and waits for what is in flight, then the helper, and the file last.
 pub(super) struct FileQueue {
     ring: Ring<Job>,
+    /// To the thread that has the ring's caller: the ring, should another thread go on.
+    leave: Option<mpsc::Sender<Ring<Job>>>,
+    /// Writes that wait to be made by plain calls.
+    calls: VecDeque<BlockingCall>,
     helper: Option<Helper>,
     /// With an open file description of its own, which remembers writeback errors for this queue.
     file: Arc<OwnedFd>,
@@ -51,7 +56,7 @@ pub(super) struct FileQueue {
 }
 
 /// An op on its way.
-struct Job {
+pub(super) struct Job {
     id: OpId,
     durable: bool,
     /// Whether there is something to sync afterwards.
@@ -77,6 +82,8 @@ impl FileQueue {
         ring.watch(MAIL, mailbox.as_fd())?;
         Ok(FileQueue {
             ring,
+            leave: None,
+            calls: VecDeque::new(),
             helper: None,
             file: Arc::new(file),
             immediate: Immediate::new(shared.medium),
@@ -94,20 +101,52 @@ impl FileQueue {
         })
     }
 
-    /// A transfer that may need no ring: ready when this returns, or what is left of it is live.
+    /// A read that may need no ring: ready when this returns, or what is left of it is live.
     #[inline]
-    fn at_once(&mut self, id: OpId, write: bool, offset: u64, buf: IoBuf) {
-        let result = match self.immediate.transfer(self.file.as_fd(), write, &buf, offset) {
-            Outcome::Over(result) => result,
+    fn read_at_once(&mut self, id: OpId, offset: u64, buf: IoBuf) {
+        match self.immediate.read(self.file.as_fd(), &buf, offset) {
+            Outcome::Over(result) => self.hand_back(id, false, result, Some(buf)),
             Outcome::Moved(from) => {
                 self.live += 1;
-                let len = buf.len() - from;
-                let rest = Transfer { write, durable: false, offset: offset + from as u64, buf, from, len };
-                let job = Job { id, durable: false, changes: write, work: Work::Whole, _ticket: None };
-                return self.ring.start(Command::Transfer(rest), job);
+                self.start_rest(id, false, offset, buf, from);
             }
-        };
-        self.hand_back(id, write, result, Some(buf));
+            Outcome::Again => unreachable!("a read is tried once"),
+        }
+    }
+
+    /// A write that may need no ring: live until its call was made.
+    #[inline]
+    fn write_at_once(&mut self, id: OpId, offset: u64, buf: IoBuf) {
+        self.immediate.reserve(&buf);
+        self.live += 1;
+        self.calls.push_back(BlockingCall::new(id, offset, buf));
+        if self.leave.is_none() {
+            self.make_calls();
+        }
+    }
+
+    /// Makes the calls here: the owner does not.
+    fn make_calls(&mut self) {
+        let mut scratch = Vec::new();
+        while let Some(mut call) = self.next_call() {
+            make(self.file.as_fd(), &mut call, &mut scratch);
+            self.call_made(call);
+        }
+    }
+
+    /// The rest of a transfer of which so many bytes were moved takes the ring.
+    fn start_rest(&mut self, id: OpId, write: bool, offset: u64, buf: IoBuf, from: usize) {
+        let len = buf.len() - from;
+        let rest = Transfer { write, durable: false, offset: offset + from as u64, buf, from, len };
+        let job = Job { id, durable: false, changes: write, work: Work::Whole, _ticket: None };
+        self.ring.start(Command::Transfer(rest), job);
+    }
+
+    /// What waits to be made takes the ring: the owner is about to sleep.
+    fn start_calls(&mut self) {
+        while let Some(BlockingCall { id, offset, buf, .. }) = self.calls.pop_front() {
+            self.start_rest(id, true, offset, buf, 0);
+        }
     }
 
     /// How the op begins, and what is left of it afterwards.
@@ -227,7 +266,15 @@ impl FileQueue {
         self.last_key
     }
 
-    /// A command came out of the ring: the op goes on, or is over.
+    /// A command came out of the ring, or out of the one of a thread before.
+    fn finished(&mut self, job: Job, command: Command, result: Result<(), Errno>) {
+        match (command, result) {
+            (Command::Transfer(transfer), Err(Errno(libc::EAGAIN))) => self.by_plain_calls(job, transfer),
+            (command, result) => self.after(job, command, result),
+        }
+    }
+
+    /// A command is over: the op goes on, or is over.
     fn after(&mut self, mut job: Job, command: Command, result: Result<(), Errno>) {
         match (&mut job.work, command) {
             (Work::Whole, Command::Transfer(transfer)) => {
@@ -306,10 +353,7 @@ impl FileQueue {
     fn collect(&mut self) {
         while let Some(event) = self.ring.next_event() {
             match event {
-                Event::Finished(job, Command::Transfer(transfer), Err(Errno(libc::EAGAIN))) => {
-                    self.by_plain_calls(job, transfer);
-                }
-                Event::Finished(job, command, result) => self.after(job, command, result),
+                Event::Finished(job, command, result) => self.finished(job, command, result),
                 Event::Fired(KICK) => self.wakeups.kick = true,
                 Event::Fired(WAKE) => self.wakeups.wake = true,
                 Event::Fired(COPY) => self.wakeups.copy = true,
@@ -334,6 +378,11 @@ impl FileQueue {
                     let step = ranged.discarded(result, &self.shared);
                     self.run(job, step);
                 }
+                Mail::Returned(call) => {
+                    self.immediate.is_back();
+                    self.call_made(call);
+                }
+                Mail::Finished(job, command, result) => self.finished(job, command, result),
                 Mail::Transferred(key, transfer, result) => {
                     let job = self.helped.remove(&key).expect("the helper answers each task once");
                     self.after(job, Command::Transfer(transfer), result);
@@ -355,13 +404,13 @@ impl IoQueue for FileQueue {
         }
         let op = match op {
             Op::Read { offset, buf } if self.immediate.suits(&buf) => {
-                self.at_once(id, false, offset, buf);
+                self.read_at_once(id, offset, buf);
                 return Ok(());
             }
             Op::Write { offset, buf, durable: false }
-                if !self.shared.geometry.read_only && self.immediate.suits(&buf) =>
+                if !self.shared.geometry.read_only && self.immediate.suits_write(&buf) =>
             {
-                self.at_once(id, true, offset, buf);
+                self.write_at_once(id, offset, buf);
                 return Ok(());
             }
             op => op,
@@ -389,6 +438,7 @@ impl IoQueue for FileQueue {
     }
 
     fn submit(&mut self) -> io::Result<()> {
+        self.start_calls();
         if self.ring.wants_enter() {
             self.ring.enter(false, None)?;
         }
@@ -423,6 +473,7 @@ impl IoQueue for FileQueue {
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        self.start_calls();
         self.collect();
         loop {
             if self.has_collected() {
@@ -437,12 +488,87 @@ impl IoQueue for FileQueue {
             }
         }
     }
+
+    fn caller(&mut self) -> Option<Box<dyn Caller>> {
+        let (leave, left) = mpsc::channel();
+        self.leave = Some(leave);
+        let (file, mailbox) = (Arc::clone(&self.file), Arc::clone(&self.mailbox));
+        Some(Box::new(FileCaller { file, mailbox, left, scratch: IovecList::default() }))
+    }
+
+    #[inline]
+    fn next_call(&mut self) -> Option<BlockingCall> {
+        while let Some(mut call) = self.calls.pop_front() {
+            if self.immediate.admits(&mut call) {
+                return Some(call);
+            }
+            self.start_rest(call.id, true, call.offset, call.buf, 0);
+        }
+        None
+    }
+
+    #[inline]
+    fn call_made(&mut self, call: BlockingCall) {
+        match self.immediate.made(&call) {
+            Outcome::Over(result) => {
+                self.live -= 1;
+                self.hand_back(call.id, true, result, Some(call.buf));
+            }
+            Outcome::Moved(from) => self.start_rest(call.id, true, call.offset, call.buf, from),
+            Outcome::Again => self.calls.push_front(call),
+        }
+    }
+
+    fn change_thread(&mut self) -> io::Result<()> {
+        let ring = self.ring.successor(self.file.as_fd())?;
+        let mut left = std::mem::replace(&mut self.ring, ring);
+        for (command, job) in left.take_queued() {
+            self.ring.start(command, job);
+        }
+        self.immediate.is_stuck();
+        let leave = self.leave.take().expect("the thread before has the caller, and is in one of its calls");
+        // It waits for nothing else once its call has returned.
+        assert!(leave.send(left).is_ok(), "the caller ends only after it has the ring");
+        Ok(())
+    }
+}
+
+/// See [`Caller`].
+struct FileCaller {
+    file: Arc<OwnedFd>,
+    mailbox: Arc<Mailbox>,
+    left: mpsc::Receiver<Ring<Job>>,
+    scratch: IovecList,
+}
+
+impl Caller for FileCaller {
+    fn make(&mut self, call: &mut BlockingCall) {
+        make(self.file.as_fd(), call, &mut self.scratch.0);
+    }
+
+    fn leave(self: Box<Self>, call: BlockingCall) {
+        self.mailbox.post(Mail::Returned(call));
+        // Gone without a ring: so is the queue.
+        let Ok(mut ring) = self.left.recv() else { return };
+        let over = |job, command, result| self.mailbox.post(Mail::Finished(job, command, result));
+        if let Err(error) = ring.finish(over) {
+            log::error!("cannot wait for I/O in flight: {error}; requests stay unanswered");
+        }
+    }
+}
+
+fn make(file: BorrowedFd<'_>, call: &mut BlockingCall, scratch: &mut Vec<libc::iovec>) {
+    call.result = call::transfer(file, true, &call.buf, 0..call.buf.len(), call.offset, call.flags, scratch);
+    if call.began.is_some() {
+        call.ended = Some(Instant::now());
+    }
 }
 
 impl Drop for FileQueue {
     /// What was taken is carried out (clause 3), in all its parts; except what waits for a range that another queue has,
     /// which may be this thread's own and then never lets go.
     fn drop(&mut self) {
+        self.start_calls();
         while self.live > self.parked.len() {
             if let Err(error) = self.ring.enter(true, None) {
                 log::error!("{}: cannot wait for I/O ({error}); {} ops are lost", self.shared.name, self.live);

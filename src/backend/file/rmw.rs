@@ -89,7 +89,7 @@ mod tests {
     fn granted(mailbox: &Mailbox) -> Vec<u64> {
         let id = |mail| match mail {
             Mail::Granted(id) => id,
-            Mail::Discarded(..) | Mail::Transferred(..) => panic!("nobody is helped here"),
+            _ => panic!("only locks are asked for here"),
         };
         mailbox.take().into_iter().map(id).collect()
     }

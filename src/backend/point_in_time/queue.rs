@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::copy::Copy;
 use super::{Mutant, Shared};
 use crate::backend::mailbox::Mailbox;
-use crate::backend::{Completion, IoQueue, Op, OpId, Source, Wakeups};
+use crate::backend::{BlockingCall, Caller, Completion, IoQueue, Op, OpId, Source, Wakeups};
 
 /// A delayed op may wait this much longer for each [`LONG`] bytes: a long range needs time to be saved.
 const LONGER: Duration = Duration::from_secs(1);
@@ -259,6 +259,22 @@ impl IoQueue for DelayingQueue {
         }
         let wakeups = self.inner.wait(timeout)?;
         Ok(Wakeups { copy: false, ..wakeups })
+    }
+
+    fn caller(&mut self) -> Option<Box<dyn Caller>> {
+        self.inner.caller()
+    }
+
+    fn next_call(&mut self) -> Option<BlockingCall> {
+        self.inner.next_call()
+    }
+
+    fn call_made(&mut self, call: BlockingCall) {
+        self.inner.call_made(call);
+    }
+
+    fn change_thread(&mut self) -> io::Result<()> {
+        self.inner.change_thread()
     }
 }
 

@@ -7,8 +7,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::super::buffer::IovecList;
 use super::super::pool::{Depot, Piece, Pool};
-use super::super::{Backend, Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
+use super::super::{Backend, BlockingCall, Caller, Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
 use super::status::Tally;
 
 /// Pieces at work at once, on one queue, beyond one for each op: long writes go in several.
@@ -37,7 +38,7 @@ pub(super) struct CopyingQueue {
     waiting: VecDeque<usize>,
     /// For reuse.
     finished: Vec<Completion>,
-    iovecs: Vec<Vec<libc::iovec>>,
+    iovecs: Vec<IovecList>,
 }
 
 /// A write on its way.
@@ -123,7 +124,7 @@ impl CopyingQueue {
             // Whole blocks of the medium, so that no block is written in two parts.
             (((offset + piece.len() as u64) & !(CUT - 1)) - offset) as usize
         };
-        let buf = piece.lend(len, self.iovecs.pop().unwrap_or_default());
+        let buf = piece.lend(len, self.iovecs.pop().unwrap_or_default().0);
         buf.copy_between(0, &write.guest, write.taken, len);
         let task = self.free_tasks.pop().expect("one for each op, and for each that is extra");
         if let Err(op) = self.inner.push(Op::Write { offset, buf, durable: write.durable }, OpId(task as u64)) {
@@ -167,7 +168,7 @@ impl CopyingQueue {
             Task::Passed(id) => Some(Completion { id, ..completion }),
             Task::Part { write, piece, is_extra } => {
                 self.extra -= usize::from(is_extra);
-                self.iovecs.extend(completion.buf.map(IoBuf::into_iovecs));
+                self.iovecs.extend(completion.buf.map(|buf| IovecList(buf.into_iovecs())));
                 self.pool.give(piece);
                 self.part_done(write, completion.result)
             }
@@ -231,6 +232,22 @@ impl IoQueue for CopyingQueue {
     /// May return for a part of a write, with nothing to reap yet: the caller's `reap` then goes on with the rest.
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         self.inner.wait(timeout)
+    }
+
+    fn caller(&mut self) -> Option<Box<dyn Caller>> {
+        self.inner.caller()
+    }
+
+    fn next_call(&mut self) -> Option<BlockingCall> {
+        self.inner.next_call()
+    }
+
+    fn call_made(&mut self, call: BlockingCall) {
+        self.inner.call_made(call);
+    }
+
+    fn change_thread(&mut self) -> io::Result<()> {
+        self.inner.change_thread()
     }
 }
 

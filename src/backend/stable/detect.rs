@@ -9,7 +9,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::super::{Backend, Completion, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
+use super::super::{Backend, BlockingCall, Caller, Completion, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
 use super::status::{Tallies, Tally};
 
 /// Bytes looked at at once: they stay in the processor's first cache.
@@ -99,5 +99,21 @@ impl IoQueue for DetectingQueue {
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         self.inner.wait(timeout)
+    }
+
+    fn caller(&mut self) -> Option<Box<dyn Caller>> {
+        self.inner.caller()
+    }
+
+    fn next_call(&mut self) -> Option<BlockingCall> {
+        self.inner.next_call()
+    }
+
+    fn call_made(&mut self, call: BlockingCall) {
+        self.inner.call_made(call);
+    }
+
+    fn change_thread(&mut self) -> io::Result<()> {
+        self.inner.change_thread()
     }
 }

@@ -22,8 +22,9 @@ const LARGE: Size = Size { entries: 128, completions: 256 };
 const SMALL: Size = Size { entries: 64, completions: 128 };
 /// So many are large.
 const MAX_LARGE: usize = 24;
-/// Beside those of the virtqueues: a copy's, and those of virtqueues that wait for an image which hangs.
-const SPARE: usize = 8;
+/// Beside those of the virtqueues: a copy's, those of virtqueues that wait for an image which hangs, and those of threads
+/// that do not come back from a write while another serves their virtqueue.
+const SPARE: usize = 24;
 
 #[derive(Clone, Copy)]
 struct Size {

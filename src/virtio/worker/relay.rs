@@ -1,0 +1,191 @@
+//! The threads of a running ring. One serves it; if that does not come back from a call that may block, another goes on.
+//!
+//! The thread that serves the ring holds the lock of all of it, and lets go of it only around such a call
+//! ([`IoQueue::next_call`](crate::backend::IoQueue::next_call)). The watch of the connection looks at `calls` now and then
+//! ([`Relay::look`]): where it finds the same call twice, a new thread takes the lock and serves on. The one that comes
+//! back finds the lock held and another number of the thread in charge, hands in what it has, and ends.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::{Arc, OnceLock, TryLockError};
+
+use super::super::counters::Counters;
+use super::super::queue_state::Stopped;
+use super::super::split_ring::SplitRing;
+use super::{Setup, Worker};
+use crate::backend::{BlockingCall, Caller};
+use crate::sync::mpsc::Sender;
+use crate::sync::{Mutex, MutexGuard, reused, thread};
+
+/// A ring, from its start to its stop.
+pub(in super::super) struct Relay {
+    index: u32,
+    /// `None` before the ring runs and after it has stopped.
+    served: Mutex<Option<Served>>,
+    /// Calls begun and calls returned, together: odd while the thread in charge is in one. It alone writes it.
+    calls: AtomicU64,
+    /// What `calls` was at the last look.
+    seen: AtomicU64,
+    /// Which thread is in charge: the threads before it. Changes with the lock held.
+    shift: AtomicU64,
+    /// The last call for which no thread could go on, so that it is logged once.
+    stranded: OnceLock<()>,
+}
+
+struct Served {
+    worker: Worker,
+    stopped: Stopped,
+    /// Where the ring goes when it has stopped.
+    ended: Sender<Stopped>,
+}
+
+type Guard<'a> = MutexGuard<'a, Option<Served>>;
+
+impl Relay {
+    /// Of a ring that does not run yet.
+    pub(in super::super) fn new(index: u32) -> Arc<Relay> {
+        Arc::new(Relay {
+            index,
+            served: Mutex::new(None),
+            calls: AtomicU64::new(0),
+            seen: AtomicU64::new(0),
+            shift: AtomicU64::new(0),
+            stranded: OnceLock::new(),
+        })
+    }
+
+    /// Serves the ring until [`super::Command::Stop`], in this thread or in others after it, and hands it to `ended` with
+    /// everything answered and published but what is kept ([`Stopped::kept`]). `hold`: the epoch of a hold that the ring is
+    /// born into.
+    pub(in super::super) fn run(
+        &self,
+        setup: Setup,
+        ring: SplitRing,
+        mut stopped: Stopped,
+        (counters, hold): (Arc<Counters>, Option<u64>),
+        ended: Sender<Stopped>,
+    ) {
+        let mut worker = Worker::new(setup, ring, &stopped, counters);
+        if let Some(epoch) = hold {
+            worker.close_gate(epoch);
+        }
+        worker.recover(std::mem::take(&mut stopped.kept));
+        let mut served = self.served.lock().expect("no panic while held");
+        *served = Some(Served { worker, stopped, ended });
+        self.serve(served, 0);
+    }
+
+    /// Whether a thread took the ring over from the one that started it.
+    pub(in super::super) fn was_taken_over(&self) -> bool {
+        self.shift.load(Acquire) > 0
+    }
+
+    /// Has another thread go on if the call of the last look has not returned. Whether there was a call since then. The
+    /// connection's watch.
+    pub(in super::super) fn look(self: &Arc<Self>) -> bool {
+        let calls = self.calls.load(Acquire);
+        let seen = self.seen.swap(calls, Relaxed);
+        let in_call = calls % 2 == 1;
+        if in_call && seen == calls {
+            let relay = self.clone();
+            let body = move || relay.go_on(calls);
+            if let Err(error) = reused::spawn(format!("ring {}", self.index), body) {
+                self.cannot_go_on(&error);
+            }
+        }
+        in_call || seen != calls
+    }
+
+    fn cannot_go_on(&self, error: &std::io::Error) {
+        if self.stranded.set(()).is_ok() {
+            log::error!(
+                "ring {}: a write does not return from the image's storage, and no thread can serve the ring meanwhile: \
+                 {error}; raise the limits on threads and files",
+                self.index
+            );
+        }
+    }
+
+    /// A new thread of the ring's: serves it on, unless `call` has returned.
+    fn go_on(&self, call: u64) {
+        // Held: it has returned.
+        let Ok(mut guard) = self.served.try_lock() else { return };
+        if self.calls.load(Acquire) != call {
+            return;
+        }
+        let Some(served) = &mut *guard else { return };
+        if let Err(error) = served.worker.io.change_thread() {
+            return self.cannot_go_on(&error);
+        }
+        log::debug!("ring {}: a write does not return; another thread serves the ring", self.index);
+        let shift = self.shift.load(Relaxed) + 1;
+        self.shift.store(shift, Release);
+        self.calls.store(call + 1, Release);
+        self.serve(guard, shift);
+    }
+
+    fn serve<'a>(&'a self, mut guard: Guard<'a>, shift: u64) {
+        const RUNS: &str = "it runs while this thread is in charge";
+        let mut caller = guard.as_mut().expect(RUNS).worker.io.caller();
+        loop {
+            guard.as_mut().expect(RUNS).worker.begin_turn();
+            loop {
+                let worker = &mut guard.as_mut().expect(RUNS).worker;
+                let call = worker.io.next_call().or_else(|| {
+                    worker.finish_the_finished();
+                    // What was finished may have let more writes go.
+                    worker.io.next_call()
+                });
+                let Some(call) = call else { break };
+                match self.make(guard, shift, caller.as_mut().expect("a queue with calls has a caller"), call) {
+                    Ok(still) => guard = still,
+                    Err(call) => return caller.expect("it made the call").leave(call),
+                }
+            }
+            let Served { worker, stopped, .. } = guard.as_mut().expect(RUNS);
+            worker.end_turn();
+            if worker.is_over(stopped) {
+                break;
+            }
+            worker.sleep(stopped);
+        }
+        let Served { worker, stopped, ended } = guard.take().expect(RUNS);
+        // The handler waits for it, or a panic ends the process.
+        let _ = ended.send(worker.leave(stopped));
+    }
+
+    /// Makes one call with the lock let go. `Err`: another thread serves the ring by now.
+    #[inline]
+    fn make<'a>(
+        &'a self,
+        mut guard: Guard<'a>,
+        shift: u64,
+        caller: &mut Box<dyn Caller>,
+        mut call: BlockingCall,
+    ) -> Result<Guard<'a>, BlockingCall> {
+        let number = self.calls.load(Relaxed) + 1;
+        self.calls.store(number, Release);
+        let Served { worker, .. } = guard.as_mut().expect("it runs while this thread is in charge");
+        worker.setup.rings.call_begins();
+        drop(guard);
+        caller.make(&mut call);
+        let Some(mut guard) = self.take_back(shift) else { return Err(call) };
+        self.calls.store(number + 1, Release);
+        guard.as_mut().expect("it runs while this thread is in charge").worker.io.call_made(call);
+        Ok(guard)
+    }
+
+    /// The lock, if this thread is still in charge.
+    #[inline]
+    fn take_back(&self, shift: u64) -> Option<Guard<'_>> {
+        loop {
+            match self.served.try_lock() {
+                Ok(guard) => return (self.shift.load(Relaxed) == shift).then_some(guard),
+                Err(TryLockError::Poisoned(_)) => panic!("another thread of the ring panicked"),
+                Err(TryLockError::WouldBlock) if self.shift.load(Acquire) != shift => return None,
+                // One that wants to go on instead of this one looks whether it may.
+                Err(TryLockError::WouldBlock) => thread::yield_now(),
+            }
+        }
+    }
+}
