@@ -18,10 +18,13 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde_json::{Value, json};
 
+use super::bounded;
 use super::wait::{Stop, Wake, pause, wait};
 
 /// Bytes read at most for one answer, garbage included.
-const MOST_INPUT: usize = 16 << 20;
+const MOST_INPUT: usize = 4 << 20;
+/// Of an agent's error so many characters are shown.
+const MOST_REASON: usize = 1000;
 /// A sync that is not answered is sent again after this time: the agent may have been restarted.
 const SYNC_AGAIN: Duration = Duration::from_secs(5);
 
@@ -106,11 +109,15 @@ impl Socket {
                 match self.line(again, stop) {
                     Ok(line) => {
                         // What stands before the 0xFF was for somebody else.
-                        let Some(at) = line.iter().rposition(|byte| *byte == 0xff) else { continue };
-                        let answer = serde_json::from_slice::<Value>(&line[at + 1..]);
-                        if answer.is_ok_and(|answer| answer["return"] == id) {
+                        let at = line.iter().rposition(|byte| *byte == 0xff);
+                        let answer = at.and_then(|at| bounded::parse(&line[at + 1..]).ok());
+                        if answer.is_some_and(|answer| answer["return"] == id) {
                             self.link()?.in_sync = true;
                             break;
+                        }
+                        // There may be more of these, without end.
+                        if Instant::now() >= deadline {
+                            return Err(self.silent());
                         }
                     }
                     Err(Trouble::Silent(_)) if Instant::now() < deadline => break,
@@ -251,10 +258,48 @@ pub fn answer(who: &str, command: &str, line: &[u8]) -> Result<Value, Trouble> {
         let start = String::from_utf8_lossy(&line[..line.len().min(80)]).into_owned();
         Trouble::Lost(format!("{who} answers {command} with what is no answer: {start:?}"))
     };
-    let mut value: Value = serde_json::from_slice(line).map_err(|_| garbage())?;
+    let mut value = bounded::parse(line).map_err(|_| garbage())?;
     if let Some(error) = value.get("error") {
         let why = error["desc"].as_str().or(error["class"].as_str()).unwrap_or("it gives no reason");
+        let why: String = why.chars().take(MOST_REASON).collect();
         return Err(Trouble::Refused(format!("{who} refuses {command}: {why}")));
     }
     value.get_mut("return").map(Value::take).ok_or_else(garbage)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+    use std::sync::mpsc;
+
+    /// An agent that sends `text` over and over is given up in time.
+    #[test]
+    fn an_agent_that_sends_without_end_is_given_up() {
+        for text in ["{}\n", "[1,", "\n"] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("qga");
+            let listener = UnixListener::bind(&path).unwrap();
+            std::thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                while stream.write_all(text.repeat(1000).as_bytes()).is_ok() {}
+            });
+            let (done, result) = mpsc::channel();
+            std::thread::spawn(move || {
+                let asked = Socket::new(&path).ask("guest-ping", Value::Null, Duration::from_millis(500), None);
+                done.send(asked)
+            });
+            let asked = result.recv_timeout(Duration::from_secs(60)).expect("it waits for ever");
+            assert!(matches!(asked, Err(Trouble::Silent(_) | Trouble::Lost(_))), "{asked:?}");
+        }
+    }
+
+    #[test]
+    fn an_answer_is_read_within_bounds() {
+        let big = [b"{\"return\": [".to_vec(), b"1,".repeat(1_000_000), b"1]}".to_vec()].concat();
+        assert!(matches!(answer("it", "guest-info", &big), Err(Trouble::Lost(_))));
+        let long = format!("{{\"error\": {{\"desc\": \"{}\"}}}}", "x".repeat(1 << 20));
+        let Err(Trouble::Refused(text)) = answer("it", "guest-info", long.as_bytes()) else { panic!("not refused") };
+        assert!(text.len() < 2000);
+    }
 }

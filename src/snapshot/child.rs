@@ -16,7 +16,7 @@ use super::wait::{Stop, Wake, wait};
 /// How long a command may take to end in order after SIGTERM.
 const GRACE: Duration = Duration::from_secs(2);
 /// Output beyond this is not read.
-const MOST_OUTPUT: u64 = 16 << 20;
+const MOST_OUTPUT: u64 = 4 << 20;
 
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,6 +10,7 @@
 
 pub mod agent;
 pub mod attend;
+pub mod bounded;
 pub mod child;
 pub mod cloner;
 pub mod copies;
