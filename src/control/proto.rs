@@ -68,7 +68,8 @@
 //! nothing, and with `digest` its SHA-256. A prepared copy ends with the connection that asked for it; so does a running
 //! one unless `detached`. Its status has `copy`, `target`, `state` (`prepared`, `running`, `syncing`, `completed`,
 //! `failed`, `cancelled`), `total-bytes`, `done-bytes`, `saved-before-write-bytes`, `stored-bytes`, `instant`, `seconds`,
-//! `sha256` and `error`.
+//! `slowed-seconds` (a change of the guest's waited for old data to be saved), `sha256`, `error` and `ending` (it is over, and
+//! its thread still waits for the target). `query-status` has the number of these in `copies-ending`.
 //!
 //! | event | data |
 //! | --- | --- |
