@@ -148,7 +148,7 @@ pub enum Event {
     SyncError(Errno),
     /// A point-in-time copy ended: completed, failed or cancelled.
     CopyEnded(CopyStatus),
-    /// A ring or the front-end broke the protocol and was stopped; what and how.
+    /// A ring or the front-end broke the protocol and was stopped, or is set up so that requests cannot complete; why.
     ProtocolError(String),
     /// The guest changed the buffer of a write while it was under way. Only with `--stable-writes detect`.
     BufferChanged {

@@ -27,6 +27,9 @@ const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
 /// VIRTIO_BLK_T_BARRIER of virtio 0.9.5.
 const BARRIER: u32 = 1 << 31;
+/// Feature bits of VIRTIO_BLK_F_SEG_MAX and VIRTIO_RING_F_INDIRECT_DESC.
+const F_SEG_MAX: u64 = 1 << 2;
+const F_INDIRECT: u64 = 1 << 28;
 const SIZE: u64 = 8 << 20;
 const SECTORS: u64 = SIZE / 512;
 
@@ -101,6 +104,25 @@ fn every_request_in_every_mode() {
         assert_eq!(u64::from_le_bytes(config[..8].try_into().unwrap()), SECTORS);
         assert_eq!(config[32], u8::from(has_cache));
         assert_eq!(guest.config(96).len(), 96);
+    }
+}
+
+/// A driver that puts each segment into a descriptor of the ring hangs when a request does not fit into it.
+#[test]
+fn a_ring_too_small_for_the_largest_request_is_reported() {
+    for (size, mask, reported) in [
+        (64, ALL & !F_INDIRECT, true),
+        (64, ALL, false),
+        (128, ALL & !F_INDIRECT, false),
+        (64, !(F_INDIRECT | F_SEG_MAX), false),
+    ] {
+        let rig = rig(CacheMode::None);
+        let mut guest = FrontEnd::connect(&rig.path, 2, size, mask);
+        assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+        assert_eq!(guest.write(1, 0, &[1; 512]), OK);
+        let errors = rig.status().last_errors;
+        assert_eq!(!errors.is_empty(), reported, "{size} descriptors, features {mask:x}: {errors:?}");
+        assert!(errors.iter().all(|error| error.what.contains("--queue-size 64")), "{errors:?}");
     }
 }
 

@@ -59,6 +59,15 @@ pub fn offered(policy: CachePolicy, geometry: &Geometry) -> u64 {
     bits
 }
 
+/// Whether a driver that acknowledged `acked` may make a request of `max_segments` that does not fit into a ring of `size`
+/// descriptors. A request takes one descriptor for each segment, one for the header and one for the status, unless
+/// indirect descriptors hold them.
+pub fn may_overfill(acked: u64, size: u16, max_segments: u32) -> bool {
+    has(acked, VIRTIO_BLK_F_SEG_MAX)
+        && !has(acked, VIRTIO_RING_F_INDIRECT_DESC)
+        && max_segments.saturating_add(2) > u32::from(size)
+}
+
 const ALWAYS: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_RING_F_EVENT_IDX
     | 1 << VIRTIO_RING_F_INDIRECT_DESC
@@ -118,7 +127,8 @@ pub fn sectors(bytes: u64) -> u32 {
     u32::try_from(bytes / SECTOR).unwrap_or(u32::MAX)
 }
 
-fn max_segments(queue_size: u16) -> u32 {
+/// seg_max of the configuration space. `queue_size` is the largest ring that a front-end may set up.
+pub(super) fn max_segments(queue_size: u16) -> u32 {
     u32::from(queue_size).min(USUAL_RING).saturating_sub(2).clamp(1, MOST_SEGMENTS)
 }
 

@@ -108,6 +108,7 @@ impl Handler {
             inflight: self.inflight.as_ref(),
             log: self.log.as_ref().filter(|_| acked_features & features::LOG_ALL != 0),
             acked_features,
+            max_segments: features::max_segments(self.identity.queue_size),
             serial: &self.identity.serial,
         };
         for queue in &mut self.queues {
@@ -183,6 +184,7 @@ impl Handler {
             inflight: self.inflight.as_ref(),
             log: self.log.as_ref().filter(|_| acked_features & features::LOG_ALL != 0),
             acked_features,
+            max_segments: features::max_segments(self.identity.queue_size),
             serial: &self.identity.serial,
         };
         Ok((&mut self.queues[index as usize], around))

@@ -96,7 +96,26 @@ pub(super) struct Surroundings<'a> {
     /// What we write is logged here.
     pub log: Option<&'a Arc<DirtyLog>>,
     pub acked_features: u64,
+    /// seg_max of the configuration space.
+    pub max_segments: u32,
     pub serial: &'a Arc<[u8; super::request::ID_BYTES]>,
+}
+
+impl Surroundings<'_> {
+    /// Reports a ring of `size` descriptors that is too small for the largest request that its driver may make. The text
+    /// is the same for every ring of the disk.
+    fn report_a_small_ring(&self, size: u16) {
+        if !features::may_overfill(self.acked_features, size, self.max_segments) {
+            return;
+        }
+        self.rings.report(Event::ProtocolError(format!(
+            "a ring has {size} descriptors, and its driver does not use indirect descriptors: a request of {} segments, \
+             which the driver may make, does not fit into the ring, and the guest would wait for it for ever: start \
+             virtioblkd with --queue-size {size}, or give the disk a queue-size of {} in QEMU",
+            self.max_segments,
+            self.max_segments.saturating_add(2).next_power_of_two(),
+        )));
+    }
 }
 
 /// One ring of a connection.
@@ -258,6 +277,7 @@ impl QueueState {
             around.rings.report(Event::ProtocolError(what));
             return Life::Stopped(stopped);
         };
+        around.report_a_small_ring(stopped.size);
         let (sender, commands) = mpsc::channel();
         let wake = match Bell::new() {
             Ok(wake) => Arc::new(wake),
