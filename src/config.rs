@@ -19,6 +19,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use log::LevelFilter;
 
 use crate::backend::file::Locking;
+use crate::backend::point_in_time::ScratchOptions;
 use crate::backend::rbd::RbdOptions;
 use crate::backend::stable::StableWrites;
 use crate::control::Access;
@@ -39,6 +40,8 @@ const GROUP_SOCKET_MODE: u32 = 0o660;
 const CONTROL_MODE: u32 = 0o600;
 /// Generous, since it costs nothing: a thread exists only for a ring in use.
 const NUM_QUEUES: u16 = 256;
+/// Bytes of a copy's scratch file.
+const SCRATCH_SIZE: u64 = 1 << 30;
 /// QEMU's largest `queue-size`.
 const QUEUE_SIZE: u16 = 1024;
 
@@ -86,6 +89,8 @@ pub struct Config {
     pub user: Option<String>,
     /// Directories that point-in-time copies may go to, and beneath.
     pub copy_dirs: Vec<PathBuf>,
+    /// Where old data of copies may go while their target is slow, and how many bytes of it.
+    pub scratch: Option<ScratchOptions>,
     /// The control socket of the daemon that the guest is taken over from.
     pub take_over: Option<PathBuf>,
 }
@@ -315,6 +320,15 @@ struct Args {
     #[arg(long, value_name = "DIR")]
     copy_dir: Vec<PathBuf>,
 
+    /// Make an unnamed file in this directory, on a fast local disk, for each point-in-time copy: old data that the guest's
+    /// writes wait for goes there while the copy's target is slow
+    #[arg(long, value_name = "DIR")]
+    scratch: Option<PathBuf>,
+
+    /// Bytes that such a file may take, such as 4G [default: 1G]
+    #[arg(long, value_name = "SIZE", value_parser = crate::units::bytes)]
+    scratch_size: Option<u64>,
+
     /// Take the guest over from the daemon behind this control socket, while the guest runs, and let that one end
     /// (virtioblkctl upgrade starts a daemon so). Whatever fails, that one serves on
     #[arg(long, value_name = "CONTROL")]
@@ -384,6 +398,7 @@ impl Args {
     fn check(self) -> Result<Config, ConfigError> {
         self.check_paths_differ()?;
         let control = self.control()?;
+        let scratch = self.scratch()?;
         Ok(Config {
             listen: self.listen()?,
             backend: self.backend()?,
@@ -405,8 +420,20 @@ impl Args {
             sandbox: self.sandbox.unwrap_or_default(),
             user: self.user,
             copy_dirs: self.copy_dir,
+            scratch,
             take_over: self.take_over,
         })
+    }
+
+    fn scratch(&self) -> Result<Option<ScratchOptions>, ConfigError> {
+        match &self.scratch {
+            Some(directory) => {
+                let size = self.scratch_size.unwrap_or(SCRATCH_SIZE);
+                Ok(Some(ScratchOptions { directory: directory.clone(), size }))
+            }
+            None if self.scratch_size.is_some() => refuse("--scratch-size needs --scratch"),
+            None => Ok(None),
+        }
     }
 
     fn control(&self) -> Result<Option<ControlSocket>, ConfigError> {

@@ -301,6 +301,8 @@ pub struct CopyStatus {
     pub saved_before_write_bytes: u64,
     /// Bytes that the target holds; the rest is holes.
     pub stored_bytes: u64,
+    /// Bytes of old data that wait in the scratch for the target.
+    pub scratch_bytes: u64,
     /// Seconds since the epoch when the instant was fixed.
     pub instant: Option<f64>,
     /// Seconds since then, or until its end.

@@ -5,7 +5,7 @@
 //! 1. Another user (`--user`), or as root all capabilities but three.
 //! 2. No core dump, no debugger of the same user (prctl(2), PR_SET_DUMPABLE): guest memory is mapped here.
 //! 3. No new privileges by any program (PR_SET_NO_NEW_PRIVS), and rules on paths (Landlock): the image, the directories
-//!    for copies (`--copy-dir`), and the removal of sockets and pid file.
+//!    for copies (`--copy-dir`, `--scratch`), and the removal of sockets and pid file.
 //! 4. The filter of system calls (seccomp): no program is started, no process made or touched, no network.
 //!
 //! An image that a storage library reaches over a network (Ceph) is opened by a thread that has gone through 3 already:
@@ -13,7 +13,7 @@
 //!
 //! What the kernel lacks is said in one warning, and the disk is served: a guest without its disk is the greater harm,
 //! and the operator sees it. What the operator asked for by name (`--user`) is an error if it
-//! fails; a `--copy-dir` that cannot be opened is not, since only the image decides whether the disk is served.
+//! fails; a `--copy-dir` or `--scratch` that cannot be opened is not, since only the image decides whether the disk is served.
 //!
 //! `virtioblkctl` is outside: hooks, commands and reflinks are its own.
 
@@ -155,14 +155,18 @@ impl<'a> Sandbox<'a> {
         let user = config.user.as_deref().map(Account::find).transpose()?;
         let copy_dirs = match config.sandbox {
             Level::Off => Vec::new(),
-            Level::On | Level::NoFilter => copy_dirs::open_all(&config.copy_dirs),
+            Level::On | Level::NoFilter => {
+                let scratch = config.scratch.as_ref().map(|scratch| &scratch.directory);
+                copy_dirs::open_all(&config.copy_dirs, scratch)
+            }
         };
         Ok(Sandbox { config, user, copy_dirs })
     }
 
     /// What became of each `--copy-dir`.
     pub fn copy_directories(&self) -> Vec<CopyDirectory> {
-        self.copy_dirs.iter().map(|opened| opened.facts.clone()).collect()
+        let copies = self.copy_dirs.iter().filter(|opened| !opened.scratch);
+        copies.map(|opened| opened.facts.clone()).collect()
     }
 
     /// Runs `open`, which opens the image. A storage library starts threads then, which no rule on paths reaches later:

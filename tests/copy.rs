@@ -17,7 +17,7 @@ use std::time::Duration;
 use backend::{Chance, Driver, disk_dir, eventually, image, opened, options, some_buffer};
 use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
 use virtioblkd::backend::mem::{Fault, MemBackend, MemOp, MemOptions, Order};
-use virtioblkd::backend::point_in_time::{Mutant, PointInTime, Step, TargetHook, Tuning};
+use virtioblkd::backend::point_in_time::{Mutant, PointInTime, ScratchOptions, Step, TargetHook, Tuning};
 use virtioblkd::backend::{Backend, Completion, DurableWrite, Errno, IoBuf, Op, OpId};
 use virtioblkd::disk::{Copies, CopyError, CopyOptions, CopyStatus, Event, Events};
 use virtioblkd::engine::CacheMode;
@@ -326,6 +326,50 @@ fn the_copy_is_the_image_at_the_instant() {
     }
 }
 
+/// A slow target, little memory, and a scratch of `size` bytes in which every so many'th store fails; `loads` counts
+/// what was read back.
+fn with_scratch(size: u64, fails: u32, loads: &Arc<AtomicU32>) -> (Tuning, tempfile::TempDir) {
+    let dir = tempfile::tempdir_in("/dev/shm").expect("a directory");
+    let (loads, stores) = (Arc::clone(loads), AtomicU32::new(0));
+    let hook = move |step| match step {
+        Step::Write => {
+            thread::sleep(Duration::from_millis(1));
+            Ok(())
+        }
+        Step::Store if fails > 0 && stores.fetch_add(1, Ordering::Relaxed) % fails == fails - 1 => {
+            Err(io::Error::from_raw_os_error(libc::ENOSPC))
+        }
+        Step::Load => {
+            loads.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+        _ => Ok(()),
+    };
+    let tuning = Tuning {
+        memory: 4 * CLUSTER as usize,
+        hook: Some(Arc::new(hook)),
+        scratch: Some(ScratchOptions { directory: dir.path().into(), size }),
+        ..Tuning::default()
+    };
+    (tuning, dir)
+}
+
+#[test]
+fn the_copy_through_a_scratch_is_the_image_at_the_instant() {
+    for (size, fails) in [(16 << 20, 0), (3 * CLUSTER, 0), (16 << 20, 5), (0, 0)] {
+        let loads = Arc::new(AtomicU32::new(0));
+        for seed in 0..30 {
+            let order = if seed % 2 == 0 { Order::InOrder } else { Order::Shuffled(seed) };
+            let (tuning, dir) = with_scratch(size, fails, &loads);
+            let (world, _) = World::mem(order, tuning);
+            round(&world, 7000 + seed, End::Itself).unwrap_or_else(|what| panic!("{size}, {fails}: {what}"));
+            assert_eq!(std::fs::read_dir(dir.path()).expect("the directory").count(), 0, "its file has no name");
+        }
+        let loads = loads.load(Ordering::Relaxed);
+        assert!(if size > 0 { loads > 30 } else { loads == 0 }, "{size}, {fails}: {loads} loads");
+    }
+}
+
 #[test]
 fn the_copy_of_a_file_is_the_image_at_the_instant() {
     let dir = disk_dir();
@@ -386,6 +430,17 @@ fn mutants_are_noticed() {
         });
         assert!(noticed, "{mutant:?} lives");
     }
+}
+
+/// So is a scratch whose hole is punched too soon.
+#[test]
+fn a_scratch_that_is_freed_too_soon_is_noticed() {
+    let noticed = (0..100).any(|seed| {
+        let (tuning, _dir) = with_scratch(16 << 20, 0, &Arc::default());
+        let (world, _) = World::mem(Order::InOrder, Tuning { mutant: Some(Mutant::PunchesFirst), ..tuning });
+        round(&world, seed, End::Itself).is_err()
+    });
+    assert!(noticed, "the mutant lives");
 }
 
 // What goes wrong.
@@ -533,6 +588,98 @@ fn a_target_that_hangs_does_not_hang_the_guest() {
     world.disk.cancel(&copy).expect("cancelled");
     assert!(world.files().is_empty());
     drop(release);
+}
+
+/// The target hangs, and the memory is full: what the guest overwrites goes into the scratch, all of it.
+#[test]
+fn a_scratch_takes_what_a_hanging_target_does_not() {
+    let (release, hook) = hanging_target();
+    let dir = tempfile::tempdir_in("/dev/shm").expect("a directory");
+    let scratch = Some(ScratchOptions { directory: dir.path().into(), size: 1 << 30 });
+    let patience = Duration::from_secs(60);
+    let tuning = Tuning { memory: 4 * CLUSTER as usize, hook: Some(hook), scratch, patience, ..Tuning::default() };
+    let (world, mem) = World::mem(Order::InOrder, tuning);
+    fill(&mem);
+    let copy = started(&world, 0);
+    write_everywhere(&world.disk);
+    let status = world.status(&copy);
+    assert!(status.scratch_bytes > 1 << 20, "{status:?}");
+    drop(release);
+    let status = world.wait_ended(&copy);
+    assert_eq!((status.state.as_str(), status.scratch_bytes), ("completed", 0), "{status:?}");
+    assert!(std::fs::read(world.target()).expect("the copy") == vec![1; 2 << 20]);
+}
+
+/// A scratch that hangs costs its copy, and two such threads are enough: the next copies do without it.
+#[test]
+fn a_scratch_that_hangs_does_not_hang_the_guest() {
+    let (release, hangs) = mpsc::channel::<()>();
+    let hangs = Mutex::new(hangs);
+    let hook = move |step| {
+        match step {
+            // Until the test lets go.
+            Step::Store => drop(hangs.lock().expect("some wait").recv()),
+            Step::Write => thread::sleep(Duration::from_millis(5)),
+            _ => {}
+        }
+        Ok(())
+    };
+    let dir = tempfile::tempdir_in("/dev/shm").expect("a directory");
+    let tuning = Tuning {
+        memory: 4 * CLUSTER as usize,
+        hook: Some(Arc::new(hook)),
+        scratch: Some(ScratchOptions { directory: dir.path().into(), size: 1 << 30 }),
+        ..Tuning::default()
+    };
+    let (world, mem) = World::mem(Order::InOrder, tuning);
+    fill(&mem);
+    for _ in 0..2 {
+        let copy = started(&world, 0);
+        write_everywhere(&world.disk);
+        eventually("all but what hangs is saved", || {
+            let status = world.status(&copy);
+            status.scratch_bytes > 0 && status.done_bytes + status.scratch_bytes == status.total_bytes
+        });
+        world.disk.cancel(&copy).expect("cancelled");
+    }
+    world.events.take();
+    let copy = started(&world, 0);
+    write_everywhere(&world.disk);
+    assert_eq!(world.wait_ended(&copy).state, "completed");
+    drop(release);
+}
+
+/// A full scratch, and one that is not there: the target is waited for, as without one.
+#[test]
+fn a_scratch_without_room_costs_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mount = |args: &[&str]| {
+        let status = Command::new(args[0]).args(&args[1..]).arg(dir.path()).status();
+        status.is_ok_and(|status| status.success())
+    };
+    if !mount(&["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs"]) {
+        backend::skip::<()>("no tmpfs can be mounted");
+        return;
+    }
+    let ended = [dir.path().to_path_buf(), dir.path().join("missing")].map(|directory| {
+        let (tuning, _dir) = with_scratch(0, 0, &Arc::default());
+        let scratch = Some(ScratchOptions { directory, size: 1 << 30 });
+        let (world, mem) = World::mem(Order::InOrder, Tuning { scratch, ..tuning });
+        fill(&mem);
+        let copy = started(&world, 0);
+        write_everywhere(&world.disk);
+        let status = world.wait_ended(&copy);
+        (status.state, std::fs::read(world.target()).ok())
+    });
+    let unmounted = (0..3000).any(|_| {
+        thread::sleep(Duration::from_millis(10));
+        mount(&["umount"])
+    });
+    assert!(unmounted, "the mount is busy: the file was not let go");
+    for (state, copy) in ended {
+        assert_eq!(state, "completed");
+        assert!(copy.expect("the copy") == vec![1; 2 << 20]);
+    }
 }
 
 /// A discard is advice: it waits only so long, and then it is left undone and the copy goes on.

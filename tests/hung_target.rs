@@ -53,6 +53,10 @@ impl Place {
     }
 
     fn serve(&self, copy_dir: &Path) -> Daemon {
+        self.serve_with(copy_dir, &[])
+    }
+
+    fn serve_with(&self, copy_dir: &Path, options: &[&Path]) -> Daemon {
         let child = Command::new(env!("CARGO_BIN_EXE_virtioblkd"))
             .arg("--socket-path")
             .arg(self.path("sock"))
@@ -64,6 +68,7 @@ impl Place {
             .arg(copy_dir)
             .arg("--copy-dir")
             .arg(self.path("healthy"))
+            .args(options)
             .stderr(Stdio::from(std::fs::File::create(self.path("log")).expect("a log")))
             .spawn();
         Daemon { child: child.expect("the daemon") }
@@ -173,11 +178,14 @@ fn a_target_that_hangs_hinders_no_other_copy_and_is_counted() {
 fn a_directory_that_hangs_at_the_start_does_not_keep_the_disk_from_its_guest() {
     let Some(place) = Place::new() else { return };
     place.target.stop();
-    let daemon = place.serve(&place.target.below());
+    let daemon = place.serve_with(&place.target.below(), &[Path::new("--scratch"), &place.target.below()]);
     let mut guest = place.guest();
     assert_eq!(guest.one(0, |guest, id| guest.write(0, 0, 0, 1 << 20, id)), 0);
     let log = std::fs::read_to_string(place.path("log")).expect("the log");
-    assert!(log.contains("does not answer: its filesystem hangs"), "{log}");
+    for option in ["--copy-dir", "--scratch"] {
+        let said = format!("{option} '{}' does not answer: its filesystem hangs", place.target.below().display());
+        assert!(log.contains(&said), "{said} is not in {log}");
+    }
     let mut client = place.client();
     let refused = client.ask("copy-prepare", json!({"target": place.target.below().join("copy.img")}));
     assert_eq!(refused, Err("target".into()));
@@ -207,4 +215,29 @@ fn a_target_that_slows_the_guest_down_is_warned_about() {
     assert!(log.contains("the guest has been slowed for"), "{log}");
     place.target.slow_down(0);
     soon("the copy", || (status(&mut client, &copy)["state"] == "completed").then_some(()));
+}
+
+/// The same with a scratch: the guest has changed all of the image before the target has taken a quarter of it.
+#[test]
+fn a_scratch_frees_the_guest_from_a_slow_target() {
+    const CLUSTER: u64 = 64 << 10;
+    const LARGE: u64 = 64 << 20;
+    let Some(place) = Place::new() else { return };
+    std::fs::write(place.path("disk.img"), vec![1; LARGE as usize]).expect("an image");
+    let scratch = place.path("healthy");
+    let _daemon = place.serve_with(&place.target.path(), &[Path::new("--scratch"), &scratch]);
+    let mut client = place.client();
+    let mut guest = place.guest();
+    place.target.slow_down(256 << 10);
+    let copy = place.copy(&mut client, &place.target.path().join("copy.img"));
+    for cluster in 0..LARGE / CLUSTER {
+        assert_eq!(guest.one(0, |guest, id| guest.write(0, cluster * CLUSTER, 0, 4096, id)), 0);
+    }
+    let seen = status(&mut client, &copy);
+    let figure = |name: &str| seen[name].as_u64().expect("a number");
+    assert!(figure("stored-bytes") < LARGE / 4 && figure("scratch-bytes") > LARGE / 8, "{seen}");
+    place.target.slow_down(0);
+    soon("the copy", || (status(&mut client, &copy)["state"] == "completed").then_some(()));
+    assert!(std::fs::read(place.target.path().join("copy.img")).expect("the copy") == vec![1; LARGE as usize]);
+    assert_eq!(std::fs::read_dir(&scratch).expect("the directory").count(), 0, "the scratch has no name");
 }

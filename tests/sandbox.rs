@@ -320,9 +320,10 @@ fn a_directory_for_copies_that_cannot_be_opened_is_warned_about() {
     let place = Place::new();
     let file = place.text("images/disk");
     let late = place.text("late");
-    let more = ["--copy-dir", &file, "--copy-dir", &late].map(str::to_owned);
+    let more = ["--copy-dir", &file, "--copy-dir", &late, "--scratch", &late].map(str::to_owned);
     let daemon = Daemon::start(place, &more.each_ref().map(String::as_str));
     contains(&daemon.log(), &["--copy-dir", &more[1], "is not a directory", &more[3], "does not exist", "is served"]);
+    contains(&daemon.log(), &["--scratch", "copies make do without it"]);
     let mut guest = Driver::connect_soon(&daemon.place.path("run/vhost"), 1, 64, MIB, ALL);
     assert_eq!(guest.one(0, |guest, id| guest.flush(0, id)), 0);
     drop(guest);

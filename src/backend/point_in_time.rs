@@ -3,7 +3,8 @@
 //!
 //! No copy: an op costs a slot's number, and one that changes the image a look at one atomic. During a copy an op that
 //! changes clusters (64 KiB, more for images over 32 TiB) not saved yet waits in its ring's `queue` until the `copier` has read them; nothing
-//! else waits. Old data goes to the `writer` in memory, at most 32 MiB of it. The copy never harms the guest: if
+//! else waits. Old data goes to the `writer` in memory, at most 32 MiB of it; with a `scratch`, what the guest's
+//! writes wait for goes to a local file first while the writer is slow. The copy never harms the guest: if
 //! anything of it fails, or makes a write wait too long, the copy fails and every delayed op goes on.
 //!
 //! Why the copy equals the image at the instant: `start` is called while the disk is held and quiet, and refuses if any
@@ -18,6 +19,8 @@ mod keep;
 mod notes;
 mod order;
 mod queue;
+mod scratch;
+mod scratch_thread;
 mod target;
 mod target_thread;
 
@@ -40,6 +43,7 @@ use copy::{Copy, Phase};
 use keep::Keep;
 use order::{Liveness, TargetLinks, TargetOrder};
 use queue::DelayingQueue;
+use scratch::Scratches;
 
 /// Copies that ended and are remembered.
 const MOST_ENDED: usize = 8;
@@ -59,9 +63,11 @@ pub enum Mutant {
     ForgetsRanges,
     /// A write goes on when its clusters' read was started, not when it is over.
     ReleasesEarly,
+    /// A hole is punched in the scratch before the data there is read back.
+    PunchesFirst,
 }
 
-/// What is about to be done to the target.
+/// What is about to be done to the target or the scratch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Writing some clusters.
@@ -70,9 +76,13 @@ pub enum Step {
     Sync,
     /// Giving it its name.
     Publish,
+    /// Storing old data in the scratch.
+    Store,
+    /// Reading it back.
+    Load,
 }
 
-/// Called by the target's thread before each step; it may sleep, and its error is the step's.
+/// Called by the thread of the target or the scratch before each step; it may sleep, and its error is the step's.
 pub type TargetHook = Arc<dyn Fn(Step) -> io::Result<()> + Send + Sync>;
 
 /// A directory that copies may go to in the sandbox, as it was when the daemon started.
@@ -82,6 +92,15 @@ pub struct CopyDirectory {
     pub path: PathBuf,
     /// Its device and inode; or, in words, why it could not be opened.
     pub at_start: Result<(u64, u64), String>,
+}
+
+/// Where old data may go first, while the target is too slow to take it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ScratchOptions {
+    /// A file without a name is made here for each copy.
+    pub directory: PathBuf,
+    /// Bytes that one file holds at most.
+    pub size: u64,
 }
 
 /// What tests change, and what is known of the surroundings.
@@ -98,6 +117,8 @@ pub struct Tuning {
     pub mutant: Option<Mutant>,
     /// Where copies may go, as the sandbox has it; for messages only.
     pub directories: Arc<[CopyDirectory]>,
+    /// A local place for old data.
+    pub scratch: Option<ScratchOptions>,
 }
 
 impl Default for Tuning {
@@ -108,6 +129,7 @@ impl Default for Tuning {
             hook: None,
             mutant: None,
             directories: Arc::default(),
+            scratch: None,
         }
     }
 }
@@ -127,6 +149,7 @@ pub struct PointInTime {
     copiers: Mutex<Vec<(u64, Receiver<()>)>>,
     /// By a copy's number: its target, also one that could not be created.
     targets: Mutex<Vec<(u64, Liveness)>>,
+    scratches: Scratches,
 }
 
 /// What the rings' queues and the copies have in common.
@@ -168,6 +191,7 @@ impl PointInTime {
             keep: Arc::default(),
             copiers: Mutex::default(),
             targets: Mutex::default(),
+            scratches: Scratches::default(),
         }
     }
 
@@ -190,9 +214,10 @@ impl PointInTime {
         let TargetLinks { jobs, notes, publish } = links;
         let (ready, is_ready) = mpsc::sync_channel(1);
         let (open, closed) = mpsc::channel();
+        let scratch = self.scratches.start(copy);
         let (image, copier_copy, notes_copy) = (Arc::clone(&self.image), Arc::clone(copy), Arc::clone(copy));
         thread::Builder::new().name("copy-notes".into()).spawn(move || notes::run(&notes_copy, &notes, &publish))?;
-        reused::spawn("copy-image".into(), move || copier::run(image, copier_copy, jobs, ready, open))?;
+        reused::spawn("copy-image".into(), move || copier::run(image, copier_copy, jobs, scratch, ready, open))?;
         self.copiers.lock().expect("no panic while held").push((copy.number, closed));
         is_ready.recv().unwrap_or_else(|_| Err(io::Error::other("its thread ended")))
     }

@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use super::*;
+use crate::backend::point_in_time::ScratchOptions;
 use crate::backend::rbd::{Encryption, RbdLock, RbdQuiesce};
 
 const LEAST: [&str; 2] = ["--socket-path=/run/d.sock", "--blk-file=/d.img"];
@@ -73,6 +74,7 @@ fn defaults() {
             sandbox: Level::On,
             user: None,
             copy_dirs: Vec::new(),
+            scratch: None,
             take_over: None,
         }
     );
@@ -107,6 +109,8 @@ fn every_option() {
         "--copy-dir=/backup",
         "--copy-dir",
         "/more",
+        "--scratch=/fast",
+        "--scratch-size=512M",
     ]);
     assert_eq!(
         config,
@@ -131,6 +135,7 @@ fn every_option() {
             sandbox: Level::NoFilter,
             user: Some("nobody".into()),
             copy_dirs: vec!["/backup".into(), "/more".into()],
+            scratch: Some(ScratchOptions { directory: "/fast".into(), size: 512 << 20 }),
             take_over: None,
         }
     );
@@ -324,7 +329,7 @@ fn a_wrong_value_is_named_with_its_option_and_what_is_allowed() {
 
 #[test]
 fn what_is_missing_or_contradicts_is_said() {
-    let table: [(&[&str], &str); 13] = [
+    let table: [(&[&str], &str); 14] = [
         (&["--blk-file=/d"], "no socket given"),
         (&["--socket-path=/s"], "no image given"),
         (&["--socket-path=/s", "--fd=3", "--blk-file=/d"], "exclude each other"),
@@ -332,6 +337,7 @@ fn what_is_missing_or_contradicts_is_said() {
         (&["--fd=3", "--socket-group=kvm", "--blk-file=/d"], "its maker's"),
         (&["--fd=3", "--blk-file=/d", "--control-mode=0600"], "--control-path"),
         (&["--fd=3", "--blk-file=/d", "--control-access=operate"], "--control-path"),
+        (&["--fd=3", "--blk-file=/d", "--scratch-size=1G"], "needs --scratch"),
         (&["--socket-path=/s", "--blk-file=/s"], "both '/s'"),
         (&["--socket-path=/s", "--blk-file=/d", "--control-path=/s"], "both '/s'"),
         (&["--socket-path=/s", "--blk-file=/d", "--control-path=/c", "--pid-file=/c"], "both '/c'"),
@@ -379,6 +385,8 @@ fn the_file_says_the_same_in_the_same_words() {
         sandbox = "off"
         user = "nobody"
         copy-dir = ["/backup", "/more"]
+        scratch = "/fast"
+        scratch-size = "4G"
     "#;
     let arguments = [
         "--read-only",
@@ -400,6 +408,8 @@ fn the_file_says_the_same_in_the_same_words() {
         "--user=nobody",
         "--copy-dir=/backup",
         "--copy-dir=/more",
+        "--scratch=/fast",
+        "--scratch-size=4G",
     ];
     assert_eq!(good_file(text, &[]), good(&arguments));
 }

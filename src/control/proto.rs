@@ -67,7 +67,8 @@
 //! more than `bandwidth` bytes a second (0: no limit). Complete and durable it gets its name `target`, replacing
 //! nothing, and with `digest` its SHA-256. A prepared copy ends with the connection that asked for it; so does a running
 //! one unless `detached`. Its status has `copy`, `target`, `state` (`prepared`, `running`, `syncing`, `completed`,
-//! `failed`, `cancelled`), `total-bytes`, `done-bytes`, `saved-before-write-bytes`, `stored-bytes`, `instant`, `seconds`,
+//! `failed`, `cancelled`), `total-bytes`, `done-bytes`, `saved-before-write-bytes`, `stored-bytes`,
+//! `scratch-bytes` (old data in the daemon's --scratch, on its way to the target), `instant`, `seconds`,
 //! `slowed-seconds` (a change of the guest's waited for old data to be saved), `sha256`, `error` and `ending` (it is over, and
 //! its thread still waits for the target). `query-status` has the number of these in `copies-ending`.
 //!

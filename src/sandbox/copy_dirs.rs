@@ -1,4 +1,4 @@
-//! The directories of `--copy-dir`, opened for their rules. Their filesystems may hang or be gone, and the disk is served
+//! The directories of `--copy-dir` and `--scratch`, opened for their rules. Their filesystems may hang or be gone, and the disk is served
 //! all the same: each is opened by a process of its own, for which nothing waits long.
 
 use std::ffi::CString;
@@ -24,19 +24,22 @@ use crate::sys;
 /// How long the daemon's start waits for all of them.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A `--copy-dir` at the daemon's start.
+/// A `--copy-dir` or `--scratch` at the daemon's start.
 pub(super) struct Opened {
     /// `None`: there is no rule for it.
     pub(super) place: Option<OwnedFd>,
     pub(super) facts: CopyDirectory,
+    /// It is the scratch's.
+    pub(super) scratch: bool,
 }
 
 /// Opens them all. Those that cannot be opened are warned about.
-pub(super) fn open_all(paths: &[PathBuf]) -> Vec<Opened> {
+pub(super) fn open_all(copy_dirs: &[PathBuf], scratch: Option<&PathBuf>) -> Vec<Opened> {
     let end = Instant::now() + OPEN_TIMEOUT;
     // All of them first: they are waited for together.
-    let started: Vec<_> = paths.iter().map(|path| Opening::start(path)).collect();
-    let opened = started.into_iter().zip(paths).map(|(opening, path)| {
+    let paths = copy_dirs.iter().map(|path| (path, false)).chain(scratch.map(|path| (path, true)));
+    let started: Vec<_> = paths.map(|(path, scratch)| (Opening::start(path), path, scratch)).collect();
+    let opened = started.into_iter().map(|(opening, path, scratch)| {
         let opened = opening.and_then(|opening| opening.finish(end));
         let (place, at_start) = match opened {
             Ok((place, identity)) => (Some(place), Ok(identity)),
@@ -44,14 +47,16 @@ pub(super) fn open_all(paths: &[PathBuf]) -> Vec<Opened> {
         };
         if let Err(why) = &at_start {
             log::warn!(
-                "--copy-dir '{}' {why}: the disk is served, but no copy can go there. Once that is put right, start \
-                 virtioblkd anew or run virtioblkctl upgrade",
-                path.display()
+                "{} '{}' {why}: the disk is served, but {}. Once that is put right, start virtioblkd anew or run \
+                 virtioblkctl upgrade",
+                if scratch { "--scratch" } else { "--copy-dir" },
+                path.display(),
+                if scratch { "copies make do without it" } else { "no copy can go there" }
             );
         }
         // Copies are named by absolute paths.
         let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
-        Opened { place, facts: CopyDirectory { path, at_start } }
+        Opened { place, facts: CopyDirectory { path, at_start }, scratch }
     });
     opened.collect()
 }

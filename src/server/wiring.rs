@@ -58,7 +58,11 @@ pub(super) fn open(
     let queues = with_io_urings(config, affordable(config.num_queues))?;
     // Copies of an instant in front: see the head of backend::stable for the order.
     let stable = StableBackend::new(image, config.stable_writes, depot, events.clone());
-    let copies = point_in_time::Tuning { directories: copy_directories.into(), ..point_in_time::Tuning::default() };
+    let copies = point_in_time::Tuning {
+        directories: copy_directories.into(),
+        scratch: config.scratch.clone(),
+        ..point_in_time::Tuning::default()
+    };
     let backend = Arc::new(PointInTime::with_tuning(Arc::new(stable), events.clone(), copies));
     let options = DeviceOptions {
         mode: config.cache,

@@ -1,5 +1,5 @@
 //! The thread that saves the image: what delayed ops wait for first, then the rest in order. It never touches the
-//! target, which may hang: old data goes to the writer in memory.
+//! target, which may hang: old data goes to the writer in memory, or to the scratch first (`scratch`).
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::Mutant;
 use super::copy::{Copy, Phase};
+use super::scratch::{Heard, Scratch};
 use super::target_thread::Job;
 use crate::backend::{Backend, Completion, IoBuf, IoQueue, Op, OpId, Source};
 
@@ -36,6 +37,7 @@ struct Copier<'a> {
     image: &'a dyn Backend,
     queue: Box<dyn IoQueue>,
     writer: Sender<Job>,
+    scratch: Option<Scratch>,
     /// By number: clusters that are being saved.
     runs: HashMap<u64, Run>,
     /// By the op's name: in flight.
@@ -84,6 +86,7 @@ pub(super) fn run(
     image: Arc<dyn Backend>,
     copy: Arc<Copy>,
     writer: Sender<Job>,
+    scratch: Option<Scratch>,
     ready: SyncSender<io::Result<()>>,
     open: Sender<()>,
 ) {
@@ -104,6 +107,7 @@ pub(super) fn run(
         image: &*image,
         queue,
         writer,
+        scratch,
         runs: HashMap::new(),
         reads: HashMap::new(),
         last_number: 0,
@@ -136,10 +140,13 @@ impl Copier<'_> {
         }
         while let Some(urgent) = self.copy.take_urgent() {
             self.urgent.extend(urgent);
+            self.hear_scratch()?;
             let wait = self.start_reads()?;
             if self.runs.is_empty() && self.urgent.is_empty() && self.cursor == self.copy.saved.len() {
                 self.copy.all_saved();
-                return Ok(());
+                if self.scratch.as_ref().is_none_or(Scratch::is_empty) {
+                    return Ok(());
+                }
             }
             self.queue.wait(wait).map_err(broken)?;
             self.reap()?;
@@ -156,6 +163,7 @@ impl Copier<'_> {
         if !self.start_urgent_reads(memory)? {
             return Ok(None);
         }
+        self.load_scratch(memory / 4)?;
         let now = Instant::now();
         self.pace.limit(self.copy.bandwidth.load(Relaxed), now);
         loop {
@@ -308,8 +316,7 @@ impl Copier<'_> {
     fn read(&mut self, piece: Piece) -> Result<(), String> {
         let Range { start: offset, end } = piece.bytes;
         let len = (end - offset) as usize;
-        let kept = self.free.iter().position(|buf| buf.len() == len);
-        let buf = kept.map_or_else(|| IoBuf::owned(len, 4096, 0), |index| self.free.swap_remove(index));
+        let buf = buffer(&mut self.free, len);
         self.lent += len;
         self.last_number += 1;
         self.reads.insert(self.last_number, piece);
@@ -329,11 +336,9 @@ impl Copier<'_> {
                 let error = io::Error::from_raw_os_error(errno.0);
                 return Err(format!("the image cannot be read at byte {offset} ({error}); check the image's medium"));
             }
+            let urgent = self.runs.get(&piece.run).is_some_and(|run| run.urgent);
             let clusters = self.piece_is_read(&piece, buf.len() as u64);
-            if self.writer.send(Job { offset, buf, clusters }).is_err() {
-                // The writer ends before us only with the copy.
-                return Ok(());
-            }
+            self.pass_on(Job { offset, buf, clusters }, urgent);
         }
         Ok(())
     }
@@ -353,12 +358,66 @@ impl Copier<'_> {
         clusters.end - clusters.start
     }
 
+    /// The target's thread gets a job, or the scratch does, if an op waited for it and half the memory is in use.
+    fn pass_on(&mut self, job: Job, urgent: bool) {
+        let memory = self.copy.shared.tuning.memory;
+        let job = match &mut self.scratch {
+            // Never all of the memory: a scratch that hangs must leave most of it to the target.
+            Some(scratch) if urgent && self.lent > memory / 2 => {
+                let stored = scratch.store(job, memory / 4);
+                self.copy.scratch.store(scratch.bytes(), Relaxed);
+                let Err(job) = stored else { return };
+                job
+            }
+            _ => job,
+        };
+        // The writer ends before us only with the copy.
+        let _ = self.writer.send(job);
+    }
+
+    fn hear_scratch(&mut self) -> Result<(), String> {
+        let Some(mut scratch) = self.scratch.take() else { return Ok(()) };
+        for answer in self.copy.take_scratch_answers() {
+            match scratch.hear(answer)? {
+                Heard::Free(buf) => self.give_back(buf),
+                // The writer ends before us only with the copy.
+                Heard::Write(job) => drop(self.writer.send(job)),
+            }
+        }
+        self.copy.scratch.store(scratch.bytes(), Relaxed);
+        self.scratch = Some(scratch);
+        Ok(())
+    }
+
+    /// Takes data back from the scratch while less than `memory` is in use.
+    fn load_scratch(&mut self, memory: usize) -> Result<(), String> {
+        let Some(scratch) = &mut self.scratch else { return Ok(()) };
+        while self.lent < memory {
+            let mut taken = 0;
+            let take = |len| {
+                taken = len;
+                buffer(&mut self.free, len)
+            };
+            if !scratch.load(take)? {
+                break;
+            }
+            self.lent += taken;
+        }
+        Ok(())
+    }
+
     fn give_back(&mut self, buf: IoBuf) {
         self.lent -= buf.len();
         if self.free.len() < KEPT {
             self.free.push(buf);
         }
     }
+}
+
+/// A buffer of so many bytes, one of the free ones if possible.
+fn buffer(free: &mut Vec<IoBuf>, len: usize) -> IoBuf {
+    let kept = free.iter().position(|buf| buf.len() == len);
+    kept.map_or_else(|| IoBuf::owned(len, 4096, 0), |index| free.swap_remove(index))
 }
 
 /// The bandwidth limit: no read before the last one's time is up.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::bitmap::Bitmap;
 use super::order::TargetOrder;
+use super::scratch_thread::Answer;
 use super::{Mutant, Shared};
 use crate::backend::IoBuf;
 use crate::backend::mailbox::Mailbox;
@@ -74,10 +75,14 @@ pub(super) struct Copy {
     pub(super) done: AtomicU64,
     pub(super) saved_before_write: AtomicU64,
     pub(super) stored: AtomicU64,
+    /// Bytes in the scratch.
+    pub(super) scratch: AtomicU64,
     /// The copier sleeps on it.
     wake: OwnedFd,
     /// Buffers that the writer is done with.
     returned: Mutex<Vec<IoBuf>>,
+    /// The scratch's, for the copier.
+    scratch_answers: Mutex<Vec<Answer>>,
     state: Mutex<State>,
 }
 
@@ -158,8 +163,10 @@ impl Copy {
             done: AtomicU64::new(0),
             saved_before_write: AtomicU64::new(0),
             stored: AtomicU64::new(0),
+            scratch: AtomicU64::new(0),
             wake,
             returned: Mutex::default(),
+            scratch_answers: Mutex::default(),
             state: Mutex::new(State {
                 phase: Phase::Prepared,
                 waiters: Vec::new(),
@@ -287,6 +294,16 @@ impl Copy {
         std::mem::take(&mut self.returned.lock().expect("no panic while held"))
     }
 
+    /// The scratch's thread answered.
+    pub(super) fn scratch_answered(&self, answer: Answer) {
+        self.scratch_answers.lock().expect("no panic while held").push(answer);
+        self.wake_copier();
+    }
+
+    pub(super) fn take_scratch_answers(&self) -> Vec<Answer> {
+        std::mem::take(&mut self.scratch_answers.lock().expect("no panic while held"))
+    }
+
     /// The writer has everything and makes it durable. False: the copy is over.
     pub(super) fn begin_sync(&self) -> bool {
         let mut state = self.lock();
@@ -340,7 +357,8 @@ impl Copy {
         drop(state);
         log::warn!(
             "{} to {}: the guest has been slowed for {:.0} s of {:.0} s by the copy, its writes waited for old data to be \
-             saved; use a faster target, or leave more of this one to the guest's writes (virtioblkctl copies limit)",
+             saved; use a faster target, give old data a faster disk to go to first (--scratch, --scratch-size), or leave \
+             more of the target to the guest's writes (virtioblkctl copies limit)",
             self.name,
             self.target.path.display(),
             waited.as_secs_f64(),
@@ -399,6 +417,7 @@ impl Copy {
             done_bytes: load(&self.done).saturating_mul(self.cluster).min(self.size),
             saved_before_write_bytes: load(&self.saved_before_write),
             stored_bytes: load(&self.stored),
+            scratch_bytes: if state.phase.is_over() { 0 } else { load(&self.scratch) },
             instant: state.instant.map(|instant| instant.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()),
             seconds: took.unwrap_or_default().as_secs_f64(),
             slowed_seconds: state.waited().as_secs_f64(),

@@ -34,6 +34,7 @@ pub(super) fn run(copy: &Arc<Copy>, notes: &Receiver<Note>, publish: &Sender<()>
                 copy.end(Phase::Completed, None);
             }
             Ok(Note::Failed(why)) => copy.fail(why),
+            Ok(Note::Scratch(answer)) => copy.scratch_answered(answer),
             Ok(Note::Over) => {}
             Err(_) => copy.fail("the thread of its target ended; please report this as a defect".into()),
         }

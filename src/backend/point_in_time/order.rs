@@ -153,6 +153,11 @@ impl TargetOrder {
         self.remove.lock().expect("no panic while held").take()
     }
 
+    /// For the scratch's thread.
+    pub(super) fn notes(&self) -> Sender<Note> {
+        self.notes.clone()
+    }
+
     pub(super) fn liveness(&self) -> Liveness {
         self.alive.clone()
     }

@@ -19,6 +19,7 @@ use rustix::stdio::{dup2_stdin, dup2_stdout, stderr};
 use sha2::{Digest, Sha256};
 
 use super::order::Alive;
+use super::scratch_thread::Answer;
 use super::target::{Target, partial_path};
 use super::{Step, Tuning};
 use crate::backend::IoBuf;
@@ -45,6 +46,8 @@ pub(super) enum Note {
     Published(Option<String>),
     /// The copy failed; why.
     Failed(String),
+    /// From the scratch's thread.
+    Scratch(Answer),
     /// Not from the thread: the copy ended.
     Over,
 }
@@ -115,7 +118,7 @@ pub(super) fn run(order: &Order, ends: Ends) {
 
 /// Leaves the process's descriptor table for one in which only standard error is open, for panics. The kernel gives the
 /// target's files other numbers than 0 to 2, to which a library may write.
-fn leave_descriptor_table() -> io::Result<()> {
+pub(super) fn leave_descriptor_table() -> io::Result<()> {
     sys::leave_descriptor_table()?;
     // SAFE: standard error stays open, and belongs to no value of ours.
     dup2_stdin(stderr())?;

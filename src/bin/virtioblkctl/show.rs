@@ -283,6 +283,10 @@ pub fn copies(copies: &Value) -> String {
             bytes(figure("saved-before-write-bytes")),
             time((seconds * 1e3) as u64)
         );
+        let scratch = figure("scratch-bytes");
+        if scratch > 0 {
+            let _ = write!(page, ", {} in the scratch", bytes(scratch));
+        }
         let slowed = copy["slowed-seconds"].as_f64().unwrap_or(0.0);
         if slowed >= 1.0 {
             let _ = write!(page, ", the guest's writes waited {} for it", time((slowed * 1e3) as u64));

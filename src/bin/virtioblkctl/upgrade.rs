@@ -2,7 +2,7 @@
 //!
 //! We may be root and the daemon may not, or it may have been broken into. So the program never comes from the daemon, and
 //! its options, directory and environment only from one that runs as root or as us: any of them names files or code
-//! (`--blk-file`, `--pid-file`, `--copy-dir`, `--ceph-library-path`, `--rbd-option`), or leaves a protection out (`--user`,
+//! (`--blk-file`, `--pid-file`, `--copy-dir`, `--scratch`, `--ceph-library-path`, `--rbd-option`), or leaves a protection out (`--user`,
 //! `--sandbox`).
 
 use std::path::{Path, PathBuf};
