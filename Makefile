@@ -64,7 +64,7 @@ check: toolchain deps check-lint check-unit check-vm check-rbd check-debian13-qu
 check-unit: toolchain ## Unit and integration tests that boot no guest
 	$(CARGO) test --lib --bins
 	$(CARGO) test --doc
-	$(CARGO) test --lib --features model orders::
+	$(CARGO) test --lib --features model interleavings::
 	$(if $(OTHER_TESTS),$(CARGO) test $(OTHER_TESTS:%=--test %))
 
 check-vm: toolchain deps ## Tests with real guests
@@ -145,7 +145,7 @@ check-thread: toolchain ## The same with the thread sanitizer (needs std's sourc
 	TSAN_OPTIONS="$(RACES) halt_on_error=1" $(call sanitized,thread,$(DAEMON_TESTS:%=--test %))
 
 check-orders: toolchain ## The models of the hand-offs between threads, in ten times as many orders
-	VIRTIOBLKD_ORDERS=10000 $(CARGO) test --lib --features model orders::
+	VIRTIOBLKD_ORDERS=10000 $(CARGO) test --lib --features model interleavings::
 
 explore-long: toolchain ## The engine's explorer over longer scripts; minutes
 	VIRTIOBLKD_EXPLORE=long $(CARGO) test --release --lib engine::explore -- --nocapture

@@ -276,7 +276,7 @@ struct Args {
     /// How long a quiesced disk may keep the guest's writes waiting, whoever holds it and however many do, such as 30s: no
     /// hold goes beyond that, and new holders are refused until writes have flowed [default: only each hold's lease ends
     /// it]
-    #[arg(long, value_name = "TIME", value_parser = crate::units::time)]
+    #[arg(long, value_name = "TIME", value_parser = crate::base::units::time)]
     max_hold: Option<Duration>,
 
     /// QEMU's image locks: auto (held from start to end), in-use (only while a guest runs: for live migration) or off
@@ -326,7 +326,7 @@ struct Args {
     scratch: Option<PathBuf>,
 
     /// Bytes that such a file may take, such as 4G [default: 1G]
-    #[arg(long, value_name = "SIZE", value_parser = crate::units::bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = crate::base::units::bytes)]
     scratch_size: Option<u64>,
 
     /// Take the guest over from the daemon behind this control socket, while the guest runs, and let that one end

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::base::sync::{Bell, Mutex};
 use crate::engine::{Errno, Kind};
-use crate::sync::{Bell, Mutex};
 
 /// A disk that can be held still. Implemented by `virtio::rings::Rings`; called by the control thread. No call blocks
 /// on I/O.
@@ -550,8 +550,8 @@ mod orders {
     use std::sync::Arc;
 
     use super::*;
-    use crate::sync::orders::{Mutant, holds};
-    use crate::sync::{thread, yield_until_readable};
+    use crate::base::sync::interleavings::{Mutant, holds};
+    use crate::base::sync::{thread, yield_until_readable};
 
     /// Whoever polls until the bell rings and then takes what there is gets everything.
     #[test]

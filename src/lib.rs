@@ -8,26 +8,14 @@
 //! never names a file; `control` reaches the rings only through the [`disk::Disk`] trait.
 
 pub mod backend;
-mod base64;
-mod chance;
+pub mod base;
 pub mod client;
 pub mod config;
 pub mod control;
 pub mod disk;
 pub mod engine;
-pub mod listen;
-pub mod logging;
-pub mod pidfile;
-mod publish;
 pub mod sandbox;
 pub mod server;
-pub mod signals;
 pub mod snapshot;
-mod sync;
-mod sys;
-pub mod text;
-mod throttle;
-mod trust;
-pub mod units;
 pub mod upgrade;
 pub mod virtio;

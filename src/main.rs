@@ -5,8 +5,8 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use virtioblkd::base::logging;
 use virtioblkd::config::{Config, Invocation};
-use virtioblkd::logging;
 use virtioblkd::server::Server;
 
 fn main() -> ExitCode {

@@ -32,8 +32,8 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior,
 
 use crate::backend::file;
 use crate::backend::point_in_time::CopyDirectory;
+use crate::base::systemd;
 use crate::config::{BackendKind, Config};
-use crate::server::notify;
 use user::Account;
 
 /// `--sandbox`.
@@ -275,7 +275,7 @@ impl<'a> Sandbox<'a> {
 
 /// Warns of what this kernel's rules lack and nothing else stops; returns what the filter stops, for the log.
 fn say_lacks(confined: &paths::Confined, filtered: bool) -> String {
-    let (open, stopped) = confined.lacks(filtered, notify::is_connected());
+    let (open, stopped) = confined.lacks(filtered, systemd::is_connected());
     if !open.is_empty() {
         log::warn!(
             "this kernel's rules on paths ({confined}) are older than those that we know: whoever breaks into this daemon \

@@ -13,12 +13,12 @@ mod daemon;
 mod files;
 mod frontend;
 mod inherited;
-pub(crate) mod notify;
 mod socket;
 mod take_over;
 mod upgrade;
 mod wiring;
 
+use crate::base::systemd;
 use std::error::Error;
 use std::fmt;
 use std::io;
@@ -33,14 +33,15 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::Value;
 
+use crate::base::logging;
+use crate::base::pid_file::PidFileError;
+use crate::base::signals::Signals;
+use crate::base::sync::Bell;
+use crate::base::unix_listener;
+use crate::base::unix_listener::BindError;
 use crate::config::Config;
 use crate::disk::RingStatus;
-use crate::listen::{self, BindError};
-use crate::logging;
-use crate::pidfile::PidFileError;
 use crate::sandbox::SandboxError;
-use crate::signals::Signals;
-use crate::sync::Bell;
 use crate::upgrade::DiskFacts;
 use crate::virtio::hand_over::{HandedOver, Steps};
 use crate::virtio::moving::Moved;
@@ -133,8 +134,8 @@ impl fmt::Display for ServerError {
             ServerError::Image(error) => error.fmt(f),
             ServerError::PidFile(error) => error.fmt(f),
             ServerError::Sandbox(error) => error.fmt(f),
-            ServerError::System(what, error) if listen::out_of_descriptors(error) => {
-                write!(f, "{what}: {error}; {}", listen::MORE_DESCRIPTORS)
+            ServerError::System(what, error) if unix_listener::out_of_descriptors(error) => {
+                write!(f, "{what}: {error}; {}", unix_listener::MORE_DESCRIPTORS)
             }
             ServerError::System(what, error) => write!(f, "{what}: {error}"),
             ServerError::Sync(image, error) => write!(
@@ -192,7 +193,7 @@ impl Server {
         let mut daemon = Daemon::start(config, signals)?;
         let describe = daemon.server.served.describe();
         log::info!("{describe}: cache mode {}, serving on {}", config.cache, config.listen);
-        notify::systemd("READY=1");
+        systemd::systemd("READY=1");
         match daemon.server.serve(&daemon.files, &mut daemon.front_ends) {
             Ok(Ending::HandedOver(successor)) => {
                 daemon.leave(successor);

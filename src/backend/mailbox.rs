@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use crate::sync::{Bell, Mutex};
+use crate::base::sync::{Bell, Mutex};
 
 /// A queue's mailbox; any thread posts, the queue's takes.
 pub(super) struct Mailbox<T> {
@@ -42,8 +42,8 @@ mod orders {
     use super::super::Source;
     use super::super::watch::Watches;
     use super::*;
-    use crate::sync::orders::{Mutant, holds};
-    use crate::sync::thread;
+    use crate::base::sync::interleavings::{Mutant, holds};
+    use crate::base::sync::thread;
 
     /// A queue that sleeps with its mailbox watched, and takes what there is when it wakes, gets everything.
     #[test]

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use super::watch::Watches;
 use super::{Backend, DurableWrite, Errno, Geometry, IoBuf, IoQueue};
-use crate::chance::Chance;
+use crate::base::prng::Chance;
 use queue::MemQueue;
 
 /// When ops are carried out and complete.

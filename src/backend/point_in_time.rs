@@ -37,8 +37,8 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::layer::Layer;
 use super::{Backend, IoQueue};
+use crate::base::sync::reused;
 use crate::disk::{Copies, CopyError, CopyOptions, CopyStatus, Events};
-use crate::sync::reused;
 use copy::{Copy, Phase};
 use keep::Keep;
 use order::{Liveness, TargetLinks, TargetOrder};

@@ -53,7 +53,7 @@ impl Watches {
         {
             let places = [Some(&*self.own), self.kick.as_ref(), self.wake.as_ref(), self.copy.as_ref()];
             let places: Vec<BorrowedFd<'_>> = places.into_iter().flatten().map(AsFd::as_fd).collect();
-            crate::sync::yield_until_readable(&places, until);
+            crate::base::sync::yield_until_readable(&places, until);
         }
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) => {}

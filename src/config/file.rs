@@ -11,7 +11,7 @@ use clap::CommandFactory;
 use toml::de::{DeTable, DeValue};
 
 use super::{Args, ConfigError, refuse, strip};
-use crate::trust;
+use crate::base::trust;
 
 /// Options that make no sense in a file.
 const ONLY_ARGUMENTS: [&str; 5] = ["config", "print-capabilities", "take-over", "help", "version"];

@@ -226,7 +226,7 @@ pub(super) fn backend(text: &str) -> Result<Backend, String> {
 /// A disk's size in bytes, with K, M, G or T for powers of 1024: whole sectors. The error says what is allowed. Also
 /// for `virtioblkctl`.
 pub fn disk_size(text: &str) -> Result<u64, String> {
-    crate::units::bytes(text)
+    crate::base::units::bytes(text)
         .ok()
         .filter(|size| *size > 0 && *size <= i64::MAX as u64 && size % SECTOR == 0)
         .ok_or_else(|| format!("'{text}' is no size: use a multiple of {SECTOR} bytes, such as 64M or 1G"))

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::backend::{Notices, QuiesceAsk};
+use crate::base::sync::{Bell, Mutex, MutexGuard};
 use crate::disk::CopyError;
 use crate::engine::Errno;
-use crate::sync::{Bell, Mutex, MutexGuard};
 
 /// Asks that wait for the control thread at most. A store asks for one at a time; a thread that is so late will not be
 /// in time for more.
@@ -211,8 +211,8 @@ mod orders {
     use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
     use super::*;
-    use crate::sync::orders::{Mutant, holds};
-    use crate::sync::{thread, yield_until_readable};
+    use crate::base::sync::interleavings::{Mutant, holds};
+    use crate::base::sync::{thread, yield_until_readable};
 
     /// An ask, a new size and the end, from three threads: the control thread hears of the end, and the ask is answered
     /// once, whether it came before it or after.

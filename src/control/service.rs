@@ -25,8 +25,8 @@ use super::proto::{self, Command, Error, QuiesceArgs};
 use super::quiesce::{Ask, Coordinator, Effect, Hold, PeerId, Reason, Refusal, RequestId, Who};
 use super::stream::Garbage;
 use super::words;
+use crate::base::rate_limit::Throttle;
 use crate::disk::{Disk, HoldFigures, ImageStatus};
-use crate::throttle::Throttle;
 use store::Elsewhere;
 
 /// What `query-status` says of the daemon itself.

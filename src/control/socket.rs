@@ -18,8 +18,8 @@ use super::peer::Peer;
 use super::proto;
 use super::quiesce::{PeerId, STORE};
 use super::service::{Info, Service, To, Upgrade};
+use crate::base::sync::{Bell, Mutex};
 use crate::disk::{Disk, Events};
-use crate::sync::{Bell, Mutex};
 
 /// Connections at most.
 const MOST_PEERS: usize = 32;

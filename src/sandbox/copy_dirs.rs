@@ -19,7 +19,7 @@ use rustix::net::{
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use crate::backend::point_in_time::CopyDirectory;
-use crate::sys;
+use crate::base::syscalls;
 
 /// How long the daemon's start waits for all of them.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
@@ -80,7 +80,7 @@ impl Opening {
     fn start(path: &Path) -> io::Result<Opening> {
         let path = CString::new(path.as_os_str().as_bytes())?;
         let (answer, theirs) = UnixStream::pair()?;
-        let child = sys::fork(theirs.as_fd(), |socket| send(socket, open_directory(&path)))?;
+        let child = syscalls::fork(theirs.as_fd(), |socket| send(socket, open_directory(&path)))?;
         Ok(Opening { child, answer })
     }
 

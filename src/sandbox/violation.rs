@@ -5,7 +5,7 @@ use std::io;
 use std::ptr::null_mut;
 
 use super::calls;
-use crate::logging;
+use crate::base::logging;
 
 /// Installs the handler; the filter comes after it. Main, once. Errors: sigaction(2) failed.
 pub(super) fn install() -> io::Result<()> {

@@ -8,11 +8,12 @@ use super::socket::{self, Prepared};
 use super::take_over::{self, TakeOver};
 use super::upgrade::{Requests, Successor};
 use super::wiring::{self, Opened};
-use super::{Control, Server, ServerError, new_bell, notify};
+use super::{Control, Server, ServerError, new_bell};
+use crate::base::logging;
+use crate::base::signals::Signals;
+use crate::base::systemd;
 use crate::config::Config;
-use crate::logging;
 use crate::sandbox::Sandbox;
-use crate::signals::Signals;
 
 /// Everything that is open, and serves.
 pub(super) struct Daemon {
@@ -26,7 +27,7 @@ impl Daemon {
     /// Opens and binds everything, enters the sandbox, and takes the guest over if there is one to be taken over.
     pub(super) fn start(config: &Config, signals: Signals) -> Result<Daemon, ServerError> {
         let sandbox = Sandbox::prepare(config).map_err(ServerError::Sandbox)?;
-        notify::connect();
+        systemd::connect();
         // A socket that was given to the daemon before us need not be given to us.
         let prepare = || socket::prepare(&config.listen).map_err(ServerError::Socket);
         let prepared = if config.take_over.is_none() { Some(prepare()?) } else { None };
@@ -96,7 +97,7 @@ impl Daemon {
     pub(super) fn leave(mut self, successor: Successor) {
         log::info!("another process (pid {}) serves the disk: ending", successor.pid);
         if successor.pid != 0 {
-            notify::systemd(&format!("MAINPID={}", successor.pid));
+            systemd::systemd(&format!("MAINPID={}", successor.pid));
         }
         self.files.give(successor.keeps);
         drop(self.control);
@@ -112,7 +113,7 @@ impl Daemon {
         }
         // From here whoever connects learns at once that nobody serves.
         let _files = files.stop_listening();
-        notify::systemd("STOPPING=1");
+        systemd::systemd("STOPPING=1");
         let ended = server.end();
         match ended {
             // Its thread may wait for the disk.

@@ -8,9 +8,9 @@ use super::ServerError;
 use super::socket::{self, FrontSocket, Prepared};
 use super::take_over::{TakeOver, Taken};
 use super::upgrade::{Estate, Keeps};
+use crate::base::pid_file::PidFile;
+use crate::base::unix_listener::SocketFile;
 use crate::config::{Config, Listen};
-use crate::listen::SocketFile;
-use crate::pidfile::PidFile;
 
 /// Dropped, they are removed; but for those that are still another daemon's.
 pub(super) struct Files {

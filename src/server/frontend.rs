@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::socket::FrontSocket;
 use super::{Served, ServerError, new_bell};
-use crate::sync::Bell;
+use crate::base::sync::Bell;
 use crate::virtio::hand_over::Steps;
 use crate::virtio::moving::Moved;
 

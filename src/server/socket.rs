@@ -10,8 +10,8 @@ use nix::unistd::{Gid, Group};
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
 use super::inherited;
+use crate::base::unix_listener::{BindError, OwnFile, SocketFile, bind_unix};
 use crate::config::Listen;
-use crate::listen::{BindError, OwnFile, SocketFile, bind_unix};
 
 /// Permission bits until the group is set: nobody else's before it is the right group's.
 const OWNER_ONLY: u32 = 0o600;

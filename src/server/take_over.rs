@@ -14,9 +14,9 @@ use serde_json::{Value, json};
 
 use super::Served;
 use super::frontend::FrontEnds;
+use crate::base::logging;
 use crate::client::{Client, PATIENCE};
 use crate::config::{Config, Listen};
-use crate::logging;
 use crate::upgrade::{self, Channel, Descriptors, FromNew, FromOld, GAVE_UP, Hello, Keeps, Starter, State, VERSION};
 use crate::virtio::hand_over::Steps;
 use crate::virtio::moving::Moved;

@@ -205,7 +205,7 @@ fn a_second_signal_in_the_final_sync_says_that_it_had_not_finished() {
 
 #[test]
 fn a_terminal_that_hangs_up_twice_is_not_impatient() {
-    if crate::signals::hangups_are_ignored() {
+    if crate::base::signals::hangups_are_ignored() {
         // Under nohup(1) the daemon means to hear nothing of it, and neither does this test.
         println!("SKIPPED: SIGHUP is ignored");
         return;
@@ -281,7 +281,7 @@ const PANIC: &str = "VIRTIOBLKD_TEST_PANIC";
 fn a_panic_in_any_thread_ends_the_process() {
     use std::os::unix::process::ExitStatusExt;
     if std::env::var_os(PANIC).is_some() {
-        crate::logging::start(log::LevelFilter::Info);
+        crate::base::logging::start(log::LevelFilter::Info);
         abort_on_panic();
         // The join would return and the test pass, were it not for the hook.
         assert!(thread::spawn(|| panic!("a ring's thread")).join().is_err());

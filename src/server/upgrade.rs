@@ -14,9 +14,9 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Served, ServerError, new_bell};
+use crate::base::logging;
+use crate::base::sync::Bell;
 use crate::control::CommandLine;
-use crate::logging;
-use crate::sync::Bell;
 use crate::upgrade::{Channel, Descriptors, FromNew, FromOld, GAVE_UP, Hello, Starter, State};
 
 /// For requests in flight, and for the connection to be between two messages.

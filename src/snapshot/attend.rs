@@ -20,9 +20,9 @@ use super::hooks;
 use super::plan::{self, Level};
 use super::receipt::Receipt;
 use super::wait::{Wake, wait};
+use crate::base::signals::Signals;
+use crate::base::systemd;
 use crate::client::{Client, Failure, Message, PATIENCE};
-use crate::server::notify;
-use crate::signals::Signals;
 
 /// Between two attempts to reach a daemon that is gone.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -87,15 +87,15 @@ pub fn attend(plan: &Plan, report: impl Fn(&Receipt)) -> Result<(), Failure> {
     {
         // The guest may start later.
         let what = if plan.or_weaker { "crash consistent" } else { "refused" };
-        crate::logging::say(format_args!("{trouble}. Until that works snapshots are {what}"));
+        crate::base::logging::say(format_args!("{trouble}. Until that works snapshots are {what}"));
     }
     let disks = plan.disks.iter().map(|control| Attended::new(control.clone())).collect();
     let mut attendant = Attendant { plan, signals, disks, round: None, ending: None, thawed: Ok(()), report: &report };
     for at in 0..attendant.disks.len() {
         attendant.register(at, PATIENCE)?;
     }
-    crate::logging::say(format_args!("attending {} disk(s), level {}", plan.disks.len(), plan.level.name()));
-    notify::systemd("READY=1");
+    crate::base::logging::say(format_args!("attending {} disk(s), level {}", plan.disks.len(), plan.level.name()));
+    systemd::systemd("READY=1");
     attendant.serve()
 }
 
@@ -190,7 +190,10 @@ impl Attendant<'_> {
                 continue;
             }
             if self.round.is_none() && self.ending.is_none() && self.register(at, QUICK).is_ok() {
-                crate::logging::say(format_args!("'{}' is back and attended again", self.disks[at].control.display()));
+                crate::base::logging::say(format_args!(
+                    "'{}' is back and attended again",
+                    self.disks[at].control.display()
+                ));
             }
             self.disks[at].retry = Instant::now() + AGAIN;
         }
@@ -287,12 +290,12 @@ impl Attendant<'_> {
         disk.asked.clear();
         disk.retry = Instant::now();
         if self.ending.is_none() {
-            crate::logging::say(format_args!("{lost}; looking for it every second"));
+            crate::base::logging::say(format_args!("{lost}; looking for it every second"));
         }
     }
 
     fn complain(&self, at: usize, failure: &Failure) {
-        crate::logging::say(format_args!("'{}': {failure}", self.disks[at].control.display()));
+        crate::base::logging::say(format_args!("'{}': {failure}", self.disks[at].control.display()));
     }
 
     fn thaw_if_over(&mut self) {
@@ -310,7 +313,7 @@ impl Attendant<'_> {
                 freezer.level = Level::Crash;
             }
             let seconds = since.elapsed().as_secs_f64();
-            crate::logging::say(format_args!("thawed after {seconds:.1} s, level {}", freezer.level.name()));
+            crate::base::logging::say(format_args!("thawed after {seconds:.1} s, level {}", freezer.level.name()));
         }
         self.thawed = match freezer.is_undone() {
             true => Ok(()),
@@ -339,7 +342,7 @@ impl Attendant<'_> {
             }
         }
         if self.round.is_some() {
-            crate::logging::say(format_args!("ending when the snapshot under way is over"));
+            crate::base::logging::say(format_args!("ending when the snapshot under way is over"));
         }
         Ok(())
     }

@@ -95,7 +95,7 @@ pub fn ask(disks: &mut Disks, copies: &mut [Copy]) -> Result<(), Failure> {
 
 /// Waits until all copies are complete. The error is the first copy's that failed, or a signal.
 pub fn wait_for(disks: &mut Disks, copies: &mut [Copy], progress: bool, stop: Stop<'_>) -> Result<(), Failure> {
-    let mut shown = progress.then(|| Progress { show: crate::logging::show_progress, last: None });
+    let mut shown = progress.then(|| Progress { show: crate::base::logging::show_progress, last: None });
     loop {
         ask(disks, copies)?;
         if let Some(shown) = &mut shown {

@@ -177,7 +177,7 @@ pub enum Unanswered {
 
 /// The path of the image, from a daemon's status.
 pub fn image_path(status: &Value) -> Option<PathBuf> {
-    let bytes = status["image-path-b64"].as_str().and_then(crate::base64::decode);
+    let bytes = status["image-path-b64"].as_str().and_then(crate::base::base64::decode);
     bytes.map(|bytes| OsString::from_vec(bytes).into()).or_else(|| status["image-path"].as_str().map(PathBuf::from))
 }
 

@@ -274,7 +274,7 @@ impl Freezer {
 
     /// Said at once and kept for the receipt.
     pub fn warn(&mut self, text: String) {
-        crate::logging::say(&text);
+        crate::base::logging::say(&text);
         self.receipt.warnings.push(text);
     }
 }

@@ -217,7 +217,9 @@ pub fn serve(link: OwnedFd) -> ExitCode {
     let orders = match link.read_line(&mut line).map(|_| serde_json::from_str::<Orders>(&line)) {
         Ok(Ok(orders)) => orders,
         Ok(Err(_)) | Err(_) => {
-            crate::logging::say(format_args!("{SUBCOMMAND}: this is started by 'virtioblkctl snapshot', not by hand"));
+            crate::base::logging::say(format_args!(
+                "{SUBCOMMAND}: this is started by 'virtioblkctl snapshot', not by hand"
+            ));
             return ExitCode::from(2);
         }
     };

@@ -234,7 +234,7 @@ impl Guest {
         let read = self.ask("guest-file-read", json!({"handle": handle, "count": 65536}), self.patience, stop);
         self.ask("guest-file-close", json!({"handle": handle}), self.patience, stop)?;
         let read = read?;
-        crate::base64::decode(read["buf-b64"].as_str().unwrap_or(""))
+        crate::base::base64::decode(read["buf-b64"].as_str().unwrap_or(""))
             .ok_or_else(|| Trouble::Refused(format!("the guest's agent sent '{path}' in no base64")))
     }
 

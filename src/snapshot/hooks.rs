@@ -30,7 +30,7 @@ pub fn check(directory: &Path) -> Result<(), String> {
         if !metadata.is_file() || metadata.permissions().mode() & 0o111 == 0 {
             return Err(format!("the hook '{shown}' is not executable: chmod +x it; {mend}"));
         }
-        crate::trust::check(&path).map_err(|why| format!("the hook '{shown}' is not run: {why}"))?;
+        crate::base::trust::check(&path).map_err(|why| format!("the hook '{shown}' is not run: {why}"))?;
     }
     Ok(())
 }

@@ -213,7 +213,7 @@ impl Plan {
 
 /// `virtioblk-20261122T055212.345Z`: the name of a snapshot for which none was given, the same for all disks.
 pub fn default_name(now: Duration) -> String {
-    format!("virtioblk-{}", crate::logging::utc(now).replace([':', '-'], ""))
+    format!("virtioblk-{}", crate::base::logging::utc(now).replace([':', '-'], ""))
 }
 
 /// Whether disks are named, each once.

@@ -68,7 +68,7 @@ pub struct DiskReceipt {
 impl Receipt {
     /// A line for people, of a freeze without disks (`attend`).
     pub fn line(&self) -> String {
-        let when = crate::logging::utc(std::time::Duration::try_from_secs_f64(self.instant).unwrap_or_default());
+        let when = crate::base::logging::utc(std::time::Duration::try_from_secs_f64(self.instant).unwrap_or_default());
         let frozen = format!("{} filesystem(s) frozen for {}", self.filesystems_frozen, time(self.frozen_us));
         let mut line = format!("{when} level {} of {}: {frozen}", self.level, self.requested_level);
         for warning in &self.warnings {
@@ -90,7 +90,10 @@ impl Receipt {
             format!(", ASKED FOR {}", self.requested_level)
         };
         line("snapshot", format!("{} consistent{asked}", self.level));
-        line("instant", crate::logging::utc(std::time::Duration::try_from_secs_f64(self.instant).unwrap_or_default()));
+        line(
+            "instant",
+            crate::base::logging::utc(std::time::Duration::try_from_secs_f64(self.instant).unwrap_or_default()),
+        );
         line("held", format!("writes waited at most {}", time(self.held_us)));
         if self.filesystems_frozen > 0 {
             line("frozen", format!("{} filesystem(s) for {}", self.filesystems_frozen, time(self.frozen_us)));

@@ -16,9 +16,9 @@ use sha2::{Digest, Sha256};
 use super::cloner::{self, Cloner, Outcome};
 use super::disks::{Disk, interrupted};
 use super::wait::{Stop, Wake, wait};
+use crate::base::publish::publish;
+use crate::base::syscalls;
 use crate::client::Failure;
-use crate::publish::publish;
-use crate::sys;
 
 /// What the probe clones: a multiple of every filesystem's block.
 const PROBE: u64 = 64 * 1024;
@@ -90,7 +90,7 @@ impl Target {
             let _ = fs::remove_file(&partial);
             failed("internal", format!("the process that clones cannot be started: {error}"))
         })?;
-        let extents = sys::extents(source.as_fd(), u64::MAX).ok();
+        let extents = syscalls::extents(source.as_fd(), u64::MAX).ok();
         let (image, path, made) = (image.clone(), path.to_owned(), Some(partial));
         let target = Target { image, source, file, path, made, extents, cloner, abandoned: false };
         target.probe(metadata.len())?;
@@ -122,14 +122,14 @@ impl Target {
         // The sample is at the image's start; an image may begin with a hole.
         let mut len = (size / extents).saturating_mul(SAMPLE).next_multiple_of(PROBE);
         let count = loop {
-            let count = sys::extents(self.source.as_fd(), len).ok()?;
+            let count = syscalls::extents(self.source.as_fd(), len).ok()?;
             if count >= SAMPLE / 5 || len >= size {
                 break count;
             }
             len = len.saturating_mul(2);
         };
         let start = Instant::now();
-        sys::clone_start(self.file.as_fd(), self.source.as_fd(), if len < size { len } else { 0 }).ok()?;
+        syscalls::clone_start(self.file.as_fd(), self.source.as_fd(), if len < size { len } else { 0 }).ok()?;
         let time = start.elapsed().mul_f64(extents as f64 / count.max(1) as f64);
         self.file.set_len(0).ok()?;
         Some((extents, time))
@@ -137,7 +137,8 @@ impl Target {
 
     fn probe(&self, size: u64) -> Result<(), Failure> {
         let len = if size > PROBE { PROBE } else { 0 };
-        let probed = self.like_the_image().and_then(|()| sys::clone_start(self.file.as_fd(), self.source.as_fd(), len));
+        let probed =
+            self.like_the_image().and_then(|()| syscalls::clone_start(self.file.as_fd(), self.source.as_fd(), len));
         let (image, path) = (self.image.display(), self.path.display());
         probed.and_then(|()| self.file.set_len(0)).map_err(|error| {
             let why = match error.raw_os_error() {
@@ -202,7 +203,10 @@ impl Target {
             let left = publish(self.file.as_fd(), directory.as_fd(), partial, name)
                 .map_err(|error| failed("cannot be given its name", error))?;
             if let Some(error) = left {
-                crate::logging::say(format_args!("'{}.partial' is left behind: {error}; remove it", path.display()));
+                crate::base::logging::say(format_args!(
+                    "'{}.partial' is left behind: {error}; remove it",
+                    path.display()
+                ));
             }
         }
         self.made = Some(path.clone());
@@ -257,16 +261,19 @@ impl Drop for Target {
             // The disks and the guest go on already.
             let hangs = !self.cloner.has_ended();
             if let Err(failure) = cloner::remove(&made, &self.file) {
-                crate::logging::say(failure);
+                crate::base::logging::say(failure);
             }
             if hangs {
-                crate::logging::say(format_args!(
+                crate::base::logging::say(format_args!(
                     "the clone, process {}, hangs in the kernel still",
                     self.cloner.pid()
                 ));
             }
         } else if let Err(error) = fs::remove_file(&made) {
-            crate::logging::say(format_args!("'{}', which is no snapshot, cannot be removed: {error}", made.display()));
+            crate::base::logging::say(format_args!(
+                "'{}', which is no snapshot, cannot be removed: {error}",
+                made.display()
+            ));
         }
     }
 }

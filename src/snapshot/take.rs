@@ -19,8 +19,8 @@ use super::images::{self, Image};
 use super::plan::{self, Plan, Way};
 use super::receipt::{DiskReceipt, Receipt};
 use super::reflink::{self, Target};
+use crate::base::signals::Signals;
 use crate::client::Failure;
-use crate::signals::Signals;
 
 /// The code of failures that are the command line's.
 pub const USAGE: &str = "usage";

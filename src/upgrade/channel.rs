@@ -101,7 +101,7 @@ impl Channel {
         if got.flags.contains(ReturnFlags::CTRUNC) || descriptors.len() == before {
             return Err(io::Error::other(format!(
                 "descriptors were lost on the way; {}",
-                crate::listen::MORE_DESCRIPTORS
+                crate::base::unix_listener::MORE_DESCRIPTORS
             )));
         }
         Ok(())

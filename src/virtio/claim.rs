@@ -10,7 +10,7 @@
 use std::io;
 
 use crate::backend::Backend;
-use crate::sync::Mutex;
+use crate::base::sync::Mutex;
 
 /// The image's users. Calls may block as long as the back-end does.
 #[derive(Default)]

@@ -17,9 +17,9 @@ use super::rings::Rings;
 use super::vanished::Wire;
 use super::watch::Watch;
 use crate::backend::Backend;
+use crate::base::sync::Bell;
 use crate::disk::Events;
 use crate::engine::{CacheMode, OnError};
-use crate::sync::Bell;
 
 /// What an operator chooses about the device.
 #[derive(Clone, Debug)]

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use super::channel::{self, GET_FEATURES, SET_FEATURES, SET_PROTOCOL_FEATURES};
 use super::device::{Device, ENDING, Line, Talk};
 use super::moving::{Moved, Record};
+use crate::base::syscalls;
 use crate::disk::RingStatus;
-use crate::sys;
 use crate::upgrade::{self, Descriptors, DiskFacts};
 
 /// To the vhost-user thread, between two messages: come to a stand, and hand the connection out.
@@ -225,7 +225,7 @@ impl Talk {
             (&here).write_all(&channel::message(request, argument))?;
             talk.requests.handle_request().map_err(std::io::Error::other)?;
         }
-        sys::replace(&talk.requests, talk.line.stream.as_fd())?;
+        syscalls::replace(&talk.requests, talk.line.stream.as_fd())?;
         Ok(talk)
     }
 }

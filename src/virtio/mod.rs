@@ -40,11 +40,11 @@ pub mod features;
 pub(crate) mod hand_over;
 mod handler;
 mod inflight;
+#[cfg(all(test, feature = "model"))]
+mod interleavings;
 pub mod mapped;
 mod memory;
 pub(crate) mod moving;
-#[cfg(all(test, feature = "model"))]
-mod orders;
 mod queue_state;
 pub mod request;
 pub mod rings;

@@ -18,7 +18,7 @@ use super::handler::Handler;
 use super::queue_state::{QueueState, Stopped};
 use super::split_ring::Place;
 use super::worker::Stop;
-use crate::sync::mpsc::Receiver;
+use crate::base::sync::mpsc::Receiver;
 use crate::upgrade::Descriptors;
 
 /// Everything but the connection itself. Numbers of descriptors are places in a list.

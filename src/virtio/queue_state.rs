@@ -19,10 +19,11 @@ use super::memory::MemoryTable;
 use super::rings::{Command, Mailbox, Rings};
 use super::split_ring::{Place, SplitRing};
 use super::worker::{Relay, Setup, Stop};
+use crate::base::sync::reused;
+use crate::base::sync::reused::Task;
+use crate::base::sync::{Bell, mpsc};
+use crate::base::syscalls;
 use crate::disk::Event;
-use crate::sync::reused::{self, Task};
-use crate::sync::{Bell, mpsc};
-use crate::sys;
 
 /// A ring that nobody is serving.
 pub(super) struct Stopped {
@@ -81,7 +82,7 @@ impl Stopped {
 
 fn signal(index: u32, what: &str, fd: Option<&File>) {
     if let Some(fd) = fd
-        && let Err(error) = sys::signal(fd)
+        && let Err(error) = syscalls::signal(fd)
     {
         log::debug!("ring {index}: the {what} descriptor does not take a signal: {error}");
     }

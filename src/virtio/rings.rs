@@ -20,12 +20,13 @@ use super::features;
 use super::watch::CallWatch;
 use super::worker::{Relay, Stop};
 use crate::backend::{Backend, Errno};
+#[cfg(all(test, feature = "model"))]
+use crate::base::sync::interleavings::{Mutant, planted};
+use crate::base::sync::mpsc;
+use crate::base::sync::mpsc::Sender;
+use crate::base::sync::{Bell, Mutex, MutexGuard, thread};
 use crate::disk::{Disk, DiskStatus, Event, Events, FailedRequest, ImageStatus, RingStatus, StoppedStatus};
 use crate::engine::{CacheMode, CachePolicy};
-use crate::sync::mpsc::{self, Sender};
-#[cfg(all(test, feature = "model"))]
-use crate::sync::orders::{Mutant, planted};
-use crate::sync::{Bell, Mutex, MutexGuard, thread};
 
 /// What a worker can be asked; the only way to reach a running ring.
 pub(super) enum Command {
@@ -428,7 +429,7 @@ impl Disk for Arc<Rings> {
             image_path: self.backend.path().map(|path| path.display().to_string()),
             image_path_b64: self.backend.path().and_then(|path| match path.to_str() {
                 Some(_) => None,
-                None => Some(crate::base64::encode(path.as_os_str().as_encoded_bytes())),
+                None => Some(crate::base::base64::encode(path.as_os_str().as_encoded_bytes())),
             }),
             size: self.capacity.get(),
             logical_block_size: geometry.logical_block,

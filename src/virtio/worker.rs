@@ -30,10 +30,10 @@ use super::rings::{Command, RingHold, Rings, errno_of};
 use super::split_ring::SplitRing;
 use crate::backend::null;
 use crate::backend::{Completion, DurableWrite, Errno, Geometry, IoBuf, IoQueue, Op, OpId, Source};
+use crate::base::sync::Bell;
+use crate::base::sync::mpsc::Receiver;
 use crate::disk::{Event, FailedRequest};
 use crate::engine::{Action, Engine, Kind, Offer, Token};
-use crate::sync::Bell;
-use crate::sync::mpsc::Receiver;
 use polling::Polling;
 pub(super) use relay::Relay;
 use stop::Rest;
@@ -253,7 +253,8 @@ impl Worker {
             while let Ok(command) = self.setup.commands.try_recv() {
                 self.obey(command, stopped);
                 #[cfg(all(test, feature = "model"))]
-                if crate::sync::orders::planted(crate::sync::orders::Mutant::OneCommandAWake) {
+                if crate::base::sync::interleavings::planted(crate::base::sync::interleavings::Mutant::OneCommandAWake)
+                {
                     break;
                 }
             }
@@ -305,7 +306,7 @@ impl Worker {
         let drained = u64::from(self.engine.writes_in_flight());
         self.hold = Some(HoldClock { epoch, closed: Instant::now(), drained, drained_at: None });
         #[cfg(all(test, feature = "model"))]
-        if crate::sync::orders::planted(crate::sync::orders::Mutant::GateStaysOpen) {
+        if crate::base::sync::interleavings::planted(crate::base::sync::interleavings::Mutant::GateStaysOpen) {
             return self.settled(Ok(()));
         }
         self.engine.block_writes();
@@ -370,7 +371,10 @@ impl Worker {
                 Action::Keep { slot, errno } => self.keep(slot, errno),
                 Action::Quiesced(result) => self.settled(result),
                 #[cfg(all(test, feature = "model"))]
-                Action::Resumed if crate::sync::orders::planted(crate::sync::orders::Mutant::ResumeMissed) => {}
+                Action::Resumed
+                    if crate::base::sync::interleavings::planted(
+                        crate::base::sync::interleavings::Mutant::ResumeMissed,
+                    ) => {}
                 Action::Resumed => self.held = false,
             }
         }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use rustix::fs::{AtFlags, Mode, OFlags, Statx, StatxFlags, statx};
 
 use super::super::RangeLimits;
-use crate::sys;
+use crate::base::syscalls;
 
 /// Longest range offered for discard: long enough, and no single op keeps the ring busy for ever.
 const MOST_DISCARD: u64 = 1 << 30;
@@ -111,9 +111,9 @@ pub(super) fn of_device(fd: BorrowedFd<'_>) -> io::Result<Medium> {
         alignment,
         range_unit: sector,
         physical_block: rustix::fs::ioctl_blkpbszget(fd)?,
-        alignment_offset: sys::alignment_offset(fd)?,
-        min_io: sys::min_io(fd)?,
-        opt_io: sys::opt_io(fd)?,
+        alignment_offset: syscalls::alignment_offset(fd)?,
+        min_io: syscalls::min_io(fd)?,
+        opt_io: syscalls::opt_io(fd)?,
         discard: (most_discard > 0).then_some(RangeLimits { max_bytes: MOST_DISCARD, granularity }),
         write_zeroes: RangeLimits { max_bytes: most_zeroes, granularity: sector },
         zeroes_may_unmap: most_discard > 0 && native_zeroes > 0,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::super::uring::Transfer;
 use super::super::{Errno, call};
 use super::mailbox::{Mail, Mailbox};
-use crate::sys;
+use crate::base::syscalls;
 
 /// EAGAIN in a row from plain calls, with [`PAUSE`] between them, before a transfer is given up.
 const MOST_RETRIES: u32 = 1000;
@@ -72,7 +72,7 @@ impl Drop for Helper {
 
 fn discard(file: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<()> {
     loop {
-        match sys::discard(file, offset, len) {
+        match syscalls::discard(file, offset, len) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             result => return result,
         }

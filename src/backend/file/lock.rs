@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use crate::sys;
+use crate::base::syscalls;
 
 /// RAW_LOCK_PERM_BASE.
 const USED: u64 = 100;
@@ -48,7 +48,7 @@ pub(super) fn lock_image(fd: BorrowedFd<'_>, read_only: bool) -> Result<(), Lock
 /// Lets go of all of them.
 pub(super) fn unlock_image(fd: BorrowedFd<'_>) {
     for byte in [USED + READ.0, USED + WRITE.0, NOT_SHARED + WRITE.0] {
-        if let Err(error) = sys::unlock_byte(fd, byte) {
+        if let Err(error) = syscalls::unlock_byte(fd, byte) {
             log::debug!("the lock on byte {byte} of the image cannot be given back: {error}");
         }
     }
@@ -59,7 +59,7 @@ fn hold_and_look(fd: BorrowedFd<'_>, read_only: bool) -> Result<(), LockError> {
     let not_shared = [WRITE];
     // First hold, then look: of two that start together at least one sees the other.
     let hold = |byte, name| {
-        sys::lock_byte_shared(fd, byte).map_err(|error| match error.raw_os_error() {
+        syscalls::lock_byte_shared(fd, byte).map_err(|error| match error.raw_os_error() {
             Some(libc::EAGAIN | libc::EACCES) => LockError::InUse(name),
             _ => LockError::from(error),
         })
@@ -70,7 +70,7 @@ fn hold_and_look(fd: BorrowedFd<'_>, read_only: bool) -> Result<(), LockError> {
     for (bit, name) in not_shared {
         hold(NOT_SHARED + bit, name)?;
     }
-    let free = |byte, name| match sys::byte_is_locked(fd, byte) {
+    let free = |byte, name| match syscalls::byte_is_locked(fd, byte) {
         Ok(false) => Ok(()),
         Ok(true) => Err(LockError::InUse(name)),
         Err(error) => Err(LockError::from(error)),

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::super::watch::{Watches, deadline};
 use super::super::{Completion, Errno, IoQueue, Op, OpId, Source, Wakeups};
 use super::{MemOp, Order, Shared};
-use crate::chance::Chance;
+use crate::base::prng::Chance;
 
 /// A queue of a [`MemBackend`](super::MemBackend).
 pub(super) struct MemQueue {

@@ -11,8 +11,8 @@ use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use super::CopyDirectory;
+use crate::base::publish::publish;
 use crate::disk::CopyError;
-use crate::publish::publish;
 
 /// Added to the name of a copy that is not complete.
 const PARTIAL: &str = ".partial";

@@ -23,8 +23,8 @@ use super::scratch_thread::Answer;
 use super::target::{Target, partial_path};
 use super::{Step, Tuning};
 use crate::backend::IoBuf;
+use crate::base::syscalls;
 use crate::disk::CopyError;
-use crate::sys;
 
 /// Old data on its way to the target.
 pub(super) struct Job {
@@ -119,7 +119,7 @@ pub(super) fn run(order: &Order, ends: Ends) {
 /// Leaves the process's descriptor table for one in which only standard error is open, for panics. The kernel gives the
 /// target's files other numbers than 0 to 2, to which a library may write.
 pub(super) fn leave_descriptor_table() -> io::Result<()> {
-    sys::leave_descriptor_table()?;
+    syscalls::leave_descriptor_table()?;
     // SAFE: standard error stays open, and belongs to no value of ours.
     dup2_stdin(stderr())?;
     Ok(dup2_stdout(stderr())?)

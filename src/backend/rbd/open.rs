@@ -225,7 +225,7 @@ fn check_trust(options: &RbdOptions) -> Result<(), OpenError> {
     });
     let conf = conf.iter().map(|path| ("--ceph-conf", path.clone()));
     for (option, path) in libraries.chain(conf).filter(|(_, path)| path.exists()) {
-        crate::trust::check(&path).map_err(|why| OpenError(format!("{option}: {why}")))?;
+        crate::base::trust::check(&path).map_err(|why| OpenError(format!("{option}: {why}")))?;
     }
     Ok(())
 }
@@ -238,7 +238,7 @@ fn read_passphrase(path: &Path) -> Result<Vec<u8>, OpenError> {
     };
     let mut text = Vec::new();
     let file = std::fs::File::open(path).map_err(|error| failed(&error))?;
-    crate::trust::check_open(path, &file).map_err(|why| failed(&why))?;
+    crate::base::trust::check_open(path, &file).map_err(|why| failed(&why))?;
     let mut file = io::Read::take(file, LARGEST_PASSPHRASE as u64 + 1);
     io::Read::read_to_end(&mut file, &mut text).map_err(|error| failed(&error))?;
     if text.len() > LARGEST_PASSPHRASE {

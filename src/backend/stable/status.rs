@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use crate::base::rate_limit::Throttle;
 use crate::disk::{ChangedWrite, Event, Events, StableWritesStatus};
-use crate::throttle::Throttle;
 
 /// Changes shown in the status.
 const MOST_CHANGES: usize = 8;

@@ -74,7 +74,7 @@ pub(in crate::backend) fn prepare(queues: u16) -> io::Result<u16> {
     made.reverse();
     *store() = Some(made);
     #[cfg(not(feature = "model"))]
-    crate::sync::reused::keep_threads();
+    crate::base::sync::reused::keep_threads();
     Ok(enough_for)
 }
 

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use virtioblkd::base::logging;
 use virtioblkd::client::Failure;
-use virtioblkd::logging;
 use virtioblkd::snapshot::attend::{self, Plan};
 use virtioblkd::snapshot::plan::Level;
 use virtioblkd::snapshot::receipt::Receipt;

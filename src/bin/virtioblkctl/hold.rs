@@ -14,8 +14,8 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 
 use crate::show;
+use virtioblkd::base::logging;
 use virtioblkd::client::{Client, Failure, Message, PATIENCE};
-use virtioblkd::logging;
 use virtioblkd::snapshot::spawn;
 
 /// Our own failure, as timeout(1), env(1) and nice(1) say it.

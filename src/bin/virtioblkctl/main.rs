@@ -24,12 +24,12 @@ use std::time::Duration;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde_json::{Value, json};
 
+use virtioblkd::base::logging;
+use virtioblkd::base::units::bytes;
+pub(crate) use virtioblkd::base::units::time as duration;
 use virtioblkd::client::{Client, Failure, PATIENCE};
 use virtioblkd::config::disk_size;
 use virtioblkd::control::proto::LONGEST_WHO;
-use virtioblkd::logging;
-use virtioblkd::units::bytes;
-pub(crate) use virtioblkd::units::time as duration;
 
 /// Ask a running virtioblkd, and hold its disk still
 #[derive(Parser)]

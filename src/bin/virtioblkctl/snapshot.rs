@@ -6,13 +6,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use virtioblkd::base::logging;
 use virtioblkd::client::Failure;
-use virtioblkd::logging;
 use virtioblkd::snapshot::plan::{Level, Plan, Way};
 use virtioblkd::snapshot::receipt::Receipt;
 use virtioblkd::snapshot::{self, USAGE};
 
-use virtioblkd::units::bytes;
+use virtioblkd::base::units::bytes;
 
 use crate::duration;
 use crate::freezing::{Freezing, disks};

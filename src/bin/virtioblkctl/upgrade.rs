@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use clap::Args;
 use serde_json::{Value, json};
+use virtioblkd::base::logging;
 use virtioblkd::client::{Client, Failure, PATIENCE};
 use virtioblkd::control::is_trusted;
-use virtioblkd::logging;
 
 use crate::duration;
 use crate::successor::{self, Ending, Why};

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use virtioblkd::base::logging;
 use virtioblkd::client::{Client, Failure, Message, PATIENCE};
-use virtioblkd::logging;
 
 use crate::{print, show};
 

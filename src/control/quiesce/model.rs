@@ -6,7 +6,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::*;
-use crate::chance::Chance;
+use crate::base::prng::Chance;
 
 /// What the world knows by watching effects alone.
 #[derive(Default)]

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use super::{Command, Rings, State, errno_of};
 use crate::backend::Errno;
-use crate::disk::{Event, HoldFigures};
 #[cfg(all(test, feature = "model"))]
-use crate::sync::orders::{Mutant, planted};
-use crate::sync::thread;
+use crate::base::sync::interleavings::{Mutant, planted};
+use crate::base::sync::thread;
+use crate::disk::{Event, HoldFigures};
 
 /// What one ring did for a hold.
 #[derive(Clone, Copy, Debug)]

@@ -7,7 +7,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryBackend;
 
 use super::*;
-use crate::chance::Chance;
+use crate::base::prng::Chance;
 
 const SIZE: u16 = 8;
 const BYTES: usize = 0x1000;

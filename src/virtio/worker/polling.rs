@@ -87,7 +87,10 @@ impl Worker {
             // From here on the guest kicks again. What it made available meanwhile it told nobody of.
             let more = self.ring.enable_kicks();
             #[cfg(all(test, feature = "model"))]
-            let more = more && !crate::sync::orders::planted(crate::sync::orders::Mutant::SleepsUnlooking);
+            let more = more
+                && !crate::base::sync::interleavings::planted(
+                    crate::base::sync::interleavings::Mutant::SleepsUnlooking,
+                );
             self.more |= more;
         }
         self.more |= found;
@@ -105,7 +108,7 @@ impl Worker {
                     return true;
                 }
                 std::hint::spin_loop();
-                crate::sync::let_others_run();
+                crate::base::sync::let_others_run();
             }
             if start.elapsed() >= self.polling.longest {
                 return false;

@@ -14,8 +14,8 @@ use super::super::queue_state::Stopped;
 use super::super::split_ring::SplitRing;
 use super::{Setup, Worker};
 use crate::backend::{BlockingCall, Caller};
-use crate::sync::mpsc::Sender;
-use crate::sync::{Mutex, MutexGuard, reused, thread};
+use crate::base::sync::mpsc::Sender;
+use crate::base::sync::{Mutex, MutexGuard, reused, thread};
 
 /// A ring, from its start to its stop.
 pub(in super::super) struct Relay {

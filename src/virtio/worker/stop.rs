@@ -11,11 +11,11 @@ use std::time::Instant;
 use super::super::rings::Kept;
 use super::Worker;
 use crate::backend::{Errno, IoBuf, Op};
+#[cfg(all(test, feature = "model"))]
+use crate::base::sync::interleavings::{Mutant, planted};
+use crate::base::sync::mpsc::Sender;
 use crate::disk::{Event, FailedRequest};
 use crate::engine::Kind;
-use crate::sync::mpsc::Sender;
-#[cfg(all(test, feature = "model"))]
-use crate::sync::orders::{Mutant, planted};
 
 /// How a ring is to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

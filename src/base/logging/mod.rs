@@ -15,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
-use crate::text::{clean, clean_lines, shown};
+use super::text::{clean, clean_lines, shown};
 use output::{Output, wait_for_room, write_now};
 
 /// How long the end of the process waits for the reader of the log.

@@ -25,11 +25,11 @@ use super::vanished::Wire;
 use super::worker::Stop;
 use crate::backend::null::NullBackend;
 use crate::backend::{Backend, Errno, Geometry, IoQueue};
+use crate::base::sync::interleavings::{Mutant, holds};
+use crate::base::sync::thread;
+use crate::base::sync::{Bell, yield_until_readable};
 use crate::disk::{Disk, Event, Events};
 use crate::engine::CacheMode;
-use crate::sync::orders::{Mutant, holds};
-use crate::sync::thread;
-use crate::sync::{Bell, yield_until_readable};
 
 const SIZE: u16 = 4;
 const WRITES: u16 = 3;

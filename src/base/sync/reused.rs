@@ -96,7 +96,7 @@ mod real {
 #[cfg(feature = "model")]
 mod model {
     use super::io;
-    use crate::sync::thread;
+    use crate::base::sync::thread;
 
     /// Work that a thread does.
     pub(crate) struct Task<T>(thread::JoinHandle<T>);

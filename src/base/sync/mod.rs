@@ -5,11 +5,13 @@
 //! counters of the request path, use std directly.
 
 #[cfg(all(test, feature = "model"))]
-pub(crate) mod orders;
+pub(crate) mod interleavings;
 pub(crate) mod reused;
 
 #[cfg(all(feature = "model", not(test)))]
-compile_error!("the feature `model` is for tests of the library alone: cargo test --lib --features model orders::");
+compile_error!(
+    "the feature `model` is for tests of the library alone: cargo test --lib --features model interleavings::"
+);
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -40,7 +42,7 @@ impl Bell {
     /// there finds nothing, and sleeps on. Any thread; does not block.
     pub(crate) fn ring_after(&self, post: impl FnOnce() -> bool) {
         #[cfg(all(test, feature = "model"))]
-        if orders::planted(orders::Mutant::RingsFirst) {
+        if interleavings::planted(interleavings::Mutant::RingsFirst) {
             self.ring();
             post();
             return;
@@ -61,7 +63,7 @@ impl Bell {
     /// the two rings again. The thread that polls.
     pub(crate) fn silence_before<T>(&self, take: impl FnOnce() -> T) -> T {
         #[cfg(all(test, feature = "model"))]
-        if orders::planted(orders::Mutant::SilencesLast) {
+        if interleavings::planted(interleavings::Mutant::SilencesLast) {
             let taken = take();
             self.was_rung();
             return taken;

@@ -1,0 +1,29 @@
+//! What every room may use and that itself knows none of them: hand-off between threads, system calls, signals, Unix
+//! sockets, the pid file, the log, rate limits.
+//!
+//! | file | what |
+//! |---|---|
+//! | `sync` | a mutex, channels and a bell, with which threads hand work to each other |
+//! | `syscalls` | system calls that no safe wrapper has (unsafe) |
+//! | `signals` | signals as events that the main thread waits for |
+//! | `systemd` | sd_notify(3) |
+//! | `unix_listener` | a Unix socket that replaces a dead server's and refuses to replace a living one's |
+//! | `pid_file` | the pid file and its lock |
+//! | `logging` | the log on standard error |
+//! | `rate_limit` | how often something may be logged |
+//! | `prng` | pseudo-random numbers, for the RAM disk and for tests |
+
+pub(crate) mod base64;
+pub mod logging;
+pub mod pid_file;
+pub(crate) mod prng;
+pub(crate) mod publish;
+pub(crate) mod rate_limit;
+pub mod signals;
+pub(crate) mod sync;
+pub(crate) mod syscalls;
+pub(crate) mod systemd;
+pub mod text;
+pub(crate) mod trust;
+pub mod units;
+pub mod unix_listener;
