@@ -31,7 +31,7 @@ mod gate;
 mod model;
 pub mod on_error;
 mod sync_line;
-mod words;
+mod types;
 
 use std::collections::VecDeque;
 
@@ -39,7 +39,7 @@ pub use cache::{CacheMode, CachePolicy};
 use gate::WriteGate;
 pub use on_error::OnError;
 use sync_line::{SyncLine, Waiter};
-pub use words::{Action, Errno, Kind, Offer, Slot, Token};
+pub use types::{Action, Errno, Kind, Offer, Slot, Token};
 
 /// The state of the request in one slot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
