@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use virtioblkd::backend::bounce_pool::Depot;
 use virtioblkd::backend::file::{FileBackend, FileOptions};
 use virtioblkd::backend::null::NullBackend;
-use virtioblkd::backend::pool::Depot;
 use virtioblkd::backend::stable::{StableBackend, StableWrites};
 use virtioblkd::backend::{Backend, IoBuf, Op, OpId};
 use virtioblkd::disk::Events;

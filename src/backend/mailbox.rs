@@ -40,8 +40,8 @@ mod orders {
     use std::sync::Arc;
 
     use super::super::Source;
-    use super::super::watch::Watches;
     use super::*;
+    use crate::backend::eventfd_poll::Watches;
     use crate::base::sync::interleavings::{Mutant, holds};
     use crate::base::sync::thread;
 

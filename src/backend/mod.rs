@@ -14,22 +14,22 @@
 //! 7. A full queue hands the op back; it takes ops again once something was reaped.
 
 pub mod blocking;
+pub mod bounce_pool;
 pub mod buffer;
-mod call;
+mod eventfd_poll;
 pub mod file;
-mod latch;
 pub mod layer;
 mod mailbox;
 pub mod mem;
 pub mod notices;
 pub mod null;
 pub mod point_in_time;
-pub mod pool;
+mod preadv;
 pub mod rbd;
 pub mod slow;
 pub mod stable;
+mod sticky_error;
 mod uring;
-mod watch;
 
 use std::io;
 use std::os::fd::BorrowedFd;

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use super::watch::{Watches, deadline};
+use super::eventfd_poll::{Watches, deadline};
 use super::{Backend, Completion, DurableWrite, Errno, Geometry, IoQueue, Op, OpId, Source, Wakeups};
 
 /// A disk of nothing.

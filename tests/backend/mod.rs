@@ -12,11 +12,11 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use virtioblkd::backend::bounce_pool::Depot;
 use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
 use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
 use virtioblkd::backend::null::NullBackend;
 use virtioblkd::backend::point_in_time::PointInTime;
-use virtioblkd::backend::pool::Depot;
 use virtioblkd::backend::stable::{StableBackend, StableWrites};
 use virtioblkd::backend::{Backend, Completion, Errno, IoBuf, IoQueue, Op, OpId};
 use virtioblkd::disk::{Copies, CopyOptions, Events};

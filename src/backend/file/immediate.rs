@@ -19,8 +19,8 @@ use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use super::super::buffer::IovecList;
-use super::super::call;
 use super::super::{BlockingCall, Errno, IoBuf};
+use crate::backend::preadv;
 
 /// A write that took longer has slept. The copy of the largest takes a tenth.
 const SLOW: Duration = Duration::from_millis(1);
@@ -120,7 +120,7 @@ impl Immediate {
             (_, Nowait::Offered) => libc::RWF_NOWAIT,
             (_, Nowait::Unknown) => return Outcome::Moved(0),
         };
-        let result = call::transfer(file, false, buf, 0..buf.len(), offset, flags, &mut self.scratch.0);
+        let result = preadv::transfer(file, false, buf, 0..buf.len(), offset, flags, &mut self.scratch.0);
         if result == Err(Errno(libc::EOPNOTSUPP)) {
             self.reads = Nowait::Unknown;
         }

@@ -7,17 +7,18 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use super::super::buffer::IovecList;
-use super::super::pool::Pool;
 use super::super::uring::{Command, Event, Ring, Transfer};
-use super::super::{BlockingCall, Caller, Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups, call};
+use super::super::{BlockingCall, Caller, Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
 use super::Shared;
-use super::copied::{Copied, Next};
-use super::helper::Helper;
+use super::bounce::{Copied, Next};
+use super::change_counter::Upto;
+use super::helper_thread::Helper;
 use super::immediate::{Immediate, Outcome};
 use super::mailbox::{Mail, Mailbox};
-use super::ranged::{Ranged, Step};
-use super::rmw::Ticket;
-use super::unsynced::Upto;
+use super::range_locks::Ticket;
+use super::range_op::{Ranged, Step};
+use crate::backend::bounce_pool::Pool;
+use crate::backend::preadv;
 
 const KICK: u32 = 0;
 const WAKE: u32 = 1;
@@ -558,7 +559,7 @@ impl Caller for FileCaller {
 }
 
 fn make(file: BorrowedFd<'_>, call: &mut BlockingCall, scratch: &mut Vec<libc::iovec>) {
-    call.result = call::transfer(file, true, &call.buf, 0..call.buf.len(), call.offset, call.flags, scratch);
+    call.result = preadv::transfer(file, true, &call.buf, 0..call.buf.len(), call.offset, call.flags, scratch);
     if call.began.is_some() {
         call.ended = Some(Instant::now());
     }

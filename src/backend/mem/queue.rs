@@ -5,9 +5,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::super::watch::{Watches, deadline};
 use super::super::{Completion, Errno, IoQueue, Op, OpId, Source, Wakeups};
 use super::{MemOp, Order, Shared};
+use crate::backend::eventfd_poll::{Watches, deadline};
 use crate::base::prng::Chance;
 
 /// A queue of a [`MemBackend`](super::MemBackend).

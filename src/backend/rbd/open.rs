@@ -6,16 +6,16 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Mutex, mpsc};
 
-use super::super::latch::Latch;
 use super::super::{DurableWrite, Errno, Geometry, RangeLimits};
 use super::handle::{Cluster, Image, Pool};
-use super::keeper::News;
+use super::image_health::Trouble;
 use super::lock::{self, Lock};
 use super::options::{self, InForce};
 use super::sys::Api;
 use super::takeover::StateFile;
-use super::trouble::Trouble;
+use super::watch_thread::News;
 use super::{RbdOptions, Shared, luks};
+use crate::backend::sticky_error::Latch;
 use crate::engine::CachePolicy;
 
 /// Blocks that the cluster writes without reading first.

@@ -5,10 +5,10 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::super::watch::{Watches, deadline};
 use super::super::{Completion, Errno, IoQueue, Op, OpId, Source, Wakeups};
 use super::Shared;
 use super::aio::{self, Inbox};
+use crate::backend::eventfd_poll::{Watches, deadline};
 
 /// How long a queue that is dropped waits before it says for what.
 const QUIETLY: Duration = Duration::from_secs(5);

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::lock::{Lock, State};
-use super::{Errno, Shared, trouble};
+use super::{Errno, Shared, image_health};
 
 /// How often the lock is asked for, or looked after, until it is ours again.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
@@ -74,7 +74,7 @@ impl Lock {
                 );
             }
         }
-        trouble::tell(&shared.news);
+        image_health::tell(&shared.news);
         Ok(())
     }
 
@@ -100,7 +100,7 @@ impl Lock {
             Ok(_) => match self.acquire(shared, state) {
                 Ok(()) => {
                     log::info!("{}: took the exclusive lock again", shared.name);
-                    trouble::tell(&shared.news);
+                    image_health::tell(&shared.news);
                     false
                 }
                 Err(error) => {

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::super::buffer::IovecList;
-use super::super::pool::{Depot, Piece, Pool};
 use super::super::{Backend, BlockingCall, Caller, Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
 use super::status::Tally;
+use crate::backend::bounce_pool::{Depot, Piece, Pool};
 
 /// Pieces at work at once, on one queue, beyond one for each op: long writes go in several.
 const SPARE: usize = 16;

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
-use super::watch::Watches;
+use super::eventfd_poll::Watches;
 use super::{Backend, DurableWrite, Errno, Geometry, IoBuf, IoQueue};
 use crate::base::prng::Chance;
 use queue::MemQueue;

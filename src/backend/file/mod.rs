@@ -1,18 +1,18 @@
 //! Raw image files and host block devices: one io_uring a ring, and plain calls for what needs no waiting.
 
-mod below;
-mod copied;
+mod bounce;
+mod change_counter;
+mod device_stack;
 mod geometry;
-mod helper;
+mod helper_thread;
 mod immediate;
 mod lock;
 mod mailbox;
 mod open;
 mod queue;
-mod ranged;
+mod range_locks;
+mod range_op;
 mod resize;
-mod rmw;
-mod unsynced;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -24,16 +24,16 @@ use rustix::fs::{Advice, OFlags};
 
 pub use open::OpenError;
 
-use super::latch::Latch;
-use super::pool::Depot;
+use super::bounce_pool::Depot;
+use super::sticky_error::Latch;
 use super::uring::Submission;
 use super::{Backend, BufferUse, DurableWrite, Errno, Geometry, IoQueue};
 use crate::engine::CachePolicy;
+use change_counter::Unsynced;
 use geometry::{Alignment, Storage};
 use queue::FileQueue;
-use ranged::Unable;
-use rmw::RangeLocks;
-use unsynced::Unsynced;
+use range_locks::RangeLocks;
+use range_op::Unable;
 
 /// Whether QEMU's image locks are used (`--locking`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -164,7 +164,7 @@ impl FileBackend {
             durable_write: if options.durable_writes { DurableWrite::Native } else { DurableWrite::Emulate },
         };
         let buffer_use = if direct {
-            below::of(opened.fd.as_fd(), opened.is_device, &options.sysfs)
+            device_stack::of(opened.fd.as_fd(), opened.is_device, &options.sysfs)
         } else {
             BufferUse::Copies("the host's page cache gets a copy of each write".into())
         };
@@ -360,7 +360,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::backend::{IoBuf, Op, OpId, call};
+    use crate::backend::{IoBuf, Op, OpId, preadv};
     use crate::engine::CacheMode;
 
     fn image(policy: CacheMode) -> (tempfile::NamedTempFile, Result<FileBackend, OpenError>) {
@@ -389,7 +389,7 @@ mod tests {
         assert_eq!(at_once(&mut *queue, write()), Some(Ok(())));
         let part = IoBuf::owned(4096, 4096, 0);
         let asked =
-            call::transfer(file.as_file().as_fd(), false, &part, 0..512, 4096, libc::RWF_NOWAIT, &mut Vec::new());
+            preadv::transfer(file.as_file().as_fd(), false, &part, 0..512, 4096, libc::RWF_NOWAIT, &mut Vec::new());
         if asked == Err(Errno(libc::EOPNOTSUPP)) {
             return eprintln!("SKIPPED: reads of {} do not know RWF_NOWAIT", file.path().display());
         }

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use super::super::Notices;
 use super::Shared;
+use super::callbacks::Watch;
 use super::quiesce::Quiesces;
-use super::watch::Watch;
 
 /// What the keeper hears.
 pub(super) enum News {

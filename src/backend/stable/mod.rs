@@ -23,8 +23,8 @@ use std::sync::Arc;
 
 use log::Level;
 
+use super::bounce_pool::Depot;
 use super::layer::Layer;
-use super::pool::Depot;
 use super::{Backend, IoQueue};
 use crate::disk::{Events, ImageStatus, StableWritesStatus};
 use copy::CopyingQueue;

@@ -7,9 +7,10 @@
 
 mod aio;
 mod attempt;
+mod callbacks;
 mod data_map;
 mod handle;
-mod keeper;
+mod image_health;
 mod lock;
 mod luks;
 mod name;
@@ -21,8 +22,7 @@ mod recheck;
 mod snapshots;
 mod sys;
 mod takeover;
-mod trouble;
-mod watch;
+mod watch_thread;
 
 use std::io;
 use std::path::PathBuf;
@@ -34,17 +34,17 @@ use std::time::{Duration, Instant};
 pub use name::RbdName;
 pub use open::OpenError;
 
-use super::latch::Latch;
+use super::sticky_error::Latch;
 use super::{Backend, BufferUse, Errno, Geometry, IoQueue, Notices};
 use crate::disk::{ImageSnapshots, ImageStatus, RbdStatus};
 use crate::engine::CacheMode;
 use data_map::DataMap;
 use handle::Image;
-use keeper::{Keeper, News};
+use image_health::Trouble;
 use lock::Lock;
 use queue::RbdQueue;
 use quiesce::Quiesces;
-use trouble::Trouble;
+use watch_thread::{Keeper, News};
 
 /// Whether the image's lock is taken while a guest uses it (`--rbd-lock`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -7,9 +7,10 @@ use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use super::super::Errno;
 use super::super::uring::Transfer;
-use super::super::{Errno, call};
 use super::mailbox::{Mail, Mailbox};
+use crate::backend::preadv;
 use crate::base::syscalls;
 
 /// EAGAIN in a row from plain calls, with [`PAUSE`] between them, before a transfer is given up.
@@ -86,7 +87,7 @@ fn move_all(file: BorrowedFd<'_>, transfer: &Transfer) -> Result<(), Errno> {
     while done < transfer.len {
         let range = transfer.from + done..transfer.from + transfer.len;
         let offset = transfer.offset + done as u64;
-        match call::transfer(file, transfer.write, &transfer.buf, range, offset, flags, &mut scratch) {
+        match preadv::transfer(file, transfer.write, &transfer.buf, range, offset, flags, &mut scratch) {
             // Inside the image: the file was cut short under us, or takes nothing for ever.
             Ok(0) => return Err(Errno(libc::EIO)),
             Ok(moved) => (done, retries) = (done + moved, 0),

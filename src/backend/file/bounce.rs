@@ -1,9 +1,9 @@
 //! Transfers that go through memory of our own: buffers that O_DIRECT would refuse, and writes of less than a block
 //! of the medium (read-modify-write).
 
-use super::super::pool::{Piece, Pool};
 use super::super::uring::{Command, Transfer};
 use super::super::{Errno, IoBuf};
+use crate::backend::bounce_pool::{Piece, Pool};
 
 /// A read or write of the image in parts, each of which is copied. The range that is read or written is extended to
 /// whole blocks of `align`; for a write the caller holds the range lock, and what surrounds the data is read first.

@@ -3,11 +3,11 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::super::buffer::MOST_ZEROES;
-use super::super::pool::Pool;
 use super::super::uring::{Command, Transfer};
 use super::super::{Errno, IoBuf};
 use super::Shared;
-use super::copied::{Copied, Next};
+use super::bounce::{Copied, Next};
+use crate::backend::bounce_pool::Pool;
 
 /// What this image turned out not to be able to do.
 #[derive(Default)]

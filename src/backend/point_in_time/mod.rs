@@ -15,7 +15,7 @@
 mod bitmap;
 mod copier;
 mod copy;
-mod keep;
+mod image_lease;
 mod notes;
 mod order;
 mod queue;
@@ -40,7 +40,7 @@ use super::{Backend, IoQueue};
 use crate::base::sync::reused;
 use crate::disk::{Copies, CopyError, CopyOptions, CopyStatus, Events};
 use copy::{Copy, Phase};
-use keep::Keep;
+use image_lease::Keep;
 use order::{Liveness, TargetLinks, TargetOrder};
 use queue::DelayingQueue;
 use scratch::Scratches;
