@@ -94,7 +94,7 @@ fn the_checks_let_honest_text_pass() {
         ("src/virtio/worker.rs", "use std::fs::File;"),
         ("src/virtio/worker.rs", "let ring = \"http://example.org\"; // std::fs"),
         ("src/backend/uring/mod.rs", "//! UNSAFE. The ring.\n#![allow(unsafe_code)]\nunsafe impl Send for Ring {}"),
-        ("src/config.rs", "Unsafe, \"unsafe\", \"unsafe { }\""),
+        ("src/config/mod.rs", "Unsafe, \"unsafe\", \"unsafe { }\""),
         ("src/engine/gate.rs", "let c = '\"'; let text = r#\"use std::io; \"crate::disk\" \"#;"),
         ("src/engine/mod.rs", "mod gate;\npub use gate::WriteGate;\nuse Kind::*;\nfn f() -> impl Sized + use<'_> {}"),
     ];
