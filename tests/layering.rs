@@ -16,7 +16,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/backend/rbd/callbacks.rs", "calls them; is called by them"),
     ("src/virtio/mapped.rs", "guest memory as iovecs and atomics"),
     ("src/virtio/vanished.rs", "a signal handler that maps zeroes over memory that vanished"),
-    ("src/sandbox/violation.rs", "a signal handler that names the system call that was stopped"),
+    ("src/sandbox/sigsys.rs", "a signal handler that names the system call that was stopped"),
     ("src/base/syscalls.rs", "system calls that no safe wrapper has"),
     ("src/snapshot/spawn.rs", "a command with another signal mask"),
     ("src/server/inherited.rs", "a descriptor that is known by its number alone"),

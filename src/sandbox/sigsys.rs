@@ -4,7 +4,7 @@
 use std::io;
 use std::ptr::null_mut;
 
-use super::calls;
+use super::syscall_filter;
 use crate::base::logging;
 
 /// Installs the handler; the filter comes after it. Main, once. Errors: sigaction(2) failed.
@@ -26,11 +26,11 @@ extern "C" fn on_sigsys(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     line.add("error: the sandbox stopped the system call ");
     // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo.
     let number = unsafe { blocked_call(info) };
-    match calls::name(libc::c_long::from(number)) {
+    match syscall_filter::name(libc::c_long::from(number)) {
         Some(name) => line.add(name),
         None => line.add("number "),
     }
-    if calls::name(libc::c_long::from(number)).is_none() {
+    if syscall_filter::name(libc::c_long::from(number)).is_none() {
         line.add_number(number.unsigned_abs());
     }
     line.add(

@@ -17,12 +17,12 @@
 //!
 //! `virtioblkctl` is outside: hooks, commands and reflinks are its own.
 
-mod calls;
 mod ceph;
 mod copy_dirs;
-mod paths;
+mod path_rules;
+mod sigsys;
+mod syscall_filter;
 mod user;
-mod violation;
 
 use std::fmt;
 use std::io;
@@ -99,7 +99,7 @@ pub enum SandboxError {
     /// prctl(2), setrlimit(2) or sigaction(2); what for.
     Process(&'static str, io::Error),
     /// Rules on paths.
-    Paths(paths::PathsError),
+    Paths(path_rules::PathsError),
 }
 
 impl fmt::Display for SandboxError {
@@ -132,7 +132,7 @@ impl fmt::Display for SandboxError {
                  into the sysctl kernel.io_uring_group, or use --sandbox off"
             ),
             SandboxError::Process(what, error) => write!(f, "cannot {what}: {error}; --sandbox off does without"),
-            SandboxError::Paths(error @ paths::PathsError::Rules(_)) => {
+            SandboxError::Paths(error @ path_rules::PathsError::Rules(_)) => {
                 write!(f, "{error}; --sandbox off does without")
             }
             SandboxError::Paths(error) => error.fmt(f),
@@ -175,11 +175,11 @@ impl<'a> Sandbox<'a> {
         if !Needs::of(&self.config.backend).network || self.config.sandbox == Level::Off {
             return Ok(open());
         }
-        let rules = paths::rules(self.config, Stage::Opening, Vec::new()).map_err(SandboxError::Paths)?;
+        let rules = path_rules::rules(self.config, Stage::Opening, Vec::new()).map_err(SandboxError::Paths)?;
         let switch = self.user.is_some();
         let restricted = move || {
             user::keep_few_capabilities(switch)?;
-            match paths::confine(rules, Needs::of(&self.config.backend)) {
+            match path_rules::confine(rules, Needs::of(&self.config.backend)) {
                 // That the kernel has no such rules is said at the end, once.
                 Ok(_) | Err(None) => Ok(open()),
                 Err(Some(error)) => Err(SandboxError::Paths(error)),
@@ -204,12 +204,12 @@ impl<'a> Sandbox<'a> {
         self.restrict(rules)
     }
 
-    fn rules(&mut self) -> Result<Vec<paths::Rule>, SandboxError> {
+    fn rules(&mut self) -> Result<Vec<path_rules::Rule>, SandboxError> {
         match self.config.sandbox {
             Level::Off => Ok(Vec::new()),
             Level::On | Level::NoFilter => {
                 let copy_dirs = self.copy_dirs.drain(..).filter_map(|opened| opened.place).collect();
-                paths::rules(self.config, Stage::Serving, copy_dirs).map_err(SandboxError::Paths)
+                path_rules::rules(self.config, Stage::Serving, copy_dirs).map_err(SandboxError::Paths)
             }
         }
     }
@@ -223,7 +223,7 @@ impl<'a> Sandbox<'a> {
         }
     }
 
-    fn restrict(&self, rules: Vec<paths::Rule>) -> Result<(), SandboxError> {
+    fn restrict(&self, rules: Vec<path_rules::Rule>) -> Result<(), SandboxError> {
         if self.config.sandbox == Level::Off {
             log::warn!("the sandbox is off: whoever breaks into this daemon can do what its user can");
             return Ok(());
@@ -237,7 +237,7 @@ impl<'a> Sandbox<'a> {
             .map_err(|errno| SandboxError::Process("forbid core dumps (RLIMIT_CORE)", errno.into()))?;
         rustix::thread::set_no_new_privs(true)
             .map_err(|errno| SandboxError::Process("give up new privileges (PR_SET_NO_NEW_PRIVS)", errno.into()))?;
-        let paths = match paths::confine(rules, needs) {
+        let paths = match path_rules::confine(rules, needs) {
             Ok(confined) => Some(confined),
             Err(Some(error)) => return Err(SandboxError::Paths(error)),
             Err(None) => {
@@ -264,8 +264,8 @@ impl<'a> Sandbox<'a> {
             log::warn!("system calls are not filtered (--sandbox no-filter)");
             return Ok(false);
         }
-        violation::install().map_err(|error| SandboxError::Process("handle SIGSYS", error))?;
-        let installed = calls::install(needs);
+        sigsys::install().map_err(|error| SandboxError::Process("handle SIGSYS", error))?;
+        let installed = syscall_filter::install(needs);
         if let Err(error) = &installed {
             log::warn!("system calls cannot be filtered here ({error}): whoever breaks into this daemon can make any");
         }
@@ -274,7 +274,7 @@ impl<'a> Sandbox<'a> {
 }
 
 /// Warns of what this kernel's rules lack and nothing else stops; returns what the filter stops, for the log.
-fn say_lacks(confined: &paths::Confined, filtered: bool) -> String {
+fn say_lacks(confined: &path_rules::Confined, filtered: bool) -> String {
     let (open, stopped) = confined.lacks(filtered, systemd::is_connected());
     if !open.is_empty() {
         log::warn!(
