@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use driver::chance::Chance;
 use driver::{ALL, Driver};
 use serde_json::json;
-use virtioblkd::client::Client;
+use virtioblkd::control::client::Client;
 use virtioblkd::engine::CacheMode;
 
 const QUEUES: usize = 4;

@@ -9,7 +9,6 @@
 
 pub mod backend;
 pub mod base;
-pub mod client;
 pub mod config;
 pub mod control;
 pub mod disk;

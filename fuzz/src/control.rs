@@ -1,8 +1,8 @@
 //! What a client writes to the control socket, in pieces of any size.
 
 use serde_json::Value;
-use virtioblkd::control::stream::{Decoder, Garbage, MOST_BYTES};
-use virtioblkd::control::{Access, proto};
+use virtioblkd::control::protocol::json_stream::{Decoder, Garbage, MOST_BYTES};
+use virtioblkd::control::{Access, protocol};
 
 /// The first byte is the size of the pieces.
 pub fn run(data: &[u8]) {
@@ -11,8 +11,8 @@ pub fn run(data: &[u8]) {
     assert_eq!(outcomes(text, usize::from(*piece).max(1)), whole, "however it is cut");
     for value in whole.into_iter().flatten() {
         for (negotiated, access) in [(false, Access::ReadOnly), (true, Access::Operate), (true, Access::All)] {
-            let request = proto::parse(value.clone(), negotiated, access);
-            let reply = proto::reply(request.id.as_ref(), request.command.map(|_| Value::Null));
+            let request = protocol::parse(value.clone(), negotiated, access);
+            let reply = protocol::reply(request.id.as_ref(), request.command.map(|_| Value::Null));
             assert!(reply.ends_with(b"\r\n") && !reply[..reply.len() - 2].contains(&b'\n'), "one line");
             // What is refused is shown cut, and an `id` comes back as it was: the answer to little is little.
             assert!(reply.len() < 6 * MOST_BYTES + 1024, "{}", reply.len());

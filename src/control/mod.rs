@@ -6,24 +6,20 @@
 //! events and the error codes are listed at the head of [`protocol`].
 
 mod access;
-mod attend;
-mod copies;
+pub mod client;
 mod creds;
-mod image_snapshots;
-mod inbox;
+mod image_notices;
 mod peer;
-pub mod proto;
+pub mod protocol;
 pub mod quiesce;
 mod service;
 mod socket;
-pub mod stream;
-mod words;
 
 pub use access::{Access, is_trusted};
-pub use attend::AttendCommand;
-pub use copies::CopyCommand;
 pub use creds::Credentials;
-pub use image_snapshots::ImageSnapshotCommand;
-pub use inbox::ImageNotices;
+pub use image_notices::ImageNotices;
+pub use service::attendance::AttendCommand;
+pub use service::copies::CopyCommand;
+pub use service::snapshot_jobs::ImageSnapshotCommand;
 pub use service::{CommandLine, Info, Upgrade};
 pub use socket::{Server, Setup};

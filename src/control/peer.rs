@@ -10,8 +10,8 @@ use serde_json::Value;
 
 use super::access::Access;
 use super::creds::Credentials;
+use super::protocol::json_stream::{Decoder, Garbage};
 use super::quiesce::PeerId;
-use super::stream::{Decoder, Garbage};
 
 /// Bytes read in one turn.
 const READ_SIZE: usize = 16 * 1024;

@@ -13,9 +13,9 @@ use serde_json::Value;
 
 use super::access::Access;
 use super::creds::Credentials;
-use super::inbox::{ImageNotices, Inbox};
+use super::image_notices::{ImageNotices, Inbox};
 use super::peer::Peer;
-use super::proto;
+use super::protocol;
 use super::quiesce::{PeerId, STORE};
 use super::service::{Info, Service, To, Upgrade};
 use crate::base::sync::{Bell, Mutex};
@@ -352,7 +352,7 @@ impl Control {
         };
         if !self.allows(credentials) {
             log::warn!("control: user {} (pid {}) is refused", credentials.uid, credentials.pid);
-            let error = proto::Error::new(
+            let error = protocol::Error::new(
                 "not-allowed",
                 format!(
                     "user {} may not use this socket; be root or the daemon's user, or widen the socket's mode",
@@ -368,13 +368,13 @@ impl Control {
         {
             log::warn!("control: {most} clients are connected, another one is refused");
             let desc = format!("{most} clients are connected, which is as many as this server keeps; try again");
-            turn_away(&stream, proto::Error::new("too-many-clients", desc));
+            turn_away(&stream, protocol::Error::new("too-many-clients", desc));
             return;
         }
         self.last_peer += 1;
         match Peer::new(self.last_peer, stream, (credentials, access), now) {
             Ok(mut peer) => {
-                peer.queue(&proto::greeting());
+                peer.queue(&protocol::greeting());
                 peer.flush();
                 self.peers.push(peer);
             }
@@ -451,9 +451,9 @@ fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<(
 }
 
 /// One error line in place of the greeting. A fresh socket has room for it.
-fn turn_away(mut stream: &UnixStream, error: proto::Error) {
+fn turn_away(mut stream: &UnixStream, error: protocol::Error) {
     let told =
-        stream.set_nonblocking(true).and_then(|()| io::Write::write(&mut stream, &proto::reply(None, Err(error))));
+        stream.set_nonblocking(true).and_then(|()| io::Write::write(&mut stream, &protocol::reply(None, Err(error))));
     if let Err(error) = told {
         log::debug!("control: the refused client did not wait to hear why: {error}");
     }

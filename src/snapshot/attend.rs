@@ -22,7 +22,7 @@ use super::receipt::Receipt;
 use super::wait::{Wake, wait};
 use crate::base::signals::Signals;
 use crate::base::systemd;
-use crate::client::{Client, Failure, Message, PATIENCE};
+use crate::control::client::{Client, Failure, Message, PATIENCE};
 
 /// Between two attempts to reach a daemon that is gone.
 const AGAIN: Duration = Duration::from_secs(1);

@@ -21,7 +21,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
 use super::wait::{Stop, Wake, wait};
-use crate::client::Failure;
+use crate::control::client::Failure;
 use crate::upgrade::Channel;
 
 /// The hidden subcommand of `virtioblkctl` that calls [`serve`].

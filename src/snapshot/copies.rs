@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::disks::{Disks, Unanswered, interrupted};
 use super::plan::Plan;
 use super::wait::{Stop, Wake, wait};
-use crate::client::{Client, Failure, PATIENCE};
+use crate::control::client::{Client, Failure, PATIENCE};
 
 /// How often a copy is asked how far it is, if nothing is heard of it.
 const TICK: Duration = Duration::from_millis(500);

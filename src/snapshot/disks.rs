@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 use serde_json::{Value, json};
 
 use super::wait::{Stop, Wake, wait};
-use crate::client::{Client, Failure, PATIENCE};
+use crate::control::client::{Client, Failure, PATIENCE};
 
 /// The daemon's own deadline comes first, so that its words are heard and not ours.
 const SLACK: Duration = Duration::from_secs(1);

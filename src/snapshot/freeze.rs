@@ -12,7 +12,7 @@ use super::guest::{Checked, Thawed, VSS_HOLD};
 use super::plan::{AgentAt, Level};
 use super::receipt::Receipt;
 use super::wait::{Stop, Wake, wait};
-use crate::client::Failure;
+use crate::control::client::Failure;
 
 /// What is to be frozen, and how.
 #[derive(Clone, Debug)]

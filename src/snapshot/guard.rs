@@ -22,7 +22,7 @@ use super::guest::Guest;
 use super::hooks::Hooks;
 use super::plan::AgentAt;
 use super::wait::{Stop, Wake, wait};
-use crate::client::Failure;
+use crate::control::client::Failure;
 
 /// The hidden subcommand of `virtioblkctl` that calls [`serve`].
 pub const SUBCOMMAND: &str = "snapshot-guard";

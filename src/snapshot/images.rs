@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::disks::{Disks, Unanswered};
 use super::wait::Stop;
-use crate::client::{Failure, PATIENCE};
+use crate::control::client::{Failure, PATIENCE};
 
 /// For a removal: the store may be slow, and nobody is held up.
 const FOR_REMOVAL: Duration = Duration::from_secs(60);

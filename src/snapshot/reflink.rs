@@ -18,7 +18,7 @@ use super::disks::{Disk, interrupted};
 use super::wait::{Stop, Wake, wait};
 use crate::base::publish::publish;
 use crate::base::syscalls;
-use crate::client::Failure;
+use crate::control::client::Failure;
 
 /// What the probe clones: a multiple of every filesystem's block.
 const PROBE: u64 = 64 * 1024;

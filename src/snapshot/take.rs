@@ -20,7 +20,7 @@ use super::plan::{self, Plan, Way};
 use super::receipt::{DiskReceipt, Receipt};
 use super::reflink::{self, Target};
 use crate::base::signals::Signals;
-use crate::client::Failure;
+use crate::control::client::Failure;
 
 /// The code of failures that are the command line's.
 pub const USAGE: &str = "usage";

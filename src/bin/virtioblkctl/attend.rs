@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 use virtioblkd::base::logging;
-use virtioblkd::client::Failure;
+use virtioblkd::control::client::Failure;
 use virtioblkd::snapshot::attend::{self, Plan};
 use virtioblkd::snapshot::plan::Level;
 use virtioblkd::snapshot::receipt::Receipt;

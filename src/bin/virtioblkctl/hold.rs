@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::show;
 use virtioblkd::base::logging;
-use virtioblkd::client::{Client, Failure, Message, PATIENCE};
+use virtioblkd::control::client::{Client, Failure, Message, PATIENCE};
 use virtioblkd::snapshot::spawn;
 
 /// Our own failure, as timeout(1), env(1) and nice(1) say it.

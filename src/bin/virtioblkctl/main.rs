@@ -27,9 +27,9 @@ use serde_json::{Value, json};
 use virtioblkd::base::logging;
 use virtioblkd::base::units::bytes;
 pub(crate) use virtioblkd::base::units::time as duration;
-use virtioblkd::client::{Client, Failure, PATIENCE};
 use virtioblkd::config::disk_size;
-use virtioblkd::control::proto::LONGEST_WHO;
+use virtioblkd::control::client::{Client, Failure, PATIENCE};
+use virtioblkd::control::protocol::LONGEST_WHO;
 
 /// Ask a running virtioblkd, and hold its disk still
 #[derive(Parser)]

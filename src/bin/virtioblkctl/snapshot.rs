@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 use virtioblkd::base::logging;
-use virtioblkd::client::Failure;
+use virtioblkd::control::client::Failure;
 use virtioblkd::snapshot::plan::{Level, Plan, Way};
 use virtioblkd::snapshot::receipt::Receipt;
 use virtioblkd::snapshot::{self, USAGE};

@@ -11,7 +11,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
-use virtioblkd::client::{Client, PATIENCE};
+use virtioblkd::control::client::{Client, PATIENCE};
 use virtioblkd::snapshot::spawn;
 use virtioblkd::upgrade::STARTER_VARIABLE;
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::{Value, json};
 use virtioblkd::base::logging;
-use virtioblkd::client::{Client, Failure, PATIENCE};
+use virtioblkd::control::client::{Client, Failure, PATIENCE};
 use virtioblkd::control::is_trusted;
 
 use crate::duration;

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use virtioblkd::base::logging;
-use virtioblkd::client::{Client, Failure, Message, PATIENCE};
+use virtioblkd::control::client::{Client, Failure, Message, PATIENCE};
 
 use crate::{print, show};
 

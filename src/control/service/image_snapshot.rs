@@ -3,11 +3,11 @@
 use serde_json::{Value, json};
 
 use super::Service;
-use crate::control::image_snapshots::{ImageSnapshotCommand, Job};
-use crate::control::inbox::Note;
-use crate::control::proto::Error;
+use super::replies;
+use super::snapshot_jobs::{ImageSnapshotCommand, Job};
+use crate::control::image_notices::Note;
+use crate::control::protocol::Error;
 use crate::control::quiesce::{PeerId, RequestId};
-use crate::control::words;
 use crate::disk::CopyError;
 
 impl Service {
@@ -114,6 +114,6 @@ impl Service {
     }
 
     fn no_such_hold(&self, token: &str) -> Error {
-        words::no_such_hold(self.coordinator.what_became_of(token), !self.coordinator.holds().is_empty())
+        replies::no_such_hold(self.coordinator.what_became_of(token), !self.coordinator.holds().is_empty())
     }
 }

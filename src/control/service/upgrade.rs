@@ -4,11 +4,11 @@ use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 
+use super::attendance::AttendCommand;
+use super::copies::CopyCommand;
+use super::snapshot_jobs::ImageSnapshotCommand;
 use super::{Service, To};
-use crate::control::attend::AttendCommand;
-use crate::control::copies::CopyCommand;
-use crate::control::image_snapshots::ImageSnapshotCommand;
-use crate::control::proto::{Command, Error};
+use crate::control::protocol::{Command, Error};
 use crate::control::quiesce::PeerId;
 use crate::upgrade::VERSION;
 

@@ -140,14 +140,19 @@
 //! | `internal` | a defect of this server |
 //! | `not-allowed` | the peer's user may not use this command; or not this socket, which then closes the connection |
 
+pub mod json_stream;
+
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
 
 use super::access::Access;
-use super::attend::{self, AttendCommand};
-use super::copies::{self, CopyCommand};
-use super::image_snapshots::{self, ImageSnapshotCommand};
+use super::service::attendance;
+use super::service::attendance::AttendCommand;
+use super::service::copies;
+use super::service::copies::CopyCommand;
+use super::service::snapshot_jobs;
+use super::service::snapshot_jobs::ImageSnapshotCommand;
 
 /// How long a quiesce may take when `timeout-ms` is not given.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -289,12 +294,12 @@ const COMMANDS: &[(&str, Access, Parse)] = &[
     ("query-copies", Access::ReadOnly, copies::parse_query),
     ("continue", Access::Operate, |_| Ok(Command::Continue)),
     ("resize", Access::Operate, parse_resize),
-    ("image-snapshot", Access::Operate, image_snapshots::parse_create),
-    ("image-snapshot-keep", Access::Operate, image_snapshots::parse_keep),
-    ("image-snapshot-remove", Access::Operate, image_snapshots::parse_remove),
-    ("attend", Access::Operate, attend::parse_attend),
-    ("prepared", Access::Operate, attend::parse_prepared),
-    ("unattend", Access::Operate, attend::parse_unattend),
+    ("image-snapshot", Access::Operate, snapshot_jobs::parse_create),
+    ("image-snapshot-keep", Access::Operate, snapshot_jobs::parse_keep),
+    ("image-snapshot-remove", Access::Operate, snapshot_jobs::parse_remove),
+    ("attend", Access::Operate, attendance::parse_attend),
+    ("prepared", Access::Operate, attendance::parse_prepared),
+    ("unattend", Access::Operate, attendance::parse_unattend),
     ("query-command-line", Access::All, |_| Ok(Command::QueryCommandLine)),
     ("hand-over", Access::All, parse_hand_over),
     ("quit", Access::All, |_| Ok(Command::Quit)),
@@ -656,7 +661,7 @@ mod tests {
 
     #[test]
     fn every_command_is_documented_and_listed() {
-        let source = include_str!("proto.rs");
+        let source = include_str!("mod.rs");
         for (name, ..) in COMMANDS {
             assert!(source.contains(&format!("//! | `{name}` |")), "{name} is missing in the table");
         }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::Service;
-use crate::control::words;
+use super::replies;
 use crate::disk::{Event, FailedRequest};
 
 impl Service {
@@ -40,7 +40,7 @@ impl Service {
                 }
                 Event::IoResumed { ring } => self.event("IO_RESUMED", json!({ "ring": ring })),
                 Event::SyncError(errno) => {
-                    let data = json!({"errno": errno.0, "message": words::errno(errno)});
+                    let data = json!({"errno": errno.0, "message": replies::errno(errno)});
                     let admitted = self.throttle.admit(now);
                     self.error_event("SYNC_ERROR", data, admitted);
                 }
@@ -74,6 +74,6 @@ fn failed_request(failed: &FailedRequest) -> Value {
     let FailedRequest { operation, ring, offset, len, errno } = failed;
     json!({
         "operation": operation, "ring": ring, "offset": offset, "length": len,
-        "errno": errno.0, "message": words::errno(*errno),
+        "errno": errno.0, "message": replies::errno(*errno),
     })
 }

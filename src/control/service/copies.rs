@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use super::proto::{Args, Command, Error, LONGEST_WHO};
-use super::quiesce::PeerId;
+use crate::control::protocol::{Args, Command, Error, LONGEST_WHO};
+use crate::control::quiesce::PeerId;
 use crate::disk::{Copies, CopyError, CopyOptions, Disk};
 
 /// The longest path, in bytes (PATH_MAX).
@@ -46,7 +46,7 @@ pub enum CopyCommand {
     Query,
 }
 
-pub(super) fn parse_prepare(args: &mut Args) -> Result<Command, Error> {
+pub(in crate::control) fn parse_prepare(args: &mut Args) -> Result<Command, Error> {
     let Some(target) = args.text("target", LONGEST_PATH)? else {
         return Err(Error::argument("copy-prepare needs 'target', the absolute path of the new file"));
     };
@@ -61,7 +61,7 @@ pub(super) fn parse_prepare(args: &mut Args) -> Result<Command, Error> {
     Ok(Command::Copy(CopyCommand::Prepare { options, detached }))
 }
 
-pub(super) fn parse_start(args: &mut Args) -> Result<Command, Error> {
+pub(in crate::control) fn parse_start(args: &mut Args) -> Result<Command, Error> {
     let copy = named(args)?;
     match args.text("token", LONGEST_WHO)? {
         Some(token) => Ok(Command::Copy(CopyCommand::Start { copy, token })),
@@ -69,11 +69,11 @@ pub(super) fn parse_start(args: &mut Args) -> Result<Command, Error> {
     }
 }
 
-pub(super) fn parse_cancel(args: &mut Args) -> Result<Command, Error> {
+pub(in crate::control) fn parse_cancel(args: &mut Args) -> Result<Command, Error> {
     Ok(Command::Copy(CopyCommand::Cancel { copy: named(args)? }))
 }
 
-pub(super) fn parse_bandwidth(args: &mut Args) -> Result<Command, Error> {
+pub(in crate::control) fn parse_bandwidth(args: &mut Args) -> Result<Command, Error> {
     let copy = named(args)?;
     match args.bytes("bandwidth")? {
         Some(bandwidth) => Ok(Command::Copy(CopyCommand::Bandwidth { copy, bandwidth })),
@@ -81,7 +81,7 @@ pub(super) fn parse_bandwidth(args: &mut Args) -> Result<Command, Error> {
     }
 }
 
-pub(super) fn parse_query(_: &mut Args) -> Result<Command, Error> {
+pub(in crate::control) fn parse_query(_: &mut Args) -> Result<Command, Error> {
     Ok(Command::Copy(CopyCommand::Query))
 }
 
@@ -92,14 +92,14 @@ fn named(args: &mut Args) -> Result<String, Error> {
 
 /// Which connection prepared which copy.
 #[derive(Default)]
-pub(super) struct CopyOwners {
+pub(in crate::control) struct CopyOwners {
     /// By the copy's name: the connection, and whether the copy outlives it once it runs.
     owners: HashMap<String, (PeerId, bool)>,
 }
 
 impl CopyOwners {
     /// Carries a command out. `is_held`: whether a token's hold is granted now.
-    pub(super) fn answer(
+    pub(in crate::control) fn answer(
         &mut self,
         disk: &dyn Disk,
         peer: PeerId,
@@ -136,7 +136,7 @@ impl CopyOwners {
     }
 
     /// A connection ended: what it prepared goes, and what it started unless that is detached.
-    pub(super) fn peer_gone(&mut self, disk: &dyn Disk, peer: PeerId) {
+    pub(in crate::control) fn peer_gone(&mut self, disk: &dyn Disk, peer: PeerId) {
         let Some(copies) = disk.copies() else { return };
         self.owners.retain(|copy, &mut (owner, detached)| {
             if owner != peer {
@@ -154,7 +154,7 @@ impl CopyOwners {
     }
 
     /// A copy ended.
-    pub(super) fn ended(&mut self, copy: &str) {
+    pub(in crate::control) fn ended(&mut self, copy: &str) {
         self.owners.remove(copy);
     }
 }
@@ -169,9 +169,9 @@ fn refused(error: CopyError) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use super::super::access::Access;
-    use super::super::proto::parse;
     use super::*;
+    use crate::control::access::Access;
+    use crate::control::protocol::parse;
 
     fn ask(command: &str, arguments: Value) -> Result<Command, Error> {
         parse(json!({"execute": command, "arguments": arguments}), true, Access::All).command

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::proto::{Args, Command, Error, LONGEST_WHO};
-use super::quiesce::{PeerId, Who};
-use super::words;
+use super::replies;
+use crate::control::protocol::{Args, Command, Error, LONGEST_WHO};
+use crate::control::quiesce::{PeerId, Who};
 
 /// How long an attendant may take when `timeout-ms` is not given.
 const DEFAULT_PATIENCE: Duration = Duration::from_secs(10);
@@ -41,7 +41,7 @@ pub enum AttendCommand {
     Unattend,
 }
 
-pub(super) fn parse_attend(args: &mut Args) -> Result<Command, Error> {
+pub(in crate::control) fn parse_attend(args: &mut Args) -> Result<Command, Error> {
     Ok(Command::Attend(AttendCommand::Attend {
         required: args.boolean("required")?.unwrap_or(true),
         patience: args.milliseconds("timeout-ms")?.unwrap_or(DEFAULT_PATIENCE),
@@ -49,7 +49,7 @@ pub(super) fn parse_attend(args: &mut Args) -> Result<Command, Error> {
     }))
 }
 
-pub(super) fn parse_prepared(args: &mut Args) -> Result<Command, Error> {
+pub(in crate::control) fn parse_prepared(args: &mut Args) -> Result<Command, Error> {
     let Some(id) = args.number("id")? else { return Err(Error::argument("prepared needs 'id', as PREPARE had it")) };
     let level = args.text("level", LONGEST_WHO)?;
     let result = match (args.text("error", LONGEST_COMPLAINT)?, level) {
@@ -60,22 +60,22 @@ pub(super) fn parse_prepared(args: &mut Args) -> Result<Command, Error> {
     Ok(Command::Attend(AttendCommand::Prepared { id, result }))
 }
 
-pub(super) fn parse_unattend(_: &mut Args) -> Result<Command, Error> {
+pub(in crate::control) fn parse_unattend(_: &mut Args) -> Result<Command, Error> {
     Ok(Command::Attend(AttendCommand::Unattend))
 }
 
 /// A `PREPARE` that goes out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Prepare {
-    pub(super) peer: PeerId,
-    pub(super) id: u64,
+pub(in crate::control) struct Prepare {
+    pub(in crate::control) peer: PeerId,
+    pub(in crate::control) id: u64,
     /// For its answer.
-    pub(super) patience: Duration,
+    pub(in crate::control) patience: Duration,
 }
 
 /// What a snapshot must do first.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum First {
+pub(in crate::control) enum First {
     /// Nothing.
     Nothing,
     /// Wait for the answer to this.
@@ -86,11 +86,11 @@ pub(super) enum First {
 
 /// How a `PREPARE` ended.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Outcome {
+pub(in crate::control) struct Outcome {
     /// The level, or what went wrong.
-    pub(super) result: Result<Option<String>, String>,
+    pub(in crate::control) result: Result<Option<String>, String>,
     /// Whether that is the end of the snapshot.
-    pub(super) required: bool,
+    pub(in crate::control) required: bool,
 }
 
 struct Attendant {
@@ -108,7 +108,7 @@ struct Asking {
 
 /// Who attends, and what it was asked.
 #[derive(Default)]
-pub(super) struct Attendance {
+pub(in crate::control) struct Attendance {
     /// There must be one, whether one was ever there or not.
     needed: bool,
     attendant: Option<Attendant>,
@@ -122,14 +122,20 @@ pub(super) struct Attendance {
 
 impl Attendance {
     /// `needed`: nothing begins without an attendant.
-    pub(super) fn new(needed: bool) -> Self {
+    pub(in crate::control) fn new(needed: bool) -> Self {
         Attendance { needed, ..Attendance::default() }
     }
 
     /// Registers a connection, or changes what it wants. One at a time.
-    pub(super) fn attend(&mut self, peer: PeerId, who: Who, required: bool, patience: Duration) -> Result<(), Error> {
+    pub(in crate::control) fn attend(
+        &mut self,
+        peer: PeerId,
+        who: Who,
+        required: bool,
+        patience: Duration,
+    ) -> Result<(), Error> {
         if let Some(other) = self.attendant.as_ref().filter(|other| other.peer != peer) {
-            let desc = format!("{} attends already: end it first", words::shown(&other.who));
+            let desc = format!("{} attends already: end it first", replies::shown(&other.who));
             return Err(Error::new("attended", desc));
         }
         self.attendant = Some(Attendant { peer, who, required, patience });
@@ -138,7 +144,7 @@ impl Attendance {
     }
 
     /// Takes a connection off. What it was asked and did not answer is answered by that.
-    pub(super) fn unattend(&mut self, peer: PeerId) -> Result<Option<Outcome>, Error> {
+    pub(in crate::control) fn unattend(&mut self, peer: PeerId) -> Result<Option<Outcome>, Error> {
         match self.attendant.take_if(|attendant| attendant.peer == peer) {
             Some(_) => Ok(self.end_asking(peer, "the attendant ended before it had answered")),
             None => Err(not_attending()),
@@ -146,14 +152,14 @@ impl Attendance {
     }
 
     /// A connection ended.
-    pub(super) fn gone(&mut self, peer: PeerId) -> Option<Outcome> {
+    pub(in crate::control) fn gone(&mut self, peer: PeerId) -> Option<Outcome> {
         self.owed.retain(|(owed, _)| *owed != peer);
         let attendant = self.attendant.take_if(|attendant| attendant.peer == peer)?;
         if attendant.required {
             log::warn!(
                 "the attendant {} is lost: until one is back, snapshots of the image by others are refused (start \
                  'virtioblkctl attend' again; ending it in order lifts this)",
-                words::shown(&attendant.who)
+                replies::shown(&attendant.who)
             );
             self.lost = Some(attendant.who);
         }
@@ -161,19 +167,19 @@ impl Attendance {
     }
 
     /// Whether snapshots must not be taken without an attendant that is, or was, there.
-    pub(super) fn is_relied_on(&self) -> bool {
+    pub(in crate::control) fn is_relied_on(&self) -> bool {
         self.lost.is_some() || self.attendant.as_ref().is_some_and(|attendant| attendant.required)
     }
 
     /// The process before us relied on an attendant, which must find us first.
-    pub(super) fn misses(&mut self) {
+    pub(in crate::control) fn misses(&mut self) {
         if self.attendant.is_none() {
             self.lost = Some(Who::default());
         }
     }
 
     /// Somebody else begins a snapshot that may last until `limit` in this phase.
-    pub(super) fn begin(&mut self, limit: Duration, now: Instant) -> First {
+    pub(in crate::control) fn begin(&mut self, limit: Duration, now: Instant) -> First {
         let Some(Attendant { peer, required, patience, .. }) = &self.attendant else {
             return match (&self.lost, self.needed) {
                 (Some(_), _) => First::GiveUp("the attendant that must consent is lost"),
@@ -188,7 +194,7 @@ impl Attendance {
     }
 
     /// The answer of an attendant. Errors: it was not asked, or the answer is too late.
-    pub(super) fn prepared(
+    pub(in crate::control) fn prepared(
         &mut self,
         peer: PeerId,
         id: u64,
@@ -204,30 +210,30 @@ impl Attendance {
     }
 
     /// Lets the time for an answer run out.
-    pub(super) fn tick(&mut self, now: Instant) -> Option<Outcome> {
+    pub(in crate::control) fn tick(&mut self, now: Instant) -> Option<Outcome> {
         let Asking { prepare, required, .. } = self.asking.take_if(|asking| asking.until <= now)?;
         let text = format!("the attendant did not answer within {} ms", prepare.patience.as_millis());
         Some(Outcome { result: Err(text), required })
     }
 
     /// When [`Attendance::tick`] is due.
-    pub(super) fn next_deadline(&self) -> Option<Instant> {
+    pub(in crate::control) fn next_deadline(&self) -> Option<Instant> {
         self.asking.as_ref().map(|asking| asking.until)
     }
 
     /// The snapshot that `prepare` was sent for is over, however it went.
-    pub(super) fn over(&mut self, prepare: Prepare) {
+    pub(in crate::control) fn over(&mut self, prepare: Prepare) {
         self.asking.take_if(|asking| asking.prepare == prepare);
         self.owed.push((prepare.peer, prepare.id));
     }
 
     /// Who must hear `RELEASED` of which id; to be called when the gate is open.
-    pub(super) fn released(&mut self) -> Vec<(PeerId, u64)> {
+    pub(in crate::control) fn released(&mut self) -> Vec<(PeerId, u64)> {
         std::mem::take(&mut self.owed)
     }
 
     /// What becomes of snapshots of the image by others while nobody attends and none is lost.
-    pub(super) fn without(&self) -> &'static str {
+    pub(in crate::control) fn without(&self) -> &'static str {
         match self.needed {
             true => "snapshots of the image by others are refused until one is back",
             false => "snapshots of the image by others are as after a power cut again",
@@ -235,14 +241,14 @@ impl Attendance {
     }
 
     /// For the status: who attends; null: nobody.
-    pub(super) fn status(&self) -> Value {
+    pub(in crate::control) fn status(&self) -> Value {
         let (who, present, required) = match (&self.attendant, &self.lost) {
             (Some(attendant), _) => (&attendant.who, true, attendant.required),
             (None, Some(who)) => (who, false, true),
             (None, None) if self.needed => (&Who::default(), false, true),
             (None, None) => return Value::Null,
         };
-        let mut value = words::who(who);
+        let mut value = replies::who(who);
         value["present"] = json!(present);
         value["required"] = json!(required);
         value["preparing"] = json!(self.asking.is_some());
@@ -261,9 +267,9 @@ fn not_attending() -> Error {
 
 #[cfg(test)]
 mod tests {
-    use super::super::access::Access;
-    use super::super::proto::parse;
     use super::*;
+    use crate::control::access::Access;
+    use crate::control::protocol::parse;
 
     const S: Duration = Duration::from_secs(1);
 

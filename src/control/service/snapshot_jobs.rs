@@ -4,8 +4,8 @@
 
 use std::collections::VecDeque;
 
-use super::proto::{Args, Command, Error, LONGEST_WHO};
-use super::quiesce::{PeerId, RequestId};
+use crate::control::protocol::{Args, Command, Error, LONGEST_WHO};
+use crate::control::quiesce::{PeerId, RequestId};
 
 /// What a client may ask about them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,7 +29,7 @@ pub enum ImageSnapshotCommand {
     },
 }
 
-pub(super) fn parse_create(args: &mut Args) -> Result<Command, Error> {
+pub(in crate::control) fn parse_create(args: &mut Args) -> Result<Command, Error> {
     let name = named(args)?;
     match args.text("token", LONGEST_WHO)? {
         Some(token) => Ok(Command::ImageSnapshot(ImageSnapshotCommand::Create { name, token })),
@@ -37,11 +37,11 @@ pub(super) fn parse_create(args: &mut Args) -> Result<Command, Error> {
     }
 }
 
-pub(super) fn parse_keep(args: &mut Args) -> Result<Command, Error> {
+pub(in crate::control) fn parse_keep(args: &mut Args) -> Result<Command, Error> {
     Ok(Command::ImageSnapshot(ImageSnapshotCommand::Keep { name: named(args)? }))
 }
 
-pub(super) fn parse_remove(args: &mut Args) -> Result<Command, Error> {
+pub(in crate::control) fn parse_remove(args: &mut Args) -> Result<Command, Error> {
     Ok(Command::ImageSnapshot(ImageSnapshotCommand::Remove { name: named(args)? }))
 }
 
@@ -52,7 +52,7 @@ fn named(args: &mut Args) -> Result<String, Error> {
 
 /// One thing to be done by the thread.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Job {
+pub(in crate::control) enum Job {
     /// Make a snapshot, and answer this request.
     Create { name: String, token: String, peer: PeerId, request: RequestId },
     /// Remove one, and answer this request, if there is one.
@@ -61,7 +61,7 @@ pub(super) enum Job {
 
 /// What is under way and what is made. PURE.
 #[derive(Default)]
-pub(super) struct Jobs {
+pub(in crate::control) struct Jobs {
     running: Option<Job>,
     waiting: VecDeque<Job>,
     made: Vec<Made>,
@@ -78,7 +78,7 @@ struct Made {
 impl Jobs {
     /// Takes a job. Errors: a snapshot is made or removed already, and this one would have to wait for it while its disk
     /// is held.
-    pub(super) fn create(
+    pub(in crate::control) fn create(
         &mut self,
         name: String,
         token: String,
@@ -93,7 +93,7 @@ impl Jobs {
     }
 
     /// Takes a job. Errors: this connection made none of this name.
-    pub(super) fn remove(&mut self, name: String, peer: PeerId, request: RequestId) -> Result<(), Error> {
+    pub(in crate::control) fn remove(&mut self, name: String, peer: PeerId, request: RequestId) -> Result<(), Error> {
         let at = self.find(&name, peer)?;
         self.made.remove(at);
         self.waiting.push_back(Job::Remove { name, request: Some(request) });
@@ -101,14 +101,14 @@ impl Jobs {
     }
 
     /// A snapshot outlives its connection. Errors as of [`Jobs::remove`].
-    pub(super) fn keep(&mut self, name: &str, peer: PeerId) -> Result<(), Error> {
+    pub(in crate::control) fn keep(&mut self, name: &str, peer: PeerId) -> Result<(), Error> {
         let at = self.find(name, peer)?;
         self.made[at].kept = true;
         Ok(())
     }
 
     /// Something is made or removed, or made and not kept yet.
-    pub(super) fn is_busy(&self) -> bool {
+    pub(in crate::control) fn is_busy(&self) -> bool {
         self.running.is_some() || !self.waiting.is_empty() || self.made.iter().any(|made| !made.kept)
     }
 
@@ -118,7 +118,7 @@ impl Jobs {
     }
 
     /// A connection ended: what it made and did not keep goes.
-    pub(super) fn peer_gone(&mut self, peer: PeerId) {
+    pub(in crate::control) fn peer_gone(&mut self, peer: PeerId) {
         let (gone, rest) = std::mem::take(&mut self.made).into_iter().partition(|made| made.peer == peer);
         self.made = rest;
         let gone: Vec<Made> = gone;
@@ -127,7 +127,7 @@ impl Jobs {
     }
 
     /// The job for the thread, if it is free. The caller runs it, and [`Jobs::done`] follows.
-    pub(super) fn next(&mut self) -> Option<Job> {
+    pub(in crate::control) fn next(&mut self) -> Option<Job> {
         if self.running.is_none() {
             self.running = self.waiting.pop_front();
             return self.running.clone();
@@ -136,22 +136,22 @@ impl Jobs {
     }
 
     /// The thread is free again; what it did.
-    pub(super) fn done(&mut self) -> Option<Job> {
+    pub(in crate::control) fn done(&mut self) -> Option<Job> {
         self.running.take()
     }
 
     /// A snapshot was made and is wanted.
-    pub(super) fn made(&mut self, name: String, peer: PeerId) {
+    pub(in crate::control) fn made(&mut self, name: String, peer: PeerId) {
         self.made.push(Made { peer, name, kept: false });
     }
 
     /// One was made in vain.
-    pub(super) fn unwanted(&mut self, name: String) {
+    pub(in crate::control) fn unwanted(&mut self, name: String) {
         self.waiting.push_back(Job::Remove { name, request: None });
     }
 
     /// Those that nobody has said to keep, and those that are not removed yet: at the end of the daemon they stay.
-    pub(super) fn left(&self) -> Vec<&str> {
+    pub(in crate::control) fn left(&self) -> Vec<&str> {
         let removed = self.waiting.iter().filter_map(|job| match job {
             Job::Remove { name, .. } => Some(name.as_str()),
             Job::Create { .. } => None,

@@ -1,20 +1,20 @@
 //! What the image's own store asks: to hold the disk still while somebody elsewhere takes a snapshot of the image.
 //!
 //! Its hold is one among others in the coordinator. It is answered once, with a number that its client takes well
-//! ([`words::store_errno`]), and ends when the store says so or by our lease: a store that gave up waiting says nothing.
+//! ([`replies::store_errno`]), and ends when the store says so or by our lease: a store that gave up waiting says nothing.
 
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::attendance::{AttendCommand, First, Outcome, Prepare};
+use super::replies;
 use super::{Service, To};
 use crate::backend::QuiesceAsk;
-use crate::control::attend::{AttendCommand, First, Outcome, Prepare};
 use crate::control::creds::Credentials;
-use crate::control::inbox::{Note, Notes};
-use crate::control::proto::Error;
+use crate::control::image_notices::{Note, Notes};
+use crate::control::protocol::Error;
 use crate::control::quiesce::{Ask, Hold, PeerId, Reason, Refusal, RequestId, STORE, Who};
-use crate::control::words;
 use crate::engine::Errno;
 
 /// As status, events and the log name it.
@@ -121,7 +121,7 @@ impl Service {
         let outcome = match command {
             AttendCommand::Attend { required, patience, who } => {
                 let who = Who { text: who, client: Some(from) };
-                log::info!("{} attends{}", words::shown(&who), if required { ", and is required" } else { "" });
+                log::info!("{} attends{}", replies::shown(&who), if required { ", and is required" } else { "" });
                 self.attendance.attend(peer, who, required, patience)?;
                 None
             }
@@ -231,7 +231,7 @@ impl Service {
     pub(super) fn store_refused(&mut self, request: RequestId, why: Refusal) -> bool {
         let Some(elsewhere) = self.elsewhere.take_if(|elsewhere| elsewhere.request == request) else { return false };
         if let Some(ask) = elsewhere.ask {
-            ask.answer(Err(words::store_errno(why)));
+            ask.answer(Err(replies::store_errno(why)));
         }
         if let Some(prepare) = elsewhere.prepare {
             self.attendance.over(prepare);

@@ -4,13 +4,13 @@ use std::io;
 
 use serde_json::{Value, json};
 
-use super::creds::Credentials;
-use super::proto::Error;
-use super::quiesce::{Hold, Reason, Refusal, Who};
+use crate::control::creds::Credentials;
+use crate::control::protocol::Error;
+use crate::control::quiesce::{Hold, Reason, Refusal, Who};
 use crate::engine::Errno;
 
 /// Why a token is refused. `held`: somebody holds the disk.
-pub(super) fn no_such_hold(ended: Option<Reason>, held: bool) -> Error {
+pub(in crate::control) fn no_such_hold(ended: Option<Reason>, held: bool) -> Error {
     match ended {
         Some(Reason::LeaseExpired) => Error::new(
             "lease-expired",
@@ -28,7 +28,7 @@ pub(super) fn no_such_hold(ended: Option<Reason>, held: bool) -> Error {
 }
 
 /// Why a quiesce failed.
-pub(super) fn refused(why: Refusal) -> Error {
+pub(in crate::control) fn refused(why: Refusal) -> Error {
     match why {
         Refusal::Timeout => Error::new(
             "timeout",
@@ -79,7 +79,7 @@ pub(super) fn refused(why: Refusal) -> Error {
 }
 
 /// The `reason` of `RESUMED`.
-pub(super) fn reason(reason: Reason) -> &'static str {
+pub(in crate::control) fn reason(reason: Reason) -> &'static str {
     match reason {
         Reason::Resume => "resume",
         Reason::LeaseExpired => "lease-expired",
@@ -89,19 +89,19 @@ pub(super) fn reason(reason: Reason) -> &'static str {
 }
 
 /// A hold, as status and events name it.
-pub(super) fn named(hold: &Hold) -> Value {
+pub(in crate::control) fn named(hold: &Hold) -> Value {
     let mut value = self::who(&hold.who);
     value["token"] = json!(hold.token);
     value
 }
 
 /// Who asked, as events name it.
-pub(super) fn who(who: &Who) -> Value {
+pub(in crate::control) fn who(who: &Who) -> Value {
     json!({"who": who.text, "pid": who.client.map(|client| client.pid), "uid": who.client.map(|client| client.uid)})
 }
 
 /// A holder, as the log names it.
-pub(super) fn shown(who: &Who) -> String {
+pub(in crate::control) fn shown(who: &Who) -> String {
     // Debug quotes what the client wrote, so that it cannot forge a log line.
     let text = who.text.as_ref().map(|text| format!("{text:?}"));
     let client = who.client.map(|Credentials { pid, uid }| format!("pid {pid}, uid {uid}"));
@@ -113,7 +113,7 @@ pub(super) fn shown(who: &Who) -> String {
 
 /// Why a quiesce failed, for the image's store: only numbers that make librbd's client fail cleanly. ETIMEDOUT and
 /// ERESTART would have it ask again for ever, and EOPNOTSUPP would pass for consent.
-pub(super) fn store_errno(why: Refusal) -> Errno {
+pub(in crate::control) fn store_errno(why: Refusal) -> Errno {
     Errno(match why {
         Refusal::Timeout => libc::EAGAIN,
         Refusal::SyncFailed(_) | Refusal::Stopped(_) => libc::EIO,
@@ -123,7 +123,7 @@ pub(super) fn store_errno(why: Refusal) -> Errno {
 }
 
 /// The system's words for an error number.
-pub(super) fn errno(errno: Errno) -> String {
+pub(in crate::control) fn errno(errno: Errno) -> String {
     io::Error::from_raw_os_error(errno.0).to_string()
 }
 

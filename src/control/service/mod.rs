@@ -1,8 +1,12 @@
 //! Carries commands out: the coordinator's orders to the disk, and replies and events to the peers. Knows no socket.
 
-mod disk;
+pub(super) mod attendance;
+pub(super) mod copies;
+mod disk_events;
 mod image_snapshot;
-mod store;
+pub(super) mod replies;
+pub(super) mod snapshot_jobs;
+mod store_quiesce;
 mod upgrade;
 
 use std::collections::HashMap;
@@ -16,18 +20,19 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::access::Access;
-use super::attend::Attendance;
-use super::copies::CopyOwners;
 use super::creds::Credentials;
-use super::image_snapshots::Jobs;
-use super::inbox::Inbox;
-use super::proto::{self, Command, Error, QuiesceArgs};
+use super::image_notices::Inbox;
+use super::protocol;
+use super::protocol::json_stream::Garbage;
+use super::protocol::{Command, Error, QuiesceArgs};
 use super::quiesce::{Ask, Coordinator, Effect, Hold, PeerId, Reason, Refusal, RequestId, Who};
-use super::stream::Garbage;
-use super::words;
+use attendance::Attendance;
+use copies::CopyOwners;
+use snapshot_jobs::Jobs;
+
 use crate::base::rate_limit::Throttle;
 use crate::disk::{Disk, HoldFigures, ImageStatus};
-use store::Elsewhere;
+use store_quiesce::Elsewhere;
 
 /// What `query-status` says of the daemon itself.
 #[derive(Clone, Debug, Default)]
@@ -219,10 +224,10 @@ impl Service {
         now: Instant,
     ) {
         let request = match found {
-            Ok(value) => proto::parse(value, *negotiated, access),
+            Ok(value) => protocol::parse(value, *negotiated, access),
             Err(garbage) => {
                 let error = Error::new("parse-error", garbage.to_string());
-                proto::Request { id: None, command: Err(error) }
+                protocol::Request { id: None, command: Err(error) }
             }
         };
         let command = request.command.and_then(|command| self.refuse_while_upgrading(&command).map(|()| command));
@@ -241,13 +246,13 @@ impl Service {
             }
             Ok(Command::HandOver { version }) => self.hand_over(peer, version),
             Ok(Command::Attend(command)) => self.attend(peer, credentials, command, now),
-            Ok(Command::QueryCommands) => Ok(proto::command_list(access)),
+            Ok(Command::QueryCommands) => Ok(protocol::command_list(access)),
             Ok(command) => self.answer(peer, command, now),
             Err(error) => Err(error),
         };
         // As in QEMU: the events of a command come before its reply. And the guest goes on before anybody is told.
         self.carry_out(now);
-        self.outgoing.push((To::Reply(peer), proto::reply(request.id.as_ref(), result)));
+        self.outgoing.push((To::Reply(peer), protocol::reply(request.id.as_ref(), result)));
     }
 
     fn quiesce(&mut self, peer: PeerId, id: Option<Value>, from: Credentials, args: QuiesceArgs, now: Instant) {
@@ -277,14 +282,14 @@ impl Service {
 
     fn answer(&mut self, peer: PeerId, command: Command, now: Instant) -> Result<Value, Error> {
         match command {
-            Command::QueryVersion => Ok(proto::version()),
+            Command::QueryVersion => Ok(protocol::version()),
             Command::RenewLease { token, lease } => match self.coordinator.renew(&token, lease, now) {
                 Ok(left) => Ok(json!({"lease-ms": left.as_millis() as u64})),
-                Err(ended) => Err(words::no_such_hold(ended, !self.coordinator.holds().is_empty())),
+                Err(ended) => Err(replies::no_such_hold(ended, !self.coordinator.holds().is_empty())),
             },
             Command::Resume { token } => match self.coordinator.resume(&token, now) {
                 Ok(holders) => Ok(json!({"resumed": 1, "holders": holders})),
-                Err(ended) => Err(words::no_such_hold(ended, !self.coordinator.holds().is_empty())),
+                Err(ended) => Err(replies::no_such_hold(ended, !self.coordinator.holds().is_empty())),
             },
             Command::ResumeAll => Ok(json!({"resumed": self.coordinator.resume_all(now), "holders": 0})),
             Command::QueryStatus => self.status(now),
@@ -334,7 +339,7 @@ impl Service {
         let mut status = to_json(&self.disk.status())?;
         let milliseconds = |since: Instant| now.saturating_duration_since(since).as_millis() as u64;
         let holder = |hold: &Hold| {
-            let mut value = words::named(hold);
+            let mut value = replies::named(hold);
             value["detached"] = json!(hold.detached);
             value["held-ms"] = json!(milliseconds(hold.since));
             value["lease-left-ms"] = json!(hold.until.saturating_duration_since(now).as_millis() as u64);
@@ -392,8 +397,8 @@ impl Service {
             "bytes-synced": figures.bytes_synced,
             "holders": holders,
         });
-        log::info!("quiesced for {}, {holders} holder(s): {figures}", words::shown(&hold.who));
-        let mut told = words::named(hold);
+        log::info!("quiesced for {}, {holders} holder(s): {figures}", replies::shown(&hold.who));
+        let mut told = replies::named(hold);
         told["detached"] = json!(hold.detached);
         let lease = hold.until.saturating_duration_since(hold.since).as_millis() as u64;
         told["lease-ms"] = json!(lease);
@@ -412,9 +417,9 @@ impl Service {
     }
 
     fn refused(&mut self, request: RequestId, who: &Who, why: Refusal) {
-        let error = words::refused(why);
-        log::warn!("quiesce for {} failed: {}", words::shown(who), error.desc);
-        let mut told = words::who(who);
+        let error = replies::refused(why);
+        log::warn!("quiesce for {} failed: {}", replies::shown(who), error.desc);
+        let mut told = replies::who(who);
         told["code"] = json!(error.code);
         self.event("QUIESCE_FAILED", told);
         if !self.store_refused(request, why) {
@@ -423,15 +428,15 @@ impl Service {
     }
 
     fn left(&mut self, hold: &Hold, reason: Reason, held: Duration, holders: usize) {
-        let word = words::reason(reason);
-        let told = words::shown(&hold.who);
+        let word = replies::reason(reason);
+        let told = replies::shown(&hold.who);
         if reason == Reason::LeaseExpired {
             log::warn!("the lease of {told} ran out after {} ms, {holders} holder(s) left", held.as_millis());
-            self.event("LEASE_EXPIRED", words::named(hold));
+            self.event("LEASE_EXPIRED", replies::named(hold));
         } else {
             log::info!("{told} held for {} ms, ended by {word}, {holders} holder(s) left", held.as_millis());
         }
-        let mut data = words::named(hold);
+        let mut data = replies::named(hold);
         data["reason"] = json!(word);
         data["held-ms"] = json!(held.as_millis() as u64);
         data["holders"] = json!(holders);
@@ -442,7 +447,7 @@ impl Service {
     fn reply_later(&mut self, request: RequestId, result: Result<Value, Error>) {
         // Nobody asked any more: the connection ended.
         let Some((peer, id)) = self.asked.remove(&request) else { return };
-        self.outgoing.push((To::Reply(peer), proto::reply(id.as_ref(), result)));
+        self.outgoing.push((To::Reply(peer), protocol::reply(id.as_ref(), result)));
     }
 
     fn event(&mut self, name: &str, data: Value) {
@@ -450,7 +455,7 @@ impl Service {
     }
 
     fn tell(&mut self, to: To, name: &str, data: Value) {
-        self.outgoing.push((to, proto::event(name, data, SystemTime::now())));
+        self.outgoing.push((to, protocol::event(name, data, SystemTime::now())));
     }
 }
 
