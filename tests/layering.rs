@@ -72,10 +72,10 @@ fn the_checks_can_fail() {
         ("src/virtio/handler.rs", "let disk = File::open(path);"),
         ("src/virtio/worker.rs", "crate::control::socket::notify();"),
         ("src/control/socket.rs", "use crate::virtio::worker;"),
-        ("src/server.rs", "let x = unsafe { *pointer };"),
-        ("src/server.rs", "#![allow(unsafe_code)]"),
-        ("src/server.rs", "let (quote, x) = ('\"', r\"\\\"); unsafe { f() } // \""),
-        ("src/server.rs", "/* unsafe */ unsafe fn f() {}"),
+        ("src/server/mod.rs", "let x = unsafe { *pointer };"),
+        ("src/server/mod.rs", "#![allow(unsafe_code)]"),
+        ("src/server/mod.rs", "let (quote, x) = ('\"', r\"\\\"); unsafe { f() } // \""),
+        ("src/server/mod.rs", "/* unsafe */ unsafe fn f() {}"),
         ("src/backend/uring/mod.rs", "//! About rings.\nunsafe impl Send for Ring {}"),
     ];
     for (path, text) in cases {

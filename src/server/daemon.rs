@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use super::files::Files;
-use super::frontend::FrontEnds;
+use super::front_ends::FrontEnds;
+use super::hand_over::{Requests, Successor};
 use super::socket::{self, Prepared};
 use super::take_over::{self, TakeOver};
-use super::upgrade::{Requests, Successor};
 use super::wiring::{self, Opened};
 use super::{Control, Server, ServerError, new_bell};
 use crate::base::logging;

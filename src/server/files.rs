@@ -5,9 +5,9 @@ use std::fs::File;
 use std::os::unix::net::UnixListener;
 
 use super::ServerError;
+use super::hand_over::{Estate, Keeps};
 use super::socket::{self, FrontSocket, Prepared};
 use super::take_over::{TakeOver, Taken};
-use super::upgrade::{Estate, Keeps};
 use crate::base::pid_file::PidFile;
 use crate::base::unix_listener::SocketFile;
 use crate::config::{Config, Listen};

@@ -13,7 +13,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::Served;
-use super::frontend::FrontEnds;
+use super::front_ends::FrontEnds;
 use crate::base::logging;
 use crate::config::{Config, Listen};
 use crate::control::client::{Client, PATIENCE};

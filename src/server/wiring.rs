@@ -11,8 +11,8 @@ use rustix::process::{Resource, getrlimit};
 use serde_json::Value;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
-use super::upgrade::Requests;
-use super::{Control, Served, ServerError, upgrade};
+use super::hand_over::Requests;
+use super::{Control, Served, ServerError, hand_over};
 use crate::backend::Backend;
 use crate::backend::bounce_pool::Depot;
 use crate::backend::file::{FileBackend, FileOptions, OpenError, prepare_io_urings};
@@ -72,7 +72,7 @@ pub(super) fn open(
     };
     let device = Device::with_tuning(backend.clone(), &options, events.clone(), &tuning(config));
     let disk: Arc<dyn Disk> = Arc::new(CopiedDisk { disk: Box::new(device.disk()), copies: backend.clone() });
-    let info = control::Info { vhost_socket: config.listen.to_string(), command_line: upgrade::command_line() };
+    let info = control::Info { vhost_socket: config.listen.to_string(), command_line: hand_over::command_line() };
     let notices = ImageNotices::new().map_err(|error| ServerError::System("cannot make an eventfd", error))?;
     let (store_timeout, attended) = match &config.backend {
         BackendKind::Rbd(options) => (options.quiesce_timeout, options.quiesce == RbdQuiesce::Attended),

@@ -11,11 +11,11 @@
 
 mod daemon;
 mod files;
-mod frontend;
+mod front_ends;
+mod hand_over;
 mod inherited;
 mod socket;
 mod take_over;
-mod upgrade;
 mod wiring;
 
 use crate::base::systemd;
@@ -47,10 +47,10 @@ use crate::virtio::hand_over::{HandedOver, Steps};
 use crate::virtio::moving::Moved;
 use daemon::Daemon;
 use files::Files;
-use frontend::FrontEnds;
+use front_ends::FrontEnds;
+use hand_over::{HandOver, Outcome, Requests, Successor};
 use socket::SocketError;
 use take_over::TakeOverError;
-use upgrade::{HandOver, Outcome, Requests, Successor};
 
 /// The disk as the server drives it.
 pub(crate) trait Served: Send + Sync {
@@ -242,7 +242,7 @@ impl Server {
             if let Some(asked) = self.requests.take() {
                 match HandOver::start(asked, &self.served, &files.estate(), &self.requests) {
                     Ok(started) => handing = Some(started),
-                    Err(why) => upgrade::stayed(&self.requests, &why),
+                    Err(why) => hand_over::stayed(&self.requests, &why),
                 }
                 continue;
             }
@@ -264,7 +264,7 @@ impl Server {
         Ok(match running.outcome() {
             Outcome::Gone(successor) => Tended::Gone(successor),
             Outcome::Stayed(why) => {
-                upgrade::stayed(&self.requests, &why);
+                hand_over::stayed(&self.requests, &why);
                 Tended::Stayed
             }
         })
