@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use virtioblkd::backend::{DurableWrite, Geometry, RangeLimits};
-use virtioblkd::virtio::mapped::Mapped;
 use virtioblkd::virtio::request::{Command, Parser};
-use virtioblkd::virtio::split_ring::{Place, SplitRing};
+use virtioblkd::virtio::virtqueue::guest_memory::Mapped;
+use virtioblkd::virtio::virtqueue::split_ring::{Place, SplitRing};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 /// Two regions side by side, and a hole behind them.

@@ -22,8 +22,8 @@ use super::inflight::{Inflight, MAX_ENTRIES};
 use super::memory::{MOST_REGIONS, MemoryTable};
 use super::queue_state::{QueueState, Stopped, Surroundings};
 use super::rings::Rings;
-use super::split_ring::Place;
 use super::vanished::Wire;
+use super::virtqueue::split_ring::Place;
 use super::worker::Stop;
 
 /// The protocol features served. REPLY_ACK is the vhost crate's own.

@@ -28,7 +28,6 @@
 
 mod activation;
 mod capacity;
-pub mod chain;
 mod channel;
 mod claim;
 mod counters;
@@ -42,15 +41,14 @@ mod handler;
 mod inflight;
 #[cfg(all(test, feature = "model"))]
 mod interleavings;
-pub mod mapped;
 mod memory;
 pub(crate) mod moving;
 mod queue_state;
 pub mod request;
 pub mod rings;
 mod shared;
-pub mod split_ring;
 mod vanished;
+pub mod virtqueue;
 mod watch;
 mod worker;
 

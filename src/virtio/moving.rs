@@ -16,7 +16,7 @@ use vhost::vhost_user::{Backend, Result, VhostUserBackendReqHandlerMut};
 
 use super::handler::Handler;
 use super::queue_state::{QueueState, Stopped};
-use super::split_ring::Place;
+use super::virtqueue::split_ring::Place;
 use super::worker::Stop;
 use crate::base::sync::mpsc::Receiver;
 use crate::upgrade::Descriptors;

@@ -10,7 +10,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::desc::split::Descriptor;
 
 use super::features::{SECTOR, sectors};
-use super::mapped::Mapped;
+use super::virtqueue::guest_memory::Mapped;
 use crate::backend::Geometry;
 
 /// The status byte of a request (virtio 1.3, 5.2.6).

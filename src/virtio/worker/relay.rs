@@ -11,11 +11,11 @@ use std::sync::{Arc, OnceLock, TryLockError};
 
 use super::super::counters::Counters;
 use super::super::queue_state::Stopped;
-use super::super::split_ring::SplitRing;
 use super::{Setup, Worker};
 use crate::backend::{BlockingCall, Caller};
 use crate::base::sync::mpsc::Sender;
 use crate::base::sync::{Mutex, MutexGuard, reused, thread};
+use crate::virtio::virtqueue::split_ring::SplitRing;
 
 /// A ring, from its start to its stop.
 pub(in super::super) struct Relay {

@@ -15,8 +15,8 @@ use vm_memory::{
     AtomicInteger, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
-use super::request::Segment;
 use crate::backend::IoBuf;
+use crate::virtio::request::Segment;
 
 /// Up to this many regions are searched one by one. A guest has two or three, unless memory is plugged into it.
 const FEW: usize = 8;

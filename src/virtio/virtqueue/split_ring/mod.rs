@@ -12,7 +12,7 @@ use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_N
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::chain::Chain;
-use super::mapped::{Cells, Mapped};
+use super::guest_memory::{Cells, Mapped};
 
 /// The guest addresses of a virtqueue's three parts (SET_VRING_ADDR).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::GuestAddress;
 
-use super::mapped::Mapped;
+use super::guest_memory::Mapped;
 
 /// The length of a descriptor in bytes.
 const DESCRIPTOR: u32 = 16;
@@ -32,7 +32,7 @@ enum Table<'a> {
 impl<'a> Chain<'a> {
     /// The chain that begins at `head` in the virtqueue's `table`, which has two words a descriptor.
     #[inline]
-    pub(super) fn new(memory: &'a Mapped, table: &'a [AtomicU64], head: u16) -> Self {
+    pub(in crate::virtio) fn new(memory: &'a Mapped, table: &'a [AtomicU64], head: u16) -> Self {
         Chain { memory, table: Table::Ring(table), next: head, left: (table.len() / 2) as u32 }
     }
 
@@ -105,7 +105,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::virtio::mapped::Cells;
+    use crate::virtio::virtqueue::guest_memory::Cells;
     use vm_memory::{Bytes, GuestMemoryMmap};
 
     const NEXT: u16 = 1;
