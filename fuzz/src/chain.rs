@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use virtioblkd::backend::{DurableWrite, Geometry, RangeLimits};
-use virtioblkd::virtio::request::{Command, Parser};
+use virtioblkd::virtio::blk::request::{Command, Parser};
 use virtioblkd::virtio::virtqueue::guest_memory::Mapped;
 use virtioblkd::virtio::virtqueue::split_ring::{Place, SplitRing};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};

@@ -8,11 +8,11 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::activation;
+use super::blk::features;
+use super::blk::request::ID_BYTES;
 use super::channel;
-use super::features;
 use super::hand_over::Ask;
 use super::handler::Handler;
-use super::request::ID_BYTES;
 use super::rings::Rings;
 use super::vanished::Wire;
 use super::watch::Watch;

@@ -14,10 +14,10 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use super::activation::Activation;
+use super::blk::features;
 use super::descriptor;
 use super::device::{Identity, Offer};
 use super::dirty::DirtyLog;
-use super::features;
 use super::inflight::{Inflight, MAX_ENTRIES};
 use super::memory::{MOST_REGIONS, MemoryTable};
 use super::queue_state::{QueueState, Stopped, Surroundings};

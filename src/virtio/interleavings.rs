@@ -14,11 +14,11 @@ use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::activation::Activation;
+use super::blk::features;
+use super::blk::request::{ID_BYTES, OK};
 use super::device::Tuning;
-use super::features;
 use super::memory::MemoryTable;
 use super::queue_state::{QueueState, Surroundings};
-use super::request::{ID_BYTES, OK};
 use super::rings::Rings;
 use super::vanished::Wire;
 use super::virtqueue::split_ring::Place;

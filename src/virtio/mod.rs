@@ -27,6 +27,7 @@
 //! | `device` | one disk: serves one front-end after the other |
 
 mod activation;
+pub mod blk;
 mod capacity;
 mod channel;
 mod claim;
@@ -35,7 +36,6 @@ mod descriptor;
 pub mod device;
 mod dirty;
 mod errors;
-pub mod features;
 pub(crate) mod hand_over;
 mod handler;
 mod inflight;
@@ -44,7 +44,6 @@ mod interleavings;
 mod memory;
 pub(crate) mod moving;
 mod queue_state;
-pub mod request;
 pub mod rings;
 mod shared;
 mod vanished;

@@ -11,8 +11,8 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestMemoryMmap;
 
 use super::activation::Activation;
+use super::blk::features;
 use super::dirty::DirtyLog;
-use super::features;
 use super::inflight::Inflight;
 use super::memory::MemoryTable;
 use super::rings::{Command, Mailbox, Rings};
@@ -99,7 +99,7 @@ pub(super) struct Surroundings<'a> {
     pub acked_features: u64,
     /// seg_max of the configuration space.
     pub max_segments: u32,
-    pub serial: &'a Arc<[u8; super::request::ID_BYTES]>,
+    pub serial: &'a Arc<[u8; super::blk::request::ID_BYTES]>,
 }
 
 impl Surroundings<'_> {

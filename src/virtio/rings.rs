@@ -11,12 +11,12 @@ use std::time::Duration;
 use hold::Hold;
 pub(super) use hold::RingHold;
 
+use super::blk::features;
 use super::capacity::Capacity;
 use super::claim::Claim;
 use super::counters::{Counters, accumulate};
 use super::device::Tuning;
 use super::errors::{self, Errors};
-use super::features;
 use super::watch::CallWatch;
 use super::worker::{Relay, Stop};
 use crate::backend::{Backend, Errno};

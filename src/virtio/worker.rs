@@ -19,12 +19,13 @@ use std::time::{Duration, Instant};
 
 use vm_memory::GuestAddress;
 
+use super::blk::features;
+use super::blk::request;
+use super::blk::request::{Command as Ask, ID_BYTES, Parser, Request, Segment, Status};
 use super::counters::{Counters, add};
 use super::dirty::DirtyLog;
-use super::features;
 use super::inflight::Tracker;
 use super::queue_state::Stopped;
-use super::request::{self, Command as Ask, ID_BYTES, Parser, Request, Segment, Status};
 use super::rings::{Command, RingHold, Rings, errno_of};
 use super::virtqueue::guest_memory::Mapped;
 use super::virtqueue::split_ring::SplitRing;

@@ -16,7 +16,7 @@ use vm_memory::{
 };
 
 use crate::backend::IoBuf;
-use crate::virtio::request::Segment;
+use crate::virtio::blk::request::Segment;
 
 /// Up to this many regions are searched one by one. A guest has two or three, unless memory is plugged into it.
 const FEW: usize = 8;

@@ -3,10 +3,11 @@
 use vm_memory::GuestAddress;
 
 use super::super::counters::add;
-use super::super::request::{self, Segment, Status};
 use super::Worker;
 use crate::disk::Event;
 use crate::engine::{Errno, Kind};
+use crate::virtio::blk::request;
+use crate::virtio::blk::request::{Segment, Status};
 
 impl Worker {
     /// The engine is done with a request.

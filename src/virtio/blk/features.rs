@@ -128,7 +128,7 @@ pub fn sectors(bytes: u64) -> u32 {
 }
 
 /// seg_max of the configuration space. `queue_size` is the largest ring that a front-end may set up.
-pub(super) fn max_segments(queue_size: u16) -> u32 {
+pub(in crate::virtio) fn max_segments(queue_size: u16) -> u32 {
     u32::from(queue_size).min(USUAL_RING).saturating_sub(2).clamp(1, MOST_SEGMENTS)
 }
 

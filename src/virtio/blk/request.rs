@@ -10,8 +10,8 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::desc::split::Descriptor;
 
 use super::features::{SECTOR, sectors};
-use super::virtqueue::guest_memory::Mapped;
 use crate::backend::Geometry;
+use crate::virtio::virtqueue::guest_memory::Mapped;
 
 /// The status byte of a request (virtio 1.3, 5.2.6).
 pub type Status = u8;
