@@ -15,7 +15,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/backend/rbd/aio.rs", "calls them; memory that they use"),
     ("src/backend/rbd/callbacks.rs", "calls them; is called by them"),
     ("src/virtio/virtqueue/guest_memory.rs", "guest memory as iovecs and atomics"),
-    ("src/virtio/vanished.rs", "a signal handler that maps zeroes over memory that vanished"),
+    ("src/virtio/shared_memory/sigbus.rs", "a signal handler that maps zeroes over memory that vanished"),
     ("src/sandbox/sigsys.rs", "a signal handler that names the system call that was stopped"),
     ("src/base/syscalls.rs", "system calls that no safe wrapper has"),
     ("src/snapshot/spawn.rs", "a command with another signal mask"),

@@ -14,7 +14,7 @@ use super::channel;
 use super::hand_over::Ask;
 use super::handler::Handler;
 use super::rings::Rings;
-use super::vanished::Wire;
+use super::shared_memory::sigbus::Wire;
 use super::watch::Watch;
 use crate::backend::Backend;
 use crate::base::sync::Bell;

@@ -17,12 +17,12 @@ use super::activation::Activation;
 use super::blk::features;
 use super::descriptor;
 use super::device::{Identity, Offer};
-use super::dirty::DirtyLog;
-use super::inflight::{Inflight, MAX_ENTRIES};
-use super::memory::{MOST_REGIONS, MemoryTable};
 use super::queue_state::{QueueState, Stopped, Surroundings};
 use super::rings::Rings;
-use super::vanished::Wire;
+use super::shared_memory::dirty_log::DirtyLog;
+use super::shared_memory::inflight::{Inflight, MAX_ENTRIES};
+use super::shared_memory::memory_table::{MOST_REGIONS, MemoryTable};
+use super::shared_memory::sigbus::Wire;
 use super::virtqueue::split_ring::Place;
 use super::worker::Stop;
 

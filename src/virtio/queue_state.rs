@@ -12,10 +12,10 @@ use vm_memory::GuestMemoryMmap;
 
 use super::activation::Activation;
 use super::blk::features;
-use super::dirty::DirtyLog;
-use super::inflight::Inflight;
-use super::memory::MemoryTable;
 use super::rings::{Command, Mailbox, Rings};
+use super::shared_memory::dirty_log::DirtyLog;
+use super::shared_memory::inflight::Inflight;
+use super::shared_memory::memory_table::MemoryTable;
 use super::virtqueue::guest_memory::Mapped;
 use super::virtqueue::split_ring::{Place, SplitRing};
 use super::worker::{Relay, Setup, Stop};

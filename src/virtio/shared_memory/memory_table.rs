@@ -7,8 +7,8 @@ use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserSingleMemoryReg
 use vhost::vhost_user::{Error, Result};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
-use super::shared::whole_pages;
-use super::vanished::{Watched, Wire};
+use super::region::whole_pages;
+use super::sigbus::{Watched, Wire};
 
 /// Memory regions that a front-end may add (QEMU asks; its own limit is 512).
 pub const MOST_REGIONS: u64 = 509;
@@ -34,17 +34,17 @@ struct Mapping {
 
 impl MemoryTable {
     /// No memory yet.
-    pub(super) fn new(wire: Arc<Wire>) -> Self {
+    pub(in crate::virtio) fn new(wire: Arc<Wire>) -> Self {
         MemoryTable { mappings: Vec::new(), memory: Arc::new(GuestMemoryMmap::new()), wire }
     }
 
     /// The connection that ends when memory vanishes.
-    pub(super) fn wire(&self) -> &Arc<Wire> {
+    pub(in crate::virtio) fn wire(&self) -> &Arc<Wire> {
         &self.wire
     }
 
     /// The regions as the front-end told of them, each with its file.
-    pub(super) fn record(&self) -> impl Iterator<Item = (VhostUserMemoryRegion, &File)> {
+    pub(in crate::virtio) fn record(&self) -> impl Iterator<Item = (VhostUserMemoryRegion, &File)> {
         self.mappings.iter().map(|mapping| (mapping.told(), mapping.source.file()))
     }
 

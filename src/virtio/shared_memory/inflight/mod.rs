@@ -26,8 +26,8 @@ use vhost::vhost_user::message::VhostUserInflight;
 use vhost::vhost_user::{Error, Result};
 use vm_memory::AtomicInteger;
 
-use super::shared::Shared;
-use super::vanished::Wire;
+use super::region::Shared;
+use super::sigbus::Wire;
 
 /// Header of a ring: features (u64), version, entries, last head answered, copy of the used index (u16 each).
 const HEADER: usize = 16;
@@ -50,7 +50,7 @@ const MARK: u64 = u64::from_ne_bytes(*b"vblkmore");
 const MORE: usize = 8;
 
 /// The most descriptors that a ring can have (virtio 1.3, 2.7).
-pub(super) const MAX_ENTRIES: u16 = 32768;
+pub(in crate::virtio) const MAX_ENTRIES: u16 = 32768;
 
 fn stride(entries: u16) -> usize {
     (HEADER + ENTRY * usize::from(entries)).next_multiple_of(ALIGN)
@@ -104,7 +104,7 @@ impl Layout {
 }
 
 /// The in-flight region of one device, mapped. Owned by the handler.
-pub(super) struct Inflight {
+pub(in crate::virtio) struct Inflight {
     region: Arc<Shared>,
     /// What the front-end said of it: rings, and entries of each.
     told: (u16, u16),
@@ -116,7 +116,7 @@ pub(super) struct Inflight {
 impl Inflight {
     /// GET_INFLIGHT_FD: fresh memory for so many rings of so many descriptors, and of up to `largest`, sealed so that no
     /// other process can cut it.
-    pub(super) fn create(rings: u16, entries: u16, largest: u16) -> io::Result<(VhostUserInflight, File)> {
+    pub(in crate::virtio) fn create(rings: u16, entries: u16, largest: u16) -> io::Result<(VhostUserInflight, File)> {
         let layout = Layout { rings, entries, more: largest.saturating_sub(entries) };
         let file: File = memfd_create("in-flight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?.into();
         file.set_len(layout.len() as u64)?;
@@ -129,7 +129,7 @@ impl Inflight {
     }
 
     /// SET_INFLIGHT_FD on the connection of `wire`: what an earlier server left, or fresh memory.
-    pub(super) fn map(told: &VhostUserInflight, file: File, wire: &Arc<Wire>) -> Result<Self> {
+    pub(in crate::virtio) fn map(told: &VhostUserInflight, file: File, wire: &Arc<Wire>) -> Result<Self> {
         let (rings, entries) = (told.num_queues, told.queue_size);
         let needed = (stride(entries) * usize::from(rings)) as u64;
         if told.mmap_size < needed {
@@ -144,12 +144,12 @@ impl Inflight {
     }
 
     /// What the front-end said of it: for how many rings it is, and of how many descriptors.
-    pub(super) fn shape(&self) -> (u16, u16) {
+    pub(in crate::virtio) fn shape(&self) -> (u16, u16) {
         self.told
     }
 
     /// The memory.
-    pub(super) fn shared(&self) -> &Shared {
+    pub(in crate::virtio) fn shared(&self) -> &Shared {
         &self.region
     }
 
@@ -157,7 +157,7 @@ impl Inflight {
     /// is logged once. Then the ring is served all the same, and not tracked: with some of its heads tracked the next
     /// server would take the others for answered, and the guest would wait for them for ever. Those tracked earlier are
     /// forgotten.
-    pub(super) fn ring(&self, index: u32, size: u16, used: u16) -> Option<Tracker> {
+    pub(in crate::virtio) fn ring(&self, index: u32, size: u16, used: u16) -> Option<Tracker> {
         let Layout { rings, entries, more } = self.layout;
         let mut tracker = (index < u32::from(rings)).then(|| Tracker {
             region: self.region.clone(),
@@ -183,7 +183,7 @@ impl Inflight {
 }
 
 /// The part of one running ring. Owned by its worker.
-pub(super) struct Tracker {
+pub(in crate::virtio) struct Tracker {
     region: Arc<Shared>,
     at: usize,
     /// Entries in the ring's own part.
@@ -226,7 +226,7 @@ impl Tracker {
     ///
     /// A front-end gives a driver that was reset fresh memory. One that does not would have the next driver's memory
     /// written by what the earlier one asked for: a driver is owed no more than it waits for.
-    pub(super) fn recover(
+    pub(in crate::virtio) fn recover(
         &mut self,
         used: u16,
         outstanding: u16,
@@ -298,7 +298,7 @@ impl Tracker {
 
     /// A head was taken from the ring, and nothing was done for it yet.
     #[inline]
-    pub(super) fn taken(&mut self, head: u16) {
+    pub(in crate::virtio) fn taken(&mut self, head: u16) {
         self.entry::<AtomicU64>(head, COUNTER).store(self.counter, Ordering::Relaxed);
         self.counter += 1;
         self.mark(head).store(1, Ordering::Release);
@@ -306,7 +306,7 @@ impl Tracker {
 
     /// A head is about to be put into the used ring, whether it was marked or not.
     #[inline]
-    pub(super) fn answering(&mut self, head: u16) {
+    pub(in crate::virtio) fn answering(&mut self, head: u16) {
         let last = self.half(LAST).load(Ordering::Relaxed);
         self.entry::<AtomicU16>(head, NEXT).store(last, Ordering::Relaxed);
         self.half(LAST).store(head, Ordering::Release);
@@ -314,7 +314,7 @@ impl Tracker {
 
     /// It is there, and the used index is this now.
     #[inline]
-    pub(super) fn answered(&mut self, head: u16, used: u16) {
+    pub(in crate::virtio) fn answered(&mut self, head: u16, used: u16) {
         self.mark(head).store(0, Ordering::Release);
         self.half(USED).store(used, Ordering::Release);
     }

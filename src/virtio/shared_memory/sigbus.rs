@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 /// The front-end's socket as the handler needs it, and what the handler found.
-pub(super) struct Wire {
+pub(in crate::virtio) struct Wire {
     socket: OwnedFd,
     vanished: AtomicBool,
 }
@@ -24,20 +24,20 @@ pub(super) struct Wire {
 impl Wire {
     /// Of a connection; `socket` is a duplicate of its descriptor. Installs the signal's handler, once a process.
     /// Errors: sigaction(2) failed. The vhost-user thread.
-    pub(super) fn new(socket: OwnedFd) -> io::Result<Arc<Self>> {
+    pub(in crate::virtio) fn new(socket: OwnedFd) -> io::Result<Arc<Self>> {
         install()?;
         Ok(Arc::new(Wire { socket, vanished: AtomicBool::new(false) }))
     }
 
     /// For tests, with its other end.
     #[cfg(test)]
-    pub(super) fn pair() -> (Arc<Self>, std::os::unix::net::UnixStream) {
+    pub(in crate::virtio) fn pair() -> (Arc<Self>, std::os::unix::net::UnixStream) {
         let (here, there) = std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
         (Wire::new(here.into()).expect("a handler"), there)
     }
 
     /// Whether memory of this connection vanished. The vhost-user thread, at the connection's end.
-    pub(super) fn vanished(&self) -> bool {
+    pub(in crate::virtio) fn vanished(&self) -> bool {
         self.vanished.load(Ordering::Acquire)
     }
 }
@@ -45,7 +45,7 @@ impl Wire {
 /// A mapped region that may vanish, until it is dropped. Dropped when no thread touches the region any more (by the
 /// vhost-user thread while every ring is stopped, or by the last that shares both) and before the region is unmapped, so
 /// that whoever faults in a region finds it here.
-pub(super) struct Watched {
+pub(in crate::virtio) struct Watched {
     slot: &'static Slot,
     _wire: Arc<Wire>,
 }
@@ -80,7 +80,7 @@ fn slots() -> impl Iterator<Item = &'static Slot> {
 
 impl Watched {
     /// Watches `len` bytes from `start`, which the caller has mapped. The vhost-user thread.
-    pub(super) fn new(start: *mut u8, len: usize, wire: &Arc<Wire>) -> Self {
+    pub(in crate::virtio) fn new(start: *mut u8, len: usize, wire: &Arc<Wire>) -> Self {
         let free = slots().find(|slot| !slot.taken.swap(true, Ordering::AcqRel));
         let slot = free.unwrap_or_else(add_slot);
         slot.len.store(len, Ordering::Relaxed);

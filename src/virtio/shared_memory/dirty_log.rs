@@ -13,14 +13,14 @@ use vhost::vhost_user::Result;
 use vhost::vhost_user::message::VhostUserLog;
 use vm_memory::GuestAddress;
 
-use super::shared::Shared;
-use super::vanished::Wire;
+use super::region::Shared;
+use super::sigbus::Wire;
 
 /// Bytes of guest memory that a bit stands for (QEMU's VHOST_LOG_PAGE).
 const PAGE: u64 = 4096;
 
 /// The log, mapped. Shared by the handler and the workers.
-pub(super) struct DirtyLog {
+pub(in crate::virtio) struct DirtyLog {
     region: Shared,
     /// It was said that the log is too short.
     told: AtomicBool,
@@ -28,18 +28,18 @@ pub(super) struct DirtyLog {
 
 impl DirtyLog {
     /// SET_LOG_BASE on the connection of `wire`.
-    pub(super) fn map(told: &VhostUserLog, file: File, wire: &Arc<Wire>) -> Result<Self> {
+    pub(in crate::virtio) fn map(told: &VhostUserLog, file: File, wire: &Arc<Wire>) -> Result<Self> {
         let region = Shared::map("dirty log", file, told.mmap_offset, told.mmap_size, wire)?;
         Ok(DirtyLog { region, told: AtomicBool::new(false) })
     }
 
     /// The memory.
-    pub(super) fn shared(&self) -> &Shared {
+    pub(in crate::virtio) fn shared(&self) -> &Shared {
         &self.region
     }
 
     /// `len` bytes of guest memory from `at` on were written. Any worker.
-    pub(super) fn mark(&self, at: GuestAddress, len: u64) {
+    pub(in crate::virtio) fn mark(&self, at: GuestAddress, len: u64) {
         if len == 0 {
             return;
         }

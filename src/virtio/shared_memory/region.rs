@@ -8,15 +8,15 @@ use rustix::fs::fstatfs;
 use vhost::vhost_user::{Error, Result};
 use vm_memory::{AtomicInteger, FileOffset, MmapRegion, VolatileMemory};
 
-use super::moving;
-use super::vanished::{Watched, Wire};
+use super::sigbus::{Watched, Wire};
 use crate::upgrade::Descriptors;
+use crate::virtio::moving;
 
 /// HUGETLBFS_MAGIC (linux/magic.h).
 const HUGETLBFS: u32 = 0x9584_58f6;
 
 /// Such memory, mapped. Only atomics of it are handed out, for the front-end writes to it, too.
-pub(super) struct Shared {
+pub(in crate::virtio) struct Shared {
     /// Dropped before what it watches is unmapped.
     _watched: Watched,
     region: MmapRegion,
@@ -25,7 +25,7 @@ pub(super) struct Shared {
 impl Shared {
     /// Maps `len` bytes at `offset` of a file that the front-end handed over; `what` names it in the log. Refused: what
     /// lies behind the end of the file. One that is cut later ends the connection of `wire`. The vhost-user thread.
-    pub(super) fn map(what: &str, file: File, offset: u64, len: u64, wire: &Arc<Wire>) -> Result<Self> {
+    pub(in crate::virtio) fn map(what: &str, file: File, offset: u64, len: u64, wire: &Arc<Wire>) -> Result<Self> {
         let refuse = |why: String| {
             log::error!("the front-end's {what}: {why}");
             Error::InvalidParam
@@ -43,7 +43,7 @@ impl Shared {
     }
 
     /// What another process needs to map the same.
-    pub(super) fn record(&self, descriptors: &mut Descriptors) -> io::Result<moving::Shared> {
+    pub(in crate::virtio) fn record(&self, descriptors: &mut Descriptors) -> io::Result<moving::Shared> {
         let source = self.region.file_offset().expect("it was mapped from a file");
         let file = descriptors.add_copy(source.file())?;
         Ok(moving::Shared { offset: source.start(), len: self.region.size() as u64, file })
@@ -51,14 +51,14 @@ impl Shared {
 
     /// The atomic at byte `at`. `None`: it is not aligned, or lies outside. Any thread.
     #[inline]
-    pub(super) fn cell<A: AtomicInteger>(&self, at: usize) -> Option<&A> {
+    pub(in crate::virtio) fn cell<A: AtomicInteger>(&self, at: usize) -> Option<&A> {
         self.region.get_atomic_ref(at).ok()
     }
 }
 
-/// Whether `len` bytes of `file` can be mapped and covered again ([`super::vanished`]): huge pages only whole, for the
+/// Whether `len` bytes of `file` can be mapped and covered again ([`super::sigbus`]): huge pages only whole, for the
 /// kernel maps more than it was asked for otherwise, and takes back nothing. `Err`: what is wrong.
-pub(super) fn whole_pages(file: &File, len: u64) -> std::result::Result<(), String> {
+pub(in crate::virtio) fn whole_pages(file: &File, len: u64) -> std::result::Result<(), String> {
     let found = fstatfs(file).map_err(|error| format!("fstatfs(2) of its file failed: {error}"))?;
     let page = found.f_bsize as u64;
     if found.f_type as u32 == HUGETLBFS && !len.is_multiple_of(page) {
