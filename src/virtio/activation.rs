@@ -1,5 +1,5 @@
 //! Whether the image is ours to use: [`Backend::activate`] before the first ring runs, [`Backend::deactivate`] after the
-//! last one has stopped for good, or after the operator's hold that outlasts it ([`super::claim`]). Pauses (a change of
+//! last one has stopped for good, or after the operator's hold that outlasts it ([`super::rings::image_users`]). Pauses (a change of
 //! the memory table, a ring set up anew) keep it.
 //!
 //! An image that cannot be had (another host holds its lock) keeps the rings from running, and the guest waits. Status

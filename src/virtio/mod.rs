@@ -28,13 +28,9 @@
 
 mod activation;
 pub mod blk;
-mod capacity;
 mod channel;
-mod claim;
-mod counters;
 mod descriptor;
 pub mod device;
-mod errors;
 pub(crate) mod hand_over;
 mod handler;
 #[cfg(all(test, feature = "model"))]
@@ -44,7 +40,6 @@ mod queue_state;
 pub mod rings;
 mod shared_memory;
 pub mod virtqueue;
-mod watch;
 mod worker;
 
 pub use device::{Device, DeviceOptions, Tuning};

@@ -2,12 +2,12 @@
 
 use vm_memory::GuestAddress;
 
-use super::super::counters::add;
 use super::Worker;
 use crate::disk::Event;
 use crate::engine::{Errno, Kind};
 use crate::virtio::blk::request;
 use crate::virtio::blk::request::{Segment, Status};
+use crate::virtio::rings::counters::add;
 
 impl Worker {
     /// The engine is done with a request.

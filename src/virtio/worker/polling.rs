@@ -7,8 +7,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::super::counters::add;
 use super::Worker;
+use crate::virtio::rings::counters::add;
 
 /// Sleeps without a look before them, at most, after many that found nothing.
 const MOST_SKIPPED: u32 = 1024;

@@ -6,7 +6,7 @@ use crate::disk::RingStatus;
 
 /// The counters of one ring, written by its worker alone, read by anybody.
 #[derive(Default)]
-pub(super) struct Counters {
+pub(in crate::virtio) struct Counters {
     pub size: AtomicU64,
     pub running: AtomicBool,
     pub untracked: AtomicBool,
@@ -30,7 +30,7 @@ pub(super) struct Counters {
 }
 
 /// Adds to a counter that only this thread writes: no locked instruction needed.
-pub(super) fn add(counter: &AtomicU64, n: u64) {
+pub(in crate::virtio) fn add(counter: &AtomicU64, n: u64) {
     counter.store(counter.load(Relaxed).wrapping_add(n), Relaxed);
 }
 
@@ -82,7 +82,7 @@ impl Counters {
 }
 
 /// Adds one ring to a sum.
-pub(super) fn accumulate(total: &mut RingStatus, ring: &RingStatus) {
+pub(in crate::virtio) fn accumulate(total: &mut RingStatus, ring: &RingStatus) {
     total.untracked |= ring.untracked;
     total.in_flight += ring.in_flight;
     total.stalled += ring.stalled;

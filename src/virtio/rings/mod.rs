@@ -1,6 +1,11 @@
 //! What outlives a ring and a connection: the counters, the operator's hold over all rings, and what status shows.
 
+pub(super) mod capacity;
+pub(super) mod counters;
+pub(super) mod error_log;
 mod hold;
+pub(super) mod image_users;
+pub(super) mod stall_watch;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,12 +17,7 @@ use hold::Hold;
 pub(super) use hold::RingHold;
 
 use super::blk::features;
-use super::capacity::Capacity;
-use super::claim::Claim;
-use super::counters::{Counters, accumulate};
 use super::device::Tuning;
-use super::errors::{self, Errors};
-use super::watch::CallWatch;
 use super::worker::{Relay, Stop};
 use crate::backend::{Backend, Errno};
 #[cfg(all(test, feature = "model"))]
@@ -27,6 +27,11 @@ use crate::base::sync::mpsc::Sender;
 use crate::base::sync::{Bell, Mutex, MutexGuard, thread};
 use crate::disk::{Disk, DiskStatus, Event, Events, FailedRequest, ImageStatus, RingStatus, StoppedStatus};
 use crate::engine::{CacheMode, CachePolicy};
+use capacity::Capacity;
+use counters::{Counters, accumulate};
+use error_log::Errors;
+use image_users::Claim;
+use stall_watch::CallWatch;
 
 /// What a worker can be asked; the only way to reach a running ring.
 pub(super) enum Command {
@@ -365,7 +370,7 @@ impl Rings {
 
     /// Something went wrong: to the events, the status and (within a budget, for a guest can provoke it) the log.
     pub(super) fn report(&self, event: Event) {
-        let Some(text) = errors::text(&event) else { return self.events.send(event) };
+        let Some(text) = error_log::text(&event) else { return self.events.send(event) };
         let by_guest = matches!(event, Event::ProtocolError(_));
         let line = self.lock().errors.take(by_guest, text.clone());
         // Not under the lock: a log that nobody reads must not stop the control socket.

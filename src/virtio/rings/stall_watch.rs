@@ -8,14 +8,14 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::rings::Rings;
+use super::Rings;
 
 /// Between two looks at the rings' calls: one that is found twice has not returned for at least this long.
 const CALLS_INTERVAL: Duration = Duration::from_millis(250);
 
 /// How the rings wake the watch when they begin to make calls.
 #[derive(Default)]
-pub(super) struct CallWatch {
+pub(in crate::virtio) struct CallWatch {
     /// It does not look at calls.
     sleeps: AtomicBool,
     /// To a watch, if there is one.
@@ -25,7 +25,7 @@ pub(super) struct CallWatch {
 impl CallWatch {
     /// A ring's thread begins a call: costs a look at one variable, but for the first call in a while.
     #[inline]
-    pub(super) fn call_begins(&self) {
+    pub(in crate::virtio) fn call_begins(&self) {
         if self.sleeps.load(Relaxed) {
             self.wake();
         }
@@ -47,7 +47,7 @@ impl CallWatch {
 }
 
 /// Of one connection, which it does not outlive.
-pub(super) struct Watch {
+pub(in crate::virtio) struct Watch {
     rings: Arc<Rings>,
     until: Option<mpsc::Sender<()>>,
     thread: Option<thread::JoinHandle<()>>,
@@ -56,7 +56,7 @@ pub(super) struct Watch {
 impl Watch {
     /// Watches until the value returned is dropped, in a thread of its own: the vhost-user thread may itself wait for a ring
     /// to stop.
-    pub(super) fn start(rings: &Arc<Rings>) -> Watch {
+    pub(in crate::virtio) fn start(rings: &Arc<Rings>) -> Watch {
         let (until, woken) = mpsc::channel();
         rings.call_watch().set(Some(until.clone()));
         let work = {

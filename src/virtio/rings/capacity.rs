@@ -18,7 +18,7 @@ use rustix::net::SendFlags;
 const CONFIG_CHANGED: [[u8; 4]; 3] = [2u32.to_ne_bytes(), 1u32.to_ne_bytes(), 0u32.to_ne_bytes()];
 
 /// The size, and what the front-end knows of it. Any thread.
-pub(super) struct Capacity {
+pub(in crate::virtio) struct Capacity {
     bytes: AtomicU64,
     front_end: Mutex<FrontEnd>,
 }
@@ -35,54 +35,54 @@ struct FrontEnd {
 
 impl Capacity {
     /// Of an image of so many bytes.
-    pub(super) fn new(bytes: u64) -> Self {
+    pub(in crate::virtio) fn new(bytes: u64) -> Self {
         Capacity { bytes: AtomicU64::new(bytes), front_end: Mutex::default() }
     }
 
     /// Bytes.
-    pub(super) fn get(&self) -> u64 {
+    pub(in crate::virtio) fn get(&self) -> u64 {
         self.bytes.load(Ordering::Acquire)
     }
 
     /// The size changed. Rings must be told after this, and take it from here when they start.
-    pub(super) fn set(&self, bytes: u64) {
+    pub(in crate::virtio) fn set(&self, bytes: u64) {
         self.bytes.store(bytes, Ordering::Release);
     }
 
     /// Tells the front-end of a size that it does not know, if it listens.
-    pub(super) fn announce(&self) {
+    pub(in crate::virtio) fn announce(&self) {
         self.lock().announce(self.get());
     }
 
     /// A front-end came; nothing is known of it.
-    pub(super) fn connected(&self) {
+    pub(in crate::virtio) fn connected(&self) {
         *self.lock() = FrontEnd::default();
     }
 
     /// The front-end left: no message goes to it.
-    pub(super) fn disconnected(&self) {
+    pub(in crate::virtio) fn disconnected(&self) {
         *self.lock() = FrontEnd::default();
     }
 
     /// The front-end handed over its channel.
-    pub(super) fn set_channel(&self, channel: OwnedFd) {
+    pub(in crate::virtio) fn set_channel(&self, channel: OwnedFd) {
         self.lock().channel = Some(channel);
     }
 
     /// For another process that takes the connection over: a duplicate of the channel, and the size that the front-end
     /// knows.
-    pub(super) fn record(&self) -> (io::Result<Option<OwnedFd>>, Option<u64>) {
+    pub(in crate::virtio) fn record(&self) -> (io::Result<Option<OwnedFd>>, Option<u64>) {
         let front_end = self.lock();
         (front_end.channel.as_ref().map(OwnedFd::try_clone).transpose(), front_end.knows)
     }
 
     /// What the front-end was told by the process before this one.
-    pub(super) fn set_known(&self, knows: Option<u64>) {
+    pub(in crate::virtio) fn set_known(&self, knows: Option<u64>) {
         self.lock().knows = knows;
     }
 
     /// GET_CONFIG: the size to answer.
-    pub(super) fn read(&self) -> u64 {
+    pub(in crate::virtio) fn read(&self) -> u64 {
         let mut front_end = self.lock();
         let bytes = self.get();
         front_end.knows = Some(bytes);
@@ -90,7 +90,7 @@ impl Capacity {
     }
 
     /// A ring runs.
-    pub(super) fn ring_started(&self) {
+    pub(in crate::virtio) fn ring_started(&self) {
         let mut front_end = self.lock();
         if !std::mem::replace(&mut front_end.running, true) {
             front_end.announce(self.get());
@@ -98,7 +98,7 @@ impl Capacity {
     }
 
     /// No ring runs any more.
-    pub(super) fn rings_stopped(&self) {
+    pub(in crate::virtio) fn rings_stopped(&self) {
         self.lock().running = false;
     }
 

@@ -14,7 +14,7 @@ use crate::base::sync::Mutex;
 
 /// The image's users. Calls may block as long as the back-end does.
 #[derive(Default)]
-pub(super) struct Claim(Mutex<Users>);
+pub(in crate::virtio) struct Claim(Mutex<Users>);
 
 #[derive(Default)]
 struct Users {
@@ -24,7 +24,7 @@ struct Users {
 
 impl Claim {
     /// Rings are about to run. The vhost-user thread.
-    pub(super) fn for_rings(&self, backend: &dyn Backend) -> io::Result<()> {
+    pub(in crate::virtio) fn for_rings(&self, backend: &dyn Backend) -> io::Result<()> {
         let mut users = self.0.lock().expect("no panic while held");
         if !users.rings {
             backend.activate()?;
@@ -34,14 +34,14 @@ impl Claim {
     }
 
     /// No ring is to run. `held`: whether a hold is on, asked when nobody else can come or go. The vhost-user thread.
-    pub(super) fn no_rings(&self, backend: &dyn Backend, held: impl FnOnce() -> bool) {
+    pub(in crate::virtio) fn no_rings(&self, backend: &dyn Backend, held: impl FnOnce() -> bool) {
         let mut users = self.0.lock().expect("no panic while held");
         users.rings = false;
         users.give_up(backend, held);
     }
 
     /// A hold is on and no ring runs. A thread of the hold's, which calls [`Claim::no_hold`] if the hold has ended by now.
-    pub(super) fn for_hold(&self, backend: &dyn Backend) -> io::Result<()> {
+    pub(in crate::virtio) fn for_hold(&self, backend: &dyn Backend) -> io::Result<()> {
         let mut users = self.0.lock().expect("no panic while held");
         if !users.active {
             users.active = backend.activate_for_hold()?;
@@ -50,7 +50,7 @@ impl Claim {
     }
 
     /// A hold has ended, unless `held`: another one is on. A thread of the hold's.
-    pub(super) fn no_hold(&self, backend: &dyn Backend, held: impl FnOnce() -> bool) {
+    pub(in crate::virtio) fn no_hold(&self, backend: &dyn Backend, held: impl FnOnce() -> bool) {
         self.0.lock().expect("no panic while held").give_up(backend, held);
     }
 }

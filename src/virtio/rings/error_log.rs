@@ -7,7 +7,7 @@ use crate::disk::{Event, FailedRequest, LastError};
 
 /// The errors of one disk.
 #[derive(Default)]
-pub(super) struct Errors {
+pub(in crate::virtio) struct Errors {
     /// And whether the guest or the front-end provoked it.
     last_errors: VecDeque<(bool, LastError)>,
     /// Of the disk's own errors, and of those that the guest or the front-end provokes.
@@ -23,7 +23,7 @@ struct LogBudget {
 }
 
 /// What [`LogBudget::admit`] decided.
-pub(super) struct LogLine {
+pub(in crate::virtio) struct LogLine {
     admitted: bool,
     /// Lines left out before this one.
     suppressed: u64,
@@ -36,7 +36,7 @@ const LOG_LINES: u32 = 10;
 const LOG_WINDOW: Duration = Duration::from_secs(10);
 
 /// An event in words, if it is an error.
-pub(super) fn text(event: &Event) -> Option<String> {
+pub(in crate::virtio) fn text(event: &Event) -> Option<String> {
     Some(match event {
         Event::IoError { operation, ring, offset, len, errno } => {
             let why = std::io::Error::from_raw_os_error(errno.0);
@@ -62,14 +62,14 @@ pub(super) fn text(event: &Event) -> Option<String> {
 
 impl Errors {
     /// Takes one in. `by_guest`: the guest or the front-end provoked it. The line is to be logged without the lock.
-    pub(super) fn take(&mut self, by_guest: bool, what: String) -> LogLine {
+    pub(in crate::virtio) fn take(&mut self, by_guest: bool, what: String) -> LogLine {
         let when = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         self.remember(by_guest, LastError { what, when });
         self.log_budgets[usize::from(by_guest)].admit()
     }
 
     /// For the status, newest last.
-    pub(super) fn last(&self) -> Vec<LastError> {
+    pub(in crate::virtio) fn last(&self) -> Vec<LastError> {
         self.last_errors.iter().map(|(_, error)| error.clone()).collect()
     }
 
@@ -98,7 +98,7 @@ impl LogBudget {
 }
 
 impl LogLine {
-    pub(super) fn log(&self, text: &str) {
+    pub(in crate::virtio) fn log(&self, text: &str) {
         if self.suppressed > 0 {
             log::warn!("{} more errors were not logged", self.suppressed);
         }
