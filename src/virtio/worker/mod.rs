@@ -4,10 +4,10 @@
 //! A turn: reap completions, let the engine say what follows, answer, pop new requests, make the calls that may block
 //! ([`relay`]), interrupt at most once; then one `wait`, which submits the whole batch and sleeps.
 
-mod answer;
-mod polling;
+mod busy_poll;
+mod completion;
 mod relay;
-mod replay;
+mod resubmit;
 mod stall;
 mod stop;
 
@@ -35,7 +35,7 @@ use crate::base::sync::Bell;
 use crate::base::sync::mpsc::Receiver;
 use crate::disk::{Event, FailedRequest};
 use crate::engine::{Action, Engine, Kind, Offer, Token};
-use polling::Polling;
+use busy_poll::Polling;
 pub(super) use relay::Relay;
 use stop::Rest;
 pub(super) use stop::Stop;
