@@ -15,7 +15,7 @@ use super::socket::FrontSocket;
 use super::{Served, ServerError, new_bell};
 use crate::base::sync::Bell;
 use crate::virtio::hand_over::Steps;
-use crate::virtio::moving::Moved;
+use crate::virtio::vhost_user::save_restore::Moved;
 
 /// How long to leave connections waiting when the process or the system is out of descriptors or memory.
 const OUT_OF_RESOURCES: Duration = Duration::from_millis(100);

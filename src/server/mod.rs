@@ -44,7 +44,7 @@ use crate::disk::RingStatus;
 use crate::sandbox::SandboxError;
 use crate::upgrade::DiskFacts;
 use crate::virtio::hand_over::{HandedOver, Steps};
-use crate::virtio::moving::Moved;
+use crate::virtio::vhost_user::save_restore::Moved;
 use daemon::Daemon;
 use files::Files;
 use front_ends::FrontEnds;

@@ -19,7 +19,7 @@ use crate::config::{Config, Listen};
 use crate::control::client::{Client, PATIENCE};
 use crate::upgrade::{self, Channel, Descriptors, FromNew, FromOld, GAVE_UP, Hello, Keeps, Starter, State, VERSION};
 use crate::virtio::hand_over::Steps;
-use crate::virtio::moving::Moved;
+use crate::virtio::vhost_user::save_restore::Moved;
 
 /// For the other one's answers. It may have much to sync before the last of them, while its guest runs.
 const PROMPT: Duration = Duration::from_secs(10);
@@ -185,7 +185,7 @@ impl TakeOver {
     /// they do.
     fn adopt(
         number: usize,
-        record: crate::virtio::moving::Record,
+        record: crate::virtio::vhost_user::save_restore::Record,
         mut descriptors: Descriptors,
         front_ends: &mut FrontEnds,
     ) -> Result<(mpsc::Sender<()>, mpsc::Receiver<()>), String> {

@@ -29,7 +29,7 @@ use crate::disk::{Copies, Disk, DiskStatus, Events, FailedRequest, ImageSnapshot
 use crate::sandbox;
 use crate::upgrade::DiskFacts;
 use crate::virtio::hand_over::{HandedOver, Steps};
-use crate::virtio::moving::Moved;
+use crate::virtio::vhost_user::save_restore::Moved;
 use crate::virtio::{Device, DeviceOptions, Tuning};
 
 /// Called by the control socket's thread when it is told to end the daemon.

@@ -29,7 +29,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::disk::RingStatus;
-use crate::virtio::moving::Record;
+use crate::virtio::vhost_user::save_restore::Record;
 pub(crate) use channel::{Channel, Descriptors};
 pub use starter::VARIABLE as STARTER_VARIABLE;
 pub(crate) use starter::{GAVE_UP, Starter};

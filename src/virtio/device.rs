@@ -7,15 +7,15 @@ use std::time::Duration;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
-use super::activation;
 use super::blk::features;
 use super::blk::request::ID_BYTES;
-use super::channel;
 use super::hand_over::Ask;
-use super::handler::Handler;
 use super::rings::Rings;
 use super::rings::stall_watch::Watch;
 use super::shared_memory::sigbus::Wire;
+use super::vhost_user::activation;
+use super::vhost_user::backend_channel;
+use super::vhost_user::handler::Handler;
 use crate::backend::Backend;
 use crate::base::sync::Bell;
 use crate::disk::Events;
@@ -221,20 +221,20 @@ impl Device {
         let watch = Watch::start(&self.rings);
         let end = loop {
             let timeout = talk.ours().waits_for_image().then_some(activation::RETRY);
-            match channel::wait_for_message(&talk.line.stream, &talk.line.bell, timeout) {
-                channel::Woken::Message => {}
-                channel::Woken::Time => {
+            match backend_channel::wait_for_message(&talk.line.stream, &talk.line.bell, timeout) {
+                backend_channel::Woken::Message => {}
+                backend_channel::Woken::Time => {
                     talk.ours().retry();
                     continue;
                 }
-                channel::Woken::Bell => {
+                backend_channel::Woken::Bell => {
                     if self.was_handed_over(&talk) {
                         break None;
                     }
                     continue;
                 }
             }
-            if let Some(channel) = channel::peek(&talk.line.stream) {
+            if let Some(channel) = backend_channel::peek(&talk.line.stream) {
                 talk.ours().offer_channel(channel);
             }
             match talk.requests.handle_request() {

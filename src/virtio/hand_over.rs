@@ -9,9 +9,10 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::channel::{self, GET_FEATURES, SET_FEATURES, SET_PROTOCOL_FEATURES};
 use super::device::{Device, ENDING, Line, Talk};
-use super::moving::{Moved, Record};
+use super::vhost_user::backend_channel;
+use super::vhost_user::backend_channel::{GET_FEATURES, SET_FEATURES, SET_PROTOCOL_FEATURES};
+use super::vhost_user::save_restore::{Moved, Record};
 use crate::base::syscalls;
 use crate::disk::RingStatus;
 use crate::upgrade::{self, Descriptors, DiskFacts};
@@ -222,7 +223,7 @@ impl Talk {
         let mut messages = vec![(GET_FEATURES, None), (SET_PROTOCOL_FEATURES, Some(protocol_features))];
         messages.extend(features.map(|features| (SET_FEATURES, Some(features))));
         for (request, argument) in messages {
-            (&here).write_all(&channel::message(request, argument))?;
+            (&here).write_all(&backend_channel::message(request, argument))?;
             talk.requests.handle_request().map_err(std::io::Error::other)?;
         }
         syscalls::replace(&talk.requests, talk.line.stream.as_fd())?;

@@ -13,14 +13,14 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::activation::Activation;
 use super::blk::features;
 use super::blk::request::{ID_BYTES, OK};
 use super::device::Tuning;
-use super::queue_state::{QueueState, Surroundings};
 use super::rings::Rings;
 use super::shared_memory::memory_table::MemoryTable;
 use super::shared_memory::sigbus::Wire;
+use super::vhost_user::activation::Activation;
+use super::vhost_user::vring::{QueueState, Surroundings};
 use super::virtqueue::split_ring::Place;
 use super::worker::Stop;
 use crate::backend::null::NullBackend;
@@ -66,7 +66,7 @@ impl FrontEnd {
         FrontEnd { rings, memory, activation: Activation::default(), queue, kick, _peer: peer }
     }
 
-    fn change(&mut self, change: impl FnOnce(&mut super::queue_state::Stopped)) {
+    fn change(&mut self, change: impl FnOnce(&mut super::vhost_user::vring::Stopped)) {
         let around = Surroundings {
             rings: &self.rings,
             memory: &self.memory,

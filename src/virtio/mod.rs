@@ -26,19 +26,14 @@
 //! | `errors` | what the status keeps of errors, and what the log gets |
 //! | `device` | one disk: serves one front-end after the other |
 
-mod activation;
 pub mod blk;
-mod channel;
-mod descriptor;
 pub mod device;
 pub(crate) mod hand_over;
-mod handler;
 #[cfg(all(test, feature = "model"))]
 mod interleavings;
-pub(crate) mod moving;
-mod queue_state;
 pub mod rings;
 mod shared_memory;
+pub(crate) mod vhost_user;
 pub mod virtqueue;
 mod worker;
 

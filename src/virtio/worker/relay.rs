@@ -9,12 +9,12 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::{Arc, OnceLock, TryLockError};
 
-use super::super::queue_state::Stopped;
 use super::{Setup, Worker};
 use crate::backend::{BlockingCall, Caller};
 use crate::base::sync::mpsc::Sender;
 use crate::base::sync::{Mutex, MutexGuard, reused, thread};
 use crate::virtio::rings::counters::Counters;
+use crate::virtio::vhost_user::vring::Stopped;
 use crate::virtio::virtqueue::split_ring::SplitRing;
 
 /// A ring, from its start to its stop.

@@ -15,14 +15,14 @@ use crate::base::sync::Bell;
 /// VHOST_USER_SET_BACKEND_REQ_FD.
 const SET_BACKEND_REQ_FD: u32 = 21;
 /// VHOST_USER_GET_FEATURES.
-pub(super) const GET_FEATURES: u32 = 1;
+pub(in crate::virtio) const GET_FEATURES: u32 = 1;
 /// VHOST_USER_SET_FEATURES.
-pub(super) const SET_FEATURES: u32 = 2;
+pub(in crate::virtio) const SET_FEATURES: u32 = 2;
 /// VHOST_USER_SET_PROTOCOL_FEATURES.
-pub(super) const SET_PROTOCOL_FEATURES: u32 = 16;
+pub(in crate::virtio) const SET_PROTOCOL_FEATURES: u32 = 16;
 
 /// A front-end's message of version 1, with a number for its body or none, that wants no acknowledgement.
-pub(super) fn message(request: u32, argument: Option<u64>) -> Vec<u8> {
+pub(in crate::virtio) fn message(request: u32, argument: Option<u64>) -> Vec<u8> {
     let size = if argument.is_some() { 8 } else { 0 };
     let mut message = [request, 1, size].map(u32::to_ne_bytes).concat();
     message.extend(argument.map(u64::to_ne_bytes).into_iter().flatten());
@@ -31,7 +31,7 @@ pub(super) fn message(request: u32, argument: Option<u64>) -> Vec<u8> {
 
 /// What ended a wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Woken {
+pub(in crate::virtio) enum Woken {
     /// There is a message, or the end of the connection, or an error: reading shows it.
     Message,
     /// The bell was rung.
@@ -41,7 +41,7 @@ pub(super) enum Woken {
 }
 
 /// Waits for a message, the bell (which comes first) or the end of the time.
-pub(super) fn wait_for_message(stream: &UnixStream, bell: &Bell, timeout: Option<Duration>) -> Woken {
+pub(in crate::virtio) fn wait_for_message(stream: &UnixStream, bell: &Bell, timeout: Option<Duration>) -> Woken {
     let timeout = timeout.map(|timeout| Timespec {
         tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: timeout.subsec_nanos().into(),
@@ -55,7 +55,7 @@ pub(super) fn wait_for_message(stream: &UnixStream, bell: &Bell, timeout: Option
 }
 
 /// The channel, if the next message on `stream` hands one over: a descriptor of our own of it. The message stays.
-pub(super) fn peek(stream: &UnixStream) -> Option<OwnedFd> {
+pub(in crate::virtio) fn peek(stream: &UnixStream) -> Option<OwnedFd> {
     let mut request = [0; 4];
     // An error or an end shows again when the message is really read.
     match recv(stream, &mut request, RecvFlags::PEEK | RecvFlags::DONTWAIT) {

@@ -14,17 +14,17 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use super::activation::Activation;
-use super::blk::features;
-use super::descriptor;
-use super::device::{Identity, Offer};
-use super::queue_state::{QueueState, Stopped, Surroundings};
-use super::rings::Rings;
-use super::shared_memory::dirty_log::DirtyLog;
-use super::shared_memory::inflight::{Inflight, MAX_ENTRIES};
-use super::shared_memory::memory_table::{MOST_REGIONS, MemoryTable};
-use super::shared_memory::sigbus::Wire;
-use super::virtqueue::split_ring::Place;
-use super::worker::Stop;
+use super::eventfd;
+use super::vring::{QueueState, Stopped, Surroundings};
+use crate::virtio::blk::features;
+use crate::virtio::device::{Identity, Offer};
+use crate::virtio::rings::Rings;
+use crate::virtio::shared_memory::dirty_log::DirtyLog;
+use crate::virtio::shared_memory::inflight::{Inflight, MAX_ENTRIES};
+use crate::virtio::shared_memory::memory_table::{MOST_REGIONS, MemoryTable};
+use crate::virtio::shared_memory::sigbus::Wire;
+use crate::virtio::virtqueue::split_ring::Place;
+use crate::virtio::worker::Stop;
 
 /// The protocol features served. REPLY_ACK is the vhost crate's own.
 fn protocol_features() -> VhostUserProtocolFeatures {
@@ -38,29 +38,29 @@ fn protocol_features() -> VhostUserProtocolFeatures {
 }
 
 /// One front-end's view of the disk, from its connection to its end. Owned by the vhost-user thread.
-pub(super) struct Handler {
-    pub(super) rings: Arc<Rings>,
+pub(in crate::virtio) struct Handler {
+    pub(in crate::virtio) rings: Arc<Rings>,
     offer: Offer,
     identity: Arc<Identity>,
-    pub(super) memory: MemoryTable,
-    pub(super) activation: Activation,
-    pub(super) queues: Vec<QueueState>,
+    pub(in crate::virtio) memory: MemoryTable,
+    pub(in crate::virtio) activation: Activation,
+    pub(in crate::virtio) queues: Vec<QueueState>,
     /// What an earlier server left, and what we leave to the next one.
-    pub(super) inflight: Option<Inflight>,
+    pub(in crate::virtio) inflight: Option<Inflight>,
     /// Where what we write is logged while LOG_ALL is acknowledged.
-    pub(super) log: Option<Arc<DirtyLog>>,
+    pub(in crate::virtio) log: Option<Arc<DirtyLog>>,
     /// None until SET_FEATURES.
-    pub(super) acked_features: Option<u64>,
+    pub(in crate::virtio) acked_features: Option<u64>,
     /// SET_PROTOCOL_FEATURES, which the message layer obeys.
-    pub(super) acked_protocol_features: u64,
+    pub(in crate::virtio) acked_protocol_features: u64,
     /// The channel for our own requests, as the `vhost` crate has it. Kept open: QEMU complains of its end.
     backend_channel: Option<Backend>,
-    /// The same, before the crate took it ([`super::channel::peek`]).
+    /// The same, before the crate took it ([`super::backend_channel::peek`]).
     peeked: Option<OwnedFd>,
 }
 
 impl Handler {
-    pub(super) fn new(rings: Arc<Rings>, offer: Offer, identity: Arc<Identity>, wire: Arc<Wire>) -> Self {
+    pub(in crate::virtio) fn new(rings: Arc<Rings>, offer: Offer, identity: Arc<Identity>, wire: Arc<Wire>) -> Self {
         Handler {
             rings,
             offer,
@@ -78,7 +78,7 @@ impl Handler {
     }
 
     /// Stops every ring, finishing what is in flight.
-    pub(super) fn stop_all(&mut self, how: Stop) {
+    pub(in crate::virtio) fn stop_all(&mut self, how: Stop) {
         for queue in &mut self.queues {
             queue.pause(&self.rings, how);
         }
@@ -99,7 +99,7 @@ impl Handler {
     }
 
     /// Starts every ring that may run and does not.
-    pub(super) fn start_all(&mut self) {
+    pub(in crate::virtio) fn start_all(&mut self) {
         let acked_features = self.acked_features.unwrap_or(0);
         let around = Surroundings {
             rings: &self.rings,
@@ -117,12 +117,12 @@ impl Handler {
     }
 
     /// Rings wait for the image, which is to be tried again with [`Handler::retry`] every second.
-    pub(super) fn waits_for_image(&self) -> bool {
+    pub(in crate::virtio) fn waits_for_image(&self) -> bool {
         self.activation.is_refused()
     }
 
     /// Tries again to get the image and, with it, to start the rings that wait.
-    pub(super) fn retry(&mut self) {
+    pub(in crate::virtio) fn retry(&mut self) {
         self.start_all();
     }
 
@@ -136,20 +136,20 @@ impl Handler {
     }
 
     /// The end of the connection: every ring is stopped, what it acknowledged is synced, others may have the image.
-    pub(super) fn end(&mut self) {
+    pub(in crate::virtio) fn end(&mut self) {
         self.queues.iter_mut().for_each(|queue| queue.end(&self.rings));
         self.queues.clear();
         self.settle();
     }
 
     /// Another process keeps what we were to go on with: the image is given back, untouched.
-    pub(super) fn let_go(&mut self) {
+    pub(in crate::virtio) fn let_go(&mut self) {
         self.queues.clear();
         self.activation.release(&self.rings);
     }
 
     /// A descriptor of our own of the channel that the next message hands over.
-    pub(super) fn offer_channel(&mut self, channel: OwnedFd) {
+    pub(in crate::virtio) fn offer_channel(&mut self, channel: OwnedFd) {
         self.peeked = Some(channel);
     }
 
@@ -314,7 +314,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             log::error!("the front-end wants ring {index} to be polled without a kick descriptor: not supported");
             return Err(Error::InvalidParam);
         }
-        let kick = descriptor::checked(kick, "kick", index)?;
+        let kick = eventfd::checked(kick, "kick", index)?;
         self.change(u32::from(index), |_, ring| {
             ring.kick = kick;
             Ok(())
@@ -322,14 +322,14 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_vring_call(&mut self, index: u8, call: Option<File>) -> Result<()> {
-        let call = descriptor::checked(call, "call", index)?;
+        let call = eventfd::checked(call, "call", index)?;
         let (queue, around) = self.queue(u32::from(index))?;
         queue.set_call(&around, call);
         Ok(())
     }
 
     fn set_vring_err(&mut self, index: u8, err: Option<File>) -> Result<()> {
-        let err = descriptor::checked(err, "error", index)?;
+        let err = eventfd::checked(err, "error", index)?;
         self.change(u32::from(index), |_, ring| {
             ring.err = err;
             Ok(())

@@ -15,11 +15,11 @@ use vhost::vhost_user::message::{VhostUserInflight, VhostUserLog, VhostUserMemor
 use vhost::vhost_user::{Backend, Result, VhostUserBackendReqHandlerMut};
 
 use super::handler::Handler;
-use super::queue_state::{QueueState, Stopped};
-use super::virtqueue::split_ring::Place;
-use super::worker::Stop;
+use super::vring::{QueueState, Stopped};
 use crate::base::sync::mpsc::Receiver;
 use crate::upgrade::Descriptors;
+use crate::virtio::virtqueue::split_ring::Place;
+use crate::virtio::worker::Stop;
 
 /// Everything but the connection itself. Numbers of descriptors are places in a list.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -52,10 +52,10 @@ struct Region {
 
 /// Memory that the front-end shares for its bookkeeping.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Shared {
-    pub(super) offset: u64,
-    pub(super) len: u64,
-    pub(super) file: usize,
+pub(in crate::virtio) struct Shared {
+    pub(in crate::virtio) offset: u64,
+    pub(in crate::virtio) len: u64,
+    pub(in crate::virtio) file: usize,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -90,7 +90,7 @@ pub(crate) struct Moved {
 
 impl Record {
     /// SET_FEATURES and SET_PROTOCOL_FEATURES, of which the message layer knows, too.
-    pub(super) fn negotiated(&self) -> (Option<u64>, u64) {
+    pub(in crate::virtio) fn negotiated(&self) -> (Option<u64>, u64) {
         (self.features, self.protocol_features)
     }
 }
@@ -98,7 +98,7 @@ impl Record {
 impl Handler {
     /// Stops every ring, with nothing in flight, and gives the image free. `drained`: called when nothing is in flight any
     /// more. Errors: requests that do not finish within `patience`, a sync that failed; then the rings go on.
-    pub(super) fn stand_still(
+    pub(in crate::virtio) fn stand_still(
         &mut self,
         patience: Duration,
         drained: impl FnOnce(),
@@ -134,12 +134,12 @@ impl Handler {
     }
 
     /// The other process did not take over: the rings run again, once the image is ours again.
-    pub(super) fn go_on(&mut self) {
+    pub(in crate::virtio) fn go_on(&mut self) {
         self.start_all();
     }
 
     /// What another process needs to go on. While every ring is stopped.
-    pub(super) fn record(&mut self, descriptors: &mut Descriptors) -> io::Result<Record> {
+    pub(in crate::virtio) fn record(&mut self, descriptors: &mut Descriptors) -> io::Result<Record> {
         let memory = self.memory.record().map(|(region, file)| {
             Ok(Region {
                 guest_addr: region.guest_phys_addr,
@@ -179,7 +179,7 @@ impl Handler {
 
     /// Brings a fresh handler into the state of the record, but for the features ([`Record::negotiated`]), which come
     /// first. No ring runs; with [`Handler::go_on`] they do. Errors are as those of the front-end's messages.
-    pub(super) fn take_over(&mut self, record: Record, descriptors: &mut Descriptors) -> Result<()> {
+    pub(in crate::virtio) fn take_over(&mut self, record: Record, descriptors: &mut Descriptors) -> Result<()> {
         let file = |descriptors: &mut Descriptors, number| descriptors.take(number).map(File::from).map_err(failed);
         let mut regions = Vec::new();
         let mut files = Vec::new();
@@ -240,12 +240,12 @@ impl Handler {
     }
 
     /// Claims the image for rings that are to run. `false`: it is refused (the log and the status say why).
-    pub(super) fn claim(&self) -> bool {
+    pub(in crate::virtio) fn claim(&self) -> bool {
         !self.queues.iter().any(QueueState::may_run) || self.activation.claim(&self.rings)
     }
 
     /// Returns when every ring that runs has looked at what is in it.
-    pub(super) fn have_looked(&self) {
+    pub(in crate::virtio) fn have_looked(&self) {
         wait_for(self.queues.iter().filter_map(QueueState::ask_to_go_on).collect(), None);
     }
 }

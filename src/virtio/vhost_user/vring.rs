@@ -11,22 +11,22 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestMemoryMmap;
 
 use super::activation::Activation;
-use super::blk::features;
-use super::rings::{Command, Mailbox, Rings};
-use super::shared_memory::dirty_log::DirtyLog;
-use super::shared_memory::inflight::Inflight;
-use super::shared_memory::memory_table::MemoryTable;
-use super::virtqueue::guest_memory::Mapped;
-use super::virtqueue::split_ring::{Place, SplitRing};
-use super::worker::{Relay, Setup, Stop};
 use crate::base::sync::reused;
 use crate::base::sync::reused::Task;
 use crate::base::sync::{Bell, mpsc};
 use crate::base::syscalls;
 use crate::disk::Event;
+use crate::virtio::blk::features;
+use crate::virtio::rings::{Command, Mailbox, Rings};
+use crate::virtio::shared_memory::dirty_log::DirtyLog;
+use crate::virtio::shared_memory::inflight::Inflight;
+use crate::virtio::shared_memory::memory_table::MemoryTable;
+use crate::virtio::virtqueue::guest_memory::Mapped;
+use crate::virtio::virtqueue::split_ring::{Place, SplitRing};
+use crate::virtio::worker::{Relay, Setup, Stop};
 
 /// A ring that nobody is serving.
-pub(super) struct Stopped {
+pub(in crate::virtio) struct Stopped {
     /// Descriptors: a power of two.
     pub size: u16,
     /// Where its parts are, once SET_VRING_ADDR came since the last start from scratch.
@@ -52,7 +52,7 @@ impl Stopped {
     }
 
     /// SET_VRING_ADDR: the ring is there. Errors: why it cannot be there; then it is nowhere.
-    pub(super) fn put(&mut self, place: Place, memory: &GuestMemoryMmap) -> Result<(), &'static str> {
+    pub(in crate::virtio) fn put(&mut self, place: Place, memory: &GuestMemoryMmap) -> Result<(), &'static str> {
         self.place = None;
         if !place.is_aligned() {
             return Err("it is not aligned as virtio asks");
@@ -63,18 +63,18 @@ impl Stopped {
     }
 
     /// Tells the front-end that the ring is broken (QEMU logs it). Called by the ring's worker.
-    pub(super) fn signal_error(&self, index: u32) {
+    pub(in crate::virtio) fn signal_error(&self, index: u32) {
         signal(index, "error", self.err.as_ref());
     }
 
     /// Interrupts the guest. Called by the ring's worker.
-    pub(super) fn interrupt(&self, index: u32) {
+    pub(in crate::virtio) fn interrupt(&self, index: u32) {
         signal(index, "call", self.call.as_ref());
     }
 
     /// Replaces the call descriptor and signals the new one. QEMU starts a ring before it sends the descriptor: answers in
     /// between went to nobody, and the guest would wait for ever for their interrupt. One too many is harmless.
-    pub(super) fn set_call(&mut self, index: u32, call: Option<File>) {
+    pub(in crate::virtio) fn set_call(&mut self, index: u32, call: Option<File>) {
         self.call = call;
         self.interrupt(index);
     }
@@ -89,7 +89,7 @@ fn signal(index: u32, what: &str, fd: Option<&File>) {
 }
 
 /// What a ring needs to start, besides itself.
-pub(super) struct Surroundings<'a> {
+pub(in crate::virtio) struct Surroundings<'a> {
     pub rings: &'a Arc<Rings>,
     pub memory: &'a MemoryTable,
     pub activation: &'a Activation,
@@ -99,7 +99,7 @@ pub(super) struct Surroundings<'a> {
     pub acked_features: u64,
     /// seg_max of the configuration space.
     pub max_segments: u32,
-    pub serial: &'a Arc<[u8; super::blk::request::ID_BYTES]>,
+    pub serial: &'a Arc<[u8; crate::virtio::blk::request::ID_BYTES]>,
 }
 
 impl Surroundings<'_> {
@@ -120,7 +120,7 @@ impl Surroundings<'_> {
 }
 
 /// One ring of a connection.
-pub(super) struct QueueState {
+pub(in crate::virtio) struct QueueState {
     index: u32,
     /// What it has in flight is tracked for the next server, since its last start.
     tracked: bool,
@@ -135,7 +135,7 @@ enum Life {
 
 impl QueueState {
     /// A ring as it is before the front-end said anything about it. `largest`: a power of two.
-    pub(super) fn new(index: u32, largest: u16, enabled: bool) -> Self {
+    pub(in crate::virtio) fn new(index: u32, largest: u16, enabled: bool) -> Self {
         let stopped = Stopped {
             size: largest,
             place: None,
@@ -150,7 +150,7 @@ impl QueueState {
     }
 
     /// The one rule: stop, change, start again if it may run.
-    pub(super) fn change<T>(&mut self, around: &Surroundings, change: impl FnOnce(&mut Stopped) -> T) -> T {
+    pub(in crate::virtio) fn change<T>(&mut self, around: &Surroundings, change: impl FnOnce(&mut Stopped) -> T) -> T {
         let mut stopped = self.stop(around.rings, Stop::ToGoOn);
         let answer = change(&mut stopped);
         self.life = Some(self.start(stopped, around));
@@ -158,7 +158,7 @@ impl QueueState {
     }
 
     /// Stops the ring and leaves it stopped until [`QueueState::change`]: for changes of all rings at once.
-    pub(super) fn pause(&mut self, rings: &Arc<Rings>, how: Stop) {
+    pub(in crate::virtio) fn pause(&mut self, rings: &Arc<Rings>, how: Stop) {
         let mut stopped = self.stop(rings, how);
         if how == Stop::ForGood && !stopped.kept.is_empty() {
             // Its memory is gone, or its image is another's: there is nowhere to answer, or nothing to try.
@@ -171,12 +171,12 @@ impl QueueState {
     }
 
     /// The connection ends: what failed and is kept is left to the next server, if the front-end can tell it.
-    pub(super) fn end(&mut self, rings: &Arc<Rings>) {
+    pub(in crate::virtio) fn end(&mut self, rings: &Arc<Rings>) {
         self.pause(rings, if self.tracked { Stop::ToGoOn } else { Stop::ForGood });
     }
 
     /// Whether it is to run, and perhaps does.
-    pub(super) fn may_run(&self) -> bool {
+    pub(in crate::virtio) fn may_run(&self) -> bool {
         match &self.life {
             Some(Life::Stopped(stopped)) => stopped.may_run(),
             _ => true,
@@ -184,14 +184,14 @@ impl QueueState {
     }
 
     /// Starts the ring if it may run and does not: the image was refused before.
-    pub(super) fn start_again(&mut self, around: &Surroundings) {
+    pub(in crate::virtio) fn start_again(&mut self, around: &Surroundings) {
         if let Some(Life::Stopped(_)) = &self.life {
             self.change(around, |_| ());
         }
     }
 
     /// Every ring is enabled where the front-end negotiated no protocol features. Only between `pause` and `change`.
-    pub(super) fn enable_while_stopped(&mut self) {
+    pub(in crate::virtio) fn enable_while_stopped(&mut self) {
         if let Some(stopped) = self.stopped() {
             stopped.enabled = true;
         }
@@ -199,7 +199,7 @@ impl QueueState {
 
     /// SET_VRING_CALL on a running ring: swapped between two batches without a drain. A guest that moves an interrupt
     /// to another CPU sends it, and must not wait for its slowest request.
-    pub(super) fn set_call(&mut self, around: &Surroundings, call: Option<File>) {
+    pub(in crate::virtio) fn set_call(&mut self, around: &Surroundings, call: Option<File>) {
         if let Some(Life::Running { mailbox, .. }) = &self.life {
             let (sender, done) = mpsc::channel();
             mailbox.send(Command::SetCall(call, sender));
@@ -213,13 +213,13 @@ impl QueueState {
     }
 
     /// Asks a running ring to come to rest; the receiver hears when it has. `None`: it does not run.
-    pub(super) fn ask_to_rest(&self) -> Option<mpsc::Receiver<()>> {
+    pub(in crate::virtio) fn ask_to_rest(&self) -> Option<mpsc::Receiver<()>> {
         self.ask(Command::Rest)
     }
 
     /// Lets a ring that was asked to rest go on. Of one that was just started the receiver hears when it has looked at
     /// what is in it.
-    pub(super) fn ask_to_go_on(&self) -> Option<mpsc::Receiver<()>> {
+    pub(in crate::virtio) fn ask_to_go_on(&self) -> Option<mpsc::Receiver<()>> {
         self.ask(Command::GoOn)
     }
 
@@ -231,7 +231,7 @@ impl QueueState {
     }
 
     /// The ring, if nobody serves it.
-    pub(super) fn stopped(&mut self) -> Option<&mut Stopped> {
+    pub(in crate::virtio) fn stopped(&mut self) -> Option<&mut Stopped> {
         match &mut self.life {
             Some(Life::Stopped(stopped)) => Some(stopped),
             _ => None,

@@ -13,7 +13,7 @@ use vhost::vhost_user::{Error, Result};
 /// (vmsg_unblock_fds). That is a property of the open file, so the front-end's changes too; and a front-end that changes
 /// it back and then fills the counter stops its ring's thread until it reads. `what` and `ring` name it in the log. Called
 /// by the handler.
-pub(super) fn checked(fd: Option<File>, what: &str, ring: u8) -> Result<Option<File>> {
+pub(in crate::virtio) fn checked(fd: Option<File>, what: &str, ring: u8) -> Result<Option<File>> {
     if let Some(fd) = &fd
         && !is_eventfd(fd)
     {

@@ -1,5 +1,5 @@
 //! Whether the image is ours to use: [`Backend::activate`] before the first ring runs, [`Backend::deactivate`] after the
-//! last one has stopped for good, or after the operator's hold that outlasts it ([`super::rings::image_users`]). Pauses (a change of
+//! last one has stopped for good, or after the operator's hold that outlasts it ([`crate::virtio::rings::image_users`]). Pauses (a change of
 //! the memory table, a ring set up anew) keep it.
 //!
 //! An image that cannot be had (another host holds its lock) keeps the rings from running, and the guest waits. Status
@@ -13,14 +13,14 @@
 use std::cell::{Cell, RefCell};
 use std::time::Duration;
 
-use super::rings::Rings;
+use crate::virtio::rings::Rings;
 
 /// How long until a refused image is tried again.
-pub(super) const RETRY: Duration = Duration::from_secs(1);
+pub(in crate::virtio) const RETRY: Duration = Duration::from_secs(1);
 
 /// One connection's claim to the image. Owned by the handler; the vhost-user thread.
 #[derive(Default)]
-pub(super) struct Activation {
+pub(in crate::virtio) struct Activation {
     active: Cell<bool>,
     /// Why it was refused last; told once for each cause.
     refused: RefCell<Option<String>>,
@@ -29,7 +29,7 @@ pub(super) struct Activation {
 impl Activation {
     /// Claims the image for a ring that is about to run, if that was not done. `false`: it is refused, and the ring must
     /// not run. Blocks as long as the back-end does.
-    pub(super) fn claim(&self, rings: &Rings) -> bool {
+    pub(in crate::virtio) fn claim(&self, rings: &Rings) -> bool {
         if self.active.get() {
             return true;
         }
@@ -55,7 +55,7 @@ impl Activation {
     }
 
     /// The last ring has stopped and what it acknowledged is synced: others may have the image.
-    pub(super) fn release(&self, rings: &Rings) {
+    pub(in crate::virtio) fn release(&self, rings: &Rings) {
         if self.active.take() {
             rings.no_rings_run();
         }
@@ -65,7 +65,7 @@ impl Activation {
     }
 
     /// Rings wait for the image.
-    pub(super) fn is_refused(&self) -> bool {
+    pub(in crate::virtio) fn is_refused(&self) -> bool {
         self.refused.borrow().is_some()
     }
 }
