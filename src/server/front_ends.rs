@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::socket::FrontSocket;
 use super::{Served, ServerError, new_bell};
 use crate::base::sync::Bell;
-use crate::virtio::hand_over::Steps;
+use crate::virtio::device::hand_over::Steps;
 use crate::virtio::vhost_user::save_restore::Moved;
 
 /// How long to leave connections waiting when the process or the system is out of descriptors or memory.

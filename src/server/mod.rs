@@ -43,7 +43,7 @@ use crate::config::Config;
 use crate::disk::RingStatus;
 use crate::sandbox::SandboxError;
 use crate::upgrade::DiskFacts;
-use crate::virtio::hand_over::{HandedOver, Steps};
+use crate::virtio::device::hand_over::{HandedOver, Steps};
 use crate::virtio::vhost_user::save_restore::Moved;
 use daemon::Daemon;
 use files::Files;

@@ -18,7 +18,7 @@ use crate::base::logging;
 use crate::config::{Config, Listen};
 use crate::control::client::{Client, PATIENCE};
 use crate::upgrade::{self, Channel, Descriptors, FromNew, FromOld, GAVE_UP, Hello, Keeps, Starter, State, VERSION};
-use crate::virtio::hand_over::Steps;
+use crate::virtio::device::hand_over::Steps;
 use crate::virtio::vhost_user::save_restore::Moved;
 
 /// For the other one's answers. It may have much to sync before the last of them, while its guest runs.

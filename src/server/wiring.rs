@@ -28,7 +28,7 @@ use crate::control::{self, ImageNotices};
 use crate::disk::{Copies, Disk, DiskStatus, Events, FailedRequest, ImageSnapshots, RingStatus};
 use crate::sandbox;
 use crate::upgrade::DiskFacts;
-use crate::virtio::hand_over::{HandedOver, Steps};
+use crate::virtio::device::hand_over::{HandedOver, Steps};
 use crate::virtio::vhost_user::save_restore::Moved;
 use crate::virtio::{Device, DeviceOptions, Tuning};
 

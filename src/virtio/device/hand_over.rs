@@ -9,16 +9,16 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::device::{Device, ENDING, Line, Talk};
-use super::vhost_user::backend_channel;
-use super::vhost_user::backend_channel::{GET_FEATURES, SET_FEATURES, SET_PROTOCOL_FEATURES};
-use super::vhost_user::save_restore::{Moved, Record};
+use super::{Device, ENDING, Line, Talk};
 use crate::base::syscalls;
 use crate::disk::RingStatus;
 use crate::upgrade::{self, Descriptors, DiskFacts};
+use crate::virtio::vhost_user::backend_channel;
+use crate::virtio::vhost_user::backend_channel::{GET_FEATURES, SET_FEATURES, SET_PROTOCOL_FEATURES};
+use crate::virtio::vhost_user::save_restore::{Moved, Record};
 
 /// To the vhost-user thread, between two messages: come to a stand, and hand the connection out.
-pub(super) struct Ask {
+pub(in crate::virtio) struct Ask {
     patience: Duration,
     /// And when nothing was in flight any more.
     answer: mpsc::Sender<Result<(Moved, u64), String>>,
@@ -134,7 +134,7 @@ impl Device {
     }
 
     /// Whether another process has the connection now: [`Device::hand_over`] asked for it, and committed.
-    pub(super) fn was_handed_over(&self, talk: &Talk) -> bool {
+    pub(in crate::virtio) fn was_handed_over(&self, talk: &Talk) -> bool {
         talk.line.bell.was_rung();
         let Some(Ask { patience, answer, verdict }) = self.lock().ask.take() else { return false };
         let moved = Self::bring_to_a_stand(talk, patience);

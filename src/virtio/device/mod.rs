@@ -1,5 +1,7 @@
 //! One disk: what it offers, and serving one front-end after the other.
 
+pub(crate) mod hand_over;
+
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
@@ -9,7 +11,6 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::blk::features;
 use super::blk::request::ID_BYTES;
-use super::hand_over::Ask;
 use super::rings::Rings;
 use super::rings::stall_watch::Watch;
 use super::shared_memory::sigbus::Wire;
@@ -20,6 +21,7 @@ use crate::backend::Backend;
 use crate::base::sync::Bell;
 use crate::disk::Events;
 use crate::engine::{CacheMode, OnError};
+use hand_over::Ask;
 
 /// What an operator chooses about the device.
 #[derive(Clone, Debug)]
