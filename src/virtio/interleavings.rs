@@ -15,14 +15,14 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::blk::features;
 use super::blk::request::{ID_BYTES, OK};
-use super::device::Tuning;
+use super::options::Tuning;
 use super::rings::Rings;
+use super::rings::Stop;
 use super::shared_memory::memory_table::MemoryTable;
 use super::shared_memory::sigbus::Wire;
 use super::vhost_user::activation::Activation;
 use super::vhost_user::vring::{QueueState, Surroundings};
 use super::virtqueue::split_ring::Place;
-use super::worker::Stop;
 use crate::backend::null::NullBackend;
 use crate::backend::{Backend, Errno, Geometry, IoQueue};
 use crate::base::sync::interleavings::{Mutant, holds};
@@ -66,7 +66,7 @@ impl FrontEnd {
         FrontEnd { rings, memory, activation: Activation::default(), queue, kick, _peer: peer }
     }
 
-    fn change(&mut self, change: impl FnOnce(&mut super::vhost_user::vring::Stopped)) {
+    fn change(&mut self, change: impl FnOnce(&mut super::worker::stopped_ring::Stopped)) {
         let around = Surroundings {
             rings: &self.rings,
             memory: &self.memory,

@@ -16,10 +16,12 @@ pub mod blk;
 pub mod device;
 #[cfg(all(test, feature = "model"))]
 mod interleavings;
+mod options;
 pub mod rings;
 mod shared_memory;
 pub(crate) mod vhost_user;
 pub mod virtqueue;
 mod worker;
 
-pub use device::{Device, DeviceOptions, Tuning};
+pub use device::Device;
+pub use options::{DeviceOptions, Tuning};

@@ -1,6 +1,7 @@
 //! Descriptor chain -> checked [`Request`], or the status that refuses it. Everything here comes from a hostile
 //! guest: no index, sum or cast goes unchecked, and nothing panics.
 
+use crate::virtio::virtqueue::guest_memory::Segment;
 use vm_memory::GuestAddress;
 
 use virtio_bindings::virtio_blk::{
@@ -38,9 +39,6 @@ const GET_ID_OUT: u32 = VIRTIO_BLK_T_GET_ID | VIRTIO_BLK_T_OUT;
 pub const ID_BYTES: usize = 20;
 /// More data segments than Linux takes in one vectored call (IOV_MAX) are refused.
 const MOST_SEGMENTS: usize = 1024;
-
-/// A piece of guest memory: address and length.
-pub type Segment = (GuestAddress, u32);
 
 /// What the guest asks, checked against the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

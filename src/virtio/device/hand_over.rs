@@ -1,21 +1,16 @@
 //! The device's part of an upgrade in place ([`crate::upgrade`]): it comes to a stand and gives its front-end away, or goes
 //! on with one that another process served.
 
-use std::io::Write;
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Device, ENDING, Line, Talk};
-use crate::base::syscalls;
+use super::{Device, ENDING};
 use crate::disk::RingStatus;
 use crate::upgrade::{self, Descriptors, DiskFacts};
-use crate::virtio::vhost_user::backend_channel;
-use crate::virtio::vhost_user::backend_channel::{GET_FEATURES, SET_FEATURES, SET_PROTOCOL_FEATURES};
-use crate::virtio::vhost_user::save_restore::{Moved, Record};
+use crate::virtio::vhost_user::save_restore::Moved;
+use crate::virtio::vhost_user::session::Talk;
 
 /// To the vhost-user thread, between two messages: come to a stand, and hand the connection out.
 pub(in crate::virtio) struct Ask {
@@ -98,16 +93,17 @@ impl Device {
     pub(crate) fn adopt(&self, moved: Moved, steps: &Steps) -> std::io::Result<String> {
         let Moved { stream, record, mut descriptors } = moved;
         let Some(line) = self.begin(&stream)? else { return Ok(ENDING.into()) };
-        let ready = Talk::replayed(self, line, &record).and_then(|talk| {
-            talk.ours().take_over(record, &mut descriptors).map_err(std::io::Error::other)?;
-            log::debug!("hand-over: the connection's state is taken over");
-            if talk.ours().claim() {
-                log::debug!("hand-over: the image is claimed");
-                return Ok(talk);
-            }
-            // Told of by the claim.
-            Err(std::io::Error::other("the image is not given to us; see the log"))
-        });
+        let ready = Talk::replayed(self.rings.clone(), self.offer.clone(), self.identity.clone(), line, &record)
+            .and_then(|talk| {
+                talk.ours().take_over(record, &mut descriptors).map_err(std::io::Error::other)?;
+                log::debug!("hand-over: the connection's state is taken over");
+                if talk.ours().claim() {
+                    log::debug!("hand-over: the image is claimed");
+                    return Ok(talk);
+                }
+                // Told of by the claim.
+                Err(std::io::Error::other("the image is not given to us; see the log"))
+            });
         let (talk, told) = match ready {
             Ok(talk) => (Some(talk), Ok(())),
             Err(error) => (None, Err(format!("the front-end's connection cannot be taken over: {error}"))),
@@ -210,23 +206,5 @@ impl Device {
             num_queues: self.identity.num_queues,
             queue_size: self.identity.queue_size,
         })
-    }
-}
-
-impl Talk {
-    /// The same for a connection on which the features were settled already. The message layer learns them from messages
-    /// alone: so it first has a connection to us, on which we say them again, and then the real one in its place.
-    fn replayed(device: &Device, line: Line, record: &Record) -> std::io::Result<Self> {
-        let (here, there) = UnixStream::pair()?;
-        let mut talk = Talk::new(device, line, there)?;
-        let (features, protocol_features) = record.negotiated();
-        let mut messages = vec![(GET_FEATURES, None), (SET_PROTOCOL_FEATURES, Some(protocol_features))];
-        messages.extend(features.map(|features| (SET_FEATURES, Some(features))));
-        for (request, argument) in messages {
-            (&here).write_all(&backend_channel::message(request, argument))?;
-            talk.requests.handle_request().map_err(std::io::Error::other)?;
-        }
-        syscalls::replace(&talk.requests, talk.line.stream.as_fd())?;
-        Ok(talk)
     }
 }

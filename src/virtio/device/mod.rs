@@ -2,78 +2,27 @@
 
 pub(crate) mod hand_over;
 
+use crate::virtio::options::DeviceOptions;
+use crate::virtio::options::Tuning;
+use crate::virtio::vhost_user::handler::Identity;
+use crate::virtio::vhost_user::handler::Offer;
+use crate::virtio::vhost_user::session::Line;
+use crate::virtio::vhost_user::session::Talk;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::Duration;
 
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
-use vhost::vhost_user::{BackendReqHandler, Error};
+use vhost::vhost_user::Error;
 
 use super::blk::features;
 use super::blk::request::ID_BYTES;
 use super::rings::Rings;
 use super::rings::stall_watch::Watch;
-use super::shared_memory::sigbus::Wire;
 use super::vhost_user::activation;
 use super::vhost_user::backend_channel;
-use super::vhost_user::handler::Handler;
 use crate::backend::Backend;
 use crate::base::sync::Bell;
 use crate::disk::Events;
-use crate::engine::{CacheMode, OnError};
 use hand_over::Ask;
-
-/// What an operator chooses about the device.
-#[derive(Clone, Debug)]
-pub struct DeviceOptions {
-    /// The cache mode.
-    pub mode: CacheMode,
-    /// The most rings that a front-end may use, 1 to 256.
-    pub num_queues: u16,
-    /// The largest ring that it may set up; a power of two.
-    pub queue_size: u16,
-    /// What GET_ID returns; cut to 20 bytes.
-    pub serial: String,
-}
-
-/// What most leave as it is.
-#[derive(Clone, Debug)]
-pub struct Tuning {
-    /// A request that is in flight for longer is told of.
-    pub stall_after: Duration,
-    /// Which failed requests are kept from the guest until somebody mended the cause.
-    pub on_error: OnError,
-    /// How long a ring's thread looks for work before it sleeps, at most; zero: it sleeps at once.
-    pub poll_max: Duration,
-    /// The protocol features that are offered at most: without INFLIGHT_SHMFD, tests show that they would notice.
-    pub protocol_features: VhostUserProtocolFeatures,
-}
-
-impl Default for Tuning {
-    fn default() -> Self {
-        Tuning {
-            stall_after: Duration::from_secs(10),
-            on_error: OnError::Report,
-            poll_max: Duration::ZERO,
-            protocol_features: VhostUserProtocolFeatures::all(),
-        }
-    }
-}
-
-/// What GET_FEATURES and GET_CONFIG answer.
-#[derive(Clone)]
-pub(super) struct Offer {
-    pub features: u64,
-    pub config: [u8; 60],
-    pub protocol_features: VhostUserProtocolFeatures,
-}
-
-/// The constants of a device.
-pub(super) struct Identity {
-    pub num_queues: u16,
-    pub queue_size: u16,
-    pub serial: Arc<[u8; ID_BYTES]>,
-}
 
 /// A virtio-blk device on a back-end. Made by main; `serve` runs in the vhost-user thread.
 pub struct Device {
@@ -96,54 +45,8 @@ pub(super) struct Connection {
     closed: bool,
 }
 
-/// The front-end's socket, and the bell by which its thread is told of other things.
-pub(super) struct Line {
-    pub(super) stream: UnixStream,
-    pub(super) bell: Arc<Bell>,
-}
-
 /// What the front-end is told after [`Device::shutdown`].
 pub(super) const ENDING: &str = "the daemon is ending";
-
-/// One conversation with a front-end.
-pub(super) struct Talk {
-    pub(super) line: Line,
-    wire: Arc<Wire>,
-    handler: Arc<Mutex<Handler>>,
-    pub(super) requests: BackendReqHandler<Mutex<Handler>>,
-}
-
-impl Talk {
-    pub(super) fn new(device: &Device, line: Line, stream: UnixStream) -> std::io::Result<Self> {
-        let wire = Wire::new(line.stream.try_clone()?.into())?;
-        device.rings.connected();
-        let handler = Handler::new(device.rings.clone(), device.offer.clone(), device.identity.clone(), wire.clone());
-        let handler = Arc::new(Mutex::new(handler));
-        let requests = BackendReqHandler::from_stream(stream, handler.clone());
-        Ok(Talk { line, wire, handler, requests })
-    }
-
-    pub(super) fn ours(&self) -> MutexGuard<'_, Handler> {
-        self.handler.lock().expect("no panic while held")
-    }
-
-    /// Why it ended, for the log.
-    fn why(&self, end: Error) -> String {
-        match end {
-            _ if self.wire.vanished() => {
-                "the front-end took away memory that it had shared (it truncated the memory's file, or huge pages ran \
-                 out): its connection was ended"
-                    .to_owned()
-            }
-            Error::SocketRetry(error) => format!(
-                "a message's descriptors could not be taken: {error}; raise the limit of open files (RLIMIT_NOFILE; \
-                 ulimit -n, or LimitNOFILE= in the systemd unit), or allow fewer queues (--num-queues)"
-            ),
-            Error::Disconnected | Error::PartialMessage | Error::SocketBroken(_) => "the front-end left".to_owned(),
-            error => format!("the front-end broke the protocol: {error}"),
-        }
-    }
-}
 
 impl Device {
     /// A device with no front-end yet. What happens is told to `events`.
@@ -191,7 +94,7 @@ impl Device {
     /// Returns why it ended, for the log. One call at a time; blocks; the vhost-user thread.
     pub fn serve(&self, stream: UnixStream) -> std::io::Result<String> {
         let talk = match self.begin(&stream)? {
-            Some(line) => Talk::new(self, line, stream)?,
+            Some(line) => Talk::new(self.rings.clone(), self.offer.clone(), self.identity.clone(), line, stream)?,
             None => return Ok(ENDING.into()),
         };
         Ok(self.converse(talk))

@@ -1,6 +1,7 @@
 //! What outlives a ring and a connection: the counters, the operator's hold over all rings, and what status shows.
 
 pub(super) mod capacity;
+pub(super) mod command;
 pub(super) mod counters;
 pub(super) mod error_log;
 mod hold;
@@ -13,18 +14,17 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::time::Duration;
 
+pub(super) use command::{Command, Mailbox, RingThreads, Stop};
 use hold::Hold;
 pub(super) use hold::RingHold;
 
 use super::blk::features;
-use super::device::Tuning;
-use super::worker::{Relay, Stop};
+use super::options::Tuning;
 use crate::backend::{Backend, Errno};
 #[cfg(all(test, feature = "model"))]
 use crate::base::sync::interleavings::{Mutant, planted};
 use crate::base::sync::mpsc;
-use crate::base::sync::mpsc::Sender;
-use crate::base::sync::{Bell, Mutex, MutexGuard, thread};
+use crate::base::sync::{Mutex, MutexGuard, thread};
 use crate::disk::{Disk, DiskStatus, Event, Events, FailedRequest, ImageStatus, RingStatus, StoppedStatus};
 use crate::engine::{CacheMode, CachePolicy};
 use capacity::Capacity;
@@ -32,53 +32,6 @@ use counters::{Counters, accumulate};
 use error_log::Errors;
 use image_users::Claim;
 use stall_watch::CallWatch;
-
-/// What a worker can be asked; the only way to reach a running ring.
-pub(super) enum Command {
-    /// Block writes, drain, sync, then [`Rings::ring_settled`] with this epoch.
-    CloseGate(u64),
-    /// Unblock writes.
-    OpenGate,
-    /// The image has so many bytes now.
-    Resize(u64),
-    /// Look whether requests are in flight for too long.
-    Look,
-    /// Replace the call descriptor; then send the answer.
-    SetCall(Option<std::fs::File>, Sender<()>),
-    /// Try again what failed and is kept.
-    Retry,
-    /// Stop popping, finish what is in flight and publish it, then tell; the ring stays.
-    Rest(Sender<()>),
-    /// Pop again, if it was told to rest; and send an answer. A ring that did not rest has looked at what is in it by then.
-    GoOn(Sender<()>),
-    /// Stop popping, finish what is in flight, publish it, hand the ring back.
-    Stop(Stop),
-}
-
-/// Where to send a worker commands: its queue, and the bell that wakes it.
-#[derive(Clone)]
-pub(super) struct Mailbox {
-    commands: Sender<Command>,
-    wake: Arc<Bell>,
-    relay: Arc<Relay>,
-}
-
-impl Mailbox {
-    pub(super) fn new(commands: Sender<Command>, wake: Arc<Bell>, relay: Arc<Relay>) -> Self {
-        Mailbox { commands, wake, relay }
-    }
-
-    /// The ring's threads.
-    pub(super) fn relay(&self) -> &Relay {
-        &self.relay
-    }
-
-    /// Sends and wakes. A worker that has ended takes no more commands; whoever sent finds out by its own means (a
-    /// hold by [`Rings::ring_left`], a change of the ring by the thread's join).
-    pub(super) fn send(&self, command: Command) {
-        self.wake.ring_after(|| self.commands.send(command).is_ok());
-    }
-}
 
 /// What one ring keeps of failed requests.
 pub(super) struct Kept {
@@ -201,8 +154,8 @@ impl Rings {
     /// Has another thread go on with each ring whose thread is in the same call as at the last look. Whether any ring made
     /// calls since then. The connection's watch.
     pub(super) fn look_at_calls(&self) -> bool {
-        let relays: Vec<Arc<Relay>> = self.lock().running.values().map(|mailbox| mailbox.relay.clone()).collect();
-        relays.iter().filter(|relay| relay.look()).count() > 0
+        let threads: Vec<_> = self.lock().running.values().map(Mailbox::threads).collect();
+        threads.into_iter().filter(|threads| threads.clone().look()).count() > 0
     }
 
     /// What wakes the connection's watch when a ring begins a call.

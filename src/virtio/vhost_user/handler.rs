@@ -15,16 +15,32 @@ use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqH
 
 use super::activation::Activation;
 use super::eventfd;
-use super::vring::{QueueState, Stopped, Surroundings};
+use super::vring::{QueueState, Surroundings};
 use crate::virtio::blk::features;
-use crate::virtio::device::{Identity, Offer};
+use crate::virtio::blk::request::ID_BYTES;
 use crate::virtio::rings::Rings;
+use crate::virtio::rings::Stop;
 use crate::virtio::shared_memory::dirty_log::DirtyLog;
 use crate::virtio::shared_memory::inflight::{Inflight, MAX_ENTRIES};
 use crate::virtio::shared_memory::memory_table::{MOST_REGIONS, MemoryTable};
 use crate::virtio::shared_memory::sigbus::Wire;
 use crate::virtio::virtqueue::split_ring::Place;
-use crate::virtio::worker::Stop;
+use crate::virtio::worker::stopped_ring::Stopped;
+
+/// What GET_FEATURES and GET_CONFIG answer.
+#[derive(Clone)]
+pub(in crate::virtio) struct Offer {
+    pub features: u64,
+    pub config: [u8; 60],
+    pub protocol_features: VhostUserProtocolFeatures,
+}
+
+/// The constants of a device.
+pub(in crate::virtio) struct Identity {
+    pub num_queues: u16,
+    pub queue_size: u16,
+    pub serial: Arc<[u8; ID_BYTES]>,
+}
 
 /// The protocol features served. REPLY_ACK is the vhost crate's own.
 fn protocol_features() -> VhostUserProtocolFeatures {

@@ -2,6 +2,7 @@
 //!
 //! | file | what |
 //! |---|---|
+//! | `session` | one front-end's session: socket, handler, message layer |
 //! | `handler` | the messages; every change of a ring goes through `vring` |
 //! | `vring` | one ring as the front-end describes it, stopped (owned by the handler) or running (owned by its worker) |
 //! | `activation` | acquires the image before the first ring starts and releases it after the last one has stopped |
@@ -14,4 +15,5 @@ pub(super) mod backend_channel;
 pub(super) mod eventfd;
 pub(super) mod handler;
 pub(crate) mod save_restore;
+pub(super) mod session;
 pub(super) mod vring;

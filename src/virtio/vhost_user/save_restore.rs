@@ -15,11 +15,12 @@ use vhost::vhost_user::message::{VhostUserInflight, VhostUserLog, VhostUserMemor
 use vhost::vhost_user::{Backend, Result, VhostUserBackendReqHandlerMut};
 
 use super::handler::Handler;
-use super::vring::{QueueState, Stopped};
+use super::vring::QueueState;
 use crate::base::sync::mpsc::Receiver;
 use crate::upgrade::Descriptors;
+use crate::virtio::rings::Stop;
 use crate::virtio::virtqueue::split_ring::Place;
-use crate::virtio::worker::Stop;
+use crate::virtio::worker::stopped_ring::Stopped;
 
 /// Everything but the connection itself. Numbers of descriptors are places in a list.
 #[derive(Debug, Default, Serialize, Deserialize)]

@@ -4,89 +4,26 @@
 //! So every control change has one rule, [`QueueState::change`]: stop popping, finish what is in flight, publish it,
 //! take the ring back; then change it; then start it again if it may run.
 
+use crate::virtio::worker::stopped_ring::Stopped;
 use std::fs::File;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use vm_memory::GuestMemoryMmap;
 
 use super::activation::Activation;
 use crate::base::sync::reused;
 use crate::base::sync::reused::Task;
 use crate::base::sync::{Bell, mpsc};
-use crate::base::syscalls;
 use crate::disk::Event;
 use crate::virtio::blk::features;
+use crate::virtio::rings::Stop;
 use crate::virtio::rings::{Command, Mailbox, Rings};
 use crate::virtio::shared_memory::dirty_log::DirtyLog;
 use crate::virtio::shared_memory::inflight::Inflight;
 use crate::virtio::shared_memory::memory_table::MemoryTable;
 use crate::virtio::virtqueue::guest_memory::Mapped;
-use crate::virtio::virtqueue::split_ring::{Place, SplitRing};
-use crate::virtio::worker::{Relay, Setup, Stop};
-
-/// A ring that nobody is serving.
-pub(in crate::virtio) struct Stopped {
-    /// Descriptors: a power of two.
-    pub size: u16,
-    /// Where its parts are, once SET_VRING_ADDR came since the last start from scratch.
-    pub place: Option<Place>,
-    /// Where the next head is taken. Where the next answer goes stands in the guest's memory, which firmware may still
-    /// change until the ring starts: so it is read there then.
-    pub next_available: u16,
-    /// Where the guest's kicks arrive; the worker only watches it.
-    pub kick: Option<File>,
-    /// Where the guest is interrupted.
-    pub call: Option<File>,
-    /// Where a broken ring is told of (SET_VRING_ERR).
-    pub err: Option<File>,
-    /// SET_VRING_ENABLE, or set for all where the front-end negotiated no protocol features.
-    pub enabled: bool,
-    /// Heads that were taken and not answered because their transfers failed: the next start does them again.
-    pub kept: Vec<u16>,
-}
-
-impl Stopped {
-    fn may_run(&self) -> bool {
-        self.enabled && self.place.is_some() && self.kick.is_some()
-    }
-
-    /// SET_VRING_ADDR: the ring is there. Errors: why it cannot be there; then it is nowhere.
-    pub(in crate::virtio) fn put(&mut self, place: Place, memory: &GuestMemoryMmap) -> Result<(), &'static str> {
-        self.place = None;
-        if !place.is_aligned() {
-            return Err("it is not aligned as virtio asks");
-        }
-        place.used_index(memory).ok_or("its used ring lies outside the guest's memory")?;
-        self.place = Some(place);
-        Ok(())
-    }
-
-    /// Tells the front-end that the ring is broken (QEMU logs it). Called by the ring's worker.
-    pub(in crate::virtio) fn signal_error(&self, index: u32) {
-        signal(index, "error", self.err.as_ref());
-    }
-
-    /// Interrupts the guest. Called by the ring's worker.
-    pub(in crate::virtio) fn interrupt(&self, index: u32) {
-        signal(index, "call", self.call.as_ref());
-    }
-
-    /// Replaces the call descriptor and signals the new one. QEMU starts a ring before it sends the descriptor: answers in
-    /// between went to nobody, and the guest would wait for ever for their interrupt. One too many is harmless.
-    pub(in crate::virtio) fn set_call(&mut self, index: u32, call: Option<File>) {
-        self.call = call;
-        self.interrupt(index);
-    }
-}
-
-fn signal(index: u32, what: &str, fd: Option<&File>) {
-    if let Some(fd) = fd
-        && let Err(error) = syscalls::signal(fd)
-    {
-        log::debug!("ring {index}: the {what} descriptor does not take a signal: {error}");
-    }
-}
+use crate::virtio::virtqueue::split_ring::SplitRing;
+use crate::virtio::worker::{Relay, Setup};
 
 /// What a ring needs to start, besides itself.
 pub(in crate::virtio) struct Surroundings<'a> {
@@ -247,7 +184,7 @@ impl QueueState {
                 // be served on, and a front-end sees a closed socket but no dead thread.
                 let stopped = ended.recv().expect("a worker's panic ends the process");
                 // One that another thread took the ring over from ends when its call returns.
-                if !mailbox.relay().was_taken_over() {
+                if !mailbox.threads().was_taken_over() {
                     thread.join().expect("a worker's panic ends the process");
                 }
                 rings.ring_left(self.index);

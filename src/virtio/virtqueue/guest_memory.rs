@@ -16,7 +16,6 @@ use vm_memory::{
 };
 
 use crate::backend::IoBuf;
-use crate::virtio::blk::request::Segment;
 
 /// Up to this many regions are searched one by one. A guest has two or three, unless memory is plugged into it.
 const FEW: usize = 8;
@@ -297,3 +296,6 @@ mod tests {
         assert_eq!(cells[0].load(Ordering::Relaxed), 1);
     }
 }
+
+/// A piece of guest memory: address and length.
+pub type Segment = (GuestAddress, u32);

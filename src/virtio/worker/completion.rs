@@ -6,8 +6,9 @@ use super::Worker;
 use crate::disk::Event;
 use crate::engine::{Errno, Kind};
 use crate::virtio::blk::request;
-use crate::virtio::blk::request::{Segment, Status};
+use crate::virtio::blk::request::Status;
 use crate::virtio::rings::counters::add;
+use crate::virtio::virtqueue::guest_memory::Segment;
 
 impl Worker {
     /// The engine is done with a request.

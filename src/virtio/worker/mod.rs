@@ -10,7 +10,9 @@ mod relay;
 mod resubmit;
 mod stall;
 mod stop;
+pub(super) mod stopped_ring;
 
+use crate::virtio::rings::Stop;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -21,13 +23,13 @@ use vm_memory::GuestAddress;
 
 use super::blk::features;
 use super::blk::request;
-use super::blk::request::{Command as Ask, ID_BYTES, Parser, Request, Segment, Status};
+use super::blk::request::{Command as Ask, ID_BYTES, Parser, Request, Status};
 use super::rings::counters::{Counters, add};
 use super::rings::{Command, RingHold, Rings, errno_of};
 use super::shared_memory::dirty_log::DirtyLog;
 use super::shared_memory::inflight::Tracker;
-use super::vhost_user::vring::Stopped;
 use super::virtqueue::guest_memory::Mapped;
+use super::virtqueue::guest_memory::Segment;
 use super::virtqueue::split_ring::SplitRing;
 use crate::backend::null;
 use crate::backend::{Completion, DurableWrite, Errno, Geometry, IoBuf, IoQueue, Op, OpId, Source};
@@ -38,7 +40,7 @@ use crate::engine::{Action, Engine, Kind, Offer, Token};
 use busy_poll::Polling;
 pub(super) use relay::Relay;
 use stop::Rest;
-pub(super) use stop::Stop;
+use stopped_ring::Stopped;
 
 /// What a worker starts with, besides the ring.
 pub(super) struct Setup {

@@ -9,12 +9,13 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::{Arc, OnceLock, TryLockError};
 
+use super::stopped_ring::Stopped;
 use super::{Setup, Worker};
 use crate::backend::{BlockingCall, Caller};
 use crate::base::sync::mpsc::Sender;
 use crate::base::sync::{Mutex, MutexGuard, reused, thread};
+use crate::virtio::rings::RingThreads;
 use crate::virtio::rings::counters::Counters;
-use crate::virtio::vhost_user::vring::Stopped;
 use crate::virtio::virtqueue::split_ring::SplitRing;
 
 /// A ring, from its start to its stop.
@@ -73,27 +74,6 @@ impl Relay {
         let mut served = self.served.lock().expect("no panic while held");
         *served = Some(Served { worker, stopped, ended });
         self.serve(served, 0);
-    }
-
-    /// Whether a thread took the ring over from the one that started it.
-    pub(in super::super) fn was_taken_over(&self) -> bool {
-        self.shift.load(Acquire) > 0
-    }
-
-    /// Has another thread go on if the call of the last look has not returned. Whether there was a call since then. The
-    /// connection's watch.
-    pub(in super::super) fn look(self: &Arc<Self>) -> bool {
-        let calls = self.calls.load(Acquire);
-        let seen = self.seen.swap(calls, Relaxed);
-        let in_call = calls % 2 == 1;
-        if in_call && seen == calls {
-            let relay = self.clone();
-            let body = move || relay.go_on(calls);
-            if let Err(error) = reused::spawn(format!("ring {}", self.index), body) {
-                self.cannot_go_on(&error);
-            }
-        }
-        in_call || seen != calls
     }
 
     fn cannot_go_on(&self, error: &std::io::Error) {
@@ -187,5 +167,25 @@ impl Relay {
                 Err(TryLockError::WouldBlock) => thread::yield_now(),
             }
         }
+    }
+}
+
+impl RingThreads for Relay {
+    fn look(self: Arc<Self>) -> bool {
+        let calls = self.calls.load(Acquire);
+        let seen = self.seen.swap(calls, Relaxed);
+        let in_call = calls % 2 == 1;
+        if in_call && seen == calls {
+            let relay = self.clone();
+            let body = move || relay.go_on(calls);
+            if let Err(error) = reused::spawn(format!("ring {}", self.index), body) {
+                self.cannot_go_on(&error);
+            }
+        }
+        in_call || seen != calls
+    }
+
+    fn was_taken_over(&self) -> bool {
+        self.shift.load(Acquire) > 0
     }
 }

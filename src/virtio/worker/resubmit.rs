@@ -1,7 +1,8 @@
 //! What an earlier server took from the ring and did not answer is done again, before anything new and in its order.
 //! Doing it twice is harmless: the guest has seen no answer, so it may not have built on either outcome.
 
-use super::{Offer, Stop, Worker};
+use super::{Offer, Worker};
+use crate::virtio::rings::Stop;
 
 impl Worker {
     /// Looks what an earlier server left. The front-end knows only how many were answered (QEMU takes the used index

@@ -6,6 +6,7 @@
 //! (GET_VRING_BASE) is another matter: it may go on elsewhere, where nobody knows of the marks, and the guest would wait
 //! for ever. So what is kept is then tried once more, and its outcome is the guest's.
 
+use crate::virtio::rings::Stop;
 use std::time::Instant;
 
 use super::super::rings::Kept;
@@ -16,15 +17,6 @@ use crate::base::sync::interleavings::{Mutant, planted};
 use crate::base::sync::mpsc::Sender;
 use crate::disk::{Event, FailedRequest};
 use crate::engine::Kind;
-
-/// How a ring is to stop.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in super::super) enum Stop {
-    /// It runs again here, or another server does that knows what was in flight: what is kept is left to that.
-    ToGoOn,
-    /// Perhaps for good: everything popped is answered.
-    ForGood,
-}
 
 /// A ring that is to come to rest, and is not to be handed back.
 pub(super) enum Rest {

@@ -1,0 +1,92 @@
+//! One front-end's session: its socket, the handler of its messages, and the message layer between them.
+
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use vhost::vhost_user::{BackendReqHandler, Error};
+
+use super::backend_channel::{self, GET_FEATURES, SET_FEATURES, SET_PROTOCOL_FEATURES};
+use super::handler::{Handler, Identity, Offer};
+use super::save_restore::Record;
+use crate::base::sync::Bell;
+use crate::base::syscalls;
+use crate::virtio::rings::Rings;
+use crate::virtio::shared_memory::sigbus::Wire;
+
+/// The front-end's socket, and the bell by which its thread is told of other things.
+pub(in crate::virtio) struct Line {
+    pub(in crate::virtio) stream: UnixStream,
+    pub(in crate::virtio) bell: Arc<Bell>,
+}
+
+/// One conversation with a front-end.
+pub(in crate::virtio) struct Talk {
+    pub(in crate::virtio) line: Line,
+    wire: Arc<Wire>,
+    handler: Arc<Mutex<Handler>>,
+    pub(in crate::virtio) requests: BackendReqHandler<Mutex<Handler>>,
+}
+
+impl Talk {
+    pub(in crate::virtio) fn new(
+        rings: Arc<Rings>,
+        offer: Offer,
+        identity: Arc<Identity>,
+        line: Line,
+        stream: UnixStream,
+    ) -> std::io::Result<Self> {
+        let wire = Wire::new(line.stream.try_clone()?.into())?;
+        rings.connected();
+        let handler = Handler::new(rings, offer, identity, wire.clone());
+        let handler = Arc::new(Mutex::new(handler));
+        let requests = BackendReqHandler::from_stream(stream, handler.clone());
+        Ok(Talk { line, wire, handler, requests })
+    }
+
+    pub(in crate::virtio) fn ours(&self) -> MutexGuard<'_, Handler> {
+        self.handler.lock().expect("no panic while held")
+    }
+
+    /// Why it ended, for the log.
+    pub(in crate::virtio) fn why(&self, end: Error) -> String {
+        match end {
+            _ if self.wire.vanished() => {
+                "the front-end took away memory that it had shared (it truncated the memory's file, or huge pages ran \
+                 out): its connection was ended"
+                    .to_owned()
+            }
+            Error::SocketRetry(error) => format!(
+                "a message's descriptors could not be taken: {error}; raise the limit of open files (RLIMIT_NOFILE; \
+                 ulimit -n, or LimitNOFILE= in the systemd unit), or allow fewer queues (--num-queues)"
+            ),
+            Error::Disconnected | Error::PartialMessage | Error::SocketBroken(_) => "the front-end left".to_owned(),
+            error => format!("the front-end broke the protocol: {error}"),
+        }
+    }
+}
+
+impl Talk {
+    /// The same for a connection on which the features were settled already. The message layer learns them from messages
+    /// alone: so it first has a connection to us, on which we say them again, and then the real one in its place.
+    pub(in crate::virtio) fn replayed(
+        rings: Arc<Rings>,
+        offer: Offer,
+        identity: Arc<Identity>,
+        line: Line,
+        record: &Record,
+    ) -> std::io::Result<Self> {
+        let (here, there) = UnixStream::pair()?;
+        let mut talk = Talk::new(rings, offer, identity, line, there)?;
+        let (features, protocol_features) = record.negotiated();
+        let mut messages = vec![(GET_FEATURES, None), (SET_PROTOCOL_FEATURES, Some(protocol_features))];
+        messages.extend(features.map(|features| (SET_FEATURES, Some(features))));
+        for (request, argument) in messages {
+            (&here).write_all(&backend_channel::message(request, argument))?;
+            talk.requests.handle_request().map_err(std::io::Error::other)?;
+        }
+        syscalls::replace(&talk.requests, talk.line.stream.as_fd())?;
+        Ok(talk)
+    }
+}
