@@ -185,7 +185,7 @@ impl TakeOver {
     /// they do.
     fn adopt(
         number: usize,
-        record: crate::virtio::vhost_user::save_restore::Record,
+        record: crate::upgrade::session_state::Record,
         mut descriptors: Descriptors,
         front_ends: &mut FrontEnds,
     ) -> Result<(mpsc::Sender<()>, mpsc::Receiver<()>), String> {

@@ -22,6 +22,7 @@
 //! reads it: the hand-over happens between two messages.
 
 mod channel;
+pub(crate) mod session_state;
 mod starter;
 
 use std::path::PathBuf;
@@ -29,8 +30,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::disk::RingStatus;
-use crate::virtio::vhost_user::save_restore::Record;
 pub(crate) use channel::{Channel, Descriptors};
+use session_state::Record;
 pub use starter::VARIABLE as STARTER_VARIABLE;
 pub(crate) use starter::{GAVE_UP, Starter};
 

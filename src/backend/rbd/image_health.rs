@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc;
 
-use super::watch_thread::News;
+use super::news::News;
 use super::{Errno, queue};
 
 /// Shut out of the cluster, for good.

@@ -14,6 +14,7 @@ mod image_health;
 mod lock;
 mod luks;
 mod name;
+mod news;
 mod open;
 mod options;
 mod queue;
@@ -42,9 +43,10 @@ use data_map::DataMap;
 use handle::Image;
 use image_health::Trouble;
 use lock::Lock;
+use news::News;
 use queue::RbdQueue;
 use quiesce::Quiesces;
-use watch_thread::{Keeper, News};
+use watch_thread::Keeper;
 
 /// Whether the image's lock is taken while a guest uses it (`--rbd-lock`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

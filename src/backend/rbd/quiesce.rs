@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::super::{Errno, Notices, QuiesceAsk};
 use super::Shared;
 use super::callbacks::Watch;
-use super::watch_thread::News;
+use super::news::News;
 use crate::disk::RbdQuiesceStatus;
 
 /// Whoever listens has a deadline too; ours comes after it, and before librbd's 50 s.

@@ -1,6 +1,7 @@
 //! The thread that does for an image what librbd's own threads must not: ask for the size and the features, see to the
 //! lock, and watch the time.
 
+use crate::backend::rbd::news::News;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
@@ -10,18 +11,6 @@ use super::super::Notices;
 use super::Shared;
 use super::callbacks::Watch;
 use super::quiesce::Quiesces;
-
-/// What the keeper hears.
-pub(super) enum News {
-    /// The image's header changed.
-    Updated,
-    /// The image's trouble began or ended.
-    StateChanged,
-    /// A quiesce was asked for: there is a deadline.
-    Quiesce,
-    /// The end.
-    Stop,
-}
 
 /// The thread, and what it will hear.
 pub(super) struct Keeper {

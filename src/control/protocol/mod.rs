@@ -140,6 +140,11 @@
 //! | `internal` | a defect of this server |
 //! | `not-allowed` | the peer's user may not use this command; or not this socket, which then closes the connection |
 
+mod args;
+mod attend;
+mod copy;
+mod error;
+mod image_snapshot;
 pub mod json_stream;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -147,12 +152,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::{Map, Value, json};
 
 use super::access::Access;
-use super::service::attendance;
-use super::service::attendance::AttendCommand;
-use super::service::copies;
-use super::service::copies::CopyCommand;
-use super::service::snapshot_jobs;
-use super::service::snapshot_jobs::ImageSnapshotCommand;
+
+pub(super) use args::Args;
+pub use args::LONGEST_WHO;
+use args::shown;
+pub use attend::AttendCommand;
+pub use copy::CopyCommand;
+pub use error::{Class, Error};
+pub use image_snapshot::ImageSnapshotCommand;
 
 /// How long a quiesce may take when `timeout-ms` is not given.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -160,8 +167,6 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 pub const DEFAULT_LEASE: Duration = Duration::from_secs(30);
 /// The longest timeout and lease: an hour. A guest that is frozen for longer is a mistake.
 pub const LONGEST: Duration = Duration::from_secs(3600);
-/// The longest `who`, in bytes.
-pub const LONGEST_WHO: usize = 256;
 
 /// What a client may ask.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -231,41 +236,6 @@ pub struct QuiesceArgs {
     pub who: Option<String>,
 }
 
-/// QEMU's error classes, as far as they are used. Clients know a closed list of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Class {
-    /// Everything else.
-    GenericError,
-    /// Unknown, or not now.
-    CommandNotFound,
-}
-
-/// An error reply.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Error {
-    /// For clients that know QEMU.
-    pub class: Class,
-    /// For programs; the list is at the head of this module.
-    pub code: &'static str,
-    /// For people.
-    pub desc: String,
-}
-
-impl Error {
-    /// Of class `GenericError`.
-    pub fn new(code: &'static str, desc: impl Into<String>) -> Self {
-        Error { class: Class::GenericError, code, desc: desc.into() }
-    }
-
-    fn command(code: &'static str, desc: impl Into<String>) -> Self {
-        Error { class: Class::CommandNotFound, code, desc: desc.into() }
-    }
-
-    pub(super) fn argument(desc: impl Into<String>) -> Self {
-        Error::new("bad-argument", desc)
-    }
-}
-
 /// A request that was read: its `id`, and what it asks or what is wrong with it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
@@ -287,19 +257,19 @@ const COMMANDS: &[(&str, Access, Parse)] = &[
     ("quiesce", Access::Operate, parse_quiesce),
     ("renew-lease", Access::Operate, parse_renew),
     ("resume", Access::Operate, parse_resume),
-    ("copy-prepare", Access::Operate, copies::parse_prepare),
-    ("copy-start", Access::Operate, copies::parse_start),
-    ("copy-cancel", Access::Operate, copies::parse_cancel),
-    ("copy-bandwidth", Access::Operate, copies::parse_bandwidth),
-    ("query-copies", Access::ReadOnly, copies::parse_query),
+    ("copy-prepare", Access::Operate, copy::parse_prepare),
+    ("copy-start", Access::Operate, copy::parse_start),
+    ("copy-cancel", Access::Operate, copy::parse_cancel),
+    ("copy-bandwidth", Access::Operate, copy::parse_bandwidth),
+    ("query-copies", Access::ReadOnly, copy::parse_query),
     ("continue", Access::Operate, |_| Ok(Command::Continue)),
     ("resize", Access::Operate, parse_resize),
-    ("image-snapshot", Access::Operate, snapshot_jobs::parse_create),
-    ("image-snapshot-keep", Access::Operate, snapshot_jobs::parse_keep),
-    ("image-snapshot-remove", Access::Operate, snapshot_jobs::parse_remove),
-    ("attend", Access::Operate, attendance::parse_attend),
-    ("prepared", Access::Operate, attendance::parse_prepared),
-    ("unattend", Access::Operate, attendance::parse_unattend),
+    ("image-snapshot", Access::Operate, image_snapshot::parse_create),
+    ("image-snapshot-keep", Access::Operate, image_snapshot::parse_keep),
+    ("image-snapshot-remove", Access::Operate, image_snapshot::parse_remove),
+    ("attend", Access::Operate, attend::parse_attend),
+    ("prepared", Access::Operate, attend::parse_prepared),
+    ("unattend", Access::Operate, attend::parse_unattend),
     ("query-command-line", Access::All, |_| Ok(Command::QueryCommandLine)),
     ("hand-over", Access::All, parse_hand_over),
     ("quit", Access::All, |_| Ok(Command::Quit)),
@@ -421,90 +391,6 @@ fn parse_hand_over(args: &mut Args) -> Result<Command, Error> {
     let version = args.number("version")?;
     let version = version.ok_or_else(|| Error::argument("hand-over needs 'version', of what is spoken then"))?;
     Ok(Command::HandOver { version })
-}
-
-/// The arguments of one command. Each reader takes its own out; what is left at the end is unknown.
-pub(super) struct Args<'a> {
-    pub(super) command: &'a str,
-    given: Map<String, Value>,
-}
-
-impl Args<'_> {
-    pub(super) fn boolean(&mut self, name: &str) -> Result<Option<bool>, Error> {
-        match self.given.remove(name) {
-            None => Ok(None),
-            Some(Value::Bool(value)) => Ok(Some(value)),
-            Some(other) => Err(wrong_type(name, "true or false", &other)),
-        }
-    }
-
-    pub(super) fn text(&mut self, name: &str, longest: usize) -> Result<Option<String>, Error> {
-        match self.given.remove(name) {
-            None => Ok(None),
-            Some(Value::String(value)) if value.len() <= longest => Ok(Some(value)),
-            Some(Value::String(_)) => Err(Error::argument(format!("'{name}' is longer than {longest} bytes"))),
-            Some(other) => Err(wrong_type(name, "a string", &other)),
-        }
-    }
-
-    pub(super) fn milliseconds(&mut self, name: &str) -> Result<Option<Duration>, Error> {
-        let most = LONGEST.as_millis() as u64;
-        let Some(value) = self.given.remove(name) else { return Ok(None) };
-        match value.as_u64() {
-            Some(number) if (1..=most).contains(&number) => Ok(Some(Duration::from_millis(number))),
-            None if !value.is_number() => Err(wrong_type(name, "a whole number of milliseconds", &value)),
-            _ => Err(Error::argument(format!(
-                "'{name}' must be a whole number of milliseconds from 1 to {most}, not {value}"
-            ))),
-        }
-    }
-
-    pub(super) fn bytes(&mut self, name: &str) -> Result<Option<u64>, Error> {
-        self.whole(name, "a whole number of bytes")
-    }
-
-    pub(super) fn number(&mut self, name: &str) -> Result<Option<u64>, Error> {
-        self.whole(name, "a whole number")
-    }
-
-    fn whole(&mut self, name: &str, wanted: &str) -> Result<Option<u64>, Error> {
-        let Some(value) = self.given.remove(name) else { return Ok(None) };
-        match value.as_u64() {
-            Some(number) => Ok(Some(number)),
-            None if !value.is_number() => Err(wrong_type(name, wanted, &value)),
-            None => Err(Error::argument(format!("'{name}' must be {wanted}, not {value}"))),
-        }
-    }
-
-    fn finish(self) -> Result<(), Error> {
-        match self.given.keys().next() {
-            None => Ok(()),
-            Some(name) => {
-                let desc = format!("{} has no argument '{}'", self.command, shown(name));
-                Err(Error::argument(desc))
-            }
-        }
-    }
-}
-
-fn wrong_type(name: &str, wanted: &str, value: &Value) -> Error {
-    let kind = match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    };
-    Error::argument(format!("'{name}' must be {wanted}, not {kind}"))
-}
-
-/// A name out of a request, short enough for a message.
-fn shown(name: &str) -> String {
-    match name.char_indices().nth(64) {
-        Some((end, _)) => format!("{}...", &name[..end]),
-        None => name.to_owned(),
-    }
 }
 
 /// The line that a client reads first.

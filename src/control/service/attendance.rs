@@ -10,59 +10,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::replies;
-use crate::control::protocol::{Args, Command, Error, LONGEST_WHO};
+use crate::control::protocol::Error;
 use crate::control::quiesce::{PeerId, Who};
-
-/// How long an attendant may take when `timeout-ms` is not given.
-const DEFAULT_PATIENCE: Duration = Duration::from_secs(10);
-/// The longest complaint of an attendant, in bytes.
-const LONGEST_COMPLAINT: usize = 4096;
-
-/// What an attendant says.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum AttendCommand {
-    /// It wants to be asked from now on.
-    Attend {
-        /// Without its consent there is no snapshot.
-        required: bool,
-        /// For each `prepared`.
-        patience: Duration,
-        /// In the operator's words.
-        who: Option<String>,
-    },
-    /// The answer to a `PREPARE`.
-    Prepared {
-        /// Which.
-        id: u64,
-        /// The level that is reached, or why it is not.
-        result: Result<Option<String>, String>,
-    },
-    /// It wants to be asked no more.
-    Unattend,
-}
-
-pub(in crate::control) fn parse_attend(args: &mut Args) -> Result<Command, Error> {
-    Ok(Command::Attend(AttendCommand::Attend {
-        required: args.boolean("required")?.unwrap_or(true),
-        patience: args.milliseconds("timeout-ms")?.unwrap_or(DEFAULT_PATIENCE),
-        who: args.text("who", LONGEST_WHO)?,
-    }))
-}
-
-pub(in crate::control) fn parse_prepared(args: &mut Args) -> Result<Command, Error> {
-    let Some(id) = args.number("id")? else { return Err(Error::argument("prepared needs 'id', as PREPARE had it")) };
-    let level = args.text("level", LONGEST_WHO)?;
-    let result = match (args.text("error", LONGEST_COMPLAINT)?, level) {
-        (None, level) => Ok(level),
-        (Some(error), None) => Err(error),
-        (Some(_), Some(_)) => return Err(Error::argument("prepared takes 'level' or 'error', not both")),
-    };
-    Ok(Command::Attend(AttendCommand::Prepared { id, result }))
-}
-
-pub(in crate::control) fn parse_unattend(_: &mut Args) -> Result<Command, Error> {
-    Ok(Command::Attend(AttendCommand::Unattend))
-}
 
 /// A `PREPARE` that goes out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -270,6 +219,7 @@ mod tests {
     use super::*;
     use crate::control::access::Access;
     use crate::control::protocol::parse;
+    use crate::control::protocol::{AttendCommand, Command};
 
     const S: Duration = Duration::from_secs(1);
 

@@ -4,9 +4,10 @@ use serde_json::{Value, json};
 
 use super::Service;
 use super::replies;
-use super::snapshot_jobs::{ImageSnapshotCommand, Job};
+use super::snapshot_jobs::Job;
 use crate::control::image_notices::Note;
 use crate::control::protocol::Error;
+use crate::control::protocol::ImageSnapshotCommand;
 use crate::control::quiesce::{PeerId, RequestId};
 use crate::disk::CopyError;
 

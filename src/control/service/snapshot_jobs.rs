@@ -4,51 +4,8 @@
 
 use std::collections::VecDeque;
 
-use crate::control::protocol::{Args, Command, Error, LONGEST_WHO};
+use crate::control::protocol::Error;
 use crate::control::quiesce::{PeerId, RequestId};
-
-/// What a client may ask about them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ImageSnapshotCommand {
-    /// Make one.
-    Create {
-        /// Its name.
-        name: String,
-        /// Of a hold that is granted.
-        token: String,
-    },
-    /// It outlives the connection.
-    Keep {
-        /// Which.
-        name: String,
-    },
-    /// It is not wanted after all.
-    Remove {
-        /// Which.
-        name: String,
-    },
-}
-
-pub(in crate::control) fn parse_create(args: &mut Args) -> Result<Command, Error> {
-    let name = named(args)?;
-    match args.text("token", LONGEST_WHO)? {
-        Some(token) => Ok(Command::ImageSnapshot(ImageSnapshotCommand::Create { name, token })),
-        None => Err(Error::argument("image-snapshot needs 'token', as quiesce returned it")),
-    }
-}
-
-pub(in crate::control) fn parse_keep(args: &mut Args) -> Result<Command, Error> {
-    Ok(Command::ImageSnapshot(ImageSnapshotCommand::Keep { name: named(args)? }))
-}
-
-pub(in crate::control) fn parse_remove(args: &mut Args) -> Result<Command, Error> {
-    Ok(Command::ImageSnapshot(ImageSnapshotCommand::Remove { name: named(args)? }))
-}
-
-fn named(args: &mut Args) -> Result<String, Error> {
-    let name = args.text("name", LONGEST_WHO)?.filter(|name| !name.is_empty());
-    name.ok_or_else(|| Error::argument(format!("{} needs 'name', the snapshot's", args.command)))
-}
 
 /// One thing to be done by the thread.
 #[derive(Clone, Debug, PartialEq, Eq)]

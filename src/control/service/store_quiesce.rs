@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::attendance::{AttendCommand, First, Outcome, Prepare};
+use super::attendance::{First, Outcome, Prepare};
 use super::replies;
 use super::{Service, To};
 use crate::backend::QuiesceAsk;
 use crate::control::creds::Credentials;
 use crate::control::image_notices::{Note, Notes};
+use crate::control::protocol::AttendCommand;
 use crate::control::protocol::Error;
 use crate::control::quiesce::{Ask, Hold, PeerId, Reason, Refusal, RequestId, STORE, Who};
 use crate::engine::Errno;

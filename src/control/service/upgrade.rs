@@ -4,10 +4,10 @@ use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 
-use super::attendance::AttendCommand;
-use super::copies::CopyCommand;
-use super::snapshot_jobs::ImageSnapshotCommand;
 use super::{Service, To};
+use crate::control::protocol::AttendCommand;
+use crate::control::protocol::CopyCommand;
+use crate::control::protocol::ImageSnapshotCommand;
 use crate::control::protocol::{Command, Error};
 use crate::control::quiesce::PeerId;
 use crate::upgrade::VERSION;

@@ -10,7 +10,7 @@ use vm_memory::{AtomicInteger, FileOffset, MmapRegion, VolatileMemory};
 
 use super::sigbus::{Watched, Wire};
 use crate::upgrade::Descriptors;
-use crate::virtio::vhost_user::save_restore;
+use crate::upgrade::session_state;
 
 /// HUGETLBFS_MAGIC (linux/magic.h).
 const HUGETLBFS: u32 = 0x9584_58f6;
@@ -43,10 +43,10 @@ impl Shared {
     }
 
     /// What another process needs to map the same.
-    pub(in crate::virtio) fn record(&self, descriptors: &mut Descriptors) -> io::Result<save_restore::Shared> {
+    pub(in crate::virtio) fn record(&self, descriptors: &mut Descriptors) -> io::Result<session_state::Shared> {
         let source = self.region.file_offset().expect("it was mapped from a file");
         let file = descriptors.add_copy(source.file())?;
-        Ok(save_restore::Shared { offset: source.start(), len: self.region.size() as u64, file })
+        Ok(session_state::Shared { offset: source.start(), len: self.region.size() as u64, file })
     }
 
     /// The atomic at byte `at`. `None`: it is not aligned, or lies outside. Any thread.

@@ -4,13 +4,14 @@
 //!
 //! What the guest's memory holds is not in here: the used rings, and what is marked as in flight.
 
+use crate::upgrade::session_state::Record;
+use crate::upgrade::session_state::Shared;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserLog, VhostUserMemoryRegion};
 use vhost::vhost_user::{Backend, Result, VhostUserBackendReqHandlerMut};
 
@@ -18,67 +19,10 @@ use super::handler::Handler;
 use super::vring::QueueState;
 use crate::base::sync::mpsc::Receiver;
 use crate::upgrade::Descriptors;
+use crate::upgrade::session_state::{Inflight, Region, Ring};
 use crate::virtio::rings::Stop;
 use crate::virtio::virtqueue::split_ring::Place;
 use crate::virtio::worker::stopped_ring::Stopped;
-
-/// Everything but the connection itself. Numbers of descriptors are places in a list.
-#[derive(Debug, Default, Serialize, Deserialize)]
-pub(crate) struct Record {
-    /// SET_FEATURES.
-    features: Option<u64>,
-    /// SET_PROTOCOL_FEATURES.
-    protocol_features: u64,
-    /// SET_MEM_TABLE and its kin.
-    memory: Vec<Region>,
-    /// SET_INFLIGHT_FD.
-    inflight: Option<Inflight>,
-    /// SET_LOG_BASE.
-    log: Option<Shared>,
-    /// SET_BACKEND_REQ_FD.
-    channel: Option<usize>,
-    /// The size that the front-end knows.
-    knows: Option<u64>,
-    rings: Vec<Ring>,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct Region {
-    guest_addr: u64,
-    user_addr: u64,
-    size: u64,
-    offset: u64,
-    file: usize,
-}
-
-/// Memory that the front-end shares for its bookkeeping.
-#[derive(Debug, Serialize, Deserialize)]
-pub(in crate::virtio) struct Shared {
-    pub(in crate::virtio) offset: u64,
-    pub(in crate::virtio) len: u64,
-    pub(in crate::virtio) file: usize,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct Inflight {
-    memory: Shared,
-    rings: u16,
-    entries: u16,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct Ring {
-    size: u16,
-    /// Guest addresses of descriptors, available and used ring; `None`: never told.
-    at: Option<[u64; 3]>,
-    next_avail: u16,
-    enabled: bool,
-    kick: Option<usize>,
-    call: Option<usize>,
-    err: Option<usize>,
-    /// Heads that failed and are kept.
-    kept: Vec<u16>,
-}
 
 /// What the next process goes on with.
 pub(crate) struct Moved {
@@ -87,13 +31,6 @@ pub(crate) struct Moved {
     pub(crate) record: Record,
     /// What the record's numbers mean.
     pub(crate) descriptors: Descriptors,
-}
-
-impl Record {
-    /// SET_FEATURES and SET_PROTOCOL_FEATURES, of which the message layer knows, too.
-    pub(in crate::virtio) fn negotiated(&self) -> (Option<u64>, u64) {
-        (self.features, self.protocol_features)
-    }
 }
 
 impl Handler {

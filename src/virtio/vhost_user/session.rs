@@ -9,9 +9,9 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::backend_channel::{self, GET_FEATURES, SET_FEATURES, SET_PROTOCOL_FEATURES};
 use super::handler::{Handler, Identity, Offer};
-use super::save_restore::Record;
 use crate::base::sync::Bell;
 use crate::base::syscalls;
+use crate::upgrade::session_state::Record;
 use crate::virtio::rings::Rings;
 use crate::virtio::shared_memory::sigbus::Wire;
 

@@ -1,0 +1,95 @@
+//! The arguments of one command, each checked for its type and its bounds.
+
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+
+use super::Error;
+use super::LONGEST;
+
+/// The longest `who`, in bytes.
+pub const LONGEST_WHO: usize = 256;
+
+/// The arguments of one command. Each reader takes its own out; what is left at the end is unknown.
+pub(in crate::control) struct Args<'a> {
+    pub(super) command: &'a str,
+    pub(super) given: Map<String, Value>,
+}
+
+impl Args<'_> {
+    pub(in crate::control) fn boolean(&mut self, name: &str) -> Result<Option<bool>, Error> {
+        match self.given.remove(name) {
+            None => Ok(None),
+            Some(Value::Bool(value)) => Ok(Some(value)),
+            Some(other) => Err(wrong_type(name, "true or false", &other)),
+        }
+    }
+
+    pub(in crate::control) fn text(&mut self, name: &str, longest: usize) -> Result<Option<String>, Error> {
+        match self.given.remove(name) {
+            None => Ok(None),
+            Some(Value::String(value)) if value.len() <= longest => Ok(Some(value)),
+            Some(Value::String(_)) => Err(Error::argument(format!("'{name}' is longer than {longest} bytes"))),
+            Some(other) => Err(wrong_type(name, "a string", &other)),
+        }
+    }
+
+    pub(in crate::control) fn milliseconds(&mut self, name: &str) -> Result<Option<Duration>, Error> {
+        let most = LONGEST.as_millis() as u64;
+        let Some(value) = self.given.remove(name) else { return Ok(None) };
+        match value.as_u64() {
+            Some(number) if (1..=most).contains(&number) => Ok(Some(Duration::from_millis(number))),
+            None if !value.is_number() => Err(wrong_type(name, "a whole number of milliseconds", &value)),
+            _ => Err(Error::argument(format!(
+                "'{name}' must be a whole number of milliseconds from 1 to {most}, not {value}"
+            ))),
+        }
+    }
+
+    pub(in crate::control) fn bytes(&mut self, name: &str) -> Result<Option<u64>, Error> {
+        self.whole(name, "a whole number of bytes")
+    }
+
+    pub(in crate::control) fn number(&mut self, name: &str) -> Result<Option<u64>, Error> {
+        self.whole(name, "a whole number")
+    }
+
+    fn whole(&mut self, name: &str, wanted: &str) -> Result<Option<u64>, Error> {
+        let Some(value) = self.given.remove(name) else { return Ok(None) };
+        match value.as_u64() {
+            Some(number) => Ok(Some(number)),
+            None if !value.is_number() => Err(wrong_type(name, wanted, &value)),
+            None => Err(Error::argument(format!("'{name}' must be {wanted}, not {value}"))),
+        }
+    }
+
+    pub(super) fn finish(self) -> Result<(), Error> {
+        match self.given.keys().next() {
+            None => Ok(()),
+            Some(name) => {
+                let desc = format!("{} has no argument '{}'", self.command, shown(name));
+                Err(Error::argument(desc))
+            }
+        }
+    }
+}
+
+fn wrong_type(name: &str, wanted: &str, value: &Value) -> Error {
+    let kind = match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    };
+    Error::argument(format!("'{name}' must be {wanted}, not {kind}"))
+}
+
+/// A name out of a request, short enough for a message.
+pub(super) fn shown(name: &str) -> String {
+    match name.char_indices().nth(64) {
+        Some((end, _)) => format!("{}...", &name[..end]),
+        None => name.to_owned(),
+    }
+}
