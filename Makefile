@@ -9,7 +9,7 @@ TEST_THREADS ?= 2
 VM_TESTS = firmware vm kill life migration story agent replicas power_cut libvirt libvirt_moves full_filesystem \
 	upgrade_guest
 RBD_TESTS = $(filter-out rbd_stub,$(basename $(notdir $(wildcard tests/rbd_*.rs))))
-OTHER_TESTS = $(filter-out $(VM_TESTS) $(RBD_TESTS),$(basename $(notdir $(wildcard tests/*.rs))))
+OTHER_TESTS = layering $(filter-out $(VM_TESTS) $(RBD_TESTS),$(basename $(notdir $(wildcard tests/*.rs))))
 
 # How long `make fuzz` searches each target.
 FUZZ_SECONDS ?= 60

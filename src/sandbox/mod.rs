@@ -20,6 +20,7 @@
 mod ceph;
 mod copy_dirs;
 mod path_rules;
+pub(crate) mod permissions;
 mod sigsys;
 mod syscall_filter;
 mod user;
@@ -33,7 +34,7 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior,
 use crate::backend::file;
 use crate::backend::point_in_time::CopyDirectory;
 use crate::base::systemd;
-use crate::config::{BackendKind, Config};
+use permissions::{Needs, Permissions};
 use user::Account;
 
 /// `--sandbox`.
@@ -46,30 +47,6 @@ pub enum Level {
     NoFilter,
     /// None of it but `--user`.
     Off,
-}
-
-/// What a kind of image asks of the sandbox.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Needs {
-    /// It is reached over a network.
-    pub network: bool,
-    /// Its virtqueues use io_urings.
-    pub io_uring: bool,
-}
-
-impl Needs {
-    fn of(backend: &BackendKind) -> Needs {
-        match backend {
-            BackendKind::File(_) | BackendKind::Slow { .. } => Needs { network: false, io_uring: true },
-            BackendKind::Null(_) | BackendKind::Mem(_) => Needs { network: false, io_uring: false },
-            BackendKind::Rbd(_) => Needs { network: true, io_uring: false },
-        }
-    }
-}
-
-/// Whether all io_urings that the daemon will need must be made before [`Sandbox::enter`]: its filter lets none be made.
-pub(crate) fn makes_io_urings_first(config: &Config) -> bool {
-    config.sandbox == Level::On && Needs::of(&config.backend).io_uring
 }
 
 /// What the rules on paths are for.
@@ -143,24 +120,24 @@ impl fmt::Display for SandboxError {
 impl std::error::Error for SandboxError {}
 
 /// A sandbox that is not entered yet.
-pub struct Sandbox<'a> {
-    config: &'a Config,
+pub struct Sandbox {
+    permissions: Permissions,
     user: Option<Account>,
     copy_dirs: Vec<copy_dirs::Opened>,
 }
 
-impl<'a> Sandbox<'a> {
-    /// Looks up what the configuration names. Main, before anything is opened.
-    pub fn prepare(config: &'a Config) -> Result<Self, SandboxError> {
-        let user = config.user.as_deref().map(Account::find).transpose()?;
-        let copy_dirs = match config.sandbox {
+impl Sandbox {
+    /// Looks up the user and the directories that `permissions` name. Main, before anything is opened.
+    pub(crate) fn prepare(permissions: Permissions) -> Result<Self, SandboxError> {
+        let user = permissions.user.as_deref().map(Account::find).transpose()?;
+        let copy_dirs = match permissions.level {
             Level::Off => Vec::new(),
             Level::On | Level::NoFilter => {
-                let scratch = config.scratch.as_ref().map(|scratch| &scratch.directory);
-                copy_dirs::open_all(&config.copy_dirs, scratch)
+                let scratch = permissions.scratch.as_ref();
+                copy_dirs::open_all(&permissions.copy_dirs, scratch)
             }
         };
-        Ok(Sandbox { config, user, copy_dirs })
+        Ok(Sandbox { permissions, user, copy_dirs })
     }
 
     /// What became of each `--copy-dir`.
@@ -172,14 +149,14 @@ impl<'a> Sandbox<'a> {
     /// Runs `open`, which opens the image. A storage library starts threads then, which no rule on paths reaches later:
     /// it is called from a thread that has been restricted before, and they inherit that. Main, before `enter`.
     pub fn open<T: Send>(&self, open: impl FnOnce() -> T + Send) -> Result<T, SandboxError> {
-        if !Needs::of(&self.config.backend).network || self.config.sandbox == Level::Off {
+        if !self.permissions.needs.network || self.permissions.level == Level::Off {
             return Ok(open());
         }
-        let rules = path_rules::rules(self.config, Stage::Opening, Vec::new()).map_err(SandboxError::Paths)?;
+        let rules = path_rules::rules(&self.permissions, Stage::Opening, Vec::new()).map_err(SandboxError::Paths)?;
         let switch = self.user.is_some();
         let restricted = move || {
             user::keep_few_capabilities(switch)?;
-            match path_rules::confine(rules, Needs::of(&self.config.backend)) {
+            match path_rules::confine(rules, self.permissions.needs) {
                 // That the kernel has no such rules is said at the end, once.
                 Ok(_) | Err(None) => Ok(open()),
                 Err(Some(error)) => Err(SandboxError::Paths(error)),
@@ -195,21 +172,21 @@ impl<'a> Sandbox<'a> {
         // Landlock asks again who may walk where: the rules' places are opened as root.
         let rules = self.rules()?;
         match &self.user {
-            Some(user) => user.assume(self.config)?,
+            Some(user) => user.assume(&self.permissions)?,
             None => user::warn_of_root(),
         }
-        if self.config.sandbox != Level::Off {
+        if self.permissions.level != Level::Off {
             user::keep_few_capabilities(false)?;
         }
         self.restrict(rules)
     }
 
     fn rules(&mut self) -> Result<Vec<path_rules::Rule>, SandboxError> {
-        match self.config.sandbox {
+        match self.permissions.level {
             Level::Off => Ok(Vec::new()),
             Level::On | Level::NoFilter => {
                 let copy_dirs = self.copy_dirs.drain(..).filter_map(|opened| opened.place).collect();
-                path_rules::rules(self.config, Stage::Serving, copy_dirs).map_err(SandboxError::Paths)
+                path_rules::rules(&self.permissions, Stage::Serving, copy_dirs).map_err(SandboxError::Paths)
             }
         }
     }
@@ -217,18 +194,18 @@ impl<'a> Sandbox<'a> {
     /// Without the filter each virtqueue makes an io_uring when it starts, with the rights that are left:
     /// kernel.io_uring_disabled=1 asks for one that is gone now. With it they are made already.
     fn check_io_uring(&self) -> Result<(), SandboxError> {
-        match makes_io_urings_first(self.config) || !Needs::of(&self.config.backend).io_uring {
+        match self.permissions.makes_io_urings_first() || !self.permissions.needs.io_uring {
             true => Ok(()),
             false => file::probe_io_uring().map_err(SandboxError::IoUring),
         }
     }
 
     fn restrict(&self, rules: Vec<path_rules::Rule>) -> Result<(), SandboxError> {
-        if self.config.sandbox == Level::Off {
+        if self.permissions.level == Level::Off {
             log::warn!("the sandbox is off: whoever breaks into this daemon can do what its user can");
             return Ok(());
         }
-        let needs = Needs::of(&self.config.backend);
+        let needs = self.permissions.needs;
         self.check_io_uring()?;
         set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(|errno| {
             SandboxError::Process("keep guest memory out of core dumps (PR_SET_DUMPABLE)", errno.into())
@@ -260,7 +237,7 @@ impl<'a> Sandbox<'a> {
 
     /// Whether system calls are filtered from now on.
     fn filter_calls(&self, needs: Needs) -> Result<bool, SandboxError> {
-        if self.config.sandbox == Level::NoFilter {
+        if self.permissions.level == Level::NoFilter {
             log::warn!("system calls are not filtered (--sandbox no-filter)");
             return Ok(false);
         }

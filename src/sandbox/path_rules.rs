@@ -11,8 +11,8 @@ use landlock::{
     RulesetCreatedAttr, RulesetError, RulesetStatus, Scope, make_bitflags,
 };
 
-use super::{Needs, Stage, ceph};
-use crate::config::{BackendKind, Config, Listen};
+use super::permissions::{Needs, Permissions};
+use super::{Stage, ceph};
 
 /// What was read and tested; the crate leaves out what the kernel lacks.
 const KNOWN: ABI = ABI::V9;
@@ -61,7 +61,7 @@ impl From<RulesetError> for PathsError {
 
 /// The rules that a configuration needs. Once its sockets and its pid file are there, and before the user changes: who
 /// may open what counts again at each use.
-pub(super) fn rules(config: &Config, stage: Stage, copy_dirs: Vec<OwnedFd>) -> Result<Vec<Rule>, PathsError> {
+pub(super) fn rules(permissions: &Permissions, stage: Stage, copy_dirs: Vec<OwnedFd>) -> Result<Vec<Rule>, PathsError> {
     let copies = copy_dirs.into_iter().map(|place| Rule { place: Box::new(place), access: CREATE });
     let mut rules: Vec<Rule> = copies.collect();
     let mut add = |option, path: &Path, access| match PathFd::new(path) {
@@ -71,13 +71,13 @@ pub(super) fn rules(config: &Config, stage: Stage, copy_dirs: Vec<OwnedFd>) -> R
         }
         Err(error) => Err(PathsError::Open(option, error)),
     };
-    if let Some(path) = config.backend.file() {
+    if let Some(path) = &permissions.image {
         // Each ring opens it for itself.
         let write = AccessFs::WriteFile | AccessFs::Truncate;
-        let write = if config.read_only { BitFlags::EMPTY } else { write };
+        let write = if permissions.read_only { BitFlags::EMPTY } else { write };
         add("--blk-file", path, write | AccessFs::ReadFile | AccessFs::IoctlDev)?;
     }
-    if let BackendKind::Rbd(options) = &config.backend {
+    if let Some(options) = &permissions.ceph {
         let (read, written) = ceph::paths(options);
         for path in &read {
             let access = AccessFs::ReadFile | AccessFs::ReadDir;
@@ -96,7 +96,7 @@ pub(super) fn rules(config: &Config, stage: Stage, copy_dirs: Vec<OwnedFd>) -> R
         }
     }
     if stage == Stage::Serving {
-        serving(config, &mut add)?;
+        serving(permissions, &mut add)?;
     }
     // What malloc(3) asks before it gives memory back. The image's device and the stack below it were read before.
     let memory = Path::new("/proc/sys/vm/overcommit_memory");
@@ -110,19 +110,10 @@ pub(super) fn rules(config: &Config, stage: Stage, copy_dirs: Vec<OwnedFd>) -> R
 type Add<'a> = dyn FnMut(&'static str, &Path, BitFlags<AccessFs>) -> Result<(), PathsError> + 'a;
 
 /// What is needed beside the image.
-fn serving(config: &Config, add: &mut Add<'_>) -> Result<(), PathsError> {
-    let socket = match &config.listen {
-        Listen::Path { path, .. } => Some(path),
-        Listen::Fd(_) => None,
-    };
-    let control = config.control.as_ref().map(|control| &control.path);
-    for (option, path) in
-        [("--socket-path", socket), ("--control-path", control), ("--pid-file", config.pid_file.as_ref())]
-    {
-        // To remove it at the end.
-        if let Some(directory) = path.map(|path| directory_of(path))
-            && may_remove(option, directory)
-        {
+fn serving(permissions: &Permissions, add: &mut Add<'_>) -> Result<(), PathsError> {
+    for (option, path) in &permissions.removable {
+        let directory = directory_of(path);
+        if may_remove(option, directory) {
             add(option, directory, AccessFs::RemoveFile.into())?;
         }
     }

@@ -18,7 +18,7 @@ use seccompiler::{
     SeccompRule, TargetArch, apply_filter_all_threads,
 };
 
-use super::Needs;
+use super::permissions::Needs;
 
 macro_rules! calls {
     ($($name:ident)*) => { [$((libc::$name, stringify!($name))),*] };

@@ -8,7 +8,7 @@ use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, accessat};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 
 use super::SandboxError;
-use crate::config::Config;
+use super::permissions::Permissions;
 
 /// `--user`, looked up.
 pub(super) struct Account {
@@ -36,18 +36,18 @@ impl Account {
     }
 
     /// Becomes this user for good, with the groups that it is a member of. Every thread; Linux drops all capabilities.
-    pub(super) fn assume(&self, config: &Config) -> Result<(), SandboxError> {
+    pub(super) fn assume(&self, permissions: &Permissions) -> Result<(), SandboxError> {
         if Uid::effective().is_root() && !self.uid.is_root() {
             let failed = |what: &'static str| {
                 move |errno: nix::Error| SandboxError::Switch(self.name.clone(), what, errno.into())
             };
             let name = CString::new(self.name.as_str())
                 .map_err(|error| SandboxError::Switch(self.name.clone(), "initgroups", error.into()))?;
-            let image = image_place(config);
+            let image = image_place(permissions);
             initgroups(&name, self.gid).map_err(failed("initgroups"))?;
             setresgid(self.gid, self.gid, self.gid).map_err(failed("setresgid"))?;
             setresuid(self.uid, self.uid, self.uid).map_err(failed("setresuid"))?;
-            self.check_image(config, image)?;
+            self.check_image(permissions, image)?;
         }
         Ok(())
     }
@@ -55,21 +55,21 @@ impl Account {
     /// Each ring opens the image for itself, later: better said now.
     fn check_image(
         &self,
-        config: &Config,
+        permissions: &Permissions,
         image: Option<io::Result<std::os::fd::OwnedFd>>,
     ) -> Result<(), SandboxError> {
-        let (Some(path), Some(image)) = (config.backend.file(), image) else { return Ok(()) };
-        let refused = |error| SandboxError::Image(self.name.clone(), path.to_path_buf(), error);
+        let (Some(path), Some(image)) = (&permissions.image, image) else { return Ok(()) };
+        let refused = |error| SandboxError::Image(self.name.clone(), path.clone(), error);
         let image = image.map_err(refused)?;
-        let access = if config.read_only { Access::READ_OK } else { Access::READ_OK | Access::WRITE_OK };
+        let access = if permissions.read_only { Access::READ_OK } else { Access::READ_OK | Access::WRITE_OK };
         let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&image));
         accessat(CWD, again, access, AtFlags::EACCESS).map_err(|errno| refused(errno.into()))
     }
 }
 
 /// The image's place, opened while we may still walk to it.
-fn image_place(config: &Config) -> Option<io::Result<std::os::fd::OwnedFd>> {
-    let path = config.backend.file()?;
+fn image_place(permissions: &Permissions) -> Option<io::Result<std::os::fd::OwnedFd>> {
+    let path = permissions.image.as_ref()?;
     Some(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(Into::into))
 }
 

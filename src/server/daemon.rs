@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::files::Files;
 use super::front_ends::FrontEnds;
 use super::hand_over::{Requests, Successor};
+use super::permissions;
 use super::socket::{self, Prepared};
 use super::take_over::{self, TakeOver};
 use super::wiring::{self, Opened};
@@ -26,7 +27,7 @@ pub(super) struct Daemon {
 impl Daemon {
     /// Opens and binds everything, enters the sandbox, and takes the guest over if there is one to be taken over.
     pub(super) fn start(config: &Config, signals: Signals) -> Result<Daemon, ServerError> {
-        let sandbox = Sandbox::prepare(config).map_err(ServerError::Sandbox)?;
+        let sandbox = Sandbox::prepare(permissions::of(config)).map_err(ServerError::Sandbox)?;
         systemd::connect();
         // A socket that was given to the daemon before us need not be given to us.
         let prepare = || socket::prepare(&config.listen).map_err(ServerError::Socket);
@@ -53,7 +54,7 @@ impl Daemon {
     fn bind(
         config: &Config,
         signals: Signals,
-        sandbox: Sandbox<'_>,
+        sandbox: Sandbox,
         disk: Opened,
         prepared: Option<Prepared>,
         taking: Option<&mut TakeOver>,

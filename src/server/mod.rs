@@ -14,6 +14,7 @@ mod files;
 mod front_ends;
 mod hand_over;
 mod inherited;
+mod permissions;
 mod socket;
 mod take_over;
 mod wiring;

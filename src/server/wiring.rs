@@ -26,7 +26,6 @@ use crate::base::unix_listener::MORE_DESCRIPTORS;
 use crate::config::{BackendKind, Config};
 use crate::control::{self, ImageNotices};
 use crate::disk::{Copies, Disk, DiskStatus, Events, FailedRequest, ImageSnapshots, RingStatus};
-use crate::sandbox;
 use crate::upgrade::DiskFacts;
 use crate::virtio::device::hand_over::{HandedOver, Steps};
 use crate::virtio::vhost_user::save_restore::Moved;
@@ -132,7 +131,7 @@ fn affordable(wanted: u16) -> u16 {
 
 /// Makes the io_urings of so many queues, where the sandbox will let none be made later. As many queues as have one.
 fn with_io_urings(config: &Config, wanted: u16) -> io::Result<u16> {
-    if !sandbox::makes_io_urings_first(config) {
+    if !super::permissions::of(config).makes_io_urings_first() {
         return Ok(wanted);
     }
     let offered = prepare_io_urings(wanted)?;
