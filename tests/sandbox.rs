@@ -24,6 +24,7 @@ use serde_json::json;
 use unread::Unread;
 use virtioblkd::config::{Config, Invocation};
 use virtioblkd::sandbox::Sandbox;
+use virtioblkd::server::permissions;
 
 const MIB: usize = 1 << 20;
 const NOBODY: u32 = 65534;
@@ -557,7 +558,7 @@ fn child() {
     File::create(place.path("run/vhost")).unwrap();
     // Panics read the program's own file for their backtrace.
     std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
-    Sandbox::prepare(&config).unwrap().enter().unwrap();
+    Sandbox::prepare(permissions::of(&config)).unwrap().enter().unwrap();
     let (_, attempt) = [DEADLY, REFUSED, ALLOWED].into_iter().flatten().find(|(known, _)| *known == name).unwrap();
     match attempt(&place) {
         Ok(()) => println!("RESULT: done"),

@@ -6,9 +6,9 @@
 //!
 //! The default action of most other signals ends the process, and a guest would lose its disk. So each of them has an
 //! answer here:
-//! - SIGXFSZ and SIGTTOU belong to a system call that fails or goes on by itself ([`SILENT`]): they have no effect.
-//! - SIGXCPU, SIGALRM and SIGVTALRM say that a time limit has passed ([`TIME_LIMITS`]): they ask for an orderly end.
-//! - SIGUSR1, SIGUSR2, SIGIO and SIGPWR mean nothing to this program ([`IGNORED`]): they are logged and ignored.
+//! - SIGXFSZ and SIGTTOU belong to a system call that fails or goes on by itself (`SILENT`): they have no effect.
+//! - SIGXCPU, SIGALRM and SIGVTALRM say that a time limit has passed (`TIME_LIMITS`): they ask for an orderly end.
+//! - SIGUSR1, SIGUSR2, SIGIO and SIGPWR mean nothing to this program (`IGNORED`): they are logged and ignored.
 //! - SIGQUIT and SIGABRT, which ask for a core dump, SIGPROF, which profilers use, the real-time signals and those of
 //!   faults keep their default action.
 

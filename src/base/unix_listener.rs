@@ -3,7 +3,7 @@
 //! The socket is never more open than its mode, not for a moment: on Linux, bind(2) makes the file with the mode of the
 //! unbound socket (fchmod(2) on its descriptor) less the umask, so neither the process-wide umask is touched nor is
 //! there a window before a chmod. What the umask took is given back, and a group is set, through a descriptor of the
-//! bound file ([`OwnFile`]), never by its path: the directory may belong to another user, who may put a link there. A socket that a dead server left behind is replaced; a living server's never: only
+//! bound file (`OwnFile`), never by its path: the directory may belong to another user, who may put a link there. A socket that a dead server left behind is replaced; a living server's never: only
 //! connect(2) tells them apart. Two servers that start at once take turns by a lock on the directory, which leaves no
 //! file behind.
 

@@ -32,7 +32,7 @@ impl Access {
     }
 }
 
-/// Whether `uid` is root or `own`, and certainly so: see [`OVERFLOW_UID`].
+/// Whether `uid` is root or `own`, and certainly so: see `OVERFLOW_UID`.
 pub fn is_trusted(uid: u32, own: u32) -> bool {
     uid == 0 || (uid == own && uid != OVERFLOW_UID)
 }

@@ -20,7 +20,7 @@
 mod ceph;
 mod copy_dirs;
 mod path_rules;
-pub(crate) mod permissions;
+pub mod permissions;
 mod sigsys;
 mod syscall_filter;
 mod user;
@@ -128,7 +128,7 @@ pub struct Sandbox {
 
 impl Sandbox {
     /// Looks up the user and the directories that `permissions` name. Main, before anything is opened.
-    pub(crate) fn prepare(permissions: Permissions) -> Result<Self, SandboxError> {
+    pub fn prepare(permissions: Permissions) -> Result<Self, SandboxError> {
         let user = permissions.user.as_deref().map(Account::find).transpose()?;
         let copy_dirs = match permissions.level {
             Level::Off => Vec::new(),

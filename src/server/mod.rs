@@ -14,7 +14,7 @@ mod files;
 mod front_ends;
 mod hand_over;
 mod inherited;
-mod permissions;
+pub mod permissions;
 mod socket;
 mod take_over;
 mod wiring;

@@ -6,7 +6,7 @@ use crate::config::{BackendKind, Config, Listen};
 use crate::sandbox::permissions::{Needs, Permissions};
 
 /// What the configuration asks of the sandbox.
-pub(super) fn of(config: &Config) -> Permissions {
+pub fn of(config: &Config) -> Permissions {
     let (network, io_uring) = match &config.backend {
         BackendKind::File(_) | BackendKind::Slow { .. } => (false, true),
         BackendKind::Null(_) | BackendKind::Mem(_) => (false, false),

@@ -1,5 +1,5 @@
 //! Reads an answer of the guest's agent, which the guest's root may have written, within bounds: of objects only the
-//! members that we use are kept, and no more than [`MAX_VALUES`] values.
+//! members that we use are kept, and no more than `MAX_VALUES` values.
 
 use std::cell::Cell;
 use std::fmt;

@@ -7,7 +7,7 @@
 //!
 //! | new | old | |
 //! |---|---|---|
-//! | `Begin` | | with its starter's pipe, if virtioblkctl started it ([`Starter`]) |
+//! | `Begin` | | with its starter's pipe, if virtioblkctl started it (`Starter`) |
 //! | | `Hello` | what the guest was told, and copies of the sockets that outlive the old one |
 //! | `Ready` | | everything that can fail without the guest's rings has succeeded: sandbox included |
 //! | | | syncs; **the pause begins**: its rings come to rest, are stopped and synced, the image is let go |

@@ -2,8 +2,8 @@
 //! adds the time; elsewhere each carries the time in UTC and the level. One record is one line: what would begin another
 //! is escaped.
 //!
-//! No thread waits for the log ([`output`]): if nobody reads it, lines are dropped and counted. At the end of the
-//! process, an orderly one or not, what waits is given [`FLUSH_TIMEOUT`].
+//! No thread waits for the log (`output`): if nobody reads it, lines are dropped and counted. At the end of the
+//! process, an orderly one or not, what waits is given `FLUSH_TIMEOUT`.
 
 mod output;
 
@@ -98,7 +98,7 @@ pub(crate) fn print_in_time(text: &str) -> bool {
     !PRINTED.is_pending()
 }
 
-/// Waits until the log is written, at most for [`FLUSH_TIMEOUT`]. Called at the end of the process.
+/// Waits until the log is written, at most for `FLUSH_TIMEOUT`. Called at the end of the process.
 pub fn finish() {
     OUTPUT.flush(FLUSH_TIMEOUT);
 }

@@ -7,7 +7,7 @@ use crate::base::sync::mpsc::Sender;
 
 /// What a worker can be asked; the only way to reach a running ring.
 pub(in crate::virtio) enum Command {
-    /// Block writes, drain, sync, then [`Rings::ring_settled`] with this epoch.
+    /// Block writes, drain, sync, then `Rings::ring_settled` with this epoch.
     CloseGate(u64),
     /// Unblock writes.
     OpenGate,
@@ -46,7 +46,7 @@ impl Mailbox {
     }
 
     /// Sends and wakes. A worker that has ended takes no more commands; whoever sent finds out by its own means (a
-    /// hold by [`Rings::ring_left`], a change of the ring by the thread's join).
+    /// hold by `Rings::ring_left`, a change of the ring by the thread's join).
     pub(in crate::virtio) fn send(&self, command: Command) {
         self.wake.ring_after(|| self.commands.send(command).is_ok());
     }

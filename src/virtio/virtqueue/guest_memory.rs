@@ -20,6 +20,9 @@ use crate::backend::IoBuf;
 /// Up to this many regions are searched one by one. A guest has two or three, unless memory is plugged into it.
 const FEW: usize = 8;
 
+/// A piece of guest memory: address and length.
+pub type Segment = (GuestAddress, u32);
+
 /// An address outside the guest's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadAddress;
@@ -296,6 +299,3 @@ mod tests {
         assert_eq!(cells[0].load(Ordering::Relaxed), 1);
     }
 }
-
-/// A piece of guest memory: address and length.
-pub type Segment = (GuestAddress, u32);
