@@ -600,10 +600,12 @@ fn a_scratch_takes_what_a_hanging_target_does_not() {
     let tuning = Tuning { memory: 4 * CLUSTER as usize, hook: Some(hook), scratch, patience, ..Tuning::default() };
     let (world, mem) = World::mem(Order::InOrder, tuning);
     fill(&mem);
-    let copy = started(&world, 0);
+    // No faster: else one large read, for which nothing waits, would fill so little memory.
+    let copy = started(&world, 1);
     write_everywhere(&world.disk);
     let status = world.status(&copy);
     assert!(status.scratch_bytes > 1 << 20, "{status:?}");
+    world.disk.set_bandwidth(&copy, 0).expect("no limit");
     drop(release);
     let status = world.wait_ended(&copy);
     assert_eq!((status.state.as_str(), status.scratch_bytes), ("completed", 0), "{status:?}");
