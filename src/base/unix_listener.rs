@@ -143,8 +143,8 @@ pub fn bind_unix(path: &Path, mode: u32) -> Result<UnixListener, BindError> {
         Err(errno) => return Err(failed(errno)),
     }
     // Bound. From here on, failure must not leave the file behind.
-    let own = OwnFile::open(path)?;
     let file = SocketFile::of(path).map_err(|error| BindError::io(path, error))?;
+    let own = OwnFile::open(path)?;
     // Gives back what the umask took.
     own.set_mode(mode.as_raw_mode()).map_err(|error| BindError::io(path, error))?;
     listen(&socket, BACKLOG).map_err(failed)?;
@@ -156,7 +156,7 @@ pub fn bind_unix(path: &Path, mode: u32) -> Result<UnixListener, BindError> {
 pub(crate) struct OwnFile(OwnedFd);
 
 impl OwnFile {
-    /// Opens the file at `path` if it is a socket of our user's with one name. Whoever may write in the directory may have
+    /// Opens the file at `path` if it is a socket with one name; its owner is checked once it must be changed. Whoever may write in the directory may have
     /// put something else there: a link of either kind would lead to a file that is not his.
     pub(crate) fn open(path: &Path) -> Result<OwnFile, BindError> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -166,7 +166,7 @@ impl OwnFile {
             errno => BindError::new(path, errno),
         })?;
         let is_socket = FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
-        if !is_socket || stat.st_uid != geteuid().as_raw() || stat.st_nlink != 1 {
+        if !is_socket || stat.st_nlink != 1 {
             return Err(BindError::Replaced(path.to_owned()));
         }
         Ok(OwnFile(file))
@@ -174,13 +174,29 @@ impl OwnFile {
 
     /// Sets its permission bits. fchmod(2) takes no such descriptor, and fchmodat2(2) is of Linux 6.6; this name leads to
     /// the open file itself.
+    /// A mode that is right already is left alone, so that a host without /proc can do with it.
     pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
+        let stat = fstat(&self.0)?;
+        if stat.st_mode & 0o7777 == mode {
+            return Ok(());
+        }
+        check_owner(stat.st_uid)?;
         fs::set_permissions(format!("/proc/self/fd/{}", self.0.as_raw_fd()), Permissions::from_mode(mode))
     }
 
     /// Gives it to a group.
     pub(crate) fn set_group(&self, group: Gid) -> io::Result<()> {
+        check_owner(fstat(&self.0)?.st_uid)?;
         Ok(chownat(&self.0, "", None, Some(group), AtFlags::EMPTY_PATH)?)
+    }
+}
+
+/// Another user's socket is not changed: it is not the one that we bound. Some file systems give every file one owner, so
+/// that alone stops nothing.
+fn check_owner(owner: u32) -> io::Result<()> {
+    match owner == geteuid().as_raw() {
+        true => Ok(()),
+        false => Err(io::Error::other(format!("its file belongs to user {owner}, not to the one that made it"))),
     }
 }
 
@@ -338,6 +354,27 @@ mod tests {
             assert!(matches!(OwnFile::open(path), Err(BindError::Replaced(_))), "{}", path.display());
         }
         drop(listener);
+    }
+
+    #[test]
+    fn a_mode_that_is_right_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let _listener = bind_unix(&path, 0o600).unwrap();
+        let changed = |path: &Path| fs::metadata(path).map(|found| (found.ctime(), found.ctime_nsec())).unwrap();
+        let before = changed(&path);
+        std::thread::sleep(Duration::from_millis(50));
+        OwnFile::open(&path).unwrap().set_mode(0o600).unwrap();
+        assert_eq!(changed(&path), before, "chmod(2) was called");
+        if std::os::unix::fs::chown(&path, Some(65534), None).is_err() {
+            eprintln!("SKIPPED: not root, who alone can give files away");
+            return;
+        }
+        let others = OwnFile::open(&path).unwrap();
+        others.set_mode(0o600).expect("nothing to change");
+        assert!(others.set_mode(0o666).unwrap_err().to_string().contains("65534"));
+        assert!(others.set_group(Gid::from_raw(65534)).is_err());
+        assert_eq!(mode_of(&path), 0o600);
     }
 
     #[test]
