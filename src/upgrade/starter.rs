@@ -3,6 +3,9 @@
 //! It holds one end of a pipe for as long as it wants the upgrade; the other end is the new daemon's standard input. The new
 //! daemon sends a copy with `Begin`, and the old one looks at it right before `Go`. So an upgrade that was given up, by a
 //! signal, by `--timeout` or by the starter's death, is never carried out later, however long the new daemon was stuck.
+//!
+//! That holds if the new program sends the pipe. An older one does not know it: an upgrade to it (a downgrade) that was
+//! given up may still be carried out, once the new program comes to `Begin`.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
