@@ -126,6 +126,27 @@ fn a_ring_too_small_for_the_largest_request_is_reported() {
     }
 }
 
+/// QEMU without a shared memory back-end sends no region, sets up its ring, is refused, and connects again at once.
+#[test]
+fn guest_memory_that_is_not_shared_is_reported_once_with_the_fix() {
+    let rig = rig(CacheMode::None);
+    for _ in 0..5 {
+        let guest = FrontEnd::handshake(UnixStream::connect(&rig.path).unwrap(), 1, 128, ALL);
+        let mut place = guest.ring_config(0);
+        place.desc_table_addr = 0x1000;
+        guest.control.set_vring_num(0, 128).unwrap();
+        guest.control.set_vring_addr(0, &place).unwrap_err();
+        drop(guest);
+        rig.disconnected();
+    }
+    let errors = rig.status().last_errors;
+    assert_eq!((errors.len(), errors[0].times), (1, 5), "{errors:?}");
+    for part in ["memory-backend-memfd", "share=on", "<access mode='shared'/>"] {
+        assert!(errors[0].what.contains(part), "{errors:?}");
+    }
+    assert_eq!(connect(&rig, 1).write(0, 0, &[1; 512]), OK, "memory that is shared is served");
+}
+
 /// A driver of virtio 0.9.5 flushes with type 5, and may set the bit of a barrier in any type.
 #[test]
 fn old_drivers_flush_and_write_with_their_own_types() {

@@ -406,8 +406,10 @@ impl StoppedStatus {
 pub struct LastError {
     /// What failed.
     pub what: String,
-    /// Seconds since the epoch.
+    /// When it happened last, in seconds since the epoch.
     pub when: u64,
+    /// How often the guest or the front-end caused it; 1 for other errors.
+    pub times: u64,
 }
 
 /// What a back-end says of its image beyond its shape.

@@ -276,7 +276,11 @@ impl Disk for FakeDisk {
             rings: vec![ring(0), ring(1)],
             total: RingStatus { reads: 3000, writes: 1000, ..RingStatus::default() },
             image_status: self.gate.lock().unwrap().image_status.clone(),
-            last_errors: vec![LastError { what: "write at 4096: Input/output error".into(), when: 1_700_000_000 }],
+            last_errors: vec![LastError {
+                what: "write at 4096: Input/output error".into(),
+                when: 1_700_000_000,
+                times: 1,
+            }],
             ..DiskStatus::default()
         }
     }

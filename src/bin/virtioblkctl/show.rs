@@ -254,7 +254,11 @@ fn errors(errors: &Value) -> Vec<String> {
     }
     let line = |error: &Value| {
         let age = now.saturating_sub(error["when"].as_u64().unwrap_or(now));
-        format!("{} ago: {}", time(age * 1000), clean(&error["what"]))
+        let times = match error["times"].as_u64() {
+            Some(times) if times > 1 => format!(" ({times} times)"),
+            _ => String::new(),
+        };
+        format!("{} ago: {}{times}", time(age * 1000), clean(&error["what"]))
     };
     errors.iter().rev().map(line).collect()
 }

@@ -8,10 +8,18 @@ use crate::disk::{Event, FailedRequest, LastError};
 /// The errors of one disk.
 #[derive(Default)]
 pub(in crate::virtio) struct Errors {
-    /// And whether the guest or the front-end provoked it.
-    last_errors: VecDeque<(bool, LastError)>,
+    last_errors: VecDeque<Remembered>,
     /// Of the disk's own errors, and of those that the guest or the front-end provokes.
     log_budgets: [LogBudget; 2],
+}
+
+/// An error that status shows.
+struct Remembered {
+    /// The guest or the front-end provoked it.
+    by_guest: bool,
+    error: LastError,
+    /// When it was last logged.
+    logged: Instant,
 }
 
 /// Errors are logged this often at most, for a guest can provoke them; the counters have them all.
@@ -27,6 +35,8 @@ pub(in crate::virtio) struct LogLine {
     admitted: bool,
     /// Lines left out before this one.
     suppressed: u64,
+    /// How often the error happened so far.
+    times: u64,
 }
 
 /// Errors shown in status.
@@ -34,6 +44,8 @@ const LAST_ERRORS: usize = 8;
 /// Lines about errors in one [`LOG_WINDOW`].
 const LOG_LINES: u32 = 10;
 const LOG_WINDOW: Duration = Duration::from_secs(10);
+/// How long repetitions of an error that the guest or the front-end caused are counted and not logged.
+const REPEAT_WINDOW: Duration = Duration::from_secs(60);
 
 /// An event in words, if it is an error.
 pub(in crate::virtio) fn text(event: &Event) -> Option<String> {
@@ -64,22 +76,41 @@ impl Errors {
     /// Takes one in. `by_guest`: the guest or the front-end provoked it. The line is to be logged without the lock.
     pub(in crate::virtio) fn take(&mut self, by_guest: bool, what: String) -> LogLine {
         let when = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        self.remember(by_guest, LastError { what, when });
+        if by_guest && let Some(line) = self.repeat(&what, when) {
+            return line;
+        }
+        self.remember(by_guest, LastError { what, when, times: 1 });
         self.log_budgets[usize::from(by_guest)].admit()
+    }
+
+    /// Counts a repetition of an error that status shows. Returns `None` when status does not show it.
+    fn repeat(&mut self, what: &str, when: u64) -> Option<LogLine> {
+        let at = self.last_errors.iter().position(|known| known.by_guest && known.error.what == what)?;
+        let mut known = self.last_errors.remove(at)?;
+        known.error.when = when;
+        known.error.times += 1;
+        let times = known.error.times;
+        let mut line = LogLine { admitted: false, suppressed: 0, times };
+        if known.logged.elapsed() > REPEAT_WINDOW {
+            known.logged = Instant::now();
+            line = LogLine { times, ..self.log_budgets[1].admit() };
+        }
+        self.last_errors.push_back(known);
+        Some(line)
     }
 
     /// For the status, newest last.
     pub(in crate::virtio) fn last(&self) -> Vec<LastError> {
-        self.last_errors.iter().map(|(_, error)| error.clone()).collect()
+        self.last_errors.iter().map(|known| known.error.clone()).collect()
     }
 
     /// Keeps an error for the status. What a guest provokes pushes out its own like, so that it cannot hide the rest.
     fn remember(&mut self, by_guest: bool, error: LastError) {
         if self.last_errors.len() == LAST_ERRORS {
-            let guests = self.last_errors.iter().position(|(by_guest, _)| *by_guest);
+            let guests = self.last_errors.iter().position(|known| known.by_guest);
             self.last_errors.remove(guests.unwrap_or(0));
         }
-        self.last_errors.push_back((by_guest, error));
+        self.last_errors.push_back(Remembered { by_guest, error, logged: Instant::now() });
     }
 }
 
@@ -93,7 +124,7 @@ impl LogBudget {
         let admitted = self.used < LOG_LINES;
         self.used += u32::from(admitted);
         self.suppressed += u64::from(!admitted);
-        LogLine { admitted, suppressed }
+        LogLine { admitted, suppressed, times: 1 }
     }
 }
 
@@ -102,8 +133,10 @@ impl LogLine {
         if self.suppressed > 0 {
             log::warn!("{} more errors were not logged", self.suppressed);
         }
-        if self.admitted {
-            log::error!("{text}");
+        match self.times {
+            _ if !self.admitted => {}
+            1 => log::error!("{text}"),
+            times => log::error!("{text} ({times} times so far)"),
         }
     }
 }

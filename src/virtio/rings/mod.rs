@@ -70,6 +70,10 @@ struct State {
     errors: Errors,
 }
 
+/// How to share a guest's memory with us.
+pub(super) const SHARE_MEMORY: &str = "QEMU: use -object memory-backend-memfd,id=mem,size=SIZE,share=on and -machine \
+     memory-backend=mem; libvirt: <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>";
+
 /// Storage that does not answer in this time hangs; the control thread waits no longer.
 const HANGS: Duration = Duration::from_secs(2);
 

@@ -100,15 +100,12 @@ impl MemoryTable {
         Ok(())
     }
 
-    /// The guest address behind one of the front-end's.
-    pub fn guest_address(&self, user_addr: u64) -> Result<u64> {
-        self.mappings
-            .iter()
-            .find_map(|mapping| {
-                let offset = user_addr.checked_sub(mapping.user_addr)?;
-                (offset < mapping.size).then(|| mapping.guest_addr + offset)
-            })
-            .ok_or(Error::InvalidParam)
+    /// The guest address behind one of the front-end's. `None`: it is not in memory that the front-end shares.
+    pub fn guest_address(&self, user_addr: u64) -> Option<u64> {
+        self.mappings.iter().find_map(|mapping| {
+            let offset = user_addr.checked_sub(mapping.user_addr)?;
+            (offset < mapping.size).then(|| mapping.guest_addr + offset)
+        })
     }
 
     fn publish(&mut self, memory: GuestMemoryMmap) {

@@ -16,10 +16,10 @@ use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqH
 use super::activation::Activation;
 use super::eventfd;
 use super::vring::{QueueState, Surroundings};
+use crate::disk::Event;
 use crate::virtio::blk::features;
 use crate::virtio::blk::request::ID_BYTES;
-use crate::virtio::rings::Rings;
-use crate::virtio::rings::Stop;
+use crate::virtio::rings::{Rings, SHARE_MEMORY, Stop};
 use crate::virtio::shared_memory::dirty_log::DirtyLog;
 use crate::virtio::shared_memory::inflight::{Inflight, MAX_ENTRIES};
 use crate::virtio::shared_memory::memory_table::{MOST_REGIONS, MemoryTable};
@@ -290,13 +290,20 @@ impl VhostUserBackendReqHandlerMut for Handler {
         available: u64,
         _log: u64,
     ) -> Result<()> {
+        let rings = self.rings.clone();
         self.change(index, |memory, ring| {
             ring.place = None;
-            let place = Place {
-                descriptors: memory.guest_address(descriptor)?,
-                available: memory.guest_address(available)?,
-                used: memory.guest_address(used)?,
+            let [descriptors, available, used] = [descriptor, available, used].map(|at| memory.guest_address(at));
+            let (Some(descriptors), Some(available), Some(used)) = (descriptors, available, used) else {
+                let shared = memory.record().count();
+                rings.report(Event::ProtocolError(format!(
+                    "the front-end places ring {index} in guest memory that it does not share with virtioblkd (it shares {shared} regions): the disk \
+                     cannot be served. Share the memory. \
+                     {SHARE_MEMORY}"
+                )));
+                return Err(Error::InvalidParam);
             };
+            let place = Place { descriptors, available, used };
             ring.put(place, memory.memory()).map_err(|why| {
                 log::error!("the front-end places ring {index} at {place:x?}: {why}");
                 Error::InvalidParam
