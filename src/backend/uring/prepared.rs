@@ -57,25 +57,40 @@ pub(in crate::backend) fn probe() -> io::Result<()> {
 }
 
 /// Makes the io_urings of `queues` virtqueues; after this no other is made, and threads are used again. Returns for how
-/// many virtqueues they are enough. Main, before the sandbox's filter. Errors: as [`super::Ring::new`].
+/// many virtqueues they are enough. Main, before the sandbox's filter. Errors: as [`super::Ring::new`], if there is none.
 pub(in crate::backend) fn prepare(queues: u16) -> io::Result<u16> {
-    let mut made = Vec::new();
-    for index in 0..usize::from(queues) + SPARE {
-        match build(if index < MAX_LARGE { LARGE } else { SMALL }) {
-            // Its memory is mapped by the thread that enables it.
-            Ok(ring) => made.push((ring.as_fd().try_clone_to_owned()?, ring.params().clone())),
-            // Fewer virtqueues, then.
-            Err(error) if error.kind() == io::ErrorKind::OutOfMemory && made.len() > SPARE => break,
-            Err(error) => return Err(error),
-        }
+    let mut made = as_many(usize::from(queues) + SPARE, |index| {
+        let ring = build(if index < MAX_LARGE { LARGE } else { SMALL })?;
+        // Its memory is mapped by the thread that enables it.
+        Ok((ring.as_fd().try_clone_to_owned()?, ring.params().clone()))
+    })?;
+    let spare = made.len().saturating_sub(usize::from(queues));
+    if spare < SPARE {
+        log::warn!(
+            "only {spare} of {SPARE} spare io_urings could be made: copies, and rings whose image hangs, may find none; \
+             raise RLIMIT_MEMLOCK (LimitMEMLOCK= in the systemd unit), which all daemons of a user share"
+        );
     }
-    let enough_for = u16::try_from(made.len() - SPARE).unwrap_or(queues);
+    let enough_for = u16::try_from(made.len()).unwrap_or(queues).min(queues);
     // The large ones are used first.
     made.reverse();
     *store() = Some(made);
     #[cfg(not(feature = "model"))]
     crate::base::sync::reused::keep_threads();
     Ok(enough_for)
+}
+
+/// Makes `wanted` things, or as many as there is memory for. Errors: there is not one, or a failure of another kind.
+fn as_many<T>(wanted: usize, mut make: impl FnMut(usize) -> io::Result<T>) -> io::Result<Vec<T>> {
+    let mut made = Vec::new();
+    for index in 0..wanted {
+        match make(index) {
+            Ok(one) => made.push(one),
+            Err(error) if error.kind() == io::ErrorKind::OutOfMemory && index > 0 => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(made)
 }
 
 /// Whether io_urings were prepared, so that one which is not used any more is worth keeping.
@@ -187,6 +202,21 @@ pub(super) fn explain(error: io::Error) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn little_memory_means_fewer_io_urings_and_none_is_an_error() {
+        let make = |room, errno| {
+            as_many(
+                4,
+                move |index| if index < room { Ok(index) } else { Err(explain(io::Error::from_raw_os_error(errno))) },
+            )
+        };
+        for room in 1..=5 {
+            assert_eq!(make(room, libc::ENOMEM).unwrap().len(), room.min(4));
+        }
+        assert!(make(0, libc::ENOMEM).unwrap_err().to_string().contains("LimitMEMLOCK="));
+        assert!(make(2, libc::EMFILE).unwrap_err().to_string().contains("RLIMIT_NOFILE"));
+    }
 
     #[test]
     fn an_io_uring_that_is_not_to_be_had_says_what_to_change() {
