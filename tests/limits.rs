@@ -99,6 +99,10 @@ fn without_descriptors_it_does_not_start_and_says_what_to_change() {
         let (output, _) = ended(dir.path(), &mut command);
         if !output.status.success() {
             let log = String::from_utf8(output.stderr).unwrap();
+            if log.contains("error while loading shared libraries") {
+                // The program never ran. It depends on what the test itself inherited whether this happens.
+                continue;
+            }
             assert!(log.contains("RLIMIT_NOFILE") && log.contains("ulimit -n"), "{limit}: {log}");
             failures += 1;
         }

@@ -529,7 +529,7 @@ fn the_medium_decides_and_the_status_says_why() {
     for (sysfs, mode, read_only, how, effect, why) in [
         (dir.path(), CacheMode::None, false, Auto, "copy", "sdx asks"),
         (dir.path(), CacheMode::Directsync, false, Auto, "copy", "sdx asks"),
-        (dir.path(), CacheMode::None, false, Off, "off", "although sdx asks"),
+        (dir.path(), CacheMode::None, false, Off, "off", "although the host's sdx asks"),
         (dir.path(), CacheMode::None, false, Detect, "detect", "sdx asks"),
         (dir.path(), CacheMode::None, true, Copy, "off", "read-only"),
         (empty.path(), CacheMode::None, false, Auto, "off", "no block device"),
