@@ -75,6 +75,7 @@ impl FrontEnd {
             log: None,
             acked_features: features::PROTOCOL_FEATURES,
             serial: &Arc::new([0; ID_BYTES]),
+            max_segments: 1,
         };
         self.queue.change(&around, change);
     }
