@@ -36,7 +36,7 @@ impl<T> AsFd for Mailbox<T> {
 }
 
 #[cfg(all(test, feature = "model"))]
-mod orders {
+mod interleavings {
     use std::sync::Arc;
 
     use super::super::Source;

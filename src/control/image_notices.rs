@@ -207,7 +207,7 @@ mod tests {
 }
 
 #[cfg(all(test, feature = "model"))]
-mod orders {
+mod interleavings {
     use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
     use super::*;

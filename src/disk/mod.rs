@@ -548,7 +548,7 @@ pub struct DiskStatus {
 }
 
 #[cfg(all(test, feature = "model"))]
-mod orders {
+mod interleavings {
     use std::sync::Arc;
 
     use super::*;

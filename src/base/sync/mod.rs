@@ -1,7 +1,7 @@
 //! What threads hand work to each other with: a mutex, channels, threads, and a [`Bell`] that poll(2) hears.
 //!
 //! They are std's. With the feature `model` they are shuttle's, whose scheduler runs one thread at a time and tries
-//! orders: the models beside the hand-offs (`orders.rs`) then find wake-ups that are lost. What is no hand-off, and the
+//! orders: the models beside the hand-offs (`interleavings.rs`) then find wake-ups that are lost. What is no hand-off, and the
 //! counters of the request path, use std directly.
 
 #[cfg(all(test, feature = "model"))]
