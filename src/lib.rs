@@ -4,7 +4,7 @@
 //! which sync covers which writes and when a disk is quiet are decided in [`engine`], which does no I/O and knows no
 //! memory, file descriptor, thread or clock. Everything else moves bytes.
 //!
-//! Directions, kept by `tests/layering.rs`: `engine` imports std only; `backend` never imports `virtio`; `virtio`
+//! Directions, kept by `tests/layering`: `engine` imports std only; `backend` never imports `virtio`; `virtio`
 //! never names a file; `control` reaches the rings only through the [`disk::Disk`] trait.
 
 pub mod backend;

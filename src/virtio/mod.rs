@@ -1,6 +1,6 @@
 //! The virtio-blk device model behind vhost-user. Knows no files.
 //!
-//! Each room uses only the rooms below it (`tests/layering.rs`):
+//! Each room uses only the rooms below it (`tests/layering`):
 //!
 //! | room | what |
 //! |---|---|
