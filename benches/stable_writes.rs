@@ -54,7 +54,7 @@ fn disk(path: Option<&Path>, how: StableWrites) -> StableBackend {
         }
         None => Arc::new(NullBackend::new(IMAGE, 512)),
     };
-    StableBackend::new(image, how, Depot::new(Depot::USUAL), Arc::new(Events::new().expect("an eventfd")))
+    StableBackend::new(image, how, Depot::new(Depot::DEFAULT_BYTES), Arc::new(Events::new().expect("an eventfd")))
 }
 
 fn compare(name: &str, path: Option<&Path>, size: usize) {

@@ -87,7 +87,7 @@ fn each_driver_is_served_by_what_it_knows() {
 }
 
 /// As many as the front-end has memory for.
-const MOST_RINGS: usize = 6;
+const MAX_RINGS: usize = 6;
 
 #[test]
 fn the_number_of_queues_changes_under_load() {
@@ -103,7 +103,7 @@ fn the_number_of_queues_changes_under_load() {
         (rings * 12) as u64
     };
     // On one connection, with requests in flight when the driver goes.
-    let mut guest = FrontEnd::connect(&rig.path, MOST_RINGS, 64, ALL);
+    let mut guest = FrontEnd::connect(&rig.path, MAX_RINGS, 64, ALL);
     let features = guest.features;
     for (round, rings) in [6, 1, 3, 6, 2, 1, 5].into_iter().enumerate() {
         next_driver(&mut guest, features, rings);

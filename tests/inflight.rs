@@ -382,7 +382,7 @@ fn garbage_in_the_region_harms_its_ring_only() {
 
 const STEPS: usize = 80;
 /// Slots of a ring of 64 descriptors, less some.
-const MOST_ASKED: usize = 12;
+const MAX_ASKED: usize = 12;
 
 /// One ring through the deaths of its servers, its operator's holds, failures, stops and resets, in an order drawn at
 /// random.
@@ -441,7 +441,7 @@ impl Walk {
     }
 
     fn ask(&mut self) {
-        if self.asked.len() == MOST_ASKED {
+        if self.asked.len() == MAX_ASKED {
             return;
         }
         let front_end = &mut self.guest.front_end;

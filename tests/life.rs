@@ -316,7 +316,7 @@ fn firmware_and_linux_take_turns() {
     assert_eq!(server.total("errors"), 0);
 }
 
-const MOST_QUEUES: usize = 4;
+const MAX_QUEUES: usize = 4;
 
 fn queues(most: &str) -> [&str; 4] {
     ["--backend", "slow:5", "--num-queues", most]
@@ -332,7 +332,7 @@ fn a_driver_goes_and_comes_back_with_other_queues() {
     let (image, image_of_neighbour) = (disk("a"), disk("b"));
     let mut server = Server::start(&image, CacheMode::None, &queues("4"));
     let neighbour = Server::start(&image_of_neighbour, CacheMode::None, &queues("4"));
-    let mut vm = qemu::linux_shell(MOST_QUEUES as u32, FUNCTIONS)
+    let mut vm = qemu::linux_shell(MAX_QUEUES as u32, FUNCTIONS)
         .vhost_user_disk(&server.socket(), ",num-queues=4")
         .vhost_user_disk(&neighbour.socket(), ",num-queues=4")
         .start_shell();
@@ -360,8 +360,8 @@ fn a_driver_goes_and_comes_back_with_other_queues() {
         }
         let said = vm.until_line("@bound ");
         ledger.hear(&said);
-        assert_eq!(said.last(), Some(&format!("@bound 0 {}", wanted.min(MOST_QUEUES))), "round {round}");
-        assert_eq!(service(&server).1, wanted.min(MOST_QUEUES));
+        assert_eq!(said.last(), Some(&format!("@bound 0 {}", wanted.min(MAX_QUEUES))), "round {round}");
+        assert_eq!(service(&server).1, wanted.min(MAX_QUEUES));
         ledger.hear(&vm.sh(&format!("got /dev/vda {round}")));
     }
     // The server comes back with more queues, with fewer than the guest has, and with enough.

@@ -19,7 +19,7 @@ use std::time::Duration;
 use backend::{Chance, disk_dir, eventually, image, options, stable};
 use driver::ALL;
 use rig::Rig;
-use virtioblkd::backend::bounce_pool::{Depot, MOST_PIECE};
+use virtioblkd::backend::bounce_pool::{Depot, MAX_PIECE};
 use virtioblkd::backend::file::FileOptions;
 use virtioblkd::backend::mem::{Fault, MemBackend, MemOp, MemOptions, Order};
 use virtioblkd::backend::null::NullBackend;
@@ -132,7 +132,7 @@ const BATCHES: usize = 64;
 /// Returns how many it changed, the image's halves, and the disk.
 fn mutating_guest(how: StableWrites) -> (usize, Arc<Mirror>, Arc<PointInTime>, Arc<Events>) {
     let mirror = Mirror::new(BATCH * BATCHES * WRITE, Order::OnRequest);
-    let (disk, events) = stacked(mirror.clone(), how, &Depot::new(Depot::USUAL));
+    let (disk, events) = stacked(mirror.clone(), how, &Depot::new(Depot::DEFAULT_BYTES));
     let options = DeviceOptions { mode: CacheMode::None, num_queues: 1, queue_size: 64, serial: String::new() };
     let rig = Rig::on(disk.clone(), &options);
     let mut guest = driver::Driver::connect_soon(&rig.path, 1, 64, BATCH * WRITE, ALL);
@@ -301,7 +301,7 @@ fn torn(mirror: &Mirror, places: &[(usize, usize)]) -> usize {
 fn a_queue_under_constant_scribbling() {
     let (mirror, _, places) = scribbled_writes(StableWrites::Off, 0);
     assert!(torn(&mirror, &places) > 0, "the test's guest is not nasty enough");
-    for limit in [0, Depot::USUAL] {
+    for limit in [0, Depot::DEFAULT_BYTES] {
         let (mirror, status, places) = scribbled_writes(StableWrites::Copy, limit);
         assert_eq!(torn(&mirror, &places), 0);
         assert_eq!(status.copied_writes, places.len() as u64);
@@ -374,7 +374,7 @@ fn no_false_positive_in_a_device() {
 #[test]
 fn more_demand_than_memory_waits_and_stays_within_the_bound() {
     const QUEUES: usize = 3;
-    const LIMIT: usize = 2 * MOST_PIECE;
+    const LIMIT: usize = 2 * MAX_PIECE;
     let depot = Depot::new(LIMIT);
     let mem = Arc::new(MemBackend::new(MemOptions { order: Order::Shuffled(2), ..MemOptions::new(64 << 20) }));
     let (disk, _) = stacked(mem.clone(), StableWrites::Copy, &depot);
@@ -413,7 +413,7 @@ fn more_demand_than_memory_waits_and_stays_within_the_bound() {
     }
     let status = seen(&*disk);
     assert!(status.waited_writes > 0, "there was enough memory");
-    assert!(status.most_memory_bytes <= (LIMIT + QUEUES * MOST_PIECE) as u64, "{status:?}");
+    assert!(status.most_memory_bytes <= (LIMIT + QUEUES * MAX_PIECE) as u64, "{status:?}");
     assert_eq!(status.shared_memory_limit, LIMIT as u64);
     assert!(status.memory_bytes <= LIMIT as u64, "what the queues had is freed with them");
 }
@@ -442,7 +442,9 @@ fn reads_and_syncs_pass_writes_that_wait_for_memory() {
 #[test]
 fn a_part_that_fails_fails_its_write_once_and_nothing_else() {
     let enospc = Errno(libc::ENOSPC);
-    for (limit, nth) in [(0, 1), (0, 2), (0, 4), (Depot::USUAL, 1), (Depot::USUAL, 3), (Depot::USUAL, 4)] {
+    for (limit, nth) in
+        [(0, 1), (0, 2), (0, 4), (Depot::DEFAULT_BYTES, 1), (Depot::DEFAULT_BYTES, 3), (Depot::DEFAULT_BYTES, 4)]
+    {
         let mem = Arc::new(MemBackend::new(MemOptions { order: Order::Shuffled(nth), ..MemOptions::new(16 << 20) }));
         let disk = stable(mem.clone(), StableWrites::Copy, limit);
         let mut driver = backend::Driver::new(&disk, 4);
@@ -480,7 +482,7 @@ fn dropping_a_queue_carries_out_what_waits_for_memory() {
             assert!(read.iter().all(|&byte| byte == 1 + turn as u8), "round {round}: write {turn} is lost");
         }
     }
-    assert!(little.memory.allocated().1 <= MOST_PIECE, "bounced within the bound: {:?}", little.memory.allocated());
+    assert!(little.memory.allocated().1 <= MAX_PIECE, "bounced within the bound: {:?}", little.memory.allocated());
 }
 
 /// A copy is aligned and goes to O_DIRECT as it is.
@@ -488,9 +490,9 @@ fn dropping_a_queue_carries_out_what_waits_for_memory() {
 fn what_was_copied_is_not_bounced_again() {
     let dir = disk_dir();
     let path = image(dir.path(), "disk.img", 8 << 20);
-    let bounces = Depot::new(Depot::USUAL);
+    let bounces = Depot::new(Depot::DEFAULT_BYTES);
     let file = FileOptions { memory: bounces.clone(), ..options(&path, CacheMode::None) };
-    let disk = stable(Arc::new(backend::opened(&file)), StableWrites::Copy, Depot::USUAL);
+    let disk = stable(Arc::new(backend::opened(&file)), StableWrites::Copy, Depot::DEFAULT_BYTES);
     let mut driver = backend::Driver::new(&disk, 4);
     let buf = IoBuf::owned(65536, 4096, 1);
     buf.copy_from(0, &[9; 65536]);

@@ -1,7 +1,7 @@
 //! What a client writes to the control socket, in pieces of any size.
 
 use serde_json::Value;
-use virtioblkd::control::protocol::json_stream::{Decoder, Garbage, MOST_BYTES};
+use virtioblkd::control::protocol::json_stream::{Decoder, Garbage, MAX_BYTES};
 use virtioblkd::control::{Access, protocol};
 
 /// The first byte is the size of the pieces.
@@ -15,7 +15,7 @@ pub fn run(data: &[u8]) {
             let reply = protocol::reply(request.id.as_ref(), request.command.map(|_| Value::Null));
             assert!(reply.ends_with(b"\r\n") && !reply[..reply.len() - 2].contains(&b'\n'), "one line");
             // What is refused is shown cut, and an `id` comes back as it was: the answer to little is little.
-            assert!(reply.len() < 6 * MOST_BYTES + 1024, "{}", reply.len());
+            assert!(reply.len() < 6 * MAX_BYTES + 1024, "{}", reply.len());
             serde_json::from_slice::<Value>(&reply).expect("JSON");
         }
     }

@@ -12,18 +12,18 @@ use super::IoBuf;
 use super::buffer::Memory;
 
 /// Bytes of the largest piece. Longer transfers go in several.
-pub const MOST_PIECE: usize = 1 << 20;
+pub const MAX_PIECE: usize = 1 << 20;
 
 /// Bytes of the smallest piece.
-const LEAST_PIECE: usize = 4096;
+const MIN_PIECE: usize = 4096;
 
 /// Pieces are aligned to their size or to this, whichever is less.
-const MOST_ALIGNMENT: usize = 64 << 10;
+const MAX_ALIGNMENT: usize = 64 << 10;
 
 /// Sizes of pieces: powers of two.
-const SIZES: usize = (MOST_PIECE / LEAST_PIECE).ilog2() as usize + 1;
+const SIZES: usize = (MAX_PIECE / MIN_PIECE).ilog2() as usize + 1;
 
-/// The memory that all queues of an image share, beyond the [`MOST_PIECE`] bytes that each of them has.
+/// The memory that all queues of an image share, beyond the [`MAX_PIECE`] bytes that each of them has.
 pub struct Depot {
     shared: Arc<Account>,
     shelves: Mutex<Shelves>,
@@ -38,7 +38,7 @@ impl std::fmt::Debug for Depot {
 
 impl Depot {
     /// Bytes that suit most: 64 large writes at once.
-    pub const USUAL: usize = 64 << 20;
+    pub const DEFAULT_BYTES: usize = 64 << 20;
 
     /// At most `limit` bytes.
     pub fn new(limit: usize) -> Arc<Self> {
@@ -83,7 +83,7 @@ impl Account {
         self.used.fetch_update(Relaxed, Relaxed, more).ok()?;
         let now = self.gauge.now.fetch_add(size, Relaxed) + size;
         self.gauge.most.fetch_max(now, Relaxed);
-        Some(Piece { memory: Memory::new(size, size.min(MOST_ALIGNMENT)), account: self.clone() })
+        Some(Piece { memory: Memory::new(size, size.min(MAX_ALIGNMENT)), account: self.clone() })
     }
 }
 
@@ -123,7 +123,7 @@ struct Shelves {
 impl Shelves {
     /// A piece of this size: one kept, or a new one, for which others may have to go.
     fn take(&mut self, account: &Arc<Account>, class: usize) -> Option<Piece> {
-        let size = LEAST_PIECE << class;
+        let size = MIN_PIECE << class;
         if let Some(piece) = self.pieces[class].pop() {
             self.bytes -= size;
             return Some(piece);
@@ -149,7 +149,7 @@ impl Shelves {
 
 /// The size of a piece for `len` bytes, or of the largest there is.
 fn class_of(len: usize) -> usize {
-    (len.clamp(LEAST_PIECE, MOST_PIECE).next_power_of_two() / LEAST_PIECE).ilog2() as usize
+    (len.clamp(MIN_PIECE, MAX_PIECE).next_power_of_two() / MIN_PIECE).ilog2() as usize
 }
 
 /// One queue's way to memory; used by its thread alone.
@@ -162,13 +162,13 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// Pieces are aligned to `align` bytes (a power of two, [`MOST_ALIGNMENT`] at most), and to a page.
+    /// Pieces are aligned to `align` bytes (a power of two, [`MAX_ALIGNMENT`] at most), and to a page.
     pub(super) fn new(depot: Arc<Depot>, align: usize) -> Self {
-        let own = Account::new(MOST_PIECE, &depot.gauge);
+        let own = Account::new(MAX_PIECE, &depot.gauge);
         Pool { depot, own, shelves: Shelves::default(), least: align }
     }
 
-    /// A piece of `wanted` bytes or more, or one of [`MOST_PIECE`] bytes. None: only when this pool has lent out others;
+    /// A piece of `wanted` bytes or more, or one of [`MAX_PIECE`] bytes. None: only when this pool has lent out others;
     /// ask again when one was given back.
     pub(super) fn take(&mut self, wanted: usize) -> Option<Piece> {
         let class = class_of(wanted.max(self.least));
@@ -199,9 +199,7 @@ mod tests {
     fn sizes_are_powers_of_two_between_a_page_and_the_largest() {
         let depot = Depot::new(0);
         let mut pool = Pool::new(depot, 1);
-        for (wanted, len) in
-            [(1, 4096), (4096, 4096), (4097, 8192), (MOST_PIECE - 1, MOST_PIECE), (1 << 30, MOST_PIECE)]
-        {
+        for (wanted, len) in [(1, 4096), (4096, 4096), (4097, 8192), (MAX_PIECE - 1, MAX_PIECE), (1 << 30, MAX_PIECE)] {
             let piece = pool.take(wanted).expect("the only one");
             assert_eq!(piece.len(), len);
             assert!(piece.lend(512, Vec::new()).is_aligned(4096, 512));
@@ -211,27 +209,27 @@ mod tests {
 
     #[test]
     fn the_bound_holds_and_whoever_has_nothing_gets_something() {
-        let depot = Depot::new(2 * MOST_PIECE);
+        let depot = Depot::new(2 * MAX_PIECE);
         let mut pools: Vec<Pool> = (0..3).map(|_| Pool::new(depot.clone(), 512)).collect();
         let mut lent = Vec::new();
         for _ in 0..3 {
-            lent.push(pools[0].take(MOST_PIECE).expect("its own, and two of the depot"));
+            lent.push(pools[0].take(MAX_PIECE).expect("its own, and two of the depot"));
         }
         assert!(pools[0].take(1).is_none());
         for pool in &mut pools[1..] {
-            let own = pool.take(MOST_PIECE).expect("its own");
+            let own = pool.take(MAX_PIECE).expect("its own");
             assert!(pool.take(4096).is_none());
             pool.give(own);
         }
-        assert_eq!(depot.allocated(), (5 * MOST_PIECE, 5 * MOST_PIECE));
+        assert_eq!(depot.allocated(), (5 * MAX_PIECE, 5 * MAX_PIECE));
         let shared = lent.pop().expect("three were taken");
         pools[0].give(shared);
         assert!(
-            pools[1].take(MOST_PIECE).is_some() && pools[1].take(MOST_PIECE).is_some(),
+            pools[1].take(MAX_PIECE).is_some() && pools[1].take(MAX_PIECE).is_some(),
             "what one gives another gets"
         );
         drop((pools, lent));
-        assert_eq!(depot.allocated().0, MOST_PIECE, "one is kept in the depot, and one was dropped");
+        assert_eq!(depot.allocated().0, MAX_PIECE, "one is kept in the depot, and one was dropped");
     }
 
     #[test]
@@ -241,23 +239,23 @@ mod tests {
         let small: Vec<Piece> = (0..256).map(|_| pool.take(4096).expect("within a largest piece")).collect();
         assert!(pool.take(4096).is_none());
         small.into_iter().for_each(|piece| pool.give(piece));
-        let large = pool.take(MOST_PIECE).expect("all the small ones are free");
-        assert_eq!(depot.allocated(), (MOST_PIECE, MOST_PIECE));
+        let large = pool.take(MAX_PIECE).expect("all the small ones are free");
+        assert_eq!(depot.allocated(), (MAX_PIECE, MAX_PIECE));
         pool.give(large);
         let small: Vec<Piece> = (0..256).map_while(|_| pool.take(4096)).collect();
         assert_eq!(small.len(), 256, "the large one made room again");
         drop(small);
-        assert_eq!(depot.allocated(), (0, MOST_PIECE));
+        assert_eq!(depot.allocated(), (0, MAX_PIECE));
     }
 
     #[test]
     fn memory_that_somebody_still_has_is_not_lent_again() {
         let mut pool = Pool::new(Depot::new(0), 512);
-        let piece = pool.take(MOST_PIECE).expect("memory");
+        let piece = pool.take(MAX_PIECE).expect("memory");
         let kept = piece.lend(512, Vec::new());
         pool.give(piece);
         kept.copy_from(0, &[7; 512]);
-        let other = pool.take(MOST_PIECE).expect("another");
+        let other = pool.take(MAX_PIECE).expect("another");
         let mut seen = [1; 512];
         other.lend(512, Vec::new()).copy_to(0, &mut seen);
         assert_eq!(seen, [0; 512]);

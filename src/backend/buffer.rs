@@ -5,7 +5,7 @@ use std::any::Any;
 use std::sync::{Arc, OnceLock};
 
 /// Longest buffer that [`IoBuf::zeroes`] makes, in bytes.
-pub const MOST_ZEROES: usize = 1 << 20;
+pub const MAX_ZEROES: usize = 1 << 20;
 
 /// Bytes of the shared zero memory, and its alignment.
 pub const ZERO_PART: usize = 64 << 10;
@@ -133,10 +133,10 @@ impl IoBuf {
         whole
     }
 
-    /// `len` zero bytes to write, at most [`MOST_ZEROES`]. All such buffers share one small allocation, aligned to
+    /// `len` zero bytes to write, at most [`MAX_ZEROES`]. All such buffers share one small allocation, aligned to
     /// [`ZERO_PART`]; nobody may read into one.
     pub fn zeroes(len: usize) -> Self {
-        assert!(len <= MOST_ZEROES);
+        assert!(len <= MAX_ZEROES);
         static PAGE: OnceLock<Arc<Owned>> = OnceLock::new();
         let page = PAGE.get_or_init(|| Arc::new(Owned::zeroed(ZERO_PART, ZERO_PART)));
         let part = |at: usize| libc::iovec { iov_base: page.start.cast(), iov_len: (len - at).min(ZERO_PART) };
@@ -296,8 +296,8 @@ mod tests {
 
     #[test]
     fn zeroes_are_zero_and_aligned() {
-        let zeroes = IoBuf::zeroes(MOST_ZEROES - 512);
-        assert_eq!(zeroes.len(), MOST_ZEROES - 512);
+        let zeroes = IoBuf::zeroes(MAX_ZEROES - 512);
+        assert_eq!(zeroes.len(), MAX_ZEROES - 512);
         assert!(zeroes.is_aligned(4096, 512) && !zeroes.is_aligned(4096, 4096));
         let mut bytes = vec![1; zeroes.len()];
         zeroes.copy_to(0, &mut bytes);

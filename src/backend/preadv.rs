@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use super::{Errno, IoBuf};
 
 /// iovecs in one call (UIO_MAXIOV).
-const MOST_IOVECS: usize = 1024;
+const MAX_IOVECS: usize = 1024;
 
 /// preadv2(2) or pwritev2(2) of these bytes of `buf`, at `offset` of the file; pread(2) or pwrite(2) where they do.
 /// Returns the bytes moved, which may be fewer than were asked for. `scratch` is for the iovecs, if a list has to be
@@ -21,12 +21,12 @@ pub(super) fn transfer(
     flags: i32,
     scratch: &mut Vec<libc::iovec>,
 ) -> Result<usize, Errno> {
-    let iovecs = if range == (0..buf.len()) && buf.iovecs().len() <= MOST_IOVECS {
+    let iovecs = if range == (0..buf.len()) && buf.iovecs().len() <= MAX_IOVECS {
         buf.iovecs()
     } else {
         scratch.clear();
         buf.push_range(range.start, range.len(), scratch);
-        scratch.truncate(MOST_IOVECS);
+        scratch.truncate(MAX_IOVECS);
         scratch
     };
     let fd = file.as_raw_fd();

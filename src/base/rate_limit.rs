@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 /// Told in one second; more are counted and told with the next.
-const MOST_PER_SECOND: u32 = 20;
+const MAX_PER_SECOND: u32 = 20;
 
 /// Tells at most 20 a second and counts the rest.
 #[derive(Debug, Default)]
@@ -20,7 +20,7 @@ impl Throttle {
         if self.second.is_none_or(|second| now.saturating_duration_since(second) >= Duration::from_secs(1)) {
             (self.second, self.told) = (Some(now), 0);
         }
-        if self.told == MOST_PER_SECOND {
+        if self.told == MAX_PER_SECOND {
             self.suppressed += 1;
             return None;
         }
@@ -38,7 +38,7 @@ mod tests {
         let mut throttle = Throttle::default();
         let now = Instant::now();
         let told = (0..100).filter(|_| throttle.admit(now).is_some()).count();
-        assert_eq!(told, MOST_PER_SECOND as usize);
+        assert_eq!(told, MAX_PER_SECOND as usize);
         assert_eq!(throttle.admit(now + Duration::from_secs(1)), Some(80));
         assert_eq!(throttle.admit(now + Duration::from_secs(1)), Some(0));
     }

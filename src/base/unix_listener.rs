@@ -22,7 +22,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, 
 use rustix::process::geteuid;
 
 /// The longest path that fits into a `sockaddr_un` with its final zero (unix(7)).
-pub const LONGEST_PATH: usize = 107;
+pub const MAX_PATH: usize = 107;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
 /// How often, and how long apart, the directory's lock is tried. Somebody else's lock on it delays us, no more.
@@ -41,7 +41,7 @@ pub(crate) fn out_of_descriptors(error: &io::Error) -> bool {
 /// Why a socket could not be bound. Each message names the path and what to do.
 #[derive(Debug)]
 pub enum BindError {
-    /// Longer than [`LONGEST_PATH`].
+    /// Longer than [`MAX_PATH`].
     TooLong(PathBuf),
     /// A living server has it.
     InUse(PathBuf),
@@ -62,7 +62,7 @@ impl fmt::Display for BindError {
         match self {
             BindError::TooLong(path) => write!(
                 f,
-                "the socket path '{}' has {} bytes, and a socket address holds {LONGEST_PATH}: use a shorter path",
+                "the socket path '{}' has {} bytes, and a socket address holds {MAX_PATH}: use a shorter path",
                 path.display(),
                 path.as_os_str().len()
             ),
@@ -126,7 +126,7 @@ impl BindError {
 /// Listens on a socket at `path` with the permission bits `mode` (whatever the umask). Replaces the socket of a dead
 /// server. Any thread; may wait up to a second for another server that starts in the same directory.
 pub fn bind_unix(path: &Path, mode: u32) -> Result<UnixListener, BindError> {
-    if path.as_os_str().len() > LONGEST_PATH {
+    if path.as_os_str().len() > MAX_PATH {
         return Err(BindError::TooLong(path.to_owned()));
     }
     let failed = |errno| BindError::new(path, errno);
@@ -465,7 +465,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let error = bind_unix(&dir.path().join("x".repeat(200)), 0o600).unwrap_err();
         assert!(matches!(error, BindError::TooLong(_)) && error.to_string().contains("107"), "{error}");
-        let length = LONGEST_PATH - dir.path().as_os_str().len() - 1;
+        let length = MAX_PATH - dir.path().as_os_str().len() - 1;
         bind_unix(&dir.path().join("x".repeat(length)), 0o600).expect("107 bytes fit");
         let error = bind_unix(&dir.path().join("missing/s"), 0o600).unwrap_err();
         assert!(matches!(error, BindError::NoDirectory(_)), "{error:?}");

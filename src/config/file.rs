@@ -16,7 +16,7 @@ use crate::base::trust;
 /// Options that make no sense in a file.
 const ONLY_ARGUMENTS: [&str; 5] = ["config", "print-capabilities", "take-over", "help", "version"];
 /// A disk file has a line an option; what is larger is something else, the image perhaps.
-const LARGEST_FILE: u64 = 1 << 20;
+const MAX_FILE: u64 = 1 << 20;
 /// May be given several times: a list, or a table of names and values.
 const REPEATED: [&str; 2] = ["rbd-option", "copy-dir"];
 /// Permission bits are octal, which a number in TOML would not be.
@@ -30,9 +30,9 @@ pub(super) fn read(path: &Path) -> Result<Vec<(String, OsString)>, ConfigError> 
         |error: std::io::Error| ConfigError(format!("cannot read the file given with --config, {name}: {error}"));
     let file = File::open(path).map_err(failed)?;
     trust::check_open(path, &file).map_err(|why| ConfigError(format!("--config {name}: {why}")))?;
-    file.take(LARGEST_FILE + 1).read_to_string(&mut text).map_err(failed)?;
-    if text.len() as u64 > LARGEST_FILE {
-        return refuse(format!("--config {name}: larger than {LARGEST_FILE} bytes; is it the disk file?"));
+    file.take(MAX_FILE + 1).read_to_string(&mut text).map_err(failed)?;
+    if text.len() as u64 > MAX_FILE {
+        return refuse(format!("--config {name}: larger than {MAX_FILE} bytes; is it the disk file?"));
     }
     parse(&name.to_string(), &text)
 }

@@ -173,12 +173,12 @@ pub(super) fn queue_size(text: &str) -> Result<u16, String> {
 }
 
 /// Longest look for work: the commands of an operator wait that long.
-const LONGEST_POLL: Duration = Duration::from_millis(1);
+const MAX_POLL: Duration = Duration::from_millis(1);
 
 pub(super) fn poll_max(text: &str) -> Result<Duration, String> {
     match text.parse().map(Duration::from_nanos) {
-        Ok(longest) if longest <= LONGEST_POLL => Ok(longest),
-        _ => Err(format!("use nanoseconds, from 0 (not at all) to {}", LONGEST_POLL.as_nanos())),
+        Ok(longest) if longest <= MAX_POLL => Ok(longest),
+        _ => Err(format!("use nanoseconds, from 0 (not at all) to {}", MAX_POLL.as_nanos())),
     }
 }
 

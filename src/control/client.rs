@@ -18,9 +18,9 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use serde_json::{Value, json};
 
 /// How long a living daemon may take for anything but a quiesce.
-pub const PATIENCE: Duration = Duration::from_secs(5);
+pub const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 /// A line longer than this is not from our daemon.
-const LONGEST_LINE: usize = 16 << 20;
+const MAX_LINE: usize = 16 << 20;
 
 /// Why a command failed: words for people, and the daemon's code if it was the daemon that refused.
 #[derive(Debug)]
@@ -75,9 +75,9 @@ enum Writer {
 }
 
 impl Client {
-    /// Connects and negotiates, within [`PATIENCE`].
+    /// Connects and negotiates, within [`REPLY_TIMEOUT`].
     pub fn connect(path: &Path) -> Result<Self, Failure> {
-        Self::connect_within(path, PATIENCE)
+        Self::connect_within(path, REPLY_TIMEOUT)
     }
 
     /// [`Client::connect`], within `patience`.
@@ -171,7 +171,7 @@ impl Client {
             if !wait_readable(&self.stream, Some(Instant::now())).map_err(|error| self.lost(&error))? {
                 return Ok(None);
             }
-            if self.input.len() > LONGEST_LINE {
+            if self.input.len() > MAX_LINE {
                 return Err(Failure::new("not-virtioblkd", format!("'{}' does not speak QMP", self.name)));
             }
             self.read_more(Some(Instant::now()))?;
@@ -205,7 +205,7 @@ impl Client {
                 });
             }
             searched = self.input.len();
-            if searched > LONGEST_LINE {
+            if searched > MAX_LINE {
                 return Err(Failure::new("not-virtioblkd", format!("'{}' does not speak QMP", self.name)));
             }
             self.read_more(deadline)?;

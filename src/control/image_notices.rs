@@ -14,7 +14,7 @@ use crate::engine::Errno;
 
 /// Asks that wait for the control thread at most. A store asks for one at a time; a thread that is so late will not be
 /// in time for more.
-const MOST_NOTES: usize = 64;
+const MAX_NOTES: usize = 64;
 
 /// One thing to be dealt with, in the order in which they came.
 pub(super) enum Note {
@@ -137,7 +137,7 @@ impl Notices for ImageNotices {
             let mut notes = self.inbox.lock();
             if notes.closed {
                 refused = Some((ask, libc::ECANCELED));
-            } else if notes.notes.len() >= MOST_NOTES {
+            } else if notes.notes.len() >= MAX_NOTES {
                 refused = Some((ask, libc::EBUSY));
             } else {
                 notes.notes.push_back(Note::Quiesce(ask, Instant::now()));
@@ -177,7 +177,7 @@ mod tests {
             let sender = sender.clone();
             QuiesceAsk::new(move |result| sender.send(result).unwrap())
         };
-        for _ in 0..MOST_NOTES {
+        for _ in 0..MAX_NOTES {
             notices.quiesce(ask());
         }
         assert!(answers.try_recv().is_err(), "they wait");
@@ -186,7 +186,7 @@ mod tests {
         notices.unquiesce();
         notices.unquiesce();
         notices.close();
-        assert_eq!(answers.try_iter().collect::<Vec<_>>(), [Err(Errno(libc::ECANCELED)); MOST_NOTES]);
+        assert_eq!(answers.try_iter().collect::<Vec<_>>(), [Err(Errno(libc::ECANCELED)); MAX_NOTES]);
         notices.quiesce(ask());
         assert_eq!(answers.try_recv(), Ok(Err(Errno(libc::ECANCELED))), "closed");
         let notes: Vec<Note> = notices.inbox().take().notes.into();

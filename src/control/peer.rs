@@ -16,9 +16,9 @@ use super::quiesce::PeerId;
 /// Bytes read in one turn.
 const READ_SIZE: usize = 16 * 1024;
 /// While this much waits to be written, no further request of this connection is carried out.
-const ENOUGH_OUTPUT: usize = 64 * 1024;
+const OUTPUT_HIGH_WATER: usize = 64 * 1024;
 /// A reader so slow that this much waits (events, then) is cut off.
-pub(super) const MOST_OUTPUT: usize = 256 * 1024;
+pub(super) const MAX_OUTPUT: usize = 256 * 1024;
 
 /// Requests carried out at once after a pause, and per second.
 const BURST: u32 = 50;
@@ -144,7 +144,7 @@ impl Peer {
     }
 
     fn held_up(&self) -> bool {
-        self.busy || self.dead || self.unsent() > ENOUGH_OUTPUT
+        self.busy || self.dead || self.unsent() > OUTPUT_HIGH_WATER
     }
 
     /// The reply to the request that [`Peer::next`] gave out.
@@ -159,10 +159,10 @@ impl Peer {
             return;
         }
         self.output.extend_from_slice(line);
-        if self.unsent() > MOST_OUTPUT {
+        if self.unsent() > MAX_OUTPUT {
             self.flush();
         }
-        if self.unsent() > MOST_OUTPUT {
+        if self.unsent() > MAX_OUTPUT {
             log::warn!("control: {:?} reads too slowly and is cut off", self.credentials);
             self.dead = true;
         }
@@ -183,7 +183,7 @@ impl Peer {
         }
         if self.unsent() == 0 {
             (self.output, self.sent) = (Vec::new(), 0);
-        } else if self.sent > ENOUGH_OUTPUT {
+        } else if self.sent > OUTPUT_HIGH_WATER {
             self.output.drain(..self.sent);
             self.sent = 0;
         }

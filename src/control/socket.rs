@@ -22,19 +22,19 @@ use crate::base::sync::{Bell, Mutex};
 use crate::disk::{Disk, Events};
 
 /// Connections at most.
-const MOST_PEERS: usize = 32;
+const MAX_PEERS: usize = 32;
 /// And at most of users beside root and the daemon's own: the operator can always reach the disk.
-const MOST_OTHERS: usize = 28;
+const MAX_OTHERS: usize = 28;
 /// A client that has not even negotiated in this time gives way to a new one when all places are taken.
-const PATIENCE: Duration = Duration::from_secs(10);
+const NEGOTIATION_TIMEOUT: Duration = Duration::from_secs(10);
 /// Requests of one connection in one turn.
-const PER_TURN: usize = 8;
+const MAX_ACCEPTS_PER_TURN: usize = 8;
 /// Accepting rests this long when file descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 /// Or while another process may take the socket over.
-const LEAVING_PAUSE: Duration = Duration::from_millis(20);
+const HAND_OVER_PAUSE: Duration = Duration::from_millis(20);
 /// How long the last lines may take on their way out when the server stops.
-const LAST_WORDS: Duration = Duration::from_millis(250);
+const FLUSH_TIMEOUT: Duration = Duration::from_millis(250);
 
 /// What the control room is joined to.
 pub struct Setup {
@@ -216,7 +216,7 @@ impl Control {
         }
         let mut index = 0;
         while index < self.peers.len() {
-            for _ in 0..PER_TURN {
+            for _ in 0..MAX_ACCEPTS_PER_TURN {
                 let peer = &mut self.peers[index];
                 let Some(found) = peer.next(now) else { break };
                 self.service.request(peer.id, (peer.credentials, peer.access), &mut peer.negotiated, found, now);
@@ -320,11 +320,11 @@ impl Control {
     fn accept(&mut self, now: Instant) {
         self.accept_again = None;
         if self.service.is_leaving() {
-            self.accept_again = Some(now + LEAVING_PAUSE);
+            self.accept_again = Some(now + HAND_OVER_PAUSE);
             return;
         }
         // A few at a time: those who are here already come first.
-        for _ in 0..PER_TURN {
+        for _ in 0..MAX_ACCEPTS_PER_TURN {
             let Some(listener) = &self.listener else { return };
             match listener.accept() {
                 Ok((stream, _)) => self.welcome(stream, now),
@@ -396,9 +396,9 @@ impl Control {
     fn crowd(&self, access: Access) -> Option<usize> {
         let others = self.peers.iter().filter(|peer| peer.access < Access::All).count();
         match access {
-            Access::All => (self.peers.len() >= MOST_PEERS).then_some(MOST_PEERS),
-            _ if self.peers.len() >= MOST_PEERS => Some(MOST_PEERS),
-            _ => (others >= MOST_OTHERS).then_some(MOST_OTHERS),
+            Access::All => (self.peers.len() >= MAX_PEERS).then_some(MAX_PEERS),
+            _ if self.peers.len() >= MAX_PEERS => Some(MAX_PEERS),
+            _ => (others >= MAX_OTHERS).then_some(MAX_OTHERS),
         }
     }
 
@@ -406,7 +406,7 @@ impl Control {
     /// is none.
     fn make_room(&mut self, access: Access, now: Instant) -> bool {
         let silent = |peer: &Peer| {
-            !peer.negotiated && peer.access <= access && now.saturating_duration_since(peer.since) > PATIENCE
+            !peer.negotiated && peer.access <= access && now.saturating_duration_since(peer.since) > NEGOTIATION_TIMEOUT
         };
         let Some(index) = self.peers.iter().position(silent) else { return false };
         let peer = self.peers.remove(index);
@@ -415,14 +415,14 @@ impl Control {
         true
     }
 
-    /// The last words, for as long as the peers are willing to listen but not longer than [`LAST_WORDS`].
+    /// The last words, for as long as the peers are willing to listen but not longer than [`FLUSH_TIMEOUT`].
     fn finish(&mut self) {
         let now = Instant::now();
         // Nobody takes anything out of it any more.
         self.inbox.close();
         self.service.shutdown(now);
         self.deliver();
-        let deadline = now + LAST_WORDS;
+        let deadline = now + FLUSH_TIMEOUT;
         loop {
             for peer in &mut self.peers {
                 peer.flush();

@@ -177,7 +177,7 @@ struct EventsState {
 }
 
 /// Errors kept at most until the control thread takes them.
-const MOST_EVENTS: usize = 256;
+const MAX_EVENTS: usize = 256;
 
 impl Events {
     /// An empty queue. Errors: no file descriptor left.
@@ -196,8 +196,8 @@ impl Events {
         let most = match event {
             Event::HoldSettled { .. } | Event::HoldRefused { .. } | Event::CopyEnded(_) => usize::MAX,
             // A guest that provokes them leaves room for what an operator must hear of.
-            Event::ProtocolError(_) | Event::BufferChanged { .. } => MOST_EVENTS / 2,
-            _ => MOST_EVENTS,
+            Event::ProtocolError(_) | Event::BufferChanged { .. } => MAX_EVENTS / 2,
+            _ => MAX_EVENTS,
         };
         if state.queue.len() >= most {
             state.dropped += 1;

@@ -5,7 +5,7 @@
 use super::{Action, CacheMode, CachePolicy, Engine, Errno, Kind, Offer, OnError, Slot, Token};
 
 /// Requests in one script, at most.
-pub const MOST_REQUESTS: usize = 6;
+pub const MAX_REQUESTS: usize = 6;
 /// The error of every transfer that fails.
 pub const DATA_ERROR: Errno = Errno(5);
 /// The error of every sync that fails.
@@ -131,7 +131,7 @@ struct Sync {
 pub struct World {
     pub engine: Engine,
     /// The request in each slot. Slots are reused, the lowest first.
-    slots: [Option<u8>; MOST_REQUESTS],
+    slots: [Option<u8>; MAX_REQUESTS],
     /// The next request of the script.
     next: u8,
     held: bool,
@@ -166,18 +166,18 @@ pub struct World {
     /// To be submitted again before anything else, in this order.
     retries: Vec<u8>,
     /// For a flush: the changes that had been acknowledged when it was offered.
-    owed: [Set; MOST_REQUESTS],
+    owed: [Set; MAX_REQUESTS],
 }
 
 impl World {
     pub fn new(setup: &Setup) -> World {
-        assert!(setup.script.len() <= MOST_REQUESTS);
+        assert!(setup.script.len() <= MAX_REQUESTS);
         let mut engine = Engine::new(CachePolicy::from(setup.mode), setup.durable_writes);
         engine.set_driver_can_flush(setup.driver_can_flush);
         engine.set_on_error(if setup.keeps { OnError::Stop } else { OnError::Report });
         World {
             engine,
-            slots: [None; MOST_REQUESTS],
+            slots: [None; MAX_REQUESTS],
             next: 0,
             held: false,
             holders: 0,
@@ -202,7 +202,7 @@ impl World {
             kept: Vec::new(),
             told: 0,
             retries: Vec::new(),
-            owed: [0; MOST_REQUESTS],
+            owed: [0; MAX_REQUESTS],
         }
     }
 

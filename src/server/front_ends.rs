@@ -18,7 +18,7 @@ use crate::virtio::device::hand_over::Steps;
 use crate::virtio::vhost_user::save_restore::Moved;
 
 /// How long to leave connections waiting when the process or the system is out of descriptors or memory.
-const OUT_OF_RESOURCES: Duration = Duration::from_millis(100);
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 pub(super) struct FrontEnds {
     served: Arc<dyn Served>,
@@ -84,7 +84,7 @@ impl FrontEnds {
                     | rustix::io::Errno::NOMEM,
                 ) => {
                     log::error!("cannot accept a front-end yet: {error}; trying again (see RLIMIT_NOFILE)");
-                    thread::sleep(OUT_OF_RESOURCES);
+                    thread::sleep(ACCEPT_RETRY_DELAY);
                 }
                 _ => return Err(ServerError::System("cannot accept front-ends any more", error)),
             },

@@ -20,14 +20,14 @@ use crate::control::CommandLine;
 use crate::upgrade::{Channel, Descriptors, FromNew, FromOld, GAVE_UP, Hello, Starter, State};
 
 /// For requests in flight, and for the connection to be between two messages.
-const DRAIN: Duration = Duration::from_secs(5);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// For the new daemon while the guest's rings run: it enters its sandbox, and may speak to a cluster.
-const UNHURRIED: Duration = Duration::from_secs(60);
+const ANSWER_TIMEOUT_RINGS_RUNNING: Duration = Duration::from_secs(60);
 /// For the new daemon while they do not.
-const HURRIED: Duration = Duration::from_secs(5);
+const ANSWER_TIMEOUT_RINGS_STOPPED: Duration = Duration::from_secs(5);
 /// Syncs ahead of the pause: another one while the last took longer than this, and so many at most.
 const LONG_SYNC: Duration = Duration::from_millis(20);
-const MOST_SYNCS: u32 = 4;
+const MAX_SYNCS: u32 = 4;
 
 /// Requests of the control thread's for main: somebody wants to take over.
 pub(super) struct Requests {
@@ -161,7 +161,7 @@ impl HandOver {
 
 /// Tells the other process, if it still listens, why it is off.
 fn refuse(channel: &Channel, why: &str) {
-    if let Err(error) = channel.send(&FromOld::Refused(why.to_owned()), &[], HURRIED) {
+    if let Err(error) = channel.send(&FromOld::Refused(why.to_owned()), &[], ANSWER_TIMEOUT_RINGS_STOPPED) {
         log::debug!("the other process does not hear why it is refused: {error}");
     }
 }
@@ -172,7 +172,7 @@ fn give(
     hello: Result<(Hello, Descriptors), String>,
     leaving: &AtomicBool,
 ) -> Result<Successor, String> {
-    let starter = match next(channel, UNHURRIED, None)? {
+    let starter = match next(channel, ANSWER_TIMEOUT_RINGS_RUNNING, None)? {
         (FromNew::Begin, descriptors) => Starter::received(descriptors).map_err(|error| error.to_string())?,
         _ => return Err(OUT_OF_TURN.into()),
     };
@@ -180,14 +180,14 @@ fn give(
     // Not before the other one has said that it is done with the control socket's own language.
     let (hello, descriptors) = hello?;
     send(channel, &FromOld::Hello(Box::new(hello)), &descriptors.into_list())?;
-    let keeps = match next(channel, UNHURRIED, starter)? {
+    let keeps = match next(channel, ANSWER_TIMEOUT_RINGS_RUNNING, starter)? {
         (FromNew::Ready(keeps), _) => keeps,
         _ => return Err(OUT_OF_TURN.into()),
     };
     sync_ahead(served)?;
     is_wanted(starter)?;
     leaving.store(true, Ordering::Release);
-    let mut handed_over = served.hand_over(DRAIN)?;
+    let mut handed_over = served.hand_over(DRAIN_TIMEOUT)?;
     let (mut descriptors, mut front_end) = (Descriptors::default(), None);
     if let Some(moved) = handed_over.moved.take() {
         descriptors = moved.descriptors;
@@ -197,7 +197,7 @@ fn give(
     let state = State { since: handed_over.since, drained_in: handed_over.drained_in, counts, front_end };
     let descriptors: Vec<OwnedFd> = descriptors.into_list();
     send(channel, &FromOld::State(Box::new(state)), &descriptors)?;
-    match next(channel, HURRIED, starter)? {
+    match next(channel, ANSWER_TIMEOUT_RINGS_STOPPED, starter)? {
         (FromNew::Prepared, _) => {}
         _ => return Err(OUT_OF_TURN.into()),
     }
@@ -210,7 +210,7 @@ fn give(
 
 /// So that little is left to be synced while the guest waits.
 fn sync_ahead(served: &dyn Served) -> Result<(), String> {
-    for _ in 0..MOST_SYNCS {
+    for _ in 0..MAX_SYNCS {
         let start = Instant::now();
         served.sync_ahead().map_err(|error| format!("the image cannot be synced: {error}; mend the storage"))?;
         if start.elapsed() < LONG_SYNC {
@@ -257,7 +257,9 @@ fn wait_for_either(channel: &Channel, starter: &Starter, patience: Duration) -> 
 }
 
 fn send(channel: &Channel, message: &FromOld, descriptors: &[OwnedFd]) -> Result<(), String> {
-    channel.send(message, descriptors, HURRIED).map_err(|error| format!("the new virtioblkd does not listen: {error}"))
+    channel
+        .send(message, descriptors, ANSWER_TIMEOUT_RINGS_STOPPED)
+        .map_err(|error| format!("the new virtioblkd does not listen: {error}"))
 }
 
 /// How this process was started, for whoever starts the next one. `None`: a part of it is no text. Called at the start,

@@ -16,14 +16,14 @@ use super::Served;
 use super::front_ends::FrontEnds;
 use crate::base::logging;
 use crate::config::{Config, Listen};
-use crate::control::client::{Client, PATIENCE};
+use crate::control::client::{Client, REPLY_TIMEOUT};
 use crate::upgrade::{self, Channel, Descriptors, FromNew, FromOld, GAVE_UP, Hello, Keeps, Starter, State, VERSION};
 use crate::virtio::device::hand_over::Steps;
 use crate::virtio::vhost_user::save_restore::Moved;
 
 /// For the other one's answers. It may have much to sync before the last of them, while its guest runs.
-const PROMPT: Duration = Duration::from_secs(10);
-const SYNCED: Duration = Duration::from_secs(600);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+const SYNC_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Why this process does not take over: the cause and the mend.
 #[derive(Debug)]
@@ -69,7 +69,7 @@ impl TakeOver {
             return Err(refuse(GAVE_UP.into()));
         }
         let mut client = Client::connect(path).map_err(|failure| refuse(failure.message))?;
-        let ask = client.ask("hand-over", json!({ "version": VERSION }), PATIENCE);
+        let ask = client.ask("hand-over", json!({ "version": VERSION }), REPLY_TIMEOUT);
         ask.map_err(|failure| match failure.code.as_str() {
             "unknown-command" => refuse("the running virtioblkd is too old for that: restart it instead".into()),
             _ => refuse(failure.message),
@@ -78,8 +78,8 @@ impl TakeOver {
         let channel = Channel::new(stream).map_err(|error| refuse(error.to_string()))?;
         let pipe: Result<Vec<OwnedFd>, io::Error> = starter.iter().map(Starter::copy).collect();
         let pipe = pipe.map_err(|error| refuse(error.to_string()))?;
-        channel.send(&FromNew::Begin, &pipe, PROMPT).map_err(|error| refuse(no_listener(&error)))?;
-        let (hello, descriptors) = match hear(&channel, PROMPT).map_err(refuse)? {
+        channel.send(&FromNew::Begin, &pipe, ANSWER_TIMEOUT).map_err(|error| refuse(no_listener(&error)))?;
+        let (hello, descriptors) = match hear(&channel, ANSWER_TIMEOUT).map_err(refuse)? {
             (FromOld::Hello(hello), descriptors) => (*hello, Descriptors::new(descriptors)),
             _ => return Err(refuse(OUT_OF_TURN.into())),
         };
@@ -123,7 +123,7 @@ impl TakeOver {
 
     /// Tells the other one why it goes on serving.
     pub(super) fn give_up(&self, why: &str) -> TakeOverError {
-        if let Err(error) = self.channel.send(&FromNew::Failed(why.to_owned()), &[], PROMPT) {
+        if let Err(error) = self.channel.send(&FromNew::Failed(why.to_owned()), &[], ANSWER_TIMEOUT) {
             log::debug!("the other daemon does not hear why: {error}");
         }
         TakeOverError(self.path.clone(), why.to_owned())
@@ -138,7 +138,7 @@ impl TakeOver {
     ) -> Result<(Value, bool), TakeOverError> {
         let refuse = |why| TakeOverError(self.path.clone(), why);
         say(&self.channel, &FromNew::Ready(self.keeps)).map_err(refuse)?;
-        let (state, descriptors) = match hear(&self.channel, SYNCED).map_err(refuse)? {
+        let (state, descriptors) = match hear(&self.channel, SYNC_TIMEOUT).map_err(refuse)? {
             (FromOld::State(state), descriptors) => (*state, Descriptors::new(descriptors)),
             _ => return Err(refuse(OUT_OF_TURN.into())),
         };
@@ -157,7 +157,7 @@ impl TakeOver {
             return Err(self.give_up(GAVE_UP));
         }
         say(&self.channel, &FromNew::Prepared).map_err(refuse)?;
-        match hear(&self.channel, PROMPT).map_err(refuse)? {
+        match hear(&self.channel, ANSWER_TIMEOUT).map_err(refuse)? {
             (FromOld::Go, _) => {}
             _ => return Err(refuse(OUT_OF_TURN.into())),
         }
@@ -212,7 +212,7 @@ pub(super) fn tell(figures: &Value) {
 const OUT_OF_TURN: &str = "the running virtioblkd said something out of turn; please report it as a defect";
 
 fn say(channel: &Channel, message: &FromNew) -> Result<(), String> {
-    channel.send(message, &[], PROMPT).map_err(|error| no_listener(&error))
+    channel.send(message, &[], ANSWER_TIMEOUT).map_err(|error| no_listener(&error))
 }
 
 fn no_listener(error: &io::Error) -> String {

@@ -52,7 +52,7 @@ pub(super) fn open(
 ) -> Result<Opened, Box<dyn Error + Send + Sync>> {
     let events = Events::new().map_err(|error| ServerError::System("cannot make an eventfd", error))?;
     let events = Arc::new(events);
-    let depot = Depot::new(Depot::USUAL);
+    let depot = Depot::new(Depot::DEFAULT_BYTES);
     let image = open_backend(config, &depot)?;
     let queues = with_io_urings(config, affordable(config.num_queues))?;
     // Copies of an instant in front: see the head of backend::stable for the order.
@@ -111,15 +111,15 @@ pub(super) fn open(
 }
 
 /// Descriptors that a ring needs: three of the front-end's, its wake-ups, the image, an io_uring. Somewhat rounded up.
-const EACH_RING: u64 = 14;
+const DESCRIPTORS_PER_RING: u64 = 14;
 /// And everything else: sockets, memory regions, clients of the control socket.
-const SPARE: u64 = 64;
+const OTHER_DESCRIPTORS: u64 = 64;
 
 /// As many queues as were allowed, and as there are descriptors for. Without one to spare the kernel drops those that
 /// come with a message, the message layer loses its place, and the front-end would wait for an answer for ever.
 fn affordable(wanted: u16) -> u16 {
     let Some(limit) = getrlimit(Resource::Nofile).current else { return wanted };
-    let affordable = limit.saturating_sub(SPARE) / EACH_RING;
+    let affordable = limit.saturating_sub(OTHER_DESCRIPTORS) / DESCRIPTORS_PER_RING;
     let offered = wanted.min(u16::try_from(affordable).unwrap_or(u16::MAX)).max(1);
     if offered < wanted {
         log::warn!(

@@ -22,11 +22,11 @@ use super::bounded;
 use super::wait::{Stop, Wake, pause, wait};
 
 /// Bytes read at most for one answer, garbage included.
-const MOST_INPUT: usize = 4 << 20;
+const MAX_INPUT: usize = 4 << 20;
 /// Of an agent's error so many characters are shown.
-const MOST_REASON: usize = 1000;
+const MAX_REASON: usize = 1000;
 /// A sync that is not answered is sent again after this time: the agent may have been restarted.
-const SYNC_AGAIN: Duration = Duration::from_secs(5);
+const SYNC_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Why the agent did not do as asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -104,7 +104,7 @@ impl Socket {
             let id = self.next_id;
             let request = json!({"execute": "guest-sync-delimited", "arguments": {"id": id}});
             self.send(format!("\u{00}{request}\n").into_bytes(), true)?;
-            let again = (Instant::now() + SYNC_AGAIN).min(deadline);
+            let again = (Instant::now() + SYNC_RETRY_INTERVAL).min(deadline);
             loop {
                 match self.line(again, stop) {
                     Ok(line) => {
@@ -165,7 +165,7 @@ impl Socket {
                 return Ok(line);
             }
             searched = link.input.len();
-            if searched > MOST_INPUT || read > MOST_INPUT {
+            if searched > MAX_INPUT || read > MAX_INPUT {
                 self.link = None;
                 return Err(Trouble::Lost(format!("{shown} sends without end: it is no guest agent")));
             }
@@ -261,7 +261,7 @@ pub fn answer(who: &str, command: &str, line: &[u8]) -> Result<Value, Trouble> {
     let mut value = bounded::parse(line).map_err(|_| garbage())?;
     if let Some(error) = value.get("error") {
         let why = error["desc"].as_str().or(error["class"].as_str()).unwrap_or("it gives no reason");
-        let why: String = why.chars().take(MOST_REASON).collect();
+        let why: String = why.chars().take(MAX_REASON).collect();
         return Err(Trouble::Refused(format!("{who} refuses {command}: {why}")));
     }
     value.get_mut("return").map(Value::take).ok_or_else(garbage)

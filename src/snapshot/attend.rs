@@ -22,19 +22,19 @@ use super::receipt::Receipt;
 use super::wait::{Wake, wait};
 use crate::base::signals::Signals;
 use crate::base::systemd;
-use crate::control::client::{Client, Failure, Message, PATIENCE};
+use crate::control::client::{Client, Failure, Message, REPLY_TIMEOUT};
 
 /// Between two attempts to reach a daemon that is gone.
-const AGAIN: Duration = Duration::from_secs(1);
+const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
 /// For a daemon that is reached again: others may need us meanwhile.
-const QUICK: Duration = Duration::from_secs(1);
+const RECONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// A guest is not frozen for longer, whatever a daemon says: the guard thaws it then.
-const LONGEST: Duration = Duration::from_secs(90);
+const MAX_FREEZE: Duration = Duration::from_secs(90);
 /// How long an end waits for the snapshots that are under way: a thaw waits for the disks. librbd lets them go 10 s after
 /// they are still.
-const LAST_ROUND: Duration = Duration::from_secs(15);
+const END_TIMEOUT: Duration = Duration::from_secs(15);
 /// Added to what a freeze may take, until the daemon gives up.
-const SLACK: Duration = Duration::from_secs(1);
+const FREEZE_MARGIN: Duration = Duration::from_secs(1);
 
 /// What the user asked for.
 #[derive(Clone, Debug)]
@@ -71,7 +71,7 @@ impl Plan {
 
     /// What a `prepared` may take: a hook, a freeze, and the thaw of one that failed.
     fn allowed(&self) -> Duration {
-        self.patience * if self.hooks.is_some() { 3 } else { 2 } + SLACK
+        self.patience * if self.hooks.is_some() { 3 } else { 2 } + FREEZE_MARGIN
     }
 }
 
@@ -83,7 +83,7 @@ pub fn attend(plan: &Plan, report: impl Fn(&Receipt)) -> Result<(), Failure> {
     let signals = Signals::block().map_err(failed)?;
     if let Some(at) = plan.agent.as_ref().filter(|_| plan.level > Level::Crash)
         && let Err(trouble @ (Trouble::Silent(_) | Trouble::Lost(_))) =
-            Guest::new(at, QUICK).ping(Some(signals.as_fd()))
+            Guest::new(at, RECONNECT_TIMEOUT).ping(Some(signals.as_fd()))
     {
         // The guest may start later.
         let what = if plan.or_weaker { "crash consistent" } else { "refused" };
@@ -92,7 +92,7 @@ pub fn attend(plan: &Plan, report: impl Fn(&Receipt)) -> Result<(), Failure> {
     let disks = plan.disks.iter().map(|control| Attended::new(control.clone())).collect();
     let mut attendant = Attendant { plan, signals, disks, round: None, ending: None, thawed: Ok(()), report: &report };
     for at in 0..attendant.disks.len() {
-        attendant.register(at, PATIENCE)?;
+        attendant.register(at, REPLY_TIMEOUT)?;
     }
     crate::base::logging::say(format_args!("attending {} disk(s), level {}", plan.disks.len(), plan.level.name()));
     systemd::systemd("READY=1");
@@ -189,13 +189,13 @@ impl Attendant<'_> {
             if disk.client.is_some() || disk.retry > Instant::now() {
                 continue;
             }
-            if self.round.is_none() && self.ending.is_none() && self.register(at, QUICK).is_ok() {
+            if self.round.is_none() && self.ending.is_none() && self.register(at, RECONNECT_TIMEOUT).is_ok() {
                 crate::base::logging::say(format_args!(
                     "'{}' is back and attended again",
                     self.disks[at].control.display()
                 ));
             }
-            self.disks[at].retry = Instant::now() + AGAIN;
+            self.disks[at].retry = Instant::now() + RECONNECT_INTERVAL;
         }
     }
 
@@ -261,7 +261,7 @@ impl Attendant<'_> {
             hooks: plan.hooks.clone(),
             or_weaker: plan.or_weaker,
             patience: plan.patience,
-            silence: LONGEST,
+            silence: MAX_FREEZE,
         });
         let since = Instant::now();
         freezer.receipt.instant = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
@@ -333,7 +333,7 @@ impl Attendant<'_> {
             let text = "interrupted again: ended at once, the guard thaws the guest if it is frozen";
             return Err(Failure::new("interrupted", text));
         }
-        self.ending = Some(Instant::now() + LAST_ROUND);
+        self.ending = Some(Instant::now() + END_TIMEOUT);
         for at in 0..self.disks.len() {
             if let Some(client) = &mut self.disks[at].client
                 && let Err(lost) = client.send("unattend", json!({}))

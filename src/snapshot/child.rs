@@ -14,9 +14,9 @@ use super::spawn;
 use super::wait::{Stop, Wake, wait};
 
 /// How long a command may take to end in order after SIGTERM.
-const GRACE: Duration = Duration::from_secs(2);
+const TERMINATION_TIMEOUT: Duration = Duration::from_secs(2);
 /// Output beyond this is not read.
-const MOST_OUTPUT: u64 = 4 << 20;
+const MAX_OUTPUT: u64 = 4 << 20;
 
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +76,7 @@ pub fn output(mut command: Command, deadline: Instant, stop: Stop<'_>) -> io::Re
 fn text(mut file: File) -> io::Result<String> {
     let mut bytes = Vec::new();
     file.seek(SeekFrom::Start(0))?;
-    file.take(MOST_OUTPUT).read_to_end(&mut bytes)?;
+    file.take(MAX_OUTPUT).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
@@ -93,9 +93,9 @@ fn watch(child: &mut Child, deadline: Instant, stop: Stop<'_>) -> io::Result<Opt
 fn end(child: &mut Child) -> io::Result<()> {
     let group = Pid::from_child(child);
     signal(group, Signal::TERM)?;
-    if watch(child, Instant::now() + GRACE, None)?.is_none() {
+    if watch(child, Instant::now() + TERMINATION_TIMEOUT, None)?.is_none() {
         signal(group, Signal::KILL)?;
-        watch(child, Instant::now() + GRACE, None)?;
+        watch(child, Instant::now() + TERMINATION_TIMEOUT, None)?;
     }
     // What it started and left behind ends, too.
     signal(group, Signal::KILL)

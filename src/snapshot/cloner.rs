@@ -27,7 +27,7 @@ use crate::upgrade::Channel;
 /// The hidden subcommand of `virtioblkctl` that calls [`serve`].
 pub const SUBCOMMAND: &str = "snapshot-cloner";
 /// For a message to a process that lives.
-const PATIENCE: Duration = Duration::from_secs(5);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 /// The cloner waits so long for its order: longer than any snapshot is prepared.
 const ORDER_TIMEOUT: Duration = Duration::from_secs(86_400);
 /// How long the end of a killed cloner is waited for, and then a removal.
@@ -61,7 +61,7 @@ impl Cloner {
     pub fn start(source: &File, target: &File) -> io::Result<Self> {
         let cloner = Cloner::spawn()?;
         let files = [source.try_clone()?, target.try_clone()?].map(OwnedFd::from);
-        cloner.channel.send(&Order::Files, &files, PATIENCE)?;
+        cloner.channel.send(&Order::Files, &files, REPLY_TIMEOUT)?;
         Ok(cloner)
     }
 
@@ -77,12 +77,12 @@ impl Cloner {
 
     /// Has it begin. [`Cloner::outcome`] follows.
     pub fn begin(&self) -> io::Result<()> {
-        self.channel.send(&Order::Clone, &[], PATIENCE)
+        self.channel.send(&Order::Clone, &[], REPLY_TIMEOUT)
     }
 
     /// What came of it, once its descriptor is readable.
     pub fn outcome(&self) -> io::Result<()> {
-        let (done, _): (Done, _) = self.channel.receive(PATIENCE)?;
+        let (done, _): (Done, _) = self.channel.receive(REPLY_TIMEOUT)?;
         done.errno.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)))
     }
 
@@ -180,7 +180,7 @@ pub fn remove(path: &std::path::Path, file: &File) -> Result<(), Failure> {
     let cloner = Cloner::spawn().map_err(|error| left(error.to_string()))?;
     let sent = file.try_clone().and_then(|file| {
         let order = Order::Remove(path.as_os_str().to_owned());
-        cloner.channel.send(&order, &[OwnedFd::from(file)], PATIENCE)
+        cloner.channel.send(&order, &[OwnedFd::from(file)], REPLY_TIMEOUT)
     });
     sent.map_err(|error| left(error.to_string()))?;
     match wait(&[cloner.as_fd()], None, Instant::now() + END_TIMEOUT) {
@@ -221,7 +221,7 @@ fn carry_out(channel: &Channel) -> io::Result<()> {
         _ => return Err(io::ErrorKind::InvalidData.into()),
     };
     let errno = done.err().map(|error| error.raw_os_error().unwrap_or(libc::EIO));
-    channel.send(&Done { errno }, &[], PATIENCE)
+    channel.send(&Done { errno }, &[], REPLY_TIMEOUT)
 }
 
 /// Removes the file, unless it is gone or another one has its name.

@@ -9,13 +9,13 @@ use serde_json::{Value, json};
 use super::disks::{Disks, Unanswered, interrupted};
 use super::plan::Plan;
 use super::wait::{Stop, Wake, wait};
-use crate::control::client::{Client, Failure, PATIENCE};
+use crate::control::client::{Client, Failure, REPLY_TIMEOUT};
 
 /// How often a copy is asked how far it is, if nothing is heard of it.
-const TICK: Duration = Duration::from_millis(500);
+const STATUS_INTERVAL: Duration = Duration::from_millis(500);
 
 /// How long a copy that nothing stops any more is left alone, until it is asked again whether it has ended.
-const ENDING: Duration = Duration::from_millis(5);
+const END_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// One disk's copy.
 #[derive(Clone, Debug)]
@@ -48,7 +48,7 @@ pub fn prepare(disks: &mut Disks, disk: usize, target: &Path, plan: &Plan) -> Re
         arguments["detached"] = json!(true);
     }
     let disk_at = &mut disks.list[disk];
-    let answer = disk_at.client()?.ask("copy-prepare", arguments, PATIENCE);
+    let answer = disk_at.client()?.ask("copy-prepare", arguments, REPLY_TIMEOUT);
     let answer = answer.map_err(|failure| match failure.code.as_str() {
         "unknown-command" => Failure::new(
             "unknown-command",
@@ -67,7 +67,7 @@ pub fn start(disks: &mut Disks, copies: &[Copy], stop: Stop<'_>) -> Result<(), F
         (copy.disk, "copy-start", json!({"copy": copy.name, "token": token}))
     };
     let requests = copies.iter().map(request).collect();
-    let deadline = (Instant::now() + PATIENCE).min(disks.lease_ends());
+    let deadline = (Instant::now() + REPLY_TIMEOUT).min(disks.lease_ends());
     for answer in disks.ask(requests, deadline, stop, Unanswered::EndsAll) {
         answer.result.map_err(|why| disks.list[answer.disk].blame("could not be copied", why))?;
     }
@@ -77,7 +77,7 @@ pub fn start(disks: &mut Disks, copies: &[Copy], stop: Stop<'_>) -> Result<(), F
 /// Asks how far the copies are. The error is the first copy's that failed.
 pub fn ask(disks: &mut Disks, copies: &mut [Copy]) -> Result<(), Failure> {
     let requests = copies.iter().map(|copy| (copy.disk, "query-copies", json!({}))).collect();
-    let answers = disks.ask(requests, Instant::now() + PATIENCE, None, Unanswered::OnlyThat);
+    let answers = disks.ask(requests, Instant::now() + REPLY_TIMEOUT, None, Unanswered::OnlyThat);
     for (copy, answer) in copies.iter_mut().zip(answers) {
         let blame = |why| disks.list[answer.disk].blame("is copied by a daemon that is lost", why);
         let list = answer.result.map_err(blame)?;
@@ -105,7 +105,7 @@ pub fn wait_for(disks: &mut Disks, copies: &mut [Copy], progress: bool, stop: St
             return Ok(());
         }
         let fds: Vec<_> = copies.iter().filter_map(|copy| disks.list[copy.disk].fd()).collect();
-        match wait(&fds, stop, Instant::now() + TICK) {
+        match wait(&fds, stop, Instant::now() + STATUS_INTERVAL) {
             Ok(Wake::Stopped) => return Err(interrupted()),
             Ok(Wake::Ready(_) | Wake::TimedOut) => {}
             Err(error) => return Err(Failure::new("internal", format!("poll: {error}"))),
@@ -135,21 +135,21 @@ fn undo_one(disks: &mut Disks, copy: &Copy) -> Result<(), String> {
             &mut fresh
         }
     };
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + REPLY_TIMEOUT;
     loop {
-        match client.ask("copy-cancel", json!({"copy": copy.name}), PATIENCE) {
+        match client.ask("copy-cancel", json!({"copy": copy.name}), REPLY_TIMEOUT) {
             Ok(_) => return Ok(()),
             // It is over, well or not; or it gets its name just now, and then nothing stops it.
             Err(failure) if matches!(failure.code.as_str(), "no-such-copy" | "busy") => {}
             Err(why) => return Err(format!("the copy to '{shown}' could not be cancelled: {why}")),
         }
         let list =
-            client.ask("query-copies", json!({}), PATIENCE).map_err(|why| format!("is '{shown}' there? {why}"))?;
+            client.ask("query-copies", json!({}), REPLY_TIMEOUT).map_err(|why| format!("is '{shown}' there? {why}"))?;
         let list = list.as_array().map(Vec::as_slice).unwrap_or_default();
         let found = list.iter().find(|status| status["copy"] == *copy.name);
         match found.and_then(|status| status["state"].as_str()) {
             Some("completed") => break,
-            Some("syncing") if Instant::now() < end => std::thread::sleep(ENDING),
+            Some("syncing") if Instant::now() < end => std::thread::sleep(END_POLL_INTERVAL),
             Some("syncing") => return Err(format!("the copy to '{shown}' does not end: remove it once it is there")),
             // The daemon has removed it; then whatever has the target's name is not ours.
             _ => return Ok(()),

@@ -12,10 +12,10 @@ use std::time::{Duration, Instant, SystemTime};
 use serde_json::{Value, json};
 
 use super::wait::{Stop, Wake, wait};
-use crate::control::client::{Client, Failure, PATIENCE};
+use crate::control::client::{Client, Failure, REPLY_TIMEOUT};
 
 /// The daemon's own deadline comes first, so that its words are heard and not ours.
-const SLACK: Duration = Duration::from_secs(1);
+const REPLY_MARGIN: Duration = Duration::from_secs(1);
 
 /// One disk.
 pub struct Disk {
@@ -69,7 +69,7 @@ impl Disks {
         }
         let requests = (0..self.list.len()).map(|disk| (disk, "quiesce", arguments.clone())).collect();
         let mut failure = None;
-        for answer in self.ask(requests, now + timeout + SLACK, stop, Unanswered::EndsAll) {
+        for answer in self.ask(requests, now + timeout + REPLY_MARGIN, stop, Unanswered::EndsAll) {
             let disk = &mut self.list[answer.disk];
             match answer.result {
                 Ok(figures) => {
@@ -100,7 +100,7 @@ impl Disks {
             }
         }
         let mut failure = None;
-        for answer in self.ask(held, Instant::now() + PATIENCE, None, Unanswered::OnlyThat) {
+        for answer in self.ask(held, Instant::now() + REPLY_TIMEOUT, None, Unanswered::OnlyThat) {
             let disk = &mut self.list[answer.disk];
             disk.held = disk.asked.map_or(Duration::ZERO, |asked| answer.when.saturating_duration_since(asked));
             if let Err(why) = answer.result {
@@ -196,7 +196,7 @@ fn keep_first(kept: &mut Option<Failure>, failure: Failure) {
 impl Disk {
     fn connect(control: &Path) -> Result<Self, Failure> {
         let mut client = Client::connect(control)?;
-        let status = client.ask("query-status", json!({}), PATIENCE)?;
+        let status = client.ask("query-status", json!({}), REPLY_TIMEOUT)?;
         Ok(Disk {
             client: Some(client),
             control: control.to_owned(),

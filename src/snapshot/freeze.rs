@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::disks::interrupted;
-use super::guard::{Ask, Begun, Guard, LATE, Orders};
+use super::guard::{Ask, Begun, Guard, Orders, THAW_WATCH_TIMEOUT};
 use super::guest::{Checked, Thawed, VSS_HOLD};
 use super::plan::{AgentAt, Level};
 use super::receipt::Receipt;
@@ -228,7 +228,7 @@ impl Freezer {
                 Some(Ok(()))
             }
             Err(failure) => {
-                let minutes = LATE.as_secs() / 60;
+                let minutes = THAW_WATCH_TIMEOUT.as_secs() / 60;
                 let text = format!(
                     "THE GUEST MAY BE FROZEN, or freeze later: {}. Process {} goes on trying to thaw it for {minutes} \
                      minutes",

@@ -3,7 +3,7 @@
 //! It is this program again, started with a socket as its standard input, in a session of its own and deaf to the
 //! signals that end us. It alone talks to the guest's agent and calls the host's hooks; we ask it, a JSON line each
 //! way. When the socket ends, or we are silent for longer than any snapshot lasts, it undoes what it did, in the
-//! opposite order, and goes on trying for [`LATE`]: a freeze that the agent carries out long after everybody lost
+//! opposite order, and goes on trying for [`THAW_WATCH_TIMEOUT`]: a freeze that the agent carries out long after everybody lost
 //! patience is found and undone. Should the guard die instead, [`Guard::thaw`] starts another one for the rest.
 
 use std::ffi::OsString;
@@ -27,9 +27,9 @@ use crate::control::client::Failure;
 /// The hidden subcommand of `virtioblkctl` that calls [`serve`].
 pub const SUBCOMMAND: &str = "snapshot-guard";
 /// How long a guest is watched that does not answer.
-pub const LATE: Duration = Duration::from_secs(600);
+pub const THAW_WATCH_TIMEOUT: Duration = Duration::from_secs(600);
 /// The guard's own deadline comes first, so that its words are heard.
-const SLACK: Duration = Duration::from_secs(15);
+const GUARD_MARGIN: Duration = Duration::from_secs(15);
 
 /// What the guard is for: its first line. Paths are no `PathBuf`, which serde takes as UTF-8 only.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -117,7 +117,7 @@ impl Guard {
         self.send(&json!(ask))?;
         self.owed += 1;
         // A freeze that is refused is followed by a thaw.
-        let deadline = Instant::now() + 2 * self.orders.patience + SLACK;
+        let deadline = Instant::now() + 2 * self.orders.patience + GUARD_MARGIN;
         let mut answer = Value::Null;
         while self.owed > 0 {
             answer = self.line(deadline, stop)?;
@@ -329,7 +329,7 @@ impl Keeper {
         let mut status = ExitCode::SUCCESS;
         // The disks are released by our parent's death, at the same time: the thaw's writes wait until they are.
         if self.begun.guest {
-            let thawed = self.guest.as_mut().map(|guest| guest.thaw(Instant::now() + LATE, None));
+            let thawed = self.guest.as_mut().map(|guest| guest.thaw(Instant::now() + THAW_WATCH_TIMEOUT, None));
             if !matches!(thawed, Some(Ok(_))) {
                 status = ExitCode::FAILURE;
             }

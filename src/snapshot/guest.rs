@@ -13,9 +13,9 @@ use super::plan::AgentAt;
 use super::wait::{Stop, pause};
 
 /// For anything but freeze and thaw, at most.
-const PATIENCE: Duration = Duration::from_secs(5);
+const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two attempts to thaw a guest that does not answer.
-const AGAIN: Duration = Duration::from_millis(200);
+const THAW_RETRY_INTERVAL: Duration = Duration::from_millis(200);
 /// Filesystems that Linux mounts from a disk and cannot freeze (no `freeze_fs`), so that the agent skips them.
 const NEVER_FREEZE: [&str; 12] =
     ["vfat", "msdos", "fat", "exfat", "iso9660", "udf", "squashfs", "erofs", "cramfs", "ntfs", "ntfs3", "fuseblk"];
@@ -99,7 +99,7 @@ impl Guest {
             AgentAt::Socket(path) => Box::new(Socket::new(path)),
             AgentAt::Domain(name) => Box::new(Domain::new(name)),
         };
-        Guest { channel, patience: patience.min(PATIENCE) }
+        Guest { channel, patience: patience.min(AGENT_TIMEOUT) }
     }
 
     /// Whether it can be frozen, and what is to be expected; changes nothing. `hooks`: also find out whether its agent
@@ -189,7 +189,7 @@ impl Guest {
                 Ok(thawed) => return Ok(thawed),
                 Err(trouble) => trouble,
             };
-            let again = matches!(pause(AGAIN.min(left), stop), Ok(true));
+            let again = matches!(pause(THAW_RETRY_INTERVAL.min(left), stop), Ok(true));
             if !again || Instant::now() >= deadline {
                 return Err(trouble);
             }

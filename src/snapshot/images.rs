@@ -7,10 +7,10 @@ use serde_json::json;
 
 use super::disks::{Disks, Unanswered};
 use super::wait::Stop;
-use crate::control::client::{Failure, PATIENCE};
+use crate::control::client::{Failure, REPLY_TIMEOUT};
 
 /// For a removal: the store may be slow, and nobody is held up.
-const FOR_REMOVAL: Duration = Duration::from_secs(60);
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// One disk's snapshot.
 #[derive(Clone, Debug)]
@@ -57,7 +57,7 @@ pub fn keep(disks: &mut Disks, images: &[Image]) -> Result<(), Failure> {
     let requests =
         images.iter().map(|image| (image.disk, "image-snapshot-keep", json!({"name": image.name}))).collect();
     let mut failed = Ok(());
-    for answer in disks.ask(requests, Instant::now() + PATIENCE, None, Unanswered::OnlyThat) {
+    for answer in disks.ask(requests, Instant::now() + REPLY_TIMEOUT, None, Unanswered::OnlyThat) {
         if let Err(why) = answer.result
             && failed.is_ok()
         {
@@ -72,7 +72,7 @@ pub fn undo(disks: &mut Disks, images: &[Image]) -> Vec<String> {
     let made: Vec<&Image> = images.iter().filter(|image| image.full_name.is_some()).collect();
     let request = |image: &&Image| (image.disk, "image-snapshot-remove", json!({"name": image.name}));
     let requests = made.iter().map(request).collect();
-    let answers = disks.ask(requests, Instant::now() + FOR_REMOVAL, None, Unanswered::OnlyThat);
+    let answers = disks.ask(requests, Instant::now() + REMOVAL_TIMEOUT, None, Unanswered::OnlyThat);
     let unmade = images.iter().filter(|image| image.asked && image.full_name.is_none());
     // Refused, or nobody knows: then the daemon removes it when it hears of our end.
     let unknown = unmade.filter(|image| disks.list[image.disk].fd().is_none()).map(|image| {

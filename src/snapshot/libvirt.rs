@@ -11,7 +11,7 @@ use super::child::{Ended, output};
 use super::wait::Stop;
 
 /// What virsh may need besides the agent's own time.
-const VIRSH: Duration = Duration::from_secs(5);
+const VIRSH_MARGIN: Duration = Duration::from_secs(5);
 
 /// A domain's agent.
 pub struct Domain {
@@ -37,7 +37,7 @@ impl Channel for Domain {
         virsh.args(["--quiet", "qemu-agent-command", "--timeout", &seconds, "--domain", &self.name]);
         // virsh's own words are matched below.
         virsh.arg(request.to_string()).env("LC_ALL", "C");
-        let (ended, out, err) = output(virsh, Instant::now() + patience + VIRSH, stop).map_err(|error| {
+        let (ended, out, err) = output(virsh, Instant::now() + patience + VIRSH_MARGIN, stop).map_err(|error| {
             Trouble::Lost(format!("virsh cannot be run: {error}; --libvirt needs it (Debian: libvirt-clients)"))
         })?;
         match ended {

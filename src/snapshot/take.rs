@@ -25,9 +25,9 @@ use crate::control::client::Failure;
 /// The code of failures that are the command line's.
 pub const USAGE: &str = "usage";
 /// What a lease keeps in reserve for the resume.
-const RESERVE: Duration = Duration::from_millis(100);
+const RESUME_MARGIN: Duration = Duration::from_millis(100);
 /// How long we may be silent towards the guard, beside the timeouts: connections, figures, a machine under load.
-const QUIET: Duration = Duration::from_secs(10);
+const SILENCE_MARGIN: Duration = Duration::from_secs(10);
 
 /// Takes a snapshot. SIGINT, SIGTERM and SIGHUP are blocked in this thread from now on, and end the snapshot in order.
 /// On an error nothing is left behind, every disk goes on and the guest is thawed, or it was said on standard error
@@ -84,7 +84,7 @@ impl<'a> Run<'a> {
             hooks: plan.hooks.clone(),
             or_weaker: plan.or_weaker,
             patience: plan.freeze_timeout,
-            silence: plan.timeout + plan.lease + QUIET,
+            silence: plan.timeout + plan.lease + SILENCE_MARGIN,
         });
         let (targets, copies, images) = (Vec::new(), Vec::new(), Vec::new());
         let mut run = Run { plan, mask, signals, disks, freezer, ways, targets, copies, images };
@@ -137,12 +137,12 @@ impl<'a> Run<'a> {
     /// What is done while the disks are held is done by then, so that they are let go before their lease ends.
     fn deadline(&self) -> Instant {
         let ends = self.freezer.frozen_until().map_or(self.disks.lease_ends(), |end| end.min(self.disks.lease_ends()));
-        ends.checked_sub(RESERVE).unwrap_or_else(Instant::now)
+        ends.checked_sub(RESUME_MARGIN).unwrap_or_else(Instant::now)
     }
 
     /// The cause of what was given up because Windows does not stay frozen.
     fn blame_windows(&self, failure: Failure) -> Failure {
-        let is_over = self.freezer.frozen_until().is_some_and(|end| end <= Instant::now() + RESERVE);
+        let is_over = self.freezer.frozen_until().is_some_and(|end| end <= Instant::now() + RESUME_MARGIN);
         if !is_over || failure.code == "interrupted" {
             return failure;
         }

@@ -16,11 +16,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// Descriptors sent with one byte.
-const BUNDLE: usize = 128;
+const MAX_DESCRIPTORS_PER_MESSAGE: usize = 128;
 /// The longest message, in bytes: 256 rings and 509 memory regions fit many times.
-const MOST_BYTES: u32 = 4 << 20;
+const MAX_BYTES: u32 = 4 << 20;
 /// The most descriptors with one message.
-const MOST_DESCRIPTORS: u32 = 2048;
+const MAX_DESCRIPTORS: u32 = 2048;
 
 /// One end. Blocks; each wait for the other end is bounded.
 pub(crate) struct Channel {
@@ -46,9 +46,9 @@ impl Channel {
         let mut bytes = [text.len(), descriptors.len()].map(|length| length as u32).map(u32::to_le_bytes).concat();
         bytes.extend(text);
         (&self.stream).write_all(&bytes)?;
-        for bundle in descriptors.chunks(BUNDLE) {
+        for bundle in descriptors.chunks(MAX_DESCRIPTORS_PER_MESSAGE) {
             let bundle: Vec<BorrowedFd<'_>> = bundle.iter().map(AsFd::as_fd).collect();
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BUNDLE))];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS_PER_MESSAGE))];
             let mut ancillary = SendAncillaryBuffer::new(&mut space);
             if !ancillary.push(SendAncillaryMessage::ScmRights(&bundle)) {
                 return Err(io::Error::other("too many descriptors at once"));
@@ -66,7 +66,7 @@ impl Channel {
         self.read(&mut header)?;
         let field = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
         let (length, count) = (field(0), field(4));
-        if length > MOST_BYTES || count > MOST_DESCRIPTORS {
+        if length > MAX_BYTES || count > MAX_DESCRIPTORS {
             return Err(io::Error::other("it sent no message of a daemon's"));
         }
         let mut text = vec![0; length as usize];
@@ -83,7 +83,7 @@ impl Channel {
     }
 
     fn receive_bundle(&self, descriptors: &mut Vec<OwnedFd>) -> io::Result<()> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BUNDLE))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS_PER_MESSAGE))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut byte = [0];
         let flags = RecvFlags::CMSG_CLOEXEC;

@@ -296,7 +296,7 @@ pub fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
             check(&format!("point-in-time copy ({}) of {name}", if active { "running" } else { "none" }), &disk);
         }
     }
-    for (name, limit) in [("copied", Depot::USUAL), ("copied with little memory", 0)] {
+    for (name, limit) in [("copied", Depot::DEFAULT_BYTES), ("copied with little memory", 0)] {
         let mem = MemBackend::new(MemOptions { order: Order::Shuffled(7), ..MemOptions::new(8 << 20) });
         let direct = open(&path, CacheMode::None);
         for (of, image) in [("mem", Arc::new(mem) as Arc<dyn Backend>), ("file", Arc::new(direct))] {

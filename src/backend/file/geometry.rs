@@ -11,14 +11,14 @@ use super::super::RangeLimits;
 use crate::base::syscalls;
 
 /// Longest range offered for discard: long enough, and no single op keeps the ring busy for ever.
-const MOST_DISCARD: u64 = 1 << 30;
+const MAX_DISCARD: u64 = 1 << 30;
 
 /// Longest range offered for write-zeroes where the filesystem does it. Shorter than a discard: if it does not, zeroes
 /// are written.
-const MOST_ZEROES: u64 = 64 << 20;
+const MAX_ZEROES: u64 = 64 << 20;
 
 /// Longest range offered for write-zeroes where the kernel writes zeroes to the device.
-const MOST_WRITTEN_ZEROES: u64 = 16 << 20;
+const MAX_WRITTEN_ZEROES: u64 = 16 << 20;
 
 /// What O_DIRECT asks for, in bytes, powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,8 +86,8 @@ pub(super) fn of_file(fd: BorrowedFd<'_>) -> io::Result<Medium> {
         alignment_offset: 0,
         min_io: block,
         opt_io: 0,
-        discard: Some(RangeLimits { max_bytes: MOST_DISCARD, granularity: block }),
-        write_zeroes: RangeLimits { max_bytes: MOST_ZEROES, granularity: block },
+        discard: Some(RangeLimits { max_bytes: MAX_DISCARD, granularity: block }),
+        write_zeroes: RangeLimits { max_bytes: MAX_ZEROES, granularity: block },
         zeroes_may_unmap: true,
         storage: storage_of(fd)?,
     })
@@ -104,7 +104,7 @@ pub(super) fn of_device(fd: BorrowedFd<'_>) -> io::Result<Medium> {
     let most_discard = queue.read("discard_max_bytes");
     let granularity = u32::try_from(queue.read("discard_granularity")).unwrap_or(sector).max(sector);
     let native_zeroes = queue.read("write_zeroes_max_bytes") / u64::from(sector) * u64::from(sector);
-    let most_zeroes = if native_zeroes == 0 { MOST_WRITTEN_ZEROES } else { native_zeroes.min(MOST_ZEROES) };
+    let most_zeroes = if native_zeroes == 0 { MAX_WRITTEN_ZEROES } else { native_zeroes.min(MAX_ZEROES) };
     Ok(Medium {
         size: rustix::fs::seek(fd, rustix::fs::SeekFrom::End(0))?,
         sector: alignment.offset,
@@ -114,7 +114,7 @@ pub(super) fn of_device(fd: BorrowedFd<'_>) -> io::Result<Medium> {
         alignment_offset: syscalls::alignment_offset(fd)?,
         min_io: syscalls::min_io(fd)?,
         opt_io: syscalls::opt_io(fd)?,
-        discard: (most_discard > 0).then_some(RangeLimits { max_bytes: MOST_DISCARD, granularity }),
+        discard: (most_discard > 0).then_some(RangeLimits { max_bytes: MAX_DISCARD, granularity }),
         write_zeroes: RangeLimits { max_bytes: most_zeroes, granularity: sector },
         zeroes_may_unmap: most_discard > 0 && native_zeroes > 0,
         storage: Storage::Local,

@@ -14,7 +14,7 @@ use crate::backend::preadv;
 use crate::base::syscalls;
 
 /// EAGAIN in a row from plain calls, with [`PAUSE`] between them, before a transfer is given up.
-const MOST_RETRIES: u32 = 1000;
+const MAX_RETRIES: u32 = 1000;
 const PAUSE: Duration = Duration::from_millis(1);
 
 enum Task {
@@ -92,7 +92,7 @@ fn move_all(file: BorrowedFd<'_>, transfer: &Transfer) -> Result<(), Errno> {
             Ok(0) => return Err(Errno(libc::EIO)),
             Ok(moved) => (done, retries) = (done + moved, 0),
             Err(Errno(libc::EINTR)) => {}
-            Err(Errno(libc::EAGAIN)) if retries < MOST_RETRIES => {
+            Err(Errno(libc::EAGAIN)) if retries < MAX_RETRIES => {
                 retries += 1;
                 thread::sleep(PAUSE);
             }

@@ -5,7 +5,7 @@
 //! would sleep goes to the ring all the same, so that it holds up nobody:
 //! - A read is asked for with RWF_NOWAIT: it brings what is in the cache and never sleeps.
 //! - A write is asked for with RWF_NOWAIT where the filesystem knows it (XFS, btrfs). Elsewhere (ext4) it is simply
-//!   made, as long as writes have been cheap: the first that takes longer than [`SLOW`] sends all writes through the
+//!   made, as long as writes have been cheap: the first that takes longer than [`SLOW_WRITE`] sends all writes through the
 //!   ring for a while, longer each time. The kernel throttles writers, and devices stall, for many requests in a row:
 //!   one in a row pays.
 //! - In memory (tmpfs) nothing sleeps, and syncs are made at once too.
@@ -23,19 +23,19 @@ use super::super::{BlockingCall, Errno, IoBuf};
 use crate::backend::preadv;
 
 /// A write that took longer has slept. The copy of the largest takes a tenth.
-const SLOW: Duration = Duration::from_millis(1);
+const SLOW_WRITE: Duration = Duration::from_millis(1);
 
 /// After a slow write the ring has the writes for so long, twice as long after each further one, up to the last.
-const FIRST_PAUSE: Duration = Duration::from_millis(10);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+const MIN_PAUSE: Duration = Duration::from_millis(10);
+const MAX_PAUSE: Duration = Duration::from_secs(2);
 
 /// So many cheap writes in a row, and the next slow one is the first again.
-const FORGIVEN: u32 = 4096;
+const FORGIVING_INTERVAL: u32 = 4096;
 
 /// Longest transfer made at once, and bytes made at once between two reaps: what waits behind them waits for their
 /// copying.
-const MOST_AT_ONCE: usize = 256 << 10;
-const MOST_BETWEEN_REAPS: usize = 2 << 20;
+const MAX_AT_ONCE: usize = 256 << 10;
+const MAX_BETWEEN_REAPS: usize = 2 << 20;
 
 /// What the filesystem lets a thread do without sleeping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,20 +90,20 @@ impl Immediate {
             writes: Nowait::Offered,
             pace: Pace::default(),
             stuck: false,
-            allowance: MOST_BETWEEN_REAPS,
+            allowance: MAX_BETWEEN_REAPS,
             scratch: IovecList::default(),
         }
     }
 
     /// The owner answers what is ready: a new round.
     pub(super) fn reaped(&mut self) {
-        self.allowance = MOST_BETWEEN_REAPS;
+        self.allowance = MAX_BETWEEN_REAPS;
     }
 
     /// Whether a transfer of this buffer is worth trying here. Not durable ones: they wait for the medium.
     #[inline]
     pub(super) fn suits(&self, buf: &IoBuf) -> bool {
-        self.medium != Medium::Device && buf.len() <= MOST_AT_ONCE.min(self.allowance)
+        self.medium != Medium::Device && buf.len() <= MAX_AT_ONCE.min(self.allowance)
     }
 
     /// Whether a write of this buffer is worth trying here.
@@ -216,16 +216,16 @@ impl Pace {
     }
 
     fn took(&mut self, start: Instant, end: Instant) {
-        if end - start <= SLOW {
+        if end - start <= SLOW_WRITE {
             self.cheap += 1;
-            if self.cheap == FORGIVEN {
+            if self.cheap == FORGIVING_INTERVAL {
                 self.cheap = 0;
                 self.pause = Duration::ZERO;
             }
             return;
         }
         self.cheap = 0;
-        self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+        self.pause = (self.pause * 2).clamp(MIN_PAUSE, MAX_PAUSE);
         self.until = Some(end + self.pause);
     }
 }
@@ -248,19 +248,19 @@ mod tests {
             allowed
         };
         let (ms, none) = (Duration::from_millis, Duration::ZERO);
-        assert!(write(&mut pace, none, SLOW));
-        assert!(write(&mut pace, none, SLOW * 5), "cheap so far");
+        assert!(write(&mut pace, none, SLOW_WRITE));
+        assert!(write(&mut pace, none, SLOW_WRITE * 5), "cheap so far");
         assert!(!write(&mut pace, none, none) && !write(&mut pace, ms(9), none), "the ring has them now");
-        assert!(write(&mut pace, ms(2), SLOW * 5), "tried again");
+        assert!(write(&mut pace, ms(2), SLOW_WRITE * 5), "tried again");
         assert!(!write(&mut pace, ms(19), none), "twice as long");
         for _ in 0..20 {
-            write(&mut pace, LONGEST_PAUSE, SLOW * 5);
+            write(&mut pace, MAX_PAUSE, SLOW_WRITE * 5);
         }
-        assert!(write(&mut pace, LONGEST_PAUSE, none), "never longer than that");
-        for _ in 0..FORGIVEN {
+        assert!(write(&mut pace, MAX_PAUSE, none), "never longer than that");
+        for _ in 0..FORGIVING_INTERVAL {
             assert!(write(&mut pace, none, none));
         }
-        assert!(write(&mut pace, none, SLOW * 5));
-        assert!(write(&mut pace, FIRST_PAUSE, none), "forgiven");
+        assert!(write(&mut pace, none, SLOW_WRITE * 5));
+        assert!(write(&mut pace, MIN_PAUSE, none), "forgiven");
     }
 }

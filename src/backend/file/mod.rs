@@ -92,7 +92,7 @@ impl FileOptions {
             locking: Locking::Auto,
             lock_later: false,
             durable_writes: policy.opens_direct(),
-            memory: Depot::new(Depot::USUAL),
+            memory: Depot::new(Depot::DEFAULT_BYTES),
             sysfs: "/sys".into(),
         }
     }

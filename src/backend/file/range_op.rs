@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::super::buffer::MOST_ZEROES;
+use super::super::buffer::MAX_ZEROES;
 use super::super::uring::{Command, Transfer};
 use super::super::{Errno, IoBuf};
 use super::Shared;
@@ -125,7 +125,7 @@ impl Ranged {
     }
 
     fn write(&mut self, offset: u64, len: u64, shared: &Shared) -> Step {
-        let now = len.min(MOST_ZEROES as u64);
+        let now = len.min(MAX_ZEROES as u64);
         self.parts.push(Part::Write { offset: offset + now, len: len - now });
         let buf = IoBuf::zeroes(now as usize);
         if (offset | now) & u64::from(shared.align.offset - 1) != 0 {

@@ -46,7 +46,7 @@ use queue::DelayingQueue;
 use scratch::Scratches;
 
 /// Copies that ended and are remembered.
-const MOST_ENDED: usize = 8;
+const MAX_ENDED: usize = 8;
 
 /// Copies that ended and whose threads have not, because the image or a target hangs, at most.
 const MAX_ENDING: usize = 4;
@@ -326,7 +326,7 @@ impl Shared {
             registry.current = None;
         }
         registry.finishing.retain(|finishing| finishing.number != copy.number);
-        if registry.ended.len() == MOST_ENDED {
+        if registry.ended.len() == MAX_ENDED {
             registry.ended.pop_front();
         }
         registry.ended.push_back((status, copy.target.liveness()));

@@ -13,9 +13,9 @@ use super::{Mutant, Shared};
 use crate::backend::mailbox::Mailbox;
 use crate::backend::{BlockingCall, Caller, Completion, IoQueue, Op, OpId, Source, Wakeups};
 
-/// A delayed op may wait this much longer for each [`LONG`] bytes: a long range needs time to be saved.
-const LONGER: Duration = Duration::from_secs(1);
-const LONG: u64 = 32 << 20;
+/// A delayed op may wait this much longer for each [`EXTRA_DELAY_BYTES`] bytes: a long range needs time to be saved.
+const EXTRA_DELAY: Duration = Duration::from_secs(1);
+const EXTRA_DELAY_BYTES: u64 = 32 << 20;
 
 /// See [`super::PointInTime`]. Towards the inner queue an op's name says, too, whether it changes the image.
 pub(super) struct DelayingQueue {
@@ -95,7 +95,7 @@ impl DelayingQueue {
         let patience = match op {
             // Advice: after a while it is well done by not doing it.
             Op::Discard { .. } => patience / 5,
-            _ => patience + LONGER.mul_f64(len as f64 / LONG as f64),
+            _ => patience + EXTRA_DELAY.mul_f64(len as f64 / EXTRA_DELAY_BYTES as f64),
         };
         self.delayed.insert(self.last_ticket, Delayed { op, name, deadline: Instant::now() + patience });
     }

@@ -10,11 +10,11 @@ use super::{Errno, Shared, queue};
 
 /// How long another client that has the lock for good is given to let it go: a migration's source has stopped its rings
 /// when the target's start, but is not done.
-const HAND_OVER: Duration = Duration::from_secs(1);
+const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often it is asked for meanwhile.
-const ASK_EVERY: Duration = Duration::from_millis(100);
+const ASK_INTERVAL: Duration = Duration::from_millis(100);
 /// A lock that was had and that nobody came for in this time goes back: the guest has left meanwhile.
-const KEPT_FOR: Duration = Duration::from_secs(5);
+const UNCLAIMED_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An attempt to take the lock.
 pub(super) struct Attempt {
@@ -58,7 +58,7 @@ impl Attempt {
         let start = Instant::now();
         let result = loop {
             match shared.image.lock() {
-                Err(queue::LOCKED_OUT) if start.elapsed() < HAND_OVER => thread::sleep(ASK_EVERY),
+                Err(queue::LOCKED_OUT) if start.elapsed() < HAND_OVER_TIMEOUT => thread::sleep(ASK_INTERVAL),
                 result => break result,
             }
         };
@@ -70,7 +70,7 @@ impl Attempt {
         }
         let is_kept = |outcome: &mut Outcome| *outcome == Outcome::Done(result);
         let (mut outcome, _) =
-            self.changed.wait_timeout_while(outcome, KEPT_FOR, is_kept).expect("no panic while held");
+            self.changed.wait_timeout_while(outcome, UNCLAIMED_TIMEOUT, is_kept).expect("no panic while held");
         if *outcome == Outcome::Done(result) {
             // Under the mutex: an attempt that starts now comes after it.
             *outcome = Outcome::GivenBack;
@@ -84,7 +84,7 @@ impl Attempt {
     pub(super) fn come_for(&self) -> Option<Progress> {
         let is_running = |outcome: &mut Outcome| *outcome == Outcome::Running;
         // A little longer than a hand-over, so that its outcome is known.
-        let patience = HAND_OVER + ASK_EVERY;
+        let patience = HAND_OVER_TIMEOUT + ASK_INTERVAL;
         let (mut outcome, _) =
             self.changed.wait_timeout_while(self.outcome(), patience, is_running).expect("no panic while held");
         match *outcome {

@@ -26,7 +26,7 @@ pub(super) struct Lock {
 /// librbd tells all who have the image open that it took the lock, waits so long for their answers, and releases the lock
 /// only then. One that is just closing the image, such as the process that the guest came from, may not answer: seen with
 /// librbd 1.16 where a release followed within that time.
-const TELLING: Duration = Duration::from_millis(5200);
+const NOTIFY_TIMEOUT: Duration = Duration::from_millis(5200);
 
 #[derive(Default)]
 pub(super) struct State {
@@ -56,7 +56,7 @@ impl Lock {
     /// Returns when the lock can be released without a wait.
     pub(super) fn settle(&self) {
         let since = self.state.lock().expect("no panic while held").since;
-        if let Some(rest) = since.and_then(|since| TELLING.checked_sub(since.elapsed())) {
+        if let Some(rest) = since.and_then(|since| NOTIFY_TIMEOUT.checked_sub(since.elapsed())) {
             thread::sleep(rest);
         }
     }

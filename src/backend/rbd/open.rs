@@ -21,11 +21,11 @@ use crate::engine::CachePolicy;
 /// Blocks that the cluster writes without reading first.
 const PHYSICAL_BLOCK: u32 = 4096;
 /// Longest discard or write-zeroes in one op: so many objects of 4 MiB are enough at a time.
-const LONGEST_RANGE: u64 = 1 << 30;
+const MAX_RANGE: u64 = 1 << 30;
 /// librbd's default of `rbd_discard_granularity_bytes`: what does not fill such a block is not discarded.
 const DISCARD_GRANULARITY: u32 = 64 << 10;
 /// A passphrase file has a line; what is larger is something else.
-const LARGEST_PASSPHRASE: usize = 4096;
+const MAX_PASSPHRASE: usize = 4096;
 
 /// Why an image cannot be served: the image, the cause and the mend.
 #[derive(Debug)]
@@ -169,7 +169,7 @@ fn geometry(image: &Image, in_force: &InForce, options: &RbdOptions, read_only: 
     let granularity = in_force.get("rbd_discard_granularity_bytes").and_then(|text| text.parse().ok());
     let granularity = granularity.unwrap_or(DISCARD_GRANULARITY).max(options.logical_block_size);
     let writable = !read_only;
-    let range = |granularity| Some(RangeLimits { max_bytes: LONGEST_RANGE, granularity }).filter(|_| writable);
+    let range = |granularity| Some(RangeLimits { max_bytes: MAX_RANGE, granularity }).filter(|_| writable);
     Ok(Geometry {
         size,
         logical_block: options.logical_block_size,
@@ -239,10 +239,10 @@ fn read_passphrase(path: &Path) -> Result<Vec<u8>, OpenError> {
     let mut text = Vec::new();
     let file = std::fs::File::open(path).map_err(|error| failed(&error))?;
     crate::base::trust::check_open(path, &file).map_err(|why| failed(&why))?;
-    let mut file = io::Read::take(file, LARGEST_PASSPHRASE as u64 + 1);
+    let mut file = io::Read::take(file, MAX_PASSPHRASE as u64 + 1);
     io::Read::read_to_end(&mut file, &mut text).map_err(|error| failed(&error))?;
-    if text.len() > LARGEST_PASSPHRASE {
-        return Err(failed(&format!("larger than {LARGEST_PASSPHRASE} bytes")));
+    if text.len() > MAX_PASSPHRASE {
+        return Err(failed(&format!("larger than {MAX_PASSPHRASE} bytes")));
     }
     let end = text.strip_suffix(b"\n").map_or(text.len(), <[u8]>::len);
     text.truncate(end);

@@ -11,7 +11,7 @@ use super::aio::{self, Inbox};
 use crate::backend::eventfd_poll::{Watches, deadline};
 
 /// How long a queue that is dropped waits before it says for what.
-const QUIETLY: Duration = Duration::from_secs(5);
+const SILENT_WAIT: Duration = Duration::from_secs(5);
 
 /// A queue of an RBD image. Ops go to librbd as they are pushed, and come back through the inbox.
 pub(super) struct RbdQueue {
@@ -143,7 +143,7 @@ impl Drop for RbdQueue {
         let mut said = false;
         let mut finished = Vec::new();
         while self.in_flight > 0 {
-            if !said && start.elapsed() > QUIETLY {
+            if !said && start.elapsed() > SILENT_WAIT {
                 said = true;
                 log::warn!(
                     "{}: waiting for {} operations that the cluster still has",
@@ -151,7 +151,7 @@ impl Drop for RbdQueue {
                     self.in_flight
                 );
             }
-            if let Err(error) = self.wait(Some(QUIETLY)) {
+            if let Err(error) = self.wait(Some(SILENT_WAIT)) {
                 log::error!("{}: cannot wait for the cluster ({error}): trying again", self.shared.name);
                 std::thread::sleep(Duration::from_millis(100));
             }

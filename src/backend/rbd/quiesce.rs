@@ -16,9 +16,9 @@ use super::news::News;
 use crate::disk::RbdQuiesceStatus;
 
 /// Whoever listens has a deadline too; ours comes after it, and before librbd's 50 s.
-const GRACE: Duration = Duration::from_secs(2);
+const CONSENT_MARGIN: Duration = Duration::from_secs(2);
 /// librbd lets go after 10 s.
-const LET_GO: Duration = Duration::from_millis(9900);
+const RELEASE_TIMEOUT: Duration = Duration::from_millis(9900);
 
 /// The quiesces of an image.
 pub(super) struct Quiesces {
@@ -48,7 +48,7 @@ struct History {
 
 impl Quiesces {
     pub(super) fn new(shared: Arc<Shared>, timeout: Duration) -> Self {
-        Quiesces { shared, timeout: timeout + GRACE, state: Mutex::default(), history: Mutex::default() }
+        Quiesces { shared, timeout: timeout + CONSENT_MARGIN, state: Mutex::default(), history: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -152,7 +152,7 @@ impl Quiesces {
     fn unquiesced(&self) {
         let mut history = self.history();
         let held = history.held_since.take().map(|since| since.elapsed());
-        if let Some(held) = held.filter(|held| *held >= LET_GO) {
+        if let Some(held) = held.filter(|held| *held >= RELEASE_TIMEOUT) {
             history.status.expired += 1;
             log::warn!(
                 "{}: librbd let the disk go {:.1} s after it was held still, before the snapshot was taken or while it \
@@ -187,7 +187,7 @@ impl Quiesces {
             log::warn!(
                 "{}: a snapshot was refused: the disk was not held still within {} s",
                 self.shared.name,
-                (self.timeout - GRACE).as_secs()
+                (self.timeout - CONSENT_MARGIN).as_secs()
             );
             if let Some(notices) = notices {
                 notices.unquiesce();

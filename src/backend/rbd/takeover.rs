@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 
 /// A name and an address fit; what is larger is no state file.
-const LARGEST: u64 = 8 << 10;
+const MAX_FILE_BYTES: u64 = 8 << 10;
 
 /// The file, locked for as long as this process lives.
 pub(super) struct StateFile {
@@ -36,7 +36,7 @@ impl StateFile {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = options.open(path).map_err(failed)?;
-        if file.metadata().map_err(failed)?.len() > LARGEST {
+        if file.metadata().map_err(failed)?.len() > MAX_FILE_BYTES {
             return Err(format!("--rbd-state-file {}: it is something else; name a file of its own", path.display()));
         }
         Ok(StateFile { file, path: path.to_path_buf(), image: image.to_string() })
@@ -64,7 +64,7 @@ impl StateFile {
     /// The owner that the file names: a client of this image's that is dead.
     pub(super) fn dead_owner(&self) -> Option<String> {
         let mut text = String::new();
-        let read = (&self.file).rewind().and_then(|()| (&self.file).take(LARGEST).read_to_string(&mut text));
+        let read = (&self.file).rewind().and_then(|()| (&self.file).take(MAX_FILE_BYTES).read_to_string(&mut text));
         if let Err(error) = read {
             log::warn!("{}: {error}: a dead owner of the lock is waited for", self.path.display());
             return None;

@@ -9,7 +9,7 @@ use crate::base::rate_limit::Throttle;
 use crate::disk::{ChangedWrite, Event, Events, StableWritesStatus};
 
 /// Changes shown in the status.
-const MOST_CHANGES: usize = 8;
+const MAX_CHANGES: usize = 8;
 
 /// What one queue counts. Written by its thread alone.
 #[derive(Default)]
@@ -78,7 +78,7 @@ impl Tallies {
         let (is_first, admitted) = {
             let mut state = self.state.lock().expect("no panic while held");
             let is_first = state.recent.is_empty();
-            if state.recent.len() == MOST_CHANGES {
+            if state.recent.len() == MAX_CHANGES {
                 state.recent.pop_front();
             }
             state.recent.push_back(ChangedWrite { offset, length: len, when });

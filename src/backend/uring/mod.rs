@@ -121,16 +121,16 @@ const MAX_CANCEL_WAITS: usize = 20;
 const CANCEL_WAIT: Duration = Duration::from_millis(500);
 
 /// Watches that fit beside the commands: kick, wake, the owner's mailbox.
-const MOST_WATCHES: usize = 8;
+const MAX_WATCHES: usize = 8;
 
 /// The image, the one registered file.
 const FILE: types::Fixed = types::Fixed(0);
 
 /// iovecs in one call (UIO_MAXIOV).
-const MOST_IOVECS: usize = 1024;
+const MAX_IOVECS: usize = 1024;
 
 /// EINTR in a row on one command, or EAGAIN on one that is no transfer, before it is given up.
-const MOST_RETRIES: u32 = 1000;
+const MAX_RETRIES: u32 = 1000;
 
 impl<J> Ring<J> {
     /// A ring for at most `depth` commands at once on `file`, which the caller keeps open for longer than the ring.
@@ -139,7 +139,7 @@ impl<J> Ring<J> {
         let ring = match USED.take() {
             Some(used) => used,
             None => {
-                let ring = match prepared::take(depth + MOST_WATCHES)? {
+                let ring = match prepared::take(depth + MAX_WATCHES)? {
                     Source::Made(ring) => ring,
                     // SAFETY: `prepare` made this io_uring and has these parameters from the kernel; nothing else owns
                     // the descriptor.
@@ -158,7 +158,7 @@ impl<J> Ring<J> {
             free: (0..depth).rev().collect(),
             watches: Vec::new(),
             submission,
-            queued: Vec::with_capacity(depth + MOST_WATCHES),
+            queued: Vec::with_capacity(depth + MAX_WATCHES),
             unsubmitted: false,
         })
     }
@@ -172,7 +172,7 @@ impl<J> Ring<J> {
 
     /// Reports each write to the eventfd `fd` as `Fired(token)`, and once at the start if its count is not zero.
     pub(super) fn watch(&mut self, token: u32, fd: BorrowedFd<'_>) -> io::Result<()> {
-        if self.watches.len() == MOST_WATCHES {
+        if self.watches.len() == MAX_WATCHES {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many watched descriptors"));
         }
         self.watches.push(Watch { fd: fd.try_clone_to_owned()?, token, armed: false });
@@ -402,7 +402,7 @@ impl<J> Active<J> {
         }
         if result == -libc::EINTR || result == -libc::EAGAIN {
             self.retries += 1;
-            return if self.retries < MOST_RETRIES { After::Again } else { After::Over(Err(Errno(libc::EIO))) };
+            return if self.retries < MAX_RETRIES { After::Again } else { After::Over(Err(Errno(libc::EIO))) };
         }
         if result < 0 {
             return After::Over(Err(Errno(-result)));
@@ -447,13 +447,13 @@ impl<J> Active<J> {
             }
             Command::Transfer(transfer) => {
                 let whole = self.done == 0 && transfer.from == 0 && transfer.len == transfer.buf.len();
-                let iovecs = if whole && transfer.buf.iovecs().len() <= MOST_IOVECS {
+                let iovecs = if whole && transfer.buf.iovecs().len() <= MAX_IOVECS {
                     transfer.buf.iovecs()
                 } else {
                     self.rest.clear();
                     transfer.buf.push_range(transfer.from + self.done, transfer.len - self.done, &mut self.rest);
                     // More than that comes back as a short transfer and goes on.
-                    self.rest.truncate(MOST_IOVECS);
+                    self.rest.truncate(MAX_IOVECS);
                     &self.rest
                 };
                 let (entry, asked) = transfer.entry(file, iovecs, transfer.offset + self.done as u64);

@@ -1,5 +1,5 @@
 //! How the models run: many orders of the threads, drawn at random from a seed. A thread that waits looks again and
-//! again, so a lost wake-up is a run that does not end, and fails when it has taken [`MOST_STEPS`].
+//! again, so a lost wake-up is a run that does not end, and fails when it has taken [`MAX_STEPS`].
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -49,12 +49,12 @@ pub(crate) fn planted(mutant: Mutant) -> bool {
 /// Orders that each model tries; `make check-deep` wants more (VIRTIOBLKD_ORDERS).
 const ORDERS: usize = 1000;
 /// A run that ends takes some hundreds.
-const MOST_STEPS: usize = 20_000;
+const MAX_STEPS: usize = 20_000;
 const SEED: u64 = 7;
 
 fn run(model: impl Fn() + Send + Sync + 'static) {
     let mut config = Config::new();
-    config.max_steps = MaxSteps::FailAfter(MOST_STEPS);
+    config.max_steps = MaxSteps::FailAfter(MAX_STEPS);
     config.failure_persistence = FailurePersistence::None;
     let orders = std::env::var("VIRTIOBLKD_ORDERS").map_or(ORDERS, |orders| orders.parse().expect("a number"));
     Runner::new(RandomScheduler::new_from_seed(SEED, orders), config).run(model);

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::show;
 use virtioblkd::base::logging;
-use virtioblkd::control::client::{Client, Failure, Message, PATIENCE};
+use virtioblkd::control::client::{Client, Failure, Message, REPLY_TIMEOUT};
 use virtioblkd::snapshot::spawn;
 
 /// Our own failure, as timeout(1), env(1) and nice(1) say it.
@@ -40,7 +40,7 @@ struct Hold {
 pub fn run(mut client: Client, arguments: Value, timeout: Duration, command: &[OsString]) -> Result<u8, Failure> {
     let lease = Duration::from_millis(arguments["lease-ms"].as_u64().unwrap_or(0));
     // Until here a signal ends us, and with our connection the quiesce.
-    let answer = client.ask("quiesce", arguments, timeout + PATIENCE)?;
+    let answer = client.ask("quiesce", arguments, timeout + REPLY_TIMEOUT)?;
     let token = answer["token"].as_str().unwrap_or_default().to_owned();
     logging::say(format_args!("the disk is held: {}", show::figures(&answer)));
     let mut hold = Hold { client, token, lease, lost: None, renew_at: Instant::now() + lease / 3 };
@@ -107,7 +107,7 @@ impl Hold {
     /// Reads what the daemon said (`readable`: there is something in the socket); the end of our hold is what matters.
     fn listen(&mut self, mut readable: bool) {
         while self.lost.is_none() && (std::mem::take(&mut readable) || self.client.has_more()) {
-            match self.client.next(Some(Instant::now() + PATIENCE)) {
+            match self.client.next(Some(Instant::now() + REPLY_TIMEOUT)) {
                 Ok(Message::Event(event)) if event["event"] == "RESUMED" && event["data"]["token"] == *self.token => {
                     self.lose(match event["data"]["reason"].as_str() {
                         Some("lease-expired") => "its lease ran out".to_owned(),
@@ -144,7 +144,7 @@ impl Hold {
         if self.lost.is_some() {
             return;
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + REPLY_TIMEOUT;
         let mut sent = self.client.send("resume", json!({"token": self.token}));
         while sent.is_ok() {
             match self.client.next(Some(deadline)) {

@@ -28,8 +28,8 @@ use virtioblkd::base::logging;
 use virtioblkd::base::units::bytes;
 pub(crate) use virtioblkd::base::units::time as duration;
 use virtioblkd::config::disk_size;
-use virtioblkd::control::client::{Client, Failure, PATIENCE};
-use virtioblkd::control::protocol::LONGEST_WHO;
+use virtioblkd::control::client::{Client, Failure, REPLY_TIMEOUT};
+use virtioblkd::control::protocol::MAX_WHO;
 
 /// Ask a running virtioblkd, and hold its disk still
 #[derive(Parser)]
@@ -241,14 +241,14 @@ fn helper(serve: fn(OwnedFd) -> ExitCode) -> ExitCode {
 
 fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
     let text = match &cli.what {
-        What::Status => page(cli, &client.ask("query-status", json!({}), PATIENCE)?, show::status),
-        What::Stats => page(cli, &client.ask("query-stats", json!({}), PATIENCE)?, show::stats),
+        What::Status => page(cli, &client.ask("query-status", json!({}), REPLY_TIMEOUT)?, show::status),
+        What::Stats => page(cli, &client.ask("query-stats", json!({}), REPLY_TIMEOUT)?, show::stats),
         What::Quiesce(quiesce) => {
             let arguments = arguments(quiesce);
             if !quiesce.command.is_empty() {
                 return hold::run(client, arguments, quiesce.timeout, &quiesce.command);
             }
-            let answer = client.ask("quiesce", arguments, quiesce.timeout + PATIENCE)?;
+            let answer = client.ask("quiesce", arguments, quiesce.timeout + REPLY_TIMEOUT)?;
             if !cli.json {
                 // Standard output has the token alone, for TOKEN=$(...).
                 logging::say(format_args!("the disk is held: {}", show::figures(&answer)));
@@ -260,10 +260,10 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
                 Some(token) => json!({"token": token}),
                 None => json!({"all": true}),
             };
-            page(cli, &client.ask("resume", arguments, PATIENCE)?, resumed)
+            page(cli, &client.ask("resume", arguments, REPLY_TIMEOUT)?, resumed)
         }
         What::Copies(Copies { change: None }) => {
-            page(cli, &client.ask("query-copies", json!({}), PATIENCE)?, show::copies)
+            page(cli, &client.ask("query-copies", json!({}), REPLY_TIMEOUT)?, show::copies)
         }
         What::Copies(Copies { change: Some(change) }) => {
             let (command, arguments) = match change {
@@ -272,7 +272,7 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
                     ("copy-bandwidth", json!({"copy": copy, "bandwidth": bandwidth}))
                 }
             };
-            page(cli, &client.ask(command, arguments, PATIENCE)?, |_| String::new())
+            page(cli, &client.ask(command, arguments, REPLY_TIMEOUT)?, |_| String::new())
         }
         What::Continue => {
             let readable = |answer: &Value| match answer["retried"].as_u64() {
@@ -281,7 +281,7 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
                     format!("{some} failed request(s) are tried again; 'status' shows whether they fail again\n")
                 }
             };
-            page(cli, &client.ask("continue", json!({}), PATIENCE)?, readable)
+            page(cli, &client.ask("continue", json!({}), REPLY_TIMEOUT)?, readable)
         }
         What::Resize(Resize { size, force }) => {
             let mut arguments = json!({"force": force});
@@ -289,7 +289,7 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
                 arguments["size"] = json!(size);
             }
             let readable = |answer: &Value| format!("the guest's disk has {} bytes\n", answer["size"]);
-            page(cli, &client.ask("resize", arguments, PATIENCE)?, readable)
+            page(cli, &client.ask("resize", arguments, REPLY_TIMEOUT)?, readable)
         }
         What::Upgrade(options) => match upgrade::run(options, path, client)? {
             upgrade::Outcome::Done(figures) => page(cli, &figures, upgrade::readable),
@@ -299,7 +299,7 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
         What::Snapshot(_) | What::Attend(_) | What::Guard | What::Cloner => {
             return Err(Failure::new("internal", "this command is run elsewhere"));
         }
-        What::Quit => page(cli, &client.ask("quit", json!({}), PATIENCE)?, |_| "the daemon ends\n".to_owned()),
+        What::Quit => page(cli, &client.ask("quit", json!({}), REPLY_TIMEOUT)?, |_| "the daemon ends\n".to_owned()),
     };
     print(&text)?;
     Ok(0)
@@ -315,7 +315,7 @@ fn arguments(quiesce: &Quiesce) -> Value {
         format!("virtioblkctl quiesce{}", command.unwrap_or_default())
     };
     let mut who = quiesce.who.clone().unwrap_or_else(user);
-    while who.len() > LONGEST_WHO {
+    while who.len() > MAX_WHO {
         who.pop();
     }
     json!({

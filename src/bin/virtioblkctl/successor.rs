@@ -11,7 +11,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
-use virtioblkd::control::client::{Client, PATIENCE};
+use virtioblkd::control::client::{Client, REPLY_TIMEOUT};
 use virtioblkd::snapshot::spawn;
 use virtioblkd::upgrade::STARTER_VARIABLE;
 
@@ -102,7 +102,7 @@ fn start(mut command: Command, signals: &Signals, until: Instant) -> Result<Succ
         Wait::Signal(signal) => return Err(Why::Signal(signal, false)),
         Wait::Late => return Err(Why::Late(false)),
     }
-    let mut child = match started.recv_timeout(PATIENCE) {
+    let mut child = match started.recv_timeout(REPLY_TIMEOUT) {
         Ok(spawned) => spawned.map_err(Why::NotStarted)?,
         Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return Err(Why::Late(false)),
     };
@@ -163,7 +163,8 @@ impl Successor {
             _ => {}
         }
         // Clients are answered by the old one only when it is not about to say `Go`, and it says that no more.
-        let status = Client::connect(control).and_then(|mut client| client.ask("query-status", json!({}), PATIENCE));
+        let status =
+            Client::connect(control).and_then(|mut client| client.ask("query-status", json!({}), REPLY_TIMEOUT));
         match status {
             Ok(status) if status["daemon"]["pid"] == *old_pid => {
                 // It is not waited for, so its number is still its own. It has died before, or the wait below says so.

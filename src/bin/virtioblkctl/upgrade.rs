@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::{Value, json};
 use virtioblkd::base::logging;
-use virtioblkd::control::client::{Client, Failure, PATIENCE};
+use virtioblkd::control::client::{Client, Failure, REPLY_TIMEOUT};
 use virtioblkd::control::is_trusted;
 
 use crate::duration;
@@ -66,8 +66,8 @@ pub enum Outcome {
 
 /// Starts the new daemon and waits until it has taken over.
 pub fn run(options: &Upgrade, control: &Path, mut client: Client) -> Result<Outcome, Failure> {
-    let status = client.ask("query-status", json!({}), PATIENCE)?;
-    let line = match client.ask("query-command-line", json!({}), PATIENCE) {
+    let status = client.ask("query-status", json!({}), REPLY_TIMEOUT)?;
+    let line = match client.ask("query-command-line", json!({}), REPLY_TIMEOUT) {
         // It has arguments that are no text; they are not needed.
         Err(failure) if failure.code == "no-upgrade" && options.config.is_some() => Value::Null,
         line => line?,

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use virtioblkd::base::logging;
-use virtioblkd::control::client::{Client, Failure, Message, PATIENCE};
+use virtioblkd::control::client::{Client, Failure, Message, REPLY_TIMEOUT};
 
 use crate::{print, show};
 
@@ -59,7 +59,7 @@ fn watch(mut client: Client, json: bool) -> Result<End, Failure> {
 fn reconnect(path: &Path) -> Result<Client, Failure> {
     let deadline = Instant::now() + RECONNECT_TIMEOUT;
     loop {
-        match Client::connect_within(path, PATIENCE) {
+        match Client::connect_within(path, REPLY_TIMEOUT) {
             Ok(client) => return Ok(client),
             Err(failure) if Instant::now() >= deadline => {
                 let message = format!("the daemon has ended, and no other came: {}", failure.message);

@@ -5,10 +5,10 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 
 use super::Error;
-use super::LONGEST;
+use super::MAX_TIMEOUT;
 
 /// The longest `who`, in bytes.
-pub const LONGEST_WHO: usize = 256;
+pub const MAX_WHO: usize = 256;
 
 /// The arguments of one command. Each reader takes its own out; what is left at the end is unknown.
 pub(in crate::control) struct Args<'a> {
@@ -35,7 +35,7 @@ impl Args<'_> {
     }
 
     pub(in crate::control) fn milliseconds(&mut self, name: &str) -> Result<Option<Duration>, Error> {
-        let most = LONGEST.as_millis() as u64;
+        let most = MAX_TIMEOUT.as_millis() as u64;
         let Some(value) = self.given.remove(name) else { return Ok(None) };
         match value.as_u64() {
             Some(number) if (1..=most).contains(&number) => Ok(Some(Duration::from_millis(number))),

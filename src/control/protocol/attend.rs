@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Args, Command, Error, LONGEST_WHO};
+use super::{Args, Command, Error, MAX_WHO};
 
 /// What an attendant says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,15 +30,15 @@ pub enum AttendCommand {
 pub(super) fn parse_attend(args: &mut Args) -> Result<Command, Error> {
     Ok(Command::Attend(AttendCommand::Attend {
         required: args.boolean("required")?.unwrap_or(true),
-        patience: args.milliseconds("timeout-ms")?.unwrap_or(DEFAULT_PATIENCE),
-        who: args.text("who", LONGEST_WHO)?,
+        patience: args.milliseconds("timeout-ms")?.unwrap_or(DEFAULT_TIMEOUT),
+        who: args.text("who", MAX_WHO)?,
     }))
 }
 
 pub(super) fn parse_prepared(args: &mut Args) -> Result<Command, Error> {
     let Some(id) = args.number("id")? else { return Err(Error::argument("prepared needs 'id', as PREPARE had it")) };
-    let level = args.text("level", LONGEST_WHO)?;
-    let result = match (args.text("error", LONGEST_COMPLAINT)?, level) {
+    let level = args.text("level", MAX_WHO)?;
+    let result = match (args.text("error", MAX_COMPLAINT)?, level) {
         (None, level) => Ok(level),
         (Some(error), None) => Err(error),
         (Some(_), Some(_)) => return Err(Error::argument("prepared takes 'level' or 'error', not both")),
@@ -51,7 +51,7 @@ pub(super) fn parse_unattend(_: &mut Args) -> Result<Command, Error> {
 }
 
 /// How long an attendant may take when `timeout-ms` is not given.
-const DEFAULT_PATIENCE: Duration = Duration::from_secs(10);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The longest complaint of an attendant, in bytes.
-const LONGEST_COMPLAINT: usize = 4096;
+const MAX_COMPLAINT: usize = 4096;

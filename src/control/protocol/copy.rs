@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-use super::{Args, Command, Error, LONGEST_WHO};
+use super::{Args, Command, Error, MAX_WHO};
 use crate::disk::CopyOptions;
 
 /// The longest path, in bytes (PATH_MAX).
-const LONGEST_PATH: usize = 4096;
+const MAX_PATH: usize = 4096;
 
 /// What a client may ask about copies.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,7 +42,7 @@ pub enum CopyCommand {
 }
 
 pub(super) fn parse_prepare(args: &mut Args) -> Result<Command, Error> {
-    let Some(target) = args.text("target", LONGEST_PATH)? else {
+    let Some(target) = args.text("target", MAX_PATH)? else {
         return Err(Error::argument("copy-prepare needs 'target', the absolute path of the new file"));
     };
     let target = PathBuf::from(target);
@@ -58,7 +58,7 @@ pub(super) fn parse_prepare(args: &mut Args) -> Result<Command, Error> {
 
 pub(super) fn parse_start(args: &mut Args) -> Result<Command, Error> {
     let copy = named(args)?;
-    match args.text("token", LONGEST_WHO)? {
+    match args.text("token", MAX_WHO)? {
         Some(token) => Ok(Command::Copy(CopyCommand::Start { copy, token })),
         None => Err(Error::argument("copy-start needs 'token', as quiesce returned it")),
     }
@@ -81,7 +81,7 @@ pub(super) fn parse_query(_: &mut Args) -> Result<Command, Error> {
 }
 
 fn named(args: &mut Args) -> Result<String, Error> {
-    let copy = args.text("copy", LONGEST_WHO)?;
+    let copy = args.text("copy", MAX_WHO)?;
     copy.ok_or_else(|| Error::argument(format!("{} needs 'copy', as copy-prepare returned it", args.command)))
 }
 

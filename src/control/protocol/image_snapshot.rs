@@ -1,6 +1,6 @@
 //! The commands for snapshots that the image's own store makes, and their arguments.
 
-use super::{Args, Command, Error, LONGEST_WHO};
+use super::{Args, Command, Error, MAX_WHO};
 
 /// What a client may ask about them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,7 +26,7 @@ pub enum ImageSnapshotCommand {
 
 pub(super) fn parse_create(args: &mut Args) -> Result<Command, Error> {
     let name = named(args)?;
-    match args.text("token", LONGEST_WHO)? {
+    match args.text("token", MAX_WHO)? {
         Some(token) => Ok(Command::ImageSnapshot(ImageSnapshotCommand::Create { name, token })),
         None => Err(Error::argument("image-snapshot needs 'token', as quiesce returned it")),
     }
@@ -41,6 +41,6 @@ pub(super) fn parse_remove(args: &mut Args) -> Result<Command, Error> {
 }
 
 fn named(args: &mut Args) -> Result<String, Error> {
-    let name = args.text("name", LONGEST_WHO)?.filter(|name| !name.is_empty());
+    let name = args.text("name", MAX_WHO)?.filter(|name| !name.is_empty());
     name.ok_or_else(|| Error::argument(format!("{} needs 'name', the snapshot's", args.command)))
 }

@@ -2,7 +2,7 @@
 //!
 //! A client may send no newline, many, two requests in one write or one request in a hundred writes (`qemu.qmp` sends
 //! no newline at all), so the end of a request is where its brackets close. [`Decoder`] looks at each byte once: the
-//! work is linear however the bytes are cut, and the memory is bounded by [`MOST_BYTES`].
+//! work is linear however the bytes are cut, and the memory is bounded by [`MAX_BYTES`].
 //!
 //! After garbage, reading goes on behind the next newline or 0xFF (the reset byte of QEMU's clients). What is merely
 //! too long or too deep is skipped up to the end of its own brackets, and a bracket too many costs only itself, so that
@@ -11,19 +11,19 @@
 use serde_json::Value;
 
 /// The longest request, in bytes.
-pub const MOST_BYTES: usize = 64 * 1024;
+pub const MAX_BYTES: usize = 64 * 1024;
 
 /// The deepest nesting. Below `serde_json`'s own limit of 128, so that ours is the message.
-pub const MOST_DEPTH: u32 = 64;
+pub const MAX_DEPTH: u32 = 64;
 
 /// What is wrong with the bytes. Reported once for what is skipped, however long it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Garbage {
     /// A byte that no JSON object holds at this place.
     Stray(u8),
-    /// Longer than [`MOST_BYTES`].
+    /// Longer than [`MAX_BYTES`].
     TooLong,
-    /// Deeper than [`MOST_DEPTH`].
+    /// Deeper than [`MAX_DEPTH`].
     TooDeep,
     /// 0xFF in the middle of a request: the client gave it up.
     Reset,
@@ -40,8 +40,8 @@ impl std::fmt::Display for Garbage {
             Garbage::Stray(byte) => {
                 write!(f, "a request is a JSON object, and byte 0x{byte:02x} cannot stand here")
             }
-            Garbage::TooLong => write!(f, "the request is longer than {MOST_BYTES} bytes"),
-            Garbage::TooDeep => write!(f, "the request is nested deeper than {MOST_DEPTH} levels"),
+            Garbage::TooLong => write!(f, "the request is longer than {MAX_BYTES} bytes"),
+            Garbage::TooDeep => write!(f, "the request is nested deeper than {MAX_DEPTH} levels"),
             Garbage::Reset => write!(f, "the request was cut off by a reset byte (0xff)"),
             Garbage::Invalid(why) => write!(f, "the request is not valid JSON: {why}"),
         }
@@ -153,10 +153,10 @@ impl Decoder {
         if self.skipping {
             return None;
         }
-        if self.depth > MOST_DEPTH {
+        if self.depth > MAX_DEPTH {
             return self.skip(Garbage::TooDeep);
         }
-        if self.frame.len() >= MOST_BYTES {
+        if self.frame.len() >= MAX_BYTES {
             return self.skip(Garbage::TooLong);
         }
         None
@@ -198,7 +198,7 @@ mod tests {
                 let (taken, found) = decoder.feed(part);
                 part = &part[taken..];
                 all.extend(found);
-                assert!(decoder.frame.len() <= MOST_BYTES);
+                assert!(decoder.frame.len() <= MAX_BYTES);
             }
         }
         all
@@ -254,7 +254,7 @@ mod tests {
         input.extend_from_slice(b"\"}{\"a\":7}");
         assert_eq!(outcomes(&input, 4096), [Err(Garbage::TooLong), Ok(json!({"a": 7}))]);
         let mut fits = b"{\"a\":\"".to_vec();
-        fits.resize(MOST_BYTES - 2, b'x');
+        fits.resize(MAX_BYTES - 2, b'x');
         fits.extend_from_slice(b"\"}");
         assert!(outcomes(&fits, 4096)[0].is_ok(), "exactly the limit is allowed");
     }

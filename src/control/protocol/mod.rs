@@ -154,7 +154,7 @@ use serde_json::{Map, Value, json};
 use super::access::Access;
 
 pub(super) use args::Args;
-pub use args::LONGEST_WHO;
+pub use args::MAX_WHO;
 use args::shown;
 pub use attend::AttendCommand;
 pub use copy::CopyCommand;
@@ -166,7 +166,7 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a quiesce lasts when `lease-ms` is not given.
 pub const DEFAULT_LEASE: Duration = Duration::from_secs(30);
 /// The longest timeout and lease: an hour. A guest that is frozen for longer is a mistake.
-pub const LONGEST: Duration = Duration::from_secs(3600);
+pub const MAX_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// What a client may ask.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -361,13 +361,13 @@ fn parse_quiesce(args: &mut Args) -> Result<Command, Error> {
         timeout: args.milliseconds("timeout-ms")?.unwrap_or(DEFAULT_TIMEOUT),
         lease: args.milliseconds("lease-ms")?.unwrap_or(DEFAULT_LEASE),
         detached: args.boolean("detached")?.unwrap_or(false),
-        who: args.text("who", LONGEST_WHO)?,
+        who: args.text("who", MAX_WHO)?,
     }))
 }
 
 fn parse_renew(args: &mut Args) -> Result<Command, Error> {
     let lease = args.milliseconds("lease-ms")?.unwrap_or(DEFAULT_LEASE);
-    match args.text("token", LONGEST_WHO)? {
+    match args.text("token", MAX_WHO)? {
         Some(token) => Ok(Command::RenewLease { token, lease }),
         None => Err(Error::argument("renew-lease needs 'token', as quiesce returned it")),
     }
@@ -375,7 +375,7 @@ fn parse_renew(args: &mut Args) -> Result<Command, Error> {
 
 fn parse_resume(args: &mut Args) -> Result<Command, Error> {
     let all = args.boolean("all")?.unwrap_or(false);
-    match (args.text("token", LONGEST_WHO)?, all) {
+    match (args.text("token", MAX_WHO)?, all) {
         (Some(token), false) => Ok(Command::Resume { token }),
         (None, true) => Ok(Command::ResumeAll),
         (Some(_), true) => Err(Error::argument("resume takes 'token' or 'all', not both")),

@@ -27,9 +27,9 @@ pub const STORE: PeerId = 0;
 pub type RequestId = u64;
 
 /// Holders and waiting requests at most.
-pub const MOST_HOLDERS: usize = 64;
+pub const MAX_HOLDERS: usize = 64;
 /// How many ended holds are remembered, so that a late `resume` can be told what became of its hold.
-const MOST_ENDED: usize = 64;
+const MAX_ENDED: usize = 64;
 
 /// Who asked, as far as the kernel and the client tell.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -72,7 +72,7 @@ pub enum Refusal {
     NotOurs,
     /// Somebody resumed everything, or whoever asked gave up.
     Cancelled,
-    /// [`MOST_HOLDERS`].
+    /// [`MAX_HOLDERS`].
     TooMany,
     /// The disk was held for as long as its holders together may hold it.
     MaxHold,
@@ -207,7 +207,7 @@ impl Coordinator {
 
     /// A `quiesce`. Answered by exactly one [`Effect::Granted`] or [`Effect::Refused`], unless its connection ends.
     pub fn quiesce(&mut self, ask: Ask, now: Instant) {
-        if self.waiting.len() + self.holds.len() >= MOST_HOLDERS {
+        if self.waiting.len() + self.holds.len() >= MAX_HOLDERS {
             self.refuse(ask, Refusal::TooMany);
             return;
         }
@@ -417,7 +417,7 @@ impl Coordinator {
         let mut holders = self.holds.len() + ended.len();
         for hold in ended {
             holders -= 1;
-            if self.ended.len() == MOST_ENDED {
+            if self.ended.len() == MAX_ENDED {
                 self.ended.pop_front();
             }
             self.ended.push_back((hold.token.clone(), reason));

@@ -190,12 +190,12 @@ fn a_cancelled_request_is_refused_and_takes_nobody_along() {
 fn holders_are_bounded() {
     let now = Instant::now();
     let mut c = Coordinator::default();
-    for request in 0..=MOST_HOLDERS as u64 {
+    for request in 0..=MAX_HOLDERS as u64 {
         c.quiesce(ask(request, 1), now);
     }
     assert_eq!(words(&mut c), ["close 1", "refused 64 TooMany"]);
     c.shutdown(now);
-    assert_eq!(words(&mut c).len(), 1 + MOST_HOLDERS, "open, and an answer for each");
+    assert_eq!(words(&mut c).len(), 1 + MAX_HOLDERS, "open, and an answer for each");
 }
 
 #[test]

@@ -18,7 +18,7 @@ pub const SECTOR: u64 = 512;
 const SIZE_MAX: u32 = 4 << 20;
 
 /// Most data segments in a request, whatever the ring: Linux's IOV_MAX, less header and status.
-const MOST_SEGMENTS: u32 = 1022;
+const MAX_SEGMENTS: u32 = 1022;
 
 /// Segments offered when the ring's size is not known to be larger: QEMU's default ring of 128, less header and
 /// status. A driver without INDIRECT_DESC must fit a whole request into its ring.
@@ -129,7 +129,7 @@ pub fn sectors(bytes: u64) -> u32 {
 
 /// seg_max of the configuration space. `queue_size` is the largest ring that a front-end may set up.
 pub(in crate::virtio) fn max_segments(queue_size: u16) -> u32 {
-    u32::from(queue_size).min(USUAL_RING).saturating_sub(2).clamp(1, MOST_SEGMENTS)
+    u32::from(queue_size).min(USUAL_RING).saturating_sub(2).clamp(1, MAX_SEGMENTS)
 }
 
 /// Answers GET_CONFIG: exactly `size` bytes from `offset`, zeroes past the end of what we know. Some front-ends

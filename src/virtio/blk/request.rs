@@ -38,7 +38,7 @@ const GET_ID_OUT: u32 = VIRTIO_BLK_T_GET_ID | VIRTIO_BLK_T_OUT;
 /// Bytes of the serial that GET_ID returns at most.
 pub const ID_BYTES: usize = 20;
 /// More data segments than Linux takes in one vectored call (IOV_MAX) are refused.
-const MOST_SEGMENTS: usize = 1024;
+const MAX_SEGMENTS: usize = 1024;
 
 /// What the guest asks, checked against the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,7 +103,7 @@ pub struct Malformed {
 }
 
 /// Segments that a parser keeps room for between requests.
-const KEPT_SEGMENTS: usize = 2 * MOST_SEGMENTS;
+const KEPT_SEGMENTS: usize = 2 * MAX_SEGMENTS;
 
 /// Takes chains apart. Keeps its lists between requests, so that parsing allocates nothing; but not those of a chain
 /// that no driver would make, of which each ring might have been sent one.
@@ -270,7 +270,7 @@ impl Parser {
 
 /// The byte range of a read or write.
 fn data_range(sector: u64, segments: &[Segment], geometry: &Geometry) -> Result<(u64, u32), Status> {
-    if segments.len() > MOST_SEGMENTS {
+    if segments.len() > MAX_SEGMENTS {
         return Err(IOERR);
     }
     let len = total(segments);

@@ -50,7 +50,7 @@ impl HandedOver {
     /// The kernel may be about to close what the other process had open.
     fn take_back(&self) {
         let backend = self.device.rings.backend();
-        let end = Instant::now() + TAKE_BACK;
+        let end = Instant::now() + RECLAIM_TIMEOUT;
         while let Err(error) = backend.take_over() {
             if Instant::now() > end {
                 log::error!("the image was given up for another process and cannot be taken back yet: {error}");
@@ -81,7 +81,7 @@ pub(crate) struct Steps {
 }
 
 /// How long the image is tried to be had again before the guest's rings are left to wait for it.
-const TAKE_BACK: Duration = Duration::from_secs(2);
+const RECLAIM_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Device {
     /// Goes on from what another process counted. Before [`Device::adopt`].

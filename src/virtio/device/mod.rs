@@ -125,7 +125,7 @@ impl Device {
     pub(super) fn converse(&self, mut talk: Talk) -> String {
         let watch = Watch::start(&self.rings);
         let end = loop {
-            let timeout = talk.ours().waits_for_image().then_some(activation::RETRY);
+            let timeout = talk.ours().waits_for_image().then_some(activation::RETRY_INTERVAL);
             match backend_channel::wait_for_message(&talk.line.stream, &talk.line.bell, timeout) {
                 backend_channel::Woken::Message => {}
                 backend_channel::Woken::Time => {

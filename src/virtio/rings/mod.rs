@@ -75,7 +75,7 @@ pub(super) const SHARE_MEMORY: &str = "QEMU: use -object memory-backend-memfd,id
      memory-backend=mem; libvirt: <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>";
 
 /// Storage that does not answer in this time hangs; the control thread waits no longer.
-const HANGS: Duration = Duration::from_secs(2);
+const STORAGE_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Rings {
     /// For a disk on `backend` in this mode; what happens goes to `events`.
@@ -214,7 +214,7 @@ impl Rings {
             self.resizing.store(false, Release);
             return Err(format!("no thread to resize in: {error}; raise the limit on threads"));
         }
-        result.recv_timeout(HANGS).unwrap_or_else(|_| {
+        result.recv_timeout(STORAGE_TIMEOUT).unwrap_or_else(|_| {
             Err("the image's storage does not answer; once it does, the guest is told of the new size".into())
         })
     }

@@ -11,7 +11,7 @@ use super::region::whole_pages;
 use super::sigbus::{Watched, Wire};
 
 /// Memory regions that a front-end may add (QEMU asks; its own limit is 512).
-pub const MOST_REGIONS: u64 = 509;
+pub const MAX_REGIONS: u64 = 509;
 
 /// The memory table of one connection. A ring that runs holds its own `Arc` of the table it started with, so a region stays
 /// mapped until the last ring that may touch it has stopped.
@@ -77,9 +77,9 @@ impl MemoryTable {
 
     /// ADD_MEM_REG.
     pub fn add(&mut self, region: &VhostUserSingleMemoryRegion, file: File) -> Result<()> {
-        if self.mappings.len() as u64 >= MOST_REGIONS {
+        if self.mappings.len() as u64 >= MAX_REGIONS {
             log::error!(
-                "the front-end adds more than the {MOST_REGIONS} memory regions that GET_MAX_MEM_SLOTS told it of"
+                "the front-end adds more than the {MAX_REGIONS} memory regions that GET_MAX_MEM_SLOTS told it of"
             );
             return Err(Error::InvalidParam);
         }

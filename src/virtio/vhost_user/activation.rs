@@ -3,7 +3,7 @@
 //! the memory table, a ring set up anew) keep it.
 //!
 //! An image that cannot be had (another host holds its lock) keeps the rings from running, and the guest waits. Status
-//! and an event say so, and the vhost-user thread tries again every [`RETRY`] until it succeeds or the front-end stops
+//! and an event say so, and the vhost-user thread tries again every [`RETRY_INTERVAL`] until it succeeds or the front-end stops
 //! the rings: whatever front-end it is, the guest goes on by itself once the image is free. To run the ring and fail
 //! its requests instead would cost the guest its filesystem for what passes by itself, such as a migration's hand-over.
 //!
@@ -16,7 +16,7 @@ use std::time::Duration;
 use crate::virtio::rings::Rings;
 
 /// How long until a refused image is tried again.
-pub(in crate::virtio) const RETRY: Duration = Duration::from_secs(1);
+pub(in crate::virtio) const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// One connection's claim to the image. Owned by the handler; the vhost-user thread.
 #[derive(Default)]

@@ -22,7 +22,7 @@ use crate::virtio::blk::request::ID_BYTES;
 use crate::virtio::rings::{Rings, SHARE_MEMORY, Stop};
 use crate::virtio::shared_memory::dirty_log::DirtyLog;
 use crate::virtio::shared_memory::inflight::{Inflight, MAX_ENTRIES};
-use crate::virtio::shared_memory::memory_table::{MOST_REGIONS, MemoryTable};
+use crate::virtio::shared_memory::memory_table::{MAX_REGIONS, MemoryTable};
 use crate::virtio::shared_memory::sigbus::Wire;
 use crate::virtio::virtqueue::split_ring::Place;
 use crate::virtio::worker::stopped_ring::Stopped;
@@ -404,7 +404,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
-        Ok(MOST_REGIONS)
+        Ok(MAX_REGIONS)
     }
 
     fn add_mem_region(

@@ -18,7 +18,7 @@ use vm_memory::{
 use crate::backend::IoBuf;
 
 /// Up to this many regions are searched one by one. A guest has two or three, unless memory is plugged into it.
-const FEW: usize = 8;
+const INLINE_SEGMENTS: usize = 8;
 
 /// A piece of guest memory: address and length.
 pub type Segment = (GuestAddress, u32);
@@ -63,7 +63,7 @@ impl Mapped {
     /// one).
     #[inline]
     fn find(&self, address: GuestAddress) -> Option<(NonNull<u8>, u64)> {
-        let few = self.regions.len() <= FEW;
+        let few = self.regions.len() <= INLINE_SEGMENTS;
         let region = if few { self.regions.iter().find(|region| region.has(address)) } else { self.search(address) }?;
         let offset = address.0 - region.start;
         // SAFETY: the region contains the address, so the offset is inside its mapping, which `memory` keeps.
@@ -210,7 +210,7 @@ mod tests {
 
     #[test]
     fn many_regions_are_searched_and_few_looked_through() {
-        for count in [1, FEW, FEW + 1, 100] {
+        for count in [1, INLINE_SEGMENTS, INLINE_SEGMENTS + 1, 100] {
             let regions: Vec<_> =
                 (0..count as u64).map(|index| (GuestAddress(index * 0x3000 + 0x1000), 0x1000)).collect();
             let memory = GuestMemoryMmap::from_ranges(&regions).unwrap();

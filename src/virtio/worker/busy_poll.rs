@@ -11,13 +11,13 @@ use super::Worker;
 use crate::virtio::rings::counters::add;
 
 /// Sleeps without a look before them, at most, after many that found nothing.
-const MOST_SKIPPED: u32 = 1024;
+const MAX_SKIPPED: u32 = 1024;
 
 /// Looks at memory between two looks at the clock. In a model one, so that a look often ends just when something comes.
-const LOOKS: u32 = if cfg!(feature = "model") { 1 } else { 16 };
+const SPINS_PER_CLOCK: u32 = if cfg!(feature = "model") { 1 } else { 16 };
 
 /// Turns in a row without asking the back-end's `wait` for wake-ups: a command must not wait for the guest to pause.
-const MOST_DEAF: u32 = 64;
+const MAX_TURNS_WITHOUT_WAIT: u32 = 64;
 
 /// When a look before a sleep is worth its while.
 #[derive(Debug)]
@@ -50,13 +50,13 @@ impl Polling {
 
     /// A look was taken.
     fn looked(&mut self, found: bool) {
-        self.penalty = if found { 0 } else { (self.penalty * 2).clamp(1, MOST_SKIPPED) };
+        self.penalty = if found { 0 } else { (self.penalty * 2).clamp(1, MAX_SKIPPED) };
         self.skip = self.penalty;
     }
 
     /// Whether one more turn may begin without asking for wake-ups.
     fn may_stay_deaf(&mut self) -> bool {
-        self.deaf = (self.deaf + 1) % MOST_DEAF;
+        self.deaf = (self.deaf + 1) % MAX_TURNS_WITHOUT_WAIT;
         self.deaf != 0
     }
 }
@@ -103,7 +103,7 @@ impl Worker {
         let _ = self.io.submit();
         let start = Instant::now();
         loop {
-            for _ in 0..LOOKS {
+            for _ in 0..SPINS_PER_CLOCK {
                 if self.ring.has_more() || self.io.has_news() {
                     return true;
                 }
@@ -132,7 +132,7 @@ mod tests {
             }
             polling.looked(false);
         }
-        assert_eq!(unprepared, (1..19).map(|n| (1 << n).min(MOST_SKIPPED)).sum::<u32>() + 1);
+        assert_eq!(unprepared, (1..19).map(|n| (1 << n).min(MAX_SKIPPED)).sum::<u32>() + 1);
         while !polling.is_due() {
             polling.slept();
         }
@@ -146,7 +146,7 @@ mod tests {
     #[test]
     fn it_never_stays_deaf_for_long() {
         let mut polling = Polling::new(Duration::from_micros(50));
-        let asked = (0..10 * MOST_DEAF).filter(|_| !polling.may_stay_deaf()).count();
+        let asked = (0..10 * MAX_TURNS_WITHOUT_WAIT).filter(|_| !polling.may_stay_deaf()).count();
         assert_eq!(asked, 10);
     }
 

@@ -136,11 +136,11 @@ struct Worker {
 
 /// Ops handed to the back-end at once at most, whatever the ring's size; more wait for their turn. An io_uring holds
 /// 32768.
-const MOST_OPS: usize = 4096;
+const MAX_OPS: usize = 4096;
 
 /// Descriptors looked at in one turn, the last chain apart: a ring full of the longest chains takes seconds, in which
 /// its worker would hear no command.
-const MOST_WALKED: u64 = 1 << 16;
+const MAX_WALKED: u64 = 1 << 16;
 
 /// No head: these have sixteen bits.
 const SYNC: OpId = OpId(1 << 16);
@@ -164,7 +164,7 @@ impl Worker {
         let backend = setup.rings.backend().clone();
         let geometry = Geometry { size: setup.rings.capacity().get(), ..backend.geometry() };
         // One more than the ring holds: the engine's sync.
-        let depth = usize::from(size).min(MOST_OPS) + 1;
+        let depth = usize::from(size).min(MAX_OPS) + 1;
         let mut io = backend.open_queue(depth).unwrap_or_else(|error| {
             let what = format!("ring {}: the image's queue cannot be opened: {error}; all I/O fails", setup.index);
             setup.rings.report(Event::ProtocolError(what));
@@ -409,7 +409,7 @@ impl Worker {
             return;
         }
         self.now = Instant::now();
-        let until = self.parser.walked() + MOST_WALKED;
+        let until = self.parser.walked() + MAX_WALKED;
         self.take_replay(until);
         if self.broken || self.held || self.stopping.is_some() || self.more {
             return;
