@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use driver::chance::Chance;
+use driver::chance::Prng;
 use driver::{ALL, Driver};
 use serde_json::json;
 use virtioblkd::control::client::Client;
@@ -97,7 +97,7 @@ fn measure(image: &Path, mode: CacheMode, options: &Options) -> Vec<Held> {
     let server = guest::Server::start(image, mode, &["--log-level", "error"]);
     let load = Load::start(&server.socket(), options.size * MIB);
     let mut operator = Client::connect(&server.control()).unwrap_or_else(|failure| panic!("{failure}"));
-    let mut chance = Chance::new(3);
+    let mut chance = Prng::new(3);
     let mut found = Vec::new();
     for _ in 0..options.rounds {
         std::thread::sleep(Duration::from_micros(20_000 + chance.below(20_000)));
@@ -206,7 +206,7 @@ impl Drop for Load {
 }
 
 fn keep_full(guest: &mut Driver, size: u64, written: &Mutex<Vec<Written>>, ended: &AtomicBool) {
-    let mut chance = Chance::new(11);
+    let mut chance = Prng::new(11);
     let mut asked = vec![(Instant::now(), false); QUEUES * DEPTH];
     let mut ask = |guest: &mut Driver, queue: usize, slot: usize, asked: &mut [(Instant, bool)]| {
         let (offset, write) = (chance.below(size / BLOCK as u64) * BLOCK as u64, chance.below(2) == 0);

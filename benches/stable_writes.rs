@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use virtioblkd::backend::bounce_pool::Depot;
+use virtioblkd::backend::bounce_pool::BouncePool;
 use virtioblkd::backend::file::{FileBackend, FileOptions};
 use virtioblkd::backend::null::NullBackend;
 use virtioblkd::backend::stable::{StableBackend, StableWrites};
@@ -54,7 +54,12 @@ fn disk(path: Option<&Path>, how: StableWrites) -> StableBackend {
         }
         None => Arc::new(NullBackend::new(IMAGE, 512)),
     };
-    StableBackend::new(image, how, Depot::new(Depot::DEFAULT_BYTES), Arc::new(Events::new().expect("an eventfd")))
+    StableBackend::new(
+        image,
+        how,
+        BouncePool::new(BouncePool::DEFAULT_BYTES),
+        Arc::new(Events::new().expect("an eventfd")),
+    )
 }
 
 fn compare(name: &str, path: Option<&Path>, size: usize) {

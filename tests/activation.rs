@@ -19,14 +19,14 @@ use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::DeviceOptions;
 
 /// A RAM disk that notes what it is told, and can be somebody else's.
-struct Watched {
+struct GuardedMapping {
     disk: MemBackend,
     told: Mutex<Vec<&'static str>>,
     taken: AtomicBool,
     active: AtomicBool,
 }
 
-impl Watched {
+impl GuardedMapping {
     fn note(&self, what: &'static str) {
         let mut told = self.told.lock().unwrap();
         // How many syncs there are does not matter.
@@ -40,7 +40,7 @@ impl Watched {
     }
 }
 
-impl Backend for Watched {
+impl Backend for GuardedMapping {
     fn geometry(&self) -> Geometry {
         self.disk.geometry()
     }
@@ -82,9 +82,9 @@ impl Backend for Watched {
     }
 }
 
-fn watched() -> (Arc<Watched>, Rig) {
+fn watched() -> (Arc<GuardedMapping>, Rig) {
     let disk = MemBackend::new(MemOptions::new(8 << 20));
-    let backend = Arc::new(Watched {
+    let backend = Arc::new(GuardedMapping {
         disk,
         told: Mutex::default(),
         taken: AtomicBool::new(false),
@@ -152,7 +152,7 @@ fn a_guest_whose_image_is_refused_waits_and_goes_on() {
 }
 
 /// What else is told the test does not know: how many syncs there are, and when, is no matter.
-fn until_told(backend: &Watched, what: &str) -> Vec<&'static str> {
+fn until_told(backend: &GuardedMapping, what: &str) -> Vec<&'static str> {
     let end = std::time::Instant::now() + Duration::from_secs(20);
     let mut told = Vec::new();
     while told.last() != Some(&what) {

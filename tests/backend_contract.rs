@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use backend::{Driver, dirty_pages, each, each_that_stores, image, open};
 use contract::read_op;
-use virtioblkd::backend::mem::{Counts, Fault, Keep, MemBackend, MemOp, MemOptions, Order};
+use virtioblkd::backend::mem::{CompletionOrder, Counts, CrashOutcome, Fault, MemBackend, MemOp, MemOptions};
 use virtioblkd::backend::{Backend, DurableWrite, Errno, IoBuf, Op, OpId};
 use virtioblkd::engine::CacheMode;
 
@@ -18,7 +18,7 @@ const EIO: Errno = Errno(libc::EIO);
 #[test]
 fn clause_4_a_sync_covers_what_was_reaped_on_any_queue() {
     for seed in 0..50 {
-        let order = if seed == 0 { Order::InOrder } else { Order::Shuffled(seed) };
+        let order = if seed == 0 { CompletionOrder::InOrder } else { CompletionOrder::Shuffled(seed) };
         let disk = MemBackend::new(MemOptions { order, ..MemOptions::new(1 << 20) });
         let mut writer = Driver::new(&disk, 16);
         let mut syncer = Driver::new(&disk, 16);
@@ -26,7 +26,7 @@ fn clause_4_a_sync_covers_what_was_reaped_on_any_queue() {
         let late = writer.push(Op::Write { offset: 65536, buf: IoBuf::owned(512, 512, 0), durable: false });
         assert_eq!(syncer.run(Op::Sync), Ok(()));
         writer.write(0, &[2; 4096]).expect("a write after the sync");
-        let left = disk.crash(Keep::Nothing);
+        let left = disk.crash(CrashOutcome::Nothing);
         assert!(left[4096..8192].iter().all(|&byte| byte == 1), "a synced write was lost");
         assert!(left[..4096].iter().all(|&byte| byte == 1), "a write that nobody synced survived");
         // Either it was carried out before the power went, or it fails.
@@ -108,7 +108,7 @@ fn mem_keeps_what_was_durable_and_some_of_the_rest() {
     buf.copy_from(0, &[9; 4096]);
     assert_eq!(driver.run(Op::Write { offset: 4096, buf, durable: true }), Ok(()));
     assert_eq!(driver.write(65536, &[1; 65536]), Ok(()));
-    let left = disk.crash(Keep::Some(5));
+    let left = disk.crash(CrashOutcome::Some(5));
     assert_eq!(left[4096..8192], [9; 4096]);
     let kept = left[65536..131072].chunks(512).filter(|block| block[0] == 1).count();
     assert!((32..96).contains(&kept), "about half of 128 blocks: {kept}");
@@ -119,7 +119,7 @@ fn mem_keeps_what_was_durable_and_some_of_the_rest() {
 
 #[test]
 fn mem_completes_on_request() {
-    let disk = MemBackend::new(MemOptions { order: Order::OnRequest, ..MemOptions::new(1 << 20) });
+    let disk = MemBackend::new(MemOptions { order: CompletionOrder::OnRequest, ..MemOptions::new(1 << 20) });
     let mut driver = Driver::new(&disk, 4);
     let ids: Vec<OpId> = (0..3).map(|turn| driver.push(read_op(turn * 4096))).collect();
     assert_eq!(disk.waiting(), 3);

@@ -14,9 +14,9 @@ use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use backend::{Chance, Driver, disk_dir, eventually, image, opened, options, some_buffer};
+use backend::{Driver, Prng, disk_dir, eventually, image, opened, options, some_buffer};
 use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
-use virtioblkd::backend::mem::{Fault, MemBackend, MemOp, MemOptions, Order};
+use virtioblkd::backend::mem::{CompletionOrder, Fault, MemBackend, MemOp, MemOptions};
 use virtioblkd::backend::point_in_time::{Mutant, PointInTime, ScratchOptions, Step, TargetHook, Tuning};
 use virtioblkd::backend::{Backend, Completion, DurableWrite, Errno, IoBuf, Op, OpId};
 use virtioblkd::disk::{Copies, CopyError, CopyOptions, CopyStatus, Event, Events};
@@ -38,7 +38,7 @@ impl World {
         World { disk, events, dir: tempfile::tempdir_in("/dev/shm").expect("a directory") }
     }
 
-    fn mem(order: Order, tuning: Tuning) -> (World, Arc<MemBackend>) {
+    fn mem(order: CompletionOrder, tuning: Tuning) -> (World, Arc<MemBackend>) {
         let mem = Arc::new(MemBackend::new(MemOptions { order, ..MemOptions::new(2 << 20) }));
         (World::new(mem.clone(), tuning), mem)
     }
@@ -108,7 +108,7 @@ fn same(what: &str, seen: &[u8], wanted: &[u8]) -> Result<(), String> {
 // The guest: two rings, each with blocks of its own, in between those of the other.
 
 /// Blocks of one ring: by turns, many in each cluster; and at the end of the image a large part for each.
-fn own_range(chance: &mut Chance, ring: u64, blocks: u64, per_cluster: u64) -> Range<u64> {
+fn own_range(chance: &mut Prng, ring: u64, blocks: u64, per_cluster: u64) -> Range<u64> {
     let shared = blocks * 3 / 4;
     let (start, len) = match chance.below(10) {
         // Many clusters at once, never starting on one.
@@ -137,7 +137,7 @@ struct Belief {
 struct Guest {
     belief: Belief,
     driver: Driver,
-    chance: Chance,
+    chance: Prng,
     busy: HashMap<OpId, (Range<u64>, Option<Vec<u8>>)>,
     native: bool,
 }
@@ -150,7 +150,7 @@ impl Guest {
         Guest {
             belief: Belief { ring, block, disk: contents(disk), known },
             driver: Driver::new(disk, 8),
-            chance: Chance::new(seed * 2 + ring + 1),
+            chance: Prng::new(seed * 2 + ring + 1),
             busy: HashMap::new(),
             native: geometry.durable_write == DurableWrite::Native,
         }
@@ -259,7 +259,7 @@ enum End {
 
 /// One round: two rings write, stop, the instant is fixed, and they write on while the copy is made.
 fn round(world: &World, seed: u64, end: End) -> Result<(), String> {
-    let mut chance = Chance::new(seed + 77);
+    let mut chance = Prng::new(seed + 77);
     let disk: &PointInTime = &world.disk;
     let copy = world.prepare(if chance.below(3) == 0 { 0 } else { CLUSTER << chance.below(8) });
     let quiet = Barrier::new(3);
@@ -319,7 +319,7 @@ fn the_copy_is_the_image_at_the_instant() {
     // For a long run: VIRTIOBLKD_COPY_ROUNDS=5000 cargo test --release --test copy.
     let rounds = std::env::var("VIRTIOBLKD_COPY_ROUNDS").map_or(120, |rounds| rounds.parse().expect("a number"));
     for seed in 0..rounds {
-        let order = if seed % 2 == 0 { Order::InOrder } else { Order::Shuffled(seed) };
+        let order = if seed % 2 == 0 { CompletionOrder::InOrder } else { CompletionOrder::Shuffled(seed) };
         let memory = if seed % 3 == 0 { 4 * CLUSTER as usize } else { Tuning::default().memory };
         let (world, _) = World::mem(order, Tuning { memory, ..Tuning::default() });
         round(&world, seed, End::Itself).unwrap_or_else(|what| panic!("{what}"));
@@ -359,7 +359,7 @@ fn the_copy_through_a_scratch_is_the_image_at_the_instant() {
     for (size, fails) in [(16 << 20, 0), (3 * CLUSTER, 0), (16 << 20, 5), (0, 0)] {
         let loads = Arc::new(AtomicU32::new(0));
         for seed in 0..30 {
-            let order = if seed % 2 == 0 { Order::InOrder } else { Order::Shuffled(seed) };
+            let order = if seed % 2 == 0 { CompletionOrder::InOrder } else { CompletionOrder::Shuffled(seed) };
             let (tuning, dir) = with_scratch(size, fails, &loads);
             let (world, _) = World::mem(order, tuning);
             round(&world, 7000 + seed, End::Itself).unwrap_or_else(|what| panic!("{size}, {fails}: {what}"));
@@ -397,7 +397,7 @@ fn the_copy_of_a_device_with_large_sectors() {
 
 #[test]
 fn a_cancelled_copy_leaves_nothing_and_the_guest_alone() {
-    let (world, _) = World::mem(Order::Shuffled(9), Tuning::default());
+    let (world, _) = World::mem(CompletionOrder::Shuffled(9), Tuning::default());
     let mut ended = [0, 0];
     for seed in 0..100 {
         round(&world, 9000 + seed, End::Cancelled).unwrap_or_else(|what| panic!("{what}"));
@@ -410,9 +410,10 @@ fn a_cancelled_copy_leaves_nothing_and_the_guest_alone() {
 fn a_target_that_fails_at_any_time_leaves_nothing_and_the_guest_alone() {
     let mut ended = [0, 0];
     for seed in 0..60 {
-        let mut chance = Chance::new(seed);
+        let mut chance = Prng::new(seed);
         let step = if chance.below(8) == 0 { Step::Sync } else { Step::Write };
-        let (world, _) = World::mem(Order::Shuffled(seed), failing_at(step, 1 + chance.below(24) as u32, libc::ENOSPC));
+        let (world, _) =
+            World::mem(CompletionOrder::Shuffled(seed), failing_at(step, 1 + chance.below(24) as u32, libc::ENOSPC));
         round(&world, seed, End::Failing).unwrap_or_else(|what| panic!("{what}"));
         ended[usize::from(world.disk.status().last().expect("the copy").state == "failed")] += 1;
     }
@@ -425,7 +426,7 @@ fn mutants_are_noticed() {
     for mutant in [Mutant::SavesNothing, Mutant::ForgetsRanges, Mutant::ReleasesEarly] {
         let noticed = (0..300).any(|seed| {
             let tuning = Tuning { mutant: Some(mutant), ..Tuning::default() };
-            let (world, _) = World::mem(Order::Shuffled(seed), tuning);
+            let (world, _) = World::mem(CompletionOrder::Shuffled(seed), tuning);
             round(&world, seed, End::Itself).is_err()
         });
         assert!(noticed, "{mutant:?} lives");
@@ -437,7 +438,7 @@ fn mutants_are_noticed() {
 fn a_scratch_that_is_freed_too_soon_is_noticed() {
     let noticed = (0..100).any(|seed| {
         let (tuning, _dir) = with_scratch(16 << 20, 0, &Arc::default());
-        let (world, _) = World::mem(Order::InOrder, Tuning { mutant: Some(Mutant::PunchesFirst), ..tuning });
+        let (world, _) = World::mem(CompletionOrder::InOrder, Tuning { mutant: Some(Mutant::PunchesFirst), ..tuning });
         round(&world, seed, End::Itself).is_err()
     });
     assert!(noticed, "the mutant lives");
@@ -493,7 +494,7 @@ fn a_failure_of_the_target_fails_the_copy_alone() {
         (Step::Sync, 1, libc::EIO, "cannot be synced"),
         (Step::Publish, 1, libc::EROFS, "cannot be named"),
     ] {
-        let (world, mem) = World::mem(Order::InOrder, failing_at(step, nth, errno));
+        let (world, mem) = World::mem(CompletionOrder::InOrder, failing_at(step, nth, errno));
         fill(&mem);
         let copy = started(&world, 0);
         write_everywhere(&world.disk);
@@ -521,7 +522,7 @@ fn a_full_filesystem_fails_the_copy_alone() {
         backend::skip::<()>("no tmpfs can be mounted");
         return;
     }
-    let (world, mem) = World::mem(Order::InOrder, Tuning::default());
+    let (world, mem) = World::mem(CompletionOrder::InOrder, Tuning::default());
     fill(&mem);
     let options = CopyOptions { target: dir.path().join("copy.img"), bandwidth: 0, digest: false };
     let copy = world.disk.prepare(&options).expect("holes need no room");
@@ -539,7 +540,7 @@ fn a_full_filesystem_fails_the_copy_alone() {
 #[test]
 fn a_source_that_cannot_be_read_fails_the_copy_alone() {
     for nth in [1, 2, 3] {
-        let (world, mem) = World::mem(Order::InOrder, Tuning::default());
+        let (world, mem) = World::mem(CompletionOrder::InOrder, Tuning::default());
         fill(&mem);
         mem.fail(Fault { op: MemOp::Read, nth, errno: Errno(libc::EIO), transferred: 512 });
         let copy = started(&world, 0);
@@ -570,12 +571,12 @@ fn hanging_target() -> (mpsc::Sender<()>, TargetHook) {
 fn a_target_that_hangs_does_not_hang_the_guest() {
     let (release, hook) = hanging_target();
     let tuning = Tuning {
-        patience: Duration::from_millis(300),
+        timeout: Duration::from_millis(300),
         memory: 4 * CLUSTER as usize,
         hook: Some(hook),
         ..Tuning::default()
     };
-    let (world, mem) = World::mem(Order::InOrder, tuning);
+    let (world, mem) = World::mem(CompletionOrder::InOrder, tuning);
     fill(&mem);
     let copy = started(&world, 0);
     write_everywhere(&world.disk);
@@ -596,9 +597,9 @@ fn a_scratch_takes_what_a_hanging_target_does_not() {
     let (release, hook) = hanging_target();
     let dir = tempfile::tempdir_in("/dev/shm").expect("a directory");
     let scratch = Some(ScratchOptions { directory: dir.path().into(), size: 1 << 30 });
-    let patience = Duration::from_secs(60);
-    let tuning = Tuning { memory: 4 * CLUSTER as usize, hook: Some(hook), scratch, patience, ..Tuning::default() };
-    let (world, mem) = World::mem(Order::InOrder, tuning);
+    let timeout = Duration::from_secs(60);
+    let tuning = Tuning { memory: 4 * CLUSTER as usize, hook: Some(hook), scratch, timeout, ..Tuning::default() };
+    let (world, mem) = World::mem(CompletionOrder::InOrder, tuning);
     fill(&mem);
     // No faster: else one large read, for which nothing waits, would fill so little memory.
     let copy = started(&world, 1);
@@ -633,7 +634,7 @@ fn a_scratch_that_hangs_does_not_hang_the_guest() {
         scratch: Some(ScratchOptions { directory: dir.path().into(), size: 1 << 30 }),
         ..Tuning::default()
     };
-    let (world, mem) = World::mem(Order::InOrder, tuning);
+    let (world, mem) = World::mem(CompletionOrder::InOrder, tuning);
     fill(&mem);
     for _ in 0..2 {
         let copy = started(&world, 0);
@@ -666,7 +667,7 @@ fn a_scratch_without_room_costs_nothing() {
     let ended = [dir.path().to_path_buf(), dir.path().join("missing")].map(|directory| {
         let (tuning, _dir) = with_scratch(0, 0, &Arc::default());
         let scratch = Some(ScratchOptions { directory, size: 1 << 30 });
-        let (world, mem) = World::mem(Order::InOrder, Tuning { scratch, ..tuning });
+        let (world, mem) = World::mem(CompletionOrder::InOrder, Tuning { scratch, ..tuning });
         fill(&mem);
         let copy = started(&world, 0);
         write_everywhere(&world.disk);
@@ -689,7 +690,7 @@ fn a_scratch_without_room_costs_nothing() {
 fn a_discard_that_would_wait_too_long_is_left_undone() {
     let (release, hook) = hanging_target();
     let tuning = Tuning { memory: 4 * CLUSTER as usize, hook: Some(hook), ..Tuning::default() };
-    let (world, mem) = World::mem(Order::InOrder, tuning);
+    let (world, mem) = World::mem(CompletionOrder::InOrder, tuning);
     fill(&mem);
     let copy = started(&world, 1);
     let mut guest = Driver::new(&*world.disk, 4);
@@ -705,7 +706,7 @@ fn a_discard_that_would_wait_too_long_is_left_undone() {
 /// Ops that do not overlap what is saved now, reads, and syncs go on while a write waits.
 #[test]
 fn only_what_overlaps_waits() {
-    let (world, mem) = World::mem(Order::OnRequest, Tuning::default());
+    let (world, mem) = World::mem(CompletionOrder::OnRequest, Tuning::default());
     let mut guest = Driver::new(&*world.disk, 8);
     started(&world, 1);
     // The copier's first read, in the background, is in flight and not released: cluster 0 is being saved.
@@ -735,7 +736,7 @@ fn refused(result: Result<impl std::fmt::Debug, CopyError>, code: &str, words: &
 
 #[test]
 fn targets_that_cannot_be_are_refused() {
-    let (world, _) = World::mem(Order::InOrder, Tuning::default());
+    let (world, _) = World::mem(CompletionOrder::InOrder, Tuning::default());
     let dir = world.dir.path();
     std::fs::write(dir.join("there"), "precious").expect("a file");
     std::fs::write(dir.join("half.partial"), "left").expect("a file");
@@ -765,7 +766,7 @@ fn targets_that_cannot_be_are_refused() {
 /// Even if the caller forgets to hold the disk still, no instant is torn.
 #[test]
 fn a_start_with_a_write_in_flight_is_refused() {
-    let (world, mem) = World::mem(Order::OnRequest, Tuning::default());
+    let (world, mem) = World::mem(CompletionOrder::OnRequest, Tuning::default());
     let mut guest = Driver::new(&*world.disk, 4);
     let copy = world.prepare(0);
     let read = guest.push(Op::Read { offset: 0, buf: IoBuf::owned(4096, 4096, 0) });
@@ -786,7 +787,7 @@ fn a_start_with_a_write_in_flight_is_refused() {
 
 #[test]
 fn something_that_appears_at_the_target_is_not_replaced() {
-    let (world, _) = World::mem(Order::InOrder, Tuning::default());
+    let (world, _) = World::mem(CompletionOrder::InOrder, Tuning::default());
     let copy = world.prepare(0);
     std::fs::write(world.target(), "precious").expect("a file");
     world.disk.start(&copy).expect("started");
@@ -808,7 +809,7 @@ fn a_file_put_in_the_partial_files_place_is_not_published() {
         }
         Ok(())
     };
-    let (world, mem) = World::mem(Order::InOrder, Tuning { hook: Some(Arc::new(hook)), ..Tuning::default() });
+    let (world, mem) = World::mem(CompletionOrder::InOrder, Tuning { hook: Some(Arc::new(hook)), ..Tuning::default() });
     let world = World { dir, ..world };
     fill(&mem);
     let copy = started(&world, 0);
@@ -907,7 +908,7 @@ fn an_image_of_any_size_is_copied() {
 /// That its name is durable, too: `tests/power_cut.rs`.
 #[test]
 fn what_is_complete_is_durable() {
-    let (world, mem) = World::mem(Order::InOrder, Tuning::default());
+    let (world, mem) = World::mem(CompletionOrder::InOrder, Tuning::default());
     let world = World { dir: disk_dir(), ..world };
     fill(&mem);
     let copy = started(&world, 0);
@@ -919,7 +920,7 @@ fn what_is_complete_is_durable() {
 
 #[test]
 fn the_digest_is_that_of_the_whole_image() {
-    let (world, mem) = World::mem(Order::InOrder, Tuning::default());
+    let (world, mem) = World::mem(CompletionOrder::InOrder, Tuning::default());
     let mut driver = Driver::new(&*mem, 1);
     driver.write(CLUSTER * 3 + 512, &[1; 300_000]).expect("a write");
     let copy =
@@ -949,7 +950,7 @@ fn a_copy_that_is_cancelled_while_it_is_hashed_ends_soon() {
 
 #[test]
 fn the_bandwidth_is_limited_and_progress_grows() {
-    let (world, mem) = World::mem(Order::InOrder, Tuning::default());
+    let (world, mem) = World::mem(CompletionOrder::InOrder, Tuning::default());
     fill(&mem);
     let copy = started(&world, 2 << 20);
     let mut last = 0;
@@ -981,13 +982,13 @@ fn dropping_the_disk_cancels_and_lets_the_image_go() {
 }
 
 /// The image of this world and the same one as another host has it, each while its guest runs.
-fn shared_with_another_host(patience: Duration) -> (World, FileBackend, tempfile::TempDir) {
+fn shared_with_another_host(timeout: Duration) -> (World, FileBackend, tempfile::TempDir) {
     let dir = disk_dir();
     let path = image(dir.path(), "disk.img", 2 << 20);
     // No hole, which would take no time.
     std::fs::write(&path, vec![1; 2 << 20]).expect("room");
     let file = || opened(&FileOptions { locking: Locking::InUse, ..options(&path, CacheMode::Writeback) });
-    let world = World::new(Arc::new(file()), Tuning { patience, ..Tuning::default() });
+    let world = World::new(Arc::new(file()), Tuning { timeout, ..Tuning::default() });
     (world, file(), dir)
 }
 

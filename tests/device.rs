@@ -16,7 +16,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use virtioblkd::backend::file::{FileBackend, FileOptions};
-use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
+use virtioblkd::backend::mem::{CompletionOrder, MemBackend, MemOptions};
 use virtioblkd::disk::{Disk, Event};
 use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::DeviceOptions;
@@ -588,7 +588,7 @@ fn read_only_is_shown_and_kept() {
 /// QEMU reads the used index when it sees the server gone, and gives the next one what is not answered by then.
 #[test]
 fn a_front_end_sees_the_end_after_the_last_answer() {
-    let options = MemOptions { order: Order::OnRequest, ..MemOptions::new(SIZE) };
+    let options = MemOptions { order: CompletionOrder::OnRequest, ..MemOptions::new(SIZE) };
     let backend = Arc::new(MemBackend::new(options));
     let device = DeviceOptions { mode: CacheMode::Writeback, num_queues: 1, queue_size: 64, serial: String::new() };
     let rig = Rig::on(backend.clone(), &device);
@@ -601,9 +601,9 @@ fn a_front_end_sees_the_end_after_the_last_answer() {
     while backend.waiting() == 0 {
         std::thread::sleep(Duration::from_millis(1));
     }
-    let ended = |patience| {
-        let patience = Timespec { tv_sec: 0, tv_nsec: patience };
-        poll(&mut [PollFd::new(&wire, PollFlags::RDHUP)], Some(&patience)).unwrap() > 0
+    let ended = |timeout| {
+        let timeout = Timespec { tv_sec: 0, tv_nsec: timeout };
+        poll(&mut [PollFd::new(&wire, PollFlags::RDHUP)], Some(&timeout)).unwrap() > 0
     };
     std::thread::scope(|scope| {
         scope.spawn(|| rig.device.shutdown());

@@ -10,12 +10,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use front_end::*;
-use rig::{Chance, Rig};
+use rig::{Prng, Rig};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use virtioblkd::backend::DurableWrite;
 use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
-use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
+use virtioblkd::backend::mem::{CompletionOrder, MemBackend, MemOptions};
 use virtioblkd::disk::Disk;
 use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::DeviceOptions;
@@ -30,7 +30,7 @@ fn options(mode: CacheMode) -> DeviceOptions {
     DeviceOptions { mode, num_queues: 8, queue_size: 256, serial: String::new() }
 }
 
-fn memory_disk(mode: CacheMode, order: Order) -> (Arc<MemBackend>, Rig) {
+fn memory_disk(mode: CacheMode, order: CompletionOrder) -> (Arc<MemBackend>, Rig) {
     let disk =
         Arc::new(MemBackend::new(MemOptions { order, durable_write: DurableWrite::Emulate, ..MemOptions::new(SIZE) }));
     (disk.clone(), Rig::on(disk, &options(mode)))
@@ -54,7 +54,7 @@ fn next_driver(guest: &mut FrontEnd, features: u64, rings: usize) {
 #[test]
 fn each_driver_is_served_by_what_it_knows() {
     for mode in CacheMode::ALL {
-        let (disk, rig) = memory_disk(mode, Order::InOrder);
+        let (disk, rig) = memory_disk(mode, CompletionOrder::InOrder);
         let mut guest = FrontEnd::connect(&rig.path, 4, 64, ALL);
         let linux = guest.features;
         let firmware = linux & !F_FLUSH;
@@ -91,7 +91,7 @@ const MAX_RINGS: usize = 6;
 
 #[test]
 fn the_number_of_queues_changes_under_load() {
-    let (_disk, rig) = memory_disk(CacheMode::None, Order::Shuffled(3));
+    let (_disk, rig) = memory_disk(CacheMode::None, CompletionOrder::Shuffled(3));
     let (mut sent, mut answered) = (0, 0);
     let fill = |guest: &mut FrontEnd, rings: usize, round: usize| {
         for ring in 0..rings {
@@ -165,7 +165,7 @@ struct Plugging {
     guest: FrontEnd,
     plugged: BTreeMap<u64, Plugged>,
     pages: Vec<u8>,
-    chance: Chance,
+    chance: Prng,
 }
 
 /// A request in flight: what it reads is to be found in these pieces of plugged memory.
@@ -181,7 +181,7 @@ const REQUESTS: u64 = 12;
 impl Plugging {
     fn new(rig: &Rig, seed: u64) -> Plugging {
         let guest = FrontEnd::connect(&rig.path, 1, 64, ALL);
-        Plugging { guest, plugged: BTreeMap::new(), pages: vec![0; (SIZE / PAGE) as usize], chance: Chance::new(seed) }
+        Plugging { guest, plugged: BTreeMap::new(), pages: vec![0; (SIZE / PAGE) as usize], chance: Prng::new(seed) }
     }
 
     fn plug(&mut self, number: u64) {
@@ -322,7 +322,7 @@ fn plugs(rig: &Rig, seed: u64) {
 
 #[test]
 fn memory_comes_and_goes_under_requests() {
-    let (_disk, rig) = memory_disk(CacheMode::None, Order::Shuffled(11));
+    let (_disk, rig) = memory_disk(CacheMode::None, CompletionOrder::Shuffled(11));
     plugs(&rig, 1);
 }
 

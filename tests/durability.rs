@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use front_end::*;
-use rig::Chance;
-use virtioblkd::backend::mem::{Fault, Keep, MemBackend, MemOp, MemOptions, Order};
+use rig::Prng;
+use virtioblkd::backend::mem::{CompletionOrder, CrashOutcome, Fault, MemBackend, MemOp, MemOptions};
 use virtioblkd::backend::{DurableWrite, Errno};
 use virtioblkd::disk::{Disk, Event};
 use virtioblkd::engine::CacheMode;
@@ -30,7 +30,7 @@ struct Rig {
 }
 
 impl Rig {
-    fn new(mode: CacheMode, durable_write: DurableWrite, order: Order) -> Rig {
+    fn new(mode: CacheMode, durable_write: DurableWrite, order: CompletionOrder) -> Rig {
         let options = MemOptions { order, durable_write, ..MemOptions::new((BLOCKS * BLOCK) as u64) };
         let memory = Arc::new(MemBackend::new(options));
         let options = DeviceOptions { mode, num_queues: 4, queue_size: 256, serial: String::new() };
@@ -85,7 +85,7 @@ enum Sent {
 struct Load {
     guest: FrontEnd,
     promise: Promise,
-    chance: Chance,
+    chance: Prng,
     blocks: Vec<Block>,
     sent: [Vec<(u16, Sent)>; RINGS],
     last: u64,
@@ -95,7 +95,7 @@ struct Load {
 impl Load {
     fn new(guest: FrontEnd, promise: Promise, seed: u64) -> Load {
         let blocks = vec![Block { changes: vec![(0, 0)], ..Block::default() }; BLOCKS];
-        Load { guest, promise, chance: Chance::new(seed), blocks, sent: [vec![], vec![]], last: 0, answered: 0 }
+        Load { guest, promise, chance: Prng::new(seed), blocks, sent: [vec![], vec![]], last: 0, answered: 0 }
     }
 
     fn send(&mut self, ring: usize) {
@@ -226,11 +226,11 @@ fn promises() -> Vec<(CacheMode, DurableWrite, u64, Promise)> {
 
 /// A crash at a random moment under load.
 fn crash(mode: CacheMode, durable_write: DurableWrite, mask: u64, promise: Promise, seed: u64) -> Option<String> {
-    let rig = Rig::new(mode, durable_write, Order::Shuffled(seed));
+    let rig = Rig::new(mode, durable_write, CompletionOrder::Shuffled(seed));
     let mut load = Load::new(rig.connect(mask), promise, seed);
     let requests = 20 + load.chance.below(150);
     load.work(requests);
-    let keep = if seed.is_multiple_of(2) { Keep::Nothing } else { Keep::Some(seed) };
+    let keep = if seed.is_multiple_of(2) { CrashOutcome::Nothing } else { CrashOutcome::Some(seed) };
     load.broken(&rig.memory.crash(keep))
 }
 
@@ -264,7 +264,7 @@ fn a_settled_hold_holds_everything_acknowledged_in_every_mode() {
     for mode in CacheMode::ALL {
         for seed in 0..12u64 {
             let durable_write = if seed.is_multiple_of(2) { DurableWrite::Native } else { DurableWrite::Emulate };
-            let rig = Rig::new(mode, durable_write, Order::Shuffled(seed));
+            let rig = Rig::new(mode, durable_write, CompletionOrder::Shuffled(seed));
             let promise = if mode == CacheMode::Unsafe { Promise::Held } else { Promise::Flushed };
             let mut load = Load::new(rig.connect(ALL), promise, seed);
             for epoch in 1..4 {
@@ -286,7 +286,11 @@ fn a_settled_hold_holds_everything_acknowledged_in_every_mode() {
                 rig.disk.open_gate();
             }
             load.work(20);
-            assert_eq!(load.broken(&rig.memory.crash(Keep::Nothing)), None, "{mode}, seed {seed}: after the holds");
+            assert_eq!(
+                load.broken(&rig.memory.crash(CrashOutcome::Nothing)),
+                None,
+                "{mode}, seed {seed}: after the holds"
+            );
         }
     }
 }
@@ -294,7 +298,7 @@ fn a_settled_hold_holds_everything_acknowledged_in_every_mode() {
 #[test]
 fn a_ring_that_is_stopped_and_a_front_end_that_leaves_are_synced() {
     for mode in CacheMode::ALL {
-        for order in [Order::InOrder, Order::Shuffled(3)] {
+        for order in [CompletionOrder::InOrder, CompletionOrder::Shuffled(3)] {
             let rig = Rig::new(mode, DurableWrite::Native, order);
             let synced = mode != CacheMode::Unsafe;
             let kept = |at: usize, byte: u8| rig.memory.durable_image()[at * BLOCK..(at + 1) * BLOCK] == [byte; BLOCK];
@@ -314,7 +318,7 @@ fn a_ring_that_is_stopped_and_a_front_end_that_leaves_are_synced() {
 #[test]
 fn what_is_in_flight_when_the_front_end_dies_is_finished_and_synced() {
     for seed in 0..8 {
-        let rig = Rig::new(CacheMode::Writeback, DurableWrite::Native, Order::Shuffled(seed));
+        let rig = Rig::new(CacheMode::Writeback, DurableWrite::Native, CompletionOrder::Shuffled(seed));
         let mut load = Load::new(rig.connect(ALL), Promise::Flushed, seed);
         load.work(40);
         drop(load);
@@ -333,7 +337,7 @@ fn a_failed_sync_reaches_the_guest_the_status_and_the_operator() {
         (CacheMode::None, DurableWrite::Native),
         (CacheMode::Writeback, DurableWrite::Emulate),
     ] {
-        let rig = Rig::new(mode, durable_write, Order::InOrder);
+        let rig = Rig::new(mode, durable_write, CompletionOrder::InOrder);
         let mut guest = rig.connect(ALL);
         assert_eq!(guest.write(0, 0, &[1; BLOCK]), OK);
         let status = rig.status();
@@ -363,7 +367,7 @@ fn a_failed_sync_reaches_the_guest_the_status_and_the_operator() {
 
 #[test]
 fn a_durable_write_that_failed_is_not_acknowledged() {
-    let rig = Rig::new(CacheMode::Writethrough, DurableWrite::Native, Order::InOrder);
+    let rig = Rig::new(CacheMode::Writethrough, DurableWrite::Native, CompletionOrder::InOrder);
     let mut guest = rig.connect(ALL);
     rig.memory.fail(Fault { op: MemOp::Write, nth: 2, errno: EIO, transferred: BLOCK });
     assert_eq!(guest.write(0, 0, &[1; BLOCK]), OK);
@@ -376,7 +380,7 @@ fn a_durable_write_that_failed_is_not_acknowledged() {
 
 #[test]
 fn one_failed_sync_is_told_once() {
-    let rig = Rig::new(CacheMode::Writeback, DurableWrite::Native, Order::InOrder);
+    let rig = Rig::new(CacheMode::Writeback, DurableWrite::Native, CompletionOrder::InOrder);
     let _guest = FrontEnd::connect(&rig.path, 1, 64, ALL);
     rig.memory.fail(Fault { op: MemOp::Sync, nth: 1, errno: EIO, transferred: 0 });
     rig.disk.close_gate(1);
@@ -397,7 +401,7 @@ fn one_failed_sync_is_told_once() {
 #[test]
 fn a_failed_sync_at_the_end_of_a_ring_or_a_connection_is_shown() {
     for ask in [false, true] {
-        let rig = Rig::new(CacheMode::None, DurableWrite::Native, Order::InOrder);
+        let rig = Rig::new(CacheMode::None, DurableWrite::Native, CompletionOrder::InOrder);
         let mut guest = rig.connect(ALL);
         assert_eq!(guest.write(0, 0, &[1; BLOCK]), OK);
         rig.memory.fail(Fault { op: MemOp::Sync, nth: 1, errno: EIO, transferred: 0 });
@@ -423,7 +427,7 @@ fn a_fault_fails_exactly_the_request_that_met_it() {
             (MemOp::WriteZeroes, WRITE_ZEROES, 4),
         ] {
             // By flag a failed write is a failed sync, which fails what comes after it.
-            let rig = Rig::new(mode, DurableWrite::Emulate, Order::InOrder);
+            let rig = Rig::new(mode, DurableWrite::Emulate, CompletionOrder::InOrder);
             let mut guest = rig.connect(ALL);
             rig.memory.fail(Fault { op, nth, errno: ENOSPC, transferred: 100 });
             let slots: Vec<u16> = (0..10u64)
@@ -456,7 +460,7 @@ fn a_fault_fails_exactly_the_request_that_met_it() {
 /// A fault of the disk does not end an operator's hold: the failed request is the guest's to repeat.
 #[test]
 fn a_write_that_fails_while_a_hold_drains_does_not_fail_the_hold() {
-    let rig = Rig::new(CacheMode::Writeback, DurableWrite::Native, Order::OnRequest);
+    let rig = Rig::new(CacheMode::Writeback, DurableWrite::Native, CompletionOrder::OnRequest);
     let mut guest = rig.connect(ALL);
     rig.memory.fail(Fault { op: MemOp::Write, nth: 1, errno: ENOSPC, transferred: 0 });
     let slot = guest.add(0, OUT, 0, &[1; BLOCK], 0);

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use backend::{Chance, Driver, Loop, disk_dir, eventually, image, open, opened, options, skip};
+use backend::{Driver, Loop, Prng, disk_dir, eventually, image, open, opened, options, skip};
 use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
 use virtioblkd::backend::{Backend, DurableWrite, Errno, IoBuf, Op, OpId};
 use virtioblkd::engine::CacheMode;
@@ -380,7 +380,7 @@ fn read_modify_write_never_loses_a_neighbours_write() {
             let (backend, stop) = (&backend, &stop);
             scope.spawn(move || {
                 let mut driver = Driver::new(backend, 8);
-                let mut chance = Chance::new(parity + 1);
+                let mut chance = Prng::new(parity + 1);
                 let mut counts = [0u8; 128];
                 let _stop = StopAtEnd(stop);
                 for _ in 0..1500 {

@@ -10,7 +10,7 @@ use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use chance::Chance;
+use chance::Prng;
 
 /// The longest input that is made.
 const LONGEST: usize = 4096;
@@ -35,7 +35,7 @@ fn replay(target: &str, rounds: u64, run: fn(&[u8])) {
     };
     inputs.iter().for_each(|input| try_one(input));
     let rounds = std::env::var("VIRTIOBLKD_FUZZ_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(rounds);
-    let mut chance = Chance::new(rounds);
+    let mut chance = Prng::new(rounds);
     for _ in 0..rounds {
         try_one(&mutated(&mut chance, &inputs));
     }
@@ -46,8 +46,8 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// One input, or the start of one and the end of another, with a few bytes changed.
-fn mutated(chance: &mut Chance, inputs: &[Vec<u8>]) -> Vec<u8> {
-    let some = |chance: &mut Chance| &inputs[chance.below(inputs.len() as u64) as usize];
+fn mutated(chance: &mut Prng, inputs: &[Vec<u8>]) -> Vec<u8> {
+    let some = |chance: &mut Prng| &inputs[chance.below(inputs.len() as u64) as usize];
     let mut made = some(chance).clone();
     if chance.below(3) == 0 {
         let other = some(chance);

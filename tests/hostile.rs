@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use front_end::*;
-use rig::{Chance, Rig};
+use rig::{Prng, Rig};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vhost::vhost_user::VhostUserFrontend;
@@ -529,8 +529,8 @@ fn what_comes_in_no_order_does_no_harm() {
 }
 
 /// A random message that is nearly right: most have the size and the descriptors that they should have.
-fn random_message(chance: &mut Chance, wire: &UnixStream, files: &[OwnedFd]) -> std::io::Result<()> {
-    let word = |chance: &mut Chance| match chance.below(8) {
+fn random_message(chance: &mut Prng, wire: &UnixStream, files: &[OwnedFd]) -> std::io::Result<()> {
+    let word = |chance: &mut Prng| match chance.below(8) {
         0 => chance.one_of(&[u64::MAX, 1 << 63, 1 << 32, u64::from(u32::MAX), u64::MAX - 4095]),
         1 => chance.below(u64::MAX / 4096),
         2 => chance.below(1 << 20),
@@ -599,7 +599,7 @@ fn random_messages_end_their_connection_at_most() {
     let end = Instant::now() + Duration::from_secs(10);
     for seed in 0..400 {
         eprintln!("seed {seed}");
-        let mut chance = Chance::new(seed);
+        let mut chance = Prng::new(seed);
         // A front-end that is there already, or one that begins with the chaos.
         let (guest, wire) = if chance.below(2) == 0 {
             let (guest, wire) = connect(&rig);
@@ -658,7 +658,7 @@ const HALF: u64 = 32 << 20;
 
 /// Fills the ring's descriptors and what they point to at random: chains, loops, tables in tables, memory that is not
 /// there, lengths that overflow.
-fn random_ring(chance: &mut Chance, guest: &FrontEnd) {
+fn random_ring(chance: &mut Prng, guest: &FrontEnd) {
     let (headers, data) = (0x80_0000u64, 0x90_0000u64);
     let mut kinds = Vec::new();
     for at in 0..16 {
@@ -671,7 +671,7 @@ fn random_ring(chance: &mut Chance, guest: &FrontEnd) {
         guest.memory.write_obj(chance.one_of(&[0u32, 1, 8, u32::MAX]), GuestAddress(range + 8)).unwrap();
         guest.memory.write_obj(chance.one_of(&[0u32, 0, 1, 2]), GuestAddress(range + 12)).unwrap();
     }
-    let descriptor = |chance: &mut Chance, first: bool| -> (u64, u32, u16, u16) {
+    let descriptor = |chance: &mut Prng, first: bool| -> (u64, u32, u16, u16) {
         let header = headers + chance.below(16) * 128;
         let address = match chance.below(12) {
             _ if first => header,
@@ -740,7 +740,7 @@ fn random_chains_are_answered_once_and_write_nowhere_else() {
         let end = Instant::now() + Duration::from_secs(8);
         for seed in 0..400 {
             eprintln!("{mode}, seed {seed}");
-            let mut chance = Chance::new(seed);
+            let mut chance = Prng::new(seed);
             let (mut guest, wire) = connect(&rig);
             random_ring(&mut chance, &guest);
             let mut offered = vec![0; 64];
@@ -761,7 +761,7 @@ fn random_chains_are_answered_once_and_write_nowhere_else() {
                 }
                 answered
             };
-            let patience = Instant::now() + PATIENCE;
+            let timeout = Instant::now() + PATIENCE;
             let mut broken = false;
             while take(&mut guest) < requests && !broken {
                 broken = rig
@@ -770,7 +770,7 @@ fn random_chains_are_answered_once_and_write_nowhere_else() {
                     .0
                     .iter()
                     .any(|event| matches!(event, Event::ProtocolError(why) if why.starts_with("ring 0 stopped")));
-                assert!(Instant::now() < patience, "unanswered: {:?}", rig.status());
+                assert!(Instant::now() < timeout, "unanswered: {:?}", rig.status());
                 std::thread::yield_now();
             }
             let base = guest.stop_ring(0);

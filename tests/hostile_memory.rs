@@ -17,7 +17,7 @@ use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion};
 use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
-use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
+use virtioblkd::backend::mem::{CompletionOrder, MemBackend, MemOptions};
 use virtioblkd::disk::Disk;
 use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::DeviceOptions;
@@ -239,7 +239,7 @@ fn tracking(rig: &Rig, region: &File, len: u64) -> FrontEnd {
 fn an_in_flight_region_that_vanishes() {
     const LEN: u64 = 4096;
     for step in 0..3 {
-        let disk = Arc::new(MemBackend::new(MemOptions { order: Order::OnRequest, ..MemOptions::new(SIZE) }));
+        let disk = Arc::new(MemBackend::new(MemOptions { order: CompletionOrder::OnRequest, ..MemOptions::new(SIZE) }));
         let rig = Rig::on(disk.clone(), &options());
         let region = bookkeeping(LEN, MemfdFlags::empty());
         let mut guest = tracking(&rig, &region, LEN);

@@ -13,11 +13,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use front_end::*;
-use rig::{Chance, Rig};
+use rig::{Prng, Rig};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
 use virtioblkd::backend::Errno;
-use virtioblkd::backend::mem::{Fault, MemBackend, MemOp, MemOptions, Order};
+use virtioblkd::backend::mem::{CompletionOrder, Fault, MemBackend, MemOp, MemOptions};
 use virtioblkd::disk::{Disk, Event};
 use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::{DeviceOptions, Tuning};
@@ -29,7 +29,7 @@ const SIZE: u16 = 64;
 const SECTOR: usize = 512;
 
 /// A RAM disk, in the order that `order` says, and the server in front of it.
-fn server(order: Order) -> (Arc<MemBackend>, Rig) {
+fn server(order: CompletionOrder) -> (Arc<MemBackend>, Rig) {
     let disk = Arc::new(MemBackend::new(MemOptions { order, ..MemOptions::new(1 << 20) }));
     let options = DeviceOptions { mode: CacheMode::None, num_queues: 2, queue_size: SIZE, serial: String::new() };
     // A server that is dead to the guest must not be woken to look whether its requests hang.
@@ -106,8 +106,8 @@ impl Drop for Released {
 
 #[test]
 fn what_was_taken_is_done_again_in_order_and_before_anything_new() {
-    let (first_disk, first) = server(Order::OnRequest);
-    let (second_disk, second) = server(Order::InOrder);
+    let (first_disk, first) = server(CompletionOrder::OnRequest);
+    let (second_disk, second) = server(CompletionOrder::InOrder);
     let _released = Released(first_disk.clone());
     let mut guest = Guest::new(&first);
     // Some are answered out of the ring's order: the RAM disk answers in order, but GET_ID at once.
@@ -136,8 +136,8 @@ fn what_was_taken_is_done_again_in_order_and_before_anything_new() {
 
 #[test]
 fn what_is_held_is_not_in_flight_and_what_is_in_flight_is_held() {
-    let (first_disk, first) = server(Order::OnRequest);
-    let (second_disk, second) = server(Order::InOrder);
+    let (first_disk, first) = server(CompletionOrder::OnRequest);
+    let (second_disk, second) = server(CompletionOrder::InOrder);
     let _released = Released(first_disk.clone());
     let mut guest = Guest::new(&first);
     let taken = guest.front_end.add(0, OUT, 0, &[1; SECTOR], 0);
@@ -172,8 +172,8 @@ fn what_is_held_is_not_in_flight_and_what_is_in_flight_is_held() {
 #[test]
 fn what_an_earlier_driver_asked_for_is_not_done_to_the_next() {
     for keeps_the_region in [false, true] {
-        let (first_disk, first) = server(Order::OnRequest);
-        let (second_disk, second) = server(Order::InOrder);
+        let (first_disk, first) = server(CompletionOrder::OnRequest);
+        let (second_disk, second) = server(CompletionOrder::InOrder);
         let _released = Released(first_disk.clone());
         let mut guest = Guest::new(&first);
         let read = guest.front_end.add(0, IN, 0, &[], SECTOR as u32);
@@ -212,8 +212,8 @@ fn what_an_earlier_driver_asked_for_is_not_done_to_the_next() {
 /// The same without a death: a ring that is stopped while an earlier server's requests are held leaves them in the region.
 #[test]
 fn what_was_held_for_an_earlier_driver_is_not_done_to_the_next() {
-    let (first_disk, first) = server(Order::OnRequest);
-    let (second_disk, second) = server(Order::InOrder);
+    let (first_disk, first) = server(CompletionOrder::OnRequest);
+    let (second_disk, second) = server(CompletionOrder::InOrder);
     let _released = Released(first_disk.clone());
     let mut guest = Guest::new(&first);
     guest.front_end.add(0, OUT, 0, &[1; SECTOR], 0);
@@ -235,8 +235,8 @@ fn what_was_held_for_an_earlier_driver_is_not_done_to_the_next() {
 
 #[test]
 fn an_orderly_restart_owes_nothing() {
-    let (_, first) = server(Order::Shuffled(7));
-    let (second_disk, second) = server(Order::Shuffled(8));
+    let (_, first) = server(CompletionOrder::Shuffled(7));
+    let (second_disk, second) = server(CompletionOrder::Shuffled(8));
     let mut guest = Guest::new(&first);
     for round in 0..100u64 {
         for sector in 0..10 {
@@ -254,7 +254,7 @@ fn an_orderly_restart_owes_nothing() {
 
 #[test]
 fn a_region_for_more_rings_than_allowed_is_refused() {
-    let (_disk, rig) = server(Order::InOrder);
+    let (_disk, rig) = server(CompletionOrder::InOrder);
     for (queues, size) in [(3, SIZE), (1, 32769)] {
         let mut front_end = handshake(&rig);
         let wanted = VhostUserInflight { num_queues: queues, queue_size: size, ..VhostUserInflight::default() };
@@ -265,7 +265,7 @@ fn a_region_for_more_rings_than_allowed_is_refused() {
 }
 
 /// Of QEMU's default --queue-size.
-fn large_server(order: Order) -> (Arc<MemBackend>, Rig) {
+fn large_server(order: CompletionOrder) -> (Arc<MemBackend>, Rig) {
     let disk = Arc::new(MemBackend::new(MemOptions { order, ..MemOptions::new(1 << 20) }));
     let options = DeviceOptions { mode: CacheMode::None, num_queues: 2, queue_size: 1024, serial: String::new() };
     let tuning = Tuning { stall_after: Duration::from_secs(1000), ..Tuning::default() };
@@ -276,10 +276,10 @@ fn large_server(order: Order) -> (Arc<MemBackend>, Rig) {
 /// a ring of 256 descriptors and its Linux, after a reset, one of 1024.
 #[test]
 fn a_ring_larger_than_its_front_end_asked_for_runs_and_is_tracked() {
-    let (_, firmware) = large_server(Order::InOrder);
+    let (_, firmware) = large_server(CompletionOrder::InOrder);
     for size in [256, 1024] {
-        let (first_disk, first) = large_server(Order::OnRequest);
-        let (second_disk, second) = large_server(Order::InOrder);
+        let (first_disk, first) = large_server(CompletionOrder::OnRequest);
+        let (second_disk, second) = large_server(CompletionOrder::InOrder);
         let _released = Released(first_disk.clone());
         let mut guest = Guest::asking(&first, 128, size);
         // Heads beyond those asked for, too.
@@ -305,7 +305,7 @@ fn a_ring_larger_than_its_front_end_asked_for_runs_and_is_tracked() {
 #[test]
 fn a_ring_that_does_not_fit_the_region_of_another_server_is_served() {
     use std::os::fd::AsRawFd;
-    let (_disk, rig) = large_server(Order::InOrder);
+    let (_disk, rig) = large_server(CompletionOrder::InOrder);
     // 16 bytes a ring, 16 a descriptor (libvhost-user's vu_inflight_queue_size).
     let told = VhostUserInflight { mmap_size: 2112, mmap_offset: 0, num_queues: 1, queue_size: 128 };
     let region = bookkeeping(4096, rustix::fs::MemfdFlags::empty());
@@ -343,8 +343,8 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
 
 #[test]
 fn garbage_in_the_region_harms_its_ring_only() {
-    let (_disk, rig) = server(Order::InOrder);
-    let mut chance = Chance::new(5);
+    let (_disk, rig) = server(CompletionOrder::InOrder);
+    let mut chance = Prng::new(5);
     let mut stopped = 0;
     for round in 0..200 {
         let mut guest = Guest::new(&rig);
@@ -387,7 +387,7 @@ const MAX_ASKED: usize = 12;
 /// One ring through the deaths of its servers, its operator's holds, failures, stops and resets, in an order drawn at
 /// random.
 struct Walk {
-    chance: Chance,
+    chance: Prng,
     guest: Guest,
     /// What was made available and not answered, by slot: its kind.
     asked: BTreeMap<u16, u32>,
@@ -403,10 +403,10 @@ struct Walk {
 
 impl Walk {
     fn new(seed: u64) -> Walk {
-        let (disk, rig) = server(Order::OnRequest);
+        let (disk, rig) = server(CompletionOrder::OnRequest);
         let guest = Guest::new(&rig);
         Walk {
-            chance: Chance::new(seed),
+            chance: Prng::new(seed),
             guest,
             asked: BTreeMap::new(),
             held: None,
@@ -541,7 +541,7 @@ impl Walk {
             std::thread::sleep(Duration::from_micros(300));
         }
         self.collect();
-        let (disk, rig) = server(Order::OnRequest);
+        let (disk, rig) = server(CompletionOrder::OnRequest);
         self.old.push(self.guest.reconnect(&rig));
         self.servers.push((Released(disk.clone()), disk, rig));
         (self.held, self.fails) = (None, false);

@@ -69,7 +69,7 @@ fn landlock(log: &str) -> u32 {
 }
 
 /// What an intruder wants, and what would notice.
-struct Surroundings {
+struct RingContext {
     dir: tempfile::TempDir,
     service: UnixListener,
     datagrams: UnixDatagram,
@@ -79,8 +79,8 @@ struct Surroundings {
     other: Child,
 }
 
-impl Surroundings {
-    fn new(user: u32) -> Surroundings {
+impl RingContext {
+    fn new(user: u32) -> RingContext {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         for name in ["images", "run", "copies", "elsewhere"] {
@@ -110,7 +110,7 @@ impl Surroundings {
         }
         let mut sleep = Command::new("sleep");
         let other = sleep.arg("600").uid(user).gid(user).spawn().unwrap();
-        Surroundings { dir, service, datagrams, abstract_name, abstract_datagrams, other }
+        RingContext { dir, service, datagrams, abstract_name, abstract_datagrams, other }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -166,7 +166,7 @@ impl Surroundings {
     }
 }
 
-impl Drop for Surroundings {
+impl Drop for RingContext {
     fn drop(&mut self) {
         // It may have been ended by the intruder.
         let _ = self.other.kill();
@@ -212,7 +212,7 @@ fn an_intruder_in_a_daemon_of_a_file_reaches_nothing_but_the_image() {
     let Some(library) = prerequisites() else { return };
     for (name, user) in [("root", 0), ("nobody", NOBODY)] {
         for cache in ["none", "writeback"] {
-            let mut around = Surroundings::new(user);
+            let mut around = RingContext::new(user);
             let image = around.path("images/disk");
             let arguments = ["--user", name, "--cache", cache, "--blk-file", image.to_str().unwrap()];
             let (tries, _) = around.invade(library, &arguments, |_| ());
@@ -227,7 +227,7 @@ fn an_intruder_in_a_daemon_of_a_file_reaches_nothing_but_the_image() {
 #[test]
 fn through_systemds_socket_an_intruder_reaches_no_more_than_the_kernel_lets_it() {
     let Some(library) = prerequisites() else { return };
-    let mut around = Surroundings::new(NOBODY);
+    let mut around = RingContext::new(NOBODY);
     let (image, notify) = (around.path("images/disk"), around.path("elsewhere/notify"));
     let systemd = UnixDatagram::bind(&notify).unwrap();
     fs::set_permissions(&notify, fs::Permissions::from_mode(0o777)).unwrap();
@@ -256,7 +256,7 @@ fn through_systemds_socket_an_intruder_reaches_no_more_than_the_kernel_lets_it()
 #[test]
 fn an_intruder_in_a_daemon_without_an_image_has_no_rings() {
     let Some(library) = prerequisites() else { return };
-    let mut around = Surroundings::new(0);
+    let mut around = RingContext::new(0);
     let (tries, _) = around.invade(library, &["--user", "root", "--backend", "null"], |_| ());
     tries.worked(&["a pair of stream sockets"]);
     around.are_untouched(false);
@@ -268,7 +268,7 @@ fn an_intruder_in_a_daemon_without_an_image_has_no_rings() {
 fn an_intruder_in_a_daemon_of_an_rbd_image_has_a_network_and_no_more() {
     let Some(library) = prerequisites() else { return };
     for (name, user) in [("root", 0), ("nobody", NOBODY)] {
-        let mut around = Surroundings::new(user);
+        let mut around = RingContext::new(user);
         let ceph = stub::libraries(false).to_str().unwrap();
         let (tries, _) = around.invade(library, &["--user", name, "--rbd", "p/i", "--ceph-library-path", ceph], |_| ());
         // Its memory is root's file, since nobody may debug it (PR_SET_DUMPABLE).

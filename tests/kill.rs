@@ -44,11 +44,11 @@ impl World {
         self.server = Some(server.kill_and_start(&self.image, CacheMode::None, &self.options));
     }
 
-    /// Whether each process writes on within `patience` (fio's second process flushes).
-    fn goes_on(&self, patience: Duration) -> bool {
+    /// Whether each process writes on within `timeout` (fio's second process flushes).
+    fn goes_on(&self, timeout: Duration) -> bool {
         let figures = || ["writes", "flushes"].map(|figure| self.server().total(figure));
         let before = figures();
-        let end = Instant::now() + patience;
+        let end = Instant::now() + timeout;
         while figures().iter().zip(before).any(|(now, before)| *now < before + 2) {
             if Instant::now() > end {
                 return false;

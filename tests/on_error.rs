@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use front_end::*;
-use rig::{Chance, Rig};
+use rig::{Prng, Rig};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
 use virtioblkd::backend::Errno;
@@ -322,7 +322,7 @@ fn nothing_is_lost_or_answered_twice_whatever_fails() {
     for seed in 1..=20 {
         let (disk, rig) = served(OnError::Stop);
         let mut guest = FrontEnd::connect(&rig.path, 2, SIZE, ALL);
-        let mut chance = Chance::new(seed);
+        let mut chance = Prng::new(seed);
         let mut expected = vec![0; 1 << 20];
         for round in 0..40u8 {
             let mut sent = [Vec::new(), Vec::new()];

@@ -14,7 +14,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use driver::chance::Chance;
+use driver::chance::Prng;
 use guest::qemu::{Qemu, Vm};
 use guest::{accelerator, ext4, scratch, tell};
 use power::disk::{Record, VolatileDisk};
@@ -168,7 +168,7 @@ fn each_mode_keeps_what_it_promises_on_a_file() {
                 let recover = |medium: &[u8]| {
                     ext4::read_file(&recovered(dir.path(), medium), "disk.img").expect("a file that was synced")
                 };
-                judge_file(&record, promise, area, each, &mut Chance::new(seed), recover)
+                judge_file(&record, promise, area, each, &mut Prng::new(seed), recover)
             });
         }
     }
@@ -207,7 +207,7 @@ fn a_copy_that_has_its_name_is_whole() {
         laboratory.vm.sh(&format!("make_file {}", AREA as usize * SECTOR));
         let record = laboratory.load("/mnt/disk.img", case.mode, &plan);
         laboratory.vm.sh("umount /mnt");
-        let wrong = judge_copies(&record, cuts, &mut Chance::new(seed), |medium| {
+        let wrong = judge_copies(&record, cuts, &mut Prng::new(seed), |medium| {
             let image = recovered(dir.path(), medium);
             (1..=plan.holds).map(|copy| ext4::read_file(&image, &format!("copy-{copy}"))).collect()
         });

@@ -180,7 +180,7 @@ fn wrong_usage_is_status_two() {
 #[test]
 fn an_agent_that_cannot_freeze_makes_nothing() {
     let quick: &[&str] = &["--freeze-timeout", "500ms", "--to", "exec:touch \"$PLACE/target\""];
-    Scene::new(Mood::Garbage).fails("filesystem", quick, &["what is no answer"]);
+    Scene::new(Mood::MalformedInput).fails("filesystem", quick, &["what is no answer"]);
     Scene::new(Mood::HooksFail).fails("filesystem", quick, &["hook script exited with 3"]);
     Scene::new(Mood::Refuses).fails("filesystem", quick, &["hook script exited with 3"]);
     Scene::new(Mood::Silent).fails("filesystem", quick, &["does not answer", "qemu-guest-agent", "--libvirt"]);
@@ -253,7 +253,7 @@ fn what_somebody_else_froze_after_our_check_is_left_frozen() {
 
 #[test]
 fn a_weaker_level_is_taken_only_if_asked_and_said() {
-    let cases = [Mood::Garbage, Mood::Refuses, Mood::Silent, Mood::Dies, Mood::ThawsEarly];
+    let cases = [Mood::MalformedInput, Mood::Refuses, Mood::Silent, Mood::Dies, Mood::ThawsEarly];
     for mood in cases {
         let scene = Scene::new(mood.clone());
         let output =

@@ -16,12 +16,12 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use backend::{Chance, disk_dir, eventually, image, options, stable};
+use backend::{Prng, disk_dir, eventually, image, options, stable};
 use driver::ALL;
 use rig::Rig;
-use virtioblkd::backend::bounce_pool::{Depot, MAX_PIECE};
+use virtioblkd::backend::bounce_pool::{BouncePool, MAX_PIECE};
 use virtioblkd::backend::file::FileOptions;
-use virtioblkd::backend::mem::{Fault, MemBackend, MemOp, MemOptions, Order};
+use virtioblkd::backend::mem::{CompletionOrder, Fault, MemBackend, MemOp, MemOptions};
 use virtioblkd::backend::null::NullBackend;
 use virtioblkd::backend::point_in_time::PointInTime;
 use virtioblkd::backend::stable::{StableBackend, StableWrites};
@@ -40,7 +40,7 @@ struct Mirror {
 }
 
 impl Mirror {
-    fn new(size: usize, order: Order) -> Arc<Self> {
+    fn new(size: usize, order: CompletionOrder) -> Arc<Self> {
         let second = MemBackend::new(MemOptions { order, ..MemOptions::new(size as u64) });
         Arc::new(Mirror { first: Arc::new(Mutex::new(vec![0; size])), second })
     }
@@ -114,7 +114,7 @@ impl IoQueue for MirrorQueue {
 }
 
 /// `image` as the daemon stacks it: copies of an instant in front, stable writes behind.
-fn stacked(image: Arc<dyn Backend>, how: StableWrites, depot: &Arc<Depot>) -> (Arc<PointInTime>, Arc<Events>) {
+fn stacked(image: Arc<dyn Backend>, how: StableWrites, depot: &Arc<BouncePool>) -> (Arc<PointInTime>, Arc<Events>) {
     let events = Arc::new(Events::new().unwrap());
     let stable = StableBackend::new(image, how, depot.clone(), events.clone());
     (Arc::new(PointInTime::new(Arc::new(stable), events.clone())), events)
@@ -131,12 +131,12 @@ const BATCHES: usize = 64;
 /// A front-end that changes some of its buffers after the device has the writes and before they are carried out.
 /// Returns how many it changed, the image's halves, and the disk.
 fn mutating_guest(how: StableWrites) -> (usize, Arc<Mirror>, Arc<PointInTime>, Arc<Events>) {
-    let mirror = Mirror::new(BATCH * BATCHES * WRITE, Order::OnRequest);
-    let (disk, events) = stacked(mirror.clone(), how, &Depot::new(Depot::DEFAULT_BYTES));
+    let mirror = Mirror::new(BATCH * BATCHES * WRITE, CompletionOrder::OnRequest);
+    let (disk, events) = stacked(mirror.clone(), how, &BouncePool::new(BouncePool::DEFAULT_BYTES));
     let options = DeviceOptions { mode: CacheMode::None, num_queues: 1, queue_size: 64, serial: String::new() };
     let rig = Rig::on(disk.clone(), &options);
     let mut guest = driver::Driver::connect_soon(&rig.path, 1, 64, BATCH * WRITE, ALL);
-    let mut chance = Chance::new(11);
+    let mut chance = Prng::new(11);
     let mut changed = 0;
     for batch in 0..BATCHES {
         for turn in 0..BATCH {
@@ -267,11 +267,11 @@ impl Drop for Scribbled {
 /// Writes of random lengths from memory that is scribbled on all the time, each to a place of its own.
 fn scribbled_writes(how: StableWrites, limit: usize) -> (Arc<Mirror>, StableWritesStatus, Vec<(usize, usize)>) {
     const SIZE: usize = 48 * MIB;
-    let mirror = Mirror::new(SIZE, Order::Shuffled(3));
+    let mirror = Mirror::new(SIZE, CompletionOrder::Shuffled(3));
     let disk = stable(mirror.clone(), how, limit);
     let memory = Scribbled::new(4 * MIB);
     let mut driver = backend::Driver::new(&disk, 16);
-    let mut chance = Chance::new(5);
+    let mut chance = Prng::new(5);
     let (mut offset, mut out, mut places) = (0, 0, Vec::new());
     loop {
         let len = if chance.below(40) == 0 { 3 * MIB + 512 } else { 512 * (1 + chance.below(128) as usize) };
@@ -301,7 +301,7 @@ fn torn(mirror: &Mirror, places: &[(usize, usize)]) -> usize {
 fn a_queue_under_constant_scribbling() {
     let (mirror, _, places) = scribbled_writes(StableWrites::Off, 0);
     assert!(torn(&mirror, &places) > 0, "the test's guest is not nasty enough");
-    for limit in [0, Depot::DEFAULT_BYTES] {
+    for limit in [0, BouncePool::DEFAULT_BYTES] {
         let (mirror, status, places) = scribbled_writes(StableWrites::Copy, limit);
         assert_eq!(torn(&mirror, &places), 0);
         assert_eq!(status.copied_writes, places.len() as u64);
@@ -320,7 +320,7 @@ fn no_false_positive_in_millions_of_writes() {
     let mut queue = disk.open_queue(64).unwrap();
     let mut bufs: Vec<IoBuf> = (1..=64).map(|turn| IoBuf::owned(512 * (1 + turn % 3), 512, turn % 2)).collect();
     let mut out = Vec::new();
-    let (mut count, mut chance) = (0, Chance::new(1));
+    let (mut count, mut chance) = (0, Prng::new(1));
     while count < WRITES {
         for (turn, buf) in bufs.drain(..).enumerate() {
             buf.copy_from(chance.below(buf.len() as u64 - 8) as usize, &count.to_ne_bytes());
@@ -340,8 +340,8 @@ fn no_false_positive_in_millions_of_writes() {
 /// The same through the whole device, over an image that reorders, with failing writes in between.
 #[test]
 fn no_false_positive_in_a_device() {
-    let mem = Arc::new(MemBackend::new(MemOptions { order: Order::Shuffled(9), ..MemOptions::new(1 << 20) }));
-    let (disk, _) = stacked(mem.clone(), StableWrites::Detect, &Depot::new(0));
+    let mem = Arc::new(MemBackend::new(MemOptions { order: CompletionOrder::Shuffled(9), ..MemOptions::new(1 << 20) }));
+    let (disk, _) = stacked(mem.clone(), StableWrites::Detect, &BouncePool::new(0));
     let options = DeviceOptions { mode: CacheMode::Directsync, num_queues: 1, queue_size: 64, serial: String::new() };
     let rig = Rig::on(disk.clone(), &options);
     let mut guest = driver::Driver::connect_soon(&rig.path, 1, 64, 16 * WRITE, ALL);
@@ -375,8 +375,9 @@ fn no_false_positive_in_a_device() {
 fn more_demand_than_memory_waits_and_stays_within_the_bound() {
     const QUEUES: usize = 3;
     const LIMIT: usize = 2 * MAX_PIECE;
-    let depot = Depot::new(LIMIT);
-    let mem = Arc::new(MemBackend::new(MemOptions { order: Order::Shuffled(2), ..MemOptions::new(64 << 20) }));
+    let depot = BouncePool::new(LIMIT);
+    let mem =
+        Arc::new(MemBackend::new(MemOptions { order: CompletionOrder::Shuffled(2), ..MemOptions::new(64 << 20) }));
     let (disk, _) = stacked(mem.clone(), StableWrites::Copy, &depot);
     thread::scope(|scope| {
         for ring in 0..QUEUES {
@@ -389,7 +390,7 @@ fn more_demand_than_memory_waits_and_stays_within_the_bound() {
                 let mut offset = base;
                 let mut ids = Vec::new();
                 for (turn, &len) in lens.iter().enumerate() {
-                    let buf = backend::some_buffer(&mut Chance::new(turn as u64), len);
+                    let buf = backend::some_buffer(&mut Prng::new(turn as u64), len);
                     buf.copy_from(0, &vec![1 + turn as u8; len]);
                     ids.push(driver.push(Op::Write { offset, buf, durable: turn % 2 == 0 }));
                     offset += len as u64;
@@ -420,7 +421,7 @@ fn more_demand_than_memory_waits_and_stays_within_the_bound() {
 
 #[test]
 fn reads_and_syncs_pass_writes_that_wait_for_memory() {
-    let mem = Arc::new(MemBackend::new(MemOptions { order: Order::OnRequest, ..MemOptions::new(16 << 20) }));
+    let mem = Arc::new(MemBackend::new(MemOptions { order: CompletionOrder::OnRequest, ..MemOptions::new(16 << 20) }));
     let disk = stable(mem.clone(), StableWrites::Copy, 0);
     let mut driver = backend::Driver::new(&disk, 16);
     let write = |offset: usize| Op::Write { offset: offset as u64, buf: IoBuf::owned(MIB, 512, 0), durable: false };
@@ -442,10 +443,18 @@ fn reads_and_syncs_pass_writes_that_wait_for_memory() {
 #[test]
 fn a_part_that_fails_fails_its_write_once_and_nothing_else() {
     let enospc = Errno(libc::ENOSPC);
-    for (limit, nth) in
-        [(0, 1), (0, 2), (0, 4), (Depot::DEFAULT_BYTES, 1), (Depot::DEFAULT_BYTES, 3), (Depot::DEFAULT_BYTES, 4)]
-    {
-        let mem = Arc::new(MemBackend::new(MemOptions { order: Order::Shuffled(nth), ..MemOptions::new(16 << 20) }));
+    for (limit, nth) in [
+        (0, 1),
+        (0, 2),
+        (0, 4),
+        (BouncePool::DEFAULT_BYTES, 1),
+        (BouncePool::DEFAULT_BYTES, 3),
+        (BouncePool::DEFAULT_BYTES, 4),
+    ] {
+        let mem = Arc::new(MemBackend::new(MemOptions {
+            order: CompletionOrder::Shuffled(nth),
+            ..MemOptions::new(16 << 20)
+        }));
         let disk = stable(mem.clone(), StableWrites::Copy, limit);
         let mut driver = backend::Driver::new(&disk, 4);
         mem.fail(Fault { op: MemOp::Write, nth, errno: enospc, transferred: 0 });
@@ -462,9 +471,9 @@ fn a_part_that_fails_fails_its_write_once_and_nothing_else() {
 fn dropping_a_queue_carries_out_what_waits_for_memory() {
     let dir = disk_dir();
     let path = image(dir.path(), "disk.img", 32 << 20);
-    let little = FileOptions { memory: Depot::new(0), ..options(&path, CacheMode::None) };
+    let little = FileOptions { memory: BouncePool::new(0), ..options(&path, CacheMode::None) };
     let bounced: Arc<dyn Backend> = Arc::new(backend::opened(&little));
-    let mem = MemBackend::new(MemOptions { order: Order::Shuffled(1), ..MemOptions::new(32 << 20) });
+    let mem = MemBackend::new(MemOptions { order: CompletionOrder::Shuffled(1), ..MemOptions::new(32 << 20) });
     let copied = stable(Arc::new(mem), StableWrites::Copy, 0);
     for (round, disk) in [bounced, Arc::new(copied)].into_iter().enumerate() {
         let mut queue = disk.open_queue(16).unwrap();
@@ -490,9 +499,9 @@ fn dropping_a_queue_carries_out_what_waits_for_memory() {
 fn what_was_copied_is_not_bounced_again() {
     let dir = disk_dir();
     let path = image(dir.path(), "disk.img", 8 << 20);
-    let bounces = Depot::new(Depot::DEFAULT_BYTES);
+    let bounces = BouncePool::new(BouncePool::DEFAULT_BYTES);
     let file = FileOptions { memory: bounces.clone(), ..options(&path, CacheMode::None) };
-    let disk = stable(Arc::new(backend::opened(&file)), StableWrites::Copy, Depot::DEFAULT_BYTES);
+    let disk = stable(Arc::new(backend::opened(&file)), StableWrites::Copy, BouncePool::DEFAULT_BYTES);
     let mut driver = backend::Driver::new(&disk, 4);
     let buf = IoBuf::owned(65536, 4096, 1);
     buf.copy_from(0, &[9; 65536]);
@@ -569,8 +578,8 @@ fn a_real_loop_device_is_seen_through() {
 fn delayed_writes_are_stable_and_the_copy_holds_the_instant() {
     const SIZE: usize = 8 * MIB;
     let dir = disk_dir();
-    let mirror = Mirror::new(SIZE, Order::Shuffled(4));
-    let (disk, _) = stacked(mirror.clone(), StableWrites::Copy, &Depot::new(0));
+    let mirror = Mirror::new(SIZE, CompletionOrder::Shuffled(4));
+    let (disk, _) = stacked(mirror.clone(), StableWrites::Copy, &BouncePool::new(0));
     let target = dir.path().join("copy.img");
     let copy = disk.prepare(&CopyOptions { target: target.clone(), bandwidth: 1, digest: false }).unwrap();
     disk.start(&copy).unwrap();

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use front_end::*;
 use rig::Rig;
-use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
+use virtioblkd::backend::mem::{CompletionOrder, MemBackend, MemOptions};
 use virtioblkd::disk::Event;
 use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::{DeviceOptions, Tuning};
 
 #[test]
 fn requests_that_hang_are_counted_told_of_and_told_of_when_they_are_over() {
-    let disk = Arc::new(MemBackend::new(MemOptions { order: Order::OnRequest, ..MemOptions::new(1 << 20) }));
+    let disk = Arc::new(MemBackend::new(MemOptions { order: CompletionOrder::OnRequest, ..MemOptions::new(1 << 20) }));
     let options = DeviceOptions { mode: CacheMode::None, num_queues: 8, queue_size: 256, serial: String::new() };
     let limit = Duration::from_millis(100);
     let rig = Rig::tuned(disk.clone(), &options, &Tuning { stall_after: limit, ..Tuning::default() });

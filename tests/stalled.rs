@@ -18,7 +18,7 @@ mod withheld;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use driver::chance::Chance;
+use driver::chance::Prng;
 use driver::{ALL, Driver};
 use front_end::{FrontEnd, IN, OUT};
 use frozen::Freezable;
@@ -61,7 +61,7 @@ enum Others {
 /// A thousand requests at depth through ring 0 while something of it is stalled. All must be answered, rightly; and
 /// nothing else.
 fn stream(guest: &mut Driver, others: Others, first_generation: u64) {
-    let mut chance = Chance::new(7);
+    let mut chance = Prng::new(7);
     let mut generations: HashMap<u64, u64> = HashMap::new();
     let mut reads: HashMap<u64, Vec<u8>> = HashMap::new();
     for round in 0..REQUESTS / DEPTH {

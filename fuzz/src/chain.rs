@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use virtioblkd::backend::{DurableWrite, Geometry, RangeLimits};
 use virtioblkd::virtio::blk::request::{Command, Parser};
-use virtioblkd::virtio::virtqueue::guest_memory::Mapped;
-use virtioblkd::virtio::virtqueue::split_ring::{Place, SplitRing};
+use virtioblkd::virtio::virtqueue::guest_memory::GuestMemory;
+use virtioblkd::virtio::virtqueue::split_ring::{RingAddresses, SplitRing};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 /// Two regions side by side, and a hole behind them.
@@ -40,8 +40,8 @@ pub fn run(data: &[u8]) -> u64 {
     let memory = Arc::new(GuestMemoryMmap::from_ranges(&regions).expect("memory"));
     let bytes = &bytes[..bytes.len().min(2 * REGION as usize)];
     memory.write_slice(bytes, GuestAddress(0)).expect("inside");
-    let mapped = Mapped::new(memory.clone());
-    let place = Place { descriptors: 0, available: 0x100, used: 0x200 };
+    let mapped = GuestMemory::new(memory.clone());
+    let place = RingAddresses { descriptors: 0, available: 0x100, used: 0x200 };
     let mut ring = SplitRing::open(&mapped, &place, size, choice & 32 != 0, (0, 0)).expect("inside one region");
     let mut parser = Parser::default();
     let mut understood = 0;

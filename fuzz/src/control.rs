@@ -1,7 +1,7 @@
 //! What a client writes to the control socket, in pieces of any size.
 
 use serde_json::Value;
-use virtioblkd::control::protocol::json_stream::{Decoder, Garbage, MAX_BYTES};
+use virtioblkd::control::protocol::json_stream::{Decoder, MAX_BYTES, MalformedInput};
 use virtioblkd::control::{Access, protocol};
 
 /// The first byte is the size of the pieces.
@@ -21,7 +21,7 @@ pub fn run(data: &[u8]) {
     }
 }
 
-fn outcomes(text: &[u8], piece: usize) -> Vec<Result<Value, Garbage>> {
+fn outcomes(text: &[u8], piece: usize) -> Vec<Result<Value, MalformedInput>> {
     let mut decoder = Decoder::default();
     let mut found = Vec::new();
     for mut rest in text.chunks(piece) {

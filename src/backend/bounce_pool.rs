@@ -1,7 +1,7 @@
 //! Memory for transfers that are copied: aligned, reused and bounded.
 //!
 //! Every queue has a `Pool` of its own, which may always hold one largest piece, so that whoever is the only one to
-//! want memory gets it; what a queue needs beyond that comes from the image's [`Depot`]. `Pool::take` never waits: a
+//! want memory gets it; what a queue needs beyond that comes from the image's [`BouncePool`]. `Pool::take` never waits: a
 //! queue that gets nothing has pieces at work itself, and asks again when one of them comes back. Whoever has a piece
 //! waits for the medium only, never for a second piece. So there is no deadlock, and no queue need wake another.
 
@@ -24,27 +24,27 @@ const MAX_ALIGNMENT: usize = 64 << 10;
 const SIZES: usize = (MAX_PIECE / MIN_PIECE).ilog2() as usize + 1;
 
 /// The memory that all queues of an image share, beyond the [`MAX_PIECE`] bytes that each of them has.
-pub struct Depot {
-    shared: Arc<Account>,
-    shelves: Mutex<Shelves>,
-    gauge: Arc<Gauge>,
+pub struct BouncePool {
+    shared: Arc<Budget>,
+    shelves: Mutex<FreeLists>,
+    gauge: Arc<Usage>,
 }
 
-impl std::fmt::Debug for Depot {
+impl std::fmt::Debug for BouncePool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Depot({} bytes)", self.limit())
+        write!(f, "BouncePool({} bytes)", self.limit())
     }
 }
 
-impl Depot {
+impl BouncePool {
     /// Bytes that suit most: 64 large writes at once.
     pub const DEFAULT_BYTES: usize = 64 << 20;
 
     /// At most `limit` bytes.
     pub fn new(limit: usize) -> Arc<Self> {
-        let gauge = Arc::new(Gauge::default());
-        let shared = Account::new(limit, &gauge);
-        Arc::new(Depot { shared, shelves: Mutex::default(), gauge })
+        let gauge = Arc::new(Usage::default());
+        let shared = Budget::new(limit, &gauge);
+        Arc::new(BouncePool { shared, shelves: Mutex::default(), gauge })
     }
 
     /// Bytes allocated now and at most so far, in use or kept for reuse, with those of the queues.
@@ -60,40 +60,40 @@ impl Depot {
 
 /// Bytes allocated in all.
 #[derive(Default)]
-struct Gauge {
+struct Usage {
     now: AtomicUsize,
     most: AtomicUsize,
 }
 
 /// What memory is charged to.
-struct Account {
+struct Budget {
     limit: usize,
     used: AtomicUsize,
-    gauge: Arc<Gauge>,
+    gauge: Arc<Usage>,
 }
 
-impl Account {
-    fn new(limit: usize, gauge: &Arc<Gauge>) -> Arc<Self> {
-        Arc::new(Account { limit, used: AtomicUsize::new(0), gauge: gauge.clone() })
+impl Budget {
+    fn new(limit: usize, gauge: &Arc<Usage>) -> Arc<Self> {
+        Arc::new(Budget { limit, used: AtomicUsize::new(0), gauge: gauge.clone() })
     }
 
     /// Allocates if that stays within the limit. Tells whose it is by the account.
-    fn piece(self: &Arc<Self>, size: usize) -> Option<Piece> {
+    fn piece(self: &Arc<Self>, size: usize) -> Option<BounceBuffer> {
         let more = |used: usize| used.checked_add(size).filter(|&used| used <= self.limit);
         self.used.fetch_update(Relaxed, Relaxed, more).ok()?;
         let now = self.gauge.now.fetch_add(size, Relaxed) + size;
         self.gauge.most.fetch_max(now, Relaxed);
-        Some(Piece { memory: Memory::new(size, size.min(MAX_ALIGNMENT)), account: self.clone() })
+        Some(BounceBuffer { memory: Memory::new(size, size.min(MAX_ALIGNMENT)), account: self.clone() })
     }
 }
 
 /// Memory for a transfer. Goes back with [`Pool::give`]; dropped, it is freed.
-pub(super) struct Piece {
+pub(super) struct BounceBuffer {
     memory: Memory,
-    account: Arc<Account>,
+    account: Arc<Budget>,
 }
 
-impl Piece {
+impl BounceBuffer {
     /// Bytes.
     pub(super) fn len(&self) -> usize {
         self.memory.len()
@@ -105,7 +105,7 @@ impl Piece {
     }
 }
 
-impl Drop for Piece {
+impl Drop for BounceBuffer {
     fn drop(&mut self) {
         self.account.used.fetch_sub(self.len(), Relaxed);
         self.account.gauge.now.fetch_sub(self.len(), Relaxed);
@@ -114,15 +114,15 @@ impl Drop for Piece {
 
 /// Pieces kept for reuse, by size.
 #[derive(Default)]
-struct Shelves {
-    pieces: [Vec<Piece>; SIZES],
+struct FreeLists {
+    pieces: [Vec<BounceBuffer>; SIZES],
     /// All of them.
     bytes: usize,
 }
 
-impl Shelves {
+impl FreeLists {
     /// A piece of this size: one kept, or a new one, for which others may have to go.
-    fn take(&mut self, account: &Arc<Account>, class: usize) -> Option<Piece> {
+    fn take(&mut self, account: &Arc<Budget>, class: usize) -> Option<BounceBuffer> {
         let size = MIN_PIECE << class;
         if let Some(piece) = self.pieces[class].pop() {
             self.bytes -= size;
@@ -141,7 +141,7 @@ impl Shelves {
         }
     }
 
-    fn put(&mut self, piece: Piece) {
+    fn put(&mut self, piece: BounceBuffer) {
         self.bytes += piece.len();
         self.pieces[class_of(piece.len())].push(piece);
     }
@@ -154,23 +154,23 @@ fn class_of(len: usize) -> usize {
 
 /// One queue's way to memory; used by its thread alone.
 pub(super) struct Pool {
-    depot: Arc<Depot>,
-    own: Arc<Account>,
-    shelves: Shelves,
+    depot: Arc<BouncePool>,
+    own: Arc<Budget>,
+    shelves: FreeLists,
     /// Bytes of its smallest piece.
     least: usize,
 }
 
 impl Pool {
     /// Pieces are aligned to `align` bytes (a power of two, [`MAX_ALIGNMENT`] at most), and to a page.
-    pub(super) fn new(depot: Arc<Depot>, align: usize) -> Self {
-        let own = Account::new(MAX_PIECE, &depot.gauge);
-        Pool { depot, own, shelves: Shelves::default(), least: align }
+    pub(super) fn new(depot: Arc<BouncePool>, align: usize) -> Self {
+        let own = Budget::new(MAX_PIECE, &depot.gauge);
+        Pool { depot, own, shelves: FreeLists::default(), least: align }
     }
 
     /// A piece of `wanted` bytes or more, or one of [`MAX_PIECE`] bytes. None: only when this pool has lent out others;
     /// ask again when one was given back.
-    pub(super) fn take(&mut self, wanted: usize) -> Option<Piece> {
+    pub(super) fn take(&mut self, wanted: usize) -> Option<BounceBuffer> {
         let class = class_of(wanted.max(self.least));
         self.shelves.take(&self.own, class).or_else(|| {
             let mut shelves = self.depot.shelves.lock().expect("no panic while held");
@@ -179,7 +179,7 @@ impl Pool {
     }
 
     /// Takes a piece back for reuse, unless somebody still has a buffer of it.
-    pub(super) fn give(&mut self, piece: Piece) {
+    pub(super) fn give(&mut self, piece: BounceBuffer) {
         if !piece.memory.is_free() {
             return;
         }
@@ -197,7 +197,7 @@ mod tests {
 
     #[test]
     fn sizes_are_powers_of_two_between_a_page_and_the_largest() {
-        let depot = Depot::new(0);
+        let depot = BouncePool::new(0);
         let mut pool = Pool::new(depot, 1);
         for (wanted, len) in [(1, 4096), (4096, 4096), (4097, 8192), (MAX_PIECE - 1, MAX_PIECE), (1 << 30, MAX_PIECE)] {
             let piece = pool.take(wanted).expect("the only one");
@@ -209,7 +209,7 @@ mod tests {
 
     #[test]
     fn the_bound_holds_and_whoever_has_nothing_gets_something() {
-        let depot = Depot::new(2 * MAX_PIECE);
+        let depot = BouncePool::new(2 * MAX_PIECE);
         let mut pools: Vec<Pool> = (0..3).map(|_| Pool::new(depot.clone(), 512)).collect();
         let mut lent = Vec::new();
         for _ in 0..3 {
@@ -234,15 +234,15 @@ mod tests {
 
     #[test]
     fn pieces_kept_for_reuse_make_room_for_other_sizes() {
-        let depot = Depot::new(0);
+        let depot = BouncePool::new(0);
         let mut pool = Pool::new(depot.clone(), 512);
-        let small: Vec<Piece> = (0..256).map(|_| pool.take(4096).expect("within a largest piece")).collect();
+        let small: Vec<BounceBuffer> = (0..256).map(|_| pool.take(4096).expect("within a largest piece")).collect();
         assert!(pool.take(4096).is_none());
         small.into_iter().for_each(|piece| pool.give(piece));
         let large = pool.take(MAX_PIECE).expect("all the small ones are free");
         assert_eq!(depot.allocated(), (MAX_PIECE, MAX_PIECE));
         pool.give(large);
-        let small: Vec<Piece> = (0..256).map_while(|_| pool.take(4096)).collect();
+        let small: Vec<BounceBuffer> = (0..256).map_while(|_| pool.take(4096)).collect();
         assert_eq!(small.len(), 256, "the large one made room again");
         drop(small);
         assert_eq!(depot.allocated(), (0, MAX_PIECE));
@@ -250,7 +250,7 @@ mod tests {
 
     #[test]
     fn memory_that_somebody_still_has_is_not_lent_again() {
-        let mut pool = Pool::new(Depot::new(0), 512);
+        let mut pool = Pool::new(BouncePool::new(0), 512);
         let piece = pool.take(MAX_PIECE).expect("memory");
         let kept = piece.lend(512, Vec::new());
         pool.give(piece);

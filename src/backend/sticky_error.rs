@@ -12,9 +12,9 @@ use super::Errno;
 /// fall back from O_DIRECT to the page cache silently (ext4 with data=journal, btrfs with checksums), and a device that
 /// failed to flush its cache once may have lost what was in it.
 #[derive(Default)]
-pub(super) struct Latch(AtomicI32);
+pub(super) struct StickyError(AtomicI32);
 
-impl Latch {
+impl StickyError {
     /// Why syncs fail, if they do.
     pub(super) fn get(&self) -> Option<Errno> {
         match self.0.load(Ordering::Acquire) {

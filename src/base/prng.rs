@@ -1,12 +1,12 @@
 //! Numbers that look random and are the same at each run: for the RAM disk's order of completions, and for tests.
 
 /// Xorshift: the same story for the same seed.
-pub(crate) struct Chance(u64);
+pub(crate) struct Prng(u64);
 
-impl Chance {
+impl Prng {
     /// Seeds that are close to each other begin different stories.
     pub(crate) fn new(seed: u64) -> Self {
-        Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+        Prng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
     /// A number below `limit`.

@@ -80,9 +80,9 @@ impl Client {
         Self::connect_within(path, REPLY_TIMEOUT)
     }
 
-    /// [`Client::connect`], within `patience`.
-    pub fn connect_within(path: &Path, patience: Duration) -> Result<Self, Failure> {
-        let deadline = Instant::now() + patience;
+    /// [`Client::connect`], within `timeout`.
+    pub fn connect_within(path: &Path, timeout: Duration) -> Result<Self, Failure> {
+        let deadline = Instant::now() + timeout;
         let stream = open(path, deadline)?;
         let name = path.display().to_string();
         let mut client = Client { stream, name, input: Vec::new(), events: VecDeque::new(), writer: Writer::Nobody };
@@ -118,9 +118,9 @@ impl Client {
     }
 
     /// Asks and waits for the answer; events that come meanwhile are kept for [`Client::next`].
-    pub fn ask(&mut self, command: &str, arguments: Value, patience: Duration) -> Result<Value, Failure> {
+    pub fn ask(&mut self, command: &str, arguments: Value, timeout: Duration) -> Result<Value, Failure> {
         self.send(command, arguments)?;
-        self.reply(Instant::now() + patience)
+        self.reply(Instant::now() + timeout)
     }
 
     fn reply(&mut self, deadline: Instant) -> Result<Value, Failure> {

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::access::Access;
 use super::creds::Credentials;
-use super::protocol::json_stream::{Decoder, Garbage};
+use super::protocol::json_stream::{Decoder, MalformedInput};
 use super::quiesce::PeerId;
 
 /// Bytes read in one turn.
@@ -122,7 +122,7 @@ impl Peer {
     }
 
     /// The next request, if there is one and it is this connection's turn.
-    pub(super) fn next(&mut self, now: Instant) -> Option<Result<Value, Garbage>> {
+    pub(super) fn next(&mut self, now: Instant) -> Option<Result<Value, MalformedInput>> {
         while !self.held_up() && self.input_left() > 0 {
             if !self.bucket.has_one(now) {
                 return None;

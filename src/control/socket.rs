@@ -17,7 +17,7 @@ use super::image_notices::{ImageNotices, Inbox};
 use super::peer::Peer;
 use super::protocol;
 use super::quiesce::{PeerId, STORE};
-use super::service::{Info, Service, To, Upgrade};
+use super::service::{Info, Recipient, Service, Upgrade};
 use crate::base::sync::{Bell, Mutex};
 use crate::disk::{Disk, Events};
 
@@ -66,18 +66,18 @@ pub struct Setup {
 
 /// The running control room, with or without a quiesce socket. Dropping it stops it.
 pub struct Server {
-    orders: Arc<Orders>,
+    orders: Arc<ThreadCommands>,
     thread: Option<JoinHandle<()>>,
 }
 
 /// What the control thread is told by whoever started it.
-struct Orders {
+struct ThreadCommands {
     bell: Bell,
-    news: Mutex<News>,
+    news: Mutex<ThreadReport>,
 }
 
 #[derive(Default)]
-struct News {
+struct ThreadReport {
     stop: bool,
     /// To be served from now on; what is said in the status of how we got it; whether an attendant is missed.
     took_over: Option<(Option<UnixListener>, Value, bool)>,
@@ -94,7 +94,7 @@ impl Server {
         }
         let Setup { disk, events, notices, store_timeout, attended, max_hold, resized, quit, others, info, upgrade } =
             setup;
-        let orders = Arc::new(Orders { bell: Bell::new()?, news: Mutex::default() });
+        let orders = Arc::new(ThreadCommands { bell: Bell::new()?, news: Mutex::default() });
         let mut control = Control {
             listener,
             accept_again: None,
@@ -121,7 +121,7 @@ impl Server {
         Ok(())
     }
 
-    fn order(&self, change: impl FnOnce(&mut News)) {
+    fn order(&self, change: impl FnOnce(&mut ThreadReport)) {
         self.orders.bell.ring_after(|| {
             change(&mut self.orders.news.lock().expect("no panic while held"));
             true
@@ -171,7 +171,7 @@ struct Control {
 }
 
 impl Control {
-    fn run(&mut self, orders: &Orders) {
+    fn run(&mut self, orders: &ThreadCommands) {
         loop {
             let ready = match self.wait(&orders.bell) {
                 Ok(ready) => ready,
@@ -189,8 +189,8 @@ impl Control {
     }
 
     /// Whether it is to stop.
-    fn obey(&mut self, orders: &Orders) -> bool {
-        let News { stop, took_over } =
+    fn obey(&mut self, orders: &ThreadCommands) -> bool {
+        let ThreadReport { stop, took_over } =
             orders.bell.silence_before(|| std::mem::take(&mut *orders.news.lock().expect("no panic while held")));
         if let Some((listener, figures, misses)) = took_over {
             self.listener = listener;
@@ -295,9 +295,9 @@ impl Control {
         for (to, line) in self.service.outgoing() {
             for peer in &mut self.peers {
                 match to {
-                    To::Reply(id) if id == peer.id => peer.reply(&line),
-                    To::Only(id) if id == peer.id => peer.queue(&line),
-                    To::Everyone if peer.negotiated => peer.queue(&line),
+                    Recipient::Reply(id) if id == peer.id => peer.reply(&line),
+                    Recipient::Only(id) if id == peer.id => peer.queue(&line),
+                    Recipient::Everyone if peer.negotiated => peer.queue(&line),
                     _ => {}
                 }
             }

@@ -39,7 +39,7 @@ pub use cache::{CacheMode, CachePolicy};
 use gate::WriteGate;
 pub use on_error::OnError;
 use sync_line::{SyncLine, Waiter};
-pub use types::{Action, Errno, Kind, Offer, Slot, Token};
+pub use types::{Action, Admission, Errno, Kind, Slot, Token};
 
 /// The state of the request in one slot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -149,29 +149,29 @@ impl Engine {
     ///
     /// Offering a slot that is in use is a bug of the caller: an assertion fails in debug builds, `Held` in release builds.
     #[inline]
-    pub fn offer(&mut self, slot: Slot, kind: Kind) -> Offer {
+    pub fn offer(&mut self, slot: Slot, kind: Kind) -> Admission {
         let index = usize::from(slot);
         if index >= self.stages.len() {
             self.stages.resize(index + 1, Stage::Free);
         }
         if self.stages[index] != Stage::Free {
             debug_assert!(false, "slot {slot} was offered while in flight");
-            return Offer::Held;
+            return Admission::Held;
         }
         if kind == Kind::Read {
             self.reads_in_flight += 1;
             self.stages[index] = Stage::Reading;
             self.submit(slot, false);
-            return Offer::Taken;
+            return Admission::Taken;
         }
         if !self.kept.is_empty() || !self.gate.enter() {
-            return Offer::Held;
+            return Admission::Held;
         }
         match kind {
             Kind::Flush => self.flush(slot),
             _ => self.change(slot, kind),
         }
-        Offer::Taken
+        Admission::Taken
     }
 
     /// Reports the result of what was submitted. The caller reports every submitted token exactly once.
@@ -355,7 +355,7 @@ mod tests {
     #[test]
     fn a_batch_of_through_writes_shares_one_sync() {
         let mut engine = engine(CacheMode::Writethrough, false);
-        (0..64).for_each(|slot| assert_eq!(engine.offer(slot, Kind::Write), Offer::Taken));
+        (0..64).for_each(|slot| assert_eq!(engine.offer(slot, Kind::Write), Admission::Taken));
         assert_eq!(drain(&mut engine), (0..64).map(|slot| data(slot, false)).collect::<Vec<_>>());
         (0..64).for_each(|slot| engine.complete(Token::Data(slot), Ok(())));
         assert_eq!(drain(&mut engine), [SYNC]);
@@ -411,7 +411,7 @@ mod tests {
         assert_eq!(drain(&mut engine), [SYNC]);
         engine.complete(Token::Sync, Ok(()));
         engine.unblock_writes();
-        assert_eq!(engine.offer(0, Kind::Write), Offer::Taken);
+        assert_eq!(engine.offer(0, Kind::Write), Admission::Taken);
         engine.block_writes();
         assert_eq!(drain(&mut engine), [data(0, false)], "neither Quiesced nor Resumed");
     }
@@ -427,7 +427,7 @@ mod tests {
     fn steady_state_allocates_nothing() {
         let mut engine = engine(CacheMode::Writethrough, false);
         let mut round = || {
-            (0..32).for_each(|slot| assert_eq!(engine.offer(slot, Kind::Write), Offer::Taken));
+            (0..32).for_each(|slot| assert_eq!(engine.offer(slot, Kind::Write), Admission::Taken));
             while engine.next_action().is_some() {}
             (0..32).for_each(|slot| engine.complete(Token::Data(slot), Ok(())));
             while engine.next_action().is_some() {}
@@ -442,7 +442,7 @@ mod tests {
     #[test]
     fn the_highest_slot_is_a_slot() {
         let mut engine = engine(CacheMode::None, false);
-        assert_eq!(engine.offer(Slot::MAX, Kind::Read), Offer::Taken);
+        assert_eq!(engine.offer(Slot::MAX, Kind::Read), Admission::Taken);
         assert_eq!(drain(&mut engine), [data(Slot::MAX, false)]);
         engine.complete(Token::Data(Slot::MAX), Err(Errno(5)));
         assert_eq!(drain(&mut engine), [Action::Done { slot: Slot::MAX, result: Err(Errno(5)) }]);
@@ -450,7 +450,7 @@ mod tests {
 
     /// Each is a bug of the caller's; a hostile guest cannot cause one.
     const CALLERS_BUGS: [fn(&mut Engine); 5] = [
-        |engine| assert_eq!(engine.offer(0, Kind::Flush), Offer::Held),
+        |engine| assert_eq!(engine.offer(0, Kind::Flush), Admission::Held),
         |engine| engine.complete(Token::Data(1), Ok(())),
         |engine| engine.complete(Token::Data(Slot::MAX), Err(Errno(5))),
         |engine| engine.complete(Token::Sync, Ok(())),

@@ -2,7 +2,7 @@
 //! any order, a worker that may be late, and the [`Oracle`]s. It shares nothing with the engine but its public types; even
 //! the table of the modes is written a second time.
 
-use super::{Action, CacheMode, CachePolicy, Engine, Errno, Kind, Offer, OnError, Slot, Token};
+use super::{Action, Admission, CacheMode, CachePolicy, Engine, Errno, Kind, OnError, Slot, Token};
 
 /// Requests in one script, at most.
 pub const MAX_REQUESTS: usize = 6;
@@ -92,7 +92,7 @@ impl Setup {
 #[derive(Clone, Copy, Debug)]
 pub enum Step {
     /// Offer the request at the head of the ring.
-    Offer,
+    Admission,
     /// Report a completion.
     Complete(Token, Result<(), Errno>),
     /// A holder comes.
@@ -214,7 +214,7 @@ impl World {
             steps.push(Step::Act);
         }
         if usize::from(self.next) < setup.script.len() && !(self.held && self.is_blocked()) {
-            steps.push(Step::Offer);
+            steps.push(Step::Admission);
         }
         let mut complete = |token, error| {
             steps.push(Step::Complete(token, Ok(())));
@@ -248,7 +248,7 @@ impl World {
     /// Does one step and asks the oracles that judge events. [`World::judge`] asks the others.
     pub fn step(&mut self, setup: &Setup, step: Step) -> Result<(), Oracle> {
         match step {
-            Step::Offer => self.offer(setup)?,
+            Step::Admission => self.offer(setup)?,
             Step::Complete(token, result) => self.complete(setup, token, result),
             Step::Block => {
                 self.blocks_left -= 1;
@@ -283,7 +283,7 @@ impl World {
         self.act_due = match step {
             Step::Act => false,
             // A held request changes nothing, so there is nothing to do.
-            Step::Offer => self.act_due || !self.held,
+            Step::Admission => self.act_due || !self.held,
             _ => true,
         };
         Ok(())
@@ -301,13 +301,13 @@ impl World {
         let slot = self.slots.iter().position(Option::is_none).expect("a slot for each request");
         let may_pass = kind == Kind::Read || !self.is_blocked();
         match self.engine.offer(slot as Slot, kind) {
-            Offer::Taken if !may_pass => return Err(Oracle::AdmittedWhileBlocked),
-            Offer::Held if may_pass => return Err(Oracle::HeldWithoutReason),
-            Offer::Held => {
+            Admission::Taken if !may_pass => return Err(Oracle::AdmittedWhileBlocked),
+            Admission::Held if may_pass => return Err(Oracle::HeldWithoutReason),
+            Admission::Held => {
                 self.held = true;
                 return Ok(());
             }
-            Offer::Taken => {}
+            Admission::Taken => {}
         }
         self.held = false;
         self.next += 1;

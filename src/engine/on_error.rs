@@ -131,7 +131,7 @@ impl Engine {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{CacheMode, CachePolicy, Kind, Offer, Token};
+    use super::super::{Admission, CacheMode, CachePolicy, Kind, Token};
     use super::*;
 
     const ENOSPC: Errno = Errno(28);
@@ -160,7 +160,7 @@ mod tests {
         let mut engine = Engine::new(CachePolicy::from(CacheMode::Directsync), true);
         engine.set_on_error(OnError::Enospc);
         for (slot, kind) in [(0, Kind::Write), (1, Kind::Discard), (2, Kind::Write)] {
-            assert_eq!(engine.offer(slot, kind), Offer::Taken);
+            assert_eq!(engine.offer(slot, kind), Admission::Taken);
         }
         assert_eq!(drain(&mut engine), [data(0, true), data(1, false), data(2, true)]);
         engine.complete(Token::Data(2), Err(EIO));
@@ -169,8 +169,8 @@ mod tests {
         let keep = |slot| Action::Keep { slot, errno: ENOSPC };
         assert_eq!(drain(&mut engine), [Action::Done { slot: 2, result: Err(EIO) }, keep(1), keep(0)]);
         assert!(engine.rests() && !engine.is_idle());
-        assert_eq!(engine.offer(2, Kind::Flush), Offer::Held);
-        assert_eq!(engine.offer(3, Kind::Read), Offer::Taken);
+        assert_eq!(engine.offer(2, Kind::Flush), Admission::Held);
+        assert_eq!(engine.offer(3, Kind::Read), Admission::Taken);
         assert_eq!(drain(&mut engine), [data(3, false)]);
         assert!(!engine.rests());
         engine.retry();

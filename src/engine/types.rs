@@ -46,7 +46,7 @@ pub enum Token {
 
 /// Whether a request was admitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Offer {
+pub enum Admission {
     /// The request was admitted and is in flight until its `Done`.
     Taken,
     /// Writes are blocked, or a failed transfer is [retained](Action::Keep). The caller leaves the request in the virtqueue,

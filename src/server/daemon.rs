@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::files::Files;
 use super::front_ends::FrontEnds;
-use super::hand_over::{Requests, Successor};
+use super::hand_over::{NewDaemon, Requests};
 use super::permissions;
 use super::socket::{self, Prepared};
 use super::take_over::{self, TakeOver};
@@ -78,7 +78,7 @@ impl Daemon {
         let taken = taking.finish(&*server.served, &mut front_ends);
         let (figures, misses) = taken.map_err(|error| {
             // Its thread lets go of the image, which the other one wants back.
-            front_ends.see_off();
+            front_ends.join();
             ServerError::TakeOver(error)
         })?;
         let files = files.own(config);
@@ -95,14 +95,14 @@ impl Daemon {
     }
 
     /// Another process has the disk: nothing here touches it, or what that one goes on with.
-    pub(super) fn leave(mut self, successor: Successor) {
+    pub(super) fn leave(mut self, successor: NewDaemon) {
         log::info!("another process (pid {}) serves the disk: ending", successor.pid);
         if successor.pid != 0 {
             systemd::systemd(&format!("MAINPID={}", successor.pid));
         }
         self.files.give(successor.keeps);
         drop(self.control);
-        self.front_ends.see_off();
+        self.front_ends.join();
     }
 
     /// Drains, syncs and ends. `served`: how serving ended.
@@ -133,7 +133,7 @@ impl Daemon {
         }
         served?;
         // A library's exit handlers must not run while another thread lets go of the image.
-        front_ends.see_off();
+        front_ends.join();
         Ok(())
     }
 }

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::unix::net::UnixListener;
 
 use super::ServerError;
-use super::hand_over::{Estate, Keeps};
+use super::hand_over::{FilesTakenOver, InheritedFiles};
 use super::socket::{self, FrontSocket, Prepared};
 use super::take_over::{TakeOver, Taken};
 use crate::base::pid_file::PidFile;
@@ -84,9 +84,9 @@ impl Files {
     }
 
     /// What the next daemon may go on with.
-    pub(super) fn estate(&self) -> Estate<'_> {
+    pub(super) fn estate(&self) -> InheritedFiles<'_> {
         let control = self.control.as_ref();
-        Estate {
+        InheritedFiles {
             front: (self.front.path(), &self.front),
             control: control.and_then(|(listener, file)| Some((file.as_ref()?.path(), listener as _))),
             pid_file: self.pid_file.as_ref().map(|file| file.parts()).map(|(path, file)| (path, file as _)),
@@ -94,7 +94,7 @@ impl Files {
     }
 
     /// The next daemon goes on with those; the others are removed.
-    pub(super) fn give(self, keeps: Keeps) {
+    pub(super) fn give(self, keeps: FilesTakenOver) {
         if keeps.front {
             self.front.give();
         }

@@ -15,7 +15,7 @@ use super::socket::FrontSocket;
 use super::{Served, ServerError, new_bell};
 use crate::base::sync::Bell;
 use crate::virtio::device::hand_over::Steps;
-use crate::virtio::vhost_user::save_restore::Moved;
+use crate::virtio::vhost_user::save_restore::SavedSession;
 
 /// How long to leave connections waiting when the process or the system is out of descriptors or memory.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
@@ -61,7 +61,7 @@ impl FrontEnds {
     /// Looks after whoever came or left. Never blocks.
     pub(super) fn tend(&mut self, socket: &FrontSocket) -> Result<(), ServerError> {
         if self.left.was_rung() {
-            self.see_off();
+            self.join();
         }
         // Before the listener: whoever hung up and comes again finds the place free, or waits for it.
         if let Some(current) = self.current.as_mut().filter(|current| !current.leaving)
@@ -114,9 +114,9 @@ impl FrontEnds {
     }
 
     /// Goes on with a front-end that another process served.
-    pub(super) fn adopt(&mut self, moved: Moved, steps: Steps) -> io::Result<()> {
+    pub(super) fn restore_session(&mut self, moved: SavedSession, steps: Steps) -> io::Result<()> {
         let (watched, peer) = (moved.stream.try_clone()?, peer(&moved.stream));
-        self.current = Some(self.spawn(watched, &peer, move |served| served.adopt(moved, &steps))?);
+        self.current = Some(self.spawn(watched, &peer, move |served| served.restore_session(moved, &steps))?);
         Ok(())
     }
 
@@ -144,7 +144,7 @@ impl FrontEnds {
     }
 
     /// Waits for the thread of a front-end that is gone.
-    pub(super) fn see_off(&mut self) {
+    pub(super) fn join(&mut self) {
         if let Some(current) = self.current.take() {
             // A panic would have ended the process.
             let _ = current.thread.join();

@@ -60,14 +60,14 @@ impl Requests {
 }
 
 /// What outlives this process, in copies.
-pub(super) struct Estate<'a> {
+pub(super) struct InheritedFiles<'a> {
     /// The path of the vhost-user socket, if it is ours, and the socket.
     pub(super) front: (Option<&'a Path>, &'a dyn AsFd),
     pub(super) control: Option<(&'a Path, &'a dyn AsFd)>,
     pub(super) pid_file: Option<(&'a Path, &'a dyn AsFd)>,
 }
 
-impl Estate<'_> {
+impl InheritedFiles<'_> {
     fn hello(&self, served: &dyn Served, misses_attendant: bool) -> Result<(Hello, Descriptors), String> {
         let disk = served.facts().ok_or("its image lives in this process and ends with it")?;
         let mut descriptors = Descriptors::default();
@@ -94,19 +94,19 @@ pub(super) enum Outcome {
     /// Everything is as before; why.
     Stayed(String),
     /// The disk is another process's.
-    Gone(Successor),
+    Gone(NewDaemon),
 }
 
 /// The other process.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Successor {
+pub(super) struct NewDaemon {
     /// 0: it has no number here.
     pub(super) pid: i32,
     /// Which of our files it goes on with.
-    pub(super) keeps: Keeps,
+    pub(super) keeps: FilesTakenOver,
 }
 
-pub(super) use crate::upgrade::Keeps;
+pub(super) use crate::upgrade::FilesTakenOver;
 
 /// A hand-over, in a thread of its own: main hears signals meanwhile.
 pub(super) struct HandOver {
@@ -122,7 +122,7 @@ impl HandOver {
     pub(super) fn start(
         (stream, misses_attendant): (UnixStream, bool),
         served: &Arc<dyn Served>,
-        estate: &Estate<'_>,
+        estate: &InheritedFiles<'_>,
         requests: &Requests,
     ) -> Result<HandOver, String> {
         let failed = |error: io::Error| format!("no thread or descriptor left for it: {error}");
@@ -171,7 +171,7 @@ fn give(
     served: &dyn Served,
     hello: Result<(Hello, Descriptors), String>,
     leaving: &AtomicBool,
-) -> Result<Successor, String> {
+) -> Result<NewDaemon, String> {
     let starter = match next(channel, ANSWER_TIMEOUT_RINGS_RUNNING, None)? {
         (FromNew::Begin, descriptors) => Starter::received(descriptors).map_err(|error| error.to_string())?,
         _ => return Err(OUT_OF_TURN.into()),
@@ -205,7 +205,7 @@ fn give(
     send(channel, &FromOld::Go, &[])?;
     handed_over.commit();
     let pid = getsockopt(&channel.stream().as_fd(), PeerCredentials).map_or(0, |peer| peer.pid());
-    Ok(Successor { pid, keeps })
+    Ok(NewDaemon { pid, keeps })
 }
 
 /// So that little is left to be synced while the guest waits.
@@ -227,10 +227,10 @@ fn is_wanted(starter: Option<&Starter>) -> Result<(), String> {
     if starter.is_some_and(Starter::has_given_up) { Err(GAVE_UP.into()) } else { Ok(()) }
 }
 
-fn next(channel: &Channel, patience: Duration, starter: Option<&Starter>) -> Result<(FromNew, Vec<OwnedFd>), String> {
-    let mut left = patience;
+fn next(channel: &Channel, timeout: Duration, starter: Option<&Starter>) -> Result<(FromNew, Vec<OwnedFd>), String> {
+    let mut left = timeout;
     if let Some(starter) = starter {
-        left = wait_for_either(channel, starter, patience);
+        left = wait_for_either(channel, starter, timeout);
         is_wanted(Some(starter))?;
     }
     match channel.receive(left) {
@@ -241,9 +241,9 @@ fn next(channel: &Channel, patience: Duration, starter: Option<&Starter>) -> Res
 }
 
 /// Waits until the new daemon says something or hangs up, or the starter gives up. Returns how long to wait for the whole
-/// message: `patience` once it has begun, next to nothing when the time is over.
-fn wait_for_either(channel: &Channel, starter: &Starter, patience: Duration) -> Duration {
-    let end = Instant::now() + patience;
+/// message: `timeout` once it has begun, next to nothing when the time is over.
+fn wait_for_either(channel: &Channel, starter: &Starter, timeout: Duration) -> Duration {
+    let end = Instant::now() + timeout;
     loop {
         let left = end.saturating_duration_since(Instant::now());
         let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
@@ -251,7 +251,7 @@ fn wait_for_either(channel: &Channel, starter: &Starter, patience: Duration) -> 
         match poll(&mut fds, Some(&left)) {
             Err(rustix::io::Errno::INTR) => {}
             Ok(0) => return Duration::from_millis(1),
-            _ => return patience,
+            _ => return timeout,
         }
     }
 }

@@ -45,11 +45,11 @@ use crate::disk::RingStatus;
 use crate::sandbox::SandboxError;
 use crate::upgrade::DiskFacts;
 use crate::virtio::device::hand_over::{HandedOver, Steps};
-use crate::virtio::vhost_user::save_restore::Moved;
+use crate::virtio::vhost_user::save_restore::SavedSession;
 use daemon::Daemon;
 use files::Files;
 use front_ends::FrontEnds;
-use hand_over::{HandOver, Outcome, Requests, Successor};
+use hand_over::{HandOver, NewDaemon, Outcome, Requests};
 use socket::SocketError;
 use take_over::TakeOverError;
 
@@ -78,20 +78,20 @@ pub(crate) trait Served: Send + Sync {
     fn sync_ahead(&self) -> io::Result<()>;
 
     /// Brings the disk to a stand, durable, for another process to go on with; no front-end is begun with meanwhile. What
-    /// is in flight has `patience` to finish. Errors: why it goes on here. A thread of its own.
-    fn hand_over(&self, patience: Duration) -> Result<HandedOver, String>;
+    /// is in flight has `timeout` to finish. Errors: why it goes on here. A thread of its own.
+    fn hand_over(&self, timeout: Duration) -> Result<HandedOver, String>;
 
     /// Takes what keeps others from the image, which the process before us gave up. Main.
     fn take_over(&self) -> io::Result<()>;
 
-    /// Goes on from what the process before us counted. Main, before [`Served::adopt`].
+    /// Goes on from what the process before us counted. Main, before [`Served::restore_session`].
     fn go_on_counting(&self, _before: &[RingStatus]) {}
 
     /// Gives it up again, since the other process goes on after all. Main.
     fn give_back(&self);
 
     /// [`Served::serve`] for a connection that another process served. Its thread.
-    fn adopt(&self, moved: Moved, steps: &Steps) -> io::Result<String>;
+    fn restore_session(&self, moved: SavedSession, steps: &Steps) -> io::Result<String>;
 }
 
 /// Who holds the disk still, and a control socket if there is one, until it is dropped, which waits for its thread.
@@ -174,13 +174,13 @@ enum Ending {
     /// It was told to end.
     Told,
     /// Another process has the disk.
-    HandedOver(Successor),
+    HandedOver(NewDaemon),
 }
 
 /// A hand-over, looked at.
-enum Tended {
+enum HandOverPoll {
     Lasts(HandOver),
-    Gone(Successor),
+    Gone(NewDaemon),
     Stayed,
 }
 
@@ -229,12 +229,12 @@ impl Server {
             }
             if let Some(running) = handing.take() {
                 match self.tend_hand_over(running, told_to_end)? {
-                    Tended::Lasts(running) => {
+                    HandOverPoll::Lasts(running) => {
                         handing = Some(running);
                         continue;
                     }
-                    Tended::Gone(successor) => return Ok(Ending::HandedOver(successor)),
-                    Tended::Stayed => {}
+                    HandOverPoll::Gone(successor) => return Ok(Ending::HandedOver(successor)),
+                    HandOverPoll::Stayed => {}
                 }
             }
             if told_to_end {
@@ -252,7 +252,7 @@ impl Server {
     }
 
     /// Looks how far a hand-over is. Never blocks.
-    fn tend_hand_over(&self, running: HandOver, told_to_end: bool) -> Result<Tended, ServerError> {
+    fn tend_hand_over(&self, running: HandOver, told_to_end: bool) -> Result<HandOverPoll, ServerError> {
         if told_to_end {
             running.cancel();
         }
@@ -260,13 +260,13 @@ impl Server {
             return Err(ServerError::Impatient(self.undone(Signal::SIGTERM, false)));
         }
         if !running.done.was_rung() {
-            return Ok(Tended::Lasts(running));
+            return Ok(HandOverPoll::Lasts(running));
         }
         Ok(match running.outcome() {
-            Outcome::Gone(successor) => Tended::Gone(successor),
+            Outcome::Gone(successor) => HandOverPoll::Gone(successor),
             Outcome::Stayed(why) => {
                 hand_over::stayed(&self.requests, &why);
-                Tended::Stayed
+                HandOverPoll::Stayed
             }
         })
     }

@@ -17,9 +17,11 @@ use super::front_ends::FrontEnds;
 use crate::base::logging;
 use crate::config::{Config, Listen};
 use crate::control::client::{Client, REPLY_TIMEOUT};
-use crate::upgrade::{self, Channel, Descriptors, FromNew, FromOld, GAVE_UP, Hello, Keeps, Starter, State, VERSION};
+use crate::upgrade::{
+    self, Channel, Descriptors, FilesTakenOver, FromNew, FromOld, GAVE_UP, Hello, Starter, State, VERSION,
+};
 use crate::virtio::device::hand_over::Steps;
-use crate::virtio::vhost_user::save_restore::Moved;
+use crate::virtio::vhost_user::save_restore::SavedSession;
 
 /// For the other one's answers. It may have much to sync before the last of them, while its guest runs.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -43,7 +45,7 @@ pub(super) struct TakeOver {
     channel: Channel,
     hello: Hello,
     descriptors: Descriptors,
-    keeps: Keeps,
+    keeps: FilesTakenOver,
     starter: Option<Starter>,
 }
 
@@ -84,7 +86,7 @@ impl TakeOver {
             _ => return Err(refuse(OUT_OF_TURN.into())),
         };
         let take_over =
-            TakeOver { path: path.to_owned(), channel, hello, descriptors, keeps: Keeps::default(), starter };
+            TakeOver { path: path.to_owned(), channel, hello, descriptors, keeps: FilesTakenOver::default(), starter };
         let Some(facts) = served.facts() else {
             return Err(take_over.give_up("an image in memory ends with its process"));
         };
@@ -109,7 +111,7 @@ impl TakeOver {
         let control = control.filter(|(path, _)| same(config.control.as_ref().map(|it| &it.path), Some(path)));
         let pid_file = self.hello.pid_file.clone();
         let pid_file = pid_file.filter(|(path, _)| same(config.pid_file.as_ref(), Some(path)));
-        self.keeps = Keeps { front, control: control.is_some(), pid_file: pid_file.is_some() };
+        self.keeps = FilesTakenOver { front, control: control.is_some(), pid_file: pid_file.is_some() };
         let front_socket = self.hello.front_socket;
         let front = front.then(|| self.take(front_socket)).transpose()?;
         let control = control.map(|(_, number)| self.take(number)).transpose()?;
@@ -145,7 +147,7 @@ impl TakeOver {
         let State { since, drained_in, counts, front_end } = state;
         served.go_on_counting(&counts);
         served.take_over().map_err(|error| self.give_up(&error.to_string()))?;
-        let adopted = front_end.map(|(number, record)| Self::adopt(number, record, descriptors, front_ends));
+        let adopted = front_end.map(|(number, record)| Self::restore_session(number, record, descriptors, front_ends));
         let adopted = adopted.transpose().map_err(|why| {
             // Before the other one hears of it: it wants the image back.
             served.give_back();
@@ -183,9 +185,9 @@ impl TakeOver {
 
     /// Brings the front-end's connection to where it was, with its rings stopped; how to let them run, and to hear that
     /// they do.
-    fn adopt(
+    fn restore_session(
         number: usize,
-        record: crate::upgrade::session_state::Record,
+        record: crate::upgrade::session_state::SessionState,
         mut descriptors: Descriptors,
         front_ends: &mut FrontEnds,
     ) -> Result<(mpsc::Sender<()>, mpsc::Receiver<()>), String> {
@@ -194,7 +196,7 @@ impl TakeOver {
         let (go, may_go) = mpsc::channel();
         let (running, is_running) = mpsc::channel();
         let steps = Steps { prepared, go: may_go, running };
-        let started = front_ends.adopt(Moved { stream, record, descriptors }, steps);
+        let started = front_ends.restore_session(SavedSession { stream, record, descriptors }, steps);
         started.map_err(|error| format!("no thread or descriptor left for the front-end: {error}"))?;
         is_prepared.recv().unwrap_or_else(|_| Err("the front-end's thread ended".into()))?;
         Ok((go, is_running))
@@ -219,8 +221,8 @@ fn no_listener(error: &io::Error) -> String {
     format!("the running virtioblkd does not listen: {error}")
 }
 
-fn hear(channel: &Channel, patience: Duration) -> Result<(FromOld, Vec<OwnedFd>), String> {
-    match channel.receive(patience) {
+fn hear(channel: &Channel, timeout: Duration) -> Result<(FromOld, Vec<OwnedFd>), String> {
+    match channel.receive(timeout) {
         Ok((FromOld::Refused(why), _)) => Err(why),
         Ok(heard) => Ok(heard),
         Err(error) => Err(format!("the running virtioblkd: {error}; see its log")),

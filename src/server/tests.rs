@@ -113,7 +113,7 @@ impl Served for Disk {
         unimplemented!("nobody takes over")
     }
 
-    fn adopt(&self, _: Moved, _: &Steps) -> io::Result<String> {
+    fn restore_session(&self, _: SavedSession, _: &Steps) -> io::Result<String> {
         unimplemented!("nobody takes over")
     }
 }

@@ -14,7 +14,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use super::hand_over::Requests;
 use super::{Control, Served, ServerError, hand_over};
 use crate::backend::Backend;
-use crate::backend::bounce_pool::Depot;
+use crate::backend::bounce_pool::BouncePool;
 use crate::backend::file::{FileBackend, FileOptions, OpenError, prepare_io_urings};
 use crate::backend::mem::{MemBackend, MemOptions};
 use crate::backend::null::NullBackend;
@@ -28,7 +28,7 @@ use crate::control::{self, ImageNotices};
 use crate::disk::{Copies, Disk, DiskStatus, Events, FailedRequest, ImageSnapshots, RingStatus};
 use crate::upgrade::DiskFacts;
 use crate::virtio::device::hand_over::{HandedOver, Steps};
-use crate::virtio::vhost_user::save_restore::Moved;
+use crate::virtio::vhost_user::save_restore::SavedSession;
 use crate::virtio::{Device, DeviceOptions, Tuning};
 
 /// Called by the control socket's thread when it is told to end the daemon.
@@ -52,7 +52,7 @@ pub(super) fn open(
 ) -> Result<Opened, Box<dyn Error + Send + Sync>> {
     let events = Events::new().map_err(|error| ServerError::System("cannot make an eventfd", error))?;
     let events = Arc::new(events);
-    let depot = Depot::new(Depot::DEFAULT_BYTES);
+    let depot = BouncePool::new(BouncePool::DEFAULT_BYTES);
     let image = open_backend(config, &depot)?;
     let queues = with_io_urings(config, affordable(config.num_queues))?;
     // Copies of an instant in front: see the head of backend::stable for the order.
@@ -144,7 +144,7 @@ fn with_io_urings(config: &Config, wanted: u16) -> io::Result<u16> {
     Ok(offered)
 }
 
-fn open_backend(config: &Config, memory: &Arc<Depot>) -> Result<Arc<dyn Backend>, Box<dyn Error + Send + Sync>> {
+fn open_backend(config: &Config, memory: &Arc<BouncePool>) -> Result<Arc<dyn Backend>, Box<dyn Error + Send + Sync>> {
     let block = config.logical_block_size.unwrap_or(512);
     Ok(match &config.backend {
         BackendKind::File(path) => Arc::new(open_file(config, path, memory)?),
@@ -162,7 +162,7 @@ fn open_backend(config: &Config, memory: &Arc<Depot>) -> Result<Arc<dyn Backend>
     })
 }
 
-fn open_file(config: &Config, path: &Path, memory: &Arc<Depot>) -> Result<FileBackend, OpenError> {
+fn open_file(config: &Config, path: &Path, memory: &Arc<BouncePool>) -> Result<FileBackend, OpenError> {
     FileBackend::open(&FileOptions {
         read_only: config.read_only,
         logical_block_size: config.logical_block_size,
@@ -203,8 +203,8 @@ impl Served for ServedDisk {
         self.device.sync_ahead()
     }
 
-    fn hand_over(&self, patience: Duration) -> Result<HandedOver, String> {
-        self.device.hand_over(patience)
+    fn hand_over(&self, timeout: Duration) -> Result<HandedOver, String> {
+        self.device.hand_over(timeout)
     }
 
     fn take_over(&self) -> io::Result<()> {
@@ -219,8 +219,8 @@ impl Served for ServedDisk {
         self.backend.hand_over();
     }
 
-    fn adopt(&self, moved: Moved, steps: &Steps) -> io::Result<String> {
-        self.device.adopt(moved, steps)
+    fn restore_session(&self, moved: SavedSession, steps: &Steps) -> io::Result<String> {
+        self.device.restore_session(moved, steps)
     }
 
     fn shutdown(&self) {

@@ -30,7 +30,7 @@ const SYNC_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Why the agent did not do as asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Trouble {
+pub enum AgentError {
     /// It does not answer; what was asked may be done later.
     Silent(String),
     /// It cannot be reached.
@@ -41,19 +41,19 @@ pub enum Trouble {
     Stopped,
 }
 
-impl fmt::Display for Trouble {
+impl fmt::Display for AgentError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Trouble::Silent(text) | Trouble::Lost(text) | Trouble::Refused(text) => f.write_str(text),
-            Trouble::Stopped => f.write_str("interrupted"),
+            AgentError::Silent(text) | AgentError::Lost(text) | AgentError::Refused(text) => f.write_str(text),
+            AgentError::Stopped => f.write_str("interrupted"),
         }
     }
 }
 
 /// A way to the agent.
 pub trait Channel {
-    /// Asks and waits for the answer, at most `patience`. Whatever was asked before is done by then.
-    fn ask(&mut self, command: &str, arguments: Value, patience: Duration, stop: Stop<'_>) -> Result<Value, Trouble>;
+    /// Asks and waits for the answer, at most `timeout`. Whatever was asked before is done by then.
+    fn ask(&mut self, command: &str, arguments: Value, timeout: Duration, stop: Stop<'_>) -> Result<Value, AgentError>;
 }
 
 /// The agent's socket, as QEMU made it (`-chardev socket,path=...` with a `virtserialport` named
@@ -86,8 +86,8 @@ impl Socket {
         format!("the guest agent at '{}'", self.path.display())
     }
 
-    fn silent(&self) -> Trouble {
-        Trouble::Silent(format!(
+    fn silent(&self) -> AgentError {
+        AgentError::Silent(format!(
             "{} does not answer: see that qemu-guest-agent runs in the guest, that the guest is not paused, and that \
              nobody else is connected to the socket (libvirt is, to those of its domains: give --libvirt DOMAIN)",
             self.shown()
@@ -95,7 +95,7 @@ impl Socket {
     }
 
     /// Connects if need be, and waits until the agent listens to us and to nobody else.
-    fn synchronize(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<(), Trouble> {
+    fn synchronize(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<(), AgentError> {
         if self.link.is_none() {
             self.link = Some(Link { stream: self.open(deadline, stop)?, input: Vec::new(), in_sync: false });
         }
@@ -120,7 +120,7 @@ impl Socket {
                             return Err(self.silent());
                         }
                     }
-                    Err(Trouble::Silent(_)) if Instant::now() < deadline => break,
+                    Err(AgentError::Silent(_)) if Instant::now() < deadline => break,
                     Err(trouble) => return Err(trouble),
                 }
             }
@@ -128,12 +128,12 @@ impl Socket {
         Ok(())
     }
 
-    fn link(&mut self) -> Result<&mut Link, Trouble> {
+    fn link(&mut self) -> Result<&mut Link, AgentError> {
         let shown = self.shown();
-        self.link.as_mut().ok_or_else(|| Trouble::Lost(format!("{shown} closed the connection")))
+        self.link.as_mut().ok_or_else(|| AgentError::Lost(format!("{shown} closed the connection")))
     }
 
-    fn send(&mut self, mut bytes: Vec<u8>, delimited: bool) -> Result<(), Trouble> {
+    fn send(&mut self, mut bytes: Vec<u8>, delimited: bool) -> Result<(), AgentError> {
         if delimited {
             // No byte of UTF-8: the agent's parser starts anew.
             bytes[0] = 0xff;
@@ -147,13 +147,13 @@ impl Socket {
             }
             Err(error) => {
                 self.link = None;
-                Err(Trouble::Lost(format!("{} cannot be written to: {error}", self.shown())))
+                Err(AgentError::Lost(format!("{} cannot be written to: {error}", self.shown())))
             }
         }
     }
 
     /// The next line, without its end.
-    fn line(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<Vec<u8>, Trouble> {
+    fn line(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<Vec<u8>, AgentError> {
         let (mut searched, mut read) = (0, 0);
         loop {
             let silent = self.silent();
@@ -167,19 +167,19 @@ impl Socket {
             searched = link.input.len();
             if searched > MAX_INPUT || read > MAX_INPUT {
                 self.link = None;
-                return Err(Trouble::Lost(format!("{shown} sends without end: it is no guest agent")));
+                return Err(AgentError::Lost(format!("{shown} sends without end: it is no guest agent")));
             }
             match wait(&[link.stream.as_fd()], stop, deadline) {
                 Ok(Wake::Ready(_)) => {}
-                Ok(Wake::Stopped) => return Err(Trouble::Stopped),
+                Ok(Wake::Stopped) => return Err(AgentError::Stopped),
                 Ok(Wake::TimedOut) => return Err(silent),
-                Err(error) => return Err(Trouble::Lost(format!("{shown}: poll: {error}"))),
+                Err(error) => return Err(AgentError::Lost(format!("{shown}: poll: {error}"))),
             }
             let mut buffer = [0; 16 * 1024];
             match link.stream.read(&mut buffer) {
                 Ok(0) => {
                     self.link = None;
-                    return Err(Trouble::Lost(format!("{shown} closed the connection: does the guest still run?")));
+                    return Err(AgentError::Lost(format!("{shown} closed the connection: does the guest still run?")));
                 }
                 Ok(count) => {
                     read += count;
@@ -188,13 +188,13 @@ impl Socket {
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                 Err(error) => {
                     self.link = None;
-                    return Err(Trouble::Lost(format!("{shown}: {error}")));
+                    return Err(AgentError::Lost(format!("{shown}: {error}")));
                 }
             }
         }
     }
 
-    fn open(&self, deadline: Instant, stop: Stop<'_>) -> Result<UnixStream, Trouble> {
+    fn open(&self, deadline: Instant, stop: Stop<'_>) -> Result<UnixStream, AgentError> {
         let lost = |errno: Errno| {
             let mend = match errno {
                 Errno::NOENT => ": does the guest run, and is this the socket of its agent's channel?",
@@ -203,7 +203,7 @@ impl Socket {
                 Errno::NAMETOOLONG | Errno::INVAL => ": a socket's path has at most 107 bytes",
                 _ => "",
             };
-            Trouble::Lost(format!("{} cannot be reached: {}{mend}", self.shown(), io::Error::from(errno)))
+            AgentError::Lost(format!("{} cannot be reached: {}{mend}", self.shown(), io::Error::from(errno)))
         };
         let address = SocketAddrUnix::new(&self.path).map_err(lost)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -215,8 +215,8 @@ impl Socket {
                 Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => {
                     match pause(Duration::from_millis(50), stop) {
                         Ok(true) => {}
-                        Ok(false) => return Err(Trouble::Stopped),
-                        Err(error) => return Err(Trouble::Lost(format!("{}: poll: {error}", self.shown()))),
+                        Ok(false) => return Err(AgentError::Stopped),
+                        Err(error) => return Err(AgentError::Lost(format!("{}: poll: {error}", self.shown()))),
                     }
                 }
                 Err(Errno::AGAIN | Errno::INTR) => return Err(self.silent()),
@@ -227,8 +227,8 @@ impl Socket {
 }
 
 impl Channel for Socket {
-    fn ask(&mut self, command: &str, arguments: Value, patience: Duration, stop: Stop<'_>) -> Result<Value, Trouble> {
-        let deadline = Instant::now() + patience;
+    fn ask(&mut self, command: &str, arguments: Value, timeout: Duration, stop: Stop<'_>) -> Result<Value, AgentError> {
+        let deadline = Instant::now() + timeout;
         self.synchronize(deadline, stop)?;
         let mut request = json!({"execute": command});
         if !arguments.is_null() {
@@ -239,7 +239,7 @@ impl Channel for Socket {
         let line = self.line(deadline, stop)?;
         self.link()?.in_sync = true;
         answer(&self.shown(), command, &line).inspect_err(|trouble| {
-            if matches!(trouble, Trouble::Lost(_)) {
+            if matches!(trouble, AgentError::Lost(_)) {
                 self.link = None;
             }
         })
@@ -253,16 +253,16 @@ impl AsFd for Link {
 }
 
 /// Reads an answer: `{"return": ...}` or `{"error": {"class", "desc"}}`.
-pub fn answer(who: &str, command: &str, line: &[u8]) -> Result<Value, Trouble> {
+pub fn answer(who: &str, command: &str, line: &[u8]) -> Result<Value, AgentError> {
     let garbage = || {
         let start = String::from_utf8_lossy(&line[..line.len().min(80)]).into_owned();
-        Trouble::Lost(format!("{who} answers {command} with what is no answer: {start:?}"))
+        AgentError::Lost(format!("{who} answers {command} with what is no answer: {start:?}"))
     };
     let mut value = bounded::parse(line).map_err(|_| garbage())?;
     if let Some(error) = value.get("error") {
         let why = error["desc"].as_str().or(error["class"].as_str()).unwrap_or("it gives no reason");
         let why: String = why.chars().take(MAX_REASON).collect();
-        return Err(Trouble::Refused(format!("{who} refuses {command}: {why}")));
+        return Err(AgentError::Refused(format!("{who} refuses {command}: {why}")));
     }
     value.get_mut("return").map(Value::take).ok_or_else(garbage)
 }
@@ -290,16 +290,16 @@ mod tests {
                 done.send(asked)
             });
             let asked = result.recv_timeout(Duration::from_secs(60)).expect("it waits for ever");
-            assert!(matches!(asked, Err(Trouble::Silent(_) | Trouble::Lost(_))), "{asked:?}");
+            assert!(matches!(asked, Err(AgentError::Silent(_) | AgentError::Lost(_))), "{asked:?}");
         }
     }
 
     #[test]
     fn an_answer_is_read_within_bounds() {
         let big = [b"{\"return\": [".to_vec(), b"1,".repeat(1_000_000), b"1]}".to_vec()].concat();
-        assert!(matches!(answer("it", "guest-info", &big), Err(Trouble::Lost(_))));
+        assert!(matches!(answer("it", "guest-info", &big), Err(AgentError::Lost(_))));
         let long = format!("{{\"error\": {{\"desc\": \"{}\"}}}}", "x".repeat(1 << 20));
-        let Err(Trouble::Refused(text)) = answer("it", "guest-info", long.as_bytes()) else { panic!("not refused") };
+        let Err(AgentError::Refused(text)) = answer("it", "guest-info", long.as_bytes()) else { panic!("not refused") };
         assert!(text.len() < 2000);
     }
 }

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use super::agent::Trouble;
+use super::agent::AgentError;
 use super::disks::image_path;
-use super::freeze::{Freezer, Wanted};
+use super::freeze::{FreezeOptions, Freezer};
 use super::guest::Guest;
 use super::hooks;
 use super::plan::{self, Level};
@@ -50,7 +50,7 @@ pub struct Plan {
     /// A weaker snapshot is better than none.
     pub or_weaker: bool,
     /// For the guest's freeze, its thaw, and each hook.
-    pub patience: Duration,
+    pub timeout: Duration,
 }
 
 impl Plan {
@@ -71,7 +71,7 @@ impl Plan {
 
     /// What a `prepared` may take: a hook, a freeze, and the thaw of one that failed.
     fn allowed(&self) -> Duration {
-        self.patience * if self.hooks.is_some() { 3 } else { 2 } + FREEZE_MARGIN
+        self.timeout * if self.hooks.is_some() { 3 } else { 2 } + FREEZE_MARGIN
     }
 }
 
@@ -82,7 +82,7 @@ pub fn attend(plan: &Plan, report: impl Fn(&Receipt)) -> Result<(), Failure> {
     let failed = |error: std::io::Error| Failure::new("internal", format!("signals cannot be caught: {error}"));
     let signals = Signals::block().map_err(failed)?;
     if let Some(at) = plan.agent.as_ref().filter(|_| plan.level > Level::Crash)
-        && let Err(trouble @ (Trouble::Silent(_) | Trouble::Lost(_))) =
+        && let Err(trouble @ (AgentError::Silent(_) | AgentError::Lost(_))) =
             Guest::new(at, RECONNECT_TIMEOUT).ping(Some(signals.as_fd()))
     {
         // The guest may start later.
@@ -118,7 +118,7 @@ impl Attended {
 }
 
 /// A freeze, for as many questions as come until it is thawed.
-struct Round {
+struct FreezeRound {
     freezer: Freezer,
     /// What each of them is answered.
     outcome: Result<(), String>,
@@ -129,7 +129,7 @@ struct Attendant<'a> {
     plan: &'a Plan,
     signals: Signals,
     disks: Vec<Attended>,
-    round: Option<Round>,
+    round: Option<FreezeRound>,
     /// A signal came; until then the last round is waited for.
     ending: Option<Instant>,
     /// The last failure to thaw.
@@ -165,18 +165,18 @@ impl Attendant<'_> {
     }
 
     /// Connects and registers. Errors name the disk.
-    fn register(&mut self, at: usize, patience: Duration) -> Result<(), Failure> {
+    fn register(&mut self, at: usize, timeout: Duration) -> Result<(), Failure> {
         let plan = self.plan;
         let disk = &mut self.disks[at];
         let blame = |why: Failure| {
             Failure::new(&why.code, format!("the disk behind '{}' cannot be attended: {why}", disk.control.display()))
         };
-        let mut client = Client::connect_within(&disk.control, patience).map_err(blame)?;
-        let status = client.ask("query-status", json!({}), patience).map_err(blame)?;
+        let mut client = Client::connect_within(&disk.control, timeout).map_err(blame)?;
+        let status = client.ask("query-status", json!({}), timeout).map_err(blame)?;
         let who = format!("virtioblkctl attend, level {}", plan.level.name());
         let allowed = plan.allowed().as_millis() as u64;
         let arguments = json!({"required": !plan.or_weaker, "timeout-ms": allowed, "who": who});
-        client.ask("attend", arguments, patience).map_err(blame)?;
+        client.ask("attend", arguments, timeout).map_err(blame)?;
         disk.image = image_path(&status);
         disk.client = Some(client);
         Ok(())
@@ -253,14 +253,14 @@ impl Attendant<'_> {
         }
     }
 
-    fn freeze(&self) -> Round {
+    fn freeze(&self) -> FreezeRound {
         let plan = self.plan;
-        let mut freezer = Freezer::new(Wanted {
+        let mut freezer = Freezer::new(FreezeOptions {
             level: plan.level,
             agent: plan.agent.clone(),
             hooks: plan.hooks.clone(),
             or_weaker: plan.or_weaker,
-            patience: plan.patience,
+            timeout: plan.timeout,
             silence: MAX_FREEZE,
         });
         let since = Instant::now();
@@ -272,7 +272,7 @@ impl Attendant<'_> {
         if let Err(why) = &outcome {
             freezer.warn(format!("not prepared: {why}"));
         }
-        Round { freezer, outcome, since }
+        FreezeRound { freezer, outcome, since }
     }
 
     fn answer(&mut self, at: usize, arguments: Value) {
@@ -305,7 +305,7 @@ impl Attendant<'_> {
     }
 
     fn thaw(&mut self) {
-        let Some(Round { mut freezer, outcome, since }) = self.round.take() else { return };
+        let Some(FreezeRound { mut freezer, outcome, since }) = self.round.take() else { return };
         let was_frozen = freezer.thaw();
         if outcome.is_ok() {
             if let Err(failure) = freezer.was_frozen(was_frozen) {

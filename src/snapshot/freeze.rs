@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::disks::interrupted;
-use super::guard::{Ask, Begun, Guard, Orders, THAW_WATCH_TIMEOUT};
-use super::guest::{Checked, Thawed, VSS_HOLD};
+use super::guard::{Ask, Guard, GuardSpec, PendingUndo, THAW_WATCH_TIMEOUT};
+use super::guest::{GuestReport, Thawed, VSS_HOLD};
 use super::plan::{AgentAt, Level};
 use super::receipt::Receipt;
 use super::wait::{Stop, Wake, wait};
@@ -16,7 +16,7 @@ use crate::control::client::Failure;
 
 /// What is to be frozen, and how.
 #[derive(Clone, Debug)]
-pub struct Wanted {
+pub struct FreezeOptions {
     /// The level asked for.
     pub level: Level,
     /// Who freezes the guest's filesystems.
@@ -26,14 +26,14 @@ pub struct Wanted {
     /// A weaker level is better than nothing.
     pub or_weaker: bool,
     /// For the guest's freeze, its thaw, and each hook.
-    pub patience: Duration,
+    pub timeout: Duration,
     /// We are never silent towards the guard for longer while something is frozen; then it thaws by itself.
     pub silence: Duration,
 }
 
 /// One freeze and its thaw. What is frozen when it is dropped the guard thaws.
 pub struct Freezer {
-    wanted: Wanted,
+    wanted: FreezeOptions,
     guard: Option<Guard>,
     /// When the guest's filesystems were frozen.
     frozen_at: Option<Instant>,
@@ -56,7 +56,7 @@ pub fn check(stop: Stop<'_>) -> Result<(), Failure> {
 
 impl Freezer {
     /// Nothing is started yet.
-    pub fn new(wanted: Wanted) -> Self {
+    pub fn new(wanted: FreezeOptions) -> Self {
         let level = wanted.level;
         let receipt = Receipt { requested_level: level.name(), ..Receipt::default() };
         Freezer { wanted, guard: None, frozen_at: None, windows: false, level, receipt }
@@ -74,14 +74,14 @@ impl Freezer {
             return Ok(());
         }
         let agent = wanted.agent.as_ref().filter(|_| freezes);
-        let orders = Orders {
+        let orders = GuardSpec {
             socket: agent.and_then(|at| if let AgentAt::Socket(path) = at { Some(path.clone().into()) } else { None }),
             domain: agent.and_then(|at| if let AgentAt::Domain(name) = at { Some(name.clone()) } else { None }),
             hooks: wanted.hooks.clone().map(Into::into),
             environment,
-            patience: wanted.patience,
+            timeout: wanted.timeout,
             silence: wanted.silence,
-            begun: Begun::default(),
+            begun: PendingUndo::default(),
         };
         self.guard = Some(Guard::start(orders)?);
         Ok(())
@@ -119,7 +119,7 @@ impl Freezer {
         let host_hooks = !self.receipt.hooks.is_empty();
         let ask = if self.level == Level::Application && !host_hooks { Ask::CheckAll } else { Ask::Check };
         let checked = self.ask_guard(ask, stop)?;
-        let checked: Checked = serde_json::from_value(checked)
+        let checked: GuestReport = serde_json::from_value(checked)
             .map_err(|error| Failure::new("internal", format!("the guard's answer: {error}")))?;
         if ask == Ask::CheckAll && checked.hook.is_none() {
             let why = checked.hook_unknown.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
@@ -192,7 +192,7 @@ impl Freezer {
 
     /// Nothing that was begun is left for the guard.
     pub fn is_undone(&self) -> bool {
-        self.guard.as_ref().is_none_or(|guard| guard.begun() == Begun::default())
+        self.guard.as_ref().is_none_or(|guard| guard.begun() == PendingUndo::default())
     }
 
     /// Frozen at the instant means frozen before and after: a guest that was not, or of which nobody knows, does not

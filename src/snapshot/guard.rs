@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::agent::Trouble;
+use super::agent::AgentError;
 use super::guest::Guest;
 use super::hooks::Hooks;
 use super::plan::AgentAt;
@@ -33,7 +33,7 @@ const GUARD_MARGIN: Duration = Duration::from_secs(15);
 
 /// What the guard is for: its first line. Paths are no `PathBuf`, which serde takes as UTF-8 only.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Orders {
+pub struct GuardSpec {
     /// The socket of the guest's agent.
     pub socket: Option<OsString>,
     /// Or libvirt's domain.
@@ -43,16 +43,16 @@ pub struct Orders {
     /// What the hooks are told.
     pub environment: Vec<(String, OsString)>,
     /// For a freeze, a thaw and each hook.
-    pub patience: Duration,
+    pub timeout: Duration,
     /// We are never silent for longer while something is frozen.
     pub silence: Duration,
     /// Begun by another guard, which died.
-    pub begun: Begun,
+    pub begun: PendingUndo,
 }
 
 /// What must be undone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Begun {
+pub struct PendingUndo {
     /// The guest was told to freeze.
     pub guest: bool,
     /// The hook `freeze` was called.
@@ -81,8 +81,8 @@ pub enum Ask {
 
 /// Our side.
 pub struct Guard {
-    orders: Orders,
-    begun: Begun,
+    orders: GuardSpec,
+    begun: PendingUndo,
     child: Child,
     link: BufReader<UnixStream>,
     /// Answers that nobody waited for.
@@ -91,7 +91,7 @@ pub struct Guard {
 
 impl Guard {
     /// Starts one. Errors: no process.
-    pub fn start(orders: Orders) -> Result<Self, Failure> {
+    pub fn start(orders: GuardSpec) -> Result<Self, Failure> {
         let failed =
             |error: std::io::Error| Failure::new("guard", format!("the guard process cannot be started: {error}"));
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
@@ -117,7 +117,7 @@ impl Guard {
         self.send(&json!(ask))?;
         self.owed += 1;
         // A freeze that is refused is followed by a thaw.
-        let deadline = Instant::now() + 2 * self.orders.patience + GUARD_MARGIN;
+        let deadline = Instant::now() + 2 * self.orders.timeout + GUARD_MARGIN;
         let mut answer = Value::Null;
         while self.owed > 0 {
             answer = self.line(deadline, stop)?;
@@ -148,12 +148,12 @@ impl Guard {
         // It cannot undo anything any more, or is stuck, and must let go of the agent.
         let ended = self.child.kill().and_then(|()| self.child.wait());
         ended.map_err(|error| Failure::new("guard", format!("the guard process cannot be ended: {error}")))?;
-        *self = Guard::start(Orders { begun: self.begun, ..self.orders.clone() })?;
+        *self = Guard::start(GuardSpec { begun: self.begun, ..self.orders.clone() })?;
         self.ask(ask, None)
     }
 
     /// What is not undone yet.
-    pub fn begun(&self) -> Begun {
+    pub fn begun(&self) -> PendingUndo {
         self.begun
     }
 
@@ -191,7 +191,7 @@ impl Guard {
 impl Drop for Guard {
     /// The end of the socket tells the guard to undo what is begun. Nobody waits for that here.
     fn drop(&mut self) {
-        if self.begun == Begun::default() {
+        if self.begun == PendingUndo::default() {
             // Both fail only if it is gone.
             let _ = self.link.get_ref().shutdown(std::net::Shutdown::Both);
             let _ = self.child.wait();
@@ -214,7 +214,7 @@ pub fn serve(link: OwnedFd) -> ExitCode {
     let _ = rustix::process::setsid();
     let mut link = BufReader::new(UnixStream::from(link));
     let mut line = String::new();
-    let orders = match link.read_line(&mut line).map(|_| serde_json::from_str::<Orders>(&line)) {
+    let orders = match link.read_line(&mut line).map(|_| serde_json::from_str::<GuardSpec>(&line)) {
         Ok(Ok(orders)) => orders,
         Ok(Err(_)) | Err(_) => {
             crate::base::logging::say(format_args!(
@@ -235,13 +235,13 @@ pub fn serve(link: OwnedFd) -> ExitCode {
     }
     // Nobody asks any more; what is not undone by now is undone here.
     drop(link);
-    if keeper.begun != Begun::default() { keeper.undo() } else { ExitCode::SUCCESS }
+    if keeper.begun != PendingUndo::default() { keeper.undo() } else { ExitCode::SUCCESS }
 }
 
 /// The next question; `None`: there will be none.
 fn next(link: &mut BufReader<UnixStream>, keeper: &Keeper) -> Option<Ask> {
     if link.buffer().is_empty() {
-        let frozen = keeper.begun != Begun::default();
+        let frozen = keeper.begun != PendingUndo::default();
         let silence = if frozen { keeper.orders.silence } else { Duration::from_secs(86_400) };
         let wake = wait(&[link.get_ref().as_fd()], None, Instant::now() + silence);
         if !matches!(wake, Ok(Wake::Ready(_))) {
@@ -257,25 +257,25 @@ fn next(link: &mut BufReader<UnixStream>, keeper: &Keeper) -> Option<Ask> {
 
 /// Does what the guard is asked, and knows what is begun.
 struct Keeper {
-    orders: Orders,
-    begun: Begun,
+    orders: GuardSpec,
+    begun: PendingUndo,
     guest: Option<Guest>,
     hooks: Option<Hooks>,
     frozen_at: Option<Instant>,
 }
 
 impl Keeper {
-    fn new(orders: Orders) -> Self {
+    fn new(orders: GuardSpec) -> Self {
         let socket = orders.socket.clone().map(|path| AgentAt::Socket(path.into()));
         let guest =
-            socket.or_else(|| orders.domain.clone().map(AgentAt::Domain)).map(|at| Guest::new(&at, orders.patience));
+            socket.or_else(|| orders.domain.clone().map(AgentAt::Domain)).map(|at| Guest::new(&at, orders.timeout));
         let hooks =
             orders.hooks.as_deref().map(|directory| Hooks::new(Path::new(directory), orders.environment.clone()));
         Keeper { begun: orders.begun, guest, hooks, frozen_at: None, orders }
     }
 
     fn carry_out(&mut self, ask: Ask, stop: Stop<'_>) -> Result<Value, Failure> {
-        let patience = self.orders.patience;
+        let timeout = self.orders.timeout;
         match ask {
             Ask::HooksFreeze => {
                 self.begun.hooks = true;
@@ -292,8 +292,8 @@ impl Keeper {
             Ask::Freeze => {
                 self.frozen_at = Some(Instant::now());
                 self.begun.guest = true;
-                let frozen = self.guest()?.freeze(patience, stop);
-                self.begun.guest = !matches!(frozen, Err(Trouble::Refused(_)));
+                let frozen = self.guest()?.freeze(timeout, stop);
+                self.begun.guest = !matches!(frozen, Err(AgentError::Refused(_)));
                 frozen.map(|count| json!({"frozen": count})).map_err(failure)
             }
             Ask::IsFrozen => {
@@ -301,7 +301,7 @@ impl Keeper {
                 Ok(json!({"frozen": frozen}))
             }
             Ask::Thaw => {
-                let deadline = Instant::now() + patience;
+                let deadline = Instant::now() + timeout;
                 let thawed = self.guest()?.thaw(deadline, stop).map_err(failure)?;
                 self.begun.guest = false;
                 let frozen = self.frozen_at.map_or(0, |since| since.elapsed().as_micros() as u64);
@@ -316,7 +316,7 @@ impl Keeper {
 
     fn hook(&self, name: &str, stop: Stop<'_>) -> Result<Value, Failure> {
         let Some(hooks) = &self.hooks else { return Err(Failure::new("internal", "the guard was given no hooks")) };
-        hooks.call(name, self.orders.patience, stop).map(|()| Value::Null).map_err(|why| Failure::new("hook", why))
+        hooks.call(name, self.orders.timeout, stop).map(|()| Value::Null).map_err(|why| Failure::new("hook", why))
     }
 
     /// Thaws the guest, then calls the hook: we are alone.
@@ -342,12 +342,12 @@ impl Keeper {
 }
 
 /// A trouble as an answer.
-fn failure(trouble: Trouble) -> Failure {
+fn failure(trouble: AgentError) -> Failure {
     let code = match trouble {
-        Trouble::Silent(_) => "agent-silent",
-        Trouble::Lost(_) => "agent-lost",
-        Trouble::Refused(_) => REFUSED,
-        Trouble::Stopped => "interrupted",
+        AgentError::Silent(_) => "agent-silent",
+        AgentError::Lost(_) => "agent-lost",
+        AgentError::Refused(_) => REFUSED,
+        AgentError::Stopped => "interrupted",
     };
     Failure::new(code, trouble.to_string())
 }

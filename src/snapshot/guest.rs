@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::agent::{Channel, Socket, Trouble};
+use super::agent::{AgentError, Channel, Socket};
 use super::libvirt::Domain;
 use super::plan::AgentAt;
 use super::wait::{Stop, pause};
@@ -36,7 +36,7 @@ const DEFAULT_CONFIG: &str = "/etc/qemu/qemu-ga.conf";
 /// What a guest says of itself before it is frozen.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Checked {
+pub struct GuestReport {
     /// Filesystems that should be frozen, `None` if the guest does not say.
     pub freezable: Option<u64>,
     /// Mounted filesystems that cannot be, with their types.
@@ -89,56 +89,56 @@ impl Thawed {
 pub struct Guest {
     channel: Box<dyn Channel>,
     /// For anything but freeze and thaw.
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl Guest {
-    /// Reaches it when first asked. `patience`: it takes no longer for anything but freeze and thaw.
-    pub fn new(at: &AgentAt, patience: Duration) -> Self {
+    /// Reaches it when first asked. `timeout`: it takes no longer for anything but freeze and thaw.
+    pub fn new(at: &AgentAt, timeout: Duration) -> Self {
         let channel: Box<dyn Channel> = match at {
             AgentAt::Socket(path) => Box::new(Socket::new(path)),
             AgentAt::Domain(name) => Box::new(Domain::new(name)),
         };
-        Guest { channel, patience: patience.min(AGENT_TIMEOUT) }
+        Guest { channel, timeout: timeout.min(AGENT_TIMEOUT) }
     }
 
     /// Whether it can be frozen, and what is to be expected; changes nothing. `hooks`: also find out whether its agent
     /// runs a hook. Everything that the agent answers only while it is not frozen is asked here.
-    pub fn check(&mut self, hooks: bool, stop: Stop<'_>) -> Result<Checked, Trouble> {
-        let status = self.ask("guest-fsfreeze-status", Value::Null, self.patience, stop)?;
+    pub fn check(&mut self, hooks: bool, stop: Stop<'_>) -> Result<GuestReport, AgentError> {
+        let status = self.ask("guest-fsfreeze-status", Value::Null, self.timeout, stop)?;
         if status != "thawed" {
-            return Err(Trouble::Refused(format!(
+            return Err(AgentError::Refused(format!(
                 "the guest's filesystems are {} already, by somebody else, who may thaw them at any time: wait for its \
                  end, thaw them (guest-fsfreeze-thaw, virsh domfsthaw), or ask for level crash",
                 status.as_str().unwrap_or("frozen")
             )));
         }
-        let info = self.ask("guest-info", Value::Null, self.patience, stop)?;
+        let info = self.ask("guest-info", Value::Null, self.timeout, stop)?;
         let known = info["supported_commands"].as_array().map(Vec::as_slice).unwrap_or_default();
         let freeze = known.iter().find(|command| command["name"] == "guest-fsfreeze-freeze");
         if freeze.is_none_or(|command| command["enabled"] == false) {
-            return Err(Trouble::Refused(
+            return Err(AgentError::Refused(
                 "the guest's agent does not offer guest-fsfreeze-freeze: take it off the agent's block list \
                  (qemu-ga --block-rpcs), or ask for level crash"
                     .into(),
             ));
         }
-        let mut checked = Checked::default();
-        match self.ask("guest-get-osinfo", Value::Null, self.patience, stop) {
+        let mut checked = GuestReport::default();
+        match self.ask("guest-get-osinfo", Value::Null, self.timeout, stop) {
             Ok(system) => checked.windows = system["id"] == "mswindows",
             // Too old, or blocked: the names of the volumes tell it, too.
-            Err(Trouble::Refused(_)) => {}
+            Err(AgentError::Refused(_)) => {}
             Err(trouble) => return Err(trouble),
         }
-        match self.ask("guest-get-fsinfo", Value::Null, self.patience, stop) {
+        match self.ask("guest-get-fsinfo", Value::Null, self.timeout, stop) {
             Ok(filesystems) => count(&filesystems, &mut checked),
-            Err(Trouble::Refused(_)) => {}
+            Err(AgentError::Refused(_)) => {}
             Err(trouble) => return Err(trouble),
         }
         if hooks {
             match self.hook(stop) {
                 Ok(hook) => checked.hook = hook,
-                Err(Trouble::Refused(why)) => checked.hook_unknown = Some(why),
+                Err(AgentError::Refused(why)) => checked.hook_unknown = Some(why),
                 Err(trouble) => return Err(trouble),
             }
         }
@@ -146,29 +146,29 @@ impl Guest {
     }
 
     /// Whether its agent answers; `Refused`: it does, with a no.
-    pub fn ping(&mut self, stop: Stop<'_>) -> Result<(), Trouble> {
-        self.ask("guest-ping", Value::Null, self.patience, stop).map(|_| ())
+    pub fn ping(&mut self, stop: Stop<'_>) -> Result<(), AgentError> {
+        self.ask("guest-ping", Value::Null, self.timeout, stop).map(|_| ())
     }
 
     /// Freezes; how many filesystems. After `Refused` nothing of ours is frozen; after anything else nobody knows, and
     /// [`Guest::thaw`] must follow.
-    pub fn freeze(&mut self, patience: Duration, stop: Stop<'_>) -> Result<u64, Trouble> {
-        match self.ask("guest-fsfreeze-freeze", Value::Null, patience, stop) {
+    pub fn freeze(&mut self, timeout: Duration, stop: Stop<'_>) -> Result<u64, AgentError> {
+        match self.ask("guest-fsfreeze-freeze", Value::Null, timeout, stop) {
             Ok(count) => Ok(count.as_u64().unwrap_or(0)),
             // Nothing was done: the agent is in frozen state since somebody else froze the guest after our check (qga/main.c,
             // `ga_disable_not_allowed_freeze`), or the command was blocked. What is frozen is not ours to thaw.
-            Err(Trouble::Refused(why)) if why.contains("has been disabled") => Err(Trouble::Refused(format!(
+            Err(AgentError::Refused(why)) if why.contains("has been disabled") => Err(AgentError::Refused(format!(
                 "{why}; if the guest was frozen by somebody else meanwhile it is left as it is: wait for its end, thaw it \
                  (guest-fsfreeze-thaw, virsh domfsthaw), or ask for level crash"
             ))),
-            Err(Trouble::Refused(why)) => {
+            Err(AgentError::Refused(why)) => {
                 // The agent undoes what it began; a hook that failed half way may have left something.
-                match self.thaw(Instant::now() + patience, None) {
+                match self.thaw(Instant::now() + timeout, None) {
                     Ok(Thawed { complaint: Some(thaw), .. }) if thaw != why => {
-                        Err(Trouble::Refused(format!("{why}; and the thaw after it: {thaw}")))
+                        Err(AgentError::Refused(format!("{why}; and the thaw after it: {thaw}")))
                     }
-                    Ok(_) => Err(Trouble::Refused(why)),
-                    Err(trouble) => Err(Trouble::Silent(format!("{why}; and the thaw after it: {trouble}"))),
+                    Ok(_) => Err(AgentError::Refused(why)),
+                    Err(trouble) => Err(AgentError::Silent(format!("{why}; and the thaw after it: {trouble}"))),
                 }
             }
             Err(trouble) => Err(trouble),
@@ -176,13 +176,13 @@ impl Guest {
     }
 
     /// Whether its filesystems are frozen now.
-    pub fn is_frozen(&mut self, stop: Stop<'_>) -> Result<bool, Trouble> {
-        Ok(self.ask("guest-fsfreeze-status", Value::Null, self.patience, stop)? == "frozen")
+    pub fn is_frozen(&mut self, stop: Stop<'_>) -> Result<bool, AgentError> {
+        Ok(self.ask("guest-fsfreeze-status", Value::Null, self.timeout, stop)? == "frozen")
     }
 
     /// Thaws, also a freeze that comes late: asks again and again until the agent has answered or `deadline`. The agent
     /// works in order, so its answer means that no freeze of ours is still to come.
-    pub fn thaw(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<Thawed, Trouble> {
+    pub fn thaw(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<Thawed, AgentError> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let trouble = match self.thaw_once(left.max(Duration::from_millis(1)), stop) {
@@ -196,25 +196,25 @@ impl Guest {
         }
     }
 
-    fn thaw_once(&mut self, patience: Duration, stop: Stop<'_>) -> Result<Thawed, Trouble> {
-        let status = self.ask("guest-fsfreeze-status", Value::Null, patience, stop)?;
+    fn thaw_once(&mut self, timeout: Duration, stop: Stop<'_>) -> Result<Thawed, AgentError> {
+        let status = self.ask("guest-fsfreeze-status", Value::Null, timeout, stop)?;
         // Also if it says that nothing is frozen: it costs nothing then, and an agent that was restarted may not know.
-        let (count, complaint) = match self.ask("guest-fsfreeze-thaw", Value::Null, patience, stop) {
+        let (count, complaint) = match self.ask("guest-fsfreeze-thaw", Value::Null, timeout, stop) {
             Ok(count) => (count.as_u64().unwrap_or(0), None),
             // It calls its hook when the filesystems are thawed: what counts is what it says afterwards.
-            Err(Trouble::Refused(why)) => (0, Some(why)),
+            Err(AgentError::Refused(why)) => (0, Some(why)),
             Err(trouble) => return Err(trouble),
         };
-        let after = self.ask("guest-fsfreeze-status", Value::Null, patience, stop)?;
+        let after = self.ask("guest-fsfreeze-status", Value::Null, timeout, stop)?;
         if after != "thawed" {
             let why = complaint.map(|why| format!(": {why}")).unwrap_or_default();
-            return Err(Trouble::Silent(format!("the guest's filesystems are frozen still, after a thaw{why}")));
+            return Err(AgentError::Silent(format!("the guest's filesystems are frozen still, after a thaw{why}")));
         }
         Ok(Thawed { was_frozen: status == "frozen", count, complaint })
     }
 
     /// The hook that the agent runs, if it does, from its own command line and settings, which it reads for us.
-    fn hook(&mut self, stop: Stop<'_>) -> Result<Option<String>, Trouble> {
+    fn hook(&mut self, stop: Stop<'_>) -> Result<Option<String>, AgentError> {
         let line = self.read("/proc/self/cmdline", stop)?;
         let words: Vec<String> = line.split(|byte| *byte == 0).map(|w| String::from_utf8_lossy(w).into()).collect();
         if let Some(hook) = hook_in_words(&words) {
@@ -223,28 +223,28 @@ impl Guest {
         match self.read(&config_in_words(&words), stop) {
             Ok(text) => Ok(hook_in_config(&String::from_utf8_lossy(&text))),
             // There is none; the command line was all.
-            Err(Trouble::Refused(_)) => Ok(None),
+            Err(AgentError::Refused(_)) => Ok(None),
             Err(trouble) => Err(trouble),
         }
     }
 
     /// A small file of the guest's.
-    fn read(&mut self, path: &str, stop: Stop<'_>) -> Result<Vec<u8>, Trouble> {
-        let handle = self.ask("guest-file-open", json!({"path": path, "mode": "r"}), self.patience, stop)?;
-        let read = self.ask("guest-file-read", json!({"handle": handle, "count": 65536}), self.patience, stop);
-        self.ask("guest-file-close", json!({"handle": handle}), self.patience, stop)?;
+    fn read(&mut self, path: &str, stop: Stop<'_>) -> Result<Vec<u8>, AgentError> {
+        let handle = self.ask("guest-file-open", json!({"path": path, "mode": "r"}), self.timeout, stop)?;
+        let read = self.ask("guest-file-read", json!({"handle": handle, "count": 65536}), self.timeout, stop);
+        self.ask("guest-file-close", json!({"handle": handle}), self.timeout, stop)?;
         let read = read?;
         crate::base::base64::decode(read["buf-b64"].as_str().unwrap_or(""))
-            .ok_or_else(|| Trouble::Refused(format!("the guest's agent sent '{path}' in no base64")))
+            .ok_or_else(|| AgentError::Refused(format!("the guest's agent sent '{path}' in no base64")))
     }
 
-    fn ask(&mut self, name: &str, arguments: Value, patience: Duration, stop: Stop<'_>) -> Result<Value, Trouble> {
-        self.channel.ask(name, arguments, patience, stop)
+    fn ask(&mut self, name: &str, arguments: Value, timeout: Duration, stop: Stop<'_>) -> Result<Value, AgentError> {
+        self.channel.ask(name, arguments, timeout, stop)
     }
 }
 
 /// Counts the filesystems of `guest-get-fsinfo`, each device once.
-fn count(filesystems: &Value, checked: &mut Checked) {
+fn count(filesystems: &Value, checked: &mut GuestReport) {
     let mut devices = BTreeMap::new();
     for filesystem in filesystems.as_array().map(Vec::as_slice).unwrap_or_default() {
         let (Some(name), Some(kind)) = (filesystem["name"].as_str(), filesystem["type"].as_str()) else { continue };
@@ -266,7 +266,7 @@ fn count(filesystems: &Value, checked: &mut Checked) {
     checked.freezable = Some(freezable);
 }
 
-impl Checked {
+impl GuestReport {
     /// What is known once the agent has frozen `frozen` filesystems: what was verified, if the guest lists them, and those
     /// that may not be frozen.
     pub fn verified(&self, frozen: u64) -> (Option<String>, Vec<&str>) {
@@ -327,7 +327,7 @@ mod tests {
 
     #[test]
     fn filesystems_are_counted_once_a_device() {
-        let mut checked = Checked::default();
+        let mut checked = GuestReport::default();
         let list = json!([
             {"name": "vda1", "mountpoint": "/", "type": "ext4"}, {"name": "vda1", "mountpoint": "/srv", "type": "ext4"},
             {"name": "vda15", "mountpoint": "/boot/efi", "type": "vfat"}, {"name": "vdb", "mountpoint": "/d", "type": "xfs"},
@@ -339,7 +339,7 @@ mod tests {
     #[test]
     fn windows_volumes_are_counted_by_their_own_names() {
         let volume = |id: &str, kind: &str| json!({"name": format!("{WINDOWS_VOLUME}{id}}}\\"), "mountpoint": "C:\\", "type": kind});
-        let mut checked = Checked::default();
+        let mut checked = GuestReport::default();
         count(
             &json!([volume("a", "NTFS"), volume("b", "FAT32"), volume("c", "CDFS"), volume("d", "UDF")]),
             &mut checked,

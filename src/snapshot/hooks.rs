@@ -62,15 +62,15 @@ impl Hooks {
         Hooks { directory: directory.to_owned(), environment }
     }
 
-    /// Runs `freeze` or `thaw`, at most `patience`; a hook that hangs is killed. The error names the hook.
-    pub fn call(&self, name: &str, patience: Duration, stop: Stop<'_>) -> Result<(), String> {
+    /// Runs `freeze` or `thaw`, at most `timeout`; a hook that hangs is killed. The error names the hook.
+    pub fn call(&self, name: &str, timeout: Duration, stop: Stop<'_>) -> Result<(), String> {
         let path = self.directory.join(name);
         let mut command = Command::new(&path);
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         // Our standard output is the receipt's.
         command.stdout(std::io::stderr());
-        let ended = run(command, SigSet::empty(), false, Instant::now() + patience, stop)
+        let ended = run(command, SigSet::empty(), false, Instant::now() + timeout, stop)
             .map_err(|error| format!("the hook '{}' cannot be run: {error}", path.display()))?;
-        ended.complaint(patience).map_or(Ok(()), |what| Err(format!("the hook '{}' {what}", path.display())))
+        ended.complaint(timeout).map_or(Ok(()), |what| Err(format!("the hook '{}' {what}", path.display())))
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::agent::{Channel, Trouble, answer};
+use super::agent::{AgentError, Channel, answer};
 use super::child::{Ended, output};
 use super::wait::Stop;
 
@@ -26,39 +26,39 @@ impl Domain {
 }
 
 impl Channel for Domain {
-    fn ask(&mut self, command: &str, arguments: Value, patience: Duration, stop: Stop<'_>) -> Result<Value, Trouble> {
+    fn ask(&mut self, command: &str, arguments: Value, timeout: Duration, stop: Stop<'_>) -> Result<Value, AgentError> {
         let who = format!("the guest agent of libvirt's domain '{}'", self.name);
         let mut request = json!({"execute": command});
         if !arguments.is_null() {
             request["arguments"] = arguments;
         }
-        let seconds = patience.as_secs().max(1).to_string();
+        let seconds = timeout.as_secs().max(1).to_string();
         let mut virsh = Command::new("virsh");
         virsh.args(["--quiet", "qemu-agent-command", "--timeout", &seconds, "--domain", &self.name]);
         // virsh's own words are matched below.
         virsh.arg(request.to_string()).env("LC_ALL", "C");
-        let (ended, out, err) = output(virsh, Instant::now() + patience + VIRSH_MARGIN, stop).map_err(|error| {
-            Trouble::Lost(format!("virsh cannot be run: {error}; --libvirt needs it (Debian: libvirt-clients)"))
+        let (ended, out, err) = output(virsh, Instant::now() + timeout + VIRSH_MARGIN, stop).map_err(|error| {
+            AgentError::Lost(format!("virsh cannot be run: {error}; --libvirt needs it (Debian: libvirt-clients)"))
         })?;
         match ended {
             Ended::Status(status) if status.success() => answer(&who, command, out.trim().as_bytes()),
             Ended::Status(_) => Err(failed(&who, command, err.trim())),
-            Ended::TimedOut => Err(Trouble::Silent(format!("{who}: virsh does not end; does libvirtd answer?"))),
-            Ended::Stopped => Err(Trouble::Stopped),
+            Ended::TimedOut => Err(AgentError::Silent(format!("{who}: virsh does not end; does libvirtd answer?"))),
+            Ended::Stopped => Err(AgentError::Stopped),
         }
     }
 }
 
 /// What virsh's complaint means.
-fn failed(who: &str, command: &str, said: &str) -> Trouble {
+fn failed(who: &str, command: &str, said: &str) -> AgentError {
     let said = said.trim_start_matches("error: ").replace('\n', "; ");
     let text = format!("{who}: {command}: {said}");
     if said.contains("unable to execute QEMU agent command") {
-        Trouble::Refused(text)
+        AgentError::Refused(text)
     } else if said.contains("not responding") || said.contains("not available for now") || said.contains("timed out") {
-        Trouble::Silent(format!("{text}. See that qemu-guest-agent runs in the guest, and that it is not paused"))
+        AgentError::Silent(format!("{text}. See that qemu-guest-agent runs in the guest, and that it is not paused"))
     } else {
-        Trouble::Lost(text)
+        AgentError::Lost(text)
     }
 }
 
@@ -69,11 +69,11 @@ mod tests {
     #[test]
     fn virsh_s_words_are_understood() {
         let refused = "error: internal error: unable to execute QEMU agent command 'guest-fsfreeze-freeze': disabled";
-        assert!(matches!(failed("it", "c", refused), Trouble::Refused(_)));
+        assert!(matches!(failed("it", "c", refused), AgentError::Refused(_)));
         let silent = "error: Guest agent is not responding: Guest agent not available for now";
-        assert!(matches!(failed("it", "c", silent), Trouble::Silent(_)));
+        assert!(matches!(failed("it", "c", silent), AgentError::Silent(_)));
         let lost = "error: failed to get domain 'x'\nerror: Domain not found";
-        let Trouble::Lost(text) = failed("it", "c", lost) else { panic!("not lost") };
+        let AgentError::Lost(text) = failed("it", "c", lost) else { panic!("not lost") };
         assert!(text.contains("Domain not found") && !text.contains('\n'), "{text}");
     }
 }

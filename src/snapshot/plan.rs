@@ -44,7 +44,7 @@ impl FromStr for Level {
 
 /// How a snapshot is taken. Paths may hold `{}`, which becomes the image's file name.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum Method {
     /// FICLONE to this path: XFS, btrfs, bcachefs.
     Reflink(PathBuf),
     /// A point-in-time copy to this path, made by the daemon.
@@ -59,7 +59,7 @@ pub enum Way {
 pub const WAYS: &str = "reflink:PATH (XFS, btrfs), copy:PATH (any filesystem), rbd or rbd:NAME (Ceph RBD) or \
                         exec:COMMAND (LVM, ZFS, anything)";
 
-impl Way {
+impl Method {
     /// Reads `WAY:ARGUMENT`.
     pub fn parse(text: &OsString) -> Result<Self, String> {
         let bytes = text.as_bytes();
@@ -70,12 +70,12 @@ impl Way {
             b"reflink" | b"copy" | b"exec" if rest.is_empty() => {
                 Err(format!("'{}' lacks what follows the colon: give {WAYS}", text.to_string_lossy()))
             }
-            b"reflink" => Ok(Way::Reflink(rest.into())),
-            b"copy" => Ok(Way::Copy(rest.into())),
-            b"exec" => Ok(Way::Exec(rest)),
-            b"rbd" if rest.is_empty() => Ok(Way::Rbd(None)),
+            b"reflink" => Ok(Method::Reflink(rest.into())),
+            b"copy" => Ok(Method::Copy(rest.into())),
+            b"exec" => Ok(Method::Exec(rest)),
+            b"rbd" if rest.is_empty() => Ok(Method::Rbd(None)),
             b"rbd" => match rest.to_str().filter(|name| !name.contains(['@', '/'])) {
-                Some(name) => Ok(Way::Rbd(Some(name.to_owned()))),
+                Some(name) => Ok(Method::Rbd(Some(name.to_owned()))),
                 None => Err(format!("'{}' is no name for a snapshot: UTF-8 without @ and /", text.to_string_lossy())),
             },
             _ => Err(format!("'{}' is no way to take a snapshot: give {WAYS}", text.to_string_lossy())),
@@ -85,10 +85,10 @@ impl Way {
     /// As the receipt names it.
     pub fn name(&self) -> &'static str {
         match self {
-            Way::Reflink(_) => "reflink",
-            Way::Copy(_) => "copy",
-            Way::Rbd(_) => "rbd",
-            Way::Exec(_) => "exec",
+            Method::Reflink(_) => "reflink",
+            Method::Copy(_) => "copy",
+            Method::Rbd(_) => "rbd",
+            Method::Exec(_) => "exec",
         }
     }
 }
@@ -119,7 +119,7 @@ pub struct Plan {
     /// The level asked for.
     pub level: Level,
     /// One a disk, or one for all.
-    pub ways: Vec<Way>,
+    pub ways: Vec<Method>,
     /// Who freezes the guest's filesystems.
     pub agent: Option<AgentAt>,
     /// The directory of the host's hooks.
@@ -145,8 +145,8 @@ pub struct Plan {
 impl Plan {
     /// Whether the parts go together. The error is one of usage: names what does not, and the mend.
     pub fn check(&self) -> Result<(), String> {
-        let is_exec = |way: &Way| matches!(way, Way::Exec(_));
-        let all_copies = !self.ways.is_empty() && self.ways.iter().all(|way| matches!(way, Way::Copy(_)));
+        let is_exec = |way: &Method| matches!(way, Method::Exec(_));
+        let all_copies = !self.ways.is_empty() && self.ways.iter().all(|way| matches!(way, Method::Copy(_)));
         check_disks(&self.disks)?;
         if self.ways.iter().any(is_exec) && self.ways.len() > 1 {
             return Err("exec: runs once for all disks: give it alone, as the only --to".into());
@@ -158,7 +158,7 @@ impl Plan {
         if self.digest && self.ways.iter().any(is_exec) {
             return Err("--digest is not possible with exec:, which keeps to itself what it makes".into());
         }
-        let is_rbd = |way: &Way| matches!(way, Way::Rbd(_));
+        let is_rbd = |way: &Method| matches!(way, Method::Rbd(_));
         if self.digest && (self.ways.is_empty() || self.ways.iter().any(is_rbd)) {
             return Err("--digest is for reflink: and copy:, which make files: Ceph keeps its own checksums".into());
         }
@@ -173,28 +173,28 @@ impl Plan {
 
     /// The way for each disk, `{}` replaced, paths absolute, snapshots named. `disks`: the image's path of each, where
     /// there is one, and whether its store makes snapshots; a disk of which nothing is said takes that way.
-    pub fn ways(&self, disks: &[(Option<PathBuf>, bool)], default_name: &str) -> Result<Vec<Way>, String> {
-        let mut resolved: Vec<Way> = Vec::new();
+    pub fn ways(&self, disks: &[(Option<PathBuf>, bool)], default_name: &str) -> Result<Vec<Method>, String> {
+        let mut resolved: Vec<Method> = Vec::new();
         for (at, (image, makes_snapshots)) in disks.iter().enumerate() {
             let shown = self.disks.get(at).map(|disk| disk.display().to_string()).unwrap_or_default();
             let way = match self.ways.as_slice() {
-                [] if *makes_snapshots => &Way::Rbd(None),
+                [] if *makes_snapshots => &Method::Rbd(None),
                 [] => return Err(format!("how to take the snapshot of '{shown}' is missing: give --to with {WAYS}")),
                 [only] => only,
                 ways => &ways[at],
             };
             let fill = |path: &Path| absolute(path, image.as_deref());
             let way = match way {
-                Way::Reflink(path) => Way::Reflink(fill(path)?),
-                Way::Copy(path) => Way::Copy(fill(path)?),
-                Way::Rbd(_) if !makes_snapshots => {
+                Method::Reflink(path) => Method::Reflink(fill(path)?),
+                Method::Copy(path) => Method::Copy(fill(path)?),
+                Method::Rbd(_) if !makes_snapshots => {
                     return Err(format!("the disk behind '{shown}' is no Ceph RBD image: give it another --to"));
                 }
-                Way::Rbd(name) => Way::Rbd(Some(name.clone().unwrap_or_else(|| default_name.to_owned()))),
-                Way::Exec(command) => Way::Exec(command.clone()),
+                Method::Rbd(name) => Method::Rbd(Some(name.clone().unwrap_or_else(|| default_name.to_owned()))),
+                Method::Exec(command) => Method::Exec(command.clone()),
             };
-            if let Way::Reflink(path) | Way::Copy(path) = &way
-                && resolved.iter().any(|other| matches!(other, Way::Reflink(o) | Way::Copy(o) if o == path))
+            if let Method::Reflink(path) | Method::Copy(path) = &way
+                && resolved.iter().any(|other| matches!(other, Method::Reflink(o) | Method::Copy(o) if o == path))
             {
                 return Err(format!(
                     "two disks would go to '{}': put {{}} into --to, which becomes the image's file name, or give one \
@@ -202,7 +202,7 @@ impl Plan {
                     path.display()
                 ));
             }
-            if let Way::Reflink(path) | Way::Copy(path) = &way {
+            if let Method::Reflink(path) | Method::Copy(path) = &way {
                 check_partial(path, disks.iter().filter_map(|(image, _)| image.as_deref()))?;
             }
             resolved.push(way);
@@ -290,7 +290,7 @@ mod tests {
         Plan {
             disks: disks.iter().map(PathBuf::from).collect(),
             level: Level::Crash,
-            ways: ways.iter().map(|way| Way::parse(&OsString::from(way)).unwrap()).collect(),
+            ways: ways.iter().map(|way| Method::parse(&OsString::from(way)).unwrap()).collect(),
             agent: None,
             hooks: None,
             or_weaker: false,
@@ -330,11 +330,11 @@ mod tests {
 
     #[test]
     fn ways_are_read() {
-        let way = |text: &str| Way::parse(&OsString::from(text));
-        assert_eq!(way("reflink:/a:b"), Ok(Way::Reflink("/a:b".into())));
-        assert_eq!(way("exec:lvcreate -s"), Ok(Way::Exec("lvcreate -s".into())));
-        assert_eq!(way("rbd:monday"), Ok(Way::Rbd(Some("monday".into()))));
-        assert_eq!((way("rbd"), way("rbd:")), (Ok(Way::Rbd(None)), Ok(Way::Rbd(None))));
+        let way = |text: &str| Method::parse(&OsString::from(text));
+        assert_eq!(way("reflink:/a:b"), Ok(Method::Reflink("/a:b".into())));
+        assert_eq!(way("exec:lvcreate -s"), Ok(Method::Exec("lvcreate -s".into())));
+        assert_eq!(way("rbd:monday"), Ok(Method::Rbd(Some("monday".into()))));
+        assert_eq!((way("rbd"), way("rbd:")), (Ok(Method::Rbd(None)), Ok(Method::Rbd(None))));
         assert!(way("rbd:a@b").unwrap_err().contains("without @"));
         for bad in ["", "reflink", "reflink:", "zfs:/a", "exec:"] {
             assert!(way(bad).expect_err(bad).contains("exec:COMMAND"));
@@ -346,7 +346,10 @@ mod tests {
         let file = |path: &str| (Some(PathBuf::from(path)), false);
         let disks = [file("/i/a.raw"), file("/i/b.raw")];
         let ways = plan(&["/a", "/b"], &["copy:/nowhere/x-{}-{}"]).ways(&disks, "n").unwrap();
-        assert_eq!(ways, [Way::Copy("/nowhere/x-a.raw-a.raw".into()), Way::Copy("/nowhere/x-b.raw-b.raw".into())]);
+        assert_eq!(
+            ways,
+            [Method::Copy("/nowhere/x-a.raw-a.raw".into()), Method::Copy("/nowhere/x-b.raw-b.raw".into())]
+        );
         let same = plan(&["/a", "/b"], &["copy:/nowhere/x"]).ways(&disks, "n").unwrap_err();
         assert!(same.contains("{}"), "{same}");
         let nameless = plan(&["/a"], &["reflink:/nowhere/{}"]).ways(&[(None, false)], "n").unwrap_err();
@@ -362,12 +365,12 @@ mod tests {
     #[test]
     fn images_of_a_store_need_no_way() {
         let disks = [(None, true), (Some(PathBuf::from("/i/b.raw")), false)];
-        let rbd = |name: &str| Way::Rbd(Some(name.into()));
+        let rbd = |name: &str| Method::Rbd(Some(name.into()));
         assert_eq!(plan(&["/a"], &[]).ways(&disks[..1], "n"), Ok(vec![rbd("n")]));
         let missing = plan(&["/a", "/b"], &[]).ways(&disks, "n").unwrap_err();
         assert!(missing.contains("'/b'") && missing.contains("reflink:PATH"), "{missing}");
         let mixed = plan(&["/a", "/b"], &["rbd", "copy:/nowhere/{}"]).ways(&disks, "n").unwrap();
-        assert_eq!(mixed, [rbd("n"), Way::Copy("/nowhere/b.raw".into())]);
+        assert_eq!(mixed, [rbd("n"), Method::Copy("/nowhere/b.raw".into())]);
         let other = plan(&["/a", "/b"], &["rbd:m"]).ways(&disks, "n").unwrap_err();
         assert!(other.contains("'/b'") && other.contains("no Ceph RBD image"), "{other}");
         assert_eq!(default_name(Duration::from_millis(1_795_326_732_345)), "virtioblk-20261122T055212.345Z");

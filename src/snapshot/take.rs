@@ -12,11 +12,11 @@ use nix::sys::signal::SigSet;
 use super::child::{Ended, run};
 use super::copies::{self, Copy};
 use super::disks::{Disks, interrupted};
-use super::freeze::{self, Freezer, Wanted};
+use super::freeze::{self, FreezeOptions, Freezer};
 use super::guest::VSS_HOLD;
 use super::hooks;
 use super::images::{self, Image};
-use super::plan::{self, Plan, Way};
+use super::plan::{self, Method, Plan};
 use super::receipt::{DiskReceipt, Receipt};
 use super::reflink::{self, Target};
 use crate::base::signals::Signals;
@@ -61,7 +61,7 @@ struct Run<'a> {
     signals: Signals,
     disks: Disks,
     freezer: Freezer,
-    ways: Vec<Way>,
+    ways: Vec<Method>,
     targets: Vec<(usize, Target)>,
     copies: Vec<Copy>,
     images: Vec<Image>,
@@ -78,12 +78,12 @@ impl<'a> Run<'a> {
             disks.list.iter().map(|disk| (disk.image_path.clone(), disk.image_snapshots)).collect();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let ways = plan.ways(&each, &plan::default_name(now)).map_err(|why| Failure::new(USAGE, why))?;
-        let freezer = Freezer::new(Wanted {
+        let freezer = Freezer::new(FreezeOptions {
             level: plan.level,
             agent: plan.agent.clone(),
             hooks: plan.hooks.clone(),
             or_weaker: plan.or_weaker,
-            patience: plan.freeze_timeout,
+            timeout: plan.freeze_timeout,
             silence: plan.timeout + plan.lease + SILENCE_MARGIN,
         });
         let (targets, copies, images) = (Vec::new(), Vec::new(), Vec::new());
@@ -100,16 +100,16 @@ impl<'a> Run<'a> {
     fn prepare_ways(&mut self) -> Result<(), Failure> {
         for (at, way) in self.ways.iter().enumerate() {
             match way {
-                Way::Reflink(path) => {
+                Method::Reflink(path) => {
                     let target = Target::prepare(&self.disks.list[at], path)?;
                     if let Some(warning) = target.check_cost(self.plan.lease)? {
                         self.freezer.warn(warning);
                     }
                     self.targets.push((at, target));
                 }
-                Way::Copy(path) => self.copies.push(copies::prepare(&mut self.disks, at, path, self.plan)?),
-                Way::Rbd(name) => self.images.push(Image::new(at, name.clone().unwrap_or_default())),
-                Way::Exec(_) => {}
+                Method::Copy(path) => self.copies.push(copies::prepare(&mut self.disks, at, path, self.plan)?),
+                Method::Rbd(name) => self.images.push(Image::new(at, name.clone().unwrap_or_default())),
+                Method::Exec(_) => {}
             }
         }
         Ok(())
@@ -128,7 +128,7 @@ impl<'a> Run<'a> {
         let deadline = self.deadline();
         reflink::share_all(&mut self.targets, deadline, Some(self.signals.as_fd()))?;
         images::take(&mut self.disks, &mut self.images, deadline, Some(self.signals.as_fd()))?;
-        if let Some(Way::Exec(command)) = self.ways.first() {
+        if let Some(Method::Exec(command)) = self.ways.first() {
             self.exec(command)?;
         }
         self.not_interrupted()
@@ -229,12 +229,12 @@ impl<'a> Run<'a> {
                 bytes_synced: figure("bytes-synced"),
                 way: way.name(),
                 target: match way {
-                    Way::Reflink(path) | Way::Copy(path) => path.display().to_string(),
-                    Way::Rbd(_) => {
+                    Method::Reflink(path) | Method::Copy(path) => path.display().to_string(),
+                    Method::Rbd(_) => {
                         let image = self.images.iter().find(|image| image.disk == at);
                         image.and_then(|image| image.full_name.clone()).unwrap_or_default()
                     }
-                    Way::Exec(command) => command.to_string_lossy().into_owned(),
+                    Method::Exec(command) => command.to_string_lossy().into_owned(),
                 },
                 sha256: digests[at].take().or(copied),
                 copy,

@@ -39,9 +39,9 @@ impl Channel {
         &self.stream
     }
 
-    /// Sends a message; nobody takes it within `patience`: an error.
-    pub(crate) fn send(&self, message: &impl Serialize, descriptors: &[OwnedFd], patience: Duration) -> io::Result<()> {
-        self.stream.set_write_timeout(Some(patience))?;
+    /// Sends a message; nobody takes it within `timeout`: an error.
+    pub(crate) fn send(&self, message: &impl Serialize, descriptors: &[OwnedFd], timeout: Duration) -> io::Result<()> {
+        self.stream.set_write_timeout(Some(timeout))?;
         let text = serde_json::to_vec(message)?;
         let mut bytes = [text.len(), descriptors.len()].map(|length| length as u32).map(u32::to_le_bytes).concat();
         bytes.extend(text);
@@ -58,10 +58,10 @@ impl Channel {
         Ok(())
     }
 
-    /// Receives a message. Errors: the other end hung up or said nothing for `patience` (their text says which), or what
+    /// Receives a message. Errors: the other end hung up or said nothing for `timeout` (their text says which), or what
     /// came is no such message.
-    pub(crate) fn receive<T: DeserializeOwned>(&self, patience: Duration) -> io::Result<(T, Vec<OwnedFd>)> {
-        self.stream.set_read_timeout(Some(patience))?;
+    pub(crate) fn receive<T: DeserializeOwned>(&self, timeout: Duration) -> io::Result<(T, Vec<OwnedFd>)> {
+        self.stream.set_read_timeout(Some(timeout))?;
         let mut header = [0; 8];
         self.read(&mut header)?;
         let field = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);

@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::RingStatus;
 pub(crate) use channel::{Channel, Descriptors};
-use session_state::Record;
+use session_state::SessionState;
 pub use starter::VARIABLE as STARTER_VARIABLE;
 pub(crate) use starter::{GAVE_UP, Starter};
 
@@ -44,7 +44,7 @@ pub(crate) enum FromNew {
     /// Let us begin.
     Begin,
     /// Everything is open and checked; which of the old one's files it goes on with.
-    Ready(Keeps),
+    Ready(FilesTakenOver),
     /// The connection's state is taken over, the image is locked.
     Prepared,
     /// It gives up; why.
@@ -53,7 +53,7 @@ pub(crate) enum FromNew {
 
 /// Files of the old daemon's that the new one goes on with. The others are the old one's to remove.
 #[derive(Clone, Copy, Default, Serialize, Deserialize)]
-pub(crate) struct Keeps {
+pub(crate) struct FilesTakenOver {
     /// The vhost-user socket.
     pub(crate) front: bool,
     /// The control socket.
@@ -161,7 +161,7 @@ pub(crate) struct State {
     #[serde(default)]
     pub(crate) counts: Vec<RingStatus>,
     /// The front-end's connection, and what was said on it; `None`: nobody is connected.
-    pub(crate) front_end: Option<(usize, Record)>,
+    pub(crate) front_end: Option<(usize, SessionState)>,
 }
 
 /// Nanoseconds of CLOCK_MONOTONIC.

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 /// Everything but the connection itself. Numbers of descriptors are places in a list.
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub(crate) struct Record {
+pub(crate) struct SessionState {
     /// SET_FEATURES.
     pub(crate) features: Option<u64>,
     /// SET_PROTOCOL_FEATURES.
@@ -15,7 +15,7 @@ pub(crate) struct Record {
     /// SET_INFLIGHT_FD.
     pub(crate) inflight: Option<Inflight>,
     /// SET_LOG_BASE.
-    pub(crate) log: Option<Shared>,
+    pub(crate) log: Option<RegionState>,
     /// SET_BACKEND_REQ_FD.
     pub(crate) channel: Option<usize>,
     /// The size that the front-end knows.
@@ -23,7 +23,7 @@ pub(crate) struct Record {
     pub(crate) rings: Vec<Ring>,
 }
 
-impl Record {
+impl SessionState {
     /// SET_FEATURES and SET_PROTOCOL_FEATURES, of which the message layer knows, too.
     pub(crate) fn negotiated(&self) -> (Option<u64>, u64) {
         (self.features, self.protocol_features)
@@ -41,7 +41,7 @@ pub(crate) struct Region {
 
 /// Memory that the front-end shares for its bookkeeping.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Shared {
+pub(crate) struct RegionState {
     pub(crate) offset: u64,
     pub(crate) len: u64,
     pub(crate) file: usize,
@@ -49,7 +49,7 @@ pub(crate) struct Shared {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Inflight {
-    pub(crate) memory: Shared,
+    pub(crate) memory: RegionState,
     pub(crate) rings: u16,
     pub(crate) entries: u16,
 }

@@ -17,12 +17,12 @@ use super::blk::features;
 use super::blk::request::{ID_BYTES, OK};
 use super::options::Tuning;
 use super::rings::Rings;
-use super::rings::Stop;
+use super::rings::StopMode;
 use super::shared_memory::memory_table::MemoryTable;
-use super::shared_memory::sigbus::Wire;
+use super::shared_memory::sigbus::SessionSocket;
 use super::vhost_user::activation::Activation;
-use super::vhost_user::vring::{QueueState, Surroundings};
-use super::virtqueue::split_ring::Place;
+use super::vhost_user::vring::{RingContext, Vring};
+use super::virtqueue::split_ring::RingAddresses;
 use crate::backend::null::NullBackend;
 use crate::backend::{Backend, Errno, Geometry, IoQueue};
 use crate::base::sync::interleavings::{Mutant, holds};
@@ -48,26 +48,26 @@ struct FrontEnd {
     rings: Arc<Rings>,
     memory: MemoryTable,
     activation: Activation,
-    queue: QueueState,
+    queue: Vring,
     kick: Arc<Bell>,
     _peer: UnixStream,
 }
 
 impl FrontEnd {
     fn new(rings: Arc<Rings>) -> FrontEnd {
-        let (wire, peer) = Wire::pair();
+        let (wire, peer) = SessionSocket::pair();
         let mut memory = MemoryTable::new(wire);
         let file: File = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap().into();
         file.set_len(MEMORY).unwrap();
         let region = VhostUserMemoryRegion { guest_phys_addr: 0, memory_size: MEMORY, user_addr: 0, mmap_offset: 0 };
         memory.replace(&[region], vec![file]).unwrap();
-        let queue = QueueState::new(0, SIZE, true);
+        let queue = Vring::new(0, SIZE, true);
         let kick = Arc::new(Bell::new().unwrap());
         FrontEnd { rings, memory, activation: Activation::default(), queue, kick, _peer: peer }
     }
 
-    fn change(&mut self, change: impl FnOnce(&mut super::worker::stopped_ring::Stopped)) {
-        let around = Surroundings {
+    fn change(&mut self, change: impl FnOnce(&mut super::worker::stopped_ring::StoppedRing)) {
+        let around = RingContext {
             rings: &self.rings,
             memory: &self.memory,
             activation: &self.activation,
@@ -83,7 +83,7 @@ impl FrontEnd {
     fn start(&mut self) {
         let kick = File::from(self.kick.as_fd().try_clone_to_owned().unwrap());
         self.change(|ring| {
-            ring.place = Some(Place { descriptors: 0, available: AVAIL, used: USED });
+            ring.place = Some(RingAddresses { descriptors: 0, available: AVAIL, used: USED });
             ring.kick = Some(kick);
         });
     }
@@ -169,7 +169,7 @@ fn stop_under_a_hold() {
     front_end.start();
     let of_operator = rings.clone();
     let operator = thread::spawn(move || hold(&of_operator, &events, 1));
-    front_end.queue.pause(&rings, Stop::ForGood);
+    front_end.queue.pause(&rings, StopMode::Final);
     operator.join().unwrap();
 }
 
@@ -234,7 +234,7 @@ fn image_that_others_want() {
     });
     for _ in 0..2 {
         front_end.start();
-        front_end.queue.pause(&rings, Stop::ForGood);
+        front_end.queue.pause(&rings, StopMode::Final);
         front_end.activation.release(&rings);
     }
     operator.join().unwrap();
@@ -251,7 +251,7 @@ fn ring_that_is_looked_at() {
     let (kick, memory) = (front_end.kick.clone(), front_end.memory.pin());
     front_end.start();
     thread::spawn(move || guest(&memory, &kick)).join().unwrap();
-    front_end.queue.pause(&rings, Stop::ForGood);
+    front_end.queue.pause(&rings, StopMode::Final);
 }
 
 /// `meanwhile`: what the front-end's thread does while the guest writes and the operator holds.
@@ -267,7 +267,7 @@ fn disk_under_holds(poll_max: Duration, meanwhile: impl FnOnce(&mut FrontEnd, &G
     meanwhile(&mut front_end, &memory);
     guest.join().unwrap();
     operator.join().unwrap();
-    front_end.queue.pause(&rings, Stop::ForGood);
+    front_end.queue.pause(&rings, StopMode::Final);
     assert_eq!(rings.status().total.writes, u64::from(WRITES));
 }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use virtioblkd::backend::{IoBuf, IoQueue, Op, OpId, Source, Wakeups};
 
-use crate::backend::{Chance, Driver, PATIENCE, random_ops, some_buffer};
+use crate::backend::{Driver, PATIENCE, Prng, random_ops, some_buffer};
 use crate::{each, each_that_stores};
 
 pub fn read_op(offset: u64) -> Op {
@@ -22,7 +22,7 @@ pub fn read_op(offset: u64) -> Op {
 fn clause_1_each_token_comes_back_once() {
     each(|name, backend| {
         let mut driver = Driver::new(backend, 16);
-        let mut chance = Chance::new(1);
+        let mut chance = Prng::new(1);
         let mut out = HashSet::new();
         for _ in 0..50 {
             for turn in 0..16u64 {
@@ -89,7 +89,7 @@ fn clause_2_ok_means_every_byte() {
 fn clause_2_many_parts_and_long_transfers() {
     each_that_stores(|name, backend| {
         let mut driver = Driver::new(backend, 4);
-        let mut chance = Chance::new(7);
+        let mut chance = Prng::new(7);
         // More parts than one system call takes, aligned and not; more bytes than one bounce buffer has.
         for parts in [vec![512; 6000], vec![4096; 700], [vec![500, 12], vec![512; 3999]].concat()] {
             let len = parts.iter().sum();

@@ -12,9 +12,9 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use virtioblkd::backend::bounce_pool::Depot;
+use virtioblkd::backend::bounce_pool::BouncePool;
 use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
-use virtioblkd::backend::mem::{MemBackend, MemOptions, Order};
+use virtioblkd::backend::mem::{CompletionOrder, MemBackend, MemOptions};
 use virtioblkd::backend::null::NullBackend;
 use virtioblkd::backend::point_in_time::PointInTime;
 use virtioblkd::backend::stable::{StableBackend, StableWrites};
@@ -22,7 +22,7 @@ use virtioblkd::backend::{Backend, Completion, Errno, IoBuf, IoQueue, Op, OpId};
 use virtioblkd::disk::{Copies, CopyOptions, Events};
 use virtioblkd::engine::CacheMode;
 
-pub use chance::Chance;
+pub use chance::Prng;
 
 /// Longest that anything may hang before a test fails instead of the whole run.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -89,7 +89,7 @@ impl Driver {
 }
 
 /// A buffer as a guest may make it: one part or many, aligned or not.
-pub fn some_buffer(chance: &mut Chance, len: usize) -> IoBuf {
+pub fn some_buffer(chance: &mut Prng, len: usize) -> IoBuf {
     match chance.below(4) {
         0 => IoBuf::owned(len, 4096, 0),
         1 => IoBuf::owned(len, 4096, 1 + chance.below(511) as usize),
@@ -117,7 +117,7 @@ pub fn random_ops(backend: &dyn Backend, seed: u64, rounds: usize) {
     let geometry = backend.geometry();
     let block = u64::from(geometry.logical_block);
     let blocks = geometry.size / block;
-    let mut chance = Chance::new(seed);
+    let mut chance = Prng::new(seed);
     let mut driver = Driver::new(backend, 16);
     let mut disk = vec![0u8; geometry.size as usize];
     for at in (0..disk.len()).step_by(1 << 20) {
@@ -274,7 +274,7 @@ pub fn each(check: impl Fn(&str, &dyn Backend)) {
 
 /// Every back-end whose reads return what was written.
 pub fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
-    for order in [Order::InOrder, Order::Shuffled(3)] {
+    for order in [CompletionOrder::InOrder, CompletionOrder::Shuffled(3)] {
         check(&format!("mem, {order:?}"), &MemBackend::new(MemOptions { order, ..MemOptions::new(8 << 20) }));
     }
     let dir = disk_dir();
@@ -283,7 +283,7 @@ pub fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
         check(&format!("file, {mode}"), &open(&path, mode));
     }
     for active in [false, true] {
-        let mem = MemBackend::new(MemOptions { order: Order::Shuffled(5), ..MemOptions::new(8 << 20) });
+        let mem = MemBackend::new(MemOptions { order: CompletionOrder::Shuffled(5), ..MemOptions::new(8 << 20) });
         let direct = open(&path, CacheMode::None);
         for (name, image) in [("mem", Arc::new(mem) as Arc<dyn Backend>), ("file", Arc::new(direct))] {
             let disk = PointInTime::new(image, Arc::new(Events::new().expect("an eventfd")));
@@ -296,14 +296,14 @@ pub fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
             check(&format!("point-in-time copy ({}) of {name}", if active { "running" } else { "none" }), &disk);
         }
     }
-    for (name, limit) in [("copied", Depot::DEFAULT_BYTES), ("copied with little memory", 0)] {
-        let mem = MemBackend::new(MemOptions { order: Order::Shuffled(7), ..MemOptions::new(8 << 20) });
+    for (name, limit) in [("copied", BouncePool::DEFAULT_BYTES), ("copied with little memory", 0)] {
+        let mem = MemBackend::new(MemOptions { order: CompletionOrder::Shuffled(7), ..MemOptions::new(8 << 20) });
         let direct = open(&path, CacheMode::None);
         for (of, image) in [("mem", Arc::new(mem) as Arc<dyn Backend>), ("file", Arc::new(direct))] {
             check(&format!("{name}, {of}"), &stable(image, StableWrites::Copy, limit));
         }
     }
-    let little = FileOptions { memory: Depot::new(0), ..options(&path, CacheMode::None) };
+    let little = FileOptions { memory: BouncePool::new(0), ..options(&path, CacheMode::None) };
     check("file, none, with little memory", &opened(&little));
     check("detecting, file", &stable(Arc::new(open(&path, CacheMode::None)), StableWrites::Detect, 0));
     for mode in [CacheMode::None, CacheMode::Unsafe] {
@@ -336,7 +336,7 @@ pub fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
 
 /// `image` with stable writes, and this much memory to share.
 pub fn stable(image: Arc<dyn Backend>, how: StableWrites, limit: usize) -> StableBackend {
-    StableBackend::new(image, how, Depot::new(limit), Arc::new(Events::new().expect("an eventfd")))
+    StableBackend::new(image, how, BouncePool::new(limit), Arc::new(Events::new().expect("an eventfd")))
 }
 
 /// Dirty pages of a file in the page cache (cachestat(2)); None before Linux 6.5.

@@ -2,11 +2,11 @@
 #![allow(dead_code)]
 
 /// Xorshift: the same story for the same seed.
-pub struct Chance(u64);
+pub struct Prng(u64);
 
-impl Chance {
+impl Prng {
     pub fn new(seed: u64) -> Self {
-        Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+        Prng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
     pub fn below(&mut self, limit: u64) -> u64 {

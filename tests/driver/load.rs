@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::chance::Chance;
+use super::chance::Prng;
 use super::{ALL, Driver};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -74,7 +74,7 @@ impl Load {
 /// Writes number after number to page after page, each page's memory its own, and tells of every acknowledgement.
 pub fn write_numbers(guest: &mut Driver, ended: impl Fn() -> bool, mut acknowledged: impl FnMut(usize, u64)) {
     let mut in_flight: Vec<Option<u64>> = vec![None; PAGES];
-    let (mut number, mut chance, mut depth) = (0u64, Chance::new(5), [0; LOAD_QUEUES]);
+    let (mut number, mut chance, mut depth) = (0u64, Prng::new(5), [0; LOAD_QUEUES]);
     while !ended() {
         for (queue, depth) in depth.iter_mut().enumerate() {
             while *depth < 16 {

@@ -155,8 +155,8 @@ impl Driver {
             }
             use rustix::event::{PollFd, PollFlags, Timespec, poll};
             let fd = self.transport.get_completion_fd(queue);
-            let patience = Timespec { tv_sec: 30, tv_nsec: 0 };
-            let ready = poll(&mut [PollFd::new(&*fd, PollFlags::IN)], Some(&patience)).expect("poll");
+            let timeout = Timespec { tv_sec: 30, tv_nsec: 0 };
+            let ready = poll(&mut [PollFd::new(&*fd, PollFlags::IN)], Some(&timeout)).expect("poll");
             assert!(ready > 0, "no completion within 30 s");
             fd.read().expect("the call eventfd");
         }

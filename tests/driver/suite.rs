@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::driver::chance::Chance;
+use crate::driver::chance::Prng;
 use crate::driver::load::{LOAD_QUEUES, Load, PAGE, PAGES, SIZE, holds, write_numbers};
 use crate::driver::{ALL, Driver, F_FLUSH};
 
@@ -133,7 +133,7 @@ impl Drop for Served {
 }
 
 fn pattern(seed: u64, len: usize) -> Vec<u8> {
-    Chance::new(seed).bytes(len)
+    Prng::new(seed).bytes(len)
 }
 
 #[test]
@@ -246,7 +246,7 @@ const ROOM: usize = 40 << 10;
 const LONGEST: usize = 64;
 
 impl Model {
-    fn send(&mut self, guest: &mut Driver, queue: usize, id: usize, chance: &mut Chance, tag: u64) -> bool {
+    fn send(&mut self, guest: &mut Driver, queue: usize, id: usize, chance: &mut Prng, tag: u64) -> bool {
         let start = chance.below(self.sectors.len() as u64) as usize;
         let end = (start + 1 + chance.below(LONGEST as u64) as usize).min(self.sectors.len());
         if self.busy[start..end].contains(&true) {
@@ -308,7 +308,7 @@ fn a_model_at_depth_64_over_four_rings() {
         let sectors = SIZE / 512;
         let mut model =
             Model { sectors: vec![Some(0); sectors], busy: vec![false; sectors], asked: vec![None; QUEUES * DEPTH] };
-        let mut chance = Chance::new(seed);
+        let mut chance = Prng::new(seed);
         let (mut sent, mut answered) = (0u64, 0u64);
         let end = Instant::now() + PATIENCE;
         while answered < 3000 {

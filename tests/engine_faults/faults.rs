@@ -258,7 +258,7 @@ pub const FAULTS: &[Fault] = &[
         "reads pass the gate, too",
         &[engine(
             "        if kind == Kind::Read {\n            self.reads_in_flight += 1;",
-            "        if self.gate.in_flight() == 0 && !self.gate.clone().enter() {\n            return Offer::Held;\n        }\n        \
+            "        if self.gate.in_flight() == 0 && !self.gate.clone().enter() {\n            return Admission::Held;\n        }\n        \
              if kind == Kind::Read {\n            self.reads_in_flight += 1;",
         )],
         &["HeldWithoutReason"],

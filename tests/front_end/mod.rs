@@ -281,9 +281,9 @@ impl FrontEnd {
         Some((head, written))
     }
 
-    /// Waits for the next used element within `patience`.
-    pub fn used_within(&mut self, ring: usize, patience: Duration) -> Option<(u32, u32)> {
-        let end = Instant::now() + patience;
+    /// Waits for the next used element within `timeout`.
+    pub fn used_within(&mut self, ring: usize, timeout: Duration) -> Option<(u32, u32)> {
+        let end = Instant::now() + timeout;
         loop {
             if let Some(used) = self.used(ring) {
                 return Some(used);
@@ -395,9 +395,9 @@ fn guest_memory() -> GuestMemoryMmap {
 pub const REGION_BORDER: u64 = MEMORY / 2;
 
 /// Waits for a descriptor to become readable.
-pub fn readable(fd: &impl AsRawFd, patience: Duration) -> bool {
+pub fn readable(fd: &impl AsRawFd, timeout: Duration) -> bool {
     let raw = fd.as_raw_fd();
-    let end = Instant::now() + patience;
+    let end = Instant::now() + timeout;
     loop {
         // vmm-sys-util's EventFd does not implement AsFd; its read is non-blocking, so poll by trying.
         let path = format!("/proc/self/fdinfo/{raw}");

@@ -16,7 +16,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::nbd::{self, Command};
 use super::said::{SECTOR, Said};
-use crate::driver::chance::Chance;
+use crate::driver::chance::Prng;
 use crate::guest::qemu::Qemu;
 use crate::guest::wait_until;
 
@@ -162,13 +162,13 @@ struct Thread {
     half_a_line: Vec<u8>,
     shared: Arc<Mutex<Shared>>,
     due: Vec<Due>,
-    chance: Chance,
+    chance: Prng,
     last: u64,
 }
 
 impl Thread {
     fn new(nbd: UnixStream, said: UnixStream, shared: Arc<Mutex<Shared>>, seed: u64) -> Thread {
-        Thread { nbd, said, half_a_line: Vec::new(), shared, due: Vec::new(), chance: Chance::new(seed), last: 0 }
+        Thread { nbd, said, half_a_line: Vec::new(), shared, due: Vec::new(), chance: Prng::new(seed), last: 0 }
     }
 
     fn run(mut self) -> io::Result<()> {
@@ -179,8 +179,8 @@ impl Thread {
         self.said.set_nonblocking(true)?;
         loop {
             let next = self.due.iter().map(|due| due.at).min();
-            let patience = next.map(|at| at.saturating_duration_since(Instant::now()));
-            let timeout = patience.map(|patience| Timespec::try_from(patience).expect("a short time"));
+            let timeout = next.map(|at| at.saturating_duration_since(Instant::now()));
+            let timeout = timeout.map(|timeout| Timespec::try_from(timeout).expect("a short time"));
             let mut fds = [PollFd::new(&self.nbd, PollFlags::IN), PollFd::new(&self.said, PollFlags::IN)];
             poll(&mut fds, timeout.as_ref())?;
             let asked = !fds[0].revents().is_empty();

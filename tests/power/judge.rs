@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::disk::{Event, Record};
 use super::said::{Found, Kind, SECTOR, Said, read};
-use crate::driver::chance::Chance;
+use crate::driver::chance::Prng;
 
 /// When the front-end takes a change for durable.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -96,7 +96,7 @@ impl Medium {
     }
 
     /// One of the media that a cut may leave: nothing that was not flushed, all of it, or any part.
-    pub fn cut(&self, chance: &mut Chance) -> Vec<u8> {
+    pub fn cut(&self, chance: &mut Prng) -> Vec<u8> {
         let mut medium = self.durable.clone();
         let kept = chance.one_of(&[0, 5, 50, 95, 100]);
         for (sector, versions) in &self.pending {
@@ -274,7 +274,7 @@ pub fn judge_file(
     promise: Promise,
     area: Area,
     cuts: usize,
-    chance: &mut Chance,
+    chance: &mut Prng,
     mut recover: impl FnMut(&[u8]) -> Vec<u8>,
 ) -> Verdict {
     let mut promises = Promises::new(promise, area.sectors);
@@ -302,7 +302,7 @@ pub fn judge_file(
 pub fn judge_copies(
     record: &Record,
     cuts: usize,
-    chance: &mut Chance,
+    chance: &mut Prng,
     mut recover: impl FnMut(&[u8]) -> Vec<Option<Vec<u8>>>,
 ) -> Vec<String> {
     let ends: Vec<usize> =
@@ -313,7 +313,7 @@ pub fn judge_copies(
     let whole = recover(&medium.newest());
     assert!(whole.len() == ends.len() && whole.iter().all(Option::is_some), "copies are missing without a cut");
     // About the ends something may go wrong; most of the record has nothing to do with them.
-    let near = |chance: &mut Chance| (chance.one_of(&ends) + chance.below(60) as usize).saturating_sub(20);
+    let near = |chance: &mut Prng| (chance.one_of(&ends) + chance.below(60) as usize).saturating_sub(20);
     let mut points: Vec<usize> = (0..cuts).map(|_| near(chance).min(record.events.len() - 1)).collect();
     points.sort_unstable_by(|a, b| b.cmp(a));
     let (mut reported, mut wrong) = (0, Vec::new());
@@ -340,7 +340,7 @@ enum Step<'a> {
 }
 
 /// Goes through a record and cuts at `points`, the last one first.
-fn walk(record: &Record, mut points: Vec<usize>, chance: &mut Chance, visit: &mut dyn FnMut(usize, Step<'_>)) {
+fn walk(record: &Record, mut points: Vec<usize>, chance: &mut Prng, visit: &mut dyn FnMut(usize, Step<'_>)) {
     let mut medium = Medium::new(record);
     for (at, event) in record.events.iter().enumerate() {
         medium.apply(at, event);
@@ -355,7 +355,7 @@ fn walk(record: &Record, mut points: Vec<usize>, chance: &mut Chance, visit: &mu
 }
 
 /// Points of a record, the last one first: half of them anywhere, half where something was just acknowledged.
-fn points(record: &Record, count: usize, chance: &mut Chance) -> Vec<usize> {
+fn points(record: &Record, count: usize, chance: &mut Prng) -> Vec<usize> {
     let is_answer = |event: &Event| {
         matches!(event, Event::Said(Said::Acknowledged(_) | Said::FlushAcknowledged(_) | Said::Held | Said::Stopped))
     };

@@ -13,7 +13,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::said::{Kind, SECTOR, Said, content};
-use crate::driver::chance::Chance;
+use crate::driver::chance::Prng;
 use crate::driver::{ALL, Driver, F_FLUSH};
 
 /// Where the host hands the front-end its [`Plan`].
@@ -73,7 +73,7 @@ enum Request {
 
 struct Load {
     plan: Plan,
-    chance: Chance,
+    chance: Prng,
     driver: Driver,
     port: Port,
     /// By queue.
@@ -96,7 +96,7 @@ pub fn run() {
     let answered = Arc::new(AtomicU64::new(0));
     let operator = operator(&plan, port.clone(), answered.clone());
     let mut load = Load {
-        chance: Chance::new(plan.seed),
+        chance: Prng::new(plan.seed),
         driver,
         port: port.clone(),
         under_way: [vec![], vec![]],

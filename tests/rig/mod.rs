@@ -16,7 +16,7 @@ use virtioblkd::virtio::rings::Rings;
 use virtioblkd::virtio::{Device, DeviceOptions, Tuning};
 
 #[allow(unused_imports)]
-pub use chance::Chance;
+pub use chance::Prng;
 
 /// A served disk.
 pub struct Rig {

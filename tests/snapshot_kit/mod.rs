@@ -117,7 +117,7 @@ pub enum Mood {
     /// Answers nothing, not even a sync.
     Silent,
     /// Says yes to everything with what is no answer.
-    Garbage,
+    MalformedInput,
     /// Sends what earlier clients asked for before it answers.
     Stale,
     /// Freezes after this long.
@@ -323,7 +323,7 @@ impl Served {
             return Some(bytes);
         }
         state.asked.push(command.to_owned());
-        if mood == Mood::Garbage && command != "guest-fsfreeze-thaw" {
+        if mood == Mood::MalformedInput && command != "guest-fsfreeze-thaw" {
             return Some(b"yes\n".to_vec());
         }
         match command {

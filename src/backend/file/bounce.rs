@@ -3,11 +3,11 @@
 
 use super::super::uring::{Command, Transfer};
 use super::super::{Errno, IoBuf};
-use crate::backend::bounce_pool::{Piece, Pool};
+use crate::backend::bounce_pool::{BounceBuffer, Pool};
 
 /// A read or write of the image in parts, each of which is copied. The range that is read or written is extended to
 /// whole blocks of `align`; for a write the caller holds the range lock, and what surrounds the data is read first.
-pub(super) struct Copied {
+pub(super) struct BounceOp {
     write: bool,
     durable: bool,
     offset: u64,
@@ -17,7 +17,7 @@ pub(super) struct Copied {
     done: usize,
     stage: Stage,
     /// The memory, once begun.
-    memory: Option<Piece>,
+    memory: Option<BounceBuffer>,
 }
 
 /// What the command in flight does for the current part.
@@ -42,10 +42,10 @@ struct Part {
     to: u64,
 }
 
-impl Copied {
+impl BounceOp {
     /// A transfer that has not begun; `align` is a power of two.
     pub(super) fn new((write, durable): (bool, bool), offset: u64, guest: IoBuf, align: u32) -> Self {
-        Copied { write, durable, offset, guest, align: align.into(), done: 0, stage: Stage::Body, memory: None }
+        BounceOp { write, durable, offset, guest, align: align.into(), done: 0, stage: Stage::Body, memory: None }
     }
 
     /// The first command. None: there is no memory now; try again when a piece was given back to `pool`.

@@ -7,36 +7,36 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Every change is counted before its op is reaped, and a sync reads the count before it begins. What a guest's flush
 /// must cover was reaped, answered and seen by the driver before the flush was sent, and that order holds between
 /// threads too.
-pub(super) struct Unsynced {
+pub(super) struct ChangeCounter {
     changes: AtomicU64,
     covered: AtomicU64,
 }
 
 /// What a sync that begins now will cover.
 #[derive(Clone, Copy, PartialEq)]
-pub(super) struct Upto(u64);
+pub(super) struct ChangeStamp(u64);
 
-impl Default for Unsynced {
+impl Default for ChangeCounter {
     /// Not clean: what another process, maybe our own predecessor, acknowledged may still be in the cache.
     fn default() -> Self {
-        Unsynced { changes: AtomicU64::new(1), covered: AtomicU64::new(0) }
+        ChangeCounter { changes: AtomicU64::new(1), covered: AtomicU64::new(0) }
     }
 }
 
-impl Unsynced {
+impl ChangeCounter {
     /// An op changed the image, or failed and may have.
     pub(super) fn changed(&self) {
         self.changes.fetch_add(1, Ordering::SeqCst);
     }
 
     /// A sync is asked for. `None`: everything is durable already.
-    pub(super) fn begin(&self) -> Option<Upto> {
+    pub(super) fn begin(&self) -> Option<ChangeStamp> {
         let changes = self.changes.load(Ordering::SeqCst);
-        (self.covered.load(Ordering::SeqCst) < changes).then_some(Upto(changes))
+        (self.covered.load(Ordering::SeqCst) < changes).then_some(ChangeStamp(changes))
     }
 
     /// The sync that began with `upto` succeeded.
-    pub(super) fn synced(&self, upto: Upto) {
+    pub(super) fn synced(&self, upto: ChangeStamp) {
         self.covered.fetch_max(upto.0, Ordering::SeqCst);
     }
 }
@@ -47,7 +47,7 @@ mod tests {
 
     #[test]
     fn a_sync_covers_what_was_changed_before_it_began() {
-        let unsynced = Unsynced::default();
+        let unsynced = ChangeCounter::default();
         let first = unsynced.begin().expect("a fresh image may hold a predecessor's writes");
         unsynced.changed();
         unsynced.synced(first);

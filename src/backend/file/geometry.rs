@@ -31,7 +31,7 @@ pub(super) struct Alignment {
 
 /// The host's view of the medium, in bytes.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Medium {
+pub(super) struct MediumLimits {
     pub(super) size: u64,
     /// The sector of the disk below: what the guest is shown unless told otherwise. Not what O_DIRECT asks of this
     /// file today: XFS asks more of a file once it was reflinked, and a guest must not see its disk's sectors change
@@ -60,11 +60,11 @@ pub(super) enum Storage {
     Local,
     /// Another process or host (FUSE, NFS and others), or a file system that is not known: it may wait for that at any
     /// call, also where it is asked not to.
-    Elsewhere,
+    ForeignSnapshot,
 }
 
 /// Asks the kernel about a regular file.
-pub(super) fn of_file(fd: BorrowedFd<'_>) -> io::Result<Medium> {
+pub(super) fn of_file(fd: BorrowedFd<'_>) -> io::Result<MediumLimits> {
     let stat = stat(fd)?;
     let alignment = match told(&stat) {
         Some(alignment) => alignment,
@@ -73,7 +73,7 @@ pub(super) fn of_file(fd: BorrowedFd<'_>) -> io::Result<Medium> {
     // NFS and others report transfer sizes as their block; beyond a page it is no block of a medium.
     let block = stat.stx_blksize.clamp(512, 4096);
     let block = if block.is_power_of_two() { block } else { 4096 };
-    Ok(Medium {
+    Ok(MediumLimits {
         size: stat.stx_size,
         // Filesystems without one disk below (btrfs, tmpfs, NFS) always ask for the same.
         sector: u32::try_from(Sysfs::below(&stat).read("logical_block_size"))
@@ -94,7 +94,7 @@ pub(super) fn of_file(fd: BorrowedFd<'_>) -> io::Result<Medium> {
 }
 
 /// Asks the kernel about a block device.
-pub(super) fn of_device(fd: BorrowedFd<'_>) -> io::Result<Medium> {
+pub(super) fn of_device(fd: BorrowedFd<'_>) -> io::Result<MediumLimits> {
     let stat = stat(fd)?;
     let sector = rustix::fs::ioctl_blksszget(fd)?;
     // The memory alignment is known since Linux 6.1; before, a sector's was the rule.
@@ -105,7 +105,7 @@ pub(super) fn of_device(fd: BorrowedFd<'_>) -> io::Result<Medium> {
     let granularity = u32::try_from(queue.read("discard_granularity")).unwrap_or(sector).max(sector);
     let native_zeroes = queue.read("write_zeroes_max_bytes") / u64::from(sector) * u64::from(sector);
     let most_zeroes = if native_zeroes == 0 { MAX_WRITTEN_ZEROES } else { native_zeroes.min(MAX_ZEROES) };
-    Ok(Medium {
+    Ok(MediumLimits {
         size: rustix::fs::seek(fd, rustix::fs::SeekFrom::End(0))?,
         sector: alignment.offset,
         alignment,
@@ -137,7 +137,7 @@ fn storage_of(fd: BorrowedFd<'_>) -> io::Result<Storage> {
         TMPFS_MAGIC | RAMFS_MAGIC => Storage::Memory,
         EXT4_SUPER_MAGIC | XFS_SUPER_MAGIC | BTRFS_SUPER_MAGIC | F2FS_SUPER_MAGIC | BCACHEFS_SUPER_MAGIC
         | ZFS_SUPER_MAGIC => Storage::Local,
-        _ => Storage::Elsewhere,
+        _ => Storage::ForeignSnapshot,
     })
 }
 

@@ -39,7 +39,7 @@ const MAX_BETWEEN_REAPS: usize = 2 << 20;
 
 /// What the filesystem lets a thread do without sleeping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Medium {
+pub(super) enum InlinePolicy {
     /// O_DIRECT: a call waits for the device.
     Device,
     /// A filesystem or a block device over the page cache.
@@ -71,10 +71,10 @@ pub(super) enum Outcome {
 
 /// One queue's way around the ring.
 pub(super) struct Immediate {
-    medium: Medium,
+    medium: InlinePolicy,
     reads: Nowait,
     writes: Nowait,
-    pace: Pace,
+    pace: WriteBackoff,
     /// A write of a thread before this one has not returned.
     stuck: bool,
     /// Bytes that may still be moved before the next reap.
@@ -83,12 +83,12 @@ pub(super) struct Immediate {
 }
 
 impl Immediate {
-    pub(super) fn new(medium: Medium) -> Self {
+    pub(super) fn new(medium: InlinePolicy) -> Self {
         Immediate {
             medium,
             reads: Nowait::Offered,
             writes: Nowait::Offered,
-            pace: Pace::default(),
+            pace: WriteBackoff::default(),
             stuck: false,
             allowance: MAX_BETWEEN_REAPS,
             scratch: IovecList::default(),
@@ -103,20 +103,20 @@ impl Immediate {
     /// Whether a transfer of this buffer is worth trying here. Not durable ones: they wait for the medium.
     #[inline]
     pub(super) fn suits(&self, buf: &IoBuf) -> bool {
-        self.medium != Medium::Device && buf.len() <= MAX_AT_ONCE.min(self.allowance)
+        self.medium != InlinePolicy::Device && buf.len() <= MAX_AT_ONCE.min(self.allowance)
     }
 
     /// Whether a write of this buffer is worth trying here.
     #[inline]
     pub(super) fn suits_write(&self, buf: &IoBuf) -> bool {
-        self.medium != Medium::CacheElsewhere && self.suits(buf)
+        self.medium != InlinePolicy::CacheElsewhere && self.suits(buf)
     }
 
     /// Reads what can be read without waiting.
     #[inline]
     pub(super) fn read(&mut self, file: BorrowedFd<'_>, buf: &IoBuf, offset: u64) -> Outcome {
         let flags = match (self.medium, self.reads) {
-            (Medium::Memory, _) => 0,
+            (InlinePolicy::Memory, _) => 0,
             (_, Nowait::Offered) => libc::RWF_NOWAIT,
             (_, Nowait::Unknown) => return Outcome::Moved(0),
         };
@@ -144,7 +144,7 @@ impl Immediate {
             return false;
         }
         call.flags = 0;
-        if self.medium == Medium::Memory {
+        if self.medium == InlinePolicy::Memory {
             return true;
         }
         if self.writes == Nowait::Offered {
@@ -181,7 +181,7 @@ impl Immediate {
 
     /// fdatasync(2), where it takes no waiting.
     pub(super) fn sync(&self, file: BorrowedFd<'_>) -> Option<Result<(), Errno>> {
-        (self.medium == Medium::Memory)
+        (self.medium == InlinePolicy::Memory)
             .then(|| rustix::fs::fdatasync(file).map_err(|error| Errno(error.raw_os_error())))
     }
 }
@@ -199,14 +199,14 @@ fn judge(result: Result<usize, Errno>, buf: &IoBuf) -> Outcome {
 
 /// What writes cost lately.
 #[derive(Default)]
-struct Pace {
+struct WriteBackoff {
     /// Writes take the ring until then.
     until: Option<Instant>,
     pause: Duration,
     cheap: u32,
 }
 
-impl Pace {
+impl WriteBackoff {
     fn allows(&mut self, now: Instant) -> bool {
         if self.until.is_some_and(|until| now < until) {
             return false;
@@ -236,9 +236,9 @@ mod tests {
 
     #[test]
     fn one_slow_write_in_a_row_pays() {
-        let mut pace = Pace::default();
+        let mut pace = WriteBackoff::default();
         let mut now = Instant::now();
-        let mut write = |pace: &mut Pace, wait: Duration, took: Duration| {
+        let mut write = |pace: &mut WriteBackoff, wait: Duration, took: Duration| {
             now += wait;
             let allowed = pace.allows(now);
             if allowed {

@@ -24,16 +24,16 @@ use rustix::fs::{Advice, OFlags};
 
 pub use open::OpenError;
 
-use super::bounce_pool::Depot;
-use super::sticky_error::Latch;
+use super::bounce_pool::BouncePool;
+use super::sticky_error::StickyError;
 use super::uring::Submission;
 use super::{Backend, BufferUse, DurableWrite, Errno, Geometry, IoQueue};
 use crate::engine::CachePolicy;
-use change_counter::Unsynced;
+use change_counter::ChangeCounter;
 use geometry::{Alignment, Storage};
 use queue::FileQueue;
 use range_locks::RangeLocks;
-use range_op::Unable;
+use range_op::Unsupported;
 
 /// Whether QEMU's image locks are used (`--locking`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -69,7 +69,7 @@ pub struct FileOptions {
     /// [`FileOptions::new`] for which is better where.
     pub durable_writes: bool,
     /// Where transfers that must be copied get their memory.
-    pub memory: Arc<Depot>,
+    pub memory: Arc<BouncePool>,
     /// Where sysfs is mounted: `/sys`, but for tests.
     pub sysfs: PathBuf,
 }
@@ -92,7 +92,7 @@ impl FileOptions {
             locking: Locking::Auto,
             lock_later: false,
             durable_writes: policy.opens_direct(),
-            memory: Depot::new(Depot::DEFAULT_BYTES),
+            memory: BouncePool::new(BouncePool::DEFAULT_BYTES),
             sysfs: "/sys".into(),
         }
     }
@@ -126,14 +126,14 @@ struct Shared {
     /// Bytes.
     size: AtomicU64,
     buffer_use: BufferUse,
-    memory: Arc<Depot>,
-    latch: Latch,
-    unsynced: Unsynced,
+    memory: Arc<BouncePool>,
+    latch: StickyError,
+    unsynced: ChangeCounter,
     /// What may be done in a queue's own thread.
-    medium: immediate::Medium,
+    medium: immediate::InlinePolicy,
     /// Who begins what a queue's ring is given.
     submission: Submission,
-    unable: Unable,
+    unable: Unsupported,
     ranges: Arc<RangeLocks>,
     locking: Locking,
     /// The locks of [`Locking::Auto`] are another process's to take, or still its own.
@@ -183,19 +183,19 @@ impl FileBackend {
             geometry,
             buffer_use,
             memory: options.memory.clone(),
-            latch: Latch::default(),
-            unsynced: Unsynced::default(),
+            latch: StickyError::default(),
+            unsynced: ChangeCounter::default(),
             medium: match (direct, medium.storage) {
-                (true, _) => immediate::Medium::Device,
-                (false, Storage::Local) => immediate::Medium::Cache,
-                (false, Storage::Elsewhere) => immediate::Medium::CacheElsewhere,
-                (false, Storage::Memory) => immediate::Medium::Memory,
+                (true, _) => immediate::InlinePolicy::Device,
+                (false, Storage::Local) => immediate::InlinePolicy::Cache,
+                (false, Storage::ForeignSnapshot) => immediate::InlinePolicy::CacheElsewhere,
+                (false, Storage::Memory) => immediate::InlinePolicy::Memory,
             },
             submission: match medium.storage {
                 Storage::Memory | Storage::Local => Submission::Inline,
-                Storage::Elsewhere => Submission::Worker,
+                Storage::ForeignSnapshot => Submission::Worker,
             },
-            unable: Unable::default(),
+            unable: Unsupported::default(),
             ranges: Arc::default(),
             locking: options.locking,
             lent: AtomicBool::new(options.lock_later),

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use rustix::fs::{FileType, Mode, OFlags, fstat, stat};
 
-use super::geometry::{self, Medium};
+use super::geometry::{self, MediumLimits};
 use super::lock::{LockError, lock_image};
 use super::{FileOptions, Locking};
 use crate::backend::uring;
@@ -34,7 +34,7 @@ pub(super) struct Opened {
     /// As it was opened, to open it again.
     pub(super) flags: OFlags,
     pub(super) is_device: bool,
-    pub(super) medium: Medium,
+    pub(super) medium: MediumLimits,
     pub(super) logical_block: u32,
 }
 
@@ -150,7 +150,7 @@ pub(super) fn lock(path: &Path, fd: BorrowedFd<'_>, read_only: bool) -> Result<(
 }
 
 /// Checks the size against the blocks and returns the logical block size.
-fn check_shape(options: &FileOptions, medium: &Medium, is_device: bool) -> Result<u32, OpenError> {
+fn check_shape(options: &FileOptions, medium: &MediumLimits, is_device: bool) -> Result<u32, OpenError> {
     let path = options.path.as_path();
     // The same in every mode, so that a change of mode never changes what the guest sees.
     let usual = medium.sector.clamp(512, 4096);

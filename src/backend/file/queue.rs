@@ -10,13 +10,13 @@ use super::super::buffer::IovecList;
 use super::super::uring::{Command, Event, Ring, Transfer};
 use super::super::{BlockingCall, Caller, Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
 use super::Shared;
-use super::bounce::{Copied, Next};
-use super::change_counter::Upto;
+use super::bounce::{BounceOp, Next};
+use super::change_counter::ChangeStamp;
 use super::helper_thread::Helper;
 use super::immediate::{Immediate, Outcome};
 use super::mailbox::{Mail, Mailbox};
 use super::range_locks::Ticket;
-use super::range_op::{Ranged, Step};
+use super::range_op::{RangeOp, Step};
 use crate::backend::bounce_pool::Pool;
 use crate::backend::preadv;
 
@@ -71,9 +71,9 @@ enum Work {
     /// One command is all of it.
     Whole,
     /// A sync, and what it covers.
-    Sync(Upto),
-    Copied(Box<Copied>),
-    Ranged(Box<Ranged>),
+    Sync(ChangeStamp),
+    BounceOp(Box<BounceOp>),
+    RangeOp(Box<RangeOp>),
 }
 
 impl FileQueue {
@@ -162,9 +162,9 @@ impl FileQueue {
                 },
                 None => (false, Work::Whole, Step::Done(self.shared.latch.judge(Ok(()), &self.shared.name))),
             },
-            Op::Discard { offset, len } => self.plan_ranged(Ranged::discard(offset, len, &self.shared)),
+            Op::Discard { offset, len } => self.plan_ranged(RangeOp::discard(offset, len, &self.shared)),
             Op::WriteZeroes { offset, len, unmap } => {
-                self.plan_ranged(Ranged::zeroes(offset, len, unmap, &self.shared))
+                self.plan_ranged(RangeOp::zeroes(offset, len, unmap, &self.shared))
             }
         }
     }
@@ -178,13 +178,13 @@ impl FileQueue {
             let transfer = Transfer { write, durable, offset, buf, from: 0, len };
             return (durable, Work::Whole, Step::Run(Command::Transfer(transfer)));
         }
-        let copied = Copied::new((write, durable), offset, buf, align.offset);
-        (durable, Work::Copied(Box::new(copied)), Step::Copy)
+        let copied = BounceOp::new((write, durable), offset, buf, align.offset);
+        (durable, Work::BounceOp(Box::new(copied)), Step::Copy)
     }
 
-    fn plan_ranged(&self, mut ranged: Ranged) -> (bool, Work, Step) {
+    fn plan_ranged(&self, mut ranged: RangeOp) -> (bool, Work, Step) {
         let step = ranged.next(&self.shared);
-        (false, Work::Ranged(Box::new(ranged)), step)
+        (false, Work::RangeOp(Box::new(ranged)), step)
     }
 
     /// Asks for the range lock of an op that changes the image, where blocks of the medium are larger than the guest's.
@@ -219,8 +219,8 @@ impl FileQueue {
     fn feed(&mut self) {
         while let Some(job) = self.hungry.front_mut() {
             let begun = match &mut job.work {
-                Work::Copied(copied) => copied.begin(&mut self.pool),
-                Work::Ranged(ranged) => ranged.begin(&mut self.pool),
+                Work::BounceOp(copied) => copied.begin(&mut self.pool),
+                Work::RangeOp(ranged) => ranged.begin(&mut self.pool),
                 Work::Whole | Work::Sync(_) => unreachable!("it needs no memory"),
             };
             let Some(command) = begun else { return };
@@ -289,15 +289,15 @@ impl FileQueue {
                 self.finish(job, result, None);
             }
             (Work::Whole, _) => unreachable!("a range has its own work, and so has a sync"),
-            (Work::Copied(copied), Command::Transfer(transfer)) => {
+            (Work::BounceOp(copied), Command::Transfer(transfer)) => {
                 match copied.after(result, transfer.buf, &mut self.pool) {
                     Next::Run(command) => self.ring.start(command, job),
                     Next::Done(result) => self.finish(job, result, None),
                 }
                 self.feed();
             }
-            (Work::Copied(_), _) => unreachable!("a copied transfer runs transfers only"),
-            (Work::Ranged(ranged), command) => {
+            (Work::BounceOp(_), _) => unreachable!("a copied transfer runs transfers only"),
+            (Work::RangeOp(ranged), command) => {
                 let step = ranged.after(command, result, &self.shared, &mut self.pool);
                 self.run(job, step);
                 self.feed();
@@ -306,7 +306,7 @@ impl FileQueue {
     }
 
     /// What a sync that began with `upto` is worth.
-    fn synced(&self, upto: Upto, result: Result<(), Errno>) -> Result<(), Errno> {
+    fn synced(&self, upto: ChangeStamp, result: Result<(), Errno>) -> Result<(), Errno> {
         if result.is_ok() {
             self.shared.unsynced.synced(upto);
         }
@@ -319,7 +319,7 @@ impl FileQueue {
         // All of it again, if some was moved.
         let offset = offset - from as u64;
         let align = self.shared.align.offset;
-        job.work = Work::Copied(Box::new(Copied::new((write, durable), offset, buf, align)));
+        job.work = Work::BounceOp(Box::new(BounceOp::new((write, durable), offset, buf, align)));
         self.run(job, Step::Copy);
     }
 
@@ -333,8 +333,8 @@ impl FileQueue {
             };
         }
         let buf = match job.work {
-            Work::Copied(copied) => Some(copied.into_guest()),
-            Work::Whole | Work::Sync(_) | Work::Ranged(_) => buf,
+            Work::BounceOp(copied) => Some(copied.into_guest()),
+            Work::Whole | Work::Sync(_) | Work::RangeOp(_) => buf,
         };
         self.live -= 1;
         self.hand_back(job.id, job.changes, result, buf);
@@ -375,7 +375,7 @@ impl FileQueue {
                 Mail::Discarded(key, result) => {
                     let mut job = self.helped.remove(&key).expect("the helper answers each task once");
                     let result = result.map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EIO)));
-                    let Work::Ranged(ranged) = &mut job.work else { unreachable!("only a range is helped") };
+                    let Work::RangeOp(ranged) = &mut job.work else { unreachable!("only a range is helped") };
                     let step = ranged.discarded(result, &self.shared);
                     self.run(job, step);
                 }

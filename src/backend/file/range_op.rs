@@ -6,18 +6,18 @@ use super::super::buffer::MAX_ZEROES;
 use super::super::uring::{Command, Transfer};
 use super::super::{Errno, IoBuf};
 use super::Shared;
-use super::bounce::{Copied, Next};
+use super::bounce::{BounceOp, Next};
 use crate::backend::bounce_pool::Pool;
 
 /// What this image turned out not to be able to do.
 #[derive(Default)]
-pub(super) struct Unable {
+pub(super) struct Unsupported {
     punch: AtomicBool,
     zero_range: AtomicBool,
     discard: AtomicBool,
 }
 
-impl Unable {
+impl Unsupported {
     /// Remembers, and says it the first time.
     fn note(&self, what: &AtomicBool, name: &str, shared: &Shared) {
         if !what.swap(true, Ordering::Relaxed) {
@@ -27,19 +27,19 @@ impl Unable {
 }
 
 /// One discard or write-zeroes on its way.
-pub(super) struct Ranged {
-    what: What,
+pub(super) struct RangeOp {
+    what: RangeKind,
     /// To do, the last one first.
     parts: Vec<Part>,
     /// A part that is less than a block, through read-modify-write.
-    copied: Option<Copied>,
+    copied: Option<BounceOp>,
     /// Tried in this request and refused.
     no_punch: bool,
     no_zero_range: bool,
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum What {
+enum RangeKind {
     Discard,
     Zeroes { unmap: bool },
 }
@@ -55,7 +55,7 @@ enum Part {
 /// What comes next.
 pub(super) enum Step {
     Run(Command),
-    /// A copied transfer that begins as soon as there is memory: [`Ranged::begin`], or the op's own.
+    /// A copied transfer that begins as soon as there is memory: [`RangeOp::begin`], or the op's own.
     Copy,
     /// BLKDISCARD, by the helper thread.
     DiscardDevice {
@@ -65,13 +65,13 @@ pub(super) enum Step {
     Done(Result<(), Errno>),
 }
 
-impl Ranged {
+impl RangeOp {
     /// A discard. It may spare the ends: only whole units are discarded.
     pub(super) fn discard(offset: u64, len: u64, shared: &Shared) -> Self {
         let unit = u64::from(shared.range_unit.max(shared.align.offset));
         let (start, end) = (offset.next_multiple_of(unit), (offset + len) / unit * unit);
         let parts = if start < end { vec![Part::Kernel { offset: start, len: end - start }] } else { Vec::new() };
-        Self::new(What::Discard, parts)
+        Self::new(RangeKind::Discard, parts)
     }
 
     /// A write-zeroes. Every byte counts: ends that the kernel cannot do are written.
@@ -87,11 +87,11 @@ impl Ranged {
             parts.push(Part::Kernel { offset: inner, len: inner_end - inner });
             parts.push(Part::Write { offset, len: inner - offset });
         }
-        Self::new(What::Zeroes { unmap: unmap && shared.may_unmap }, parts)
+        Self::new(RangeKind::Zeroes { unmap: unmap && shared.may_unmap }, parts)
     }
 
-    fn new(what: What, parts: Vec<Part>) -> Self {
-        Ranged { what, parts, copied: None, no_punch: false, no_zero_range: false }
+    fn new(what: RangeKind, parts: Vec<Part>) -> Self {
+        RangeOp { what, parts, copied: None, no_punch: false, no_zero_range: false }
     }
 
     /// The next step, after the last one succeeded.
@@ -114,12 +114,12 @@ impl Ranged {
         let punch = !self.no_punch && !shared.unable.punch.load(Ordering::Relaxed);
         let zero_range = !self.no_zero_range && !shared.unable.zero_range.load(Ordering::Relaxed);
         let mode = match self.what {
-            What::Discard if shared.unable.discard.load(Ordering::Relaxed) => return Some(Step::Done(Ok(()))),
-            What::Discard if shared.is_device => return Some(Step::DiscardDevice { offset, len }),
-            What::Discard => libc::FALLOC_FL_PUNCH_HOLE,
-            What::Zeroes { unmap: true } if punch => libc::FALLOC_FL_PUNCH_HOLE,
-            What::Zeroes { .. } if zero_range => libc::FALLOC_FL_ZERO_RANGE,
-            What::Zeroes { .. } => return None,
+            RangeKind::Discard if shared.unable.discard.load(Ordering::Relaxed) => return Some(Step::Done(Ok(()))),
+            RangeKind::Discard if shared.is_device => return Some(Step::DiscardDevice { offset, len }),
+            RangeKind::Discard => libc::FALLOC_FL_PUNCH_HOLE,
+            RangeKind::Zeroes { unmap: true } if punch => libc::FALLOC_FL_PUNCH_HOLE,
+            RangeKind::Zeroes { .. } if zero_range => libc::FALLOC_FL_ZERO_RANGE,
+            RangeKind::Zeroes { .. } => return None,
         };
         Some(Step::Run(Command::Fallocate { mode: mode | libc::FALLOC_FL_KEEP_SIZE, offset, len }))
     }
@@ -129,14 +129,14 @@ impl Ranged {
         self.parts.push(Part::Write { offset: offset + now, len: len - now });
         let buf = IoBuf::zeroes(now as usize);
         if (offset | now) & u64::from(shared.align.offset - 1) != 0 {
-            self.copied = Some(Copied::new((true, false), offset, buf, shared.align.offset));
+            self.copied = Some(BounceOp::new((true, false), offset, buf, shared.align.offset));
             return Step::Copy;
         }
         let transfer = Transfer { write: true, durable: false, offset, buf, from: 0, len: now as usize };
         Step::Run(Command::Transfer(transfer))
     }
 
-    /// After [`Step::Copy`]: as [`Copied::begin`].
+    /// After [`Step::Copy`]: as [`BounceOp::begin`].
     pub(super) fn begin(&mut self, pool: &mut Pool) -> Option<Command> {
         self.copied.as_mut().expect("the step was `Copy`").begin(pool)
     }
@@ -183,7 +183,7 @@ impl Ranged {
 
     /// A fallocate was refused: discard is advice and well done without; zeroes go on in the next best way.
     fn refused(&mut self, mode: i32, at: (u64, u64), errno: Errno, shared: &Shared) -> Step {
-        if self.what == What::Discard {
+        if self.what == RangeKind::Discard {
             shared.unable.note(&shared.unable.discard, "discard (fallocate PUNCH_HOLE)", shared);
             return Step::Done(Ok(()));
         }

@@ -11,12 +11,12 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use super::eventfd_poll::Watches;
 use super::{Backend, DurableWrite, Errno, Geometry, IoBuf, IoQueue};
-use crate::base::prng::Chance;
+use crate::base::prng::Prng;
 use queue::MemQueue;
 
 /// When ops are carried out and complete.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Order {
+pub enum CompletionOrder {
     /// At once, one after the other.
     #[default]
     InOrder,
@@ -34,7 +34,7 @@ pub struct MemOptions {
     /// 512 or 4096 bytes.
     pub logical_block: u32,
     /// When ops complete.
-    pub order: Order,
+    pub order: CompletionOrder,
     /// How a single write becomes durable.
     pub durable_write: DurableWrite,
 }
@@ -42,7 +42,7 @@ pub struct MemOptions {
 impl MemOptions {
     /// `size` bytes in 512-byte blocks, in order, with native durable writes.
     pub fn new(size: u64) -> Self {
-        MemOptions { size, logical_block: 512, order: Order::InOrder, durable_write: DurableWrite::Native }
+        MemOptions { size, logical_block: 512, order: CompletionOrder::InOrder, durable_write: DurableWrite::Native }
     }
 }
 
@@ -76,7 +76,7 @@ pub struct Fault {
 
 /// What a crash leaves of the writes that no sync covered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Keep {
+pub enum CrashOutcome {
     /// Nothing.
     Nothing,
     /// Some blocks, chosen by the seed.
@@ -109,7 +109,7 @@ struct Shared {
     /// As it was made; what is told has `size`.
     geometry: Geometry,
     size: AtomicU64,
-    order: Order,
+    order: CompletionOrder,
     state: Mutex<State>,
 }
 
@@ -125,7 +125,7 @@ struct State {
     sync_failed: Option<Errno>,
     faults: Vec<Fault>,
     counts: Counts,
-    /// [`Order::OnRequest`]: ops that may still complete.
+    /// [`CompletionOrder::OnRequest`]: ops that may still complete.
     released: u64,
     waiting: usize,
     sleepers: Vec<Weak<OwnedFd>>,
@@ -157,11 +157,11 @@ impl MemBackend {
 
     /// The power goes: returns what a restart finds. The disk goes on from there; ops pushed before and not yet carried
     /// out fail with EIO and change nothing.
-    pub fn crash(&self, keep: Keep) -> Vec<u8> {
+    pub fn crash(&self, keep: CrashOutcome) -> Vec<u8> {
         let mut state = self.shared.lock();
-        let mut chance = Chance::new(if let Keep::Some(seed) = keep { seed } else { 0 });
+        let mut chance = Prng::new(if let CrashOutcome::Some(seed) = keep { seed } else { 0 });
         for block in std::mem::take(&mut state.dirty).into_keys() {
-            if keep != Keep::Nothing && chance.below(2) == 0 {
+            if keep != CrashOutcome::Nothing && chance.below(2) == 0 {
                 state.make_durable(self.shared.place(block));
             }
         }
@@ -201,7 +201,7 @@ impl MemBackend {
         self.shared.lock().waiting
     }
 
-    /// Lets `count` more ops complete ([`Order::OnRequest`]).
+    /// Lets `count` more ops complete ([`CompletionOrder::OnRequest`]).
     pub fn release(&self, count: u64) {
         let mut state = self.shared.lock();
         state.released += count;
@@ -328,9 +328,9 @@ impl Backend for MemBackend {
         state.sleepers.retain(|sleeper| sleeper.strong_count() > 0);
         state.sleepers.push(watches.own());
         drop(state);
-        let seed = if let Order::Shuffled(seed) = self.shared.order { seed } else { 0 };
+        let seed = if let CompletionOrder::Shuffled(seed) = self.shared.order { seed } else { 0 };
         let shared = Arc::clone(&self.shared);
-        let chance = Chance::new(seed);
+        let chance = Prng::new(seed);
         Ok(Box::new(MemQueue::new(shared, watches, chance, depth)))
     }
 

@@ -6,15 +6,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::{Completion, Errno, IoQueue, Op, OpId, Source, Wakeups};
-use super::{MemOp, Order, Shared};
+use super::{CompletionOrder, MemOp, Shared};
 use crate::backend::eventfd_poll::{Watches, deadline};
-use crate::base::prng::Chance;
+use crate::base::prng::Prng;
 
 /// A queue of a [`MemBackend`](super::MemBackend).
 pub(super) struct MemQueue {
     shared: Arc<Shared>,
     watches: Watches,
-    chance: Chance,
+    chance: Prng,
     depth: usize,
     pending: Vec<Pending>,
     done: Vec<Completion>,
@@ -29,19 +29,19 @@ struct Pending {
 }
 
 impl MemQueue {
-    pub(super) fn new(shared: Arc<Shared>, watches: Watches, chance: Chance, depth: usize) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, watches: Watches, chance: Prng, depth: usize) -> Self {
         MemQueue { shared, watches, chance, depth, pending: Vec::new(), done: Vec::new() }
     }
 
     /// Carries out what may be now.
     fn advance(&mut self) {
         match self.shared.order {
-            Order::InOrder => self.carry_out(self.pending.len(), false),
-            Order::Shuffled(_) => {
+            CompletionOrder::InOrder => self.carry_out(self.pending.len(), false),
+            CompletionOrder::Shuffled(_) => {
                 let some = 1 + self.chance.below(self.pending.len() as u64 + 1) as usize;
                 self.carry_out(some, true);
             }
-            Order::OnRequest => {
+            CompletionOrder::OnRequest => {
                 // In one step: another queue that looks meanwhile would find nothing, and sleep.
                 let mut state = self.shared.lock();
                 let count = self.pending.len().min(usize::try_from(state.released).unwrap_or(usize::MAX));

@@ -41,19 +41,19 @@ struct Copier<'a> {
     /// By number: clusters that are being saved.
     runs: HashMap<u64, Run>,
     /// By the op's name: in flight.
-    reads: HashMap<u64, Piece>,
+    reads: HashMap<u64, BounceBuffer>,
     last_number: u64,
     urgent: VecDeque<Range<u64>>,
     /// To be read yet.
-    urgent_pieces: VecDeque<Piece>,
-    background_pieces: VecDeque<Piece>,
+    urgent_pieces: VecDeque<BounceBuffer>,
+    background_pieces: VecDeque<BounceBuffer>,
     /// Everything before it was dealt with in the background, or is.
     cursor: u64,
     data: Extent,
     /// Bytes of the buffers that are in use here and with the writer.
     lent: usize,
     free: Vec<IoBuf>,
-    pace: Pace,
+    pace: BandwidthLimiter,
 }
 
 /// Clusters that are saved together, when all of their data has been read.
@@ -66,7 +66,7 @@ struct Run {
 }
 
 /// Bytes of the image that one read reads.
-struct Piece {
+struct BounceBuffer {
     run: u64,
     bytes: Range<u64>,
 }
@@ -118,7 +118,7 @@ pub(super) fn run(
         data: Extent::default(),
         lent: 0,
         free: Vec::new(),
-        pace: Pace::default(),
+        pace: BandwidthLimiter::default(),
     };
     if let Err(why) = copier.run() {
         copy.fail(why);
@@ -218,7 +218,7 @@ impl Copier<'_> {
             run.urgent = true;
             let (urgent, rest) = self.background_pieces.drain(..).partition(|piece| piece.run == *number);
             self.background_pieces = rest;
-            let urgent: VecDeque<Piece> = urgent;
+            let urgent: VecDeque<BounceBuffer> = urgent;
             self.urgent_pieces.extend(urgent);
         }
     }
@@ -293,9 +293,9 @@ impl Copier<'_> {
         let run = self.last_number;
         let parts = |found: Range<u64>| {
             let starts = found.clone().step_by(MAX_READ as usize);
-            starts.map(move |start| Piece { run, bytes: start..found.end.min(start + MAX_READ) })
+            starts.map(move |start| BounceBuffer { run, bytes: start..found.end.min(start + MAX_READ) })
         };
-        let pieces: Vec<Piece> = found.into_iter().flat_map(parts).collect();
+        let pieces: Vec<BounceBuffer> = found.into_iter().flat_map(parts).collect();
         if pieces.is_empty() {
             let fresh = self.copy.mark_saved(clusters);
             self.copy.done.fetch_add(fresh, Relaxed);
@@ -313,7 +313,7 @@ impl Copier<'_> {
         Ok(())
     }
 
-    fn read(&mut self, piece: Piece) -> Result<(), String> {
+    fn read(&mut self, piece: BounceBuffer) -> Result<(), String> {
         let Range { start: offset, end } = piece.bytes;
         let len = (end - offset) as usize;
         let buf = buffer(&mut self.free, len);
@@ -344,7 +344,7 @@ impl Copier<'_> {
     }
 
     /// Saves the clusters of the piece's run if it was the last of it. Returns how many those are.
-    fn piece_is_read(&mut self, piece: &Piece, len: u64) -> u64 {
+    fn piece_is_read(&mut self, piece: &BounceBuffer, len: u64) -> u64 {
         let run = self.runs.get_mut(&piece.run).expect("it has pieces left");
         if run.urgent {
             self.copy.saved_before_write.fetch_add(len, Relaxed);
@@ -422,13 +422,13 @@ fn buffer(free: &mut Vec<IoBuf>, len: usize) -> IoBuf {
 
 /// The bandwidth limit: no read before the last one's time is up.
 #[derive(Default)]
-struct Pace {
+struct BandwidthLimiter {
     /// Bytes a second; 0: none.
     limit: u64,
     next: Option<Instant>,
 }
 
-impl Pace {
+impl BandwidthLimiter {
     fn limit(&mut self, limit: u64, now: Instant) {
         if limit != self.limit {
             (self.limit, self.next) = (limit, None);

@@ -17,7 +17,7 @@ const LOOK: Duration = Duration::from_millis(20);
 
 /// Who has the image.
 #[derive(Default)]
-pub(super) struct Keep {
+pub(super) struct ImageLease {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -31,7 +31,7 @@ struct State {
     times: u64,
 }
 
-impl Keep {
+impl ImageLease {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no panic while held")
     }
@@ -71,9 +71,9 @@ impl Keep {
         state.times += 1;
         let time = state.times;
         state.kept = Some(time);
-        let patience = state.guest.then_some(shared.tuning.patience);
+        let timeout = state.guest.then_some(shared.tuning.timeout);
         let (keep, theirs, its) = (Arc::clone(self), Arc::downgrade(image), Arc::clone(&copy));
-        let work = move || keep.wait(&theirs, &its, time, patience);
+        let work = move || keep.wait(&theirs, &its, time, timeout);
         if let Err(error) = thread::Builder::new().name("copy-keep".into()).spawn(work) {
             state.kept = None;
             copy.fail(format!("no thread to keep the image for it ({error}); raise the daemon's limits"));
@@ -81,11 +81,11 @@ impl Keep {
         }
     }
 
-    fn wait(&self, image: &Weak<dyn Backend>, copy: &Copy, time: u64, patience: Option<Duration>) {
+    fn wait(&self, image: &Weak<dyn Backend>, copy: &Copy, time: u64, timeout: Option<Duration>) {
         let start = Instant::now();
         let mut state = self.lock();
         while state.kept == Some(time) && copy.needs_image() {
-            if patience.is_some_and(|patience| start.elapsed() > patience) {
+            if timeout.is_some_and(|timeout| start.elapsed() > timeout) {
                 copy.fail(
                     "the guest has left, and may go on elsewhere, where its writes would not be seen. Take the copy again \
                      where it is"

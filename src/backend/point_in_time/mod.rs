@@ -40,7 +40,7 @@ use super::{Backend, IoQueue};
 use crate::base::sync::reused;
 use crate::disk::{Copies, CopyError, CopyOptions, CopyStatus, Events};
 use copy::{Copy, Phase};
-use image_lease::Keep;
+use image_lease::ImageLease;
 use order::{Liveness, TargetLinks, TargetOrder};
 use queue::DelayingQueue;
 use scratch::Scratches;
@@ -108,7 +108,7 @@ pub struct ScratchOptions {
 pub struct Tuning {
     /// How long a write may be delayed before the copy is given up (longer by a second for each 32 MiB). A discard
     /// waits a fifth of this and is then left undone.
-    pub patience: Duration,
+    pub timeout: Duration,
     /// Bytes of old data in memory at most, give or take a read.
     pub memory: usize,
     /// A slow or failing target.
@@ -124,7 +124,7 @@ pub struct Tuning {
 impl Default for Tuning {
     fn default() -> Self {
         Tuning {
-            patience: Duration::from_secs(5),
+            timeout: Duration::from_secs(5),
             memory: 32 << 20,
             hook: None,
             mutant: None,
@@ -144,7 +144,7 @@ impl Tuning {
 pub struct PointInTime {
     image: Arc<dyn Backend>,
     shared: Arc<Shared>,
-    keep: Arc<Keep>,
+    keep: Arc<ImageLease>,
     /// By a copy's number: its copier has, or had, the image open; disconnected when it let go.
     copiers: Mutex<Vec<(u64, Receiver<()>)>>,
     /// By a copy's number: its target, also one that could not be created.

@@ -91,13 +91,13 @@ impl DelayingQueue {
     }
 
     fn delay(&mut self, op: Op, name: OpId, len: u64) {
-        let patience = self.shared.tuning.patience;
-        let patience = match op {
+        let timeout = self.shared.tuning.timeout;
+        let timeout = match op {
             // Advice: after a while it is well done by not doing it.
-            Op::Discard { .. } => patience / 5,
-            _ => patience + EXTRA_DELAY.mul_f64(len as f64 / EXTRA_DELAY_BYTES as f64),
+            Op::Discard { .. } => timeout / 5,
+            _ => timeout + EXTRA_DELAY.mul_f64(len as f64 / EXTRA_DELAY_BYTES as f64),
         };
-        self.delayed.insert(self.last_ticket, Delayed { op, name, deadline: Instant::now() + patience });
+        self.delayed.insert(self.last_ticket, Delayed { op, name, deadline: Instant::now() + timeout });
     }
 
     /// Starts the ops whose clusters are saved.
@@ -136,7 +136,7 @@ impl DelayingQueue {
                 copy.fail(format!(
                     "a write of the guest waited {:?} for old data to be saved, and was let go: the target or the image \
                      is too slow; use a faster target",
-                    self.shared.tuning.patience
+                    self.shared.tuning.timeout
                 ));
             }
         }

@@ -84,9 +84,9 @@ impl Attempt {
     pub(super) fn come_for(&self) -> Option<Progress> {
         let is_running = |outcome: &mut Outcome| *outcome == Outcome::Running;
         // A little longer than a hand-over, so that its outcome is known.
-        let patience = HAND_OVER_TIMEOUT + ASK_INTERVAL;
+        let timeout = HAND_OVER_TIMEOUT + ASK_INTERVAL;
         let (mut outcome, _) =
-            self.changed.wait_timeout_while(self.outcome(), patience, is_running).expect("no panic while held");
+            self.changed.wait_timeout_while(self.outcome(), timeout, is_running).expect("no panic while held");
         match *outcome {
             Outcome::Running => Some(Progress::Running),
             Outcome::Done(result) => {

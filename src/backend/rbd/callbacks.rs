@@ -13,17 +13,17 @@ use super::Shared;
 use super::handle::check;
 
 /// What is called.
-pub(super) type Ear = Box<dyn Fn() + Send + Sync>;
+pub(super) type Callback = Box<dyn Fn() + Send + Sync>;
 
 /// What a watch calls: at the first event, and, for quiesces, at the second.
-struct Ears {
-    first: Ear,
-    second: Ear,
+struct Callbacks {
+    first: Callback,
+    second: Callback,
 }
 
-impl Ears {
-    fn leak(first: Ear, second: Ear) -> *mut c_void {
-        Box::into_raw(Box::new(Ears { first, second })).cast::<c_void>()
+impl Callbacks {
+    fn leak(first: Callback, second: Callback) -> *mut c_void {
+        Box::into_raw(Box::new(Callbacks { first, second })).cast::<c_void>()
     }
 }
 
@@ -42,8 +42,8 @@ pub(super) struct Watch {
 
 impl Watch {
     /// Calls `changed` when the image's header changed: its size, its snapshots, anything.
-    pub(super) fn updates(shared: Arc<Shared>, changed: Ear) -> Result<Watch, Errno> {
-        let ears = Ears::leak(changed, Box::new(|| {}));
+    pub(super) fn updates(shared: Arc<Shared>, changed: Callback) -> Result<Watch, Errno> {
+        let ears = Callbacks::leak(changed, Box::new(|| {}));
         let mut handle = 0;
         let image = &shared.image;
         // SAFETY: the image is open; the ears live for ever.
@@ -54,7 +54,7 @@ impl Watch {
 
     /// Calls `quiesce` when a snapshot is about to be taken, which waits for [`Watch::complete`], and `unquiesce` when
     /// it was. ENOTSUP: this librbd does not ask.
-    pub(super) fn quiesces(shared: Arc<Shared>, quiesce: Ear, unquiesce: Ear) -> Result<Watch, Errno> {
+    pub(super) fn quiesces(shared: Arc<Shared>, quiesce: Callback, unquiesce: Callback) -> Result<Watch, Errno> {
         let image = &shared.image;
         let rbd = &image.api.rbd;
         let (Some(watch), Some(_), Some(_)) =
@@ -62,7 +62,7 @@ impl Watch {
         else {
             return Err(Errno(libc::ENOTSUP));
         };
-        let ears = Ears::leak(quiesce, unquiesce);
+        let ears = Callbacks::leak(quiesce, unquiesce);
         let mut handle = 0;
         // SAFETY: as above.
         let result = check(unsafe { watch(image.raw, Some(call_first), Some(call_second), ears, &raw mut handle) });
@@ -92,11 +92,11 @@ impl Watch {
 }
 
 unsafe extern "C" fn call_first(ears: *mut c_void) {
-    // SAFETY: what `Ears::leak` made.
-    (unsafe { &*ears.cast::<Ears>() }.first)();
+    // SAFETY: what `Callbacks::leak` made.
+    (unsafe { &*ears.cast::<Callbacks>() }.first)();
 }
 
 unsafe extern "C" fn call_second(ears: *mut c_void) {
     // SAFETY: as above.
-    (unsafe { &*ears.cast::<Ears>() }.second)();
+    (unsafe { &*ears.cast::<Callbacks>() }.second)();
 }

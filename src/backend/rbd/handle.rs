@@ -87,18 +87,18 @@ impl Drop for Cluster {
 }
 
 /// A pool, and a namespace in it.
-pub(super) struct Pool {
+pub(super) struct RadosPool {
     raw: rados_ioctx_t,
     /// After `raw`: what it is of.
     cluster: Cluster,
 }
 
 // SAFETY: as `Cluster`.
-unsafe impl Send for Pool {}
+unsafe impl Send for RadosPool {}
 // SAFETY: as `Cluster`.
-unsafe impl Sync for Pool {}
+unsafe impl Sync for RadosPool {}
 
-impl Pool {
+impl RadosPool {
     pub(super) fn open(cluster: Cluster, pool: &str, namespace: &str) -> Result<Self, Errno> {
         let (pool, namespace) = (c_string(pool)?, c_string(namespace)?);
         let mut raw = ptr::null_mut();
@@ -106,11 +106,11 @@ impl Pool {
         check(unsafe { (cluster.api.rados.rados_ioctx_create)(cluster.raw, pool.as_ptr(), &raw mut raw) })?;
         // SAFETY: the handle is good, and the string lives through the call.
         unsafe { (cluster.api.rados.rados_ioctx_set_namespace)(raw, namespace.as_ptr()) };
-        Ok(Pool { raw, cluster })
+        Ok(RadosPool { raw, cluster })
     }
 }
 
-impl Drop for Pool {
+impl Drop for RadosPool {
     fn drop(&mut self) {
         // SAFETY: made by `open`, and no image of it is open: `Image` closes itself before it drops this.
         unsafe { (self.cluster.api.rados.rados_ioctx_destroy)(self.raw) }
@@ -122,7 +122,7 @@ pub(super) struct Image {
     pub(super) api: &'static Api,
     pub(super) raw: rbd_image_t,
     /// After the image: what it is in.
-    pool: Pool,
+    pool: RadosPool,
 }
 
 // SAFETY: librbd's images may be used by any thread, several at a time.
@@ -140,7 +140,7 @@ pub(super) struct Effective {
 
 impl Image {
     /// Opens an image, or a snapshot of it, which is always read-only.
-    pub(super) fn open(pool: Pool, image: &str, snapshot: Option<&str>, read_only: bool) -> Result<Self, Errno> {
+    pub(super) fn open(pool: RadosPool, image: &str, snapshot: Option<&str>, read_only: bool) -> Result<Self, Errno> {
         let api = pool.cluster.api;
         let image = c_string(image)?;
         let snapshot = snapshot.map(c_string).transpose()?;

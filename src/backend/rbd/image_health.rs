@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc;
 
-use super::news::News;
+use super::news::KeeperEvent;
 use super::{Errno, queue};
 
 /// Shut out of the cluster, for good.
@@ -15,11 +15,11 @@ const UNLOCKABLE: u8 = 4;
 
 /// The image's trouble, if it is in one. Asked for every op, so its answers cost a load.
 #[derive(Default)]
-pub(super) struct Trouble {
+pub(super) struct ImageHealth {
     flags: AtomicU8,
 }
 
-impl Trouble {
+impl ImageHealth {
     fn has(&self, flag: u8) -> bool {
         self.flags.load(Ordering::Acquire) & flag != 0
     }
@@ -54,7 +54,7 @@ impl Trouble {
     }
 
     /// The cluster refuses us.
-    pub(super) fn fenced(&self, image: &str, news: &mpsc::Sender<News>) {
+    pub(super) fn fenced(&self, image: &str, news: &mpsc::Sender<KeeperEvent>) {
         if self.set(FENCED) {
             log::error!("{image}: fenced: {}", FENCED_TEXT.1);
             tell(news);
@@ -62,7 +62,7 @@ impl Trouble {
     }
 
     /// librbd refused a write, or another client was found to have the lock.
-    pub(super) fn locked_out(&self, image: &str, news: &mpsc::Sender<News>) {
+    pub(super) fn locked_out(&self, image: &str, news: &mpsc::Sender<KeeperEvent>) {
         if !self.has(UNLOCKABLE) && self.set(LOCKED_OUT) {
             log::error!("{image}: lock lost: {}", LOCKED_OUT_TEXT.1);
             tell(news);
@@ -71,7 +71,7 @@ impl Trouble {
 
     /// The image has no feature exclusive-lock any more, and must not be written without it: from now on no op that
     /// changes the image is given to librbd, which would carry it out.
-    pub(super) fn unlockable(&self, image: &str, news: &mpsc::Sender<News>) {
+    pub(super) fn unlockable(&self, image: &str, news: &mpsc::Sender<KeeperEvent>) {
         if self.set(UNLOCKABLE) {
             log::error!("{image}: lock lost: {}", UNLOCKABLE_TEXT.1);
             tell(news);
@@ -79,14 +79,14 @@ impl Trouble {
     }
 
     /// The lock was taken, or can be taken again before the image is used.
-    pub(super) fn locked_again(&self, news: &mpsc::Sender<News>) {
+    pub(super) fn locked_again(&self, news: &mpsc::Sender<KeeperEvent>) {
         if self.clear(LOCKED_OUT | UNLOCKABLE) {
             tell(news);
         }
     }
 
     /// A flush went through.
-    pub(super) fn is_writable_again(&self, news: &mpsc::Sender<News>) {
+    pub(super) fn is_writable_again(&self, news: &mpsc::Sender<KeeperEvent>) {
         if self.clear(LOCKED_OUT) {
             tell(news);
         }
@@ -123,7 +123,7 @@ const UNLOCKABLE_TEXT: (&str, &str) = (
 );
 
 /// For an event.
-pub(super) fn tell(news: &mpsc::Sender<News>) {
+pub(super) fn tell(news: &mpsc::Sender<KeeperEvent>) {
     // Nobody listens before notices are wanted and after they were stopped; the status has it.
-    let _ = news.send(News::StateChanged);
+    let _ = news.send(KeeperEvent::StateChanged);
 }

@@ -35,18 +35,18 @@ use std::time::{Duration, Instant};
 pub use name::RbdName;
 pub use open::OpenError;
 
-use super::sticky_error::Latch;
+use super::sticky_error::StickyError;
 use super::{Backend, BufferUse, Errno, Geometry, IoQueue, Notices};
 use crate::disk::{ImageSnapshots, ImageStatus, RbdStatus};
 use crate::engine::CacheMode;
 use data_map::DataMap;
 use handle::Image;
-use image_health::Trouble;
+use image_health::ImageHealth;
 use lock::Lock;
-use news::News;
+use news::KeeperEvent;
 use queue::RbdQueue;
 use quiesce::Quiesces;
-use watch_thread::Keeper;
+use watch_thread::WatchThread;
 
 /// Whether the image's lock is taken while a guest uses it (`--rbd-lock`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -150,7 +150,7 @@ impl RbdOptions {
 pub struct RbdBackend {
     shared: Arc<Shared>,
     quiesce: Option<Arc<Quiesces>>,
-    keeper: Mutex<Keeper>,
+    keeper: Mutex<WatchThread>,
     data_map: DataMap,
 }
 
@@ -180,10 +180,10 @@ struct Shared {
     flushed: AtomicBool,
     /// One sync of ours at a time: the second must not end before the first.
     sync_turn: Mutex<()>,
-    latch: Latch,
-    trouble: Trouble,
+    latch: StickyError,
+    trouble: ImageHealth,
     lock: Lock,
-    news: mpsc::Sender<News>,
+    news: mpsc::Sender<KeeperEvent>,
 }
 
 impl Shared {
@@ -267,7 +267,7 @@ impl RbdBackend {
         let shared = Arc::new(open::open(options, sender)?);
         let watched = options.quiesce != RbdQuiesce::Off && !shared.geometry.read_only;
         let quiesce = watched.then(|| Arc::new(Quiesces::new(Arc::clone(&shared), options.quiesce_timeout)));
-        Ok(RbdBackend { shared, quiesce, keeper: Mutex::new(Keeper::new(receiver)), data_map: DataMap::default() })
+        Ok(RbdBackend { shared, quiesce, keeper: Mutex::new(WatchThread::new(receiver)), data_map: DataMap::default() })
     }
 }
 

@@ -1,7 +1,7 @@
 //! What the image's thread hears.
 
 /// What the keeper hears.
-pub(super) enum News {
+pub(super) enum KeeperEvent {
     /// The image's header changed.
     Updated,
     /// The image's trouble began or ended.

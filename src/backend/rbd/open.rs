@@ -7,15 +7,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Mutex, mpsc};
 
 use super::super::{DurableWrite, Errno, Geometry, RangeLimits};
-use super::handle::{Cluster, Image, Pool};
-use super::image_health::Trouble;
+use super::handle::{Cluster, Image, RadosPool};
+use super::image_health::ImageHealth;
 use super::lock::{self, Lock};
-use super::news::News;
+use super::news::KeeperEvent;
 use super::options::{self, InForce};
 use super::sys::Api;
 use super::takeover::StateFile;
 use super::{RbdOptions, Shared, luks};
-use crate::backend::sticky_error::Latch;
+use crate::backend::sticky_error::StickyError;
 use crate::engine::CachePolicy;
 
 /// Blocks that the cluster writes without reading first.
@@ -59,7 +59,7 @@ impl OpenError {
 }
 
 /// Opens the image. May take as long as the cluster does, and seconds for an encrypted one.
-pub(super) fn open(options: &RbdOptions, news: mpsc::Sender<News>) -> Result<Shared, OpenError> {
+pub(super) fn open(options: &RbdOptions, news: mpsc::Sender<KeeperEvent>) -> Result<Shared, OpenError> {
     check_trust(options)?;
     let api = Api::load(options.library_path.as_deref()).map_err(|error| OpenError(error.to_string()))?;
     let name = options.name.to_string();
@@ -102,14 +102,14 @@ pub(super) fn open(options: &RbdOptions, news: mpsc::Sender<News>) -> Result<Sha
         changed: AtomicBool::new(false),
         flushed: AtomicBool::new(false),
         sync_turn: Mutex::default(),
-        latch: Latch::default(),
-        trouble: Trouble::default(),
+        latch: StickyError::default(),
+        trouble: ImageHealth::default(),
         lock,
         news,
     })
 }
 
-fn connect(api: &'static Api, options: &RbdOptions) -> Result<Pool, OpenError> {
+fn connect(api: &'static Api, options: &RbdOptions) -> Result<RadosPool, OpenError> {
     let RbdOptions { user, name, .. } = options;
     let cluster = Cluster::new(api, user).map_err(|errno| {
         OpenError::from_errno(&format!("--ceph-user {user}"), errno, "use a Ceph user's name without 'client.'")
@@ -130,7 +130,7 @@ fn connect(api: &'static Api, options: &RbdOptions) -> Result<Pool, OpenError> {
         };
         OpenError::from_errno(&format!("cannot connect to the Ceph cluster as client.{user}"), errno, mend)
     })?;
-    Pool::open(cluster, &name.pool, &name.namespace).map_err(|errno| {
+    RadosPool::open(cluster, &name.pool, &name.namespace).map_err(|errno| {
         let mend = match errno.0 {
             libc::ENOENT => "there is no such pool (ceph osd pool ls)",
             _ => "see the state of the cluster (ceph status)",

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::super::{Errno, Notices, QuiesceAsk};
 use super::Shared;
 use super::callbacks::Watch;
-use super::news::News;
+use super::news::KeeperEvent;
 use crate::disk::RbdQuiesceStatus;
 
 /// Whoever listens has a deadline too; ours comes after it, and before librbd's 50 s.
@@ -122,7 +122,7 @@ impl Quiesces {
         state.open.push((number, Instant::now() + self.timeout));
         drop(state);
         // The keeper lives until after `stop`.
-        let _ = self.shared.news.send(News::Quiesce);
+        let _ = self.shared.news.send(KeeperEvent::Quiesce);
         let quiesces = Arc::downgrade(self);
         notices.quiesce(QuiesceAsk::new(move |result| {
             // Without it all was answered by `stop`.

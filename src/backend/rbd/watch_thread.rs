@@ -1,7 +1,7 @@
 //! The thread that does for an image what librbd's own threads must not: ask for the size and the features, see to the
 //! lock, and watch the time.
 
-use crate::backend::rbd::news::News;
+use crate::backend::rbd::news::KeeperEvent;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
@@ -13,8 +13,8 @@ use super::callbacks::Watch;
 use super::quiesce::Quiesces;
 
 /// The thread, and what it will hear.
-pub(super) struct Keeper {
-    news: Option<mpsc::Receiver<News>>,
+pub(super) struct WatchThread {
+    news: Option<mpsc::Receiver<KeeperEvent>>,
     running: Option<Running>,
 }
 
@@ -23,9 +23,9 @@ struct Running {
     updates: Option<Watch>,
 }
 
-impl Keeper {
-    pub(super) fn new(news: mpsc::Receiver<News>) -> Self {
-        Keeper { news: Some(news), running: None }
+impl WatchThread {
+    pub(super) fn new(news: mpsc::Receiver<KeeperEvent>) -> Self {
+        WatchThread { news: Some(news), running: None }
     }
 
     /// Begins to tell `notices`. Once.
@@ -58,7 +58,7 @@ impl Keeper {
             log::warn!("{}: the update watch cannot be removed: {}", shared.name, super::io_error(errno));
         }
         // It hears this: it holds the receiver.
-        let _ = shared.news.send(News::Stop);
+        let _ = shared.news.send(KeeperEvent::Stop);
         if thread.join().is_err() {
             log::error!("{}: the keeper's thread panicked", shared.name);
         }
@@ -69,7 +69,7 @@ fn watch_updates(shared: &Arc<Shared>) -> Option<Watch> {
     let news = shared.news.clone();
     let changed = Box::new(move || {
         // Nobody listens at the end.
-        let _ = news.send(News::Updated);
+        let _ = news.send(KeeperEvent::Updated);
     });
     match Watch::updates(Arc::clone(shared), changed) {
         Ok(watch) => Some(watch),
@@ -84,7 +84,7 @@ fn watch_updates(shared: &Arc<Shared>) -> Option<Watch> {
     }
 }
 
-fn keep(shared: &Arc<Shared>, quiesces: Option<&Quiesces>, notices: &dyn Notices, news: &mpsc::Receiver<News>) {
+fn keep(shared: &Arc<Shared>, quiesces: Option<&Quiesces>, notices: &dyn Notices, news: &mpsc::Receiver<KeeperEvent>) {
     let mut check_lock: Option<Instant> = None;
     loop {
         let next = [quiesces.and_then(Quiesces::expire), check_lock].into_iter().flatten().min();
@@ -93,22 +93,22 @@ fn keep(shared: &Arc<Shared>, quiesces: Option<&Quiesces>, notices: &dyn Notices
             None => news.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected),
         };
         match heard {
-            Ok(News::Updated) => {
+            Ok(KeeperEvent::Updated) => {
                 check_lock = shared.lock.check(shared);
                 look_at_size(shared, notices);
             }
-            Ok(News::StateChanged) => {
+            Ok(KeeperEvent::StateChanged) => {
                 notices.state_changed();
                 if shared.trouble.is_locked_out() {
                     check_lock = shared.lock.check(shared);
                 }
             }
-            Ok(News::Quiesce) | Err(mpsc::RecvTimeoutError::Timeout) => {
+            Ok(KeeperEvent::Quiesce) | Err(mpsc::RecvTimeoutError::Timeout) => {
                 if check_lock.is_some_and(|due| due <= Instant::now()) {
                     check_lock = shared.lock.check(shared);
                 }
             }
-            Ok(News::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
+            Ok(KeeperEvent::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
         }
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::super::buffer::IovecList;
 use super::super::{Backend, BlockingCall, Caller, Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
 use super::status::Tally;
-use crate::backend::bounce_pool::{Depot, Piece, Pool};
+use crate::backend::bounce_pool::{BounceBuffer, BouncePool, Pool};
 
 /// Pieces at work at once, on one queue, beyond one for each op: long writes go in several.
 const SPARE: usize = 16;
@@ -62,14 +62,19 @@ enum Task {
     /// A part of a write, out of memory of ours.
     Part {
         write: usize,
-        piece: Piece,
+        piece: BounceBuffer,
         is_extra: bool,
     },
 }
 
 impl CopyingQueue {
     /// Errors: those of `image`'s queue.
-    pub(super) fn open(image: &dyn Backend, depth: usize, depot: &Arc<Depot>, tally: Arc<Tally>) -> io::Result<Self> {
+    pub(super) fn open(
+        image: &dyn Backend,
+        depth: usize,
+        depot: &Arc<BouncePool>,
+        tally: Arc<Tally>,
+    ) -> io::Result<Self> {
         let tasks = depth + SPARE;
         Ok(CopyingQueue {
             inner: image.open_queue(tasks)?,
@@ -114,7 +119,7 @@ impl CopyingQueue {
     }
 
     /// Copies as much as `piece` holds and pushes it. False: the inner queue is full.
-    fn hand_on(&mut self, index: usize, piece: Piece, is_extra: bool) -> bool {
+    fn hand_on(&mut self, index: usize, piece: BounceBuffer, is_extra: bool) -> bool {
         let write = self.writes[index].as_mut().expect("the caller looked");
         let offset = write.offset + write.taken as u64;
         let left = write.guest.len() - write.taken;

@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use log::Level;
 
-use super::bounce_pool::Depot;
+use super::bounce_pool::BouncePool;
 use super::layer::Layer;
 use super::{Backend, IoQueue};
 use crate::disk::{Events, ImageStatus, StableWritesStatus};
@@ -113,14 +113,14 @@ pub struct StableBackend {
     asked: StableWrites,
     effect: Effect,
     why: String,
-    depot: Arc<Depot>,
+    depot: Arc<BouncePool>,
     tallies: Arc<Tallies>,
 }
 
 impl StableBackend {
     /// Wraps `image`. Copies are made in `depot`'s memory; a queue waits for memory rather than exceed it. What `detect`
     /// sees is told to `events`. Called by whoever puts the parts together.
-    pub fn new(image: Arc<dyn Backend>, asked: StableWrites, depot: Arc<Depot>, events: Arc<Events>) -> Self {
+    pub fn new(image: Arc<dyn Backend>, asked: StableWrites, depot: Arc<BouncePool>, events: Arc<Events>) -> Self {
         let (effect, why) = decide(asked, &image.buffer_use(), image.geometry().read_only);
         let this = StableBackend { image, asked, effect, why, depot, tallies: Tallies::new(events) };
         // The default that changes nothing is no news.

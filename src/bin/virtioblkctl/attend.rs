@@ -39,7 +39,7 @@ pub fn run(options: &Attend, control: Option<&PathBuf>, json: bool) -> Result<()
         agent: options.freezing.agent(),
         hooks: options.freezing.hooks.clone(),
         or_weaker: options.or_weaker,
-        patience: options.freeze_timeout,
+        timeout: options.freeze_timeout,
     };
     attend::attend(&plan, |receipt| tell(receipt, json))
 }

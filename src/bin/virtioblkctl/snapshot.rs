@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::Args;
 use virtioblkd::base::logging;
 use virtioblkd::control::client::Failure;
-use virtioblkd::snapshot::plan::{Level, Plan, Way};
+use virtioblkd::snapshot::plan::{Level, Method, Plan};
 use virtioblkd::snapshot::receipt::Receipt;
 use virtioblkd::snapshot::{self, USAGE};
 
@@ -65,7 +65,7 @@ pub fn run(options: &Snapshot, control: Option<&PathBuf>, json: bool) -> Result<
 
 fn plan(options: &Snapshot, control: Option<&PathBuf>) -> Result<Plan, Failure> {
     let usage = |why: String| Failure::new(USAGE, why);
-    let ways = options.to.iter().map(Way::parse).collect::<Result<_, _>>().map_err(usage)?;
+    let ways = options.to.iter().map(Method::parse).collect::<Result<_, _>>().map_err(usage)?;
     Ok(Plan {
         disks: disks(&options.disks, control),
         level: options.level,

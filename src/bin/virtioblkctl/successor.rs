@@ -45,7 +45,7 @@ pub enum Why {
 }
 
 /// A new daemon that was started, and wanted.
-struct Successor {
+struct NewDaemon {
     child: Child,
     output: ChildStdout,
     line: Vec<u8>,
@@ -85,7 +85,7 @@ pub fn run(command: Command, control: &Path, old_pid: &Value, timeout: Duration)
 }
 
 /// Starts the program, in a thread: where its file's storage hangs, spawn waits for ever.
-fn start(mut command: Command, signals: &Signals, until: Instant) -> Result<Successor, Why> {
+fn start(mut command: Command, signals: &Signals, until: Instant) -> Result<NewDaemon, Why> {
     let (stdin, wanted) = io::pipe().map_err(Why::NotStarted)?;
     command.stdin(stdin).stdout(Stdio::piped()).env(STARTER_VARIABLE, "1");
     let (sender, started) = channel();
@@ -107,12 +107,12 @@ fn start(mut command: Command, signals: &Signals, until: Instant) -> Result<Succ
         Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return Err(Why::Late(false)),
     };
     match child.stdout.take() {
-        Some(output) => Ok(Successor { child, output, line: Vec::new(), wanted: Some(wanted) }),
+        Some(output) => Ok(NewDaemon { child, output, line: Vec::new(), wanted: Some(wanted) }),
         None => Err(Why::Ended(None)),
     }
 }
 
-impl Successor {
+impl NewDaemon {
     /// The line that a daemon prints when it has taken over.
     fn hear(&mut self, until: Instant, signals: Option<&Signals>) -> Heard {
         loop {

@@ -12,7 +12,7 @@ pub enum AttendCommand {
         /// Without its consent there is no snapshot.
         required: bool,
         /// For each `prepared`.
-        patience: Duration,
+        timeout: Duration,
         /// In the operator's words.
         who: Option<String>,
     },
@@ -30,7 +30,7 @@ pub enum AttendCommand {
 pub(super) fn parse_attend(args: &mut Args) -> Result<Command, Error> {
     Ok(Command::Attend(AttendCommand::Attend {
         required: args.boolean("required")?.unwrap_or(true),
-        patience: args.milliseconds("timeout-ms")?.unwrap_or(DEFAULT_TIMEOUT),
+        timeout: args.milliseconds("timeout-ms")?.unwrap_or(DEFAULT_TIMEOUT),
         who: args.text("who", MAX_WHO)?,
     }))
 }

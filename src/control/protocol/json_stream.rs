@@ -18,7 +18,7 @@ pub const MAX_DEPTH: u32 = 64;
 
 /// What is wrong with the bytes. Reported once for what is skipped, however long it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Garbage {
+pub enum MalformedInput {
     /// A byte that no JSON object holds at this place.
     Stray(u8),
     /// Longer than [`MAX_BYTES`].
@@ -31,26 +31,26 @@ pub enum Garbage {
     Invalid(String),
 }
 
-impl std::fmt::Display for Garbage {
+impl std::fmt::Display for MalformedInput {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Garbage::Stray(byte) if byte.is_ascii_graphic() => {
+            MalformedInput::Stray(byte) if byte.is_ascii_graphic() => {
                 write!(f, "a request is a JSON object, and '{}' cannot stand here", *byte as char)
             }
-            Garbage::Stray(byte) => {
+            MalformedInput::Stray(byte) => {
                 write!(f, "a request is a JSON object, and byte 0x{byte:02x} cannot stand here")
             }
-            Garbage::TooLong => write!(f, "the request is longer than {MAX_BYTES} bytes"),
-            Garbage::TooDeep => write!(f, "the request is nested deeper than {MAX_DEPTH} levels"),
-            Garbage::Reset => write!(f, "the request was cut off by a reset byte (0xff)"),
-            Garbage::Invalid(why) => write!(f, "the request is not valid JSON: {why}"),
+            MalformedInput::TooLong => write!(f, "the request is longer than {MAX_BYTES} bytes"),
+            MalformedInput::TooDeep => write!(f, "the request is nested deeper than {MAX_DEPTH} levels"),
+            MalformedInput::Reset => write!(f, "the request was cut off by a reset byte (0xff)"),
+            MalformedInput::Invalid(why) => write!(f, "the request is not valid JSON: {why}"),
         }
     }
 }
 
 /// Where the next byte falls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
+enum JsonContext {
     /// Between requests.
     Outside,
     /// In a request, outside of a string.
@@ -68,21 +68,21 @@ enum Place {
 pub struct Decoder {
     frame: Vec<u8>,
     depth: u32,
-    place: Place,
+    place: JsonContext,
     /// Already reported: the rest of this request is read over.
     skipping: bool,
 }
 
 impl Default for Decoder {
     fn default() -> Self {
-        Decoder { frame: Vec::new(), depth: 0, place: Place::Outside, skipping: false }
+        Decoder { frame: Vec::new(), depth: 0, place: JsonContext::Outside, skipping: false }
     }
 }
 
 impl Decoder {
     /// Takes bytes from the front of `input` until a request ends or is found unreadable, and returns it with the
     /// number of bytes taken; `None` when all bytes were taken and the request goes on.
-    pub fn feed(&mut self, input: &[u8]) -> (usize, Option<Result<Value, Garbage>>) {
+    pub fn feed(&mut self, input: &[u8]) -> (usize, Option<Result<Value, MalformedInput>>) {
         for (at, &byte) in input.iter().enumerate() {
             if let Some(found) = self.step(byte) {
                 return (at + 1, Some(found));
@@ -91,52 +91,52 @@ impl Decoder {
         (input.len(), None)
     }
 
-    fn step(&mut self, byte: u8) -> Option<Result<Value, Garbage>> {
+    fn step(&mut self, byte: u8) -> Option<Result<Value, MalformedInput>> {
         if byte == 0xff {
-            let cut = self.place != Place::Outside && self.place != Place::Lost && !self.skipping;
+            let cut = self.place != JsonContext::Outside && self.place != JsonContext::Lost && !self.skipping;
             self.reset();
-            return cut.then_some(Err(Garbage::Reset));
+            return cut.then_some(Err(MalformedInput::Reset));
         }
         match self.place {
-            Place::Outside => match byte {
+            JsonContext::Outside => match byte {
                 b' ' | b'\t' | b'\r' | b'\n' => return None,
-                b'{' => self.place = Place::Inside,
-                b'}' | b']' => return Some(Err(Garbage::Stray(byte))),
+                b'{' => self.place = JsonContext::Inside,
+                b'}' | b']' => return Some(Err(MalformedInput::Stray(byte))),
                 _ => return self.lose(byte),
             },
-            Place::Lost => {
+            JsonContext::Lost => {
                 if byte == b'\n' {
                     self.reset();
                 }
                 return None;
             }
-            Place::Inside => match byte {
-                b'"' => self.place = Place::Text,
+            JsonContext::Inside => match byte {
+                b'"' => self.place = JsonContext::Text,
                 b'{' | b'}' | b'[' | b']' | b':' | b',' | b' ' | b'\t' | b'\r' | b'\n' => {}
                 // Numbers, and the letters of true, false and null.
                 b'0'..=b'9' | b'+' | b'-' | b'.' | b'E' | b'a'..=b'z' => {}
                 _ => return self.lose(byte),
             },
-            Place::Text => match byte {
-                b'"' => self.place = Place::Inside,
-                b'\\' => self.place = Place::Escape,
+            JsonContext::Text => match byte {
+                b'"' => self.place = JsonContext::Inside,
+                b'\\' => self.place = JsonContext::Escape,
                 0..=0x1f => return self.lose(byte),
                 _ => {}
             },
-            Place::Escape => match byte {
+            JsonContext::Escape => match byte {
                 0..=0x1f => return self.lose(byte),
-                _ => self.place = Place::Text,
+                _ => self.place = JsonContext::Text,
             },
         }
         self.keep(byte)
     }
 
     /// Stores a byte of a request and tells whether the request ends with it.
-    fn keep(&mut self, byte: u8) -> Option<Result<Value, Garbage>> {
+    fn keep(&mut self, byte: u8) -> Option<Result<Value, MalformedInput>> {
         if !self.skipping {
             self.frame.push(byte);
         }
-        if self.place == Place::Inside {
+        if self.place == JsonContext::Inside {
             match byte {
                 b'{' | b'[' => self.depth += 1,
                 b'}' | b']' => self.depth -= 1,
@@ -146,37 +146,38 @@ impl Decoder {
                 let frame = std::mem::take(&mut self.frame);
                 let whole = !self.skipping;
                 self.reset();
-                return whole
-                    .then(|| serde_json::from_slice(&frame).map_err(|error| Garbage::Invalid(error.to_string())));
+                return whole.then(|| {
+                    serde_json::from_slice(&frame).map_err(|error| MalformedInput::Invalid(error.to_string()))
+                });
             }
         }
         if self.skipping {
             return None;
         }
         if self.depth > MAX_DEPTH {
-            return self.skip(Garbage::TooDeep);
+            return self.skip(MalformedInput::TooDeep);
         }
         if self.frame.len() >= MAX_BYTES {
-            return self.skip(Garbage::TooLong);
+            return self.skip(MalformedInput::TooLong);
         }
         None
     }
 
     /// Gives the request up but follows its brackets to their end.
-    fn skip(&mut self, why: Garbage) -> Option<Result<Value, Garbage>> {
+    fn skip(&mut self, why: MalformedInput) -> Option<Result<Value, MalformedInput>> {
         self.skipping = true;
         self.frame = Vec::new();
         Some(Err(why))
     }
 
     /// Gives everything up to the next newline up.
-    fn lose(&mut self, byte: u8) -> Option<Result<Value, Garbage>> {
+    fn lose(&mut self, byte: u8) -> Option<Result<Value, MalformedInput>> {
         let known = self.skipping;
         self.reset();
         if byte != b'\n' {
-            self.place = Place::Lost;
+            self.place = JsonContext::Lost;
         }
-        (!known).then_some(Err(Garbage::Stray(byte)))
+        (!known).then_some(Err(MalformedInput::Stray(byte)))
     }
 
     fn reset(&mut self) {
@@ -190,7 +191,7 @@ mod tests {
     use serde_json::json;
 
     /// Feeds `input` in pieces of `piece` bytes; one text per outcome.
-    fn outcomes(input: &[u8], piece: usize) -> Vec<Result<Value, Garbage>> {
+    fn outcomes(input: &[u8], piece: usize) -> Vec<Result<Value, MalformedInput>> {
         let mut decoder = Decoder::default();
         let mut all = Vec::new();
         for mut part in input.chunks(piece) {
@@ -204,7 +205,7 @@ mod tests {
         all
     }
 
-    fn same_however_cut(input: &[u8]) -> Vec<Result<Value, Garbage>> {
+    fn same_however_cut(input: &[u8]) -> Vec<Result<Value, MalformedInput>> {
         let whole = outcomes(input, input.len().max(1));
         for piece in [1, 2, 3, 7, 4096] {
             assert_eq!(outcomes(input, piece), whole, "pieces of {piece}");
@@ -221,30 +222,30 @@ mod tests {
     #[test]
     fn garbage_is_reported_once_and_ends_with_the_line() {
         let found = same_however_cut(b"GET / HTTP/1.1 {\"a\":1}\n{\"a\":2}\r\n\r\n");
-        assert_eq!(found, [Err(Garbage::Stray(b'G')), Ok(json!({"a": 2}))]);
+        assert_eq!(found, [Err(MalformedInput::Stray(b'G')), Ok(json!({"a": 2}))]);
         let found = same_however_cut(b"{ \"a\": X, {{{{ \n{\"a\":3}");
-        assert_eq!(found, [Err(Garbage::Stray(b'X')), Ok(json!({"a": 3}))]);
+        assert_eq!(found, [Err(MalformedInput::Stray(b'X')), Ok(json!({"a": 3}))]);
         let found = same_however_cut(b"{\"open string\n{\"a\":4}");
-        assert_eq!(found, [Err(Garbage::Stray(b'\n')), Ok(json!({"a": 4}))]);
+        assert_eq!(found, [Err(MalformedInput::Stray(b'\n')), Ok(json!({"a": 4}))]);
         let found = same_however_cut(b"\x16\x03\x01{\n{\"a\":5}");
-        assert_eq!(found, [Err(Garbage::Stray(0x16)), Ok(json!({"a": 5}))]);
+        assert_eq!(found, [Err(MalformedInput::Stray(0x16)), Ok(json!({"a": 5}))]);
     }
 
     #[test]
     fn brackets_that_close_wrongly_are_invalid_json() {
         let found = same_however_cut(b"{\"a\":[1}}{\"a\":5}");
-        assert!(matches!(found[0], Err(Garbage::Invalid(_))), "{found:?}");
+        assert!(matches!(found[0], Err(MalformedInput::Invalid(_))), "{found:?}");
         assert_eq!(found[1], Ok(json!({"a": 5})));
         assert_eq!(found.len(), 2, "{found:?}");
         let found = same_however_cut(b"{\"a\":]}{\"a\":6}");
-        assert!(matches!(found[0], Err(Garbage::Invalid(_))), "{found:?}");
-        assert_eq!(found[1..], [Err(Garbage::Stray(b'}')), Ok(json!({"a": 6}))]);
+        assert!(matches!(found[0], Err(MalformedInput::Invalid(_))), "{found:?}");
+        assert_eq!(found[1..], [Err(MalformedInput::Stray(b'}')), Ok(json!({"a": 6}))]);
     }
 
     #[test]
     fn a_reset_byte_begins_anew() {
         let found = same_however_cut(b"\xff{\"a\": \"half\xff{\"a\":6}");
-        assert_eq!(found, [Err(Garbage::Reset), Ok(json!({"a": 6}))]);
+        assert_eq!(found, [Err(MalformedInput::Reset), Ok(json!({"a": 6}))]);
     }
 
     #[test]
@@ -252,7 +253,7 @@ mod tests {
         let mut input = b"{\"a\":\"".to_vec();
         input.resize(1 << 20, b'x');
         input.extend_from_slice(b"\"}{\"a\":7}");
-        assert_eq!(outcomes(&input, 4096), [Err(Garbage::TooLong), Ok(json!({"a": 7}))]);
+        assert_eq!(outcomes(&input, 4096), [Err(MalformedInput::TooLong), Ok(json!({"a": 7}))]);
         let mut fits = b"{\"a\":\"".to_vec();
         fits.resize(MAX_BYTES - 2, b'x');
         fits.extend_from_slice(b"\"}");
@@ -265,7 +266,7 @@ mod tests {
         input.extend(std::iter::repeat_n(b'[', 10_000));
         input.extend(std::iter::repeat_n(b']', 10_000));
         input.extend_from_slice(b"}{\"a\":8}");
-        assert_eq!(same_however_cut(&input), [Err(Garbage::TooDeep), Ok(json!({"a": 8}))]);
+        assert_eq!(same_however_cut(&input), [Err(MalformedInput::TooDeep), Ok(json!({"a": 8}))]);
     }
 
     #[test]

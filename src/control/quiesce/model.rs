@@ -6,7 +6,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::*;
-use crate::base::prng::Chance;
+use crate::base::prng::Prng;
 
 /// What the world knows by watching effects alone.
 #[derive(Default)]
@@ -78,7 +78,7 @@ impl World {
 }
 
 fn one_script(seed: u64, steps: u32) {
-    let random = &mut Chance::new(seed);
+    let random = &mut Prng::new(seed);
     let max_hold = (random.below(2) == 0).then(|| Duration::from_millis(500 + random.below(9000)));
     let (mut coordinator, mut world) = (Coordinator::new(max_hold), World::default());
     let mut now = Instant::now();

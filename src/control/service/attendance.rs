@@ -19,7 +19,7 @@ pub(in crate::control) struct Prepare {
     pub(in crate::control) peer: PeerId,
     pub(in crate::control) id: u64,
     /// For its answer.
-    pub(in crate::control) patience: Duration,
+    pub(in crate::control) timeout: Duration,
 }
 
 /// What a snapshot must do first.
@@ -46,7 +46,7 @@ struct Attendant {
     peer: PeerId,
     who: Who,
     required: bool,
-    patience: Duration,
+    timeout: Duration,
 }
 
 struct Asking {
@@ -81,13 +81,13 @@ impl Attendance {
         peer: PeerId,
         who: Who,
         required: bool,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<(), Error> {
         if let Some(other) = self.attendant.as_ref().filter(|other| other.peer != peer) {
             let desc = format!("{} attends already: end it first", replies::shown(&other.who));
             return Err(Error::new("attended", desc));
         }
-        self.attendant = Some(Attendant { peer, who, required, patience });
+        self.attendant = Some(Attendant { peer, who, required, timeout });
         self.lost = None;
         Ok(())
     }
@@ -129,7 +129,7 @@ impl Attendance {
 
     /// Somebody else begins a snapshot that may last until `limit` in this phase.
     pub(in crate::control) fn begin(&mut self, limit: Duration, now: Instant) -> First {
-        let Some(Attendant { peer, required, patience, .. }) = &self.attendant else {
+        let Some(Attendant { peer, required, timeout, .. }) = &self.attendant else {
             return match (&self.lost, self.needed) {
                 (Some(_), _) => First::GiveUp("the attendant that must consent is lost"),
                 (None, true) => First::GiveUp("nobody attends, and --rbd-quiesce attended asks for somebody who does"),
@@ -137,8 +137,8 @@ impl Attendance {
             };
         };
         self.last_id += 1;
-        let prepare = Prepare { peer: *peer, id: self.last_id, patience: (*patience).min(limit) };
-        self.asking = Some(Asking { prepare, until: now + prepare.patience, required: *required });
+        let prepare = Prepare { peer: *peer, id: self.last_id, timeout: (*timeout).min(limit) };
+        self.asking = Some(Asking { prepare, until: now + prepare.timeout, required: *required });
         First::Wait(prepare)
     }
 
@@ -161,7 +161,7 @@ impl Attendance {
     /// Lets the time for an answer run out.
     pub(in crate::control) fn tick(&mut self, now: Instant) -> Option<Outcome> {
         let Asking { prepare, required, .. } = self.asking.take_if(|asking| asking.until <= now)?;
-        let text = format!("the attendant did not answer within {} ms", prepare.patience.as_millis());
+        let text = format!("the attendant did not answer within {} ms", prepare.timeout.as_millis());
         Some(Outcome { result: Err(text), required })
     }
 
@@ -245,7 +245,7 @@ mod tests {
         let now = Instant::now();
         let mut a = attended(true);
         let asked = prepare(&mut a, now);
-        assert_eq!(asked, Prepare { peer: 1, id: 1, patience: 5 * S });
+        assert_eq!(asked, Prepare { peer: 1, id: 1, timeout: 5 * S });
         assert_eq!(a.next_deadline(), Some(now + 5 * S));
         assert_eq!(a.prepared(2, 1, Ok(None)).unwrap_err().code, "not-asked");
         assert_eq!(a.prepared(1, 2, Ok(None)).unwrap_err().code, "not-asked");
@@ -325,7 +325,7 @@ mod tests {
             let error = parse(request, true, Access::All).command.unwrap_err();
             assert!(error.code == "bad-argument" && error.desc.contains(words), "{command} {arguments}: {error:?}");
         }
-        let attend = AttendCommand::Attend { required: true, patience: 10 * S, who: None };
+        let attend = AttendCommand::Attend { required: true, timeout: 10 * S, who: None };
         assert_eq!(parse(json!({"execute": "attend"}), true, Access::All).command, Ok(Command::Attend(attend)));
     }
 }

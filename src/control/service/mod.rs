@@ -23,7 +23,7 @@ use super::access::Access;
 use super::creds::Credentials;
 use super::image_notices::Inbox;
 use super::protocol;
-use super::protocol::json_stream::Garbage;
+use super::protocol::json_stream::MalformedInput;
 use super::protocol::{Command, Error, QuiesceArgs};
 use super::quiesce::{Ask, Coordinator, Effect, Hold, PeerId, Reason, Refusal, RequestId, Who};
 use attendance::Attendance;
@@ -32,7 +32,7 @@ use snapshot_jobs::Jobs;
 
 use crate::base::rate_limit::Throttle;
 use crate::disk::{Disk, HoldFigures, ImageStatus};
-use store_quiesce::Elsewhere;
+use store_quiesce::ForeignSnapshot;
 
 /// What `query-status` says of the daemon itself.
 #[derive(Clone, Debug, Default)]
@@ -70,7 +70,7 @@ pub struct Upgrade {
 
 /// Whom a line is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum To {
+pub(super) enum Recipient {
     /// The reply that this connection waits for.
     Reply(PeerId),
     /// An event that concerns this connection alone.
@@ -90,7 +90,7 @@ pub(super) struct Service {
     jobs: Jobs,
     inbox: Arc<Inbox>,
     /// Of the image, by somebody else.
-    elsewhere: Option<Elsewhere>,
+    foreign_snapshot: Option<ForeignSnapshot>,
     /// Who is asked before that.
     attendance: Attendance,
     /// For such a one, until it is refused.
@@ -112,7 +112,7 @@ pub(super) struct Service {
     hands_over_to: Option<PeerId>,
     /// The hand-over that made us the disk's daemon.
     took_over: Value,
-    outgoing: Vec<(To, Vec<u8>)>,
+    outgoing: Vec<(Recipient, Vec<u8>)>,
     quit: bool,
 }
 
@@ -131,7 +131,7 @@ impl Service {
             info,
             jobs: Jobs::default(),
             inbox,
-            elsewhere: None,
+            foreign_snapshot: None,
             attendance: Attendance::new(attended),
             store_timeout,
             resized,
@@ -154,7 +154,7 @@ impl Service {
     }
 
     /// The lines that are due, in order.
-    pub(super) fn outgoing(&mut self) -> Vec<(To, Vec<u8>)> {
+    pub(super) fn outgoing(&mut self) -> Vec<(Recipient, Vec<u8>)> {
         std::mem::take(&mut self.outgoing)
     }
 
@@ -220,7 +220,7 @@ impl Service {
         peer: PeerId,
         (credentials, access): (Credentials, Access),
         negotiated: &mut bool,
-        found: Result<Value, Garbage>,
+        found: Result<Value, MalformedInput>,
         now: Instant,
     ) {
         let request = match found {
@@ -252,7 +252,7 @@ impl Service {
         };
         // As in QEMU: the events of a command come before its reply. And the guest goes on before anybody is told.
         self.carry_out(now);
-        self.outgoing.push((To::Reply(peer), protocol::reply(request.id.as_ref(), result)));
+        self.outgoing.push((Recipient::Reply(peer), protocol::reply(request.id.as_ref(), result)));
     }
 
     fn quiesce(&mut self, peer: PeerId, id: Option<Value>, from: Credentials, args: QuiesceArgs, now: Instant) {
@@ -447,14 +447,14 @@ impl Service {
     fn reply_later(&mut self, request: RequestId, result: Result<Value, Error>) {
         // Nobody asked any more: the connection ended.
         let Some((peer, id)) = self.asked.remove(&request) else { return };
-        self.outgoing.push((To::Reply(peer), protocol::reply(id.as_ref(), result)));
+        self.outgoing.push((Recipient::Reply(peer), protocol::reply(id.as_ref(), result)));
     }
 
     fn event(&mut self, name: &str, data: Value) {
-        self.tell(To::Everyone, name, data);
+        self.tell(Recipient::Everyone, name, data);
     }
 
-    fn tell(&mut self, to: To, name: &str, data: Value) {
+    fn tell(&mut self, to: Recipient, name: &str, data: Value) {
         self.outgoing.push((to, protocol::event(name, data, SystemTime::now())));
     }
 }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::attendance::{First, Outcome, Prepare};
 use super::replies;
-use super::{Service, To};
+use super::{Recipient, Service};
 use crate::backend::QuiesceAsk;
 use crate::control::creds::Credentials;
 use crate::control::image_notices::{Note, Notes};
@@ -27,7 +27,7 @@ const LEASE: Duration = Duration::from_secs(30);
 const SELF_RELEASE: Duration = Duration::from_millis(9_900);
 
 /// The snapshot that somebody elsewhere takes. A store asks for one at a time.
-pub(super) struct Elsewhere {
+pub(super) struct ForeignSnapshot {
     request: RequestId,
     token: String,
     /// Until it is answered.
@@ -74,7 +74,7 @@ impl Service {
             ask.answer(Err(Errno(libc::EBUSY)));
             return;
         }
-        if self.elsewhere.is_some() {
+        if self.foreign_snapshot.is_some() {
             log::warn!("{WHO}: refused, because an earlier one is not over: take one snapshot after the other");
             ask.answer(Err(Errno(libc::EBUSY)));
             return;
@@ -83,25 +83,26 @@ impl Service {
         let until = came + self.store_timeout;
         let first = self.attendance.begin(self.store_timeout * 2 / 3, now);
         let prepare = if let First::Wait(prepare) = first { Some(prepare) } else { None };
-        self.elsewhere = Some(Elsewhere { request, token, ask: Some(ask), until, prepare, phase: Phase::Preparing });
+        self.foreign_snapshot =
+            Some(ForeignSnapshot { request, token, ask: Some(ask), until, prepare, phase: Phase::Preparing });
         match first {
             First::Nothing => self.hold_for_store(now),
-            First::Wait(Prepare { peer, id, patience }) => {
-                let data = json!({"id": id, "timeout-ms": patience.as_millis() as u64, "who": WHO});
-                self.tell(To::Only(peer), "PREPARE", data);
+            First::Wait(Prepare { peer, id, timeout }) => {
+                let data = json!({"id": id, "timeout-ms": timeout.as_millis() as u64, "who": WHO});
+                self.tell(Recipient::Only(peer), "PREPARE", data);
             }
             First::GiveUp(why) => self.prepared(Outcome { result: Err(why.to_owned()), required: true }, now),
         }
     }
 
     fn hold_for_store(&mut self, now: Instant) {
-        let Some(elsewhere) = &mut self.elsewhere else { return };
-        elsewhere.phase = Phase::Settling;
+        let Some(foreign_snapshot) = &mut self.foreign_snapshot else { return };
+        foreign_snapshot.phase = Phase::Settling;
         let hold = Ask {
-            request: elsewhere.request,
-            token: elsewhere.token.clone(),
+            request: foreign_snapshot.request,
+            token: foreign_snapshot.token.clone(),
             owner: STORE,
-            timeout: elsewhere.until.saturating_duration_since(now),
+            timeout: foreign_snapshot.until.saturating_duration_since(now),
             lease: LEASE,
             detached: true,
             who: who(),
@@ -120,10 +121,10 @@ impl Service {
         now: Instant,
     ) -> Result<Value, Error> {
         let outcome = match command {
-            AttendCommand::Attend { required, patience, who } => {
+            AttendCommand::Attend { required, timeout, who } => {
                 let who = Who { text: who, client: Some(from) };
                 log::info!("{} attends{}", replies::shown(&who), if required { ", and is required" } else { "" });
-                self.attendance.attend(peer, who, required, patience)?;
+                self.attendance.attend(peer, who, required, timeout)?;
                 None
             }
             AttendCommand::Prepared { id, result } => Some(self.attendance.prepared(peer, id, result)?),
@@ -141,7 +142,8 @@ impl Service {
 
     /// The attendant answered, or nothing will come of it.
     pub(super) fn prepared(&mut self, Outcome { result, required }: Outcome, now: Instant) {
-        let Some(request) = self.elsewhere.as_ref().filter(|it| it.phase == Phase::Preparing).map(|it| it.request)
+        let Some(request) =
+            self.foreign_snapshot.as_ref().filter(|it| it.phase == Phase::Preparing).map(|it| it.request)
         else {
             return;
         };
@@ -171,13 +173,13 @@ impl Service {
             return;
         }
         for (peer, id) in self.attendance.released() {
-            self.tell(To::Only(peer), "RELEASED", json!({"id": id}));
+            self.tell(Recipient::Only(peer), "RELEASED", json!({"id": id}));
         }
     }
 
     /// Refuses what is not granted yet.
     pub(super) fn store_ends(&mut self, now: Instant) {
-        let Some(Elsewhere { request, phase, .. }) = &self.elsewhere else { return };
+        let Some(ForeignSnapshot { request, phase, .. }) = &self.foreign_snapshot else { return };
         let request = *request;
         match phase {
             Phase::Preparing => {
@@ -194,7 +196,7 @@ impl Service {
 
     /// The snapshot is taken or given up. Says nothing of one that was refused, or that ended before.
     fn store_is_done(&mut self, came: Instant, now: Instant) {
-        let Some(Elsewhere { token, phase, .. }) = &self.elsewhere else { return };
+        let Some(ForeignSnapshot { token, phase, .. }) = &self.foreign_snapshot else { return };
         let token = token.clone();
         let Phase::Held(answered) = *phase else {
             self.store_ends(now);
@@ -218,11 +220,13 @@ impl Service {
 
     /// Whether a granted request is the store's; then it is answered.
     pub(super) fn store_granted(&mut self, request: RequestId, hold: &Hold) -> bool {
-        let Some(elsewhere) = self.elsewhere.as_mut().filter(|elsewhere| elsewhere.request == request) else {
+        let Some(foreign_snapshot) =
+            self.foreign_snapshot.as_mut().filter(|foreign_snapshot| foreign_snapshot.request == request)
+        else {
             return false;
         };
-        elsewhere.phase = Phase::Held(hold.since);
-        if let Some(ask) = elsewhere.ask.take() {
+        foreign_snapshot.phase = Phase::Held(hold.since);
+        if let Some(ask) = foreign_snapshot.ask.take() {
             ask.answer(Ok(()));
         }
         true
@@ -230,11 +234,15 @@ impl Service {
 
     /// Whether a refused request is the store's; then it is answered and over.
     pub(super) fn store_refused(&mut self, request: RequestId, why: Refusal) -> bool {
-        let Some(elsewhere) = self.elsewhere.take_if(|elsewhere| elsewhere.request == request) else { return false };
-        if let Some(ask) = elsewhere.ask {
+        let Some(foreign_snapshot) =
+            self.foreign_snapshot.take_if(|foreign_snapshot| foreign_snapshot.request == request)
+        else {
+            return false;
+        };
+        if let Some(ask) = foreign_snapshot.ask {
             ask.answer(Err(replies::store_errno(why)));
         }
-        if let Some(prepare) = elsewhere.prepare {
+        if let Some(prepare) = foreign_snapshot.prepare {
             self.attendance.over(prepare);
         }
         true
@@ -242,8 +250,12 @@ impl Service {
 
     /// A hold ended. If it is the store's the snapshot is over for us, however it ended.
     pub(super) fn store_left(&mut self, hold: &Hold, reason: Reason) {
-        let Some(elsewhere) = self.elsewhere.take_if(|elsewhere| elsewhere.token == hold.token) else { return };
-        if let Some(prepare) = elsewhere.prepare {
+        let Some(foreign_snapshot) =
+            self.foreign_snapshot.take_if(|foreign_snapshot| foreign_snapshot.token == hold.token)
+        else {
+            return;
+        };
+        if let Some(prepare) = foreign_snapshot.prepare {
             self.attendance.over(prepare);
         }
         if reason == Reason::LeaseExpired {

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 
-use super::{Service, To};
+use super::{Recipient, Service};
 use crate::control::protocol::AttendCommand;
 use crate::control::protocol::CopyCommand;
 use crate::control::protocol::ImageSnapshotCommand;
@@ -54,7 +54,7 @@ impl Service {
             return Err(Error::new("no-upgrade", desc));
         }
         let busy = |desc: &str| Err(Error::new("not-now", desc));
-        if !self.coordinator.is_open() || self.coordinator.waiting() > 0 || self.elsewhere.is_some() {
+        if !self.coordinator.is_open() || self.coordinator.waiting() > 0 || self.foreign_snapshot.is_some() {
             return busy("the disk is held, or is to be: `virtioblkctl status` says by whom; resume it first");
         }
         let copies = self.disk.copies().map(|copies| copies.status()).unwrap_or_default();
@@ -72,7 +72,7 @@ impl Service {
         }
         upgrade.under_way.store(true, Ordering::Release);
         self.hands_over_to = Some(peer);
-        self.tell(To::Everyone, "UPGRADE", json!({}));
+        self.tell(Recipient::Everyone, "UPGRADE", json!({}));
         Ok(json!({}))
     }
 

@@ -12,7 +12,7 @@ use virtio_queue::desc::split::Descriptor;
 
 use super::features::{SECTOR, sectors};
 use crate::backend::Geometry;
-use crate::virtio::virtqueue::guest_memory::Mapped;
+use crate::virtio::virtqueue::guest_memory::GuestMemory;
 
 /// The status byte of a request (virtio 1.3, 5.2.6).
 pub type Status = u8;
@@ -138,7 +138,7 @@ impl Parser {
     /// Parses one chain. Called by the ring's worker.
     pub fn parse(
         &mut self,
-        memory: &Mapped,
+        memory: &GuestMemory,
         head: u16,
         descriptors: impl Iterator<Item = Descriptor>,
         geometry: &Geometry,
@@ -181,7 +181,7 @@ impl Parser {
 
     /// Cuts sixteen bytes off the front of the readable segments and copies them. `None`: there are fewer, or some lie
     /// outside the guest's memory.
-    fn take_sixteen(&mut self, memory: &Mapped) -> Option<[u8; 16]> {
+    fn take_sixteen(&mut self, memory: &GuestMemory) -> Option<[u8; 16]> {
         let &(address, len) = self.readable().first()?;
         if len != 16 {
             return self.take_pieces(memory);
@@ -192,7 +192,7 @@ impl Parser {
 
     /// The same where they are not a segment of their own.
     #[cold]
-    fn take_pieces(&mut self, memory: &Mapped) -> Option<[u8; 16]> {
+    fn take_pieces(&mut self, memory: &GuestMemory) -> Option<[u8; 16]> {
         let mut bytes = [0; 16];
         let mut done = 0;
         while done < bytes.len() {
@@ -210,7 +210,7 @@ impl Parser {
         Some(bytes)
     }
 
-    fn decode(&mut self, memory: &Mapped, header: &[u8; HEADER], geometry: &Geometry) -> Result<Command, Status> {
+    fn decode(&mut self, memory: &GuestMemory, header: &[u8; HEADER], geometry: &Geometry) -> Result<Command, Status> {
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = *header;
         let sector = u64::from_le_bytes(sector);
         match u32::from_le_bytes([t0, t1, t2, t3]) & !BARRIER {
@@ -231,14 +231,14 @@ impl Parser {
         }
     }
 
-    fn decode_discard(&mut self, memory: &Mapped, geometry: &Geometry) -> Result<Command, Status> {
+    fn decode_discard(&mut self, memory: &GuestMemory, geometry: &Geometry) -> Result<Command, Status> {
         let limits = geometry.discard.filter(|_| !geometry.read_only).ok_or(UNSUPP)?;
         let (offset, len, unmap) = self.range(memory, geometry, limits.max_bytes)?;
         // virtio 1.3, 5.2.6.2: the unmap flag belongs to write-zeroes only.
         if unmap { Err(UNSUPP) } else { Ok(Command::Discard { offset, len }) }
     }
 
-    fn decode_write_zeroes(&mut self, memory: &Mapped, geometry: &Geometry) -> Result<Command, Status> {
+    fn decode_write_zeroes(&mut self, memory: &GuestMemory, geometry: &Geometry) -> Result<Command, Status> {
         let limits = geometry.write_zeroes.filter(|_| !geometry.read_only).ok_or(UNSUPP)?;
         let (offset, len, unmap) = self.range(memory, geometry, limits.max_bytes)?;
         Ok(Command::WriteZeroes { offset, len, unmap: unmap && geometry.zeroes_may_unmap })
@@ -246,7 +246,7 @@ impl Parser {
 
     /// The one range of a discard or write-zeroes: byte offset, bytes, unmap flag. More than one range was not offered
     /// (max_discard_seg is 1).
-    fn range(&mut self, memory: &Mapped, geometry: &Geometry, max_bytes: u64) -> Result<(u64, u64, bool), Status> {
+    fn range(&mut self, memory: &GuestMemory, geometry: &Geometry, max_bytes: u64) -> Result<(u64, u64, bool), Status> {
         match total(self.readable()) as usize {
             RANGE => {}
             len if len > 0 && len.is_multiple_of(RANGE) => return Err(UNSUPP),
@@ -331,8 +331,8 @@ mod tests {
         Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap())
     }
 
-    fn mapped(memory: &Arc<GuestMemoryMmap>) -> Mapped {
-        Mapped::new(memory.clone())
+    fn mapped(memory: &Arc<GuestMemoryMmap>) -> GuestMemory {
+        GuestMemory::new(memory.clone())
     }
 
     fn geometry() -> Geometry {

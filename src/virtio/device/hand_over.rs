@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 use super::{Device, ENDING};
 use crate::disk::RingStatus;
 use crate::upgrade::{self, Descriptors, DiskFacts};
-use crate::virtio::vhost_user::save_restore::Moved;
-use crate::virtio::vhost_user::session::Talk;
+use crate::virtio::vhost_user::save_restore::SavedSession;
+use crate::virtio::vhost_user::session::Session;
 
 /// To the vhost-user thread, between two messages: come to a stand, and hand the connection out.
 pub(in crate::virtio) struct Ask {
-    patience: Duration,
+    timeout: Duration,
     /// And when nothing was in flight any more.
-    answer: mpsc::Sender<Result<(Moved, u64), String>>,
+    answer: mpsc::Sender<Result<(SavedSession, u64), String>>,
     /// Something: another process has it. An end: go on.
     verdict: mpsc::Receiver<()>,
 }
@@ -24,7 +24,7 @@ pub(in crate::virtio) struct Ask {
 /// A disk that stands still for another process. Dropped, it goes on here.
 pub(crate) struct HandedOver {
     /// The front-end's connection.
-    pub(crate) moved: Option<Moved>,
+    pub(crate) moved: Option<SavedSession>,
     /// When the disk began to come to a stand ([`upgrade::monotonic`]).
     pub(crate) since: u64,
     /// Nanoseconds until nothing was in flight.
@@ -70,7 +70,7 @@ impl Drop for HandedOver {
     }
 }
 
-/// The steps of [`Device::adopt`], with whoever speaks to the other process.
+/// The steps of [`Device::restore_session`], with whoever speaks to the other process.
 pub(crate) struct Steps {
     /// The state is taken over and the image claimed; or why not.
     pub(crate) prepared: mpsc::Sender<Result<(), String>>,
@@ -84,43 +84,44 @@ pub(crate) struct Steps {
 const RECLAIM_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Device {
-    /// Goes on from what another process counted. Before [`Device::adopt`].
+    /// Goes on from what another process counted. Before [`Device::restore_session`].
     pub(crate) fn go_on_counting(&self, before: &[RingStatus]) {
         self.rings.go_on_counting(before);
     }
 
     /// Goes on with a connection that another process served ([`crate::upgrade`]), then as [`Device::serve`].
-    pub(crate) fn adopt(&self, moved: Moved, steps: &Steps) -> std::io::Result<String> {
-        let Moved { stream, record, mut descriptors } = moved;
-        let Some(line) = self.begin(&stream)? else { return Ok(ENDING.into()) };
-        let ready = Talk::replayed(self.rings.clone(), self.offer.clone(), self.identity.clone(), line, &record)
-            .and_then(|talk| {
-                talk.ours().take_over(record, &mut descriptors).map_err(std::io::Error::other)?;
-                log::debug!("hand-over: the connection's state is taken over");
-                if talk.ours().claim() {
-                    log::debug!("hand-over: the image is claimed");
-                    return Ok(talk);
-                }
-                // Told of by the claim.
-                Err(std::io::Error::other("the image is not given to us; see the log"))
-            });
-        let (talk, told) = match ready {
-            Ok(talk) => (Some(talk), Ok(())),
+    pub(crate) fn restore_session(&self, moved: SavedSession, steps: &Steps) -> std::io::Result<String> {
+        let SavedSession { stream, record, mut descriptors } = moved;
+        let Some(front_end) = self.begin(&stream)? else { return Ok(ENDING.into()) };
+        let ready =
+            Session::replayed(self.rings.clone(), self.advertised.clone(), self.limits.clone(), front_end, &record)
+                .and_then(|session| {
+                    session.ours().take_over(record, &mut descriptors).map_err(std::io::Error::other)?;
+                    log::debug!("hand-over: the connection's state is taken over");
+                    if session.ours().claim() {
+                        log::debug!("hand-over: the image is claimed");
+                        return Ok(session);
+                    }
+                    // Told of by the claim.
+                    Err(std::io::Error::other("the image is not given to us; see the log"))
+                });
+        let (session, told) = match ready {
+            Ok(session) => (Some(session), Ok(())),
             Err(error) => (None, Err(format!("the front-end's connection cannot be taken over: {error}"))),
         };
         // Nobody listens: the hand-over is off.
         let told = steps.prepared.send(told).is_ok();
-        match talk {
-            Some(talk) if told && steps.go.recv() == Ok(()) => {
-                talk.ours().go_on();
-                talk.ours().have_looked();
+        match session {
+            Some(session) if told && steps.go.recv() == Ok(()) => {
+                session.ours().go_on();
+                session.ours().have_looked();
                 // Only for the measure.
                 let _ = steps.running.send(());
-                Ok(self.converse(talk))
+                Ok(self.run(session))
             }
-            talk => {
-                if let Some(talk) = talk {
-                    talk.ours().let_go();
+            session => {
+                if let Some(session) = session {
+                    session.ours().let_go();
                 }
                 self.rings.disconnected("it stays where it was");
                 self.left();
@@ -130,26 +131,27 @@ impl Device {
     }
 
     /// Whether another process has the connection now: [`Device::hand_over`] asked for it, and committed.
-    pub(in crate::virtio) fn was_handed_over(&self, talk: &Talk) -> bool {
-        talk.line.bell.was_rung();
-        let Some(Ask { patience, answer, verdict }) = self.lock().ask.take() else { return false };
-        let moved = Self::bring_to_a_stand(talk, patience);
+    pub(in crate::virtio) fn was_handed_over(&self, session: &Session) -> bool {
+        session.front_end.bell.was_rung();
+        let Some(Ask { timeout, answer, verdict }) = self.lock().ask.take() else { return false };
+        let moved = Self::pause_and_save(session, timeout);
         let stands = moved.is_ok();
         // Whoever asked waits for the answer, and is gone only with the process.
         let heard = answer.send(moved).is_ok();
         if stands && heard && verdict.recv() == Ok(()) {
             return true;
         }
-        talk.ours().go_on();
+        session.ours().go_on();
         false
     }
 
     /// The connection, and when nothing was in flight any more.
-    fn bring_to_a_stand(talk: &Talk, patience: Duration) -> Result<(Moved, u64), String> {
-        let (mut drained, mut handler, mut descriptors) = (0, talk.ours(), Descriptors::default());
-        handler.stand_still(patience, || drained = upgrade::monotonic())?;
+    fn pause_and_save(session: &Session, timeout: Duration) -> Result<(SavedSession, u64), String> {
+        let (mut drained, mut handler, mut descriptors) = (0, session.ours(), Descriptors::default());
+        handler.pause_all(timeout, || drained = upgrade::monotonic())?;
         let record = handler.record(&mut descriptors);
-        let moved = record.and_then(|record| Ok(Moved { stream: talk.line.stream.try_clone()?, record, descriptors }));
+        let moved = record
+            .and_then(|record| Ok(SavedSession { stream: session.front_end.stream.try_clone()?, record, descriptors }));
         let moved = moved.map_err(|error| format!("no descriptor is left to hand the connection over: {error}"))?;
         Ok((moved, drained))
     }
@@ -157,21 +159,21 @@ impl Device {
     /// Brings the disk to a stand and hands out the front-end's connection, if there is one, for another process to go on
     /// with. Everything acknowledged is durable then, and nothing changes the image until the value returned is dropped,
     /// which makes the disk go on here; after [`HandedOver::commit`] it never does. Errors say the cause and the mend, and
-    /// the disk goes on. `patience`: for requests in flight. A thread of its own; nobody may begin to be served meanwhile.
-    pub(crate) fn hand_over(self: &Arc<Self>, patience: Duration) -> Result<HandedOver, String> {
+    /// the disk goes on. `timeout`: for requests in flight. A thread of its own; nobody may begin to be served meanwhile.
+    pub(crate) fn hand_over(self: &Arc<Self>, timeout: Duration) -> Result<HandedOver, String> {
         let since = upgrade::monotonic();
         let (answer, answered) = mpsc::channel();
         let (commit, verdict) = mpsc::channel();
         let bell = {
             let mut connection = self.lock();
-            let bell = connection.front_end.as_ref().map(|line| line.bell.clone());
-            connection.ask = bell.as_ref().map(|_| Ask { patience, answer, verdict });
+            let bell = connection.front_end.as_ref().map(|front_end| front_end.bell.clone());
+            connection.ask = bell.as_ref().map(|_| Ask { timeout, answer, verdict });
             bell
         };
         let mut moved = None;
         if let Some(bell) = bell {
             bell.ring();
-            let heard = answered.recv_timeout(patience);
+            let heard = answered.recv_timeout(timeout);
             if matches!(heard, Err(RecvTimeoutError::Timeout)) && self.lock().ask.take().is_some() {
                 return Err("the front-end is in the middle of a message: see whether its QEMU hangs".into());
             }
@@ -203,8 +205,8 @@ impl Device {
             size: self.rings.capacity().get(),
             logical_block: geometry.logical_block,
             read_only: geometry.read_only,
-            num_queues: self.identity.num_queues,
-            queue_size: self.identity.queue_size,
+            num_queues: self.limits.num_queues,
+            queue_size: self.limits.queue_size,
         })
     }
 }

@@ -4,10 +4,10 @@ pub(crate) mod hand_over;
 
 use crate::virtio::options::DeviceOptions;
 use crate::virtio::options::Tuning;
-use crate::virtio::vhost_user::handler::Identity;
-use crate::virtio::vhost_user::handler::Offer;
-use crate::virtio::vhost_user::session::Line;
-use crate::virtio::vhost_user::session::Talk;
+use crate::virtio::vhost_user::handler::AdvertisedFeatures;
+use crate::virtio::vhost_user::handler::DeviceLimits;
+use crate::virtio::vhost_user::session::FrontEnd;
+use crate::virtio::vhost_user::session::Session;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
@@ -27,8 +27,8 @@ use hand_over::Ask;
 /// A virtio-blk device on a back-end. Made by main; `serve` runs in the vhost-user thread.
 pub struct Device {
     pub(super) rings: Arc<Rings>,
-    offer: Offer,
-    pub(super) identity: Arc<Identity>,
+    advertised: AdvertisedFeatures,
+    pub(super) limits: Arc<DeviceLimits>,
     connection: Mutex<Connection>,
     /// `connection.front_end` became `None`.
     left: Condvar,
@@ -38,7 +38,7 @@ pub struct Device {
 #[derive(Default)]
 pub(super) struct Connection {
     /// The front-end's, from the start of `serve` to its end.
-    pub(super) front_end: Option<Line>,
+    pub(super) front_end: Option<FrontEnd>,
     /// Another process is to take it over.
     pub(super) ask: Option<Ask>,
     /// `shutdown` was called.
@@ -68,12 +68,12 @@ impl Device {
             *to = from;
         }
         Arc::new(Device {
-            offer: Offer {
+            advertised: AdvertisedFeatures {
                 features: features::offered(policy, &geometry),
                 config: features::config_space(policy, &geometry, options.num_queues, options.queue_size),
                 protocol_features: tuning.protocol_features,
             },
-            identity: Arc::new(Identity {
+            limits: Arc::new(DeviceLimits {
                 num_queues: options.num_queues,
                 queue_size: options.queue_size,
                 serial: Arc::new(serial),
@@ -93,22 +93,24 @@ impl Device {
     /// stopped, everything popped is answered (or kept, for the next server) and, in every mode but `unsafe`, synced.
     /// Returns why it ended, for the log. One call at a time; blocks; the vhost-user thread.
     pub fn serve(&self, stream: UnixStream) -> std::io::Result<String> {
-        let talk = match self.begin(&stream)? {
-            Some(line) => Talk::new(self.rings.clone(), self.offer.clone(), self.identity.clone(), line, stream)?,
+        let session = match self.begin(&stream)? {
+            Some(front_end) => {
+                Session::new(self.rings.clone(), self.advertised.clone(), self.limits.clone(), front_end, stream)?
+            }
             None => return Ok(ENDING.into()),
         };
-        Ok(self.converse(talk))
+        Ok(self.run(session))
     }
 
     /// Somebody is connected from now on. `None`: nobody may be.
-    pub(super) fn begin(&self, stream: &UnixStream) -> std::io::Result<Option<Line>> {
-        let line = Line { stream: stream.try_clone()?, bell: Arc::new(Bell::new()?) };
+    pub(super) fn begin(&self, stream: &UnixStream) -> std::io::Result<Option<FrontEnd>> {
+        let front_end = FrontEnd { stream: stream.try_clone()?, bell: Arc::new(Bell::new()?) };
         let mut connection = self.lock();
         if connection.closed {
             return Ok(None);
         }
-        connection.front_end = Some(Line { stream: stream.try_clone()?, bell: line.bell.clone() });
-        Ok(Some(line))
+        connection.front_end = Some(FrontEnd { stream: stream.try_clone()?, bell: front_end.bell.clone() });
+        Ok(Some(front_end))
     }
 
     /// Nobody is connected any more.
@@ -122,27 +124,27 @@ impl Device {
     }
 
     /// Message after message, to the end.
-    pub(super) fn converse(&self, mut talk: Talk) -> String {
+    pub(super) fn run(&self, mut session: Session) -> String {
         let watch = Watch::start(&self.rings);
         let end = loop {
-            let timeout = talk.ours().waits_for_image().then_some(activation::RETRY_INTERVAL);
-            match backend_channel::wait_for_message(&talk.line.stream, &talk.line.bell, timeout) {
+            let timeout = session.ours().waits_for_image().then_some(activation::RETRY_INTERVAL);
+            match backend_channel::wait_for_message(&session.front_end.stream, &session.front_end.bell, timeout) {
                 backend_channel::Woken::Message => {}
                 backend_channel::Woken::Time => {
-                    talk.ours().retry();
+                    session.ours().retry();
                     continue;
                 }
                 backend_channel::Woken::Bell => {
-                    if self.was_handed_over(&talk) {
+                    if self.was_handed_over(&session) {
                         break None;
                     }
                     continue;
                 }
             }
-            if let Some(channel) = backend_channel::peek(&talk.line.stream) {
-                talk.ours().offer_channel(channel);
+            if let Some(channel) = backend_channel::peek(&session.front_end.stream) {
+                session.ours().offer_channel(channel);
             }
-            match talk.requests.handle_request() {
+            match session.requests.handle_request() {
                 Ok(()) => {}
                 // Nothing was read yet. For want of memory or descriptors (ENOBUFS: the message's could not be taken)
                 // half a message is lost, and reading on would take the other half for a message.
@@ -153,8 +155,8 @@ impl Device {
         let why = match end {
             None => "another process goes on with it".to_owned(),
             Some(error) => {
-                talk.ours().end();
-                talk.why(error)
+                session.ours().end();
+                session.why(error)
             }
         };
         drop(watch);
@@ -175,7 +177,7 @@ impl Device {
     pub fn shutdown(&self) {
         let mut connection = self.lock();
         connection.closed = true;
-        if let Some(Line { stream, .. }) = &connection.front_end {
+        if let Some(FrontEnd { stream, .. }) = &connection.front_end {
             // For reading only: our thread hears of the end, and the front-end does not before everything is answered.
             // QEMU takes up the used index when it sees us gone, and would give what is answered after that to the next
             // server again. Already closed by the other side is fine.

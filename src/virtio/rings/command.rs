@@ -24,7 +24,7 @@ pub(in crate::virtio) enum Command {
     /// Pop again, if it was told to rest; and send an answer. A ring that did not rest has looked at what is in it by then.
     GoOn(Sender<()>),
     /// Stop popping, finish what is in flight, publish it, hand the ring back.
-    Stop(Stop),
+    StopMode(StopMode),
 }
 
 /// Where to send a worker commands: its queue, and the bell that wakes it.
@@ -54,11 +54,11 @@ impl Mailbox {
 
 /// How a ring is to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::virtio) enum Stop {
+pub(in crate::virtio) enum StopMode {
     /// It runs again here, or another server does that knows what was in flight: what is kept is left to that.
-    ToGoOn,
+    Restartable,
     /// Perhaps for good: everything popped is answered.
-    ForGood,
+    Final,
 }
 
 /// The threads that serve one running ring, as the connection's watch sees them.

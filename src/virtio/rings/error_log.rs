@@ -7,7 +7,7 @@ use crate::disk::{Event, FailedRequest, LastError};
 
 /// The errors of one disk.
 #[derive(Default)]
-pub(in crate::virtio) struct Errors {
+pub(in crate::virtio) struct ErrorLog {
     last_errors: VecDeque<Remembered>,
     /// Of the disk's own errors, and of those that the guest or the front-end provokes.
     log_budgets: [LogBudget; 2],
@@ -72,7 +72,7 @@ pub(in crate::virtio) fn text(event: &Event) -> Option<String> {
     })
 }
 
-impl Errors {
+impl ErrorLog {
     /// Takes one in. `by_guest`: the guest or the front-end provoked it. The line is to be logged without the lock.
     pub(in crate::virtio) fn take(&mut self, by_guest: bool, what: String) -> LogLine {
         let when = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());

@@ -14,7 +14,7 @@ use crate::disk::{Event, HoldFigures};
 
 /// What one ring did for a hold.
 #[derive(Clone, Copy, Debug)]
-pub(in super::super) struct RingHold {
+pub(in super::super) struct RingHoldStats {
     pub drained: u64,
     pub drain: Duration,
     pub sync: Duration,
@@ -73,7 +73,7 @@ impl Rings {
     }
 
     /// A worker's answer to [`Command::CloseGate`]. A sync that failed was reported when it came back.
-    pub(in super::super) fn ring_settled(self: &Arc<Self>, index: u32, epoch: u64, ring: RingHold) {
+    pub(in super::super) fn ring_settled(self: &Arc<Self>, index: u32, epoch: u64, ring: RingHoldStats) {
         let mut state = self.lock();
         let Some(hold) = state.hold.as_mut().filter(|hold| hold.epoch == epoch) else { return };
         if !hold.waiting.remove(&index) {

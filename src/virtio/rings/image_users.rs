@@ -14,7 +14,7 @@ use crate::base::sync::Mutex;
 
 /// The image's users. Calls may block as long as the back-end does.
 #[derive(Default)]
-pub(in crate::virtio) struct Claim(Mutex<Users>);
+pub(in crate::virtio) struct ImageUsers(Mutex<Users>);
 
 #[derive(Default)]
 struct Users {
@@ -22,7 +22,7 @@ struct Users {
     rings: bool,
 }
 
-impl Claim {
+impl ImageUsers {
     /// Rings are about to run. The vhost-user thread.
     pub(in crate::virtio) fn for_rings(&self, backend: &dyn Backend) -> io::Result<()> {
         let mut users = self.0.lock().expect("no panic while held");
@@ -40,7 +40,7 @@ impl Claim {
         users.give_up(backend, held);
     }
 
-    /// A hold is on and no ring runs. A thread of the hold's, which calls [`Claim::no_hold`] if the hold has ended by now.
+    /// A hold is on and no ring runs. A thread of the hold's, which calls [`ImageUsers::no_hold`] if the hold has ended by now.
     pub(in crate::virtio) fn for_hold(&self, backend: &dyn Backend) -> io::Result<()> {
         let mut users = self.0.lock().expect("no panic while held");
         if !users.active {

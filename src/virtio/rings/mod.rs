@@ -14,9 +14,9 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::time::Duration;
 
-pub(super) use command::{Command, Mailbox, RingThreads, Stop};
+pub(super) use command::{Command, Mailbox, RingThreads, StopMode};
 use hold::Hold;
-pub(super) use hold::RingHold;
+pub(super) use hold::RingHoldStats;
 
 use super::blk::features;
 use super::options::Tuning;
@@ -29,12 +29,12 @@ use crate::disk::{Disk, DiskStatus, Event, Events, FailedRequest, ImageStatus, R
 use crate::engine::{CacheMode, CachePolicy};
 use capacity::Capacity;
 use counters::{Counters, accumulate};
-use error_log::Errors;
-use image_users::Claim;
+use error_log::ErrorLog;
+use image_users::ImageUsers;
 use stall_watch::CallWatch;
 
 /// What one ring keeps of failed requests.
-pub(super) struct Kept {
+pub(super) struct RetainedRequests {
     /// The one that stopped it: the first change, if there is one.
     pub first: FailedRequest,
     pub requests: u64,
@@ -47,7 +47,7 @@ pub struct Rings {
     mode: CacheMode,
     tuning: Tuning,
     capacity: Capacity,
-    claim: Claim,
+    claim: ImageUsers,
     /// [`Disk::resize`] is under way.
     resizing: AtomicBool,
     call_watch: CallWatch,
@@ -62,12 +62,12 @@ struct State {
     /// The thread that syncs where no ring does is running, for the hold of this epoch.
     syncing: Option<u64>,
     /// By ring.
-    kept: BTreeMap<u32, Kept>,
+    kept: BTreeMap<u32, RetainedRequests>,
     connected: bool,
     acked_features: Option<u64>,
     /// Why the back-end does not let us use the image, while rings wait for it.
     refused: Option<String>,
-    errors: Errors,
+    errors: ErrorLog,
 }
 
 /// How to share a guest's memory with us.
@@ -87,7 +87,7 @@ impl Rings {
             mode,
             tuning,
             capacity,
-            claim: Claim::default(),
+            claim: ImageUsers::default(),
             resizing: AtomicBool::new(false),
             call_watch: CallWatch::default(),
             state: Mutex::default(),
@@ -128,7 +128,7 @@ impl Rings {
 
     /// What a ring keeps of failed requests; `None`: nothing any more. Its worker. All at once: whoever reads in the status
     /// that requests are kept can have them tried again.
-    pub(super) fn ring_keeps(&self, index: u32, kept: Option<Kept>) {
+    pub(super) fn ring_keeps(&self, index: u32, kept: Option<RetainedRequests>) {
         let mut state = self.lock();
         if let Some(counters) = state.counters.get(&index) {
             counters.kept.store(kept.as_ref().map_or(0, |kept| kept.requests), Relaxed);

@@ -13,28 +13,28 @@ use vhost::vhost_user::Result;
 use vhost::vhost_user::message::VhostUserLog;
 use vm_memory::GuestAddress;
 
-use super::region::Shared;
-use super::sigbus::Wire;
+use super::region::SharedRegion;
+use super::sigbus::SessionSocket;
 
 /// Bytes of guest memory that a bit stands for (QEMU's VHOST_LOG_PAGE).
 const PAGE: u64 = 4096;
 
 /// The log, mapped. Shared by the handler and the workers.
 pub(in crate::virtio) struct DirtyLog {
-    region: Shared,
+    region: SharedRegion,
     /// It was said that the log is too short.
     told: AtomicBool,
 }
 
 impl DirtyLog {
     /// SET_LOG_BASE on the connection of `wire`.
-    pub(in crate::virtio) fn map(told: &VhostUserLog, file: File, wire: &Arc<Wire>) -> Result<Self> {
-        let region = Shared::map("dirty log", file, told.mmap_offset, told.mmap_size, wire)?;
+    pub(in crate::virtio) fn map(told: &VhostUserLog, file: File, wire: &Arc<SessionSocket>) -> Result<Self> {
+        let region = SharedRegion::map("dirty log", file, told.mmap_offset, told.mmap_size, wire)?;
         Ok(DirtyLog { region, told: AtomicBool::new(false) })
     }
 
     /// The memory.
-    pub(in crate::virtio) fn shared(&self) -> &Shared {
+    pub(in crate::virtio) fn shared(&self) -> &SharedRegion {
         &self.region
     }
 
@@ -71,7 +71,7 @@ mod tests {
 
     #[test]
     fn every_page_that_is_touched_is_marked_and_no_other() {
-        let (wire, _peer) = Wire::pair();
+        let (wire, _peer) = SessionSocket::pair();
         let map = |told: &VhostUserLog, file: &File| DirtyLog::map(told, file.try_clone().unwrap(), &wire);
         let file: File = memfd_create("log", MemfdFlags::CLOEXEC).unwrap().into();
         file.set_len(8192).unwrap();

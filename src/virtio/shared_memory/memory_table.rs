@@ -8,7 +8,7 @@ use vhost::vhost_user::{Error, Result};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 use super::region::whole_pages;
-use super::sigbus::{Watched, Wire};
+use super::sigbus::{GuardedMapping, SessionSocket};
 
 /// Memory regions that a front-end may add (QEMU asks; its own limit is 512).
 pub const MAX_REGIONS: u64 = 509;
@@ -19,7 +19,7 @@ pub struct MemoryTable {
     mappings: Vec<Mapping>,
     memory: Arc<GuestMemoryMmap>,
     /// Where a region that vanishes is told of.
-    wire: Arc<Wire>,
+    wire: Arc<SessionSocket>,
 }
 
 /// A region as the front-end addresses it in SET_VRING_ADDR.
@@ -29,17 +29,17 @@ struct Mapping {
     size: u64,
     source: FileOffset,
     /// Dropped while every ring is stopped, and before the last `Arc` of the region.
-    _watched: Watched,
+    _watched: GuardedMapping,
 }
 
 impl MemoryTable {
     /// No memory yet.
-    pub(in crate::virtio) fn new(wire: Arc<Wire>) -> Self {
+    pub(in crate::virtio) fn new(wire: Arc<SessionSocket>) -> Self {
         MemoryTable { mappings: Vec::new(), memory: Arc::new(GuestMemoryMmap::new()), wire }
     }
 
     /// The connection that ends when memory vanishes.
-    pub(in crate::virtio) fn wire(&self) -> &Arc<Wire> {
+    pub(in crate::virtio) fn wire(&self) -> &Arc<SessionSocket> {
         &self.wire
     }
 
@@ -115,13 +115,13 @@ impl MemoryTable {
 }
 
 impl Mapping {
-    fn of(region: &VhostUserMemoryRegion, mapped: &GuestRegionMmap, wire: &Arc<Wire>) -> Self {
+    fn of(region: &VhostUserMemoryRegion, mapped: &GuestRegionMmap, wire: &Arc<SessionSocket>) -> Self {
         Mapping {
             user_addr: region.user_addr,
             guest_addr: region.guest_phys_addr,
             size: region.memory_size,
             source: mapped.file_offset().expect("it was mapped from a file").clone(),
-            _watched: Watched::new(mapped.as_ptr(), mapped.size(), wire),
+            _watched: GuardedMapping::new(mapped.as_ptr(), mapped.size(), wire),
         }
     }
 

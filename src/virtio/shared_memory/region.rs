@@ -8,7 +8,7 @@ use rustix::fs::fstatfs;
 use vhost::vhost_user::{Error, Result};
 use vm_memory::{AtomicInteger, FileOffset, MmapRegion, VolatileMemory};
 
-use super::sigbus::{Watched, Wire};
+use super::sigbus::{GuardedMapping, SessionSocket};
 use crate::upgrade::Descriptors;
 use crate::upgrade::session_state;
 
@@ -16,16 +16,22 @@ use crate::upgrade::session_state;
 const HUGETLBFS: u32 = 0x9584_58f6;
 
 /// Such memory, mapped. Only atomics of it are handed out, for the front-end writes to it, too.
-pub(in crate::virtio) struct Shared {
+pub(in crate::virtio) struct SharedRegion {
     /// Dropped before what it watches is unmapped.
-    _watched: Watched,
+    _watched: GuardedMapping,
     region: MmapRegion,
 }
 
-impl Shared {
+impl SharedRegion {
     /// Maps `len` bytes at `offset` of a file that the front-end handed over; `what` names it in the log. Refused: what
     /// lies behind the end of the file. One that is cut later ends the connection of `wire`. The vhost-user thread.
-    pub(in crate::virtio) fn map(what: &str, file: File, offset: u64, len: u64, wire: &Arc<Wire>) -> Result<Self> {
+    pub(in crate::virtio) fn map(
+        what: &str,
+        file: File,
+        offset: u64,
+        len: u64,
+        wire: &Arc<SessionSocket>,
+    ) -> Result<Self> {
         let refuse = |why: String| {
             log::error!("the front-end's {what}: {why}");
             Error::InvalidParam
@@ -39,14 +45,14 @@ impl Shared {
         let len = usize::try_from(len).map_err(|_| Error::InvalidParam)?;
         let region =
             MmapRegion::from_file(FileOffset::new(file, offset), len).map_err(|error| refuse(error.to_string()))?;
-        Ok(Shared { _watched: Watched::new(region.as_ptr(), region.size(), wire), region })
+        Ok(SharedRegion { _watched: GuardedMapping::new(region.as_ptr(), region.size(), wire), region })
     }
 
     /// What another process needs to map the same.
-    pub(in crate::virtio) fn record(&self, descriptors: &mut Descriptors) -> io::Result<session_state::Shared> {
+    pub(in crate::virtio) fn record(&self, descriptors: &mut Descriptors) -> io::Result<session_state::RegionState> {
         let source = self.region.file_offset().expect("it was mapped from a file");
         let file = descriptors.add_copy(source.file())?;
-        Ok(session_state::Shared { offset: source.start(), len: self.region.size() as u64, file })
+        Ok(session_state::RegionState { offset: source.start(), len: self.region.size() as u64, file })
     }
 
     /// The atomic at byte `at`. `None`: it is not aligned, or lies outside. Any thread.

@@ -16,24 +16,24 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 /// The front-end's socket as the handler needs it, and what the handler found.
-pub(in crate::virtio) struct Wire {
+pub(in crate::virtio) struct SessionSocket {
     socket: OwnedFd,
     vanished: AtomicBool,
 }
 
-impl Wire {
+impl SessionSocket {
     /// Of a connection; `socket` is a duplicate of its descriptor. Installs the signal's handler, once a process.
     /// Errors: sigaction(2) failed. The vhost-user thread.
     pub(in crate::virtio) fn new(socket: OwnedFd) -> io::Result<Arc<Self>> {
         install()?;
-        Ok(Arc::new(Wire { socket, vanished: AtomicBool::new(false) }))
+        Ok(Arc::new(SessionSocket { socket, vanished: AtomicBool::new(false) }))
     }
 
     /// For tests, with its other end.
     #[cfg(test)]
     pub(in crate::virtio) fn pair() -> (Arc<Self>, std::os::unix::net::UnixStream) {
         let (here, there) = std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
-        (Wire::new(here.into()).expect("a handler"), there)
+        (SessionSocket::new(here.into()).expect("a handler"), there)
     }
 
     /// Whether memory of this connection vanished. The vhost-user thread, at the connection's end.
@@ -45,9 +45,9 @@ impl Wire {
 /// A mapped region that may vanish, until it is dropped. Dropped when no thread touches the region any more (by the
 /// vhost-user thread while every ring is stopped, or by the last that shares both) and before the region is unmapped, so
 /// that whoever faults in a region finds it here.
-pub(in crate::virtio) struct Watched {
+pub(in crate::virtio) struct GuardedMapping {
     slot: &'static Slot,
-    _wire: Arc<Wire>,
+    _wire: Arc<SessionSocket>,
 }
 
 /// One place in the list of regions, reused and never freed, so that the handler may read it at any time.
@@ -55,8 +55,8 @@ struct Slot {
     /// First address; 0: nothing is watched here.
     start: AtomicUsize,
     len: AtomicUsize,
-    /// Of the `Watched` that has this slot, which keeps it alive.
-    wire: AtomicPtr<Wire>,
+    /// Of the `GuardedMapping` that has this slot, which keeps it alive.
+    wire: AtomicPtr<SessionSocket>,
     taken: AtomicBool,
     next: *const Slot,
 }
@@ -78,19 +78,19 @@ fn slots() -> impl Iterator<Item = &'static Slot> {
     })
 }
 
-impl Watched {
+impl GuardedMapping {
     /// Watches `len` bytes from `start`, which the caller has mapped. The vhost-user thread.
-    pub(in crate::virtio) fn new(start: *mut u8, len: usize, wire: &Arc<Wire>) -> Self {
+    pub(in crate::virtio) fn new(start: *mut u8, len: usize, wire: &Arc<SessionSocket>) -> Self {
         let free = slots().find(|slot| !slot.taken.swap(true, Ordering::AcqRel));
         let slot = free.unwrap_or_else(add_slot);
         slot.len.store(len, Ordering::Relaxed);
         slot.wire.store(Arc::as_ptr(wire).cast_mut(), Ordering::Relaxed);
         slot.start.store(start as usize, Ordering::Release);
-        Watched { slot, _wire: wire.clone() }
+        GuardedMapping { slot, _wire: wire.clone() }
     }
 }
 
-impl Drop for Watched {
+impl Drop for GuardedMapping {
     fn drop(&mut self) {
         self.slot.start.store(0, Ordering::Release);
         self.slot.taken.store(false, Ordering::Release);
@@ -169,7 +169,7 @@ impl Slot {
         if covered == libc::MAP_FAILED {
             return false;
         }
-        // SAFETY: the `Watched` that has this slot holds the Wire, and it is dropped only when no thread touches its
+        // SAFETY: the `GuardedMapping` that has this slot holds the Wire, and it is dropped only when no thread touches its
         // region any more (see there): this one does.
         let wire = unsafe { &*self.wire.load(Ordering::Relaxed) };
         wire.vanished.store(true, Ordering::Release);
@@ -208,11 +208,11 @@ mod tests {
 
     #[test]
     fn memory_that_vanishes_reads_as_zeroes_and_ends_its_connection_only() {
-        let (ours, mut our_peer) = Wire::pair();
-        let (other, _other_peer) = Wire::pair();
+        let (ours, mut our_peer) = SessionSocket::pair();
+        let (other, _other_peer) = SessionSocket::pair();
         let (start, file) = mapping();
         let (other_start, other_file) = mapping();
-        let watched = [Watched::new(start, LEN, &ours), Watched::new(other_start, LEN, &other)];
+        let watched = [GuardedMapping::new(start, LEN, &ours), GuardedMapping::new(other_start, LEN, &other)];
         // SAFETY: inside the mapping.
         unsafe { start.add(5000).write_volatile(7) };
         ftruncate(&file, 4096).unwrap();
@@ -236,10 +236,10 @@ mod tests {
 
     #[test]
     fn slots_are_used_again() {
-        let (ours, _peer) = Wire::pair();
+        let (ours, _peer) = SessionSocket::pair();
         let (start, _file) = mapping();
         for _ in 0..10_000 {
-            drop(Watched::new(start, LEN, &ours));
+            drop(GuardedMapping::new(start, LEN, &ours));
         }
         // Other tests of this process may have taken some.
         assert!(slots().count() < 5_000);

@@ -1,5 +1,5 @@
 //! vhost-user messages (QEMU's docs/interop/vhost-user.rst), one connection. No data path here: every message that
-//! changes a ring goes through [`QueueState::change`], and is answered when the change is complete.
+//! changes a ring goes through [`Vring::change`], and is answered when the change is complete.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -15,28 +15,28 @@ use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqH
 
 use super::activation::Activation;
 use super::eventfd;
-use super::vring::{QueueState, Surroundings};
+use super::vring::{RingContext, Vring};
 use crate::disk::Event;
 use crate::virtio::blk::features;
 use crate::virtio::blk::request::ID_BYTES;
-use crate::virtio::rings::{Rings, SHARE_MEMORY, Stop};
+use crate::virtio::rings::{Rings, SHARE_MEMORY, StopMode};
 use crate::virtio::shared_memory::dirty_log::DirtyLog;
 use crate::virtio::shared_memory::inflight::{Inflight, MAX_ENTRIES};
 use crate::virtio::shared_memory::memory_table::{MAX_REGIONS, MemoryTable};
-use crate::virtio::shared_memory::sigbus::Wire;
-use crate::virtio::virtqueue::split_ring::Place;
-use crate::virtio::worker::stopped_ring::Stopped;
+use crate::virtio::shared_memory::sigbus::SessionSocket;
+use crate::virtio::virtqueue::split_ring::RingAddresses;
+use crate::virtio::worker::stopped_ring::StoppedRing;
 
 /// What GET_FEATURES and GET_CONFIG answer.
 #[derive(Clone)]
-pub(in crate::virtio) struct Offer {
+pub(in crate::virtio) struct AdvertisedFeatures {
     pub features: u64,
     pub config: [u8; 60],
     pub protocol_features: VhostUserProtocolFeatures,
 }
 
 /// The constants of a device.
-pub(in crate::virtio) struct Identity {
+pub(in crate::virtio) struct DeviceLimits {
     pub num_queues: u16,
     pub queue_size: u16,
     pub serial: Arc<[u8; ID_BYTES]>,
@@ -56,11 +56,11 @@ fn protocol_features() -> VhostUserProtocolFeatures {
 /// One front-end's view of the disk, from its connection to its end. Owned by the vhost-user thread.
 pub(in crate::virtio) struct Handler {
     pub(in crate::virtio) rings: Arc<Rings>,
-    offer: Offer,
-    identity: Arc<Identity>,
+    advertised: AdvertisedFeatures,
+    limits: Arc<DeviceLimits>,
     pub(in crate::virtio) memory: MemoryTable,
     pub(in crate::virtio) activation: Activation,
-    pub(in crate::virtio) queues: Vec<QueueState>,
+    pub(in crate::virtio) queues: Vec<Vring>,
     /// What an earlier server left, and what we leave to the next one.
     pub(in crate::virtio) inflight: Option<Inflight>,
     /// Where what we write is logged while LOG_ALL is acknowledged.
@@ -76,11 +76,16 @@ pub(in crate::virtio) struct Handler {
 }
 
 impl Handler {
-    pub(in crate::virtio) fn new(rings: Arc<Rings>, offer: Offer, identity: Arc<Identity>, wire: Arc<Wire>) -> Self {
+    pub(in crate::virtio) fn new(
+        rings: Arc<Rings>,
+        advertised: AdvertisedFeatures,
+        limits: Arc<DeviceLimits>,
+        wire: Arc<SessionSocket>,
+    ) -> Self {
         Handler {
             rings,
-            offer,
-            identity,
+            advertised,
+            limits,
             activation: Activation::default(),
             memory: MemoryTable::new(wire),
             queues: Vec::new(),
@@ -94,21 +99,21 @@ impl Handler {
     }
 
     /// Stops every ring, finishing what is in flight.
-    pub(in crate::virtio) fn stop_all(&mut self, how: Stop) {
+    pub(in crate::virtio) fn stop_all(&mut self, how: StopMode) {
         for queue in &mut self.queues {
             queue.pause(&self.rings, how);
         }
     }
 
     /// Changes one ring by the one rule. Rings come into being when they are first named.
-    fn change<T>(&mut self, index: u32, change: impl FnOnce(&MemoryTable, &mut Stopped) -> Result<T>) -> Result<T> {
-        let (queue, around) = self.queue(index)?;
-        queue.change(&around, |ring| change(around.memory, ring))
+    fn change<T>(&mut self, index: u32, change: impl FnOnce(&MemoryTable, &mut StoppedRing) -> Result<T>) -> Result<T> {
+        let (queue, context) = self.queue(index)?;
+        queue.change(&context, |ring| change(context.memory, ring))
     }
 
     /// Changes every ring at once: all are stopped before the change and started after it.
     fn change_all(&mut self, change: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
-        self.stop_all(Stop::ToGoOn);
+        self.stop_all(StopMode::Restartable);
         let result = change(self);
         self.start_all();
         result
@@ -117,18 +122,18 @@ impl Handler {
     /// Starts every ring that may run and does not.
     pub(in crate::virtio) fn start_all(&mut self) {
         let acked_features = self.acked_features.unwrap_or(0);
-        let around = Surroundings {
+        let context = RingContext {
             rings: &self.rings,
             memory: &self.memory,
             activation: &self.activation,
             inflight: self.inflight.as_ref(),
             log: self.log.as_ref().filter(|_| acked_features & features::LOG_ALL != 0),
             acked_features,
-            max_segments: features::max_segments(self.identity.queue_size),
-            serial: &self.identity.serial,
+            max_segments: features::max_segments(self.limits.queue_size),
+            serial: &self.limits.serial,
         };
         for queue in &mut self.queues {
-            queue.start_again(&around);
+            queue.start_again(&context);
         }
     }
 
@@ -146,7 +151,7 @@ impl Handler {
     /// for good: [`Handler::stop_all`] at the end of a connection, GET_VRING_BASE, reset.
     fn settle(&mut self) {
         self.rings.sync_unless_ignored();
-        if !self.queues.iter().any(QueueState::may_run) {
+        if !self.queues.iter().any(Vring::may_run) {
             self.activation.release(&self.rings);
         }
     }
@@ -171,17 +176,17 @@ impl Handler {
 
     /// Stops a ring that may go on elsewhere, or never: everything popped is answered.
     fn finish(&mut self, index: u32) -> Result<()> {
-        let (queue, around) = self.queue(index)?;
-        queue.pause(around.rings, Stop::ForGood);
+        let (queue, context) = self.queue(index)?;
+        queue.pause(context.rings, StopMode::Final);
         Ok(())
     }
 
-    fn queue(&mut self, index: u32) -> Result<(&mut QueueState, Surroundings<'_>)> {
-        if index >= u32::from(self.identity.num_queues) {
+    fn queue(&mut self, index: u32) -> Result<(&mut Vring, RingContext<'_>)> {
+        if index >= u32::from(self.limits.num_queues) {
             log::error!(
                 "the front-end names ring {index}, but only {} are allowed: give its num-queues a smaller number or \
                  --num-queues a larger one",
-                self.identity.num_queues
+                self.limits.num_queues
             );
             return Err(Error::InvalidParam);
         }
@@ -190,20 +195,20 @@ impl Handler {
         let enabled = self.acked_features.is_some_and(|acked| acked & features::PROTOCOL_FEATURES == 0);
         while self.queues.len() <= index as usize {
             let next = self.queues.len() as u32;
-            self.queues.push(QueueState::new(next, self.identity.queue_size, enabled));
+            self.queues.push(Vring::new(next, self.limits.queue_size, enabled));
         }
         let acked_features = self.acked_features.unwrap_or(0);
-        let around = Surroundings {
+        let context = RingContext {
             rings: &self.rings,
             memory: &self.memory,
             activation: &self.activation,
             inflight: self.inflight.as_ref(),
             log: self.log.as_ref().filter(|_| acked_features & features::LOG_ALL != 0),
             acked_features,
-            max_segments: features::max_segments(self.identity.queue_size),
-            serial: &self.identity.serial,
+            max_segments: features::max_segments(self.limits.queue_size),
+            serial: &self.limits.serial,
         };
-        Ok((&mut self.queues[index as usize], around))
+        Ok((&mut self.queues[index as usize], context))
     }
 }
 
@@ -230,7 +235,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(self.offer.features)
+        Ok(self.advertised.features)
     }
 
     fn set_features(&mut self, acked: u64) -> Result<()> {
@@ -266,7 +271,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
-        let largest = u32::from(self.identity.queue_size);
+        let largest = u32::from(self.limits.queue_size);
         if num == 0 || num > largest || !num.is_power_of_two() {
             log::error!(
                 "the front-end asks for a ring of {num} descriptors: a power of two up to {largest} is allowed; give \
@@ -303,7 +308,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
                 )));
                 return Err(Error::InvalidParam);
             };
-            let place = Place { descriptors, available, used };
+            let place = RingAddresses { descriptors, available, used };
             ring.put(place, memory.memory()).map_err(|why| {
                 log::error!("the front-end places ring {index} at {place:x?}: {why}");
                 Error::InvalidParam
@@ -346,8 +351,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn set_vring_call(&mut self, index: u8, call: Option<File>) -> Result<()> {
         let call = eventfd::checked(call, "call", index)?;
-        let (queue, around) = self.queue(u32::from(index))?;
-        queue.set_call(&around, call);
+        let (queue, context) = self.queue(u32::from(index))?;
+        queue.set_call(&context, call);
         Ok(())
     }
 
@@ -360,7 +365,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(protocol_features() & self.offer.protocol_features)
+        Ok(protocol_features() & self.advertised.protocol_features)
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
@@ -369,7 +374,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_queue_num(&mut self) -> Result<u64> {
-        Ok(u64::from(self.identity.num_queues))
+        Ok(u64::from(self.limits.num_queues))
     }
 
     /// QEMU disables a ring right before it takes it back.
@@ -384,7 +389,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        let config = features::with_capacity(self.offer.config, self.rings.capacity().read());
+        let config = features::with_capacity(self.advertised.config, self.rings.capacity().read());
         Ok(features::read_config(&config, offset, size))
     }
 
@@ -425,15 +430,15 @@ impl VhostUserBackendReqHandlerMut for Handler {
     /// room for the largest that we allow.
     fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
         let (rings, entries) = (wanted.num_queues, wanted.queue_size);
-        if rings > self.identity.num_queues || entries > MAX_ENTRIES {
-            let most = self.identity.num_queues;
+        if rings > self.limits.num_queues || entries > MAX_ENTRIES {
+            let most = self.limits.num_queues;
             log::error!(
                 "the front-end asks for an in-flight region of {rings} rings of {entries}; {most} of {MAX_ENTRIES} are \
                  allowed: give its num-queues a smaller number, or --num-queues a larger one"
             );
             return Err(Error::InvalidParam);
         }
-        Inflight::create(rings, entries, self.identity.queue_size).map_err(Error::ReqHandlerError)
+        Inflight::create(rings, entries, self.limits.queue_size).map_err(Error::ReqHandlerError)
     }
 
     /// What an earlier server, or we, left. The rings do it again when they start.

@@ -4,8 +4,8 @@
 //!
 //! What the guest's memory holds is not in here: the used rings, and what is marked as in flight.
 
-use crate::upgrade::session_state::Record;
-use crate::upgrade::session_state::Shared;
+use crate::upgrade::session_state::RegionState;
+use crate::upgrade::session_state::SessionState;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -16,38 +16,38 @@ use vhost::vhost_user::message::{VhostUserInflight, VhostUserLog, VhostUserMemor
 use vhost::vhost_user::{Backend, Result, VhostUserBackendReqHandlerMut};
 
 use super::handler::Handler;
-use super::vring::QueueState;
+use super::vring::Vring;
 use crate::base::sync::mpsc::Receiver;
 use crate::upgrade::Descriptors;
 use crate::upgrade::session_state::{Inflight, Region, Ring};
-use crate::virtio::rings::Stop;
-use crate::virtio::virtqueue::split_ring::Place;
-use crate::virtio::worker::stopped_ring::Stopped;
+use crate::virtio::rings::StopMode;
+use crate::virtio::virtqueue::split_ring::RingAddresses;
+use crate::virtio::worker::stopped_ring::StoppedRing;
 
 /// What the next process goes on with.
-pub(crate) struct Moved {
+pub(crate) struct SavedSession {
     /// The front-end's connection, also for whoever watches for its end.
     pub(crate) stream: UnixStream,
-    pub(crate) record: Record,
+    pub(crate) record: SessionState,
     /// What the record's numbers mean.
     pub(crate) descriptors: Descriptors,
 }
 
 impl Handler {
     /// Stops every ring, with nothing in flight, and gives the image free. `drained`: called when nothing is in flight any
-    /// more. Errors: requests that do not finish within `patience`, a sync that failed; then the rings go on.
-    pub(in crate::virtio) fn stand_still(
+    /// more. Errors: requests that do not finish within `timeout`, a sync that failed; then the rings go on.
+    pub(in crate::virtio) fn pause_all(
         &mut self,
-        patience: Duration,
+        timeout: Duration,
         drained: impl FnOnce(),
     ) -> std::result::Result<(), String> {
-        if let Err(why) = self.come_to_rest(patience) {
-            wait_for(self.queues.iter().filter_map(QueueState::ask_to_go_on).collect(), None);
+        if let Err(why) = self.come_to_rest(timeout) {
+            wait_for(self.queues.iter().filter_map(Vring::ask_to_go_on).collect(), None);
             return Err(why);
         }
         drained();
         log::debug!("hand-over: nothing is in flight");
-        self.stop_all(Stop::ToGoOn);
+        self.stop_all(StopMode::Restartable);
         log::debug!("hand-over: the rings are stopped");
         if let Err(error) = self.rings.sync() {
             self.start_all();
@@ -60,13 +60,13 @@ impl Handler {
     }
 
     /// All rings at once: the pause is as long as the slowest request, not as all of them together.
-    fn come_to_rest(&mut self, patience: Duration) -> std::result::Result<(), String> {
-        let resting: Vec<_> = self.queues.iter().filter_map(QueueState::ask_to_rest).collect();
-        if wait_for(resting, Some(Instant::now() + patience)) {
+    fn come_to_rest(&mut self, timeout: Duration) -> std::result::Result<(), String> {
+        let resting: Vec<_> = self.queues.iter().filter_map(Vring::ask_to_rest).collect();
+        if wait_for(resting, Some(Instant::now() + timeout)) {
             return Ok(());
         }
         Err(format!(
-            "requests are in flight for more than {patience:?}: the storage hangs (see `virtioblkctl status`); mend it and \
+            "requests are in flight for more than {timeout:?}: the storage hangs (see `virtioblkctl status`); mend it and \
              try again"
         ))
     }
@@ -77,7 +77,7 @@ impl Handler {
     }
 
     /// What another process needs to go on. While every ring is stopped.
-    pub(in crate::virtio) fn record(&mut self, descriptors: &mut Descriptors) -> io::Result<Record> {
+    pub(in crate::virtio) fn record(&mut self, descriptors: &mut Descriptors) -> io::Result<SessionState> {
         let memory = self.memory.record().map(|(region, file)| {
             Ok(Region {
                 guest_addr: region.guest_phys_addr,
@@ -103,7 +103,7 @@ impl Handler {
             let stopped = queue.stopped().expect("every ring is stopped");
             rings.push(record_ring(stopped, descriptors)?);
         }
-        Ok(Record {
+        Ok(SessionState {
             features: self.acked_features,
             protocol_features: self.acked_protocol_features,
             memory,
@@ -115,9 +115,9 @@ impl Handler {
         })
     }
 
-    /// Brings a fresh handler into the state of the record, but for the features ([`Record::negotiated`]), which come
+    /// Brings a fresh handler into the state of the record, but for the features ([`SessionState::negotiated`]), which come
     /// first. No ring runs; with [`Handler::go_on`] they do. Errors are as those of the front-end's messages.
-    pub(in crate::virtio) fn take_over(&mut self, record: Record, descriptors: &mut Descriptors) -> Result<()> {
+    pub(in crate::virtio) fn take_over(&mut self, record: SessionState, descriptors: &mut Descriptors) -> Result<()> {
         let file = |descriptors: &mut Descriptors, number| descriptors.take(number).map(File::from).map_err(failed);
         let mut regions = Vec::new();
         let mut files = Vec::new();
@@ -138,7 +138,7 @@ impl Handler {
             let file = file(descriptors, memory.file)?;
             self.set_inflight_fd(&told, file)?;
         }
-        if let Some(Shared { offset, len, file: number }) = record.log {
+        if let Some(RegionState { offset, len, file: number }) = record.log {
             let file = file(descriptors, number)?;
             self.set_log_base(&VhostUserLog { mmap_size: len, mmap_offset: offset }, file)?;
         }
@@ -166,7 +166,7 @@ impl Handler {
         let stopped = self.queues[index as usize].stopped().expect("it has no addresses yet");
         stopped.next_available = ring.next_avail;
         if let Some([descriptors, available, used]) = ring.at {
-            let place = Place { descriptors, available, used };
+            let place = RingAddresses { descriptors, available, used };
             stopped.put(place, self.memory.memory()).map_err(|why| failed(io::Error::other(why)))?;
         }
         stopped.kick = kick;
@@ -179,12 +179,12 @@ impl Handler {
 
     /// Claims the image for rings that are to run. `false`: it is refused (the log and the status say why).
     pub(in crate::virtio) fn claim(&self) -> bool {
-        !self.queues.iter().any(QueueState::may_run) || self.activation.claim(&self.rings)
+        !self.queues.iter().any(Vring::may_run) || self.activation.claim(&self.rings)
     }
 
     /// Returns when every ring that runs has looked at what is in it.
     pub(in crate::virtio) fn have_looked(&self) {
-        wait_for(self.queues.iter().filter_map(QueueState::ask_to_go_on).collect(), None);
+        wait_for(self.queues.iter().filter_map(Vring::ask_to_go_on).collect(), None);
     }
 }
 
@@ -196,7 +196,7 @@ fn wait_for(answers: Vec<Receiver<()>>, deadline: Option<Instant>) -> bool {
     })
 }
 
-fn record_ring(stopped: &Stopped, descriptors: &mut Descriptors) -> io::Result<Ring> {
+fn record_ring(stopped: &StoppedRing, descriptors: &mut Descriptors) -> io::Result<Ring> {
     let mut copy = |file: &Option<File>| file.as_ref().map(|file| descriptors.add_copy(file.as_fd())).transpose();
     let (kick, call, err) = (copy(&stopped.kick)?, copy(&stopped.call)?, copy(&stopped.err)?);
     Ok(Ring {

@@ -8,41 +8,41 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::backend_channel::{self, GET_FEATURES, SET_FEATURES, SET_PROTOCOL_FEATURES};
-use super::handler::{Handler, Identity, Offer};
+use super::handler::{AdvertisedFeatures, DeviceLimits, Handler};
 use crate::base::sync::Bell;
 use crate::base::syscalls;
-use crate::upgrade::session_state::Record;
+use crate::upgrade::session_state::SessionState;
 use crate::virtio::rings::Rings;
-use crate::virtio::shared_memory::sigbus::Wire;
+use crate::virtio::shared_memory::sigbus::SessionSocket;
 
 /// The front-end's socket, and the bell by which its thread is told of other things.
-pub(in crate::virtio) struct Line {
+pub(in crate::virtio) struct FrontEnd {
     pub(in crate::virtio) stream: UnixStream,
     pub(in crate::virtio) bell: Arc<Bell>,
 }
 
 /// One conversation with a front-end.
-pub(in crate::virtio) struct Talk {
-    pub(in crate::virtio) line: Line,
-    wire: Arc<Wire>,
+pub(in crate::virtio) struct Session {
+    pub(in crate::virtio) front_end: FrontEnd,
+    wire: Arc<SessionSocket>,
     handler: Arc<Mutex<Handler>>,
     pub(in crate::virtio) requests: BackendReqHandler<Mutex<Handler>>,
 }
 
-impl Talk {
+impl Session {
     pub(in crate::virtio) fn new(
         rings: Arc<Rings>,
-        offer: Offer,
-        identity: Arc<Identity>,
-        line: Line,
+        advertised: AdvertisedFeatures,
+        limits: Arc<DeviceLimits>,
+        front_end: FrontEnd,
         stream: UnixStream,
     ) -> std::io::Result<Self> {
-        let wire = Wire::new(line.stream.try_clone()?.into())?;
+        let wire = SessionSocket::new(front_end.stream.try_clone()?.into())?;
         rings.connected();
-        let handler = Handler::new(rings, offer, identity, wire.clone());
+        let handler = Handler::new(rings, advertised, limits, wire.clone());
         let handler = Arc::new(Mutex::new(handler));
         let requests = BackendReqHandler::from_stream(stream, handler.clone());
-        Ok(Talk { line, wire, handler, requests })
+        Ok(Session { front_end, wire, handler, requests })
     }
 
     pub(in crate::virtio) fn ours(&self) -> MutexGuard<'_, Handler> {
@@ -67,26 +67,26 @@ impl Talk {
     }
 }
 
-impl Talk {
+impl Session {
     /// The same for a connection on which the features were settled already. The message layer learns them from messages
     /// alone: so it first has a connection to us, on which we say them again, and then the real one in its place.
     pub(in crate::virtio) fn replayed(
         rings: Arc<Rings>,
-        offer: Offer,
-        identity: Arc<Identity>,
-        line: Line,
-        record: &Record,
+        advertised: AdvertisedFeatures,
+        limits: Arc<DeviceLimits>,
+        front_end: FrontEnd,
+        record: &SessionState,
     ) -> std::io::Result<Self> {
         let (here, there) = UnixStream::pair()?;
-        let mut talk = Talk::new(rings, offer, identity, line, there)?;
+        let mut session = Session::new(rings, advertised, limits, front_end, there)?;
         let (features, protocol_features) = record.negotiated();
         let mut messages = vec![(GET_FEATURES, None), (SET_PROTOCOL_FEATURES, Some(protocol_features))];
         messages.extend(features.map(|features| (SET_FEATURES, Some(features))));
         for (request, argument) in messages {
             (&here).write_all(&backend_channel::message(request, argument))?;
-            talk.requests.handle_request().map_err(std::io::Error::other)?;
+            session.requests.handle_request().map_err(std::io::Error::other)?;
         }
-        syscalls::replace(&talk.requests, talk.line.stream.as_fd())?;
-        Ok(talk)
+        syscalls::replace(&session.requests, session.front_end.stream.as_fd())?;
+        Ok(session)
     }
 }

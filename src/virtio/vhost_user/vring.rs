@@ -1,10 +1,10 @@
 //! A ring's two lives. Stopped, it belongs to the handler, which may change anything about it. Running, it belongs to
 //! its worker's thread, and nobody else can touch it: the ring is *moved* there and back.
 //!
-//! So every control change has one rule, [`QueueState::change`]: stop popping, finish what is in flight, publish it,
+//! So every control change has one rule, [`Vring::change`]: stop popping, finish what is in flight, publish it,
 //! take the ring back; then change it; then start it again if it may run.
 
-use crate::virtio::worker::stopped_ring::Stopped;
+use crate::virtio::worker::stopped_ring::StoppedRing;
 use std::fs::File;
 use std::sync::Arc;
 
@@ -16,17 +16,17 @@ use crate::base::sync::reused::Task;
 use crate::base::sync::{Bell, mpsc};
 use crate::disk::Event;
 use crate::virtio::blk::features;
-use crate::virtio::rings::Stop;
+use crate::virtio::rings::StopMode;
 use crate::virtio::rings::{Command, Mailbox, Rings};
 use crate::virtio::shared_memory::dirty_log::DirtyLog;
 use crate::virtio::shared_memory::inflight::Inflight;
 use crate::virtio::shared_memory::memory_table::MemoryTable;
-use crate::virtio::virtqueue::guest_memory::Mapped;
+use crate::virtio::virtqueue::guest_memory::GuestMemory;
 use crate::virtio::virtqueue::split_ring::SplitRing;
 use crate::virtio::worker::{Relay, Setup};
 
 /// What a ring needs to start, besides itself.
-pub(in crate::virtio) struct Surroundings<'a> {
+pub(in crate::virtio) struct RingContext<'a> {
     pub rings: &'a Arc<Rings>,
     pub memory: &'a MemoryTable,
     pub activation: &'a Activation,
@@ -39,7 +39,7 @@ pub(in crate::virtio) struct Surroundings<'a> {
     pub serial: &'a Arc<[u8; crate::virtio::blk::request::ID_BYTES]>,
 }
 
-impl Surroundings<'_> {
+impl RingContext<'_> {
     /// Reports a ring of `size` descriptors that is too small for the largest request that its driver may make. The text
     /// is the same for every ring of the disk.
     fn report_a_small_ring(&self, size: u16) {
@@ -57,23 +57,23 @@ impl Surroundings<'_> {
 }
 
 /// One ring of a connection.
-pub(in crate::virtio) struct QueueState {
+pub(in crate::virtio) struct Vring {
     index: u32,
     /// What it has in flight is tracked for the next server, since its last start.
     tracked: bool,
     /// `None` only inside `change`.
-    life: Option<Life>,
+    life: Option<VringState>,
 }
 
-enum Life {
-    Stopped(Stopped),
-    Running { mailbox: Mailbox, thread: Task<()>, ended: mpsc::Receiver<Stopped> },
+enum VringState {
+    Stopped(StoppedRing),
+    Running { mailbox: Mailbox, thread: Task<()>, ended: mpsc::Receiver<StoppedRing> },
 }
 
-impl QueueState {
+impl Vring {
     /// A ring as it is before the front-end said anything about it. `largest`: a power of two.
     pub(in crate::virtio) fn new(index: u32, largest: u16, enabled: bool) -> Self {
-        let stopped = Stopped {
+        let stopped = StoppedRing {
             size: largest,
             place: None,
             next_available: 0,
@@ -83,47 +83,51 @@ impl QueueState {
             enabled,
             kept: Vec::new(),
         };
-        QueueState { index, tracked: false, life: Some(Life::Stopped(stopped)) }
+        Vring { index, tracked: false, life: Some(VringState::Stopped(stopped)) }
     }
 
     /// The one rule: stop, change, start again if it may run.
-    pub(in crate::virtio) fn change<T>(&mut self, around: &Surroundings, change: impl FnOnce(&mut Stopped) -> T) -> T {
-        let mut stopped = self.stop(around.rings, Stop::ToGoOn);
+    pub(in crate::virtio) fn change<T>(
+        &mut self,
+        context: &RingContext,
+        change: impl FnOnce(&mut StoppedRing) -> T,
+    ) -> T {
+        let mut stopped = self.stop(context.rings, StopMode::Restartable);
         let answer = change(&mut stopped);
-        self.life = Some(self.start(stopped, around));
+        self.life = Some(self.start(stopped, context));
         answer
     }
 
-    /// Stops the ring and leaves it stopped until [`QueueState::change`]: for changes of all rings at once.
-    pub(in crate::virtio) fn pause(&mut self, rings: &Arc<Rings>, how: Stop) {
+    /// Stops the ring and leaves it stopped until [`Vring::change`]: for changes of all rings at once.
+    pub(in crate::virtio) fn pause(&mut self, rings: &Arc<Rings>, how: StopMode) {
         let mut stopped = self.stop(rings, how);
-        if how == Stop::ForGood && !stopped.kept.is_empty() {
+        if how == StopMode::Final && !stopped.kept.is_empty() {
             // Its memory is gone, or its image is another's: there is nowhere to answer, or nothing to try.
             let (index, kept) = (self.index, std::mem::take(&mut stopped.kept).len());
             let what =
                 format!("ring {index}: {kept} failed requests stay unanswered: reset the guest if it waits for them");
             rings.report(Event::ProtocolError(what));
         }
-        self.life = Some(Life::Stopped(stopped));
+        self.life = Some(VringState::Stopped(stopped));
     }
 
     /// The connection ends: what failed and is kept is left to the next server, if the front-end can tell it.
     pub(in crate::virtio) fn end(&mut self, rings: &Arc<Rings>) {
-        self.pause(rings, if self.tracked { Stop::ToGoOn } else { Stop::ForGood });
+        self.pause(rings, if self.tracked { StopMode::Restartable } else { StopMode::Final });
     }
 
     /// Whether it is to run, and perhaps does.
     pub(in crate::virtio) fn may_run(&self) -> bool {
         match &self.life {
-            Some(Life::Stopped(stopped)) => stopped.may_run(),
+            Some(VringState::Stopped(stopped)) => stopped.may_run(),
             _ => true,
         }
     }
 
     /// Starts the ring if it may run and does not: the image was refused before.
-    pub(in crate::virtio) fn start_again(&mut self, around: &Surroundings) {
-        if let Some(Life::Stopped(_)) = &self.life {
-            self.change(around, |_| ());
+    pub(in crate::virtio) fn start_again(&mut self, context: &RingContext) {
+        if let Some(VringState::Stopped(_)) = &self.life {
+            self.change(context, |_| ());
         }
     }
 
@@ -136,8 +140,8 @@ impl QueueState {
 
     /// SET_VRING_CALL on a running ring: swapped between two batches without a drain. A guest that moves an interrupt
     /// to another CPU sends it, and must not wait for its slowest request.
-    pub(in crate::virtio) fn set_call(&mut self, around: &Surroundings, call: Option<File>) {
-        if let Some(Life::Running { mailbox, .. }) = &self.life {
+    pub(in crate::virtio) fn set_call(&mut self, context: &RingContext, call: Option<File>) {
+        if let Some(VringState::Running { mailbox, .. }) = &self.life {
             let (sender, done) = mpsc::channel();
             mailbox.send(Command::SetCall(call, sender));
             if done.recv().is_err() {
@@ -145,7 +149,7 @@ impl QueueState {
             }
         } else {
             let index = self.index;
-            self.change(around, |ring| ring.set_call(index, call));
+            self.change(context, |ring| ring.set_call(index, call));
         }
     }
 
@@ -161,25 +165,25 @@ impl QueueState {
     }
 
     fn ask(&self, command: impl FnOnce(mpsc::Sender<()>) -> Command) -> Option<mpsc::Receiver<()>> {
-        let Some(Life::Running { mailbox, .. }) = &self.life else { return None };
+        let Some(VringState::Running { mailbox, .. }) = &self.life else { return None };
         let (sender, told) = mpsc::channel();
         mailbox.send(command(sender));
         Some(told)
     }
 
     /// The ring, if nobody serves it.
-    pub(in crate::virtio) fn stopped(&mut self) -> Option<&mut Stopped> {
+    pub(in crate::virtio) fn stopped(&mut self) -> Option<&mut StoppedRing> {
         match &mut self.life {
-            Some(Life::Stopped(stopped)) => Some(stopped),
+            Some(VringState::Stopped(stopped)) => Some(stopped),
             _ => None,
         }
     }
 
-    fn stop(&mut self, rings: &Arc<Rings>, how: Stop) -> Stopped {
+    fn stop(&mut self, rings: &Arc<Rings>, how: StopMode) -> StoppedRing {
         match self.life.take().expect("set outside of change") {
-            Life::Stopped(stopped) => stopped,
-            Life::Running { mailbox, thread, ended } => {
-                mailbox.send(Command::Stop(how));
+            VringState::Stopped(stopped) => stopped,
+            VringState::Running { mailbox, thread, ended } => {
+                mailbox.send(Command::StopMode(how));
                 // A panic in a worker ends the process (server's panic hook): a ring whose state is unknown must not
                 // be served on, and a front-end sees a closed socket but no dead thread.
                 let stopped = ended.recv().expect("a worker's panic ends the process");
@@ -194,17 +198,17 @@ impl QueueState {
         }
     }
 
-    fn start(&mut self, stopped: Stopped, around: &Surroundings) -> Life {
+    fn start(&mut self, stopped: StoppedRing, context: &RingContext) -> VringState {
         let place = match stopped.place {
             Some(place) if stopped.may_run() => place,
-            _ => return Life::Stopped(stopped),
+            _ => return VringState::Stopped(stopped),
         };
-        if !around.activation.claim(around.rings) {
-            return Life::Stopped(stopped);
+        if !context.activation.claim(context.rings) {
+            return VringState::Stopped(stopped);
         }
-        let memory = Mapped::new(around.memory.pin());
-        let event_idx = features::has(around.acked_features, VIRTIO_RING_F_EVENT_IDX);
-        let used = place.used_index(around.memory.memory());
+        let memory = GuestMemory::new(context.memory.pin());
+        let event_idx = features::has(context.acked_features, VIRTIO_RING_F_EVENT_IDX);
+        let used = place.used_index(context.memory.memory());
         let ring = used
             .and_then(|used| SplitRing::open(&memory, &place, stopped.size, event_idx, (stopped.next_available, used)));
         let Some(ring) = ring else {
@@ -212,33 +216,33 @@ impl QueueState {
                 "ring {}: its descriptors lie outside the guest's memory, or a part of it in two regions of that; not started",
                 self.index
             );
-            around.rings.report(Event::ProtocolError(what));
-            return Life::Stopped(stopped);
+            context.rings.report(Event::ProtocolError(what));
+            return VringState::Stopped(stopped);
         };
-        around.report_a_small_ring(stopped.size);
+        context.report_a_small_ring(stopped.size);
         let (sender, commands) = mpsc::channel();
         let wake = match Bell::new() {
             Ok(wake) => Arc::new(wake),
-            Err(error) => return self.not_started(stopped, around, &error),
+            Err(error) => return self.not_started(stopped, context, &error),
         };
         let relay = Relay::new(self.index);
         let mailbox = Mailbox::new(sender, wake.clone(), relay.clone());
-        let inflight = around.inflight.and_then(|inflight| inflight.ring(self.index, stopped.size, ring.next_used()));
+        let inflight = context.inflight.and_then(|inflight| inflight.ring(self.index, stopped.size, ring.next_used()));
         self.tracked = inflight.is_some();
         let setup = Setup {
             index: self.index,
-            rings: around.rings.clone(),
+            rings: context.rings.clone(),
             memory,
             inflight,
-            log: around.log.cloned(),
-            acked_features: around.acked_features,
-            serial: around.serial.clone(),
+            log: context.log.cloned(),
+            acked_features: context.acked_features,
+            serial: context.serial.clone(),
             commands,
             wake,
         };
         // The ring travels through a channel, so that it comes back if the thread cannot be made.
         let (hand_over, received) = mpsc::sync_channel(1);
-        let joined = around.rings.ring_joined(self.index, mailbox.clone());
+        let joined = context.rings.ring_joined(self.index, mailbox.clone());
         let (ending, ended) = mpsc::channel();
         let name = format!("ring {}", self.index);
         let body = move || {
@@ -250,18 +254,18 @@ impl QueueState {
                 log::debug!("ring {} runs, {} descriptors", self.index, stopped.size);
                 let sent = hand_over.send(stopped);
                 assert!(sent.is_ok(), "the thread waits for its ring");
-                Life::Running { mailbox, thread, ended }
+                VringState::Running { mailbox, thread, ended }
             }
             Err(error) => {
-                around.rings.ring_left(self.index);
-                self.not_started(stopped, around, &error)
+                context.rings.ring_left(self.index);
+                self.not_started(stopped, context, &error)
             }
         }
     }
 
-    fn not_started(&self, stopped: Stopped, around: &Surroundings, error: &std::io::Error) -> Life {
+    fn not_started(&self, stopped: StoppedRing, context: &RingContext, error: &std::io::Error) -> VringState {
         let what = format!("ring {} cannot run: {error}; raise the limit on threads and files", self.index);
-        around.rings.report(Event::ProtocolError(what));
-        Life::Stopped(stopped)
+        context.rings.report(Event::ProtocolError(what));
+        VringState::Stopped(stopped)
     }
 }

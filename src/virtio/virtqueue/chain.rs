@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::GuestAddress;
 
-use super::guest_memory::Mapped;
+use super::guest_memory::GuestMemory;
 
 /// The length of a descriptor in bytes.
 const DESCRIPTOR: u32 = 16;
@@ -13,7 +13,7 @@ const DESCRIPTOR: u32 = 16;
 /// Yields the descriptors of a chain. One indirect table is followed. A chain that is broken or longer than its table ends
 /// early; the caller sees it by the last descriptor, which then has VIRTQ_DESC_F_NEXT.
 pub struct Chain<'a> {
-    memory: &'a Mapped,
+    memory: &'a GuestMemory,
     table: Table<'a>,
     next: u16,
     /// How many descriptors may still follow.
@@ -32,7 +32,7 @@ enum Table<'a> {
 impl<'a> Chain<'a> {
     /// The chain that begins at `head` in the virtqueue's `table`, which has two words a descriptor.
     #[inline]
-    pub(in crate::virtio) fn new(memory: &'a Mapped, table: &'a [AtomicU64], head: u16) -> Self {
+    pub(in crate::virtio) fn new(memory: &'a GuestMemory, table: &'a [AtomicU64], head: u16) -> Self {
         Chain { memory, table: Table::Ring(table), next: head, left: (table.len() / 2) as u32 }
     }
 
@@ -105,7 +105,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::virtio::virtqueue::guest_memory::Cells;
+    use crate::virtio::virtqueue::guest_memory::AtomicSlice;
     use vm_memory::{Bytes, GuestMemoryMmap};
 
     const NEXT: u16 = 1;
@@ -118,8 +118,8 @@ mod tests {
         for &(at, addr, len, flags, next) in descriptors {
             memory.write_obj(Descriptor::new(addr, len, flags, next), GuestAddress(at)).unwrap();
         }
-        let mapped = Mapped::new(Arc::new(memory));
-        let table: Cells<AtomicU64> = mapped.cells(TABLE, 2 * 8).unwrap();
+        let mapped = GuestMemory::new(Arc::new(memory));
+        let table: AtomicSlice<AtomicU64> = mapped.cells(TABLE, 2 * 8).unwrap();
         Chain::new(&mapped, &table, head).map(|descriptor| descriptor.len()).collect()
     }
 

@@ -28,7 +28,7 @@ pub type Segment = (GuestAddress, u32);
 pub struct BadAddress;
 
 /// The guest's memory for one running virtqueue. Only its worker uses it.
-pub struct Mapped {
+pub struct GuestMemory {
     /// The regions, sorted by address.
     regions: Box<[Region]>,
     memory: Arc<GuestMemoryMmap>,
@@ -42,21 +42,21 @@ struct Region {
 
 // SAFETY: the pointers are into mappings that `memory`, which is Send and Sync, keeps for as long as this value lives. The
 // bytes behind them are only copied or accessed as atomics.
-unsafe impl Send for Mapped {}
+unsafe impl Send for GuestMemory {}
 
 /// Sixteen bytes at any address.
 #[repr(C, packed)]
 struct Unaligned(u128);
 
-impl Mapped {
-    /// Covers all of `memory`, which stays mapped for as long as this value, or any [`Cells`] or buffer made from it, lives.
+impl GuestMemory {
+    /// Covers all of `memory`, which stays mapped for as long as this value, or any [`AtomicSlice`] or buffer made from it, lives.
     pub fn new(memory: Arc<GuestMemoryMmap>) -> Self {
         let region = |region: &GuestRegionMmap| {
             let at = NonNull::new(region.as_ptr()).expect("mmap(2) never returns a null pointer");
             Region { start: region.start_addr().0, len: region.len(), at }
         };
         let regions = memory.iter().map(region).collect();
-        Mapped { regions, memory }
+        GuestMemory { regions, memory }
     }
 
     /// Returns a pointer to the byte at `address`, and the number of bytes from there to the end of its region (at least
@@ -136,12 +136,12 @@ impl Mapped {
     }
 
     /// Returns `count` atomics from `address` on, or `None` when they are not aligned or do not lie in one region.
-    pub fn cells<A: AtomicInteger>(&self, address: u64, count: usize) -> Option<Cells<A>> {
+    pub fn cells<A: AtomicInteger>(&self, address: u64, count: usize) -> Option<AtomicSlice<A>> {
         let (at, rest) = self.find(GuestAddress(address))?;
         let bytes = count.checked_mul(size_of::<A>())?;
         let first = at.cast::<A>();
         let fits = first.is_aligned() && rest >= bytes as u64;
-        fits.then(|| Cells { first, count, _memory: self.memory.clone(), _atomics: PhantomData })
+        fits.then(|| AtomicSlice { first, count, _memory: self.memory.clone(), _atomics: PhantomData })
     }
 }
 
@@ -153,17 +153,17 @@ impl Region {
 }
 
 /// Atomics in guest memory, such as a part of a virtqueue. They keep that memory mapped.
-pub struct Cells<A> {
+pub struct AtomicSlice<A> {
     first: NonNull<A>,
     count: usize,
     _memory: Arc<GuestMemoryMmap>,
     _atomics: PhantomData<A>,
 }
 
-// SAFETY: as for `Mapped`; atomics may be used from any thread.
-unsafe impl<A: AtomicInteger> Send for Cells<A> {}
+// SAFETY: as for `GuestMemory`; atomics may be used from any thread.
+unsafe impl<A: AtomicInteger> Send for AtomicSlice<A> {}
 
-impl<A: AtomicInteger> Deref for Cells<A> {
+impl<A: AtomicInteger> Deref for AtomicSlice<A> {
     type Target = [A];
 
     #[inline]
@@ -181,12 +181,12 @@ mod tests {
     use super::*;
 
     /// Two regions side by side, a hole, and one more.
-    fn mapped() -> Mapped {
+    fn mapped() -> GuestMemory {
         let regions = [(GuestAddress(0), 0x1000), (GuestAddress(0x1000), 0x1000), (GuestAddress(0x8000), 0x1000)];
         let memory = GuestMemoryMmap::from_ranges(&regions).unwrap();
         let bytes: Vec<u8> = (0..0x2000u32).map(|at| (at % 251) as u8).collect();
         memory.write_slice(&bytes, GuestAddress(0)).unwrap();
-        Mapped::new(Arc::new(memory))
+        GuestMemory::new(Arc::new(memory))
     }
 
     fn wanted<const N: usize>(at: usize) -> [u8; N] {
@@ -215,7 +215,7 @@ mod tests {
                 (0..count as u64).map(|index| (GuestAddress(index * 0x3000 + 0x1000), 0x1000)).collect();
             let memory = GuestMemoryMmap::from_ranges(&regions).unwrap();
             regions.iter().for_each(|&(at, _)| memory.write_obj(at.0, at).unwrap());
-            let mapped = Mapped::new(Arc::new(memory));
+            let mapped = GuestMemory::new(Arc::new(memory));
             for (GuestAddress(at), len) in regions {
                 let start = mapped.read_sixteen(GuestAddress(at)).unwrap();
                 assert_eq!(start[..8], at.to_ne_bytes(), "of {count}");
@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn no_memory_has_no_addresses() {
-        let mapped = Mapped::new(Arc::new(GuestMemoryMmap::new()));
+        let mapped = GuestMemory::new(Arc::new(GuestMemoryMmap::new()));
         assert_eq!(mapped.read_sixteen(GuestAddress(0)), Err(BadAddress));
         assert!(mapped.cells::<AtomicU16>(0, 0).is_none());
     }

@@ -12,7 +12,7 @@ mod stall;
 mod stop;
 pub(super) mod stopped_ring;
 
-use crate::virtio::rings::Stop;
+use crate::virtio::rings::StopMode;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -25,10 +25,10 @@ use super::blk::features;
 use super::blk::request;
 use super::blk::request::{Command as Ask, ID_BYTES, Parser, Request, Status};
 use super::rings::counters::{Counters, add};
-use super::rings::{Command, RingHold, Rings, errno_of};
+use super::rings::{Command, RingHoldStats, Rings, errno_of};
 use super::shared_memory::dirty_log::DirtyLog;
 use super::shared_memory::inflight::Tracker;
-use super::virtqueue::guest_memory::Mapped;
+use super::virtqueue::guest_memory::GuestMemory;
 use super::virtqueue::guest_memory::Segment;
 use super::virtqueue::split_ring::SplitRing;
 use crate::backend::null;
@@ -36,18 +36,18 @@ use crate::backend::{Completion, DurableWrite, Errno, Geometry, IoBuf, IoQueue, 
 use crate::base::sync::Bell;
 use crate::base::sync::mpsc::Receiver;
 use crate::disk::{Event, FailedRequest};
-use crate::engine::{Action, Engine, Kind, Offer, Token};
+use crate::engine::{Action, Admission, Engine, Kind, Token};
 use busy_poll::Polling;
 pub(super) use relay::Relay;
 use stop::Rest;
-use stopped_ring::Stopped;
+use stopped_ring::StoppedRing;
 
 /// What a worker starts with, besides the ring.
 pub(super) struct Setup {
     pub index: u32,
     pub rings: Arc<Rings>,
     /// Held while the ring runs: no request outlives its memory.
-    pub memory: Mapped,
+    pub memory: GuestMemory,
     /// Where heads in flight are marked for the next server.
     pub inflight: Option<Tracker>,
     /// Where written pages are logged.
@@ -59,7 +59,7 @@ pub(super) struct Setup {
 }
 
 /// A request from pop to answer.
-struct Slot {
+struct PendingRequest {
     kind: Kind,
     /// Until the engine says `Submit`, and again while it is kept.
     op: Option<Op>,
@@ -79,7 +79,7 @@ struct Slot {
 }
 
 /// An operator's hold, timed for its figures.
-struct HoldClock {
+struct HoldTimer {
     epoch: u64,
     closed: Instant,
     drained: u64,
@@ -95,7 +95,7 @@ struct Worker {
     engine: Engine,
     parser: Parser,
     /// By head: a head is a request's name until it is answered.
-    slots: Vec<Option<Slot>>,
+    slots: Vec<Option<PendingRequest>>,
     /// Heads that an earlier server took and did not answer, to be done before anything new; oldest first.
     replay: VecDeque<u16>,
     in_flight: u64,
@@ -112,13 +112,13 @@ struct Worker {
     spares: Vec<IoBuf>,
     /// A write waits at the head of the ring.
     held: bool,
-    hold: Option<HoldClock>,
+    hold: Option<HoldTimer>,
     /// The guest broke the ring: nothing is popped until it is set up anew.
     broken: bool,
     /// And the front-end is to be told so.
     tell_broken: bool,
     /// The ring is to stop.
-    stopping: Option<Stop>,
+    stopping: Option<StopMode>,
     /// It is only to rest, and whoever waits for that is to be told.
     resting: Option<Rest>,
     /// The first of the failed requests that are kept, the first change if there is one.
@@ -157,7 +157,7 @@ fn token(id: OpId) -> Token {
 }
 
 impl Worker {
-    fn new(setup: Setup, ring: SplitRing, stopped: &Stopped, counters: Arc<Counters>) -> Self {
+    fn new(setup: Setup, ring: SplitRing, stopped: &StoppedRing, counters: Arc<Counters>) -> Self {
         let size = ring.size();
         counters.size.store(u64::from(size), Relaxed);
         counters.untracked.store(setup.inflight.is_none(), Relaxed);
@@ -234,7 +234,7 @@ impl Worker {
     }
 
     /// Wakes whoever has to be, and says whether the ring has stopped.
-    fn is_over(&mut self, stopped: &Stopped) -> bool {
+    fn is_over(&mut self, stopped: &StoppedRing) -> bool {
         if self.wants_interrupt() {
             stopped.interrupt(self.setup.index);
         }
@@ -245,7 +245,7 @@ impl Worker {
     }
 
     /// Sleeps until there is something to do, and obeys the commands that came.
-    fn sleep(&mut self, stopped: &mut Stopped) {
+    fn sleep(&mut self, stopped: &mut StoppedRing) {
         if self.finds_work() {
             return;
         }
@@ -265,7 +265,7 @@ impl Worker {
     }
 
     /// The ring has stopped: what the next one needs of it.
-    fn leave(mut self, mut stopped: Stopped) -> Stopped {
+    fn leave(mut self, mut stopped: StoppedRing) -> StoppedRing {
         stopped.next_available = self.ring.next_available();
         stopped.kept = self.leave_kept();
         self.look();
@@ -284,7 +284,7 @@ impl Worker {
         self.more |= (was_held && !self.held) || (was_full && self.backlog.is_empty());
     }
 
-    fn obey(&mut self, command: Command, stopped: &mut Stopped) {
+    fn obey(&mut self, command: Command, stopped: &mut StoppedRing) {
         match command {
             Command::CloseGate(epoch) => self.close_gate(epoch),
             Command::OpenGate => {
@@ -301,13 +301,13 @@ impl Worker {
             }
             Command::Rest(told) => self.rest(told),
             Command::GoOn(told) => self.go_on(&told),
-            Command::Stop(how) => self.stop(how),
+            Command::StopMode(how) => self.stop(how),
         }
     }
 
     fn close_gate(&mut self, epoch: u64) {
         let drained = u64::from(self.engine.writes_in_flight());
-        self.hold = Some(HoldClock { epoch, closed: Instant::now(), drained, drained_at: None });
+        self.hold = Some(HoldTimer { epoch, closed: Instant::now(), drained, drained_at: None });
         #[cfg(all(test, feature = "model"))]
         if crate::base::sync::interleavings::planted(crate::base::sync::interleavings::Mutant::GateStaysOpen) {
             return self.settled(Ok(()));
@@ -433,7 +433,7 @@ impl Worker {
                     Ok(None) => break,
                     Err(why) => return self.break_ring(why),
                 };
-                if self.take(head) == Offer::Held {
+                if self.take(head) == Admission::Held {
                     self.ring.put_back();
                     self.held = true;
                     break;
@@ -448,10 +448,10 @@ impl Worker {
     }
 
     /// One chain: parse, offer to the engine, keep its slot. `Held`: put it back.
-    fn take(&mut self, head: u16) -> Offer {
+    fn take(&mut self, head: u16) -> Admission {
         if self.slots.get(usize::from(head)).is_none_or(Option::is_some) {
             self.break_ring("a descriptor head was made available twice or lies outside the ring");
-            return Offer::Taken;
+            return Admission::Taken;
         }
         let chain = self.ring.chain(&self.setup.memory, head);
         let request = match self.parser.parse(&self.setup.memory, head, chain, &self.geometry) {
@@ -460,13 +460,13 @@ impl Worker {
                 let what = format!("ring {}: request {head}: {}", self.setup.index, malformed.why);
                 self.setup.rings.report(Event::ProtocolError(what));
                 self.publish(head, 0);
-                return Offer::Taken;
+                return Admission::Taken;
             }
         };
         match self.prepare(&request) {
             Ok(slot) => {
                 let offer = self.engine.offer(head, slot.kind);
-                if offer == Offer::Taken {
+                if offer == Admission::Taken {
                     self.slots[usize::from(head)] = Some(slot);
                     if let Some(inflight) = &mut self.setup.inflight {
                         inflight.taken(head);
@@ -479,13 +479,13 @@ impl Worker {
             }
             Err(status) => {
                 self.answer(head, request.status_at, status, request.writable.saturating_add(1));
-                Offer::Taken
+                Admission::Taken
             }
         }
     }
 
     /// The slot of a request that goes to the engine; `Err`: the status of one that is answered at once.
-    fn prepare(&mut self, request: &Request) -> Result<Slot, Status> {
+    fn prepare(&mut self, request: &Request) -> Result<PendingRequest, Status> {
         let command = request.command?;
         let (kind, offset, len, op) = match command {
             Ask::GetId => return Err(self.write_serial()),
@@ -508,7 +508,7 @@ impl Worker {
             }
         };
         let data_in = if kind == Kind::Read { len as u32 } else { 0 };
-        Ok(Slot {
+        Ok(PendingRequest {
             kind,
             op,
             kept: false,
@@ -554,7 +554,7 @@ impl Worker {
         self.note_drained();
         let Some(hold) = &self.hold else { return };
         let drained_at = hold.drained_at.unwrap_or(hold.closed);
-        let figures = RingHold {
+        let figures = RingHoldStats {
             drained: hold.drained,
             drain: drained_at - hold.closed,
             sync: drained_at.elapsed(),

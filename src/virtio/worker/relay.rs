@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::{Arc, OnceLock, TryLockError};
 
-use super::stopped_ring::Stopped;
+use super::stopped_ring::StoppedRing;
 use super::{Setup, Worker};
 use crate::backend::{BlockingCall, Caller};
 use crate::base::sync::mpsc::Sender;
@@ -35,9 +35,9 @@ pub(in super::super) struct Relay {
 
 struct Served {
     worker: Worker,
-    stopped: Stopped,
+    stopped: StoppedRing,
     /// Where the ring goes when it has stopped.
-    ended: Sender<Stopped>,
+    ended: Sender<StoppedRing>,
 }
 
 type Guard<'a> = MutexGuard<'a, Option<Served>>;
@@ -55,16 +55,16 @@ impl Relay {
         })
     }
 
-    /// Serves the ring until [`super::Command::Stop`], in this thread or in others after it, and hands it to `ended` with
-    /// everything answered and published but what is kept ([`Stopped::kept`]). `hold`: the epoch of a hold that the ring is
+    /// Serves the ring until [`super::Command::StopMode`], in this thread or in others after it, and hands it to `ended` with
+    /// everything answered and published but what is kept ([`StoppedRing::kept`]). `hold`: the epoch of a hold that the ring is
     /// born into.
     pub(in super::super) fn run(
         &self,
         setup: Setup,
         ring: SplitRing,
-        mut stopped: Stopped,
+        mut stopped: StoppedRing,
         (counters, hold): (Arc<Counters>, Option<u64>),
-        ended: Sender<Stopped>,
+        ended: Sender<StoppedRing>,
     ) {
         let mut worker = Worker::new(setup, ring, &stopped, counters);
         if let Some(epoch) = hold {

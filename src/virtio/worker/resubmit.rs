@@ -1,8 +1,8 @@
 //! What an earlier server took from the ring and did not answer is done again, before anything new and in its order.
 //! Doing it twice is harmless: the guest has seen no answer, so it may not have built on either outcome.
 
-use super::{Offer, Worker};
-use crate::virtio::rings::Stop;
+use super::{Admission, Worker};
+use crate::virtio::rings::StopMode;
 
 impl Worker {
     /// Looks what an earlier server left. The front-end knows only how many were answered (QEMU takes the used index
@@ -44,7 +44,7 @@ impl Worker {
                 self.more = true;
                 return;
             }
-            if self.take(head) == Offer::Held {
+            if self.take(head) == Admission::Held {
                 self.held = true;
                 return;
             }
@@ -55,8 +55,8 @@ impl Worker {
     /// Whether the ring may stop though something is held that is to be done again. Where it goes on here it is handed
     /// over, and where it may not the memory that told of it tells the next start. Where the guest moves to another host
     /// that memory stays behind, so there the stop waits for the operator's hold to end.
-    pub(super) fn may_leave_replay(&self, stop: Stop) -> bool {
+    pub(super) fn may_leave_replay(&self, stop: StopMode) -> bool {
         let is_told = self.setup.inflight.is_some() && self.setup.log.is_none();
-        self.replay.is_empty() || stop == Stop::ToGoOn || is_told || self.broken
+        self.replay.is_empty() || stop == StopMode::Restartable || is_told || self.broken
     }
 }

@@ -6,10 +6,10 @@
 //! (GET_VRING_BASE) is another matter: it may go on elsewhere, where nobody knows of the marks, and the guest would wait
 //! for ever. So what is kept is then tried once more, and its outcome is the guest's.
 
-use crate::virtio::rings::Stop;
+use crate::virtio::rings::StopMode;
 use std::time::Instant;
 
-use super::super::rings::Kept;
+use super::super::rings::RetainedRequests;
 use super::Worker;
 use crate::backend::{Errno, IoBuf, Op};
 #[cfg(all(test, feature = "model"))]
@@ -29,7 +29,7 @@ pub(super) enum Rest {
 impl Worker {
     /// [`super::Command::Rest`].
     pub(super) fn rest(&mut self, told: Sender<()>) {
-        self.stopping = Some(Stop::ToGoOn);
+        self.stopping = Some(StopMode::Restartable);
         self.resting = Some(Rest::Coming(told));
     }
 
@@ -65,11 +65,11 @@ impl Worker {
         }
     }
 
-    /// [`super::Command::Stop`].
-    pub(super) fn stop(&mut self, how: Stop) {
+    /// [`super::Command::StopMode`].
+    pub(super) fn stop(&mut self, how: StopMode) {
         self.resting = None;
         self.stopping = Some(how);
-        if how == Stop::ForGood {
+        if how == StopMode::Final {
             self.stop_keeping();
         }
     }
@@ -78,8 +78,8 @@ impl Worker {
     pub(super) fn may_stop(&self) -> bool {
         let Some(how) = self.stopping else { return false };
         let is_done = match how {
-            Stop::ToGoOn => self.engine.rests(),
-            Stop::ForGood => self.engine.is_idle(),
+            StopMode::Restartable => self.engine.rests(),
+            StopMode::Final => self.engine.is_idle(),
         };
         is_done && self.backlog.is_empty() && self.may_leave_replay(how)
     }
@@ -157,7 +157,7 @@ impl Worker {
     pub(super) fn leave_kept(&mut self) -> Vec<u16> {
         let mut left = self.engine.kept().to_vec();
         left.extend(&self.replay);
-        if self.broken || self.stopping == Some(Stop::ForGood) {
+        if self.broken || self.stopping == Some(StopMode::Final) {
             // What an operator's hold kept from being done again is still marked.
             left.clear();
         }
@@ -173,7 +173,7 @@ impl Worker {
     /// For the status, and for quiesces, which cannot succeed.
     fn show_kept(&self) {
         let requests = self.engine.kept().len() as u64;
-        let kept = self.stopped_by.clone().map(|first| Kept { first, requests });
+        let kept = self.stopped_by.clone().map(|first| RetainedRequests { first, requests });
         self.setup.rings.ring_keeps(self.setup.index, kept);
     }
 

@@ -5,14 +5,14 @@ use std::fs::File;
 use vm_memory::GuestMemoryMmap;
 
 use crate::base::syscalls;
-use crate::virtio::virtqueue::split_ring::Place;
+use crate::virtio::virtqueue::split_ring::RingAddresses;
 
 /// A ring that nobody is serving.
-pub(in crate::virtio) struct Stopped {
+pub(in crate::virtio) struct StoppedRing {
     /// Descriptors: a power of two.
     pub size: u16,
     /// Where its parts are, once SET_VRING_ADDR came since the last start from scratch.
-    pub place: Option<Place>,
+    pub place: Option<RingAddresses>,
     /// Where the next head is taken. Where the next answer goes stands in the guest's memory, which firmware may still
     /// change until the ring starts: so it is read there then.
     pub next_available: u16,
@@ -28,13 +28,17 @@ pub(in crate::virtio) struct Stopped {
     pub kept: Vec<u16>,
 }
 
-impl Stopped {
+impl StoppedRing {
     pub(in crate::virtio) fn may_run(&self) -> bool {
         self.enabled && self.place.is_some() && self.kick.is_some()
     }
 
     /// SET_VRING_ADDR: the ring is there. Errors: why it cannot be there; then it is nowhere.
-    pub(in crate::virtio) fn put(&mut self, place: Place, memory: &GuestMemoryMmap) -> Result<(), &'static str> {
+    pub(in crate::virtio) fn put(
+        &mut self,
+        place: RingAddresses,
+        memory: &GuestMemoryMmap,
+    ) -> Result<(), &'static str> {
         self.place = None;
         if !place.is_aligned() {
             return Err("it is not aligned as virtio asks");

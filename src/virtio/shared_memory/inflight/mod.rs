@@ -26,8 +26,8 @@ use vhost::vhost_user::message::VhostUserInflight;
 use vhost::vhost_user::{Error, Result};
 use vm_memory::AtomicInteger;
 
-use super::region::Shared;
-use super::sigbus::Wire;
+use super::region::SharedRegion;
+use super::sigbus::SessionSocket;
 
 /// Header of a ring: features (u64), version, entries, last head answered, copy of the used index (u16 each).
 const HEADER: usize = 16;
@@ -81,7 +81,7 @@ impl Layout {
     }
 
     /// Finds out what `region`, of which the front-end says this, is.
-    fn of(region: &Shared, bytes: usize, rings: u16, entries: u16) -> Self {
+    fn of(region: &SharedRegion, bytes: usize, rings: u16, entries: u16) -> Self {
         let plain = Layout { rings, entries, more: 0 };
         let half = |at: usize| region.cell::<AtomicU16>(at).map_or(0, |cell| cell.load(Ordering::Relaxed));
         let mark = region.cell::<AtomicU64>(plain.mark_at()).map_or(0, |cell| cell.load(Ordering::Relaxed));
@@ -105,7 +105,7 @@ impl Layout {
 
 /// The in-flight region of one device, mapped. Owned by the handler.
 pub(in crate::virtio) struct Inflight {
-    region: Arc<Shared>,
+    region: Arc<SharedRegion>,
     /// What the front-end said of it: rings, and entries of each.
     told: (u16, u16),
     layout: Layout,
@@ -129,7 +129,7 @@ impl Inflight {
     }
 
     /// SET_INFLIGHT_FD on the connection of `wire`: what an earlier server left, or fresh memory.
-    pub(in crate::virtio) fn map(told: &VhostUserInflight, file: File, wire: &Arc<Wire>) -> Result<Self> {
+    pub(in crate::virtio) fn map(told: &VhostUserInflight, file: File, wire: &Arc<SessionSocket>) -> Result<Self> {
         let (rings, entries) = (told.num_queues, told.queue_size);
         let needed = (stride(entries) * usize::from(rings)) as u64;
         if told.mmap_size < needed {
@@ -137,7 +137,7 @@ impl Inflight {
             log::error!("the front-end's in-flight region has {has} bytes; {rings} rings of {entries} need {needed}");
             return Err(Error::InvalidParam);
         }
-        let region = Arc::new(Shared::map("in-flight region", file, told.mmap_offset, told.mmap_size, wire)?);
+        let region = Arc::new(SharedRegion::map("in-flight region", file, told.mmap_offset, told.mmap_size, wire)?);
         let bytes = usize::try_from(told.mmap_size).map_err(|_| Error::InvalidParam)?;
         let layout = Layout::of(&region, bytes, rings, entries);
         Ok(Inflight { region, told: (rings, entries), layout, warned: AtomicBool::new(false) })
@@ -149,7 +149,7 @@ impl Inflight {
     }
 
     /// The memory.
-    pub(in crate::virtio) fn shared(&self) -> &Shared {
+    pub(in crate::virtio) fn shared(&self) -> &SharedRegion {
         &self.region
     }
 
@@ -184,7 +184,7 @@ impl Inflight {
 
 /// The part of one running ring. Owned by its worker.
 pub(in crate::virtio) struct Tracker {
-    region: Arc<Shared>,
+    region: Arc<SharedRegion>,
     at: usize,
     /// Entries in the ring's own part.
     entries: u16,

@@ -7,7 +7,7 @@ fn fresh() -> (VhostUserInflight, File) {
 }
 
 fn map(told: &VhostUserInflight, file: &File) -> Result<Inflight> {
-    Inflight::map(told, file.try_clone().unwrap(), &Wire::pair().0)
+    Inflight::map(told, file.try_clone().unwrap(), &SessionSocket::pair().0)
 }
 
 fn ring((told, file): &(VhostUserInflight, File)) -> Tracker {

@@ -12,11 +12,11 @@ use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_N
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::chain::Chain;
-use super::guest_memory::{Cells, Mapped};
+use super::guest_memory::{AtomicSlice, GuestMemory};
 
 /// The guest addresses of a virtqueue's three parts (SET_VRING_ADDR).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct RingAddresses {
     /// The descriptor table.
     pub descriptors: u64,
     /// The available ring.
@@ -25,7 +25,7 @@ pub struct Place {
     pub used: u64,
 }
 
-impl Place {
+impl RingAddresses {
     /// Whether each part is aligned as virtio 1.3, 2.7 requires.
     pub fn is_aligned(&self) -> bool {
         self.descriptors.is_multiple_of(16) && self.available.is_multiple_of(2) && self.used.is_multiple_of(4)
@@ -49,15 +49,15 @@ pub const TOO_FAR: &str = "the available index is further ahead than the ring is
 /// One running virtqueue. Owned and used by its worker alone.
 pub struct SplitRing {
     /// The descriptor table, two words a descriptor.
-    table: Cells<AtomicU64>,
+    table: AtomicSlice<AtomicU64>,
     /// The available ring: flags, index, the heads, and `used_event`.
-    available: Cells<AtomicU16>,
+    available: AtomicSlice<AtomicU16>,
     /// The beginning of the used ring: flags and index.
-    used: Cells<AtomicU16>,
+    used: AtomicSlice<AtomicU16>,
     /// The elements of the used ring, as head and length. Two words each, because the used ring is aligned to four bytes
     /// only.
-    answers: Cells<AtomicU32>,
-    available_event: Cells<AtomicU16>,
+    answers: AtomicSlice<AtomicU32>,
+    available_event: AtomicSlice<AtomicU16>,
     size: u16,
     used_at: GuestAddress,
     /// VIRTIO_F_EVENT_IDX was negotiated.
@@ -75,8 +75,8 @@ impl SplitRing {
     /// `None` when one of its parts is not aligned or does not lie in one region of guest memory. The virtqueues of real
     /// drivers always do; QEMU refuses others, too (vhost_memory_map). Called when the virtqueue starts.
     pub fn open(
-        memory: &Mapped,
-        place: &Place,
+        memory: &GuestMemory,
+        place: &RingAddresses,
         size: u16,
         event_idx: bool,
         (next_available, next_used): (u16, u16),
@@ -168,7 +168,7 @@ impl SplitRing {
 
     /// The descriptors of the chain that begins at `head`.
     #[inline]
-    pub fn chain<'a>(&'a self, memory: &'a Mapped, head: u16) -> Chain<'a> {
+    pub fn chain<'a>(&'a self, memory: &'a GuestMemory, head: u16) -> Chain<'a> {
         Chain::new(memory, &self.table, head)
     }
 

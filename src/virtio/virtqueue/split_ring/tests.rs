@@ -7,12 +7,12 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryBackend;
 
 use super::*;
-use crate::base::prng::Chance;
+use crate::base::prng::Prng;
 
 const SIZE: u16 = 8;
 const BYTES: usize = 0x1000;
 /// The parts lie close together, the used ring at an address that is no multiple of 8.
-const PLACE: Place = Place { descriptors: 0x100, available: 0x182, used: 0x1a4 };
+const PLACE: RingAddresses = RingAddresses { descriptors: 0x100, available: 0x182, used: 0x1a4 };
 
 fn memory() -> Arc<GuestMemoryMmap> {
     Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), BYTES)]).unwrap())
@@ -20,11 +20,11 @@ fn memory() -> Arc<GuestMemoryMmap> {
 
 fn open(
     memory: &Arc<GuestMemoryMmap>,
-    place: &Place,
+    place: &RingAddresses,
     event_idx: bool,
     indices: (u16, u16),
-) -> Option<(Mapped, SplitRing)> {
-    let mapped = Mapped::new(memory.clone());
+) -> Option<(GuestMemory, SplitRing)> {
+    let mapped = GuestMemory::new(memory.clone());
     let ring = SplitRing::open(&mapped, place, SIZE, event_idx, indices)?;
     Some((mapped, ring))
 }
@@ -50,10 +50,10 @@ fn bytes(memory: &GuestMemoryMmap) -> Vec<u8> {
 
 /// One driver's story, told to both.
 struct Story {
-    chance: Chance,
+    chance: Prng,
     /// Ours, and theirs.
     memories: [Arc<GuestMemoryMmap>; 2],
-    mapped: Mapped,
+    mapped: GuestMemory,
     ring: SplitRing,
     queue: Queue,
     event_idx: bool,
@@ -63,7 +63,7 @@ struct Story {
 
 impl Story {
     fn new(seed: u64) -> Story {
-        let mut chance = Chance::new(seed);
+        let mut chance = Prng::new(seed);
         let event_idx = chance.below(2) == 0;
         // Often close to where 16 bits wrap.
         let indices = ((0u16.wrapping_sub(chance.below(8) as u16)), 0u16.wrapping_sub(chance.below(8) as u16));
@@ -217,29 +217,29 @@ fn heads_that_come_meanwhile_are_not_missed() {
 fn a_place_that_cannot_be_is_refused() {
     let memory = memory();
     let end = BYTES as u64;
-    let fits = |place: Place| place.is_aligned() && open(&memory, &place, true, (0, 0)).is_some();
+    let fits = |place: RingAddresses| place.is_aligned() && open(&memory, &place, true, (0, 0)).is_some();
     assert!(fits(PLACE));
     let size = u64::from(SIZE);
     // Each part may end where the memory does, and not a byte later.
-    assert!(fits(Place { descriptors: end - 16 * size, ..PLACE }));
-    assert!(fits(Place { available: end - 6 - 2 * size, ..PLACE }));
-    assert!(!fits(Place { descriptors: end - 16 * size + 16, ..PLACE }));
-    assert!(!fits(Place { available: end - 4 - 2 * size, ..PLACE }));
-    assert!(!fits(Place { used: end - 4 - 8 * size, ..PLACE }));
+    assert!(fits(RingAddresses { descriptors: end - 16 * size, ..PLACE }));
+    assert!(fits(RingAddresses { available: end - 6 - 2 * size, ..PLACE }));
+    assert!(!fits(RingAddresses { descriptors: end - 16 * size + 16, ..PLACE }));
+    assert!(!fits(RingAddresses { available: end - 4 - 2 * size, ..PLACE }));
+    assert!(!fits(RingAddresses { used: end - 4 - 8 * size, ..PLACE }));
     for far in [end, 1 << 40, !15] {
-        assert!(!fits(Place { descriptors: far, ..PLACE }));
-        assert!(!fits(Place { available: far, ..PLACE }));
-        assert!(!fits(Place { used: far, ..PLACE }));
+        assert!(!fits(RingAddresses { descriptors: far, ..PLACE }));
+        assert!(!fits(RingAddresses { available: far, ..PLACE }));
+        assert!(!fits(RingAddresses { used: far, ..PLACE }));
     }
     for (place, why) in [
-        (Place { descriptors: 0x108, ..PLACE }, "descriptors"),
-        (Place { available: 0x183, ..PLACE }, "available"),
-        (Place { used: 0x1a2, ..PLACE }, "used"),
+        (RingAddresses { descriptors: 0x108, ..PLACE }, "descriptors"),
+        (RingAddresses { available: 0x183, ..PLACE }, "available"),
+        (RingAddresses { used: 0x1a2, ..PLACE }, "used"),
     ] {
         assert!(!place.is_aligned(), "{why}");
     }
     assert_eq!(PLACE.used_index(&memory), Some(0));
-    assert_eq!(Place { used: end, ..PLACE }.used_index(&memory), None);
+    assert_eq!(RingAddresses { used: end, ..PLACE }.used_index(&memory), None);
     assert_eq!(memory.num_regions(), 1);
 }
 
