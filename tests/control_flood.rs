@@ -139,6 +139,39 @@ fn a_thousand_connections_that_say_nothing() {
     assert!(daemon.log().len() < 200_000, "{} bytes of log", daemon.log().len());
 }
 
+/// What somebody who can connect causes is limited in the log, and counted there.
+#[test]
+fn connection_storms_do_not_fill_the_log() {
+    const STORM: usize = 1500;
+    let daemon = Daemon::start();
+    let start = Instant::now();
+    let front_end = || UnixStream::connect(daemon.dir.path().join("vhost"));
+    for _ in 0..STORM {
+        drop(front_end());
+    }
+    let silent: Vec<_> = (0..32).map(|_| daemon.connect().unwrap()).collect();
+    for _ in 0..STORM {
+        // Read to the end: it was accepted, and refused.
+        let _ = daemon.connect().and_then(|mut stream| stream.read_to_end(&mut Vec::new()));
+    }
+    let lines = daemon.log().lines().count();
+    // Two kinds of lines: 60 at once and one a second, and the start's own.
+    let limit = 2 * (60 + start.elapsed().as_secs() as usize) + 60;
+    assert!(lines < limit, "{lines} lines after {:?}:\n{}", start.elapsed(), daemon.log());
+    drop(silent);
+    let end = Instant::now() + PATIENCE;
+    while !["front-end", "control: "]
+        .iter()
+        .all(|kind| daemon.log().lines().any(|line| line.contains(kind) && line.contains("left out before it: ")))
+    {
+        assert!(Instant::now() < end, "no count: {}", daemon.log());
+        drop(front_end());
+        let clients: Vec<_> = (0..40).map(|_| daemon.connect()).collect();
+        std::thread::sleep(Duration::from_millis(500));
+        drop(clients);
+    }
+}
+
 #[test]
 fn megabytes_of_nonsense_and_answers_that_nobody_reads() {
     let daemon = Daemon::start();

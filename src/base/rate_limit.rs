@@ -1,45 +1,169 @@
-//! What a guest can provoke any number of is told a few times a second, and the rest is counted.
+//! The rate limiter: for what a guest, a front-end, a client or another user of the image can cause any number of times.
 
+use std::fmt;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// Told in one second; more are counted and told with the next.
-const MAX_PER_SECOND: u32 = 20;
+use log::Level;
 
-/// Tells at most 20 a second and counts the rest.
-#[derive(Debug, Default)]
-pub(crate) struct Throttle {
-    second: Option<Instant>,
-    told: u32,
-    /// Not told since the last one that was.
-    pub(crate) suppressed: u64,
+/// Admits a burst at once, and then as many in each period; counts what it does not admit. A pause earns one burst at most.
+#[derive(Debug)]
+pub(crate) struct RateLimiter {
+    burst: u32,
+    /// Between two at the lasting rate.
+    interval: Duration,
+    /// When the next one would be on time at the lasting rate. One may come `burst - 1` intervals early.
+    schedule: Option<Instant>,
+    suppressed: u64,
 }
 
-impl Throttle {
-    /// `Some(n)`: tell this one, `n` were not told before it.
+impl RateLimiter {
+    /// `burst` at once, and `burst` in each `period` after that.
+    pub(crate) const fn new(burst: u32, period: Duration) -> Self {
+        let interval = Duration::from_nanos(period.as_nanos() as u64 / burst as u64);
+        RateLimiter { burst, interval, schedule: None, suppressed: 0 }
+    }
+
+    /// For events of one kind to the clients of the control socket.
+    pub(crate) const fn for_events() -> Self {
+        RateLimiter::new(20, Duration::from_secs(1))
+    }
+
+    /// Returns how many were not admitted since the last one that was. `None`: this one is not admitted, and counted.
     pub(crate) fn admit(&mut self, now: Instant) -> Option<u64> {
-        if self.second.is_none_or(|second| now.saturating_duration_since(second) >= Duration::from_secs(1)) {
-            (self.second, self.told) = (Some(now), 0);
-        }
-        if self.told == MAX_PER_SECOND {
+        if !self.has_one(now) {
             self.suppressed += 1;
             return None;
         }
-        self.told += 1;
+        self.take();
         Some(std::mem::take(&mut self.suppressed))
     }
+
+    /// Counts `more` that were lost before they came here.
+    pub(crate) fn add_suppressed(&mut self, more: u64) {
+        self.suppressed += more;
+    }
+
+    /// Whether [`RateLimiter::take`] is allowed now.
+    pub(crate) fn has_one(&mut self, now: Instant) -> bool {
+        self.schedule = Some(self.schedule.map_or(now, |schedule| schedule.max(now)));
+        self.ready_at(now) <= now
+    }
+
+    /// Takes one. After [`RateLimiter::has_one`].
+    pub(crate) fn take(&mut self) {
+        self.schedule = self.schedule.map(|schedule| schedule + self.interval);
+    }
+
+    /// When the next one is admitted.
+    pub(crate) fn ready_at(&self, now: Instant) -> Instant {
+        let early = self.interval * (self.burst - 1);
+        self.schedule.and_then(|schedule| schedule.checked_sub(early)).unwrap_or(now)
+    }
 }
+
+/// Limits the log lines of one cause. Each line that is logged says how many were left out before it.
+pub(crate) struct LogLimit(Mutex<RateLimiter>);
+
+impl LogLimit {
+    /// One line a second, and 60 at once: 13 MB a day at most, and all of what happens now and then.
+    pub(crate) const fn new() -> Self {
+        LogLimit::of(60, Duration::from_secs(60))
+    }
+
+    /// `burst` lines at once, and `burst` in each `period` after that.
+    pub(crate) const fn of(burst: u32, period: Duration) -> Self {
+        LogLimit(Mutex::new(RateLimiter::new(burst, period)))
+    }
+
+    /// Logs the line, or counts it. Any thread.
+    pub(crate) fn log(&self, level: Level, line: fmt::Arguments<'_>) {
+        if !log::log_enabled!(level) {
+            return;
+        }
+        if let Some(line) = self.admit(line, Instant::now()) {
+            log::log!(level, "{line}");
+        }
+    }
+
+    /// The line as it is to be logged, if it is; [`LogLimit::log`] logs it.
+    pub(crate) fn admit(&self, line: fmt::Arguments<'_>, now: Instant) -> Option<String> {
+        let admitted = self.0.lock().expect("no panic while held").admit(now)?;
+        Some(match admitted {
+            0 => line.to_string(),
+            more => format!("{line} (left out before it: {more} like it)"),
+        })
+    }
+}
+
+/// Logs through a [`LogLimit`]: `log_limited!(FRONT_END_LOG, Warn, "ring {index} ...")`.
+macro_rules! log_limited {
+    ($limit:expr, $level:ident, $($line:tt)+) => {
+        $limit.log(log::Level::$level, format_args!($($line)+))
+    };
+}
+pub(crate) use log_limited;
+
+/// What front-ends cause by their connections and messages.
+pub(crate) static FRONT_END_LOG: LogLimit = LogLimit::new();
+/// What anyone who reaches the control socket causes.
+pub(crate) static CONTROL_LOG: LogLimit = LogLimit::new();
+/// What clients cause that the control socket serves: holds, snapshots, upgrades. Apart, so that those who are refused
+/// cannot hide it.
+pub(crate) static COMMAND_LOG: LogLimit = LogLimit::new();
+/// What clients cause by copies.
+pub(crate) static COPY_LOG: LogLimit = LogLimit::new();
+/// What other users of the image and its store cause.
+pub(crate) static IMAGE_LOG: LogLimit = LogLimit::new();
+/// What the image's storage causes by errors that come again and again.
+pub(crate) static STORAGE_LOG: LogLimit = LogLimit::new();
+/// What other processes of the host cause: signals, systemd's socket.
+pub(crate) static HOST_LOG: LogLimit = LogLimit::new();
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn errors_are_throttled_and_counted() {
-        let mut throttle = Throttle::default();
+    fn what_exceeds_the_rate_is_counted() {
+        let mut limiter = RateLimiter::new(20, Duration::from_secs(1));
         let now = Instant::now();
-        let told = (0..100).filter(|_| throttle.admit(now).is_some()).count();
-        assert_eq!(told, MAX_PER_SECOND as usize);
-        assert_eq!(throttle.admit(now + Duration::from_secs(1)), Some(80));
-        assert_eq!(throttle.admit(now + Duration::from_secs(1)), Some(0));
+        assert_eq!((0..100).filter(|_| limiter.admit(now).is_some()).count(), 20);
+        assert_eq!(limiter.admit(now + Duration::from_secs(1)), Some(80));
+        assert_eq!(limiter.admit(now + Duration::from_secs(1)), Some(0));
+        limiter.add_suppressed(3);
+        assert_eq!(limiter.admit(now + Duration::from_secs(1)), Some(3));
+    }
+
+    #[test]
+    fn a_line_says_how_many_were_left_out_before_it() {
+        let limit = LogLimit::of(2, Duration::from_secs(10));
+        let now = Instant::now();
+        let lines: Vec<_> = (0..5).filter_map(|n| limit.admit(format_args!("line {n}"), now)).collect();
+        assert_eq!(lines, ["line 0", "line 1"]);
+        let later = limit.admit(format_args!("line 5"), now + Duration::from_secs(10));
+        assert_eq!(later.unwrap(), "line 5 (left out before it: 3 like it)");
+    }
+
+    #[test]
+    fn a_burst_is_followed_by_the_rate() {
+        const PER_SECOND: u32 = 100;
+        let start = Instant::now();
+        let mut limiter = RateLimiter::new(PER_SECOND, Duration::from_secs(1));
+        let mut taken = |now| {
+            let mut count = 0;
+            while limiter.has_one(now) {
+                limiter.take();
+                count += 1;
+            }
+            (count, limiter.ready_at(now))
+        };
+        let (count, ready) = taken(start);
+        assert_eq!(count, PER_SECOND);
+        assert!(ready > start);
+        assert_eq!(taken(ready).0, 1);
+        let minute = ready + Duration::from_secs(60);
+        assert_eq!(taken(minute).0, PER_SECOND, "a pause earns no more than a burst");
+        assert_eq!(taken(minute + Duration::from_millis(100)).0, PER_SECOND / 10);
     }
 }

@@ -12,6 +12,7 @@
 //! - SIGQUIT and SIGABRT, which ask for a core dump, SIGPROF, which profilers use, the real-time signals and those of
 //!   faults keep their default action.
 
+use crate::base::rate_limit::{HOST_LOG, log_limited};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -68,7 +69,12 @@ impl Signals {
             if !IGNORED.contains(&signal) {
                 return Ok(Some(signal));
             }
-            log::info!("{signal} from process {} means nothing here and is ignored; SIGTERM ends", info.ssi_pid);
+            log_limited!(
+                HOST_LOG,
+                Info,
+                "{signal} from process {} means nothing here and is ignored; SIGTERM ends",
+                info.ssi_pid
+            );
         }
         Ok(None)
     }

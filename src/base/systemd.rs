@@ -1,5 +1,6 @@
 //! Tells systemd what the daemon is at (sd_notify(3)), where it asked to be told (`Type=notify`).
 
+use crate::base::rate_limit::{HOST_LOG, log_limited};
 use std::ffi::OsStr;
 use std::io;
 use std::os::linux::net::SocketAddrExt;
@@ -35,7 +36,7 @@ pub(crate) fn systemd(state: &str) {
     if let Some(Some(socket)) = SOCKET.get()
         && let Err(error) = socket.send(state.as_bytes())
     {
-        log::warn!("cannot tell {state} to systemd on its NOTIFY_SOCKET: {error}");
+        log_limited!(HOST_LOG, Warn, "cannot tell {state} to systemd on its NOTIFY_SOCKET: {error}");
     }
 }
 

@@ -12,6 +12,7 @@ use super::access::Access;
 use super::creds::Credentials;
 use super::protocol::json_stream::{Decoder, MalformedInput};
 use super::quiesce::PeerId;
+use crate::base::rate_limit::{CONTROL_LOG, RateLimiter, log_limited};
 
 /// Bytes read in one turn.
 const READ_SIZE: usize = 16 * 1024;
@@ -20,9 +21,9 @@ const OUTPUT_HIGH_WATER: usize = 64 * 1024;
 /// A reader so slow that this much waits (events, then) is cut off.
 pub(super) const MAX_OUTPUT: usize = 256 * 1024;
 
-/// Requests carried out at once after a pause, and per second.
-const BURST: u32 = 50;
-const PER_SECOND: u32 = 200;
+/// Requests carried out at once after a pause, and in each [`REQUEST_BURST_PERIOD`]: 200 a second.
+const REQUEST_BURST: u32 = 50;
+const REQUEST_BURST_PERIOD: Duration = Duration::from_millis(250);
 
 /// A connection.
 pub(super) struct Peer {
@@ -48,7 +49,7 @@ pub(super) struct Peer {
     output_ended: bool,
     /// To be closed, whatever is left.
     dead: bool,
-    bucket: Bucket,
+    requests: RateLimiter,
 }
 
 impl Peer {
@@ -76,7 +77,7 @@ impl Peer {
             input_ended: false,
             output_ended: false,
             dead: false,
-            bucket: Bucket::new(now),
+            requests: RateLimiter::new(REQUEST_BURST, REQUEST_BURST_PERIOD),
         })
     }
 
@@ -124,13 +125,13 @@ impl Peer {
     /// The next request, if there is one and it is this connection's turn.
     pub(super) fn next(&mut self, now: Instant) -> Option<Result<Value, MalformedInput>> {
         while !self.held_up() && self.input_left() > 0 {
-            if !self.bucket.has_one(now) {
+            if !self.requests.has_one(now) {
                 return None;
             }
             let (taken, found) = self.decoder.feed(&self.input[self.taken..]);
             self.taken += taken;
             if found.is_some() {
-                self.bucket.take();
+                self.requests.take();
                 self.busy = true;
                 return found;
             }
@@ -140,7 +141,7 @@ impl Peer {
 
     /// When [`Peer::next`] may have something without poll's help.
     pub(super) fn next_turn(&self, now: Instant) -> Option<Instant> {
-        (!self.held_up() && self.input_left() > 0).then(|| self.bucket.ready_at(now))
+        (!self.held_up() && self.input_left() > 0).then(|| self.requests.ready_at(now))
     }
 
     fn held_up(&self) -> bool {
@@ -163,7 +164,7 @@ impl Peer {
             self.flush();
         }
         if self.unsent() > MAX_OUTPUT {
-            log::warn!("control: {:?} reads too slowly and is cut off", self.credentials);
+            log_limited!(CONTROL_LOG, Warn, "control: {:?} reads too slowly and is cut off", self.credentials);
             self.dead = true;
         }
     }
@@ -212,57 +213,5 @@ impl Peer {
 impl AsFd for Peer {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
-    }
-}
-
-/// A token bucket: the time at which the next request would be on schedule, allowed to lag by [`BURST`].
-struct Bucket {
-    schedule: Instant,
-}
-
-impl Bucket {
-    const EACH: Duration = Duration::from_nanos(1_000_000_000 / PER_SECOND as u64);
-
-    fn new(now: Instant) -> Self {
-        Bucket { schedule: now }
-    }
-
-    fn has_one(&mut self, now: Instant) -> bool {
-        self.schedule = self.schedule.max(now);
-        self.ready_at(now) <= now
-    }
-
-    fn take(&mut self) {
-        self.schedule += Self::EACH;
-    }
-
-    fn ready_at(&self, now: Instant) -> Instant {
-        (self.schedule).checked_sub(Self::EACH * (BURST - 1)).unwrap_or(now)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_burst_then_the_rate() {
-        let start = Instant::now();
-        let mut bucket = Bucket::new(start);
-        let mut carried_out = |now| {
-            let mut count = 0;
-            while bucket.has_one(now) {
-                bucket.take();
-                count += 1;
-            }
-            (count, bucket.ready_at(now))
-        };
-        let (count, ready) = carried_out(start);
-        assert_eq!(count, BURST);
-        assert!(ready > start);
-        assert_eq!(carried_out(ready).0, 1);
-        let minute = ready + Duration::from_secs(60);
-        assert_eq!(carried_out(minute).0, BURST, "a pause earns no more than a burst");
-        assert_eq!(carried_out(minute + Duration::from_millis(100)).0, PER_SECOND / 10);
     }
 }

@@ -18,6 +18,7 @@ use super::peer::Peer;
 use super::protocol;
 use super::quiesce::{PeerId, STORE};
 use super::service::{Info, Recipient, Service, Upgrade};
+use crate::base::rate_limit::{CONTROL_LOG, log_limited};
 use crate::base::sync::{Bell, Mutex};
 use crate::disk::{Disk, Events};
 
@@ -330,7 +331,7 @@ impl Control {
                 Ok((stream, _)) => self.welcome(stream, now),
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
-                        log::warn!("control: cannot accept, trying again in a second: {error}");
+                        log_limited!(CONTROL_LOG, Warn, "control: cannot accept, trying again in a second: {error}");
                         self.accept_again = Some(now + ACCEPT_PAUSE);
                         return;
                     }
@@ -346,12 +347,12 @@ impl Control {
         let credentials = match Credentials::of(&stream) {
             Ok(credentials) => credentials,
             Err(error) => {
-                log::warn!("control: a client without credentials is refused: {error}");
+                log_limited!(CONTROL_LOG, Warn, "control: a client without credentials is refused: {error}");
                 return;
             }
         };
         if !self.allows(credentials) {
-            log::warn!("control: user {} (pid {}) is refused", credentials.uid, credentials.pid);
+            log_limited!(CONTROL_LOG, Warn, "control: user {} (pid {}) is refused", credentials.uid, credentials.pid);
             let error = protocol::Error::new(
                 "not-allowed",
                 format!(
@@ -366,7 +367,7 @@ impl Control {
         if let Some(most) = self.crowd(access)
             && !self.make_room(access, now)
         {
-            log::warn!("control: {most} clients are connected, another one is refused");
+            log_limited!(CONTROL_LOG, Warn, "control: {most} clients are connected, another one is refused");
             let desc = format!("{most} clients are connected, which is as many as this server keeps; try again");
             turn_away(&stream, protocol::Error::new("too-many-clients", desc));
             return;
@@ -378,7 +379,7 @@ impl Control {
                 peer.flush();
                 self.peers.push(peer);
             }
-            Err(error) => log::warn!("control: a connection cannot be served: {error}"),
+            Err(error) => log_limited!(CONTROL_LOG, Warn, "control: a connection cannot be served: {error}"),
         }
     }
 

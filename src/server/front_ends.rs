@@ -13,6 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::socket::FrontSocket;
 use super::{Served, ServerError, new_bell};
+use crate::base::rate_limit::{FRONT_END_LOG, LogLimit, log_limited};
 use crate::base::sync::Bell;
 use crate::virtio::device::hand_over::Steps;
 use crate::virtio::vhost_user::save_restore::SavedSession;
@@ -25,6 +26,7 @@ pub(super) struct FrontEnds {
     /// Rung by the front-end's thread at its end.
     left: Arc<Bell>,
     current: Option<FrontEnd>,
+    turned_away: LogLimit,
 }
 
 struct FrontEnd {
@@ -35,13 +37,16 @@ struct FrontEnd {
     thread: JoinHandle<()>,
     /// It hung up and is being drained.
     leaving: bool,
-    /// Somebody was turned away on its account, and the log says so.
-    told: bool,
 }
 
 impl FrontEnds {
     pub(super) fn new(served: Arc<dyn Served>) -> Result<Self, ServerError> {
-        Ok(FrontEnds { served, left: new_bell()?, current: None })
+        Ok(FrontEnds {
+            served,
+            left: new_bell()?,
+            current: None,
+            turned_away: LogLimit::of(10, Duration::from_secs(600)),
+        })
     }
 
     /// Adds what main must wait for.
@@ -83,7 +88,11 @@ impl FrontEnds {
                     | rustix::io::Errno::NOBUFS
                     | rustix::io::Errno::NOMEM,
                 ) => {
-                    log::error!("cannot accept a front-end yet: {error}; trying again (see RLIMIT_NOFILE)");
+                    log_limited!(
+                        FRONT_END_LOG,
+                        Error,
+                        "cannot accept a front-end yet: {error}; trying again (see RLIMIT_NOFILE)"
+                    );
                     thread::sleep(ACCEPT_RETRY_DELAY);
                 }
                 _ => return Err(ServerError::System("cannot accept front-ends any more", error)),
@@ -94,22 +103,25 @@ impl FrontEnds {
 
     fn admit(&mut self, connection: UnixStream) {
         let peer = peer(&connection);
-        if let Some(current) = &mut self.current {
-            let level = if current.told { log::Level::Debug } else { log::Level::Warn };
-            log::log!(
-                level,
+        if let Some(current) = &self.current {
+            log_limited!(
+                self.turned_away,
+                Warn,
                 "turned away a front-end ({peer}): another ({}) is connected, and a disk serves one at a time",
                 current.peer
             );
-            current.told = true;
             return;
         }
         match self.start(connection, &peer) {
             Ok(current) => {
-                log::info!("front-end connected ({peer})");
+                log_limited!(FRONT_END_LOG, Info, "front-end connected ({peer})");
                 self.current = Some(current);
             }
-            Err(error) => log::error!("turned away a front-end ({peer}): no thread or descriptor left for it: {error}"),
+            Err(error) => log_limited!(
+                FRONT_END_LOG,
+                Error,
+                "turned away a front-end ({peer}): no thread or descriptor left for it: {error}"
+            ),
         }
     }
 
@@ -135,12 +147,12 @@ impl FrontEnds {
         let (served, left, name) = (Arc::clone(&self.served), Arc::clone(&self.left), peer.to_string());
         let thread = thread::Builder::new().name("vhost-user".into()).spawn(move || {
             match serve(&*served) {
-                Ok(why) => log::info!("front-end gone ({name}): {why}"),
-                Err(error) => log::warn!("front-end dropped ({name}): {error}"),
+                Ok(why) => log_limited!(FRONT_END_LOG, Info, "front-end gone ({name}): {why}"),
+                Err(error) => log_limited!(FRONT_END_LOG, Warn, "front-end dropped ({name}): {error}"),
             }
             left.ring();
         })?;
-        Ok(FrontEnd { connection: watched, peer: peer.to_string(), thread, leaving: false, told: false })
+        Ok(FrontEnd { connection: watched, peer: peer.to_string(), thread, leaving: false })
     }
 
     /// Waits for the thread of a front-end that is gone.

@@ -15,6 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Served, ServerError, new_bell};
 use crate::base::logging;
+use crate::base::rate_limit::{COMMAND_LOG, log_limited};
 use crate::base::sync::Bell;
 use crate::control::CommandLine;
 use crate::upgrade::{Channel, Descriptors, FromNew, FromOld, GAVE_UP, Hello, Starter, State};
@@ -286,7 +287,7 @@ const TAKE_OVER: &str = "--take-over";
 
 /// Main, when it is over and nothing came of it.
 pub(super) fn stayed(requests: &Requests, why: &str) {
-    log::error!("the upgrade failed, and this daemon serves on: {why}");
+    log_limited!(COMMAND_LOG, Error, "the upgrade failed, and this daemon serves on: {why}");
     requests.leaving.store(false, Ordering::Release);
     requests.under_way.store(false, Ordering::Release);
 }

@@ -20,6 +20,7 @@ use super::hooks;
 use super::plan::{self, Level};
 use super::receipt::Receipt;
 use super::wait::{Wake, wait};
+use crate::base::rate_limit::LogLimit;
 use crate::base::signals::Signals;
 use crate::base::systemd;
 use crate::control::client::{Client, Failure, Message, REPLY_TIMEOUT};
@@ -190,10 +191,7 @@ impl Attendant<'_> {
                 continue;
             }
             if self.round.is_none() && self.ending.is_none() && self.register(at, RECONNECT_TIMEOUT).is_ok() {
-                crate::base::logging::say(format_args!(
-                    "'{}' is back and attended again",
-                    self.disks[at].control.display()
-                ));
+                say_limited(format_args!("'{}' is back and attended again", self.disks[at].control.display()));
             }
             self.disks[at].retry = Instant::now() + RECONNECT_INTERVAL;
         }
@@ -290,12 +288,12 @@ impl Attendant<'_> {
         disk.asked.clear();
         disk.retry = Instant::now();
         if self.ending.is_none() {
-            crate::base::logging::say(format_args!("{lost}; looking for it every second"));
+            say_limited(format_args!("{lost}; looking for it every second"));
         }
     }
 
     fn complain(&self, at: usize, failure: &Failure) {
-        crate::base::logging::say(format_args!("'{}': {failure}", self.disks[at].control.display()));
+        say_limited(format_args!("'{}': {failure}", self.disks[at].control.display()));
     }
 
     fn thaw_if_over(&mut self) {
@@ -313,7 +311,7 @@ impl Attendant<'_> {
                 freezer.level = Level::Crash;
             }
             let seconds = since.elapsed().as_secs_f64();
-            crate::base::logging::say(format_args!("thawed after {seconds:.1} s, level {}", freezer.level.name()));
+            say_limited(format_args!("thawed after {seconds:.1} s, level {}", freezer.level.name()));
         }
         self.thawed = match freezer.is_undone() {
             true => Ok(()),
@@ -345,5 +343,13 @@ impl Attendant<'_> {
             crate::base::logging::say(format_args!("ending when the snapshot under way is over"));
         }
         Ok(())
+    }
+}
+
+/// Says a line that daemons, the agent or other users of the image can cause any number of times.
+fn say_limited(line: std::fmt::Arguments<'_>) {
+    static LINES: LogLimit = LogLimit::new();
+    if let Some(line) = LINES.admit(line, Instant::now()) {
+        crate::base::logging::say(format_args!("{line}"));
     }
 }

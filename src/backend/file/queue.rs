@@ -19,6 +19,7 @@ use super::range_locks::Ticket;
 use super::range_op::{RangeOp, Step};
 use crate::backend::bounce_pool::Pool;
 use crate::backend::preadv;
+use crate::base::rate_limit::{STORAGE_LOG, log_limited};
 
 const KICK: u32 = 0;
 const WAKE: u32 = 1;
@@ -254,7 +255,12 @@ impl FileQueue {
         if self.helper.is_none() {
             match Helper::start(Arc::clone(&self.file), Arc::clone(&self.mailbox)) {
                 Ok(helper) => self.helper = Some(helper),
-                Err(error) => log::error!("{}: no thread for {what}: {error}; raise the limit", self.shared.name),
+                Err(error) => log_limited!(
+                    STORAGE_LOG,
+                    Error,
+                    "{}: no thread for {what}: {error}; raise the limit",
+                    self.shared.name
+                ),
             }
         }
         self.helper.is_some()

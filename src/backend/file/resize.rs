@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use rustix::fs::{SeekFrom, fstat, ftruncate, seek};
 
 use super::Shared;
+use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 
 /// [`crate::backend::Backend::resize`] of a file.
 pub(super) fn resize(shared: &Shared, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
@@ -59,7 +60,7 @@ pub(super) fn resize(shared: &Shared, grow_to: Option<u64>, shrink: bool) -> io:
 pub(super) fn notice_growth(shared: &Shared) {
     match resize(shared, None, false) {
         Ok(_) => {}
-        Err(error) => log::warn!("{error}"),
+        Err(error) => log_limited!(IMAGE_LOG, Warn, "{error}"),
     }
 }
 

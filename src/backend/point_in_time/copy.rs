@@ -16,6 +16,7 @@ use super::scratch_thread::Answer;
 use super::{Mutant, Shared};
 use crate::backend::IoBuf;
 use crate::backend::mailbox::Mailbox;
+use crate::base::rate_limit::{COPY_LOG, log_limited};
 use crate::disk::{CopyOptions, CopyStatus, Event};
 
 /// Bytes of a cluster at least, and how many clusters an image has at most: a copy's bitmap takes 64 MiB at most.
@@ -355,7 +356,9 @@ impl Copy {
         }
         state.warn_at = waited * 2;
         drop(state);
-        log::warn!(
+        log_limited!(
+            COPY_LOG,
+            Warn,
             "{} to {}: the guest has been slowed for {:.0} s of {:.0} s by the copy, its writes waited for old data to be \
              saved; use a faster target, give old data a faster disk to go to first (--scratch, --scratch-size), or leave \
              more of the target to the guest's writes (virtioblkctl copies limit)",
@@ -370,7 +373,7 @@ impl Copy {
     pub(super) fn fail(&self, why: String) {
         let line = format!("{} to {} failed: {why}", self.name, self.target.path.display());
         if self.end(Phase::Failed, Some(why)) {
-            log::error!("{line}");
+            log_limited!(COPY_LOG, Error, "{line}");
         }
     }
 
@@ -389,7 +392,7 @@ impl Copy {
             self.target.remove();
         }
         let status = self.status();
-        log::info!("{} to {}: {}", self.name, status.target, status.state);
+        log_limited!(COPY_LOG, Info, "{} to {}: {}", self.name, status.target, status.state);
         self.shared.ended(self, status.clone());
         self.shared.events.send(Event::CopyEnded(status));
     }

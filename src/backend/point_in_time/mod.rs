@@ -37,6 +37,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::layer::Layer;
 use super::{Backend, IoQueue};
+use crate::base::rate_limit::{COPY_LOG, log_limited};
 use crate::base::sync::reused;
 use crate::disk::{Copies, CopyError, CopyOptions, CopyStatus, Events};
 use copy::{Copy, Phase};
@@ -390,7 +391,7 @@ impl Copies for PointInTime {
         if !copy.begin(in_flight) {
             return Err(busy("a write is in flight: the disk is not held still. Quiesce it first"));
         }
-        log::info!("{} to {} started", copy.name, copy.target.path.display());
+        log_limited!(COPY_LOG, Info, "{} to {} started", copy.name, copy.target.path.display());
         Ok(())
     }
 

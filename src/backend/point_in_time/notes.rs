@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, Sender};
 
 use super::copy::{Copy, Phase};
 use super::target_thread::Note;
+use crate::base::rate_limit::{COPY_LOG, log_limited};
 
 /// Runs until the copy is over. It waits for the target's thread only as long as the copy runs: the copy's end sends a
 /// note too.
@@ -29,7 +30,7 @@ pub(super) fn run(copy: &Arc<Copy>, notes: &Receiver<Note>, publish: &Sender<()>
             }
             Ok(Note::Published(left)) => {
                 if let Some(left) = left {
-                    log::warn!("{left}");
+                    log_limited!(COPY_LOG, Warn, "{left}");
                 }
                 copy.end(Phase::Completed, None);
             }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::target_thread::{self, Ends, Job, Note, Order};
 use super::{TARGET_TIMEOUT, Tuning};
+use crate::base::rate_limit::{COPY_LOG, log_limited};
 use crate::disk::{CopyError, CopyOptions};
 
 /// Counts the threads that touch a target. It holds no descriptor, so they may own a part of it.
@@ -135,10 +136,15 @@ impl TargetOrder {
         let _ = remove.send(());
         let partial = super::target::partial_path(&self.path);
         match removed.recv_timeout(TARGET_TIMEOUT) {
-            Ok(why) => log::warn!("{why}"),
+            Ok(why) => log_limited!(COPY_LOG, Warn, "{why}"),
             Err(RecvTimeoutError::Disconnected) => {}
             Err(RecvTimeoutError::Timeout) => {
-                log::warn!("{}: its filesystem does not answer; it is removed when it does", partial.display());
+                log_limited!(
+                    COPY_LOG,
+                    Warn,
+                    "{}: its filesystem does not answer; it is removed when it does",
+                    partial.display()
+                );
             }
         }
     }
@@ -164,7 +170,9 @@ impl TargetOrder {
 }
 
 fn warn_shared_table(error: &io::Error) {
-    log::warn!(
+    log_limited!(
+        COPY_LOG,
+        Warn,
         "the thread that writes the copy shares the daemon's descriptors (close_range: {error}): if the daemon is killed \
          while the target hangs, the front-end and the image's locks wait for the target"
     );

@@ -15,6 +15,7 @@ use super::order::Liveness;
 use super::scratch_thread::{self, Answer, Command};
 use super::target_thread::Job;
 use crate::backend::IoBuf;
+use crate::base::rate_limit::{COPY_LOG, log_limited};
 
 /// Threads of scratch files at most: if more would wait for their filesystem, it hangs.
 const MAX_THREADS: usize = 2;
@@ -131,7 +132,7 @@ impl Scratches {
         } else {
             Err(format!("earlier copies still wait for --scratch '{}'; repair its filesystem", directory.display()))
         };
-        let unused = |why| log::warn!("{}: {why}. The copy makes do without it", copy.name);
+        let unused = |why| log_limited!(COPY_LOG, Warn, "{}: {why}. The copy makes do without it", copy.name);
         started.map(|commands| Scratch::new(*size, commands)).map_err(unused).ok()
     }
 }
@@ -218,7 +219,7 @@ impl Scratch {
 
     fn warn(&mut self, why: &str) {
         if !std::mem::replace(&mut self.warned, true) {
-            log::warn!("{why}: the copy goes on, and a slow target slows the guest's writes");
+            log_limited!(COPY_LOG, Warn, "{why}: the copy goes on, and a slow target slows the guest's writes");
         }
     }
 

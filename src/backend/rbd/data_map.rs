@@ -14,6 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{Errno, Shared};
+use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 
 /// How long a caller waits for a listing.
 const MAX_WAIT: Duration = Duration::from_secs(1);
@@ -156,7 +157,7 @@ impl DataMap {
                 result
             }
             Err(error) => {
-                log::warn!("{}: no thread to list its holes: {error}; they are read", shared.name);
+                log_limited!(IMAGE_LOG, Warn, "{}: no thread to list its holes: {error}; they are read", shared.name);
                 self.late.store(false, Ordering::Release);
                 None
             }
@@ -167,7 +168,12 @@ impl DataMap {
                 shared.heed(Err(errno));
                 if !std::mem::replace(&mut scans.failed, true) {
                     let name = &shared.name;
-                    log::warn!("{name}: its holes cannot be listed ({}): they are read", super::io_error(errno));
+                    log_limited!(
+                        IMAGE_LOG,
+                        Warn,
+                        "{name}: its holes cannot be listed ({}): they are read",
+                        super::io_error(errno)
+                    );
                 }
                 Some(Some((start, end))).filter(|_| errno != Errno(libc::ESHUTDOWN))
             }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::attempt::{Attempt, Progress};
 use super::takeover::StateFile;
 use super::{Errno, RbdLock, Shared, queue};
+use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 
 /// Whether we use the lock, and have it.
 pub(super) struct Lock {
@@ -146,7 +147,9 @@ impl Lock {
         }
         if let Err(errno) = shared.sync() {
             // With the lock gone another client would read what is stale, and nobody would know.
-            log::error!(
+            log_limited!(
+                IMAGE_LOG,
+                Error,
                 "{}: what the guest wrote could not be flushed ({}){}",
                 shared.name,
                 super::io_error(errno),
@@ -164,7 +167,13 @@ impl Lock {
                 }
                 Err(errno) => {
                     shared.heed(Err(errno));
-                    log::error!("{}: the lock cannot be released: {}", shared.name, super::io_error(errno));
+                    log_limited!(
+                        IMAGE_LOG,
+                        Error,
+                        "{}: the lock cannot be released: {}",
+                        shared.name,
+                        super::io_error(errno)
+                    );
                 }
             }
         }
@@ -179,8 +188,15 @@ impl Lock {
             _ => return,
         }
         match shared.image.break_lock(&dead) {
-            Ok(()) => log::info!("{}: took the lock of {dead}, a virtioblkd of this host that died", shared.name),
-            Err(errno) => log::warn!(
+            Ok(()) => log_limited!(
+                IMAGE_LOG,
+                Info,
+                "{}: took the lock of {dead}, a virtioblkd of this host that died",
+                shared.name
+            ),
+            Err(errno) => log_limited!(
+                IMAGE_LOG,
+                Warn,
                 "{}: the lock of {dead}, a virtioblkd of this host that died, cannot be broken ({}): waiting for it",
                 shared.name,
                 super::io_error(errno)
@@ -193,7 +209,9 @@ impl Lock {
         let Some(file) = &self.file else { return };
         match shared.image.lock_owner() {
             Ok(owner) => file.write(owner.as_deref()),
-            Err(errno) => log::warn!(
+            Err(errno) => log_limited!(
+                IMAGE_LOG,
+                Warn,
                 "{}: the lock's owner cannot be read ({}): a restart after a crash will wait for the lock",
                 shared.name,
                 super::io_error(errno)
@@ -224,7 +242,7 @@ fn take(shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
     match progress {
         Progress::Ended(Ok(())) => {
             if let Some(owner) = state.waits_for.take() {
-                log::info!("{}: has the lock now, after {owner}", shared.name);
+                log_limited!(IMAGE_LOG, Info, "{}: has the lock now, after {owner}", shared.name);
             }
             Ok(())
         }
@@ -249,7 +267,9 @@ fn take(shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
 fn say_whom_we_wait_for(shared: &Shared, state: &mut State) {
     let Ok(Some(owner)) = shared.image.lock_owner() else { return };
     if state.attempt.is_none() && state.waits_for.as_ref() != Some(&owner) {
-        log::info!(
+        log_limited!(
+            IMAGE_LOG,
+            Info,
             "{}: the lock is {owner}'s: waiting for it. If that client was killed, the cluster waits half a minute \
              before it gives its lock away; with --rbd-state-file a restart need not",
             shared.name

@@ -9,6 +9,7 @@ use super::super::{Completion, Errno, IoQueue, Op, OpId, Source, Wakeups};
 use super::Shared;
 use super::aio::{self, Inbox};
 use crate::backend::eventfd_poll::{Watches, deadline};
+use crate::base::rate_limit::{STORAGE_LOG, log_limited};
 
 /// How long a queue that is dropped waits before it says for what.
 const SILENT_WAIT: Duration = Duration::from_secs(5);
@@ -145,14 +146,21 @@ impl Drop for RbdQueue {
         while self.in_flight > 0 {
             if !said && start.elapsed() > SILENT_WAIT {
                 said = true;
-                log::warn!(
+                log_limited!(
+                    STORAGE_LOG,
+                    Warn,
                     "{}: waiting for {} operations that the cluster still has",
                     self.shared.name,
                     self.in_flight
                 );
             }
             if let Err(error) = self.wait(Some(SILENT_WAIT)) {
-                log::error!("{}: cannot wait for the cluster ({error}): trying again", self.shared.name);
+                log_limited!(
+                    STORAGE_LOG,
+                    Error,
+                    "{}: cannot wait for the cluster ({error}): trying again",
+                    self.shared.name
+                );
                 std::thread::sleep(Duration::from_millis(100));
             }
             self.reap(&mut finished);

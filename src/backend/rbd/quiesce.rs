@@ -13,6 +13,7 @@ use super::super::{Errno, Notices, QuiesceAsk};
 use super::Shared;
 use super::callbacks::Watch;
 use super::news::KeeperEvent;
+use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 use crate::disk::RbdQuiesceStatus;
 
 /// Whoever listens has a deadline too; ours comes after it, and before librbd's 50 s.
@@ -79,7 +80,9 @@ impl Quiesces {
                 state.watch = Some(Arc::new(watch));
                 self.history().status.watching = true;
             }
-            Err(errno) => log::warn!(
+            Err(errno) => log_limited!(
+                IMAGE_LOG,
+                Warn,
                 "{}: no quiesce watch ({}): snapshots taken by others do not wait for this disk to be held still",
                 self.shared.name,
                 super::io_error(errno)
@@ -101,7 +104,13 @@ impl Quiesces {
         drop(state);
         // A callback that comes now is answered by `ask`.
         if let Err(errno) = watch.stop() {
-            log::warn!("{}: the quiesce watch cannot be removed: {}", self.shared.name, super::io_error(errno));
+            log_limited!(
+                IMAGE_LOG,
+                Warn,
+                "{}: the quiesce watch cannot be removed: {}",
+                self.shared.name,
+                super::io_error(errno)
+            );
         }
         let mut state = self.lock();
         (state.watch, state.notices) = (None, None);
@@ -154,7 +163,9 @@ impl Quiesces {
         let held = history.held_since.take().map(|since| since.elapsed());
         if let Some(held) = held.filter(|held| *held >= RELEASE_TIMEOUT) {
             history.status.expired += 1;
-            log::warn!(
+            log_limited!(
+                IMAGE_LOG,
+                Warn,
                 "{}: librbd let the disk go {:.1} s after it was held still, before the snapshot was taken or while it \
                  was: a group snapshot may not be of one instant. Another disk of the group took too long",
                 self.shared.name,
@@ -184,7 +195,9 @@ impl Quiesces {
         drop(state);
         if late > 0 {
             self.history().status.refused += late as u64;
-            log::warn!(
+            log_limited!(
+                IMAGE_LOG,
+                Warn,
                 "{}: a snapshot was refused: the disk was not held still within {} s",
                 self.shared.name,
                 (self.timeout - CONSENT_MARGIN).as_secs()

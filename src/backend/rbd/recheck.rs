@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::lock::{Lock, State};
 use super::{Errno, Shared, image_health};
+use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 
 /// How often the lock is asked for, or looked after, until it is ours again.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
@@ -28,7 +29,7 @@ impl Lock {
         let again = Some(Instant::now() + CHECK_INTERVAL);
         if let Err(errno) = self.look_at_feature(shared, &mut state) {
             shared.heed(Err(errno));
-            log::warn!("{}: its features cannot be read: {}", shared.name, super::io_error(errno));
+            log_limited!(IMAGE_LOG, Warn, "{}: its features cannot be read: {}", shared.name, super::io_error(errno));
             return again;
         }
         if !self.feature.load(Ordering::Acquire) || !state.active {
@@ -39,7 +40,13 @@ impl Lock {
             Ok(_) => self.take_again(shared, &mut state).then_some(again).flatten(),
             Err(errno) => {
                 shared.heed(Err(errno));
-                log::warn!("{}: whether the lock is held cannot be read: {}", shared.name, super::io_error(errno));
+                log_limited!(
+                    IMAGE_LOG,
+                    Warn,
+                    "{}: whether the lock is held cannot be read: {}",
+                    shared.name,
+                    super::io_error(errno)
+                );
                 again
             }
         }
@@ -56,7 +63,7 @@ impl Lock {
             return Ok(());
         }
         if has {
-            log::info!("{}: it has the feature exclusive-lock again", shared.name);
+            log_limited!(IMAGE_LOG, Info, "{}: it has the feature exclusive-lock again", shared.name);
             if !state.active {
                 // The lock is taken before the image is used.
                 shared.trouble.locked_again(&shared.news);
@@ -66,7 +73,9 @@ impl Lock {
             if self.required {
                 shared.trouble.unlockable(&shared.name, &shared.news);
             } else {
-                log::warn!(
+                log_limited!(
+                    IMAGE_LOG,
+                    Warn,
                     "{}: its feature exclusive-lock was disabled, so nothing keeps two hosts from writing it at once; \
                      the guest goes on. Enable it again (rbd feature enable), or use --rbd-lock exclusive to stop writes \
                      then",
@@ -89,7 +98,9 @@ impl Lock {
                 state.lost_to_another += 1;
                 shared.trouble.locked_out(&shared.name, &shared.news);
                 if state.lost_to_another == MAX_FOREIGN_CHECKS {
-                    log::error!(
+                    log_limited!(
+                        IMAGE_LOG,
+                        Error,
                         "{}: {owner} has the lock and may have written: this disk's writes fail until its guest is reset \
                          or started again",
                         shared.name
@@ -99,12 +110,12 @@ impl Lock {
             }
             Ok(_) => match self.acquire(shared, state) {
                 Ok(()) => {
-                    log::info!("{}: took the exclusive lock again", shared.name);
+                    log_limited!(IMAGE_LOG, Info, "{}: took the exclusive lock again", shared.name);
                     image_health::tell(&shared.news);
                     false
                 }
                 Err(error) => {
-                    log::warn!("{error}");
+                    log_limited!(IMAGE_LOG, Warn, "{error}");
                     true
                 }
             },

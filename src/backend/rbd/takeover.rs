@@ -5,6 +5,7 @@
 //! number of that one connection); the cluster still names the same; and the file's lock (flock(2)), which the owner
 //! held until it died, is ours now. The cluster shuts the dead owner out before anything else happens.
 
+use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -57,7 +58,12 @@ impl StateFile {
     /// Lets a process have it that takes over from this one.
     pub(super) fn unlock(&self) {
         if let Err(errno) = flock(&self.file, FlockOperation::Unlock) {
-            log::warn!("--rbd-state-file {}: {errno}: no other process can have it", self.path.display());
+            log_limited!(
+                IMAGE_LOG,
+                Warn,
+                "--rbd-state-file {}: {errno}: no other process can have it",
+                self.path.display()
+            );
         }
     }
 
@@ -66,7 +72,7 @@ impl StateFile {
         let mut text = String::new();
         let read = (&self.file).rewind().and_then(|()| (&self.file).take(MAX_FILE_BYTES).read_to_string(&mut text));
         if let Err(error) = read {
-            log::warn!("{}: {error}: a dead owner of the lock is waited for", self.path.display());
+            log_limited!(IMAGE_LOG, Warn, "{}: {error}: a dead owner of the lock is waited for", self.path.display());
             return None;
         }
         let (image, owner) = text.strip_suffix('\n')?.split_once('\n')?;
@@ -81,7 +87,12 @@ impl StateFile {
             (&self.file).write_all(text.as_bytes())
         });
         if let Err(error) = written {
-            log::warn!("{}: {error}: a restart after a crash will wait for the lock", self.path.display());
+            log_limited!(
+                IMAGE_LOG,
+                Warn,
+                "{}: {error}: a restart after a crash will wait for the lock",
+                self.path.display()
+            );
         }
     }
 }

@@ -2,6 +2,7 @@
 //! lock, and watch the time.
 
 use crate::backend::rbd::news::KeeperEvent;
+use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
@@ -41,7 +42,11 @@ impl WatchThread {
         match thread::Builder::new().name("rbd-keeper".into()).spawn(body) {
             Ok(thread) => self.running = Some(Running { thread, updates }),
             Err(error) => {
-                log::error!("no thread for the RBD image's news: {error}; resizes and a lost lock are not seen")
+                log_limited!(
+                    IMAGE_LOG,
+                    Error,
+                    "no thread for the RBD image's news: {error}; resizes and a lost lock are not seen"
+                )
             }
         }
     }
@@ -55,7 +60,13 @@ impl WatchThread {
         if let Some(watch) = updates
             && let Err(errno) = watch.stop()
         {
-            log::warn!("{}: the update watch cannot be removed: {}", shared.name, super::io_error(errno));
+            log_limited!(
+                IMAGE_LOG,
+                Warn,
+                "{}: the update watch cannot be removed: {}",
+                shared.name,
+                super::io_error(errno)
+            );
         }
         // It hears this: it holds the receiver.
         let _ = shared.news.send(KeeperEvent::Stop);
@@ -74,7 +85,9 @@ fn watch_updates(shared: &Arc<Shared>) -> Option<Watch> {
     match Watch::updates(Arc::clone(shared), changed) {
         Ok(watch) => Some(watch),
         Err(errno) => {
-            log::warn!(
+            log_limited!(
+                IMAGE_LOG,
+                Warn,
                 "{}: no update watch ({}): resizes and disabled features are not seen",
                 shared.name,
                 super::io_error(errno)
@@ -124,7 +137,7 @@ fn look_at_size(shared: &Shared, notices: &dyn Notices) {
         }
         Err(errno) => {
             shared.heed(Err(errno));
-            log::warn!("{}: its size cannot be read: {}", shared.name, super::io_error(errno));
+            log_limited!(IMAGE_LOG, Warn, "{}: its size cannot be read: {}", shared.name, super::io_error(errno));
             // Not at once again: the next change of the header asks anew.
             thread::sleep(Duration::from_millis(10));
         }

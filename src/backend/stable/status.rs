@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use crate::base::rate_limit::Throttle;
+use crate::base::rate_limit::RateLimiter;
 use crate::disk::{ChangedWrite, Event, Events, StableWritesStatus};
 
 /// Changes shown in the status.
@@ -42,19 +42,25 @@ pub(super) struct Tallies {
     state: Mutex<State>,
 }
 
-#[derive(Default)]
 struct State {
     open: Vec<Arc<Tally>>,
     /// Of queues that are gone, and the last changes.
     gone: StableWritesStatus,
     recent: VecDeque<ChangedWrite>,
-    throttle: Throttle,
+    /// Limits the events.
+    events: RateLimiter,
 }
 
 impl Tallies {
     /// Changes are told to `events`.
     pub(super) fn new(events: Arc<Events>) -> Arc<Self> {
-        Arc::new(Tallies { events, state: Mutex::default() })
+        let state = State {
+            open: Vec::new(),
+            gone: StableWritesStatus::default(),
+            recent: VecDeque::new(),
+            events: RateLimiter::for_events(),
+        };
+        Arc::new(Tallies { events, state: Mutex::new(state) })
     }
 
     /// For a new queue.
@@ -82,7 +88,7 @@ impl Tallies {
                 state.recent.pop_front();
             }
             state.recent.push_back(ChangedWrite { offset, length: len, when });
-            (is_first, state.throttle.admit(Instant::now()))
+            (is_first, state.events.admit(Instant::now()))
         };
         if is_first {
             log::warn!(

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::replies;
+use crate::base::rate_limit::{COMMAND_LOG, log_limited};
 use crate::control::protocol::Error;
 use crate::control::quiesce::{PeerId, Who};
 
@@ -105,7 +106,9 @@ impl Attendance {
         self.owed.retain(|(owed, _)| *owed != peer);
         let attendant = self.attendant.take_if(|attendant| attendant.peer == peer)?;
         if attendant.required {
-            log::warn!(
+            log_limited!(
+                COMMAND_LOG,
+                Warn,
                 "the attendant {} is lost: until one is back, snapshots of the image by others are refused (start \
                  'virtioblkctl attend' again; ending it in order lifts this)",
                 replies::shown(&attendant.who)

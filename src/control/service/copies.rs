@@ -1,6 +1,7 @@
 //! The commands for point-in-time copies: their arguments, who asked for which copy, and what becomes of it when that
 //! connection ends. The copies themselves are made behind [`crate::disk::Copies`].
 
+use crate::base::rate_limit::{COPY_LOG, log_limited};
 use crate::control::protocol::CopyCommand;
 use std::collections::HashMap;
 
@@ -63,7 +64,7 @@ impl CopyOwners {
                 return true;
             }
             if !detached || is_prepared(copies, copy) {
-                log::info!("{copy} is cancelled: the connection that asked for it ended");
+                log_limited!(COPY_LOG, Info, "{copy} is cancelled: the connection that asked for it ended");
                 // It may have ended meanwhile: its event tells everybody how.
                 if let Err(error) = copies.cancel(copy) {
                     log::debug!("{copy}: {}", error.message);

@@ -11,7 +11,7 @@ use crate::disk::{Event, FailedRequest};
 impl Service {
     /// What the disk had to say since the last call.
     pub(in crate::control) fn disk_events(&mut self, (events, dropped): (Vec<Event>, u64), now: Instant) {
-        self.throttle.suppressed += dropped;
+        self.error_events.add_suppressed(dropped);
         for event in events {
             match event {
                 Event::HoldSettled { epoch, result } => {
@@ -26,7 +26,7 @@ impl Service {
                 Event::Disconnected(reason) => self.event("FRONTEND_DISCONNECTED", json!({"reason": reason})),
                 Event::IoError { operation, ring, offset, len, errno } => {
                     let data = failed_request(&FailedRequest { operation, ring, offset, len, errno });
-                    let admitted = self.throttle.admit(now);
+                    let admitted = self.error_events.admit(now);
                     self.error_event("IO_ERROR", data, admitted);
                 }
                 Event::IoStopped(failed) => {
@@ -41,7 +41,7 @@ impl Service {
                 Event::IoResumed { ring } => self.event("IO_RESUMED", json!({ "ring": ring })),
                 Event::SyncError(errno) => {
                     let data = json!({"errno": errno.0, "message": replies::errno(errno)});
-                    let admitted = self.throttle.admit(now);
+                    let admitted = self.error_events.admit(now);
                     self.error_event("SYNC_ERROR", data, admitted);
                 }
                 Event::CopyEnded(copy) => {
@@ -54,14 +54,14 @@ impl Service {
                 }
                 Event::ImageState(state) => self.event("IMAGE_STATE", json!(state)),
                 Event::ProtocolError(what) => {
-                    let admitted = self.guests_throttle.admit(now);
+                    let admitted = self.guest_error_events.admit(now);
                     self.error_event("PROTOCOL_ERROR", json!({"message": what}), admitted);
                 }
             }
         }
     }
 
-    /// `admitted`: what the event's throttle said.
+    /// `admitted`: what the event's limiter said.
     fn error_event(&mut self, name: &str, mut data: Value, admitted: Option<u64>) {
         if let Some(suppressed) = admitted {
             data["suppressed"] = json!(suppressed);

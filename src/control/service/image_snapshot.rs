@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use super::Service;
 use super::replies;
 use super::snapshot_jobs::Job;
+use crate::base::rate_limit::{COMMAND_LOG, log_limited};
 use crate::control::image_notices::Note;
 use crate::control::protocol::Error;
 use crate::control::protocol::ImageSnapshotCommand;
@@ -78,14 +79,25 @@ impl Service {
             Some(Job::Create { name, token, peer, request }) => self.created(name, &token, peer, request, result),
             Some(Job::Remove { name, request }) => {
                 match &result {
-                    Ok(full) => log::info!("the snapshot {full} is removed: it was not wanted after all"),
-                    Err(error) => log::error!("'{name}' is no snapshot to rely on, and stays: {}", error.desc),
+                    Ok(full) => {
+                        log_limited!(COMMAND_LOG, Info, "the snapshot {full} is removed: it was not wanted after all")
+                    }
+                    Err(error) => log_limited!(
+                        COMMAND_LOG,
+                        Error,
+                        "'{name}' is no snapshot to rely on, and stays: {}",
+                        error.desc
+                    ),
                 }
                 if let Some(request) = request {
                     self.reply_later(request, result.map(|_| json!({})));
                 }
             }
-            None => log::error!("a snapshot was made that nobody asked for; please report this as a defect"),
+            None => log_limited!(
+                COMMAND_LOG,
+                Error,
+                "a snapshot was made that nobody asked for; please report this as a defect"
+            ),
         }
     }
 
@@ -93,7 +105,7 @@ impl Service {
         let result = result.and_then(|full| {
             // Held until now, or it may be of no instant; and somebody must still want it.
             if self.is_held(token) && self.asked.contains_key(&request) {
-                log::info!("made the snapshot {full}");
+                log_limited!(COMMAND_LOG, Info, "made the snapshot {full}");
                 self.jobs.made(name, peer);
                 return Ok(json!({"snapshot": full}));
             }
@@ -106,7 +118,11 @@ impl Service {
     /// The daemon ends.
     pub(super) fn tell_left_snapshots(&self) {
         for name in self.jobs.left() {
-            log::warn!("the snapshot '{name}' was made for somebody who did not keep it, and stays: remove it");
+            log_limited!(
+                COMMAND_LOG,
+                Warn,
+                "the snapshot '{name}' was made for somebody who did not keep it, and stays: remove it"
+            );
         }
     }
 

@@ -30,7 +30,7 @@ use attendance::Attendance;
 use copies::CopyOwners;
 use snapshot_jobs::Jobs;
 
-use crate::base::rate_limit::Throttle;
+use crate::base::rate_limit::{COMMAND_LOG, RateLimiter, log_limited};
 use crate::disk::{Disk, HoldFigures, ImageStatus};
 use store_quiesce::ForeignSnapshot;
 
@@ -103,10 +103,10 @@ pub(super) struct Service {
     asked: HashMap<RequestId, (PeerId, Option<Value>)>,
     next_request: RequestId,
     tokens: RandomState,
-    /// Of the disk's own errors.
-    throttle: Throttle,
-    /// Of those that a guest or a front-end provokes: they cannot crowd out the disk's own.
-    guests_throttle: Throttle,
+    /// Limits the events of the disk's own errors.
+    error_events: RateLimiter,
+    /// Limits the events of errors that a guest or a front-end causes: they cannot crowd out the disk's own.
+    guest_error_events: RateLimiter,
     upgrade: Option<Upgrade>,
     /// The connection that asked for the hand-over, until it has its answer.
     hands_over_to: Option<PeerId>,
@@ -143,8 +143,8 @@ impl Service {
             asked: HashMap::new(),
             next_request: 0,
             tokens: RandomState::new(),
-            throttle: Throttle::default(),
-            guests_throttle: Throttle::default(),
+            error_events: RateLimiter::for_events(),
+            guest_error_events: RateLimiter::for_events(),
             upgrade,
             hands_over_to: None,
             took_over: Value::Null,
@@ -313,7 +313,7 @@ impl Service {
             }
             Command::Continue => {
                 let retried = self.disk.continue_io();
-                log::info!("continue: {retried} failed requests are tried again");
+                log_limited!(COMMAND_LOG, Info, "continue: {retried} failed requests are tried again");
                 Ok(json!({ "retried": retried }))
             }
             Command::Resize { size, force } => match self.disk.resize(size, force) {
@@ -397,7 +397,7 @@ impl Service {
             "bytes-synced": figures.bytes_synced,
             "holders": holders,
         });
-        log::info!("quiesced for {}, {holders} holder(s): {figures}", replies::shown(&hold.who));
+        log_limited!(COMMAND_LOG, Info, "quiesced for {}, {holders} holder(s): {figures}", replies::shown(&hold.who));
         let mut told = replies::named(hold);
         told["detached"] = json!(hold.detached);
         let lease = hold.until.saturating_duration_since(hold.since).as_millis() as u64;
@@ -418,7 +418,7 @@ impl Service {
 
     fn refused(&mut self, request: RequestId, who: &Who, why: Refusal) {
         let error = replies::refused(why);
-        log::warn!("quiesce for {} failed: {}", replies::shown(who), error.desc);
+        log_limited!(COMMAND_LOG, Warn, "quiesce for {} failed: {}", replies::shown(who), error.desc);
         let mut told = replies::who(who);
         told["code"] = json!(error.code);
         self.event("QUIESCE_FAILED", told);
@@ -431,10 +431,20 @@ impl Service {
         let word = replies::reason(reason);
         let told = replies::shown(&hold.who);
         if reason == Reason::LeaseExpired {
-            log::warn!("the lease of {told} ran out after {} ms, {holders} holder(s) left", held.as_millis());
+            log_limited!(
+                COMMAND_LOG,
+                Warn,
+                "the lease of {told} ran out after {} ms, {holders} holder(s) left",
+                held.as_millis()
+            );
             self.event("LEASE_EXPIRED", replies::named(hold));
         } else {
-            log::info!("{told} held for {} ms, ended by {word}, {holders} holder(s) left", held.as_millis());
+            log_limited!(
+                COMMAND_LOG,
+                Info,
+                "{told} held for {} ms, ended by {word}, {holders} holder(s) left",
+                held.as_millis()
+            );
         }
         let mut data = replies::named(hold);
         data["reason"] = json!(word);

@@ -11,6 +11,7 @@ use super::attendance::{First, Outcome, Prepare};
 use super::replies;
 use super::{Recipient, Service};
 use crate::backend::QuiesceAsk;
+use crate::base::rate_limit::{COMMAND_LOG, IMAGE_LOG, log_limited};
 use crate::control::creds::Credentials;
 use crate::control::image_notices::{Note, Notes};
 use crate::control::protocol::AttendCommand;
@@ -70,12 +71,20 @@ impl Service {
 
     fn store_asks(&mut self, ask: QuiesceAsk, came: Instant, now: Instant) {
         if self.is_upgrading() {
-            log::warn!("{WHO}: refused, because another process takes the disk over: take the snapshot again");
+            log_limited!(
+                IMAGE_LOG,
+                Warn,
+                "{WHO}: refused, because another process takes the disk over: take the snapshot again"
+            );
             ask.answer(Err(Errno(libc::EBUSY)));
             return;
         }
         if self.foreign_snapshot.is_some() {
-            log::warn!("{WHO}: refused, because an earlier one is not over: take one snapshot after the other");
+            log_limited!(
+                IMAGE_LOG,
+                Warn,
+                "{WHO}: refused, because an earlier one is not over: take one snapshot after the other"
+            );
             ask.answer(Err(Errno(libc::EBUSY)));
             return;
         }
@@ -123,14 +132,20 @@ impl Service {
         let outcome = match command {
             AttendCommand::Attend { required, timeout, who } => {
                 let who = Who { text: who, client: Some(from) };
-                log::info!("{} attends{}", replies::shown(&who), if required { ", and is required" } else { "" });
+                log_limited!(
+                    COMMAND_LOG,
+                    Info,
+                    "{} attends{}",
+                    replies::shown(&who),
+                    if required { ", and is required" } else { "" }
+                );
                 self.attendance.attend(peer, who, required, timeout)?;
                 None
             }
             AttendCommand::Prepared { id, result } => Some(self.attendance.prepared(peer, id, result)?),
             AttendCommand::Unattend => {
                 let outcome = self.attendance.unattend(peer)?;
-                log::info!("the attendant ends: {}", self.attendance.without());
+                log_limited!(COMMAND_LOG, Info, "the attendant ends: {}", self.attendance.without());
                 outcome
             }
         };
@@ -149,18 +164,22 @@ impl Service {
         };
         match result {
             Ok(level) => {
-                log::info!("{WHO}: prepared: {}", level.as_deref().unwrap_or("no level is told"));
+                log_limited!(IMAGE_LOG, Info, "{WHO}: prepared: {}", level.as_deref().unwrap_or("no level is told"));
                 self.event("PREPARED", json!({"level": level}));
                 self.hold_for_store(now);
             }
             Err(why) => {
                 self.event("PREPARE_FAILED", json!({"message": why, "required": required}));
                 if required {
-                    log::warn!("{WHO}: not prepared: {why:?}");
+                    log_limited!(IMAGE_LOG, Warn, "{WHO}: not prepared: {why:?}");
                     self.refused(request, &who(), Refusal::NotPrepared);
                     self.tell_released();
                 } else {
-                    log::warn!("{WHO}: goes on as after a power cut, for it was not prepared: {why:?}");
+                    log_limited!(
+                        IMAGE_LOG,
+                        Warn,
+                        "{WHO}: goes on as after a power cut, for it was not prepared: {why:?}"
+                    );
                     self.hold_for_store(now);
                 }
             }
@@ -204,7 +223,9 @@ impl Service {
         };
         let since = came.saturating_duration_since(answered);
         if since >= SELF_RELEASE {
-            log::warn!(
+            log_limited!(
+                IMAGE_LOG,
+                Warn,
                 "{WHO}: its store let the disk go by itself {} ms after it was held still. If the snapshot is of several \
                  images, one of them may have been quiesced too late and the snapshot may not be of one instant: take \
                  it again",
@@ -213,7 +234,7 @@ impl Service {
             self.event("QUIESCE_EXPIRED", json!({"who": WHO, "held-ms": since.as_millis() as u64}));
         }
         if self.coordinator.resume(&token, now).is_err() {
-            log::error!("{WHO}: its hold had ended unnoticed; please report this as a defect");
+            log_limited!(IMAGE_LOG, Error, "{WHO}: its hold had ended unnoticed; please report this as a defect");
         }
         self.carry_out(now);
     }
@@ -259,7 +280,11 @@ impl Service {
             self.attendance.over(prepare);
         }
         if reason == Reason::LeaseExpired {
-            log::warn!("{WHO}: its store never said that it is over; if it was taken after now, it was not held still");
+            log_limited!(
+                IMAGE_LOG,
+                Warn,
+                "{WHO}: its store never said that it is over; if it was taken after now, it was not held still"
+            );
         }
     }
 
@@ -271,8 +296,10 @@ impl Service {
         match (&state.trouble, &state.trouble_detail) {
             // Something else changed.
             (trouble, _) if *trouble == self.image_state.trouble => {}
-            (Some(trouble), detail) => log::error!("the image: {trouble}: {}", detail.as_deref().unwrap_or("")),
-            (None, _) => log::info!("the image is well again"),
+            (Some(trouble), detail) => {
+                log_limited!(IMAGE_LOG, Error, "the image: {trouble}: {}", detail.as_deref().unwrap_or(""))
+            }
+            (None, _) => log_limited!(IMAGE_LOG, Info, "the image is well again"),
         }
         self.event("IMAGE_STATE", json!(state));
         self.image_state = state;

@@ -6,6 +6,7 @@
 //! has read the present size itself; a size that changed while nobody was connected, or between two lives of the daemon,
 //! reaches the guest in this way.
 
+use crate::base::rate_limit::{FRONT_END_LOG, log_limited};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -120,7 +121,11 @@ impl FrontEnd {
         // Not waiting for a front-end that does not read: a full channel has unread messages of the same meaning.
         match rustix::net::send(channel, CONFIG_CHANGED.as_flattened(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
             Ok(_) => self.knows = Some(bytes),
-            Err(error) => log::warn!("the front-end cannot be told that the disk has {bytes} bytes now: {error}"),
+            Err(error) => log_limited!(
+                FRONT_END_LOG,
+                Warn,
+                "the front-end cannot be told that the disk has {bytes} bytes now: {error}"
+            ),
         }
     }
 }

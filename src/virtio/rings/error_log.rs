@@ -3,14 +3,14 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use crate::base::rate_limit::RateLimiter;
 use crate::disk::{Event, FailedRequest, LastError};
 
 /// The errors of one disk.
-#[derive(Default)]
 pub(in crate::virtio) struct ErrorLog {
     last_errors: VecDeque<Remembered>,
-    /// Of the disk's own errors, and of those that the guest or the front-end provokes.
-    log_budgets: [LogBudget; 2],
+    /// Limits the lines of the disk's own errors, and of those that the guest or the front-end causes.
+    log_limits: [RateLimiter; 2],
 }
 
 /// An error that status shows.
@@ -22,15 +22,7 @@ struct Remembered {
     logged: Instant,
 }
 
-/// Errors are logged this often at most, for a guest can provoke them; the counters have them all.
-#[derive(Default)]
-struct LogBudget {
-    window: Option<Instant>,
-    used: u32,
-    suppressed: u64,
-}
-
-/// What [`LogBudget::admit`] decided.
+/// Whether an error is logged, and how.
 pub(in crate::virtio) struct LogLine {
     admitted: bool,
     /// Lines left out before this one.
@@ -41,9 +33,9 @@ pub(in crate::virtio) struct LogLine {
 
 /// Errors shown in status.
 const LAST_ERRORS: usize = 8;
-/// Lines about errors in one [`LOG_WINDOW`].
-const LOG_LINES: u32 = 10;
-const LOG_WINDOW: Duration = Duration::from_secs(10);
+/// Lines about errors at once, and in each [`LOG_PERIOD`] after that; the counters have them all.
+const LOG_BURST: u32 = 10;
+const LOG_PERIOD: Duration = Duration::from_secs(10);
 /// How long repetitions of an error that the guest or the front-end caused are counted and not logged.
 const REPEAT_WINDOW: Duration = Duration::from_secs(60);
 
@@ -80,7 +72,7 @@ impl ErrorLog {
             return line;
         }
         self.remember(by_guest, LastError { what, when, times: 1 });
-        self.log_budgets[usize::from(by_guest)].admit()
+        LogLine::admitted(&mut self.log_limits[usize::from(by_guest)])
     }
 
     /// Counts a repetition of an error that status shows. Returns `None` when status does not show it.
@@ -93,7 +85,7 @@ impl ErrorLog {
         let mut line = LogLine { admitted: false, suppressed: 0, times };
         if known.logged.elapsed() > REPEAT_WINDOW {
             known.logged = Instant::now();
-            line = LogLine { times, ..self.log_budgets[1].admit() };
+            line = LogLine { times, ..LogLine::admitted(&mut self.log_limits[1]) };
         }
         self.last_errors.push_back(known);
         Some(line)
@@ -114,29 +106,28 @@ impl ErrorLog {
     }
 }
 
-impl LogBudget {
-    fn admit(&mut self) -> LogLine {
-        let mut suppressed = 0;
-        if self.window.is_none_or(|start| start.elapsed() > LOG_WINDOW) {
-            suppressed = self.suppressed;
-            *self = LogBudget { window: Some(Instant::now()), used: 0, suppressed: 0 };
-        }
-        let admitted = self.used < LOG_LINES;
-        self.used += u32::from(admitted);
-        self.suppressed += u64::from(!admitted);
-        LogLine { admitted, suppressed, times: 1 }
+impl Default for ErrorLog {
+    fn default() -> Self {
+        let limit = || RateLimiter::new(LOG_BURST, LOG_PERIOD);
+        ErrorLog { last_errors: VecDeque::new(), log_limits: [limit(), limit()] }
     }
 }
 
 impl LogLine {
+    fn admitted(limit: &mut RateLimiter) -> LogLine {
+        let admitted = limit.admit(Instant::now());
+        LogLine { admitted: admitted.is_some(), suppressed: admitted.unwrap_or(0), times: 1 }
+    }
+
     pub(in crate::virtio) fn log(&self, text: &str) {
-        if self.suppressed > 0 {
-            log::warn!("{} more errors were not logged", self.suppressed);
+        if !self.admitted {
+            return;
         }
-        match self.times {
-            _ if !self.admitted => {}
-            1 => log::error!("{text}"),
-            times => log::error!("{text} ({times} times so far)"),
-        }
+        let times = if self.times > 1 { format!(" ({} times so far)", self.times) } else { String::new() };
+        let suppressed = match self.suppressed {
+            0 => String::new(),
+            more => format!(" (left out before it: {more} other errors)"),
+        };
+        log::error!("{text}{times}{suppressed}");
     }
 }

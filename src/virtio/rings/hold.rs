@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::{Command, Rings, State, errno_of};
 use crate::backend::Errno;
+use crate::base::rate_limit::{COMMAND_LOG, log_limited};
 #[cfg(all(test, feature = "model"))]
 use crate::base::sync::interleavings::{Mutant, planted};
 use crate::base::sync::thread;
@@ -66,7 +67,11 @@ impl Rings {
             // Not here: to give an image back may take its time.
             let thread = thread::Builder::new().name("hold-end".into()).spawn(move || rings.no_hold_claims());
             if let Err(error) = thread {
-                log::warn!("no thread to give the image back in ({error}): done by the control thread");
+                log_limited!(
+                    COMMAND_LOG,
+                    Warn,
+                    "no thread to give the image back in ({error}): done by the control thread"
+                );
                 self.no_hold_claims();
             }
         }
@@ -102,7 +107,7 @@ impl Rings {
                 match self.spawn_sync() {
                     Ok(()) => state.syncing = Some(epoch),
                     Err(error) => {
-                        log::error!("cannot start a thread to sync for a quiesce: {error}");
+                        log_limited!(COMMAND_LOG, Error, "cannot start a thread to sync for a quiesce: {error}");
                         self.events.send(Event::HoldSettled { epoch, result: Err(errno_of(&error)) });
                     }
                 }
@@ -147,7 +152,7 @@ impl Rings {
             }
             if synced == Some(hold.epoch) {
                 if let Err(why) = claimed {
-                    log::error!("the disk cannot be held still: {why}");
+                    log_limited!(COMMAND_LOG, Error, "the disk cannot be held still: {why}");
                     self.events.send(Event::HoldRefused { epoch: hold.epoch });
                     return;
                 }

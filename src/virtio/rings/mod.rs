@@ -21,6 +21,7 @@ pub(super) use hold::RingHoldStats;
 use super::blk::features;
 use super::options::Tuning;
 use crate::backend::{Backend, Errno};
+use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 #[cfg(all(test, feature = "model"))]
 use crate::base::sync::interleavings::{Mutant, planted};
 use crate::base::sync::mpsc;
@@ -186,7 +187,7 @@ impl Rings {
         if bytes == before {
             return;
         }
-        log::info!("{}: {before} bytes before, {bytes} now", self.backend.describe());
+        log_limited!(IMAGE_LOG, Info, "{}: {before} bytes before, {bytes} now", self.backend.describe());
         self.capacity.set(bytes);
         for mailbox in self.lock().running.values() {
             mailbox.send(Command::Resize(bytes));

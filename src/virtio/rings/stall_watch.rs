@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Rings;
+use crate::base::rate_limit::{FRONT_END_LOG, log_limited};
 
 /// Between two looks at the rings' calls: one that is found twice has not returned for at least this long.
 const CALLS_INTERVAL: Duration = Duration::from_millis(250);
@@ -65,7 +66,11 @@ impl Watch {
         };
         let thread = thread::Builder::new().name("stall-watch".into()).spawn(work);
         let thread = thread.inspect_err(|error| {
-            log::warn!("no thread to watch for I/O that hangs: {error}; raise the limit on threads")
+            log_limited!(
+                FRONT_END_LOG,
+                Warn,
+                "no thread to watch for I/O that hangs: {error}; raise the limit on threads"
+            )
         });
         Watch { rings: rings.clone(), until: Some(until), thread: thread.ok() }
     }

@@ -15,6 +15,7 @@ use vm_memory::GuestAddress;
 
 use super::region::SharedRegion;
 use super::sigbus::SessionSocket;
+use crate::base::rate_limit::{FRONT_END_LOG, log_limited};
 
 /// Bytes of guest memory that a bit stands for (QEMU's VHOST_LOG_PAGE).
 const PAGE: u64 = 4096;
@@ -51,7 +52,9 @@ impl DirtyLog {
                 Some(byte) => drop(byte.fetch_or(1 << (page % 8), Ordering::SeqCst)),
                 _ if self.told.swap(true, Ordering::Relaxed) => return,
                 _ => {
-                    log::error!(
+                    log_limited!(
+                        FRONT_END_LOG,
+                        Error,
                         "the front-end's dirty log has no bit for guest page {page:#x}: its migration is incomplete"
                     );
                     return;

@@ -9,6 +9,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, G
 
 use super::region::whole_pages;
 use super::sigbus::{GuardedMapping, SessionSocket};
+use crate::base::rate_limit::{FRONT_END_LOG, log_limited};
 
 /// Memory regions that a front-end may add (QEMU asks; its own limit is 512).
 pub const MAX_REGIONS: u64 = 509;
@@ -78,7 +79,9 @@ impl MemoryTable {
     /// ADD_MEM_REG.
     pub fn add(&mut self, region: &VhostUserSingleMemoryRegion, file: File) -> Result<()> {
         if self.mappings.len() as u64 >= MAX_REGIONS {
-            log::error!(
+            log_limited!(
+                FRONT_END_LOG,
+                Error,
                 "the front-end adds more than the {MAX_REGIONS} memory regions that GET_MAX_MEM_SLOTS told it of"
             );
             return Err(Error::InvalidParam);
@@ -142,11 +145,16 @@ fn map(region: &VhostUserMemoryRegion, file: File) -> Result<GuestRegionMmap> {
     let metadata = file.metadata().map_err(Error::ReqHandlerError)?;
     // Touching what lies behind the end of its file would kill us (SIGBUS). Only regular files have an end.
     if metadata.is_file() && metadata.len() < end {
-        log::error!("the front-end maps bytes up to {end} of a memory file that has {}", metadata.len());
+        log_limited!(
+            FRONT_END_LOG,
+            Error,
+            "the front-end maps bytes up to {end} of a memory file that has {}",
+            metadata.len()
+        );
         return Err(Error::InvalidParam);
     }
     whole_pages(&file, region.memory_size).map_err(|why| {
-        log::error!("the front-end shares guest memory: {why}");
+        log_limited!(FRONT_END_LOG, Error, "the front-end shares guest memory: {why}");
         Error::InvalidParam
     })?;
     GuestRegionMmap::new(region.mmap_region(file)?, GuestAddress(region.guest_phys_addr)).ok_or(Error::InvalidParam)

@@ -9,6 +9,7 @@ use vhost::vhost_user::{Error, Result};
 use vm_memory::{AtomicInteger, FileOffset, MmapRegion, VolatileMemory};
 
 use super::sigbus::{GuardedMapping, SessionSocket};
+use crate::base::rate_limit::{FRONT_END_LOG, log_limited};
 use crate::upgrade::Descriptors;
 use crate::upgrade::session_state;
 
@@ -33,7 +34,7 @@ impl SharedRegion {
         wire: &Arc<SessionSocket>,
     ) -> Result<Self> {
         let refuse = |why: String| {
-            log::error!("the front-end's {what}: {why}");
+            log_limited!(FRONT_END_LOG, Error, "the front-end's {what}: {why}");
             Error::InvalidParam
         };
         let end = offset.checked_add(len).ok_or(Error::InvalidParam)?;

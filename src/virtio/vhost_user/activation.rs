@@ -13,6 +13,7 @@
 use std::cell::{Cell, RefCell};
 use std::time::Duration;
 
+use crate::base::rate_limit::{FRONT_END_LOG, log_limited};
 use crate::virtio::rings::Rings;
 
 /// How long until a refused image is tried again.
@@ -39,14 +40,18 @@ impl Activation {
                 // It may have grown while nobody used it.
                 rings.resized(rings.backend().geometry().size);
                 if self.refused.take().is_some() {
-                    log::info!("{} is ours now: the guest goes on", rings.backend().describe());
+                    log_limited!(FRONT_END_LOG, Info, "{} is ours now: the guest goes on", rings.backend().describe());
                     rings.image_refused(None);
                 }
             }
             Err(error) => {
                 let why = error.to_string();
                 if self.refused.replace(Some(why.clone())).as_ref() != Some(&why) {
-                    log::error!("the guest waits for its image, which is tried again every second: {why}");
+                    log_limited!(
+                        FRONT_END_LOG,
+                        Error,
+                        "the guest waits for its image, which is tried again every second: {why}"
+                    );
                     rings.image_refused(Some(why));
                 }
             }

@@ -3,6 +3,7 @@
 //! file is always readable). Nor may they block: an eventfd whose counter is full stops whoever writes to it until
 //! somebody reads it.
 
+use crate::base::rate_limit::{FRONT_END_LOG, log_limited};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -17,7 +18,11 @@ pub(in crate::virtio) fn checked(fd: Option<File>, what: &str, ring: u8) -> Resu
     if let Some(fd) = &fd
         && !is_eventfd(fd)
     {
-        log::error!("the front-end's {what} descriptor for ring {ring} is not an eventfd; it must be one");
+        log_limited!(
+            FRONT_END_LOG,
+            Error,
+            "the front-end's {what} descriptor for ring {ring} is not an eventfd; it must be one"
+        );
         return Err(Error::InvalidParam);
     }
     if let Some(fd) = &fd {

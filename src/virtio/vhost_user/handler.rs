@@ -16,6 +16,7 @@ use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqH
 use super::activation::Activation;
 use super::eventfd;
 use super::vring::{RingContext, Vring};
+use crate::base::rate_limit::{FRONT_END_LOG, log_limited};
 use crate::disk::Event;
 use crate::virtio::blk::features;
 use crate::virtio::blk::request::ID_BYTES;
@@ -183,7 +184,9 @@ impl Handler {
 
     fn queue(&mut self, index: u32) -> Result<(&mut Vring, RingContext<'_>)> {
         if index >= u32::from(self.limits.num_queues) {
-            log::error!(
+            log_limited!(
+                FRONT_END_LOG,
+                Error,
                 "the front-end names ring {index}, but only {} are allowed: give its num-queues a smaller number or \
                  --num-queues a larger one",
                 self.limits.num_queues
@@ -241,7 +244,11 @@ impl VhostUserBackendReqHandlerMut for Handler {
     fn set_features(&mut self, acked: u64) -> Result<()> {
         let unknown = acked & !features::acceptable();
         if unknown != 0 {
-            log::error!("the front-end acknowledges features {unknown:#x}, which were not offered");
+            log_limited!(
+                FRONT_END_LOG,
+                Error,
+                "the front-end acknowledges features {unknown:#x}, which were not offered"
+            );
             return Err(Error::InvalidParam);
         }
         // QEMU repeats itself when migration logging starts and stops; nothing changes then.
@@ -273,7 +280,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
         let largest = u32::from(self.limits.queue_size);
         if num == 0 || num > largest || !num.is_power_of_two() {
-            log::error!(
+            log_limited!(
+                FRONT_END_LOG,
+                Error,
                 "the front-end asks for a ring of {num} descriptors: a power of two up to {largest} is allowed; give \
                  --queue-size a larger number, or the front-end's queue-size a smaller one (QEMU 10.0.13 ignores it and \
                  needs --queue-size 1024)"
@@ -310,7 +319,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             };
             let place = RingAddresses { descriptors, available, used };
             ring.put(place, memory.memory()).map_err(|why| {
-                log::error!("the front-end places ring {index} at {place:x?}: {why}");
+                log_limited!(FRONT_END_LOG, Error, "the front-end places ring {index} at {place:x?}: {why}");
                 Error::InvalidParam
             })
         })
@@ -339,7 +348,11 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn set_vring_kick(&mut self, index: u8, kick: Option<File>) -> Result<()> {
         if kick.is_none() {
-            log::error!("the front-end wants ring {index} to be polled without a kick descriptor: not supported");
+            log_limited!(
+                FRONT_END_LOG,
+                Error,
+                "the front-end wants ring {index} to be polled without a kick descriptor: not supported"
+            );
             return Err(Error::InvalidParam);
         }
         let kick = eventfd::checked(kick, "kick", index)?;
@@ -404,7 +417,11 @@ impl VhostUserBackendReqHandlerMut for Handler {
         self.backend_channel = Some(backend);
         match self.peeked.take() {
             Some(channel) => self.rings.capacity().set_channel(channel),
-            None => log::warn!("the front-end's channel could not be looked at: it will not be told of a resize"),
+            None => log_limited!(
+                FRONT_END_LOG,
+                Warn,
+                "the front-end's channel could not be looked at: it will not be told of a resize"
+            ),
         }
     }
 
@@ -432,7 +449,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
         let (rings, entries) = (wanted.num_queues, wanted.queue_size);
         if rings > self.limits.num_queues || entries > MAX_ENTRIES {
             let most = self.limits.num_queues;
-            log::error!(
+            log_limited!(
+                FRONT_END_LOG,
+                Error,
                 "the front-end asks for an in-flight region of {rings} rings of {entries}; {most} of {MAX_ENTRIES} are \
                  allowed: give its num-queues a smaller number, or --num-queues a larger one"
             );
@@ -486,6 +505,6 @@ impl VhostUserBackendReqHandlerMut for Handler {
 }
 
 fn not_offered(what: &'static str) -> Error {
-    log::error!("the front-end uses {what}, which was not offered");
+    log_limited!(FRONT_END_LOG, Error, "the front-end uses {what}, which was not offered");
     Error::InvalidOperation("not offered")
 }

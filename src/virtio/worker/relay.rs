@@ -7,16 +7,21 @@
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::sync::{Arc, OnceLock, TryLockError};
+use std::sync::{Arc, TryLockError};
+use std::time::{Duration, Instant};
 
 use super::stopped_ring::StoppedRing;
 use super::{Setup, Worker};
 use crate::backend::{BlockingCall, Caller};
+use crate::base::rate_limit::LogLimit;
 use crate::base::sync::mpsc::Sender;
 use crate::base::sync::{Mutex, MutexGuard, reused, thread};
 use crate::virtio::rings::RingThreads;
 use crate::virtio::rings::counters::Counters;
 use crate::virtio::virtqueue::split_ring::SplitRing;
+
+/// How often to log that no thread can serve a ring.
+const STRANDED_LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// A ring, from its start to its stop.
 pub(in super::super) struct Relay {
@@ -29,8 +34,8 @@ pub(in super::super) struct Relay {
     seen: AtomicU64,
     /// Which thread is in charge: the threads before it. Changes with the lock held.
     shift: AtomicU64,
-    /// The last call for which no thread could go on, so that it is logged once.
-    stranded: OnceLock<()>,
+    /// Limits the line that no thread can serve the ring.
+    stranded: LogLimit,
 }
 
 struct Served {
@@ -51,7 +56,7 @@ impl Relay {
             calls: AtomicU64::new(0),
             seen: AtomicU64::new(0),
             shift: AtomicU64::new(0),
-            stranded: OnceLock::new(),
+            stranded: LogLimit::of(1, STRANDED_LOG_INTERVAL),
         })
     }
 
@@ -77,13 +82,19 @@ impl Relay {
     }
 
     fn cannot_go_on(&self, error: &std::io::Error) {
-        if self.stranded.set(()).is_ok() {
-            log::error!(
-                "ring {}: a write does not return from the image's storage, and no thread can serve the ring meanwhile: \
-                 {error}; raise the limits on threads and files",
-                self.index
-            );
+        if let Some(line) = self.stranded_line(error, Instant::now()) {
+            log::error!("{line}");
         }
+    }
+
+    /// The log line that no thread can serve the ring, when it is due: it is tried again at each look.
+    fn stranded_line(&self, error: &std::io::Error, now: Instant) -> Option<String> {
+        let line = format_args!(
+            "ring {}: a write does not return from the image's storage, and no thread can serve the ring meanwhile: \
+             {error}; raise the limits on threads and files",
+            self.index
+        );
+        self.stranded.admit(line, now)
     }
 
     /// A new thread of the ring's: serves it on, unless `call` has returned.
@@ -187,5 +198,21 @@ impl RingThreads for Relay {
 
     fn was_taken_over(&self) -> bool {
         self.shift.load(Acquire) > 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ring_that_no_thread_can_serve_is_logged_again_with_a_count() {
+        let (relay, start) = (Relay::new(3), Instant::now());
+        let error = std::io::Error::from_raw_os_error(libc::EAGAIN);
+        let line = |after| relay.stranded_line(&error, start + after);
+        assert!(line(Duration::ZERO).unwrap().starts_with("ring 3: a write does not return"));
+        // The watch looks four times a second.
+        assert!((1..40).all(|at| line(Duration::from_millis(250) * at).is_none()));
+        assert!(line(STRANDED_LOG_INTERVAL).unwrap().ends_with("(left out before it: 39 like it)"));
     }
 }

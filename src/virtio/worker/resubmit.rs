@@ -2,6 +2,7 @@
 //! Doing it twice is harmless: the guest has seen no answer, so it may not have built on either outcome.
 
 use super::{Admission, Worker};
+use crate::base::rate_limit::FRONT_END_LOG;
 use crate::virtio::rings::StopMode;
 
 impl Worker {
@@ -25,7 +26,9 @@ impl Worker {
                 }
                 // A front-end can have its rings restarted as often as it likes while something is kept.
                 let level = if left.is_empty() { log::Level::Info } else { log::Level::Debug };
-                log::log!(level, "ring {index}: {} requests that were not answered are done again", heads.len());
+                let found = heads.len();
+                FRONT_END_LOG
+                    .log(level, format_args!("ring {index}: {found} requests that were not answered are done again"));
                 // At most the ring's size, which is 16 bits.
                 self.ring.set_next_available(used.wrapping_add(heads.len() as u16));
                 self.replay = heads.into();

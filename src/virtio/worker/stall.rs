@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use super::Worker;
+use crate::base::rate_limit::{STORAGE_LOG, log_limited};
 use crate::disk::Event;
 
 impl Worker {
@@ -27,7 +28,11 @@ impl Worker {
         match (self.stalled, requests > 0) {
             (false, true) => self.setup.rings.report(Event::IoStalled { ring, requests, oldest }),
             (true, false) => {
-                log::info!("ring {ring}: the requests that waited for the image's storage are answered");
+                log_limited!(
+                    STORAGE_LOG,
+                    Info,
+                    "ring {ring}: the requests that waited for the image's storage are answered"
+                );
                 self.setup.rings.report(Event::IoResumed { ring });
             }
             _ => {}

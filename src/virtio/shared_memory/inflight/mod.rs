@@ -28,6 +28,7 @@ use vm_memory::AtomicInteger;
 
 use super::region::SharedRegion;
 use super::sigbus::SessionSocket;
+use crate::base::rate_limit::{FRONT_END_LOG, log_limited};
 
 /// Header of a ring: features (u64), version, entries, last head answered, copy of the used index (u16 each).
 const HEADER: usize = 16;
@@ -134,7 +135,11 @@ impl Inflight {
         let needed = (stride(entries) * usize::from(rings)) as u64;
         if told.mmap_size < needed {
             let has = told.mmap_size;
-            log::error!("the front-end's in-flight region has {has} bytes; {rings} rings of {entries} need {needed}");
+            log_limited!(
+                FRONT_END_LOG,
+                Error,
+                "the front-end's in-flight region has {has} bytes; {rings} rings of {entries} need {needed}"
+            );
             return Err(Error::InvalidParam);
         }
         let region = Arc::new(SharedRegion::map("in-flight region", file, told.mmap_offset, told.mmap_size, wire)?);
@@ -171,7 +176,9 @@ impl Inflight {
             found.begin(used);
         }
         if tracker.is_none() && !self.warned.swap(true, Ordering::Relaxed) {
-            log::warn!(
+            log_limited!(
+                FRONT_END_LOG,
+                Warn,
                 "ring {index} has {size} descriptors, and the front-end's in-flight region is for {rings} rings of {}: its \
                  requests in flight are not tracked, so a guest may hang if virtioblkd is killed. Another server made the \
                  region; reset the guest, and virtioblkd makes a large enough one",
