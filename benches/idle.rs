@@ -9,18 +9,14 @@
 //! scheduler's own count over S seconds (default 10). Resident memory is shown with its two parts: memory of its own,
 //! and pages of the program's and the libraries' files, which all daemons of a host share.
 
-#[path = "../tests/driver/mod.rs"]
-mod driver;
-#[path = "../tests/guest/mod.rs"]
-mod guest;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use driver::{ALL, Driver};
-use guest::Server;
+use kit::driver::{ALL, Driver};
+use kit::guest;
+use kit::guest::Server;
 use virtioblkd::engine::CacheMode;
 
 struct Options {

@@ -8,19 +8,15 @@
 //! length. Each is compared with what it had to wait for: the slowest write that was in flight at the command, start to
 //! end, and one sync, as the answer has it (`sync-us`). The goal is that it takes no more than both and 1 ms.
 
-#[path = "../tests/driver/mod.rs"]
-mod driver;
-#[path = "../tests/guest/mod.rs"]
-mod guest;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use driver::chance::Prng;
-use driver::{ALL, Driver};
+use kit::driver::{ALL, Driver};
+use kit::guest;
+use kit::prng::Prng;
 use serde_json::json;
 use virtioblkd::control::client::Client;
 use virtioblkd::engine::CacheMode;

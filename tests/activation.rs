@@ -1,16 +1,13 @@
 //! Who may have the image: the back-end is told before the first ring runs and after the last one has stopped and was
 //! synced, not in between; and a guest whose image is refused goes on when it is free.
 
-mod front_end;
-mod rig;
-
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use front_end::*;
-use rig::Rig;
+use kit::front_end::*;
+use kit::rig::Rig;
 use vhost::vhost_user::VhostUserFrontend;
 use virtioblkd::backend::mem::{MemBackend, MemOptions};
 use virtioblkd::backend::{Backend, Errno, Geometry, IoQueue};

@@ -2,15 +2,13 @@
 //! agent is missing, refuses, is somebody else's, is late, or dies; and when it dies itself. Whatever happens, nothing
 //! is left behind, the disk goes on, and the guest is thawed.
 
-mod guest;
-
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 
-use guest::qemu::Vm;
-use guest::server::program;
-use guest::{Server, mortal, qemu, run, scratch, sparse_image, wait_until};
+use kit::guest::qemu::Vm;
+use kit::guest::server::program;
+use kit::guest::{Server, mortal, qemu, run, scratch, sparse_image, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use virtioblkd::engine::cache::CacheMode;

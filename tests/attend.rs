@@ -2,10 +2,6 @@
 //! images somebody else takes snapshots of. Whatever fails or dies at whatever step: every snapshot is answered, every
 //! disk goes on, every guest is thawed, and no snapshot passes for more than it is.
 
-mod control_kit;
-mod snapshot_kit;
-mod unread;
-
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -13,11 +9,11 @@ use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use control_kit::{Served, Settle, figures};
+use kit::control::{Served, Settle, figures};
+use kit::snapshot::{Agent, Mood, PATIENCE, ctl, err, hooks, wait_until};
+use kit::unread::Unread;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use snapshot_kit::{Agent, Mood, PATIENCE, ctl, err, hooks, wait_until};
-use unread::Unread;
 use virtioblkd::backend::Notices;
 use virtioblkd::engine::Errno;
 

@@ -1,19 +1,18 @@
 //! The contract of `src/backend/mod.rs`, clause by clause, against every back-end that needs nothing but this machine.
 
-mod backend;
-#[path = "backend/contract.rs"]
-mod contract;
-
 use std::thread;
 use std::time::Duration;
 
-use backend::{Driver, dirty_pages, each, each_that_stores, image, open};
-use contract::read_op;
+use kit::backend;
+use kit::backend::{Driver, dirty_pages, each, each_that_stores, image, open};
+use kit::backend_contract::read_op;
 use virtioblkd::backend::mem::{CompletionOrder, Counts, CrashOutcome, Fault, MemBackend, MemOp, MemOptions};
 use virtioblkd::backend::{Backend, DurableWrite, Errno, IoBuf, Op, OpId};
 use virtioblkd::engine::CacheMode;
 
 const EIO: Errno = Errno(libc::EIO);
+
+kit::backend_contract!(each, each_that_stores);
 
 #[test]
 fn clause_4_a_sync_covers_what_was_reaped_on_any_queue() {

@@ -1,13 +1,11 @@
 //! The quiesce socket in front of a fake disk: commands, holds, events and hostile clients.
 
-mod control_kit;
-
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use control_kit::{Client, Served, Settle, figures};
+use kit::control::{Client, Served, Settle, figures};
 use serde_json::{Value, json};
 use virtioblkd::disk::{Event, FailedRequest};
 use virtioblkd::engine::Errno;
@@ -470,14 +468,12 @@ fn a_hundred_connections() {
     first.ask("query-version", json!({})).unwrap();
     drop(clients);
     // Their places are free again as soon as the server has seen them go.
-    let again = || served.greeted_or_refused();
-    assert!((0..1000).any(|_| again()), "no place became free");
+    assert!((0..1000).any(|_| is_greeted(&served)), "no place became free");
 }
 
-impl Served {
-    fn greeted_or_refused(&self) -> bool {
-        Client::new(self.raw()).line()["QMP"].is_object()
-    }
+/// Whether there is room for one more client.
+fn is_greeted(served: &Served) -> bool {
+    Client::new(served.raw()).line()["QMP"].is_object()
 }
 
 #[test]
@@ -560,7 +556,7 @@ fn a_client_that_reads_nothing_and_leaves_is_forgotten() {
         // The server may have turned us away and closed already.
         let _ = stream.write_all(br#"{"execute":"qmp_capabilities"}{"execute":"query-commands"}"#);
     }
-    assert!((0..1000).any(|_| served.greeted_or_refused()));
+    assert!((0..1000).any(|_| is_greeted(&served)));
     let status: Value = served.client().ask("query-status", json!({})).unwrap();
     assert_eq!(status["quiesce"]["holders"], json!([]));
 }

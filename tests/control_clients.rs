@@ -1,11 +1,9 @@
 //! Clients that nobody here wrote: `qemu.qmp` (QEMU's own library, from PyPI) and socat. Each is skipped, and says so,
 //! where it cannot be had.
 
-mod control_kit;
-
 use std::process::{Command, Stdio};
 
-use control_kit::Served;
+use kit::control::Served;
 
 const QEMU_QMP: &str = r#"
 import asyncio, sys

@@ -1,17 +1,14 @@
 //! Careless and hostile clients of the real daemon's control socket, all at once, while a guest works: the guest goes on,
 //! the daemon stays small and answers whoever asks properly, and what a client held is let go.
 
-mod control_kit;
-mod driver;
-
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use control_kit::{Client, PATIENCE};
-use driver::{ALL, Driver};
+use kit::control::{Client, PATIENCE};
+use kit::driver::{ALL, Driver};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 

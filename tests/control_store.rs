@@ -1,12 +1,10 @@
 //! A snapshot that somebody else takes of the image: its store asks, the disk is held still, and every ask is answered
 //! once, with a number that the store's client takes well. In front of a fake disk.
 
-mod control_kit;
-
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use control_kit::{Client, PATIENCE, Served, Settle, figures};
+use kit::control::{Client, PATIENCE, Served, Settle, figures};
 use serde_json::{Value, json};
 use virtioblkd::backend::Notices;
 use virtioblkd::disk::ImageStatus;

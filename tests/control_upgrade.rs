@@ -1,14 +1,12 @@
 //! The control room's part of an upgrade in place: when a hand-over may begin, what is refused while it lasts, and whose
 //! the clients are.
 
-mod control_kit;
-
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
-use control_kit::*;
+use kit::control::*;
 use serde_json::{Value, json};
 use virtioblkd::backend::Notices;
 use virtioblkd::engine::Errno;

@@ -1,12 +1,10 @@
 //! Which commands which user may use: a user beside root and the daemon's can neither take the guest over nor end the
 //! daemon, nor keep root out.
 
-mod control_kit;
-
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 
-use control_kit::{Client, PATIENCE, Served};
+use kit::control::{Client, PATIENCE, Served};
 use rustix::thread::set_thread_res_uid;
 use serde_json::json;
 use virtioblkd::control::Access;

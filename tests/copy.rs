@@ -1,8 +1,6 @@
 //! The daemon's point-in-time copy: the target equals the image at the instant, to the byte, whatever the guest does
 //! meanwhile and whatever fails; and the guest never notices.
 
-mod backend;
-
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
@@ -14,7 +12,8 @@ use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use backend::{Driver, Prng, disk_dir, eventually, image, opened, options, some_buffer};
+use kit::backend;
+use kit::backend::{Driver, Prng, disk_dir, eventually, image, opened, options, some_buffer};
 use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
 use virtioblkd::backend::mem::{CompletionOrder, Fault, MemBackend, MemOp, MemOptions};
 use virtioblkd::backend::point_in_time::{Mutant, PointInTime, ScratchOptions, Step, TargetHook, Tuning};

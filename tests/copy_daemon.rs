@@ -1,15 +1,12 @@
 //! Point-in-time copies by the real daemon: its quiesce socket, a front-end that writes, and the files left behind.
 
-mod control_kit;
-mod driver;
-
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use control_kit::{Client, PATIENCE};
-use driver::{ALL, Driver};
+use kit::control::{Client, PATIENCE};
+use kit::driver::{ALL, Driver};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 

@@ -1,17 +1,14 @@
 //! The device model, in process, under a front-end that sends what no decent driver would and control messages in any
 //! order.
 
-mod front_end;
-mod rig;
-
 use std::ops::Deref;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use front_end::*;
-use rig::Rig;
+use kit::front_end::*;
+use kit::rig::Rig;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;

@@ -1,17 +1,14 @@
 //! What a live migration is told: each page that the device writes, whatever wrote it, is in the dirty log. Judged by
 //! the memory itself. With real guests that move: `tests/migration.rs`.
 
-mod front_end;
-mod rig;
-
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use front_end::*;
-use rig::Rig;
+use kit::front_end::*;
+use kit::rig::Rig;
 use rustix::fs::MemfdFlags;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::{VhostBackend, VhostUserDirtyLogRegion};

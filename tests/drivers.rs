@@ -2,15 +2,12 @@
 //! number of queues, whoever was there before, and memory comes and goes under requests. (What an earlier driver had
 //! asked for is in `tests/inflight.rs`.)
 
-mod front_end;
-mod rig;
-
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use front_end::*;
-use rig::{Prng, Rig};
+use kit::front_end::*;
+use kit::rig::{Prng, Rig};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use virtioblkd::backend::DurableWrite;

@@ -1,14 +1,12 @@
 //! What each mode promises, held against a crash: the device in process over a RAM disk with a volatile cache that
 //! completes in any order, and a driver that remembers what it was promised.
 
-mod front_end;
-mod rig;
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use front_end::*;
-use rig::Prng;
+use kit::front_end::*;
+use kit::rig;
+use kit::rig::Prng;
 use virtioblkd::backend::mem::{CompletionOrder, CrashOutcome, Fault, MemBackend, MemOp, MemOptions};
 use virtioblkd::backend::{DurableWrite, Errno};
 use virtioblkd::disk::{Disk, Event};

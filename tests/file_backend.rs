@@ -1,7 +1,5 @@
 //! What only files and block devices do: errors at open, image locks, space, failing media, read-modify-write.
 
-mod backend;
-
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -9,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use backend::{Driver, Loop, Prng, disk_dir, eventually, image, open, opened, options, skip};
+use kit::backend::{Driver, Loop, Prng, disk_dir, eventually, image, open, opened, options, skip};
 use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
 use virtioblkd::backend::{Backend, DurableWrite, Errno, IoBuf, Op, OpId};
 use virtioblkd::engine::CacheMode;

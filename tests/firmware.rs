@@ -2,13 +2,12 @@
 //! virtioblkd serves. A fraction of a second a boot, so that every commit can afford it. SeaBIOS's driver knows no
 //! FLUSH: it is also the driver that must be served write through (virtio 1.3, 5.2.6.2).
 
-mod guest;
-
 use std::path::{Path, PathBuf};
 
-use guest::oracle::{self, LoopDevice};
-use guest::qemu::{BOOT_SECTOR_DEVICES, Verdict, Vm, boot_sector, boot_sector_in, install_boot_sector};
-use guest::{Server, mortal, scratch, server, sparse_image};
+use kit::guest;
+use kit::guest::oracle::{self, LoopDevice};
+use kit::guest::qemu::{BOOT_SECTOR_DEVICES, Verdict, Vm, boot_sector, boot_sector_in, install_boot_sector};
+use kit::guest::{Server, mortal, scratch, server, sparse_image};
 use virtioblkd::engine::cache::CacheMode;
 
 /// What bootsector.S writes: sector N is full of 0xA0 + N.

@@ -1,18 +1,15 @@
 //! A filesystem that is really full under the image of a running daemon: the guest waits, the operator makes room, and
 //! the guest goes on without an error.
 
-mod backend;
-mod front_end;
-mod guest;
-
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use front_end::*;
-use guest::{Qmp, Server, Vm, oracle, qemu, tell, wait_until};
+use kit::backend;
+use kit::front_end::*;
+use kit::guest::{Qmp, Server, Vm, oracle, qemu, tell, wait_until};
 use serde_json::json;
 use virtioblkd::engine::CacheMode;
 

@@ -4,13 +4,11 @@
 #[path = "../fuzz/src/lib.rs"]
 mod targets;
 
-mod chance;
-
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use chance::Prng;
+use kit::prng::Prng;
 
 /// The longest input that is made.
 const LONGEST: usize = 4096;

@@ -4,9 +4,6 @@
 //!
 //! What is random comes from a seed, which a failing test prints.
 
-mod front_end;
-mod rig;
-
 use std::fs::File;
 use std::io::{IoSlice, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,8 +13,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use front_end::*;
-use rig::{Prng, Rig};
+use kit::front_end::*;
+use kit::rig::{Prng, Rig};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vhost::vhost_user::VhostUserFrontend;

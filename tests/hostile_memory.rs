@@ -1,17 +1,14 @@
 //! Front-ends that take their memory away while the disk uses it: whoever touches what lay behind a file's new end gets
 //! SIGBUS. Only that front-end's connection ends; the next one is served.
 
-mod front_end;
-mod rig;
-
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use front_end::*;
-use rig::Rig;
+use kit::front_end::*;
+use kit::rig::Rig;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};

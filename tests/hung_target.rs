@@ -1,20 +1,15 @@
 //! The directory for copies is on a filesystem that does not answer any more, or slowly. That costs its copy, and neither
 //! the guest nor another copy, nor the next daemon; and what it costs the guest is said.
 
-mod control_kit;
-#[path = "stall/directory.rs"]
-mod directory;
-mod driver;
-
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use control_kit::Client;
-use directory::Stopping;
-use driver::{ALL, Driver};
+use kit::control::Client;
+use kit::driver::{ALL, Driver};
+use kit::stall::directory::Stopping;
 use serde_json::{Value, json};
 
 const SIZE: usize = 16 << 20;

@@ -1,9 +1,6 @@
 //! What a server that dies had taken and not answered: the next one does it again, in order, before anything new, and
 //! whatever else is in that memory harms nobody but its ring.
 
-mod front_end;
-mod rig;
-
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -12,8 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use front_end::*;
-use rig::{Prng, Rig};
+use kit::front_end::*;
+use kit::rig::{Prng, Rig};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
 use virtioblkd::backend::Errno;

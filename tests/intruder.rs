@@ -4,10 +4,6 @@
 //!
 //! A try that once worked stays in the list.
 
-mod control_kit;
-#[path = "stub/mod.rs"]
-mod stub;
-
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::linux::net::SocketAddrExt;
@@ -19,7 +15,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use control_kit::PATIENCE;
+use kit::control::PATIENCE;
+use kit::rbd_stub;
 use rustix::process::{Pid, Signal, kill_process};
 
 const NOBODY: u32 = 65534;
@@ -269,7 +266,7 @@ fn an_intruder_in_a_daemon_of_an_rbd_image_has_a_network_and_no_more() {
     let Some(library) = prerequisites() else { return };
     for (name, user) in [("root", 0), ("nobody", NOBODY)] {
         let mut around = RingContext::new(user);
-        let ceph = stub::libraries(false).to_str().unwrap();
+        let ceph = rbd_stub::libraries(false).to_str().unwrap();
         let (tries, _) = around.invade(library, &["--user", name, "--rbd", "p/i", "--ceph-library-path", ceph], |_| ());
         // Its memory is root's file, since nobody may debug it (PR_SET_DUMPABLE).
         let its_own = if user == 0 { vec!["read our memory"] } else { Vec::new() };

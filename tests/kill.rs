@@ -4,12 +4,11 @@
 //!
 //! VIRTIOBLKD_KILLS says how often (40; `make check-deep` asks for 200).
 
-mod guest;
-
 use std::time::{Duration, Instant};
 
-use guest::qemu::Vm;
-use guest::{Server, oracle, qemu, scratch, sparse_image, tell};
+use kit::guest;
+use kit::guest::qemu::Vm;
+use kit::guest::{Server, oracle, qemu, scratch, sparse_image, tell};
 use virtioblkd::engine::cache::CacheMode;
 
 const MIB: u64 = 1 << 20;

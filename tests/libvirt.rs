@@ -1,14 +1,12 @@
 //! The shipped domain on a real libvirt: defined, started, suspended while its disk is held, resumed, destroyed.
 //! Said aloud and skipped where libvirt is not installed.
 
-mod guest;
-
 use std::fs;
 
-use guest::libvirt::{Libvirt, disk_xml, server_for_all, shipped};
-use guest::qemu::install_boot_sector;
-use guest::server::program;
-use guest::{Qmp, oracle, output, scratch, sparse_image, wait_until};
+use kit::guest::libvirt::{Libvirt, disk_xml, server_for_all, shipped};
+use kit::guest::qemu::install_boot_sector;
+use kit::guest::server::program;
+use kit::guest::{Qmp, oracle, output, scratch, sparse_image, wait_until};
 use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
 

@@ -3,15 +3,14 @@
 //! memory arrives, to the byte (without the kernel's `init_on_alloc`, see `migration.rs`).
 //! Said aloud and skipped where libvirt is not installed.
 
-mod guest;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use guest::ledger::{self, Ledger};
-use guest::libvirt::{DOMAIN, Libvirt, disk_xml, server_for_all};
-use guest::{Qmp, Server, oracle, output, run, scratch, wait_until};
+use kit::guest;
+use kit::guest::ledger::{self, Ledger};
+use kit::guest::libvirt::{DOMAIN, Libvirt, disk_xml, server_for_all};
+use kit::guest::{Qmp, Server, oracle, output, run, scratch, wait_until};
 use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
 

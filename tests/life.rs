@@ -2,15 +2,14 @@
 //! kexec, a driver that goes and comes back, another number of queues, firmware before Linux and after it. The guest
 //! sees no error, and what it was told is on the disk.
 
-mod guest;
-
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use guest::ledger::{self, Ledger};
-use guest::{Qmp, Server, Vm, oracle, qemu, run, scratch, sparse_image, tell, wait_until};
+use kit::guest;
+use kit::guest::ledger::{self, Ledger};
+use kit::guest::{Qmp, Server, Vm, oracle, qemu, run, scratch, sparse_image, tell, wait_until};
 use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
 

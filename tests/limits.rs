@@ -3,14 +3,12 @@
 //! The unsafe calls install a system call filter in the child before it becomes the program.
 #![allow(unsafe_code)]
 
-mod driver;
-
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use driver::{ALL, Driver};
+use kit::driver::{ALL, Driver};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use virtioblkd::engine::CacheMode;
 

@@ -1,19 +1,16 @@
 //! A log that nobody reads holds up nothing: the guest's I/O, the end of a lease, the control socket, SIGTERM.
 
-mod control_kit;
-mod front_end;
-mod unread;
-
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use control_kit::Client;
-use front_end::{ALL, FrontEnd};
+use kit::control::Client;
+use kit::front_end;
+use kit::front_end::{ALL, FrontEnd};
+use kit::unread::Unread;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
-use unread::Unread;
 use virtioblkd::engine::cache::CacheMode;
 
 /// How long anything may take on a loaded machine.

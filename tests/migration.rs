@@ -4,13 +4,12 @@
 //! The kernel's `init_on_alloc` hides what is missing from the dirty log, since it writes each page before we do; Debian
 //! has it on, and here it is off.
 
-mod guest;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use guest::{Qmp, Server, Vm, oracle, output, qemu, scratch, tell, wait_until};
+use kit::guest;
+use kit::guest::{Qmp, Server, Vm, oracle, output, qemu, scratch, tell, wait_until};
 use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
 

@@ -1,16 +1,13 @@
 //! Media that fail: what is kept from the guest and what is not, and that nothing waits for ever. In process, over a RAM
 //! disk that fails on request; `tests/full_filesystem.rs` is about one that is really full.
 
-mod front_end;
-mod rig;
-
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use front_end::*;
-use rig::{Prng, Rig};
+use kit::front_end::*;
+use kit::rig::{Prng, Rig};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
 use virtioblkd::backend::Errno;

@@ -1,18 +1,14 @@
 //! A ring's thread that looks for work before it sleeps (`--poll-max-ns`): nothing is missed, nothing waits for the
 //! guest to pause, and a guest that is idle costs nothing.
-// Both kits have their source of chance.
-#![allow(clippy::duplicate_mod)]
-
-mod driver;
-mod rig;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use driver::{ALL, Driver};
-use rig::Rig;
+use kit::driver::{ALL, Driver};
+use kit::rig;
+use kit::rig::Rig;
 use virtioblkd::backend::Backend;
 use virtioblkd::backend::mem::{MemBackend, MemOptions};
 use virtioblkd::backend::null::NullBackend;

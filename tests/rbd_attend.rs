@@ -2,21 +2,16 @@
 //! `virtioblkctl attend` and `virtioblkctl snapshot` between real servers, a real cluster, and an agent that does what the
 //! test tells it.
 
-mod ceph;
-mod driver;
-mod guest;
-mod snapshot_kit;
-
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, ChildStdout, Output, Stdio};
 
-use ceph::{Cluster, Image, POOL, serve};
-use driver::pairs::{PairWriter, USED, are_of_one_instant, newest};
-use guest::{Server, scratch, sparse_image, tell, wait_until};
+use kit::ceph::{Cluster, Image, POOL, serve};
+use kit::driver::pairs::{PairWriter, USED, are_of_one_instant, newest};
+use kit::guest::{Server, scratch, sparse_image, tell, wait_until};
+use kit::snapshot::{Agent, Mood, ctl, err};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use snapshot_kit::{Agent, Mood, ctl, err};
 
 /// A guest with two disks in one group of images, attended.
 struct Scene<'a> {

@@ -1,16 +1,10 @@
 //! The back-end's contract on images of a real Ceph cluster, several open in one process.
 
-mod backend;
-mod ceph;
-#[path = "backend/contract.rs"]
-mod contract;
-mod guest;
-
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
-use backend::{Driver, PATIENCE, eventually, random_ops};
-use ceph::{Cluster, Image, NAMESPACE, POOL};
+use kit::backend::{Driver, PATIENCE, eventually, random_ops};
+use kit::ceph::{Cluster, Image, NAMESPACE, POOL};
 use rustix::event::{EventfdFlags, eventfd};
 use virtioblkd::backend::notices::{Notices, QuiesceAsk};
 use virtioblkd::backend::rbd::{RbdBackend, RbdOptions};
@@ -30,11 +24,11 @@ fn small_objects(place: &str) -> Image<'static> {
     Cluster::shared().image_in(place, 4 * MIB, &["--object-size", "1M"])
 }
 
-fn each(check: impl Fn(&str, &dyn Backend)) {
+fn each(check: &dyn Fn(&str, &dyn Backend)) {
     each_that_stores(check);
 }
 
-fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
+fn each_that_stores(check: &dyn Fn(&str, &dyn Backend)) {
     for (mode, place) in [
         (CacheMode::None, POOL.to_string()),
         (CacheMode::Writethrough, format!("{POOL}/{NAMESPACE}")),
@@ -47,6 +41,8 @@ fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
         disk.deactivate();
     }
 }
+
+kit::backend_contract!(each, each_that_stores);
 
 #[test]
 fn clause_4_a_sync_covers_what_was_reaped_on_any_queue() {

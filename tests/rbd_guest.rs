@@ -1,14 +1,11 @@
 //! A Linux guest on disks of a real Ceph cluster, through a real QEMU, judged by what `rbd export` finds there.
 
-mod ceph;
-mod guest;
-
 use std::fs;
 
-use ceph::{Cluster, serve};
-use guest::ext4::e2fsprogs;
-use guest::files::{FILES_JOB, check_snapshot, promised_so_far};
-use guest::{qemu, run, scratch, wait_until};
+use kit::ceph::{Cluster, serve};
+use kit::guest::ext4::e2fsprogs;
+use kit::guest::files::{FILES_JOB, check_snapshot, promised_so_far};
+use kit::guest::{qemu, run, scratch, wait_until};
 use virtioblkd::engine::cache::{CacheMode, CachePolicy};
 
 const MIB: u64 = 1 << 20;

@@ -2,17 +2,13 @@
 //! writes were acknowledged. And the kinds of images there are: read-only, snapshots, encrypted, resized; options that
 //! would break a promise are refused.
 
-mod ceph;
-mod driver;
-mod guest;
-
 use std::fs;
 use std::time::Duration;
 
-use ceph::{Cluster, Image, NAMESPACE, POOL, refused, serve, serve_spec};
-use driver::load::{Load, PAGE, PAGES, SIZE, holds};
-use driver::{ALL, Driver};
-use guest::{Server, tell};
+use kit::ceph::{Cluster, Image, NAMESPACE, POOL, refused, serve, serve_spec};
+use kit::driver::load::{Load, PAGE, PAGES, SIZE, holds};
+use kit::driver::{ALL, Driver};
+use kit::guest::{Server, tell};
 
 const MIB: u64 = 1 << 20;
 const MODES: [&str; 5] = ["none", "directsync", "writeback", "writethrough", "unsafe"];

@@ -2,15 +2,11 @@
 //! goes away, a watch that is lost, a disk of a group that is late. The command ends, with an error where nothing can be
 //! promised; the disk goes on; and whoever watches is told. Each with a real cluster of its own.
 
-mod ceph;
-mod driver;
-mod guest;
-
 use std::process::{Child, Command, Output};
 
-use ceph::{Cluster, Image, POOL, serve};
-use driver::load::{Load, SIZE, holds};
-use guest::{Qmp, Server, wait_until};
+use kit::ceph::{Cluster, Image, POOL, serve};
+use kit::driver::load::{Load, SIZE, holds};
+use kit::guest::{Qmp, Server, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 

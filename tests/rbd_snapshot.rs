@@ -1,20 +1,16 @@
 //! Snapshots that others take of a served image, by `rbd snap create`, `rbd group snap create` and Ceph's Python binding
 //! (as Cinder does): each holds the disk still, and lets it go.
 
-mod ceph;
-mod driver;
-mod guest;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use ceph::{Cluster, Image, POOL, serve};
-use driver::load::{Load, PAGE, SIZE, holds};
-use driver::pairs::{BLOCK, PairWriter, are_of_one_instant, newest};
-use driver::{ALL, Driver};
-use guest::{Qmp, Server, tell, wait_until};
+use kit::ceph::{Cluster, Image, POOL, serve};
+use kit::driver::load::{Load, PAGE, SIZE, holds};
+use kit::driver::pairs::{BLOCK, PairWriter, are_of_one_instant, newest};
+use kit::driver::{ALL, Driver};
+use kit::guest::{Qmp, Server, tell, wait_until};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;

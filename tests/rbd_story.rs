@@ -2,19 +2,16 @@
 //! Ceph's own command, and the file is in it, because the guest was frozen first. A real guest with its agent, disks of
 //! a real cluster, each with its own server, and one `virtioblkctl attend` for all of them.
 
-mod ceph;
-mod guest;
-
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
-use ceph::{Cluster, Image, POOL, serve};
-use guest::ext4::{e2fsprogs, read_file, recover};
-use guest::qemu::Vm;
-use guest::server::program;
-use guest::{Server, mortal, qemu, run, scratch, wait_until};
+use kit::ceph::{Cluster, Image, POOL, serve};
+use kit::guest::ext4::{e2fsprogs, read_file, recover};
+use kit::guest::qemu::Vm;
+use kit::guest::server::program;
+use kit::guest::{Server, mortal, qemu, run, scratch, wait_until};
 use serde_json::Value;
 
 /// Writes to every disk and waits until it is durable, without end: a freeze that came after a disk is held would wait

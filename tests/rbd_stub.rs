@@ -1,15 +1,12 @@
 //! The RBD back-end over a librbd that does on request what a cluster cannot be made to do: errors of every kind at every
 //! call, ops that hang, short reads, questions at any moment. What a real cluster does is in the other rbd tests.
 
-#[path = "backend/mod.rs"]
-mod backend;
-
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use backend::stub::{Stub, libraries};
-use backend::{Driver, PATIENCE, eventually, random_ops};
+use kit::backend::{Driver, PATIENCE, eventually, random_ops};
+use kit::rbd_stub::{Stub, libraries};
 use virtioblkd::backend::rbd::{Encryption, RbdBackend, RbdLock, RbdQuiesce};
 use virtioblkd::backend::{Backend, Errno, IoBuf, Notices, Op, OpId, QuiesceAsk};
 use virtioblkd::engine::CacheMode;

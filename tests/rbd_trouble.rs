@@ -1,19 +1,17 @@
 //! What goes wrong with a Ceph cluster, and who may have an image: each with the real thing. Whoever stops, fills or
 //! fences something has a cluster of its own.
 
-mod ceph;
-mod driver;
-mod guest;
-
 use std::fs;
 use std::net::TcpListener;
 use std::process::Output;
 use std::time::Duration;
 
-use ceph::{Cluster, POOL, refused, serve};
-use driver::load::{Load, SIZE, holds};
-use driver::{ALL, Driver};
-use guest::{Qmp, Server, wait_until};
+use kit::ceph;
+use kit::ceph::{Cluster, POOL, refused, serve};
+use kit::driver::load::{Load, SIZE, holds};
+use kit::driver::{ALL, Driver};
+use kit::guest;
+use kit::guest::{Qmp, Server, wait_until};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;

@@ -1,18 +1,15 @@
 //! Upgrades in place on Ceph RBD: the image's lock and the state file go along, librbd's cache is empty when they do, and
 //! nothing acknowledged is missing.
 
-mod ceph;
-mod driver;
-mod guest;
-
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use ceph::{Cluster, serve, virtioblkd};
-use driver::load::{Load, SIZE, holds};
-use guest::{Server, tell};
+use kit::ceph::{Cluster, serve, virtioblkd};
+use kit::driver::load::{Load, SIZE, holds};
+use kit::guest;
+use kit::guest::{Server, tell};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 

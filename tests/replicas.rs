@@ -4,19 +4,16 @@
 //! a thread of it changes the buffers. Then the kernel compares the replicas, or checks what it reads, in every cache
 //! mode. docs/stable-writes.md has the tables and says what they mean.
 
-mod driver;
-mod guest;
-
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use driver::{ALL, Driver};
-use guest::qemu::{Qemu, Vm};
-use guest::server::program;
-use guest::{accelerator, scratch, sparse_image, tell};
+use kit::driver::{ALL, Driver};
+use kit::guest::qemu::{Qemu, Vm};
+use kit::guest::server::program;
+use kit::guest::{accelerator, scratch, sparse_image, tell};
 use serde_json::Value;
 use virtioblkd::engine::cache::CacheMode;
 use vm_memory::{Bytes, VolatileMemory};
@@ -141,8 +138,7 @@ struct Laboratory {
 
 impl Laboratory {
     fn new(layer: Layer) -> Laboratory {
-        let job = [include_str!("guest/serve.sh"), include_str!("guest/replicas.sh"), include_str!("guest/shell.sh")]
-            .concat();
+        let job = [include_str!("guest/serve.sh"), include_str!("guest/replicas.sh"), kit::guest::qemu::SHELL].concat();
         let own = std::env::current_exe().expect("a running program's path");
         let programs =
             [("virtioblkd", program("virtioblkd")), ("virtioblkctl", program("virtioblkctl")), ("replicas", own)];

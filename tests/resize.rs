@@ -1,14 +1,11 @@
 //! A disk that grows and shrinks under its guest: what the front-end is told, and what requests may touch.
 
-mod front_end;
-mod rig;
-
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use front_end::*;
-use rig::Rig;
+use kit::front_end::*;
+use kit::rig::Rig;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;

@@ -5,10 +5,6 @@
 //! The unsafe calls are the intruder's: system calls by their numbers.
 #![allow(unsafe_code)]
 
-mod control_kit;
-mod driver;
-mod unread;
-
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -17,11 +13,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use control_kit::{Client, PATIENCE};
-use driver::{ALL, Driver};
+use kit::control::{Client, PATIENCE};
+use kit::driver::{ALL, Driver};
+use kit::unread::Unread;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
-use unread::Unread;
 use virtioblkd::config::{Config, Invocation};
 use virtioblkd::sandbox::Sandbox;
 use virtioblkd::server::permissions;

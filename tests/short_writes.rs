@@ -1,15 +1,8 @@
 //! A file system that takes a part of each write, of which the daemon sees no sign from io_uring, is served all the same.
-// Both kits have their source of chance.
-#![allow(clippy::duplicate_mod, dead_code)]
 
-mod driver;
-#[path = "stall/fuse.rs"]
-mod fuse;
-#[path = "guest/mod.rs"]
-mod guest;
-
-use driver::{ALL, Driver};
-use fuse::{Stalling, Unable};
+use kit::driver::{ALL, Driver};
+use kit::guest;
+use kit::stall::fuse::{Stalling, Unable};
 use virtioblkd::engine::CacheMode;
 
 const SIZE: usize = 1 << 20;

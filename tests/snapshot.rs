@@ -1,18 +1,16 @@
 //! `virtioblkctl snapshot` as a process, with real daemons and an agent that does what the test tells it: every level,
 //! and whatever fails or dies at whatever step, every disk goes on and every guest is thawed.
 
-mod driver;
-mod snapshot_kit;
-
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
-use driver::{ALL, Driver};
+use kit::driver::{ALL, Driver};
+use kit::snapshot;
+use kit::snapshot::{Agent, Daemon, Mood, Mounted, ctl, err, hooks, out, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use snapshot_kit::{Agent, Daemon, Mood, Mounted, ctl, err, hooks, out, wait_until};
 
 /// One disk, a guest, and a place.
 struct Scene {
@@ -341,7 +339,7 @@ fn hooks_that_others_may_change_are_not_run() {
         scene.fails("application", &base, &["is not run", "belongs to user 65534"]);
         std::os::unix::fs::chown(directory.join("freeze"), Some(0), None).unwrap();
     } else {
-        snapshot_kit::tell("SKIPPED: not root: no hook that belongs to somebody else");
+        snapshot::tell("SKIPPED: not root: no hook that belongs to somebody else");
     }
     assert!(!scene.path("ran").exists());
     assert_eq!(receipt(&scene.run("application", &[&base[..], &["--json"]].concat()))["level"], "application");

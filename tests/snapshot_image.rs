@@ -1,16 +1,13 @@
 //! Snapshots that an image's own store makes (`--to rbd`), of one disk and of several, in front of fake disks: all are
 //! made at one instant or none is left, whatever fails or dies.
 
-mod control_kit;
-mod snapshot_kit;
-
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 
-use control_kit::{FakeStore, Served};
+use kit::control::{FakeStore, Served};
+use kit::snapshot::{Daemon, ctl, err, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use snapshot_kit::{Daemon, ctl, err, wait_until};
 
 fn snapshot(disks: &[&std::path::Path], more: &[&str]) -> Command {
     let mut command = ctl();

@@ -1,14 +1,12 @@
 //! What `qemu-configs/snapshot` ships does what it says, under the shell that Debian has as /bin/sh. Databases, LVM and
 //! ZFS are stood in for by scripts that write down how they are called.
 
-mod snapshot_kit;
-
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use snapshot_kit::wait_until;
+use kit::snapshot::wait_until;
 
 fn shipped(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("qemu-configs/snapshot").join(name)

@@ -2,11 +2,6 @@
 //! does: two different blocks without stable writes, none with `copy`, the exact count with `detect`.
 #![allow(unsafe_code)]
 // Each of the kits below has its own source of chance.
-#![allow(clippy::duplicate_mod)]
-
-mod backend;
-mod driver;
-mod rig;
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -16,9 +11,11 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use backend::{Prng, disk_dir, eventually, image, options, stable};
-use driver::ALL;
-use rig::Rig;
+use kit::backend;
+use kit::backend::{Prng, disk_dir, eventually, image, options, stable};
+use kit::driver;
+use kit::driver::ALL;
+use kit::rig::Rig;
 use virtioblkd::backend::bounce_pool::{BouncePool, MAX_PIECE};
 use virtioblkd::backend::file::FileOptions;
 use virtioblkd::backend::mem::{CompletionOrder, Fault, MemBackend, MemOp, MemOptions};

@@ -1,13 +1,10 @@
 //! I/O that hangs is seen, while it hangs.
 
-mod front_end;
-mod rig;
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use front_end::*;
-use rig::Rig;
+use kit::front_end::*;
+use kit::rig::Rig;
 use virtioblkd::backend::mem::{CompletionOrder, MemBackend, MemOptions};
 use virtioblkd::disk::Event;
 use virtioblkd::engine::CacheMode;

@@ -1,36 +1,23 @@
 //! One request that the medium does not answer holds up no other of its ring: reads, writes and flushes pass a read
 //! that is stalled, and reads pass a stalled sync and a stalled write.
-// Both kits have their source of chance.
-#![allow(clippy::duplicate_mod)]
-
-mod driver;
-mod front_end;
-#[path = "stall/frozen.rs"]
-mod frozen;
-#[path = "stall/fuse.rs"]
-mod fuse;
-#[path = "guest/mod.rs"]
-mod guest;
-mod rig;
-#[path = "stall/withheld.rs"]
-mod withheld;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use driver::chance::Prng;
-use driver::{ALL, Driver};
-use front_end::{FrontEnd, IN, OUT};
-use frozen::Freezable;
-use fuse::{Stalling, Unable};
-use rig::Rig;
+use kit::driver::{ALL, Driver};
+use kit::front_end::{FrontEnd, IN, OUT};
+use kit::guest;
+use kit::prng::Prng;
+use kit::rig::Rig;
+use kit::stall::frozen::Freezable;
+use kit::stall::fuse::{Stalling, Unable};
+use kit::stall::withheld::Withholding;
 use vhost::VhostBackend;
 use virtioblkd::backend::file::{FileBackend, FileOptions};
 use virtioblkd::disk::Event;
 use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::{DeviceOptions, Tuning};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use withheld::Withholding;
 
 const PAGE: usize = 4096;
 const SIZE: u64 = 4 << 20;

@@ -3,16 +3,14 @@
 //! that is crash consistent, and nothing more; one that is filesystem consistent loses no file; one that is application
 //! consistent has what a database held in its memory, too. `make demo-snapshot` shows this run.
 
-mod guest;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use guest::ext4::{self, e2fsprogs};
-use guest::qemu::Vm;
-use guest::xfs::Xfs;
-use guest::{Server, qemu, run, scratch, sparse_image, tell};
+use kit::guest::ext4::{self, e2fsprogs};
+use kit::guest::qemu::Vm;
+use kit::guest::xfs::Xfs;
+use kit::guest::{Server, qemu, run, scratch, sparse_image, tell};
 use serde_json::Value;
 use virtioblkd::engine::cache::CacheMode;
 

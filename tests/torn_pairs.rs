@@ -2,16 +2,12 @@
 //! and so on. In no snapshot may B hold an i that A lacks, nor A be more than one ahead. The same reader, with copies
 //! made without holding the disks, must find torn pairs.
 
-#[path = "driver/mod.rs"]
-mod driver;
-mod snapshot_kit;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use driver::pairs::{PairWriter, USED, are_of_one_instant, newest};
-use snapshot_kit::{Daemon, Mounted, ctl, err, tell, wait_until};
+use kit::driver::pairs::{PairWriter, USED, are_of_one_instant, newest};
+use kit::snapshot::{Daemon, Mounted, ctl, err, tell, wait_until};
 
 /// Snapshots in each mode and way.
 const ROUNDS: usize = 200;

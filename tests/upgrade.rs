@@ -1,22 +1,17 @@
 //! Upgrade in place: another process takes a guest over, under load, from any cache mode to any other; whatever fails
 //! leaves it where it is. All with the real programs, in their sandbox.
 
-mod control_kit;
-mod driver;
-mod snapshot_kit;
-mod upgrade_kit;
-
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 
-use driver::load::{Load, holds};
-use driver::{ALL, Driver, F_FLUSH};
+use kit::driver::load::{Load, holds};
+use kit::driver::{ALL, Driver, F_FLUSH};
+use kit::snapshot::{Agent, Mood};
+use kit::upgrade::{Disk, SIZE, contains, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use snapshot_kit::{Agent, Mood};
-use upgrade_kit::{Disk, SIZE, contains, wait_until};
 
 const MODES: [&str; 5] = ["none", "directsync", "writeback", "writethrough", "unsafe"];
 

@@ -1,11 +1,6 @@
 //! A front-end's conversation goes on with another process in the middle: all that it said before still counts, and all
 //! that it says later is understood. With a front-end that does as it is told.
 
-mod control_kit;
-mod front_end;
-mod guest;
-mod upgrade_kit;
-
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -14,12 +9,12 @@ use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use front_end::*;
-use guest::oracle::dirty_pages;
+use kit::front_end::*;
+use kit::guest::oracle::dirty_pages;
+use kit::upgrade::{Disk, SIZE, contains, wait_until};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::json;
-use upgrade_kit::{Disk, SIZE, contains, wait_until};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion};

@@ -1,10 +1,6 @@
 //! An upgrade that was given up is never carried out later: whoever dies at whatever step, the old daemon serves on, under
 //! load, in its mode. With the real programs.
 
-mod control_kit;
-mod driver;
-mod upgrade_kit;
-
 use std::fs;
 use std::io::{IoSlice, PipeWriter, Read, Write};
 use std::mem::MaybeUninit;
@@ -15,13 +11,13 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use driver::load::Load;
-use driver::{ALL, Driver};
 use fuser::{BackgroundSession, Config, Filesystem, INodeNo, MountOption, ReplyEntry, Request};
+use kit::driver::load::Load;
+use kit::driver::{ALL, Driver};
+use kit::upgrade::{Disk, contains, lives, wait_until};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use upgrade_kit::{Disk, contains, lives, wait_until};
 
 /// Nothing here takes this long; what does hangs.
 const LATE: Duration = Duration::from_secs(60);

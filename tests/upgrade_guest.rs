@@ -2,13 +2,11 @@
 //! all goes on as with the first daemon: QEMU stops and continues the guest, the operator holds the disk, a daemon that
 //! is killed is followed by another one.
 
-mod guest;
-
 use std::path::Path;
 
-use guest::ledger::Ledger;
-use guest::qemu::Vm;
-use guest::{Qmp, Server, oracle, qemu, scratch, sparse_image, tell, wait_until};
+use kit::guest::ledger::Ledger;
+use kit::guest::qemu::Vm;
+use kit::guest::{Qmp, Server, oracle, qemu, scratch, sparse_image, tell, wait_until};
 use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
 

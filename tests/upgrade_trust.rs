@@ -1,9 +1,6 @@
 //! `virtioblkctl upgrade` starts no program and follows no option that a daemon names which may have been broken into: run
 //! by root, it would lift that daemon's sandbox and its `--user`.
 
-mod control_kit;
-mod upgrade_kit;
-
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -11,10 +8,10 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use kit::upgrade::{Disk, SIZE, contains, wait_until};
 use rustix::process::Uid;
 use rustix::thread::set_thread_res_uid;
 use serde_json::{Value, json};
-use upgrade_kit::{Disk, SIZE, contains, wait_until};
 
 /// A user without a name.
 const OTHER: u32 = 54321;

@@ -1,9 +1,6 @@
 //! The front-end suite on files.
 
-mod driver;
-#[path = "driver/suite.rs"]
-mod suite;
-
+use kit::front_end_suite;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
@@ -12,7 +9,7 @@ struct FileStore {
     _dir: tempfile::TempDir,
 }
 
-fn new_store(size: u64) -> Box<dyn suite::Store> {
+fn new_store(size: u64) -> Box<dyn front_end_suite::Store> {
     // Where O_DIRECT works.
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let path = dir.path().join("disk.img");
@@ -20,7 +17,7 @@ fn new_store(size: u64) -> Box<dyn suite::Store> {
     Box::new(FileStore { path, _dir: dir })
 }
 
-impl suite::Store for FileStore {
+impl front_end_suite::Store for FileStore {
     fn options(&self) -> Vec<OsString> {
         vec!["--blk-file".into(), self.path.clone().into()]
     }
@@ -37,3 +34,5 @@ impl suite::Store for FileStore {
         true
     }
 }
+
+kit::front_end_suite!(new_store);

@@ -1,9 +1,5 @@
 //! The operator's command, as a process, against a served fake disk.
 
-mod control_kit;
-mod unread;
-mod upgrade_kit;
-
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
@@ -12,10 +8,11 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use control_kit::{PATIENCE, Served, Settle};
+use kit::control::{PATIENCE, Served, Settle};
+use kit::unread::Unread;
+use kit::upgrade;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use unread::Unread;
 use virtioblkd::disk::Event;
 use virtioblkd::engine::Errno;
 
@@ -350,14 +347,14 @@ fn errors_name_the_thing_the_cause_and_the_mend() {
 /// The vhost-user socket of a real daemon, free and with a front-end: it says at once that it is the wrong one.
 #[test]
 fn the_front_ends_socket_is_the_wrong_one_at_once() {
-    let disk = upgrade_kit::Disk::serve(&["--cache", "none"]);
+    let disk = upgrade::Disk::serve(&["--cache", "none"]);
     let says = || {
         let output = ctl(&disk.path("vhost")).arg("status").output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         contains(&err(&output), &["without a greeting", "--control-path", "--socket-path"]);
     };
     says();
-    upgrade_kit::wait_until("the place is free again", || disk.status()["connected"] == false);
+    upgrade::wait_until("the place is free again", || disk.status()["connected"] == false);
     let _front_end = UnixStream::connect(disk.path("vhost")).unwrap();
     says();
     says();

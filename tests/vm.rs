@@ -2,15 +2,13 @@
 //! told in each cache mode, that a guest's fsync is durable when it returns, that a quiesced disk holds still and holds
 //! what was promised, and that `stop`/`cont` and quiesce/resume under load corrupt nothing.
 
-mod guest;
-
 use std::fs;
 use std::path::Path;
 
-use guest::ext4::e2fsprogs;
-use guest::files::{FILES_JOB, check_snapshot, promised_so_far};
-use guest::oracle::{self, LoopDevice};
-use guest::{Qmp, Server, qemu, run, scratch, sparse_image, tell, wait_until};
+use kit::guest::ext4::e2fsprogs;
+use kit::guest::files::{FILES_JOB, check_snapshot, promised_so_far};
+use kit::guest::oracle::{self, LoopDevice};
+use kit::guest::{Qmp, Server, qemu, run, scratch, sparse_image, tell, wait_until};
 use serde_json::json;
 use virtioblkd::engine::cache::{CacheMode, CachePolicy};
 

@@ -10,9 +10,6 @@
 
 mod plot;
 
-#[path = "../../tests/guest/mod.rs"]
-mod guest;
-
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::fs;
@@ -20,8 +17,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use guest::qemu::{self, Qemu, Vm};
-use guest::{Server, accelerator, mortal, run};
+use kit::guest::qemu::{self, Qemu, Vm};
+use kit::guest::{Server, accelerator, mortal, run};
 use virtioblkd::engine::{CacheMode, CachePolicy};
 
 const IMAGE: usize = 128 << 20;

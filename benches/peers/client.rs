@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::case::{Blocks, Case, Pattern};
-use super::driver::{ALL, Driver};
 use super::histogram::Histogram;
 use super::server::Running;
+use kit::driver::{ALL, Driver};
 
 /// Where the client runs, and how it waits.
 #[derive(Clone, Copy, PartialEq)]

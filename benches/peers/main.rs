@@ -24,8 +24,6 @@ mod case;
 mod client;
 mod server;
 
-#[path = "../../tests/driver/mod.rs"]
-mod driver;
 #[path = "../kit/histogram.rs"]
 mod histogram;
 

@@ -15,15 +15,9 @@
 #[allow(dead_code)]
 #[path = "../peers/case.rs"]
 mod case;
-#[path = "../../tests/ceph/mod.rs"]
-mod ceph;
 #[allow(dead_code)]
 #[path = "../peers/client.rs"]
 mod client;
-#[path = "../../tests/driver/mod.rs"]
-mod driver;
-#[path = "../../tests/guest/mod.rs"]
-mod guest;
 #[allow(dead_code)]
 #[path = "../kit/histogram.rs"]
 mod histogram;
@@ -36,8 +30,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use case::{Case, Pattern};
-use ceph::{Cluster, Image, POOL};
 use client::{Client, Figures};
+use kit::ceph::{Cluster, Image, POOL};
+use kit::guest;
 use rustix::process::{Pid, Signal, kill_process};
 use server::{Running, Server};
 

@@ -49,7 +49,7 @@ impl Watches {
         });
         let mut fds = vec![PollFd::new(&*self.own, PollFlags::IN)];
         fds.extend([&self.kick, &self.wake, &self.copy].into_iter().flatten().map(|fd| PollFd::new(fd, PollFlags::IN)));
-        #[cfg(feature = "model")]
+        #[cfg(all(test, feature = "model"))]
         {
             let places = [Some(&*self.own), self.kick.as_ref(), self.wake.as_ref(), self.copy.as_ref()];
             let places: Vec<BorrowedFd<'_>> = places.into_iter().flatten().map(AsFd::as_fd).collect();

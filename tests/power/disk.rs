@@ -16,9 +16,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::nbd::{self, Command};
 use super::said::{SECTOR, Said};
-use crate::driver::chance::Prng;
-use crate::guest::qemu::Qemu;
-use crate::guest::wait_until;
+use kit::guest::qemu::Qemu;
+use kit::guest::wait_until;
+use kit::prng::Prng;
 
 /// One thing that happened. Numbers are NBD's cookies made unique.
 pub enum Event {

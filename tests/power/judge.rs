@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::disk::{Event, Record};
 use super::said::{Found, Kind, SECTOR, Said, read};
-use crate::driver::chance::Prng;
+use kit::prng::Prng;
 
 /// When the front-end takes a change for durable.
 #[derive(Clone, Copy, Debug, PartialEq)]

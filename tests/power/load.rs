@@ -13,8 +13,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::said::{Kind, SECTOR, Said, content};
-use crate::driver::chance::Prng;
-use crate::driver::{ALL, Driver, F_FLUSH};
+use kit::driver::{ALL, Driver, F_FLUSH};
+use kit::prng::Prng;
 
 /// Where the host hands the front-end its [`Plan`].
 pub const PLAN: &str = "VIRTIOBLKD_POWER_PLAN";

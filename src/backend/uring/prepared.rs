@@ -75,7 +75,7 @@ pub(in crate::backend) fn prepare(queues: u16) -> io::Result<u16> {
     // The large ones are used first.
     made.reverse();
     *store() = Some(made);
-    #[cfg(not(feature = "model"))]
+    #[cfg(not(all(test, feature = "model")))]
     crate::base::sync::reused::keep_threads();
     Ok(enough_for)
 }

@@ -1,6 +1,6 @@
 //! What threads hand work to each other with: a mutex, channels, threads, and a [`Bell`] that poll(2) hears.
 //!
-//! They are std's. With the feature `model` they are shuttle's, whose scheduler runs one thread at a time and tries
+//! They are std's. In unit tests with the feature `model` they are shuttle's, whose scheduler runs one thread at a time and tries
 //! orders: the models beside the hand-offs (`interleavings.rs`) then find wake-ups that are lost. What is no hand-off, and the
 //! counters of the request path, use std directly.
 
@@ -8,22 +8,17 @@
 pub(crate) mod interleavings;
 pub(crate) mod reused;
 
-#[cfg(all(feature = "model", not(test)))]
-compile_error!(
-    "the feature `model` is for tests of the library alone: cargo test --lib --features model interleavings::"
-);
-
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-#[cfg(feature = "model")]
+#[cfg(all(test, feature = "model"))]
 pub(crate) use shuttle::{
     sync::{Mutex, MutexGuard, mpsc},
     thread,
 };
-#[cfg(not(feature = "model"))]
+#[cfg(not(all(test, feature = "model")))]
 pub(crate) use std::{
     sync::{Mutex, MutexGuard, mpsc},
     thread,
@@ -89,13 +84,13 @@ impl AsFd for Bell {
 /// In a model other threads may run here; a system call is none of shuttle's.
 #[inline]
 pub(crate) fn let_others_run() {
-    #[cfg(feature = "model")]
+    #[cfg(all(test, feature = "model"))]
     thread::yield_now();
 }
 
 /// In a model nobody sleeps in poll(2), for all its threads are one of the kernel's: lets the others run until one of
 /// `fds` is readable, or `until` is past.
-#[cfg(feature = "model")]
+#[cfg(all(test, feature = "model"))]
 pub(crate) fn yield_until_readable(fds: &[BorrowedFd<'_>], until: Option<std::time::Instant>) {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };

@@ -4,12 +4,12 @@
 
 use std::io;
 
-#[cfg(feature = "model")]
+#[cfg(all(test, feature = "model"))]
 pub(crate) use model::{Task, spawn};
-#[cfg(not(feature = "model"))]
+#[cfg(not(all(test, feature = "model")))]
 pub(crate) use real::{Task, keep_threads, spawn};
 
-#[cfg(not(feature = "model"))]
+#[cfg(not(all(test, feature = "model")))]
 mod real {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -93,7 +93,7 @@ mod real {
     }
 }
 
-#[cfg(feature = "model")]
+#[cfg(all(test, feature = "model"))]
 mod model {
     use super::io;
     use crate::base::sync::thread;

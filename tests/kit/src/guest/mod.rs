@@ -1,10 +1,7 @@
 //! The real-guest kit: a `virtioblkd` ([`Server`]), a QEMU with a guest in it ([`Vm`]), and what the host can see of
-//! the image by itself ([`oracle`], [`ext4`]). Used by the tests of the Makefile's VM_TESTS, and by `tests/rbd_*.rs`.
+//! the image by itself ([`oracle`], [`ext4`]).
 //!
 //! Everything started here is ended by `Drop`, and a failing test prints what its server and its guest had to say.
-
-// Each test program uses its part of the kit.
-#![allow(dead_code)]
 
 pub mod agent;
 pub mod ext4;
@@ -25,26 +22,20 @@ use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+pub use crate::programs::root;
+use crate::programs::target_dir;
 pub use agent::Agent;
-#[allow(unused_imports)]
 pub use ledger::Ledger;
-#[allow(unused_imports)]
 pub use qemu::Vm;
 pub use qmp::Qmp;
-#[allow(unused_imports)]
 pub use server::Server;
 
 /// How long anything may take before a test gives up. TCG on a busy machine is slow, and no test asserts a time.
 pub const PATIENCE: Duration = Duration::from_secs(180);
 
-/// The sources' directory.
-pub fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
 /// A directory on the build's filesystem, gone after the test. Images live here, as /tmp may have no O_DIRECT.
 pub fn scratch() -> tempfile::TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a scratch directory under target/tmp")
+    crate::programs::disk_dir()
 }
 
 /// A sparse image of `size` bytes.
@@ -113,11 +104,6 @@ pub fn accelerator() -> &'static str {
         guest_files();
         script("guest-accel").trim().to_owned()
     })
-}
-
-/// Cargo's target directory: two above the tests' own (`target/tmp`).
-fn target_dir() -> &'static Path {
-    Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("CARGO_TARGET_TMPDIR is target/tmp")
 }
 
 fn script(name: &str) -> String {

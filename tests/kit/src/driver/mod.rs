@@ -1,9 +1,7 @@
 //! virtio-driver (libblkio's, a front-end that nobody here wrote) with shared memory for its buffers. For tests and
 //! benchmarks.
-#![allow(dead_code, unsafe_code)]
+#![allow(unsafe_code)]
 
-#[path = "../chance/mod.rs"]
-pub mod chance;
 pub mod load;
 pub mod pairs;
 

@@ -1,5 +1,4 @@
 //! Numbers for randomized tests.
-#![allow(dead_code)]
 
 /// Xorshift: the same story for the same seed.
 pub struct Prng(u64);

@@ -3,7 +3,6 @@
 //!
 //! A test program has one cluster, started when the first test asks for it. What runs it waits for the end of a pipe from
 //! here, so it ends with this process, however that ends.
-#![allow(dead_code)] // Each test program uses its part of the kit.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -15,7 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde_json::Value;
 
-use super::guest::{Server, mortal, output, root, run, server::program, wait_until};
+use crate::guest::{Server, mortal, output, root, run, server::program, wait_until};
 
 /// The pool that every cluster has.
 pub const POOL: &str = "vms";
@@ -141,7 +140,7 @@ impl Cluster {
 
     /// Makes the cluster full, or lets it have space again.
     pub fn full(&self, full: bool) {
-        self.python(include_str!("full.py"), &[&full.to_string(), POOL]);
+        self.python(include_str!("../ceph/full.py"), &[&full.to_string(), POOL]);
     }
 
     /// Shuts out whoever has this image open (`ceph osd blocklist add`).

@@ -1,6 +1,5 @@
 //! A front-end that does as it is told: it builds rings and descriptors by hand, so that tests can send what no decent
 //! driver would, and control messages in any order. (For decent drivers there are virtio-driver and QEMU.)
-#![allow(dead_code)]
 
 use std::fs::File;
 use std::os::fd::AsRawFd;

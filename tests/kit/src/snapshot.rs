@@ -1,6 +1,5 @@
 //! What the tests of `virtioblkctl snapshot` share: disks served by the real program, and a guest's agent that does
 //! what a test tells it.
-#![allow(dead_code)] // Each test program uses its own part of this.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -32,7 +31,7 @@ pub fn tell(text: &str) {
 }
 
 pub fn ctl() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"));
+    let mut command = Command::new(crate::programs::virtioblkctl());
     command.stdin(Stdio::null());
     command
 }
@@ -50,7 +49,7 @@ impl Daemon {
     pub fn start(image: &Path, mode: &str) -> Daemon {
         let dir = tempfile::tempdir().unwrap();
         let log = File::create(dir.path().join("log")).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkd"));
+        let mut command = Command::new(crate::programs::virtioblkd());
         command
             .arg("--socket-path")
             .arg(dir.path().join("vhost"))

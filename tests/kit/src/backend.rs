@@ -1,10 +1,4 @@
 //! What the contract tests share: a driver for one queue, a source of chance, a model to compare with, loop devices.
-#![allow(dead_code)] // Each test file uses a part of it.
-
-#[path = "../chance/mod.rs"]
-mod chance;
-#[path = "../stub/mod.rs"]
-pub mod stub;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -22,7 +16,7 @@ use virtioblkd::backend::{Backend, Completion, Errno, IoBuf, IoQueue, Op, OpId};
 use virtioblkd::disk::{Copies, CopyOptions, Events};
 use virtioblkd::engine::CacheMode;
 
-pub use chance::Prng;
+pub use crate::prng::Prng;
 
 /// Longest that anything may hang before a test fails instead of the whole run.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -227,7 +221,7 @@ pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
 
 /// A directory on the disk that the build runs on.
 pub fn disk_dir() -> tempfile::TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory")
+    crate::programs::disk_dir()
 }
 
 pub fn image(dir: &Path, name: &str, size: u64) -> PathBuf {
@@ -267,13 +261,13 @@ pub fn skip<T>(why: &str) -> Option<T> {
 }
 
 /// Every back-end, null included; 8 MiB each.
-pub fn each(check: impl Fn(&str, &dyn Backend)) {
+pub fn each(check: &dyn Fn(&str, &dyn Backend)) {
     check("null", &NullBackend::new(8 << 20, 512));
     each_that_stores(check);
 }
 
 /// Every back-end whose reads return what was written.
-pub fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
+pub fn each_that_stores(check: &dyn Fn(&str, &dyn Backend)) {
     for order in [CompletionOrder::InOrder, CompletionOrder::Shuffled(3)] {
         check(&format!("mem, {order:?}"), &MemBackend::new(MemOptions { order, ..MemOptions::new(8 << 20) }));
     }
@@ -307,7 +301,7 @@ pub fn each_that_stores(check: impl Fn(&str, &dyn Backend)) {
     check("file, none, with little memory", &opened(&little));
     check("detecting, file", &stable(Arc::new(open(&path, CacheMode::None)), StableWrites::Detect, 0));
     for mode in [CacheMode::None, CacheMode::Unsafe] {
-        check(&format!("rbd (stub), {mode}"), &stub::Stub::new(mode).open());
+        check(&format!("rbd (stub), {mode}"), &crate::rbd_stub::Stub::new(mode).open());
     }
     let shm = tempfile::tempdir_in("/dev/shm").expect("a directory");
     let path = image(shm.path(), "disk.img", 8 << 20);

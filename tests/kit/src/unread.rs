@@ -1,5 +1,4 @@
 //! Outputs that somebody has stopped reading: a full pipe, a full socket, a terminal after Ctrl-S.
-#![allow(dead_code)]
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};

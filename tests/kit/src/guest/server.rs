@@ -203,7 +203,7 @@ fn virtioblkd(socket: &Path, control: &Path, image: &Path, mode: CacheMode, more
 pub fn program(name: &str) -> PathBuf {
     match std::env::var_os("VIRTIOBLKD_BIN_DIR") {
         Some(dir) => Path::new(&dir).join(name),
-        None => Path::new(env!("CARGO_BIN_EXE_virtioblkd")).with_file_name(name),
+        None => crate::programs::virtioblkd().with_file_name(name),
     }
 }
 

@@ -1,16 +1,15 @@
 //! A daemon that may be another process by now: taken over again and again. For tests of upgrades in place.
-#![allow(dead_code)]
 
 use std::fs;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::{Value, json};
 
-use crate::control_kit::{Client, PATIENCE};
+use crate::control::{Client, PATIENCE};
 
 /// Bytes of the image.
 pub const SIZE: usize = 4 << 20;
@@ -24,7 +23,7 @@ pub struct Disk {
 
 impl Disk {
     pub fn serve(more: &[&str]) -> Disk {
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let dir = crate::programs::disk_dir();
         fs::write(dir.path().join("disk.img"), vec![0; SIZE]).unwrap();
         let image = dir.path().join("disk.img").into_os_string().into_string().unwrap();
         Disk::serve_in(dir, &[&["--blk-file", &image], more].concat())
@@ -33,7 +32,7 @@ impl Disk {
     pub fn serve_in(dir: tempfile::TempDir, more: &[&str]) -> Disk {
         // A socket's path is short; its process's directory need not be the test's.
         let log = fs::File::create(dir.path().join("log")).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkd"));
+        let mut command = Command::new(crate::programs::virtioblkd());
         command.args(["--socket-path", "vhost", "--control-path", "control", "--pid-file", "pid"]).args(more);
         let child = command.current_dir(&dir).stdin(Stdio::null()).stderr(log).spawn().unwrap();
         let disk = Disk { dir, child };
@@ -60,7 +59,7 @@ impl Disk {
     }
 
     pub fn ctl(&self, arguments: &[&str]) -> Output {
-        let ctl = Path::new(env!("CARGO_BIN_EXE_virtioblkctl"));
+        let ctl = crate::programs::virtioblkctl();
         Command::new(ctl).current_dir(&self.dir).args(["--control", "control"]).args(arguments).output().unwrap()
     }
 

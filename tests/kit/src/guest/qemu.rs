@@ -274,6 +274,9 @@ impl Drop for Vm {
     }
 }
 
+/// The shell functions of a guest that does what [`Vm::sh`] tells it; the last part of its job.
+pub const SHELL: &str = include_str!("../../guest/shell.sh");
+
 /// What became of a guest that is only a boot sector (`bootsector.S`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -294,7 +297,7 @@ pub fn install_boot_sector(image: &Path) {
     let sector = SECTOR.get_or_init(|| {
         let dir = tempfile::tempdir().expect("a directory for the assembler");
         let (object, sector) = (dir.path().join("o"), dir.path().join("sector"));
-        run(Command::new("as").args(["--32", "-o"]).arg(&object).arg(root().join("tests/guest/bootsector.S")));
+        run(Command::new("as").args(["--32", "-o"]).arg(&object).arg(root().join("tests/kit/guest/bootsector.S")));
         let link = ["-m", "elf_i386", "-Ttext", "0x7c00", "-e", "start", "--oformat", "binary", "-o"];
         run(Command::new("ld").args(link).arg(&sector).arg(&object));
         fs::read(&sector).expect("what ld wrote")
@@ -339,7 +342,7 @@ pub fn linux_full(cpus: u32, job: &str) -> Qemu {
 /// The same, and it does what [`Vm::sh`] tells it: what shell.sh defines, and `functions`. Start it with
 /// [`Qemu::start_shell`].
 pub fn linux_full_shell(cpus: u32, functions: &str) -> Qemu {
-    linux_full(cpus, &format!("{functions}\n{}", include_str!("shell.sh")))
+    linux_full(cpus, &format!("{functions}\n{}", SHELL))
 }
 
 /// A guest with its agent (not started) and Python, which does what [`Vm::sh`] tells it: what shell.sh defines, and
@@ -350,7 +353,7 @@ pub fn linux_with_agent(functions: &str) -> Qemu {
 
 /// The same on so many CPUs and without the agent's channel.
 pub fn linux_shell(cpus: u32, functions: &str) -> Qemu {
-    let job = format!("{functions}\n{}", include_str!("shell.sh"));
+    let job = format!("{functions}\n{}", SHELL);
     Qemu::new(accelerator(), 384, cpus).linux(&job, "initramfs-agent.cpio")
 }
 
@@ -359,8 +362,11 @@ pub fn initramfs_with_kexec(functions: &str) -> Vec<u8> {
     let dir = tempfile::tempdir().expect("a directory for the compiler");
     let program = dir.path().join("compiled");
     let mut cc = Command::new("cc");
-    run(cc.args(["-O1", "-Wall", "-Wextra", "-Werror", "-o"]).arg(&program).arg(root().join("tests/guest/kexec.c")));
-    let mut initramfs = initramfs(&format!("{functions}\n{}", include_str!("shell.sh")), "initramfs-agent.cpio");
+    run(cc
+        .args(["-O1", "-Wall", "-Wextra", "-Werror", "-o"])
+        .arg(&program)
+        .arg(root().join("tests/kit/guest/kexec.c")));
+    let mut initramfs = initramfs(&format!("{functions}\n{}", SHELL), "initramfs-agent.cpio");
     append_program(&mut initramfs, "kexec", &program, dir.path());
     initramfs
 }

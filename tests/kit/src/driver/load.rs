@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::chance::Prng;
 use super::{ALL, Driver};
+use crate::prng::Prng;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The image's size in bytes.

@@ -1,8 +1,4 @@
 //! A device in process on any back-end, served to one front-end after another.
-#![allow(dead_code)]
-
-#[path = "../chance/mod.rs"]
-mod chance;
 
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -15,8 +11,7 @@ use virtioblkd::disk::{Disk, DiskStatus, Event, Events, HoldFigures};
 use virtioblkd::virtio::rings::Rings;
 use virtioblkd::virtio::{Device, DeviceOptions, Tuning};
 
-#[allow(unused_imports)]
-pub use chance::Prng;
+pub use crate::prng::Prng;
 
 /// A served disk.
 pub struct Rig {

@@ -1,6 +1,7 @@
 //! The real program under virtio-driver (libblkio's), a front-end that nobody here wrote: every mode and request,
 //! many queues, a model at depth, and what becomes of the data when somebody quiesces, leaves, is killed or is told to
-//! end. The same tests for every kind of image: the test program around them has a `new_store`.
+//! end. The same tests for every kind of image: [`front_end_suite!`](crate::front_end_suite) makes
+//! them.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
@@ -12,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::driver::chance::Prng;
 use crate::driver::load::{LOAD_QUEUES, Load, PAGE, PAGES, SIZE, holds, write_numbers};
 use crate::driver::{ALL, Driver, F_FLUSH};
+use crate::prng::Prng;
 
 /// An image full of zeroes, gone when dropped, and how it looks from outside.
 pub trait Store {
@@ -29,6 +30,44 @@ pub trait Store {
 
     /// Others see what a mode that promises nothing has acknowledged, before any sync.
     fn shows_what_is_cached(&self) -> bool;
+}
+
+/// Makes an image of so many bytes, full of zeroes.
+pub type NewStore = fn(u64) -> Box<dyn Store>;
+
+/// The suite's tests, on the images of a [`NewStore`].
+#[macro_export]
+macro_rules! front_end_suite {
+    ($new_store:path) => {
+        $crate::front_end_suite!(
+            $new_store:
+            every_request_in_every_mode
+            many_part_vectors_arrive_in_order
+            as_many_queues_as_are_asked_for
+            a_model_at_depth_64_over_four_rings
+            a_quiesce_under_load_holds_the_image_still_and_lets_it_go_on
+            told_to_end_under_load_it_keeps_everything_acknowledged
+            told_to_end_while_held_it_ends_and_writes_nothing_more
+            a_front_end_killed_in_the_middle_leaves_everything_acknowledged_and_the_next_is_served
+            one_front_end_after_another_whatever_they_negotiate
+            a_4096_byte_block_is_the_smallest_there_is
+            a_read_only_disk_is_read_and_nothing_else
+        );
+
+        #[test]
+        #[ignore = "run by another test, in a process of its own that it kills"]
+        fn the_victim() {
+            $crate::front_end_suite::the_victim();
+        }
+    };
+    ($new_store:path: $($name:ident)*) => {
+        $(
+            #[test]
+            fn $name() {
+                $crate::front_end_suite::$name($new_store);
+            }
+        )*
+    };
 }
 
 const MODES: [&str; 5] = ["none", "directsync", "writeback", "writethrough", "unsafe"];
@@ -49,12 +88,12 @@ struct Served {
 }
 
 impl Served {
-    fn new(options: &[&str]) -> Served {
-        let store = crate::new_store(SIZE as u64);
+    fn new(new_store: NewStore, options: &[&str]) -> Served {
+        let store = new_store(SIZE as u64);
         // Socket paths are short.
         let sockets = tempfile::tempdir().unwrap();
         let (socket, control) = (sockets.path().join("s"), sockets.path().join("c"));
-        let mut child = Command::new(env!("CARGO_BIN_EXE_virtioblkd"))
+        let mut child = Command::new(crate::programs::virtioblkd())
             .args(options)
             .args(store.options())
             .args([Path::new("--socket-path"), &socket, Path::new("--control-path"), &control])
@@ -93,7 +132,7 @@ impl Served {
     /// Runs virtioblkctl; it must succeed. What it printed.
     fn ctl(&self, args: &[&str]) -> String {
         let output =
-            Command::new(env!("CARGO_BIN_EXE_virtioblkctl")).arg("--control").arg(&self.control).args(args).output();
+            Command::new(crate::programs::virtioblkctl()).arg("--control").arg(&self.control).args(args).output();
         let output = output.unwrap();
         let log = self.log.lock().unwrap();
         assert!(output.status.success(), "{args:?}: {}\n{log}", String::from_utf8_lossy(&output.stderr));
@@ -136,10 +175,9 @@ fn pattern(seed: u64, len: usize) -> Vec<u8> {
     Prng::new(seed).bytes(len)
 }
 
-#[test]
-fn every_request_in_every_mode() {
+pub fn every_request_in_every_mode(new_store: NewStore) {
     for mode in MODES {
-        let served = Served::new(&["--cache", mode]);
+        let served = Served::new(new_store, &["--cache", mode]);
         let mut guest = served.connect(2, 128, 4 << 20);
         let mut model = vec![0; SIZE];
         // Offset in the image, position and length in memory: odd sizes, from addresses aligned to nothing.
@@ -170,10 +208,9 @@ fn every_request_in_every_mode() {
     }
 }
 
-#[test]
-fn many_part_vectors_arrive_in_order() {
+pub fn many_part_vectors_arrive_in_order(new_store: NewStore) {
     for mode in ["none", "writethrough"] {
-        let served = Served::new(&["--cache", mode]);
+        let served = Served::new(new_store, &["--cache", mode]);
         let mut guest = served.connect(1, 128, 1 << 20);
         // 126 parts is what a ring of 128 takes: whole sectors, then odd pieces that add up to sectors.
         for (round, piece) in [512usize, 513, 1, 1023].into_iter().enumerate() {
@@ -200,9 +237,8 @@ fn many_part_vectors_arrive_in_order() {
     }
 }
 
-#[test]
-fn as_many_queues_as_are_asked_for() {
-    let served = Served::new(&[]);
+pub fn as_many_queues_as_are_asked_for(new_store: NewStore) {
+    let served = Served::new(new_store, &[]);
     for queues in [1, 16, 256] {
         let mut guest = served.connect_again(queues, 16, 256 * 512);
         for queue in 0..queues {
@@ -221,7 +257,7 @@ fn as_many_queues_as_are_asked_for() {
         }
     }
     // More than was allowed is refused, not served wrongly; and the next is served.
-    let few = Served::new(&["--num-queues", "2"]);
+    let few = Served::new(new_store, &["--num-queues", "2"]);
     assert!(Driver::connect(&few.socket, 3, 16, 4096, ALL).is_err());
     let mut guest = few.connect_again(2, 16, 4096);
     assert_eq!(guest.one(1, |guest, id| guest.write(1, 0, 0, 512, id)), 0);
@@ -298,12 +334,11 @@ impl Model {
     }
 }
 
-#[test]
-fn a_model_at_depth_64_over_four_rings() {
+pub fn a_model_at_depth_64_over_four_rings(new_store: NewStore) {
     const QUEUES: usize = 4;
     const DEPTH: usize = 64;
     for (seed, mode) in (1u64..).zip(MODES) {
-        let served = Served::new(&["--cache", mode]);
+        let served = Served::new(new_store, &["--cache", mode]);
         let mut guest = served.connect(QUEUES, 256, QUEUES * DEPTH * ROOM);
         let sectors = SIZE / 512;
         let mut model =
@@ -342,10 +377,9 @@ fn a_model_at_depth_64_over_four_rings() {
     }
 }
 
-#[test]
-fn a_quiesce_under_load_holds_the_image_still_and_lets_it_go_on() {
+pub fn a_quiesce_under_load_holds_the_image_still_and_lets_it_go_on(new_store: NewStore) {
     for mode in MODES {
-        let served = Served::new(&["--cache", mode]);
+        let served = Served::new(new_store, &["--cache", mode]);
         let load = Load::start(&served.socket);
         for round in 0..4 {
             load.wait_for(100);
@@ -372,7 +406,7 @@ fn a_quiesce_under_load_holds_the_image_still_and_lets_it_go_on() {
             }
         }
         // Held for as long as a command runs.
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let dir = crate::programs::disk_dir();
         let copy = dir.path().join("copy");
         load.wait_for(100);
         let before = load.acknowledged();
@@ -386,10 +420,9 @@ fn a_quiesce_under_load_holds_the_image_still_and_lets_it_go_on() {
     }
 }
 
-#[test]
-fn told_to_end_under_load_it_keeps_everything_acknowledged() {
+pub fn told_to_end_under_load_it_keeps_everything_acknowledged(new_store: NewStore) {
     for mode in MODES {
-        let served = Served::new(&["--cache", mode]);
+        let served = Served::new(new_store, &["--cache", mode]);
         let load = Load::start(&served.socket);
         load.wait_for(300);
         let image = served.end();
@@ -399,10 +432,9 @@ fn told_to_end_under_load_it_keeps_everything_acknowledged() {
     }
 }
 
-#[test]
-fn told_to_end_while_held_it_ends_and_writes_nothing_more() {
+pub fn told_to_end_while_held_it_ends_and_writes_nothing_more(new_store: NewStore) {
     for mode in MODES {
-        let served = Served::new(&["--cache", mode]);
+        let served = Served::new(new_store, &["--cache", mode]);
         let load = Load::start(&served.socket);
         load.wait_for(100);
         served.ctl(&["quiesce"]);
@@ -413,21 +445,19 @@ fn told_to_end_while_held_it_ends_and_writes_nothing_more() {
     }
 }
 
-#[test]
-#[ignore = "run by the next test, in a process of its own that it kills"]
-fn the_victim() {
+/// The front-end that [`a_front_end_killed_in_the_middle_leaves_everything_acknowledged_and_the_next_is_served`] kills.
+pub fn the_victim() {
     let socket = std::env::var_os("VICTIMS_SOCKET").expect("run by another test");
     let mut guest = Driver::connect_soon(Path::new(&socket), LOAD_QUEUES, 64, SIZE, ALL);
     // One line an acknowledgement; the pipe's end ends us, too.
     write_numbers(&mut guest, || false, |page, number| println!("\nacknowledged {page} {number}"));
 }
 
-#[test]
-fn a_front_end_killed_in_the_middle_leaves_everything_acknowledged_and_the_next_is_served() {
+pub fn a_front_end_killed_in_the_middle_leaves_everything_acknowledged_and_the_next_is_served(new_store: NewStore) {
     for mode in MODES {
-        let served = Served::new(&["--cache", mode]);
+        let served = Served::new(new_store, &["--cache", mode]);
         let mut victim = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "suite::the_victim", "--ignored", "--nocapture"])
+            .args(["the_victim", "--ignored", "--nocapture"])
             .env("VICTIMS_SOCKET", &served.socket)
             .stdout(Stdio::piped())
             .spawn()
@@ -463,9 +493,8 @@ fn a_front_end_killed_in_the_middle_leaves_everything_acknowledged_and_the_next_
     }
 }
 
-#[test]
-fn one_front_end_after_another_whatever_they_negotiate() {
-    let served = Served::new(&[]);
+pub fn one_front_end_after_another_whatever_they_negotiate(new_store: NewStore) {
+    let served = Served::new(new_store, &[]);
     for round in 0..12u8 {
         let mask = if round % 2 == 0 { ALL } else { !F_FLUSH };
         let mut guest = Driver::connect_soon(&served.socket, 1 + usize::from(round % 3), 32, 8192, mask);
@@ -477,10 +506,9 @@ fn one_front_end_after_another_whatever_they_negotiate() {
     assert!(served.end()[4096..8192] == [11; 4096]);
 }
 
-#[test]
-fn a_4096_byte_block_is_the_smallest_there_is() {
+pub fn a_4096_byte_block_is_the_smallest_there_is(new_store: NewStore) {
     for mode in MODES {
-        let served = Served::new(&["--cache", mode, "--logical-block-size", "4096"]);
+        let served = Served::new(new_store, &["--cache", mode, "--logical-block-size", "4096"]);
         let mut guest = served.connect(1, 64, 64 << 10);
         guest.fill(1, &[7; 8192]);
         assert_eq!(guest.one(0, |guest, id| guest.write(0, 4096, 1, 8192, id)), 0, "{mode}");
@@ -494,10 +522,9 @@ fn a_4096_byte_block_is_the_smallest_there_is() {
     }
 }
 
-#[test]
-fn a_read_only_disk_is_read_and_nothing_else() {
+pub fn a_read_only_disk_is_read_and_nothing_else(new_store: NewStore) {
     for mode in MODES {
-        let served = Served::new(&["--cache", mode, "--read-only"]);
+        let served = Served::new(new_store, &["--cache", mode, "--read-only"]);
         let mut guest = served.connect(1, 64, 8192);
         guest.fill(0, &[7; 4096]);
         assert_eq!(guest.one(0, |guest, id| guest.read(0, 0, 4096, 4096, id)), 0, "{mode}");

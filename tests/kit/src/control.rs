@@ -1,6 +1,5 @@
 //! A disk that does what a test tells it, the quiesce socket in front of it, and a client. Shared by the tests of the
 //! socket and of the operator's command.
-#![allow(dead_code)] // Each test program uses its own part of this.
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};

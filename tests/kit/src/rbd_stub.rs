@@ -1,6 +1,5 @@
 //! A librados and a librbd without a cluster, compiled here: images in memory that do on request what a cluster cannot
 //! be made to do.
-#![allow(dead_code)] // Each test file uses a part of it.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -19,8 +18,8 @@ pub fn libraries(old: bool) -> &'static Path {
 }
 
 fn build(old: bool) -> PathBuf {
-    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/stub");
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(if old { "ceph-stub-old" } else { "ceph-stub" });
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("rbd_stub");
+    let dir = crate::programs::target_dir().join("tmp").join(if old { "ceph-stub-old" } else { "ceph-stub" });
     std::fs::create_dir_all(&dir).expect("a directory");
     for (library, files) in [("librados.so.2", &["librados.c"][..]), ("librbd.so.1", &["librbd.c", "control.c"])] {
         // Several test programs may do this at once: each puts a whole file in its place.

@@ -1,0 +1,29 @@
+//! What the tests and benchmarks share: back-ends and disks that do what a test tells them, front-ends, the real
+//! programs, real guests, and a real Ceph cluster.
+//!
+//! From small to large:
+//! - [`prng`]: numbers for randomized tests; [`unread`]: outputs that nobody reads; [`programs`]: where the programs are.
+//! - [`backend`]: a queue of a back-end, used as a worker does; [`backend_contract`]: what holds for every back-end;
+//!   [`rbd_stub`]: a librbd without a cluster; [`stall`]: media that stop answering.
+//! - [`front_end`]: a front-end that sends whatever it is told; [`driver`]: a decent one; [`rig`]: a device in this
+//!   process; [`front_end_suite`]: what holds for every kind of image.
+//! - [`control`]: a fake disk behind the control socket; [`snapshot`]: disks and a fake guest agent; [`upgrade`]: a
+//!   daemon that may be another process by now.
+//! - [`guest`]: QEMU with a real guest; [`ceph`]: a real cluster.
+
+pub mod backend;
+pub mod backend_contract;
+pub mod ceph;
+pub mod control;
+pub mod driver;
+pub mod front_end;
+pub mod front_end_suite;
+pub mod guest;
+pub mod prng;
+pub mod programs;
+pub mod rbd_stub;
+pub mod rig;
+pub mod snapshot;
+pub mod stall;
+pub mod unread;
+pub mod upgrade;
