@@ -1,7 +1,7 @@
 //! What stands behind the device: [`Backend`] opens one [`IoQueue`] a ring. Knows no virtio.
 //!
 //! # The contract
-//! `tests/backend_contract.rs` runs these clauses against every back-end:
+//! `tests/backend/contract.rs` runs these clauses against every back-end:
 //! 1. Each pushed token comes back exactly once, in any order.
 //! 2. `Ok` means every byte: a short transfer is finished or failed inside.
 //! 3. An op owns its buffer until its completion hands it back; dropping a queue waits for what is in flight, and if

@@ -233,10 +233,10 @@ fn no_order_of_events_breaks_a_promise() {
     assert!(states > 10_000, "only {states} states: the explorer does not walk");
 }
 
-/// Whether the oracle that `VIRTIOBLKD_ORACLE` names finds this engine wrong. `tests/engine_faults.rs` compiles this
+/// Whether the oracle that `VIRTIOBLKD_ORACLE` names finds this engine wrong. `tests/engine_faults/main.rs` compiles this
 /// module with changed copies of the engine and runs this test on each.
 #[test]
-#[ignore = "tests/engine_faults.rs runs it on engines with a planted fault"]
+#[ignore = "tests/engine_faults/main.rs runs it on engines with a planted fault"]
 fn the_wanted_oracle_speaks() {
     let oracle = std::env::var("VIRTIOBLKD_ORACLE").expect("VIRTIOBLKD_ORACLE names an oracle");
     let keeps = std::env::var("VIRTIOBLKD_RETAIN").is_ok_and(|retain| retain == "yes");

@@ -1,4 +1,4 @@
-# What the guests of tests/life.rs do; comes before shell.sh.
+# What the guests of tests/guest/life.rs do; comes before shell.sh.
 
 # The guest before this one may have been reset in the middle of a line.
 echo

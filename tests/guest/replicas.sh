@@ -1,9 +1,9 @@
-# What the guest of tests/replicas.rs can be told to do; comes after serve.sh and before shell.sh. It has two disks,
+# What the guest of tests/guest/replicas.rs can be told to do; comes after serve.sh and before shell.sh. It has two disks,
 # /dev/vda and /dev/vdb, and stores everything twice, or with a checksum, on them.
 
 # front_end SCRIBBLES: one run of the front-end (the test program itself) on what is served.
 front_end() {
-	SOCKET=/tmp/vhost SCRIBBLES=$1 replicas --ignored --exact front_end --nocapture >/tmp/front_end.log 2>&1 ||
+	SOCKET=/tmp/vhost SCRIBBLES=$1 replicas --ignored --exact replicas::front_end --nocapture >/tmp/front_end.log 2>&1 ||
 		{ cat /tmp/front_end.log /tmp/virtioblkd.log; return 1; }
 }
 

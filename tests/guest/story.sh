@@ -1,4 +1,4 @@
-# What the guests of the cloud-disk story do (tests/story.rs); comes before shell.sh.
+# What the guests of the cloud-disk story do (tests/guest/story.rs); comes before shell.sh.
 
 # Writes files into the new directory $1, each in its own way. The order matters: an fsync also makes the names of files
 # durable that were made before it, though not their content.

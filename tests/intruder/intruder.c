@@ -1,7 +1,7 @@
 // An intruder: code that runs inside a daemon after it has entered its sandbox. Preloaded (LD_PRELOAD); it runs in the
 // first thread that starts after the filter of system calls is in force, tries what an intruder would, and writes a line
 // for each try to INTRUDER_OUT: its name and "OK", "stopped" (SIGSYS, which it survives by a handler of its own) or the
-// error's number. tests/intruder.rs says which results are right.
+// error's number. tests/intruder/main.rs says which results are right.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <dlfcn.h>

@@ -229,7 +229,7 @@ fn unsafe_complaint(file: &Source) -> Option<String> {
         return None;
     }
     if !UNSAFE_FILES.iter().any(|(allowed, _)| allowed == path) {
-        return Some(format!("{path} is unsafe: only the files listed in tests/layering.rs may be"));
+        return Some(format!("{path} is unsafe: only the files listed in tests/layering/main.rs may be"));
     }
     if !first_line.starts_with("//! UNSAFE.") {
         return Some(format!("{path} is unsafe: its first line must begin with '//! UNSAFE.'"));

@@ -138,7 +138,7 @@ struct Laboratory {
 
 impl Laboratory {
     fn new(layer: Layer) -> Laboratory {
-        let job = [include_str!("guest/serve.sh"), include_str!("guest/replicas.sh"), kit::guest::qemu::SHELL].concat();
+        let job = [include_str!("serve.sh"), include_str!("replicas.sh"), kit::guest::qemu::SHELL].concat();
         let own = std::env::current_exe().expect("a running program's path");
         let programs =
             [("virtioblkd", program("virtioblkd")), ("virtioblkctl", program("virtioblkctl")), ("replicas", own)];

@@ -81,8 +81,8 @@ fn a_snapshot_holds_what_its_level_promises() {
 
 /// What both guests know beside shell.sh.
 fn functions() -> String {
-    let hook = include_str!("../qemu-configs/snapshot/guest/fsfreeze-hook");
-    format!("HOOK=$(cat <<'END OF HOOK'\n{hook}END OF HOOK\n)\n{}", include_str!("guest/story.sh"))
+    let hook = include_str!("../../qemu-configs/snapshot/guest/fsfreeze-hook");
+    format!("HOOK=$(cat <<'END OF HOOK'\n{hook}END OF HOOK\n)\n{}", include_str!("story.sh"))
 }
 
 /// Guest A: for each way and level a fresh set of files, and a snapshot right after.

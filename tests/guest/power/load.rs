@@ -87,7 +87,7 @@ struct Load {
 
 /// Runs the plan to its end.
 pub fn run() {
-    let plan = std::env::var(PLAN).unwrap_or_else(|_| panic!("${PLAN} is not set: see tests/power/guest.sh"));
+    let plan = std::env::var(PLAN).unwrap_or_else(|_| panic!("${PLAN} is not set: see tests/guest/power/guest.sh"));
     let plan: Plan = serde_json::from_str(&plan).expect("a plan");
     // Not having acknowledged FLUSH is how a driver says that it cannot flush.
     let mask = if plan.flushes { ALL } else { ALL & !F_FLUSH };

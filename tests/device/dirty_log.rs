@@ -1,5 +1,5 @@
 //! What a live migration is told: each page that the device writes, whatever wrote it, is in the dirty log. Judged by
-//! the memory itself. With real guests that move: `tests/migration.rs`.
+//! the memory itself. With real guests that move: `tests/guest/migration.rs`.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;

@@ -1,5 +1,5 @@
 //! Media that fail: what is kept from the guest and what is not, and that nothing waits for ever. In process, over a RAM
-//! disk that fails on request; `tests/full_filesystem.rs` is about one that is really full.
+//! disk that fails on request; `tests/guest/full_filesystem.rs` is about one that is really full.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;

@@ -14,11 +14,11 @@ use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
 
 const MIB: u64 = 1 << 20;
-const FUNCTIONS: &str = include_str!("guest/life.sh");
+const FUNCTIONS: &str = include_str!("life.sh");
 
 /// fio writes and verifies from two processes until told to stop.
 const FIO: &str = concat!(
-    include_str!("guest/fio.sh"),
+    include_str!("fio.sh"),
     r#"
 verifying_fio 2
 verify() {

@@ -4,9 +4,7 @@
 //! its own, which compiles in a second; its explorer then runs with one oracle at a time. The engine's own source stays
 //! free of test code. The faults: `engine_faults/faults.rs`.
 
-mod engine_faults {
-    pub mod faults;
-}
+mod faults;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +13,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use engine_faults::faults::{FAULTS, Fault};
+use faults::{FAULTS, Fault};
 
 #[test]
 fn every_planted_fault_is_found_by_its_oracles() {

@@ -904,7 +904,7 @@ fn an_image_of_any_size_is_copied() {
     }
 }
 
-/// That its name is durable, too: `tests/power_cut.rs`.
+/// That its name is durable, too: `tests/guest/power_cut.rs`.
 #[test]
 fn what_is_complete_is_durable() {
     let (world, mem) = World::mem(CompletionOrder::InOrder, Tuning::default());

@@ -1,4 +1,4 @@
-# What the guest of tests/power_cut.rs can be told to do; comes after tests/guest/serve.sh. Its only disk is /dev/vda,
+# What the guest of tests/guest/power_cut.rs can be told to do; comes after tests/guest/serve.sh. Its only disk is /dev/vda,
 # whose volatile cache and whose power are the host's.
 
 # A filesystem on the whole disk and in it a file of $1 bytes without a single block.
@@ -15,6 +15,6 @@ lie() {
 
 # load PLAN: the front-end (the test program itself), as the plan (JSON) says.
 load() {
-	VIRTIOBLKD_POWER_PLAN=$1 power_cut --ignored --exact front_end --nocapture >/tmp/load.log 2>&1 ||
+	VIRTIOBLKD_POWER_PLAN=$1 power_cut --ignored --exact power_cut::front_end --nocapture >/tmp/load.log 2>&1 ||
 		{ cat /tmp/load.log /tmp/virtioblkd.log; return 1; }
 }

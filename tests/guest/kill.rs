@@ -13,7 +13,7 @@ use virtioblkd::engine::cache::CacheMode;
 
 const MIB: u64 = 1 << 20;
 
-const JOB: &str = concat!(include_str!("guest/fio.sh"), include_str!("guest/until_told.sh"));
+const JOB: &str = concat!(include_str!("fio.sh"), include_str!("until_told.sh"));
 
 struct World {
     server: Option<Server>,

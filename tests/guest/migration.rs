@@ -88,7 +88,7 @@ fn passes(monitor: &mut Qmp) -> u64 {
 }
 
 /// Both servers are followed by others after a first pass over the guest's memory. That the log goes along is shown by
-/// tests/upgrade_front_end.rs: here the memory that is read into is dirty for other reasons, too.
+/// tests/upgrade/front_end.rs: here the memory that is read into is dirty for other reasons, too.
 fn move_during_upgrades(vm: &Vm, server: &Server, next_server: &Server, uri: &str) {
     let mut monitor = vm.qmp();
     qemu::limit_migration(&mut monitor, 50 * MIB, 1);

@@ -1,5 +1,5 @@
-//! What `qemu-configs` ships says what the programs understand. (Its QEMU command lines boot in tests/firmware.rs, its
-//! XML in tests/libvirt.rs.)
+//! What `qemu-configs` ships says what the programs understand. (Its QEMU command lines boot in tests/guest/firmware.rs, its
+//! XML in tests/guest/libvirt.rs.)
 
 use std::fs;
 use std::path::{Path, PathBuf};

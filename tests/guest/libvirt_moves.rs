@@ -66,7 +66,7 @@ impl Guest {
 
     fn domain(&mut self, server: &Server) -> String {
         let load: Vec<String> = self.ledgers.iter_mut().map(Ledger::line).collect();
-        let job = format!("{}\n{}\n{JOB}", include_str!("guest/life.sh"), load.join("\n"));
+        let job = format!("{}\n{}\n{JOB}", include_str!("life.sh"), load.join("\n"));
         self.home.linux(&job, "init_on_alloc=0", &disk_xml(&server.socket(), "vda"))
     }
 

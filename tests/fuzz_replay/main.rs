@@ -1,7 +1,7 @@
 //! The fuzz targets on the inputs that were kept (fuzz/corpus), and on mutations of these: the same story at each run, a
 //! few seconds. VIRTIOBLKD_FUZZ_ROUNDS asks for more. What searches by coverage is `make fuzz`.
 
-#[path = "../fuzz/src/lib.rs"]
+#[path = "../../fuzz/src/lib.rs"]
 mod targets;
 
 use std::fs;

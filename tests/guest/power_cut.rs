@@ -6,20 +6,18 @@
 //! Nothing need be switched off then: each point of the record is a cut, and the judge works out what the medium may
 //! hold there. Seeds are printed; `VIRTIOBLKD_POWER_SEED` sets the first, `VIRTIOBLKD_POWER=long` takes many more.
 
-mod power;
-
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use super::power::disk::{Record, VolatileDisk};
+use super::power::judge::{Area, Promise, Verdict, judge_copies, judge_disk, judge_file};
+use super::power::load::{self, Plan};
+use super::power::said::SECTOR;
 use kit::guest;
 use kit::guest::qemu::{Qemu, Vm};
 use kit::guest::{accelerator, ext4, scratch, tell};
 use kit::prng::Prng;
-use power::disk::{Record, VolatileDisk};
-use power::judge::{Area, Promise, Verdict, judge_copies, judge_disk, judge_file};
-use power::load::{self, Plan};
-use power::said::SECTOR;
 use virtioblkd::engine::cache::CacheMode;
 
 /// The disk, and the part of it or the file that the front-end uses.
@@ -45,7 +43,7 @@ impl Laboratory {
     fn start(seed: u64) -> Laboratory {
         let dir = tempfile::tempdir().expect("a directory for the sockets");
         let disk = VolatileDisk::start(dir.path(), DISK, seed);
-        let job = [include_str!("guest/serve.sh"), include_str!("power/guest.sh"), kit::guest::qemu::SHELL].concat();
+        let job = [include_str!("serve.sh"), include_str!("power/guest.sh"), kit::guest::qemu::SHELL].concat();
         let programs = [
             ("virtioblkd", guest::server::program("virtioblkd")),
             ("virtioblkctl", guest::server::program("virtioblkctl")),

@@ -11,9 +11,9 @@ use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
 
 const MIB: u64 = 1 << 20;
-/// As tests/life.rs has it.
-const LIFE: &str = include_str!("guest/life.sh");
-const JOB: &str = concat!(include_str!("guest/fio.sh"), include_str!("guest/until_told.sh"));
+/// As tests/guest/life.rs has it.
+const LIFE: &str = include_str!("life.sh");
+const JOB: &str = concat!(include_str!("fio.sh"), include_str!("until_told.sh"));
 
 /// Both of fio's processes write on.
 fn goes_on(server: &Server, what: &str) {

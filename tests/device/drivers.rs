@@ -1,6 +1,6 @@
 //! One driver after another on the same disk, as vhost-user sees it: each is served by its own features and its own
 //! number of queues, whoever was there before, and memory comes and goes under requests. (What an earlier driver had
-//! asked for is in `tests/inflight.rs`.)
+//! asked for is in `tests/device/inflight.rs`.)
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

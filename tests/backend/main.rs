@@ -1,0 +1,8 @@
+//! What holds for back-ends: the contract, files and block devices, librbd without a cluster, copies, stable writes. In
+//! this process, without the daemon.
+
+mod contract;
+mod copy;
+mod file;
+mod rbd_stub;
+mod stable_writes;

@@ -1,0 +1,13 @@
+//! The real programs, `virtioblkd` in its sandbox and `virtioblkctl`: options, start and end, copies, media and clients
+//! that stop answering.
+
+mod copies;
+mod hung_target;
+mod life_cycle;
+mod log_unread;
+mod options;
+mod short_writes;
+mod stable_writes;
+mod stalled;
+mod virtio_driver;
+mod virtioblkctl;

@@ -1,0 +1,5 @@
+//! What is shipped beside the programs: configuration files, hooks, documents and licences. Sanitizers find nothing here.
+
+mod configs;
+mod snapshot_hooks;
+mod supply_chain;
