@@ -5,24 +5,24 @@ DESTDIR ?=
 CARGO ?= cargo
 # A guest test is a QEMU and a server; more at once than CPUs only wait for each other.
 TEST_THREADS ?= 2
-# Tests that boot guests, and tests that start a Ceph cluster or need its headers. All others need nothing but Rust.
-VM_TESTS = firmware vm kill life migration story agent replicas power_cut libvirt libvirt_moves full_filesystem \
-	upgrade_guest
-RBD_TESTS = $(filter-out rbd_stub,$(basename $(notdir $(wildcard tests/rbd_*.rs))))
-OTHER_TESTS = layering $(filter-out $(VM_TESTS) $(RBD_TESTS),$(basename $(notdir $(wildcard tests/*.rs))))
+# Each folder of tests/ with a main.rs is a test program (tests/README.md). guest boots guests, ceph starts a Ceph cluster
+# and needs its headers; all others need nothing but Rust.
+TEST_PROGRAMS = $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs))
+UNIT_TESTS = $(filter-out guest ceph,$(TEST_PROGRAMS))
+# One failure must not hide the others.
+cargo_test = $(CARGO) test --no-fail-fast
 
 # How long `make fuzz` searches each target.
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS = $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 
 # `make check-deep`. A sanitizer runs what boots no guest and needs no Ceph. Left out: the engine, which is pure; layering
-# and the shipped files, which run nothing.
-NOT_SANITIZED = layering shipped snapshot_shipped supply_chain intruder
+# and the shipped files, which run nothing; the intruder, which is a library in the daemon.
+NOT_SANITIZED = layering shipped intruder
 # They start the real daemon. What looks for leaks at its end takes clone(2) and ptrace(2), which the sandbox stops, so
 # there nobody looks for them; and the first race ends it, which its test notices.
-DAEMON_TESTS = attend config control_flood copy_daemon daemon hung_target limits sandbox snapshot snapshot_image stable_writes \
-	stalled torn_pairs upgrade upgrade_front_end virtio_driver virtioblkctl
-IN_PROCESS_TESTS = $(filter-out $(NOT_SANITIZED) $(DAEMON_TESTS),$(OTHER_TESTS)) stable_writes
+DAEMON_TESTS = daemon control_flood limits sandbox snapshot upgrade
+IN_PROCESS_TESTS = $(filter-out $(NOT_SANITIZED) $(DAEMON_TESTS),$(UNIT_TESTS))
 # The thread sanitizer carries an atomic operation out itself, with a lock of its own held. If the memory behind it has
 # vanished, our handler of SIGBUS runs then, and its own atomics wait for that lock for ever.
 THREAD_HANGS = hostile_memory
@@ -34,7 +34,7 @@ sanitized = RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=$(1) CARGO_TARGET_DIR=$(absp
 	CARGO_PROFILE_DEV_DEBUG=line-tables-only CARGO_PROFILE_DEV_OPT_LEVEL=1 $(CARGO) $(SANITIZE_$(1)) \
 	--target $$(rustc -vV | sed -n 's/^host: //p') --no-fail-fast $(2) -- --test-threads=$(TEST_THREADS) $(3)
 in_process = --lib $(1:%=--test %)
-skipped = --skip engine:: --skip the_daemon_says_what_it_does
+skipped = --skip engine::
 LEAKS = LSAN_OPTIONS=suppressions=$(CURDIR)/tests/leak-sanitizer.supp:print_suppressions=0
 RACES = suppressions=$(CURDIR)/tests/thread-sanitizer.supp
 
@@ -44,10 +44,11 @@ debug = $(or $(CARGO_TARGET_DIR),target)/debug
 doc = $(DESTDIR)$(PREFIX)/share/doc/virtioblkd
 
 .NOTPARALLEL:
-.PHONY: toolchain check-quick demo-debug $(shell sed -n 's/^\([a-z-]*\):.*## .*/\1/p' $(firstword $(MAKEFILE_LIST)))
+.PHONY: toolchain check-quick check-tests check-examples check-models demo-debug power-long explore-long \
+	$(shell sed -n 's/^\([a-z0-9-]*\):.*## .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 27
 
 build: toolchain ## Build the programs, optimized
 	$(CARGO) build --release
@@ -61,26 +62,32 @@ demo-snapshot: toolchain deps ## Watch what a snapshot of a running guest holds,
 
 check: toolchain deps check-lint check-unit check-vm check-rbd check-debian13-quick ## All checks: lint, unit, integration, real guests, Ceph, Debian 13
 
-check-unit: toolchain ## Unit and integration tests that boot no guest
-	$(CARGO) test --lib --bins
-	$(CARGO) test --doc
-	$(CARGO) test --lib --features model interleavings::
-	$(if $(OTHER_TESTS),$(CARGO) test $(OTHER_TESTS:%=--test %))
+check-unit: check-tests check-examples check-models ## Unit and integration tests that boot no guest
+
+# Three targets, so that `make --keep-going` runs each.
+check-tests: toolchain
+	$(cargo_test) --lib --bins $(UNIT_TESTS:%=--test %)
+
+check-examples: toolchain
+	$(cargo_test) --doc
+
+check-models: toolchain
+	$(cargo_test) --lib --features model interleavings::
 
 check-vm: toolchain deps ## Tests with real guests
-	$(CARGO) test $(VM_TESTS:%=--test %) -- --test-threads=$(TEST_THREADS)
+	$(cargo_test) --test guest -- --test-threads=$(TEST_THREADS)
 
 check-rbd: toolchain deps deps-rbd ## Tests with a real Ceph cluster, which they start themselves
-	$(CARGO) test $(RBD_TESTS:%=--test %) -- --test-threads=$(TEST_THREADS)
+	$(cargo_test) --test ceph -- --test-threads=$(TEST_THREADS)
 
 check-story: toolchain deps ## Snapshots of real guests, frozen by their agents
-	$(CARGO) test --test story --test agent -- --test-threads=$(TEST_THREADS)
+	$(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) story:: agent::
 
 check-stable: toolchain deps ## Guests that change buffers in flight, over a real md RAID1 and DRBD
-	$(CARGO) test --test replicas -- --test-threads=$(TEST_THREADS)
+	$(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) replicas::
 
 check-libvirt: toolchain deps ## The shipped domain on a real libvirt; its saves and migrations
-	$(CARGO) test --test libvirt --test libvirt_moves -- --test-threads=$(TEST_THREADS)
+	$(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) libvirt:: libvirt_moves::
 
 # What README says of a release is tried on it: with its QEMU, libvirt, Ceph and guest kernel, in a root that
 # scripts/debian-root makes under the build directory. On the release itself the other checks do that.
@@ -102,20 +109,20 @@ check-debian12: toolchain ## The same on Debian 12 with its own QEMU 7.2
 
 # Inside such a root. The tests need the programs in their debug build, so the demo takes these.
 check-quick: toolchain deps
-	$(CARGO) test --test firmware --test vm --test libvirt -- --test-threads=$(TEST_THREADS)
+	$(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) firmware:: linux:: libvirt::
 
 demo-debug: toolchain deps
 	$(CARGO) build
 	VIRTIOBLKD_BIN_DIR=$(debug) scripts/demo
 
 check-power: toolchain deps ## Power cuts of a guest that serves, in every mode; minutes
-	$(CARGO) test --test power_cut -- --test-threads=$(TEST_THREADS) --nocapture
+	$(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) --nocapture power_cut::
 
-power-long: toolchain deps ## The same with twenty seeds and more cuts; an hour
-	VIRTIOBLKD_POWER=long $(CARGO) test --test power_cut -- --test-threads=$(TEST_THREADS) --nocapture
+check-power-long: toolchain deps ## The same with twenty seeds and more cuts; an hour
+	VIRTIOBLKD_POWER=long $(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) --nocapture power_cut::
 
 check-lint: toolchain check-spelling ## Formatting, clippy, documentation, spelling, dependencies, without a warning
-	$(CARGO) fmt --check
+	$(CARGO) fmt --all --check
 	$(CARGO) clippy --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --document-private-items
 	scripts/check-dependencies
@@ -131,7 +138,7 @@ fuzz: toolchain ## Search for what breaks the parsers, FUZZ_SECONDS a target (ne
 			-max_total_time=$(FUZZ_SECONDS) -max_len=4096 -print_final_stats=1; \
 	done
 
-check-deep: toolchain check-address check-thread check-orders explore-long fuzz ## Sanitizers, orders of threads, the long explorer, fuzzing; an hour
+check-deep: toolchain check-address check-thread check-orders check-explore-long fuzz ## Sanitizers, orders of threads, the long explorer, fuzzing; an hour
 
 check-address: toolchain ## The suites that need no guest, with the address sanitizer
 	$(LEAKS) $(call sanitized,address,$(call in_process,$(IN_PROCESS_TESTS)),$(skipped))
@@ -145,10 +152,14 @@ check-thread: toolchain ## The same with the thread sanitizer (needs std's sourc
 	TSAN_OPTIONS="$(RACES) halt_on_error=1" $(call sanitized,thread,$(DAEMON_TESTS:%=--test %))
 
 check-orders: toolchain ## The models of the hand-offs between threads, in ten times as many orders
-	VIRTIOBLKD_ORDERS=10000 $(CARGO) test --lib --features model interleavings::
+	VIRTIOBLKD_ORDERS=10000 $(cargo_test) --lib --features model interleavings::
 
-explore-long: toolchain ## The engine's explorer over longer scripts; minutes
+check-explore-long: toolchain ## The engine's explorer over longer scripts; minutes
 	VIRTIOBLKD_EXPLORE=long $(CARGO) test --release --lib engine::explore -- --nocapture
+
+# Their names of old.
+power-long: check-power-long
+explore-long: check-explore-long
 
 bench: toolchain deps ## Speed beside others and the bare kernel, quiesces, idling, stable writes; a quarter of an hour
 	$(CARGO) bench --bench peers -- --only hot --dir /dev/shm

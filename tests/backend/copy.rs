@@ -315,7 +315,7 @@ fn round(world: &World, seed: u64, end: End) -> Result<(), String> {
 
 #[test]
 fn the_copy_is_the_image_at_the_instant() {
-    // For a long run: VIRTIOBLKD_COPY_ROUNDS=5000 cargo test --release --test copy.
+    // For a long run: VIRTIOBLKD_COPY_ROUNDS=5000 cargo test --release --test backend copy::.
     let rounds = std::env::var("VIRTIOBLKD_COPY_ROUNDS").map_or(120, |rounds| rounds.parse().expect("a number"));
     for seed in 0..rounds {
         let order = if seed % 2 == 0 { CompletionOrder::InOrder } else { CompletionOrder::Shuffled(seed) };

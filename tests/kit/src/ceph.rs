@@ -1,5 +1,5 @@
 //! A real Ceph cluster, started by the tests themselves ([`Cluster`]), images in it ([`Image`]), and `virtioblkd` on them
-//! ([`serve`]). Used by `tests/rbd_*.rs`.
+//! ([`serve`]). Used by the tests in `tests/ceph`.
 //!
 //! A test program has one cluster, started when the first test asks for it. What runs it waits for the end of a pipe from
 //! here, so it ends with this process, however that ends.
