@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use virtioblkd::backend::{DurableWrite, Geometry, RangeLimits};
-use virtioblkd::virtio::blk::request::{Command, Parser};
+use virtioblkd::virtio::blk::request::{BlkCommand, Parser};
 use virtioblkd::virtio::virtqueue::guest_memory::GuestMemory;
 use virtioblkd::virtio::virtqueue::split_ring::{RingAddresses, SplitRing};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -58,18 +58,18 @@ pub fn run(data: &[u8]) -> u64 {
         let segments = parser.data(&command);
         let total: u64 = segments.iter().map(|&(_, len)| u64::from(len)).sum();
         match command {
-            Command::Read { offset, len } | Command::Write { offset, len } => {
+            BlkCommand::Read { offset, len } | BlkCommand::Write { offset, len } => {
                 inside(offset, u64::from(len), &geometry);
                 assert_eq!(total, u64::from(len));
                 assert!(segments.len() <= 1024);
             }
-            Command::Discard { offset, len } | Command::WriteZeroes { offset, len, .. } => {
+            BlkCommand::Discard { offset, len } | BlkCommand::WriteZeroes { offset, len, .. } => {
                 inside(offset, len, &geometry);
                 assert!(len <= SIZE / 2);
             }
-            Command::GetId | Command::Flush => {}
+            BlkCommand::GetId | BlkCommand::Flush => {}
         }
-        if matches!(command, Command::Write { .. } | Command::Discard { .. } | Command::WriteZeroes { .. }) {
+        if matches!(command, BlkCommand::Write { .. } | BlkCommand::Discard { .. } | BlkCommand::WriteZeroes { .. }) {
             assert!(!geometry.read_only);
         }
         // Every byte is the guest's, or there is no buffer.

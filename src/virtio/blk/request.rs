@@ -42,7 +42,7 @@ const MAX_SEGMENTS: usize = 1024;
 
 /// What the guest asks, checked against the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Command {
+pub enum BlkCommand {
     /// Read `len` bytes at byte `offset` into the data segments.
     Read {
         /// Byte offset.
@@ -90,7 +90,7 @@ pub struct Request {
     /// Bytes that the device may write before the status byte.
     pub writable: u32,
     /// What to do; `Err`: answer this status.
-    pub command: Result<Command, Status>,
+    pub command: Result<BlkCommand, Status>,
 }
 
 /// A chain without a place for the status byte, or with broken descriptors: it can only be returned unanswered.
@@ -118,9 +118,9 @@ pub struct Parser {
 
 impl Parser {
     /// The data segments of the request parsed last: where the data of a read goes or of a write comes from.
-    pub fn data(&self, command: &Command) -> &[Segment] {
+    pub fn data(&self, command: &BlkCommand) -> &[Segment] {
         match command {
-            Command::Write { .. } => self.readable(),
+            BlkCommand::Write { .. } => self.readable(),
             _ => &self.writable,
         }
     }
@@ -210,38 +210,43 @@ impl Parser {
         Some(bytes)
     }
 
-    fn decode(&mut self, memory: &GuestMemory, header: &[u8; HEADER], geometry: &Geometry) -> Result<Command, Status> {
+    fn decode(
+        &mut self,
+        memory: &GuestMemory,
+        header: &[u8; HEADER],
+        geometry: &Geometry,
+    ) -> Result<BlkCommand, Status> {
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = *header;
         let sector = u64::from_le_bytes(sector);
         match u32::from_le_bytes([t0, t1, t2, t3]) & !BARRIER {
             VIRTIO_BLK_T_IN => {
                 let (offset, len) = data_range(sector, &self.writable, geometry)?;
-                Ok(Command::Read { offset, len })
+                Ok(BlkCommand::Read { offset, len })
             }
             VIRTIO_BLK_T_OUT if geometry.read_only => Err(IOERR),
             VIRTIO_BLK_T_OUT => {
                 let (offset, len) = data_range(sector, self.readable(), geometry)?;
-                Ok(Command::Write { offset, len })
+                Ok(BlkCommand::Write { offset, len })
             }
-            VIRTIO_BLK_T_FLUSH | FLUSH_OUT => Ok(Command::Flush),
-            VIRTIO_BLK_T_GET_ID | GET_ID_OUT => Ok(Command::GetId),
+            VIRTIO_BLK_T_FLUSH | FLUSH_OUT => Ok(BlkCommand::Flush),
+            VIRTIO_BLK_T_GET_ID | GET_ID_OUT => Ok(BlkCommand::GetId),
             VIRTIO_BLK_T_DISCARD => self.decode_discard(memory, geometry),
             VIRTIO_BLK_T_WRITE_ZEROES => self.decode_write_zeroes(memory, geometry),
             _ => Err(UNSUPP),
         }
     }
 
-    fn decode_discard(&mut self, memory: &GuestMemory, geometry: &Geometry) -> Result<Command, Status> {
+    fn decode_discard(&mut self, memory: &GuestMemory, geometry: &Geometry) -> Result<BlkCommand, Status> {
         let limits = geometry.discard.filter(|_| !geometry.read_only).ok_or(UNSUPP)?;
         let (offset, len, unmap) = self.range(memory, geometry, limits.max_bytes)?;
         // virtio 1.3, 5.2.6.2: the unmap flag belongs to write-zeroes only.
-        if unmap { Err(UNSUPP) } else { Ok(Command::Discard { offset, len }) }
+        if unmap { Err(UNSUPP) } else { Ok(BlkCommand::Discard { offset, len }) }
     }
 
-    fn decode_write_zeroes(&mut self, memory: &GuestMemory, geometry: &Geometry) -> Result<Command, Status> {
+    fn decode_write_zeroes(&mut self, memory: &GuestMemory, geometry: &Geometry) -> Result<BlkCommand, Status> {
         let limits = geometry.write_zeroes.filter(|_| !geometry.read_only).ok_or(UNSUPP)?;
         let (offset, len, unmap) = self.range(memory, geometry, limits.max_bytes)?;
-        Ok(Command::WriteZeroes { offset, len, unmap: unmap && geometry.zeroes_may_unmap })
+        Ok(BlkCommand::WriteZeroes { offset, len, unmap: unmap && geometry.zeroes_may_unmap })
     }
 
     /// The one range of a discard or write-zeroes: byte offset, bytes, unmap flag. More than one range was not offered
@@ -399,12 +404,12 @@ mod tests {
         put_header(&memory, VIRTIO_BLK_T_IN, 8);
         let parts = [(HEADER_AT, 16, 0), (DATA_AT, 1024, WRITE), (STATUS_AT, 1, WRITE)];
         let (request, data) = parse(&memory, &parts).unwrap();
-        assert_eq!(request.command, Ok(Command::Read { offset: 4096, len: 1024 }));
+        assert_eq!(request.command, Ok(BlkCommand::Read { offset: 4096, len: 1024 }));
         assert_eq!((request.status_at, request.writable), (GuestAddress(STATUS_AT), 1024));
         assert_eq!(data, [(GuestAddress(DATA_AT), 1024)]);
         put_header(&memory, VIRTIO_BLK_T_OUT, 8);
         let (request, data) = parse(&memory, &[(HEADER_AT, 16, 0), (DATA_AT, 512, 0), (STATUS_AT, 1, WRITE)]).unwrap();
-        assert_eq!(request.command, Ok(Command::Write { offset: 4096, len: 512 }));
+        assert_eq!(request.command, Ok(BlkCommand::Write { offset: 4096, len: 512 }));
         assert_eq!(data, [(GuestAddress(DATA_AT), 512)]);
     }
 
@@ -422,7 +427,7 @@ mod tests {
             (STATUS_AT, 1, WRITE),
         ];
         let (request, data) = parse(&memory, &parts).unwrap();
-        assert_eq!(request.command, Ok(Command::Write { offset: 0, len: 512 }));
+        assert_eq!(request.command, Ok(BlkCommand::Write { offset: 0, len: 512 }));
         let carried: u32 = data.iter().map(|&(_, len)| len).sum();
         assert_eq!((data[0], carried), ((GuestAddress(HEADER_AT + 16), 100), 512));
         // Data and status in one descriptor.
@@ -481,12 +486,12 @@ mod tests {
         let mut parser = Parser::default();
         for flags in [0, WRITE] {
             let request = parser.parse(&mapped(&memory), 0, chain(u16::MAX, flags), &geometry()).unwrap();
-            let wanted = if flags == WRITE { Err(IOERR) } else { Ok(Command::Read { offset: 0, len: 0 }) };
+            let wanted = if flags == WRITE { Err(IOERR) } else { Ok(BlkCommand::Read { offset: 0, len: 0 }) };
             assert_eq!((request.status_at, request.command), (GuestAddress(STATUS_AT), wanted));
         }
         assert_eq!(parser.walked(), 2 * 65_535);
         let request = parser.parse(&mapped(&memory), 0, chain(3, WRITE), &geometry()).unwrap();
-        assert_eq!(request.command, Ok(Command::Read { offset: 0, len: 512 }));
+        assert_eq!(request.command, Ok(BlkCommand::Read { offset: 0, len: 512 }));
         let kept = parser.readable.capacity() + parser.writable.capacity();
         assert!(kept <= 2 * KEPT_SEGMENTS, "room for {kept} segments is kept");
     }
@@ -538,14 +543,14 @@ mod tests {
             parse_with(&memory, geometry, &parts).unwrap().0.command
         };
         let (discard, zeroes, plain) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES, geometry());
-        assert_eq!(ask(discard, 8, 8, 0, &plain), Ok(Command::Discard { offset: 4096, len: 4096 }));
+        assert_eq!(ask(discard, 8, 8, 0, &plain), Ok(BlkCommand::Discard { offset: 4096, len: 4096 }));
         assert_eq!(ask(discard, 8, 8, 1, &plain), Err(UNSUPP), "unmap belongs to write-zeroes");
-        assert_eq!(ask(zeroes, 8, 8, 1, &plain), Ok(Command::WriteZeroes { offset: 4096, len: 4096, unmap: true }));
+        assert_eq!(ask(zeroes, 8, 8, 1, &plain), Ok(BlkCommand::WriteZeroes { offset: 4096, len: 4096, unmap: true }));
         assert_eq!(ask(zeroes, 8, 8, 2, &plain), Err(UNSUPP), "reserved flag");
         assert_eq!(ask(zeroes, 2047, 2, 0, &plain), Err(IOERR), "past the end");
         assert_eq!(ask(zeroes, u64::MAX, u32::MAX, 0, &plain), Err(IOERR));
         let kept = Geometry { zeroes_may_unmap: false, ..plain };
-        assert_eq!(ask(zeroes, 0, 8, 1, &kept), Ok(Command::WriteZeroes { offset: 0, len: 4096, unmap: false }));
+        assert_eq!(ask(zeroes, 0, 8, 1, &kept), Ok(BlkCommand::WriteZeroes { offset: 0, len: 4096, unmap: false }));
         let short = RangeLimits { max_bytes: 512, granularity: 512 };
         assert_eq!(ask(discard, 0, 2, 0, &Geometry { discard: Some(short), ..plain }), Err(IOERR), "over the limit");
         assert_eq!(ask(discard, 0, 8, 0, &Geometry { discard: None, ..plain }), Err(UNSUPP));
@@ -563,10 +568,10 @@ mod tests {
         let memory = memory();
         let parts = [(HEADER_AT, 16, 0), (DATA_AT, 20, WRITE), (STATUS_AT, 1, WRITE)];
         for (kind, command) in [
-            (VIRTIO_BLK_T_FLUSH, Ok(Command::Flush)),
-            (VIRTIO_BLK_T_GET_ID, Ok(Command::GetId)),
-            (5, Ok(Command::Flush)),
-            (9, Ok(Command::GetId)),
+            (VIRTIO_BLK_T_FLUSH, Ok(BlkCommand::Flush)),
+            (VIRTIO_BLK_T_GET_ID, Ok(BlkCommand::GetId)),
+            (5, Ok(BlkCommand::Flush)),
+            (9, Ok(BlkCommand::GetId)),
             // SCSI commands, and types of zoned disks and of secure erase.
             (2, Err(UNSUPP)),
             (3, Err(UNSUPP)),
@@ -581,7 +586,7 @@ mod tests {
         }
         put_header(&memory, VIRTIO_BLK_T_GET_ID, 0);
         let short = [(HEADER_AT, 16, 0), (DATA_AT, 19, WRITE), (STATUS_AT, 1, WRITE)];
-        assert_eq!(parse(&memory, &short).unwrap().0.command, Ok(Command::GetId));
+        assert_eq!(parse(&memory, &short).unwrap().0.command, Ok(BlkCommand::GetId));
         put_header(&memory, VIRTIO_BLK_T_OUT, 0);
         let write = [(HEADER_AT, 16, 0), (DATA_AT, 512, 0), (STATUS_AT, 1, WRITE)];
         let read_only = Geometry { read_only: true, ..geometry() };

@@ -1,72 +1,78 @@
-//! What a running ring can be asked, and how a worker is reached.
+//! The commands that a running virtqueue's worker obeys, and the mailbox that takes them to it.
 
 use std::sync::Arc;
 
 use crate::base::sync::Bell;
 use crate::base::sync::mpsc::Sender;
 
-/// What a worker can be asked; the only way to reach a running ring.
-pub(in crate::virtio) enum Command {
-    /// Block writes, drain, sync, then `Rings::ring_settled` with this epoch.
+/// A command for a worker; the only way to reach a running virtqueue.
+pub(in crate::virtio) enum WorkerCommand {
+    /// Block writes, drain and sync, then call `Rings::ring_settled` with this epoch.
     CloseGate(u64),
     /// Unblock writes.
     OpenGate,
-    /// The image has so many bytes now.
+    /// The image has this many bytes from now on.
     Resize(u64),
-    /// Look whether requests are in flight for too long.
-    Look,
-    /// Replace the call descriptor; then send the answer.
+    /// Check whether requests have been in flight for too long.
+    CheckStalls,
+    /// Replace the call descriptor, then reply.
     SetCall(Option<std::fs::File>, Sender<()>),
-    /// Try again what failed and is kept.
+    /// Retry the failed requests that are retained.
     Retry,
-    /// Stop popping, finish what is in flight and publish it, then tell; the ring stays.
-    Rest(Sender<()>),
-    /// Pop again, if it was told to rest; and send an answer. A ring that did not rest has looked at what is in it by then.
-    GoOn(Sender<()>),
-    /// Stop popping, finish what is in flight, publish it, hand the ring back.
-    StopMode(StopMode),
+    /// Stop popping, complete what is in flight, then reply. The worker keeps the virtqueue.
+    Pause(Sender<()>),
+    /// End a pause, if there is one, and reply. The worker of a virtqueue that was not paused has popped what was in it by
+    /// the time of the reply.
+    Resume(Sender<()>),
+    /// Stop popping, complete what is in flight, and hand the virtqueue back.
+    Stop(StopMode),
 }
 
-/// Where to send a worker commands: its queue, and the bell that wakes it.
+/// Sends commands to one worker: the queue of its commands, and the bell that wakes it.
 #[derive(Clone)]
 pub(in crate::virtio) struct Mailbox {
-    commands: Sender<Command>,
+    commands: Sender<WorkerCommand>,
     wake: Arc<Bell>,
     threads: Arc<dyn RingThreads>,
 }
 
 impl Mailbox {
-    pub(in crate::virtio) fn new(commands: Sender<Command>, wake: Arc<Bell>, threads: Arc<dyn RingThreads>) -> Self {
+    pub(in crate::virtio) fn new(
+        commands: Sender<WorkerCommand>,
+        wake: Arc<Bell>,
+        threads: Arc<dyn RingThreads>,
+    ) -> Self {
         Mailbox { commands, wake, threads }
     }
 
-    /// The ring's threads.
+    /// The threads that serve the virtqueue.
     pub(in crate::virtio) fn threads(&self) -> Arc<dyn RingThreads> {
         self.threads.clone()
     }
 
-    /// Sends and wakes. A worker that has ended takes no more commands; whoever sent finds out by its own means (a
-    /// hold by `Rings::ring_left`, a change of the ring by the thread's join).
-    pub(in crate::virtio) fn send(&self, command: Command) {
+    /// Sends a command and wakes the worker. A worker that has ended takes no commands. The sender learns that by other
+    /// means: a hold by `Rings::ring_left`, a change of the virtqueue when it joins the thread.
+    pub(in crate::virtio) fn send(&self, command: WorkerCommand) {
         self.wake.ring_after(|| self.commands.send(command).is_ok());
     }
 }
 
-/// How a ring is to stop.
+/// How a virtqueue is to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::virtio) enum StopMode {
-    /// It runs again here, or another server does that knows what was in flight: what is kept is left to that.
+    /// It runs again in this process, or in another server that knows what was in flight. Retained requests are left to
+    /// that server.
     Restartable,
-    /// Perhaps for good: everything popped is answered.
+    /// It may never run again: everything popped is completed.
     Final,
 }
 
-/// The threads that serve one running ring, as the connection's watch sees them.
+/// The threads that serve one running virtqueue, as the connection's [`Watch`](super::stall_watch::Watch) sees them.
 pub(in crate::virtio) trait RingThreads: Send + Sync {
-    /// Has another thread continue the ring if the call of the last look has not returned. Returns whether the ring's thread
-    /// made a call since then. Called by the connection's watch.
-    fn look(self: Arc<Self>) -> bool;
+    /// Starts another thread for the virtqueue if the call that the last check saw has not returned. Returns whether the
+    /// thread in charge has made a call since the last check. Called by the connection's watch.
+    fn check_call(self: Arc<Self>) -> bool;
 
-    /// Whether another thread took the ring over from the one that started it.
+    /// Whether another thread took the virtqueue over from the one that started it.
     fn was_taken_over(&self) -> bool;
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Command, Rings, State, errno_of};
+use super::{Rings, State, WorkerCommand, errno_of};
 use crate::backend::Errno;
 use crate::base::rate_limit::{COMMAND_LOG, log_limited};
 #[cfg(all(test, feature = "model"))]
@@ -40,7 +40,7 @@ impl Rings {
         let waiting: BTreeSet<u32> = state.running.keys().copied().collect();
         let needs_sync = waiting.is_empty();
         for mailbox in state.running.values() {
-            mailbox.send(Command::CloseGate(epoch));
+            mailbox.send(WorkerCommand::CloseGate(epoch));
         }
         state.hold = Some(Hold { epoch, waiting, needs_sync, figures: HoldFigures::default(), error: None });
         self.settle_if_complete(&mut state);
@@ -53,7 +53,7 @@ impl Rings {
             return;
         }
         for mailbox in state.running.values() {
-            mailbox.send(Command::OpenGate);
+            mailbox.send(WorkerCommand::OpenGate);
         }
         // The rings that were there may have gone and left the image to the hold.
         let left_alone = state.running.is_empty() && state.syncing.is_none();
@@ -77,7 +77,7 @@ impl Rings {
         }
     }
 
-    /// A worker's answer to [`Command::CloseGate`]. A sync that failed was reported when it came back.
+    /// A worker's answer to [`WorkerCommand::CloseGate`]. A sync that failed was reported when it came back.
     pub(in super::super) fn ring_settled(self: &Arc<Self>, index: u32, epoch: u64, ring: RingHoldStats) {
         let mut state = self.lock();
         let Some(hold) = state.hold.as_mut().filter(|hold| hold.epoch == epoch) else { return };

@@ -14,7 +14,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::time::Duration;
 
-pub(super) use command::{Command, Mailbox, RingThreads, StopMode};
+pub(super) use command::{Mailbox, RingThreads, StopMode, WorkerCommand};
 use hold::Hold;
 pub(super) use hold::RingHoldStats;
 
@@ -63,7 +63,7 @@ struct State {
     /// The thread that syncs where no ring does is running, for the hold of this epoch.
     syncing: Option<u64>,
     /// By ring.
-    kept: BTreeMap<u32, RetainedRequests>,
+    retained: BTreeMap<u32, RetainedRequests>,
     connected: bool,
     acked_features: Option<u64>,
     /// Why the back-end does not let us use the image, while rings wait for it.
@@ -129,14 +129,14 @@ impl Rings {
 
     /// What a ring keeps of failed requests; `None`: nothing any more. Its worker. All at once: whoever reads in the status
     /// that requests are kept can have them tried again.
-    pub(super) fn ring_keeps(&self, index: u32, kept: Option<RetainedRequests>) {
+    pub(super) fn set_retained(&self, index: u32, retained: Option<RetainedRequests>) {
         let mut state = self.lock();
         if let Some(counters) = state.counters.get(&index) {
-            counters.kept.store(kept.as_ref().map_or(0, |kept| kept.requests), Relaxed);
+            counters.kept.store(retained.as_ref().map_or(0, |retained| retained.requests), Relaxed);
         }
-        match kept {
-            Some(kept) => state.kept.insert(index, kept),
-            None => state.kept.remove(&index),
+        match retained {
+            Some(retained) => state.retained.insert(index, retained),
+            None => state.retained.remove(&index),
         };
     }
 
@@ -151,7 +151,7 @@ impl Rings {
                 .get(index)
                 .is_some_and(|counters| counters.in_flight.load(Relaxed) > 0 || counters.stalled.load(Relaxed) > 0)
             {
-                mailbox.send(Command::Look);
+                mailbox.send(WorkerCommand::CheckStalls);
             }
         }
     }
@@ -160,7 +160,7 @@ impl Rings {
     /// calls since then. The connection's watch.
     pub(super) fn look_at_calls(&self) -> bool {
         let threads: Vec<_> = self.lock().running.values().map(Mailbox::threads).collect();
-        threads.into_iter().filter(|threads| threads.clone().look()).count() > 0
+        threads.into_iter().filter(|threads| threads.clone().check_call()).count() > 0
     }
 
     /// What wakes the connection's watch when a ring begins a call.
@@ -190,7 +190,7 @@ impl Rings {
         log_limited!(IMAGE_LOG, Info, "{}: {before} bytes before, {bytes} now", self.backend.describe());
         self.capacity.set(bytes);
         for mailbox in self.lock().running.values() {
-            mailbox.send(Command::Resize(bytes));
+            mailbox.send(WorkerCommand::Resize(bytes));
         }
         self.capacity.announce();
     }
@@ -358,16 +358,16 @@ impl Disk for Arc<Rings> {
 
     fn continue_io(&self) -> u64 {
         let state = self.lock();
-        for index in state.kept.keys() {
+        for index in state.retained.keys() {
             if let Some(mailbox) = state.running.get(index) {
-                mailbox.send(Command::Retry);
+                mailbox.send(WorkerCommand::Retry);
             }
         }
-        state.kept.values().map(|kept| kept.requests).sum()
+        state.retained.values().map(|retained| retained.requests).sum()
     }
 
     fn stopped_change(&self) -> Option<FailedRequest> {
-        self.lock().kept.values().map(|kept| &kept.first).find(|failed| failed.is_change()).cloned()
+        self.lock().retained.values().map(|retained| &retained.first).find(|failed| failed.is_change()).cloned()
     }
 
     fn status(&self) -> DiskStatus {
@@ -412,7 +412,7 @@ impl Disk for Arc<Rings> {
             driver_ready: acked.is_some(),
             acked_features: acked.unwrap_or(0),
             rings,
-            stopped: state.kept.values().next().map(|kept| StoppedStatus::new(&kept.first, total.kept)),
+            stopped: state.retained.values().next().map(|retained| StoppedStatus::new(&retained.first, total.kept)),
             on_error: self.tuning.on_error.to_string(),
             total,
             last_errors: state.errors.last(),

@@ -170,7 +170,7 @@ impl Handler {
             stopped.put(place, self.memory.memory()).map_err(|why| failed(io::Error::other(why)))?;
         }
         stopped.kick = kick;
-        stopped.kept = ring.kept;
+        stopped.resubmit = ring.kept;
         stopped.enabled = ring.enabled;
         // Signals it, too: one interrupt too many is harmless.
         stopped.set_call(index, call);
@@ -207,7 +207,7 @@ fn record_ring(stopped: &StoppedRing, descriptors: &mut Descriptors) -> io::Resu
         kick,
         call,
         err,
-        kept: stopped.kept.clone(),
+        kept: stopped.resubmit.clone(),
     })
 }
 

@@ -17,7 +17,7 @@ use crate::base::sync::{Bell, mpsc};
 use crate::disk::Event;
 use crate::virtio::blk::features;
 use crate::virtio::rings::StopMode;
-use crate::virtio::rings::{Command, Mailbox, Rings};
+use crate::virtio::rings::{Mailbox, Rings, WorkerCommand};
 use crate::virtio::shared_memory::dirty_log::DirtyLog;
 use crate::virtio::shared_memory::inflight::Inflight;
 use crate::virtio::shared_memory::memory_table::MemoryTable;
@@ -81,7 +81,7 @@ impl Vring {
             call: None,
             err: None,
             enabled,
-            kept: Vec::new(),
+            resubmit: Vec::new(),
         };
         Vring { index, tracked: false, life: Some(VringState::Stopped(stopped)) }
     }
@@ -101,9 +101,9 @@ impl Vring {
     /// Stops the ring and leaves it stopped until [`Vring::change`]: for changes of all rings at once.
     pub(in crate::virtio) fn pause(&mut self, rings: &Arc<Rings>, how: StopMode) {
         let mut stopped = self.stop(rings, how);
-        if how == StopMode::Final && !stopped.kept.is_empty() {
+        if how == StopMode::Final && !stopped.resubmit.is_empty() {
             // Its memory is gone, or its image is another's: there is nowhere to answer, or nothing to try.
-            let (index, kept) = (self.index, std::mem::take(&mut stopped.kept).len());
+            let (index, kept) = (self.index, std::mem::take(&mut stopped.resubmit).len());
             let what =
                 format!("ring {index}: {kept} failed requests stay unanswered: reset the guest if it waits for them");
             rings.report(Event::ProtocolError(what));
@@ -143,7 +143,7 @@ impl Vring {
     pub(in crate::virtio) fn set_call(&mut self, context: &RingContext, call: Option<File>) {
         if let Some(VringState::Running { mailbox, .. }) = &self.life {
             let (sender, done) = mpsc::channel();
-            mailbox.send(Command::SetCall(call, sender));
+            mailbox.send(WorkerCommand::SetCall(call, sender));
             if done.recv().is_err() {
                 log::error!("ring {}: the worker ended before it took the new call descriptor", self.index);
             }
@@ -155,16 +155,16 @@ impl Vring {
 
     /// Asks a running ring to come to rest; the receiver hears when it has. `None`: it does not run.
     pub(in crate::virtio) fn ask_to_rest(&self) -> Option<mpsc::Receiver<()>> {
-        self.ask(Command::Rest)
+        self.ask(WorkerCommand::Pause)
     }
 
     /// Lets a ring that was asked to rest go on. Of one that was just started the receiver hears when it has looked at
     /// what is in it.
     pub(in crate::virtio) fn ask_to_go_on(&self) -> Option<mpsc::Receiver<()>> {
-        self.ask(Command::GoOn)
+        self.ask(WorkerCommand::Resume)
     }
 
-    fn ask(&self, command: impl FnOnce(mpsc::Sender<()>) -> Command) -> Option<mpsc::Receiver<()>> {
+    fn ask(&self, command: impl FnOnce(mpsc::Sender<()>) -> WorkerCommand) -> Option<mpsc::Receiver<()>> {
         let Some(VringState::Running { mailbox, .. }) = &self.life else { return None };
         let (sender, told) = mpsc::channel();
         mailbox.send(command(sender));
@@ -183,7 +183,7 @@ impl Vring {
         match self.life.take().expect("set outside of change") {
             VringState::Stopped(stopped) => stopped,
             VringState::Running { mailbox, thread, ended } => {
-                mailbox.send(Command::StopMode(how));
+                mailbox.send(WorkerCommand::Stop(how));
                 // A panic in a worker ends the process (server's panic hook): a ring whose state is unknown must not
                 // be served on, and a front-end sees a closed socket but no dead thread.
                 let stopped = ended.recv().expect("a worker's panic ends the process");

@@ -1,4 +1,4 @@
-//! The way back: from the engine's verdict to the guest. Status byte, used ring, counters, at most one interrupt a turn.
+//! From the engine's decision back to the guest: status byte, used ring, counters, and at most one interrupt a turn.
 
 use vm_memory::GuestAddress;
 
@@ -11,14 +11,13 @@ use crate::virtio::rings::counters::add;
 use crate::virtio::virtqueue::guest_memory::Segment;
 
 impl Worker {
-    /// The engine is done with a request.
+    /// Completes a request that the engine is done with.
     pub(super) fn finish(&mut self, head: u16, result: Result<(), Errno>) {
-        let place = &mut self.slots[usize::from(head)];
-        let slot = place.as_mut().expect("done once, while in its slot");
-        let (kind, offset, len, written, status_at) = (slot.kind, slot.offset, slot.len, slot.written, slot.status_at);
-        let writes = std::mem::take(&mut slot.writes);
-        *place = None;
-        self.in_flight -= 1;
+        let request = self.requests.get_mut(head);
+        let (kind, offset, len) = (request.kind, request.offset, request.len);
+        let (written, status_at) = (request.written, request.status_at);
+        let writes = std::mem::take(&mut request.writes);
+        self.requests.remove(head);
         self.count(kind, if result.is_ok() { len } else { 0 });
         self.log_writes(&writes);
         let status = match result {
@@ -29,7 +28,7 @@ impl Worker {
                 request::IOERR
             }
         };
-        self.answer(head, status_at, status, written);
+        self.complete(head, status_at, status, written);
     }
 
     fn count(&mut self, kind: Kind, bytes: u64) {
@@ -42,7 +41,7 @@ impl Worker {
             Kind::Write => {
                 add(&counters.writes, 1);
                 add(&counters.written_bytes, bytes);
-                self.dirty += bytes;
+                self.unsynced.written(bytes);
             }
             Kind::Flush => add(&counters.flushes, 1),
             Kind::Discard => add(&counters.discards, 1),
@@ -50,8 +49,8 @@ impl Worker {
         }
     }
 
-    /// Status byte, then used ring: from here on the request is the guest's again.
-    pub(super) fn answer(&mut self, head: u16, status_at: GuestAddress, status: Status, written: u32) {
+    /// Writes the status byte, then the used ring. From then on the request belongs to the guest again.
+    pub(super) fn complete(&mut self, head: u16, status_at: GuestAddress, status: Status, written: u32) {
         match status {
             request::IOERR => add(&self.counters.errors, 1),
             request::UNSUPP => add(&self.counters.unsupported, 1),
@@ -64,7 +63,7 @@ impl Worker {
         self.publish(head, written);
     }
 
-    /// Into the used ring. The head was taken from this ring, so it is one of its.
+    /// Puts `head`, which was taken from this virtqueue, into the used ring.
     pub(super) fn publish(&mut self, head: u16, written: u32) {
         if let Some(inflight) = &mut self.setup.inflight {
             inflight.answering(head);
@@ -73,46 +72,48 @@ impl Worker {
         if let Some(inflight) = &mut self.setup.inflight {
             inflight.answered(head, self.ring.next_used());
         }
-        self.answered = true;
+        self.turn.completed = true;
     }
 
-    /// What a request writes, kept until it is done if there is a log.
-    pub(super) fn to_be_logged(&self, command: &request::Command) -> Vec<Segment> {
+    /// The guest memory that a request writes, which is logged when the request completes. Empty without a dirty log.
+    pub(super) fn segments_to_log(&self, command: &request::BlkCommand) -> Vec<Segment> {
         match (&self.setup.log, command) {
-            (Some(_), request::Command::Read { .. }) => self.parser.data(command).to_vec(),
+            (Some(_), request::BlkCommand::Read { .. }) => self.parser.data(command).to_vec(),
             _ => Vec::new(),
         }
     }
 
-    /// Guest memory was written: to the log, if there is one.
+    /// Marks guest memory that was written in the dirty log, if there is one.
     pub(super) fn log_writes(&self, segments: &[Segment]) {
         if let Some(log) = &self.setup.log {
             segments.iter().for_each(|&(at, len)| log.mark(at, len.into()));
         }
     }
 
-    /// The used ring with its flags, index and event was written, or may have been: all of it to the log, once a turn.
-    pub(super) fn log_ring(&self) {
+    /// Marks the whole used ring in the dirty log, once a turn: its flags, its index and its event index were written, or
+    /// may have been.
+    pub(super) fn log_used_ring(&self) {
         if let Some(log) = &self.setup.log {
             let (at, len) = self.ring.used_part();
             log.mark(at, len);
         }
     }
 
-    /// One interrupt for all that was answered, if the driver wants one (virtio 1.3, 2.7.10).
+    /// Whether to interrupt the guest for what this turn completed: once for all of it, if the driver wants to be
+    /// interrupted (virtio 1.3, 2.7.10).
     pub(super) fn wants_interrupt(&mut self) -> bool {
-        let wanted = std::mem::take(&mut self.answered) && self.ring.wants_interrupt();
+        let wanted = std::mem::take(&mut self.turn.completed) && self.ring.wants_interrupt();
         if wanted {
             add(&self.counters.interrupts, 1);
         }
         wanted
     }
 
-    /// The guest's ring makes no sense: serve it no more. What is in flight still finishes; other rings go on.
+    /// Stops popping from a virtqueue that makes no sense. What is in flight still completes, and other virtqueues go on.
     pub(super) fn break_ring(&mut self, why: &str) {
         if !self.broken {
             self.broken = true;
-            self.tell_broken = true;
+            self.turn.signal_broken = true;
             self.setup.rings.report(Event::ProtocolError(format!("ring {} stopped: {why}", self.setup.index)));
         }
     }

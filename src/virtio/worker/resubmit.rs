@@ -1,19 +1,20 @@
-//! What an earlier server took from the ring and did not answer is done again, before anything new and in its order.
-//! Doing it twice is harmless: the guest has seen no answer, so it may not have built on either outcome.
+//! Resubmits what an earlier server took from the virtqueue and did not complete, before anything new and in its order.
+//! Doing a request twice is harmless: the guest has seen no completion, so it may not have relied on either outcome.
 
-use super::{Admission, Worker};
+use super::Worker;
 use crate::base::rate_limit::FRONT_END_LOG;
+use crate::engine::Admission;
 use crate::virtio::rings::StopMode;
 
 impl Worker {
-    /// Looks what an earlier server left. The front-end knows only how many were answered (QEMU takes the used index
-    /// for the ring's base after a lost connection); what was taken is that and what was not answered.
+    /// Finds out which requests an earlier server left. The front-end knows only how many were completed (QEMU takes the
+    /// used index for the ring's base after a lost connection). What was taken is those, and the requests in flight.
     ///
-    /// `left`: heads that our own worker before this one kept ([`super::stop`]). They are marked, too, unless the
-    /// front-end keeps no such memory, or another one by now.
+    /// `left`: heads that this process's own worker before this one left ([`Worker::take_unfinished`]). They are marked in
+    /// the in-flight region too, unless the front-end keeps no such region, or another one by now.
     pub(super) fn recover(&mut self, left: Vec<u16>) {
         let Some(inflight) = &mut self.setup.inflight else {
-            self.replay = left.into();
+            self.requests.resubmit = left.into();
             return;
         };
         let (available, used) = self.ring.indices();
@@ -24,42 +25,43 @@ impl Worker {
                 if heads.is_empty() {
                     return;
                 }
-                // A front-end can have its rings restarted as often as it likes while something is kept.
+                // While requests are retained, a front-end can have its rings restarted as often as it likes.
                 let level = if left.is_empty() { log::Level::Info } else { log::Level::Debug };
                 let found = heads.len();
                 FRONT_END_LOG
                     .log(level, format_args!("ring {index}: {found} requests that were not answered are done again"));
-                // At most the ring's size, which is 16 bits.
+                // The sum is at most the ring's size, which has 16 bits.
                 self.ring.set_next_available(used.wrapping_add(heads.len() as u16));
-                self.replay = heads.into();
+                self.requests.resubmit = heads.into();
             }
             Err(why) => self.break_ring(why),
         }
     }
 
-    /// Takes what is to be done again, until a write is held (`self.held` says so) or `until` descriptors were walked
-    /// (`self.more` does).
-    pub(super) fn take_replay(&mut self, until: u64) {
-        while let Some(&head) = self.replay.front()
+    /// Resubmits until everything is resubmitted, a write is blocked (`requests.blocked`) or the parser has walked more
+    /// descriptors than `walk_limit` (`turn.poll_again`).
+    pub(super) fn resubmit(&mut self, walk_limit: u64) {
+        while let Some(&head) = self.requests.resubmit.front()
             && !self.broken
         {
-            if self.parser.walked() > until {
-                self.more = true;
+            if self.parser.walked() > walk_limit {
+                self.turn.poll_again = true;
                 return;
             }
             if self.take(head) == Admission::Held {
-                self.held = true;
+                self.requests.blocked = true;
                 return;
             }
-            self.replay.pop_front();
+            self.requests.resubmit.pop_front();
         }
     }
 
-    /// Whether the ring may stop though something is held that is to be done again. Where it goes on here it is handed
-    /// over, and where it may not the memory that told of it tells the next start. Where the guest moves to another host
-    /// that memory stays behind, so there the stop waits for the operator's hold to end.
-    pub(super) fn may_leave_replay(&self, stop: StopMode) -> bool {
-        let is_told = self.setup.inflight.is_some() && self.setup.log.is_none();
-        self.replay.is_empty() || stop == StopMode::Restartable || is_told || self.broken
+    /// Whether the virtqueue may stop though requests still wait to be resubmitted, because a hold blocks them. If it
+    /// restarts here, the next worker gets them. If it does not, the next server finds them in the in-flight region. When
+    /// the guest moves to another host (the dirty log is on) that region stays behind, so the stop waits until the
+    /// operator's hold ends.
+    pub(super) fn may_leave_resubmissions(&self, mode: StopMode) -> bool {
+        let region_is_kept = self.setup.inflight.is_some() && self.setup.log.is_none();
+        self.requests.resubmit.is_empty() || mode == StopMode::Restartable || region_is_kept || self.broken
     }
 }

@@ -1,4 +1,4 @@
-//! I/O that hangs is seen: status counts it and an event tells of it, though nothing ever wakes the worker.
+//! Detects I/O that hangs. The status counts the requests and an event reports them, though no completion wakes the worker.
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -8,14 +8,15 @@ use crate::base::rate_limit::{STORAGE_LOG, log_limited};
 use crate::disk::Event;
 
 impl Worker {
-    /// Counts the requests that are in flight for too long. On [`super::Command::Look`], and when the ring has stopped.
-    pub(super) fn look(&mut self) {
+    /// Counts the requests that have been in flight for too long. Called on [`super::WorkerCommand::CheckStalls`], and
+    /// when the virtqueue has stopped.
+    pub(super) fn check_stalls(&mut self) {
         let limit = self.setup.rings.tuning().stall_after;
         let (mut requests, mut oldest) = (0, Duration::ZERO);
-        if self.in_flight > 0 {
-            // What is kept waits for the operator, who was told.
-            for slot in self.slots.iter().flatten().filter(|slot| !slot.kept) {
-                let age = slot.since.elapsed();
+        if self.requests.in_flight > 0 {
+            // A retained request waits for the operator, to whom `IoStopped` was reported.
+            for request in self.requests.pending.iter().flatten().filter(|request| !request.retained) {
+                let age = request.since.elapsed();
                 if age >= limit {
                     requests += 1;
                     oldest = oldest.max(age);
@@ -25,18 +26,18 @@ impl Worker {
         self.counters.stalled.store(requests, Relaxed);
         self.counters.oldest_stalled_ms.store(oldest.as_millis() as u64, Relaxed);
         let ring = self.setup.index;
-        match (self.stalled, requests > 0) {
+        match (self.requests.stall_reported, requests > 0) {
             (false, true) => self.setup.rings.report(Event::IoStalled { ring, requests, oldest }),
             (true, false) => {
                 log_limited!(
                     STORAGE_LOG,
                     Info,
-                    "ring {ring}: the requests that waited for the image's storage are answered"
+                    "ring {ring}: the requests that waited for the image's storage are completed"
                 );
                 self.setup.rings.report(Event::IoResumed { ring });
             }
             _ => {}
         }
-        self.stalled = requests > 0;
+        self.requests.stall_reported = requests > 0;
     }
 }

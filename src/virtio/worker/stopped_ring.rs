@@ -1,4 +1,4 @@
-//! A ring that no worker serves: plain values, owned by the handler, which may change any of them.
+//! What remains of a virtqueue while no worker serves it: plain values, which the connection's handler owns and may change.
 
 use std::fs::File;
 
@@ -7,33 +7,35 @@ use vm_memory::GuestMemoryMmap;
 use crate::base::syscalls;
 use crate::virtio::virtqueue::split_ring::RingAddresses;
 
-/// A ring that nobody is serving.
+/// A virtqueue that no worker serves.
 pub(in crate::virtio) struct StoppedRing {
-    /// Descriptors: a power of two.
+    /// The number of descriptors, a power of two.
     pub size: u16,
-    /// Where its parts are, once SET_VRING_ADDR came since the last start from scratch.
+    /// Where the parts of the virtqueue lie. `None` until SET_VRING_ADDR, and after one that was refused.
     pub place: Option<RingAddresses>,
-    /// Where the next head is taken. Where the next answer goes stands in the guest's memory, which firmware may still
-    /// change until the ring starts: so it is read there then.
+    /// The position in the available ring of the next head to take. The position in the used ring is in the guest's
+    /// memory. Firmware may change it until the virtqueue starts, so it is read there at the start.
     pub next_available: u16,
-    /// Where the guest's kicks arrive; the worker only watches it.
+    /// The eventfd of the guest's kicks. The worker only watches it.
     pub kick: Option<File>,
-    /// Where the guest is interrupted.
+    /// The eventfd that interrupts the guest.
     pub call: Option<File>,
-    /// Where a broken ring is told of (SET_VRING_ERR).
+    /// The eventfd that signals the front-end that the virtqueue is broken (SET_VRING_ERR).
     pub err: Option<File>,
-    /// SET_VRING_ENABLE, or set for all where the front-end negotiated no protocol features.
+    /// The front-end enabled the virtqueue (SET_VRING_ENABLE), or negotiated no protocol features.
     pub enabled: bool,
-    /// Heads that were taken and not answered because their transfers failed: the next start does them again.
-    pub kept: Vec<u16>,
+    /// Heads that were taken and not completed, because their transfers failed or a hold blocked them. The next worker
+    /// resubmits them.
+    pub resubmit: Vec<u16>,
 }
 
 impl StoppedRing {
+    /// Whether a worker may serve the virtqueue.
     pub(in crate::virtio) fn may_run(&self) -> bool {
         self.enabled && self.place.is_some() && self.kick.is_some()
     }
 
-    /// SET_VRING_ADDR: the ring is there. Errors: why it cannot be there; then it is nowhere.
+    /// Sets the addresses of the virtqueue (SET_VRING_ADDR). Errors say why it cannot lie there; then it has no addresses.
     pub(in crate::virtio) fn put(
         &mut self,
         place: RingAddresses,
@@ -48,18 +50,18 @@ impl StoppedRing {
         Ok(())
     }
 
-    /// Tells the front-end that the ring is broken (QEMU logs it). Called by the ring's worker.
+    /// Signals the front-end that the virtqueue is broken, which QEMU logs. Called by the worker.
     pub(in crate::virtio) fn signal_error(&self, index: u32) {
         signal(index, "error", self.err.as_ref());
     }
 
-    /// Interrupts the guest. Called by the ring's worker.
+    /// Interrupts the guest. Called by the worker.
     pub(in crate::virtio) fn interrupt(&self, index: u32) {
         signal(index, "call", self.call.as_ref());
     }
 
-    /// Replaces the call descriptor and signals the new one. QEMU starts a ring before it sends the descriptor: answers in
-    /// between went to nobody, and the guest would wait for ever for their interrupt. One too many is harmless.
+    /// Replaces the call descriptor and signals the new one. QEMU starts a virtqueue before it sends the descriptor, so
+    /// completions in between interrupted nothing, and the guest would wait for ever. One interrupt too many is harmless.
     pub(in crate::virtio) fn set_call(&mut self, index: u32, call: Option<File>) {
         self.call = call;
         self.interrupt(index);
@@ -70,6 +72,6 @@ fn signal(index: u32, what: &str, fd: Option<&File>) {
     if let Some(fd) = fd
         && let Err(error) = syscalls::signal(fd)
     {
-        log::debug!("ring {index}: the {what} descriptor does not take a signal: {error}");
+        log::debug!("ring {index}: the {what} descriptor cannot be signalled: {error}");
     }
 }

@@ -1,0 +1,160 @@
+//! From the guest's available ring to the engine: pop a head, parse its chain, offer the request.
+
+use std::time::Instant;
+
+use super::Worker;
+use super::requests::PendingRequest;
+use crate::backend::{IoBuf, Op};
+use crate::disk::Event;
+use crate::engine::{Admission, Kind};
+use crate::virtio::blk::request::{self, BlkCommand, ID_BYTES, Request, Status};
+
+/// How many descriptors the worker reads in one turn, the last chain apart. A ring full of the longest chains takes
+/// seconds, in which its worker would obey no command.
+const MAX_WALKED: u64 = 1 << 16;
+
+impl Worker {
+    /// Pops requests until the virtqueue is empty or broken, a write is blocked, the back-end is full, or the turn has
+    /// read enough descriptors.
+    pub(super) fn pop(&mut self) {
+        self.turn.poll_again = false;
+        if self.broken || self.requests.blocked || (!self.is_serving() && self.requests.resubmit.is_empty()) {
+            return;
+        }
+        self.turn.popped_at = Instant::now();
+        let walk_limit = self.parser.walked() + MAX_WALKED;
+        self.resubmit(walk_limit);
+        if self.broken || self.requests.blocked || !self.is_serving() || self.turn.poll_again {
+            return;
+        }
+        self.pop_new(walk_limit);
+    }
+
+    /// Pops requests that no server has seen. `walk_limit`: no further chain is taken once the parser has walked more
+    /// descriptors than this.
+    fn pop_new(&mut self, walk_limit: u64) {
+        let mut budget = self.requests.pending.len();
+        loop {
+            self.ring.disable_kicks();
+            while !self.backend.has_backlog() && !self.broken {
+                if budget == 0 || self.parser.walked() > walk_limit {
+                    self.turn.poll_again = true;
+                    return;
+                }
+                budget -= 1;
+                let head = match self.ring.take() {
+                    Ok(Some(head)) => head,
+                    Ok(None) => break,
+                    Err(why) => return self.break_ring(why),
+                };
+                if self.take(head) == Admission::Held {
+                    self.ring.put_back();
+                    self.requests.blocked = true;
+                    break;
+                }
+            }
+            self.turn.notifications_disabled = self.will_poll();
+            let more = if self.turn.notifications_disabled { self.ring.has_more() } else { self.ring.enable_kicks() };
+            if !more || self.requests.blocked || self.broken || self.backend.has_backlog() {
+                return;
+            }
+        }
+    }
+
+    /// Parses the chain at `head` and offers its request to the engine, or completes it at once. `Held`: the caller must
+    /// put the head back.
+    pub(super) fn take(&mut self, head: u16) -> Admission {
+        if !self.requests.is_free(head) {
+            self.break_ring("a descriptor head was made available twice or lies outside the ring");
+            return Admission::Taken;
+        }
+        let chain = self.ring.chain(&self.setup.memory, head);
+        let request = match self.parser.parse(&self.setup.memory, head, chain, &self.geometry) {
+            Ok(request) => request,
+            Err(malformed) => {
+                let what = format!("ring {}: request {head}: {}", self.setup.index, malformed.why);
+                self.setup.rings.report(Event::ProtocolError(what));
+                self.publish(head, 0);
+                return Admission::Taken;
+            }
+        };
+        match self.prepare(&request) {
+            Ok(pending) => self.offer(head, pending),
+            Err(status) => {
+                self.complete(head, request.status_at, status, request.writable.saturating_add(1));
+                Admission::Taken
+            }
+        }
+    }
+
+    #[inline]
+    fn offer(&mut self, head: u16, pending: PendingRequest) -> Admission {
+        let admission = self.engine.offer(head, pending.kind);
+        if admission == Admission::Taken {
+            self.requests.insert(head, pending);
+            if let Some(inflight) = &mut self.setup.inflight {
+                inflight.taken(head);
+            }
+        } else if let Some(Op::Write { buf, .. }) = pending.op {
+            self.backend.spare_buffers.push(buf);
+        }
+        admission
+    }
+
+    /// The pending request that the engine gets. `Err`: the status of a request that is completed at once.
+    #[inline]
+    fn prepare(&mut self, request: &Request) -> Result<PendingRequest, Status> {
+        let command = request.command?;
+        let (kind, offset, len, op) = match command {
+            BlkCommand::GetId => return Err(self.write_serial()),
+            BlkCommand::Read { len: 0, .. }
+            | BlkCommand::Write { len: 0, .. }
+            | BlkCommand::Discard { len: 0, .. }
+            | BlkCommand::WriteZeroes { len: 0, .. } => return Err(request::OK),
+            BlkCommand::Flush => (Kind::Flush, 0, 0, None),
+            BlkCommand::Read { offset, len } => {
+                let buf = self.buffer(&command)?;
+                (Kind::Read, offset, u64::from(len), Some(Op::Read { offset, buf }))
+            }
+            BlkCommand::Write { offset, len } => {
+                let buf = self.buffer(&command)?;
+                (Kind::Write, offset, u64::from(len), Some(Op::Write { offset, buf, durable: false }))
+            }
+            BlkCommand::Discard { offset, len } => (Kind::Discard, offset, len, Some(Op::Discard { offset, len })),
+            BlkCommand::WriteZeroes { offset, len, unmap } => {
+                (Kind::WriteZeroes, offset, len, Some(Op::WriteZeroes { offset, len, unmap }))
+            }
+        };
+        let data_in = if kind == Kind::Read { len as u32 } else { 0 };
+        Ok(PendingRequest {
+            kind,
+            op,
+            retained: false,
+            unmap: matches!(command, BlkCommand::WriteZeroes { unmap: true, .. }),
+            status_at: request.status_at,
+            written: data_in.saturating_add(1),
+            offset,
+            len,
+            since: self.turn.popped_at,
+            writes: self.segments_to_log(&command),
+        })
+    }
+
+    fn buffer(&mut self, command: &BlkCommand) -> Result<IoBuf, Status> {
+        let spare = self.backend.spare_buffers.pop();
+        self.setup.memory.buffer(self.parser.data(command), spare).map_err(|_| request::IOERR)
+    }
+
+    /// Carries out GET_ID: writes twenty bytes, padded with zeroes (virtio 1.3, 5.2.6). A shorter buffer gets as many as
+    /// it holds, as from QEMU (virtio_blk_handle_request).
+    fn write_serial(&self) -> Status {
+        match self.setup.memory.buffer(self.parser.data(&BlkCommand::GetId), None) {
+            Ok(buf) => {
+                buf.copy_from(0, &self.setup.serial[..ID_BYTES.min(buf.len())]);
+                self.log_writes(self.parser.data(&BlkCommand::GetId));
+                request::OK
+            }
+            Err(_) => request::IOERR,
+        }
+    }
+}
