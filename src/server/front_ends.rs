@@ -15,6 +15,7 @@ use super::socket::FrontSocket;
 use super::{Served, ServerError, new_bell};
 use crate::base::rate_limit::{FRONT_END_LOG, LogLimit, log_limited};
 use crate::base::sync::Bell;
+use crate::virtio::SessionEnd;
 use crate::virtio::device::hand_over::Steps;
 use crate::virtio::vhost_user::save_restore::SavedSession;
 
@@ -142,7 +143,7 @@ impl FrontEnds {
         &self,
         watched: UnixStream,
         peer: &str,
-        serve: impl FnOnce(&dyn Served) -> io::Result<String> + Send + 'static,
+        serve: impl FnOnce(&dyn Served) -> io::Result<SessionEnd> + Send + 'static,
     ) -> io::Result<FrontEnd> {
         let (served, left, name) = (Arc::clone(&self.served), Arc::clone(&self.left), peer.to_string());
         let thread = thread::Builder::new().name("vhost-user".into()).spawn(move || {

@@ -44,6 +44,7 @@ use crate::config::Config;
 use crate::disk::RingStatus;
 use crate::sandbox::SandboxError;
 use crate::upgrade::DiskFacts;
+use crate::virtio::SessionEnd;
 use crate::virtio::device::hand_over::{HandedOver, Steps};
 use crate::virtio::vhost_user::save_restore::SavedSession;
 use daemon::Daemon;
@@ -57,7 +58,7 @@ use take_over::TakeOverError;
 pub(crate) trait Served: Send + Sync {
     /// Speaks vhost-user until the front-end leaves, breaks the protocol, or `shutdown`; when it returns, nothing of
     /// this front-end is in flight. Tells why it ended. In a thread of its own; never twice at a time.
-    fn serve(&self, stream: UnixStream) -> io::Result<String>;
+    fn serve(&self, stream: UnixStream) -> io::Result<SessionEnd>;
 
     /// Takes no more requests, now or later, and returns when those taken are answered. Once, at the end.
     fn shutdown(&self);
@@ -91,7 +92,7 @@ pub(crate) trait Served: Send + Sync {
     fn give_back(&self);
 
     /// [`Served::serve`] for a connection that another process served. Its thread.
-    fn restore_session(&self, moved: SavedSession, steps: &Steps) -> io::Result<String>;
+    fn restore_session(&self, moved: SavedSession, steps: &Steps) -> io::Result<SessionEnd>;
 }
 
 /// Who holds the disk still, and a control socket if there is one, until it is dropped, which waits for its thread.

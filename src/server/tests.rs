@@ -66,12 +66,12 @@ impl Disk {
 }
 
 impl Served for Disk {
-    fn serve(&self, mut stream: UnixStream) -> io::Result<String> {
+    fn serve(&self, mut stream: UnixStream) -> io::Result<SessionEnd> {
         self.note("serve");
         stream.read_to_end(&mut Vec::new())?;
         self.serve_returns.pass();
         self.note("left");
-        Ok("the front-end left".to_string())
+        Ok(SessionEnd::Left)
     }
 
     fn shutdown(&self) {
@@ -113,7 +113,7 @@ impl Served for Disk {
         unimplemented!("nobody takes over")
     }
 
-    fn restore_session(&self, _: SavedSession, _: &Steps) -> io::Result<String> {
+    fn restore_session(&self, _: SavedSession, _: &Steps) -> io::Result<SessionEnd> {
         unimplemented!("nobody takes over")
     }
 }

@@ -29,7 +29,7 @@ use crate::disk::{Copies, Disk, DiskStatus, Events, FailedRequest, ImageSnapshot
 use crate::upgrade::DiskFacts;
 use crate::virtio::device::hand_over::{HandedOver, Steps};
 use crate::virtio::vhost_user::save_restore::SavedSession;
-use crate::virtio::{Device, DeviceOptions, Tuning};
+use crate::virtio::{Device, DeviceOptions, SessionEnd, Tuning};
 
 /// Called by the control socket's thread when it is told to end the daemon.
 pub(super) type Quit = Arc<dyn Fn() + Send + Sync>;
@@ -191,7 +191,7 @@ struct ServedDisk {
 }
 
 impl Served for ServedDisk {
-    fn serve(&self, stream: UnixStream) -> io::Result<String> {
+    fn serve(&self, stream: UnixStream) -> io::Result<SessionEnd> {
         self.device.serve(stream)
     }
 
@@ -204,7 +204,7 @@ impl Served for ServedDisk {
     }
 
     fn hand_over(&self, timeout: Duration) -> Result<HandedOver, String> {
-        self.device.hand_over(timeout)
+        self.device.hand_over(timeout).map_err(|error| error.to_string())
     }
 
     fn take_over(&self) -> io::Result<()> {
@@ -219,7 +219,7 @@ impl Served for ServedDisk {
         self.backend.hand_over();
     }
 
-    fn restore_session(&self, moved: SavedSession, steps: &Steps) -> io::Result<String> {
+    fn restore_session(&self, moved: SavedSession, steps: &Steps) -> io::Result<SessionEnd> {
         self.device.restore_session(moved, steps)
     }
 

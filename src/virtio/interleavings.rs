@@ -83,7 +83,7 @@ impl FrontEnd {
     fn start(&mut self) {
         let kick = File::from(self.kick.as_fd().try_clone_to_owned().unwrap());
         self.change(|ring| {
-            ring.place = Some(RingAddresses { descriptors: 0, available: AVAIL, used: USED });
+            ring.addresses = Some(RingAddresses { descriptors: 0, available: AVAIL, used: USED });
             ring.kick = Some(kick);
         });
     }

@@ -25,3 +25,4 @@ mod worker;
 
 pub use device::Device;
 pub use options::{DeviceOptions, Tuning};
+pub use vhost_user::session_end::SessionEnd;

@@ -6,17 +6,18 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Device, ENDING};
+use super::Device;
 use crate::disk::RingStatus;
 use crate::upgrade::{self, Descriptors, DiskFacts};
-use crate::virtio::vhost_user::save_restore::SavedSession;
+use crate::virtio::vhost_user::save_restore::{HandOverError, SavedSession};
 use crate::virtio::vhost_user::session::Session;
+use crate::virtio::vhost_user::session_end::SessionEnd;
 
 /// To the vhost-user thread, between two messages: come to a stand, and hand the connection out.
 pub(in crate::virtio) struct Ask {
     timeout: Duration,
     /// And when nothing was in flight any more.
-    answer: mpsc::Sender<Result<(SavedSession, u64), String>>,
+    answer: mpsc::Sender<Result<(SavedSession, u64), HandOverError>>,
     /// Something: another process has it. An end: go on.
     verdict: mpsc::Receiver<()>,
 }
@@ -90,9 +91,9 @@ impl Device {
     }
 
     /// Goes on with a connection that another process served ([`crate::upgrade`]), then as [`Device::serve`].
-    pub(crate) fn restore_session(&self, moved: SavedSession, steps: &Steps) -> std::io::Result<String> {
+    pub(crate) fn restore_session(&self, moved: SavedSession, steps: &Steps) -> std::io::Result<SessionEnd> {
         let SavedSession { stream, record, mut descriptors } = moved;
-        let Some(front_end) = self.begin(&stream)? else { return Ok(ENDING.into()) };
+        let Some(front_end) = self.begin(&stream)? else { return Ok(SessionEnd::ShuttingDown) };
         let ready =
             Session::replayed(self.rings.clone(), self.advertised.clone(), self.limits.clone(), front_end, &record)
                 .and_then(|session| {
@@ -125,7 +126,7 @@ impl Device {
                 }
                 self.rings.disconnected("it stays where it was");
                 self.left();
-                Ok("it stays with the daemon that had it".into())
+                Ok(SessionEnd::NotTakenOver)
             }
         }
     }
@@ -146,21 +147,20 @@ impl Device {
     }
 
     /// The connection, and when nothing was in flight any more.
-    fn pause_and_save(session: &Session, timeout: Duration) -> Result<(SavedSession, u64), String> {
+    fn pause_and_save(session: &Session, timeout: Duration) -> Result<(SavedSession, u64), HandOverError> {
         let (mut drained, mut handler, mut descriptors) = (0, session.ours(), Descriptors::default());
         handler.pause_all(timeout, || drained = upgrade::monotonic())?;
         let record = handler.record(&mut descriptors);
         let moved = record
             .and_then(|record| Ok(SavedSession { stream: session.front_end.stream.try_clone()?, record, descriptors }));
-        let moved = moved.map_err(|error| format!("no descriptor is left to hand the connection over: {error}"))?;
-        Ok((moved, drained))
+        Ok((moved.map_err(HandOverError::OutOfDescriptors)?, drained))
     }
 
     /// Brings the disk to a stand and hands out the front-end's connection, if there is one, for another process to go on
     /// with. Everything acknowledged is durable then, and nothing changes the image until the value returned is dropped,
     /// which makes the disk go on here; after [`HandedOver::commit`] it never does. Errors say the cause and the mend, and
     /// the disk goes on. `timeout`: for requests in flight. A thread of its own; nobody may begin to be served meanwhile.
-    pub(crate) fn hand_over(self: &Arc<Self>, timeout: Duration) -> Result<HandedOver, String> {
+    pub(crate) fn hand_over(self: &Arc<Self>, timeout: Duration) -> Result<HandedOver, HandOverError> {
         let since = upgrade::monotonic();
         let (answer, answered) = mpsc::channel();
         let (commit, verdict) = mpsc::channel();
@@ -175,15 +175,14 @@ impl Device {
             bell.ring();
             let heard = answered.recv_timeout(timeout);
             if matches!(heard, Err(RecvTimeoutError::Timeout)) && self.lock().ask.take().is_some() {
-                return Err("the front-end is in the middle of a message: see whether its QEMU hangs".into());
+                return Err(HandOverError::FrontEndBusy);
             }
             // The connection may have ended at the same time: then nobody is connected.
             let heard = heard.or_else(|_| answered.recv());
             moved = heard.ok().transpose()?;
         }
         if moved.is_none() {
-            let synced = self.rings.sync();
-            synced.map_err(|error| format!("the image cannot be synced: {error}; mend the storage"))?;
+            self.rings.sync().map_err(HandOverError::SyncFailed)?;
         }
         let (moved, drained) = moved.unzip();
         self.rings.backend().hand_over();

@@ -8,6 +8,7 @@ use crate::virtio::vhost_user::handler::AdvertisedFeatures;
 use crate::virtio::vhost_user::handler::DeviceLimits;
 use crate::virtio::vhost_user::session::FrontEnd;
 use crate::virtio::vhost_user::session::Session;
+use crate::virtio::vhost_user::session_end::SessionEnd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
@@ -44,9 +45,6 @@ pub(super) struct Connection {
     /// `shutdown` was called.
     closed: bool,
 }
-
-/// What the front-end is told after [`Device::shutdown`].
-pub(super) const ENDING: &str = "the daemon is ending";
 
 impl Device {
     /// A device with no front-end yet. What happens is told to `events`.
@@ -91,13 +89,13 @@ impl Device {
 
     /// Serves a front-end until it leaves, breaks the protocol, or [`Device::shutdown`]. On return every ring is
     /// stopped, everything popped is answered (or kept, for the next server) and, in every mode but `unsafe`, synced.
-    /// Returns why it ended, for the log. One call at a time; blocks; the vhost-user thread.
-    pub fn serve(&self, stream: UnixStream) -> std::io::Result<String> {
+    /// One call at a time; blocks; the vhost-user thread.
+    pub fn serve(&self, stream: UnixStream) -> std::io::Result<SessionEnd> {
         let session = match self.begin(&stream)? {
             Some(front_end) => {
                 Session::new(self.rings.clone(), self.advertised.clone(), self.limits.clone(), front_end, stream)?
             }
-            None => return Ok(ENDING.into()),
+            None => return Ok(SessionEnd::ShuttingDown),
         };
         Ok(self.run(session))
     }
@@ -124,9 +122,9 @@ impl Device {
     }
 
     /// Message after message, to the end.
-    pub(super) fn run(&self, mut session: Session) -> String {
+    pub(super) fn run(&self, mut session: Session) -> SessionEnd {
         let watch = Watch::start(&self.rings);
-        let end = loop {
+        let error = loop {
             let timeout = session.ours().waits_for_image().then_some(activation::RETRY_INTERVAL);
             match backend_channel::wait_for_message(&session.front_end.stream, &session.front_end.bell, timeout) {
                 backend_channel::Woken::Message => {}
@@ -152,17 +150,17 @@ impl Device {
                 Err(error) => break Some(error),
             }
         };
-        let why = match end {
-            None => "another process goes on with it".to_owned(),
+        let end = match error {
+            None => SessionEnd::HandedOver,
             Some(error) => {
                 session.ours().end();
-                session.why(error)
+                session.end(error)
             }
         };
         drop(watch);
-        self.rings.disconnected(&why);
+        self.rings.disconnected(&end.to_string());
         self.left();
-        why
+        end
     }
 
     /// The image has `bytes` now, more or fewer: GET_CONFIG says so, requests beyond the end fail with

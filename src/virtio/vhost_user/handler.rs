@@ -122,18 +122,8 @@ impl Handler {
 
     /// Starts every ring that may run and does not.
     pub(in crate::virtio) fn start_all(&mut self) {
-        let acked_features = self.acked_features.unwrap_or(0);
-        let context = RingContext {
-            rings: &self.rings,
-            memory: &self.memory,
-            activation: &self.activation,
-            inflight: self.inflight.as_ref(),
-            log: self.log.as_ref().filter(|_| acked_features & features::LOG_ALL != 0),
-            acked_features,
-            max_segments: features::max_segments(self.limits.queue_size),
-            serial: &self.limits.serial,
-        };
-        for queue in &mut self.queues {
+        let (queues, context) = self.queues_and_context();
+        for queue in queues {
             queue.start_again(&context);
         }
     }
@@ -200,6 +190,12 @@ impl Handler {
             let next = self.queues.len() as u32;
             self.queues.push(Vring::new(next, self.limits.queue_size, enabled));
         }
+        let (queues, context) = self.queues_and_context();
+        Ok((&mut queues[index as usize], context))
+    }
+
+    /// The rings, and what they need to start.
+    fn queues_and_context(&mut self) -> (&mut Vec<Vring>, RingContext<'_>) {
         let acked_features = self.acked_features.unwrap_or(0);
         let context = RingContext {
             rings: &self.rings,
@@ -211,7 +207,7 @@ impl Handler {
             max_segments: features::max_segments(self.limits.queue_size),
             serial: &self.limits.serial,
         };
-        Ok((&mut self.queues[index as usize], context))
+        (&mut self.queues, context)
     }
 }
 
@@ -306,7 +302,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     ) -> Result<()> {
         let rings = self.rings.clone();
         self.change(index, |memory, ring| {
-            ring.place = None;
+            ring.addresses = None;
             let [descriptors, available, used] = [descriptor, available, used].map(|at| memory.guest_address(at));
             let (Some(descriptors), Some(available), Some(used)) = (descriptors, available, used) else {
                 let shared = memory.record().count();
@@ -317,9 +313,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
                 )));
                 return Err(Error::InvalidParam);
             };
-            let place = RingAddresses { descriptors, available, used };
-            ring.put(place, memory.memory()).map_err(|why| {
-                log_limited!(FRONT_END_LOG, Error, "the front-end places ring {index} at {place:x?}: {why}");
+            let addresses = RingAddresses { descriptors, available, used };
+            ring.set_addresses(addresses, memory.memory()).map_err(|fault| {
+                log_limited!(FRONT_END_LOG, Error, "the front-end places ring {index} at {addresses:x?}: {fault}");
                 Error::InvalidParam
             })
         })

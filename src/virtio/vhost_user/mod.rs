@@ -3,6 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `session` | one front-end's session: socket, handler, message layer |
+//! | `session_end` | why a session ended |
 //! | `handler` | the messages; every change of a ring goes through `vring` |
 //! | `vring` | one ring as the front-end describes it, stopped (owned by the handler) or running (owned by its worker) |
 //! | `activation` | acquires the image before the first ring starts and releases it after the last one has stopped |
@@ -16,4 +17,5 @@ pub(super) mod eventfd;
 pub(super) mod handler;
 pub(crate) mod save_restore;
 pub(super) mod session;
+pub(super) mod session_end;
 pub(super) mod vring;

@@ -6,6 +6,7 @@
 
 use crate::upgrade::session_state::RegionState;
 use crate::upgrade::session_state::SessionState;
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -33,6 +34,39 @@ pub(crate) struct SavedSession {
     pub(crate) descriptors: Descriptors,
 }
 
+/// Why a disk cannot be handed to another process. It continues here.
+#[derive(Debug)]
+pub(crate) enum HandOverError {
+    /// The front-end has sent a part of a message, and nothing follows.
+    FrontEndBusy,
+    /// Requests did not complete in this time.
+    RequestsInFlight(Duration),
+    /// What the guest wrote cannot be made durable.
+    SyncFailed(io::Error),
+    /// The descriptors of the session cannot be duplicated.
+    OutOfDescriptors(io::Error),
+}
+
+impl fmt::Display for HandOverError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            HandOverError::FrontEndBusy => {
+                f.write_str("the front-end is in the middle of a message: check whether its QEMU hangs")
+            }
+            HandOverError::RequestsInFlight(timeout) => write!(
+                f,
+                "requests are in flight for more than {timeout:?}: the storage hangs (see `virtioblkctl status`); fix it \
+                 and try again"
+            ),
+            HandOverError::SyncFailed(error) => write!(f, "the image cannot be synced: {error}; fix the storage"),
+            HandOverError::OutOfDescriptors(error) => write!(
+                f,
+                "no descriptor is left to hand the front-end's connection over: {error}; raise the limit of open files"
+            ),
+        }
+    }
+}
+
 impl Handler {
     /// Stops every ring, with nothing in flight, and gives the image free. `drained`: called when nothing is in flight any
     /// more. Errors: requests that do not finish within `timeout`, a sync that failed; then the rings go on.
@@ -40,7 +74,7 @@ impl Handler {
         &mut self,
         timeout: Duration,
         drained: impl FnOnce(),
-    ) -> std::result::Result<(), String> {
+    ) -> std::result::Result<(), HandOverError> {
         if let Err(why) = self.come_to_rest(timeout) {
             wait_for(self.queues.iter().filter_map(Vring::ask_to_go_on).collect(), None);
             return Err(why);
@@ -51,7 +85,7 @@ impl Handler {
         log::debug!("hand-over: the rings are stopped");
         if let Err(error) = self.rings.sync() {
             self.start_all();
-            return Err(format!("what the guest wrote cannot be synced: {error}; mend the storage"));
+            return Err(HandOverError::SyncFailed(error));
         }
         log::debug!("hand-over: all is synced");
         self.activation.release(&self.rings);
@@ -60,15 +94,12 @@ impl Handler {
     }
 
     /// All rings at once: the pause is as long as the slowest request, not as all of them together.
-    fn come_to_rest(&mut self, timeout: Duration) -> std::result::Result<(), String> {
+    fn come_to_rest(&mut self, timeout: Duration) -> std::result::Result<(), HandOverError> {
         let resting: Vec<_> = self.queues.iter().filter_map(Vring::ask_to_rest).collect();
         if wait_for(resting, Some(Instant::now() + timeout)) {
             return Ok(());
         }
-        Err(format!(
-            "requests are in flight for more than {timeout:?}: the storage hangs (see `virtioblkctl status`); mend it and \
-             try again"
-        ))
+        Err(HandOverError::RequestsInFlight(timeout))
     }
 
     /// The other process did not take over: the rings run again, once the image is ours again.
@@ -166,8 +197,9 @@ impl Handler {
         let stopped = self.queues[index as usize].stopped().expect("it has no addresses yet");
         stopped.next_available = ring.next_avail;
         if let Some([descriptors, available, used]) = ring.at {
-            let place = RingAddresses { descriptors, available, used };
-            stopped.put(place, self.memory.memory()).map_err(|why| failed(io::Error::other(why)))?;
+            let addresses = RingAddresses { descriptors, available, used };
+            let set = stopped.set_addresses(addresses, self.memory.memory());
+            set.map_err(|fault| failed(io::Error::other(fault)))?;
         }
         stopped.kick = kick;
         stopped.resubmit = ring.kept;
@@ -201,7 +233,7 @@ fn record_ring(stopped: &StoppedRing, descriptors: &mut Descriptors) -> io::Resu
     let (kick, call, err) = (copy(&stopped.kick)?, copy(&stopped.call)?, copy(&stopped.err)?);
     Ok(Ring {
         size: stopped.size,
-        at: stopped.place.map(|place| [place.descriptors, place.available, place.used]),
+        at: stopped.addresses.map(|at| [at.descriptors, at.available, at.used]),
         next_avail: stopped.next_available,
         enabled: stopped.enabled,
         kick,

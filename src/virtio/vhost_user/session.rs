@@ -9,6 +9,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::backend_channel::{self, GET_FEATURES, SET_FEATURES, SET_PROTOCOL_FEATURES};
 use super::handler::{AdvertisedFeatures, DeviceLimits, Handler};
+use super::session_end::SessionEnd;
 use crate::base::sync::Bell;
 use crate::base::syscalls;
 use crate::upgrade::session_state::SessionState;
@@ -49,20 +50,13 @@ impl Session {
         self.handler.lock().expect("no panic while held")
     }
 
-    /// Why it ended, for the log.
-    pub(in crate::virtio) fn why(&self, end: Error) -> String {
-        match end {
-            _ if self.wire.vanished() => {
-                "the front-end took away memory that it had shared (it truncated the memory's file, or huge pages ran \
-                 out): its connection was ended"
-                    .to_owned()
-            }
-            Error::SocketRetry(error) => format!(
-                "a message's descriptors could not be taken: {error}; raise the limit of open files (RLIMIT_NOFILE; \
-                 ulimit -n, or LimitNOFILE= in the systemd unit), or allow fewer queues (--num-queues)"
-            ),
-            Error::Disconnected | Error::PartialMessage | Error::SocketBroken(_) => "the front-end left".to_owned(),
-            error => format!("the front-end broke the protocol: {error}"),
+    /// Why the session ends with this error of the message layer.
+    pub(in crate::virtio) fn end(&self, error: Error) -> SessionEnd {
+        match error {
+            _ if self.wire.vanished() => SessionEnd::MemoryTakenAway,
+            Error::SocketRetry(error) => SessionEnd::OutOfDescriptors(error),
+            Error::Disconnected | Error::PartialMessage | Error::SocketBroken(_) => SessionEnd::Left,
+            error => SessionEnd::ProtocolViolation(error),
         }
     }
 }

@@ -75,7 +75,7 @@ impl Vring {
     pub(in crate::virtio) fn new(index: u32, largest: u16, enabled: bool) -> Self {
         let stopped = StoppedRing {
             size: largest,
-            place: None,
+            addresses: None,
             next_available: 0,
             kick: None,
             call: None,
@@ -199,8 +199,8 @@ impl Vring {
     }
 
     fn start(&mut self, stopped: StoppedRing, context: &RingContext) -> VringState {
-        let place = match stopped.place {
-            Some(place) if stopped.may_run() => place,
+        let addresses = match stopped.addresses {
+            Some(addresses) if stopped.may_run() => addresses,
             _ => return VringState::Stopped(stopped),
         };
         if !context.activation.claim(context.rings) {
@@ -208,9 +208,10 @@ impl Vring {
         }
         let memory = GuestMemory::new(context.memory.pin());
         let event_idx = features::has(context.acked_features, VIRTIO_RING_F_EVENT_IDX);
-        let used = place.used_index(context.memory.memory());
-        let ring = used
-            .and_then(|used| SplitRing::open(&memory, &place, stopped.size, event_idx, (stopped.next_available, used)));
+        let used = addresses.used_index(context.memory.memory());
+        let ring = used.and_then(|used| {
+            SplitRing::open(&memory, &addresses, stopped.size, event_idx, (stopped.next_available, used))
+        });
         let Some(ring) = ring else {
             let what = format!(
                 "ring {}: its descriptors lie outside the guest's memory, or a part of it in two regions of that; not started",

@@ -1,5 +1,6 @@
 //! What remains of a virtqueue while no worker serves it: plain values, which the connection's handler owns and may change.
 
+use std::fmt;
 use std::fs::File;
 
 use vm_memory::GuestMemoryMmap;
@@ -12,7 +13,7 @@ pub(in crate::virtio) struct StoppedRing {
     /// The number of descriptors, a power of two.
     pub size: u16,
     /// Where the parts of the virtqueue lie. `None` until SET_VRING_ADDR, and after one that was refused.
-    pub place: Option<RingAddresses>,
+    pub addresses: Option<RingAddresses>,
     /// The position in the available ring of the next head to take. The position in the used ring is in the guest's
     /// memory. Firmware may change it until the virtqueue starts, so it is read there at the start.
     pub next_available: u16,
@@ -29,24 +30,42 @@ pub(in crate::virtio) struct StoppedRing {
     pub resubmit: Vec<u16>,
 }
 
+/// Why a virtqueue cannot lie at the addresses that the front-end names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::virtio) enum AddressFault {
+    Misaligned,
+    UsedRingOutside,
+}
+
+impl fmt::Display for AddressFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            AddressFault::Misaligned => "it is not aligned as virtio asks",
+            AddressFault::UsedRingOutside => "its used ring lies outside the guest's memory",
+        })
+    }
+}
+
+impl std::error::Error for AddressFault {}
+
 impl StoppedRing {
     /// Whether a worker may serve the virtqueue.
     pub(in crate::virtio) fn may_run(&self) -> bool {
-        self.enabled && self.place.is_some() && self.kick.is_some()
+        self.enabled && self.addresses.is_some() && self.kick.is_some()
     }
 
-    /// Sets the addresses of the virtqueue (SET_VRING_ADDR). Errors say why it cannot lie there; then it has no addresses.
-    pub(in crate::virtio) fn put(
+    /// Sets the addresses of the virtqueue (SET_VRING_ADDR). When it cannot lie there, it has no addresses afterwards.
+    pub(in crate::virtio) fn set_addresses(
         &mut self,
-        place: RingAddresses,
+        addresses: RingAddresses,
         memory: &GuestMemoryMmap,
-    ) -> Result<(), &'static str> {
-        self.place = None;
-        if !place.is_aligned() {
-            return Err("it is not aligned as virtio asks");
+    ) -> Result<(), AddressFault> {
+        self.addresses = None;
+        if !addresses.is_aligned() {
+            return Err(AddressFault::Misaligned);
         }
-        place.used_index(memory).ok_or("its used ring lies outside the guest's memory")?;
-        self.place = Some(place);
+        addresses.used_index(memory).ok_or(AddressFault::UsedRingOutside)?;
+        self.addresses = Some(addresses);
         Ok(())
     }
 

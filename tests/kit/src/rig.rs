@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use virtioblkd::backend::{Backend, Errno};
 use virtioblkd::disk::{Disk, DiskStatus, Event, Events, HoldFigures};
 use virtioblkd::virtio::rings::Rings;
-use virtioblkd::virtio::{Device, DeviceOptions, Tuning};
+use virtioblkd::virtio::{Device, DeviceOptions, SessionEnd, Tuning};
 
 pub use crate::prng::Prng;
 
@@ -37,7 +37,7 @@ impl Rig {
         let served = device.clone();
         let server = std::thread::spawn(move || {
             for stream in listener.incoming() {
-                if served.serve(stream.unwrap()).unwrap() == "the daemon is ending" {
+                if matches!(served.serve(stream.unwrap()).unwrap(), SessionEnd::ShuttingDown) {
                     return;
                 }
             }
