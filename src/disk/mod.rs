@@ -1,14 +1,18 @@
 //! What the control socket may ask of a running disk, and what the disk tells it: the [`Disk`] trait, the status
 //! types and the [`Events`] queue. The one seam between `control` and `virtio`; neither imports the other.
 
+mod ring_status;
+
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::base::sync::{Bell, Mutex};
 use crate::engine::{Errno, Kind};
+pub use ring_status::RingStatus;
+pub(crate) use ring_status::{RingCounters, add};
 
 /// A disk that can be held still. Implemented by `virtio::rings::Rings`; called by the control thread. No call blocks
 /// on I/O.
@@ -56,22 +60,22 @@ pub trait Disk: Send + Sync {
 /// A request that failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FailedRequest {
-    /// `read`, `write`, `discard` or `write-zeroes`.
-    pub operation: &'static str,
-    /// Which ring.
+    /// What was requested.
+    pub kind: Kind,
+    /// The ring of the request.
     pub ring: u32,
-    /// Byte offset in the image.
+    /// The byte offset in the image; 0 for a flush.
     pub offset: u64,
-    /// Bytes.
+    /// The length in bytes.
     pub len: u64,
-    /// Why.
+    /// The error.
     pub errno: Errno,
 }
 
 impl FailedRequest {
-    /// It changes the disk, perhaps did so in part.
+    /// Whether the request changes the disk. It may have done so in part.
     pub fn is_change(&self) -> bool {
-        self.operation != Kind::Read.name()
+        self.kind != Kind::Read
     }
 }
 
@@ -109,19 +113,8 @@ pub enum Event {
         /// As given to [`Disk::close_gate`].
         epoch: u64,
     },
-    /// A request failed.
-    IoError {
-        /// `read`, `write`, `flush`, `discard` or `write-zeroes`.
-        operation: &'static str,
-        /// Which ring.
-        ring: u32,
-        /// Byte offset in the image (0 for a flush).
-        offset: u64,
-        /// Bytes.
-        len: u64,
-        /// Why.
-        errno: Errno,
-    },
+    /// A request failed, and the guest got the error.
+    IoError(FailedRequest),
     /// A request failed and is kept from the guest; its ring takes nothing more that changes the disk. Once, until
     /// `IoContinued`, and a second time if the first one was a read.
     IoStopped(FailedRequest),
@@ -317,54 +310,6 @@ pub struct CopyStatus {
     pub ending: bool,
 }
 
-/// One ring, as status and stats show it; also what an upgrade takes along of its figures.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", default)]
-pub struct RingStatus {
-    /// Virtqueue index.
-    pub index: u32,
-    /// Descriptors in the ring.
-    pub size: u16,
-    /// Requests in flight are not tracked for the next server: the front-end cannot do that (INFLIGHT_SHMFD), or its
-    /// region is for smaller rings.
-    pub untracked: bool,
-    /// Requests taken and not yet answered.
-    pub in_flight: u64,
-    /// Those of them that are in flight for so long that something must be wrong (10 s); as of a look every 2.5 s.
-    pub stalled: u64,
-    /// Milliseconds that the oldest of these has been in flight.
-    pub oldest_stalled_ms: u64,
-    /// Whether a request waits in the ring because writes are blocked.
-    pub held: bool,
-    /// Requests that failed and are kept from the guest until `continue`.
-    pub kept: u64,
-    /// Requests answered, by kind, since the first daemon of the disk started (a ring keeps its figures over reconnects and
-    /// upgrades).
-    pub reads: u64,
-    /// Bytes read.
-    pub read_bytes: u64,
-    /// Writes answered.
-    pub writes: u64,
-    /// Bytes written.
-    pub written_bytes: u64,
-    /// Flushes answered.
-    pub flushes: u64,
-    /// Syncs handed to the back-end, flushes' and the policy's own.
-    pub syncs: u64,
-    /// Discards answered.
-    pub discards: u64,
-    /// Write-zeroes answered.
-    pub write_zeroes: u64,
-    /// Requests answered with VIRTIO_BLK_S_IOERR.
-    pub errors: u64,
-    /// Requests answered with VIRTIO_BLK_S_UNSUPP.
-    pub unsupported: u64,
-    /// Interrupts sent.
-    pub interrupts: u64,
-    /// Sleeps saved by looking for work a little longer (`--poll-max-ns`).
-    pub polled: u64,
-}
-
 /// A disk that stands still because a request failed.
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -389,7 +334,7 @@ impl StoppedStatus {
     /// Of the first request that was kept, and how many are kept.
     pub fn new(first: &FailedRequest, requests: u64) -> Self {
         StoppedStatus {
-            operation: first.operation.to_owned(),
+            operation: first.kind.name().to_owned(),
             ring: first.ring,
             offset: first.offset,
             length: first.len,

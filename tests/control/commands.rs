@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use kit::control::{Client, Served, Settle, figures};
 use serde_json::{Value, json};
 use virtioblkd::disk::{Event, FailedRequest};
-use virtioblkd::engine::Errno;
+use virtioblkd::engine::{Errno, Kind};
 
 const EIO: Errno = Errno(5);
 
@@ -182,7 +182,7 @@ fn a_disk_that_stops_is_not_held_until_it_is_continued() {
     served.disk.set(Settle::ByHand);
     let mut client = served.client();
     let mut watcher = served.client();
-    let failed = FailedRequest { operation: "write", ring: 1, offset: 4096, len: 512, errno: Errno(28) };
+    let failed = FailedRequest { kind: Kind::Write, ring: 1, offset: 4096, len: 512, errno: Errno(28) };
     // While a quiesce waits.
     client.send(r#"{"execute":"quiesce","arguments":{"timeout-ms":3600000}}"#);
     served.disk.wait_closed(true);
@@ -354,7 +354,8 @@ fn too_many_holders_are_refused() {
 fn the_disks_events_reach_those_who_negotiated() {
     let served = Served::new();
     let (mut client, mut silent) = (served.client(), served.greeted());
-    let io_error = Event::IoError { operation: "write", ring: 1, offset: 4096, len: 512, errno: Errno(28) };
+    let io_error =
+        Event::IoError(FailedRequest { kind: Kind::Write, ring: 1, offset: 4096, len: 512, errno: Errno(28) });
     let events = [
         Event::Connected,
         Event::Disconnected("closed by the front-end".into()),

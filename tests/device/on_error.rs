@@ -13,7 +13,7 @@ use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
 use virtioblkd::backend::Errno;
 use virtioblkd::backend::mem::{Fault, MemBackend, MemOp, MemOptions};
 use virtioblkd::disk::{Disk, Event, FailedRequest};
-use virtioblkd::engine::{CacheMode, OnError};
+use virtioblkd::engine::{CacheMode, Kind, OnError};
 use virtioblkd::virtio::{DeviceOptions, Tuning};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -68,7 +68,7 @@ fn a_write_without_space_is_kept_and_its_ring_reads_on_until_it_is_continued() {
     fail(&disk, MemOp::Write, ENOSPC);
     let failing = guest.add(0, OUT, 8, &[2; 1024], 0);
     guest.kick(0);
-    let told = FailedRequest { operation: "write", ring: 0, offset: 4096, len: 1024, errno: ENOSPC };
+    let told = FailedRequest { kind: Kind::Write, ring: 0, offset: 4096, len: 1024, errno: ENOSPC };
     assert_eq!(stopped(&rig), told);
     unanswered(&mut guest, 0);
     let status = rig.status();

@@ -24,8 +24,8 @@ impl Service {
                 }
                 Event::Connected => self.event("FRONTEND_CONNECTED", json!({})),
                 Event::Disconnected(reason) => self.event("FRONTEND_DISCONNECTED", json!({"reason": reason})),
-                Event::IoError { operation, ring, offset, len, errno } => {
-                    let data = failed_request(&FailedRequest { operation, ring, offset, len, errno });
+                Event::IoError(failed) => {
+                    let data = failed_request(&failed);
                     let admitted = self.error_events.admit(now);
                     self.error_event("IO_ERROR", data, admitted);
                 }
@@ -71,9 +71,9 @@ impl Service {
 }
 
 fn failed_request(failed: &FailedRequest) -> Value {
-    let FailedRequest { operation, ring, offset, len, errno } = failed;
+    let FailedRequest { kind, ring, offset, len, errno } = failed;
     json!({
-        "operation": operation, "ring": ring, "offset": offset, "length": len,
+        "operation": kind.name(), "ring": ring, "offset": offset, "length": len,
         "errno": errno.0, "message": replies::errno(*errno),
     })
 }

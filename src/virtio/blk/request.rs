@@ -1,7 +1,8 @@
 //! Descriptor chain -> checked [`Request`], or the status that refuses it. Everything here comes from a hostile
 //! guest: no index, sum or cast goes unchecked, and nothing panics.
 
-use crate::virtio::virtqueue::guest_memory::Segment;
+use std::fmt;
+
 use vm_memory::GuestAddress;
 
 use virtio_bindings::virtio_blk::{
@@ -12,7 +13,7 @@ use virtio_queue::desc::split::Descriptor;
 
 use super::features::{SECTOR, sectors};
 use crate::backend::Geometry;
-use crate::virtio::virtqueue::guest_memory::GuestMemory;
+use crate::virtio::virtqueue::guest_memory::{GuestMemory, Segment};
 
 /// The status byte of a request (virtio 1.3, 5.2.6).
 pub type Status = u8;
@@ -98,8 +99,35 @@ pub struct Request {
 pub struct Malformed {
     /// The chain's head.
     pub head: u16,
-    /// What is wrong, for the log.
-    pub why: &'static str,
+    /// What is wrong with it.
+    pub fault: ChainFault,
+}
+
+/// Why a chain cannot carry a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChainFault {
+    /// Its descriptors have more than 4 GiB together.
+    TooLong,
+    /// A readable descriptor follows a writable one.
+    ReadableBehindWritable,
+    /// It has a bad address, a loop, or a bad indirect table.
+    Broken,
+    /// No byte of it is writable.
+    NoStatusByte,
+    /// Its readable bytes are fewer than a header, or lie outside the guest's memory.
+    NoHeader,
+}
+
+impl fmt::Display for ChainFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ChainFault::TooLong => "a chain longer than 4 GiB",
+            ChainFault::ReadableBehindWritable => "a readable descriptor behind a writable one",
+            ChainFault::Broken => "broken descriptor chain",
+            ChainFault::NoStatusByte => "no writable byte for the status",
+            ChainFault::NoHeader => "no complete request header",
+        })
+    }
 }
 
 /// Segments that a parser keeps room for between requests.
@@ -143,18 +171,18 @@ impl Parser {
         descriptors: impl Iterator<Item = Descriptor>,
         geometry: &Geometry,
     ) -> Result<Request, Malformed> {
-        self.collect(descriptors).map_err(|why| Malformed { head, why })?;
+        self.collect(descriptors).map_err(|fault| Malformed { head, fault })?;
         let status_at =
-            take_last_byte(&mut self.writable).ok_or(Malformed { head, why: "no writable byte for the status" })?;
+            take_last_byte(&mut self.writable).ok_or(Malformed { head, fault: ChainFault::NoStatusByte })?;
         let writable = total(&self.writable);
-        let header = self.take_sixteen(memory).ok_or(Malformed { head, why: "no complete request header" })?;
+        let header = self.take_sixteen(memory).ok_or(Malformed { head, fault: ChainFault::NoHeader })?;
         let command = self.decode(memory, &header, geometry);
         Ok(Request { head, status_at, writable, command })
     }
 
     /// Sorts the descriptors into readable and writable ones (virtio 1.3, 2.7.4.2: readable ones come first; 2.7.5.2: no more
     /// than 4 GiB in all).
-    fn collect(&mut self, descriptors: impl Iterator<Item = Descriptor>) -> Result<(), &'static str> {
+    fn collect(&mut self, descriptors: impl Iterator<Item = Descriptor>) -> Result<(), ChainFault> {
         for list in [&mut self.readable, &mut self.writable] {
             list.clear();
             list.shrink_to(KEPT_SEGMENTS);
@@ -164,7 +192,7 @@ impl Parser {
         let mut bytes = 0u32;
         for descriptor in descriptors {
             self.walked += 1;
-            bytes = bytes.checked_add(descriptor.len()).ok_or("a chain longer than 4 GiB")?;
+            bytes = bytes.checked_add(descriptor.len()).ok_or(ChainFault::TooLong)?;
             more = descriptor.has_next();
             let segment = (descriptor.addr(), descriptor.len());
             if descriptor.is_write_only() {
@@ -172,11 +200,11 @@ impl Parser {
             } else if self.writable.is_empty() {
                 self.readable.push(segment);
             } else {
-                return Err("a readable descriptor behind a writable one");
+                return Err(ChainFault::ReadableBehindWritable);
             }
         }
         // The iterator ends without a word at a bad address, a loop or a bad indirect table.
-        if more { Err("broken descriptor chain") } else { Ok(()) }
+        if more { Err(ChainFault::Broken) } else { Ok(()) }
     }
 
     /// Cuts sixteen bytes off the front of the readable segments and copies them. `None`: there are fewer, or some lie
@@ -469,7 +497,7 @@ mod tests {
         let mut queue: Queue = mock.create_queue().unwrap();
         let chain = queue.iter(&*memory).unwrap().next().unwrap();
         let error = Parser::default().parse(&mapped(&memory), chain.head_index(), chain, &geometry()).unwrap_err();
-        assert_eq!(error.why, "broken descriptor chain");
+        assert_eq!(error.fault, ChainFault::Broken);
     }
 
     #[test]

@@ -42,9 +42,9 @@ const REPEAT_WINDOW: Duration = Duration::from_secs(60);
 /// An event in words, if it is an error.
 pub(in crate::virtio) fn text(event: &Event) -> Option<String> {
     Some(match event {
-        Event::IoError { operation, ring, offset, len, errno } => {
+        Event::IoError(FailedRequest { kind, ring, offset, len, errno }) => {
             let why = std::io::Error::from_raw_os_error(errno.0);
-            format!("{operation} of {len} bytes at {offset} (ring {ring}) failed: {why}")
+            format!("{} of {len} bytes at {offset} (ring {ring}) failed: {why}", kind.name())
         }
         Event::SyncError(errno) => {
             format!("sync failed: {}: acknowledged writes may be lost", std::io::Error::from_raw_os_error(errno.0))
@@ -55,9 +55,10 @@ pub(in crate::virtio) fn text(event: &Event) -> Option<String> {
                  kernel log, and the storage",
             oldest.as_secs()
         ),
-        Event::IoStopped(FailedRequest { operation, ring, offset, len, errno }) => format!(
-            "ring {ring} stopped: {operation} of {len} bytes at {offset} failed: {}. It is kept from the guest: mend the \
+        Event::IoStopped(FailedRequest { kind, ring, offset, len, errno }) => format!(
+            "ring {ring} stopped: {} of {len} bytes at {offset} failed: {}. It is kept from the guest: mend the \
              cause, then 'virtioblkctl continue'",
+            kind.name(),
             std::io::Error::from_raw_os_error(errno.0)
         ),
         _ => return None,

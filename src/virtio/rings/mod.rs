@@ -2,7 +2,6 @@
 
 pub(super) mod capacity;
 pub(super) mod command;
-pub(super) mod counters;
 pub(super) mod error_log;
 mod hold;
 pub(super) mod image_users;
@@ -26,10 +25,12 @@ use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 use crate::base::sync::interleavings::{Mutant, planted};
 use crate::base::sync::mpsc;
 use crate::base::sync::{Mutex, MutexGuard, thread};
-use crate::disk::{Disk, DiskStatus, Event, Events, FailedRequest, ImageStatus, RingStatus, StoppedStatus};
+use crate::disk::{
+    Disk, DiskStatus, Event, Events, FailedRequest, ImageStatus, RingCounters, RingStatus, StoppedStatus,
+};
 use crate::engine::{CacheMode, CachePolicy};
 use capacity::Capacity;
-use counters::{Counters, accumulate};
+
 use error_log::ErrorLog;
 use image_users::ImageUsers;
 use stall_watch::CallWatch;
@@ -58,7 +59,7 @@ pub struct Rings {
 #[derive(Default)]
 struct State {
     running: BTreeMap<u32, Mailbox>,
-    counters: BTreeMap<u32, Arc<Counters>>,
+    counters: BTreeMap<u32, Arc<RingCounters>>,
     hold: Option<Hold>,
     /// The thread that syncs where no ring does is running, for the hold of this epoch.
     syncing: Option<u64>,
@@ -108,7 +109,7 @@ impl Rings {
     pub(super) fn go_on_counting(&self, before: &[RingStatus]) {
         let mut state = self.lock();
         for ring in before {
-            state.counters.entry(ring.index).or_default().go_on_from(ring);
+            state.counters.entry(ring.index).or_default().resume_counts(ring);
         }
     }
 
@@ -238,7 +239,7 @@ impl Rings {
 
     /// A ring starts. Returns its counters and, if writes are blocked, the hold's epoch: the worker then begins
     /// blocked.
-    pub(super) fn ring_joined(&self, index: u32, mailbox: Mailbox) -> (Arc<Counters>, Option<u64>) {
+    pub(super) fn ring_joined(&self, index: u32, mailbox: Mailbox) -> (Arc<RingCounters>, Option<u64>) {
         let mut state = self.lock();
         state.running.insert(index, mailbox);
         self.capacity.ring_started();
@@ -380,7 +381,7 @@ impl Disk for Arc<Rings> {
         let mut rings = Vec::new();
         for (&index, counters) in &state.counters {
             let ring = counters.status(index);
-            accumulate(&mut total, &ring);
+            total.accumulate(&ring);
             if counters.running.load(Relaxed) {
                 rings.push(ring);
             }

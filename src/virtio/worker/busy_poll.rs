@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::Worker;
 #[cfg(all(test, feature = "model"))]
 use crate::base::sync::interleavings::{Mutant, planted};
-use crate::virtio::rings::counters::add;
+use crate::disk::add;
 
 /// How many sleeps in a row go without a spin, at most, after many spins that found nothing.
 const MAX_SKIPPED: u32 = 1024;

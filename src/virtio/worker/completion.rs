@@ -1,13 +1,15 @@
 //! From the engine's decision back to the guest: status byte, used ring, counters, and at most one interrupt a turn.
 
+use std::fmt::Display;
+
 use vm_memory::GuestAddress;
 
 use super::Worker;
-use crate::disk::Event;
+use crate::disk::add;
+use crate::disk::{Event, FailedRequest};
 use crate::engine::{Errno, Kind};
 use crate::virtio::blk::request;
 use crate::virtio::blk::request::Status;
-use crate::virtio::rings::counters::add;
 use crate::virtio::virtqueue::guest_memory::Segment;
 
 impl Worker {
@@ -23,8 +25,8 @@ impl Worker {
         let status = match result {
             Ok(()) => request::OK,
             Err(errno) => {
-                let (operation, ring) = (kind.name(), self.setup.index);
-                self.setup.rings.report(Event::IoError { operation, ring, offset, len, errno });
+                let failed = FailedRequest { kind, ring: self.setup.index, offset, len, errno };
+                self.setup.rings.report(Event::IoError(failed));
                 request::IOERR
             }
         };
@@ -110,7 +112,8 @@ impl Worker {
     }
 
     /// Stops popping from a virtqueue that makes no sense. What is in flight still completes, and other virtqueues go on.
-    pub(super) fn break_ring(&mut self, why: &str) {
+    #[cold]
+    pub(super) fn break_ring(&mut self, why: impl Display) {
         if !self.broken {
             self.broken = true;
             self.turn.signal_broken = true;

@@ -45,7 +45,6 @@ use super::blk::features;
 use super::blk::request::{ID_BYTES, Parser};
 use super::rings::Rings;
 use super::rings::WorkerCommand;
-use super::rings::counters::{Counters, add};
 use super::shared_memory::dirty_log::DirtyLog;
 use super::shared_memory::inflight::Tracker;
 use super::virtqueue::guest_memory::GuestMemory;
@@ -56,6 +55,7 @@ use crate::base::sync::Bell;
 use crate::base::sync::interleavings::{Mutant, planted};
 use crate::base::sync::mpsc::Receiver;
 use crate::disk::Event;
+use crate::disk::{RingCounters, add};
 use crate::engine::{Action, Engine, Token};
 use backend_ops::{BackendOps, SYNC, op_id, token};
 use busy_poll::Polling;
@@ -87,7 +87,7 @@ struct Worker {
     /// The guest broke the virtqueue: nothing is popped until the front-end sets it up anew. This is no state of
     /// `lifecycle`, because a broken virtqueue is drained, paused and stopped like any other.
     broken: bool,
-    counters: Arc<Counters>,
+    counters: Arc<RingCounters>,
     geometry: Geometry,
     engine: Engine,
     parser: Parser,
@@ -115,9 +115,9 @@ struct Turn {
 }
 
 impl Worker {
-    fn new(setup: Setup, ring: SplitRing, stopped: &StoppedRing, counters: Arc<Counters>) -> Self {
+    fn new(setup: Setup, ring: SplitRing, stopped: &StoppedRing, counters: Arc<RingCounters>) -> Self {
         let size = ring.size();
-        counters.size.store(u64::from(size), Relaxed);
+        counters.size.store(size, Relaxed);
         counters.untracked.store(setup.inflight.is_none(), Relaxed);
         let geometry = Geometry { size: setup.rings.capacity().get(), ..setup.rings.backend().geometry() };
         let backend = BackendOps::open(&setup, size, stopped.kick.as_ref());

@@ -72,7 +72,7 @@ impl Worker {
         let request = match self.parser.parse(&self.setup.memory, head, chain, &self.geometry) {
             Ok(request) => request,
             Err(malformed) => {
-                let what = format!("ring {}: request {head}: {}", self.setup.index, malformed.why);
+                let what = format!("ring {}: request {head}: {}", self.setup.index, malformed.fault);
                 self.setup.rings.report(Event::ProtocolError(what));
                 self.publish(head, 0);
                 return Admission::Taken;

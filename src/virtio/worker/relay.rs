@@ -17,8 +17,8 @@ use crate::backend::{BlockingCall, Caller};
 use crate::base::rate_limit::LogLimit;
 use crate::base::sync::mpsc::Sender;
 use crate::base::sync::{Mutex, MutexGuard, reused, thread};
+use crate::disk::RingCounters;
 use crate::virtio::rings::RingThreads;
-use crate::virtio::rings::counters::Counters;
 use crate::virtio::virtqueue::split_ring::SplitRing;
 
 /// How often to log that no thread can serve a ring.
@@ -75,7 +75,7 @@ impl Relay {
         setup: Setup,
         ring: SplitRing,
         mut stopped: StoppedRing,
-        (counters, hold): (Arc<Counters>, Option<u64>),
+        (counters, hold): (Arc<RingCounters>, Option<u64>),
         ended: Sender<StoppedRing>,
     ) {
         let mut worker = Worker::new(setup, ring, &stopped, counters);

@@ -34,7 +34,7 @@ impl Worker {
         let request = self.requests.get_mut(head);
         request.retained = true;
         let failed = FailedRequest {
-            operation: request.kind.name(),
+            kind: request.kind,
             ring: self.setup.index,
             offset: request.offset,
             len: request.len,

@@ -15,6 +15,7 @@
 //! entries asked for lie where every server looks for them, and behind all of them lie the rest, up to the largest ring
 //! that we allow: another server does not see those, and we recognise them by the mark before them.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -189,6 +190,30 @@ impl Inflight {
     }
 }
 
+/// What is wrong with an in-flight region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::virtio) enum InflightFault {
+    /// Its version, its number of entries or its features are not what this server writes.
+    UnknownLayout,
+    /// It marks more requests than the driver waits for.
+    TooManyRequests,
+    /// Its copy of the used index is too far behind the virtqueue's.
+    OtherRun,
+    /// It names a head outside the virtqueue.
+    HeadOutside,
+}
+
+impl fmt::Display for InflightFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            InflightFault::UnknownLayout => "the in-flight region is of an unknown kind",
+            InflightFault::TooManyRequests => "the in-flight region has more requests than the driver waits for",
+            InflightFault::OtherRun => "the in-flight region is not of this ring's last run",
+            InflightFault::HeadOutside => "the in-flight region names a head outside the ring",
+        })
+    }
+}
+
 /// The part of one running ring. Owned by its worker.
 pub(in crate::virtio) struct Tracker {
     region: Arc<SharedRegion>,
@@ -238,7 +263,7 @@ impl Tracker {
         used: u16,
         outstanding: u16,
         size: u16,
-    ) -> std::result::Result<Vec<u16>, &'static str> {
+    ) -> std::result::Result<Vec<u16>, InflightFault> {
         // Where the driver waits for nothing, it does not matter what is in it, or of which kind it is.
         if self.half(VERSION).load(Ordering::Acquire) == 0 || outstanding == 0 {
             self.begin(used);
@@ -248,7 +273,7 @@ impl Tracker {
             || self.half(ENTRIES).load(Ordering::Relaxed) != self.entries
             || self.cell::<AtomicU64>(FEATURES).load(Ordering::Relaxed) != 0
         {
-            return Err("the in-flight region is of an unknown kind");
+            return Err(InflightFault::UnknownLayout);
         }
         if (0..self.all).all(|head| self.mark(head).load(Ordering::Relaxed) == 0) {
             self.begin(used);
@@ -261,7 +286,7 @@ impl Tracker {
             .map(|head| (self.entry::<AtomicU64>(head, COUNTER).load(Ordering::Relaxed), head))
             .collect();
         if heads.len() > usize::from(outstanding) {
-            return Err("the in-flight region has more requests than the driver waits for");
+            return Err(InflightFault::TooManyRequests);
         }
         heads.sort_unstable();
         // Counted anew from 0, so that they never run out. Each gets no more than it had (they differ, and are sorted),
@@ -286,15 +311,15 @@ impl Tracker {
     }
 
     /// Takes the marks from heads that are in the guest's used ring, and that the earlier server had no time to unmark.
-    fn finish_last_answers(&self, used: u16, size: u16) -> std::result::Result<(), &'static str> {
+    fn finish_last_answers(&self, used: u16, size: u16) -> std::result::Result<(), InflightFault> {
         let answered = used.wrapping_sub(self.half(USED).load(Ordering::Relaxed));
         if answered > size {
-            return Err("the in-flight region is not of this ring's last run");
+            return Err(InflightFault::OtherRun);
         }
         let mut head = self.half(LAST).load(Ordering::Relaxed);
         for _ in 0..answered {
             if head >= size {
-                return Err("the in-flight region names a head outside the ring");
+                return Err(InflightFault::HeadOutside);
             }
             self.mark(head).store(0, Ordering::Release);
             head = self.entry::<AtomicU16>(head, NEXT).load(Ordering::Relaxed);

@@ -6,6 +6,7 @@
 //!
 //! All fields are little endian: VIRTIO_F_VERSION_1 is always offered.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
@@ -43,8 +44,15 @@ fn used_bytes(size: u16) -> u64 {
     6 + 8 * u64::from(size)
 }
 
-/// The error of [`SplitRing::take`]: the driver's available index is impossible.
-pub const TOO_FAR: &str = "the available index is further ahead than the ring is long";
+/// The driver's available index is impossible: it is further ahead than the virtqueue has descriptors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IndexTooFar;
+
+impl fmt::Display for IndexTooFar {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the available index is further ahead than the ring is long")
+    }
+}
 
 /// One running virtqueue. Owned and used by its worker alone.
 pub struct SplitRing {
@@ -142,14 +150,13 @@ impl SplitRing {
         self.available_index() != self.next_available
     }
 
-    /// Takes the next head, or returns `None` when there is none. The guest chose the number, so it may be any. Errors:
-    /// [`TOO_FAR`].
+    /// Takes the next head, or returns `None` when there is none. The guest chose the number, so it may be any.
     #[inline]
-    pub fn take(&mut self) -> Result<Option<u16>, &'static str> {
+    pub fn take(&mut self) -> Result<Option<u16>, IndexTooFar> {
         if self.seen == self.next_available {
             let index = self.available_index();
             if index.wrapping_sub(self.next_available) > self.size {
-                return Err(TOO_FAR);
+                return Err(IndexTooFar);
             }
             self.seen = index;
             if index == self.next_available {

@@ -194,7 +194,7 @@ fn an_index_that_is_too_far_ahead_breaks_the_ring() {
         let memory = memory();
         let (_mapped, mut ring) = open(&memory, &PLACE, false, (0, 0)).unwrap();
         memory.write_obj(index, GuestAddress(PLACE.available + 2)).unwrap();
-        assert_eq!(ring.take(), if broken { Err(TOO_FAR) } else { Ok(Some(0)) });
+        assert_eq!(ring.take(), if broken { Err(IndexTooFar) } else { Ok(Some(0)) });
     }
 }
 

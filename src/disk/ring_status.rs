@@ -1,0 +1,135 @@
+//! What a ring counts. Each figure is listed once, below, for the worker that counts it, the status that shows it, and the
+//! sum over all rings.
+
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::Relaxed};
+
+use serde::{Deserialize, Serialize};
+
+/// The atomic that holds a figure of this type.
+macro_rules! atomic {
+    (u16) => {
+        AtomicU16
+    };
+    (u64) => {
+        AtomicU64
+    };
+    (bool) => {
+        AtomicBool
+    };
+}
+
+/// How a ring's figure enters the sum over all rings.
+macro_rules! accumulate {
+    (each, $total:expr, $ring:expr) => {};
+    (any, $total:expr, $ring:expr) => {
+        $total |= $ring
+    };
+    (max, $total:expr, $ring:expr) => {
+        $total = $total.max($ring)
+    };
+    (sum, $total:expr, $ring:expr) => {
+        $total += $ring
+    };
+    (count, $total:expr, $ring:expr) => {
+        $total += $ring
+    };
+}
+
+/// Continues a count of another process.
+macro_rules! resume {
+    (count, $counter:expr, $before:expr) => {
+        $counter.fetch_add($before, Relaxed)
+    };
+    ($rule:ident, $counter:expr, $before:expr) => {};
+}
+
+/// Declares [`RingStatus`] and [`RingCounters`]. Each figure has its type, and how it enters the sum over all rings:
+/// `each` not at all, `any`, `max` or `sum` as of now, `count` over the disk's life.
+macro_rules! ring_figures {
+    ($($(#[$doc:meta])* $figure:ident: $type:ident, $rule:ident;)*) => {
+        /// One ring, as status and stats show it. An upgrade takes the counts along.
+        #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+        #[serde(rename_all = "kebab-case", default)]
+        pub struct RingStatus {
+            /// The number of the virtqueue.
+            pub index: u32,
+            $($(#[$doc])* pub $figure: $type,)*
+        }
+
+        impl RingStatus {
+            /// Adds a ring to this sum.
+            pub(crate) fn accumulate(&mut self, ring: &RingStatus) {
+                $(accumulate!($rule, self.$figure, ring.$figure);)*
+            }
+        }
+
+        /// The figures of one ring. Its worker alone writes them, and any thread reads them.
+        #[derive(Default)]
+        pub(crate) struct RingCounters {
+            /// A worker serves the ring. The status shows no other rings.
+            pub(crate) running: AtomicBool,
+            $($(#[$doc])* pub(crate) $figure: atomic!($type),)*
+        }
+
+        impl RingCounters {
+            /// The figures as they are now, of the ring of this number.
+            pub(crate) fn status(&self, index: u32) -> RingStatus {
+                RingStatus { index, $($figure: self.$figure.load(Relaxed),)* }
+            }
+
+            /// Continues the counts that another process made for this ring. No worker serves the ring yet.
+            pub(crate) fn resume_counts(&self, before: &RingStatus) {
+                $(resume!($rule, self.$figure, before.$figure);)*
+            }
+        }
+    };
+}
+
+ring_figures! {
+    /// The number of descriptors in the ring.
+    size: u16, each;
+    /// Requests in flight are not tracked for the next server: the front-end cannot do that (INFLIGHT_SHMFD), or its
+    /// region is for smaller rings.
+    untracked: bool, any;
+    /// Requests taken and not yet completed.
+    in_flight: u64, sum;
+    /// How many of them have been in flight for so long that something must be wrong (10 s). Checked every 2.5 s.
+    stalled: u64, sum;
+    /// How many milliseconds the oldest stalled request has been in flight.
+    oldest_stalled_ms: u64, max;
+    /// Whether a request waits in the ring because writes are blocked.
+    held: bool, any;
+    /// Failed requests that are retained until `continue`, instead of reported to the guest.
+    kept: u64, sum;
+    /// Reads completed since the first daemon of the disk started. This and the following counts continue over reconnects
+    /// and upgrades.
+    reads: u64, count;
+    /// Bytes read.
+    read_bytes: u64, count;
+    /// Writes completed.
+    writes: u64, count;
+    /// Bytes written.
+    written_bytes: u64, count;
+    /// Flushes completed.
+    flushes: u64, count;
+    /// Syncs given to the back-end: those of flushes and those of the cache policy.
+    syncs: u64, count;
+    /// Discards completed.
+    discards: u64, count;
+    /// Write-zeroes completed.
+    write_zeroes: u64, count;
+    /// Requests completed with VIRTIO_BLK_S_IOERR.
+    errors: u64, count;
+    /// Requests completed with VIRTIO_BLK_S_UNSUPP.
+    unsupported: u64, count;
+    /// Interrupts sent.
+    interrupts: u64, count;
+    /// Sleeps that busy polling saved (`--poll-max-ns`).
+    polled: u64, count;
+}
+
+/// Adds to a counter that only this thread writes, without a locked instruction.
+#[inline]
+pub(crate) fn add(counter: &AtomicU64, n: u64) {
+    counter.store(counter.load(Relaxed).wrapping_add(n), Relaxed);
+}
