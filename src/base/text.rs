@@ -2,8 +2,6 @@
 
 use std::fmt::{self, Write as _};
 
-use serde_json::Value;
-
 /// The text with every character escaped that a terminal obeys or that begins a new line: C0 and C1 controls, DEL, the
 /// controls of writing direction, and Unicode's separators of lines and paragraphs. So one text is one line and shows in
 /// the order in which it is stored. Whatever leaves for a terminal or a log passes here, except JSON.
@@ -24,13 +22,13 @@ pub fn clean_lines(text: &str) -> String {
     text.split('\n').map(clean).collect::<Vec<_>>().join("\n")
 }
 
-/// JSON in one line that is safe for a terminal, too: JSON's own escapes leave DEL, C1 and the controls of direction as
-/// they are. Those stand in strings only, where `\uXXXX` means the same.
-pub fn clean_json(value: &Value) -> String {
-    let text = value.to_string();
+/// Serialized JSON, on one line or several, made safe for a terminal: JSON's own escapes leave DEL, C1 and the controls of
+/// direction as they are. Those stand in strings only, where `\uXXXX` means the same. A newline stands between values
+/// only, and stays.
+pub fn clean_json(text: &str) -> String {
     let mut cleaned = String::with_capacity(text.len());
     for character in text.chars() {
-        if is_unsafe(character) {
+        if character != '\n' && is_unsafe(character) {
             // All of them are in the basic plane. Writing to a String cannot fail.
             let _ = write!(cleaned, "\\u{:04x}", u32::from(character));
         } else {
@@ -53,6 +51,7 @@ fn is_unsafe(character: char) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::Value;
 
     #[test]
     fn what_a_terminal_obeys_is_escaped_and_the_rest_stays() {
@@ -72,8 +71,11 @@ mod tests {
     #[test]
     fn json_that_was_cleaned_means_the_same() {
         let value = serde_json::json!({"na\u{9b}me": ["\u{7f}\u{202e}\u{2028}x\n\u{1b}", 1, null]});
-        let cleaned = clean_json(&value);
-        assert!(!cleaned.chars().any(is_unsafe), "{cleaned}");
-        assert_eq!(serde_json::from_str::<Value>(&cleaned).unwrap(), value);
+        for text in [value.to_string(), format!("{value:#}")] {
+            let cleaned = clean_json(&text);
+            assert!(!cleaned.lines().any(|line| line.chars().any(is_unsafe)), "{cleaned}");
+            assert_eq!(cleaned.lines().count(), text.lines().count());
+            assert_eq!(serde_json::from_str::<Value>(&cleaned).unwrap(), value);
+        }
     }
 }

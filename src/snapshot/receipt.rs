@@ -5,6 +5,8 @@ use std::fmt::Write;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::base::text::clean;
+
 /// The receipt of a snapshot.
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -121,11 +123,6 @@ impl Receipt {
     }
 }
 
-/// Without what could play with a terminal.
-fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
-}
-
 /// `812 us`, `3.4 ms`, `1.2 s`.
 fn time(microseconds: u64) -> String {
     match microseconds {
@@ -141,13 +138,17 @@ mod tests {
 
     #[test]
     fn a_weaker_level_is_shouted_and_nothing_plays_with_the_terminal() {
-        let disk =
-            DiskReceipt { image: "/i/\u{1b}[2Ja".into(), way: "reflink", target: "/s/a".into(), ..Default::default() };
+        let disk = DiskReceipt {
+            image: "/i/\u{1b}[2J\u{9b}a\u{202e}".into(),
+            way: "reflink",
+            target: "/s/a".into(),
+            ..Default::default()
+        };
         let receipt =
             Receipt { level: "crash", requested_level: "filesystem", disks: vec![disk], ..Default::default() };
         let page = receipt.page();
         assert!(page.contains("crash consistent, ASKED FOR filesystem"), "{page}");
-        assert!(!page.contains('\u{1b}') && page.contains("reflink: /s/a"), "{page}");
+        assert!(!page.contains(['\u{1b}', '\u{9b}', '\u{202e}']) && page.contains("reflink: /s/a"), "{page}");
         let json = serde_json::to_value(&receipt).unwrap();
         assert_eq!(json["requested-level"], "filesystem");
         assert_eq!(json["disks"][0].get("sha256"), None);

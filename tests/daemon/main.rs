@@ -9,5 +9,6 @@ mod options;
 mod short_writes;
 mod stable_writes;
 mod stalled;
+mod terminal;
 mod virtio_driver;
 mod virtioblkctl;

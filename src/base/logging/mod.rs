@@ -71,7 +71,7 @@ pub fn say_lines(text: impl fmt::Display) {
 /// ends the line.
 pub fn show_progress(text: &str, is_last: bool) {
     if is_last || !OUTPUT.is_pending() {
-        OUTPUT.put(&format!("\r{text}{}", if is_last { "\n" } else { "" }));
+        OUTPUT.put(&format!("\r{}{}", clean(text), if is_last { "\n" } else { "" }));
     }
 }
 
@@ -80,7 +80,7 @@ pub fn print_line(text: &str) -> bool {
     if let Err(error) = PRINTED.start_thread() {
         log::debug!("no thread for standard output: {error}");
     }
-    PRINTED.put(&format!("{text}\n"))
+    PRINTED.put(&format!("{}\n", clean(text)))
 }
 
 /// Waits at the end of a command until all that was said and printed is written, as long as a person may look at a

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 use virtioblkd::base::logging;
+use virtioblkd::base::text::clean_json;
 use virtioblkd::control::client::Failure;
 use virtioblkd::snapshot::attend::{self, Plan};
 use virtioblkd::snapshot::plan::Level;
@@ -47,7 +48,7 @@ pub fn run(options: &Attend, control: Option<&PathBuf>, json: bool) -> Result<()
 /// One line a freeze, or its JSON.
 fn tell(receipt: &Receipt, json: bool) {
     let line = match serde_json::to_string(receipt) {
-        Ok(text) if json => text,
+        Ok(text) if json => clean_json(&text),
         Ok(_) => receipt.line(),
         Err(error) => format!("the receipt: {error}"),
     };

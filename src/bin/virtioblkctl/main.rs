@@ -25,6 +25,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde_json::{Value, json};
 
 use virtioblkd::base::logging;
+use virtioblkd::base::text::{clean, clean_json, clean_lines};
 use virtioblkd::base::units::bytes;
 pub(crate) use virtioblkd::base::units::time as duration;
 use virtioblkd::config::disk_size;
@@ -210,7 +211,7 @@ fn tell(cli: &Cli, failure: &Failure) {
     if cli.json {
         let error = json!({"error": {"code": failure.code, "desc": failure.message}});
         // The status tells it as well; a closed pipe is the reader's choice.
-        let _ = writeln!(io::stdout(), "{error}");
+        let _ = writeln!(io::stdout(), "{}", clean_json(&error.to_string()));
     }
 }
 
@@ -253,7 +254,7 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
                 // Standard output has the token alone, for TOKEN=$(...).
                 logging::say(format_args!("the disk is held: {}", show::figures(&answer)));
             }
-            page(cli, &answer, |answer| format!("{}\n", answer["token"].as_str().unwrap_or_default()))
+            page(cli, &answer, |answer| format!("{}\n", clean(answer["token"].as_str().unwrap_or_default())))
         }
         What::Resume(resume) => {
             let arguments = match &resume.token {
@@ -306,7 +307,7 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
 }
 
 fn page(cli: &Cli, answer: &Value, readable: impl Fn(&Value) -> String) -> String {
-    if cli.json { format!("{answer:#}\n") } else { readable(answer) }
+    if cli.json { format!("{}\n", clean_json(&format!("{answer:#}"))) } else { readable(answer) }
 }
 
 fn arguments(quiesce: &Quiesce) -> Value {
@@ -335,10 +336,10 @@ fn resumed(answer: &Value) -> String {
     }
 }
 
-/// Prints at once, also into a pipe.
+/// Prints at once, also into a pipe. The text has a daemon's words in it: whatever was not cleaned before is cleaned here.
 fn print(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())
+    out.write_all(clean_lines(text).as_bytes())
         .and_then(|()| out.flush())
         .map_err(|error| Failure::new("output", format!("cannot print: {error}")))
 }

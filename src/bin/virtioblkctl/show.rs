@@ -4,11 +4,11 @@ use std::fmt::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
+use virtioblkd::base::text::{self, clean_json};
 
-/// A string of the daemon's, or of another client's, without what could play with a terminal.
+/// A string of the daemon's, or of another client's, which cannot begin a line of its own.
 fn clean(value: &Value) -> String {
-    let text = value.as_str().unwrap_or("");
-    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+    text::clean(value.as_str().unwrap_or(""))
 }
 
 /// `12 ms`, `3.4 s`, `12 min`, `3.5 h`, `9 days`.
@@ -370,12 +370,9 @@ pub fn event(event: &Value) -> String {
     let (hours, minutes) = (seconds / 3600 % 24, seconds / 60 % 60);
     let mut line = format!("{hours:02}:{minutes:02}:{:02}.{milliseconds:03}Z {}", seconds % 60, clean(&event["event"]));
     for (name, value) in event["data"].as_object().into_iter().flatten() {
-        match value {
-            Value::Null => {}
-            // JSON's own quoting keeps control characters away.
-            value => {
-                let _ = write!(line, " {name}={value}");
-            }
+        if !value.is_null() {
+            // Writing to a String cannot fail.
+            let _ = write!(line, " {}={}", text::clean(name), clean_json(&value.to_string()));
         }
     }
     line
@@ -401,8 +398,8 @@ mod tests {
         let holder = json!({"who": "\u{1b}[2Jgone\nx", "pid": 1, "uid": 0, "token": "t"});
         let page = status(&json!({"quiesce": {"state": "quiesced", "holders": [holder]}}));
         assert!(!page.contains('\u{1b}') && page.contains("gone"), "{page}");
-        let line = event(&json!({"event": "QUIESCED", "data": {"who": "\u{1b}[2J\n"}}));
-        assert!(!line.contains('\u{1b}') && !line.contains('\n'), "{line}");
+        let line = event(&json!({"event": "QUIESCED", "data": {"who": "\u{1b}[2J\n\u{9b}", "na\nme\u{9b}": 1}}));
+        assert!(!line.contains(['\u{1b}', '\n', '\u{9b}']), "{line}");
     }
 
     #[test]

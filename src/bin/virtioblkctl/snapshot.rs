@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 use virtioblkd::base::logging;
+use virtioblkd::base::text::clean_json;
 use virtioblkd::control::client::Failure;
 use virtioblkd::snapshot::plan::{Level, Method, Plan};
 use virtioblkd::snapshot::receipt::Receipt;
@@ -88,5 +89,6 @@ fn show(receipt: &Receipt, json: bool) -> Result<String, Failure> {
         return Ok(receipt.page());
     }
     let text = serde_json::to_string_pretty(receipt);
-    text.map(|text| format!("{text}\n")).map_err(|error| Failure::new("internal", format!("the receipt: {error}")))
+    text.map(|text| format!("{}\n", clean_json(&text)))
+        .map_err(|error| Failure::new("internal", format!("the receipt: {error}")))
 }

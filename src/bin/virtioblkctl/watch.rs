@@ -5,6 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use virtioblkd::base::logging;
+use virtioblkd::base::text::clean_json;
 use virtioblkd::control::client::{Client, Failure, Message, REPLY_TIMEOUT};
 
 use crate::{print, show};
@@ -46,7 +47,8 @@ fn watch(mut client: Client, json: bool) -> Result<End, Failure> {
             Err(failure) if failure.code == "not-virtioblkd" => return Err(failure),
             Err(_) => return Ok(end),
         };
-        print(&if json { format!("{event}\n") } else { format!("{}\n", show::event(&event)) })?;
+        let line = if json { clean_json(&event.to_string()) } else { show::event(&event) };
+        print(&format!("{line}\n"))?;
         match event["event"].as_str() {
             // It may still come to nothing; then a later event shows it.
             Some("UPGRADE") => end = End::Upgraded,
