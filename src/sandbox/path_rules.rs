@@ -2,9 +2,10 @@
 //! whoever asks the kernel, io_uring included. Besides: no TCP unless the image is reached over a network, no signal to
 //! and no abstract socket of other processes.
 
+use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::{fmt, fs};
+use std::{fmt, fs, io};
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, PathFd, PathFdError, Ruleset, RulesetAttr,
@@ -122,22 +123,34 @@ fn serving(permissions: &Permissions, add: &mut Add<'_>) -> Result<(), PathsErro
 
 /// Whether files of a directory may be removed in the sandbox. A rule holds for all that is beneath, so a directory with
 /// others beneath it, such as /run, is left alone: then the files are left at the end, and the next start replaces them.
+/// One that cannot be listed may have others beneath it.
 fn may_remove(option: &str, directory: &Path) -> bool {
-    // One that cannot be listed is an error of the rule.
-    let beneath = fs::read_dir(directory)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .find(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    if let Some(beneath) = &beneath {
-        log::warn!(
-            "{option}: '{}' has directories beneath it ('{}'), in which an intruder could remove files: ours is left there \
-             at the end, and the next start replaces it; put it into a directory of its own",
-            directory.display(),
-            beneath.file_name().display()
-        );
+    let why = match directory_in(directory) {
+        Ok(None) => return true,
+        Ok(Some(name)) => format!("has directories beneath it ('{}')", name.display()),
+        Err(error) => format!("may have directories beneath it, for it cannot be listed ({error})"),
+    };
+    log::warn!(
+        "{option}: '{}' {why}, in which an intruder could remove files: ours is left there at the end, and the next start \
+         replaces it; put it into a directory of its own, which virtioblkd may list",
+        directory.display()
+    );
+    false
+}
+
+/// The name of a directory that lies in `directory`. Errors: not all of it can be listed.
+fn directory_in(directory: &Path) -> io::Result<Option<OsString>> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => return Ok(Some(entry.file_name())),
+            Ok(_) => {}
+            // It was removed meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
     }
-    beneath.is_none()
+    Ok(None)
 }
 
 fn directory_of(path: &Path) -> &Path {
@@ -242,6 +255,29 @@ pub(super) fn confine(rules: Vec<Rule>, needs: Needs) -> Result<Confined, Option
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_directory_that_cannot_be_listed_counts_as_one_with_directories_beneath() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(may_remove("--pid-file", dir.path()));
+        fs::create_dir(dir.path().join("beneath")).unwrap();
+        assert!(!may_remove("--pid-file", dir.path()));
+        fs::remove_dir(dir.path().join("beneath")).unwrap();
+        // Files can be made and removed there by everybody, and be seen by none.
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o333)).unwrap();
+        let path = dir.path().to_owned();
+        // As far as the kernel is concerned a thread has a user of its own; root could list it.
+        let may = std::thread::spawn(move || {
+            if rustix::process::geteuid().is_root() {
+                let uid = rustix::process::Uid::from_raw(54321);
+                rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
+            }
+            may_remove("--pid-file", &path)
+        });
+        assert!(!may.join().unwrap());
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
+    }
 
     #[test]
     fn what_the_kernel_lacks_is_named_unless_the_filter_stops_it() {
