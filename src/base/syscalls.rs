@@ -158,6 +158,16 @@ pub(crate) fn fork(socket: BorrowedFd<'_>, child: impl FnOnce(BorrowedFd<'_>)) -
     }
 }
 
+/// Has the kernel reap this process's children, those that have not ended yet (sigaction(2), SIGCHLD set to SIG_IGN). For a
+/// process that starts no more of them: waiting for one fails with ECHILD from then on.
+pub(crate) fn ignore_children() -> io::Result<()> {
+    // SAFETY: no handler is installed, so nothing of ours is called.
+    match unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) } {
+        libc::SIG_ERR => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
 /// Adds one to the eventfd `fd`. Not by glibc's write(2), which is a cancellation point: that costs a tenth of the call.
 pub(crate) fn signal(fd: impl AsFd) -> io::Result<()> {
     rustix::io::write(fd, &1u64.to_ne_bytes())?;

@@ -39,8 +39,13 @@ pub(super) fn open_all(copy_dirs: &[PathBuf], scratch: Option<&PathBuf>) -> Vec<
     // All of them first: they are waited for together.
     let paths = copy_dirs.iter().map(|path| (path, false)).chain(scratch.map(|path| (path, true)));
     let started: Vec<_> = paths.map(|(path, scratch)| (Opening::start(path), path, scratch)).collect();
+    let mut lingering = Vec::new();
     let opened = started.into_iter().map(|(opening, path, scratch)| {
-        let opened = opening.and_then(|opening| opening.finish(end));
+        let opened = opening.and_then(|opening| {
+            let (opened, child) = opening.finish(end);
+            lingering.extend(child);
+            opened
+        });
         let (place, at_start) = match opened {
             Ok((place, identity)) => (Some(place), Ok(identity)),
             Err(error) => (None, Err(why(&error))),
@@ -58,7 +63,22 @@ pub(super) fn open_all(copy_dirs: &[PathBuf], scratch: Option<&PathBuf>) -> Vec<
         let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
         Opened { place, facts: CopyDirectory { path, at_start }, scratch }
     });
-    opened.collect()
+    let opened = opened.collect();
+    if !lingering.is_empty() {
+        leave_to_kernel(&lingering);
+    }
+    opened
+}
+
+/// Has the kernel reap the processes that hang in their filesystem, whenever they end. The daemon starts no others.
+fn leave_to_kernel(children: &[Pid]) {
+    if let Err(error) = syscalls::ignore_children() {
+        log::debug!("processes that hang in a filesystem are not reaped when they end: {error}");
+    }
+    for child in children {
+        // One that ended before that is still to be reaped; ECHILD: the kernel has done so.
+        let _ = waitpid(Some(*child), WaitOptions::NOHANG);
+    }
 }
 
 fn why(error: &io::Error) -> String {
@@ -69,6 +89,9 @@ fn why(error: &io::Error) -> String {
         _ => format!("cannot be opened ({error})"),
     }
 }
+
+/// An open directory, and its device and inode.
+type Found = (OwnedFd, (u64, u64));
 
 /// A process that opens one directory.
 struct Opening {
@@ -84,32 +107,32 @@ impl Opening {
         Ok(Opening { child, answer })
     }
 
-    /// The directory, and its device and inode. Errors: ETIMEDOUT if it is not open by `end`.
-    fn finish(self, end: Instant) -> io::Result<(OwnedFd, (u64, u64))> {
+    /// The directory. Errors: ETIMEDOUT if it is not open by `end`. With it: the process, if it
+    /// has not ended.
+    fn finish(self, end: Instant) -> (io::Result<Found>, Option<Pid>) {
         let left = end.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        self.answer.set_read_timeout(Some(left))?;
-        let received = receive(self.answer.as_fd());
+        let received = self.answer.set_read_timeout(Some(left)).and_then(|()| receive(self.answer.as_fd()));
         // It has nothing more to do. One that cannot be killed yet ends when the filesystem answers.
         let _ = kill_process(self.child, Signal::KILL);
         for _ in 0..10 {
             match waitpid(Some(self.child), WaitOptions::NOHANG) {
                 Ok(None) => std::thread::sleep(Duration::from_millis(1)),
-                _ => break,
+                _ => return (received, None),
             }
         }
-        received
+        (received, Some(self.child))
     }
 }
 
 /// Runs in the child: only system calls.
-fn open_directory(path: &std::ffi::CStr) -> Result<(OwnedFd, (u64, u64)), Errno> {
+fn open_directory(path: &std::ffi::CStr) -> Result<Found, Errno> {
     let directory = open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let stat = fstat(&directory)?;
     Ok((directory, (stat.st_dev, stat.st_ino)))
 }
 
 /// Runs in the child: only system calls. Three numbers: an errno or 0, the device, the inode.
-fn send(socket: BorrowedFd<'_>, opened: Result<(OwnedFd, (u64, u64)), Errno>) {
+fn send(socket: BorrowedFd<'_>, opened: Result<Found, Errno>) {
     let (errno, device, inode) = match &opened {
         Ok((_, (device, inode))) => (0, *device, *inode),
         Err(errno) => (errno.raw_os_error() as u64, 0, 0),
@@ -128,7 +151,7 @@ fn send(socket: BorrowedFd<'_>, opened: Result<(OwnedFd, (u64, u64)), Errno>) {
     let _ = sendmsg(socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL);
 }
 
-fn receive(socket: BorrowedFd<'_>) -> io::Result<(OwnedFd, (u64, u64))> {
+fn receive(socket: BorrowedFd<'_>) -> io::Result<Found> {
     let mut bytes = [0; 24];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);

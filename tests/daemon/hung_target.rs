@@ -186,7 +186,13 @@ fn a_directory_that_hangs_at_the_start_does_not_keep_the_disk_from_its_guest() {
     assert_eq!(refused, Err("target".into()));
     let good = place.copy(&mut client, &place.path("healthy/copy.img"));
     soon("the copy", || (status(&mut client, &good)["state"] == "completed").then_some(()));
-    drop(daemon);
+    let children = || {
+        let list = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", daemon.child.id()));
+        list.expect("the kernel lists children")
+    };
+    assert_eq!(children().split_whitespace().count(), 2, "the processes that open the directories hang");
+    place.target.go_on();
+    soon("the processes that opened the directories are reaped", || children().trim().is_empty().then_some(()));
 }
 
 /// More is changed than fits into memory: the guest then writes as fast as the target does.
