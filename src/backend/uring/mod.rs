@@ -82,8 +82,11 @@ pub(super) struct Ring<J> {
     unsubmitted: bool,
 }
 
-// SAFETY: the mapped queues and the iovecs belong to this value alone. A thread that enters the ring of another gets EEXIST
-// from the kernel.
+// SAFETY: the mapped queues belong to this value alone, and the iovecs point into buffers that its jobs own, which may be
+// sent, too. Whatever touches them takes `&mut self`, so one thread at a time does, on every kernel. Which thread that may
+// be is no question of memory: before Linux 6.1, without IORING_SETUP_SINGLE_ISSUER, the kernel takes entries from each;
+// from then on it answers EEXIST to any but the one that enabled the ring. An `enter` that fails leaves the jobs in
+// their slots, so no buffer is freed that the kernel still uses.
 unsafe impl<J: Send> Send for Ring<J> {}
 
 struct Active<J> {

@@ -25,6 +25,11 @@ pub(in crate::virtio) struct CallWatch {
 
 impl CallWatch {
     /// A ring's thread begins a call: costs a look at one variable, but for the first call in a while.
+    ///
+    /// No fence stands between the caller's note that it is in a call and this look; one would cost every call. So the
+    /// processor may look first, while the watch goes to sleep and does not see the note yet: then neither wakes the
+    /// other. The watch looks at all calls after each of its sleeps, whoever ends them, so such a call is found after
+    /// at most a quarter of `stall_after` instead of [`CALLS_INTERVAL`], and is handled from then on as any other.
     #[inline]
     pub(in crate::virtio) fn call_begins(&self) {
         if self.sleeps.load(Relaxed) {
@@ -95,7 +100,7 @@ fn watch(rings: &Rings, woken: &mpsc::Receiver<()>) {
     loop {
         if !calls {
             rings.call_watch().sleeps.store(true, SeqCst);
-            // One that began just before this has woken nobody.
+            // One that began just before this has woken nobody. See `call_begins` for one that is not seen here either.
             calls = rings.look_at_calls();
         }
         let timeout = if calls { CALLS_INTERVAL.min(interval) } else { interval };
