@@ -619,6 +619,57 @@ fn a_lock_that_another_client_took_meanwhile_is_left_to_it() {
     }
 }
 
+#[test]
+fn a_guest_stops_while_a_check_of_the_lock_waits_for_the_network() {
+    let stub = Stub::new(CacheMode::None);
+    let disk = stub.open();
+    let (_listener, _said) = Listener::start(&disk);
+    disk.activate().unwrap();
+    stub.tell("questions-hang");
+    // A change of the header, which has the lock checked.
+    stub.tell(WITH_LOCK);
+    eventually("a question", || stub.count("questions") > 0);
+    assert_eq!(lock_of(&disk), "held");
+    let (stopped, is_stopped) = mpsc::channel();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            disk.deactivate();
+            stopped.send(()).unwrap();
+        });
+        let in_time = is_stopped.recv_timeout(PATIENCE);
+        stub.tell("questions-go");
+        in_time.expect("it waits for the check");
+    });
+    // What the check learns comes too late: no guest needs the lock.
+    eventually("an answer", || stub.count("questions") == 0);
+    thread::sleep(Duration::from_millis(200));
+    assert_eq!((lock_of(&disk).as_str(), stub.count("locks"), stub.count("unlocks")), ("released", 1, 1));
+    disk.activate().unwrap();
+    assert_eq!(lock_of(&disk), "held");
+}
+
+#[test]
+fn librbds_cache_is_emptied_when_the_lock_is_taken_again() {
+    let stub = Stub::new(CacheMode::Writeback);
+    let disk = stub.open();
+    let (_listener, _said) = Listener::start(&disk);
+    disk.activate().unwrap();
+    let before = stub.count("invalidates");
+    // What is under way keeps librbd from emptying all of it, once.
+    stub.tell(&format!("fail invalidate {} 1", libc::EBUSY));
+    stub.tell("owner 10.0.0.9:0/1");
+    stub.tell(WITH_LOCK);
+    eventually("trouble", || trouble(&disk).as_deref() == Some("lock-lost"));
+    stub.tell("owner none");
+    eventually("the lock", || lock_of(&disk) == "held" && trouble(&disk).is_none());
+    eventually("an empty cache", || stub.count("invalidates") == before + 1);
+    // And then no more.
+    thread::sleep(Duration::from_secs(2));
+    stub.tell(WITH_LOCK);
+    thread::sleep(Duration::from_millis(500));
+    assert_eq!(stub.count("invalidates"), before + 1);
+}
+
 // ---- Quiesce
 
 #[test]

@@ -80,13 +80,21 @@ impl Attempt {
         }
     }
 
-    /// Comes for the lock; waits for it a moment. `None`: it was given back, so start anew.
-    pub(super) fn come_for(&self) -> Option<Progress> {
+    /// Waits for the outcome a moment, and leaves it there. Returns whether there is one.
+    pub(super) fn wait(&self) -> bool {
+        *self.wait_while_running() != Outcome::Running
+    }
+
+    fn wait_while_running(&self) -> MutexGuard<'_, Outcome> {
         let is_running = |outcome: &mut Outcome| *outcome == Outcome::Running;
         // A little longer than a hand-over, so that its outcome is known.
         let timeout = HAND_OVER_TIMEOUT + ASK_INTERVAL;
-        let (mut outcome, _) =
-            self.changed.wait_timeout_while(self.outcome(), timeout, is_running).expect("no panic while held");
+        self.changed.wait_timeout_while(self.outcome(), timeout, is_running).expect("no panic while held").0
+    }
+
+    /// Comes for the lock; waits for it a moment. `None`: it was given back, so start anew.
+    pub(super) fn come_for(&self) -> Option<Progress> {
+        let mut outcome = self.wait_while_running();
         match *outcome {
             Outcome::Running => Some(Progress::Running),
             Outcome::Done(result) => {

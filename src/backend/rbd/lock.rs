@@ -40,7 +40,9 @@ pub(super) struct State {
     since: Option<Instant>,
     /// Who had the lock at the last try.
     waits_for: Option<String>,
-    attempt: Option<Arc<Attempt>>,
+    pub(super) attempt: Option<Arc<Attempt>>,
+    /// How often librbd's cache is still tried to be emptied since the lock was taken again.
+    pub(super) emptyings_left: u32,
 }
 
 impl Lock {
@@ -114,6 +116,7 @@ impl Lock {
             }
             self.acquire(shared, &mut state)?;
         }
+        state.emptyings_left = 0;
         if let Err(errno) = shared.image.invalidate_cache() {
             shared.heed(Err(errno));
             return Err(refused(shared, &format!("its cache cannot be emptied: {}", super::io_error(errno))));
@@ -123,12 +126,19 @@ impl Lock {
     }
 
     /// Takes the lock, or says why not yet.
-    pub(super) fn acquire(&self, shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
+    fn acquire(&self, shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
+        self.claim(shared, state)?;
+        self.sign(shared);
+        Ok(())
+    }
+
+    /// Takes the lock, or says why not yet. While an attempt to take it is under way, this waits for that at most, and not
+    /// for librbd.
+    pub(super) fn claim(&self, shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
         take(shared, state)?;
         state.held = true;
         state.lost_to_another = 0;
         state.since = Some(Instant::now());
-        self.sign(shared);
         shared.trouble.locked_again(&shared.news);
         Ok(())
     }
@@ -205,7 +215,7 @@ impl Lock {
     }
 
     /// Tells the successor who we are.
-    fn sign(&self, shared: &Shared) {
+    pub(super) fn sign(&self, shared: &Shared) {
         let Some(file) = &self.file else { return };
         match shared.image.lock_owner() {
             Ok(owner) => file.write(owner.as_deref()),
@@ -265,8 +275,11 @@ fn take(shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
 
 /// Once for each owner, however often it is tried. Only for people: whether the lock can be had is found out otherwise.
 fn say_whom_we_wait_for(shared: &Shared, state: &mut State) {
+    if state.attempt.is_some() {
+        return;
+    }
     let Ok(Some(owner)) = shared.image.lock_owner() else { return };
-    if state.attempt.is_none() && state.waits_for.as_ref() != Some(&owner) {
+    if state.waits_for.as_ref() != Some(&owner) {
         log_limited!(
             IMAGE_LOG,
             Info,

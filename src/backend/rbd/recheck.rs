@@ -1,13 +1,15 @@
 //! What became of the lock while a guest uses the image. Every change of the image's header may mean that its features
 //! changed (`rbd feature disable`), and librbd then goes on without the lock and without a word.
 //!
-//! The keeper's thread calls. It learns of a change some milliseconds after the cluster made it, so a write that is on
-//! its way in that moment is still carried out.
+//! The keeper's thread calls. It asks without the lock's mutex, since librbd may wait for the network, and the vhost-user
+//! thread needs the mutex to start and stop a guest. It learns of a change some milliseconds after the cluster made it, so a
+//! write that is on its way in that moment is still carried out.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
+use super::attempt::Attempt;
 use super::lock::{Lock, State};
 use super::{Errno, Shared, image_health};
 use crate::base::rate_limit::{IMAGE_LOG, log_limited};
@@ -17,6 +19,9 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// So many checks may find that another client has the lock: `rbd` commands take it for a moment. One that keeps it may
 /// have written, which our guest does not know, so the lock is then left to it until our guest starts anew.
 const MAX_FOREIGN_CHECKS: u32 = 5;
+/// A cache that cannot be emptied is tried so often. What librbd was reading or writing in the meantime keeps it from that
+/// (EBUSY), and is over by then; the rest is dropped at each try.
+const MAX_EMPTYINGS: u32 = 5;
 
 impl Lock {
     /// Checks that the image has its feature and we have the lock, as far as they are needed, and takes the lock again if
@@ -25,42 +30,48 @@ impl Lock {
         if !self.wanted || shared.trouble.is_fenced() {
             return None;
         }
-        let mut state = self.state.lock().expect("no panic while held");
-        let again = Some(Instant::now() + CHECK_INTERVAL);
-        if let Err(errno) = self.look_at_feature(shared, &mut state) {
+        let again = self.check_now(shared).unwrap_or_else(|(what, errno)| {
             shared.heed(Err(errno));
-            log_limited!(IMAGE_LOG, Warn, "{}: its features cannot be read: {}", shared.name, super::io_error(errno));
-            return again;
+            log_limited!(IMAGE_LOG, Warn, "{}: {what} cannot be read: {}", shared.name, super::io_error(errno));
+            true
+        });
+        again.then(|| Instant::now() + CHECK_INTERVAL)
+    }
+
+    /// Returns whether to check again. Errors: what could not be asked.
+    fn check_now(&self, shared: &Arc<Shared>) -> Result<bool, (&'static str, Errno)> {
+        let has = shared.image.can_lock().map_err(|errno| ("its features", errno))?;
+        let Some(mut state) = self.state_now() else { return Ok(true) };
+        self.note_feature(shared, &mut state, has);
+        if !has || !state.active {
+            return Ok(false);
         }
-        if !self.feature.load(Ordering::Acquire) || !state.active {
-            return None;
-        }
+        let held = state.held;
+        drop(state);
         match shared.image.is_lock_owner() {
-            Ok(true) if state.held => None,
-            Ok(_) => self.take_again(shared, &mut state).then_some(again).flatten(),
-            Err(errno) => {
-                shared.heed(Err(errno));
-                log_limited!(
-                    IMAGE_LOG,
-                    Warn,
-                    "{}: whether the lock is held cannot be read: {}",
-                    shared.name,
-                    super::io_error(errno)
-                );
-                again
-            }
+            Ok(true) if held => Ok(self.empty_cache(shared)),
+            Ok(_) => self.take_again(shared),
+            Err(errno) => Err(("whether the lock is held", errno)),
         }
     }
 
-    /// Notes whether the image has the feature exclusive-lock, and reports a change.
+    /// The state, unless another thread has it: that one starts or stops a guest, asks librbd itself, and may wait for it.
+    fn state_now(&self) -> Option<MutexGuard<'_, State>> {
+        self.state.try_lock().ok()
+    }
+
+    /// Asks whether the image has the feature exclusive-lock, and reports a change.
     pub(super) fn look_at_feature(&self, shared: &Shared, state: &mut State) -> Result<(), Errno> {
-        if !self.wanted {
-            return Ok(());
+        if self.wanted {
+            self.note_feature(shared, state, shared.image.can_lock()?);
         }
-        let has = shared.image.can_lock()?;
-        let had = self.feature.swap(has, Ordering::AcqRel);
-        if had == has {
-            return Ok(());
+        Ok(())
+    }
+
+    /// Notes whether the image has the feature exclusive-lock, and reports a change.
+    fn note_feature(&self, shared: &Shared, state: &mut State, has: bool) {
+        if self.feature.swap(has, Ordering::AcqRel) == has {
+            return;
         }
         if has {
             log_limited!(IMAGE_LOG, Info, "{}: it has the feature exclusive-lock again", shared.name);
@@ -84,45 +95,99 @@ impl Lock {
             }
         }
         image_health::tell(&shared.news);
-        Ok(())
     }
 
-    /// The guest runs and we do not have the lock. Returns whether to try again.
-    fn take_again(&self, shared: &Arc<Shared>, state: &mut State) -> bool {
+    /// The guest runs and we do not have the lock. Returns whether to check again.
+    fn take_again(&self, shared: &Arc<Shared>) -> Result<bool, (&'static str, Errno)> {
+        let owner = shared.image.lock_owner().map_err(|errno| ("the lock's owner", errno))?;
+        let another = owner.filter(|_| !matches!(shared.image.is_lock_owner(), Ok(true)));
+        let Some(mut state) = self.state_now() else { return Ok(true) };
+        // A guest that has stopped meanwhile needs no lock.
+        if !state.active {
+            return Ok(false);
+        }
         state.held = false;
         if state.lost_to_another >= MAX_FOREIGN_CHECKS {
+            return Ok(false);
+        }
+        if let Some(owner) = another {
+            self.note_another(shared, &mut state, &owner);
+            return Ok(true);
+        }
+        let attempt = match state.attempt.clone().map_or_else(|| Attempt::start(shared), Ok) {
+            Ok(attempt) => attempt,
+            Err(error) => {
+                log_limited!(IMAGE_LOG, Warn, "{}: no thread to take its lock: {error}", shared.name);
+                return Ok(true);
+            }
+        };
+        state.attempt = Some(Arc::clone(&attempt));
+        drop(state);
+        Ok(self.await_attempt(shared, &attempt))
+    }
+
+    /// Another client has the lock while our guest runs.
+    fn note_another(&self, shared: &Shared, state: &mut State, owner: &str) {
+        state.lost_to_another += 1;
+        shared.trouble.locked_out(&shared.name, &shared.news);
+        if state.lost_to_another == MAX_FOREIGN_CHECKS {
+            log_limited!(
+                IMAGE_LOG,
+                Error,
+                "{}: {owner} has the lock and may have written: this disk's writes fail until its guest is reset or \
+                 started again",
+                shared.name
+            );
+        }
+    }
+
+    /// Waits for an attempt to take the lock, and has it if it was taken. Returns whether to check again.
+    fn await_attempt(&self, shared: &Arc<Shared>, attempt: &Attempt) -> bool {
+        if !attempt.wait() {
+            return true;
+        }
+        let Some(mut state) = self.state_now() else { return true };
+        // The attempt gives the lock back if no guest comes for it.
+        if !state.active {
             return false;
         }
-        match shared.image.lock_owner() {
-            Ok(Some(owner)) if !matches!(shared.image.is_lock_owner(), Ok(true)) => {
-                state.lost_to_another += 1;
-                shared.trouble.locked_out(&shared.name, &shared.news);
-                if state.lost_to_another == MAX_FOREIGN_CHECKS {
-                    log_limited!(
-                        IMAGE_LOG,
-                        Error,
-                        "{}: {owner} has the lock and may have written: this disk's writes fail until its guest is reset \
-                         or started again",
-                        shared.name
-                    );
-                }
-                true
-            }
-            Ok(_) => match self.acquire(shared, state) {
-                Ok(()) => {
-                    log_limited!(IMAGE_LOG, Info, "{}: took the exclusive lock again", shared.name);
-                    image_health::tell(&shared.news);
-                    false
-                }
-                Err(error) => {
-                    log_limited!(IMAGE_LOG, Warn, "{error}");
-                    true
-                }
-            },
-            Err(errno) => {
-                shared.heed(Err(errno));
-                true
-            }
+        if let Err(error) = self.claim(shared, &mut state) {
+            log_limited!(IMAGE_LOG, Warn, "{error}");
+            return true;
         }
+        state.emptyings_left = MAX_EMPTYINGS;
+        drop(state);
+        self.sign(shared);
+        log_limited!(IMAGE_LOG, Info, "{}: took the exclusive lock again", shared.name);
+        image_health::tell(&shared.news);
+        self.empty_cache(shared)
+    }
+
+    /// Empties librbd's cache after the lock was without us: whoever had it may have written, and what we read meanwhile is
+    /// in the cache. librbd empties it when it gives the lock away (`PreReleaseRequest::send_invalidate_cache`), and not when
+    /// it takes it (`PostAcquireRequest`); reads in between fill it, for they need no lock. What is dirty is flushed first,
+    /// not dropped (`ObjectCacherObjectDispatch::invalidate_cache`). Returns whether to check again.
+    fn empty_cache(&self, shared: &Shared) -> bool {
+        let Some(state) = self.state_now() else { return true };
+        if state.emptyings_left == 0 {
+            return false;
+        }
+        drop(state);
+        let emptied = shared.image.invalidate_cache();
+        let Some(mut state) = self.state_now() else { return true };
+        state.emptyings_left = if emptied.is_ok() { 0 } else { state.emptyings_left.saturating_sub(1) };
+        if let Err(errno) = emptied
+            && (errno.0 != libc::EBUSY || state.emptyings_left == 0)
+        {
+            shared.heed(Err(errno));
+            log_limited!(
+                IMAGE_LOG,
+                Warn,
+                "{}: librbd's cache cannot be emptied after the lock was lost: {}",
+                shared.name,
+                super::io_error(errno)
+            );
+        }
+        state.emptyings_left > 0
     }
 }

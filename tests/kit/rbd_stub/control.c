@@ -5,6 +5,7 @@
  *   hang, go                ops stay in flight; they finish
  *   diff-hangs, diff-goes   listing what is stored takes for ever; it ends
  *   lock-hangs, lock-goes   the lock's owner is dead, as far as anybody knows; the cluster gives up waiting
+ *   questions-hang, -go     whether the image has the lock, and which features, is not answered; it is
  *   fence                   everything fails with ESHUTDOWN
  *   owner ADDRESS           another client has the lock; `none`: nobody
  *   features NUMBER         and the update watch is called; without exclusive-lock nobody has the lock
@@ -55,8 +56,9 @@ static void counts(struct image *image, FILE *out)
 	pthread_mutex_lock(&image->lock);
 	fprintf(out, "reads=%ld writes=%ld flushes=%ld discards=%ld zeroes=%ld thick=%ld ", image->counts[READ],
 		image->counts[WRITE], image->counts[FLUSH], image->counts[DISCARD], image->counts[ZEROES], image->thick);
-	fprintf(out, "snaps=%ld removed=%ld invalidates=%ld locks=%ld unlocks=%ld breaks=%ld diffs=%ld in-flight=%d", image->snaps,
-		image->removed, image->invalidates, image->locks, image->unlocks, image->breaks, image->diffs, image->in_flight);
+	fprintf(out, "snaps=%ld removed=%ld invalidates=%ld locks=%ld unlocks=%ld breaks=%ld diffs=%ld in-flight=%d questions=%d", image->snaps,
+		image->removed, image->invalidates, image->locks, image->unlocks, image->breaks, image->diffs, image->in_flight,
+		image->questions_waiting);
 	pthread_mutex_unlock(&image->lock);
 }
 
@@ -98,6 +100,10 @@ static void obey(struct image *image, char *order, FILE *out)
 		set(image, &image->lock_hangs, 1);
 	} else if (!strcmp(order, "lock-goes")) {
 		set(image, &image->lock_hangs, 0);
+	} else if (!strcmp(order, "questions-hang")) {
+		set(image, &image->questions_hang, 1);
+	} else if (!strcmp(order, "questions-go")) {
+		set(image, &image->questions_hang, 0);
 	} else if (!strcmp(order, "fence")) {
 		set(image, &image->fenced, 1);
 	} else if (sscanf(order, "owner %63s", what) == 1) {

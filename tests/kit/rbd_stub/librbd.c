@@ -65,6 +65,18 @@ static int call(struct image *image, const char *what, long *count)
 	return -error;
 }
 
+/* A question that waits for the network. */
+static int ask(struct image *image, const char *what)
+{
+	pthread_mutex_lock(&image->lock);
+	image->questions_waiting++;
+	while (image->questions_hang)
+		pthread_cond_wait(&image->changed, &image->lock);
+	image->questions_waiting--;
+	pthread_mutex_unlock(&image->lock);
+	return call(image, what, NULL);
+}
+
 static struct stored *stored(const char *path, uint64_t size)
 {
 	struct stored *found;
@@ -171,7 +183,7 @@ int rbd_get_features(void *handle, uint64_t *features)
 	struct image *image = handle;
 
 	*features = image->features;
-	return call(image, "features", NULL);
+	return ask(image, "features");
 }
 
 int rbd_get_stripe_unit(void *image, uint64_t *unit)
@@ -506,7 +518,7 @@ int rbd_lock_release(void *handle)
 int rbd_is_exclusive_lock_owner(void *handle, int *is_owner)
 {
 	struct image *image = handle;
-	int error = call(image, "is-owner", NULL);
+	int error = ask(image, "is-owner");
 
 	*is_owner = image->locked;
 	return error;

@@ -55,7 +55,7 @@ struct image {
 
 	int diff_hangs;
 	long diffs;
-	int locked, lock_hangs;
+	int locked, lock_hangs, questions_hang, questions_waiting;
 	/* The lock was asked for once: it is not taken for a write any more (librbd's StandardPolicy). */
 	int explicit_lock;
 	char owner[64];
