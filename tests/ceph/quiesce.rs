@@ -120,8 +120,6 @@ fn is_watched(server: &Server, image: &Image, load: &Load, name: &str) {
 #[test]
 fn a_watch_that_was_lost_is_back_and_what_it_missed_is_seen() {
     let cluster = Cluster::start(&[]);
-    // A watcher that says nothing for so long is dropped; by default 30 s.
-    cluster.ceph(&["tell", "osd.0", "config", "set", "osd_client_watch_timeout", "3"]);
     // With the image's lock, and without the feature.
     for options in [&[][..], &["--image-feature", "layering"]] {
         let image = cluster.image_in(POOL, SIZE as u64, options);
@@ -137,7 +135,9 @@ fn a_watch_that_was_lost_is_back_and_what_it_missed_is_seen() {
         load.wait_for(100);
         is_watched(&server, &image, &load, "osd-restarted");
         if !options.is_empty() {
-            // Whoever resized an image whose lock we have would fence us for this.
+            // Whoever resized an image whose lock we have would fence us for this. A watcher that says nothing for 30 s
+            // (osd_client_watch_timeout) is dropped. Not made shorter here: clients say something every 5 s
+            // (objecter_tick_interval), so one that lives would be dropped, too, and a snapshot then asks nobody.
             let is_watching = || cluster.rbd(&["status", "--format", "json", &image.spec]).contains("address");
             let pid = Pid::from_raw(server.pid() as i32).expect("a process");
             kill_process(pid, Signal::STOP).expect("our own child");

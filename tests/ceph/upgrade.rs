@@ -89,8 +89,8 @@ fn dies_with_the_lock(server: &Server, mut new: Command, log: &Path) -> Option<i
 fn a_new_daemon_that_dies_with_the_lock_gives_it_back() {
     // As it may be stopped, killed and fenced: a cluster of its own.
     let cluster = Cluster::start(&[]);
-    // Half a minute else.
-    cluster.ceph(&["tell", "osd.0", "config", "set", "osd_client_watch_timeout", "3"]);
+    // Half a minute else. Clients say something every 5 s: with less, one that lives is dropped as well.
+    cluster.ceph(&["tell", "osd.0", "config", "set", "osd_client_watch_timeout", "12"]);
     for with_state_file in [true, false] {
         let image = cluster.image(SIZE as u64);
         let dir = tempfile::tempdir().expect("a directory");
