@@ -4,6 +4,9 @@
 //! The file and every directory on the way to it must belong to root or to the user that we run as, and neither its group
 //! (but root's) nor all may write it. A directory with the sticky bit may be written by all, since nobody can replace
 //! there what is another's. Symbolic links are followed one by one, so that each directory is looked at.
+//!
+//! In a user namespace that does not map root, root's files show as 65534, and are refused, as these two refuse them: every
+//! user that is not mapped shows so, also one that may change the file.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -14,6 +17,9 @@ use std::path::{Component, Path, PathBuf};
 
 /// The kernel follows as many.
 const MAX_LINKS: u32 = 40;
+/// The user that stands for every user which our user namespace does not map (/proc/sys/kernel/overflowuid; the kernel's
+/// default), and `nobody` elsewhere.
+const OVERFLOW_UID: u32 = 65534;
 /// What the shell calls a descriptor that we inherited: who gave it to us decides what is in it.
 const DESCRIPTORS: [&str; 3] = ["/dev/stdin", "/dev/fd/", "/proc/self/fd/"];
 
@@ -106,7 +112,13 @@ fn owner(path: &Path, metadata: &Metadata) -> Result<(), String> {
     }
     let shown = path.display();
     let users = if user == 0 { "root (0)".to_owned() } else { format!("root (0) or {user}") };
-    Err(format!("'{shown}' belongs to user {owner}, who could change what is done here: it must belong to {users}"))
+    let unmapped = match owner {
+        OVERFLOW_UID => ", as do files of all users that a user namespace does not map: map the owner, or use a copy",
+        _ => "",
+    };
+    Err(format!(
+        "'{shown}' belongs to user {owner}, who could change what is done here: it must belong to {users}{unmapped}"
+    ))
 }
 
 fn cannot(path: &Path, error: &io::Error) -> String {
@@ -163,7 +175,8 @@ mod tests {
             return;
         }
         assert!(check(&file).is_ok());
-        assert!(check(&link).unwrap_err().contains("user 65534"));
+        let error = check(&link).unwrap_err();
+        assert!(error.contains("user 65534") && error.contains("does not map"), "{error}");
         std::os::unix::fs::chown(&file, None, Some(65534)).unwrap();
         set_mode(&file, 0o660);
         assert!(check(&file).unwrap_err().contains("its group"));
