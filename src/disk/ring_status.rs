@@ -68,6 +68,8 @@ macro_rules! ring_figures {
         pub(crate) struct RingCounters {
             /// A worker serves the ring. The status shows no other rings.
             pub(crate) running: AtomicBool,
+            /// The ring was kicked and has shown no request since its start.
+            pub(crate) kicked_empty: AtomicBool,
             $($(#[$doc])* pub(crate) $figure: atomic!($type),)*
         }
 

@@ -5,7 +5,7 @@ use std::ops::Deref;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kit::front_end::*;
 use kit::rig::Rig;
@@ -16,7 +16,7 @@ use virtioblkd::backend::file::{FileBackend, FileOptions};
 use virtioblkd::backend::mem::{CompletionOrder, MemBackend, MemOptions};
 use virtioblkd::disk::{Disk, Event};
 use virtioblkd::engine::CacheMode;
-use virtioblkd::virtio::DeviceOptions;
+use virtioblkd::virtio::{DeviceOptions, Tuning};
 use vm_memory::{Bytes, GuestAddress};
 
 const OK: u8 = 0;
@@ -142,6 +142,54 @@ fn guest_memory_that_is_not_shared_is_reported_once_with_the_fix() {
         assert!(errors[0].what.contains(part), "{errors:?}");
     }
     assert_eq!(connect(&rig, 1).write(0, 0, &[1; 512]), OK, "memory that is shared is served");
+}
+
+/// A device whose rings are looked at often.
+fn watched_rig() -> Rig {
+    let backend = Arc::new(MemBackend::new(MemOptions::new(SIZE)));
+    let options = DeviceOptions { mode: CacheMode::None, num_queues: 2, queue_size: 256, serial: String::new() };
+    let tuning = Tuning { stall_after: Duration::from_millis(400), ..Tuning::default() };
+    Rig::tuned(backend, &options, &tuning)
+}
+
+/// With share=off in QEMU the guest's writes do not reach the file that virtioblkd maps: all of it stays zero for us.
+#[test]
+fn memory_that_the_guest_writes_privately_is_reported_with_the_fix() {
+    let rig = watched_rig();
+    let guest = connect(&rig, 2);
+    guest.kick(0);
+    guest.kick(1);
+    let end = Instant::now() + Duration::from_secs(60);
+    while rig.status().last_errors.is_empty() {
+        assert!(Instant::now() < end, "nothing is reported");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::thread::sleep(Duration::from_secs(1));
+    let errors = rig.status().last_errors;
+    assert_eq!(errors.len(), 1, "{errors:?}");
+    for part in ["share=off", "memory-backend-memfd", "share=on", "<access mode='shared'/>"] {
+        assert!(errors[0].what.contains(part), "{errors:?}");
+    }
+}
+
+/// A driver may kick when there is nothing: at its start, before it makes a request available, and at any later time.
+#[test]
+fn kicks_of_an_empty_ring_in_shared_memory_are_not_reported() {
+    let rig = watched_rig();
+    let mut guest = connect(&rig, 2);
+    // Something that the guest wrote long before it found its disk.
+    guest.memory.write_obj(0xf000_ff53_u32, GuestAddress(0x40)).unwrap();
+    guest.kick(0);
+    guest.kick(1);
+    std::thread::sleep(Duration::from_secs(5));
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+    for _ in 0..50 {
+        guest.kick(0);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+    let errors = rig.status().last_errors;
+    assert!(errors.is_empty(), "{errors:?}");
 }
 
 /// A driver of virtio 0.9.5 flushes with type 5, and may set the bit of a barrier in any type.

@@ -142,16 +142,16 @@ impl Rings {
     }
 
     /// Has every ring with requests in flight look for stalled ones: its worker sleeps until one is answered, and would
-    /// not look by itself. And every ring that had some, which may have nothing in flight by now. Called now and then by
-    /// a thread of the connection's.
+    /// not look by itself. And every ring that had some, which may have nothing in flight by now, and every ring that was
+    /// kicked and is empty. Called now and then by a thread of the connection's.
     pub(super) fn look_for_stalls(&self) {
         let state = self.lock();
         for (index, mailbox) in &state.running {
-            if state
-                .counters
-                .get(index)
-                .is_some_and(|counters| counters.in_flight.load(Relaxed) > 0 || counters.stalled.load(Relaxed) > 0)
-            {
+            if state.counters.get(index).is_some_and(|counters| {
+                counters.in_flight.load(Relaxed) > 0
+                    || counters.stalled.load(Relaxed) > 0
+                    || counters.kicked_empty.load(Relaxed)
+            }) {
                 mailbox.send(WorkerCommand::CheckStalls);
             }
         }
@@ -263,6 +263,7 @@ impl Rings {
             counters.running.store(false, Relaxed);
             counters.held.store(false, Relaxed);
             counters.untracked.store(false, Relaxed);
+            counters.kicked_empty.store(false, Relaxed);
         }
         #[cfg(all(test, feature = "model"))]
         if planted(Mutant::LeavesUnsettled) {

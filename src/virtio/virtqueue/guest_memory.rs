@@ -59,6 +59,11 @@ impl GuestMemory {
         GuestMemory { regions, memory }
     }
 
+    /// The regions, with their files.
+    pub fn table(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
     /// Returns a pointer to the byte at `address`, and the number of bytes from there to the end of its region (at least
     /// one).
     #[inline]

@@ -22,6 +22,7 @@
 //! | `retained` | failed requests that are retried instead of completed |
 //! | `resubmit` | requests that an earlier server took and did not complete |
 //! | `stall` | requests that have been in flight for too long |
+//! | `unshared` | guest memory that is not shared with this process |
 //! | `stopped_ring` | what remains of a virtqueue while no worker serves it |
 
 mod backend_ops;
@@ -36,6 +37,7 @@ mod resubmit;
 mod retained;
 mod stall;
 pub(super) mod stopped_ring;
+mod unshared;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -64,6 +66,7 @@ use lifecycle::Lifecycle;
 pub(super) use relay::Relay;
 use requests::Requests;
 use stopped_ring::StoppedRing;
+use unshared::FirstRequest;
 
 /// What a worker needs besides the virtqueue itself.
 pub(super) struct Setup {
@@ -98,6 +101,7 @@ struct Worker {
     polling: Polling,
     hold: Option<HoldTimer>,
     unsynced: UnsyncedBytes,
+    first_request: FirstRequest,
 }
 
 /// What the worker learns during one turn. The step that uses a field resets it.
@@ -119,6 +123,7 @@ impl Worker {
         let size = ring.size();
         counters.size.store(size, Relaxed);
         counters.untracked.store(setup.inflight.is_none(), Relaxed);
+        counters.kicked_empty.store(false, Relaxed);
         let geometry = Geometry { size: setup.rings.capacity().get(), ..setup.rings.backend().geometry() };
         let backend = BackendOps::open(&setup, size, stopped.kick.as_ref());
         let mut engine = Engine::new(setup.rings.policy(), geometry.durable_write == DurableWrite::Native);
@@ -146,6 +151,7 @@ impl Worker {
             polling,
             hold: None,
             unsynced: UnsyncedBytes::default(),
+            first_request: FirstRequest::at_start(stopped.next_available),
         }
     }
 
@@ -191,6 +197,9 @@ impl Worker {
         let timeout = self.turn.poll_again.then_some(Duration::ZERO);
         // The back-end retries what can be retried, so an error means that the process cannot go on.
         let woken = self.backend.io.wait(timeout).unwrap_or_else(|error| panic!("cannot wait for I/O: {error}"));
+        if self.first_request != FirstRequest::Settled {
+            self.note_first_kick(woken.kick);
+        }
         if woken.wake {
             while let Ok(command) = self.setup.commands.try_recv() {
                 self.obey(command, stopped);
@@ -207,7 +216,10 @@ impl Worker {
             WorkerCommand::CloseGate(epoch) => self.close_gate(epoch),
             WorkerCommand::OpenGate => self.open_gate(),
             WorkerCommand::Resize(bytes) => self.geometry.size = bytes,
-            WorkerCommand::CheckStalls => self.check_stalls(),
+            WorkerCommand::CheckStalls => {
+                self.check_stalls();
+                self.check_first_request();
+            }
             WorkerCommand::Retry => self.retry(),
             WorkerCommand::SetCall(call, done) => {
                 stopped.set_call(self.setup.index, call);
