@@ -27,10 +27,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::Value;
 
@@ -59,6 +59,11 @@ pub(crate) trait Served: Send + Sync {
     /// Speaks vhost-user until the front-end leaves, breaks the protocol, or `shutdown`; when it returns, nothing of
     /// this front-end is in flight. Tells why it ended. In a thread of its own; never twice at a time.
     fn serve(&self, stream: UnixStream) -> io::Result<SessionEnd>;
+
+    /// Whether the front-end that is served has sent a valid message. Main.
+    fn has_spoken(&self) -> bool {
+        true
+    }
 
     /// Takes no more requests, now or later, and returns when those taken are answered. Once, at the end.
     fn shutdown(&self);
@@ -218,7 +223,8 @@ impl Server {
                     front_ends.watch(&files.front, &mut sources);
                 }
             }
-            wait(&mut sources)?;
+            let deadline = handing.is_none().then(|| front_ends.deadline()).flatten();
+            wait(&mut sources, deadline)?;
             drop(sources);
             if let Some(signal) = self.signal()? {
                 log::info!("{signal}: draining, then ending");
@@ -308,7 +314,7 @@ impl Server {
         // The other sender would keep the channel open.
         drop(work);
         loop {
-            wait(&mut [PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&*finished, PollFlags::IN)])?;
+            wait(&mut [PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&*finished, PollFlags::IN)], None)?;
             if let Ok(result) = outcome.try_recv() {
                 // It has said its last word, and lets go of the image. A panic would have ended the process.
                 let _ = thread.take().map(thread::JoinHandle::join);
@@ -338,9 +344,14 @@ impl Server {
     }
 }
 
-/// Waits until a source is ready; each is then asked by itself, without blocking.
-fn wait(sources: &mut [PollFd<'_>]) -> Result<(), ServerError> {
-    match poll(sources, None) {
+/// Waits until a source is ready or the deadline has passed; each source is then asked by itself, without blocking.
+fn wait(sources: &mut [PollFd<'_>], deadline: Option<Instant>) -> Result<(), ServerError> {
+    let timeout = deadline.map(|deadline| {
+        // A millisecond more, so that it has passed when poll returns.
+        let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
+    });
+    match poll(sources, timeout.as_ref()) {
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
         Err(errno) => Err(ServerError::System("cannot wait for front-ends", errno.into())),
     }

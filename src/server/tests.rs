@@ -232,7 +232,7 @@ fn a_terminal_that_hangs_up_twice_is_not_impatient() {
 fn wait_for_news(front_ends: &FrontEnds, socket: &FrontSocket) {
     let mut sources = Vec::new();
     front_ends.watch(socket, &mut sources);
-    wait(&mut sources).unwrap();
+    wait(&mut sources, None).unwrap();
 }
 
 #[test]

@@ -195,6 +195,10 @@ impl Served for ServedDisk {
         self.device.serve(stream)
     }
 
+    fn has_spoken(&self) -> bool {
+        self.device.has_spoken()
+    }
+
     fn facts(&self) -> Option<DiskFacts> {
         self.device.facts()
     }

@@ -219,6 +219,56 @@ fn a_second_front_end_is_turned_away_and_the_next_served() {
     daemon.ends_well();
 }
 
+/// Somebody who connects and says nothing, or not what a front-end says, does not keep a front-end out.
+#[test]
+fn a_silent_connection_gives_way_to_a_front_end() {
+    let place = Place::new();
+    let mut daemon = Daemon::serving(&[NULL, &place.arg("socket-path", "s")]);
+    let silent = connect(&place.path("s"));
+    daemon.wait_for("front-end connected");
+    let mut babbler = connect(&place.path("s"));
+    babbler.write_all(b"{\"execute\":\"qmp_capabilities\"}\r\n").unwrap();
+    assert!(closed_by_peer(&babbler));
+    assert!(daemon.wait_for("turned away").contains("does not speak vhost-user"));
+    assert!(still_open(&silent));
+    let mut front_end = connect(&place.path("s"));
+    // GET_FEATURES; the answer is a header and eight bytes.
+    let get_features = [1u32, 1, 0].map(u32::to_ne_bytes).concat();
+    front_end.write_all(&get_features).unwrap();
+    front_end.read_exact(&mut [0; 20]).unwrap();
+    daemon.wait_for("takes its place");
+    daemon.wait_for("front-end connected");
+    assert!(closed_by_peer(&silent));
+    // One that has spoken stays, whatever comes.
+    let mut late = connect(&place.path("s"));
+    // It may be closed already.
+    let _ = late.write_all(&get_features);
+    assert!(closed_by_peer(&late));
+    front_end.write_all(&get_features).unwrap();
+    front_end.read_exact(&mut [0; 20]).unwrap();
+    daemon.signal(Signal::TERM);
+    daemon.ends_well();
+}
+
+/// Silent connections are bounded in number and in time, and cost no descriptors that a front-end needs.
+#[test]
+fn silent_connections_are_bounded_in_number_and_time() {
+    let place = Place::new();
+    let daemon = Daemon::serving(&[NULL, &place.arg("socket-path", "s")]);
+    let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", daemon.child.id())).unwrap().count();
+    let before = descriptors();
+    let silent: Vec<_> = (0..100).map(|_| connect(&place.path("s"))).collect();
+    // All but the first, which nobody challenges.
+    assert!(silent[1..].iter().all(closed_by_peer));
+    assert!(still_open(&silent[0]));
+    assert!(descriptors() < before + 20, "{before}, then {}", descriptors());
+    let mut front_end = connect(&place.path("s"));
+    front_end.write_all(&[1u32, 1, 0].map(u32::to_ne_bytes).concat()).unwrap();
+    front_end.read_exact(&mut [0; 20]).unwrap();
+    daemon.signal(Signal::TERM);
+    daemon.ends_well();
+}
+
 #[test]
 fn a_dead_servers_socket_and_pid_file_are_taken_over() {
     let place = Place::new();

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use kit::guest;
 use kit::guest::oracle::{self, LoopDevice};
-use kit::guest::qemu::{BOOT_SECTOR_DEVICES, Verdict, Vm, boot_sector, boot_sector_in, install_boot_sector};
+use kit::guest::qemu::{BOOT_SECTOR_DEVICES, Qemu, Verdict, Vm, boot_sector, boot_sector_in, install_boot_sector};
 use kit::guest::{Server, mortal, scratch, server, sparse_image};
 use virtioblkd::engine::cache::CacheMode;
 
@@ -92,6 +92,44 @@ fn the_next_front_end_is_served_after_one_leaves() {
     let (status, log) = server.terminate();
     assert!(status.success(), "{status}\n{log}");
     check_content(&image);
+}
+
+/// The two mistakes that users make most, with a real QEMU: memory that is private, and memory without a back-end. The
+/// guest cannot be served; the log and the status name the cause and the fix, and do not repeat themselves.
+#[test]
+fn guest_memory_that_is_not_shared_is_named_in_log_and_status() {
+    let private = ["-object", "memory-backend-memfd,id=m,size=64M,share=off", "-machine", "q35,memory-backend=m"];
+    for memory in [&private[..], &["-machine", "q35"]] {
+        let dir = scratch();
+        let server = Server::start(&bootable_image(dir.path()), CacheMode::None, &[]);
+        let _guest = Qemu::bare("tcg", 64).args(memory).vhost_user_disk(&server.socket(), "").start();
+        guest::wait_until("the cause is in the status", || server.ctl_ok(&["status"]).contains("share=on"));
+        // Where it connects again and again, let it do so for a while.
+        std::thread::sleep(std::time::Duration::from_secs(5));
+        let (log, status) = (server.log(), server.status());
+        let errors = status["last-errors"].to_string();
+        for text in [&log, &errors] {
+            for part in ["memory-backend-memfd", "share=on", "memory-backend=mem", "<access mode='shared'/>"] {
+                assert!(text.contains(part), "{memory:?}: '{part}' is missing in {text}");
+            }
+        }
+        assert_eq!(log.matches("share=on").count(), 1, "{memory:?}: it is logged once:\n{log}");
+        for part in ["front-end connected", "front-end gone"] {
+            assert!(log.matches(part).count() <= 3, "{memory:?}: '{part}' is repeated:\n{log}");
+        }
+    }
+}
+
+/// Somebody is connected to the disk's socket and says nothing; QEMU comes later and boots.
+#[test]
+fn a_silent_connection_does_not_keep_qemu_out() {
+    let dir = scratch();
+    let server = Server::start(&bootable_image(dir.path()), CacheMode::None, &[]);
+    let silent = std::os::unix::net::UnixStream::connect(server.socket()).expect("it listens");
+    guest::wait_until("the silent one is connected", || server.status()["connected"] == true);
+    let (verdict, _guest) = boot_sector(&server.socket());
+    assert_eq!(verdict, Verdict::Good);
+    drop(silent);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! on with one that another process served.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -94,6 +95,7 @@ impl Device {
     pub(crate) fn restore_session(&self, moved: SavedSession, steps: &Steps) -> std::io::Result<SessionEnd> {
         let SavedSession { stream, record, mut descriptors } = moved;
         let Some(front_end) = self.begin(&stream)? else { return Ok(SessionEnd::ShuttingDown) };
+        self.spoke.store(record.negotiated() != (None, 0), Relaxed);
         let ready =
             Session::replayed(self.rings.clone(), self.advertised.clone(), self.limits.clone(), front_end, &record)
                 .and_then(|session| {

@@ -4,12 +4,14 @@ pub(crate) mod hand_over;
 
 use crate::virtio::options::DeviceOptions;
 use crate::virtio::options::Tuning;
+pub(crate) use crate::virtio::vhost_user::first_bytes::FirstBytes;
 use crate::virtio::vhost_user::handler::AdvertisedFeatures;
 use crate::virtio::vhost_user::handler::DeviceLimits;
 use crate::virtio::vhost_user::session::FrontEnd;
 use crate::virtio::vhost_user::session::Session;
 use crate::virtio::vhost_user::session_end::SessionEnd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use vhost::vhost_user::Error;
@@ -31,6 +33,8 @@ pub struct Device {
     advertised: AdvertisedFeatures,
     pub(super) limits: Arc<DeviceLimits>,
     connection: Mutex<Connection>,
+    /// The front-end has sent a valid message.
+    spoke: AtomicBool,
     /// `connection.front_end` became `None`.
     left: Condvar,
 }
@@ -78,6 +82,7 @@ impl Device {
             }),
             rings: Rings::new(backend, options.mode, events, tuning.clone()),
             connection: Mutex::default(),
+            spoke: AtomicBool::new(false),
             left: Condvar::new(),
         })
     }
@@ -100,6 +105,12 @@ impl Device {
         Ok(self.run(session))
     }
 
+    /// Whether the front-end that is served has sent a valid message. One that has not gives way to another that has. Any
+    /// thread.
+    pub fn has_spoken(&self) -> bool {
+        self.spoke.load(Relaxed)
+    }
+
     /// Somebody is connected from now on. `None`: nobody may be.
     pub(super) fn begin(&self, stream: &UnixStream) -> std::io::Result<Option<FrontEnd>> {
         let front_end = FrontEnd { stream: stream.try_clone()?, bell: Arc::new(Bell::new()?) };
@@ -115,6 +126,7 @@ impl Device {
     pub(super) fn left(&self) {
         let mut connection = self.lock();
         connection.front_end = None;
+        self.spoke.store(false, Relaxed);
         // Dropped, which is an answer, too.
         connection.ask = None;
         drop(connection);
@@ -141,6 +153,10 @@ impl Device {
             }
             if let Some(channel) = backend_channel::peek(&session.front_end.stream) {
                 session.ours().offer_channel(channel);
+            }
+            // Before the answer: who has one keeps the place.
+            if !self.has_spoken() && FirstBytes::of(&session.front_end.stream) == FirstBytes::Message {
+                self.spoke.store(true, Relaxed);
             }
             match session.requests.handle_request() {
                 Ok(()) => {}

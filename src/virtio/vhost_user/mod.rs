@@ -9,11 +9,13 @@
 //! | `activation` | acquires the image before the first ring starts and releases it after the last one has stopped |
 //! | `backend_channel` | messages from this back-end to the front-end (VHOST_USER_SET_BACKEND_REQ_FD) |
 //! | `eventfd` | checks that a front-end's kick, call and error descriptors are eventfds |
+//! | `first_bytes` | whether a connection speaks vhost-user |
 //! | `save_restore` | the state of a session that another process continues |
 
 pub(super) mod activation;
 pub(super) mod backend_channel;
 pub(super) mod eventfd;
+pub(super) mod first_bytes;
 pub(super) mod handler;
 pub(crate) mod save_restore;
 pub(super) mod session;

@@ -27,17 +27,21 @@ pub struct Qemu {
 impl Qemu {
     /// A q35 machine with shared memory (which vhost-user needs), a QMP socket and nothing else.
     pub fn new(accelerator: &str, mib: u32, cpus: u32) -> Qemu {
-        let dir = tempfile::tempdir().expect("a directory for the guest");
-        Qemu { command: mortal("qemu-system-x86_64"), dir, disks: 0 }
-            .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
-            .args(["-accel", accelerator])
-            .args(["-m", &format!("{mib}M")])
+        Qemu::bare(accelerator, mib)
             // Where QEMU knows that there will never be a second CPU, TCG carries out locked instructions without the
             // lock. Linux has one for its full barrier; without it a guest misses an interrupt now and then, and its
             // disk stands still.
             .args(["-smp", &format!("{cpus},maxcpus={}", cpus.max(2))])
             .args(["-object", &format!("memory-backend-memfd,id=mem,size={mib}M,share=on")])
             .args(["-machine", "q35,memory-backend=mem"])
+    }
+
+    /// A machine with a QMP socket, whose memory and type are still to be given.
+    pub fn bare(accelerator: &str, mib: u32) -> Qemu {
+        let dir = tempfile::tempdir().expect("a directory for the guest");
+        Qemu { command: mortal("qemu-system-x86_64"), dir, disks: 0 }
+            .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
+            .args(["-accel", accelerator, "-m", &format!("{mib}M")])
             .listen_for_qmp()
     }
 
