@@ -742,14 +742,14 @@ fn targets_that_cannot_be_are_refused() {
     std::os::unix::fs::symlink("/nowhere", dir.join("link")).expect("a link");
     let long = "x".repeat(250);
     for (target, words) in [
-        ("there", &["there", "something is there already", "another path"][..]),
-        ("link", &["something is there already"]),
-        ("half", &["half.partial", "daemon left", "remove it"]),
+        ("there", &["there", "exists already", "another path"][..]),
+        ("link", &["exists already"]),
+        ("half", &["half.partial", "left by a daemon", "remove it"]),
         ("no/such", &["no such directory", "create it"]),
         ("there/file", &["not a directory"]),
         ("..", &["absolute path of a file"]),
         (&long, &["too long", "shorter"]),
-        ("nul\0byte", &["no path can hold"]),
+        ("nul\0byte", &["a path cannot have"]),
     ] {
         let options = CopyOptions { target: dir.join(target), bandwidth: 0, digest: false };
         refused(world.disk.prepare(&options), "target", words);
@@ -770,18 +770,18 @@ fn a_start_with_a_write_in_flight_is_refused() {
     let copy = world.prepare(0);
     let read = guest.push(Op::Read { offset: 0, buf: IoBuf::owned(4096, 4096, 0) });
     let write = guest.push(Op::WriteZeroes { offset: 0, len: 4096, unmap: true });
-    refused(world.disk.start(&copy), "busy", &["in flight", "Quiesce"]);
+    refused(world.disk.start(&copy), "busy", &["in flight", "quiesce it first"]);
     mem.release(2);
     guest.finish(write);
     guest.finish(read);
     let other = guest.push(Op::Read { offset: 0, buf: IoBuf::owned(4096, 4096, 0) });
     world.disk.start(&copy).expect("a read changes nothing");
-    refused(world.disk.start(&copy), "busy", &["started already"]);
+    refused(world.disk.start(&copy), "busy", &["already been started"]);
     refused(world.disk.start("copy-7"), "no-such-copy", &["virtioblkctl copies"]);
     mem.release(1000);
     guest.finish(other);
     assert_eq!(world.wait_ended(&copy).state, "completed");
-    refused(world.disk.cancel(&copy), "no-such-copy", &["has ended", "completed"]);
+    refused(world.disk.cancel(&copy), "no-such-copy", &["already ended", "completed"]);
 }
 
 #[test]

@@ -1,17 +1,18 @@
-//! Which clusters of the image are saved: one bit each, set by the copier, read by the rings without a lock.
+//! Which clusters of the image are saved: one bit each, set by the copier and read by the virtqueues' threads without a
+//! lock.
 
 use std::collections::TryReserveError;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A bit a cluster; bits are set and never cleared.
+/// One bit for each cluster. Bits are set and never cleared.
 pub(super) struct Bitmap {
     words: Box<[AtomicU64]>,
     len: u64,
 }
 
 impl Bitmap {
-    /// `len` bits, all clear. Errors: no memory.
+    /// Creates `len` bits, all clear. Fails when there is no memory for them.
     pub(super) fn new(len: u64) -> Result<Self, TryReserveError> {
         let count = len.div_ceil(64) as usize;
         let mut words = Vec::new();
@@ -24,7 +25,8 @@ impl Bitmap {
         self.len
     }
 
-    /// Sets a range and returns how many of its bits were clear. Whoever sees a bit sees what was done before.
+    /// Sets a range and returns how many of its bits were clear. A thread that sees a bit set also sees what this thread
+    /// did before it set the bit.
     pub(super) fn set(&self, range: Range<u64>) -> u64 {
         let mut fresh = 0;
         for (word, mask) in masks(range) {
@@ -33,7 +35,7 @@ impl Bitmap {
         fresh
     }
 
-    /// The first clear bit of a range.
+    /// Returns the first clear bit of a range; `None` when all are set.
     pub(super) fn first_clear(&self, range: Range<u64>) -> Option<u64> {
         masks(range).find_map(|(word, mask)| {
             let clear = mask & !self.words[word].load(Ordering::Acquire);
@@ -58,9 +60,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_cross_words() {
+    fn ranges_may_cross_words() {
         let bits = Bitmap::new(300).unwrap();
-        assert!(Bitmap::new(1 << 62).is_err(), "more than there is");
+        assert!(Bitmap::new(1 << 62).is_err(), "more memory than there is");
         assert_eq!(bits.len(), 300);
         assert_eq!(bits.first_clear(0..300), Some(0));
         assert_eq!(bits.set(5..5), 0);

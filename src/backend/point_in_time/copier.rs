@@ -1,5 +1,6 @@
-//! The thread that saves the image: what delayed ops wait for first, then the rest in order. It never touches the
-//! target, which may hang: old data goes to the writer in memory, or to the scratch first (`scratch`).
+//! The copier: the thread that saves the image. It reads the clusters that delayed ops wait for first, and the others in
+//! order. It never uses the target, which may hang: it sends old data in memory to the target's thread, or to the scratch
+//! first (`scratch`).
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -11,81 +12,92 @@ use std::time::{Duration, Instant};
 
 use super::Mutant;
 use super::copy::{Copy, Phase};
-use super::scratch::{Heard, Scratch};
+use super::scratch::{AfterReply, Scratch};
 use super::target_thread::Job;
 use crate::backend::{Backend, Completion, IoBuf, IoQueue, Op, OpId, Source};
 
-/// Reads in flight at most.
+/// The most reads in flight.
 const DEPTH: usize = 32;
-/// Reads in flight that no op waits for, and their bytes, at most. What is in flight stands before a guest's request:
-/// measured here (`benches/point_in_time.rs`), two reads of 256 KiB copy as fast as four of 512 KiB, and a guest's
-/// write takes a fifth of the time.
-const MAX_BACKGROUND: usize = 8;
-const MAX_BACKGROUND_BYTES: u64 = 512 << 10;
-/// Bytes in one read at most, and in the clusters that are taken up at once, unless one cluster is larger.
-const MAX_READ: u64 = 256 << 10;
-/// Reads begin and end at multiples of it, but for the image's end: the largest logical block.
-const ALIGN: u64 = 4096;
-/// A hole that is not larger is read with the data around it: that is faster than another read.
-const MAX_GAP: u64 = 16 << 10;
-/// Free buffers kept.
-const KEPT: usize = 32;
 
-/// What the thread owns.
+/// The most background reads in flight, which are those that no op waits for. A guest's request queues behind the reads in
+/// flight: in `benches/point_in_time.rs`, two reads of 256 KiB copied as fast as four of 512 KiB, and a guest's write took
+/// a fifth of the time.
+const MAX_BACKGROUND: usize = 8;
+
+/// The most bytes of background reads in flight; see [`MAX_BACKGROUND`].
+const MAX_BACKGROUND_BYTES: u64 = 512 << 10;
+
+/// The most bytes of one read, and of the clusters of one run unless one cluster is larger.
+const MAX_READ: u64 = 256 << 10;
+
+/// Reads start and end at multiples of this, except at the image's end. It is the largest logical block.
+const ALIGN: u64 = 4096;
+
+/// The largest hole that is read together with the data around it, because that is faster than another read.
+const MAX_GAP: u64 = 16 << 10;
+
+/// The most free buffers to keep for reuse.
+const MAX_FREE_BUFFERS: usize = 32;
+
+/// The copier's state, which only its thread uses.
 struct Copier<'a> {
     copy: &'a Copy,
     image: &'a dyn Backend,
     queue: Box<dyn IoQueue>,
-    writer: Sender<Job>,
+    /// The jobs for the target's thread.
+    target_jobs: Sender<Job>,
     scratch: Option<Scratch>,
-    /// By number: clusters that are being saved.
+    /// By number: the runs whose data is being read.
     runs: HashMap<u64, Run>,
-    /// By the op's name: in flight.
-    reads: HashMap<u64, BounceBuffer>,
+    /// By op id: the reads in flight.
+    reads: HashMap<u64, Piece>,
+    /// The last number given to a run or an op.
     last_number: u64,
+    /// Clusters that delayed ops wait for and that are in no run.
     urgent: VecDeque<Range<u64>>,
-    /// To be read yet.
-    urgent_pieces: VecDeque<BounceBuffer>,
-    background_pieces: VecDeque<BounceBuffer>,
-    /// Everything before it was dealt with in the background, or is.
+    /// Pieces that delayed ops wait for and whose reads are not started.
+    urgent_pieces: VecDeque<Piece>,
+    /// Other pieces whose reads are not started.
+    background_pieces: VecDeque<Piece>,
+    /// Every cluster before this one is saved or in a run.
     cursor: u64,
-    data: Extent,
-    /// Bytes of the buffers that are in use here and with the writer.
-    lent: usize,
-    free: Vec<IoBuf>,
-    pace: BandwidthLimiter,
+    data: DataExtent,
+    /// The bytes of the buffers in use, in this thread and in those of the target and the scratch.
+    used_memory: usize,
+    free_buffers: Vec<IoBuf>,
+    bandwidth: BandwidthLimiter,
 }
 
-/// Clusters that are saved together, when all of their data has been read.
+/// Clusters that become saved together, when all of their data has been read.
 struct Run {
     clusters: Range<u64>,
-    /// Pieces that are not read yet.
-    left: usize,
-    /// An op waits for it.
+    /// The number of pieces that are not read yet.
+    unread: usize,
+    /// An op waits for one of the clusters.
     urgent: bool,
 }
 
-/// Bytes of the image that one read reads.
-struct BounceBuffer {
+/// The part of a run that one read covers.
+struct Piece {
     run: u64,
     bytes: Range<u64>,
 }
 
-/// What was found where we looked for data last: none from `from` to `start`, then some up to `end`. Right for clusters
-/// that are not saved: nothing changes them.
+/// The last result of [`Backend::next_data`]: there is no data from `from` to `start`, and there may be data from `start`
+/// to `end`. It stays true for clusters that are not saved, because no op changes them.
 #[derive(Default)]
-struct Extent {
+struct DataExtent {
     from: u64,
     start: u64,
     end: u64,
 }
 
-/// Runs the copy's source side: tells `ready` whether it can, waits for the start, and reads until everything is saved
-/// or the copy is over. `_open` is dropped when the image is let go.
+/// The thread's main function. It sends `ready` whether it can read the image, waits for the copy's start, and reads until
+/// everything is saved or the copy is over. It drops `open` when it has closed its queue of the image.
 pub(super) fn run(
     image: Arc<dyn Backend>,
     copy: Arc<Copy>,
-    writer: Sender<Job>,
+    target_jobs: Sender<Job>,
     scratch: Option<Scratch>,
     ready: SyncSender<io::Result<()>>,
     open: Sender<()>,
@@ -96,7 +108,7 @@ pub(super) fn run(
     });
     let queue = match queue {
         Ok(queue) => queue,
-        // Whoever waits for the answer may have gone; then nothing is to be done.
+        // A caller that no longer waits needs no error.
         Err(error) => return drop(ready.send(Err(error))),
     };
     if ready.send(Ok(())).is_err() {
@@ -106,7 +118,7 @@ pub(super) fn run(
         copy: &copy,
         image: &*image,
         queue,
-        writer,
+        target_jobs,
         scratch,
         runs: HashMap::new(),
         reads: HashMap::new(),
@@ -115,32 +127,33 @@ pub(super) fn run(
         urgent_pieces: VecDeque::new(),
         background_pieces: VecDeque::new(),
         cursor: 0,
-        data: Extent::default(),
-        lent: 0,
-        free: Vec::new(),
-        pace: BandwidthLimiter::default(),
+        data: DataExtent::default(),
+        used_memory: 0,
+        free_buffers: Vec::new(),
+        bandwidth: BandwidthLimiter::default(),
     };
     if let Err(why) = copier.run() {
         copy.fail(why);
     }
-    // The queue waits for its reads; the writer learns that no more comes.
+    // Closes the queue, which waits for its reads, and the channel of jobs, which tells the target's thread that it has
+    // all of them.
     drop(copier);
     drop((image, open));
     if copy.phase() == Phase::Failed {
-        copy.clear_up();
+        copy.clean_up();
     }
 }
 
 impl Copier<'_> {
-    /// Errors: why the copy failed, in words for the operator.
+    /// Saves the image. An error says, for the operator, why the copy failed.
     fn run(&mut self) -> Result<(), String> {
-        let broken = |error| format!("cannot wait for I/O of the image ({error}); see the daemon's log");
+        let cannot_wait = |error| format!("cannot wait for I/O of the image ({error}); see the daemon's log");
         while self.copy.phase() == Phase::Prepared {
-            self.queue.wait(None).map_err(broken)?;
+            self.queue.wait(None).map_err(cannot_wait)?;
         }
         while let Some(urgent) = self.copy.take_urgent() {
             self.urgent.extend(urgent);
-            self.hear_scratch()?;
+            self.handle_scratch_replies()?;
             let wait = self.start_reads()?;
             if self.runs.is_empty() && self.urgent.is_empty() && self.cursor == self.copy.saved.len() {
                 self.copy.all_saved();
@@ -148,16 +161,16 @@ impl Copier<'_> {
                     return Ok(());
                 }
             }
-            self.queue.wait(wait).map_err(broken)?;
+            self.queue.wait(wait).map_err(cannot_wait)?;
             self.reap()?;
         }
         Ok(())
     }
 
-    /// Starts what may be read now; returns how long the bandwidth limit makes us wait.
+    /// Starts the reads that may start now. Returns how long the bandwidth limit delays the next one, if it does.
     fn start_reads(&mut self) -> Result<Option<Duration>, String> {
         for buf in self.copy.take_returned() {
-            self.give_back(buf);
+            self.free_buffer(buf);
         }
         let memory = self.copy.shared.tuning.memory;
         if !self.start_urgent_reads(memory)? {
@@ -165,21 +178,21 @@ impl Copier<'_> {
         }
         self.load_scratch(memory / 4)?;
         let now = Instant::now();
-        self.pace.limit(self.copy.bandwidth.load(Relaxed), now);
+        self.bandwidth.set_limit(self.copy.bandwidth.load(Relaxed), now);
         loop {
-            if self.has_enough_background() || self.reads.len() == DEPTH || self.lent >= memory / 4 {
+            if self.has_enough_background() || self.reads.len() == DEPTH || self.used_memory >= memory / 4 {
                 return Ok(None);
             }
-            if let Some(wait) = self.pace.must_wait(now) {
+            if let Some(wait) = self.bandwidth.delay(now) {
                 return Ok(Some(wait));
             }
             if let Some(piece) = self.background_pieces.pop_front() {
-                self.pace.spend(piece.bytes.end - piece.bytes.start);
+                self.bandwidth.charge(piece.bytes.end - piece.bytes.start);
                 self.read(piece)?;
                 continue;
             }
-            let most = self.pace.longest();
-            let Some(run) = self.next_run(self.cursor..self.copy.saved.len(), most)? else {
+            let max_bytes = self.bandwidth.max_read();
+            let Some(run) = self.next_run(self.cursor..self.copy.saved.len(), max_bytes)? else {
                 self.cursor = self.copy.saved.len();
                 return Ok(None);
             };
@@ -188,7 +201,7 @@ impl Copier<'_> {
         }
     }
 
-    /// Starts what delayed ops wait for. False: some of it must wait.
+    /// Starts the reads that delayed ops wait for. Returns `false` when some of them cannot start yet.
     fn start_urgent_reads(&mut self, memory: usize) -> Result<bool, String> {
         while self.urgent_pieces.len() < DEPTH
             && let Some(range) = self.urgent.pop_front()
@@ -200,7 +213,7 @@ impl Copier<'_> {
             }
         }
         while let Some(piece) = self.urgent_pieces.pop_front() {
-            if self.reads.len() == DEPTH || self.lent >= memory {
+            if self.reads.len() == DEPTH || self.used_memory >= memory {
                 self.urgent_pieces.push_front(piece);
                 return Ok(false);
             }
@@ -209,20 +222,21 @@ impl Copier<'_> {
         Ok(true)
     }
 
-    /// An op waits for these clusters: what is being saved of them in the background is urgent now.
+    /// Makes the background runs urgent that hold some of these clusters, because an op waits for them.
     fn promote(&mut self, clusters: &Range<u64>) {
         let background = self.runs.iter_mut().filter(|(_, run)| !run.urgent);
-        let wanted =
+        let overlapping =
             background.filter(|(_, run)| run.clusters.start < clusters.end && clusters.start < run.clusters.end);
-        for (number, run) in wanted {
+        for (number, run) in overlapping {
             run.urgent = true;
-            let (urgent, rest) = self.background_pieces.drain(..).partition(|piece| piece.run == *number);
-            self.background_pieces = rest;
-            let urgent: VecDeque<BounceBuffer> = urgent;
+            let (urgent, others) = self.background_pieces.drain(..).partition(|piece| piece.run == *number);
+            self.background_pieces = others;
+            let urgent: VecDeque<Piece> = urgent;
             self.urgent_pieces.extend(urgent);
         }
     }
 
+    /// Whether as many background reads are in flight as may be.
     fn has_enough_background(&self) -> bool {
         let background = self.reads.values().filter(|piece| !self.runs[&piece.run].urgent);
         let (count, bytes) =
@@ -230,9 +244,9 @@ impl Copier<'_> {
         count >= MAX_BACKGROUND || bytes >= MAX_BACKGROUND_BYTES
     }
 
-    /// The first clusters of a range that are neither saved nor being read and may hold data, of `most` bytes at most.
-    /// Clusters on the way that hold none are saved with that.
-    fn next_run(&mut self, range: Range<u64>, most: u64) -> Result<Option<Range<u64>>, String> {
+    /// Finds the first clusters of a range, `max_bytes` of them at most, that are not saved, are in no run and may hold
+    /// data. Marks the clusters before them that hold no data as saved.
+    fn next_run(&mut self, range: Range<u64>, max_bytes: u64) -> Result<Option<Range<u64>>, String> {
         let cluster = self.copy.cluster;
         let mut at = range.start;
         loop {
@@ -249,30 +263,30 @@ impl Copier<'_> {
                 self.copy.done.fetch_add(fresh, Relaxed);
                 continue;
             }
-            let most = range.end.min(at + (most / cluster).max(1));
-            let free = |cluster: &u64| {
+            let max_end = range.end.min(at + (max_bytes / cluster).max(1));
+            let is_unsaved = |cluster: &u64| {
                 self.copy.saved.first_clear(*cluster..*cluster + 1).is_some()
                     && !self.runs.values().any(|run| run.clusters.contains(cluster))
             };
-            let end = (at + 1..most).find(|cluster| !free(cluster)).unwrap_or(most);
+            let end = (at + 1..max_end).find(|cluster| !is_unsaved(cluster)).unwrap_or(max_end);
             return Ok(Some(at..end));
         }
     }
 
-    /// The first byte from `at` on that may hold data; the image's end, rounded up to clusters, if there is none.
+    /// Returns the first byte from `at` on that may hold data, or the image's end rounded up to clusters.
     fn data_from(&mut self, at: u64) -> Result<u64, String> {
         if !(self.data.from..self.data.end).contains(&at) {
             let found = self.image.next_data(at).map_err(|error| {
-                format!("cannot tell the image's holes from byte {at} on ({error}); check the image's medium")
+                format!("cannot find the image's holes from byte {at} on ({error}); check the image's medium")
             })?;
-            let none = (self.copy.size.next_multiple_of(self.copy.cluster), u64::MAX);
-            let (start, end) = found.unwrap_or(none);
-            self.data = Extent { from: at, start, end };
+            let no_data = (self.copy.size.next_multiple_of(self.copy.cluster), u64::MAX);
+            let (start, end) = found.unwrap_or(no_data);
+            self.data = DataExtent { from: at, start, end };
         }
         Ok(self.data.start.max(at))
     }
 
-    /// Finds out which bytes of some clusters are to be read, and queues them.
+    /// Makes a run of some clusters and queues the pieces of it that may hold data.
     fn plan(&mut self, clusters: Range<u64>, urgent: bool) -> Result<(), String> {
         let cluster = self.copy.cluster;
         let (mut at, end) = (clusters.start * cluster, (clusters.end * cluster).min(self.copy.size));
@@ -293,9 +307,9 @@ impl Copier<'_> {
         let run = self.last_number;
         let parts = |found: Range<u64>| {
             let starts = found.clone().step_by(MAX_READ as usize);
-            starts.map(move |start| BounceBuffer { run, bytes: start..found.end.min(start + MAX_READ) })
+            starts.map(move |start| Piece { run, bytes: start..found.end.min(start + MAX_READ) })
         };
-        let pieces: Vec<BounceBuffer> = found.into_iter().flat_map(parts).collect();
+        let pieces: Vec<Piece> = found.into_iter().flat_map(parts).collect();
         if pieces.is_empty() {
             let fresh = self.copy.mark_saved(clusters);
             self.copy.done.fetch_add(fresh, Relaxed);
@@ -304,7 +318,7 @@ impl Copier<'_> {
         if self.copy.shared.tuning.mutant == Some(Mutant::ReleasesEarly) {
             self.copy.mark_saved(clusters.clone());
         }
-        self.runs.insert(run, Run { clusters, left: pieces.len(), urgent });
+        self.runs.insert(run, Run { clusters, unread: pieces.len(), urgent });
         if urgent {
             self.urgent_pieces.extend(pieces)
         } else {
@@ -313,23 +327,25 @@ impl Copier<'_> {
         Ok(())
     }
 
-    fn read(&mut self, piece: BounceBuffer) -> Result<(), String> {
+    /// Starts the read of a piece.
+    fn read(&mut self, piece: Piece) -> Result<(), String> {
         let Range { start: offset, end } = piece.bytes;
         let len = (end - offset) as usize;
-        let buf = buffer(&mut self.free, len);
-        self.lent += len;
+        let buf = buffer(&mut self.free_buffers, len);
+        self.used_memory += len;
         self.last_number += 1;
         self.reads.insert(self.last_number, piece);
-        let full = |_| "the image's queue took too few reads; please report this as a defect".to_owned();
+        let full = |_| "the image's queue refused a read below its depth; please report this as a defect".to_owned();
         self.queue.push(Op::Read { offset, buf }, OpId(self.last_number)).map_err(full)
     }
 
+    /// Passes on the data of the reads that have finished.
     fn reap(&mut self) -> Result<(), String> {
         let mut out = Vec::new();
         self.queue.reap(&mut out);
         for Completion { id, result, buf } in out {
             let (Some(piece), Some(buf)) = (self.reads.remove(&id.0), buf) else {
-                return Err("the image's queue answered what was not asked; please report this as a defect".into());
+                return Err("the image's queue completed an unknown read; please report this as a defect".into());
             };
             let offset = piece.bytes.start;
             if let Err(errno) = result {
@@ -337,33 +353,34 @@ impl Copier<'_> {
                 return Err(format!("the image cannot be read at byte {offset} ({error}); check the image's medium"));
             }
             let urgent = self.runs.get(&piece.run).is_some_and(|run| run.urgent);
-            let clusters = self.piece_is_read(&piece, buf.len() as u64);
-            self.pass_on(Job { offset, buf, clusters }, urgent);
+            let clusters = self.finish_piece(&piece, buf.len() as u64);
+            self.send_job(Job { offset, buf, clusters }, urgent);
         }
         Ok(())
     }
 
-    /// Saves the clusters of the piece's run if it was the last of it. Returns how many those are.
-    fn piece_is_read(&mut self, piece: &BounceBuffer, len: u64) -> u64 {
-        let run = self.runs.get_mut(&piece.run).expect("it has pieces left");
+    /// Counts a piece as read. If it was the last of its run, marks the run's clusters as saved and returns their number;
+    /// otherwise returns 0.
+    fn finish_piece(&mut self, piece: &Piece, len: u64) -> u64 {
+        let run = self.runs.get_mut(&piece.run).expect("a run with unread pieces is in the map");
         if run.urgent {
             self.copy.saved_before_write.fetch_add(len, Relaxed);
         }
-        run.left -= 1;
-        if run.left > 0 {
+        run.unread -= 1;
+        if run.unread > 0 {
             return 0;
         }
-        let Run { clusters, .. } = self.runs.remove(&piece.run).expect("looked at just now");
+        let Run { clusters, .. } = self.runs.remove(&piece.run).expect("found just now");
         self.copy.mark_saved(clusters.clone());
         clusters.end - clusters.start
     }
 
-    /// The target's thread gets a job, or the scratch does, if an op waited for it and half the memory is in use.
-    fn pass_on(&mut self, job: Job, urgent: bool) {
+    /// Sends a job to the target's thread; or to the scratch, if an op waited for its data and half the memory is in use.
+    fn send_job(&mut self, job: Job, urgent: bool) {
         let memory = self.copy.shared.tuning.memory;
         let job = match &mut self.scratch {
-            // Never all of the memory: a scratch that hangs must leave most of it to the target.
-            Some(scratch) if urgent && self.lent > memory / 2 => {
+            // A quarter of the memory at most: a scratch that hangs must leave most of it to the target.
+            Some(scratch) if urgent && self.used_memory > memory / 2 => {
                 let stored = scratch.store(job, memory / 4);
                 self.copy.scratch.store(scratch.bytes(), Relaxed);
                 let Err(job) = stored else { return };
@@ -371,17 +388,18 @@ impl Copier<'_> {
             }
             _ => job,
         };
-        // The writer ends before us only with the copy.
-        let _ = self.writer.send(job);
+        // If the target's thread has ended, so has the copy.
+        let _ = self.target_jobs.send(job);
     }
 
-    fn hear_scratch(&mut self) -> Result<(), String> {
+    /// Handles the replies of the scratch's thread.
+    fn handle_scratch_replies(&mut self) -> Result<(), String> {
         let Some(mut scratch) = self.scratch.take() else { return Ok(()) };
-        for answer in self.copy.take_scratch_answers() {
-            match scratch.hear(answer)? {
-                Heard::Free(buf) => self.give_back(buf),
-                // The writer ends before us only with the copy.
-                Heard::Write(job) => drop(self.writer.send(job)),
+        for reply in self.copy.take_scratch_replies() {
+            match scratch.handle(reply)? {
+                AfterReply::Free(buf) => self.free_buffer(buf),
+                // If the target's thread has ended, so has the copy.
+                AfterReply::Write(job) => drop(self.target_jobs.send(job)),
             }
         }
         self.copy.scratch.store(scratch.bytes(), Relaxed);
@@ -389,68 +407,73 @@ impl Copier<'_> {
         Ok(())
     }
 
-    /// Takes data back from the scratch while less than `memory` is in use.
+    /// Starts to read data back from the scratch while less than `memory` bytes are in use.
     fn load_scratch(&mut self, memory: usize) -> Result<(), String> {
         let Some(scratch) = &mut self.scratch else { return Ok(()) };
-        while self.lent < memory {
-            let mut taken = 0;
+        while self.used_memory < memory {
+            let mut used = 0;
             let take = |len| {
-                taken = len;
-                buffer(&mut self.free, len)
+                used = len;
+                buffer(&mut self.free_buffers, len)
             };
             if !scratch.load(take)? {
                 break;
             }
-            self.lent += taken;
+            self.used_memory += used;
         }
         Ok(())
     }
 
-    fn give_back(&mut self, buf: IoBuf) {
-        self.lent -= buf.len();
-        if self.free.len() < KEPT {
-            self.free.push(buf);
+    /// Takes back a buffer that is no longer in use.
+    fn free_buffer(&mut self, buf: IoBuf) {
+        self.used_memory -= buf.len();
+        if self.free_buffers.len() < MAX_FREE_BUFFERS {
+            self.free_buffers.push(buf);
         }
     }
 }
 
-/// A buffer of so many bytes, one of the free ones if possible.
+/// Returns a buffer of `len` bytes: a free one if possible, otherwise a new one.
 fn buffer(free: &mut Vec<IoBuf>, len: usize) -> IoBuf {
-    let kept = free.iter().position(|buf| buf.len() == len);
-    kept.map_or_else(|| IoBuf::owned(len, 4096, 0), |index| free.swap_remove(index))
+    let index = free.iter().position(|buf| buf.len() == len);
+    index.map_or_else(|| IoBuf::owned(len, 4096, 0), |index| free.swap_remove(index))
 }
 
-/// The bandwidth limit: no read before the last one's time is up.
+/// The bandwidth limit: each read delays the next one by the time that its bytes take at the limit.
 #[derive(Default)]
 struct BandwidthLimiter {
-    /// Bytes a second; 0: none.
+    /// Bytes a second; 0: no limit.
     limit: u64,
+    /// When the next read may start.
     next: Option<Instant>,
 }
 
 impl BandwidthLimiter {
-    fn limit(&mut self, limit: u64, now: Instant) {
+    /// Sets the limit; called before each use of the limiter.
+    fn set_limit(&mut self, limit: u64, now: Instant) {
         if limit != self.limit {
             (self.limit, self.next) = (limit, None);
         }
-        // Time not used is lost: no burst after a pause.
+        // Unused time is lost, so that there is no burst after a pause.
         self.next = Some(self.next.map_or(now, |next| next.max(now)));
     }
 
-    fn must_wait(&self, now: Instant) -> Option<Duration> {
-        let wait = self.next?.saturating_duration_since(now);
-        (self.limit > 0 && wait > Duration::ZERO).then_some(wait)
+    /// Returns how long the next read must wait; `None`: it may start now.
+    fn delay(&self, now: Instant) -> Option<Duration> {
+        let delay = self.next?.saturating_duration_since(now);
+        (self.limit > 0 && delay > Duration::ZERO).then_some(delay)
     }
 
-    fn spend(&mut self, bytes: u64) {
+    /// Counts the bytes of a read that starts.
+    fn charge(&mut self, bytes: u64) {
         if self.limit > 0 {
             let time = Duration::from_secs_f64((bytes as f64 / self.limit as f64).min(3600.0));
             self.next = self.next.map(|next| next + time);
         }
     }
 
-    /// Bytes that are taken up at once: about an eighth of a second's.
-    fn longest(&self) -> u64 {
+    /// The most bytes of one run: those of about an eighth of a second.
+    fn max_read(&self) -> u64 {
         if self.limit == 0 { MAX_READ } else { (self.limit / 8).min(MAX_READ) }
     }
 }

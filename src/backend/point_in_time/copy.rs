@@ -1,7 +1,9 @@
-//! One copy from `prepare` to its end: what the rings, its threads and the control thread share.
+//! One copy from `prepare` to its end: the state that the virtqueues' threads, its own threads and the control thread
+//! share.
 //!
-//! A cluster is *saved* when the old data is in memory or known to be zero. From the instant on, a ring lets a change
-//! of a cluster pass only if its bit is set; so a cluster whose bit is clear still holds what it held at the instant.
+//! A cluster is *saved* when its old data is in memory or known to be zero. From the instant on, a virtqueue's thread
+//! passes on a change of a cluster only if the cluster's bit is set. A cluster whose bit is clear therefore still holds
+//! what it held at the instant.
 
 use std::collections::{TryReserveError, VecDeque};
 use std::ops::Range;
@@ -11,30 +13,32 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::bitmap::Bitmap;
-use super::order::TargetOrder;
-use super::scratch_thread::Answer;
+use super::scratch_thread::ScratchReply;
+use super::target_handle::TargetHandle;
 use super::{Mutant, Shared};
 use crate::backend::IoBuf;
 use crate::backend::mailbox::Mailbox;
 use crate::base::rate_limit::{COPY_LOG, log_limited};
 use crate::disk::{CopyOptions, CopyStatus, Event};
 
-/// Bytes of a cluster at least, and how many clusters an image has at most: a copy's bitmap takes 64 MiB at most.
+/// The smallest cluster, in bytes.
 const MIN_CLUSTER: u64 = 64 << 10;
+
+/// The most clusters that an image is divided into, so that a copy's bitmap takes 64 MiB at most.
 const MAX_CLUSTERS: u64 = 1 << 29;
 
-/// Bytes of the units in which an image of this size is saved: 64 KiB up to 32 TiB, then they grow with the image.
+/// The cluster size for an image of `size` bytes: 64 KiB up to 32 TiB; beyond that it grows with the image.
 fn cluster_of(size: u64) -> u64 {
     size.div_ceil(MAX_CLUSTERS).next_power_of_two().max(MIN_CLUSTER)
 }
 
-/// Where in its life a copy is.
+/// The phase of a copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     Prepared,
     Running,
     Syncing,
-    /// It gets its name.
+    /// The target gets its final name; the copy can no longer be cancelled.
     Publishing,
     Completed,
     Failed,
@@ -46,7 +50,8 @@ impl Phase {
         matches!(self, Phase::Completed | Phase::Failed | Phase::Cancelled)
     }
 
-    fn word(self) -> &'static str {
+    /// The phase as the status reports it.
+    fn name(self) -> &'static str {
         match self {
             Phase::Prepared => "prepared",
             Phase::Running => "running",
@@ -58,61 +63,66 @@ impl Phase {
     }
 }
 
-/// A copy.
+/// One copy of the image.
 pub(super) struct Copy {
-    /// Never 0, never used before.
+    /// Never 0, and never the number of an earlier copy.
     pub(super) number: u64,
     pub(super) name: String,
     pub(super) size: u64,
     /// Bytes of a cluster, a power of two.
     pub(super) cluster: u64,
-    /// The target's thread.
-    pub(super) target: TargetOrder,
+    pub(super) target: TargetHandle,
     pub(super) shared: Arc<Shared>,
     pub(super) saved: Bitmap,
-    /// Bytes a second; 0: no limit.
+    /// The bandwidth limit in bytes a second; 0: no limit.
     pub(super) bandwidth: AtomicU64,
-    /// Clusters dealt with, and bytes.
+    /// Clusters that are written to the target or need not be, because they hold only zeroes.
     pub(super) done: AtomicU64,
+    /// Bytes that were saved because an op waited for them.
     pub(super) saved_before_write: AtomicU64,
+    /// Bytes written to the target; blocks of zeroes are not.
     pub(super) stored: AtomicU64,
     /// Bytes in the scratch.
     pub(super) scratch: AtomicU64,
-    /// The copier sleeps on it.
+    /// The eventfd on which the copier sleeps.
     wake: OwnedFd,
-    /// Buffers that the writer is done with.
+    /// Buffers that the target's thread has written, for the copier to reuse.
     returned: Mutex<Vec<IoBuf>>,
-    /// The scratch's, for the copier.
-    scratch_answers: Mutex<Vec<Answer>>,
+    /// Replies of the scratch's thread that the copier has not taken.
+    scratch_replies: Mutex<Vec<ScratchReply>>,
     state: Mutex<State>,
 }
 
 struct State {
     phase: Phase,
-    /// Delayed ops, of all rings.
+    /// The delayed ops of all virtqueues.
     waiters: Vec<Waiter>,
-    /// Since when one of them waits.
+    /// Since when `waiters` has not been empty; `None`: it is empty.
     waiting_since: Option<Instant>,
-    /// How long one of them waited, until then.
+    /// For how long `waiters` was not empty before `waiting_since`.
     waited: Duration,
-    /// The next warning about that.
+    /// The waiting time at which to log the next warning.
     warn_at: Duration,
-    /// Clusters that they wait for and the copier has not heard of.
+    /// Clusters that delayed ops wait for and that the copier has not taken.
     urgent: VecDeque<Range<u64>>,
+    /// The instant that the copy is of.
     instant: Option<SystemTime>,
+    /// The instant by the monotonic clock.
     started: Option<Instant>,
+    /// The time from the instant to the copy's end.
     took: Option<Duration>,
     error: Option<String>,
     sha256: Option<String>,
-    /// A thread clears up after it.
-    cleared: bool,
+    /// A thread cleans up after the copy, or has done so.
+    cleaned_up: bool,
 }
 
-/// The guest's writes waited this long for a copy, over all: the first warning. Each further one comes at twice the time.
+/// How long the guest's writes wait for a copy, in total, before the first warning. Each further warning comes at twice
+/// the time of the one before.
 const FIRST_WARNING: Duration = Duration::from_secs(10);
 
 impl State {
-    /// After each change of `waiters`.
+    /// Updates the waiting time; called after each change of `waiters`.
     fn measure_waiting(&mut self) {
         match (self.waiters.is_empty(), self.waiting_since) {
             (false, None) => self.waiting_since = Some(Instant::now()),
@@ -124,30 +134,35 @@ impl State {
         }
     }
 
-    fn waited(&self) -> Duration {
+    /// For how long at least one op has been delayed, in total.
+    fn total_wait(&self) -> Duration {
         self.waited + self.waiting_since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 }
 
-/// A delayed op: the clusters that it still waits for, and whom to tell.
+/// A delayed op.
 struct Waiter {
+    /// The clusters that it still waits for; the first of them is not saved.
     missing: Range<u64>,
+    /// Posted to `mailbox` when the op may continue.
     ticket: u64,
+    /// The mailbox of the op's queue.
     mailbox: Arc<Mailbox<u64>>,
 }
 
 impl Copy {
-    /// The bitmap for an image of this size. Errors: no memory.
+    /// Creates the bitmap for an image of `size` bytes. Fails when there is no memory for it.
     pub(super) fn bitmap(size: u64) -> Result<Bitmap, TryReserveError> {
         Bitmap::new(size.div_ceil(cluster_of(size)))
     }
 
-    /// `wake`: an eventfd for the copier to sleep on; `saved`: the bitmap for this size.
+    /// Creates a copy in phase [`Phase::Prepared`]. `wake` is an eventfd for the copier to sleep on, `saved` the bitmap of
+    /// [`Copy::bitmap`].
     pub(super) fn new(
         number: u64,
         size: u64,
         options: &CopyOptions,
-        target: TargetOrder,
+        target: TargetHandle,
         wake: OwnedFd,
         shared: Arc<Shared>,
         saved: Bitmap,
@@ -167,7 +182,7 @@ impl Copy {
             scratch: AtomicU64::new(0),
             wake,
             returned: Mutex::default(),
-            scratch_answers: Mutex::default(),
+            scratch_replies: Mutex::default(),
             state: Mutex::new(State {
                 phase: Phase::Prepared,
                 waiters: Vec::new(),
@@ -180,12 +195,12 @@ impl Copy {
                 took: None,
                 error: None,
                 sha256: None,
-                cleared: false,
+                cleaned_up: false,
             }),
         }
     }
 
-    /// Nobody has heard of it and nobody will.
+    /// Ends a copy that no operator knows of, without an event.
     pub(super) fn abandon(&self) {
         self.end(Phase::Cancelled, None);
         self.target.remove();
@@ -200,7 +215,7 @@ impl Copy {
     }
 
     pub(super) fn wake_copier(&self) {
-        // A full counter is readable too.
+        // An error does not matter: a counter that is full is readable too.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 
@@ -208,11 +223,12 @@ impl Copy {
         self.wake.as_fd()
     }
 
-    /// Fixes the instant, unless `writes_in_flight` finds some. False: it did. The lock is held meanwhile: a ring that
-    /// sees the copy and wants to know whether it runs waits until that is decided.
+    /// Fixes the instant, unless a write is in flight; then it returns `false`. The lock is held meanwhile: a virtqueue's
+    /// thread that sees the copy and asks whether it runs waits until that is decided.
     pub(super) fn begin(&self, writes_in_flight: impl FnOnce() -> u64) -> bool {
         let mut state = self.lock();
-        // Before the counters are read: a ring counts its write before it looks here, so one of the two sees the other.
+        // Before the counters are read: a virtqueue's thread counts its write before it loads `delaying`, so one of the
+        // two sees the other.
         self.shared.delaying.store(self.number, Ordering::SeqCst);
         if writes_in_flight() > 0 {
             self.shared.delaying.store(0, Ordering::SeqCst);
@@ -226,17 +242,17 @@ impl Copy {
         true
     }
 
-    /// A ring has an op that changes these bytes. True: it must wait for its ticket to come to `mailbox`; false: it may
-    /// go. Each ring's thread.
+    /// Whether an op that changes these bytes must wait until `ticket` is posted to `mailbox`. `false`: it may continue.
+    /// Called by the virtqueue's thread.
     pub(super) fn must_wait(&self, bytes: Range<u64>, ticket: u64, mailbox: &Arc<Mailbox<u64>>) -> bool {
-        // What the image grew by since is no part of the copy.
+        // Bytes by which the image has grown since are not part of the copy.
         let clusters = bytes.start / self.cluster..bytes.end.div_ceil(self.cluster).min(self.saved.len());
         if self.shared.tuning.mutant == Some(Mutant::SavesNothing) || self.saved.first_clear(clusters.clone()).is_none()
         {
             return false;
         }
         let mut state = self.lock();
-        // Again: the copier sets bits before it takes the lock to look for waiters.
+        // Checked again under the lock: the copier sets bits before it takes the lock to find waiters.
         let Some(first) = self.saved.first_clear(clusters.clone()).filter(|_| state.phase == Phase::Running) else {
             return false;
         };
@@ -249,14 +265,15 @@ impl Copy {
         true
     }
 
-    /// The op of this ticket of this mailbox waits no more.
+    /// Removes the waiting op with this ticket and mailbox.
     pub(super) fn forget(&self, ticket: u64, mailbox: &Arc<Mailbox<u64>>) {
         let mut state = self.lock();
         state.waiters.retain(|waiter| waiter.ticket != ticket || !Arc::ptr_eq(&waiter.mailbox, mailbox));
         state.measure_waiting();
     }
 
-    /// Clusters are saved: whoever waited for them goes on. Returns how many are new. The copier.
+    /// Marks clusters as saved and wakes the ops that waited for them. Returns how many were not saved before. Called by
+    /// the copier.
     pub(super) fn mark_saved(&self, clusters: Range<u64>) -> u64 {
         let fresh = self.saved.set(clusters);
         let mut state = self.lock();
@@ -274,59 +291,62 @@ impl Copy {
         fresh
     }
 
-    /// What delayed ops wait for and was not taken yet; None: the copy does not run (any more). The copier.
+    /// Takes the clusters that delayed ops wait for; `None` when the copy is not running. Called by the copier.
     pub(super) fn take_urgent(&self) -> Option<VecDeque<Range<u64>>> {
         let mut state = self.lock();
         (state.phase == Phase::Running).then(|| std::mem::take(&mut state.urgent))
     }
 
-    /// Every cluster is saved: the rings need not look any more. The copier.
+    /// Every cluster is saved: the virtqueues need not check their ops any more. Called by the copier.
     pub(super) fn all_saved(&self) {
         self.stop_delaying();
     }
 
-    /// A buffer is free again. The writer.
-    pub(super) fn give_back(&self, buf: IoBuf) {
+    /// Returns a buffer whose data is written to the target, for the copier to reuse.
+    pub(super) fn return_buffer(&self, buf: IoBuf) {
         self.returned.lock().expect("no panic while held").push(buf);
         self.wake_copier();
     }
 
+    /// Takes the buffers of [`Copy::return_buffer`]. Called by the copier.
     pub(super) fn take_returned(&self) -> Vec<IoBuf> {
         std::mem::take(&mut self.returned.lock().expect("no panic while held"))
     }
 
-    /// The scratch's thread answered.
-    pub(super) fn scratch_answered(&self, answer: Answer) {
-        self.scratch_answers.lock().expect("no panic while held").push(answer);
+    /// Adds a reply of the scratch's thread, for the copier.
+    pub(super) fn add_scratch_reply(&self, reply: ScratchReply) {
+        self.scratch_replies.lock().expect("no panic while held").push(reply);
         self.wake_copier();
     }
 
-    pub(super) fn take_scratch_answers(&self) -> Vec<Answer> {
-        std::mem::take(&mut self.scratch_answers.lock().expect("no panic while held"))
+    /// Takes the replies of [`Copy::add_scratch_reply`]. Called by the copier.
+    pub(super) fn take_scratch_replies(&self) -> Vec<ScratchReply> {
+        std::mem::take(&mut self.scratch_replies.lock().expect("no panic while held"))
     }
 
-    /// The writer has everything and makes it durable. False: the copy is over.
+    /// The target's thread has written everything and makes it durable. Returns `false` when the copy is over.
     pub(super) fn begin_sync(&self) -> bool {
         let mut state = self.lock();
-        let runs = state.phase == Phase::Running;
-        if runs {
+        let is_running = state.phase == Phase::Running;
+        if is_running {
             state.phase = Phase::Syncing;
         }
-        runs
+        is_running
     }
 
-    /// The file is durable and gets its name now: too late to cancel. False: the copy is over.
+    /// The file is durable and may get its final name; from now on the copy cannot be cancelled. Returns `false` when the
+    /// copy is over.
     pub(super) fn begin_publish(&self, sha256: Option<String>) -> bool {
         let mut state = self.lock();
-        let syncs = state.phase == Phase::Syncing;
-        if syncs {
+        let is_syncing = state.phase == Phase::Syncing;
+        if is_syncing {
             state.phase = Phase::Publishing;
             state.sha256 = sha256;
         }
-        syncs
+        is_syncing
     }
 
-    /// Ends the copy and lets every delayed op go on. False: it is over already, or it is too late to cancel.
+    /// Ends the copy and lets every delayed op continue. Returns `false` when it is already over, or too late to cancel.
     pub(super) fn end(&self, phase: Phase, error: Option<String>) -> bool {
         let mut state = self.lock();
         if state.phase.is_over() || (state.phase == Phase::Publishing && phase == Phase::Cancelled) {
@@ -347,10 +367,10 @@ impl Copy {
         true
     }
 
-    /// Warns if the guest's writes have waited long for this copy. Not more often than makes sense.
+    /// Logs a warning if the guest's writes have waited long for this copy; see [`FIRST_WARNING`].
     pub(super) fn warn_if_slow(&self) {
         let mut state = self.lock();
-        let (waited, took) = (state.waited(), state.started.map(|started| started.elapsed()).unwrap_or_default());
+        let (waited, took) = (state.total_wait(), state.started.map(|started| started.elapsed()).unwrap_or_default());
         if waited < state.warn_at {
             return;
         }
@@ -359,9 +379,9 @@ impl Copy {
         log_limited!(
             COPY_LOG,
             Warn,
-            "{} to {}: the guest has been slowed for {:.0} s of {:.0} s by the copy, its writes waited for old data to be \
-             saved; use a faster target, give old data a faster disk to go to first (--scratch, --scratch-size), or leave \
-             more of the target to the guest's writes (virtioblkctl copies limit)",
+            "{} to {}: the guest has been slowed for {:.0} s of {:.0} s by the copy, because its writes waited until old \
+             data was saved; use a faster target, give the daemon a faster disk for old data (--scratch, --scratch-size), \
+             or leave more of the target's bandwidth to the guest's writes (virtioblkctl copies limit)",
             self.name,
             self.target.path.display(),
             waited.as_secs_f64(),
@@ -377,11 +397,11 @@ impl Copy {
         }
     }
 
-    /// Clears up after the end; the first caller does it: the partial file goes, operators are told. Waits two seconds
-    /// at most for the target's filesystem; rings do not call it.
-    pub(super) fn clear_up(&self) {
+    /// Removes the partial file and sends the event of the copy's end. Only the first call after the end does so. Waits
+    /// for the target's file system, two seconds at most; not called by a virtqueue's thread.
+    pub(super) fn clean_up(&self) {
         let mut state = self.lock();
-        if !state.phase.is_over() || std::mem::replace(&mut state.cleared, true) {
+        if !state.phase.is_over() || std::mem::replace(&mut state.cleaned_up, true) {
             return;
         }
         let completed = state.phase == Phase::Completed;
@@ -393,21 +413,21 @@ impl Copy {
         }
         let status = self.status();
         log_limited!(COPY_LOG, Info, "{} to {}: {}", self.name, status.target, status.state);
-        self.shared.ended(self, status.clone());
+        self.shared.record_end(self, status.clone());
         self.shared.events.send(Event::CopyEnded(status));
     }
 
-    /// Clusters of it are to be read yet.
+    /// Whether the copier still has clusters to read.
     pub(super) fn needs_image(&self) -> bool {
         self.shared.delaying.load(Ordering::SeqCst) == self.number
     }
 
     fn stop_delaying(&self) {
-        // Another copy's number stays.
+        // Only this copy's number is cleared, not another copy's.
         let _ = self.shared.delaying.compare_exchange(self.number, 0, Ordering::SeqCst, Ordering::SeqCst);
     }
 
-    /// For operators.
+    /// The copy's state for operators.
     pub(super) fn status(&self) -> CopyStatus {
         let state = self.lock();
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -415,7 +435,7 @@ impl Copy {
         CopyStatus {
             copy: self.name.clone(),
             target: self.target.path.display().to_string(),
-            state: state.phase.word().into(),
+            state: state.phase.name().into(),
             total_bytes: self.size,
             done_bytes: load(&self.done).saturating_mul(self.cluster).min(self.size),
             saved_before_write_bytes: load(&self.saved_before_write),
@@ -423,7 +443,7 @@ impl Copy {
             scratch_bytes: if state.phase.is_over() { 0 } else { load(&self.scratch) },
             instant: state.instant.map(|instant| instant.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()),
             seconds: took.unwrap_or_default().as_secs_f64(),
-            slowed_seconds: state.waited().as_secs_f64(),
+            slowed_seconds: state.total_wait().as_secs_f64(),
             sha256: state.sha256.clone(),
             error: state.error.clone(),
             ending: false,

@@ -1,7 +1,10 @@
-//! Whose the image is while a copy reads it. What another host writes passes by our rings, and a block of it that was not
-//! saved yet would be in the copy. So a running copy keeps the image when its last user here lets go: a guest that was
-//! reset soon comes back. One that has moved waits for it at its target, and no copy makes a guest wait for longer than it
-//! would at a write; then the copy fails. Where there was no guest nobody waits, and the copy keeps the image to its end.
+//! Keeps the image activated while a copy reads it, so that no other host changes it. Another host's write does not pass
+//! through our virtqueues, so a block that it changed before the block was saved would be wrong in the copy. A running copy
+//! therefore keeps the image when its last user here releases it.
+//!
+//! For how long depends on who used the image. A guest that was reset soon comes back. A guest that was migrated waits for
+//! the image on its new host, and a copy makes a guest wait there no longer than it may delay a write; after that the copy
+//! fails. If no guest used the image, none waits for it, and the copy keeps it to the copy's end.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -12,10 +15,10 @@ use std::time::{Duration, Instant};
 use super::{Copy, Shared};
 use crate::backend::Backend;
 
-/// How soon an image is given free after the copy.
-const LOOK: Duration = Duration::from_millis(20);
+/// How often a lease checks whether its copy still needs the image.
+const COPY_CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Who has the image.
+/// Whether a copy keeps the image that its users have released.
 #[derive(Default)]
 pub(super) struct ImageLease {
     state: Mutex<State>,
@@ -24,11 +27,12 @@ pub(super) struct ImageLease {
 
 #[derive(Default)]
 struct State {
-    /// Its last user has a guest.
+    /// The image's last user is, or was, a guest.
     guest: bool,
-    /// Its users have gone, and a copy keeps it. The number of this time, so that a thread knows its own.
-    kept: Option<u64>,
-    times: u64,
+    /// The lease's number while a copy keeps the image that its users have released. The number lets the lease's thread
+    /// recognize its own lease.
+    lease: Option<u64>,
+    last_lease: u64,
 }
 
 impl ImageLease {
@@ -36,68 +40,70 @@ impl ImageLease {
         self.state.lock().expect("no panic while held")
     }
 
-    /// [`Backend::activate`].
+    /// [`Backend::activate`], unless a copy has kept the image activated.
     pub(super) fn activate(&self, image: &dyn Backend) -> io::Result<()> {
         let mut state = self.lock();
-        if !self.back(&mut state) {
+        if !self.end_lease(&mut state) {
             image.activate()?;
         }
         state.guest = true;
         Ok(())
     }
 
-    /// [`Backend::activate_for_hold`].
+    /// [`Backend::activate_for_hold`], unless a copy has kept the image activated.
     pub(super) fn activate_for_hold(&self, image: &dyn Backend) -> io::Result<bool> {
         let mut state = self.lock();
-        if self.back(&mut state) {
+        if self.end_lease(&mut state) {
             return Ok(true);
         }
         state.guest = false;
         image.activate_for_hold()
     }
 
-    /// Whether a copy had kept it.
-    fn back(&self, state: &mut State) -> bool {
-        let kept = state.kept.take().is_some();
+    /// The image has a user again: ends the lease. Returns whether there was one.
+    fn end_lease(&self, state: &mut State) -> bool {
+        let was_leased = state.lease.take().is_some();
         self.changed.notify_all();
-        kept
+        was_leased
     }
 
-    /// [`Backend::deactivate`]: at once, or when the copy of `shared` lets go.
+    /// [`Backend::deactivate`]: at once, or when the running copy of `shared` no longer needs the image.
     pub(super) fn deactivate(self: &Arc<Self>, image: &Arc<dyn Backend>, shared: &Shared) {
         let mut state = self.lock();
         let copy = shared.running(shared.delaying.load(Ordering::SeqCst)).filter(|_| image.gives_way());
         let Some(copy) = copy else { return image.deactivate() };
-        state.times += 1;
-        let time = state.times;
-        state.kept = Some(time);
+        state.last_lease += 1;
+        let number = state.last_lease;
+        state.lease = Some(number);
         let timeout = state.guest.then_some(shared.tuning.timeout);
-        let (keep, theirs, its) = (Arc::clone(self), Arc::downgrade(image), Arc::clone(&copy));
-        let work = move || keep.wait(&theirs, &its, time, timeout);
-        if let Err(error) = thread::Builder::new().name("copy-keep".into()).spawn(work) {
-            state.kept = None;
+        let (lease, weak_image, leasing_copy) = (Arc::clone(self), Arc::downgrade(image), Arc::clone(&copy));
+        let work = move || lease.wait(&weak_image, &leasing_copy, number, timeout);
+        if let Err(error) = thread::Builder::new().name("copy-lease".into()).spawn(work) {
+            state.lease = None;
             copy.fail(format!("no thread to keep the image for it ({error}); raise the daemon's limits"));
             image.deactivate();
         }
     }
 
-    fn wait(&self, image: &Weak<dyn Backend>, copy: &Copy, time: u64, timeout: Option<Duration>) {
+    /// Waits until the image has a user again, the copy no longer needs it, or `timeout` has passed; deactivates the image
+    /// in the last two cases.
+    fn wait(&self, image: &Weak<dyn Backend>, copy: &Copy, number: u64, timeout: Option<Duration>) {
         let start = Instant::now();
         let mut state = self.lock();
-        while state.kept == Some(time) && copy.needs_image() {
+        while state.lease == Some(number) && copy.needs_image() {
             if timeout.is_some_and(|timeout| start.elapsed() > timeout) {
                 copy.fail(
-                    "the guest has left, and may go on elsewhere, where its writes would not be seen. Take the copy again \
-                     where it is"
+                    "the guest has left and may run on another host, where this daemon cannot see its writes; take the \
+                     copy again there"
                         .into(),
                 );
                 break;
             }
-            state = self.changed.wait_timeout(state, LOOK).expect("no panic while held").0;
+            state = self.changed.wait_timeout(state, COPY_CHECK_INTERVAL).expect("no panic while held").0;
         }
-        if state.kept == Some(time) {
-            state.kept = None;
-            // One that was closed meanwhile is nobody's.
+        if state.lease == Some(number) {
+            state.lease = None;
+            // An image that was closed meanwhile needs no deactivation.
             if let Some(image) = image.upgrade() {
                 image.deactivate();
             }

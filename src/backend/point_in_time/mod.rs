@@ -1,27 +1,28 @@
 //! The daemon's point-in-time copy: a back-end in front of another that can copy the image of one instant while the
-//! guest goes on writing. A block about to be overwritten is saved first (copy before write).
+//! guest continues to write. The old data of a block is saved before a write overwrites it (copy before write).
 //!
-//! No copy: an op costs a slot's number, and one that changes the image a look at one atomic. During a copy an op that
-//! changes clusters (64 KiB, more for images over 32 TiB) not saved yet waits in its ring's `queue` until the `copier` has read them; nothing
-//! else waits. Old data goes to the `writer` in memory, at most 32 MiB of it; with a `scratch`, what the guest's
-//! writes wait for goes to a local file first while the writer is slow. The copy never harms the guest: if
-//! anything of it fails, or makes a write wait too long, the copy fails and every delayed op goes on.
+//! Without a copy, an op costs one shifted id, and an op that changes the image also one atomic load. During a copy, an
+//! op that changes unsaved clusters waits in its virtqueue's queue (`queue`) until the thread of `copier` has read them;
+//! no other op waits. A cluster is 64 KiB, more for images over 32 TiB. Old data goes in memory to the thread that writes
+//! the target (`target_thread`), at most 32 MiB of it. With a `scratch`, old data that the guest's writes wait for goes to
+//! a local file first while the target is slow. The copy never harms the guest: if any part of it fails, or it makes a
+//! write wait too long, the copy fails and every delayed op continues.
 //!
 //! Why the copy equals the image at the instant: `start` is called while the disk is held and quiet, and refuses if any
-//! change is in flight; from then on a cluster whose bit is clear is changed by nobody; its bit is set only when its
-//! old data is in memory; and what the copier reads has its bit clear. Another host's guest could change it without all
-//! that, so a running copy keeps the image from others (`keep`).
+//! change is in flight. From then on, no op here changes a cluster whose bit is clear. The bit is set only when the
+//! cluster's old data is in memory, and the copier reads only clusters whose bit is clear. Another host's guest could
+//! change the image past these checks, so a running copy keeps the image from other hosts (`image_lease`).
 
 mod bitmap;
 mod copier;
 mod copy;
 mod image_lease;
-mod notes;
-mod order;
 mod queue;
 mod scratch;
 mod scratch_thread;
 mod target;
+mod target_handle;
+mod target_reports;
 mod target_thread;
 
 use std::collections::{BTreeSet, VecDeque};
@@ -42,83 +43,84 @@ use crate::base::sync::reused;
 use crate::disk::{Copies, CopyError, CopyOptions, CopyStatus, Events};
 use copy::{Copy, Phase};
 use image_lease::ImageLease;
-use order::{Liveness, TargetLinks, TargetOrder};
 use queue::DelayingQueue;
 use scratch::Scratches;
+use target_handle::{Liveness, TargetHandle, TargetLinks};
 
-/// Copies that ended and are remembered.
+/// The most ended copies that the status lists.
 const MAX_ENDED: usize = 8;
 
-/// Copies that ended and whose threads have not, because the image or a target hangs, at most.
+/// The most ended copies whose threads still run, because the image or a target hangs.
 const MAX_ENDING: usize = 4;
 
-/// How long callers wait for a target's filesystem.
+/// How long a caller waits for the file system of a target or scratch.
 const TARGET_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What the copier does wrong on purpose, so that tests show that they would notice.
+/// A deliberate defect, with which tests show that they detect it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mutant {
     /// No write is ever delayed.
     SavesNothing,
     /// Discards and write-zeroes are never delayed.
     ForgetsRanges,
-    /// A write goes on when its clusters' read was started, not when it is over.
+    /// A write continues when the read of its clusters has started, not when it is complete.
     ReleasesEarly,
     /// A hole is punched in the scratch before the data there is read back.
     PunchesFirst,
 }
 
-/// What is about to be done to the target or the scratch.
+/// A step of the target's or the scratch's thread, for a [`TargetHook`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Writing some clusters.
+    /// Writes some clusters to the target.
     Write,
-    /// Syncing it.
+    /// Syncs the target.
     Sync,
-    /// Giving it its name.
+    /// Gives the target its final name.
     Publish,
-    /// Storing old data in the scratch.
+    /// Stores old data in the scratch.
     Store,
-    /// Reading it back.
+    /// Reads old data back from the scratch.
     Load,
 }
 
-/// Called by the thread of the target or the scratch before each step; it may sleep, and its error is the step's.
+/// Called by the thread of the target or the scratch before each step. It may sleep; if it returns an error, the step fails
+/// with that error.
 pub type TargetHook = Arc<dyn Fn(Step) -> io::Result<()> + Send + Sync>;
 
-/// A directory that copies may go to in the sandbox, as it was when the daemon started.
+/// A directory that the sandbox lets copies go to, as it was when the daemon started.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CopyDirectory {
-    /// As the operator named it.
+    /// The path as the operator wrote it.
     pub path: PathBuf,
-    /// Its device and inode; or, in words, why it could not be opened.
+    /// The directory's device and inode, or a text that says why it could not be opened.
     pub at_start: Result<(u64, u64), String>,
 }
 
-/// Where old data may go first, while the target is too slow to take it.
+/// The scratch: where old data may go first while the target is too slow to take it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ScratchOptions {
-    /// A file without a name is made here for each copy.
+    /// The directory in which each copy creates a file without a name.
     pub directory: PathBuf,
-    /// Bytes that one file holds at most.
+    /// The most bytes that one scratch file holds.
     pub size: u64,
 }
 
-/// What tests change, and what is known of the surroundings.
+/// Options that the daemon sets, and settings that only tests change.
 #[derive(Clone)]
 pub struct Tuning {
-    /// How long a write may be delayed before the copy is given up (longer by a second for each 32 MiB). A discard
-    /// waits a fifth of this and is then left undone.
+    /// How long a write may be delayed before the copy fails (longer by a second for each 32 MiB). A discard waits a
+    /// fifth of this and is then skipped.
     pub timeout: Duration,
-    /// Bytes of old data in memory at most, give or take a read.
+    /// The most bytes of old data in memory. May be exceeded by one read.
     pub memory: usize,
-    /// A slow or failing target.
+    /// For tests: makes the target or the scratch slow or failing.
     pub hook: Option<TargetHook>,
-    /// A defect.
+    /// For tests: the defect to have.
     pub mutant: Option<Mutant>,
-    /// Where copies may go, as the sandbox has it; for messages only.
+    /// The directories that the sandbox lets copies go to. Only for error messages.
     pub directories: Arc<[CopyDirectory]>,
-    /// A local place for old data.
+    /// The scratch for old data; `None`: no scratch.
     pub scratch: Option<ScratchOptions>,
 }
 
@@ -136,26 +138,27 @@ impl Default for Tuning {
 }
 
 impl Tuning {
+    /// Calls the hook, if there is one, before `step`.
     fn step(&self, step: Step) -> io::Result<()> {
         self.hook.as_ref().map_or(Ok(()), |hook| hook(step))
     }
 }
 
-/// A back-end of which copies can be made. Wraps any other; dropping it cancels a copy and removes its partial file.
+/// A back-end that wraps another and can copy its image. Dropping it cancels a running copy and removes its partial file.
 pub struct PointInTime {
     image: Arc<dyn Backend>,
     shared: Arc<Shared>,
-    keep: Arc<ImageLease>,
-    /// By a copy's number: its copier has, or had, the image open; disconnected when it let go.
+    lease: Arc<ImageLease>,
+    /// By copy number: a channel that its copier disconnects when it has closed its queue of the image.
     copiers: Mutex<Vec<(u64, Receiver<()>)>>,
-    /// By a copy's number: its target, also one that could not be created.
+    /// By copy number: whether threads still use its target. Includes targets that could not be created.
     targets: Mutex<Vec<(u64, Liveness)>>,
     scratches: Scratches,
 }
 
-/// What the rings' queues and the copies have in common.
+/// The state that the virtqueues' queues and the copies share.
 struct Shared {
-    /// The number of the copy that delays writes; 0: none.
+    /// The number of the copy that delays ops; 0: none.
     delaying: AtomicU64,
     events: Arc<Events>,
     tuning: Tuning,
@@ -164,39 +167,42 @@ struct Shared {
 
 #[derive(Default)]
 struct Registry {
-    last: u64,
+    last_number: u64,
+    /// The one copy that is prepared or running.
     current: Option<Arc<Copy>>,
-    /// Copies that nothing stops any more, since they get their names, or are over and not cleared up. They hinder no other.
+    /// Copies that can no longer be cancelled because they get their names, and copies that are over but not cleaned up.
+    /// They do not keep another copy from being made.
     finishing: Vec<Arc<Copy>>,
-    /// One is being made.
+    /// A copy is being prepared, without the lock.
     preparing: bool,
+    /// The last copies that are over and cleaned up.
     ended: VecDeque<(CopyStatus, Liveness)>,
-    /// Changes in flight, a counter a queue.
+    /// One counter for each queue: its ops in flight that change the image.
     changes: Vec<Weak<AtomicU64>>,
-    /// The daemon ends.
+    /// The daemon ends; no new copy is taken.
     closed: bool,
 }
 
 impl PointInTime {
-    /// Wraps `image`. The end of each copy is reported to `events`.
+    /// Wraps `image`. `events` receives an event at the end of each copy.
     pub fn new(image: Arc<dyn Backend>, events: Arc<Events>) -> Self {
         Self::with_tuning(image, events, Tuning::default())
     }
 
-    /// The same, with other choices.
+    /// Wraps `image` with settings other than the default ones.
     pub fn with_tuning(image: Arc<dyn Backend>, events: Arc<Events>, tuning: Tuning) -> Self {
         let shared = Shared { delaying: AtomicU64::new(0), events, tuning, registry: Mutex::default() };
         PointInTime {
             image,
             shared: Arc::new(shared),
-            keep: Arc::default(),
+            lease: Arc::default(),
             copiers: Mutex::default(),
             targets: Mutex::default(),
             scratches: Scratches::default(),
         }
     }
 
-    /// Cancels the copy there is and takes no more. At the daemon's orderly end.
+    /// Cancels the current copy and refuses new ones. Called at the daemon's orderly end.
     pub fn close(&self) {
         let current = {
             let mut registry = self.shared.lock();
@@ -206,24 +212,26 @@ impl PointInTime {
         if let Some(copy) = current
             && copy.end(Phase::Cancelled, None)
         {
-            copy.clear_up();
+            copy.clean_up();
         }
     }
 
-    /// Makes the copy's other threads, ready to start.
+    /// Starts the copy's thread for the image and the one for reports of the target. They wait for the copy's start.
     fn start_threads(&self, copy: &Arc<Copy>, links: TargetLinks) -> io::Result<()> {
-        let TargetLinks { jobs, notes, publish } = links;
+        let TargetLinks { jobs, reports, publish } = links;
         let (ready, is_ready) = mpsc::sync_channel(1);
         let (open, closed) = mpsc::channel();
         let scratch = self.scratches.start(copy);
-        let (image, copier_copy, notes_copy) = (Arc::clone(&self.image), Arc::clone(copy), Arc::clone(copy));
-        thread::Builder::new().name("copy-notes".into()).spawn(move || notes::run(&notes_copy, &notes, &publish))?;
+        let (image, copier_copy, reports_copy) = (Arc::clone(&self.image), Arc::clone(copy), Arc::clone(copy));
+        thread::Builder::new()
+            .name("copy-reports".into())
+            .spawn(move || target_reports::run(&reports_copy, &reports, &publish))?;
         reused::spawn("copy-image".into(), move || copier::run(image, copier_copy, jobs, scratch, ready, open))?;
         self.copiers.lock().expect("no panic while held").push((copy.number, closed));
         is_ready.recv().unwrap_or_else(|_| Err(io::Error::other("its thread ended")))
     }
 
-    /// The next copy's number, if there may be one.
+    /// Returns the number for a new copy, unless another is under way or too many hang.
     fn reserve(&self) -> Result<u64, CopyError> {
         let mut registry = self.shared.lock();
         if registry.closed {
@@ -255,32 +263,33 @@ impl PointInTime {
             )));
         }
         registry.preparing = true;
-        registry.last += 1;
-        Ok(registry.last)
+        registry.last_number += 1;
+        Ok(registry.last_number)
     }
 
     fn make(&self, number: u64, options: &CopyOptions) -> Result<Arc<Copy>, CopyError> {
         let size = self.geometry().size;
-        let lacking = |error: io::Error| CopyError {
+        let no_resources = |error: io::Error| CopyError {
             code: "resources",
             message: format!("no thread or descriptor for the copy ({error}); raise the daemon's limits"),
         };
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| lacking(error.into()))?;
+        let wake =
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| no_resources(error.into()))?;
         let saved = Copy::bitmap(size).map_err(|error| CopyError {
             code: "resources",
             message: format!("no memory to copy an image of {size} bytes ({error}); give the daemon more"),
         })?;
         let started = |liveness| self.targets.lock().expect("no panic while held").push((number, liveness));
-        let (target, links) = TargetOrder::create(options, size, &self.shared.tuning, started)?;
+        let (target, links) = TargetHandle::create(options, size, &self.shared.tuning, started)?;
         let copy = Arc::new(Copy::new(number, size, options, target, wake, Arc::clone(&self.shared), saved));
         self.start_threads(&copy, links).map_err(|error| {
             copy.abandon();
-            lacking(error)
+            no_resources(error)
         })?;
         Ok(copy)
     }
 
-    /// How many copies have ended, or never began, and still wait for the image or a target.
+    /// How many copies are over, or never started, and still have a thread that waits for the image or a target.
     fn count_ending(&self, registry: &Registry) -> usize {
         let mut copiers = self.copiers.lock().expect("no panic while held");
         copiers.retain(|(_, ended)| ended.try_recv() != Err(TryRecvError::Disconnected));
@@ -288,17 +297,17 @@ impl PointInTime {
         targets.retain(|(_, liveness)| liveness.is_alive());
         let alive = copiers.iter().map(|(number, _)| *number).chain(targets.iter().map(|(number, _)| *number));
         let known = || registry.current.iter().chain(&registry.finishing);
-        let runs = |number| known().any(|copy| copy.number == number && !copy.phase().is_over());
-        alive.collect::<BTreeSet<_>>().into_iter().filter(|&number| !runs(number)).count()
+        let is_running = |number| known().any(|copy| copy.number == number && !copy.phase().is_over());
+        alive.collect::<BTreeSet<_>>().into_iter().filter(|&number| !is_running(number)).count()
     }
 }
 
 impl Drop for PointInTime {
-    /// Returns when no copier has the image open any more.
+    /// Returns when every copier has closed its queue of the image.
     fn drop(&mut self) {
         self.close();
         for (_, closed) in self.copiers.get_mut().expect("no panic while held").drain(..) {
-            // Nothing is ever sent: this waits for the other end to go.
+            // The copier sends nothing: this waits until it drops its end.
             let _ = closed.recv();
         }
     }
@@ -309,19 +318,20 @@ impl Shared {
         self.registry.lock().expect("no panic while held")
     }
 
-    /// A new queue's counter of changes in flight.
-    fn count(&self, changes: &Arc<AtomicU64>) {
+    /// Adds a new queue's counter of ops in flight that change the image.
+    fn add_change_counter(&self, changes: &Arc<AtomicU64>) {
         let mut registry = self.lock();
         registry.changes.retain(|counter| counter.strong_count() > 0);
         registry.changes.push(Arc::downgrade(changes));
     }
 
+    /// The current copy, if it has this number.
     fn running(&self, number: u64) -> Option<Arc<Copy>> {
         self.lock().current.clone().filter(|copy| copy.number == number)
     }
 
-    /// A copy is cleared up.
-    fn ended(&self, copy: &Copy, status: CopyStatus) {
+    /// Moves a copy that is cleaned up to the list of ended ones.
+    fn record_end(&self, copy: &Copy, status: CopyStatus) {
         let mut registry = self.lock();
         if registry.current.as_ref().is_some_and(|current| current.number == copy.number) {
             registry.current = None;
@@ -340,9 +350,9 @@ impl Registry {
         known.find(|copy| copy.name == name && !copy.phase().is_over()).ok_or_else(|| {
             let message = match self.ended.iter().find(|(ended, _)| ended.copy == name) {
                 Some((ended, _)) => {
-                    format!("{name} has ended already ({}); 'virtioblkctl copies' tells how", ended.state)
+                    format!("{name} has already ended ({}); 'virtioblkctl copies' shows how", ended.state)
                 }
-                None => "there is no copy of this name; 'virtioblkctl copies' names them".into(),
+                None => "there is no copy of this name; 'virtioblkctl copies' lists them".into(),
             };
             CopyError { code: "no-such-copy", message }
         })
@@ -356,7 +366,7 @@ fn busy(message: impl Into<String>) -> CopyError {
 impl Copies for PointInTime {
     fn prepare(&self, options: &CopyOptions) -> Result<String, CopyError> {
         let number = self.reserve()?;
-        // Without the lock: a ring that starts meanwhile must not wait for the target's filesystem.
+        // Without the lock: a virtqueue that starts meanwhile must not wait for the target's file system.
         let made = self.make(number, options);
         let mut registry = self.shared.lock();
         registry.preparing = false;
@@ -375,7 +385,7 @@ impl Copies for PointInTime {
         let registry = self.shared.lock();
         let copy = registry.find(copy)?;
         if copy.phase() != Phase::Prepared {
-            return Err(busy(format!("{} was started already", copy.name)));
+            return Err(busy(format!("{} has already been started; wait for its end or cancel it", copy.name)));
         }
         let size = self.geometry().size;
         if size != copy.size {
@@ -389,7 +399,7 @@ impl Copies for PointInTime {
         let in_flight =
             || registry.changes.iter().filter_map(Weak::upgrade).map(|count| count.load(Ordering::SeqCst)).sum();
         if !copy.begin(in_flight) {
-            return Err(busy("a write is in flight: the disk is not held still. Quiesce it first"));
+            return Err(busy("a write is in flight, so the disk is not quiesced; quiesce it first"));
         }
         log_limited!(COPY_LOG, Info, "{} to {} started", copy.name, copy.target.path.display());
         Ok(())
@@ -398,9 +408,9 @@ impl Copies for PointInTime {
     fn cancel(&self, copy: &str) -> Result<(), CopyError> {
         let copy = Arc::clone(self.shared.lock().find(copy)?);
         if !copy.end(Phase::Cancelled, None) {
-            return Err(busy(format!("{} is complete, or ends just now; query-copies tells how", copy.name)));
+            return Err(busy(format!("{} is complete or just ending; query-copies shows how it ended", copy.name)));
         }
-        copy.clear_up();
+        copy.clean_up();
         Ok(())
     }
 
@@ -438,14 +448,14 @@ impl Layer for PointInTime {
     }
 
     fn activate_layer(&self) -> io::Result<()> {
-        self.keep.activate(&*self.image)
+        self.lease.activate(&*self.image)
     }
 
     fn activate_layer_for_hold(&self) -> io::Result<bool> {
-        self.keep.activate_for_hold(&*self.image)
+        self.lease.activate_for_hold(&*self.image)
     }
 
     fn deactivate_layer(&self) {
-        self.keep.deactivate(&self.image, &self.shared);
+        self.lease.deactivate(&self.image, &self.shared);
     }
 }

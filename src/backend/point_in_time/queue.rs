@@ -1,4 +1,4 @@
-//! A ring's queue with the copy in front of it: ops that would destroy what is not saved yet wait here.
+//! A virtqueue's queue with the copy in front of it: ops that would overwrite unsaved data wait here.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -13,50 +13,56 @@ use super::{Mutant, Shared};
 use crate::backend::mailbox::Mailbox;
 use crate::backend::{BlockingCall, Caller, Completion, IoQueue, Op, OpId, Source, Wakeups};
 
-/// A delayed op may wait this much longer for each [`EXTRA_DELAY_BYTES`] bytes: a long range needs time to be saved.
+/// How much longer a delayed op may wait for each [`EXTRA_DELAY_BYTES`] bytes of it, because a long range needs time to be
+/// saved.
 const EXTRA_DELAY: Duration = Duration::from_secs(1);
+
+/// The number of bytes for which a delayed op may wait [`EXTRA_DELAY`] longer.
 const EXTRA_DELAY_BYTES: u64 = 32 << 20;
 
-/// See [`super::PointInTime`]. Towards the inner queue an op's name says, too, whether it changes the image.
+/// The queue of a [`super::PointInTime`]. The id under which it passes an op to the inner queue also says whether the op
+/// changes the image.
 pub(super) struct DelayingQueue {
     inner: Box<dyn IoQueue>,
     shared: Arc<Shared>,
     mailbox: Arc<Mailbox<u64>>,
-    /// Ops taken and not reaped, and how many may be.
+    /// Ops that were pushed and not reaped.
     live: usize,
+    /// The most ops that may be live.
     depth: usize,
-    /// Ops taken that change the image and have not completed. Written by this thread alone.
+    /// Pushed ops that change the image and have not completed. Only this thread writes it.
     changes: Arc<AtomicU64>,
-    /// The copy seen last.
+    /// The copy for which an op was last checked.
     copy: Weak<Copy>,
     copy_number: u64,
     last_ticket: u64,
+    /// By ticket: the ops that wait for the copy.
     delayed: HashMap<u64, Delayed>,
-    /// Delayed no more, and the inner queue was full.
+    /// Ops that no longer wait for the copy, but that the inner queue had no room for.
     released: VecDeque<(Op, OpId)>,
-    /// Completed and not yet reaped by the caller.
+    /// Completions that the caller has not reaped.
     ready: Vec<Completion>,
 }
 
-/// The name of an op towards the inner queue.
-fn inner_name(id: OpId, changes: bool) -> OpId {
+/// The id under which the inner queue gets an op.
+fn inner_id(id: OpId, changes: bool) -> OpId {
     OpId(id.0 << 1 | u64::from(changes))
 }
 
+/// An op that waits until the copy has saved the clusters that it changes.
 struct Delayed {
     op: Op,
-    /// Towards the inner queue.
-    name: OpId,
+    inner_id: OpId,
     deadline: Instant,
 }
 
 impl DelayingQueue {
-    /// Errors: no file descriptor left.
+    /// Fails when no file descriptor is left.
     pub(super) fn new(mut inner: Box<dyn IoQueue>, depth: usize, shared: Arc<Shared>) -> io::Result<Self> {
         let mailbox = Arc::new(Mailbox::new()?);
         inner.watch(Source::Copy, mailbox.as_fd())?;
         let changes = Arc::new(AtomicU64::new(0));
-        shared.count(&changes);
+        shared.add_change_counter(&changes);
         Ok(DelayingQueue {
             inner,
             shared,
@@ -73,13 +79,14 @@ impl DelayingQueue {
         })
     }
 
-    /// One op that changes the image more, or less. SeqCst where it matters: see [`Copy::begin`].
-    fn count(&self, change: i64) {
+    /// Counts one more (`1`) or one fewer (`-1`) op that changes the image. An increment is SeqCst, which
+    /// [`Copy::begin`] needs.
+    fn count_change(&self, change: i64) {
         let now = self.changes.load(Ordering::Relaxed).wrapping_add_signed(change);
         self.changes.store(now, if change > 0 { Ordering::SeqCst } else { Ordering::Release });
     }
 
-    /// Whether an op of these bytes waits for the copy; then its ticket is `last_ticket`.
+    /// Whether an op that changes these bytes must wait for the copy of this number. If so, its ticket is `last_ticket`.
     fn must_wait(&mut self, number: u64, changed: Range<u64>) -> bool {
         if self.copy_number != number {
             let Some(copy) = self.shared.running(number) else { return false };
@@ -90,68 +97,69 @@ impl DelayingQueue {
         copy.must_wait(changed, self.last_ticket, &self.mailbox)
     }
 
-    fn delay(&mut self, op: Op, name: OpId, len: u64) {
+    fn delay(&mut self, op: Op, inner_id: OpId, len: u64) {
         let timeout = self.shared.tuning.timeout;
         let timeout = match op {
-            // Advice: after a while it is well done by not doing it.
+            // A discard is only advice: it may be skipped, so it need not wait as long.
             Op::Discard { .. } => timeout / 5,
             _ => timeout + EXTRA_DELAY.mul_f64(len as f64 / EXTRA_DELAY_BYTES as f64),
         };
-        self.delayed.insert(self.last_ticket, Delayed { op, name, deadline: Instant::now() + timeout });
+        self.delayed.insert(self.last_ticket, Delayed { op, inner_id, deadline: Instant::now() + timeout });
     }
 
-    /// Starts the ops whose clusters are saved.
-    fn open_mail(&mut self) {
+    /// Passes the ops whose clusters are saved to the inner queue.
+    fn start_released(&mut self) {
         for ticket in self.mailbox.take() {
-            // Not there: it was a discard that waited too long.
-            if let Some(Delayed { op, name, .. }) = self.delayed.remove(&ticket) {
-                self.released.push_back((op, name));
+            // A ticket without an op is of a discard that waited too long and was skipped.
+            if let Some(Delayed { op, inner_id, .. }) = self.delayed.remove(&ticket) {
+                self.released.push_back((op, inner_id));
             }
         }
-        while let Some((op, name)) = self.released.pop_front() {
-            if let Err(op) = self.inner.push(op, name) {
-                self.released.push_front((op, name));
+        while let Some((op, inner_id)) = self.released.pop_front() {
+            if let Err(op) = self.inner.push(op, inner_id) {
+                self.released.push_front((op, inner_id));
                 return;
             }
         }
     }
 
-    /// Nothing of the guest's waits longer than it may: discards are skipped; for anything else the copy is given up.
-    fn expire(&mut self) {
+    /// Ends the waits whose deadline has passed: a discard is skipped; for any other op the copy fails, which releases it.
+    fn expire_delays(&mut self) {
         let now = Instant::now();
         let late: Vec<u64> =
             self.delayed.iter().filter(|(_, op)| op.deadline <= now).map(|(&ticket, _)| ticket).collect();
         for ticket in late {
             let copy = self.copy.upgrade();
             if let Op::Discard { offset, len } = self.delayed[&ticket].op {
-                log::debug!("a discard of {len} bytes at {offset} is left undone: a copy has not saved them yet");
+                log::debug!("a discard of {len} bytes at {offset} is skipped: a copy has not saved them in time");
                 if let Some(copy) = copy {
                     copy.forget(ticket, &self.mailbox);
                 }
-                let Delayed { name, .. } = self.delayed.remove(&ticket).expect("looked at just now");
-                let mut done = Completion { id: name, result: Ok(()), buf: None };
-                self.finished(&mut done);
+                let Delayed { inner_id, .. } = self.delayed.remove(&ticket).expect("found just now");
+                let mut done = Completion { id: inner_id, result: Ok(()), buf: None };
+                self.finish_op(&mut done);
                 self.ready.push(done);
             } else if let Some(copy) = copy {
                 copy.fail(format!(
-                    "a write of the guest waited {:?} for old data to be saved, and was let go: the target or the image \
-                     is too slow; use a faster target",
+                    "a write of the guest waited {:?} for old data to be saved and then went ahead: the target or the \
+                     image is too slow; use a faster target",
                     self.shared.tuning.timeout
                 ));
             }
         }
     }
 
-    /// An op is over, and its completion gets the name that the caller knows.
-    fn finished(&mut self, completion: &mut Completion) {
-        let name = completion.id.0;
-        completion.id = OpId(name >> 1);
-        if name & 1 != 0 {
-            self.count(-1);
+    /// Counts an op as done and gives its completion the id that the caller knows.
+    fn finish_op(&mut self, completion: &mut Completion) {
+        let inner_id = completion.id.0;
+        completion.id = OpId(inner_id >> 1);
+        if inner_id & 1 != 0 {
+            self.count_change(-1);
         }
         self.live -= 1;
     }
 
+    /// Reaps the inner queue into `ready`.
     fn collect(&mut self) {
         let mut out = std::mem::take(&mut self.ready);
         self.reap_into(&mut out);
@@ -161,15 +169,16 @@ impl DelayingQueue {
     fn reap_into(&mut self, out: &mut Vec<Completion>) {
         let first = out.len();
         self.inner.reap(out);
-        out[first..].iter_mut().for_each(|completion| self.finished(completion));
+        out[first..].iter_mut().for_each(|completion| self.finish_op(completion));
     }
 
-    /// `wait` while something is delayed: let it go when it may, and let the caller wait for the rest.
+    /// [`IoQueue::wait`] while ops are delayed: starts those that are released, and returns when there is something for
+    /// the caller.
     fn wait_delayed(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         let end = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         loop {
-            self.open_mail();
-            self.expire();
+            self.start_released();
+            self.expire_delays();
             self.collect();
             let next = self.delayed.values().map(|op| op.deadline).chain(end).min();
             let left = match next {
@@ -177,7 +186,7 @@ impl DelayingQueue {
                 next => next.map(|next| next.saturating_duration_since(Instant::now())),
             };
             let wakeups = self.inner.wait(left)?;
-            self.open_mail();
+            self.start_released();
             if wakeups.copy {
                 self.inner.submit()?;
             }
@@ -192,7 +201,7 @@ impl DelayingQueue {
 
 impl IoQueue for DelayingQueue {
     fn push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
-        debug_assert!(id.0 < 1 << 63, "the contract");
+        debug_assert!(id.0 < 1 << 63, "the contract of OpId");
         if self.live == self.depth {
             return Err(op);
         }
@@ -202,27 +211,27 @@ impl IoQueue for DelayingQueue {
             Op::Discard { offset, len } | Op::WriteZeroes { offset, len, .. } => Some(*offset..*offset + *len),
         };
         let changes = changed.is_some();
-        let name = inner_name(id, changes);
+        let inner_id = inner_id(id, changes);
         if let Some(changed) = changed {
-            // Before the look: a copy that starts now sees this op, or this op sees the copy.
-            self.count(1);
+            // Before `delaying` is loaded: either a copy that starts now sees this op, or this op sees the copy.
+            self.count_change(1);
             let copy = self.shared.delaying.load(Ordering::SeqCst);
             let forgets = self.shared.tuning.mutant == Some(Mutant::ForgetsRanges) && !matches!(op, Op::Write { .. });
             let len = changed.end - changed.start;
             if copy != 0 && !forgets && self.must_wait(copy, changed) {
                 self.live += 1;
-                self.delay(op, name, len);
+                self.delay(op, inner_id, len);
                 return Ok(());
             }
         }
-        match self.inner.push(op, name) {
+        match self.inner.push(op, inner_id) {
             Ok(()) => {
                 self.live += 1;
                 Ok(())
             }
             Err(op) => {
                 if changes {
-                    self.count(-1);
+                    self.count_change(-1);
                 }
                 Err(op)
             }
@@ -231,8 +240,8 @@ impl IoQueue for DelayingQueue {
 
     fn submit(&mut self) -> io::Result<()> {
         if !self.delayed.is_empty() || !self.released.is_empty() {
-            self.open_mail();
-            self.expire();
+            self.start_released();
+            self.expire_delays();
         }
         self.inner.submit()
     }
@@ -244,7 +253,7 @@ impl IoQueue for DelayingQueue {
 
     fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
         if source == Source::Copy {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "this queue has a copy in front of it already"));
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "this queue already has a copy in front of it"));
         }
         self.inner.watch(source, fd)
     }
@@ -279,7 +288,7 @@ impl IoQueue for DelayingQueue {
 }
 
 impl Drop for DelayingQueue {
-    /// What was taken is carried out (clause 3), delayed or not; that takes no longer than an op may be delayed.
+    /// Carries out every pushed op, delayed or not (clause 3). That takes no longer than an op may be delayed.
     fn drop(&mut self) {
         while !self.delayed.is_empty() || !self.released.is_empty() {
             if let Err(error) = self.wait_delayed(Some(Duration::from_secs(1))) {

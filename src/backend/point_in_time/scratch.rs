@@ -1,9 +1,9 @@
-//! The scratch: old data that the guest's writes waited for and the target is too slow to take goes into a local file
-//! (`--scratch`) first. It is taken from there when the target's thread has room.
+//! The scratch: a local file (`--scratch`) that first takes the old data that the guest's writes waited for, while the
+//! target is too slow. The data is read back when the target's thread has room.
 //!
-//! Here is the copier's side: the [`Index`], which says what the file holds, and [`Scratch`], which decides what goes
-//! there. The file belongs to a thread of its own (`scratch_thread`). The copier never waits for that thread: a scratch
-//! that is full, slow, broken or hanging takes nothing more, and the target is waited for as if there were none.
+//! This file is the copier's side: [`Index`] records what the file holds, and [`Scratch`] decides what goes there. The
+//! file itself belongs to a thread of its own (`scratch_thread`). The copier never waits for that thread: a scratch that
+//! is full, slow, broken or hangs takes no more data, and the copier then waits for the target as without a scratch.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Mutex;
@@ -11,96 +11,96 @@ use std::sync::mpsc::Sender;
 
 use super::ScratchOptions;
 use super::copy::Copy;
-use super::order::Liveness;
-use super::scratch_thread::{self, Answer, Command};
+use super::scratch_thread::{self, ScratchCommand, ScratchReply};
+use super::target_handle::Liveness;
 use super::target_thread::Job;
 use crate::backend::IoBuf;
 use crate::base::rate_limit::{COPY_LOG, log_limited};
 
-/// Threads of scratch files at most: if more would wait for their filesystem, it hangs.
+/// The most threads of scratch files, over all copies: if that many are still alive, their file system hangs.
 const MAX_THREADS: usize = 2;
 
-/// What a filesystem allocates at least: room is counted in such blocks.
+/// The unit in which space is counted, because a file system allocates no less.
 const BLOCK: u64 = 4096;
 
-/// Which bytes of the image, as it was at the instant, are in the scratch. They are there at their own offset.
+/// Which bytes of the image, as it was at the instant, are in the scratch. They are at the same offset as in the image.
 struct Index {
-    /// Bytes that may be held.
+    /// The most bytes that the scratch may hold.
     limit: u64,
+    /// The bytes that `extents` occupy, in whole blocks.
     bytes: u64,
-    /// By the first byte.
-    held: BTreeMap<u64, Held>,
-    /// The first bytes of what is stored and nothing reads yet, in the order in which it was stored.
+    /// By offset.
+    extents: BTreeMap<u64, Extent>,
+    /// The offsets of the extents in the file that are not being read back, in the order in which they were stored.
     stored: VecDeque<u64>,
 }
 
-/// Bytes that are in the scratch, or on the way there or back.
+/// A range of bytes that is in the scratch, or on the way there or back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Held {
+struct Extent {
     len: u64,
-    /// What the target's thread is to count.
+    /// The number of clusters that become done when these bytes are written to the target.
     clusters: u64,
-    place: Place,
+    state: ExtentState,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
-    /// Still in memory; the file gets it.
+enum ExtentState {
+    /// In memory, on the way to the file.
     Storing,
     /// In the file.
-    File,
-    /// In the file, and being read back. The hole is punched after that.
+    Stored,
+    /// In the file, and being read back. After that a hole is punched there.
     Loading,
 }
 
 impl Index {
     fn new(limit: u64) -> Self {
-        Index { limit, bytes: 0, held: BTreeMap::new(), stored: VecDeque::new() }
+        Index { limit, bytes: 0, extents: BTreeMap::new(), stored: VecDeque::new() }
     }
 
-    /// Takes room for bytes that are to be stored. False: there is none.
+    /// Reserves space for an extent that is to be stored. Returns `false` when there is no space for it.
     fn reserve(&mut self, offset: u64, len: u64, clusters: u64) -> bool {
-        let room = len.next_multiple_of(BLOCK);
-        if self.bytes + room > self.limit {
+        let space = len.next_multiple_of(BLOCK);
+        if self.bytes + space > self.limit {
             return false;
         }
-        let before = self.held.insert(offset, Held { len, clusters, place: Place::Storing });
+        let before = self.extents.insert(offset, Extent { len, clusters, state: ExtentState::Storing });
         debug_assert!(before.is_none(), "a cluster is saved once");
-        self.bytes += room;
+        self.bytes += space;
         true
     }
 
-    /// The bytes from `offset` on are in the file.
-    fn is_stored(&mut self, offset: u64) {
-        if let Some(held) = self.held.get_mut(&offset) {
-            held.place = Place::File;
+    /// Records that the extent at `offset` is in the file.
+    fn set_stored(&mut self, offset: u64) {
+        if let Some(extent) = self.extents.get_mut(&offset) {
+            extent.state = ExtentState::Stored;
             self.stored.push_back(offset);
         }
     }
 
-    /// The next bytes to read back: where, and how many.
+    /// Chooses the next extent to read back. Returns its offset and length.
     fn load_next(&mut self) -> Option<(u64, u64)> {
         let offset = self.stored.pop_front()?;
-        let held = self.held.get_mut(&offset)?;
-        held.place = Place::Loading;
-        Some((offset, held.len))
+        let extent = self.extents.get_mut(&offset)?;
+        extent.state = ExtentState::Loading;
+        Some((offset, extent.len))
     }
 
-    /// The bytes from `offset` on are not in the file any more, or never came there. Returns the clusters that go with
-    /// them.
+    /// Removes the extent at `offset`, which is no longer in the file or was not stored. Returns its clusters.
     fn remove(&mut self, offset: u64) -> Option<u64> {
-        let held = self.held.remove(&offset)?;
-        self.bytes -= held.len.next_multiple_of(BLOCK);
-        Some(held.clusters)
+        let extent = self.extents.remove(&offset)?;
+        self.bytes -= extent.len.next_multiple_of(BLOCK);
+        Some(extent.clusters)
     }
 
-    /// The filesystem gives no more than what is used now.
+    /// Lowers the limit to what is used now, because the file system is full.
     fn limit_to_used(&mut self) {
         self.limit = self.limit.min(self.bytes);
     }
 
-    /// The filesystem did not take these bytes back.
-    fn lose_room(&mut self, len: u64) {
+    /// Lowers the limit by `len` bytes, because the file system could not free them.
+    fn lose_space(&mut self, len: u64) {
         self.limit = self.limit.saturating_sub(len.next_multiple_of(BLOCK));
     }
 
@@ -109,16 +109,16 @@ impl Index {
     }
 
     fn is_empty(&self) -> bool {
-        self.held.is_empty()
+        self.extents.is_empty()
     }
 }
 
-/// The threads of all scratch files, of copies that are over too.
+/// The threads of all scratch files, including those of copies that are over.
 #[derive(Default)]
 pub(super) struct Scratches(Mutex<Vec<Liveness>>);
 
 impl Scratches {
-    /// Makes the copy's scratch file, if there is to be one. A file that cannot be made is warned about.
+    /// Creates the copy's scratch file if `--scratch` is set. Logs a warning if the file cannot be created.
     pub(super) fn start(&self, copy: &Copy) -> Option<Scratch> {
         let tuning = &copy.shared.tuning;
         let ScratchOptions { directory, size } = tuning.scratch.as_ref()?;
@@ -128,41 +128,42 @@ impl Scratches {
             let liveness = Liveness::default();
             let alive = liveness.thread();
             threads.push(liveness);
-            scratch_thread::start(directory, tuning, copy.target.notes(), alive)
+            scratch_thread::start(directory, tuning, copy.target.reports(), alive)
         } else {
-            Err(format!("earlier copies still wait for --scratch '{}'; repair its filesystem", directory.display()))
+            Err(format!("earlier copies still wait for --scratch '{}'; repair its file system", directory.display()))
         };
-        let unused = |why| log_limited!(COPY_LOG, Warn, "{}: {why}. The copy makes do without it", copy.name);
-        started.map(|commands| Scratch::new(*size, commands)).map_err(unused).ok()
+        let warn = |why| log_limited!(COPY_LOG, Warn, "{}: {why}. The copy runs without a scratch", copy.name);
+        started.map(|commands| Scratch::new(*size, commands)).map_err(warn).ok()
     }
 }
 
-/// The copier's end of the scratch. Dropping it lets the thread end.
+/// The copier's handle of the scratch. Dropping it ends the thread.
 pub(super) struct Scratch {
     index: Index,
-    commands: Sender<Command>,
-    /// The file takes data.
+    commands: Sender<ScratchCommand>,
+    /// The file still takes data.
     usable: bool,
-    /// Bytes of memory that the thread has not stored yet.
+    /// Bytes that were sent to the thread and are not stored yet.
     storing: usize,
     warned: bool,
 }
 
-/// What the copier does about an answer.
-pub(super) enum Heard {
-    /// The buffer is free.
+/// What the copier does after a reply of the scratch's thread.
+pub(super) enum AfterReply {
+    /// Reuse the buffer.
     Free(IoBuf),
-    /// The target's thread gets it now.
+    /// Send the job to the target's thread.
     Write(Job),
 }
 
 impl Scratch {
-    /// `limit`: bytes that it may hold.
-    fn new(limit: u64, commands: Sender<Command>) -> Self {
+    /// `limit`: the most bytes that the file may hold.
+    fn new(limit: u64, commands: Sender<ScratchCommand>) -> Self {
         Scratch { index: Index::new(limit), commands, usable: true, storing: 0, warned: false }
     }
 
-    /// Stores the job, unless more than `memory` bytes would wait for that; then it is given back.
+    /// Sends the job to be stored. Returns it instead when the file has no space, or more than `memory` bytes would be
+    /// waiting to be stored.
     pub(super) fn store(&mut self, job: Job, memory: usize) -> Result<(), Job> {
         let len = job.buf.len();
         if !self.usable
@@ -173,7 +174,7 @@ impl Scratch {
         }
         self.storing += len;
         let offset = job.offset;
-        self.commands.send(Command::Store(job)).map_err(|unsent| {
+        self.commands.send(ScratchCommand::Store(job)).map_err(|unsent| {
             self.usable = false;
             self.storing -= len;
             self.index.remove(offset);
@@ -181,54 +182,60 @@ impl Scratch {
         })
     }
 
-    /// Reads the next bytes back into the buffer that `buffer` makes for so many. False: there are none.
+    /// Starts to read the next extent back, into a buffer of its length from `buffer`. Returns `false` when no extent is
+    /// left to read.
     pub(super) fn load(&mut self, buffer: impl FnOnce(usize) -> IoBuf) -> Result<bool, String> {
         let Some((offset, len)) = self.index.load_next() else { return Ok(false) };
         let job = Job { offset, buf: buffer(len as usize), clusters: 0 };
-        let sent = self.commands.send(Command::Load(job));
-        sent.map(|()| true).map_err(|_| "the thread of its scratch ended; please report this as a defect".into())
+        let sent = self.commands.send(ScratchCommand::Load(job));
+        sent.map(|()| true)
+            .map_err(|_| "the thread that writes its scratch ended; please report this as a defect".into())
     }
 
-    /// Errors: why the copy failed, in words for the operator.
-    pub(super) fn hear(&mut self, answer: Answer) -> Result<Heard, String> {
-        Ok(match answer {
-            Answer::Stored(Job { offset, buf, .. }) => {
+    /// Handles a reply of the scratch's thread. An error says, for the operator, why the copy failed.
+    pub(super) fn handle(&mut self, reply: ScratchReply) -> Result<AfterReply, String> {
+        Ok(match reply {
+            ScratchReply::Stored(Job { offset, buf, .. }) => {
                 self.storing -= buf.len();
-                self.index.is_stored(offset);
-                Heard::Free(buf)
+                self.index.set_stored(offset);
+                AfterReply::Free(buf)
             }
-            Answer::NotStored { job, full, why } => {
+            ScratchReply::NotStored { job, full, why } => {
                 self.storing -= job.buf.len();
                 self.index.remove(job.offset);
-                // When the target has taken some there is room again.
+                // There is space again as soon as extents are read back.
                 self.index.limit_to_used();
                 self.usable &= full;
                 self.warn(&why);
-                Heard::Write(job)
+                AfterReply::Write(job)
             }
-            Answer::Loaded { job, freed } => {
+            ScratchReply::Loaded { job, freed } => {
                 let clusters = self.index.remove(job.offset).unwrap_or_default();
                 if !freed {
-                    self.index.lose_room(job.buf.len() as u64);
+                    self.index.lose_space(job.buf.len() as u64);
                 }
-                Heard::Write(Job { clusters, ..job })
+                AfterReply::Write(Job { clusters, ..job })
             }
-            Answer::Lost(why) => return Err(why),
+            ScratchReply::Lost(why) => return Err(why),
         })
     }
 
     fn warn(&mut self, why: &str) {
         if !std::mem::replace(&mut self.warned, true) {
-            log_limited!(COPY_LOG, Warn, "{why}: the copy goes on, and a slow target slows the guest's writes");
+            log_limited!(
+                COPY_LOG,
+                Warn,
+                "{why}. The copy continues; from now on a slow target delays the guest's writes"
+            );
         }
     }
 
-    /// Nothing is in it, or on the way.
+    /// Whether no data is in the scratch or on the way there or back.
     pub(super) fn is_empty(&self) -> bool {
         self.index.is_empty()
     }
 
-    /// Bytes in it, or on the way.
+    /// The bytes in the scratch or on the way there or back.
     pub(super) fn bytes(&self) -> u64 {
         self.index.bytes()
     }
@@ -239,15 +246,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn room_is_counted_in_blocks_and_comes_back() {
+    fn space_is_counted_in_blocks_and_freed_by_removal() {
         let mut index = Index::new(3 * BLOCK);
         assert!(index.reserve(0, BLOCK, 1) && index.reserve(1 << 40, BLOCK + 512, 2));
         assert_eq!(index.bytes(), 3 * BLOCK);
         assert!(!index.reserve(BLOCK, 1, 1), "it is full");
         assert_eq!(index.load_next(), None, "nothing is in the file");
-        index.is_stored(1 << 40);
-        index.is_stored(0);
-        assert_eq!(index.load_next(), Some((1 << 40, BLOCK + 512)), "the first that was stored");
+        index.set_stored(1 << 40);
+        index.set_stored(0);
+        assert_eq!(index.load_next(), Some((1 << 40, BLOCK + 512)), "the extent that was stored first");
         assert!(!index.reserve(BLOCK, 1, 1), "the hole is not punched yet");
         assert_eq!(index.remove(1 << 40), Some(2));
         assert_eq!(index.remove(1 << 40), None);
@@ -258,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_filesystem_lowers_the_limit() {
+    fn a_full_file_system_lowers_the_limit() {
         let mut index = Index::new(1 << 30);
         assert!(index.reserve(0, BLOCK, 1) && index.reserve(BLOCK, BLOCK, 1));
         index.remove(BLOCK);
@@ -267,7 +274,7 @@ mod tests {
         index.remove(0);
         assert!(index.reserve(BLOCK, BLOCK, 1), "as much as was there before");
         index.remove(BLOCK);
-        index.lose_room(1);
-        assert!(!index.reserve(BLOCK, BLOCK, 1), "the filesystem has not taken the block back");
+        index.lose_space(1);
+        assert!(!index.reserve(BLOCK, BLOCK, 1), "the file system has not freed the block");
     }
 }

@@ -1,4 +1,4 @@
-//! The file that a copy goes to: PATH.partial until it is complete, then PATH, which never replaces anything.
+//! The file that a copy is written to: PATH.partial until it is complete, then PATH. It never replaces an existing file.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -14,12 +14,12 @@ use super::CopyDirectory;
 use crate::base::publish::publish;
 use crate::disk::CopyError;
 
-/// Added to the name of a copy that is not complete.
+/// The suffix of the name of a copy that is not complete.
 const PARTIAL: &str = ".partial";
 
-/// The names of the target, in a directory that is held open, so that its renaming does not matter.
+/// The target's names, in a directory that stays open, so that renaming the directory does not matter.
 pub(super) struct Target {
-    /// As the operator wrote it.
+    /// The path as the operator wrote it.
     path: PathBuf,
     directory: OwnedFd,
     name: OsString,
@@ -27,13 +27,13 @@ pub(super) struct Target {
 }
 
 impl Target {
-    /// Creates the partial file, `size` bytes of hole. Errors, code `target`: something is there already, the directory
-    /// cannot be written, the filesystem cannot hold a file of this size.
+    /// Creates the partial file as a hole of `size` bytes. Fails, with code `target`, when the path exists already, the
+    /// directory cannot be written, or the file system cannot hold a file of this size.
     pub(super) fn create(path: &Path, size: u64, directories: &[CopyDirectory]) -> Result<(Target, File), CopyError> {
         let Some(name) = path.file_name().filter(|_| path.is_absolute()) else {
-            return Err(refused(path, "this is not an absolute path of a file", "name the new file by its whole path"));
+            return Err(refused(path, "this is not the absolute path of a file", "give the new file's absolute path"));
         };
-        // Larger writes would not fail but kill the daemon (SIGXFSZ).
+        // A write beyond the limit would not fail but kill the daemon (SIGXFSZ).
         if let Some(limit) = getrlimit(Resource::Fsize).current.filter(|&limit| limit < size) {
             let cause = format!("this daemon may write no file larger than {limit} bytes, and the image has {size}");
             return Err(refused(path, &cause, "raise RLIMIT_FSIZE (ulimit -f, or LimitFSIZE= in the systemd unit)"));
@@ -48,19 +48,19 @@ impl Target {
             Err(Errno::NOENT) => {}
             Err(error) => return Err(denied(path, error, directories)),
             Ok(_) => {
-                let mend = "choose another path, or move away what is there";
-                return Err(refused(path, "something is there already, and a copy replaces nothing", mend));
+                let fix = "choose another path, or move the existing file away";
+                return Err(refused(path, "this path exists already, and a copy replaces nothing", fix));
             }
         }
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        // What is in it is the guest's and nobody else's.
+        // Mode 0600: the file holds the guest's data, which other users must not read.
         let file = rustix::fs::openat(&target.directory, &target.partial, flags, Mode::RUSR | Mode::WUSR)
             .map_err(|error| target.cannot_open(error, directories))?;
         let file = File::from(file);
         if let Err(error) = file.set_len(size) {
             let left = target.remove_partial().err().map_or(String::new(), |why| format!("; {why}"));
-            let cause = format!("its filesystem refuses a file of {size} bytes ({error})");
-            return Err(refused(path, &cause, &format!("use another filesystem{left}")));
+            let cause = format!("its file system refuses a file of {size} bytes ({error})");
+            return Err(refused(path, &cause, &format!("use another file system{left}")));
         }
         Ok((target, file))
     }
@@ -69,10 +69,10 @@ impl Target {
         match error {
             Errno::EXIST => refused(
                 &self.partial_path(),
-                "this is another copy under way, or what a daemon left that died while it copied",
+                "this file belongs to a running copy, or was left by a daemon that was killed during a copy",
                 "remove it if no copy is writing to it, or choose another target",
             ),
-            Errno::NAMETOOLONG => refused(&self.path, "with .partial the name is too long", "use a shorter one"),
+            Errno::NAMETOOLONG => refused(&self.path, "with .partial the name is too long", "use a shorter name"),
             error => denied(&self.path, error, directories),
         }
     }
@@ -81,44 +81,45 @@ impl Target {
         partial_path(&self.path)
     }
 
-    /// Removes the partial file. Errors: in words for the operator.
+    /// Removes the partial file. The error is a text for the operator.
     pub(super) fn remove_partial(&self) -> Result<(), String> {
         rustix::fs::unlinkat(&self.directory, &self.partial, AtFlags::empty()).map_err(|error| {
             format!("{} cannot be removed ({error}); remove it by hand", self.partial_path().display())
         })
     }
 
-    /// Gives the open file its name, if nothing has that name. Returns why the partial file's name is left, if it is.
+    /// Gives the open file its final name, unless that name exists. If the partial name could not be removed, it returns a
+    /// text that says why.
     pub(super) fn publish(&self, file: &File) -> io::Result<Option<String>> {
         let left = publish(file.as_fd(), self.directory.as_fd(), &self.partial, &self.name)?;
         Ok(left.map(|error| format!("{} is left behind ({error}); remove it by hand", self.partial_path().display())))
     }
 
-    /// Takes the file away again after `publish`. Errors: in words for the operator.
+    /// Removes the file's final name again after `publish`. The error is a text for the operator.
     pub(super) fn unpublish(&self) -> Result<(), String> {
         rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty())
             .map_err(|error| format!("{} cannot be removed either ({error}); remove it by hand", self.path.display()))
     }
 
-    /// Makes the name durable.
+    /// Makes the final name durable.
     pub(super) fn sync_directory(&self) -> io::Result<()> {
         Ok(rustix::fs::fsync(&self.directory)?)
     }
 }
 
-/// Where the copy to `path` is until it is complete.
+/// The path of a copy to `path` that is not complete.
 pub(super) fn partial_path(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(PARTIAL);
     path.with_file_name(name)
 }
 
-fn refused(path: &Path, cause: &str, mend: &str) -> CopyError {
-    CopyError { code: "target", message: format!("{}: {cause}; {mend}", path.display()) }
+fn refused(path: &Path, cause: &str, fix: &str) -> CopyError {
+    CopyError { code: "target", message: format!("{}: {cause}; {fix}", path.display()) }
 }
 
-/// Why `path` cannot be created. Where the sandbox denies it although `--copy-dir` names its directory: what happened to
-/// that directory.
+/// The error that `path` cannot be created. If the sandbox denies it although `--copy-dir` names its directory, the error
+/// says what happened to that directory.
 fn denied(path: &Path, error: Errno, directories: &[CopyDirectory]) -> CopyError {
     let allowed = directories.iter().filter(|_| matches!(error, Errno::ACCESS | Errno::PERM));
     for CopyDirectory { path: directory, at_start } in allowed.filter(|directory| path.starts_with(&directory.path)) {
@@ -127,17 +128,17 @@ fn denied(path: &Path, error: Errno, directories: &[CopyDirectory]) -> CopyError
             Ok(identity) => identity,
             Err(why) => {
                 let cause = format!("permission denied: --copy-dir '{shown}' {why} when virtioblkd started");
-                let fix = "now that it can be opened, start virtioblkd anew or run virtioblkctl upgrade";
+                let fix = "make sure that it can be opened now, and restart virtioblkd or run virtioblkctl upgrade";
                 return refused(path, &cause, fix);
             }
         };
         let now = rustix::fs::stat(directory).map(|stat| (stat.st_dev, stat.st_ino));
         if now.is_ok_and(|now| now != *opened) {
             let cause = format!(
-                "permission denied: '{shown}' is not the directory any more that --copy-dir opened when virtioblkd \
-                 started: another filesystem was mounted over it, or it was replaced"
+                "permission denied: '{shown}' is no longer the directory that --copy-dir opened when virtioblkd started: \
+                 another file system was mounted over it, or it was replaced"
             );
-            let fix = "start virtioblkd anew or run virtioblkctl upgrade; or name a directory above the mount point with \
+            let fix = "restart virtioblkd or run virtioblkctl upgrade; or name a directory above the mount point with \
                        --copy-dir, for which mounting makes no difference";
             return refused(path, &cause, fix);
         }
@@ -146,19 +147,19 @@ fn denied(path: &Path, error: Errno, directories: &[CopyDirectory]) -> CopyError
 }
 
 fn cannot_create(path: &Path, error: Errno) -> CopyError {
-    let (cause, mend) = match error {
+    let (cause, fix) = match error {
         Errno::NOENT => ("there is no such directory", "create it, or correct the path"),
         Errno::NOTDIR => ("a part of the path is not a directory", "correct the path"),
         Errno::ACCESS | Errno::PERM => (
             "permission denied",
             "start virtioblkd with --copy-dir for its directory, and let the user that runs it write there; or choose \
-             another",
+             another directory",
         ),
-        Errno::ROFS => ("its filesystem is read-only", "choose another"),
-        Errno::NOSPC | Errno::DQUOT => ("no space is left on its filesystem", "make room, or choose another"),
-        Errno::NAMETOOLONG => ("the name is too long", "use a shorter one"),
-        Errno::INVAL => ("the path holds a byte that no path can hold", "correct the path"),
-        error => return refused(path, &format!("cannot be created ({error})"), "check its filesystem"),
+        Errno::ROFS => ("its file system is read-only", "choose another path"),
+        Errno::NOSPC | Errno::DQUOT => ("no space is left on its file system", "make room, or choose another path"),
+        Errno::NAMETOOLONG => ("the name is too long", "use a shorter name"),
+        Errno::INVAL => ("the path has a byte that a path cannot have", "correct the path"),
+        error => return refused(path, &format!("cannot be created ({error})"), "check its file system"),
     };
-    refused(path, cause, mend)
+    refused(path, cause, fix)
 }

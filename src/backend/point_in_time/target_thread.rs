@@ -1,9 +1,11 @@
-//! The thread that touches the target, and may hang with it: it creates the file, writes it, makes it durable and names it.
+//! The thread that uses the target, and may hang with it. It creates the file, writes it, makes it durable and gives it
+//! its final name.
 //!
-//! It has a descriptor table of its own, without a descriptor of the image or the guest. So when the daemon is killed
-//! while the target hangs, the kernel closes the others at once: the front-end learns of it and the image's locks are
-//! free, though this thread lives until the target answers. For that to hold, nothing that this thread owns or drops may
-//! contain a descriptor of the shared table: it talks to the rest by [`Note`]s and channels, and logs nothing.
+//! It has a descriptor table of its own, without a descriptor of the image or the guest. If the daemon is killed while the
+//! target hangs, the kernel therefore closes the daemon's other descriptors at once: the front-end sees the disconnect and
+//! the image's locks are free, although this thread lives until the target responds. For that, nothing that this thread
+//! owns or drops may contain a descriptor of the daemon's table. It communicates only by [`TargetReport`]s and channels, and does
+//! not log.
 
 use std::fs::File;
 use std::io;
@@ -18,9 +20,9 @@ use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 use rustix::stdio::{dup2_stdin, dup2_stdout, stderr};
 use sha2::{Digest, Sha256};
 
-use super::order::Alive;
-use super::scratch_thread::Answer;
+use super::scratch_thread::ScratchReply;
 use super::target::{Target, partial_path};
+use super::target_handle::LiveThread;
 use super::{Step, Tuning};
 use crate::backend::IoBuf;
 use crate::base::syscalls;
@@ -30,61 +32,68 @@ use crate::disk::CopyError;
 pub(super) struct Job {
     pub(super) offset: u64,
     pub(super) buf: IoBuf,
-    /// Clusters of which this was the last data.
+    /// The number of clusters that become done when this data is written.
     pub(super) clusters: u64,
 }
 
-/// What the thread reports.
-pub(super) enum Note {
-    /// The job's data is written; `stored` bytes of it were not zero.
-    Written { buf: IoBuf, stored: u64, clusters: u64 },
+/// A report of the thread, or another event that the thread of `target_reports` acts on.
+pub(super) enum TargetReport {
+    /// A job's data is written.
+    Written {
+        buf: IoBuf,
+        /// Bytes written; blocks of zeroes are not.
+        stored: u64,
+        clusters: u64,
+    },
     /// Everything is written and is being made durable.
     Syncing,
-    /// Everything is durable. The thread waits for the permission to give the file its name.
+    /// Everything is durable, and the thread waits for the permission to give the file its final name. Holds the SHA-256 if
+    /// one was asked for.
     Durable(Option<String>),
-    /// The file has its name, durably. If the partial file's name is left behind: why.
+    /// The file has its final name, durably. Holds a text that says why the partial name is left behind, if it is.
     Published(Option<String>),
-    /// The copy failed; why.
+    /// The copy failed, and why, for the operator.
     Failed(String),
-    /// From the scratch's thread.
-    Scratch(Answer),
-    /// Not from the thread: the copy ended.
+    /// A reply of the scratch's thread.
+    Scratch(ScratchReply),
+    /// The copy is over. Sent by the thread that ended it.
     Over,
 }
 
-/// What the thread makes.
-pub(super) struct Order {
+/// What the thread has to create.
+pub(super) struct TargetSpec {
     pub(super) path: PathBuf,
     pub(super) size: u64,
+    /// Compute the SHA-256 of the copy.
     pub(super) digest: bool,
     pub(super) tuning: Tuning,
-    /// The copy is over: whatever is unfinished is not wanted any more.
+    /// Set when the copy is over: the thread abandons unfinished work.
     pub(super) over: Arc<AtomicBool>,
 }
 
 /// The thread's ends of its channels.
-pub(super) struct Ends {
-    /// The file exists, or why not. With it: why the thread shares the descriptor table, if it does.
+pub(super) struct ThreadChannels {
+    /// Sends whether the file was created. `Some`: the thread could not leave the daemon's descriptor table, and why.
     pub(super) created: SyncSender<Result<Option<io::Error>, CopyError>>,
     pub(super) jobs: Receiver<Job>,
-    pub(super) notes: Sender<Note>,
-    /// The permission to give the file its name.
+    pub(super) reports: Sender<TargetReport>,
+    /// Receives the permission to give the file its final name.
     pub(super) publish: Receiver<()>,
-    /// One message: the partial file is to be removed.
+    /// Receives one message if the partial file is to be removed.
     pub(super) remove: Receiver<()>,
-    /// Dropped when nothing touches the partial file's name any more; before that: why it cannot be removed.
+    /// Sends why the partial file cannot be removed, if so. Dropped when no thread uses the partial name any more.
     pub(super) removed: Sender<String>,
-    /// Dropped when nothing touches the target any more.
-    pub(super) alive: Alive,
+    /// Dropped when this thread no longer uses the target.
+    pub(super) alive: LiveThread,
 }
 
-/// Creates the target and writes it, until it is complete or the copy is over.
-pub(super) fn run(order: &Order, ends: Ends) {
-    let Ends { created, jobs, notes, publish, remove, removed, alive } = ends;
-    let shares = leave_descriptor_table().err();
-    let (target, file) = match Target::create(&order.path, order.size, &order.tuning.directories) {
+/// The thread's main function: creates the target and writes it until it is complete or the copy is over.
+pub(super) fn run(spec: &TargetSpec, channels: ThreadChannels) {
+    let ThreadChannels { created, jobs, reports, publish, remove, removed, alive } = channels;
+    let shared_table_cause = leave_descriptor_table().err();
+    let (target, file) = match Target::create(&spec.path, spec.size, &spec.tuning.directories) {
         Ok((target, file)) => (Arc::new(target), file),
-        // If the caller has gone, there is nothing to report.
+        // A caller that no longer waits needs no error.
         Err(error) => return drop(created.send(Err(error))),
     };
     let remover = (Arc::clone(&target), alive.clone());
@@ -93,31 +102,31 @@ pub(super) fn run(order: &Order, ends: Ends) {
         if remove.recv().is_ok()
             && let Err(why) = target.remove_partial()
         {
-            // If the caller does not wait any more, it has logged that.
+            // A caller that no longer waits has logged so.
             let _ = removed.send(why);
         }
         drop((target, removed, alive));
     };
-    // It shares this thread's table. A thread of its own: the file can be removed while a write of it hangs.
+    // A thread of its own, so that the file can be removed while a write of it hangs. It shares this thread's table.
     if let Err(error) = thread::Builder::new().name("copy-remove".into()).spawn(work) {
         let left = target.remove_partial().err().map_or(String::new(), |why| format!("; {why}"));
         let message = format!("no thread for the copy ({error}); raise the daemon's limits{left}");
         return drop(created.send(Err(CopyError { code: "resources", message })));
     }
-    // If the caller does not wait any more, the copy will never be used.
-    if created.send(Ok(shares)).is_err() {
+    // If the caller no longer waits, the copy will not be used.
+    if created.send(Ok(shared_table_cause)).is_err() {
         return drop(target.remove_partial());
     }
-    let thread = TargetThread { order, target: &target, file, notes };
+    let thread = TargetThread { spec, target: &target, file, reports };
     if let Err(why) = thread.write_all(jobs).and_then(|all| if all { thread.complete(&publish) } else { Ok(()) }) {
-        thread.note(Note::Failed(why));
+        thread.report(TargetReport::Failed(why));
     }
     drop(thread);
     drop((target, alive));
 }
 
-/// Leaves the process's descriptor table for one in which only standard error is open, for panics. The kernel gives the
-/// target's files other numbers than 0 to 2, to which a library may write.
+/// Moves the calling thread to a descriptor table of its own, in which only standard error is open, for panics. Descriptors
+/// 0 to 2 are all standard error, so that the target's files get other numbers: a library may write to 0 to 2.
 pub(super) fn leave_descriptor_table() -> io::Result<()> {
     syscalls::leave_descriptor_table()?;
     // SAFE: standard error stays open, and belongs to no value of ours.
@@ -126,34 +135,34 @@ pub(super) fn leave_descriptor_table() -> io::Result<()> {
 }
 
 struct TargetThread<'a> {
-    order: &'a Order,
+    spec: &'a TargetSpec,
     target: &'a Target,
     file: File,
-    notes: Sender<Note>,
+    reports: Sender<TargetReport>,
 }
 
-/// Bytes written between two syncs: what lies in the host's cache would make a guest's flush wait.
-const UNSYNCED: u64 = 32 << 20;
+/// The most bytes written between two syncs: dirty pages in the host's cache would make a guest's flush wait.
+const MAX_UNSYNCED: u64 = 32 << 20;
 
-/// Bytes of a block: one that holds zeroes alone is not written. Most filesystems' own.
+/// The unit in which zeroes are found: a block that holds only zeroes is not written. Most file systems use this size.
 const BLOCK: usize = 4096;
 
-/// Bytes hashed between two looks whether the copy is over.
-const HASHED: usize = 64 << 10;
+/// How many bytes are hashed between two checks whether the copy is over.
+const HASH_CHUNK: usize = 64 << 10;
 
-static ZEROES: [u8; HASHED] = [0; HASHED];
+static ZEROES: [u8; HASH_CHUNK] = [0; HASH_CHUNK];
 
 impl TargetThread<'_> {
-    fn note(&self, note: Note) {
-        // Whoever listened has gone only after the copy's end.
-        let _ = self.notes.send(note);
+    fn report(&self, report: TargetReport) {
+        // The receiver ends only after the copy.
+        let _ = self.reports.send(report);
     }
 
     fn is_over(&self) -> bool {
-        self.order.over.load(Relaxed)
+        self.spec.over.load(Relaxed)
     }
 
-    /// Writes what the copier sends. False: the copy ended before everything was there.
+    /// Writes the jobs that the copier sends. Returns `false` when the copy ended before all were written.
     fn write_all(&self, jobs: Receiver<Job>) -> Result<bool, String> {
         let mut bytes = Vec::new();
         let mut unsynced = 0;
@@ -164,9 +173,9 @@ impl TargetThread<'_> {
             bytes.resize(buf.len(), 0);
             buf.copy_to(0, &mut bytes);
             let stored = self.write(offset, &bytes).map_err(|error| self.cannot("written", &error))?;
-            self.note(Note::Written { buf, stored, clusters });
+            self.report(TargetReport::Written { buf, stored, clusters });
             unsynced += stored;
-            if unsynced >= UNSYNCED {
+            if unsynced >= MAX_UNSYNCED {
                 unsynced = 0;
                 self.sync()?;
             }
@@ -174,9 +183,9 @@ impl TargetThread<'_> {
         Ok(!self.is_over())
     }
 
-    /// Writes the blocks that are not zero and returns how many bytes that was.
+    /// Writes the blocks that are not zero. Returns how many bytes that was.
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<u64> {
-        self.order.tuning.step(Step::Write)?;
+        self.spec.tuning.step(Step::Write)?;
         let mut stored = 0;
         let mut blocks = bytes.chunks(BLOCK).zip((0..bytes.len()).step_by(BLOCK)).peekable();
         while let Some((block, start)) = blocks.next() {
@@ -194,21 +203,21 @@ impl TargetThread<'_> {
     }
 
     fn sync(&self) -> Result<(), String> {
-        let step = self.order.tuning.step(Step::Sync);
+        let step = self.spec.tuning.step(Step::Sync);
         step.and_then(|()| self.file.sync_data()).map_err(|error| self.cannot("synced", &error))?;
-        if !self.order.digest {
-            // Our pages would only push the guest's out. Advice: how it went does not matter.
+        if !self.spec.digest {
+            // The copy's pages would only evict the guest's from the host's cache. A failure of this advice is harmless.
             let _ = fadvise(&self.file, 0, None, Advice::DontNeed);
         }
         Ok(())
     }
 
-    /// Everything is written: makes it durable and, when that is permitted, gives it its name.
+    /// Everything is written: makes the file durable and, when permitted, gives it its final name.
     fn complete(&self, publish: &Receiver<()>) -> Result<(), String> {
-        self.note(Note::Syncing);
-        let step = self.order.tuning.step(Step::Sync);
+        self.report(TargetReport::Syncing);
+        let step = self.spec.tuning.step(Step::Sync);
         step.and_then(|()| self.file.sync_all()).map_err(|error| self.cannot("synced", &error))?;
-        let sha256 = if self.order.digest {
+        let sha256 = if self.spec.digest {
             match self.digest()? {
                 None => return Ok(()),
                 sha256 => sha256,
@@ -216,43 +225,44 @@ impl TargetThread<'_> {
         } else {
             None
         };
-        self.note(Note::Durable(sha256));
+        self.report(TargetReport::Durable(sha256));
         if publish.recv().is_err() {
             return Ok(());
         }
-        let published = self.order.tuning.step(Step::Publish).and_then(|()| self.target.publish(&self.file));
+        let published = self.spec.tuning.step(Step::Publish).and_then(|()| self.target.publish(&self.file));
         let left = published.map_err(|error| self.cannot_publish(&error))?;
         if let Err(error) = self.target.sync_directory() {
             let removed = self.target.unpublish().err();
             let removed = removed.map_or(String::new(), |why| format!("; {why}"));
             return Err(self.cannot("given a durable name", &error) + &removed);
         }
-        self.note(Note::Published(left));
+        self.report(TargetReport::Published(left));
         Ok(())
     }
 
-    /// SHA-256 of the whole copy, read back from the target, holes as zeroes. None: the copy is over.
+    /// Computes the SHA-256 of the whole copy, read back from the target, with holes as zeroes. Returns `None` when the
+    /// copy is over.
     fn digest(&self) -> Result<Option<String>, String> {
-        let (file, size) = (&self.file, self.order.size);
+        let (file, size) = (&self.file, self.spec.size);
         let mut sha = Sha256::new();
-        let mut bytes = vec![0; HASHED];
+        let mut bytes = vec![0; HASH_CHUNK];
         let mut at = 0;
-        // Up to here there is a hole.
-        let mut hole = 0;
+        // The end of the hole at `at`, if there is one.
+        let mut hole_end = 0;
         while at < size {
             if self.is_over() {
                 return Ok(None);
             }
-            if at >= hole {
-                hole = match seek(file, SeekFrom::Data(at)) {
+            if at >= hole_end {
+                hole_end = match seek(file, SeekFrom::Data(at)) {
                     Ok(data) => data.min(size),
                     Err(rustix::io::Errno::NXIO) => size,
-                    // A filesystem that does not know.
+                    // The file system does not support SEEK_DATA: read everything.
                     Err(_) => at,
                 };
             }
-            let len = if at < hole { hole - at } else { size - at }.min(HASHED as u64) as usize;
-            if at < hole {
+            let len = if at < hole_end { hole_end - at } else { size - at }.min(HASH_CHUNK as u64) as usize;
+            if at < hole_end {
                 sha.update(&ZEROES[..len]);
             } else {
                 let read = file.read_exact_at(&mut bytes[..len], at);
@@ -264,11 +274,11 @@ impl TargetThread<'_> {
         Ok(Some(sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect()))
     }
 
-    /// For the operator: what failed, why and how to fix it.
+    /// An error text for the operator: what failed, why and how to fix it.
     fn cannot(&self, what: &str, error: &io::Error) -> String {
         let fix = match error.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT) => "make room, or choose a target elsewhere",
-            Some(libc::EFBIG) => "raise RLIMIT_FSIZE, or use a filesystem for larger files",
+            Some(libc::EFBIG) => "raise RLIMIT_FSIZE, or use a file system that supports larger files",
             _ => "check the target's medium and the host's kernel log",
         };
         format!("{} cannot be {what} ({error}); {fix}", self.partial().display())
@@ -276,15 +286,15 @@ impl TargetThread<'_> {
 
     fn cannot_publish(&self, error: &io::Error) -> String {
         let fix = match error.raw_os_error() {
-            Some(libc::EEXIST) => "something of that name has appeared meanwhile, and a copy replaces nothing",
-            Some(libc::ENOENT) => "another process took the file away",
-            _ => "check the target's filesystem",
+            Some(libc::EEXIST) => "a file of that name was created meanwhile, and a copy replaces nothing",
+            Some(libc::ENOENT) => "another process removed or renamed the file",
+            _ => "check the target's file system",
         };
-        let (partial, path) = (self.partial(), self.order.path.display());
+        let (partial, path) = (self.partial(), self.spec.path.display());
         format!("{} cannot be named {path} ({error}); {fix}", partial.display())
     }
 
     fn partial(&self) -> PathBuf {
-        partial_path(&self.order.path)
+        partial_path(&self.spec.path)
     }
 }

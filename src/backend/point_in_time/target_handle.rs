@@ -1,4 +1,5 @@
-//! The side of the target's thread that belongs to the rest of the daemon: starting the thread, and what is asked of it.
+//! The daemon's handle of the target's thread: it starts the thread, has the partial file removed and waits for the
+//! thread's end.
 
 use std::io;
 use std::path::PathBuf;
@@ -8,30 +9,31 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
-use super::target_thread::{self, Ends, Job, Note, Order};
+use super::target_thread::{self, Job, TargetReport, TargetSpec, ThreadChannels};
 use super::{TARGET_TIMEOUT, Tuning};
 use crate::base::rate_limit::{COPY_LOG, log_limited};
 use crate::disk::{CopyError, CopyOptions};
 
-/// Counts the threads that touch a target. It holds no descriptor, so they may own a part of it.
+/// Counts the threads that use a target or a scratch. It holds no descriptor, so those threads may own a clone of it.
 #[derive(Clone, Default)]
 pub(super) struct Liveness(Arc<(Mutex<usize>, Condvar)>);
 
-/// One such thread; dropped at its end.
-pub(super) struct Alive(Liveness);
+/// Counts as one thread in a [`Liveness`] until it is dropped.
+pub(super) struct LiveThread(Liveness);
 
 impl Liveness {
-    pub(super) fn thread(&self) -> Alive {
+    /// Counts one more thread.
+    pub(super) fn thread(&self) -> LiveThread {
         *self.lock() += 1;
-        Alive(self.clone())
+        LiveThread(self.clone())
     }
 
-    /// Whether one of the threads has not ended.
+    /// Whether at least one of the threads has not ended.
     pub(super) fn is_alive(&self) -> bool {
         *self.lock() > 0
     }
 
-    /// Waits for the end of all, no longer than `timeout`.
+    /// Waits until all threads have ended, no longer than `timeout`.
     fn wait(&self, timeout: Duration) {
         let waited = self.0.1.wait_timeout_while(self.lock(), timeout, |threads| *threads > 0);
         drop(waited.expect("no panic while held"));
@@ -42,97 +44,104 @@ impl Liveness {
     }
 }
 
-impl Clone for Alive {
+impl Clone for LiveThread {
     fn clone(&self) -> Self {
         self.0.thread()
     }
 }
 
-impl Drop for Alive {
+impl Drop for LiveThread {
     fn drop(&mut self) {
         *self.0.lock() -= 1;
         self.0.0.1.notify_all();
     }
 }
 
-/// A target that is being written by its thread.
-pub(super) struct TargetOrder {
+/// The handle of a target and its thread.
+pub(super) struct TargetHandle {
     pub(super) path: PathBuf,
     over: Arc<AtomicBool>,
-    notes: Sender<Note>,
-    /// Taken by whoever has the partial file removed or kept.
+    reports: Sender<TargetReport>,
+    /// The request to remove the partial file, and the receiver of its result. Taken by the first caller that decides
+    /// whether the file is removed or stays.
     remove: Mutex<Option<(Sender<()>, Receiver<String>)>>,
-    alive: Liveness,
+    liveness: Liveness,
 }
 
-/// What the copy's other threads need of it.
+/// The ends of the target thread's channels that the copy's other threads use.
 pub(super) struct TargetLinks {
-    /// For the copier.
+    /// For the copier: old data to write.
     pub(super) jobs: Sender<Job>,
-    pub(super) notes: Receiver<Note>,
-    /// The permission to give the file its name.
+    pub(super) reports: Receiver<TargetReport>,
+    /// Permits the thread to give the file its final name.
     pub(super) publish: Sender<()>,
 }
 
-impl TargetOrder {
-    /// Starts the thread and waits until it has created the file, for two seconds at most. `started` is called with the
-    /// thread's liveness before that.
+impl TargetHandle {
+    /// Starts the thread and waits until it has created the file, two seconds at most. Before that wait it calls `started`
+    /// with the thread's liveness.
     pub(super) fn create(
         options: &CopyOptions,
         size: u64,
         tuning: &Tuning,
         started: impl FnOnce(Liveness),
-    ) -> Result<(TargetOrder, TargetLinks), CopyError> {
+    ) -> Result<(TargetHandle, TargetLinks), CopyError> {
         let path = options.target.clone();
         let (to_target, jobs) = mpsc::channel();
-        let (notes, from_target) = mpsc::channel();
+        let (reports, from_target) = mpsc::channel();
         let (publish, may_publish) = mpsc::channel();
         let (remove, is_asked) = mpsc::channel();
         let (removed, is_removed) = mpsc::channel();
-        let alive = Liveness::default();
+        let liveness = Liveness::default();
         let (created, is_created) = mpsc::sync_channel(0);
         let over = Arc::new(AtomicBool::new(false));
-        let order =
-            Order { path: path.clone(), size, digest: options.digest, tuning: tuning.clone(), over: Arc::clone(&over) };
-        let ends = Ends {
+        let spec = TargetSpec {
+            path: path.clone(),
+            size,
+            digest: options.digest,
+            tuning: tuning.clone(),
+            over: Arc::clone(&over),
+        };
+        let channels = ThreadChannels {
             created,
             jobs,
-            notes: notes.clone(),
+            reports: reports.clone(),
             publish: may_publish,
             remove: is_asked,
             removed,
-            alive: alive.thread(),
+            alive: liveness.thread(),
         };
         let thread = thread::Builder::new().name("copy-target".into());
-        thread.spawn(move || target_thread::run(&order, ends)).map_err(|error| {
+        thread.spawn(move || target_thread::run(&spec, channels)).map_err(|error| {
             let message = format!("no thread for the copy ({error}); raise the daemon's limits");
             CopyError { code: "resources", message }
         })?;
-        started(alive.clone());
+        started(liveness.clone());
         let created = is_created.recv_timeout(TARGET_TIMEOUT).unwrap_or_else(|_| {
             let message =
-                format!("{}: its filesystem does not answer; repair it, or choose another target", path.display());
+                format!("{}: its file system does not respond; repair it, or choose another target", path.display());
             Err(CopyError { code: "target", message })
         });
         if let Some(error) = created? {
             warn_shared_table(&error);
         }
         let remove = Mutex::new(Some((remove, is_removed)));
-        let order = TargetOrder { path, over, notes, remove, alive };
-        Ok((order, TargetLinks { jobs: to_target, notes: from_target, publish }))
+        let handle = TargetHandle { path, over, reports, remove, liveness };
+        Ok((handle, TargetLinks { jobs: to_target, reports: from_target, publish }))
     }
 
-    /// The copy ended: what is unfinished is not wanted any more. Does not block.
+    /// The copy is over: the thread abandons unfinished work. Does not block.
     pub(super) fn copy_is_over(&self) {
         self.over.store(true, Relaxed);
-        // Its reader may have gone.
-        let _ = self.notes.send(Note::Over);
+        // The receiver may have ended already.
+        let _ = self.reports.send(TargetReport::Over);
     }
 
-    /// Has the partial file removed. Waits two seconds at most; then it is removed when the filesystem answers.
+    /// Has the partial file removed. Waits two seconds at most; after that, the file is removed when its file system
+    /// responds.
     pub(super) fn remove(&self) {
         let Some((remove, removed)) = self.take_remove() else { return };
-        // Its reader is the thread that waits for this.
+        // If the thread that removes the file has ended, the receive below shows it.
         let _ = remove.send(());
         let partial = super::target::partial_path(&self.path);
         match removed.recv_timeout(TARGET_TIMEOUT) {
@@ -142,30 +151,31 @@ impl TargetOrder {
                 log_limited!(
                     COPY_LOG,
                     Warn,
-                    "{}: its filesystem does not answer; it is removed when it does",
+                    "{}: its file system does not respond; the file is removed as soon as it does",
                     partial.display()
                 );
             }
         }
     }
 
-    /// The file has its name. Waits for the thread's end, two seconds at most.
+    /// The file has its final name: waits for the thread's end, two seconds at most.
     pub(super) fn finish(&self) {
         drop(self.take_remove());
-        self.alive.wait(TARGET_TIMEOUT);
+        self.liveness.wait(TARGET_TIMEOUT);
     }
 
     fn take_remove(&self) -> Option<(Sender<()>, Receiver<String>)> {
         self.remove.lock().expect("no panic while held").take()
     }
 
-    /// For the scratch's thread.
-    pub(super) fn notes(&self) -> Sender<Note> {
-        self.notes.clone()
+    /// A sender of reports, for the scratch's thread.
+    pub(super) fn reports(&self) -> Sender<TargetReport> {
+        self.reports.clone()
     }
 
+    /// Whether threads still use the target.
     pub(super) fn liveness(&self) -> Liveness {
-        self.alive.clone()
+        self.liveness.clone()
     }
 }
 
@@ -173,7 +183,8 @@ fn warn_shared_table(error: &io::Error) {
     log_limited!(
         COPY_LOG,
         Warn,
-        "the thread that writes the copy shares the daemon's descriptors (close_range: {error}): if the daemon is killed \
-         while the target hangs, the front-end and the image's locks wait for the target"
+        "the thread that writes the copy shares the daemon's descriptors, because close_range failed ({error}): if the \
+         daemon is killed while the target hangs, its front-end connection and image locks stay open until the target \
+         responds; use Linux 5.9 or later"
     );
 }
