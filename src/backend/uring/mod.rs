@@ -1,12 +1,13 @@
-//! UNSAFE. One io_uring: commands on one file in a slab until their completion, and eventfds that wake its owner.
+//! UNSAFE. One io_uring: operations on one file, kept in a slab until they complete, and eventfds that wake the owner.
 //!
-//! Knows transfers, not requests: short reads go on by themselves, EINTR and EAGAIN are retried, everything else comes
-//! back to the owner once, with the owner's note (`J`) that went in with it.
+//! It knows transfers, not requests. It continues short reads, retries EINTR and EAGAIN, and returns everything else to
+//! the owner exactly once, with the value (`J`) that the owner passed in.
 //!
-//! A short write comes back for plain calls, and what the kernel says of it counts for nothing. io_write in the kernel's
-//! io_uring/rw.c goes on by itself with a write of which the file system took a part, and reports EAGAIN if that ends
-//! in a part, too, without the bytes that were stored. And over FUSE it may go on from the wrong byte of the buffer:
-//! fuse_perform_write in fs/fuse/file.c has advanced past more than was stored.
+//! A short write is returned to the owner, which makes it again with plain calls. The kernel's count of stored bytes is
+//! not used, because it cannot be trusted. If a file system stores a part of a write, io_write in the kernel's
+//! io_uring/rw.c continues the write itself; if that is short again, it reports EAGAIN without the bytes that were stored.
+//! Over FUSE it may also continue from the wrong byte of the buffer: fuse_perform_write in fs/fuse/file.c has advanced by
+//! more than was stored.
 #![allow(unsafe_code)]
 
 mod prepared;
@@ -23,9 +24,9 @@ use super::{Errno, IoBuf};
 use prepared::Source;
 pub(super) use prepared::{prepare, probe};
 
-/// What the kernel is asked to do with the file.
+/// An operation on the file.
 pub(super) enum Command {
-    /// A read or a write of `len` bytes of `buf` from byte `from` on, at `offset` of the file.
+    /// A read or a write.
     Transfer(Transfer),
     /// fdatasync(2).
     Sync,
@@ -33,17 +34,17 @@ pub(super) enum Command {
     Fallocate {
         /// FALLOC_FL_*.
         mode: i32,
-        /// Byte offset.
+        /// Byte offset in the file.
         offset: u64,
-        /// Bytes.
+        /// Length in bytes.
         len: u64,
     },
 }
 
-/// See [`Command::Transfer`].
+/// A read or a write of `len` bytes of `buf`, starting at byte `from` of the buffer and at `offset` of the file.
 pub(super) struct Transfer {
     pub(super) write: bool,
-    /// RWF_DSYNC.
+    /// The write is durable when it completes (RWF_DSYNC).
     pub(super) durable: bool,
     pub(super) offset: u64,
     pub(super) buf: IoBuf,
@@ -51,114 +52,121 @@ pub(super) struct Transfer {
     pub(super) len: usize,
 }
 
-/// Which thread begins a command.
+/// Which thread starts an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Submission {
-    /// The one that submits it. Where the file system would wait, a kernel worker goes on.
+    /// The thread that submits it. If the file system would block, a kernel worker continues.
     Inline,
-    /// A kernel worker, for file systems that wait in spite of IOCB_NOWAIT.
+    /// A kernel worker, for file systems that block in spite of IOCB_NOWAIT.
     Worker,
 }
 
-/// What came out of the ring.
+/// An event of the uring.
 pub(super) enum Event<J> {
-    /// A command is over; `Ok` means all of it. What is left of a transfer with EAGAIN is to be made by plain calls.
+    /// An operation is over; `Ok`: all of it was done. A transfer with EAGAIN holds the part that the owner must make with
+    /// plain calls.
     Finished(J, Command, Result<(), Errno>),
-    /// A watched eventfd was written to.
+    /// The watched eventfd with this token was written to.
     Fired(u32),
 }
 
-/// A ring for one file. The kernel ties it to the thread that made it (IORING_SETUP_SINGLE_ISSUER): elsewhere it may be
-/// kept, and what has not been shown to the kernel taken from it ([`Ring::take_queued`]), but not entered or dropped.
+/// An io_uring for one file. The kernel ties it to the thread that enabled it (IORING_SETUP_SINGLE_ISSUER). Another thread
+/// may own it and take from it what has not been submitted ([`Ring::take_queued`]), but must not enter or drop it.
 pub(super) struct Ring<J> {
-    ring: ManuallyDrop<IoUring>,
+    io_uring: ManuallyDrop<IoUring>,
+    /// The operations until they complete. The index is their user data.
     slots: Vec<Option<Active<J>>>,
-    free: Vec<usize>,
+    free_slots: Vec<usize>,
     watches: Vec<Watch>,
     submission: Submission,
-    /// Commands and watches that go into the submission queue at the next `enter`, by their user data.
+    /// The user data of the operations and watches that the next `enter` puts into the submission queue.
     queued: Vec<u64>,
-    /// Entries in the submission queue that the kernel has not been shown.
+    /// The submission queue has entries that are not submitted.
     unsubmitted: bool,
 }
 
 // SAFETY: the mapped queues belong to this value alone, and the iovecs point into buffers that its jobs own, which may be
-// sent, too. Whatever touches them takes `&mut self`, so one thread at a time does, on every kernel. Which thread that may
-// be is no question of memory: before Linux 6.1, without IORING_SETUP_SINGLE_ISSUER, the kernel takes entries from each;
-// from then on it answers EEXIST to any but the one that enabled the ring. An `enter` that fails leaves the jobs in
-// their slots, so no buffer is freed that the kernel still uses.
+// sent, too. Everything that touches them takes `&mut self`, so one thread at a time does, on every kernel. Memory safety
+// does not depend on which thread that is: before Linux 6.1, without IORING_SETUP_SINGLE_ISSUER, the kernel takes entries
+// from every thread; from then on it answers EEXIST to every thread but the one that enabled the io_uring. An `enter` that
+// fails leaves the jobs in their slots, so no buffer is freed that the kernel still uses.
 unsafe impl<J: Send> Send for Ring<J> {}
 
+/// An operation that has not completed.
 struct Active<J> {
     job: J,
     command: Command,
     /// Bytes transferred so far.
     done: usize,
-    /// Bytes that the kernel was asked for last.
+    /// Bytes that the last submission asked for.
     asked: usize,
-    /// The iovecs of what is left, when that is not simply all of the buffer.
-    rest: Vec<libc::iovec>,
+    /// The iovecs of the remaining bytes, when these are not all of the buffer.
+    iovecs: Vec<libc::iovec>,
     retries: u32,
 }
 
+/// An eventfd that wakes the owner.
 struct Watch {
     fd: OwnedFd,
     token: u32,
-    /// The kernel has its poll, or will be shown it.
+    /// The kernel has its poll, or the poll is queued.
     armed: bool,
 }
 
 thread_local! {
-    /// The io_uring that this thread is done with, for the next [`Ring`] that it makes: a prepared one cannot be replaced.
-    static USED: Cell<Option<IoUring>> = const { Cell::new(None) };
+    /// The io_uring that this thread no longer uses, for the next [`Ring`] that it creates. A prepared one cannot be
+    /// created again.
+    static UNUSED: Cell<Option<IoUring>> = const { Cell::new(None) };
 }
 
-/// Set in the user data of a watch's entries; the rest is its index.
+/// The bit that is set in the user data of a watch's entries; the other bits are the watch's index.
 const WATCH: u64 = 1 << 63;
 
 /// The user data of a cancellation.
 const CANCEL: u64 = WATCH - 1;
 
-/// How often the end of the watches is waited for, and how long each time, before a ring is given up.
+/// How often to wait [`CANCEL_WAIT`] for the end of the watches before an io_uring is discarded.
 const MAX_CANCEL_WAITS: usize = 20;
+
+/// How long one wait for the end of the watches lasts.
 const CANCEL_WAIT: Duration = Duration::from_millis(500);
 
-/// Watches that fit beside the commands: kick, wake, the owner's mailbox.
+/// The number of watches that have an entry beside the operations: kick, wake and the owner's mailboxes.
 const MAX_WATCHES: usize = 8;
 
-/// The image, the one registered file.
+/// The index of the image, which is the only registered file.
 const FILE: types::Fixed = types::Fixed(0);
 
-/// iovecs in one call (UIO_MAXIOV).
+/// The most iovecs in one call (UIO_MAXIOV).
 const MAX_IOVECS: usize = 1024;
 
-/// EINTR in a row on one command, or EAGAIN on one that is no transfer, before it is given up.
+/// How often in a row an operation is retried after EINTR or EAGAIN before it fails with EIO.
 const MAX_RETRIES: u32 = 1000;
 
 impl<J> Ring<J> {
-    /// A ring for at most `depth` commands at once on `file`, which the caller keeps open for longer than the ring.
-    /// Call it in the thread that will use the ring. Errors name the cause and the mend.
+    /// Creates a uring for at most `depth` operations at once on `file`, which the caller keeps open for longer than the
+    /// uring. Called in the thread that will use it. An error says the cause and how to fix it.
     pub(super) fn new(depth: usize, file: BorrowedFd<'_>, submission: Submission) -> io::Result<Self> {
-        let ring = match USED.take() {
-            Some(used) => used,
+        let io_uring = match UNUSED.take() {
+            Some(unused) => unused,
             None => {
-                let ring = match prepared::take(depth + MAX_WATCHES)? {
-                    Source::Made(ring) => ring,
-                    // SAFETY: `prepare` made this io_uring and has these parameters from the kernel; nothing else owns
+                let io_uring = match prepared::take(depth + MAX_WATCHES)? {
+                    Source::New(io_uring) => io_uring,
+                    // SAFETY: `prepare` created this io_uring and has these parameters from the kernel; nothing else owns
                     // the descriptor.
                     Source::Prepared(fd, parameters) => unsafe { IoUring::from_fd(fd.into_raw_fd(), parameters) }?,
                 };
-                // From here on this thread, and no other, may use it.
-                ring.submitter().register_enable_rings().map_err(prepared::explain)?;
-                ring
+                // From here on only this thread may use it.
+                io_uring.submitter().register_enable_rings().map_err(prepared::explain)?;
+                io_uring
             }
         };
-        // The kernel looks the file up once, not for each command.
-        ring.submitter().register_files(&[file.as_raw_fd()]).map_err(prepared::explain)?;
+        // With a registered file the kernel looks the file up once, not for each operation.
+        io_uring.submitter().register_files(&[file.as_raw_fd()]).map_err(prepared::explain)?;
         Ok(Ring {
-            ring: ManuallyDrop::new(ring),
+            io_uring: ManuallyDrop::new(io_uring),
             slots: (0..depth).map(|_| None).collect(),
-            free: (0..depth).rev().collect(),
+            free_slots: (0..depth).rev().collect(),
             watches: Vec::new(),
             submission,
             queued: Vec::with_capacity(depth + MAX_WATCHES),
@@ -166,14 +174,15 @@ impl<J> Ring<J> {
         })
     }
 
-    /// Queues a command; `enter` starts it. The caller has at most `depth` in here at once.
+    /// Queues an operation; `enter` starts it. The caller has at most `depth` operations here at once.
     pub(super) fn start(&mut self, command: Command, job: J) {
-        let slot = self.free.pop().expect("the caller counts");
-        self.slots[slot] = Some(Active { job, command, done: 0, asked: 0, rest: Vec::new(), retries: 0 });
+        let slot = self.free_slots.pop().expect("the caller starts at most `depth` operations");
+        self.slots[slot] = Some(Active { job, command, done: 0, asked: 0, iovecs: Vec::new(), retries: 0 });
         self.queue(slot);
     }
 
-    /// Reports each write to the eventfd `fd` as `Fired(token)`, and once at the start if its count is not zero.
+    /// Watches the eventfd `fd`: each write to it is reported as `Fired(token)`, and once at the start if its count is not
+    /// zero.
     pub(super) fn watch(&mut self, token: u32, fd: BorrowedFd<'_>) -> io::Result<()> {
         if self.watches.len() == MAX_WATCHES {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many watched descriptors"));
@@ -183,22 +192,23 @@ impl<J> Ring<J> {
         Ok(())
     }
 
-    /// Whether `enter` has anything to do even without waiting.
+    /// Whether `enter` has something to do even without waiting.
     pub(super) fn wants_enter(&mut self) -> bool {
-        let queue = self.ring.submission();
+        let queue = self.io_uring.submission();
         self.unsubmitted || !self.queued.is_empty() || queue.taskrun() || queue.cq_overflow()
     }
 
-    /// Starts what was queued and, if `block`, sleeps until there is an event, a signal came or `timeout` passed.
+    /// Starts what was queued. If `block`, then sleeps until there is an event, a signal came or `timeout` has passed.
     pub(super) fn enter(&mut self, block: bool, timeout: Option<Duration>) -> io::Result<()> {
-        self.fill();
-        self.enter_as_filled(block, timeout)
+        self.fill_submission_queue();
+        self.submit(block, timeout)
     }
 
-    fn enter_as_filled(&mut self, block: bool, timeout: Option<Duration>) -> io::Result<()> {
-        let submitter = self.ring.submitter();
+    /// Submits the entries of the submission queue. If `block`, then sleeps as [`Ring::enter`] does.
+    fn submit(&mut self, block: bool, timeout: Option<Duration>) -> io::Result<()> {
+        let submitter = self.io_uring.submitter();
         let entered = match timeout {
-            // The kernel need not copy arguments that are not there.
+            // Without a timeout the kernel need not copy extended arguments.
             None => submitter.submit_and_wait(usize::from(block)),
             Some(timeout) => {
                 let timespec = types::Timespec::from(timeout);
@@ -210,19 +220,19 @@ impl<J> Ring<J> {
             Ok(_) => {}
             Err(error) => match error.raw_os_error() {
                 Some(libc::EINTR | libc::ETIME) => {}
-                // The kernel is short of memory, or wants its completions read first: both pass.
+                // The kernel is short of memory, or the owner must read completions first. Both pass.
                 Some(libc::EAGAIN | libc::EBUSY) => std::thread::yield_now(),
                 _ => return Err(error),
             },
         }
-        self.unsubmitted = !self.ring.submission().is_empty();
+        self.unsubmitted = !self.io_uring.submission().is_empty();
         Ok(())
     }
 
-    /// The next thing that happened, without a system call.
+    /// Returns the next event, without a system call.
     pub(super) fn next_event(&mut self) -> Option<Event<J>> {
         loop {
-            let entry = self.ring.completion().next()?;
+            let entry = self.io_uring.completion().next()?;
             let data = entry.user_data();
             if data & WATCH != 0 {
                 let index = (data & !WATCH) as usize;
@@ -232,55 +242,56 @@ impl<J> Ring<J> {
                 return Some(Event::Fired(self.watches[index].token));
             }
             let slot = data as usize;
-            let active = self.slots[slot].as_mut().expect("the kernel completes what was submitted");
-            match active.after(entry.result()) {
-                After::Again => self.queue(slot),
-                After::Over(result) => {
-                    let Active { job, command, .. } = self.slots[slot].take().expect("looked at just now");
-                    self.free.push(slot);
+            let active = self.slots[slot].as_mut().expect("the kernel completes only what was submitted");
+            match active.handle_result(entry.result()) {
+                Next::Resubmit => self.queue(slot),
+                Next::Finish(result) => {
+                    let Active { job, command, .. } = self.slots[slot].take().expect("found just now");
+                    self.free_slots.push(slot);
                     return Some(Event::Finished(job, command, result));
                 }
             }
         }
     }
 
-    /// A ring for the calling thread, with the same watches and none of the commands.
+    /// Creates a uring for the calling thread, with the same watches and without the operations.
     pub(super) fn successor(&self, file: BorrowedFd<'_>) -> io::Result<Self> {
-        let mut ring = Self::new(self.slots.len(), file, self.submission)?;
+        let mut uring = Self::new(self.slots.len(), file, self.submission)?;
         for Watch { fd, token, .. } in &self.watches {
-            ring.watch(*token, fd.as_fd())?;
+            uring.watch(*token, fd.as_fd())?;
         }
-        Ok(ring)
+        Ok(uring)
     }
 
-    /// Takes the commands that the kernel was not shown; nothing of them was moved since the last completion.
+    /// Takes the operations that are not submitted. A transfer holds the part that is not done.
     pub(super) fn take_queued(&mut self) -> Vec<(Command, J)> {
         let mut taken = Vec::new();
         for data in std::mem::take(&mut self.queued) {
             if data & WATCH != 0 {
                 self.watches[(data & !WATCH) as usize].armed = false;
             } else if let Some(mut active) = self.slots[data as usize].take() {
-                active.leave_rest();
-                self.free.push(data as usize);
+                active.drop_done();
+                self.free_slots.push(data as usize);
                 taken.push((active.command, active.job));
             }
         }
         taken
     }
 
-    /// Waits for the commands that the kernel has, and hands each to `over`. In the thread that made the ring.
-    pub(super) fn finish(&mut self, mut over: impl FnMut(J, Command, Result<(), Errno>)) -> io::Result<()> {
-        while self.free.len() < self.slots.len() {
+    /// Waits for the submitted operations and passes each to `finished`. Called in the thread that created the uring.
+    pub(super) fn finish(&mut self, mut finished: impl FnMut(J, Command, Result<(), Errno>)) -> io::Result<()> {
+        while self.free_slots.len() < self.slots.len() {
             self.enter(true, None)?;
             while let Some(event) = self.next_event() {
                 if let Event::Finished(job, command, result) = event {
-                    over(job, command, result);
+                    finished(job, command, result);
                 }
             }
         }
         Ok(())
     }
 
+    /// Queues the poll of a watch.
     fn arm(&mut self, index: usize) {
         self.watches[index].armed = true;
         self.queued.push(WATCH | index as u64);
@@ -291,14 +302,14 @@ impl<J> Ring<J> {
     }
 
     /// Puts what is queued into the submission queue.
-    fn fill(&mut self) {
+    fn fill_submission_queue(&mut self) {
         for at in 0..self.queued.len() {
             let data = self.queued[at];
             let entry = if data & WATCH != 0 {
                 let fd = types::Fd(self.watches[(data & !WATCH) as usize].fd.as_raw_fd());
                 opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true).build()
             } else {
-                let active = self.slots[data as usize].as_mut().expect("queued once, when filled or looked at");
+                let active = self.slots[data as usize].as_mut().expect("a queued operation is in its slot");
                 active.entry(FILE, self.submission)
             };
             self.push_entry(&entry.user_data(data));
@@ -308,17 +319,17 @@ impl<J> Ring<J> {
 
     fn push_entry(&mut self, entry: &squeue::Entry) {
         // SAFETY: what the entry points to (iovecs, guest memory) belongs to an `Active` in `slots`, which stays there
-        // until the kernel's completion was read; `drop` waits for that, or leaks the slots. The file and the watched
-        // descriptors stay open as long as the ring.
-        while unsafe { self.ring.submission().push(entry) }.is_err() {
-            self.make_room();
+        // until its completion was read; `drop` waits for that, or leaks the slots. The file and the watched descriptors
+        // stay open for longer than the io_uring.
+        while unsafe { self.io_uring.submission().push(entry) }.is_err() {
+            self.empty_submission_queue();
         }
         self.unsubmitted = true;
     }
 
-    /// Ends the polls of the watches, so that the thread's next [`Ring`] finds the io_uring empty. Whether it is.
+    /// Ends the polls of the watches, so that the io_uring is empty for the thread's next [`Ring`]. Returns whether it is.
     fn end_watches(&mut self) -> bool {
-        self.fill();
+        self.fill_submission_queue();
         let mut cancels = 0;
         for index in 0..self.watches.len() {
             if self.watches[index].armed {
@@ -328,7 +339,7 @@ impl<J> Ring<J> {
             }
         }
         for _ in 0..MAX_CANCEL_WAITS {
-            while let Some(entry) = self.ring.completion().next() {
+            while let Some(entry) = self.io_uring.completion().next() {
                 match entry.user_data() {
                     CANCEL => cancels -= 1,
                     data if !cqueue::more(entry.flags()) => self.watches[(data & !WATCH) as usize].armed = false,
@@ -342,15 +353,16 @@ impl<J> Ring<J> {
                 break;
             }
         }
-        log::warn!("an io_uring does not let go of its watches and is given up; a prepared one is used instead");
+        log::warn!("an io_uring did not end its polls and cannot be used again; a prepared one is used instead");
         false
     }
 
-    /// Submits what the full queue holds: a prepared ring has fewer entries than a deep queue has commands.
+    /// Submits the entries of a full submission queue. A prepared io_uring has fewer entries than a deep virtqueue has
+    /// operations.
     #[cold]
-    fn make_room(&mut self) {
-        if let Err(error) = self.enter_as_filled(false, None) {
-            // Only a broken process gets here, as in `enter`'s callers.
+    fn empty_submission_queue(&mut self) {
+        if let Err(error) = self.submit(false, None) {
+            // Only a broken process fails here, as in the callers of `enter`.
             panic!("cannot submit I/O: {error}");
         }
     }
@@ -358,79 +370,81 @@ impl<J> Ring<J> {
 
 impl<J> Drop for Ring<J> {
     fn drop(&mut self) {
-        while self.free.len() < self.slots.len() {
+        while self.free_slots.len() < self.slots.len() {
             if let Err(error) = self.enter(true, None) {
-                // The kernel may still use the memory: it must stay for ever.
+                // The kernel may still use the memory, so it is never freed. Neither is the io_uring.
                 log::error!("cannot wait for I/O in flight ({error}); its memory is leaked");
                 std::mem::forget(std::mem::take(&mut self.slots));
-                // The io_uring, too.
                 return;
             }
-            while let Some(entry) = self.ring.completion().next() {
+            while let Some(entry) = self.io_uring.completion().next() {
                 let data = entry.user_data();
                 if data & WATCH == 0 {
                     self.slots[data as usize] = None;
-                    self.free.push(data as usize);
+                    self.free_slots.push(data as usize);
                 } else if !cqueue::more(entry.flags()) {
                     self.watches[(data & !WATCH) as usize].armed = false;
                 }
             }
         }
-        // The kernel tears rings down later; the image is to be closed when its owner closes it.
-        let closed = self.ring.submitter().unregister_files();
-        if let Err(error) = &closed {
-            log::debug!("the image stays open until its ring is gone: {error}");
+        // The kernel tears an io_uring down later, but the image must be closed when its owner closes it.
+        let unregistered = self.io_uring.submitter().unregister_files();
+        if let Err(error) = &unregistered {
+            log::debug!("the image stays open until the kernel has closed its io_uring: {error}");
         }
-        let reusable = prepared::in_use() && closed.is_ok() && self.end_watches();
-        // SAFETY: taken once, here; nothing uses it afterwards.
-        let ring = unsafe { ManuallyDrop::take(&mut self.ring) };
+        let reusable = prepared::in_use() && unregistered.is_ok() && self.end_watches();
+        // SAFETY: taken once, here; nothing uses the field afterwards.
+        let io_uring = unsafe { ManuallyDrop::take(&mut self.io_uring) };
         if reusable {
-            USED.set(Some(ring));
+            UNUSED.set(Some(io_uring));
         }
     }
 }
 
-enum After {
-    Again,
-    Over(Result<(), Errno>),
+/// What to do after a completion.
+enum Next {
+    /// Submit the operation, or its remaining part, again.
+    Resubmit,
+    /// Return the operation to the owner with this result.
+    Finish(Result<(), Errno>),
 }
 
 impl<J> Active<J> {
-    /// Decides what a completion means. A transfer that moved nothing will never end: inside the image a read that
-    /// returns 0 means that the file was cut short under us.
-    fn after(&mut self, result: i32) -> After {
-        // A kernel worker has tried it.
-        if result == -libc::EAGAIN && self.retries > 0 && self.leave_rest() {
-            return After::Over(Err(Errno(libc::EAGAIN)));
+    /// Decides what to do after a completion. A transfer of no bytes fails, because it would never end: inside the image, a
+    /// read that returns 0 means that another process truncated the file.
+    fn handle_result(&mut self, result: i32) -> Next {
+        // A retry ran in a kernel worker, which may block; so EAGAIN means a short write.
+        if result == -libc::EAGAIN && self.retries > 0 && self.drop_done() {
+            return Next::Finish(Err(Errno(libc::EAGAIN)));
         }
         if result == -libc::EINTR || result == -libc::EAGAIN {
             self.retries += 1;
-            return if self.retries < MAX_RETRIES { After::Again } else { After::Over(Err(Errno(libc::EIO))) };
+            return if self.retries < MAX_RETRIES { Next::Resubmit } else { Next::Finish(Err(Errno(libc::EIO))) };
         }
         if result < 0 {
-            return After::Over(Err(Errno(-result)));
+            return Next::Finish(Err(Errno(-result)));
         }
         let Command::Transfer(transfer) = &self.command else {
-            return After::Over(Ok(()));
+            return Next::Finish(Ok(()));
         };
         let left = transfer.len - self.done;
         match result as usize {
             moved if transfer.write && moved < self.asked => {
-                self.leave_rest();
-                After::Over(Err(Errno(libc::EAGAIN)))
+                self.drop_done();
+                Next::Finish(Err(Errno(libc::EAGAIN)))
             }
-            moved if moved == left => After::Over(Ok(())),
-            moved if moved == 0 || moved > left => After::Over(Err(Errno(libc::EIO))),
+            moved if moved == left => Next::Finish(Ok(())),
+            moved if moved == 0 || moved > left => Next::Finish(Err(Errno(libc::EIO))),
             moved => {
                 self.done += moved;
                 self.retries = 0;
-                After::Again
+                Next::Resubmit
             }
         }
     }
 
-    /// Takes what was moved off the command. Whether it is a transfer.
-    fn leave_rest(&mut self) -> bool {
+    /// Shortens a transfer by the bytes that are done. Returns whether the operation is a transfer.
+    fn drop_done(&mut self) -> bool {
         let Command::Transfer(transfer) = &mut self.command else { return false };
         let done = std::mem::take(&mut self.done);
         transfer.offset += done as u64;
@@ -439,8 +453,9 @@ impl<J> Active<J> {
         true
     }
 
+    /// Builds the submission queue entry of what is left of the operation.
     fn entry(&mut self, file: types::Fixed, submission: Submission) -> squeue::Entry {
-        // A retry runs in a kernel worker, where it may sleep instead of spinning here.
+        // A retry runs in a kernel worker, which may sleep; here it would spin.
         let by_worker = self.retries > 0 || submission == Submission::Worker;
         let flags = if by_worker { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
         let entry = match &self.command {
@@ -453,11 +468,11 @@ impl<J> Active<J> {
                 let iovecs = if whole && transfer.buf.iovecs().len() <= MAX_IOVECS {
                     transfer.buf.iovecs()
                 } else {
-                    self.rest.clear();
-                    transfer.buf.push_range(transfer.from + self.done, transfer.len - self.done, &mut self.rest);
-                    // More than that comes back as a short transfer and goes on.
-                    self.rest.truncate(MAX_IOVECS);
-                    &self.rest
+                    self.iovecs.clear();
+                    transfer.buf.push_range(transfer.from + self.done, transfer.len - self.done, &mut self.iovecs);
+                    // With more iovecs this is a part of the transfer; the next submission continues it.
+                    self.iovecs.truncate(MAX_IOVECS);
+                    &self.iovecs
                 };
                 let (entry, asked) = transfer.entry(file, iovecs, transfer.offset + self.done as u64);
                 self.asked = asked;
@@ -469,17 +484,18 @@ impl<J> Active<J> {
 }
 
 impl Transfer {
-    /// And the bytes that it asks for.
+    /// Builds the submission queue entry that transfers `iovecs` at `offset`. Returns it with the number of bytes that it
+    /// asks for.
     fn entry(&self, file: types::Fixed, iovecs: &[libc::iovec], offset: u64) -> (squeue::Entry, usize) {
         let flags = if self.durable { libc::RWF_DSYNC } else { 0 };
         let asked = match iovecs {
             [one] => clamp(one.iov_len) as usize,
-            // All of the buffer: its sum is known.
+            // All of the buffer, whose length is known.
             all if std::ptr::eq(all, self.buf.iovecs()) => self.buf.len(),
             some => some.iter().map(|part| part.iov_len).sum(),
         };
         let entry = match (iovecs, self.write) {
-            // One part needs no list to be copied in. A length over u32 is cut and goes on as a short transfer.
+            // With one iovec the kernel need not copy a list. A longer iovec is clamped and continued as a short transfer.
             ([one], true) => {
                 opcode::Write::new(file, one.iov_base.cast(), clamp(one.iov_len)).offset(offset).rw_flags(flags).build()
             }
@@ -493,7 +509,7 @@ impl Transfer {
     }
 }
 
-/// Bytes for one call: the kernel moves at most this much at once (MAX_RW_COUNT), in whole blocks.
+/// Limits a length to 1 GiB, which is in whole blocks and below what the kernel moves at once (MAX_RW_COUNT).
 fn clamp(len: usize) -> u32 {
     len.min(0x4000_0000) as u32
 }
@@ -503,34 +519,37 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_transfer_goes_on_ends_or_fails() {
+    fn a_transfer_continues_finishes_or_fails_by_its_result() {
         let transfer =
             Transfer { write: false, durable: false, offset: 0, buf: IoBuf::owned(8192, 512, 0), from: 0, len: 8192 };
         let command = Command::Transfer(transfer);
-        let mut active = Active { job: (), command, done: 0, asked: 0, rest: Vec::new(), retries: 0 };
-        assert!(matches!(active.after(512), After::Again));
-        assert!(matches!(active.after(-libc::EINTR), After::Again));
-        assert!(matches!(active.after(0), After::Over(Err(Errno(libc::EIO)))), "nothing moved: it never will");
-        assert!(matches!(active.after(-libc::ENOSPC), After::Over(Err(Errno(libc::ENOSPC)))));
-        assert!(matches!(active.after(8192), After::Over(Err(Errno(libc::EIO)))), "more than was asked");
-        assert!(matches!(active.after(512), After::Again));
-        assert!(matches!(active.after(-libc::EAGAIN), After::Again), "a kernel worker may wait for it");
-        assert!(matches!(active.after(7168), After::Over(Ok(()))));
+        let mut active = Active { job: (), command, done: 0, asked: 0, iovecs: Vec::new(), retries: 0 };
+        assert!(matches!(active.handle_result(512), Next::Resubmit));
+        assert!(matches!(active.handle_result(-libc::EINTR), Next::Resubmit));
+        assert!(
+            matches!(active.handle_result(0), Next::Finish(Err(Errno(libc::EIO)))),
+            "no byte moved: none ever will"
+        );
+        assert!(matches!(active.handle_result(-libc::ENOSPC), Next::Finish(Err(Errno(libc::ENOSPC)))));
+        assert!(matches!(active.handle_result(8192), Next::Finish(Err(Errno(libc::EIO)))), "more than was asked");
+        assert!(matches!(active.handle_result(512), Next::Resubmit));
+        assert!(matches!(active.handle_result(-libc::EAGAIN), Next::Resubmit), "a kernel worker may block for it");
+        assert!(matches!(active.handle_result(7168), Next::Finish(Ok(()))));
     }
 
     #[test]
-    fn a_short_write_comes_back_for_plain_calls_from_where_the_last_whole_one_ended() {
+    fn a_short_write_is_returned_from_where_the_last_whole_submission_ended() {
         for result in [0, 512, -libc::EAGAIN] {
             let buf = IoBuf::owned(8192, 512, 0);
             let transfer = Transfer { write: true, durable: false, offset: 4096, buf, from: 0, len: 8192 };
             let command = Command::Transfer(transfer);
-            let mut active = Active { job: (), command, done: 0, asked: 4096, rest: Vec::new(), retries: 0 };
-            assert!(matches!(active.after(4096), After::Again), "the rest of more iovecs than one call takes");
+            let mut active = Active { job: (), command, done: 0, asked: 4096, iovecs: Vec::new(), retries: 0 };
+            assert!(matches!(active.handle_result(4096), Next::Resubmit), "there were more iovecs than one call takes");
             if result < 0 {
-                assert!(matches!(active.after(result), After::Again), "a kernel worker may wait");
+                assert!(matches!(active.handle_result(result), Next::Resubmit), "a kernel worker may block");
             }
-            assert!(matches!(active.after(result), After::Over(Err(Errno(libc::EAGAIN)))));
-            let Command::Transfer(transfer) = active.command else { unreachable!("it is one") };
+            assert!(matches!(active.handle_result(result), Next::Finish(Err(Errno(libc::EAGAIN)))));
+            let Command::Transfer(transfer) = active.command else { unreachable!("the command is a transfer") };
             assert_eq!((transfer.offset, transfer.from, transfer.len), (8192, 4096, 4096));
         }
     }
