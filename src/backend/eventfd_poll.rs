@@ -1,4 +1,4 @@
-//! Sleeping without a ring: poll(2) over the watched eventfds and one of our own. For `mem` and `null`.
+//! Sleeping without an io_uring: poll(2) on the watched eventfds and one of the queue itself. For `mem`, `null` and `rbd`.
 
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,9 +10,9 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use super::{Source, Wakeups};
 
-/// What a queue sleeps on.
+/// The eventfds on which a queue sleeps.
 pub(super) struct Watches {
-    /// Written to by whoever has news for the queue.
+    /// The queue's own eventfd, with which the back-end wakes it.
     own: Arc<OwnedFd>,
     kick: Option<OwnedFd>,
     wake: Option<OwnedFd>,
@@ -25,23 +25,23 @@ impl Watches {
         Ok(Watches { own: Arc::new(own), kick: None, wake: None, copy: None })
     }
 
-    /// The eventfd to wake the queue with, for as long as there is a queue.
+    /// The eventfd that wakes the queue. It exists as long as the queue.
     pub(super) fn own(&self) -> Weak<OwnedFd> {
         Arc::downgrade(&self.own)
     }
 
     pub(super) fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let place = match source {
+        let watch = match source {
             Source::Kick => &mut self.kick,
             Source::Wake => &mut self.wake,
             Source::Copy => &mut self.copy,
         };
-        *place = Some(fd.try_clone_to_owned()?);
+        *watch = Some(fd.try_clone_to_owned()?);
         Ok(())
     }
 
-    /// The body of a queue's `wait`: sleeps until something is readable, a signal came, or the time is up, and empties
-    /// what was readable. With `until` in the past it only looks.
+    /// The body of a queue's `wait`: sleeps until an eventfd is readable, a signal came or `until` has passed. Empties the
+    /// eventfds that were readable. With `until` in the past it does not sleep.
     pub(super) fn sleep(&self, until: Option<Instant>) -> io::Result<Wakeups> {
         let timeout = until.map(|until| {
             let left = until.saturating_duration_since(Instant::now());
@@ -51,9 +51,9 @@ impl Watches {
         fds.extend([&self.kick, &self.wake, &self.copy].into_iter().flatten().map(|fd| PollFd::new(fd, PollFlags::IN)));
         #[cfg(all(test, feature = "model"))]
         {
-            let places = [Some(&*self.own), self.kick.as_ref(), self.wake.as_ref(), self.copy.as_ref()];
-            let places: Vec<BorrowedFd<'_>> = places.into_iter().flatten().map(AsFd::as_fd).collect();
-            crate::base::sync::yield_until_readable(&places, until);
+            let eventfds = [Some(&*self.own), self.kick.as_ref(), self.wake.as_ref(), self.copy.as_ref()];
+            let eventfds: Vec<BorrowedFd<'_>> = eventfds.into_iter().flatten().map(AsFd::as_fd).collect();
+            crate::base::sync::yield_until_readable(&eventfds, until);
         }
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) => {}
@@ -63,7 +63,7 @@ impl Watches {
         let fired: Vec<bool> = fds.iter().map(|fd| fd.revents().contains(PollFlags::IN)).collect();
         let mut fired = fired.into_iter();
         let mut empty = |fd: Option<BorrowedFd<'_>>| match fd {
-            Some(fd) if fired.next() == Some(true) => take(fd).map(|()| true),
+            Some(fd) if fired.next() == Some(true) => read_count(fd).map(|()| true),
             _ => Ok(false),
         };
         empty(Some(self.own.as_fd()))?;
@@ -74,21 +74,23 @@ impl Watches {
     }
 }
 
-/// Empties an eventfd that was readable. A front-end may give one to two rings, and read it itself: then another may have
-/// been first, and it was written to all the same. It may also be made to block who reads it empty (it was given to
-/// us as one that does not, but shares that with the front-end's), which would stop the ring's thread: so none is asked to
-/// (eventfds know RWF_NOWAIT from Linux 5.8 on).
-fn take(fd: BorrowedFd<'_>) -> io::Result<()> {
-    /// Where it stands, for what has no places.
-    const HERE: u64 = u64::MAX;
+/// Empties an eventfd that was readable.
+///
+/// A front-end may share one eventfd between two virtqueues, or read it itself. Another reader may then have emptied it
+/// first, although it was written to. The front-end may also make it blocking, because O_NONBLOCK is shared between its
+/// descriptor and ours; a read of the empty eventfd would then stop the virtqueue's thread. RWF_NOWAIT prevents that
+/// (supported by eventfds from Linux 5.8 on).
+fn read_count(fd: BorrowedFd<'_>) -> io::Result<()> {
+    /// The offset that means "the current position", because an eventfd has no offsets.
+    const NO_OFFSET: u64 = u64::MAX;
     let mut count = [0u8; 8];
-    match preadv2(fd, &mut [IoSliceMut::new(&mut count)], HERE, ReadWriteFlags::NOWAIT) {
+    match preadv2(fd, &mut [IoSliceMut::new(&mut count)], NO_OFFSET, ReadWriteFlags::NOWAIT) {
         Ok(_) | Err(Errno::AGAIN) => Ok(()),
         Err(error) => Err(error.into()),
     }
 }
 
-/// When `timeout` is over; None: never.
+/// The instant at which `timeout` has passed; `None`: never.
 pub(super) fn deadline(timeout: Option<Duration>) -> Option<Instant> {
     timeout.and_then(|timeout| Instant::now().checked_add(timeout))
 }
@@ -100,9 +102,10 @@ mod tests {
 
     use super::*;
 
-    /// As a front-end may share one between two rings, blocking or not: neither fails, and neither waits for the other.
+    /// A front-end may share an eventfd, blocking or not, between two virtqueues: neither fails, and neither waits for the
+    /// other.
     #[test]
-    fn two_queues_on_one_eventfd() {
+    fn two_queues_may_share_an_eventfd() {
         for flags in [EventfdFlags::empty(), EventfdFlags::NONBLOCK] {
             let kick = eventfd(0, EventfdFlags::CLOEXEC | flags).unwrap();
             let over = AtomicBool::new(false);

@@ -1,31 +1,32 @@
-//! What other threads tell a queue: a list and an eventfd that the queue watches.
+//! Messages from other threads to a queue: a list, and an eventfd that the queue watches.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::base::sync::{Bell, Mutex};
 
-/// A queue's mailbox; any thread posts, the queue's takes.
+/// A queue's mailbox. Any thread posts messages, and the queue's thread takes them.
 pub(super) struct Mailbox<T> {
     bell: Bell,
-    mail: Mutex<Vec<T>>,
+    messages: Mutex<Vec<T>>,
 }
 
 impl<T> Mailbox<T> {
     pub(super) fn new() -> io::Result<Self> {
-        Ok(Mailbox { bell: Bell::new()?, mail: Mutex::new(Vec::new()) })
+        Ok(Mailbox { bell: Bell::new()?, messages: Mutex::new(Vec::new()) })
     }
 
-    pub(super) fn post(&self, mail: T) {
+    /// Adds a message and wakes the queue.
+    pub(super) fn post(&self, message: T) {
         self.bell.ring_after(|| {
-            self.mail.lock().expect("no panic while held").push(mail);
+            self.messages.lock().expect("no panic while held").push(message);
             true
         });
     }
 
-    /// All there is. After the queue, which silences the bell, was woken.
+    /// Takes all messages. Called after the queue woke up, which silences the bell.
     pub(super) fn take(&self) -> Vec<T> {
-        std::mem::take(&mut self.mail.lock().expect("no panic while held"))
+        std::mem::take(&mut self.messages.lock().expect("no panic while held"))
     }
 }
 
@@ -45,14 +46,14 @@ mod interleavings {
     use crate::base::sync::interleavings::{Mutant, holds};
     use crate::base::sync::thread;
 
-    /// A queue that sleeps with its mailbox watched, and takes what there is when it wakes, gets everything.
+    /// A queue that watches its mailbox while it sleeps, and takes all messages when it wakes, gets every message.
     #[test]
-    fn no_mail_is_slept_over() {
+    fn a_sleeping_queue_misses_no_message() {
         let model = || {
             let mailbox = Arc::new(Mailbox::new().unwrap());
-            let sender = |mail| {
+            let sender = |message| {
                 let mailbox = mailbox.clone();
-                thread::spawn(move || mailbox.post(mail))
+                thread::spawn(move || mailbox.post(message))
             };
             let senders = [sender(1), sender(2)];
             let mut watches = Watches::new().unwrap();

@@ -1,5 +1,5 @@
-//! Completes at once and stores nothing: the cost of all that stands before the back-end. Reads leave the buffer as it
-//! is. For benchmarks.
+//! A back-end that completes every op at once and stores nothing, for benchmarks of everything in front of a back-end. A
+//! read leaves the buffer as it is.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use super::eventfd_poll::{Watches, deadline};
 use super::{Backend, Completion, DurableWrite, Errno, Geometry, IoQueue, Op, OpId, Source, Wakeups};
 
-/// A disk of nothing.
+/// A disk that stores nothing.
 pub struct NullBackend {
     geometry: Geometry,
 }
 
 impl NullBackend {
-    /// `size` bytes, rounded down to whole blocks of `logical_block` bytes.
+    /// Creates a disk of `size` bytes, rounded down to whole blocks of `logical_block` bytes.
     pub fn new(size: u64, logical_block: u32) -> Self {
         let size = size / u64::from(logical_block) * u64::from(logical_block);
         NullBackend { geometry: Geometry::without_medium(size, logical_block, DurableWrite::Native) }
@@ -47,8 +47,8 @@ impl Backend for NullBackend {
     }
 }
 
-/// A queue on which every op fails with `errno`: what a ring gets when its real queue cannot be opened, so that the
-/// guest sees I/O errors instead of a disk that never answers.
+/// Opens a queue on which every op fails with `errno`. A virtqueue gets it when its real queue cannot be opened, so that
+/// the guest sees I/O errors instead of a disk that never responds.
 pub fn failing_queue(depth: usize, errno: Errno) -> io::Result<Box<dyn IoQueue>> {
     queue(depth, Err(errno))
 }
@@ -59,7 +59,7 @@ fn queue(depth: usize, result: Result<(), Errno>) -> io::Result<Box<dyn IoQueue>
 
 struct NullQueue {
     watches: Watches,
-    /// Of every op.
+    /// The result of every op.
     result: Result<(), Errno>,
     done: Vec<Completion>,
     depth: usize,

@@ -1,5 +1,5 @@
-//! A back-end in front of another that keeps some writes back for a while, so that ops complete late and out of order,
-//! as on a slow or busy medium. For tests: what a server owes its guest when it dies shows only then.
+//! A back-end in front of another that delays some writes, so that ops complete late and out of order, as on a slow or busy
+//! medium. For tests: only then does it show whether a server that dies has kept its promises to the guest.
 
 use std::collections::VecDeque;
 use std::io;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::layer::Layer;
 use super::{Backend, BlockingCall, Caller, Completion, IoQueue, Op, OpId, Source, Wakeups};
 
-/// Two of three writes come late: one by `delay`, one by twice as much.
+/// Delays two of three writes: one by `delay`, the other by twice as much.
 pub struct SlowBackend {
     image: Arc<dyn Backend>,
     delay: Duration,
@@ -27,18 +27,18 @@ struct SlowQueue {
     inner: Box<dyn IoQueue>,
     delay: Duration,
     writes: u32,
-    /// When each is due, soonest first.
-    late: VecDeque<(Instant, Op, OpId)>,
+    /// The delayed writes and when each is due, the earliest first.
+    delayed: VecDeque<(Instant, Op, OpId)>,
 }
 
 impl SlowQueue {
-    /// Passes on what is due, as far as there is room.
+    /// Passes on the writes that are due at `now`, or all if it is `None`, as far as the inner queue has room.
     fn pass_on(&mut self, now: Option<Instant>) {
-        while let Some((due, op, id)) = self.late.pop_front() {
+        while let Some((due, op, id)) = self.delayed.pop_front() {
             let early = now.is_some_and(|now| due > now);
             match if early { Err(op) } else { self.inner.push(op, id) } {
                 Ok(()) => {}
-                Err(op) => return self.late.push_front((due, op, id)),
+                Err(op) => return self.delayed.push_front((due, op, id)),
             }
         }
     }
@@ -50,8 +50,8 @@ impl IoQueue for SlowQueue {
             self.writes = self.writes.wrapping_add(1);
             if !self.writes.is_multiple_of(3) {
                 let due = Instant::now() + self.delay * (self.writes % 3);
-                let place = self.late.partition_point(|(other, ..)| *other <= due);
-                self.late.insert(place, (due, op, id));
+                let index = self.delayed.partition_point(|(other, ..)| *other <= due);
+                self.delayed.insert(index, (due, op, id));
                 return Ok(());
             }
         }
@@ -77,7 +77,7 @@ impl IoQueue for SlowQueue {
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         let now = Instant::now();
         self.pass_on(Some(now));
-        let due = self.late.front().map(|(due, ..)| due.saturating_duration_since(now));
+        let due = self.delayed.front().map(|(due, ..)| due.saturating_duration_since(now));
         let wakeups = self.inner.wait(timeout.into_iter().chain(due).min())?;
         self.pass_on(Some(Instant::now()));
         Ok(wakeups)
@@ -102,7 +102,7 @@ impl IoQueue for SlowQueue {
 
 impl Drop for SlowQueue {
     fn drop(&mut self) {
-        // What does not fit any more fails: its buffer is ours to free.
+        // Writes for which the inner queue has no room are dropped, with their buffers.
         self.pass_on(None);
     }
 }
@@ -114,7 +114,7 @@ impl Layer for SlowBackend {
 
     fn open_layer(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
         let inner = self.image.open_queue(depth)?;
-        Ok(Box::new(SlowQueue { inner, delay: self.delay, writes: 0, late: VecDeque::new() }))
+        Ok(Box::new(SlowQueue { inner, delay: self.delay, writes: 0, delayed: VecDeque::new() }))
     }
 
     fn layer_description(&self, image: String) -> String {

@@ -1,5 +1,5 @@
-//! A RAM disk with a volatile cache: what is written is lost in [`MemBackend::crash`] unless a sync covered it. For
-//! tests: it fails, delays and reorders on request, and counts.
+//! A RAM disk with a volatile cache, for tests: [`MemBackend::crash`] loses written data unless a sync covered it. It
+//! fails, delays and reorders ops on request, and counts them.
 
 mod queue;
 
@@ -14,24 +14,24 @@ use super::{Backend, DurableWrite, Errno, Geometry, IoBuf, IoQueue};
 use crate::base::prng::Prng;
 use queue::MemQueue;
 
-/// When ops are carried out and complete.
+/// When and in which order ops are carried out and complete.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CompletionOrder {
-    /// At once, one after the other.
+    /// All at once, in the order in which they were pushed.
     #[default]
     InOrder,
-    /// Some at a time, in an order that follows from the seed.
+    /// A few at a time, in an order that the seed determines.
     Shuffled(u64),
-    /// Only as many as [`MemBackend::release`] allowed, in order.
+    /// As many as [`MemBackend::release`] allowed, in the order in which they were pushed.
     OnRequest,
 }
 
-/// What to make.
+/// The properties of a RAM disk.
 #[derive(Clone, Copy, Debug)]
 pub struct MemOptions {
-    /// Bytes, a multiple of `logical_block`.
+    /// Size in bytes, a multiple of `logical_block`.
     pub size: u64,
-    /// 512 or 4096 bytes.
+    /// Block size: 512 or 4096 bytes.
     pub logical_block: u32,
     /// When ops complete.
     pub order: CompletionOrder,
@@ -40,7 +40,7 @@ pub struct MemOptions {
 }
 
 impl MemOptions {
-    /// `size` bytes in 512-byte blocks, in order, with native durable writes.
+    /// A disk of `size` bytes in 512-byte blocks that completes ops in order and has native durable writes.
     pub fn new(size: u64) -> Self {
         MemOptions { size, logical_block: 512, order: CompletionOrder::InOrder, durable_write: DurableWrite::Native }
     }
@@ -61,29 +61,29 @@ pub enum MemOp {
     WriteZeroes,
 }
 
-/// One failure to come.
+/// A failure of a future op.
 #[derive(Clone, Copy, Debug)]
 pub struct Fault {
-    /// Of which ops.
+    /// The kind of op that fails.
     pub op: MemOp,
-    /// The how manieth from now: 1 is the next.
+    /// Which op of this kind fails, counted from now; 1 is the next one.
     pub nth: u64,
-    /// What it fails with.
+    /// The error with which it fails.
     pub errno: Errno,
-    /// For a read or write: the bytes that are transferred all the same.
+    /// For a read or write: how many bytes are transferred in spite of the failure.
     pub transferred: usize,
 }
 
-/// What a crash leaves of the writes that no sync covered.
+/// Which blocks a crash keeps of the writes that no sync covered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CrashOutcome {
-    /// Nothing.
+    /// No block.
     Nothing,
-    /// Some blocks, chosen by the seed.
+    /// Some blocks, which the seed determines.
     Some(u64),
 }
 
-/// Ops carried out, by kind.
+/// The number of ops that were carried out, by kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Reads.
@@ -100,13 +100,13 @@ pub struct Counts {
     pub write_zeroes: u64,
 }
 
-/// The RAM disk. All methods may be called from any thread.
+/// A RAM disk. Its methods may be called from any thread.
 pub struct MemBackend {
     shared: Arc<Shared>,
 }
 
 struct Shared {
-    /// As it was made; what is told has `size`.
+    /// The geometry at creation. [`Backend::geometry`] returns it with the current `size`.
     geometry: Geometry,
     size: AtomicU64,
     order: CompletionOrder,
@@ -116,23 +116,25 @@ struct Shared {
 struct State {
     volatile: Vec<u8>,
     durable: Vec<u8>,
-    /// Blocks that differ from the durable image, and when they first did.
+    /// The blocks that differ from the durable image, with the value of `changes` at which they first did.
     dirty: BTreeMap<u64, u64>,
-    /// Counts changes to the image.
-    now: u64,
-    /// Counts crashes: an op of an earlier life changes nothing.
-    life: u64,
+    /// The number of changes of the image.
+    changes: u64,
+    /// The number of crashes. An op that was pushed before the last one changes nothing.
+    crashes: u64,
     sync_failed: Option<Errno>,
     faults: Vec<Fault>,
     counts: Counts,
-    /// [`CompletionOrder::OnRequest`]: ops that may still complete.
+    /// With [`CompletionOrder::OnRequest`]: how many ops may still complete.
     released: u64,
+    /// Ops that were pushed and not carried out.
     waiting: usize,
-    sleepers: Vec<Weak<OwnedFd>>,
+    /// The eventfds of all queues.
+    queue_eventfds: Vec<Weak<OwnedFd>>,
 }
 
 impl MemBackend {
-    /// A disk full of zeroes, durable ones. Panics if the size is not whole blocks.
+    /// Creates a disk that holds zeroes, durably. Panics if the size is not a multiple of the block size.
     pub fn new(options: MemOptions) -> Self {
         let MemOptions { size, logical_block, order, durable_write } = options;
         assert!(size > 0 && size.is_multiple_of(u64::from(logical_block)), "the size must be whole blocks");
@@ -141,62 +143,62 @@ impl MemBackend {
             volatile: vec![0; size as usize],
             durable: vec![0; size as usize],
             dirty: BTreeMap::new(),
-            now: 0,
-            life: 0,
+            changes: 0,
+            crashes: 0,
             sync_failed: None,
             faults: Vec::new(),
             counts: Counts::default(),
             released: 0,
             waiting: 0,
-            sleepers: Vec::new(),
+            queue_eventfds: Vec::new(),
         };
         MemBackend {
             shared: Arc::new(Shared { geometry, size: AtomicU64::new(size), order, state: Mutex::new(state) }),
         }
     }
 
-    /// The power goes: returns what a restart finds. The disk goes on from there; ops pushed before and not yet carried
-    /// out fail with EIO and change nothing.
-    pub fn crash(&self, keep: CrashOutcome) -> Vec<u8> {
+    /// Simulates a power failure and returns the image that a restart finds, from which the disk continues. Ops that were
+    /// pushed before and not carried out fail with EIO and change nothing.
+    pub fn crash(&self, outcome: CrashOutcome) -> Vec<u8> {
         let mut state = self.shared.lock();
-        let mut chance = Prng::new(if let CrashOutcome::Some(seed) = keep { seed } else { 0 });
+        let mut prng = Prng::new(if let CrashOutcome::Some(seed) = outcome { seed } else { 0 });
         for block in std::mem::take(&mut state.dirty).into_keys() {
-            if keep != CrashOutcome::Nothing && chance.below(2) == 0 {
-                state.make_durable(self.shared.place(block));
+            if outcome != CrashOutcome::Nothing && prng.below(2) == 0 {
+                state.make_durable(self.shared.block_bytes(block));
             }
         }
         state.volatile = state.durable.clone();
-        state.life += 1;
+        state.crashes += 1;
         state.volatile.clone()
     }
 
-    /// Tells of another size from now on, at most the one that it was made with.
+    /// Changes the size, to at most the one at creation.
     pub fn set_size(&self, bytes: u64) {
-        assert!(bytes <= self.shared.geometry.size, "there is no more memory");
+        assert!(bytes <= self.shared.geometry.size, "a RAM disk cannot exceed its size at creation");
         self.shared.size.store(bytes, Ordering::Relaxed);
     }
 
-    /// What a reader sees now.
+    /// Returns the image that a reader sees now.
     pub fn volatile_image(&self) -> Vec<u8> {
         self.shared.lock().volatile.clone()
     }
 
-    /// What a crash would leave at least.
+    /// Returns the image that a crash with [`CrashOutcome::Nothing`] would leave.
     pub fn durable_image(&self) -> Vec<u8> {
         self.shared.lock().durable.clone()
     }
 
-    /// Plans a failure. A failed sync, or durable write, makes every later one fail (clause 5).
+    /// Plans a failure. A failed sync or durable write makes every later one fail (clause 5).
     pub fn fail(&self, fault: Fault) {
         self.shared.lock().faults.push(fault);
     }
 
-    /// Ops carried out so far.
+    /// Returns the number of ops carried out so far.
     pub fn counts(&self) -> Counts {
         self.shared.lock().counts
     }
 
-    /// Ops pushed, on all queues, and not yet carried out.
+    /// Returns the number of ops, on all queues, that were pushed and not carried out.
     pub fn waiting(&self) -> usize {
         self.shared.lock().waiting
     }
@@ -205,9 +207,9 @@ impl MemBackend {
     pub fn release(&self, count: u64) {
         let mut state = self.shared.lock();
         state.released += count;
-        for sleeper in state.sleepers.iter().filter_map(Weak::upgrade) {
-            // Full means readable, which is all that is wanted.
-            let _ = rustix::io::write(&*sleeper, &1u64.to_ne_bytes());
+        for eventfd in state.queue_eventfds.iter().filter_map(Weak::upgrade) {
+            // An error does not matter: a counter that is full is readable, too.
+            let _ = rustix::io::write(&*eventfd, &1u64.to_ne_bytes());
         }
     }
 }
@@ -217,11 +219,13 @@ impl Shared {
         self.state.lock().expect("no panic while held")
     }
 
-    fn place(&self, block: u64) -> std::ops::Range<usize> {
+    /// The bytes of a block.
+    fn block_bytes(&self, block: u64) -> std::ops::Range<usize> {
         let len = self.geometry.logical_block as usize;
         block as usize * len..(block as usize + 1) * len
     }
 
+    /// The blocks that a range of bytes touches.
     fn blocks(&self, offset: u64, len: u64) -> std::ops::Range<u64> {
         let block = u64::from(self.geometry.logical_block);
         offset / block..(offset + len).div_ceil(block)
@@ -229,12 +233,12 @@ impl Shared {
 }
 
 impl State {
-    fn make_durable(&mut self, place: std::ops::Range<usize>) {
-        self.durable[place.clone()].copy_from_slice(&self.volatile[place]);
+    fn make_durable(&mut self, bytes: std::ops::Range<usize>) {
+        self.durable[bytes.clone()].copy_from_slice(&self.volatile[bytes]);
     }
 
-    /// The fault that hits this op, if one does.
-    fn fault(&mut self, op: MemOp) -> Option<Fault> {
+    /// Counts an op of this kind and takes the fault that was planned for it, if any.
+    fn take_fault(&mut self, op: MemOp) -> Option<Fault> {
         let mut hit = None;
         self.faults.retain_mut(|fault| {
             if fault.op != op {
@@ -250,24 +254,26 @@ impl State {
         hit
     }
 
-    fn changed(&mut self, shared: &Shared, offset: u64, len: u64) {
-        self.now += 1;
+    /// Records a change of the image.
+    fn mark_dirty(&mut self, shared: &Shared, offset: u64, len: u64) {
+        self.changes += 1;
         for block in shared.blocks(offset, len) {
-            self.dirty.entry(block).or_insert(self.now);
+            self.dirty.entry(block).or_insert(self.changes);
         }
     }
 
-    /// Makes durable what had been changed when the sync was pushed, and as little else as possible.
+    /// Makes the blocks durable that had changed when the sync was pushed, at `pushed` changes, and as little else as
+    /// possible.
     fn sync(&mut self, shared: &Shared, pushed: u64) -> Result<(), Errno> {
         self.counts.syncs += 1;
-        if let Some(fault) = self.fault(MemOp::Sync) {
+        if let Some(fault) = self.take_fault(MemOp::Sync) {
             self.sync_failed.get_or_insert(fault.errno);
         }
         self.sync_failed.map_or(Ok(()), Err)?;
         let covered: Vec<u64> = self.dirty.iter().filter(|&(_, &since)| since <= pushed).map(|(&b, _)| b).collect();
         for block in covered {
             self.dirty.remove(&block);
-            self.make_durable(shared.place(block));
+            self.make_durable(shared.block_bytes(block));
         }
         Ok(())
     }
@@ -275,11 +281,11 @@ impl State {
     fn write(&mut self, shared: &Shared, offset: u64, buf: &IoBuf, durable: bool) -> Result<(), Errno> {
         self.counts.writes += 1;
         self.counts.durable_writes += u64::from(durable);
-        let fault = self.fault(MemOp::Write);
+        let fault = self.take_fault(MemOp::Write);
         let len = fault.map_or(buf.len(), |fault| fault.transferred.min(buf.len()));
         let start = offset as usize;
         buf.copy_to(0, &mut self.volatile[start..start + len]);
-        self.changed(shared, offset, len as u64);
+        self.mark_dirty(shared, offset, len as u64);
         if let Some(fault) = fault {
             if durable {
                 self.sync_failed.get_or_insert(fault.errno);
@@ -290,7 +296,7 @@ impl State {
             self.sync_failed.map_or(Ok(()), Err)?;
             for block in shared.blocks(offset, len as u64) {
                 self.dirty.remove(&block);
-                self.make_durable(shared.place(block));
+                self.make_durable(shared.block_bytes(block));
             }
         }
         Ok(())
@@ -298,21 +304,21 @@ impl State {
 
     fn read(&mut self, offset: u64, buf: &IoBuf) -> Result<(), Errno> {
         self.counts.reads += 1;
-        let fault = self.fault(MemOp::Read);
+        let fault = self.take_fault(MemOp::Read);
         let len = fault.map_or(buf.len(), |fault| fault.transferred.min(buf.len()));
         buf.copy_from(0, &self.volatile[offset as usize..offset as usize + len]);
         fault.map_or(Ok(()), |fault| Err(fault.errno))
     }
 
-    /// Zeroes a range, or fills it with what nobody may rely on.
+    /// Fills a range with zeroes; for a discard, with bytes on which no reader may rely.
     fn fill(&mut self, shared: &Shared, op: MemOp, offset: u64, len: u64) -> Result<(), Errno> {
         let byte = if op == MemOp::Discard { 0xdb } else { 0 };
         *(if op == MemOp::Discard { &mut self.counts.discards } else { &mut self.counts.write_zeroes }) += 1;
-        if let Some(fault) = self.fault(op) {
+        if let Some(fault) = self.take_fault(op) {
             return Err(fault.errno);
         }
         self.volatile[offset as usize..(offset + len) as usize].fill(byte);
-        self.changed(shared, offset, len);
+        self.mark_dirty(shared, offset, len);
         Ok(())
     }
 }
@@ -325,19 +331,19 @@ impl Backend for MemBackend {
     fn open_queue(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
         let watches = Watches::new()?;
         let mut state = self.shared.lock();
-        state.sleepers.retain(|sleeper| sleeper.strong_count() > 0);
-        state.sleepers.push(watches.own());
+        state.queue_eventfds.retain(|eventfd| eventfd.strong_count() > 0);
+        state.queue_eventfds.push(watches.own());
         drop(state);
         let seed = if let CompletionOrder::Shuffled(seed) = self.shared.order { seed } else { 0 };
         let shared = Arc::clone(&self.shared);
-        let chance = Prng::new(seed);
-        Ok(Box::new(MemQueue::new(shared, watches, chance, depth)))
+        let prng = Prng::new(seed);
+        Ok(Box::new(MemQueue::new(shared, watches, prng, depth)))
     }
 
     fn sync(&self) -> io::Result<()> {
         let mut state = self.shared.lock();
-        let now = state.now;
-        state.sync(&self.shared, now).map_err(|errno| io::Error::from_raw_os_error(errno.0))
+        let changes = state.changes;
+        state.sync(&self.shared, changes).map_err(|errno| io::Error::from_raw_os_error(errno.0))
     }
 
     fn describe(&self) -> String {

@@ -1,4 +1,4 @@
-//! A queue of the RAM disk: when ops are carried out.
+//! A queue of the RAM disk: it decides when ops are carried out.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -14,35 +14,38 @@ use crate::base::prng::Prng;
 pub(super) struct MemQueue {
     shared: Arc<Shared>,
     watches: Watches,
-    chance: Prng,
+    prng: Prng,
     depth: usize,
     pending: Vec<Pending>,
     done: Vec<Completion>,
 }
 
+/// An op that is not carried out.
 struct Pending {
     op: Op,
     id: OpId,
-    /// `State::now` and `State::life` when it was pushed.
+    /// `State::changes` when it was pushed.
     pushed: u64,
-    life: u64,
+    /// `State::crashes` when it was pushed.
+    crashes: u64,
 }
 
 impl MemQueue {
-    pub(super) fn new(shared: Arc<Shared>, watches: Watches, chance: Prng, depth: usize) -> Self {
-        MemQueue { shared, watches, chance, depth, pending: Vec::new(), done: Vec::new() }
+    pub(super) fn new(shared: Arc<Shared>, watches: Watches, prng: Prng, depth: usize) -> Self {
+        MemQueue { shared, watches, prng, depth, pending: Vec::new(), done: Vec::new() }
     }
 
-    /// Carries out what may be now.
+    /// Carries out the ops that may complete now.
     fn advance(&mut self) {
         match self.shared.order {
             CompletionOrder::InOrder => self.carry_out(self.pending.len(), false),
             CompletionOrder::Shuffled(_) => {
-                let some = 1 + self.chance.below(self.pending.len() as u64 + 1) as usize;
-                self.carry_out(some, true);
+                let count = 1 + self.prng.below(self.pending.len() as u64 + 1) as usize;
+                self.carry_out(count, true);
             }
             CompletionOrder::OnRequest => {
-                // In one step: another queue that looks meanwhile would find nothing, and sleep.
+                // Under one lock: a queue that took all of `released` and returned a part would let another queue find
+                // nothing meanwhile, and sleep.
                 let mut state = self.shared.lock();
                 let count = self.pending.len().min(usize::try_from(state.released).unwrap_or(usize::MAX));
                 state.released -= count as u64;
@@ -54,13 +57,13 @@ impl MemQueue {
 
     fn carry_out(&mut self, count: usize, shuffled: bool) {
         for _ in 0..count.min(self.pending.len()) {
-            let next = if shuffled { self.chance.below(self.pending.len() as u64) as usize } else { 0 };
-            let Pending { op, id, pushed, life } = self.pending.remove(next);
+            let next = if shuffled { self.prng.below(self.pending.len() as u64) as usize } else { 0 };
+            let Pending { op, id, pushed, crashes } = self.pending.remove(next);
             let mut state = self.shared.lock();
             state.waiting -= 1;
-            let dead = life != state.life;
+            let has_crashed = crashes != state.crashes;
             let result = match &op {
-                _ if dead => Err(Errno(libc::EIO)),
+                _ if has_crashed => Err(Errno(libc::EIO)),
                 Op::Read { offset, buf } => state.read(*offset, buf),
                 Op::Write { offset, buf, durable } => state.write(&self.shared, *offset, buf, *durable),
                 Op::Sync => state.sync(&self.shared, pushed),
@@ -81,7 +84,7 @@ impl IoQueue for MemQueue {
         }
         let mut state = self.shared.lock();
         state.waiting += 1;
-        self.pending.push(Pending { op, id, pushed: state.now, life: state.life });
+        self.pending.push(Pending { op, id, pushed: state.changes, crashes: state.crashes });
         Ok(())
     }
 
@@ -119,7 +122,7 @@ impl IoQueue for MemQueue {
 }
 
 impl Drop for MemQueue {
-    /// What is in flight is finished, as a device would.
+    /// Carries out the ops in flight, as a device would.
     fn drop(&mut self) {
         self.carry_out(self.pending.len(), false);
     }

@@ -1,4 +1,4 @@
-//! A ring's queue that copies each write's data, once, before the image's own queue sees it.
+//! A virtqueue's queue that copies each write's data once, before the image's own queue gets it.
 
 use std::collections::VecDeque;
 use std::io;
@@ -9,179 +9,182 @@ use std::time::Duration;
 
 use super::super::buffer::IovecList;
 use super::super::{Backend, BlockingCall, Caller, Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
-use super::status::Tally;
+use super::counters::QueueCounters;
 use crate::backend::bounce_pool::{BounceBuffer, BouncePool, Pool};
 
-/// Pieces at work at once, on one queue, beyond one for each op: long writes go in several.
-const SPARE: usize = 16;
+/// The most parts in flight, on one queue, beyond one for each op. A long write is split into several parts.
+const MAX_EXTRA_PARTS: usize = 16;
 
-/// Where long writes are cut: at multiples of this in the image, which no medium's blocks exceed.
-const CUT: u64 = 64 << 10;
+/// Long writes are split at multiples of this in the image. No medium has larger blocks.
+const SPLIT_ALIGNMENT: u64 = 64 << 10;
 
-/// See [`super::StableBackend`]. Writes that find no memory wait here in their order; everything else passes them, as the
-/// contract allows: only a write that has completed comes before anything.
+/// The queue of a [`super::StableBackend`] that copies. Writes for which there is no memory wait here in their order. Other
+/// ops pass them; the contract allows that, because it orders an op only after writes that have completed.
 pub(super) struct CopyingQueue {
     inner: Box<dyn IoQueue>,
     pool: Pool,
-    tally: Arc<Tally>,
-    /// The caller's ops that are not reaped.
+    counters: Arc<QueueCounters>,
+    /// The caller's ops that were pushed and not reaped.
     live: usize,
     depth: usize,
     writes: Vec<Option<Write>>,
     free_writes: Vec<usize>,
-    /// What the inner queue works on: an index is its op's name there.
-    tasks: Vec<Task>,
-    free_tasks: Vec<usize>,
-    /// Pieces at work that are not the only one of their write.
-    extra: usize,
-    /// Writes of which not all data was copied yet, oldest first. Only the first may have pieces at work.
+    /// The ops that the inner queue has. The index is the op's id there.
+    inner_ops: Vec<InnerOp>,
+    free_inner_ops: Vec<usize>,
+    /// Parts in flight beyond the first of their write.
+    extra_parts: usize,
+    /// Writes of which not all data is copied, oldest first. Only the first may have parts in flight.
     waiting: VecDeque<usize>,
-    /// For reuse.
+    /// An empty list, kept for reuse.
     finished: Vec<Completion>,
+    /// Lists of iovecs for reuse.
     iovecs: Vec<IovecList>,
 }
 
-/// A write on its way.
+/// A write of the caller.
 struct Write {
     id: OpId,
     offset: u64,
+    /// The guest's buffer.
     guest: IoBuf,
     durable: bool,
-    /// Bytes of `guest` that were copied and handed on.
-    taken: usize,
-    /// Pieces that the inner queue has.
-    at_work: usize,
+    /// Bytes of `guest` that were copied and passed to the inner queue.
+    copied: usize,
+    parts_in_flight: usize,
     result: Result<(), Errno>,
 }
 
-/// An op of the inner queue's.
-enum Task {
+/// An op of the inner queue.
+enum InnerOp {
     None,
-    /// The caller's, as it is.
+    /// An op of the caller, passed on as it is.
     Passed(OpId),
-    /// A part of a write, out of memory of ours.
+    /// A part of a write, in a bounce buffer.
     Part {
         write: usize,
-        piece: BounceBuffer,
+        bounce: BounceBuffer,
         is_extra: bool,
     },
 }
 
 impl CopyingQueue {
-    /// Errors: those of `image`'s queue.
+    /// Fails as [`Backend::open_queue`] of `image` does.
     pub(super) fn open(
         image: &dyn Backend,
         depth: usize,
-        depot: &Arc<BouncePool>,
-        tally: Arc<Tally>,
+        bounce_pool: &Arc<BouncePool>,
+        counters: Arc<QueueCounters>,
     ) -> io::Result<Self> {
-        let tasks = depth + SPARE;
+        let inner_depth = depth + MAX_EXTRA_PARTS;
         Ok(CopyingQueue {
-            inner: image.open_queue(tasks)?,
-            pool: Pool::new(depot.clone(), 1),
-            tally,
+            inner: image.open_queue(inner_depth)?,
+            pool: Pool::new(bounce_pool.clone(), 1),
+            counters,
             live: 0,
             depth,
             writes: (0..depth).map(|_| None).collect(),
             free_writes: (0..depth).rev().collect(),
-            tasks: (0..tasks).map(|_| Task::None).collect(),
-            free_tasks: (0..tasks).rev().collect(),
-            extra: 0,
+            inner_ops: (0..inner_depth).map(|_| InnerOp::None).collect(),
+            free_inner_ops: (0..inner_depth).rev().collect(),
+            extra_parts: 0,
             waiting: VecDeque::new(),
             finished: Vec::new(),
             iovecs: Vec::new(),
         })
     }
 
+    /// Passes an op that needs no copy to the inner queue.
     fn pass(&mut self, op: Op, id: OpId) -> Result<(), Op> {
-        let task = self.free_tasks.pop().expect("there are more than ops");
-        self.inner.push(op, OpId(task as u64)).inspect_err(|_| self.free_tasks.push(task))?;
-        self.tasks[task] = Task::Passed(id);
+        let index = self.free_inner_ops.pop().expect("there is one for each op");
+        self.inner.push(op, OpId(index as u64)).inspect_err(|_| self.free_inner_ops.push(index))?;
+        self.inner_ops[index] = InnerOp::Passed(id);
         Ok(())
     }
 
-    /// Copies and hands on what there is memory for. True: that was all of the write.
+    /// Copies and pushes as much of a write as there is memory for. Returns whether that was all of the write.
     fn advance(&mut self, index: usize) -> bool {
         loop {
-            let write = self.writes[index].as_ref().expect("a write that waits is there");
-            if write.taken == write.guest.len() || write.result.is_err() {
+            let write = self.writes[index].as_ref().expect("a write that waits is in its slot");
+            if write.copied == write.guest.len() || write.result.is_err() {
                 return true;
             }
-            let is_extra = write.at_work > 0;
-            if is_extra && self.extra == SPARE {
+            let is_extra = write.parts_in_flight > 0;
+            if is_extra && self.extra_parts == MAX_EXTRA_PARTS {
                 return false;
             }
-            let Some(piece) = self.pool.take(write.guest.len() - write.taken) else { return false };
-            if !self.hand_on(index, piece, is_extra) {
+            let Some(bounce) = self.pool.take(write.guest.len() - write.copied) else { return false };
+            if !self.push_part(index, bounce, is_extra) {
                 return false;
             }
         }
     }
 
-    /// Copies as much as `piece` holds and pushes it. False: the inner queue is full.
-    fn hand_on(&mut self, index: usize, piece: BounceBuffer, is_extra: bool) -> bool {
-        let write = self.writes[index].as_mut().expect("the caller looked");
-        let offset = write.offset + write.taken as u64;
-        let left = write.guest.len() - write.taken;
-        let len = if left <= piece.len() {
+    /// Copies as much as `bounce` holds and pushes it. Returns `false` when the inner queue is full.
+    fn push_part(&mut self, index: usize, bounce: BounceBuffer, is_extra: bool) -> bool {
+        let write = self.writes[index].as_mut().expect("the caller found it");
+        let offset = write.offset + write.copied as u64;
+        let left = write.guest.len() - write.copied;
+        let len = if left <= bounce.len() {
             left
         } else {
             // Whole blocks of the medium, so that no block is written in two parts.
-            (((offset + piece.len() as u64) & !(CUT - 1)) - offset) as usize
+            (((offset + bounce.len() as u64) & !(SPLIT_ALIGNMENT - 1)) - offset) as usize
         };
-        let buf = piece.lend(len, self.iovecs.pop().unwrap_or_default().0);
-        buf.copy_between(0, &write.guest, write.taken, len);
-        let task = self.free_tasks.pop().expect("one for each op, and for each that is extra");
-        if let Err(op) = self.inner.push(Op::Write { offset, buf, durable: write.durable }, OpId(task as u64)) {
-            self.free_tasks.push(task);
+        let buf = bounce.lend(len, self.iovecs.pop().unwrap_or_default().0);
+        buf.copy_between(0, &write.guest, write.copied, len);
+        let inner_op = self.free_inner_ops.pop().expect("there is one for each op and each extra part");
+        if let Err(op) = self.inner.push(Op::Write { offset, buf, durable: write.durable }, OpId(inner_op as u64)) {
+            self.free_inner_ops.push(inner_op);
             drop(op);
-            self.pool.give(piece);
+            self.pool.give(bounce);
             return false;
         }
-        write.taken += len;
-        write.at_work += 1;
-        self.extra += usize::from(is_extra);
-        self.tasks[task] = Task::Part { write: index, piece, is_extra };
-        Tally::add(&self.tally.copied_bytes, len as u64);
+        write.copied += len;
+        write.parts_in_flight += 1;
+        self.extra_parts += usize::from(is_extra);
+        self.inner_ops[inner_op] = InnerOp::Part { write: index, bounce, is_extra };
+        QueueCounters::add(&self.counters.copied_bytes, len as u64);
         true
     }
 
-    /// Part of a write is over; the completion, if that was the last.
-    fn part_done(&mut self, index: usize, result: Result<(), Errno>) -> Option<Completion> {
-        let write = self.writes[index].as_mut().expect("it has parts at work");
-        write.at_work -= 1;
+    /// Counts one part of a write as done. Returns the write's completion if it is over.
+    fn finish_part(&mut self, index: usize, result: Result<(), Errno>) -> Option<Completion> {
+        let write = self.writes[index].as_mut().expect("a write with parts in flight is in its slot");
+        write.parts_in_flight -= 1;
         write.result = write.result.and(result);
-        let all_taken = write.taken == write.guest.len() || write.result.is_err();
-        if write.at_work > 0 || !all_taken {
+        let no_part_follows = write.copied == write.guest.len() || write.result.is_err();
+        if write.parts_in_flight > 0 || !no_part_follows {
             return None;
         }
-        // Given up before all of it was taken.
+        // A write that failed before all of it was copied still waits for memory.
         if self.waiting.front() == Some(&index) {
             self.waiting.pop_front();
         }
-        let Write { id, guest, result, .. } = self.writes[index].take().expect("looked at just now");
+        let Write { id, guest, result, .. } = self.writes[index].take().expect("found just now");
         self.free_writes.push(index);
-        Tally::add(&self.tally.copied_writes, 1);
+        QueueCounters::add(&self.counters.copied_writes, 1);
         Some(Completion { id, result, buf: Some(guest) })
     }
 
+    /// Handles a completion of the inner queue. Returns the caller's completion if an op of the caller is over.
     fn finish(&mut self, completion: Completion) -> Option<Completion> {
-        let task = completion.id.0 as usize;
-        self.free_tasks.push(task);
-        match mem::replace(&mut self.tasks[task], Task::None) {
-            Task::None => unreachable!("each op comes back once"),
-            Task::Passed(id) => Some(Completion { id, ..completion }),
-            Task::Part { write, piece, is_extra } => {
-                self.extra -= usize::from(is_extra);
+        let index = completion.id.0 as usize;
+        self.free_inner_ops.push(index);
+        match mem::replace(&mut self.inner_ops[index], InnerOp::None) {
+            InnerOp::None => unreachable!("each op completes once"),
+            InnerOp::Passed(id) => Some(Completion { id, ..completion }),
+            InnerOp::Part { write, bounce, is_extra } => {
+                self.extra_parts -= usize::from(is_extra);
                 self.iovecs.extend(completion.buf.map(|buf| IovecList(buf.into_iovecs())));
-                self.pool.give(piece);
-                self.part_done(write, completion.result)
+                self.pool.give(bounce);
+                self.finish_part(write, completion.result)
             }
         }
     }
 
-    /// Goes on with the writes that wait, as far as there is memory now.
-    fn feed(&mut self) {
+    /// Continues the waiting writes as far as there is memory now.
+    fn advance_waiting(&mut self) {
         while let Some(&index) = self.waiting.front() {
             if !self.advance(index) {
                 return;
@@ -198,12 +201,12 @@ impl IoQueue for CopyingQueue {
         }
         match op {
             Op::Write { offset, buf: guest, durable } if !guest.is_empty() => {
-                let index = self.free_writes.pop().expect("one for each op");
-                let write = Write { id, offset, guest, durable, taken: 0, at_work: 0, result: Ok(()) };
+                let index = self.free_writes.pop().expect("there is one for each op");
+                let write = Write { id, offset, guest, durable, copied: 0, parts_in_flight: 0, result: Ok(()) };
                 self.writes[index] = Some(write);
                 if !self.waiting.is_empty() || !self.advance(index) {
                     self.waiting.push_back(index);
-                    Tally::add(&self.tally.waited_writes, 1);
+                    QueueCounters::add(&self.counters.waited_writes, 1);
                 }
             }
             op => self.pass(op, id)?,
@@ -223,7 +226,7 @@ impl IoQueue for CopyingQueue {
         out.extend(finished.drain(..).filter_map(|completion| self.finish(completion)));
         self.live -= out.len() - before;
         self.finished = finished;
-        self.feed();
+        self.advance_waiting();
     }
 
     fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
@@ -234,7 +237,7 @@ impl IoQueue for CopyingQueue {
         self.inner.has_news()
     }
 
-    /// May return for a part of a write, with nothing to reap yet: the caller's `reap` then goes on with the rest.
+    /// May return when only a part of a write is done, with nothing to reap: the caller's `reap` then continues the write.
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         self.inner.wait(timeout)
     }
@@ -257,7 +260,7 @@ impl IoQueue for CopyingQueue {
 }
 
 impl Drop for CopyingQueue {
-    /// What was taken is carried out (clause 3): the inner queue does so with what it has.
+    /// Carries out the writes that wait here (clause 3). The inner queue carries out those that it has.
     fn drop(&mut self) {
         let mut finished = Vec::new();
         while !self.waiting.is_empty() {

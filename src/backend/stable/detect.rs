@@ -1,8 +1,9 @@
-//! A ring's queue that copies nothing and looks whether a write's buffer is the same after the write as before.
+//! A virtqueue's queue that copies nothing and checks whether a write's buffer is the same after the write as before.
 //!
-//! A CRC-32 of the buffer, taken before the image's queue gets the write and again when it gives the buffer back: before
-//! the guest is told that the write is over, so a guest that keeps to the rules never looks guilty. One change in four
-//! billion goes unseen; a hostile guest can hide all of its changes, and hurts only itself.
+//! It computes a CRC-32 of the buffer before the image's queue gets the write, and again when that queue returns the
+//! buffer. The second one comes before the write completes to the guest, so a guest that follows the rules is never
+//! reported. One change in four billion is not detected. A hostile guest can hide all of its changes, and harms only
+//! itself.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -10,36 +11,38 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::super::{Backend, BlockingCall, Caller, Completion, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
-use super::status::{Tallies, Tally};
+use super::counters::{ImageCounters, QueueCounters};
 
-/// Bytes looked at at once: they stay in the processor's first cache.
+/// How many bytes are hashed at once: they fit into the processor's first-level cache.
 const SCRATCH: usize = 16 << 10;
 
-/// See [`super::StableBackend`].
+/// The queue of a [`super::StableBackend`] that detects changed buffers.
 pub(super) struct DetectingQueue {
     inner: Box<dyn IoQueue>,
-    tallies: Arc<Tallies>,
-    tally: Arc<Tally>,
-    /// What the inner queue works on: an index is its op's name there.
+    image_counters: Arc<ImageCounters>,
+    counters: Arc<QueueCounters>,
+    /// The ops that the inner queue has. The index is the op's id there.
     slots: Vec<Slot>,
     free: Vec<usize>,
     scratch: Box<[u8]>,
 }
 
+/// An op that the inner queue has.
 #[derive(Clone, Copy)]
 struct Slot {
+    /// The caller's id of the op.
     id: OpId,
-    /// Of a write: where it goes, and its checksum before.
+    /// If the op is a write: its offset, and the checksum of its buffer before.
     write: Option<(u64, u32)>,
 }
 
 impl DetectingQueue {
-    /// Errors: those of `image`'s queue.
-    pub(super) fn open(image: &dyn Backend, depth: usize, tallies: &Arc<Tallies>) -> io::Result<Self> {
+    /// Fails as [`Backend::open_queue`] of `image` does.
+    pub(super) fn open(image: &dyn Backend, depth: usize, counters: &Arc<ImageCounters>) -> io::Result<Self> {
         Ok(DetectingQueue {
             inner: image.open_queue(depth)?,
-            tallies: tallies.clone(),
-            tally: tallies.open(),
+            image_counters: counters.clone(),
+            counters: counters.add_queue(),
             slots: vec![Slot { id: OpId(0), write: None }; depth],
             free: (0..depth).rev().collect(),
             scratch: vec![0; SCRATCH].into(),
@@ -52,17 +55,18 @@ impl DetectingQueue {
         hasher.finalize()
     }
 
-    fn finished(&mut self, completion: &mut Completion) {
+    /// Gives a completion the caller's id, and checks the buffer of a write.
+    fn finish_op(&mut self, completion: &mut Completion) {
         let slot = completion.id.0 as usize;
         let Slot { id, write } = self.slots[slot];
         completion.id = id;
         self.free.push(slot);
-        // A failed write that lost its buffer cannot be judged.
+        // A failed write that lost its buffer cannot be checked.
         if let (Some((offset, before)), Some(buf)) = (write, &completion.buf) {
-            Tally::add(&self.tally.checked_writes, 1);
+            QueueCounters::add(&self.counters.checked_writes, 1);
             if self.checksum(buf) != before {
-                Tally::add(&self.tally.changed_writes, 1);
-                self.tallies.changed(offset, buf.len() as u64);
+                QueueCounters::add(&self.counters.changed_writes, 1);
+                self.image_counters.record_change(offset, buf.len() as u64);
             }
         }
     }
@@ -86,7 +90,7 @@ impl IoQueue for DetectingQueue {
     fn reap(&mut self, out: &mut Vec<Completion>) {
         let before = out.len();
         self.inner.reap(out);
-        out[before..].iter_mut().for_each(|completion| self.finished(completion));
+        out[before..].iter_mut().for_each(|completion| self.finish_op(completion));
     }
 
     fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {

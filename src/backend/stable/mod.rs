@@ -1,20 +1,19 @@
-//! Stable writes: what the medium reads of a write's buffer is the same however often it reads it.
+//! Stable writes: the medium reads the same data of a write's buffer, however often it reads the buffer.
 //!
-//! A guest may change a buffer while its write is under way: swap, NTFS and databases past their cache do. A medium that
+//! A guest may change a buffer while its write is in flight: swap, NTFS and databases with direct I/O do. A medium that
 //! reads the buffer more than once (both halves of a mirror, a parity, a checksum, a replica across the network) then
-//! stores two different blocks, or a block that its own checksum does not fit. This layer stands directly in front of
-//! an image. With `copy` it copies each write's data once into memory of ours before anything below sees it; with
-//! `detect` it copies nothing and counts the writes whose buffer changed; otherwise it is not there at all: its queues
-//! are the image's own.
+//! stores two different blocks, or a block that does not match its checksum. This layer is directly in front of an image.
+//! With `copy` it copies each write's data once into the daemon's memory before anything below reads it. With `detect` it
+//! copies nothing and counts the writes whose buffer changed. Otherwise its queues are the image's own.
 //!
-//! The point-in-time copy stands in front of this layer, not behind it. A write that it delays is not read while it
-//! waits, so it needs no memory of ours until it goes on; its data is fixed when it is let go. (The other way round,
-//! delayed writes would hold the pool's memory for as long as the copy's target takes.) What the copy saves it reads
-//! from the image, which only ever got stable data.
+//! The point-in-time copy is in front of this layer, not behind it. It does not read a write that it delays, so the write
+//! needs no bounce buffer until it continues; its data is fixed at that moment. (The other way round, delayed writes would
+//! occupy the bounce pool for as long as the copy's target takes.) The point-in-time copy reads old data from the image,
+//! which only got stable data.
 
 mod copy;
+mod counters;
 mod detect;
-mod status;
 
 use std::fmt;
 use std::io;
@@ -28,25 +27,25 @@ use super::layer::Layer;
 use super::{Backend, IoQueue};
 use crate::disk::{Events, ImageStatus, StableWritesStatus};
 use copy::CopyingQueue;
+use counters::ImageCounters;
 use detect::DetectingQueue;
-use status::Tallies;
 
-/// `--stable-writes`.
+/// The option `--stable-writes`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum StableWrites {
-    /// Copy exactly where the medium asks for stable buffers.
+    /// Copy if the medium asks for stable buffers.
     #[default]
     Auto,
-    /// Copy, except where the medium copies itself.
+    /// Copy, unless the medium copies the data itself.
     Copy,
-    /// Count what changes under way.
+    /// Count the writes whose buffer changes in flight.
     Detect,
-    /// Nothing.
+    /// Do nothing.
     Off,
 }
 
 impl StableWrites {
-    /// Its name on the command line and in the status.
+    /// The value's name on the command line and in the status.
     pub fn name(self) -> &'static str {
         match self {
             StableWrites::Auto => "auto",
@@ -66,25 +65,25 @@ impl fmt::Display for StableWrites {
 impl FromStr for StableWrites {
     type Err = String;
 
-    /// Errors say what is allowed.
+    /// Parses a [`StableWrites::name`]. The error lists the names.
     fn from_str(text: &str) -> Result<Self, String> {
         let all = [StableWrites::Auto, StableWrites::Copy, StableWrites::Detect, StableWrites::Off];
         all.into_iter().find(|one| one.name() == text).ok_or_else(|| "use auto, copy, detect or off".to_string())
     }
 }
 
-/// How what is below an image reads the buffer of a write, and how that is known: [`Backend::buffer_use`].
+/// How the medium reads the buffer of a write, and in words how that is known: [`Backend::buffer_use`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BufferUse {
-    /// It copies the data before it does anything else with it.
+    /// The medium copies the data before it uses it.
     Copies(String),
-    /// It may read it more than once: it asks for buffers that stay as they are.
+    /// The medium may read the buffer more than once, so it asks for buffers that do not change.
     ReadsTwice(String),
-    /// Nothing is known that would read it more than once.
+    /// No part of the medium is known to read the buffer more than once.
     ReadsOnce(String),
 }
 
-/// What is done: `asked` applied to the medium.
+/// What the layer does: the option applied to the medium.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Effect {
     Copy,
@@ -92,13 +91,15 @@ enum Effect {
     Off,
 }
 
+/// Decides what the layer does, and says why, for the log and the status.
 fn decide(asked: StableWrites, used: &BufferUse, read_only: bool) -> (Effect, String) {
     let (BufferUse::Copies(why) | BufferUse::ReadsTwice(why) | BufferUse::ReadsOnce(why)) = used;
     match (asked, used) {
         _ if read_only => (Effect::Off, "the image is read-only".into()),
         (StableWrites::Detect, _) => (Effect::Detect, why.clone()),
         (StableWrites::Off, BufferUse::ReadsTwice(why)) => {
-            (Effect::Off, format!("as asked, although {why}: what a guest changes under way may be stored two ways"))
+            let risk = "data that a guest changes while its write is in flight may be stored inconsistently";
+            (Effect::Off, format!("as asked, although {why}: {risk}"))
         }
         (StableWrites::Auto, BufferUse::ReadsTwice(why)) => (Effect::Copy, why.clone()),
         (StableWrites::Copy, BufferUse::ReadsTwice(why) | BufferUse::ReadsOnce(why)) => (Effect::Copy, why.clone()),
@@ -107,23 +108,28 @@ fn decide(asked: StableWrites, used: &BufferUse, read_only: bool) -> (Effect, St
     }
 }
 
-/// An image whose writes are stable. Wraps any back-end.
+/// A back-end that wraps another and makes its writes stable.
 pub struct StableBackend {
     image: Arc<dyn Backend>,
     asked: StableWrites,
     effect: Effect,
     why: String,
-    depot: Arc<BouncePool>,
-    tallies: Arc<Tallies>,
+    bounce_pool: Arc<BouncePool>,
+    counters: Arc<ImageCounters>,
 }
 
 impl StableBackend {
-    /// Wraps `image`. Copies are made in `depot`'s memory; a queue waits for memory rather than exceed it. What `detect`
-    /// sees is told to `events`. Called by whoever puts the parts together.
-    pub fn new(image: Arc<dyn Backend>, asked: StableWrites, depot: Arc<BouncePool>, events: Arc<Events>) -> Self {
+    /// Wraps `image`. Copies use the memory of `bounce_pool`; a queue that gets none waits for it. With `detect`, `events`
+    /// receives an event for a changed buffer. Called when the server is put together.
+    pub fn new(
+        image: Arc<dyn Backend>,
+        asked: StableWrites,
+        bounce_pool: Arc<BouncePool>,
+        events: Arc<Events>,
+    ) -> Self {
         let (effect, why) = decide(asked, &image.buffer_use(), image.geometry().read_only);
-        let this = StableBackend { image, asked, effect, why, depot, tallies: Tallies::new(events) };
-        // The default that changes nothing is no news.
+        let this = StableBackend { image, asked, effect, why, bounce_pool, counters: ImageCounters::new(events) };
+        // By default with no effect, this line interests nobody who does not debug.
         let level = if this.effect == Effect::Off && asked == StableWrites::Auto { Level::Debug } else { Level::Info };
         log::log!(level, "stable writes: {} ({asked} was asked for): {}", this.effect_name(), this.why);
         this
@@ -138,14 +144,14 @@ impl StableBackend {
     }
 
     fn status(&self) -> StableWritesStatus {
-        let mut status = self.tallies.status();
+        let mut status = self.counters.status();
         status.asked = self.asked.to_string();
         status.in_effect = self.effect_name().into();
         status.why = self.why.clone();
         if self.effect == Effect::Copy {
-            let (allocated, most) = self.depot.allocated();
+            let (allocated, most) = self.bounce_pool.allocated();
             (status.memory_bytes, status.most_memory_bytes) = (allocated as u64, most as u64);
-            status.shared_memory_limit = self.depot.limit() as u64;
+            status.shared_memory_limit = self.bounce_pool.limit() as u64;
         }
         status
     }
@@ -158,8 +164,10 @@ impl Layer for StableBackend {
 
     fn open_layer(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
         Ok(match self.effect {
-            Effect::Copy => Box::new(CopyingQueue::open(&*self.image, depth, &self.depot, self.tallies.open())?),
-            Effect::Detect => Box::new(DetectingQueue::open(&*self.image, depth, &self.tallies)?),
+            Effect::Copy => {
+                Box::new(CopyingQueue::open(&*self.image, depth, &self.bounce_pool, self.counters.add_queue())?)
+            }
+            Effect::Detect => Box::new(DetectingQueue::open(&*self.image, depth, &self.counters)?),
             Effect::Off => self.image.open_queue(depth)?,
         })
     }

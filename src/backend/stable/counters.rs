@@ -1,4 +1,4 @@
-//! What the queues of one image counted, and the changes that were seen.
+//! The counters of an image's queues, and the last changed buffers.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -8,12 +8,12 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use crate::base::rate_limit::RateLimiter;
 use crate::disk::{ChangedWrite, Event, Events, StableWritesStatus};
 
-/// Changes shown in the status.
+/// The most changed writes that the status shows.
 const MAX_CHANGES: usize = 8;
 
-/// What one queue counts. Written by its thread alone.
+/// The counters of one queue. Only the queue's thread writes them.
 #[derive(Default)]
-pub(super) struct Tally {
+pub(super) struct QueueCounters {
     pub(super) copied_writes: AtomicU64,
     pub(super) copied_bytes: AtomicU64,
     pub(super) waited_writes: AtomicU64,
@@ -21,8 +21,8 @@ pub(super) struct Tally {
     pub(super) changed_writes: AtomicU64,
 }
 
-impl Tally {
-    /// The owner's way to count.
+impl QueueCounters {
+    /// Adds to a counter. Only for the queue's thread: it does not exclude another writer.
     pub(super) fn add(counter: &AtomicU64, more: u64) {
         counter.store(counter.load(Relaxed) + more, Relaxed);
     }
@@ -36,50 +36,50 @@ impl Tally {
     }
 }
 
-/// All queues of an image, those that are gone included.
-pub(super) struct Tallies {
+/// The counters of all queues of an image, including queues that are closed.
+pub(super) struct ImageCounters {
     events: Arc<Events>,
     state: Mutex<State>,
 }
 
 struct State {
-    open: Vec<Arc<Tally>>,
-    /// Of queues that are gone, and the last changes.
-    gone: StableWritesStatus,
+    open: Vec<Arc<QueueCounters>>,
+    /// The sums of the queues that are closed.
+    closed: StableWritesStatus,
     recent: VecDeque<ChangedWrite>,
-    /// Limits the events.
-    events: RateLimiter,
+    event_limiter: RateLimiter,
 }
 
-impl Tallies {
-    /// Changes are told to `events`.
+impl ImageCounters {
+    /// `events` receives an event for a changed buffer.
     pub(super) fn new(events: Arc<Events>) -> Arc<Self> {
         let state = State {
             open: Vec::new(),
-            gone: StableWritesStatus::default(),
+            closed: StableWritesStatus::default(),
             recent: VecDeque::new(),
-            events: RateLimiter::for_events(),
+            event_limiter: RateLimiter::for_events(),
         };
-        Arc::new(Tallies { events, state: Mutex::new(state) })
+        Arc::new(ImageCounters { events, state: Mutex::new(state) })
     }
 
-    /// For a new queue.
-    pub(super) fn open(&self) -> Arc<Tally> {
-        let State { open, gone, .. } = &mut *self.state.lock().expect("no panic while held");
-        open.retain(|tally| {
-            let is_open = Arc::strong_count(tally) > 1;
+    /// Creates the counters of a new queue.
+    pub(super) fn add_queue(&self) -> Arc<QueueCounters> {
+        let State { open, closed, .. } = &mut *self.state.lock().expect("no panic while held");
+        open.retain(|queue| {
+            let is_open = Arc::strong_count(queue) > 1;
             if !is_open {
-                tally.sum_into(gone);
+                queue.sum_into(closed);
             }
             is_open
         });
-        let tally = Arc::new(Tally::default());
-        open.push(tally.clone());
-        tally
+        let queue = Arc::new(QueueCounters::default());
+        open.push(queue.clone());
+        queue
     }
 
-    /// A write's buffer changed under way. The log gets the first one only: a guest can do this as often as it likes.
-    pub(super) fn changed(&self, offset: u64, len: u64) {
+    /// Records a write whose buffer changed in flight. Only the first one is logged, because a guest can do this as often
+    /// as it likes.
+    pub(super) fn record_change(&self, offset: u64, len: u64) {
         let when = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let (is_first, admitted) = {
             let mut state = self.state.lock().expect("no panic while held");
@@ -88,12 +88,12 @@ impl Tallies {
                 state.recent.pop_front();
             }
             state.recent.push_back(ChangedWrite { offset, length: len, when });
-            (is_first, state.events.admit(Instant::now()))
+            (is_first, state.event_limiter.admit(Instant::now()))
         };
         if is_first {
             log::warn!(
-                "the guest changed the buffer of a write of {len} bytes at {offset} while it was under way; over a medium \
-                 that reads twice use --stable-writes copy. Further ones are counted in the status"
+                "the guest changed the buffer of a write of {len} bytes at {offset} while it was in flight; on a medium \
+                 that reads a buffer twice use --stable-writes copy. The status counts further changes"
             );
         }
         if let Some(suppressed) = admitted {
@@ -101,11 +101,11 @@ impl Tallies {
         }
     }
 
-    /// The sums and the last changes; the rest is the caller's.
+    /// Returns a status with the sums and the last changes. The caller fills in the other fields.
     pub(super) fn status(&self) -> StableWritesStatus {
         let state = self.state.lock().expect("no panic while held");
-        let mut status = state.gone.clone();
-        state.open.iter().for_each(|tally| tally.sum_into(&mut status));
+        let mut status = state.closed.clone();
+        state.open.iter().for_each(|queue| queue.sum_into(&mut status));
         status.last_changed = state.recent.iter().cloned().collect();
         status
     }
