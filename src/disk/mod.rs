@@ -1,5 +1,6 @@
-//! What the control socket may ask of a running disk, and what the disk tells it: the [`Disk`] trait, the status
-//! types and the [`Events`] queue. The one seam between `control` and `virtio`; neither imports the other.
+//! The interface between the control socket and a running disk: the [`Disk`] trait, which `control` calls, the [`Events`]
+//! queue, through which the disk reports, and the status types. `control` and `virtio` meet only here; neither imports the
+//! other.
 
 mod ring_status;
 
@@ -14,44 +15,43 @@ use crate::engine::{Errno, Kind};
 pub use ring_status::RingStatus;
 pub(crate) use ring_status::{RingCounters, add};
 
-/// A disk that can be held still. Implemented by `virtio::rings::Rings`; called by the control thread. No call blocks
-/// on I/O.
+/// A disk that can be held. Implemented by `virtio::rings::Rings` and called by the control thread. No call blocks on I/O.
 pub trait Disk: Send + Sync {
-    /// Closes the write gate of every ring, running now or started later. Once nothing that changes the disk is in
-    /// flight and everything acknowledged is durable (or that failed), [`Event::HoldSettled`] with this `epoch`
-    /// follows, or [`Event::HoldRefused`]. `epoch` is never reused. Not called again before `open_gate`.
+    /// Closes the write gate of every virtqueue, running now or started later. [`Event::HoldSettled`] with this `epoch`
+    /// follows once nothing that changes the disk is in flight and everything acknowledged is durable, or cannot be made
+    /// so; or [`Event::HoldRefused`] follows. An `epoch` is never reused. Not called again before `open_gate`.
     fn close_gate(&self, epoch: u64);
 
-    /// Opens the gate. A settlement of the closing that is still under way is dropped or carries the old epoch.
+    /// Opens the gate. If the hold has not settled yet, its event does not come, or comes with the old epoch.
     fn open_gate(&self);
 
-    /// A snapshot of the disk's state, from counters that the rings keep; may lag by one batch.
+    /// Returns the disk's state, from counters of the virtqueues; they may lag by one batch of requests.
     fn status(&self) -> DiskStatus;
 
-    /// Tries again the requests that failed and are kept, and lets their rings go on. Returns how many there are.
+    /// Retries the failed requests that are retained, and lets their virtqueues continue. Returns how many there are.
     fn continue_io(&self) -> u64 {
         0
     }
 
-    /// A request that changes the disk, failed and is kept: no hold can succeed before it is done.
+    /// A retained failed request that changes the disk: no hold can succeed before it is done.
     fn stopped_change(&self) -> Option<FailedRequest> {
         None
     }
 
-    /// Takes the image's size as it is now, grown to `grow_to` bytes first if that is given, and tells the guest. One that
-    /// is smaller than before is an error without `shrink`. Returns the size, or a message for the operator. Waits two
-    /// seconds at most for storage that hangs.
+    /// Adopts the image's current size and notifies the guest. With `grow_to`, first grows the image to that many bytes. A
+    /// smaller size than before is an error without `shrink`. Returns the size, or a message for the operator. Waits at
+    /// most two seconds for storage that hangs.
     fn resize(&self, grow_to: Option<u64>, shrink: bool) -> Result<u64, String> {
         let _ = (grow_to, shrink);
         Err("this disk's size does not change".into())
     }
 
-    /// Its point-in-time copies, where the daemon makes them.
+    /// The disk's point-in-time copies, if the daemon makes them.
     fn copies(&self) -> Option<&dyn Copies> {
         None
     }
 
-    /// Snapshots made by the image's own store, where it can.
+    /// The snapshots of the image's own store, if it makes any.
     fn snapshots(&self) -> Option<std::sync::Arc<dyn ImageSnapshots>> {
         None
     }
@@ -79,85 +79,87 @@ impl FailedRequest {
     }
 }
 
-/// What a settled hold measured.
+/// The measurements of a settled hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HoldFigures {
-    /// Rings that were running.
+    /// The number of virtqueues that were running.
     pub rings: u32,
-    /// Requests that change the disk and were in flight when the gate closed.
+    /// The number of requests that change the disk and were in flight when the gate closed.
     pub drained: u64,
-    /// From closing the gate until the last of them had finished.
+    /// The time from closing the gate until the last of these requests was done.
     pub drain: Duration,
-    /// From then until the data was durable.
+    /// The time from then until the data was durable.
     pub sync: Duration,
-    /// Bytes acknowledged since the last good sync, as the rings counted them: at most this was written back.
+    /// Bytes acknowledged since the last successful sync, as counted by the virtqueues. No more than this was written back.
     pub bytes_synced: u64,
 }
 
-/// Something happened that operators want to hear of.
+/// An event of a disk for its operators.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// A front-end connected.
     Connected,
-    /// The front-end left; why.
+    /// The front-end disconnected, for this reason.
     Disconnected(String),
     /// The hold of this epoch is settled.
     HoldSettled {
-        /// As given to [`Disk::close_gate`].
+        /// The epoch given to [`Disk::close_gate`].
         epoch: u64,
-        /// `Err`: the sync failed (or a ring died).
+        /// `Err`: the sync failed, or a virtqueue's thread died.
         result: Result<HoldFigures, Errno>,
     },
-    /// The hold of this epoch can never settle: the image is somebody else's, and what is in it is not ours to promise.
+    /// The hold of this epoch can never settle, because another process uses the image, and this one cannot promise what
+    /// the image holds.
     HoldRefused {
-        /// As given to [`Disk::close_gate`].
+        /// The epoch given to [`Disk::close_gate`].
         epoch: u64,
     },
     /// A request failed, and the guest got the error.
     IoError(FailedRequest),
-    /// A request failed and is kept from the guest; its ring takes nothing more that changes the disk. Once, until
-    /// `IoContinued`, and a second time if the first one was a read.
+    /// A request failed and is retained; its virtqueue takes no further request that changes the disk. Sent once until
+    /// `IoContinued`, and a second time if the first request was a read and then a change fails.
     IoStopped(FailedRequest),
-    /// What the ring kept is tried again, here or by whoever serves it next.
+    /// The virtqueue's retained requests are retried, by this process or by the one that serves it next.
     IoContinued {
-        /// Which ring.
+        /// Index of the virtqueue.
         ring: u32,
     },
-    /// Requests are in flight for so long that something must be wrong. Once, until `IoResumed`.
+    /// Requests are in flight for so long that something must be wrong. Sent once until `IoResumed`.
     IoStalled {
-        /// Which ring.
+        /// Index of the virtqueue.
         ring: u32,
-        /// How many.
+        /// The number of such requests.
         requests: u64,
         /// How long the oldest of them has been in flight.
         oldest: Duration,
     },
-    /// The ring's requests that were stalled are answered.
+    /// The virtqueue's stalled requests have completed.
     IoResumed {
-        /// Which ring.
+        /// Index of the virtqueue.
         ring: u32,
     },
-    /// A sync failed, whoever asked for it.
+    /// A sync failed: a guest's flush, a hold's sync or another one.
     SyncError(Errno),
     /// A point-in-time copy ended: completed, failed or cancelled.
     CopyEnded(CopyStatus),
-    /// A ring or the front-end broke the protocol and was stopped, or is set up so that requests cannot complete; why.
+    /// A virtqueue or the front-end violated the protocol and was stopped, or was set up so that requests cannot complete.
+    /// The text says why.
     ProtocolError(String),
-    /// The guest changed the buffer of a write while it was under way. Only with `--stable-writes detect`.
+    /// The guest changed the buffer of a write while the write was in flight. Only with `--stable-writes detect`.
     BufferChanged {
         /// Byte offset in the image.
         offset: u64,
-        /// Bytes.
+        /// Length in bytes.
         len: u64,
-        /// Changes before it that were not told: a guest can provoke any number.
+        /// The number of such changes before this one without an event: a guest can cause any number.
         suppressed: u64,
     },
     /// The image's state changed.
     ImageState(ImageStatus),
 }
 
-/// Events on their way to the control thread: bounded, so that a guest that provokes errors costs no memory.
-/// `HoldSettled`, `HoldRefused` and `CopyEnded`, which operators provoke, are never dropped.
+/// The queue of events for the control thread. It is bounded, so that a guest that causes errors costs no memory.
+/// `HoldSettled`, `HoldRefused` and `CopyEnded`, which operators cause, are never dropped.
 pub struct Events {
     state: Mutex<EventsState>,
     ready: Bell,
@@ -169,30 +171,30 @@ struct EventsState {
     dropped: u64,
 }
 
-/// Errors kept at most until the control thread takes them.
+/// The most events in the queue, apart from those that are never dropped.
 const MAX_EVENTS: usize = 256;
 
 impl Events {
-    /// An empty queue. Errors: no file descriptor left.
+    /// Creates an empty queue. Fails when no file descriptor is left.
     pub fn new() -> std::io::Result<Self> {
         Ok(Events { state: Mutex::default(), ready: Bell::new()? })
     }
 
-    /// Adds an event; any thread, never blocks on I/O.
+    /// Adds an event. Any thread may call it; it never blocks on I/O.
     pub fn send(&self, event: Event) {
-        self.ready.ring_after(|| self.queue(event));
+        self.ready.ring_after(|| self.add(event));
     }
 
-    /// Whether there was room for it.
-    fn queue(&self, event: Event) -> bool {
+    /// Adds an event unless the queue is full. Returns whether it was added.
+    fn add(&self, event: Event) -> bool {
         let mut state = self.state.lock().expect("no panic while held");
-        let most = match event {
+        let limit = match event {
             Event::HoldSettled { .. } | Event::HoldRefused { .. } | Event::CopyEnded(_) => usize::MAX,
-            // A guest that provokes them leaves room for what an operator must hear of.
+            // A guest that causes many of these leaves room for the other events.
             Event::ProtocolError(_) | Event::BufferChanged { .. } => MAX_EVENTS / 2,
             _ => MAX_EVENTS,
         };
-        if state.queue.len() >= most {
+        if state.queue.len() >= limit {
             state.dropped += 1;
             return false;
         }
@@ -200,8 +202,8 @@ impl Events {
         true
     }
 
-    /// Takes all that is queued, and how many were dropped since the last call. The control thread, after
-    /// [`Events::as_fd`] became readable.
+    /// Takes all events. Also returns how many were dropped since the last call. Called by the control thread when
+    /// [`Events::as_fd`] is readable.
     pub fn take(&self) -> (Vec<Event>, u64) {
         self.ready.silence_before(|| {
             let mut state = self.state.lock().expect("no panic while held");
@@ -216,122 +218,123 @@ impl AsFd for Events {
     }
 }
 
-/// Point-in-time copies of a disk: the instant is fixed while the disk is held, and the image of that instant is then
-/// copied in the background; a block about to be overwritten is saved first. Called by the control thread; no call
-/// blocks on the image's or the target's I/O for longer than it takes to create a file.
+/// Point-in-time copies of a disk. The instant is fixed while the disk is held; the image of that instant is then copied in
+/// the background, and the old data of a block is saved before the block is overwritten. Called by the control thread; no
+/// call blocks on I/O of the image or the target for longer than it takes to create a file.
 pub trait Copies: Send + Sync {
-    /// Makes everything ready for `start`: the target's partial file, the bookkeeping. One copy at a time. Returns the
-    /// copy's name. Errors carry a message for the operator.
+    /// Prepares a copy, so that `start` is quick: creates the target's partial file and the bookkeeping. Only one copy can
+    /// be prepared or running. Returns the copy's name.
     fn prepare(&self, options: &CopyOptions) -> Result<String, CopyError>;
 
-    /// Fixes the instant. Only while the disk is held and the hold is settled; takes no time that depends on the
-    /// image's size. An error if a write is in flight all the same.
+    /// Fixes the instant of a prepared copy. Only called while the disk is held and the hold is settled. Takes no time that
+    /// depends on the image's size. Fails if a write is in flight.
     fn start(&self, copy: &str) -> Result<(), CopyError>;
 
     /// Ends a copy and removes its partial file.
     fn cancel(&self, copy: &str) -> Result<(), CopyError>;
 
-    /// Changes the limit, in bytes a second; 0: none.
+    /// Changes the copy's bandwidth limit, in bytes a second; 0: no limit.
     fn set_bandwidth(&self, copy: &str, bandwidth: u64) -> Result<(), CopyError>;
 
-    /// How many copies are over and wait for the image or their target all the same.
+    /// The number of copies that are over and still have a thread that waits for the image or the target.
     fn ending(&self) -> u64 {
         0
     }
 
-    /// The copy that is prepared or running, and those that ended last (at most eight, newest last).
+    /// The status of the copy that is prepared or running, and of the last ones that ended (at most eight, newest last).
     fn status(&self) -> Vec<CopyStatus>;
 }
 
-/// Snapshots that the store of an image makes and keeps by itself (Ceph RBD). Called by threads that may block.
+/// Snapshots that the image's own store (Ceph RBD) makes. Called by threads that may block.
 pub trait ImageSnapshots: Send + Sync {
-    /// Makes a snapshot of the image as it is now; the caller holds the disk still. Blocks until it exists. Errors
-    /// carry a message for the operator; `code` is `exists`, `busy` or `store`.
+    /// Makes a snapshot of the image as it is now; the caller holds the disk. Blocks until the snapshot exists. The error's
+    /// `code` is `exists`, `busy` or `store`.
     fn create(&self, name: &str) -> Result<(), CopyError>;
 
-    /// Removes one that [`ImageSnapshots::create`] made, because the instant it was made for failed elsewhere.
+    /// Removes a snapshot that [`ImageSnapshots::create`] made, because another part of its instant failed.
     fn remove(&self, name: &str) -> Result<(), CopyError>;
 
-    /// How the snapshot is named outside: `POOL/IMAGE@NAME`.
+    /// The snapshot's full name in the store: `POOL/IMAGE@NAME`.
     fn full_name(&self, name: &str) -> String;
 }
 
-/// What to copy to.
+/// The options of a copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CopyOptions {
-    /// An absolute path where nothing is yet. Until the copy is complete and durable it is called PATH.partial.
+    /// The absolute path of a file that does not exist. Until the copy is complete and durable its name is PATH.partial.
     pub target: std::path::PathBuf,
-    /// Bytes a second that the background copy may read; 0: no limit.
+    /// The most bytes a second that the background copy reads; 0: no limit.
     pub bandwidth: u64,
     /// Compute the SHA-256 of the whole copy.
     pub digest: bool,
 }
 
-/// Why a copy was refused: a code for programs, a message for people.
+/// Why an operation on a copy or snapshot failed: a code for programs and a message for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CopyError {
-    /// `busy`, `no-such-copy`, `target` or `resources`; they are explained at the head of `control::proto`.
+    /// For copies `busy`, `no-such-copy`, `target` or `resources`; `control::protocol` explains the codes.
     pub code: &'static str,
-    /// Names the thing, the cause and the mend.
+    /// What failed, why and how to fix it.
     pub message: String,
 }
 
-/// How far a copy is.
+/// The status of a copy.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct CopyStatus {
-    /// Its name.
+    /// The copy's name.
     pub copy: String,
-    /// Where it will be when complete.
+    /// The path of the complete copy.
     pub target: String,
     /// `prepared`, `running`, `syncing`, `completed`, `failed` or `cancelled`.
     pub state: String,
-    /// Bytes of the image.
+    /// Size of the image in bytes.
     pub total_bytes: u64,
-    /// Bytes dealt with so far, holes included.
+    /// Bytes that are done, including holes.
     pub done_bytes: u64,
     /// Bytes that were saved because the guest was about to overwrite them.
     pub saved_before_write_bytes: u64,
-    /// Bytes that the target holds; the rest is holes.
+    /// Bytes that the target stores; the others are holes.
     pub stored_bytes: u64,
     /// Bytes of old data that wait in the scratch for the target.
     pub scratch_bytes: u64,
-    /// Seconds since the epoch when the instant was fixed.
+    /// The instant that the copy is of, in seconds since the epoch.
     pub instant: Option<f64>,
-    /// Seconds since then, or until its end.
+    /// Seconds since the instant, or from the instant to the copy's end.
     pub seconds: f64,
-    /// Seconds during which a change of the guest's waited for old data to be saved.
+    /// Seconds during which a change of the guest waited for old data to be saved.
     pub slowed_seconds: f64,
-    /// SHA-256 in hexadecimal, if asked for and complete.
+    /// The SHA-256 of the complete copy in hexadecimal, if it was asked for.
     pub sha256: Option<String>,
-    /// Why it failed.
+    /// Why the copy failed.
     pub error: Option<String>,
-    /// It is over, and a thread of it still waits for the target: a call that does not return, a file not removed yet.
+    /// The copy is over, and one of its threads still waits for the target: a call has not returned, or a file is not
+    /// removed yet.
     pub ending: bool,
 }
 
-/// A disk that stands still because a request failed.
+/// A disk that is stopped because a request failed.
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct StoppedStatus {
-    /// `read`, `write`, `discard` or `write-zeroes`: the request that stopped the first such ring.
+    /// The request that stopped the first such virtqueue: `read`, `write`, `discard` or `write-zeroes`.
     pub operation: String,
-    /// Which ring.
+    /// Index of that virtqueue.
     pub ring: u32,
     /// Byte offset in the image.
     pub offset: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub length: u64,
-    /// Why, as a number,
+    /// The error with which the request failed.
     pub errno: i32,
-    /// and in the system's words.
+    /// The system's text for `errno`.
     pub message: String,
-    /// Requests that are kept, over all rings.
+    /// The number of retained requests of all virtqueues.
     pub requests: u64,
 }
 
 impl StoppedStatus {
-    /// Of the first request that was kept, and how many are kept.
+    /// Creates the status from the first retained request and the number of all retained requests.
     pub fn new(first: &FailedRequest, requests: u64) -> Self {
         StoppedStatus {
             operation: first.kind.name().to_owned(),
@@ -345,149 +348,150 @@ impl StoppedStatus {
     }
 }
 
-/// An error worth showing until the next one.
+/// One of the last errors.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct LastError {
     /// What failed.
     pub what: String,
-    /// When it happened last, in seconds since the epoch.
+    /// When it last happened, in seconds since the epoch.
     pub when: u64,
     /// How often the guest or the front-end caused it; 1 for other errors.
     pub times: u64,
 }
 
-/// What a back-end says of its image beyond its shape.
+/// The status of an image beyond its geometry.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct ImageStatus {
-    /// Why the image cannot be used as it should (`fenced`, ...), one word for programs. `None`: all is well.
+    /// Why the image cannot be used as it should, in one word for programs (`fenced`, ...). `None`: it can.
     pub trouble: Option<String>,
-    /// The same for people: the cause and the mend.
+    /// The cause of `trouble` and how to fix it, for people.
     pub trouble_detail: Option<String>,
-    /// What is done about guests that change a buffer while its write is under way.
+    /// What the daemon does about guests that change a buffer while its write is in flight.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stable_writes: Option<StableWritesStatus>,
-    /// Of a Ceph RBD image.
+    /// The status of a Ceph RBD image.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rbd: Option<RbdStatus>,
 }
 
-/// What only a Ceph RBD image has.
+/// The status that only a Ceph RBD image has.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct RbdStatus {
     /// `POOL[/NAMESPACE]/IMAGE[@SNAP]`.
     pub image: String,
-    /// The exclusive lock: `held`, `released` (no guest uses the image), `waiting` for another client, or `none` (it is not
-    /// wanted, or the image has no feature exclusive-lock).
+    /// The exclusive lock: `held`, `released` (no guest uses the image), `waiting` for another client, or `none` (the lock is
+    /// not used, or the image does not have the feature exclusive-lock).
     pub lock: String,
-    /// Snapshots taken by others; absent where this disk does not wait for them.
+    /// Snapshots that other clients take; absent if this disk does not quiesce for them.
     pub quiesce: Option<RbdQuiesceStatus>,
 }
 
-/// Snapshots of a Ceph RBD image that others took, since the daemon started.
+/// The quiesce requests for snapshots that other clients took of a Ceph RBD image, since the daemon started.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct RbdQuiesceStatus {
-    /// The cluster asks us before a snapshot is taken.
+    /// The cluster asks this daemon before a snapshot is taken.
     pub watching: bool,
-    /// How often it asked.
+    /// How often the cluster asked.
     pub asked: u64,
-    /// How often the answer was no.
+    /// How often the daemon refused.
     pub refused: u64,
-    /// How often it let the disk go before the snapshot was taken, since another disk of a group took too long.
+    /// How often the cluster released the disk before the snapshot was taken, because another disk of a group took too
+    /// long.
     pub expired: u64,
 }
 
-/// Writes whose buffers a guest may change under way: what is done about it, and what was seen. Sums over all rings.
+/// What the daemon does about writes whose buffers a guest may change in flight, and its counters over all virtqueues.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct StableWritesStatus {
-    /// As configured: `auto`, `copy`, `detect` or `off`.
+    /// The configured value: `auto`, `copy`, `detect` or `off`.
     pub asked: String,
-    /// What is done: `copy`, `detect` or `off`.
+    /// The value in effect: `copy`, `detect` or `off`.
     pub in_effect: String,
-    /// Why: what the medium does with the buffer of a write, and how that is known.
+    /// Why it is in effect: what the medium does with the buffer of a write, and how that is known.
     pub why: String,
     /// Writes that were copied and have completed.
     pub copied_writes: u64,
-    /// Bytes copied.
+    /// Bytes that were copied.
     pub copied_bytes: u64,
-    /// Writes that had to wait for memory.
+    /// Writes that waited for memory.
     pub waited_writes: u64,
-    /// Bytes allocated for copies now, in use or kept for reuse.
+    /// Bytes now allocated for copies, in use or free for reuse.
     pub memory_bytes: u64,
-    /// Bytes allocated for copies at most so far.
+    /// The most bytes that were allocated for copies so far.
     pub most_memory_bytes: u64,
-    /// What all rings may have together, beyond the largest piece (1 MiB) that each of them may always have.
+    /// The bytes that all virtqueues together may have, beyond the largest buffer (1 MiB) that each of them may always have.
     pub shared_memory_limit: u64,
-    /// Writes whose buffer was compared before and after.
+    /// Writes whose buffer was compared before and after the write.
     pub checked_writes: u64,
     /// Writes whose buffer had changed.
     pub changed_writes: u64,
-    /// The last of them, newest last; at most eight.
+    /// The last writes whose buffer had changed, newest last; at most eight.
     pub last_changed: Vec<ChangedWrite>,
 }
 
-/// A write whose buffer the guest changed while it was under way.
+/// A write whose buffer the guest changed while the write was in flight.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct ChangedWrite {
     /// Byte offset in the image.
     pub offset: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub length: u64,
-    /// Seconds since the epoch.
+    /// When the change was detected, in seconds since the epoch.
     pub when: u64,
 }
 
-/// What a disk says of itself; `query-status` adds the holders.
+/// The status of a disk, to which `query-status` adds the holders.
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct DiskStatus {
     /// The back-end in one line (`Backend::describe`).
     pub image: String,
-    /// The file or block device behind it, if there is one; absolute.
+    /// The absolute path of the image's file or block device, if it has one.
     pub image_path: Option<String>,
-    /// The bytes of `image_path` in base64, if they are no UTF-8; it is altered then.
+    /// The bytes of the path in base64, if they are not UTF-8; `image_path` is then altered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_path_b64: Option<String>,
-    /// Bytes.
+    /// Size of the disk in bytes.
     pub size: u64,
-    /// Bytes.
+    /// Size of a logical block in bytes.
     pub logical_block_size: u32,
     /// Whether writes are refused.
     pub read_only: bool,
-    /// The configured mode, as libvirt spells it.
+    /// The configured cache mode, as libvirt spells it.
     pub cache_mode: String,
-    /// When a write is acknowledged now, in words ("when durable", ...), the driver's missing FLUSH included.
+    /// When a write is acknowledged now, in words ("when durable", ...). A driver without FLUSH changes it.
     pub write_acknowledged: String,
     /// What happens to a guest's flush: `synced` or `ignored`.
     pub guest_flush: String,
-    /// `write back` or `write through`: what the features offered make the guest believe.
+    /// The cache that the offered features show to the guest: `write back` or `write through`.
     pub guest_sees: String,
     /// A front-end is connected.
     pub connected: bool,
-    /// The driver negotiated its features.
+    /// The driver has negotiated its features.
     pub driver_ready: bool,
     /// The feature bits that the driver acknowledged.
     pub acked_features: u64,
-    /// Rings that are running.
+    /// The virtqueues that are running.
     pub rings: Vec<RingStatus>,
-    /// Sums over all rings that ever ran (index and size 0).
+    /// The sums of all virtqueues that ever ran (index and size are 0).
     pub total: RingStatus,
-    /// Failed requests are kept from the guest until `continue`.
+    /// The disk is stopped: failed requests are retained until `continue`.
     pub stopped: Option<StoppedStatus>,
-    /// Which failures are: `enospc`, `report` (none) or `stop` (all).
+    /// Which failed requests are retained: `enospc`, `report` (none) or `stop` (all).
     pub on_error: String,
-    /// Newest last; at most eight.
+    /// The last errors, newest last; at most eight.
     pub last_errors: Vec<LastError>,
     /// A sync failed for good: writes are no longer made durable.
     pub sync_failed: bool,
-    /// Copies that are over, and of which a thread still waits for the image or its target.
+    /// The number of copies that are over and still have a thread that waits for the image or the target.
     pub copies_ending: u64,
-    /// What the back-end adds.
+    /// The status of the image.
     #[serde(flatten)]
     pub image_status: ImageStatus,
 }
@@ -500,9 +504,9 @@ mod interleavings {
     use crate::base::sync::interleavings::{Mutant, holds};
     use crate::base::sync::{thread, yield_until_readable};
 
-    /// Whoever polls until the bell rings and then takes what there is gets everything.
+    /// A thread that polls until the bell rings, and then takes all events, gets every event.
     #[test]
-    fn no_event_is_slept_over() {
+    fn a_polling_thread_misses_no_event() {
         let model = || {
             let events = Arc::new(Events::new().unwrap());
             let sender = |epoch| {

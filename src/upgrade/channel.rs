@@ -1,5 +1,6 @@
-//! Messages between two daemons, with descriptors: a header (bytes of JSON, number of descriptors), the JSON, then a byte
-//! for each bundle of descriptors (SCM_RIGHTS, unix(7)), since the kernel takes 253 at most with one message.
+//! Messages with descriptors between two daemons. A message is a header (the length of the JSON in bytes, the number of
+//! descriptors), the JSON, and one byte for each bundle of descriptors (SCM_RIGHTS, unix(7)). The descriptors are bundled
+//! because the kernel takes at most 253 of them with one message.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -15,40 +16,42 @@ use rustix::net::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// Descriptors sent with one byte.
-const MAX_DESCRIPTORS_PER_MESSAGE: usize = 128;
-/// The longest message, in bytes: 256 rings and 509 memory regions fit many times.
+/// The most descriptors in one bundle.
+const MAX_BUNDLE: usize = 128;
+
+/// The longest JSON in bytes. 256 virtqueues and 509 memory regions take a small part of it.
 const MAX_BYTES: u32 = 4 << 20;
+
 /// The most descriptors with one message.
 const MAX_DESCRIPTORS: u32 = 2048;
 
-/// One end. Blocks; each wait for the other end is bounded.
+/// One end of the connection between two daemons. Its calls block; each wait for the other end has a timeout.
 pub(crate) struct Channel {
     stream: UnixStream,
 }
 
 impl Channel {
-    /// Over a stream that nothing else is sent on any more.
+    /// Creates a channel over a stream that is used for nothing else any more.
     pub(crate) fn new(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(false)?;
         Ok(Channel { stream })
     }
 
-    /// The stream, to see the other end hang up or to ask who is there.
+    /// The stream, to detect that the other end hangs up, or to query its credentials.
     pub(crate) fn stream(&self) -> &UnixStream {
         &self.stream
     }
 
-    /// Sends a message; nobody takes it within `timeout`: an error.
+    /// Sends a message. Fails if the other end does not read it within `timeout`.
     pub(crate) fn send(&self, message: &impl Serialize, descriptors: &[OwnedFd], timeout: Duration) -> io::Result<()> {
         self.stream.set_write_timeout(Some(timeout))?;
         let text = serde_json::to_vec(message)?;
         let mut bytes = [text.len(), descriptors.len()].map(|length| length as u32).map(u32::to_le_bytes).concat();
         bytes.extend(text);
         (&self.stream).write_all(&bytes)?;
-        for bundle in descriptors.chunks(MAX_DESCRIPTORS_PER_MESSAGE) {
+        for bundle in descriptors.chunks(MAX_BUNDLE) {
             let bundle: Vec<BorrowedFd<'_>> = bundle.iter().map(AsFd::as_fd).collect();
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS_PER_MESSAGE))];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_BUNDLE))];
             let mut ancillary = SendAncillaryBuffer::new(&mut space);
             if !ancillary.push(SendAncillaryMessage::ScmRights(&bundle)) {
                 return Err(io::Error::other("too many descriptors at once"));
@@ -58,8 +61,8 @@ impl Channel {
         Ok(())
     }
 
-    /// Receives a message. Errors: the other end hung up or said nothing for `timeout` (their text says which), or what
-    /// came is no such message.
+    /// Receives a message. Fails if the other end hangs up, sends nothing for `timeout`, or sends something else; the
+    /// error's text says which.
     pub(crate) fn receive<T: DeserializeOwned>(&self, timeout: Duration) -> io::Result<(T, Vec<OwnedFd>)> {
         self.stream.set_read_timeout(Some(timeout))?;
         let mut header = [0; 8];
@@ -67,7 +70,7 @@ impl Channel {
         let field = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
         let (length, count) = (field(0), field(4));
         if length > MAX_BYTES || count > MAX_DESCRIPTORS {
-            return Err(io::Error::other("it sent no message of a daemon's"));
+            return Err(io::Error::other("it sent something that is not a message of virtioblkd"));
         }
         let mut text = vec![0; length as usize];
         self.read(&mut text)?;
@@ -79,16 +82,16 @@ impl Channel {
     }
 
     fn read(&self, bytes: &mut [u8]) -> io::Result<()> {
-        (&self.stream).read_exact(bytes).map_err(plain)
+        (&self.stream).read_exact(bytes).map_err(explain)
     }
 
     fn receive_bundle(&self, descriptors: &mut Vec<OwnedFd>) -> io::Result<()> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS_PER_MESSAGE))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_BUNDLE))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut byte = [0];
         let flags = RecvFlags::CMSG_CLOEXEC;
         let got = retry_on_intr(|| recvmsg(&self.stream, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, flags))
-            .map_err(|errno| plain(errno.into()))?;
+            .map_err(|errno| explain(errno.into()))?;
         let before = descriptors.len();
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(bundle) = message {
@@ -96,11 +99,11 @@ impl Channel {
             }
         }
         if got.bytes == 0 {
-            return Err(plain(io::ErrorKind::UnexpectedEof.into()));
+            return Err(explain(io::ErrorKind::UnexpectedEof.into()));
         }
         if got.flags.contains(ReturnFlags::CTRUNC) || descriptors.len() == before {
             return Err(io::Error::other(format!(
-                "descriptors were lost on the way; {}",
+                "descriptors that it sent were lost; {}",
                 crate::base::unix_listener::MORE_DESCRIPTORS
             )));
         }
@@ -108,11 +111,11 @@ impl Channel {
     }
 }
 
-/// Says what the error means here.
-fn plain(error: io::Error) -> io::Error {
+/// Explains what an error means for the other end, which the caller's message names.
+fn explain(error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-            io::Error::new(io::ErrorKind::TimedOut, "it said nothing in time")
+            io::Error::new(io::ErrorKind::TimedOut, "it sent nothing in time")
         }
         io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
             io::Error::new(io::ErrorKind::UnexpectedEof, "it hung up")
@@ -121,36 +124,36 @@ fn plain(error: io::Error) -> io::Error {
     }
 }
 
-/// Descriptors that a message speaks of by their numbers in this list.
+/// The descriptors of a message, which refers to them by their index in this list.
 #[derive(Default)]
 pub(crate) struct Descriptors {
     list: Vec<Option<OwnedFd>>,
 }
 
 impl Descriptors {
-    /// Those that came with a message.
+    /// The list of the descriptors that were received with a message.
     pub(crate) fn new(received: Vec<OwnedFd>) -> Self {
         Descriptors { list: received.into_iter().map(Some).collect() }
     }
 
-    /// Adds one; its number.
+    /// Adds a descriptor. Returns its index.
     pub(crate) fn add(&mut self, descriptor: OwnedFd) -> usize {
         self.list.push(Some(descriptor));
         self.list.len() - 1
     }
 
-    /// Adds a duplicate; its number.
+    /// Adds a duplicate of a descriptor. Returns its index.
     pub(crate) fn add_copy(&mut self, descriptor: impl AsFd) -> io::Result<usize> {
         Ok(self.add(descriptor.as_fd().try_clone_to_owned()?))
     }
 
-    /// Takes the one of this number. Errors: it was never sent, or is spoken of twice.
-    pub(crate) fn take(&mut self, number: usize) -> io::Result<OwnedFd> {
-        let taken = self.list.get_mut(number).and_then(Option::take);
-        taken.ok_or_else(|| io::Error::other("a descriptor that the message speaks of did not come with it"))
+    /// Takes the descriptor with this index. Fails if it was not sent, or was taken already.
+    pub(crate) fn take(&mut self, index: usize) -> io::Result<OwnedFd> {
+        let taken = self.list.get_mut(index).and_then(Option::take);
+        taken.ok_or_else(|| io::Error::other("the message refers to a descriptor that did not come with it"))
     }
 
-    /// All that were added, in order, to be sent.
+    /// All descriptors that were added, in order, for sending.
     pub(crate) fn into_list(self) -> Vec<OwnedFd> {
         self.list.into_iter().flatten().collect()
     }
@@ -161,8 +164,8 @@ mod tests {
     use super::*;
     use std::os::fd::AsRawFd;
 
-    const SOON: Duration = Duration::from_millis(50);
-    const LATE: Duration = Duration::from_secs(20);
+    const SHORT_TIMEOUT: Duration = Duration::from_millis(50);
+    const LONG_TIMEOUT: Duration = Duration::from_secs(20);
 
     fn pair() -> (Channel, Channel) {
         let (here, there) = UnixStream::pair().unwrap();
@@ -170,9 +173,9 @@ mod tests {
     }
 
     #[test]
-    fn many_descriptors_arrive_in_their_order() {
+    fn many_descriptors_arrive_in_order() {
         let (here, there) = pair();
-        let made: Vec<OwnedFd> = (0..300)
+        let files: Vec<OwnedFd> = (0..300)
             .map(|number| {
                 let file = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
                 rustix::fs::ftruncate(&file, number).unwrap();
@@ -180,10 +183,10 @@ mod tests {
             })
             .collect();
         let sender = std::thread::spawn(move || {
-            here.send(&"first", &made, LATE).unwrap();
-            here.send(&"second", &[], LATE).unwrap();
+            here.send(&"first", &files, LONG_TIMEOUT).unwrap();
+            here.send(&"second", &[], LONG_TIMEOUT).unwrap();
         });
-        let (text, descriptors): (String, _) = there.receive(LATE).unwrap();
+        let (text, descriptors): (String, _) = there.receive(LONG_TIMEOUT).unwrap();
         assert_eq!((text.as_str(), descriptors.len()), ("first", 300));
         let mut descriptors = Descriptors::new(descriptors);
         for number in [299, 0, 128, 127] {
@@ -193,21 +196,21 @@ mod tests {
             assert!(flags.contains(rustix::io::FdFlags::CLOEXEC), "descriptor {}", file.as_raw_fd());
         }
         assert!(descriptors.take(0).is_err() && descriptors.take(300).is_err());
-        assert_eq!(there.receive::<String>(LATE).unwrap().0, "second");
+        assert_eq!(there.receive::<String>(LONG_TIMEOUT).unwrap().0, "second");
         sender.join().unwrap();
     }
 
     #[test]
-    fn silence_an_end_and_garbage_are_told_apart() {
+    fn silence_a_hang_up_and_garbage_are_different_errors() {
         let (here, there) = pair();
-        assert!(there.receive::<String>(SOON).err().unwrap().to_string().contains("in time"));
+        assert!(there.receive::<String>(SHORT_TIMEOUT).err().unwrap().to_string().contains("in time"));
         (&here.stream).write_all(&[0xff; 8]).unwrap();
-        assert!(there.receive::<String>(LATE).err().unwrap().to_string().contains("no message"));
+        assert!(there.receive::<String>(LONG_TIMEOUT).err().unwrap().to_string().contains("not a message"));
         drop(here);
-        assert!(there.receive::<String>(LATE).err().unwrap().to_string().contains("hung up"));
-        // Promised descriptors that do not come.
+        assert!(there.receive::<String>(LONG_TIMEOUT).err().unwrap().to_string().contains("hung up"));
+        // A message that announces a descriptor and does not bring it.
         let (here, there) = pair();
         (&here.stream).write_all(&[2, 0, 0, 0, 1, 0, 0, 0, b'"', b'"', b'+']).unwrap();
-        assert!(there.receive::<String>(LATE).err().unwrap().to_string().contains("lost"));
+        assert!(there.receive::<String>(LONG_TIMEOUT).err().unwrap().to_string().contains("lost"));
     }
 }

@@ -1,25 +1,25 @@
-//! Upgrade in place: another process takes over the guest's connection while the guest runs. What the two daemons say to
-//! each other; who does what is in `server/upgrade.rs` (the old one) and `server/take_over.rs` (the new one).
+//! Upgrade in place: another process takes over the guest's connection while the guest runs. This module has the messages
+//! between the two daemons. `server/hand_over.rs` is the old daemon's side, `server/take_over.rs` the new one's.
 //!
-//! The new daemon is an ordinary one, started with `--take-over CTL` by `virtioblkctl upgrade`, by a unit or by hand:
-//! the old one's sandbox starts no program. It opens and checks the image, locks apart, and asks for the hand-over on
-//! the old one's control socket. From then on that connection carries the messages below.
+//! The new daemon is an ordinary one, started with `--take-over CTL` by `virtioblkctl upgrade`, by a unit or by hand; the
+//! old one's sandbox cannot start a program. It opens and checks the image without its locks, and asks for the hand-over
+//! on the old daemon's control socket. From then on that connection carries these messages:
 //!
 //! | new | old | |
 //! |---|---|---|
-//! | `Begin` | | with its starter's pipe, if virtioblkctl started it (`Starter`) |
-//! | | `Hello` | what the guest was told, and copies of the sockets that outlive the old one |
-//! | `Ready` | | everything that can fail without the guest's rings has succeeded: sandbox included |
-//! | | | syncs; **the pause begins**: its rings come to rest, are stopped and synced, the image is let go |
-//! | | `State` | the front-end's connection and all that was said on it |
-//! | `Prepared` | | it is in the same state, and the image is its own; its rings do not run |
-//! | | `Go` | the commit, if the starter has not given up: the old one never touches the image again, and ends |
-//! | | | the rings run: **the pause ends** |
+//! | `Begin` | | with the starter's pipe, if virtioblkctl started the new daemon (`Starter`) |
+//! | | `Hello` | what the guest knows of its disk, and copies of the sockets that outlive the old daemon |
+//! | `Ready` | | everything that can fail without the virtqueues has succeeded, including the sandbox |
+//! | | | syncs; **the pause begins**: pauses, stops and syncs the virtqueues, and releases the image |
+//! | | `State` | the front-end's connection and its state |
+//! | `Prepared` | | has the same state and owns the image; its virtqueues do not run |
+//! | | `Go` | the commit, unless the starter has given up: the old daemon never uses the image again, and ends |
+//! | | | the virtqueues run: **the pause ends** |
 //!
-//! Until `Go` was sent, an error, an end or silence of the new one, or the starter's giving up, makes the old one take its image and start its rings
-//! again; the guest has noticed a pause. If the new one dies after `Go` that is a crash like any: what was in flight is
-//! in the front-end's memory. A message of the front-end's that comes meanwhile waits in its socket, and the new one
-//! reads it: the hand-over happens between two messages.
+//! Until `Go` is sent, the old daemon takes its image back and restarts its virtqueues if the new one fails, ends or is
+//! silent, or if the starter gives up; the guest has noticed only a pause. If the new daemon dies after `Go`, that is a
+//! crash like any other: the requests in flight are in the front-end's memory. A message of the front-end that comes
+//! meanwhile waits in its socket until the new daemon reads it, because the hand-over happens between two messages.
 
 mod channel;
 pub(crate) mod session_state;
@@ -35,23 +35,23 @@ use session_state::SessionState;
 pub use starter::VARIABLE as STARTER_VARIABLE;
 pub(crate) use starter::{GAVE_UP, Starter};
 
-/// Of these messages. One who takes over says which it speaks, and whoever does not know it refuses.
+/// The version of these messages. The new daemon names its version, and an old daemon that does not know it refuses.
 pub const VERSION: u64 = 1;
 
-/// What the new daemon says.
+/// The messages of the new daemon.
 #[derive(Serialize, Deserialize)]
 pub(crate) enum FromNew {
-    /// Let us begin.
+    /// Asks for the hand-over.
     Begin,
-    /// Everything is open and checked; which of the old one's files it goes on with.
+    /// Everything is open and checked. Names the files of the old daemon that the new one takes over.
     Ready(FilesTakenOver),
-    /// The connection's state is taken over, the image is locked.
+    /// The connection's state is taken over, and the image is locked.
     Prepared,
-    /// It gives up; why.
+    /// The new daemon gives up, for this reason.
     Failed(String),
 }
 
-/// Files of the old daemon's that the new one goes on with. The others are the old one's to remove.
+/// The files of the old daemon that the new one takes over. The old daemon removes the others.
 #[derive(Clone, Copy, Default, Serialize, Deserialize)]
 pub(crate) struct FilesTakenOver {
     /// The vhost-user socket.
@@ -62,61 +62,63 @@ pub(crate) struct FilesTakenOver {
     pub(crate) pid_file: bool,
 }
 
-/// What the old daemon says. Numbers of descriptors are places in the list that comes with the message.
+/// The messages of the old daemon. They refer to a descriptor by its index in the list that comes with the message.
 #[derive(Serialize, Deserialize)]
 pub(crate) enum FromOld {
-    /// What it serves, and where.
+    /// What the old daemon serves, and where.
     Hello(Box<Hello>),
-    /// What the guest's front-end said.
+    /// The state of the connection.
     State(Box<State>),
-    /// It is yours.
+    /// The commit: the disk belongs to the new daemon.
     Go,
-    /// The hand-over is off; why.
+    /// The old daemon ends the hand-over, for this reason.
     Refused(String),
 }
 
-/// What must stay as it is, and what outlives the old daemon.
+/// What must not change, and what outlives the old daemon.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Hello {
-    /// Its process: the kernel names who made the control socket, which may be an earlier one.
+    /// The old daemon's process. The kernel reports the process that created the control socket, which may be an earlier
+    /// daemon.
     pub(crate) pid: u32,
-    /// What the guest was told of its disk.
+    /// The properties of the disk that the guest knows.
     pub(crate) disk: DiskFacts,
-    /// Where it listens for front-ends; `None`: on a socket that it was given.
+    /// The path on which it listens for front-ends; `None`: it listens on a socket that it was given.
     pub(crate) front_path: Option<PathBuf>,
-    /// That socket.
+    /// The socket on which it listens for front-ends.
     pub(crate) front_socket: usize,
-    /// Where it listens for clients, and the socket.
+    /// The path and the socket on which it listens for clients.
     pub(crate) control: Option<(PathBuf, usize)>,
-    /// Its pid file and the open, locked file.
+    /// The pid file's path and the open, locked file.
     pub(crate) pid_file: Option<(PathBuf, usize)>,
-    /// Where it logs.
+    /// The descriptor to which it logs.
     pub(crate) log: usize,
-    /// Which is the journal.
+    /// `log` is the journal.
     pub(crate) log_is_journal: bool,
-    /// Snapshots of the image by others wait for an attendant that must find the new one first.
+    /// Snapshots by others need an attendant, which must connect to the new daemon before it can serve them.
     pub(crate) misses_attendant: bool,
 }
 
-/// What a guest may rely on for as long as it runs.
+/// The properties of a disk on which a running guest relies.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DiskFacts {
-    /// Names the image whoever has it open ([`crate::backend::Backend::identity`]).
+    /// The image's identity, the same in every process ([`crate::backend::Backend::identity`]).
     pub(crate) image: String,
-    /// Bytes. It may have grown.
+    /// Size in bytes; it may grow.
     pub(crate) size: u64,
-    /// Bytes of a block.
+    /// Size of a logical block in bytes.
     pub(crate) logical_block: u32,
     /// Writes are refused.
     pub(crate) read_only: bool,
-    /// The most rings.
+    /// The most virtqueues.
     pub(crate) num_queues: u16,
-    /// The largest ring.
+    /// The largest size of a virtqueue.
     pub(crate) queue_size: u16,
 }
 
 impl DiskFacts {
-    /// Whether a guest that was told these may go on with `new`. `Err`: what changed, and the mend.
+    /// Checks whether a guest that knows these properties can continue with `new`. The error says what changed and how to
+    /// fix it.
     pub(crate) fn allow(&self, new: &DiskFacts) -> Result<(), String> {
         if new.image != self.image {
             return Err(format!(
@@ -126,7 +128,7 @@ impl DiskFacts {
         }
         if new.size < self.size {
             return Err(format!(
-                "the image has {} bytes and the guest was told {}: `virtioblkctl resize` first",
+                "the image has {} bytes and the guest's disk has {}: run `virtioblkctl resize` first",
                 new.size, self.size
             ));
         }
@@ -144,29 +146,29 @@ impl DiskFacts {
             return Err(fixed("the number of queues", "--num-queues", &self.num_queues, &new.num_queues));
         }
         if new.queue_size < self.queue_size {
-            return Err(fixed("the largest ring", "--queue-size", &self.queue_size, &new.queue_size));
+            return Err(fixed("the largest virtqueue size", "--queue-size", &self.queue_size, &new.queue_size));
         }
         Ok(())
     }
 }
 
-/// What the new daemon goes on from.
+/// The state from which the new daemon continues.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct State {
-    /// When the pause began: nanoseconds of CLOCK_MONOTONIC, which is one for all processes.
+    /// When the pause began, in nanoseconds of CLOCK_MONOTONIC, which is the same for all processes.
     pub(crate) since: u64,
     /// How long it took until nothing was in flight, in nanoseconds.
     pub(crate) drained_in: u64,
-    /// What the rings have counted; none from a daemon that does not tell.
+    /// The virtqueues' counters; empty from an older daemon that does not send them.
     #[serde(default)]
     pub(crate) counts: Vec<RingStatus>,
-    /// The front-end's connection, and what was said on it; `None`: nobody is connected.
+    /// The front-end's connection and its state; `None`: no front-end is connected.
     pub(crate) front_end: Option<(usize, SessionState)>,
 }
 
-/// Nanoseconds of CLOCK_MONOTONIC.
+/// The current time in nanoseconds of CLOCK_MONOTONIC.
 pub(crate) fn monotonic() -> u64 {
-    // It cannot fail where Linux runs; a pause that is measured wrong harms nobody.
+    // This cannot fail on Linux, and 0 would only make the reported pause wrong.
     let now = nix::time::ClockId::CLOCK_MONOTONIC.now().map(std::time::Duration::from);
     now.map_or(0, |now| now.as_nanos() as u64)
 }

@@ -1,35 +1,38 @@
-//! What the front-end said on one connection, in numbers and descriptors: the part of the hand-over that a device takes over.
-//! Plain data. `virtio/vhost_user/save_restore.rs` fills it in and reads it.
+//! The state of a front-end's connection as plain data: the part of the hand-over that a device takes over.
+//! `virtio/vhost_user/save_restore.rs` writes and reads it.
 
 use serde::{Deserialize, Serialize};
 
-/// Everything but the connection itself. Numbers of descriptors are places in a list.
+/// Everything that the front-end set up, apart from the connection itself. A descriptor is an index in the list that comes
+/// with the message.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct SessionState {
-    /// SET_FEATURES.
+    /// The features of SET_FEATURES.
     pub(crate) features: Option<u64>,
-    /// SET_PROTOCOL_FEATURES.
+    /// The features of SET_PROTOCOL_FEATURES.
     pub(crate) protocol_features: u64,
-    /// SET_MEM_TABLE and its kin.
+    /// The guest memory of SET_MEM_TABLE, ADD_MEM_REG and REM_MEM_REG.
     pub(crate) memory: Vec<Region>,
-    /// SET_INFLIGHT_FD.
+    /// The region of SET_INFLIGHT_FD.
     pub(crate) inflight: Option<Inflight>,
-    /// SET_LOG_BASE.
+    /// The dirty log of SET_LOG_BASE.
     pub(crate) log: Option<RegionState>,
-    /// SET_BACKEND_REQ_FD.
+    /// The descriptor of SET_BACKEND_REQ_FD.
     pub(crate) channel: Option<usize>,
-    /// The size that the front-end knows.
+    /// The size of the disk that the front-end knows.
     pub(crate) knows: Option<u64>,
+    /// The virtqueues, by index.
     pub(crate) rings: Vec<Ring>,
 }
 
 impl SessionState {
-    /// SET_FEATURES and SET_PROTOCOL_FEATURES, of which the message layer knows, too.
+    /// The features of SET_FEATURES and SET_PROTOCOL_FEATURES, which the message layer needs, too.
     pub(crate) fn negotiated(&self) -> (Option<u64>, u64) {
         (self.features, self.protocol_features)
     }
 }
 
+/// A region of guest memory.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Region {
     pub(crate) guest_addr: u64,
@@ -47,6 +50,7 @@ pub(crate) struct RegionState {
     pub(crate) file: usize,
 }
 
+/// The region in which requests in flight are tracked.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Inflight {
     pub(crate) memory: RegionState,
@@ -54,16 +58,17 @@ pub(crate) struct Inflight {
     pub(crate) entries: u16,
 }
 
+/// A virtqueue.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Ring {
     pub(crate) size: u16,
-    /// Guest addresses of descriptors, available and used ring; `None`: never told.
+    /// The guest addresses of descriptor table, available ring and used ring; `None`: the front-end has not set them.
     pub(crate) at: Option<[u64; 3]>,
     pub(crate) next_avail: u16,
     pub(crate) enabled: bool,
     pub(crate) kick: Option<usize>,
     pub(crate) call: Option<usize>,
     pub(crate) err: Option<usize>,
-    /// Heads that failed and are kept.
+    /// The heads of the failed requests that are retained.
     pub(crate) kept: Vec<u16>,
 }

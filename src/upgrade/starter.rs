@@ -1,11 +1,12 @@
-//! The process that wants an upgrade: `virtioblkctl upgrade`, which started the new daemon.
+//! The starter of an upgrade: the process `virtioblkctl upgrade`, which started the new daemon.
 //!
-//! It holds one end of a pipe for as long as it wants the upgrade; the other end is the new daemon's standard input. The new
-//! daemon sends a copy with `Begin`, and the old one looks at it right before `Go`. So an upgrade that was given up, by a
-//! signal, by `--timeout` or by the starter's death, is never carried out later, however long the new daemon was stuck.
+//! The starter holds one end of a pipe for as long as it wants the upgrade; the other end is the new daemon's standard
+//! input. The new daemon sends a copy of that end with `Begin`, and the old one checks it right before `Go`. An upgrade that
+//! the starter gave up, because of a signal, of `--timeout` or of its death, is therefore never carried out later, however
+//! long the new daemon was stuck.
 //!
-//! That holds if the new program sends the pipe. An older one does not know it: an upgrade to it (a downgrade) that was
-//! given up may still be carried out, once the new program comes to `Begin`.
+//! That holds only if the new program sends the pipe. A program of an older version does not: an upgrade to it (a
+//! downgrade) that was given up may still be carried out when that program sends `Begin`.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,11 +14,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FileType;
 
-/// The environment variable that tells a new daemon that its standard input is its starter's pipe. Older daemons do not
-/// know it, and take over all the same.
+/// The environment variable that is set if a new daemon's standard input is its starter's pipe. Older daemons ignore it and
+/// take over all the same.
 pub const VARIABLE: &str = "VIRTIOBLKD_UPGRADE_STDIN";
 
-/// What the old and the new daemon say when it has given up.
+/// The error of the old and the new daemon when the starter has given up.
 pub(crate) const GAVE_UP: &str = "virtioblkctl, which started the new virtioblkd, has ended or given up";
 
 /// The reading end of a starter's pipe.
@@ -26,7 +27,8 @@ pub(crate) struct Starter {
 }
 
 impl Starter {
-    /// The starter of this process; `None`: it was started by hand, or by an older virtioblkctl. Errors: no descriptor left.
+    /// Returns the starter of this process. `None`: the process was started by hand, or by an older virtioblkctl. Fails when
+    /// no descriptor is left.
     pub(crate) fn of_this_process() -> io::Result<Option<Starter>> {
         match std::env::var_os(VARIABLE) {
             Some(_) => Ok(Some(Starter { pipe: io::stdin().as_fd().try_clone_to_owned()? })),
@@ -34,21 +36,23 @@ impl Starter {
         }
     }
 
-    /// The starter whose pipe came with `Begin`. Errors: it is no pipe, whose end nobody could miss or forge.
+    /// Returns the starter whose pipe came with `Begin`. Fails if the descriptor is not a pipe: only for a pipe can the old
+    /// daemon rely on the end that it sees.
     pub(crate) fn received(mut descriptors: Vec<OwnedFd>) -> io::Result<Option<Starter>> {
         let Some(pipe) = descriptors.pop() else { return Ok(None) };
         if FileType::from_raw_mode(rustix::fs::fstat(&pipe)?.st_mode) != FileType::Fifo {
-            return Err(io::Error::other("what it sent of its starter is no pipe"));
+            return Err(io::Error::other("the descriptor that it sent for its starter is not a pipe"));
         }
         Ok(Some(Starter { pipe }))
     }
 
-    /// A copy of the pipe's end, to be sent.
+    /// Returns a copy of the pipe's end, to send it.
     pub(crate) fn copy(&self) -> io::Result<OwnedFd> {
         self.pipe.try_clone()
     }
 
-    /// Whether it wants the upgrade no more. Never blocks. A failure counts as yes: the guest stays where it is.
+    /// Whether the starter no longer wants the upgrade. Never blocks. An error counts as yes, because then the guest stays
+    /// with the old daemon.
     pub(crate) fn has_given_up(&self) -> bool {
         let mut fds = [PollFd::new(&self.pipe, PollFlags::empty())];
         poll(&mut fds, Some(&Timespec::default())).map_or(true, |ready| ready > 0)
@@ -56,7 +60,7 @@ impl Starter {
 }
 
 impl AsFd for Starter {
-    /// To poll: it reports the end (HUP) whatever is asked for.
+    /// The descriptor to poll: it reports the starter's end as HUP, with any event mask.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.pipe.as_fd()
     }
@@ -67,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_starter_gives_up_by_closing_its_end_only() {
+    fn a_starter_gives_up_only_by_closing_its_end() {
         let (reader, mut writer) = io::pipe().unwrap();
         let starter = Starter::received(vec![reader.into()]).unwrap().unwrap();
         assert!(!starter.has_given_up());
@@ -79,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_pipe_is_refused() {
+    fn a_descriptor_that_is_not_a_pipe_is_refused() {
         assert!(Starter::received(Vec::new()).unwrap().is_none());
         let file = std::fs::File::open("/dev/null").unwrap();
         assert!(Starter::received(vec![file.into()]).is_err());

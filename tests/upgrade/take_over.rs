@@ -208,7 +208,7 @@ fn whatever_becomes_of_the_new_daemon_before_the_end_the_old_one_serves_on() {
     assert!(silent.hear()["Refused"].as_str().unwrap().contains("in time"));
     contains(
         &disk.log(),
-        &["it hung up", "no luck", "no message of a daemon's", "out of turn", "said nothing in time"],
+        &["it hung up", "no luck", "not a message of virtioblkd", "out of turn", "sent nothing in time"],
     );
     // And the next one has it.
     disk.upgrade(&[]);
