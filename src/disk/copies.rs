@@ -1,0 +1,98 @@
+//! Point-in-time copies and snapshots of a disk: the traits that the control thread calls, and their data.
+
+use serde::Serialize;
+
+/// Point-in-time copies of a disk. The instant is fixed while the disk is held; the image of that instant is then copied in
+/// the background, and the old data of a block is saved before the block is overwritten. Called by the control thread; no
+/// call blocks on I/O of the image or the target for longer than it takes to create a file.
+pub trait Copies: Send + Sync {
+    /// Prepares a copy, so that `start` is quick: creates the target's partial file and the bookkeeping. Only one copy can
+    /// be prepared or running. Returns the copy's name.
+    fn prepare(&self, options: &CopyOptions) -> Result<String, CopyError>;
+
+    /// Fixes the instant of a prepared copy. Only called while the disk is held and the hold is settled. Takes no time that
+    /// depends on the image's size. Fails if a write is in flight.
+    fn start(&self, copy: &str) -> Result<(), CopyError>;
+
+    /// Ends a copy and removes its partial file.
+    fn cancel(&self, copy: &str) -> Result<(), CopyError>;
+
+    /// Changes the copy's bandwidth limit, in bytes a second; 0: no limit.
+    fn set_bandwidth(&self, copy: &str, bandwidth: u64) -> Result<(), CopyError>;
+
+    /// The number of copies that are over and still have a thread that waits for the image or the target.
+    fn ending(&self) -> u64 {
+        0
+    }
+
+    /// The status of the copy that is prepared or running, and of the last ones that ended (at most eight, newest last).
+    fn status(&self) -> Vec<CopyStatus>;
+}
+
+/// Snapshots that the image's own store (Ceph RBD) makes. Called by threads that may block.
+pub trait ImageSnapshots: Send + Sync {
+    /// Makes a snapshot of the image as it is now; the caller holds the disk. Blocks until the snapshot exists. The error's
+    /// `code` is `exists`, `busy` or `store`.
+    fn create(&self, name: &str) -> Result<(), CopyError>;
+
+    /// Removes a snapshot that [`ImageSnapshots::create`] made, because another part of its instant failed.
+    fn remove(&self, name: &str) -> Result<(), CopyError>;
+
+    /// The snapshot's full name in the store: `POOL/IMAGE@NAME`.
+    fn full_name(&self, name: &str) -> String;
+}
+
+/// The options of a copy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopyOptions {
+    /// The absolute path of a file that does not exist. Until the copy is complete and durable its name is PATH.partial.
+    pub target: std::path::PathBuf,
+    /// The most bytes a second that the background copy reads; 0: no limit.
+    pub bandwidth: u64,
+    /// Compute the SHA-256 of the whole copy.
+    pub digest: bool,
+}
+
+/// Why an operation on a copy or snapshot failed: a code for programs and a message for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopyError {
+    /// For copies `busy`, `no-such-copy`, `target` or `resources`; `control::protocol` explains the codes.
+    pub code: &'static str,
+    /// What failed, why and how to fix it.
+    pub message: String,
+}
+
+/// The status of a copy.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CopyStatus {
+    /// The copy's name.
+    pub copy: String,
+    /// The path of the complete copy.
+    pub target: String,
+    /// `prepared`, `running`, `syncing`, `completed`, `failed` or `cancelled`.
+    pub state: String,
+    /// Size of the image in bytes.
+    pub total_bytes: u64,
+    /// Bytes that are done, including holes.
+    pub done_bytes: u64,
+    /// Bytes that were saved because the guest was about to overwrite them.
+    pub saved_before_write_bytes: u64,
+    /// Bytes that the target stores; the others are holes.
+    pub stored_bytes: u64,
+    /// Bytes of old data that wait in the scratch for the target.
+    pub scratch_bytes: u64,
+    /// The instant that the copy is of, in seconds since the epoch.
+    pub instant: Option<f64>,
+    /// Seconds since the instant, or from the instant to the copy's end.
+    pub seconds: f64,
+    /// Seconds during which a change of the guest waited for old data to be saved.
+    pub slowed_seconds: f64,
+    /// The SHA-256 of the complete copy in hexadecimal, if it was asked for.
+    pub sha256: Option<String>,
+    /// Why the copy failed.
+    pub error: Option<String>,
+    /// The copy is over, and one of its threads still waits for the target: a call has not returned, or a file is not
+    /// removed yet.
+    pub ending: bool,
+}
