@@ -1,4 +1,4 @@
-//! UNSAFE. Operations in flight: each is a value of its own on the heap, which librbd hands back when it has finished.
+//! UNSAFE. Operations in flight. Each is a value on the heap, which librbd returns when the operation has finished.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};
@@ -10,10 +10,10 @@ use super::super::{Completion, Errno, IoBuf, Op, OpId};
 use super::handle::{Image, check};
 use super::sys::{self, Api, rbd_completion_t};
 
-/// Where what has finished waits for its queue. Filled by librbd's threads, emptied by the queue's.
+/// The completions that wait for their queue. librbd's threads add them, and the queue's thread takes them.
 pub(super) struct Inbox {
     finished: Mutex<Vec<Completion>>,
-    /// Written to when the first one arrives: several are often taken at once.
+    /// The queue's eventfd. It is written to only for the first completion, because several are often taken at once.
     bell: Weak<OwnedFd>,
 }
 
@@ -22,12 +22,12 @@ impl Inbox {
         Arc::new(Inbox { finished: Mutex::default(), bell })
     }
 
-    /// Whether nothing waits.
+    /// Whether no completion waits.
     pub(super) fn is_empty(&self) -> bool {
         self.finished.lock().expect("no panic while held").is_empty()
     }
 
-    /// Appends what waits.
+    /// Appends all completions to `out`.
     pub(super) fn take(&self, out: &mut Vec<Completion>) {
         out.append(&mut self.finished.lock().expect("no panic while held"));
     }
@@ -38,7 +38,7 @@ impl Inbox {
         finished.push(completion);
         drop(finished);
         if was_empty && let Some(bell) = self.bell.upgrade() {
-            // A full counter is the only error, and it means "readable".
+            // The only error is a counter that is full, which is readable, too.
             let _ = rustix::io::write(&*bell, &1u64.to_ne_bytes());
         }
     }
@@ -49,48 +49,48 @@ struct Request {
     api: &'static Api,
     inbox: Arc<Inbox>,
     id: OpId,
-    /// Bytes that a good read returns.
+    /// The number of bytes that a successful read returns.
     expected: Option<usize>,
-    /// librbd keeps the pointer to its list of parts until the end (`io/ReadResult.h`), and the memory too.
+    /// The buffer. librbd uses the pointer to its iovecs (`io/ReadResult.h`) and its memory until the end.
     buf: Option<IoBuf>,
 }
 
 /// Starts an operation whose range is inside the image; its completion comes to `inbox`. `thick`: write-zeroes never
-/// deallocates. What cannot be started comes back at once as a completion with its error. Does not block, except that
-/// librbd may let a write wait for room in its cache.
+/// deallocates. An operation that cannot be started is returned as a completion with its error. Does not block, except that
+/// librbd may let a write wait for space in its cache.
 pub(super) fn start(image: &Image, inbox: &Arc<Inbox>, op: Op, id: OpId, thick: bool) -> Result<(), Completion> {
     let api = image.api;
     let (call, buf) = Call::of(op, thick);
     let expected = buf.as_ref().filter(|_| matches!(call, Call::Read(_))).map(IoBuf::len);
-    // The list of parts is on the heap: it stays where it is when the buffer moves.
-    let parts = buf.as_ref().map_or(Parts(ptr::null(), 0), |buf| Parts(buf.iovecs().as_ptr(), buf.iovecs().len()));
+    // The iovecs are on the heap, so they do not move with the buffer.
+    let iovecs = buf.as_ref().map_or(Iovecs(ptr::null(), 0), |buf| Iovecs(buf.iovecs().as_ptr(), buf.iovecs().len()));
     let request = Box::into_raw(Box::new(Request { api, inbox: Arc::clone(inbox), id, expected, buf }));
     let mut completion = ptr::null_mut();
-    // SAFETY: writes a handle; the callback's argument is the request, which nobody else uses until it was called.
-    let made = check(unsafe {
+    // SAFETY: writes a handle; the callback's argument is the request, which only the callback uses from now on.
+    let created = check(unsafe {
         (api.rbd.rbd_aio_create_completion)(request.cast::<c_void>(), Some(finished), &raw mut completion)
     });
-    let started = made.and_then(|()| {
-        // SAFETY: the request lives until its callback, and with it the parts and the memory that they name, which
-        // the buffer keeps mapped; the image is open and stays so, since the queue holds it until all have finished.
-        let started = check(unsafe { call.start(image, parts, completion) });
+    let started = created.and_then(|()| {
+        // SAFETY: the request lives until its callback, and with it the iovecs and their memory, which the buffer keeps
+        // mapped. The image stays open, because the queue owns a reference to it until all operations have finished.
+        let started = check(unsafe { call.start(image, iovecs, completion) });
         if started.is_err() {
-            // SAFETY: librbd does not call back for what it refused; the completion is not used afterwards.
+            // SAFETY: librbd does not call back for an operation that it refused; the completion is not used afterwards.
             unsafe { (api.rbd.rbd_aio_release)(completion) };
         }
         started
     });
     started.map_err(|errno| {
-        // SAFETY: it came from `into_raw` and librbd does not have it: no callback will take it.
+        // SAFETY: it came from `into_raw`, and librbd does not have it, so no callback will take it.
         let request = unsafe { Box::from_raw(request) };
         Completion { id, result: Err(errno), buf: request.buf }
     })
 }
 
-/// A buffer's list of parts, and how many there are.
-struct Parts(*const libc::iovec, usize);
+/// A buffer's iovecs and their number.
+struct Iovecs(*const libc::iovec, usize);
 
-/// One of librbd's functions with its numbers.
+/// A function of librbd and its arguments.
 enum Call {
     Read(u64),
     Write(u64),
@@ -115,15 +115,15 @@ impl Call {
     }
 
     /// # Safety
-    /// The parts, and the memory that they name, live until the completion's callback.
-    unsafe fn start(&self, image: &Image, parts: Parts, completion: rbd_completion_t) -> c_int {
+    /// The iovecs and their memory live until the completion's callback.
+    unsafe fn start(&self, image: &Image, iovecs: Iovecs, completion: rbd_completion_t) -> c_int {
         let (rbd, image) = (&image.api.rbd, image.raw);
-        let Ok(count) = c_int::try_from(parts.1) else { return -libc::EINVAL };
-        // SAFETY: the caller's promise for the parts, and an open image.
+        let Ok(count) = c_int::try_from(iovecs.1) else { return -libc::EINVAL };
+        // SAFETY: the caller's promise for the iovecs, and an open image.
         unsafe {
             match *self {
-                Call::Read(offset) => (rbd.rbd_aio_readv)(image, parts.0, count, offset, completion),
-                Call::Write(offset) => (rbd.rbd_aio_writev)(image, parts.0, count, offset, completion),
+                Call::Read(offset) => (rbd.rbd_aio_readv)(image, iovecs.0, count, offset, completion),
+                Call::Write(offset) => (rbd.rbd_aio_writev)(image, iovecs.0, count, offset, completion),
                 Call::Flush => (rbd.rbd_aio_flush)(image, completion),
                 Call::Discard(offset, len) => (rbd.rbd_aio_discard)(image, offset, len, completion),
                 Call::WriteZeroes(offset, len, flags) => {
@@ -135,20 +135,21 @@ impl Call {
     }
 }
 
-/// Called once for each operation that was started, by a thread of librbd's.
+/// The callback of an operation. A thread of librbd calls it once for each operation that was started.
 unsafe extern "C" fn finished(completion: rbd_completion_t, request: *mut c_void) {
-    // SAFETY: the argument is what `start` made of a box, and this is the only call that takes it back.
+    // SAFETY: `start` created the argument from a box, and this is the only call that takes it back.
     let request = unsafe { Box::from_raw(request.cast::<Request>()) };
     // SAFETY: the completion is finished and was not released.
     let value = unsafe { (request.api.rbd.rbd_aio_get_return_value)(completion) };
     // SAFETY: as above, and it is not used afterwards.
     unsafe { (request.api.rbd.rbd_aio_release)(completion) };
     let Request { inbox, id, expected, buf, .. } = *request;
-    inbox.put(Completion { id, result: judge(value, expected), buf });
+    inbox.put(Completion { id, result: convert_result(value, expected), buf });
 }
 
-/// A read that is short met the end of an image that has just become smaller. Operations that are no reads return 0.
-fn judge(value: isize, expected: Option<usize>) -> Result<(), Errno> {
+/// Converts librbd's return value. A short read is an error: it reached the end of an image that has just become smaller.
+/// Operations other than reads return 0.
+fn convert_result(value: isize, expected: Option<usize>) -> Result<(), Errno> {
     match usize::try_from(value) {
         Ok(bytes) if expected.is_none_or(|expected| bytes == expected) => Ok(()),
         Ok(_) => Err(Errno(libc::EIO)),
@@ -161,13 +162,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_every_byte_is_good() {
-        assert_eq!(judge(4096, Some(4096)), Ok(()));
-        assert_eq!(judge(0, None), Ok(()));
-        assert_eq!(judge(512, Some(4096)), Err(Errno(libc::EIO)));
-        assert_eq!(judge(8192, Some(4096)), Err(Errno(libc::EIO)));
-        assert_eq!(judge(-108, Some(4096)), Err(Errno(libc::ESHUTDOWN)));
-        assert_eq!(judge(-30, None), Err(Errno(libc::EROFS)));
-        assert_eq!(judge(isize::MIN, None), Err(Errno(libc::EIO)));
+    fn a_read_succeeds_only_with_every_byte() {
+        assert_eq!(convert_result(4096, Some(4096)), Ok(()));
+        assert_eq!(convert_result(0, None), Ok(()));
+        assert_eq!(convert_result(512, Some(4096)), Err(Errno(libc::EIO)));
+        assert_eq!(convert_result(8192, Some(4096)), Err(Errno(libc::EIO)));
+        assert_eq!(convert_result(-108, Some(4096)), Err(Errno(libc::ESHUTDOWN)));
+        assert_eq!(convert_result(-30, None), Err(Errno(libc::EROFS)));
+        assert_eq!(convert_result(isize::MIN, None), Err(Errno(libc::EIO)));
     }
 }

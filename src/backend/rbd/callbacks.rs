@@ -1,8 +1,8 @@
-//! UNSAFE. What librbd calls when something happens to the image. Its threads call; what is called must not block and
-//! must not call a synchronous function of librbd's.
+//! UNSAFE. The callbacks of librbd for events of the image. librbd's threads call them; they must not block and must not
+//! call a synchronous function of librbd.
 //!
-//! What librbd has the address of is never freed, as it may still be inside when the watch is gone: a few words for each
-//! image opened. It must not hold the image, which would then never be closed.
+//! The memory whose address librbd has is never freed, because a thread may still be inside a callback when the watch is
+//! gone: a few words for each opened image. It must not own the image, which would then never be closed.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -12,10 +12,10 @@ use super::super::Errno;
 use super::Shared;
 use super::handle::check;
 
-/// What is called.
+/// A function that a watch calls.
 pub(super) type Callback = Box<dyn Fn() + Send + Sync>;
 
-/// What a watch calls: at the first event, and, for quiesces, at the second.
+/// The functions of a watch: `first` for an update or a quiesce, `second` for an unquiesce.
 struct Callbacks {
     first: Callback,
     second: Callback,
@@ -33,7 +33,8 @@ enum Kind {
     Quiesce,
 }
 
-/// Calls for as long as it is not stopped. librbd registers it with the cluster anew by itself after an interruption.
+/// A watch on an image, which calls its functions until it is stopped. librbd registers it with the cluster again after an
+/// interruption.
 pub(super) struct Watch {
     shared: Arc<Shared>,
     kind: Kind,
@@ -41,19 +42,19 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    /// Calls `changed` when the image's header changed: its size, its snapshots, anything.
+    /// Starts a watch that calls `changed` when the image's header has changed: its size, its snapshots or other metadata.
     pub(super) fn updates(shared: Arc<Shared>, changed: Callback) -> Result<Watch, Errno> {
-        let ears = Callbacks::leak(changed, Box::new(|| {}));
+        let callbacks = Callbacks::leak(changed, Box::new(|| {}));
         let mut handle = 0;
         let image = &shared.image;
-        // SAFETY: the image is open; the ears live for ever.
+        // SAFETY: the image is open; the callbacks live for ever.
         let result =
-            check(unsafe { (image.api.rbd.rbd_update_watch)(image.raw, &raw mut handle, Some(call_first), ears) });
+            check(unsafe { (image.api.rbd.rbd_update_watch)(image.raw, &raw mut handle, Some(call_first), callbacks) });
         result.map(|()| Watch { shared, kind: Kind::Update, handle })
     }
 
-    /// Calls `quiesce` when a snapshot is about to be taken, which waits for [`Watch::complete`], and `unquiesce` when
-    /// it was. ENOTSUP: this librbd does not ask.
+    /// Starts a watch that calls `quiesce` before a snapshot is taken, which waits for [`Watch::complete`], and `unquiesce`
+    /// after it was taken. ENOTSUP: this librbd does not support it.
     pub(super) fn quiesces(shared: Arc<Shared>, quiesce: Callback, unquiesce: Callback) -> Result<Watch, Errno> {
         let image = &shared.image;
         let rbd = &image.api.rbd;
@@ -62,24 +63,25 @@ impl Watch {
         else {
             return Err(Errno(libc::ENOTSUP));
         };
-        let ears = Callbacks::leak(quiesce, unquiesce);
+        let callbacks = Callbacks::leak(quiesce, unquiesce);
         let mut handle = 0;
         // SAFETY: as above.
-        let result = check(unsafe { watch(image.raw, Some(call_first), Some(call_second), ears, &raw mut handle) });
+        let result =
+            check(unsafe { watch(image.raw, Some(call_first), Some(call_second), callbacks, &raw mut handle) });
         result.map(|()| Watch { shared, kind: Kind::Quiesce, handle })
     }
 
-    /// Answers the quiesce that was asked for: 0 or a negative error number. Exactly once for each: librbd aborts at
-    /// the second. Does not block.
+    /// Replies to a quiesce request with 0 or a negative error number. Called exactly once for each request, because librbd
+    /// aborts at the second reply. Does not block.
     pub(super) fn complete(&self, result: i32) {
         let image = &self.shared.image;
         if let Some(complete) = image.api.rbd.rbd_quiesce_complete {
-            // SAFETY: the image is open and the watch is registered: callers answer before `stop`.
+            // SAFETY: the image is open and the watch is registered: callers reply before `stop`.
             unsafe { complete(image.raw, self.handle, result) }
         }
     }
 
-    /// Returns when nothing is called any more. Hangs while a quiesce is not answered. Once.
+    /// Stops the watch; no function is called after it returns. Called once. Hangs while a quiesce request has no reply.
     pub(super) fn stop(&self) -> Result<(), Errno> {
         let image = &self.shared.image;
         let stop = match self.kind {
@@ -91,12 +93,12 @@ impl Watch {
     }
 }
 
-unsafe extern "C" fn call_first(ears: *mut c_void) {
-    // SAFETY: what `Callbacks::leak` made.
-    (unsafe { &*ears.cast::<Callbacks>() }.first)();
+unsafe extern "C" fn call_first(callbacks: *mut c_void) {
+    // SAFETY: the argument comes from `Callbacks::leak`.
+    (unsafe { &*callbacks.cast::<Callbacks>() }.first)();
 }
 
-unsafe extern "C" fn call_second(ears: *mut c_void) {
+unsafe extern "C" fn call_second(callbacks: *mut c_void) {
     // SAFETY: as above.
-    (unsafe { &*ears.cast::<Callbacks>() }.second)();
+    (unsafe { &*callbacks.cast::<Callbacks>() }.second)();
 }

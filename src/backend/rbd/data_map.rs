@@ -1,12 +1,13 @@
-//! Where an image may hold data, for copies: its holes need not be read.
+//! Where an image may hold data, so that a copy need not read its holes.
 //!
-//! The cluster is asked, object by object, for what each one stores (`rbd_diff_iterate2` from the beginning of time, without
-//! whole objects, the parent of a clone included). The image's object map is not: `fast-diff` reads it in no time, but it
-//! is known to be wrong at times, and a copy that misses data is no copy. What is listed is exact at that moment, after
-//! librbd has flushed; a range that nothing changes stays so.
+//! librbd asks the cluster what each object stores (`rbd_diff_iterate2` from the beginning of time, without whole objects,
+//! including the parent of a clone). The image's object map (`fast-diff`) would be much faster, but it is known to be wrong
+//! at times, and a copy must not miss data. A listing is exact at that moment, after librbd has flushed, and stays exact for
+//! a range that nothing changes.
 //!
-//! A listing may take as long as the cluster likes, and a guest's write may wait for the copy. So it runs in a thread of
-//! its own and is waited for a moment; what is not known by then counts as data, which costs a read.
+//! The cluster may take any time for a listing, and a guest's write may wait for the copy. The listing therefore runs in a
+//! thread of its own, for which the caller waits only a moment. A range that is not listed by then counts as data, which
+//! costs a read.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -17,43 +18,53 @@ use super::{Errno, Shared};
 use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 
 /// How long a caller waits for a listing.
-const MAX_WAIT: Duration = Duration::from_secs(1);
-/// After one that was not there in time none is tried for so long: a cluster that is slow is not waited for each time.
-const PAUSE: Duration = Duration::from_secs(10);
-/// How long a caller lists holes before it returns, data or not.
-const MAX_SEARCH: Duration = Duration::from_millis(100);
-/// One listing should take about as long: the next one covers more, or less.
-const LISTING_TIME: Duration = Duration::from_millis(40);
-/// Objects in one listing of a caller that goes through the image, at first and at most.
+const LISTING_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long no listing is started after one that timed out, so that callers do not wait for a slow cluster each time.
+const LISTING_PAUSE: Duration = Duration::from_secs(10);
+
+/// How long a caller lists holes before it returns, whether it found data or not.
+const MAX_SEARCH_TIME: Duration = Duration::from_millis(100);
+
+/// How long one listing should take. The next one covers more or fewer objects accordingly.
+const TARGET_LISTING_TIME: Duration = Duration::from_millis(40);
+
+/// The number of objects in the first listing of a caller that reads the image in order.
 const FIRST_OBJECTS: u64 = 16;
+
+/// The most objects in one listing.
 const MAX_OBJECTS: u64 = 2048;
-/// The smallest object that is counted with: more are listed together.
+
+/// The smallest object size to calculate with. Smaller objects are listed together.
 pub(super) const MIN_OBJECT: u64 = 64 << 10;
-/// Data that lies closer together is one range: listing takes longer than reading so much.
+
+/// Data with a smaller hole between is one range, because listing takes longer than reading the hole.
 const MIN_HOLE: u64 = 1 << 20;
-/// What counts as data where nothing is known, at least: the caller asks again behind it.
+
+/// How many bytes count as data where nothing is known. The caller asks again behind them.
 const UNKNOWN: u64 = 64 << 10;
-/// A caller whose next offset lies so far behind the last range goes through the image. It rounds as it likes.
+
+/// A caller whose next offset is less than this behind the last range reads the image in order; it may round its offsets.
 const SAME_SCAN: u64 = 64 << 20;
 
-/// The state of the listing of one image.
+/// The listings of one image.
 #[derive(Default)]
 pub(super) struct DataMap {
     scans: Mutex<Scans>,
-    /// A listing that nobody waits for any more still runs.
-    late: Arc<AtomicBool>,
+    /// A listing runs. Its caller may no longer wait for it.
+    listing: Arc<AtomicBool>,
 }
 
-/// A caller reads the image in order and, between, what a guest is about to overwrite.
+/// The positions of a caller, which reads the image in order and, in between, what a guest is about to overwrite.
 #[derive(Default)]
 struct Scans {
-    /// The one that goes through the image.
+    /// The scan that reads the image in order.
     main: Scan,
-    /// Begun elsewhere; if it is continued it is the main one.
+    /// A scan that started elsewhere. If the caller continues it, it becomes the main one.
     other: Scan,
     /// The failure was logged.
     failed: bool,
-    /// No listing before.
+    /// No listing is started before this time.
     not_before: Option<Instant>,
 }
 
@@ -61,6 +72,7 @@ struct Scans {
 struct Scan {
     /// The end of the range that was returned last.
     next: u64,
+    /// The number of objects in the next listing.
     objects: u64,
 }
 
@@ -71,16 +83,17 @@ impl Default for Scan {
 }
 
 impl Scan {
-    fn goes_on_at(&self, offset: u64) -> bool {
+    /// Whether a call at `offset` continues this scan.
+    fn continues_at(&self, offset: u64) -> bool {
         offset.checked_sub(self.next).is_some_and(|ahead| ahead < SAME_SCAN)
     }
 
-    /// After a listing that took so long and found data, or none.
+    /// Chooses the size of the next listing, after one that took so long and found data or not.
     fn adapt(&mut self, took: Duration, found: bool) {
         self.objects = match (found, took) {
             (true, _) => FIRST_OBJECTS,
-            (false, took) if took < LISTING_TIME => (self.objects * 2).min(MAX_OBJECTS),
-            (false, took) if took > 2 * LISTING_TIME => (self.objects / 2).max(1),
+            (false, took) if took < TARGET_LISTING_TIME => (self.objects * 2).min(MAX_OBJECTS),
+            (false, took) if took > 2 * TARGET_LISTING_TIME => (self.objects / 2).max(1),
             (false, _) => self.objects,
         };
     }
@@ -93,11 +106,11 @@ impl DataMap {
             return None;
         }
         let mut scans = self.scans.lock().expect("no panic while held");
-        let goes_on = scans.main.goes_on_at(offset);
-        if !goes_on && scans.other.goes_on_at(offset) {
+        let continues = scans.main.continues_at(offset);
+        if !continues && scans.other.continues_at(offset) {
             scans.main = scans.other;
         }
-        let in_order = goes_on || scans.main.goes_on_at(offset);
+        let in_order = continues || scans.main.continues_at(offset);
         let mut scan = if in_order { scans.main } else { Scan { next: 0, objects: 1 } };
         let start = Instant::now();
         let mut at = offset;
@@ -116,7 +129,7 @@ impl DataMap {
             if at >= size {
                 break None;
             }
-            if !in_order || start.elapsed() >= MAX_SEARCH {
+            if !in_order || start.elapsed() >= MAX_SEARCH_TIME {
                 break Some((at, (at + UNKNOWN).min(size)));
             }
         };
@@ -129,36 +142,36 @@ impl DataMap {
         range
     }
 
-    /// The first data in a range, if there is any; `None`: that is not known, or not yet.
+    /// Lists a range. Returns its first data, `Some(None)` if it holds none, and `None` if that is not known.
     fn list(&self, shared: &Arc<Shared>, start: u64, end: u64, scans: &mut Scans) -> Option<Option<(u64, u64)>> {
         if scans.not_before.is_some_and(|not_before| Instant::now() < not_before) {
             return None;
         }
-        if self.late.swap(true, Ordering::AcqRel) {
+        if self.listing.swap(true, Ordering::AcqRel) {
             return None;
         }
         let (sender, listed) = mpsc::channel();
-        let (shared_there, late) = (Arc::clone(shared), Arc::clone(&self.late));
+        let (thread_shared, listing) = (Arc::clone(shared), Arc::clone(&self.listing));
         let body = move || {
-            let image = &shared_there.image;
-            let result = image.is_migrating().and_then(|elsewhere| match elsewhere {
+            let image = &thread_shared.image;
+            let result = image.is_migrating().and_then(|is_migrating| match is_migrating {
                 true => Ok(vec![(start, end)]),
                 false => image.list_data(start, end - start, MIN_HOLE),
             });
-            drop(shared_there);
-            late.store(false, Ordering::Release);
-            // Who waited may have given up.
+            drop(thread_shared);
+            listing.store(false, Ordering::Release);
+            // The caller may no longer wait.
             let _ = sender.send(result);
         };
         let result = match thread::Builder::new().name("rbd-holes".into()).spawn(body) {
             Ok(_) => {
-                let result = listed.recv_timeout(MAX_WAIT).ok();
-                scans.not_before = result.is_none().then(|| Instant::now() + PAUSE);
+                let result = listed.recv_timeout(LISTING_TIMEOUT).ok();
+                scans.not_before = result.is_none().then(|| Instant::now() + LISTING_PAUSE);
                 result
             }
             Err(error) => {
                 log_limited!(IMAGE_LOG, Warn, "{}: no thread to list its holes: {error}; they are read", shared.name);
-                self.late.store(false, Ordering::Release);
+                self.listing.store(false, Ordering::Release);
                 None
             }
         };
@@ -181,7 +194,7 @@ impl DataMap {
     }
 }
 
-/// The first of the ranges in a window, joined with those that follow closely. They need not be in order.
+/// Returns the first of the ranges in a window, joined with those that follow closely. The ranges need not be in order.
 fn first_range(mut ranges: Vec<(u64, u64)>, start: u64, end: u64) -> Option<(u64, u64)> {
     ranges.retain(|range| range.0 < end && range.1 > start);
     ranges.sort_unstable();
@@ -201,7 +214,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn close_ranges_are_one_in_whatever_order_they_come() {
+    fn close_ranges_are_joined_in_any_order() {
         const M: u64 = 1 << 20;
         assert_eq!(first_range(Vec::new(), 0, 10 * M), None);
         assert_eq!(first_range(vec![(5 * M, 6 * M), (M, M + 1), (M + 4096, 2 * M)], 0, 10 * M), Some((M, 2 * M)));

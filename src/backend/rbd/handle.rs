@@ -1,7 +1,8 @@
-//! UNSAFE. An open image as a value: librbd's synchronous functions, each one call. Those that move data are in `aio`.
+//! UNSAFE. The handle of an open image: a method for each synchronous function of librbd. The functions that transfer data
+//! are in `aio`.
 //!
-//! Every function may wait for the cluster, for as long as that takes, unless it says otherwise; none may be called from
-//! a thread of librbd's (its callbacks).
+//! Every function may wait for the cluster, as long as that takes, unless its comment says otherwise. None may be called in
+//! a callback, which runs in a thread of librbd.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -11,17 +12,17 @@ use std::ptr;
 use super::super::Errno;
 use super::sys::{self, Api, rados_ioctx_t, rados_t, rbd_config_option_t, rbd_image_t};
 
-/// The result of a C function: negative is an error number.
+/// Converts the result of a C function, in which a negative value is an error number.
 pub(super) fn check(result: c_int) -> Result<(), Errno> {
     if result < 0 { Err(Errno(result.saturating_neg())) } else { Ok(()) }
 }
 
-/// Text for C. EINVAL: it has a zero byte, which none of C's names can have.
+/// Converts text for C. EINVAL: it has a zero byte, which a C string cannot have.
 pub(super) fn c_string(text: &str) -> Result<CString, Errno> {
     CString::new(text).map_err(|_| Errno(libc::EINVAL))
 }
 
-/// A connection to a cluster, or one to be.
+/// A connection to a cluster, before or after it is connected.
 pub(super) struct Cluster {
     api: &'static Api,
     raw: rados_t,
@@ -33,7 +34,7 @@ unsafe impl Send for Cluster {}
 unsafe impl Sync for Cluster {}
 
 impl Cluster {
-    /// Not yet connected; `user` without "client.".
+    /// Creates a connection that is not connected. `user`: the Ceph user without "client.".
     pub(super) fn new(api: &'static Api, user: &str) -> Result<Self, Errno> {
         let name = c_string(&format!("client.{user}"))?;
         let mut raw = ptr::null_mut();
@@ -42,7 +43,7 @@ impl Cluster {
         Ok(Cluster { api, raw })
     }
 
-    /// Reads a configuration file; none: where Ceph looks by itself (CEPH_CONF, /etc/ceph/ceph.conf, ...).
+    /// Reads a configuration file. `None`: Ceph looks for it in its usual places (CEPH_CONF, /etc/ceph/ceph.conf, ...).
     pub(super) fn read_file(&self, path: Option<&Path>) -> Result<(), Errno> {
         use std::os::unix::ffi::OsStrExt;
         let path = path.map(|path| CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno(libc::EINVAL)));
@@ -53,14 +54,14 @@ impl Cluster {
         })
     }
 
-    /// Sets an option. ENOENT: there is none of this name; EINVAL: not this value.
+    /// Sets an option. ENOENT: there is no option of this name. EINVAL: it cannot have this value.
     pub(super) fn set(&self, option: &str, value: &str) -> Result<(), Errno> {
         let (option, value) = (c_string(option)?, c_string(value)?);
         // SAFETY: the strings live through the call.
         check(unsafe { (self.api.rados.rados_conf_set)(self.raw, option.as_ptr(), value.as_ptr()) })
     }
 
-    /// An option's value before pools and images override it.
+    /// Returns an option's value before pools and images override it.
     pub(super) fn get(&self, option: &str) -> Result<String, Errno> {
         let option = c_string(option)?;
         let mut text = vec![0u8; 4096];
@@ -74,22 +75,22 @@ impl Cluster {
 
     /// Connects. ETIMEDOUT: no monitor answered within `client_mount_timeout`.
     pub(super) fn connect(&self) -> Result<(), Errno> {
-        // SAFETY: the handle is not connected yet: whoever made it calls this once.
+        // SAFETY: the handle is not connected yet, because its creator calls this once.
         check(unsafe { (self.api.rados.rados_connect)(self.raw) })
     }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        // SAFETY: nothing of this connection is used any more: its pool's handle lives in `Image`, which owns this.
+        // SAFETY: nothing uses this connection any more: its pool's handle lives in `Image`, which owns this.
         unsafe { (self.api.rados.rados_shutdown)(self.raw) }
     }
 }
 
-/// A pool, and a namespace in it.
+/// A pool and a namespace in it.
 pub(super) struct RadosPool {
     raw: rados_ioctx_t,
-    /// After `raw`: what it is of.
+    /// The pool's connection. Declared after `raw`, so that it is dropped later.
     cluster: Cluster,
 }
 
@@ -112,16 +113,16 @@ impl RadosPool {
 
 impl Drop for RadosPool {
     fn drop(&mut self) {
-        // SAFETY: made by `open`, and no image of it is open: `Image` closes itself before it drops this.
+        // SAFETY: `open` created it, and no image of it is open: `Image` closes itself before it drops this.
         unsafe { (self.cluster.api.rados.rados_ioctx_destroy)(self.raw) }
     }
 }
 
-/// An open image. Closed when dropped, which waits for what is in flight and writes back what is cached.
+/// An open image. Dropping it closes it, which waits for operations in flight and writes back librbd's cache.
 pub(super) struct Image {
     pub(super) api: &'static Api,
     pub(super) raw: rbd_image_t,
-    /// After the image: what it is in.
+    /// The image's pool. Dropped after the image is closed.
     pool: RadosPool,
 }
 
@@ -130,11 +131,11 @@ unsafe impl Send for Image {}
 // SAFETY: as above.
 unsafe impl Sync for Image {}
 
-/// An option and where its value comes from.
+/// The value of an option that is in force, and its source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Effective {
     pub value: String,
-    /// The pool or the image overrides what was configured: which of them.
+    /// `pool` or `image` if that overrides the configured value.
     pub overridden_by: Option<&'static str>,
 }
 
@@ -159,12 +160,12 @@ impl Image {
         Ok(value)
     }
 
-    /// Bytes; of an encrypted image, those that hold data.
+    /// The image's size in bytes; for an encrypted image, without the encryption header.
     pub(super) fn size(&self) -> Result<u64, Errno> {
         self.number(self.api.rbd.rbd_get_size)
     }
 
-    /// Bytes that lie together in one object.
+    /// The number of consecutive bytes that one object stores.
     pub(super) fn stripe_unit(&self) -> Result<u64, Errno> {
         self.number(self.api.rbd.rbd_get_stripe_unit)
     }
@@ -180,19 +181,19 @@ impl Image {
         Ok(self.number(op_features)? & sys::RBD_OPERATION_FEATURE_GROUP != 0)
     }
 
-    /// The options' values in force for this image, by name.
+    /// The names and values of the options that are in force for this image.
     pub(super) fn options(&self) -> Result<Vec<(String, Effective)>, Errno> {
-        let mut room: c_int = 512;
+        let mut length: c_int = 512;
         loop {
-            let mut list: Vec<rbd_config_option_t> = Vec::with_capacity(room as usize);
-            let most = room;
-            // SAFETY: the list has room for as many entries as is said; what is filled in is released below.
-            let result = unsafe { (self.api.rbd.rbd_config_image_list)(self.raw, list.as_mut_ptr(), &raw mut room) };
-            if result == -libc::ERANGE && room > most {
+            let mut list: Vec<rbd_config_option_t> = Vec::with_capacity(length as usize);
+            let capacity = length;
+            // SAFETY: the list has room for `length` entries; the entries that are filled in are released below.
+            let result = unsafe { (self.api.rbd.rbd_config_image_list)(self.raw, list.as_mut_ptr(), &raw mut length) };
+            if result == -libc::ERANGE && length > capacity {
                 continue;
             }
             check(result)?;
-            let count = room.clamp(0, most);
+            let count = length.clamp(0, capacity);
             // SAFETY: the function filled in so many entries.
             unsafe { list.set_len(count as usize) };
             // SAFETY: each entry has two strings, which live until the cleanup.
@@ -212,30 +213,30 @@ impl Image {
         }
     }
 
-    /// An option of the connection, for those that images do not have.
+    /// Returns an option of the connection, for options that images do not have.
     pub(super) fn cluster_option(&self, name: &str) -> Result<String, Errno> {
         self.pool.cluster.get(name)
     }
 
-    /// Makes everything written durable. librbd takes it for the guest's flush.
+    /// Makes everything written durable. librbd treats it like a flush of the guest.
     pub(super) fn flush(&self) -> Result<(), Errno> {
         // SAFETY: the image is open.
         check(unsafe { (self.api.rbd.rbd_flush)(self.raw) })
     }
 
-    /// Forgets what was read: another client may have written meanwhile.
+    /// Drops librbd's cache of read data, because another client may have written meanwhile.
     pub(super) fn invalidate_cache(&self) -> Result<(), Errno> {
         // SAFETY: the image is open.
         check(unsafe { (self.api.rbd.rbd_invalidate_cache)(self.raw) })
     }
 
-    /// Whether the image is being moved (`rbd migration`): part of its data is elsewhere.
+    /// Whether the image is being migrated (`rbd migration`): a part of its data is then in another image.
     pub(super) fn is_migrating(&self) -> Result<bool, Errno> {
         Ok(self.number(self.api.rbd.rbd_get_features)? & sys::RBD_FEATURE_MIGRATING != 0)
     }
 
-    /// The ranges in `offset..offset + len` that the image or its parents store, as (start, end). Those that lie closer
-    /// than `min_hole` are joined. librbd flushes first.
+    /// Lists the ranges in `offset..offset + len` that the image or its parents store, as (start, end). Joins ranges with a
+    /// hole smaller than `min_hole` between them. librbd flushes first.
     pub(super) fn list_data(&self, offset: u64, len: u64, min_hole: u64) -> Result<Vec<(u64, u64)>, Errno> {
         let mut found = Found { ranges: Vec::new(), min_hole };
         let argument = (&raw mut found).cast::<c_void>();
@@ -247,20 +248,20 @@ impl Image {
         Ok(found.ranges)
     }
 
-    /// Takes the lock for good, until `unlock`. EROFS: another client has it for good. A client that died is waited
-    /// for, half a minute as a rule, and then shut out.
+    /// Takes the lock permanently, until `unlock`. EROFS: another client has it permanently. librbd waits for the lock of a
+    /// client that died, usually half a minute, and then shuts that client out.
     pub(super) fn lock(&self) -> Result<(), Errno> {
         // SAFETY: the image is open.
         check(unsafe { (self.api.rbd.rbd_lock_acquire)(self.raw, sys::RBD_LOCK_MODE_EXCLUSIVE) })
     }
 
-    /// Lets the lock go; our own writes then fail (EROFS) until the next `lock`.
+    /// Releases the lock; our own writes then fail (EROFS) until the next `lock`.
     pub(super) fn unlock(&self) -> Result<(), Errno> {
         // SAFETY: the image is open.
         check(unsafe { (self.api.rbd.rbd_lock_release)(self.raw) })
     }
 
-    /// Whether we have the lock, as the cluster says.
+    /// Whether this client has the lock, according to the cluster.
     pub(super) fn is_lock_owner(&self) -> Result<bool, Errno> {
         let mut is_owner: c_int = 0;
         // SAFETY: the image is open, and the function writes one int.
@@ -281,31 +282,31 @@ impl Image {
         }
         check(result)?;
         let count = count.min(owners.len());
-        // SAFETY: the function made so many strings, which live until the cleanup.
+        // SAFETY: the function created `count` strings, which live until the cleanup.
         let first = (count > 0).then(|| unsafe { CStr::from_ptr(owners[0]) }.to_string_lossy().into_owned());
         // SAFETY: as the function left them, and not used afterwards.
         unsafe { (self.api.rbd.rbd_lock_get_owners_cleanup)(owners.as_mut_ptr(), count) };
         Ok(first)
     }
 
-    /// Takes the lock away from a client that is known to be dead, and shuts it out of the cluster. ENOENT: it has it
-    /// no more.
+    /// Takes the lock away from a client that is known to be dead, and shuts it out of the cluster. ENOENT: it no longer has
+    /// the lock.
     pub(super) fn break_lock(&self, owner: &str) -> Result<(), Errno> {
         let owner = c_string(owner)?;
         // SAFETY: the image is open, and the string lives through the call.
         check(unsafe { (self.api.rbd.rbd_lock_break)(self.raw, sys::RBD_LOCK_MODE_EXCLUSIVE, owner.as_ptr()) })
     }
 
-    /// Makes a snapshot without asking anybody to hold still. EEXIST: the name is taken.
+    /// Takes a snapshot without a quiesce request to any client. EEXIST: the name is taken.
     pub(super) fn create_snapshot(&self, name: &str) -> Result<(), Errno> {
         let name = c_string(name)?;
         let Some(create) = self.api.rbd.rbd_snap_create2 else {
-            // As old as that, nobody would be asked.
+            // A librbd this old sends no quiesce requests.
             // SAFETY: the image is open, and the string lives through the call.
             return check(unsafe { (self.api.rbd.rbd_snap_create)(self.raw, name.as_ptr()) });
         };
         let flags = sys::RBD_SNAP_CREATE_SKIP_QUIESCE;
-        // SAFETY: as above; without a callback its argument is not looked at.
+        // SAFETY: as above; without a callback its argument is not used.
         check(unsafe { create(self.raw, name.as_ptr(), flags, None, ptr::null_mut()) })
     }
 
@@ -317,15 +318,15 @@ impl Image {
     }
 }
 
-/// What [`Image::list_data`] gathers.
+/// The ranges that [`Image::list_data`] collects.
 struct Found {
     ranges: Vec<(u64, u64)>,
     min_hole: u64,
 }
 
-/// Keeps a range, whether librbd says that it holds data or a hole: some versions report one for the other.
+/// Adds a range, whether librbd reports data or a hole there, because some versions confuse the two.
 unsafe extern "C" fn found_range(offset: u64, len: usize, _exists: c_int, found: *mut c_void) -> c_int {
-    // SAFETY: what `list_data` gave, which waits for us.
+    // SAFETY: `list_data` passed this argument and waits for the callbacks.
     let found = unsafe { &mut *found.cast::<Found>() };
     let end = offset.saturating_add(len as u64);
     match found.ranges.last_mut() {
@@ -337,8 +338,8 @@ unsafe extern "C" fn found_range(offset: u64, len: usize, _exists: c_int, found:
 
 impl Drop for Image {
     fn drop(&mut self) {
-        // SAFETY: opened by `open` and closed only here. Queues and watches hold the image, so nothing is in flight
-        // and nobody is called back afterwards.
+        // SAFETY: opened by `open` and closed only here. Queues and watches own a reference to the image, so nothing is in
+        // flight and no callback follows.
         if let Err(errno) = check(unsafe { (self.api.rbd.rbd_close)(self.raw) }) {
             log::error!("closing the RBD image failed: {}", std::io::Error::from_raw_os_error(errno.0));
         }

@@ -1,4 +1,4 @@
-//! Why an image cannot be used as it should.
+//! The health of an image: why it cannot be used as it should.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc;
@@ -6,14 +6,14 @@ use std::sync::mpsc;
 use super::news::KeeperEvent;
 use super::{Errno, queue};
 
-/// Shut out of the cluster, for good.
+/// The flag: the cluster has shut this client out, for ever.
 const FENCED: u8 = 1;
-/// This client does not have the lock that writes need.
+/// The flag: this client does not have the lock that writes need.
 const LOCKED_OUT: u8 = 2;
-/// The lock must be held and the image has no feature exclusive-lock any more.
+/// The flag: writes need the lock, and the image no longer has the feature exclusive-lock.
 const UNLOCKABLE: u8 = 4;
 
-/// The image's trouble, if it is in one. Asked for every op, so its answers cost a load.
+/// What is wrong with the image, if anything. It is checked for every op, so a check costs one load.
 #[derive(Default)]
 pub(super) struct ImageHealth {
     flags: AtomicU8,
@@ -38,12 +38,12 @@ impl ImageHealth {
         self.has(FENCED)
     }
 
-    /// Whether writes are known to be refused for want of the lock.
+    /// Whether writes are known to fail because this client does not have the lock.
     pub(super) fn is_locked_out(&self) -> bool {
         self.has(LOCKED_OUT | UNLOCKABLE)
     }
 
-    /// Whether an op may be given to librbd. `changes`: it changes the image.
+    /// Checks whether librbd may get an op. `changes`: the op changes the image.
     pub(super) fn check(&self, changes: bool) -> Result<(), Errno> {
         match self.flags.load(Ordering::Acquire) {
             0 => Ok(()),
@@ -53,7 +53,7 @@ impl ImageHealth {
         }
     }
 
-    /// The cluster refuses us.
+    /// The cluster has shut this client out.
     pub(super) fn fenced(&self, image: &str, news: &mpsc::Sender<KeeperEvent>) {
         if self.set(FENCED) {
             log::error!("{image}: fenced: {}", FENCED_TEXT.1);
@@ -61,7 +61,7 @@ impl ImageHealth {
         }
     }
 
-    /// librbd refused a write, or another client was found to have the lock.
+    /// librbd refused a write, or another client has the lock.
     pub(super) fn locked_out(&self, image: &str, news: &mpsc::Sender<KeeperEvent>) {
         if !self.has(UNLOCKABLE) && self.set(LOCKED_OUT) {
             log::error!("{image}: lock lost: {}", LOCKED_OUT_TEXT.1);
@@ -69,8 +69,8 @@ impl ImageHealth {
         }
     }
 
-    /// The image has no feature exclusive-lock any more, and must not be written without it: from now on no op that
-    /// changes the image is given to librbd, which would carry it out.
+    /// The image no longer has the feature exclusive-lock and must not be written without it. From now on librbd gets no op
+    /// that changes the image, because it would carry it out.
     pub(super) fn unlockable(&self, image: &str, news: &mpsc::Sender<KeeperEvent>) {
         if self.set(UNLOCKABLE) {
             log::error!("{image}: lock lost: {}", UNLOCKABLE_TEXT.1);
@@ -85,7 +85,7 @@ impl ImageHealth {
         }
     }
 
-    /// A flush went through.
+    /// A flush succeeded, so writes are possible again.
     pub(super) fn is_writable_again(&self, news: &mpsc::Sender<KeeperEvent>) {
         if self.clear(LOCKED_OUT) {
             tell(news);
@@ -122,8 +122,8 @@ const UNLOCKABLE_TEXT: (&str, &str) = (
      then taken again if no other client has it",
 );
 
-/// For an event.
+/// Has an event sent about the changed state.
 pub(super) fn tell(news: &mpsc::Sender<KeeperEvent>) {
-    // Nobody listens before notices are wanted and after they were stopped; the status has it.
+    // No thread receives it before notices are started and after they are stopped; the status shows the state anyway.
     let _ = news.send(KeeperEvent::StateChanged);
 }

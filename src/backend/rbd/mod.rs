@@ -1,9 +1,9 @@
-//! Ceph RBD images, through librbd, which is loaded when one is opened.
+//! Ceph RBD images, through librbd, which is loaded when an image is opened.
 //!
-//! What is acknowledged when is decided by the engine, as for every back-end; librbd's cache is set so that the modes
-//! mean the same as over a file (`options`). Contract clause 5: with librbd's cache on, a flush that failed is as final
-//! as one of the page cache; without it nothing was lost, and only that flush fails. A client that was shut out of the
-//! cluster (blocklisted) is done for good: every later op fails, and it never opens the image again by itself.
+//! The engine decides when a request is acknowledged, as for every back-end; librbd's cache is set so that the cache modes
+//! mean the same as for a file (`options`). Clause 5 of the contract: with librbd's cache, a failed flush is as final as a
+//! failed sync of the page cache; without it nothing was lost, and only that flush fails. A client that was shut out of
+//! the cluster (blocklisted) stays so: every later op fails, and the daemon does not open the image again by itself.
 
 mod aio;
 mod attempt;
@@ -48,36 +48,36 @@ use queue::RbdQueue;
 use quiesce::Quiesces;
 use watch_thread::WatchThread;
 
-/// Whether the image's lock is taken while a guest uses it (`--rbd-lock`).
+/// Whether to take the image's lock while a guest uses it (`--rbd-lock`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RbdLock {
-    /// Where the image has the feature exclusive-lock, with a warning where not; and not where it is in a group, of
-    /// which no snapshot could be taken then.
+    /// Take it if the image has the feature exclusive-lock, and warn if it does not. Do not take it if the image is in a
+    /// group, because then no snapshot of the group could be taken.
     #[default]
     Auto,
-    /// Always: an image without the feature is refused.
+    /// Always take it, and refuse an image without the feature.
     Exclusive,
-    /// Never: clients that write take turns, and the user answers for it.
+    /// Never take it. The lock moves between the clients that write, and the user is responsible for that.
     None,
 }
 
-/// Whether the disk is held still for snapshots that others take (`--rbd-quiesce`).
+/// Whether to hold the disk for snapshots that other clients take (`--rbd-quiesce`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RbdQuiesce {
-    /// It is; and an attendant is asked first if there is one.
+    /// Hold the disk; if there is an attendant, it prepares the guest first.
     #[default]
     On,
-    /// It is while somebody attends. Else the snapshot is refused: also before `virtioblkctl attend` has found a daemon that
-    /// was started again.
+    /// Hold the disk if there is an attendant, otherwise refuse the snapshot. That includes the time until
+    /// `virtioblkctl attend` has connected to a restarted daemon.
     Attended,
-    /// It is not: no watch.
+    /// Do not hold the disk, and watch for no quiesce requests.
     Off,
 }
 
 /// The format of an image that librbd encrypts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Encryption {
-    /// Whichever of the two it is.
+    /// LUKS1 or LUKS2, as the image's header says.
     Luks,
     /// LUKS1.
     Luks1,
@@ -85,45 +85,45 @@ pub enum Encryption {
     Luks2,
 }
 
-/// What to open and how. Everything but the name and the mode has a default.
+/// The image to open and its options. All but the name and the mode have a default.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RbdOptions {
-    /// Which image.
+    /// The image.
     pub name: RbdName,
     /// The cache mode.
     pub mode: CacheMode,
-    /// The cluster's configuration file; `None`: where Ceph looks by itself.
+    /// The cluster's configuration file; `None`: Ceph looks for it in its usual places.
     pub conf: Option<PathBuf>,
     /// The Ceph user, without "client.".
     pub user: String,
     /// Options for librbd and librados, in order.
     pub options: Vec<(String, String)>,
-    /// An override of a pool's or an image's that breaks the mode is only warned of.
+    /// An option of the pool or the image that breaks the mode is only a warning.
     pub allow_override: bool,
-    /// Refuse writes. A snapshot is read-only anyway.
+    /// Refuse writes. A snapshot is always read-only.
     pub read_only: bool,
-    /// The sector size that the guest sees: 512 or 4096 bytes.
+    /// The logical block size that the guest sees: 512 or 4096 bytes.
     pub logical_block_size: u32,
     /// Pass discards on, and let write-zeroes deallocate.
     pub discard_unmap: bool,
-    /// The image's lock.
+    /// Whether to take the image's lock.
     pub lock: RbdLock,
-    /// Who has the lock is kept in this file, so that a restart after a crash need not wait for the dead owner.
+    /// The file in which the lock's owner is recorded, so that a restart after a crash need not wait for the dead owner.
     pub state_file: Option<PathBuf>,
-    /// Another process has the image and that file, and gives them up later: then [`Backend::take_over`] has them.
+    /// Another process has the image and the state file, and hands them over later to [`Backend::take_over`].
     pub lock_later: bool,
-    /// Decrypt and encrypt, with the passphrase in this file.
+    /// The encryption format, and the file with the passphrase.
     pub encryption: Option<(Encryption, PathBuf)>,
-    /// Hold still for snapshots that others take.
+    /// Whether to hold the disk for snapshots that other clients take.
     pub quiesce: RbdQuiesce,
-    /// How long such a snapshot waits for us at most.
+    /// How long such a snapshot may wait for the disk to be held.
     pub quiesce_timeout: Duration,
-    /// Where librados and librbd are; `None`: where the dynamic linker looks.
+    /// The directory of librados and librbd; `None`: where the dynamic linker looks.
     pub library_path: Option<PathBuf>,
 }
 
 impl RbdOptions {
-    /// The defaults.
+    /// The default options for an image and a cache mode.
     pub fn new(name: RbdName, mode: CacheMode) -> Self {
         RbdOptions {
             name,
@@ -154,31 +154,31 @@ pub struct RbdBackend {
     data_map: DataMap,
 }
 
-/// What queues, callbacks and the keeper have in common.
+/// The state that queues, callbacks and the watch thread share.
 struct Shared {
     image: Image,
     name: String,
-    /// The cluster's configuration file, if one was named.
+    /// The cluster's configuration file, if the options name one.
     conf: Option<PathBuf>,
-    /// librbd's version and its cache, for people.
+    /// librbd's version and whether it caches, for people.
     how: String,
-    /// All but the size, which may change.
+    /// The geometry; its size is that at the start.
     geometry: Geometry,
-    /// Bytes, whole blocks.
+    /// The current size in bytes, in whole blocks.
     size: AtomicU64,
     /// Write-zeroes may deallocate.
     zeroes_may_unmap: bool,
-    /// librbd decrypts what is stored.
+    /// The image is encrypted by librbd.
     encrypted: bool,
-    /// librbd acknowledges writes that the cluster does not have.
+    /// librbd's cache is on: it may acknowledge writes that the cluster does not have.
     cached: bool,
-    /// It does so only after the first flush (`rbd_cache_writethrough_until_flush`).
+    /// The cache holds back writes only after the first flush (`rbd_cache_writethrough_until_flush`).
     cached_after_flush: bool,
-    /// Something was written since the last sync of ours began.
+    /// The image was written since the last [`Shared::sync`] began.
     changed: AtomicBool,
-    /// A flush was passed on.
+    /// librbd got a flush.
     flushed: AtomicBool,
-    /// One sync of ours at a time: the second must not end before the first.
+    /// Makes calls of [`Shared::sync`] follow one another: the second must not end before the first.
     sync_turn: Mutex<()>,
     latch: StickyError,
     trouble: ImageHealth,
@@ -187,33 +187,33 @@ struct Shared {
 }
 
 impl Shared {
-    /// Whether a range lies in the image, as large as it is now.
+    /// Checks that a range is inside the image at its current size.
     fn check_range(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let end = offset.checked_add(len).filter(|end| *end <= self.size.load(Ordering::Acquire));
         end.map(drop).ok_or(Errno(libc::EIO))
     }
 
-    /// Whether anything can be asked of the image. A cluster forgets after an hour or so that it shut a client out; the
-    /// client must not.
+    /// Fails if this client was shut out. The cluster forgets that after about an hour; the client must not.
     fn check_usable(&self) -> Result<(), Errno> {
         self.trouble.check(false)
     }
 
+    /// Fails if an earlier sync failed for good (clause 5).
     fn check_sync(&self) -> Result<(), Errno> {
         self.latch.get().map_or(Ok(()), Err)
     }
 
-    /// Something that was written is about to be reported.
+    /// Records that the image was written. Called before the caller sees the write's completion.
     fn changed(&self) {
         self.changed.store(true, Ordering::Release);
     }
 
-    /// A flush is about to be passed on.
+    /// Records that librbd gets a flush.
     fn flushes(&self) {
         self.flushed.store(true, Ordering::Release);
     }
 
-    /// The outcome of a sync, as its caller must see it.
+    /// Records the result of a sync and returns the result that its caller must see (clause 5).
     fn judge_sync(&self, result: Result<(), Errno>) -> Result<(), Errno> {
         if result.is_ok() {
             self.trouble.is_writable_again(&self.news);
@@ -221,7 +221,7 @@ impl Shared {
         if self.cached { self.latch.judge(result, &self.name) } else { result }
     }
 
-    /// What an op's outcome means for the whole image.
+    /// Records what an op's result means for the whole image: fenced, or locked out.
     fn heed(&self, result: Result<(), Errno>) {
         match result {
             Err(queue::FENCED) => self.trouble.fenced(&self.name, &self.news),
@@ -230,9 +230,9 @@ impl Shared {
         }
     }
 
-    /// Makes everything durable that was reaped. A flush of ours would end the caution that librbd has for guests that
-    /// never flush, so none is sent before the guest's first: until then a write is acknowledged when the cluster has
-    /// it, and nothing is left to be done.
+    /// Makes everything durable that was reaped. librbd writes through until the first flush, for guests that never flush.
+    /// A flush of the daemon would end that, so it sends none before the guest's first one: until then librbd acknowledges
+    /// a write only when the cluster has it, and no flush is needed.
     fn sync(&self) -> Result<(), Errno> {
         let _turn = self.sync_turn.lock().expect("no panic while held");
         self.check_sync()?;
@@ -240,7 +240,7 @@ impl Shared {
         if self.cached && self.cached_after_flush && !self.flushed.load(Ordering::Acquire) {
             return Ok(());
         }
-        // An image that we did not write may be another client's, which keeps us from flushing.
+        // Another client may have the lock of an image that we did not write, so a flush could fail.
         if !self.changed.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
@@ -254,14 +254,14 @@ impl Shared {
     }
 }
 
-/// An error number with words.
+/// Converts an error number to an error with the system's text.
 fn io_error(errno: Errno) -> io::Error {
     io::Error::from_raw_os_error(errno.0)
 }
 
 impl RbdBackend {
-    /// Opens and checks an image. Errors name the thing, the cause and the mend. Called by main before the socket is
-    /// bound, after signals were blocked: librados' threads inherit that.
+    /// Opens and checks an image. The error says what failed, why and how to fix it. Called by main before the socket is
+    /// bound and after signals are blocked, because librados' threads inherit the signal mask.
     pub fn open(options: &RbdOptions) -> Result<RbdBackend, OpenError> {
         let (sender, receiver) = mpsc::channel();
         let shared = Arc::new(open::open(options, sender)?);
@@ -284,8 +284,8 @@ impl Backend for RbdBackend {
         self.shared.sync().map_err(io_error)
     }
 
-    /// Of an encrypted image, and of one that is being moved, everything may hold data: librbd lists what is stored, which
-    /// is elsewhere.
+    /// For an encrypted image, and for one that is being migrated, everything counts as data: librbd lists stored ranges,
+    /// which are at other offsets or in another image.
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         let size = self.geometry().size;
         if self.shared.encrypted {
@@ -300,7 +300,7 @@ impl Backend for RbdBackend {
         format!("Ceph RBD image {} over {}{access}", self.shared.name, self.shared.how)
     }
 
-    /// Checked when the image is opened: `rbd_disable_zero_copy_writes` is true.
+    /// librbd copies writes: opening the image checks that `rbd_disable_zero_copy_writes` is true.
     fn buffer_use(&self) -> BufferUse {
         BufferUse::Copies("librbd copies each write before it is sent".into())
     }
@@ -318,7 +318,7 @@ impl Backend for RbdBackend {
         self.keeper.lock().expect("no panic while held").stop(&self.shared, self.quiesce.as_ref());
     }
 
-    /// By its name, which is one image's in a cluster; and the cluster by its configuration file.
+    /// The image's name, which is unique in a cluster, and the configuration file, which names the cluster.
     fn identity(&self) -> Option<String> {
         let conf = self.shared.conf.as_ref().map(|conf| format!(" by {}", conf.display())).unwrap_or_default();
         Some(format!("rbd {}{conf}", self.shared.name))
@@ -369,12 +369,12 @@ impl Backend for RbdBackend {
 impl Drop for RbdBackend {
     fn drop(&mut self) {
         self.stop_notices();
-        // A callback may be on its way out. Were it the last to hold the image, librbd's own thread would close it, and
-        // wait for itself.
+        // A callback may be about to return. If it owned the last reference to the image, librbd's own thread would close
+        // the image and wait for itself.
         let start = Instant::now();
         while self.quiesce.as_ref().is_some_and(|quiesces| Arc::strong_count(quiesces) > 1) {
             if start.elapsed() > Duration::from_secs(5) {
-                log::error!("{}: a callback of librbd's does not end", self.shared.name);
+                log::error!("{}: a callback of librbd does not return", self.shared.name);
                 break;
             }
             thread::sleep(Duration::from_millis(1));

@@ -1,4 +1,4 @@
-//! How an image is named: `POOL[/NAMESPACE]/IMAGE[@SNAP]`, as Ceph's own commands have it.
+//! The name of an image: `POOL[/NAMESPACE]/IMAGE[@SNAP]`, as in Ceph's own commands.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,11 +8,11 @@ use std::str::FromStr;
 pub struct RbdName {
     /// The pool.
     pub pool: String,
-    /// The namespace in it; empty: none.
+    /// The namespace in the pool; empty: none.
     pub namespace: String,
     /// The image.
     pub image: String,
-    /// The snapshot, if one is meant.
+    /// The snapshot, if the name is of one.
     pub snapshot: Option<String>,
 }
 
@@ -31,9 +31,9 @@ impl FromStr for RbdName {
             Some((image, snapshot)) => (image, Some(snapshot)),
             None => (rest, None),
         };
-        let given = [Some(pool), namespace, Some(image), snapshot];
-        let bad = |part: &str| part.is_empty() || part.contains(['\0', '@']);
-        if given.into_iter().flatten().any(bad) {
+        let parts = [Some(pool), namespace, Some(image), snapshot];
+        let is_invalid = |part: &str| part.is_empty() || part.contains(['\0', '@']);
+        if parts.into_iter().flatten().any(is_invalid) {
             return wrong();
         }
         Ok(RbdName {
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_read_as_they_are_written() {
+    fn a_valid_name_parses_to_itself() {
         for text in ["rbd/disk", "p/n/i", "p/i@s", "p/n/i@s", "p/ä disk:#%\"'\\ 100%", "p.1/n 2/i-3@s:4"] {
             assert_eq!(text.parse::<RbdName>().unwrap().to_string(), text);
         }
@@ -72,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_name_is_refused() {
+    fn an_invalid_name_is_refused() {
         for text in ["", "i", "/i", "p/", "p//i", "p/i@", "p/@s", "a/b/c/d", "p/i@s@t", "p@s/i", "p/i\0", "p/n@s/i"] {
             let error = text.parse::<RbdName>().unwrap_err();
             assert!(error.contains("POOL/IMAGE"), "{text}: {error}");

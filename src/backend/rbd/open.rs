@@ -1,4 +1,4 @@
-//! From a name to an open, checked image. Every error names the thing, the cause and the mend.
+//! Opens and checks an image. Every error says what failed, why and how to fix it.
 
 use std::fmt;
 use std::io;
@@ -18,16 +18,19 @@ use super::{RbdOptions, Shared, luks};
 use crate::backend::sticky_error::StickyError;
 use crate::engine::CachePolicy;
 
-/// Blocks that the cluster writes without reading first.
+/// The size of the blocks that the cluster writes without reading first.
 const PHYSICAL_BLOCK: u32 = 4096;
-/// Longest discard or write-zeroes in one op: so many objects of 4 MiB are enough at a time.
+
+/// The longest discard or write-zeroes in one op: the 256 objects of 4 MiB in it are enough at a time.
 const MAX_RANGE: u64 = 1 << 30;
-/// librbd's default of `rbd_discard_granularity_bytes`: what does not fill such a block is not discarded.
+
+/// librbd's default of `rbd_discard_granularity_bytes`. librbd does not discard a part of such a block.
 const DISCARD_GRANULARITY: u32 = 64 << 10;
-/// A passphrase file has a line; what is larger is something else.
+
+/// The largest passphrase file, in bytes. It holds one line, so a larger file is not one.
 const MAX_PASSPHRASE: usize = 4096;
 
-/// Why an image cannot be served: the image, the cause and the mend.
+/// Why an image cannot be served, and how to fix it.
 #[derive(Debug)]
 pub struct OpenError(String);
 
@@ -53,12 +56,12 @@ impl OpenError {
         OpenError(format!("--rbd-option {name}={value}: {cause}; `ceph config help {name}` explains it"))
     }
 
-    fn from_errno(what: &str, errno: Errno, mend: &str) -> Self {
-        OpenError(format!("{what}: {}; {mend}", super::io_error(errno)))
+    fn from_errno(what: &str, errno: Errno, fix: &str) -> Self {
+        OpenError(format!("{what}: {}; {fix}", super::io_error(errno)))
     }
 }
 
-/// Opens the image. May take as long as the cluster does, and seconds for an encrypted one.
+/// Opens the image. Takes as long as the cluster does, and seconds for an encrypted image.
 pub(super) fn open(options: &RbdOptions, news: mpsc::Sender<KeeperEvent>) -> Result<Shared, OpenError> {
     check_trust(options)?;
     let api = Api::load(options.library_path.as_deref()).map_err(|error| OpenError(error.to_string()))?;
@@ -120,7 +123,7 @@ fn connect(api: &'static Api, options: &RbdOptions) -> Result<RadosPool, OpenErr
     })?;
     options::set(&cluster, CachePolicy::from(options.mode), &options.options)?;
     cluster.connect().map_err(|errno| {
-        let mend = match errno.0 {
+        let fix = match errno.0 {
             libc::ETIMEDOUT => "no monitor answers: see 'mon host' in its configuration (--ceph-conf), and the network",
             libc::ENOENT => {
                 "no key or no monitor is named: see 'keyring' and 'mon host' in its configuration (--ceph-conf)"
@@ -128,20 +131,20 @@ fn connect(api: &'static Api, options: &RbdOptions) -> Result<RadosPool, OpenErr
             libc::EPERM | libc::EACCES => "the cluster does not accept the key: see --ceph-user and its keyring",
             _ => "see --ceph-conf and --ceph-user",
         };
-        OpenError::from_errno(&format!("cannot connect to the Ceph cluster as client.{user}"), errno, mend)
+        OpenError::from_errno(&format!("cannot connect to the Ceph cluster as client.{user}"), errno, fix)
     })?;
     RadosPool::open(cluster, &name.pool, &name.namespace).map_err(|errno| {
-        let mend = match errno.0 {
+        let fix = match errno.0 {
             libc::ENOENT => "there is no such pool (ceph osd pool ls)",
             _ => "see the state of the cluster (ceph status)",
         };
-        OpenError::from_errno(&format!("pool {}", name.pool), errno, mend)
+        OpenError::from_errno(&format!("pool {}", name.pool), errno, fix)
     })
 }
 
 fn image_error(options: &RbdOptions, errno: Errno) -> OpenError {
     let RbdOptions { name, user, .. } = options;
-    let mend = match errno.0 {
+    let fix = match errno.0 {
         libc::ENOENT => format!("there is none: see `rbd ls {}`", name.pool),
         libc::EPERM | libc::EACCES => {
             format!("client.{user} may not: give it 'profile rbd' for mon and for osd on pool {}", name.pool)
@@ -150,7 +153,7 @@ fn image_error(options: &RbdOptions, errno: Errno) -> OpenError {
         libc::ESHUTDOWN => "this client is shut out of the cluster: see `ceph osd blocklist ls`".to_string(),
         _ => "see the state of the cluster (ceph status)".to_string(),
     };
-    OpenError::from_errno(&format!("RBD image {name}"), errno, &mend)
+    OpenError::from_errno(&format!("RBD image {name}"), errno, &fix)
 }
 
 fn encryption_error(options: &RbdOptions, errno: Errno) -> OpenError {
@@ -202,7 +205,7 @@ fn lock_of(image: &Image, options: &RbdOptions, read_only: bool) -> Result<Lock,
              exclusive-lock), or use --rbd-lock auto"
         ))
     })?;
-    // `rbd group snap create` takes every member's lock for itself, and fails where somebody does not share it.
+    // `rbd group snap create` takes the lock of every image of the group, and fails if a client does not share one.
     let groups = |errno| OpenError::from_errno(&name.to_string(), errno, "its groups cannot be read");
     if wanted && options.lock == super::RbdLock::Auto && image.is_in_group().map_err(groups)? {
         log::info!(
@@ -217,7 +220,7 @@ fn lock_of(image: &Image, options: &RbdOptions, read_only: bool) -> Result<Lock,
     Ok(Lock::new(wanted, options.lock, file))
 }
 
-/// Whether others could change what is loaded or what decides how. What is not there is for librados to say.
+/// Fails if other users could change the libraries or the configuration file. librados reports a file that does not exist.
 fn check_trust(options: &RbdOptions) -> Result<(), OpenError> {
     let RbdOptions { library_path, conf, .. } = options;
     let libraries = library_path.iter().flat_map(|directory| {
@@ -230,7 +233,7 @@ fn check_trust(options: &RbdOptions) -> Result<(), OpenError> {
     Ok(())
 }
 
-/// The file's content, but for a line's end.
+/// Reads the passphrase: the file's content without a newline at the end.
 fn read_passphrase(path: &Path) -> Result<Vec<u8>, OpenError> {
     let failed = |cause: &dyn fmt::Display| {
         let path = path.display();
@@ -259,7 +262,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn what_others_may_change_is_not_used() {
+    fn files_that_others_may_change_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         write(&path, "secret\n").unwrap();

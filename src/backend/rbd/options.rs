@@ -1,34 +1,35 @@
-//! What a cache mode asks of librbd, and whether it got it: pools and images may override any option.
+//! The options of librbd that a cache mode needs, and the check that they are in force: pools and images may override any
+//! option.
 
 use super::super::Errno;
 use super::OpenError;
 use super::handle::{Cluster, Effective, Image};
 use crate::engine::{CacheMode, CachePolicy};
 
-/// The option that keeps librbd from sending a guest's memory while the guest may change it: checksums would fail, and
-/// the write would be sent again for ever.
+/// The option that makes librbd copy a write before it sends it. Without it the guest may change the memory that is being
+/// sent; checksums would then fail, and librbd would send the write again for ever.
 const COPY_WRITES: (&str, &str) = ("rbd_disable_zero_copy_writes", "true");
 
 /// How long a connection waits for a monitor, in seconds. Ceph's default of 300 would hold up a virtual machine's start.
 const MOUNT_TIMEOUT: (&str, &str) = ("client_mount_timeout", "30");
 
-/// A mode in librbd's words.
+/// The options that a cache mode needs.
 pub(super) fn of_mode(policy: CachePolicy) -> &'static [(&'static str, &'static str)] {
     if policy.opens_direct() {
         &[("rbd_cache", "false")]
     } else if policy.ignores_flush() {
-        // No flush is passed on that would end writing through.
+        // No flush reaches librbd that would end its writing through.
         &[("rbd_cache", "true"), ("rbd_cache_policy", "writeback"), ("rbd_cache_writethrough_until_flush", "false")]
     } else if policy.guest_sees_write_cache() {
-        // The cache's policy is left to the cluster: writearound, unless somebody chose another.
+        // The cluster decides the cache's policy: writearound, unless an administrator chose another.
         &[("rbd_cache", "true"), ("rbd_cache_writethrough_until_flush", "true")]
     } else {
         &[("rbd_cache", "true"), ("rbd_cache_policy", "writethrough")]
     }
 }
 
-/// Sets what the mode needs, then what the user wants: what contradicts the mode is found out by [`check`]. Before the
-/// connection.
+/// Sets the options that the mode needs, and then the user's. [`check`] finds an option of the user that contradicts the
+/// mode. Called before the connection.
 pub(super) fn set(cluster: &Cluster, policy: CachePolicy, user: &[(String, String)]) -> Result<(), OpenError> {
     let ours = [MOUNT_TIMEOUT, COPY_WRITES].into_iter().chain(of_mode(policy).iter().copied());
     for (name, value) in ours {
@@ -46,7 +47,7 @@ pub(super) struct InForce(Vec<(String, Effective)>);
 impl InForce {
     pub(super) fn read(image: &Image) -> Result<Self, Errno> {
         let mut options = image.options()?;
-        // Not every version lists every option by image; then none can override it.
+        // Not every version lists every option for an image; an image cannot override an option that is not listed.
         for name in [COPY_WRITES.0, "rbd_cache", "rbd_cache_policy", "rbd_cache_writethrough_until_flush"] {
             if !options.iter().any(|(known, _)| known == name) {
                 let value = image.cluster_option(name)?;
@@ -56,17 +57,17 @@ impl InForce {
         Ok(InForce(options))
     }
 
-    /// An option's value, if this version has it.
+    /// Returns an option's value, if this version of librbd has the option.
     pub(super) fn get(&self, name: &str) -> Option<&str> {
         self.0.iter().find(|(known, _)| known == name).map(|(_, effective)| effective.value.as_str())
     }
 
-    /// Whether an option has this value. Numbers and truths are compared by what they mean.
+    /// Whether an option has this value. Booleans are compared by their meaning.
     pub(super) fn is(&self, name: &str, value: &str) -> bool {
-        self.get(name).is_some_and(|found| same(found, value))
+        self.get(name).is_some_and(|found| is_same_value(found, value))
     }
 
-    /// Why the mode is not what it promises: each option with its value, its source, and the mend.
+    /// Returns a text for each option that breaks the mode's promise: its value, its source and how to fix it.
     fn against(&self, policy: CachePolicy) -> Vec<String> {
         let mut wrong = Vec::new();
         for &(name, value) in of_mode(policy) {
@@ -94,7 +95,7 @@ impl InForce {
     }
 }
 
-/// Checks the options in force. `may_break`: what breaks the mode is only warned of.
+/// Checks the options in force. `may_break`: an option that breaks the mode is only a warning.
 pub(super) fn check(options: &InForce, mode: CacheMode, image: &str, may_break: bool) -> Result<(), OpenError> {
     let (name, value) = COPY_WRITES;
     if !options.is(name, value) {
@@ -118,7 +119,7 @@ pub(super) fn check(options: &InForce, mode: CacheMode, image: &str, may_break: 
     )))
 }
 
-fn same(one: &str, other: &str) -> bool {
+fn is_same_value(one: &str, other: &str) -> bool {
     let truth = |text: &str| match text {
         "true" | "1" | "yes" | "on" => Some(true),
         "false" | "0" | "no" | "off" => Some(false),
@@ -140,16 +141,16 @@ mod tests {
         )
     }
 
-    fn as_asked(mode: CacheMode) -> Vec<(&'static str, &'static str, Option<&'static str>)> {
+    fn needed_options(mode: CacheMode) -> Vec<(&'static str, &'static str, Option<&'static str>)> {
         let mut options = vec![("rbd_disable_zero_copy_writes", "true", None)];
         options.extend(of_mode(mode.into()).iter().map(|&(name, value)| (name, value, None)));
         options
     }
 
     #[test]
-    fn every_mode_is_content_with_what_it_asked_for_and_with_nothing_else() {
+    fn every_mode_accepts_exactly_the_options_that_it_needs() {
         for mode in CacheMode::ALL {
-            let good = as_asked(mode);
+            let good = needed_options(mode);
             check(&in_force(&good), mode, "p/i", false).unwrap();
             for at in 0..good.len() {
                 let mut options = good.clone();
@@ -163,32 +164,35 @@ mod tests {
                 for part in ["p/i", options[at].0, "the pool overrides", "rbd config pool"] {
                     assert!(error.contains(part), "{mode}: '{part}' is missing in: {error}");
                 }
-                // Only that the guest's memory is copied is not to be had without.
+                // Only the option that copies the guest's memory cannot be overridden.
                 assert_eq!(check(&in_force(&options), mode, "p/i", true).is_ok(), at > 0, "{mode}: {}", options[at].0);
             }
         }
     }
 
     #[test]
-    fn other_words_for_the_same_are_the_same() {
-        let mut options = as_asked(CacheMode::None);
+    fn other_spellings_of_the_same_value_are_accepted() {
+        let mut options = needed_options(CacheMode::None);
         options[1].1 = "0";
         check(&in_force(&options), CacheMode::None, "p/i", false).unwrap();
-        let mut options = as_asked(CacheMode::Writethrough);
+        let mut options = needed_options(CacheMode::Writethrough);
         options[2].1 = "writeback";
         options.push(("rbd_cache_max_dirty", "0", None));
         check(&in_force(&options), CacheMode::Writethrough, "p/i", false).unwrap();
     }
 
     #[test]
-    fn a_persistent_cache_is_a_cache() {
-        let mut options = as_asked(CacheMode::None);
+    fn a_persistent_cache_breaks_a_mode_without_cache() {
+        let mut options = needed_options(CacheMode::None);
         options.push(("rbd_persistent_cache_mode", "rwl", Some("image")));
         let error = check(&in_force(&options), CacheMode::None, "p/i", false).unwrap_err().to_string();
         assert!(error.contains("the image overrides rbd_persistent_cache_mode with rwl"), "{error}");
         options[2].1 = "disabled";
         check(&in_force(&options), CacheMode::None, "p/i", false).unwrap();
         options[1].1 = "true";
-        assert!(check(&in_force(&options), CacheMode::Writeback, "p/i", false).is_err(), "not the mode's own options");
+        assert!(
+            check(&in_force(&options), CacheMode::Writeback, "p/i", false).is_err(),
+            "these are not the mode's options"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! A ring's way to the image: bounds, completions, and what their errors mean for the whole image.
+//! A virtqueue's queue of the image: it checks bounds, passes on ops and completions, and records what an error means for
+//! the whole image.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -11,22 +12,22 @@ use super::aio::{self, Inbox};
 use crate::backend::eventfd_poll::{Watches, deadline};
 use crate::base::rate_limit::{STORAGE_LOG, log_limited};
 
-/// How long a queue that is dropped waits before it says for what.
+/// How long a queue that is dropped waits before it logs for what.
 const SILENT_WAIT: Duration = Duration::from_secs(5);
 
-/// A queue of an RBD image. Ops go to librbd as they are pushed, and come back through the inbox.
+/// A queue of an RBD image. librbd gets an op as soon as it is pushed; its completion comes through the inbox.
 pub(super) struct RbdQueue {
     shared: Arc<Shared>,
     inbox: Arc<Inbox>,
     watches: Watches,
     depth: usize,
-    /// Pushed and not reaped.
+    /// Ops that were pushed and not reaped.
     in_flight: usize,
-    /// Failed before librbd had them.
+    /// Completions of ops that failed before librbd got them.
     refused: Vec<Completion>,
-    /// Anything that changes the image was ever pushed.
+    /// An op that changes the image was pushed to this queue.
     changes: bool,
-    /// Syncs that librbd has. Their results count for the whole image.
+    /// The syncs that librbd has. Their results matter for the whole image.
     syncs: Vec<OpId>,
 }
 
@@ -51,7 +52,7 @@ impl RbdQueue {
     }
 }
 
-/// Bytes that an op touches; `None`: none in particular.
+/// The offset and length of an op; `None` for a sync.
 fn range(op: &Op) -> Option<(u64, u64)> {
     match op {
         Op::Read { offset, buf } | Op::Write { offset, buf, .. } => Some((*offset, buf.len() as u64)),
@@ -68,12 +69,12 @@ impl IoQueue for RbdQueue {
         self.in_flight += 1;
         let is_sync = matches!(op, Op::Sync);
         let changes = !matches!(op, Op::Sync | Op::Read { .. });
-        let verdict = match range(&op) {
-            // librbd cuts a write off at the image's end and calls that a success.
+        let checked = match range(&op) {
+            // librbd truncates a write at the image's end and reports success.
             Some((offset, len)) => self.shared.check_range(offset, len),
             None => self.shared.check_sync(),
         };
-        if let Err(errno) = verdict.and_then(|()| self.shared.trouble.check(changes)) {
+        if let Err(errno) = checked.and_then(|()| self.shared.trouble.check(changes)) {
             let buf = if let Op::Read { buf, .. } | Op::Write { buf, .. } = op { Some(buf) } else { None };
             self.refused.push(Completion { id, result: Err(errno), buf });
             return Ok(());
@@ -99,8 +100,8 @@ impl IoQueue for RbdQueue {
         out.append(&mut self.refused);
         self.inbox.take(out);
         self.in_flight -= out.len() - first;
-        // Before the caller may call them written, and not when they were pushed: a sync that began in between would
-        // have reset the mark without covering them.
+        // Before the caller sees the completions, and not when the ops were pushed: a sync that started in between would
+        // have reset the flag without covering them.
         if self.changes && out.len() > first {
             self.shared.changed();
         }
@@ -124,7 +125,7 @@ impl IoQueue for RbdQueue {
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         let deadline = deadline(timeout);
         loop {
-            // With something to reap it only looks what else there is.
+            // If there is something to reap, only check the other sources without waiting.
             let until = if self.has_finished() { Some(Instant::now()) } else { deadline };
             let wakeups = self.watches.sleep(until)?;
             if self.has_finished()
@@ -138,14 +139,14 @@ impl IoQueue for RbdQueue {
 }
 
 impl Drop for RbdQueue {
-    /// Waits for what is in flight, as long as that takes: the cluster has its memory.
+    /// Waits for the ops in flight, as long as that takes, because librbd uses their memory.
     fn drop(&mut self) {
         let start = Instant::now();
-        let mut said = false;
+        let mut logged = false;
         let mut finished = Vec::new();
         while self.in_flight > 0 {
-            if !said && start.elapsed() > SILENT_WAIT {
-                said = true;
+            if !logged && start.elapsed() > SILENT_WAIT {
+                logged = true;
                 log_limited!(
                     STORAGE_LOG,
                     Warn,
@@ -169,7 +170,8 @@ impl Drop for RbdQueue {
     }
 }
 
-/// What librbd says of a blocklisted client's operations.
+/// librbd's error for the operations of a blocklisted client.
 pub(super) const FENCED: Errno = Errno(libc::ESHUTDOWN);
-/// What it says of one that another client keeps from writing.
+
+/// librbd's error for a write of a client while another client has the lock.
 pub(super) const LOCKED_OUT: Errno = Errno(libc::EROFS);

@@ -1,10 +1,10 @@
-//! Snapshots that somebody else takes: librbd asks, whoever listens holds the disk still and answers, and librbd says
-//! when it was taken.
+//! Snapshots that another client takes: librbd sends a quiesce request, the daemon holds the disk and consents, and librbd
+//! reports when the snapshot was taken.
 //!
-//! Seen with librbd 1.16 and read in 1.18: the snapshot waits 50 s for the answer. Where we hold the image's lock, some
-//! error numbers make whoever takes the snapshot try again without end: ETIMEDOUT and ERESTART; EOPNOTSUPP counts as
-//! consent. After a consent librbd lets go by itself if it hears nothing for 10 s, and after a refusal it says so too.
-//! A watch that is removed while an answer is due hangs.
+//! Seen with librbd 1.16 and read in 1.18: the snapshot waits 50 s for the consent. While we hold the image's lock, some
+//! error numbers make the client that takes the snapshot retry without end: ETIMEDOUT and ERESTART. EOPNOTSUPP counts as
+//! consent. After a consent librbd ends the quiesce itself if it hears nothing for 10 s, and it also reports the end after
+//! a refusal. Removing a watch hangs while a reply is due.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -16,17 +16,18 @@ use super::news::KeeperEvent;
 use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 use crate::disk::RbdQuiesceStatus;
 
-/// Whoever listens has a deadline too; ours comes after it, and before librbd's 50 s.
+/// How much later our deadline is than that of the daemon's hold. It is still before librbd's 50 s.
 const CONSENT_MARGIN: Duration = Duration::from_secs(2);
-/// librbd lets go after 10 s.
+
+/// A quiesce that librbd ends after this time was ended by its timeout of 10 s.
 const RELEASE_TIMEOUT: Duration = Duration::from_millis(9900);
 
-/// The quiesces of an image.
+/// The quiesce requests of an image.
 pub(super) struct Quiesces {
     shared: Arc<Shared>,
     timeout: Duration,
     state: Mutex<State>,
-    /// Apart from `state`, which is held while librbd is called.
+    /// Apart from `state`, whose lock is held during calls of librbd.
     history: Mutex<History>,
 }
 
@@ -34,15 +35,16 @@ pub(super) struct Quiesces {
 struct State {
     watch: Option<Arc<Watch>>,
     notices: Option<Arc<dyn Notices>>,
-    /// Asked and not answered: number and deadline.
+    /// The requests without a reply: their numbers and deadlines.
     open: Vec<(u64, Instant)>,
+    /// The number of requests so far.
     asked: u64,
     stopping: bool,
 }
 
 #[derive(Default)]
 struct History {
-    /// When the last consent was given, until librbd says that the snapshot was taken.
+    /// When the last consent was given, until librbd reports that the snapshot was taken.
     held_since: Option<Instant>,
     status: RbdQuiesceStatus,
 }
@@ -64,9 +66,9 @@ impl Quiesces {
         self.history().status.clone()
     }
 
-    /// Begins to listen.
+    /// Starts the watch for quiesce requests.
     pub(super) fn start(self: &Arc<Self>, notices: Arc<dyn Notices>) {
-        // Held meanwhile: a callback that comes early waits until there is a watch to answer with.
+        // Locked meanwhile: an early callback waits until there is a watch through which to reply.
         let mut state = self.lock();
         let (asked, done) = (Arc::downgrade(self), Arc::downgrade(self));
         let watch = Watch::quiesces(
@@ -90,7 +92,7 @@ impl Quiesces {
         }
     }
 
-    /// Every question is answered, and no other comes.
+    /// Stops the watch and refuses every request that has no reply.
     pub(super) fn stop(&self) {
         let mut state = self.lock();
         state.stopping = true;
@@ -102,7 +104,7 @@ impl Quiesces {
             watch.complete(-libc::ECANCELED);
         }
         drop(state);
-        // A callback that comes now is answered by `ask`.
+        // `ask` refuses a request that comes now.
         if let Err(errno) = watch.stop() {
             log_limited!(
                 IMAGE_LOG,
@@ -118,7 +120,7 @@ impl Quiesces {
         self.history().status.watching = false;
     }
 
-    /// librbd asks. A thread of its own.
+    /// Handles a quiesce request. Called by a thread of librbd.
     fn ask(self: &Arc<Self>) {
         let mut state = self.lock();
         let (Some(watch), Some(notices)) = (state.watch.clone(), state.notices.clone()) else { return };
@@ -130,18 +132,18 @@ impl Quiesces {
         let number = state.asked;
         state.open.push((number, Instant::now() + self.timeout));
         drop(state);
-        // The keeper lives until after `stop`.
+        // The watch thread runs until after `stop`.
         let _ = self.shared.news.send(KeeperEvent::Quiesce);
         let quiesces = Arc::downgrade(self);
         notices.quiesce(QuiesceAsk::new(move |result| {
-            // Without it all was answered by `stop`.
+            // If it is gone, `stop` has replied.
             if let Some(quiesces) = quiesces.upgrade() {
                 quiesces.answer(number, result);
             }
         }));
     }
 
-    /// The answer to a question, unless it has one.
+    /// Replies to a request, unless it has a reply.
     fn answer(&self, number: u64, result: Result<(), Errno>) {
         let mut state = self.lock();
         let Some(at) = state.open.iter().position(|(open, _)| *open == number) else { return };
@@ -154,10 +156,11 @@ impl Quiesces {
             history.status.refused += 1;
         }
         drop(history);
-        watch.complete(result.map_or_else(|errno| -safe(errno), |()| 0));
+        watch.complete(result.map_or_else(|errno| -refusal(errno), |()| 0));
     }
 
-    /// The snapshot was taken or given up, or librbd waited too long. A thread of its own.
+    /// Handles the end of a quiesce: the snapshot was taken or given up, or librbd waited too long. Called by a thread of
+    /// librbd.
     fn unquiesced(&self) {
         let mut history = self.history();
         let held = history.held_since.take().map(|since| since.elapsed());
@@ -179,7 +182,7 @@ impl Quiesces {
         }
     }
 
-    /// Refuses what waited too long for an answer. The next deadline. The keeper.
+    /// Refuses the requests whose deadline has passed. Returns the next deadline. Called by the watch thread.
     pub(super) fn expire(&self) -> Option<Instant> {
         let mut state = self.lock();
         let now = Instant::now();
@@ -210,8 +213,8 @@ impl Quiesces {
     }
 }
 
-/// An error number that makes whoever takes the snapshot give up, and nothing worse.
-fn safe(errno: Errno) -> i32 {
+/// Returns an error number with which the client that takes the snapshot gives up, and does not retry or proceed.
+fn refusal(errno: Errno) -> i32 {
     match errno.0 {
         libc::EBUSY | libc::EIO | libc::EAGAIN | libc::ECANCELED | libc::ENOSPC => errno.0,
         libc::ETIMEDOUT => libc::EAGAIN,
@@ -224,13 +227,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_answer_makes_the_asker_try_for_ever_or_go_on_regardless() {
+    fn no_refusal_makes_the_client_retry_for_ever_or_proceed() {
         for errno in 1..200 {
-            let told = safe(Errno(errno));
-            assert!([libc::EBUSY, libc::EIO, libc::EAGAIN, libc::ECANCELED, libc::ENOSPC].contains(&told), "{errno}");
+            let sent = refusal(Errno(errno));
+            assert!([libc::EBUSY, libc::EIO, libc::EAGAIN, libc::ECANCELED, libc::ENOSPC].contains(&sent), "{errno}");
         }
-        assert_eq!(safe(Errno(libc::ETIMEDOUT)), libc::EAGAIN);
-        assert_eq!(safe(Errno(libc::EBUSY)), libc::EBUSY);
-        assert_eq!(safe(Errno(libc::EOPNOTSUPP)), libc::EIO);
+        assert_eq!(refusal(Errno(libc::ETIMEDOUT)), libc::EAGAIN);
+        assert_eq!(refusal(Errno(libc::EBUSY)), libc::EBUSY);
+        assert_eq!(refusal(Errno(libc::EOPNOTSUPP)), libc::EIO);
     }
 }

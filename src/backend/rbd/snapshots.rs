@@ -1,4 +1,4 @@
-//! Snapshots that the cluster makes.
+//! Snapshots that the daemon has the cluster take.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use super::super::Errno;
 use super::Shared;
 use crate::disk::{CopyError, ImageSnapshots};
 
-/// An image's snapshots. Whoever makes one holds the disk still: our own quiesce watch is not asked.
+/// The snapshots of an image. The caller holds the disk, so our own quiesce watch gets no request.
 pub(super) struct Snapshots(pub Arc<Shared>);
 
 impl ImageSnapshots for Snapshots {
@@ -55,12 +55,12 @@ impl ImageSnapshots for Snapshots {
 }
 
 fn failed(what: &str, errno: Errno) -> String {
-    let mend = match errno.0 {
+    let fix = match errno.0 {
         libc::EPERM | libc::EACCES => "; the Ceph user may not: give it 'profile rbd' on the pool",
         libc::EROFS => "; another client has the image's lock (rbd lock ls)",
         libc::ESHUTDOWN => "; this client was fenced: see its status",
         libc::ENOSPC | libc::EDQUOT => "; the pool is full: make room (ceph df)",
         _ => "; see the state of the cluster (ceph status)",
     };
-    format!("{what}: {}{mend}", super::io_error(errno))
+    format!("{what}: {}{fix}", super::io_error(errno))
 }

@@ -1,10 +1,11 @@
-//! UNSAFE. librados and librbd, found when an RBD disk is opened: their functions' signatures, by hand.
+//! UNSAFE. librados and librbd, which are loaded when an RBD disk is opened, and hand-written declarations of their
+//! functions.
 //!
-//! One program then serves hosts with and without Ceph, and nothing of Ceph is needed to build it. The libraries are
-//! never closed: they leave threads and thread-local storage behind.
+//! So one program serves hosts with and without Ceph, and building it needs nothing of Ceph. The libraries are never closed,
+//! because they leave threads and thread-local storage behind.
 //!
-//! The declarations are read by a test too, which lets a C compiler compare them with Ceph's headers. They keep one
-//! form: a declaration a line, C's names, and types that stand for one C type each.
+//! A test reads these declarations, too, and has a C compiler compare them with Ceph's headers. They therefore have one
+//! form: one declaration a line, C's names, and types that stand for one C type each.
 #![allow(unsafe_code)]
 #![allow(non_camel_case_types)]
 
@@ -18,19 +19,19 @@ use libc::{iovec, size_t, ssize_t};
 
 /// A connection to a cluster (librados.h).
 pub(super) type rados_t = *mut c_void;
-/// A pool, and a namespace in it.
+/// A pool and a namespace in it.
 pub(super) type rados_ioctx_t = *mut c_void;
 /// An open image (librbd.h).
 pub(super) type rbd_image_t = *mut c_void;
 /// An operation in flight.
 pub(super) type rbd_completion_t = *mut c_void;
-/// Called by a thread of librbd's when an operation has finished.
+/// Called by a thread of librbd when an operation has finished.
 pub(super) type rbd_callback_t = Option<unsafe extern "C" fn(rbd_completion_t, *mut c_void)>;
-/// Called by a thread of librbd's when something happened to the image.
+/// Called by a thread of librbd for an event of the image.
 pub(super) type rbd_update_callback_t = Option<unsafe extern "C" fn(*mut c_void)>;
-/// How far a long operation is; ours never asks.
+/// Called with the progress of a long operation; not used here.
 pub(super) type librbd_progress_fn_t = Option<unsafe extern "C" fn(u64, u64, *mut c_void) -> c_int>;
-/// Called for each range that a diff finds; 0: go on.
+/// Called for each range that a diff finds; returns 0 to continue.
 pub(super) type rbd_diff_callback_t = Option<unsafe extern "C" fn(u64, size_t, c_int, *mut c_void) -> c_int>;
 /// `RBD_LOCK_MODE_EXCLUSIVE` and so on.
 pub(super) type rbd_lock_mode_t = u32;
@@ -51,7 +52,7 @@ pub(super) struct rbd_config_option_t {
     pub source: rbd_config_source_t,
 }
 
-/// How an image in format LUKS1 is opened. LUKS2 has a structure of the same layout.
+/// The options to open an image in format LUKS1. LUKS2 has a structure of the same layout.
 #[repr(C)]
 pub(super) struct rbd_encryption_luks1_format_options_t {
     pub alg: rbd_encryption_algorithm_t,
@@ -59,7 +60,7 @@ pub(super) struct rbd_encryption_luks1_format_options_t {
     pub passphrase_size: size_t,
 }
 
-/// How an image in either format is opened; since Ceph 17.
+/// The options to open an image in either format; since Ceph 17.
 #[repr(C)]
 pub(super) struct rbd_encryption_luks_format_options_t {
     pub passphrase: *const c_char,
@@ -80,8 +81,8 @@ pub(super) const RBD_ENCRYPTION_FORMAT_LUKS2: rbd_encryption_format_t = 1;
 pub(super) const RBD_ENCRYPTION_FORMAT_LUKS: rbd_encryption_format_t = 2;
 pub(super) const RBD_ENCRYPTION_ALGORITHM_AES256: rbd_encryption_algorithm_t = 1;
 
-/// Makes a structure of function pointers, each found in the library under its own name. `optional`: newer than the
-/// oldest Ceph that is served, so it may be missing.
+/// Defines a structure of function pointers, each of which is looked up in the library under its own name. `optional`: the
+/// function may be missing, because it is newer than the oldest supported Ceph.
 macro_rules! functions {
     ($(#[$doc:meta])* $table:ident { $(fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)?;)* }
      optional { $(fn $new:ident($($new_arg:ident: $new_type:ty),* $(,)?) $(-> $new_result:ty)?;)* }) => {
@@ -171,22 +172,22 @@ functions! {
     }
 }
 
-/// Both libraries.
+/// The functions of both libraries.
 pub(super) struct Api {
     pub rados: Rados,
     pub rbd: Rbd,
 }
 
 impl Api {
-    /// Loads the libraries, from `directory` or from where the dynamic linker looks (ld.so(8)). Once a process and
-    /// directory; called when an image is opened.
+    /// Loads the libraries from `directory`, or from where the dynamic linker looks (ld.so(8)). Called when an image is
+    /// opened; loads them once for each process and directory.
     pub(super) fn load(directory: Option<&Path>) -> Result<&'static Api, LoadError> {
         static LOADED: Mutex<Vec<(Option<PathBuf>, &'static Api)>> = Mutex::new(Vec::new());
         let mut loaded = LOADED.lock().expect("no panic while held");
         if let Some((_, api)) = loaded.iter().find(|(from, _)| from.as_deref() == directory) {
             return Ok(api);
         }
-        // librbd needs librados and takes the one that is already there.
+        // librbd needs librados and uses the one that is already loaded.
         let rados = Rados::find(&Library::open(directory, "librados.so.2", "librados2")?)?;
         let rbd = Rbd::find(&Library::open(directory, "librbd.so.1", "librbd1")?)?;
         let api: &'static Api = Box::leak(Box::new(Api { rados, rbd }));
@@ -203,7 +204,7 @@ impl Api {
     }
 }
 
-/// Why a library cannot be used: the library, the cause and the mend.
+/// Why a library cannot be used, and how to fix it.
 #[derive(Debug)]
 pub struct LoadError(String);
 
@@ -264,7 +265,7 @@ impl Library {
     }
 }
 
-/// What the dynamic linker says went wrong.
+/// The dynamic linker's text for its last error.
 fn last_error() -> String {
     // SAFETY: dlerror returns null or a string that lives until this thread's next call of the dl functions.
     let text = unsafe { libc::dlerror() };

@@ -1,9 +1,9 @@
-//! The state file: who of us has the lock. A daemon that was killed leaves a lock behind that the cluster gives away
-//! only after half a minute; its successor need not wait if it knows for certain that the owner is dead.
+//! The state file, which names the owner of the image's lock. The cluster releases the lock of a daemon that was killed only
+//! after half a minute. Its successor need not wait if it knows for certain that the owner is dead.
 //!
-//! It does if three things come together: the file names the owner, as the cluster prints it (an address and a random
-//! number of that one connection); the cluster still names the same; and the file's lock (flock(2)), which the owner
-//! held until it died, is ours now. The cluster shuts the dead owner out before anything else happens.
+//! It knows that if three conditions hold. The file names the owner as the cluster prints it (an address and a random number
+//! of that one connection). The cluster still names the same owner. And we have the file's lock (flock(2)), which the owner
+//! held until it died. The cluster shuts the dead owner out before it does anything else.
 
 use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 use std::fs::{File, OpenOptions};
@@ -13,10 +13,10 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 
-/// A name and an address fit; what is larger is no state file.
+/// The largest state file, which has room for a name and an address. A larger file is not a state file.
 const MAX_FILE_BYTES: u64 = 8 << 10;
 
-/// The file, locked for as long as this process lives.
+/// The open state file, locked for as long as this process lives.
 pub(super) struct StateFile {
     file: File,
     path: PathBuf,
@@ -24,26 +24,30 @@ pub(super) struct StateFile {
 }
 
 impl StateFile {
-    /// Opens or makes it, and locks it. Errors say the cause and the mend.
+    /// Opens or creates the file and locks it. The error says what failed, why and how to fix it.
     pub(super) fn open(path: &Path, image: &str) -> Result<Self, String> {
         let file = StateFile::open_unlocked(path, image)?;
         file.lock()?;
         Ok(file)
     }
 
-    /// The same for a process that takes over from the one that has it: [`StateFile::lock`] comes later.
+    /// Opens or creates the file without locking it, for a process that takes over from the one that has the lock.
+    /// [`StateFile::lock`] follows later.
     pub(super) fn open_unlocked(path: &Path, image: &str) -> Result<Self, String> {
         let failed = |error: io::Error| format!("--rbd-state-file {}: {error}", path.display());
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = options.open(path).map_err(failed)?;
         if file.metadata().map_err(failed)?.len() > MAX_FILE_BYTES {
-            return Err(format!("--rbd-state-file {}: it is something else; name a file of its own", path.display()));
+            return Err(format!(
+                "--rbd-state-file {}: it is another kind of file; name a file of its own",
+                path.display()
+            ));
         }
         Ok(StateFile { file, path: path.to_path_buf(), image: image.to_string() })
     }
 
-    /// Locks it, also once more. Errors: somebody else has it.
+    /// Locks the file, or keeps it locked. Fails if another process has locked it.
     pub(super) fn lock(&self) -> Result<(), String> {
         let path = self.path.display();
         match flock(&self.file, FlockOperation::NonBlockingLockExclusive) {
@@ -55,7 +59,7 @@ impl StateFile {
         }
     }
 
-    /// Lets a process have it that takes over from this one.
+    /// Unlocks the file for a process that takes over from this one.
     pub(super) fn unlock(&self) {
         if let Err(errno) = flock(&self.file, FlockOperation::Unlock) {
             log_limited!(
@@ -67,7 +71,7 @@ impl StateFile {
         }
     }
 
-    /// The owner that the file names: a client of this image's that is dead.
+    /// Returns the owner that the file names. It is a client of this image that is dead, because its file lock is ours.
     pub(super) fn dead_owner(&self) -> Option<String> {
         let mut text = String::new();
         let read = (&self.file).rewind().and_then(|()| (&self.file).take(MAX_FILE_BYTES).read_to_string(&mut text));
@@ -79,7 +83,8 @@ impl StateFile {
         (image == self.image && !owner.is_empty() && !owner.contains('\n')).then(|| owner.to_string())
     }
 
-    /// We are the owner, under this name; `None`: not any more. What cannot be written is no harm: the successor waits.
+    /// Writes our own name as owner; `None`: this process is no longer the owner. A failure is harmless: the successor
+    /// waits for the lock.
     pub(super) fn write(&self, owner: Option<&str>) {
         let text = owner.map_or(String::new(), |owner| format!("{}\n{owner}\n", self.image));
         let written = self.file.set_len(0).and_then(|()| {
@@ -102,15 +107,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_names_the_owner_to_the_next_of_the_same_image_only() {
+    fn the_owner_is_named_only_to_a_successor_of_the_same_image() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state");
         let state = StateFile::open(&path, "p/i").unwrap();
         assert_eq!(state.dead_owner(), None);
         state.write(Some("10.0.0.1:0/4711"));
-        let Err(error) = StateFile::open(&path, "p/i") else { panic!("two at a time") };
+        let Err(error) = StateFile::open(&path, "p/i") else { panic!("two processes have the lock") };
         assert!(error.contains("another virtioblkd"), "{error}");
-        // One that takes over has it after this one.
+        // A process that takes over gets the lock after this one has unlocked the file.
         let next = StateFile::open_unlocked(&path, "p/i").unwrap();
         assert!(next.lock().is_err());
         state.unlock();
@@ -125,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_half_written_or_is_something_else_names_nobody() {
+    fn a_half_written_or_foreign_file_names_no_owner() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state");
         for text in ["", "p/i", "p/i\n", "p/i\n10.0.0.1:0/47", "p/i\n\n", "p/i\na\nb\n", "\u{fffd}\n1\n"] {
