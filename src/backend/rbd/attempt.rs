@@ -1,5 +1,5 @@
-//! Taking the lock in a thread of its own: of a client that died the cluster waits for half a minute, and a front-end
-//! whose thread waited that long would stand still with all its devices.
+//! Takes the lock in a thread of its own. The cluster waits half a minute for a client that died, and a front-end whose
+//! request waited that long would stall with all its devices.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 
 use super::{Errno, Shared, queue};
 
-/// How long another client that has the lock for good is given to let it go: a migration's source has stopped its rings
-/// when the target's start, but is not done.
+/// How long to wait for another client that has the lock permanently. When the virtqueues start at a migration's target,
+/// they are stopped at its source, but the source may not have released the lock yet.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
-/// How often it is asked for meanwhile.
-const ASK_INTERVAL: Duration = Duration::from_millis(100);
-/// A lock that was had and that nobody came for in this time goes back: the guest has left meanwhile.
+
+/// How often to retry the lock meanwhile.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How long a lock that was taken may be unclaimed before it is released, because the guest has left meanwhile.
 const UNCLAIMED_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An attempt to take the lock.
@@ -24,29 +26,30 @@ pub(super) struct Attempt {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Outcome {
+    /// The attempt runs.
     Running,
-    /// We have it, or not.
+    /// The lock was taken, or could not be taken. No caller has claimed the result.
     Done(Result<(), Errno>),
-    /// Somebody came for it.
-    Taken,
-    /// Nobody did.
-    GivenBack,
+    /// A caller has claimed the result.
+    Claimed,
+    /// The lock was released, because no caller claimed it.
+    Released,
 }
 
-/// What is known of an attempt after a moment.
+/// The progress of an attempt.
 pub(super) enum Progress {
-    /// The lock is the caller's, or cannot be had.
+    /// The lock now belongs to the caller, or could not be taken.
     Ended(Result<(), Errno>),
-    /// Ask again.
+    /// The attempt still runs; claim it again later.
     Running,
 }
 
 impl Attempt {
-    /// Starts one. Errors: no thread.
+    /// Starts an attempt. Fails when no thread can be created.
     pub(super) fn start(shared: &Arc<Shared>) -> io::Result<Arc<Attempt>> {
         let attempt = Arc::new(Attempt { outcome: Mutex::new(Outcome::Running), changed: Condvar::new() });
-        let (ours, shared) = (Arc::clone(&attempt), Arc::clone(shared));
-        thread::Builder::new().name("rbd-lock".into()).spawn(move || ours.run(&shared))?;
+        let (thread_attempt, shared) = (Arc::clone(&attempt), Arc::clone(shared));
+        thread::Builder::new().name("rbd-lock".into()).spawn(move || thread_attempt.run(&shared))?;
         Ok(attempt)
     }
 
@@ -54,11 +57,12 @@ impl Attempt {
         self.outcome.lock().expect("no panic while held")
     }
 
+    /// The thread's main function: takes the lock, and releases it if no caller claims it.
     fn run(&self, shared: &Shared) {
         let start = Instant::now();
         let result = loop {
             match shared.image.lock() {
-                Err(queue::LOCKED_OUT) if start.elapsed() < HAND_OVER_TIMEOUT => thread::sleep(ASK_INTERVAL),
+                Err(queue::LOCKED_OUT) if start.elapsed() < HAND_OVER_TIMEOUT => thread::sleep(RETRY_INTERVAL),
                 result => break result,
             }
         };
@@ -68,41 +72,42 @@ impl Attempt {
         if result.is_err() {
             return;
         }
-        let is_kept = |outcome: &mut Outcome| *outcome == Outcome::Done(result);
+        let is_unclaimed = |outcome: &mut Outcome| *outcome == Outcome::Done(result);
         let (mut outcome, _) =
-            self.changed.wait_timeout_while(outcome, UNCLAIMED_TIMEOUT, is_kept).expect("no panic while held");
+            self.changed.wait_timeout_while(outcome, UNCLAIMED_TIMEOUT, is_unclaimed).expect("no panic while held");
         if *outcome == Outcome::Done(result) {
-            // Under the mutex: an attempt that starts now comes after it.
-            *outcome = Outcome::GivenBack;
+            // Under the mutex, so that an attempt that starts now takes the lock after this release.
+            *outcome = Outcome::Released;
             if let Err(errno) = shared.image.unlock() {
                 log::error!("{}: the lock cannot be released: {}", shared.name, super::io_error(errno));
             }
         }
     }
 
-    /// Waits for the outcome a moment, and leaves it there. Returns whether there is one.
+    /// Waits a moment for the outcome without claiming it. Returns whether there is one.
     pub(super) fn wait(&self) -> bool {
         *self.wait_while_running() != Outcome::Running
     }
 
     fn wait_while_running(&self) -> MutexGuard<'_, Outcome> {
         let is_running = |outcome: &mut Outcome| *outcome == Outcome::Running;
-        // A little longer than a hand-over, so that its outcome is known.
-        let timeout = HAND_OVER_TIMEOUT + ASK_INTERVAL;
+        // A little longer than a hand-over may take, so that its outcome is known.
+        let timeout = HAND_OVER_TIMEOUT + RETRY_INTERVAL;
         self.changed.wait_timeout_while(self.outcome(), timeout, is_running).expect("no panic while held").0
     }
 
-    /// Comes for the lock; waits for it a moment. `None`: it was given back, so start anew.
-    pub(super) fn come_for(&self) -> Option<Progress> {
+    /// Waits a moment for the outcome and claims it. Returns `None` when the lock was released; the caller then starts another
+    /// attempt.
+    pub(super) fn claim(&self) -> Option<Progress> {
         let mut outcome = self.wait_while_running();
         match *outcome {
             Outcome::Running => Some(Progress::Running),
             Outcome::Done(result) => {
-                *outcome = Outcome::Taken;
+                *outcome = Outcome::Claimed;
                 self.changed.notify_all();
                 Some(Progress::Ended(result))
             }
-            Outcome::Taken | Outcome::GivenBack => None,
+            Outcome::Claimed | Outcome::Released => None,
         }
     }
 }

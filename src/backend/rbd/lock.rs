@@ -1,5 +1,5 @@
-//! The image's exclusive lock: taken when a guest begins to use the image, let go when it has stopped, so that a live
-//! migration hands it over.
+//! The image's exclusive lock. It is taken when a guest starts to use the image and released when the guest has stopped, so
+//! that a live migration hands it over.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,21 +12,21 @@ use super::takeover::StateFile;
 use super::{Errno, RbdLock, Shared, queue};
 use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 
-/// Whether we use the lock, and have it.
+/// The lock and its state.
 pub(super) struct Lock {
-    /// It is taken while a guest uses the image and the image has the feature.
+    /// The lock is taken while a guest uses the image, if the image has the feature.
     pub(super) wanted: bool,
-    /// A guest's writes need it.
+    /// A guest's writes need the lock.
     pub(super) required: bool,
-    /// The image had the feature exclusive-lock when it was looked at last.
+    /// The image had the feature exclusive-lock at the last check.
     pub(super) feature: AtomicBool,
     file: Option<StateFile>,
     pub(super) state: Mutex<State>,
 }
 
-/// librbd tells all who have the image open that it took the lock, waits so long for their answers, and releases the lock
-/// only then. One that is just closing the image, such as the process that the guest came from, may not answer: seen with
-/// librbd 1.16 where a release followed within that time.
+/// How long a release of the lock may wait after the lock was taken. librbd notifies all clients that have the image open
+/// and waits this long for their replies before it releases the lock. A client that is just closing the image, such as the
+/// process that the guest came from, may not reply: seen with librbd 1.16.
 const NOTIFY_TIMEOUT: Duration = Duration::from_millis(5200);
 
 #[derive(Default)]
@@ -36,12 +36,12 @@ pub(super) struct State {
     pub(super) held: bool,
     /// How many checks in a row found that another client has the lock, while we are active.
     pub(super) lost_to_another: u32,
-    /// When it was taken.
+    /// When the lock was taken.
     since: Option<Instant>,
-    /// Who had the lock at the last try.
+    /// The client that had the lock at the last try.
     waits_for: Option<String>,
     pub(super) attempt: Option<Arc<Attempt>>,
-    /// How often librbd's cache is still tried to be emptied since the lock was taken again.
+    /// How often to retry emptying librbd's cache, after the lock was taken again.
     pub(super) emptyings_left: u32,
 }
 
@@ -51,39 +51,39 @@ impl Lock {
         Lock { wanted, required, feature: AtomicBool::new(wanted), file, state: Mutex::default() }
     }
 
-    /// The image has the feature, and the lock is taken while the image is used.
+    /// Whether the lock is taken while the image is used: the option wants it and the image has the feature.
     fn can_be_held(&self) -> bool {
         self.wanted && self.feature.load(Ordering::Acquire)
     }
 
-    /// Returns when the lock can be released without a wait.
+    /// Waits until the lock can be released without a wait.
     pub(super) fn settle(&self) {
         let since = self.state.lock().expect("no panic while held").since;
-        if let Some(rest) = since.and_then(|since| NOTIFY_TIMEOUT.checked_sub(since.elapsed())) {
-            thread::sleep(rest);
+        if let Some(left) = since.and_then(|since| NOTIFY_TIMEOUT.checked_sub(since.elapsed())) {
+            thread::sleep(left);
         }
     }
 
-    /// Another process goes on with the image, after `deactivate`.
+    /// Hands the state file over to another process, after `deactivate`.
     pub(super) fn hand_over(&self) {
         if let Some(file) = &self.file {
             file.unlock();
         }
     }
 
-    /// The process before us gave it up by `hand_over`, or the one after us did not come.
+    /// Takes over the state file that another process handed over, or takes it back after a hand-over that failed.
     pub(super) fn take_over(&self) -> io::Result<()> {
         self.file.as_ref().map_or(Ok(()), StateFile::lock).map_err(io::Error::other)
     }
 
-    /// It is taken while the image is used.
+    /// Whether the lock is taken while the image is used.
     pub(super) fn is_used(&self) -> bool {
         self.can_be_held()
     }
 
-    /// One word for the status.
+    /// The lock's state in one word for the status.
     pub(super) fn status(&self) -> &'static str {
-        // Not for long: it is only held while the lock is asked for. The status must not wait for that.
+        // The status must not wait for a thread that is just taking the lock.
         match self.state.try_lock() {
             _ if !self.can_be_held() => "none",
             Ok(state) if state.held => "held",
@@ -93,7 +93,8 @@ impl Lock {
         }
     }
 
-    /// A guest begins. Takes the lock, and forgets what was read before: whoever had it may have written.
+    /// A guest starts to use the image: takes the lock and empties librbd's cache, because the client that had the lock
+    /// before may have written.
     pub(super) fn activate(&self, shared: &Arc<Shared>) -> io::Result<()> {
         let mut state = self.state.lock().expect("no panic while held");
         if state.active {
@@ -101,7 +102,7 @@ impl Lock {
         }
         shared.check_usable().map_err(|_| refused(shared, "this client was fenced"))?;
         state.lost_to_another = 0;
-        self.look_at_feature(shared, &mut state)
+        self.update_feature(shared, &mut state)
             .map_err(|errno| refused(shared, &format!("its features cannot be read: {}", super::io_error(errno))))?;
         if self.required && !self.can_be_held() {
             return Err(refused(
@@ -125,14 +126,14 @@ impl Lock {
         Ok(())
     }
 
-    /// Takes the lock, or says why not yet.
+    /// Takes the lock and records us as its owner. The error says why the lock is not taken yet.
     fn acquire(&self, shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
         self.claim(shared, state)?;
         self.sign(shared);
         Ok(())
     }
 
-    /// Takes the lock, or says why not yet. While an attempt to take it is under way, this waits for that at most, and not
+    /// Takes the lock. The error says why it is not taken yet. While an attempt runs, this waits at most for that, and not
     /// for librbd.
     pub(super) fn claim(&self, shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
         take(shared, state)?;
@@ -143,7 +144,8 @@ impl Lock {
         Ok(())
     }
 
-    /// The guest has stopped. What it wrote leaves librbd's cache in every mode: the next to read it is another client.
+    /// The guest has stopped: flushes librbd's cache in every mode, because the next client may read the image, and releases
+    /// the lock.
     pub(super) fn deactivate(&self, shared: &Shared) {
         let mut state = self.state.lock().expect("no panic while held");
         if !state.active {
@@ -151,19 +153,19 @@ impl Lock {
         }
         state.active = false;
         if shared.trouble.is_fenced() {
-            // The cluster gave the lock away, and was said to have done so.
+            // The cluster has released the lock, and the status and the log say so.
             state.held = false;
             return;
         }
         if let Err(errno) = shared.sync() {
-            // With the lock gone another client would read what is stale, and nobody would know.
+            // If the lock were released, another client would read stale data without notice.
             log_limited!(
                 IMAGE_LOG,
                 Error,
-                "{}: what the guest wrote could not be flushed ({}){}",
+                "{}: the guest's writes could not be flushed ({}){}",
                 shared.name,
                 super::io_error(errno),
-                if state.held { ": the lock is kept. End virtioblkd to let it go" } else { "" }
+                if state.held { ": the lock is not released. End virtioblkd to release it" } else { "" }
             );
             return;
         }
@@ -189,12 +191,12 @@ impl Lock {
         }
     }
 
-    /// The cluster gives the lock away at once if its owner is known to be dead.
+    /// Breaks the lock if the state file proves that its owner is dead.
     fn break_dead_owner(&self, shared: &Shared) {
         let Some(dead) = self.file.as_ref().and_then(StateFile::dead_owner) else { return };
         match shared.image.lock_owner() {
             Ok(Some(owner)) if owner == dead => {}
-            // Another client has it, or nobody.
+            // Another client has the lock, or no client.
             _ => return,
         }
         match shared.image.break_lock(&dead) {
@@ -214,7 +216,7 @@ impl Lock {
         }
     }
 
-    /// Tells the successor who we are.
+    /// Writes our name as owner into the state file, for a successor.
     pub(super) fn sign(&self, shared: &Shared) {
         let Some(file) = &self.file else { return };
         match shared.image.lock_owner() {
@@ -230,16 +232,16 @@ impl Lock {
     }
 }
 
-/// Takes the lock, or says why not yet. `state`: what is known from earlier tries.
+/// Takes the lock. The error says why it is not taken yet. `state` holds the results of earlier tries.
 fn take(shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
-    say_whom_we_wait_for(shared, state);
+    log_owner(shared, state);
     let no_thread = |error: io::Error| refused(shared, &format!("no thread to take its lock: {error}"));
     let progress = loop {
         let attempt = match state.attempt.take() {
             Some(attempt) => attempt,
             None => Attempt::start(shared).map_err(no_thread)?,
         };
-        match attempt.come_for() {
+        match attempt.claim() {
             Some(Progress::Running) => {
                 state.attempt = Some(attempt);
                 break Progress::Running;
@@ -273,8 +275,9 @@ fn take(shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
     }
 }
 
-/// Once for each owner, however often it is tried. Only for people: whether the lock can be had is found out otherwise.
-fn say_whom_we_wait_for(shared: &Shared, state: &mut State) {
+/// Logs for whose lock we wait, once for each owner. This is only for people; the attempt finds out whether the lock can be
+/// taken.
+fn log_owner(shared: &Shared, state: &mut State) {
     if state.attempt.is_some() {
         return;
     }
@@ -283,8 +286,8 @@ fn say_whom_we_wait_for(shared: &Shared, state: &mut State) {
         log_limited!(
             IMAGE_LOG,
             Info,
-            "{}: the lock is {owner}'s: waiting for it. If that client was killed, the cluster waits half a minute \
-             before it gives its lock away; with --rbd-state-file a restart need not",
+            "{}: waiting for the lock of {owner}. If that client was killed, the cluster releases its lock after half a \
+             minute; with --rbd-state-file a restart need not wait",
             shared.name
         );
         state.waits_for = Some(owner);
@@ -295,7 +298,7 @@ fn refused(shared: &Shared, why: &str) -> io::Error {
     io::Error::other(format!("{}: {why}", shared.name))
 }
 
-/// Whether the lock is to be taken, for an image that has the feature or not. `Err`: it must be and cannot.
+/// Whether to take the lock. Fails if the option requires it and the image does not have the feature.
 pub(super) fn is_wanted(choice: super::RbdLock, can_lock: bool, read_only: bool) -> Result<bool, Errno> {
     use super::RbdLock::{Auto, Exclusive, None};
     match choice {

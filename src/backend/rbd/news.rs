@@ -1,13 +1,13 @@
-//! What the image's thread hears.
+//! The events that the watch thread handles.
 
-/// What the keeper hears.
+/// An event for the watch thread.
 pub(super) enum KeeperEvent {
     /// The image's header changed.
     Updated,
-    /// The image's trouble began or ended.
+    /// The image's health changed.
     StateChanged,
-    /// A quiesce was asked for: there is a deadline.
+    /// There is a new quiesce request, which has a deadline.
     Quiesce,
-    /// The end.
+    /// The thread must end.
     Stop,
 }

@@ -1,9 +1,9 @@
-//! What became of the lock while a guest uses the image. Every change of the image's header may mean that its features
-//! changed (`rbd feature disable`), and librbd then goes on without the lock and without a word.
+//! Checks the lock while a guest uses the image. A change of the image's header may mean that its features changed (`rbd
+//! feature disable`); librbd then continues without the lock and reports nothing.
 //!
-//! The keeper's thread calls. It asks without the lock's mutex, since librbd may wait for the network, and the vhost-user
-//! thread needs the mutex to start and stop a guest. It learns of a change some milliseconds after the cluster made it, so a
-//! write that is on its way in that moment is still carried out.
+//! The watch thread calls these functions. It calls librbd without the lock's mutex, because librbd may wait for the
+//! network, and the vhost-user thread needs the mutex to start and stop a guest. The watch thread sees a change some
+//! milliseconds after the cluster made it, so a write that is in flight at that moment is still carried out.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard};
@@ -14,13 +14,16 @@ use super::lock::{Lock, State};
 use super::{Errno, Shared, image_health};
 use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 
-/// How often the lock is asked for, or looked after, until it is ours again.
+/// How often the lock is checked until it is ours again.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
-/// So many checks may find that another client has the lock: `rbd` commands take it for a moment. One that keeps it may
-/// have written, which our guest does not know, so the lock is then left to it until our guest starts anew.
+
+/// How many checks in a row may find that another client has the lock, because `rbd` commands take it for a moment. A client
+/// that has it for longer may have written, which our guest does not know; the lock is then left to that client until our
+/// guest restarts.
 const MAX_FOREIGN_CHECKS: u32 = 5;
-/// A cache that cannot be emptied is tried so often. What librbd was reading or writing in the meantime keeps it from that
-/// (EBUSY), and is over by then; the rest is dropped at each try.
+
+/// How often to retry emptying librbd's cache. It fails (EBUSY) while librbd reads or writes, which is over by then; each try
+/// drops the rest of the cache.
 const MAX_EMPTYINGS: u32 = 5;
 
 impl Lock {
@@ -38,7 +41,7 @@ impl Lock {
         again.then(|| Instant::now() + CHECK_INTERVAL)
     }
 
-    /// Returns whether to check again. Errors: what could not be asked.
+    /// Checks once. Returns whether to check again. The error names what could not be read.
     fn check_now(&self, shared: &Arc<Shared>) -> Result<bool, (&'static str, Errno)> {
         let has = shared.image.can_lock().map_err(|errno| ("its features", errno))?;
         let Some(mut state) = self.state_now() else { return Ok(true) };
@@ -55,20 +58,21 @@ impl Lock {
         }
     }
 
-    /// The state, unless another thread has it: that one starts or stops a guest, asks librbd itself, and may wait for it.
+    /// Locks the state unless another thread has locked it, which then starts or stops a guest, calls librbd itself and may
+    /// wait for it.
     fn state_now(&self) -> Option<MutexGuard<'_, State>> {
         self.state.try_lock().ok()
     }
 
-    /// Asks whether the image has the feature exclusive-lock, and reports a change.
-    pub(super) fn look_at_feature(&self, shared: &Shared, state: &mut State) -> Result<(), Errno> {
+    /// Reads whether the image has the feature exclusive-lock, and reports a change.
+    pub(super) fn update_feature(&self, shared: &Shared, state: &mut State) -> Result<(), Errno> {
         if self.wanted {
             self.note_feature(shared, state, shared.image.can_lock()?);
         }
         Ok(())
     }
 
-    /// Notes whether the image has the feature exclusive-lock, and reports a change.
+    /// Records whether the image has the feature exclusive-lock, and reports a change.
     fn note_feature(&self, shared: &Shared, state: &mut State, has: bool) {
         if self.feature.swap(has, Ordering::AcqRel) == has {
             return;
@@ -126,7 +130,7 @@ impl Lock {
         Ok(self.await_attempt(shared, &attempt))
     }
 
-    /// Another client has the lock while our guest runs.
+    /// Records that another client has the lock while our guest runs.
     fn note_another(&self, shared: &Shared, state: &mut State, owner: &str) {
         state.lost_to_another += 1;
         shared.trouble.locked_out(&shared.name, &shared.news);
@@ -141,13 +145,13 @@ impl Lock {
         }
     }
 
-    /// Waits for an attempt to take the lock, and has it if it was taken. Returns whether to check again.
+    /// Waits for an attempt to take the lock, and claims the lock if it was taken. Returns whether to check again.
     fn await_attempt(&self, shared: &Arc<Shared>, attempt: &Attempt) -> bool {
         if !attempt.wait() {
             return true;
         }
         let Some(mut state) = self.state_now() else { return true };
-        // The attempt gives the lock back if no guest comes for it.
+        // The attempt releases the lock if it is not claimed.
         if !state.active {
             return false;
         }
@@ -163,10 +167,11 @@ impl Lock {
         self.empty_cache(shared)
     }
 
-    /// Empties librbd's cache after the lock was without us: whoever had it may have written, and what we read meanwhile is
-    /// in the cache. librbd empties it when it gives the lock away (`PreReleaseRequest::send_invalidate_cache`), and not when
-    /// it takes it (`PostAcquireRequest`); reads in between fill it, for they need no lock. What is dirty is flushed first,
-    /// not dropped (`ObjectCacherObjectDispatch::invalidate_cache`). Returns whether to check again.
+    /// Empties librbd's cache after we were without the lock: the client that had it may have written, and our cache may hold
+    /// older data that we read meanwhile. librbd empties the cache when it releases the lock
+    /// (`PreReleaseRequest::send_invalidate_cache`), but not when it takes the lock (`PostAcquireRequest`), and reads in
+    /// between fill it, because they need no lock. Dirty data is flushed first, not dropped
+    /// (`ObjectCacherObjectDispatch::invalidate_cache`). Returns whether to check again.
     fn empty_cache(&self, shared: &Shared) -> bool {
         let Some(state) = self.state_now() else { return true };
         if state.emptyings_left == 0 {

@@ -1,5 +1,5 @@
-//! The thread that does for an image what librbd's own threads must not: ask for the size and the features, see to the
-//! lock, and watch the time.
+//! The watch thread of an image. It does what a callback in librbd's own threads must not: read the size and the features,
+//! check the lock, and watch deadlines.
 
 use crate::backend::rbd::news::KeeperEvent;
 use crate::base::rate_limit::{IMAGE_LOG, log_limited};
@@ -13,7 +13,7 @@ use super::Shared;
 use super::callbacks::Watch;
 use super::quiesce::Quiesces;
 
-/// The thread, and what it will hear.
+/// The thread, or its event receiver before the start.
 pub(super) struct WatchThread {
     news: Option<mpsc::Receiver<KeeperEvent>>,
     running: Option<Running>,
@@ -29,29 +29,30 @@ impl WatchThread {
         WatchThread { news: Some(news), running: None }
     }
 
-    /// Begins to tell `notices`. Once.
+    /// Starts the thread, which calls `notices`. Only the first call does so.
     pub(super) fn start(&mut self, shared: &Arc<Shared>, quiesces: Option<&Arc<Quiesces>>, notices: Arc<dyn Notices>) {
         let Some(news) = self.news.take() else { return };
         if let Some(quiesces) = quiesces {
             quiesces.start(Arc::clone(&notices));
         }
-        // A snapshot does not change, and an image that is open read-only hears nothing.
+        // A snapshot does not change, and librbd reports no updates of an image that is open read-only.
         let updates = (!shared.geometry.read_only).then(|| watch_updates(shared)).flatten();
         let (shared, quiesces) = (Arc::clone(shared), quiesces.cloned());
-        let body = move || keep(&shared, quiesces.as_deref(), &*notices, &news);
+        let body = move || run(&shared, quiesces.as_deref(), &*notices, &news);
         match thread::Builder::new().name("rbd-keeper".into()).spawn(body) {
             Ok(thread) => self.running = Some(Running { thread, updates }),
             Err(error) => {
                 log_limited!(
                     IMAGE_LOG,
                     Error,
-                    "no thread for the RBD image's news: {error}; resizes and a lost lock are not seen"
+                    "no thread for the RBD image's events ({error}): resizes and a lost lock are not detected; raise the \
+                     limit of threads"
                 )
             }
         }
     }
 
-    /// Nothing is told any more, and no quiesce is unanswered.
+    /// Stops the thread: no notice follows, and every quiesce request has a reply.
     pub(super) fn stop(&mut self, shared: &Shared, quiesces: Option<&Arc<Quiesces>>) {
         if let Some(quiesces) = quiesces {
             quiesces.stop();
@@ -68,18 +69,19 @@ impl WatchThread {
                 super::io_error(errno)
             );
         }
-        // It hears this: it holds the receiver.
+        // This cannot fail while the thread runs, because it owns the receiver.
         let _ = shared.news.send(KeeperEvent::Stop);
         if thread.join().is_err() {
-            log::error!("{}: the keeper's thread panicked", shared.name);
+            log::error!("{}: the image's watch thread panicked", shared.name);
         }
     }
 }
 
+/// Starts the watch for changes of the image's header.
 fn watch_updates(shared: &Arc<Shared>) -> Option<Watch> {
     let news = shared.news.clone();
     let changed = Box::new(move || {
-        // Nobody listens at the end.
+        // The thread may have ended.
         let _ = news.send(KeeperEvent::Updated);
     });
     match Watch::updates(Arc::clone(shared), changed) {
@@ -88,7 +90,7 @@ fn watch_updates(shared: &Arc<Shared>) -> Option<Watch> {
             log_limited!(
                 IMAGE_LOG,
                 Warn,
-                "{}: no update watch ({}): resizes and disabled features are not seen",
+                "{}: no update watch ({}): resizes and disabled features are not detected",
                 shared.name,
                 super::io_error(errno)
             );
@@ -97,18 +99,19 @@ fn watch_updates(shared: &Arc<Shared>) -> Option<Watch> {
     }
 }
 
-fn keep(shared: &Arc<Shared>, quiesces: Option<&Quiesces>, notices: &dyn Notices, news: &mpsc::Receiver<KeeperEvent>) {
+/// The thread's main function.
+fn run(shared: &Arc<Shared>, quiesces: Option<&Quiesces>, notices: &dyn Notices, news: &mpsc::Receiver<KeeperEvent>) {
     let mut check_lock: Option<Instant> = None;
     loop {
         let next = [quiesces.and_then(Quiesces::expire), check_lock].into_iter().flatten().min();
-        let heard = match next {
+        let received = match next {
             Some(deadline) => news.recv_timeout(deadline.saturating_duration_since(Instant::now())),
             None => news.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected),
         };
-        match heard {
+        match received {
             Ok(KeeperEvent::Updated) => {
                 check_lock = shared.lock.check(shared);
-                look_at_size(shared, notices);
+                update_size(shared, notices);
             }
             Ok(KeeperEvent::StateChanged) => {
                 notices.state_changed();
@@ -126,7 +129,8 @@ fn keep(shared: &Arc<Shared>, quiesces: Option<&Quiesces>, notices: &dyn Notices
     }
 }
 
-fn look_at_size(shared: &Shared, notices: &dyn Notices) {
+/// Reads the image's size and reports a change.
+fn update_size(shared: &Shared, notices: &dyn Notices) {
     let block = u64::from(shared.geometry.logical_block);
     match shared.image.size() {
         Ok(size) => {
@@ -138,7 +142,7 @@ fn look_at_size(shared: &Shared, notices: &dyn Notices) {
         Err(errno) => {
             shared.heed(Err(errno));
             log_limited!(IMAGE_LOG, Warn, "{}: its size cannot be read: {}", shared.name, super::io_error(errno));
-            // Not at once again: the next change of the header asks anew.
+            // A pause, in case such events follow quickly. The next change of the header reads the size again.
             thread::sleep(Duration::from_millis(10));
         }
     }
