@@ -190,7 +190,7 @@ fn give(
     leaving.store(true, Ordering::Release);
     let mut handed_over = served.hand_over(DRAIN_TIMEOUT)?;
     let (mut descriptors, mut front_end) = (Descriptors::default(), None);
-    if let Some(moved) = handed_over.moved.take() {
+    if let Some(moved) = handed_over.session.take() {
         descriptors = moved.descriptors;
         front_end = Some((descriptors.add(moved.stream.into()), moved.record));
     }

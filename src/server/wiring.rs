@@ -216,7 +216,7 @@ impl Served for ServedDisk {
     }
 
     fn go_on_counting(&self, before: &[RingStatus]) {
-        self.device.go_on_counting(before);
+        self.device.resume_counts(before);
     }
 
     fn give_back(&self) {

@@ -283,7 +283,7 @@ fn restarts(front_end: &mut FrontEnd, _: &GuestMemoryMmap) {
 fn rests(front_end: &mut FrontEnd, memory: &GuestMemoryMmap) {
     for upgrade in 1..=3 {
         thread::yield_now();
-        let rests = front_end.queue.ask_to_rest().expect("it runs");
+        let rests = front_end.queue.ask_to_pause().expect("it runs");
         if upgrade != 2 {
             rests.recv().expect("it comes to rest");
             let before = answered(memory);
@@ -296,7 +296,7 @@ fn rests(front_end: &mut FrontEnd, memory: &GuestMemoryMmap) {
             front_end.change(|_| ());
         }
         // As of a ring that has just begun, or did not rest, too.
-        front_end.queue.ask_to_go_on().expect("it runs").recv().expect("it goes on");
+        front_end.queue.ask_to_resume().expect("it runs").recv().expect("it goes on");
     }
 }
 

@@ -1,5 +1,5 @@
-//! The device's part of an upgrade in place ([`crate::upgrade`]): it comes to a stand and gives its front-end away, or goes
-//! on with one that another process served.
+//! The device's part in an upgrade in place ([`crate::upgrade`]): it stops and gives its front-end's session to another
+//! process, or continues one that another process served.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -9,25 +9,27 @@ use std::time::{Duration, Instant};
 
 use super::Device;
 use crate::disk::RingStatus;
+use crate::upgrade::session_state::SessionState;
 use crate::upgrade::{self, Descriptors, DiskFacts};
 use crate::virtio::vhost_user::save_restore::{HandOverError, SavedSession};
-use crate::virtio::vhost_user::session::Session;
+use crate::virtio::vhost_user::session::{FrontEnd, Session};
 use crate::virtio::vhost_user::session_end::SessionEnd;
 
-/// To the vhost-user thread, between two messages: come to a stand, and hand the connection out.
-pub(in crate::virtio) struct Ask {
+/// Asks the vhost-user thread, between two messages, to stop all rings and to give the session out.
+pub(in crate::virtio) struct HandOverRequest {
+    /// How long requests in flight may take to complete.
     timeout: Duration,
-    /// And when nothing was in flight any more.
-    answer: mpsc::Sender<Result<(SavedSession, u64), HandOverError>>,
-    /// Something: another process has it. An end: go on.
+    /// Gets the session, and the time when nothing was in flight any more ([`upgrade::monotonic`]).
+    reply: mpsc::Sender<Result<(SavedSession, u64), HandOverError>>,
+    /// A message: another process has the session. The end of the channel: the session continues here.
     verdict: mpsc::Receiver<()>,
 }
 
-/// A disk that stands still for another process. Dropped, it goes on here.
+/// A disk that is stopped for another process. When this is dropped, the disk continues here.
 pub(crate) struct HandedOver {
-    /// The front-end's connection.
-    pub(crate) moved: Option<SavedSession>,
-    /// When the disk began to come to a stand ([`upgrade::monotonic`]).
+    /// The front-end's session, if a front-end is connected.
+    pub(crate) session: Option<SavedSession>,
+    /// When the disk began to stop ([`upgrade::monotonic`]).
     pub(crate) since: u64,
     /// Nanoseconds until nothing was in flight.
     pub(crate) drained_in: u64,
@@ -36,21 +38,22 @@ pub(crate) struct HandedOver {
 }
 
 impl HandedOver {
-    /// What its rings have counted.
+    /// What the disk's rings have counted.
     pub(crate) fn counts(&self) -> Vec<RingStatus> {
         self.device.rings.counts()
     }
 
-    /// The other process has it: nothing here touches the image any more, and the vhost-user thread ends.
+    /// Leaves the disk to the other process. Nothing here touches the image any more, and the vhost-user thread ends.
     pub(crate) fn commit(mut self) {
         if let Some(commit) = self.commit.take() {
-            // Without a connection nobody waits for it.
+            // Without a front-end no thread waits for the message.
             let _ = commit.send(());
         }
     }
 
-    /// The kernel may be about to close what the other process had open.
-    fn take_back(&self) {
+    /// Takes the image back. The kernel may still have to close what the other process had open, so this retries for
+    /// [`RECLAIM_TIMEOUT`].
+    fn reclaim_image(&self) {
         let backend = self.device.rings.backend();
         let end = Instant::now() + RECLAIM_TIMEOUT;
         while let Err(error) = backend.take_over() {
@@ -66,139 +69,147 @@ impl HandedOver {
 impl Drop for HandedOver {
     fn drop(&mut self) {
         if let Some(commit) = self.commit.take() {
-            self.take_back();
+            self.reclaim_image();
             drop(commit);
         }
     }
 }
 
-/// The steps of [`Device::restore_session`], with whoever speaks to the other process.
+/// How the thread of [`Device::restore_session`] and the one that talks to the other process agree on each step.
 pub(crate) struct Steps {
-    /// The state is taken over and the image claimed; or why not.
+    /// Gets a message when the session is restored and the image claimed, or the reason why not.
     pub(crate) prepared: mpsc::Sender<Result<(), String>>,
-    /// Something: the connection is ours. An end: it is not.
+    /// A message: the session is this process's. The end of the channel: it stays with the other process.
     pub(crate) go: mpsc::Receiver<()>,
-    /// Every ring has looked at what is in it.
+    /// Gets a message when every ring has popped what was in it.
     pub(crate) running: mpsc::Sender<()>,
 }
 
-/// How long the image is tried to be had again before the guest's rings are left to wait for it.
+/// How long to retry reclaiming the image before the guest's rings are left waiting for it.
 const RECLAIM_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Device {
-    /// Goes on from what another process counted. Before [`Device::restore_session`].
-    pub(crate) fn go_on_counting(&self, before: &[RingStatus]) {
-        self.rings.go_on_counting(before);
+    /// Continues what another process counted. Called before [`Device::restore_session`].
+    pub(crate) fn resume_counts(&self, before: &[RingStatus]) {
+        self.rings.resume_counts(before);
     }
 
-    /// Goes on with a connection that another process served ([`crate::upgrade`]), then as [`Device::serve`].
-    pub(crate) fn restore_session(&self, moved: SavedSession, steps: &Steps) -> std::io::Result<SessionEnd> {
-        let SavedSession { stream, record, mut descriptors } = moved;
-        let Some(front_end) = self.begin(&stream)? else { return Ok(SessionEnd::ShuttingDown) };
+    /// Continues a session that another process served ([`crate::upgrade`]), then serves as [`Device::serve`] does.
+    pub(crate) fn restore_session(&self, saved: SavedSession, steps: &Steps) -> std::io::Result<SessionEnd> {
+        let SavedSession { stream, record, mut descriptors } = saved;
+        let Some(front_end) = self.connect(&stream)? else { return Ok(SessionEnd::ShuttingDown) };
         self.spoke.store(record.negotiated() != (None, 0), Relaxed);
-        let ready =
-            Session::replayed(self.rings.clone(), self.advertised.clone(), self.limits.clone(), front_end, &record)
-                .and_then(|session| {
-                    session.ours().take_over(record, &mut descriptors).map_err(std::io::Error::other)?;
-                    log::debug!("hand-over: the connection's state is taken over");
-                    if session.ours().claim() {
-                        log::debug!("hand-over: the image is claimed");
-                        return Ok(session);
-                    }
-                    // Told of by the claim.
-                    Err(std::io::Error::other("the image is not given to us; see the log"))
-                });
-        let (session, told) = match ready {
+        let (session, restored) = match self.restore(front_end, record, &mut descriptors) {
             Ok(session) => (Some(session), Ok(())),
             Err(error) => (None, Err(format!("the front-end's connection cannot be taken over: {error}"))),
         };
-        // Nobody listens: the hand-over is off.
-        let told = steps.prepared.send(told).is_ok();
+        // When no thread receives this, the hand-over has been abandoned.
+        let heard = steps.prepared.send(restored).is_ok();
         match session {
-            Some(session) if told && steps.go.recv() == Ok(()) => {
-                session.ours().go_on();
-                session.ours().have_looked();
-                // Only for the measure.
+            Some(session) if heard && steps.go.recv() == Ok(()) => {
+                session.handler().start_all();
+                session.handler().wait_until_polled();
+                // Only the measurement of the pause needs this.
                 let _ = steps.running.send(());
                 Ok(self.run(session))
             }
             session => {
                 if let Some(session) = session {
-                    session.ours().let_go();
+                    session.handler().abandon_take_over();
                 }
                 self.rings.disconnected("it stays where it was");
-                self.left();
+                self.disconnect();
                 Ok(SessionEnd::NotTakenOver)
             }
         }
     }
 
-    /// Whether another process has the connection now: [`Device::hand_over`] asked for it, and committed.
+    /// Restores the state of a session and claims the image. No ring runs yet.
+    fn restore(
+        &self,
+        front_end: FrontEnd,
+        record: SessionState,
+        descriptors: &mut Descriptors,
+    ) -> std::io::Result<Session> {
+        let (advertised, limits) = (self.advertised.clone(), self.limits.clone());
+        let session = Session::replayed(self.rings.clone(), advertised, limits, front_end, &record)?;
+        session.handler().restore(record, descriptors).map_err(std::io::Error::other)?;
+        log::debug!("hand-over: the connection's state is taken over");
+        if !session.handler().claim() {
+            // The claim logged the reason.
+            return Err(std::io::Error::other("the image is not given to us; see the log"));
+        }
+        log::debug!("hand-over: the image is claimed");
+        Ok(session)
+    }
+
+    /// Carries out a [`HandOverRequest`], if there is one. Returns whether another process has the session now.
     pub(in crate::virtio) fn was_handed_over(&self, session: &Session) -> bool {
         session.front_end.bell.was_rung();
-        let Some(Ask { timeout, answer, verdict }) = self.lock().ask.take() else { return false };
-        let moved = Self::pause_and_save(session, timeout);
-        let stands = moved.is_ok();
-        // Whoever asked waits for the answer, and is gone only with the process.
-        let heard = answer.send(moved).is_ok();
-        if stands && heard && verdict.recv() == Ok(()) {
+        let Some(HandOverRequest { timeout, reply, verdict }) = self.lock().hand_over.take() else { return false };
+        let saved = Self::pause_and_save(session, timeout);
+        let is_saved = saved.is_ok();
+        // The thread that asked waits for the reply, for as long as this process runs.
+        let heard = reply.send(saved).is_ok();
+        if is_saved && heard && verdict.recv() == Ok(()) {
             return true;
         }
-        session.ours().go_on();
+        session.handler().start_all();
         false
     }
 
-    /// The connection, and when nothing was in flight any more.
+    /// Pauses all rings. Returns the session, and the time when nothing was in flight any more.
     fn pause_and_save(session: &Session, timeout: Duration) -> Result<(SavedSession, u64), HandOverError> {
-        let (mut drained, mut handler, mut descriptors) = (0, session.ours(), Descriptors::default());
+        let (mut drained, mut handler, mut descriptors) = (0, session.handler(), Descriptors::default());
         handler.pause_all(timeout, || drained = upgrade::monotonic())?;
         let record = handler.record(&mut descriptors);
-        let moved = record
+        let saved = record
             .and_then(|record| Ok(SavedSession { stream: session.front_end.stream.try_clone()?, record, descriptors }));
-        Ok((moved.map_err(HandOverError::OutOfDescriptors)?, drained))
+        Ok((saved.map_err(HandOverError::OutOfDescriptors)?, drained))
     }
 
-    /// Brings the disk to a stand and hands out the front-end's connection, if there is one, for another process to go on
-    /// with. Everything acknowledged is durable then, and nothing changes the image until the value returned is dropped,
-    /// which makes the disk go on here; after [`HandedOver::commit`] it never does. Errors say the cause and the mend, and
-    /// the disk goes on. `timeout`: for requests in flight. A thread of its own; nobody may begin to be served meanwhile.
+    /// Stops the disk and gives out its front-end's session, if there is one, for another process to continue. Everything
+    /// acknowledged is durable then, and nothing changes the image until the value returned is dropped. The disk then
+    /// continues here, unless [`HandedOver::commit`] was called. After an error it continues here at once. `timeout`: how
+    /// long requests in flight may take. Called by a thread of its own; no front-end may be accepted meanwhile.
     pub(crate) fn hand_over(self: &Arc<Self>, timeout: Duration) -> Result<HandedOver, HandOverError> {
         let since = upgrade::monotonic();
-        let (answer, answered) = mpsc::channel();
+        let (reply, replied) = mpsc::channel();
         let (commit, verdict) = mpsc::channel();
         let bell = {
             let mut connection = self.lock();
             let bell = connection.front_end.as_ref().map(|front_end| front_end.bell.clone());
-            connection.ask = bell.as_ref().map(|_| Ask { timeout, answer, verdict });
+            connection.hand_over = bell.as_ref().map(|_| HandOverRequest { timeout, reply, verdict });
             bell
         };
-        let mut moved = None;
+        let mut saved = None;
         if let Some(bell) = bell {
             bell.ring();
-            let heard = answered.recv_timeout(timeout);
-            if matches!(heard, Err(RecvTimeoutError::Timeout)) && self.lock().ask.take().is_some() {
+            let received = replied.recv_timeout(timeout);
+            let is_late = matches!(received, Err(RecvTimeoutError::Timeout));
+            if is_late && self.lock().hand_over.take().is_some() {
                 return Err(HandOverError::FrontEndBusy);
             }
-            // The connection may have ended at the same time: then nobody is connected.
-            let heard = heard.or_else(|_| answered.recv());
-            moved = heard.ok().transpose()?;
+            // The session may have ended at the same time: then no front-end is connected.
+            let received = received.or_else(|_| replied.recv());
+            saved = received.ok().transpose()?;
         }
-        if moved.is_none() {
+        if saved.is_none() {
             self.rings.sync().map_err(HandOverError::SyncFailed)?;
         }
-        let (moved, drained) = moved.unzip();
+        let (session, drained) = saved.unzip();
         self.rings.backend().hand_over();
         let drained_in = drained.map_or(0, |drained| drained - since);
-        Ok(HandedOver { moved, since, drained_in, device: self.clone(), commit: Some(commit) })
+        Ok(HandedOver { session, since, drained_in, device: self.clone(), commit: Some(commit) })
     }
 
-    /// Syncs while the rings run, so that little is left for [`Device::hand_over`]. The same thread.
+    /// Syncs while the rings run, so that little is left for [`Device::hand_over`]. Called by the same thread.
     pub(crate) fn sync_ahead(&self) -> std::io::Result<()> {
         self.rings.backend().settle();
         self.rings.sync()
     }
 
-    /// The image, and what the guest was told of it. `None`: no other process can have it.
+    /// What identifies the image, and what the guest knows of it. `None`: no other process can open the image.
     pub(crate) fn facts(&self) -> Option<DiskFacts> {
         let geometry = self.rings.backend().geometry();
         Some(DiskFacts {

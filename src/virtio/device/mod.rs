@@ -1,15 +1,7 @@
-//! One disk: what it offers, and serving one front-end after the other.
+//! One disk: serves one front-end after the other, and hands a front-end over to another process.
 
 pub(crate) mod hand_over;
 
-use crate::virtio::options::DeviceOptions;
-use crate::virtio::options::Tuning;
-pub(crate) use crate::virtio::vhost_user::first_bytes::FirstBytes;
-use crate::virtio::vhost_user::handler::AdvertisedFeatures;
-use crate::virtio::vhost_user::handler::DeviceLimits;
-use crate::virtio::vhost_user::session::FrontEnd;
-use crate::virtio::vhost_user::session::Session;
-use crate::virtio::vhost_user::session_end::SessionEnd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -18,16 +10,21 @@ use vhost::vhost_user::Error;
 
 use super::blk::features;
 use super::blk::request::ID_BYTES;
+use super::options::{DeviceOptions, Tuning};
 use super::rings::Rings;
 use super::rings::stall_watch::Watch;
 use super::vhost_user::activation;
-use super::vhost_user::backend_channel;
+use super::vhost_user::backend_channel::{self, Woken};
+pub(crate) use super::vhost_user::first_bytes::FirstBytes;
+use super::vhost_user::handler::{AdvertisedFeatures, DeviceLimits};
+use super::vhost_user::session::{FrontEnd, Session};
+use super::vhost_user::session_end::SessionEnd;
 use crate::backend::Backend;
 use crate::base::sync::Bell;
 use crate::disk::Events;
-use hand_over::Ask;
+use hand_over::HandOverRequest;
 
-/// A virtio-blk device on a back-end. Made by main; `serve` runs in the vhost-user thread.
+/// A virtio-blk device on a back-end. `serve` runs in a thread of its own, the vhost-user thread.
 pub struct Device {
     pub(super) rings: Arc<Rings>,
     advertised: AdvertisedFeatures,
@@ -35,28 +32,28 @@ pub struct Device {
     connection: Mutex<Connection>,
     /// The front-end has sent a valid message.
     spoke: AtomicBool,
-    /// `connection.front_end` became `None`.
-    left: Condvar,
+    /// Notified when `connection.front_end` becomes `None`.
+    disconnected: Condvar,
 }
 
-/// Whether somebody is served, and whether anybody may be.
+/// The front-end that is served, and whether the device serves any.
 #[derive(Default)]
 pub(super) struct Connection {
-    /// The front-end's, from the start of `serve` to its end.
+    /// The front-end, from the start of `serve` to its end.
     pub(super) front_end: Option<FrontEnd>,
-    /// Another process is to take it over.
-    pub(super) ask: Option<Ask>,
-    /// `shutdown` was called.
+    /// Asks the vhost-user thread to hand the session over to another process.
+    pub(super) hand_over: Option<HandOverRequest>,
+    /// [`Device::shutdown`] was called: no further front-end is served.
     closed: bool,
 }
 
 impl Device {
-    /// A device with no front-end yet. What happens is told to `events`.
+    /// Creates a device without a front-end. `events` gets what happens.
     pub fn new(backend: Arc<dyn Backend>, options: &DeviceOptions, events: Arc<Events>) -> Arc<Self> {
         Self::with_tuning(backend, options, events, &Tuning::default())
     }
 
-    /// The same, with what most leave as it is.
+    /// Creates a device as [`Device::new`] does, with options that most users leave at their defaults.
     pub fn with_tuning(
         backend: Arc<dyn Backend>,
         options: &DeviceOptions,
@@ -83,20 +80,20 @@ impl Device {
             rings: Rings::new(backend, options.mode, events, tuning.clone()),
             connection: Mutex::default(),
             spoke: AtomicBool::new(false),
-            left: Condvar::new(),
+            disconnected: Condvar::new(),
         })
     }
 
-    /// The disk that the control socket speaks to.
+    /// The disk, as the control socket sees it.
     pub fn disk(&self) -> Arc<Rings> {
         self.rings.clone()
     }
 
-    /// Serves a front-end until it leaves, breaks the protocol, or [`Device::shutdown`]. On return every ring is
-    /// stopped, everything popped is answered (or kept, for the next server) and, in every mode but `unsafe`, synced.
-    /// One call at a time; blocks; the vhost-user thread.
+    /// Serves a front-end until it leaves, breaks the protocol, or [`Device::shutdown`] is called. On return every ring is
+    /// stopped. Everything popped is completed (or retained, for the next server) and, in every mode but `unsafe`, synced.
+    /// One call at a time. Blocks; called by the vhost-user thread.
     pub fn serve(&self, stream: UnixStream) -> std::io::Result<SessionEnd> {
-        let session = match self.begin(&stream)? {
+        let session = match self.connect(&stream)? {
             Some(front_end) => {
                 Session::new(self.rings.clone(), self.advertised.clone(), self.limits.clone(), front_end, stream)?
             }
@@ -111,8 +108,8 @@ impl Device {
         self.spoke.load(Relaxed)
     }
 
-    /// Somebody is connected from now on. `None`: nobody may be.
-    pub(super) fn begin(&self, stream: &UnixStream) -> std::io::Result<Option<FrontEnd>> {
+    /// Records a front-end as connected. Returns `None` after [`Device::shutdown`].
+    pub(super) fn connect(&self, stream: &UnixStream) -> std::io::Result<Option<FrontEnd>> {
         let front_end = FrontEnd { stream: stream.try_clone()?, bell: Arc::new(Bell::new()?) };
         let mut connection = self.lock();
         if connection.closed {
@@ -122,29 +119,29 @@ impl Device {
         Ok(Some(front_end))
     }
 
-    /// Nobody is connected any more.
-    pub(super) fn left(&self) {
+    /// Records that no front-end is connected any more.
+    pub(super) fn disconnect(&self) {
         let mut connection = self.lock();
         connection.front_end = None;
         self.spoke.store(false, Relaxed);
-        // Dropped, which is an answer, too.
-        connection.ask = None;
+        // The thread that asked sees that its request was dropped.
+        connection.hand_over = None;
         drop(connection);
-        self.left.notify_all();
+        self.disconnected.notify_all();
     }
 
-    /// Message after message, to the end.
+    /// Handles message after message until the session ends.
     pub(super) fn run(&self, mut session: Session) -> SessionEnd {
         let watch = Watch::start(&self.rings);
         let error = loop {
-            let timeout = session.ours().waits_for_image().then_some(activation::RETRY_INTERVAL);
+            let timeout = session.handler().waits_for_image().then_some(activation::RETRY_INTERVAL);
             match backend_channel::wait_for_message(&session.front_end.stream, &session.front_end.bell, timeout) {
-                backend_channel::Woken::Message => {}
-                backend_channel::Woken::Time => {
-                    session.ours().retry();
+                Woken::Message => {}
+                Woken::Timeout => {
+                    session.handler().start_all();
                     continue;
                 }
-                backend_channel::Woken::Bell => {
+                Woken::Bell => {
                     if self.was_handed_over(&session) {
                         break None;
                     }
@@ -152,16 +149,17 @@ impl Device {
                 }
             }
             if let Some(channel) = backend_channel::peek(&session.front_end.stream) {
-                session.ours().offer_channel(channel);
+                session.handler().offer_channel(channel);
             }
-            // Before the answer: who has one keeps the place.
+            // Before the reply: a front-end that has one keeps its place.
             if !self.has_spoken() && FirstBytes::of(&session.front_end.stream) == FirstBytes::Message {
                 self.spoke.store(true, Relaxed);
             }
             match session.requests.handle_request() {
                 Ok(()) => {}
-                // Nothing was read yet. For want of memory or descriptors (ENOBUFS: the message's could not be taken)
-                // half a message is lost, and reading on would take the other half for a message.
+                // Nothing was read yet. Other errors that the message layer would retry mean a lack of memory or of
+                // descriptors (ENOBUFS: those of the message could not be taken). Half a message is then lost, and the
+                // other half would be taken for a message.
                 Err(Error::SocketRetry(error)) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) => break Some(error),
             }
@@ -169,36 +167,36 @@ impl Device {
         let end = match error {
             None => SessionEnd::HandedOver,
             Some(error) => {
-                session.ours().end();
+                session.handler().end();
                 session.end(error)
             }
         };
         drop(watch);
         self.rings.disconnected(&end.to_string());
-        self.left();
+        self.disconnect();
         end
     }
 
-    /// The image has `bytes` now, more or fewer: GET_CONFIG says so, requests beyond the end fail with
-    /// VIRTIO_BLK_S_IOERR, and the front-end is told at once or, if none is connected, when it starts its rings. Requests
-    /// taken before keep the size that they were checked against. Any thread; does not block.
+    /// Sets the size of the image to `bytes`, more or fewer than before. GET_CONFIG returns it, and requests beyond the end
+    /// fail with VIRTIO_BLK_S_IOERR. The front-end is informed at once or, if none is connected, when the next one starts
+    /// its rings. Requests that were taken before are not checked again. Any thread; does not block.
     pub fn resized(&self, bytes: u64) {
         self.rings.resized(bytes);
     }
 
-    /// Ends the connection, if there is one, and serves nobody any more; returns when everything popped is answered.
-    /// Main, at the end.
+    /// Ends the session, if there is one, and serves no further front-end. Returns when everything popped is completed.
+    /// Called by main at the end.
     pub fn shutdown(&self) {
         let mut connection = self.lock();
         connection.closed = true;
         if let Some(FrontEnd { stream, .. }) = &connection.front_end {
-            // For reading only: our thread hears of the end, and the front-end does not before everything is answered.
-            // QEMU takes up the used index when it sees us gone, and would give what is answered after that to the next
-            // server again. Already closed by the other side is fine.
+            // Shut down for reading only. The vhost-user thread then sees the end, and the front-end does not until
+            // everything is completed. QEMU reads the used index when it sees the connection end, and would give what is
+            // completed after that to the next server again. The front-end may have closed the connection already.
             let _ = stream.shutdown(std::net::Shutdown::Read);
         }
         while connection.front_end.is_some() {
-            connection = self.left.wait(connection).expect("no panic while held");
+            connection = self.disconnected.wait(connection).expect("no panic while held");
         }
     }
 

@@ -106,7 +106,7 @@ impl Rings {
     }
 
     /// Goes on from what another process counted. Before any ring runs.
-    pub(super) fn go_on_counting(&self, before: &[RingStatus]) {
+    pub(super) fn resume_counts(&self, before: &[RingStatus]) {
         let mut state = self.lock();
         for ring in before {
             state.counters.entry(ring.index).or_default().resume_counts(ring);

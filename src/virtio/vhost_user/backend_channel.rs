@@ -1,5 +1,6 @@
-//! The front-end's channel for our requests (SET_BACKEND_REQ_FD). The `vhost` crate keeps its descriptor to itself and
-//! cannot send CONFIG_CHANGE_MSG (rust-vmm/vhost#99), so we look at that message before the crate takes it.
+//! The channel for messages from this back-end to the front-end (SET_BACKEND_REQ_FD). The `vhost` crate does not give out
+//! the channel's descriptor and cannot send CONFIG_CHANGE_MSG (rust-vmm/vhost#99). So this file peeks at the message that
+//! carries the descriptor before the crate reads it.
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
@@ -21,7 +22,7 @@ pub(in crate::virtio) const SET_FEATURES: u32 = 2;
 /// VHOST_USER_SET_PROTOCOL_FEATURES.
 pub(in crate::virtio) const SET_PROTOCOL_FEATURES: u32 = 16;
 
-/// A front-end's message of version 1, with a number for its body or none, that wants no acknowledgement.
+/// A front-end's message of version 1 that asks for no reply. Its body is `argument`, if there is one.
 pub(in crate::virtio) fn message(request: u32, argument: Option<u64>) -> Vec<u8> {
     let size = if argument.is_some() { 8 } else { 0 };
     let mut message = [request, 1, size].map(u32::to_ne_bytes).concat();
@@ -29,18 +30,18 @@ pub(in crate::virtio) fn message(request: u32, argument: Option<u64>) -> Vec<u8>
     message
 }
 
-/// What ended a wait.
+/// What ended [`wait_for_message`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::virtio) enum Woken {
-    /// There is a message, or the end of the connection, or an error: reading shows it.
+    /// There is a message, the end of the connection, or an error. Reading shows which.
     Message,
     /// The bell was rung.
     Bell,
-    /// The time is over.
-    Time,
+    /// The timeout passed.
+    Timeout,
 }
 
-/// Waits for a message, the bell (which comes first) or the end of the time.
+/// Waits for a message, the bell or the timeout. The bell comes first if there is a message as well.
 pub(in crate::virtio) fn wait_for_message(stream: &UnixStream, bell: &Bell, timeout: Option<Duration>) -> Woken {
     let timeout = timeout.map(|timeout| Timespec {
         tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
@@ -48,16 +49,16 @@ pub(in crate::virtio) fn wait_for_message(stream: &UnixStream, bell: &Bell, time
     });
     let mut sources = [PollFd::new(bell, PollFlags::IN), PollFd::new(stream, PollFlags::IN)];
     match poll(&mut sources, timeout.as_ref()) {
-        Ok(0) => Woken::Time,
+        Ok(0) => Woken::Timeout,
         Ok(_) if !sources[0].revents().is_empty() => Woken::Bell,
         _ => Woken::Message,
     }
 }
 
-/// The channel, if the next message on `stream` hands one over: a descriptor of our own of it. The message stays.
+/// A duplicate of the channel's descriptor, if the next message on `stream` carries one. The message stays in the socket.
 pub(in crate::virtio) fn peek(stream: &UnixStream) -> Option<OwnedFd> {
     let mut request = [0; 4];
-    // An error or an end shows again when the message is really read.
+    // An error, or the end of the connection, shows again when the message is read.
     match recv(stream, &mut request, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
         Ok((_, 4)) if u32::from_ne_bytes(request) == SET_BACKEND_REQ_FD => {}
         _ => return None,

@@ -1,5 +1,5 @@
-//! vhost-user messages (QEMU's docs/interop/vhost-user.rst), one connection. No data path here: every message that
-//! changes a ring goes through [`Vring::change`], and is answered when the change is complete.
+//! Handles the vhost-user messages of one session (QEMU's docs/interop/vhost-user.rst). There is no data path here: every
+//! message that changes a ring goes through [`Vring::change`], and is replied to when the change is complete.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -28,7 +28,7 @@ use crate::virtio::shared_memory::sigbus::SessionSocket;
 use crate::virtio::virtqueue::split_ring::RingAddresses;
 use crate::virtio::worker::stopped_ring::StoppedRing;
 
-/// What GET_FEATURES and GET_CONFIG answer.
+/// What GET_FEATURES, GET_CONFIG and GET_PROTOCOL_FEATURES return.
 #[derive(Clone)]
 pub(in crate::virtio) struct AdvertisedFeatures {
     pub features: u64,
@@ -36,14 +36,14 @@ pub(in crate::virtio) struct AdvertisedFeatures {
     pub protocol_features: VhostUserProtocolFeatures,
 }
 
-/// The constants of a device.
+/// What is fixed for the life of a device.
 pub(in crate::virtio) struct DeviceLimits {
     pub num_queues: u16,
     pub queue_size: u16,
     pub serial: Arc<[u8; ID_BYTES]>,
 }
 
-/// The protocol features served. REPLY_ACK is the vhost crate's own.
+/// The protocol features that this handler serves. The vhost crate serves REPLY_ACK by itself.
 fn protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::CONFIG
@@ -54,7 +54,7 @@ fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::LOG_SHMFD
 }
 
-/// One front-end's view of the disk, from its connection to its end. Owned by the vhost-user thread.
+/// What one front-end has set up, from its connection to its end. The vhost-user thread owns it.
 pub(in crate::virtio) struct Handler {
     pub(in crate::virtio) rings: Arc<Rings>,
     advertised: AdvertisedFeatures,
@@ -62,17 +62,18 @@ pub(in crate::virtio) struct Handler {
     pub(in crate::virtio) memory: MemoryTable,
     pub(in crate::virtio) activation: Activation,
     pub(in crate::virtio) queues: Vec<Vring>,
-    /// What an earlier server left, and what we leave to the next one.
+    /// The in-flight region: what an earlier server left, and what this one leaves to the next.
     pub(in crate::virtio) inflight: Option<Inflight>,
-    /// Where what we write is logged while LOG_ALL is acknowledged.
+    /// The dirty log. Workers write it while LOG_ALL is acknowledged.
     pub(in crate::virtio) log: Option<Arc<DirtyLog>>,
-    /// None until SET_FEATURES.
+    /// The features of SET_FEATURES. `None` before that message.
     pub(in crate::virtio) acked_features: Option<u64>,
-    /// SET_PROTOCOL_FEATURES, which the message layer obeys.
+    /// The features of SET_PROTOCOL_FEATURES. The message layer obeys them.
     pub(in crate::virtio) acked_protocol_features: u64,
-    /// The channel for our own requests, as the `vhost` crate has it. Kept open: QEMU complains of its end.
+    /// The channel for messages to the front-end, as the `vhost` crate has it. It stays open, because QEMU logs an error
+    /// when it ends.
     backend_channel: Option<Backend>,
-    /// The same, before the crate took it ([`super::backend_channel::peek`]).
+    /// A duplicate of the channel that the next message carries ([`super::backend_channel::peek`]).
     peeked: Option<OwnedFd>,
 }
 
@@ -99,20 +100,20 @@ impl Handler {
         }
     }
 
-    /// Stops every ring, finishing what is in flight.
+    /// Stops every ring. What is in flight completes.
     pub(in crate::virtio) fn stop_all(&mut self, how: StopMode) {
         for queue in &mut self.queues {
             queue.pause(&self.rings, how);
         }
     }
 
-    /// Changes one ring by the one rule. Rings come into being when they are first named.
+    /// Changes one ring ([`Vring::change`]). A ring is created when a message first names it.
     fn change<T>(&mut self, index: u32, change: impl FnOnce(&MemoryTable, &mut StoppedRing) -> Result<T>) -> Result<T> {
         let (queue, context) = self.queue(index)?;
         queue.change(&context, |ring| change(context.memory, ring))
     }
 
-    /// Changes every ring at once: all are stopped before the change and started after it.
+    /// Changes all rings at once: they stop before the change and start after it.
     fn change_all(&mut self, change: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         self.stop_all(StopMode::Restartable);
         let result = change(self);
@@ -120,7 +121,7 @@ impl Handler {
         result
     }
 
-    /// Starts every ring that may run and does not.
+    /// Starts every ring that is stopped and may run. Claims the image first, if that is not done.
     pub(in crate::virtio) fn start_all(&mut self) {
         let (queues, context) = self.queues_and_context();
         for queue in queues {
@@ -128,44 +129,40 @@ impl Handler {
         }
     }
 
-    /// Rings wait for the image, which is to be tried again with [`Handler::retry`] every second.
+    /// Whether rings wait for the image. The caller then retries [`Handler::start_all`] every second.
     pub(in crate::virtio) fn waits_for_image(&self) -> bool {
         self.activation.is_refused()
     }
 
-    /// Tries again to get the image and, with it, to start the rings that wait.
-    pub(in crate::virtio) fn retry(&mut self) {
-        self.start_all();
-    }
-
-    /// Syncs what the rings acknowledged and, if none of them is to run, gives the image free. Called after rings stopped
-    /// for good: [`Handler::stop_all`] at the end of a connection, GET_VRING_BASE, reset.
-    fn settle(&mut self) {
+    /// Syncs what the rings acknowledged and, if no ring may run, releases the image. Called after rings have stopped for
+    /// good: at the end of the session, on GET_VRING_BASE, and on a reset.
+    fn sync_and_release(&mut self) {
         self.rings.sync_unless_ignored();
         if !self.queues.iter().any(Vring::may_run) {
             self.activation.release(&self.rings);
         }
     }
 
-    /// The end of the connection: every ring is stopped, what it acknowledged is synced, others may have the image.
+    /// Ends the session: stops every ring, syncs what it acknowledged, and releases the image.
     pub(in crate::virtio) fn end(&mut self) {
         self.queues.iter_mut().for_each(|queue| queue.end(&self.rings));
         self.queues.clear();
-        self.settle();
+        self.sync_and_release();
     }
 
-    /// Another process keeps what we were to go on with: the image is given back, untouched.
-    pub(in crate::virtio) fn let_go(&mut self) {
+    /// Gives a session back that was restored and not started, because the other process keeps it. The image is released,
+    /// untouched.
+    pub(in crate::virtio) fn abandon_take_over(&mut self) {
         self.queues.clear();
         self.activation.release(&self.rings);
     }
 
-    /// A descriptor of our own of the channel that the next message hands over.
+    /// Takes a duplicate of the channel that the next message carries.
     pub(in crate::virtio) fn offer_channel(&mut self, channel: OwnedFd) {
         self.peeked = Some(channel);
     }
 
-    /// Stops a ring that may go on elsewhere, or never: everything popped is answered.
+    /// Stops a ring that may continue elsewhere, or never: everything popped is completed.
     fn finish(&mut self, index: u32) -> Result<()> {
         let (queue, context) = self.queue(index)?;
         queue.pause(context.rings, StopMode::Final);
@@ -183,8 +180,8 @@ impl Handler {
             );
             return Err(Error::InvalidParam);
         }
-        // Without protocol features there is no SET_VRING_ENABLE: rings are born enabled. (QEMU sends SET_VRING_CALL
-        // before SET_FEATURES: nothing is enabled that early.)
+        // Without protocol features there is no SET_VRING_ENABLE, so rings are created enabled. (QEMU sends SET_VRING_CALL
+        // before SET_FEATURES. A ring is not enabled that early.)
         let enabled = self.acked_features.is_some_and(|acked| acked & features::PROTOCOL_FEATURES == 0);
         while self.queues.len() <= index as usize {
             let next = self.queues.len() as u32;
@@ -229,7 +226,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             this.log = None;
             Ok(())
         })?;
-        self.settle();
+        self.sync_and_release();
         Ok(())
     }
 
@@ -247,7 +244,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             );
             return Err(Error::InvalidParam);
         }
-        // QEMU repeats itself when migration logging starts and stops; nothing changes then.
+        // QEMU repeats the message when migration logging starts and stops. Where the features are the same, nothing changes.
         if self.acked_features == Some(acked) {
             return Ok(());
         }
@@ -328,9 +325,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
         })
     }
 
-    /// Stops the ring for good, and syncs: QEMU sends a vhost-user disk no flush at `stop` or migration, so this is
-    /// where `virsh suspend` becomes as safe as with an in-process disk. Held writes stay in the ring, so a quiesced
-    /// disk answers at once.
+    /// Stops the ring for good, and syncs. QEMU sends a vhost-user disk no flush at `stop` or migration, so this sync makes
+    /// `virsh suspend` as safe as with an in-process disk. Blocked writes stay in the ring, so a quiesced disk replies at
+    /// once.
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         self.finish(index)?;
         let base = self.change(index, |_, ring| {
@@ -338,7 +335,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             ring.call = None;
             Ok(ring.next_available)
         })?;
-        self.settle();
+        self.sync_and_release();
         Ok(VhostUserVringState::new(index, u32::from(base)))
     }
 
@@ -386,7 +383,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Ok(u64::from(self.limits.num_queues))
     }
 
-    /// QEMU disables a ring right before it takes it back.
+    /// QEMU disables a ring right before GET_VRING_BASE.
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
         if !enable {
             self.finish(index)?;
@@ -402,8 +399,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Ok(features::read_config(&config, offset, size))
     }
 
-    /// Nothing is writable (CONFIG_WCE is not offered). A guest can try all the same, and an error would cost it the
-    /// disk.
+    /// Ignores the write: nothing is writable, since CONFIG_WCE is not offered. A guest can try it all the same, and an
+    /// error would cost it the disk.
     fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
         log::debug!("the guest's write of {} bytes at {offset} of the configuration space is ignored", buf.len());
         Ok(())
@@ -439,8 +436,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
         self.change_all(|this| this.memory.remove(region))
     }
 
-    /// Fresh memory for the front-end to keep. What it asks for need not be what the guest's rings will have: so there is
-    /// room for the largest that we allow.
+    /// Creates a region for the front-end to keep. The guest's rings may have more descriptors than the front-end asks for,
+    /// so the region has room for the largest that are allowed.
     fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
         let (rings, entries) = (wanted.num_queues, wanted.queue_size);
         if rings > self.limits.num_queues || entries > MAX_ENTRIES {
@@ -456,7 +453,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Inflight::create(rings, entries, self.limits.queue_size).map_err(Error::ReqHandlerError)
     }
 
-    /// What an earlier server, or we, left. The rings do it again when they start.
+    /// Maps what an earlier server left, or this one. The rings resubmit it when they start.
     fn set_inflight_fd(&mut self, told: &VhostUserInflight, file: File) -> Result<()> {
         let inflight = Inflight::map(told, file, self.memory.wire())?;
         self.change_all(|this| {
@@ -465,7 +462,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         })
     }
 
-    /// The dirty log of a live migration; QEMU sends another one when memory was added.
+    /// Maps the dirty log of a live migration. QEMU sends another one when memory was added.
     fn set_log_base(&mut self, told: &VhostUserLog, file: File) -> Result<()> {
         let log = Arc::new(DirtyLog::map(told, file, self.memory.wire())?);
         self.change_all(|this| {

@@ -1,8 +1,8 @@
-//! A connection that moves to another process ([`crate::upgrade`]): all that the front-end said on it, in numbers and
-//! descriptors. Taken while every ring is stopped, with nothing in flight; the next handler is brought into the same
-//! state as the front-end would bring it there, by the same methods.
+//! Saves a session for another process, and restores one from another process ([`crate::upgrade`]). The saved state is what
+//! the front-end has sent, as numbers and descriptors. It is saved while every ring is stopped and nothing is in flight. A
+//! new handler is brought into that state by the same methods that handle the front-end's messages.
 //!
-//! What the guest's memory holds is not in here: the used rings, and what is marked as in flight.
+//! What the guest's memory holds is not saved: the used rings, and the marks of the in-flight region.
 
 use crate::upgrade::session_state::RegionState;
 use crate::upgrade::session_state::SessionState;
@@ -25,12 +25,12 @@ use crate::virtio::rings::StopMode;
 use crate::virtio::virtqueue::split_ring::RingAddresses;
 use crate::virtio::worker::stopped_ring::StoppedRing;
 
-/// What the next process goes on with.
+/// A session that another process continues.
 pub(crate) struct SavedSession {
-    /// The front-end's connection, also for whoever watches for its end.
+    /// The front-end's connection.
     pub(crate) stream: UnixStream,
     pub(crate) record: SessionState,
-    /// What the record's numbers mean.
+    /// The descriptors that the record refers to by number.
     pub(crate) descriptors: Descriptors,
 }
 
@@ -68,16 +68,16 @@ impl fmt::Display for HandOverError {
 }
 
 impl Handler {
-    /// Stops every ring, with nothing in flight, and gives the image free. `drained`: called when nothing is in flight any
-    /// more. Errors: requests that do not finish within `timeout`, a sync that failed; then the rings go on.
+    /// Stops every ring with nothing in flight, and releases the image. `drained` is called when nothing is in flight any
+    /// more. After an error the rings run again.
     pub(in crate::virtio) fn pause_all(
         &mut self,
         timeout: Duration,
         drained: impl FnOnce(),
     ) -> std::result::Result<(), HandOverError> {
-        if let Err(why) = self.come_to_rest(timeout) {
-            wait_for(self.queues.iter().filter_map(Vring::ask_to_go_on).collect(), None);
-            return Err(why);
+        if let Err(error) = self.pause_workers(timeout) {
+            wait_for(self.queues.iter().filter_map(Vring::ask_to_resume).collect(), None);
+            return Err(error);
         }
         drained();
         log::debug!("hand-over: nothing is in flight");
@@ -89,25 +89,20 @@ impl Handler {
         }
         log::debug!("hand-over: all is synced");
         self.activation.release(&self.rings);
-        log::debug!("hand-over: the image is let go");
+        log::debug!("hand-over: the image is released");
         Ok(())
     }
 
-    /// All rings at once: the pause is as long as the slowest request, not as all of them together.
-    fn come_to_rest(&mut self, timeout: Duration) -> std::result::Result<(), HandOverError> {
-        let resting: Vec<_> = self.queues.iter().filter_map(Vring::ask_to_rest).collect();
-        if wait_for(resting, Some(Instant::now() + timeout)) {
+    /// Pauses all workers at once, so that the pause is as long as the slowest request, and not as all of them together.
+    fn pause_workers(&mut self, timeout: Duration) -> std::result::Result<(), HandOverError> {
+        let pausing: Vec<_> = self.queues.iter().filter_map(Vring::ask_to_pause).collect();
+        if wait_for(pausing, Some(Instant::now() + timeout)) {
             return Ok(());
         }
         Err(HandOverError::RequestsInFlight(timeout))
     }
 
-    /// The other process did not take over: the rings run again, once the image is ours again.
-    pub(in crate::virtio) fn go_on(&mut self) {
-        self.start_all();
-    }
-
-    /// What another process needs to go on. While every ring is stopped.
+    /// The state of the session, for another process. Called while every ring is stopped.
     pub(in crate::virtio) fn record(&mut self, descriptors: &mut Descriptors) -> io::Result<SessionState> {
         let memory = self.memory.record().map(|(region, file)| {
             Ok(Region {
@@ -146,9 +141,9 @@ impl Handler {
         })
     }
 
-    /// Brings a fresh handler into the state of the record, but for the features ([`SessionState::negotiated`]), which come
-    /// first. No ring runs; with [`Handler::go_on`] they do. Errors are as those of the front-end's messages.
-    pub(in crate::virtio) fn take_over(&mut self, record: SessionState, descriptors: &mut Descriptors) -> Result<()> {
+    /// Brings a new handler into the state of `record`. The features ([`SessionState::negotiated`]) were set before. No ring
+    /// runs until [`Handler::start_all`]. Errors are those of the front-end's messages.
+    pub(in crate::virtio) fn restore(&mut self, record: SessionState, descriptors: &mut Descriptors) -> Result<()> {
         let file = |descriptors: &mut Descriptors, number| descriptors.take(number).map(File::from).map_err(failed);
         let mut regions = Vec::new();
         let mut files = Vec::new();
@@ -180,18 +175,18 @@ impl Handler {
         }
         self.rings.capacity().set_known(record.knows);
         for (index, ring) in record.rings.into_iter().enumerate() {
-            self.take_over_ring(index as u32, ring, descriptors)?;
+            self.restore_ring(index as u32, ring, descriptors)?;
         }
         Ok(())
     }
 
-    /// Until the image is claimed nothing may run, so a ring is enabled last, by hand.
-    fn take_over_ring(&mut self, index: u32, ring: Ring, descriptors: &mut Descriptors) -> Result<()> {
+    /// Restores one ring. Nothing may run until the image is claimed, so the ring is not enabled by a message.
+    fn restore_ring(&mut self, index: u32, ring: Ring, descriptors: &mut Descriptors) -> Result<()> {
         let mut file = |number: Option<usize>| {
             number.map(|number| descriptors.take(number).map(File::from)).transpose().map_err(failed)
         };
         let (kick, call, err) = (file(ring.kick)?, file(ring.call)?, file(ring.err)?);
-        // An empty ring is made; one that could run would.
+        // These messages create the ring. It has no addresses yet, so it does not start.
         self.set_vring_err(index as u8, err)?;
         self.set_vring_num(index, u32::from(ring.size))?;
         let stopped = self.queues[index as usize].stopped().expect("it has no addresses yet");
@@ -204,27 +199,27 @@ impl Handler {
         stopped.kick = kick;
         stopped.resubmit = ring.kept;
         stopped.enabled = ring.enabled;
-        // Signals it, too: one interrupt too many is harmless.
+        // This interrupts the guest, too. One interrupt too many is harmless.
         stopped.set_call(index, call);
         Ok(())
     }
 
-    /// Claims the image for rings that are to run. `false`: it is refused (the log and the status say why).
+    /// Claims the image if rings are to run. Returns `false` when it is refused; the log and the status say why.
     pub(in crate::virtio) fn claim(&self) -> bool {
         !self.queues.iter().any(Vring::may_run) || self.activation.claim(&self.rings)
     }
 
-    /// Returns when every ring that runs has looked at what is in it.
-    pub(in crate::virtio) fn have_looked(&self) {
-        wait_for(self.queues.iter().filter_map(Vring::ask_to_go_on).collect(), None);
+    /// Returns when the worker of every running ring has popped what was in it.
+    pub(in crate::virtio) fn wait_until_polled(&self) {
+        wait_for(self.queues.iter().filter_map(Vring::ask_to_resume).collect(), None);
     }
 }
 
-/// Whether all answered in time. A ring's worker answers all the same; nobody listens then.
-fn wait_for(answers: Vec<Receiver<()>>, deadline: Option<Instant>) -> bool {
-    answers.into_iter().all(|answer| match deadline {
-        Some(deadline) => answer.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_ok(),
-        None => answer.recv().is_ok(),
+/// Whether all workers replied in time. A worker that is late sends its reply to no receiver, which is harmless.
+fn wait_for(replies: Vec<Receiver<()>>, deadline: Option<Instant>) -> bool {
+    replies.into_iter().all(|reply| match deadline {
+        Some(deadline) => reply.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_ok(),
+        None => reply.recv().is_ok(),
     })
 }
 

@@ -16,13 +16,13 @@ use crate::upgrade::session_state::SessionState;
 use crate::virtio::rings::Rings;
 use crate::virtio::shared_memory::sigbus::SessionSocket;
 
-/// The front-end's socket, and the bell by which its thread is told of other things.
+/// The front-end's socket, and the bell that wakes its thread for anything but a message.
 pub(in crate::virtio) struct FrontEnd {
     pub(in crate::virtio) stream: UnixStream,
     pub(in crate::virtio) bell: Arc<Bell>,
 }
 
-/// One conversation with a front-end.
+/// One front-end's session, from its connection to its end. The vhost-user thread owns it.
 pub(in crate::virtio) struct Session {
     pub(in crate::virtio) front_end: FrontEnd,
     wire: Arc<SessionSocket>,
@@ -31,6 +31,7 @@ pub(in crate::virtio) struct Session {
 }
 
 impl Session {
+    /// The session of a front-end that has just connected on `stream`.
     pub(in crate::virtio) fn new(
         rings: Arc<Rings>,
         advertised: AdvertisedFeatures,
@@ -46,7 +47,8 @@ impl Session {
         Ok(Session { front_end, wire, handler, requests })
     }
 
-    pub(in crate::virtio) fn ours(&self) -> MutexGuard<'_, Handler> {
+    /// The handler of the front-end's messages.
+    pub(in crate::virtio) fn handler(&self) -> MutexGuard<'_, Handler> {
         self.handler.lock().expect("no panic while held")
     }
 
@@ -59,11 +61,10 @@ impl Session {
             error => SessionEnd::ProtocolViolation(error),
         }
     }
-}
 
-impl Session {
-    /// The same for a connection on which the features were settled already. The message layer learns them from messages
-    /// alone: so it first has a connection to us, on which we say them again, and then the real one in its place.
+    /// The session of a front-end that negotiated its features with another process. The message layer learns features from
+    /// messages alone. So it first gets a socket pair, on which this function repeats those messages, and then the
+    /// front-end's socket takes the place of the pair's.
     pub(in crate::virtio) fn replayed(
         rings: Arc<Rings>,
         advertised: AdvertisedFeatures,

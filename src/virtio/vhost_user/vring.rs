@@ -1,48 +1,47 @@
-//! A ring's two lives. Stopped, it belongs to the handler, which may change anything about it. Running, it belongs to
-//! its worker's thread, and nobody else can touch it: the ring is *moved* there and back.
+//! The states of a ring. A stopped ring belongs to the handler, which may change anything about it. A running ring belongs
+//! to its worker's thread, and no other thread can touch it: the ring is *moved* there and back.
 //!
-//! So every control change has one rule, [`Vring::change`]: stop popping, finish what is in flight, publish it,
-//! take the ring back; then change it; then start it again if it may run.
+//! So every change by a message follows one rule, [`Vring::change`]: stop popping, complete what is in flight, take the ring
+//! back, change it, and start it again if it may run.
 
-use crate::virtio::worker::stopped_ring::StoppedRing;
 use std::fs::File;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::activation::Activation;
-use crate::base::sync::reused;
-use crate::base::sync::reused::Task;
+use crate::base::sync::reused::{self, Task};
 use crate::base::sync::{Bell, mpsc};
 use crate::disk::Event;
 use crate::virtio::blk::features;
-use crate::virtio::rings::StopMode;
-use crate::virtio::rings::{Mailbox, Rings, WorkerCommand};
+use crate::virtio::blk::request::ID_BYTES;
+use crate::virtio::rings::{Mailbox, Rings, StopMode, WorkerCommand};
 use crate::virtio::shared_memory::dirty_log::DirtyLog;
 use crate::virtio::shared_memory::inflight::Inflight;
 use crate::virtio::shared_memory::memory_table::MemoryTable;
 use crate::virtio::virtqueue::guest_memory::GuestMemory;
 use crate::virtio::virtqueue::split_ring::SplitRing;
+use crate::virtio::worker::stopped_ring::StoppedRing;
 use crate::virtio::worker::{Relay, Setup};
 
-/// What a ring needs to start, besides itself.
+/// What a ring needs from its session to start.
 pub(in crate::virtio) struct RingContext<'a> {
     pub rings: &'a Arc<Rings>,
     pub memory: &'a MemoryTable,
     pub activation: &'a Activation,
     pub inflight: Option<&'a Inflight>,
-    /// What we write is logged here.
+    /// The dirty log, while LOG_ALL is acknowledged.
     pub log: Option<&'a Arc<DirtyLog>>,
     pub acked_features: u64,
     /// seg_max of the configuration space.
     pub max_segments: u32,
-    pub serial: &'a Arc<[u8; crate::virtio::blk::request::ID_BYTES]>,
+    pub serial: &'a Arc<[u8; ID_BYTES]>,
 }
 
 impl RingContext<'_> {
     /// Reports a ring of `size` descriptors that is too small for the largest request that its driver may make. The text
     /// is the same for every ring of the disk.
-    fn report_a_small_ring(&self, size: u16) {
+    fn report_small_ring(&self, size: u16) {
         if !features::may_overfill(self.acked_features, size, self.max_segments) {
             return;
         }
@@ -56,13 +55,13 @@ impl RingContext<'_> {
     }
 }
 
-/// One ring of a connection.
+/// One ring of a session.
 pub(in crate::virtio) struct Vring {
     index: u32,
-    /// What it has in flight is tracked for the next server, since its last start.
+    /// Since its last start, what the ring has in flight is marked in the in-flight region for the next server.
     tracked: bool,
-    /// `None` only inside `change`.
-    life: Option<VringState>,
+    /// `None` only inside [`Vring::change`].
+    state: Option<VringState>,
 }
 
 enum VringState {
@@ -71,7 +70,7 @@ enum VringState {
 }
 
 impl Vring {
-    /// A ring as it is before the front-end said anything about it. `largest`: a power of two.
+    /// A ring that the front-end has set nothing of. `largest`: the number of descriptors, a power of two.
     pub(in crate::virtio) fn new(index: u32, largest: u16, enabled: bool) -> Self {
         let stopped = StoppedRing {
             size: largest,
@@ -83,65 +82,66 @@ impl Vring {
             enabled,
             resubmit: Vec::new(),
         };
-        Vring { index, tracked: false, life: Some(VringState::Stopped(stopped)) }
+        Vring { index, tracked: false, state: Some(VringState::Stopped(stopped)) }
     }
 
-    /// The one rule: stop, change, start again if it may run.
+    /// Stops the ring, changes it, and starts it again if it may run.
     pub(in crate::virtio) fn change<T>(
         &mut self,
         context: &RingContext,
         change: impl FnOnce(&mut StoppedRing) -> T,
     ) -> T {
         let mut stopped = self.stop(context.rings, StopMode::Restartable);
-        let answer = change(&mut stopped);
-        self.life = Some(self.start(stopped, context));
-        answer
+        let result = change(&mut stopped);
+        self.state = Some(self.start(stopped, context));
+        result
     }
 
-    /// Stops the ring and leaves it stopped until [`Vring::change`]: for changes of all rings at once.
+    /// Stops the ring until [`Vring::change`] or [`Vring::start_again`]. For changes of all rings at once.
     pub(in crate::virtio) fn pause(&mut self, rings: &Arc<Rings>, how: StopMode) {
         let mut stopped = self.stop(rings, how);
         if how == StopMode::Final && !stopped.resubmit.is_empty() {
-            // Its memory is gone, or its image is another's: there is nowhere to answer, or nothing to try.
-            let (index, kept) = (self.index, std::mem::take(&mut stopped.resubmit).len());
+            // The ring did not start again, because its memory is gone or the image was refused. So there is no place to
+            // complete these requests, or no image to retry them on.
+            let (index, failed) = (self.index, std::mem::take(&mut stopped.resubmit).len());
             let what =
-                format!("ring {index}: {kept} failed requests stay unanswered: reset the guest if it waits for them");
+                format!("ring {index}: {failed} failed requests stay unanswered: reset the guest if it waits for them");
             rings.report(Event::ProtocolError(what));
         }
-        self.life = Some(VringState::Stopped(stopped));
+        self.state = Some(VringState::Stopped(stopped));
     }
 
-    /// The connection ends: what failed and is kept is left to the next server, if the front-end can tell it.
+    /// Stops the ring at the end of the session. Retained requests are left to the next server if they are marked for it.
     pub(in crate::virtio) fn end(&mut self, rings: &Arc<Rings>) {
         self.pause(rings, if self.tracked { StopMode::Restartable } else { StopMode::Final });
     }
 
-    /// Whether it is to run, and perhaps does.
+    /// Whether the ring runs, or would if the image were not refused.
     pub(in crate::virtio) fn may_run(&self) -> bool {
-        match &self.life {
+        match &self.state {
             Some(VringState::Stopped(stopped)) => stopped.may_run(),
             _ => true,
         }
     }
 
-    /// Starts the ring if it may run and does not: the image was refused before.
+    /// Starts the ring if it is stopped and may run.
     pub(in crate::virtio) fn start_again(&mut self, context: &RingContext) {
-        if let Some(VringState::Stopped(_)) = &self.life {
+        if let Some(VringState::Stopped(_)) = &self.state {
             self.change(context, |_| ());
         }
     }
 
-    /// Every ring is enabled where the front-end negotiated no protocol features. Only between `pause` and `change`.
+    /// Enables a stopped ring, because the front-end negotiated no protocol features.
     pub(in crate::virtio) fn enable_while_stopped(&mut self) {
         if let Some(stopped) = self.stopped() {
             stopped.enabled = true;
         }
     }
 
-    /// SET_VRING_CALL on a running ring: swapped between two batches without a drain. A guest that moves an interrupt
-    /// to another CPU sends it, and must not wait for its slowest request.
+    /// Replaces the call descriptor (SET_VRING_CALL). The worker of a running ring swaps it between two batches, without a
+    /// drain: a guest that moves an interrupt to another CPU causes this message, and must not wait for its slowest request.
     pub(in crate::virtio) fn set_call(&mut self, context: &RingContext, call: Option<File>) {
-        if let Some(VringState::Running { mailbox, .. }) = &self.life {
+        if let Some(VringState::Running { mailbox, .. }) = &self.state {
             let (sender, done) = mpsc::channel();
             mailbox.send(WorkerCommand::SetCall(call, sender));
             if done.recv().is_err() {
@@ -153,41 +153,41 @@ impl Vring {
         }
     }
 
-    /// Asks a running ring to come to rest; the receiver hears when it has. `None`: it does not run.
-    pub(in crate::virtio) fn ask_to_rest(&self) -> Option<mpsc::Receiver<()>> {
+    /// Asks the worker of a running ring to pause. The receiver gets a message when it has. `None`: the ring does not run.
+    pub(in crate::virtio) fn ask_to_pause(&self) -> Option<mpsc::Receiver<()>> {
         self.ask(WorkerCommand::Pause)
     }
 
-    /// Lets a ring that was asked to rest go on. Of one that was just started the receiver hears when it has looked at
-    /// what is in it.
-    pub(in crate::virtio) fn ask_to_go_on(&self) -> Option<mpsc::Receiver<()>> {
+    /// Asks the worker of a running ring to resume. The receiver gets a message when it has. The worker of a ring that has
+    /// just started has popped what was in it by then. `None`: the ring does not run.
+    pub(in crate::virtio) fn ask_to_resume(&self) -> Option<mpsc::Receiver<()>> {
         self.ask(WorkerCommand::Resume)
     }
 
     fn ask(&self, command: impl FnOnce(mpsc::Sender<()>) -> WorkerCommand) -> Option<mpsc::Receiver<()>> {
-        let Some(VringState::Running { mailbox, .. }) = &self.life else { return None };
-        let (sender, told) = mpsc::channel();
+        let Some(VringState::Running { mailbox, .. }) = &self.state else { return None };
+        let (sender, reply) = mpsc::channel();
         mailbox.send(command(sender));
-        Some(told)
+        Some(reply)
     }
 
-    /// The ring, if nobody serves it.
+    /// The ring, if no worker serves it.
     pub(in crate::virtio) fn stopped(&mut self) -> Option<&mut StoppedRing> {
-        match &mut self.life {
+        match &mut self.state {
             Some(VringState::Stopped(stopped)) => Some(stopped),
             _ => None,
         }
     }
 
     fn stop(&mut self, rings: &Arc<Rings>, how: StopMode) -> StoppedRing {
-        match self.life.take().expect("set outside of change") {
+        match self.state.take().expect("set outside of change") {
             VringState::Stopped(stopped) => stopped,
             VringState::Running { mailbox, thread, ended } => {
                 mailbox.send(WorkerCommand::Stop(how));
-                // A panic in a worker ends the process (server's panic hook): a ring whose state is unknown must not
-                // be served on, and a front-end sees a closed socket but no dead thread.
+                // A panic in a worker ends the process (the server's panic hook). A ring whose state is unknown must not be
+                // served on, and a front-end sees a closed socket, but not a dead thread.
                 let stopped = ended.recv().expect("a worker's panic ends the process");
-                // One that another thread took the ring over from ends when its call returns.
+                // A thread that another one took the ring over from ends when its call returns, which may be never.
                 if !mailbox.threads().was_taken_over() {
                     thread.join().expect("a worker's panic ends the process");
                 }
@@ -220,7 +220,7 @@ impl Vring {
             context.rings.report(Event::ProtocolError(what));
             return VringState::Stopped(stopped);
         };
-        context.report_a_small_ring(stopped.size);
+        context.report_small_ring(stopped.size);
         let (sender, commands) = mpsc::channel();
         let wake = match Bell::new() {
             Ok(wake) => Arc::new(wake),
@@ -241,13 +241,13 @@ impl Vring {
             commands,
             wake,
         };
-        // The ring travels through a channel, so that it comes back if the thread cannot be made.
+        // The ring goes through a channel, so that it is not lost if the thread cannot be created.
         let (hand_over, received) = mpsc::sync_channel(1);
         let joined = context.rings.ring_joined(self.index, mailbox.clone());
         let (ending, ended) = mpsc::channel();
         let name = format!("ring {}", self.index);
         let body = move || {
-            let stopped = received.recv().expect("sent right after the thread was made");
+            let stopped = received.recv().expect("sent right after the thread was created");
             relay.run(setup, ring, stopped, joined, ending);
         };
         match reused::spawn(name, body) {
