@@ -1,4 +1,4 @@
-//! The virtio-blk device model behind vhost-user. Knows no files.
+//! The virtio-blk device behind vhost-user. It opens no files.
 //!
 //! Each room uses only the rooms below it (`tests/layering`):
 //!

@@ -1,4 +1,4 @@
-//! What an operator chooses about a device.
+//! The options of a device.
 
 use std::time::Duration;
 
@@ -6,29 +6,29 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use crate::engine::{CacheMode, OnError};
 
-/// What an operator chooses about the device.
+/// The options of a device that every user should know.
 #[derive(Clone, Debug)]
 pub struct DeviceOptions {
     /// The cache mode.
     pub mode: CacheMode,
-    /// The most rings that a front-end may use, 1 to 256.
+    /// How many rings a front-end may use, 1 to 256.
     pub num_queues: u16,
-    /// The largest ring that it may set up; a power of two.
+    /// The largest ring that a front-end may set up, in descriptors; a power of two.
     pub queue_size: u16,
-    /// What GET_ID returns; cut to 20 bytes.
+    /// The serial that GET_ID returns. It is cut to 20 bytes.
     pub serial: String,
 }
 
-/// What most leave as it is.
+/// The options of a device that most users leave at their defaults.
 #[derive(Clone, Debug)]
 pub struct Tuning {
-    /// A request that is in flight for longer is told of.
+    /// A request that is in flight for longer than this is reported as stalled.
     pub stall_after: Duration,
-    /// Which failed requests are kept from the guest until somebody mended the cause.
+    /// Which failed requests are retained until an operator has fixed the cause.
     pub on_error: OnError,
-    /// How long a ring's thread looks for work before it sleeps, at most; zero: it sleeps at once.
+    /// How long a worker polls for work before it sleeps, at most. Zero: it sleeps at once.
     pub poll_max: Duration,
-    /// The protocol features that are offered at most: without INFLIGHT_SHMFD, tests show that they would notice.
+    /// The protocol features that may be offered. Tests leave out INFLIGHT_SHMFD, to show that they would notice.
     pub protocol_features: VhostUserProtocolFeatures,
 }
 

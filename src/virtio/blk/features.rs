@@ -1,5 +1,5 @@
-//! What the device offers: virtio feature bits and the configuration space, both from (policy, geometry) in one
-//! place. QEMU masks what the back-end does not offer, so these bits decide what the guest believes about its cache.
+//! What the device offers: the virtio feature bits and the configuration space, both computed from the cache policy and the
+//! image's geometry. QEMU masks what the back-end does not offer, so these bits decide what the guest knows of its cache.
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
@@ -11,40 +11,40 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use crate::backend::Geometry;
 use crate::engine::CachePolicy;
 
-/// Bytes in a virtio sector, whatever the logical block size (virtio 1.3, 5.2.4).
+/// The length in bytes of a virtio sector, whatever the logical block size (virtio 1.3, 5.2.4).
 pub const SECTOR: u64 = 512;
 
-/// Longest segment offered (SIZE_MAX): what one contiguous piece of guest memory may carry.
+/// The longest segment offered (SIZE_MAX), in bytes.
 const SIZE_MAX: u32 = 4 << 20;
 
-/// Most data segments in a request, whatever the ring: Linux's IOV_MAX, less header and status.
+/// The most data segments offered for a request, whatever the ring's size: Linux's IOV_MAX, less header and status.
 const MAX_SEGMENTS: u32 = 1022;
 
-/// Segments offered when the ring's size is not known to be larger: QEMU's default ring of 128, less header and
-/// status. A driver without INDIRECT_DESC must fit a whole request into its ring.
-const USUAL_RING: u32 = 128;
+/// The ring size that the number of segments offered is computed from, unless rings are smaller: QEMU's default. A driver
+/// without INDIRECT_DESC must fit a whole request into its ring.
+const DEFAULT_RING_SIZE: u32 = 128;
 
-/// VHOST_USER_F_PROTOCOL_FEATURES: not a virtio feature, but it travels with them.
+/// VHOST_USER_F_PROTOCOL_FEATURES. No virtio feature, but it is sent with them.
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 
-/// VHOST_F_LOG_ALL: what we write to guest memory is logged, for a live migration. No virtio feature either; without it
-/// QEMU refuses to migrate or save the guest.
+/// VHOST_F_LOG_ALL: the server logs what it writes to guest memory, for a live migration. No virtio feature either. Without
+/// it QEMU refuses to migrate or save the guest.
 pub const LOG_ALL: u64 = 1 << 26;
 
-/// `true` if the bit is set in `features`.
+/// Whether the bit of this number is set in `features`.
 pub fn has(features: u64, bit: u32) -> bool {
     features & (1 << bit) != 0
 }
 
-/// Whether the driver can flush, given what it acknowledged.
+/// Whether a driver that acknowledged `acked` can flush.
 pub fn driver_can_flush(acked: u64) -> bool {
     has(acked, VIRTIO_BLK_F_FLUSH)
 }
 
 /// The feature bits offered to the front-end.
 ///
-/// FLUSH is offered exactly where the guest must see a write cache; CONFIG_WCE never, so that the guest cannot weaken
-/// the policy and there is nothing to lose when a restarted server no longer knows what the guest chose.
+/// FLUSH is offered exactly where the guest must see a write cache. CONFIG_WCE is never offered: so the guest cannot weaken
+/// the policy, and a restarted server need not know what the guest chose.
 pub fn offered(policy: CachePolicy, geometry: &Geometry) -> u64 {
     let mut bits = ALWAYS;
     if policy.guest_sees_write_cache() {
@@ -80,8 +80,8 @@ const ALWAYS: u64 = 1 << VIRTIO_F_VERSION_1
     | PROTOCOL_FEATURES;
 
 /// The bits that a front-end may acknowledge. More than [`offered`]: QEMU replays what the driver acknowledged before
-/// a reconnect, and the server may have come back with another cache mode or discard setting in between. All of these
-/// are served truthfully whether offered or not.
+/// a reconnect, and the server may have been restarted with another cache mode or discard setting. All of these bits are
+/// served truthfully, whether offered or not.
 pub fn acceptable() -> u64 {
     ALWAYS | 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_RO | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
 }
@@ -116,23 +116,24 @@ pub fn config_space(policy: CachePolicy, geometry: &Geometry, num_queues: u16, q
     space
 }
 
-/// The configuration space with another capacity: the image was resized.
+/// Returns the configuration space with the capacity of an image of `bytes`.
 pub fn with_capacity(mut space: [u8; 60], bytes: u64) -> [u8; 60] {
     space[..8].copy_from_slice(&(bytes / SECTOR).to_le_bytes());
     space
 }
 
-/// The longest range of a discard or write-zeroes, as the 32-bit sector count that the request carries.
+/// Converts the longest range of a discard or write-zeroes to the 32-bit number of sectors that a request carries.
 pub fn sectors(bytes: u64) -> u32 {
     u32::try_from(bytes / SECTOR).unwrap_or(u32::MAX)
 }
 
-/// seg_max of the configuration space. `queue_size` is the largest ring that a front-end may set up.
+/// The number of data segments offered for a request: seg_max of the configuration space. `queue_size` is the largest ring
+/// that a front-end may set up.
 pub(in crate::virtio) fn max_segments(queue_size: u16) -> u32 {
-    u32::from(queue_size).min(USUAL_RING).saturating_sub(2).clamp(1, MAX_SEGMENTS)
+    u32::from(queue_size).min(DEFAULT_RING_SIZE).saturating_sub(2).clamp(1, MAX_SEGMENTS)
 }
 
-/// Answers GET_CONFIG: exactly `size` bytes from `offset`, zeroes past the end of what we know. Some front-ends
+/// The reply to GET_CONFIG: exactly `size` bytes from `offset`, with zeroes past the end of `space`. Some front-ends
 /// (cloud-hypervisor) count from 0x100, where the space lies in the PCI legacy layout.
 pub fn read_config(space: &[u8], offset: u32, size: u32) -> Vec<u8> {
     let start = if offset >= 0x100 { offset - 0x100 } else { offset } as usize;
@@ -163,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn the_guest_sees_what_the_mode_promises() {
+    fn flush_is_offered_in_write_back_modes_only() {
         for mode in CacheMode::ALL {
             let bits = offered(mode.into(), &geometry());
             let write_back = matches!(mode, CacheMode::None | CacheMode::Writeback | CacheMode::Unsafe);
@@ -175,14 +176,14 @@ mod tests {
     }
 
     #[test]
-    fn read_only_offers_nothing_that_writes() {
+    fn a_read_only_image_offers_no_discard_and_no_write_zeroes() {
         let bits = offered(CacheMode::None.into(), &Geometry { read_only: true, ..geometry() });
         assert!(has(bits, VIRTIO_BLK_F_RO));
         assert!(!has(bits, VIRTIO_BLK_F_DISCARD) && !has(bits, VIRTIO_BLK_F_WRITE_ZEROES));
     }
 
     #[test]
-    fn the_config_space_is_in_the_specifications_units() {
+    fn the_configuration_space_is_in_the_units_of_the_specification() {
         let geometry = Geometry { logical_block: 4096, physical_block: 4096, ..geometry() };
         let space = config_space(CacheMode::None.into(), &geometry, 4, 64);
         let le32 = |at: usize| u32::from_le_bytes(space[at..at + 4].try_into().unwrap());

@@ -1,5 +1,5 @@
-//! Descriptor chain -> checked [`Request`], or the status that refuses it. Everything here comes from a hostile
-//! guest: no index, sum or cast goes unchecked, and nothing panics.
+//! Turns a descriptor chain into a checked [`Request`], or into the status that refuses it. Everything here comes from a
+//! guest that may be hostile: every index, sum and cast is checked, and nothing panics.
 
 use std::fmt;
 
@@ -24,24 +24,24 @@ pub const IOERR: Status = VIRTIO_BLK_S_IOERR as u8;
 /// VIRTIO_BLK_S_UNSUPP.
 pub const UNSUPP: Status = VIRTIO_BLK_S_UNSUPP as u8;
 
-/// Bytes of `struct virtio_blk_req` before the data.
+/// The length in bytes of `struct virtio_blk_req` before the data.
 const HEADER: usize = 16;
-/// Bytes of `struct virtio_blk_discard_write_zeroes`.
+/// The length in bytes of `struct virtio_blk_discard_write_zeroes`.
 const RANGE: usize = 16;
 /// The bit that old drivers set in a type for a barrier (virtio 0.9.5, VIRTIO_BLK_T_BARRIER). Barriers are not offered,
 /// and QEMU ignores the bit (virtio_blk_handle_request).
 const BARRIER: u32 = 1 << 31;
-/// The type by which old drivers flush (virtio 0.9.5, VIRTIO_BLK_T_FLUSH_OUT): a driver that is refused it believes that
-/// there is no cache and never flushes again.
+/// The type by which old drivers flush (virtio 0.9.5, VIRTIO_BLK_T_FLUSH_OUT). A driver to which it is refused takes the
+/// disk for one without a cache, and never flushes again.
 const FLUSH_OUT: u32 = VIRTIO_BLK_T_FLUSH | VIRTIO_BLK_T_OUT;
-/// GET_ID with the bit of the direction, which QEMU takes, too.
+/// GET_ID with the bit of the direction, which QEMU accepts too.
 const GET_ID_OUT: u32 = VIRTIO_BLK_T_GET_ID | VIRTIO_BLK_T_OUT;
-/// Bytes of the serial that GET_ID returns at most.
+/// How many bytes of the serial GET_ID returns at most.
 pub const ID_BYTES: usize = 20;
-/// More data segments than Linux takes in one vectored call (IOV_MAX) are refused.
+/// A request with more data segments than Linux takes in one vectored call (IOV_MAX) is refused.
 const MAX_SEGMENTS: usize = 1024;
 
-/// What the guest asks, checked against the image.
+/// What the guest requests, checked against the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BlkCommand {
     /// Read `len` bytes at byte `offset` into the data segments.
@@ -51,7 +51,7 @@ pub enum BlkCommand {
         /// Bytes.
         len: u32,
     },
-    /// Write the data segments.
+    /// Write the data segments at byte `offset`.
     Write {
         /// Byte offset.
         offset: u64,
@@ -60,41 +60,41 @@ pub enum BlkCommand {
     },
     /// Make acknowledged writes durable.
     Flush,
-    /// The serial.
+    /// Return the serial.
     GetId,
-    /// The range is no longer needed.
+    /// Discard a range: its content is no longer needed.
     Discard {
         /// Byte offset.
         offset: u64,
         /// Bytes.
         len: u64,
     },
-    /// The range becomes zero.
+    /// Fill a range with zeroes.
     WriteZeroes {
         /// Byte offset.
         offset: u64,
         /// Bytes.
         len: u64,
-        /// VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP.
+        /// VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP was set: the range may be deallocated.
         unmap: bool,
     },
 }
 
-/// A chain that can be answered: what to do (or the status that refuses it) and where the status byte goes. The data
+/// A chain that can be completed: what to do (or the status that refuses it), and where the status byte goes. The data
 /// segments stay in the [`Parser`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// The chain's head: the request's name in the ring.
+    /// The chain's head, which identifies the request in its virtqueue.
     pub head: u16,
-    /// Where the status byte goes.
+    /// The guest address of the status byte.
     pub status_at: GuestAddress,
-    /// Bytes that the device may write before the status byte.
+    /// How many bytes the device may write before the status byte.
     pub writable: u32,
-    /// What to do; `Err`: answer this status.
+    /// What to do. `Err`: complete the request with this status.
     pub command: Result<BlkCommand, Status>,
 }
 
-/// A chain without a place for the status byte, or with broken descriptors: it can only be returned unanswered.
+/// A chain without a place for the status byte, or with broken descriptors. It can only be returned without a status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Malformed {
     /// The chain's head.
@@ -130,22 +130,23 @@ impl fmt::Display for ChainFault {
     }
 }
 
-/// Segments that a parser keeps room for between requests.
-const KEPT_SEGMENTS: usize = 2 * MAX_SEGMENTS;
+/// How many segments a parser has room for between requests.
+const SPARE_SEGMENTS: usize = 2 * MAX_SEGMENTS;
 
-/// Takes chains apart. Keeps its lists between requests, so that parsing allocates nothing; but not those of a chain
-/// that no driver would make, of which each ring might have been sent one.
+/// Parses chains. It reuses its lists for the next request, so that parsing allocates nothing. It frees the lists of a chain
+/// that no driver would make, because each ring of a hostile guest could have sent one.
 #[derive(Default)]
 pub struct Parser {
+    /// How many descriptors were read so far.
     walked: u64,
     readable: Vec<Segment>,
-    /// Readable segments that are used up: the header was in them.
+    /// How many readable segments are used up, because the header was in them.
     used_up: usize,
     writable: Vec<Segment>,
 }
 
 impl Parser {
-    /// The data segments of the request parsed last: where the data of a read goes or of a write comes from.
+    /// The data segments of the request that was parsed last: where the data of a read goes, or that of a write comes from.
     pub fn data(&self, command: &BlkCommand) -> &[Segment] {
         match command {
             BlkCommand::Write { .. } => self.readable(),
@@ -157,13 +158,14 @@ impl Parser {
         &self.readable[self.used_up..]
     }
 
-    /// Descriptors looked at so far. A guest chooses how many a request has, up to 98,302 (all but one of the largest
-    /// ring, and an indirect table of 65,535): what a worker does between two looks at its commands is counted in these.
+    /// How many descriptors were read so far. A guest chooses how many a request has, up to 98,302 (all but one of the
+    /// largest ring, and an indirect table of 65,535). A worker limits by this number what it does between two checks of its
+    /// commands.
     pub fn walked(&self) -> u64 {
         self.walked
     }
 
-    /// Parses one chain. Called by the ring's worker.
+    /// Parses one chain. Called by the virtqueue's worker.
     pub fn parse(
         &mut self,
         memory: &GuestMemory,
@@ -180,12 +182,12 @@ impl Parser {
         Ok(Request { head, status_at, writable, command })
     }
 
-    /// Sorts the descriptors into readable and writable ones (virtio 1.3, 2.7.4.2: readable ones come first; 2.7.5.2: no more
-    /// than 4 GiB in all).
+    /// Collects the readable and the writable segments (virtio 1.3, 2.7.4.2: readable ones come first; 2.7.5.2: no more than
+    /// 4 GiB in all).
     fn collect(&mut self, descriptors: impl Iterator<Item = Descriptor>) -> Result<(), ChainFault> {
         for list in [&mut self.readable, &mut self.writable] {
             list.clear();
-            list.shrink_to(KEPT_SEGMENTS);
+            list.shrink_to(SPARE_SEGMENTS);
         }
         self.used_up = 0;
         let mut more = true;
@@ -203,24 +205,24 @@ impl Parser {
                 return Err(ChainFault::ReadableBehindWritable);
             }
         }
-        // The iterator ends without a word at a bad address, a loop or a bad indirect table.
+        // The iterator ends early at a bad address, a loop or a bad indirect table.
         if more { Err(ChainFault::Broken) } else { Ok(()) }
     }
 
-    /// Cuts sixteen bytes off the front of the readable segments and copies them. `None`: there are fewer, or some lie
+    /// Cuts sixteen bytes off the front of the readable segments and returns them. `None`: there are fewer, or some lie
     /// outside the guest's memory.
     fn take_sixteen(&mut self, memory: &GuestMemory) -> Option<[u8; 16]> {
         let &(address, len) = self.readable().first()?;
         if len != 16 {
-            return self.take_pieces(memory);
+            return self.take_sixteen_in_pieces(memory);
         }
         self.used_up += 1;
         memory.read_sixteen(address).ok()
     }
 
-    /// The same where they are not a segment of their own.
+    /// Does the same as [`Parser::take_sixteen`] where the sixteen bytes are no segment of their own.
     #[cold]
-    fn take_pieces(&mut self, memory: &GuestMemory) -> Option<[u8; 16]> {
+    fn take_sixteen_in_pieces(&mut self, memory: &GuestMemory) -> Option<[u8; 16]> {
         let mut bytes = [0; 16];
         let mut done = 0;
         while done < bytes.len() {
@@ -277,8 +279,8 @@ impl Parser {
         Ok(BlkCommand::WriteZeroes { offset, len, unmap: unmap && geometry.zeroes_may_unmap })
     }
 
-    /// The one range of a discard or write-zeroes: byte offset, bytes, unmap flag. More than one range was not offered
-    /// (max_discard_seg is 1).
+    /// The range of a discard or write-zeroes: byte offset, length in bytes, unmap flag. Several ranges in one request were
+    /// not offered (max_discard_seg is 1).
     fn range(&mut self, memory: &GuestMemory, geometry: &Geometry, max_bytes: u64) -> Result<(u64, u64, bool), Status> {
         match total(self.readable()) as usize {
             RANGE => {}
@@ -301,7 +303,7 @@ impl Parser {
     }
 }
 
-/// The byte range of a read or write.
+/// The byte offset and the length in bytes of a read or write.
 fn data_range(sector: u64, segments: &[Segment], geometry: &Geometry) -> Result<(u64, u32), Status> {
     if segments.len() > MAX_SEGMENTS {
         return Err(IOERR);
@@ -314,7 +316,7 @@ fn data_range(sector: u64, segments: &[Segment], geometry: &Geometry) -> Result<
 fn inside(sector: u64, len: u64, geometry: &Geometry) -> Result<u64, Status> {
     let offset = sector.checked_mul(SECTOR).ok_or(IOERR)?;
     let end = offset.checked_add(len).ok_or(IOERR)?;
-    // A power of two: a division would take longer than everything else here.
+    // The block is a power of two. A division would take longer than everything else here.
     let within_block = u64::from(geometry.logical_block) - 1;
     if end > geometry.size || (offset | len) & within_block != 0 {
         return Err(IOERR);
@@ -322,12 +324,13 @@ fn inside(sector: u64, len: u64, geometry: &Geometry) -> Result<u64, Status> {
     Ok(offset)
 }
 
-/// Bytes of segments of one chain, which has no more than fit.
+/// The length in bytes of segments of one chain. The sum fits, because the chain has no more than 4 GiB.
 fn total(segments: &[Segment]) -> u32 {
     segments.iter().map(|&(_, len)| len).sum()
 }
 
-/// Cuts the last byte off the writable segments: the status (virtio 1.3, 2.7.4: no framing may be assumed).
+/// Cuts the last byte off the writable segments and returns its address: the status byte (virtio 1.3, 2.7.4: no framing may
+/// be assumed).
 fn take_last_byte(segments: &mut Vec<Segment>) -> Option<GuestAddress> {
     loop {
         let (address, len) = segments.pop()?;
@@ -397,7 +400,7 @@ mod tests {
         memory.write_obj(flags, GuestAddress(DATA_AT + 12)).unwrap();
     }
 
-    /// Parses a chain of (address, length, flags without NEXT).
+    /// Parses a chain of descriptors, given as address, length, and flags without NEXT.
     fn parse_with(
         memory: &Arc<GuestMemoryMmap>,
         geometry: &Geometry,
@@ -427,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plain_read_and_a_plain_write() {
+    fn a_read_and_a_write_have_their_offset_and_their_data() {
         let memory = memory();
         put_header(&memory, VIRTIO_BLK_T_IN, 8);
         let parts = [(HEADER_AT, 16, 0), (DATA_AT, 1024, WRITE), (STATUS_AT, 1, WRITE)];
@@ -442,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn no_framing_is_assumed() {
+    fn header_and_status_may_share_descriptors_with_data() {
         let memory = memory();
         put_header(&memory, VIRTIO_BLK_T_OUT, 0);
         // The header in three pieces, the last of them also carrying data; then an empty descriptor and more data.
@@ -466,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_answered_is_malformed() {
+    fn a_chain_that_cannot_be_completed_is_malformed() {
         let memory = memory();
         put_header(&memory, VIRTIO_BLK_T_IN, 0);
         let cases: &[&[(u64, u32, u16)]] = &[
@@ -485,14 +488,14 @@ mod tests {
     }
 
     #[test]
-    fn a_loop_ends() {
+    fn a_chain_with_a_loop_is_malformed() {
         let memory = memory();
         put_header(&memory, VIRTIO_BLK_T_IN, 0);
         let mock = MockSplitQueue::new(&*memory, 16);
         let header = RawDescriptor::from(Descriptor::new(HEADER_AT, 16, NEXT, 1));
         let around = RawDescriptor::from(Descriptor::new(DATA_AT, 512, NEXT | WRITE, 1));
         mock.add_desc_chains(&[header, around], 0).unwrap();
-        // add_desc_chains ends the chain; bend its end back to itself.
+        // add_desc_chains ends the chain. Make its last descriptor point to itself.
         mock.desc_table().store(1, around).unwrap();
         let mut queue: Queue = mock.create_queue().unwrap();
         let chain = queue.iter(&*memory).unwrap().next().unwrap();
@@ -501,7 +504,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_of_65535_descriptors_leaves_no_memory_behind() {
+    fn the_lists_of_a_chain_of_65535_descriptors_are_freed() {
         let memory = memory();
         put_header(&memory, VIRTIO_BLK_T_IN, 0);
         let chain = |len: u16, flags: u16| {
@@ -520,12 +523,12 @@ mod tests {
         assert_eq!(parser.walked(), 2 * 65_535);
         let request = parser.parse(&mapped(&memory), 0, chain(3, WRITE), &geometry()).unwrap();
         assert_eq!(request.command, Ok(BlkCommand::Read { offset: 0, len: 512 }));
-        let kept = parser.readable.capacity() + parser.writable.capacity();
-        assert!(kept <= 2 * KEPT_SEGMENTS, "room for {kept} segments is kept");
+        let spare = parser.readable.capacity() + parser.writable.capacity();
+        assert!(spare <= 2 * SPARE_SEGMENTS, "there is room for {spare} segments");
     }
 
     #[test]
-    fn nothing_outside_the_image_is_touched() {
+    fn a_request_outside_the_image_is_refused() {
         let memory = memory();
         let last = geometry().size / SECTOR - 1;
         for (kind, flag) in [(VIRTIO_BLK_T_IN, WRITE), (VIRTIO_BLK_T_OUT, 0)] {
@@ -550,7 +553,7 @@ mod tests {
     }
 
     #[test]
-    fn a_larger_logical_block_is_kept() {
+    fn a_request_that_is_not_aligned_to_the_logical_block_is_refused() {
         let memory = memory();
         let geometry = Geometry { logical_block: 4096, ..geometry() };
         for (sector, len, fine) in [(8, 4096, true), (1, 4096, false), (8, 512, false)] {
@@ -562,7 +565,7 @@ mod tests {
     }
 
     #[test]
-    fn discard_and_write_zeroes() {
+    fn a_discard_and_a_write_zeroes_are_checked_against_their_limits() {
         let memory = memory();
         let parts = [(HEADER_AT, 16, 0), (DATA_AT, 16, 0), (STATUS_AT, 1, WRITE)];
         let ask = |kind, sector, count, flags, geometry: &Geometry| {
@@ -577,8 +580,11 @@ mod tests {
         assert_eq!(ask(zeroes, 8, 8, 2, &plain), Err(UNSUPP), "reserved flag");
         assert_eq!(ask(zeroes, 2047, 2, 0, &plain), Err(IOERR), "past the end");
         assert_eq!(ask(zeroes, u64::MAX, u32::MAX, 0, &plain), Err(IOERR));
-        let kept = Geometry { zeroes_may_unmap: false, ..plain };
-        assert_eq!(ask(zeroes, 0, 8, 1, &kept), Ok(BlkCommand::WriteZeroes { offset: 0, len: 4096, unmap: false }));
+        let allocated = Geometry { zeroes_may_unmap: false, ..plain };
+        assert_eq!(
+            ask(zeroes, 0, 8, 1, &allocated),
+            Ok(BlkCommand::WriteZeroes { offset: 0, len: 4096, unmap: false })
+        );
         let short = RangeLimits { max_bytes: 512, granularity: 512 };
         assert_eq!(ask(discard, 0, 2, 0, &Geometry { discard: Some(short), ..plain }), Err(IOERR), "over the limit");
         assert_eq!(ask(discard, 0, 8, 0, &Geometry { discard: None, ..plain }), Err(UNSUPP));
@@ -592,7 +598,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rest() {
+    fn flush_and_get_id_are_parsed_and_unknown_types_are_unsupported() {
         let memory = memory();
         let parts = [(HEADER_AT, 16, 0), (DATA_AT, 20, WRITE), (STATUS_AT, 1, WRITE)];
         for (kind, command) in [
