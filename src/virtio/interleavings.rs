@@ -1,6 +1,5 @@
-//! A disk in many orders of its threads: a guest that writes and kicks, an operator who holds the disk and lets it go, a
-//! front-end that stops and starts the ring meanwhile, an upgrade that has it rest. All of it is what is served, but for
-//! the storage.
+//! Runs a disk in many orders of its threads: a guest that writes and kicks, an operator that holds and releases the disk, a
+//! front-end that stops and starts the ring meanwhile, an upgrade that pauses it. All but the storage is the real code.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -33,7 +32,7 @@ use crate::engine::CacheMode;
 
 const SIZE: u16 = 4;
 const WRITES: u16 = 3;
-/// Guest memory: the ring's parts, then header, data and status byte of the one request that is under way.
+/// Guest memory: the ring's parts, then header, data and status byte of the one request that is in flight.
 const MEMORY: u64 = 0x4000;
 const AVAIL: u64 = 0x1000;
 const USED: u64 = 0x2000;
@@ -43,7 +42,7 @@ const STATUS: u64 = 0x3100;
 const NEXT: u64 = 1 << 32;
 const WRITE: u64 = 2 << 32;
 
-/// What the front-end's thread has.
+/// What the thread of the front-end uses.
 struct FrontEnd {
     rings: Arc<Rings>,
     memory: MemoryTable,
@@ -67,7 +66,7 @@ impl FrontEnd {
     }
 
     fn change(&mut self, change: impl FnOnce(&mut super::worker::stopped_ring::StoppedRing)) {
-        let around = RingContext {
+        let context = RingContext {
             rings: &self.rings,
             memory: &self.memory,
             activation: &self.activation,
@@ -77,7 +76,7 @@ impl FrontEnd {
             serial: &Arc::new([0; ID_BYTES]),
             max_segments: 1,
         };
-        self.queue.change(&around, change);
+        self.queue.change(&context, change);
     }
 
     fn start(&mut self) {
@@ -89,7 +88,7 @@ impl FrontEnd {
     }
 }
 
-/// Writes one sector after the other, each when the one before is answered.
+/// Writes one sector after the other, each when the one before is completed.
 fn guest(memory: &GuestMemoryMmap, kick: &Bell) {
     let put = |value: u64, at: u64| memory.write_obj(value, GuestAddress(at)).unwrap();
     let parts = [(HEADER, 16 | NEXT), (DATA, 512 | NEXT), (STATUS, 1 | WRITE)];
@@ -105,11 +104,11 @@ fn guest(memory: &GuestMemoryMmap, kick: &Bell) {
         memory.write_obj(0u16, GuestAddress(AVAIL + 4 + u64::from((number - 1) % SIZE) * 2)).unwrap();
         memory.write_obj(number, GuestAddress(AVAIL + 2)).unwrap();
         thread::yield_now();
-        // As a driver does: not while the device says that it looks by itself (VIRTQ_USED_F_NO_NOTIFY).
+        // A driver does not kick while the device says that it polls (VIRTQ_USED_F_NO_NOTIFY).
         if memory.read_obj::<u16>(GuestAddress(USED)).unwrap() & 1 == 0 {
             kick.ring();
         }
-        while answered(memory) != number {
+        while completed(memory) != number {
             thread::yield_now();
         }
         assert_eq!(memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(), OK);
@@ -117,11 +116,11 @@ fn guest(memory: &GuestMemoryMmap, kick: &Bell) {
 }
 
 /// The used ring's index.
-fn answered(memory: &GuestMemoryMmap) -> u16 {
+fn completed(memory: &GuestMemoryMmap) -> u16 {
     memory.read_obj(GuestAddress(USED + 2)).unwrap()
 }
 
-/// Holds the disk; returns when that is settled.
+/// Holds the disk. Returns when the hold has settled.
 fn hold(rings: &Arc<Rings>, events: &Events, wanted: u64) {
     rings.close_gate(wanted);
     let settled = |event: &Event| matches!(event, Event::HoldSettled { epoch, result: Ok(_) } if *epoch == wanted);
@@ -133,20 +132,20 @@ fn hold(rings: &Arc<Rings>, events: &Events, wanted: u64) {
     }
 }
 
-/// Holds the disk twice; while it is held nothing is answered.
+/// Holds the disk twice, and checks that no write completes while it is held.
 fn operator(rings: &Arc<Rings>, events: &Events, memory: &GuestMemoryMmap) {
     for epoch in 1..=2 {
         hold(rings, events, epoch);
-        let before = answered(memory);
+        let before = completed(memory);
         for _ in 0..10 {
             thread::yield_now();
         }
-        assert_eq!(answered(memory), before, "a write was answered while the disk was held");
+        assert_eq!(completed(memory), before, "a write completed while the disk was held");
         rings.open_gate();
     }
 }
 
-/// `poll_max`: how long a worker looks for work. Any time is long enough for some steps of the others.
+/// A disk. `poll_max`: how long its workers poll. Any time is long enough for some steps of the other threads.
 fn disk(poll_max: Duration) -> (Arc<Rings>, Arc<Events>) {
     disk_on(Arc::new(null()), poll_max)
 }
@@ -162,7 +161,7 @@ fn disk_on(backend: Arc<dyn Backend>, poll_max: Duration) -> (Arc<Rings>, Arc<Ev
     (rings, events)
 }
 
-/// A ring that stops just when a hold begins may have taken its last command, and is waited for no longer.
+/// A ring that stops just when a hold begins may have obeyed its last command. The hold must not wait for it.
 fn stop_under_a_hold() {
     let (rings, events) = disk(Duration::ZERO);
     let mut front_end = FrontEnd::new(rings.clone());
@@ -173,7 +172,7 @@ fn stop_under_a_hold() {
     operator.join().unwrap();
 }
 
-/// An image that other hosts have while we do not.
+/// An image that other hosts may use while this process has not claimed it.
 struct SharedImage {
     disk: NullBackend,
     ours: AtomicBool,
@@ -185,7 +184,7 @@ impl Backend for SharedImage {
     }
 
     fn open_queue(&self, depth: usize) -> std::io::Result<Box<dyn IoQueue>> {
-        assert!(self.ours.load(SeqCst), "a ring runs on another's image");
+        assert!(self.ours.load(SeqCst), "a ring runs on an image that is not claimed");
         self.disk.open_queue(depth)
     }
 
@@ -211,12 +210,12 @@ impl Backend for SharedImage {
     }
 
     fn deactivate(&self) {
-        assert!(self.ours.swap(false, SeqCst), "given free twice");
+        assert!(self.ours.swap(false, SeqCst), "released twice");
     }
 }
 
-/// A guest that comes and goes while an operator holds the disk and lets it go: what is held is ours, and what nobody uses
-/// is not.
+/// A guest comes and goes while an operator holds and releases the disk. The image is claimed while the disk is held, and
+/// released when it has no user.
 fn image_that_others_want() {
     let image = Arc::new(SharedImage { disk: null(), ours: AtomicBool::new(false) });
     let (rings, events) = disk_on(image.clone(), Duration::ZERO);
@@ -238,14 +237,14 @@ fn image_that_others_want() {
         front_end.activation.release(&rings);
     }
     operator.join().unwrap();
-    // Threads of holds that ended give it back.
+    // The threads of holds that ended release the image.
     while image.ours.load(SeqCst) {
         thread::yield_now();
     }
 }
 
-/// Nothing wakes the worker but the guest.
-fn ring_that_is_looked_at() {
+/// A worker that polls, and that only the guest wakes.
+fn polled_ring() {
     let (rings, _events) = disk(Duration::from_nanos(1));
     let mut front_end = FrontEnd::new(rings.clone());
     let (kick, memory) = (front_end.kick.clone(), front_end.memory.pin());
@@ -254,7 +253,7 @@ fn ring_that_is_looked_at() {
     front_end.queue.pause(&rings, StopMode::Final);
 }
 
-/// `meanwhile`: what the front-end's thread does while the guest writes and the operator holds.
+/// A disk whose guest writes while an operator holds it. `meanwhile`: what the thread of the front-end does in that time.
 fn disk_under_holds(poll_max: Duration, meanwhile: impl FnOnce(&mut FrontEnd, &GuestMemoryMmap)) {
     let (rings, events) = disk(poll_max);
     let mut front_end = FrontEnd::new(rings.clone());
@@ -278,38 +277,38 @@ fn restarts(front_end: &mut FrontEnd, _: &GuestMemoryMmap) {
     }
 }
 
-/// Upgrades in place that come to nothing: the first is refused while the ring rests, the second loses its patience, the
-/// third stops the ring, which then starts again.
-fn rests(front_end: &mut FrontEnd, memory: &GuestMemoryMmap) {
+/// Upgrades in place that are abandoned: the first while the ring is paused, the second before the ring has paused, the
+/// third after the ring has stopped, which then starts again.
+fn pauses(front_end: &mut FrontEnd, memory: &GuestMemoryMmap) {
     for upgrade in 1..=3 {
         thread::yield_now();
-        let rests = front_end.queue.ask_to_pause().expect("it runs");
+        let pause = front_end.queue.ask_to_pause().expect("it runs");
         if upgrade != 2 {
-            rests.recv().expect("it comes to rest");
-            let before = answered(memory);
+            pause.recv().expect("it pauses");
+            let before = completed(memory);
             for _ in 0..10 {
                 thread::yield_now();
             }
-            assert_eq!(answered(memory), before, "a write was answered while the ring was at rest");
+            assert_eq!(completed(memory), before, "a write completed while the ring was paused");
         }
         if upgrade == 3 {
             front_end.change(|_| ());
         }
-        // As of a ring that has just begun, or did not rest, too.
-        front_end.queue.ask_to_resume().expect("it runs").recv().expect("it goes on");
+        // This command also goes to a ring that has just started, or did not pause.
+        front_end.queue.ask_to_resume().expect("it runs").recv().expect("it resumes");
     }
 }
 
 #[test]
-fn every_write_is_answered_and_every_hold_settles() {
+fn every_write_completes_and_every_hold_settles() {
     use Mutant::*;
     let sleeping = || disk_under_holds(Duration::ZERO, restarts);
     holds(sleeping, &[RingsFirst, OneCommandAWake, JoinsOpen, GateStaysOpen, ResumeMissed]);
 }
 
 #[test]
-fn a_worker_that_looks_for_work_misses_none() {
-    holds(ring_that_is_looked_at, &[Mutant::SleepsUnlooking]);
+fn a_polling_worker_misses_no_request() {
+    holds(polled_ring, &[Mutant::SleepsUnlooking]);
     holds(|| disk_under_holds(Duration::from_nanos(1), restarts), &[]);
 }
 
@@ -319,13 +318,13 @@ fn a_hold_does_not_wait_for_a_ring_that_stopped() {
 }
 
 #[test]
-fn an_image_is_ours_while_it_is_held_and_no_longer_than_it_is_used() {
+fn an_image_is_claimed_while_it_is_held_and_no_longer_than_it_is_used() {
     holds(image_that_others_want, &[Mutant::GivesHeldImage, Mutant::KeepsImage]);
 }
 
 #[test]
-fn a_ring_that_is_asked_to_rest_does_so_and_misses_nothing() {
+fn a_ring_that_is_asked_to_pause_does_so_and_misses_nothing() {
     use Mutant::*;
-    holds(|| disk_under_holds(Duration::ZERO, rests), &[RestsInName, RestsTooLate, OneCommandAWake]);
-    holds(|| disk_under_holds(Duration::from_nanos(1), rests), &[]);
+    holds(|| disk_under_holds(Duration::ZERO, pauses), &[RestsInName, RestsTooLate, OneCommandAWake]);
+    holds(|| disk_under_holds(Duration::from_nanos(1), pauses), &[]);
 }

@@ -75,11 +75,11 @@ fn a_guest_outlives_every_kill_of_its_server() {
         // At another moment each time.
         std::thread::sleep(Duration::from_millis(u64::from(kill * 37 % 60)));
         owed += u32::from(world.server().total("in-flight") > 0);
-        done_again += u32::from(world.server().log().contains("are done again"));
+        done_again += u32::from(world.server().log().contains("are resubmitted"));
         world.kill();
     }
     assert!(world.goes_on(guest::PATIENCE));
-    done_again += u32::from(world.server().log().contains("are done again"));
+    done_again += u32::from(world.server().log().contains("are resubmitted"));
     assert!(done_again > kills() / 2, "only {done_again} of {} servers had to do anything again", kills());
     world.vm.go();
     let sum = world.vm.until_asked("compare");

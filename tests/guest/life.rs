@@ -79,7 +79,7 @@ fn memory_is_plugged_in_and_out_under_load() {
         wait_until("requests are in flight", || server.total("in-flight") > 2);
         server = server.kill_and_start(&image, CacheMode::None, &LATE);
         writes_on(&server);
-        done_again += usize::from(server.log().contains("are done again"));
+        done_again += usize::from(server.log().contains("are resubmitted"));
         for dimm in ["a", "b"] {
             unplug(&mut monitor, dimm);
             monitor.execute("object-del", json!({"id": format!("memory-{dimm}")}));
@@ -180,7 +180,7 @@ impl Life {
         same_to_guest_and_host(&mut self.vm, "/dev/vda", &self.image, 2 * ledger::SIZE);
         assert_eq!(self.server().total("errors"), 0);
         let log = self.server().log();
-        assert!(!log.contains("are done again"), "what an earlier guest had asked for was done to this one:\n{log}");
+        assert!(!log.contains("are resubmitted"), "what an earlier guest had asked for was done to this one:\n{log}");
     }
 }
 
@@ -214,11 +214,11 @@ fn a_guest_that_is_reset_finds_what_it_kept() {
     life.monitor.execute("system_reset", json!({}));
     life.kill(|_| ());
     life.check();
-    // Without a reset the same requests are done again: so they were there.
+    // Without a reset the same requests are resubmitted: so they were there.
     life.load();
     life.kill(|_| ());
     life.go_on(3);
-    assert!(life.server().log().contains("are done again"), "nothing was in flight when the server died");
+    assert!(life.server().log().contains("are resubmitted"), "nothing was in flight when the server died");
     life.vm.sh("touch /tmp/stop-reading; close_ledgers");
     tell(
         "seven resets under load, one of a held disk, three with a dead server: what was flushed was there, nothing was done again",

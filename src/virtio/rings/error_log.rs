@@ -1,4 +1,4 @@
-//! Errors that are worth showing: what the status keeps of them, and what the log gets.
+//! The errors of a disk: those that the status shows, and those that the log gets.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -8,38 +8,38 @@ use crate::disk::{Event, FailedRequest, LastError};
 
 /// The errors of one disk.
 pub(in crate::virtio) struct ErrorLog {
-    last_errors: VecDeque<Remembered>,
+    last_errors: VecDeque<StoredError>,
     /// Limits the lines of the disk's own errors, and of those that the guest or the front-end causes.
     log_limits: [RateLimiter; 2],
 }
 
 /// An error that status shows.
-struct Remembered {
-    /// The guest or the front-end provoked it.
+struct StoredError {
+    /// The guest or the front-end caused the error.
     by_guest: bool,
     error: LastError,
-    /// When it was last logged.
+    /// When the error was last logged.
     logged: Instant,
 }
 
 /// Whether an error is logged, and how.
 pub(in crate::virtio) struct LogLine {
     admitted: bool,
-    /// Lines left out before this one.
+    /// How many lines were left out before this one.
     suppressed: u64,
-    /// How often the error happened so far.
+    /// How often the error has happened.
     times: u64,
 }
 
-/// Errors shown in status.
-const LAST_ERRORS: usize = 8;
-/// Lines about errors at once, and in each [`LOG_PERIOD`] after that; the counters have them all.
+/// How many errors the status shows.
+const MAX_LAST_ERRORS: usize = 8;
+/// How many errors are logged at once, and in each [`LOG_PERIOD`] after that. The counters count all of them.
 const LOG_BURST: u32 = 10;
 const LOG_PERIOD: Duration = Duration::from_secs(10);
 /// How long repetitions of an error that the guest or the front-end caused are counted and not logged.
 const REPEAT_WINDOW: Duration = Duration::from_secs(60);
 
-/// An event in words, if it is an error.
+/// The text of an event that is an error; `None` for other events.
 pub(in crate::virtio) fn text(event: &Event) -> Option<String> {
     Some(match event {
         Event::IoError(FailedRequest { kind, ring, offset, len, errno }) => {
@@ -56,8 +56,8 @@ pub(in crate::virtio) fn text(event: &Event) -> Option<String> {
             oldest.as_secs()
         ),
         Event::IoStopped(FailedRequest { kind, ring, offset, len, errno }) => format!(
-            "ring {ring} stopped: {} of {len} bytes at {offset} failed: {}. It is kept from the guest: mend the \
-             cause, then 'virtioblkctl continue'",
+            "ring {ring} stopped: {} of {len} bytes at {offset} failed: {}. It is retained and not reported to the guest: fix \
+             the cause, then 'virtioblkctl continue'",
             kind.name(),
             std::io::Error::from_raw_os_error(errno.0)
         ),
@@ -66,13 +66,13 @@ pub(in crate::virtio) fn text(event: &Event) -> Option<String> {
 }
 
 impl ErrorLog {
-    /// Takes one in. `by_guest`: the guest or the front-end provoked it. The line is to be logged without the lock.
-    pub(in crate::virtio) fn take(&mut self, by_guest: bool, what: String) -> LogLine {
+    /// Adds an error, which the guest or the front-end caused if `by_guest`. The caller logs the line without the lock.
+    pub(in crate::virtio) fn add(&mut self, by_guest: bool, what: String) -> LogLine {
         let when = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         if by_guest && let Some(line) = self.repeat(&what, when) {
             return line;
         }
-        self.remember(by_guest, LastError { what, when, times: 1 });
+        self.store(by_guest, LastError { what, when, times: 1 });
         LogLine::admitted(&mut self.log_limits[usize::from(by_guest)])
     }
 
@@ -92,18 +92,19 @@ impl ErrorLog {
         Some(line)
     }
 
-    /// For the status, newest last.
+    /// The errors that the status shows, newest last.
     pub(in crate::virtio) fn last(&self) -> Vec<LastError> {
         self.last_errors.iter().map(|known| known.error.clone()).collect()
     }
 
-    /// Keeps an error for the status. What a guest provokes pushes out its own like, so that it cannot hide the rest.
-    fn remember(&mut self, by_guest: bool, error: LastError) {
-        if self.last_errors.len() == LAST_ERRORS {
-            let guests = self.last_errors.iter().position(|known| known.by_guest);
-            self.last_errors.remove(guests.unwrap_or(0));
+    /// Stores an error for the status. An error that the guest caused evicts only another such error, so a guest cannot flush
+    /// the host's errors from the list.
+    fn store(&mut self, by_guest: bool, error: LastError) {
+        if self.last_errors.len() == MAX_LAST_ERRORS {
+            let caused_by_guest = self.last_errors.iter().position(|known| known.by_guest);
+            self.last_errors.remove(caused_by_guest.unwrap_or(0));
         }
-        self.last_errors.push_back(Remembered { by_guest, error, logged: Instant::now() });
+        self.last_errors.push_back(StoredError { by_guest, error, logged: Instant::now() });
     }
 }
 

@@ -1,5 +1,5 @@
-//! The rings' part of an operator's hold: every worker blocks writes, drains and syncs, and who has no running ring syncs in
-//! a thread of its own.
+//! The rings' part in an operator's hold. Every worker blocks writes, drains and syncs. Where no ring runs, a thread of its
+//! own syncs.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -16,25 +16,31 @@ use crate::disk::{Event, HoldFigures};
 /// What one ring did for a hold.
 #[derive(Clone, Copy, Debug)]
 pub(in super::super) struct RingHoldStats {
+    /// How many writes were in flight when the gate closed.
     pub drained: u64,
+    /// How long they took to complete.
     pub drain: Duration,
+    /// How long the sync took after that.
     pub sync: Duration,
+    /// How many bytes the sync covered.
     pub bytes: u64,
+    /// The result of the sync.
     pub result: Result<(), Errno>,
 }
 
-/// A hold that is settling or settled.
+/// An operator's hold, from its start to its end.
 pub(super) struct Hold {
     pub(super) epoch: u64,
+    /// The rings whose workers have not settled the hold.
     pub(super) waiting: BTreeSet<u32>,
-    /// Some ring left without a sync after its last write, or none was there: sync once more at the end.
+    /// A ring stopped without a sync after its last write, or no ring ran: sync once more at the end.
     pub(super) needs_sync: bool,
     pub(super) figures: HoldFigures,
     pub(super) error: Option<Errno>,
 }
 
 impl Rings {
-    /// [`crate::disk::Disk::close_gate`].
+    /// Carries out [`crate::disk::Disk::close_gate`].
     pub(super) fn begin_hold(self: &Arc<Self>, epoch: u64) {
         let mut state = self.lock();
         let waiting: BTreeSet<u32> = state.running.keys().copied().collect();
@@ -46,7 +52,7 @@ impl Rings {
         self.settle_if_complete(&mut state);
     }
 
-    /// [`crate::disk::Disk::open_gate`].
+    /// Carries out [`crate::disk::Disk::open_gate`].
     pub(super) fn end_hold(self: &Arc<Self>) {
         let mut state = self.lock();
         if state.hold.take().is_none() {
@@ -55,29 +61,29 @@ impl Rings {
         for mailbox in state.running.values() {
             mailbox.send(WorkerCommand::OpenGate);
         }
-        // The rings that were there may have gone and left the image to the hold.
-        let left_alone = state.running.is_empty() && state.syncing.is_none();
+        // The rings may have stopped meanwhile, which left the image to the hold.
+        let hold_has_image = state.running.is_empty() && state.syncing.is_none();
         drop(state);
         #[cfg(all(test, feature = "model"))]
         if planted(Mutant::KeepsImage) {
             return;
         }
-        if left_alone {
+        if hold_has_image {
             let rings = self.clone();
-            // Not here: to give an image back may take its time.
-            let thread = thread::Builder::new().name("hold-end".into()).spawn(move || rings.no_hold_claims());
+            // Not in this thread: releasing an image may take a while.
+            let thread = thread::Builder::new().name("hold-end".into()).spawn(move || rings.release_for_hold());
             if let Err(error) = thread {
                 log_limited!(
                     COMMAND_LOG,
                     Warn,
                     "no thread to give the image back in ({error}): done by the control thread"
                 );
-                self.no_hold_claims();
+                self.release_for_hold();
             }
         }
     }
 
-    /// A worker's answer to [`WorkerCommand::CloseGate`]. A sync that failed was reported when it came back.
+    /// Takes a worker's result of [`WorkerCommand::CloseGate`]. A sync that failed was reported when it completed.
     pub(in super::super) fn ring_settled(self: &Arc<Self>, index: u32, epoch: u64, ring: RingHoldStats) {
         let mut state = self.lock();
         let Some(hold) = state.hold.as_mut().filter(|hold| hold.epoch == epoch) else { return };
@@ -101,7 +107,7 @@ impl Rings {
         }
         if hold.needs_sync && hold.error.is_none() {
             let epoch = hold.epoch;
-            // One such thread at a time: a medium that hangs must not collect threads. The one that runs looks for a
+            // One such thread at a time, because threads must not pile up on storage that hangs. The thread checks for a
             // newer hold when it ends.
             if state.syncing.is_none() {
                 match self.spawn_sync() {
@@ -126,8 +132,8 @@ impl Rings {
         let rings = self.clone();
         let work = move || {
             rings.sync_for_holds();
-            // The hold may have ended before the image was ours.
-            rings.no_hold_claims();
+            // The hold may have ended before the image was claimed.
+            rings.release_for_hold();
         };
         thread::Builder::new().name("hold-sync".into()).spawn(work).map(drop)
     }
@@ -135,7 +141,7 @@ impl Rings {
     fn sync_for_holds(self: &Arc<Self>) {
         loop {
             let start = Instant::now();
-            let claimed = self.claim.for_hold(&*self.backend);
+            let claimed = self.image_users.claim_for_hold(&*self.backend);
             let result = match &claimed {
                 Ok(()) => self.backend.sync(),
                 Err(_) => Ok(()),
@@ -166,7 +172,7 @@ impl Rings {
         }
     }
 
-    fn no_hold_claims(&self) {
-        self.claim.no_hold(&*self.backend, || self.lock().hold.is_some());
+    fn release_for_hold(&self) {
+        self.image_users.release_hold(&*self.backend, || self.lock().hold.is_some());
     }
 }

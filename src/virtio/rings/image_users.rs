@@ -1,8 +1,9 @@
-//! Who of this daemon uses the image: a front-end's rings, an operator's hold. [`Backend::activate`] before the first of
-//! them, [`Backend::deactivate`] after the last.
+//! What in this daemon uses the image: a front-end's rings, an operator's hold. [`Backend::activate`] comes before the first
+//! of them, [`Backend::deactivate`] after the last.
 //!
-//! A hold needs it, too. A guest that moves to another host while its disk is held here would go on there, and a hold of a
-//! disk whose guest is elsewhere would hold nobody: either way a snapshot would be of an image that changes.
+//! A hold needs the image too. A guest that moves to another host while its disk is held here would otherwise continue
+//! there, and a hold of a disk whose guest is elsewhere would not stop that guest. Either way a snapshot would be of an image
+//! that changes.
 //!
 //! [`Backend::activate`]: crate::backend::Backend::activate
 //! [`Backend::deactivate`]: crate::backend::Backend::deactivate
@@ -12,19 +13,21 @@ use std::io;
 use crate::backend::Backend;
 use crate::base::sync::Mutex;
 
-/// The image's users. Calls may block as long as the back-end does.
+/// The users of the image. Calls may block as long as the back-end does.
 #[derive(Default)]
 pub(in crate::virtio) struct ImageUsers(Mutex<Users>);
 
 #[derive(Default)]
 struct Users {
+    /// The image is claimed.
     active: bool,
+    /// Rings have claimed the image.
     rings: bool,
 }
 
 impl ImageUsers {
-    /// Rings are about to run. The vhost-user thread.
-    pub(in crate::virtio) fn for_rings(&self, backend: &dyn Backend) -> io::Result<()> {
+    /// Claims the image for rings that are about to run. Called by the vhost-user thread.
+    pub(in crate::virtio) fn claim_for_rings(&self, backend: &dyn Backend) -> io::Result<()> {
         let mut users = self.0.lock().expect("no panic while held");
         if !users.rings {
             backend.activate()?;
@@ -33,15 +36,17 @@ impl ImageUsers {
         Ok(())
     }
 
-    /// No ring is to run. `held`: whether a hold is on, asked when nobody else can come or go. The vhost-user thread.
-    pub(in crate::virtio) fn no_rings(&self, backend: &dyn Backend, held: impl FnOnce() -> bool) {
+    /// Ends the rings' claim. `held` says whether a hold is on; it is called while no claim can change. Called by the
+    /// vhost-user thread.
+    pub(in crate::virtio) fn release_rings(&self, backend: &dyn Backend, held: impl FnOnce() -> bool) {
         let mut users = self.0.lock().expect("no panic while held");
         users.rings = false;
-        users.give_up(backend, held);
+        users.release_if_unused(backend, held);
     }
 
-    /// A hold is on and no ring runs. A thread of the hold's, which calls [`ImageUsers::no_hold`] if the hold has ended by now.
-    pub(in crate::virtio) fn for_hold(&self, backend: &dyn Backend) -> io::Result<()> {
+    /// Claims the image for a hold while no ring runs. Called by a thread of the hold, which calls
+    /// [`ImageUsers::release_hold`] if the hold has ended by then.
+    pub(in crate::virtio) fn claim_for_hold(&self, backend: &dyn Backend) -> io::Result<()> {
         let mut users = self.0.lock().expect("no panic while held");
         if !users.active {
             users.active = backend.activate_for_hold()?;
@@ -49,14 +54,14 @@ impl ImageUsers {
         Ok(())
     }
 
-    /// A hold has ended, unless `held`: another one is on. A thread of the hold's.
-    pub(in crate::virtio) fn no_hold(&self, backend: &dyn Backend, held: impl FnOnce() -> bool) {
-        self.0.lock().expect("no panic while held").give_up(backend, held);
+    /// Ends the claim of a hold, unless `held` says that another hold is on. Called by a thread of the hold.
+    pub(in crate::virtio) fn release_hold(&self, backend: &dyn Backend, held: impl FnOnce() -> bool) {
+        self.0.lock().expect("no panic while held").release_if_unused(backend, held);
     }
 }
 
 impl Users {
-    fn give_up(&mut self, backend: &dyn Backend, held: impl FnOnce() -> bool) {
+    fn release_if_unused(&mut self, backend: &dyn Backend, held: impl FnOnce() -> bool) {
         if self.active && !self.rings && !held() {
             backend.deactivate();
             self.active = false;

@@ -1,4 +1,4 @@
-//! What outlives a ring and a connection: the counters, the operator's hold over all rings, and what status shows.
+//! What outlives a ring and a session: the counters, the operator's hold over all rings, the errors, the status.
 
 pub(super) mod capacity;
 pub(super) mod command;
@@ -35,22 +35,23 @@ use error_log::ErrorLog;
 use image_users::ImageUsers;
 use stall_watch::CallWatch;
 
-/// What one ring keeps of failed requests.
+/// The failed requests that one ring retains.
 pub(super) struct RetainedRequests {
-    /// The one that stopped it: the first change, if there is one.
+    /// The request that stopped the ring: the first change, or the first request if none is a change.
     pub first: FailedRequest,
+    /// How many requests are retained.
     pub requests: u64,
 }
 
-/// All rings of one disk. Shared by the handler, the workers and, as a [`Disk`], the control thread.
+/// All rings of one disk. The handler, the workers and, as a [`Disk`], the control thread share it.
 pub struct Rings {
     backend: Arc<dyn Backend>,
     events: Arc<Events>,
     mode: CacheMode,
     tuning: Tuning,
     capacity: Capacity,
-    claim: ImageUsers,
-    /// [`Disk::resize`] is under way.
+    image_users: ImageUsers,
+    /// A [`Disk::resize`] is running.
     resizing: AtomicBool,
     call_watch: CallWatch,
     state: Mutex<State>,
@@ -61,26 +62,26 @@ struct State {
     running: BTreeMap<u32, Mailbox>,
     counters: BTreeMap<u32, Arc<RingCounters>>,
     hold: Option<Hold>,
-    /// The thread that syncs where no ring does is running, for the hold of this epoch.
+    /// The epoch of the hold that a thread syncs for, because no ring does. `None`: there is no such thread.
     syncing: Option<u64>,
-    /// By ring.
+    /// The retained requests of each ring that has some.
     retained: BTreeMap<u32, RetainedRequests>,
     connected: bool,
     acked_features: Option<u64>,
-    /// Why the back-end does not let us use the image, while rings wait for it.
+    /// Why the back-end refuses the image, while rings wait for it.
     refused: Option<String>,
     errors: ErrorLog,
 }
 
-/// How to share a guest's memory with us.
+/// How an operator shares a guest's memory with virtioblkd.
 pub(super) const SHARE_MEMORY: &str = "QEMU: use -object memory-backend-memfd,id=mem,size=SIZE,share=on and -machine \
      memory-backend=mem; libvirt: <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>";
 
-/// Storage that does not answer in this time hangs; the control thread waits no longer.
+/// How long the control thread waits for the storage. Storage that takes longer hangs.
 const STORAGE_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Rings {
-    /// For a disk on `backend` in this mode; what happens goes to `events`.
+    /// The rings of a disk on `backend` in this mode. `events` gets what happens.
     pub fn new(backend: Arc<dyn Backend>, mode: CacheMode, events: Arc<Events>, tuning: Tuning) -> Arc<Self> {
         let capacity = Capacity::new(backend.geometry().size);
         Arc::new(Rings {
@@ -89,7 +90,7 @@ impl Rings {
             mode,
             tuning,
             capacity,
-            claim: ImageUsers::default(),
+            image_users: ImageUsers::default(),
             resizing: AtomicBool::new(false),
             call_watch: CallWatch::default(),
             state: Mutex::default(),
@@ -100,12 +101,12 @@ impl Rings {
         self.state.lock().expect("no panic while held")
     }
 
-    /// What every ring that ever ran has counted.
+    /// The figures of every ring that ever ran.
     pub(super) fn counts(&self) -> Vec<RingStatus> {
         self.lock().counters.iter().map(|(index, counters)| counters.status(*index)).collect()
     }
 
-    /// Goes on from what another process counted. Before any ring runs.
+    /// Continues what another process counted. Called before any ring runs.
     pub(super) fn resume_counts(&self, before: &[RingStatus]) {
         let mut state = self.lock();
         for ring in before {
@@ -113,23 +114,23 @@ impl Rings {
         }
     }
 
-    /// The policy of the configured mode.
+    /// The cache policy of the disk.
     pub(super) fn policy(&self) -> CachePolicy {
         self.mode.into()
     }
 
-    /// The image.
+    /// The back-end of the image.
     pub(super) fn backend(&self) -> &Arc<dyn Backend> {
         &self.backend
     }
 
-    /// What most leave as it is.
+    /// The options that most users leave at their defaults.
     pub(super) fn tuning(&self) -> &Tuning {
         &self.tuning
     }
 
-    /// What a ring keeps of failed requests; `None`: nothing any more. Its worker. All at once: whoever reads in the status
-    /// that requests are kept can have them tried again.
+    /// Sets what a ring retains; `None`: nothing. Called by its worker. The counter and the list change together, so a
+    /// client that reads in the status that requests are retained can have them retried.
     pub(super) fn set_retained(&self, index: u32, retained: Option<RetainedRequests>) {
         let mut state = self.lock();
         if let Some(counters) = state.counters.get(&index) {
@@ -141,10 +142,10 @@ impl Rings {
         };
     }
 
-    /// Has every ring with requests in flight look for stalled ones: its worker sleeps until one is answered, and would
-    /// not look by itself. And every ring that had some, which may have nothing in flight by now, and every ring that was
-    /// kicked and is empty. Called now and then by a thread of the connection's.
-    pub(super) fn look_for_stalls(&self) {
+    /// Has each worker that has requests in flight check them for stalls: it sleeps until one completes, and would not check
+    /// by itself. Each worker that had stalled requests checks too, though it may have nothing in flight by now, and so does
+    /// each worker that was kicked and found no request. Called now and then by the session's watch.
+    pub(super) fn check_stalls(&self) {
         let state = self.lock();
         for (index, mailbox) in &state.running {
             if state.counters.get(index).is_some_and(|counters| {
@@ -157,19 +158,19 @@ impl Rings {
         }
     }
 
-    /// Has another thread go on with each ring whose thread is in the same call as at the last look. Whether any ring made
-    /// calls since then. The connection's watch.
-    pub(super) fn look_at_calls(&self) -> bool {
+    /// Has another thread continue each ring whose thread is in the same call as at the last check. Returns whether any ring
+    /// made calls since then. Called by the session's watch.
+    pub(super) fn check_calls(&self) -> bool {
         let threads: Vec<_> = self.lock().running.values().map(Mailbox::threads).collect();
         threads.into_iter().filter(|threads| threads.clone().check_call()).count() > 0
     }
 
-    /// What wakes the connection's watch when a ring begins a call.
+    /// What wakes the session's watch when a ring begins a call.
     pub(super) fn call_watch(&self) -> &CallWatch {
         &self.call_watch
     }
 
-    /// A ring's thread begins a call that may block.
+    /// Notes that a ring's thread begins a call that may block.
     #[inline]
     pub(super) fn call_begins(&self) {
         self.call_watch.call_begins();
@@ -180,8 +181,8 @@ impl Rings {
         &self.capacity
     }
 
-    /// The image has `bytes` now: requests are checked against that from each ring's next batch on, and the front-end is
-    /// told. Any thread.
+    /// Sets the size of the image. Requests are checked against it from each ring's next batch on, and the front-end is
+    /// informed. Any thread.
     pub(super) fn resized(&self, bytes: u64) {
         let before = self.capacity.get();
         let bytes = bytes - bytes % u64::from(self.backend.geometry().logical_block);
@@ -196,10 +197,11 @@ impl Rings {
         self.capacity.announce();
     }
 
-    /// [`Disk::resize`], in a thread of its own: the control thread must not wait for storage that hangs. One at a time.
+    /// Carries out [`Disk::resize`] in a thread of its own, one at a time: the control thread must not wait for storage that
+    /// hangs.
     fn resize_in_thread(self: &Arc<Self>, grow_to: Option<u64>, shrink: bool) -> Result<u64, String> {
         if self.resizing.swap(true, Acquire) {
-            return Err("an earlier resize has not ended: the image's storage does not answer; mend it".into());
+            return Err("an earlier resize has not ended: the image's storage does not answer; fix it".into());
         }
         let (sender, result) = mpsc::sync_channel(1);
         let rings = self.clone();
@@ -209,7 +211,7 @@ impl Rings {
                 rings.resized(bytes);
             }
             rings.resizing.store(false, Release);
-            // Nobody waits any more for storage that hung.
+            // The control thread no longer waits if the storage hung.
             let _ = sender.send(result);
         };
         if let Err(error) = thread::Builder::new().name("resize".into()).spawn(work) {
@@ -217,17 +219,17 @@ impl Rings {
             return Err(format!("no thread to resize in: {error}; raise the limit on threads"));
         }
         result.recv_timeout(STORAGE_TIMEOUT).unwrap_or_else(|_| {
-            Err("the image's storage does not answer; once it does, the guest is told of the new size".into())
+            Err("the image's storage does not answer; once it does, the guest is informed of the new size".into())
         })
     }
 
-    /// Rings wait for the image, and why; or no longer. The vhost-user thread.
+    /// Reports why rings wait for the image, or that they no longer do. Called by the vhost-user thread.
     pub(super) fn image_refused(&self, why: Option<String>) {
         self.lock().refused = why;
         self.events.send(Event::ImageState(self.image_status()));
     }
 
-    /// The back-end's words, or that rings wait for the image.
+    /// The status of the image: the back-end's, unless rings wait for the image.
     fn image_status(&self) -> ImageStatus {
         let refused = self.lock().refused.clone();
         let mut status = self.backend.image_status();
@@ -237,8 +239,8 @@ impl Rings {
         status
     }
 
-    /// A ring starts. Returns its counters and, if writes are blocked, the hold's epoch: the worker then begins
-    /// blocked.
+    /// Adds a ring that starts. Returns its counters and, if a hold is on, the epoch of that: the worker then starts with
+    /// its gate closed.
     pub(super) fn ring_joined(&self, index: u32, mailbox: Mailbox) -> (Arc<RingCounters>, Option<u64>) {
         let mut state = self.lock();
         state.running.insert(index, mailbox);
@@ -252,7 +254,7 @@ impl Rings {
         (counters, state.hold.as_ref().map(|hold| hold.epoch))
     }
 
-    /// A ring has stopped, everything of it answered.
+    /// Removes a ring that has stopped.
     pub(super) fn ring_left(self: &Arc<Self>, index: u32) {
         let mut state = self.lock();
         state.running.remove(&index);
@@ -277,42 +279,44 @@ impl Rings {
         }
     }
 
-    /// Rings are about to run. Errors: the image is somebody else's. The vhost-user thread.
+    /// Claims the image for rings that are about to run. An error: the image is another's. Called by the vhost-user thread.
     pub(super) fn claim_for_rings(&self) -> std::io::Result<()> {
-        self.claim.for_rings(&*self.backend)
+        self.image_users.claim_for_rings(&*self.backend)
     }
 
-    /// No ring is to run, and what they acknowledged is synced. The vhost-user thread.
-    pub(super) fn no_rings_run(&self) {
+    /// Releases the image, unless a hold needs it. No ring is to run, and what rings acknowledged is synced. Called by the
+    /// vhost-user thread.
+    pub(super) fn release_for_rings(&self) {
         #[cfg(all(test, feature = "model"))]
         if planted(Mutant::GivesHeldImage) {
-            return self.claim.no_rings(&*self.backend, || false);
+            return self.image_users.release_rings(&*self.backend, || false);
         }
-        self.claim.no_rings(&*self.backend, || self.lock().hold.is_some());
+        self.image_users.release_rings(&*self.backend, || self.lock().hold.is_some());
     }
 
-    /// Makes acknowledged writes durable when a ring or the front-end goes (GET_VRING_BASE, disconnect), except in
-    /// `unsafe`: QEMU sends a vhost-user disk no flush of its own at `stop` or migration. The vhost-user thread.
+    /// Makes acknowledged writes durable when a ring is handed back or the front-end leaves (GET_VRING_BASE, disconnect),
+    /// except in `unsafe`. QEMU sends a vhost-user disk no flush of its own at `stop` or migration. Called by the vhost-user
+    /// thread.
     pub(super) fn sync_unless_ignored(&self) {
         if !self.policy().ignores_flush() {
-            // It is told of.
+            // `sync` reports the error.
             let _ = self.sync();
         }
     }
 
-    /// Makes acknowledged writes durable, in every mode. What fails is told of, too. A thread that may block.
+    /// Makes acknowledged writes durable, in every mode, and reports an error. Called by a thread that may block.
     pub(super) fn sync(&self) -> std::io::Result<()> {
         self.backend.sync().inspect_err(|error| self.report(Event::SyncError(errno_of(error))))
     }
 
-    /// A front-end came.
+    /// A front-end has connected.
     pub(super) fn connected(&self) {
         self.capacity.connected();
         self.lock().connected = true;
         self.events.send(Event::Connected);
     }
 
-    /// The front-end left.
+    /// The front-end has left.
     pub(super) fn disconnected(&self, why: &str) {
         self.capacity.disconnected();
         {
@@ -323,23 +327,24 @@ impl Rings {
         self.events.send(Event::Disconnected(why.to_owned()));
     }
 
-    /// The driver's features, or none after a reset.
+    /// Sets the features that the driver acknowledged; `None` after a reset.
     pub(super) fn negotiated(&self, acked: Option<u64>) {
         self.lock().acked_features = acked;
     }
 
-    /// Something went wrong: to the events, the status and (within a budget, for a guest can provoke it) the log.
+    /// Reports an event to the control thread and, if it is an error, to the status and the log. Errors are logged at a
+    /// limited rate, because a guest can cause them.
     pub(super) fn report(&self, event: Event) {
         let Some(text) = error_log::text(&event) else { return self.events.send(event) };
         let by_guest = matches!(event, Event::ProtocolError(_));
-        let line = self.lock().errors.take(by_guest, text.clone());
-        // Not under the lock: a log that nobody reads must not stop the control socket.
+        let line = self.lock().errors.add(by_guest, text.clone());
+        // Log without the lock: a log that is not read must not stop the control socket.
         line.log(&text);
         self.events.send(event);
     }
 }
 
-/// The error number of an I/O error; EIO where it has none.
+/// The error number of an I/O error; EIO if it has none.
 pub(super) fn errno_of(error: &std::io::Error) -> Errno {
     Errno(error.raw_os_error().unwrap_or(libc::EIO))
 }

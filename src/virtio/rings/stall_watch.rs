@@ -1,5 +1,5 @@
-//! One thread a connection watches for what hangs: requests that are in flight for too long, and calls of a ring's thread
-//! that do not return. Where no ring makes calls it sleeps for as long as the requests allow.
+//! Watches one session for what hangs, in a thread of its own: requests that are in flight for too long, and calls of a
+//! ring's thread that do not return. While no ring makes calls, the thread wakes up only for the requests.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -11,25 +11,25 @@ use std::time::{Duration, Instant};
 use super::Rings;
 use crate::base::rate_limit::{FRONT_END_LOG, log_limited};
 
-/// Between two looks at the rings' calls: one that is found twice has not returned for at least this long.
+/// How often the rings' calls are checked. A call that is found twice has not returned for at least this long.
 const CALLS_INTERVAL: Duration = Duration::from_millis(250);
 
 /// How the rings wake the watch when they begin to make calls.
 #[derive(Default)]
 pub(in crate::virtio) struct CallWatch {
-    /// It does not look at calls.
+    /// The watch does not check calls.
     sleeps: AtomicBool,
-    /// To a watch, if there is one.
+    /// Wakes the watch, if there is one.
     wake: Mutex<Option<mpsc::Sender<()>>>,
 }
 
 impl CallWatch {
-    /// A ring's thread begins a call: costs a look at one variable, but for the first call in a while.
+    /// Notes that a ring's thread begins a call. This reads one variable, and wakes the watch for the first call in a while.
     ///
-    /// No fence stands between the caller's note that it is in a call and this look; one would cost every call. So the
-    /// processor may look first, while the watch goes to sleep and does not see the note yet: then neither wakes the
-    /// other. The watch looks at all calls after each of its sleeps, whoever ends them, so such a call is found after
-    /// at most a quarter of `stall_after` instead of [`CALLS_INTERVAL`], and is handled from then on as any other.
+    /// There is no fence between the caller's own record of the call and this read; a fence would cost every call. So the
+    /// processor may read first, while the watch goes to sleep and does not see the record yet: then neither wakes the
+    /// other. The watch checks all calls after each of its sleeps. So such a call is found after at most a quarter of
+    /// `stall_after` instead of [`CALLS_INTERVAL`], and is handled from then on as any other.
     #[inline]
     pub(in crate::virtio) fn call_begins(&self) {
         if self.sleeps.load(Relaxed) {
@@ -42,7 +42,7 @@ impl CallWatch {
         if self.sleeps.swap(false, SeqCst)
             && let Some(wake) = &*self.wake.lock().expect("no panic while held")
         {
-            // One that has just ended looks no more.
+            // A watch that has just ended checks nothing.
             let _ = wake.send(());
         }
     }
@@ -52,19 +52,18 @@ impl CallWatch {
     }
 }
 
-/// Of one connection, which it does not outlive.
+/// The watch of one session, until it is dropped.
 pub(in crate::virtio) struct Watch {
     rings: Arc<Rings>,
-    until: Option<mpsc::Sender<()>>,
+    stop: Option<mpsc::Sender<()>>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Watch {
-    /// Watches until the value returned is dropped, in a thread of its own: the vhost-user thread may itself wait for a ring
-    /// to stop.
+    /// Starts a watch. It has a thread of its own, because the vhost-user thread may itself wait for a ring to stop.
     pub(in crate::virtio) fn start(rings: &Arc<Rings>) -> Watch {
-        let (until, woken) = mpsc::channel();
-        rings.call_watch().set(Some(until.clone()));
+        let (stop, woken) = mpsc::channel();
+        rings.call_watch().set(Some(stop.clone()));
         let work = {
             let rings = rings.clone();
             move || watch(&rings, &woken)
@@ -77,17 +76,17 @@ impl Watch {
                 "no thread to watch for I/O that hangs: {error}; raise the limit on threads"
             )
         });
-        Watch { rings: rings.clone(), until: Some(until), thread: thread.ok() }
+        Watch { rings: rings.clone(), stop: Some(stop), thread: thread.ok() }
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        // Both senders: then the thread ends.
+        // The thread ends when both senders are gone.
         self.rings.call_watch().set(None);
-        drop(self.until.take());
+        drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // A panic has told of itself, and where we are unwinding another would hide the first.
+            // A panic of the thread was logged. During an unwind another panic would hide the first.
             let _ = thread.join();
         }
     }
@@ -100,17 +99,18 @@ fn watch(rings: &Rings, woken: &mpsc::Receiver<()>) {
     loop {
         if !calls {
             rings.call_watch().sleeps.store(true, SeqCst);
-            // One that began just before this has woken nobody. See `call_begins` for one that is not seen here either.
-            calls = rings.look_at_calls();
+            // A call that began just before this did not wake the watch. [`CallWatch::call_begins`] describes one that
+            // this check does not see either.
+            calls = rings.check_calls();
         }
         let timeout = if calls { CALLS_INTERVAL.min(interval) } else { interval };
         if woken.recv_timeout(timeout) == Err(RecvTimeoutError::Disconnected) {
             return;
         }
-        calls = rings.look_at_calls();
+        calls = rings.check_calls();
         if last.elapsed() >= interval {
             last = Instant::now();
-            rings.look_for_stalls();
+            rings.check_stalls();
         }
     }
 }

@@ -1,9 +1,10 @@
-//! The dirty log of a live migration (LOG_SHMFD, VHOST_F_LOG_ALL): a bit a page of guest memory that we wrote to, so that
-//! the front-end sends the page again. io_uring writes behind vm-memory's back, so pages are marked by hand, after they
-//! were written and before the guest can see that: what a read stored, the status byte, the used ring.
+//! The dirty log of a live migration (LOG_SHMFD, VHOST_F_LOG_ALL): one bit for each page of guest memory. The server sets it
+//! after it has written to the page, and the front-end then sends the page again. vm-memory does not see what io_uring
+//! writes, so workers mark pages themselves, before the guest can see the completion: the data of a read, the status byte,
+//! the used ring.
 //!
-//! A ring's worker has the log, or none, for as long as it runs: to switch it, the rings are stopped and started, so
-//! that no request is half logged. Without a log it costs one branch a request.
+//! A worker has the log, or none, for as long as it runs. To switch the log, the rings are stopped and started, so no request
+//! is logged in part. Without a log this costs one branch a request.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -17,29 +18,29 @@ use super::region::SharedRegion;
 use super::sigbus::SessionSocket;
 use crate::base::rate_limit::{FRONT_END_LOG, log_limited};
 
-/// Bytes of guest memory that a bit stands for (QEMU's VHOST_LOG_PAGE).
+/// How many bytes of guest memory a bit stands for (QEMU's VHOST_LOG_PAGE).
 const PAGE: u64 = 4096;
 
-/// The log, mapped. Shared by the handler and the workers.
+/// The mapped log. The handler and the workers share it.
 pub(in crate::virtio) struct DirtyLog {
     region: SharedRegion,
-    /// It was said that the log is too short.
-    told: AtomicBool,
+    /// It was logged that the log is too short.
+    warned: AtomicBool,
 }
 
 impl DirtyLog {
-    /// SET_LOG_BASE on the connection of `wire`.
-    pub(in crate::virtio) fn map(told: &VhostUserLog, file: File, wire: &Arc<SessionSocket>) -> Result<Self> {
-        let region = SharedRegion::map("dirty log", file, told.mmap_offset, told.mmap_size, wire)?;
-        Ok(DirtyLog { region, told: AtomicBool::new(false) })
+    /// Maps the log that SET_LOG_BASE describes, for the session of `socket`.
+    pub(in crate::virtio) fn map(log: &VhostUserLog, file: File, socket: &Arc<SessionSocket>) -> Result<Self> {
+        let region = SharedRegion::map("dirty log", file, log.mmap_offset, log.mmap_size, socket)?;
+        Ok(DirtyLog { region, warned: AtomicBool::new(false) })
     }
 
-    /// The memory.
-    pub(in crate::virtio) fn shared(&self) -> &SharedRegion {
+    /// The mapped region.
+    pub(in crate::virtio) fn region(&self) -> &SharedRegion {
         &self.region
     }
 
-    /// `len` bytes of guest memory from `at` on were written. Any worker.
+    /// Marks the pages of `len` bytes of guest memory from `at` on, which were written. Any worker may call this.
     pub(in crate::virtio) fn mark(&self, at: GuestAddress, len: u64) {
         if len == 0 {
             return;
@@ -47,10 +48,10 @@ impl DirtyLog {
         let last = at.0.saturating_add(len - 1) / PAGE;
         for page in at.0 / PAGE..=last {
             let byte = usize::try_from(page / 8).ok();
-            match byte.and_then(|byte| self.region.cell::<AtomicU8>(byte)) {
-                // The front-end takes bits with an atomic exchange; what we wrote to the page comes before the bit.
+            match byte.and_then(|byte| self.region.atomic::<AtomicU8>(byte)) {
+                // The front-end reads bits with an atomic exchange. The write to the page comes before the bit.
                 Some(byte) => drop(byte.fetch_or(1 << (page % 8), Ordering::SeqCst)),
-                _ if self.told.swap(true, Ordering::Relaxed) => return,
+                _ if self.warned.swap(true, Ordering::Relaxed) => return,
                 _ => {
                     log_limited!(
                         FRONT_END_LOG,
@@ -73,14 +74,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_page_that_is_touched_is_marked_and_no_other() {
-        let (wire, _peer) = SessionSocket::pair();
-        let map = |told: &VhostUserLog, file: &File| DirtyLog::map(told, file.try_clone().unwrap(), &wire);
+    fn exactly_the_pages_that_were_written_are_marked() {
+        let (socket, _peer) = SessionSocket::pair();
+        let map = |message: &VhostUserLog, file: &File| DirtyLog::map(message, file.try_clone().unwrap(), &socket);
         let file: File = memfd_create("log", MemfdFlags::CLOEXEC).unwrap().into();
         file.set_len(8192).unwrap();
-        let told = VhostUserLog { mmap_size: 16, mmap_offset: 4096 };
-        assert!(map(&VhostUserLog { mmap_size: 4097, ..told }, &file).is_err());
-        let log = map(&told, &file).unwrap();
+        let message = VhostUserLog { mmap_size: 16, mmap_offset: 4096 };
+        assert!(map(&VhostUserLog { mmap_size: 4097, ..message }, &file).is_err());
+        let log = map(&message, &file).unwrap();
         log.mark(GuestAddress(0), 0);
         log.mark(GuestAddress(4095), 1);
         log.mark(GuestAddress(3 * 4096 - 1), 2);

@@ -1,5 +1,5 @@
 //! Memory that the front-end shares with this process by descriptor. Every access is checked, and memory that the
-//! front-end takes away ends only its own connection.
+//! front-end takes away ends only its own session.
 //!
 //! | file | what |
 //! |---|---|

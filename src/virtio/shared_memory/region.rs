@@ -1,4 +1,4 @@
-//! Memory that the front-end shares for its own bookkeeping: the in-flight region, the dirty log.
+//! Maps memory that the front-end shares besides the guest's memory: the in-flight region, the dirty log.
 
 use std::fs::File;
 use std::io;
@@ -16,22 +16,23 @@ use crate::upgrade::session_state;
 /// HUGETLBFS_MAGIC (linux/magic.h).
 const HUGETLBFS: u32 = 0x9584_58f6;
 
-/// Such memory, mapped. Only atomics of it are handed out, for the front-end writes to it, too.
+/// A mapped region. It is accessed by atomics only, because the front-end writes to it too.
 pub(in crate::virtio) struct SharedRegion {
-    /// Dropped before what it watches is unmapped.
-    _watched: GuardedMapping,
+    /// Dropped before the region is unmapped.
+    _guard: GuardedMapping,
     region: MmapRegion,
 }
 
 impl SharedRegion {
-    /// Maps `len` bytes at `offset` of a file that the front-end handed over; `what` names it in the log. Refused: what
-    /// lies behind the end of the file. One that is cut later ends the connection of `wire`. The vhost-user thread.
+    /// Maps `len` bytes at `offset` of a file that the front-end sent. `what` names the region in the log. Refuses a range
+    /// behind the end of the file. A file that is truncated later ends the session of `socket`. Called by the vhost-user
+    /// thread.
     pub(in crate::virtio) fn map(
         what: &str,
         file: File,
         offset: u64,
         len: u64,
-        wire: &Arc<SessionSocket>,
+        socket: &Arc<SessionSocket>,
     ) -> Result<Self> {
         let refuse = |why: String| {
             log_limited!(FRONT_END_LOG, Error, "the front-end's {what}: {why}");
@@ -46,25 +47,26 @@ impl SharedRegion {
         let len = usize::try_from(len).map_err(|_| Error::InvalidParam)?;
         let region =
             MmapRegion::from_file(FileOffset::new(file, offset), len).map_err(|error| refuse(error.to_string()))?;
-        Ok(SharedRegion { _watched: GuardedMapping::new(region.as_ptr(), region.size(), wire), region })
+        Ok(SharedRegion { _guard: GuardedMapping::new(region.as_ptr(), region.size(), socket), region })
     }
 
-    /// What another process needs to map the same.
+    /// What another process needs to map the same region.
     pub(in crate::virtio) fn record(&self, descriptors: &mut Descriptors) -> io::Result<session_state::RegionState> {
         let source = self.region.file_offset().expect("it was mapped from a file");
         let file = descriptors.add_copy(source.file())?;
         Ok(session_state::RegionState { offset: source.start(), len: self.region.size() as u64, file })
     }
 
-    /// The atomic at byte `at`. `None`: it is not aligned, or lies outside. Any thread.
+    /// The atomic at byte `at`. `None`: it is not aligned, or lies outside. Any thread may call this.
     #[inline]
-    pub(in crate::virtio) fn cell<A: AtomicInteger>(&self, at: usize) -> Option<&A> {
+    pub(in crate::virtio) fn atomic<A: AtomicInteger>(&self, at: usize) -> Option<&A> {
         self.region.get_atomic_ref(at).ok()
     }
 }
 
-/// Whether `len` bytes of `file` can be mapped and covered again ([`super::sigbus`]): huge pages only whole, for the
-/// kernel maps more than it was asked for otherwise, and takes back nothing. `Err`: what is wrong.
+/// Checks that `len` bytes of `file` can be mapped, and be covered with zeroes later ([`super::sigbus`]). Only whole huge
+/// pages can: for a part of one the kernel maps more than it was asked for, and cannot unmap it in part. `Err` says what is
+/// wrong.
 pub(in crate::virtio) fn whole_pages(file: &File, len: u64) -> std::result::Result<(), String> {
     let found = fstatfs(file).map_err(|error| format!("fstatfs(2) of its file failed: {error}"))?;
     let page = found.f_bsize as u64;

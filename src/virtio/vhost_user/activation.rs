@@ -1,11 +1,11 @@
-//! Whether the image is ours to use: [`Backend::activate`] before the first ring runs, [`Backend::deactivate`] after the
-//! last one has stopped for good, or after the operator's hold that outlasts it ([`crate::virtio::rings::image_users`]). Pauses (a change of
-//! the memory table, a ring set up anew) keep it.
+//! Claims the image for a session: [`Backend::activate`] before the first ring runs, and [`Backend::deactivate`] after the
+//! last one has stopped for good, or after the operator's hold that outlasts it ([`crate::virtio::rings::image_users`]).
+//! The claim outlives pauses (a change of the memory table, a ring set up anew).
 //!
-//! An image that cannot be had (another host holds its lock) keeps the rings from running, and the guest waits. Status
-//! and an event say so, and the vhost-user thread tries again every [`RETRY_INTERVAL`] until it succeeds or the front-end stops
-//! the rings: whatever front-end it is, the guest goes on by itself once the image is free. To run the ring and fail
-//! its requests instead would cost the guest its filesystem for what passes by itself, such as a migration's hand-over.
+//! When the image is refused (another host holds its lock), the rings do not run, and the guest waits. Status and an event
+//! say so. The vhost-user thread retries every [`RETRY_INTERVAL`] until it succeeds or the front-end stops the rings. So the
+//! guest continues by itself once the image is free, with any front-end. To run the rings and fail their requests would cost
+//! the guest its file system for something temporary, such as the hand-over of a migration.
 //!
 //! [`Backend::activate`]: crate::backend::Backend::activate
 //! [`Backend::deactivate`]: crate::backend::Backend::deactivate
@@ -16,20 +16,20 @@ use std::time::Duration;
 use crate::base::rate_limit::{FRONT_END_LOG, log_limited};
 use crate::virtio::rings::Rings;
 
-/// How long until a refused image is tried again.
+/// How long until a refused image is claimed again.
 pub(in crate::virtio) const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// One connection's claim to the image. Owned by the handler; the vhost-user thread.
+/// One session's claim to the image. The handler owns it.
 #[derive(Default)]
 pub(in crate::virtio) struct Activation {
     active: Cell<bool>,
-    /// Why it was refused last; told once for each cause.
+    /// Why the image was refused last. Each reason is reported once.
     refused: RefCell<Option<String>>,
 }
 
 impl Activation {
-    /// Claims the image for a ring that is about to run, if that was not done. `false`: it is refused, and the ring must
-    /// not run. Blocks as long as the back-end does.
+    /// Claims the image for a ring that is about to run, unless the session has it. Returns `false` when it is refused: then
+    /// the ring must not run. Blocks as long as the back-end does.
     pub(in crate::virtio) fn claim(&self, rings: &Rings) -> bool {
         if self.active.get() {
             return true;
@@ -37,10 +37,15 @@ impl Activation {
         match rings.claim_for_rings() {
             Ok(()) => {
                 self.active.set(true);
-                // It may have grown while nobody used it.
+                // The image may have grown while this process did not use it.
                 rings.resized(rings.backend().geometry().size);
                 if self.refused.take().is_some() {
-                    log_limited!(FRONT_END_LOG, Info, "{} is ours now: the guest goes on", rings.backend().describe());
+                    log_limited!(
+                        FRONT_END_LOG,
+                        Info,
+                        "{} is claimed now: the guest continues",
+                        rings.backend().describe()
+                    );
                     rings.image_refused(None);
                 }
             }
@@ -50,7 +55,7 @@ impl Activation {
                     log_limited!(
                         FRONT_END_LOG,
                         Error,
-                        "the guest waits for its image, which is tried again every second: {why}"
+                        "the guest waits for its image, which is claimed again every second: {why}"
                     );
                     rings.image_refused(Some(why));
                 }
@@ -59,17 +64,17 @@ impl Activation {
         self.active.get()
     }
 
-    /// The last ring has stopped and what it acknowledged is synced: others may have the image.
+    /// Releases the image. The last ring has stopped, and what it acknowledged is synced.
     pub(in crate::virtio) fn release(&self, rings: &Rings) {
         if self.active.take() {
-            rings.no_rings_run();
+            rings.release_for_rings();
         }
         if self.refused.take().is_some() {
             rings.image_refused(None);
         }
     }
 
-    /// Rings wait for the image.
+    /// Whether rings wait for the image.
     pub(in crate::virtio) fn is_refused(&self) -> bool {
         self.refused.borrow().is_some()
     }

@@ -1,7 +1,6 @@
-//! The descriptors that a front-end hands over for a ring (kick, call, error) must be eventfds. Anything else can stop
-//! the ring's thread (a pipe that is full blocks whoever writes an interrupt to it) or keep it awake for ever (a regular
-//! file is always readable). Nor may they block: an eventfd whose counter is full stops whoever writes to it until
-//! somebody reads it.
+//! Checks the descriptors that a front-end sends for a ring (kick, call, error). They must be eventfds. Anything else can
+//! stop the ring's thread (writing an interrupt to a full pipe blocks) or keep it awake for ever (a regular file is always
+//! readable). Nor may they block: a write to an eventfd whose counter is full waits until the counter is read.
 
 use crate::base::rate_limit::{FRONT_END_LOG, log_limited};
 use std::fs::File;
@@ -10,10 +9,9 @@ use std::os::fd::{AsFd, AsRawFd};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat, readlink};
 use vhost::vhost_user::{Error, Result};
 
-/// Hands the descriptor back if it is an eventfd, and makes it one that does not block, as QEMU's own servers do
-/// (vmsg_unblock_fds). That is a property of the open file, so the front-end's changes too; and a front-end that changes
-/// it back and then fills the counter stops its ring's thread until it reads. `what` and `ring` name it in the log. Called
-/// by the handler.
+/// Returns the descriptor if it is an eventfd, and makes it non-blocking, as QEMU's own servers do (vmsg_unblock_fds). That
+/// is a property of the open file, so the front-end's descriptor changes too. A front-end that changes it back and then fills
+/// the counter stops its ring's thread until it reads the counter. `what` and `ring` name the descriptor in the log.
 pub(in crate::virtio) fn checked(fd: Option<File>, what: &str, ring: u8) -> Result<Option<File>> {
     if let Some(fd) = &fd
         && !is_eventfd(fd)
@@ -36,7 +34,7 @@ fn is_eventfd(fd: &impl AsFd) -> bool {
     let fd = fd.as_fd();
     match readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new()) {
         Ok(name) => name.as_bytes() == b"anon_inode:[eventfd]",
-        // A sandbox without procfs: whatever is a file, a pipe, a socket or a device has a type, an eventfd has none.
+        // In a sandbox without procfs: a file, a pipe, a socket and a device have a file type, and an eventfd has none.
         Err(_) => fstat(fd).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Unknown),
     }
 }
@@ -47,7 +45,7 @@ mod tests {
     use rustix::event::{EventfdFlags, eventfd};
 
     #[test]
-    fn an_eventfd_is_told_from_the_rest() {
+    fn only_an_eventfd_is_accepted_and_made_non_blocking() {
         assert!(is_eventfd(&eventfd(0, EventfdFlags::CLOEXEC).unwrap()));
         assert!(!is_eventfd(&tempfile::tempfile().unwrap()));
         assert!(!is_eventfd(&rustix::pipe::pipe().unwrap().1));

@@ -82,14 +82,14 @@ impl Handler {
         rings: Arc<Rings>,
         advertised: AdvertisedFeatures,
         limits: Arc<DeviceLimits>,
-        wire: Arc<SessionSocket>,
+        socket: Arc<SessionSocket>,
     ) -> Self {
         Handler {
             rings,
             advertised,
             limits,
             activation: Activation::default(),
-            memory: MemoryTable::new(wire),
+            memory: MemoryTable::new(socket),
             queues: Vec::new(),
             inflight: None,
             log: None,
@@ -413,7 +413,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             None => log_limited!(
                 FRONT_END_LOG,
                 Warn,
-                "the front-end's channel could not be looked at: it will not be told of a resize"
+                "the front-end's channel could not be duplicated: the front-end will not be informed of a resize"
             ),
         }
     }
@@ -454,8 +454,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     /// Maps what an earlier server left, or this one. The rings resubmit it when they start.
-    fn set_inflight_fd(&mut self, told: &VhostUserInflight, file: File) -> Result<()> {
-        let inflight = Inflight::map(told, file, self.memory.wire())?;
+    fn set_inflight_fd(&mut self, message: &VhostUserInflight, file: File) -> Result<()> {
+        let inflight = Inflight::map(message, file, self.memory.socket())?;
         self.change_all(|this| {
             this.inflight = Some(inflight);
             Ok(())
@@ -463,8 +463,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     /// Maps the dirty log of a live migration. QEMU sends another one when memory was added.
-    fn set_log_base(&mut self, told: &VhostUserLog, file: File) -> Result<()> {
-        let log = Arc::new(DirtyLog::map(told, file, self.memory.wire())?);
+    fn set_log_base(&mut self, message: &VhostUserLog, file: File) -> Result<()> {
+        let log = Arc::new(DirtyLog::map(message, file, self.memory.socket())?);
         self.change_all(|this| {
             this.log = Some(log);
             Ok(())

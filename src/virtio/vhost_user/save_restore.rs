@@ -118,10 +118,10 @@ impl Handler {
             None => None,
             Some(inflight) => {
                 let (rings, entries) = inflight.shape();
-                Some(Inflight { memory: inflight.shared().record(descriptors)?, rings, entries })
+                Some(Inflight { memory: inflight.region().record(descriptors)?, rings, entries })
             }
         };
-        let log = self.log.as_ref().map(|log| log.shared().record(descriptors)).transpose()?;
+        let log = self.log.as_ref().map(|log| log.region().record(descriptors)).transpose()?;
         let (channel, knows) = self.rings.capacity().record();
         let channel = channel?.map(|channel| descriptors.add(channel));
         let mut rings = Vec::new();
@@ -160,9 +160,9 @@ impl Handler {
             self.set_mem_table(&regions, files, None)?;
         }
         if let Some(Inflight { memory, rings, entries }) = record.inflight {
-            let told = VhostUserInflight::new(memory.len, memory.offset, rings, entries);
+            let message = VhostUserInflight::new(memory.len, memory.offset, rings, entries);
             let file = file(descriptors, memory.file)?;
-            self.set_inflight_fd(&told, file)?;
+            self.set_inflight_fd(&message, file)?;
         }
         if let Some(RegionState { offset, len, file: number }) = record.log {
             let file = file(descriptors, number)?;

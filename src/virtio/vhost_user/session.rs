@@ -25,7 +25,7 @@ pub(in crate::virtio) struct FrontEnd {
 /// One front-end's session, from its connection to its end. The vhost-user thread owns it.
 pub(in crate::virtio) struct Session {
     pub(in crate::virtio) front_end: FrontEnd,
-    wire: Arc<SessionSocket>,
+    socket: Arc<SessionSocket>,
     handler: Arc<Mutex<Handler>>,
     pub(in crate::virtio) requests: BackendReqHandler<Mutex<Handler>>,
 }
@@ -39,12 +39,12 @@ impl Session {
         front_end: FrontEnd,
         stream: UnixStream,
     ) -> std::io::Result<Self> {
-        let wire = SessionSocket::new(front_end.stream.try_clone()?.into())?;
+        let socket = SessionSocket::new(front_end.stream.try_clone()?.into())?;
         rings.connected();
-        let handler = Handler::new(rings, advertised, limits, wire.clone());
+        let handler = Handler::new(rings, advertised, limits, socket.clone());
         let handler = Arc::new(Mutex::new(handler));
         let requests = BackendReqHandler::from_stream(stream, handler.clone());
-        Ok(Session { front_end, wire, handler, requests })
+        Ok(Session { front_end, socket, handler, requests })
     }
 
     /// The handler of the front-end's messages.
@@ -55,7 +55,7 @@ impl Session {
     /// Why the session ends with this error of the message layer.
     pub(in crate::virtio) fn end(&self, error: Error) -> SessionEnd {
         match error {
-            _ if self.wire.vanished() => SessionEnd::MemoryTakenAway,
+            _ if self.socket.vanished() => SessionEnd::MemoryTakenAway,
             Error::SocketRetry(error) => SessionEnd::OutOfDescriptors(error),
             Error::Disconnected | Error::PartialMessage | Error::SocketBroken(_) => SessionEnd::Left,
             error => SessionEnd::ProtocolViolation(error),

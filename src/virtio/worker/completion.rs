@@ -68,11 +68,11 @@ impl Worker {
     /// Puts `head`, which was taken from this virtqueue, into the used ring.
     pub(super) fn publish(&mut self, head: u16, written: u32) {
         if let Some(inflight) = &mut self.setup.inflight {
-            inflight.answering(head);
+            inflight.completing(head);
         }
         self.ring.answer(head, written);
         if let Some(inflight) = &mut self.setup.inflight {
-            inflight.answered(head, self.ring.next_used());
+            inflight.completed(head, self.ring.next_used());
         }
         self.turn.completed = true;
     }
@@ -111,7 +111,7 @@ impl Worker {
         wanted
     }
 
-    /// Stops popping from a virtqueue that makes no sense. What is in flight still completes, and other virtqueues go on.
+    /// Stops popping from a virtqueue that the guest broke. What is in flight still completes, and other virtqueues are still served.
     #[cold]
     pub(super) fn break_ring(&mut self, why: impl Display) {
         if !self.broken {

@@ -15,7 +15,7 @@ pub(super) enum Lifecycle {
     Serving,
     /// The worker pops nothing new. When nothing is in flight, the virtqueue is paused and the sender gets a message.
     Pausing(Sender<()>),
-    /// Nothing is in flight, and the worker pops nothing until it is told to resume.
+    /// Nothing is in flight, and the worker pops nothing until [`super::WorkerCommand::Resume`].
     Paused,
     /// The worker pops nothing new, and ends when the virtqueue is drained as the mode requires.
     Stopping(StopMode),

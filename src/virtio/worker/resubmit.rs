@@ -11,7 +11,7 @@ impl Worker {
     /// used index for the ring's base after a lost connection). What was taken is those, and the requests in flight.
     ///
     /// `left`: heads that this process's own worker before this one left ([`Worker::take_unfinished`]). They are marked in
-    /// the in-flight region too, unless the front-end keeps no such region, or another one by now.
+    /// the in-flight region too, unless the front-end has no such region, or has sent another one since.
     pub(super) fn recover(&mut self, left: Vec<u16>) {
         let Some(inflight) = &mut self.setup.inflight else {
             self.requests.resubmit = left.into();
@@ -29,7 +29,7 @@ impl Worker {
                 let level = if left.is_empty() { log::Level::Info } else { log::Level::Debug };
                 let found = heads.len();
                 FRONT_END_LOG
-                    .log(level, format_args!("ring {index}: {found} requests that were not answered are done again"));
+                    .log(level, format_args!("ring {index}: {found} requests that were not completed are resubmitted"));
                 // The sum is at most the ring's size, which has 16 bits.
                 self.ring.set_next_available(used.wrapping_add(heads.len() as u16));
                 self.requests.resubmit = heads.into();

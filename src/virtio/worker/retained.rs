@@ -1,5 +1,5 @@
-//! Failed requests that are retained instead of completed ([`crate::engine::on_error`]): who is informed, how they are
-//! retried, and what becomes of them when the virtqueue stops.
+//! Failed requests that are retained instead of completed ([`crate::engine::on_error`]): how they are reported
+//! and retried, and what becomes of them when the virtqueue stops.
 //!
 //! A retained request stays marked as in flight. When the virtqueue only changes (memory, features, a dirty log), its next
 //! worker does the request again. So does the next server, which gets the marks from the front-end. A virtqueue that is
@@ -84,7 +84,7 @@ impl Worker {
         }
         if self.requests.stopped_by.take().is_some() {
             let ring = self.setup.index;
-            log::debug!("ring {ring}: {} requests are left to be done again", left.len());
+            log::debug!("ring {ring}: {} requests are left to be resubmitted", left.len());
             self.setup.rings.set_retained(ring, None);
             self.setup.rings.report(Event::IoContinued { ring });
         }

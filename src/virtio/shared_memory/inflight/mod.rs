@@ -1,19 +1,19 @@
-//! What a server that dies leaves to the next one: which requests it had taken and not answered (vhost-user's
-//! VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD, the split-ring layout of QEMU's docs/interop/vhost-user.rst).
+//! The in-flight region: which requests a server that died had taken and not completed (VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD
+//! of vhost-user, the split-ring layout of QEMU's docs/interop/vhost-user.rst).
 //!
-//! The front-end keeps the memory. Each ring has a header and an entry a descriptor. A head is marked when it is taken
-//! from the ring, and the mark goes when it is answered. A server can be killed between the steps of an answer, so the
-//! last head answered and the used index that counts it are kept too: where the guest's used ring has moved on and the
-//! copy has not, that head is answered. A process that is killed has made its stores in program order, so Release is all
-//! that is needed; the next one maps the memory after a few system calls.
+//! The front-end keeps the memory for the next server. Each ring has a header, and an entry for each descriptor. A head is
+//! marked when it is taken from the ring, and unmarked when it is completed. A server can be killed between the steps of a
+//! completion. So the region also has the last head completed and a copy of the used index that counts it: where the guest's
+//! used index is ahead of the copy, that head is completed. A killed process has made its stores in program order, so
+//! Release is sufficient; the next process maps the memory after several system calls.
 //!
-//! Whoever wrote it may have been anybody: every index is checked, and nothing outside the ring's part is touched.
+//! The content may come from any process: every index is checked, and nothing outside the ring's part is accessed.
 //!
-//! The number of entries that a front-end asks for says little about its rings. QEMU asks for its `queue-size`, and the
-//! 10.0.13 of Debian 13 gives every virtio device rings of 1024 whatever that says (virtio_add_queue; 11.1 ends this).
-//! The front-end sends back the number that it asked for, not the one in our reply (vhost_user_get_inflight_fd). So the
-//! entries asked for lie where every server looks for them, and behind all of them lie the rest, up to the largest ring
-//! that we allow: another server does not see those, and we recognise them by the mark before them.
+//! The number of entries that a front-end asks for says little about its rings. QEMU asks for its `queue-size`, but QEMU
+//! 10.0.13 of Debian 13 gives every virtio device rings of 1024 whatever that is (virtio_add_queue; 11.1 ends this). The
+//! front-end sends back the number that it asked for, and not the one in the reply (vhost_user_get_inflight_fd). So the
+//! entries asked for lie where every server expects them. Behind all of them lie further entries, up to the largest ring
+//! that is allowed. Other servers do not see those, and this one recognises them by a magic number before them.
 
 use std::fmt;
 use std::fs::File;
@@ -31,29 +31,32 @@ use super::region::SharedRegion;
 use super::sigbus::SessionSocket;
 use crate::base::rate_limit::{FRONT_END_LOG, log_limited};
 
-/// Header of a ring: features (u64), version, entries, last head answered, copy of the used index (u16 each).
+/// The length of the header of a ring: features (u64), version, number of entries, last head completed, copy of the used
+/// index (u16 each). Then the offsets of these fields.
 const HEADER: usize = 16;
 const FEATURES: usize = 0;
 const VERSION: usize = 8;
 const ENTRIES: usize = 10;
-const LAST: usize = 12;
-const USED: usize = 14;
-/// Entry of a descriptor: in flight (u8), then 5 bytes, the head answered before (u16), when it was taken (u64).
+const LAST_HEAD: usize = 12;
+const USED_INDEX: usize = 14;
+/// The length of the entry of a descriptor: in flight (u8), 5 unused bytes, the head completed before this one (u16), a
+/// number that orders heads by when they were taken (u64). Then the offsets of the last two.
 const ENTRY: usize = 16;
-const NEXT: usize = 6;
+const PREVIOUS_HEAD: usize = 6;
 const COUNTER: usize = 8;
-/// Rings begin at multiples of this; how is the back-end's affair.
+/// The parts of rings begin at multiples of this. vhost-user leaves the number to the back-end.
 const ALIGN: usize = 64;
-/// The only version there is.
+/// The only version of the layout.
 const VERSION_1: u16 = 1;
-/// What [`Inflight::create`] puts behind the entries asked for: the mark (u64), how many more each ring has (u16), the
-/// rest up to [`ALIGN`] unused. Then those of each ring.
-const MARK: u64 = u64::from_ne_bytes(*b"vblkmore");
+/// The magic number that [`Inflight::create`] puts behind the entries asked for (u64). Then comes the number of further
+/// entries of each ring (u16, at [`MORE`]), and at [`ALIGN`] the further entries of each ring.
+const MAGIC: u64 = u64::from_ne_bytes(*b"vblkmore");
 const MORE: usize = 8;
 
 /// The most descriptors that a ring can have (virtio 1.3, 2.7).
 pub(in crate::virtio) const MAX_ENTRIES: u16 = 32768;
 
+/// The length of a ring's part with this number of entries.
 fn stride(entries: u16) -> usize {
     (HEADER + ENTRY * usize::from(entries)).next_multiple_of(ALIGN)
 }
@@ -62,37 +65,40 @@ fn stride(entries: u16) -> usize {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Layout {
     rings: u16,
-    /// Entries of each ring where every server looks for them.
+    /// How many entries each ring has where every server expects them.
     entries: u16,
-    /// Entries of each ring behind all of those.
+    /// How many further entries each ring has behind all of those.
     more: u16,
 }
 
 impl Layout {
-    /// Where the mark is, if there are more entries.
-    fn mark_at(&self) -> usize {
+    /// The offset of the magic number, if there are further entries.
+    fn magic_at(&self) -> usize {
         stride(self.entries) * usize::from(self.rings)
     }
 
+    /// The offset of the further entries of a ring.
     fn more_at(&self, ring: usize) -> usize {
-        self.mark_at() + ALIGN + ENTRY * usize::from(self.more) * ring
+        self.magic_at() + ALIGN + ENTRY * usize::from(self.more) * ring
     }
 
     fn len(&self) -> usize {
-        if self.more == 0 { self.mark_at() } else { self.more_at(usize::from(self.rings)) }
+        if self.more == 0 { self.magic_at() } else { self.more_at(usize::from(self.rings)) }
     }
 
-    /// Finds out what `region`, of which the front-end says this, is.
+    /// The layout of `region`, which has so many bytes and of which the front-end says that it has `entries` for each of
+    /// `rings`.
     fn of(region: &SharedRegion, bytes: usize, rings: u16, entries: u16) -> Self {
         let plain = Layout { rings, entries, more: 0 };
-        let half = |at: usize| region.cell::<AtomicU16>(at).map_or(0, |cell| cell.load(Ordering::Relaxed));
-        let mark = region.cell::<AtomicU64>(plain.mark_at()).map_or(0, |cell| cell.load(Ordering::Relaxed));
-        let extended = Layout { more: half(plain.mark_at() + MORE), ..plain };
+        let half = |at: usize| region.atomic::<AtomicU16>(at).map_or(0, |cell| cell.load(Ordering::Relaxed));
+        let magic = region.atomic::<AtomicU64>(plain.magic_at()).map_or(0, |cell| cell.load(Ordering::Relaxed));
+        let extended = Layout { more: half(plain.magic_at() + MORE), ..plain };
         let total = usize::from(entries) + usize::from(extended.more);
-        if mark == MARK && extended.len() <= bytes && total <= usize::from(MAX_ENTRIES) {
+        if magic == MAGIC && extended.len() <= bytes && total <= usize::from(MAX_ENTRIES) {
             return extended;
         }
-        // Another server may have made it for larger rings than it was asked for: its headers say so (desc_num).
+        // Another server may have created the region for larger rings than the front-end asked for. Its headers say so
+        // (desc_num).
         let larger = Layout { entries: half(ENTRIES), ..plain };
         let agrees = |ring| [0, larger.entries].contains(&half(stride(larger.entries) * ring + ENTRIES));
         if (entries..=MAX_ENTRIES).contains(&larger.entries)
@@ -105,37 +111,37 @@ impl Layout {
     }
 }
 
-/// The in-flight region of one device, mapped. Owned by the handler.
+/// The mapped in-flight region of one device. The handler owns it.
 pub(in crate::virtio) struct Inflight {
     region: Arc<SharedRegion>,
-    /// What the front-end said of it: rings, and entries of each.
-    told: (u16, u16),
+    /// What the front-end says: the number of rings, and of entries of each.
+    shape: (u16, u16),
     layout: Layout,
-    /// A ring that does not fit was logged.
+    /// It was logged that a ring does not fit.
     warned: AtomicBool,
 }
 
 impl Inflight {
-    /// GET_INFLIGHT_FD: fresh memory for so many rings of so many descriptors, and of up to `largest`, sealed so that no
-    /// other process can cut it.
+    /// Creates a region for so many rings of `entries` descriptors, and of up to `largest` (GET_INFLIGHT_FD). It is sealed, so
+    /// that no process can truncate it.
     pub(in crate::virtio) fn create(rings: u16, entries: u16, largest: u16) -> io::Result<(VhostUserInflight, File)> {
         let layout = Layout { rings, entries, more: largest.saturating_sub(entries) };
         let file: File = memfd_create("in-flight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?.into();
         file.set_len(layout.len() as u64)?;
         if layout.more > 0 {
-            file.write_all_at(&MARK.to_ne_bytes(), layout.mark_at() as u64)?;
-            file.write_all_at(&layout.more.to_ne_bytes(), (layout.mark_at() + MORE) as u64)?;
+            file.write_all_at(&MAGIC.to_ne_bytes(), layout.magic_at() as u64)?;
+            file.write_all_at(&layout.more.to_ne_bytes(), (layout.magic_at() + MORE) as u64)?;
         }
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         Ok((VhostUserInflight::new(layout.len() as u64, 0, rings, entries), file))
     }
 
-    /// SET_INFLIGHT_FD on the connection of `wire`: what an earlier server left, or fresh memory.
-    pub(in crate::virtio) fn map(told: &VhostUserInflight, file: File, wire: &Arc<SessionSocket>) -> Result<Self> {
-        let (rings, entries) = (told.num_queues, told.queue_size);
+    /// Maps the region of SET_INFLIGHT_FD, for the session of `socket`: what an earlier server left, or a new region.
+    pub(in crate::virtio) fn map(message: &VhostUserInflight, file: File, socket: &Arc<SessionSocket>) -> Result<Self> {
+        let (rings, entries) = (message.num_queues, message.queue_size);
         let needed = (stride(entries) * usize::from(rings)) as u64;
-        if told.mmap_size < needed {
-            let has = told.mmap_size;
+        if message.mmap_size < needed {
+            let has = message.mmap_size;
             log_limited!(
                 FRONT_END_LOG,
                 Error,
@@ -143,26 +149,27 @@ impl Inflight {
             );
             return Err(Error::InvalidParam);
         }
-        let region = Arc::new(SharedRegion::map("in-flight region", file, told.mmap_offset, told.mmap_size, wire)?);
-        let bytes = usize::try_from(told.mmap_size).map_err(|_| Error::InvalidParam)?;
+        let region =
+            Arc::new(SharedRegion::map("in-flight region", file, message.mmap_offset, message.mmap_size, socket)?);
+        let bytes = usize::try_from(message.mmap_size).map_err(|_| Error::InvalidParam)?;
         let layout = Layout::of(&region, bytes, rings, entries);
-        Ok(Inflight { region, told: (rings, entries), layout, warned: AtomicBool::new(false) })
+        Ok(Inflight { region, shape: (rings, entries), layout, warned: AtomicBool::new(false) })
     }
 
-    /// What the front-end said of it: for how many rings it is, and of how many descriptors.
+    /// What the front-end says: for how many rings the region is, and of how many descriptors.
     pub(in crate::virtio) fn shape(&self) -> (u16, u16) {
-        self.told
+        self.shape
     }
 
-    /// The memory.
-    pub(in crate::virtio) fn shared(&self) -> &SharedRegion {
+    /// The mapped region.
+    pub(in crate::virtio) fn region(&self) -> &SharedRegion {
         &self.region
     }
 
-    /// The part of a ring of `size` descriptors; `used`: its used index. `None`: there is none, or too small a one, which
-    /// is logged once. Then the ring is served all the same, and not tracked: with some of its heads tracked the next
-    /// server would take the others for answered, and the guest would wait for them for ever. Those tracked earlier are
-    /// forgotten.
+    /// The part of a ring of `size` descriptors; `used`: its used index. `None`: the region has no part for the ring, or too
+    /// small a one, which is logged once. The ring is then served all the same, but not tracked. If only some of its heads
+    /// were tracked, the next server would take the others for completed, and the guest would wait for them for ever. Marks
+    /// from before are removed.
     pub(in crate::virtio) fn ring(&self, index: u32, size: u16, used: u16) -> Option<Tracker> {
         let Layout { rings, entries, more } = self.layout;
         let mut tracker = (index < u32::from(rings)).then(|| Tracker {
@@ -214,26 +221,26 @@ impl fmt::Display for InflightFault {
     }
 }
 
-/// The part of one running ring. Owned by its worker.
+/// The part of one running ring. The ring's worker owns it.
 pub(in crate::virtio) struct Tracker {
     region: Arc<SharedRegion>,
     at: usize,
-    /// Entries in the ring's own part.
+    /// How many entries the ring's own part has.
     entries: u16,
-    /// Where the entries of the heads from `entries` on are,
+    /// The offset of the further entries: those of the heads from `entries` on.
     more_at: usize,
-    /// and how many there are with them.
+    /// How many entries there are in all.
     all: u16,
-    /// Of the next head taken.
+    /// The number that the next head taken gets.
     counter: u64,
 }
 
 impl Tracker {
-    fn cell<A: AtomicInteger>(&self, offset: usize) -> &A {
-        self.region.cell(self.at + offset).expect("the region was checked to hold every ring's part")
+    fn atomic<A: AtomicInteger>(&self, offset: usize) -> &A {
+        self.region.atomic(self.at + offset).expect("the region was checked to hold every ring's part")
     }
 
-    /// A field of a head's entry. The worker takes no head that is not below the ring's size, nor does `recover`.
+    /// A field of a head's entry. The worker takes only heads below the ring's size, and so does `recover`.
     fn entry<A: AtomicInteger>(&self, head: u16, field: usize) -> &A {
         assert!(head < self.all, "heads were checked before");
         let at = if head < self.entries {
@@ -241,37 +248,37 @@ impl Tracker {
         } else {
             self.more_at + ENTRY * usize::from(head - self.entries)
         };
-        self.region.cell(at + field).expect("the region was checked to hold every ring's part")
+        self.region.atomic(at + field).expect("the region was checked to hold every ring's part")
     }
 
     fn half(&self, field: usize) -> &AtomicU16 {
-        self.cell(field)
+        self.atomic(field)
     }
 
     fn mark(&self, head: u16) -> &AtomicU8 {
         self.entry(head, 0)
     }
 
-    /// The heads that were taken and not answered, in the order in which they were taken; fresh memory has none. `used`:
-    /// the used index in the guest's memory; `outstanding`: requests that the driver waits for, by its two indices; `size`:
-    /// descriptors of the ring, which fits ([`Inflight::ring`]). Errors: what is wrong with the memory.
+    /// Returns the heads that were taken and not completed, in the order in which they were taken; a new region has none.
+    /// `used`: the used index in the guest's memory; `outstanding`: how many requests the driver waits for, by its two
+    /// indices; `size`: the number of descriptors of the ring, which fits ([`Inflight::ring`]).
     ///
-    /// A front-end gives a driver that was reset fresh memory. One that does not would have the next driver's memory
-    /// written by what the earlier one asked for: a driver is owed no more than it waits for.
+    /// After a reset of the driver, a front-end sends a new region. If one does not, requests of the earlier driver could
+    /// write the next driver's memory. So no more requests are recovered than the driver waits for.
     pub(in crate::virtio) fn recover(
         &mut self,
         used: u16,
         outstanding: u16,
         size: u16,
     ) -> std::result::Result<Vec<u16>, InflightFault> {
-        // Where the driver waits for nothing, it does not matter what is in it, or of which kind it is.
+        // When the driver waits for nothing, the content and its version do not matter.
         if self.half(VERSION).load(Ordering::Acquire) == 0 || outstanding == 0 {
             self.begin(used);
             return Ok(Vec::new());
         }
         if self.half(VERSION).load(Ordering::Relaxed) != VERSION_1
             || self.half(ENTRIES).load(Ordering::Relaxed) != self.entries
-            || self.cell::<AtomicU64>(FEATURES).load(Ordering::Relaxed) != 0
+            || self.atomic::<AtomicU64>(FEATURES).load(Ordering::Relaxed) != 0
         {
             return Err(InflightFault::UnknownLayout);
         }
@@ -279,7 +286,7 @@ impl Tracker {
             self.begin(used);
             return Ok(Vec::new());
         }
-        self.finish_last_answers(used, size)?;
+        self.unmark_completed(used, size)?;
         let in_flight = |head: &u16| self.mark(*head).load(Ordering::Relaxed) == 1;
         let mut heads: Vec<(u64, u16)> = (0..size)
             .filter(in_flight)
@@ -289,8 +296,8 @@ impl Tracker {
             return Err(InflightFault::TooManyRequests);
         }
         heads.sort_unstable();
-        // Counted anew from 0, so that they never run out. Each gets no more than it had (they differ, and are sorted),
-        // so the order stands wherever this is cut off.
+        // Number them from 0 again, so that numbers never run out. The old numbers differ and are sorted, so no head gets a
+        // larger number than it had: the order is right wherever the process is killed.
         for (counter, &(_, head)) in heads.iter().enumerate() {
             self.entry::<AtomicU64>(head, COUNTER).store(counter as u64, Ordering::Release);
         }
@@ -298,37 +305,37 @@ impl Tracker {
         Ok(heads.into_iter().map(|(_, head)| head).collect())
     }
 
-    /// Fresh memory.
+    /// Initializes the part of the ring, without marks.
     fn begin(&self, used: u16) {
-        self.cell::<AtomicU64>(FEATURES).store(0, Ordering::Relaxed);
+        self.atomic::<AtomicU64>(FEATURES).store(0, Ordering::Relaxed);
         for head in 0..self.all {
             self.mark(head).store(0, Ordering::Relaxed);
         }
         self.half(ENTRIES).store(self.entries, Ordering::Relaxed);
-        self.half(LAST).store(0, Ordering::Relaxed);
-        self.half(USED).store(used, Ordering::Relaxed);
+        self.half(LAST_HEAD).store(0, Ordering::Relaxed);
+        self.half(USED_INDEX).store(used, Ordering::Relaxed);
         self.half(VERSION).store(VERSION_1, Ordering::Release);
     }
 
-    /// Takes the marks from heads that are in the guest's used ring, and that the earlier server had no time to unmark.
-    fn finish_last_answers(&self, used: u16, size: u16) -> std::result::Result<(), InflightFault> {
-        let answered = used.wrapping_sub(self.half(USED).load(Ordering::Relaxed));
-        if answered > size {
+    /// Unmarks the heads that are in the guest's used ring, and that the earlier server was killed before it could unmark.
+    fn unmark_completed(&self, used: u16, size: u16) -> std::result::Result<(), InflightFault> {
+        let completed = used.wrapping_sub(self.half(USED_INDEX).load(Ordering::Relaxed));
+        if completed > size {
             return Err(InflightFault::OtherRun);
         }
-        let mut head = self.half(LAST).load(Ordering::Relaxed);
-        for _ in 0..answered {
+        let mut head = self.half(LAST_HEAD).load(Ordering::Relaxed);
+        for _ in 0..completed {
             if head >= size {
                 return Err(InflightFault::HeadOutside);
             }
             self.mark(head).store(0, Ordering::Release);
-            head = self.entry::<AtomicU16>(head, NEXT).load(Ordering::Relaxed);
+            head = self.entry::<AtomicU16>(head, PREVIOUS_HEAD).load(Ordering::Relaxed);
         }
-        self.half(USED).store(used, Ordering::Release);
+        self.half(USED_INDEX).store(used, Ordering::Release);
         Ok(())
     }
 
-    /// A head was taken from the ring, and nothing was done for it yet.
+    /// Marks a head that was taken from the ring. Nothing was done for its request yet.
     #[inline]
     pub(in crate::virtio) fn taken(&mut self, head: u16) {
         self.entry::<AtomicU64>(head, COUNTER).store(self.counter, Ordering::Relaxed);
@@ -336,19 +343,19 @@ impl Tracker {
         self.mark(head).store(1, Ordering::Release);
     }
 
-    /// A head is about to be put into the used ring, whether it was marked or not.
+    /// Records that a head, marked or not, is about to be put into the used ring.
     #[inline]
-    pub(in crate::virtio) fn answering(&mut self, head: u16) {
-        let last = self.half(LAST).load(Ordering::Relaxed);
-        self.entry::<AtomicU16>(head, NEXT).store(last, Ordering::Relaxed);
-        self.half(LAST).store(head, Ordering::Release);
+    pub(in crate::virtio) fn completing(&mut self, head: u16) {
+        let last = self.half(LAST_HEAD).load(Ordering::Relaxed);
+        self.entry::<AtomicU16>(head, PREVIOUS_HEAD).store(last, Ordering::Relaxed);
+        self.half(LAST_HEAD).store(head, Ordering::Release);
     }
 
-    /// It is there, and the used index is this now.
+    /// Unmarks a head that was put into the used ring. `used`: the used index that counts it.
     #[inline]
-    pub(in crate::virtio) fn answered(&mut self, head: u16, used: u16) {
+    pub(in crate::virtio) fn completed(&mut self, head: u16, used: u16) {
         self.mark(head).store(0, Ordering::Release);
-        self.half(USED).store(used, Ordering::Release);
+        self.half(USED_INDEX).store(used, Ordering::Release);
     }
 }
 
