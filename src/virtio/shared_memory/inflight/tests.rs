@@ -141,17 +141,17 @@ fn a_ring_larger_than_what_was_asked_for_is_tracked() {
         first.completed(8, 1);
         first.completing(31);
     }
-    // Each ring has its own part, and the last step of the head answered last was missed.
+    // Each ring has its own part, and the server was killed before the last step of the last completion.
     for index in 0..3 {
         let left = Ok(vec![2, 7, 16 + index as u16]);
         assert_eq!(open(index, 4 * SIZE).recover(2, 4 * SIZE, 4 * SIZE), left, "ring {index}");
     }
-    assert!(map(&message, &file).unwrap().ring(0, 8 * SIZE, 0).is_none(), "larger than we allowed then");
+    assert!(map(&message, &file).unwrap().ring(0, 8 * SIZE, 0).is_none(), "larger than was allowed then");
 }
 
 /// The entries asked for lie where another server expects them (libvhost-user's vu_set_inflight_fd).
 #[test]
-fn another_server_finds_what_it_asked_for() {
+fn another_server_finds_the_entries_that_the_front_end_asked_for() {
     let (message, file) = Inflight::create(3, SIZE, 64 * SIZE).unwrap();
     let other_size = (stride(SIZE) * 3) as u64;
     let other = VhostUserInflight { mmap_size: other_size, ..message };
@@ -166,19 +166,19 @@ fn another_server_finds_what_it_asked_for() {
 
 /// Another server may make its region larger than asked for, and says so in each ring's header.
 #[test]
-fn a_larger_region_of_another_server_is_honoured() {
+fn a_larger_region_of_another_server_is_recognised() {
     let (made, file) = Inflight::create(3, 4 * SIZE, 4 * SIZE).unwrap();
     let message = VhostUserInflight { queue_size: SIZE, ..made };
     let mut theirs: Vec<Tracker> =
         (0..3).map(|index| map(&made, &file).unwrap().ring(index, 4 * SIZE, 0).unwrap()).collect();
-    // Fresh memory says nothing: it is what it is called.
+    // The headers of a new region are empty: it has the size that the front-end names.
     assert!(map(&message, &file).unwrap().ring(1, 4 * SIZE, 0).is_none());
     for ring in &mut theirs {
         assert_eq!(ring.recover(0, 0, 4 * SIZE), Ok(vec![]));
         ring.taken(20);
     }
     assert_eq!(ring_of(&message, &file, 2).recover(0, 4 * SIZE, 4 * SIZE), Ok(vec![20]));
-    // One header that says something else is not believed.
+    // One header that contradicts the others makes the region count as small.
     theirs[1].half(ENTRIES).store(3, Ordering::Relaxed);
     assert!(map(&message, &file).unwrap().ring(2, 4 * SIZE, 0).is_none());
 }
@@ -215,7 +215,7 @@ fn any_content_of_the_region_is_survived() {
         let memory = fresh();
         let mut bytes: Vec<u8> = (0..stride(SIZE) * 3).map(|_| chance() as u8).collect();
         if chance() % 8 > 0 {
-            // Nearly right.
+            // Nearly valid content.
             let at = stride(SIZE);
             bytes[at..at + 12].copy_from_slice(&[0, 0, 0, 0, 0, 0, 0, 0, 1, 0, SIZE as u8, 0]);
             bytes[at + LAST_HEAD + 1] = 0;
