@@ -18,8 +18,8 @@ use kit::driver::{ALL, Driver};
 use kit::guest;
 use kit::prng::Prng;
 use serde_json::json;
-use virtioblkd::control::client::Client;
 use virtioblkd::engine::CacheMode;
+use virtioblkd::internal::control::client::Client;
 
 const QUEUES: usize = 4;
 const DEPTH: usize = 32;

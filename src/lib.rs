@@ -1,20 +1,89 @@
 //! virtioblkd: a vhost-user-blk server.
 //!
-//! **Policy is a small pure module; mechanisms plug into it.** What a cache mode promises, when a write is admitted,
-//! which sync covers which writes and when a disk is quiet are decided in [`engine`], which does no I/O and knows no
-//! memory, file descriptor, thread or clock. Everything else moves bytes.
+//! **Policy is a small pure module; mechanisms plug into it.** [`engine`] decides what a cache mode promises, when a
+//! write is admitted, which sync covers which writes and when a disk is quiet. It does no I/O and knows no memory, file
+//! descriptor, thread or clock. Everything else moves bytes.
 //!
-//! Directions, kept by `tests/layering`: `engine` imports std only; `backend` never imports `virtio`; `virtio`
-//! never names a file; `control` reaches the rings only through the [`disk::Disk`] trait.
+//! # A server of one's own
+//! | module | what it offers |
+//! |---|---|
+//! | [`backend`] | a [`Backend`](backend::Backend) is an opened image, an [`IoQueue`](backend::IoQueue) one ring's way to it |
+//! | [`virtio`] | a [`Device`](virtio::Device) serves a back-end to one vhost-user front-end after the other |
+//! | [`engine`] | an [`Engine`](engine::Engine) is the policy of one ring; [`CacheMode`](engine::CacheMode) |
+//! | [`disk`] | [`Disk`](disk::Disk): the status and the hold of a served disk; [`Events`](disk::Events): what happens to it |
+//!
+//! Implement `Backend` and `IoQueue` to serve storage of your own: [`backend::null`] is the shortest example, and
+//! `tests/backend_contract` checks an implementation. [`backend`] has back-ends for files and block devices, RBD images
+//! and RAM.
+//!
+//! A server for a RAM disk of 16 MiB. A front-end, as QEMU is one, connects to the socket and reads the disk's size:
+//!
+//! ```
+//! use std::{os::unix::net::UnixListener, sync::Arc, thread};
+//! use vhost::VhostBackend;
+//! use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
+//! use vhost::vhost_user::{Frontend, VhostUserFrontend};
+//! use virtioblkd::backend::mem::{MemBackend, MemOptions};
+//! use virtioblkd::disk::Events;
+//! use virtioblkd::engine::CacheMode;
+//! use virtioblkd::virtio::{Device, DeviceOptions};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let backend = Arc::new(MemBackend::new(MemOptions::new(16 << 20)));
+//! let options = DeviceOptions { mode: CacheMode::Writeback, num_queues: 1, queue_size: 128, serial: "ram0".into() };
+//! let device = Device::new(backend, &options, Arc::new(Events::new()?));
+//!
+//! let directory = tempfile::tempdir()?;
+//! let path = directory.path().join("ram0.sock");
+//! let listener = UnixListener::bind(&path)?;
+//! let server = thread::spawn(move || {
+//!     let (stream, _) = listener.accept()?;
+//!     device.serve(stream) // Returns when the front-end has left. A daemon accepts the next one.
+//! });
+//!
+//! let mut front_end = Frontend::connect(&path, 1)?;
+//! front_end.set_owner()?;
+//! front_end.get_features()?;
+//! front_end.get_protocol_features()?;
+//! front_end.set_protocol_features(VhostUserProtocolFeatures::CONFIG)?;
+//! let (_, capacity) = front_end.get_config(0, 8, VhostUserConfigFlags::empty(), &[0; 8])?;
+//! assert_eq!(u64::from_le_bytes(capacity.as_slice().try_into()?), (16 << 20) / 512);
+//!
+//! drop(front_end);
+//! server.join().expect("the server does not panic")?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Layers
+//! `tests/layering` keeps the directions: `engine` imports std only; `backend` never imports `virtio`; `virtio` never
+//! names a file; `control` reaches the rings only through the [`disk::Disk`] trait.
 
 pub mod backend;
-pub mod base;
-pub mod config;
-pub mod control;
+mod base;
+mod config;
+mod control;
 pub mod disk;
 pub mod engine;
-pub mod sandbox;
-pub mod server;
-pub mod snapshot;
-pub mod upgrade;
+mod sandbox;
+mod server;
+mod snapshot;
+mod upgrade;
 pub mod virtio;
+
+/// What the two programs, the tests, the fuzzers and the benchmarks use besides the public modules. It changes without
+/// notice.
+#[doc(hidden)]
+#[rustfmt::skip]
+pub mod internal {
+    pub mod base { pub use crate::base::*; }
+    pub mod config { pub use crate::config::*; }
+    pub mod control { pub use crate::control::*; }
+    pub mod sandbox { pub use crate::sandbox::*; }
+    pub mod server { pub use crate::server::*; }
+    pub mod snapshot { pub use crate::snapshot::*; }
+    pub mod upgrade { pub use crate::upgrade::*; }
+    pub mod blk { pub use crate::virtio::blk::*; }
+    pub mod rings { pub use crate::virtio::rings::*; }
+    pub mod virtqueue { pub use crate::virtio::virtqueue::*; }
+}

@@ -5,9 +5,9 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use virtioblkd::base::logging;
-use virtioblkd::config::{Config, Invocation};
-use virtioblkd::server::Server;
+use virtioblkd::internal::base::logging;
+use virtioblkd::internal::config::{Config, Invocation};
+use virtioblkd::internal::server::Server;
 
 fn main() -> ExitCode {
     match Config::from_args(std::env::args_os()) {

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use virtioblkd::backend::{DurableWrite, Geometry, RangeLimits};
-use virtioblkd::virtio::blk::request::{BlkCommand, Parser};
-use virtioblkd::virtio::virtqueue::guest_memory::GuestMemory;
-use virtioblkd::virtio::virtqueue::split_ring::{RingAddresses, SplitRing};
+use virtioblkd::internal::blk::request::{BlkCommand, Parser};
+use virtioblkd::internal::virtqueue::guest_memory::GuestMemory;
+use virtioblkd::internal::virtqueue::split_ring::{RingAddresses, SplitRing};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 /// Two regions side by side, and a hole behind them.

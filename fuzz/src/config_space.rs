@@ -1,6 +1,6 @@
 //! A front-end's reads of the configuration space.
 
-use virtioblkd::virtio::blk::features::read_config;
+use virtioblkd::internal::blk::features::read_config;
 
 /// Four bytes of offset, four of size, the rest is the space.
 pub fn run(data: &[u8]) {

@@ -1,8 +1,8 @@
 //! What a client writes to the control socket, in pieces of any size.
 
 use serde_json::Value;
-use virtioblkd::control::protocol::json_stream::{Decoder, MAX_BYTES, MalformedInput};
-use virtioblkd::control::{Access, protocol};
+use virtioblkd::internal::control::protocol::json_stream::{Decoder, MAX_BYTES, MalformedInput};
+use virtioblkd::internal::control::{Access, protocol};
 
 /// The first byte is the size of the pieces.
 pub fn run(data: &[u8]) {

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStringExt;
 
-use virtioblkd::config::{Config, Invocation};
+use virtioblkd::internal::config::{Config, Invocation};
 
 /// The first byte chooses: arguments with zeroes between them, or the text of a disk file.
 pub fn run(data: &[u8]) {

@@ -1,6 +1,6 @@
 //! The quiesce socket seen from the operator's side: connect, negotiate, ask, listen. Each wait is bounded.
 //!
-//! For `virtioblkctl`, [`crate::snapshot`], and a daemon that takes over from another.
+//! For `virtioblkctl`, its snapshots, and a daemon that takes over from another.
 
 use std::collections::VecDeque;
 use std::fmt;

@@ -12,15 +12,15 @@
 //! | `shared_memory` | memory that the front-end shares: memory table, in-flight region, dirty log |
 //! | `virtqueue` | guest memory, the split ring, descriptor chains |
 
-pub mod blk;
-pub mod device;
+pub(crate) mod blk;
+pub(crate) mod device;
 #[cfg(all(test, feature = "model"))]
 mod interleavings;
 mod options;
-pub mod rings;
+pub(crate) mod rings;
 mod shared_memory;
 pub(crate) mod vhost_user;
-pub mod virtqueue;
+pub(crate) mod virtqueue;
 mod worker;
 
 pub use device::Device;

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use kit::control::{Client, PATIENCE, Served};
 use rustix::thread::set_thread_res_uid;
 use serde_json::json;
-use virtioblkd::control::Access;
+use virtioblkd::internal::control::Access;
 
 /// A user without a name.
 const OTHER: u32 = 54321;

@@ -18,9 +18,9 @@ use kit::driver::{ALL, Driver};
 use kit::unread::Unread;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
-use virtioblkd::config::{Config, Invocation};
-use virtioblkd::sandbox::Sandbox;
-use virtioblkd::server::permissions;
+use virtioblkd::internal::config::{Config, Invocation};
+use virtioblkd::internal::sandbox::Sandbox;
+use virtioblkd::internal::server::permissions;
 
 const MIB: usize = 1 << 20;
 const NOBODY: u32 = 65534;

@@ -4,12 +4,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use virtioblkd::base::logging;
-use virtioblkd::base::text::clean_json;
-use virtioblkd::control::client::Failure;
-use virtioblkd::snapshot::attend::{self, Plan};
-use virtioblkd::snapshot::plan::Level;
-use virtioblkd::snapshot::receipt::Receipt;
+use virtioblkd::internal::base::logging;
+use virtioblkd::internal::base::text::clean_json;
+use virtioblkd::internal::control::client::Failure;
+use virtioblkd::internal::snapshot::attend::{self, Plan};
+use virtioblkd::internal::snapshot::plan::Level;
+use virtioblkd::internal::snapshot::receipt::Receipt;
 
 use crate::duration;
 use crate::freezing::{Freezing, disks};

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use virtioblkd::snapshot::plan::AgentAt;
+use virtioblkd::internal::snapshot::plan::AgentAt;
 
 #[derive(Args)]
 pub struct Freezing {

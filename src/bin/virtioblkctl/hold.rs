@@ -14,9 +14,9 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 
 use crate::show;
-use virtioblkd::base::logging;
-use virtioblkd::control::client::{Client, Failure, Message, REPLY_TIMEOUT};
-use virtioblkd::snapshot::spawn;
+use virtioblkd::internal::base::logging;
+use virtioblkd::internal::control::client::{Client, Failure, Message, REPLY_TIMEOUT};
+use virtioblkd::internal::snapshot::spawn;
 
 /// Our own failure, as timeout(1), env(1) and nice(1) say it.
 pub const FAILED: u8 = 125;

@@ -24,13 +24,13 @@ use std::time::Duration;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde_json::{Value, json};
 
-use virtioblkd::base::logging;
-use virtioblkd::base::text::{clean, clean_json, clean_lines};
-use virtioblkd::base::units::bytes;
-pub(crate) use virtioblkd::base::units::time as duration;
-use virtioblkd::config::disk_size;
-use virtioblkd::control::client::{Client, Failure, REPLY_TIMEOUT};
-use virtioblkd::control::protocol::MAX_WHO;
+use virtioblkd::internal::base::logging;
+use virtioblkd::internal::base::text::{clean, clean_json, clean_lines};
+use virtioblkd::internal::base::units::bytes;
+pub(crate) use virtioblkd::internal::base::units::time as duration;
+use virtioblkd::internal::config::disk_size;
+use virtioblkd::internal::control::client::{Client, Failure, REPLY_TIMEOUT};
+use virtioblkd::internal::control::protocol::MAX_WHO;
 
 /// Ask a running virtioblkd, and hold its disk still
 #[derive(Parser)]
@@ -72,10 +72,10 @@ enum What {
     /// Copies in the background (`snapshot --to copy:... --background`): how far they are
     Copies(Copies),
     /// The process that thaws a guest if `snapshot` or `attend` is killed
-    #[command(name = virtioblkd::snapshot::guard::SUBCOMMAND, hide = true)]
+    #[command(name = virtioblkd::internal::snapshot::guard::SUBCOMMAND, hide = true)]
     Guard,
     /// The process that shares an image's blocks for `snapshot`
-    #[command(name = virtioblkd::snapshot::cloner::SUBCOMMAND, hide = true)]
+    #[command(name = virtioblkd::internal::snapshot::cloner::SUBCOMMAND, hide = true)]
     Cloner,
     /// Let a stopped disk go on: what failed, and was kept from the guest, is tried again
     ///
@@ -182,8 +182,8 @@ fn run_command() -> ExitCode {
     match &cli.what {
         What::Snapshot(options) => return take_snapshot(options, &cli),
         What::Attend(options) => return finish(&cli, attend::run(options, cli.control.as_ref(), cli.json)),
-        What::Guard => return helper(virtioblkd::snapshot::guard::serve),
-        What::Cloner => return helper(virtioblkd::snapshot::cloner::serve),
+        What::Guard => return helper(virtioblkd::internal::snapshot::guard::serve),
+        What::Cloner => return helper(virtioblkd::internal::snapshot::cloner::serve),
         _ => {}
     }
     let Some(path) = &cli.control else {
@@ -224,7 +224,7 @@ fn finish(cli: &Cli, result: Result<(), Failure>) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             tell(cli, &failure);
-            ExitCode::from(if failure.code == virtioblkd::snapshot::USAGE { 2 } else { 1 })
+            ExitCode::from(if failure.code == virtioblkd::internal::snapshot::USAGE { 2 } else { 1 })
         }
     }
 }

@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
-use virtioblkd::base::text::{self, clean_json};
+use virtioblkd::internal::base::text::{self, clean_json};
 
 /// A string of the daemon's, or of another client's, which cannot begin a line of its own.
 fn clean(value: &Value) -> String {

@@ -6,14 +6,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use virtioblkd::base::logging;
-use virtioblkd::base::text::clean_json;
-use virtioblkd::control::client::Failure;
-use virtioblkd::snapshot::plan::{Level, Method, Plan};
-use virtioblkd::snapshot::receipt::Receipt;
-use virtioblkd::snapshot::{self, USAGE};
+use virtioblkd::internal::base::logging;
+use virtioblkd::internal::base::text::clean_json;
+use virtioblkd::internal::control::client::Failure;
+use virtioblkd::internal::snapshot::plan::{Level, Method, Plan};
+use virtioblkd::internal::snapshot::receipt::Receipt;
+use virtioblkd::internal::snapshot::{self, USAGE};
 
-use virtioblkd::base::units::bytes;
+use virtioblkd::internal::base::units::bytes;
 
 use crate::duration;
 use crate::freezing::{Freezing, disks};

@@ -11,9 +11,9 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
-use virtioblkd::control::client::{Client, REPLY_TIMEOUT};
-use virtioblkd::snapshot::spawn;
-use virtioblkd::upgrade::STARTER_VARIABLE;
+use virtioblkd::internal::control::client::{Client, REPLY_TIMEOUT};
+use virtioblkd::internal::snapshot::spawn;
+use virtioblkd::internal::upgrade::STARTER_VARIABLE;
 
 /// How long a new daemon that is not wanted any more may take to end by itself, and to die when it was killed.
 const FAREWELL: Duration = Duration::from_secs(1);

@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use clap::Args;
 use serde_json::{Value, json};
-use virtioblkd::base::logging;
-use virtioblkd::control::client::{Client, Failure, REPLY_TIMEOUT};
-use virtioblkd::control::is_trusted;
+use virtioblkd::internal::base::logging;
+use virtioblkd::internal::control::client::{Client, Failure, REPLY_TIMEOUT};
+use virtioblkd::internal::control::is_trusted;
 
 use crate::duration;
 use crate::successor::{self, Ending, Why};

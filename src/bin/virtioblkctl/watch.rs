@@ -4,9 +4,9 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use virtioblkd::base::logging;
-use virtioblkd::base::text::clean_json;
-use virtioblkd::control::client::{Client, Failure, Message, REPLY_TIMEOUT};
+use virtioblkd::internal::base::logging;
+use virtioblkd::internal::base::text::clean_json;
+use virtioblkd::internal::control::client::{Client, Failure, Message, REPLY_TIMEOUT};
 
 use crate::{print, show};
 

@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use virtioblkd::backend::{Notices, QuiesceAsk};
-use virtioblkd::base::unix_listener::{BindError, bind_unix};
-use virtioblkd::control::{Access, ImageNotices, Info, Server, Setup, Upgrade};
 use virtioblkd::disk::{
     Copies, CopyError, CopyOptions, CopyStatus, Disk, DiskStatus, Event, Events, FailedRequest, HoldFigures,
     ImageSnapshots, ImageStatus, LastError, RingStatus,
 };
 use virtioblkd::engine::Errno;
+use virtioblkd::internal::base::unix_listener::{BindError, bind_unix};
+use virtioblkd::internal::control::{Access, ImageNotices, Info, Server, Setup, Upgrade};
 
 /// Nothing here takes this long; a test that waits so long has failed.
 pub const PATIENCE: Duration = Duration::from_secs(20);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use virtioblkd::backend::{Backend, Errno};
 use virtioblkd::disk::{Disk, DiskStatus, Event, Events, HoldFigures};
-use virtioblkd::virtio::rings::Rings;
+use virtioblkd::internal::rings::Rings;
 use virtioblkd::virtio::{Device, DeviceOptions, SessionEnd, Tuning};
 
 pub use crate::prng::Prng;
