@@ -36,7 +36,7 @@ pub(super) struct Notes {
     pub(super) resized: Option<u64>,
     /// [`Notices::state_changed`], however often.
     pub(super) state_changed: bool,
-    closed: bool,
+    pub(super) closed: bool,
 }
 
 /// The queue: any thread puts, the control thread takes.

@@ -153,4 +153,42 @@ mod tests {
         assert_eq!(json["requested-level"], "filesystem");
         assert_eq!(json["disks"][0].get("sha256"), None);
     }
+
+    #[test]
+    fn the_json_of_a_receipt_is_what_was_recorded() {
+        let disk = DiskReceipt {
+            control: "/run/vda.ctl".into(),
+            image: "/i/a".into(),
+            held_us: 1,
+            drained: 2,
+            drain_us: 3,
+            sync_us: 4,
+            bytes_synced: 5,
+            way: "copy",
+            target: "/s/a".into(),
+            sha256: Some("00ff".into()),
+            copy: Some(Value::Null),
+        };
+        let receipt = Receipt {
+            level: "filesystem",
+            requested_level: "application",
+            instant: 1.5,
+            held_us: 6,
+            disks: vec![disk],
+            filesystems_frozen: 7,
+            frozen_us: 8,
+            hooks: vec!["a".into()],
+            verified: vec!["b".into()],
+            trusted: vec!["c".into()],
+            warnings: vec!["d".into()],
+            detached: true,
+        };
+        let recorded = concat!(
+            r#"{"level":"filesystem","requested-level":"application","instant":1.5,"held-us":6,"disks":[{"control":"#,
+            r#""/run/vda.ctl","image":"/i/a","held-us":1,"drained":2,"drain-us":3,"sync-us":4,"bytes-synced":5,"#,
+            r#""way":"copy","target":"/s/a","sha256":"00ff","copy":null}],"filesystems-frozen":7,"frozen-us":8,"#,
+            r#""hooks":["a"],"verified":["b"],"trusted":["c"],"warnings":["d"],"detached":true}"#,
+        );
+        assert_eq!(serde_json::to_string(&receipt).unwrap(), recorded);
+    }
 }

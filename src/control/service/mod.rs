@@ -4,6 +4,8 @@ pub(super) mod attendance;
 pub(super) mod copies;
 mod disk_events;
 mod image_snapshot;
+#[cfg(test)]
+mod recorded;
 pub(super) mod replies;
 pub(super) mod snapshot_jobs;
 mod store_quiesce;
