@@ -17,7 +17,7 @@ use super::image_notices::{ImageNotices, Inbox};
 use super::peer::Peer;
 use super::protocol;
 use super::quiesce::{PeerId, STORE};
-use super::service::{Info, Recipient, Service, Upgrade};
+use super::service::{Client, Info, Recipient, Service, ServiceSetup, Upgrade};
 use crate::base::rate_limit::{CONTROL_LOG, log_limited};
 use crate::base::sync::{Bell, Mutex};
 use crate::disk::{Disk, Events};
@@ -99,7 +99,16 @@ impl Server {
         let mut control = Control {
             listener,
             accept_again: None,
-            service: Service::new(disk, info, notices.inbox(), (store_timeout, attended, max_hold), resized, upgrade),
+            service: Service::new(ServiceSetup {
+                disk,
+                info,
+                inbox: notices.inbox(),
+                store_timeout,
+                attended,
+                max_hold,
+                resized,
+                upgrade,
+            }),
             events,
             inbox: notices.inbox(),
             peers: Vec::new(),
@@ -220,7 +229,8 @@ impl Control {
             for _ in 0..MAX_ACCEPTS_PER_TURN {
                 let peer = &mut self.peers[index];
                 let Some(found) = peer.next(now) else { break };
-                self.service.request(peer.id, (peer.credentials, peer.access), &mut peer.negotiated, found, now);
+                let client = Client { peer: peer.id, credentials: peer.credentials, access: peer.access };
+                self.service.request(client, &mut peer.negotiated, found, now);
                 self.deliver();
                 if self.service.hands_over().is_some() {
                     self.pass_on(index, now);

@@ -1,7 +1,7 @@
-//! The attendant: a connection that is asked before the disk is held for somebody else's snapshot, so that a guest can
-//! be frozen while its disks still take writes. PURE: its commands' arguments, and who is asked what.
+//! PURE. The attendant: a connection that is asked before the disk is held for another host's snapshot, so that a guest
+//! can be frozen while its disks still take writes.
 //!
-//! `PREPARE` goes out before any gate is closed, and the gate waits for `prepared`. With one attendant for all disks of a
+//! `PREPARE` is sent before any gate is closed, and the gate waits for `prepared`. With one attendant for all disks of a
 //! guest no freeze ever waits for a disk that is held. Each `PREPARE` is followed by exactly one `RELEASED`, when the
 //! gate is open again, unless the connection ends first.
 
@@ -14,32 +14,32 @@ use crate::base::rate_limit::{COMMAND_LOG, log_limited};
 use crate::control::protocol::Error;
 use crate::control::quiesce::{PeerId, Who};
 
-/// A `PREPARE` that goes out.
+/// A `PREPARE` that is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::control) struct Prepare {
     pub(in crate::control) peer: PeerId,
     pub(in crate::control) id: u64,
-    /// For its answer.
+    /// How long the attendant may take to answer.
     pub(in crate::control) timeout: Duration,
 }
 
-/// What a snapshot must do first.
+/// Whether a snapshot may begin.
 #[derive(Debug, PartialEq, Eq)]
-pub(in crate::control) enum First {
-    /// Nothing.
-    Nothing,
-    /// Wait for the answer to this.
-    Wait(Prepare),
-    /// Give up, because of this: nobody is there who could consent.
-    GiveUp(&'static str),
+pub(in crate::control) enum Consent {
+    /// No attendant must be asked.
+    NotNeeded,
+    /// The snapshot waits for the answer to this.
+    Pending(Prepare),
+    /// No, for this reason: an attendant must consent, and none is connected.
+    Denied(&'static str),
 }
 
 /// How a `PREPARE` ended.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::control) struct Outcome {
-    /// The level, or what went wrong.
+    /// The level that the guest was brought to (`None`: the attendant named none), or what went wrong.
     pub(in crate::control) result: Result<Option<String>, String>,
-    /// Whether that is the end of the snapshot.
+    /// Whether a failure ends the snapshot.
     pub(in crate::control) required: bool,
 }
 
@@ -56,27 +56,27 @@ struct Asking {
     required: bool,
 }
 
-/// Who attends, and what it was asked.
+/// The attendant, and what it was asked.
 #[derive(Default)]
 pub(in crate::control) struct Attendance {
-    /// There must be one, whether one was ever there or not.
+    /// Snapshots are refused without an attendant, even if none has ever registered.
     needed: bool,
     attendant: Option<Attendant>,
-    /// The last one that was required, and lost: whoever took it for there must not be deceived.
+    /// The last required attendant, if its connection was lost: operators who rely on it must not be deceived.
     lost: Option<Who>,
     asking: Option<Asking>,
     last_id: u64,
-    /// Connections that must hear that the snapshot of this id is over, once the gate is open.
-    owed: Vec<(PeerId, u64)>,
+    /// Connections that must be sent `RELEASED` with this id once the gate is open.
+    awaiting_release: Vec<(PeerId, u64)>,
 }
 
 impl Attendance {
-    /// `needed`: nothing begins without an attendant.
+    /// `needed`: no snapshot begins without an attendant.
     pub(in crate::control) fn new(needed: bool) -> Self {
         Attendance { needed, ..Attendance::default() }
     }
 
-    /// Registers a connection, or changes what it wants. One at a time.
+    /// Registers a connection as the attendant, or changes its options. There is one attendant at a time.
     pub(in crate::control) fn attend(
         &mut self,
         peer: PeerId,
@@ -85,7 +85,7 @@ impl Attendance {
         timeout: Duration,
     ) -> Result<(), Error> {
         if let Some(other) = self.attendant.as_ref().filter(|other| other.peer != peer) {
-            let desc = format!("{} attends already: end it first", replies::shown(&other.who));
+            let desc = format!("{} attends already: end that attendant first", replies::describe_holder(&other.who));
             return Err(Error::new("attended", desc));
         }
         self.attendant = Some(Attendant { peer, who, required, timeout });
@@ -93,7 +93,7 @@ impl Attendance {
         Ok(())
     }
 
-    /// Takes a connection off. What it was asked and did not answer is answered by that.
+    /// Ends the registration of a connection. A `PREPARE` that it has not answered fails.
     pub(in crate::control) fn unattend(&mut self, peer: PeerId) -> Result<Option<Outcome>, Error> {
         match self.attendant.take_if(|attendant| attendant.peer == peer) {
             Some(_) => Ok(self.end_asking(peer, "the attendant ended before it had answered")),
@@ -103,7 +103,7 @@ impl Attendance {
 
     /// A connection ended.
     pub(in crate::control) fn gone(&mut self, peer: PeerId) -> Option<Outcome> {
-        self.owed.retain(|(owed, _)| *owed != peer);
+        self.awaiting_release.retain(|(waiting, _)| *waiting != peer);
         let attendant = self.attendant.take_if(|attendant| attendant.peer == peer)?;
         if attendant.required {
             log_limited!(
@@ -111,41 +111,43 @@ impl Attendance {
                 Warn,
                 "the attendant {} is lost: until one is back, snapshots of the image by others are refused (start \
                  'virtioblkctl attend' again; ending it in order lifts this)",
-                replies::shown(&attendant.who)
+                replies::describe_holder(&attendant.who)
             );
             self.lost = Some(attendant.who);
         }
         self.end_asking(peer, "the attendant's connection ended")
     }
 
-    /// Whether snapshots must not be taken without an attendant that is, or was, there.
-    pub(in crate::control) fn is_relied_on(&self) -> bool {
+    /// Whether snapshots are refused without the attendant that is connected, or was.
+    pub(in crate::control) fn requires_attendant(&self) -> bool {
         self.lost.is_some() || self.attendant.as_ref().is_some_and(|attendant| attendant.required)
     }
 
-    /// The process before us relied on an attendant, which must find us first.
-    pub(in crate::control) fn misses(&mut self) {
+    /// The process before us required an attendant, which must connect to us first.
+    pub(in crate::control) fn attendant_missing(&mut self) {
         if self.attendant.is_none() {
             self.lost = Some(Who::default());
         }
     }
 
-    /// Somebody else begins a snapshot that may last until `limit` in this phase.
-    pub(in crate::control) fn begin(&mut self, limit: Duration, now: Instant) -> First {
+    /// Another host begins a snapshot. The attendant may take `limit` at most.
+    pub(in crate::control) fn begin(&mut self, limit: Duration, now: Instant) -> Consent {
         let Some(Attendant { peer, required, timeout, .. }) = &self.attendant else {
             return match (&self.lost, self.needed) {
-                (Some(_), _) => First::GiveUp("the attendant that must consent is lost"),
-                (None, true) => First::GiveUp("nobody attends, and --rbd-quiesce attended asks for somebody who does"),
-                (None, false) => First::Nothing,
+                (Some(_), _) => Consent::Denied("the attendant that must consent is lost"),
+                (None, true) => {
+                    Consent::Denied("nobody attends, and --rbd-quiesce attended asks for somebody who does")
+                }
+                (None, false) => Consent::NotNeeded,
             };
         };
         self.last_id += 1;
         let prepare = Prepare { peer: *peer, id: self.last_id, timeout: (*timeout).min(limit) };
         self.asking = Some(Asking { prepare, until: now + prepare.timeout, required: *required });
-        First::Wait(prepare)
+        Consent::Pending(prepare)
     }
 
-    /// The answer of an attendant. Errors: it was not asked, or the answer is too late.
+    /// An attendant answers. Errors: it was not asked, or the answer is too late.
     pub(in crate::control) fn prepared(
         &mut self,
         peer: PeerId,
@@ -161,7 +163,7 @@ impl Attendance {
         }
     }
 
-    /// Lets the time for an answer run out.
+    /// Ends the time for an answer if it has run out.
     pub(in crate::control) fn tick(&mut self, now: Instant) -> Option<Outcome> {
         let Asking { prepare, required, .. } = self.asking.take_if(|asking| asking.until <= now)?;
         let text = format!("the attendant did not answer within {} ms", prepare.timeout.as_millis());
@@ -173,26 +175,26 @@ impl Attendance {
         self.asking.as_ref().map(|asking| asking.until)
     }
 
-    /// The snapshot that `prepare` was sent for is over, however it went.
-    pub(in crate::control) fn over(&mut self, prepare: Prepare) {
+    /// The snapshot that `prepare` was sent for is over, with whatever result.
+    pub(in crate::control) fn end_snapshot(&mut self, prepare: Prepare) {
         self.asking.take_if(|asking| asking.prepare == prepare);
-        self.owed.push((prepare.peer, prepare.id));
+        self.awaiting_release.push((prepare.peer, prepare.id));
     }
 
-    /// Who must hear `RELEASED` of which id; to be called when the gate is open.
+    /// The connections that must be sent `RELEASED`, with its id. For when the gate is open.
     pub(in crate::control) fn released(&mut self) -> Vec<(PeerId, u64)> {
-        std::mem::take(&mut self.owed)
+        std::mem::take(&mut self.awaiting_release)
     }
 
-    /// What becomes of snapshots of the image by others while nobody attends and none is lost.
-    pub(in crate::control) fn without(&self) -> &'static str {
+    /// What happens to snapshots that others take of the image while no attendant is registered, for the log.
+    pub(in crate::control) fn unattended_policy(&self) -> &'static str {
         match self.needed {
             true => "snapshots of the image by others are refused until one is back",
             false => "snapshots of the image by others are as after a power cut again",
         }
     }
 
-    /// For the status: who attends; null: nobody.
+    /// The attendant, for the status; null: there is none.
     pub(in crate::control) fn status(&self) -> Value {
         let (who, present, required) = match (&self.attendant, &self.lost) {
             (Some(attendant), _) => (&attendant.who, true, attendant.required),
@@ -200,7 +202,7 @@ impl Attendance {
             (None, None) if self.needed => (&Who::default(), false, true),
             (None, None) => return Value::Null,
         };
-        let mut value = replies::who(who);
+        let mut value = replies::who_json(who);
         value["present"] = json!(present);
         value["required"] = json!(required);
         value["preparing"] = json!(self.asking.is_some());
@@ -238,13 +240,13 @@ mod tests {
 
     fn prepare(attendance: &mut Attendance, now: Instant) -> Prepare {
         match attendance.begin(5 * S, now) {
-            First::Wait(prepare) => prepare,
+            Consent::Pending(prepare) => prepare,
             other => panic!("{other:?}"),
         }
     }
 
     #[test]
-    fn an_answer_counts_once_from_whoever_was_asked() {
+    fn an_answer_counts_once_and_only_from_the_connection_that_was_asked() {
         let now = Instant::now();
         let mut a = attended(true);
         let asked = prepare(&mut a, now);
@@ -256,48 +258,48 @@ mod tests {
         let outcome = Outcome { result: Ok(Some("filesystem".into())), required: true };
         assert_eq!(a.prepared(1, 1, Ok(Some("filesystem".into()))), Ok(outcome));
         assert_eq!(a.prepared(1, 1, Ok(None)).unwrap_err().code, "not-asked");
-        a.over(asked);
+        a.end_snapshot(asked);
         assert_eq!((a.released(), a.released()), (vec![(1, 1)], vec![]));
     }
 
     #[test]
-    fn silence_and_death_are_answers() {
+    fn a_timeout_and_a_lost_connection_fail_a_prepare() {
         let now = Instant::now();
         for required in [true, false] {
             let mut a = attended(required);
             let asked = prepare(&mut a, now);
             let late = a.tick(now + 5 * S).unwrap();
             assert!(late.required == required && late.result.unwrap_err().contains("5000 ms"));
-            a.over(asked);
+            a.end_snapshot(asked);
             assert_eq!(a.next_deadline(), None);
             prepare(&mut a, now);
             let dead = a.gone(1).unwrap();
             assert!(dead.required == required && dead.result.is_err());
-            assert_eq!(a.released(), [], "nobody listens");
-            assert_eq!(matches!(a.begin(S, now), First::GiveUp(_)), required);
+            assert_eq!(a.released(), [], "the connection has ended");
+            assert_eq!(matches!(a.begin(S, now), Consent::Denied(_)), required);
             assert_eq!(a.status()["present"], if required { json!(false) } else { Value::Null });
         }
     }
 
     #[test]
-    fn a_lost_one_is_missed_until_one_is_back_or_ends_in_order() {
+    fn a_lost_required_attendant_blocks_snapshots_until_one_registers_or_unattends() {
         let now = Instant::now();
         let mut a = attended(true);
         assert_eq!(a.attend(2, who(), false, S).unwrap_err().code, "attended");
         assert_eq!(a.unattend(2).unwrap_err().code, "not-attending");
         assert_eq!((a.gone(2), a.gone(1)), (None, None));
-        assert!(matches!(a.begin(S, now), First::GiveUp(why) if why.contains("lost")));
+        assert!(matches!(a.begin(S, now), Consent::Denied(why) if why.contains("lost")));
         a.attend(2, who(), true, S).unwrap();
         prepare(&mut a, now);
         assert!(a.unattend(2).unwrap().is_some_and(|outcome| outcome.result.is_err()));
-        assert_eq!(a.begin(S, now), First::Nothing);
+        assert_eq!(a.begin(S, now), Consent::NotNeeded);
     }
 
     #[test]
-    fn one_that_is_needed_is_missed_from_the_start_and_after_every_end() {
+    fn a_needed_attendant_blocks_snapshots_from_the_start_and_after_every_end() {
         let now = Instant::now();
         let mut a = Attendance::new(true);
-        let is_missed = |a: &mut Attendance| matches!(a.begin(S, now), First::GiveUp(why) if why.contains("nobody"));
+        let is_missed = |a: &mut Attendance| matches!(a.begin(S, now), Consent::Denied(why) if why.contains("nobody"));
         assert!(is_missed(&mut a));
         let status = a.status();
         assert_eq!(

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::Service;
-use super::replies;
+use super::commands::Answer;
 use super::snapshot_jobs::Job;
 use crate::base::rate_limit::{COMMAND_LOG, log_limited};
 use crate::control::image_notices::Note;
@@ -13,40 +13,34 @@ use crate::control::quiesce::{PeerId, RequestId};
 use crate::disk::CopyError;
 
 impl Service {
-    /// Carries a command out; `None`: the answer comes when the thread is done. `id`: of the request.
-    pub(super) fn image_snapshot(
-        &mut self,
-        peer: PeerId,
-        id: Option<&Value>,
-        command: ImageSnapshotCommand,
-    ) -> Option<Result<Value, Error>> {
+    /// Carries a command out. `id`: of its request.
+    pub(super) fn image_snapshot(&mut self, peer: PeerId, id: Option<&Value>, command: ImageSnapshotCommand) -> Answer {
         if self.disk.snapshots().is_none() {
             let desc = "the store of this disk's image makes no snapshots: take the snapshot another way";
-            return Some(Err(Error::new("no-image-snapshots", desc)));
+            return Answer::Now(Err(Error::new("no-image-snapshots", desc)));
         }
-        self.next_request += 1;
-        let request = self.next_request;
+        let request = self.pending.next_id();
         let taken = match command {
             ImageSnapshotCommand::Create { name, token } => {
                 if !self.is_held(&token) {
-                    return Some(Err(self.no_such_hold(&token)));
+                    return Answer::Now(Err(self.not_held(&token)));
                 }
                 self.jobs.create(name, token, peer, request)
             }
             ImageSnapshotCommand::Remove { name } => self.jobs.remove(name, peer, request),
             ImageSnapshotCommand::Keep { name } => {
-                return Some(self.jobs.keep(&name, peer).map(|()| json!({})));
+                return Answer::Now(self.jobs.keep(&name, peer).map(|()| json!({})));
             }
         };
         if let Err(error) = taken {
-            return Some(Err(error));
+            return Answer::Now(Err(error));
         }
-        self.asked.insert(request, (peer, id.cloned()));
+        self.pending.add(request, peer, id.cloned());
         self.next_job();
-        None
+        Answer::Later
     }
 
-    /// Starts the thread for what waits, if it is free.
+    /// Starts a thread for the next job, if none is running.
     pub(super) fn next_job(&mut self) {
         while let Some(job) = self.jobs.next() {
             let (Some(snapshots), inbox) = (self.disk.snapshots(), self.inbox.clone()) else { return };
@@ -67,7 +61,7 @@ impl Service {
         }
     }
 
-    /// The thread is done.
+    /// The thread of a job is done.
     pub(super) fn job_done(&mut self, result: Result<String, CopyError>) {
         self.job_is_done(result);
         self.next_job();
@@ -103,20 +97,20 @@ impl Service {
 
     fn created(&mut self, name: String, token: &str, peer: PeerId, request: RequestId, result: Result<String, Error>) {
         let result = result.and_then(|full| {
-            // Held until now, or it may be of no instant; and somebody must still want it.
-            if self.is_held(token) && self.asked.contains_key(&request) {
+            // Only if the disk was held until now, so that the snapshot is of one instant, and the client still waits for it.
+            if self.is_held(token) && self.pending.contains(request) {
                 log_limited!(COMMAND_LOG, Info, "made the snapshot {full}");
                 self.jobs.made(name, peer);
                 return Ok(json!({"snapshot": full}));
             }
             self.jobs.unwanted(name);
-            Err(self.no_such_hold(token))
+            Err(self.not_held(token))
         });
         self.reply_later(request, result);
     }
 
-    /// The daemon ends.
-    pub(super) fn tell_left_snapshots(&self) {
+    /// Logs the snapshots that nobody decided to keep, when the daemon ends.
+    pub(super) fn report_left_snapshots(&self) {
         for name in self.jobs.left() {
             log_limited!(
                 COMMAND_LOG,
@@ -130,7 +124,7 @@ impl Service {
         self.coordinator.holds().iter().any(|hold| hold.token == token)
     }
 
-    fn no_such_hold(&self, token: &str) -> Error {
-        replies::no_such_hold(self.coordinator.what_became_of(token), !self.coordinator.holds().is_empty())
+    fn not_held(&self, token: &str) -> Error {
+        self.no_such_hold(self.coordinator.what_became_of(token))
     }
 }

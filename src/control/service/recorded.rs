@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{CommandLine, Info, Service};
+use super::{Client, CommandLine, Info, Service, ServiceSetup};
 use crate::backend::QuiesceAsk;
 use crate::control::access::Access;
 use crate::control::creds::Credentials;
@@ -188,18 +188,26 @@ fn conversation() -> Vec<String> {
         }),
     };
     let notices = ImageNotices::new().unwrap();
-    let limits = (Duration::from_secs(9), true, Some(Duration::from_secs(60)));
     let start = Instant::now();
-    let mut service = Service::new(Arc::new(FixedDisk), info, notices.inbox(), limits, Box::new(|_| {}), None);
+    let mut service = Service::new(ServiceSetup {
+        disk: Arc::new(FixedDisk),
+        info,
+        inbox: notices.inbox(),
+        store_timeout: Duration::from_secs(9),
+        attended: true,
+        max_hold: Some(Duration::from_secs(60)),
+        resized: Box::new(|_| {}),
+        upgrade: None,
+    });
     service.took_over(json!({"from-pid": 7, "pause-us": 1500}), false);
     let mut lines = Vec::new();
     let mut negotiated = true;
     let mut token = String::new();
     let at = |milliseconds| start + Duration::from_millis(milliseconds);
-    let client = (Credentials { pid: 41, uid: 42 }, Access::All);
+    let client = Client { peer: 1, credentials: Credentials { pid: 41, uid: 42 }, access: Access::All };
     let mut ask = |service: &mut Service, command: &str, arguments: Value, now: Instant| {
         let request = json!({"execute": command, "arguments": arguments, "id": command});
-        service.request(1, client, &mut negotiated, Ok(request), now);
+        service.request(client, &mut negotiated, Ok(request), now);
     };
     let mut collect = |service: &mut Service, token: &mut String| {
         for (to, line) in service.outgoing() {

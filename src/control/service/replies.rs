@@ -89,19 +89,19 @@ pub(in crate::control) fn reason(reason: Reason) -> &'static str {
 }
 
 /// A hold, as status and events name it.
-pub(in crate::control) fn named(hold: &Hold) -> Value {
-    let mut value = self::who(&hold.who);
+pub(in crate::control) fn holder_json(hold: &Hold) -> Value {
+    let mut value = who_json(&hold.who);
     value["token"] = json!(hold.token);
     value
 }
 
 /// Who asked, as events name it.
-pub(in crate::control) fn who(who: &Who) -> Value {
+pub(in crate::control) fn who_json(who: &Who) -> Value {
     json!({"who": who.text, "pid": who.client.map(|client| client.pid), "uid": who.client.map(|client| client.uid)})
 }
 
 /// A holder, as the log names it.
-pub(in crate::control) fn shown(who: &Who) -> String {
+pub(in crate::control) fn describe_holder(who: &Who) -> String {
     // Debug quotes what the client wrote, so that it cannot forge a log line.
     let text = who.text.as_ref().map(|text| format!("{text:?}"));
     let client = who.client.map(|Credentials { pid, uid }| format!("pid {pid}, uid {uid}"));
@@ -134,6 +134,6 @@ mod tests {
     #[test]
     fn a_client_cannot_forge_a_log_line() {
         let who = Who { text: Some("a\nERROR b".into()), client: Some(Credentials { pid: 1, uid: 2 }) };
-        assert!(!shown(&who).contains('\n'));
+        assert!(!describe_holder(&who).contains('\n'));
     }
 }

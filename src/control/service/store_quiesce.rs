@@ -1,41 +1,66 @@
-//! What the image's own store asks: to hold the disk still while somebody elsewhere takes a snapshot of the image.
+//! PURE. The store of the image asks to hold the disk still while another host takes a snapshot of the image.
 //!
-//! Its hold is one among others in the coordinator. It is answered once, with a number that its client takes well
-//! ([`replies::store_errno`]), and ends when the store says so or by our lease: a store that gave up waiting says nothing.
+//! [`StoreQuiesce`] is its state machine: the attendant is asked first, then the coordinator, whose hold for the store is
+//! one among others. The store is answered once, with an error number that librbd's client handles well
+//! ([`replies::store_errno`]). The hold ends when the store reports the end of the snapshot, or by the lease: a store that
+//! gave up waiting reports nothing. Each method leaves what the caller must do in [`StoreQuiesce::next_effect`].
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::attendance::{First, Outcome, Prepare};
+use super::Recipient;
+use super::attendance::{Attendance, Consent, Outcome, Prepare};
 use super::replies;
-use super::{Recipient, Service};
 use crate::backend::QuiesceAsk;
 use crate::base::rate_limit::{COMMAND_LOG, IMAGE_LOG, log_limited};
 use crate::control::creds::Credentials;
-use crate::control::image_notices::{Note, Notes};
-use crate::control::protocol::AttendCommand;
-use crate::control::protocol::Error;
+use crate::control::protocol::{AttendCommand, Error};
 use crate::control::quiesce::{Ask, Hold, PeerId, Reason, Refusal, RequestId, STORE, Who};
-use crate::engine::Errno;
 
-/// As status, events and the log name it.
-const WHO: &str = "rbd snapshot";
-/// From our answer on. librbd lets the disk go 10 s after it at the latest, so this is for a store that is lost.
+/// The store's name in status, events and the log.
+pub(super) const WHO: &str = "rbd snapshot";
+/// How long the store's hold lasts, from our answer on. librbd releases the disk 10 s after the answer at the latest, so
+/// this is for a store whose connection is lost.
 const LEASE: Duration = Duration::from_secs(30);
-/// The store has let the disk go by itself, without waiting for the snapshot, when its word comes so late after our
-/// answer: librbd does after 10 s.
+/// When the store reports the end so late after our answer, it has released the disk by itself, without waiting for the
+/// snapshot: librbd does so after 10 s.
 const SELF_RELEASE: Duration = Duration::from_millis(9_900);
 
-/// The snapshot that somebody elsewhere takes. A store asks for one at a time.
-pub(super) struct ForeignSnapshot {
+/// What the service must do.
+pub(super) enum Effect {
+    /// Send an event.
+    Send(Recipient, &'static str, Value),
+    /// Ask the coordinator to hold the disk.
+    Hold(Ask),
+    /// Withdraw that.
+    Cancel(RequestId),
+    /// Report that a request is refused which the coordinator does not have.
+    Refuse(RequestId, Refusal),
+    /// End the hold of this token.
+    Resume(String),
+}
+
+/// The snapshot that another host takes, and the attendant that must consent to it.
+pub(super) struct StoreQuiesce {
+    /// How long the store may wait; then it is refused.
+    timeout: Duration,
+    attendance: Attendance,
+    /// `None`: the store takes no snapshot.
+    snapshot: Option<ForeignSnapshot>,
+    effects: VecDeque<Effect>,
+}
+
+/// The snapshot that another host takes. A store asks for one at a time.
+struct ForeignSnapshot {
     request: RequestId,
     token: String,
-    /// Until it is answered.
+    /// `None` once it is answered.
     ask: Option<QuiesceAsk>,
-    /// It is refused then.
+    /// When it is refused.
     until: Instant,
-    /// The attendant was asked so.
+    /// What was asked of the attendant.
     prepare: Option<Prepare>,
     phase: Phase,
 }
@@ -46,266 +71,233 @@ enum Phase {
     Preparing,
     /// The coordinator has the request.
     Settling,
-    /// Granted and answered, when.
+    /// Granted and answered at this time.
     Held(Instant),
 }
 
-impl Service {
-    /// What the image's back-end had to say since the last call.
-    pub(in crate::control) fn image_notes(&mut self, notes: Notes, now: Instant) {
-        if let Some(size) = notes.resized {
-            (self.resized)(size);
-        }
-        for note in notes.notes {
-            match note {
-                Note::Quiesce(ask, came) => self.store_asks(ask, came, now),
-                Note::Unquiesce(came) => self.store_is_done(came, now),
-                Note::JobDone(result) => self.job_done(result),
-                Note::Closed => self.store_ends(now),
-            }
-        }
-        if notes.state_changed {
-            self.image_state();
-        }
+impl StoreQuiesce {
+    /// `timeout`: [`super::super::Setup::store_timeout`]; `attended`: [`super::super::Setup::attended`].
+    pub(super) fn new(timeout: Duration, attended: bool) -> Self {
+        let attendance = Attendance::new(attended);
+        StoreQuiesce { timeout, attendance, snapshot: None, effects: VecDeque::new() }
     }
 
-    fn store_asks(&mut self, ask: QuiesceAsk, came: Instant, now: Instant) {
-        if self.is_upgrading() {
-            log_limited!(
-                IMAGE_LOG,
-                Warn,
-                "{WHO}: refused, because another process takes the disk over: take the snapshot again"
-            );
-            ask.answer(Err(Errno(libc::EBUSY)));
-            return;
-        }
-        if self.foreign_snapshot.is_some() {
-            log_limited!(
-                IMAGE_LOG,
-                Warn,
-                "{WHO}: refused, because an earlier one is not over: take one snapshot after the other"
-            );
-            ask.answer(Err(Errno(libc::EBUSY)));
-            return;
-        }
-        let (request, token) = self.next_hold();
-        let until = came + self.store_timeout;
-        let first = self.attendance.begin(self.store_timeout * 2 / 3, now);
-        let prepare = if let First::Wait(prepare) = first { Some(prepare) } else { None };
-        self.foreign_snapshot =
+    /// The oldest effect that is not carried out.
+    pub(super) fn next_effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    /// Whether a snapshot of the store is not over. Then it cannot begin another one.
+    pub(super) fn is_busy(&self) -> bool {
+        self.snapshot.is_some()
+    }
+
+    /// The store begins a snapshot. `request` and `token` are of the hold that it may get. `arrived_at`: when it asked.
+    pub(super) fn quiesce(
+        &mut self,
+        ask: QuiesceAsk,
+        (request, token): (RequestId, String),
+        arrived_at: Instant,
+        now: Instant,
+    ) {
+        let until = arrived_at + self.timeout;
+        let consent = self.attendance.begin(self.timeout * 2 / 3, now);
+        let prepare = if let Consent::Pending(prepare) = consent { Some(prepare) } else { None };
+        self.snapshot =
             Some(ForeignSnapshot { request, token, ask: Some(ask), until, prepare, phase: Phase::Preparing });
-        match first {
-            First::Nothing => self.hold_for_store(now),
-            First::Wait(Prepare { peer, id, timeout }) => {
+        match consent {
+            Consent::NotNeeded => self.hold(now),
+            Consent::Pending(Prepare { peer, id, timeout }) => {
                 let data = json!({"id": id, "timeout-ms": timeout.as_millis() as u64, "who": WHO});
-                self.tell(Recipient::Only(peer), "PREPARE", data);
+                self.effects.push_back(Effect::Send(Recipient::Only(peer), "PREPARE", data));
             }
-            First::GiveUp(why) => self.prepared(Outcome { result: Err(why.to_owned()), required: true }, now),
+            Consent::Denied(why) => self.prepared(Outcome { result: Err(why.to_owned()), required: true }, now),
         }
     }
 
-    fn hold_for_store(&mut self, now: Instant) {
-        let Some(foreign_snapshot) = &mut self.foreign_snapshot else { return };
-        foreign_snapshot.phase = Phase::Settling;
-        let hold = Ask {
-            request: foreign_snapshot.request,
-            token: foreign_snapshot.token.clone(),
+    /// Asks the coordinator for the hold.
+    fn hold(&mut self, now: Instant) {
+        let Some(snapshot) = &mut self.snapshot else { return };
+        snapshot.phase = Phase::Settling;
+        self.effects.push_back(Effect::Hold(Ask {
+            request: snapshot.request,
+            token: snapshot.token.clone(),
             owner: STORE,
-            timeout: foreign_snapshot.until.saturating_duration_since(now),
+            timeout: snapshot.until.saturating_duration_since(now),
             lease: LEASE,
             detached: true,
-            who: who(),
-        };
-        self.coordinator.quiesce(hold, now);
-        self.carry_out(now);
-        self.refuse_if_stopped(now);
+            who: store(),
+        }));
     }
 
-    /// What the attendant says.
+    /// Carries out a command of an attendant.
     pub(super) fn attend(
         &mut self,
         peer: PeerId,
         from: Credentials,
         command: AttendCommand,
         now: Instant,
-    ) -> Result<Value, Error> {
+    ) -> Result<(), Error> {
         let outcome = match command {
             AttendCommand::Attend { required, timeout, who } => {
                 let who = Who { text: who, client: Some(from) };
-                log_limited!(
-                    COMMAND_LOG,
-                    Info,
-                    "{} attends{}",
-                    replies::shown(&who),
-                    if required { ", and is required" } else { "" }
-                );
+                let required_words = if required { ", and is required" } else { "" };
+                log_limited!(COMMAND_LOG, Info, "{} attends{required_words}", replies::describe_holder(&who));
                 self.attendance.attend(peer, who, required, timeout)?;
                 None
             }
             AttendCommand::Prepared { id, result } => Some(self.attendance.prepared(peer, id, result)?),
             AttendCommand::Unattend => {
                 let outcome = self.attendance.unattend(peer)?;
-                log_limited!(COMMAND_LOG, Info, "the attendant ends: {}", self.attendance.without());
+                log_limited!(COMMAND_LOG, Info, "the attendant ends: {}", self.attendance.unattended_policy());
                 outcome
             }
         };
         if let Some(outcome) = outcome {
             self.prepared(outcome, now);
         }
-        Ok(json!({}))
+        Ok(())
     }
 
-    /// The attendant answered, or nothing will come of it.
-    pub(super) fn prepared(&mut self, Outcome { result, required }: Outcome, now: Instant) {
-        let Some(request) =
-            self.foreign_snapshot.as_ref().filter(|it| it.phase == Phase::Preparing).map(|it| it.request)
-        else {
-            return;
-        };
+    /// A connection ended.
+    pub(super) fn peer_gone(&mut self, peer: PeerId, now: Instant) {
+        if let Some(outcome) = self.attendance.gone(peer) {
+            self.prepared(outcome, now);
+        }
+    }
+
+    /// Ends the time that the attendant has for its answer, if it has run out.
+    pub(super) fn tick(&mut self, now: Instant) {
+        if let Some(outcome) = self.attendance.tick(now) {
+            self.prepared(outcome, now);
+        }
+    }
+
+    /// When [`StoreQuiesce::tick`] is due.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.attendance.next_deadline()
+    }
+
+    /// The attendant answered, or will not answer.
+    fn prepared(&mut self, Outcome { result, required }: Outcome, now: Instant) {
+        let preparing = self.snapshot.as_ref().filter(|snapshot| snapshot.phase == Phase::Preparing);
+        let Some(request) = preparing.map(|snapshot| snapshot.request) else { return };
         match result {
             Ok(level) => {
-                log_limited!(IMAGE_LOG, Info, "{WHO}: prepared: {}", level.as_deref().unwrap_or("no level is told"));
+                let shown = level.as_deref().unwrap_or("the attendant names no level");
+                log_limited!(IMAGE_LOG, Info, "{WHO}: prepared: {shown}");
                 self.event("PREPARED", json!({"level": level}));
-                self.hold_for_store(now);
+                self.hold(now);
             }
             Err(why) => {
                 self.event("PREPARE_FAILED", json!({"message": why, "required": required}));
                 if required {
                     log_limited!(IMAGE_LOG, Warn, "{WHO}: not prepared: {why:?}");
-                    self.refused(request, &who(), Refusal::NotPrepared);
-                    self.tell_released();
+                    self.effects.push_back(Effect::Refuse(request, Refusal::NotPrepared));
                 } else {
-                    log_limited!(
-                        IMAGE_LOG,
-                        Warn,
-                        "{WHO}: goes on as after a power cut, for it was not prepared: {why:?}"
-                    );
-                    self.hold_for_store(now);
+                    let line = "goes on as after a power cut, because the guest was not prepared";
+                    log_limited!(IMAGE_LOG, Warn, "{WHO}: {line}: {why:?}");
+                    self.hold(now);
                 }
             }
         }
     }
 
-    /// Once the gate is open a guest can be thawed.
-    pub(super) fn tell_released(&mut self) {
-        if !self.coordinator.is_open() {
-            return;
-        }
-        for (peer, id) in self.attendance.released() {
-            self.tell(Recipient::Only(peer), "RELEASED", json!({"id": id}));
-        }
-    }
-
-    /// Refuses what is not granted yet.
-    pub(super) fn store_ends(&mut self, now: Instant) {
-        let Some(ForeignSnapshot { request, phase, .. }) = &self.foreign_snapshot else { return };
-        let request = *request;
+    /// Refuses a snapshot that is not granted yet.
+    pub(super) fn end(&mut self) {
+        let Some(ForeignSnapshot { request, phase, .. }) = &self.snapshot else { return };
         match phase {
-            Phase::Preparing => {
-                self.refused(request, &who(), Refusal::Cancelled);
-                self.tell_released();
-            }
-            Phase::Settling => {
-                self.coordinator.cancel(request, now);
-                self.carry_out(now);
-            }
+            Phase::Preparing => self.effects.push_back(Effect::Refuse(*request, Refusal::Cancelled)),
+            Phase::Settling => self.effects.push_back(Effect::Cancel(*request)),
             Phase::Held(_) => {}
         }
     }
 
-    /// The snapshot is taken or given up. Says nothing of one that was refused, or that ended before.
-    fn store_is_done(&mut self, came: Instant, now: Instant) {
-        let Some(ForeignSnapshot { token, phase, .. }) = &self.foreign_snapshot else { return };
+    /// The store has taken the snapshot or given it up. Ignored for one that was refused, or that ended before.
+    pub(super) fn unquiesce(&mut self, arrived_at: Instant) {
+        let Some(ForeignSnapshot { token, phase, .. }) = &self.snapshot else { return };
         let token = token.clone();
         let Phase::Held(answered) = *phase else {
-            self.store_ends(now);
+            self.end();
             return;
         };
-        let since = came.saturating_duration_since(answered);
+        let since = arrived_at.saturating_duration_since(answered);
         if since >= SELF_RELEASE {
             log_limited!(
                 IMAGE_LOG,
                 Warn,
-                "{WHO}: its store let the disk go by itself {} ms after it was held still. If the snapshot is of several \
-                 images, one of them may have been quiesced too late and the snapshot may not be of one instant: take \
-                 it again",
+                "{WHO}: its store released the disk by itself {} ms after the disk was held still. If the snapshot is of \
+                 several images, one of them may have been quiesced too late and the snapshot may not be of one instant: \
+                 take it again",
                 since.as_millis()
             );
             self.event("QUIESCE_EXPIRED", json!({"who": WHO, "held-ms": since.as_millis() as u64}));
         }
-        if self.coordinator.resume(&token, now).is_err() {
-            log_limited!(IMAGE_LOG, Error, "{WHO}: its hold had ended unnoticed; please report this as a defect");
-        }
-        self.carry_out(now);
+        self.effects.push_back(Effect::Resume(token));
     }
 
-    /// Whether a granted request is the store's; then it is answered.
-    pub(super) fn store_granted(&mut self, request: RequestId, hold: &Hold) -> bool {
-        let Some(foreign_snapshot) =
-            self.foreign_snapshot.as_mut().filter(|foreign_snapshot| foreign_snapshot.request == request)
-        else {
+    /// The coordinator granted a request. Answers the store and returns `true` if it is the store's.
+    pub(super) fn granted(&mut self, request: RequestId, hold: &Hold) -> bool {
+        let Some(snapshot) = self.snapshot.as_mut().filter(|snapshot| snapshot.request == request) else {
             return false;
         };
-        foreign_snapshot.phase = Phase::Held(hold.since);
-        if let Some(ask) = foreign_snapshot.ask.take() {
+        snapshot.phase = Phase::Held(hold.since);
+        if let Some(ask) = snapshot.ask.take() {
             ask.answer(Ok(()));
         }
         true
     }
 
-    /// Whether a refused request is the store's; then it is answered and over.
-    pub(super) fn store_refused(&mut self, request: RequestId, why: Refusal) -> bool {
-        let Some(foreign_snapshot) =
-            self.foreign_snapshot.take_if(|foreign_snapshot| foreign_snapshot.request == request)
-        else {
-            return false;
-        };
-        if let Some(ask) = foreign_snapshot.ask {
+    /// A request was refused. Answers the store, ends its snapshot and returns `true` if it is the store's.
+    pub(super) fn refused(&mut self, request: RequestId, why: Refusal) -> bool {
+        let Some(snapshot) = self.snapshot.take_if(|snapshot| snapshot.request == request) else { return false };
+        if let Some(ask) = snapshot.ask {
             ask.answer(Err(replies::store_errno(why)));
         }
-        if let Some(prepare) = foreign_snapshot.prepare {
-            self.attendance.over(prepare);
+        if let Some(prepare) = snapshot.prepare {
+            self.attendance.end_snapshot(prepare);
         }
         true
     }
 
-    /// A hold ended. If it is the store's the snapshot is over for us, however it ended.
-    pub(super) fn store_left(&mut self, hold: &Hold, reason: Reason) {
-        let Some(foreign_snapshot) =
-            self.foreign_snapshot.take_if(|foreign_snapshot| foreign_snapshot.token == hold.token)
-        else {
-            return;
-        };
-        if let Some(prepare) = foreign_snapshot.prepare {
-            self.attendance.over(prepare);
+    /// A hold ended. If it was the store's, its snapshot is over for us, whatever ended it.
+    pub(super) fn hold_ended(&mut self, hold: &Hold, reason: Reason) {
+        let Some(snapshot) = self.snapshot.take_if(|snapshot| snapshot.token == hold.token) else { return };
+        if let Some(prepare) = snapshot.prepare {
+            self.attendance.end_snapshot(prepare);
         }
         if reason == Reason::LeaseExpired {
-            log_limited!(
-                IMAGE_LOG,
-                Warn,
-                "{WHO}: its store never said that it is over; if it was taken after now, it was not held still"
-            );
+            let line = "its store never reported the end; a snapshot taken from now on was not held still";
+            log_limited!(IMAGE_LOG, Warn, "{WHO}: {line}");
         }
     }
 
-    fn image_state(&mut self) {
-        let state = self.disk.status().image_status;
-        if state == self.image_state {
-            return;
-        }
-        match (&state.trouble, &state.trouble_detail) {
-            // Something else changed.
-            (trouble, _) if *trouble == self.image_state.trouble => {}
-            (Some(trouble), detail) => {
-                log_limited!(IMAGE_LOG, Error, "the image: {trouble}: {}", detail.as_deref().unwrap_or(""))
-            }
-            (None, _) => log_limited!(IMAGE_LOG, Info, "the image is well again"),
-        }
-        self.event("IMAGE_STATE", json!(state));
-        self.image_state = state;
+    /// The attendants that must be sent `RELEASED`, with the id of their `PREPARE`. For when the gate is open.
+    pub(super) fn released(&mut self) -> Vec<(PeerId, u64)> {
+        self.attendance.released()
+    }
+
+    /// The attendant, for the status.
+    pub(super) fn attendant_status(&self) -> Value {
+        self.attendance.status()
+    }
+
+    /// Whether snapshots are refused while the attendant is not there.
+    pub(super) fn requires_attendant(&self) -> bool {
+        self.attendance.requires_attendant()
+    }
+
+    /// The process before us required an attendant, which must connect to us first.
+    pub(super) fn attendant_missing(&mut self) {
+        self.attendance.attendant_missing();
+    }
+
+    fn event(&mut self, name: &'static str, data: Value) {
+        self.effects.push_back(Effect::Send(Recipient::Everyone, name, data));
     }
 }
 
-fn who() -> Who {
+/// The store as a holder.
+pub(super) fn store() -> Who {
     Who { text: Some(WHO.into()), client: None }
 }

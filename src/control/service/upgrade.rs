@@ -1,10 +1,12 @@
 //! The hand-over to another process ([`crate::upgrade`]): whether it may begin, and what is refused while it lasts.
 
-use std::sync::atomic::Ordering;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
 
-use super::{Recipient, Service};
+use super::Service;
 use crate::control::protocol::AttendCommand;
 use crate::control::protocol::CopyCommand;
 use crate::control::protocol::ImageSnapshotCommand;
@@ -12,18 +14,66 @@ use crate::control::protocol::{Command, Error};
 use crate::control::quiesce::PeerId;
 use crate::upgrade::VERSION;
 
+/// What the daemon does for a process that takes over.
+pub struct Upgrade {
+    /// Called from the control thread with the connection that the two processes use from now on, and whether an attendant
+    /// is required; must not block.
+    pub begin: Box<dyn Fn(UnixStream, bool) + Send>,
+    /// A hand-over is running. The control thread sets it right before `begin`; the daemon clears it when the hand-over
+    /// has failed.
+    pub under_way: Arc<AtomicBool>,
+    /// It is about to be decided which of the two processes new clients belong to: they wait. The daemon sets it shortly
+    /// before the decision and clears it afterwards.
+    pub leaving: Arc<AtomicBool>,
+}
+
+/// The state of hand-overs: from the process before us, and to the next one.
+pub(super) struct UpgradeState {
+    /// `None`: no process can take over.
+    upgrade: Option<Upgrade>,
+    /// The connection that asked for the hand-over, until it has its reply.
+    requested_by: Option<PeerId>,
+    /// Figures of the hand-over that gave us the disk.
+    took_over: Value,
+}
+
+impl UpgradeState {
+    pub(super) fn new(upgrade: Option<Upgrade>) -> Self {
+        UpgradeState { upgrade, requested_by: None, took_over: Value::Null }
+    }
+
+    /// Figures of the hand-over that gave us the disk, for the status; null: the disk was ours from the start.
+    pub(super) fn took_over(&self) -> &Value {
+        &self.took_over
+    }
+
+    fn is_set(&self, flag: impl FnOnce(&Upgrade) -> &AtomicBool) -> bool {
+        self.upgrade.as_ref().is_some_and(|upgrade| flag(upgrade).load(Ordering::Acquire))
+    }
+}
+
 impl Service {
-    /// Whether a hand-over lasts.
+    /// The disk is ours by a hand-over. `figures`: for the status; `attendant_missing`: the process before us required an
+    /// attendant, which is not connected to us yet.
+    pub(in crate::control) fn took_over(&mut self, figures: Value, attendant_missing: bool) {
+        self.upgrade.took_over = figures;
+        if attendant_missing {
+            self.store.attendant_missing();
+        }
+    }
+
+    /// Whether a hand-over is running.
     pub(super) fn is_upgrading(&self) -> bool {
-        self.upgrade.as_ref().is_some_and(|upgrade| upgrade.under_way.load(Ordering::Acquire))
+        self.upgrade.is_set(|upgrade| &upgrade.under_way)
     }
 
-    /// Whether it is about to be decided whose clients those are that come.
+    /// Whether new clients must wait: see [`Upgrade::leaving`].
     pub(in crate::control) fn is_leaving(&self) -> bool {
-        self.upgrade.as_ref().is_some_and(|upgrade| upgrade.leaving.load(Ordering::Acquire))
+        self.upgrade.is_set(|upgrade| &upgrade.leaving)
     }
 
-    /// What would be lost with this process, or would change the disk behind the next one's back.
+    /// Refuses, during a hand-over, a command whose effect would be lost with this process, or would change the disk
+    /// without the next process knowing.
     pub(super) fn refuse_while_upgrading(&self, command: &Command) -> Result<(), Error> {
         let lasting = matches!(
             command,
@@ -41,25 +91,25 @@ impl Service {
         Ok(())
     }
 
-    /// `hand-over`: after its reply the connection is no client's any more.
+    /// Carries out `hand-over`. After its reply the connection belongs to the hand-over, not to a client.
     pub(super) fn hand_over(&mut self, peer: PeerId, version: u64) -> Result<Value, Error> {
-        let Some(upgrade) = &self.upgrade else {
+        let Some(upgrade) = &self.upgrade.upgrade else {
             return Err(Error::new("no-upgrade", "this daemon cannot be upgraded in place: restart it"));
         };
         if version != VERSION {
             let desc = format!(
                 "the new virtioblkd speaks version {version} of the hand-over and this one version {VERSION}: restart \
-                 this one instead, the guest waits meanwhile"
+                 this one instead; the guest waits meanwhile"
             );
             return Err(Error::new("no-upgrade", desc));
         }
         let busy = |desc: &str| Err(Error::new("not-now", desc));
-        if !self.coordinator.is_open() || self.coordinator.waiting() > 0 || self.foreign_snapshot.is_some() {
+        if !self.coordinator.is_open() || self.coordinator.waiting() > 0 || self.store.is_busy() {
             return busy("the disk is held, or is to be: `virtioblkctl status` says by whom; resume it first");
         }
         let copies = self.disk.copies().map(|copies| copies.status()).unwrap_or_default();
         if copies.iter().any(|copy| matches!(copy.state.as_str(), "prepared" | "running" | "syncing")) {
-            return busy("a point-in-time copy is under way: wait for it (`virtioblkctl copies`), or cancel it");
+            return busy("a point-in-time copy is running: wait for it (`virtioblkctl copies`), or cancel it");
         }
         if self.jobs.is_busy() {
             return busy("a snapshot of the image is being made: try again when it is done");
@@ -71,18 +121,20 @@ impl Service {
             );
         }
         upgrade.under_way.store(true, Ordering::Release);
-        self.hands_over_to = Some(peer);
-        self.tell(Recipient::Everyone, "UPGRADE", json!({}));
+        self.upgrade.requested_by = Some(peer);
+        self.event("UPGRADE", json!({}));
         Ok(json!({}))
     }
 
-    /// The connection that asked for the hand-over and has its answer.
+    /// Takes the connection that asked for the hand-over and has its reply.
     pub(in crate::control) fn hands_over(&mut self) -> Option<PeerId> {
-        self.hands_over_to.take()
+        self.upgrade.requested_by.take()
     }
 
-    /// Whether a guest's attendant is registered that snapshots must not be taken without, or is missed.
-    pub(in crate::control) fn misses_attendant(&self) -> bool {
-        self.attendance.is_relied_on()
+    /// Gives the hand-over the connection that asked for it.
+    pub(in crate::control) fn pass_on(&self, stream: UnixStream) {
+        if let Some(upgrade) = &self.upgrade.upgrade {
+            (upgrade.begin)(stream, self.store.requires_attendant());
+        }
     }
 }

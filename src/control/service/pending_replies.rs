@@ -1,0 +1,52 @@
+//! Requests whose reply comes later: who waits, under which number.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+
+use serde_json::Value;
+
+use crate::control::quiesce::{PeerId, RequestId};
+
+/// The requests that wait for their reply, and the numbers and tokens given to requests.
+#[derive(Default)]
+pub(super) struct PendingReplies {
+    /// The connection that waits, and the `id` of its request.
+    waiting: HashMap<RequestId, (PeerId, Option<Value>)>,
+    last: RequestId,
+    tokens: RandomState,
+}
+
+impl PendingReplies {
+    /// A number for a request.
+    pub(super) fn next_id(&mut self) -> RequestId {
+        self.last += 1;
+        self.last
+    }
+
+    /// A number for a request, and the token of the hold that it may get. Tokens are keyed with the system's randomness,
+    /// so that a script that runs too late cannot name another client's hold.
+    pub(super) fn next_hold(&mut self) -> (RequestId, String) {
+        let request = self.next_id();
+        (request, format!("{:016x}", self.tokens.hash_one(request)))
+    }
+
+    /// Notes who waits for the reply. `id`: of the request.
+    pub(super) fn add(&mut self, request: RequestId, peer: PeerId, id: Option<Value>) {
+        self.waiting.insert(request, (peer, id));
+    }
+
+    /// Whether a connection still waits for the reply.
+    pub(super) fn contains(&self, request: RequestId) -> bool {
+        self.waiting.contains_key(&request)
+    }
+
+    /// Returns who waits for the reply, which is to be sent now.
+    pub(super) fn take(&mut self, request: RequestId) -> Option<(PeerId, Option<Value>)> {
+        self.waiting.remove(&request)
+    }
+
+    /// A connection ended: it waits for nothing any more.
+    pub(super) fn peer_gone(&mut self, peer: PeerId) {
+        self.waiting.retain(|_, (waiting, _)| *waiting != peer);
+    }
+}
