@@ -1,11 +1,11 @@
-//! QEMU's guest agent on its socket: one JSON line each way, and the manners that it needs (QEMU,
+//! QEMU's guest agent on its socket: one JSON line each way, and the synchronization that it needs (QEMU,
 //! docs/interop/qemu-ga-ref).
 //!
-//! The socket knows no clients: bytes that an earlier one asked for may still come, and a request to an agent that does
-//! not run waits in the channel until it does. So a connection begins, and goes on after every answer that did not come
-//! in time, with `guest-sync-delimited`: a byte 0xFF before the request makes the agent drop what it was reading,
-//! and 0xFF before the answer with our number tells where its answers to us begin. The agent does one thing after the
-//! other: an answer to the sync proves that everything asked before is done, a late freeze too.
+//! The socket does not distinguish clients: replies to an earlier client may still come, and a request to an agent that
+//! does not run waits in the channel until it does. So each connection begins with `guest-sync-delimited`, which is
+//! repeated after every reply that did not come in time. A byte 0xFF before the request makes the agent drop what it was
+//! reading, and 0xFF before the reply with our number marks where its replies to us begin. The agent carries out one
+//! command after the other: a reply to the sync proves that everything asked before is done, a late freeze too.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -21,23 +21,23 @@ use serde_json::{Value, json};
 use super::bounded;
 use super::wait::{Stop, Wake, pause, wait};
 
-/// Bytes read at most for one answer, garbage included.
+/// The most bytes that are read for one reply, stale replies included.
 const MAX_INPUT: usize = 4 << 20;
-/// Of an agent's error so many characters are shown.
+/// The most characters of an agent's error that are shown.
 const MAX_REASON: usize = 1000;
-/// A sync that is not answered is sent again after this time: the agent may have been restarted.
+/// After how long a sync without a reply is sent again: the agent may have been restarted.
 const SYNC_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Why the agent did not do as asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AgentError {
-    /// It does not answer; what was asked may be done later.
+    /// It does not reply; it may carry the command out later.
     Silent(String),
     /// It cannot be reached.
     Lost(String),
-    /// It says no: nothing was done, or it was undone.
+    /// It refuses: nothing was done, or it was undone.
     Refused(String),
-    /// Nobody wants it any more; what was asked may be done later.
+    /// The wait was ended by a signal; the agent may carry the command out later.
     Stopped,
 }
 
@@ -50,9 +50,9 @@ impl fmt::Display for AgentError {
     }
 }
 
-/// A way to the agent.
+/// A channel to the agent.
 pub trait Channel {
-    /// Asks and waits for the answer, at most `timeout`. Whatever was asked before is done by then.
+    /// Sends a command and waits for the reply, for `timeout` at most. All commands sent before are done by then.
     fn ask(&mut self, command: &str, arguments: Value, timeout: Duration, stop: Stop<'_>) -> Result<Value, AgentError>;
 }
 
@@ -68,14 +68,14 @@ pub struct Socket {
 struct Link {
     stream: UnixStream,
     input: Vec<u8>,
-    /// Nothing is under way: the next line is the answer to the next request.
+    /// No reply is outstanding: the next line is the reply to the next request.
     in_sync: bool,
 }
 
 impl Socket {
-    /// Not connected until the first question.
+    /// Connects when the first command is sent.
     pub fn new(path: &Path) -> Self {
-        // Not the same as an earlier client's: its stale answers must not pass for ours. The agent takes any number
+        // Not the numbers of an earlier client, whose stale replies must not be taken for ours. The agent takes any number
         // that fits into 63 bits.
         let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let first = (clock.as_nanos() as u64 ^ u64::from(std::process::id()) << 40) >> 1;
@@ -88,13 +88,13 @@ impl Socket {
 
     fn silent(&self) -> AgentError {
         AgentError::Silent(format!(
-            "{} does not answer: see that qemu-guest-agent runs in the guest, that the guest is not paused, and that \
+            "{} does not answer: check that qemu-guest-agent runs in the guest, that the guest is not paused, and that \
              nobody else is connected to the socket (libvirt is, to those of its domains: give --libvirt DOMAIN)",
             self.shown()
         ))
     }
 
-    /// Connects if need be, and waits until the agent listens to us and to nobody else.
+    /// Connects if necessary, and waits until the next reply of the agent is ours.
     fn synchronize(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<(), AgentError> {
         if self.link.is_none() {
             self.link = Some(Link { stream: self.open(deadline, stop)?, input: Vec::new(), in_sync: false });
@@ -108,7 +108,7 @@ impl Socket {
             loop {
                 match self.line(again, stop) {
                     Ok(line) => {
-                        // What stands before the 0xFF was for somebody else.
+                        // What stands before the 0xFF was for an earlier client.
                         let at = line.iter().rposition(|byte| *byte == 0xff);
                         let answer = at.and_then(|at| bounded::parse(&line[at + 1..]).ok());
                         if answer.is_some_and(|answer| answer["return"] == id) {
@@ -135,12 +135,12 @@ impl Socket {
 
     fn send(&mut self, mut bytes: Vec<u8>, delimited: bool) -> Result<(), AgentError> {
         if delimited {
-            // No byte of UTF-8: the agent's parser starts anew.
+            // 0xFF is not valid in UTF-8: the agent's parser starts anew.
             bytes[0] = 0xff;
         }
         match self.link()?.stream.write_all(&bytes) {
             Ok(()) => Ok(()),
-            // The channel takes no more: nobody reads it in the guest.
+            // The channel is full: no agent reads it in the guest.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 self.link = None;
                 Err(self.silent())
@@ -198,7 +198,7 @@ impl Socket {
         let lost = |errno: Errno| {
             let mend = match errno {
                 Errno::NOENT => ": does the guest run, and is this the socket of its agent's channel?",
-                Errno::CONNREFUSED => ": nobody listens there; does the guest still run?",
+                Errno::CONNREFUSED => ": no program listens there; does the guest still run?",
                 Errno::ACCESS | Errno::PERM => ": be root or QEMU's user",
                 Errno::NAMETOOLONG | Errno::INVAL => ": a socket's path has at most 107 bytes",
                 _ => "",
@@ -211,7 +211,7 @@ impl Socket {
         loop {
             match connect(&socket, &address) {
                 Ok(()) => return Ok(UnixStream::from(socket)),
-                // The queue of those who want to connect is full.
+                // The queue of connections to accept is full.
                 Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => {
                     match pause(Duration::from_millis(50), stop) {
                         Ok(true) => {}
@@ -252,11 +252,11 @@ impl AsFd for Link {
     }
 }
 
-/// Reads an answer: `{"return": ...}` or `{"error": {"class", "desc"}}`.
+/// Reads a reply: `{"return": ...}` or `{"error": {"class", "desc"}}`.
 pub fn answer(who: &str, command: &str, line: &[u8]) -> Result<Value, AgentError> {
     let garbage = || {
         let start = String::from_utf8_lossy(&line[..line.len().min(80)]).into_owned();
-        AgentError::Lost(format!("{who} answers {command} with what is no answer: {start:?}"))
+        AgentError::Lost(format!("{who} answers {command} with text that is not a reply: {start:?}"))
     };
     let mut value = bounded::parse(line).map_err(|_| garbage())?;
     if let Some(error) = value.get("error") {
@@ -273,9 +273,8 @@ mod tests {
     use std::os::unix::net::UnixListener;
     use std::sync::mpsc;
 
-    /// An agent that sends `text` over and over is given up in time.
     #[test]
-    fn an_agent_that_sends_without_end_is_given_up() {
+    fn an_agent_that_sends_without_end_is_given_up_in_time() {
         for text in ["{}\n", "[1,", "\n"] {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("qga");

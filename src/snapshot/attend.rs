@@ -70,14 +70,14 @@ impl Plan {
         Ok(())
     }
 
-    /// What a `prepared` may take: a hook, a freeze, and the thaw of one that failed.
+    /// How long a `prepared` may take: a hook, a freeze, and the thaw of one that failed.
     fn allowed(&self) -> Duration {
         self.timeout * if self.hooks.is_some() { 3 } else { 2 } + FREEZE_MARGIN
     }
 }
 
-/// Attends until SIGINT, SIGTERM or SIGHUP, which are blocked in this thread from now on. `report`: is told what each
-/// freeze came to. Errors: a disk that cannot be attended from the start, or a guest that could not be thawed.
+/// Attends until SIGINT, SIGTERM or SIGHUP, which are blocked in this thread from now on. `report` gets the receipt of
+/// each freeze. Errors: a disk that cannot be attended from the start, or a guest that could not be thawed.
 pub fn attend(plan: &Plan, report: impl Fn(&Receipt)) -> Result<(), Failure> {
     plan.check()?;
     let failed = |error: std::io::Error| Failure::new("internal", format!("signals cannot be caught: {error}"));
@@ -105,10 +105,10 @@ struct Attended {
     control: PathBuf,
     /// The file or device, for hooks.
     image: Option<PathBuf>,
-    /// `None`: its daemon is gone.
+    /// `None`: the connection to its daemon is lost.
     client: Option<Client>,
     retry: Instant,
-    /// What it asked to be prepared for, and has not released.
+    /// The ids of the `PREPARE`s that it has not released.
     asked: BTreeSet<u64>,
 }
 
@@ -118,10 +118,10 @@ impl Attended {
     }
 }
 
-/// A freeze, for as many questions as come until it is thawed.
+/// A freeze, which answers every `PREPARE` that comes until the thaw.
 struct FreezeRound {
     freezer: Freezer,
-    /// What each of them is answered.
+    /// The answer to each of them.
     outcome: Result<(), String>,
     since: Instant,
 }
@@ -131,7 +131,7 @@ struct Attendant<'a> {
     signals: Signals,
     disks: Vec<Attended>,
     round: Option<FreezeRound>,
-    /// A signal came; until then the last round is waited for.
+    /// A signal came: until when the last round is waited for.
     ending: Option<Instant>,
     /// The last failure to thaw.
     thawed: Result<(), Failure>,
@@ -183,7 +183,7 @@ impl Attendant<'_> {
         Ok(())
     }
 
-    /// Looks for the daemons that are gone; not while a guest is frozen, for a stuck one costs time.
+    /// Connects to the daemons that were lost; not while a guest is frozen, because a daemon that hangs costs time.
     fn retry(&mut self) {
         for at in 0..self.disks.len() {
             let disk = &self.disks[at];
@@ -197,7 +197,7 @@ impl Attendant<'_> {
         }
     }
 
-    /// Hears all that the daemons have to say.
+    /// Handles all messages of the daemons.
     fn listen(&mut self) {
         for at in 0..self.disks.len() {
             while let Some(client) = &mut self.disks[at].client {
@@ -226,7 +226,7 @@ impl Attendant<'_> {
         }
     }
 
-    /// Freezes, unless it is done, and answers.
+    /// Freezes the guest, unless it is frozen, and answers.
     fn prepare(&mut self, at: usize, id: u64) {
         if self.ending.is_some() {
             return self.answer(at, json!({"id": id, "error": "virtioblkctl attend is ending"}));
@@ -236,7 +236,7 @@ impl Attendant<'_> {
             self.round = Some(self.freeze());
         }
         let Some(round) = &mut self.round else { return };
-        // Frozen for another disk: is it still?
+        // It was frozen for another disk; check that it still is.
         if !is_first && round.outcome.is_ok() {
             round.outcome = round.freezer.is_frozen_still(Some(self.signals.as_fd())).map_err(|why| why.message);
         }
@@ -246,7 +246,7 @@ impl Attendant<'_> {
         };
         self.answer(at, answer);
         if is_first && let Some(round) = &mut self.round.as_mut().filter(|round| round.outcome.is_err()) {
-            // What was begun; the next question is answered the same until all disks are released.
+            // Undo what was begun. Until all disks are released each `PREPARE` gets the same answer.
             round.freezer.thaw();
         }
     }
@@ -281,7 +281,7 @@ impl Attendant<'_> {
         }
     }
 
-    /// A daemon that is gone holds nothing any more.
+    /// The connection to a daemon is lost: it holds nothing for us any more.
     fn lose(&mut self, at: usize, lost: &Failure) {
         let disk = &mut self.disks[at];
         disk.client = None;
@@ -322,8 +322,8 @@ impl Attendant<'_> {
         (self.report)(&receipt);
     }
 
-    /// A signal: asks for no more questions, and waits for the last round. The second one ends at once, and the guard
-    /// thaws.
+    /// Handles a signal: the first one ends the registrations and waits for the last round. The second one ends at once,
+    /// and the guard thaws.
     fn stop(&mut self) -> Result<(), Failure> {
         let failed = |error: std::io::Error| Failure::new("internal", format!("signals cannot be read: {error}"));
         while self.signals.next().map_err(failed)?.is_some() {}
@@ -346,7 +346,7 @@ impl Attendant<'_> {
     }
 }
 
-/// Says a line that daemons, the agent or other users of the image can cause any number of times.
+/// Prints a line that daemons, the agent or other users of the image can cause any number of times.
 fn say_limited(line: std::fmt::Arguments<'_>) {
     static LINES: LogLimit = LogLimit::new();
     if let Some(line) = LINES.admit(line, Instant::now()) {

@@ -1,5 +1,5 @@
-//! Reads an answer of the guest's agent, which the guest's root may have written, within bounds: of objects only the
-//! members that we use are kept, and no more than `MAX_VALUES` values.
+//! Reads a reply of the guest's agent within bounds, because the guest's root may have written it: only the members that
+//! we use are kept, and no more than `MAX_VALUES` values.
 
 use std::cell::Cell;
 use std::fmt;
@@ -7,13 +7,13 @@ use std::fmt;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-/// A guest with thousands of filesystems needs as many; each takes well below a kilobyte.
+/// The most values in a reply. A guest with thousands of filesystems needs as many; each takes well below a kilobyte.
 const MAX_VALUES: u32 = 50_000;
-/// The members that are looked at, of any object.
+/// The members of objects that are kept.
 const MEMBERS: [&str; 10] =
     ["return", "error", "class", "desc", "id", "name", "type", "enabled", "supported_commands", "buf-b64"];
 
-/// Reads one JSON text. Errors: it is none, or holds too much.
+/// Reads one JSON text. Errors: it is not JSON, or has too many values.
 pub fn parse(text: &[u8]) -> Result<Value, serde_json::Error> {
     let left = Cell::new(MAX_VALUES);
     let mut json = serde_json::Deserializer::from_slice(text);
@@ -24,7 +24,7 @@ pub fn parse(text: &[u8]) -> Result<Value, serde_json::Error> {
 
 #[derive(Clone, Copy)]
 struct Bounded<'a> {
-    /// How many values may still come.
+    /// How many more values are allowed.
     left: &'a Cell<u32>,
 }
 
@@ -104,7 +104,7 @@ mod tests {
         let list = |count: usize| [b"{\"return\": [".to_vec(), b"1,".repeat(count), b"1]}".to_vec()].concat();
         assert!(parse(&list(40_000)).is_ok());
         assert!(parse(&list(60_000)).unwrap_err().to_string().contains("too many values"));
-        // Skipped without being kept.
+        // Read and dropped.
         assert!(parse(&[b"{\"x\": ".to_vec(), list(1_000_000), b"}".to_vec()].concat()).is_ok());
         for bad in [&b"["[..], b"", b"{} {}", b"{\"return\": nonsense}", &b"[".repeat(2_000_000)] {
             assert!(parse(bad).is_err());

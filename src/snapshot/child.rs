@@ -1,4 +1,4 @@
-//! A command that runs no longer than allowed: hooks, `exec:`, virsh.
+//! Runs a command within a time limit: hooks, `exec:`, virsh.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -15,22 +15,22 @@ use super::wait::{Stop, Wake, wait};
 
 /// How long a command may take to end in order after SIGTERM.
 const TERMINATION_TIMEOUT: Duration = Duration::from_secs(2);
-/// Output beyond this is not read.
+/// The most bytes of output that are read.
 const MAX_OUTPUT: u64 = 4 << 20;
 
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// By itself.
+    /// It ended by itself.
     Status(ExitStatus),
-    /// By us: it took too long.
+    /// We ended it, because it took too long.
     TimedOut,
-    /// By us: it is no longer wanted.
+    /// We ended it, because a signal came.
     Stopped,
 }
 
 impl Ended {
-    /// What is wrong, after the command's name; `None`: it succeeded.
+    /// What went wrong, as the end of a sentence that begins with the command's name; `None`: it succeeded.
     pub fn complaint(&self, allowed: Duration) -> Option<String> {
         match self {
             Ended::Status(status) if status.success() => None,
@@ -88,8 +88,8 @@ fn watch(child: &mut Child, deadline: Instant, stop: Stop<'_>) -> io::Result<Opt
     }
 }
 
-/// SIGTERM to the group, and SIGKILL if that is not enough. A command that waits for a filesystem that we had frozen
-/// cannot even be killed until the thaw, which must not wait for it: such a one is left to itself.
+/// Sends SIGTERM to the group, and SIGKILL if that is not enough. A command that waits for a filesystem that we had frozen
+/// cannot be killed until the thaw, which must not wait for it: such a command is left running.
 fn end(child: &mut Child) -> io::Result<()> {
     let group = Pid::from_child(child);
     signal(group, Signal::TERM)?;
@@ -97,13 +97,13 @@ fn end(child: &mut Child) -> io::Result<()> {
         signal(group, Signal::KILL)?;
         watch(child, Instant::now() + TERMINATION_TIMEOUT, None)?;
     }
-    // What it started and left behind ends, too.
+    // The processes that it started and left behind end, too.
     signal(group, Signal::KILL)
 }
 
 fn signal(group: Pid, signal: Signal) -> io::Result<()> {
     match kill_process_group(group, signal) {
-        // All gone.
+        // No process of the group is left.
         Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
         Err(errno) => Err(errno.into()),
     }

@@ -1,11 +1,11 @@
 //! The cloner: a small process that lets a file share an image's blocks (ioctl_ficlone(2)).
 //!
-//! The call takes a time that grows with the image's extents, and in a filesystem that hangs it never returns; the
-//! calling process can then not even end. So another process makes it: when the lease is over we kill that process and
-//! go on. XFS (`xfs_reflink_remap_blocks`) and btrfs (`btrfs_clone`) stop between two extents at a fatal signal, so the
-//! image is soon free for the guest's writes. A process that hangs in the kernel is left to itself.
+//! The time of the call grows with the number of the image's extents, and in a filesystem that hangs it never returns;
+//! the calling process can then not even exit. So another process makes the call: when the lease is over we kill that
+//! process and go on. XFS (`xfs_reflink_remap_blocks`) and btrfs (`btrfs_clone`) stop between two extents at a fatal
+//! signal, so the guest can soon write to the image again. A process that hangs in the kernel is left behind.
 //!
-//! It is this program again, started with a socket as its standard input. It ends when the socket does.
+//! It is this program again, started with a socket as its standard input. It ends when the socket is closed.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -26,14 +26,14 @@ use crate::upgrade::Channel;
 
 /// The hidden subcommand of `virtioblkctl` that calls [`serve`].
 pub const SUBCOMMAND: &str = "snapshot-cloner";
-/// For a message to a process that lives.
+/// How long a message to a running cloner may take.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
-/// The cloner waits so long for its order: longer than any snapshot is prepared.
+/// How long the cloner waits for its command: longer than any snapshot takes to prepare.
 const ORDER_TIMEOUT: Duration = Duration::from_secs(86_400);
-/// How long the end of a killed cloner is waited for, and then a removal.
+/// How long to wait for the end of a killed cloner, and then for a removal.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What the cloner is told.
+/// A command to the cloner.
 #[derive(Debug, Serialize, Deserialize)]
 enum Order {
     /// Two descriptors come with it: the image and the target.
@@ -44,13 +44,13 @@ enum Order {
     Remove(OsString),
 }
 
-/// What it answers: the error number, if it failed.
+/// Its answer: the error number, if it failed.
 #[derive(Debug, Serialize, Deserialize)]
 struct Done {
     errno: Option<i32>,
 }
 
-/// Our side of one cloner.
+/// A cloner, as its parent sees it.
 pub struct Cloner {
     child: Child,
     channel: Channel,
@@ -67,42 +67,42 @@ impl Cloner {
 
     fn spawn() -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
-        // Itself, even if the file was replaced. Our signals are blocked, and so are the cloner's. It may outlive us, and
-        // who started us may wait for the end of our output.
+        // /proc/self/exe is this program even if the file was replaced. Our signals are blocked, and so are the cloner's.
+        // It may outlive us, and the process that started us may wait for the end of our output.
         let mut command = Command::new("/proc/self/exe");
         command.arg(SUBCOMMAND).stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null()).stderr(Stdio::null());
         let child = command.spawn()?;
         Ok(Cloner { child, channel: Channel::new(ours)? })
     }
 
-    /// Has it begin. [`Cloner::outcome`] follows.
+    /// Makes it begin. [`Cloner::outcome`] follows.
     pub fn begin(&self) -> io::Result<()> {
         self.channel.send(&Order::Clone, &[], REPLY_TIMEOUT)
     }
 
-    /// What came of it, once its descriptor is readable.
+    /// The result, once its descriptor is readable.
     pub fn outcome(&self) -> io::Result<()> {
         let (done, _): (Done, _) = self.channel.receive(REPLY_TIMEOUT)?;
         done.errno.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)))
     }
 
-    /// Its process.
+    /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Has the kernel end it as soon as it can; does not wait.
+    /// Kills it without waiting for its end.
     pub fn kill(&mut self) {
-        // It fails only if it has ended.
+        // This fails only if it has ended.
         let _ = self.child.kill();
     }
 
-    /// Waits a little for its end; `false`: it hangs in the kernel.
+    /// Waits a short time for its end; `false`: it hangs in the kernel.
     pub fn has_ended(&mut self) -> bool {
         let Ok(pidfd) = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()) else { return true };
         let ended = matches!(wait(&[pidfd.as_fd()], None, Instant::now() + END_TIMEOUT), Ok(Wake::Ready(_)));
         if ended {
-            // So that it is no zombie; it has ended.
+            // It has ended; reap it.
             let _ = self.child.wait();
         }
         ended
@@ -116,15 +116,15 @@ impl AsFd for Cloner {
 }
 
 impl Drop for Cloner {
-    /// Nobody waits here for one that hangs.
+    /// Does not wait for a cloner that hangs.
     fn drop(&mut self) {
         self.kill();
         let _ = self.child.try_wait();
     }
 }
 
-/// Waits for all cloners, each of which has begun. The result of each, in their order; those that `deadline` or `stop`
-/// found at work are killed.
+/// Waits for all cloners, each of which has begun. Returns the result of each, in their order; those that are still at
+/// work at `deadline` or `stop` are killed.
 pub fn wait_for(cloners: &mut [&mut Cloner], deadline: Instant, stop: Stop<'_>) -> Vec<Outcome> {
     let mut outcomes: Vec<Option<Outcome>> = cloners.iter().map(|_| None).collect();
     let over = loop {
@@ -159,12 +159,12 @@ pub fn wait_for(cloners: &mut [&mut Cloner], deadline: Instant, stop: Stop<'_>) 
     outcomes.into_iter().map(rest).collect()
 }
 
-/// What came of one clone.
+/// The result of one clone.
 #[derive(Debug)]
 pub enum Outcome {
     /// The target shares all blocks of the image.
     Shared,
-    /// The kernel refused, or the cloner is lost.
+    /// The kernel refused, or the cloner ended.
     Failed(io::Error),
     /// It was not done at the deadline.
     TimedOut,
@@ -172,7 +172,7 @@ pub enum Outcome {
     Stopped,
 }
 
-/// Removes `path`, the name of `file`, by a process of its own, since the filesystem may hang. The error says what is
+/// Removes `path`, the name of `file`, in a process of its own, because the filesystem may hang. The error says what is
 /// left.
 pub fn remove(path: &std::path::Path, file: &File) -> Result<(), Failure> {
     let shown = path.display();
@@ -187,7 +187,7 @@ pub fn remove(path: &std::path::Path, file: &File) -> Result<(), Failure> {
         Ok(Wake::Ready(_)) => cloner.outcome().map_err(|error| left(format!("{error}; remove it"))),
         _ => {
             let pid = cloner.pid();
-            // It goes on.
+            // The process continues the removal.
             std::mem::forget(cloner);
             Err(left(format!("its filesystem does not answer; process {pid} removes it when it does")))
         }
@@ -196,7 +196,7 @@ pub fn remove(path: &std::path::Path, file: &File) -> Result<(), Failure> {
 
 /// The cloner's side: `virtioblkctl`, when started with [`SUBCOMMAND`]. `link` is its standard input.
 pub fn serve(link: OwnedFd) -> ExitCode {
-    // Ctrl-C on our terminal is not for the cloner. It fails only for the leader of a group, which has its own already.
+    // Ctrl-C on our terminal is not for the cloner. This fails only for the leader of a group, which has its own already.
     let _ = rustix::process::setsid();
     match Channel::new(UnixStream::from(link)).and_then(|channel| carry_out(&channel)) {
         Ok(()) => ExitCode::SUCCESS,

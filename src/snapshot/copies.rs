@@ -1,4 +1,5 @@
-//! The way `copy`: the daemon fixes the instant and copies in the background; here it is asked, watched and cancelled.
+//! The method `copy`: the daemon fixes the instant and copies in the background; this module asks for that, waits for it
+//! and cancels it.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -11,26 +12,26 @@ use super::plan::Plan;
 use super::wait::{Stop, Wake, wait};
 use crate::control::client::{Client, Failure, REPLY_TIMEOUT};
 
-/// How often a copy is asked how far it is, if nothing is heard of it.
+/// How often to query the progress of a copy when no event comes.
 const STATUS_INTERVAL: Duration = Duration::from_millis(500);
 
-/// How long a copy that nothing stops any more is left alone, until it is asked again whether it has ended.
+/// How often to query whether a copy has ended that can no longer be cancelled.
 const END_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// One disk's copy.
 #[derive(Clone, Debug)]
 pub struct Copy {
-    /// The disk's place.
+    /// The disk's index in the list.
     pub disk: usize,
-    /// What the daemon calls it.
+    /// Its name in the daemon.
     name: String,
     /// Where it will be.
     target: PathBuf,
-    /// What was heard of it last.
+    /// Its last known status.
     pub status: Value,
 }
 
-/// Has the daemon make everything ready. The daemon removes what is prepared when our connection ends.
+/// Makes the daemon prepare a copy. The daemon removes what is prepared when our connection ends.
 pub fn prepare(disks: &mut Disks, disk: usize, target: &Path, plan: &Plan) -> Result<Copy, Failure> {
     let Some(text) = target.to_str() else {
         let text =
@@ -74,7 +75,7 @@ pub fn start(disks: &mut Disks, copies: &[Copy], stop: Stop<'_>) -> Result<(), F
     Ok(())
 }
 
-/// Asks how far the copies are. The error is the first copy's that failed.
+/// Queries the status of the copies. The error is that of the first copy that failed.
 pub fn ask(disks: &mut Disks, copies: &mut [Copy]) -> Result<(), Failure> {
     let requests = copies.iter().map(|copy| (copy.disk, "query-copies", json!({}))).collect();
     let answers = disks.ask(requests, Instant::now() + REPLY_TIMEOUT, None, Unanswered::OnlyThat);
@@ -93,7 +94,7 @@ pub fn ask(disks: &mut Disks, copies: &mut [Copy]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Waits until all copies are complete. The error is the first copy's that failed, or a signal.
+/// Waits until all copies are complete. The error is that of the first copy that failed, or a signal.
 pub fn wait_for(disks: &mut Disks, copies: &mut [Copy], progress: bool, stop: Stop<'_>) -> Result<(), Failure> {
     let mut shown = progress.then(|| Progress { show: crate::base::logging::show_progress, last: None });
     loop {
@@ -111,13 +112,14 @@ pub fn wait_for(disks: &mut Disks, copies: &mut [Copy], progress: bool, stop: St
             Err(error) => return Err(Failure::new("internal", format!("poll: {error}"))),
         }
         for copy in copies.iter() {
-            // Events tell when to ask again, no more.
+            // An event only means that it is time to query again.
             while disks.list[copy.disk].client()?.try_next()?.is_some() {}
         }
     }
 }
 
-/// Ends what is under way and removes what is complete: nothing is left behind. What cannot be ended is said.
+/// Cancels the copies that run and removes those that are complete, so that nothing is left behind. Returns what could
+/// not be removed.
 pub fn undo(disks: &mut Disks, copies: &[Copy]) -> Vec<String> {
     copies.iter().filter_map(|copy| undo_one(disks, copy).err()).collect()
 }
@@ -125,7 +127,7 @@ pub fn undo(disks: &mut Disks, copies: &[Copy]) -> Vec<String> {
 fn undo_one(disks: &mut Disks, copy: &Copy) -> Result<(), String> {
     let disk = &mut disks.list[copy.disk];
     let shown = copy.target.display();
-    // The connection may have been given up; a detached copy outlives it.
+    // The connection may have been closed before; a detached copy outlives it.
     let mut fresh;
     let client = match disk.client() {
         Ok(client) => client,
@@ -139,7 +141,7 @@ fn undo_one(disks: &mut Disks, copy: &Copy) -> Result<(), String> {
     loop {
         match client.ask("copy-cancel", json!({"copy": copy.name}), REPLY_TIMEOUT) {
             Ok(_) => return Ok(()),
-            // It is over, well or not; or it gets its name just now, and then nothing stops it.
+            // It has ended, with whatever result; or it is just getting its name, which cannot be stopped.
             Err(failure) if matches!(failure.code.as_str(), "no-such-copy" | "busy") => {}
             Err(why) => return Err(format!("the copy to '{shown}' could not be cancelled: {why}")),
         }
@@ -151,7 +153,7 @@ fn undo_one(disks: &mut Disks, copy: &Copy) -> Result<(), String> {
             Some("completed") => break,
             Some("syncing") if Instant::now() < end => std::thread::sleep(END_POLL_INTERVAL),
             Some("syncing") => return Err(format!("the copy to '{shown}' does not end: remove it once it is there")),
-            // The daemon has removed it; then whatever has the target's name is not ours.
+            // The daemon has removed it; a file of the target's name is then not ours.
             _ => return Ok(()),
         }
     }
@@ -167,8 +169,8 @@ impl Copy {
     }
 }
 
-/// How far the copies are: one line, over and over. What is said afterwards, whatever ended it, begins on a new one.
-/// `show` gets the text, and whether it is the last.
+/// Shows the progress of the copies on one line that is rewritten. Output that follows begins on a new line, whatever
+/// ended the progress. `show` gets the text, and whether it is the last.
 struct Progress<F: FnMut(&str, bool)> {
     show: F,
     last: Option<String>,
@@ -197,13 +199,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_follows_the_progress_begins_on_a_line_of_its_own() {
+    fn output_after_the_progress_begins_on_a_new_line() {
         let status = json!({"done-bytes": 1 << 20, "total-bytes": 4 << 20});
         let copy = Copy { disk: 0, name: String::new(), target: PathBuf::new(), status };
         let mut shown = Vec::new();
         let mut progress = Progress { show: |text: &str, last| shown.push((text.to_owned(), last)), last: None };
         progress.update(std::slice::from_ref(&copy));
-        // Ended by whatever.
         drop(progress);
         let text = "copied 25 % of 4 MiB".to_owned();
         assert_eq!(shown, [(text.clone(), false), (text, true)]);

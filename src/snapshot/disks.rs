@@ -1,7 +1,7 @@
 //! The disks of a snapshot, each a connection to its daemon: held all together or not at all.
 //!
-//! A hold is bound to its connection: whatever ends us ends it. That the daemon still knows our token when we resume is
-//! the proof that the disk was held all the time.
+//! A hold is bound to its connection: whatever ends this process ends the hold. If the daemon still accepts our token
+//! when we resume, the disk was held all the time.
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -14,34 +14,34 @@ use serde_json::{Value, json};
 use super::wait::{Stop, Wake, wait};
 use crate::control::client::{Client, Failure, REPLY_TIMEOUT};
 
-/// The daemon's own deadline comes first, so that its words are heard and not ours.
+/// How much later than the daemon's deadline ours is, so that the user sees the daemon's message and not ours.
 const REPLY_MARGIN: Duration = Duration::from_secs(1);
 
 /// One disk.
 pub struct Disk {
-    /// `None` once its daemon is lost, or an answer of it is outstanding that nobody waits for any more.
+    /// `None` once its daemon is lost, or owes a reply that we no longer wait for.
     client: Option<Client>,
     /// Its quiesce socket.
     pub control: PathBuf,
-    /// The daemon's `image`, for people.
+    /// The `image` of the daemon's status, for people.
     pub image: String,
     /// The file or device.
     pub image_path: Option<PathBuf>,
-    /// Its store makes snapshots.
+    /// The image's store makes snapshots.
     pub image_snapshots: bool,
-    /// The daemon's process, as it sees itself.
+    /// The daemon's process id in its own namespace.
     pub pid: u64,
-    /// Of the hold.
+    /// The token of the hold.
     token: Option<String>,
     /// When its gate was asked to close.
     asked: Option<Instant>,
-    /// What the quiesce measured.
+    /// The figures of the quiesce.
     pub figures: Value,
     /// From asking the gate to close until it was open again: the guest's writes waited at most this long.
     pub held: Duration,
 }
 
-/// All of them.
+/// All disks of a snapshot.
 pub struct Disks {
     /// In the user's order.
     pub list: Vec<Disk>,
@@ -50,7 +50,7 @@ pub struct Disks {
 }
 
 impl Disks {
-    /// Connects to every daemon and asks what it serves. Nothing is held yet.
+    /// Connects to every daemon and queries what it serves. No disk is held yet.
     pub fn connect(controls: &[PathBuf], lease: Duration) -> Result<Self, Failure> {
         let list = controls.iter().map(|control| Disk::connect(control)).collect::<Result<_, _>>()?;
         Ok(Disks { list, lease, lease_ends: None })
@@ -62,7 +62,7 @@ impl Disks {
         let lease = self.lease.as_millis() as u64;
         let arguments = json!({"timeout-ms": timeout.as_millis() as u64, "lease-ms": lease, "who": who});
         let now = Instant::now();
-        // Every lease begins with its grant, and no grant comes before this.
+        // Every lease begins with its grant, which cannot come before now.
         self.lease_ends = Some(now + self.lease);
         for disk in &mut self.list {
             disk.asked = Some(now);
@@ -82,19 +82,19 @@ impl Disks {
         failure.map_or(Ok(SystemTime::now()), Err)
     }
 
-    /// When the first lease may end: what must be done while the disks are held must be done by then.
+    /// When the first lease may end: whatever needs the disks to be held must be done by then.
     pub fn lease_ends(&self) -> Instant {
         self.lease_ends.unwrap_or_else(Instant::now)
     }
 
-    /// Lets every disk go on; at once, and whatever happens. Errors: one of them was not held until now, so that what
-    /// was taken of them is worth nothing; or a daemon does not answer, whose hold then ends with the connection.
+    /// Resumes every disk, all at once, even if some fail. Errors: a disk was not held until now, so that the snapshot is
+    /// worthless; or a daemon does not reply, whose hold then ends with the connection.
     pub fn resume(&mut self) -> Result<(), Failure> {
         let mut held = Vec::new();
         for (at, disk) in self.list.iter_mut().enumerate() {
             match disk.token.take() {
                 Some(token) => held.push((at, "resume", json!({"token": token}))),
-                // Its quiesce may still be under way; it ends with the connection.
+                // Its quiesce may still be waiting; it ends with the connection.
                 None if disk.asked.is_some() => disk.client = None,
                 None => {}
             }
@@ -110,8 +110,8 @@ impl Disks {
         failure.map_or(Ok(()), Err)
     }
 
-    /// Asks disks, all at once: (place, command, arguments). The answers come in the same order. A connection that owes
-    /// an answer at the end is closed.
+    /// Sends commands to disks, all at once: (index, command, arguments). Returns the answers in the same order. A
+    /// connection that owes a reply at the end is closed.
     pub fn ask(
         &mut self,
         requests: Vec<(usize, &'static str, Value)>,
@@ -153,25 +153,25 @@ impl Disks {
     }
 }
 
-/// What a disk said, and when it was heard.
+/// The reply of a disk's daemon, and when it arrived.
 pub struct Answer {
-    /// Its place.
+    /// The disk's index.
     pub disk: usize,
-    /// When.
+    /// When it arrived.
     pub when: Instant,
-    /// What.
+    /// The reply, or the failure.
     pub result: Result<Value, Failure>,
 }
 
-/// The code of those that were not waited for; never the cause.
+/// The code of replies that were not waited for. It is never the cause of a failure.
 const NOT_WAITED: &str = "not-waited";
 
-/// What an answer that failed does to the others that are asked with it.
+/// What a failure does to the other requests that were sent with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unanswered {
-    /// Nobody waits for the others any more: all or nothing.
+    /// The other replies are not waited for: all or nothing.
     EndsAll,
-    /// The others are waited for.
+    /// The other replies are waited for.
     OnlyThat,
 }
 
@@ -181,7 +181,7 @@ pub fn image_path(status: &Value) -> Option<PathBuf> {
     bytes.map(|bytes| OsString::from_vec(bytes).into()).or_else(|| status["image-path"].as_str().map(PathBuf::from))
 }
 
-/// The failure of everything that a signal ended.
+/// The failure of whatever a signal ended.
 pub fn interrupted() -> Failure {
     Failure::new("interrupted", "interrupted by a signal")
 }
@@ -211,11 +211,11 @@ impl Disk {
         })
     }
 
-    /// Its connection, or why there is none.
+    /// The connection to its daemon, or why there is none.
     pub fn client(&mut self) -> Result<&mut Client, Failure> {
         let Disk { client, control, .. } = self;
         client.as_mut().ok_or_else(|| {
-            Failure::new("no-daemon", format!("the connection to '{}' was given up before", control.display()))
+            Failure::new("no-daemon", format!("the connection to '{}' was closed before", control.display()))
         })
     }
 
@@ -224,7 +224,7 @@ impl Disk {
         self.token.as_deref()
     }
 
-    /// What to poll.
+    /// The descriptor to poll.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.client.as_ref().map(AsFd::as_fd)
     }
@@ -239,7 +239,7 @@ impl Disk {
         }
     }
 
-    /// A failure with the disk's name before it.
+    /// A failure whose message begins with the disk's name.
     pub fn blame(&self, what: &str, why: Failure) -> Failure {
         Failure::new(&why.code, format!("the disk behind '{}' {what}: {}", self.control.display(), why.message))
     }

@@ -1,4 +1,4 @@
-//! Freezing and thawing, hooks and guest, and finding out which level is reached. For `snapshot` and `attend`.
+//! Freezes and thaws a guest and its hooks, and determines which level is reached. For `snapshot` and `attend`.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -23,15 +23,15 @@ pub struct FreezeOptions {
     pub agent: Option<AgentAt>,
     /// The directory of the host's hooks.
     pub hooks: Option<PathBuf>,
-    /// A weaker level is better than nothing.
+    /// Continue with a weaker level where the one asked for is not reached.
     pub or_weaker: bool,
-    /// For the guest's freeze, its thaw, and each hook.
+    /// How long the guest's freeze, its thaw, and each hook may take.
     pub timeout: Duration,
-    /// We are never silent towards the guard for longer while something is frozen; then it thaws by itself.
+    /// While something is frozen, the guard thaws by itself after so long without a message from us.
     pub silence: Duration,
 }
 
-/// One freeze and its thaw. What is frozen when it is dropped the guard thaws.
+/// One freeze and its thaw. Whatever is frozen when this is dropped, the guard thaws.
 pub struct Freezer {
     wanted: FreezeOptions,
     guard: Option<Guard>,
@@ -39,13 +39,13 @@ pub struct Freezer {
     frozen_at: Option<Instant>,
     /// The guest is Windows.
     windows: bool,
-    /// As far as it is reached.
+    /// The level that is reached so far.
     pub level: Level,
-    /// What was seen on the way.
+    /// What was found on the way.
     pub receipt: Receipt,
 }
 
-/// Whether nobody wants it any more. Errors: `interrupted`.
+/// Checks `stop` without waiting. Errors: `interrupted`.
 pub fn check(stop: Stop<'_>) -> Result<(), Failure> {
     match wait(&[], stop, Instant::now()) {
         Ok(Wake::Stopped) => Err(interrupted()),
@@ -55,7 +55,7 @@ pub fn check(stop: Stop<'_>) -> Result<(), Failure> {
 }
 
 impl Freezer {
-    /// Nothing is started yet.
+    /// Starts nothing yet.
     pub fn new(wanted: FreezeOptions) -> Self {
         let level = wanted.level;
         let receipt = Receipt { requested_level: level.name(), ..Receipt::default() };
@@ -87,7 +87,8 @@ impl Freezer {
         Ok(())
     }
 
-    /// Hooks, then the guest's filesystems. Finds out which level is reached, and whether that is enough.
+    /// Calls the hooks, then freezes the guest's filesystems. Determines which level is reached, and whether that is
+    /// enough.
     pub fn freeze(&mut self, stop: Stop<'_>) -> Result<(), Failure> {
         if let Some(directory) = &self.wanted.hooks {
             let shown = directory.join("freeze").display().to_string();
@@ -98,7 +99,7 @@ impl Freezer {
                 Err(failure) => self.warn(failure.message),
             }
             if self.receipt.hooks.is_empty() {
-                // It may have frozen half of something.
+                // The hook may have frozen a part.
                 self.hooks_thaw();
             } else {
                 self.receipt.verified.push(format!("the hook '{shown}' succeeded"));
@@ -108,7 +109,7 @@ impl Freezer {
         if self.level > Level::Crash
             && let Err(failure) = self.freeze_guest(stop)
         {
-            // Before the gates close: a freeze that is still under way would wait for them, and they for nothing.
+            // Before the gates close: a freeze that the agent still carries out would wait for them.
             self.thaw_guest();
             self.weaken(Level::Crash, failure)?;
         }
@@ -162,21 +163,22 @@ impl Freezer {
         Ok(())
     }
 
-    /// Thaws the guest, calls the hooks. Whether the guest was frozen until now, and what its agent said, if it answered.
+    /// Thaws the guest, then calls the hooks. Returns whether the guest was frozen until now, with the agent's message, or
+    /// `None` if that is not known.
     pub fn thaw(&mut self) -> Option<Result<(), String>> {
         let was_frozen = self.thaw_guest();
         self.hooks_thaw();
         was_frozen
     }
 
-    /// When Windows lets writes go by itself, so that what takes longer is in vain; `None`: never, or a weaker level would
-    /// do then.
+    /// When Windows ends the freeze by itself, so that whatever takes longer is useless; `None`: never, or a weaker level
+    /// is acceptable then.
     pub fn frozen_until(&self) -> Option<Instant> {
         let is_needed = self.windows && self.level > Level::Crash && !self.wanted.or_weaker;
         self.frozen_at.filter(|_| is_needed).map(|at| at + VSS_HOLD)
     }
 
-    /// Whether the guest that was frozen still is. Errors: it is not, or nobody knows.
+    /// Checks that the guest that was frozen still is. Errors: it is not, or that is not known.
     pub fn is_frozen_still(&mut self, stop: Stop<'_>) -> Result<(), Failure> {
         if self.level == Level::Crash {
             return Ok(());
@@ -190,13 +192,13 @@ impl Freezer {
         self.weaken(Level::Crash, Failure::new("thawed-early", text))
     }
 
-    /// Nothing that was begun is left for the guard.
+    /// Whether nothing that was begun is left for the guard to undo.
     pub fn is_undone(&self) -> bool {
         self.guard.as_ref().is_none_or(|guard| guard.begun() == PendingUndo::default())
     }
 
-    /// Frozen at the instant means frozen before and after: a guest that was not, or of which nobody knows, does not
-    /// have the level.
+    /// A guest was frozen at the instant if it was frozen before and after. If it was not, or that is not known, the level
+    /// is not reached.
     pub fn was_frozen(&mut self, was_frozen: Option<Result<(), String>>) -> Result<(), Failure> {
         let text = match was_frozen {
             _ if self.level == Level::Crash => return Ok(()),
@@ -209,11 +211,11 @@ impl Freezer {
         self.weaken(Level::Crash, Failure::new("thawed-early", text))
     }
 
-    /// Thaws the guest if it was told to freeze. `Some(Err)`: it was not frozen any more. What fails is said, and left to
-    /// the guard.
+    /// Thaws the guest if it was told to freeze. `Some(Err)`: it was no longer frozen. A failure is reported, and the guard
+    /// keeps trying.
     fn thaw_guest(&mut self) -> Option<Result<(), String>> {
         let guard = self.guard.as_mut().filter(|guard| guard.begun().guest)?;
-        // The disks go on already: what comes from now on is not in the snapshot.
+        // The disks go on already: later writes are not in the snapshot.
         let since = self.frozen_at.map_or(Duration::ZERO, |at| at.elapsed());
         match guard.thaw(Ask::Thaw) {
             Ok(thawed) => {
@@ -248,7 +250,7 @@ impl Freezer {
         }
     }
 
-    /// Goes on with a weaker level where that is wanted, and says so; else fails.
+    /// Continues with a weaker level where that is allowed, with a warning; fails otherwise.
     fn weaken(&mut self, level: Level, failure: Failure) -> Result<(), Failure> {
         if failure.code == "interrupted" || !self.wanted.or_weaker {
             return Err(failure);
@@ -272,7 +274,7 @@ impl Freezer {
         self.wanted.agent.as_ref().map(AgentAt::to_string).unwrap_or_default()
     }
 
-    /// Said at once and kept for the receipt.
+    /// Prints a warning at once and keeps it for the receipt.
     pub fn warn(&mut self, text: String) {
         crate::base::logging::say(&text);
         self.receipt.warnings.push(text);

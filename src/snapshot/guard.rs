@@ -1,10 +1,10 @@
-//! The guard: a small process that freezes and thaws for us, so that our death cannot leave a guest frozen.
+//! The guard: a small process that freezes and thaws for us, so that a guest is thawed even if we are killed.
 //!
-//! It is this program again, started with a socket as its standard input, in a session of its own and deaf to the
-//! signals that end us. It alone talks to the guest's agent and calls the host's hooks; we ask it, a JSON line each
-//! way. When the socket ends, or we are silent for longer than any snapshot lasts, it undoes what it did, in the
-//! opposite order, and goes on trying for [`THAW_WATCH_TIMEOUT`]: a freeze that the agent carries out long after everybody lost
-//! patience is found and undone. Should the guard die instead, [`Guard::thaw`] starts another one for the rest.
+//! It is this program again, started with a socket as its standard input, in a session of its own and with the signals
+//! blocked that end us. Only the guard talks to the guest's agent and calls the host's hooks; we send it requests, a JSON
+//! line each way. When the socket is closed, or we send nothing for longer than any snapshot lasts, it undoes what it
+//! did, in the opposite order, and retries for [`THAW_WATCH_TIMEOUT`]: a freeze that the agent carries out long after all
+//! timeouts is found and undone. If the guard is killed instead, [`Guard::thaw`] starts another one for the rest.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
@@ -26,40 +26,40 @@ use crate::control::client::Failure;
 
 /// The hidden subcommand of `virtioblkctl` that calls [`serve`].
 pub const SUBCOMMAND: &str = "snapshot-guard";
-/// How long a guest is watched that does not answer.
+/// How long the guard tries to thaw a guest whose agent does not answer.
 pub const THAW_WATCH_TIMEOUT: Duration = Duration::from_secs(600);
-/// The guard's own deadline comes first, so that its words are heard.
+/// How much later than the guard's deadline ours is, so that the user sees the guard's message.
 const GUARD_MARGIN: Duration = Duration::from_secs(15);
 
-/// What the guard is for: its first line. Paths are no `PathBuf`, which serde takes as UTF-8 only.
+/// What the guard works with: the first line that it reads. Paths are not `PathBuf`, which serde takes as UTF-8 only.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct GuardSpec {
     /// The socket of the guest's agent.
     pub socket: Option<OsString>,
-    /// Or libvirt's domain.
+    /// The libvirt domain instead of the socket.
     pub domain: Option<String>,
     /// The directory of hooks.
     pub hooks: Option<OsString>,
-    /// What the hooks are told.
+    /// Environment variables of the hooks.
     pub environment: Vec<(String, OsString)>,
-    /// For a freeze, a thaw and each hook.
+    /// How long a freeze, a thaw and each hook may take.
     pub timeout: Duration,
-    /// We are never silent for longer while something is frozen.
+    /// After how long without a request the guard thaws.
     pub silence: Duration,
-    /// Begun by another guard, which died.
+    /// What another guard, which was killed, had begun.
     pub begun: PendingUndo,
 }
 
 /// What must be undone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PendingUndo {
-    /// The guest was told to freeze.
+    /// The guest was told to freeze, and its thaw is not confirmed.
     pub guest: bool,
-    /// The hook `freeze` was called.
+    /// The hook `freeze` was called, and `thaw` was not.
     pub hooks: bool,
 }
 
-/// What the guard is asked.
+/// A request to the guard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Ask {
@@ -79,23 +79,23 @@ pub enum Ask {
     HooksThaw,
 }
 
-/// Our side.
+/// The guard, as its parent sees it.
 pub struct Guard {
     orders: GuardSpec,
     begun: PendingUndo,
     child: Child,
     link: BufReader<UnixStream>,
-    /// Answers that nobody waited for.
+    /// The number of answers to ignore: their requests were given up.
     owed: u32,
 }
 
 impl Guard {
-    /// Starts one. Errors: no process.
+    /// Starts a guard. Errors: no process can be started.
     pub fn start(orders: GuardSpec) -> Result<Self, Failure> {
         let failed =
             |error: std::io::Error| Failure::new("guard", format!("the guard process cannot be started: {error}"));
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
-        // Itself, even if the file was replaced. Our signals are blocked, and so are the guard's for ever.
+        // /proc/self/exe is this program even if the file was replaced. Our signals are blocked, and the guard's stay so.
         let mut command = Command::new("/proc/self/exe");
         command.arg(SUBCOMMAND).stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
         let child = command.spawn().map_err(failed)?;
@@ -107,7 +107,7 @@ impl Guard {
         Ok(guard)
     }
 
-    /// Asks; `stop` ends the wait, not what was asked.
+    /// Sends a request and waits for its answer; `stop` ends the wait, but not the request.
     pub fn ask(&mut self, ask: Ask, stop: Stop<'_>) -> Result<Value, Failure> {
         match ask {
             Ask::Freeze => self.begun.guest = true,
@@ -126,7 +126,7 @@ impl Guard {
         if let Some(error) = answer.get("error") {
             let text = |name: &str| error[name].as_str().unwrap_or("").to_owned();
             if ask == Ask::Freeze && error["code"] == REFUSED {
-                // Nothing of ours is frozen, and what is somebody else's stays so.
+                // We froze nothing, and what another program froze stays frozen.
                 self.begun.guest = false;
             }
             return Err(Failure { code: text("code"), message: text("message") });
@@ -139,25 +139,25 @@ impl Guard {
         Ok(answer["ok"].take())
     }
 
-    /// Asks for a thaw of either kind, which no signal interrupts; if the guard is dead, by another one.
+    /// Requests a thaw of either kind, which no signal interrupts; if the guard is dead, from a new one.
     pub fn thaw(&mut self, ask: Ask) -> Result<Value, Failure> {
         let first = self.ask(ask, None);
         if !matches!(&first, Err(failure) if failure.code == DEAD) {
             return first;
         }
-        // It cannot undo anything any more, or is stuck, and must let go of the agent.
+        // It is dead or hangs, and must release the agent.
         let ended = self.child.kill().and_then(|()| self.child.wait());
         ended.map_err(|error| Failure::new("guard", format!("the guard process cannot be ended: {error}")))?;
         *self = Guard::start(GuardSpec { begun: self.begun, ..self.orders.clone() })?;
         self.ask(ask, None)
     }
 
-    /// What is not undone yet.
+    /// What the guard has begun and not undone.
     pub fn begun(&self) -> PendingUndo {
         self.begun
     }
 
-    /// Its process, which goes on after our end while something is not undone.
+    /// Its process id. The process outlives us while something is not undone.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -168,7 +168,7 @@ impl Guard {
 
     fn line(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<Value, Failure> {
         loop {
-            // Two answers may have come at once; then nothing makes the socket readable again.
+            // Two answers may have come at once; the socket does not become readable again for the second one.
             let is_here = self.link.buffer().contains(&b'\n');
             let wake = if is_here { Ok(Wake::Ready(Vec::new())) } else { wait(&[self.as_fd()], stop, deadline) };
             match wake {
@@ -189,19 +189,19 @@ impl Guard {
 }
 
 impl Drop for Guard {
-    /// The end of the socket tells the guard to undo what is begun. Nobody waits for that here.
+    /// Closes the socket, which makes the guard undo what is begun. Does not wait for that.
     fn drop(&mut self) {
         if self.begun == PendingUndo::default() {
-            // Both fail only if it is gone.
+            // Both fail only if the guard has ended.
             let _ = self.link.get_ref().shutdown(std::net::Shutdown::Both);
             let _ = self.child.wait();
         }
     }
 }
 
-/// The code of a guest's agent that says no.
+/// The code of a failure that the guest's agent reported.
 const REFUSED: &str = "agent-refused";
-/// The code of a guard that is no more.
+/// The code of a guard that has ended.
 const DEAD: &str = "guard-dead";
 
 fn dead(why: &str) -> Failure {
@@ -210,7 +210,7 @@ fn dead(why: &str) -> Failure {
 
 /// The guard's side: `virtioblkctl`, when started with [`SUBCOMMAND`]. `link` is its standard input.
 pub fn serve(link: OwnedFd) -> ExitCode {
-    // Ctrl-C on our terminal is not for the guard. It fails only for the leader of a group, which has its own already.
+    // Ctrl-C on our terminal is not for the guard. This fails only for the leader of a group, which has its own already.
     let _ = rustix::process::setsid();
     let mut link = BufReader::new(UnixStream::from(link));
     let mut line = String::new();
@@ -233,12 +233,12 @@ pub fn serve(link: OwnedFd) -> ExitCode {
             break;
         }
     }
-    // Nobody asks any more; what is not undone by now is undone here.
+    // There will be no more requests: undo what is not undone yet.
     drop(link);
     if keeper.begun != PendingUndo::default() { keeper.undo() } else { ExitCode::SUCCESS }
 }
 
-/// The next question; `None`: there will be none.
+/// The next request; `None`: there will be none.
 fn next(link: &mut BufReader<UnixStream>, keeper: &Keeper) -> Option<Ask> {
     if link.buffer().is_empty() {
         let frozen = keeper.begun != PendingUndo::default();
@@ -255,7 +255,7 @@ fn next(link: &mut BufReader<UnixStream>, keeper: &Keeper) -> Option<Ask> {
     }
 }
 
-/// Does what the guard is asked, and knows what is begun.
+/// Carries out the requests, and knows what is begun.
 struct Keeper {
     orders: GuardSpec,
     begun: PendingUndo,
@@ -319,15 +319,15 @@ impl Keeper {
         hooks.call(name, self.orders.timeout, stop).map(|()| Value::Null).map_err(|why| Failure::new("hook", why))
     }
 
-    /// Thaws the guest, then calls the hook: we are alone.
+    /// Thaws the guest, then calls the hook, after the parent has ended or given up.
     fn undo(&mut self) -> ExitCode {
-        // Who started us may wait for the end of our output, and nobody reads it.
+        // The process that started the parent may wait for the end of our output, which nobody reads.
         if let Ok(null) = std::fs::File::options().write(true).open("/dev/null") {
-            // What is said is said in vain in either case.
+            // If this fails messages are lost either way.
             let _ = rustix::stdio::dup2_stderr(&null);
         }
         let mut status = ExitCode::SUCCESS;
-        // The disks are released by our parent's death, at the same time: the thaw's writes wait until they are.
+        // The end of our parent releases the disks at the same time: the thaw's writes wait until then.
         if self.begun.guest {
             let thawed = self.guest.as_mut().map(|guest| guest.thaw(Instant::now() + THAW_WATCH_TIMEOUT, None));
             if !matches!(thawed, Some(Ok(_))) {
@@ -341,7 +341,7 @@ impl Keeper {
     }
 }
 
-/// A trouble as an answer.
+/// An agent's error as an answer.
 fn failure(trouble: AgentError) -> Failure {
     let code = match trouble {
         AgentError::Silent(_) => "agent-silent",

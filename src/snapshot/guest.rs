@@ -1,4 +1,4 @@
-//! Freezing and thawing a guest's filesystems through its agent, and finding out what was really frozen.
+//! Freezes and thaws a guest's filesystems through its agent, and determines what was really frozen.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,42 +12,43 @@ use super::libvirt::Domain;
 use super::plan::AgentAt;
 use super::wait::{Stop, pause};
 
-/// For anything but freeze and thaw, at most.
+/// How long any command but freeze and thaw may take.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Between two attempts to thaw a guest that does not answer.
+/// The time between two attempts to thaw a guest that does not answer.
 const THAW_RETRY_INTERVAL: Duration = Duration::from_millis(200);
 /// Filesystems that Linux mounts from a disk and cannot freeze (no `freeze_fs`), so that the agent skips them.
 const NEVER_FREEZE: [&str; 12] =
     ["vfat", "msdos", "fat", "exfat", "iso9660", "udf", "squashfs", "erofs", "cramfs", "ntfs", "ntfs3", "fuseblk"];
-/// Filesystems of Windows' that stand on CDs and DVDs. The agent freezes all volumes of fixed drives, whatever is on them,
+/// Windows' filesystems of CDs and DVDs. The agent freezes all volumes of fixed drives, whatever is on them,
 /// and no others (qga/vss-win32/requester.cpp, `requester_freeze`).
 const WINDOWS_NEVER_FREEZES: [&str; 2] = ["cdfs", "udf"];
-/// Those that may stand on a fixed drive (an EFI partition) or on a removable one; the agent does not say which.
+/// Windows' filesystems that may be on a fixed drive (an EFI partition) or on a removable one; the agent does not say
+/// which.
 const WINDOWS_MAY_FREEZE: [&str; 3] = ["fat", "fat32", "exfat"];
 /// How Windows' agent names a volume (qga/commands-win32.c, `build_guest_fsinfo`).
 const WINDOWS_VOLUME: &str = r"\\?\Volume{";
-/// VSS holds writes for this long after a freeze and then lets them go. The agent says `frozen` all the same, until it is
-/// told to thaw; only that fails then (`requester_thaw`, VSS_E_HOLD_WRITES_TIMEOUT).
+/// How long VSS holds writes after a freeze. The agent still reports `frozen` after that, until it is told to thaw; only
+/// the thaw fails then (`requester_thaw`, VSS_E_HOLD_WRITES_TIMEOUT).
 pub const VSS_HOLD: Duration = Duration::from_secs(10);
-/// Where qemu-ga looks for its hook and its settings unless told otherwise.
+/// Where qemu-ga has its hook and its settings by default.
 const DEFAULT_HOOK: &str = "/etc/qemu/fsfreeze-hook";
 const DEFAULT_CONFIG: &str = "/etc/qemu/qemu-ga.conf";
 
-/// What a guest says of itself before it is frozen.
+/// What a guest's agent reports before the freeze.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct GuestReport {
-    /// Filesystems that should be frozen, `None` if the guest does not say.
+    /// Filesystems that a freeze should freeze; `None`: the agent does not list them.
     pub freezable: Option<u64>,
-    /// Mounted filesystems that cannot be, with their types.
+    /// Mounted filesystems that cannot be frozen, with their types.
     pub never: Vec<String>,
-    /// Those of which that is not known, with their types.
+    /// Mounted filesystems of which it is not known whether they can be frozen, with their types.
     pub unsure: Vec<String>,
-    /// It is Windows, whose freeze ends by itself after [`VSS_HOLD`].
+    /// The guest is Windows, whose freeze ends by itself after [`VSS_HOLD`].
     pub windows: bool,
-    /// The hook that the agent runs, if it says that it runs one.
+    /// The hook that the agent runs, if its settings say that it runs one.
     pub hook: Option<String>,
-    /// Why that is not known.
+    /// Why it is not known whether the agent runs a hook.
     pub hook_unknown: Option<String>,
 }
 
@@ -55,17 +56,18 @@ pub struct GuestReport {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Thawed {
-    /// The guest was frozen until then.
+    /// The guest was frozen until the thaw.
     pub was_frozen: bool,
     /// Filesystems that were thawed, as the agent counts.
     pub count: u64,
-    /// They are thawed, but the agent complains: its hook failed, or the freeze was lost ([`Thawed::lost`]).
+    /// The filesystems are thawed, but the agent reported this error: its hook failed, or the freeze was lost
+    /// ([`Thawed::lost`]).
     pub complaint: Option<String>,
 }
 
 impl Thawed {
-    /// Why the guest was not frozen all the time, of `frozen` filesystems that the agent froze `since` ago; `None`: it
-    /// was, as far as anybody can see. The agent's status is no proof of that: it is a flag of the agent's own.
+    /// Why the guest was not frozen all the time; `None`: nothing shows that it was not. `frozen`: the number of filesystems
+    /// that the agent froze; `since`: how long ago. The agent's status proves nothing: it is only a flag of the agent.
     pub fn lost(&self, frozen: u64, since: Duration, windows: bool) -> Option<String> {
         let limit = VSS_HOLD.as_secs();
         match &self.complaint {
@@ -88,12 +90,12 @@ impl Thawed {
 /// A guest.
 pub struct Guest {
     channel: Box<dyn Channel>,
-    /// For anything but freeze and thaw.
+    /// For any command but freeze and thaw.
     timeout: Duration,
 }
 
 impl Guest {
-    /// Reaches it when first asked. `timeout`: it takes no longer for anything but freeze and thaw.
+    /// Connects when the first command is sent. `timeout`: for any command but freeze and thaw.
     pub fn new(at: &AgentAt, timeout: Duration) -> Self {
         let channel: Box<dyn Channel> = match at {
             AgentAt::Socket(path) => Box::new(Socket::new(path)),
@@ -102,8 +104,8 @@ impl Guest {
         Guest { channel, timeout: timeout.min(AGENT_TIMEOUT) }
     }
 
-    /// Whether it can be frozen, and what is to be expected; changes nothing. `hooks`: also find out whether its agent
-    /// runs a hook. Everything that the agent answers only while it is not frozen is asked here.
+    /// Determines whether the guest can be frozen, and what to expect; changes nothing. `hooks`: also determine whether its
+    /// agent runs a hook. All commands that the agent accepts only while it is not frozen are sent here.
     pub fn check(&mut self, hooks: bool, stop: Stop<'_>) -> Result<GuestReport, AgentError> {
         let status = self.ask("guest-fsfreeze-status", Value::Null, self.timeout, stop)?;
         if status != "thawed" {
@@ -126,7 +128,7 @@ impl Guest {
         let mut checked = GuestReport::default();
         match self.ask("guest-get-osinfo", Value::Null, self.timeout, stop) {
             Ok(system) => checked.windows = system["id"] == "mswindows",
-            // Too old, or blocked: the names of the volumes tell it, too.
+            // The agent is too old, or the command is blocked: the names of the volumes show it, too.
             Err(AgentError::Refused(_)) => {}
             Err(trouble) => return Err(trouble),
         }
@@ -145,18 +147,18 @@ impl Guest {
         Ok(checked)
     }
 
-    /// Whether its agent answers; `Refused`: it does, with a no.
+    /// Checks that its agent answers; `Refused`: it does, with an error.
     pub fn ping(&mut self, stop: Stop<'_>) -> Result<(), AgentError> {
         self.ask("guest-ping", Value::Null, self.timeout, stop).map(|_| ())
     }
 
-    /// Freezes; how many filesystems. After `Refused` nothing of ours is frozen; after anything else nobody knows, and
-    /// [`Guest::thaw`] must follow.
+    /// Freezes the guest and returns the number of filesystems. After `Refused` we froze nothing; after any other error that
+    /// is not known, and [`Guest::thaw`] must follow.
     pub fn freeze(&mut self, timeout: Duration, stop: Stop<'_>) -> Result<u64, AgentError> {
         match self.ask("guest-fsfreeze-freeze", Value::Null, timeout, stop) {
             Ok(count) => Ok(count.as_u64().unwrap_or(0)),
-            // Nothing was done: the agent is in frozen state since somebody else froze the guest after our check (qga/main.c,
-            // `ga_disable_not_allowed_freeze`), or the command was blocked. What is frozen is not ours to thaw.
+            // Nothing was done: the agent is in frozen state because another program froze the guest after our check
+            // (qga/main.c, `ga_disable_not_allowed_freeze`), or the command was blocked. We must not thaw that freeze.
             Err(AgentError::Refused(why)) if why.contains("has been disabled") => Err(AgentError::Refused(format!(
                 "{why}; if the guest was frozen by somebody else meanwhile it is left as it is: wait for its end, thaw it \
                  (guest-fsfreeze-thaw, virsh domfsthaw), or ask for level crash"
@@ -180,8 +182,8 @@ impl Guest {
         Ok(self.ask("guest-fsfreeze-status", Value::Null, self.timeout, stop)? == "frozen")
     }
 
-    /// Thaws, also a freeze that comes late: asks again and again until the agent has answered or `deadline`. The agent
-    /// works in order, so its answer means that no freeze of ours is still to come.
+    /// Thaws, also a freeze that comes late: retries until the agent has answered or `deadline`. The agent carries out
+    /// commands in order, so its answer means that no freeze of ours is still to come.
     pub fn thaw(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<Thawed, AgentError> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -198,22 +200,23 @@ impl Guest {
 
     fn thaw_once(&mut self, timeout: Duration, stop: Stop<'_>) -> Result<Thawed, AgentError> {
         let status = self.ask("guest-fsfreeze-status", Value::Null, timeout, stop)?;
-        // Also if it says that nothing is frozen: it costs nothing then, and an agent that was restarted may not know.
+        // Even if the agent reports that nothing is frozen: the thaw is then harmless, and an agent that was restarted may
+        // not know of the freeze.
         let (count, complaint) = match self.ask("guest-fsfreeze-thaw", Value::Null, timeout, stop) {
             Ok(count) => (count.as_u64().unwrap_or(0), None),
-            // It calls its hook when the filesystems are thawed: what counts is what it says afterwards.
+            // The agent calls its hook after it has thawed the filesystems: its status afterwards counts.
             Err(AgentError::Refused(why)) => (0, Some(why)),
             Err(trouble) => return Err(trouble),
         };
         let after = self.ask("guest-fsfreeze-status", Value::Null, timeout, stop)?;
         if after != "thawed" {
             let why = complaint.map(|why| format!(": {why}")).unwrap_or_default();
-            return Err(AgentError::Silent(format!("the guest's filesystems are frozen still, after a thaw{why}")));
+            return Err(AgentError::Silent(format!("the guest's filesystems are still frozen after a thaw{why}")));
         }
         Ok(Thawed { was_frozen: status == "frozen", count, complaint })
     }
 
-    /// The hook that the agent runs, if it does, from its own command line and settings, which it reads for us.
+    /// The hook that the agent runs, if any: from its command line and its settings file, which the agent reads for us.
     fn hook(&mut self, stop: Stop<'_>) -> Result<Option<String>, AgentError> {
         let line = self.read("/proc/self/cmdline", stop)?;
         let words: Vec<String> = line.split(|byte| *byte == 0).map(|w| String::from_utf8_lossy(w).into()).collect();
@@ -222,20 +225,21 @@ impl Guest {
         }
         match self.read(&config_in_words(&words), stop) {
             Ok(text) => Ok(hook_in_config(&String::from_utf8_lossy(&text))),
-            // There is none; the command line was all.
+            // There is no settings file; the command line decides.
             Err(AgentError::Refused(_)) => Ok(None),
             Err(trouble) => Err(trouble),
         }
     }
 
-    /// A small file of the guest's.
+    /// Reads a small file of the guest.
     fn read(&mut self, path: &str, stop: Stop<'_>) -> Result<Vec<u8>, AgentError> {
         let handle = self.ask("guest-file-open", json!({"path": path, "mode": "r"}), self.timeout, stop)?;
         let read = self.ask("guest-file-read", json!({"handle": handle, "count": 65536}), self.timeout, stop);
         self.ask("guest-file-close", json!({"handle": handle}), self.timeout, stop)?;
         let read = read?;
-        crate::base::base64::decode(read["buf-b64"].as_str().unwrap_or(""))
-            .ok_or_else(|| AgentError::Refused(format!("the guest's agent sent '{path}' in no base64")))
+        crate::base::base64::decode(read["buf-b64"].as_str().unwrap_or("")).ok_or_else(|| {
+            AgentError::Refused(format!("the guest's agent sent '{path}' in something other than base64"))
+        })
     }
 
     fn ask(&mut self, name: &str, arguments: Value, timeout: Duration, stop: Stop<'_>) -> Result<Value, AgentError> {
@@ -267,8 +271,8 @@ fn count(filesystems: &Value, checked: &mut GuestReport) {
 }
 
 impl GuestReport {
-    /// What is known once the agent has frozen `frozen` filesystems: what was verified, if the guest lists them, and those
-    /// that may not be frozen.
+    /// After the agent has frozen `frozen` filesystems: what that verifies, if the guest lists its filesystems, and the
+    /// filesystems that may not be frozen.
     pub fn verified(&self, frozen: u64) -> (Option<String>, Vec<&str>) {
         let mut open: Vec<&str> = self.never.iter().map(String::as_str).collect();
         let Some(freezable) = self.freezable else { return (None, open) };
@@ -312,7 +316,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_agents_hook_is_found_where_it_can_be_given() {
+    fn the_agents_hook_is_found_in_its_command_line_and_settings() {
         let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
         let found = |text: &str| hook_in_words(&words(text));
         assert_eq!(found("qemu-ga -F"), Some(DEFAULT_HOOK.into()));
@@ -350,14 +354,14 @@ mod tests {
             let (verified, open) = checked.verified(frozen);
             (verified.unwrap(), open.len())
         };
-        // The EFI partition is frozen, or not; and a volume that the agent does not list.
+        // The EFI partition is frozen or not; and the agent freezes a volume that it does not list.
         assert_eq!(said(1), ("1 filesystem(s) frozen of 1 that can be".into(), 3));
         assert_eq!(said(2), ("2 filesystem(s) frozen of 2 that can be".into(), 2));
         assert_eq!(said(3), ("3 filesystem(s) frozen of 3 that can be".into(), 2));
     }
 
     #[test]
-    fn a_freeze_that_was_lost_is_known_by_more_than_the_agents_status() {
+    fn a_lost_freeze_is_detected_although_the_agent_reports_frozen() {
         let thawed = |was_frozen, count, complaint: Option<&str>| Thawed {
             was_frozen,
             count,

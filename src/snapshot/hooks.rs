@@ -1,5 +1,5 @@
-//! The host's hooks: executables `freeze` and `thaw` in a directory, as librbd's quiesce callbacks allow. `freeze` says
-//! by its status whether the application is still; whatever it says, `thaw` is called.
+//! The host's hooks: executables `freeze` and `thaw` in a directory, as librbd's quiesce callbacks allow. The exit
+//! status of `freeze` says whether the application is still; `thaw` is called in either case.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::PermissionsExt;
@@ -19,7 +19,8 @@ pub struct Hooks {
     environment: Vec<(String, OsString)>,
 }
 
-/// Whether both hooks are there and executable, and nobody else can change them. The error names what is missing.
+/// Checks that both hooks exist and are executable, and that no other user can change them. The error names what is
+/// missing.
 pub fn check(directory: &Path) -> Result<(), String> {
     for name in ["freeze", "thaw"] {
         let path = directory.join(name);
@@ -35,8 +36,9 @@ pub fn check(directory: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// What hooks and `exec:` are told of the disks, each with its quiesce socket and its image's path, and of the level. A
-/// path may have any byte but NUL in it; so each has a variable of its own. The lists are for names without spaces.
+/// The environment variables of hooks and `exec:`: the disks, each with its quiesce socket and its image's path, and the
+/// level. A path may have any byte but NUL in it, so each has a variable of its own. The lists are for names without
+/// spaces.
 pub fn environment<'a>(
     disks: impl Iterator<Item = (&'a Path, Option<&'a Path>)>,
     level: Level,
@@ -57,17 +59,17 @@ pub fn environment<'a>(
 }
 
 impl Hooks {
-    /// `environment`: what the hooks are told beside our own environment.
+    /// `environment`: variables that the hooks get besides our own environment.
     pub fn new(directory: &Path, environment: Vec<(String, OsString)>) -> Self {
         Hooks { directory: directory.to_owned(), environment }
     }
 
-    /// Runs `freeze` or `thaw`, at most `timeout`; a hook that hangs is killed. The error names the hook.
+    /// Runs `freeze` or `thaw` for `timeout` at most; a hook that hangs is killed. The error names the hook.
     pub fn call(&self, name: &str, timeout: Duration, stop: Stop<'_>) -> Result<(), String> {
         let path = self.directory.join(name);
         let mut command = Command::new(&path);
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
-        // Our standard output is the receipt's.
+        // Our standard output is for the receipt.
         command.stdout(std::io::stderr());
         let ended = run(command, SigSet::empty(), false, Instant::now() + timeout, stop)
             .map_err(|error| format!("the hook '{}' cannot be run: {error}", path.display()))?;

@@ -1,5 +1,5 @@
-//! The way `rbd`: the image's store makes the snapshot, asked by the daemon, which removes it when our connection ends
-//! before we have said that it is to be kept.
+//! The method `rbd`: the daemon has the image's store make the snapshot, and removes it if our connection ends before we
+//! decided to keep it.
 
 use std::time::{Duration, Instant};
 
@@ -9,13 +9,13 @@ use super::disks::{Disks, Unanswered};
 use super::wait::Stop;
 use crate::control::client::{Failure, REPLY_TIMEOUT};
 
-/// For a removal: the store may be slow, and nobody is held up.
+/// How long a removal may take: the store may be slow, and no guest waits.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// One disk's snapshot.
 #[derive(Clone, Debug)]
 pub struct Image {
-    /// The disk's place.
+    /// The disk's index in the list.
     pub disk: usize,
     name: String,
     asked: bool,
@@ -24,7 +24,7 @@ pub struct Image {
 }
 
 impl Image {
-    /// Of the disk at this place. Nothing is made yet.
+    /// For the disk at this index. Makes nothing yet.
     pub fn new(disk: usize, name: String) -> Self {
         Image { disk, name, asked: false, full_name: None }
     }
@@ -39,7 +39,7 @@ pub fn take(disks: &mut Disks, images: &mut [Image], deadline: Instant, stop: St
     };
     let requests = images.iter_mut().map(request).collect();
     let mut failed = Ok(());
-    // All are waited for: one that is made is known by its answer, and can be removed.
+    // Wait for all: a snapshot that is made is known by its answer, and can be removed.
     for (image, answer) in images.iter_mut().zip(disks.ask(requests, deadline, stop, Unanswered::OnlyThat)) {
         match answer.result {
             Ok(made) => image.full_name = made["snapshot"].as_str().map(str::to_owned),
@@ -52,7 +52,7 @@ pub fn take(disks: &mut Disks, images: &mut [Image], deadline: Instant, stop: St
     failed
 }
 
-/// They outlive us. The last step that can fail; what is kept already then is removed by [`undo`], too.
+/// Makes the snapshots outlive us. The last step that can fail; [`undo`] also removes those that are kept by then.
 pub fn keep(disks: &mut Disks, images: &[Image]) -> Result<(), Failure> {
     let requests =
         images.iter().map(|image| (image.disk, "image-snapshot-keep", json!({"name": image.name}))).collect();
@@ -67,14 +67,14 @@ pub fn keep(disks: &mut Disks, images: &[Image]) -> Result<(), Failure> {
     failed
 }
 
-/// Removes those that are made. What cannot be removed is said.
+/// Removes the snapshots that were made. Returns what could not be removed.
 pub fn undo(disks: &mut Disks, images: &[Image]) -> Vec<String> {
     let made: Vec<&Image> = images.iter().filter(|image| image.full_name.is_some()).collect();
     let request = |image: &&Image| (image.disk, "image-snapshot-remove", json!({"name": image.name}));
     let requests = made.iter().map(request).collect();
     let answers = disks.ask(requests, Instant::now() + REMOVAL_TIMEOUT, None, Unanswered::OnlyThat);
     let unmade = images.iter().filter(|image| image.asked && image.full_name.is_none());
-    // Refused, or nobody knows: then the daemon removes it when it hears of our end.
+    // Refused, or not known: then the daemon removes it when our connection ends.
     let unknown = unmade.filter(|image| disks.list[image.disk].fd().is_none()).map(|image| {
         let control = disks.list[image.disk].control.display();
         format!(

@@ -1,5 +1,5 @@
-//! The guest agent where libvirt has its channel: through virsh, which honours LIBVIRT_DEFAULT_URI and its own
-//! configuration. libvirt synchronizes with the agent before each command by itself.
+//! The guest agent whose channel libvirt has: through virsh, which honours LIBVIRT_DEFAULT_URI and its own
+//! configuration. libvirt itself synchronizes with the agent before each command.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use super::agent::{AgentError, Channel, answer};
 use super::child::{Ended, output};
 use super::wait::Stop;
 
-/// What virsh may need besides the agent's own time.
+/// How long virsh may take besides the agent.
 const VIRSH_MARGIN: Duration = Duration::from_secs(5);
 
 /// A domain's agent.
@@ -35,7 +35,7 @@ impl Channel for Domain {
         let seconds = timeout.as_secs().max(1).to_string();
         let mut virsh = Command::new("virsh");
         virsh.args(["--quiet", "qemu-agent-command", "--timeout", &seconds, "--domain", &self.name]);
-        // virsh's own words are matched below.
+        // `failed` matches virsh's messages.
         virsh.arg(request.to_string()).env("LC_ALL", "C");
         let (ended, out, err) = output(virsh, Instant::now() + timeout + VIRSH_MARGIN, stop).map_err(|error| {
             AgentError::Lost(format!("virsh cannot be run: {error}; --libvirt needs it (Debian: libvirt-clients)"))
@@ -49,7 +49,7 @@ impl Channel for Domain {
     }
 }
 
-/// What virsh's complaint means.
+/// Classifies an error message of virsh.
 fn failed(who: &str, command: &str, said: &str) -> AgentError {
     let said = said.trim_start_matches("error: ").replace('\n', "; ");
     let text = format!("{who}: {command}: {said}");
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn virsh_s_words_are_understood() {
+    fn the_messages_of_virsh_are_classified() {
         let refused = "error: internal error: unable to execute QEMU agent command 'guest-fsfreeze-freeze': disabled";
         assert!(matches!(failed("it", "c", refused), AgentError::Refused(_)));
         let silent = "error: Guest agent is not responding: Guest agent not available for now";

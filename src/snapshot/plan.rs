@@ -1,5 +1,4 @@
-//! What was asked for: the level, the disks, and the way in which each is taken. PURE, checked before anything is
-//! touched.
+//! PURE. What the user asked for: the level, the disks, and the method for each. Checked before anything is changed.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -13,14 +12,14 @@ use std::time::Duration;
 pub enum Level {
     /// What a power cut would leave, at one instant over all disks.
     Crash,
-    /// Besides, the guest's filesystems were frozen: all that its programs wrote is there, nothing needs repair.
+    /// Besides, the guest's filesystems were frozen: they contain all that its programs wrote, and need no repair.
     Filesystem,
-    /// Besides, programs were told by hooks, on the host or in the guest, and agreed.
+    /// Besides, hooks on the host or in the guest made the programs still, and succeeded.
     Application,
 }
 
 impl Level {
-    /// As the command line spells it.
+    /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Level::Crash => "crash",
@@ -55,12 +54,12 @@ pub enum Method {
     Exec(OsString),
 }
 
-/// Every way, for messages.
+/// Every method, for messages.
 pub const WAYS: &str = "reflink:PATH (XFS, btrfs), copy:PATH (any filesystem), rbd or rbd:NAME (Ceph RBD) or \
                         exec:COMMAND (LVM, ZFS, anything)";
 
 impl Method {
-    /// Reads `WAY:ARGUMENT`.
+    /// Reads `METHOD:ARGUMENT`.
     pub fn parse(text: &OsString) -> Result<Self, String> {
         let bytes = text.as_bytes();
         let split = bytes.iter().position(|byte| *byte == b':');
@@ -82,7 +81,7 @@ impl Method {
         }
     }
 
-    /// As the receipt names it.
+    /// The name in the receipt.
     pub fn name(&self) -> &'static str {
         match self {
             Method::Reflink(_) => "reflink",
@@ -118,32 +117,32 @@ pub struct Plan {
     pub disks: Vec<PathBuf>,
     /// The level asked for.
     pub level: Level,
-    /// One a disk, or one for all.
+    /// The methods: one for each disk, or one for all.
     pub ways: Vec<Method>,
     /// Who freezes the guest's filesystems.
     pub agent: Option<AgentAt>,
     /// The directory of the host's hooks.
     pub hooks: Option<PathBuf>,
-    /// A weaker level is better than nothing.
+    /// Continue with a weaker level where the one asked for is not reached.
     pub or_weaker: bool,
-    /// For every disk to be still.
+    /// How long the disks may take until all are still.
     pub timeout: Duration,
-    /// For the guest's freeze, and for each hook.
+    /// How long the guest's freeze and each hook may take.
     pub freeze_timeout: Duration,
-    /// The longest that the disks may be held, however slow the way is.
+    /// How long the disks may be held at most, however slow the method is.
     pub lease: Duration,
-    /// Of a copy, in bytes a second; 0: no limit.
+    /// The limit of a copy, in bytes a second; 0: no limit.
     pub bandwidth: u64,
     /// Compute the SHA-256 of each snapshot.
     pub digest: bool,
     /// Do not wait for the end of copies.
     pub background: bool,
-    /// Show how far copies are, on standard error.
+    /// Show the progress of copies on standard error.
     pub progress: bool,
 }
 
 impl Plan {
-    /// Whether the parts go together. The error is one of usage: names what does not, and the mend.
+    /// Checks that the options can be combined. The error is a usage error: it names what cannot, and how to fix it.
     pub fn check(&self) -> Result<(), String> {
         let is_exec = |way: &Method| matches!(way, Method::Exec(_));
         let all_copies = !self.ways.is_empty() && self.ways.iter().all(|way| matches!(way, Method::Copy(_)));
@@ -171,8 +170,8 @@ impl Plan {
         check_agent(self.level, self.agent.as_ref())
     }
 
-    /// The way for each disk, `{}` replaced, paths absolute, snapshots named. `disks`: the image's path of each, where
-    /// there is one, and whether its store makes snapshots; a disk of which nothing is said takes that way.
+    /// The method for each disk, with `{}` replaced, paths absolute and snapshots named. `disks`: the image's path of each,
+    /// where there is one, and whether its store makes snapshots, which is the default for such a disk.
     pub fn ways(&self, disks: &[(Option<PathBuf>, bool)], default_name: &str) -> Result<Vec<Method>, String> {
         let mut resolved: Vec<Method> = Vec::new();
         for (at, (image, makes_snapshots)) in disks.iter().enumerate() {
@@ -216,7 +215,7 @@ pub fn default_name(now: Duration) -> String {
     format!("virtioblk-{}", crate::base::logging::utc(now).replace([':', '-'], ""))
 }
 
-/// Whether disks are named, each once.
+/// Checks that disks are named, each once.
 pub fn check_disks(disks: &[PathBuf]) -> Result<(), String> {
     if disks.is_empty() {
         return Err("no disk is named: give --disk CONTROL, the socket that virtioblkd has as --control-path".into());
@@ -229,7 +228,7 @@ pub fn check_disks(disks: &[PathBuf]) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether there is an agent where the level needs one.
+/// Checks that there is an agent if the level needs one.
 pub fn check_agent(level: Level, agent: Option<&AgentAt>) -> Result<(), String> {
     if level == Level::Crash || agent.is_some() {
         return Ok(());
@@ -240,7 +239,7 @@ pub fn check_agent(level: Level, agent: Option<&AgentAt>) -> Result<(), String> 
     ))
 }
 
-/// Whether no image has the name that the snapshot at `path` has until it is complete: PATH.partial.
+/// Checks that no image has the name that the snapshot at `path` has until it is complete: PATH.partial.
 fn check_partial<'a>(path: &Path, mut images: impl Iterator<Item = &'a Path>) -> Result<(), String> {
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
@@ -305,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_go_together_is_refused_with_a_mend() {
+    fn options_that_cannot_be_combined_are_refused_with_a_fix() {
         let base = || plan(&["/a", "/b"], &["copy:/x/{}"]);
         assert_eq!(base().check(), Ok(()));
         let cases = [
@@ -329,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn ways_are_read() {
+    fn methods_are_parsed() {
         let way = |text: &str| Method::parse(&OsString::from(text));
         assert_eq!(way("reflink:/a:b"), Ok(Method::Reflink("/a:b".into())));
         assert_eq!(way("exec:lvcreate -s"), Ok(Method::Exec("lvcreate -s".into())));
@@ -342,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn targets_get_the_images_names() {
+    fn braces_in_a_target_become_the_images_name() {
         let file = |path: &str| (Some(PathBuf::from(path)), false);
         let disks = [file("/i/a.raw"), file("/i/b.raw")];
         let ways = plan(&["/a", "/b"], &["copy:/nowhere/x-{}-{}"]).ways(&disks, "n").unwrap();
@@ -363,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn images_of_a_store_need_no_way() {
+    fn a_disk_whose_store_makes_snapshots_needs_no_method() {
         let disks = [(None, true), (Some(PathBuf::from("/i/b.raw")), false)];
         let rbd = |name: &str| Method::Rbd(Some(name.into()));
         assert_eq!(plan(&["/a"], &[]).ways(&disks[..1], "n"), Ok(vec![rbd("n")]));

@@ -1,4 +1,4 @@
-//! What was really reached, for programs and for people.
+//! What a snapshot really reached, for programs and for people.
 
 use std::fmt::Write;
 
@@ -11,64 +11,64 @@ use crate::base::text::clean;
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Receipt {
-    /// Reached: `crash`, `filesystem` or `application`.
+    /// The level that was reached: `crash`, `filesystem` or `application`.
     pub level: &'static str,
-    /// Asked for.
+    /// The level that was asked for.
     pub requested_level: &'static str,
-    /// Seconds since the epoch: all disks were still.
+    /// When all disks were still, in seconds since the epoch.
     pub instant: f64,
     /// The longest that writes were held on a disk.
     pub held_us: u64,
-    /// In the order of the command line.
+    /// The disks, in the order of the command line.
     pub disks: Vec<DiskReceipt>,
-    /// As the agent counted them; 0 at level crash.
+    /// The number of frozen filesystems, as the agent counted them; 0 at level crash.
     pub filesystems_frozen: u64,
-    /// From asking for the freeze until the thaw was confirmed.
+    /// The time from the request for the freeze until the thaw was confirmed.
     pub frozen_us: u64,
-    /// Hooks that were called and agreed.
+    /// Hooks that were called and succeeded.
     pub hooks: Vec<String>,
-    /// What was seen to be so.
+    /// What was checked.
     pub verified: Vec<String>,
-    /// What the level rests on and nobody can see from here.
+    /// What the level relies on and cannot be checked from here.
     pub trusted: Vec<String>,
     /// What the operator should know.
     pub warnings: Vec<String>,
-    /// Copies go on in the background; the snapshot is complete when they are.
+    /// Copies continue in the background; the snapshot is complete when they are.
     pub detached: bool,
 }
 
-/// One disk's part.
+/// One disk of a receipt.
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct DiskReceipt {
     /// Its quiesce socket.
     pub control: String,
-    /// The file or device, or the daemon's words for it.
+    /// The file or device, or the daemon's description of it.
     pub image: String,
-    /// From asking its gate to close until it was open again: writes were held at most this long.
+    /// The time from the request to close its gate until it was open again: writes were held at most this long.
     pub held_us: u64,
-    /// Requests that were in flight.
+    /// The number of requests that were in flight.
     pub drained: u64,
-    /// They took this long.
+    /// How long these took to finish.
     pub drain_us: u64,
-    /// Making all of it durable took this long.
+    /// How long it took to make all of it durable.
     pub sync_us: u64,
-    /// At most this was written back.
+    /// The most bytes that this wrote back.
     pub bytes_synced: u64,
-    /// `reflink`, `copy`, `rbd` or `exec`.
+    /// The method: `reflink`, `copy`, `rbd` or `exec`.
     pub way: &'static str,
     /// Where the snapshot is, of an `rbd` as POOL/IMAGE@NAME; the command of an `exec`.
     pub target: String,
-    /// If asked for.
+    /// The SHA-256 of the snapshot, if it was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
-    /// The daemon's `CopyStatus`.
+    /// The `CopyStatus` of the daemon, of a `copy`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub copy: Option<Value>,
 }
 
 impl Receipt {
-    /// A line for people, of a freeze without disks (`attend`).
+    /// One line for people, about a freeze without disks (`attend`).
     pub fn line(&self) -> String {
         let when = crate::base::logging::utc(std::time::Duration::try_from_secs_f64(self.instant).unwrap_or_default());
         let frozen = format!("{} filesystem(s) frozen for {}", self.filesystems_frozen, time(self.frozen_us));

@@ -1,7 +1,7 @@
-//! The way `reflink`: the snapshot shares the image's blocks (ioctl_ficlone(2)). That takes a time that grows with the
-//! number of the image's extents, which are counted before anything is held ([`Target::prepare`]).
+//! The method `reflink`: the snapshot shares the image's blocks (ioctl_ficlone(2)). Its time grows with the number of the
+//! image's extents, which are counted before any disk is held ([`Target::prepare`]).
 //!
-//! Until it is complete and durable it is called PATH.partial; whatever fails removes it.
+//! Until it is complete and durable it is called PATH.partial; any failure removes it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -20,24 +20,24 @@ use crate::base::publish::publish;
 use crate::base::syscalls;
 use crate::control::client::Failure;
 
-/// What the probe clones: a multiple of every filesystem's block.
+/// The length that the probe clones: a multiple of every filesystem's block size.
 const PROBE: u64 = 64 * 1024;
-/// An image of fewer extents is shared at once, whatever the filesystem.
+/// An image of fewer extents is cloned in no time that counts, on any filesystem.
 const FEW_EXTENTS: u64 = 2000;
-/// So many extents are shared, while nothing is held, to find out how long one takes.
+/// The number of extents that are cloned, while no disk is held, to measure the time for one.
 const SAMPLE: u64 = 500;
-/// The user is warned of a clone that takes longer.
+/// A clone that takes longer causes a warning.
 const SLOW: Duration = Duration::from_secs(1);
 
-/// A snapshot in the making.
+/// A snapshot that is being made.
 pub struct Target {
     image: PathBuf,
     source: File,
     file: File,
     path: PathBuf,
-    /// What is there now and goes when this is dropped.
+    /// The file that exists now and is removed when this is dropped.
     made: Option<PathBuf>,
-    /// Of the image, when it was prepared; `None`: the filesystem does not say.
+    /// The number of the image's extents at the preparation; `None`: the filesystem does not report it.
     extents: Option<u64>,
     cloner: Cloner,
     /// The cloner was killed at work, and may hang in the kernel.
@@ -45,8 +45,8 @@ pub struct Target {
 }
 
 impl Target {
-    /// Makes PATH.partial and proves that it can share the image's blocks, by one of them. Nothing is held yet. The
-    /// error names the ways that would work.
+    /// Creates PATH.partial and checks that it can share the image's blocks, by one of them. No disk is held yet. The error
+    /// names the methods that would work.
     pub fn prepare(disk: &Disk, path: &Path) -> Result<Self, Failure> {
         let shown = path.display();
         let failed = |code: &str, text: String| Failure::new(code, text);
@@ -97,7 +97,7 @@ impl Target {
         Ok(target)
     }
 
-    /// Whether the clone can be made while the disk is held for `lease`. `Some`: it can, and what the user should know.
+    /// Checks that the clone can be made while the disk is held for `lease`. `Some`: it can, with this warning.
     /// The error names what would work.
     pub fn check_cost(&self, lease: Duration) -> Result<Option<String>, Failure> {
         let Some((extents, time)) = self.cost() else { return Ok(None) };
@@ -115,7 +115,7 @@ impl Target {
         Ok((time > SLOW).then(|| format!("{facts}, while the guest's writes wait. If that is too long {mend}")))
     }
 
-    /// The image's extents, and how long sharing them is going to take, by a sample of them.
+    /// The number of the image's extents, and an estimate of the time to share them, from a sample.
     fn cost(&self) -> Option<(u64, Duration)> {
         let extents = self.extents.filter(|extents| *extents > FEW_EXTENTS)?;
         let size = self.source.metadata().ok()?.len();
@@ -158,7 +158,7 @@ impl Target {
     /// Makes the empty target NOCOW if the image is, and only then: btrfs shares no blocks between a file with checksums
     /// and one without (`btrfs_remap_file_range_prep`), and takes the change for an empty file only.
     fn like_the_image(&self) -> io::Result<()> {
-        // A filesystem without such flags has nothing to make alike.
+        // A filesystem without such flags needs nothing.
         let (Ok(image), Ok(target)) = (ioctl_getflags(&self.source), ioctl_getflags(&self.file)) else { return Ok(()) };
         let wanted = (target & !IFlags::NOCOW) | (image & IFlags::NOCOW);
         if wanted != target {
@@ -167,8 +167,8 @@ impl Target {
         Ok(())
     }
 
-    /// What came of the clone.
-    fn judge(&mut self, outcome: Outcome) -> Result<(), Failure> {
+    /// Takes the result of the clone.
+    fn record(&mut self, outcome: Outcome) -> Result<(), Failure> {
         let (image, path) = (self.image.display(), self.path.display());
         let why = match outcome {
             Outcome::Shared => return Ok(()),
@@ -189,7 +189,8 @@ impl Target {
         Err(why)
     }
 
-    /// Makes it durable and gives it its name, replacing nothing. It still goes when dropped, until [`Target::keep`].
+    /// Makes the snapshot durable and gives it its name, replacing nothing. Dropping it still removes it, until
+    /// [`Target::keep`].
     pub fn finish(&mut self) -> Result<(), Failure> {
         let path = self.path.clone();
         let failed =
@@ -213,7 +214,7 @@ impl Target {
         directory.sync_all().map_err(|error| failed("cannot be given its name durably", error))
     }
 
-    /// SHA-256 of all of it, in hexadecimal.
+    /// The SHA-256 of the snapshot, in hexadecimal.
     pub fn digest(&mut self, stop: Stop<'_>) -> Result<String, Failure> {
         let failed =
             |error: io::Error| Failure::new("target", format!("'{}' cannot be read: {error}", self.path.display()));
@@ -235,14 +236,14 @@ impl Target {
         Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// It is complete; it stays.
+    /// The snapshot is complete: dropping this does not remove it.
     pub fn keep(&mut self) {
         self.made = None;
     }
 }
 
-/// The instant: everything of all images, while their disks are held. All at once: the slowest one counts, not their sum.
-/// What is not done by `deadline` is given up.
+/// Fixes the instant: shares all blocks of all images, while their disks are held. All at once, so that it takes as long as
+/// the slowest one and not their sum. A clone that is not done by `deadline` is given up.
 pub fn share_all(targets: &mut [(usize, Target)], deadline: Instant, stop: Stop<'_>) -> Result<(), Failure> {
     for (_, target) in targets.iter() {
         let lost = |error| Failure::new("internal", format!("the process that clones is lost: {error}"));
@@ -250,7 +251,7 @@ pub fn share_all(targets: &mut [(usize, Target)], deadline: Instant, stop: Stop<
     }
     let mut cloners: Vec<&mut Cloner> = targets.iter_mut().map(|(_, target)| &mut target.cloner).collect();
     let outcomes = cloner::wait_for(&mut cloners, deadline, stop);
-    let judged = targets.iter_mut().zip(outcomes).map(|((_, target), outcome)| target.judge(outcome));
+    let judged = targets.iter_mut().zip(outcomes).map(|((_, target), outcome)| target.record(outcome));
     judged.collect::<Vec<_>>().into_iter().collect()
 }
 
@@ -265,7 +266,7 @@ impl Drop for Target {
             }
             if hangs {
                 crate::base::logging::say(format_args!(
-                    "the clone, process {}, hangs in the kernel still",
+                    "the clone, process {}, still hangs in the kernel",
                     self.cloner.pid()
                 ));
             }
@@ -284,15 +285,15 @@ fn partial(path: &Path) -> PathBuf {
     name.into()
 }
 
-/// Whether the process has this file open; `None` if we may not know, or it is another process of that number (the
-/// daemon's, in a namespace of its own).
+/// Whether the process has this file open. `None`: we may not look, or the daemon runs in another process namespace and
+/// its number belongs to another process here.
 fn is_served(pid: u64, image: &fs::Metadata) -> Option<bool> {
     let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
     if name.trim_end() != "virtioblkd" {
         return None;
     }
     let mut open = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
-    // A link that is gone was closed meanwhile.
+    // A link that does not exist any more was closed meanwhile.
     Some(open.any(|link| {
         let metadata = link.and_then(|link| fs::metadata(link.path()));
         metadata.is_ok_and(|file| (file.dev(), file.ino()) == (image.dev(), image.ino()))

@@ -1,4 +1,4 @@
-//! UNSAFE. Starting a command with the signal mask that we had, not the one that we have.
+//! UNSAFE. Starts a command with the signal mask that this process had at its start, not its present one.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -12,8 +12,8 @@ pub fn with_mask(command: Command, mask: SigSet) -> io::Result<Child> {
     start(command, move || Ok(mask.thread_set_mask()?))
 }
 
-/// Starts `command` as [`with_mask`] does, and has the kernel send it SIGTERM should the calling thread end before it
-/// (prctl(2), PR_SET_PDEATHSIG): what it makes is worth nothing then.
+/// Starts `command` as [`with_mask`] does, and has the kernel send it SIGTERM if the calling thread ends before it
+/// (prctl(2), PR_SET_PDEATHSIG): its result would be useless then.
 pub fn leashed(command: Command, mask: SigSet) -> io::Result<Child> {
     start(command, move || {
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;

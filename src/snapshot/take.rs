@@ -1,4 +1,4 @@
-//! One snapshot, start to end.
+//! One snapshot, from start to end.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -22,16 +22,16 @@ use super::reflink::{self, Target};
 use crate::base::signals::Signals;
 use crate::control::client::Failure;
 
-/// The code of failures that are the command line's.
+/// The code of usage errors.
 pub const USAGE: &str = "usage";
-/// What a lease keeps in reserve for the resume.
+/// The part of a lease that is reserved for the resume.
 const RESUME_MARGIN: Duration = Duration::from_millis(100);
-/// How long we may be silent towards the guard, beside the timeouts: connections, figures, a machine under load.
+/// How long we may send the guard nothing, besides the timeouts: connections, figures, a machine under load.
 const SILENCE_MARGIN: Duration = Duration::from_secs(10);
 
 /// Takes a snapshot. SIGINT, SIGTERM and SIGHUP are blocked in this thread from now on, and end the snapshot in order.
-/// On an error nothing is left behind, every disk goes on and the guest is thawed, or it was said on standard error
-/// what could not be done.
+/// On an error nothing is left behind, every disk goes on and the guest is thawed; what could not be done was reported on
+/// standard error.
 pub fn take(plan: &Plan) -> Result<Receipt, Failure> {
     plan.check().map_err(|why| Failure::new(USAGE, why))?;
     let failed = |error: std::io::Error| Failure::new("internal", format!("signals cannot be caught: {error}"));
@@ -41,7 +41,7 @@ pub fn take(plan: &Plan) -> Result<Receipt, Failure> {
     run.write_back();
     let taken = run.freezer.freeze(Some(run.signals.as_fd())).and_then(|()| run.hold_and_take());
     let taken = taken.map_err(|failure| run.blame_windows(failure));
-    // Always, and in this order.
+    // Whatever happened, and in this order.
     let resumed = run.disks.resume();
     let was_frozen = run.freezer.thaw();
     let done = taken.and(resumed).and_then(|()| run.freezer.was_frozen(was_frozen)).and_then(|()| run.complete());
@@ -54,7 +54,8 @@ pub fn take(plan: &Plan) -> Result<Receipt, Failure> {
     }
 }
 
-/// A snapshot under way. Dropped in this order: the disks go on before the guard hears that we are gone.
+/// A snapshot that is being taken. The order of the fields matters when it is dropped: the disks go on before the guard
+/// sees its socket closed.
 struct Run<'a> {
     plan: &'a Plan,
     mask: SigSet,
@@ -68,7 +69,7 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// Everything that may fail and needs no disk held: after this the rest is quick.
+    /// Does whatever may fail and needs no disk to be held, so that the rest is quick.
     fn prepare(plan: &'a Plan, mask: SigSet, signals: Signals) -> Result<Self, Failure> {
         if let Some(directory) = &plan.hooks {
             hooks::check(directory).map_err(|why| Failure::new("hook", why))?;
@@ -115,13 +116,13 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// The gates close, the instant is fixed. The caller resumes.
+    /// Closes the gates and fixes the instant. The caller resumes.
     fn hold_and_take(&mut self) -> Result<(), Failure> {
         self.not_interrupted()?;
         let who = format!("virtioblkctl snapshot, level {}", self.freezer.level.name());
         let instant = self.disks.hold(self.plan.timeout, &who, Some(self.signals.as_fd()))?;
         self.freezer.receipt.instant = instant.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-        // Between here and the resume nothing slow happens that could happen elsewhere.
+        // Between here and the resume is only what needs the disks to be held.
         if !self.copies.is_empty() {
             copies::start(&mut self.disks, &self.copies, Some(self.signals.as_fd()))?;
         }
@@ -134,13 +135,13 @@ impl<'a> Run<'a> {
         self.not_interrupted()
     }
 
-    /// What is done while the disks are held is done by then, so that they are let go before their lease ends.
+    /// By when the work that needs the disks to be held must be done, so that they are resumed before their lease ends.
     fn deadline(&self) -> Instant {
         let ends = self.freezer.frozen_until().map_or(self.disks.lease_ends(), |end| end.min(self.disks.lease_ends()));
         ends.checked_sub(RESUME_MARGIN).unwrap_or_else(Instant::now)
     }
 
-    /// The cause of what was given up because Windows does not stay frozen.
+    /// Names the cause of a failure that came because Windows does not stay frozen.
     fn blame_windows(&self, failure: Failure) -> Failure {
         let is_over = self.freezer.frozen_until().is_some_and(|end| end <= Instant::now() + RESUME_MARGIN);
         if !is_over || failure.code == "interrupted" {
@@ -148,15 +149,15 @@ impl<'a> Run<'a> {
         }
         let limit = VSS_HOLD.as_secs();
         let text = format!(
-            "{}. It was given up {limit} s after the freeze, for Windows (VSS) holds writes no longer: give copy:, which \
+            "{}. It was given up {limit} s after the freeze, because Windows (VSS) holds writes no longer: give copy:, which \
              is quick, or ask for level crash",
             failure.message
         );
         Failure::new("thawed-early", text)
     }
 
-    /// What is dirty in the host's cache now need not be written back while the gates are closed, nor while the guest
-    /// is frozen. The quiesce's own sync is the one that counts.
+    /// Writes back what is dirty in the host's cache now, so that less is left while the gates are closed and the guest is
+    /// frozen. Only the quiesce's own sync counts for durability.
     fn write_back(&mut self) {
         for at in 0..self.disks.list.len() {
             let Some(path) = self.disks.list[at].image_path.clone() else { continue };
@@ -169,7 +170,7 @@ impl<'a> Run<'a> {
     fn exec(&self, script: &OsStr) -> Result<(), Failure> {
         let mut command = Command::new("/bin/sh");
         command.arg("-c").arg(script).envs(self.environment());
-        // Our standard output is the receipt's.
+        // Our standard output is for the receipt.
         command.stdout(std::io::stderr());
         let deadline = self.deadline();
         let allowed = deadline.saturating_duration_since(Instant::now());
@@ -188,7 +189,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// What is slow: durability, digests, the end of copies. The disks and the guest are going on already.
+    /// Does what is slow: durability, digests, the end of copies. The disks and the guest go on already.
     fn complete(&mut self) -> Result<(), Failure> {
         for at in 0..self.targets.len() {
             self.not_interrupted()?;
@@ -250,7 +251,7 @@ impl<'a> Run<'a> {
         self.freezer.receipt
     }
 
-    /// Nothing is left behind. Files of ours go when they are dropped.
+    /// Removes what was made. Our files are removed when they are dropped.
     fn discard(&mut self) {
         let mut troubles = images::undo(&mut self.disks, &self.images);
         troubles.extend(copies::undo(&mut self.disks, &self.copies));
@@ -263,7 +264,7 @@ impl<'a> Run<'a> {
         freeze::check(Some(self.signals.as_fd()))
     }
 
-    /// What hooks and `exec:` are told.
+    /// The environment variables of hooks and `exec:`.
     fn environment(&self) -> Vec<(String, OsString)> {
         let disks = self.disks.list.iter().map(|disk| (disk.control.as_path(), disk.image_path.as_deref()));
         hooks::environment(disks, self.freezer.level)

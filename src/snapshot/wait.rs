@@ -1,4 +1,4 @@
-//! Waiting for several descriptors at once, never longer than allowed, and no longer than somebody still wants it.
+//! Waits for several descriptors at once, until a deadline or until the caller's work is cancelled.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-/// A descriptor that is readable when what is under way is no longer wanted: a signal came, or whoever asked is gone.
-/// `None` where something must be finished whatever comes (resume, thaw).
+/// A descriptor that becomes readable when the work is cancelled: a signal came, or the parent process ended. `None` for
+/// work that must be finished in any case (resume, thaw).
 pub type Stop<'a> = Option<BorrowedFd<'a>>;
 
 /// Why a wait ended.
@@ -16,9 +16,9 @@ pub type Stop<'a> = Option<BorrowedFd<'a>>;
 pub enum Wake {
     /// These descriptors are readable, or closed at the other end.
     Ready(Vec<bool>),
-    /// The [`Stop`] is. It comes before all others.
+    /// The [`Stop`] is readable, whatever else is.
     Stopped,
-    /// The deadline.
+    /// The deadline has passed.
     TimedOut,
 }
 
