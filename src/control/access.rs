@@ -14,19 +14,20 @@ use super::creds::Credentials;
 pub enum Access {
     /// Queries and events.
     ReadOnly,
-    /// And whatever holds, copies, snapshots, continues or grows the disk.
+    /// Besides, all commands that hold, copy, snapshot, continue or grow the disk.
     #[default]
     Operate,
-    /// And `hand-over`, `query-command-line`, `quit` and `resize` with `force`.
+    /// Besides, `hand-over`, `query-command-line`, `quit` and `resize` with `force`.
     All,
 }
 
 /// The user that stands for every user which our user namespace does not map (/proc/sys/kernel/overflowuid; the kernel's
-/// default). It may be anybody, so it is never the daemon's user, even if the daemon runs as `nobody`.
+/// default). It may be any user, so it never counts as the daemon's user, even if the daemon runs as `nobody`.
 const OVERFLOW_UID: u32 = 65534;
 
 impl Access {
-    /// The access of a client. `daemon`: the daemon's effective user; `others`: what users beside that one and root may do.
+    /// The access of a client. `daemon`: the daemon's effective user; `others`: what users other than root and that one
+    /// may do.
     pub fn of(client: Credentials, daemon: u32, others: Access) -> Access {
         if is_trusted(client.uid, daemon) { Access::All } else { others.min(Access::Operate) }
     }
@@ -65,14 +66,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn root_and_the_daemons_user_may_use_everything_and_others_never_may() {
+    fn root_and_the_daemons_user_may_use_all_commands_and_others_never_may() {
         let cases = [
             (0, 0, Access::All),
             (0, 1000, Access::All),
             (1000, 1000, Access::All),
             (1001, 1000, Access::Operate),
             (1001, 0, Access::Operate),
-            // A user of another user namespace; and one that may be.
+            // A user of another user namespace; and the daemon's user where it cannot be told from one.
             (65534, 0, Access::Operate),
             (65534, 65534, Access::Operate),
         ];
@@ -86,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn all_is_no_value_of_the_option() {
+    fn all_is_not_accepted_as_a_value_of_the_option() {
         for access in [Access::ReadOnly, Access::Operate] {
             assert_eq!(access.to_string().parse(), Ok(access));
         }

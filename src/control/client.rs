@@ -1,4 +1,4 @@
-//! The quiesce socket seen from the operator's side: connect, negotiate, ask, listen. Each wait is bounded.
+//! A client of the quiesce socket: connects, negotiates, sends requests, reads events. Each wait is bounded.
 //!
 //! For `virtioblkctl`, its snapshots, and a daemon that takes over from another.
 
@@ -17,23 +17,23 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde_json::{Value, json};
 
-/// How long a living daemon may take for anything but a quiesce.
+/// How long a daemon may take to reply to any request but a quiesce.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
-/// A line longer than this is not from our daemon.
+/// A line that is longer does not come from virtioblkd.
 const MAX_LINE: usize = 16 << 20;
 
-/// Why a command failed: words for people, and the daemon's code if it was the daemon that refused.
+/// Why a command failed: a message for people, and the daemon's code if the daemon refused.
 #[derive(Debug)]
 pub struct Failure {
-    /// The daemon's error code (`virtioblkd::control::proto`); ours are `no-daemon`, `no-permission`, `no-answer` and
+    /// The daemon's error code (listed at the head of `control::protocol`); ours are `no-daemon`, `no-permission`, `no-answer` and
     /// `not-virtioblkd`.
     pub code: String,
-    /// Names the thing, the cause and the mend.
+    /// Says what failed, why, and how to fix it.
     pub message: String,
 }
 
 impl Failure {
-    /// A failure of our own.
+    /// A failure that this program found.
     pub fn new(code: &str, message: impl Into<String>) -> Self {
         Failure { code: code.into(), message: message.into() }
     }
@@ -45,11 +45,11 @@ impl fmt::Display for Failure {
     }
 }
 
-/// One line of the daemon's.
+/// One line that the daemon sent.
 pub enum Message {
-    /// The answer to the oldest request not answered yet.
+    /// The reply to the oldest request that has none yet.
     Reply(Result<Value, Failure>),
-    /// Something happened: the whole message.
+    /// An event: the whole message.
     Event(Value),
 }
 
@@ -59,7 +59,7 @@ pub struct Client {
     name: String,
     input: Vec<u8>,
     events: VecDeque<Value>,
-    /// The one user who wrote all that was read.
+    /// Who wrote all that was read.
     writer: Writer,
 }
 
@@ -68,9 +68,9 @@ pub struct Client {
 enum Writer {
     /// Nothing was read yet.
     Nobody,
-    /// All of it is this user's.
+    /// This user wrote all of it.
     User(u32),
-    /// Several users, or somebody unknown.
+    /// Several users wrote it, or an unknown one.
     Unknown,
 }
 
@@ -101,7 +101,7 @@ impl Client {
     }
 
     /// The user that wrote everything which was read so far; `None`: not one user alone, or unknown. SO_PEERCRED would name
-    /// whoever made the socket: root, for a daemon that became another user since.
+    /// the user that made the socket: root, for a daemon that has become another user since.
     pub fn writer(&self) -> Option<u32> {
         match self.writer {
             Writer::User(uid) => Some(uid),
@@ -109,7 +109,7 @@ impl Client {
         }
     }
 
-    /// The connection, after an answer that made it another protocol's. Errors: more came already.
+    /// Returns the connection, after a reply from which on it speaks another protocol. Errors: more was read already.
     pub(crate) fn into_stream(self) -> Result<UnixStream, Failure> {
         match self.input.is_empty() {
             true => Ok(self.stream),
@@ -117,7 +117,7 @@ impl Client {
         }
     }
 
-    /// Asks and waits for the answer; events that come meanwhile are kept for [`Client::next`].
+    /// Sends a request and waits for its reply; events that come meanwhile are kept for [`Client::next`].
     pub fn ask(&mut self, command: &str, arguments: Value, timeout: Duration) -> Result<Value, Failure> {
         self.send(command, arguments)?;
         self.reply(Instant::now() + timeout)
@@ -132,7 +132,7 @@ impl Client {
         }
     }
 
-    /// Asks; the answer will come out of [`Client::next`].
+    /// Sends a request; [`Client::next`] returns its reply.
     pub fn send(&mut self, command: &str, arguments: Value) -> Result<(), Failure> {
         let request = json!({"execute": command, "arguments": arguments});
         // A request is far smaller than the socket's buffer; one that does not fit means that nobody reads.
@@ -147,7 +147,7 @@ impl Client {
         }
     }
 
-    /// The next message if there is one: never waits. For those who poll many daemons.
+    /// The next message if there is one: never waits. For callers that poll many daemons.
     pub fn try_next(&mut self) -> Result<Option<Message>, Failure> {
         match self.events.pop_front() {
             Some(event) => Ok(Some(Message::Event(event))),
@@ -245,7 +245,7 @@ impl Client {
         Ok(message.bytes)
     }
 
-    /// A failure before the greeting says more of the socket than of its daemon.
+    /// The failure of a connection that ended before the greeting: its cause is the socket rather than the daemon.
     fn ungreeted(&self, failure: Failure) -> Failure {
         if failure.code != "no-daemon" || !self.input.is_empty() {
             return failure;
@@ -296,7 +296,7 @@ fn refusal(value: &Value) -> Option<Failure> {
     Some(Failure::new(code, error["desc"].as_str().unwrap_or("the daemon gave no reason")))
 }
 
-/// connect(2) on a socket whose queue is full would wait for ever, so it is tried.
+/// connect(2) on a socket whose queue is full would wait for ever, so it is retried without waiting.
 fn open(path: &Path, deadline: Instant) -> Result<UnixStream, Failure> {
     let shown = path.display();
     let failed = |errno: Errno| describe(path, errno);

@@ -5,17 +5,17 @@ use std::os::fd::AsFd;
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
-/// The peer when it connected.
+/// The process at the other end, as it was when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Credentials {
-    /// Process; 0: outside of our process namespace.
+    /// Its process id; 0: it is outside of our process namespace.
     pub pid: i32,
-    /// Effective user.
+    /// Its effective user.
     pub uid: u32,
 }
 
 impl Credentials {
-    /// Asks the kernel.
+    /// Asks the kernel for the peer of `socket`.
     pub fn of(socket: impl AsFd) -> io::Result<Self> {
         let credentials = getsockopt(&socket, PeerCredentials)?;
         Ok(Credentials { pid: credentials.pid(), uid: credentials.uid() })
@@ -28,7 +28,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     #[test]
-    fn our_own_peer_is_us() {
+    fn the_peer_of_our_own_socket_is_this_process() {
         let (here, _there) = UnixStream::pair().unwrap();
         let credentials = Credentials::of(&here).unwrap();
         assert_eq!(credentials.pid, std::process::id() as i32);

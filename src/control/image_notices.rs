@@ -1,5 +1,5 @@
-//! What reaches the control thread besides requests and the disk's events: the image's store speaks from threads of its
-//! own that must never block, and so do the threads that wait for it on our behalf.
+//! The queue of what reaches the control thread besides requests and the disk's events. The image's store calls from
+//! threads of its own that must never block; so do our threads that wait for the store.
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,11 +12,11 @@ use crate::base::sync::{Bell, Mutex, MutexGuard};
 use crate::disk::CopyError;
 use crate::engine::Errno;
 
-/// Asks that wait for the control thread at most. A store asks for one at a time; a thread that is so late will not be
-/// in time for more.
+/// The most asks that wait for the control thread. A store asks for one at a time; a control thread that is so late will
+/// not answer more of them in time.
 const MAX_NOTES: usize = 64;
 
-/// One thing to be dealt with, in the order in which they came.
+/// One item of the queue. Items are handled in the order in which they came.
 pub(super) enum Note {
     /// [`Notices::quiesce`], and when it came.
     Quiesce(QuiesceAsk, Instant),
@@ -24,15 +24,15 @@ pub(super) enum Note {
     Unquiesce(Instant),
     /// The thread that makes snapshots of the image is done: the snapshot's full name, or what went wrong.
     JobDone(Result<String, CopyError>),
-    /// [`ImageNotices::close`]: nothing more comes, and what is not granted yet is refused.
+    /// [`ImageNotices::close`]: no ask follows, and what is not granted yet is to be refused.
     Closed,
 }
 
-/// All that came since the last look.
+/// All that came since the last [`Inbox::take`].
 #[derive(Default)]
 pub(super) struct Notes {
     pub(super) notes: VecDeque<Note>,
-    /// The image's size, the last that was said.
+    /// The image's size, as reported last.
     pub(super) resized: Option<u64>,
     /// [`Notices::state_changed`], however often.
     pub(super) state_changed: bool,
@@ -71,9 +71,9 @@ impl Inbox {
             notes.notes.push_back(Note::Closed);
             unread
         };
-        // Not under the lock: an ask that is dropped is answered.
+        // Without the lock: dropping an ask answers it, which calls the back-end.
         for note in unread {
-            // The end of a snapshot is news still.
+            // The end of a snapshot still counts.
             if let Note::Unquiesce(_) | Note::JobDone(_) = note {
                 self.lock().notes.push_back(note);
             }
@@ -81,7 +81,7 @@ impl Inbox {
         self.ready.ring();
     }
 
-    /// Adds one; any thread.
+    /// Adds an item; any thread.
     pub(super) fn put(&self, note: Note) {
         self.change(|notes| notes.notes.push_back(note));
     }
@@ -102,21 +102,22 @@ impl AsFd for Inbox {
     }
 }
 
-/// The control room's ear at the back-end. No method blocks, and none calls the back-end except by answering an ask.
+/// What the back-end calls to reach the control thread. No method blocks, and none calls the back-end except by answering
+/// an ask.
 pub struct ImageNotices {
     inbox: Arc<Inbox>,
 }
 
 impl ImageNotices {
-    /// For [`super::Server::start`] and [`crate::backend::Backend::start_notices`]. Until the server runs, what comes
-    /// waits. Errors: no file descriptor left.
+    /// For [`super::Server::start`] and [`crate::backend::Backend::start_notices`]. Until the server runs, the queue
+    /// keeps what comes. Errors: no file descriptor left.
     pub fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(ImageNotices { inbox: Arc::new(Inbox::new()?) }))
     }
 
     /// The daemon ends: asks that come later are refused, those not granted yet are refused now or within a turn of the
-    /// control thread (ECANCELED). A hold that is granted goes on, for whoever asked relies on it. Called by main or its
-    /// helper before [`crate::backend::Backend::stop_notices`].
+    /// control thread (ECANCELED). A hold that is granted goes on, because the host that asked relies on it. Called by main
+    /// or its helper before [`crate::backend::Backend::stop_notices`].
     pub fn close(&self) {
         self.inbox.close();
     }
@@ -151,7 +152,7 @@ impl Notices for ImageNotices {
 
     fn unquiesce(&self) {
         self.inbox.change(|notes| {
-            // Two in a row say no more than one.
+            // Two in a row mean no more than one.
             if !matches!(notes.notes.back(), Some(Note::Unquiesce(_))) {
                 notes.notes.push_back(Note::Unquiesce(Instant::now()));
             }
@@ -170,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_is_left_unanswered_and_nothing_piles_up() {
+    fn every_ask_is_answered_and_the_queue_is_bounded() {
         let notices = ImageNotices::new().unwrap();
         let (sender, answers) = mpsc::channel();
         let ask = || {
@@ -180,7 +181,7 @@ mod tests {
         for _ in 0..MAX_NOTES {
             notices.quiesce(ask());
         }
-        assert!(answers.try_recv().is_err(), "they wait");
+        assert!(answers.try_recv().is_err(), "the asks wait");
         notices.quiesce(ask());
         assert_eq!(answers.try_recv(), Ok(Err(Errno(libc::EBUSY))), "one too many");
         notices.unquiesce();
@@ -194,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_size_counts() {
+    fn only_the_last_size_is_reported() {
         let notices = ImageNotices::new().unwrap();
         notices.resized(1);
         notices.resized(2);
@@ -214,10 +215,10 @@ mod interleavings {
     use crate::base::sync::interleavings::{Mutant, holds};
     use crate::base::sync::{thread, yield_until_readable};
 
-    /// An ask, a new size and the end, from three threads: the control thread hears of the end, and the ask is answered
-    /// once, whether it came before it or after.
+    /// An ask, a new size and the end, from three threads: the control thread sees the end, and the ask is answered once,
+    /// whether it came before the end or after.
     #[test]
-    fn nothing_is_slept_over_and_each_ask_is_answered_once() {
+    fn no_item_is_missed_and_each_ask_is_answered_once() {
         let model = || {
             let notices = ImageNotices::new().unwrap();
             let answers = Arc::new(AtomicU32::new(0));
@@ -242,7 +243,7 @@ mod interleavings {
                     match note {
                         Note::Quiesce(ask, _) => ask.answer(Ok(())),
                         Note::Closed => closed = true,
-                        Note::Unquiesce(_) | Note::JobDone(_) => unreachable!("nobody sent it"),
+                        Note::Unquiesce(_) | Note::JobDone(_) => unreachable!("no thread sent it"),
                     }
                 }
             }

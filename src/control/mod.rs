@@ -1,9 +1,9 @@
 //! The quiesce socket: QMP's dialect on a Unix socket, served by one thread.
 //!
-//! [`protocol::json_stream`] cuts bytes into JSON values and [`protocol`] turns those into commands and replies; [`quiesce`] decides who
-//! holds the disk. All three are pure: no I/O, no clock of their own. `service` joins them to the [`crate::disk::Disk`];
-//! `peer` and `socket` move the bytes, `image_notices` brings what the image's store says. The commands, their arguments, the
-//! events and the error codes are listed at the head of [`protocol`].
+//! [`protocol::json_stream`] cuts bytes into JSON values and [`protocol`] turns those into commands and replies;
+//! [`quiesce`] decides who holds the disk. All three are pure: no I/O, no clock of their own. `service` joins them to the
+//! [`crate::disk::Disk`]; `peer` and `socket` move the bytes, `image_notices` brings what the image's store reports. The
+//! commands, their arguments, the events and the error codes are listed at the head of [`protocol`].
 
 mod access;
 pub mod client;

@@ -14,11 +14,11 @@ use super::protocol::json_stream::{Decoder, MalformedInput};
 use super::quiesce::PeerId;
 use crate::base::rate_limit::{CONTROL_LOG, RateLimiter, log_limited};
 
-/// Bytes read in one turn.
+/// Bytes read in one turn of the control thread.
 const READ_SIZE: usize = 16 * 1024;
 /// While this much waits to be written, no further request of this connection is carried out.
 const OUTPUT_HIGH_WATER: usize = 64 * 1024;
-/// A reader so slow that this much waits (events, then) is cut off.
+/// A client that reads so slowly that this much waits to be written (events, then) is disconnected.
 pub(super) const MAX_OUTPUT: usize = 256 * 1024;
 
 /// Requests carried out at once after a pause, and in each [`REQUEST_BURST_PERIOD`]: 200 a second.
@@ -33,7 +33,7 @@ pub(super) struct Peer {
     pub(super) access: Access,
     /// `qmp_capabilities` was answered.
     pub(super) negotiated: bool,
-    /// Connected when.
+    /// When it connected.
     pub(super) since: Instant,
     stream: UnixStream,
     decoder: Decoder,
@@ -47,13 +47,13 @@ pub(super) struct Peer {
     input_ended: bool,
     /// The client reads no more; what it sent is still carried out.
     output_ended: bool,
-    /// To be closed, whatever is left.
+    /// The connection is to be closed, even if input or output is left.
     dead: bool,
     requests: RateLimiter,
 }
 
 impl Peer {
-    /// Takes a connection. Errors: it cannot be made non-blocking.
+    /// Serves `stream` from now on. Errors: it cannot be made non-blocking.
     pub(super) fn new(
         id: PeerId,
         stream: UnixStream,
@@ -81,8 +81,8 @@ impl Peer {
         })
     }
 
-    /// What to poll for; `None`: nothing, also no hang-up, because only time helps (and a hang-up would be reported
-    /// again and again).
+    /// What to poll for. `None`: the connection is not polled at all, because only time helps; poll would report a
+    /// hang-up over and over.
     pub(super) fn interest(&self) -> Option<PollFlags> {
         let mut flags = PollFlags::empty();
         if self.unsent() > 0 {
@@ -122,9 +122,9 @@ impl Peer {
         }
     }
 
-    /// The next request, if there is one and it is this connection's turn.
+    /// The next request, if there is one and the connection's rate allows it.
     pub(super) fn next(&mut self, now: Instant) -> Option<Result<Value, MalformedInput>> {
-        while !self.held_up() && self.input_left() > 0 {
+        while !self.is_throttled() && self.input_left() > 0 {
             if !self.requests.has_one(now) {
                 return None;
             }
@@ -139,22 +139,22 @@ impl Peer {
         None
     }
 
-    /// When [`Peer::next`] may have something without poll's help.
+    /// When [`Peer::next`] may return a request although poll reports nothing.
     pub(super) fn next_turn(&self, now: Instant) -> Option<Instant> {
-        (!self.held_up() && self.input_left() > 0).then(|| self.requests.ready_at(now))
+        (!self.is_throttled() && self.input_left() > 0).then(|| self.requests.ready_at(now))
     }
 
-    fn held_up(&self) -> bool {
+    fn is_throttled(&self) -> bool {
         self.busy || self.dead || self.unsent() > OUTPUT_HIGH_WATER
     }
 
-    /// The reply to the request that [`Peer::next`] gave out.
+    /// Queues the reply to the request that [`Peer::next`] returned.
     pub(super) fn reply(&mut self, line: &[u8]) {
         self.busy = false;
         self.queue(line);
     }
 
-    /// A line that is no reply.
+    /// Queues a line that is not a reply.
     pub(super) fn queue(&mut self, line: &[u8]) {
         if self.output_ended {
             return;
@@ -164,12 +164,12 @@ impl Peer {
             self.flush();
         }
         if self.unsent() > MAX_OUTPUT {
-            log_limited!(CONTROL_LOG, Warn, "control: {:?} reads too slowly and is cut off", self.credentials);
+            log_limited!(CONTROL_LOG, Warn, "control: {:?} reads too slowly and is disconnected", self.credentials);
             self.dead = true;
         }
     }
 
-    /// Writes what the socket takes.
+    /// Writes as much as the socket takes.
     pub(super) fn flush(&mut self) {
         while self.unsent() > 0 {
             match self.stream.write(&self.output[self.sent..]) {
@@ -190,12 +190,12 @@ impl Peer {
         }
     }
 
-    /// The connection, for another purpose. What the client sent after its last request is lost.
+    /// Returns the connection for another purpose. What the client sent after its last request is lost.
     pub(super) fn into_stream(self) -> UnixStream {
         self.stream
     }
 
-    /// Nothing will come of this connection any more.
+    /// Whether the connection is to be closed: nothing more can be read from it or written to it.
     pub(super) fn is_over(&self) -> bool {
         self.dead || (self.input_ended && !self.busy && self.input_left() == 0 && self.unsent() == 0)
     }

@@ -10,7 +10,7 @@ use super::MAX_TIMEOUT;
 /// The longest `who`, in bytes.
 pub const MAX_WHO: usize = 256;
 
-/// The arguments of one command. Each reader takes its own out; what is left at the end is unknown.
+/// The arguments of one command. Each reader removes its own; what is left at the end is unknown.
 pub(in crate::control) struct Args<'a> {
     pub(super) command: &'a str,
     pub(super) given: Map<String, Value>,
@@ -86,7 +86,7 @@ fn wrong_type(name: &str, wanted: &str, value: &Value) -> Error {
     Error::argument(format!("'{name}' must be {wanted}, not {kind}"))
 }
 
-/// A name out of a request, short enough for a message.
+/// A name from a request, cut so that it fits into a message.
 pub(super) fn shown(name: &str) -> String {
     match name.char_indices().nth(64) {
         Some((end, _)) => format!("{}...", &name[..end]),

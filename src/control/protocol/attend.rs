@@ -4,26 +4,26 @@ use std::time::Duration;
 
 use super::{Args, Command, Error, MAX_WHO};
 
-/// What an attendant says.
+/// A command of an attendant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AttendCommand {
-    /// It wants to be asked from now on.
+    /// `attend`: it is to be asked from now on.
     Attend {
-        /// Without its consent there is no snapshot.
+        /// A snapshot needs its consent.
         required: bool,
-        /// For each `prepared`.
+        /// How long it may take for each `prepared`.
         timeout: Duration,
-        /// In the operator's words.
+        /// A name for it, given by the operator.
         who: Option<String>,
     },
-    /// The answer to a `PREPARE`.
+    /// `prepared`: the answer to a `PREPARE`.
     Prepared {
-        /// Which.
+        /// The id of the `PREPARE`.
         id: u64,
-        /// The level that is reached, or why it is not.
+        /// The level that the guest was brought to, or why it was not.
         result: Result<Option<String>, String>,
     },
-    /// It wants to be asked no more.
+    /// `unattend`: it is not to be asked any more.
     Unattend,
 }
 
@@ -36,9 +36,11 @@ pub(super) fn parse_attend(args: &mut Args) -> Result<Command, Error> {
 }
 
 pub(super) fn parse_prepared(args: &mut Args) -> Result<Command, Error> {
-    let Some(id) = args.number("id")? else { return Err(Error::argument("prepared needs 'id', as PREPARE had it")) };
+    let Some(id) = args.number("id")? else {
+        return Err(Error::argument("prepared needs 'id', the one of its PREPARE"));
+    };
     let level = args.text("level", MAX_WHO)?;
-    let result = match (args.text("error", MAX_COMPLAINT)?, level) {
+    let result = match (args.text("error", MAX_ERROR)?, level) {
         (None, level) => Ok(level),
         (Some(error), None) => Err(error),
         (Some(_), Some(_)) => return Err(Error::argument("prepared takes 'level' or 'error', not both")),
@@ -53,5 +55,5 @@ pub(super) fn parse_unattend(_: &mut Args) -> Result<Command, Error> {
 /// How long an attendant may take when `timeout-ms` is not given.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The longest complaint of an attendant, in bytes.
-const MAX_COMPLAINT: usize = 4096;
+/// The longest `error` of an attendant, in bytes.
+const MAX_ERROR: usize = 4096;

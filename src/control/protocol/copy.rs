@@ -8,36 +8,36 @@ use crate::disk::CopyOptions;
 /// The longest path, in bytes (PATH_MAX).
 const MAX_PATH: usize = 4096;
 
-/// What a client may ask about copies.
+/// A command for copies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CopyCommand {
-    /// Make everything ready.
+    /// `copy-prepare`: prepares a copy.
     Prepare {
-        /// What and where to.
+        /// What to copy, and where to.
         options: CopyOptions,
-        /// Once it runs it outlives the connection.
+        /// A copy that runs outlives the connection.
         detached: bool,
     },
-    /// Fix the instant.
+    /// `copy-start`: fixes the instant.
     Start {
-        /// Which.
+        /// The name of the copy.
         copy: String,
-        /// Of a hold that is granted.
+        /// The token of a hold that is granted.
         token: String,
     },
-    /// End it and remove its file.
+    /// `copy-cancel`: ends a copy and removes its file.
     Cancel {
-        /// Which.
+        /// The name of the copy.
         copy: String,
     },
-    /// Another limit.
+    /// `copy-bandwidth`: changes the limit.
     Bandwidth {
-        /// Which.
+        /// The name of the copy.
         copy: String,
         /// Bytes a second; 0: none.
         bandwidth: u64,
     },
-    /// How far they are.
+    /// `query-copies`: the copies and their progress.
     Query,
 }
 

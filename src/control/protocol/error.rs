@@ -3,9 +3,9 @@
 /// QEMU's error classes, as far as they are used. Clients know a closed list of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// Everything else.
+    /// All other errors.
     GenericError,
-    /// Unknown, or not now.
+    /// The command is unknown, or not accepted now.
     CommandNotFound,
 }
 
@@ -21,7 +21,7 @@ pub struct Error {
 }
 
 impl Error {
-    /// Of class `GenericError`.
+    /// An error of class `GenericError`.
     pub fn new(code: &'static str, desc: impl Into<String>) -> Self {
         Error { class: Class::GenericError, code, desc: desc.into() }
     }

@@ -2,24 +2,24 @@
 
 use super::{Args, Command, Error, MAX_WHO};
 
-/// What a client may ask about them.
+/// A command for these snapshots.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ImageSnapshotCommand {
-    /// Make one.
+    /// `image-snapshot`: makes a snapshot.
     Create {
-        /// Its name.
+        /// The name of the snapshot.
         name: String,
-        /// Of a hold that is granted.
+        /// The token of a hold that is granted.
         token: String,
     },
-    /// It outlives the connection.
+    /// `image-snapshot-keep`: the snapshot outlives the connection.
     Keep {
-        /// Which.
+        /// The name of the snapshot.
         name: String,
     },
-    /// It is not wanted after all.
+    /// `image-snapshot-remove`: removes a snapshot.
     Remove {
-        /// Which.
+        /// The name of the snapshot.
         name: String,
     },
 }

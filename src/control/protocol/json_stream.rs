@@ -4,22 +4,22 @@
 //! no newline at all), so the end of a request is where its brackets close. [`Decoder`] looks at each byte once: the
 //! work is linear however the bytes are cut, and the memory is bounded by [`MAX_BYTES`].
 //!
-//! After garbage, reading goes on behind the next newline or 0xFF (the reset byte of QEMU's clients). What is merely
-//! too long or too deep is skipped up to the end of its own brackets, and a bracket too many costs only itself, so that
-//! a client without newlines is understood again at its next request.
+//! After malformed input, reading resumes behind the next newline or 0xFF (the reset byte of QEMU's clients). What is
+//! only too long or too deep is skipped up to the end of its own brackets, and an extra closing bracket is skipped alone,
+//! so that the next request of a client without newlines is read again.
 
 use serde_json::Value;
 
 /// The longest request, in bytes.
 pub const MAX_BYTES: usize = 64 * 1024;
 
-/// The deepest nesting. Below `serde_json`'s own limit of 128, so that ours is the message.
+/// The deepest nesting. Below `serde_json`'s own limit of 128, so that the client gets our message.
 pub const MAX_DEPTH: u32 = 64;
 
 /// What is wrong with the bytes. Reported once for what is skipped, however long it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MalformedInput {
-    /// A byte that no JSON object holds at this place.
+    /// A byte that cannot stand at this place in a JSON object.
     Stray(u8),
     /// Longer than [`MAX_BYTES`].
     TooLong,
@@ -27,7 +27,7 @@ pub enum MalformedInput {
     TooDeep,
     /// 0xFF in the middle of a request: the client gave it up.
     Reset,
-    /// The brackets close, and yet it is no JSON; the parser's words.
+    /// The brackets close, but the text is not JSON; the parser's message.
     Invalid(String),
 }
 
@@ -48,7 +48,7 @@ impl std::fmt::Display for MalformedInput {
     }
 }
 
-/// Where the next byte falls.
+/// Where in a request the next byte stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum JsonContext {
     /// Between requests.
@@ -59,7 +59,7 @@ enum JsonContext {
     Text,
     /// Behind a backslash in a string.
     Escape,
-    /// In garbage: up to the next newline.
+    /// In malformed input, up to the next newline.
     Lost,
 }
 
@@ -69,7 +69,7 @@ pub struct Decoder {
     frame: Vec<u8>,
     depth: u32,
     place: JsonContext,
-    /// Already reported: the rest of this request is read over.
+    /// The error was reported already: the rest of this request is skipped.
     skipping: bool,
 }
 
@@ -131,7 +131,7 @@ impl Decoder {
         self.keep(byte)
     }
 
-    /// Stores a byte of a request and tells whether the request ends with it.
+    /// Stores a byte of a request and returns whether the request ends with it.
     fn keep(&mut self, byte: u8) -> Option<Result<Value, MalformedInput>> {
         if !self.skipping {
             self.frame.push(byte);
@@ -163,14 +163,14 @@ impl Decoder {
         None
     }
 
-    /// Gives the request up but follows its brackets to their end.
+    /// Skips the request up to the end of its brackets.
     fn skip(&mut self, why: MalformedInput) -> Option<Result<Value, MalformedInput>> {
         self.skipping = true;
         self.frame = Vec::new();
         Some(Err(why))
     }
 
-    /// Gives everything up to the next newline up.
+    /// Skips everything up to the next newline.
     fn lose(&mut self, byte: u8) -> Option<Result<Value, MalformedInput>> {
         let known = self.skipping;
         self.reset();
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn garbage_is_reported_once_and_ends_with_the_line() {
+    fn malformed_input_is_reported_once_and_ends_with_the_line() {
         let found = same_however_cut(b"GET / HTTP/1.1 {\"a\":1}\n{\"a\":2}\r\n\r\n");
         assert_eq!(found, [Err(MalformedInput::Stray(b'G')), Ok(json!({"a": 2}))]);
         let found = same_however_cut(b"{ \"a\": X, {{{{ \n{\"a\":3}");
@@ -243,13 +243,13 @@ mod tests {
     }
 
     #[test]
-    fn a_reset_byte_begins_anew() {
+    fn a_reset_byte_starts_a_new_request() {
         let found = same_however_cut(b"\xff{\"a\": \"half\xff{\"a\":6}");
         assert_eq!(found, [Err(MalformedInput::Reset), Ok(json!({"a": 6}))]);
     }
 
     #[test]
-    fn too_long_is_skipped_to_its_own_end() {
+    fn a_request_that_is_too_long_is_skipped_to_its_end() {
         let mut input = b"{\"a\":\"".to_vec();
         input.resize(1 << 20, b'x');
         input.extend_from_slice(b"\"}{\"a\":7}");
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn too_deep_is_skipped_to_its_own_end() {
+    fn a_request_that_is_too_deep_is_skipped_to_its_end() {
         let mut input = b"{\"a\":".to_vec();
         input.extend(std::iter::repeat_n(b'[', 10_000));
         input.extend(std::iter::repeat_n(b']', 10_000));
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn any_bytes_leave_it_sound() {
+    fn the_decoder_reads_a_request_after_any_bytes() {
         // A cheap generator is enough: what matters is that nothing panics and that a reset always mends it.
         let mut seed = 0x9e37_79b9_7f4a_7c15u64;
         let alphabet = b"{}[]\",:\\ \n\xff\x00a1tX\xc3";

@@ -1,9 +1,9 @@
-//! PURE. How long the guest's writes have waited for holders, whoever these were, and the bound on that (`--max-hold`).
+//! PURE. How long the guest's writes have waited for holds, and the bound on that (`--max-hold`).
 
 use std::time::{Duration, Instant};
 
-/// Writes have flowed when the gate has been open for so long: what waited was taken from the rings. A hold that begins
-/// earlier continues the wait of those before it.
+/// How long the gate must be open until writes count as having flowed: by then the rings have taken what waited. A hold
+/// that begins earlier continues the wait of those before it.
 const FLOW_TIME: Duration = Duration::from_millis(100);
 
 /// The time during which the gate was closed, or open too shortly to count.
@@ -11,9 +11,9 @@ const FLOW_TIME: Duration = Duration::from_millis(100);
 pub(super) struct HeldTime {
     /// The bound, if there is one.
     max: Option<Duration>,
-    /// The gate closed when, for the first of the holds that count together.
+    /// When the gate closed for the first of the holds that count together.
     since: Option<Instant>,
-    /// It opened after the last of them when; `None`: it is closed, or never was.
+    /// When it opened after the last of them; `None`: it is closed, or was never closed.
     opened: Option<Instant>,
 }
 
@@ -49,12 +49,12 @@ impl HeldTime {
         self.since(now).map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
     }
 
-    /// When every hold ends that is granted or asked for now.
+    /// When a hold that is granted or requested now must end.
     pub(super) fn end(&self, now: Instant) -> Option<Instant> {
         self.max.map(|max| self.since(now).unwrap_or(now) + max)
     }
 
-    /// The bound is reached: no new holder until writes have flowed.
+    /// Whether the bound is reached: no new hold until writes have flowed.
     pub(super) fn is_spent(&self, now: Instant) -> bool {
         self.end(now).is_some_and(|end| end <= now)
     }

@@ -1,13 +1,13 @@
-//! PURE. Who holds the disk: a state machine with the clock passed in.
+//! PURE. Decides who holds the disk: a state machine with the clock passed in.
 //!
-//! The write gate is closed exactly while somebody holds the disk or waits to. The first request closes it and begins
-//! an epoch; requests that come while it settles join that epoch and share its answer; those that come when the disk
-//! is quiet are answered at once, because nothing can have changed since. The gate opens when the last holder or
-//! waiting request is gone, however it went. An answer of the disk counts only for the epoch it was asked for: after a
-//! timeout, the late answer of the abandoned closing must not vouch for the next one.
+//! The write gate is closed exactly while there is a hold or a request that waits for one. The first request closes it
+//! and begins an epoch. Requests that come while it settles join that epoch and share its answer. Requests that come when
+//! the disk is quiet are granted at once, because nothing can have changed since. The gate opens when the last hold or
+//! waiting request has ended, for whatever reason. An answer of the disk counts only for the epoch it was asked for:
+//! after a timeout, the late answer of the abandoned closing must not grant the next one.
 //!
 //! Holds that overlap or follow each other closely add up for the guest. With a bound on their sum (`--max-hold`) no lease
-//! and no timeout goes beyond it, and who asks then is refused until writes have flowed.
+//! and no timeout goes beyond it, and a request that comes then is refused until writes have flowed.
 
 mod held_time;
 
@@ -21,37 +21,37 @@ use held_time::HeldTime;
 
 /// A connection.
 pub type PeerId = u64;
-/// No connection, but the store of the image: somebody elsewhere takes a snapshot of it.
+/// The image's store in place of a connection: another host takes a snapshot of the image.
 pub const STORE: PeerId = 0;
 /// A `quiesce` request that waits for its answer.
 pub type RequestId = u64;
 
-/// Holders and waiting requests at most.
+/// The most holds and waiting requests together.
 pub const MAX_HOLDERS: usize = 64;
-/// How many ended holds are remembered, so that a late `resume` can be told what became of its hold.
+/// How many ended holds are remembered, so that the error of a late `resume` can say why its hold had ended.
 const MAX_ENDED: usize = 64;
 
-/// Who asked, as far as the kernel and the client tell.
+/// Who sent a request, as far as the kernel and the client say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Who {
-    /// The client's own words.
+    /// The client's `who`.
     pub text: Option<String>,
-    /// The process and its user when it connected; `None`: no client, but the image's store.
+    /// The process and its user when it connected; `None` for the image's store.
     pub client: Option<Credentials>,
 }
 
 /// A `quiesce` request.
 #[derive(Clone, Debug)]
 pub struct Ask {
-    /// Names the answer.
+    /// The number of the request, which its answer repeats.
     pub request: RequestId,
-    /// Of the hold to be: unguessable, never used before.
+    /// The token of the hold that may be granted: unguessable, never used before.
     pub token: String,
     /// The connection that asks.
     pub owner: PeerId,
-    /// Until the request is answered with an error.
+    /// How long the request may wait until it is refused.
     pub timeout: Duration,
-    /// From the grant on; what is left of the bound on all holds, if that is less.
+    /// How long the hold lasts, from its grant on; what is left of the bound on all holds, if that is less.
     pub lease: Duration,
     /// The hold outlives the connection.
     pub detached: bool,
@@ -66,17 +66,17 @@ pub enum Refusal {
     Timeout,
     /// The disk could not make everything durable.
     SyncFailed(Errno),
-    /// A request that changes the disk failed so and is kept: part of it may be in the image.
+    /// A request that changes the disk failed with this error and is retained: part of it may be in the image.
     Stopped(Errno),
-    /// The image is somebody else's: it changes, whoever holds it here.
+    /// Another process uses the image: it changes, whoever holds it here.
     NotOurs,
-    /// Somebody resumed everything, or whoever asked gave up.
+    /// A client resumed everything, or the requester gave up.
     Cancelled,
-    /// [`MAX_HOLDERS`].
+    /// There are [`MAX_HOLDERS`] already.
     TooMany,
     /// The disk was held for as long as its holders together may hold it.
     MaxHold,
-    /// Whoever must consent did not ([`super::AttendCommand`]). Never the coordinator's own.
+    /// The attendant that must consent did not ([`super::AttendCommand`]). The coordinator itself never returns this.
     NotPrepared,
     /// The daemon ends.
     Shutdown,
@@ -85,9 +85,9 @@ pub enum Refusal {
 /// Why a hold ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
-    /// Its holder, or somebody for all, said so.
+    /// A client sent `resume` with its token, or for all holds.
     Resume,
-    /// Nobody renewed it.
+    /// Its lease was not renewed in time.
     LeaseExpired,
     /// Its connection ended.
     ConnectionClosed,
@@ -102,29 +102,29 @@ pub enum Effect {
     CloseGate(u64),
     /// [`crate::disk::Disk::open_gate`].
     OpenGate,
-    /// Answer a request: the disk is still.
+    /// Reply to a request: the disk is held still.
     Granted {
-        /// Which.
+        /// Which request.
         request: RequestId,
-        /// The hold, as it stands.
+        /// The hold that it got.
         hold: Hold,
         /// The epoch that settled.
         epoch: u64,
-        /// What settling it took.
+        /// What settling the gate took.
         figures: HoldFigures,
-        /// Holders now.
+        /// The number of holders now.
         holders: usize,
     },
-    /// Answer a request: it failed.
+    /// Reply to a request: it is refused.
     Refused {
-        /// Which.
+        /// Which request.
         request: RequestId,
-        /// Whose.
+        /// Who sent it.
         who: Who,
         /// Why.
         why: Refusal,
     },
-    /// A holder is gone.
+    /// Report that a hold has ended.
     Left {
         /// The hold that ended.
         hold: Hold,
@@ -132,7 +132,7 @@ pub enum Effect {
         reason: Reason,
         /// How long it lasted.
         held: Duration,
-        /// Holders left.
+        /// The number of holders left.
         holders: usize,
     },
 }
@@ -140,17 +140,17 @@ pub enum Effect {
 /// One holder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hold {
-    /// Its name.
+    /// Names the hold.
     pub token: String,
     /// The connection that asked.
     pub owner: PeerId,
-    /// It outlives that connection.
+    /// The hold outlives that connection.
     pub detached: bool,
     /// Who asked.
     pub who: Who,
-    /// Granted when.
+    /// When it was granted.
     pub since: Instant,
-    /// Ends when.
+    /// When it ends unless it is renewed.
     pub until: Instant,
 }
 
@@ -161,15 +161,15 @@ struct Waiting {
 
 #[derive(Clone, Copy)]
 enum Gate {
-    /// Nobody holds, nobody waits.
+    /// There is no hold and no waiting request.
     Open,
-    /// Somebody waits, nobody holds.
+    /// Requests wait, and there is no hold.
     Settling { epoch: u64 },
-    /// Somebody holds, nobody waits.
+    /// There is a hold, and no request waits.
     Quiet { epoch: u64, rings: u32 },
 }
 
-/// The holders of one disk. Every method takes the time and leaves its orders in [`Coordinator::effects`].
+/// The holders of one disk. Every method takes the time and leaves what the caller must do in [`Coordinator::effects`].
 pub struct Coordinator {
     gate: Gate,
     last_epoch: u64,
@@ -200,12 +200,12 @@ impl Coordinator {
         }
     }
 
-    /// The orders that piled up, oldest first. To be carried out before the next call.
+    /// Takes what the caller must do, oldest first, before its next call.
     pub fn effects(&mut self) -> Vec<Effect> {
         self.effects.drain(..).collect()
     }
 
-    /// A `quiesce`. Answered by exactly one [`Effect::Granted`] or [`Effect::Refused`], unless its connection ends.
+    /// Takes a `quiesce` request. It is answered by exactly one [`Effect::Granted`] or [`Effect::Refused`], unless its connection ends.
     pub fn quiesce(&mut self, ask: Ask, now: Instant) {
         if self.waiting.len() + self.holds.len() >= MAX_HOLDERS {
             self.refuse(ask, Refusal::TooMany);
@@ -231,7 +231,7 @@ impl Coordinator {
         }
     }
 
-    /// The disk's answer. An answer for another epoch than the one that settles now is nobody's.
+    /// The disk has settled, or failed to. Ignored for another epoch than the one that settles now.
     pub fn settled(&mut self, epoch: u64, result: Result<HoldFigures, Errno>, now: Instant) {
         if !self.is_settling(epoch) {
             return;
@@ -246,7 +246,7 @@ impl Coordinator {
         }
     }
 
-    /// The disk's other answer: the image is somebody else's.
+    /// The disk cannot settle, because another process uses the image.
     pub fn not_ours(&mut self, epoch: u64, now: Instant) {
         if self.is_settling(epoch) {
             self.refuse_all(Refusal::NotOurs, now);
@@ -257,7 +257,7 @@ impl Coordinator {
         matches!(self.gate, Gate::Settling { epoch: current } if current == epoch)
     }
 
-    /// All who wait. The guest goes on first; the answers can wait.
+    /// Refuses all waiting requests. The gate opens first, because the guest waits; the replies can wait.
     fn refuse_all(&mut self, why: Refusal, now: Instant) {
         let asks: Vec<Ask> = self.waiting.drain(..).map(|waiting| waiting.ask).collect();
         self.open_if_free(now);
@@ -266,13 +266,13 @@ impl Coordinator {
         }
     }
 
-    /// A request that changes the disk failed and is kept, for how long nobody knows: whoever waits for the disk to be
-    /// still is refused. Who holds it already has it still.
+    /// A request that changes the disk failed and is retained, for an unknown time: the requests that wait for the disk to
+    /// settle are refused. Holds that are granted stay, because their disk is still.
     pub fn stopped(&mut self, errno: Errno, now: Instant) {
         self.refuse_all(Refusal::Stopped(errno), now);
     }
 
-    /// Whoever asked gave up: a request that waits is refused. Nothing else changes, also if it is granted already.
+    /// The requester gave up: its request is refused if it still waits. If it is granted already nothing changes.
     pub fn cancel(&mut self, request: RequestId, now: Instant) {
         let Some(at) = self.waiting.iter().position(|waiting| waiting.ask.request == request) else { return };
         let waiting = self.waiting.remove(at);
@@ -280,7 +280,7 @@ impl Coordinator {
         self.refuse(waiting.ask, Refusal::Cancelled);
     }
 
-    /// Ends one hold and returns how many are left. `Err`: what became of the token, `None` if it was never one.
+    /// Ends one hold and returns how many are left. `Err`: why the token's hold had ended, `None` if it never had one.
     pub fn resume(&mut self, token: &str, now: Instant) -> Result<usize, Option<Reason>> {
         match self.holds.iter().position(|hold| hold.token == token) {
             Some(_) => {
@@ -311,18 +311,18 @@ impl Coordinator {
         }
     }
 
-    /// A connection ended: its requests are nobody's, and its holds end unless they are detached.
+    /// A connection ended: its requests are dropped, and its holds end unless they are detached.
     pub fn peer_gone(&mut self, peer: PeerId, now: Instant) {
         self.waiting.retain(|waiting| waiting.ask.owner != peer);
         self.end_holds(now, Reason::ConnectionClosed, |hold| hold.owner == peer && !hold.detached);
     }
 
-    /// The daemon ends: nobody holds any more.
+    /// The daemon ends: all holds end.
     pub fn shutdown(&mut self, now: Instant) {
         self.end_all(now, Reason::Shutdown, Refusal::Shutdown);
     }
 
-    /// Lets leases and timeouts run out. Called no later than [`Coordinator::next_deadline`].
+    /// Ends the leases and timeouts that have run out. Called no later than [`Coordinator::next_deadline`].
     pub fn tick(&mut self, now: Instant) {
         let (late, rest) = self.waiting.drain(..).partition(|waiting| waiting.deadline <= now);
         self.waiting = rest;
@@ -349,7 +349,7 @@ impl Coordinator {
         self.waiting.len()
     }
 
-    /// Nobody holds or waits.
+    /// Whether there is no hold and no waiting request.
     pub fn is_open(&self) -> bool {
         matches!(self.gate, Gate::Open)
     }
@@ -363,7 +363,7 @@ impl Coordinator {
         }
     }
 
-    /// How long writes have not flowed, for whichever holds and requests.
+    /// How long writes have been waiting, for all holds and requests that add up.
     pub fn held_time(&self, now: Instant) -> Duration {
         self.held.sum(now)
     }
@@ -409,7 +409,8 @@ impl Coordinator {
         }
     }
 
-    /// Ends the holds that `which` names, and opens the gate if nobody is left (also when only waiting requests went).
+    /// Ends the holds for which `which` is true, and opens the gate if no hold and no request is left (also when only
+    /// waiting requests ended).
     fn end_holds(&mut self, now: Instant, reason: Reason, which: impl Fn(&Hold) -> bool) {
         let (ended, rest): (Vec<Hold>, Vec<Hold>) = self.holds.drain(..).partition(|hold| which(hold));
         self.holds = rest;
@@ -434,7 +435,7 @@ impl Coordinator {
         }
     }
 
-    /// Why a token's hold ended; `None`: it never had one, or has it still.
+    /// Why a token's hold ended; `None`: it never had one, or still has it.
     pub fn what_became_of(&self, token: &str) -> Option<Reason> {
         self.ended.iter().rev().find(|(ended, _)| ended == token).map(|(_, reason)| *reason)
     }

@@ -1,18 +1,18 @@
 //! Random scripts against simple invariants: the gate is closed exactly while somebody holds or waits, each request is
-//! answered exactly once unless its connection ended, epochs are never reused, a grant is only ever said after the
-//! disk's good answer for the closing under way, a hold ends exactly once and for the reason that took place, and with a
-//! bound writes never wait for longer, whoever holds.
+//! answered exactly once unless its connection ended, epochs are never reused, a grant only follows the disk's good answer
+//! for the current closing, a hold ends exactly once and for the reason that occurred, and with a bound writes never wait
+//! for longer, whoever holds.
 
 use std::collections::{HashMap, HashSet};
 
 use super::*;
 use crate::base::prng::Prng;
 
-/// What the world knows by watching effects alone.
+/// What an observer of the effects knows.
 #[derive(Default)]
 struct World {
     closed: Option<u64>,
-    /// The closing under way has settled well.
+    /// The current closing has settled well.
     quiet: bool,
     epochs: HashSet<u64>,
     waiting: HashMap<RequestId, (PeerId, Instant)>,

@@ -9,7 +9,7 @@ fn ask(request: RequestId, owner: PeerId) -> Ask {
     Ask { request, token, owner, timeout: 10 * S, lease: 30 * S, detached: false, who: Who::default() }
 }
 
-/// The effects in few words.
+/// The effects as short text.
 fn words(coordinator: &mut Coordinator) -> Vec<String> {
     let word = |effect| match effect {
         Effect::CloseGate(epoch) => format!("close {epoch}"),
@@ -53,7 +53,7 @@ fn the_last_holder_opens_the_gate() {
 }
 
 #[test]
-fn those_who_join_share_the_answer() {
+fn requests_that_join_a_settling_epoch_share_its_answer() {
     let now = Instant::now();
     let mut c = Coordinator::default();
     c.quiesce(ask(1, 1), now);
@@ -64,7 +64,7 @@ fn those_who_join_share_the_answer() {
 }
 
 #[test]
-fn a_late_answer_does_not_vouch_for_the_next_closing() {
+fn a_late_answer_of_the_disk_does_not_grant_the_next_epoch() {
     let now = Instant::now();
     let mut c = Coordinator::default();
     c.quiesce(ask(1, 1), now);
@@ -83,7 +83,7 @@ fn a_late_answer_does_not_vouch_for_the_next_closing() {
 }
 
 #[test]
-fn a_timeout_takes_only_its_own_request() {
+fn a_timeout_refuses_only_its_own_request() {
     let now = Instant::now();
     let mut c = Coordinator::default();
     c.quiesce(Ask { timeout: S, ..ask(1, 1) }, now);
@@ -96,7 +96,7 @@ fn a_timeout_takes_only_its_own_request() {
 }
 
 #[test]
-fn a_failed_sync_is_everybodys_error() {
+fn a_failed_sync_refuses_every_waiting_request() {
     let now = Instant::now();
     let mut c = Coordinator::default();
     c.quiesce(ask(1, 1), now);
@@ -130,7 +130,7 @@ fn a_lease_counts_from_the_grant() {
 }
 
 #[test]
-fn a_connection_takes_its_holds_along_unless_detached() {
+fn holds_end_with_their_connection_unless_detached() {
     let now = Instant::now();
     let mut c = held(now);
     c.quiesce(Ask { detached: true, ..ask(2, 1) }, now);
@@ -144,7 +144,7 @@ fn a_connection_takes_its_holds_along_unless_detached() {
 }
 
 #[test]
-fn a_connection_takes_its_waiting_requests_along_even_detached() {
+fn waiting_requests_end_with_their_connection_even_if_detached() {
     let now = Instant::now();
     let mut c = Coordinator::default();
     c.quiesce(Ask { detached: true, ..ask(1, 1) }, now);
@@ -168,7 +168,7 @@ fn resuming_all_ends_holds_and_waiting_requests() {
 }
 
 #[test]
-fn a_cancelled_request_is_refused_and_takes_nobody_along() {
+fn a_cancelled_request_is_refused_and_no_other_changes() {
     let now = Instant::now();
     let mut c = Coordinator::default();
     c.quiesce(ask(1, STORE), now);
@@ -199,7 +199,7 @@ fn holders_are_bounded() {
 }
 
 #[test]
-fn a_disk_that_stopped_refuses_those_who_wait_and_leaves_holders_alone() {
+fn a_stopped_disk_refuses_waiting_requests_and_keeps_holds() {
     let now = Instant::now();
     let mut c = held(now);
     c.stopped(Errno(28), now);
@@ -217,7 +217,7 @@ fn a_disk_that_stopped_refuses_those_who_wait_and_leaves_holders_alone() {
 }
 
 #[test]
-fn holders_together_keep_to_the_bound() {
+fn all_holds_together_end_at_the_bound() {
     let now = Instant::now();
     let mut c = Coordinator::new(Some(10 * S));
     c.quiesce(Ask { lease: 8 * S, ..ask(1, 1) }, now);

@@ -1,4 +1,4 @@
-//! The commands for point-in-time copies: their arguments, who asked for which copy, and what becomes of it when that
+//! The commands for point-in-time copies: which connection asked for which copy, and what happens to the copy when that
 //! connection ends. The copies themselves are made behind [`crate::disk::Copies`].
 
 use crate::base::rate_limit::{COPY_LOG, log_limited};
@@ -19,7 +19,7 @@ pub(in crate::control) struct CopyOwners {
 }
 
 impl CopyOwners {
-    /// Carries a command out. `is_held`: whether a token's hold is granted now.
+    /// Carries a command out. `is_held`: whether the hold of a token is granted now.
     pub(in crate::control) fn answer(
         &mut self,
         disk: &dyn Disk,
@@ -30,7 +30,7 @@ impl CopyOwners {
         let Some(copies) = disk.copies() else {
             return match command {
                 CopyCommand::Query => Ok(json!([])),
-                _ => Err(Error::new("no-copies", "this disk's daemon makes no copies; take the snapshot another way")),
+                _ => Err(Error::new("no-copies", "this disk's daemon makes no copies: take the snapshot another way")),
             };
         };
         match command {
@@ -56,7 +56,7 @@ impl CopyOwners {
         .map_err(refused)
     }
 
-    /// A connection ended: what it prepared goes, and what it started unless that is detached.
+    /// A connection ended: the copies that it prepared are cancelled, and those that it started unless they are detached.
     pub(in crate::control) fn peer_gone(&mut self, disk: &dyn Disk, peer: PeerId) {
         let Some(copies) = disk.copies() else { return };
         self.owners.retain(|copy, &mut (owner, detached)| {
@@ -65,7 +65,7 @@ impl CopyOwners {
             }
             if !detached || is_prepared(copies, copy) {
                 log_limited!(COPY_LOG, Info, "{copy} is cancelled: the connection that asked for it ended");
-                // It may have ended meanwhile: its event tells everybody how.
+                // It may have ended meanwhile: its event says how.
                 if let Err(error) = copies.cancel(copy) {
                     log::debug!("{copy}: {}", error.message);
                 }

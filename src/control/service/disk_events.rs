@@ -1,4 +1,4 @@
-//! What the disk says of its own accord.
+//! Reports the events of the disk to the clients.
 
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use super::replies;
 use crate::disk::{Event, FailedRequest};
 
 impl Service {
-    /// What the disk had to say since the last call.
+    /// Takes the disk's events since the last call, and the number of those that were lost.
     pub(in crate::control) fn disk_events(&mut self, (events, dropped): (Vec<Event>, u64), now: Instant) {
         self.error_events.add_suppressed(dropped);
         for event in events {

@@ -1,4 +1,4 @@
-//! What replies and events say of holders and failures.
+//! The words and JSON of replies and events for holders and failures.
 
 use std::io;
 
@@ -9,7 +9,7 @@ use crate::control::protocol::Error;
 use crate::control::quiesce::{Hold, Reason, Refusal, Who};
 use crate::engine::Errno;
 
-/// Why a token is refused. `held`: somebody holds the disk.
+/// The error for a token that names no hold. `ended`: why its hold ended; `held`: the disk is held.
 pub(in crate::control) fn no_such_hold(ended: Option<Reason>, held: bool) -> Error {
     match ended {
         Some(Reason::LeaseExpired) => Error::new(
@@ -22,12 +22,12 @@ pub(in crate::control) fn no_such_hold(ended: Option<Reason>, held: bool) -> Err
             Error::new("not-held", "this hold ended with its connection; ask with 'detached': true to outlive it")
         }
         Some(Reason::Resume | Reason::Shutdown) => Error::new("not-held", "this hold was resumed already"),
-        None if !held => Error::new("not-quiesced", "nobody holds the disk, and this token is unknown"),
+        None if !held => Error::new("not-quiesced", "the disk is not held, and this token is unknown"),
         None => Error::new("unknown-token", "this token is unknown; 'virtioblkctl status' names the holders"),
     }
 }
 
-/// Why a quiesce failed.
+/// The error for a quiesce that was refused.
 pub(in crate::control) fn refused(why: Refusal) -> Error {
     match why {
         Refusal::Timeout => Error::new(
@@ -47,7 +47,7 @@ pub(in crate::control) fn refused(why: Refusal) -> Error {
             "stopped",
             format!(
                 "the disk stands still because a request of the guest failed ({}), part of which may be in the image: \
-                 nothing is promised. Mend the cause, let it go on ('virtioblkctl continue'), and ask again",
+                 nothing is promised. Fix the cause, let the disk go on ('virtioblkctl continue'), and ask again",
                 self::errno(errno)
             ),
         ),
@@ -56,10 +56,9 @@ pub(in crate::control) fn refused(why: Refusal) -> Error {
             "another process uses the image, perhaps because its guest has moved there: what it writes cannot be held \
              from here, and nothing is promised. Quiesce the disk where its guest is; the daemon's log says more",
         ),
-        Refusal::Cancelled => Error::new(
-            "cancelled",
-            "everything was resumed, or whoever asked gave up, while this quiesce was under way",
-        ),
+        Refusal::Cancelled => {
+            Error::new("cancelled", "everything was resumed, or the requester gave up, before this quiesce was granted")
+        }
         Refusal::TooMany => Error::new(
             "too-many-holders",
             "too many holders: 'virtioblkctl status' names them, 'virtioblkctl resume' ends their holds",
@@ -88,19 +87,19 @@ pub(in crate::control) fn reason(reason: Reason) -> &'static str {
     }
 }
 
-/// A hold, as status and events name it.
+/// A hold's token and holder, for status and events.
 pub(in crate::control) fn holder_json(hold: &Hold) -> Value {
     let mut value = who_json(&hold.who);
     value["token"] = json!(hold.token);
     value
 }
 
-/// Who asked, as events name it.
+/// A holder, for status and events.
 pub(in crate::control) fn who_json(who: &Who) -> Value {
     json!({"who": who.text, "pid": who.client.map(|client| client.pid), "uid": who.client.map(|client| client.uid)})
 }
 
-/// A holder, as the log names it.
+/// A holder, for the log.
 pub(in crate::control) fn describe_holder(who: &Who) -> String {
     // Debug quotes what the client wrote, so that it cannot forge a log line.
     let text = who.text.as_ref().map(|text| format!("{text:?}"));
@@ -111,8 +110,8 @@ pub(in crate::control) fn describe_holder(who: &Who) -> String {
     }
 }
 
-/// Why a quiesce failed, for the image's store: only numbers that make librbd's client fail cleanly. ETIMEDOUT and
-/// ERESTART would have it ask again for ever, and EOPNOTSUPP would pass for consent.
+/// Why a quiesce failed, for the image's store: only error numbers with which librbd's client fails cleanly. With
+/// ETIMEDOUT and ERESTART it would ask again for ever, and it takes EOPNOTSUPP for consent.
 pub(in crate::control) fn store_errno(why: Refusal) -> Errno {
     Errno(match why {
         Refusal::Timeout => libc::EAGAIN,
@@ -122,7 +121,7 @@ pub(in crate::control) fn store_errno(why: Refusal) -> Errno {
     })
 }
 
-/// The system's words for an error number.
+/// The system's message for an error number.
 pub(in crate::control) fn errno(errno: Errno) -> String {
     io::Error::from_raw_os_error(errno.0).to_string()
 }

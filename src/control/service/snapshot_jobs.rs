@@ -1,22 +1,21 @@
-//! The commands for snapshots that the image's own store makes while the disk is held: their arguments, and what is to
-//! be done in which order. The snapshots themselves are made behind [`crate::disk::ImageSnapshots`], by one thread at a
-//! time, for it may take long.
+//! PURE. Snapshots that the image's own store makes while the disk is held: what is to be done, in which order. The
+//! snapshots themselves are made behind [`crate::disk::ImageSnapshots`], by one thread at a time, because it may take long.
 
 use std::collections::VecDeque;
 
 use crate::control::protocol::Error;
 use crate::control::quiesce::{PeerId, RequestId};
 
-/// One thing to be done by the thread.
+/// A job for the thread.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::control) enum Job {
-    /// Make a snapshot, and answer this request.
+    /// Make a snapshot, and reply to this request.
     Create { name: String, token: String, peer: PeerId, request: RequestId },
-    /// Remove one, and answer this request, if there is one.
+    /// Remove a snapshot, and reply to this request, if there is one.
     Remove { name: String, request: Option<RequestId> },
 }
 
-/// What is under way and what is made. PURE.
+/// The jobs that run or wait, and the snapshots that were made.
 #[derive(Default)]
 pub(in crate::control) struct Jobs {
     running: Option<Job>,
@@ -24,17 +23,17 @@ pub(in crate::control) struct Jobs {
     made: Vec<Made>,
 }
 
-/// A snapshot of a connection that is still there.
+/// A snapshot whose connection has not ended.
 struct Made {
     peer: PeerId,
     name: String,
-    /// It outlives the connection.
+    /// The snapshot outlives the connection.
     kept: bool,
 }
 
 impl Jobs {
-    /// Takes a job. Errors: a snapshot is made or removed already, and this one would have to wait for it while its disk
-    /// is held.
+    /// Adds a job that makes a snapshot. Errors: another job runs or waits, and this one would have to wait for it while
+    /// its disk is held.
     pub(in crate::control) fn create(
         &mut self,
         name: String,
@@ -49,7 +48,7 @@ impl Jobs {
         Ok(())
     }
 
-    /// Takes a job. Errors: this connection made none of this name.
+    /// Adds a job that removes a snapshot. Errors: this connection made none of this name.
     pub(in crate::control) fn remove(&mut self, name: String, peer: PeerId, request: RequestId) -> Result<(), Error> {
         let at = self.find(&name, peer)?;
         self.made.remove(at);
@@ -57,14 +56,14 @@ impl Jobs {
         Ok(())
     }
 
-    /// A snapshot outlives its connection. Errors as of [`Jobs::remove`].
+    /// Makes a snapshot outlive its connection. Errors as of [`Jobs::remove`].
     pub(in crate::control) fn keep(&mut self, name: &str, peer: PeerId) -> Result<(), Error> {
         let at = self.find(name, peer)?;
         self.made[at].kept = true;
         Ok(())
     }
 
-    /// Something is made or removed, or made and not kept yet.
+    /// Whether a snapshot is being made or removed, or was made and is not kept yet.
     pub(in crate::control) fn is_busy(&self) -> bool {
         self.running.is_some() || !self.waiting.is_empty() || self.made.iter().any(|made| !made.kept)
     }
@@ -74,7 +73,7 @@ impl Jobs {
         at.ok_or_else(|| Error::new("no-such-snapshot", "this connection made no snapshot of this name"))
     }
 
-    /// A connection ended: what it made and did not keep goes.
+    /// A connection ended: the snapshots that it made and did not keep are removed.
     pub(in crate::control) fn peer_gone(&mut self, peer: PeerId) {
         let (gone, rest) = std::mem::take(&mut self.made).into_iter().partition(|made| made.peer == peer);
         self.made = rest;
@@ -83,7 +82,7 @@ impl Jobs {
         self.waiting.extend(unwanted.map(|made| Job::Remove { name: made.name, request: None }));
     }
 
-    /// The job for the thread, if it is free. The caller runs it, and [`Jobs::done`] follows.
+    /// The next job, if none is running. The caller runs it, and [`Jobs::done`] follows.
     pub(in crate::control) fn next(&mut self) -> Option<Job> {
         if self.running.is_none() {
             self.running = self.waiting.pop_front();
@@ -92,22 +91,22 @@ impl Jobs {
         None
     }
 
-    /// The thread is free again; what it did.
+    /// The thread has ended; returns its job.
     pub(in crate::control) fn done(&mut self) -> Option<Job> {
         self.running.take()
     }
 
-    /// A snapshot was made and is wanted.
+    /// A snapshot was made, and its client still waits for it.
     pub(in crate::control) fn made(&mut self, name: String, peer: PeerId) {
         self.made.push(Made { peer, name, kept: false });
     }
 
-    /// One was made in vain.
+    /// A snapshot was made that no client waits for any more: it is to be removed.
     pub(in crate::control) fn unwanted(&mut self, name: String) {
         self.waiting.push_back(Job::Remove { name, request: None });
     }
 
-    /// Those that nobody has said to keep, and those that are not removed yet: at the end of the daemon they stay.
+    /// The snapshots that no client decided to keep, and those that are not removed yet: they stay when the daemon ends.
     pub(in crate::control) fn left(&self) -> Vec<&str> {
         let removed = self.waiting.iter().filter_map(|job| match job {
             Job::Remove { name, .. } => Some(name.as_str()),
@@ -122,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_at_a_time_and_what_is_not_kept_goes() {
+    fn jobs_run_one_at_a_time_and_snapshots_that_are_not_kept_are_removed() {
         let mut jobs = Jobs::default();
         jobs.create("a".into(), "t".into(), 1, 7).unwrap();
         let create = Job::Create { name: "a".into(), token: "t".into(), peer: 1, request: 7 };

@@ -1,9 +1,10 @@
-//! The control thread: one `poll` over the listener, the peers, the disk's events and what its image says.
+//! The control thread: one `poll` over the listener, the peers, the disk's events and what its image's store reports.
+
+mod accept;
 
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -12,42 +13,29 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
 
 use super::access::Access;
-use super::creds::Credentials;
 use super::image_notices::{ImageNotices, Inbox};
 use super::peer::Peer;
-use super::protocol;
 use super::quiesce::{PeerId, STORE};
 use super::service::{Client, Info, Recipient, Service, ServiceSetup, Upgrade};
-use crate::base::rate_limit::{CONTROL_LOG, log_limited};
 use crate::base::sync::{Bell, Mutex};
 use crate::disk::{Disk, Events};
 
-/// Connections at most.
-const MAX_PEERS: usize = 32;
-/// And at most of users beside root and the daemon's own: the operator can always reach the disk.
-const MAX_OTHERS: usize = 28;
-/// A client that has not even negotiated in this time gives way to a new one when all places are taken.
-const NEGOTIATION_TIMEOUT: Duration = Duration::from_secs(10);
-/// Requests of one connection in one turn.
-const MAX_ACCEPTS_PER_TURN: usize = 8;
-/// Accepting rests this long when file descriptors run out.
-const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
-/// Or while another process may take the socket over.
-const HAND_OVER_PAUSE: Duration = Duration::from_millis(20);
-/// How long the last lines may take on their way out when the server stops.
+/// The most requests of one connection that are carried out in one turn.
+const MAX_REQUESTS_PER_TURN: usize = 8;
+/// How long the peers may take to read their last lines when the server stops.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(250);
 
-/// What the control room is joined to.
+/// What the control thread works with.
 pub struct Setup {
-    /// The disk that it holds still.
+    /// The disk that clients hold.
     pub disk: Arc<dyn Disk>,
-    /// What the disk says.
+    /// What happens to the disk.
     pub events: Arc<Events>,
-    /// What its image says; for [`crate::backend::Backend::start_notices`], too.
+    /// What the image's store reports. The same object is given to [`crate::backend::Backend::start_notices`].
     pub notices: Arc<ImageNotices>,
-    /// How long a snapshot that somebody else takes of the image may wait until the disk is still; then it is refused.
+    /// How long a snapshot that another host takes of the image may wait for the disk to be quiet; then it is refused.
     pub store_timeout: Duration,
-    /// Such a snapshot is refused while nobody attends.
+    /// Such a snapshot is refused while no attendant is registered.
     pub attended: bool,
     /// How long the holders together may keep writes waiting (`--max-hold`).
     pub max_hold: Option<Duration>,
@@ -55,47 +43,48 @@ pub struct Setup {
     /// I/O.
     pub resized: Box<dyn Fn(u64) + Send>,
     /// Called from the control thread, once, when a client asked for the daemon's end and its reply is on its way. It
-    /// must not call [`Server::stop`] itself (that joins the thread) but make somebody do so.
+    /// must not call [`Server::stop`] itself, because that joins the thread; another thread must.
     pub quit: Arc<dyn Fn() + Send + Sync>,
-    /// What users beside root and the daemon's own may do; [`Access::All`] gives no more than [`Access::Operate`].
+    /// What users other than root and the daemon's own may do; [`Access::All`] gives no more than [`Access::Operate`].
     pub others: Access,
-    /// For people.
+    /// For the status.
     pub info: Info,
-    /// For a process that takes over; `None`: none can.
+    /// How a process takes over; `None`: none can.
     pub upgrade: Option<Upgrade>,
 }
 
-/// The running control room, with or without a quiesce socket. Dropping it stops it.
+/// The running control thread, with or without a quiesce socket. Dropping it stops the thread.
 pub struct Server {
     orders: Arc<ThreadCommands>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the control thread is told by whoever started it.
+/// What the thread that started the control thread tells it.
 struct ThreadCommands {
     bell: Bell,
-    news: Mutex<ThreadReport>,
+    report: Mutex<ThreadReport>,
 }
 
 #[derive(Default)]
 struct ThreadReport {
     stop: bool,
-    /// To be served from now on; what is said in the status of how we got it; whether an attendant is missed.
+    /// The listener to serve from now on; figures of the hand-over for the status; whether a required attendant has yet to
+    /// connect to this process.
     took_over: Option<(Option<UnixListener>, Value, bool)>,
 }
 
 impl Server {
-    /// Serves in a thread named `control`. Without a listener nobody connects, but the image's store is answered. The
+    /// Serves in a thread named `control`. Without a listener no client connects, but the image's store is answered. The
     /// listener's file is the caller's to unlink.
     ///
-    /// Errors: no thread or file descriptor to be had.
+    /// Errors: the process has no thread or file descriptor left.
     pub fn start(listener: Option<UnixListener>, setup: Setup) -> io::Result<Server> {
         if let Some(listener) = &listener {
             listener.set_nonblocking(true)?;
         }
         let Setup { disk, events, notices, store_timeout, attended, max_hold, resized, quit, others, info, upgrade } =
             setup;
-        let orders = Arc::new(ThreadCommands { bell: Bell::new()?, news: Mutex::default() });
+        let orders = Arc::new(ThreadCommands { bell: Bell::new()?, report: Mutex::default() });
         let mut control = Control {
             listener,
             accept_again: None,
@@ -121,19 +110,19 @@ impl Server {
         Ok(Server { orders, thread: Some(thread) })
     }
 
-    /// The disk is ours from now on, as it was another process's: serves its clients, too. `figures`: of the hand-over,
-    /// for the status; `misses`: an attendant is missed. Errors: the listener cannot be made non-blocking.
-    pub fn take_over(&self, listener: Option<UnixListener>, figures: Value, misses: bool) -> io::Result<()> {
+    /// This process has taken the disk over: serves its clients from now on. `figures`: of the hand-over, for the status;
+    /// `attendant_missing`: a required attendant has yet to connect. Errors: the listener cannot be made non-blocking.
+    pub fn take_over(&self, listener: Option<UnixListener>, figures: Value, attendant_missing: bool) -> io::Result<()> {
         if let Some(listener) = &listener {
             listener.set_nonblocking(true)?;
         }
-        self.order(|news| news.took_over = Some((listener, figures, misses)));
+        self.command(|report| report.took_over = Some((listener, figures, attendant_missing)));
         Ok(())
     }
 
-    fn order(&self, change: impl FnOnce(&mut ThreadReport)) {
+    fn command(&self, change: impl FnOnce(&mut ThreadReport)) {
         self.orders.bell.ring_after(|| {
-            change(&mut self.orders.news.lock().expect("no panic while held"));
+            change(&mut self.orders.report.lock().expect("no panic while held"));
             true
         });
     }
@@ -146,7 +135,7 @@ impl Server {
 
     fn join(&mut self) {
         let Some(thread) = self.thread.take() else { return };
-        self.order(|news| news.stop = true);
+        self.command(|report| report.stop = true);
         if thread.join().is_err() {
             log::error!("the control thread had panicked");
         }
@@ -159,7 +148,7 @@ impl Drop for Server {
     }
 }
 
-/// What poll reported, sorted.
+/// What poll reported, by source.
 struct Ready {
     orders: bool,
     events: bool,
@@ -198,13 +187,13 @@ impl Control {
         self.finish();
     }
 
-    /// Whether it is to stop.
+    /// Carries out what the thread was told. Returns whether it is to stop.
     fn obey(&mut self, orders: &ThreadCommands) -> bool {
         let ThreadReport { stop, took_over } =
-            orders.bell.silence_before(|| std::mem::take(&mut *orders.news.lock().expect("no panic while held")));
-        if let Some((listener, figures, misses)) = took_over {
+            orders.bell.silence_before(|| std::mem::take(&mut *orders.report.lock().expect("no panic while held")));
+        if let Some((listener, figures, attendant_missing)) = took_over {
             self.listener = listener;
-            self.service.took_over(figures, misses);
+            self.service.took_over(figures, attendant_missing);
         }
         stop
     }
@@ -226,7 +215,7 @@ impl Control {
         }
         let mut index = 0;
         while index < self.peers.len() {
-            for _ in 0..MAX_ACCEPTS_PER_TURN {
+            for _ in 0..MAX_REQUESTS_PER_TURN {
                 let peer = &mut self.peers[index];
                 let Some(found) = peer.next(now) else { break };
                 let client = Client { peer: peer.id, credentials: peer.credentials, access: peer.access };
@@ -234,7 +223,7 @@ impl Control {
                 self.deliver();
                 if self.service.hands_over().is_some() {
                     self.pass_on(index, now);
-                    // The next one has its place.
+                    // The peer was removed; the next one is at its index.
                     break;
                 }
             }
@@ -252,10 +241,10 @@ impl Control {
         }
     }
 
-    /// A connection that asked for the hand-over, and has its answer, is no client any more.
+    /// Gives the connection that asked for the hand-over, and has its reply, to the hand-over.
     fn pass_on(&mut self, index: usize, now: Instant) {
         let mut peer = self.peers.remove(index);
-        // A line on a fresh connection fits; what does not is missed by the other end, which gives up.
+        // A line on a fresh connection fits. If it does not, the new process misses it and gives up.
         peer.flush();
         let id = peer.id;
         self.service.pass_on(peer.into_stream());
@@ -263,7 +252,7 @@ impl Control {
         self.deliver();
     }
 
-    /// Sleeps until something is to be done.
+    /// Sleeps until there is something to do.
     fn wait(&self, orders: &Bell) -> io::Result<Ready> {
         let now = Instant::now();
         let accepting = self.accept_again.is_none_or(|again| again <= now);
@@ -301,7 +290,7 @@ impl Control {
         })
     }
 
-    /// Hands the due lines to the peers.
+    /// Gives the service's lines to the peers.
     fn deliver(&mut self) {
         for (to, line) in self.service.outgoing() {
             for peer in &mut self.peers {
@@ -315,7 +304,7 @@ impl Control {
         }
     }
 
-    /// Writes, and takes leave of those who are gone. Their leaving may be news to the others.
+    /// Writes to the peers and removes those that are over, which may cause events for the others.
     fn sweep(&mut self, now: Instant) {
         loop {
             for peer in &mut self.peers {
@@ -328,108 +317,10 @@ impl Control {
         }
     }
 
-    fn accept(&mut self, now: Instant) {
-        self.accept_again = None;
-        if self.service.is_leaving() {
-            self.accept_again = Some(now + HAND_OVER_PAUSE);
-            return;
-        }
-        // A few at a time: those who are here already come first.
-        for _ in 0..MAX_ACCEPTS_PER_TURN {
-            let Some(listener) = &self.listener else { return };
-            match listener.accept() {
-                Ok((stream, _)) => self.welcome(stream, now),
-                Err(error) => match error.raw_os_error() {
-                    Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
-                        log_limited!(CONTROL_LOG, Warn, "control: cannot accept, trying again in a second: {error}");
-                        self.accept_again = Some(now + ACCEPT_PAUSE);
-                        return;
-                    }
-                    Some(libc::EAGAIN) => return,
-                    // The client is gone already, or a signal came.
-                    _ => {}
-                },
-            }
-        }
-    }
-
-    fn welcome(&mut self, stream: UnixStream, now: Instant) {
-        let credentials = match Credentials::of(&stream) {
-            Ok(credentials) => credentials,
-            Err(error) => {
-                log_limited!(CONTROL_LOG, Warn, "control: a client without credentials is refused: {error}");
-                return;
-            }
-        };
-        if !self.allows(credentials) {
-            log_limited!(CONTROL_LOG, Warn, "control: user {} (pid {}) is refused", credentials.uid, credentials.pid);
-            let error = protocol::Error::new(
-                "not-allowed",
-                format!(
-                    "user {} may not use this socket; be root or the daemon's user, or widen the socket's mode",
-                    credentials.uid
-                ),
-            );
-            turn_away(&stream, error);
-            return;
-        }
-        let access = Access::of(credentials, rustix::process::geteuid().as_raw(), self.others);
-        if let Some(most) = self.crowd(access)
-            && !self.make_room(access, now)
-        {
-            log_limited!(CONTROL_LOG, Warn, "control: {most} clients are connected, another one is refused");
-            let desc = format!("{most} clients are connected, which is as many as this server keeps; try again");
-            turn_away(&stream, protocol::Error::new("too-many-clients", desc));
-            return;
-        }
-        self.last_peer += 1;
-        match Peer::new(self.last_peer, stream, (credentials, access), now) {
-            Ok(mut peer) => {
-                peer.queue(&protocol::greeting());
-                peer.flush();
-                self.peers.push(peer);
-            }
-            Err(error) => log_limited!(CONTROL_LOG, Warn, "control: a connection cannot be served: {error}"),
-        }
-    }
-
-    /// Our own user and root; others if the operator widened the socket's mode, for then the file system judged them.
-    fn allows(&self, peer: Credentials) -> bool {
-        if peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw() {
-            return true;
-        }
-        let address = self.listener.as_ref().and_then(|listener| listener.local_addr().ok());
-        let mode = address.and_then(|address| Some(address.as_pathname()?.metadata().ok()?.permissions().mode()));
-        mode.is_some_and(|mode| mode & 0o077 != 0)
-    }
-
-    /// The limit that a further client with `access` would exceed, if there is one.
-    fn crowd(&self, access: Access) -> Option<usize> {
-        let others = self.peers.iter().filter(|peer| peer.access < Access::All).count();
-        match access {
-            Access::All => (self.peers.len() >= MAX_PEERS).then_some(MAX_PEERS),
-            _ if self.peers.len() >= MAX_PEERS => Some(MAX_PEERS),
-            _ => (others >= MAX_OTHERS).then_some(MAX_OTHERS),
-        }
-    }
-
-    /// Ends the oldest connection that never said a word, for a client with `access`: none that may do more. `false`: there
-    /// is none.
-    fn make_room(&mut self, access: Access, now: Instant) -> bool {
-        let silent = |peer: &Peer| {
-            !peer.negotiated && peer.access <= access && now.saturating_duration_since(peer.since) > NEGOTIATION_TIMEOUT
-        };
-        let Some(index) = self.peers.iter().position(silent) else { return false };
-        let peer = self.peers.remove(index);
-        self.service.peer_gone(peer.id, now);
-        self.deliver();
-        true
-    }
-
-    /// The last words, for as long as the peers are willing to listen but not longer than [`FLUSH_TIMEOUT`].
+    /// Sends the peers their last lines, for [`FLUSH_TIMEOUT`] at most.
     fn finish(&mut self) {
         let now = Instant::now();
-        // Nobody takes anything out of it any more.
+        // This thread takes nothing out of it any more.
         self.inbox.close();
         self.service.shutdown(now);
         self.deliver();
@@ -444,7 +335,7 @@ impl Control {
                 return;
             }
             if let Err(error) = poll_until(&mut fds, Some(deadline)) {
-                log::warn!("control: the last words may be lost: {error}");
+                log::warn!("control: the peers may not have received the end of their lines: {error}");
                 return;
             }
         }
@@ -458,14 +349,5 @@ fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<(
     match poll(fds, timeout.as_ref()) {
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
         Err(error) => Err(error.into()),
-    }
-}
-
-/// One error line in place of the greeting. A fresh socket has room for it.
-fn turn_away(mut stream: &UnixStream, error: protocol::Error) {
-    let told =
-        stream.set_nonblocking(true).and_then(|()| io::Write::write(&mut stream, &protocol::reply(None, Err(error))));
-    if let Err(error) = told {
-        log::debug!("control: the refused client did not wait to hear why: {error}");
     }
 }

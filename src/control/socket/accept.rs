@@ -1,0 +1,138 @@
+//! Accepting clients: which users are served, and how many at a time.
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use super::Control;
+use crate::base::rate_limit::{CONTROL_LOG, log_limited};
+use crate::control::access::Access;
+use crate::control::creds::Credentials;
+use crate::control::peer::Peer;
+use crate::control::protocol;
+
+/// The most connections.
+const MAX_PEERS: usize = 32;
+/// The most connections of users other than root and the daemon's own: the operator can always connect.
+const MAX_OTHERS: usize = 28;
+/// When all places are taken, a client that has not negotiated after this time is disconnected in favour of a new one.
+const NEGOTIATION_TIMEOUT: Duration = Duration::from_secs(10);
+/// The most connections that are accepted in one turn.
+const MAX_ACCEPTS_PER_TURN: usize = 8;
+/// How long no connection is accepted after file descriptors ran out.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+/// How long no connection is accepted while another process may take the socket over.
+const HAND_OVER_PAUSE: Duration = Duration::from_millis(20);
+
+impl Control {
+    /// Accepts the clients that wait to connect.
+    pub(super) fn accept(&mut self, now: Instant) {
+        self.accept_again = None;
+        if self.service.is_leaving() {
+            self.accept_again = Some(now + HAND_OVER_PAUSE);
+            return;
+        }
+        // A few at a time: the clients that are connected come first.
+        for _ in 0..MAX_ACCEPTS_PER_TURN {
+            let Some(listener) = &self.listener else { return };
+            match listener.accept() {
+                Ok((stream, _)) => self.add_peer(stream, now),
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
+                        log_limited!(CONTROL_LOG, Warn, "control: cannot accept, trying again in a second: {error}");
+                        self.accept_again = Some(now + ACCEPT_PAUSE);
+                        return;
+                    }
+                    Some(libc::EAGAIN) => return,
+                    // The client has disconnected already, or a signal came.
+                    _ => {}
+                },
+            }
+        }
+    }
+
+    /// Serves a client from now on, or refuses it with one line.
+    fn add_peer(&mut self, stream: UnixStream, now: Instant) {
+        let credentials = match Credentials::of(&stream) {
+            Ok(credentials) => credentials,
+            Err(error) => {
+                log_limited!(CONTROL_LOG, Warn, "control: a client without credentials is refused: {error}");
+                return;
+            }
+        };
+        if !self.allows(credentials) {
+            log_limited!(CONTROL_LOG, Warn, "control: user {} (pid {}) is refused", credentials.uid, credentials.pid);
+            let error = protocol::Error::new(
+                "not-allowed",
+                format!(
+                    "user {} may not use this socket; be root or the daemon's user, or widen the socket's mode",
+                    credentials.uid
+                ),
+            );
+            turn_away(&stream, error);
+            return;
+        }
+        let access = Access::of(credentials, rustix::process::geteuid().as_raw(), self.others);
+        if let Some(most) = self.limit_reached(access)
+            && !self.make_room(access, now)
+        {
+            log_limited!(CONTROL_LOG, Warn, "control: {most} clients are connected, another one is refused");
+            let desc = format!("{most} clients are connected, which is as many as this server keeps; try again");
+            turn_away(&stream, protocol::Error::new("too-many-clients", desc));
+            return;
+        }
+        self.last_peer += 1;
+        match Peer::new(self.last_peer, stream, (credentials, access), now) {
+            Ok(mut peer) => {
+                peer.queue(&protocol::greeting());
+                peer.flush();
+                self.peers.push(peer);
+            }
+            Err(error) => log_limited!(CONTROL_LOG, Warn, "control: a connection cannot be served: {error}"),
+        }
+    }
+
+    /// Whether a client is served: our own user and root are. Other users are if the operator widened the socket's mode:
+    /// then the file system has checked them.
+    fn allows(&self, peer: Credentials) -> bool {
+        if peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw() {
+            return true;
+        }
+        let address = self.listener.as_ref().and_then(|listener| listener.local_addr().ok());
+        let mode = address.and_then(|address| Some(address.as_pathname()?.metadata().ok()?.permissions().mode()));
+        mode.is_some_and(|mode| mode & 0o077 != 0)
+    }
+
+    /// The limit that a further client with `access` would exceed, if there is one.
+    fn limit_reached(&self, access: Access) -> Option<usize> {
+        let others = self.peers.iter().filter(|peer| peer.access < Access::All).count();
+        match access {
+            Access::All => (self.peers.len() >= MAX_PEERS).then_some(MAX_PEERS),
+            _ if self.peers.len() >= MAX_PEERS => Some(MAX_PEERS),
+            _ => (others >= MAX_OTHERS).then_some(MAX_OTHERS),
+        }
+    }
+
+    /// Disconnects the oldest client that has not negotiated in time, in favour of a client with `access`, but none that
+    /// may do more than that one. Returns `false` when there is none.
+    fn make_room(&mut self, access: Access, now: Instant) -> bool {
+        let silent = |peer: &Peer| {
+            !peer.negotiated && peer.access <= access && now.saturating_duration_since(peer.since) > NEGOTIATION_TIMEOUT
+        };
+        let Some(index) = self.peers.iter().position(silent) else { return false };
+        let peer = self.peers.remove(index);
+        self.service.peer_gone(peer.id, now);
+        self.deliver();
+        true
+    }
+}
+
+/// Sends one error line in place of the greeting. A fresh socket has room for it.
+fn turn_away(mut stream: &UnixStream, error: protocol::Error) {
+    let told =
+        stream.set_nonblocking(true).and_then(|()| io::Write::write(&mut stream, &protocol::reply(None, Err(error))));
+    if let Err(error) = told {
+        log::debug!("control: the refused client disconnected before it could be told why: {error}");
+    }
+}
