@@ -1,4 +1,4 @@
-//! What every room may use and that itself knows none of them: hand-off between threads, system calls, signals, Unix
+//! What every other folder may use, and that uses none of them: hand-off between threads, system calls, signals, Unix
 //! sockets, the pid file, the log, rate limits.
 //!
 //! | file | what |

@@ -1,4 +1,4 @@
-//! The pid file: whoever holds its lock is the daemon that runs, whatever the file says.
+//! The pid file: the process that holds its lock is the running daemon, whatever the file's text is.
 
 use std::fmt;
 use std::fs::{File, Metadata};
@@ -14,18 +14,18 @@ use rustix::io::Errno;
 pub struct PidFile {
     path: PathBuf,
     file: File,
-    /// Another process goes on with it.
+    /// Another process has taken the file over.
     given: bool,
 }
 
 /// Why there is no pid file.
 #[derive(Debug)]
 pub enum PidFileError {
-    /// A living process holds it; what the file says of it.
+    /// A running process holds the lock; the text of the file.
     Held(PathBuf, String),
-    /// Another user could write what a service manager believes; why.
+    /// Another user could write the process id that a service manager reads; why.
     NotOurs(PathBuf, String),
-    /// The file cannot be made or written.
+    /// The file cannot be created or written.
     Io(PathBuf, io::Error),
 }
 
@@ -57,7 +57,7 @@ impl fmt::Display for PidFileError {
 impl std::error::Error for PidFileError {}
 
 impl PidFile {
-    /// Makes the file or takes over a dead process's, locks it and writes our process id. The lock is the process's
+    /// Creates the file or takes over that of a dead process, locks it and writes our process id. The lock is the process's
     /// until the end. Called by main's thread.
     pub fn create(path: &Path) -> Result<Self, PidFileError> {
         let io_error = |error: io::Error| PidFileError::Io(path.to_path_buf(), error);
@@ -91,8 +91,8 @@ impl PidFile {
         Ok(pid_file)
     }
 
-    /// Goes on with a file that another process has made and locked; its lock is ours, too, since it is the open file's.
-    /// What cannot be written is only warned of: the disk is ours already. Main, after a hand-over.
+    /// Takes over a file that another process has created and locked. The lock is ours, too, because it belongs to the open
+    /// file. A failure to write is only logged: the disk is ours already. Main, after a hand-over.
     pub(crate) fn take_over(path: &Path, file: File) -> Self {
         let pid_file = PidFile { path: path.to_path_buf(), file, given: false };
         if let Err(error) = pid_file.write() {
@@ -101,12 +101,12 @@ impl PidFile {
         pid_file
     }
 
-    /// Its path and the locked file, for such a process.
+    /// Its path and the locked file, for a process that takes over.
     pub(crate) fn parts(&self) -> (&Path, &File) {
         (&self.path, &self.file)
     }
 
-    /// Such a process goes on with it: the file and the lock stay.
+    /// A process has taken over: the file and the lock stay.
     pub(crate) fn give(mut self) {
         self.given = true;
     }
@@ -123,11 +123,11 @@ impl Drop for PidFile {
         if self.given {
             return;
         }
-        // Still locked: nobody can take the file over between the look and the removal.
+        // Still locked: no process can take the file over between the check and the removal.
         match names(&self.path, &self.file) {
             Ok(true) => {
                 if let Err(error) = std::fs::remove_file(&self.path) {
-                    // Another process may get our number.
+                    // Another process may get our process id later.
                     let emptied = self.file.set_len(0).map_or("", |()| "; it is empty now");
                     log::warn!("the pid file '{}' cannot be removed: {error}{emptied}", self.path.display());
                 }
@@ -138,8 +138,8 @@ impl Drop for PidFile {
     }
 }
 
-/// Why others than `user` could write this file, or it is another file's content, too. An ACL shows in the bits of the
-/// group (acl(5)).
+/// Why this file is refused: users other than `user` could write it, or it has several names. An ACL shows in the bits of
+/// the group (acl(5)).
 fn reachable_by_others(data: &Metadata, user: u32) -> Option<String> {
     match data {
         data if data.uid() != user => Some(format!("belongs to another user (uid {})", data.uid())),
@@ -162,7 +162,7 @@ fn names(path: &Path, file: &File) -> io::Result<bool> {
     }
 }
 
-/// What a held file says of its owner; it may be about to be written.
+/// The text of a locked file, for the message; its owner may not have written it yet.
 fn owner(file: &mut File) -> String {
     let mut text = String::new();
     let read = file.take(20).read_to_string(&mut text);
@@ -177,7 +177,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn written_and_removed() {
+    fn the_file_is_written_and_removed() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("pid");
         let held = PidFile::create(&path).unwrap();
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_living_owner_is_named_and_keeps_its_file() {
+    fn a_running_owner_is_named_and_keeps_its_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("pid");
         let _held = PidFile::create(&path).unwrap();
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_others_reach_is_refused() {
+    fn a_file_that_other_users_can_write_is_refused() {
         use std::os::unix::fs::PermissionsExt;
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("pid");

@@ -1,10 +1,10 @@
-//! Numbers that look random and are the same at each run: for the RAM disk's order of completions, and for tests.
+//! Pseudo-random numbers that are the same in each run: for the RAM disk's order of completions, and for tests.
 
-/// Xorshift: the same story for the same seed.
+/// A xorshift generator: the same seed gives the same sequence.
 pub(crate) struct Prng(u64);
 
 impl Prng {
-    /// Seeds that are close to each other begin different stories.
+    /// Starts the sequence of `seed`. Seeds that are close to each other give different sequences.
     pub(crate) fn new(seed: u64) -> Self {
         Prng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }

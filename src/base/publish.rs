@@ -12,8 +12,8 @@ use rustix::io::Errno;
 
 /// Gives the open `file`, which `directory` has as `partial`, the name `name` there, and removes the name `partial`.
 /// Never replaces anything. Returns why the name `partial` is left behind, if it is. Errors: EEXIST if something has that
-/// name; ENOENT if `file` has no name any more; one without a number if the filesystem has no hard links and something
-/// else is called `partial`.
+/// name; ENOENT if `file` has no name any more; an error without a number if the filesystem has no hard links and another
+/// file is called `partial`.
 pub(crate) fn publish(
     file: BorrowedFd<'_>,
     directory: BorrowedFd<'_>,
@@ -31,7 +31,7 @@ pub(crate) fn publish(
     }
 }
 
-/// By the name, and with a look afterwards whether it was the file's.
+/// Renames by name, and checks afterwards that the name was the file's.
 fn rename(file: BorrowedFd<'_>, directory: BorrowedFd<'_>, partial: &OsStr, name: &OsStr) -> io::Result<()> {
     if !names(file, directory, partial)? {
         return Err(other_file());
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn the_file_gets_its_name_and_loses_the_other() {
+    fn a_published_file_has_only_its_final_name() {
         let (dir, file, directory) = place();
         assert_eq!(publish_a(&file, &directory), Ok(()));
         assert_eq!(fs::read(dir.path().join("a")).unwrap(), b"ours");

@@ -4,9 +4,9 @@
 //! in QEMU, but never counts as the second: a terminal that closes sends it twice. Under nohup(1) it is ignored.
 //! SIGPIPE is ignored from the start, by Rust's runtime.
 //!
-//! The default action of most other signals ends the process, and a guest would lose its disk. So each of them has an
-//! answer here:
-//! - SIGXFSZ and SIGTTOU belong to a system call that fails or goes on by itself (`SILENT`): they have no effect.
+//! The default action of most other signals ends the process, and a guest would lose its disk. So each of them is handled
+//! here:
+//! - SIGXFSZ and SIGTTOU accompany a system call that fails or succeeds by itself (`SILENT`): they have no effect.
 //! - SIGXCPU, SIGALRM and SIGVTALRM say that a time limit has passed (`TIME_LIMITS`): they ask for an orderly end.
 //! - SIGUSR1, SIGUSR2, SIGIO and SIGPWR mean nothing to this program (`IGNORED`): they are logged and ignored.
 //! - SIGQUIT and SIGABRT, which ask for a core dump, SIGPROF, which profilers use, the real-time signals and those of
@@ -30,7 +30,7 @@ const TIME_LIMITS: [Signal; 3] = [Signal::SIGXCPU, Signal::SIGALRM, Signal::SIGV
 /// Other programs rotate a log or report their progress on these; a sender may expect that here.
 const IGNORED: [Signal; 4] = [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGIO, Signal::SIGPWR];
 
-/// The signals' descriptor: readable when one came.
+/// The descriptor of the signals: readable when one came.
 pub struct Signals {
     fd: SignalFd,
 }
@@ -43,7 +43,7 @@ impl Signals {
         let mut set = SigSet::empty();
         set.add(Signal::SIGTERM);
         set.add(Signal::SIGINT);
-        // A blocked signal is queued even if it was set to be ignored, so that must be found out here.
+        // A blocked signal is queued even if it was set to be ignored, so that must be determined here.
         if !hangups_are_ignored() {
             set.add(Signal::SIGHUP);
         }
@@ -53,8 +53,8 @@ impl Signals {
         Ok(Signals { fd: SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)? })
     }
 
-    /// Nobody reads them any more: SIGTERM and SIGINT have their usual effect on the process from now on, those that
-    /// wait included. Called by main, the thread that called [`Signals::block`], when all that is left may be cut off.
+    /// Ends the reading of signals: SIGTERM and SIGINT have their default action from now on, also those that are pending.
+    /// Called by main, the thread that called [`Signals::block`], when what is left to do may be interrupted.
     pub fn release(&self) -> io::Result<()> {
         let mut set = SigSet::empty();
         set.add(Signal::SIGTERM);
@@ -62,7 +62,7 @@ impl Signals {
         Ok(set.thread_unblock()?)
     }
 
-    /// The next signal that came and asks for an end, if any. Never blocks.
+    /// The next pending signal that asks for an end, if any. Never blocks.
     pub fn next(&self) -> io::Result<Option<Signal>> {
         while let Some(info) = self.fd.read_signal()? {
             let signal = Signal::try_from(info.ssi_signo as i32)?;
@@ -86,7 +86,7 @@ impl AsFd for Signals {
     }
 }
 
-/// Whether whoever started the process wants it to live on when the terminal is gone (nohup(1)).
+/// Whether the process was started to survive the end of its terminal (nohup(1)).
 pub fn hangups_are_ignored() -> bool {
     std::fs::read_to_string("/proc/self/status").is_ok_and(|status| ignored(&status, Signal::SIGHUP))
 }

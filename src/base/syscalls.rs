@@ -1,5 +1,5 @@
 //! UNSAFE. System calls that no library wraps safely: locks of open file descriptions, ioctls of block devices,
-//! clones of a file's part, a file's extents, and descriptors that change hands.
+//! clones of a part of a file, a file's extents, and descriptor tables.
 //! Each function is one call.
 #![allow(unsafe_code)]
 
@@ -31,7 +31,7 @@ fn one_byte(kind: libc::c_int, start: u64) -> libc::flock {
 }
 
 /// Takes a shared lock on the byte at `start`, owned by the open file description (fcntl(2), F_OFD_SETLK); closing the
-/// description lets it go. Errors: EAGAIN if somebody holds it exclusively; EINVAL, ENOLCK or EOPNOTSUPP if the
+/// description releases it. Errors: EAGAIN if another description holds it exclusively; EINVAL, ENOLCK or EOPNOTSUPP if the
 /// kernel or the filesystem has no such locks.
 pub(crate) fn lock_byte_shared(fd: BorrowedFd<'_>, start: u64) -> io::Result<()> {
     let lock = one_byte(libc::F_RDLCK, start);
@@ -39,7 +39,7 @@ pub(crate) fn lock_byte_shared(fd: BorrowedFd<'_>, start: u64) -> io::Result<()>
     check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) })
 }
 
-/// Lets go of the lock on the byte at `start`, whatever it is (F_OFD_SETLK with F_UNLCK).
+/// Releases the lock on the byte at `start`, of either type (F_OFD_SETLK with F_UNLCK).
 pub(crate) fn unlock_byte(fd: BorrowedFd<'_>, start: u64) -> io::Result<()> {
     let lock = one_byte(libc::F_UNLCK, start);
     // SAFETY: `fd` is open and `lock` lives through the call, which only reads it.
@@ -67,7 +67,7 @@ pub(crate) fn min_io(fd: BorrowedFd<'_>) -> io::Result<u32> {
     get(fd, BLKIOMIN)
 }
 
-/// A block device's best I/O size in bytes; 0: it does not say.
+/// A block device's optimal I/O size in bytes; 0: it does not report one.
 pub(crate) fn opt_io(fd: BorrowedFd<'_>) -> io::Result<u32> {
     get(fd, BLKIOOPT)
 }
@@ -77,7 +77,7 @@ pub(crate) fn alignment_offset(fd: BorrowedFd<'_>) -> io::Result<u32> {
     get(fd, BLKALIGNOFF).map(|offset| if offset > i32::MAX as u32 { 0 } else { offset })
 }
 
-/// Lets `target` share the first `len` bytes of `source` (ioctl_ficlonerange(2)); 0: all of them. Errors: EOPNOTSUPP,
+/// Makes `target` share the first `len` bytes of `source` (ioctl_ficlonerange(2)); 0: all of them. Errors: EOPNOTSUPP,
 /// ENOTTY or EINVAL if the filesystem cannot share blocks; EXDEV if the files are on different filesystems.
 pub(crate) fn clone_start(target: BorrowedFd<'_>, source: BorrowedFd<'_>, len: u64) -> io::Result<()> {
     let range =
@@ -102,7 +102,7 @@ struct Fiemap {
 const FS_IOC_FIEMAP: libc::c_ulong = 0xc020_660b;
 
 /// How many extents a file has in its first `len` bytes (ioctl FS_IOC_FIEMAP, which only counts where there is room for
-/// no extent). Errors: EOPNOTSUPP or ENOTTY if the filesystem does not say.
+/// no extent). Errors: EOPNOTSUPP or ENOTTY if the filesystem does not report it.
 pub(crate) fn extents(fd: BorrowedFd<'_>, len: u64) -> io::Result<u64> {
     let mut map = Fiemap { start: 0, length: len, flags: 0, mapped_extents: 0, extent_count: 0, reserved: 0 };
     // SAFETY: FS_IOC_FIEMAP reads and writes one struct fiemap at the pointer, which lives through the call, and no
@@ -130,8 +130,8 @@ fn get(fd: BorrowedFd<'_>, request: libc::c_ulong) -> io::Result<u32> {
     Ok(value)
 }
 
-/// Lets `descriptor`, which goes on being its owner's, stand for what `by` stands for (dup3(2)); what it stood for before
-/// is closed. For owners that do not let go of their descriptor.
+/// Makes `descriptor`, which still belongs to its owner, refer to the open file of `by` (dup3(2)); its previous file is
+/// closed. For owners that cannot give up their descriptor.
 pub(crate) fn replace(descriptor: &impl AsRawFd, by: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: both are open, since their owners are borrowed, and the number is the same owner's before and after.
     check(unsafe { libc::dup3(by.as_raw_fd(), descriptor.as_raw_fd(), libc::O_CLOEXEC) })

@@ -1,8 +1,8 @@
-//! PURE. Times and sizes as people write them on a command line and in a disk file.
+//! PURE. Times and sizes as people write them on a command line and in a configuration file.
 
 use std::time::Duration;
 
-/// The longest time that makes sense for anything that a guest waits for.
+/// The longest time that is accepted: a guest may wait for it.
 const MAX_TIME: Duration = Duration::from_secs(3600);
 
 /// A time: a whole number and a unit (ms, s, m, min, h), from a millisecond to an hour. Errors say what is allowed.

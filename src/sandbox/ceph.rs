@@ -7,7 +7,7 @@ use std::{env, fs};
 
 use crate::backend::rbd::RbdOptions;
 
-/// Read wherever Ceph runs.
+/// The paths that Ceph reads everywhere.
 const READ: &[&str] = &[
     "/etc/ceph",
     "/etc/hosts",
@@ -36,7 +36,7 @@ const READ: &[&str] = &[
     "/dev/random",
     "/dev/null",
 ];
-/// Written wherever Ceph runs: logs, admin sockets.
+/// The directories that Ceph writes to everywhere: logs, admin sockets.
 const WRITTEN: &[&str] = &["/var/log/ceph", "/run/ceph"];
 
 /// Paths to read, and directories to create files and sockets in. Those that do not exist are left out.
@@ -44,7 +44,7 @@ pub(super) fn paths(options: &RbdOptions) -> (Vec<PathBuf>, Vec<PathBuf>) {
     let mut read: Vec<PathBuf> = READ.iter().map(PathBuf::from).collect();
     let mut written: Vec<PathBuf> = WRITTEN.iter().map(PathBuf::from).collect();
     let confs = configurations(options, |name| env::var_os(name));
-    // What Ceph's own reader cannot read is its to complain of. It reads the first that is there.
+    // Ceph itself reports what it cannot read. It reads the first file that exists.
     let text = confs.iter().find_map(|conf| fs::read_to_string(conf).ok()).unwrap_or_default();
     let given = options.options.iter().map(|(name, value)| (name.as_str(), value.as_str()));
     for (name, value) in text.lines().filter_map(|line| line.split_once('=')).chain(given) {
@@ -66,7 +66,7 @@ pub(super) fn paths(options: &RbdOptions) -> (Vec<PathBuf>, Vec<PathBuf>) {
     (read, written)
 }
 
-/// The files that librados takes its configuration from, the first of them that there is (conf_files and `home` in its
+/// The files that librados takes its configuration from, the first of them that exists (conf_files and `home` in its
 /// common/config.cc).
 fn configurations(options: &RbdOptions, environment: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
     if let Some(conf) = &options.conf {

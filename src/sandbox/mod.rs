@@ -1,4 +1,5 @@
-//! What the daemon gives up once everything is open, so that a guest or a front-end that breaks into it finds little.
+//! The rights that the daemon gives up once everything is open, so that a guest or a front-end that takes control of it
+//! gains little.
 //!
 //! In this order, by main, before any other thread exists:
 //!
@@ -11,11 +12,11 @@
 //! An image that a storage library reaches over a network (Ceph) is opened by a thread that has gone through 3 already:
 //! the library's threads inherit that. The library may open connections and what its configuration names.
 //!
-//! What the kernel lacks is said in one warning, and the disk is served: a guest without its disk is the greater harm,
-//! and the operator sees it. What the operator asked for by name (`--user`) is an error if it
-//! fails; a `--copy-dir` or `--scratch` that cannot be opened is not, since only the image decides whether the disk is served.
+//! One warning names what the kernel lacks, and the disk is served nevertheless: a guest without its disk is the greater
+//! harm, and the operator sees the warning. What the operator asked for by name (`--user`) is an error if it fails. A
+//! `--copy-dir` or `--scratch` that cannot be opened is not, because only the image decides whether the disk is served.
 //!
-//! `virtioblkctl` is outside: hooks, commands and reflinks are its own.
+//! `virtioblkctl`, which runs hooks and commands and makes reflinks, has no sandbox.
 
 mod ceph;
 mod copy_dirs;
@@ -40,12 +41,12 @@ use user::Account;
 /// `--sandbox`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Level {
-    /// All of it.
+    /// The whole sandbox.
     #[default]
     On,
-    /// Without the filter of system calls, for a C library or a storage library that makes others than those known.
+    /// The sandbox without the filter of system calls, for a C library or a storage library that makes unknown calls.
     NoFilter,
-    /// None of it but `--user`.
+    /// Only `--user`.
     Off,
 }
 
@@ -54,16 +55,16 @@ pub enum Level {
 enum Stage {
     /// A storage library that opens the image.
     Opening,
-    /// Everything from then on.
+    /// All that follows.
     Serving,
 }
 
-/// Why the daemon does not start. Each text names the thing, the cause and the mend.
+/// Why the daemon does not start. Each text says what failed, why, and how to fix it.
 #[derive(Debug)]
 pub enum SandboxError {
-    /// `--user` names nobody; the lookup's error, if it failed.
+    /// `--user` names no user; the lookup's error, if it failed.
     NoUser(String, Option<io::Error>),
-    /// Only root can become somebody else.
+    /// Only root can become another user.
     NotRoot(String),
     /// A step of becoming that user failed; which.
     Switch(String, &'static str, io::Error),
@@ -71,7 +72,7 @@ pub enum SandboxError {
     Image(String, PathBuf, io::Error),
     /// Capabilities cannot be dropped.
     Capabilities(io::Error),
-    /// Without what was given up there is no io_uring.
+    /// With the rights that are left no io_uring can be made.
     IoUring(io::Error),
     /// prctl(2), setrlimit(2) or sigaction(2); what for.
     Process(&'static str, io::Error),
@@ -140,7 +141,7 @@ impl Sandbox {
         Ok(Sandbox { permissions, user, copy_dirs })
     }
 
-    /// What became of each `--copy-dir`.
+    /// The result for each `--copy-dir`.
     pub fn copy_directories(&self) -> Vec<CopyDirectory> {
         let copies = self.copy_dirs.iter().filter(|opened| !opened.scratch);
         copies.map(|opened| opened.facts.clone()).collect()
@@ -157,7 +158,7 @@ impl Sandbox {
         let restricted = move || {
             user::keep_few_capabilities(switch)?;
             match path_rules::confine(rules, self.permissions.needs) {
-                // That the kernel has no such rules is said at the end, once.
+                // A kernel without such rules is reported once, at the end.
                 Ok(_) | Err(None) => Ok(open()),
                 Err(Some(error)) => Err(SandboxError::Paths(error)),
             }
@@ -169,7 +170,7 @@ impl Sandbox {
     /// Gives up, for good, what the daemon does not need any more. Everything is open and bound, and no other thread
     /// of ours exists: the rules on paths and root's capabilities are each thread's own. Main, once.
     pub fn enter(mut self) -> Result<(), SandboxError> {
-        // Landlock asks again who may walk where: the rules' places are opened as root.
+        // Landlock needs access to the paths of its rules: they are opened as root.
         let rules = self.rules()?;
         match &self.user {
             Some(user) => user.assume(&self.permissions)?,
@@ -250,7 +251,7 @@ impl Sandbox {
     }
 }
 
-/// Warns of what this kernel's rules lack and nothing else stops; returns what the filter stops, for the log.
+/// Warns of what this kernel's rules cannot stop and nothing else stops; returns what the filter stops, for the log.
 fn say_lacks(confined: &path_rules::Confined, filtered: bool) -> String {
     let (open, stopped) = confined.lacks(filtered, systemd::is_connected());
     if !open.is_empty() {

@@ -8,7 +8,7 @@ use crate::backend::rbd::RbdOptions;
 /// What the image and the options ask of the sandbox.
 #[derive(Debug)]
 pub struct Permissions {
-    /// How much is given up (`--sandbox`).
+    /// How strict the sandbox is (`--sandbox`).
     pub level: Level,
     /// The user to become (`--user`).
     pub user: Option<String>,
@@ -29,8 +29,8 @@ pub struct Permissions {
 }
 
 impl Permissions {
-    /// Whether all io_urings that the daemon will need must be made before [`super::Sandbox::enter`]: its filter lets none
-    /// be made.
+    /// Whether all io_urings that the daemon will need must be made before [`super::Sandbox::enter`]: its filter forbids
+    /// to make one.
     pub fn makes_io_urings_first(&self) -> bool {
         self.level == Level::On && self.needs.io_uring
     }

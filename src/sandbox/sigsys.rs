@@ -1,4 +1,4 @@
-//! UNSAFE. The last words of a daemon that made a system call which the filter stops: which one, then the end by SIGSYS.
+//! UNSAFE. Reports the system call that the filter stopped; then the daemon ends by SIGSYS.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -63,7 +63,7 @@ unsafe fn blocked_call(info: *const libc::siginfo_t) -> libc::c_int {
     unsafe { (*info.cast::<Sys>()).syscall }
 }
 
-/// Text on the stack.
+/// A text on the stack.
 struct Line {
     text: [u8; 400],
     len: usize,

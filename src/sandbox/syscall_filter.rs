@@ -61,16 +61,16 @@ const OLDER: &[(c_long, &str)] = &calls! {
 #[cfg(not(target_arch = "x86_64"))]
 const OLDER: &[(c_long, &str)] = &[];
 
-/// With io_urings that were made before.
+/// Allowed in addition when io_urings were made before.
 const URING: &[(c_long, &str)] = &calls! { SYS_io_uring_enter SYS_io_uring_register };
 
-/// What a client of a storage cluster does besides: connections that break are made again.
+/// Allowed in addition for a client of a storage cluster, which connects again when a connection breaks.
 const NETWORK: &[(c_long, &str)] = &calls! {
     SYS_socketpair SYS_connect SYS_bind SYS_listen SYS_sendto SYS_sendmmsg SYS_recvmmsg SYS_sched_setaffinity
     SYS_sched_setscheduler SYS_setpriority SYS_fchmod SYS_fchmodat
 };
 
-/// What an intruder would try, for the log's sake. Everything that is in none of the lists is stopped alike.
+/// What an intruder would try; the list is only for the log. Every call that is in none of the lists is stopped, too.
 const TELLING: &[(c_long, &str)] = &calls! {
     SYS_execve SYS_execveat SYS_clone SYS_ptrace SYS_process_vm_readv SYS_process_vm_writev SYS_kill SYS_tkill SYS_tgkill
     SYS_socket SYS_socketpair SYS_connect SYS_bind SYS_listen SYS_sendto SYS_io_uring_setup SYS_fcntl
@@ -132,12 +132,12 @@ const PR_SET_VMA: u64 = 0x5356_4d41;
 /// Of linux/net.h: the bits of a socket's type that are no flags.
 const SOCK_TYPE_MASK: u64 = 0xf;
 
-/// Why there is no filter.
+/// Why the filter could not be installed.
 #[derive(Debug)]
 pub enum FilterError {
-    /// It cannot be compiled: an architecture without one.
+    /// It cannot be compiled: the architecture has none.
     Compile(BackendError),
-    /// The kernel does not take it.
+    /// The kernel refused it.
     Install(seccompiler::Error),
 }
 
@@ -214,7 +214,7 @@ fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError
         // A new process is what an intruder would want.
         (libc::SYS_clone, one_of(0, &[thread], Some(thread))?),
         (libc::SYS_tgkill, one_of(0, &[pid], None)?),
-        // Ourselves: who has what limit.
+        // Only for this process.
         (libc::SYS_prlimit64, one_of(0, &[0, pid], None)?),
         (libc::SYS_fcntl, one_of(1, &FCNTLS.map(|command| command as u64), None)?),
         (libc::SYS_ioctl, one_of(1, &IOCTLS, None)?),
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_telling_is_allowed_whatever_its_arguments() {
+    fn no_call_of_an_intruder_is_allowed_with_any_arguments() {
         let rules = allowed(Needs::default()).unwrap();
         for (number, name) in TELLING.iter().chain(TELLING_OLDER) {
             assert!(rules.get(number).is_none_or(|rules| !rules.is_empty()), "{name}");
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_found() {
+    fn the_name_of_a_stopped_call_is_found() {
         assert_eq!(name(libc::SYS_execve), Some("execve"));
         assert_eq!(name(libc::SYS_read), Some("read"));
         assert_eq!(name(100_000), None);

@@ -10,7 +10,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 use super::SandboxError;
 use super::permissions::Permissions;
 
-/// `--user`, looked up.
+/// The user that `--user` names.
 pub(super) struct Account {
     name: String,
     uid: Uid,
@@ -18,7 +18,7 @@ pub(super) struct Account {
 }
 
 impl Account {
-    /// Looks a name or a number up. Before anything is opened: a lookup may start a conversation with a name service.
+    /// Looks up a name or a number. Before anything is opened: a lookup may start a conversation with a name service.
     pub(super) fn find(name: &str) -> Result<Account, SandboxError> {
         let found = match name.parse() {
             Ok(number) => User::from_uid(Uid::from_raw(number)),
@@ -52,7 +52,7 @@ impl Account {
         Ok(())
     }
 
-    /// Each ring opens the image for itself, later: better said now.
+    /// Each ring opens the image itself, later: report now that it cannot.
     fn check_image(
         &self,
         permissions: &Permissions,
@@ -67,13 +67,13 @@ impl Account {
     }
 }
 
-/// The image's place, opened while we may still walk to it.
+/// The image's path, opened while we may still reach it.
 fn image_place(permissions: &Permissions) -> Option<io::Result<std::os::fd::OwnedFd>> {
     let path = permissions.image.as_ref()?;
     Some(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(Into::into))
 }
 
-/// Root is for those who ask for it (`--user root`): to the rest of the host an intruder in this daemon is root, too.
+/// Warns unless the operator asked for root (`--user root`): an intruder in this daemon would be root on the host, too.
 pub(super) fn warn_of_root() {
     if Uid::effective().is_root() {
         log::warn!(

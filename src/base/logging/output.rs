@@ -1,5 +1,5 @@
-//! One output (standard error, standard output) that somebody else reads, or stops reading: a full pipe or socket, a
-//! terminal that was stopped with Ctrl-S. No thread waits for it. Lines wait in a bounded queue; those that do not fit
+//! One output (standard error, standard output) whose reader may stop reading: a full pipe or socket, a terminal that was
+//! stopped with Ctrl-S. No thread waits for it. Lines wait in a bounded queue; those that do not fit
 //! are dropped and counted, and the count is written when the output flows again.
 //!
 //! Until [`Output::start_thread`] the thread that puts a line also writes what the output takes at once. From then on
@@ -22,7 +22,7 @@ use rustix::fs::FileType;
 use rustix::io::{Errno, ReadWriteFlags};
 use rustix::net::{SendFlags, send};
 
-/// Bytes that wait at most. Some thousand lines, which a reader that is only slow never lets gather.
+/// The most bytes that wait: some thousand lines, which a reader that is only slow never leaves unread.
 const MAX_BYTES: usize = 256 << 10;
 /// What a pipe takes as one piece once poll(2) says that it has room (pipe(7)).
 const PIPE_BUF: usize = 4096;
@@ -38,16 +38,16 @@ pub struct Output {
     /// The line that says how many lines were lost.
     loss: fn(u64) -> String,
     queue: Mutex<Queue>,
-    /// There is something to write.
+    /// A line waits.
     work: Condvar,
-    /// There is nothing left to write.
+    /// No line waits any more.
     idle: Condvar,
     /// Something waits; for a signal's handler, which takes no lock.
     pending: AtomicBool,
 }
 
 impl Output {
-    /// `loss` makes the line that says how many were lost.
+    /// `loss` formats the line that says how many lines were lost.
     pub const fn new(descriptor: fn() -> BorrowedFd<'static>, loss: fn(u64) -> String) -> Output {
         Output {
             descriptor,
@@ -77,7 +77,7 @@ impl Output {
         self.pending.load(Ordering::Acquire)
     }
 
-    /// Lets a thread write from now on. It blocks the signals that ask for an end, which another thread hears. Called
+    /// Makes a thread write from now on. It blocks the signals that ask for an end, which another thread reads. Called
     /// once a process, when the sandbox, whose rules are each thread's own, has been entered. Without the thread,
     /// lines that wait are written with the next one.
     pub fn start_thread(&'static self) -> std::io::Result<()> {
@@ -209,7 +209,7 @@ impl Queue {
     }
 
     /// The line to write, and how much of it is written. A report of lost lines is made when it is due: nothing waits
-    /// any more, or after a failure somebody tries again.
+    /// any more, or a line is put after a failure.
     fn first(&mut self, loss: fn(u64) -> String) -> Option<(Arc<[u8]>, usize)> {
         let is_due = if self.lines.is_empty() { !self.is_broken } else { self.is_broken };
         if is_due {
@@ -345,13 +345,13 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_that_nobody_reads_costs_lines_but_no_time() {
+    fn a_pipe_that_is_not_read_loses_lines_but_never_blocks() {
         static WRITER: OnceLock<OwnedFd> = OnceLock::new();
         static OUTPUT: Output =
             Output::new(|| WRITER.get().expect("set below").as_fd(), |lost| format!("{lost} lost\n"));
         let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         WRITER.set(writer).unwrap();
-        // The first ones without the thread.
+        // The first lines are put without the thread.
         for number in 0..100 {
             assert!(OUTPUT.put(&format!("{number}\n")));
         }
@@ -363,7 +363,7 @@ mod tests {
         let started = Instant::now();
         OUTPUT.flush(Duration::from_millis(50));
         assert!(started.elapsed() < Duration::from_secs(10) && OUTPUT.is_pending());
-        // Somebody reads again.
+        // The pipe is read again.
         let mut lines = BufReader::new(File::from(reader)).lines().map(Result::unwrap);
         let mut read = 0;
         let report = loop {

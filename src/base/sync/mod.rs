@@ -1,8 +1,8 @@
-//! What threads hand work to each other with: a mutex, channels, threads, and a [`Bell`] that poll(2) hears.
+//! How threads hand work to each other: a mutex, channels, threads, and a [`Bell`], which poll(2) can wait for.
 //!
-//! They are std's. In unit tests with the feature `model` they are shuttle's, whose scheduler runs one thread at a time and tries
-//! orders: the models beside the hand-offs (`interleavings.rs`) then find wake-ups that are lost. What is no hand-off, and the
-//! counters of the request path, use std directly.
+//! They are std's. In unit tests with the feature `model` they are shuttle's, whose scheduler runs one thread at a time and
+//! tries orders: the models beside the hand-offs (`interleavings.rs`) then find wake-ups that are lost. Code that hands
+//! nothing over, and the counters of the request path, use std directly.
 
 #[cfg(all(test, feature = "model"))]
 pub(crate) mod interleavings;
@@ -24,7 +24,7 @@ pub(crate) use std::{
     thread,
 };
 
-/// An eventfd beside a list of news: whoever puts something there rings, whoever takes it polls.
+/// An eventfd beside a queue: the thread that adds to the queue rings it, the thread that takes polls it.
 pub(crate) struct Bell(OwnedFd);
 
 impl Bell {
@@ -33,8 +33,8 @@ impl Bell {
         Ok(Bell(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
     }
 
-    /// Does `post` and, if it says that there is news, rings. In this order: whoever hears a bell before the news is
-    /// there finds nothing, and sleeps on. Any thread; does not block.
+    /// Does `post` and rings if it returns `true`. In this order: a thread that wakes before the item is in the queue finds
+    /// nothing, and sleeps again. Any thread; does not block.
     pub(crate) fn ring_after(&self, post: impl FnOnce() -> bool) {
         #[cfg(all(test, feature = "model"))]
         if interleavings::planted(interleavings::Mutant::RingsFirst) {
@@ -63,7 +63,7 @@ impl Bell {
             self.was_rung();
             return taken;
         }
-        // Silent is fine: somebody else's wake-up was enough.
+        // It may be silent already: an earlier wake-up was enough.
         self.was_rung();
         take()
     }
@@ -81,14 +81,14 @@ impl AsFd for Bell {
     }
 }
 
-/// In a model other threads may run here; a system call is none of shuttle's.
+/// In a model other threads may run here, because shuttle does not see system calls.
 #[inline]
 pub(crate) fn let_others_run() {
     #[cfg(all(test, feature = "model"))]
     thread::yield_now();
 }
 
-/// In a model nobody sleeps in poll(2), for all its threads are one of the kernel's: lets the others run until one of
+/// In a model no thread sleeps in poll(2), because all its threads are one of the kernel's: lets the others run until one of
 /// `fds` is readable, or `until` is past.
 #[cfg(all(test, feature = "model"))]
 pub(crate) fn yield_until_readable(fds: &[BorrowedFd<'_>], until: Option<std::time::Instant>) {

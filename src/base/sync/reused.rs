@@ -1,6 +1,6 @@
-//! Threads that are used again. Once [`keep_threads`] was called a thread that has done its work waits for more: an
-//! io_uring that is prepared before the sandbox is entered belongs to the thread that first used it, for ever, and no
-//! other can be made.
+//! Threads that are reused. After [`keep_threads`] a thread that has done its work waits for more: an io_uring that is
+//! prepared before the sandbox is entered belongs to the thread that first used it, for ever, and no other io_uring can be
+//! made.
 
 use std::io;
 
@@ -30,7 +30,7 @@ mod real {
     /// Threads that wait for work.
     static IDLE: Mutex<Vec<Sender<Named>>> = Mutex::new(Vec::new());
 
-    /// From now on threads wait for more work. Main, before the first is started.
+    /// Makes threads wait for more work from now on. Main, before the first is started.
     pub(crate) fn keep_threads() {
         KEEP.store(true, Ordering::Relaxed);
     }
@@ -53,7 +53,7 @@ mod real {
         let (done, outcome) = mpsc::sync_channel(1);
         let job = move || {
             let result = work();
-            // Nobody may wait for it.
+            // The thread that started the work may not wait for it.
             Box::new(move || drop(done.send(result))) as Box<dyn FnOnce()>
         };
         let mut named = Named { name, job: Box::new(job) };
@@ -80,7 +80,7 @@ mod real {
             if !KEEP.load(Ordering::Relaxed) {
                 return say_done();
             }
-            // Before anybody learns of the end, and starts the next: it must find this thread.
+            // Before the end is reported: the caller may start the next work at once, which must find this thread.
             IDLE.lock().expect("no panic while held").push(sender.clone());
             say_done();
             let Ok(named) = jobs.recv() else { return };

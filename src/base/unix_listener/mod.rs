@@ -1,11 +1,12 @@
-//! Binding a Unix socket in the file system: the vhost-user socket and the quiesce socket do it the same way.
+//! Binds a Unix socket in the file system: for the vhost-user socket and the quiesce socket.
 //!
 //! The socket is never more open than its mode, not for a moment: on Linux, bind(2) makes the file with the mode of the
 //! unbound socket (fchmod(2) on its descriptor) less the umask, so neither the process-wide umask is touched nor is
-//! there a window before a chmod. What the umask took is given back, and a group is set, through a descriptor of the
-//! bound file (`OwnFile`), never by its path: the directory may belong to another user, who may put a link there. A socket that a dead server left behind is replaced; a living server's never: only
-//! connect(2) tells them apart. Two servers that start at once take turns by a lock on the directory, which leaves no
-//! file behind.
+//! there a window before a chmod. The permission bits that the umask removed, and a group, are set through a descriptor
+//! of the bound file (`OwnFile`), never by its path: the directory may belong to another user, who may put a link there.
+//!
+//! A socket that a dead server left behind is replaced; that of a running server never is: only connect(2) tells them
+//! apart. Two servers that start at once take turns by a lock on the directory, which leaves no file behind.
 
 use std::fmt;
 use std::fs::{self, File, Permissions};
@@ -23,13 +24,14 @@ use rustix::process::geteuid;
 
 /// The longest path that fits into a `sockaddr_un` with its final zero (unix(7)).
 pub const MAX_PATH: usize = 107;
-/// Connections that wait to be accepted.
+/// The most connections that wait to be accepted.
 const BACKLOG: i32 = 128;
-/// How often, and how long apart, the directory's lock is tried. Somebody else's lock on it delays us, no more.
+/// How often, and how long apart, the directory's lock is tried. A lock of another program
+/// on it only delays us.
 const LOCK_TRIES: u32 = 50;
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
-/// What to do when descriptors ran out.
+/// The advice of the message when no descriptors are left.
 pub(crate) const MORE_DESCRIPTORS: &str =
     "raise the limit of open files (RLIMIT_NOFILE; ulimit -n, or LimitNOFILE= in the systemd unit)";
 
@@ -43,17 +45,17 @@ pub(crate) fn out_of_descriptors(error: &io::Error) -> bool {
 pub enum BindError {
     /// Longer than [`MAX_PATH`].
     TooLong(PathBuf),
-    /// A living server has it.
+    /// A running server has it.
     InUse(PathBuf),
-    /// Something else has that name; what.
+    /// A file of another kind has that name; which kind.
     NotASocket(PathBuf, &'static str),
-    /// The directory does not exist (or is none).
+    /// The directory does not exist (or is not a directory).
     NoDirectory(PathBuf),
     /// Permission denied.
     Denied(PathBuf, io::Error),
-    /// Something else had its name as soon as it was bound.
+    /// Another file had its name right after it was bound.
     Replaced(PathBuf),
-    /// Anything else.
+    /// Any other error.
     Other(PathBuf, io::Error),
 }
 
@@ -138,14 +140,14 @@ pub fn bind_unix(path: &Path, mode: u32) -> Result<UnixListener, BindError> {
     fchmod(&socket, mode).map_err(failed)?;
     match bind(&socket, &address) {
         Ok(()) => {}
-        // Somebody who does not take turns was faster.
+        // A program that does not take the lock was faster.
         Err(Errno::ADDRINUSE) => return Err(BindError::InUse(path.to_owned())),
         Err(errno) => return Err(failed(errno)),
     }
     // Bound. From here on, failure must not leave the file behind.
     let file = SocketFile::of(path).map_err(|error| BindError::io(path, error))?;
     let own = OwnFile::open(path)?;
-    // Gives back what the umask took.
+    // Sets the bits that the umask removed.
     own.set_mode(mode.as_raw_mode()).map_err(|error| BindError::io(path, error))?;
     listen(&socket, BACKLOG).map_err(failed)?;
     file.keep();
@@ -156,8 +158,9 @@ pub fn bind_unix(path: &Path, mode: u32) -> Result<UnixListener, BindError> {
 pub(crate) struct OwnFile(OwnedFd);
 
 impl OwnFile {
-    /// Opens the file at `path` if it is a socket with one name; its owner is checked once it must be changed. Whoever may write in the directory may have
-    /// put something else there: a link of either kind would lead to a file that is not his.
+    /// Opens the file at `path` if it is a socket with one name; its owner is checked when it must be changed. A user who
+    /// may write in the directory may have put another file there: a link of either kind would lead to a file that is not
+    /// that user's.
     pub(crate) fn open(path: &Path) -> Result<OwnFile, BindError> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let opened = rustix::fs::open(path, flags, Mode::empty()).and_then(|file| Ok((fstat(&file)?, file)));
@@ -174,7 +177,7 @@ impl OwnFile {
 
     /// Sets its permission bits. fchmod(2) takes no such descriptor, and fchmodat2(2) is of Linux 6.6; this name leads to
     /// the open file itself.
-    /// A mode that is right already is left alone, so that a host without /proc can do with it.
+    /// A mode that is right already is not set, so that this works on a host without /proc.
     pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
         let stat = fstat(&self.0)?;
         if stat.st_mode & 0o7777 == mode {
@@ -184,7 +187,7 @@ impl OwnFile {
         fs::set_permissions(format!("/proc/self/fd/{}", self.0.as_raw_fd()), Permissions::from_mode(mode))
     }
 
-    /// Gives it to a group.
+    /// Sets its group.
     pub(crate) fn set_group(&self, group: Gid) -> io::Result<()> {
         check_owner(fstat(&self.0)?.st_uid)?;
         Ok(chownat(&self.0, "", None, Some(group), AtFlags::EMPTY_PATH)?)
@@ -192,7 +195,7 @@ impl OwnFile {
 }
 
 /// Another user's socket is not changed: it is not the one that we bound. Some file systems give every file one owner, so
-/// that alone stops nothing.
+/// that alone is not an error.
 fn check_owner(owner: u32) -> io::Result<()> {
     match owner == geteuid().as_raw() {
         true => Ok(()),
@@ -200,7 +203,7 @@ fn check_owner(owner: u32) -> io::Result<()> {
     }
 }
 
-/// Removes the socket of a dead server; refuses everything else that is in the way.
+/// Removes the socket of a dead server; any other file at the path is an error.
 fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
     let metadata = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
@@ -220,9 +223,9 @@ fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
     let probe = new_socket().map_err(|errno| BindError::new(path, errno))?;
     match connect(&probe, address) {
         Err(Errno::CONNREFUSED) => {}
-        // A full queue (AGAIN) or another kind of socket (PROTOTYPE) has somebody behind it, too.
+        // A full queue (AGAIN) or another kind of socket (PROTOTYPE) has a running server, too.
         Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => return Err(BindError::InUse(path.to_owned())),
-        // Gone meanwhile.
+        // It was removed meanwhile.
         Err(Errno::NOENT) => return Ok(()),
         Err(errno) => return Err(BindError::new(path, errno)),
     }
@@ -247,8 +250,8 @@ fn directory_of(path: &Path) -> &Path {
     }
 }
 
-/// Our turn in this directory, until the file is closed. Best effort: a directory that cannot be read, or whose lock
-/// somebody keeps, does not stop us.
+/// Locks this directory until the file is closed. Best effort: if the directory cannot be read, or another program keeps
+/// the lock, we go on without it.
 fn lock_directory(path: &Path) -> Result<Option<File>, BindError> {
     let directory = match File::open(directory_of(path)) {
         Ok(directory) => directory,
@@ -274,7 +277,7 @@ pub struct SocketFile {
     armed: bool,
 }
 
-/// Device, inode, and the time of birth where the file system tells it: inode numbers are given out again.
+/// Device, inode, and the time of birth where the file system reports it: inode numbers are reused.
 type Identity = (u64, u64, Option<SystemTime>);
 
 fn identity(path: &Path) -> io::Result<Identity> {
@@ -294,7 +297,7 @@ impl SocketFile {
         Ok(SocketFile { path: std::path::absolute(path)?, identity, armed: true })
     }
 
-    /// The file stays.
+    /// Does not unlink the file when dropped.
     pub(crate) fn keep(mut self) {
         self.armed = false;
     }
