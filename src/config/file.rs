@@ -10,7 +10,8 @@ use std::path::Path;
 use clap::CommandFactory;
 use toml::de::{DeTable, DeValue};
 
-use super::{Args, ConfigError, refuse, strip};
+use super::args::Args;
+use super::{ConfigError, refuse, strip};
 use crate::base::trust;
 
 /// Options that make no sense in a file.
