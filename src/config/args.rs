@@ -95,6 +95,11 @@ pub(super) struct Args {
     #[arg(long, value_name = "unmap|ignore", value_parser = values::discard)]
     discard: Option<Switch>,
 
+    /// The unit that the guest's discards should fill, a power of two from the logical block size to 1G; others are served
+    /// all the same. Windows 11 needs 32K or more [default: the image's medium's]
+    #[arg(long, value_name = "SIZE", value_parser = values::discard_granularity)]
+    discard_granularity: Option<u32>,
+
     /// What if the guest changes a buffer while its write is under way: copy (each write is copied first, except where
     /// the host copies it anyway), detect (changes are counted and told), off, or auto (copy where the medium asks for
     /// buffers that stay as they are) [default: auto]
@@ -191,6 +196,7 @@ impl Args {
         self.check_paths_differ()?;
         let control = self.control()?;
         let scratch = self.scratch()?;
+        let discard_granularity = self.discard_granularity()?;
         Ok(Config {
             listen: self.listen()?,
             backend: self.backend()?,
@@ -202,6 +208,7 @@ impl Args {
             serial: self.serial.unwrap_or_default(),
             logical_block_size: self.logical_block_size,
             discard_unmap: self.discard.is_none_or(|switch| switch.0),
+            discard_granularity,
             stable_writes: self.stable_writes.unwrap_or_default(),
             on_error: self.on_error.unwrap_or_default(),
             poll_max: self.poll_max_ns.unwrap_or_default(),
@@ -226,6 +233,16 @@ impl Args {
             None if self.scratch_size.is_some() => refuse("--scratch-size needs --scratch"),
             None => Ok(None),
         }
+    }
+
+    fn discard_granularity(&self) -> Result<Option<u32>, ConfigError> {
+        if self.discard_granularity.is_some() && self.discard.is_some_and(|switch| !switch.0) {
+            return refuse(
+                "--discard-granularity needs --discard unmap: with --discard ignore the disk offers no discards; leave out \
+                 one of them",
+            );
+        }
+        Ok(self.discard_granularity)
     }
 
     fn control(&self) -> Result<Option<ControlSocket>, ConfigError> {

@@ -56,6 +56,8 @@ pub struct Config {
     pub logical_block_size: Option<u32>,
     /// The guest's discards free space in the image.
     pub discard_unmap: bool,
+    /// Bytes of the unit of discards that the guest is told; `None`: what the image's medium has.
+    pub discard_granularity: Option<u32>,
     /// What is done about guests that change a buffer while its write is under way.
     pub stable_writes: StableWrites,
     /// Which failed requests are kept from the guest until somebody mended the cause.

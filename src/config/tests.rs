@@ -64,6 +64,7 @@ fn defaults() {
             serial: String::new(),
             logical_block_size: None,
             discard_unmap: true,
+            discard_granularity: None,
             stable_writes: StableWrites::Auto,
             on_error: OnError::Enospc,
             poll_max: Duration::ZERO,
@@ -125,6 +126,7 @@ fn every_option() {
             serial: "disk one".into(),
             logical_block_size: Some(4096),
             discard_unmap: false,
+            discard_granularity: None,
             stable_writes: StableWrites::Detect,
             on_error: OnError::Stop,
             poll_max: Duration::from_nanos(32768),
@@ -298,6 +300,10 @@ fn a_wrong_value_is_named_with_its_option_and_what_is_allowed() {
         ("--serial", "a\nb", "at most 20 printable ASCII"),
         ("--logical-block-size", "1024", "512 or 4096"),
         ("--discard", "on", "unmap or ignore"),
+        ("--discard-granularity", "0", "power of two from 512 to 1G"),
+        ("--discard-granularity", "256", "power of two from 512 to 1G"),
+        ("--discard-granularity", "48K", "power of two from 512 to 1G"),
+        ("--discard-granularity", "2G", "power of two from 512 to 1G"),
         ("--stable-writes", "on", "auto, copy, detect or off"),
         ("--sandbox", "paranoid", "on, no-filter or off"),
         ("--locking", "on", "auto, in-use or off"),
@@ -487,4 +493,16 @@ fn help_names_every_option_that_is_not_hidden() {
     }
     let Ok(Invocation::Print(version)) = parse(&["--version"]) else { panic!("--version prints") };
     assert_eq!(version, format!("virtioblkd {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn the_discard_granularity_needs_discards() {
+    for (text, bytes) in [("512", 512), ("32K", 32 << 10), ("1G", 1 << 30)] {
+        assert_eq!(good(&["--discard-granularity", text]).discard_granularity, Some(bytes));
+        let config = good_file(&format!("discard-granularity = \"{text}\""), &LEAST);
+        assert_eq!(config.discard_granularity, Some(bytes));
+    }
+    good(&["--discard-granularity=32K", "--discard=unmap"]);
+    let why = bad(&[LEAST[0], LEAST[1], "--discard-granularity=32K", "--discard=ignore"]);
+    assert!(why.contains("--discard-granularity needs --discard unmap"), "{why}");
 }

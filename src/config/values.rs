@@ -198,6 +198,17 @@ pub(super) fn logical_block_size(text: &str) -> Result<u32, String> {
     }
 }
 
+/// One discard may have 1 GiB, and a larger unit would never be filled.
+const MAX_DISCARD_GRANULARITY: u64 = 1 << 30;
+
+pub(super) fn discard_granularity(text: &str) -> Result<u32, String> {
+    crate::base::units::bytes(text)
+        .ok()
+        .filter(|size| size.is_power_of_two() && (SECTOR..=MAX_DISCARD_GRANULARITY).contains(size))
+        .and_then(|size| u32::try_from(size).ok())
+        .ok_or_else(|| "use a power of two from 512 to 1G, such as 32K".to_string())
+}
+
 pub(super) fn log_level(text: &str) -> Result<LevelFilter, String> {
     match text {
         "error" => Ok(LevelFilter::Error),

@@ -13,7 +13,6 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::hand_over::Requests;
 use super::{Control, Served, ServerError, hand_over};
-use crate::backend::Backend;
 use crate::backend::bounce_pool::BouncePool;
 use crate::backend::file::{FileBackend, FileOptions, OpenError, prepare_io_urings};
 use crate::backend::mem::{MemBackend, MemOptions};
@@ -22,6 +21,7 @@ use crate::backend::point_in_time::{self, CopyDirectory, PointInTime};
 use crate::backend::rbd::{RbdBackend, RbdOptions, RbdQuiesce};
 use crate::backend::slow::SlowBackend;
 use crate::backend::stable::StableBackend;
+use crate::backend::{Backend, Geometry};
 use crate::base::unix_listener::MORE_DESCRIPTORS;
 use crate::config::{BackendKind, Config};
 use crate::control::{self, ImageNotices};
@@ -54,6 +54,7 @@ pub(super) fn open(
     let events = Arc::new(events);
     let depot = BouncePool::new(BouncePool::DEFAULT_BYTES);
     let image = open_backend(config, &depot)?;
+    check_discard_granularity(config, &image.geometry())?;
     let queues = with_io_urings(config, affordable(config.num_queues))?;
     // Copies of an instant in front: see the head of backend::stable for the order.
     let stable = StableBackend::new(image, config.stable_writes, depot, events.clone());
@@ -108,6 +109,22 @@ pub(super) fn open(
         Ok(Box::new(server) as Box<dyn Control>)
     });
     Ok(Opened { served, start_control })
+}
+
+/// A unit smaller than a block could not be discarded (virtio 1.3, 5.2.6).
+fn check_discard_granularity(config: &Config, geometry: &Geometry) -> Result<(), String> {
+    let Some(granularity) = config.discard_granularity else { return Ok(()) };
+    if granularity < geometry.logical_block {
+        return Err(format!(
+            "--discard-granularity {granularity} is smaller than the image's logical blocks of {} bytes: use that or a \
+             multiple by a power of two",
+            geometry.logical_block
+        ));
+    }
+    if geometry.discard.is_none() {
+        log::warn!("--discard-granularity has no effect: this image takes no discards from its guest");
+    }
+    Ok(())
 }
 
 /// Descriptors that a ring needs: three of the front-end's, its wake-ups, the image, an io_uring. Somewhat rounded up.
@@ -176,7 +193,12 @@ fn open_file(config: &Config, path: &Path, memory: &Arc<BouncePool>) -> Result<F
 
 /// The choices that are not in [`DeviceOptions`], those of tests among them.
 fn tuning(config: &Config) -> Tuning {
-    let mut tuning = Tuning { on_error: config.on_error, poll_max: config.poll_max, ..Tuning::default() };
+    let mut tuning = Tuning {
+        on_error: config.on_error,
+        poll_max: config.poll_max,
+        discard_granularity: config.discard_granularity,
+        ..Tuning::default()
+    };
     if let BackendKind::Slow { forgets: true, .. } = config.backend {
         tuning.protocol_features.remove(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
     }

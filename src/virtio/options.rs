@@ -28,6 +28,9 @@ pub struct Tuning {
     pub on_error: OnError,
     /// How long a worker polls for work before it sleeps, at most. Zero: it sleeps at once.
     pub poll_max: Duration,
+    /// The granularity of discards that the guest sees, in bytes. `None`: the back-end's. Discards that do not fill it are
+    /// served like any other.
+    pub discard_granularity: Option<u32>,
     /// The protocol features that may be offered. Tests leave out INFLIGHT_SHMFD, to show that they would notice.
     pub protocol_features: VhostUserProtocolFeatures,
 }
@@ -38,6 +41,7 @@ impl Default for Tuning {
             stall_after: Duration::from_secs(10),
             on_error: OnError::Report,
             poll_max: Duration::ZERO,
+            discard_granularity: None,
             protocol_features: VhostUserProtocolFeatures::all(),
         }
     }

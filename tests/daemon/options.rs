@@ -54,6 +54,7 @@ fn help_names_every_option() {
         "--serial",
         "--logical-block-size",
         "--discard",
+        "--discard-granularity",
         "--locking",
         "--socket-mode",
         "--socket-group",

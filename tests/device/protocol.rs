@@ -619,6 +619,38 @@ fn config_space_cannot_be_written() {
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
 }
 
+/// Windows 11 trims nothing where the unit is 4 KiB. The unit is advice: a discard that does not fill it is carried out.
+#[test]
+fn the_discard_granularity_is_shown_and_discards_need_not_fill_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.img");
+    std::fs::write(&image, vec![7; 256 << 10]).unwrap();
+    let backend = FileBackend::open(&FileOptions {
+        logical_block_size: Some(512),
+        ..FileOptions::new(&image, CacheMode::Writeback.into())
+    });
+    let backend = Arc::new(backend.unwrap());
+    let options = DeviceOptions { mode: CacheMode::Writeback, num_queues: 1, queue_size: 64, serial: String::new() };
+    for granularity in [512, 32 << 10, 1 << 20] {
+        let tuning = Tuning { discard_granularity: Some(granularity), ..Tuning::default() };
+        let rig = Rig::tuned(backend.clone(), &options, &tuning);
+        let mut guest = FrontEnd::connect(&rig.path, 1, 64, ALL);
+        let config = guest.config(60);
+        let le32 = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+        assert_eq!(le32(44), granularity / 512, "discard_sector_alignment");
+        assert_eq!(u64::from(le32(36)) * 512, 1 << 30, "max_discard_sectors is the back-end's");
+        assert_eq!(guest.write(0, 0, &vec![7; 256 << 10]), OK);
+        // Blocks 5 to 20 of 4 KiB: neither end is a multiple of 32 KiB.
+        assert_eq!(guest.range(0, DISCARD, 40, 128, 0), OK);
+        let (status, data) = guest.read(0, 0, 256 << 10);
+        assert_eq!(status, OK);
+        for (block, bytes) in data.chunks(4096).enumerate() {
+            let expected = if (5..21).contains(&block) { 0 } else { 7 };
+            assert!(bytes.iter().all(|byte| *byte == expected), "{granularity}: block {block}");
+        }
+    }
+}
+
 #[test]
 fn read_only_is_shown_and_kept() {
     let rig = rig_with(CacheMode::None, |options| options.read_only = true);

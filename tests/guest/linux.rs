@@ -254,6 +254,7 @@ const FILESYSTEM_JOB: &str = r#"
 fail() { echo "$*"; exit 1; }
 cat /sys/block/vda/ro /sys/block/vdb/ro /sys/block/vdc/ro
 cat /sys/block/vda/queue/logical_block_size /sys/block/vdc/queue/logical_block_size
+cat /sys/block/vda/queue/discard_granularity /sys/block/vdc/queue/discard_granularity
 
 dd if=/dev/zero of=/dev/vdb bs=4k count=1 2>/tmp/error && fail "a read-only disk took a write"
 dd if=/dev/vdb bs=4k count=1 2>/dev/null | tr -d '\0' | grep -q "read me" || fail "a read-only disk cannot be read"
@@ -292,14 +293,14 @@ fn ext4_discard_read_only_and_large_sectors() {
     fs::write(&read_only, &read_me).expect("room");
     let a = Server::start(&ordinary, CacheMode::Writeback, &["--discard", "unmap"]);
     let b = Server::start(&read_only, CacheMode::Writeback, &["--read-only"]);
-    let c = Server::start(&large, CacheMode::None, &["--logical-block-size", "4096"]);
+    let c = Server::start(&large, CacheMode::None, &["--logical-block-size", "4096", "--discard-granularity", "32K"]);
     let mut vm = qemu::linux(1, FILESYSTEM_JOB)
         .vhost_user_disk(&a.socket(), "")
         .vhost_user_disk(&b.socket(), "")
         .vhost_user_disk(&c.socket(), "")
         .start();
 
-    assert_eq!(vm.until_asked("full"), ["0", "1", "0", "512", "4096"]);
+    assert_eq!(vm.until_asked("full"), ["0", "1", "0", "512", "4096", "4096", "32768"]);
     let full = oracle::allocated(&ordinary);
     assert!(full >= 24 * MIB, "24 MiB of random bytes take {full} bytes");
     vm.go();

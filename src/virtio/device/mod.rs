@@ -60,7 +60,10 @@ impl Device {
         events: Arc<Events>,
         tuning: &Tuning,
     ) -> Arc<Self> {
-        let geometry = backend.geometry();
+        let mut geometry = backend.geometry();
+        if let (Some(limits), Some(granularity)) = (&mut geometry.discard, tuning.discard_granularity) {
+            limits.granularity = granularity;
+        }
         let policy = options.mode.into();
         let mut serial = [0; ID_BYTES];
         for (to, from) in serial.iter_mut().zip(options.serial.bytes()) {
