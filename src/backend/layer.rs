@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Backend, BufferUse, Errno, Geometry, IoQueue, Notices};
+use super::{Backend, BufferUse, Errno, Geometry, ImageEnds, IoQueue, Notices};
 use crate::disk::{ImageSnapshots, ImageStatus};
 
 /// What a layer says itself. Whoever implements it is a [`Backend`].
@@ -70,6 +70,10 @@ impl<L: Layer> Backend for L {
 
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         self.image().next_data(offset)
+    }
+
+    fn ends(&self) -> io::Result<ImageEnds> {
+        self.image().ends()
     }
 
     fn buffer_use(&self) -> BufferUse {

@@ -18,6 +18,7 @@ pub mod bounce_pool;
 pub mod buffer;
 mod eventfd_poll;
 pub mod file;
+pub(crate) mod image_format;
 pub mod layer;
 mod mailbox;
 pub mod mem;
@@ -40,6 +41,7 @@ use crate::disk::{ImageSnapshots, ImageStatus};
 pub use crate::engine::Errno;
 pub use blocking::{BlockingCall, Caller};
 pub use buffer::IoBuf;
+pub use image_format::ImageEnds;
 pub use notices::{Notices, QuiesceAsk};
 pub use stable::BufferUse;
 
@@ -214,6 +216,12 @@ pub trait Backend: Send + Sync {
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         let size = self.geometry().size;
         Ok((offset < size).then_some((offset, size)))
+    }
+
+    /// The image's first and last bytes, which show whether it has another format than raw; empty where it has none. Reads
+    /// a few KiB, and may block for as long as the image's storage hangs; a thread of its own.
+    fn ends(&self) -> io::Result<ImageEnds> {
+        Ok(ImageEnds::default())
     }
 
     /// How what is below reads the buffer of a write. Called once, by whoever puts the parts together.

@@ -7,7 +7,7 @@ use clap::Parser;
 use log::LevelFilter;
 
 use super::rbd::{self, RbdArgs};
-use super::values::{self, Mode, Switch};
+use super::values::{self, Mode, RawFormat, Switch};
 use super::{BackendKind, Config, ConfigError, ControlSocket, Listen, refuse};
 use crate::backend::file::Locking;
 use crate::backend::point_in_time::ScratchOptions;
@@ -48,6 +48,11 @@ pub(super) struct Args {
     /// The raw image: a file or a block device
     #[arg(long, value_name = "PATH")]
     blk_file: Option<PathBuf>,
+
+    /// The image's format: only raw images are served. Said explicitly, an image that looks like another format (a guest can
+    /// write such a header) is not warned of
+    #[arg(long, value_name = "raw", value_parser = values::format)]
+    format: Option<RawFormat>,
 
     /// Refuse writes, and tell the guest
     #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
@@ -200,6 +205,7 @@ impl Args {
         Ok(Config {
             listen: self.listen()?,
             backend: self.backend()?,
+            is_raw: self.format.is_some(),
             read_only: self.read_only.is_some_and(|switch| switch.0),
             cache: self.cache.unwrap_or_default(),
             control,

@@ -39,6 +39,8 @@ pub struct Config {
     pub listen: Listen,
     /// What stands behind the disk.
     pub backend: BackendKind,
+    /// The user said that the image is raw, whatever it looks like.
+    pub is_raw: bool,
     /// Writes are refused, and the guest is told so.
     pub read_only: bool,
     /// When a write is acknowledged and what a flush does.

@@ -56,6 +56,7 @@ fn defaults() {
         Config {
             listen: Listen::Path { path: "/run/d.sock".into(), mode: 0o600, group: None },
             backend: BackendKind::File("/d.img".into()),
+            is_raw: false,
             read_only: false,
             cache: CacheMode::None,
             control: None,
@@ -84,6 +85,7 @@ fn defaults() {
 #[test]
 fn every_option() {
     let config = good(&[
+        "--format=raw",
         "--read-only",
         "--cache=directsync",
         "--control-path",
@@ -118,6 +120,7 @@ fn every_option() {
         Config {
             listen: Listen::Path { path: "/run/d.sock".into(), mode: 0o666, group: Some("kvm".into()) },
             backend: BackendKind::File("/d.img".into()),
+            is_raw: true,
             read_only: true,
             cache: CacheMode::Directsync,
             control: Some(ControlSocket { path: "/run/c.sock".into(), mode: 0o660, others: Access::ReadOnly }),
@@ -299,6 +302,7 @@ fn a_wrong_value_is_named_with_its_option_and_what_is_allowed() {
         ("--serial", "gr\u{fc}n", "at most 20 printable ASCII"),
         ("--serial", "a\nb", "at most 20 printable ASCII"),
         ("--logical-block-size", "1024", "512 or 4096"),
+        ("--format", "qcow2", "qemu-img convert -f qcow2 -O raw"),
         ("--discard", "on", "unmap or ignore"),
         ("--discard-granularity", "0", "power of two from 512 to 1G"),
         ("--discard-granularity", "256", "power of two from 512 to 1G"),

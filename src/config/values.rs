@@ -15,6 +15,10 @@ use crate::sandbox::Level;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Switch(pub bool);
 
+/// `raw`, the only format that is served.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RawFormat;
+
 /// Permission bits.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Mode(pub u32);
@@ -49,6 +53,16 @@ pub(super) fn truth(text: &str) -> Result<Switch, String> {
 
 pub(super) fn discard(text: &str) -> Result<Switch, String> {
     switch(text, "unmap", "ignore")
+}
+
+pub(super) fn format(text: &str) -> Result<RawFormat, String> {
+    match text {
+        "raw" => Ok(RawFormat),
+        other => Err(format!(
+            "only raw images are served: convert it (qemu-img convert -f {other} -O raw IMAGE NEW) and serve NEW, with \
+             --format raw or without"
+        )),
+    }
 }
 
 pub(super) fn locking(text: &str) -> Result<Locking, String> {

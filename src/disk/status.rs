@@ -49,6 +49,9 @@ pub struct DiskStatus {
     pub sync_failed: bool,
     /// The number of copies that are over and still have a thread that waits for the image or the target.
     pub copies_ending: u64,
+    /// The format that the image has by its header or footer, as `qemu-img` calls it, although it is served as raw.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detected_format: Option<&'static str>,
     /// The status of the image.
     #[serde(flatten)]
     pub image_status: ImageStatus,

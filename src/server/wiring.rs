@@ -15,6 +15,7 @@ use super::hand_over::Requests;
 use super::{Control, Served, ServerError, hand_over};
 use crate::backend::bounce_pool::BouncePool;
 use crate::backend::file::{FileBackend, FileOptions, OpenError, prepare_io_urings};
+use crate::backend::image_format::FormatCheck;
 use crate::backend::mem::{MemBackend, MemOptions};
 use crate::backend::null::NullBackend;
 use crate::backend::point_in_time::{self, CopyDirectory, PointInTime};
@@ -70,8 +71,10 @@ pub(super) fn open(
         queue_size: config.queue_size,
         serial: config.serial.clone(),
     };
+    let format = Arc::new(FormatCheck::default());
     let device = Device::with_tuning(backend.clone(), &options, events.clone(), &tuning(config));
-    let disk: Arc<dyn Disk> = Arc::new(CopiedDisk { disk: Box::new(device.disk()), copies: backend.clone() });
+    let disk: Arc<dyn Disk> =
+        Arc::new(CopiedDisk { disk: Box::new(device.disk()), copies: backend.clone(), format: format.clone() });
     let info = control::Info { vhost_socket: config.listen.to_string(), command_line: hand_over::command_line() };
     let notices = ImageNotices::new().map_err(|error| ServerError::System("cannot make an eventfd", error))?;
     let (store_timeout, attended) = match &config.backend {
@@ -82,7 +85,9 @@ pub(super) fn open(
     let others = config.control.as_ref().map(|control| control.others).unwrap_or_default();
     let max_hold = config.max_hold;
     let resized = device.clone();
-    let served = Arc::new(ServedDisk { backend: backend.clone(), device, notices: notices.clone() });
+    let is_raw = config.is_raw;
+    let served =
+        Arc::new(ServedDisk { backend: backend.clone(), device, notices: notices.clone(), format: format.clone() });
     let start_control: StartControl = Box::new(move |listener, quit, requests| {
         let (under_way, leaving) = (requests.under_way.clone(), requests.leaving.clone());
         let upgrade = control::Upgrade {
@@ -106,6 +111,9 @@ pub(super) fn open(
         let server = control::Server::start(listener, setup)?;
         // When somebody answers, and before the first front-end.
         backend.start_notices(notices);
+        if !is_raw {
+            format.start(backend);
+        }
         Ok(Box::new(server) as Box<dyn Control>)
     });
     Ok(Opened { served, start_control })
@@ -126,6 +134,9 @@ fn check_discard_granularity(config: &Config, geometry: &Geometry) -> Result<(),
     }
     Ok(())
 }
+
+/// How long the end waits for a look at the image's format.
+const FORMAT_CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Descriptors that a ring needs: three of the front-end's, its wake-ups, the image, an io_uring. Somewhat rounded up.
 const DESCRIPTORS_PER_RING: u64 = 14;
@@ -184,6 +195,7 @@ fn open_file(config: &Config, path: &Path, memory: &Arc<BouncePool>) -> Result<F
         read_only: config.read_only,
         logical_block_size: config.logical_block_size,
         discard_unmap: config.discard_unmap,
+        is_raw: config.is_raw,
         memory: memory.clone(),
         locking: config.locking,
         lock_later: config.take_over.is_some(),
@@ -210,6 +222,7 @@ struct ServedDisk {
     backend: Arc<PointInTime>,
     device: Arc<Device>,
     notices: Arc<ImageNotices>,
+    format: Arc<FormatCheck>,
 }
 
 impl Served for ServedDisk {
@@ -257,6 +270,8 @@ impl Served for ServedDisk {
         // back-end cannot stop before.
         self.notices.close();
         self.backend.stop_notices();
+        // The image is let go by main, unless it hangs.
+        self.format.wait(FORMAT_CHECK_TIMEOUT);
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -276,6 +291,7 @@ impl Served for ServedDisk {
 struct CopiedDisk {
     disk: Box<dyn Disk>,
     copies: Arc<PointInTime>,
+    format: Arc<FormatCheck>,
 }
 
 impl Disk for CopiedDisk {
@@ -288,7 +304,7 @@ impl Disk for CopiedDisk {
     }
 
     fn status(&self) -> DiskStatus {
-        DiskStatus { copies_ending: self.copies.ending(), ..self.disk.status() }
+        DiskStatus { copies_ending: self.copies.ending(), detected_format: self.format.found(), ..self.disk.status() }
     }
 
     fn continue_io(&self) -> u64 {

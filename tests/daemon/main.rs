@@ -3,6 +3,7 @@
 
 mod copies;
 mod hung_target;
+mod image_format;
 mod life_cycle;
 mod log_unread;
 mod options;

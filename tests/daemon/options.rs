@@ -43,6 +43,7 @@ fn help_names_every_option() {
         "--socket-path",
         "--fd",
         "--blk-file",
+        "--format",
         "--read-only",
         "--print-capabilities",
         "--cache",

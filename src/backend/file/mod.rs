@@ -5,6 +5,7 @@ mod change_counter;
 mod device_stack;
 mod geometry;
 mod helper_thread;
+mod image_ends;
 mod immediate;
 mod lock;
 mod mailbox;
@@ -27,7 +28,7 @@ pub use open::OpenError;
 use super::bounce_pool::BouncePool;
 use super::sticky_error::StickyError;
 use super::uring::Submission;
-use super::{Backend, BufferUse, DurableWrite, Errno, Geometry, IoQueue};
+use super::{Backend, BufferUse, DurableWrite, Errno, Geometry, ImageEnds, IoQueue};
 use crate::engine::CachePolicy;
 use change_counter::ChangeCounter;
 use geometry::{Alignment, Storage};
@@ -61,6 +62,8 @@ pub struct FileOptions {
     pub logical_block_size: Option<u32>,
     /// Pass discards on, and let write-zeroes deallocate.
     pub discard_unmap: bool,
+    /// The user said that the image is raw (`--format raw`), whatever it looks like.
+    pub is_raw: bool,
     /// QEMU's image locks.
     pub locking: Locking,
     /// Another process has the image, and gives its locks up later: then [`Backend::take_over`] takes them.
@@ -89,6 +92,7 @@ impl FileOptions {
             read_only: false,
             logical_block_size: None,
             discard_unmap: true,
+            is_raw: false,
             locking: Locking::Auto,
             lock_later: false,
             durable_writes: policy.opens_direct(),
@@ -270,6 +274,10 @@ impl Backend for FileBackend {
             Err(Errno::INVAL | Errno::NOTSUP) => Ok(Some((offset, size))),
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn ends(&self) -> io::Result<ImageEnds> {
+        image_ends::read(self.shared.fd.as_fd(), self.geometry().size, self.shared.align)
     }
 
     fn describe(&self) -> String {

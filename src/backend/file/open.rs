@@ -9,8 +9,8 @@ use rustix::fs::{FileType, Mode, OFlags, fstat, stat};
 
 use super::geometry::{self, MediumLimits};
 use super::lock::{LockError, lock_image};
-use super::{FileOptions, Locking};
-use crate::backend::uring;
+use super::{FileOptions, Locking, image_ends};
+use crate::backend::{image_format, uring};
 
 /// Why an image cannot be served: the thing, the cause and the mend in one line.
 #[derive(Debug)]
@@ -27,6 +27,17 @@ impl fmt::Display for OpenError {
 }
 
 impl std::error::Error for OpenError {}
+
+impl OpenError {
+    /// The same failure of an image that has another format than raw, which is the cause then.
+    fn of_another_format(mut self, format: Option<&str>) -> OpenError {
+        if let Some(format) = format {
+            self.cause += &format!(", and {}", image_format::finding(format));
+            self.mend = format!("{}; or {} if it is raw all the same", image_format::conversion(format), self.mend);
+        }
+        self
+    }
+}
 
 /// An image that passed every check.
 pub(super) struct Opened {
@@ -55,7 +66,11 @@ pub(super) fn open(options: &FileOptions) -> Result<Opened, OpenError> {
     }
     let medium = if is_device { geometry::of_device(fd.as_fd()) } else { geometry::of_file(fd.as_fd()) };
     let medium = medium.map_err(ask)?;
-    let logical_block = check_shape(options, &medium, is_device)?;
+    let logical_block = check_shape(options, &medium, is_device).map_err(|error| match options.is_raw {
+        // An image of another format need not be whole blocks, and rounding it up would spoil it.
+        false => error.of_another_format(image_ends::format_in_time(path, fd.as_fd(), medium.size)),
+        true => error,
+    })?;
     uring::probe().map_err(|error| fail(path, "the kernel gives us no way to do I/O".into(), &error.to_string()))?;
     Ok(Opened { fd, flags, is_device, medium, logical_block })
 }

@@ -36,7 +36,9 @@ pub use name::RbdName;
 pub use open::OpenError;
 
 use super::sticky_error::StickyError;
-use super::{Backend, BufferUse, Errno, Geometry, IoQueue, Notices};
+use super::{
+    Backend, BufferUse, Completion, Errno, Geometry, ImageEnds, IoBuf, IoQueue, Notices, Op, OpId, image_format,
+};
 use crate::disk::{ImageSnapshots, ImageStatus, RbdStatus};
 use crate::engine::CacheMode;
 use data_map::DataMap;
@@ -293,6 +295,28 @@ impl Backend for RbdBackend {
         }
         let object = u64::from(self.shared.geometry.opt_io).max(data_map::MIN_OBJECT);
         Ok(self.data_map.next(&self.shared, offset, size, object))
+    }
+
+    fn ends(&self) -> io::Result<ImageEnds> {
+        let size = self.geometry().size;
+        let mut queue = RbdQueue::open(Arc::clone(&self.shared), 1)?;
+        let mut piece = |offset: u64, len: u64| -> io::Result<Vec<u8>> {
+            let len = usize::try_from(len).expect("a few KiB");
+            let pushed = queue.push(Op::Read { offset, buf: IoBuf::owned(len, 4096, 0) }, OpId(offset));
+            pushed.map_err(|_| io::Error::other("the queue is full"))?;
+            let mut done = Vec::new();
+            while done.is_empty() {
+                queue.wait(None)?;
+                queue.reap(&mut done);
+            }
+            let Completion { result, buf, .. } = done.remove(0);
+            result.map_err(io_error)?;
+            let mut bytes = vec![0; len];
+            buf.expect("a read hands its buffer back").copy_to(0, &mut bytes);
+            Ok(bytes)
+        };
+        let tail = size.min(image_format::TAIL as u64);
+        Ok(ImageEnds { head: piece(0, size.min(image_format::HEAD as u64))?, tail: piece(size - tail, tail)? })
     }
 
     fn describe(&self) -> String {

@@ -69,6 +69,14 @@ pub fn status(status: &Value) -> String {
     let read_only = if status["read-only"] == true { ", read-only" } else { "" };
     line("image", clean(&status["image"]));
     line("", format!("{}, {}-byte blocks{read_only}", bytes(number(&status["size"])), status["logical-block-size"]));
+    if !status["detected-format"].is_null() {
+        let format = clean(&status["detected-format"]);
+        line(
+            "WARNING",
+            format!("it is an image of the format {format} by its header or footer, and served as raw: convert it"),
+        );
+        line("", "with qemu-img, or say --format raw if the guest itself wrote that".into());
+    }
     if !status["trouble"].is_null() {
         line("TROUBLE", format!("{}: {}", clean(&status["trouble"]), clean(&status["trouble-detail"])));
     }

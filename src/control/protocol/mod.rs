@@ -72,6 +72,9 @@
 //! `slowed-seconds` (a change of the guest waited for old data to be saved), `sha256`, `error` and `ending` (it is over, and
 //! its thread still waits for the target). `query-status` has the number of these in `copies-ending`.
 //!
+//! `query-status` has `detected-format` (as `qemu-img` calls it) where the image is of another format than raw by its header
+//! or footer. It is served as raw all the same, since a guest can write such a header; with `--format raw` nobody looks.
+//!
 //! | event | data |
 //! | --- | --- |
 //! | `QUIESCED` | a hold was granted: `token`, `who`, `pid`, `uid`, `detached`, `lease-ms`, `holders` and the figures |

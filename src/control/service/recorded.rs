@@ -69,6 +69,7 @@ impl Disk for FixedDisk {
             last_errors: vec![LastError { what: "write failed".into(), when: 1_700_000_000, times: 2 }],
             sync_failed: true,
             copies_ending: 1,
+            detected_format: None,
             image_status: image_status(),
         }
     }

@@ -395,6 +395,7 @@ impl Disk for Arc<Rings> {
         let durable = policy.syncs_each_write(acked.is_none_or(features::driver_can_flush));
         DiskStatus {
             copies_ending: 0,
+            detected_format: None,
             image: self.backend.describe(),
             image_path: self.backend.path().map(|path| path.display().to_string()),
             image_path_b64: self.backend.path().and_then(|path| match path.to_str() {
