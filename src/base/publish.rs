@@ -40,6 +40,15 @@ fn rename(file: BorrowedFd<'_>, directory: BorrowedFd<'_>, partial: &OsStr, name
     if names(file, directory, name)? { Ok(()) } else { Err(other_file()) }
 }
 
+/// Why `partial` was left behind by [`publish`], and what to do about it: another file of that name is not ours, and may be
+/// a disk's image.
+pub(crate) fn left_behind(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(_) => format!("is left behind ({error}); remove it by hand"),
+        None => format!("was left alone: {error}"),
+    }
+}
+
 /// Removes the name `partial`, if it still is the file's.
 fn remove(file: BorrowedFd<'_>, directory: BorrowedFd<'_>, partial: &OsStr) -> io::Result<()> {
     if names(file, directory, partial)? {

@@ -217,7 +217,7 @@ fn carry_out(channel: &Channel) -> io::Result<()> {
             (Order::Clone, _) => ioctl_ficlone(target, source).map_err(io::Error::from),
             _ => return Err(io::ErrorKind::InvalidData.into()),
         },
-        (Order::Remove(path), [file]) => remove_here(&path, file),
+        (Order::Remove(path), [file]) => remove_own(path.as_ref(), file),
         _ => return Err(io::ErrorKind::InvalidData.into()),
     };
     let errno = done.err().map(|error| error.raw_os_error().unwrap_or(libc::EIO));
@@ -225,8 +225,8 @@ fn carry_out(channel: &Channel) -> io::Result<()> {
 }
 
 /// Removes the file, unless it is gone or another one has its name.
-fn remove_here(path: &OsString, file: &OwnedFd) -> io::Result<()> {
-    let file = File::from(file.try_clone()?).metadata()?;
+pub fn remove_own(path: &std::path::Path, file: &impl AsFd) -> io::Result<()> {
+    let file = File::from(file.as_fd().try_clone_to_owned()?).metadata()?;
     match std::fs::symlink_metadata(path) {
         Ok(named) if (named.dev(), named.ino()) == (file.dev(), file.ino()) => std::fs::remove_file(path),
         Ok(_) => Ok(()),

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use super::cloner::{self, Cloner, Outcome};
 use super::disks::{Disk, interrupted};
 use super::wait::{Stop, Wake, wait};
-use crate::base::publish::publish;
+use crate::base::publish::{left_behind, publish};
 use crate::base::syscalls;
 use crate::control::client::Failure;
 
@@ -78,7 +78,8 @@ impl Target {
         let file = file.map_err(|error| {
             let mend = match error.kind() {
                 io::ErrorKind::AlreadyExists => {
-                    ": another snapshot makes it, or one that was killed left it: remove it"
+                    ": another snapshot makes it, one that was killed left it, or it is another file, such as a disk's \
+                     image: choose another name, or remove it if you know that it is what a snapshot left"
                 }
                 io::ErrorKind::NotFound => ": make its directory",
                 _ => "",
@@ -87,7 +88,7 @@ impl Target {
         })?;
         let cloner = Cloner::start(&source, &file).map_err(|error| {
             // Nothing else has the file yet.
-            let _ = fs::remove_file(&partial);
+            let _ = cloner::remove_own(&partial, &file);
             failed("internal", format!("the process that clones cannot be started: {error}"))
         })?;
         let extents = syscalls::extents(source.as_fd(), u64::MAX).ok();
@@ -204,10 +205,7 @@ impl Target {
             let left = publish(self.file.as_fd(), directory.as_fd(), partial, name)
                 .map_err(|error| failed("cannot be given its name", error))?;
             if let Some(error) = left {
-                crate::base::logging::say(format_args!(
-                    "'{}.partial' is left behind: {error}; remove it",
-                    path.display()
-                ));
+                crate::base::logging::say(format_args!("'{}.partial' {}", path.display(), left_behind(&error)));
             }
         }
         self.made = Some(path.clone());
@@ -270,7 +268,7 @@ impl Drop for Target {
                     self.cloner.pid()
                 ));
             }
-        } else if let Err(error) = fs::remove_file(&made) {
+        } else if let Err(error) = cloner::remove_own(&made, &self.file) {
             crate::base::logging::say(format_args!(
                 "'{}', which is no snapshot, cannot be removed: {error}",
                 made.display()

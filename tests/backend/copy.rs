@@ -762,6 +762,39 @@ fn targets_that_cannot_be_are_refused() {
     assert_eq!(std::fs::read(dir.join("there")).expect("the file"), b"precious");
 }
 
+/// The image may have the name that a copy has until it is complete. To remove it would cost the guest its disk.
+#[test]
+fn an_image_with_a_partial_files_name_stays() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| dir.path().join(name);
+    std::fs::write(path("disk.img.partial"), vec![7; 1 << 20]).expect("an image");
+    std::os::unix::fs::symlink(path("disk.img.partial"), path("linked.partial")).expect("a link");
+    std::os::unix::fs::symlink(path("disk.img.partial"), path("image")).expect("a link");
+    for image in ["disk.img.partial", "image"] {
+        let file = FileBackend::open(&FileOptions::new(path(image), CacheMode::Writeback.into())).expect("an image");
+        let disk = PointInTime::new(Arc::new(file), Arc::new(Events::new().expect("events")));
+        for target in ["disk.img", "linked"] {
+            let options = CopyOptions { target: path(target), bandwidth: 0, digest: false };
+            let why = disk.prepare(&options).expect_err("the image is there");
+            assert!(why.message.contains("this disk's image") && why.message.contains("another target"), "{why:?}");
+            assert!(!why.message.contains("remove"), "{why:?}");
+        }
+    }
+    assert_eq!(std::fs::read(path("disk.img.partial")).expect("the image"), vec![7; 1 << 20]);
+}
+
+#[test]
+fn a_file_put_in_the_partial_files_place_is_not_removed() {
+    let (world, _) = World::mem(CompletionOrder::InOrder, Tuning::default());
+    let copy = world.prepare(0);
+    let partial = world.dir.path().join("copy.img.partial");
+    std::fs::rename(&partial, world.dir.path().join("elsewhere")).expect("moved");
+    std::fs::write(&partial, "another disk").expect("a file");
+    world.disk.cancel(&copy).expect("cancelled");
+    assert_eq!(world.wait_ended(&copy).state, "cancelled");
+    assert_eq!(std::fs::read(&partial).expect("not ours to remove"), b"another disk");
+}
+
 /// Even if the caller forgets to hold the disk still, no instant is torn.
 #[test]
 fn a_start_with_a_write_in_flight_is_refused() {

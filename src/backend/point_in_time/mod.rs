@@ -280,7 +280,7 @@ impl PointInTime {
             message: format!("no memory to copy an image of {size} bytes ({error}); give the daemon more"),
         })?;
         let started = |liveness| self.targets.lock().expect("no panic while held").push((number, liveness));
-        let (target, links) = TargetHandle::create(options, size, &self.shared.tuning, started)?;
+        let (target, links) = TargetHandle::create(options, (size, self.image.path()), &self.shared.tuning, started)?;
         let copy = Arc::new(Copy::new(number, size, options, target, wake, Arc::clone(&self.shared), saved));
         self.start_threads(&copy, links).map_err(|error| {
             copy.abandon();

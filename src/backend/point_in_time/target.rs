@@ -1,6 +1,6 @@
 //! The file that a copy is written to: PATH.partial until it is complete, then PATH. It never replaces an existing file.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use super::CopyDirectory;
-use crate::base::publish::publish;
+use crate::base::publish::{left_behind, publish};
 use crate::disk::CopyError;
 
 /// The suffix of the name of a copy that is not complete.
@@ -24,12 +24,20 @@ pub(super) struct Target {
     directory: OwnedFd,
     name: OsString,
     partial: OsString,
+    /// What was created, to know it again: device and inode.
+    created: (u64, u64),
 }
 
 impl Target {
-    /// Creates the partial file as a hole of `size` bytes. Fails, with code `target`, when the path exists already, the
-    /// directory cannot be written, or the file system cannot hold a file of this size.
-    pub(super) fn create(path: &Path, size: u64, directories: &[CopyDirectory]) -> Result<(Target, File), CopyError> {
+    /// Creates the partial file as a hole of `size` bytes. `image`: the disk's image file, if it has one. Fails, with code
+    /// `target`, when the path exists already, the directory cannot be written, or the file system cannot hold a file of
+    /// this size.
+    pub(super) fn create(
+        path: &Path,
+        size: u64,
+        image: Option<&Path>,
+        directories: &[CopyDirectory],
+    ) -> Result<(Target, File), CopyError> {
         let Some(name) = path.file_name().filter(|_| path.is_absolute()) else {
             return Err(refused(path, "this is not the absolute path of a file", "give the new file's absolute path"));
         };
@@ -43,7 +51,7 @@ impl Target {
             .map_err(|error| denied(path, error, directories))?;
         let mut partial = name.to_os_string();
         partial.push(PARTIAL);
-        let target = Target { path: path.into(), directory, name: name.into(), partial };
+        let mut target = Target { path: path.into(), directory, name: name.into(), partial, created: (0, 0) };
         match rustix::fs::statat(&target.directory, &target.name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => {}
             Err(error) => return Err(denied(path, error, directories)),
@@ -55,8 +63,10 @@ impl Target {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         // Mode 0600: the file holds the guest's data, which other users must not read.
         let file = rustix::fs::openat(&target.directory, &target.partial, flags, Mode::RUSR | Mode::WUSR)
-            .map_err(|error| target.cannot_open(error, directories))?;
+            .map_err(|error| target.cannot_open(error, image, directories))?;
         let file = File::from(file);
+        let created = rustix::fs::fstat(&file).map_err(|error| denied(path, error, directories))?;
+        target.created = (created.st_dev, created.st_ino);
         if let Err(error) = file.set_len(size) {
             let left = target.remove_partial().err().map_or(String::new(), |why| format!("; {why}"));
             let cause = format!("its file system refuses a file of {size} bytes ({error})");
@@ -65,12 +75,19 @@ impl Target {
         Ok((target, file))
     }
 
-    fn cannot_open(&self, error: Errno, directories: &[CopyDirectory]) -> CopyError {
+    fn cannot_open(&self, error: Errno, image: Option<&Path>, directories: &[CopyDirectory]) -> CopyError {
         match error {
+            Errno::EXIST if self.is_image(image) => refused(
+                &self.partial_path(),
+                "a copy has this name until it is complete, and it is the name of this disk's image",
+                "choose another target, and keep the image",
+            ),
+            // Perhaps another disk's image.
             Errno::EXIST => refused(
                 &self.partial_path(),
-                "this file belongs to a running copy, or was left by a daemon that was killed during a copy",
-                "remove it if no copy is writing to it, or choose another target",
+                "a copy has this name until it is complete, and it exists already: it belongs to a running copy, was left \
+                 by a daemon that was killed during a copy, or is another file",
+                "choose another target, or remove it if you know that a daemon left it",
             ),
             Errno::NAMETOOLONG => refused(&self.path, "with .partial the name is too long", "use a shorter name"),
             error => denied(&self.path, error, directories),
@@ -81,24 +98,41 @@ impl Target {
         partial_path(&self.path)
     }
 
-    /// Removes the partial file. The error is a text for the operator.
+    /// Whether the partial file's name is a name of the disk's image.
+    fn is_image(&self, image: Option<&Path>) -> bool {
+        let there = rustix::fs::statat(&self.directory, &self.partial, AtFlags::empty());
+        let image = image.map(rustix::fs::stat);
+        matches!((there, image), (Ok(there), Some(Ok(image))) if (there.st_dev, there.st_ino) == (image.st_dev, image.st_ino))
+    }
+
+    /// Removes the partial file, unless its name now belongs to another file, which may be a disk's image. The error is a
+    /// text for the operator.
     pub(super) fn remove_partial(&self) -> Result<(), String> {
-        rustix::fs::unlinkat(&self.directory, &self.partial, AtFlags::empty()).map_err(|error| {
-            format!("{} cannot be removed ({error}); remove it by hand", self.partial_path().display())
-        })
+        self.remove(&self.partial).map_err(|why| format!("{} {why}", self.partial_path().display()))
+    }
+
+    /// Removes a name of the file that was created.
+    fn remove(&self, name: &OsStr) -> Result<(), String> {
+        match rustix::fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(there) if (there.st_dev, there.st_ino) != self.created => {
+                return Err("is another file than the one that this copy made, and was left alone".into());
+            }
+            _ => {}
+        }
+        rustix::fs::unlinkat(&self.directory, name, AtFlags::empty())
+            .map_err(|error| format!("cannot be removed ({error}); remove it by hand"))
     }
 
     /// Gives the open file its final name, unless that name exists. If the partial name could not be removed, it returns a
     /// text that says why.
     pub(super) fn publish(&self, file: &File) -> io::Result<Option<String>> {
         let left = publish(file.as_fd(), self.directory.as_fd(), &self.partial, &self.name)?;
-        Ok(left.map(|error| format!("{} is left behind ({error}); remove it by hand", self.partial_path().display())))
+        Ok(left.map(|error| format!("{} {}", self.partial_path().display(), left_behind(&error))))
     }
 
     /// Removes the file's final name again after `publish`. The error is a text for the operator.
     pub(super) fn unpublish(&self) -> Result<(), String> {
-        rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty())
-            .map_err(|error| format!("{} cannot be removed either ({error}); remove it by hand", self.path.display()))
+        self.remove(&self.name).map_err(|why| format!("{} {why}", self.path.display()))
     }
 
     /// Makes the final name durable.

@@ -2,7 +2,7 @@
 //! thread's end.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -82,7 +82,7 @@ impl TargetHandle {
     /// with the thread's liveness.
     pub(super) fn create(
         options: &CopyOptions,
-        size: u64,
+        (size, image): (u64, Option<&Path>),
         tuning: &Tuning,
         started: impl FnOnce(Liveness),
     ) -> Result<(TargetHandle, TargetLinks), CopyError> {
@@ -98,6 +98,7 @@ impl TargetHandle {
         let spec = TargetSpec {
             path: path.clone(),
             size,
+            image: image.map(Path::to_owned),
             digest: options.digest,
             tuning: tuning.clone(),
             over: Arc::clone(&over),

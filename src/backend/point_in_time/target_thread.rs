@@ -64,6 +64,8 @@ pub(super) enum TargetReport {
 pub(super) struct TargetSpec {
     pub(super) path: PathBuf,
     pub(super) size: u64,
+    /// The disk's image file, if it has one.
+    pub(super) image: Option<PathBuf>,
     /// Compute the SHA-256 of the copy.
     pub(super) digest: bool,
     pub(super) tuning: Tuning,
@@ -91,7 +93,7 @@ pub(super) struct ThreadChannels {
 pub(super) fn run(spec: &TargetSpec, channels: ThreadChannels) {
     let ThreadChannels { created, jobs, reports, publish, remove, removed, alive } = channels;
     let shared_table_cause = leave_descriptor_table().err();
-    let (target, file) = match Target::create(&spec.path, spec.size, &spec.tuning.directories) {
+    let (target, file) = match Target::create(&spec.path, spec.size, spec.image.as_deref(), &spec.tuning.directories) {
         Ok((target, file)) => (Arc::new(target), file),
         // A caller that no longer waits needs no error.
         Err(error) => return drop(created.send(Err(error))),
