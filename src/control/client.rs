@@ -293,7 +293,20 @@ impl AsFd for Client {
 fn refusal(value: &Value) -> Option<Failure> {
     let error = value.get("error")?;
     let code = error["code"].as_str().or(error["class"].as_str()).unwrap_or("unknown");
-    Some(Failure::new(code, error["desc"].as_str().unwrap_or("the daemon gave no reason")))
+    Some(Failure::new(code, in_cli_words(error["desc"].as_str().unwrap_or("the daemon gave no reason"))))
+}
+
+/// What the daemon advises in the words of its protocol, in those of `virtioblkctl`: whoever reads it cannot type the others.
+fn in_cli_words(text: &str) -> String {
+    const WORDS: [(&str, &str); 6] = [
+        ("query-status", "'virtioblkctl status'"),
+        ("query-stats", "'virtioblkctl stats'"),
+        ("query-copies", "'virtioblkctl copies'"),
+        ("timeout-ms", "--timeout"),
+        ("lease-ms", "--lease"),
+        ("'detached': true", "'virtioblkctl quiesce' without a command"),
+    ];
+    WORDS.iter().fold(text.to_owned(), |text, (protocol, cli)| text.replace(protocol, cli))
 }
 
 /// connect(2) on a socket whose queue is full would wait for ever, so it is retried without waiting.
@@ -361,6 +374,29 @@ fn wait_readable(socket: impl AsFd, deadline: Option<Instant>) -> io::Result<boo
             Ok(count) => return Ok(count > 0),
             Err(Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::quiesce::{Reason, Refusal};
+    use crate::control::service::replies::{no_such_hold, refused};
+
+    /// The protocol's words stay in what the daemon says, and `virtioblkctl` says its own.
+    #[test]
+    fn advice_is_in_the_readers_words() {
+        for (error, protocol, cli) in [
+            (refused(Refusal::Timeout), &["timeout-ms", "query-stats"][..], &["--timeout", "'virtioblkctl stats'"][..]),
+            (no_such_hold(Some(Reason::LeaseExpired), false), &["lease-ms"], &["--lease"]),
+            (no_such_hold(Some(Reason::ConnectionClosed), false), &["'detached': true"], &["without a command"]),
+        ] {
+            let line: Value = serde_json::from_slice(&crate::control::protocol::reply(None, Err(error))).unwrap();
+            let said = line["error"]["desc"].as_str().unwrap();
+            let shown = refusal(&line).unwrap().message;
+            assert!(protocol.iter().all(|word| said.contains(word) && !shown.contains(word)), "{said}: {shown}");
+            assert!(cli.iter().all(|word| shown.contains(word)), "{shown}");
         }
     }
 }

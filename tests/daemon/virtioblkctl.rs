@@ -118,7 +118,7 @@ fn a_quiesce_that_fails_says_why() {
     served.disk.set(Settle::ByHand);
     let output = run(&served, &["quiesce", "--timeout", "30ms", "--", "touch", "/nonexistent/never-run"]);
     assert_eq!(output.status.code(), Some(125));
-    contains(&err(&output), &["in time", "timeout-ms"]);
+    contains(&err(&output), &["in time", "--timeout", "virtioblkctl stats"]);
     assert!(served.disk.closed().is_none());
 }
 
