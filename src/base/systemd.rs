@@ -1,22 +1,32 @@
 //! Tells systemd what the daemon is at (sd_notify(3)), where it asked to be told (`Type=notify`).
+//!
+//! systemd may not read for a while, and its socket then takes nothing more. No thread waits for that: what was not taken
+//! stays in a queue, and the thread that polls anyway sends it when there is room ([`pending`], [`flush`]).
 
-use crate::base::rate_limit::{HOST_LOG, log_limited};
+use std::collections::VecDeque;
 use std::ffi::OsStr;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// States that wait at most. A process sends fewer in its life.
+const MAX_QUEUED: usize = 8;
 
 /// Connected; `None`: systemd did not ask, or cannot be reached.
-static SOCKET: OnceLock<Option<UnixDatagram>> = OnceLock::new();
+static SOCKET: OnceLock<Option<Notifier>> = OnceLock::new();
 
 /// Connects to systemd, if it asked to be told. Before the sandbox is entered, in which no socket is made.
 pub(crate) fn connect() {
     SOCKET.get_or_init(|| {
         let address = std::env::var_os("NOTIFY_SOCKET")?;
-        match connect_to(&address) {
-            Ok(socket) => Some(socket),
+        match Notifier::new(&address) {
+            Ok(notifier) => Some(notifier),
             Err(error) => {
                 log::warn!("cannot reach systemd on NOTIFY_SOCKET {}: {error}; it is told nothing", address.display());
                 None
@@ -25,18 +35,104 @@ pub(crate) fn connect() {
     });
 }
 
-/// Whether a state that is sent reaches systemd's socket.
-pub(crate) fn is_connected() -> bool {
-    SOCKET.get().is_some_and(Option::is_some)
+fn notifier() -> Option<&'static Notifier> {
+    SOCKET.get().and_then(Option::as_ref)
 }
 
-/// Sends one state, such as `READY=1`. A failure costs no guest its disk: it is logged.
+/// Whether a state that is sent reaches systemd's socket.
+pub(crate) fn is_connected() -> bool {
+    notifier().is_some()
+}
+
+/// Sends one state, such as `READY=1`, now or when [`flush`] is called with room for it. Never blocks. A failure costs no
+/// guest its disk: it is logged.
 pub(crate) fn systemd(state: &str) {
     connect();
-    if let Some(Some(socket)) = SOCKET.get()
-        && let Err(error) = socket.send(state.as_bytes())
-    {
-        log_limited!(HOST_LOG, Warn, "cannot tell {state} to systemd on its NOTIFY_SOCKET: {error}");
+    if let Some(notifier) = notifier() {
+        notifier.send(state);
+    }
+}
+
+/// What to poll for `OUT` and then to call [`flush`] for; `None`: nothing waits.
+pub(crate) fn pending() -> Option<BorrowedFd<'static>> {
+    notifier().and_then(Notifier::pending)
+}
+
+/// Sends what waits, as far as there is room. Never blocks.
+pub(crate) fn flush() {
+    if let Some(notifier) = notifier() {
+        notifier.flush();
+    }
+}
+
+/// Sends what waits, within `limit`; for the end of a process.
+pub(crate) fn finish(limit: Duration) {
+    if let Some(notifier) = notifier() {
+        notifier.finish(limit);
+    }
+}
+
+/// The connection, and the states that it has not taken.
+struct Notifier {
+    socket: UnixDatagram,
+    queue: Mutex<VecDeque<String>>,
+}
+
+impl Notifier {
+    fn new(address: &OsStr) -> io::Result<Notifier> {
+        Ok(Notifier { socket: connect_to(address)?, queue: Mutex::default() })
+    }
+
+    fn send(&self, state: &str) {
+        {
+            let mut queue = self.lock();
+            if queue.len() >= MAX_QUEUED {
+                log::warn!("systemd does not read its NOTIFY_SOCKET: it is not told {state}");
+                return;
+            }
+            queue.push_back(state.to_owned());
+        }
+        self.flush();
+        if self.pending().is_some() {
+            log::warn!("systemd does not read its NOTIFY_SOCKET now: {state} is sent when it does");
+        }
+    }
+
+    fn flush(&self) {
+        let mut queue = self.lock();
+        while let Some(state) = queue.front() {
+            match self.socket.send(state.as_bytes()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => log::warn!("cannot tell {state} to systemd on its NOTIFY_SOCKET: {error}"),
+                Ok(_) => {}
+            }
+            queue.pop_front();
+        }
+    }
+
+    fn pending(&self) -> Option<BorrowedFd<'_>> {
+        (!self.lock().is_empty()).then(|| self.socket.as_fd())
+    }
+
+    fn finish(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        self.flush();
+        while let Some(socket) = self.pending() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            // A failure is as good as room: the next try says more.
+            let _ = poll(&mut [PollFd::from_borrowed_fd(socket, PollFlags::OUT)], Some(&timeout));
+            self.flush();
+        }
+    }
+
+    /// A panic while the lock is held leaves a queue that is still in order.
+    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<String>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -73,5 +169,52 @@ mod tests {
             assert_eq!(&text[..length], b"READY=1");
         }
         assert!(connect_to(OsStr::new("/does/not/exist")).is_err());
+    }
+
+    /// A socket that is read again gets what was said meanwhile, in its order; nothing waits for it before.
+    #[test]
+    fn a_full_queue_delays_states_and_loses_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("notify");
+        let systemd = UnixDatagram::bind(&path).unwrap();
+        let notifier = Notifier::new(path.as_os_str()).unwrap();
+        let other = connect_to(path.as_os_str()).unwrap();
+        let mut foreign = 0;
+        while other.send(b"STATUS=another service").is_ok() {
+            foreign += 1;
+        }
+        notifier.send("READY=1");
+        notifier.send("MAINPID=7");
+        let socket = notifier.pending().expect("the queue is full");
+        let ready = |limit: i64| {
+            let timeout = Timespec { tv_sec: limit, tv_nsec: 0 };
+            poll(&mut [PollFd::from_borrowed_fd(socket, PollFlags::OUT)], Some(&timeout)).unwrap() > 0
+        };
+        assert!(!ready(0), "whoever polls sleeps");
+        notifier.finish(Duration::from_millis(20));
+        assert!(notifier.pending().is_some(), "it has an end without a reader, too");
+        let mut text = [0; 64];
+        for _ in 0..foreign {
+            systemd.recv(&mut text).unwrap();
+        }
+        assert!(ready(30), "whoever polls is woken");
+        notifier.flush();
+        assert!(notifier.pending().is_none());
+        for state in ["READY=1", "MAINPID=7"] {
+            let length = systemd.recv(&mut text).unwrap();
+            assert_eq!(std::str::from_utf8(&text[..length]), Ok(state));
+        }
+    }
+
+    #[test]
+    fn what_waits_is_bounded() {
+        let (socket, _reader) = UnixDatagram::pair().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        while socket.send(b"STATUS=full").is_ok() {}
+        let notifier = Notifier { socket, queue: Mutex::default() };
+        for _ in 0..3 * MAX_QUEUED {
+            notifier.send("READY=1");
+        }
+        assert_eq!(notifier.lock().len(), MAX_QUEUED);
     }
 }

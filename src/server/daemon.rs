@@ -1,6 +1,7 @@
 //! The daemon from its first step to its last: what is opened and bound in which order, and what becomes of it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::files::Files;
 use super::front_ends::FrontEnds;
@@ -15,6 +16,9 @@ use crate::base::signals::Signals;
 use crate::base::systemd;
 use crate::config::Config;
 use crate::sandbox::Sandbox;
+
+/// How long a process that handed its disk over waits for systemd to take what it was told; it has nothing else to do.
+const NOTIFY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Everything that is open, and serves.
 pub(super) struct Daemon {
@@ -103,6 +107,8 @@ impl Daemon {
         self.files.give(successor.keeps);
         drop(self.control);
         self.front_ends.join();
+        // Without it systemd takes our end for the service's.
+        systemd::finish(NOTIFY_TIMEOUT);
     }
 
     /// Drains, syncs and ends. `served`: how serving ended.

@@ -223,9 +223,13 @@ impl Server {
                     front_ends.watch(&files.front, &mut sources);
                 }
             }
+            if let Some(socket) = systemd::pending() {
+                sources.push(PollFd::from_borrowed_fd(socket, PollFlags::OUT));
+            }
             let deadline = handing.is_none().then(|| front_ends.deadline()).flatten();
             wait(&mut sources, deadline)?;
             drop(sources);
+            systemd::flush();
             if let Some(signal) = self.signal()? {
                 log::info!("{signal}: draining, then ending");
                 told_to_end = true;

@@ -141,6 +141,7 @@ struct Attendant<'a> {
 impl Attendant<'_> {
     fn serve(mut self) -> Result<(), Failure> {
         loop {
+            systemd::flush();
             self.listen();
             self.thaw_if_over();
             if self.ending.is_some_and(|until| self.round.is_none() || until <= Instant::now()) {
@@ -161,8 +162,9 @@ impl Attendant<'_> {
 
     fn next_deadline(&self) -> Instant {
         let retries = self.disks.iter().filter(|disk| disk.client.is_none()).map(|disk| disk.retry);
-        let far = Instant::now() + Duration::from_secs(3600);
-        retries.chain(self.ending).min().unwrap_or(far)
+        // systemd may have been told nothing yet.
+        let far = Instant::now() + Duration::from_secs(if systemd::pending().is_some() { 1 } else { 3600 });
+        retries.chain(self.ending).chain([far]).min().unwrap_or(far)
     }
 
     /// Connects and registers. Errors name the disk.
