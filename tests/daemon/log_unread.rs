@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use kit::control::Client;
 use kit::front_end;
 use kit::front_end::{ALL, FrontEnd};
+use kit::stall::fuse::{Stalling, Unable};
 use kit::unread::Unread;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
@@ -130,6 +131,31 @@ fn a_disk_is_served_while_its_log_is_a_full_socket() {
 #[test]
 fn a_disk_is_served_while_its_log_is_a_stopped_terminal() {
     serves_while_unread(Unread::terminal);
+}
+
+/// A write to a file waits for its filesystem, whatever it is asked, so none is made before there is a thread for it.
+#[test]
+fn a_disk_starts_while_its_log_is_a_file_that_hangs() {
+    let filesystem = match Stalling::mount(vec![b' '; 64 << 10]) {
+        Ok(filesystem) => filesystem,
+        Err(Unable(why)) => return kit::guest::tell(&format!("SKIPPED: a log whose filesystem hangs: {why}")),
+    };
+    filesystem.stall_writes_of(0);
+    let log = std::fs::File::options().write(true).open(filesystem.image()).unwrap();
+    let mut daemon = Daemon::start(CacheMode::Writeback, log.into());
+    let mut front_end = daemon.front_end();
+    send_malformed_chains(&mut front_end);
+    assert_eq!(front_end.write(0, 0, &[1; 4096]), S_OK);
+    assert_eq!(daemon.client().ask("query-status", json!({})).unwrap()["quiesce"]["state"], "open");
+    let end = Instant::now() + PATIENCE;
+    while filesystem.waiting() == 0 {
+        assert!(Instant::now() < end, "the log is never written");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    filesystem.let_go();
+    assert!(daemon.terminate().success());
+    let text = std::fs::read_to_string(filesystem.image()).unwrap();
+    assert!(text.contains("serving on") && text.contains("drained and synced"), "{text}");
 }
 
 /// What waited comes in its order when somebody reads, and the log is complete at the end.

@@ -46,11 +46,12 @@ pub fn start(level: LevelFilter) {
     // The only error is a logger that is there already, which is what is wanted.
     let _ = log::set_logger(&Stderr);
     JOURNAL.store(journal, Ordering::Relaxed);
+    OUTPUT.hold_file_until_thread();
     log::set_max_level(level);
 }
 
 /// Starts the thread that writes the log; once, when the sandbox has been entered. Until then, and without it, a line
-/// that does not fit at once waits for the next one.
+/// that does not fit at once waits for the next one, and all wait if the log is a regular file.
 pub fn start_thread() {
     if let Err(error) = OUTPUT.start_thread() {
         log::warn!("no thread for the log ({error}): lines that nobody reads at once wait for the next one");

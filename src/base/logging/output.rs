@@ -2,7 +2,8 @@
 //! stopped with Ctrl-S. No thread waits for it. Lines wait in a bounded queue; those that do not fit
 //! are dropped and counted, and the count is written when the output flows again.
 //!
-//! Until [`Output::start_thread`] the thread that puts a line also writes what the output takes at once. From then on
+//! Until [`Output::start_thread`] the thread that puts a line also writes what the output takes at once; to a regular file
+//! nothing ([`Output::hold_file_until_thread`]). From then on
 //! a thread of its own writes, and it alone may wait. O_NONBLOCK would be shared with every process that has the same
 //! open file description (a shell, the other programs of a service), so it is never set: a socket is sent to with
 //! MSG_DONTWAIT, other files are written with RWF_NOWAIT, and where the kernel has none of these after poll(2) says
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::FileType;
+use rustix::fs::{AtFlags, FileType, StatxFlags, statx};
 use rustix::io::{Errno, ReadWriteFlags};
 use rustix::net::{SendFlags, send};
 
@@ -44,6 +45,8 @@ pub struct Output {
     idle: Condvar,
     /// Something waits; for a signal's handler, which takes no lock.
     pending: AtomicBool,
+    /// Nothing is written before there is a thread.
+    holds: AtomicBool,
 }
 
 impl Output {
@@ -56,14 +59,21 @@ impl Output {
             work: Condvar::new(),
             idle: Condvar::new(),
             pending: AtomicBool::new(false),
+            holds: AtomicBool::new(false),
         }
+    }
+
+    /// Writes nothing to a regular file before there is a thread: its filesystem may hang (NFS, FUSE, a frozen one), and no
+    /// flag keeps write(2) from waiting for that. Once, before the first line.
+    pub fn hold_file_until_thread(&self) {
+        self.holds.store(is_regular((self.descriptor)()), Ordering::Relaxed);
     }
 
     /// Puts a text, its newline included, behind those that wait; whether there was room. Never blocks. Any thread.
     pub fn put(&self, text: &str) -> bool {
         let mut queue = self.lock();
         let has_room = queue.put(text);
-        if queue.has_thread {
+        if queue.has_thread || self.holds.load(Ordering::Relaxed) {
             self.pending.store(true, Ordering::Release);
             self.work.notify_one();
         } else {
@@ -94,9 +104,12 @@ impl Output {
         started
     }
 
-    /// Waits until everything is written, at most for `limit`. For the end of the process.
-    pub fn flush(&self, limit: Duration) {
+    /// Waits until everything is written, at most for `limit`. For the end of the process, when a thread may be started.
+    pub fn flush(&'static self, limit: Duration) {
         let deadline = Instant::now() + limit;
+        if self.holds.load(Ordering::Relaxed) && self.is_pending() && self.start_thread().is_err() {
+            self.holds.store(false, Ordering::Relaxed);
+        }
         let mut queue = self.lock();
         loop {
             if !queue.has_thread {
@@ -268,8 +281,11 @@ pub(super) fn write_now(descriptor: BorrowedFd<'_>, bytes: &[u8]) -> Result<usiz
     }
 }
 
+/// Does not ask the file's server, which may hang (AT_STATX_DONT_SYNC).
 fn is_regular(descriptor: BorrowedFd<'_>) -> bool {
-    rustix::fs::fstat(descriptor).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    statx(descriptor, "", flags, StatxFlags::TYPE)
+        .is_ok_and(|stat| FileType::from_raw_mode(stat.stx_mode.into()) == FileType::RegularFile)
 }
 
 /// Waits until the descriptor takes something, or says why not; whether it does.
