@@ -1,9 +1,10 @@
-//! A queue's thread for what the ring cannot do on every kernel and file system: ioctls that sleep, and writes of which
-//! the file system takes only a part at a time.
+//! A queue's threads for what the ring cannot do on every kernel and file system: ioctls that sleep, and writes of which
+//! the file system takes only a part at a time. A task that hangs holds up no other until [`MAX_THREADS`] hang.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, mpsc};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -17,56 +18,114 @@ use crate::base::syscalls;
 const MAX_RETRIES: u32 = 1000;
 const PAUSE: Duration = Duration::from_millis(1);
 
+/// Threads of one queue; each is started when all before it are busy.
+const MAX_THREADS: usize = 8;
+
 enum Task {
-    Discard { key: u64, offset: u64, len: u64 },
-    Transfer { key: u64, transfer: Transfer },
+    Discard {
+        key: u64,
+        offset: u64,
+        len: u64,
+    },
+    Transfer {
+        key: u64,
+        transfer: Transfer,
+    },
+    /// Hangs until the other end goes.
+    #[cfg(test)]
+    Hang {
+        key: u64,
+        until: mpsc::Receiver<()>,
+    },
 }
 
-/// Discards on a block device, and transfers by plain calls, one after the other. Dropping it waits for what was asked.
+/// Discards on a block device, and transfers by plain calls, in any order. Dropping it waits for what was asked.
 pub(super) struct Helper {
     tasks: Option<mpsc::Sender<Task>>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    file: Arc<OwnedFd>,
+    mailbox: Arc<Mailbox>,
+    /// One thread at a time waits for the next task.
+    tasks: Mutex<mpsc::Receiver<Task>>,
+    /// Tasks that were asked for and are not done.
+    unfinished: AtomicUsize,
 }
 
 impl Helper {
-    /// Starts the thread, for the queue's own description of the file. Errors: no thread to be had.
+    /// Starts the first thread, for the queue's own description of the file. Errors: no thread to be had.
     pub(super) fn start(file: Arc<OwnedFd>, mailbox: Arc<Mailbox>) -> io::Result<Self> {
         let (tasks, asked) = mpsc::channel::<Task>();
-        let thread = thread::Builder::new().name("helper".into()).spawn(move || {
-            for task in asked {
-                mailbox.post(match task {
-                    Task::Discard { key, offset, len } => Mail::Discarded(key, discard(file.as_fd(), offset, len)),
-                    Task::Transfer { key, transfer } => {
-                        let result = move_all(file.as_fd(), &transfer);
-                        Mail::Transferred(key, transfer, result)
-                    }
-                });
-            }
-        })?;
-        Ok(Helper { tasks: Some(tasks), thread: Some(thread) })
+        let shared = Shared { file, mailbox, tasks: Mutex::new(asked), unfinished: AtomicUsize::new(0) };
+        let mut helper = Helper { tasks: Some(tasks), threads: Vec::new(), shared: Arc::new(shared) };
+        helper.start_thread()?;
+        Ok(helper)
+    }
+
+    fn start_thread(&mut self) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        self.threads.push(thread::Builder::new().name("helper".into()).spawn(move || shared.serve())?);
+        Ok(())
     }
 
     /// Asks for a discard; `Mail::Discarded` with this key follows.
-    pub(super) fn discard(&self, key: u64, offset: u64, len: u64) {
+    pub(super) fn discard(&mut self, key: u64, offset: u64, len: u64) {
         self.ask(Task::Discard { key, offset, len });
     }
 
     /// Asks for a transfer; `Mail::Transferred` with this key follows.
-    pub(super) fn transfer(&self, key: u64, transfer: Transfer) {
+    pub(super) fn transfer(&mut self, key: u64, transfer: Transfer) {
         self.ask(Task::Transfer { key, transfer });
     }
 
-    fn ask(&self, task: Task) {
+    fn ask(&mut self, task: Task) {
+        let unfinished = self.shared.unfinished.fetch_add(1, Ordering::Relaxed);
+        if unfinished >= self.threads.len() && self.threads.len() < MAX_THREADS {
+            // Without another one the task waits for those before it.
+            if let Err(error) = self.start_thread() {
+                log::debug!("no further helper thread: {error}");
+            }
+        }
         let tasks = self.tasks.as_ref().expect("only drop takes it");
         assert!(tasks.send(task).is_ok(), "the thread ends only when the sender is gone");
+    }
+}
+
+impl Shared {
+    /// A thread: task after task until the queue goes.
+    fn serve(&self) {
+        loop {
+            // A panic of another one leaves the channel in order.
+            let task = self.tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            let mail = match task {
+                Err(mpsc::RecvError) => return,
+                Ok(Task::Discard { key, offset, len }) => Mail::Discarded(key, discard(self.file.as_fd(), offset, len)),
+                Ok(Task::Transfer { key, transfer }) => {
+                    let result = move_all(self.file.as_fd(), &transfer);
+                    Mail::Transferred(key, transfer, result)
+                }
+                #[cfg(test)]
+                Ok(Task::Hang { key, until }) => {
+                    let _ = until.recv();
+                    Mail::Discarded(key, Ok(()))
+                }
+            };
+            self.unfinished.fetch_sub(1, Ordering::Relaxed);
+            self.mailbox.post(mail);
+        }
     }
 }
 
 impl Drop for Helper {
     fn drop(&mut self) {
         drop(self.tasks.take());
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            log::error!("a queue's helper thread panicked");
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                log::error!("a queue's helper thread panicked");
+            }
         }
     }
 }
@@ -101,4 +160,48 @@ fn move_all(file: BorrowedFd<'_>, transfer: &Transfer) -> Result<(), Errno> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    /// Waits until so many tasks are answered.
+    fn collect(mailbox: &Mailbox, answered: &mut Vec<u64>, wanted: usize) {
+        let end = Instant::now() + Duration::from_secs(60);
+        while answered.len() < wanted {
+            assert!(Instant::now() < end, "only {answered:?} are answered");
+            let keys = mailbox.take().into_iter().map(|mail| match mail {
+                Mail::Discarded(key, _) => key,
+                _ => unreachable!("nothing else was asked for"),
+            });
+            answered.extend(keys);
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn tasks_that_hang_hold_up_no_other() {
+        let file = tempfile::tempfile().unwrap();
+        let mailbox = Arc::new(Mailbox::new().unwrap());
+        let mut helper = Helper::start(Arc::new(file.into()), Arc::clone(&mailbox)).unwrap();
+        let mut held = Vec::new();
+        for key in 1..MAX_THREADS as u64 {
+            let (release, until) = mpsc::channel();
+            held.push(release);
+            helper.ask(Task::Hang { key, until });
+        }
+        let mut answered = Vec::new();
+        for key in 100..103 {
+            // A file takes none, and that is an answer.
+            helper.discard(key, 0, 4096);
+        }
+        collect(&mailbox, &mut answered, 3);
+        assert!(answered.iter().all(|key| *key >= 100), "{answered:?}");
+        drop(held);
+        collect(&mailbox, &mut answered, 3 + MAX_THREADS - 1);
+        assert_eq!(helper.threads.len(), MAX_THREADS);
+    }
 }

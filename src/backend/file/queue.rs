@@ -233,7 +233,7 @@ impl FileQueue {
     fn discard_device(&mut self, mut job: Job, offset: u64, len: u64) {
         if self.start_helper("a discard") {
             let key = self.help(job);
-            self.helper.as_ref().expect("started just now").discard(key, offset, len);
+            self.helper.as_mut().expect("started just now").discard(key, offset, len);
         } else {
             job.work = Work::Whole;
             self.finish(job, Err(Errno(libc::ENOMEM)), None);
@@ -244,7 +244,7 @@ impl FileQueue {
     fn by_plain_calls(&mut self, job: Job, transfer: Transfer) {
         if self.start_helper("a transfer") {
             let key = self.help(job);
-            self.helper.as_ref().expect("started just now").transfer(key, transfer);
+            self.helper.as_mut().expect("started just now").transfer(key, transfer);
         } else {
             self.after(job, Command::Transfer(transfer), Err(Errno(libc::ENOMEM)));
         }
