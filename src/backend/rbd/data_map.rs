@@ -178,7 +178,7 @@ impl DataMap {
         match result? {
             Ok(ranges) => Some(first_range(ranges, start, end)),
             Err(errno) => {
-                shared.heed(Err(errno));
+                shared.record_result(Err(errno));
                 if !std::mem::replace(&mut scans.failed, true) {
                     let name = &shared.name;
                     log_limited!(

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc;
 
-use super::news::KeeperEvent;
+use super::watch_event::WatchEvent;
 use super::{Errno, queue};
 
 /// The flag: the cluster has shut this client out, for ever.
@@ -54,41 +54,41 @@ impl ImageHealth {
     }
 
     /// The cluster has shut this client out.
-    pub(super) fn fenced(&self, image: &str, news: &mpsc::Sender<KeeperEvent>) {
+    pub(super) fn fenced(&self, image: &str, events: &mpsc::Sender<WatchEvent>) {
         if self.set(FENCED) {
             log::error!("{image}: fenced: {}", FENCED_TEXT.1);
-            tell(news);
+            report_change(events);
         }
     }
 
     /// librbd refused a write, or another client has the lock.
-    pub(super) fn locked_out(&self, image: &str, news: &mpsc::Sender<KeeperEvent>) {
+    pub(super) fn locked_out(&self, image: &str, events: &mpsc::Sender<WatchEvent>) {
         if !self.has(UNLOCKABLE) && self.set(LOCKED_OUT) {
             log::error!("{image}: lock lost: {}", LOCKED_OUT_TEXT.1);
-            tell(news);
+            report_change(events);
         }
     }
 
     /// The image no longer has the feature exclusive-lock and must not be written without it. From now on librbd gets no op
     /// that changes the image, because it would carry it out.
-    pub(super) fn unlockable(&self, image: &str, news: &mpsc::Sender<KeeperEvent>) {
+    pub(super) fn unlockable(&self, image: &str, events: &mpsc::Sender<WatchEvent>) {
         if self.set(UNLOCKABLE) {
             log::error!("{image}: lock lost: {}", UNLOCKABLE_TEXT.1);
-            tell(news);
+            report_change(events);
         }
     }
 
     /// The lock was taken, or can be taken again before the image is used.
-    pub(super) fn locked_again(&self, news: &mpsc::Sender<KeeperEvent>) {
+    pub(super) fn locked_again(&self, events: &mpsc::Sender<WatchEvent>) {
         if self.clear(LOCKED_OUT | UNLOCKABLE) {
-            tell(news);
+            report_change(events);
         }
     }
 
     /// A flush succeeded, so writes are possible again.
-    pub(super) fn is_writable_again(&self, news: &mpsc::Sender<KeeperEvent>) {
+    pub(super) fn is_writable_again(&self, events: &mpsc::Sender<WatchEvent>) {
         if self.clear(LOCKED_OUT) {
-            tell(news);
+            report_change(events);
         }
     }
 
@@ -123,7 +123,7 @@ const UNLOCKABLE_TEXT: (&str, &str) = (
 );
 
 /// Has an event sent about the changed state.
-pub(super) fn tell(news: &mpsc::Sender<KeeperEvent>) {
+pub(super) fn report_change(events: &mpsc::Sender<WatchEvent>) {
     // No thread receives it before notices are started and after they are stopped; the status shows the state anyway.
-    let _ = news.send(KeeperEvent::StateChanged);
+    let _ = events.send(WatchEvent::StateChanged);
 }

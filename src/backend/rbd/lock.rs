@@ -57,7 +57,7 @@ impl Lock {
     }
 
     /// Waits until the lock can be released without a wait.
-    pub(super) fn settle(&self) {
+    pub(super) fn wait_until_releasable(&self) {
         let since = self.state.lock().expect("no panic while held").since;
         if let Some(left) = since.and_then(|since| NOTIFY_TIMEOUT.checked_sub(since.elapsed())) {
             thread::sleep(left);
@@ -119,7 +119,7 @@ impl Lock {
         }
         state.emptyings_left = 0;
         if let Err(errno) = shared.image.invalidate_cache() {
-            shared.heed(Err(errno));
+            shared.record_result(Err(errno));
             return Err(refused(shared, &format!("its cache cannot be emptied: {}", super::io_error(errno))));
         }
         state.active = true;
@@ -129,7 +129,7 @@ impl Lock {
     /// Takes the lock and records us as its owner. The error says why the lock is not taken yet.
     fn acquire(&self, shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
         self.claim(shared, state)?;
-        self.sign(shared);
+        self.write_owner(shared);
         Ok(())
     }
 
@@ -140,7 +140,7 @@ impl Lock {
         state.held = true;
         state.lost_to_another = 0;
         state.since = Some(Instant::now());
-        shared.trouble.locked_again(&shared.news);
+        shared.health.locked_again(&shared.events);
         Ok(())
     }
 
@@ -152,7 +152,7 @@ impl Lock {
             return;
         }
         state.active = false;
-        if shared.trouble.is_fenced() {
+        if shared.health.is_fenced() {
             // The cluster has released the lock, and the status and the log say so.
             state.held = false;
             return;
@@ -178,7 +178,7 @@ impl Lock {
                     }
                 }
                 Err(errno) => {
-                    shared.heed(Err(errno));
+                    shared.record_result(Err(errno));
                     log_limited!(
                         IMAGE_LOG,
                         Error,
@@ -217,7 +217,7 @@ impl Lock {
     }
 
     /// Writes our name as owner into the state file, for a successor.
-    pub(super) fn sign(&self, shared: &Shared) {
+    pub(super) fn write_owner(&self, shared: &Shared) {
         let Some(file) = &self.file else { return };
         match shared.image.lock_owner() {
             Ok(owner) => file.write(owner.as_deref()),
@@ -269,7 +269,7 @@ fn take(shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
             ),
         )),
         Progress::Ended(Err(errno)) => {
-            shared.heed(Err(errno));
+            shared.record_result(Err(errno));
             Err(refused(shared, &format!("its lock cannot be taken: {}", super::io_error(errno))))
         }
     }

@@ -14,7 +14,6 @@ mod image_health;
 mod lock;
 mod luks;
 mod name;
-mod news;
 mod open;
 mod options;
 mod queue;
@@ -23,6 +22,7 @@ mod recheck;
 mod snapshots;
 mod sys;
 mod takeover;
+mod watch_event;
 mod watch_thread;
 
 use std::io;
@@ -45,9 +45,9 @@ use data_map::DataMap;
 use handle::Image;
 use image_health::ImageHealth;
 use lock::Lock;
-use news::KeeperEvent;
 use queue::RbdQueue;
 use quiesce::Quiesces;
+use watch_event::WatchEvent;
 use watch_thread::WatchThread;
 
 /// Whether to take the image's lock while a guest uses it (`--rbd-lock`).
@@ -152,7 +152,7 @@ impl RbdOptions {
 pub struct RbdBackend {
     shared: Arc<Shared>,
     quiesce: Option<Arc<Quiesces>>,
-    keeper: Mutex<WatchThread>,
+    watch_thread: Mutex<WatchThread>,
     data_map: DataMap,
 }
 
@@ -182,10 +182,10 @@ struct Shared {
     flushed: AtomicBool,
     /// Makes calls of [`Shared::sync`] follow one another: the second must not end before the first.
     sync_turn: Mutex<()>,
-    latch: StickyError,
-    trouble: ImageHealth,
+    sticky_error: StickyError,
+    health: ImageHealth,
     lock: Lock,
-    news: mpsc::Sender<KeeperEvent>,
+    events: mpsc::Sender<WatchEvent>,
 }
 
 impl Shared {
@@ -197,37 +197,37 @@ impl Shared {
 
     /// Fails if this client was shut out. The cluster forgets that after about an hour; the client must not.
     fn check_usable(&self) -> Result<(), Errno> {
-        self.trouble.check(false)
+        self.health.check(false)
     }
 
     /// Fails if an earlier sync failed for good (clause 5).
     fn check_sync(&self) -> Result<(), Errno> {
-        self.latch.get().map_or(Ok(()), Err)
+        self.sticky_error.get().map_or(Ok(()), Err)
     }
 
     /// Records that the image was written. Called before the caller sees the write's completion.
-    fn changed(&self) {
+    fn mark_changed(&self) {
         self.changed.store(true, Ordering::Release);
     }
 
     /// Records that librbd gets a flush.
-    fn flushes(&self) {
+    fn mark_flushed(&self) {
         self.flushed.store(true, Ordering::Release);
     }
 
     /// Records the result of a sync and returns the result that its caller must see (clause 5).
-    fn judge_sync(&self, result: Result<(), Errno>) -> Result<(), Errno> {
+    fn record_sync(&self, result: Result<(), Errno>) -> Result<(), Errno> {
         if result.is_ok() {
-            self.trouble.is_writable_again(&self.news);
+            self.health.is_writable_again(&self.events);
         }
-        if self.cached { self.latch.judge(result, &self.name) } else { result }
+        if self.cached { self.sticky_error.judge(result, &self.name) } else { result }
     }
 
     /// Records what an op's result means for the whole image: fenced, or locked out.
-    fn heed(&self, result: Result<(), Errno>) {
+    fn record_result(&self, result: Result<(), Errno>) {
         match result {
-            Err(queue::FENCED) => self.trouble.fenced(&self.name, &self.news),
-            Err(queue::LOCKED_OUT) if !self.geometry.read_only => self.trouble.locked_out(&self.name, &self.news),
+            Err(queue::FENCED) => self.health.fenced(&self.name, &self.events),
+            Err(queue::LOCKED_OUT) if !self.geometry.read_only => self.health.locked_out(&self.name, &self.events),
             _ => {}
         }
     }
@@ -246,12 +246,12 @@ impl Shared {
         if !self.changed.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
-        self.flushes();
-        let result = self.judge_sync(self.image.flush());
+        self.mark_flushed();
+        let result = self.record_sync(self.image.flush());
         if result.is_err() {
-            self.changed();
+            self.mark_changed();
         }
-        self.heed(result);
+        self.record_result(result);
         result
     }
 }
@@ -269,7 +269,12 @@ impl RbdBackend {
         let shared = Arc::new(open::open(options, sender)?);
         let watched = options.quiesce != RbdQuiesce::Off && !shared.geometry.read_only;
         let quiesce = watched.then(|| Arc::new(Quiesces::new(Arc::clone(&shared), options.quiesce_timeout)));
-        Ok(RbdBackend { shared, quiesce, keeper: Mutex::new(WatchThread::new(receiver)), data_map: DataMap::default() })
+        Ok(RbdBackend {
+            shared,
+            quiesce,
+            watch_thread: Mutex::new(WatchThread::new(receiver)),
+            data_map: DataMap::default(),
+        })
     }
 }
 
@@ -330,16 +335,16 @@ impl Backend for RbdBackend {
     }
 
     fn sync_failed(&self) -> Option<Errno> {
-        self.shared.latch.get()
+        self.shared.sticky_error.get()
     }
 
     fn start_notices(&self, notices: Arc<dyn Notices>) {
-        let mut keeper = self.keeper.lock().expect("no panic while held");
-        keeper.start(&self.shared, self.quiesce.as_ref(), notices);
+        let mut watch_thread = self.watch_thread.lock().expect("no panic while held");
+        watch_thread.start(&self.shared, self.quiesce.as_ref(), notices);
     }
 
     fn stop_notices(&self) {
-        self.keeper.lock().expect("no panic while held").stop(&self.shared, self.quiesce.as_ref());
+        self.watch_thread.lock().expect("no panic while held").stop(&self.shared, self.quiesce.as_ref());
     }
 
     /// The image's name, which is unique in a cluster, and the configuration file, which names the cluster.
@@ -349,7 +354,7 @@ impl Backend for RbdBackend {
     }
 
     fn settle(&self) {
-        self.shared.lock.settle();
+        self.shared.lock.wait_until_releasable();
     }
 
     fn hand_over(&self) {
@@ -373,7 +378,7 @@ impl Backend for RbdBackend {
     }
 
     fn image_status(&self) -> ImageStatus {
-        let (trouble, trouble_detail) = self.shared.trouble.status().unzip();
+        let (trouble, trouble_detail) = self.shared.health.status().unzip();
         let rbd = RbdStatus {
             image: self.shared.name.clone(),
             lock: self.shared.lock.status().to_string(),

@@ -10,10 +10,10 @@ use super::super::{DurableWrite, Errno, Geometry, RangeLimits};
 use super::handle::{Cluster, Image, RadosPool};
 use super::image_health::ImageHealth;
 use super::lock::{self, Lock};
-use super::news::KeeperEvent;
 use super::options::{self, InForce};
 use super::sys::Api;
 use super::takeover::StateFile;
+use super::watch_event::WatchEvent;
 use super::{RbdOptions, Shared, luks};
 use crate::backend::sticky_error::StickyError;
 use crate::engine::CachePolicy;
@@ -62,7 +62,7 @@ impl OpenError {
 }
 
 /// Opens the image. Takes as long as the cluster does, and seconds for an encrypted image.
-pub(super) fn open(options: &RbdOptions, news: mpsc::Sender<KeeperEvent>) -> Result<Shared, OpenError> {
+pub(super) fn open(options: &RbdOptions, events: mpsc::Sender<WatchEvent>) -> Result<Shared, OpenError> {
     check_trust(options)?;
     let api = Api::load(options.library_path.as_deref()).map_err(|error| OpenError(error.to_string()))?;
     let name = options.name.to_string();
@@ -105,10 +105,10 @@ pub(super) fn open(options: &RbdOptions, news: mpsc::Sender<KeeperEvent>) -> Res
         changed: AtomicBool::new(false),
         flushed: AtomicBool::new(false),
         sync_turn: Mutex::default(),
-        latch: StickyError::default(),
-        trouble: ImageHealth::default(),
+        sticky_error: StickyError::default(),
+        health: ImageHealth::default(),
         lock,
-        news,
+        events,
     })
 }
 

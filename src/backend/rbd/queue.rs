@@ -74,13 +74,13 @@ impl IoQueue for RbdQueue {
             Some((offset, len)) => self.shared.check_range(offset, len),
             None => self.shared.check_sync(),
         };
-        if let Err(errno) = checked.and_then(|()| self.shared.trouble.check(changes)) {
+        if let Err(errno) = checked.and_then(|()| self.shared.health.check(changes)) {
             let buf = if let Op::Read { buf, .. } | Op::Write { buf, .. } = op { Some(buf) } else { None };
             self.refused.push(Completion { id, result: Err(errno), buf });
             return Ok(());
         }
         if is_sync {
-            self.shared.flushes();
+            self.shared.mark_flushed();
             self.syncs.push(id);
         } else if changes {
             self.changes = true;
@@ -103,14 +103,14 @@ impl IoQueue for RbdQueue {
         // Before the caller sees the completions, and not when the ops were pushed: a sync that started in between would
         // have reset the flag without covering them.
         if self.changes && out.len() > first {
-            self.shared.changed();
+            self.shared.mark_changed();
         }
         for completion in &mut out[first..] {
             if let Some(at) = self.syncs.iter().position(|id| *id == completion.id) {
                 self.syncs.swap_remove(at);
-                completion.result = self.shared.judge_sync(completion.result);
+                completion.result = self.shared.record_sync(completion.result);
             }
-            self.shared.heed(completion.result);
+            self.shared.record_result(completion.result);
         }
     }
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::super::{Errno, Notices, QuiesceAsk};
 use super::Shared;
 use super::callbacks::Watch;
-use super::news::KeeperEvent;
+use super::watch_event::WatchEvent;
 use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 use crate::disk::RbdQuiesceStatus;
 
@@ -85,7 +85,7 @@ impl Quiesces {
             Err(errno) => log_limited!(
                 IMAGE_LOG,
                 Warn,
-                "{}: no quiesce watch ({}): snapshots taken by others do not wait for this disk to be held still",
+                "{}: no quiesce watch ({}): snapshots that other clients take do not wait until this disk is held",
                 self.shared.name,
                 super::io_error(errno)
             ),
@@ -133,7 +133,7 @@ impl Quiesces {
         state.open.push((number, Instant::now() + self.timeout));
         drop(state);
         // The watch thread runs until after `stop`.
-        let _ = self.shared.news.send(KeeperEvent::Quiesce);
+        let _ = self.shared.events.send(WatchEvent::Quiesce);
         let quiesces = Arc::downgrade(self);
         notices.quiesce(QuiesceAsk::new(move |result| {
             // If it is gone, `stop` has replied.
@@ -169,8 +169,8 @@ impl Quiesces {
             log_limited!(
                 IMAGE_LOG,
                 Warn,
-                "{}: librbd let the disk go {:.1} s after it was held still, before the snapshot was taken or while it \
-                 was: a group snapshot may not be of one instant. Another disk of the group took too long",
+                "{}: librbd ended the quiesce {:.1} s after the disk was held, before the snapshot was complete: a group \
+                 snapshot may not be of one instant, because another disk of the group took too long",
                 self.shared.name,
                 held.as_secs_f32()
             );
@@ -201,7 +201,7 @@ impl Quiesces {
             log_limited!(
                 IMAGE_LOG,
                 Warn,
-                "{}: a snapshot was refused: the disk was not held still within {} s",
+                "{}: a snapshot was refused: the disk could not be held within {} s",
                 self.shared.name,
                 (self.timeout - CONSENT_MARGIN).as_secs()
             );

@@ -30,11 +30,11 @@ impl Lock {
     /// Checks that the image has its feature and we have the lock, as far as they are needed, and takes the lock again if
     /// no client has it. Returns when to call again; `None`: at the next change of the header.
     pub(super) fn check(&self, shared: &Arc<Shared>) -> Option<Instant> {
-        if !self.wanted || shared.trouble.is_fenced() {
+        if !self.wanted || shared.health.is_fenced() {
             return None;
         }
         let again = self.check_now(shared).unwrap_or_else(|(what, errno)| {
-            shared.heed(Err(errno));
+            shared.record_result(Err(errno));
             log_limited!(IMAGE_LOG, Warn, "{}: {what} cannot be read: {}", shared.name, super::io_error(errno));
             true
         });
@@ -81,12 +81,12 @@ impl Lock {
             log_limited!(IMAGE_LOG, Info, "{}: it has the feature exclusive-lock again", shared.name);
             if !state.active {
                 // The lock is taken before the image is used.
-                shared.trouble.locked_again(&shared.news);
+                shared.health.locked_again(&shared.events);
             }
         } else {
             state.held = false;
             if self.required {
-                shared.trouble.unlockable(&shared.name, &shared.news);
+                shared.health.unlockable(&shared.name, &shared.events);
             } else {
                 log_limited!(
                     IMAGE_LOG,
@@ -98,7 +98,7 @@ impl Lock {
                 );
             }
         }
-        image_health::tell(&shared.news);
+        image_health::report_change(&shared.events);
     }
 
     /// The guest runs and we do not have the lock. Returns whether to check again.
@@ -133,7 +133,7 @@ impl Lock {
     /// Records that another client has the lock while our guest runs.
     fn note_another(&self, shared: &Shared, state: &mut State, owner: &str) {
         state.lost_to_another += 1;
-        shared.trouble.locked_out(&shared.name, &shared.news);
+        shared.health.locked_out(&shared.name, &shared.events);
         if state.lost_to_another == MAX_FOREIGN_CHECKS {
             log_limited!(
                 IMAGE_LOG,
@@ -161,9 +161,9 @@ impl Lock {
         }
         state.emptyings_left = MAX_EMPTYINGS;
         drop(state);
-        self.sign(shared);
+        self.write_owner(shared);
         log_limited!(IMAGE_LOG, Info, "{}: took the exclusive lock again", shared.name);
-        image_health::tell(&shared.news);
+        image_health::report_change(&shared.events);
         self.empty_cache(shared)
     }
 
@@ -184,7 +184,7 @@ impl Lock {
         if let Err(errno) = emptied
             && (errno.0 != libc::EBUSY || state.emptyings_left == 0)
         {
-            shared.heed(Err(errno));
+            shared.record_result(Err(errno));
             log_limited!(
                 IMAGE_LOG,
                 Warn,

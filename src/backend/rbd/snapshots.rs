@@ -16,7 +16,7 @@ impl ImageSnapshots for Snapshots {
             return Err(CopyError { code: "store", message });
         }
         self.0.image.create_snapshot(name).map_err(|errno| {
-            self.0.heed(Err(errno));
+            self.0.record_result(Err(errno));
             let full = self.full_name(name);
             match errno {
                 Errno(libc::EEXIST) => CopyError {
@@ -40,7 +40,7 @@ impl ImageSnapshots for Snapshots {
 
     fn remove(&self, name: &str) -> Result<(), CopyError> {
         self.0.image.remove_snapshot(name).map_err(|errno| {
-            self.0.heed(Err(errno));
+            self.0.record_result(Err(errno));
             let what = format!("the snapshot {} cannot be removed", self.full_name(name));
             CopyError {
                 code: if errno == Errno(libc::EBUSY) { "busy" } else { "store" },

@@ -5,13 +5,14 @@
 //! of that one connection). The cluster still names the same owner. And we have the file's lock (flock(2)), which the owner
 //! held until it died. The cluster shuts the dead owner out before it does anything else.
 
-use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
+
+use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 
 /// The largest state file, which has room for a name and an address. A larger file is not a state file.
 const MAX_FILE_BYTES: u64 = 8 << 10;

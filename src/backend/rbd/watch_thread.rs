@@ -1,8 +1,6 @@
 //! The watch thread of an image. It does what a callback in librbd's own threads must not: read the size and the features,
 //! check the lock, and watch deadlines.
 
-use crate::backend::rbd::news::KeeperEvent;
-use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
@@ -12,10 +10,12 @@ use super::super::Notices;
 use super::Shared;
 use super::callbacks::Watch;
 use super::quiesce::Quiesces;
+use super::watch_event::WatchEvent;
+use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 
 /// The thread, or its event receiver before the start.
 pub(super) struct WatchThread {
-    news: Option<mpsc::Receiver<KeeperEvent>>,
+    events: Option<mpsc::Receiver<WatchEvent>>,
     running: Option<Running>,
 }
 
@@ -25,21 +25,21 @@ struct Running {
 }
 
 impl WatchThread {
-    pub(super) fn new(news: mpsc::Receiver<KeeperEvent>) -> Self {
-        WatchThread { news: Some(news), running: None }
+    pub(super) fn new(events: mpsc::Receiver<WatchEvent>) -> Self {
+        WatchThread { events: Some(events), running: None }
     }
 
     /// Starts the thread, which calls `notices`. Only the first call does so.
     pub(super) fn start(&mut self, shared: &Arc<Shared>, quiesces: Option<&Arc<Quiesces>>, notices: Arc<dyn Notices>) {
-        let Some(news) = self.news.take() else { return };
+        let Some(events) = self.events.take() else { return };
         if let Some(quiesces) = quiesces {
             quiesces.start(Arc::clone(&notices));
         }
         // A snapshot does not change, and librbd reports no updates of an image that is open read-only.
         let updates = (!shared.geometry.read_only).then(|| watch_updates(shared)).flatten();
         let (shared, quiesces) = (Arc::clone(shared), quiesces.cloned());
-        let body = move || run(&shared, quiesces.as_deref(), &*notices, &news);
-        match thread::Builder::new().name("rbd-keeper".into()).spawn(body) {
+        let body = move || run(&shared, quiesces.as_deref(), &*notices, &events);
+        match thread::Builder::new().name("rbd-watch".into()).spawn(body) {
             Ok(thread) => self.running = Some(Running { thread, updates }),
             Err(error) => {
                 log_limited!(
@@ -70,7 +70,7 @@ impl WatchThread {
             );
         }
         // This cannot fail while the thread runs, because it owns the receiver.
-        let _ = shared.news.send(KeeperEvent::Stop);
+        let _ = shared.events.send(WatchEvent::Stop);
         if thread.join().is_err() {
             log::error!("{}: the image's watch thread panicked", shared.name);
         }
@@ -79,10 +79,10 @@ impl WatchThread {
 
 /// Starts the watch for changes of the image's header.
 fn watch_updates(shared: &Arc<Shared>) -> Option<Watch> {
-    let news = shared.news.clone();
+    let events = shared.events.clone();
     let changed = Box::new(move || {
         // The thread may have ended.
-        let _ = news.send(KeeperEvent::Updated);
+        let _ = events.send(WatchEvent::Updated);
     });
     match Watch::updates(Arc::clone(shared), changed) {
         Ok(watch) => Some(watch),
@@ -100,31 +100,31 @@ fn watch_updates(shared: &Arc<Shared>) -> Option<Watch> {
 }
 
 /// The thread's main function.
-fn run(shared: &Arc<Shared>, quiesces: Option<&Quiesces>, notices: &dyn Notices, news: &mpsc::Receiver<KeeperEvent>) {
+fn run(shared: &Arc<Shared>, quiesces: Option<&Quiesces>, notices: &dyn Notices, events: &mpsc::Receiver<WatchEvent>) {
     let mut check_lock: Option<Instant> = None;
     loop {
         let next = [quiesces.and_then(Quiesces::expire), check_lock].into_iter().flatten().min();
         let received = match next {
-            Some(deadline) => news.recv_timeout(deadline.saturating_duration_since(Instant::now())),
-            None => news.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected),
+            Some(deadline) => events.recv_timeout(deadline.saturating_duration_since(Instant::now())),
+            None => events.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected),
         };
         match received {
-            Ok(KeeperEvent::Updated) => {
+            Ok(WatchEvent::Updated) => {
                 check_lock = shared.lock.check(shared);
                 update_size(shared, notices);
             }
-            Ok(KeeperEvent::StateChanged) => {
+            Ok(WatchEvent::StateChanged) => {
                 notices.state_changed();
-                if shared.trouble.is_locked_out() {
+                if shared.health.is_locked_out() {
                     check_lock = shared.lock.check(shared);
                 }
             }
-            Ok(KeeperEvent::Quiesce) | Err(mpsc::RecvTimeoutError::Timeout) => {
+            Ok(WatchEvent::Quiesce) | Err(mpsc::RecvTimeoutError::Timeout) => {
                 if check_lock.is_some_and(|due| due <= Instant::now()) {
                     check_lock = shared.lock.check(shared);
                 }
             }
-            Ok(KeeperEvent::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
+            Ok(WatchEvent::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
         }
     }
 }
@@ -140,7 +140,7 @@ fn update_size(shared: &Shared, notices: &dyn Notices) {
             }
         }
         Err(errno) => {
-            shared.heed(Err(errno));
+            shared.record_result(Err(errno));
             log_limited!(IMAGE_LOG, Warn, "{}: its size cannot be read: {}", shared.name, super::io_error(errno));
             // A pause, in case such events follow quickly. The next change of the header reads the size again.
             thread::sleep(Duration::from_millis(10));

@@ -1,7 +1,7 @@
 //! The events that the watch thread handles.
 
 /// An event for the watch thread.
-pub(super) enum KeeperEvent {
+pub(super) enum WatchEvent {
     /// The image's header changed.
     Updated,
     /// The image's health changed.
