@@ -178,7 +178,7 @@ fn wrong_usage_is_status_two() {
 #[test]
 fn an_agent_that_cannot_freeze_makes_nothing() {
     let quick: &[&str] = &["--freeze-timeout", "500ms", "--to", "exec:touch \"$PLACE/target\""];
-    Scene::new(Mood::MalformedInput).fails("filesystem", quick, &["what is no answer"]);
+    Scene::new(Mood::MalformedInput).fails("filesystem", quick, &["text that is not a reply"]);
     Scene::new(Mood::HooksFail).fails("filesystem", quick, &["hook script exited with 3"]);
     Scene::new(Mood::Refuses).fails("filesystem", quick, &["hook script exited with 3"]);
     Scene::new(Mood::Silent).fails("filesystem", quick, &["does not answer", "qemu-guest-agent", "--libvirt"]);
