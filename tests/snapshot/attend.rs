@@ -171,9 +171,11 @@ fn a_freeze_that_waits_for_a_disk_that_an_operator_holds_fails_in_time() {
 
 #[test]
 fn what_the_guest_refuses_is_refused_or_called_weaker() {
-    for (mood, words) in
-        [(Mood::Refuses, "hook script exited"), (Mood::Silent, "does not answer"), (Mood::MalformedInput, "no answer")]
-    {
+    for (mood, words) in [
+        (Mood::Refuses, "hook script exited"),
+        (Mood::Silent, "does not answer"),
+        (Mood::MalformedInput, "not a reply"),
+    ] {
         let mut scene = Scene::new(mood.clone(), &["--level", "filesystem", "--freeze-timeout", "300ms"]);
         let mut watcher = scene.disks[0].client();
         for answer in scene.ask_all() {
