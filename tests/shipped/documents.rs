@@ -1,0 +1,65 @@
+//! The documents name files and tests that exist.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The folders of this repository whose files documents name.
+const FOLDERS: [&str; 7] = ["benches/", "docs/", "fuzz/", "qemu-configs/", "scripts/", "src/", "tests/"];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Every page at the top of the repository, in `docs` and in `tests`.
+fn pages() -> Vec<PathBuf> {
+    let is_page = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "md");
+    let entries = ["", "docs", "tests"].map(|folder| fs::read_dir(root().join(folder)).expect("a folder"));
+    entries.into_iter().flatten().map(|entry| entry.expect("an entry").path()).filter(is_page).collect()
+}
+
+/// The words between backticks that begin with one of [`FOLDERS`].
+fn names(text: &str) -> impl Iterator<Item = &str> {
+    let quoted = text.split('`').skip(1).step_by(2);
+    quoted.filter(|name| FOLDERS.iter().any(|folder| name.starts_with(folder)) && !name.contains(' '))
+}
+
+/// What is wrong with a name of the form `file` or `file::test`.
+fn complaint(name: &str) -> Option<String> {
+    let (file, test) = name.split_once("::").map_or((name, None), |(file, test)| (file, Some(test)));
+    // A name in capitals or with a star stands for many.
+    if file.contains(|c: char| c == '*' || c.is_ascii_uppercase()) && !file.ends_with(".S") && !file.ends_with(".md") {
+        return None;
+    }
+    let path = root().join(file);
+    if !path.exists() {
+        return Some(format!("there is no {file}"));
+    }
+    let test = test?;
+    let text = fs::read_to_string(&path).unwrap_or_default();
+    let exists = text.contains(&format!("fn {test}(")) || text.contains(&format!("mod {test} {{"));
+    (!exists).then(|| format!("{file} has no {test}"))
+}
+
+#[test]
+fn every_file_and_test_that_a_document_names_exists() {
+    let mut wrong = Vec::new();
+    let mut checked = 0;
+    for page in pages() {
+        let text = fs::read_to_string(&page).expect("a page");
+        for name in names(&text) {
+            checked += 1;
+            wrong.extend(complaint(name).map(|complaint| format!("{}: {complaint}", page.display())));
+        }
+    }
+    assert!(checked > 100, "only {checked} names were found");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_name_that_does_not_exist_is_found() {
+    let own = "tests/shipped/documents.rs";
+    assert_eq!(complaint(own), None);
+    assert_eq!(complaint(&format!("{own}::a_name_that_does_not_exist_is_found")), None);
+    assert!(complaint(&format!("{own}::nothing")).is_some());
+    assert!(complaint("tests/shipped/nothing.rs").is_some());
+}
