@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table() {
+    fn every_mode_has_the_documented_policy() {
         // mode, direct, sync each write (driver flushes / does not), ignores flush, guest sees a write cache
         let table = [
             ("none", true, false, true, false, true),

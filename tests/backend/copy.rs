@@ -421,7 +421,7 @@ fn a_target_that_fails_at_any_time_leaves_nothing_and_the_guest_alone() {
 
 /// The rounds can fail: a copier that does it wrong is noticed.
 #[test]
-fn mutants_are_noticed() {
+fn planted_faults_of_the_copier_are_found() {
     for mutant in [Mutant::SavesNothing, Mutant::ForgetsRanges, Mutant::ReleasesEarly] {
         let noticed = (0..300).any(|seed| {
             let tuning = Tuning { mutant: Some(mutant), ..Tuning::default() };
@@ -704,7 +704,7 @@ fn a_discard_that_would_wait_too_long_is_left_undone() {
 
 /// Ops that do not overlap what is saved now, reads, and syncs go on while a write waits.
 #[test]
-fn only_what_overlaps_waits() {
+fn only_writes_that_overlap_the_saved_cluster_wait() {
     let (world, mem) = World::mem(CompletionOrder::OnRequest, Tuning::default());
     let mut guest = Driver::new(&*world.disk, 8);
     started(&world, 1);
@@ -734,7 +734,7 @@ fn refused(result: Result<impl std::fmt::Debug, CopyError>, code: &str, words: &
 }
 
 #[test]
-fn targets_that_cannot_be_are_refused() {
+fn invalid_copy_targets_are_refused() {
     let (world, _) = World::mem(CompletionOrder::InOrder, Tuning::default());
     let dir = world.dir.path();
     std::fs::write(dir.join("there"), "precious").expect("a file");
@@ -852,7 +852,7 @@ fn a_file_put_in_the_partial_files_place_is_not_published() {
 
 /// Holes are not read, zeroes are not stored; the digest is the whole image's.
 #[test]
-fn sparse_stays_sparse() {
+fn the_copy_of_a_sparse_image_is_sparse() {
     const SIZE: u64 = (64 << 30) + 4096;
     let dir = disk_dir();
     let path = image(dir.path(), "disk.img", SIZE);
@@ -939,7 +939,7 @@ fn an_image_of_any_size_is_copied() {
 
 /// That its name is durable, too: `tests/guest/power_cut.rs`.
 #[test]
-fn what_is_complete_is_durable() {
+fn a_complete_copy_is_durable() {
     let (world, mem) = World::mem(CompletionOrder::InOrder, Tuning::default());
     let world = World { dir: disk_dir(), ..world };
     fill(&mem);

@@ -27,7 +27,7 @@ fn refused(options: &FileOptions, words: &[&str]) {
 }
 
 #[test]
-fn what_is_no_image_is_refused_with_a_mend() {
+fn a_file_that_is_no_image_is_refused_with_a_fix() {
     let dir = disk_dir();
     refused(&options(&dir.path().join("missing"), DIRECT), &["no such file", "truncate"]);
     refused(&options(&dir.path().join("missing/disk"), DIRECT), &["no such file"]);
@@ -46,7 +46,7 @@ fn what_is_no_image_is_refused_with_a_mend() {
 }
 
 #[test]
-fn what_must_not_be_written_is_refused_but_served_read_only() {
+fn a_file_that_cannot_be_written_is_served_read_only_alone() {
     let dir = disk_dir();
     let path = image(dir.path(), "disk.img", 1 << 20);
     fs::set_permissions(&path, fs::Permissions::from_mode(0o444)).expect("chmod");
@@ -453,7 +453,7 @@ fn a_queue_that_goes_leaves_no_lock_and_no_descriptor_behind() {
 }
 
 #[test]
-fn a_write_whose_surroundings_cannot_be_read_fails_and_stores_nothing() {
+fn a_partial_block_write_fails_if_the_rest_of_its_block_cannot_be_read() {
     let dir = disk_dir();
     let file = image(dir.path(), "disk.img", 1 << 20);
     let Some(device) = Loop::attach(&file, 4096) else { return };

@@ -135,7 +135,7 @@ fn an_error_is_of_its_op_alone_and_keeps_its_number() {
 }
 
 #[test]
-fn what_does_not_fit_never_reaches_librbd() {
+fn an_op_outside_the_image_never_reaches_librbd() {
     let stub = Stub::new(CacheMode::None);
     let disk = stub.open();
     let mut driver = Driver::new(&disk, 4);
@@ -168,7 +168,7 @@ fn write_zeroes_keeps_space_unless_it_may_go() {
 }
 
 #[test]
-fn the_shape_is_the_images() {
+fn the_geometry_is_the_images() {
     let mut stub = Stub::new(CacheMode::None);
     stub.set("stub_size", "1049088").set("rbd_discard_granularity_bytes", "131072");
     stub.options.logical_block_size = 4096;
@@ -288,7 +288,7 @@ fn a_sync_of_ours_that_failed_is_made_again() {
 // ---- Trouble
 
 #[test]
-fn who_is_fenced_stays_so() {
+fn a_fenced_client_never_recovers() {
     let stub = Stub::new(CacheMode::Writeback);
     let disk = stub.open();
     let (listener, said) = Listener::start(&disk);
@@ -313,7 +313,7 @@ fn who_is_fenced_stays_so() {
 }
 
 #[test]
-fn every_way_to_learn_of_being_fenced_counts() {
+fn a_fence_is_learned_from_every_call_that_reports_it() {
     for (order, act) in [
         ("read", (|disk| drop(Driver::new(disk, 1).read(0, 512))) as fn(&RbdBackend)),
         ("flush", |disk| assert_eq!(Driver::new(disk, 1).run(Op::Sync), Err(ESHUTDOWN))),
@@ -380,7 +380,7 @@ fn the_lock_is_held_while_a_guest_uses_the_image() {
 }
 
 #[test]
-fn whether_the_lock_is_taken_is_chosen() {
+fn the_lock_option_decides_whether_the_lock_is_taken() {
     for (lock, features, taken) in [
         (RbdLock::Auto, "61", true),
         (RbdLock::Exclusive, "61", true),
@@ -459,7 +459,7 @@ fn a_dead_owner_is_waited_for_without_holding_up_the_caller() {
 }
 
 #[test]
-fn what_cannot_be_flushed_keeps_the_lock() {
+fn a_failed_flush_keeps_the_lock() {
     let stub = Stub::new(CacheMode::None);
     let disk = stub.open();
     disk.activate().unwrap();
@@ -707,7 +707,7 @@ fn a_snapshot_of_others_waits_until_the_disk_is_held() {
 }
 
 #[test]
-fn a_question_that_nobody_answers_is_answered_in_time() {
+fn a_quiesce_request_without_a_reply_is_answered_before_its_timeout() {
     let mut stub = Stub::new(CacheMode::None);
     stub.options.quiesce_timeout = Duration::from_secs(1);
     let disk = stub.open();
@@ -724,7 +724,7 @@ fn a_question_that_nobody_answers_is_answered_in_time() {
 }
 
 #[test]
-fn the_end_answers_what_is_asked() {
+fn pending_quiesce_requests_are_answered_at_the_end() {
     let stub = Stub::new(CacheMode::None);
     let disk = stub.open();
     let (listener, said) = Listener::start(&disk);
@@ -741,7 +741,7 @@ fn the_end_answers_what_is_asked() {
 }
 
 #[test]
-fn questions_and_the_end_at_any_moment() {
+fn quiesce_requests_and_the_end_may_come_at_any_moment() {
     for turn in 0..40 {
         let stub = Stub::new(CacheMode::None);
         let disk = stub.open();
@@ -762,7 +762,7 @@ fn questions_and_the_end_at_any_moment() {
 }
 
 #[test]
-fn a_disk_that_was_let_go_too_early_is_counted() {
+fn a_quiesce_that_librbd_ends_early_is_counted() {
     let stub = Stub::new(CacheMode::None);
     let disk = stub.open();
     let (listener, said) = Listener::start(&disk);
@@ -777,7 +777,7 @@ fn a_disk_that_was_let_go_too_early_is_counted() {
 }
 
 #[test]
-fn nobody_is_asked_where_it_was_not_wanted_or_cannot_be() {
+fn no_quiesce_watch_is_set_where_it_is_off_or_impossible() {
     let mut stub = Stub::new(CacheMode::None);
     stub.options.quiesce = RbdQuiesce::Off;
     let disk = stub.open();
@@ -858,7 +858,7 @@ fn holes_are_listed_and_data_never_missed() {
 }
 
 #[test]
-fn holes_that_cannot_be_listed_count_as_data_and_hold_nobody_up() {
+fn holes_that_cannot_be_listed_count_as_data_without_delay() {
     let mut stub = Stub::new(CacheMode::None);
     stub.set("stub_size", &(64 << 20).to_string());
     let all = |ranges: &[(u64, u64)]| ranges.iter().map(|(start, end)| end - start).sum::<u64>() == 64 << 20;
@@ -989,7 +989,7 @@ fn an_encrypted_image_is_smaller_and_opens_with_its_passphrase_only() {
 }
 
 #[test]
-fn what_overrides_the_mode_is_refused_unless_that_is_wanted() {
+fn options_that_override_the_mode_are_refused_unless_allowed() {
     for (mode, wrong) in [
         (CacheMode::None, "rbd_cache=true"),
         (CacheMode::Directsync, "rbd_cache=true"),
@@ -1017,7 +1017,7 @@ fn what_overrides_the_mode_is_refused_unless_that_is_wanted() {
 }
 
 #[test]
-fn what_keeps_an_image_from_being_opened_is_said() {
+fn an_open_error_names_its_cause() {
     let table: [(&str, i32, &[&str]); 10] = [
         ("stub_connect", libc::ETIMEDOUT, &["cluster", "mon host", "--ceph-conf"]),
         ("stub_connect", libc::EPERM, &["client.admin", "--ceph-user"]),

@@ -173,7 +173,7 @@ fn without_stable_writes_the_halves_differ() {
 }
 
 #[test]
-fn copied_the_halves_agree_and_hold_what_was_written() {
+fn copied_writes_are_equal_on_both_halves_of_a_mirror() {
     // `auto` knows that this image reads twice.
     for how in [StableWrites::Copy, StableWrites::Auto] {
         let (changed, mirror, disk, _) = mutating_guest(how);
@@ -191,7 +191,7 @@ fn copied_the_halves_agree_and_hold_what_was_written() {
 }
 
 #[test]
-fn changes_are_detected_counted_exactly_and_told() {
+fn changed_writes_are_detected_counted_and_reported() {
     let (changed, mirror, disk, events) = mutating_guest(StableWrites::Detect);
     assert_eq!(mirror.differences(WRITE), changed, "detect changes nothing");
     let status = seen(&*disk);
@@ -295,7 +295,7 @@ fn torn(mirror: &Mirror, places: &[(usize, usize)]) -> usize {
 }
 
 #[test]
-fn a_queue_under_constant_scribbling() {
+fn copy_and_detect_withstand_constant_changes() {
     let (mirror, _, places) = scribbled_writes(StableWrites::Off, 0);
     assert!(torn(&mirror, &places) > 0, "the test's guest is not nasty enough");
     for limit in [0, BouncePool::DEFAULT_BYTES] {
@@ -493,7 +493,7 @@ fn dropping_a_queue_carries_out_what_waits_for_memory() {
 
 /// A copy is aligned and goes to O_DIRECT as it is.
 #[test]
-fn what_was_copied_is_not_bounced_again() {
+fn a_copied_write_is_not_bounced_again() {
     let dir = disk_dir();
     let path = image(dir.path(), "disk.img", 8 << 20);
     let bounces = BouncePool::new(BouncePool::DEFAULT_BYTES);

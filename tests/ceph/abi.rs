@@ -174,7 +174,7 @@ fn compile(text: &str) -> Result<(), String> {
 }
 
 #[test]
-fn our_declarations_are_cephs() {
+fn our_declarations_equal_cephs_headers() {
     let text = declarations();
     compile(&text).unwrap_or_else(|said| panic!("'make check-rbd' installs Ceph's headers; cc says:\n{said}"));
     // None was passed over because it stands in another form.

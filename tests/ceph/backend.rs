@@ -181,7 +181,7 @@ impl Notices for Heard {
 }
 
 #[test]
-fn a_resize_is_heard_and_is_the_new_bound() {
+fn a_resize_is_noticed_and_bounds_every_op() {
     let image = small_objects(POOL);
     let disk = open(&image, CacheMode::None);
     let heard = Arc::new(Heard::default());

@@ -52,7 +52,7 @@ fn contains(text: &str, parts: &[&str]) {
 }
 
 #[test]
-fn what_is_not_there_is_named() {
+fn a_missing_pool_or_image_is_named() {
     let cluster = Cluster::shared();
     let image = cluster.image(MIB);
     contains(&refused(cluster, "nopool/disk", "none", &[]), &["nopool", "no such pool"]);
@@ -105,7 +105,7 @@ fn a_monitor_that_is_dead_is_given_up() {
 }
 
 #[test]
-fn who_may_not_is_told_what_is_missing() {
+fn a_client_without_permission_is_told_which_is_missing() {
     let cluster = Cluster::start(&["--cephx"]);
     let image = cluster.image(4 * MIB);
     let keyring = |user: &str, osd: &str, mon: &str| {

@@ -15,7 +15,7 @@ const EIO: Errno = Errno(5);
 // Talking.
 
 #[test]
-fn negotiation_and_the_queries() {
+fn queries_need_negotiation() {
     let served = Served::new();
     let mut client = served.greeted();
     assert_eq!(client.ask("query-status", json!({})), Err("not-negotiated".into()));
@@ -131,7 +131,7 @@ fn nested_holds_end_with_the_last() {
 }
 
 #[test]
-fn those_who_ask_while_it_settles_share_the_answer() {
+fn quiesces_that_come_while_one_drains_share_its_result() {
     let served = Served::new();
     served.disk.set(Settle::ByHand);
     let (mut one, mut two, mut three) = (served.client(), served.client(), served.client());
@@ -148,7 +148,7 @@ fn those_who_ask_while_it_settles_share_the_answer() {
 }
 
 #[test]
-fn a_timeout_opens_the_gate_and_a_late_answer_is_nobodys() {
+fn a_quiesce_that_times_out_opens_the_gate_and_ignores_a_late_drain() {
     let served = Served::new();
     served.disk.set(Settle::ByHand);
     let mut client = served.client();
@@ -414,7 +414,7 @@ fn quit_is_answered_and_asked_once() {
 }
 
 #[test]
-fn stopping_lets_go_and_says_so() {
+fn a_server_that_stops_ends_its_holds_and_reports_it() {
     let mut served = Served::new();
     let (mut holder, mut waiting) = (served.client(), served.client());
     holder.quiesce(json!({"detached": true}));
@@ -500,7 +500,7 @@ fn a_flood_does_not_starve_the_others() {
 }
 
 #[test]
-fn a_reader_that_does_not_read_holds_up_only_itself() {
+fn a_client_that_does_not_read_delays_no_other() {
     let served = Served::new();
     let mut lazy = served.client();
     lazy.reader.get_ref().set_write_timeout(Some(Duration::from_millis(300))).unwrap();
@@ -536,7 +536,7 @@ fn a_watcher_that_does_not_read_is_cut_off() {
 }
 
 #[test]
-fn a_half_request_costs_nothing() {
+fn half_a_request_delays_no_other_client() {
     let served = Served::new();
     let mut half = served.client();
     half.send(r#"{"execute":"quer"#);

@@ -28,7 +28,7 @@ fn passed_on(served: &Served) -> (UnixStream, bool) {
 }
 
 #[test]
-fn it_begins_when_nothing_would_be_lost() {
+fn a_hand_over_begins_only_without_holds_copies_and_snapshots() {
     let served = Served::new();
     let (mut client, mut other) = (served.client(), served.client());
     assert_eq!(client.ask("hand-over", json!({})), Err("bad-argument".into()));
@@ -54,7 +54,7 @@ fn it_begins_when_nothing_would_be_lost() {
 }
 
 #[test]
-fn while_it_lasts_nothing_begins_that_would_end_with_this_process() {
+fn a_hand_over_refuses_new_holds_copies_and_snapshots() {
     let served = Served::new();
     served.with_store();
     let (mut client, mut other) = (served.client(), served.client());
@@ -89,7 +89,7 @@ fn while_it_lasts_nothing_begins_that_would_end_with_this_process() {
 }
 
 #[test]
-fn clients_that_come_when_it_is_decided_wait() {
+fn a_client_that_connects_while_a_hand_over_is_decided_waits() {
     let served = Served::new();
     let mut before = served.client();
     served.upgrading.1.store(true, SeqCst);
@@ -109,7 +109,7 @@ fn clients_that_come_when_it_is_decided_wait() {
 
 /// An attendant that the process before us relied on must be back before there is a snapshot by others.
 #[test]
-fn an_attendant_is_missed_by_the_next_process_too() {
+fn the_new_process_requires_the_attendant_of_the_old_one() {
     let served = Served::new();
     let (mut attendant, mut client) = (served.client(), served.client());
     attendant.ask("attend", json!({"who": "vm1"})).unwrap();

@@ -40,7 +40,7 @@ fn skipped(what: &str, why: &str) {
 }
 
 #[test]
-fn qemu_qmp_drives_it() {
+fn the_qemu_qmp_library_can_quiesce_and_resume() {
     let served = Served::new();
     let dir = tempfile::tempdir().unwrap();
     let install = Command::new("timeout")
@@ -65,7 +65,7 @@ fn qemu_qmp_drives_it() {
 }
 
 #[test]
-fn socat_drives_it() {
+fn socat_can_quiesce_and_resume() {
     let served = Served::new();
     if Command::new("socat").arg("-V").stdout(Stdio::null()).status().is_err() {
         return skipped("socat", "it is not installed");

@@ -54,7 +54,7 @@ fn the_disk_is_held_from_the_answer_until_the_store_says_so() {
 }
 
 #[test]
-fn it_works_without_a_control_socket() {
+fn a_store_can_quiesce_without_a_control_socket() {
     let mut served = Served::start(None, PATIENCE);
     for _ in 0..3 {
         let answer = served.store_asks();
@@ -71,7 +71,7 @@ fn it_works_without_a_control_socket() {
 }
 
 #[test]
-fn each_failure_has_its_number() {
+fn each_failure_has_its_errno() {
     let served = Served::start(Some(0o600), Duration::from_millis(50));
     let mut client = served.client();
     served.disk.set(Settle::Fail(Errno(libc::ENOSPC)));
@@ -88,7 +88,7 @@ fn each_failure_has_its_number() {
 }
 
 #[test]
-fn an_operator_and_a_store_that_change_their_minds_are_heard() {
+fn a_quiesce_cancelled_by_operator_or_store_is_refused() {
     let served = Served::new();
     let mut client = served.client();
     served.disk.set(Settle::ByHand);
@@ -111,7 +111,7 @@ fn an_operator_and_a_store_that_change_their_minds_are_heard() {
 }
 
 #[test]
-fn one_at_a_time() {
+fn a_second_quiesce_of_the_store_is_refused_as_busy() {
     let served = Served::new();
     let mut client = served.client();
     let first = served.store_asks();
@@ -144,7 +144,7 @@ fn an_operators_hold_and_the_stores_nest() {
 }
 
 #[test]
-fn the_end_leaves_nothing_unanswered() {
+fn pending_store_requests_are_refused_at_the_end() {
     // While it settles: refused at once when the notices close, and a later one, too.
     let served = Served::new();
     served.disk.set(Settle::ByHand);
@@ -173,7 +173,7 @@ fn the_end_leaves_nothing_unanswered() {
 }
 
 #[test]
-fn a_store_that_lets_go_by_itself_is_told_of() {
+fn a_store_that_releases_early_is_reported() {
     let served = Served::new();
     let mut client = served.client();
     let answer = served.store_asks();

@@ -173,7 +173,7 @@ fn each_ending_signal_removes_what_was_made_and_ends_well() {
 }
 
 #[test]
-fn nohup_is_obeyed() {
+fn an_ignored_sighup_stays_ignored() {
     let place = Place::new();
     let mut command = Command::new("sh");
     command.args(["-c", "trap '' HUP; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_virtioblkd"), NULL]);
@@ -188,7 +188,7 @@ fn nohup_is_obeyed() {
 }
 
 #[test]
-fn the_control_socket_can_end_it() {
+fn quit_on_the_control_socket_ends_the_daemon() {
     let place = Place::new();
     let mut daemon = Daemon::serving(&[NULL, &place.arg("socket-path", "s"), &place.arg("control-path", "c")]);
     let mut control = connect(&place.path("c"));
@@ -318,7 +318,7 @@ fn a_living_servers_socket_and_pid_file_are_left_alone() {
 }
 
 #[test]
-fn what_was_put_in_the_place_of_ours_is_left_alone() {
+fn files_that_replaced_our_sockets_are_not_removed() {
     let place = Place::new();
     let mut daemon = Daemon::serving(&[NULL, &place.arg("socket-path", "s"), &place.arg("pid-file", "pid")]);
     for name in ["s", "pid"] {
@@ -448,7 +448,7 @@ fn the_disk_file_says_what_is_served_and_the_command_line_wins() {
 }
 
 #[test]
-fn systemd_is_told() {
+fn systemd_is_notified_of_start_and_end() {
     let place = Place::new();
     let systemd = UnixDatagram::bind(place.path("notify")).unwrap();
     systemd.set_read_timeout(Some(PATIENCE)).unwrap();

@@ -82,7 +82,7 @@ fn help_names_every_option() {
 }
 
 #[test]
-fn version() {
+fn the_version_is_printed() {
     assert_eq!(printed(&["--version"]), format!("virtioblkd {}\n", env!("CARGO_PKG_VERSION")));
 }
 

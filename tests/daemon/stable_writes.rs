@@ -20,7 +20,7 @@ impl Drop for Daemon {
 
 /// The real daemon: the option, the status, the statistics and the operator's page.
 #[test]
-fn the_daemon_says_what_it_does() {
+fn the_daemon_reports_its_stable_writes() {
     let dir = kit::programs::disk_dir();
     let disk = image(dir.path(), "disk.img", 1 << 20);
     let path = |name: &str| dir.path().join(name).into_os_string().into_string().unwrap();

@@ -191,7 +191,7 @@ fn signals_go_to_the_command_and_the_disk_goes_on() {
 }
 
 #[test]
-fn our_death_lets_the_disk_go_on() {
+fn a_killed_command_releases_its_hold() {
     let served = Served::new();
     let mut child = start(&served, &["quiesce", "--", "sh", "-c", "echo $$; exec sleep 100"]);
     let mut line = String::new();

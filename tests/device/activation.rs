@@ -161,7 +161,7 @@ fn until_told(backend: &GuardedMapping, what: &str) -> Vec<&'static str> {
 }
 
 #[test]
-fn a_held_disk_is_nobody_elses_until_it_goes_on() {
+fn a_held_disk_keeps_its_image_until_it_is_resumed() {
     let (backend, rig) = watched();
     // Without a guest.
     assert!(rig.hold(1).is_ok());

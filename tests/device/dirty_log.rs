@@ -143,12 +143,12 @@ fn every_kind_of_request(backend: Arc<dyn Backend>) {
 }
 
 #[test]
-fn in_memory() {
+fn every_page_written_from_memory_is_in_the_dirty_log() {
     every_kind_of_request(Arc::new(MemBackend::new(MemOptions::new(SIZE))));
 }
 
 #[test]
-fn over_a_file() {
+fn every_page_written_from_a_file_is_in_the_dirty_log() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.img");
     File::create(&path).unwrap().set_len(SIZE).unwrap();

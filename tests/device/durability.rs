@@ -244,7 +244,7 @@ fn a_crash_breaks_no_promise() {
 
 /// The tests above can fail: where less is promised, a driver that relies on more is let down.
 #[test]
-fn who_relies_on_more_than_the_mode_promises_is_let_down() {
+fn a_driver_that_relies_on_more_than_the_mode_promises_loses_data() {
     for (mode, mask, promise) in [
         (CacheMode::Unsafe, ALL, Promise::Flushed),
         (CacheMode::Unsafe, ALL, Promise::Acknowledged),
@@ -377,7 +377,7 @@ fn a_durable_write_that_failed_is_not_acknowledged() {
 }
 
 #[test]
-fn one_failed_sync_is_told_once() {
+fn one_failed_sync_is_reported_once() {
     let rig = Rig::new(CacheMode::Writeback, DurableWrite::Native, CompletionOrder::InOrder);
     let _guest = FrontEnd::connect(&rig.path, 1, 64, ALL);
     rig.memory.fail(Fault { op: MemOp::Sync, nth: 1, errno: EIO, transferred: 0 });

@@ -107,7 +107,7 @@ fn full_pipe() -> (OwnedFd, OwnedFd) {
 }
 
 #[test]
-fn what_is_no_eventfd_is_refused() {
+fn a_descriptor_that_is_no_eventfd_is_refused() {
     let rig = memory_disk();
     let (_reader, pipe) = full_pipe();
     let file: OwnedFd = tempfile::tempfile().unwrap().into();
@@ -130,7 +130,7 @@ fn what_is_no_eventfd_is_refused() {
 }
 
 #[test]
-fn an_eventfd_that_is_full_stops_nobody() {
+fn a_full_eventfd_blocks_no_thread() {
     let rig = memory_disk();
     let stream = UnixStream::connect(&rig.path).unwrap();
     let mut guest = FrontEnd::handshake(stream, 2, 64, ALL);
@@ -477,7 +477,7 @@ fn a_broken_ring_is_told_of_on_its_error_descriptor() {
 }
 
 #[test]
-fn what_comes_in_no_order_does_no_harm() {
+fn messages_out_of_order_end_only_their_connection() {
     let rig = memory_disk();
     let zero = 0u64.to_le_bytes();
     let connected = || {
@@ -793,7 +793,7 @@ fn random_chains_are_answered_once_and_write_nowhere_else() {
 }
 
 #[test]
-fn a_wire_that_stops_in_the_middle_of_a_message_is_a_front_end_that_left() {
+fn a_connection_that_ends_within_a_message_is_a_disconnect() {
     let rig = memory_disk();
     for bytes in [&[][..], &[1], &[2, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0], &[5, 0, 0, 0, 1, 0, 0, 0, 40, 0, 0, 0, 1, 2, 3]]
     {

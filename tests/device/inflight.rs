@@ -102,7 +102,7 @@ impl Drop for Released {
 }
 
 #[test]
-fn what_was_taken_is_done_again_in_order_and_before_anything_new() {
+fn in_flight_requests_are_resubmitted_in_order_before_new_ones() {
     let (first_disk, first) = server(CompletionOrder::OnRequest);
     let (second_disk, second) = server(CompletionOrder::InOrder);
     let _released = Released(first_disk.clone());
@@ -132,7 +132,7 @@ fn what_was_taken_is_done_again_in_order_and_before_anything_new() {
 }
 
 #[test]
-fn what_is_held_is_not_in_flight_and_what_is_in_flight_is_held() {
+fn blocked_requests_are_not_marked_in_flight() {
     let (first_disk, first) = server(CompletionOrder::OnRequest);
     let (second_disk, second) = server(CompletionOrder::InOrder);
     let _released = Released(first_disk.clone());
@@ -167,7 +167,7 @@ fn what_is_held_is_not_in_flight_and_what_is_in_flight_is_held() {
 /// The server dies with requests in flight, and before the next one comes the guest is reset. QEMU gives the new driver
 /// fresh memory; a front-end that does not must not have the new guest's memory written by what the old one asked for.
 #[test]
-fn what_an_earlier_driver_asked_for_is_not_done_to_the_next() {
+fn requests_of_an_earlier_driver_are_dropped() {
     for keeps_the_region in [false, true] {
         let (first_disk, first) = server(CompletionOrder::OnRequest);
         let (second_disk, second) = server(CompletionOrder::InOrder);
@@ -208,7 +208,7 @@ fn what_an_earlier_driver_asked_for_is_not_done_to_the_next() {
 
 /// The same without a death: a ring that is stopped while an earlier server's requests are held leaves them in the region.
 #[test]
-fn what_was_held_for_an_earlier_driver_is_not_done_to_the_next() {
+fn blocked_requests_of_an_earlier_driver_are_dropped() {
     let (first_disk, first) = server(CompletionOrder::OnRequest);
     let (second_disk, second) = server(CompletionOrder::InOrder);
     let _released = Released(first_disk.clone());
@@ -231,7 +231,7 @@ fn what_was_held_for_an_earlier_driver_is_not_done_to_the_next() {
 }
 
 #[test]
-fn an_orderly_restart_owes_nothing() {
+fn after_an_orderly_restart_nothing_is_resubmitted() {
     let (_, first) = server(CompletionOrder::Shuffled(7));
     let (second_disk, second) = server(CompletionOrder::Shuffled(8));
     let mut guest = Guest::new(&first);
@@ -561,7 +561,7 @@ impl Walk {
 }
 
 #[test]
-fn in_any_order_each_request_is_answered_once() {
+fn requests_in_any_order_are_completed_once() {
     for seed in 1..=40 {
         let mut walk = Walk::new(seed);
         (0..STEPS).for_each(|_| walk.step());

@@ -98,7 +98,7 @@ fn a_write_without_space_is_kept_and_its_ring_reads_on_until_it_is_continued() {
 }
 
 #[test]
-fn what_is_kept_goes_by_the_policy() {
+fn the_policy_decides_which_failed_requests_are_retained() {
     let table = [
         (OnError::Report, ENOSPC, [IOERR; 4]),
         (OnError::Enospc, EIO, [IOERR; 4]),
@@ -143,7 +143,7 @@ fn what_is_kept_goes_by_the_policy() {
 }
 
 #[test]
-fn what_fails_again_is_kept_again() {
+fn a_retained_request_that_fails_again_is_retained_again() {
     let (disk, rig) = served(OnError::Stop);
     let mut guest = FrontEnd::connect(&rig.path, 1, SIZE, ALL);
     (1..=6).for_each(|nth| disk.fail(Fault { op: MemOp::Write, nth, errno: EIO, transferred: 0 }));
@@ -176,7 +176,7 @@ fn a_failed_sync_is_final() {
 }
 
 #[test]
-fn a_hold_waits_for_what_is_kept_and_is_never_granted_before() {
+fn a_hold_waits_for_retained_requests() {
     let (disk, rig) = served(OnError::Enospc);
     let mut guest = FrontEnd::connect(&rig.path, 1, SIZE, ALL);
     fail(&disk, MemOp::Write, ENOSPC);
@@ -231,7 +231,7 @@ fn a_ring_that_is_taken_back_is_answered_after_one_more_try() {
 }
 
 #[test]
-fn a_ring_that_only_changes_keeps_what_it_kept() {
+fn a_ring_restarted_for_new_memory_keeps_its_retained_requests() {
     let (disk, rig) = served(OnError::Enospc);
     let mut guest = FrontEnd::connect(&rig.path, 2, SIZE, ALL);
     (1..=8).for_each(|nth| disk.fail(Fault { op: MemOp::Write, nth, errno: ENOSPC, transferred: 0 }));
@@ -256,7 +256,7 @@ fn a_ring_that_only_changes_keeps_what_it_kept() {
 }
 
 #[test]
-fn a_guest_that_leaves_without_tracking_is_answered() {
+fn retained_requests_without_an_inflight_region_fail_at_the_end() {
     let (disk, rig) = served(OnError::Stop);
     let mut guest = FrontEnd::connect(&rig.path, 1, SIZE, ALL);
     (1..=2).for_each(|nth| disk.fail(Fault { op: MemOp::Write, nth, errno: EIO, transferred: 0 }));
@@ -274,7 +274,7 @@ fn tracking(rig: &Rig) -> FrontEnd {
 }
 
 #[test]
-fn what_is_kept_when_the_server_ends_is_done_by_the_next_one() {
+fn retained_requests_are_carried_out_by_the_next_server() {
     let (first_disk, first) = served(OnError::Enospc);
     let (second_disk, second) = served(OnError::Enospc);
     let mut guest = tracking(&first);

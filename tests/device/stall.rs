@@ -11,7 +11,7 @@ use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::{DeviceOptions, Tuning};
 
 #[test]
-fn requests_that_hang_are_counted_told_of_and_told_of_when_they_are_over() {
+fn requests_that_hang_are_counted_and_reported_when_they_hang_and_when_they_end() {
     let disk = Arc::new(MemBackend::new(MemOptions { order: CompletionOrder::OnRequest, ..MemOptions::new(1 << 20) }));
     let options = DeviceOptions { mode: CacheMode::None, num_queues: 8, queue_size: 256, serial: String::new() };
     let limit = Duration::from_millis(100);

@@ -116,6 +116,6 @@ fn vhost_user_messages() {
 /// The harness itself: a target that is wrong is found out.
 #[test]
 #[should_panic(expected = "found")]
-fn a_wrong_target_is_found_out() {
+fn a_target_that_panics_is_found() {
     replay("control", 10_000, |input| assert!(!input.contains(&0x80), "found"));
 }

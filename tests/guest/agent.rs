@@ -115,7 +115,7 @@ fn ended(mut child: Child) -> Output {
 }
 
 #[test]
-fn frozen_by_hand_it_is_somebody_elses_and_is_left_alone() {
+fn a_guest_that_another_client_froze_is_left_frozen() {
     let mut rig = Rig::start();
     rig.vm.sh("start_agent");
     let mut agent = rig.vm.agent();

@@ -93,7 +93,7 @@ fn a_guest_outlives_every_kill_of_its_server() {
 }
 
 #[test]
-fn a_server_that_forgets_is_noticed() {
+fn a_server_that_forgets_in_flight_requests_is_found() {
     let mut world = World::new("forgetful:30");
     assert!(world.goes_on(guest::PATIENCE));
     let mut kills = 0;

@@ -120,7 +120,7 @@ impl Life {
 }
 
 #[test]
-fn life_goes_on_after_upgrades() {
+fn stops_holds_and_kills_work_after_upgrades() {
     let dir = scratch();
     let image = sparse_image(dir.path(), 16 * MIB);
     let mut life = Life::new(&image);

@@ -110,7 +110,7 @@ fn every_room_names_only_what_it_may() {
 }
 
 #[test]
-fn the_checks_can_fail() {
+fn each_rule_refuses_text_that_breaks_it() {
     let cases = [
         ("src/engine/gate.rs", "use std::time::Instant;"),
         ("src/engine/gate.rs", "use crate::disk::Event;"),
@@ -139,7 +139,7 @@ fn the_checks_can_fail() {
 }
 
 #[test]
-fn the_checks_let_honest_text_pass() {
+fn text_that_keeps_the_rules_passes() {
     let cases = [
         ("src/engine/gate.rs", "use std::collections::VecDeque;\npub use super::Slot;\nuse crate::engine::Kind;"),
         ("src/engine/gate.rs", "// use std::time\n/* unsafe /* std::fs */ std::io */ struct Gate;"),

@@ -360,7 +360,7 @@ fn a_filesystem_mounted_over_a_directory_for_copies_is_named() {
 }
 
 #[test]
-fn it_can_be_relaxed() {
+fn each_level_of_the_sandbox_gives_up_what_it_says() {
     let daemon = Daemon::start(Place::new(), &["--sandbox", "no-filter"]);
     assert!(daemon.each_thread("Seccomp").iter().all(|it| it == "0"));
     assert!(daemon.each_thread("NoNewPrivs").iter().all(|it| it == "1"));
@@ -378,7 +378,7 @@ fn it_can_be_relaxed() {
 }
 
 #[test]
-fn root_becomes_the_user_that_it_was_told() {
+fn root_becomes_the_configured_user() {
     if !is_root() {
         return;
     }
@@ -417,7 +417,7 @@ fn a_user_that_may_not_remove_the_sockets_leaves_them_to_the_next_start() {
 }
 
 #[test]
-fn root_that_was_not_asked_for_is_warned_of() {
+fn running_as_root_without_user_option_is_warned_of() {
     if !is_root() {
         return;
     }
@@ -439,7 +439,7 @@ fn nothing_is_removed_where_others_have_directories_beneath() {
 }
 
 #[test]
-fn a_user_that_is_none_or_may_not_open_the_image_is_said() {
+fn an_unknown_user_or_one_that_may_not_open_the_image_is_refused() {
     let place = Place::new();
     contains(&refused(&place, &["--user", "nobody-at-all"]), &["--user", "nobody-at-all", "getent"]);
     if !is_root() {
@@ -621,7 +621,7 @@ fn a_path_that_is_not_needed_is_refused() {
 }
 
 #[test]
-fn what_is_needed_is_allowed() {
+fn every_needed_call_and_path_is_allowed() {
     let place = Place::new();
     for (name, _) in ALLOWED {
         let output = attempt(&place, name);

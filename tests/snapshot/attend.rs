@@ -244,7 +244,7 @@ fn windows_that_gave_up_a_freeze_is_told_of() {
 }
 
 #[test]
-fn killed_in_the_middle_of_a_freeze() {
+fn an_attendant_killed_in_a_freeze_leaves_no_frozen_guest() {
     let mut scene = Scene::new(Mood::Late(Duration::from_secs(1)), &["--level", "filesystem"]);
     let answers = scene.ask_all();
     scene.agent.wait_for("guest-fsfreeze-freeze");
@@ -266,7 +266,7 @@ fn killed_in_the_middle_of_a_freeze() {
 }
 
 #[test]
-fn killed_while_the_disks_are_held() {
+fn an_attendant_killed_while_disks_are_held_leaves_no_frozen_guest() {
     let scene = Scene::new(Mood::Good, &["--level", "filesystem"]);
     for answer in scene.ask_all() {
         assert_eq!(wait(&answer), Ok(()));
@@ -280,7 +280,7 @@ fn killed_while_the_disks_are_held() {
 }
 
 #[test]
-fn told_to_end_it_waits_for_the_snapshot_and_leaves_in_order() {
+fn an_attendant_told_to_end_finishes_its_snapshot() {
     let mut scene = Scene::new(Mood::Good, &["--level", "filesystem"]);
     let answers = scene.ask_all();
     assert!(answers.iter().all(|answer| wait(answer) == Ok(())));
@@ -297,7 +297,7 @@ fn told_to_end_it_waits_for_the_snapshot_and_leaves_in_order() {
 }
 
 #[test]
-fn told_to_end_in_the_middle_of_a_freeze_it_gives_up() {
+fn an_attendant_told_to_end_in_a_freeze_gives_up() {
     let mut scene = Scene::new(Mood::Late(Duration::from_millis(500)), &["--level", "filesystem"]);
     let answers = scene.ask_all();
     scene.agent.wait_for("guest-fsfreeze-freeze");
@@ -377,7 +377,7 @@ fn a_store_that_gives_up_thaws() {
 }
 
 #[test]
-fn hooks_alone_and_hooks_that_say_no() {
+fn a_hook_that_refuses_fails_the_snapshot() {
     let dir = tempfile::tempdir().unwrap();
     let freeze =
         r#"echo "hook $VIRTIOBLK_LEVEL $(echo $VIRTIOBLK_CONTROLS | wc -w)" >> "$JOURNAL"; [ ! -e "$JOURNAL.no" ]"#;

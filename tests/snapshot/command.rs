@@ -123,7 +123,7 @@ fn the_order_is_hooks_freeze_instant_thaw_hooks() {
 }
 
 #[test]
-fn the_page_has_the_same_facts() {
+fn the_text_receipt_has_the_facts_of_the_json_one() {
     let scene = Scene::new(Mood::Stale);
     let output = scene.run("filesystem", &["--to", "exec:true"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -416,7 +416,7 @@ fn a_hold_that_is_lost_makes_no_snapshot() {
 // Several disks.
 
 #[test]
-fn a_disk_that_is_late_releases_all() {
+fn a_disk_that_misses_the_deadline_releases_all_disks() {
     let dir = tempfile::tempdir().unwrap();
     let disks = ["a", "b", "c"].map(|name| Daemon::with_image(dir.path(), name, 1 << 20));
     let all: Vec<&Daemon> = disks.iter().collect();

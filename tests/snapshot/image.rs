@@ -104,7 +104,7 @@ fn two_images_share_a_name_and_an_instant() {
 }
 
 #[test]
-fn one_that_fails_takes_the_others_along() {
+fn if_one_image_snapshot_fails_all_are_removed() {
     let (disks, stores) = two();
     let dir = tempfile::tempdir().unwrap();
     let file = Daemon::with_image(dir.path(), "a.raw", 1 << 20);
@@ -146,7 +146,7 @@ fn a_copy_that_gets_its_name_just_as_another_fails_goes_too() {
 }
 
 #[test]
-fn killed_or_out_of_time_nothing_is_left() {
+fn a_killed_or_late_command_leaves_no_image_snapshot() {
     let (disks, stores) = two();
     stores[1].hang(true);
     for how in [Signal::KILL, Signal::TERM] {

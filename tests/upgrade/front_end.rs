@@ -50,7 +50,7 @@ fn readable_soon(stream: &UnixStream) -> bool {
 }
 
 #[test]
-fn everything_that_was_said_counts_still() {
+fn the_front_ends_settings_survive_an_upgrade() {
     let disk = Disk::serve(&["--cache", "none"]);
     let (mut guest, stream) = handshake(&disk, 3);
     let (theirs, ours) = UnixStream::pair().unwrap();
@@ -144,7 +144,7 @@ fn the_last_writes_are_synced_and_the_next_ones_marked() {
 
 /// Between a front-end's first word and its rings, and without any of its features.
 #[test]
-fn a_front_end_that_has_said_little_goes_on_with_the_rest() {
+fn a_front_end_may_continue_its_handshake_after_an_upgrade() {
     let disk = Disk::serve(&[]);
     let stream = UnixStream::connect(disk.path("vhost")).unwrap();
     wait_until("it is connected", || disk.status()["connected"] == true);
@@ -194,7 +194,7 @@ fn messages_are_read_by_one_process_and_whole() {
 
 /// What failed and is kept from the guest is tried again by the new daemon, whether the front-end keeps marks or not.
 #[test]
-fn what_is_kept_goes_along() {
+fn retained_requests_go_along() {
     for marks in [true, false] {
         let disk = Disk::serve(&["--cache", "writeback", "--on-error", "stop"]);
         let (mut guest, _stream) = handshake(&disk, 1);
@@ -223,7 +223,7 @@ fn what_is_kept_goes_along() {
 
 /// systemd's socket and its notes: whoever was given a socket gives it on, and says which process is the service's now.
 #[test]
-fn a_socket_that_was_given_and_the_service_manager() {
+fn an_inherited_socket_and_the_main_pid_go_along() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let listener = UnixListener::bind(dir.path().join("vhost")).unwrap();
     let notes = UnixDatagram::bind(dir.path().join("notify")).unwrap();

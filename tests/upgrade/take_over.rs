@@ -172,7 +172,7 @@ impl NewDaemon {
 
 /// A new daemon that dies, gives up, talks nonsense or says nothing, at each step: the old one serves on, under load.
 #[test]
-fn whatever_becomes_of_the_new_daemon_before_the_end_the_old_one_serves_on() {
+fn if_the_new_daemon_fails_before_the_commit_the_old_one_serves_on() {
     let disk = Disk::serve(&["--cache", "writeback"]);
     let load = Load::start(&disk.path("vhost"));
     let failures = || disk.log().matches("serves on").count();
@@ -262,7 +262,7 @@ fn a_disk_in_memory_stays_where_it_is() {
 }
 
 #[test]
-fn what_would_be_lost_comes_first() {
+fn an_upgrade_is_refused_while_a_hold_or_copy_would_be_lost() {
     let disk = Disk::serve(&["--cache", "writeback", "--copy-dir", "."]);
     let mut guest = Driver::connect_soon(&disk.path("vhost"), 1, 64, 1 << 20, ALL);
     let mut client = disk.client();
@@ -298,7 +298,7 @@ fn what_would_be_lost_comes_first() {
 
 /// Requests that take long are finished first; those that take too long keep the guest where it is.
 #[test]
-fn what_is_in_flight_is_finished_or_stays() {
+fn requests_in_flight_are_finished_or_the_guest_stays() {
     let disk = Disk::serve(&["--cache", "none", "--backend", "slow:100"]);
     let mut guest = Driver::connect_soon(&disk.path("vhost"), 1, 64, 1 << 20, ALL);
     for round in 0..6 {
@@ -360,7 +360,7 @@ fn a_driver_that_cannot_flush_is_served_durably_after_a_change() {
 
 /// Told to end in the middle of a hand-over, the daemon does so in order: the guest is its own again first.
 #[test]
-fn the_end_comes_before_a_hand_over() {
+fn a_daemon_told_to_end_in_a_hand_over_ends_in_order() {
     let mut disk = Disk::serve(&["--cache", "writeback"]);
     let mut guest = Driver::connect_soon(&disk.path("vhost"), 1, 64, 1 << 20, ALL);
     guest.fill(0, &[4; 4096]);

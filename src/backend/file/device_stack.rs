@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stack_that_bites_its_tail_ends() {
+    fn a_device_stack_with_a_cycle_terminates() {
         let tree = Tree::new();
         tree.disk("dm-0", false).disk("dm-1", false).slave("dm-0", "dm-1").slave("dm-1", "dm-0").number(0, "dm-0");
         check(&tree.look(0), "once", "dm-0");

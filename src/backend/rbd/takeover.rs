@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_owner_is_named_only_to_a_successor_of_the_same_image() {
+    fn the_state_file_names_the_dead_owner_of_the_same_image_only() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state");
         let state = StateFile::open(&path, "p/i").unwrap();

@@ -46,8 +46,8 @@ macro_rules! front_end_suite {
             as_many_queues_as_are_asked_for
             a_model_at_depth_64_over_four_rings
             a_quiesce_under_load_holds_the_image_still_and_lets_it_go_on
-            told_to_end_under_load_it_keeps_everything_acknowledged
-            told_to_end_while_held_it_ends_and_writes_nothing_more
+            a_daemon_told_to_end_under_load_keeps_everything_acknowledged
+            a_held_daemon_told_to_end_writes_nothing_more
             a_front_end_killed_in_the_middle_leaves_everything_acknowledged_and_the_next_is_served
             one_front_end_after_another_whatever_they_negotiate
             a_4096_byte_block_is_the_smallest_there_is
@@ -420,7 +420,7 @@ pub fn a_quiesce_under_load_holds_the_image_still_and_lets_it_go_on(new_store: N
     }
 }
 
-pub fn told_to_end_under_load_it_keeps_everything_acknowledged(new_store: NewStore) {
+pub fn a_daemon_told_to_end_under_load_keeps_everything_acknowledged(new_store: NewStore) {
     for mode in MODES {
         let served = Served::new(new_store, &["--cache", mode]);
         let load = Load::start(&served.socket);
@@ -432,7 +432,7 @@ pub fn told_to_end_under_load_it_keeps_everything_acknowledged(new_store: NewSto
     }
 }
 
-pub fn told_to_end_while_held_it_ends_and_writes_nothing_more(new_store: NewStore) {
+pub fn a_held_daemon_told_to_end_writes_nothing_more(new_store: NewStore) {
     for mode in MODES {
         let served = Served::new(new_store, &["--cache", mode]);
         let load = Load::start(&served.socket);
