@@ -65,6 +65,7 @@ mod config;
 mod control;
 pub mod disk;
 pub mod engine;
+mod host;
 mod sandbox;
 mod server;
 mod snapshot;
@@ -79,6 +80,7 @@ pub mod internal {
     pub mod base { pub use crate::base::*; }
     pub mod config { pub use crate::config::*; }
     pub mod control { pub use crate::control::*; }
+    pub mod host { pub use crate::host::*; }
     pub mod sandbox { pub use crate::sandbox::*; }
     pub mod server { pub use crate::server::*; }
     pub mod snapshot { pub use crate::snapshot::*; }

@@ -38,6 +38,15 @@ pub(super) fn read(path: &Path) -> Result<Vec<(String, OsString)>, ConfigError> 
     parse(&name.to_string(), &text)
 }
 
+/// The keys that a configuration file may have: the long options but those that only a command line can give and those
+/// for tests.
+pub fn file_keys() -> Vec<String> {
+    let command = Args::command();
+    let keys = command.get_arguments().filter(|argument| !argument.is_hide_set());
+    let keys = keys.filter_map(|argument| argument.get_long());
+    keys.filter(|name| !ONLY_ARGUMENTS.contains(name)).map(str::to_owned).collect()
+}
+
 fn parse(name: &str, text: &str) -> Result<Vec<(String, OsString)>, ConfigError> {
     let table = DeTable::parse(text).map_err(|error| {
         let line = error.span().map_or(String::new(), |span| format!(":{}", line_of(text, span)));

@@ -27,6 +27,7 @@ use crate::control::Access;
 use crate::engine::{CacheMode, OnError};
 use crate::sandbox::Level;
 use args::Args;
+pub use file::file_keys;
 pub use values::disk_size;
 
 /// The answer to `--print-capabilities`: the features that QEMU's conventions name for a block back-end.

@@ -54,6 +54,22 @@ pub(super) fn unlock_image(fd: BorrowedFd<'_>) {
     }
 }
 
+/// Whether no other process uses the image at `path` in a way that contradicts our use, by the same locks. They are
+/// released again at once. For libvirt's hook; the error says what to do.
+pub fn check_unused(path: &std::path::Path, read_only: bool) -> Result<(), String> {
+    let image =
+        std::fs::File::open(path).map_err(|error| format!("cannot open the image '{}': {error}", path.display()))?;
+    match hold_and_look(std::os::fd::AsFd::as_fd(&image), read_only) {
+        Err(LockError::InUse(permission)) => Err(format!(
+            "another process uses the image '{}' (QEMU's lock for \"{permission}\"): end it first, or give the guest \
+             another image",
+            path.display()
+        )),
+        // The daemon warns about a file system without locks.
+        _ => Ok(()),
+    }
+}
+
 fn hold_and_look(fd: BorrowedFd<'_>, read_only: bool) -> Result<(), LockError> {
     let used: &[_] = if read_only { &[READ] } else { &[READ, WRITE] };
     let not_shared = [WRITE];

@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::{Advice, OFlags};
 
+pub use lock::check_unused;
 pub use open::OpenError;
 
 use super::bounce_pool::BouncePool;

@@ -7,6 +7,7 @@
 mod attend;
 mod freezing;
 mod hold;
+mod libvirt_hook;
 mod show;
 mod snapshot;
 mod successor;
@@ -71,6 +72,11 @@ enum What {
     Attend(attend::Attend),
     /// Copies in the background (`snapshot --to copy:... --background`): how far they are
     Copies(Copies),
+    /// libvirt's hook: start a domain's disks before the domain, and end them after it
+    ///
+    /// Linked as /etc/libvirt/hooks/qemu.d/50-virtioblkd. Reads the domain's XML on standard input. The disks are described in
+    /// the domain's <metadata>: see docs/libvirt.md.
+    LibvirtHook(libvirt_hook::LibvirtHook),
     /// The process that thaws a guest if `snapshot` or `attend` is killed
     #[command(name = virtioblkd::internal::snapshot::guard::SUBCOMMAND, hide = true)]
     Guard,
@@ -175,7 +181,7 @@ fn main() -> ExitCode {
 }
 
 fn run_command() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(libvirt_hook::arguments());
     if cli.what.holds_still() {
         logging::start_thread();
     }
@@ -183,6 +189,7 @@ fn run_command() -> ExitCode {
         What::Snapshot(options) => return take_snapshot(options, &cli),
         What::Attend(options) => return finish(&cli, attend::run(options, cli.control.as_ref(), cli.json)),
         What::Guard => return helper(virtioblkd::internal::snapshot::guard::serve),
+        What::LibvirtHook(options) => return libvirt_hook::run(options),
         What::Cloner => return helper(virtioblkd::internal::snapshot::cloner::serve),
         _ => {}
     }
@@ -297,7 +304,7 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
             upgrade::Outcome::GivenUp(status) => return Ok(status),
         },
         What::Watch => return watch::run(path, client, cli.json),
-        What::Snapshot(_) | What::Attend(_) | What::Guard | What::Cloner => {
+        What::Snapshot(_) | What::Attend(_) | What::LibvirtHook(_) | What::Guard | What::Cloner => {
             return Err(Failure::new("internal", "this command is run elsewhere"));
         }
         What::Quit => page(cli, &client.ask("quit", json!({}), REPLY_TIMEOUT)?, |_| "the daemon ends\n".to_owned()),

@@ -1,0 +1,47 @@
+//! `virtioblkctl libvirt-hook`: what libvirt calls before a domain starts and after it has ended.
+
+use std::ffi::OsString;
+use std::io;
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Args;
+use virtioblkd::internal::base::logging;
+use virtioblkd::internal::host::hook::{self, Call, Host};
+
+/// What libvirt gives its hooks as arguments (docs/hooks.rst).
+#[derive(Args)]
+pub(crate) struct LibvirtHook {
+    /// The domain's name
+    domain: String,
+    /// prepare, release, migrate, restore, reconnect; others do nothing
+    operation: String,
+    /// begin or end
+    sub_operation: String,
+    /// Why, at the end of a domain, or `-`
+    extra: Option<String>,
+}
+
+/// Under a name that ends in `virtioblkd`, as its link in /etc/libvirt/hooks/qemu.d has, this program is the hook: libvirt
+/// gives no other argument. Returns the arguments as the subcommand takes them.
+pub(crate) fn arguments() -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = std::env::args_os().collect();
+    let name = arguments.first().and_then(|name| Path::new(name).file_name()).unwrap_or_default();
+    if name.as_encoded_bytes().ends_with(b"virtioblkd") {
+        arguments.insert(1, "libvirt-hook".into());
+    }
+    arguments
+}
+
+pub(crate) fn run(options: &LibvirtHook) -> ExitCode {
+    let call = Call { operation: options.operation.clone(), sub_operation: options.sub_operation.clone() };
+    let result = Host::of_this_user().and_then(|host| hook::run(&call, &host, io::stdin().lock(), io::stdout().lock()));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            logging::say(error);
+            // libvirt ends a running guest whose hook fails at `reconnect`.
+            if options.operation == "reconnect" { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! Starts and ends the daemon of one disk, a process that outlives the hook and libvirtd. Every wait has a deadline.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, flock};
+use serde_json::json;
+
+use super::places::DiskPlaces;
+use crate::control::client::{Client, REPLY_TIMEOUT};
+
+/// How often a daemon's end is looked for, and the readiness of one that may have failed.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// How often a daemon that still lives is asked to end.
+const QUIT_INTERVAL: Duration = Duration::from_secs(1);
+/// So many of a log's errors say why a daemon did not start.
+const MAX_REASONS: usize = 3;
+/// Bytes of a log, or of a tool's complaint, that are read.
+const MAX_LOG_TAIL: u64 = 16 << 10;
+
+/// A daemon that was started and may not be ready yet.
+pub(super) struct Starting {
+    child: Child,
+    /// The log's length before its start.
+    log_start: u64,
+}
+
+/// Starts the daemon of `disk` from its configuration file, and does not wait for it. `program`: virtioblkd.
+pub(super) fn start(disk: &DiskPlaces, program: &Path) -> Result<Starting, String> {
+    start_process(disk, program).map_err(|error| format!("cannot start {}: {error}", program.display()))
+}
+
+fn start_process(disk: &DiskPlaces, program: &Path) -> io::Result<Starting> {
+    let log = OpenOptions::new().append(true).create(true).mode(0o640).open(&disk.log)?;
+    let log_start = log.metadata()?.len();
+    let mut command = Command::new(program);
+    command.arg("--config").arg(&disk.configuration);
+    command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").current_dir("/");
+    // The lock lives as long as the daemon has its standard input, from its first moment on, whatever becomes of us.
+    let lock = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&disk.lock)?;
+    flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+    // A process group of its own: libvirt ends the hook's group when it gives the hook up.
+    command.stdin(lock).stdout(log.try_clone()?).stderr(log).process_group(0);
+    Ok(Starting { child: command.spawn()?, log_start })
+}
+
+impl Starting {
+    /// Waits until the daemon listens. The error is the daemon's own, in one line.
+    pub(super) fn wait(mut self, disk: &DiskPlaces, deadline: Instant) -> Result<(), String> {
+        loop {
+            // A daemon that answers on its control socket listens for its front-end, too: both sockets are bound before
+            // either is served.
+            let answers = Client::connect_within(&disk.control, POLL_INTERVAL * 10)
+                .and_then(|mut client| client.ask("query-status", json!({}), REPLY_TIMEOUT));
+            if let Some(status) = self.child.try_wait().map_err(|error| error.to_string())? {
+                let said = reason(&log_tail(&disk.log, self.log_start));
+                return Err(
+                    said.unwrap_or_else(|| format!("the daemon ended ({status}); its log is {}", disk.log.display()))
+                );
+            }
+            if answers.is_ok() {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                let _ = self.child.kill();
+                return Err(format!(
+                    "the daemon was not ready in time and was ended: does its image answer? Its log is {}",
+                    disk.log.display()
+                ));
+            }
+            std::thread::sleep(POLL_INTERVAL);
+        }
+    }
+}
+
+/// Why the daemon did not start: its last errors, or its last line, without the log's time and level.
+fn reason(log: &str) -> Option<String> {
+    let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
+    let mut said: Vec<&str> = lines.iter().filter_map(|line| Some(line.split_once(" error: ")?.1)).collect();
+    // A wrong configuration is reported before there is a log.
+    said.extend(lines.iter().filter_map(|line| line.strip_prefix("virtioblkd: ")));
+    if said.is_empty() {
+        said.extend(lines.last());
+    }
+    let last = said.len().saturating_sub(MAX_REASONS);
+    (!said.is_empty()).then(|| said[last..].join("; "))
+}
+
+fn log_tail(path: &Path, start: u64) -> String {
+    use std::io::{Seek, SeekFrom};
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(start.max(length.saturating_sub(MAX_LOG_TAIL))))?;
+        let mut bytes = Vec::new();
+        file.take(MAX_LOG_TAIL).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    read().map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+}
+
+/// Whether the disk's daemon lives: it, or the hook that starts it, has the lock of its lock file, or, after an upgrade in
+/// place, that of its pid file.
+pub(super) fn is_alive(disk: &DiskPlaces) -> bool {
+    [&disk.lock, &disk.pid_file].into_iter().any(|path| {
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path);
+        file.is_ok_and(|file| flock(&file, FlockOperation::NonBlockingLockShared).is_err())
+    })
+}
+
+/// Ends the disk's daemon in order (it drains and syncs), and removes the files that the hook made for it. Returns when
+/// it has ended. An error: it has not ended by `deadline`; its files stay, so that it is found again.
+///
+/// By the control socket and not by SIGTERM: a hook before us may have asked already, and a second signal would end the
+/// daemon before it has synced.
+pub(super) fn end(disk: &DiskPlaces, deadline: Instant) -> Result<(), String> {
+    let mut asked: Option<Instant> = None;
+    while is_alive(disk) {
+        if asked.is_none_or(|at| at.elapsed() >= QUIT_INTERVAL) {
+            // It may not listen yet, or no longer.
+            let quit = Client::connect_within(&disk.control, POLL_INTERVAL * 10)
+                .and_then(|mut client| client.ask("quit", json!({}), REPLY_TIMEOUT));
+            asked = quit.is_ok().then(Instant::now);
+        }
+        if Instant::now() >= deadline {
+            return Err(format!(
+                "the daemon of the disk {} has not ended yet: it waits for its image; its log is {}",
+                disk.name,
+                disk.log.display()
+            ));
+        }
+        std::thread::sleep(POLL_INTERVAL);
+    }
+    for path in [&disk.configuration, &disk.pid_file, &disk.control, &disk.lock] {
+        remove(path)?;
+    }
+    Ok(())
+}
+
+fn remove(path: &Path) -> Result<(), String> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(format!("cannot remove {}: {error}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reason_is_what_the_daemon_said_last() {
+        let log = "2026-11-28T07:23:45Z info: starting\n2026-11-28T07:23:45Z error: /a: there is no such file\n";
+        assert_eq!(reason(log).unwrap(), "/a: there is no such file");
+        assert_eq!(reason("virtioblkd: no socket given\n").unwrap(), "no socket given");
+        assert_eq!(reason("thread panicked\n").unwrap(), "thread panicked");
+        assert_eq!(reason("\n"), None);
+    }
+}

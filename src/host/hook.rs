@@ -1,0 +1,312 @@
+//! libvirt's hook for QEMU domains (docs/hooks.rst, `virHookCall`): starts a domain's daemons before the domain and ends
+//! them after it.
+//!
+//! | libvirt calls | the hook |
+//! |---|---|
+//! | `prepare begin` | writes each disk's configuration, starts its daemon and waits until it listens; a failure stops the start |
+//! | `release end` | ends the daemons that it started for this domain, and no others |
+//! | `migrate begin`, `restore begin` | prints the arriving description with this host's socket paths |
+//! | `reconnect begin` | starts daemons that are gone; never fails, since libvirt would end the guest |
+//!
+//! It never calls libvirt, which waits for it. State is files only (`places`): a configuration file stands for a daemon
+//! that was started and not ended, whatever became of the hook or of libvirtd meanwhile; after a crash of the host /run is
+//! empty.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::daemons::{self, Starting};
+use super::domain::{self, Domain};
+use super::metadata::{self, DiskOptions};
+use super::places::{DiskPlaces, Places};
+use crate::backend::file;
+
+/// How long all daemons of a domain may take together until they listen.
+const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long they may take to drain and sync before libvirt goes on.
+const END_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What libvirt calls the hook with: `DOMAIN OPERATION SUB-OPERATION EXTRA`, the XML on standard input.
+#[derive(Clone, Debug)]
+pub struct Call {
+    /// `prepare`, `release`, `migrate`, ...
+    pub operation: String,
+    /// `begin` or `end`.
+    pub sub_operation: String,
+}
+
+/// The hook's surroundings.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// Where the disks' files are.
+    pub places: Places,
+    /// virtioblkd.
+    pub program: PathBuf,
+    /// The group of QEMU's processes, which must reach the sockets; `None`: our own user runs them.
+    pub qemu_group: Option<String>,
+}
+
+impl Host {
+    /// This host, for our user. `virtioblkd` is the one beside this program.
+    pub fn of_this_user() -> Result<Self, String> {
+        let own = std::env::current_exe().map_err(|error| format!("cannot find this program's own file: {error}"))?;
+        let program = own.with_file_name("virtioblkd");
+        if !program.is_file() {
+            return Err(format!("{} is missing: install virtioblkd beside virtioblkctl", program.display()));
+        }
+        let is_root = rustix::process::geteuid().is_root();
+        Ok(Host {
+            places: Places::of_this_user()?,
+            program,
+            qemu_group: if is_root { qemu_group(Path::new("/etc/libvirt/qemu.conf")) } else { None },
+        })
+    }
+}
+
+/// The group that libvirt's system daemon runs QEMU in: of qemu.conf, else the one that distributions make for it.
+fn qemu_group(configuration: &Path) -> Option<String> {
+    let text = fs::read_to_string(configuration).unwrap_or_default();
+    let value = text.lines().find_map(|line| line.trim_start().strip_prefix("group")?.trim_start().strip_prefix('='));
+    let configured = value.map(|value| value.trim().trim_matches('"').trim_start_matches('+').to_owned());
+    let exists = |name: &&str| nix::unistd::Group::from_name(name).is_ok_and(|group| group.is_some());
+    // Debian's libvirt-qemu is in kvm; Fedora's and SUSE's QEMU have a group of their own.
+    configured
+        .filter(|group| !group.is_empty())
+        .or_else(|| ["kvm", "qemu"].iter().copied().find(exists).map(str::to_owned))
+}
+
+/// Carries out one call. `out`: standard output, which replaces the description where libvirt allows it. The error is what
+/// libvirt shows to the user.
+pub fn run(call: &Call, host: &Host, input: impl Read, mut out: impl Write) -> Result<(), String> {
+    let mut xml = String::new();
+    let read = input.take(domain::MAX_BYTES + 1).read_to_string(&mut xml);
+    if let Err(error) = read {
+        return Err(format!("cannot read the domain's description: {error}"));
+    }
+    if xml.len() as u64 > domain::MAX_BYTES {
+        return Err(format!("the domain's description is larger than {} bytes", domain::MAX_BYTES));
+    }
+    match (call.operation.as_str(), call.sub_operation.as_str()) {
+        ("prepare", "begin") if metadata::is_mentioned(&xml) => prepare(host, &xml),
+        ("migrate" | "restore", "begin") if metadata::is_mentioned(&xml) => {
+            let arriving = arrive(host, &xml)?;
+            out.write_all(arriving.as_bytes())
+                .and_then(|()| out.flush())
+                .map_err(|error| format!("cannot print: {error}"))
+        }
+        ("reconnect", "begin") if metadata::is_mentioned(&xml) => {
+            if let Err(error) = revive(host, &xml) {
+                eprintln!("virtioblkctl libvirt-hook: {error}");
+            }
+            Ok(())
+        }
+        // The element may have been removed while the domain ran.
+        ("release", "end") => release(host, &xml),
+        _ => Ok(()),
+    }
+}
+
+/// One disk of ours: what the domain and our element say of it.
+struct Disk {
+    target: String,
+    socket: PathBuf,
+    options: DiskOptions,
+    places: DiskPlaces,
+}
+
+fn disks(host: &Host, xml: &str) -> Result<(Domain, Vec<Disk>), String> {
+    let document = domain::document(xml).map_err(|error| error.to_string())?;
+    let domain = Domain::of(&document).map_err(|error| error.to_string())?;
+    let described = metadata::read(&document).map_err(|error| error.to_string())?;
+    let mut disks = Vec::new();
+    for options in described {
+        let target = options.target.clone();
+        let Some(disk) = domain.disk(&target) else {
+            let name = &domain.name;
+            let why = match domain.other_targets.contains(&target) {
+                true => "is no vhostuser disk: make it <disk type='vhostuser'>",
+                false => "does not exist: add a <disk type='vhostuser'> with this target, or remove the element",
+            };
+            return Err(format!("domain {name}: <metadata> describes the disk {target}, which {why}"));
+        };
+        let places = host.places.disk(&domain, &target);
+        let socket = PathBuf::from(&disk.socket);
+        if !socket.is_absolute() {
+            return Err(format!("domain {}: disk {target}: path='{}' is no absolute path", domain.name, disk.socket));
+        }
+        disks.push(Disk { socket, options, places, target });
+    }
+    Ok((domain, disks))
+}
+
+fn prepare(host: &Host, xml: &str) -> Result<(), String> {
+    let (domain, disks) = disks(host, xml)?;
+    if disks.is_empty() {
+        return Ok(());
+    }
+    if !domain.has_shared_memory {
+        return Err(format!(
+            "domain {}: its memory is not shared, so virtioblkd cannot reach the guest's buffers: add \
+             <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>",
+            domain.name
+        ));
+    }
+    let arrival = host.places.arrival(&domain);
+    let arrives = fs::remove_file(&arrival).is_ok();
+    make_directories(&host.places)?;
+    let deadline = Instant::now() + START_TIMEOUT;
+    let mut started = Vec::new();
+    let result = start_all(host, &disks, deadline, &mut started).and_then(|()| match arrives {
+        // Another host's daemon still has the image.
+        true => Ok(()),
+        false => disks.iter().try_for_each(unused),
+    });
+    if result.is_err() {
+        let deadline = Instant::now() + END_TIMEOUT;
+        for disk in started {
+            if let Err(error) = daemons::end(disk, deadline) {
+                eprintln!("virtioblkctl libvirt-hook: {error}");
+            }
+        }
+    }
+    result.map_err(|error| format!("domain {}: {error}", domain.name))
+}
+
+/// All begin before the first is waited for. `started`: those that must be ended if one fails.
+fn start_all<'a>(
+    host: &Host,
+    disks: &'a [Disk],
+    deadline: Instant,
+    started: &mut Vec<&'a DiskPlaces>,
+) -> Result<(), String> {
+    let mut starting: Vec<(&Disk, Starting)> = Vec::new();
+    let mut result = Ok(());
+    for disk in disks {
+        match begin(host, disk, deadline) {
+            Ok(one) => {
+                started.push(&disk.places);
+                starting.push((disk, one));
+            }
+            Err(error) => {
+                result = Err(format!("disk {}: {error}", disk.target));
+                break;
+            }
+        }
+    }
+    for (disk, one) in starting {
+        let ready = one.wait(&disk.places, deadline).map_err(|error| format!("disk {}: {error}", disk.target));
+        result = result.and(ready);
+    }
+    result
+}
+
+fn begin(host: &Host, disk: &Disk, deadline: Instant) -> Result<Starting, String> {
+    // Of a start that was interrupted, or of a domain that ended while no hook ran.
+    if disk.places.configuration.exists() {
+        daemons::end(&disk.places, deadline)?;
+    }
+    let path = &disk.places.configuration;
+    write_atomically(path, &configuration(host, disk))
+        .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+    let started = daemons::start(&disk.places, &host.program);
+    started.inspect_err(|_| {
+        let _ = fs::remove_file(path);
+    })
+}
+
+/// A file image that another process uses is refused before the guest starts. The daemon itself takes QEMU's locks only
+/// once the guest's rings run, so that a guest can migrate between two daemons of one image.
+fn unused(disk: &Disk) -> Result<(), String> {
+    let value = |key: &str| disk.options.options.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str());
+    let (Some(path), None) = (value("blk-file"), value("locking")) else { return Ok(()) };
+    let read_only = value("read-only") == Some("true");
+    file::check_unused(Path::new(path), read_only).map_err(|error| format!("disk {}: {error}", disk.target))
+}
+
+/// The daemon's configuration file.
+fn configuration(host: &Host, disk: &Disk) -> String {
+    let text = |path: &Path| path.display().to_string();
+    let given = |key: &str| disk.options.options.iter().any(|(name, _)| name == key);
+    let mut own = vec![
+        ("socket-path".to_owned(), text(&disk.socket)),
+        ("control-path".to_owned(), text(&disk.places.control)),
+        ("pid-file".to_owned(), text(&disk.places.pid_file)),
+    ];
+    if let (Some(group), false) = (&host.qemu_group, given("socket-group")) {
+        own.push(("socket-group".to_owned(), group.clone()));
+    }
+    if given("blk-file") && !given("locking") {
+        own.push(("locking".to_owned(), "in-use".to_owned()));
+    }
+    let mut table = toml::Table::new();
+    for (key, value) in own.into_iter().chain(disk.options.options.iter().cloned()) {
+        if key == "copy-dir" || key == "rbd-option" {
+            let list = table.entry(key).or_insert_with(|| toml::Value::Array(Vec::new()));
+            list.as_array_mut().expect("made as one").push(value.into());
+        } else {
+            table.insert(key, value.into());
+        }
+    }
+    format!("# Written by libvirt's hook from the domain's <metadata>, which is the place to change it.\n{table}")
+}
+
+fn release(host: &Host, xml: &str) -> Result<(), String> {
+    let domain = Domain::parse(xml).map_err(|error| error.to_string())?;
+    let _ = fs::remove_file(host.places.arrival(&domain));
+    let started = host.places.started(&domain).map_err(|error| format!("cannot look for daemons to end: {error}"))?;
+    let deadline = Instant::now() + END_TIMEOUT;
+    let mut result = Ok(());
+    for disk in started {
+        result = result.and(daemons::end(&disk, deadline));
+    }
+    result
+}
+
+/// The description of a domain that comes from another host or from a file: each of our disks gets this host's socket.
+fn arrive(host: &Host, xml: &str) -> Result<String, String> {
+    let (domain, disks) = disks(host, xml)?;
+    make_directories(&host.places)?;
+    let arrival = host.places.arrival(&domain);
+    write_atomically(&arrival, "").map_err(|error| format!("cannot write {}: {error}", arrival.display()))?;
+    let mut changed = xml.to_owned();
+    let mut ranges: Vec<_> = disks.iter().filter_map(|disk| domain.disk(&disk.target)).collect();
+    ranges.sort_by_key(|disk| disk.socket_range.start);
+    for disk in ranges.into_iter().rev() {
+        let socket = host.places.socket(&domain, &disk.target);
+        let escaped = socket.display().to_string().replace('&', "&amp;").replace('<', "&lt;").replace(['\'', '"'], "");
+        changed.replace_range(disk.socket_range.clone(), &escaped);
+    }
+    Ok(changed)
+}
+
+/// libvirtd was started again: a daemon that ended meanwhile is started again, so that QEMU finds it when it connects
+/// anew.
+fn revive(host: &Host, xml: &str) -> Result<(), String> {
+    let (_, disks) = disks(host, xml)?;
+    let deadline = Instant::now() + START_TIMEOUT;
+    let gone = disks.iter().filter(|disk| disk.places.configuration.exists());
+    for disk in gone.filter(|disk| !daemons::is_alive(&disk.places)) {
+        daemons::start(&disk.places, &host.program)?.wait(&disk.places, deadline)?;
+    }
+    Ok(())
+}
+
+fn make_directories(places: &Places) -> Result<(), String> {
+    for path in [&places.run, &places.sockets, &places.log] {
+        let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(path);
+        made.map_err(|error| format!("cannot make the directory {}: {error}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// For our eyes only: an option of librbd may be a secret.
+fn write_atomically(path: &Path, text: &str) -> io::Result<()> {
+    let new = path.with_extension("new");
+    let _ = fs::remove_file(&new);
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+    file.write_all(text.as_bytes())?;
+    fs::rename(&new, path)
+}

@@ -1,0 +1,296 @@
+//! PURE. Our element in a domain's `<metadata>`: what a vhost-user disk's daemon is started with.
+//!
+//! ```xml
+//! <metadata>
+//!   <v:disks xmlns:v='urn:virtioblkd:libvirt:1'>
+//!     <v:disk target='vda' file='/var/lib/libvirt/images/a.raw' cache='none' serial='root'/>
+//!     <v:disk target='vdb' rbd='volumes/db' cache='writeback' ceph_user='libvirt'>
+//!       <v:rbd_option name='rbd_cache_size' value='67108864'/>
+//!       <v:copy_dir path='/backup'/>
+//!     </v:disk>
+//!   </v:disks>
+//! </metadata>
+//! ```
+//!
+//! An attribute is an option of virtioblkd with underscores, as libvirt writes names. Where libvirt has a word of its own
+//! for the same thing on other disks, that word stands instead (`LIBVIRT_WORDS`). The element lies in `<metadata>` because
+//! libvirt refuses these settings on a disk of type vhostuser (`virDomainDiskVhostUserValidate`) and keeps foreign
+//! elements only there. docs/libvirt.md is the same for users.
+
+use std::path::Path;
+
+use roxmltree::{Document, Node};
+
+use super::domain::{DomainError, child, domain_node, refuse};
+use crate::config;
+
+/// The namespace of our elements.
+pub const NAMESPACE: &str = "urn:virtioblkd:libvirt:1";
+
+/// Attributes that have libvirt's word, and the option that says the same.
+const LIBVIRT_WORDS: [(&str, &str); 5] = [
+    ("file", "blk-file"),
+    ("readonly", "read-only"),
+    ("error_policy", "on-error"),
+    ("queues", "num-queues"),
+    ("rbd", "rbd"),
+];
+
+/// Options that the hook sets itself.
+const SET_BY_HOOK: [&str; 4] = ["socket-path", "fd", "control-path", "pid-file"];
+
+/// Options that may be given several times: elements of their own, with these attributes joined by `=`.
+const ELEMENTS: [(&str, &str, &[&str]); 2] =
+    [("copy_dir", "copy-dir", &["path"]), ("rbd_option", "rbd-option", &["name", "value"])];
+
+/// What our element says of one disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskOptions {
+    /// The disk's `<target dev='...'>`.
+    pub target: String,
+    /// Options of virtioblkd without their dashes, each with its value, in the element's order. Only `copy-dir` and
+    /// `rbd-option` may occur several times.
+    pub options: Vec<(String, String)>,
+}
+
+/// Whether a description can have our element at all. A quick look at its bytes: other domains cost no parsing.
+pub fn is_mentioned(xml: &str) -> bool {
+    xml.contains(NAMESPACE)
+}
+
+/// The disks that our element describes; empty without such an element. An error names the domain, the disk, and what
+/// to write instead.
+pub fn read(document: &Document<'_>) -> Result<Vec<DiskOptions>, DomainError> {
+    let domain = domain_node(document)?;
+    let name = child(domain, "name").and_then(|name| name.text()).unwrap_or_default();
+    let Some(metadata) = child(domain, "metadata") else { return Ok(Vec::new()) };
+    let Some(ours) = metadata.children().find(|node| node.tag_name().namespace() == Some(NAMESPACE)) else {
+        return Ok(Vec::new());
+    };
+    if ours.tag_name().name() != "disks" {
+        return refuse(format!(
+            "domain {name}: unknown element <{}> of {NAMESPACE} in <metadata>: it is <disks>",
+            ours.tag_name().name()
+        ));
+    }
+    let mut found: Vec<DiskOptions> = Vec::new();
+    for node in ours.children().filter(Node::is_element) {
+        if node.tag_name().name() != "disk" {
+            return refuse(format!(
+                "domain {name}: unknown element <{}> in <disks>: it is <disk>",
+                node.tag_name().name()
+            ));
+        }
+        let disk = disk(node).map_err(|error| DomainError(format!("domain {name}: {error}")))?;
+        if found.iter().any(|other| other.target == disk.target) {
+            return refuse(format!("domain {name}: <metadata> describes the disk {} twice: keep one", disk.target));
+        }
+        found.push(disk);
+    }
+    Ok(found)
+}
+
+fn disk(node: Node<'_, '_>) -> Result<DiskOptions, DomainError> {
+    let Some(target) = node.attribute("target") else {
+        return refuse(
+            "a <disk> in <metadata> has no target: name the disk's <target dev='...'>, such as target='vda'",
+        );
+    };
+    // The target is a part of file names and of a unit's name.
+    if target.is_empty() || target.len() > 32 || !target.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+        return refuse(format!("target='{target}' is no disk's target: letters and digits, such as vda"));
+    }
+    let of_disk = |error: DomainError| DomainError(format!("disk {target}: {error}"));
+    let mut options = Vec::new();
+    for attribute in node.attributes().filter(|attribute| attribute.name() != "target") {
+        options.extend(option(attribute.name(), attribute.value()).map_err(of_disk)?);
+    }
+    for element in node.children().filter(Node::is_element) {
+        options.push(repeated_option(element).map_err(of_disk)?);
+    }
+    check(&options).map_err(of_disk)?;
+    Ok(DiskOptions { target: target.to_owned(), options })
+}
+
+/// The option that an attribute stands for; `None` where the value asks for the default.
+fn option(attribute: &str, value: &str) -> Result<Option<(String, String)>, DomainError> {
+    let Some(key) = key_of(attribute) else { return refuse(unknown(attribute)) };
+    let value = match (attribute, value) {
+        ("cache", "default") => return Ok(None),
+        ("error_policy", "enospace") => "enospc",
+        ("error_policy", "ignore") => {
+            return refuse(
+                "error_policy='ignore' would let the guest take failed writes for done: use stop, report or enospace",
+            );
+        }
+        ("error_policy", "enospc") => return refuse("error_policy is stop, report or enospace (libvirt's words)"),
+        ("readonly" | "rbd_allow_override", "yes") => "true",
+        ("readonly" | "rbd_allow_override", "no") => "false",
+        ("readonly" | "rbd_allow_override", _) => return refuse(format!("{attribute} is yes or no, not '{value}'")),
+        _ => value,
+    };
+    if key == "blk-file" && !Path::new(value).is_absolute() {
+        return refuse(format!("file='{value}' is no absolute path: the daemon does not run in your directory"));
+    }
+    Ok(Some((key, value.to_owned())))
+}
+
+fn repeated_option(element: Node<'_, '_>) -> Result<(String, String), DomainError> {
+    let name = element.tag_name().name();
+    let Some((_, key, attributes)) = ELEMENTS.iter().find(|(known, ..)| *known == name) else {
+        let known = ELEMENTS.map(|(known, ..)| format!("<{known}>")).join(", ");
+        return refuse(format!("unknown element <{name}>: the known ones are {known}; all else is an attribute"));
+    };
+    let mut values = Vec::new();
+    for attribute in *attributes {
+        match element.attribute(*attribute) {
+            Some(value) => values.push(value),
+            None => return refuse(format!("<{name}> has no {attribute}='...'")),
+        }
+    }
+    match element.attributes().find(|attribute| !attributes.contains(&attribute.name())) {
+        Some(other) => refuse(format!("unknown attribute '{}' of <{name}>", other.name())),
+        None => Ok(((*key).to_owned(), values.join("="))),
+    }
+}
+
+/// The option's name without dashes in front.
+fn key_of(attribute: &str) -> Option<String> {
+    attributes().into_iter().find(|(known, _)| known == attribute).map(|(_, key)| key)
+}
+
+/// Every attribute that a `<disk>` may have, but `target`, with the option that it stands for.
+pub fn attributes() -> Vec<(String, String)> {
+    let own = LIBVIRT_WORDS.iter().map(|(attribute, key)| ((*attribute).to_owned(), (*key).to_owned()));
+    let has_own_word = |key: &str| LIBVIRT_WORDS.iter().any(|(_, other)| *other == key);
+    let is_element = |key: &str| ELEMENTS.iter().any(|(_, other, _)| *other == key);
+    let others = config::file_keys().into_iter();
+    let others = others.filter(|key| !has_own_word(key) && !is_element(key) && !SET_BY_HOOK.contains(&key.as_str()));
+    own.chain(others.map(|key| (key.replace('-', "_"), key))).collect()
+}
+
+fn unknown(attribute: &str) -> String {
+    let dashed = attribute.replace('_', "-");
+    if SET_BY_HOOK.contains(&dashed.as_str()) {
+        return format!("'{attribute}' is set by the hook: leave it out");
+    }
+    if let Some((word, _)) = LIBVIRT_WORDS.iter().find(|(_, key)| *key == dashed) {
+        return format!("unknown attribute '{attribute}'; it is '{word}' here, as in libvirt");
+    }
+    let known = attributes();
+    let nearest = known
+        .iter()
+        .map(|(name, _)| (strsim::jaro_winkler(name, &attribute.to_lowercase().replace('-', "_")), name))
+        .max_by(|one, other| one.0.total_cmp(&other.0));
+    match nearest {
+        Some((_, name)) => format!("unknown attribute '{attribute}'; the nearest known one is '{name}'"),
+        None => format!("unknown attribute '{attribute}'"),
+    }
+}
+
+/// Whether virtioblkd takes these options. Its own words say what is wrong.
+fn check(options: &[(String, String)]) -> Result<(), DomainError> {
+    if !options.iter().any(|(key, _)| key == "blk-file" || key == "rbd") {
+        return refuse("no image: give file='PATH' or rbd='POOL/IMAGE'");
+    }
+    let arguments = options.iter().map(|(key, value)| format!("--{key}={value}"));
+    let program = ["virtioblkd", "--socket-path=/socket", "--control-path=/control"].map(str::to_owned);
+    match config::Config::from_args(program.into_iter().chain(arguments)) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(DomainError(error.to_string().replace('\n', " "))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::domain::document;
+
+    fn read_disks(disks: &str) -> Result<Vec<DiskOptions>, String> {
+        let xml = format!(
+            "<domain><name>vm1</name><metadata><o:other xmlns:o='urn:other'/>\
+             <v:disks xmlns:v='{NAMESPACE}'>{disks}</v:disks></metadata></domain>"
+        );
+        assert!(is_mentioned(&xml));
+        read(&document(&xml).unwrap()).map_err(|error| error.to_string())
+    }
+
+    fn options(disk: &str) -> Vec<(String, String)> {
+        read_disks(disk).unwrap().remove(0).options
+    }
+
+    fn pairs(list: &[(&str, &str)]) -> Vec<(String, String)> {
+        list.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn libvirts_words_become_options() {
+        let disk = "<v:disk target='vda' file='/a' cache='none' discard='unmap' error_policy='enospace' serial='x' \
+                    readonly='yes' queues='4' queue_size='256' logical_block_size='4096' stable_writes='copy'/>";
+        let expected = pairs(&[
+            ("blk-file", "/a"),
+            ("cache", "none"),
+            ("discard", "unmap"),
+            ("on-error", "enospc"),
+            ("serial", "x"),
+            ("read-only", "true"),
+            ("num-queues", "4"),
+            ("queue-size", "256"),
+            ("logical-block-size", "4096"),
+            ("stable-writes", "copy"),
+        ]);
+        assert_eq!(options(disk), expected);
+        assert_eq!(options("<v:disk target='vda' file='/a' cache='default'/>"), pairs(&[("blk-file", "/a")]));
+    }
+
+    #[test]
+    fn repeated_options_are_elements() {
+        let disk = "<v:disk target='vdb' rbd='p/i'><v:rbd_option name='rbd_cache' value='true'/>\
+                    <v:rbd_option name='rbd_cache_size' value='1'/><v:copy_dir path='/b'/></v:disk>";
+        let expected = pairs(&[
+            ("rbd", "p/i"),
+            ("rbd-option", "rbd_cache=true"),
+            ("rbd-option", "rbd_cache_size=1"),
+            ("copy-dir", "/b"),
+        ]);
+        assert_eq!(options(disk), expected);
+    }
+
+    #[test]
+    fn errors_name_domain_disk_and_what_to_write() {
+        let cases = [
+            ("<v:disk file='/a'/>", "has no target"),
+            ("<v:disk target='../x' file='/a'/>", "is no disk's target"),
+            ("<v:disk target='vda'/>", "vm1: disk vda: no image"),
+            ("<v:disk target='vda' file='a'/>", "no absolute path"),
+            (
+                "<v:disk target='vda' file='/a' cahce='none'/>",
+                "unknown attribute 'cahce'; the nearest known one is 'cache'",
+            ),
+            ("<v:disk target='vda' file='/a' cache='nonne'/>", "disk vda: invalid value 'nonne'"),
+            ("<v:disk target='vda' file='/a' error_policy='ignore'/>", "use stop, report or enospace"),
+            ("<v:disk target='vda' file='/a' error_policy='enospc'/>", "libvirt's words"),
+            ("<v:disk target='vda' file='/a' readonly='true'/>", "readonly is yes or no"),
+            ("<v:disk target='vda' file='/a' num_queues='1'/>", "it is 'queues' here"),
+            ("<v:disk target='vda' file='/a' socket_path='/x'/>", "is set by the hook"),
+            ("<v:disk target='vda' file='/a' backend='null'/>", "unknown attribute 'backend'"),
+            ("<v:disk target='vda' file='/a' rbd='p/i'/>", "exclude each other"),
+            ("<v:disk target='vda' file='/a'/><v:disk target='vda' file='/b'/>", "vda twice"),
+            ("<v:disk target='vda' file='/a'><v:iotune/></v:disk>", "unknown element <iotune>"),
+            ("<v:disk target='vda' file='/a'><v:copy_dir/></v:disk>", "has no path="),
+            ("<v:dik target='vda'/>", "unknown element <dik>"),
+        ];
+        for (disks, reason) in cases {
+            let error = read_disks(disks).unwrap_err();
+            assert!(error.contains(reason) && error.contains("domain vm1"), "{disks}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_domain_without_our_element_has_no_disks_of_ours() {
+        let xml = "<domain><name>a</name><metadata><x xmlns='urn:other'/></metadata></domain>";
+        assert!(!is_mentioned(xml));
+        assert_eq!(read(&document(xml).unwrap()), Ok(Vec::new()));
+        assert_eq!(read(&document("<domain><name>a</name></domain>").unwrap()), Ok(Vec::new()));
+    }
+}

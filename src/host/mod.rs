@@ -1,0 +1,16 @@
+//! The disks of this host's virtual machines: what libvirt's domain descriptions say of them, and the daemons that serve
+//! them. Used by `virtioblkctl` only; knows the daemon by its options, its pid file and its readiness message.
+//!
+//! | file | what |
+//! |---|---|
+//! | `domain` | PURE. A domain's XML: its name, its UUID, its vhost-user disks, whether its memory is shared |
+//! | `metadata` | PURE. Our element in the domain's `<metadata>`: a disk's options, in libvirt's words |
+//! | `places` | where a disk's files are: configuration, pid file, log, sockets |
+//! | `daemons` | starts and ends the daemon of a disk |
+//! | `hook` | libvirt's hook: starts a domain's disks before the domain and ends them after it |
+
+mod daemons;
+pub mod domain;
+pub mod hook;
+pub mod metadata;
+pub mod places;
