@@ -86,8 +86,8 @@ check-story: toolchain deps ## Snapshots of real guests, frozen by their agents
 check-stable: toolchain deps ## Guests that change buffers in flight, over a real md RAID1 and DRBD
 	$(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) replicas::
 
-check-libvirt: toolchain deps ## The shipped domain on a real libvirt; its saves and migrations
-	$(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) libvirt:: libvirt_moves::
+check-libvirt: toolchain deps ## The shipped domain on a real libvirt; its saves and migrations, by hand and by the hook; minutes
+	VIRTIOBLKD_LIBVIRT=long $(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) libvirt:: libvirt_moves:: libvirt_hook::
 
 # What README says of a release is tried on it: with its QEMU, libvirt, Ceph and guest kernel, in a root that
 # scripts/debian-root makes under the build directory. On the release itself the other checks do that.

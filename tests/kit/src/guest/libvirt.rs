@@ -103,12 +103,7 @@ impl Libvirt {
     /// The description of a Linux domain that runs `job`, with this `<disk>`. What the job says goes into
     /// [`Libvirt::said`]; it may start the guest's agent (`agent`).
     pub fn linux(&self, job: &str, options: &str, disk: &str) -> String {
-        fs::copy(guest_files().join("vmlinuz"), self.home().join("vmlinuz")).expect("room");
-        self.file("initramfs", qemu::initramfs(&format!("{AGENT}\n{job}"), "initramfs-agent.cpio"));
-        LINUX
-            .replace("@HOME@", self.home().to_str().expect("a plain path"))
-            .replace("@OPTIONS@", &format!("{} {options}", qemu::KERNEL_OPTIONS))
-            .replace("@DISK@", disk)
+        linux_domain(self.home(), job, options, disk)
     }
 
     /// Asks the guest's agent, which may have yet to start.
@@ -155,6 +150,18 @@ impl Drop for Libvirt {
             }
         }
     }
+}
+
+/// The description of a Linux domain that runs `job` and has these devices, and its files in `home`. What the job says goes
+/// into the file `job` there.
+pub fn linux_domain(home: &Path, job: &str, options: &str, devices: &str) -> String {
+    fs::copy(guest_files().join("vmlinuz"), home.join("vmlinuz")).expect("room");
+    let initramfs = qemu::initramfs(&format!("{AGENT}\n{job}"), "initramfs-agent.cpio");
+    fs::write(home.join("initramfs"), initramfs).expect("room");
+    LINUX
+        .replace("@HOME@", home.to_str().expect("a plain path"))
+        .replace("@OPTIONS@", &format!("{} {options}", qemu::KERNEL_OPTIONS))
+        .replace("@DISK@", devices)
 }
 
 /// `program` as a plain user whose home is `home`.

@@ -12,6 +12,7 @@ pub mod oracle;
 pub mod qemu;
 pub mod qmp;
 pub mod server;
+pub mod system_libvirt;
 pub mod xfs;
 
 use std::ffi::OsStr;

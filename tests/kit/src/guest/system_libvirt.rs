@@ -1,0 +1,180 @@
+//! A libvirtd as root starts it, with hooks, on what looks like a machine of its own: namespaces of mounts and processes, and
+//! private directories in the place of libvirt's and ours. The machine's own libvirt, if it has one, is not touched.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Output, Stdio};
+
+use rustix::process::geteuid;
+
+use super::{PATIENCE, output, tell, wait_until};
+use crate::programs;
+
+/// What lies where on the machine that the daemon sees: a directory of ours for each of these.
+const DIRECTORIES: [(&str, &str); 7] = [
+    ("etc", "/etc/libvirt"),
+    ("run", "/run/libvirt"),
+    ("lib", "/var/lib/libvirt"),
+    ("log", "/var/log/libvirt"),
+    ("sockets", "/run/virtioblkd"),
+    ("disks", "/run/virtioblkd-libvirt"),
+    ("logs", "/var/log/virtioblkd"),
+];
+
+/// Process 1 of the namespace: it starts and kills libvirtd as it is told on its standard input, and reaps what loses its
+/// parent. At the end of its input it ends, and all others with it.
+const INIT: &str = r#"
+mount -t proc proc /proc
+while read -r word; do
+    case $word in
+    start) "$1" -f /etc/libvirt/libvirtd.conf -p "$2/libvirtd.pid" >>"$2/libvirtd.log" 2>&1 & daemon=$! ;;
+    kill) kill -9 "$daemon"; wait "$daemon" 2>/dev/null ;;
+    esac
+    echo done
+done
+"#;
+
+/// A libvirtd of root's and the directories that it and our hook use. All its processes end when it is dropped.
+pub struct SystemLibvirt {
+    init: Child,
+    words: ChildStdin,
+    replies: BufReader<std::process::ChildStdout>,
+    home: tempfile::TempDir,
+}
+
+impl SystemLibvirt {
+    /// With our hook installed. `number` tells the machines of one test apart. `None`, said aloud, where libvirt is not
+    /// installed or we are not root.
+    pub fn start(number: u8) -> Option<SystemLibvirt> {
+        let daemon = ["/usr/sbin/libvirtd", "/usr/bin/libvirtd"].into_iter().find(|path| Path::new(path).exists());
+        let Some(daemon) = daemon.filter(|_| geteuid().is_root()) else {
+            tell("SKIPPED: no libvirtd, or not root: libvirt's hook was not tried");
+            return None;
+        };
+        let home = tempfile::tempdir().expect("a home");
+        let path = home.path();
+        // libvirt's QEMU is another user, whose files and sockets lie in here.
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("ours");
+        let mut mounts = String::new();
+        for (ours, theirs) in DIRECTORIES {
+            fs::create_dir(path.join(ours)).expect("room");
+            mounts += &format!("mkdir -p {theirs}; mount --bind {}/{ours} {theirs}\n", path.display());
+        }
+        // What libvirt asks each QEMU once, which takes seconds, is asked once for all tests.
+        let cache = programs::target_dir().join("libvirt-cache");
+        fs::create_dir_all(&cache).expect("room");
+        mounts += &format!("mkdir -p /var/cache/libvirt; mount --bind {} /var/cache/libvirt\n", cache.display());
+        // libvirt resolves its host's name, which must not wait for the network.
+        fs::write(path.join("hosts"), format!("127.0.0.1 localhost machine{number}\n")).expect("room");
+        mounts += &format!("mount --bind {}/hosts /etc/hosts\n", path.display());
+        let hooks = path.join("etc/hooks/qemu.d");
+        fs::create_dir_all(&hooks).expect("room");
+        symlink(programs::virtioblkctl(), hooks.join("50-virtioblkd")).expect("room");
+        let uuid = format!("host_uuid = \"1d4cbb2e-64a3-4f6c-9e6b-0000000001{number:02x}\"\nauth_unix_rw = \"none\"\n");
+        fs::write(path.join("etc/libvirtd.conf"), uuid).expect("room");
+        let qemu = "stdio_handler = \"file\"\nsecurity_driver = \"none\"\nnamespaces = []\ncgroup_controllers = []\n";
+        fs::write(path.join("etc/qemu.conf"), qemu).expect("room");
+
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--uts", "--pid", "--fork", "--kill-child", "--propagation", "private", "bash", "-c"]);
+        command.arg(format!("hostname machine{number}\n{mounts}{INIT}")).arg("init").arg(daemon).arg(path);
+        let mut init = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("unshare runs");
+        let words = init.stdin.take().expect("a pipe");
+        let replies = BufReader::new(init.stdout.take().expect("a pipe"));
+        let mut libvirt = SystemLibvirt { init, words, replies, home };
+        libvirt.start_daemon();
+        Some(libvirt)
+    }
+
+    fn say(&mut self, word: &str) {
+        writeln!(self.words, "{word}").expect("init listens");
+        let mut reply = String::new();
+        self.replies.read_line(&mut reply).expect("init replies");
+        assert_eq!(reply, "done\n");
+    }
+
+    /// Starts libvirtd, which is not running, and waits until it answers.
+    pub fn start_daemon(&mut self) {
+        self.say("start");
+        wait_until("libvirtd answers", || self.virsh(&["version"]).status.success());
+    }
+
+    /// SIGKILL for libvirtd alone.
+    pub fn kill_daemon(&mut self) {
+        self.say("kill");
+    }
+
+    /// A program on this machine, as root.
+    pub fn inside(&self, program: impl AsRef<OsStr>) -> Command {
+        let namespace = |kind: &str| format!("/proc/{}/ns/{kind}", self.init.id());
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--mount={}", namespace("mnt"))).arg(format!("--pid={}", namespace("pid_for_children")));
+        command.arg("--").arg(program);
+        command
+    }
+
+    /// Where all its files are; QEMU, another user, may read them.
+    pub fn home(&self) -> &Path {
+        self.home.path()
+    }
+
+    /// Where a socket of this machine's /run/virtioblkd is on ours.
+    pub fn socket(&self, name: &str) -> PathBuf {
+        self.home().join("sockets").join(name)
+    }
+
+    /// What a client calls this daemon.
+    pub fn uri(&self) -> String {
+        format!("qemu+unix:///system?socket={}", self.home().join("run/libvirt-sock").display())
+    }
+
+    /// virsh, for so long as a test is patient.
+    pub fn virsh(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new("timeout");
+        command.args([&PATIENCE.as_secs().to_string(), "virsh", "-q", "-c", &self.uri()]).args(arguments);
+        output(&mut command)
+    }
+
+    /// The same; panics if it fails. Returns what it printed.
+    pub fn virsh_ok(&self, arguments: &[&str]) -> String {
+        let output = self.virsh(arguments);
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "virsh {arguments:?}: {}\n{stderr}", output.status);
+        String::from_utf8(output.stdout).expect("text").trim().to_owned()
+    }
+
+    /// Writes a file for the daemon, its QEMU or virsh; returns its path.
+    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> String {
+        let path = self.home().join(name);
+        fs::write(&path, content).expect("room");
+        path.to_str().expect("a plain path").to_owned()
+    }
+
+    /// The names of what the hook and its daemons have left in /run and keep there.
+    pub fn left(&self) -> Vec<String> {
+        let names = |directory: &str| {
+            let entries = fs::read_dir(self.home().join(directory)).expect("ours");
+            entries.map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned()).collect::<Vec<_>>()
+        };
+        let mut names = [names("sockets"), names("disks")].concat();
+        names.sort();
+        names
+    }
+}
+
+impl Drop for SystemLibvirt {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let logs = fs::read_dir(self.home().join("logs")).into_iter().flatten().flatten().map(|entry| entry.path());
+            for log in logs.chain([self.home().join("libvirtd.log"), self.home().join("log/qemu/example.log")]) {
+                let text = fs::read(&log).unwrap_or_default();
+                eprintln!("--- {}:\n{}", log.display(), String::from_utf8_lossy(&text));
+            }
+        }
+        let _ = self.init.kill();
+        let _ = self.init.wait();
+    }
+}
