@@ -75,7 +75,7 @@ enum What {
     /// libvirt's hook: start a domain's disks before the domain, and end them after it
     ///
     /// Linked as /etc/libvirt/hooks/qemu.d/50-virtioblkd. Reads the domain's XML on standard input. The disks are described in
-    /// the domain's <metadata>: see docs/libvirt.md.
+    /// the domain's metadata: see docs/libvirt.md.
     LibvirtHook(libvirt_hook::LibvirtHook),
     /// The process that thaws a guest if `snapshot` or `attend` is killed
     #[command(name = virtioblkd::internal::snapshot::guard::SUBCOMMAND, hide = true)]
