@@ -38,6 +38,13 @@ pub(super) fn read(path: &Path) -> Result<Vec<(String, OsString)>, ConfigError> 
     parse(&name.to_string(), &text)
 }
 
+/// The one of `known` that is most like `given`, for an error about an unknown name.
+pub(crate) fn nearest<'a>(known: impl Iterator<Item = &'a str>, given: &str) -> Option<&'a str> {
+    let given = given.to_lowercase();
+    let rated = known.map(|name| (strsim::jaro_winkler(name, &given), name));
+    rated.max_by(|one, other| one.0.total_cmp(&other.0)).map(|(_, name)| name)
+}
+
 /// The keys that a configuration file may have: the long options but those that only a command line can give and those
 /// for tests.
 pub fn file_keys() -> Vec<String> {
@@ -79,12 +86,9 @@ fn check_key(place: &str, key: &str) -> Result<(), ConfigError> {
     if known().any(|name| name == key) {
         return Ok(());
     }
-    let nearest = known()
-        .filter(|name| !ONLY_ARGUMENTS.contains(name))
-        .map(|name| (strsim::jaro_winkler(name, &key.replace('_', "-").to_lowercase()), name))
-        .max_by(|one, other| one.0.total_cmp(&other.0));
-    match nearest {
-        Some((_, name)) => refuse(format!("{place}: unknown key '{key}'; the nearest known one is '{name}'")),
+    let allowed = known().filter(|name| !ONLY_ARGUMENTS.contains(name));
+    match nearest(allowed, &key.replace('_', "-")) {
+        Some(name) => refuse(format!("{place}: unknown key '{key}'; the nearest known one is '{name}'")),
         None => refuse(format!("{place}: unknown key '{key}'")),
     }
 }

@@ -28,6 +28,7 @@ use crate::engine::{CacheMode, OnError};
 use crate::sandbox::Level;
 use args::Args;
 pub use file::file_keys;
+pub(crate) use file::nearest;
 pub use values::disk_size;
 
 /// The answer to `--print-capabilities`: the features that QEMU's conventions name for a block back-end.

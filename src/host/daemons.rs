@@ -20,7 +20,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 const QUIT_INTERVAL: Duration = Duration::from_secs(1);
 /// So many of a log's errors say why a daemon did not start.
 const MAX_REASONS: usize = 3;
-/// Bytes of a log, or of a tool's complaint, that are read.
+/// Bytes at a log's end that are searched for them.
 const MAX_LOG_TAIL: u64 = 16 << 10;
 
 /// A daemon that was started and may not be ready yet.

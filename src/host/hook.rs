@@ -23,6 +23,7 @@ use super::domain::{self, Domain};
 use super::metadata::{self, DiskOptions};
 use super::places::{DiskPlaces, Places};
 use crate::backend::file;
+use crate::base::logging;
 
 /// How long all daemons of a domain may take together until they listen.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
@@ -99,7 +100,7 @@ pub fn run(call: &Call, host: &Host, input: impl Read, mut out: impl Write) -> R
         }
         ("reconnect", "begin") if metadata::is_mentioned(&xml) => {
             if let Err(error) = revive(host, &xml) {
-                eprintln!("virtioblkctl libvirt-hook: {error}");
+                logging::say(error);
             }
             Ok(())
         }
@@ -168,7 +169,7 @@ fn prepare(host: &Host, xml: &str) -> Result<(), String> {
         let deadline = Instant::now() + END_TIMEOUT;
         for disk in started {
             if let Err(error) = daemons::end(disk, deadline) {
-                eprintln!("virtioblkctl libvirt-hook: {error}");
+                logging::say(error);
             }
         }
     }
@@ -243,7 +244,7 @@ fn configuration(host: &Host, disk: &Disk) -> String {
     }
     let mut table = toml::Table::new();
     for (key, value) in own.into_iter().chain(disk.options.options.iter().cloned()) {
-        if key == "copy-dir" || key == "rbd-option" {
+        if metadata::is_repeated(&key) {
             let list = table.entry(key).or_insert_with(|| toml::Value::Array(Vec::new()));
             list.as_array_mut().expect("made as one").push(value.into());
         } else {

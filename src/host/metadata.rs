@@ -43,6 +43,11 @@ const SET_BY_HOOK: [&str; 4] = ["socket-path", "fd", "control-path", "pid-file"]
 const ELEMENTS: [(&str, &str, &[&str]); 2] =
     [("copy_dir", "copy-dir", &["path"]), ("rbd_option", "rbd-option", &["name", "value"])];
 
+/// Whether an option may be given several times.
+pub(super) fn is_repeated(key: &str) -> bool {
+    ELEMENTS.iter().any(|(_, other, _)| *other == key)
+}
+
 /// What our element says of one disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskOptions {
@@ -124,9 +129,11 @@ fn option(attribute: &str, value: &str) -> Result<Option<(String, String)>, Doma
             );
         }
         ("error_policy", "enospc") => return refuse("error_policy is stop, report or enospace (libvirt's words)"),
-        ("readonly" | "rbd_allow_override", "yes") => "true",
-        ("readonly" | "rbd_allow_override", "no") => "false",
-        ("readonly" | "rbd_allow_override", _) => return refuse(format!("{attribute} is yes or no, not '{value}'")),
+        ("readonly" | "rbd_allow_override", _) => match value {
+            "yes" => "true",
+            "no" => "false",
+            _ => return refuse(format!("{attribute} is yes or no, not '{value}'")),
+        },
         _ => value,
     };
     if key == "blk-file" && !Path::new(value).is_absolute() {
@@ -163,9 +170,8 @@ fn key_of(attribute: &str) -> Option<String> {
 pub fn attributes() -> Vec<(String, String)> {
     let own = LIBVIRT_WORDS.iter().map(|(attribute, key)| ((*attribute).to_owned(), (*key).to_owned()));
     let has_own_word = |key: &str| LIBVIRT_WORDS.iter().any(|(_, other)| *other == key);
-    let is_element = |key: &str| ELEMENTS.iter().any(|(_, other, _)| *other == key);
     let others = config::file_keys().into_iter();
-    let others = others.filter(|key| !has_own_word(key) && !is_element(key) && !SET_BY_HOOK.contains(&key.as_str()));
+    let others = others.filter(|key| !has_own_word(key) && !is_repeated(key) && !SET_BY_HOOK.contains(&key.as_str()));
     own.chain(others.map(|key| (key.replace('-', "_"), key))).collect()
 }
 
@@ -178,12 +184,8 @@ fn unknown(attribute: &str) -> String {
         return format!("unknown attribute '{attribute}'; it is '{word}' here, as in libvirt");
     }
     let known = attributes();
-    let nearest = known
-        .iter()
-        .map(|(name, _)| (strsim::jaro_winkler(name, &attribute.to_lowercase().replace('-', "_")), name))
-        .max_by(|one, other| one.0.total_cmp(&other.0));
-    match nearest {
-        Some((_, name)) => format!("unknown attribute '{attribute}'; the nearest known one is '{name}'"),
+    match config::nearest(known.iter().map(|(name, _)| name.as_str()), &attribute.replace('-', "_")) {
+        Some(name) => format!("unknown attribute '{attribute}'; the nearest known one is '{name}'"),
         None => format!("unknown attribute '{attribute}'"),
     }
 }
