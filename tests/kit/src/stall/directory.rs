@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
-    BackgroundSession, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, LockOwner, MountOption, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyEmpty, ReplyEntry,
-    ReplyWrite, Request, TimeOrNow, WriteFlags,
+    BackgroundSession, BsdFileFlags, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
+    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyEmpty, ReplyEntry, ReplyWrite, Request,
+    TimeOrNow, WriteFlags,
 };
 
 /// A directory in it that is always there.
@@ -43,22 +43,9 @@ pub struct Stopping {
 impl Stopping {
     /// Mounts one. Errors: why there can be none here.
     pub fn mount() -> Result<Stopping, String> {
-        if !rustix::process::geteuid().is_root() {
-            return Err("only root may mount a filesystem".into());
-        }
         let state = Arc::new(Mutex::new(State::default()));
-        let dir = tempfile::tempdir().expect("a directory to mount on");
-        let mut config = Config::default();
-        config.mount_options = vec![MountOption::FSName("stopping".into())];
-        match fuser::spawn_mount(Tree(state.clone()), dir.path(), &config) {
-            Ok(session) => Ok(Stopping { state, session: Some(session), dir }),
-            Err(error)
-                if [libc::ENOENT, libc::ENODEV, libc::EPERM, libc::ENXIO].map(Some).contains(&error.raw_os_error()) =>
-            {
-                Err(format!("this machine mounts no FUSE filesystem ({error})"))
-            }
-            Err(error) => panic!("mounting a FUSE filesystem: {error}"),
-        }
+        let (session, dir) = super::mount(Tree(state.clone()), "stopping")?;
+        Ok(Stopping { state, session: Some(session), dir })
     }
 
     /// Where it is mounted.
@@ -139,26 +126,8 @@ impl Tree {
 impl State {
     fn attributes(&self, inode: INodeNo) -> Option<FileAttr> {
         let directory = [INodeNo::ROOT, BELOW_INODE].contains(&inode);
-        let size = if directory { 0 } else { self.files.get(&inode.0)?.len() as u64 };
-        let (kind, perm) = if directory { (FileType::Directory, 0o700) } else { (FileType::RegularFile, 0o600) };
-        let time = SystemTime::UNIX_EPOCH;
-        Some(FileAttr {
-            ino: inode,
-            size,
-            blocks: size / 512,
-            atime: time,
-            mtime: time,
-            ctime: time,
-            crtime: time,
-            kind,
-            perm,
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            blksize: 4096,
-            flags: 0,
-        })
+        let file = if directory { None } else { Some(self.files.get(&inode.0)?.len() as u64) };
+        Some(super::attributes(inode, file))
     }
 }
 

@@ -5,12 +5,12 @@ use std::io;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use fuser::{
-    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry,
-    ReplyOpen, ReplyWrite, Request, WriteFlags,
+    BackgroundSession, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request,
+    WriteFlags,
 };
 
 use crate::guest;
@@ -87,9 +87,6 @@ impl Stalling {
     /// that begins it, and with which it makes an error of a short write. `most_written`: bytes that a write stores at
     /// most.
     pub fn mount_as(content: Vec<u8>, async_dio: bool, most_written: usize) -> Result<Stalling, Unable> {
-        if !rustix::process::geteuid().is_root() {
-            return Err(Unable("only root may mount a filesystem".into()));
-        }
         let state = Arc::new(Mutex::new(State {
             content,
             read: None,
@@ -99,18 +96,8 @@ impl Stalling {
             most_written,
             waiting: Vec::new(),
         }));
-        let dir = tempfile::tempdir().expect("a directory to mount on");
-        let mut config = Config::default();
-        config.mount_options = vec![MountOption::FSName("stalling".into())];
-        match fuser::spawn_mount(Tree(state.clone()), dir.path(), &config) {
-            Ok(session) => Ok(Stalling { state, session: Some(session), dir }),
-            Err(error)
-                if [libc::ENOENT, libc::ENODEV, libc::EPERM, libc::ENXIO].map(Some).contains(&error.raw_os_error()) =>
-            {
-                Err(Unable(format!("this machine mounts no FUSE filesystem ({error})")))
-            }
-            Err(error) => panic!("mounting a FUSE filesystem: {error}"),
-        }
+        let (session, dir) = super::mount(Tree(state.clone()), "stalling").map_err(Unable)?;
+        Ok(Stalling { state, session: Some(session), dir })
     }
 
     pub fn image(&self) -> PathBuf {
@@ -185,27 +172,7 @@ impl Tree {
     }
 
     fn attributes(&self, inode: INodeNo) -> FileAttr {
-        let file = inode == FILE;
-        let size = if file { self.lock().content.len() as u64 } else { 0 };
-        let (kind, perm) = if file { (FileType::RegularFile, 0o600) } else { (FileType::Directory, 0o700) };
-        let time = SystemTime::UNIX_EPOCH;
-        FileAttr {
-            ino: inode,
-            size,
-            blocks: size / 512,
-            atime: time,
-            mtime: time,
-            ctime: time,
-            crtime: time,
-            kind,
-            perm,
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            blksize: 4096,
-            flags: 0,
-        }
+        super::attributes(inode, (inode == FILE).then(|| self.lock().content.len() as u64))
     }
 }
 
