@@ -14,14 +14,6 @@ const OTHER: u32 = 54321;
 /// Stands for every user that a user namespace does not map; `nobody`, too.
 const OVERFLOW: u32 = 65534;
 
-fn is_root() -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        eprintln!("SKIPPED: only root can become another user");
-    }
-    root
-}
-
 /// What `user` meets on the socket. A thread has a user of its own as far as the kernel is concerned.
 fn connect_as(user: u32, served: &Served) -> UnixStream {
     let path = served.path.clone();
@@ -53,7 +45,7 @@ const RESERVED: [(&str, &str); 4] = [
 
 #[test]
 fn another_user_cannot_take_the_guest_over_or_end_the_daemon() {
-    if !is_root() {
+    if !kit::can_become_another_user() {
         return;
     }
     let served = Served::new().let_others(Access::Operate);
@@ -84,7 +76,7 @@ fn another_user_cannot_take_the_guest_over_or_end_the_daemon() {
 
 #[test]
 fn a_user_who_may_only_ask_changes_nothing() {
-    if !is_root() {
+    if !kit::can_become_another_user() {
         return;
     }
     let served = Served::new().let_others(Access::ReadOnly);
@@ -115,7 +107,7 @@ fn a_user_who_may_only_ask_changes_nothing() {
 
 #[test]
 fn other_users_do_not_keep_root_out() {
-    if !is_root() {
+    if !kit::can_become_another_user() {
         return;
     }
     let served = Served::new().let_others(Access::Operate);

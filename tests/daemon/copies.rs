@@ -45,11 +45,7 @@ impl Served {
             }
             std::thread::sleep(Duration::from_millis(5));
         };
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        let mut client = Client::new(stream);
-        client.line();
-        client.ask("qmp_capabilities", json!({})).expect("negotiated");
-        client
+        Client::negotiated(stream)
     }
 
     /// A front-end with one ring.

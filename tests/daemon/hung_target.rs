@@ -71,11 +71,7 @@ impl Place {
 
     fn client(&self) -> Client {
         let stream = soon("the control socket", || UnixStream::connect(self.path("ctl")).ok());
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        let mut client = Client::new(stream);
-        client.line();
-        client.ask("qmp_capabilities", json!({})).expect("negotiated");
-        client
+        Client::negotiated(stream)
     }
 
     fn guest(&self) -> Driver {

@@ -140,11 +140,7 @@ impl Daemon {
 
     fn client(&self) -> Client {
         let stream = UnixStream::connect(self.place.path("run/control")).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut client = Client::new(stream);
-        client.line();
-        client.ask("qmp_capabilities", json!({})).unwrap();
-        client
+        Client::negotiated(stream)
     }
 
     /// A front-end that writes, reads, discards and flushes, a held disk, and a copy of it.

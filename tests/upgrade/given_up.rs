@@ -2,11 +2,10 @@
 //! load, in its mode. With the real programs.
 
 use std::fs;
-use std::io::{IoSlice, PipeWriter, Read, Write};
+use std::io::{IoSlice, PipeWriter};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -14,10 +13,10 @@ use std::time::{Duration, Instant};
 use fuser::{BackgroundSession, Config, Filesystem, INodeNo, MountOption, ReplyEntry, Request};
 use kit::driver::load::Load;
 use kit::driver::{ALL, Driver};
-use kit::upgrade::{Disk, contains, lives, wait_until};
+use kit::upgrade::{Disk, NewDaemon, contains, lives, wait_until};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::{Value, json};
+use serde_json::json;
 
 /// Nothing here takes this long; what does hangs.
 const LATE: Duration = Duration::from_secs(60);
@@ -148,50 +147,23 @@ fn a_new_daemon_ends_with_an_old_one_that_dies() {
     assert!(!said.contains("serves on"), "{said}");
 }
 
-/// A new daemon's part of the conversation, with a starter whose end of the pipe is ours.
-struct NewDaemon {
-    stream: UnixStream,
+/// A new daemon that has begun, with a starter whose end of the pipe is ours.
+fn begin(disk: &Disk) -> (NewDaemon, PipeWriter) {
+    let mut new = NewDaemon::connect(disk);
+    let (reader, writer) = std::io::pipe().unwrap();
+    new.say(&json!("Begin"), 1);
+    let descriptors = [reader.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    assert!(ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)));
+    sendmsg(&new.stream, &[IoSlice::new(b"+")], &mut ancillary, SendFlags::empty()).unwrap();
+    (new, writer)
 }
 
-impl NewDaemon {
-    fn begin(disk: &Disk) -> (NewDaemon, PipeWriter) {
-        let mut client = disk.client();
-        assert_eq!(client.ask("hand-over", json!({"version": 1})), Ok(json!({})));
-        let mut new = NewDaemon { stream: client.reader.into_inner() };
-        let (reader, writer) = std::io::pipe().unwrap();
-        new.say(&json!("Begin"), 1);
-        let descriptors = [reader.as_fd()];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)));
-        sendmsg(&new.stream, &[IoSlice::new(b"+")], &mut ancillary, SendFlags::empty()).unwrap();
-        (new, writer)
-    }
-
-    fn say(&mut self, message: &Value, descriptors: u32) {
-        let text = message.to_string();
-        let mut bytes = (text.len() as u32).to_le_bytes().to_vec();
-        bytes.extend(descriptors.to_le_bytes());
-        bytes.extend(text.into_bytes());
-        self.stream.write_all(&bytes).unwrap();
-    }
-
-    /// The descriptors that come with it are lost.
-    fn hear(&mut self) -> Value {
-        let mut header = [0; 8];
-        self.stream.read_exact(&mut header).unwrap();
-        let number = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap()) as usize;
-        let mut text = vec![0; number(0)];
-        self.stream.read_exact(&mut text).unwrap();
-        self.stream.read_exact(&mut vec![0; number(4).div_ceil(128)]).unwrap();
-        serde_json::from_slice(&text).unwrap()
-    }
-
-    fn is_refused(&mut self, what: &str) {
-        let heard = self.hear();
-        let why = heard["Refused"].as_str().unwrap_or_else(|| panic!("{what}: {heard}"));
-        contains(why, &["has ended or given up"]);
-    }
+fn is_refused(new: &mut NewDaemon, what: &str) {
+    let heard = new.hear();
+    let why = heard["Refused"].as_str().unwrap_or_else(|| panic!("{what}: {heard}"));
+    contains(why, &["has ended or given up"]);
 }
 
 /// The old daemon looks at the starter in every wait, and right before it would commit, whatever the new one says.
@@ -203,7 +175,7 @@ fn the_old_daemon_never_commits_for_a_starter_that_is_gone() {
     let ready = json!({"Ready": {"front": true, "control": true, "pid_file": true}});
     for step in 0..3 {
         let failures = disk.log().matches("serves on").count();
-        let (mut new, starter) = NewDaemon::begin(&disk);
+        let (mut new, starter) = begin(&disk);
         assert!(new.hear()["Hello"].is_object());
         match step {
             0 => drop(starter),
@@ -219,7 +191,7 @@ fn the_old_daemon_never_commits_for_a_starter_that_is_gone() {
                 new.say(&json!("Prepared"), 0);
             }
         }
-        new.is_refused(&format!("step {step}"));
+        is_refused(&mut new, &format!("step {step}"));
         wait_until("the old one says so", || disk.log().matches("serves on").count() > failures);
         is_as_before(&disk, &format!("step {step}"));
         load.wait_for(20);

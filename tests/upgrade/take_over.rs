@@ -2,14 +2,13 @@
 //! leaves it where it is. All with the real programs, in their sandbox.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 
 use kit::driver::load::{Load, holds};
 use kit::driver::{ALL, Driver, F_FLUSH};
 use kit::snapshot::{Agent, Mood};
-use kit::upgrade::{Disk, SIZE, contains, wait_until};
+use kit::upgrade::{Disk, NewDaemon, SIZE, contains, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -130,44 +129,16 @@ fn copy_dirs_are_added_or_replaced_and_it_is_said() {
     disk.end();
 }
 
-/// What the daemon does for who takes over, said by a test.
-struct NewDaemon {
-    stream: UnixStream,
+/// Asks for the hand-over as far as the first answer.
+fn begin(disk: &Disk) -> NewDaemon {
+    let mut new = NewDaemon::connect(disk);
+    new.say(&json!("Begin"), 0);
+    assert!(new.hear()["Hello"]["disk"]["image"].as_str().unwrap().starts_with("file "));
+    new
 }
 
-impl NewDaemon {
-    /// Asks for the hand-over as far as the first answer.
-    fn begin(disk: &Disk) -> NewDaemon {
-        let mut client = disk.client();
-        assert_eq!(client.ask("hand-over", json!({"version": 1})), Ok(json!({})));
-        let mut new = NewDaemon { stream: client.reader.into_inner() };
-        new.say(&json!("Begin"));
-        assert!(new.hear()["Hello"]["disk"]["image"].as_str().unwrap().starts_with("file "));
-        new
-    }
-
-    fn say(&mut self, message: &Value) {
-        let text = message.to_string();
-        let mut bytes = (text.len() as u32).to_le_bytes().to_vec();
-        bytes.extend([0; 4]);
-        bytes.extend(text.into_bytes());
-        self.stream.write_all(&bytes).unwrap();
-    }
-
-    /// The descriptors that come with it are lost.
-    fn hear(&mut self) -> Value {
-        let mut header = [0; 8];
-        self.stream.read_exact(&mut header).unwrap();
-        let number = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap()) as usize;
-        let mut text = vec![0; number(0)];
-        self.stream.read_exact(&mut text).unwrap();
-        self.stream.read_exact(&mut vec![0; number(4).div_ceil(128)]).unwrap();
-        serde_json::from_slice(&text).unwrap()
-    }
-
-    fn ready(&mut self) {
-        self.say(&json!({"Ready": {"front": true, "control": true, "pid_file": true}}));
-    }
+fn ready(new: &mut NewDaemon) {
+    new.say(&json!({"Ready": {"front": true, "control": true, "pid_file": true}}), 0);
 }
 
 /// A new daemon that dies, gives up, talks nonsense or says nothing, at each step: the old one serves on, under load.
@@ -185,15 +156,15 @@ fn if_the_new_daemon_fails_before_the_commit_the_old_one_serves_on() {
     for (step, what) in ["dies", "gives up", "talks nonsense", "talks out of turn"].iter().enumerate() {
         let end = |mut new: NewDaemon| match step {
             0 => drop(new),
-            1 => new.say(&json!({"Failed": "no luck"})),
+            1 => new.say(&json!({"Failed": "no luck"}), 0),
             2 => new.stream.write_all(&[0xff; 64]).unwrap(),
-            _ => new.say(&json!("Begin")),
+            _ => new.say(&json!("Begin"), 0),
         };
         let before = failures();
-        end(NewDaemon::begin(&disk));
+        end(begin(&disk));
         goes_on(&format!("a new daemon {what} at first"), before);
-        let mut new = NewDaemon::begin(&disk);
-        new.ready();
+        let mut new = begin(&disk);
+        ready(&mut new);
         assert!(new.hear()["State"]["front_end"].is_array());
         // The driver may have some answers to take yet.
         assert!(load.stands_still() || load.stands_still(), "the old one goes on before it may");
@@ -201,8 +172,8 @@ fn if_the_new_daemon_fails_before_the_commit_the_old_one_serves_on() {
         goes_on(&format!("a new daemon {what} with the state"), before + 1);
     }
     let before = failures();
-    let mut silent = NewDaemon::begin(&disk);
-    silent.ready();
+    let mut silent = begin(&disk);
+    ready(&mut silent);
     silent.hear();
     goes_on("a new daemon says nothing", before);
     assert!(silent.hear()["Refused"].as_str().unwrap().contains("in time"));
@@ -288,11 +259,11 @@ fn an_upgrade_is_refused_while_a_hold_or_copy_would_be_lost() {
     // While a hand-over lasts nothing that would end with this process begins.
     disk.ctl_ok(&["resume", "--all"]);
     let mut client = disk.client();
-    let mut new = NewDaemon::begin(&disk);
+    let mut new = begin(&disk);
     assert_eq!(client.ask("quiesce", json!({})), Err("upgrading".into()));
     assert_eq!(client.ask("hand-over", json!({"version": 1})), Err("upgrading".into()));
     assert_eq!(client.ask("resize", json!({})), Err("upgrading".into()));
-    new.say(&json!({"Failed": "enough"}));
+    new.say(&json!({"Failed": "enough"}), 0);
     wait_until("it is over", || client.ask("quiesce", json!({})).is_ok());
 }
 
@@ -365,8 +336,8 @@ fn a_daemon_told_to_end_in_a_hand_over_ends_in_order() {
     let mut guest = Driver::connect_soon(&disk.path("vhost"), 1, 64, 1 << 20, ALL);
     guest.fill(0, &[4; 4096]);
     assert_eq!(guest.one(0, |guest, id| guest.write(0, 0, 0, 4096, id)), 0);
-    let mut new = NewDaemon::begin(&disk);
-    new.ready();
+    let mut new = begin(&disk);
+    ready(&mut new);
     assert!(new.hear()["State"].is_object());
     kill_process(disk.pid(), Signal::TERM).unwrap();
     assert!(disk.child.wait().unwrap().success(), "{}", disk.log());

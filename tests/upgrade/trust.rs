@@ -20,14 +20,6 @@ const NAMED: u32 = 1;
 /// Stands for every user that a user namespace does not map.
 const OVERFLOW: u32 = 65534;
 
-fn is_root() -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        eprintln!("SKIPPED: only root can become another user");
-    }
-    root
-}
-
 /// A daemon that was broken into: it answers as it likes, as `user`, on a socket that root made. It names a program that
 /// writes the file `proof`.
 struct Evil {
@@ -92,7 +84,7 @@ fn said(output: &Output) -> String {
 
 #[test]
 fn another_users_daemon_names_neither_program_nor_options() {
-    if !is_root() {
+    if !kit::can_become_another_user() {
         return;
     }
     for user in [OTHER, OVERFLOW] {
@@ -114,7 +106,7 @@ fn recorder(dir: &Path) {
 
 #[test]
 fn with_a_disk_file_nothing_of_another_users_daemon_is_taken() {
-    if !is_root() {
+    if !kit::can_become_another_user() {
         return;
     }
     let evil = Evil::start(OTHER);
@@ -143,7 +135,7 @@ fn the_program_is_never_the_daemons_choice() {
 /// A daemon that became another user, on a socket that root made, as the shipped unit would have it.
 #[test]
 fn a_daemon_of_another_user_is_upgraded_by_its_disk_file() {
-    if !is_root() {
+    if !kit::can_become_another_user() {
         return;
     }
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

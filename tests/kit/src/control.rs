@@ -486,6 +486,15 @@ impl Client {
         Client { reader: BufReader::new(stream), events: VecDeque::new() }
     }
 
+    /// A client that has read the greeting and negotiated, on a connection that it reads no longer than a test is patient.
+    pub fn negotiated(stream: UnixStream) -> Self {
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        let mut client = Client::new(stream);
+        client.line();
+        client.ask("qmp_capabilities", json!({})).expect("negotiated");
+        client
+    }
+
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.reader.get_mut().write_all(bytes.as_ref()).unwrap();
     }

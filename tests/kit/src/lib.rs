@@ -27,3 +27,12 @@ pub mod snapshot;
 pub mod stall;
 pub mod unread;
 pub mod upgrade;
+
+/// Whether a thread of this process may become another user. Where it may not, the test is skipped, and this says so.
+pub fn can_become_another_user() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        eprintln!("SKIPPED: only root can become another user");
+    }
+    root
+}

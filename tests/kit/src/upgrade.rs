@@ -1,6 +1,7 @@
 //! A daemon that may be another process by now: taken over again and again. For tests of upgrades in place.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
@@ -98,11 +99,7 @@ impl Disk {
 
     pub fn client(&self) -> Client {
         let stream = UnixStream::connect(self.path("control")).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut client = Client::new(stream);
-        client.line();
-        client.ask("qmp_capabilities", json!({})).unwrap();
-        client
+        Client::negotiated(stream)
     }
 
     /// Ends in order; nothing is left behind.
@@ -149,5 +146,39 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 pub fn contains(text: &str, words: &[&str]) {
     for word in words {
         assert!(text.contains(word), "'{word}' is not in: {text}");
+    }
+}
+
+/// A new daemon's side of a hand-over, spoken by a test (`src/upgrade/channel.rs`: two lengths, then JSON).
+pub struct NewDaemon {
+    pub stream: UnixStream,
+}
+
+impl NewDaemon {
+    /// Asks the daemon to hand over; nothing has been said on the connection yet.
+    pub fn connect(disk: &Disk) -> NewDaemon {
+        let mut client = disk.client();
+        assert_eq!(client.ask("hand-over", json!({"version": 1})), Ok(json!({})));
+        NewDaemon { stream: client.reader.into_inner() }
+    }
+
+    /// Sends a message that announces so many descriptors.
+    pub fn say(&mut self, message: &Value, descriptors: u32) {
+        let text = message.to_string();
+        let mut bytes = (text.len() as u32).to_le_bytes().to_vec();
+        bytes.extend(descriptors.to_le_bytes());
+        bytes.extend(text.into_bytes());
+        self.stream.write_all(&bytes).unwrap();
+    }
+
+    /// The next message. The descriptors that come with it are lost.
+    pub fn hear(&mut self) -> Value {
+        let mut header = [0; 8];
+        self.stream.read_exact(&mut header).unwrap();
+        let number = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap()) as usize;
+        let mut text = vec![0; number(0)];
+        self.stream.read_exact(&mut text).unwrap();
+        self.stream.read_exact(&mut vec![0; number(4).div_ceil(128)]).unwrap();
+        serde_json::from_slice(&text).unwrap()
     }
 }
