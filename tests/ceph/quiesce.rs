@@ -181,7 +181,7 @@ fn a_disk_that_its_store_lets_go_before_another_is_ready_says_so() {
     succeeds(&taking.wait_with_output().expect("our own child"));
     load.wait_for(100);
     assert_eq!((figure(&early, "expired"), figure(&late, "expired")), (1, 0));
-    assert!(early.log().contains("may not be of one instant"), "{}", early.log());
+    early.wait_for_log(&["may not be of one instant"]);
     let shown = early.ctl_ok(&["status"]);
     assert!(shown.contains("snapshots by others: 1 asked, 0 refused, 1 LET GO EARLY"), "{shown}");
     attendant.0.event("RELEASED");

@@ -245,7 +245,7 @@ fn exclusive_without_the_feature_is_refused() {
         &["exclusive-lock", "rbd feature enable"],
     );
     let server = serve(&image, "none", &["--rbd-lock", "auto"]);
-    contains(&server.log(), &["exclusive-lock"]);
+    server.wait_for_log(&["exclusive-lock"]);
     let mut guest = connect(&server);
     assert_eq!((write(&mut guest, 0, 1), flush(&mut guest)), (0, 0));
 }
@@ -295,7 +295,7 @@ fn a_disabled_exclusive_lock_is_warned_of_by_auto_and_taken_when_enabled_again()
     assert_eq!((write(&mut guest, 0, 1), flush(&mut guest), lock(&server)), (0, 0, "held".into()));
     disable_lock(&image);
     wait_until("the status says so", || lock(&server) == "none");
-    contains(&server.log(), &["its feature exclusive-lock was disabled", "rbd feature enable"]);
+    server.wait_for_log(&["its feature exclusive-lock was disabled", "rbd feature enable"]);
     assert_eq!((write(&mut guest, 0, 2), flush(&mut guest), trouble(&server)), (0, 0, Value::Null));
     enable_lock(&image);
     wait_until("the lock is taken again", || lock(&server) == "held" && trouble(&server) == Value::Null);

@@ -112,7 +112,7 @@ fn a_new_daemon_that_dies_with_the_lock_gives_it_back() {
         let waited = since.elapsed().as_secs_f32();
         let status = server.status();
         assert_eq!((&status["rbd"]["lock"], &status["daemon"]["pid"]), (&json!("held"), &json!(pid)), "{status}");
-        assert!(server.log().contains("the upgrade failed"), "{}", server.log());
+        server.wait_for_log(&["the upgrade failed"]);
         server.ctl_ok(&["quiesce"]);
         holds(&image.content(), &load.acknowledged(), "after an upgrade that failed");
         server.ctl_ok(&["resume", "--all"]);

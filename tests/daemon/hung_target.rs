@@ -47,6 +47,11 @@ impl Place {
         self.dir.path().join(name)
     }
 
+    /// Waits until the daemon has logged `text`.
+    fn wait_for_log(&self, text: &str) {
+        kit::log::wait_for(|| std::fs::read_to_string(self.path("log")).expect("the log"), &[text]);
+    }
+
     fn serve(&self, copy_dir: &Path) -> Daemon {
         self.serve_with(copy_dir, &[])
     }
@@ -172,10 +177,9 @@ fn a_directory_that_hangs_at_the_start_does_not_keep_the_disk_from_its_guest() {
     let daemon = place.serve_with(&place.target.below(), &[Path::new("--scratch"), &place.target.below()]);
     let mut guest = place.guest();
     assert_eq!(guest.one(0, |guest, id| guest.write(0, 0, 0, 1 << 20, id)), 0);
-    let log = std::fs::read_to_string(place.path("log")).expect("the log");
     for option in ["--copy-dir", "--scratch"] {
         let said = format!("{option} '{}' does not answer: its filesystem hangs", place.target.below().display());
-        assert!(log.contains(&said), "{said} is not in {log}");
+        place.wait_for_log(&said);
     }
     let mut client = place.client();
     let refused = client.ask("copy-prepare", json!({"target": place.target.below().join("copy.img")}));
@@ -208,8 +212,7 @@ fn a_target_that_slows_the_guest_down_is_warned_about() {
     }
     let seen = status(&mut client, &copy);
     assert!(seen["slowed-seconds"].as_f64().expect("a number") > 10.0, "{seen}");
-    let log = std::fs::read_to_string(place.path("log")).expect("the log");
-    assert!(log.contains("the guest has been slowed for"), "{log}");
+    place.wait_for_log("the guest has been slowed for");
     place.target.slow_down(0);
     soon("the copy", || (status(&mut client, &copy)["state"] == "completed").then_some(()));
 }

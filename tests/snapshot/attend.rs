@@ -325,7 +325,7 @@ fn a_daemon_that_is_gone_and_back_is_attended_again() {
     assert_eq!(wait(&scene.disks[1].store_asks()), Ok(()));
     assert_eq!(scene.freezes(), 2);
     scene.is_over();
-    assert!(scene.log().contains("is back"), "{}", scene.log());
+    kit::log::wait_for(|| scene.log(), &["is back"]);
 }
 
 #[test]

@@ -702,7 +702,7 @@ fn a_reflink_that_hangs_is_given_up_when_the_lease_is_over() {
     contains(&err(&output), &["did not end within --lease", "copy:PATH", "snap.partial"]);
     agent.wait_thawed();
     assert!(!disk.is_held());
-    contains(&disk.log(), &["ended by resume"]);
+    disk.wait_for_log(&["ended by resume"]);
     // It ends when the filesystem goes on.
     assert!(xfs.set_frozen(false), "it was not frozen");
     wait_until("nothing is left behind", || names(&xfs.path()) == ["a.raw"]);

@@ -269,7 +269,7 @@ pub fn virtioblkd(cluster: &Cluster, spec: &str, mode: &str, socket: &Path, cont
     command
 }
 
-/// Serves an image, and waits until it listens.
+/// Serves an image, and waits until it is served.
 pub fn serve(image: &Image, mode: &str, more: &[&str]) -> Server {
     serve_spec(image.cluster, &image.spec, mode, more)
 }
@@ -281,6 +281,7 @@ pub fn serve_spec(cluster: &Cluster, spec: &str, mode: &str, more: &[&str]) -> S
         command.args(more);
         command
     })
+    .once_serving()
 }
 
 /// Starts `virtioblkd` where it must refuse; what it said, and its exit status.

@@ -2,7 +2,8 @@
 //! programs, real guests, and a real Ceph cluster.
 //!
 //! From small to large:
-//! - [`prng`]: numbers for randomized tests; [`unread`]: outputs that nobody reads; [`programs`]: where the programs are.
+//! - [`prng`]: numbers for randomized tests; [`unread`]: outputs that nobody reads; [`programs`]: where the programs are;
+//!   [`log`]: what a program logs.
 //! - [`backend`]: a queue of a back-end, used as a worker does; [`backend_contract`]: what holds for every back-end;
 //!   [`rbd_stub`]: a librbd without a cluster; [`stall`]: media that stop answering.
 //! - [`front_end`]: a front-end that sends whatever it is told; [`driver`]: a decent one; [`rig`]: a device in this
@@ -19,6 +20,7 @@ pub mod driver;
 pub mod front_end;
 pub mod front_end_suite;
 pub mod guest;
+pub mod log;
 pub mod prng;
 pub mod programs;
 pub mod rbd_stub;

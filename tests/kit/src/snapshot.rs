@@ -77,6 +77,11 @@ impl Daemon {
         fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
     }
 
+    /// Waits until the log contains all of `parts`, and returns it.
+    pub fn wait_for_log(&self, parts: &[&str]) -> String {
+        crate::log::wait_for(|| self.log(), parts)
+    }
+
     pub fn socket(&self) -> PathBuf {
         self.dir.path().join("vhost")
     }

@@ -19,12 +19,12 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts a server for `image` and waits until it listens.
+    /// Starts a server for `image` and waits until it serves.
     pub fn start(image: &Path, mode: CacheMode, more: &[&str]) -> Server {
-        Server::start_as(|socket, control| virtioblkd(socket, control, image, mode, more))
+        Server::start_as(|socket, control| virtioblkd(socket, control, image, mode, more)).once_serving()
     }
 
-    /// Starts a server by another command, made from the two sockets' paths: vhost-user and control.
+    /// Starts a server by another command, made from the two sockets' paths (vhost-user and control), and waits until it listens.
     pub fn start_as(command: impl FnOnce(&Path, &Path) -> Command) -> Server {
         let dir = tempfile::tempdir().expect("a directory for the sockets");
         let command = command(&dir.path().join("vhost"), &dir.path().join("control"));
@@ -43,7 +43,7 @@ impl Server {
         assert!(status.success(), "{status}\n{log}");
         meanwhile();
         let command = virtioblkd(&dir.path().join("vhost"), &dir.path().join("control"), image, mode, more);
-        Server::start_in(dir, command)
+        Server::start_in(dir, command).once_serving()
     }
 
     /// Kills the server (SIGKILL) and starts another one on the same sockets, while the front-end waits.
@@ -64,7 +64,13 @@ impl Server {
         drop(self);
         meanwhile();
         let command = virtioblkd(&dir.path().join("vhost"), &dir.path().join("control"), image, mode, more);
-        Server::start_in(dir, command)
+        Server::start_in(dir, command).once_serving()
+    }
+
+    /// Waits until virtioblkd has logged that it serves, and so all that it logs at its start.
+    pub fn once_serving(self) -> Server {
+        self.wait_for_log(&["serving on"]);
+        self
     }
 
     fn start_in(dir: Arc<tempfile::TempDir>, mut command: Command) -> Server {
@@ -94,6 +100,11 @@ impl Server {
     /// What the server said so far.
     pub fn log(&self) -> String {
         fs::read_to_string(self.dir.path().join("log")).unwrap_or_else(|error| format!("no log: {error}"))
+    }
+
+    /// Waits until the log contains all of `parts`, and returns it.
+    pub fn wait_for_log(&self, parts: &[&str]) -> String {
+        crate::log::wait_for(|| self.log(), parts)
     }
 
     /// The server's process.
