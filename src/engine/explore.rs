@@ -1,10 +1,10 @@
 //! Walks every order of events that a worker could see, over small scripts, the five modes, with and without durable
-//! writes and a driver that can flush, with failures that are reported and kept, and asks the oracles of
+//! writes and a driver that can flush, with failures that are reported and retained, and asks the oracles of
 //! [`super::model`] after every step.
 //!
 //! States that were seen are not walked again: two paths that lead to equal worlds have the same future. A seen state
-//! is remembered by a 64-bit hash; a walk has some 10^6 states at most, so that one of them is taken for another is a
-//! matter of one in 10^7.
+//! is remembered by a 64-bit hash; a walk has some 10^6 states at most, so the chance that
+//! one of them is mistaken for another is about one in 10^7.
 //!
 //! `cargo test` walks [`short`] in a few seconds. `VIRTIOBLKD_EXPLORE=long cargo test --lib no_order_of_events` walks
 //! [`long`], more than a hundred times as much: a few minutes in a debug build.
@@ -45,7 +45,7 @@ const LONG: [(&str, u8, u8); 8] = [
     ("dwzfw", 2, 0),
 ];
 
-/// An oracle's verdict and the way to it.
+/// A failed oracle and the steps that lead there.
 struct Violation {
     oracle: Oracle,
     setup: Setup,
@@ -105,8 +105,8 @@ type Seen = HashSet<u64, BuildHasherDefault<Mixer>>;
 /// One walk over everything that may happen in one setup.
 struct Walk<'a> {
     setup: &'a Setup,
-    /// Stop at this oracle only; a step that another one refuses ends its path, a state that another one refuses does
-    /// not. None: stop at any.
+    /// Stop only where this oracle fails; a step that fails another one ends its path, a state that fails another one
+    /// does not. `None`: stop where any fails.
     wanted: Option<&'a str>,
     seen: Seen,
     trace: Vec<Step>,
@@ -114,7 +114,7 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    /// Depth first. `Some`: this oracle spoke, and `trace` leads there.
+    /// Walks depth first. `Some`: this oracle failed, and `trace` leads there.
     fn go(&mut self, world: &World) -> Option<Oracle> {
         let mut steps = Vec::new();
         world.steps(self.setup, &mut steps);
@@ -124,9 +124,10 @@ impl Walk<'_> {
             self.transitions += 1;
             let stepped = next.step(self.setup, step);
             let verdict = stepped.and_then(|()| next.judge(self.setup));
-            let spoke = verdict.err().filter(|oracle| self.wanted.is_none_or(|wanted| wanted == format!("{oracle:?}")));
-            if spoke.is_some() {
-                return spoke;
+            let failed =
+                verdict.err().filter(|oracle| self.wanted.is_none_or(|wanted| wanted == format!("{oracle:?}")));
+            if failed.is_some() {
+                return failed;
             }
             if stepped.is_ok() && self.is_new(&next) {
                 let found = self.go(&next);
@@ -146,7 +147,7 @@ impl Walk<'_> {
     }
 }
 
-/// What a run over many setups saw.
+/// What a run over many setups visited.
 #[derive(Default)]
 struct Totals {
     setups: u64,
@@ -154,14 +155,20 @@ struct Totals {
     transitions: u64,
 }
 
-/// Walks every script in every mode, until an oracle speaks up. `keeps`: whether failures are kept, where there are any.
-fn explore(scripts: &[(String, u8, u8)], keeps: bool, wanted: Option<&str>, totals: &mut Totals) -> Option<Violation> {
-    for (letters, blocks, errors) in scripts.iter().filter(|(_, _, errors)| *errors > 0 || !keeps) {
+/// Walks every script in every mode, until an oracle fails. `retains`: whether failures are retained,
+/// where there are any.
+fn explore(
+    scripts: &[(String, u8, u8)],
+    retains: bool,
+    wanted: Option<&str>,
+    totals: &mut Totals,
+) -> Option<Violation> {
+    for (letters, blocks, errors) in scripts.iter().filter(|(_, _, errors)| *errors > 0 || !retains) {
         for mode in CacheMode::ALL {
             for (durable_writes, driver_can_flush) in [(false, false), (false, true), (true, false), (true, true)] {
                 let script: Vec<Kind> = letters.chars().map(kind).collect();
                 let (blocks, errors) = (*blocks, *errors);
-                let setup = Setup { mode, durable_writes, driver_can_flush, script, blocks, errors, keeps };
+                let setup = Setup { mode, durable_writes, driver_can_flush, script, blocks, errors, retains };
                 let found = walk(setup, wanted, totals);
                 if found.is_some() {
                     return found;
@@ -190,7 +197,7 @@ fn kind(letter: char) -> Kind {
         'f' => Kind::Flush,
         'd' => Kind::Discard,
         'z' => Kind::WriteZeroes,
-        _ => panic!("'{letter}' is no kind of request"),
+        _ => panic!("'{letter}' names no kind of request"),
     }
 }
 
@@ -223,22 +230,22 @@ fn no_order_of_events_breaks_a_promise() {
     let is_long = std::env::var_os("VIRTIOBLKD_EXPLORE").is_some_and(|how| how == "long");
     let scripts = if is_long { long() } else { short() };
     let mut totals = Totals::default();
-    for keeps in [false, true] {
-        if let Some(violation) = explore(&scripts, keeps, None, &mut totals) {
+    for retains in [false, true] {
+        if let Some(violation) = explore(&scripts, retains, None, &mut totals) {
             panic!("{violation}");
         }
     }
     let Totals { setups, states, transitions } = totals;
     println!("{setups} setups, {states} states, {transitions} transitions");
-    assert!(states > 10_000, "only {states} states: the explorer does not walk");
+    assert!(states > 10_000, "only {states} states: the explorer walks too little");
 }
 
-/// Whether the oracle that `VIRTIOBLKD_ORACLE` names finds this engine wrong. `tests/engine_faults/main.rs` compiles this
+/// Whether the oracle that `VIRTIOBLKD_ORACLE` names fails for this engine. `tests/engine_faults/main.rs` compiles this
 /// module with changed copies of the engine and runs this test on each.
 #[test]
 #[ignore = "tests/engine_faults/main.rs runs it on engines with a planted fault"]
-fn the_wanted_oracle_speaks() {
+fn the_wanted_oracle_fails() {
     let oracle = std::env::var("VIRTIOBLKD_ORACLE").expect("VIRTIOBLKD_ORACLE names an oracle");
-    let keeps = std::env::var("VIRTIOBLKD_RETAIN").is_ok_and(|retain| retain == "yes");
-    assert!(explore(&short(), keeps, Some(&oracle), &mut Totals::default()).is_some(), "{oracle} found nothing");
+    let retains = std::env::var("VIRTIOBLKD_RETAIN").is_ok_and(|retain| retain == "yes");
+    assert!(explore(&short(), retains, Some(&oracle), &mut Totals::default()).is_some(), "{oracle} never failed");
 }

@@ -39,12 +39,12 @@ pub use cache::{CacheMode, CachePolicy};
 use gate::WriteGate;
 pub use on_error::OnError;
 use sync_line::{SyncLine, Waiter};
-pub use types::{Action, Admission, Errno, Kind, Slot, Token};
+pub use types::{Action, Admission, Errno, Kind, RequestId, Token};
 
-/// The state of the request in one slot.
+/// The state of the request that has this number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 enum Stage {
-    /// The slot holds no request.
+    /// No request has this number.
     #[default]
     Free,
     /// The back-end has a read's transfer. Reads do not pass the gate.
@@ -57,9 +57,9 @@ enum Stage {
         durable: bool,
     },
     /// A read's transfer failed and will be retried.
-    KeptRead,
+    RetainedRead,
     /// A change's transfer failed and will be retried as it was.
-    KeptChange {
+    RetainedChange {
         /// As of `Changing`.
         then_sync: bool,
         /// As of `Changing`.
@@ -78,7 +78,7 @@ enum Quiesce {
     /// Changes that passed the gate before it closed are still in flight.
     Draining,
     /// Those changes are done, and the barrier of this epoch waits for its sync. The sync of an abandoned quiesce may end
-    /// while a later quiesce is in this state. It must not answer the later one: it began before the writes in between.
+    /// while a later quiesce is in this state. It must not end the later one: it began before the writes in between.
     Flushing(u64),
     /// The result was reported, success or failure. The gate stays closed until the last holder leaves.
     Quiet,
@@ -96,8 +96,8 @@ pub struct Engine {
     driver_can_flush: bool,
     on_error: OnError,
     /// Requests whose transfers failed and will be retried, in the order in which they failed.
-    kept: Vec<Slot>,
-    /// The state of each slot's request. Grows to the highest slot used.
+    retained: Vec<RequestId>,
+    /// The state of each request, by its number. Grows to the highest number used.
     stages: Vec<Stage>,
     reads_in_flight: u32,
     gate: WriteGate,
@@ -109,7 +109,7 @@ pub struct Engine {
     actions: VecDeque<Action>,
     /// `Quiesced` that the caller has not taken yet. It is not in `actions`, because an abandoned quiesce takes its result
     /// with it: taken late, the result would seem to be that of the next quiesce.
-    settled: Option<Result<(), Errno>>,
+    quiesce_result: Option<Result<(), Errno>>,
     /// `Resumed` that the caller has not taken yet. Closing the gate again withdraws it.
     resumed: bool,
 }
@@ -124,7 +124,7 @@ impl Engine {
             durable_writes,
             driver_can_flush: false,
             on_error: OnError::Report,
-            kept: Vec::new(),
+            retained: Vec::new(),
             stages: Vec::new(),
             reads_in_flight: 0,
             gate: WriteGate::default(),
@@ -132,7 +132,7 @@ impl Engine {
             quiesce: Quiesce::Open,
             epoch: 0,
             actions: VecDeque::new(),
-            settled: None,
+            quiesce_result: None,
             resumed: false,
         }
     }
@@ -144,34 +144,35 @@ impl Engine {
         self.driver_can_flush = can;
     }
 
-    /// Offers the request at the head of the virtqueue. `Held` leaves the engine unchanged; the request stays in the
+    /// Offers the request at the head of the virtqueue. `Blocked` leaves the engine unchanged; the request stays in the
     /// virtqueue.
     ///
-    /// Offering a slot that is in use is a bug of the caller: an assertion fails in debug builds, `Held` in release builds.
+    /// Offering a number that is in use is a bug of the caller: an assertion fails in debug builds, and release builds return
+    /// `Blocked`.
     #[inline]
-    pub fn offer(&mut self, slot: Slot, kind: Kind) -> Admission {
-        let index = usize::from(slot);
+    pub fn offer(&mut self, id: RequestId, kind: Kind) -> Admission {
+        let index = usize::from(id);
         if index >= self.stages.len() {
             self.stages.resize(index + 1, Stage::Free);
         }
         if self.stages[index] != Stage::Free {
-            debug_assert!(false, "slot {slot} was offered while in flight");
-            return Admission::Held;
+            debug_assert!(false, "request {id} was offered while in flight");
+            return Admission::Blocked;
         }
         if kind == Kind::Read {
             self.reads_in_flight += 1;
             self.stages[index] = Stage::Reading;
-            self.submit(slot, false);
-            return Admission::Taken;
+            self.submit(id, false);
+            return Admission::Admitted;
         }
-        if !self.kept.is_empty() || !self.gate.enter() {
-            return Admission::Held;
+        if !self.retained.is_empty() || !self.gate.enter() {
+            return Admission::Blocked;
         }
         match kind {
-            Kind::Flush => self.flush(slot),
-            _ => self.change(slot, kind),
+            Kind::Flush => self.flush(id),
+            _ => self.change(id, kind),
         }
-        Admission::Taken
+        Admission::Admitted
     }
 
     /// Reports the result of what was submitted. The caller reports every submitted token exactly once.
@@ -180,17 +181,17 @@ impl Engine {
     /// it.
     #[inline]
     pub fn complete(&mut self, token: Token, result: Result<(), Errno>) {
-        let Token::Data(slot) = token else { return self.complete_sync(result) };
-        match (self.stages.get(usize::from(slot)), result) {
-            (Some(Stage::Reading | Stage::Changing { .. }), Err(errno)) if self.on_error.keeps(errno) => {
-                self.keep(slot, errno);
+        let Token::Data(id) = token else { return self.complete_sync(result) };
+        match (self.stages.get(usize::from(id)), result) {
+            (Some(Stage::Reading | Stage::Changing { .. }), Err(errno)) if self.on_error.retains(errno) => {
+                self.retain(id, errno);
             }
             (Some(Stage::Reading), _) => {
                 self.reads_in_flight -= 1;
-                self.done(slot, result);
+                self.done(id, result);
             }
-            (Some(Stage::Changing { then_sync: true, .. }), Ok(())) => self.wait_for_sync(slot),
-            (Some(Stage::Changing { .. }), _) => self.done_with_change(slot, result),
+            (Some(Stage::Changing { then_sync: true, .. }), Ok(())) => self.wait_for_sync(id),
+            (Some(Stage::Changing { .. }), _) => self.done_with_change(id, result),
             _ => debug_assert!(false, "{token:?} completed, which is not in flight"),
         }
     }
@@ -218,7 +219,7 @@ impl Engine {
         }
         self.quiesce = Quiesce::Open;
         self.resumed = true;
-        self.settled = None;
+        self.quiesce_result = None;
     }
 
     /// The number of requests that passed the gate and are not done (flushes too): what a quiesce would drain.
@@ -231,10 +232,10 @@ impl Engine {
         !self.sync_line.is_idle()
     }
 
-    /// Whether every request taken is done, no sync is running or due, and `next_action` would return `None`: the worker
+    /// Whether every request admitted is done, no sync is running or due, and `next_action` would return `None`: the worker
     /// may stop. It makes no difference whether writes are blocked.
     pub fn is_idle(&self) -> bool {
-        self.kept.is_empty() && self.rests()
+        self.retained.is_empty() && self.is_idle_but_for_retained()
     }
 
     /// The next action for the caller. The worker calls it until it returns `None` after every batch of `offer` and of
@@ -248,38 +249,38 @@ impl Engine {
         if self.sync_line.start() {
             return Some(Action::Submit { token: Token::Sync, durable: false });
         }
-        if let Some(result) = self.settled.take() {
+        if let Some(result) = self.quiesce_result.take() {
             return Some(Action::Quiesced(result));
         }
         std::mem::take(&mut self.resumed).then_some(Action::Resumed)
     }
 
     /// Starts a flush that passed the gate.
-    fn flush(&mut self, slot: Slot) {
+    fn flush(&mut self, id: RequestId) {
         if self.policy.ignores_flush() {
-            return self.done_with_change(slot, Ok(()));
+            return self.done_with_change(id, Ok(()));
         }
-        self.wait_for_sync(slot);
+        self.wait_for_sync(id);
     }
 
     /// Starts a write, discard or write-zeroes that passed the gate. Only writes have a durable form. (QEMU acknowledges a
     /// write-zeroes under write-through before it is durable; here it gets its sync.)
     #[inline]
-    fn change(&mut self, slot: Slot, kind: Kind) {
+    fn change(&mut self, id: RequestId, kind: Kind) {
         let through = self.policy.syncs_each_write(self.driver_can_flush);
         let durable = through && self.durable_writes && kind == Kind::Write;
-        self.stages[usize::from(slot)] = Stage::Changing { then_sync: through && !durable, durable };
-        self.submit(slot, durable);
+        self.stages[usize::from(id)] = Stage::Changing { then_sync: through && !durable, durable };
+        self.submit(id, durable);
     }
 
     #[inline]
-    fn submit(&mut self, slot: Slot, durable: bool) {
-        self.actions.push_back(Action::Submit { token: Token::Data(slot), durable });
+    fn submit(&mut self, id: RequestId, durable: bool) {
+        self.actions.push_back(Action::Submit { token: Token::Data(id), durable });
     }
 
-    fn wait_for_sync(&mut self, slot: Slot) {
-        self.stages[usize::from(slot)] = Stage::Syncing;
-        self.sync_line.join(Waiter::Request(slot));
+    fn wait_for_sync(&mut self, id: RequestId) {
+        self.stages[usize::from(id)] = Stage::Syncing;
+        self.sync_line.join(Waiter::Request(id));
     }
 
     fn complete_sync(&mut self, result: Result<(), Errno>) {
@@ -289,34 +290,34 @@ impl Engine {
         };
         for &waiter in &covered {
             match waiter {
-                Waiter::Request(slot) => self.done_with_change(slot, result),
-                Waiter::Barrier(epoch) => self.settle(epoch, result),
+                Waiter::Request(id) => self.done_with_change(id, result),
+                Waiter::Barrier(epoch) => self.barrier_synced(epoch, result),
             }
         }
         self.sync_line.recycle(covered);
     }
 
     /// Ends the quiesce of this epoch with the result of its sync, unless the quiesce was abandoned.
-    fn settle(&mut self, epoch: u64, result: Result<(), Errno>) {
+    fn barrier_synced(&mut self, epoch: u64, result: Result<(), Errno>) {
         if self.quiesce != Quiesce::Flushing(epoch) {
             return;
         }
         self.quiesce = Quiesce::Quiet;
-        self.settled = Some(result);
+        self.quiesce_result = Some(result);
     }
 
     /// Completes a request that passed the gate.
     #[inline]
-    fn done_with_change(&mut self, slot: Slot, result: Result<(), Errno>) {
-        self.done(slot, result);
+    fn done_with_change(&mut self, id: RequestId, result: Result<(), Errno>) {
+        self.done(id, result);
         self.gate.leave();
         self.flush_if_drained();
     }
 
     #[inline]
-    fn done(&mut self, slot: Slot, result: Result<(), Errno>) {
-        self.stages[usize::from(slot)] = Stage::Free;
-        self.actions.push_back(Action::Done { slot, result });
+    fn done(&mut self, id: RequestId, result: Result<(), Errno>) {
+        self.stages[usize::from(id)] = Stage::Free;
+        self.actions.push_back(Action::Done { id, result });
     }
 
     #[inline]
@@ -342,22 +343,22 @@ mod tests {
         std::iter::from_fn(|| engine.next_action()).collect()
     }
 
-    fn data(slot: Slot, durable: bool) -> Action {
-        Action::Submit { token: Token::Data(slot), durable }
+    fn data(id: RequestId, durable: bool) -> Action {
+        Action::Submit { token: Token::Data(id), durable }
     }
 
-    fn done(slot: Slot) -> Action {
-        Action::Done { slot, result: Ok(()) }
+    fn done(id: RequestId) -> Action {
+        Action::Done { id, result: Ok(()) }
     }
 
     const SYNC: Action = Action::Submit { token: Token::Sync, durable: false };
 
     #[test]
-    fn a_batch_of_through_writes_shares_one_sync() {
+    fn a_batch_of_write_through_writes_shares_one_sync() {
         let mut engine = engine(CacheMode::Writethrough, false);
-        (0..64).for_each(|slot| assert_eq!(engine.offer(slot, Kind::Write), Admission::Taken));
-        assert_eq!(drain(&mut engine), (0..64).map(|slot| data(slot, false)).collect::<Vec<_>>());
-        (0..64).for_each(|slot| engine.complete(Token::Data(slot), Ok(())));
+        (0..64).for_each(|id| assert_eq!(engine.offer(id, Kind::Write), Admission::Admitted));
+        assert_eq!(drain(&mut engine), (0..64).map(|id| data(id, false)).collect::<Vec<_>>());
+        (0..64).for_each(|id| engine.complete(Token::Data(id), Ok(())));
         assert_eq!(drain(&mut engine), [SYNC]);
         assert_eq!(engine.writes_in_flight(), 64);
         engine.complete(Token::Sync, Ok(()));
@@ -392,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sync_is_known_from_when_somebody_waits_for_it_to_its_end() {
+    fn is_syncing_from_the_first_waiter_to_the_end_of_the_sync() {
         let mut engine = engine(CacheMode::None, false);
         engine.offer(0, Kind::Write);
         assert!(!engine.is_syncing());
@@ -405,19 +406,19 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_not_taken_before_the_resume_does_not_answer_the_next_quiesce() {
+    fn a_result_not_taken_before_the_resume_does_not_end_the_next_quiesce() {
         let mut engine = engine(CacheMode::None, false);
         engine.block_writes();
         assert_eq!(drain(&mut engine), [SYNC]);
         engine.complete(Token::Sync, Ok(()));
         engine.unblock_writes();
-        assert_eq!(engine.offer(0, Kind::Write), Admission::Taken);
+        assert_eq!(engine.offer(0, Kind::Write), Admission::Admitted);
         engine.block_writes();
         assert_eq!(drain(&mut engine), [data(0, false)], "neither Quiesced nor Resumed");
     }
 
     #[test]
-    fn a_driver_of_which_nothing_is_known_is_served_write_through() {
+    fn a_driver_with_unknown_features_is_served_write_through() {
         let mut engine = Engine::new(CachePolicy::from(CacheMode::None), true);
         engine.offer(0, Kind::Write);
         assert_eq!(drain(&mut engine), [data(0, true)]);
@@ -427,9 +428,9 @@ mod tests {
     fn steady_state_allocates_nothing() {
         let mut engine = engine(CacheMode::Writethrough, false);
         let mut round = || {
-            (0..32).for_each(|slot| assert_eq!(engine.offer(slot, Kind::Write), Admission::Taken));
+            (0..32).for_each(|id| assert_eq!(engine.offer(id, Kind::Write), Admission::Admitted));
             while engine.next_action().is_some() {}
-            (0..32).for_each(|slot| engine.complete(Token::Data(slot), Ok(())));
+            (0..32).for_each(|id| engine.complete(Token::Data(id), Ok(())));
             while engine.next_action().is_some() {}
             engine.complete(Token::Sync, Ok(()));
             while engine.next_action().is_some() {}
@@ -440,25 +441,25 @@ mod tests {
     }
 
     #[test]
-    fn the_highest_slot_is_a_slot() {
+    fn the_highest_number_names_a_request() {
         let mut engine = engine(CacheMode::None, false);
-        assert_eq!(engine.offer(Slot::MAX, Kind::Read), Admission::Taken);
-        assert_eq!(drain(&mut engine), [data(Slot::MAX, false)]);
-        engine.complete(Token::Data(Slot::MAX), Err(Errno(5)));
-        assert_eq!(drain(&mut engine), [Action::Done { slot: Slot::MAX, result: Err(Errno(5)) }]);
+        assert_eq!(engine.offer(RequestId::MAX, Kind::Read), Admission::Admitted);
+        assert_eq!(drain(&mut engine), [data(RequestId::MAX, false)]);
+        engine.complete(Token::Data(RequestId::MAX), Err(Errno(5)));
+        assert_eq!(drain(&mut engine), [Action::Done { id: RequestId::MAX, result: Err(Errno(5)) }]);
     }
 
-    /// Each is a bug of the caller's; a hostile guest cannot cause one.
+    /// Bugs of a caller; a hostile guest cannot cause one.
     const CALLERS_BUGS: [fn(&mut Engine); 5] = [
-        |engine| assert_eq!(engine.offer(0, Kind::Flush), Admission::Held),
+        |engine| assert_eq!(engine.offer(0, Kind::Flush), Admission::Blocked),
         |engine| engine.complete(Token::Data(1), Ok(())),
-        |engine| engine.complete(Token::Data(Slot::MAX), Err(Errno(5))),
+        |engine| engine.complete(Token::Data(RequestId::MAX), Err(Errno(5))),
         |engine| engine.complete(Token::Sync, Ok(())),
         |engine| engine.unblock_writes(),
     ];
 
     #[test]
-    fn a_callers_bug_is_loud_in_debug_and_harmless_in_release() {
+    fn a_callers_bug_panics_in_debug_builds_and_changes_nothing_in_release_builds() {
         for (number, bug) in CALLERS_BUGS.into_iter().enumerate() {
             let mut engine = engine(CacheMode::None, false);
             engine.offer(0, Kind::Write);
@@ -466,7 +467,7 @@ mod tests {
             let before = engine.clone();
             let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| bug(&mut engine)));
             assert_eq!(caught.is_err(), cfg!(debug_assertions), "bug {number}");
-            assert_eq!(engine, before, "bug {number} left a trace");
+            assert_eq!(engine, before, "bug {number} changed the engine");
             engine.complete(Token::Data(0), Ok(()));
             assert_eq!(drain(&mut engine), [done(0)]);
             assert!(engine.is_idle());

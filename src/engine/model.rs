@@ -1,8 +1,8 @@
-//! The model that judges the engine: a medium that keeps what was synced and loses the rest, a back-end that completes in
-//! any order, a worker that may be late, and the [`Oracle`]s. It shares nothing with the engine but its public types; even
+//! The model that checks the engine: a medium that retains what was synced and loses the rest, a back-end that completes ops
+//! in any order, a worker that may be late, and the [`Oracle`]s. It shares nothing with the engine but its public types; even
 //! the table of the modes is written a second time.
 
-use super::{Action, Admission, CacheMode, CachePolicy, Engine, Errno, Kind, OnError, Slot, Token};
+use super::{Action, Admission, CacheMode, CachePolicy, Engine, Errno, Kind, OnError, RequestId, Token};
 
 /// Requests in one script, at most.
 pub const MAX_REQUESTS: usize = 6;
@@ -17,14 +17,14 @@ type Set = u8;
 /// The promises. A path that breaks one ends there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Oracle {
-    /// A request was answered that is not in flight.
-    AnsweredTwice,
+    /// A request was done that is not in flight.
+    DoneTwice,
     /// Every op has completed and every action was taken, but a request has no result.
-    Unanswered,
-    /// A change or a flush was taken while writes were blocked or a request was retained.
+    NeverDone,
+    /// A change or a flush was admitted while writes were blocked or a request was retained.
     AdmittedWhileBlocked,
     /// A read was blocked, or any request while the gate was open.
-    HeldWithoutReason,
+    BlockedWithoutReason,
     /// A change was acknowledged under write-through and is not durable.
     ThroughNotDurable,
     /// A flush was acknowledged, and a write acknowledged before the flush was offered is not durable.
@@ -42,7 +42,7 @@ pub enum Oracle {
     /// Quiesced while no quiesce waits for its result.
     QuiescedTwice,
     /// Every op has completed and writes are still blocked, but no Quiesced came.
-    QuiesceUnanswered,
+    QuiesceNeverEnds,
     /// Resumed while writes were blocked, or without an unblock.
     ResumedWithoutReason,
     /// Writes are unblocked and Resumed never came.
@@ -53,10 +53,10 @@ pub enum Oracle {
     DurableFlagMisused,
     /// A failure was retained that should go to the guest, was retained twice, or went to the guest although it should be
     /// retained.
-    KeptWrong,
+    RetainedWrongly,
     /// Retained requests were retried, but not in the order in which they failed.
     RetriedOutOfOrder,
-    /// `writes_in_flight` differs from the number of requests taken and not done.
+    /// `writes_in_flight` differs from the number of requests admitted and not done.
     Miscounted,
     /// `is_idle` while something is in flight, or not although nothing is.
     IdleWrong,
@@ -75,7 +75,7 @@ pub struct Setup {
     /// How many completions fail, at most.
     pub errors: u8,
     /// Failed transfers are retained.
-    pub keeps: bool,
+    pub retains: bool,
 }
 
 impl Setup {
@@ -92,30 +92,30 @@ impl Setup {
 #[derive(Clone, Copy, Debug)]
 pub enum Step {
     /// Offer the request at the head of the ring.
-    Admission,
+    Offer,
     /// Report a completion.
     Complete(Token, Result<(), Errno>),
-    /// A holder comes.
+    /// A holder blocks writes.
     Block,
-    /// A holder leaves.
+    /// A holder stops blocking writes.
     Unblock,
     /// Retry the retained requests.
     Retry,
     /// Retry the retained requests for the last time.
-    StopKeeping,
+    StopRetaining,
     /// Take and carry out all actions.
     Act,
 }
 
-/// Whether a quiesce waits for its answer.
+/// Whether a quiesce waits for its result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Hold {
+enum QuiesceState {
     Open,
     Waiting,
-    Answered,
+    Ended,
 }
 
-/// The sync that is running, as of its submission.
+/// The running sync, and the state at its submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Sync {
     /// Transfers that had finished: these it makes durable.
@@ -130,43 +130,45 @@ struct Sync {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct World {
     pub engine: Engine,
-    /// The request in each slot. Slots are reused, the lowest first.
-    slots: [Option<u8>; MAX_REQUESTS],
+    /// The script's request that has each number. Numbers are reused, the lowest first.
+    requests: [Option<u8>; MAX_REQUESTS],
     /// The next request of the script.
     next: u8,
-    held: bool,
+    /// The next request was offered and blocked.
+    head_is_blocked: bool,
     holders: u8,
     blocks_left: u8,
     errors_left: u8,
-    hold: Hold,
+    quiesce: QuiesceState,
     /// Counts quiesces, from the first holder of each.
     quiesces: u8,
-    /// How the latest sync that could answer the present quiesce ended.
+    /// The result of the latest sync that could end the present quiesce.
     barrier: Option<Result<(), Errno>>,
     resume_due: bool,
     /// Something happened since the actions were taken.
     act_due: bool,
     sync: Option<Sync>,
-    /// With the back-end, and of these the ones with the durable flag.
-    moving: Set,
+    /// The back-end has their transfer.
+    in_backend: Set,
+    /// Of those, the ones with the durable flag.
     flagged: Set,
     offered: Set,
-    answered: Set,
+    done: Set,
     acked: Set,
     landed: Set,
     durable: Set,
     data_failed: Set,
     sync_failed: Set,
-    /// What fails now is kept.
-    keeps: bool,
-    /// Kept, in the order of failing: each failed, and was not handed to the back-end again.
-    kept: Vec<u8>,
-    /// Of `kept`: the caller was told, or the retry is due.
-    told: Set,
+    /// A transfer that fails now is retained.
+    retains: bool,
+    /// Retained, in the order in which they failed: each failed, and was not submitted again.
+    retained: Vec<u8>,
+    /// Of `retained`: the engine reported it, or the retry is due.
+    reported: Set,
     /// To be submitted again before anything else, in this order.
     retries: Vec<u8>,
     /// For a flush: the changes that had been acknowledged when it was offered.
-    owed: [Set; MAX_REQUESTS],
+    to_cover: [Set; MAX_REQUESTS],
 }
 
 impl World {
@@ -174,47 +176,47 @@ impl World {
         assert!(setup.script.len() <= MAX_REQUESTS);
         let mut engine = Engine::new(CachePolicy::from(setup.mode), setup.durable_writes);
         engine.set_driver_can_flush(setup.driver_can_flush);
-        engine.set_on_error(if setup.keeps { OnError::Stop } else { OnError::Report });
+        engine.set_on_error(if setup.retains { OnError::Stop } else { OnError::Report });
         World {
             engine,
-            slots: [None; MAX_REQUESTS],
+            requests: [None; MAX_REQUESTS],
             next: 0,
-            held: false,
+            head_is_blocked: false,
             holders: 0,
             blocks_left: setup.blocks,
             errors_left: setup.errors,
-            hold: Hold::Open,
+            quiesce: QuiesceState::Open,
             quiesces: 0,
             barrier: None,
             resume_due: false,
             act_due: false,
             sync: None,
-            moving: 0,
+            in_backend: 0,
             flagged: 0,
             offered: 0,
-            answered: 0,
+            done: 0,
             acked: 0,
             landed: 0,
             durable: 0,
             data_failed: 0,
             sync_failed: 0,
-            keeps: setup.keeps,
-            kept: Vec::new(),
-            told: 0,
+            retains: setup.retains,
+            retained: Vec::new(),
+            reported: 0,
             retries: Vec::new(),
-            owed: [0; MAX_REQUESTS],
+            to_cover: [0; MAX_REQUESTS],
         }
     }
 
-    /// All that may happen now. A held request is offered again only once the gate is open; whether it waits for
-    /// `Resumed` or a kick comes first is left open.
+    /// All that may happen now. A blocked request is offered again only once the gate is open, whether or not `Resumed`
+    /// has come: a kick may come first.
     pub fn steps(&self, setup: &Setup, steps: &mut Vec<Step>) {
         steps.clear();
         if self.act_due {
             steps.push(Step::Act);
         }
-        if usize::from(self.next) < setup.script.len() && !(self.held && self.is_blocked()) {
-            steps.push(Step::Admission);
+        if usize::from(self.next) < setup.script.len() && !(self.head_is_blocked && self.is_blocked()) {
+            steps.push(Step::Offer);
         }
         let mut complete = |token, error| {
             steps.push(Step::Complete(token, Ok(())));
@@ -222,9 +224,9 @@ impl World {
                 steps.push(Step::Complete(token, Err(error)));
             }
         };
-        for (slot, request) in self.slots.iter().enumerate() {
-            if request.is_some_and(|request| self.moving & 1 << request != 0) {
-                complete(Token::Data(slot as Slot), DATA_ERROR);
+        for (id, request) in self.requests.iter().enumerate() {
+            if request.is_some_and(|request| self.in_backend & 1 << request != 0) {
+                complete(Token::Data(id as RequestId), DATA_ERROR);
             }
         }
         if self.sync.is_some() {
@@ -236,25 +238,25 @@ impl World {
         if self.holders > 0 {
             steps.push(Step::Unblock);
         }
-        if !self.kept.is_empty() {
-            steps.extend([Step::Retry, Step::StopKeeping]);
+        if !self.retained.is_empty() {
+            steps.extend([Step::Retry, Step::StopRetaining]);
         }
     }
 
     fn is_blocked(&self) -> bool {
-        self.holders > 0 || !self.kept.is_empty()
+        self.holders > 0 || !self.retained.is_empty()
     }
 
     /// Does one step and asks the oracles that judge events. [`World::judge`] asks the others.
     pub fn step(&mut self, setup: &Setup, step: Step) -> Result<(), Oracle> {
         match step {
-            Step::Admission => self.offer(setup)?,
+            Step::Offer => self.offer(setup)?,
             Step::Complete(token, result) => self.complete(setup, token, result),
             Step::Block => {
                 self.blocks_left -= 1;
                 self.holders += 1;
                 if self.holders == 1 {
-                    self.hold = Hold::Waiting;
+                    self.quiesce = QuiesceState::Waiting;
                     self.quiesces += 1;
                     self.barrier = None;
                     self.resume_due = false;
@@ -264,14 +266,14 @@ impl World {
             Step::Unblock => {
                 self.holders -= 1;
                 if self.holders == 0 {
-                    self.hold = Hold::Open;
+                    self.quiesce = QuiesceState::Open;
                     self.resume_due = true;
                 }
                 self.engine.unblock_writes();
             }
             Step::Retry => self.retry(),
-            Step::StopKeeping => {
-                self.keeps = false;
+            Step::StopRetaining => {
+                self.retains = false;
                 self.retry();
             }
             Step::Act => {
@@ -282,38 +284,38 @@ impl World {
         }
         self.act_due = match step {
             Step::Act => false,
-            // A held request changes nothing, so there is nothing to do.
-            Step::Admission => self.act_due || !self.held,
+            // A blocked request changes nothing, so there is nothing to do.
+            Step::Offer => self.act_due || !self.head_is_blocked,
             _ => true,
         };
         Ok(())
     }
 
     fn retry(&mut self) {
-        self.retries.append(&mut self.kept);
+        self.retries.append(&mut self.retained);
         self.resume_due |= self.holders == 0;
-        if self.keeps { self.engine.retry() } else { self.engine.stop_keeping() }
+        if self.retains { self.engine.retry() } else { self.engine.stop_retaining() }
     }
 
     fn offer(&mut self, setup: &Setup) -> Result<(), Oracle> {
         let request = self.next;
         let kind = setup.script[usize::from(request)];
-        let slot = self.slots.iter().position(Option::is_none).expect("a slot for each request");
+        let id = self.requests.iter().position(Option::is_none).expect("a number for each request");
         let may_pass = kind == Kind::Read || !self.is_blocked();
-        match self.engine.offer(slot as Slot, kind) {
-            Admission::Taken if !may_pass => return Err(Oracle::AdmittedWhileBlocked),
-            Admission::Held if may_pass => return Err(Oracle::HeldWithoutReason),
-            Admission::Held => {
-                self.held = true;
+        match self.engine.offer(id as RequestId, kind) {
+            Admission::Admitted if !may_pass => return Err(Oracle::AdmittedWhileBlocked),
+            Admission::Blocked if may_pass => return Err(Oracle::BlockedWithoutReason),
+            Admission::Blocked => {
+                self.head_is_blocked = true;
                 return Ok(());
             }
-            Admission::Taken => {}
+            Admission::Admitted => {}
         }
-        self.held = false;
+        self.head_is_blocked = false;
         self.next += 1;
-        self.slots[slot] = Some(request);
+        self.requests[id] = Some(request);
         self.offered |= 1 << request;
-        self.owed[usize::from(request)] = if kind == Kind::Flush { self.acked & changes(setup) } else { 0 };
+        self.to_cover[usize::from(request)] = if kind == Kind::Flush { self.acked & changes(setup) } else { 0 };
         Ok(())
     }
 
@@ -321,13 +323,13 @@ impl World {
         self.errors_left -= u8::from(result.is_err());
         self.engine.complete(token, result);
         match token {
-            Token::Data(slot) => {
-                let request = self.slots[usize::from(slot)].expect("a request is moving in this slot");
+            Token::Data(id) => {
+                let request = self.requests[usize::from(id)].expect("this request is in the back-end");
                 let bit = 1 << request;
-                self.moving &= !bit;
+                self.in_backend &= !bit;
                 match result {
                     Ok(()) => self.landed |= bit & changes(setup),
-                    Err(_) if self.keeps => self.kept.push(request),
+                    Err(_) if self.retains => self.retained.push(request),
                     Err(_) => self.data_failed |= bit,
                 }
                 if result.is_ok() && self.flagged & bit != 0 {
@@ -338,7 +340,7 @@ impl World {
                 let sync = self.sync.take().expect("a sync is running");
                 match result {
                     Ok(()) => self.durable |= sync.landed,
-                    Err(_) => self.sync_failed |= sync.waiting & !self.answered,
+                    Err(_) => self.sync_failed |= sync.waiting & !self.done,
                 }
                 if sync.barrier == Some(self.quiesces) && self.holders > 0 {
                     self.barrier = Some(result);
@@ -349,40 +351,40 @@ impl World {
 
     fn act(&mut self, setup: &Setup, action: Action) -> Result<(), Oracle> {
         match action {
-            Action::Submit { token: Token::Data(slot), durable } => {
-                let request = self.slots[usize::from(slot)].expect("only offered slots are submitted");
+            Action::Submit { token: Token::Data(id), durable } => {
+                let request = self.requests[usize::from(id)].expect("only offered requests are submitted");
                 let is_write = setup.script[usize::from(request)] == Kind::Write;
                 if durable && !(setup.durable_writes && is_write) {
                     return Err(Oracle::DurableFlagMisused);
                 }
                 if let Some(at) = self.retries.iter().position(|retried| *retried == request) {
                     self.retries.remove(at);
-                    self.told &= !(1 << request);
+                    self.reported &= !(1 << request);
                     if at > 0 {
                         return Err(Oracle::RetriedOutOfOrder);
                     }
                 }
-                self.moving |= 1 << request;
+                self.in_backend |= 1 << request;
                 self.flagged = self.flagged & !(1 << request) | u8::from(durable) << request;
             }
             Action::Submit { token: Token::Sync, .. } => {
                 if self.sync.is_some() {
                     return Err(Oracle::TwoSyncs);
                 }
-                let open = self.offered & !self.answered;
+                let open = self.offered & !self.done;
                 let waiting = open & ((self.landed & changes(setup)) | flushes(setup));
                 let quiet = self.holders > 0 && open & !reads(setup) == 0;
                 self.sync = Some(Sync { landed: self.landed, waiting, barrier: quiet.then_some(self.quiesces) });
             }
-            Action::Keep { slot, errno } => {
-                let request = self.slots[usize::from(slot)].ok_or(Oracle::KeptWrong)?;
-                let is_kept = self.kept.contains(&request) || self.retries.contains(&request);
-                if !is_kept || self.told & 1 << request != 0 || errno != DATA_ERROR {
-                    return Err(Oracle::KeptWrong);
+            Action::Retained { id, errno } => {
+                let request = self.requests[usize::from(id)].ok_or(Oracle::RetainedWrongly)?;
+                let is_retained = self.retained.contains(&request) || self.retries.contains(&request);
+                if !is_retained || self.reported & 1 << request != 0 || errno != DATA_ERROR {
+                    return Err(Oracle::RetainedWrongly);
                 }
-                self.told |= 1 << request;
+                self.reported |= 1 << request;
             }
-            Action::Done { slot, result } => self.answer(setup, slot, result)?,
+            Action::Done { id, result } => self.done(setup, id, result)?,
             Action::Quiesced(result) => self.quiesced(setup, result)?,
             Action::Resumed => {
                 if self.holders > 0 || !self.resume_due {
@@ -394,12 +396,12 @@ impl World {
         Ok(())
     }
 
-    fn answer(&mut self, setup: &Setup, slot: Slot, result: Result<(), Errno>) -> Result<(), Oracle> {
-        let request = self.slots[usize::from(slot)].take().ok_or(Oracle::AnsweredTwice)?;
+    fn done(&mut self, setup: &Setup, id: RequestId, result: Result<(), Errno>) -> Result<(), Oracle> {
+        let request = self.requests[usize::from(id)].take().ok_or(Oracle::DoneTwice)?;
         let bit = 1 << request;
-        self.answered |= bit;
-        if self.kept.contains(&request) || self.retries.contains(&request) {
-            return Err(Oracle::KeptWrong);
+        self.done |= bit;
+        if self.retained.contains(&request) || self.retries.contains(&request) {
+            return Err(Oracle::RetainedWrongly);
         }
         let expected = match (self.data_failed & bit != 0, self.sync_failed & bit != 0) {
             (true, _) => Err(DATA_ERROR),
@@ -416,18 +418,18 @@ impl World {
         if setup.is_through() && bit & changes(setup) & !self.durable != 0 {
             return Err(Oracle::ThroughNotDurable);
         }
-        if setup.mode != CacheMode::Unsafe && self.owed[usize::from(request)] & !self.durable != 0 {
+        if setup.mode != CacheMode::Unsafe && self.to_cover[usize::from(request)] & !self.durable != 0 {
             return Err(Oracle::FlushNotDurable);
         }
         Ok(())
     }
 
     fn quiesced(&mut self, setup: &Setup, result: Result<(), Errno>) -> Result<(), Oracle> {
-        if self.hold != Hold::Waiting {
+        if self.quiesce != QuiesceState::Waiting {
             return Err(Oracle::QuiescedTwice);
         }
-        self.hold = Hold::Answered;
-        if result.is_ok() && self.offered & !self.answered & !reads(setup) != 0 {
+        self.quiesce = QuiesceState::Ended;
+        if result.is_ok() && self.offered & !self.done & !reads(setup) != 0 {
             return Err(Oracle::QuietInFlight);
         }
         if result.is_ok() && self.acked & changes(setup) & !self.durable != 0 {
@@ -439,11 +441,11 @@ impl World {
         Ok(())
     }
 
-    /// What must hold in every state, and what must have happened once nothing is under way.
+    /// What must hold in every state, and what must have happened once nothing is in progress.
     pub fn judge(&self, setup: &Setup) -> Result<(), Oracle> {
-        let open = self.offered & !self.answered;
-        let under_way = open != 0 || self.sync.is_some();
-        if under_way && self.engine.is_idle() {
+        let open = self.offered & !self.done;
+        let in_progress = open != 0 || self.sync.is_some();
+        if in_progress && self.engine.is_idle() {
             return Err(Oracle::IdleWrong);
         }
         if self.act_due {
@@ -452,17 +454,21 @@ impl World {
         if self.engine.writes_in_flight() != (open & !reads(setup)).count_ones() {
             return Err(Oracle::Miscounted);
         }
-        let rests = self.moving == 0 && self.sync.is_none();
-        if !rests {
-            return if self.engine.rests() { Err(Oracle::IdleWrong) } else { Ok(()) };
+        let only_retained = self.in_backend == 0 && self.sync.is_none();
+        if !only_retained {
+            return if self.engine.is_idle_but_for_retained() { Err(Oracle::IdleWrong) } else { Ok(()) };
         }
-        let kept = self.kept.iter().fold(0, |set, request| set | 1 << request);
+        let retained = self.retained.iter().fold(0, |set, request| set | 1 << request);
         match () {
-            _ if open != kept => Err(Oracle::Unanswered),
-            _ if kept != self.told => Err(Oracle::KeptWrong),
-            _ if self.hold == Hold::Waiting && kept & !reads(setup) == 0 => Err(Oracle::QuiesceUnanswered),
+            _ if open != retained => Err(Oracle::NeverDone),
+            _ if retained != self.reported => Err(Oracle::RetainedWrongly),
+            _ if self.quiesce == QuiesceState::Waiting && retained & !reads(setup) == 0 => {
+                Err(Oracle::QuiesceNeverEnds)
+            }
             _ if self.resume_due => Err(Oracle::ResumedLost),
-            _ if !self.engine.rests() || self.engine.is_idle() != (open == 0) => Err(Oracle::IdleWrong),
+            _ if !self.engine.is_idle_but_for_retained() || self.engine.is_idle() != (open == 0) => {
+                Err(Oracle::IdleWrong)
+            }
             _ => Ok(()),
         }
     }

@@ -2,13 +2,13 @@
 //! further change until an operator has fixed the cause (QEMU's `werror` and `rerror`).
 //!
 //! A retained request is still in flight: it is not completed, a quiesce waits for it, and no request that changes the disk
-//! is taken after it; reads go on. A failed sync is never retained: the data that it should have covered may be gone, and a
+//! is admitted after it; reads go on. A failed sync is never retained: the data that it should have covered may be gone, and a
 //! second sync would report success.
 
 use std::fmt;
 use std::str::FromStr;
 
-use super::{Action, Engine, Errno, Slot, Stage};
+use super::{Action, Engine, Errno, RequestId, Stage};
 
 /// Which failed transfers are retained instead of reported to the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -36,7 +36,7 @@ impl OnError {
     }
 
     /// Whether a request that failed with `errno` is retained. An exceeded quota is fixed as a full file system is.
-    pub fn keeps(self, errno: Errno) -> bool {
+    pub fn retains(self, errno: Errno) -> bool {
         const ENOSPC: Errno = Errno(28);
         const EDQUOT: Errno = Errno(122);
         match self {
@@ -67,26 +67,26 @@ impl Engine {
         self.on_error = on_error;
     }
 
-    /// Whether a transfer that fails with `errno` now would be retained. The caller must then keep the op for the retry.
-    pub fn keeps(&self, errno: Errno) -> bool {
-        self.on_error.keeps(errno)
+    /// Whether a transfer that fails with `errno` now would be retained. The caller must then store the op for the retry.
+    pub fn retains(&self, errno: Errno) -> bool {
+        self.on_error.retains(errno)
     }
 
     /// The retained requests, in the order in which they failed.
-    pub fn kept(&self) -> &[Slot] {
-        &self.kept
+    pub fn retained(&self) -> &[RequestId] {
+        &self.retained
     }
 
     /// Retries the retained requests in the order in which they failed, and has the worker read its virtqueue again. A
     /// request that fails again is retained again. Does nothing when no request is retained.
     pub fn retry(&mut self) {
-        if self.kept.is_empty() {
+        if self.retained.is_empty() {
             return;
         }
-        for slot in std::mem::take(&mut self.kept) {
-            let stage = &mut self.stages[usize::from(slot)];
+        for id in std::mem::take(&mut self.retained) {
+            let stage = &mut self.stages[usize::from(id)];
             let durable = match *stage {
-                Stage::KeptChange { then_sync, durable } => {
+                Stage::RetainedChange { then_sync, durable } => {
                     *stage = Stage::Changing { then_sync, durable };
                     durable
                 }
@@ -95,37 +95,37 @@ impl Engine {
                     false
                 }
             };
-            self.submit(slot, durable);
+            self.submit(id, durable);
         }
         self.resumed |= !self.gate.is_closed();
     }
 
     /// Retains no request from now on, and retries those that are retained once more. The guest gets their results,
     /// whatever they are.
-    pub fn stop_keeping(&mut self) {
+    pub fn stop_retaining(&mut self) {
         self.on_error = OnError::Report;
         self.retry();
     }
 
     /// Whether nothing is in progress but retained requests. The worker may then stop, if the next owner of the virtqueue
     /// does those requests again.
-    pub fn rests(&self) -> bool {
-        self.reads_in_flight as usize + self.gate.in_flight() as usize == self.kept.len()
+    pub fn is_idle_but_for_retained(&self) -> bool {
+        self.reads_in_flight as usize + self.gate.in_flight() as usize == self.retained.len()
             && self.sync_line.is_idle()
             && self.actions.is_empty()
-            && self.settled.is_none()
+            && self.quiesce_result.is_none()
             && !self.resumed
     }
 
     /// Retains the request whose transfer failed.
-    pub(super) fn keep(&mut self, slot: Slot, errno: Errno) {
-        let stage = &mut self.stages[usize::from(slot)];
+    pub(super) fn retain(&mut self, id: RequestId, errno: Errno) {
+        let stage = &mut self.stages[usize::from(id)];
         *stage = match *stage {
-            Stage::Changing { then_sync, durable } => Stage::KeptChange { then_sync, durable },
-            _ => Stage::KeptRead,
+            Stage::Changing { then_sync, durable } => Stage::RetainedChange { then_sync, durable },
+            _ => Stage::RetainedRead,
         };
-        self.kept.push(slot);
-        self.actions.push_back(Action::Keep { slot, errno });
+        self.retained.push(id);
+        self.actions.push_back(Action::Retained { id, errno });
     }
 }
 
@@ -141,8 +141,8 @@ mod tests {
         std::iter::from_fn(|| engine.next_action()).collect()
     }
 
-    fn data(slot: Slot, durable: bool) -> Action {
-        Action::Submit { token: Token::Data(slot), durable }
+    fn data(id: RequestId, durable: bool) -> Action {
+        Action::Submit { token: Token::Data(id), durable }
     }
 
     #[test]
@@ -151,34 +151,34 @@ mod tests {
             assert_eq!(how.to_string().parse(), Ok(how));
         }
         assert!("ignore".parse::<OnError>().unwrap_err().contains("stop"));
-        let kept = OnError::ALL.map(|how| [ENOSPC, Errno(122), EIO].map(|errno| how.keeps(errno)));
-        assert_eq!(kept, [[true, true, false], [false; 3], [true; 3]]);
+        let retained = OnError::ALL.map(|how| [ENOSPC, Errno(122), EIO].map(|errno| how.retains(errno)));
+        assert_eq!(retained, [[true, true, false], [false; 3], [true; 3]]);
     }
 
     #[test]
-    fn what_is_kept_is_tried_again_as_it_was_and_reads_go_on() {
+    fn a_retained_request_is_retried_as_it_was_and_reads_go_on() {
         let mut engine = Engine::new(CachePolicy::from(CacheMode::Directsync), true);
         engine.set_on_error(OnError::Enospc);
-        for (slot, kind) in [(0, Kind::Write), (1, Kind::Discard), (2, Kind::Write)] {
-            assert_eq!(engine.offer(slot, kind), Admission::Taken);
+        for (id, kind) in [(0, Kind::Write), (1, Kind::Discard), (2, Kind::Write)] {
+            assert_eq!(engine.offer(id, kind), Admission::Admitted);
         }
         assert_eq!(drain(&mut engine), [data(0, true), data(1, false), data(2, true)]);
         engine.complete(Token::Data(2), Err(EIO));
         engine.complete(Token::Data(1), Err(ENOSPC));
         engine.complete(Token::Data(0), Err(ENOSPC));
-        let keep = |slot| Action::Keep { slot, errno: ENOSPC };
-        assert_eq!(drain(&mut engine), [Action::Done { slot: 2, result: Err(EIO) }, keep(1), keep(0)]);
-        assert!(engine.rests() && !engine.is_idle());
-        assert_eq!(engine.offer(2, Kind::Flush), Admission::Held);
-        assert_eq!(engine.offer(3, Kind::Read), Admission::Taken);
+        let retained = |id| Action::Retained { id, errno: ENOSPC };
+        assert_eq!(drain(&mut engine), [Action::Done { id: 2, result: Err(EIO) }, retained(1), retained(0)]);
+        assert!(engine.is_idle_but_for_retained() && !engine.is_idle());
+        assert_eq!(engine.offer(2, Kind::Flush), Admission::Blocked);
+        assert_eq!(engine.offer(3, Kind::Read), Admission::Admitted);
         assert_eq!(drain(&mut engine), [data(3, false)]);
-        assert!(!engine.rests());
+        assert!(!engine.is_idle_but_for_retained());
         engine.retry();
         assert_eq!(drain(&mut engine), [data(1, false), data(0, true), Action::Resumed]);
         engine.complete(Token::Data(0), Err(ENOSPC));
-        assert_eq!(drain(&mut engine), [keep(0)]);
-        engine.stop_keeping();
+        assert_eq!(drain(&mut engine), [retained(0)]);
+        engine.stop_retaining();
         engine.complete(Token::Data(0), Err(ENOSPC));
-        assert_eq!(drain(&mut engine), [data(0, true), Action::Done { slot: 0, result: Err(ENOSPC) }, Action::Resumed]);
+        assert_eq!(drain(&mut engine), [data(0, true), Action::Done { id: 0, result: Err(ENOSPC) }, Action::Resumed]);
     }
 }

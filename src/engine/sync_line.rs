@@ -5,13 +5,13 @@
 //! every waiter of that moment. At most one sync runs at a time; a second one would make the device do twice what the next
 //! one does once.
 
-use super::Slot;
+use super::RequestId;
 
 /// What waits for a sync.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Waiter {
     /// A flush, or a request whose data was transferred and must be durable before it completes.
-    Request(Slot),
+    Request(RequestId),
     /// The quiesce of this epoch.
     Barrier(u64),
 }
@@ -38,7 +38,7 @@ impl SyncLine {
         if self.running || self.waiting.is_empty() {
             return false;
         }
-        debug_assert!(self.covered.is_empty(), "the last sync's waiters were not settled");
+        debug_assert!(self.covered.is_empty(), "the last sync's waiters were not taken");
         std::mem::swap(&mut self.covered, &mut self.waiting);
         self.running = true;
         true
@@ -55,9 +55,9 @@ impl SyncLine {
     }
 
     /// Takes back the vector of [`SyncLine::finish`], so that the next sync needs no new one.
-    pub fn recycle(&mut self, mut settled: Vec<Waiter>) {
-        settled.clear();
-        self.covered = settled;
+    pub fn recycle(&mut self, mut covered: Vec<Waiter>) {
+        covered.clear();
+        self.covered = covered;
     }
 
     /// Whether no sync is running and nothing waits for one.
@@ -72,9 +72,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_sync_serves_all_who_wait_and_none_who_come_later() {
+    fn one_sync_covers_all_present_waiters_and_no_later_one() {
         let mut line = SyncLine::default();
-        assert!(!line.start(), "nobody waits");
+        assert!(!line.start(), "there is no waiter");
         line.join(Waiter::Request(1));
         line.join(Waiter::Request(2));
         assert!(line.start());
@@ -96,17 +96,17 @@ mod tests {
     fn a_round_reuses_its_memory() {
         let mut line = SyncLine::default();
         let round = |line: &mut SyncLine| {
-            (0..64).for_each(|slot| line.join(Waiter::Request(slot)));
+            (0..64).for_each(|id| line.join(Waiter::Request(id)));
             assert!(line.start());
-            let settled = line.finish().unwrap();
-            let place = settled.as_ptr();
-            line.recycle(settled);
-            place
+            let covered = line.finish().unwrap();
+            let address = covered.as_ptr();
+            line.recycle(covered);
+            address
         };
         let (first, second) = (round(&mut line), round(&mut line));
         for _ in 0..10 {
-            let place = round(&mut line);
-            assert!(place == first || place == second);
+            let address = round(&mut line);
+            assert!(address == first || address == second);
         }
     }
 }

@@ -32,14 +32,14 @@ impl Kind {
     }
 }
 
-/// The caller's number for a request: its slot. Unique among the requests that were taken and are not done.
-pub type Slot = u16;
+/// The caller's number for a request, for the worker its head. Unique among the requests that were admitted and are not done.
+pub type RequestId = u16;
 
 /// Identifies what the back-end was given; the caller returns it to [`complete`](super::Engine::complete).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Token {
-    /// The data transfer of the request in this slot.
-    Data(Slot),
+    /// The data transfer of this request.
+    Data(RequestId),
     /// A sync of the whole image. At most one is running at a time in one engine.
     Sync,
 }
@@ -48,10 +48,10 @@ pub enum Token {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admission {
     /// The request was admitted and is in flight until its `Done`.
-    Taken,
-    /// Writes are blocked, or a failed transfer is [retained](Action::Keep). The caller leaves the request in the virtqueue,
+    Admitted,
+    /// Writes are blocked, or a failed transfer is [retained](Action::Retained). The caller leaves the request in the virtqueue,
     /// with all that stand behind it, and offers it again after `Resumed`.
-    Held,
+    Blocked,
 }
 
 /// What the caller must do next, in order.
@@ -68,15 +68,15 @@ pub enum Action {
     /// Complete the request to the guest. `Err` is the error of exactly this request.
     Done {
         /// The request.
-        slot: Slot,
+        id: RequestId,
         /// The result of the request.
         result: Result<(), Errno>,
     },
     /// The transfer of this request failed, and the request is retained: it stays in flight, and a `Submit` for it follows
     /// after [`retry`](super::Engine::retry).
-    Keep {
+    Retained {
         /// The request.
-        slot: Slot,
+        id: RequestId,
         /// Why it failed.
         errno: Errno,
     },

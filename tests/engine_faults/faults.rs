@@ -4,7 +4,7 @@
 pub struct Fault {
     pub name: &'static str,
     pub changes: &'static [Change],
-    /// Each must find the fault by itself. Empty: the change is legal, and no oracle may speak.
+    /// Each must find the fault by itself. Empty: the change is legal, and no oracle may fail.
     pub oracles: &'static [&'static str],
     /// The oracles are asked where failures are retained (`--on-error stop`); elsewhere nothing is seen of the fault.
     pub failures_are_retained: bool,
@@ -58,7 +58,7 @@ pub const FAULTS: &[Fault] = &[
     ),
     fault(
         "a write under write-through is acknowledged before its sync",
-        &[engine("(Some(Stage::Changing { then_sync: true, .. }), Ok(())) => self.wait_for_sync(slot),", "")],
+        &[engine("(Some(Stage::Changing { then_sync: true, .. }), Ok(())) => self.wait_for_sync(id),", "")],
         &["ThroughNotDurable"],
     ),
     fault(
@@ -78,15 +78,15 @@ pub const FAULTS: &[Fault] = &[
         &["TwoSyncs"],
     ),
     fault(
-        "a quiesce is answered as soon as it is drained",
-        &[engine("self.sync_line.join(Waiter::Barrier(self.epoch));", "self.settle(self.epoch, Ok(()));")],
+        "a quiesce ends as soon as it is drained",
+        &[engine("self.sync_line.join(Waiter::Barrier(self.epoch));", "self.barrier_synced(self.epoch, Ok(()));")],
         &["QuietNotDurable"],
     ),
     fault(
-        "a quiesce is answered as soon as it is drained, in unsafe only",
+        "a quiesce ends as soon as it is drained, in unsafe only",
         &[engine(
             "self.sync_line.join(Waiter::Barrier(self.epoch));",
-            "if self.policy.ignores_flush() {\n                return self.settle(self.epoch, Ok(()));\n            }\n            \
+            "if self.policy.ignores_flush() {\n                return self.barrier_synced(self.epoch, Ok(()));\n            }\n            \
              self.sync_line.join(Waiter::Barrier(self.epoch));",
         )],
         &["QuietNotDurable"],
@@ -99,24 +99,24 @@ pub const FAULTS: &[Fault] = &[
     fault(
         "requests that a failed sync covered are acknowledged",
         &[engine(
-            "Waiter::Request(slot) => self.done_with_change(slot, result),",
-            "Waiter::Request(slot) => self.done_with_change(slot, Ok(())),",
+            "Waiter::Request(id) => self.done_with_change(id, result),",
+            "Waiter::Request(id) => self.done_with_change(id, Ok(())),",
         )],
         &["FailureAcknowledged"],
     ),
     fault(
         "a quiesce whose sync failed succeeds",
         &[engine(
-            "Waiter::Barrier(epoch) => self.settle(epoch, result),",
-            "Waiter::Barrier(epoch) => self.settle(epoch, Ok(())),",
+            "Waiter::Barrier(epoch) => self.barrier_synced(epoch, result),",
+            "Waiter::Barrier(epoch) => self.barrier_synced(epoch, Ok(())),",
         )],
         &["QuietNotDurable", "QuietUnsynced"],
     ),
     fault(
         "the error of a transfer is dropped",
         &[engine(
-            "match (self.stages.get(usize::from(slot)), result) {",
-            "let result: Result<(), Errno> = result.or(Ok(()));\n        match (self.stages.get(usize::from(slot)), result) {",
+            "match (self.stages.get(usize::from(id)), result) {",
+            "let result: Result<(), Errno> = result.or(Ok(()));\n        match (self.stages.get(usize::from(id)), result) {",
         )],
         &["FailureAcknowledged"],
     ),
@@ -124,12 +124,12 @@ pub const FAULTS: &[Fault] = &[
         "the gate is left when the data has arrived, before the sync",
         &[
             engine(
-                "self.sync_line.join(Waiter::Request(slot));",
-                "self.sync_line.join(Waiter::Request(slot));\n        self.gate.leave();\n        self.flush_if_drained();",
+                "self.sync_line.join(Waiter::Request(id));",
+                "self.sync_line.join(Waiter::Request(id));\n        self.gate.leave();\n        self.flush_if_drained();",
             ),
             engine(
-                "        self.done(slot, result);\n        self.gate.leave();",
-                "        let stage = self.stages[usize::from(slot)];\n        self.done(slot, result);\n        \
+                "        self.done(id, result);\n        self.gate.leave();",
+                "        let stage = self.stages[usize::from(id)];\n        self.done(id, result);\n        \
                  if stage == Stage::Syncing {\n            return;\n        }\n        self.gate.leave();",
             ),
         ],
@@ -139,12 +139,12 @@ pub const FAULTS: &[Fault] = &[
         "the gate is left when the data is submitted",
         &[
             engine(
-                "        self.submit(slot, durable);\n    }",
-                "        self.submit(slot, durable);\n        if !through || durable {\n            self.gate.leave();\n        }\n    }",
+                "        self.submit(id, durable);\n    }",
+                "        self.submit(id, durable);\n        if !through || durable {\n            self.gate.leave();\n        }\n    }",
             ),
             engine(
-                "        self.done(slot, result);\n        self.gate.leave();",
-                "        let stage = self.stages[usize::from(slot)];\n        self.done(slot, result);\n        \
+                "        self.done(id, result);\n        self.gate.leave();",
+                "        let stage = self.stages[usize::from(id)];\n        self.done(id, result);\n        \
                  if matches!(stage, Stage::Changing { then_sync: false, .. }) {\n            return;\n        }\n        \
                  self.gate.leave();",
             ),
@@ -152,7 +152,7 @@ pub const FAULTS: &[Fault] = &[
         &["QuietInFlight"],
     ),
     fault(
-        "the sync of an abandoned quiesce answers the next one",
+        "the sync of an abandoned quiesce ends the next one",
         &[engine(
             "if self.quiesce != Quiesce::Flushing(epoch) {",
             "let _ = epoch;\n        if !matches!(self.quiesce, Quiesce::Flushing(_)) {",
@@ -160,8 +160,8 @@ pub const FAULTS: &[Fault] = &[
         &["QuietNotDurable"],
     ),
     fault(
-        "an answer that was not taken outlives its quiesce",
-        &[engine("self.settled = None;", "")],
+        "a result that was not taken outlives its quiesce",
+        &[engine("self.quiesce_result = None;", "")],
         &["QuietInFlight"],
     ),
     fault(
@@ -170,7 +170,7 @@ pub const FAULTS: &[Fault] = &[
         &["ResumedWithoutReason"],
     ),
     fault(
-        "discard and write-zeroes are answered when transferred, under write-through too",
+        "discard and write-zeroes are done when transferred, under write-through too",
         &[engine(
             "let through = self.policy.syncs_each_write(self.driver_can_flush);",
             "let through = self.policy.syncs_each_write(self.driver_can_flush) && kind == Kind::Write;",
@@ -202,26 +202,26 @@ pub const FAULTS: &[Fault] = &[
         &["ThroughNotDurable"],
     ),
     fault(
-        "a flush is answered at once under write back",
+        "a flush is done at once under write back",
         &[engine("if self.policy.ignores_flush() {", "if true {")],
         &["FlushNotDurable"],
     ),
     fault(
-        "every request is answered twice",
+        "every request is done twice",
         &[engine(
-            "self.actions.push_back(Action::Done { slot, result });",
-            "self.actions.push_back(Action::Done { slot, result });\n        \
-             self.actions.push_back(Action::Done { slot, result });",
+            "self.actions.push_back(Action::Done { id, result });",
+            "self.actions.push_back(Action::Done { id, result });\n        \
+             self.actions.push_back(Action::Done { id, result });",
         )],
-        &["AnsweredTwice"],
+        &["DoneTwice"],
     ),
     fault(
         "a sync forgets the last request that it covered",
         &[sync_line("        self.running = false;\n", "        self.running = false;\n        self.covered.pop();\n")],
-        &["Unanswered"],
+        &["NeverDone"],
     ),
     fault(
-        "a sync settles those that wait for the next one, too",
+        "a sync ends the wait of those that wait for the next one, too",
         &[sync_line(
             "        self.running = false;\n",
             "        self.running = false;\n        self.covered.append(&mut self.waiting);\n",
@@ -239,7 +239,7 @@ pub const FAULTS: &[Fault] = &[
     fault(
         "a sync that runs does not count as work",
         &[engine(
-            "self.kept.is_empty() && self.rests()",
+            "self.retained.is_empty() && self.is_idle_but_for_retained()",
             "self.reads_in_flight == 0 && self.gate.in_flight() == 0 && self.actions.is_empty()",
         )],
         &["IdleWrong"],
@@ -247,7 +247,7 @@ pub const FAULTS: &[Fault] = &[
     fault(
         "a quiesce that finds nothing in flight waits for ever",
         &[engine("        self.flush_if_drained();\n        self.resumed = false;", "        self.resumed = false;")],
-        &["QuiesceUnanswered"],
+        &["QuiesceNeverEnds"],
     ),
     fault(
         "a nested block begins the quiesce anew",
@@ -258,22 +258,22 @@ pub const FAULTS: &[Fault] = &[
         "reads pass the gate, too",
         &[engine(
             "        if kind == Kind::Read {\n            self.reads_in_flight += 1;",
-            "        if self.gate.in_flight() == 0 && !self.gate.clone().enter() {\n            return Admission::Held;\n        }\n        \
+            "        if self.gate.in_flight() == 0 && !self.gate.clone().enter() {\n            return Admission::Blocked;\n        }\n        \
              if kind == Kind::Read {\n            self.reads_in_flight += 1;",
         )],
-        &["HeldWithoutReason"],
+        &["BlockedWithoutReason"],
     ),
     retaining(
-        "a change is taken while another one is retained",
-        &[engine("if !self.kept.is_empty() || !self.gate.enter() {", "if !self.gate.enter() {")],
+        "a change is admitted while another one is retained",
+        &[engine("if !self.retained.is_empty() || !self.gate.enter() {", "if !self.gate.enter() {")],
         &["AdmittedWhileBlocked"],
     ),
     retaining(
         "a retained change has left the gate",
         &[on_error(
-            "        self.actions.push_back(Action::Keep { slot, errno });",
-            "        self.actions.push_back(Action::Keep { slot, errno });\n        \
-             if matches!(self.stages[usize::from(slot)], Stage::KeptChange { .. }) {\n            self.gate.leave();\n            \
+            "        self.actions.push_back(Action::Retained { id, errno });",
+            "        self.actions.push_back(Action::Retained { id, errno });\n        \
+             if matches!(self.stages[usize::from(id)], Stage::RetainedChange { .. }) {\n            self.gate.leave();\n            \
              self.flush_if_drained();\n        }",
         )],
         &["QuietInFlight", "Miscounted"],
@@ -281,22 +281,22 @@ pub const FAULTS: &[Fault] = &[
     retaining(
         "retained requests are retried in reverse order",
         &[on_error(
-            "for slot in std::mem::take(&mut self.kept) {",
-            "for slot in std::mem::take(&mut self.kept).into_iter().rev() {",
+            "for id in std::mem::take(&mut self.retained) {",
+            "for id in std::mem::take(&mut self.retained).into_iter().rev() {",
         )],
         &["RetriedOutOfOrder"],
     ),
     retaining(
         "one of the retained requests is not retried",
         &[on_error(
-            "for slot in std::mem::take(&mut self.kept) {",
-            "self.kept.pop();\n        for slot in std::mem::take(&mut self.kept) {",
+            "for id in std::mem::take(&mut self.retained) {",
+            "self.retained.pop();\n        for id in std::mem::take(&mut self.retained) {",
         )],
-        &["Unanswered"],
+        &["NeverDone"],
     ),
     retaining(
         "a durable write is retried without its flag",
-        &[on_error("self.submit(slot, durable);", "self.submit(slot, durable && false);")],
+        &[on_error("self.submit(id, durable);", "self.submit(id, durable && false);")],
         &["ThroughNotDurable"],
     ),
     retaining(
@@ -310,18 +310,18 @@ pub const FAULTS: &[Fault] = &[
         &["FailureAcknowledged"],
     ),
     retaining(
-        "a failure is answered although failures are retained",
+        "a failure is reported to the guest although failures are retained",
         &[on_error(
-            "        let stage = &mut self.stages[usize::from(slot)];\n        *stage = match *stage {\n            Stage::Changing",
-            "        if true {\n            return match self.stages[usize::from(slot)] {\n                \
-             Stage::Changing { .. } => self.done_with_change(slot, Err(errno)),\n                _ => {\n                    \
-             self.reads_in_flight -= 1;\n                    self.done(slot, Err(errno));\n                }\n            };\n        }\n        \
-             let stage = &mut self.stages[usize::from(slot)];\n        *stage = match *stage {\n            Stage::Changing",
+            "        let stage = &mut self.stages[usize::from(id)];\n        *stage = match *stage {\n            Stage::Changing",
+            "        if true {\n            return match self.stages[usize::from(id)] {\n                \
+             Stage::Changing { .. } => self.done_with_change(id, Err(errno)),\n                _ => {\n                    \
+             self.reads_in_flight -= 1;\n                    self.done(id, Err(errno));\n                }\n            };\n        }\n        \
+             let stage = &mut self.stages[usize::from(id)];\n        *stage = match *stage {\n            Stage::Changing",
         )],
-        &["KeptWrong"],
+        &["RetainedWrongly"],
     ),
     fault(
-        "LEGAL: a flush is answered at once under write-through, where everything acknowledged is durable",
+        "LEGAL: a flush is done at once under write-through, where everything acknowledged is durable",
         &[engine(
             "if self.policy.ignores_flush() {",
             "if self.policy.ignores_flush() || self.policy.syncs_each_write(self.driver_can_flush) {",

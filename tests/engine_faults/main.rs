@@ -2,7 +2,7 @@
 //!
 //! Each fault is a change of the engine's text. The engine needs nothing but std, so a changed copy of it is a crate of
 //! its own, which compiles in a second; its explorer then runs with one oracle at a time. The engine's own source stays
-//! free of test code. The faults: `engine_faults/faults.rs`.
+//! free of test code. The faults: `faults.rs`.
 
 mod faults;
 
@@ -34,7 +34,7 @@ fn every_planted_fault_is_found_by_its_oracles() {
 }
 
 #[test]
-fn an_engine_without_a_fault_is_found_by_no_oracle() {
+fn an_engine_without_a_fault_fails_no_oracle() {
     let scratch = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let sound = Fault { name: "none", changes: &[], oracles: &["QuietNotDurable"], failures_are_retained: false };
     assert_eq!(survived(&sound, scratch.path()).len(), 1);
@@ -47,14 +47,14 @@ fn survived(fault: &Fault, place: &Path) -> Vec<String> {
         let output = explore(&explorer, "no_order_of_events_breaks_a_promise", &[]);
         let refused = !output.status.success();
         return refused
-            .then(|| format!("a legal engine was refused: {}: {}", fault.name, text(&output)))
+            .then(|| format!("an oracle failed for a legal engine: {}: {}", fault.name, text(&output)))
             .into_iter()
             .collect();
     }
     let retained = if fault.failures_are_retained { "yes" } else { "no" };
     let find = |oracle: &&&str| {
         let variables = [("VIRTIOBLKD_ORACLE", **oracle), ("VIRTIOBLKD_RETAIN", retained)];
-        let output = explore(&explorer, "the_wanted_oracle_speaks", &variables);
+        let output = explore(&explorer, "the_wanted_oracle_fails", &variables);
         (!output.status.success())
             .then(|| format!("{} survived: {oracle} did not find it: {}", fault.name, text(&output)))
     };

@@ -22,7 +22,7 @@ pub(super) const SYNC: OpId = OpId(1 << 16);
 #[inline]
 pub(super) fn op_id(token: Token) -> OpId {
     match token {
-        Token::Data(slot) => OpId(u64::from(slot)),
+        Token::Data(head) => OpId(u64::from(head)),
         Token::Sync => SYNC,
     }
 }

@@ -81,7 +81,7 @@ impl Worker {
 
     fn is_drained(&self, mode: StopMode) -> bool {
         let engine_is_done = match mode {
-            StopMode::Restartable => self.engine.rests(),
+            StopMode::Restartable => self.engine.is_idle_but_for_retained(),
             StopMode::Final => self.engine.is_idle(),
         };
         engine_is_done && !self.backend.has_backlog() && self.may_leave_resubmissions(mode)

@@ -280,8 +280,8 @@ impl Worker {
                     }
                     op => self.backend.push(op, op_id(token)),
                 },
-                Action::Done { slot, result } => self.finish(slot, result),
-                Action::Keep { slot, errno } => self.retain(slot, errno),
+                Action::Done { id, result } => self.finish(id, result),
+                Action::Retained { id, errno } => self.retain(id, errno),
                 Action::Quiesced(result) => self.hold_settled(result),
                 #[cfg(all(test, feature = "model"))]
                 Action::Resumed if planted(Mutant::ResumeMissed) => {}

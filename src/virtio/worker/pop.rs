@@ -47,7 +47,7 @@ impl Worker {
                     Ok(None) => break,
                     Err(why) => return self.break_ring(why),
                 };
-                if self.take(head) == Admission::Held {
+                if self.take(head) == Admission::Blocked {
                     self.ring.put_back();
                     self.requests.blocked = true;
                     break;
@@ -61,12 +61,12 @@ impl Worker {
         }
     }
 
-    /// Parses the chain at `head` and offers its request to the engine, or completes it at once. `Held`: the caller must
+    /// Parses the chain at `head` and offers its request to the engine, or completes it at once. `Blocked`: the caller must
     /// put the head back.
     pub(super) fn take(&mut self, head: u16) -> Admission {
         if !self.requests.is_free(head) {
             self.break_ring("a descriptor head was made available twice or lies outside the ring");
-            return Admission::Taken;
+            return Admission::Admitted;
         }
         let chain = self.ring.chain(&self.setup.memory, head);
         let request = match self.parser.parse(&self.setup.memory, head, chain, &self.geometry) {
@@ -75,14 +75,14 @@ impl Worker {
                 let what = format!("ring {}: request {head}: {}", self.setup.index, malformed.fault);
                 self.setup.rings.report(Event::ProtocolError(what));
                 self.publish(head, 0);
-                return Admission::Taken;
+                return Admission::Admitted;
             }
         };
         match self.prepare(&request) {
             Ok(pending) => self.offer(head, pending),
             Err(status) => {
                 self.complete(head, request.status_at, status, request.writable.saturating_add(1));
-                Admission::Taken
+                Admission::Admitted
             }
         }
     }
@@ -90,7 +90,7 @@ impl Worker {
     #[inline]
     fn offer(&mut self, head: u16, pending: PendingRequest) -> Admission {
         let admission = self.engine.offer(head, pending.kind);
-        if admission == Admission::Taken {
+        if admission == Admission::Admitted {
             self.requests.insert(head, pending);
             if let Some(inflight) = &mut self.setup.inflight {
                 inflight.taken(head);

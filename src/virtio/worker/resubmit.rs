@@ -48,7 +48,7 @@ impl Worker {
                 self.turn.poll_again = true;
                 return;
             }
-            if self.take(head) == Admission::Held {
+            if self.take(head) == Admission::Blocked {
                 self.requests.blocked = true;
                 return;
             }

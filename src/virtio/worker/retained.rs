@@ -18,17 +18,17 @@ impl Worker {
     /// Whether the engine retains a request whose transfer failed with `errno`. It retains nothing once making data
     /// durable has failed: no operator can fix that, and the guest must get the error.
     pub(super) fn retains(&mut self, errno: Errno) -> bool {
-        if self.engine.keeps(errno) && self.setup.rings.backend().sync_failed().is_some() {
+        if self.engine.retains(errno) && self.setup.rings.backend().sync_failed().is_some() {
             self.stop_retaining();
         }
-        self.engine.keeps(errno)
+        self.engine.retains(errno)
     }
 
     /// Reports a request that the engine retains.
     pub(super) fn retain(&mut self, head: u16, errno: Errno) {
         // Another ring's sync has failed for good meanwhile ([`Worker::retains`]), so the request is being retried for the
         // last time.
-        if !self.engine.kept().contains(&head) {
+        if !self.engine.retained().contains(&head) {
             return;
         }
         let request = self.requests.get_mut(head);
@@ -57,7 +57,7 @@ impl Worker {
     /// Carries out [`super::WorkerCommand::Retry`]: retries what is retained.
     pub(super) fn retry(&mut self) {
         let now = Instant::now();
-        for &head in self.engine.kept() {
+        for &head in self.engine.retained() {
             if let Some(Some(request)) = self.requests.pending.get_mut(usize::from(head)) {
                 request.since = now;
             }
@@ -69,14 +69,14 @@ impl Worker {
     /// Retries what is retained once more, and gives the guest every error from now on: syncs fail for good, or the
     /// virtqueue stops for good.
     pub(super) fn stop_retaining(&mut self) {
-        self.engine.stop_keeping();
+        self.engine.stop_retaining();
         self.report_continued();
     }
 
     /// Takes the heads that this worker leaves to the next one, when the virtqueue has stopped: those retained, and those
     /// that an earlier worker left and this one did not resubmit.
     pub(super) fn take_unfinished(&mut self) -> Vec<u16> {
-        let mut left = self.engine.kept().to_vec();
+        let mut left = self.engine.retained().to_vec();
         left.extend(&self.requests.resubmit);
         if self.broken || matches!(self.lifecycle, Lifecycle::Stopping(StopMode::Final)) {
             // What an operator's hold kept from being resubmitted is still marked in the in-flight region.
@@ -93,7 +93,7 @@ impl Worker {
 
     /// Publishes what is retained, for the status, and for quiesces, which cannot succeed meanwhile.
     fn publish_retained(&self) {
-        let requests = self.engine.kept().len() as u64;
+        let requests = self.engine.retained().len() as u64;
         let retained = self.requests.stopped_by.clone().map(|first| RetainedRequests { first, requests });
         self.setup.rings.set_retained(self.setup.index, retained);
     }
