@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use rustix::io::Errno;
 
+use super::unix_listener;
+
 /// A pid file, written and locked; removed when dropped, unless the path names another file by then.
 #[derive(Debug)]
 pub struct PidFile {
@@ -129,7 +131,8 @@ impl Drop for PidFile {
                 if let Err(error) = std::fs::remove_file(&self.path) {
                     // Another process may get our process id later.
                     let emptied = self.file.set_len(0).map_or("", |()| "; it is empty now");
-                    log::warn!("the pid file '{}' cannot be removed: {error}{emptied}", self.path.display());
+                    let level = unix_listener::level_of(&error);
+                    log::log!(level, "the pid file '{}' cannot be removed: {error}{emptied}", self.path.display());
                 }
             }
             Ok(false) => log::warn!("the pid file '{}' is no longer ours: left alone", self.path.display()),

@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde_json::json;
 
 use super::places::DiskPlaces;
+use crate::base::unix_listener;
 use crate::control::client::{Client, REPLY_TIMEOUT};
 
 /// How often a daemon's end is looked for, and the readiness of one that may have failed.
@@ -36,7 +37,8 @@ pub(super) fn start(disk: &DiskPlaces, program: &Path) -> Result<Starting, Strin
 }
 
 fn start_process(disk: &DiskPlaces, program: &Path) -> io::Result<Starting> {
-    let log = OpenOptions::new().append(true).create(true).mode(0o640).open(&disk.log)?;
+    let log =
+        OpenOptions::new().append(true).create(true).mode(0o640).custom_flags(libc::O_NOFOLLOW).open(&disk.log)?;
     let log_start = log.metadata()?.len();
     let mut command = Command::new(program);
     command.arg("--config").arg(&disk.configuration);
@@ -136,10 +138,23 @@ pub(super) fn end(disk: &DiskPlaces, deadline: Instant) -> Result<(), String> {
         }
         std::thread::sleep(POLL_INTERVAL);
     }
+    if let Some(socket) = socket_left(disk)
+        && let Err(error) = unix_listener::remove_dead(&socket)
+    {
+        log::debug!("{error}");
+    }
     for path in [&disk.configuration, &disk.pid_file, &disk.control, &disk.lock] {
         remove(path)?;
     }
     Ok(())
+}
+
+/// The vhost-user socket, if it is in our directory of sockets, where a daemon of another user may not remove it. What is
+/// elsewhere is the daemon's to remove.
+fn socket_left(disk: &DiskPlaces) -> Option<PathBuf> {
+    let options: toml::Table = fs::read_to_string(&disk.configuration).ok()?.parse().ok()?;
+    let socket = PathBuf::from(options.get("socket-path")?.as_str()?);
+    (socket.parent() == disk.control.parent()).then_some(socket)
 }
 
 fn remove(path: &Path) -> Result<(), String> {

@@ -154,6 +154,13 @@ pub fn bind_unix(path: &Path, mode: u32) -> Result<UnixListener, BindError> {
     Ok(UnixListener::from(socket))
 }
 
+/// Removes the socket of a dead server, if `path` names one. An error: it has a running server, or is no socket.
+pub(crate) fn remove_dead(path: &Path) -> Result<(), BindError> {
+    let address = SocketAddrUnix::new(path).map_err(|errno| BindError::new(path, errno))?;
+    let _turn = lock_directory(path)?;
+    make_way(path, &address)
+}
+
 /// The file of a socket that we have bound, by a descriptor: whatever its name means later, this is the file.
 pub(crate) struct OwnFile(OwnedFd);
 
@@ -309,11 +316,21 @@ impl Drop for SocketFile {
             return;
         }
         if let Err(error) = fs::remove_file(&self.path) {
-            log::warn!(
+            log::log!(
+                level_of(&error),
                 "the socket '{}' cannot be removed: {error}; the next start replaces it, as it does a dead server's",
                 self.path.display()
             );
         }
+    }
+}
+
+/// How much a file that cannot be removed at the end matters. One that was made as root, before `--user`, is expected to
+/// stay in a directory of root's.
+pub(crate) fn level_of(error: &io::Error) -> log::Level {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => log::Level::Info,
+        _ => log::Level::Warn,
     }
 }
 
