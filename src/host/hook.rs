@@ -23,7 +23,7 @@ use super::domain::{self, Domain};
 use super::metadata::{self, DiskOptions};
 use super::places::{DiskPlaces, Places};
 use crate::backend::file;
-use crate::base::logging;
+use crate::base::{logging, trust};
 
 /// How long all daemons of a domain may take together until they listen.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
@@ -48,7 +48,12 @@ pub struct Host {
     pub program: PathBuf,
     /// The group of QEMU's processes, which must reach the sockets; `None`: our own user runs them.
     pub qemu_group: Option<String>,
+    /// The user that a daemon becomes if its disk names none; `None`: it stays ours.
+    pub daemon_user: Option<&'static str>,
 }
+
+/// The user of root's daemons: qemu-configs/systemd/sysusers.d/virtioblkd.conf makes it. Root is for disks that ask for it.
+const DAEMON_USER: &str = "virtioblkd";
 
 impl Host {
     /// This host, for our user. `virtioblkd` is the one beside this program.
@@ -63,6 +68,7 @@ impl Host {
             places: Places::of_this_user()?,
             program,
             qemu_group: if is_root { qemu_group(Path::new("/etc/libvirt/qemu.conf")) } else { None },
+            daemon_user: is_root.then_some(DAEMON_USER),
         })
     }
 }
@@ -73,10 +79,11 @@ fn qemu_group(configuration: &Path) -> Option<String> {
     let value = text.lines().find_map(|line| line.trim_start().strip_prefix("group")?.trim_start().strip_prefix('='));
     let configured = value.map(|value| value.trim().trim_matches('"').trim_start_matches('+').to_owned());
     let exists = |name: &&str| nix::unistd::Group::from_name(name).is_ok_and(|group| group.is_some());
-    // Debian's libvirt-qemu is in kvm; Fedora's and SUSE's QEMU have a group of their own.
+    // Debian's QEMU is in a group of its own and in kvm, as are people who run virtual machines of their own: whoever reaches
+    // the socket has the disk. Fedora's and SUSE's QEMU is in qemu.
     configured
         .filter(|group| !group.is_empty())
-        .or_else(|| ["kvm", "qemu"].iter().copied().find(exists).map(str::to_owned))
+        .or_else(|| ["libvirt-qemu", "qemu", "kvm"].iter().copied().find(exists).map(str::to_owned))
 }
 
 /// Carries out one call. `out`: standard output, which replaces the description where libvirt allows it. The error is what
@@ -118,6 +125,13 @@ struct Disk {
     places: DiskPlaces,
 }
 
+impl Disk {
+    /// Whether our element gives this option.
+    fn has(&self, key: &str) -> bool {
+        self.options.options.iter().any(|(name, _)| name == key)
+    }
+}
+
 fn disks(host: &Host, xml: &str) -> Result<(Domain, Vec<Disk>), String> {
     let document = domain::document(xml).map_err(|error| error.to_string())?;
     let domain = Domain::of(&document).map_err(|error| error.to_string())?;
@@ -155,6 +169,7 @@ fn prepare(host: &Host, xml: &str) -> Result<(), String> {
             domain.name
         ));
     }
+    check_user(host, &disks).map_err(|error| format!("domain {}: {error}", domain.name))?;
     let arrival = host.places.arrival(&domain);
     let arrives = fs::remove_file(&arrival).is_ok();
     make_directories(&host.places)?;
@@ -174,6 +189,21 @@ fn prepare(host: &Host, xml: &str) -> Result<(), String> {
         }
     }
     result.map_err(|error| format!("domain {}: {error}", domain.name))
+}
+
+/// A host without our user is an error: root would be more than the domain's description asks for.
+fn check_user(host: &Host, disks: &[Disk]) -> Result<(), String> {
+    let Some(user) = host.daemon_user else { return Ok(()) };
+    let Some(disk) = disks.iter().find(|disk| !disk.has("user")) else { return Ok(()) };
+    match nix::unistd::User::from_name(user) {
+        Ok(Some(_)) => Ok(()),
+        Ok(None) => Err(format!(
+            "disk {}: this host has no user '{user}', which its daemon runs as: make it (copy sysusers.d/virtioblkd.conf to \
+             /etc/sysusers.d and run systemd-sysusers), or name another one, as in user='root'",
+            disk.target
+        )),
+        Err(errno) => Err(format!("disk {}: cannot look up the user '{user}': {errno}", disk.target)),
+    }
 }
 
 /// All begin before the first is waited for. `started`: those that must be ended if one fails.
@@ -230,16 +260,18 @@ fn unused(disk: &Disk) -> Result<(), String> {
 /// The daemon's configuration file.
 fn configuration(host: &Host, disk: &Disk) -> String {
     let text = |path: &Path| path.display().to_string();
-    let given = |key: &str| disk.options.options.iter().any(|(name, _)| name == key);
     let mut own = vec![
         ("socket-path".to_owned(), text(&disk.socket)),
         ("control-path".to_owned(), text(&disk.places.control)),
         ("pid-file".to_owned(), text(&disk.places.pid_file)),
     ];
-    if let (Some(group), false) = (&host.qemu_group, given("socket-group")) {
+    if let (Some(group), false) = (&host.qemu_group, disk.has("socket-group")) {
         own.push(("socket-group".to_owned(), group.clone()));
     }
-    if given("blk-file") && !given("locking") {
+    if let (Some(user), false) = (host.daemon_user, disk.has("user")) {
+        own.push(("user".to_owned(), user.to_owned()));
+    }
+    if disk.has("blk-file") && !disk.has("locking") {
         own.push(("locking".to_owned(), "in-use".to_owned()));
     }
     let mut table = toml::Table::new();
@@ -300,7 +332,9 @@ fn make_directories(places: &Places) -> Result<(), String> {
         let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(path);
         made.map_err(|error| format!("cannot make the directory {}: {error}", path.display()))?;
     }
-    Ok(())
+    // What daemons are started with is read from the first, and what they say is written below the second. The sockets'
+    // directory may be the daemons' user's, as systemd makes it: sockets are bound and found with that in mind.
+    [&places.run, &places.log].into_iter().try_for_each(|path| trust::check(path))
 }
 
 /// For our eyes only: an option of librbd may be a secret.

@@ -97,8 +97,8 @@ impl fmt::Display for SandboxError {
             ),
             SandboxError::Image(name, path, error) => write!(
                 f,
-                "--user {name}: that user cannot open {} ({error}), and each ring opens it anew: let the user or one of \
-                 its groups read and write it",
+                "--user {name}: that user cannot open {0} ({error}), and each ring opens it anew: let the user or one of \
+                 its groups read and write it, as by 'setfacl -m u:{name}:rw {0}', or ask for root (--user root)",
                 path.display()
             ),
             SandboxError::Capabilities(error) => {

@@ -4,13 +4,13 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use kit::guest::libvirt::{DOMAIN, linux_domain};
-use kit::guest::system_libvirt::SystemLibvirt;
+use kit::guest::system_libvirt::{DAEMON_USER, SystemLibvirt};
 use kit::guest::{oracle, output, wait_until};
 use kit::prng::Prng;
 use kit::programs;
@@ -28,10 +28,18 @@ fn is_long_run() -> bool {
 const MIB: u64 = 1 << 20;
 const UUID: &str = "6fd1f7a2-4c0b-4e0f-8a65-1a3c0d2e9b11";
 
-/// An image for libvirt's daemons, which run as root here.
+/// An image that the hook's daemons may open.
 fn image(libvirt: &SystemLibvirt, name: &str) -> PathBuf {
+    let path = roots_image(libvirt, name);
+    chown(&path, Some(DAEMON_USER), None).expect("we are root");
+    path
+}
+
+/// An image that only root may open.
+fn roots_image(libvirt: &SystemLibvirt, name: &str) -> PathBuf {
     let path = libvirt.home().join(name);
     fs::File::create(&path).and_then(|file| file.set_len(16 * MIB)).expect("room");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("ours");
     path
 }
 
@@ -165,6 +173,60 @@ fn a_start_that_cannot_be_fails_with_our_words_and_leaves_nothing() {
     let failed = libvirt.virsh(&["start", DOMAIN]);
     assert!(String::from_utf8_lossy(&failed.stderr).contains("another process uses the image"), "{failed:?}");
     owner.kill().and_then(|()| owner.wait()).expect("ours");
+    assert_eq!(libvirt.left(), Vec::<String>::new());
+}
+
+/// The effective user of the daemon of a disk.
+fn user(libvirt: &SystemLibvirt, target: &str) -> u32 {
+    let pid = status(libvirt, target)["daemon"]["pid"].as_u64().expect("a pid");
+    let shown = output(libvirt.inside("stat").args(["-c", "%u", &format!("/proc/{pid}/task")]));
+    String::from_utf8(shown.stdout).expect("text").trim().parse().expect("a user id")
+}
+
+#[test]
+fn a_daemon_is_a_user_of_its_own_and_root_only_where_the_domain_asks() {
+    let Some(libvirt) = SystemLibvirt::start(10) else { return };
+    let (own, roots) = (image(&libvirt, "own.img"), roots_image(&libvirt, "roots.img"));
+    let (own, roots) = (format!("file='{}'", own.display()), format!("file='{}'", roots.display()));
+    libvirt.virsh_ok(&["define", &domain(&libvirt, "exit", &[("vda", &own), ("vdb", &roots)])]);
+    let failed = libvirt.virsh(&["start", DOMAIN]);
+    let error = String::from_utf8_lossy(&failed.stderr).into_owned();
+    let words = ["disk vdb", "--user virtioblkd: that user cannot open", "setfacl -m u:virtioblkd:rw", "--user root"];
+    assert!(!failed.status.success() && words.iter().all(|word| error.contains(word)), "{error}");
+    assert_eq!(libvirt.left(), Vec::<String>::new());
+
+    let disks = [("vda", own.as_str()), ("vdb", &format!("{roots} user='root'"))];
+    libvirt.virsh_ok(&["define", &domain(&libvirt, LOOK, &disks)]);
+    libvirt.virsh_ok(&["start", DOMAIN]);
+    // QEMU, a third user, has reached both, and the guest its image.
+    until_said(&libvirt, "count 1");
+    assert_eq!((user(&libvirt, "vda"), user(&libvirt, "vdb")), (DAEMON_USER, 0));
+    let socket = |target: &str| libvirt.socket(&format!("{DOMAIN}-{target}.sock")).metadata().expect("a socket");
+    for target in ["vda", "vdb"] {
+        let socket = socket(target);
+        assert_eq!((socket.mode() & 0o777, socket.uid()), (0o660, 0), "{target}");
+        assert_ne!(socket.gid(), 0, "{target}");
+    }
+    let mut upgrade = libvirt.inside(programs::virtioblkctl());
+    let control = format!("/run/virtioblkd/{UUID}-vda.ctl");
+    let configuration = format!("/run/virtioblkd-libvirt/{UUID}-vda.toml");
+    upgrade.args(["--control", &control, "upgrade", "--config", &configuration]);
+    let upgraded = output(&mut upgrade);
+    assert!(upgraded.status.success(), "{upgraded:?}");
+    assert_eq!(user(&libvirt, "vda"), DAEMON_USER);
+    let lines = said(&libvirt).len();
+    wait_until("the guest writes by the new daemon", || said(&libvirt).len() > lines + 2);
+    libvirt.virsh_ok(&["destroy", DOMAIN]);
+    assert_eq!(libvirt.left(), Vec::<String>::new(), "what the daemon's user may not remove, the hook does");
+
+    // A machine without the user: root is not taken for it in silence.
+    let users = fs::read_to_string(libvirt.home().join("passwd")).expect("ours");
+    libvirt.file("passwd", users.replace("virtioblkd:", "other:"));
+    libvirt.virsh_ok(&["define", &domain(&libvirt, "exit", &[("vda", &own)])]);
+    let failed = libvirt.virsh(&["start", DOMAIN]);
+    let error = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert!(error.contains("no user 'virtioblkd'") && error.contains("systemd-sysusers"), "{error}");
+    assert!(error.contains("user='root'"), "{error}");
     assert_eq!(libvirt.left(), Vec::<String>::new());
 }
 

@@ -24,6 +24,9 @@ const DIRECTORIES: [(&str, &str); 7] = [
     ("logs", "/var/log/virtioblkd"),
 ];
 
+/// The user id of `virtioblkd` on this machine, whatever the real one has.
+pub const DAEMON_USER: u32 = 64990;
+
 /// Process 1 of the namespace: it starts and kills libvirtd as it is told on its standard input, and reaps what loses its
 /// parent. At the end of its input it ends, and all others with it.
 const INIT: &str = r#"
@@ -70,6 +73,17 @@ impl SystemLibvirt {
         // libvirt resolves its host's name, which must not wait for the network.
         fs::write(path.join("hosts"), format!("127.0.0.1 localhost machine{number}\n")).expect("room");
         mounts += &format!("mount --bind {}/hosts /etc/hosts\n", path.display());
+        // The user that the hook's daemons run as; the package makes it.
+        for (name, line) in [
+            ("passwd", format!("{DAEMON_USER}:{DAEMON_USER}::/:/usr/sbin/nologin")),
+            ("group", format!("{DAEMON_USER}:")),
+        ] {
+            let all = fs::read_to_string(format!("/etc/{name}")).expect("every machine has users");
+            let others: String =
+                all.lines().filter(|line| !line.starts_with("virtioblkd:")).map(|l| l.to_owned() + "\n").collect();
+            fs::write(path.join(name), format!("{others}virtioblkd:x:{line}\n")).expect("room");
+            mounts += &format!("mount --bind {}/{name} /etc/{name}\n", path.display());
+        }
         let hooks = path.join("etc/hooks/qemu.d");
         fs::create_dir_all(&hooks).expect("room");
         symlink(programs::virtioblkctl(), hooks.join("50-virtioblkd")).expect("room");
