@@ -1,4 +1,4 @@
-//! One ring's way to the image: ops in, completions out, over one [`Ring`].
+//! One ring's way to the image: ops in, completions out, over one [`Uring`].
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -7,7 +7,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use super::super::buffer::IovecList;
-use super::super::uring::{Command, Event, Ring, Transfer};
+use super::super::uring::{Command, Event, Transfer, Uring};
 use super::super::{BlockingCall, Caller, Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
 use super::Shared;
 use super::bounce::{BounceOp, Next};
@@ -30,9 +30,9 @@ const MAIL: u32 = 3;
 /// makes no system call. Who polls instead of sleeping calls `submit` between two reaps. The order of the fields
 /// matters: the ring goes first and waits for what is in flight, then the helper, and the file last.
 pub(super) struct FileQueue {
-    ring: Ring<Job>,
+    ring: Uring<Job>,
     /// To the thread that has the ring's caller: the ring, should another thread go on.
-    leave: Option<mpsc::Sender<Ring<Job>>>,
+    leave: Option<mpsc::Sender<Uring<Job>>>,
     /// Writes that wait to be made by plain calls.
     calls: VecDeque<BlockingCall>,
     helper: Option<Helper>,
@@ -79,7 +79,7 @@ enum Work {
 
 impl FileQueue {
     pub(super) fn open(shared: Arc<Shared>, file: OwnedFd, depth: usize) -> io::Result<Self> {
-        let mut ring = Ring::new(depth, file.as_fd(), shared.submission)?;
+        let mut ring = Uring::new(depth, file.as_fd(), shared.submission)?;
         let mailbox = Arc::new(Mailbox::new()?);
         ring.watch(MAIL, mailbox.as_fd())?;
         Ok(FileQueue {
@@ -544,7 +544,7 @@ impl IoQueue for FileQueue {
 struct FileCaller {
     file: Arc<OwnedFd>,
     mailbox: Arc<Mailbox>,
-    left: mpsc::Receiver<Ring<Job>>,
+    left: mpsc::Receiver<Uring<Job>>,
     scratch: IovecList,
 }
 

@@ -46,8 +46,8 @@ pub(super) enum Event<J> {
 }
 
 /// An io_uring for one file. The kernel ties it to the thread that enabled it (IORING_SETUP_SINGLE_ISSUER). Another thread
-/// may own it and take from it what has not been submitted ([`Ring::take_queued`]), but must not enter or drop it.
-pub(super) struct Ring<J> {
+/// may own it and take from it what has not been submitted ([`Uring::take_queued`]), but must not enter or drop it.
+pub(super) struct Uring<J> {
     io_uring: ManuallyDrop<IoUring>,
     /// The operations until they complete. The index is their user data.
     slots: Vec<Option<Active<J>>>,
@@ -65,7 +65,7 @@ pub(super) struct Ring<J> {
 // does not depend on which thread that is: before Linux 6.1, without IORING_SETUP_SINGLE_ISSUER, the kernel takes entries
 // from every thread; from then on it answers EEXIST to every thread but the one that enabled the io_uring. An `enter` that
 // fails leaves the jobs in their slots, so no buffer is freed that the kernel still uses.
-unsafe impl<J: Send> Send for Ring<J> {}
+unsafe impl<J: Send> Send for Uring<J> {}
 
 /// An eventfd that wakes the owner.
 struct Watch {
@@ -76,7 +76,7 @@ struct Watch {
 }
 
 thread_local! {
-    /// The io_uring that this thread no longer uses, for the next [`Ring`] that it creates. A prepared one cannot be
+    /// The io_uring that this thread no longer uses, for the next [`Uring`] that it creates. A prepared one cannot be
     /// created again.
     static UNUSED: Cell<Option<IoUring>> = const { Cell::new(None) };
 }
@@ -99,7 +99,7 @@ const MAX_WATCHES: usize = 8;
 /// The index of the image, which is the only registered file.
 const FILE: types::Fixed = types::Fixed(0);
 
-impl<J> Ring<J> {
+impl<J> Uring<J> {
     /// Creates a uring for at most `depth` operations at once on `file`, which the caller keeps open for longer than the
     /// uring. Called in the thread that will use it. An error says the cause and how to fix it.
     pub(super) fn new(depth: usize, file: BorrowedFd<'_>, submission: Submission) -> io::Result<Self> {
@@ -119,7 +119,7 @@ impl<J> Ring<J> {
         };
         // With a registered file the kernel looks the file up once, not for each operation.
         io_uring.submitter().register_files(&[file.as_raw_fd()]).map_err(prepared::explain)?;
-        Ok(Ring {
+        Ok(Uring {
             io_uring: ManuallyDrop::new(io_uring),
             slots: (0..depth).map(|_| None).collect(),
             free_slots: (0..depth).rev().collect(),
@@ -160,7 +160,7 @@ impl<J> Ring<J> {
         self.submit(block, timeout)
     }
 
-    /// Submits the entries of the submission queue. If `block`, then sleeps as [`Ring::enter`] does.
+    /// Submits the entries of the submission queue. If `block`, then sleeps as [`Uring::enter`] does.
     fn submit(&mut self, block: bool, timeout: Option<Duration>) -> io::Result<()> {
         let submitter = self.io_uring.submitter();
         let entered = match timeout {
@@ -283,7 +283,7 @@ impl<J> Ring<J> {
         self.unsubmitted = true;
     }
 
-    /// Ends the polls of the watches, so that the io_uring is empty for the thread's next [`Ring`]. Returns whether it is.
+    /// Ends the polls of the watches, so that the io_uring is empty for the thread's next [`Uring`]. Returns whether it is.
     fn end_watches(&mut self) -> bool {
         self.fill_submission_queue();
         let mut cancels = 0;
@@ -324,7 +324,7 @@ impl<J> Ring<J> {
     }
 }
 
-impl<J> Drop for Ring<J> {
+impl<J> Drop for Uring<J> {
     fn drop(&mut self) {
         while self.free_slots.len() < self.slots.len() {
             if let Err(error) = self.enter(true, None) {

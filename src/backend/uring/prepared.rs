@@ -1,4 +1,4 @@
-//! Creates io_urings that are restricted to the operations of a [`super::Ring`]. The daemon creates all of them before it
+//! Creates io_urings that are restricted to the operations of a [`super::Uring`]. The daemon creates all of them before it
 //! enters the sandbox, whose system call filter denies io_uring_setup(2).
 //!
 //! An io_uring belongs for ever to the thread that enables it (IORING_SETUP_SINGLE_ISSUER). Prepared ones are therefore
@@ -57,13 +57,13 @@ pub(super) enum Source {
     Prepared(OwnedFd, Parameters),
 }
 
-/// Checks at start, before a guest waits, that queues can be created later. Fails as [`super::Ring::new`] does.
+/// Checks at start, before a guest waits, that queues can be created later. Fails as [`super::Uring::new`] does.
 pub(in crate::backend) fn probe() -> io::Result<()> {
     build(Size { entries: 8, completions: 16 }).map(drop)
 }
 
 /// Creates the io_urings for `queues` virtqueues. After this, no other is created, and threads are reused. Returns for how
-/// many virtqueues they suffice. Called by main before the system call filter. Fails as [`super::Ring::new`] does if not
+/// many virtqueues they suffice. Called by main before the system call filter. Fails as [`super::Uring::new`] does if not
 /// one can be created.
 pub(in crate::backend) fn prepare(queues: u16) -> io::Result<u16> {
     let mut prepared = create_up_to(usize::from(queues) + SPARE, |index| {
@@ -140,7 +140,7 @@ fn build(size: Size) -> io::Result<IoUring> {
     Ok(io_uring)
 }
 
-/// Allows only the operations of [`super::Ring`], for ever (IORING_REGISTER_RESTRICTIONS): an intruder who has the
+/// Allows only the operations of [`super::Uring`], for ever (IORING_REGISTER_RESTRICTIONS): an intruder who has the
 /// descriptor can open no socket or file with it.
 fn restrict(io_uring: &IoUring) -> io::Result<()> {
     let operations = [
