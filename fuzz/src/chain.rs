@@ -50,7 +50,7 @@ pub fn run(data: &[u8]) -> u64 {
         let request = parser.parse(&mapped, head, ring.chain(&mapped, head), &geometry);
         if head < size {
             // Over whatever is there, perhaps over chains that are yet to come.
-            ring.answer(head, 1);
+            ring.complete(head, 1);
         }
         let Ok(request) = request else { continue };
         let Ok(command) = request.command else { continue };

@@ -205,7 +205,7 @@ impl Device {
 
     /// Syncs while the rings run, so that little is left for [`Device::hand_over`]. Called by the same thread.
     pub(crate) fn sync_ahead(&self) -> std::io::Result<()> {
-        self.rings.backend().settle();
+        self.rings.backend().wait_until_releasable();
         self.rings.sync()
     }
 

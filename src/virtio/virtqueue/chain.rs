@@ -119,7 +119,7 @@ mod tests {
             memory.write_obj(Descriptor::new(addr, len, flags, next), GuestAddress(at)).unwrap();
         }
         let mapped = GuestMemory::new(Arc::new(memory));
-        let table: AtomicSlice<AtomicU64> = mapped.cells(TABLE, 2 * 8).unwrap();
+        let table: AtomicSlice<AtomicU64> = mapped.atomic_slice(TABLE, 2 * 8).unwrap();
         Chain::new(&mapped, &table, head).map(|descriptor| descriptor.len()).collect()
     }
 

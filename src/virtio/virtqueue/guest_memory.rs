@@ -141,7 +141,7 @@ impl GuestMemory {
     }
 
     /// Returns `count` atomics from `address` on, or `None` when they are not aligned or do not lie in one region.
-    pub fn cells<A: AtomicInteger>(&self, address: u64, count: usize) -> Option<AtomicSlice<A>> {
+    pub fn atomic_slice<A: AtomicInteger>(&self, address: u64, count: usize) -> Option<AtomicSlice<A>> {
         let (at, rest) = self.find(GuestAddress(address))?;
         let bytes = count.checked_mul(size_of::<A>())?;
         let first = at.cast::<A>();
@@ -173,7 +173,7 @@ impl<A: AtomicInteger> Deref for AtomicSlice<A> {
 
     #[inline]
     fn deref(&self) -> &[A] {
-        // SAFETY: `cells` found that many aligned atomics inside one region, which `_memory` keeps mapped for longer than the
+        // SAFETY: `atomic_slice` found that many aligned atomics inside one region, which `_memory` keeps mapped for longer than the
         // reference. The guest changes them meanwhile, which atomics allow, and every value of the bytes is valid.
         unsafe { std::slice::from_raw_parts(self.first.as_ptr(), self.count) }
     }
@@ -237,7 +237,7 @@ mod tests {
     fn no_memory_has_no_addresses() {
         let mapped = GuestMemory::new(Arc::new(GuestMemoryMmap::new()));
         assert_eq!(mapped.read_sixteen(GuestAddress(0)), Err(BadAddress));
-        assert!(mapped.cells::<AtomicU16>(0, 0).is_none());
+        assert!(mapped.atomic_slice::<AtomicU16>(0, 0).is_none());
     }
 
     #[test]
@@ -286,21 +286,21 @@ mod tests {
     }
 
     #[test]
-    fn cells_lie_in_one_region_and_are_aligned() {
+    fn atomic_slices_lie_in_one_region_and_are_aligned() {
         let mapped = mapped();
-        let cells = mapped.cells::<AtomicU16>(0xff0, 8).unwrap();
-        cells[7].store(0x1234, Ordering::Relaxed);
-        assert_eq!((cells.len(), mapped.memory.read_obj::<u16>(GuestAddress(0xffe)).unwrap()), (8, 0x1234));
-        assert!(mapped.cells::<AtomicU16>(0xff0, 9).is_none(), "across regions");
-        assert!(mapped.cells::<AtomicU16>(0xff1, 1).is_none(), "not aligned");
-        assert!(mapped.cells::<AtomicU64>(0xff4, 1).is_none(), "not aligned");
-        assert!(mapped.cells::<AtomicU64>(0, usize::MAX).is_none(), "longer than all memory");
+        let atomic_slice = mapped.atomic_slice::<AtomicU16>(0xff0, 8).unwrap();
+        atomic_slice[7].store(0x1234, Ordering::Relaxed);
+        assert_eq!((atomic_slice.len(), mapped.memory.read_obj::<u16>(GuestAddress(0xffe)).unwrap()), (8, 0x1234));
+        assert!(mapped.atomic_slice::<AtomicU16>(0xff0, 9).is_none(), "across regions");
+        assert!(mapped.atomic_slice::<AtomicU16>(0xff1, 1).is_none(), "not aligned");
+        assert!(mapped.atomic_slice::<AtomicU64>(0xff4, 1).is_none(), "not aligned");
+        assert!(mapped.atomic_slice::<AtomicU64>(0, usize::MAX).is_none(), "longer than all memory");
     }
 
     #[test]
-    fn cells_keep_their_memory() {
-        let cells = mapped().cells::<AtomicU16>(0x8000, 1).unwrap();
-        cells[0].store(1, Ordering::Relaxed);
-        assert_eq!(cells[0].load(Ordering::Relaxed), 1);
+    fn an_atomic_slice_keeps_its_memory_mapped() {
+        let atomic_slice = mapped().atomic_slice::<AtomicU16>(0x8000, 1).unwrap();
+        atomic_slice[0].store(1, Ordering::Relaxed);
+        assert_eq!(atomic_slice[0].load(Ordering::Relaxed), 1);
     }
 }

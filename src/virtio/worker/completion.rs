@@ -70,7 +70,7 @@ impl Worker {
         if let Some(inflight) = &mut self.setup.inflight {
             inflight.completing(head);
         }
-        self.ring.answer(head, written);
+        self.ring.complete(head, written);
         if let Some(inflight) = &mut self.setup.inflight {
             inflight.completed(head, self.ring.next_used());
         }

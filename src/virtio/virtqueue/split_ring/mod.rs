@@ -64,47 +64,50 @@ pub struct SplitRing {
     used: AtomicSlice<AtomicU16>,
     /// The elements of the used ring, as head and length. Two words each, because the used ring is aligned to four bytes
     /// only.
-    answers: AtomicSlice<AtomicU32>,
+    used_elements: AtomicSlice<AtomicU32>,
+    /// `avail_event`, behind the elements of the used ring.
     available_event: AtomicSlice<AtomicU16>,
     size: u16,
     used_at: GuestAddress,
     /// VIRTIO_F_EVENT_IDX was negotiated.
     event_idx: bool,
-    /// The position of the next head to take, and the available index that was read last.
+    /// The position of the next head to take.
     next_available: u16,
-    seen: u16,
-    /// The position of the next used element, and that position when [`SplitRing::wants_interrupt`] was last called.
+    /// The driver's available index when it was read last.
+    seen_available: u16,
+    /// The position of the next used element.
     next_used: u16,
-    told: u16,
+    /// The value of `next_used` when [`SplitRing::wants_interrupt`] was last called.
+    signalled_used: u16,
 }
 
 impl SplitRing {
-    /// Locates the virtqueue of `size` descriptors (a power of two) at `place`; it continues at the given indices. Returns
+    /// Locates the virtqueue of `size` descriptors (a power of two) at `addresses`; it continues at the given indices. Returns
     /// `None` when one of its parts is not aligned or does not lie in one region of guest memory. The virtqueues of real
     /// drivers always do; QEMU refuses others, too (vhost_memory_map). Called when the virtqueue starts.
     pub fn open(
         memory: &GuestMemory,
-        place: &RingAddresses,
+        addresses: &RingAddresses,
         size: u16,
         event_idx: bool,
         (next_available, next_used): (u16, u16),
     ) -> Option<Self> {
         assert!(size.is_power_of_two(), "SET_VRING_NUM checked it");
         let entries = usize::from(size);
-        let behind_answers = place.used.checked_add(used_bytes(size) - 2)?;
+        let available_event_at = addresses.used.checked_add(used_bytes(size) - 2)?;
         Some(SplitRing {
-            table: memory.cells(place.descriptors, 2 * entries)?,
-            available: memory.cells(place.available, 3 + entries)?,
-            used: memory.cells(place.used, 2)?,
-            answers: memory.cells(place.used.checked_add(4)?, 2 * entries)?,
-            available_event: memory.cells(behind_answers, 1)?,
+            table: memory.atomic_slice(addresses.descriptors, 2 * entries)?,
+            available: memory.atomic_slice(addresses.available, 3 + entries)?,
+            used: memory.atomic_slice(addresses.used, 2)?,
+            used_elements: memory.atomic_slice(addresses.used.checked_add(4)?, 2 * entries)?,
+            available_event: memory.atomic_slice(available_event_at, 1)?,
             size,
-            used_at: GuestAddress(place.used),
+            used_at: GuestAddress(addresses.used),
             event_idx,
             next_available,
-            seen: next_available,
+            seen_available: next_available,
             next_used,
-            told: next_used,
+            signalled_used: next_used,
         })
     }
 
@@ -126,7 +129,7 @@ impl SplitRing {
 
     /// Sets the position in the available ring of the next head to take.
     pub fn set_next_available(&mut self, index: u16) {
-        (self.next_available, self.seen) = (index, index);
+        (self.next_available, self.seen_available) = (index, index);
     }
 
     /// The position in the used ring of the next completion, modulo 2^16.
@@ -153,12 +156,12 @@ impl SplitRing {
     /// Takes the next head, or returns `None` when there is none. The guest chose the number, so it may be any.
     #[inline]
     pub fn take(&mut self) -> Result<Option<u16>, IndexTooFar> {
-        if self.seen == self.next_available {
+        if self.seen_available == self.next_available {
             let index = self.available_index();
             if index.wrapping_sub(self.next_available) > self.size {
                 return Err(IndexTooFar);
             }
-            self.seen = index;
+            self.seen_available = index;
             if index == self.next_available {
                 return Ok(None);
             }
@@ -182,10 +185,10 @@ impl SplitRing {
     /// Puts the chain of `head`, which is below [`SplitRing::size`], into the used ring. `written`: the number of bytes that
     /// the device wrote to the chain. The driver can see the element at once.
     #[inline]
-    pub fn answer(&mut self, head: u16, written: u32) {
+    pub fn complete(&mut self, head: u16, written: u32) {
         let at = 2 * self.slot(self.next_used);
-        self.answers[at].store(u32::from(head).to_le(), Ordering::Relaxed);
-        self.answers[at + 1].store(written.to_le(), Ordering::Relaxed);
+        self.used_elements[at].store(u32::from(head).to_le(), Ordering::Relaxed);
+        self.used_elements[at + 1].store(written.to_le(), Ordering::Relaxed);
         self.next_used = self.next_used.wrapping_add(1);
         self.used[1].store(self.next_used.to_le(), Ordering::Release);
     }
@@ -193,7 +196,7 @@ impl SplitRing {
     /// Whether the driver wants an interrupt for the chains that were completed since the last call (virtio 1.3, 2.7.7.2 and
     /// 2.7.10).
     pub fn wants_interrupt(&mut self) -> bool {
-        let told = std::mem::replace(&mut self.told, self.next_used);
+        let signalled_used = std::mem::replace(&mut self.signalled_used, self.next_used);
         // The used index must be visible before the driver's setting is read; the driver does it the other way round.
         fence(Ordering::SeqCst);
         if !self.event_idx {
@@ -202,7 +205,7 @@ impl SplitRing {
         }
         let event = u16::from_le(self.available[2 + usize::from(self.size)].load(Ordering::Relaxed));
         // As vring_need_event of linux/virtio_ring.h: the element with the event's number is among these.
-        self.next_used.wrapping_sub(event).wrapping_sub(1) < self.next_used.wrapping_sub(told)
+        self.next_used.wrapping_sub(event).wrapping_sub(1) < self.next_used.wrapping_sub(signalled_used)
     }
 
     /// Asks the driver not to kick, because the worker polls. With VIRTIO_F_EVENT_IDX the driver kicks at most once until
