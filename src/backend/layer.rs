@@ -112,8 +112,8 @@ impl<L: Layer> Backend for L {
         self.image().identity()
     }
 
-    fn settle(&self) {
-        self.image().settle();
+    fn wait_until_releasable(&self) {
+        self.image().wait_until_releasable();
     }
 
     fn hand_over(&self) {

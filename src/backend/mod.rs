@@ -275,7 +275,7 @@ pub trait Backend: Send + Sync {
 
     /// Another process is about to go on with the image, and the guest still runs: returns when [`Backend::deactivate`]
     /// will be quick. Blocks for seconds at most; the thread that hands over.
-    fn settle(&self) {}
+    fn wait_until_releasable(&self) {}
 
     /// Another process goes on with the image: gives up what keeps others away even without a guest
     /// ([`Backend::deactivate`] comes before it, and a good sync). Not the guest's I/O but only [`Backend::take_over`] comes

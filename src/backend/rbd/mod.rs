@@ -353,7 +353,7 @@ impl Backend for RbdBackend {
         Some(format!("rbd {}{conf}", self.shared.name))
     }
 
-    fn settle(&self) {
+    fn wait_until_releasable(&self) {
         self.shared.lock.wait_until_releasable();
     }
 
