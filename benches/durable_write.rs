@@ -84,7 +84,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 struct Turn {
     queue: Box<dyn IoQueue>,
     depth: usize,
-    chance: u64,
+    prng: u64,
     /// Written, and waiting for a sync that starts after this.
     written: Vec<IoBuf>,
     /// Covered by the sync that runs.
@@ -95,8 +95,8 @@ struct Turn {
 impl Turn {
     fn new(backend: &FileBackend, depth: usize, seed: usize) -> std::io::Result<Turn> {
         let queue = backend.open_queue(depth + 1)?;
-        let chance = seed as u64 * 2 + 0x1234_5677;
-        Ok(Turn { queue, depth, chance, written: Vec::new(), covered: Vec::new(), syncing: false })
+        let prng = seed as u64 * 2 + 0x1234_5677;
+        Ok(Turn { queue, depth, prng, written: Vec::new(), covered: Vec::new(), syncing: false })
     }
 
     /// Requests per second.
@@ -137,10 +137,10 @@ impl Turn {
     }
 
     fn write(&mut self, buf: IoBuf, durable: bool, id: OpId) -> Result<(), &'static str> {
-        self.chance ^= self.chance << 13;
-        self.chance ^= self.chance >> 7;
-        self.chance ^= self.chance << 17;
-        let offset = (self.chance >> 11) % (SIZE / 4096) * 4096;
+        self.prng ^= self.prng << 13;
+        self.prng ^= self.prng >> 7;
+        self.prng ^= self.prng << 17;
+        let offset = (self.prng >> 11) % (SIZE / 4096) * 4096;
         self.queue.push(Op::Write { offset, buf, durable }, id).map_err(|_| "the queue is full")
     }
 }

@@ -93,10 +93,10 @@ fn measure(image: &Path, mode: CacheMode, options: &Options) -> Vec<Held> {
     let server = guest::Server::start(image, mode, &["--log-level", "error"]);
     let load = Load::start(&server.socket(), options.size * MIB);
     let mut operator = Client::connect(&server.control()).unwrap_or_else(|failure| panic!("{failure}"));
-    let mut chance = Prng::new(3);
+    let mut prng = Prng::new(3);
     let mut found = Vec::new();
     for _ in 0..options.rounds {
-        std::thread::sleep(Duration::from_micros(20_000 + chance.below(20_000)));
+        std::thread::sleep(Duration::from_micros(20_000 + prng.below(20_000)));
         load.forget();
         let begun = Instant::now();
         let reply = operator.ask("quiesce", json!({"timeout-ms": 60_000}), Duration::from_secs(70));
@@ -202,10 +202,10 @@ impl Drop for Load {
 }
 
 fn keep_full(guest: &mut Driver, size: u64, written: &Mutex<Vec<Written>>, ended: &AtomicBool) {
-    let mut chance = Prng::new(11);
+    let mut prng = Prng::new(11);
     let mut asked = vec![(Instant::now(), false); QUEUES * DEPTH];
     let mut ask = |guest: &mut Driver, queue: usize, slot: usize, asked: &mut [(Instant, bool)]| {
-        let (offset, write) = (chance.below(size / BLOCK as u64) * BLOCK as u64, chance.below(2) == 0);
+        let (offset, write) = (prng.below(size / BLOCK as u64) * BLOCK as u64, prng.below(2) == 0);
         asked[slot] = (Instant::now(), write);
         match write {
             true => guest.write(queue, offset, slot * BLOCK, BLOCK, slot as u64),

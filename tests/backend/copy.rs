@@ -107,19 +107,19 @@ fn same(what: &str, seen: &[u8], wanted: &[u8]) -> Result<(), String> {
 // The guest: two rings, each with blocks of its own, in between those of the other.
 
 /// Blocks of one ring: by turns, many in each cluster; and at the end of the image a large part for each.
-fn own_range(chance: &mut Prng, ring: u64, blocks: u64, per_cluster: u64) -> Range<u64> {
+fn own_range(prng: &mut Prng, ring: u64, blocks: u64, per_cluster: u64) -> Range<u64> {
     let shared = blocks * 3 / 4;
-    let (start, len) = match chance.below(10) {
+    let (start, len) = match prng.below(10) {
         // Many clusters at once, never starting on one.
         0 => (shared + ring * (blocks - shared) / 2, (blocks - shared) / 2),
         // A stripe of a cluster.
         _ => {
             let stripe = (per_cluster / 5).max(1);
-            (chance.below(shared / stripe / 2) * 2 * stripe + ring * stripe, stripe)
+            (prng.below(shared / stripe / 2) * 2 * stripe + ring * stripe, stripe)
         }
     };
-    let count = 1 + chance.below(len);
-    let first = start + chance.below(len - count + 1);
+    let count = 1 + prng.below(len);
+    let first = start + prng.below(len - count + 1);
     first..first + count
 }
 
@@ -136,7 +136,7 @@ struct Belief {
 struct Guest {
     belief: Belief,
     driver: Driver,
-    chance: Prng,
+    prng: Prng,
     busy: HashMap<OpId, (Range<u64>, Option<Vec<u8>>)>,
     native: bool,
 }
@@ -149,7 +149,7 @@ impl Guest {
         Guest {
             belief: Belief { ring, block, disk: contents(disk), known },
             driver: Driver::new(disk, 8),
-            chance: Prng::new(seed * 2 + ring + 1),
+            prng: Prng::new(seed * 2 + ring + 1),
             busy: HashMap::new(),
             native: geometry.durable_write == DurableWrite::Native,
         }
@@ -158,7 +158,7 @@ impl Guest {
     fn act(&mut self, ops: usize) {
         for _ in 0..ops {
             let blocks = self.belief.known.len() as u64;
-            let range = own_range(&mut self.chance, self.belief.ring, blocks, CLUSTER / self.belief.block);
+            let range = own_range(&mut self.prng, self.belief.ring, blocks, CLUSTER / self.belief.block);
             let in_the_way = |busy: &(Range<u64>, _)| busy.0.start < range.end && range.start < busy.0.end;
             while self.busy.len() == 8 || self.busy.values().any(in_the_way) {
                 self.reap();
@@ -172,19 +172,19 @@ impl Guest {
         let place = offset as usize..(offset + len) as usize;
         let blocks = range.start as usize..range.end as usize;
         let mut expected = None;
-        let op = match self.chance.below(12) {
+        let op = match self.prng.below(12) {
             0..7 => {
-                let buf = some_buffer(&mut self.chance, len as usize);
-                let bytes = vec![1 + self.chance.below(255) as u8; len as usize];
+                let buf = some_buffer(&mut self.prng, len as usize);
+                let bytes = vec![1 + self.prng.below(255) as u8; len as usize];
                 buf.copy_from(0, &bytes);
                 self.belief.disk[place].copy_from_slice(&bytes);
                 self.belief.known[blocks].fill(true);
-                Op::Write { offset, buf, durable: self.native && self.chance.below(4) == 0 }
+                Op::Write { offset, buf, durable: self.native && self.prng.below(4) == 0 }
             }
             7 => {
                 self.belief.disk[place].fill(0);
                 self.belief.known[blocks].fill(true);
-                Op::WriteZeroes { offset, len, unmap: self.chance.below(2) == 0 }
+                Op::WriteZeroes { offset, len, unmap: self.prng.below(2) == 0 }
             }
             8 => {
                 self.belief.known[blocks].fill(false);
@@ -193,7 +193,7 @@ impl Guest {
             9 => Op::Sync,
             _ => {
                 expected = Some(self.belief.disk[place].to_vec());
-                Op::Read { offset, buf: some_buffer(&mut self.chance, len as usize) }
+                Op::Read { offset, buf: some_buffer(&mut self.prng, len as usize) }
             }
         };
         let touched = if matches!(op, Op::Sync) { 0..0 } else { range };
@@ -258,9 +258,9 @@ enum End {
 
 /// One round: two rings write, stop, the instant is fixed, and they write on while the copy is made.
 fn round(world: &World, seed: u64, end: End) -> Result<(), String> {
-    let mut chance = Prng::new(seed + 77);
+    let mut prng = Prng::new(seed + 77);
     let disk: &PointInTime = &world.disk;
-    let copy = world.prepare(if chance.below(3) == 0 { 0 } else { CLUSTER << chance.below(8) });
+    let copy = world.prepare(if prng.below(3) == 0 { 0 } else { CLUSTER << prng.below(8) });
     let quiet = Barrier::new(3);
     let instant = thread::scope(|scope| {
         let guests = [0, 1].map(|ring| {
@@ -284,7 +284,7 @@ fn round(world: &World, seed: u64, end: End) -> Result<(), String> {
         disk.start(&copy).expect("nothing is in flight");
         quiet.wait();
         if end == End::Cancelled {
-            thread::sleep(Duration::from_micros(chance.below(3000)));
+            thread::sleep(Duration::from_micros(prng.below(3000)));
             drop(disk.cancel(&copy));
         }
         let guests = guests.map(|guest| guest.join().expect("the guest"));
@@ -409,10 +409,10 @@ fn a_cancelled_copy_leaves_nothing_and_the_guest_alone() {
 fn a_target_that_fails_at_any_time_leaves_nothing_and_the_guest_alone() {
     let mut ended = [0, 0];
     for seed in 0..60 {
-        let mut chance = Prng::new(seed);
-        let step = if chance.below(8) == 0 { Step::Sync } else { Step::Write };
+        let mut prng = Prng::new(seed);
+        let step = if prng.below(8) == 0 { Step::Sync } else { Step::Write };
         let (world, _) =
-            World::mem(CompletionOrder::Shuffled(seed), failing_at(step, 1 + chance.below(24) as u32, libc::ENOSPC));
+            World::mem(CompletionOrder::Shuffled(seed), failing_at(step, 1 + prng.below(24) as u32, libc::ENOSPC));
         round(&world, seed, End::Failing).unwrap_or_else(|what| panic!("{what}"));
         ended[usize::from(world.disk.status().last().expect("the copy").state == "failed")] += 1;
     }

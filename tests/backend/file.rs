@@ -378,16 +378,16 @@ fn read_modify_write_never_loses_a_neighbours_write() {
             let (backend, stop) = (&backend, &stop);
             scope.spawn(move || {
                 let mut driver = Driver::new(backend, 8);
-                let mut chance = Prng::new(parity + 1);
+                let mut prng = Prng::new(parity + 1);
                 let mut counts = [0u8; 128];
                 let _stop = StopAtEnd(stop);
                 for _ in 0..1500 {
-                    let sector = chance.below(64) * 2 + parity;
+                    let sector = prng.below(64) * 2 + parity;
                     let seen = driver.read(sector * 512, 512).expect("a read");
                     assert_eq!(seen, [counts[sector as usize]; 512], "sector {sector} of thread {parity} went back");
                     let next = counts[sector as usize].wrapping_add(1);
                     counts[sector as usize] = next;
-                    match chance.below(8) {
+                    match prng.below(8) {
                         // Zeroes in the same block, of the kernel or written.
                         0 => {
                             driver

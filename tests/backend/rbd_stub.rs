@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use kit::backend::{Driver, PATIENCE, eventually, random_ops};
+use kit::backend::{Driver, WAIT_TIMEOUT, eventually, random_ops};
 use kit::rbd_stub::{Stub, libraries};
 use virtioblkd::backend::rbd::{Encryption, RbdBackend, RbdLock, RbdQuiesce};
 use virtioblkd::backend::{Backend, Errno, IoBuf, Notices, Op, OpId, QuiesceAsk};
@@ -67,7 +67,7 @@ impl Notices for Listener {
 }
 
 fn hears(said: &mpsc::Receiver<Said>, what: Said) {
-    assert_eq!(said.recv_timeout(PATIENCE).expect("something is said"), what);
+    assert_eq!(said.recv_timeout(WAIT_TIMEOUT).expect("something is said"), what);
 }
 
 fn hears_nothing_more(said: &mpsc::Receiver<Said>) {
@@ -636,7 +636,7 @@ fn a_guest_stops_while_a_check_of_the_lock_waits_for_the_network() {
             disk.deactivate();
             stopped.send(()).unwrap();
         });
-        let in_time = is_stopped.recv_timeout(PATIENCE);
+        let in_time = is_stopped.recv_timeout(WAIT_TIMEOUT);
         stub.tell("questions-go");
         in_time.expect("it waits for the check");
     });

@@ -1,7 +1,7 @@
 //! Guests that change a buffer while its write is under way, over an image that reads the buffer twice, as a mirror
 //! does: two different blocks without stable writes, none with `copy`, the exact count with `detect`.
 #![allow(unsafe_code)]
-// Each of the kits below has its own source of chance.
+// Each of the kits below has its own pseudo-random generator.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -133,7 +133,7 @@ fn mutating_guest(how: StableWrites) -> (usize, Arc<Mirror>, Arc<PointInTime>, A
     let options = DeviceOptions { mode: CacheMode::None, num_queues: 1, queue_size: 64, serial: String::new() };
     let rig = Rig::on(disk.clone(), &options);
     let mut guest = driver::Driver::connect_soon(&rig.path, 1, 64, BATCH * WRITE, ALL);
-    let mut chance = Prng::new(11);
+    let mut prng = Prng::new(11);
     let mut changed = 0;
     for batch in 0..BATCHES {
         for turn in 0..BATCH {
@@ -143,9 +143,9 @@ fn mutating_guest(how: StableWrites) -> (usize, Arc<Mirror>, Arc<PointInTime>, A
         guest.kick(0);
         eventually("all writes are with the image", || mirror.second.waiting() == BATCH);
         for turn in 0..BATCH {
-            if chance.below(3) == 0 {
+            if prng.below(3) == 0 {
                 // One byte is enough, wherever it is.
-                guest.fill(turn * WRITE + chance.below(WRITE as u64) as usize, &[0xee]);
+                guest.fill(turn * WRITE + prng.below(WRITE as u64) as usize, &[0xee]);
                 changed += 1;
             }
         }
@@ -268,10 +268,10 @@ fn scribbled_writes(how: StableWrites, limit: usize) -> (Arc<Mirror>, StableWrit
     let disk = stable(mirror.clone(), how, limit);
     let memory = Scribbled::new(4 * MIB);
     let mut driver = backend::Driver::new(&disk, 16);
-    let mut chance = Prng::new(5);
+    let mut prng = Prng::new(5);
     let (mut offset, mut out, mut places) = (0, 0, Vec::new());
     loop {
-        let len = if chance.below(40) == 0 { 3 * MIB + 512 } else { 512 * (1 + chance.below(128) as usize) };
+        let len = if prng.below(40) == 0 { 3 * MIB + 512 } else { 512 * (1 + prng.below(128) as usize) };
         if offset + len > SIZE {
             break;
         }
@@ -317,10 +317,10 @@ fn no_false_positive_in_millions_of_writes() {
     let mut queue = disk.open_queue(64).unwrap();
     let mut bufs: Vec<IoBuf> = (1..=64).map(|turn| IoBuf::owned(512 * (1 + turn % 3), 512, turn % 2)).collect();
     let mut out = Vec::new();
-    let (mut count, mut chance) = (0, Prng::new(1));
+    let (mut count, mut prng) = (0, Prng::new(1));
     while count < WRITES {
         for (turn, buf) in bufs.drain(..).enumerate() {
-            buf.copy_from(chance.below(buf.len() as u64 - 8) as usize, &count.to_ne_bytes());
+            buf.copy_from(prng.below(buf.len() as u64 - 8) as usize, &count.to_ne_bytes());
             let offset = turn as u64 * 4096;
             // Reads change their buffers, and are not looked at.
             let op = if turn % 8 == 7 { Op::Read { offset, buf } } else { Op::Write { offset, buf, durable: false } };

@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
-use kit::backend::{Driver, PATIENCE, eventually, random_ops};
+use kit::backend::{Driver, WAIT_TIMEOUT, eventually, random_ops};
 use kit::ceph::{Cluster, Image, NAMESPACE, POOL};
 use rustix::event::{EventfdFlags, eventfd};
 use virtioblkd::backend::notices::{Notices, QuiesceAsk};
@@ -265,7 +265,7 @@ fn a_blocklisted_client_is_fenced_for_good_and_wakes_whoever_waits() {
     let mut queue = disk.open_queue(4).expect("a queue");
     queue.watch(Source::Kick, kick.as_fd()).expect("a watch");
     rustix::io::write(&kick, &1u64.to_ne_bytes()).expect("a kick");
-    assert!(queue.wait(Some(PATIENCE)).expect("wait").kick);
+    assert!(queue.wait(Some(WAIT_TIMEOUT)).expect("wait").kick);
     drop(queue);
     // Not even when the cluster would have it back.
     cluster.forgive();

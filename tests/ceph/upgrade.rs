@@ -61,7 +61,7 @@ fn dies_with_the_lock(server: &Server, mut new: Command, log: &Path) -> Option<i
         .spawn()
         .expect("virtioblkd");
     let said = |words: &str| fs::read_to_string(log).expect("a log").contains(words);
-    let end = Instant::now() + guest::PATIENCE;
+    let end = Instant::now() + guest::WAIT_TIMEOUT;
     while !said("state is taken over") {
         assert!(Instant::now() < end, "{}", fs::read_to_string(log).expect("a log"));
         std::thread::yield_now();

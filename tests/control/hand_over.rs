@@ -17,7 +17,7 @@ fn hand_over(client: &mut Client) -> Result<Value, String> {
 
 /// The connection that is passed on, right after its reply; and whether an attendant is relied on.
 fn passed_on(served: &Served) -> (UnixStream, bool) {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + WAIT_TIMEOUT;
     loop {
         if let Some(passed_on) = served.handed_over.lock().unwrap().pop() {
             return passed_on;
@@ -45,7 +45,7 @@ fn a_hand_over_begins_only_without_holds_copies_and_snapshots() {
     served.disk.set(Settle::Well);
     // Somebody else's snapshot.
     let answer = served.store_asks();
-    assert_eq!(answer.recv_timeout(PATIENCE), Ok(Ok(())));
+    assert_eq!(answer.recv_timeout(WAIT_TIMEOUT), Ok(Ok(())));
     assert_eq!(hand_over(&mut client), Err("not-now".into()));
     served.notices.unquiesce();
     served.disk.wait_closed(false);
@@ -79,7 +79,7 @@ fn a_hand_over_refuses_new_holds_copies_and_snapshots() {
         assert_eq!(other.ask(command, arguments), Err("upgrading".into()), "{command}");
     }
     let answer = served.store_asks();
-    assert_eq!(answer.recv_timeout(PATIENCE), Ok(Err(Errno(libc::EBUSY))));
+    assert_eq!(answer.recv_timeout(WAIT_TIMEOUT), Ok(Err(Errno(libc::EBUSY))));
     assert_eq!(served.disk.closings(), 0);
     assert!(other.ask("query-status", json!({})).is_ok());
     // It came to nothing.
@@ -98,7 +98,7 @@ fn a_client_that_connects_while_a_hand_over_is_decided_waits() {
         let stream = client.reader.get_mut();
         stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
         let read = stream.read(&mut [0]);
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(WAIT_TIMEOUT)).unwrap();
         read.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
     };
     assert!(silent(&mut client), "it is greeted by a process that may end");
@@ -116,17 +116,17 @@ fn the_new_process_requires_the_attendant_of_the_old_one() {
     assert_eq!(hand_over(&mut client), Ok(json!({})));
     assert!(passed_on(&served).1, "it is not told");
 
-    let next = Served::start(None, PATIENCE);
+    let next = Served::start(None, WAIT_TIMEOUT);
     next.took_over(json!({"pause-us": 7}), true);
     let mut watcher = next.client();
     let status = watcher.ask("query-status", json!({})).unwrap();
     assert_eq!(status["daemon"]["took-over"], json!({"pause-us": 7}));
     assert_eq!(status["attendant"]["present"], false);
-    assert_eq!(next.store_asks().recv_timeout(PATIENCE), Ok(Err(Errno(libc::EBUSY))));
+    assert_eq!(next.store_asks().recv_timeout(WAIT_TIMEOUT), Ok(Err(Errno(libc::EBUSY))));
     let mut attendant = next.client();
     attendant.ask("attend", json!({})).unwrap();
     let answer = next.store_asks();
     let id = attendant.event("PREPARE")["id"].take();
     attendant.ask("prepared", json!({"id": id})).unwrap();
-    assert_eq!(answer.recv_timeout(PATIENCE), Ok(Ok(())));
+    assert_eq!(answer.recv_timeout(WAIT_TIMEOUT), Ok(Ok(())));
 }

@@ -4,7 +4,7 @@
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use kit::control::{Client, PATIENCE, Served, Settle, figures};
+use kit::control::{Client, Served, Settle, WAIT_TIMEOUT, figures};
 use serde_json::{Value, json};
 use virtioblkd::backend::Notices;
 use virtioblkd::disk::ImageStatus;
@@ -13,7 +13,7 @@ use virtioblkd::engine::Errno;
 type Answer = Result<(), Errno>;
 
 fn wait(answer: &Receiver<Answer>) -> Answer {
-    answer.recv_timeout(PATIENCE).expect("an answer")
+    answer.recv_timeout(WAIT_TIMEOUT).expect("an answer")
 }
 
 fn refused(errno: i32) -> Answer {
@@ -55,7 +55,7 @@ fn the_disk_is_held_from_the_answer_until_the_store_says_so() {
 
 #[test]
 fn a_store_can_quiesce_without_a_control_socket() {
-    let mut served = Served::start(None, PATIENCE);
+    let mut served = Served::start(None, WAIT_TIMEOUT);
     for _ in 0..3 {
         let answer = served.store_asks();
         assert_eq!(wait(&answer), Ok(()));

@@ -4,7 +4,7 @@
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 
-use kit::control::{Client, PATIENCE, Served};
+use kit::control::{Client, Served, WAIT_TIMEOUT};
 use rustix::thread::set_thread_res_uid;
 use serde_json::json;
 use virtioblkd::internal::control::Access;
@@ -23,8 +23,8 @@ fn connect_as(user: u32, served: &Served) -> UnixStream {
         UnixStream::connect(path).unwrap()
     };
     let stream = std::thread::spawn(connect).join().unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(WAIT_TIMEOUT)).unwrap();
+    stream.set_write_timeout(Some(WAIT_TIMEOUT)).unwrap();
     stream
 }
 
@@ -124,7 +124,7 @@ fn other_users_do_not_keep_root_out() {
     assert!(refused.line()["error"]["desc"].as_str().unwrap().contains("32 clients"));
     // A place of another user's is free again for one.
     drop(others.pop());
-    let end = std::time::Instant::now() + PATIENCE;
+    let end = std::time::Instant::now() + WAIT_TIMEOUT;
     while Client::new(connect_as(OTHER, &served)).line()["QMP"].is_null() {
         assert!(std::time::Instant::now() < end, "the place stays taken");
     }

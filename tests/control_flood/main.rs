@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use kit::control::{Client, PATIENCE};
+use kit::control::{Client, WAIT_TIMEOUT};
 use kit::driver::{ALL, Driver};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
@@ -32,7 +32,7 @@ impl Daemon {
             .arg(dir.path().join("control"));
         let child = command.stdin(Stdio::null()).stderr(log).spawn().unwrap();
         let daemon = Daemon { child, dir };
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + WAIT_TIMEOUT;
         while !daemon.log().contains("serving on") {
             assert!(Instant::now() < end, "{}", daemon.log());
             std::thread::sleep(Duration::from_millis(5));
@@ -50,7 +50,7 @@ impl Daemon {
 
     /// A client that does all properly. Its place may have to be waited for.
     fn client(&self) -> Client {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + WAIT_TIMEOUT;
         loop {
             assert!(Instant::now() < end, "nobody is let in: {}", self.log());
             if let Some(client) = self.connect().ok().and_then(greeted) {
@@ -87,7 +87,7 @@ impl Drop for Daemon {
 
 /// `None`: it was turned away.
 fn greeted(stream: UnixStream) -> Option<Client> {
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(WAIT_TIMEOUT)).unwrap();
     let mut first = [0; 1];
     let mut peeked = stream.try_clone().unwrap();
     // The greeting is an object with QMP in it; a refusal is an error, and the end.
@@ -156,7 +156,7 @@ fn connection_storms_do_not_fill_the_log() {
     let limit = 2 * (60 + start.elapsed().as_secs() as usize) + 60;
     assert!(lines < limit, "{lines} lines after {:?}:\n{}", start.elapsed(), daemon.log());
     drop(silent);
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + WAIT_TIMEOUT;
     while !["front-end", "control: "]
         .iter()
         .all(|kind| daemon.log().lines().any(|line| line.contains(kind) && line.contains("left out before it: ")))
@@ -214,7 +214,7 @@ fn a_client_that_stops_while_it_holds_the_disk() {
         .spawn()
         .unwrap();
     let mut client = daemon.client();
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + WAIT_TIMEOUT;
     while client.ask("query-status", json!({})).unwrap()["quiesce"]["state"] != "quiesced" {
         assert!(Instant::now() < end, "it is not held");
         std::thread::sleep(Duration::from_millis(5));
@@ -245,7 +245,7 @@ fn connections_that_end_in_the_middle() {
         drop(stream);
         works(&mut guest);
     }
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + WAIT_TIMEOUT;
     let mut client = daemon.client();
     while client.ask("query-status", json!({})).unwrap()["quiesce"]["state"] != "open" {
         assert!(Instant::now() < end, "it is held still");

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use kit::control::{Client, PATIENCE};
+use kit::control::{Client, WAIT_TIMEOUT};
 use kit::driver::{ALL, Driver};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -37,7 +37,7 @@ impl Served {
     }
 
     fn client(&self) -> Client {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + WAIT_TIMEOUT;
         let stream = loop {
             match UnixStream::connect(self.path("ctl")) {
                 Ok(stream) => break stream,
@@ -89,7 +89,7 @@ fn state(client: &mut Client, copy: &str) -> Value {
 }
 
 fn wait_for(client: &mut Client, copy: &str, wanted: &str) -> Value {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + WAIT_TIMEOUT;
     loop {
         let status = state(client, copy);
         if status["state"] == wanted {

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 const SIZE: usize = 16 << 20;
 /// Nothing here takes this long.
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The image, and the directories for copies: one whose filesystem stops, and a healthy one.
 struct Place {
@@ -103,12 +103,12 @@ impl Drop for Daemon {
 }
 
 fn soon<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + WAIT_TIMEOUT;
     loop {
         if let Some(found) = look() {
             return found;
         }
-        assert!(Instant::now() < end, "not within {PATIENCE:?}: {what}");
+        assert!(Instant::now() < end, "not within {WAIT_TIMEOUT:?}: {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -124,7 +124,7 @@ fn a_killed_daemon_frees_its_guest_and_its_image_while_the_target_hangs() {
     let mut old = place.serve(&place.target.path());
     let mut client = place.client();
     let mut front_end = UnixStream::connect(place.path("sock")).expect("served");
-    front_end.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    front_end.set_read_timeout(Some(WAIT_TIMEOUT)).expect("a timeout");
     let prepared = client.ask("copy-prepare", json!({"target": place.target.path().join("copy.img")}));
     let copy = prepared.expect("prepared")["copy"].clone();
     place.target.stop();

@@ -15,7 +15,7 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// How long anything may take on a loaded machine before the test gives up.
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
 
 struct Daemon {
     child: Child,
@@ -53,7 +53,7 @@ impl Daemon {
     /// Reads the log up to a line with this text.
     fn wait_for(&mut self, text: &str) -> String {
         loop {
-            match self.log.recv_timeout(PATIENCE) {
+            match self.log.recv_timeout(WAIT_TIMEOUT) {
                 Ok(line) => {
                     self.seen.push(line.clone());
                     if line.contains(text) {
@@ -73,7 +73,7 @@ impl Daemon {
     /// Waits for the end; the status and the whole log.
     fn ended(mut self) -> (ExitStatus, String) {
         loop {
-            match self.log.recv_timeout(PATIENCE) {
+            match self.log.recv_timeout(WAIT_TIMEOUT) {
                 Ok(line) => self.seen.push(line),
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => panic!("it does not end: {:#?}", self.seen),
@@ -126,7 +126,7 @@ impl Place {
 
 fn connect(path: &Path) -> UnixStream {
     let stream = UnixStream::connect(path).expect("somebody listens");
-    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    stream.set_read_timeout(Some(WAIT_TIMEOUT)).expect("a timeout");
     stream
 }
 
@@ -451,7 +451,7 @@ fn the_disk_file_says_what_is_served_and_the_command_line_wins() {
 fn systemd_is_notified_of_start_and_end() {
     let place = Place::new();
     let systemd = UnixDatagram::bind(place.path("notify")).unwrap();
-    systemd.set_read_timeout(Some(PATIENCE)).unwrap();
+    systemd.set_read_timeout(Some(WAIT_TIMEOUT)).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkd"));
     command.args([NULL, &place.arg("socket-path", "s")]).env("NOTIFY_SOCKET", place.path("notify"));
     let daemon = Daemon::spawn(&mut command);

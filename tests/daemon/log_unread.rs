@@ -15,7 +15,7 @@ use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
 
 /// How long anything may take on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
 const S_OK: u8 = 0;
 
 struct Daemon {
@@ -51,7 +51,7 @@ impl Daemon {
 
     fn terminate(&mut self) -> ExitStatus {
         kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + WAIT_TIMEOUT;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;
@@ -71,11 +71,11 @@ impl Drop for Daemon {
 }
 
 fn connect(path: &Path) -> UnixStream {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + WAIT_TIMEOUT;
     loop {
         match UnixStream::connect(path) {
             Ok(stream) => {
-                stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                stream.set_read_timeout(Some(WAIT_TIMEOUT)).unwrap();
                 return stream;
             }
             Err(error) => assert!(Instant::now() < end, "{}: {error}", path.display()),
@@ -90,7 +90,7 @@ fn send_malformed_chains(front_end: &mut FrontEnd) {
         front_end.put_chain(0, 0, &[(0x10_0000, 16, 0)]);
         front_end.make_available(0, 0);
         front_end.kick(0);
-        assert!(front_end.used_within(0, PATIENCE).is_some(), "the ring stands still");
+        assert!(front_end.used_within(0, WAIT_TIMEOUT).is_some(), "the ring stands still");
     }
 }
 
@@ -106,7 +106,7 @@ fn serves_while_unread(output: impl Fn() -> Unread) {
         client.quiesce(json!({"lease-ms": 500, "detached": true}));
         front_end.add(0, front_end::OUT, 8, &[2; 4096], 0);
         front_end.kick(0);
-        assert!(front_end.used_within(0, PATIENCE).is_some(), "{}, {mode}: the lease does not end", unread.name);
+        assert!(front_end.used_within(0, WAIT_TIMEOUT).is_some(), "{}, {mode}: the lease does not end", unread.name);
         assert_eq!(client.ask("query-status", json!({})).unwrap()["quiesce"]["state"], "open");
 
         // A new connection is one more line of the log's.
@@ -147,7 +147,7 @@ fn a_disk_starts_while_its_log_is_a_file_that_hangs() {
     send_malformed_chains(&mut front_end);
     assert_eq!(front_end.write(0, 0, &[1; 4096]), S_OK);
     assert_eq!(daemon.client().ask("query-status", json!({})).unwrap()["quiesce"]["state"], "open");
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + WAIT_TIMEOUT;
     while filesystem.waiting() == 0 {
         assert!(Instant::now() < end, "the log is never written");
         std::thread::sleep(Duration::from_millis(5));
@@ -188,7 +188,7 @@ fn a_start_that_fails_ends_while_nobody_reads_why() {
         for unread in Unread::all() {
             let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkd"));
             let mut child = command.args(arguments).stdout(Stdio::null()).stderr(unread.output()).spawn().unwrap();
-            let end = Instant::now() + PATIENCE;
+            let end = Instant::now() + WAIT_TIMEOUT;
             let status = loop {
                 match child.try_wait().unwrap() {
                     Some(status) => break status,

@@ -48,7 +48,7 @@ enum Others {
 /// A thousand requests at depth through ring 0 while something of it is stalled. All must be answered, rightly; and
 /// nothing else.
 fn stream(guest: &mut Driver, others: Others, first_generation: u64) {
-    let mut chance = Prng::new(7);
+    let mut prng = Prng::new(7);
     let mut generations: HashMap<u64, u64> = HashMap::new();
     let mut reads: HashMap<u64, Vec<u8>> = HashMap::new();
     for round in 0..REQUESTS / DEPTH {
@@ -58,14 +58,14 @@ fn stream(guest: &mut Driver, others: Others, first_generation: u64) {
             let at = slot as usize * PAGE;
             // Two at once on a page could overtake each other.
             let number = loop {
-                let number = chance.below(PAGES);
+                let number = prng.below(PAGES);
                 if number != STALLED && !pages.contains(&number) {
                     break number;
                 }
             };
             pages.push(number);
             let offset = number * PAGE as u64;
-            match (others, chance.below(8)) {
+            match (others, prng.below(8)) {
                 (Others::ReadsWritesAndFlushes, 0) => guest.flush(0, slot),
                 (Others::ReadsAndWrites | Others::ReadsWritesAndFlushes, 1..4) => {
                     let generation = first_generation + round;

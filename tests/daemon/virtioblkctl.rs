@@ -8,7 +8,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use kit::control::{PATIENCE, Served, Settle};
+use kit::control::{Served, Settle, WAIT_TIMEOUT};
 use kit::unread::Unread;
 use kit::upgrade;
 use rustix::process::{Pid, Signal, kill_process};
@@ -302,7 +302,7 @@ fn quit_asks_for_the_end() {
     // The reply is written before the daemon is told.
     let start = Instant::now();
     while served.quits.load(Ordering::SeqCst) == 0 {
-        assert!(start.elapsed() < PATIENCE);
+        assert!(start.elapsed() < WAIT_TIMEOUT);
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -334,14 +334,14 @@ fn errors_name_the_thing_the_cause_and_the_mend() {
     std::thread::spawn(move || {
         let mut stream = listener.accept().unwrap().0;
         std::io::Write::write_all(&mut stream, b"HTTP/1.1 400 Bad Request\r\n").unwrap();
-        std::thread::sleep(PATIENCE);
+        std::thread::sleep(WAIT_TIMEOUT);
     });
     fails(&http, &["does not speak QMP"]);
     let silent = dir.path().join("silent");
     let _listener = UnixListener::bind(&silent).unwrap();
     let start = Instant::now();
     fails(&silent, &["no answer", "--socket-path"]);
-    assert!(start.elapsed() < PATIENCE, "it waits for five seconds, not for ever");
+    assert!(start.elapsed() < WAIT_TIMEOUT, "it waits for five seconds, not for ever");
 }
 
 /// The vhost-user socket of a real daemon, free and with a front-end: it says at once that it is the wrong one.

@@ -162,7 +162,7 @@ struct Plugging {
     guest: FrontEnd,
     plugged: BTreeMap<u64, Plugged>,
     pages: Vec<u8>,
-    chance: Prng,
+    prng: Prng,
 }
 
 /// A request in flight: what it reads is to be found in these pieces of plugged memory.
@@ -178,7 +178,7 @@ const REQUESTS: u64 = 12;
 impl Plugging {
     fn new(rig: &Rig, seed: u64) -> Plugging {
         let guest = FrontEnd::connect(&rig.path, 1, 64, ALL);
-        Plugging { guest, plugged: BTreeMap::new(), pages: vec![0; (SIZE / PAGE) as usize], chance: Prng::new(seed) }
+        Plugging { guest, plugged: BTreeMap::new(), pages: vec![0; (SIZE / PAGE) as usize], prng: Prng::new(seed) }
     }
 
     fn plug(&mut self, number: u64) {
@@ -194,7 +194,7 @@ impl Plugging {
     }
 
     fn any(&mut self) -> u64 {
-        let at = self.chance.below(self.plugged.len() as u64) as usize;
+        let at = self.prng.below(self.plugged.len() as u64) as usize;
         *self.plugged.keys().nth(at).unwrap()
     }
 
@@ -212,9 +212,9 @@ impl Plugging {
         } else {
             vec![(number, (slot + 1) * PAGE, PAGE as usize)]
         };
-        let page = (slot + REQUESTS * self.chance.below(SIZE / PAGE / REQUESTS)) as usize;
-        let write = self.chance.below(2) == 0;
-        let byte = self.chance.below(250) as u8;
+        let page = (slot + REQUESTS * self.prng.below(SIZE / PAGE / REQUESTS)) as usize;
+        let write = self.prng.below(2) == 0;
+        let byte = self.prng.below(250) as u8;
         let fill = if write { byte } else { 0xee };
         for (number, offset, len) in &pieces {
             self.plugged[number].region.write_slice(&vec![fill; *len], MemoryRegionAddress(*offset)).unwrap();
@@ -283,7 +283,7 @@ fn plugs(rig: &Rig, seed: u64) {
     for step in 0..400 {
         let asked: Vec<Asked> = (0..REQUESTS).map(|slot| this.ask(slot)).collect();
         this.guest.kick(0);
-        let number = this.chance.below(most);
+        let number = this.prng.below(most);
         let used = asked.iter().any(|asked| asked.pieces.iter().any(|(piece, ..)| *piece == number));
         if !this.plugged.contains_key(&number) {
             this.plug(number);

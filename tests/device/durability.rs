@@ -83,7 +83,7 @@ enum Sent {
 struct Load {
     guest: FrontEnd,
     promise: Promise,
-    chance: Prng,
+    prng: Prng,
     blocks: Vec<Block>,
     sent: [Vec<(u16, Sent)>; RINGS],
     last: u64,
@@ -93,18 +93,18 @@ struct Load {
 impl Load {
     fn new(guest: FrontEnd, promise: Promise, seed: u64) -> Load {
         let blocks = vec![Block { changes: vec![(0, 0)], ..Block::default() }; BLOCKS];
-        Load { guest, promise, chance: Prng::new(seed), blocks, sent: [vec![], vec![]], last: 0, answered: 0 }
+        Load { guest, promise, prng: Prng::new(seed), blocks, sent: [vec![], vec![]], last: 0, answered: 0 }
     }
 
     fn send(&mut self, ring: usize) {
-        if self.chance.below(8) == 0 {
+        if self.prng.below(8) == 0 {
             let covered = self.blocks.iter().map(|block| block.acknowledged).collect();
             let slot = self.guest.add(ring, FLUSH, 0, &[], 0);
             self.sent[ring].push((slot, Sent::Flush(covered)));
             return;
         }
-        let start = self.chance.below(BLOCKS as u64) as usize;
-        let end = (start + 1 + self.chance.below(4) as usize).min(BLOCKS);
+        let start = self.prng.below(BLOCKS as u64) as usize;
+        let end = (start + 1 + self.prng.below(4) as usize).min(BLOCKS);
         if self.blocks[start..end].iter().any(|block| block.busy) {
             return;
         }
@@ -113,7 +113,7 @@ impl Load {
         let mut range = (start as u64).to_le_bytes().to_vec();
         range.extend(((end - start) as u32).to_le_bytes());
         range.extend(0u32.to_le_bytes());
-        let (slot, content) = match self.chance.below(8) {
+        let (slot, content) = match self.prng.below(8) {
             0 => (self.guest.add(ring, WRITE_ZEROES, 0, &range, 0), 0),
             1 => (self.guest.add(ring, DISCARD, 0, &range, 0), u64::from_le_bytes([0xdb; 8])),
             _ => {
@@ -168,7 +168,7 @@ impl Load {
         let end = Instant::now() + Duration::from_secs(20);
         while self.answered < goal {
             for ring in 0..RINGS {
-                while self.sent[ring].len() < 12 && self.chance.below(4) > 0 {
+                while self.sent[ring].len() < 12 && self.prng.below(4) > 0 {
                     self.send(ring);
                 }
                 self.guest.kick(ring);
@@ -226,7 +226,7 @@ fn promises() -> Vec<(CacheMode, DurableWrite, u64, Promise)> {
 fn crash(mode: CacheMode, durable_write: DurableWrite, mask: u64, promise: Promise, seed: u64) -> Option<String> {
     let rig = Rig::new(mode, durable_write, CompletionOrder::Shuffled(seed));
     let mut load = Load::new(rig.connect(mask), promise, seed);
-    let requests = 20 + load.chance.below(150);
+    let requests = 20 + load.prng.below(150);
     load.work(requests);
     let keep = if seed.is_multiple_of(2) { CrashOutcome::Nothing } else { CrashOutcome::Some(seed) };
     load.broken(&rig.memory.crash(keep))

@@ -29,7 +29,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 const OK: u8 = 0;
-const PATIENCE: Duration = Duration::from_secs(20);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(20);
 
 fn options() -> DeviceOptions {
     DeviceOptions { mode: CacheMode::None, num_queues: 8, queue_size: 1024, serial: "hostile".into() }
@@ -75,7 +75,7 @@ const NEED_REPLY: u32 = 8;
 
 /// Sends a message that wants an acknowledgement; whether that came and was good.
 fn accepted(mut wire: &UnixStream, code: u32, body: &[u8], files: &[BorrowedFd]) -> bool {
-    wire.set_read_timeout(Some(PATIENCE)).unwrap();
+    wire.set_read_timeout(Some(WAIT_TIMEOUT)).unwrap();
     send(wire, code, NEED_REPLY, body, files).unwrap();
     let mut reply = [0; 20];
     wire.read_exact(&mut reply).is_ok() && reply[12..] == [0; 8]
@@ -208,7 +208,7 @@ fn run(guest: &mut FrontEnd, available: u16) {
 
 /// Waits until the largest ring has `wanted` answers.
 fn wait_for_used(rig: &Rig, guest: &FrontEnd, wanted: u16) {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + WAIT_TIMEOUT;
     while guest.memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap() != wanted {
         assert!(Instant::now() < end, "not all was answered: {:?}", rig.status().last_errors);
         std::thread::sleep(Duration::from_millis(1));
@@ -332,7 +332,7 @@ fn a_ring_full_of_the_longest_chains_can_be_held_and_stopped() {
         guest.make_available(0, head);
     }
     guest.kick(0);
-    guest.used_within(0, PATIENCE).expect("the first is refused");
+    guest.used_within(0, WAIT_TIMEOUT).expect("the first is refused");
     rig.hold(1).unwrap();
     let held_at = rig.status().total.errors;
     assert!(held_at < 1024, "the hold had to wait for all of them");
@@ -473,7 +473,7 @@ fn a_broken_ring_is_told_of_on_its_error_descriptor() {
     // A head that no ring has.
     guest.make_available(0, 64);
     guest.kick(0);
-    assert!(readable(&error, PATIENCE));
+    assert!(readable(&error, WAIT_TIMEOUT));
 }
 
 #[test]
@@ -482,7 +482,7 @@ fn messages_out_of_order_end_only_their_connection() {
     let zero = 0u64.to_le_bytes();
     let connected = || {
         let wire = UnixStream::connect(&rig.path).unwrap();
-        wire.set_read_timeout(Some(PATIENCE)).unwrap();
+        wire.set_read_timeout(Some(WAIT_TIMEOUT)).unwrap();
         wire
     };
     // Addresses before memory: the connection ends.
@@ -526,13 +526,13 @@ fn messages_out_of_order_end_only_their_connection() {
 }
 
 /// A random message that is nearly right: most have the size and the descriptors that they should have.
-fn random_message(chance: &mut Prng, wire: &UnixStream, files: &[OwnedFd]) -> std::io::Result<()> {
-    let word = |chance: &mut Prng| match chance.below(8) {
-        0 => chance.one_of(&[u64::MAX, 1 << 63, 1 << 32, u64::from(u32::MAX), u64::MAX - 4095]),
-        1 => chance.below(u64::MAX / 4096),
-        2 => chance.below(1 << 20),
-        3 => chance.below(1 << 10) * 4096,
-        _ => chance.below(5),
+fn random_message(prng: &mut Prng, wire: &UnixStream, files: &[OwnedFd]) -> std::io::Result<()> {
+    let word = |prng: &mut Prng| match prng.below(8) {
+        0 => prng.one_of(&[u64::MAX, 1 << 63, 1 << 32, u64::from(u32::MAX), u64::MAX - 4095]),
+        1 => prng.below(u64::MAX / 4096),
+        2 => prng.below(1 << 20),
+        3 => prng.below(1 << 10) * 4096,
+        _ => prng.below(5),
     };
     let codes = [
         (code::SET_OWNER, 0),
@@ -552,36 +552,34 @@ fn random_message(chance: &mut Prng, wire: &UnixStream, files: &[OwnedFd]) -> st
         (code::ADD_MEM_REG, 5),
         (code::REM_MEM_REG, 5),
     ];
-    let (mut request, words) = chance.one_of(&codes);
-    let mut body: Vec<u8> = (0..words).flat_map(|_| word(chance).to_le_bytes()).collect();
+    let (mut request, words) = prng.one_of(&codes);
+    let mut body: Vec<u8> = (0..words).flat_map(|_| word(prng).to_le_bytes()).collect();
     match request {
         // Ring and number share a word; half of them name a ring that is there.
-        code::SET_VRING_NUM | code::SET_VRING_BASE | code::SET_VRING_ENABLE if chance.below(2) == 0 => {
-            body[..4].copy_from_slice(&(chance.below(2) as u32).to_le_bytes());
-            body[4..].copy_from_slice(&chance.one_of(&[0u32, 1, 2, 64, 256]).to_le_bytes());
+        code::SET_VRING_NUM | code::SET_VRING_BASE | code::SET_VRING_ENABLE if prng.below(2) == 0 => {
+            body[..4].copy_from_slice(&(prng.below(2) as u32).to_le_bytes());
+            body[4..].copy_from_slice(&prng.one_of(&[0u32, 1, 2, 64, 256]).to_le_bytes());
         }
-        code::SET_FEATURES if chance.below(2) == 0 => {
-            body = (1u64 << 32 | chance.below(2) << 30 | chance.below(2) << 29 | chance.below(2) << 9)
-                .to_le_bytes()
-                .into();
+        code::SET_FEATURES if prng.below(2) == 0 => {
+            body = (1u64 << 32 | prng.below(2) << 30 | prng.below(2) << 29 | prng.below(2) << 9).to_le_bytes().into();
         }
-        code::SET_MEM_TABLE => body[..8].copy_from_slice(&chance.below(2).to_le_bytes()),
+        code::SET_MEM_TABLE => body[..8].copy_from_slice(&prng.below(2).to_le_bytes()),
         _ => {}
     }
-    if chance.below(16) == 0 {
-        request = chance.below(50) as u32;
+    if prng.below(16) == 0 {
+        request = prng.below(50) as u32;
     }
-    if chance.below(16) == 0 {
-        let len = chance.below(64) as usize;
+    if prng.below(16) == 0 {
+        let len = prng.below(64) as usize;
         body.resize(len, 0xff);
     }
     let wanted = u64::from(matches!(
         request,
         code::SET_MEM_TABLE | code::ADD_MEM_REG | code::SET_VRING_KICK | code::SET_VRING_CALL | code::SET_VRING_ERR
     ));
-    let count = if chance.below(16) == 0 { chance.below(4) } else { wanted };
-    let files: Vec<BorrowedFd> = (0..count).map(|_| files[chance.below(files.len() as u64) as usize].as_fd()).collect();
-    send(wire, request, chance.below(2) as u32 * NEED_REPLY, &body, &files)
+    let count = if prng.below(16) == 0 { prng.below(4) } else { wanted };
+    let files: Vec<BorrowedFd> = (0..count).map(|_| files[prng.below(files.len() as u64) as usize].as_fd()).collect();
+    send(wire, request, prng.below(2) as u32 * NEED_REPLY, &body, &files)
 }
 
 #[test]
@@ -596,9 +594,9 @@ fn random_messages_end_their_connection_at_most() {
     let end = Instant::now() + Duration::from_secs(10);
     for seed in 0..400 {
         eprintln!("seed {seed}");
-        let mut chance = Prng::new(seed);
+        let mut prng = Prng::new(seed);
         // A front-end that is there already, or one that begins with the chaos.
-        let (guest, wire) = if chance.below(2) == 0 {
+        let (guest, wire) = if prng.below(2) == 0 {
             let (guest, wire) = connect(&rig);
             (Some(guest), wire)
         } else {
@@ -607,7 +605,7 @@ fn random_messages_end_their_connection_at_most() {
         wire.set_nonblocking(true).unwrap();
         for _ in 0..40 {
             // The connection is over, or the other side is slow: more chaos comes with the next seed.
-            if random_message(&mut chance, &wire, &files).is_err() {
+            if random_message(&mut prng, &wire, &files).is_err() {
                 break;
             }
             // What it answers is its own affair.
@@ -655,45 +653,45 @@ const HALF: u64 = 32 << 20;
 
 /// Fills the ring's descriptors and what they point to at random: chains, loops, tables in tables, memory that is not
 /// there, lengths that overflow.
-fn random_ring(chance: &mut Prng, guest: &FrontEnd) {
+fn random_ring(prng: &mut Prng, guest: &FrontEnd) {
     let (headers, data) = (0x80_0000u64, 0x90_0000u64);
     let mut kinds = Vec::new();
     for at in 0..16 {
         // Sectors and counts such that no reading from a shifted place makes one that lies in the second half.
-        let sector = chance.one_of(&[0, 3, 1000, 1023, u64::MAX, u64::MAX / 512, 1 << 40]);
-        kinds.push(chance.one_of(&[IN, OUT, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, 99]));
+        let sector = prng.one_of(&[0, 3, 1000, 1023, u64::MAX, u64::MAX / 512, 1 << 40]);
+        kinds.push(prng.one_of(&[IN, OUT, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, 99]));
         guest.put_header(headers + at * 128, kinds[at as usize], sector);
         let range = headers + 0x1000 + at * 16;
-        guest.memory.write_obj(chance.one_of(&[0u64, 3, 1000, u64::MAX]), GuestAddress(range)).unwrap();
-        guest.memory.write_obj(chance.one_of(&[0u32, 1, 8, u32::MAX]), GuestAddress(range + 8)).unwrap();
-        guest.memory.write_obj(chance.one_of(&[0u32, 0, 1, 2]), GuestAddress(range + 12)).unwrap();
+        guest.memory.write_obj(prng.one_of(&[0u64, 3, 1000, u64::MAX]), GuestAddress(range)).unwrap();
+        guest.memory.write_obj(prng.one_of(&[0u32, 1, 8, u32::MAX]), GuestAddress(range + 8)).unwrap();
+        guest.memory.write_obj(prng.one_of(&[0u32, 0, 1, 2]), GuestAddress(range + 12)).unwrap();
     }
-    let descriptor = |chance: &mut Prng, first: bool| -> (u64, u32, u16, u16) {
-        let header = headers + chance.below(16) * 128;
-        let address = match chance.below(12) {
+    let descriptor = |prng: &mut Prng, first: bool| -> (u64, u32, u16, u16) {
+        let header = headers + prng.below(16) * 128;
+        let address = match prng.below(12) {
             _ if first => header,
-            0 => headers + 0x1000 + chance.below(16) * 16,
-            1 => chance.one_of(&[1 << 40, u64::MAX, u64::MAX - 15, 2 * REGION_BORDER - 8, 2 * REGION_BORDER]),
-            2 => REGION_BORDER - chance.below(600),
+            0 => headers + 0x1000 + prng.below(16) * 16,
+            1 => prng.one_of(&[1 << 40, u64::MAX, u64::MAX - 15, 2 * REGION_BORDER - 8, 2 * REGION_BORDER]),
+            2 => REGION_BORDER - prng.below(600),
             3 => header + 64,
-            4 => headers + 0x2000 + chance.below(4) * 256,
-            _ => data + chance.below(1 << 20),
+            4 => headers + 0x2000 + prng.below(4) * 256,
+            _ => data + prng.below(1 << 20),
         };
-        let len = match chance.below(6) {
-            0 => chance.one_of(&[0, 3, 15, 17, 1 << 31, u32::MAX, (4 << 20) + 1]),
+        let len = match prng.below(6) {
+            0 => prng.one_of(&[0, 3, 15, 17, 1 << 31, u32::MAX, (4 << 20) + 1]),
             1 => 1,
             2 | 3 => 16,
-            _ => 512 * chance.below(20) as u32,
+            _ => 512 * prng.below(20) as u32,
         };
-        let kind = chance.one_of(&[0, 0, 0, WRITE, WRITE, INDIRECT, WRITE | INDIRECT]);
-        let more = if chance.below(3) > 0 { NEXT } else { 0 };
-        (address, if first { 16 } else { len }, if first { NEXT } else { kind | more }, chance.below(70) as u16)
+        let kind = prng.one_of(&[0, 0, 0, WRITE, WRITE, INDIRECT, WRITE | INDIRECT]);
+        let more = if prng.below(3) > 0 { NEXT } else { 0 };
+        (address, if first { 16 } else { len }, if first { NEXT } else { kind | more }, prng.below(70) as u16)
     };
     let mut sane = 0;
     // Indirect tables.
     for table in 0..4 {
         for entry in 0..16 {
-            let (address, len, flags, _) = descriptor(chance, entry == 0);
+            let (address, len, flags, _) = descriptor(prng, entry == 0);
             let at = headers + 0x2000 + table * 256 + entry * 16;
             guest.memory.write_obj(address, GuestAddress(at)).unwrap();
             let rest = u64::from(len) | u64::from(flags) << 32 | (entry + 1) << 48;
@@ -702,12 +700,12 @@ fn random_ring(chance: &mut Prng, guest: &FrontEnd) {
     }
     for index in 0..64 {
         // Every other chain makes sense up to its header's sector.
-        if index % 4 == 0 && chance.below(2) == 0 {
-            let header = chance.below(16);
+        if index % 4 == 0 && prng.below(2) == 0 {
+            let header = prng.below(16);
             let body = match kinds[header as usize] {
-                OUT => (data + chance.below(5000), 512 * (1 + chance.below(8) as u32), 0),
-                DISCARD | WRITE_ZEROES => (headers + 0x1000 + chance.below(16) * 16, 16, 0),
-                _ => (data + chance.below(5000), 512 * (1 + chance.below(8) as u32), WRITE),
+                OUT => (data + prng.below(5000), 512 * (1 + prng.below(8) as u32), 0),
+                DISCARD | WRITE_ZEROES => (headers + 0x1000 + prng.below(16) * 16, 16, 0),
+                _ => (data + prng.below(5000), 512 * (1 + prng.below(8) as u32), WRITE),
             };
             let header = headers + header * 128;
             guest.put_chain(0, index, &[(header, 16, 0), body, (header + 64, 1, WRITE)]);
@@ -716,10 +714,10 @@ fn random_ring(chance: &mut Prng, guest: &FrontEnd) {
         if index < sane {
             continue;
         }
-        let (address, len, flags, next) = descriptor(chance, index % 4 == 0);
+        let (address, len, flags, next) = descriptor(prng, index % 4 == 0);
         // Mostly the next one, so that some chains make sense.
-        let next = if chance.below(4) > 0 { index + 1 } else { next };
-        let flags = if index % 4 == 3 && chance.below(2) == 0 { WRITE } else { flags };
+        let next = if prng.below(4) > 0 { index + 1 } else { next };
+        let flags = if index % 4 == 3 && prng.below(2) == 0 { WRITE } else { flags };
         guest.put_descriptor(0, index, address, len, flags, next);
     }
 }
@@ -737,13 +735,13 @@ fn random_chains_are_answered_once_and_write_nowhere_else() {
         let end = Instant::now() + Duration::from_secs(8);
         for seed in 0..400 {
             eprintln!("{mode}, seed {seed}");
-            let mut chance = Prng::new(seed);
+            let mut prng = Prng::new(seed);
             let (mut guest, wire) = connect(&rig);
-            random_ring(&mut chance, &guest);
+            random_ring(&mut prng, &guest);
             let mut offered = vec![0; 64];
-            let requests = 1 + chance.below(40);
+            let requests = 1 + prng.below(40);
             for _ in 0..requests {
-                let head = chance.below(64) as u16 & if chance.below(8) == 0 { u16::MAX } else { !3 };
+                let head = prng.below(64) as u16 & if prng.below(8) == 0 { u16::MAX } else { !3 };
                 offered[usize::from(head)] += 1;
                 guest.make_available(0, head);
             }
@@ -758,7 +756,7 @@ fn random_chains_are_answered_once_and_write_nowhere_else() {
                 }
                 answered
             };
-            let timeout = Instant::now() + PATIENCE;
+            let timeout = Instant::now() + WAIT_TIMEOUT;
             let mut broken = false;
             while take(&mut guest) < requests && !broken {
                 broken = rig
@@ -826,7 +824,7 @@ fn thousands_of_malformed_requests_cost_a_bounded_log_and_status() {
         }
         guest.kick(0);
         for _ in 0..10 {
-            guest.used_within(0, PATIENCE).expect("returned");
+            guest.used_within(0, WAIT_TIMEOUT).expect("returned");
         }
     }
     failed_write(&mut guest);

@@ -341,7 +341,7 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
 #[test]
 fn garbage_in_the_region_harms_its_ring_only() {
     let (_disk, rig) = server(CompletionOrder::InOrder);
-    let mut chance = Prng::new(5);
+    let mut prng = Prng::new(5);
     let mut stopped = 0;
     for round in 0..200 {
         let mut guest = Guest::new(&rig);
@@ -352,7 +352,7 @@ fn garbage_in_the_region_harms_its_ring_only() {
         guest.region.read_exact_at(&mut bytes, 0).unwrap();
         // All of it, or only the marks and the orders.
         let from = if round % 2 == 0 { 0 } else { 16 };
-        bytes[from..].iter_mut().for_each(|byte| *byte = chance.below(if round % 4 < 2 { 256 } else { 3 }) as u8);
+        bytes[from..].iter_mut().for_each(|byte| *byte = prng.below(if round % 4 < 2 { 256 } else { 3 }) as u8);
         guest.region.write_all_at(&bytes, 0).unwrap();
         // A driver that waits for nothing is owed nothing.
         (0..8).for_each(|_| _ = guest.front_end.add(0, IN, 0, &[], SECTOR as u32));
@@ -384,7 +384,7 @@ const MAX_ASKED: usize = 12;
 /// One ring through the deaths of its servers, its operator's holds, failures, stops and resets, in an order drawn at
 /// random.
 struct Walk {
-    chance: Prng,
+    prng: Prng,
     guest: Guest,
     /// What was made available and not answered, by slot: its kind.
     asked: BTreeMap<u16, u32>,
@@ -403,7 +403,7 @@ impl Walk {
         let (disk, rig) = server(CompletionOrder::OnRequest);
         let guest = Guest::new(&rig);
         Walk {
-            chance: Prng::new(seed),
+            prng: Prng::new(seed),
             guest,
             asked: BTreeMap::new(),
             held: None,
@@ -423,9 +423,9 @@ impl Walk {
     }
 
     fn step(&mut self) {
-        match self.chance.below(20) {
+        match self.prng.below(20) {
             0..=8 => self.ask(),
-            9..=12 => self.disk().release(1 + self.chance.below(4)),
+            9..=12 => self.disk().release(1 + self.prng.below(4)),
             13 => self.plant(),
             14 => self.hold(),
             15 => self.let_go(),
@@ -442,14 +442,14 @@ impl Walk {
             return;
         }
         let front_end = &mut self.guest.front_end;
-        let sector = self.chance.below(64);
-        let (kind, slot) = match self.chance.below(4) {
+        let sector = self.prng.below(64);
+        let (kind, slot) = match self.prng.below(4) {
             0 => (IN, front_end.add(0, IN, sector, &[], SECTOR as u32)),
             1 => (FLUSH, front_end.add(0, FLUSH, 0, &[], 0)),
             _ => (OUT, front_end.add(0, OUT, sector, &[7; SECTOR], 0)),
         };
         assert_eq!(self.asked.insert(slot, kind), None, "a slot that is in use was free");
-        if self.chance.below(3) > 0 {
+        if self.prng.below(3) > 0 {
             front_end.kick(0);
         }
     }
@@ -466,8 +466,8 @@ impl Walk {
     }
 
     fn plant(&mut self) {
-        let op = [MemOp::Write, MemOp::Read][self.chance.below(2) as usize];
-        self.disk().fail(Fault { op, nth: 1 + self.chance.below(3), errno: Errno(libc::EIO), transferred: 0 });
+        let op = [MemOp::Write, MemOp::Read][self.prng.below(2) as usize];
+        self.disk().fail(Fault { op, nth: 1 + self.prng.below(3), errno: Errno(libc::EIO), transferred: 0 });
         self.fails = true;
     }
 

@@ -319,17 +319,17 @@ fn nothing_is_lost_or_answered_twice_whatever_fails() {
     for seed in 1..=20 {
         let (disk, rig) = served(OnError::Stop);
         let mut guest = FrontEnd::connect(&rig.path, 2, SIZE, ALL);
-        let mut chance = Prng::new(seed);
+        let mut prng = Prng::new(seed);
         let mut expected = vec![0; 1 << 20];
         for round in 0..40u8 {
             let mut sent = [Vec::new(), Vec::new()];
             for sector in 0..8u64 {
-                let ring = chance.below(2) as usize;
+                let ring = prng.below(2) as usize;
                 let (place, byte) = ((round % 4) as u64 * 8 + sector, round * 3 + sector as u8);
-                let errno = if chance.below(2) == 0 { EIO } else { ENOSPC };
-                let op = [MemOp::Write, MemOp::Read][chance.below(2) as usize];
-                disk.fail(Fault { op, nth: 1 + chance.below(12), errno, transferred: chance.below(512) as usize });
-                sent[ring].push(if chance.below(4) == 0 {
+                let errno = if prng.below(2) == 0 { EIO } else { ENOSPC };
+                let op = [MemOp::Write, MemOp::Read][prng.below(2) as usize];
+                disk.fail(Fault { op, nth: 1 + prng.below(12), errno, transferred: prng.below(512) as usize });
+                sent[ring].push(if prng.below(4) == 0 {
                     guest.add(ring, IN, place, &[], 512)
                 } else {
                     expected[place as usize * 512..][..512].fill(byte);
@@ -337,7 +337,7 @@ fn nothing_is_lost_or_answered_twice_whatever_fails() {
                 });
                 guest.kick(ring);
             }
-            match chance.below(6) {
+            match prng.below(6) {
                 0 => guest.send_memory_table(),
                 1 => rig.disk.close_gate(u64::from(round) + 1),
                 _ => {}

@@ -33,9 +33,9 @@ fn replay(target: &str, rounds: u64, run: fn(&[u8])) {
     };
     inputs.iter().for_each(|input| try_one(input));
     let rounds = std::env::var("VIRTIOBLKD_FUZZ_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(rounds);
-    let mut chance = Prng::new(rounds);
+    let mut prng = Prng::new(rounds);
     for _ in 0..rounds {
-        try_one(&mutated(&mut chance, &inputs));
+        try_one(&mutated(&mut prng, &inputs));
     }
 }
 
@@ -44,33 +44,33 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// One input, or the start of one and the end of another, with a few bytes changed.
-fn mutated(chance: &mut Prng, inputs: &[Vec<u8>]) -> Vec<u8> {
-    let some = |chance: &mut Prng| &inputs[chance.below(inputs.len() as u64) as usize];
-    let mut made = some(chance).clone();
-    if chance.below(3) == 0 {
-        let other = some(chance);
-        made.truncate(chance.below(made.len() as u64 + 1) as usize);
-        made.extend_from_slice(&other[chance.below(other.len() as u64 + 1) as usize..]);
+fn mutated(prng: &mut Prng, inputs: &[Vec<u8>]) -> Vec<u8> {
+    let some = |prng: &mut Prng| &inputs[prng.below(inputs.len() as u64) as usize];
+    let mut made = some(prng).clone();
+    if prng.below(3) == 0 {
+        let other = some(prng);
+        made.truncate(prng.below(made.len() as u64 + 1) as usize);
+        made.extend_from_slice(&other[prng.below(other.len() as u64 + 1) as usize..]);
     }
-    for _ in 0..chance.below(8) {
-        let at = chance.below(made.len() as u64 + 1) as usize;
-        match chance.below(6) {
+    for _ in 0..prng.below(8) {
+        let at = prng.below(made.len() as u64 + 1) as usize;
+        match prng.below(6) {
             0 => {
-                let more = chance.below(16) as usize;
-                made.splice(at..at, chance.bytes(more));
+                let more = prng.below(16) as usize;
+                made.splice(at..at, prng.bytes(more));
             }
-            1 => drop(made.drain(at..(at + chance.below(16) as usize).min(made.len()))),
+            1 => drop(made.drain(at..(at + prng.below(16) as usize).min(made.len()))),
             2 => {
-                let end = (at + 1 + chance.below(64) as usize).min(made.len());
+                let end = (at + 1 + prng.below(64) as usize).min(made.len());
                 let part = made[at..end].to_vec();
                 made.splice(at..at, part);
             }
             kind => {
                 if let Some(byte) = made.get_mut(at) {
                     *byte = match kind {
-                        3 => chance.one_of(&[0, 1, 0x7f, 0x80, 0xff]),
-                        4 => *byte ^ 1 << chance.below(8),
-                        _ => chance.below(256) as u8,
+                        3 => prng.one_of(&[0, 1, 0x7f, 0x80, 0xff]),
+                        4 => *byte ^ 1 << prng.below(8),
+                        _ => prng.below(256) as u8,
                     };
                 }
             }

@@ -68,7 +68,7 @@ fn a_guest_outlives_every_kill_of_its_server() {
     let (mut owed, mut done_again) = (0, 0);
     for kill in 0..kills() {
         assert!(
-            world.goes_on(guest::PATIENCE),
+            world.goes_on(guest::WAIT_TIMEOUT),
             "after {kill} kills the guest's I/O hangs: {}",
             world.server().status()
         );
@@ -78,7 +78,7 @@ fn a_guest_outlives_every_kill_of_its_server() {
         done_again += u32::from(world.server().log().contains("are resubmitted"));
         world.kill();
     }
-    assert!(world.goes_on(guest::PATIENCE));
+    assert!(world.goes_on(guest::WAIT_TIMEOUT));
     done_again += u32::from(world.server().log().contains("are resubmitted"));
     assert!(done_again > kills() / 2, "only {done_again} of {} servers had to do anything again", kills());
     world.vm.go();
@@ -95,7 +95,7 @@ fn a_guest_outlives_every_kill_of_its_server() {
 #[test]
 fn a_server_that_forgets_in_flight_requests_is_found() {
     let mut world = World::new("forgetful:30");
-    assert!(world.goes_on(guest::PATIENCE));
+    assert!(world.goes_on(guest::WAIT_TIMEOUT));
     let mut kills = 0;
     // QEMU and the guest need a moment to come back, and a busy machine longer.
     while world.goes_on(Duration::from_secs(20)) {

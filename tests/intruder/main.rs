@@ -15,7 +15,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use kit::control::PATIENCE;
+use kit::control::WAIT_TIMEOUT;
 use kit::rbd_stub;
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -136,7 +136,7 @@ impl RingContext {
         change(&mut command);
         let mut daemon = command.spawn().unwrap();
         let text = |path: &Path| fs::read_to_string(path).unwrap();
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + WAIT_TIMEOUT;
         while !(text(&tries).ends_with("end\n") && text(&log).contains("serving on")) {
             let ended = daemon.try_wait().unwrap();
             assert!(ended.is_none(), "it ended ({ended:?}): {}\n{}", text(&log), text(&tries));

@@ -38,10 +38,10 @@ fn every_request_is_answered_whenever_it_comes() {
     let disk = Arc::new(MemBackend::new(MemOptions::new(SIZE)));
     let rig = rig(disk, Duration::from_micros(30));
     let mut driver = Driver::connect(&rig.path, 1, 128, 4096, ALL).unwrap();
-    let mut chance = rig::Prng::new(3);
+    let mut prng = rig::Prng::new(3);
     for round in 0..3000u64 {
         // Before the look, in it, about its end, and long after it.
-        let (pause, start) = (Duration::from_micros(chance.below(90)), Instant::now());
+        let (pause, start) = (Duration::from_micros(prng.below(90)), Instant::now());
         while start.elapsed() < pause {
             std::hint::spin_loop();
         }

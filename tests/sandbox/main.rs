@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use kit::control::{Client, PATIENCE};
+use kit::control::{Client, WAIT_TIMEOUT};
 use kit::driver::{ALL, Driver};
 use kit::unread::Unread;
 use rustix::process::{Pid, Signal, kill_process};
@@ -114,7 +114,7 @@ impl Daemon {
         let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkd"));
         let child = command.args(place.arguments()).args(more).stdin(Stdio::null()).stderr(log).spawn().unwrap();
         let mut daemon = Daemon { child, place };
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + WAIT_TIMEOUT;
         while !daemon.log().contains("serving on") {
             assert!(daemon.child.try_wait().unwrap().is_none(), "it ended: {}", daemon.log());
             assert!(Instant::now() < end, "it does not serve: {}", daemon.log());
@@ -160,7 +160,7 @@ impl Daemon {
         let token = client.quiesce(json!({}));
         client.ask("copy-start", json!({"copy": copy, "token": token})).unwrap();
         client.ask("resume", json!({"token": token})).unwrap();
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + WAIT_TIMEOUT;
         let completed = |client: &mut Client| {
             let copies = client.ask("query-copies", json!({})).unwrap();
             copies.as_array().unwrap().iter().any(|it| it["copy"] == *copy && it["state"] == "completed")
@@ -245,7 +245,7 @@ fn queues_start_again_as_often_as_front_ends_and_copies_come() {
     for count in 1..=25 {
         daemon.exercise();
         // The next one would be turned away while this one is drained.
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + WAIT_TIMEOUT;
         while daemon.log().matches("front-end gone").count() < count {
             assert!(Instant::now() < end, "{}", daemon.log());
             std::thread::sleep(std::time::Duration::from_millis(2));
@@ -275,7 +275,7 @@ fn a_queue_deeper_than_its_io_uring_completes_every_request() {
                 guest.read(queue, 4096 * read as u64, MIB + 4096 * read, 4096, (BLOCKS + read) as u64);
             }
             guest.kick(queue);
-            let (mut completed, end) = (0, Instant::now() + PATIENCE);
+            let (mut completed, end) = (0, Instant::now() + WAIT_TIMEOUT);
             while completed < BLOCKS + 80 {
                 assert!(Instant::now() < end, "{completed} of {}: {}", BLOCKS + 80, daemon.log());
                 let some = guest.wait(queue);

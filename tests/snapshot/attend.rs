@@ -10,7 +10,7 @@ use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use kit::control::{Served, Settle, figures};
-use kit::snapshot::{Agent, Mood, PATIENCE, ctl, err, hooks, wait_until};
+use kit::snapshot::{Agent, Mood, WAIT_TIMEOUT, ctl, err, hooks, wait_until};
 use kit::unread::Unread;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -114,7 +114,7 @@ fn attended(disk: &Served) -> Value {
 }
 
 fn wait(answer: &Receiver<Result<(), Errno>>) -> Result<(), Errno> {
-    answer.recv_timeout(PATIENCE).expect("an answer")
+    answer.recv_timeout(WAIT_TIMEOUT).expect("an answer")
 }
 
 #[test]

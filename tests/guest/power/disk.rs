@@ -162,13 +162,13 @@ struct Thread {
     half_a_line: Vec<u8>,
     shared: Arc<Mutex<Shared>>,
     due: Vec<Due>,
-    chance: Prng,
+    prng: Prng,
     last: u64,
 }
 
 impl Thread {
     fn new(nbd: UnixStream, said: UnixStream, shared: Arc<Mutex<Shared>>, seed: u64) -> Thread {
-        Thread { nbd, said, half_a_line: Vec::new(), shared, due: Vec::new(), chance: Prng::new(seed), last: 0 }
+        Thread { nbd, said, half_a_line: Vec::new(), shared, due: Vec::new(), prng: Prng::new(seed), last: 0 }
     }
 
     fn run(mut self) -> io::Result<()> {
@@ -266,11 +266,11 @@ impl Thread {
     /// then so long that many others overtake.
     fn delay(&mut self, command: &Command) -> Duration {
         let longest = match command {
-            _ if self.chance.below(16) == 0 => 20_000,
+            _ if self.prng.below(16) == 0 => 20_000,
             Command::Flush => 10_000,
             _ => 1500,
         };
-        Duration::from_micros(self.chance.below(longest))
+        Duration::from_micros(self.prng.below(longest))
     }
 
     fn send_replies(&mut self) -> io::Result<()> {

@@ -96,13 +96,12 @@ impl Medium {
     }
 
     /// One of the media that a cut may leave: nothing that was not flushed, all of it, or any part.
-    pub fn cut(&self, chance: &mut Prng) -> Vec<u8> {
+    pub fn cut(&self, prng: &mut Prng) -> Vec<u8> {
         let mut medium = self.durable.clone();
-        let kept = chance.one_of(&[0, 5, 50, 95, 100]);
+        let kept = prng.one_of(&[0, 5, 50, 95, 100]);
         for (sector, versions) in &self.pending {
-            if chance.below(100) < kept {
-                let version =
-                    if kept == 100 { versions.len() - 1 } else { chance.below(versions.len() as u64) as usize };
+            if prng.below(100) < kept {
+                let version = if kept == 100 { versions.len() - 1 } else { prng.below(versions.len() as u64) as usize };
                 medium[*sector as usize * SECTOR..][..SECTOR].copy_from_slice(&versions[version].1);
             }
         }
@@ -274,13 +273,13 @@ pub fn judge_file(
     promise: Promise,
     area: Area,
     cuts: usize,
-    chance: &mut Prng,
+    prng: &mut Prng,
     mut recover: impl FnMut(&[u8]) -> Vec<u8>,
 ) -> Verdict {
     let mut promises = Promises::new(promise, area.sectors);
     let mut verdict = Verdict { cuts, ..Verdict::default() };
-    let points = points(record, cuts, chance);
-    walk(record, points, chance, &mut |at, step| match step {
+    let points = points(record, cuts, prng);
+    walk(record, points, prng, &mut |at, step| match step {
         Step::Said(said) => verdict.promises += promises.hear(said).len(),
         Step::Cut(medium) => {
             let file = recover(&medium);
@@ -302,7 +301,7 @@ pub fn judge_file(
 pub fn judge_copies(
     record: &Record,
     cuts: usize,
-    chance: &mut Prng,
+    prng: &mut Prng,
     mut recover: impl FnMut(&[u8]) -> Vec<Option<Vec<u8>>>,
 ) -> Vec<String> {
     let ends: Vec<usize> =
@@ -313,11 +312,11 @@ pub fn judge_copies(
     let whole = recover(&medium.newest());
     assert!(whole.len() == ends.len() && whole.iter().all(Option::is_some), "copies are missing without a cut");
     // About the ends something may go wrong; most of the record has nothing to do with them.
-    let near = |chance: &mut Prng| (chance.one_of(&ends) + chance.below(60) as usize).saturating_sub(20);
-    let mut points: Vec<usize> = (0..cuts).map(|_| near(chance).min(record.events.len() - 1)).collect();
+    let near = |prng: &mut Prng| (prng.one_of(&ends) + prng.below(60) as usize).saturating_sub(20);
+    let mut points: Vec<usize> = (0..cuts).map(|_| near(prng).min(record.events.len() - 1)).collect();
     points.sort_unstable_by(|a, b| b.cmp(a));
     let (mut reported, mut wrong) = (0, Vec::new());
-    walk(record, points, chance, &mut |at, step| match step {
+    walk(record, points, prng, &mut |at, step| match step {
         Step::Said(said) => reported += u64::from(matches!(said, Said::Copied(_))),
         Step::Cut(medium) => {
             for (number, (found, whole)) in (1..).zip(recover(&medium).iter().zip(&whole)) {
@@ -340,7 +339,7 @@ enum Step<'a> {
 }
 
 /// Goes through a record and cuts at `points`, the last one first.
-fn walk(record: &Record, mut points: Vec<usize>, chance: &mut Prng, visit: &mut dyn FnMut(usize, Step<'_>)) {
+fn walk(record: &Record, mut points: Vec<usize>, prng: &mut Prng, visit: &mut dyn FnMut(usize, Step<'_>)) {
     let mut medium = Medium::new(record);
     for (at, event) in record.events.iter().enumerate() {
         medium.apply(at, event);
@@ -349,23 +348,19 @@ fn walk(record: &Record, mut points: Vec<usize>, chance: &mut Prng, visit: &mut 
         }
         while points.last() == Some(&at) {
             points.pop();
-            visit(at, Step::Cut(medium.cut(chance)));
+            visit(at, Step::Cut(medium.cut(prng)));
         }
     }
 }
 
 /// Points of a record, the last one first: half of them anywhere, half where something was just acknowledged.
-fn points(record: &Record, count: usize, chance: &mut Prng) -> Vec<usize> {
+fn points(record: &Record, count: usize, prng: &mut Prng) -> Vec<usize> {
     let is_answer = |event: &Event| {
         matches!(event, Event::Said(Said::Acknowledged(_) | Said::FlushAcknowledged(_) | Said::Held | Said::Stopped))
     };
     let answers: Vec<usize> = (0..record.events.len()).filter(|at| is_answer(&record.events[*at])).collect();
     let mut points: Vec<usize> = (0..count)
-        .map(
-            |nth| {
-                if nth % 2 == 0 { chance.below(record.events.len() as u64) as usize } else { chance.one_of(&answers) }
-            },
-        )
+        .map(|nth| if nth % 2 == 0 { prng.below(record.events.len() as u64) as usize } else { prng.one_of(&answers) })
         .collect();
     points.sort_unstable_by(|a, b| b.cmp(a));
     points

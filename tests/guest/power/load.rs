@@ -73,7 +73,7 @@ enum Request {
 
 struct Load {
     plan: Plan,
-    chance: Prng,
+    prng: Prng,
     driver: Driver,
     port: Port,
     /// By queue.
@@ -96,7 +96,7 @@ pub fn run() {
     let answered = Arc::new(AtomicU64::new(0));
     let operator = operator(&plan, port.clone(), answered.clone());
     let mut load = Load {
-        chance: Prng::new(plan.seed),
+        prng: Prng::new(plan.seed),
         driver,
         port: port.clone(),
         under_way: [vec![], vec![]],
@@ -118,8 +118,8 @@ pub fn run() {
 impl Load {
     /// Fills the queues to the depth of the moment.
     fn send(&mut self) {
-        if self.chance.below(16) == 0 {
-            self.depth = self.chance.one_of(&[1, 2, 4, 8, DEPTH]);
+        if self.prng.below(16) == 0 {
+            self.depth = self.prng.one_of(&[1, 2, 4, 8, DEPTH]);
         }
         let room = self.depth.saturating_sub(self.under_way.iter().map(Vec::len).sum());
         let left = self.plan.requests - self.made;
@@ -134,7 +134,7 @@ impl Load {
         // Before the requests are in the ring: a server that polls takes them before we kick.
         self.port.say(&steps);
         for request in requests {
-            let queue = self.chance.below(QUEUES as u64) as usize;
+            let queue = self.prng.below(QUEUES as u64) as usize;
             self.put(queue, &request);
             self.under_way[queue].push(request);
         }
@@ -145,19 +145,19 @@ impl Load {
     fn make(&mut self) -> Option<Request> {
         // Mostly alone, but often enough behind another: a sync that runs must not answer for what came later.
         let flushing = self.under_way.iter().flatten().any(|request| matches!(request, Request::Flush(_)));
-        if self.plan.flushes && self.chance.below(if flushing { 4 } else { 10 }) == 0 {
+        if self.plan.flushes && self.prng.below(if flushing { 4 } else { 10 }) == 0 {
             self.made += 1;
             return Some(Request::Flush(self.made));
         }
-        let start = self.chance.below(self.plan.sectors);
-        let end = (start + 1 + self.chance.below(LONGEST)).min(self.plan.sectors);
+        let start = self.prng.below(self.plan.sectors);
+        let end = (start + 1 + self.prng.below(LONGEST)).min(self.plan.sectors);
         let sectors = start as usize..end as usize;
         if self.busy[sectors.clone()].contains(&true) {
             return None;
         }
         self.busy[sectors].fill(true);
         self.made += 1;
-        let kind = match self.chance.below(16) {
+        let kind = match self.prng.below(16) {
             0 => Kind::Discard,
             1 | 2 => Kind::Zeroes,
             _ => Kind::Write,

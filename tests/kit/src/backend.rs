@@ -19,7 +19,7 @@ use virtioblkd::engine::CacheMode;
 pub use crate::prng::Prng;
 
 /// Longest that anything may hang before a test fails instead of the whole run.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// One queue, used the way a worker does.
 pub struct Driver {
@@ -44,7 +44,7 @@ impl Driver {
     pub fn reap(&mut self) -> Vec<Completion> {
         let mut out = Vec::new();
         while out.is_empty() {
-            self.queue.wait(Some(PATIENCE)).expect("wait");
+            self.queue.wait(Some(WAIT_TIMEOUT)).expect("wait");
             self.queue.reap(&mut out);
         }
         out
@@ -83,10 +83,10 @@ impl Driver {
 }
 
 /// A buffer as a guest may make it: one part or many, aligned or not.
-pub fn some_buffer(chance: &mut Prng, len: usize) -> IoBuf {
-    match chance.below(4) {
+pub fn some_buffer(prng: &mut Prng, len: usize) -> IoBuf {
+    match prng.below(4) {
         0 => IoBuf::owned(len, 4096, 0),
-        1 => IoBuf::owned(len, 4096, 1 + chance.below(511) as usize),
+        1 => IoBuf::owned(len, 4096, 1 + prng.below(511) as usize),
         2 => {
             let mut lens = vec![512; len / 512];
             lens.extend((!len.is_multiple_of(512)).then_some(len % 512));
@@ -96,7 +96,7 @@ pub fn some_buffer(chance: &mut Prng, len: usize) -> IoBuf {
             let mut lens = Vec::new();
             let mut left = len;
             while left > 0 {
-                let part = (1 + chance.below(len.min(5000) as u64) as usize).min(left);
+                let part = (1 + prng.below(len.min(5000) as u64) as usize).min(left);
                 lens.push(part);
                 left -= part;
             }
@@ -111,7 +111,7 @@ pub fn random_ops(backend: &dyn Backend, seed: u64, rounds: usize) {
     let geometry = backend.geometry();
     let block = u64::from(geometry.logical_block);
     let blocks = geometry.size / block;
-    let mut chance = Prng::new(seed);
+    let mut prng = Prng::new(seed);
     let mut driver = Driver::new(backend, 16);
     let mut disk = vec![0u8; geometry.size as usize];
     for at in (0..disk.len()).step_by(1 << 20) {
@@ -122,29 +122,29 @@ pub fn random_ops(backend: &dyn Backend, seed: u64, rounds: usize) {
     let mut known = vec![true; blocks as usize];
     let mut busy: HashMap<OpId, (std::ops::Range<u64>, Option<Vec<u8>>)> = HashMap::new();
     for _ in 0..rounds {
-        let count = 1 + if chance.below(20) == 0 { chance.below(blocks / 4) } else { chance.below(16) };
-        let first = chance.below(blocks - count + 1);
+        let count = 1 + if prng.below(20) == 0 { prng.below(blocks / 4) } else { prng.below(16) };
+        let first = prng.below(blocks - count + 1);
         let range = first..first + count;
         if busy.values().any(|(other, _)| other.start < range.end && range.start < other.end) {
             continue;
         }
         let (offset, len) = (first * block, count * block);
         let place = offset as usize..(offset + len) as usize;
-        let op = match chance.below(10) {
+        let op = match prng.below(10) {
             0..4 => {
-                let buf = some_buffer(&mut chance, len as usize);
-                let bytes = chance.bytes(len as usize);
+                let buf = some_buffer(&mut prng, len as usize);
+                let bytes = prng.bytes(len as usize);
                 buf.copy_from(0, &bytes);
                 disk[place].copy_from_slice(&bytes);
                 known[first as usize..range.end as usize].fill(true);
                 let native = geometry.durable_write == virtioblkd::backend::DurableWrite::Native;
-                Op::Write { offset, buf, durable: native && chance.below(4) == 0 }
+                Op::Write { offset, buf, durable: native && prng.below(4) == 0 }
             }
-            4..7 => Op::Read { offset, buf: some_buffer(&mut chance, len as usize) },
+            4..7 => Op::Read { offset, buf: some_buffer(&mut prng, len as usize) },
             7 if geometry.write_zeroes.is_some() => {
                 disk[place].fill(0);
                 known[first as usize..range.end as usize].fill(true);
-                Op::WriteZeroes { offset, len, unmap: chance.below(2) == 0 }
+                Op::WriteZeroes { offset, len, unmap: prng.below(2) == 0 }
             }
             8 if geometry.discard.is_some() => {
                 known[first as usize..range.end as usize].fill(false);
@@ -200,7 +200,7 @@ pub fn open(path: &Path, mode: CacheMode) -> FileBackend {
 }
 
 /// Opens an image that nobody uses. A test in another thread that starts a program has, until that runs, a copy of
-/// every descriptor, and with it of locks that were let go here: hence the patience.
+/// every descriptor, and with it of locks that were let go here: hence the long timeout.
 pub fn opened(options: &FileOptions) -> FileBackend {
     let mut found = None;
     eventually("the image is free", || {
@@ -214,7 +214,7 @@ pub fn opened(options: &FileOptions) -> FileBackend {
 pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let start = std::time::Instant::now();
     while !is_so() {
-        assert!(start.elapsed() < PATIENCE, "never came: {what}");
+        assert!(start.elapsed() < WAIT_TIMEOUT, "never came: {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use virtioblkd::backend::{Backend, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
 
-use crate::backend::{Driver, PATIENCE, Prng, random_ops, some_buffer};
+use crate::backend::{Driver, Prng, WAIT_TIMEOUT, random_ops, some_buffer};
 
 /// Runs a check against every back-end of a test program.
 pub type Each = fn(&dyn Fn(&str, &dyn Backend));
@@ -54,17 +54,17 @@ pub fn read_op(offset: u64) -> Op {
 pub fn clause_1_each_token_comes_back_once(each: Each) {
     each(&|name, backend| {
         let mut driver = Driver::new(backend, 16);
-        let mut chance = Prng::new(1);
+        let mut prng = Prng::new(1);
         let mut out = HashSet::new();
         for _ in 0..50 {
             for turn in 0..16u64 {
                 let offset = turn * 16384;
-                let id = driver.push(match chance.below(5) {
+                let id = driver.push(match prng.below(5) {
                     0 => Op::Sync,
                     1 => Op::Discard { offset, len: 8192 },
-                    2 => Op::WriteZeroes { offset, len: 4096, unmap: chance.below(2) == 0 },
-                    3 => Op::Write { offset, buf: some_buffer(&mut chance, 4096), durable: false },
-                    _ => Op::Read { offset, buf: some_buffer(&mut chance, 4096) },
+                    2 => Op::WriteZeroes { offset, len: 4096, unmap: prng.below(2) == 0 },
+                    3 => Op::Write { offset, buf: some_buffer(&mut prng, 4096), durable: false },
+                    _ => Op::Read { offset, buf: some_buffer(&mut prng, 4096) },
                 });
                 assert!(out.insert(id));
             }
@@ -92,7 +92,7 @@ pub fn clause_6_what_has_finished_is_seen_without_a_system_call(each: Each) {
         for op in [read_op(0), Op::Write { offset: 0, buf: IoBuf::owned(4096, 4096, 0), durable: false }, Op::Sync] {
             let id = driver.push(op);
             driver.queue.submit().expect("submit");
-            let (end, mut out) = (Instant::now() + PATIENCE, Vec::new());
+            let (end, mut out) = (Instant::now() + WAIT_TIMEOUT, Vec::new());
             while !driver.queue.has_news() {
                 assert!(Instant::now() < end, "{name}: it does not show");
             }
@@ -118,11 +118,11 @@ pub fn clause_2_ok_means_every_byte(each: Each) {
 pub fn clause_2_many_parts_and_long_transfers(each: Each) {
     each(&|name, backend| {
         let mut driver = Driver::new(backend, 4);
-        let mut chance = Prng::new(7);
+        let mut prng = Prng::new(7);
         // More parts than one system call takes, aligned and not; more bytes than one bounce buffer has.
         for parts in [vec![512; 6000], vec![4096; 700], [vec![500, 12], vec![512; 3999]].concat()] {
             let len = parts.iter().sum();
-            let bytes = chance.bytes(len);
+            let bytes = prng.bytes(len);
             let buf = IoBuf::owned_parts(&parts, 4096);
             buf.copy_from(0, &bytes);
             assert_eq!(driver.run(Op::Write { offset: 4096, buf, durable: false }), Ok(()), "{name}");
@@ -177,21 +177,21 @@ pub fn clause_6_wait_sees_every_event(each: Each) {
         let kick_only = Wakeups { kick: true, ..Wakeups::default() };
         let wake_only = Wakeups { wake: true, ..Wakeups::default() };
         let copy_only = Wakeups { copy: true, ..Wakeups::default() };
-        assert_eq!(queue.wait(Some(PATIENCE)).expect("wait"), kick_only, "{name}: written before the watch");
+        assert_eq!(queue.wait(Some(WAIT_TIMEOUT)).expect("wait"), kick_only, "{name}: written before the watch");
         assert_eq!(queue.wait(Some(Duration::from_millis(1))).expect("wait"), Wakeups::default(), "{name}: nothing");
         assert_eq!(queue.wait(Some(Duration::ZERO)).expect("wait"), Wakeups::default(), "{name}: nothing");
         // While nobody waits, also between other calls.
         kick(&woken);
         queue.submit().expect("submit");
         queue.reap(&mut Vec::new());
-        assert_eq!(queue.wait(Some(PATIENCE)).expect("wait"), wake_only, "{name}: written meanwhile");
+        assert_eq!(queue.wait(Some(WAIT_TIMEOUT)).expect("wait"), wake_only, "{name}: written meanwhile");
         if !is_copied {
             kick(&copied);
-            assert_eq!(queue.wait(Some(PATIENCE)).expect("wait"), copy_only, "{name}: the third source");
+            assert_eq!(queue.wait(Some(WAIT_TIMEOUT)).expect("wait"), copy_only, "{name}: the third source");
         }
         for _ in 0..100 {
             kick(&kicked);
-            assert_eq!(queue.wait(Some(PATIENCE)).expect("wait"), kick_only, "{name}: again and again");
+            assert_eq!(queue.wait(Some(WAIT_TIMEOUT)).expect("wait"), kick_only, "{name}: again and again");
         }
         // While it sleeps.
         let later = Arc::clone(&kicked);
@@ -209,8 +209,8 @@ fn wait_for(queue: &mut dyn IoQueue, mut tokens: usize, mut kick: bool, name: &s
     let mut out = Vec::new();
     while tokens > 0 || kick {
         let start = std::time::Instant::now();
-        let wakeups = queue.wait(Some(PATIENCE)).expect("wait");
-        assert!(start.elapsed() < PATIENCE, "{name}: an event was lost");
+        let wakeups = queue.wait(Some(WAIT_TIMEOUT)).expect("wait");
+        assert!(start.elapsed() < WAIT_TIMEOUT, "{name}: an event was lost");
         kick &= !wakeups.kick;
         queue.reap(&mut out);
         tokens -= out.drain(..).count();
@@ -226,7 +226,7 @@ pub fn clause_6_a_kick_is_no_news_and_ends_the_next_wait(each: Each) {
         for _ in 0..3 {
             kick(&kicked);
             assert!((0..1000).all(|_| !queue.has_news()), "{name}");
-            assert!(queue.wait(Some(PATIENCE)).expect("wait").kick, "{name}");
+            assert!(queue.wait(Some(WAIT_TIMEOUT)).expect("wait").kick, "{name}");
         }
     });
 }
@@ -260,7 +260,7 @@ pub fn clause_7_a_full_queue_hands_the_op_back(each: Each) {
             assert!(matches!(back, Op::Read { offset: 12288, .. }), "{name}: another op came back");
             let mut out = Vec::new();
             while out.is_empty() {
-                queue.wait(Some(PATIENCE)).expect("wait");
+                queue.wait(Some(WAIT_TIMEOUT)).expect("wait");
                 queue.reap(&mut out);
             }
             assert!(queue.push(back, OpId(999)).is_ok(), "{name}: room again");

@@ -20,7 +20,7 @@ use virtioblkd::internal::base::unix_listener::{BindError, bind_unix};
 use virtioblkd::internal::control::{Access, ImageNotices, Info, Server, Setup, Upgrade};
 
 /// Nothing here takes this long; a test that waits so long has failed.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const WAIT_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How the fake disk answers a closing of its gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +74,7 @@ impl FakeStore {
 
     pub fn wait_creating(&self) {
         let state = self.state.lock().unwrap();
-        let waited = self.changed.wait_timeout_while(state, PATIENCE, |state| !state.creating).unwrap();
+        let waited = self.changed.wait_timeout_while(state, WAIT_TIMEOUT, |state| !state.creating).unwrap();
         assert!(!waited.1.timed_out(), "no snapshot is asked for");
     }
 }
@@ -191,7 +191,7 @@ impl FakeDisk {
     pub fn wait_closed(&self, closed: bool) -> u64 {
         let gate = self.gate.lock().unwrap();
         let (gate, waited) =
-            self.changed.wait_timeout_while(gate, PATIENCE, |gate| gate.closed.is_some() != closed).unwrap();
+            self.changed.wait_timeout_while(gate, WAIT_TIMEOUT, |gate| gate.closed.is_some() != closed).unwrap();
         assert!(!waited.timed_out(), "the gate should be {}: {gate:?}", if closed { "closed" } else { "open" });
         gate.epochs.last().copied().unwrap_or(0)
     }
@@ -308,7 +308,7 @@ pub struct Served {
 /// A process that another test has forked, and that has not become a program yet, may have a copy of the listener that was
 /// just closed.
 fn bind_soon(path: &Path, mode: u32) -> UnixListener {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + WAIT_TIMEOUT;
     loop {
         match bind_unix(path, mode) {
             Ok(listener) => return listener,
@@ -324,7 +324,7 @@ impl Served {
     }
 
     pub fn with_mode(mode: u32) -> Self {
-        Self::start(Some(mode), PATIENCE)
+        Self::start(Some(mode), WAIT_TIMEOUT)
     }
 
     /// `mode`: of its socket, `None`: it has none. `store_timeout`: for somebody else's snapshot.
@@ -372,7 +372,7 @@ impl Served {
     pub fn let_others(mut self, others: Access) -> Self {
         self.stop();
         self.others = others;
-        self.serve(Some(0o666), PATIENCE);
+        self.serve(Some(0o666), WAIT_TIMEOUT);
         let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(self.path.parent().unwrap(), open).unwrap();
         self
@@ -420,7 +420,7 @@ impl Served {
     pub fn restart(&mut self) {
         assert!(self.server.is_none());
         self.disk.gate.lock().unwrap().epochs.clear();
-        self.serve(Some(0o600), PATIENCE);
+        self.serve(Some(0o600), WAIT_TIMEOUT);
     }
 
     /// Somebody else begins a snapshot; the answer comes out of the channel.
@@ -435,8 +435,8 @@ impl Served {
 
     pub fn raw(&self) -> UnixStream {
         let stream = UnixStream::connect(&self.path).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(WAIT_TIMEOUT)).unwrap();
+        stream.set_write_timeout(Some(WAIT_TIMEOUT)).unwrap();
         stream
     }
 
@@ -488,7 +488,7 @@ impl Client {
 
     /// A client that has read the greeting and negotiated, on a connection that it reads no longer than a test is patient.
     pub fn negotiated(stream: UnixStream) -> Self {
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        stream.set_read_timeout(Some(WAIT_TIMEOUT)).expect("a timeout");
         let mut client = Client::new(stream);
         client.line();
         client.ask("qmp_capabilities", json!({})).expect("negotiated");

@@ -36,7 +36,7 @@ pub const INDIRECT: u16 = 4;
 pub const UNANSWERED: u8 = 0xaa;
 
 /// How long an answer may take before a test fails.
-const PATIENCE: Duration = Duration::from_secs(20);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(20);
 /// Bytes of guest memory, and where its parts lie.
 const MEMORY: u64 = 64 << 20;
 const RING_BYTES: u64 = 0x1_0000;
@@ -296,7 +296,7 @@ impl FrontEnd {
 
     /// Waits for one request of `add` to be answered; its slot is free again. Returns (slot, status).
     pub fn wait(&mut self, ring: usize) -> (u16, u8) {
-        let (head, _) = self.used_within(ring, PATIENCE).expect("an answer");
+        let (head, _) = self.used_within(ring, WAIT_TIMEOUT).expect("an answer");
         let slot = (head / 4) as u16;
         self.rings[ring].free.push(slot);
         (slot, self.status(ring, slot))

@@ -71,7 +71,7 @@ macro_rules! front_end_suite {
 }
 
 const MODES: [&str; 5] = ["none", "directsync", "writeback", "writethrough", "unsafe"];
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Minus EIO: what virtio-driver makes of VIRTIO_BLK_S_IOERR; and minus ENOTSUP, of VIRTIO_BLK_S_UNSUPP.
 const EIO: i32 = -5;
 const ENOTSUP: i32 = -95;
@@ -113,7 +113,7 @@ impl Served {
     }
 
     fn wait_for(&self, text: &str) {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + WAIT_TIMEOUT;
         while !self.log.lock().unwrap().contains(text) {
             assert!(Instant::now() < end, "no '{text}' in the log: {}", self.log.lock().unwrap());
             std::thread::sleep(Duration::from_millis(2));
@@ -282,16 +282,16 @@ const ROOM: usize = 40 << 10;
 const LONGEST: usize = 64;
 
 impl Model {
-    fn send(&mut self, guest: &mut Driver, queue: usize, id: usize, chance: &mut Prng, tag: u64) -> bool {
-        let start = chance.below(self.sectors.len() as u64) as usize;
-        let end = (start + 1 + chance.below(LONGEST as u64) as usize).min(self.sectors.len());
+    fn send(&mut self, guest: &mut Driver, queue: usize, id: usize, prng: &mut Prng, tag: u64) -> bool {
+        let start = prng.below(self.sectors.len() as u64) as usize;
+        let end = (start + 1 + prng.below(LONGEST as u64) as usize).min(self.sectors.len());
         if self.busy[start..end].contains(&true) {
             return false;
         }
         let (offset, len) = ((start * 512) as u64, (end - start) * 512);
-        let at = id * ROOM + (chance.below(3) * chance.below(512)) as usize;
+        let at = id * ROOM + (prng.below(3) * prng.below(512)) as usize;
         let mut read_to = None;
-        match chance.below(10) {
+        match prng.below(10) {
             0..=4 => {
                 guest.fill(at, &tag.to_le_bytes().repeat(len / 8));
                 guest.write(queue, offset, at, len, id as u64);
@@ -343,15 +343,15 @@ pub fn a_model_at_depth_64_over_four_rings(new_store: NewStore) {
         let sectors = SIZE / 512;
         let mut model =
             Model { sectors: vec![Some(0); sectors], busy: vec![false; sectors], asked: vec![None; QUEUES * DEPTH] };
-        let mut chance = Prng::new(seed);
+        let mut prng = Prng::new(seed);
         let (mut sent, mut answered) = (0u64, 0u64);
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + WAIT_TIMEOUT;
         while answered < 3000 {
             for queue in 0..QUEUES {
                 for id in queue * DEPTH..(queue + 1) * DEPTH {
                     if sent < 3000
                         && model.asked[id].is_none()
-                        && model.send(&mut guest, queue, id, &mut chance, sent + 1)
+                        && model.send(&mut guest, queue, id, &mut prng, sent + 1)
                     {
                         sent += 1;
                     }
@@ -390,7 +390,7 @@ pub fn a_quiesce_under_load_holds_the_image_still_and_lets_it_go_on(new_store: N
             std::thread::sleep(Duration::from_millis(30));
             assert!(served.image() == image, "{mode}: the image changed while it was held");
             // Sooner or later a write stands before each ring.
-            let end = Instant::now() + PATIENCE;
+            let end = Instant::now() + WAIT_TIMEOUT;
             loop {
                 let status = served.status();
                 assert_eq!(status["quiesce"]["state"], "quiesced", "{mode}");

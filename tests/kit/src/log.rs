@@ -4,12 +4,12 @@
 use std::time::{Duration, Instant};
 
 /// How long a line may take on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Waits until the log, as `read` returns it, contains all of `parts`; panics with the log if one of them never comes.
 /// Returns the log.
 pub fn wait_for(read: impl Fn() -> String, parts: &[&str]) -> String {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + WAIT_TIMEOUT;
     loop {
         let log = read();
         let Some(missing) = parts.iter().find(|&&part| !log.contains(part)) else { return log };

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::{Value, json};
 
-use crate::control::{Client, PATIENCE};
+use crate::control::{Client, WAIT_TIMEOUT};
 
 /// Bytes of the image.
 pub const SIZE: usize = 4 << 20;
@@ -136,7 +136,7 @@ pub fn lives(pid: Pid) -> bool {
 }
 
 pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + WAIT_TIMEOUT;
     while !done() {
         assert!(Instant::now() < end, "it does not come to this: {what}");
         std::thread::sleep(Duration::from_millis(2));

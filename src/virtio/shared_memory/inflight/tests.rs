@@ -204,7 +204,7 @@ fn a_ring_that_does_not_fit_leaves_no_marks() {
 fn any_content_of_the_region_is_survived() {
     use std::os::unix::fs::FileExt;
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let mut chance = move || {
+    let mut prng = move || {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
@@ -213,8 +213,8 @@ fn any_content_of_the_region_is_survived() {
     let (mut good, mut bad) = (0, 0);
     for _ in 0..20_000 {
         let memory = fresh();
-        let mut bytes: Vec<u8> = (0..stride(SIZE) * 3).map(|_| chance() as u8).collect();
-        if chance() % 8 > 0 {
+        let mut bytes: Vec<u8> = (0..stride(SIZE) * 3).map(|_| prng() as u8).collect();
+        if prng() % 8 > 0 {
             // Nearly valid content.
             let at = stride(SIZE);
             bytes[at..at + 12].copy_from_slice(&[0, 0, 0, 0, 0, 0, 0, 0, 1, 0, SIZE as u8, 0]);
@@ -231,7 +231,7 @@ fn any_content_of_the_region_is_survived() {
         }
         memory.1.write_all_at(&bytes, 0).unwrap();
         let mut ring = ring(&memory);
-        match ring.recover((chance() % 12) as u16, SIZE, if chance() % 2 == 0 { SIZE } else { SIZE / 2 }) {
+        match ring.recover((prng() % 12) as u16, SIZE, if prng() % 2 == 0 { SIZE } else { SIZE / 2 }) {
             Ok(mut heads) => {
                 good += 1;
                 let found = heads.len();

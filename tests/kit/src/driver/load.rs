@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::{ALL, Driver};
 use crate::prng::Prng;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
 /// The image's size in bytes.
 pub const SIZE: usize = 4 << 20;
 
@@ -49,7 +49,7 @@ impl Load {
     /// Until so many more writes were acknowledged.
     pub fn wait_for(&self, writes: u64) {
         let newest = || self.acknowledged().into_iter().max().unwrap();
-        let (goal, end) = (newest() + writes, Instant::now() + PATIENCE);
+        let (goal, end) = (newest() + writes, Instant::now() + WAIT_TIMEOUT);
         while newest() < goal {
             assert!(Instant::now() < end, "the load stands still");
             std::thread::sleep(Duration::from_millis(1));
@@ -74,11 +74,11 @@ impl Load {
 /// Writes number after number to page after page, each page's memory its own, and tells of every acknowledgement.
 pub fn write_numbers(guest: &mut Driver, ended: impl Fn() -> bool, mut acknowledged: impl FnMut(usize, u64)) {
     let mut in_flight: Vec<Option<u64>> = vec![None; PAGES];
-    let (mut number, mut chance, mut depth) = (0u64, Prng::new(5), [0; LOAD_QUEUES]);
+    let (mut number, mut prng, mut depth) = (0u64, Prng::new(5), [0; LOAD_QUEUES]);
     while !ended() {
         for (queue, depth) in depth.iter_mut().enumerate() {
             while *depth < 16 {
-                let page = chance.below(PAGES as u64) as usize;
+                let page = prng.below(PAGES as u64) as usize;
                 if in_flight[page].is_none() {
                     number += 1;
                     guest.fill(page * PAGE, &number.to_le_bytes().repeat(PAGE / 8));

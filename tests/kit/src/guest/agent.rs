@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde_json::{Value, json};
 
-use super::PATIENCE;
+use super::WAIT_TIMEOUT;
 
 /// One connection, in step with the agent.
 pub struct Agent {
@@ -20,7 +20,7 @@ impl Agent {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
         let stream = UnixStream::connect(path).expect("QEMU listens on the agent's socket");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a socket takes a timeout");
+        stream.set_read_timeout(Some(WAIT_TIMEOUT)).expect("a socket takes a timeout");
         let mut agent = Agent { stream: BufReader::new(stream) };
         // 0xFF ends whatever an earlier client had begun (qemu-ga-ref, guest-sync-delimited).
         agent.send(&[0xff]);

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use rustix::process::geteuid;
 use virtioblkd::engine::cache::CacheMode;
 
-use super::{PATIENCE, Server, guest_files, output, qemu, root, tell, wait_until};
+use super::{Server, WAIT_TIMEOUT, guest_files, output, qemu, root, tell, wait_until};
 
 /// "nobody": libvirt's privileged daemon wants the whole machine, its session daemon does not.
 const NOBODY: u32 = 65534;
@@ -89,7 +89,7 @@ impl Libvirt {
     /// connect to its disk waits for ever.
     pub fn command(&self, program: &str) -> Command {
         let mut command = as_user(self.home(), "timeout");
-        command.env("LIBVIRT_DEFAULT_URI", "qemu:///session").args([&PATIENCE.as_secs().to_string(), program]);
+        command.env("LIBVIRT_DEFAULT_URI", "qemu:///session").args([&WAIT_TIMEOUT.as_secs().to_string(), program]);
         command
     }
 

@@ -32,7 +32,7 @@ pub use qmp::Qmp;
 pub use server::Server;
 
 /// How long anything may take before a test gives up. TCG on a busy machine is slow, and no test asserts a time.
-pub const PATIENCE: Duration = Duration::from_secs(180);
+pub const WAIT_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// A directory on the build's filesystem, gone after the test. Images live here, as /tmp may have no O_DIRECT.
 pub fn scratch() -> tempfile::TempDir {
@@ -84,7 +84,7 @@ pub fn mortal(program: impl AsRef<OsStr>) -> Command {
 pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
-        assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain: {what}");
+        assert!(start.elapsed() < WAIT_TIMEOUT, "waited {WAIT_TIMEOUT:?} in vain: {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

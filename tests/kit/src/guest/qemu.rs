@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
 
-use super::{Agent, PATIENCE, Qmp, accelerator, guest_files, mortal, root, run, wait_until};
+use super::{Agent, Qmp, WAIT_TIMEOUT, accelerator, guest_files, mortal, root, run, wait_until};
 
 /// What the guest's kernel is told: quiet, and without the start-up work that is slow under TCG.
 pub const KERNEL_OPTIONS: &str = "console=ttyS0 panic=-1 quiet mitigations=off no_timer_check tsc=reliable \
@@ -253,9 +253,11 @@ impl Vm {
     }
 
     fn next_line(&mut self, waiting_for: &str) -> String {
-        let line = match self.lines.recv_timeout(PATIENCE) {
+        let line = match self.lines.recv_timeout(WAIT_TIMEOUT) {
             Ok(line) => line,
-            Err(RecvTimeoutError::Timeout) => panic!("the guest said nothing for {PATIENCE:?}, not '{waiting_for}'"),
+            Err(RecvTimeoutError::Timeout) => {
+                panic!("the guest said nothing for {WAIT_TIMEOUT:?}, not '{waiting_for}'")
+            }
             Err(RecvTimeoutError::Disconnected) => panic!("QEMU ended before the guest said '{waiting_for}'"),
         };
         self.said.push(line.clone());

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{PATIENCE, wait_until};
+use super::{WAIT_TIMEOUT, wait_until};
 
 /// One connection.
 pub struct Qmp {
@@ -24,7 +24,7 @@ impl Qmp {
             stream.is_some()
         });
         let stream = stream.expect("connected");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a socket takes a timeout");
+        stream.set_read_timeout(Some(WAIT_TIMEOUT)).expect("a socket takes a timeout");
         let mut qmp = Qmp { stream: BufReader::new(stream), events: Vec::new() };
         let greeting = qmp.read();
         assert!(greeting["QMP"]["version"].is_object(), "a QMP greeting, got {greeting}");

@@ -10,7 +10,7 @@ use std::process::{Child, ChildStdin, Command, Output, Stdio};
 
 use rustix::process::geteuid;
 
-use super::{PATIENCE, output, tell, wait_until};
+use super::{WAIT_TIMEOUT, output, tell, wait_until};
 use crate::programs;
 
 /// What lies where on the machine that the daemon sees: a directory of ours for each of these.
@@ -148,7 +148,7 @@ impl SystemLibvirt {
     /// virsh, for so long as a test is patient.
     pub fn virsh(&self, arguments: &[&str]) -> Output {
         let mut command = Command::new("timeout");
-        command.args([&PATIENCE.as_secs().to_string(), "virsh", "-q", "-c", &self.uri()]).args(arguments);
+        command.args([&WAIT_TIMEOUT.as_secs().to_string(), "virsh", "-q", "-c", &self.uri()]).args(arguments);
         output(&mut command)
     }
 

@@ -153,7 +153,7 @@ impl Drop for Stalling {
         // Whoever has the file open could not end otherwise.
         self.let_go();
         // A process that was killed has the file open for a moment longer: its io_uring is taken down by the kernel.
-        let end = Instant::now() + guest::PATIENCE;
+        let end = Instant::now() + guest::WAIT_TIMEOUT;
         while !guest::output(Command::new("umount").arg(self.dir.path())).status.success() && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(5));
         }
