@@ -1,4 +1,4 @@
-//! The disk file: a flat TOML table whose keys are the long options. Each pair becomes the argument that says the same,
+//! The configuration file: a flat TOML table whose keys are the long options. Each pair becomes the argument that says the same,
 //! so that there is one set of rules and one set of messages.
 
 use std::ffi::OsString;
@@ -16,7 +16,7 @@ use crate::base::trust;
 
 /// Options that make no sense in a file.
 const ONLY_ARGUMENTS: [&str; 5] = ["config", "print-capabilities", "take-over", "help", "version"];
-/// A disk file has a line an option; what is larger is something else, the image perhaps.
+/// The configuration file has a line for each option; a larger file is something else, perhaps the image.
 const MAX_FILE: u64 = 1 << 20;
 /// May be given several times: a list, or a table of names and values.
 const REPEATED: [&str; 2] = ["rbd-option", "copy-dir"];
@@ -33,7 +33,7 @@ pub(super) fn read(path: &Path) -> Result<Vec<(String, OsString)>, ConfigError> 
     trust::check_open(path, &file).map_err(|why| ConfigError(format!("--config {name}: {why}")))?;
     file.take(MAX_FILE + 1).read_to_string(&mut text).map_err(failed)?;
     if text.len() as u64 > MAX_FILE {
-        return refuse(format!("--config {name}: larger than {MAX_FILE} bytes; is it the disk file?"));
+        return refuse(format!("--config {name}: larger than {MAX_FILE} bytes; is it the configuration file?"));
     }
     parse(&name.to_string(), &text)
 }

@@ -430,7 +430,7 @@ fn an_inherited_descriptor_of_another_kind_is_refused() {
 }
 
 #[test]
-fn the_disk_file_says_what_is_served_and_the_command_line_wins() {
+fn the_configuration_file_says_what_is_served_and_the_command_line_wins() {
     let place = Place::new();
     let text = format!(
         "socket-path = \"{}\"\nbackend = \"null\"\ncache = \"unsafe\"\npid-file = \"{}\"\n",

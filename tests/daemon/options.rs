@@ -1,4 +1,4 @@
-//! The command line and the disk file, through the real program: texts and exit statuses.
+//! The command line and the configuration file, through the real program: texts and exit statuses.
 
 use std::process::{Command, Output};
 

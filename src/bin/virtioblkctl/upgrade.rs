@@ -24,7 +24,7 @@ pub struct Upgrade {
     /// The new program [default: the virtioblkd in the directory of this virtioblkctl]
     #[arg(long, value_name = "PATH")]
     binary: Option<PathBuf>,
-    /// Start the new one with this disk file, and OPTIONS, alone, instead of the running one's options
+    /// Start the new one with this configuration file, and OPTIONS, alone, instead of the running one's options
     ///
     /// Needed where the running one is neither root's nor yours, since its own word is not taken then.
     #[arg(long, value_name = "FILE")]
@@ -167,7 +167,7 @@ fn arguments(options: &Upgrade, line: &Value, trusted: bool, writer: Option<u32>
             "not-trusted",
             format!(
                 "the running daemon is {user}'s, neither root's nor yours, so the options that it says it was started with \
-                 are not taken: give its disk file (upgrade --config FILE), or start 'virtioblkd OPTIONS --take-over \
+                 are not taken: give its configuration file (upgrade --config FILE), or start 'virtioblkd OPTIONS --take-over \
                  CONTROL' yourself; the running daemon serves on"
             ),
         ));
