@@ -14,7 +14,7 @@ use crate::backend::point_in_time::ScratchOptions;
 use crate::backend::stable::StableWrites;
 use crate::control::Access;
 use crate::engine::{CacheMode, OnError};
-use crate::sandbox::Level;
+use crate::sandbox::SandboxLevel;
 
 /// Mode of the vhost-user socket when nothing was said: its owner may connect.
 const SOCKET_MODE: u32 = 0o600;
@@ -158,7 +158,7 @@ pub(super) struct Args {
     /// What the daemon gives up once everything is open: on (most of the file system, new programs, other processes, the
     /// network), no-filter (the same without the filter of system calls), off [default: on]
     #[arg(long, value_name = "on|no-filter|off", value_parser = values::sandbox)]
-    sandbox: Option<Level>,
+    sandbox: Option<SandboxLevel>,
 
     /// Become this user (a name or a number) once everything is open; it must be able to open the image
     #[arg(long, value_name = "USER")]

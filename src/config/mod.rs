@@ -1,4 +1,4 @@
-//! The command line and the disk file (TOML, the same names), together one checked [`Config`]. The command line wins.
+//! The command line and the configuration file (TOML, the same names), together one checked [`Config`]. The command line wins.
 //!
 //! Reads the file given with `--config` and touches nothing else: whether an image, a path or a group exists is found
 //! out by who uses it. Options follow QEMU's back-end program conventions (docs/interop/vhost-user.rst); those beyond
@@ -25,7 +25,7 @@ use crate::backend::rbd::RbdOptions;
 use crate::backend::stable::StableWrites;
 use crate::control::Access;
 use crate::engine::{CacheMode, OnError};
-use crate::sandbox::Level;
+use crate::sandbox::SandboxLevel;
 use args::Args;
 pub use file::file_keys;
 pub(crate) use file::nearest;
@@ -77,7 +77,7 @@ pub struct Config {
     /// What is logged.
     pub log_level: LevelFilter,
     /// What is given up once everything is open.
-    pub sandbox: Level,
+    pub sandbox: SandboxLevel,
     /// Who to be then, by name or number; `None`: who started us.
     pub user: Option<String>,
     /// Directories that point-in-time copies may go to, and beneath.

@@ -1,4 +1,4 @@
-//! Every rule of the command line and of the disk file.
+//! Every rule of the command line and of the configuration file.
 
 use std::io::Write;
 
@@ -27,14 +27,14 @@ fn bad(args: &[&str]) -> String {
 }
 
 /// The file's path stays good as long as the handle lives.
-fn disk_file(text: &str) -> tempfile::NamedTempFile {
+fn configuration_file(text: &str) -> tempfile::NamedTempFile {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(text.as_bytes()).unwrap();
     file
 }
 
 fn with_file(text: &str, more: &[&str]) -> Result<Invocation, ConfigError> {
-    let file = disk_file(text);
+    let file = configuration_file(text);
     parse(&[more, &["--config", file.path().to_str().unwrap()]].concat())
 }
 
@@ -73,7 +73,7 @@ fn defaults() {
             locking: Locking::Auto,
             pid_file: None,
             log_level: LevelFilter::Info,
-            sandbox: Level::On,
+            sandbox: SandboxLevel::On,
             user: None,
             copy_dirs: Vec::new(),
             scratch: None,
@@ -137,7 +137,7 @@ fn every_option() {
             locking: Locking::Off,
             pid_file: Some("/run/d.pid".into()),
             log_level: LevelFilter::Trace,
-            sandbox: Level::NoFilter,
+            sandbox: SandboxLevel::NoFilter,
             user: Some("nobody".into()),
             copy_dirs: vec!["/backup".into(), "/more".into()],
             scratch: Some(ScratchOptions { directory: "/fast".into(), size: 512 << 20 }),

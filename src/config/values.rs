@@ -9,7 +9,7 @@ use crate::backend::rbd::{Encryption, RbdLock, RbdName, RbdQuiesce};
 use crate::backend::stable::StableWrites;
 use crate::control::Access;
 use crate::engine::{CacheMode, OnError};
-use crate::sandbox::Level;
+use crate::sandbox::SandboxLevel;
 
 /// A choice of two words, or a flag with a value. A type of its own, so that clap takes it for a value.
 #[derive(Clone, Copy, Debug)]
@@ -135,11 +135,11 @@ pub(super) fn control_access(text: &str) -> Result<Access, String> {
     text.parse()
 }
 
-pub(super) fn sandbox(text: &str) -> Result<Level, String> {
+pub(super) fn sandbox(text: &str) -> Result<SandboxLevel, String> {
     match text {
-        "on" => Ok(Level::On),
-        "no-filter" => Ok(Level::NoFilter),
-        "off" => Ok(Level::Off),
+        "on" => Ok(SandboxLevel::On),
+        "no-filter" => Ok(SandboxLevel::NoFilter),
+        "off" => Ok(SandboxLevel::Off),
         _ => Err("use on, no-filter or off".to_string()),
     }
 }

@@ -40,7 +40,7 @@ use user::Account;
 
 /// `--sandbox`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Level {
+pub enum SandboxLevel {
     /// The whole sandbox.
     #[default]
     On,
@@ -132,8 +132,8 @@ impl Sandbox {
     pub fn prepare(permissions: Permissions) -> Result<Self, SandboxError> {
         let user = permissions.user.as_deref().map(Account::find).transpose()?;
         let copy_dirs = match permissions.level {
-            Level::Off => Vec::new(),
-            Level::On | Level::NoFilter => {
+            SandboxLevel::Off => Vec::new(),
+            SandboxLevel::On | SandboxLevel::NoFilter => {
                 let scratch = permissions.scratch.as_ref();
                 copy_dirs::open_all(&permissions.copy_dirs, scratch)
             }
@@ -150,7 +150,7 @@ impl Sandbox {
     /// Runs `open`, which opens the image. A storage library starts threads then, which no rule on paths reaches later:
     /// it is called from a thread that has been restricted before, and they inherit that. Main, before `enter`.
     pub fn open<T: Send>(&self, open: impl FnOnce() -> T + Send) -> Result<T, SandboxError> {
-        if !self.permissions.needs.network || self.permissions.level == Level::Off {
+        if !self.permissions.needs.network || self.permissions.level == SandboxLevel::Off {
             return Ok(open());
         }
         let rules = path_rules::rules(&self.permissions, Stage::Opening, Vec::new()).map_err(SandboxError::Paths)?;
@@ -176,7 +176,7 @@ impl Sandbox {
             Some(user) => user.assume(&self.permissions)?,
             None => user::warn_of_root(),
         }
-        if self.permissions.level != Level::Off {
+        if self.permissions.level != SandboxLevel::Off {
             user::keep_few_capabilities(false)?;
         }
         self.restrict(rules)
@@ -184,8 +184,8 @@ impl Sandbox {
 
     fn rules(&mut self) -> Result<Vec<path_rules::Rule>, SandboxError> {
         match self.permissions.level {
-            Level::Off => Ok(Vec::new()),
-            Level::On | Level::NoFilter => {
+            SandboxLevel::Off => Ok(Vec::new()),
+            SandboxLevel::On | SandboxLevel::NoFilter => {
                 let copy_dirs = self.copy_dirs.drain(..).filter_map(|opened| opened.place).collect();
                 path_rules::rules(&self.permissions, Stage::Serving, copy_dirs).map_err(SandboxError::Paths)
             }
@@ -202,7 +202,7 @@ impl Sandbox {
     }
 
     fn restrict(&self, rules: Vec<path_rules::Rule>) -> Result<(), SandboxError> {
-        if self.permissions.level == Level::Off {
+        if self.permissions.level == SandboxLevel::Off {
             log::warn!("the sandbox is off: whoever breaks into this daemon can do what its user can");
             return Ok(());
         }
@@ -238,7 +238,7 @@ impl Sandbox {
 
     /// Whether system calls are filtered from now on.
     fn filter_calls(&self, needs: Needs) -> Result<bool, SandboxError> {
-        if self.permissions.level == Level::NoFilter {
+        if self.permissions.level == SandboxLevel::NoFilter {
             log::warn!("system calls are not filtered (--sandbox no-filter)");
             return Ok(false);
         }

@@ -2,14 +2,14 @@
 
 use std::path::PathBuf;
 
-use super::Level;
+use super::SandboxLevel;
 use crate::backend::rbd::RbdOptions;
 
 /// What the image and the options ask of the sandbox.
 #[derive(Debug)]
 pub struct Permissions {
     /// How strict the sandbox is (`--sandbox`).
-    pub level: Level,
+    pub level: SandboxLevel,
     /// The user to become (`--user`).
     pub user: Option<String>,
     /// The raw file or block device, which each virtqueue opens for itself.
@@ -32,7 +32,7 @@ impl Permissions {
     /// Whether all io_urings that the daemon will need must be made before [`super::Sandbox::enter`]: its filter forbids
     /// to make one.
     pub fn makes_io_urings_first(&self) -> bool {
-        self.level == Level::On && self.needs.io_uring
+        self.level == SandboxLevel::On && self.needs.io_uring
     }
 }
 

@@ -17,7 +17,7 @@ use super::disks::image_path;
 use super::freeze::{FreezeOptions, Freezer};
 use super::guest::Guest;
 use super::hooks;
-use super::plan::{self, Level};
+use super::plan::{self, Consistency};
 use super::receipt::Receipt;
 use super::wait::{Wake, wait};
 use crate::base::rate_limit::LogLimit;
@@ -43,7 +43,7 @@ pub struct Plan {
     /// The quiesce sockets of all disks of the guest.
     pub disks: Vec<PathBuf>,
     /// The level asked for.
-    pub level: Level,
+    pub level: Consistency,
     /// Who freezes the guest's filesystems.
     pub agent: Option<plan::AgentAt>,
     /// The directory of the host's hooks.
@@ -60,7 +60,7 @@ impl Plan {
         plan::check_disks(&self.disks)
             .and_then(|()| plan::check_agent(self.level, self.agent.as_ref()))
             .map_err(usage)?;
-        if self.level == Level::Crash && self.hooks.is_none() {
+        if self.level == Consistency::Crash && self.hooks.is_none() {
             let why = "level crash without --hooks freezes nothing: the disks are held still without an attendant, too";
             return Err(usage(why.into()));
         }
@@ -82,7 +82,7 @@ pub fn attend(plan: &Plan, report: impl Fn(&Receipt)) -> Result<(), Failure> {
     plan.check()?;
     let failed = |error: std::io::Error| Failure::new("internal", format!("signals cannot be caught: {error}"));
     let signals = Signals::block().map_err(failed)?;
-    if let Some(at) = plan.agent.as_ref().filter(|_| plan.level > Level::Crash)
+    if let Some(at) = plan.agent.as_ref().filter(|_| plan.level > Consistency::Crash)
         && let Err(trouble @ (AgentError::Silent(_) | AgentError::Lost(_))) =
             Guest::new(at, RECONNECT_TIMEOUT).ping(Some(signals.as_fd()))
     {
@@ -310,7 +310,7 @@ impl Attendant<'_> {
         if outcome.is_ok() {
             if let Err(failure) = freezer.was_frozen(was_frozen) {
                 freezer.warn(format!("THE SNAPSHOT IS CRASH CONSISTENT AT MOST: {}", failure.message));
-                freezer.level = Level::Crash;
+                freezer.level = Consistency::Crash;
             }
             let seconds = since.elapsed().as_secs_f64();
             say_limited(format_args!("thawed after {seconds:.1} s, level {}", freezer.level.name()));

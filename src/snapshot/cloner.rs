@@ -28,14 +28,14 @@ use crate::upgrade::Channel;
 pub const SUBCOMMAND: &str = "snapshot-cloner";
 /// How long a message to a running cloner may take.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the cloner waits for its command: longer than any snapshot takes to prepare.
-const ORDER_TIMEOUT: Duration = Duration::from_secs(86_400);
+/// How long the cloner waits for a request: longer than any snapshot takes to prepare.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(86_400);
 /// How long to wait for the end of a killed cloner, and then for a removal.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A command to the cloner.
+/// A request to the cloner.
 #[derive(Debug, Serialize, Deserialize)]
-enum Order {
+enum ClonerRequest {
     /// Two descriptors come with it: the image and the target.
     Files,
     /// Shares all blocks of the image.
@@ -44,7 +44,7 @@ enum Order {
     Remove(OsString),
 }
 
-/// Its answer: the error number, if it failed.
+/// The reply: the error number, if the request failed.
 #[derive(Debug, Serialize, Deserialize)]
 struct Done {
     errno: Option<i32>,
@@ -61,7 +61,7 @@ impl Cloner {
     pub fn start(source: &File, target: &File) -> io::Result<Self> {
         let cloner = Cloner::spawn()?;
         let files = [source.try_clone()?, target.try_clone()?].map(OwnedFd::from);
-        cloner.channel.send(&Order::Files, &files, REPLY_TIMEOUT)?;
+        cloner.channel.send(&ClonerRequest::Files, &files, REPLY_TIMEOUT)?;
         Ok(cloner)
     }
 
@@ -77,7 +77,7 @@ impl Cloner {
 
     /// Makes it begin. [`Cloner::outcome`] follows.
     pub fn begin(&self) -> io::Result<()> {
-        self.channel.send(&Order::Clone, &[], REPLY_TIMEOUT)
+        self.channel.send(&ClonerRequest::Clone, &[], REPLY_TIMEOUT)
     }
 
     /// The result, once its descriptor is readable.
@@ -179,8 +179,8 @@ pub fn remove(path: &std::path::Path, file: &File) -> Result<(), Failure> {
     let left = |why: String| Failure::new("target", format!("'{shown}', which is no snapshot, is left behind: {why}"));
     let cloner = Cloner::spawn().map_err(|error| left(error.to_string()))?;
     let sent = file.try_clone().and_then(|file| {
-        let order = Order::Remove(path.as_os_str().to_owned());
-        cloner.channel.send(&order, &[OwnedFd::from(file)], REPLY_TIMEOUT)
+        let request = ClonerRequest::Remove(path.as_os_str().to_owned());
+        cloner.channel.send(&request, &[OwnedFd::from(file)], REPLY_TIMEOUT)
     });
     sent.map_err(|error| left(error.to_string()))?;
     match wait(&[cloner.as_fd()], None, Instant::now() + END_TIMEOUT) {
@@ -211,13 +211,13 @@ pub fn serve(link: OwnedFd) -> ExitCode {
 }
 
 fn carry_out(channel: &Channel) -> io::Result<()> {
-    let (order, files): (Order, _) = channel.receive(ORDER_TIMEOUT)?;
-    let done = match (order, files.as_slice()) {
-        (Order::Files, [source, target]) => match channel.receive(ORDER_TIMEOUT)? {
-            (Order::Clone, _) => ioctl_ficlone(target, source).map_err(io::Error::from),
+    let (request, files): (ClonerRequest, _) = channel.receive(REQUEST_TIMEOUT)?;
+    let done = match (request, files.as_slice()) {
+        (ClonerRequest::Files, [source, target]) => match channel.receive(REQUEST_TIMEOUT)? {
+            (ClonerRequest::Clone, _) => ioctl_ficlone(target, source).map_err(io::Error::from),
             _ => return Err(io::ErrorKind::InvalidData.into()),
         },
-        (Order::Remove(path), [file]) => remove_own(path.as_ref(), file),
+        (ClonerRequest::Remove(path), [file]) => remove_own(path.as_ref(), file),
         _ => return Err(io::ErrorKind::InvalidData.into()),
     };
     let errno = done.err().map(|error| error.raw_os_error().unwrap_or(libc::EIO));

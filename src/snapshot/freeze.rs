@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::disks::interrupted;
-use super::guard::{Ask, Guard, GuardSpec, PendingUndo, THAW_WATCH_TIMEOUT};
+use super::guard::{Guard, GuardRequest, GuardSpec, PendingUndo, THAW_WATCH_TIMEOUT};
 use super::guest::{GuestReport, Thawed, VSS_HOLD};
-use super::plan::{AgentAt, Level};
+use super::plan::{AgentAt, Consistency};
 use super::receipt::Receipt;
 use super::wait::{Stop, Wake, wait};
 use crate::control::client::Failure;
@@ -18,7 +18,7 @@ use crate::control::client::Failure;
 #[derive(Clone, Debug)]
 pub struct FreezeOptions {
     /// The level asked for.
-    pub level: Level,
+    pub level: Consistency,
     /// Who freezes the guest's filesystems.
     pub agent: Option<AgentAt>,
     /// The directory of the host's hooks.
@@ -40,7 +40,7 @@ pub struct Freezer {
     /// The guest is Windows.
     windows: bool,
     /// The level that is reached so far.
-    pub level: Level,
+    pub level: Consistency,
     /// What was found on the way.
     pub receipt: Receipt,
 }
@@ -65,7 +65,7 @@ impl Freezer {
     /// Starts the guard, if there is anything to freeze. `environment`: for hooks.
     pub fn start(&mut self, environment: Vec<(String, OsString)>) -> Result<(), Failure> {
         let wanted = &self.wanted;
-        let freezes = wanted.level > Level::Crash;
+        let freezes = wanted.level > Consistency::Crash;
         if !freezes && wanted.agent.is_some() {
             self.warn("level crash freezes nothing: the guest's agent is not asked".into());
         }
@@ -74,7 +74,7 @@ impl Freezer {
             return Ok(());
         }
         let agent = wanted.agent.as_ref().filter(|_| freezes);
-        let orders = GuardSpec {
+        let spec = GuardSpec {
             socket: agent.and_then(|at| if let AgentAt::Socket(path) = at { Some(path.clone().into()) } else { None }),
             domain: agent.and_then(|at| if let AgentAt::Domain(name) = at { Some(name.clone()) } else { None }),
             hooks: wanted.hooks.clone().map(Into::into),
@@ -83,7 +83,7 @@ impl Freezer {
             silence: wanted.silence,
             begun: PendingUndo::default(),
         };
-        self.guard = Some(Guard::start(orders)?);
+        self.guard = Some(Guard::start(spec)?);
         Ok(())
     }
 
@@ -92,9 +92,11 @@ impl Freezer {
     pub fn freeze(&mut self, stop: Stop<'_>) -> Result<(), Failure> {
         if let Some(directory) = &self.wanted.hooks {
             let shown = directory.join("freeze").display().to_string();
-            match self.ask_guard(Ask::HooksFreeze, stop) {
+            match self.ask_guard(GuardRequest::HooksFreeze, stop) {
                 Ok(_) => self.receipt.hooks.push(shown.clone()),
-                Err(failure) if self.level == Level::Application => self.weaken(Level::Filesystem, failure)?,
+                Err(failure) if self.level == Consistency::Application => {
+                    self.lower_level(Consistency::Filesystem, failure)?
+                }
                 Err(failure) if failure.code == "interrupted" || !self.wanted.or_weaker => return Err(failure),
                 Err(failure) => self.warn(failure.message),
             }
@@ -106,32 +108,36 @@ impl Freezer {
                 self.receipt.trusted.push(format!("that '{shown}' made its application still"));
             }
         }
-        if self.level > Level::Crash
+        if self.level > Consistency::Crash
             && let Err(failure) = self.freeze_guest(stop)
         {
             // Before the gates close: a freeze that the agent still carries out would wait for them.
             self.thaw_guest();
-            self.weaken(Level::Crash, failure)?;
+            self.lower_level(Consistency::Crash, failure)?;
         }
         Ok(())
     }
 
     fn freeze_guest(&mut self, stop: Stop<'_>) -> Result<(), Failure> {
         let host_hooks = !self.receipt.hooks.is_empty();
-        let ask = if self.level == Level::Application && !host_hooks { Ask::CheckAll } else { Ask::Check };
+        let ask = if self.level == Consistency::Application && !host_hooks {
+            GuardRequest::CheckAll
+        } else {
+            GuardRequest::Check
+        };
         let checked = self.ask_guard(ask, stop)?;
         let checked: GuestReport = serde_json::from_value(checked)
             .map_err(|error| Failure::new("internal", format!("the guard's answer: {error}")))?;
-        if ask == Ask::CheckAll && checked.hook.is_none() {
+        if ask == GuardRequest::CheckAll && checked.hook.is_none() {
             let why = checked.hook_unknown.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
             let text = format!(
                 "no application was told: there are no --hooks, and the guest's agent does not say that it runs \
                  fsfreeze hooks{why}. Give --hooks DIR, or start qemu-ga with --fsfreeze-hook"
             );
-            self.weaken(Level::Filesystem, Failure::new("no-hooks", text))?;
+            self.lower_level(Consistency::Filesystem, Failure::new("no-hooks", text))?;
         }
         self.windows = checked.windows;
-        let frozen = self.ask_guard(Ask::Freeze, stop)?["frozen"].as_u64().unwrap_or(0);
+        let frozen = self.ask_guard(GuardRequest::Freeze, stop)?["frozen"].as_u64().unwrap_or(0);
         // VSS began to hold writes a moment before the agent answered (`requester_freeze` waits for the provider's event).
         self.frozen_at = Some(Instant::now());
         let expected = checked.freezable.unwrap_or(1).max(1);
@@ -153,7 +159,7 @@ impl Freezer {
             let which = if checked.unsure.is_empty() { "cannot be frozen" } else { "may not be frozen" };
             self.receipt.trusted.push(format!("that nothing that matters is written to {list}, which {which}"));
         }
-        if self.level == Level::Application
+        if self.level == Consistency::Application
             && let Some(hook) = checked.hook
         {
             self.receipt.verified.push(format!("the guest's agent runs the hook '{hook}', which agreed to the freeze"));
@@ -174,22 +180,22 @@ impl Freezer {
     /// When Windows ends the freeze by itself, so that whatever takes longer is useless; `None`: never, or a weaker level
     /// is acceptable then.
     pub fn frozen_until(&self) -> Option<Instant> {
-        let is_needed = self.windows && self.level > Level::Crash && !self.wanted.or_weaker;
+        let is_needed = self.windows && self.level > Consistency::Crash && !self.wanted.or_weaker;
         self.frozen_at.filter(|_| is_needed).map(|at| at + VSS_HOLD)
     }
 
     /// Checks that the guest that was frozen still is. Errors: it is not, or that is not known.
     pub fn is_frozen_still(&mut self, stop: Stop<'_>) -> Result<(), Failure> {
-        if self.level == Level::Crash {
+        if self.level == Consistency::Crash {
             return Ok(());
         }
         let is_over = self.windows && self.frozen_at.is_none_or(|at| at.elapsed() > VSS_HOLD);
         let text = match is_over {
             true => format!("Windows (VSS) holds writes for {} s at most ({})", VSS_HOLD.as_secs(), self.agent()),
-            false if self.ask_guard(Ask::IsFrozen, stop)?["frozen"] == true => return Ok(()),
+            false if self.ask_guard(GuardRequest::IsFrozen, stop)?["frozen"] == true => return Ok(()),
             false => format!("the filesystems were thawed by somebody else meanwhile ({})", self.agent()),
         };
-        self.weaken(Level::Crash, Failure::new("thawed-early", text))
+        self.lower_level(Consistency::Crash, Failure::new("thawed-early", text))
     }
 
     /// Whether nothing that was begun is left for the guard to undo.
@@ -201,14 +207,14 @@ impl Freezer {
     /// is not reached.
     pub fn was_frozen(&mut self, was_frozen: Option<Result<(), String>>) -> Result<(), Failure> {
         let text = match was_frozen {
-            _ if self.level == Level::Crash => return Ok(()),
+            _ if self.level == Consistency::Crash => return Ok(()),
             Some(Ok(())) => return Ok(()),
             Some(Err(why)) => {
                 format!("the guest did not stay frozen until the snapshot was taken ({}): {why}", self.agent())
             }
             None => "whether the filesystems were frozen all the time is not known".to_owned(),
         };
-        self.weaken(Level::Crash, Failure::new("thawed-early", text))
+        self.lower_level(Consistency::Crash, Failure::new("thawed-early", text))
     }
 
     /// Thaws the guest if it was told to freeze. `Some(Err)`: it was no longer frozen. A failure is reported, and the guard
@@ -217,7 +223,7 @@ impl Freezer {
         let guard = self.guard.as_mut().filter(|guard| guard.begun().guest)?;
         // The disks go on already: later writes are not in the snapshot.
         let since = self.frozen_at.map_or(Duration::ZERO, |at| at.elapsed());
-        match guard.thaw(Ask::Thaw) {
+        match guard.thaw(GuardRequest::Thaw) {
             Ok(thawed) => {
                 self.receipt.frozen_us = thawed["frozen-us"].as_u64().unwrap_or(0);
                 let thawed: Thawed = serde_json::from_value(thawed["thawed"].clone()).ok()?;
@@ -245,26 +251,26 @@ impl Freezer {
 
     fn hooks_thaw(&mut self) {
         let Some(guard) = self.guard.as_mut().filter(|guard| guard.begun().hooks) else { return };
-        if let Err(failure) = guard.thaw(Ask::HooksThaw) {
+        if let Err(failure) = guard.thaw(GuardRequest::HooksThaw) {
             self.warn(format!("{}: WHAT IT SHOULD HAVE THAWED MAY BE FROZEN", failure.message));
         }
     }
 
     /// Continues with a weaker level where that is allowed, with a warning; fails otherwise.
-    fn weaken(&mut self, level: Level, failure: Failure) -> Result<(), Failure> {
+    fn lower_level(&mut self, level: Consistency, failure: Failure) -> Result<(), Failure> {
         if failure.code == "interrupted" || !self.wanted.or_weaker {
             return Err(failure);
         }
         self.warn(format!("level {} is not reached, {} is: {}", self.level.name(), level.name(), failure.message));
         self.level = level;
-        if level == Level::Crash {
+        if level == Consistency::Crash {
             self.receipt.filesystems_frozen = 0;
             self.receipt.verified.retain(|text| !text.contains("frozen"));
         }
         Ok(())
     }
 
-    fn ask_guard(&mut self, ask: Ask, stop: Stop<'_>) -> Result<Value, Failure> {
+    fn ask_guard(&mut self, ask: GuardRequest, stop: Stop<'_>) -> Result<Value, Failure> {
         check(stop)?;
         let Some(guard) = &mut self.guard else { return Err(Failure::new("internal", "there is no guard")) };
         guard.ask(ask, stop)

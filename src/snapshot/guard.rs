@@ -62,7 +62,7 @@ pub struct PendingUndo {
 /// A request to the guard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Ask {
+pub enum GuardRequest {
     /// Calls the hook.
     HooksFreeze,
     /// [`Guest::check`], its hook included.
@@ -81,17 +81,17 @@ pub enum Ask {
 
 /// The guard, as its parent sees it.
 pub struct Guard {
-    orders: GuardSpec,
+    spec: GuardSpec,
     begun: PendingUndo,
     child: Child,
     link: BufReader<UnixStream>,
-    /// The number of answers to ignore: their requests were given up.
-    owed: u32,
+    /// The number of replies to ignore: their requests were given up.
+    replies_due: u32,
 }
 
 impl Guard {
     /// Starts a guard. Errors: no process can be started.
-    pub fn start(orders: GuardSpec) -> Result<Self, Failure> {
+    pub fn start(spec: GuardSpec) -> Result<Self, Failure> {
         let failed =
             |error: std::io::Error| Failure::new("guard", format!("the guard process cannot be started: {error}"));
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
@@ -100,56 +100,56 @@ impl Guard {
         command.arg(SUBCOMMAND).stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
         let child = command.spawn().map_err(failed)?;
         drop(command);
-        let begun = orders.begun;
-        let mut guard = Guard { orders, begun, child, link: BufReader::new(ours), owed: 0 };
-        let line = serde_json::to_value(&guard.orders).map_err(|error| failed(error.into()))?;
+        let begun = spec.begun;
+        let mut guard = Guard { spec, begun, child, link: BufReader::new(ours), replies_due: 0 };
+        let line = serde_json::to_value(&guard.spec).map_err(|error| failed(error.into()))?;
         guard.send(&line)?;
         Ok(guard)
     }
 
-    /// Sends a request and waits for its answer; `stop` ends the wait, but not the request.
-    pub fn ask(&mut self, ask: Ask, stop: Stop<'_>) -> Result<Value, Failure> {
-        match ask {
-            Ask::Freeze => self.begun.guest = true,
-            Ask::HooksFreeze => self.begun.hooks = true,
+    /// Sends a request and waits for its reply; `stop` ends the wait, but not the request.
+    pub fn ask(&mut self, request: GuardRequest, stop: Stop<'_>) -> Result<Value, Failure> {
+        match request {
+            GuardRequest::Freeze => self.begun.guest = true,
+            GuardRequest::HooksFreeze => self.begun.hooks = true,
             _ => {}
         }
-        self.send(&json!(ask))?;
-        self.owed += 1;
+        self.send(&json!(request))?;
+        self.replies_due += 1;
         // A freeze that is refused is followed by a thaw.
-        let deadline = Instant::now() + 2 * self.orders.timeout + GUARD_MARGIN;
-        let mut answer = Value::Null;
-        while self.owed > 0 {
-            answer = self.line(deadline, stop)?;
-            self.owed -= 1;
+        let deadline = Instant::now() + 2 * self.spec.timeout + GUARD_MARGIN;
+        let mut reply = Value::Null;
+        while self.replies_due > 0 {
+            reply = self.line(deadline, stop)?;
+            self.replies_due -= 1;
         }
-        if let Some(error) = answer.get("error") {
+        if let Some(error) = reply.get("error") {
             let text = |name: &str| error[name].as_str().unwrap_or("").to_owned();
-            if ask == Ask::Freeze && error["code"] == REFUSED {
+            if request == GuardRequest::Freeze && error["code"] == REFUSED {
                 // We froze nothing, and what another program froze stays frozen.
                 self.begun.guest = false;
             }
             return Err(Failure { code: text("code"), message: text("message") });
         }
-        match ask {
-            Ask::Thaw => self.begun.guest = false,
-            Ask::HooksThaw => self.begun.hooks = false,
+        match request {
+            GuardRequest::Thaw => self.begun.guest = false,
+            GuardRequest::HooksThaw => self.begun.hooks = false,
             _ => {}
         }
-        Ok(answer["ok"].take())
+        Ok(reply["ok"].take())
     }
 
     /// Requests a thaw of either kind, which no signal interrupts; if the guard is dead, from a new one.
-    pub fn thaw(&mut self, ask: Ask) -> Result<Value, Failure> {
-        let first = self.ask(ask, None);
+    pub fn thaw(&mut self, request: GuardRequest) -> Result<Value, Failure> {
+        let first = self.ask(request, None);
         if !matches!(&first, Err(failure) if failure.code == DEAD) {
             return first;
         }
         // It is dead or hangs, and must release the agent.
         let ended = self.child.kill().and_then(|()| self.child.wait());
         ended.map_err(|error| Failure::new("guard", format!("the guard process cannot be ended: {error}")))?;
-        *self = Guard::start(GuardSpec { begun: self.begun, ..self.orders.clone() })?;
-        self.ask(ask, None)
+        *self = Guard::start(GuardSpec { begun: self.begun, ..self.spec.clone() })?;
+        self.ask(request, None)
     }
 
     /// What the guard has begun and not undone.
@@ -168,7 +168,7 @@ impl Guard {
 
     fn line(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<Value, Failure> {
         loop {
-            // Two answers may have come at once; the socket does not become readable again for the second one.
+            // Two replies may have come at once; the socket does not become readable again for the second one.
             let is_here = self.link.buffer().contains(&b'\n');
             let wake = if is_here { Ok(Wake::Ready(Vec::new())) } else { wait(&[self.as_fd()], stop, deadline) };
             match wake {
@@ -214,8 +214,8 @@ pub fn serve(link: OwnedFd) -> ExitCode {
     let _ = rustix::process::setsid();
     let mut link = BufReader::new(UnixStream::from(link));
     let mut line = String::new();
-    let orders = match link.read_line(&mut line).map(|_| serde_json::from_str::<GuardSpec>(&line)) {
-        Ok(Ok(orders)) => orders,
+    let spec = match link.read_line(&mut line).map(|_| serde_json::from_str::<GuardSpec>(&line)) {
+        Ok(Ok(spec)) => spec,
         Ok(Err(_)) | Err(_) => {
             crate::base::logging::say(format_args!(
                 "{SUBCOMMAND}: this is started by 'virtioblkctl snapshot', not by hand"
@@ -223,26 +223,26 @@ pub fn serve(link: OwnedFd) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let mut keeper = Keeper::new(orders);
-    while let Some(ask) = next(&mut link, &keeper) {
-        let answer = match keeper.carry_out(ask, Some(link.get_ref().as_fd())) {
+    let mut state = GuardState::new(spec);
+    while let Some(request) = next(&mut link, &state) {
+        let reply = match state.carry_out(request, Some(link.get_ref().as_fd())) {
             Ok(value) => json!({"ok": value}),
             Err(failure) => json!({"error": {"code": failure.code, "message": failure.message}}),
         };
-        if link.get_mut().write_all(format!("{answer}\n").as_bytes()).is_err() {
+        if link.get_mut().write_all(format!("{reply}\n").as_bytes()).is_err() {
             break;
         }
     }
     // There will be no more requests: undo what is not undone yet.
     drop(link);
-    if keeper.begun != PendingUndo::default() { keeper.undo() } else { ExitCode::SUCCESS }
+    if state.begun != PendingUndo::default() { state.undo() } else { ExitCode::SUCCESS }
 }
 
 /// The next request; `None`: there will be none.
-fn next(link: &mut BufReader<UnixStream>, keeper: &Keeper) -> Option<Ask> {
+fn next(link: &mut BufReader<UnixStream>, state: &GuardState) -> Option<GuardRequest> {
     if link.buffer().is_empty() {
-        let frozen = keeper.begun != PendingUndo::default();
-        let silence = if frozen { keeper.orders.silence } else { Duration::from_secs(86_400) };
+        let frozen = state.begun != PendingUndo::default();
+        let silence = if frozen { state.spec.silence } else { Duration::from_secs(86_400) };
         let wake = wait(&[link.get_ref().as_fd()], None, Instant::now() + silence);
         if !matches!(wake, Ok(Wake::Ready(_))) {
             return None;
@@ -256,51 +256,49 @@ fn next(link: &mut BufReader<UnixStream>, keeper: &Keeper) -> Option<Ask> {
 }
 
 /// Carries out the requests, and knows what is begun.
-struct Keeper {
-    orders: GuardSpec,
+struct GuardState {
+    spec: GuardSpec,
     begun: PendingUndo,
     guest: Option<Guest>,
     hooks: Option<Hooks>,
     frozen_at: Option<Instant>,
 }
 
-impl Keeper {
-    fn new(orders: GuardSpec) -> Self {
-        let socket = orders.socket.clone().map(|path| AgentAt::Socket(path.into()));
-        let guest =
-            socket.or_else(|| orders.domain.clone().map(AgentAt::Domain)).map(|at| Guest::new(&at, orders.timeout));
-        let hooks =
-            orders.hooks.as_deref().map(|directory| Hooks::new(Path::new(directory), orders.environment.clone()));
-        Keeper { begun: orders.begun, guest, hooks, frozen_at: None, orders }
+impl GuardState {
+    fn new(spec: GuardSpec) -> Self {
+        let socket = spec.socket.clone().map(|path| AgentAt::Socket(path.into()));
+        let guest = socket.or_else(|| spec.domain.clone().map(AgentAt::Domain)).map(|at| Guest::new(&at, spec.timeout));
+        let hooks = spec.hooks.as_deref().map(|directory| Hooks::new(Path::new(directory), spec.environment.clone()));
+        GuardState { begun: spec.begun, guest, hooks, frozen_at: None, spec }
     }
 
-    fn carry_out(&mut self, ask: Ask, stop: Stop<'_>) -> Result<Value, Failure> {
-        let timeout = self.orders.timeout;
-        match ask {
-            Ask::HooksFreeze => {
+    fn carry_out(&mut self, request: GuardRequest, stop: Stop<'_>) -> Result<Value, Failure> {
+        let timeout = self.spec.timeout;
+        match request {
+            GuardRequest::HooksFreeze => {
                 self.begun.hooks = true;
                 self.hook("freeze", stop)
             }
-            Ask::HooksThaw => {
+            GuardRequest::HooksThaw => {
                 self.begun.hooks = false;
                 self.hook("thaw", None)
             }
-            Ask::Check | Ask::CheckAll => {
-                let checked = self.guest()?.check(ask == Ask::CheckAll, stop).map_err(failure)?;
+            GuardRequest::Check | GuardRequest::CheckAll => {
+                let checked = self.guest()?.check(request == GuardRequest::CheckAll, stop).map_err(failure)?;
                 Ok(json!(checked))
             }
-            Ask::Freeze => {
+            GuardRequest::Freeze => {
                 self.frozen_at = Some(Instant::now());
                 self.begun.guest = true;
                 let frozen = self.guest()?.freeze(timeout, stop);
                 self.begun.guest = !matches!(frozen, Err(AgentError::Refused(_)));
                 frozen.map(|count| json!({"frozen": count})).map_err(failure)
             }
-            Ask::IsFrozen => {
+            GuardRequest::IsFrozen => {
                 let frozen = self.guest()?.is_frozen(stop).map_err(failure)?;
                 Ok(json!({"frozen": frozen}))
             }
-            Ask::Thaw => {
+            GuardRequest::Thaw => {
                 let deadline = Instant::now() + timeout;
                 let thawed = self.guest()?.thaw(deadline, stop).map_err(failure)?;
                 self.begun.guest = false;
@@ -316,7 +314,7 @@ impl Keeper {
 
     fn hook(&self, name: &str, stop: Stop<'_>) -> Result<Value, Failure> {
         let Some(hooks) = &self.hooks else { return Err(Failure::new("internal", "the guard was given no hooks")) };
-        hooks.call(name, self.orders.timeout, stop).map(|()| Value::Null).map_err(|why| Failure::new("hook", why))
+        hooks.call(name, self.spec.timeout, stop).map(|()| Value::Null).map_err(|why| Failure::new("hook", why))
     }
 
     /// Thaws the guest, then calls the hook, after the parent has ended or given up.
@@ -341,7 +339,7 @@ impl Keeper {
     }
 }
 
-/// An agent's error as an answer.
+/// An agent's error as the error of a reply.
 fn failure(trouble: AgentError) -> Failure {
     let code = match trouble {
         AgentError::Silent(_) => "agent-silent",

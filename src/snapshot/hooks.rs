@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::SigSet;
 
 use super::child::run;
-use super::plan::Level;
+use super::plan::Consistency;
 use super::wait::Stop;
 
 /// A directory of hooks.
@@ -41,7 +41,7 @@ pub fn check(directory: &Path) -> Result<(), String> {
 /// spaces.
 pub fn environment<'a>(
     disks: impl Iterator<Item = (&'a Path, Option<&'a Path>)>,
-    level: Level,
+    level: Consistency,
 ) -> Vec<(String, OsString)> {
     let (controls, images): (Vec<&OsStr>, Vec<&OsStr>) =
         disks.map(|(control, image)| (control.as_os_str(), image.map(Path::as_os_str).unwrap_or_default())).unzip();

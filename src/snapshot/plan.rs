@@ -9,7 +9,7 @@ use std::time::Duration;
 
 /// What a snapshot promises. Ordered: a later one promises more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Level {
+pub enum Consistency {
     /// What a power cut would leave, at one instant over all disks.
     Crash,
     /// Besides, the guest's filesystems were frozen: they contain all that its programs wrote, and need no repair.
@@ -18,22 +18,22 @@ pub enum Level {
     Application,
 }
 
-impl Level {
+impl Consistency {
     /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
-            Level::Crash => "crash",
-            Level::Filesystem => "filesystem",
-            Level::Application => "application",
+            Consistency::Crash => "crash",
+            Consistency::Filesystem => "filesystem",
+            Consistency::Application => "application",
         }
     }
 }
 
-impl FromStr for Level {
+impl FromStr for Consistency {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let known = [Level::Crash, Level::Filesystem, Level::Application];
+        let known = [Consistency::Crash, Consistency::Filesystem, Consistency::Application];
         known
             .into_iter()
             .find(|level| level.name() == text)
@@ -116,7 +116,7 @@ pub struct Plan {
     /// The quiesce sockets, one a disk.
     pub disks: Vec<PathBuf>,
     /// The level asked for.
-    pub level: Level,
+    pub level: Consistency,
     /// The methods: one for each disk, or one for all.
     pub ways: Vec<Method>,
     /// Who freezes the guest's filesystems.
@@ -229,8 +229,8 @@ pub fn check_disks(disks: &[PathBuf]) -> Result<(), String> {
 }
 
 /// Checks that there is an agent if the level needs one.
-pub fn check_agent(level: Level, agent: Option<&AgentAt>) -> Result<(), String> {
-    if level == Level::Crash || agent.is_some() {
+pub fn check_agent(level: Consistency, agent: Option<&AgentAt>) -> Result<(), String> {
+    if level == Consistency::Crash || agent.is_some() {
         return Ok(());
     }
     Err(format!(
@@ -288,7 +288,7 @@ mod tests {
     fn plan(disks: &[&str], ways: &[&str]) -> Plan {
         Plan {
             disks: disks.iter().map(PathBuf::from).collect(),
-            level: Level::Crash,
+            level: Consistency::Crash,
             ways: ways.iter().map(|way| Method::parse(&OsString::from(way)).unwrap()).collect(),
             agent: None,
             hooks: None,
@@ -318,8 +318,8 @@ mod tests {
             (Plan { digest: true, ..plan(&["/a"], &["exec:true"]) }, "--digest"),
             (Plan { bandwidth: 1, ..plan(&["/a"], &["reflink:/x"]) }, "--bandwidth"),
             (Plan { background: true, ..plan(&["/a", "/b"], &["reflink:/x", "copy:/y"]) }, "--background"),
-            (Plan { level: Level::Filesystem, ..base() }, "--qga"),
-            (Plan { level: Level::Application, hooks: Some("/h".into()), ..base() }, "--libvirt"),
+            (Plan { level: Consistency::Filesystem, ..base() }, "--qga"),
+            (Plan { level: Consistency::Application, hooks: Some("/h".into()), ..base() }, "--libvirt"),
         ];
         for (plan, word) in cases {
             let error = plan.check().expect_err(word);

@@ -8,7 +8,7 @@ use virtioblkd::internal::base::logging;
 use virtioblkd::internal::base::text::clean_json;
 use virtioblkd::internal::control::client::Failure;
 use virtioblkd::internal::snapshot::attend::{self, Plan};
-use virtioblkd::internal::snapshot::plan::Level;
+use virtioblkd::internal::snapshot::plan::Consistency;
 use virtioblkd::internal::snapshot::receipt::Receipt;
 
 use crate::duration;
@@ -20,8 +20,8 @@ pub struct Attend {
     #[arg(long = "disk", value_name = "CONTROL")]
     disks: Vec<PathBuf>,
     /// What is promised: filesystem (needs --qga or --libvirt), application (needs hooks besides), crash (hooks alone)
-    #[arg(long, value_name = "LEVEL", value_parser = str::parse::<Level>)]
-    level: Level,
+    #[arg(long, value_name = "LEVEL", value_parser = str::parse::<Consistency>)]
+    level: Consistency,
     #[command(flatten)]
     freezing: Freezing,
     /// Let a weaker snapshot be taken, and say so, where the level cannot be reached; without it that one fails

@@ -44,11 +44,11 @@ struct Cli {
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
-    what: What,
+    command: CtlCommand,
 }
 
 #[derive(Subcommand)]
-enum What {
+enum CtlCommand {
     /// The disk: cache mode, front-end, rings, who holds it, last errors
     Status,
     /// Counters, a row a ring
@@ -104,12 +104,12 @@ enum What {
     Quit,
 }
 
-impl What {
+impl CtlCommand {
     /// Whether a disk or a guest waits for us, which must not wait for whoever reads our messages.
     fn holds_still(&self) -> bool {
         match self {
-            What::Snapshot(_) | What::Attend(_) | What::Guard => true,
-            What::Quiesce(quiesce) => !quiesce.command.is_empty(),
+            CtlCommand::Snapshot(_) | CtlCommand::Attend(_) | CtlCommand::Guard => true,
+            CtlCommand::Quiesce(quiesce) => !quiesce.command.is_empty(),
             _ => false,
         }
     }
@@ -182,15 +182,15 @@ fn main() -> ExitCode {
 
 fn run_command() -> ExitCode {
     let cli = Cli::parse_from(libvirt_hook::arguments());
-    if cli.what.holds_still() {
+    if cli.command.holds_still() {
         logging::start_thread();
     }
-    match &cli.what {
-        What::Snapshot(options) => return take_snapshot(options, &cli),
-        What::Attend(options) => return finish(&cli, attend::run(options, cli.control.as_ref(), cli.json)),
-        What::Guard => return helper(virtioblkd::internal::snapshot::guard::serve),
-        What::LibvirtHook(options) => return libvirt_hook::run(options),
-        What::Cloner => return helper(virtioblkd::internal::snapshot::cloner::serve),
+    match &cli.command {
+        CtlCommand::Snapshot(options) => return take_snapshot(options, &cli),
+        CtlCommand::Attend(options) => return finish(&cli, attend::run(options, cli.control.as_ref(), cli.json)),
+        CtlCommand::Guard => return helper(virtioblkd::internal::snapshot::guard::serve),
+        CtlCommand::LibvirtHook(options) => return libvirt_hook::run(options),
+        CtlCommand::Cloner => return helper(virtioblkd::internal::snapshot::cloner::serve),
         _ => {}
     }
     let Some(path) = &cli.control else {
@@ -200,8 +200,8 @@ fn run_command() -> ExitCode {
         );
         error.exit();
     };
-    let own_failure = match &cli.what {
-        What::Quiesce(Quiesce { command, .. }) if !command.is_empty() => hold::FAILED,
+    let own_failure = match &cli.command {
+        CtlCommand::Quiesce(Quiesce { command, .. }) if !command.is_empty() => hold::FAILED,
         _ => 1,
     };
     match Client::connect(path).and_then(|client| run(&cli, path, client)) {
@@ -248,10 +248,10 @@ fn helper(serve: fn(OwnedFd) -> ExitCode) -> ExitCode {
 }
 
 fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
-    let text = match &cli.what {
-        What::Status => page(cli, &client.ask("query-status", json!({}), REPLY_TIMEOUT)?, show::status),
-        What::Stats => page(cli, &client.ask("query-stats", json!({}), REPLY_TIMEOUT)?, show::stats),
-        What::Quiesce(quiesce) => {
+    let text = match &cli.command {
+        CtlCommand::Status => page(cli, &client.ask("query-status", json!({}), REPLY_TIMEOUT)?, show::status),
+        CtlCommand::Stats => page(cli, &client.ask("query-stats", json!({}), REPLY_TIMEOUT)?, show::stats),
+        CtlCommand::Quiesce(quiesce) => {
             let arguments = arguments(quiesce);
             if !quiesce.command.is_empty() {
                 return hold::run(client, arguments, quiesce.timeout, &quiesce.command);
@@ -263,17 +263,17 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
             }
             page(cli, &answer, |answer| format!("{}\n", clean(answer["token"].as_str().unwrap_or_default())))
         }
-        What::Resume(resume) => {
+        CtlCommand::Resume(resume) => {
             let arguments = match &resume.token {
                 Some(token) => json!({"token": token}),
                 None => json!({"all": true}),
             };
             page(cli, &client.ask("resume", arguments, REPLY_TIMEOUT)?, resumed)
         }
-        What::Copies(Copies { change: None }) => {
+        CtlCommand::Copies(Copies { change: None }) => {
             page(cli, &client.ask("query-copies", json!({}), REPLY_TIMEOUT)?, show::copies)
         }
-        What::Copies(Copies { change: Some(change) }) => {
+        CtlCommand::Copies(Copies { change: Some(change) }) => {
             let (command, arguments) = match change {
                 ChangeCopy::Cancel { copy } => ("copy-cancel", json!({"copy": copy})),
                 ChangeCopy::Limit { copy, bandwidth } => {
@@ -282,7 +282,7 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
             };
             page(cli, &client.ask(command, arguments, REPLY_TIMEOUT)?, |_| String::new())
         }
-        What::Continue => {
+        CtlCommand::Continue => {
             let readable = |answer: &Value| match answer["retried"].as_u64() {
                 Some(0) | None => "the disk was not stopped\n".to_owned(),
                 Some(some) => {
@@ -291,7 +291,7 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
             };
             page(cli, &client.ask("continue", json!({}), REPLY_TIMEOUT)?, readable)
         }
-        What::Resize(Resize { size, force }) => {
+        CtlCommand::Resize(Resize { size, force }) => {
             let mut arguments = json!({"force": force});
             if let Some(size) = size {
                 arguments["size"] = json!(size);
@@ -299,15 +299,21 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
             let readable = |answer: &Value| format!("the guest's disk has {} bytes\n", answer["size"]);
             page(cli, &client.ask("resize", arguments, REPLY_TIMEOUT)?, readable)
         }
-        What::Upgrade(options) => match upgrade::run(options, path, client)? {
+        CtlCommand::Upgrade(options) => match upgrade::run(options, path, client)? {
             upgrade::Outcome::Done(figures) => page(cli, &figures, upgrade::readable),
             upgrade::Outcome::GivenUp(status) => return Ok(status),
         },
-        What::Watch => return watch::run(path, client, cli.json),
-        What::Snapshot(_) | What::Attend(_) | What::LibvirtHook(_) | What::Guard | What::Cloner => {
+        CtlCommand::Watch => return watch::run(path, client, cli.json),
+        CtlCommand::Snapshot(_)
+        | CtlCommand::Attend(_)
+        | CtlCommand::LibvirtHook(_)
+        | CtlCommand::Guard
+        | CtlCommand::Cloner => {
             return Err(Failure::new("internal", "this command is run elsewhere"));
         }
-        What::Quit => page(cli, &client.ask("quit", json!({}), REPLY_TIMEOUT)?, |_| "the daemon ends\n".to_owned()),
+        CtlCommand::Quit => {
+            page(cli, &client.ask("quit", json!({}), REPLY_TIMEOUT)?, |_| "the daemon ends\n".to_owned())
+        }
     };
     print(&text)?;
     Ok(0)
@@ -363,8 +369,8 @@ mod tests {
     #[test]
     fn sizes_are_written_with_units() {
         let limit = ["virtioblkctl", "--control", "c", "copies", "limit", "copy-1", "100M"];
-        let What::Copies(Copies { change: Some(ChangeCopy::Limit { bandwidth, .. }) }) =
-            Cli::try_parse_from(limit).expect("a size with a unit").what
+        let CtlCommand::Copies(Copies { change: Some(ChangeCopy::Limit { bandwidth, .. }) }) =
+            Cli::try_parse_from(limit).expect("a size with a unit").command
         else {
             panic!("copies limit is something else");
         };

@@ -9,7 +9,7 @@ use clap::Args;
 use virtioblkd::internal::base::logging;
 use virtioblkd::internal::base::text::clean_json;
 use virtioblkd::internal::control::client::Failure;
-use virtioblkd::internal::snapshot::plan::{Level, Method, Plan};
+use virtioblkd::internal::snapshot::plan::{Consistency, Method, Plan};
 use virtioblkd::internal::snapshot::receipt::Receipt;
 use virtioblkd::internal::snapshot::{self, USAGE};
 
@@ -24,8 +24,8 @@ pub struct Snapshot {
     #[arg(long = "disk", value_name = "CONTROL")]
     disks: Vec<PathBuf>,
     /// What is promised: crash, filesystem (needs --qga or --libvirt), application (needs hooks besides)
-    #[arg(long, value_name = "LEVEL", value_parser = str::parse::<Level>)]
-    level: Level,
+    #[arg(long, value_name = "LEVEL", value_parser = str::parse::<Consistency>)]
+    level: Consistency,
     /// How: reflink:PATH, copy:PATH, rbd, rbd:NAME or exec:COMMAND; one a disk, or one for all with {} for the image's
     /// file name; an RBD image needs none
     #[arg(long = "to", value_name = "WAY:ARG")]

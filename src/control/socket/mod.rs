@@ -55,7 +55,7 @@ pub struct Setup {
 
 /// The running control thread, with or without a quiesce socket. Dropping it stops the thread.
 pub struct Server {
-    orders: Arc<ThreadCommands>,
+    commands: Arc<ThreadCommands>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -84,7 +84,7 @@ impl Server {
         }
         let Setup { disk, events, notices, store_timeout, attended, max_hold, resized, quit, others, info, upgrade } =
             setup;
-        let orders = Arc::new(ThreadCommands { bell: Bell::new()?, report: Mutex::default() });
+        let commands = Arc::new(ThreadCommands { bell: Bell::new()?, report: Mutex::default() });
         let mut control = Control {
             listener,
             accept_again: None,
@@ -105,9 +105,9 @@ impl Server {
             others,
             quit: Some(quit),
         };
-        let heard = orders.clone();
-        let thread = std::thread::Builder::new().name("control".into()).spawn(move || control.run(&heard))?;
-        Ok(Server { orders, thread: Some(thread) })
+        let for_thread = commands.clone();
+        let thread = std::thread::Builder::new().name("control".into()).spawn(move || control.run(&for_thread))?;
+        Ok(Server { commands, thread: Some(thread) })
     }
 
     /// This process has taken the disk over: serves its clients from now on. `figures`: of the hand-over, for the status;
@@ -121,8 +121,8 @@ impl Server {
     }
 
     fn command(&self, change: impl FnOnce(&mut ThreadReport)) {
-        self.orders.bell.ring_after(|| {
-            change(&mut self.orders.report.lock().expect("no panic while held"));
+        self.commands.bell.ring_after(|| {
+            change(&mut self.commands.report.lock().expect("no panic while held"));
             true
         });
     }
@@ -150,7 +150,7 @@ impl Drop for Server {
 
 /// What poll reported, by source.
 struct Ready {
-    orders: bool,
+    commands: bool,
     events: bool,
     image: bool,
     accept: bool,
@@ -170,16 +170,16 @@ struct Control {
 }
 
 impl Control {
-    fn run(&mut self, orders: &ThreadCommands) {
+    fn run(&mut self, commands: &ThreadCommands) {
         loop {
-            let ready = match self.wait(&orders.bell) {
+            let ready = match self.wait(&commands.bell) {
                 Ok(ready) => ready,
                 Err(error) => {
                     log::error!("control: poll failed, the quiesce socket ends: {error}");
                     break;
                 }
             };
-            if ready.orders && self.obey(orders) {
+            if ready.commands && self.obey(commands) {
                 break;
             }
             self.turn(ready);
@@ -188,9 +188,9 @@ impl Control {
     }
 
     /// Carries out what the thread was told. Returns whether it is to stop.
-    fn obey(&mut self, orders: &ThreadCommands) -> bool {
+    fn obey(&mut self, commands: &ThreadCommands) -> bool {
         let ThreadReport { stop, took_over } =
-            orders.bell.silence_before(|| std::mem::take(&mut *orders.report.lock().expect("no panic while held")));
+            commands.bell.silence_before(|| std::mem::take(&mut *commands.report.lock().expect("no panic while held")));
         if let Some((listener, figures, attendant_missing)) = took_over {
             self.listener = listener;
             self.service.took_over(figures, attendant_missing);
@@ -253,11 +253,11 @@ impl Control {
     }
 
     /// Sleeps until there is something to do.
-    fn wait(&self, orders: &Bell) -> io::Result<Ready> {
+    fn wait(&self, commands: &Bell) -> io::Result<Ready> {
         let now = Instant::now();
         let accepting = self.accept_again.is_none_or(|again| again <= now);
         let mut fds = vec![
-            PollFd::new(orders, PollFlags::IN),
+            PollFd::new(commands, PollFlags::IN),
             PollFd::from_borrowed_fd(self.events.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.inbox.as_fd(), PollFlags::IN),
         ];
@@ -278,7 +278,7 @@ impl Control {
         poll_until(&mut fds, deadline)?;
         let found: Vec<PollFlags> = fds.iter().map(PollFd::revents).collect();
         Ok(Ready {
-            orders: !found[0].is_empty(),
+            commands: !found[0].is_empty(),
             events: !found[1].is_empty(),
             image: !found[2].is_empty(),
             accept: found[3..others].iter().any(|found| !found.is_empty()),
