@@ -1,5 +1,5 @@
-//! The configuration file: a flat TOML table whose keys are the long options. Each pair becomes the argument that says the same,
-//! so that there is one set of rules and one set of messages.
+//! Reads the configuration file: a flat TOML table whose keys are the long options. Each pair is translated into the
+//! equivalent argument, so that the file and the command line share their rules and messages.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -14,39 +14,41 @@ use super::args::Args;
 use super::{ConfigError, refuse, strip};
 use crate::base::trust;
 
-/// Options that make no sense in a file.
+/// Options that are allowed on the command line only.
 const ONLY_ARGUMENTS: [&str; 5] = ["config", "print-capabilities", "take-over", "help", "version"];
-/// The configuration file has a line for each option; a larger file is something else, perhaps the image.
+/// The largest configuration file in bytes. A larger file is something else, perhaps the image.
 const MAX_FILE: u64 = 1 << 20;
-/// May be given several times: a list, or a table of names and values.
+/// Options that may be given several times: in the file, as a list or as a table of names and values.
 const REPEATED: [&str; 2] = ["rbd-option", "copy-dir"];
-/// Permission bits are octal, which a number in TOML would not be.
+/// Options with permission bits, which must be in quotes because they are octal and a number in TOML is decimal.
 const QUOTED: [&str; 2] = ["socket-mode", "control-mode"];
 
-/// The file's keys, each with the argument that says the same. Errors name the file, the line and the key.
+/// Reads the file. Returns its keys, each with the equivalent argument. Errors name the file, the line and the key.
 pub(super) fn read(path: &Path) -> Result<Vec<(String, OsString)>, ConfigError> {
     let name = path.display();
     let mut text = String::new();
     let failed =
-        |error: std::io::Error| ConfigError(format!("cannot read the file given with --config, {name}: {error}"));
+        |error: std::io::Error| ConfigError(format!("--config {name}: cannot read the configuration file: {error}"));
     let file = File::open(path).map_err(failed)?;
     trust::check_open(path, &file).map_err(|why| ConfigError(format!("--config {name}: {why}")))?;
     file.take(MAX_FILE + 1).read_to_string(&mut text).map_err(failed)?;
     if text.len() as u64 > MAX_FILE {
-        return refuse(format!("--config {name}: larger than {MAX_FILE} bytes; is it the configuration file?"));
+        return refuse(format!(
+            "--config {name}: the file is larger than {MAX_FILE} bytes; give a TOML configuration file"
+        ));
     }
     parse(&name.to_string(), &text)
 }
 
-/// The one of `known` that is most like `given`, for an error about an unknown name.
+/// Returns the name in `known` that is most similar to `given`, for an error about an unknown name.
 pub(crate) fn nearest<'a>(known: impl Iterator<Item = &'a str>, given: &str) -> Option<&'a str> {
     let given = given.to_lowercase();
     let rated = known.map(|name| (strsim::jaro_winkler(name, &given), name));
     rated.max_by(|one, other| one.0.total_cmp(&other.0)).map(|(_, name)| name)
 }
 
-/// The keys that a configuration file may have: the long options but those that only a command line can give and those
-/// for tests.
+/// The keys that a configuration file may have: the long options, except those that are allowed on the command line only
+/// and those for tests.
 pub fn file_keys() -> Vec<String> {
     let command = Args::command();
     let keys = command.get_arguments().filter(|argument| !argument.is_hide_set());
@@ -57,7 +59,7 @@ pub fn file_keys() -> Vec<String> {
 fn parse(name: &str, text: &str) -> Result<Vec<(String, OsString)>, ConfigError> {
     let table = DeTable::parse(text).map_err(|error| {
         let line = error.span().map_or(String::new(), |span| format!(":{}", line_of(text, span)));
-        ConfigError(format!("{name}{line}: not TOML ({}); text stands in quotes: key = \"text\"", error.message()))
+        ConfigError(format!("{name}{line}: not TOML ({}); put text in quotes: key = \"text\"", error.message()))
     })?;
     let mut arguments = Vec::new();
     for (key, value) in table.get_ref() {
@@ -93,8 +95,7 @@ fn check_key(place: &str, key: &str) -> Result<(), ConfigError> {
     }
 }
 
-/// The values as they would stand on the command line, one after the other: of an option that may be repeated, a list
-/// or a table.
+/// Translates a key's value into the values of arguments. An option that may be repeated can have a list or a table.
 fn argument_values(place: &str, key: &str, value: &DeValue<'_>) -> Result<Vec<String>, ConfigError> {
     match value {
         DeValue::Array(values) if REPEATED.contains(&key) => {
@@ -108,7 +109,7 @@ fn argument_values(place: &str, key: &str, value: &DeValue<'_>) -> Result<Vec<St
     }
 }
 
-/// One value as it would stand on the command line.
+/// Translates one value into the value of an argument.
 fn argument_value(place: &str, key: &str, value: &DeValue<'_>) -> Result<String, ConfigError> {
     match value {
         DeValue::String(text) => Ok(text.to_string()),
@@ -127,13 +128,13 @@ fn argument_value(place: &str, key: &str, value: &DeValue<'_>) -> Result<String,
     }
 }
 
-/// Tries the argument alone, so that its error can name the line.
+/// Parses the argument alone, so that an error can name the line.
 fn check_value(place: &str, key: &str, word: &str, argument: &OsString) -> Result<(), ConfigError> {
     let Err(error) = Args::command().try_get_matches_from([OsString::from("virtioblkd"), argument.clone()]) else {
         return Ok(());
     };
     match std::error::Error::source(&error) {
         Some(reason) => refuse(format!("{place}: invalid value '{word}' for {key}: {reason}")),
-        None => refuse(format!("{place}: {key}: {}", strip(&error).lines().next().unwrap_or("not understood"))),
+        None => refuse(format!("{place}: {key}: {}", strip(&error).lines().next().unwrap_or("it is not valid"))),
     }
 }

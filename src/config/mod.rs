@@ -1,8 +1,9 @@
-//! The command line and the configuration file (TOML, the same names), together one checked [`Config`]. The command line wins.
+//! Parses the command line and the configuration file (TOML with the same names) into one checked [`Config`]. The command
+//! line overrides the file.
 //!
-//! Reads the file given with `--config` and touches nothing else: whether an image, a path or a group exists is found
-//! out by who uses it. Options follow QEMU's back-end program conventions (docs/interop/vhost-user.rst); those beyond
-//! them are ours.
+//! This module reads the file given with `--config` and nothing else. Whether an image, a path or a group exists is checked
+//! by the module that uses it. The options follow QEMU's conventions for back-end programs (docs/interop/vhost-user.rst);
+//! the conventions do not cover all of them.
 
 mod args;
 mod file;
@@ -31,80 +32,81 @@ pub use file::file_keys;
 pub(crate) use file::nearest;
 pub use values::disk_size;
 
-/// The answer to `--print-capabilities`: the features that QEMU's conventions name for a block back-end.
+/// The output of `--print-capabilities`: the features that QEMU's conventions define for a block back-end.
 pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
 
-/// What the daemon was told to do. Constant once made; read by main and the server.
+/// The daemon's configuration, which does not change while the daemon runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Where the front-end connects.
+    /// The vhost-user socket, to which the front-end connects.
     pub listen: Listen,
-    /// What stands behind the disk.
+    /// The kind of image and its location.
     pub backend: BackendKind,
-    /// The user said that the image is raw, whatever it looks like.
+    /// The operator stated that the image is raw, even if it looks like another format.
     pub is_raw: bool,
-    /// Writes are refused, and the guest is told so.
+    /// The daemon refuses writes, and the guest sees a read-only disk.
     pub read_only: bool,
-    /// When a write is acknowledged and what a flush does.
+    /// The cache mode: when a write is acknowledged and what a flush does.
     pub cache: CacheMode,
-    /// The quiesce socket, if wanted.
+    /// The control socket, if there is one.
     pub control: Option<ControlSocket>,
-    /// Most queues that a front-end may use (1 to 256).
+    /// The most queues that a front-end may use (1 to 256).
     pub num_queues: u16,
-    /// Largest ring that a front-end may set, in descriptors: a power of two.
+    /// The largest queue that a front-end may set, in descriptors: a power of two.
     pub queue_size: u16,
-    /// VIRTIO_BLK_T_GET_ID's answer, at most 20 bytes of printable ASCII. Empty by default, as QEMU's own device has it:
-    /// a name made from the file's name would change with it, and would show the guest how the host names things.
+    /// The disk's serial number, which VIRTIO_BLK_T_GET_ID returns: at most 20 bytes of printable ASCII. It is empty by
+    /// default, as QEMU's own device has it. A serial derived from the file's name would change with that name, and would
+    /// show the guest how the host names its files.
     pub serial: String,
-    /// Bytes; `None`: what the image's medium has.
+    /// The logical block size in bytes. `None`: that of the image's device.
     pub logical_block_size: Option<u32>,
     /// The guest's discards free space in the image.
     pub discard_unmap: bool,
-    /// Bytes of the unit of discards that the guest is told; `None`: what the image's medium has.
+    /// The unit of discards in bytes that the guest is advised to use. `None`: that of the image's device.
     pub discard_granularity: Option<u32>,
-    /// What is done about guests that change a buffer while its write is under way.
+    /// How to protect the image from guests that change a buffer while its write is in flight.
     pub stable_writes: StableWrites,
-    /// Which failed requests are kept from the guest until somebody mended the cause.
+    /// Which failed requests are retained until an operator has fixed the cause.
     pub on_error: OnError,
-    /// How long a ring's thread looks for work before it sleeps, at most.
+    /// How long a queue's thread may poll for the next request before it sleeps.
     pub poll_max: Duration,
-    /// How long the holders of a quiesced disk together may keep the guest's writes waiting; `None`: no bound.
+    /// How long the holders of a quiesced disk together may make the guest's writes wait. `None`: no limit.
     pub max_hold: Option<Duration>,
-    /// When QEMU's image locks are taken and obeyed.
+    /// When the daemon holds QEMU's image locks.
     pub locking: Locking,
-    /// Where to write the process id, if wanted.
+    /// The file for the process id, if there is one.
     pub pid_file: Option<PathBuf>,
-    /// What is logged.
+    /// The least severe level that is logged.
     pub log_level: LevelFilter,
-    /// What is given up once everything is open.
+    /// The rights that the daemon gives up once everything is open.
     pub sandbox: SandboxLevel,
-    /// Who to be then, by name or number; `None`: who started us.
+    /// The user that the daemon becomes once everything is open, by name or number. `None`: it does not change its user.
     pub user: Option<String>,
-    /// Directories that point-in-time copies may go to, and beneath.
+    /// The directories in which, and below which, point-in-time copies are allowed.
     pub copy_dirs: Vec<PathBuf>,
-    /// Where old data of copies may go while their target is slow, and how many bytes of it.
+    /// The scratch files for old data of copies whose target is slow.
     pub scratch: Option<ScratchOptions>,
-    /// The control socket of the daemon that the guest is taken over from.
+    /// The control socket of the daemon from which this one takes the guest over.
     pub take_over: Option<PathBuf>,
 }
 
-/// Where the front-end connects.
+/// The vhost-user socket, to which the front-end connects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Listen {
-    /// A socket that we make and remove.
+    /// A socket that the daemon binds and removes.
     Path {
-        /// Its path.
+        /// The socket's path.
         path: PathBuf,
-        /// Its permission bits.
+        /// The socket's permission bits.
         mode: u32,
-        /// Its group, by name or number; `None`: the process's.
+        /// The socket's group, by name or number. `None`: the process's group.
         group: Option<String>,
     },
-    /// A listening socket that we inherited under this number.
+    /// A listening socket that the process inherited as this descriptor.
     Fd(i32),
 }
 
-/// For the log and the status: the path, or `fd N`.
+/// The path, or `fd N`, for the log and the status.
 impl fmt::Display for Listen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -114,35 +116,35 @@ impl fmt::Display for Listen {
     }
 }
 
-/// The quiesce socket.
+/// The control socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ControlSocket {
-    /// Its path.
+    /// The socket's path.
     pub path: PathBuf,
-    /// Its permission bits.
+    /// The socket's permission bits.
     pub mode: u32,
-    /// What users beside root and the daemon's own may do, if the bits let them in.
+    /// What users other than root and the daemon's own may do, if the permission bits let them connect.
     pub others: Access,
 }
 
-/// What stands behind the disk.
+/// The kind of image, and its location.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BackendKind {
     /// A raw file or a block device.
     File(PathBuf),
-    /// A Ceph RBD image, with all that opening it takes.
+    /// A Ceph RBD image, with its options.
     Rbd(Box<RbdOptions>),
-    /// Nothing; so many bytes of it. For measuring.
+    /// A disk of this many bytes that stores nothing. For measuring.
     Null(u64),
-    /// Memory of so many bytes, gone at the end. For tests.
+    /// Memory of this many bytes, which ends with the process. For tests.
     Mem(u64),
-    /// A file of which some writes are kept back for this time or twice as long. For tests of a daemon that is killed.
+    /// A file that delays some writes by this time or twice as long. For tests that kill the daemon.
     Slow {
         /// The file.
         path: PathBuf,
-        /// How long.
+        /// The delay.
         delay: Duration,
-        /// And INFLIGHT_SHMFD is not offered: the guest must then hang, or the test finds nothing.
+        /// The device does not offer INFLIGHT_SHMFD. The guest must then hang; if it does not, the test proves nothing.
         forgets: bool,
     },
 }
@@ -157,16 +159,16 @@ impl BackendKind {
     }
 }
 
-/// What an argument list asks for.
+/// What the program is to do, by its arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Invocation {
     /// Serve the disk.
     Run(Box<Config>),
-    /// Print this text and end well (`--help`, `--version`, `--print-capabilities`).
+    /// Print this text and end with status 0 (`--help`, `--version`, `--print-capabilities`).
     Print(String),
 }
 
-/// A command line or a file that cannot be obeyed. Its text names the option or the key, what was given and what is
+/// An error in the command line or the configuration file. Its text names the option or the key, what was given and what is
 /// allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError(String);
@@ -184,15 +186,15 @@ fn refuse<T>(message: impl Into<String>) -> Result<T, ConfigError> {
 }
 
 impl Config {
-    /// Makes a configuration of an argument list, the program's name first, and the file that it may name. Called once,
-    /// by main.
+    /// Parses an argument list, which begins with the program's name, and the configuration file that it may name. Called
+    /// once, by main.
     pub fn from_args<I, T>(args: I) -> Result<Invocation, ConfigError>
     where
         I: IntoIterator<Item = T>,
         T: Into<OsString>,
     {
         let mut args: Vec<OsString> = args.into_iter().map(Into::into).collect();
-        // QEMU's conventions: other options are ignored, so wrong ones are too.
+        // By QEMU's conventions other options are ignored, so invalid ones are too.
         if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
             return Ok(Invocation::Print(format!("{CAPABILITIES}\n")));
         }
@@ -205,7 +207,7 @@ impl Config {
         };
         if let Some(path) = matches.get_one::<PathBuf>("config") {
             let given = |key: &str| matches.value_source(&key.replace('-', "_")) == Some(ValueSource::CommandLine);
-            let from_file = file::read(path)?.into_iter().filter(|(key, _)| !outranked(key, given));
+            let from_file = file::read(path)?.into_iter().filter(|(key, _)| !is_overridden(key, given));
             args.splice(1..1, from_file.map(|(_, argument)| argument));
         }
         let matches = Args::command().try_get_matches_from(&args).map_err(|error| ConfigError(strip(&error)))?;
@@ -214,8 +216,8 @@ impl Config {
     }
 }
 
-/// Whether the command line makes the file's `key` void.
-fn outranked(key: &str, given: impl Fn(&str) -> bool) -> bool {
+/// Whether the command line overrides the file's `key`.
+fn is_overridden(key: &str, given: impl Fn(&str) -> bool) -> bool {
     given(key)
         || match key {
             "fd" => given("socket-path"),
@@ -224,7 +226,7 @@ fn outranked(key: &str, given: impl Fn(&str) -> bool) -> bool {
         }
 }
 
-/// clap's message without its own `error: `, which main adds.
+/// Returns clap's message without its prefix `error: `, which main adds.
 fn strip(error: &clap::Error) -> String {
     let text = error.to_string();
     text.strip_prefix("error: ").unwrap_or(&text).trim_end().to_string()

@@ -8,20 +8,20 @@ use super::{BackendKind, ConfigError, refuse};
 use crate::backend::rbd::{Encryption, RbdLock, RbdName, RbdOptions, RbdQuiesce};
 use crate::engine::CacheMode;
 
-/// They stand in a group of their own in `--help`.
+/// The heading of these options in `--help`.
 const HEADING: &str = "Ceph RBD";
 
-/// Seconds that a snapshot taken elsewhere waits for this disk, when nothing was said.
-const QUIESCE_TIMEOUT: u64 = 30;
+/// The default of `--rbd-quiesce-timeout`, in seconds.
+const DEFAULT_QUIESCE_TIMEOUT: u64 = 30;
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = HEADING)]
 pub(super) struct RbdArgs {
-    /// The image instead of --blk-file: POOL/IMAGE or POOL/NAMESPACE/IMAGE, with @SNAP a snapshot of it
+    /// The RBD image to serve instead of --blk-file: POOL/IMAGE or POOL/NAMESPACE/IMAGE; append @SNAP to serve a snapshot
     #[arg(long, value_name = "NAME", value_parser = values::rbd_name)]
     pub(super) rbd: Option<RbdName>,
 
-    /// The cluster's configuration file [default: where Ceph looks, /etc/ceph/ceph.conf]
+    /// The cluster's configuration file [default: as for the rbd command, /etc/ceph/ceph.conf]
     #[arg(long, value_name = "FILE")]
     pub(super) ceph_conf: Option<PathBuf>,
 
@@ -33,54 +33,54 @@ pub(super) struct RbdArgs {
     #[arg(long, value_name = "OPTION=VALUE", value_parser = values::rbd_option)]
     rbd_option: Vec<(String, String)>,
 
-    /// Only warn where a pool's or an image's own options break what --cache promises
+    /// Only warn, instead of refusing to start, if options stored in the pool or the image contradict --cache
     #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           value_parser = values::truth)]
     rbd_allow_override: Option<Switch>,
 
-    /// The image's lock while a guest uses it: auto (taken where the image has the feature), exclusive (always), none
+    /// Whether to take the image's lock while a guest uses it: auto (if the image has the feature), exclusive (always), none
     /// (clients take turns) [default: auto]
     #[arg(long, value_name = "auto|exclusive|none", value_parser = values::rbd_lock)]
     rbd_lock: Option<RbdLock>,
 
-    /// Keep in this file who has the lock, so that a restart after a crash need not wait for the dead owner
+    /// Write to this file which client has the lock, so that a restart after a crash need not wait for the dead owner
     #[arg(long, value_name = "PATH")]
     pub(super) rbd_state_file: Option<PathBuf>,
 
-    /// The image is encrypted: luks, luks1 or luks2
+    /// The format of the image's encryption: luks, luks1 or luks2
     #[arg(long, value_name = "FORMAT", value_parser = values::rbd_encryption)]
     rbd_encryption: Option<Encryption>,
 
-    /// The file with the passphrase
+    /// The file with the passphrase of an encrypted image; a newline at its end is ignored
     #[arg(long, value_name = "FILE")]
     pub(super) rbd_passphrase_file: Option<PathBuf>,
 
-    /// Hold the disk still for snapshots of the image that others take: on, attended (and refuse them while nobody runs
-    /// virtioblkctl attend) or off [default: on]
+    /// Whether to quiesce the disk for snapshots of the image that other clients take: on, attended (and refuse them while no
+    /// virtioblkctl attend is connected) or off [default: on]
     #[arg(long, value_name = "on|attended|off", value_parser = values::rbd_quiesce)]
     rbd_quiesce: Option<RbdQuiesce>,
 
-    /// How long such a snapshot waits for that, 1 to 45 seconds [default: 30]
+    /// How long such a snapshot may wait for the quiesce, 1 to 45 seconds [default: 30]
     #[arg(long, value_name = "SECONDS", value_parser = values::quiesce_timeout)]
     rbd_quiesce_timeout: Option<u64>,
 
-    /// The directory that holds librados.so.2 and librbd.so.1 [default: where the system has them]
+    /// The directory of librados.so.2 and librbd.so.1 [default: the system's library path]
     #[arg(long, value_name = "DIR")]
     ceph_library_path: Option<PathBuf>,
 }
 
-/// What other options say of the image.
+/// The other options that concern the image.
 pub(super) struct Common {
     pub mode: CacheMode,
     pub read_only: bool,
     pub logical_block_size: Option<u32>,
     pub discard_unmap: bool,
-    /// There is a quiesce socket.
+    /// There is a control socket.
     pub has_control: bool,
 }
 
 impl RbdArgs {
-    /// The paths among them, by option.
+    /// The options whose values are paths.
     pub(super) fn paths(&self) -> [(&'static str, Option<&Path>); 3] {
         [
             ("--ceph-conf", self.ceph_conf.as_deref()),
@@ -89,7 +89,7 @@ impl RbdArgs {
         ]
     }
 
-    /// Without --rbd nothing else of this group has a meaning.
+    /// Refuses the other options of this group, which need `--rbd`.
     pub(super) fn refuse_without_image(&self) -> Result<(), ConfigError> {
         let given = [
             ("--ceph-conf", self.ceph_conf.is_some()),
@@ -105,12 +105,12 @@ impl RbdArgs {
             ("--ceph-library-path", self.ceph_library_path.is_some()),
         ];
         match given.into_iter().find(|(_, is_given)| *is_given) {
-            Some((option, _)) => refuse(format!("{option} is of Ceph RBD: it needs --rbd POOL/IMAGE")),
+            Some((option, _)) => refuse(format!("{option} is an option for Ceph RBD: it needs --rbd POOL/IMAGE")),
             None => Ok(()),
         }
     }
 
-    /// The image that `name` and the rest describe.
+    /// The options of the image `name`.
     pub(super) fn backend(&self, name: &RbdName, common: Common) -> Result<BackendKind, ConfigError> {
         let encryption = match (self.rbd_encryption, &self.rbd_passphrase_file) {
             (Some(format), Some(path)) => Some((format, path.clone())),
@@ -119,10 +119,10 @@ impl RbdArgs {
             (None, Some(_)) => return refuse("--rbd-passphrase-file needs --rbd-encryption luks, luks1 or luks2"),
         };
         if self.rbd_state_file.is_some() && self.rbd_lock == Some(RbdLock::None) {
-            return refuse("--rbd-state-file is about the lock: leave out --rbd-lock none");
+            return refuse("--rbd-state-file concerns the image's lock: leave out --rbd-lock none");
         }
         if self.rbd_quiesce == Some(RbdQuiesce::Attended) && !common.has_control {
-            return refuse("--rbd-quiesce attended needs --control-path: nobody could attend the disk");
+            return refuse("--rbd-quiesce attended needs --control-path PATH, to which virtioblkctl attend connects");
         }
         let defaults = RbdOptions::new(name.clone(), common.mode);
         Ok(BackendKind::Rbd(Box::new(RbdOptions {
@@ -137,7 +137,7 @@ impl RbdArgs {
             state_file: self.rbd_state_file.clone(),
             encryption,
             quiesce: self.rbd_quiesce.unwrap_or_default(),
-            quiesce_timeout: Duration::from_secs(self.rbd_quiesce_timeout.unwrap_or(QUIESCE_TIMEOUT)),
+            quiesce_timeout: Duration::from_secs(self.rbd_quiesce_timeout.unwrap_or(DEFAULT_QUIESCE_TIMEOUT)),
             library_path: self.ceph_library_path.clone(),
             ..defaults
         })))

@@ -1,4 +1,4 @@
-//! Every rule of the command line and of the configuration file.
+//! Tests of every rule of the command line and of the configuration file.
 
 use std::io::Write;
 
@@ -6,14 +6,14 @@ use super::*;
 use crate::backend::point_in_time::ScratchOptions;
 use crate::backend::rbd::{Encryption, RbdLock, RbdQuiesce};
 
-const LEAST: [&str; 2] = ["--socket-path=/run/d.sock", "--blk-file=/d.img"];
+const REQUIRED: [&str; 2] = ["--socket-path=/run/d.sock", "--blk-file=/d.img"];
 
 fn parse(args: &[&str]) -> Result<Invocation, ConfigError> {
     Config::from_args(["virtioblkd"].iter().chain(args))
 }
 
 fn good(more: &[&str]) -> Config {
-    match parse(&[&LEAST, more].concat()) {
+    match parse(&[&REQUIRED, more].concat()) {
         Ok(Invocation::Run(config)) => *config,
         other => panic!("{more:?}: {other:?}"),
     }
@@ -26,20 +26,20 @@ fn bad(args: &[&str]) -> String {
     }
 }
 
-/// The file's path stays good as long as the handle lives.
-fn configuration_file(text: &str) -> tempfile::NamedTempFile {
+/// Writes a configuration file, which is removed when the returned handle is dropped.
+fn config_file(text: &str) -> tempfile::NamedTempFile {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(text.as_bytes()).unwrap();
     file
 }
 
 fn with_file(text: &str, more: &[&str]) -> Result<Invocation, ConfigError> {
-    let file = configuration_file(text);
+    let file = config_file(text);
     parse(&[more, &["--config", file.path().to_str().unwrap()]].concat())
 }
 
 fn bad_file(text: &str) -> String {
-    with_file(text, &LEAST).expect_err(text).to_string()
+    with_file(text, &REQUIRED).expect_err(text).to_string()
 }
 
 fn good_file(text: &str, more: &[&str]) -> Config {
@@ -50,7 +50,7 @@ fn good_file(text: &str, more: &[&str]) -> Config {
 }
 
 #[test]
-fn defaults() {
+fn only_the_required_options_give_the_defaults() {
     assert_eq!(
         good(&[]),
         Config {
@@ -83,7 +83,7 @@ fn defaults() {
 }
 
 #[test]
-fn every_option() {
+fn every_option_sets_its_field() {
     let config = good(&[
         "--format=raw",
         "--read-only",
@@ -147,7 +147,7 @@ fn every_option() {
 }
 
 #[test]
-fn a_group_may_connect_unless_the_mode_says_otherwise() {
+fn a_socket_group_may_connect_unless_the_mode_forbids_it() {
     let mode = |more: &[&str]| match good(more).listen {
         Listen::Path { mode, .. } => mode,
         Listen::Fd(_) => panic!("no --fd was given"),
@@ -158,14 +158,14 @@ fn a_group_may_connect_unless_the_mode_says_otherwise() {
 }
 
 #[test]
-fn every_cache_mode() {
+fn every_cache_mode_is_accepted_by_its_name() {
     for mode in CacheMode::ALL {
         assert_eq!(good(&["--cache", mode.name()]).cache, mode);
     }
 }
 
 #[test]
-fn backends_for_tests() {
+fn backends_for_tests_are_parsed_with_their_sizes() {
     let backend = |kind: &str| match parse(&["--fd=3", "--backend", kind]) {
         Ok(Invocation::Run(config)) => config.backend,
         other => panic!("{kind}: {other:?}"),
@@ -193,7 +193,7 @@ fn rbd(args: &[&str]) -> RbdOptions {
 }
 
 #[test]
-fn an_rbd_image_with_every_option_and_with_none() {
+fn an_rbd_image_has_every_given_option_and_the_defaults_otherwise() {
     let none = rbd(&["--rbd=p/i", "--cache=unsafe"]);
     assert_eq!(none, RbdOptions::new("p/i".parse().unwrap(), CacheMode::Unsafe));
     assert_eq!(none.quiesce_timeout.as_secs(), 30);
@@ -241,7 +241,7 @@ fn an_rbd_image_with_every_option_and_with_none() {
 }
 
 #[test]
-fn options_of_rbd_stand_in_the_file_alone_in_a_list_or_in_a_table() {
+fn rbd_options_in_the_file_may_be_a_text_a_list_or_a_table() {
     let options = |text: &str, more: &[&str]| {
         let text = format!("rbd = \"p/i\"\n{text}");
         match good_file(&text, &[&["--fd=3"], more].concat()).backend {
@@ -266,9 +266,9 @@ fn options_of_rbd_stand_in_the_file_alone_in_a_list_or_in_a_table() {
 }
 
 #[test]
-fn what_an_rbd_image_does_not_go_with_is_said() {
+fn options_that_contradict_an_rbd_image_are_refused() {
     let table: [(&[&str], &str); 11] = [
-        (&["--rbd=p/i", "--rbd-lock=none", "--rbd-state-file=/s"], "about the lock"),
+        (&["--rbd=p/i", "--rbd-lock=none", "--rbd-state-file=/s"], "concerns the image's lock"),
         (&["--rbd=p/i", "--blk-file=/d"], "exclude each other"),
         (&["--rbd=p/i", "--backend=null"], "exclude each other"),
         (&["--rbd=p/i", "--locking=off"], "--rbd-lock"),
@@ -287,7 +287,7 @@ fn what_an_rbd_image_does_not_go_with_is_said() {
 }
 
 #[test]
-fn a_wrong_value_is_named_with_its_option_and_what_is_allowed() {
+fn the_error_of_a_wrong_value_names_its_option_and_what_is_allowed() {
     let table = [
         ("--cache", "write-back", "writeback, writethrough, unsafe"),
         ("--fd", "2", "3 or more"),
@@ -330,7 +330,7 @@ fn a_wrong_value_is_named_with_its_option_and_what_is_allowed() {
         ("--log-level", "loud", "error, warn, info, debug or trace"),
     ];
     for (option, value, allowed) in table {
-        let message = bad(&[LEAST[1], &format!("{option}={value}")]);
+        let message = bad(&[REQUIRED[1], &format!("{option}={value}")]);
         for part in [option, value, allowed] {
             assert!(message.contains(part), "{option}={value}: '{part}' is missing in: {message}");
         }
@@ -338,13 +338,13 @@ fn a_wrong_value_is_named_with_its_option_and_what_is_allowed() {
 }
 
 #[test]
-fn what_is_missing_or_contradicts_is_said() {
+fn missing_and_contradicting_options_are_refused() {
     let table: [(&[&str], &str); 14] = [
         (&["--blk-file=/d"], "no socket given"),
         (&["--socket-path=/s"], "no image given"),
         (&["--socket-path=/s", "--fd=3", "--blk-file=/d"], "exclude each other"),
-        (&["--fd=3", "--socket-mode=0600", "--blk-file=/d"], "its maker's"),
-        (&["--fd=3", "--socket-group=kvm", "--blk-file=/d"], "its maker's"),
+        (&["--fd=3", "--socket-mode=0600", "--blk-file=/d"], "bound the socket of --fd"),
+        (&["--fd=3", "--socket-group=kvm", "--blk-file=/d"], "bound the socket of --fd"),
         (&["--fd=3", "--blk-file=/d", "--control-mode=0600"], "--control-path"),
         (&["--fd=3", "--blk-file=/d", "--control-access=operate"], "--control-path"),
         (&["--fd=3", "--blk-file=/d", "--scratch-size=1G"], "needs --scratch"),
@@ -358,11 +358,11 @@ fn what_is_missing_or_contradicts_is_said() {
     for (args, part) in table {
         assert!(bad(args).contains(part), "{args:?}: {}", bad(args));
     }
-    assert!(bad(&[&LEAST[..], &["--cache=none", "--cache=unsafe"]].concat()).contains("--cache"));
+    assert!(bad(&[&REQUIRED[..], &["--cache=none", "--cache=unsafe"]].concat()).contains("--cache"));
 }
 
 #[test]
-fn capabilities_are_printed_whatever_else_is_asked() {
+fn print_capabilities_ignores_all_other_options() {
     let expected = Ok(Invocation::Print(format!("{CAPABILITIES}\n")));
     assert_eq!(parse(&["--print-capabilities"]), expected);
     assert_eq!(parse(&["--cache=wrong", "--print-capabilities", "--unheard-of"]), expected);
@@ -372,7 +372,7 @@ fn capabilities_are_printed_whatever_else_is_asked() {
 }
 
 #[test]
-fn the_file_says_the_same_in_the_same_words() {
+fn a_key_of_the_file_means_the_same_as_its_option() {
     let text = r#"
         # A disk.
         socket-path = "/run/d.sock"
@@ -425,16 +425,16 @@ fn the_file_says_the_same_in_the_same_words() {
 }
 
 #[test]
-fn the_command_line_wins() {
+fn the_command_line_overrides_the_file() {
     let file = "cache = \"unsafe\"\nread-only = true\nqueue-size = 64\n";
-    let config = good_file(file, &[&LEAST[..], &["--cache=directsync", "--read-only=false"]].concat());
+    let config = good_file(file, &[&REQUIRED[..], &["--cache=directsync", "--read-only=false"]].concat());
     assert_eq!(config.cache, CacheMode::Directsync);
     assert!(!config.read_only);
     assert_eq!(config.queue_size, 64);
 }
 
 #[test]
-fn a_socket_on_the_command_line_replaces_the_files_socket_of_either_kind() {
+fn a_socket_on_the_command_line_overrides_either_kind_of_socket_in_the_file() {
     let file = "socket-path = \"/run/file.sock\"\nsocket-mode = \"0666\"\nblk-file = \"/d\"\n";
     assert_eq!(good_file(file, &["--fd=3"]).listen, Listen::Fd(3));
     let config = good_file("fd = 7\nblk-file = \"/d\"\n", &["--socket-path=/s"]);
@@ -442,7 +442,7 @@ fn a_socket_on_the_command_line_replaces_the_files_socket_of_either_kind() {
 }
 
 #[test]
-fn an_unknown_key_is_named_with_its_line_and_the_nearest_known_one() {
+fn the_error_of_an_unknown_key_names_its_line_and_the_nearest_known_key() {
     for (key, nearest) in
         [("cahce", "cache"), ("blk_file", "blk-file"), ("Queue-Size", "queue-size"), ("socketpath", "socket-path")]
     {
@@ -455,7 +455,7 @@ fn an_unknown_key_is_named_with_its_line_and_the_nearest_known_one() {
 }
 
 #[test]
-fn a_wrong_value_in_the_file_is_named_with_its_line() {
+fn the_error_of_a_wrong_value_in_the_file_names_its_line() {
     let table: [(&str, &[&str]); 10] = [
         ("\ncache = \"fast\"", &[":2:", "cache", "'fast'", "writeback"]),
         ("queue-size = 100", &[":1:", "queue-size", "'100'", "power of two"]),
@@ -477,7 +477,7 @@ fn a_wrong_value_in_the_file_is_named_with_its_line() {
 }
 
 #[test]
-fn a_file_that_is_none_is_said_to_be_none() {
+fn a_file_that_is_not_a_readable_toml_file_is_refused() {
     assert!(bad_file("cache = none\n").contains(":1: not TOML"));
     assert!(bad_file("serial = \"a\"\nserial = \"b\"\n").contains(":2: not TOML"));
     let message = bad(&["--config=/does/not/exist.toml"]);
@@ -489,7 +489,7 @@ fn a_file_that_is_none_is_said_to_be_none() {
 }
 
 #[test]
-fn help_names_every_option_that_is_not_hidden() {
+fn help_lists_every_option_that_is_not_hidden() {
     let Ok(Invocation::Print(help)) = parse(&["--help"]) else { panic!("--help prints") };
     for argument in Args::command().get_arguments() {
         let name = format!("--{}", argument.get_long().expect("long options only"));
@@ -500,13 +500,13 @@ fn help_names_every_option_that_is_not_hidden() {
 }
 
 #[test]
-fn the_discard_granularity_needs_discards() {
+fn the_discard_granularity_requires_discard_unmap() {
     for (text, bytes) in [("512", 512), ("32K", 32 << 10), ("1G", 1 << 30)] {
         assert_eq!(good(&["--discard-granularity", text]).discard_granularity, Some(bytes));
-        let config = good_file(&format!("discard-granularity = \"{text}\""), &LEAST);
+        let config = good_file(&format!("discard-granularity = \"{text}\""), &REQUIRED);
         assert_eq!(config.discard_granularity, Some(bytes));
     }
     good(&["--discard-granularity=32K", "--discard=unmap"]);
-    let why = bad(&[LEAST[0], LEAST[1], "--discard-granularity=32K", "--discard=ignore"]);
+    let why = bad(&[REQUIRED[0], REQUIRED[1], "--discard-granularity=32K", "--discard=ignore"]);
     assert!(why.contains("--discard-granularity needs --discard unmap"), "{why}");
 }

@@ -1,4 +1,4 @@
-//! One parser a value. Each error says what is allowed; clap names the option and the value before it.
+//! The parsers of the options' values. Each error says what is allowed; clap puts the option and the value before it.
 
 use std::time::Duration;
 
@@ -11,7 +11,8 @@ use crate::control::Access;
 use crate::engine::{CacheMode, OnError};
 use crate::sandbox::SandboxLevel;
 
-/// A choice of two words, or a flag with a value. A type of its own, so that clap takes it for a value.
+/// A choice between two words, or a flag with a value. clap treats a plain `bool` as a flag without a value, so this is a
+/// type of its own.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Switch(pub bool);
 
@@ -23,7 +24,7 @@ pub(super) struct RawFormat;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Mode(pub u32);
 
-/// `--backend`; sizes in bytes.
+/// The value of `--backend`. Sizes are in bytes.
 #[derive(Clone, Debug)]
 pub(super) enum Backend {
     File,
@@ -32,11 +33,11 @@ pub(super) enum Backend {
     Slow { delay: Duration, forgets: bool },
 }
 
-/// Size of `--backend null`.
-const NULL_SIZE: u64 = 1 << 30;
+/// The default size of `--backend null`.
+const DEFAULT_NULL_SIZE: u64 = 1 << 30;
 /// VIRTIO_BLK_ID_BYTES (virtio 1.3, 5.2.6).
 const SERIAL_BYTES: usize = 20;
-/// VIRTIO_BLK_T_IN and OUT count in sectors of 512 bytes, whatever the logical block.
+/// The unit of virtio-blk requests in bytes, which does not depend on the logical block size.
 const SECTOR: u64 = 512;
 
 fn switch(text: &str, on: &str, off: &str) -> Result<Switch, String> {
@@ -88,7 +89,7 @@ pub(super) fn ceph_user(text: &str) -> Result<String, String> {
 pub(super) fn rbd_option(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.trim().is_empty() => {
-            // Ceph takes spaces and dashes for underscores.
+            // Ceph accepts spaces and dashes in place of underscores.
             let name = name.trim().replace([' ', '-'], "_");
             Ok((name, value.trim().to_string()))
         }
@@ -123,7 +124,7 @@ pub(super) fn rbd_encryption(text: &str) -> Result<Encryption, String> {
     }
 }
 
-/// The cluster waits 50 s.
+/// Parses `--rbd-quiesce-timeout`. The limit is below the 50 s that the cluster waits.
 pub(super) fn quiesce_timeout(text: &str) -> Result<u64, String> {
     match text.parse() {
         Ok(seconds) if (1..=45).contains(&seconds) => Ok(seconds),
@@ -186,13 +187,13 @@ pub(super) fn queue_size(text: &str) -> Result<u16, String> {
     }
 }
 
-/// Longest look for work: the commands of an operator wait that long.
+/// The longest time for which a queue may poll. An operator's commands wait for its end.
 const MAX_POLL: Duration = Duration::from_millis(1);
 
 pub(super) fn poll_max(text: &str) -> Result<Duration, String> {
     match text.parse().map(Duration::from_nanos) {
-        Ok(longest) if longest <= MAX_POLL => Ok(longest),
-        _ => Err(format!("use nanoseconds, from 0 (not at all) to {}", MAX_POLL.as_nanos())),
+        Ok(limit) if limit <= MAX_POLL => Ok(limit),
+        _ => Err(format!("use a number of nanoseconds from 0 (no polling) to {}", MAX_POLL.as_nanos())),
     }
 }
 
@@ -212,7 +213,7 @@ pub(super) fn logical_block_size(text: &str) -> Result<u32, String> {
     }
 }
 
-/// One discard may have 1 GiB, and a larger unit would never be filled.
+/// The largest discard granularity. One discard has at most 1 GiB, so the guest could never fill a larger unit.
 const MAX_DISCARD_GRANULARITY: u64 = 1 << 30;
 
 pub(super) fn discard_granularity(text: &str) -> Result<u32, String> {
@@ -237,7 +238,7 @@ pub(super) fn log_level(text: &str) -> Result<LevelFilter, String> {
 pub(super) fn backend(text: &str) -> Result<Backend, String> {
     match text.split_once(':') {
         None if text == "file" => Ok(Backend::File),
-        None if text == "null" => Ok(Backend::Null(NULL_SIZE)),
+        None if text == "null" => Ok(Backend::Null(DEFAULT_NULL_SIZE)),
         Some(("null", size)) => Ok(Backend::Null(disk_size(size)?)),
         Some(("mem", size)) => Ok(Backend::Mem(disk_size(size)?)),
         Some((name @ ("slow" | "forgetful"), delay)) => match delay.parse() {
@@ -248,11 +249,11 @@ pub(super) fn backend(text: &str) -> Result<Backend, String> {
     }
 }
 
-/// A disk's size in bytes, with K, M, G or T for powers of 1024: whole sectors. The error says what is allowed. Also
-/// for `virtioblkctl`.
+/// Parses a disk's size: a multiple of 512 bytes, with K, M, G or T for powers of 1024. The error says what is allowed.
+/// `virtioblkctl` uses this, too.
 pub fn disk_size(text: &str) -> Result<u64, String> {
     crate::base::units::bytes(text)
         .ok()
         .filter(|size| *size > 0 && *size <= i64::MAX as u64 && size % SECTOR == 0)
-        .ok_or_else(|| format!("'{text}' is no size: use a multiple of {SECTOR} bytes, such as 64M or 1G"))
+        .ok_or_else(|| format!("'{text}' is not a valid size: use a multiple of {SECTOR} bytes, such as 64M or 1G"))
 }
