@@ -1,5 +1,5 @@
-//! What the daemon has in the file system beside the image: two sockets and a pid file. Made at the start, removed at the
-//! end; or taken over from the daemon before us, and given to the next.
+//! The daemon's files other than the image: two sockets and a pid file. They are created at the start and removed at the
+//! end, or taken over from the old daemon and handed over to the new one.
 
 use std::fs::File;
 use std::os::unix::net::UnixListener;
@@ -7,34 +7,35 @@ use std::os::unix::net::UnixListener;
 use super::ServerError;
 use super::hand_over::{FilesTakenOver, InheritedFiles};
 use super::socket::{self, FrontSocket, Prepared};
-use super::take_over::{TakeOver, Taken};
+use super::take_over::{TakeOver, TakenFiles};
 use crate::base::pid_file::PidFile;
 use crate::base::unix_listener::SocketFile;
 use crate::config::{Config, Listen};
 
-/// Dropped, they are removed; but for those that are still another daemon's.
+/// Dropping this removes the files, except those that still belong to another daemon.
 pub(super) struct Files {
     pub(super) front: FrontSocket,
     control: Option<(UnixListener, Option<SocketFile>)>,
     pid_file: Option<PidFile>,
-    /// The pid file of the daemon that we take over from.
+    /// The pid file of the old daemon, during a take-over.
     taken_pid_file: Option<File>,
-    /// Another daemon serves still, perhaps on these sockets.
-    waiting: bool,
+    /// The old daemon still serves, perhaps on these sockets.
+    old_daemon_serves: bool,
 }
 
 impl Files {
-    /// Makes them, or all that are not taken over. The vhost-user socket comes after whatever may fail, since a listener
-    /// that does not answer freezes QEMU. `prepared`: nothing is taken over.
-    pub(super) fn make(
+    /// Creates the files that are not taken over. The vhost-user socket is bound after the image was opened and the
+    /// control socket was bound, because a listener that does not reply freezes QEMU. `prepared` is `None` during a
+    /// take-over.
+    pub(super) fn create(
         config: &Config,
         prepared: Option<Prepared>,
-        taking: Option<&mut TakeOver>,
+        take_over: Option<&mut TakeOver>,
     ) -> Result<Files, ServerError> {
-        let waiting = taking.is_some();
-        let taken = match taking {
-            Some(taking) => taking.files(config).map_err(ServerError::TakeOver)?,
-            None => Taken::default(),
+        let old_daemon_serves = take_over.is_some();
+        let taken = match take_over {
+            Some(take_over) => take_over.files(config).map_err(ServerError::TakeOver)?,
+            None => TakenFiles::default(),
         };
         let control = match (&config.control, taken.control) {
             (Some(_), Some(listener)) => Some((listener, None)),
@@ -51,25 +52,26 @@ impl Files {
         let front = taken.front.map_or_else(bind, FrontSocket::taken_over).map_err(ServerError::Socket)?;
         let pid_file = config.pid_file.as_deref().filter(|_| taken.pid_file.is_none());
         let pid_file = pid_file.map(PidFile::create).transpose().map_err(ServerError::PidFile)?;
-        Ok(Files { front, control, pid_file, taken_pid_file: taken.pid_file, waiting })
+        Ok(Files { front, control, pid_file, taken_pid_file: taken.pid_file, old_daemon_serves })
     }
 
-    /// Only a vhost-user socket.
+    /// Files that consist of a vhost-user socket only.
     #[cfg(test)]
     pub(super) fn of(front: FrontSocket) -> Files {
-        Files { front, control: None, pid_file: None, taken_pid_file: None, waiting: false }
+        Files { front, control: None, pid_file: None, taken_pid_file: None, old_daemon_serves: false }
     }
 
-    /// A duplicate of the control socket; none while another daemon serves on it. Errors: no descriptor left.
+    /// Duplicates the control socket. Returns `None` while the old daemon serves on it. Fails when no descriptor is left.
     pub(super) fn control_listener(&self) -> Result<Option<UnixListener>, ServerError> {
-        let listener = self.control.as_ref().filter(|_| !self.waiting).map(|(listener, _)| listener.try_clone());
+        let ours = self.control.as_ref().filter(|_| !self.old_daemon_serves);
+        let listener = ours.map(|(listener, _)| listener.try_clone());
         listener.transpose().map_err(|error| ServerError::System("cannot duplicate the control socket", error))
     }
 
-    /// The daemon before us has handed them over: they are ours to remove.
-    pub(super) fn own(self, config: &Config) -> Files {
+    /// Makes this process remove the files at its end, after the old daemon has handed them over.
+    pub(super) fn take_ownership(self, config: &Config) -> Files {
         let front = match &config.listen {
-            Listen::Path { path, .. } => self.front.own(path),
+            Listen::Path { path, .. } => self.front.take_ownership(path),
             Listen::Fd(_) => self.front,
         };
         let control = match (self.control, &config.control) {
@@ -80,11 +82,11 @@ impl Files {
             (Some(file), Some(path)) => Some(PidFile::take_over(path, file)),
             _ => self.pid_file,
         };
-        Files { front, control, pid_file, taken_pid_file: None, waiting: false }
+        Files { front, control, pid_file, taken_pid_file: None, old_daemon_serves: false }
     }
 
-    /// What the next daemon may go on with.
-    pub(super) fn estate(&self) -> InheritedFiles<'_> {
+    /// The files that the new daemon may take over.
+    pub(super) fn to_inherit(&self) -> InheritedFiles<'_> {
         let control = self.control.as_ref();
         InheritedFiles {
             front: (self.front.path(), &self.front),
@@ -93,25 +95,25 @@ impl Files {
         }
     }
 
-    /// The next daemon goes on with those; the others are removed.
-    pub(super) fn give(self, keeps: FilesTakenOver) {
-        if keeps.front {
-            self.front.give();
+    /// Leaves the files that the new daemon took over in place, and removes the others.
+    pub(super) fn hand_over(self, taken_over: FilesTakenOver) {
+        if taken_over.front {
+            self.front.hand_over();
         }
         if let Some((_, Some(file))) = self.control
-            && keeps.control
+            && taken_over.control
         {
             file.keep();
         }
         if let Some(file) = self.pid_file
-            && keeps.pid_file
+            && taken_over.pid_file
         {
             file.give();
         }
     }
 
-    /// The vhost-user socket goes: whoever connects learns at once that nobody serves. The others go with the value
-    /// returned.
+    /// Closes and removes the vhost-user socket, so that a front-end that connects is refused at once. Dropping the
+    /// returned value removes the other files.
     pub(super) fn stop_listening(self) -> impl Sized {
         (self.control, self.pid_file)
     }

@@ -1,5 +1,5 @@
-//! The old daemon's side of an upgrade in place ([`crate::upgrade`]): hands its guest over to a process that took all
-//! else already, or keeps it.
+//! The old daemon's side of an upgrade in place ([`crate::upgrade`]): hands its guest over to a process that is ready for
+//! it, or serves on if that fails.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,200 +20,221 @@ use crate::base::sync::Bell;
 use crate::control::CommandLine;
 use crate::upgrade::{Channel, Descriptors, FromNew, FromOld, GAVE_UP, Hello, Starter, State};
 
-/// For requests in flight, and for the connection to be between two messages.
+/// How long the requests in flight, and a message of the front-end, may take to finish.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
-/// For the new daemon while the guest's rings run: it enters its sandbox, and may speak to a cluster.
-const ANSWER_TIMEOUT_RINGS_RUNNING: Duration = Duration::from_secs(60);
-/// For the new daemon while they do not.
-const ANSWER_TIMEOUT_RINGS_STOPPED: Duration = Duration::from_secs(5);
-/// Syncs ahead of the pause: another one while the last took longer than this, and so many at most.
+/// How long to wait for a message of the new daemon while the virtqueues run. It enters its sandbox meanwhile, and may
+/// connect to a cluster.
+const MESSAGE_TIMEOUT_RINGS_RUNNING: Duration = Duration::from_secs(60);
+/// How long to wait for a message of the new daemon while the virtqueues are stopped.
+const MESSAGE_TIMEOUT_RINGS_STOPPED: Duration = Duration::from_secs(5);
+/// A sync before the pause that takes longer than this is followed by another one.
 const LONG_SYNC: Duration = Duration::from_millis(20);
+/// The maximum number of syncs before the pause.
 const MAX_SYNCS: u32 = 4;
 
-/// Requests of the control thread's for main: somebody wants to take over.
-pub(super) struct Requests {
+/// A new daemon's request to take over.
+pub(super) struct HandOverRequest {
+    /// The connection of the control socket on which the new daemon sent the request.
+    pub(super) stream: UnixStream,
+    /// Snapshots by others need an attendant, which must connect to the new daemon before that can serve them.
+    pub(super) requires_attendant: bool,
+}
+
+/// Passes the request of a new daemon from the control thread to the main thread.
+pub(super) struct HandOverRequests {
     pub(super) bell: Arc<Bell>,
-    asked: Mutex<Option<(UnixStream, bool)>>,
-    /// Somebody is at it: the control thread sets it, main clears it when nothing came of it.
+    request: Mutex<Option<HandOverRequest>>,
+    /// A hand-over was requested or is running. The control thread sets this; main clears it when the hand-over fails.
     pub(super) under_way: Arc<AtomicBool>,
-    /// And is about to: clients of the control socket wait for whoever it will be.
+    /// The guest is about to be handed over. Clients of the control socket wait until it is known which daemon replies.
     pub(super) leaving: Arc<AtomicBool>,
 }
 
-impl Requests {
+impl HandOverRequests {
     pub(super) fn new() -> Result<Arc<Self>, ServerError> {
         let flag = || Arc::new(AtomicBool::new(false));
-        Ok(Arc::new(Requests { bell: new_bell()?, asked: Mutex::default(), under_way: flag(), leaving: flag() }))
+        let request = Mutex::default();
+        Ok(Arc::new(HandOverRequests { bell: new_bell()?, request, under_way: flag(), leaving: flag() }))
     }
 
-    /// The control thread. `misses`: an attendant is relied on.
-    pub(super) fn put(&self, stream: UnixStream, misses: bool) {
+    /// Stores a request and rings the bell. Called by the control thread.
+    pub(super) fn put(&self, request: HandOverRequest) {
         self.bell.ring_after(|| {
-            *self.asked.lock().expect("no panic while held") = Some((stream, misses));
+            *self.request.lock().expect("no panic while held") = Some(request);
             true
         });
     }
 
-    /// Main: who asks.
-    pub(super) fn take(&self) -> Option<(UnixStream, bool)> {
-        self.bell.silence_before(|| self.asked.lock().expect("no panic while held").take())
+    /// Takes the request, if there is one. Called by the main thread.
+    pub(super) fn take(&self) -> Option<HandOverRequest> {
+        self.bell.silence_before(|| self.request.lock().expect("no panic while held").take())
     }
 }
 
-/// What outlives this process, in copies.
+/// The files that outlive this process. The new daemon receives duplicates of their descriptors.
 pub(super) struct InheritedFiles<'a> {
-    /// The path of the vhost-user socket, if it is ours, and the socket.
+    /// The path of the vhost-user socket, unless the service manager bound it, and the socket.
     pub(super) front: (Option<&'a Path>, &'a dyn AsFd),
     pub(super) control: Option<(&'a Path, &'a dyn AsFd)>,
     pub(super) pid_file: Option<(&'a Path, &'a dyn AsFd)>,
 }
 
 impl InheritedFiles<'_> {
-    fn hello(&self, served: &dyn Served, misses_attendant: bool) -> Result<(Hello, Descriptors), String> {
+    fn hello(&self, served: &dyn Served, requires_attendant: bool) -> Result<(Hello, Descriptors), String> {
         let disk = served.facts().ok_or("its image lives in this process and ends with it")?;
         let mut descriptors = Descriptors::default();
-        let told = (|| {
-            let mut named = |place: Option<(&Path, &dyn AsFd)>| {
-                place
-                    .map(|(path, fd)| Ok::<_, io::Error>((std::path::absolute(path)?, descriptors.add_copy(fd)?)))
+        let hello = (|| {
+            let mut duplicate = |file: Option<(&Path, &dyn AsFd)>| {
+                file.map(|(path, fd)| Ok::<_, io::Error>((std::path::absolute(path)?, descriptors.add_copy(fd)?)))
                     .transpose()
             };
-            let (control, pid_file) = (named(self.control)?, named(self.pid_file)?);
+            let (control, pid_file) = (duplicate(self.control)?, duplicate(self.pid_file)?);
             let front_path = self.front.0.map(std::path::absolute).transpose()?;
             let front_socket = descriptors.add_copy(self.front.1)?;
             let log = descriptors.add_copy(io::stderr())?;
             let log_is_journal = logging::is_journal();
-            let pid = std::process::id();
-            Ok(Hello { pid, disk, front_path, front_socket, control, pid_file, log, log_is_journal, misses_attendant })
+            Ok(Hello {
+                pid: std::process::id(),
+                disk,
+                front_path,
+                front_socket,
+                control,
+                pid_file,
+                log,
+                log_is_journal,
+                misses_attendant: requires_attendant,
+            })
         })();
-        told.map(|hello| (hello, descriptors)).map_err(|error: io::Error| format!("no descriptor to spare: {error}"))
+        hello.map(|hello| (hello, descriptors)).map_err(|error: io::Error| format!("no descriptor is left: {error}"))
     }
 }
 
-/// What became of it.
+/// The result of a hand-over.
 pub(super) enum Outcome {
-    /// Everything is as before; why.
-    Stayed(String),
-    /// The disk is another process's.
-    Gone(NewDaemon),
+    /// This daemon serves on, for this reason.
+    Failed(String),
+    /// The disk belongs to the new daemon.
+    HandedOver(NewDaemon),
 }
 
-/// The other process.
+/// The process that took the disk over.
 #[derive(Clone, Copy, Default)]
 pub(super) struct NewDaemon {
-    /// 0: it has no number here.
+    /// The process's id. 0 if it has none in this pid namespace.
     pub(super) pid: i32,
-    /// Which of our files it goes on with.
-    pub(super) keeps: FilesTakenOver,
+    /// The files of this process that the new daemon took over.
+    pub(super) files: FilesTakenOver,
 }
 
 pub(super) use crate::upgrade::FilesTakenOver;
 
-/// A hand-over, in a thread of its own: main hears signals meanwhile.
+/// A running hand-over. It has a thread of its own, so that main can react to signals meanwhile.
 pub(super) struct HandOver {
-    /// Rung at the end.
+    /// The thread rings this at its end.
     pub(super) done: Arc<Bell>,
-    /// To end it early.
-    line: UnixStream,
+    /// A duplicate of the connection, for [`HandOver::cancel`].
+    connection: UnixStream,
     thread: JoinHandle<Outcome>,
 }
 
 impl HandOver {
-    /// Begins. Nobody may begin to be served from now on, until the end.
+    /// Starts a hand-over. Until its end no front-end may be accepted.
     pub(super) fn start(
-        (stream, misses_attendant): (UnixStream, bool),
+        request: HandOverRequest,
         served: &Arc<dyn Served>,
-        estate: &InheritedFiles<'_>,
-        requests: &Requests,
+        files: &InheritedFiles<'_>,
+        requests: &HandOverRequests,
     ) -> Result<HandOver, String> {
-        let failed = |error: io::Error| format!("no thread or descriptor left for it: {error}");
-        let line = stream.try_clone().map_err(failed)?;
-        let channel = Channel::new(stream).map_err(failed)?;
-        let hello = estate.hello(&**served, misses_attendant);
+        let failed = |error: io::Error| format!("no thread or descriptor is left: {error}");
+        let connection = request.stream.try_clone().map_err(failed)?;
+        let channel = Channel::new(request.stream).map_err(failed)?;
+        let hello = files.hello(&**served, request.requires_attendant);
         let done = Bell::new().map(Arc::new).map_err(failed)?;
         let (served, finished, leaving) = (served.clone(), done.clone(), requests.leaving.clone());
         let work = move || {
-            let outcome = match give(&channel, &*served, hello, &leaving) {
-                Ok(successor) => Outcome::Gone(successor),
-                Err(why) => {
-                    refuse(&channel, &why);
-                    Outcome::Stayed(why)
+            let outcome = match hand_over(&channel, &*served, hello, &leaving) {
+                Ok(new) => Outcome::HandedOver(new),
+                Err(reason) => {
+                    refuse(&channel, &reason);
+                    Outcome::Failed(reason)
                 }
             };
             finished.ring();
             outcome
         };
         let thread = thread::Builder::new().name("hand-over".into()).spawn(work).map_err(failed)?;
-        Ok(HandOver { done, line, thread })
+        Ok(HandOver { done, connection, thread })
     }
 
-    /// Ends it as soon as the other process is waited for: we are told to end. It may have succeeded before.
+    /// Makes the hand-over fail at its next wait for the new daemon, because this daemon is to end. The hand-over may
+    /// succeed before that.
     pub(super) fn cancel(&self) {
-        // The other end may have hung up.
-        let _ = self.line.shutdown(std::net::Shutdown::Both);
+        // This fails only if the new daemon has hung up already.
+        let _ = self.connection.shutdown(std::net::Shutdown::Both);
     }
 
-    /// Waits for the end.
+    /// Waits for the end of the hand-over. Returns its result.
     pub(super) fn outcome(self) -> Outcome {
         // A panic would have ended the process.
-        self.thread.join().unwrap_or_else(|_| Outcome::Stayed("a defect".into()))
+        self.thread.join().unwrap_or_else(|_| Outcome::Failed("a defect".into()))
     }
 }
 
-/// Tells the other process, if it still listens, why it is off.
-fn refuse(channel: &Channel, why: &str) {
-    if let Err(error) = channel.send(&FromOld::Refused(why.to_owned()), &[], ANSWER_TIMEOUT_RINGS_STOPPED) {
-        log::debug!("the other process does not hear why it is refused: {error}");
+/// Reports to the new daemon why it is refused, if it is still connected.
+fn refuse(channel: &Channel, reason: &str) {
+    if let Err(error) = channel.send(&FromOld::Refused(reason.to_owned()), &[], MESSAGE_TIMEOUT_RINGS_STOPPED) {
+        log::debug!("cannot report to the new virtioblkd why it is refused: {error}");
     }
 }
 
-fn give(
+/// Exchanges the messages of [`crate::upgrade`] with the new daemon, in the hand-over's thread.
+fn hand_over(
     channel: &Channel,
     served: &dyn Served,
     hello: Result<(Hello, Descriptors), String>,
     leaving: &AtomicBool,
 ) -> Result<NewDaemon, String> {
-    let starter = match next(channel, ANSWER_TIMEOUT_RINGS_RUNNING, None)? {
+    let starter = match receive(channel, MESSAGE_TIMEOUT_RINGS_RUNNING, None)? {
         (FromNew::Begin, descriptors) => Starter::received(descriptors).map_err(|error| error.to_string())?,
-        _ => return Err(OUT_OF_TURN.into()),
+        _ => return Err(UNEXPECTED_MESSAGE.into()),
     };
     let starter = starter.as_ref();
-    // Not before the other one has said that it is done with the control socket's own language.
+    // An error of `hello` can be sent only now: before `Begin`, the new daemon expects JSON of the control protocol.
     let (hello, descriptors) = hello?;
     send(channel, &FromOld::Hello(Box::new(hello)), &descriptors.into_list())?;
-    let keeps = match next(channel, ANSWER_TIMEOUT_RINGS_RUNNING, starter)? {
-        (FromNew::Ready(keeps), _) => keeps,
-        _ => return Err(OUT_OF_TURN.into()),
+    let files = match receive(channel, MESSAGE_TIMEOUT_RINGS_RUNNING, starter)? {
+        (FromNew::Ready(files), _) => files,
+        _ => return Err(UNEXPECTED_MESSAGE.into()),
     };
     sync_ahead(served)?;
-    is_wanted(starter)?;
+    check_starter(starter)?;
     leaving.store(true, Ordering::Release);
     let mut handed_over = served.hand_over(DRAIN_TIMEOUT)?;
     let (mut descriptors, mut front_end) = (Descriptors::default(), None);
-    if let Some(moved) = handed_over.session.take() {
-        descriptors = moved.descriptors;
-        front_end = Some((descriptors.add(moved.stream.into()), moved.record));
+    if let Some(saved) = handed_over.session.take() {
+        descriptors = saved.descriptors;
+        front_end = Some((descriptors.add(saved.stream.into()), saved.record));
     }
     let counts = handed_over.counts();
     let state = State { since: handed_over.since, drained_in: handed_over.drained_in, counts, front_end };
     let descriptors: Vec<OwnedFd> = descriptors.into_list();
     send(channel, &FromOld::State(Box::new(state)), &descriptors)?;
-    match next(channel, ANSWER_TIMEOUT_RINGS_STOPPED, starter)? {
+    match receive(channel, MESSAGE_TIMEOUT_RINGS_STOPPED, starter)? {
         (FromNew::Prepared, _) => {}
-        _ => return Err(OUT_OF_TURN.into()),
+        _ => return Err(UNEXPECTED_MESSAGE.into()),
     }
-    is_wanted(starter)?;
+    check_starter(starter)?;
     send(channel, &FromOld::Go, &[])?;
     handed_over.commit();
     let pid = getsockopt(&channel.stream().as_fd(), PeerCredentials).map_or(0, |peer| peer.pid());
-    Ok(NewDaemon { pid, keeps })
+    Ok(NewDaemon { pid, files })
 }
 
-/// So that little is left to be synced while the guest waits.
+/// Syncs the image while the virtqueues run, so that the sync during the guest's pause is short.
 fn sync_ahead(served: &dyn Served) -> Result<(), String> {
     for _ in 0..MAX_SYNCS {
         let start = Instant::now();
-        served.sync_ahead().map_err(|error| format!("the image cannot be synced: {error}; mend the storage"))?;
+        served.sync_ahead().map_err(|error| format!("the image cannot be synced: {error}; fix the storage"))?;
         if start.elapsed() < LONG_SYNC {
             break;
         }
@@ -221,28 +242,30 @@ fn sync_ahead(served: &dyn Served) -> Result<(), String> {
     Ok(())
 }
 
-const OUT_OF_TURN: &str = "the new virtioblkd said something out of turn; please report it as a defect";
+const UNEXPECTED_MESSAGE: &str =
+    "the new virtioblkd sent a message out of turn; restart this daemon instead, and please report it as a defect";
 
-/// An error if the starter has given up. What follows right after it is carried out.
-fn is_wanted(starter: Option<&Starter>) -> Result<(), String> {
+/// Fails if the starter has given up. The caller takes its next step right after this check.
+fn check_starter(starter: Option<&Starter>) -> Result<(), String> {
     if starter.is_some_and(Starter::has_given_up) { Err(GAVE_UP.into()) } else { Ok(()) }
 }
 
-fn next(channel: &Channel, timeout: Duration, starter: Option<&Starter>) -> Result<(FromNew, Vec<OwnedFd>), String> {
+/// Receives the next message of the new daemon. Fails early if the starter gives up.
+fn receive(channel: &Channel, timeout: Duration, starter: Option<&Starter>) -> Result<(FromNew, Vec<OwnedFd>), String> {
     let mut left = timeout;
     if let Some(starter) = starter {
         left = wait_for_either(channel, starter, timeout);
-        is_wanted(Some(starter))?;
+        check_starter(Some(starter))?;
     }
     match channel.receive(left) {
-        Ok((FromNew::Failed(why), _)) => Err(format!("the new virtioblkd gives up: {why}")),
+        Ok((FromNew::Failed(reason), _)) => Err(format!("the new virtioblkd gives up: {reason}")),
         Ok(message) => Ok(message),
         Err(error) => Err(format!("the new virtioblkd: {error}")),
     }
 }
 
-/// Waits until the new daemon says something or hangs up, or the starter gives up. Returns how long to wait for the whole
-/// message: `timeout` once it has begun, next to nothing when the time is over.
+/// Waits until the new daemon sends something or hangs up, or the starter gives up. Returns how long to wait for the whole
+/// message: `timeout` if it has begun, and 1 ms if the time is over.
 fn wait_for_either(channel: &Channel, starter: &Starter, timeout: Duration) -> Duration {
     let end = Instant::now() + timeout;
     loop {
@@ -259,12 +282,12 @@ fn wait_for_either(channel: &Channel, starter: &Starter, timeout: Duration) -> D
 
 fn send(channel: &Channel, message: &FromOld, descriptors: &[OwnedFd]) -> Result<(), String> {
     channel
-        .send(message, descriptors, ANSWER_TIMEOUT_RINGS_STOPPED)
-        .map_err(|error| format!("the new virtioblkd does not listen: {error}"))
+        .send(message, descriptors, MESSAGE_TIMEOUT_RINGS_STOPPED)
+        .map_err(|error| format!("the new virtioblkd does not read its messages: {error}"))
 }
 
-/// How this process was started, for whoever starts the next one. `None`: a part of it is no text. Called at the start,
-/// when the program's file still has its name.
+/// How this process was started, for `virtioblkctl upgrade`, which starts the new daemon the same way. Returns `None` if a
+/// part of it is not UTF-8. Called at the start, while the program's file still has its name.
 pub(super) fn command_line() -> Option<CommandLine> {
     let text = |path: io::Result<std::path::PathBuf>| path.ok()?.into_os_string().into_string().ok();
     let mut arguments = Vec::new();
@@ -282,12 +305,12 @@ pub(super) fn command_line() -> Option<CommandLine> {
     Some(CommandLine { program, arguments, directory, notify_socket })
 }
 
-/// The option of whoever takes over.
+/// The option with which a new daemon takes over. The next daemon gets its own.
 const TAKE_OVER: &str = "--take-over";
 
-/// Main, when it is over and nothing came of it.
-pub(super) fn stayed(requests: &Requests, why: &str) {
-    log_limited!(COMMAND_LOG, Error, "the upgrade failed, and this daemon serves on: {why}");
+/// Logs that a hand-over failed, and allows the next one. Called by the main thread.
+pub(super) fn record_failure(requests: &HandOverRequests, reason: &str) {
+    log_limited!(COMMAND_LOG, Error, "the upgrade failed, and this daemon serves on: {reason}");
     requests.leaving.store(false, Ordering::Release);
     requests.under_way.store(false, Ordering::Release);
 }

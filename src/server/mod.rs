@@ -1,13 +1,12 @@
-//! The daemon's life: what is opened in which order, who is served, and how it ends.
+//! Starts the daemon, serves front-ends, and ends the daemon.
 //!
-//! Order: the inherited socket and the group are looked at, the image is opened and checked, the control socket is
-//! bound, the vhost-user socket is bound, the pid file is written, the sandbox is entered. The vhost-user socket comes
-//! after whatever may take time or fail, since a listener that does not answer freezes QEMU. The main thread then waits
-//! for front-ends, signals and the control socket's `quit`; it never waits for I/O of the image, except at the very
-//! end.
+//! The start has this order: it checks the inherited socket or looks up the group, opens and checks the image, binds the
+//! control socket, binds the vhost-user socket, writes the pid file and enters the sandbox. The vhost-user socket follows
+//! the steps that may take time or fail, because a listener that does not reply freezes QEMU. The main thread then waits
+//! for front-ends, signals and the control socket's `quit`. It never waits for I/O of the image, except at the very end.
 //!
-//! A panic in any thread ends the process at once (SIGABRT): the front-end sees that its server is gone and its QEMU
-//! reconnects to the next one, while a guest whose ring has no thread would hang and nobody would know why.
+//! A panic in any thread ends the process at once (SIGABRT). QEMU then sees that the connection is closed and reconnects
+//! to the next daemon. Otherwise the thread of a virtqueue would be missing, and its guest would hang without a message.
 
 mod daemon;
 mod files;
@@ -50,85 +49,88 @@ use crate::virtio::vhost_user::save_restore::SavedSession;
 use daemon::Daemon;
 use files::Files;
 use front_ends::FrontEnds;
-use hand_over::{HandOver, NewDaemon, Outcome, Requests};
+use hand_over::{HandOver, HandOverRequests, NewDaemon, Outcome};
 use socket::SocketError;
 use take_over::TakeOverError;
 
-/// The disk as the server drives it.
+/// The disk as the server uses it.
 pub(crate) trait Served: Send + Sync {
-    /// Speaks vhost-user until the front-end leaves, breaks the protocol, or `shutdown`; when it returns, nothing of
-    /// this front-end is in flight. Tells why it ended. In a thread of its own; never twice at a time.
+    /// Serves a vhost-user connection until the front-end hangs up or breaks the protocol, or until [`Served::shutdown`].
+    /// When this returns, no request of the front-end is in flight. Returns why the session ended. Called in a thread of
+    /// its own, and never twice at a time.
     fn serve(&self, stream: UnixStream) -> io::Result<SessionEnd>;
 
-    /// Whether the front-end that is served has sent a valid message. Main.
-    fn has_spoken(&self) -> bool {
+    /// Whether the current front-end has sent a valid message. Called by the main thread.
+    fn has_received_message(&self) -> bool {
         true
     }
 
-    /// Takes no more requests, now or later, and returns when those taken are answered. Once, at the end.
+    /// Stops taking requests for good, and returns when those taken are completed. Called once, at the end.
     fn shutdown(&self);
 
-    /// Makes everything written durable, in every mode. After `shutdown`.
+    /// Makes everything written durable, in every cache mode. Called after `shutdown`.
     fn sync(&self) -> io::Result<()>;
 
-    /// The image and how it is open, in one line.
+    /// Describes the image and how it is open, in one line.
     fn describe(&self) -> String;
 
-    /// Requests taken and not yet answered.
+    /// The number of requests that were taken and are not completed yet.
     fn in_flight(&self) -> u64;
 
-    /// The image, and what the guest was told of it. `None`: it cannot go on in another process.
+    /// The image's identity and the properties that the guest knows. `None` if another process cannot serve the image.
     fn facts(&self) -> Option<DiskFacts>;
 
-    /// Syncs ahead of [`Served::hand_over`], while requests are served. Its thread.
+    /// Syncs before [`Served::hand_over`], while requests are served. Called by the hand-over's thread.
     fn sync_ahead(&self) -> io::Result<()>;
 
-    /// Brings the disk to a stand, durable, for another process to go on with; no front-end is begun with meanwhile. What
-    /// is in flight has `timeout` to finish. Errors: why it goes on here. A thread of its own.
+    /// Pauses the disk and makes it durable, so that another process can take it over. The caller starts no front-end
+    /// meanwhile. Requests in flight have `timeout` to finish. On an error, which says why, this process serves on. Called
+    /// by the hand-over's thread.
     fn hand_over(&self, timeout: Duration) -> Result<HandedOver, String>;
 
-    /// Takes what keeps others from the image, which the process before us gave up. Main.
+    /// Claims the image, which the old daemon has released. Called by the main thread.
     fn take_over(&self) -> io::Result<()>;
 
-    /// Goes on from what the process before us counted. Main, before [`Served::restore_session`].
-    fn go_on_counting(&self, _before: &[RingStatus]) {}
+    /// Adds the old daemon's counts to this process's. Called by the main thread before [`Served::restore_session`].
+    fn resume_counts(&self, _before: &[RingStatus]) {}
 
-    /// Gives it up again, since the other process goes on after all. Main.
-    fn give_back(&self);
+    /// Releases the image again, because the old daemon serves on after all. Called by the main thread.
+    fn release_image(&self);
 
-    /// [`Served::serve`] for a connection that another process served. Its thread.
-    fn restore_session(&self, moved: SavedSession, steps: &Steps) -> io::Result<SessionEnd>;
+    /// Like [`Served::serve`], for a session that the old daemon has saved. Called by the front-end's thread.
+    fn restore_session(&self, saved: SavedSession, steps: &Steps) -> io::Result<SessionEnd>;
 }
 
-/// Who holds the disk still, and a control socket if there is one, until it is dropped, which waits for its thread.
+/// The control thread, which serves the control socket, if there is one, and the image's store. Dropping it waits for the
+/// thread's end.
 pub(crate) trait Control {
-    /// The disk is ours now, as it was another process's: its clients are served on `listener`, `figures` are in the
-    /// status, and an attendant may be missed.
-    fn take_over(&self, listener: Option<UnixListener>, figures: Value, misses_attendant: bool) -> io::Result<()>;
+    /// Starts to serve clients on `listener`, after the disk was taken over from another process. The status shows
+    /// `figures`. `attendant_missing`: an attendant was connected to the old daemon and has to connect to this one.
+    fn take_over(&self, listener: Option<UnixListener>, figures: Value, attendant_missing: bool) -> io::Result<()>;
 }
 
-/// Why the daemon could not start, or did not end well. Each text names the thing, the cause and the mend.
+/// Why the daemon could not start, or did not end well. Each text says what failed, why, and how to fix it.
 #[derive(Debug)]
 pub enum ServerError {
-    /// The vhost-user socket.
+    /// The vhost-user socket cannot be bound or used.
     Socket(SocketError),
-    /// The control socket.
+    /// The control socket cannot be bound.
     Control(BindError),
-    /// The control thread.
+    /// The control thread cannot be started.
     ControlThread(io::Error),
-    /// The image.
+    /// The image cannot be opened, or has the wrong properties.
     Image(Box<dyn Error + Send + Sync>),
-    /// The pid file.
+    /// The pid file cannot be created.
     PidFile(PidFileError),
-    /// The sandbox.
+    /// The sandbox cannot be prepared or entered.
     Sandbox(SandboxError),
-    /// A descriptor, or poll(2); what for.
+    /// A system call failed; the text says what it was for.
     System(&'static str, io::Error),
-    /// The final sync failed; of which image.
+    /// The final sync of this image failed.
     Sync(String, io::Error),
-    /// Told a second time to end while ending; what was left undone.
-    Impatient(String),
-    /// The guest stays with the daemon that it was to be taken over from.
+    /// A second signal arrived while the daemon was ending. The text says what was left undone.
+    Interrupted(String),
+    /// The guest could not be taken over; the old daemon serves on.
     TakeOver(TakeOverError),
 }
 
@@ -150,7 +152,7 @@ impl fmt::Display for ServerError {
                 "{image}: the final sync failed: {error}; what the guest wrote since its last flush may not be on the \
                  medium: check the medium and the host's kernel log"
             ),
-            ServerError::Impatient(undone) => f.write_str(undone),
+            ServerError::Interrupted(undone) => f.write_str(undone),
             ServerError::TakeOver(error) => error.fmt(f),
         }
     }
@@ -158,41 +160,41 @@ impl fmt::Display for ServerError {
 
 impl Error for ServerError {}
 
-/// The daemon.
+/// The main thread's state.
 pub struct Server {
     served: Arc<dyn Served>,
     signals: Signals,
-    /// Rung by the control socket's `quit`.
+    /// The control thread rings this when a client sends `quit`.
     quit: Arc<Bell>,
-    /// Who wants to take over.
-    requests: Arc<Requests>,
-    /// Signals seen that ask for an end and count.
-    asked: u32,
+    /// Requests of new daemons to take over.
+    requests: Arc<HandOverRequests>,
+    /// How many SIGTERM and SIGINT have arrived.
+    end_signals: u32,
 }
 
-/// One that threads share.
+/// A bell that threads share.
 fn new_bell() -> Result<Arc<Bell>, ServerError> {
-    Bell::new().map(Arc::new).map_err(|error| ServerError::System("cannot make an eventfd", error))
+    Bell::new().map(Arc::new).map_err(|error| ServerError::System("cannot create an eventfd", error))
 }
 
-/// Why the daemon serves nobody any more.
+/// Why the daemon stopped serving.
 enum Ending {
-    /// It was told to end.
-    Told,
-    /// Another process has the disk.
+    /// A signal or a client of the control socket ended it.
+    Requested,
+    /// Another process serves the disk.
     HandedOver(NewDaemon),
 }
 
-/// A hand-over, looked at.
+/// The state of a hand-over at one poll.
 enum HandOverPoll {
-    Lasts(HandOver),
-    Gone(NewDaemon),
-    Stayed,
+    Running(HandOver),
+    HandedOver(NewDaemon),
+    Failed,
 }
 
 impl Server {
-    /// Serves the disk until told to end, or until another process has it. Called by main, once, before any other thread
-    /// exists.
+    /// Serves the disk until a signal or a client ends the daemon, or until another process has taken the disk over.
+    /// Called once by main, before any other thread exists.
     pub fn run(config: &Config) -> Result<(), ServerError> {
         abort_on_panic();
         let signals = Signals::block().map_err(|error| ServerError::System("cannot receive signals", error))?;
@@ -202,22 +204,22 @@ impl Server {
         log::info!("{describe}: cache mode {}, serving on {}", config.cache, config.listen);
         systemd::systemd("READY=1");
         match daemon.server.serve(&daemon.files, &mut daemon.front_ends) {
-            Ok(Ending::HandedOver(successor)) => {
-                daemon.leave(successor);
+            Ok(Ending::HandedOver(new)) => {
+                daemon.end_after_hand_over(new);
                 Ok(())
             }
             served => daemon.end(served.map(drop)),
         }
     }
 
-    /// Serves one front-end after another until told to end, or until another process has the disk.
+    /// Serves one front-end after another until the daemon is to end, or until another process has taken the disk over.
     fn serve(&mut self, files: &Files, front_ends: &mut FrontEnds) -> Result<Ending, ServerError> {
-        let mut handing: Option<HandOver> = None;
-        let mut told_to_end = false;
+        let mut hand_over: Option<HandOver> = None;
+        let mut end_requested = false;
         loop {
             let mut sources = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&*self.quit, PollFlags::IN)];
-            match &handing {
-                Some(handing) => sources.push(PollFd::new(&*handing.done, PollFlags::IN)),
+            match &hand_over {
+                Some(running) => sources.push(PollFd::new(&*running.done, PollFlags::IN)),
                 None => {
                     sources.push(PollFd::new(&*self.requests.bell, PollFlags::IN));
                     front_ends.watch(&files.front, &mut sources);
@@ -226,73 +228,74 @@ impl Server {
             if let Some(socket) = systemd::pending() {
                 sources.push(PollFd::from_borrowed_fd(socket, PollFlags::OUT));
             }
-            let deadline = handing.is_none().then(|| front_ends.deadline()).flatten();
+            let deadline = hand_over.is_none().then(|| front_ends.deadline()).flatten();
             wait(&mut sources, deadline)?;
             drop(sources);
             systemd::flush();
             if let Some(signal) = self.signal()? {
                 log::info!("{signal}: draining, then ending");
-                told_to_end = true;
+                end_requested = true;
             }
             if self.quit.was_rung() {
-                log::info!("told to quit by the control socket: draining, then ending");
-                told_to_end = true;
+                log::info!("a client of the control socket sent quit: draining, then ending");
+                end_requested = true;
             }
-            if let Some(running) = handing.take() {
-                match self.tend_hand_over(running, told_to_end)? {
-                    HandOverPoll::Lasts(running) => {
-                        handing = Some(running);
+            if let Some(running) = hand_over.take() {
+                match self.poll_hand_over(running, end_requested)? {
+                    HandOverPoll::Running(running) => {
+                        hand_over = Some(running);
                         continue;
                     }
-                    HandOverPoll::Gone(successor) => return Ok(Ending::HandedOver(successor)),
-                    HandOverPoll::Stayed => {}
+                    HandOverPoll::HandedOver(new) => return Ok(Ending::HandedOver(new)),
+                    HandOverPoll::Failed => {}
                 }
             }
-            if told_to_end {
-                return Ok(Ending::Told);
+            if end_requested {
+                return Ok(Ending::Requested);
             }
-            if let Some(asked) = self.requests.take() {
-                match HandOver::start(asked, &self.served, &files.estate(), &self.requests) {
-                    Ok(started) => handing = Some(started),
-                    Err(why) => hand_over::stayed(&self.requests, &why),
+            if let Some(request) = self.requests.take() {
+                match HandOver::start(request, &self.served, &files.to_inherit(), &self.requests) {
+                    Ok(started) => hand_over = Some(started),
+                    Err(reason) => hand_over::record_failure(&self.requests, &reason),
                 }
                 continue;
             }
-            front_ends.tend(&files.front)?;
+            front_ends.poll(&files.front)?;
         }
     }
 
-    /// Looks how far a hand-over is. Never blocks.
-    fn tend_hand_over(&self, running: HandOver, told_to_end: bool) -> Result<HandOverPoll, ServerError> {
-        if told_to_end {
+    /// Checks whether a hand-over has ended, and cancels it if the daemon is to end. Never blocks.
+    fn poll_hand_over(&self, running: HandOver, end_requested: bool) -> Result<HandOverPoll, ServerError> {
+        if end_requested {
             running.cancel();
         }
-        if self.asked > 1 {
-            return Err(ServerError::Impatient(self.undone(Signal::SIGTERM, false)));
+        if self.end_signals > 1 {
+            return Err(ServerError::Interrupted(self.describe_undone(Signal::SIGTERM, false)));
         }
         if !running.done.was_rung() {
-            return Ok(HandOverPoll::Lasts(running));
+            return Ok(HandOverPoll::Running(running));
         }
         Ok(match running.outcome() {
-            Outcome::Gone(successor) => HandOverPoll::Gone(successor),
-            Outcome::Stayed(why) => {
-                hand_over::stayed(&self.requests, &why);
-                HandOverPoll::Stayed
+            Outcome::HandedOver(new) => HandOverPoll::HandedOver(new),
+            Outcome::Failed(reason) => {
+                hand_over::record_failure(&self.requests, &reason);
+                HandOverPoll::Failed
             }
         })
     }
 
-    /// The signal that came, if one did.
+    /// Returns the next signal, if one has arrived.
     fn signal(&mut self) -> Result<Option<Signal>, ServerError> {
         let signal = self.signals.next().map_err(|error| ServerError::System("cannot receive signals", error))?;
-        // A terminal that closes sends SIGHUP twice, and the kernel SIGXCPU every second: that is not impatience.
+        // Other signals repeat without an operator who insists: a terminal that closes sends SIGHUP twice, and the kernel
+        // sends SIGXCPU every second.
         if matches!(signal, Some(Signal::SIGTERM | Signal::SIGINT)) {
-            self.asked += 1;
+            self.end_signals += 1;
         }
         Ok(signal)
     }
 
-    /// Finishes what was taken and syncs, in a thread, so that a second signal is heard meanwhile.
+    /// Completes the requests in flight and syncs. A thread does this, so that main can react to a second signal.
     fn end(&mut self) -> Result<(), ServerError> {
         let (sender, outcome) = mpsc::channel();
         let finished = new_bell()?;
@@ -302,7 +305,7 @@ impl Server {
             move || {
                 served.shutdown();
                 drained.store(true, Ordering::Relaxed);
-                // Nobody listens any more after a second signal.
+                // This fails if main has returned after a second signal.
                 let _ = sender.send(served.sync());
                 finished.ring();
             }
@@ -310,17 +313,19 @@ impl Server {
         let mut thread = match thread::Builder::new().name("end".into()).spawn(work.clone()) {
             Ok(thread) => Some(thread),
             Err(error) => {
-                log::warn!("no thread to end in ({error}): a second signal will not be heard");
+                log::warn!(
+                    "cannot start a thread for the end ({error}): a second signal has no effect until it is over"
+                );
                 work();
                 None
             }
         };
-        // The other sender would keep the channel open.
+        // This drops the second sender, which would prevent the channel from closing.
         drop(work);
         loop {
             wait(&mut [PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&*finished, PollFlags::IN)], None)?;
             if let Ok(result) = outcome.try_recv() {
-                // It has said its last word, and lets go of the image. A panic would have ended the process.
+                // The thread has sent its result and releases the image. A panic would have ended the process.
                 let _ = thread.take().map(thread::JoinHandle::join);
                 let image = self.served.describe();
                 result.map_err(|error| ServerError::Sync(image.clone(), error))?;
@@ -328,14 +333,15 @@ impl Server {
                 return Ok(());
             }
             if let Some(signal) = self.signal()?
-                && self.asked > 1
+                && self.end_signals > 1
             {
-                return Err(ServerError::Impatient(self.undone(signal, drained.load(Ordering::Relaxed))));
+                return Err(ServerError::Interrupted(self.describe_undone(signal, drained.load(Ordering::Relaxed))));
             }
         }
     }
 
-    fn undone(&self, signal: Signal, drained: bool) -> String {
+    /// Describes what a second signal left undone.
+    fn describe_undone(&self, signal: Signal, drained: bool) -> String {
         let what = match drained {
             true => "drained, but the final sync had not finished".to_string(),
             false => format!("neither drained ({} requests in flight) nor synced", self.served.in_flight()),
@@ -348,7 +354,7 @@ impl Server {
     }
 }
 
-/// Waits until a source is ready or the deadline has passed; each source is then asked by itself, without blocking.
+/// Waits until a source is ready or the deadline has passed. The caller then checks each source itself, without blocking.
 fn wait(sources: &mut [PollFd<'_>], deadline: Option<Instant>) -> Result<(), ServerError> {
     let timeout = deadline.map(|deadline| {
         // A millisecond more, so that it has passed when poll returns.
@@ -361,20 +367,20 @@ fn wait(sources: &mut [PollFd<'_>], deadline: Option<Instant>) -> Result<(), Ser
     }
 }
 
-/// See this module's head.
+/// Makes a panic in any thread end the process; see this module's head.
 fn abort_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
         report(panic);
         log::error!(
-            "a bug: the daemon ends at once so that no guest hangs silently; nothing more was acknowledged. Start it \
-             again (QEMU reconnects if told to) and report the lines above"
+            "a bug: the daemon ends at once, so that no guest hangs silently. No further request was acknowledged. Start \
+             the daemon again (QEMU reconnects if its chardev has reconnect-ms=) and report the lines above"
         );
         logging::finish();
         std::process::abort();
     }));
 }
 
-/// Logs what the standard hook prints: it would wait for whoever reads standard error.
+/// Logs what Rust's standard hook prints. That hook could block, if the reader of standard error does not read.
 fn report(panic: &std::panic::PanicHookInfo<'_>) {
     let payload = panic.payload();
     let text = payload.downcast_ref::<&str>().copied().or(payload.downcast_ref::<String>().map(String::as_str));
@@ -388,7 +394,8 @@ fn report(panic: &std::panic::PanicHookInfo<'_>) {
     }
 }
 
-/// A ring needs a handful of descriptors and a front-end may ask for hundreds of rings.
+/// Raises the soft limit of open files to the hard limit. Each virtqueue needs several descriptors, and a front-end may
+/// start hundreds of virtqueues.
 fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     if limit.current == limit.maximum {

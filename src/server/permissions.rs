@@ -1,11 +1,11 @@
-//! What the sandbox must know, from the configuration.
+//! Derives from the configuration what the sandbox must permit.
 
 use std::path::Path;
 
 use crate::config::{BackendKind, Config, Listen};
 use crate::sandbox::permissions::{Needs, Permissions};
 
-/// What the configuration asks of the sandbox.
+/// Returns the permissions that the daemon needs with this configuration.
 pub fn of(config: &Config) -> Permissions {
     let (network, io_uring) = match &config.backend {
         BackendKind::File(_) | BackendKind::Slow { .. } => (false, true),

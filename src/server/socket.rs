@@ -1,4 +1,4 @@
-//! The vhost-user socket: our own, bound last, or one inherited that somebody else bound.
+//! The vhost-user socket: one that this process binds, or one that it inherits from the service manager.
 
 use std::fmt;
 use std::io;
@@ -13,21 +13,21 @@ use super::inherited;
 use crate::base::unix_listener::{BindError, OwnFile, SocketFile, bind_unix};
 use crate::config::Listen;
 
-/// Permission bits until the group is set: nobody else's before it is the right group's.
+/// The permission bits until the socket belongs to the right group: before that, no other user may connect.
 const OWNER_ONLY: u32 = 0o600;
 
 /// Why there is no vhost-user socket.
 #[derive(Debug)]
 pub enum SocketError {
-    /// Our own cannot be bound.
+    /// The socket of `--socket-path` cannot be bound.
     Bind(BindError),
-    /// `--socket-group` names no group; the lookup's error, if it failed.
+    /// The group of `--socket-group` does not exist, or its lookup failed with the error.
     NoGroup(String, Option<io::Error>),
-    /// The socket cannot be given to that group, or that mode.
+    /// The socket's group or mode, which the text describes, cannot be set.
     Permissions(PathBuf, String, io::Error),
-    /// `--fd`: why it cannot be used.
+    /// The descriptor of `--fd` cannot be used, for the reason in the text.
     Inherited(i32, String),
-    /// Its settings cannot be changed.
+    /// The socket cannot be made non-blocking.
     Setting(io::Error),
 }
 
@@ -38,14 +38,15 @@ impl fmt::Display for SocketError {
             SocketError::NoGroup(name, None) => {
                 write!(
                     f,
-                    "--socket-group: there is no group '{name}' on this host: name one of getent(1) group, or its number"
+                    "--socket-group: there is no group '{name}' on this host: give a name that 'getent group' lists, or a \
+                     group's number"
                 )
             }
             SocketError::NoGroup(name, Some(error)) => write!(f, "--socket-group: cannot look up '{name}': {error}"),
             SocketError::Permissions(path, what, error) => write!(
                 f,
-                "cannot give the socket '{}' {what}: {error}; run as root or as a member of the group, on a filesystem \
-                 that has owners",
+                "cannot set the {what} of the socket '{}': {error}; run as root or as a member of the group, on a file \
+                 system that has owners",
                 path.display()
             ),
             SocketError::Inherited(fd, why) => {
@@ -61,14 +62,14 @@ impl fmt::Display for SocketError {
 
 impl std::error::Error for SocketError {}
 
-/// What can be checked before the image is opened.
+/// A vhost-user socket that was checked, as far as that is possible before the image is opened.
 pub(super) enum Prepared {
     Path { path: PathBuf, mode: u32, group: Option<Gid> },
     Fd(UnixListener),
 }
 
-/// Checks the inherited socket, or looks up the group. Before anything else is opened: a number that was not inherited
-/// must not turn out to be a file of ours.
+/// Checks the inherited socket, or looks up the group. Called before anything else is opened: otherwise the number of
+/// `--fd`, if it was not inherited, could be the number of a file that this process opened.
 pub(super) fn prepare(listen: &Listen) -> Result<Prepared, SocketError> {
     match listen {
         Listen::Path { path, mode, group } => {
@@ -78,7 +79,7 @@ pub(super) fn prepare(listen: &Listen) -> Result<Prepared, SocketError> {
         Listen::Fd(number) => {
             let refuse = |why: String| SocketError::Inherited(*number, why);
             let fd = inherited::duplicate(*number)
-                .map_err(|error| refuse(format!("nothing usable was inherited: {error}")))?;
+                .map_err(|error| refuse(format!("no usable descriptor was inherited: {error}")))?;
             check_listening(&fd).map_err(|why| refuse(why.to_string()))?;
             Ok(Prepared::Fd(UnixListener::from(fd)))
         }
@@ -109,7 +110,7 @@ fn check_listening(fd: &OwnedFd) -> Result<(), &'static str> {
 }
 
 impl Prepared {
-    /// Makes the socket ready for front-ends.
+    /// Binds the socket, if it was not inherited. Front-ends can connect from then on.
     pub(super) fn bind(self) -> Result<FrontSocket, SocketError> {
         let socket = match self {
             Prepared::Path { path, mode, group: None } => {
@@ -117,7 +118,7 @@ impl Prepared {
             }
             Prepared::Path { path, mode, group: Some(group) } => {
                 let bound = bind(&path, OWNER_ONLY).map_err(SocketError::Bind)?;
-                give_to_group(&path, mode, group)?;
+                set_group_and_mode(&path, mode, group)?;
                 FrontSocket::Ours(bound)
             }
             Prepared::Fd(listener) => FrontSocket::Inherited(listener),
@@ -127,31 +128,32 @@ impl Prepared {
     }
 }
 
-/// A listening socket and the guard that removes its path.
+/// Binds a listening socket. Returns it with the guard that removes its path.
 pub(super) fn bind(path: &Path, mode: u32) -> Result<(UnixListener, SocketFile), BindError> {
     let listener = bind_unix(path, mode)?;
     let file = SocketFile::of(path).map_err(|error| BindError::Other(path.to_path_buf(), error))?;
     Ok((listener, file))
 }
 
-/// The guard of a socket that somebody else bound and gave to us; none if it cannot be found.
+/// Makes the guard of a socket that the old daemon bound and handed over. Returns `None` if the path cannot be checked.
 pub(super) fn guard(path: &Path) -> Option<SocketFile> {
     SocketFile::of(path)
-        .inspect_err(|error| log::warn!("'{}' will not be removed at the end: {error}", path.display()))
+        .inspect_err(|error| log::warn!("'{}' will not be removed when the daemon ends: {error}", path.display()))
         .ok()
 }
 
-fn give_to_group(path: &Path, mode: u32, group: Gid) -> Result<(), SocketError> {
+fn set_group_and_mode(path: &Path, mode: u32, group: Gid) -> Result<(), SocketError> {
     let failed = |what: String| move |error: io::Error| SocketError::Permissions(path.to_path_buf(), what, error);
     let file = OwnFile::open(path).map_err(SocketError::Bind)?;
-    file.set_group(rustix::fs::Gid::from_raw(group.as_raw())).map_err(failed(format!("to group {group}")))?;
+    file.set_group(rustix::fs::Gid::from_raw(group.as_raw())).map_err(failed(format!("group {group}")))?;
     file.set_mode(mode).map_err(failed(format!("mode {mode:04o}")))
 }
 
-/// The vhost-user socket. Dropping it ends listening; our own path is removed, an inherited one's is its maker's.
+/// The vhost-user socket. Dropping it closes the socket, and removes the path if this process owns it.
 pub(super) enum FrontSocket {
+    /// This process owns the path.
     Ours((UnixListener, SocketFile)),
-    /// Somebody else's path; also another daemon's, until it is ours.
+    /// The service manager owns the path, or the old daemon does until the take-over is complete.
     Inherited(UnixListener),
 }
 
@@ -163,14 +165,14 @@ impl FrontSocket {
         }
     }
 
-    /// Of the daemon that we take over from.
+    /// Uses the socket of the old daemon.
     pub(super) fn taken_over(listener: UnixListener) -> Result<Self, SocketError> {
         listener.set_nonblocking(true).map_err(SocketError::Setting)?;
         Ok(FrontSocket::Inherited(listener))
     }
 
-    /// Its path is ours to remove from now on.
-    pub(super) fn own(self, path: &Path) -> Self {
+    /// Makes this process remove the socket's path at its end.
+    pub(super) fn take_ownership(self, path: &Path) -> Self {
         match self {
             FrontSocket::Inherited(listener) => match guard(path) {
                 Some(file) => FrontSocket::Ours((listener, file)),
@@ -180,7 +182,7 @@ impl FrontSocket {
         }
     }
 
-    /// Our own path.
+    /// The socket's path, if this process owns it.
     pub(super) fn path(&self) -> Option<&Path> {
         match self {
             FrontSocket::Ours((_, file)) => Some(file.path()),
@@ -188,14 +190,14 @@ impl FrontSocket {
         }
     }
 
-    /// Another process goes on with it: its path stays.
-    pub(super) fn give(self) {
+    /// Closes the socket without removing its path, because the new daemon uses it.
+    pub(super) fn hand_over(self) {
         if let FrontSocket::Ours((_, file)) = self {
             file.keep();
         }
     }
 
-    /// The next front-end, `WouldBlock` if there is none.
+    /// Accepts the next front-end. Fails with `WouldBlock` if there is none.
     pub(super) fn accept(&self) -> io::Result<UnixStream> {
         self.listener().accept().map(|(stream, _)| stream)
     }

@@ -1,5 +1,6 @@
-//! The new daemon's side of an upgrade in place ([`crate::upgrade`]): takes over from the one behind a control socket.
-//! Whatever fails before that one says `Go` ends this process, and the other serves on.
+//! The new daemon's side of an upgrade in place ([`crate::upgrade`]): takes the guest over from the old daemon, which the
+//! control socket of `--take-over` leads to. A failure before the old daemon has sent `Go` ends this process, and the old
+//! daemon serves on.
 
 use std::fmt;
 use std::fs::File;
@@ -23,11 +24,12 @@ use crate::upgrade::{
 use crate::virtio::device::hand_over::Steps;
 use crate::virtio::vhost_user::save_restore::SavedSession;
 
-/// For the other one's answers. It may have much to sync before the last of them, while its guest runs.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long to wait for a message of the old daemon.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long to wait for `State`, before which the old daemon syncs while its guest runs.
 const SYNC_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// Why this process does not take over: the cause and the mend.
+/// Why this process does not take over, and how to fix it.
 #[derive(Debug)]
 pub struct TakeOverError(PathBuf, String);
 
@@ -39,140 +41,145 @@ impl fmt::Display for TakeOverError {
 
 impl std::error::Error for TakeOverError {}
 
-/// A daemon that is ready to give its disk away.
+/// A take-over: the connection to the old daemon, and what that sent with `Hello`.
 pub(super) struct TakeOver {
     path: PathBuf,
     channel: Channel,
     hello: Hello,
     descriptors: Descriptors,
-    keeps: FilesTakenOver,
+    files: FilesTakenOver,
     starter: Option<Starter>,
 }
 
-/// Files that are the same for the daemon before us.
+/// The old daemon's files that this process takes over.
 #[derive(Default)]
-pub(super) struct Taken {
+pub(super) struct TakenFiles {
     pub(super) front: Option<UnixListener>,
     pub(super) control: Option<UnixListener>,
     pub(super) pid_file: Option<File>,
 }
 
 impl TakeOver {
-    /// Asks the daemon behind the control socket `path`, and compares what it serves with `served`. Main, when the image
-    /// is open.
+    /// Requests the hand-over from the old daemon, whose control socket is at `path`. Fails if the old daemon's disk is not
+    /// the same as `served`. Called by the main thread, after the image was opened.
     pub(super) fn begin(path: &Path, served: &dyn Served) -> Result<TakeOver, TakeOverError> {
-        // A shell's job, or a terminal that closes, is not to end what outlives it. A leader of a session is free already.
+        // A terminal that closes, or a shell that ends its job, must not end the new daemon. This fails if the process leads
+        // a session already, which is as good.
         if let Err(errno) = rustix::process::setsid() {
-            log::debug!("no session of our own: {errno}");
+            log::debug!("cannot start a session: {errno}");
         }
-        let refuse = |why: String| TakeOverError(path.to_owned(), why);
+        let refuse = |reason: String| TakeOverError(path.to_owned(), reason);
         let starter = Starter::of_this_process().map_err(|error| refuse(error.to_string()))?;
         if starter.as_ref().is_some_and(Starter::has_given_up) {
             return Err(refuse(GAVE_UP.into()));
         }
         let mut client = Client::connect(path).map_err(|failure| refuse(failure.message))?;
-        let ask = client.ask("hand-over", json!({ "version": VERSION }), REPLY_TIMEOUT);
-        ask.map_err(|failure| match failure.code.as_str() {
-            "unknown-command" => refuse("the running virtioblkd is too old for that: restart it instead".into()),
+        let reply = client.ask("hand-over", json!({ "version": VERSION }), REPLY_TIMEOUT);
+        reply.map_err(|failure| match failure.code.as_str() {
+            "unknown-command" => refuse("the running virtioblkd is too old for an upgrade: restart it instead".into()),
             _ => refuse(failure.message),
         })?;
         let stream = client.into_stream().map_err(|failure| refuse(failure.message))?;
         let channel = Channel::new(stream).map_err(|error| refuse(error.to_string()))?;
         let pipe: Result<Vec<OwnedFd>, io::Error> = starter.iter().map(Starter::copy).collect();
         let pipe = pipe.map_err(|error| refuse(error.to_string()))?;
-        channel.send(&FromNew::Begin, &pipe, ANSWER_TIMEOUT).map_err(|error| refuse(no_listener(&error)))?;
-        let (hello, descriptors) = match hear(&channel, ANSWER_TIMEOUT).map_err(refuse)? {
+        channel.send(&FromNew::Begin, &pipe, MESSAGE_TIMEOUT).map_err(|error| refuse(describe_send_error(&error)))?;
+        let (hello, descriptors) = match receive(&channel, MESSAGE_TIMEOUT).map_err(refuse)? {
             (FromOld::Hello(hello), descriptors) => (*hello, Descriptors::new(descriptors)),
-            _ => return Err(refuse(OUT_OF_TURN.into())),
+            _ => return Err(refuse(UNEXPECTED_MESSAGE.into())),
         };
-        let take_over =
-            TakeOver { path: path.to_owned(), channel, hello, descriptors, keeps: FilesTakenOver::default(), starter };
+        let files = FilesTakenOver::default();
+        let take_over = TakeOver { path: path.to_owned(), channel, hello, descriptors, files, starter };
         let Some(facts) = served.facts() else {
-            return Err(take_over.give_up("an image in memory ends with its process"));
+            return Err(take_over.abort("an image in memory ends with its process"));
         };
-        take_over.hello.disk.allow(&facts).map_err(|why| take_over.give_up(&why))?;
+        take_over.hello.disk.allow(&facts).map_err(|reason| take_over.abort(&reason))?;
         Ok(take_over)
     }
 
-    /// Takes over the sockets and the pid file that the configuration names, too; the rest is ours to make.
-    pub(super) fn files(&mut self, config: &Config) -> Result<Taken, TakeOverError> {
+    /// Takes over those sockets and that pid file of the old daemon that the configuration of this one names, too. The
+    /// caller creates the others.
+    pub(super) fn files(&mut self, config: &Config) -> Result<TakenFiles, TakeOverError> {
         let same = |ours: Option<&PathBuf>, theirs: Option<&PathBuf>| match (ours, theirs) {
             (Some(ours), Some(theirs)) => std::path::absolute(ours).is_ok_and(|ours| ours == *theirs),
             _ => false,
         };
         let front = match &config.listen {
             Listen::Path { path, .. } => same(Some(path), self.hello.front_path.as_ref()),
-            // One that was given to the daemon before us, under whatever number.
+            // The service manager passed the old daemon a socket, perhaps under another number.
             Listen::Fd(_) if self.hello.front_path.is_none() => true,
-            // The number may mean anything here.
-            Listen::Fd(_) => return Err(self.give_up("--fd: it serves on a path of its own: give --socket-path")),
+            // The old daemon bound its socket itself, so this process inherited none under that number.
+            Listen::Fd(_) => {
+                return Err(self.abort("--fd: the running virtioblkd bound its socket itself: give --socket-path"));
+            }
         };
         let control = self.hello.control.clone();
         let control = control.filter(|(path, _)| same(config.control.as_ref().map(|it| &it.path), Some(path)));
         let pid_file = self.hello.pid_file.clone();
         let pid_file = pid_file.filter(|(path, _)| same(config.pid_file.as_ref(), Some(path)));
-        self.keeps = FilesTakenOver { front, control: control.is_some(), pid_file: pid_file.is_some() };
+        self.files = FilesTakenOver { front, control: control.is_some(), pid_file: pid_file.is_some() };
         let front_socket = self.hello.front_socket;
         let front = front.then(|| self.take(front_socket)).transpose()?;
         let control = control.map(|(_, number)| self.take(number)).transpose()?;
         let pid_file = pid_file.map(|(_, number)| self.take(number)).transpose()?;
-        Ok(Taken { front: front.map(Into::into), control: control.map(Into::into), pid_file: pid_file.map(Into::into) })
+        let (front, control) = (front.map(Into::into), control.map(Into::into));
+        Ok(TakenFiles { front, control, pid_file: pid_file.map(Into::into) })
     }
 
     fn take(&mut self, number: usize) -> Result<OwnedFd, TakeOverError> {
-        self.descriptors.take(number).map_err(|error| self.give_up(&error.to_string()))
+        self.descriptors.take(number).map_err(|error| self.abort(&error.to_string()))
     }
 
-    /// Tells the other one why it goes on serving.
-    pub(super) fn give_up(&self, why: &str) -> TakeOverError {
-        if let Err(error) = self.channel.send(&FromNew::Failed(why.to_owned()), &[], ANSWER_TIMEOUT) {
-            log::debug!("the other daemon does not hear why: {error}");
+    /// Reports to the old daemon that this process gives up, and why. Returns the error for the caller.
+    pub(super) fn abort(&self, reason: &str) -> TakeOverError {
+        if let Err(error) = self.channel.send(&FromNew::Failed(reason.to_owned()), &[], MESSAGE_TIMEOUT) {
+            log::debug!("cannot report to the running virtioblkd why the take-over ends: {error}");
         }
-        TakeOverError(self.path.clone(), why.to_owned())
+        TakeOverError(self.path.clone(), reason.to_owned())
     }
 
-    /// Takes the guest over. When this returns well its rings run here. Returns the figures, and whether an attendant is
-    /// missed. Main, when all that can fail was done.
+    /// Takes the guest over. On success the guest's virtqueues run in this process. Returns the figures for the status, and
+    /// whether an attendant has to connect again. Called by the main thread, after every step that can fail.
     pub(super) fn finish(
         mut self,
         served: &dyn Served,
         front_ends: &mut FrontEnds,
     ) -> Result<(Value, bool), TakeOverError> {
-        let refuse = |why| TakeOverError(self.path.clone(), why);
-        say(&self.channel, &FromNew::Ready(self.keeps)).map_err(refuse)?;
-        let (state, descriptors) = match hear(&self.channel, SYNC_TIMEOUT).map_err(refuse)? {
+        let refuse = |reason| TakeOverError(self.path.clone(), reason);
+        send(&self.channel, &FromNew::Ready(self.files)).map_err(refuse)?;
+        let (state, descriptors) = match receive(&self.channel, SYNC_TIMEOUT).map_err(refuse)? {
             (FromOld::State(state), descriptors) => (*state, Descriptors::new(descriptors)),
-            _ => return Err(refuse(OUT_OF_TURN.into())),
+            _ => return Err(refuse(UNEXPECTED_MESSAGE.into())),
         };
         let State { since, drained_in, counts, front_end } = state;
-        served.go_on_counting(&counts);
-        served.take_over().map_err(|error| self.give_up(&error.to_string()))?;
-        let adopted = front_end.map(|(number, record)| Self::restore_session(number, record, descriptors, front_ends));
-        let adopted = adopted.transpose().map_err(|why| {
-            // Before the other one hears of it: it wants the image back.
-            served.give_back();
-            self.give_up(&why)
+        served.resume_counts(&counts);
+        served.take_over().map_err(|error| self.abort(&error.to_string()))?;
+        let session = front_end.map(|(number, record)| Self::restore_session(number, record, descriptors, front_ends));
+        let session = session.transpose().map_err(|reason| {
+            // The image is released before the old daemon is informed, because that claims it at once.
+            served.release_image();
+            self.abort(&reason)
         })?;
-        // One that knows no starters does not look itself.
+        // An old daemon of a version before the starter's pipe does not check the starter itself.
         if self.starter.as_ref().is_some_and(Starter::has_given_up) {
-            served.give_back();
-            return Err(self.give_up(GAVE_UP));
+            served.release_image();
+            return Err(self.abort(GAVE_UP));
         }
-        say(&self.channel, &FromNew::Prepared).map_err(refuse)?;
-        match hear(&self.channel, ANSWER_TIMEOUT).map_err(refuse)? {
+        send(&self.channel, &FromNew::Prepared).map_err(refuse)?;
+        match receive(&self.channel, MESSAGE_TIMEOUT).map_err(refuse)? {
             (FromOld::Go, _) => {}
-            _ => return Err(refuse(OUT_OF_TURN.into())),
+            _ => return Err(refuse(UNEXPECTED_MESSAGE.into())),
         }
-        // From here on the guest is ours, whatever happens.
-        if let Some((go, running)) = adopted
+        // From here on the guest belongs to this process, and no error may end the take-over.
+        if let Some((go, running)) = session
             && (go.send(()).is_err() || running.recv().is_err())
         {
-            log::error!("the front-end's thread has ended; see above");
+            log::error!("the front-end's thread has ended; the lines above say why");
         }
         let pause = upgrade::monotonic().saturating_sub(since);
         match self.descriptors.take(self.hello.log) {
             Ok(log) => logging::go_on_to(&log, self.hello.log_is_journal),
-            Err(error) => log::warn!("the log of the daemon before us cannot be gone on with: {error}"),
+            Err(error) => log::warn!("cannot continue the old daemon's log: {error}; logging to standard error"),
         }
         let microseconds = |nanoseconds: u64| nanoseconds / 1000;
         let figures = json!({
@@ -183,8 +190,8 @@ impl TakeOver {
         Ok((figures, self.hello.misses_attendant))
     }
 
-    /// Brings the front-end's connection to where it was, with its rings stopped; how to let them run, and to hear that
-    /// they do.
+    /// Restores the front-end's session, with its virtqueues stopped. Returns a sender that starts the virtqueues, and a
+    /// receiver that reports that they run.
     fn restore_session(
         number: usize,
         record: crate::upgrade::session_state::SessionState,
@@ -203,28 +210,30 @@ impl TakeOver {
     }
 }
 
-/// Tells whoever started us, on standard output: the daemon before us has ended, or will at once.
-pub(super) fn tell(figures: &Value) {
+/// Prints the figures on standard output, for the program that started this one. The old daemon has ended by then, or ends
+/// at once.
+pub(super) fn print_figures(figures: &Value) {
     let line = format!("{}\n", json!({ "took-over": figures }));
     if !logging::print_in_time(&line) {
-        log::debug!("nobody reads on standard output that the guest was taken over");
+        log::debug!("standard output was not read: the figures of the take-over are not printed");
     }
 }
 
-const OUT_OF_TURN: &str = "the running virtioblkd said something out of turn; please report it as a defect";
+const UNEXPECTED_MESSAGE: &str =
+    "the running virtioblkd sent a message out of turn; restart it instead, and please report it as a defect";
 
-fn say(channel: &Channel, message: &FromNew) -> Result<(), String> {
-    channel.send(message, &[], ANSWER_TIMEOUT).map_err(|error| no_listener(&error))
+fn send(channel: &Channel, message: &FromNew) -> Result<(), String> {
+    channel.send(message, &[], MESSAGE_TIMEOUT).map_err(|error| describe_send_error(&error))
 }
 
-fn no_listener(error: &io::Error) -> String {
-    format!("the running virtioblkd does not listen: {error}")
+fn describe_send_error(error: &io::Error) -> String {
+    format!("the running virtioblkd does not read its messages: {error}")
 }
 
-fn hear(channel: &Channel, timeout: Duration) -> Result<(FromOld, Vec<OwnedFd>), String> {
+fn receive(channel: &Channel, timeout: Duration) -> Result<(FromOld, Vec<OwnedFd>), String> {
     match channel.receive(timeout) {
-        Ok((FromOld::Refused(why), _)) => Err(why),
-        Ok(heard) => Ok(heard),
+        Ok((FromOld::Refused(reason), _)) => Err(reason),
+        Ok(received) => Ok(received),
         Err(error) => Err(format!("the running virtioblkd: {error}; see its log")),
     }
 }

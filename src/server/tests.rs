@@ -1,5 +1,5 @@
-//! The end of the daemon and the change of front-ends, with disks that fail or dawdle. Signals are raised in the test's
-//! own thread, which alone blocks and reads them.
+//! Tests of the daemon's end and of the change of front-ends, with disks that fail or are slow. Each test raises signals in
+//! its own thread, which is the only one that blocks and reads them.
 
 use std::io::{Read, Write};
 use std::sync::Condvar;
@@ -10,7 +10,7 @@ use nix::sys::signal::raise;
 use super::socket::FrontSocket;
 use super::*;
 
-/// A gate that a disk's call waits at until it is opened.
+/// A gate at which a call of the disk waits until the test opens it.
 #[derive(Default)]
 struct Gate {
     open: Mutex<bool>,
@@ -33,13 +33,13 @@ impl Gate {
     }
 }
 
-/// Serves by reading until the front-end leaves.
+/// A disk that serves by reading until the front-end hangs up.
 struct Disk {
     serve_returns: Gate,
     shutdown_returns: Gate,
     sync_returns: Gate,
     sync_fails: bool,
-    /// In which order it was called.
+    /// The calls in their order.
     calls: Mutex<Vec<&'static str>>,
 }
 
@@ -54,7 +54,7 @@ impl Disk {
         }
     }
 
-    fn note(&self, call: &'static str) {
+    fn record(&self, call: &'static str) {
         self.calls.lock().unwrap().push(call);
     }
 
@@ -67,20 +67,20 @@ impl Disk {
 
 impl Served for Disk {
     fn serve(&self, mut stream: UnixStream) -> io::Result<SessionEnd> {
-        self.note("serve");
+        self.record("serve");
         stream.read_to_end(&mut Vec::new())?;
         self.serve_returns.pass();
-        self.note("left");
+        self.record("left");
         Ok(SessionEnd::Left)
     }
 
     fn shutdown(&self) {
         self.shutdown_returns.pass();
-        self.note("shutdown");
+        self.record("shutdown");
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.note("sync");
+        self.record("sync");
         self.sync_returns.pass();
         if self.sync_fails { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(()) }
     }
@@ -98,33 +98,33 @@ impl Served for Disk {
     }
 
     fn sync_ahead(&self) -> io::Result<()> {
-        unimplemented!("nobody takes over")
+        unimplemented!("no test takes over")
     }
 
     fn hand_over(&self, _: Duration) -> Result<HandedOver, String> {
-        unimplemented!("nobody takes over")
+        unimplemented!("no test takes over")
     }
 
     fn take_over(&self) -> io::Result<()> {
-        unimplemented!("nobody takes over")
+        unimplemented!("no test takes over")
     }
 
-    fn give_back(&self) {
-        unimplemented!("nobody takes over")
+    fn release_image(&self) {
+        unimplemented!("no test takes over")
     }
 
     fn restore_session(&self, _: SavedSession, _: &Steps) -> io::Result<SessionEnd> {
-        unimplemented!("nobody takes over")
+        unimplemented!("no test takes over")
     }
 }
 
 fn server(disk: &Arc<Disk>) -> Server {
     let signals = Signals::block().unwrap();
-    let requests = Requests::new().unwrap();
-    Server { served: Arc::clone(disk) as Arc<dyn Served>, signals, quit: new_bell().unwrap(), requests, asked: 0 }
+    let requests = HandOverRequests::new().unwrap();
+    Server { served: Arc::clone(disk) as Arc<dyn Served>, signals, quit: new_bell().unwrap(), requests, end_signals: 0 }
 }
 
-/// The directory holds the socket's path.
+/// Binds a socket in a temporary directory.
 fn socket() -> (tempfile::TempDir, FrontSocket) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("s");
@@ -133,27 +133,27 @@ fn socket() -> (tempfile::TempDir, FrontSocket) {
 }
 
 #[test]
-fn the_end_drains_then_syncs() {
+fn a_signal_drains_then_syncs() {
     let disk = Arc::new(Disk::new());
     let mut server = server(&disk);
     raise(Signal::SIGTERM).unwrap();
     let (_directory, socket) = socket();
     let mut front_ends = FrontEnds::new(Arc::clone(&server.served)).unwrap();
     let ending = server.serve(&Files::of(socket), &mut front_ends).unwrap();
-    assert!(matches!(ending, Ending::Told));
+    assert!(matches!(ending, Ending::Requested));
     server.end().unwrap();
     assert_eq!(*disk.calls.lock().unwrap(), ["shutdown", "sync"]);
 }
 
 #[test]
-fn quit_ends_as_a_signal_does() {
+fn quit_drains_then_syncs() {
     let disk = Arc::new(Disk::new());
     let mut server = server(&disk);
     server.quit.ring();
     let (_directory, socket) = socket();
     let mut front_ends = FrontEnds::new(Arc::clone(&server.served)).unwrap();
     let ending = server.serve(&Files::of(socket), &mut front_ends).unwrap();
-    assert!(matches!(ending, Ending::Told));
+    assert!(matches!(ending, Ending::Requested));
     server.end().unwrap();
     assert_eq!(*disk.calls.lock().unwrap(), ["shutdown", "sync"]);
 }
@@ -176,7 +176,7 @@ fn a_second_signal_ends_at_once_and_says_what_was_not_drained() {
     let (_directory, socket) = socket();
     let mut front_ends = FrontEnds::new(Arc::clone(&server.served)).unwrap();
     let ending = server.serve(&Files::of(socket), &mut front_ends).unwrap();
-    assert!(matches!(ending, Ending::Told));
+    assert!(matches!(ending, Ending::Requested));
     let message = server.end().unwrap_err().to_string();
     for part in ["again", "disk.img", "neither drained (3 requests in flight) nor synced"] {
         assert!(message.contains(part), "{message}");
@@ -185,12 +185,12 @@ fn a_second_signal_ends_at_once_and_says_what_was_not_drained() {
 }
 
 #[test]
-fn a_second_signal_in_the_final_sync_says_that_it_had_not_finished() {
+fn a_second_signal_during_the_final_sync_says_that_the_sync_had_not_finished() {
     let disk = Arc::new(Disk { sync_returns: Gate::default(), ..Disk::new() });
     let mut server = server(&disk);
-    server.asked = 1;
+    server.end_signals = 1;
     let main = nix::sys::pthread::pthread_self();
-    let impatient = {
+    let second_signal = {
         let disk = Arc::clone(&disk);
         thread::spawn(move || {
             disk.wait_for("sync");
@@ -199,14 +199,14 @@ fn a_second_signal_in_the_final_sync_says_that_it_had_not_finished() {
     };
     let message = server.end().unwrap_err().to_string();
     assert!(message.contains("drained, but the final sync had not finished"), "{message}");
-    impatient.join().unwrap();
+    second_signal.join().unwrap();
     disk.sync_returns.open();
 }
 
 #[test]
-fn a_terminal_that_hangs_up_twice_is_not_impatient() {
+fn a_second_sighup_does_not_interrupt_the_end() {
     if crate::base::signals::hangups_are_ignored() {
-        // Under nohup(1) the daemon means to hear nothing of it, and neither does this test.
+        // Under nohup(1) the daemon ignores SIGHUP, so there is nothing to test.
         println!("SKIPPED: SIGHUP is ignored");
         return;
     }
@@ -216,9 +216,9 @@ fn a_terminal_that_hangs_up_twice_is_not_impatient() {
     let (_directory, socket) = socket();
     let mut front_ends = FrontEnds::new(Arc::clone(&server.served)).unwrap();
     let ending = server.serve(&Files::of(socket), &mut front_ends).unwrap();
-    assert!(matches!(ending, Ending::Told));
+    assert!(matches!(ending, Ending::Requested));
     raise(Signal::SIGHUP).unwrap();
-    let patient = {
+    let end_of_sync = {
         let disk = Arc::clone(&disk);
         thread::spawn(move || {
             disk.wait_for("sync");
@@ -226,10 +226,10 @@ fn a_terminal_that_hangs_up_twice_is_not_impatient() {
         })
     };
     server.end().unwrap();
-    patient.join().unwrap();
+    end_of_sync.join().unwrap();
 }
 
-fn wait_for_news(front_ends: &FrontEnds, socket: &FrontSocket) {
+fn wait_until_ready(front_ends: &FrontEnds, socket: &FrontSocket) {
     let mut sources = Vec::new();
     front_ends.watch(socket, &mut sources);
     wait(&mut sources, None).unwrap();
@@ -250,31 +250,31 @@ fn the_next_front_end_waits_while_the_last_is_drained() {
         |mut stream: &UnixStream| stream.read(&mut [0]).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
 
     let first = connect();
-    front_ends.tend(&socket).unwrap();
+    front_ends.poll(&socket).unwrap();
     disk.wait_for("serve");
     let turned_away = connect();
-    front_ends.tend(&socket).unwrap();
+    front_ends.poll(&socket).unwrap();
     assert!(open(&first) && !open(&turned_away));
 
     drop(first);
-    // Another test's child may hold the connection open between its fork and its exec.
-    wait_for_news(&front_ends, &socket);
+    // The hang-up may be late: the child of another test has the connection open between its fork and its exec.
+    wait_until_ready(&front_ends, &socket);
     let second = connect();
-    front_ends.tend(&socket).unwrap();
-    front_ends.tend(&socket).unwrap();
+    front_ends.poll(&socket).unwrap();
+    front_ends.poll(&socket).unwrap();
     assert!(open(&second), "neither served nor turned away");
     assert_eq!(*disk.calls.lock().unwrap(), ["serve"]);
 
     disk.serve_returns.open();
     disk.wait_for("left");
-    wait_for_news(&front_ends, &socket);
-    front_ends.tend(&socket).unwrap();
+    wait_until_ready(&front_ends, &socket);
+    front_ends.poll(&socket).unwrap();
     disk.wait_for("serve");
     assert_eq!(*disk.calls.lock().unwrap(), ["serve", "left", "serve"]);
     assert!(open(&second));
 }
 
-/// Set in the environment of the process that is to panic.
+/// This variable in the environment makes the test's process panic.
 const PANIC: &str = "VIRTIOBLKD_TEST_PANIC";
 
 #[test]
@@ -283,7 +283,7 @@ fn a_panic_in_any_thread_ends_the_process() {
     if std::env::var_os(PANIC).is_some() {
         crate::base::logging::start(log::LevelFilter::Info);
         abort_on_panic();
-        // The join would return and the test pass, were it not for the hook.
+        // Without the hook the join would return an error and the test would pass.
         assert!(thread::spawn(|| panic!("a ring's thread")).join().is_err());
         return;
     }
@@ -293,7 +293,7 @@ fn a_panic_in_any_thread_ends_the_process() {
     let child = command.output().unwrap();
     assert_eq!(child.status.signal(), Some(libc::SIGABRT), "{}", String::from_utf8_lossy(&child.stdout));
     assert!(String::from_utf8_lossy(&child.stderr).contains("a ring's thread"));
-    // Nor does it wait for whoever reads the log. A socket that nobody reads, filled from here.
+    // The abort does not wait for the reader of the log either: standard error is a full socket that nothing reads.
     let (_reader, log) = UnixStream::pair().unwrap();
     log.set_nonblocking(true).unwrap();
     while (&log).write(&[0; 256]).is_ok() {}

@@ -1,4 +1,4 @@
-//! The one place that knows every part: makes the disk that a configuration describes.
+//! Builds the disk that a configuration describes. This is the only module that knows every part.
 
 use std::error::Error;
 use std::io;
@@ -11,7 +11,7 @@ use rustix::process::{Resource, getrlimit};
 use serde_json::Value;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
-use super::hand_over::Requests;
+use super::hand_over::{HandOverRequest, HandOverRequests};
 use super::{Control, Served, ServerError, hand_over};
 use crate::backend::bounce_pool::BouncePool;
 use crate::backend::file::{FileBackend, FileOptions, OpenError, prepare_io_urings};
@@ -32,33 +32,33 @@ use crate::virtio::device::hand_over::{HandedOver, Steps};
 use crate::virtio::vhost_user::save_restore::SavedSession;
 use crate::virtio::{Device, DeviceOptions, SessionEnd, Tuning};
 
-/// Called by the control socket's thread when it is told to end the daemon.
+/// The control thread calls this when a client sends `quit`.
 pub(super) type Quit = Arc<dyn Fn() + Send + Sync>;
 
-/// Starts to answer the control socket, if there is one, and the image's store. Who wants to take over is told to the
-/// last.
+/// Starts the control thread, which serves the control socket, if there is one, and the image's store. The thread puts the
+/// requests of new daemons into the last argument.
 pub(super) type StartControl =
-    Box<dyn FnOnce(Option<UnixListener>, Quit, Arc<Requests>) -> io::Result<Box<dyn Control>> + Send>;
+    Box<dyn FnOnce(Option<UnixListener>, Quit, Arc<HandOverRequests>) -> io::Result<Box<dyn Control>> + Send>;
 
-/// An open image, checked, and how to control it.
-pub(super) struct Opened {
+/// A disk whose image is open and checked, and the function that starts its control thread.
+pub(super) struct OpenDisk {
     pub served: Arc<dyn Served>,
     pub start_control: StartControl,
 }
 
-/// Opens the image and makes the device. Nothing listens yet.
+/// Opens the image and creates the device. No socket is bound yet.
 pub(super) fn open(
     config: &Config,
     copy_directories: Vec<CopyDirectory>,
-) -> Result<Opened, Box<dyn Error + Send + Sync>> {
-    let events = Events::new().map_err(|error| ServerError::System("cannot make an eventfd", error))?;
+) -> Result<OpenDisk, Box<dyn Error + Send + Sync>> {
+    let events = Events::new().map_err(|error| ServerError::System("cannot create an eventfd", error))?;
     let events = Arc::new(events);
-    let depot = BouncePool::new(BouncePool::DEFAULT_BYTES);
-    let image = open_backend(config, &depot)?;
+    let bounce_pool = BouncePool::new(BouncePool::DEFAULT_BYTES);
+    let image = open_backend(config, &bounce_pool)?;
     check_discard_granularity(config, &image.geometry())?;
-    let queues = with_io_urings(config, affordable(config.num_queues))?;
-    // Copies of an instant in front: see the head of backend::stable for the order.
-    let stable = StableBackend::new(image, config.stable_writes, depot, events.clone());
+    let queues = limit_to_io_urings(config, limit_to_descriptors(config.num_queues))?;
+    // The layer of copies is above the layer of stable writes; backend::stable says why.
+    let stable = StableBackend::new(image, config.stable_writes, bounce_pool, events.clone());
     let copies = point_in_time::Tuning {
         directories: copy_directories.into(),
         scratch: config.scratch.clone(),
@@ -76,10 +76,10 @@ pub(super) fn open(
     let disk: Arc<dyn Disk> =
         Arc::new(CopiedDisk { disk: Box::new(device.disk()), copies: backend.clone(), format: format.clone() });
     let info = control::Info { vhost_socket: config.listen.to_string(), command_line: hand_over::command_line() };
-    let notices = ImageNotices::new().map_err(|error| ServerError::System("cannot make an eventfd", error))?;
+    let notices = ImageNotices::new().map_err(|error| ServerError::System("cannot create an eventfd", error))?;
     let (store_timeout, attended) = match &config.backend {
         BackendKind::Rbd(options) => (options.quiesce_timeout, options.quiesce == RbdQuiesce::Attended),
-        // Never asked: these images have no store that speaks to us.
+        // These are unused: only an RBD image has a store that asks for a quiesce.
         _ => (Duration::from_secs(30), false),
     };
     let others = config.control.as_ref().map(|control| control.others).unwrap_or_default();
@@ -91,7 +91,9 @@ pub(super) fn open(
     let start_control: StartControl = Box::new(move |listener, quit, requests| {
         let (under_way, leaving) = (requests.under_way.clone(), requests.leaving.clone());
         let upgrade = control::Upgrade {
-            begin: Box::new(move |stream, misses_attendant| requests.put(stream, misses_attendant)),
+            begin: Box::new(move |stream, requires_attendant| {
+                requests.put(HandOverRequest { stream, requires_attendant });
+            }),
             under_way,
             leaving,
         };
@@ -109,17 +111,17 @@ pub(super) fn open(
             upgrade: Some(upgrade),
         };
         let server = control::Server::start(listener, setup)?;
-        // When somebody answers, and before the first front-end.
+        // The control thread replies to notices, so it runs by now. No front-end is served yet.
         backend.start_notices(notices);
         if !is_raw {
             format.start(backend);
         }
         Ok(Box::new(server) as Box<dyn Control>)
     });
-    Ok(Opened { served, start_control })
+    Ok(OpenDisk { served, start_control })
 }
 
-/// A unit smaller than a block could not be discarded (virtio 1.3, 5.2.6).
+/// Checks `--discard-granularity`: the guest could not discard a unit that is smaller than a block (virtio 1.3, 5.2.6).
 fn check_discard_granularity(config: &Config, geometry: &Geometry) -> Result<(), String> {
     let Some(granularity) = config.discard_granularity else { return Ok(()) };
     if granularity < geometry.logical_block {
@@ -130,25 +132,25 @@ fn check_discard_granularity(config: &Config, geometry: &Geometry) -> Result<(),
         ));
     }
     if geometry.discard.is_none() {
-        log::warn!("--discard-granularity has no effect: this image takes no discards from its guest");
+        log::warn!("--discard-granularity has no effect: this image does not support discards");
     }
     Ok(())
 }
 
-/// How long the end waits for a look at the image's format.
+/// How long [`Served::shutdown`] waits for the check of the image's format.
 const FORMAT_CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Descriptors that a ring needs: three of the front-end's, its wake-ups, the image, an io_uring. Somewhat rounded up.
-const DESCRIPTORS_PER_RING: u64 = 14;
-/// And everything else: sockets, memory regions, clients of the control socket.
+/// The descriptors that a virtqueue needs: three of the front-end's, its eventfds, the image, an io_uring; rounded up.
+const DESCRIPTORS_PER_QUEUE: u64 = 14;
+/// The descriptors that the rest of the process needs: sockets, memory regions, clients of the control socket.
 const OTHER_DESCRIPTORS: u64 = 64;
 
-/// As many queues as were allowed, and as there are descriptors for. Without one to spare the kernel drops those that
-/// come with a message, the message layer loses its place, and the front-end would wait for an answer for ever.
-fn affordable(wanted: u16) -> u16 {
+/// Limits the number of queues to what RLIMIT_NOFILE allows. Beyond that limit the kernel drops the descriptors of a
+/// message, the message layer loses its position in the stream, and the front-end would wait for a reply for ever.
+fn limit_to_descriptors(wanted: u16) -> u16 {
     let Some(limit) = getrlimit(Resource::Nofile).current else { return wanted };
-    let affordable = limit.saturating_sub(OTHER_DESCRIPTORS) / DESCRIPTORS_PER_RING;
-    let offered = wanted.min(u16::try_from(affordable).unwrap_or(u16::MAX)).max(1);
+    let possible = limit.saturating_sub(OTHER_DESCRIPTORS) / DESCRIPTORS_PER_QUEUE;
+    let offered = wanted.min(u16::try_from(possible).unwrap_or(u16::MAX)).max(1);
     if offered < wanted {
         log::warn!(
             "{offered} queues are offered instead of {wanted}: only {limit} files may be open; {MORE_DESCRIPTORS}"
@@ -157,16 +159,18 @@ fn affordable(wanted: u16) -> u16 {
     offered
 }
 
-/// Makes the io_urings of so many queues, where the sandbox will let none be made later. As many queues as have one.
-fn with_io_urings(config: &Config, wanted: u16) -> io::Result<u16> {
+/// Creates the io_urings of `wanted` queues, if the sandbox forbids to create them later. Returns the number of queues for
+/// which there is an io_uring.
+fn limit_to_io_urings(config: &Config, wanted: u16) -> io::Result<u16> {
     if !super::permissions::of(config).makes_io_urings_first() {
         return Ok(wanted);
     }
     let offered = prepare_io_urings(wanted)?;
     if offered < wanted {
         log::warn!(
-            "{offered} queues are offered instead of {wanted}: there is memory for no more io_urings; raise RLIMIT_MEMLOCK \
-             (LimitMEMLOCK= in the systemd unit), which all daemons of a user share, or ask for fewer (--num-queues)"
+            "{offered} queues are offered instead of {wanted}: there is no memory for more io_urings; raise \
+             RLIMIT_MEMLOCK (LimitMEMLOCK= in the systemd unit), which all daemons of a user share, or give fewer \
+             queues (--num-queues)"
         );
     }
     Ok(offered)
@@ -203,7 +207,7 @@ fn open_file(config: &Config, path: &Path, memory: &Arc<BouncePool>) -> Result<F
     })
 }
 
-/// The choices that are not in [`DeviceOptions`], those of tests among them.
+/// The device's choices that are not in [`DeviceOptions`], among them those for tests.
 fn tuning(config: &Config) -> Tuning {
     let mut tuning = Tuning {
         on_error: config.on_error,
@@ -217,7 +221,7 @@ fn tuning(config: &Config) -> Tuning {
     tuning
 }
 
-/// The device and its image, as the server drives them.
+/// The device and its image, as the server uses them.
 struct ServedDisk {
     backend: Arc<PointInTime>,
     device: Arc<Device>,
@@ -230,8 +234,8 @@ impl Served for ServedDisk {
         self.device.serve(stream)
     }
 
-    fn has_spoken(&self) -> bool {
-        self.device.has_spoken()
+    fn has_received_message(&self) -> bool {
+        self.device.has_received_message()
     }
 
     fn facts(&self) -> Option<DiskFacts> {
@@ -250,27 +254,27 @@ impl Served for ServedDisk {
         self.backend.take_over()
     }
 
-    fn go_on_counting(&self, before: &[RingStatus]) {
+    fn resume_counts(&self, before: &[RingStatus]) {
         self.device.resume_counts(before);
     }
 
-    fn give_back(&self) {
+    fn release_image(&self) {
         self.backend.hand_over();
     }
 
-    fn restore_session(&self, moved: SavedSession, steps: &Steps) -> io::Result<SessionEnd> {
-        self.device.restore_session(moved, steps)
+    fn restore_session(&self, saved: SavedSession, steps: &Steps) -> io::Result<SessionEnd> {
+        self.device.restore_session(saved, steps)
     }
 
     fn shutdown(&self) {
-        // First: nothing of the guest's waits for a copy that will not be finished.
+        // Closing the copies comes first: a guest's write may wait for a copy, which will not be finished any more.
         self.backend.close();
         self.device.shutdown();
-        // Nothing changes the image any more, so a snapshot need not wait for us; what still does is answered, for a
-        // back-end cannot stop before.
+        // Nothing changes the image any more, so a snapshot of the store need not wait for this daemon. Closing replies to
+        // the pending notices; the back-end could not stop before that.
         self.notices.close();
         self.backend.stop_notices();
-        // The image is let go by main, unless it hangs.
+        // The check uses the image. If its thread ends in time, the main thread releases the image.
         self.format.wait(FORMAT_CHECK_TIMEOUT);
     }
 
@@ -287,7 +291,7 @@ impl Served for ServedDisk {
     }
 }
 
-/// The rings, with the copies that stand behind them.
+/// The disk of the device, with the copies and the detected format of the layers below it.
 struct CopiedDisk {
     disk: Box<dyn Disk>,
     copies: Arc<PointInTime>,
@@ -329,7 +333,7 @@ impl Disk for CopiedDisk {
 }
 
 impl Control for control::Server {
-    fn take_over(&self, listener: Option<UnixListener>, figures: Value, misses_attendant: bool) -> io::Result<()> {
-        control::Server::take_over(self, listener, figures, misses_attendant)
+    fn take_over(&self, listener: Option<UnixListener>, figures: Value, attendant_missing: bool) -> io::Result<()> {
+        control::Server::take_over(self, listener, figures, attendant_missing)
     }
 }

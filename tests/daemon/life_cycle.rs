@@ -193,7 +193,7 @@ fn quit_on_the_control_socket_ends_the_daemon() {
     let mut daemon = Daemon::serving(&[NULL, &place.arg("socket-path", "s"), &place.arg("control-path", "c")]);
     let mut control = connect(&place.path("c"));
     control.write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"quit\"}\n").unwrap();
-    daemon.wait_for("told to quit");
+    daemon.wait_for("sent quit");
     daemon.ends_well();
     assert!(!place.path("s").exists() && !place.path("c").exists());
 }
@@ -211,7 +211,7 @@ fn a_second_front_end_is_turned_away_and_the_next_served() {
     assert!(still_open(&first));
     drop(first);
     // Another test's child may hold the first connection open between its fork and its exec.
-    daemon.wait_for("front-end gone");
+    daemon.wait_for("front-end disconnected");
     let third = connect(&place.path("s"));
     daemon.wait_for("front-end connected");
     assert!(still_open(&third));
@@ -236,7 +236,7 @@ fn a_silent_connection_gives_way_to_a_front_end() {
     let get_features = [1u32, 1, 0].map(u32::to_ne_bytes).concat();
     front_end.write_all(&get_features).unwrap();
     front_end.read_exact(&mut [0; 20]).unwrap();
-    daemon.wait_for("takes its place");
+    daemon.wait_for("replaces it");
     daemon.wait_for("front-end connected");
     assert!(closed_by_peer(&silent));
     // One that has spoken stays, whatever comes.

@@ -114,7 +114,7 @@ fn guest_memory_that_is_not_shared_is_named_in_log_and_status() {
             }
         }
         assert_eq!(log.matches("share=on").count(), 1, "{memory:?}: it is logged once:\n{log}");
-        for part in ["front-end connected", "front-end gone"] {
+        for part in ["front-end connected", "front-end disconnected"] {
             assert!(log.matches(part).count() <= 3, "{memory:?}: '{part}' is repeated:\n{log}");
         }
     }

@@ -369,7 +369,7 @@ fn a_driver_goes_and_comes_back_with_other_queues() {
     ledger.hear(&vm.sh("put /dev/vda 20"));
     server = server.restart(&image, CacheMode::None, &queues("2"));
     ledger.hear(&vm.sh("(put /dev/vda 21 && echo @put) &"));
-    wait_until("QEMU tries a server with too few queues", || server.log().contains("front-end gone"));
+    wait_until("QEMU tries a server with too few queues", || server.log().contains("front-end disconnected"));
     assert_eq!(server.total("writes"), 0);
     server = server.restart(&image, CacheMode::None, &queues("4"));
     ledger.hear(&vm.until_line("@put"));

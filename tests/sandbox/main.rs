@@ -246,7 +246,7 @@ fn queues_start_again_as_often_as_front_ends_and_copies_come() {
         daemon.exercise();
         // The next one would be turned away while this one is drained.
         let end = Instant::now() + WAIT_TIMEOUT;
-        while daemon.log().matches("front-end gone").count() < count {
+        while daemon.log().matches("front-end disconnected").count() < count {
             assert!(Instant::now() < end, "{}", daemon.log());
             std::thread::sleep(std::time::Duration::from_millis(2));
         }

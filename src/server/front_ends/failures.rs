@@ -1,5 +1,5 @@
-//! Front-ends that fail one after the other for the same reason, such as a QEMU whose memory is not shared and that
-//! reconnects at once: the reason is logged once, and again each minute with a count.
+//! Limits the log of front-ends that fail one after the other for the same reason, such as a QEMU whose memory is not
+//! shared and that reconnects at once. The reason is logged once, and then each minute with a count.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -8,48 +8,48 @@ use log::Level;
 
 use crate::base::rate_limit::FRONT_END_LOG;
 
-/// How long a reason that comes again is counted and not logged.
+/// For how long repetitions of a logged reason are counted and not logged.
 const REPEAT_PERIOD: Duration = Duration::from_secs(60);
 
-/// The last failure.
+/// The last failure, if there was one.
 #[derive(Default)]
 pub(super) struct Failures(Option<Failure>);
 
 struct Failure {
-    why: String,
-    logged: Instant,
-    times: u64,
+    reason: String,
+    logged_at: Instant,
+    count: u64,
 }
 
 impl Failures {
-    /// Takes one in. Returns how often it happened so far, when that is to be logged.
-    fn take(&mut self, why: &str, now: Instant) -> Option<u64> {
-        let Some(known) = self.0.as_mut().filter(|known| known.why == why) else {
-            self.0 = Some(Failure { why: why.to_owned(), logged: now, times: 1 });
+    /// Counts a failure. Returns the count of this reason so far if it is to be logged now.
+    fn record(&mut self, reason: &str, now: Instant) -> Option<u64> {
+        let Some(last) = self.0.as_mut().filter(|last| last.reason == reason) else {
+            self.0 = Some(Failure { reason: reason.to_owned(), logged_at: now, count: 1 });
             return Some(1);
         };
-        known.times += 1;
-        if now.saturating_duration_since(known.logged) < REPEAT_PERIOD {
+        last.count += 1;
+        if now.saturating_duration_since(last.logged_at) < REPEAT_PERIOD {
             return None;
         }
-        known.logged = now;
-        Some(known.times)
+        last.logged_at = now;
+        Some(last.count)
     }
 
-    /// Whether front-ends fail again and again at this time.
-    pub(super) fn repeat(&self, now: Instant) -> bool {
-        let is_recent = |known: &Failure| now.saturating_duration_since(known.logged) < REPEAT_PERIOD;
-        self.0.as_ref().is_some_and(|known| known.times > 1 && is_recent(known))
+    /// Whether front-ends fail repeatedly for one reason at this time.
+    pub(super) fn are_repeating(&self, now: Instant) -> bool {
+        let is_recent = |last: &Failure| now.saturating_duration_since(last.logged_at) < REPEAT_PERIOD;
+        self.0.as_ref().is_some_and(|last| last.count > 1 && is_recent(last))
     }
 }
 
-/// Logs that a front-end failed, `what` with its name, or counts it. Its thread.
-pub(super) fn log(failures: &Mutex<Failures>, level: Level, what: &str, why: &str) {
-    let times = failures.lock().expect("no panic while held").take(why, Instant::now());
-    match times {
-        None => log::debug!("{what}: {why}"),
-        Some(1) => FRONT_END_LOG.log(level, format_args!("{what}: {why}")),
-        Some(times) => FRONT_END_LOG.log(level, format_args!("{what}: {why} ({times} front-ends so far)")),
+/// Logs or counts that a front-end failed. `what` contains the front-end's name. Called by the front-end's thread.
+pub(super) fn log(failures: &Mutex<Failures>, level: Level, what: &str, reason: &str) {
+    let count = failures.lock().expect("no panic while held").record(reason, Instant::now());
+    match count {
+        None => log::debug!("{what}: {reason}"),
+        Some(1) => FRONT_END_LOG.log(level, format_args!("{what}: {reason}")),
+        Some(count) => FRONT_END_LOG.log(level, format_args!("{what}: {reason} ({count} front-ends so far)")),
     }
 }
 
@@ -58,15 +58,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reason_that_comes_again_is_counted() {
+    fn a_repeated_reason_is_counted_and_logged_once_a_minute() {
         let (mut failures, start) = (Failures::default(), Instant::now());
-        assert_eq!(failures.take("a", start), Some(1));
-        assert!(!failures.repeat(start), "one is no repetition");
-        assert_eq!((0..5).filter_map(|_| failures.take("a", start)).count(), 0);
-        assert!(failures.repeat(start));
-        assert_eq!(failures.take("a", start + REPEAT_PERIOD), Some(7));
-        assert!(!failures.repeat(start + 2 * REPEAT_PERIOD), "it was long ago");
-        assert_eq!(failures.take("b", start + REPEAT_PERIOD), Some(1));
-        assert_eq!(failures.take("a", start + REPEAT_PERIOD), Some(1));
+        assert_eq!(failures.record("a", start), Some(1));
+        assert!(!failures.are_repeating(start), "one failure is no repetition");
+        assert_eq!((0..5).filter_map(|_| failures.record("a", start)).count(), 0);
+        assert!(failures.are_repeating(start));
+        assert_eq!(failures.record("a", start + REPEAT_PERIOD), Some(7));
+        assert!(!failures.are_repeating(start + 2 * REPEAT_PERIOD), "the last failure is old");
+        assert_eq!(failures.record("b", start + REPEAT_PERIOD), Some(1));
+        assert_eq!(failures.record("a", start + REPEAT_PERIOD), Some(1));
     }
 }

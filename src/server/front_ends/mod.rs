@@ -1,8 +1,9 @@
-//! One front-end at a time. Another that connects meanwhile is turned away at once, since it would wait in its handshake
-//! with its QEMU frozen; but if the first has hung up and is only being drained, the next is kept waiting for that.
+//! Accepts front-ends and serves one at a time. A second front-end is turned away at once, because it would otherwise wait
+//! in its handshake with its QEMU frozen. If the first one has hung up and is only being drained, the second one waits
+//! for the end of that.
 //!
-//! A connection keeps the place only once it has sent a valid vhost-user message. While it has not, connections that come
-//! after it are candidates: the first that sends one takes the place.
+//! A connection is not replaced any more once it has sent a valid vhost-user message. Until then, later connections are
+//! candidates: the first candidate that sends such a message replaces the current connection.
 
 mod candidate;
 mod failures;
@@ -28,35 +29,36 @@ use crate::virtio::vhost_user::save_restore::SavedSession;
 use candidate::{Candidate, FirstBytes, MAX_CANDIDATES};
 use failures::Failures;
 
-/// How long to leave connections waiting when the process or the system is out of descriptors or memory.
+/// How long to wait before the next accept when the process or the system is out of descriptors or memory.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
-/// While front-ends fail again and again for one reason, one that stays connected for so long is logged.
+/// While front-ends fail repeatedly for one reason, a new one is logged as connected after this delay.
 const ANNOUNCE_DELAY: Duration = Duration::from_secs(2);
 
 const ONE_AT_A_TIME: &str = "a disk serves one at a time";
 
 pub(super) struct FrontEnds {
     served: Arc<dyn Served>,
-    /// Rung by the front-end's thread at its end.
-    left: Arc<Bell>,
+    /// The front-end's thread rings this at its end.
+    session_ended: Arc<Bell>,
     current: Option<FrontEnd>,
     /// Oldest first. Empty unless `current` has sent nothing yet.
     candidates: Vec<Candidate>,
-    /// The candidate that takes the place when `current` is drained.
+    /// The candidate that is served when `current` is drained.
     next: Option<Candidate>,
     failures: Arc<Mutex<Failures>>,
     turned_away: LogLimit,
 }
 
 struct FrontEnd {
-    /// The connection, to see its end; dropped when its thread is through, or the front-end would not see ours.
+    /// A duplicate of the connection, to detect that the front-end hangs up. It is dropped as soon as the thread has
+    /// ended: the front-end would not see that the daemon hung up while a duplicate is open.
     connection: UnixStream,
-    /// Whose it is.
+    /// The connected process, for the log.
     peer: String,
     thread: JoinHandle<()>,
-    /// It hung up, or was silent and another takes its place, and is being drained.
-    leaving: bool,
-    /// When to log that it is connected, if that is not logged yet.
+    /// The front-end hung up, or it was silent and another replaces it; its requests are being drained.
+    draining: bool,
+    /// When to log that the front-end is connected; `None` once that is logged.
     announce_at: Option<Instant>,
 }
 
@@ -64,7 +66,7 @@ impl FrontEnds {
     pub(super) fn new(served: Arc<dyn Served>) -> Result<Self, ServerError> {
         Ok(FrontEnds {
             served,
-            left: new_bell()?,
+            session_ended: new_bell()?,
             current: None,
             candidates: Vec::new(),
             next: None,
@@ -73,50 +75,50 @@ impl FrontEnds {
         })
     }
 
-    /// Adds what main must wait for.
+    /// Adds the descriptors that the main thread must poll.
     pub(super) fn watch<'a>(&'a self, socket: &'a FrontSocket, sources: &mut Vec<PollFd<'a>>) {
-        sources.push(PollFd::new(&*self.left, PollFlags::IN));
+        sources.push(PollFd::new(&*self.session_ended, PollFlags::IN));
         match &self.current {
             None => sources.push(PollFd::new(socket, PollFlags::IN)),
-            Some(current) if !current.leaving => {
+            Some(current) if !current.draining => {
                 sources.push(PollFd::new(socket, PollFlags::IN));
                 sources.push(PollFd::new(&current.connection, PollFlags::RDHUP));
                 sources.extend(self.candidates.iter().map(|candidate| PollFd::new(candidate, PollFlags::IN)));
             }
-            // Neither the end that is known nor the next in the queue is news before this one is gone.
+            // While the current one is drained, its hang-up is known and no new connection is accepted.
             Some(_) => {}
         }
     }
 
-    /// When [`FrontEnds::tend`] has something to do, whatever main waits for.
+    /// When [`FrontEnds::poll`] must be called even if no descriptor is ready.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        let current = self.current.as_ref().filter(|current| !current.leaving)?;
-        self.candidates.iter().map(|candidate| candidate.until).chain(current.announce_at).min()
+        let current = self.current.as_ref().filter(|current| !current.draining)?;
+        self.candidates.iter().map(|candidate| candidate.deadline).chain(current.announce_at).min()
     }
 
-    /// Looks after whoever came or left. Never blocks.
-    pub(super) fn tend(&mut self, socket: &FrontSocket) -> Result<(), ServerError> {
-        if self.left.was_rung() {
+    /// Handles new connections, hang-ups and the ends of sessions. Never blocks, except for [`ACCEPT_RETRY_DELAY`].
+    pub(super) fn poll(&mut self, socket: &FrontSocket) -> Result<(), ServerError> {
+        if self.session_ended.was_rung() {
             self.join();
             let next = self.next.take().or_else(|| (!self.candidates.is_empty()).then(|| self.candidates.remove(0)));
             if let Some(Candidate { connection, peer, .. }) = next {
                 self.admit(connection, peer);
             }
         }
-        // Before the listener: whoever hung up and comes again finds the place free, or waits for it.
-        if let Some(current) = self.current.as_mut().filter(|current| !current.leaving)
+        // This precedes the accept: a front-end that hung up and reconnects is served, or waits, but is not turned away.
+        if let Some(current) = self.current.as_mut().filter(|current| !current.draining)
             && hung_up(&current.connection)
         {
             log::debug!("the front-end ({}) hung up: draining", current.peer);
-            current.leaving = true;
+            current.draining = true;
         }
-        self.tend_candidates(Instant::now());
-        if self.current.as_ref().is_some_and(|current| current.leaving) {
+        self.poll_candidates(Instant::now());
+        if self.current.as_ref().is_some_and(|current| current.draining) {
             return Ok(());
         }
         self.announce(Instant::now());
         match socket.accept() {
-            Ok(connection) => self.welcome(connection),
+            Ok(connection) => self.sort_in(connection),
             Err(error) => match rustix::io::Errno::from_io_error(&error) {
                 Some(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {}
                 Some(
@@ -128,7 +130,7 @@ impl FrontEnds {
                     log_limited!(
                         FRONT_END_LOG,
                         Error,
-                        "cannot accept a front-end yet: {error}; trying again (see RLIMIT_NOFILE)"
+                        "cannot accept a front-end yet: {error}; retrying; if this lasts, raise RLIMIT_NOFILE"
                     );
                     thread::sleep(ACCEPT_RETRY_DELAY);
                 }
@@ -138,64 +140,64 @@ impl FrontEnds {
         Ok(())
     }
 
-    /// A connection that was just accepted: the front-end, a candidate, or one too many.
-    fn welcome(&mut self, connection: UnixStream) {
+    /// Serves a new connection, makes it a candidate, or turns it away.
+    fn sort_in(&mut self, connection: UnixStream) {
         let peer = peer(&connection);
         if self.current.is_none() {
             return self.admit(connection, peer);
         }
-        if self.served.has_spoken() {
+        if self.served.has_received_message() {
             return self.turn_away(&peer, ONE_AT_A_TIME);
         }
         if self.candidates.len() == MAX_CANDIDATES {
             let oldest = self.candidates.remove(0);
-            self.turn_away(&oldest.peer, "it said nothing, and too many others wait");
+            self.turn_away(&oldest.peer, "it sent nothing, and too many others wait");
         }
         self.candidates.push(Candidate::new(connection, peer));
     }
 
-    /// Gives the place to the first candidate that speaks vhost-user, if the front-end still says nothing. Turns away the
-    /// candidates that speak something else, or nothing in time.
-    fn tend_candidates(&mut self, now: Instant) {
-        let Some(current) = self.current.as_mut().filter(|current| !current.leaving) else { return };
-        let has_spoken = self.served.has_spoken();
+    /// Replaces a front-end that has sent nothing by the first candidate that sent a vhost-user message. Turns away the
+    /// candidates that sent something else, or nothing in time.
+    fn poll_candidates(&mut self, now: Instant) {
+        let Some(current) = self.current.as_mut().filter(|current| !current.draining) else { return };
+        let current_is_established = self.served.has_received_message();
         let mut refused = Vec::new();
         self.candidates.retain(|candidate| {
-            let why = match candidate.first_bytes() {
+            let reason = match candidate.first_bytes() {
                 FirstBytes::End => return false,
-                _ if has_spoken => ONE_AT_A_TIME,
+                _ if current_is_established => ONE_AT_A_TIME,
                 FirstBytes::Message => return true,
-                FirstBytes::None if now < candidate.until => return true,
-                FirstBytes::None => "it said nothing for two seconds, and a disk serves one at a time",
+                FirstBytes::None if now < candidate.deadline => return true,
+                FirstBytes::None => "it sent nothing for two seconds, and a disk serves one at a time",
                 FirstBytes::Other => "it does not speak vhost-user",
             };
-            refused.push((candidate.peer.clone(), why));
+            refused.push((candidate.peer.clone(), reason));
             false
         });
-        let speaker = self.candidates.iter().position(|it| it.first_bytes() == FirstBytes::Message);
-        if let Some(speaker) = speaker {
-            let next = self.candidates.remove(speaker);
+        let ready = self.candidates.iter().position(|it| it.first_bytes() == FirstBytes::Message);
+        if let Some(ready) = ready {
+            let next = self.candidates.remove(ready);
             log_limited!(
                 FRONT_END_LOG,
                 Warn,
-                "the front-end ({}) said nothing: another ({}) takes its place",
+                "the front-end ({}) sent nothing: another ({}) replaces it",
                 current.peer,
                 next.peer
             );
-            // Its thread hears of it. Already closed by the other side is fine.
+            // This ends the front-end's thread. It fails only if the front-end has hung up already.
             let _ = current.connection.shutdown(std::net::Shutdown::Both);
-            current.leaving = true;
+            current.draining = true;
             self.next = Some(next);
         }
-        refused.into_iter().for_each(|(peer, why)| self.turn_away(&peer, why));
+        refused.into_iter().for_each(|(peer, reason)| self.turn_away(&peer, reason));
     }
 
-    fn turn_away(&self, peer: &str, why: &str) {
+    fn turn_away(&self, peer: &str, reason: &str) {
         let current = self.current.as_ref().map_or("none", |current| &current.peer);
         log_limited!(
             self.turned_away,
             Warn,
-            "turned away a front-end ({peer}): another ({current}) is connected; {why}"
+            "turned away a front-end ({peer}): another ({current}) is connected; {reason}"
         );
     }
 
@@ -213,7 +215,7 @@ impl FrontEnds {
         }
     }
 
-    /// Logs that the front-end is connected, when it is time.
+    /// Logs that the front-end is connected, once `announce_at` has passed.
     fn announce(&mut self, now: Instant) {
         if let Some(current) = &mut self.current
             && current.announce_at.is_some_and(|at| at <= now)
@@ -223,16 +225,15 @@ impl FrontEnds {
         }
     }
 
-    /// Goes on with a front-end that another process served.
-    pub(super) fn restore_session(&mut self, moved: SavedSession, steps: Steps) -> io::Result<()> {
-        let (watched, peer) = (moved.stream.try_clone()?, peer(&moved.stream));
-        let current = self.spawn(watched, &peer, move |served| served.restore_session(moved, &steps))?;
+    /// Serves a front-end whose session the old daemon has saved.
+    pub(super) fn restore_session(&mut self, saved: SavedSession, steps: Steps) -> io::Result<()> {
+        let (watched, peer) = (saved.stream.try_clone()?, peer(&saved.stream));
+        let current = self.spawn(watched, &peer, move |served| served.restore_session(saved, &steps))?;
         self.current = Some(FrontEnd { announce_at: None, ..current });
         Ok(())
     }
 
     fn start(&self, connection: UnixStream, peer: &str) -> io::Result<FrontEnd> {
-        // Ours must not be what keeps the other's half open, nor must accept's own setting reach the handler.
         let watched = connection.try_clone()?;
         self.spawn(watched, peer, |served| served.serve(connection))
     }
@@ -243,28 +244,29 @@ impl FrontEnds {
         peer: &str,
         serve: impl FnOnce(&dyn Served) -> io::Result<SessionEnd> + Send + 'static,
     ) -> io::Result<FrontEnd> {
-        let (served, left, name) = (Arc::clone(&self.served), Arc::clone(&self.left), peer.to_string());
+        let (served, ended, name) = (Arc::clone(&self.served), Arc::clone(&self.session_ended), peer.to_string());
         let failures = Arc::clone(&self.failures);
         let thread = thread::Builder::new().name("vhost-user".into()).spawn(move || {
             match serve(&*served) {
-                Ok(end @ SessionEnd::Left) => log_limited!(FRONT_END_LOG, Info, "front-end gone ({name}): {end}"),
+                Ok(SessionEnd::Left) => log_limited!(FRONT_END_LOG, Info, "front-end disconnected ({name})"),
                 Ok(end) => {
-                    failures::log(&failures, Level::Info, &format!("front-end gone ({name})"), &end.to_string());
+                    let what = format!("front-end disconnected ({name})");
+                    failures::log(&failures, Level::Info, &what, &end.to_string());
                 }
                 Err(error) => {
                     failures::log(&failures, Level::Warn, &format!("front-end dropped ({name})"), &error.to_string());
                 }
             }
-            left.ring();
+            ended.ring();
         })?;
         let now = Instant::now();
-        let repeats = self.failures.lock().expect("no panic while held").repeat(now);
-        let announce_at = if repeats { now + ANNOUNCE_DELAY } else { now };
+        let repeating = self.failures.lock().expect("no panic while held").are_repeating(now);
+        let announce_at = if repeating { now + ANNOUNCE_DELAY } else { now };
         let peer = peer.to_string();
-        Ok(FrontEnd { connection: watched, peer, thread, leaving: false, announce_at: Some(announce_at) })
+        Ok(FrontEnd { connection: watched, peer, thread, draining: false, announce_at: Some(announce_at) })
     }
 
-    /// Waits for the thread of a front-end that is gone.
+    /// Waits for the end of the current front-end's thread, if there is one.
     pub(super) fn join(&mut self) {
         if let Some(current) = self.current.take() {
             // A panic would have ended the process.
@@ -279,7 +281,7 @@ fn hung_up(connection: &UnixStream) -> bool {
     poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
-/// Who is at the other end, for the log (SO_PEERCRED, unix(7)).
+/// The connected process and its user, for the log (SO_PEERCRED, unix(7)).
 fn peer(connection: &UnixStream) -> String {
     match getsockopt(&connection.as_fd(), PeerCredentials) {
         Ok(peer) => format!("pid {}, uid {}", peer.pid(), peer.uid()),

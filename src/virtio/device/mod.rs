@@ -107,7 +107,7 @@ impl Device {
 
     /// Whether the front-end that is served has sent a valid message. One that has not gives way to another that has. Any
     /// thread.
-    pub fn has_spoken(&self) -> bool {
+    pub fn has_received_message(&self) -> bool {
         self.spoke.load(Relaxed)
     }
 
@@ -155,7 +155,7 @@ impl Device {
                 session.handler().offer_channel(channel);
             }
             // Before the reply: a front-end that has one keeps its place.
-            if !self.has_spoken() && FirstBytes::of(&session.front_end.stream) == FirstBytes::Message {
+            if !self.has_received_message() && FirstBytes::of(&session.front_end.stream) == FirstBytes::Message {
                 self.spoke.store(true, Relaxed);
             }
             match session.requests.handle_request() {

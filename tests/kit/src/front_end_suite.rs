@@ -480,7 +480,7 @@ pub fn a_front_end_killed_in_the_middle_leaves_everything_acknowledged_and_the_n
         }
         assert!(!victim.wait().unwrap().success());
         assert!(count >= 500, "{mode}: the victim died by itself");
-        served.wait_for("front-end gone");
+        served.wait_for("front-end disconnected");
         if mode != "unsafe" || served.store.shows_what_is_cached() {
             holds(&served.image(), &acknowledged, mode);
         }
