@@ -143,7 +143,7 @@ pub(super) fn end(disk: &DiskPlaces, deadline: Instant) -> Result<(), String> {
     {
         log::debug!("{error}");
     }
-    for path in [&disk.configuration, &disk.pid_file, &disk.control, &disk.lock] {
+    for path in [&disk.configuration, &disk.pid_file, &disk.control, &disk.domain_name, &disk.lock] {
         remove(path)?;
     }
     Ok(())

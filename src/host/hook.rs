@@ -119,6 +119,8 @@ pub fn run(call: &Call, host: &Host, input: impl Read, mut out: impl Write) -> R
 
 /// One disk of ours: what the domain and our element say of it.
 struct Disk {
+    /// The domain's name.
+    domain: String,
     target: String,
     socket: PathBuf,
     options: DiskOptions,
@@ -152,7 +154,7 @@ fn disks(host: &Host, xml: &str) -> Result<(Domain, Vec<Disk>), String> {
         if !socket.is_absolute() {
             return Err(format!("domain {}: disk {target}: path='{}' is no absolute path", domain.name, disk.socket));
         }
-        disks.push(Disk { socket, options, places, target });
+        disks.push(Disk { domain: domain.name.clone(), socket, options, places, target });
     }
     Ok((domain, disks))
 }
@@ -240,7 +242,8 @@ fn begin(host: &Host, disk: &Disk, deadline: Instant) -> Result<Starting, String
         daemons::end(&disk.places, deadline)?;
     }
     let path = &disk.places.configuration;
-    write_atomically(path, &configuration(host, disk))
+    write_atomically(path, &configuration(host, disk), 0o600)
+        .and_then(|()| write_atomically(&disk.places.domain_name, &disk.domain, 0o644))
         .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
     let started = daemons::start(&disk.places, &host.program);
     started.inspect_err(|_| {
@@ -303,7 +306,7 @@ fn arrive(host: &Host, xml: &str) -> Result<String, String> {
     let (domain, disks) = disks(host, xml)?;
     make_directories(&host.places)?;
     let arrival = host.places.arrival(&domain);
-    write_atomically(&arrival, "").map_err(|error| format!("cannot write {}: {error}", arrival.display()))?;
+    write_atomically(&arrival, "", 0o600).map_err(|error| format!("cannot write {}: {error}", arrival.display()))?;
     let mut changed = xml.to_owned();
     let mut ranges: Vec<_> = disks.iter().filter_map(|disk| domain.disk(&disk.target)).collect();
     ranges.sort_by_key(|disk| disk.socket_range.start);
@@ -337,11 +340,11 @@ fn make_directories(places: &Places) -> Result<(), String> {
     [&places.run, &places.log].into_iter().try_for_each(|path| trust::check(path))
 }
 
-/// For our eyes only: an option of librbd may be a secret.
-fn write_atomically(path: &Path, text: &str) -> io::Result<()> {
+/// Configuration files are for our eyes only (`mode`): an option of librbd may be a secret.
+fn write_atomically(path: &Path, text: &str, mode: u32) -> io::Result<()> {
     let new = path.with_extension("new");
     let _ = fs::remove_file(&new);
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&new)?;
     file.write_all(text.as_bytes())?;
     fs::rename(&new, path)
 }

@@ -7,10 +7,16 @@
 //! | `metadata` | PURE. Our element in the domain's `<metadata>`: a disk's options, in libvirt's words |
 //! | `places` | where a disk's files are: configuration, pid file, log, sockets |
 //! | `daemons` | starts and ends the daemon of a disk |
+//! | `listing` | finds this host's disks by name, and asks their daemons how they are |
+//! | `members` | the disks of one domain: libvirt's word and `listing` joined |
+//! | `virsh` | asks libvirt through virsh, bounded in time. The hook never does |
 //! | `hook` | libvirt's hook: starts a domain's disks before the domain and ends them after it |
 
 mod daemons;
 pub mod domain;
 pub mod hook;
+pub mod listing;
+pub mod members;
 pub mod metadata;
 pub mod places;
+pub mod virsh;

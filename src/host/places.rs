@@ -27,6 +27,8 @@ pub struct DiskPlaces {
     pub pid_file: PathBuf,
     /// A file whose lock the daemon holds from the moment of its start.
     pub lock: PathBuf,
+    /// A file with the domain's name, which other users may read.
+    pub domain_name: PathBuf,
     /// The control socket.
     pub control: PathBuf,
     /// The log.
@@ -69,6 +71,7 @@ impl Places {
             configuration: path("toml"),
             pid_file: path("pid"),
             lock: path("lock"),
+            domain_name: path("domain"),
             control: self.sockets.join(format!("{name}.ctl")),
             log: self.log.join(format!("{log}.log")),
         }

@@ -218,7 +218,7 @@ pub fn default_name(now: Duration) -> String {
 /// Checks that disks are named, each once.
 pub fn check_disks(disks: &[PathBuf]) -> Result<(), String> {
     if disks.is_empty() {
-        return Err("no disk is named: give --disk CONTROL, the socket that virtioblkd has as --control-path".into());
+        return Err("no disk is named: give --disk with its name or control socket, or --domain DOMAIN".into());
     }
     for (at, disk) in disks.iter().enumerate() {
         if disks[..at].iter().any(|other| same(other, disk)) {
