@@ -137,7 +137,7 @@ mod tests {
         let names: Vec<(&str, &Path)> = members.disks.iter().map(|d| (d.name.as_str(), d.control.as_path())).collect();
         assert_eq!(names, [("vm1:vdb", Path::new("/run/b.ctl")), ("vm1:vda", Path::new("/run/a.ctl"))]);
         assert_eq!(members.others, ["sda"]);
-        let error = joined(&domain, &[hooks.clone()]).unwrap_err();
+        let error = joined(&domain, std::slice::from_ref(&hooks)).unwrap_err();
         assert!(error.contains("vdb") && error.contains("virtioblkctl list"), "{error}");
         assert!(of_hook(&hooks, "vm1").is_some() && of_hook(&hooks, uuid).is_some() && of_hook(&hooks, "vm").is_none());
     }

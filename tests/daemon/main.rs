@@ -6,6 +6,7 @@ mod hung_target;
 mod image_format;
 mod life_cycle;
 mod log_unread;
+mod names;
 mod options;
 mod short_writes;
 mod stable_writes;

@@ -399,7 +399,7 @@ fn wrong_usage_is_explained() {
         assert_eq!(output.status.code(), Some(2), "{output:?}");
         contains(&err(&output), words);
     };
-    usage(&["status"], &["--control PATH", "Usage: virtioblkctl "]);
+    usage(&["status"], &["--control DISK", "Usage: virtioblkctl "]);
     let version = Command::new(env!("CARGO_BIN_EXE_virtioblkctl")).arg("--version").output().unwrap();
     contains(&out(&version), &["virtioblkctl ", env!("CARGO_PKG_VERSION")]);
     usage(&["--control", "x", "quiesce", "--lease", "30"], &["500ms", "--lease"]);

@@ -17,7 +17,7 @@ use kit::programs;
 use serde_json::Value;
 
 /// Tests that take a minute or more run in `make check-libvirt` only.
-fn is_long_run() -> bool {
+pub(crate) fn is_long_run() -> bool {
     let wanted = std::env::var_os("VIRTIOBLKD_LIBVIRT").is_some_and(|value| value == "long");
     if !wanted {
         kit::guest::tell("SKIPPED: a long test of libvirt's hook: make check-libvirt runs it");
@@ -25,11 +25,11 @@ fn is_long_run() -> bool {
     wanted
 }
 
-const MIB: u64 = 1 << 20;
-const UUID: &str = "6fd1f7a2-4c0b-4e0f-8a65-1a3c0d2e9b11";
+pub(crate) const MIB: u64 = 1 << 20;
+pub(crate) const UUID: &str = "6fd1f7a2-4c0b-4e0f-8a65-1a3c0d2e9b11";
 
 /// An image that the hook's daemons may open.
-fn image(libvirt: &SystemLibvirt, name: &str) -> PathBuf {
+pub(crate) fn image(libvirt: &SystemLibvirt, name: &str) -> PathBuf {
     let path = roots_image(libvirt, name);
     chown(&path, Some(DAEMON_USER), None).expect("we are root");
     path
@@ -44,7 +44,7 @@ fn roots_image(libvirt: &SystemLibvirt, name: &str) -> PathBuf {
 }
 
 /// A domain whose job is `job`, with a vhost-user disk for each of `disks`: its target, and its attributes in our element.
-fn domain(libvirt: &SystemLibvirt, job: &str, disks: &[(&str, &str)]) -> String {
+pub(crate) fn domain(libvirt: &SystemLibvirt, job: &str, disks: &[(&str, &str)]) -> String {
     let devices: Vec<String> = disks.iter().map(|(target, _)| disk_device(target)).collect();
     let xml = linux(libvirt, job, &devices.join("\n"));
     let ours: Vec<String> = disks.iter().map(|(target, rest)| format!("<v:disk target='{target}' {rest}/>")).collect();
@@ -56,7 +56,7 @@ fn domain(libvirt: &SystemLibvirt, job: &str, disks: &[(&str, &str)]) -> String 
 }
 
 /// A Linux domain. QEMU, which is another user, writes what its guest says into files that exist.
-fn linux(libvirt: &SystemLibvirt, job: &str, devices: &str) -> String {
+pub(crate) fn linux(libvirt: &SystemLibvirt, job: &str, devices: &str) -> String {
     for name in ["console", "job"] {
         let path = libvirt.file(name, "");
         fs::set_permissions(path, fs::Permissions::from_mode(0o666)).expect("ours");
@@ -64,7 +64,7 @@ fn linux(libvirt: &SystemLibvirt, job: &str, devices: &str) -> String {
     linux_domain(libvirt.home(), job, "", devices)
 }
 
-fn disk_device(target: &str) -> String {
+pub(crate) fn disk_device(target: &str) -> String {
     format!(
         "<disk type='vhostuser' device='disk'><driver name='qemu' type='raw'/>
          <source type='unix' path='/run/virtioblkd/{DOMAIN}-{target}.sock'><reconnect enabled='yes' timeout='1'/></source>
@@ -73,16 +73,16 @@ fn disk_device(target: &str) -> String {
 }
 
 /// What the guest's job has said so far.
-fn said(libvirt: &SystemLibvirt) -> Vec<String> {
+pub(crate) fn said(libvirt: &SystemLibvirt) -> Vec<String> {
     let text = fs::read(libvirt.home().join("job")).unwrap_or_default();
     String::from_utf8_lossy(&text).lines().map(|line| line.trim_end_matches('\r').to_owned()).collect()
 }
 
-fn until_said(libvirt: &SystemLibvirt, line: &str) {
+pub(crate) fn until_said(libvirt: &SystemLibvirt, line: &str) {
     wait_until(&format!("the guest says '{line}'"), || said(libvirt).iter().any(|found| found.starts_with(line)));
 }
 
-fn status(libvirt: &SystemLibvirt, target: &str) -> Value {
+pub(crate) fn status(libvirt: &SystemLibvirt, target: &str) -> Value {
     let control = libvirt.socket(&format!("{UUID}-{target}.ctl"));
     let mut command = Command::new(programs::virtioblkctl());
     let output = output(command.arg("--control").arg(control).args(["--json", "status"]));

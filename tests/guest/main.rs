@@ -6,6 +6,7 @@ mod firmware;
 mod full_filesystem;
 mod kill;
 mod libvirt;
+mod libvirt_domain;
 mod libvirt_hook;
 mod libvirt_moves;
 mod life;

@@ -11,15 +11,16 @@ use virtioblkd::internal::snapshot::attend::{self, Plan};
 use virtioblkd::internal::snapshot::plan::Consistency;
 use virtioblkd::internal::snapshot::receipt::Receipt;
 
+use crate::chosen::Chosen;
 use crate::duration;
-use crate::freezing::{Freezing, disks};
+use crate::freezing::Freezing;
 
 #[derive(Args)]
 pub struct Attend {
-    /// The quiesce socket of a disk (virtioblkd --control-path); once for each disk of the guest
-    #[arg(long = "disk", value_name = "CONTROL")]
+    /// A disk of the guest: its name, or its control socket; once for each. Or --domain for all of a domain
+    #[arg(long = "disk", value_name = "DISK")]
     disks: Vec<PathBuf>,
-    /// What is promised: filesystem (needs --qga or --libvirt), application (needs hooks besides), crash (hooks alone)
+    /// What is promised: filesystem (needs --qga, --libvirt or --domain), application (needs hooks besides), crash (hooks alone)
     #[arg(long, value_name = "LEVEL", value_parser = str::parse::<Consistency>)]
     level: Consistency,
     #[command(flatten)]
@@ -32,12 +33,13 @@ pub struct Attend {
     freeze_timeout: Duration,
 }
 
-/// Attends until a signal. `control`: the global option, which stands in for --disk.
-pub fn run(options: &Attend, control: Option<&PathBuf>, json: bool) -> Result<(), Failure> {
+/// Attends until a signal.
+pub fn run(options: &Attend, chosen: &Chosen, json: bool) -> Result<(), Failure> {
+    let disks = chosen.several(&options.disks)?;
     let plan = Plan {
-        disks: disks(&options.disks, control),
+        disks: disks.controls(),
         level: options.level,
-        agent: options.freezing.agent(),
+        agent: options.freezing.agent(options.level, disks.domain.as_deref()),
         hooks: options.freezing.hooks.clone(),
         or_weaker: options.or_weaker,
         timeout: options.freeze_timeout,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use virtioblkd::internal::snapshot::plan::AgentAt;
+use virtioblkd::internal::snapshot::plan::{AgentAt, Consistency};
 
 #[derive(Args)]
 pub struct Freezing {
@@ -19,13 +19,10 @@ pub struct Freezing {
 }
 
 impl Freezing {
-    /// Where the guest's agent is, if it is asked.
-    pub fn agent(&self) -> Option<AgentAt> {
-        self.qga.clone().map(AgentAt::Socket).or(self.libvirt.clone().map(AgentAt::Domain))
+    /// Where the guest's agent is, if it is asked. `domain`: that of --domain, whose agent is asked where the level needs one.
+    pub fn agent(&self, level: Consistency, domain: Option<&str>) -> Option<AgentAt> {
+        let named = self.qga.clone().map(AgentAt::Socket).or(self.libvirt.clone().map(AgentAt::Domain));
+        let own = domain.filter(|_| level != Consistency::Crash).map(|domain| AgentAt::Domain(domain.to_owned()));
+        named.or(own)
     }
-}
-
-/// The disks named with --disk, or the one that the global option names.
-pub fn disks(named: &[PathBuf], control: Option<&PathBuf>) -> Vec<PathBuf> {
-    if named.is_empty() { control.cloned().into_iter().collect() } else { named.to_vec() }
 }

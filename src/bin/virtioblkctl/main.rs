@@ -5,9 +5,12 @@
 //! and 127 if COMMAND cannot be run.
 
 mod attend;
+mod chosen;
+mod each;
 mod freezing;
 mod hold;
 mod libvirt_hook;
+mod list;
 mod show;
 mod snapshot;
 mod successor;
@@ -18,7 +21,7 @@ mod watch;
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -32,14 +35,16 @@ pub(crate) use virtioblkd::internal::base::units::time as duration;
 use virtioblkd::internal::config::disk_size;
 use virtioblkd::internal::control::client::{Client, Failure, REPLY_TIMEOUT};
 use virtioblkd::internal::control::protocol::MAX_WHO;
+use virtioblkd::internal::snapshot::USAGE;
+
+use chosen::{Chosen, Disks};
 
 /// Ask a running virtioblkd, and hold its disk still
 #[derive(Parser)]
 #[command(name = "virtioblkctl", version)]
 struct Cli {
-    /// The daemon's quiesce socket (virtioblkd --control-path)
-    #[arg(long, value_name = "PATH", global = true)]
-    control: Option<PathBuf>,
+    #[command(flatten)]
+    chosen: Chosen,
     /// Print the daemon's JSON
     #[arg(long, global = true)]
     json: bool,
@@ -49,6 +54,11 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum CtlCommand {
+    /// The disks of this host: name, domain, mode, state, image
+    ///
+    /// STATE is in-use, idle (no guest), held, stopped (a failed request waits for `continue`), trouble, no-answer (within
+    /// a second), stale (a socket without a daemon), not-running or no-permission.
+    List,
     /// The disk: cache mode, front-end, rings, who holds it, last errors
     Status,
     /// Counters, a row a ring
@@ -134,7 +144,7 @@ struct Quiesce {
 #[derive(Args)]
 #[group(required = true, multiple = false)]
 struct Resume {
-    /// The hold to end, as quiesce printed it
+    /// The hold to end, as quiesce printed it (with --domain: vda=TOKEN,vdb=TOKEN)
     token: Option<String>,
     /// End every hold
     #[arg(long)]
@@ -187,29 +197,42 @@ fn run_command() -> ExitCode {
     }
     match &cli.command {
         CtlCommand::Snapshot(options) => return take_snapshot(options, &cli),
-        CtlCommand::Attend(options) => return finish(&cli, attend::run(options, cli.control.as_ref(), cli.json)),
+        CtlCommand::Attend(options) => return finish(&cli, attend::run(options, &cli.chosen, cli.json)),
+        CtlCommand::List => return finish(&cli, list::run(&cli.chosen, cli.json).and_then(|text| print(&text))),
         CtlCommand::Guard => return helper(virtioblkd::internal::snapshot::guard::serve),
         CtlCommand::LibvirtHook(options) => return libvirt_hook::run(options),
         CtlCommand::Cloner => return helper(virtioblkd::internal::snapshot::cloner::serve),
         _ => {}
     }
-    let Some(path) = &cli.control else {
-        let error = Cli::command().error(
-            clap::error::ErrorKind::MissingRequiredArgument,
-            "--control PATH is missing: give the socket that virtioblkd was started with as --control-path",
-        );
-        error.exit();
-    };
     let own_failure = match &cli.command {
         CtlCommand::Quiesce(Quiesce { command, .. }) if !command.is_empty() => hold::FAILED,
         _ => 1,
     };
-    match Client::connect(path).and_then(|client| run(&cli, path, client)) {
+    match cli.chosen.several(&[]).and_then(|disks| run(&cli, &disks)) {
         Ok(status) => ExitCode::from(status),
         Err(failure) => {
             tell(&cli, &failure);
-            ExitCode::from(own_failure)
+            ExitCode::from(if failure.code == USAGE { 2 } else { own_failure })
         }
+    }
+}
+
+fn run(cli: &Cli, disks: &Disks) -> Result<u8, Failure> {
+    let path = match disks.disks.as_slice() {
+        [] => {
+            let error = Cli::command().error(
+                clap::error::ErrorKind::MissingRequiredArgument,
+                "--control DISK is missing: give a name that 'virtioblkctl list' shows, or the socket that virtioblkd was \
+                 started with as --control-path; or --domain DOMAIN",
+            );
+            error.exit();
+        }
+        [(_, path)] if disks.domain.is_none() => path,
+        _ => return each::run(cli, disks),
+    };
+    match answer(cli, path, Client::connect(path)?)? {
+        Answer::Text(text) => print(&text).map(|()| 0),
+        Answer::Status(status) => Ok(status),
     }
 }
 
@@ -223,7 +246,7 @@ fn tell(cli: &Cli, failure: &Failure) {
 }
 
 fn take_snapshot(options: &snapshot::Snapshot, cli: &Cli) -> ExitCode {
-    finish(cli, snapshot::run(options, cli.control.as_ref(), cli.json).and_then(|text| print(&text)))
+    finish(cli, snapshot::run(options, &cli.chosen, cli.json).and_then(|text| print(&text)))
 }
 
 fn finish(cli: &Cli, result: Result<(), Failure>) -> ExitCode {
@@ -231,7 +254,7 @@ fn finish(cli: &Cli, result: Result<(), Failure>) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             tell(cli, &failure);
-            ExitCode::from(if failure.code == virtioblkd::internal::snapshot::USAGE { 2 } else { 1 })
+            ExitCode::from(if failure.code == USAGE { 2 } else { 1 })
         }
     }
 }
@@ -247,14 +270,21 @@ fn helper(serve: fn(OwnedFd) -> ExitCode) -> ExitCode {
     }
 }
 
-fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
+/// What a command on one disk came to.
+enum Answer {
+    Text(String),
+    /// Our exit status; all was said.
+    Status(u8),
+}
+
+fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure> {
     let text = match &cli.command {
         CtlCommand::Status => page(cli, &client.ask("query-status", json!({}), REPLY_TIMEOUT)?, show::status),
         CtlCommand::Stats => page(cli, &client.ask("query-stats", json!({}), REPLY_TIMEOUT)?, show::stats),
         CtlCommand::Quiesce(quiesce) => {
             let arguments = arguments(quiesce);
             if !quiesce.command.is_empty() {
-                return hold::run(client, arguments, quiesce.timeout, &quiesce.command);
+                return hold::run(client, arguments, quiesce.timeout, &quiesce.command).map(Answer::Status);
             }
             let answer = client.ask("quiesce", arguments, quiesce.timeout + REPLY_TIMEOUT)?;
             if !cli.json {
@@ -301,10 +331,11 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
         }
         CtlCommand::Upgrade(options) => match upgrade::run(options, path, client)? {
             upgrade::Outcome::Done(figures) => page(cli, &figures, upgrade::readable),
-            upgrade::Outcome::GivenUp(status) => return Ok(status),
+            upgrade::Outcome::GivenUp(status) => return Ok(Answer::Status(status)),
         },
-        CtlCommand::Watch => return watch::run(path, client, cli.json),
-        CtlCommand::Snapshot(_)
+        CtlCommand::Watch => return watch::run(path, client, cli.json).map(Answer::Status),
+        CtlCommand::List
+        | CtlCommand::Snapshot(_)
         | CtlCommand::Attend(_)
         | CtlCommand::LibvirtHook(_)
         | CtlCommand::Guard
@@ -315,8 +346,7 @@ fn run(cli: &Cli, path: &Path, mut client: Client) -> Result<u8, Failure> {
             page(cli, &client.ask("quit", json!({}), REPLY_TIMEOUT)?, |_| "the daemon ends\n".to_owned())
         }
     };
-    print(&text)?;
-    Ok(0)
+    Ok(Answer::Text(text))
 }
 
 fn page(cli: &Cli, answer: &Value, readable: impl Fn(&Value) -> String) -> String {

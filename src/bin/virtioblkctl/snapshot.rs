@@ -15,15 +15,16 @@ use virtioblkd::internal::snapshot::{self, USAGE};
 
 use virtioblkd::internal::base::units::bytes;
 
+use crate::chosen::Chosen;
 use crate::duration;
-use crate::freezing::{Freezing, disks};
+use crate::freezing::Freezing;
 
 #[derive(Args)]
 pub struct Snapshot {
-    /// The quiesce socket of a disk (virtioblkd --control-path); once for each disk
-    #[arg(long = "disk", value_name = "CONTROL")]
+    /// A disk: its name, or its control socket (virtioblkd --control-path); once for each. Or --domain for all of a domain
+    #[arg(long = "disk", value_name = "DISK")]
     disks: Vec<PathBuf>,
-    /// What is promised: crash, filesystem (needs --qga or --libvirt), application (needs hooks besides)
+    /// What is promised: crash, filesystem (needs --qga, --libvirt or --domain), application (needs hooks besides)
     #[arg(long, value_name = "LEVEL", value_parser = str::parse::<Consistency>)]
     level: Consistency,
     /// How: reflink:PATH, copy:PATH, rbd, rbd:NAME or exec:COMMAND; one a disk, or one for all with {} for the image's
@@ -55,23 +56,24 @@ pub struct Snapshot {
     background: bool,
 }
 
-/// Takes the snapshot. `control`: the global option, which stands in for --disk.
-pub fn run(options: &Snapshot, control: Option<&PathBuf>, json: bool) -> Result<String, Failure> {
-    let receipt = snapshot::take(&plan(options, control)?)?;
+/// Takes the snapshot.
+pub fn run(options: &Snapshot, chosen: &Chosen, json: bool) -> Result<String, Failure> {
+    let receipt = snapshot::take(&plan(options, chosen)?)?;
     if receipt.level != receipt.requested_level {
         logging::say(format_args!("WEAKER THAN ASKED FOR: the snapshot is {} consistent", receipt.level));
     }
     show(&receipt, json)
 }
 
-fn plan(options: &Snapshot, control: Option<&PathBuf>) -> Result<Plan, Failure> {
+fn plan(options: &Snapshot, chosen: &Chosen) -> Result<Plan, Failure> {
+    let disks = chosen.several(&options.disks)?;
     let usage = |why: String| Failure::new(USAGE, why);
     let ways = options.to.iter().map(Method::parse).collect::<Result<_, _>>().map_err(usage)?;
     Ok(Plan {
-        disks: disks(&options.disks, control),
+        disks: disks.controls(),
         level: options.level,
         ways,
-        agent: options.freezing.agent(),
+        agent: options.freezing.agent(options.level, disks.domain.as_deref()),
         hooks: options.freezing.hooks.clone(),
         or_weaker: options.or_weaker,
         timeout: options.timeout,

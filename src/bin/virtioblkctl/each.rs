@@ -1,0 +1,147 @@
+//! Commands for all disks of a domain (`--domain`).
+
+use std::thread;
+
+use serde_json::{Map, Value, json};
+use virtioblkd::internal::base::logging;
+use virtioblkd::internal::base::text::{clean, clean_json};
+use virtioblkd::internal::control::client::{Client, Failure, REPLY_TIMEOUT};
+use virtioblkd::internal::snapshot::USAGE;
+
+use crate::chosen::{Disks, target};
+use crate::{Answer, ChangeCopy, Cli, Copies, CtlCommand, Quiesce, Resume, answer, arguments, print, resumed, show};
+
+/// Carries the command out for each disk. The status is 1 if one disk's failed.
+pub(crate) fn run(cli: &Cli, disks: &Disks) -> Result<u8, Failure> {
+    let one_disk = |why: &str| {
+        let names: Vec<&str> = disks.disks.iter().map(|(name, _)| name.as_str()).collect();
+        Err(Failure::new(USAGE, format!("{why}: give --control with one of {}", names.join(", "))))
+    };
+    match &cli.command {
+        CtlCommand::Resize(_) => return one_disk("a size is one disk's"),
+        CtlCommand::Watch => return one_disk("watch shows one disk's events"),
+        CtlCommand::Copies(Copies { change: Some(ChangeCopy::Cancel { .. } | ChangeCopy::Limit { .. }) }) => {
+            return one_disk("a copy's name is one disk's");
+        }
+        CtlCommand::Quiesce(quiesce) if !quiesce.command.is_empty() => {
+            return one_disk(
+                "quiesce -- COMMAND holds one disk; for all of a domain there is 'snapshot --domain DOMAIN --level crash --to \
+                 exec:COMMAND'",
+            );
+        }
+        CtlCommand::Quiesce(options) => return quiesce(cli, disks, options),
+        CtlCommand::Resume(options) => return resume(cli, disks, options),
+        _ => {}
+    }
+    let mut all = Map::new();
+    let mut status = 0;
+    for (name, control) in &disks.disks {
+        let done = Client::connect(control).and_then(|client| answer(cli, control, client));
+        match done {
+            Ok(Answer::Text(text)) if cli.json => {
+                all.insert(name.clone(), serde_json::from_str(&text).unwrap_or(Value::Null));
+            }
+            Ok(Answer::Text(text)) => print(&format!("{}:\n{text}", clean(name)))?,
+            Ok(Answer::Status(own)) => status = status.max(own),
+            Err(failure) => {
+                logging::say(format_args!("{name}: {failure}"));
+                all.insert(name.clone(), json!({"error": {"code": failure.code, "desc": failure.message}}));
+                status = 1;
+            }
+        }
+    }
+    if cli.json {
+        print(&format!("{}\n", clean_json(&format!("{:#}", Value::Object(all)))))?;
+    }
+    Ok(status)
+}
+
+/// Holds all disks. They are all held at one instant, or none is.
+fn quiesce(cli: &Cli, disks: &Disks, options: &Quiesce) -> Result<u8, Failure> {
+    let wanted = arguments(options);
+    let ask = |control: &std::path::Path| {
+        let mut client = Client::connect(control)?;
+        let held = client.ask("quiesce", wanted.clone(), options.timeout + REPLY_TIMEOUT)?;
+        Ok((client, held))
+    };
+    let asked: Vec<Result<(Client, Value), Failure>> = thread::scope(|scope| {
+        let threads: Vec<_> = disks.disks.iter().map(|(_, control)| scope.spawn(|| ask(control))).collect();
+        threads.into_iter().map(|one| one.join().expect("asking does not panic")).collect()
+    });
+    let mut holds = Vec::new();
+    let mut failed = None;
+    for ((name, _), one) in disks.disks.iter().zip(asked) {
+        match one {
+            Ok((client, held)) => holds.push((name, client, held)),
+            Err(failure) => failed = Some(Failure::new(&failure.code, format!("{name}: {failure}"))),
+        }
+    }
+    // A daemon that still knows its token has held its disk since it replied. So all were held when the last one replied.
+    for (name, client, held) in &mut holds {
+        let renewal = json!({"token": held["token"], "lease-ms": wanted["lease-ms"]});
+        if let (None, Err(failure)) = (&failed, client.ask("renew-lease", renewal, REPLY_TIMEOUT)) {
+            failed = Some(Failure::new(&failure.code, format!("{name}: {failure}")));
+        }
+    }
+    if let Some(failure) = failed {
+        for (_, client, held) in &mut holds {
+            let _ = client.ask("resume", json!({"token": held["token"]}), REPLY_TIMEOUT);
+        }
+        return Err(failure);
+    }
+    let token = |held: &Value| held["token"].as_str().map(clean).unwrap_or_default();
+    if cli.json {
+        let all: Map<String, Value> = holds.iter().map(|(name, _, held)| ((*name).clone(), held.clone())).collect();
+        print(&format!("{}\n", clean_json(&format!("{:#}", Value::Object(all)))))?;
+        return Ok(0);
+    }
+    for (name, _, held) in &holds {
+        logging::say(format_args!("the disk {name} is held: {}", show::figures(held)));
+    }
+    let tokens: Vec<String> = holds.iter().map(|(name, _, held)| format!("{}={}", target(name), token(held))).collect();
+    print(&format!("{}\n", tokens.join(",")))?;
+    Ok(0)
+}
+
+/// Ends holds by the tokens that `quiesce` printed: `vda=TOKEN,vdb=TOKEN`.
+fn resume(cli: &Cli, disks: &Disks, options: &Resume) -> Result<u8, Failure> {
+    let pairs: Vec<(&str, &str)> = match &options.token {
+        None => Vec::new(),
+        Some(tokens) => tokens
+            .split(',')
+            .map(|pair| {
+                pair.split_once('=').ok_or_else(|| {
+                    Failure::new(USAGE, "give the tokens as 'quiesce --domain' printed them: vda=TOKEN,vdb=TOKEN")
+                })
+            })
+            .collect::<Result<_, _>>()?,
+    };
+    if let Some((unknown, _)) = pairs.iter().find(|(of, _)| disks.disks.iter().all(|(name, _)| target(name) != *of)) {
+        return Err(Failure::new(USAGE, format!("the domain has no disk '{unknown}' that virtioblkd serves here")));
+    }
+    let mut status = 0;
+    let mut all = Map::new();
+    for (name, control) in &disks.disks {
+        let token = pairs.iter().find(|(of, _)| *of == target(name)).map(|(_, token)| *token);
+        let wanted = match (token, options.all) {
+            (Some(token), _) => json!({"token": token}),
+            (None, true) => json!({"all": true}),
+            (None, false) => continue,
+        };
+        match Client::connect(control).and_then(|mut client| client.ask("resume", wanted, REPLY_TIMEOUT)) {
+            Ok(done) if cli.json => {
+                all.insert(name.clone(), done);
+            }
+            Ok(done) => print(&format!("{}: {}", clean(name), resumed(&done)))?,
+            Err(failure) => {
+                logging::say(format_args!("{name}: {failure}"));
+                all.insert(name.clone(), json!({"error": {"code": failure.code, "desc": failure.message}}));
+                status = 1;
+            }
+        }
+    }
+    if cli.json {
+        print(&format!("{}\n", clean_json(&format!("{:#}", Value::Object(all)))))?;
+    }
+    Ok(status)
+}

@@ -1,0 +1,76 @@
+//! The subcommand `list`: the disks of this host.
+
+use serde_json::{Value, json};
+use virtioblkd::internal::base::text::{clean, clean_json};
+use virtioblkd::internal::control::client::Failure;
+use virtioblkd::internal::host::listing::{self, Listed, State};
+
+use crate::chosen::{self, Chosen};
+
+const HEAD: [&str; 7] = ["NAME", "DOMAIN", "TARGET", "MODE", "STATE", "IMAGE", "CONTROL"];
+
+/// The table, or its JSON.
+pub(crate) fn run(chosen: &Chosen, json: bool) -> Result<String, Failure> {
+    let disks = listing::find(&chosen.directories())
+        .map_err(|error| Failure::new("list", format!("cannot look for this host's disks: {error}")))?;
+    let rows: Vec<(Listed, State)> = disks.iter().cloned().zip(listing::states(&disks)).collect();
+    if json {
+        let all: Value = rows.iter().map(|(disk, state)| row_json(disk, state)).collect();
+        return Ok(format!("{}\n", clean_json(&format!("{all:#}"))));
+    }
+    if rows.is_empty() {
+        return Ok("there is no disk on this host that virtioblkctl knows; --control-dir DIR looks elsewhere\n".into());
+    }
+    Ok(table(&HEAD, &rows.iter().map(|(disk, state)| row(disk, state)).collect::<Vec<_>>()))
+}
+
+fn row_json(disk: &Listed, state: &State) -> Value {
+    let of_status = |key: &str| state.status.as_ref().map_or(Value::Null, |status| status[key].clone());
+    json!({
+        "name": disk.name,
+        "domain": disk.domain.as_ref().map(|(name, _)| name),
+        "target": disk.target,
+        "cache-mode": of_status("cache-mode"),
+        "state": state.word,
+        "image": of_status("image"),
+        "control": disk.control,
+    })
+}
+
+fn row(disk: &Listed, state: &State) -> [String; 7] {
+    let text = |text: Option<&str>| text.map_or("-".to_owned(), clean);
+    let of_status = |key: &str| text(state.status.as_ref().and_then(|status| status[key].as_str()));
+    [
+        clean(&disk.name),
+        text(disk.domain.as_ref().map(|(name, _)| name.as_str())),
+        text(disk.target.as_deref()),
+        of_status("cache-mode"),
+        state.word.to_owned(),
+        of_status("image"),
+        disk.control.as_deref().map_or("-".to_owned(), chosen::path),
+    ]
+}
+
+/// Columns that are as wide as their widest cell.
+pub(crate) fn table<const N: usize>(head: &[&str; N], rows: &[[String; N]]) -> String {
+    let head: [String; N] = head.map(str::to_owned);
+    let lines = || std::iter::once(&head).chain(rows);
+    let width = |column: usize| lines().map(|line| line[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..N).map(width).collect();
+    let line = |cells: &[String; N]| {
+        let padded: Vec<String> = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        format!("{}\n", padded.join("  ").trim_end())
+    };
+    lines().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_their_widest_cell() {
+        let rows = [["a".to_owned(), "longer".to_owned()], ["wide".to_owned(), "b".to_owned()]];
+        assert_eq!(table(&["X", "Y"], &rows), "X     Y\na     longer\nwide  b\n");
+    }
+}
