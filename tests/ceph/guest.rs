@@ -10,26 +10,13 @@ use virtioblkd::engine::cache::{CacheMode, CachePolicy};
 
 const MIB: u64 = 1 << 20;
 
-/// Shows the disk, then writes one block and fsyncs it, 16 times over.
-const FSYNC_JOB: &str = r#"
-cd /sys/block/vda
-echo "cache: $(cat queue/write_cache)"
-echo "bytes: $(($(cat size) * 512))"
-echo "discards: $(cat queue/discard_granularity)"
-ask before
-for block in $(seq 1 16); do
-    yes "block $block" | head -c 4096 >/tmp/block
-    dd if=/tmp/block of=/dev/vda bs=4k seek=$block count=1 conv=notrunc,fsync 2>/tmp/error || { cat /tmp/error; exit 1; }
-done
-ask after
-"#;
-
 #[test]
 fn an_fsync_is_in_the_cluster_when_it_returns() {
     for mode in CacheMode::ALL {
         let image = Cluster::shared().image(16 * MIB);
         let server = serve(&image, mode.name(), &[]);
-        let mut vm = qemu::linux(1, FSYNC_JOB).vhost_user_disk(&server.socket(), "").start();
+        let job = qemu::fsync_job("echo \"discards: $(cat queue/discard_granularity)\"");
+        let mut vm = qemu::linux(1, &job).vhost_user_disk(&server.socket(), "").start();
         let seen = vm.until_asked("before");
         let cache = if CachePolicy::from(mode).guest_sees_write_cache() { "write back" } else { "write through" };
         assert_eq!(seen, [&format!("cache: {cache}"), "bytes: 16777216", "discards: 65536"], "{mode}");

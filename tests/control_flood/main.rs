@@ -1,51 +1,35 @@
 //! Careless and hostile clients of the real daemon's control socket, all at once, while a guest works: the guest goes on,
 //! the daemon stays small and answers whoever asks properly, and what a client held is let go.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use kit::control::{Client, WAIT_TIMEOUT};
 use kit::driver::{ALL, Driver};
+use kit::upgrade::Disk;
+use kit::wait::wait_until;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 const MIB: usize = 1 << 20;
 
-struct Daemon {
-    child: Child,
-    dir: tempfile::TempDir,
-}
+/// A daemon that serves a RAM disk.
+struct Daemon(Disk);
 
 impl Daemon {
     fn start() -> Daemon {
-        let dir = tempfile::tempdir().unwrap();
-        let log = File::create(dir.path().join("log")).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkd"));
-        command.args(["--backend", "mem:1048576", "--cache", "writeback"]);
-        command
-            .arg("--socket-path")
-            .arg(dir.path().join("vhost"))
-            .arg("--control-path")
-            .arg(dir.path().join("control"));
-        let child = command.stdin(Stdio::null()).stderr(log).spawn().unwrap();
-        let daemon = Daemon { child, dir };
-        let end = Instant::now() + WAIT_TIMEOUT;
-        while !daemon.log().contains("serving on") {
-            assert!(Instant::now() < end, "{}", daemon.log());
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        daemon
+        Daemon(Disk::serve_in(kit::programs::disk_dir(), &["--backend", "mem:1048576", "--cache", "writeback"]))
     }
 
     fn log(&self) -> String {
-        fs::read_to_string(self.dir.path().join("log")).unwrap()
+        self.0.log()
     }
 
     fn connect(&self) -> std::io::Result<UnixStream> {
-        UnixStream::connect(self.dir.path().join("control"))
+        UnixStream::connect(self.0.path("control"))
     }
 
     /// A client that does all properly. Its place may have to be waited for.
@@ -61,12 +45,12 @@ impl Daemon {
     }
 
     fn guest(&self) -> Driver {
-        Driver::connect_soon(&self.dir.path().join("vhost"), 1, 64, MIB, ALL)
+        Driver::connect_soon(&self.0.path("vhost"), 1, 64, MIB, ALL)
     }
 
     /// Descriptors, and kilobytes of memory.
     fn size(&self) -> (usize, u64) {
-        let pid = self.child.id();
+        let pid = self.0.child.id();
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
         let resident = resident.trim().trim_end_matches(" kB").parse().unwrap();
@@ -74,15 +58,9 @@ impl Daemon {
     }
 }
 
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // Both fail only if it is gone.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        if std::thread::panicking() {
-            eprintln!("--- virtioblkd said:\n{}", self.log());
-        }
-    }
+/// Whether the disk is open, quiesced or on the way there.
+fn hold_state(client: &mut Client) -> serde_json::Value {
+    client.ask("query-status", json!({})).unwrap()["quiesce"]["state"].take()
 }
 
 /// `None`: it was turned away.
@@ -142,7 +120,7 @@ fn connection_storms_do_not_fill_the_log() {
     const STORM: usize = 1500;
     let daemon = Daemon::start();
     let start = Instant::now();
-    let front_end = || UnixStream::connect(daemon.dir.path().join("vhost"));
+    let front_end = || UnixStream::connect(daemon.0.path("vhost"));
     for _ in 0..STORM {
         drop(front_end());
     }
@@ -202,7 +180,7 @@ fn a_client_that_stops_while_it_holds_the_disk() {
     let daemon = Daemon::start();
     let mut guest = daemon.guest();
     works(&mut guest);
-    let control = daemon.dir.path().join("control");
+    let control = daemon.0.path("control");
     let mut holder = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"))
         .arg("--control")
         .arg(control)
@@ -214,11 +192,7 @@ fn a_client_that_stops_while_it_holds_the_disk() {
         .spawn()
         .unwrap();
     let mut client = daemon.client();
-    let end = Instant::now() + WAIT_TIMEOUT;
-    while client.ask("query-status", json!({})).unwrap()["quiesce"]["state"] != "quiesced" {
-        assert!(Instant::now() < end, "it is not held");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until("the disk is held", || hold_state(&mut client) == "quiesced");
     kill_process(Pid::from_child(&holder), Signal::STOP).unwrap();
     // Waits for the end of the lease.
     works(&mut guest);
@@ -245,11 +219,7 @@ fn connections_that_end_in_the_middle() {
         drop(stream);
         works(&mut guest);
     }
-    let end = Instant::now() + WAIT_TIMEOUT;
     let mut client = daemon.client();
-    while client.ask("query-status", json!({})).unwrap()["quiesce"]["state"] != "open" {
-        assert!(Instant::now() < end, "it is held still");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until("the hold has ended", || hold_state(&mut client) == "open");
     works(&mut guest);
 }

@@ -1,7 +1,7 @@
 //! Images of other formats, as qemu-img makes them, are warned of and served as raw all the same.
 
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use kit::driver::{ALL, Driver};
@@ -45,15 +45,20 @@ fn round_up(path: &Path) {
     fs::write(path, bytes).unwrap();
 }
 
+/// An image of each format that can be made here, whole sectors long.
+fn images(dir: &Path) -> impl Iterator<Item = (&'static str, PathBuf)> {
+    FORMATS.into_iter().enumerate().filter_map(move |(number, (format, options))| {
+        let path = dir.join(format!("{number}.img"));
+        make(&path, format, options)?;
+        round_up(&path);
+        Some((format, path))
+    })
+}
+
 #[test]
 fn images_of_other_formats_are_warned_of_and_served() {
     let dir = scratch();
-    for (number, (format, options)) in FORMATS.into_iter().enumerate() {
-        let path = dir.path().join(format!("{number}.img"));
-        if make(&path, format, options).is_none() {
-            continue;
-        }
-        round_up(&path);
+    for (format, path) in images(dir.path()) {
         for mode in [CacheMode::None, CacheMode::Writeback] {
             let server = Server::start(&path, mode, &[]);
             wait_until("the format is seen", || server.status()["detected-format"] == format);
@@ -91,12 +96,7 @@ fn a_raw_image_is_not_warned_of() {
 #[test]
 fn an_image_of_another_format_and_an_odd_size_names_its_conversion() {
     let dir = scratch();
-    for (number, (format, options)) in FORMATS.into_iter().enumerate() {
-        let path = dir.path().join(format!("{number}.img"));
-        if make(&path, format, options).is_none() {
-            continue;
-        }
-        round_up(&path);
+    for (format, path) in images(dir.path()) {
         // Those that have a header get an odd end; a footer stays at the end.
         let mut bytes = fs::read(&path).unwrap();
         let footer = bytes.split_off(bytes.len() - 512);

@@ -10,6 +10,7 @@ use kit::front_end;
 use kit::front_end::{ALL, FrontEnd};
 use kit::stall::fuse::{Stalling, Unable};
 use kit::unread::Unread;
+use kit::wait::wait_until;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
@@ -147,11 +148,7 @@ fn a_disk_starts_while_its_log_is_a_file_that_hangs() {
     send_malformed_chains(&mut front_end);
     assert_eq!(front_end.write(0, 0, &[1; 4096]), S_OK);
     assert_eq!(daemon.client().ask("query-status", json!({})).unwrap()["quiesce"]["state"], "open");
-    let end = Instant::now() + WAIT_TIMEOUT;
-    while filesystem.waiting() == 0 {
-        assert!(Instant::now() < end, "the log is never written");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until("the log is written", || filesystem.waiting() > 0);
     filesystem.let_go();
     assert!(daemon.terminate().success());
     let text = std::fs::read_to_string(filesystem.image()).unwrap();

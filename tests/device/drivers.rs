@@ -6,12 +6,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kit::backend::open_file_or_skip;
 use kit::front_end::*;
 use kit::rig::{Prng, Rig};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use virtioblkd::backend::DurableWrite;
-use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
+use virtioblkd::backend::file::{FileOptions, Locking};
 use virtioblkd::backend::mem::{CompletionOrder, MemBackend, MemOptions};
 use virtioblkd::disk::Disk;
 use virtioblkd::engine::CacheMode;
@@ -329,14 +330,7 @@ fn memory_comes_and_goes_under_io_uring() {
         let image = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         image.as_file().set_len(SIZE).unwrap();
         let file = FileOptions { locking: Locking::Off, ..FileOptions::new(image.path(), mode.into()) };
-        let backend = match FileBackend::open(&file) {
-            Ok(backend) => backend,
-            Err(error) if mode == CacheMode::None => {
-                eprintln!("SKIPPED: {error}");
-                continue;
-            }
-            Err(error) => panic!("{error}"),
-        };
+        let Some(backend) = open_file_or_skip(&file, mode) else { continue };
         plugs(&Rig::on(Arc::new(backend), &options(mode)), 2);
     }
 }

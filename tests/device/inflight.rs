@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use kit::front_end::*;
 use kit::rig::{Prng, Rig};
+use kit::wait::wait_until;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
 use virtioblkd::backend::Errno;
@@ -283,7 +284,7 @@ fn a_ring_larger_than_its_front_end_asked_for_runs_and_is_tracked() {
         let taken: Vec<u16> = (0..60).map(|sector| guest.front_end.add(0, OUT, sector, &[7; SECTOR], 0)).collect();
         assert!(taken.iter().any(|slot| slot * 4 >= 128));
         guest.front_end.kick(0);
-        until("the requests are taken", || first_disk.waiting() >= 60);
+        wait_until("the requests are taken", || first_disk.waiting() >= 60);
         assert!(!first.status().rings[0].untracked);
         let _old = guest.reconnect(&second);
         let answered: Vec<u16> = (0..60).map(|_| guest.front_end.wait(0).0).collect();
@@ -327,15 +328,6 @@ fn a_ring_that_does_not_fit_the_region_of_another_server_is_served() {
     front_end.start_ring(0, 0);
     assert_eq!(front_end.read(0, 0, SECTOR as u32), (OK, vec![3; SECTOR]));
     assert!(!rig.status().rings[0].untracked);
-}
-
-/// Waits until `done` says so.
-fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(30);
-    while !done() {
-        assert!(Instant::now() < end, "waited in vain: {what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 #[test]

@@ -4,10 +4,11 @@
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kit::front_end::*;
 use kit::rig::{Prng, Rig};
+use kit::wait::wait_until;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
 use virtioblkd::backend::Errno;
@@ -50,14 +51,6 @@ fn unanswered(guest: &mut FrontEnd, ring: usize) {
 
 fn is_held(rig: &Rig) -> bool {
     rig.status().total.held
-}
-
-fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while !done() {
-        assert!(Instant::now() < end, "{what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 #[test]

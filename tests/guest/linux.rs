@@ -8,29 +8,17 @@ use std::path::Path;
 use kit::guest::ext4::e2fsprogs;
 use kit::guest::files::{FILES_JOB, check_snapshot, promised_so_far};
 use kit::guest::oracle::{self, LoopDevice};
+use kit::guest::qemu::FSYNCS;
 use kit::guest::{Qmp, Server, qemu, run, scratch, sparse_image, tell, wait_until};
 use serde_json::json;
 use virtioblkd::engine::cache::{CacheMode, CachePolicy};
 
 const MIB: u64 = 1 << 20;
 
-/// How often [`FSYNC_JOB`] writes and fsyncs.
-const FSYNCS: u64 = 16;
-
-/// Shows the disk, then writes one block and fsyncs it, `FSYNCS` times over.
-const FSYNC_JOB: &str = r#"
-cd /sys/block/vda
-echo "cache: $(cat queue/write_cache)"
-echo "bytes: $(($(cat size) * 512))"
-echo "serial: $(cat serial)"
-echo "logical block: $(cat queue/logical_block_size)"
-ask before
-for block in $(seq 1 16); do
-    yes "block $block" | head -c 4096 >/tmp/block
-    dd if=/tmp/block of=/dev/vda bs=4k seek=$block count=1 conv=notrunc,fsync 2>/tmp/error || { cat /tmp/error; exit 1; }
-done
-ask after
-"#;
+/// Shows the disk, then fsyncs blocks.
+fn fsync_job() -> String {
+    qemu::fsync_job("echo \"serial: $(cat serial)\"; echo \"logical block: $(cat queue/logical_block_size)\"")
+}
 
 fn check_fsync_job_content(image: &Path) {
     for block in 1..=FSYNCS {
@@ -46,7 +34,7 @@ fn each_mode_shows_its_cache_and_an_fsync_is_durable_when_it_returns() {
         let dir = scratch();
         let image = sparse_image(dir.path(), 64 * MIB);
         let server = Server::start(&image, mode, &["--serial", "kit-42", "--logical-block-size", "512"]);
-        let mut vm = qemu::linux(1, FSYNC_JOB).vhost_user_disk(&server.socket(), "").start();
+        let mut vm = qemu::linux(1, &fsync_job()).vhost_user_disk(&server.socket(), "").start();
 
         let seen = vm.until_asked("before");
         let sees_write_cache = CachePolicy::from(mode).guest_sees_write_cache();
@@ -97,13 +85,15 @@ fn flushes_that_reach_the_device_are_as_many_as_with_qemus_own_disk() {
     table += &format!("{:14}{:>12}{:>12}\n", "mode", "virtioblkd", "QEMU's own");
     for mode in CacheMode::ALL {
         let server = Server::start(disk.path(), mode, &[]);
-        let ours = flushes_during(qemu::linux(1, FSYNC_JOB).vhost_user_disk(&server.socket(), "").start());
+        let ours = flushes_during(qemu::linux(1, &fsync_job()).vhost_user_disk(&server.socket(), "").start());
         drop(server);
-        let theirs = flushes_during(qemu::linux(1, FSYNC_JOB).own_disk(disk.path(), mode).start());
+        let theirs = flushes_during(qemu::linux(1, &fsync_job()).own_disk(disk.path(), mode).start());
         table += &format!("{:14}{ours:>12}{theirs:>12}\n", mode.name());
         match mode {
             CacheMode::Unsafe => assert_eq!((ours, theirs), (0, 0), "{mode}\n{table}"),
-            CacheMode::None | CacheMode::Writeback => assert_eq!((ours, theirs), (FSYNCS, FSYNCS), "{mode}\n{table}"),
+            CacheMode::None | CacheMode::Writeback => {
+                assert_eq!((ours, theirs), (FSYNCS, FSYNCS), "{mode}\n{table}")
+            }
             CacheMode::Directsync | CacheMode::Writethrough => {
                 // A durable write may cost the device more than one flush, never less.
                 assert!(ours >= FSYNCS, "{mode}\n{table}");

@@ -7,13 +7,14 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kit::backend::open_file_or_skip;
 use kit::front_end::*;
 use kit::rig::Rig;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion};
-use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
+use virtioblkd::backend::file::{FileOptions, Locking};
 use virtioblkd::backend::mem::{CompletionOrder, MemBackend, MemOptions};
 use virtioblkd::disk::Disk;
 use virtioblkd::engine::CacheMode;
@@ -147,14 +148,7 @@ fn memory_that_vanishes_under_io_uring() {
     image.as_file().set_len(SIZE).unwrap();
     for mode in [CacheMode::None, CacheMode::Writeback] {
         let file = FileOptions { locking: Locking::Off, ..FileOptions::new(image.path(), mode.into()) };
-        let backend = match FileBackend::open(&file) {
-            Ok(backend) => backend,
-            Err(error) if mode == CacheMode::None => {
-                eprintln!("SKIPPED: {error}");
-                continue;
-            }
-            Err(error) => panic!("{error}"),
-        };
+        let Some(backend) = open_file_or_skip(&file, mode) else { continue };
         let rig = Rig::on(Arc::new(backend), &DeviceOptions { mode, ..options() });
         for round in 0..10 {
             let mut guest = connect(&rig);

@@ -63,6 +63,17 @@ fn is_as_before(disk: &Disk, what: &str) {
     assert_eq!(disk.pid(), Pid::from_child(&disk.child), "{what}");
 }
 
+/// A guest with sixteen writes on the way to `disk`, which is slow.
+fn with_writes_in_flight(disk: &Disk) -> Driver {
+    let mut guest = Driver::connect_soon(&disk.path("vhost"), 1, 64, 1 << 20, ALL);
+    for id in 0..16 {
+        guest.write(0, id * 4096, 0, 4096, id);
+    }
+    guest.kick(0);
+    wait_until("requests are in flight", || disk.status()["total"]["in-flight"].as_u64() > Some(0));
+    guest
+}
+
 #[test]
 fn a_tool_that_is_ended_before_the_new_daemon_begins_leaves_the_old_one() {
     let disk = Disk::serve(&["--cache", "none"]);
@@ -103,12 +114,7 @@ fn a_tool_that_is_ended_before_the_new_daemon_begins_leaves_the_old_one() {
 fn a_tool_that_dies_in_the_middle_leaves_the_old_one() {
     for signal in [Signal::TERM, Signal::KILL] {
         let disk = Disk::serve(&["--cache", "none", "--backend", "slow:1500"]);
-        let mut guest = Driver::connect_soon(&disk.path("vhost"), 1, 64, 1 << 20, ALL);
-        for id in 0..16 {
-            guest.write(0, id * 4096, 0, 4096, id);
-        }
-        guest.kick(0);
-        wait_until("requests are in flight", || disk.status()["total"]["in-flight"].as_u64() > Some(0));
+        let mut guest = with_writes_in_flight(&disk);
         let mut client = disk.client();
         let mut tool = start_upgrade(&disk, &["--", "--cache", "unsafe"]);
         wait_until("the hand-over has begun", || client.line()["event"] == "UPGRADE");
@@ -129,12 +135,7 @@ fn a_tool_that_dies_in_the_middle_leaves_the_old_one() {
 #[test]
 fn a_new_daemon_ends_with_an_old_one_that_dies() {
     let mut disk = Disk::serve(&["--cache", "none", "--backend", "slow:3000"]);
-    let mut guest = Driver::connect_soon(&disk.path("vhost"), 1, 64, 1 << 20, ALL);
-    for id in 0..16 {
-        guest.write(0, id * 4096, 0, 4096, id);
-    }
-    guest.kick(0);
-    wait_until("requests are in flight", || disk.status()["total"]["in-flight"].as_u64() > Some(0));
+    let _guest = with_writes_in_flight(&disk);
     let mut client = disk.client();
     let mut tool = start_upgrade(&disk, &[]);
     wait_until("the hand-over has begun", || client.line()["event"] == "UPGRADE");

@@ -199,6 +199,12 @@ impl Promises {
             Found::Other => is_old && discarded,
         }
     }
+
+    /// The loss, when a sector holds after a cut what it may not hold.
+    fn loss(&self, at: usize, sector: u64, found: Found, is_old: bool) -> Option<Loss> {
+        let promised = self.sectors[sector as usize].promised;
+        (!self.allows(sector, found, is_old)).then_some(Loss { at, sector, found, promised })
+    }
 }
 
 /// A promise that a cut breaks.
@@ -256,10 +262,7 @@ pub fn judge_disk(record: &Record, promise: Promise, area: Area) -> Verdict {
             let old = &record.start[sector as usize * SECTOR..][..SECTOR];
             for bytes in medium.possible(sector) {
                 let found = read(area.salt, sector, bytes);
-                if !promises.allows(sector, found, bytes == old) {
-                    let promised = promises.sectors[sector as usize].promised;
-                    verdict.losses.push(Loss { at, sector, found, promised });
-                }
+                verdict.losses.extend(promises.loss(at, sector, found, bytes == old));
             }
         }
     }
@@ -286,10 +289,7 @@ pub fn judge_file(
             assert_eq!(file.len(), area.sectors as usize * SECTOR, "cut at {at}: the file's size");
             for (sector, bytes) in (0..).zip(file.chunks(SECTOR)) {
                 let found = read(area.salt, sector, bytes);
-                if !promises.allows(sector, found, found == Found::Zeroes) {
-                    let promised = promises.sectors[sector as usize].promised;
-                    verdict.losses.push(Loss { at, sector, found, promised });
-                }
+                verdict.losses.extend(promises.loss(at, sector, found, found == Found::Zeroes));
             }
         }
     });

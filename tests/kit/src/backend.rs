@@ -1,4 +1,4 @@
-//! What the contract tests share: a driver for one queue, a source of chance, a model to compare with, loop devices.
+//! What the contract tests share: a driver for one queue, a model to compare with, loop devices.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -14,12 +14,24 @@ use virtioblkd::backend::point_in_time::PointInTime;
 use virtioblkd::backend::stable::{StableBackend, StableWrites};
 use virtioblkd::backend::{Backend, Completion, Errno, IoBuf, IoQueue, Op, OpId};
 use virtioblkd::disk::{Copies, CopyOptions, Events};
-use virtioblkd::engine::CacheMode;
+use virtioblkd::engine::{CacheMode, CachePolicy};
 
 pub use crate::prng::Prng;
 
 /// Longest that anything may hang before a test fails instead of the whole run.
 pub const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Opens a file as a back-end. Returns `None`, and says so, where its file system has no O_DIRECT and `mode` wants it.
+pub fn open_file_or_skip(options: &FileOptions, mode: CacheMode) -> Option<FileBackend> {
+    match FileBackend::open(options) {
+        Ok(backend) => Some(backend),
+        Err(error) if CachePolicy::from(mode).opens_direct() => {
+            eprintln!("SKIPPED: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
 
 /// One queue, used the way a worker does.
 pub struct Driver {

@@ -3,7 +3,7 @@
 //!
 //! From small to large:
 //! - [`prng`]: numbers for randomized tests; [`unread`]: outputs that nobody reads; [`programs`]: where the programs are;
-//!   [`log`]: what a program logs.
+//!   [`log`]: what a program logs; [`wait`]: until something is so.
 //! - [`backend`]: a queue of a back-end, used as a worker does; [`backend_contract`]: what holds for every back-end;
 //!   [`rbd_stub`]: a librbd without a cluster; [`stall`]: media that stop answering.
 //! - [`front_end`]: a front-end that sends whatever it is told; [`driver`]: a decent one; [`rig`]: a device in this
@@ -29,6 +29,7 @@ pub mod snapshot;
 pub mod stall;
 pub mod unread;
 pub mod upgrade;
+pub mod wait;
 
 /// Whether a thread of this process may become another user. Where it may not, the test is skipped, and this says so.
 pub fn can_become_another_user() -> bool {

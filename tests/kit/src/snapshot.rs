@@ -12,23 +12,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-/// Nothing here takes this long; a test that waits so long has failed.
-pub const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Waits until `done` says so; `what` names it when it never does.
-pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < WAIT_TIMEOUT, "waited in vain: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// Says something that the reader of a passing test run should see too.
-pub fn tell(text: &str) {
-    // Nobody left to read it is no reason to fail.
-    let _ = writeln!(std::io::stderr(), "{text}");
-}
+pub use crate::guest::tell;
+pub use crate::wait::{WAIT_TIMEOUT, wait_until};
 
 pub fn ctl() -> Command {
     let mut command = Command::new(crate::programs::virtioblkctl());

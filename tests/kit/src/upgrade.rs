@@ -5,12 +5,12 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::{Value, json};
 
-use crate::control::{Client, WAIT_TIMEOUT};
+use crate::control::Client;
+pub use crate::wait::wait_until;
 
 /// Bytes of the image.
 pub const SIZE: usize = 4 << 20;
@@ -133,14 +133,6 @@ impl Drop for Disk {
 pub fn lives(pid: Pid) -> bool {
     let status = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap_or_default();
     test_kill_process(pid).is_ok() && !status.contains("State:\tZ")
-}
-
-pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + WAIT_TIMEOUT;
-    while !done() {
-        assert!(Instant::now() < end, "it does not come to this: {what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
 }
 
 pub fn contains(text: &str, words: &[&str]) {

@@ -21,18 +21,15 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
 
 pub use crate::programs::root;
 use crate::programs::target_dir;
+pub use crate::wait::{WAIT_TIMEOUT, wait_until};
 pub use agent::Agent;
 pub use ledger::Ledger;
 pub use qemu::Vm;
 pub use qmp::Qmp;
 pub use server::Server;
-
-/// How long anything may take before a test gives up. TCG on a busy machine is slow, and no test asserts a time.
-pub const WAIT_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// A directory on the build's filesystem, gone after the test. Images live here, as /tmp may have no O_DIRECT.
 pub fn scratch() -> tempfile::TempDir {
@@ -78,15 +75,6 @@ pub fn mortal(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL"]).arg(program);
     command
-}
-
-/// Waits until `done` says so; `what` names it when it never does.
-pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < WAIT_TIMEOUT, "waited {WAIT_TIMEOUT:?} in vain: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 /// The directory with the guest's kernel and images, made once a test run.

@@ -335,6 +335,28 @@ pub fn boot_sector_in(mut vm: Vm) -> (Verdict, Vm) {
     (verdict, vm)
 }
 
+/// How often the guest of [`fsync_job`] writes and fsyncs.
+pub const FSYNCS: u64 = 16;
+
+/// A job that shows the disk's cache and size, and what the commands `show` print of it in its sysfs directory. Then it
+/// writes one block, `block N` over and over, and fsyncs it, [`FSYNCS`] times. It asks `before` and `after` that.
+pub fn fsync_job(show: &str) -> String {
+    format!(
+        r#"
+cd /sys/block/vda
+echo "cache: $(cat queue/write_cache)"
+echo "bytes: $(($(cat size) * 512))"
+{show}
+ask before
+for block in $(seq 1 {FSYNCS}); do
+    yes "block $block" | head -c 4096 >/tmp/block
+    dd if=/tmp/block of=/dev/vda bs=4k seek=$block count=1 conv=notrunc,fsync 2>/tmp/error || {{ cat /tmp/error; exit 1; }}
+done
+ask after
+"#
+    )
+}
+
 /// A guest for Linux jobs, with the accelerator that works here.
 pub fn linux(cpus: u32, job: &str) -> Qemu {
     Qemu::new(accelerator(), 256, cpus).linux(job, "initramfs.cpio")
