@@ -124,8 +124,6 @@ struct Shared {
     /// Bytes of the units in which the kernel discards and zeroes.
     range_unit: u32,
     may_unmap: bool,
-    /// The guest's blocks are smaller than those that can be written.
-    read_modify_write: bool,
     /// As it was opened; the size is in `size`.
     geometry: Geometry,
     /// Bytes.
@@ -139,7 +137,8 @@ struct Shared {
     /// Who begins what a queue's ring is given.
     submission: Submission,
     unable: Unsupported,
-    ranges: Arc<RangeLocks>,
+    /// Where the guest's blocks are smaller than those that can be written: what read-modify-write needs.
+    ranges: Option<Arc<RangeLocks>>,
     locking: Locking,
     /// The locks of [`Locking::Auto`] are another process's to take, or still its own.
     lent: AtomicBool,
@@ -183,7 +182,6 @@ impl FileBackend {
             align,
             range_unit: medium.range_unit,
             may_unmap,
-            read_modify_write: opened.logical_block < align.offset,
             size: AtomicU64::new(geometry.size),
             geometry,
             buffer_use,
@@ -201,7 +199,7 @@ impl FileBackend {
                 Storage::ForeignSnapshot => Submission::Worker,
             },
             unable: Unsupported::default(),
-            ranges: Arc::default(),
+            ranges: (opened.logical_block < align.offset).then(|| RangeLocks::new(align.offset)),
             locking: options.locking,
             lent: AtomicBool::new(options.lock_later),
         };
@@ -286,7 +284,7 @@ impl Backend for FileBackend {
         let what = if shared.is_device { "block device" } else { "raw file" };
         let how = if shared.direct { "O_DIRECT" } else { "the host's cache" };
         let access = if shared.geometry.read_only { ", read-only" } else { "" };
-        let modify = if shared.read_modify_write {
+        let modify = if shared.ranges.is_some() {
             format!(", read-modify-write of {}-byte blocks", shared.align.offset)
         } else {
             String::new()

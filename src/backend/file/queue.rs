@@ -15,7 +15,7 @@ use super::change_counter::ChangeStamp;
 use super::helper_thread::Helper;
 use super::immediate::{Immediate, Outcome};
 use super::mailbox::{Mail, Mailbox};
-use super::range_locks::Ticket;
+use super::range_locks::{QueueLocks, Ticket};
 use super::range_op::{RangeOp, Step};
 use crate::backend::bounce_pool::Pool;
 use crate::backend::preadv;
@@ -41,6 +41,8 @@ pub(super) struct FileQueue {
     immediate: Immediate,
     shared: Arc<Shared>,
     mailbox: Arc<Mailbox>,
+    /// Where the medium's blocks are larger than the guest's.
+    locks: Option<Arc<QueueLocks>>,
     pool: Pool,
     /// Ops taken and not yet in `ready`.
     live: usize,
@@ -82,6 +84,7 @@ impl FileQueue {
         let mut ring = Uring::new(depth, file.as_fd(), shared.submission)?;
         let mailbox = Arc::new(Mailbox::new()?);
         ring.watch(MAIL, mailbox.as_fd())?;
+        let locks = shared.ranges.as_ref().map(|ranges| QueueLocks::new(Arc::clone(ranges), Arc::clone(&mailbox)));
         Ok(FileQueue {
             ring,
             leave: None,
@@ -92,6 +95,7 @@ impl FileQueue {
             pool: Pool::new(shared.memory.clone(), shared.align.memory as usize),
             shared,
             mailbox,
+            locks,
             live: 0,
             depth,
             parked: HashMap::new(),
@@ -188,20 +192,17 @@ impl FileQueue {
         (false, Work::RangeOp(Box::new(ranged)), step)
     }
 
-    /// Asks for the range lock of an op that changes the image, where blocks of the medium are larger than the guest's.
+    /// Locks the blocks of an op that changes the image, where blocks of the medium are larger than the guest's. False: the
+    /// op must wait until it is granted.
     fn lock(&self, op: &Op) -> Option<(Ticket, bool)> {
-        if !self.shared.read_modify_write {
-            return None;
-        }
-        let (offset, len) = match op {
+        let locks = self.locks.as_ref()?;
+        Some(match op {
             Op::Read { .. } | Op::Sync => return None,
-            Op::Write { offset, buf, .. } => (*offset, buf.len() as u64),
-            Op::Discard { offset, len } | Op::WriteZeroes { offset, len, .. } => (*offset, *len),
-        };
-        let align = u64::from(self.shared.align.offset);
-        let blocks = offset & !(align - 1)..(offset + len).next_multiple_of(align);
-        let exclusive = (offset | len) & (align - 1) != 0;
-        Some(self.shared.ranges.acquire(blocks, exclusive, &self.mailbox))
+            Op::Write { offset, buf, .. } => locks.lock_written(*offset..*offset + buf.len() as u64),
+            Op::WriteZeroes { offset, len, .. } => locks.lock_written(*offset..*offset + *len),
+            // Of blocks that the guest discards in part nothing is discarded.
+            Op::Discard { offset, len } => locks.lock_inside(*offset..*offset + *len),
+        })
     }
 
     fn run(&mut self, job: Job, step: Step) {
@@ -437,7 +438,7 @@ impl IoQueue for FileQueue {
             None => self.run(Job { id, durable, changes, work, _ticket: None }, step),
             Some((ticket, true)) => self.run(Job { id, durable, changes, work, _ticket: Some(ticket) }, step),
             Some((ticket, false)) => {
-                let key = ticket.id;
+                let key = ticket.claim().expect("only a claim waits");
                 self.parked.insert(key, (Job { id, durable, changes, work, _ticket: Some(ticket) }, step));
             }
         }

@@ -125,10 +125,15 @@ impl RangeOp {
     }
 
     fn write(&mut self, offset: u64, len: u64, shared: &Shared) -> Step {
-        let now = len.min(MAX_ZEROES as u64);
+        let unit = u64::from(shared.align.offset);
+        let mut now = len.min(MAX_ZEROES as u64);
+        if now < len {
+            // Only the first and the last block of the range may be partial: the op has locked those for that.
+            now -= (offset + now) % unit;
+        }
         self.parts.push(Part::Write { offset: offset + now, len: len - now });
         let buf = IoBuf::zeroes(now as usize);
-        if (offset | now) & u64::from(shared.align.offset - 1) != 0 {
+        if (offset | now) & (unit - 1) != 0 {
             self.copied = Some(BounceOp::new((true, false), offset, buf, shared.align.offset));
             return Step::Copy;
         }

@@ -34,6 +34,12 @@ pub(crate) enum Mutant {
     GateStaysOpen,
     /// A worker does not read its ring again when a hold ends.
     ResumeMissed,
+    /// An aligned write checks whether a gate is open, and enters after that.
+    EntersUnchecked,
+    /// The last aligned write that leaves a closed gate wakes no read-modify-write.
+    LeavesSilently,
+    /// A long unaligned write does not enter the gates of its whole blocks.
+    EntersUnseen,
 }
 
 thread_local! {

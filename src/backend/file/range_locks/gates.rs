@@ -1,0 +1,125 @@
+//! Gates: how an aligned write passes without a mutex, yet never during a read-modify-write of its blocks.
+//!
+//! The image is divided into regions, and each region belongs to one of [`GATES`] gates. An aligned write *enters* the
+//! gates of its regions and *leaves* them when the storage has completed it. A read-modify-write *closes* the gates of the
+//! blocks that it reads, and waits until no write of any queue is inside.
+//!
+//! Each queue counts its own writes in words of its own ([`Inside`]), which its thread alone changes as a rule. The
+//! [`Closures`] of the image are changed by read-modify-writes only. So an aligned write costs an addition to a cache line
+//! of its queue and a load of a line that seldom changes, and the same when it leaves.
+//!
+//! # Why no write is lost
+//! All operations on these words are `SeqCst`: they have one order, in which each thread's own keep theirs. The mutex is
+//! that of [`super::RangeLocks`].
+//! 1. An aligned write W adds itself, then loads the closures. A read-modify-write R adds its closure, then loads what is
+//!    inside. So W sees the closure, or R sees W, or both.
+//! 2. W sees no closure: it goes on. R sees W, or R's closure came later than W's departure. R waits while a write is
+//!    inside, so R reads its block after W's completion.
+//! 3. W sees a closure: it leaves, and queues at the mutex, where claims of the same blocks are granted in the order of
+//!    their arrival (`claims.rs`).
+//! 4. No wake-up is lost. R loads what is inside, and notes that it waits, while it holds the mutex. A write that R saw
+//!    leaves later. If that write is the last of its queue, it then loads the closures, finds R's, takes the mutex and
+//!    checks whether any queue is still inside. Of several writes that leave, the last one finds nothing inside. A write
+//!    that only came to see the closure leaves in the same way.
+//! 5. A gate opens after the read-modify-write has completed, so what enters later overwrites what that wrote.
+//!
+//! Two regions may share a gate. Then a read-modify-write waits for a write that it need not wait for. That costs time
+//! only: a write that is inside waits for the storage, never for a lock.
+
+#[cfg(not(all(test, feature = "model")))]
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::SeqCst;
+
+#[cfg(all(test, feature = "model"))]
+use shuttle::sync::atomic::AtomicU32;
+
+#[cfg(all(test, feature = "model"))]
+use crate::base::sync::interleavings::{Mutant, planted};
+
+/// Gates of an image. Each queue has a word for each: 16 KiB. Many more than the regions that are written at one time.
+const GATES: usize = 1 << GATE_BITS;
+const GATE_BITS: u32 = if cfg!(all(test, feature = "model")) { 4 } else { 12 };
+
+/// A gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct GateId(usize);
+
+impl GateId {
+    /// The gate of a region. Those of neighbours are far apart, so that no few regions fill a gate.
+    #[inline]
+    pub(super) fn of_region(region: u64) -> Self {
+        GateId((region.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - GATE_BITS)) as usize)
+    }
+}
+
+fn zeroes() -> Box<[AtomicU32]> {
+    (0..GATES).map(|_| AtomicU32::new(0)).collect()
+}
+
+/// For each gate of an image: how many read-modify-writes keep it closed. Changed with the mutex held.
+pub(super) struct Closures(Box<[AtomicU32]>);
+
+impl Closures {
+    pub(super) fn new() -> Self {
+        Closures(zeroes())
+    }
+
+    /// Closes a gate, once more if it is closed.
+    pub(super) fn close(&self, gate: GateId) {
+        self.0[gate.0].fetch_add(1, SeqCst);
+    }
+
+    /// Takes one closure back.
+    pub(super) fn open(&self, gate: GateId) {
+        self.0[gate.0].fetch_sub(1, SeqCst);
+    }
+
+    /// How many read-modify-writes keep it closed.
+    #[inline]
+    pub(super) fn count(&self, gate: GateId) -> u32 {
+        self.0[gate.0].load(SeqCst)
+    }
+
+    #[cfg(test)]
+    pub(super) fn are_idle(&self) -> bool {
+        self.0.iter().all(|word| word.load(SeqCst) == 0)
+    }
+}
+
+/// For each gate: how many of one queue's writes are inside. A guest has at most 4,096 in a queue, of 64 regions each.
+pub(super) struct Inside(Box<[AtomicU32]>);
+
+impl Inside {
+    pub(super) fn new() -> Self {
+        Inside(zeroes())
+    }
+
+    /// A write of this queue enters. False: the gate is closed, and the write must leave. Never waits.
+    #[inline]
+    pub(super) fn enter(&self, gate: GateId, closures: &Closures) -> bool {
+        #[cfg(all(test, feature = "model"))]
+        if planted(Mutant::EntersUnchecked) {
+            let is_open = closures.count(gate) == 0;
+            self.0[gate.0].fetch_add(1, SeqCst);
+            return is_open;
+        }
+        self.0[gate.0].fetch_add(1, SeqCst);
+        closures.count(gate) == 0
+    }
+
+    /// A write leaves. True: it was its queue's last one inside, and a read-modify-write may wait for that.
+    #[inline]
+    pub(super) fn leave(&self, gate: GateId, closures: &Closures) -> bool {
+        self.0[gate.0].fetch_sub(1, SeqCst) == 1 && closures.count(gate) != 0
+    }
+
+    /// Whether a write of this queue is inside.
+    pub(super) fn has_writes(&self, gate: GateId) -> bool {
+        self.0[gate.0].load(SeqCst) != 0
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_idle(&self) -> bool {
+        self.0.iter().all(|word| word.load(SeqCst) == 0)
+    }
+}
