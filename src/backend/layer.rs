@@ -1,16 +1,22 @@
-//! A back-end in front of another. What a layer does not say itself it passes on: all of it is here, once, so that no
-//! layer can forget a question that the image below has an answer to.
+//! A back-end in front of another, and its queues. A layer implements [`Layer`] and [`LayerQueue`], and of those only the
+//! methods whose result it changes. All others are passed on here, once, so that no layer can forget a method that the
+//! back-end below implements.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::{Backend, BufferUse, Errno, Geometry, ImageEnds, IoQueue, Notices};
+use super::{
+    Backend, BlockingCall, BufferUse, Caller, Completion, Errno, Geometry, ImageEnds, IoQueue, Notices, Op, OpId,
+    Source, Wakeups,
+};
 use crate::disk::{ImageSnapshots, ImageStatus};
 
-/// What a layer says itself. Whoever implements it is a [`Backend`].
+/// The part of a [`Backend`] that a layer may change. A type that implements `Layer` is a [`Backend`].
 pub trait Layer: Send + Sync {
-    /// What is below.
+    /// The back-end below.
     fn image(&self) -> &dyn Backend;
 
     /// [`Backend::open_queue`].
@@ -31,17 +37,17 @@ pub trait Layer: Send + Sync {
         self.image().deactivate();
     }
 
-    /// [`Backend::describe`], made of the image's.
+    /// [`Backend::describe`], given the description of the back-end below.
     fn layer_description(&self, image: String) -> String {
         image
     }
 
-    /// [`Backend::buffer_use`], made of the image's.
+    /// [`Backend::buffer_use`], given that of the back-end below.
     fn layer_buffer_use(&self, image: BufferUse) -> BufferUse {
         image
     }
 
-    /// [`Backend::image_status`], made of the image's.
+    /// [`Backend::image_status`], given that of the back-end below.
     fn layer_status(&self, image: ImageStatus) -> ImageStatus {
         image
     }
@@ -134,5 +140,81 @@ impl<L: Layer> Backend for L {
 
     fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {
         self.image().snapshots()
+    }
+}
+
+/// The part of an [`IoQueue`] that a layer's queue may change. A type that implements `LayerQueue` is an [`IoQueue`].
+pub trait LayerQueue: Send {
+    /// The queue of the back-end below.
+    fn inner(&mut self) -> &mut dyn IoQueue;
+
+    /// [`IoQueue::push`].
+    fn layer_push(&mut self, op: Op, id: OpId) -> Result<(), Op>;
+
+    /// [`IoQueue::submit`].
+    fn layer_submit(&mut self) -> io::Result<()> {
+        self.inner().submit()
+    }
+
+    /// [`IoQueue::reap`].
+    fn layer_reap(&mut self, out: &mut Vec<Completion>) {
+        self.inner().reap(out);
+    }
+
+    /// [`IoQueue::watch`].
+    fn layer_watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.inner().watch(source, fd)
+    }
+
+    /// [`IoQueue::has_news`].
+    fn layer_has_news(&mut self) -> bool {
+        self.inner().has_news()
+    }
+
+    /// [`IoQueue::wait`].
+    fn layer_wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
+        self.inner().wait(timeout)
+    }
+}
+
+impl<Q: LayerQueue> IoQueue for Q {
+    fn push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
+        self.layer_push(op, id)
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        self.layer_submit()
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        self.layer_reap(out);
+    }
+
+    fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.layer_watch(source, fd)
+    }
+
+    fn has_news(&mut self) -> bool {
+        self.layer_has_news()
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
+        self.layer_wait(timeout)
+    }
+
+    fn caller(&mut self) -> Option<Box<dyn Caller>> {
+        self.inner().caller()
+    }
+
+    fn next_call(&mut self) -> Option<BlockingCall> {
+        self.inner().next_call()
+    }
+
+    fn call_made(&mut self, call: BlockingCall) {
+        self.inner().call_made(call);
+    }
+
+    fn change_thread(&mut self) -> io::Result<()> {
+        self.inner().change_thread()
     }
 }

@@ -3,12 +3,11 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::layer::Layer;
-use super::{Backend, BlockingCall, Caller, Completion, IoQueue, Op, OpId, Source, Wakeups};
+use super::layer::{Layer, LayerQueue};
+use super::{Backend, IoQueue, Op, OpId, Wakeups};
 
 /// Delays two of three writes: one by `delay`, the other by twice as much.
 pub struct SlowBackend {
@@ -44,8 +43,12 @@ impl SlowQueue {
     }
 }
 
-impl IoQueue for SlowQueue {
-    fn push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
+impl LayerQueue for SlowQueue {
+    fn inner(&mut self) -> &mut dyn IoQueue {
+        &mut *self.inner
+    }
+
+    fn layer_push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
         if matches!(op, Op::Write { .. }) {
             self.writes = self.writes.wrapping_add(1);
             if !self.writes.is_multiple_of(3) {
@@ -58,45 +61,13 @@ impl IoQueue for SlowQueue {
         self.inner.push(op, id)
     }
 
-    fn submit(&mut self) -> io::Result<()> {
-        self.inner.submit()
-    }
-
-    fn reap(&mut self, out: &mut Vec<Completion>) {
-        self.inner.reap(out);
-    }
-
-    fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
-        self.inner.watch(source, fd)
-    }
-
-    fn has_news(&mut self) -> bool {
-        self.inner.has_news()
-    }
-
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
+    fn layer_wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         let now = Instant::now();
         self.pass_on(Some(now));
         let due = self.delayed.front().map(|(due, ..)| due.saturating_duration_since(now));
         let wakeups = self.inner.wait(timeout.into_iter().chain(due).min())?;
         self.pass_on(Some(Instant::now()));
         Ok(wakeups)
-    }
-
-    fn caller(&mut self) -> Option<Box<dyn Caller>> {
-        self.inner.caller()
-    }
-
-    fn next_call(&mut self) -> Option<BlockingCall> {
-        self.inner.next_call()
-    }
-
-    fn call_made(&mut self, call: BlockingCall) {
-        self.inner.call_made(call);
-    }
-
-    fn change_thread(&mut self) -> io::Result<()> {
-        self.inner.change_thread()
     }
 }
 

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use super::copy::Copy;
 use super::{Mutant, Shared};
+use crate::backend::layer::LayerQueue;
 use crate::backend::mailbox::Mailbox;
-use crate::backend::{BlockingCall, Caller, Completion, IoQueue, Op, OpId, Source, Wakeups};
+use crate::backend::{Completion, IoQueue, Op, OpId, Source, Wakeups};
 
 /// How much longer a delayed op may wait for each [`EXTRA_DELAY_BYTES`] bytes of it, because a long range needs time to be
 /// saved.
@@ -199,8 +200,12 @@ impl DelayingQueue {
     }
 }
 
-impl IoQueue for DelayingQueue {
-    fn push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
+impl LayerQueue for DelayingQueue {
+    fn inner(&mut self) -> &mut dyn IoQueue {
+        &mut *self.inner
+    }
+
+    fn layer_push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
         debug_assert!(id.0 < 1 << 63, "the contract of OpId");
         if self.live == self.depth {
             return Err(op);
@@ -238,7 +243,7 @@ impl IoQueue for DelayingQueue {
         }
     }
 
-    fn submit(&mut self) -> io::Result<()> {
+    fn layer_submit(&mut self) -> io::Result<()> {
         if !self.delayed.is_empty() || !self.released.is_empty() {
             self.start_released();
             self.expire_delays();
@@ -246,44 +251,28 @@ impl IoQueue for DelayingQueue {
         self.inner.submit()
     }
 
-    fn reap(&mut self, out: &mut Vec<Completion>) {
+    fn layer_reap(&mut self, out: &mut Vec<Completion>) {
         out.append(&mut self.ready);
         self.reap_into(out);
     }
 
-    fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
+    fn layer_watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
         if source == Source::Copy {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "this queue already has a copy in front of it"));
         }
         self.inner.watch(source, fd)
     }
 
-    fn has_news(&mut self) -> bool {
+    fn layer_has_news(&mut self) -> bool {
         !self.ready.is_empty() || self.inner.has_news()
     }
 
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
+    fn layer_wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         if !self.delayed.is_empty() || !self.released.is_empty() || !self.ready.is_empty() {
             return self.wait_delayed(timeout);
         }
         let wakeups = self.inner.wait(timeout)?;
         Ok(Wakeups { copy: false, ..wakeups })
-    }
-
-    fn caller(&mut self) -> Option<Box<dyn Caller>> {
-        self.inner.caller()
-    }
-
-    fn next_call(&mut self) -> Option<BlockingCall> {
-        self.inner.next_call()
-    }
-
-    fn call_made(&mut self, call: BlockingCall) {
-        self.inner.call_made(call);
-    }
-
-    fn change_thread(&mut self) -> io::Result<()> {
-        self.inner.change_thread()
     }
 }
 

@@ -3,12 +3,12 @@
 use std::collections::VecDeque;
 use std::io;
 use std::mem;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::super::buffer::IovecList;
-use super::super::{Backend, BlockingCall, Caller, Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
+use super::super::layer::LayerQueue;
+use super::super::{Backend, Completion, Errno, IoBuf, IoQueue, Op, OpId, Wakeups};
 use super::counters::QueueCounters;
 use crate::backend::bounce_pool::{BounceBuffer, BouncePool, Pool};
 
@@ -194,8 +194,12 @@ impl CopyingQueue {
     }
 }
 
-impl IoQueue for CopyingQueue {
-    fn push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
+impl LayerQueue for CopyingQueue {
+    fn inner(&mut self) -> &mut dyn IoQueue {
+        &mut *self.inner
+    }
+
+    fn layer_push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
         if self.live == self.depth {
             return Err(op);
         }
@@ -215,11 +219,7 @@ impl IoQueue for CopyingQueue {
         Ok(())
     }
 
-    fn submit(&mut self) -> io::Result<()> {
-        self.inner.submit()
-    }
-
-    fn reap(&mut self, out: &mut Vec<Completion>) {
+    fn layer_reap(&mut self, out: &mut Vec<Completion>) {
         let mut finished = mem::take(&mut self.finished);
         self.inner.reap(&mut finished);
         let before = out.len();
@@ -229,33 +229,9 @@ impl IoQueue for CopyingQueue {
         self.advance_waiting();
     }
 
-    fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
-        self.inner.watch(source, fd)
-    }
-
-    fn has_news(&mut self) -> bool {
-        self.inner.has_news()
-    }
-
     /// May return when only a part of a write is done, with nothing to reap: the caller's `reap` then continues the write.
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
+    fn layer_wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
         self.inner.wait(timeout)
-    }
-
-    fn caller(&mut self) -> Option<Box<dyn Caller>> {
-        self.inner.caller()
-    }
-
-    fn next_call(&mut self) -> Option<BlockingCall> {
-        self.inner.next_call()
-    }
-
-    fn call_made(&mut self, call: BlockingCall) {
-        self.inner.call_made(call);
-    }
-
-    fn change_thread(&mut self) -> io::Result<()> {
-        self.inner.change_thread()
     }
 }
 

@@ -6,11 +6,10 @@
 //! itself.
 
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::super::{Backend, BlockingCall, Caller, Completion, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
+use super::super::layer::LayerQueue;
+use super::super::{Backend, Completion, IoBuf, IoQueue, Op, OpId};
 use super::counters::{ImageCounters, QueueCounters};
 
 /// How many bytes are hashed at once: they fit into the processor's first-level cache.
@@ -72,8 +71,12 @@ impl DetectingQueue {
     }
 }
 
-impl IoQueue for DetectingQueue {
-    fn push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
+impl LayerQueue for DetectingQueue {
+    fn inner(&mut self) -> &mut dyn IoQueue {
+        &mut *self.inner
+    }
+
+    fn layer_push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
         let Some(slot) = self.free.pop() else { return Err(op) };
         let write = match &op {
             Op::Write { offset, buf, .. } => Some((*offset, self.checksum(buf))),
@@ -83,41 +86,9 @@ impl IoQueue for DetectingQueue {
         self.inner.push(op, OpId(slot as u64)).inspect_err(|_| self.free.push(slot))
     }
 
-    fn submit(&mut self) -> io::Result<()> {
-        self.inner.submit()
-    }
-
-    fn reap(&mut self, out: &mut Vec<Completion>) {
+    fn layer_reap(&mut self, out: &mut Vec<Completion>) {
         let before = out.len();
         self.inner.reap(out);
         out[before..].iter_mut().for_each(|completion| self.finish_op(completion));
-    }
-
-    fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
-        self.inner.watch(source, fd)
-    }
-
-    fn has_news(&mut self) -> bool {
-        self.inner.has_news()
-    }
-
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
-        self.inner.wait(timeout)
-    }
-
-    fn caller(&mut self) -> Option<Box<dyn Caller>> {
-        self.inner.caller()
-    }
-
-    fn next_call(&mut self) -> Option<BlockingCall> {
-        self.inner.next_call()
-    }
-
-    fn call_made(&mut self, call: BlockingCall) {
-        self.inner.call_made(call);
-    }
-
-    fn change_thread(&mut self) -> io::Result<()> {
-        self.inner.change_thread()
     }
 }
