@@ -1,5 +1,6 @@
 //! A queue of the RAM disk: it decides when ops are carried out.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ pub(super) struct MemQueue {
     watches: Watches,
     prng: Prng,
     depth: usize,
-    pending: Vec<Pending>,
+    pending: VecDeque<Pending>,
     done: Vec<Completion>,
 }
 
@@ -32,7 +33,7 @@ struct Pending {
 
 impl MemQueue {
     pub(super) fn new(shared: Arc<Shared>, watches: Watches, prng: Prng, depth: usize) -> Self {
-        MemQueue { shared, watches, prng, depth, pending: Vec::new(), done: Vec::new() }
+        MemQueue { shared, watches, prng, depth, pending: VecDeque::new(), done: Vec::new() }
     }
 
     /// Carries out the ops that may complete now.
@@ -58,7 +59,7 @@ impl MemQueue {
     fn carry_out(&mut self, count: usize, shuffled: bool) {
         for _ in 0..count.min(self.pending.len()) {
             let next = if shuffled { self.prng.below(self.pending.len() as u64) as usize } else { 0 };
-            let Pending { op, id, pushed, crashes } = self.pending.remove(next);
+            let Pending { op, id, pushed, crashes } = self.pending.remove(next).expect("`next` is below the length");
             let mut state = self.shared.lock();
             state.waiting -= 1;
             let has_crashed = crashes != state.crashes;
@@ -84,7 +85,7 @@ impl IoQueue for MemQueue {
         }
         let mut state = self.shared.lock();
         state.waiting += 1;
-        self.pending.push(Pending { op, id, pushed: state.changes, crashes: state.crashes });
+        self.pending.push_back(Pending { op, id, pushed: state.changes, crashes: state.crashes });
         Ok(())
     }
 

@@ -42,10 +42,18 @@ impl Bitmap {
             (clear != 0).then(|| word as u64 * 64 + u64::from(clear.trailing_zeros()))
         })
     }
+
+    /// Returns the last clear bit of a range; `None` when all are set.
+    pub(super) fn last_clear(&self, range: Range<u64>) -> Option<u64> {
+        masks(range).rev().find_map(|(word, mask)| {
+            let clear = mask & !self.words[word].load(Ordering::Acquire);
+            (clear != 0).then(|| word as u64 * 64 + u64::from(clear.ilog2()))
+        })
+    }
 }
 
 /// The words that a range of bits touches, and which bits of each.
-fn masks(range: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
+fn masks(range: Range<u64>) -> impl DoubleEndedIterator<Item = (usize, u64)> {
     let Range { start, end } = range;
     let words = if start < end { start / 64..(end - 1) / 64 + 1 } else { 0..0 };
     words.map(move |word| {
@@ -75,5 +83,8 @@ mod tests {
         assert_eq!(bits.set(131..300), 169);
         assert_eq!(bits.first_clear(0..300), Some(130));
         assert_eq!(bits.first_clear(131..300), None);
+        assert_eq!(bits.last_clear(0..300), Some(130));
+        assert_eq!(bits.last_clear(0..130), None);
+        assert_eq!(bits.last_clear(9..9), None);
     }
 }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use super::bitmap::Bitmap;
 use super::scratch_thread::ScratchReply;
 use super::target_handle::TargetHandle;
+use super::waiters::{Ticket, Waiters};
 use super::{Mutant, Shared};
 use crate::backend::IoBuf;
 use crate::backend::mailbox::Mailbox;
@@ -96,7 +97,7 @@ pub(super) struct Copy {
 struct State {
     phase: Phase,
     /// The delayed ops of all virtqueues.
-    waiters: Vec<Waiter>,
+    waiters: Waiters,
     /// Since when `waiters` has not been empty; `None`: it is empty.
     waiting_since: Option<Instant>,
     /// For how long `waiters` was not empty before `waiting_since`.
@@ -140,16 +141,6 @@ impl State {
     }
 }
 
-/// A delayed op.
-struct Waiter {
-    /// The clusters that it still waits for; the first of them is not saved.
-    missing: Range<u64>,
-    /// Posted to `mailbox` when the op may continue.
-    ticket: u64,
-    /// The mailbox of the op's queue.
-    mailbox: Arc<Mailbox<u64>>,
-}
-
 impl Copy {
     /// Creates the bitmap for an image of `size` bytes. Fails when there is no memory for it.
     pub(super) fn bitmap(size: u64) -> Result<Bitmap, TryReserveError> {
@@ -185,7 +176,7 @@ impl Copy {
             scratch_replies: Mutex::default(),
             state: Mutex::new(State {
                 phase: Phase::Prepared,
-                waiters: Vec::new(),
+                waiters: Waiters::new(number),
                 waiting_since: None,
                 waited: Duration::ZERO,
                 warn_at: FIRST_WARNING,
@@ -242,51 +233,40 @@ impl Copy {
         true
     }
 
-    /// Whether an op that changes these bytes must wait until `ticket` is posted to `mailbox`. `false`: it may continue.
-    /// Called by the virtqueue's thread.
-    pub(super) fn must_wait(&self, bytes: Range<u64>, ticket: u64, mailbox: &Arc<Mailbox<u64>>) -> bool {
+    /// Checks whether an op that changes these bytes must wait. `Some`: until this ticket is posted to `mailbox`. `None`:
+    /// it may continue. Called by the virtqueue's thread.
+    pub(super) fn must_wait(&self, bytes: Range<u64>, mailbox: &Arc<Mailbox<Ticket>>) -> Option<Ticket> {
         // Bytes by which the image has grown since are not part of the copy.
         let clusters = bytes.start / self.cluster..bytes.end.div_ceil(self.cluster).min(self.saved.len());
         if self.shared.tuning.mutant == Some(Mutant::SavesNothing) || self.saved.first_clear(clusters.clone()).is_none()
         {
-            return false;
+            return None;
         }
         let mut state = self.lock();
         // Checked again under the lock: the copier sets bits before it takes the lock to find waiters.
-        let Some(first) = self.saved.first_clear(clusters.clone()).filter(|_| state.phase == Phase::Running) else {
-            return false;
-        };
+        let first = self.saved.first_clear(clusters.clone()).filter(|_| state.phase == Phase::Running)?;
         let missing = first..clusters.end;
-        state.urgent.push_back(missing.clone());
-        state.waiters.push(Waiter { missing, ticket, mailbox: Arc::clone(mailbox) });
+        let ticket = state.waiters.add(missing.clone(), &self.saved, mailbox)?;
+        state.urgent.push_back(missing);
         state.measure_waiting();
         drop(state);
         self.wake_copier();
-        true
+        Some(ticket)
     }
 
-    /// Removes the waiting op with this ticket and mailbox.
-    pub(super) fn forget(&self, ticket: u64, mailbox: &Arc<Mailbox<u64>>) {
+    /// Removes the waiting op with this ticket.
+    pub(super) fn forget(&self, ticket: Ticket) {
         let mut state = self.lock();
-        state.waiters.retain(|waiter| waiter.ticket != ticket || !Arc::ptr_eq(&waiter.mailbox, mailbox));
+        state.waiters.remove(ticket);
         state.measure_waiting();
     }
 
     /// Marks clusters as saved and wakes the ops that waited for them. Returns how many were not saved before. Called by
     /// the copier.
     pub(super) fn mark_saved(&self, clusters: Range<u64>) -> u64 {
-        let fresh = self.saved.set(clusters);
+        let fresh = self.saved.set(clusters.clone());
         let mut state = self.lock();
-        state.waiters.retain_mut(|waiter| match self.saved.first_clear(waiter.missing.clone()) {
-            Some(first) => {
-                waiter.missing.start = first;
-                true
-            }
-            None => {
-                waiter.mailbox.post(waiter.ticket);
-                false
-            }
-        });
+        state.waiters.release_saved(clusters, &self.saved);
         state.measure_waiting();
         fresh
     }
@@ -357,9 +337,7 @@ impl Copy {
         state.error = error;
         self.stop_delaying();
         state.urgent.clear();
-        for waiter in state.waiters.drain(..) {
-            waiter.mailbox.post(waiter.ticket);
-        }
+        state.waiters.release_all();
         state.measure_waiting();
         drop(state);
         self.target.copy_is_over();

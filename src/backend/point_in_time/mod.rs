@@ -24,6 +24,7 @@ mod target;
 mod target_handle;
 mod target_reports;
 mod target_thread;
+mod waiters;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io;

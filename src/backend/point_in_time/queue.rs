@@ -1,6 +1,6 @@
 //! A virtqueue's queue with the copy in front of it: ops that would overwrite unsaved data wait here.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -9,6 +9,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::copy::Copy;
+use super::waiters::Ticket;
 use super::{Mutant, Shared};
 use crate::backend::layer::LayerQueue;
 use crate::backend::mailbox::Mailbox;
@@ -26,7 +27,7 @@ const EXTRA_DELAY_BYTES: u64 = 32 << 20;
 pub(super) struct DelayingQueue {
     inner: Box<dyn IoQueue>,
     shared: Arc<Shared>,
-    mailbox: Arc<Mailbox<u64>>,
+    mailbox: Arc<Mailbox<Ticket>>,
     /// Ops that were pushed and not reaped.
     live: usize,
     /// The most ops that may be live.
@@ -36,9 +37,10 @@ pub(super) struct DelayingQueue {
     /// The copy for which an op was last checked.
     copy: Weak<Copy>,
     copy_number: u64,
-    last_ticket: u64,
     /// By ticket: the ops that wait for the copy.
-    delayed: HashMap<u64, Delayed>,
+    delayed: HashMap<Ticket, Delayed>,
+    /// The deadlines of these ops, earliest first.
+    deadlines: BTreeSet<(Instant, Ticket)>,
     /// Ops that no longer wait for the copy, but that the inner queue had no room for.
     released: VecDeque<(Op, OpId)>,
     /// Completions that the caller has not reaped.
@@ -73,8 +75,8 @@ impl DelayingQueue {
             changes,
             copy: Weak::new(),
             copy_number: 0,
-            last_ticket: 0,
             delayed: HashMap::new(),
+            deadlines: BTreeSet::new(),
             released: VecDeque::new(),
             ready: Vec::new(),
         })
@@ -87,32 +89,40 @@ impl DelayingQueue {
         self.changes.store(now, if change > 0 { Ordering::SeqCst } else { Ordering::Release });
     }
 
-    /// Whether an op that changes these bytes must wait for the copy of this number. If so, its ticket is `last_ticket`.
-    fn must_wait(&mut self, number: u64, changed: Range<u64>) -> bool {
+    /// Checks whether an op that changes these bytes must wait for the copy of this number. `Some`: until this ticket
+    /// arrives.
+    fn must_wait(&mut self, number: u64, changed: Range<u64>) -> Option<Ticket> {
         if self.copy_number != number {
-            let Some(copy) = self.shared.running(number) else { return false };
+            let copy = self.shared.running(number)?;
             (self.copy, self.copy_number) = (Arc::downgrade(&copy), number);
         }
-        let Some(copy) = self.copy.upgrade() else { return false };
-        self.last_ticket += 1;
-        copy.must_wait(changed, self.last_ticket, &self.mailbox)
+        self.copy.upgrade()?.must_wait(changed, &self.mailbox)
     }
 
-    fn delay(&mut self, op: Op, inner_id: OpId, len: u64) {
+    fn delay(&mut self, op: Op, inner_id: OpId, len: u64, ticket: Ticket) {
         let timeout = self.shared.tuning.timeout;
         let timeout = match op {
             // A discard is only advice: it may be skipped, so it need not wait as long.
             Op::Discard { .. } => timeout / 5,
             _ => timeout + EXTRA_DELAY.mul_f64(len as f64 / EXTRA_DELAY_BYTES as f64),
         };
-        self.delayed.insert(self.last_ticket, Delayed { op, inner_id, deadline: Instant::now() + timeout });
+        let deadline = Instant::now() + timeout;
+        self.delayed.insert(ticket, Delayed { op, inner_id, deadline });
+        self.deadlines.insert((deadline, ticket));
+    }
+
+    /// Takes a delayed op; `None`: it no longer waits.
+    fn take_delayed(&mut self, ticket: Ticket) -> Option<Delayed> {
+        let delayed = self.delayed.remove(&ticket)?;
+        self.deadlines.remove(&(delayed.deadline, ticket));
+        Some(delayed)
     }
 
     /// Passes the ops whose clusters are saved to the inner queue.
     fn start_released(&mut self) {
         for ticket in self.mailbox.take() {
             // A ticket without an op is of a discard that waited too long and was skipped.
-            if let Some(Delayed { op, inner_id, .. }) = self.delayed.remove(&ticket) {
+            if let Some(Delayed { op, inner_id, .. }) = self.take_delayed(ticket) {
                 self.released.push_back((op, inner_id));
             }
         }
@@ -127,16 +137,16 @@ impl DelayingQueue {
     /// Ends the waits whose deadline has passed: a discard is skipped; for any other op the copy fails, which releases it.
     fn expire_delays(&mut self) {
         let now = Instant::now();
-        let late: Vec<u64> =
-            self.delayed.iter().filter(|(_, op)| op.deadline <= now).map(|(&ticket, _)| ticket).collect();
+        let late: Vec<Ticket> =
+            self.deadlines.iter().take_while(|(deadline, _)| *deadline <= now).map(|&(_, ticket)| ticket).collect();
         for ticket in late {
             let copy = self.copy.upgrade();
             if let Op::Discard { offset, len } = self.delayed[&ticket].op {
                 log::debug!("a discard of {len} bytes at {offset} is skipped: a copy has not saved them in time");
                 if let Some(copy) = copy {
-                    copy.forget(ticket, &self.mailbox);
+                    copy.forget(ticket);
                 }
-                let Delayed { inner_id, .. } = self.delayed.remove(&ticket).expect("found just now");
+                let Delayed { inner_id, .. } = self.take_delayed(ticket).expect("found just now");
                 let mut done = Completion { id: inner_id, result: Ok(()), buf: None };
                 self.finish_op(&mut done);
                 self.ready.push(done);
@@ -181,7 +191,7 @@ impl DelayingQueue {
             self.start_released();
             self.expire_delays();
             self.collect();
-            let next = self.delayed.values().map(|op| op.deadline).chain(end).min();
+            let next = self.deadlines.first().map(|&(deadline, _)| deadline).into_iter().chain(end).min();
             let left = match next {
                 _ if !self.ready.is_empty() => Some(Duration::ZERO),
                 next => next.map(|next| next.saturating_duration_since(Instant::now())),
@@ -223,9 +233,12 @@ impl LayerQueue for DelayingQueue {
             let copy = self.shared.delaying.load(Ordering::SeqCst);
             let forgets = self.shared.tuning.mutant == Some(Mutant::ForgetsRanges) && !matches!(op, Op::Write { .. });
             let len = changed.end - changed.start;
-            if copy != 0 && !forgets && self.must_wait(copy, changed) {
+            if copy != 0
+                && !forgets
+                && let Some(ticket) = self.must_wait(copy, changed)
+            {
                 self.live += 1;
-                self.delay(op, inner_id, len);
+                self.delay(op, inner_id, len, ticket);
                 return Ok(());
             }
         }

@@ -1,6 +1,8 @@
 //! Resubmits what an earlier server took from the virtqueue and did not complete, before anything new and in its order.
 //! Doing a request twice is harmless: the guest has seen no completion, so it may not have relied on either outcome.
 
+use std::collections::HashSet;
+
 use super::Worker;
 use crate::base::rate_limit::FRONT_END_LOG;
 use crate::engine::Admission;
@@ -20,8 +22,9 @@ impl Worker {
         let (available, used) = self.ring.indices();
         match inflight.recover(used, available.wrapping_sub(used), self.ring.size()) {
             Ok(mut heads) => {
-                let (index, found) = (self.setup.index, heads.len());
-                heads.extend(left.iter().filter(|&head| !heads[..found].contains(head)).collect::<Vec<_>>());
+                let index = self.setup.index;
+                let marked: HashSet<u16> = heads.iter().copied().collect();
+                heads.extend(left.iter().filter(|&head| !marked.contains(head)));
                 if heads.is_empty() {
                     return;
                 }
