@@ -16,9 +16,13 @@ at=0
 while [ "$at" -lt "$count" ]; do
 	at=$((at + 1))
 	eval "disk=\$VIRTIOBLK_DISK_$at"
+	# The links of volumes, and zvol_id, have '+' for a space; no dataset has a '+' in its name.
 	case $disk in
-	/dev/zvol/*) dataset=${disk#/dev/zvol/} ;;
-	/dev/zd*) dataset=$(/lib/udev/zvol_id "$disk") ;;
+	/dev/zvol/*) dataset=$(printf '%s' "${disk#/dev/zvol/}" | tr + ' ') ;;
+	/dev/zd*)
+		dataset=$("${ZVOL_ID:-/lib/udev/zvol_id}" "$disk")
+		dataset=$(printf '%s' "$dataset" | tr + ' ')
+		;;
 	*) dataset=$(zfs list -H -o name "$disk") ;;
 	esac
 	new=$dataset@$name

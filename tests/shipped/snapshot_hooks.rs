@@ -43,7 +43,7 @@ impl Place {
         let mut command = Command::new(if Path::new("/bin/dash").exists() { "/bin/dash" } else { "/bin/sh" });
         command.arg(shipped(script)).arg(word).env("PATH", path);
         command.env("FSFREEZE_HOOK_D", self.path("d")).env("MYSQL", "mysql").env("RUN", self.path("run"));
-        command.env("PSQL", "psql").env("VIRTIOBLK_DISKS", disks.join(" "));
+        command.env("PSQL", "psql").env("VIRTIOBLK_DISKS", disks.join(" ")).env("ZVOL_ID", self.path("bin/zvol_id"));
         command.env("VIRTIOBLK_DISK_COUNT", disks.len().to_string());
         for (at, disk) in disks.iter().enumerate() {
             command.env(format!("VIRTIOBLK_DISK_{}", at + 1), disk);
@@ -168,11 +168,17 @@ fn zfs_takes_all_by_one_command() {
         "[ $1 = list ] && echo 'pool/my files'; for word; do printf '%s|' \"$word\"; done >> \"$0.words\"",
     );
     let path = format!("{}:{}", place.path("bin").display(), std::env::var("PATH").unwrap());
-    let disks = ["/pool/my files/a b.raw", "/pool/my files/c", "/dev/zvol/pool/d e"];
+    // udev's link of the volume 'pool/d e', and zvol_id of 'pool/f g', have a '+' for the space.
+    place.program("bin/zvol_id", "[ \"$1\" = /dev/zd16 ] && echo pool/f+g");
+    let disks = ["/pool/my files/a b.raw", "/pool/my files/c", "/dev/zvol/pool/d+e", "/dev/zd16"];
     succeeds(&place.run_with("zfs.sh", "nightly", &path, &disks));
     let words = fs::read_to_string(place.path("bin/zfs.words")).unwrap();
     assert!(words.starts_with("list|-H|-o|name|/pool/my files/a b.raw|list|"), "{words}");
-    assert!(words.ends_with("|snapshot|pool/my files@nightly|pool/d e@nightly|"), "{words}");
+    assert!(words.ends_with("|snapshot|pool/my files@nightly|pool/d e@nightly|pool/f g@nightly|"), "{words}");
+    // A volume that has no name makes no snapshot of the others.
+    place.program("bin/zvol_id", "exit 1");
+    assert!(!place.run_with("zfs.sh", "nightly", &path, &disks).status.success());
+    assert_eq!(fs::read_to_string(place.path("bin/zfs.words")).unwrap().matches("|snapshot|").count(), 1);
 }
 
 #[test]
