@@ -1,25 +1,27 @@
-//! Writes that a queue's own thread makes by plain calls, and that may never return (a frozen file system, a FUSE server
-//! that stopped): they are made while nothing of the queue is borrowed, so that another thread can go on with it.
+//! Writes that a queue's own thread makes by plain calls, and that may never return (a frozen file system, a FUSE
+//! server that stopped). The thread borrows nothing of the queue during such a call, so that another thread can
+//! continue with it.
 //!
-//! The owner of a queue asks it for the next call ([`super::IoQueue::next_call`]), has it made, and gives it back
-//! ([`super::IoQueue::call_made`]). If it does not return, another thread takes the queue
-//! ([`super::IoQueue::change_thread`]), and the call comes back by [`Caller::leave`] whenever it does.
+//! The owner of a queue asks it for the next call ([`super::IoQueue::next_call`]), makes the call, and returns it to
+//! the queue ([`super::IoQueue::call_made`]). If the call does not return, another thread takes the queue
+//! ([`super::IoQueue::change_thread`]). When the call does return, [`Caller::leave`] passes it to that thread.
 
 use std::time::Instant;
 
 use super::{Errno, IoBuf, OpId};
 
-/// A write.
+/// A write to be made by one plain call.
 pub struct BlockingCall {
     pub(super) id: OpId,
     pub(super) offset: u64,
     pub(super) buf: IoBuf,
-    /// RWF_*.
+    /// RWF_* of pwritev2(2).
     pub(super) flags: i32,
-    /// When it began, where that is of interest, and when it returned.
+    /// When the call began, where the queue measures that.
     pub(super) began: Option<Instant>,
+    /// When the call returned, where it has `began`.
     pub(super) ended: Option<Instant>,
-    /// Bytes stored; 0 before it was made.
+    /// Bytes written; 0 before the call.
     pub(super) result: Result<usize, Errno>,
 }
 
@@ -29,12 +31,12 @@ impl BlockingCall {
     }
 }
 
-/// Makes a queue's calls in one thread, apart from the queue.
+/// Makes a queue's calls in one thread, without borrowing the queue.
 pub trait Caller: Send {
     /// Makes the call. May never return.
     fn make(&mut self, call: &mut BlockingCall);
 
-    /// Another thread has the queue since the call was begun: hands it `call`, and whatever else of the queue this thread
-    /// alone can finish. Blocks for as long as that takes.
+    /// Another thread has taken the queue since the call began. Passes it `call`, and the completions that only this
+    /// thread can receive. Blocks until the last of them.
     fn leave(self: Box<Self>, call: BlockingCall);
 }

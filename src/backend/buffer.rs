@@ -1,10 +1,10 @@
-//! UNSAFE. The memory of one transfer: a list of iovecs and whatever keeps them mapped.
+//! UNSAFE. The memory of one transfer: a list of iovecs, and a handle that keeps their memory mapped.
 #![allow(unsafe_code)]
 
 use std::any::Any;
 use std::sync::{Arc, OnceLock};
 
-/// Longest buffer that [`IoBuf::zeroes`] makes, in bytes.
+/// Bytes of the longest buffer that [`IoBuf::zeroes`] creates.
 pub const MAX_ZEROES: usize = 1 << 20;
 
 /// Bytes of the shared zero memory, and its alignment.
@@ -22,14 +22,14 @@ pub struct IoBuf {
 }
 
 // SAFETY: the iovecs point into memory kept mapped by `_keep`, which is Send + Sync; access to the bytes is by raw
-// copies only, never through references, so no aliasing rule of a thread's is broken.
+// copies only, never through references, so no aliasing rule is broken.
 unsafe impl Send for IoBuf {}
 
-/// A list to be reused.
+/// An empty iovec list to be reused.
 #[derive(Default)]
 pub(super) struct IovecList(pub(super) Vec<libc::iovec>);
 
-// SAFETY: addresses alone; whoever uses them answers for what is there.
+// SAFETY: a list of addresses alone; code that dereferences them has its own safety argument.
 unsafe impl Send for IovecList {}
 
 impl std::fmt::Debug for IoBuf {
@@ -38,13 +38,13 @@ impl std::fmt::Debug for IoBuf {
     }
 }
 
-/// Memory of our own behind an [`IoBuf`]. The `UnsafeCell`-like access through raw pointers is why it is boxed.
+/// Memory of our own behind an [`IoBuf`]. It is a raw allocation, because it is accessed through raw pointers only.
 struct Owned {
     start: *mut u8,
     layout: std::alloc::Layout,
 }
 
-// SAFETY: plain heap memory, freed once by `drop`; accessed through raw copies by whoever holds the IoBuf.
+// SAFETY: plain heap memory, freed once by `drop`; accessed by raw copies alone, through an IoBuf.
 unsafe impl Send for Owned {}
 // SAFETY: as above; no method hands out a reference to the bytes.
 unsafe impl Sync for Owned {}
@@ -69,22 +69,22 @@ impl Drop for Owned {
     }
 }
 
-/// Memory of our own that is lent to one transfer after the other.
+/// Memory of our own that one transfer after the other uses.
 pub(super) struct Memory(Arc<Owned>);
 
 impl Memory {
-    /// `len` > 0 zeroed bytes, aligned to `align` (a power of two).
+    /// Allocates `len` > 0 zeroed bytes, aligned to `align` (a power of two).
     pub(super) fn new(len: usize, align: usize) -> Self {
         Memory(Arc::new(Owned::zeroed(len, align)))
     }
 
-    /// Bytes.
+    /// Returns the size in bytes.
     pub(super) fn len(&self) -> usize {
         self.0.layout.size()
     }
 
-    /// The first `len` bytes as a buffer, which keeps them allocated. `scratch` is an old iovec list to reuse. Panics
-    /// if there are fewer.
+    /// Returns the first `len` bytes as a buffer, which keeps them allocated. `scratch` is an old iovec list to reuse.
+    /// Panics if the memory is shorter.
     pub(super) fn lend(&self, len: usize, scratch: Vec<libc::iovec>) -> IoBuf {
         assert!(len <= self.len(), "longer than the memory");
         let mut iovecs = scratch;
@@ -93,7 +93,7 @@ impl Memory {
         IoBuf { iovecs, len, _keep: Some(self.0.clone()) }
     }
 
-    /// Whether no buffer of [`Memory::lend`] is left.
+    /// Whether every buffer of [`Memory::lend`] was dropped.
     pub(super) fn is_free(&self) -> bool {
         Arc::strong_count(&self.0) == 1
     }
@@ -110,8 +110,8 @@ impl IoBuf {
         IoBuf { iovecs, len, _keep: Some(keep) }
     }
 
-    /// Zeroed memory of our own, `len` > 0 bytes, aligned to `align` (a power of two) plus `skew` bytes (to make
-    /// unaligned buffers in tests).
+    /// Allocates `len` > 0 zeroed bytes of our own. They start `skew` bytes after a multiple of `align` (a power of
+    /// two); tests make unaligned buffers with that.
     pub fn owned(len: usize, align: usize, skew: usize) -> Self {
         let owned = Owned::zeroed(len + skew, align);
         // SAFETY: start + skew .. + len lies inside the allocation of len + skew bytes.
@@ -120,7 +120,7 @@ impl IoBuf {
         IoBuf { iovecs: vec![iovec], len, _keep: Some(Arc::new(owned)) }
     }
 
-    /// The same memory as `owned`, seen as several iovecs of the lengths given (their sum is the length). For tests.
+    /// Allocates memory as [`IoBuf::owned`] does, as several iovecs of the given lengths. For tests.
     pub fn owned_parts(lens: &[usize], align: usize) -> Self {
         let mut whole = Self::owned(lens.iter().sum(), align, 0);
         let mut base = whole.iovecs[0].iov_base.cast::<u8>();
@@ -133,8 +133,8 @@ impl IoBuf {
         whole
     }
 
-    /// `len` zero bytes to write, at most [`MAX_ZEROES`]. All such buffers share one small allocation, aligned to
-    /// [`ZERO_PART`]; nobody may read into one.
+    /// Returns `len` zero bytes to write, at most [`MAX_ZEROES`]. All such buffers share one small allocation, aligned
+    /// to [`ZERO_PART`], so nothing may be read into one.
     pub fn zeroes(len: usize) -> Self {
         assert!(len <= MAX_ZEROES);
         static PAGE: OnceLock<Arc<Owned>> = OnceLock::new();
@@ -143,7 +143,7 @@ impl IoBuf {
         IoBuf { iovecs: (0..len).step_by(ZERO_PART).map(part).collect(), len, _keep: Some(page.clone()) }
     }
 
-    /// Visits all bytes in order, copied piece by piece into `scratch`: what is seen cannot change while it is looked at.
+    /// Visits all bytes in order, copied part by part into `scratch`, so that they cannot change during a visit.
     pub fn visit(&self, scratch: &mut [u8], mut visit: impl FnMut(&[u8])) {
         assert!(!scratch.is_empty());
         for iovec in &self.iovecs {
@@ -160,24 +160,24 @@ impl IoBuf {
         }
     }
 
-    /// Whether every part starts at a multiple of `address` and is a multiple of `length` bytes long (powers of two).
-    /// What O_DIRECT asks for.
+    /// Whether every iovec starts at a multiple of `address` and is a multiple of `length` bytes long (powers of two),
+    /// as O_DIRECT requires.
     #[inline]
     pub fn is_aligned(&self, address: usize, length: usize) -> bool {
         self.iovecs.iter().all(|part| (part.iov_base as usize) & (address - 1) == 0 && part.iov_len & (length - 1) == 0)
     }
 
-    /// Bytes in all.
+    /// Returns the length of all iovecs in bytes.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there are no bytes.
+    /// Whether the length is 0.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The iovecs, for the kernel.
+    /// Returns the iovecs, for the kernel.
     pub fn iovecs(&self) -> &[libc::iovec] {
         &self.iovecs
     }
@@ -187,12 +187,12 @@ impl IoBuf {
         self.walk(offset, len, |part, _, len| to.push(libc::iovec { iov_base: part.cast(), iov_len: len }));
     }
 
-    /// Gives the iovec list back for reuse; the memory is no longer held.
+    /// Returns the emptied iovec list for reuse, and releases the memory.
     pub fn into_iovecs(self) -> Vec<libc::iovec> {
         self.into_parts().0
     }
 
-    /// The iovec list, emptied, and what kept its memory, for the next buffer over the same.
+    /// Returns the emptied iovec list, and the handle of its memory, for the next buffer over the same memory.
     pub fn into_parts(mut self) -> (Vec<libc::iovec>, Option<Arc<dyn Any + Send + Sync>>) {
         self.iovecs.clear();
         (std::mem::take(&mut self.iovecs), self._keep.take())
@@ -215,8 +215,8 @@ impl IoBuf {
         });
     }
 
-    /// Copies `len` bytes at `from_offset` of `from` into this buffer at `offset`, parts on both sides. Panics if a
-    /// range is not inside.
+    /// Copies `len` bytes at `from_offset` of `from` into this buffer at `offset`. Both may have several iovecs. Panics
+    /// if a range is not inside.
     pub fn copy_between(&self, offset: usize, from: &IoBuf, from_offset: usize, len: usize) {
         self.walk(offset, len, |to, at, part| {
             from.walk(from_offset + at, part, |source, done, step| {
@@ -227,6 +227,7 @@ impl IoBuf {
         });
     }
 
+    /// Calls `visit` for each part of a range, with its address, its offset in the range and its length.
     fn walk(&self, mut offset: usize, len: usize, mut visit: impl FnMut(*mut u8, usize, usize)) {
         assert!(offset.checked_add(len).is_some_and(|end| end <= self.len), "range outside the buffer");
         let mut done = 0;
@@ -252,7 +253,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn copies_cross_the_parts() {
+    fn a_copy_spans_several_iovecs() {
         let buf = IoBuf::owned_parts(&[3, 5, 8], 512);
         assert_eq!(buf.len(), 16);
         let pattern: Vec<u8> = (1..=16).collect();
@@ -263,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn copies_between_parts_of_different_shape() {
+    fn a_copy_between_buffers_of_different_iovecs() {
         let from = IoBuf::owned_parts(&[5, 1, 10], 512);
         from.copy_from(0, &(1..=16).collect::<Vec<u8>>());
         let to = IoBuf::owned_parts(&[2, 9, 7], 512);
@@ -305,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn alignment_sees_every_part() {
+    fn alignment_is_checked_of_every_iovec() {
         assert!(IoBuf::owned_parts(&[512, 1024], 512).is_aligned(512, 512));
         assert!(!IoBuf::owned_parts(&[512, 8, 504], 512).is_aligned(8, 512));
         assert!(!IoBuf::owned(512, 512, 4).is_aligned(8, 512));

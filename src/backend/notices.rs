@@ -1,40 +1,40 @@
-//! What a back-end says of its own accord, and how the rest of the daemon listens: the image was resized, somebody is
-//! about to take a snapshot of it, its state changed. A file says nothing; a network image does.
+//! What a back-end reports without being asked, to the rest of the daemon: the image was resized, another client is
+//! about to take a snapshot of it, its state changed. A network image reports these; a file reports nothing.
 
 use crate::engine::Errno;
 
-/// Listens to a back-end. Every method is called from a thread of the back-end's, must not block and must not call the
-/// back-end.
+/// Receives a back-end's notices. A thread of the back-end calls the methods, which must not block and must not call
+/// the back-end.
 pub trait Notices: Send + Sync {
-    /// [`super::Geometry::size`] is now this, in bytes. May come when nothing changed.
+    /// [`super::Geometry::size`] is now `size` bytes. May be called when nothing changed.
     fn resized(&self, size: u64);
 
-    /// Somebody outside is about to take a snapshot of the image and waits until the disk is held still.
+    /// Another client is about to take a snapshot of the image and waits until the disk is quiet.
     fn quiesce(&self, ask: QuiesceAsk);
 
-    /// The snapshot was taken or given up. May come without a quiesce, and after one that was refused.
+    /// The snapshot was taken or given up. May be called without a `quiesce`, and after one that was refused.
     fn unquiesce(&self);
 
-    /// [`super::Backend::image_status`] changed: for an event.
+    /// [`super::Backend::image_status`] changed, so that an event can be sent.
     fn state_changed(&self);
 }
 
-/// How the answer to a [`QuiesceAsk`] travels back.
+/// Delivers the result of a [`QuiesceAsk`] to the client.
 type Answer = Box<dyn FnOnce(Result<(), Errno>) + Send>;
 
-/// A request to hold the disk still, answered exactly once: by [`QuiesceAsk::answer`], or with ECANCELED when it is
+/// A request to quiesce the disk. It gets exactly one reply: by [`QuiesceAsk::answer`], or ECANCELED when it is
 /// dropped.
 pub struct QuiesceAsk {
     answer: Option<Answer>,
 }
 
 impl QuiesceAsk {
-    /// `answer` is called once, from any thread. It must not block.
+    /// Any thread calls `answer`, once. It must not block.
     pub fn new(answer: impl FnOnce(Result<(), Errno>) + Send + 'static) -> Self {
         QuiesceAsk { answer: Some(Box::new(answer)) }
     }
 
-    /// `Ok`: nothing that changes the image is in flight, and everything acknowledged is durable.
+    /// Replies. `Ok` means that nothing that changes the image is in flight and everything acknowledged is durable.
     pub fn answer(mut self, result: Result<(), Errno>) {
         if let Some(answer) = self.answer.take() {
             answer(result);
@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_ask_is_answered_exactly_once() {
+    fn a_quiesce_request_gets_exactly_one_reply() {
         let (sender, answers) = mpsc::channel();
         let ask = |sender: &mpsc::Sender<_>| {
             let sender = sender.clone();

@@ -6,12 +6,12 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use super::{Errno, IoBuf};
 
-/// iovecs in one call (UIO_MAXIOV).
+/// The most iovecs in one call (UIO_MAXIOV).
 const MAX_IOVECS: usize = 1024;
 
-/// preadv2(2) or pwritev2(2) of these bytes of `buf`, at `offset` of the file; pread(2) or pwrite(2) where they do.
-/// Returns the bytes moved, which may be fewer than were asked for. `scratch` is for the iovecs, if a list has to be
-/// made.
+/// Reads or writes `range` of `buf` at `offset` of the file, with preadv2(2) or pwritev2(2), or with pread(2) or
+/// pwrite(2) where those suffice. Returns how many bytes were transferred, which may be fewer than asked for. `scratch`
+/// holds the iovecs where a list must be built.
 pub(super) fn transfer(
     file: BorrowedFd<'_>,
     write: bool,
@@ -30,22 +30,23 @@ pub(super) fn transfer(
         scratch
     };
     let fd = file.as_raw_fd();
-    // Not glibc's wrappers, which are cancellation points and, where there are threads, cost a tenth of a cached read.
+    // Not by glibc's wrappers: they are cancellation points, which costs a tenth of a cached read in a program with
+    // threads.
     let moved = match iovecs {
-        // A list of one costs a twenty-fifth. (Kernels of 32 bits want the offset in halves.)
+        // A list of one iovec would cost 4 % more. Kernels of 32 bits take the offset in halves.
         [one] if flags == 0 && cfg!(target_pointer_width = "64") => {
             let call = if write { libc::SYS_pwrite64 } else { libc::SYS_pread64 };
-            // SAFETY: the part is memory that `buf`, borrowed for longer than the call, keeps mapped; no reference to
-            // that memory exists, and the kernel answers EFAULT if its pages are gone.
+            // SAFETY: the iovec is memory that `buf`, borrowed for longer than the call, keeps mapped. No reference to
+            // that memory exists, and the kernel returns EFAULT if its pages are gone.
             unsafe { libc::syscall(call, fd, one.iov_base, one.iov_len, offset) }
         }
         list => {
             let call = if write { libc::SYS_pwritev2 } else { libc::SYS_preadv2 };
-            // SAFETY: as above, of every part; the list lives through the call and has so many entries. The offset's upper
-            // half is for kernels of 32 bits.
+            // SAFETY: as above, for every iovec; the list outlives the call and has `list.len()` entries. The offset's
+            // upper half is for kernels of 32 bits.
             unsafe { libc::syscall(call, fd, list.as_ptr(), list.len(), offset, 0u64, flags) }
         }
     };
-    // -1 is the one negative answer.
+    // -1 is the only negative result.
     usize::try_from(moved).map_err(|_| Errno(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)))
 }

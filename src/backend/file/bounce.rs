@@ -1,40 +1,43 @@
-//! Transfers that go through memory of our own: buffers that O_DIRECT would refuse, and writes of less than a block
-//! of the medium (read-modify-write).
+//! Bounced transfers, which go through memory of our own: O_DIRECT would refuse the guest's buffer, or a write covers
+//! less than a block of the medium (read-modify-write).
 
 use super::super::uring::{Command, Transfer};
 use super::super::{Errno, IoBuf};
-use crate::backend::bounce_pool::{BounceBuffer, Pool};
+use crate::backend::bounce_pool::{BounceBuffer, QueuePool};
 
-/// A read or write of the image in parts, each of which is copied. The range that is read or written is extended to
-/// whole blocks of `align`; for a write the caller holds the range lock, and what surrounds the data is read first.
+/// A read or write of the image in parts, each of which is copied. It extends the range to whole blocks of `align`. Of
+/// a block that a write covers in part it reads the rest first; the caller holds the range lock for that.
 pub(super) struct BounceOp {
     write: bool,
     durable: bool,
     offset: u64,
     guest: IoBuf,
     align: u64,
-    /// Bytes of `guest` that are through.
+    /// Bytes of `guest` that are transferred.
     done: usize,
     stage: Stage,
-    /// The memory, once begun.
+    /// The memory, from `begin` on.
     memory: Option<BounceBuffer>,
 }
 
-/// What the command in flight does for the current part.
+/// What the command in flight does.
 #[derive(Clone, Copy, PartialEq)]
 enum Stage {
+    /// Reads the first block of the part, of which the guest writes a part.
     ReadHead,
+    /// Reads the last block.
     ReadTail,
+    /// Reads or writes the part itself.
     Body,
 }
 
-/// What comes next.
+/// What an op does after a command.
 pub(super) enum Next {
     Run(Command),
     Done(Result<(), Errno>),
 }
 
-/// The current part: `start..end` in whole blocks, of which `from..to` are the guest's bytes.
+/// The current part: `start..end` are whole blocks, and `from..to` the bytes of the guest in them.
 struct Part {
     start: u64,
     end: u64,
@@ -43,29 +46,30 @@ struct Part {
 }
 
 impl BounceOp {
-    /// A transfer that has not begun; `align` is a power of two.
+    /// Creates a transfer that has not begun. `align` is a power of two.
     pub(super) fn new((write, durable): (bool, bool), offset: u64, guest: IoBuf, align: u32) -> Self {
         BounceOp { write, durable, offset, guest, align: align.into(), done: 0, stage: Stage::Body, memory: None }
     }
 
-    /// The first command. None: there is no memory now; try again when a piece was given back to `pool`.
-    pub(super) fn begin(&mut self, pool: &mut Pool) -> Option<Command> {
+    /// Returns the first command. Returns `None` while there is no memory; the caller retries when memory was put back
+    /// into `pool`.
+    pub(super) fn begin(&mut self, pool: &mut QueuePool) -> Option<Command> {
         let part = self.part(usize::MAX);
-        let piece = pool.take((part.end - part.start) as usize)?;
-        let bounce = piece.lend(piece.len(), Vec::new());
-        self.memory = Some(piece);
+        let memory = pool.take((part.end - part.start) as usize)?;
+        let bounce = memory.lend(memory.len(), Vec::new());
+        self.memory = Some(memory);
         Some(self.first(bounce))
     }
 
-    /// The guest's buffer, when all is over.
+    /// Returns the guest's buffer at the end.
     pub(super) fn into_guest(self) -> IoBuf {
         self.guest
     }
 
-    /// A command is over; `bounce` is the part's memory, which came back with it.
-    pub(super) fn after(&mut self, result: Result<(), Errno>, bounce: IoBuf, pool: &mut Pool) -> Next {
+    /// Handles the result of a command. `bounce` is the part's memory, which came back with it.
+    pub(super) fn after(&mut self, result: Result<(), Errno>, bounce: IoBuf, pool: &mut QueuePool) -> Next {
         if let Err(errno) = result {
-            // If what surrounds the data cannot be read, nothing of this block is stored.
+            // If the rest of a block cannot be read, nothing of this block is written.
             return self.end(Err(errno), bounce, pool);
         }
         let part = self.part(bounce.len());
@@ -85,10 +89,10 @@ impl BounceOp {
         Next::Run(self.first(bounce))
     }
 
-    /// All is over: the memory goes back.
-    fn end(&mut self, result: Result<(), Errno>, bounce: IoBuf, pool: &mut Pool) -> Next {
+    /// Ends the op and puts its memory back.
+    fn end(&mut self, result: Result<(), Errno>, bounce: IoBuf, pool: &mut QueuePool) -> Next {
         drop(bounce);
-        pool.give(self.memory.take().expect("it was begun"));
+        pool.put_back(self.memory.take().expect("`begin` took it"));
         Next::Done(result)
     }
 
@@ -104,7 +108,7 @@ impl BounceOp {
         part.from != part.start
     }
 
-    /// Whether the last block is partly the guest's, and is not the one read as the head.
+    /// Whether the guest writes a part of the last block, and that is not the block read as the head.
     fn needs_tail(&self, part: &Part) -> bool {
         part.to != part.end && !(self.needs_head(part) && part.end - part.start == self.align)
     }

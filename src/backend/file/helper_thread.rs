@@ -1,5 +1,5 @@
-//! A queue's threads for what the ring cannot do on every kernel and file system: ioctls that sleep, and writes of which
-//! the file system takes only a part at a time. A task that hangs holds up no other until [`MAX_THREADS`] hang.
+//! A queue's helper threads, for what io_uring cannot do on every kernel and file system: ioctls that sleep, and writes of
+//! which the file system takes only a part at a time. A task that hangs holds up no other until [`MAX_THREADS`] hang.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,11 +14,12 @@ use super::mailbox::{Mail, Mailbox};
 use crate::backend::preadv;
 use crate::base::syscalls;
 
-/// EAGAIN in a row from plain calls, with [`PAUSE`] between them, before a transfer is given up.
+/// How often in a row a plain call may fail with EAGAIN before its transfer fails.
 const MAX_RETRIES: u32 = 1000;
-const PAUSE: Duration = Duration::from_millis(1);
+/// The delay before each of these retries.
+const RETRY_DELAY: Duration = Duration::from_millis(1);
 
-/// Threads of one queue; each is started when all before it are busy.
+/// The most threads of one queue. A further one is started when a task comes while all are busy.
 const MAX_THREADS: usize = 8;
 
 enum Task {
@@ -31,7 +32,7 @@ enum Task {
         key: u64,
         transfer: Transfer,
     },
-    /// Hangs until the other end goes.
+    /// Hangs until the sender is dropped.
     #[cfg(test)]
     Hang {
         key: u64,
@@ -39,8 +40,8 @@ enum Task {
     },
 }
 
-/// Discards on a block device, and transfers by plain calls, in any order. Dropping it waits for what was asked.
-pub(super) struct Helper {
+/// Makes discards on a block device, and transfers by plain calls, in any order. Dropping it waits for its tasks.
+pub(super) struct HelperThreads {
     tasks: Option<mpsc::Sender<Task>>,
     threads: Vec<JoinHandle<()>>,
     shared: Arc<Shared>,
@@ -51,18 +52,18 @@ struct Shared {
     mailbox: Arc<Mailbox>,
     /// One thread at a time waits for the next task.
     tasks: Mutex<mpsc::Receiver<Task>>,
-    /// Tasks that were asked for and are not done.
+    /// Tasks that were queued and are not done.
     unfinished: AtomicUsize,
 }
 
-impl Helper {
-    /// Starts the first thread, for the queue's own description of the file. Errors: no thread to be had.
+impl HelperThreads {
+    /// Starts the first thread, for the queue's own description of the file. Fails when no thread can be started.
     pub(super) fn start(file: Arc<OwnedFd>, mailbox: Arc<Mailbox>) -> io::Result<Self> {
-        let (tasks, asked) = mpsc::channel::<Task>();
-        let shared = Shared { file, mailbox, tasks: Mutex::new(asked), unfinished: AtomicUsize::new(0) };
-        let mut helper = Helper { tasks: Some(tasks), threads: Vec::new(), shared: Arc::new(shared) };
-        helper.start_thread()?;
-        Ok(helper)
+        let (tasks, queued) = mpsc::channel::<Task>();
+        let shared = Shared { file, mailbox, tasks: Mutex::new(queued), unfinished: AtomicUsize::new(0) };
+        let mut helpers = HelperThreads { tasks: Some(tasks), threads: Vec::new(), shared: Arc::new(shared) };
+        helpers.start_thread()?;
+        Ok(helpers)
     }
 
     fn start_thread(&mut self) -> io::Result<()> {
@@ -71,40 +72,40 @@ impl Helper {
         Ok(())
     }
 
-    /// Asks for a discard; `Mail::Discarded` with this key follows.
+    /// Queues a discard. `Mail::Discarded` with this key follows.
     pub(super) fn discard(&mut self, key: u64, offset: u64, len: u64) {
-        self.ask(Task::Discard { key, offset, len });
+        self.queue(Task::Discard { key, offset, len });
     }
 
-    /// Asks for a transfer; `Mail::Transferred` with this key follows.
+    /// Queues a transfer. `Mail::Transferred` with this key follows.
     pub(super) fn transfer(&mut self, key: u64, transfer: Transfer) {
-        self.ask(Task::Transfer { key, transfer });
+        self.queue(Task::Transfer { key, transfer });
     }
 
-    fn ask(&mut self, task: Task) {
+    fn queue(&mut self, task: Task) {
         let unfinished = self.shared.unfinished.fetch_add(1, Ordering::Relaxed);
         if unfinished >= self.threads.len() && self.threads.len() < MAX_THREADS {
-            // Without another one the task waits for those before it.
+            // The task then waits for those before it.
             if let Err(error) = self.start_thread() {
                 log::debug!("no further helper thread: {error}");
             }
         }
-        let tasks = self.tasks.as_ref().expect("only drop takes it");
-        assert!(tasks.send(task).is_ok(), "the thread ends only when the sender is gone");
+        let tasks = self.tasks.as_ref().expect("only `drop` takes it");
+        assert!(tasks.send(task).is_ok(), "the threads end only after the sender was dropped");
     }
 }
 
 impl Shared {
-    /// A thread: task after task until the queue goes.
+    /// What a thread does: one task after the other, until the queue is dropped.
     fn serve(&self) {
         loop {
-            // A panic of another one leaves the channel in order.
+            // A thread that panicked leaves the channel in order.
             let task = self.tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
             let mail = match task {
                 Err(mpsc::RecvError) => return,
                 Ok(Task::Discard { key, offset, len }) => Mail::Discarded(key, discard(self.file.as_fd(), offset, len)),
                 Ok(Task::Transfer { key, transfer }) => {
-                    let result = move_all(self.file.as_fd(), &transfer);
+                    let result = transfer_all(self.file.as_fd(), &transfer);
                     Mail::Transferred(key, transfer, result)
                 }
                 #[cfg(test)]
@@ -119,7 +120,7 @@ impl Shared {
     }
 }
 
-impl Drop for Helper {
+impl Drop for HelperThreads {
     fn drop(&mut self) {
         drop(self.tasks.take());
         for thread in self.threads.drain(..) {
@@ -139,21 +140,21 @@ fn discard(file: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<()> {
     }
 }
 
-/// Call after call, for as long as any byte is moved.
-fn move_all(file: BorrowedFd<'_>, transfer: &Transfer) -> Result<(), Errno> {
+/// Makes call after call, as long as each transfers something.
+fn transfer_all(file: BorrowedFd<'_>, transfer: &Transfer) -> Result<(), Errno> {
     let flags = if transfer.durable { libc::RWF_DSYNC } else { 0 };
     let (mut done, mut retries, mut scratch) = (0, 0, Vec::new());
     while done < transfer.len {
         let range = transfer.from + done..transfer.from + transfer.len;
         let offset = transfer.offset + done as u64;
         match preadv::transfer(file, transfer.write, &transfer.buf, range, offset, flags, &mut scratch) {
-            // Inside the image: the file was cut short under us, or takes nothing for ever.
+            // Inside the image this means that another process truncated the file, or that it takes no more data.
             Ok(0) => return Err(Errno(libc::EIO)),
             Ok(moved) => (done, retries) = (done + moved, 0),
             Err(Errno(libc::EINTR)) => {}
             Err(Errno(libc::EAGAIN)) if retries < MAX_RETRIES => {
                 retries += 1;
-                thread::sleep(PAUSE);
+                thread::sleep(RETRY_DELAY);
             }
             Err(Errno(libc::EAGAIN)) => return Err(Errno(libc::EIO)),
             Err(errno) => return Err(errno),
@@ -168,16 +169,16 @@ mod tests {
 
     use super::*;
 
-    /// Waits until so many tasks are answered.
-    fn collect(mailbox: &Mailbox, answered: &mut Vec<u64>, wanted: usize) {
+    /// Waits until so many tasks are done.
+    fn collect(mailbox: &Mailbox, done: &mut Vec<u64>, wanted: usize) {
         let end = Instant::now() + Duration::from_secs(60);
-        while answered.len() < wanted {
-            assert!(Instant::now() < end, "only {answered:?} are answered");
+        while done.len() < wanted {
+            assert!(Instant::now() < end, "only {done:?} are done");
             let keys = mailbox.take().into_iter().map(|mail| match mail {
                 Mail::Discarded(key, _) => key,
-                _ => unreachable!("nothing else was asked for"),
+                _ => unreachable!("nothing else was queued"),
             });
-            answered.extend(keys);
+            done.extend(keys);
             thread::sleep(Duration::from_millis(1));
         }
     }
@@ -186,22 +187,22 @@ mod tests {
     fn tasks_that_hang_hold_up_no_other() {
         let file = tempfile::tempfile().unwrap();
         let mailbox = Arc::new(Mailbox::new().unwrap());
-        let mut helper = Helper::start(Arc::new(file.into()), Arc::clone(&mailbox)).unwrap();
+        let mut helpers = HelperThreads::start(Arc::new(file.into()), Arc::clone(&mailbox)).unwrap();
         let mut held = Vec::new();
         for key in 1..MAX_THREADS as u64 {
             let (release, until) = mpsc::channel();
             held.push(release);
-            helper.ask(Task::Hang { key, until });
+            helpers.queue(Task::Hang { key, until });
         }
-        let mut answered = Vec::new();
+        let mut done = Vec::new();
         for key in 100..103 {
-            // A file takes none, and that is an answer.
-            helper.discard(key, 0, 4096);
+            // A regular file takes no discard ioctl; the task is done all the same.
+            helpers.discard(key, 0, 4096);
         }
-        collect(&mailbox, &mut answered, 3);
-        assert!(answered.iter().all(|key| *key >= 100), "{answered:?}");
+        collect(&mailbox, &mut done, 3);
+        assert!(done.iter().all(|key| *key >= 100), "{done:?}");
         drop(held);
-        collect(&mailbox, &mut answered, 3 + MAX_THREADS - 1);
-        assert_eq!(helper.threads.len(), MAX_THREADS);
+        collect(&mailbox, &mut done, 3 + MAX_THREADS - 1);
+        assert_eq!(helpers.threads.len(), MAX_THREADS);
     }
 }

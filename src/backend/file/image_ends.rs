@@ -41,11 +41,11 @@ pub(super) fn format_in_time(path: &Path, file: BorrowedFd<'_>, size: u64) -> Op
     let (sender, found) = mpsc::channel();
     let look = move || {
         let ends = read(file.as_fd(), size, Alignment { memory: 1, offset: 1 });
-        // Nobody may wait any more.
+        // The receiver may have stopped waiting.
         let _ = sender.send(ends.ok().and_then(|ends| recognize(&ends)));
     };
     if let Err(error) = thread::Builder::new().name("format".into()).spawn(look) {
-        log::debug!("{}: no thread to see its format: {error}", path.display());
+        log::debug!("{}: cannot start a thread to read its format: {error}", path.display());
         return None;
     }
     found.recv_timeout(LOOK_TIMEOUT).ok().flatten()

@@ -1,4 +1,4 @@
-//! What other threads tell a queue of a file.
+//! The messages that other threads send to a queue of a file.
 
 use std::io;
 
@@ -6,19 +6,19 @@ use super::super::uring::{Command, Transfer};
 use super::super::{BlockingCall, Errno};
 use super::queue::Job;
 
-/// One message.
+/// A message to a queue.
 pub(super) enum Mail {
-    /// The range lock with this id is held now.
+    /// The range lock of this claim is granted.
     Granted(u64),
     /// The helper thread finished the discard of this key.
     Discarded(u64, io::Result<()>),
     /// The helper thread finished the transfer of this key.
     Transferred(u64, Transfer, Result<(), Errno>),
-    /// A thread that had the queue before is back from this call.
+    /// The call of the thread that had the queue before has returned.
     Returned(BlockingCall),
-    /// And a command that its ring had is over.
+    /// A command of the io_uring of that thread is complete.
     Finished(Job, Command, Result<(), Errno>),
 }
 
-/// Where it arrives.
+/// A queue's mailbox.
 pub(super) type Mailbox = super::super::mailbox::Mailbox<Mail>;

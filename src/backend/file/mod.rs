@@ -1,4 +1,4 @@
-//! Raw image files and host block devices: one io_uring a ring, and plain calls for what needs no waiting.
+//! Raw image files and host block devices: an io_uring for each virtqueue, and plain calls for what need not wait.
 
 mod bounce;
 mod change_counter;
@@ -6,7 +6,7 @@ mod device_stack;
 mod geometry;
 mod helper_thread;
 mod image_ends;
-mod immediate;
+mod inline;
 mod lock;
 mod mailbox;
 mod open;
@@ -37,16 +37,16 @@ use queue::FileQueue;
 use range_locks::RangeLocks;
 use range_op::Unsupported;
 
-/// Whether QEMU's image locks are used (`--locking`).
+/// How QEMU's image locks are used (`--locking`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Locking {
-    /// Where the filesystem has them; a warning where not.
+    /// Locks where the file system supports it, and warns where not.
     #[default]
     Auto,
-    /// The same, but only while a guest's rings run: two servers can have the image open, and a live migration hands it
-    /// from one to the other. A guest that is paused holds no lock.
+    /// Like `Auto`, but only while a guest's rings run. Two servers can then have the image open, and a live migration
+    /// hands it from one to the other. A paused guest holds no lock.
     InUse,
-    /// No: the user answers for it.
+    /// Takes no locks: the user excludes other writers.
     Off,
 }
 
@@ -55,37 +55,38 @@ pub enum Locking {
 pub struct FileOptions {
     /// The image: a regular file or a block device.
     pub path: PathBuf,
-    /// The cache mode's meaning; decides about O_DIRECT.
+    /// What the cache mode means; it decides about O_DIRECT.
     pub policy: CachePolicy,
-    /// Refuse writes; the image need not be writable.
+    /// Refuses writes; the image need not be writable.
     pub read_only: bool,
-    /// The sector size that the guest sees, 512 or 4096 bytes; None: the sector of the disk below, in every mode.
+    /// The sector size that the guest sees, 512 or 4096 bytes. `None`: that of the disk below, in every mode.
     pub logical_block_size: Option<u32>,
-    /// Pass discards on, and let write-zeroes deallocate.
+    /// Passes discards on, and lets write-zeroes deallocate.
     pub discard_unmap: bool,
     /// The user said that the image is raw (`--format raw`), whatever it looks like.
     pub is_raw: bool,
-    /// QEMU's image locks.
+    /// How QEMU's image locks are used.
     pub locking: Locking,
-    /// Another process has the image, and gives its locks up later: then [`Backend::take_over`] takes them.
+    /// Another process has the image and will release its locks later. [`Backend::take_over`] then takes them.
     pub lock_later: bool,
-    /// Make single writes durable with RWF_DSYNC ([`DurableWrite::Native`]) instead of a sync after them. See
-    /// [`FileOptions::new`] for which is better where.
+    /// Makes single writes durable with RWF_DSYNC ([`DurableWrite::Native`]) instead of a sync after them.
+    /// [`FileOptions::new`] says which is better where.
     pub durable_writes: bool,
-    /// Where transfers that must be copied get their memory.
+    /// The memory for transfers that must be copied.
     pub memory: Arc<BouncePool>,
-    /// Where sysfs is mounted: `/sys`, but for tests.
+    /// Where sysfs is mounted: `/sys`, except in tests.
     pub sysfs: PathBuf,
 }
 
 impl FileOptions {
     /// The defaults: writable, blocks as O_DIRECT needs them, discards passed on, locks taken.
     ///
-    /// Single durable writes past the page cache, a sync shared by many over it. Measured by `benches/durable_write.rs`
-    /// (ext4, virtio disk without FUA, 4 KiB random, depths 1, 16, 64), shared sync relative to RWF_DSYNC: O_DIRECT
-    /// 0.92, 1.11, 0.90; page cache 0.96, 3.21, 4.31. Past the cache they are equal here, and RWF_DSYNC needs one step
-    /// instead of two and uses the FUA of devices that have it. Over the cache its writes to one file take turns.
-    /// And there a failed RWF_DSYNC is as final as a failed sync, even where only this write found no room.
+    /// Durable writes use RWF_DSYNC with O_DIRECT, and a sync shared by many writes over the page cache. Measured by
+    /// `benches/durable_write.rs` (ext4, virtio disk without FUA, 4 KiB random, depths 1, 16, 64), the shared sync
+    /// relative to RWF_DSYNC: O_DIRECT 0.92, 1.11, 0.90; page cache 0.96, 3.21, 4.31. With O_DIRECT they are equal
+    /// here, and RWF_DSYNC needs one step instead of two and uses the FUA of devices that have it. Over the page cache
+    /// RWF_DSYNC writes to one file take turns. There a failed RWF_DSYNC is also as final as a failed sync, even if
+    /// only this write found no space.
     pub fn new(path: impl Into<PathBuf>, policy: CachePolicy) -> Self {
         FileOptions {
             path: path.into(),
@@ -108,45 +109,45 @@ pub struct FileBackend {
     shared: Arc<Shared>,
 }
 
-/// What all queues of an image have in common.
+/// What all queues of an image share.
 struct Shared {
-    /// Holds the image locks. Queues open their own descriptions.
+    /// The description that holds the image locks. Queues open their own.
     fd: OwnedFd,
     name: String,
-    /// Absolute.
+    /// Absolute path.
     path: PathBuf,
     flags: OFlags,
     is_device: bool,
     /// Opened with O_DIRECT.
     direct: bool,
-    /// Of O_DIRECT; 1 without.
+    /// What O_DIRECT requires; 1 without O_DIRECT.
     align: Alignment,
-    /// Bytes of the units in which the kernel discards and zeroes.
+    /// Bytes of the units in which the kernel discards and zeroes ranges.
     range_unit: u32,
     may_unmap: bool,
-    /// As it was opened; the size is in `size`.
+    /// The geometry when the image was opened; the current size is in `size`.
     geometry: Geometry,
-    /// Bytes.
+    /// The current size in bytes.
     size: AtomicU64,
     buffer_use: BufferUse,
     memory: Arc<BouncePool>,
-    latch: StickyError,
-    unsynced: ChangeCounter,
-    /// What may be done in a queue's own thread.
-    medium: immediate::InlinePolicy,
-    /// Who begins what a queue's ring is given.
+    sync_error: StickyError,
+    changes: ChangeCounter,
+    /// What a queue's own thread may do.
+    inline_policy: inline::InlinePolicy,
+    /// Which thread begins the commands of a queue's io_uring.
     submission: Submission,
-    unable: Unsupported,
-    /// Where the guest's blocks are smaller than those that can be written: what read-modify-write needs.
-    ranges: Option<Arc<RangeLocks>>,
+    unsupported: Unsupported,
+    /// The locks for read-modify-write, where the guest's blocks are smaller than those that can be written.
+    range_locks: Option<Arc<RangeLocks>>,
     locking: Locking,
-    /// The locks of [`Locking::Auto`] are another process's to take, or still its own.
-    lent: AtomicBool,
+    /// The locks of [`Locking::Auto`] are released for another process, or that process still has them.
+    locks_released: AtomicBool,
 }
 
 impl FileBackend {
-    /// Opens and checks an image, and takes its locks. Errors name the thing, the cause and the mend. Called by main
-    /// before the socket is bound.
+    /// Opens and checks an image, and takes its locks. `main` calls it before it binds the socket. An error says what
+    /// failed, why, and how to fix it.
     pub fn open(options: &FileOptions) -> Result<FileBackend, OpenError> {
         let opened = open::open(options)?;
         let medium = opened.medium;
@@ -168,7 +169,7 @@ impl FileBackend {
             durable_write: if options.durable_writes { DurableWrite::Native } else { DurableWrite::Emulate },
         };
         let buffer_use = if direct {
-            device_stack::of(opened.fd.as_fd(), opened.is_device, &options.sysfs)
+            device_stack::buffer_use(opened.fd.as_fd(), opened.is_device, &options.sysfs)
         } else {
             BufferUse::Copies("the host's page cache gets a copy of each write".into())
         };
@@ -186,36 +187,36 @@ impl FileBackend {
             geometry,
             buffer_use,
             memory: options.memory.clone(),
-            latch: StickyError::default(),
-            unsynced: ChangeCounter::default(),
-            medium: match (direct, medium.storage) {
-                (true, _) => immediate::InlinePolicy::Device,
-                (false, Storage::Local) => immediate::InlinePolicy::Cache,
-                (false, Storage::ForeignSnapshot) => immediate::InlinePolicy::CacheElsewhere,
-                (false, Storage::Memory) => immediate::InlinePolicy::Memory,
+            sync_error: StickyError::default(),
+            changes: ChangeCounter::default(),
+            inline_policy: match (direct, medium.storage) {
+                (true, _) => inline::InlinePolicy::Device,
+                (false, Storage::Local) => inline::InlinePolicy::Cache,
+                (false, Storage::Remote) => inline::InlinePolicy::RemoteCache,
+                (false, Storage::Memory) => inline::InlinePolicy::Memory,
             },
             submission: match medium.storage {
                 Storage::Memory | Storage::Local => Submission::Inline,
-                Storage::ForeignSnapshot => Submission::Worker,
+                Storage::Remote => Submission::Worker,
             },
-            unable: Unsupported::default(),
-            ranges: (opened.logical_block < align.offset).then(|| RangeLocks::new(align.offset)),
+            unsupported: Unsupported::default(),
+            range_locks: (opened.logical_block < align.offset).then(|| RangeLocks::new(align.offset)),
             locking: options.locking,
-            lent: AtomicBool::new(options.lock_later),
+            locks_released: AtomicBool::new(options.lock_later),
         };
         Ok(FileBackend { shared: Arc::new(shared) })
     }
 }
 
-/// Whether the kernel gives this process an io_uring, with the rights that it has now; the error says why not. Called by
-/// main once more after rights were given up.
+/// Checks that the kernel provides an io_uring to this process, with its present rights; the error says why not. `main`
+/// calls it once more after it has dropped rights.
 pub(crate) fn probe_io_uring() -> io::Result<()> {
     super::uring::probe()
 }
 
-/// Makes the io_urings of so many queues, of all images of this process; no other is made from now on. Returns for how many
-/// there was memory. Called by main before the filter of system calls forbids it, and before it is another user: an
-/// io_uring that root made does not count as memory that a user locks. Errors: there is none at all.
+/// Creates the io_urings of so many queues, for all images of this process; none is created after that. Returns for how
+/// many queues there was memory; fails if for none. `main` calls it before the filter of system calls forbids it, and
+/// before it changes its user: an io_uring that root created does not count as memory locked by a user.
 pub(crate) fn prepare_io_urings(queues: u16) -> io::Result<u16> {
     super::uring::prepare(queues)
 }
@@ -226,27 +227,27 @@ impl Backend for FileBackend {
     }
 
     fn open_queue(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
-        // Its own open file description: the kernel reports a writeback error to each of them once. If queues shared
-        // one, the first sync would take the error and another, running at the same time, would succeed.
+        // An open file description of its own: the kernel reports a writeback error once to each description. If queues
+        // shared one, the first sync would get the error, and another that runs at the same time would succeed.
         let file = geometry::reopen(self.shared.fd.as_fd(), self.shared.flags)?;
         Ok(Box::new(FileQueue::open(Arc::clone(&self.shared), file, depth)?))
     }
 
     fn sync(&self) -> io::Result<()> {
-        let result = match self.shared.unsynced.begin() {
+        let result = match self.shared.changes.begin_sync() {
             None => Ok(()),
-            Some(upto) => loop {
+            Some(stamp) => loop {
                 match rustix::fs::fdatasync(&self.shared.fd) {
                     Err(rustix::io::Errno::INTR) => {}
                     Err(error) => break Err(Errno(error.raw_os_error())),
                     Ok(()) => {
-                        self.shared.unsynced.synced(upto);
+                        self.shared.changes.sync_succeeded(stamp);
                         break Ok(());
                     }
                 }
             },
         };
-        self.shared.latch.judge(result, &self.shared.name).map_err(|errno| io::Error::from_raw_os_error(errno.0))
+        self.shared.sync_error.record(result, &self.shared.name).map_err(|errno| io::Error::from_raw_os_error(errno.0))
     }
 
     fn buffer_use(&self) -> BufferUse {
@@ -264,12 +265,12 @@ impl Backend for FileBackend {
         if offset >= size {
             return Ok(None);
         }
-        // Moves the position of our own description, which nothing else uses.
+        // This moves the position of our own description, which nothing else uses.
         match seek(&self.shared.fd, SeekFrom::Data(offset)) {
             Ok(start) if start >= size => Ok(None),
             Ok(start) => Ok(Some((start, seek(&self.shared.fd, SeekFrom::Hole(start))?.min(size)))),
             Err(Errno::NXIO) => Ok(None),
-            // Devices, and filesystems that do not know.
+            // Devices, and file systems that cannot report holes.
             Err(Errno::INVAL | Errno::NOTSUP) => Ok(Some((offset, size))),
             Err(error) => Err(error.into()),
         }
@@ -284,7 +285,7 @@ impl Backend for FileBackend {
         let what = if shared.is_device { "block device" } else { "raw file" };
         let how = if shared.direct { "O_DIRECT" } else { "the host's cache" };
         let access = if shared.geometry.read_only { ", read-only" } else { "" };
-        let modify = if shared.ranges.is_some() {
+        let modify = if shared.range_locks.is_some() {
             format!(", read-modify-write of {}-byte blocks", shared.align.offset)
         } else {
             String::new()
@@ -293,7 +294,7 @@ impl Backend for FileBackend {
     }
 
     fn identity(&self) -> Option<String> {
-        // By its own numbers: a device may be named by many paths, a file as well.
+        // By its numbers, because a device or a file may have many paths.
         let found = rustix::fs::fstat(&self.shared.fd).ok()?;
         Some(match self.shared.is_device {
             true => format!("device {}", found.st_rdev),
@@ -303,31 +304,31 @@ impl Backend for FileBackend {
 
     fn hand_over(&self) {
         if self.shared.locking == Locking::Auto {
-            self.shared.lent.store(true, Ordering::Release);
+            self.shared.locks_released.store(true, Ordering::Release);
             lock::unlock_image(self.shared.fd.as_fd());
         }
     }
 
     fn take_over(&self) -> io::Result<()> {
         let shared = &self.shared;
-        if shared.locking == Locking::Auto && shared.lent.load(Ordering::Acquire) {
+        if shared.locking == Locking::Auto && shared.locks_released.load(Ordering::Acquire) {
             open::lock(&shared.path, shared.fd.as_fd(), shared.geometry.read_only)
                 .map_err(|error| io::Error::other(error.to_string()))?;
-            shared.lent.store(false, Ordering::Release);
+            shared.locks_released.store(false, Ordering::Release);
         }
         Ok(())
     }
 
     fn activate(&self) -> io::Result<()> {
-        // Where it could not be taken back at once it is tried again before a guest's rings run.
+        // If the locks could not be taken back after a failed hand-over, this retries before a guest's rings run.
         self.take_over()?;
         let shared = &self.shared;
         if shared.locking == Locking::InUse {
             open::lock(&shared.path, shared.fd.as_fd(), shared.geometry.read_only)
                 .map_err(|error| io::Error::other(error.to_string()))?;
-            // Another host may have written it since: what is cached here and clean is read again.
+            // Another host may have written the image since, so clean cached data must be read again.
             if let Err(error) = rustix::fs::fadvise(&shared.fd, 0, None, Advice::DontNeed) {
-                log::debug!("{}: what is cached of it stays: {error}", shared.name);
+                log::debug!("{}: cannot drop its cached data: {error}", shared.name);
             }
         }
         resize::notice_growth(shared);
@@ -337,7 +338,7 @@ impl Backend for FileBackend {
     fn activate_for_hold(&self) -> io::Result<bool> {
         match self.shared.locking {
             Locking::InUse => self.activate().map(|()| true),
-            // Where a process that was to go on with it did not, and the image could not be had back at once.
+            // If another process was to take over and did not, and the locks could not be taken back at once.
             Locking::Auto => self.take_over().map(|()| false),
             Locking::Off => Ok(false),
         }
@@ -358,7 +359,7 @@ impl Backend for FileBackend {
     }
 
     fn sync_failed(&self) -> Option<Errno> {
-        self.shared.latch.get()
+        self.shared.sync_error.get()
     }
 }
 
@@ -377,8 +378,8 @@ mod tests {
         (file, backend)
     }
 
-    /// What a push left ready, without any help of the kernel's.
-    fn at_once(queue: &mut dyn IoQueue, op: Op) -> Option<Result<(), Errno>> {
+    /// Returns the result if the op completed inline, in `push`.
+    fn inline_result(queue: &mut dyn IoQueue, op: Op) -> Option<Result<(), Errno>> {
         let mut out = Vec::new();
         queue.push(op, OpId(1)).unwrap();
         queue.reap(&mut out);
@@ -390,41 +391,45 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_the_cache_takes_no_ring() {
+    fn cached_data_is_transferred_inline() {
         let (file, backend) = image(CacheMode::Writeback);
         let mut queue = backend.unwrap().open_queue(4).unwrap();
-        assert_eq!(at_once(&mut *queue, write()), Some(Ok(())));
+        assert_eq!(inline_result(&mut *queue, write()), Some(Ok(())));
         let part = IoBuf::owned(4096, 4096, 0);
         let asked =
             preadv::transfer(file.as_file().as_fd(), false, &part, 0..512, 4096, libc::RWF_NOWAIT, &mut Vec::new());
         if asked == Err(Errno(libc::EOPNOTSUPP)) {
             return eprintln!("SKIPPED: reads of {} do not know RWF_NOWAIT", file.path().display());
         }
-        assert_eq!(at_once(&mut *queue, Op::Read { offset: 4096, buf: part }), Some(Ok(())));
+        assert_eq!(inline_result(&mut *queue, Op::Read { offset: 4096, buf: part }), Some(Ok(())));
         let long = IoBuf::owned(1 << 20, 4096, 0);
-        assert_eq!(at_once(&mut *queue, Op::Read { offset: 0, buf: long }), None, "long copies hold up the others");
+        assert_eq!(
+            inline_result(&mut *queue, Op::Read { offset: 0, buf: long }),
+            None,
+            "a long copy would delay the others"
+        );
     }
 
     #[test]
-    fn a_sync_after_a_sync_asks_nobody() {
+    fn a_sync_after_a_sync_makes_no_system_call() {
         let (_file, backend) = image(CacheMode::Writeback);
         let backend = backend.unwrap();
-        let is_clean = || backend.shared.unsynced.begin().is_none();
+        let is_clean = || backend.shared.changes.begin_sync().is_none();
         let mut queue = backend.open_queue(4).unwrap();
-        assert!(!is_clean(), "a predecessor's writes may be in the cache");
+        assert!(!is_clean(), "an earlier process may have written");
         backend.sync().unwrap();
         assert!(is_clean());
-        assert_eq!(at_once(&mut *queue, Op::Sync), Some(Ok(())));
-        at_once(&mut *queue, write());
+        assert_eq!(inline_result(&mut *queue, Op::Sync), Some(Ok(())));
+        inline_result(&mut *queue, write());
         assert!(!is_clean());
-        backend.shared.latch.fail(Errno(libc::EIO), "test");
+        backend.shared.sync_error.fail(Errno(libc::EIO), "test");
         backend.sync().unwrap_err();
-        assert_eq!(at_once(&mut *queue, Op::Sync), Some(Err(Errno(libc::EIO))), "a failure is for good");
+        assert_eq!(inline_result(&mut *queue, Op::Sync), Some(Err(Errno(libc::EIO))), "a failure is final");
     }
 
-    /// A filesystem that asks for more than it told must not fail a guest's request.
+    /// A guest's request must not fail because a file system requires more alignment than it reported.
     #[test]
-    fn what_the_kernel_refuses_is_bounced_after_all() {
+    fn a_transfer_that_the_kernel_refuses_is_bounced() {
         let (_file, backend) = image(CacheMode::None);
         let mut backend = match backend {
             Ok(backend) => backend,

@@ -1,4 +1,4 @@
-//! Opening an image: everything that a user can get wrong is found here, before a guest waits, and said with a mend.
+//! Opens an image. Every mistake that a user can make is found here, before a guest waits, and reported with its fix.
 
 use std::fmt;
 use std::io;
@@ -12,17 +12,17 @@ use super::lock::{LockError, lock_image};
 use super::{FileOptions, Locking, image_ends};
 use crate::backend::{image_format, uring};
 
-/// Why an image cannot be served: the thing, the cause and the mend in one line.
+/// Why an image cannot be served: what failed, why, and how to fix it, in one line.
 #[derive(Debug)]
 pub struct OpenError {
     thing: String,
     cause: String,
-    mend: String,
+    fix: String,
 }
 
 impl fmt::Display for OpenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}; {}", self.thing, self.cause, self.mend)
+        write!(f, "{}: {}; {}", self.thing, self.cause, self.fix)
     }
 }
 
@@ -33,7 +33,7 @@ impl OpenError {
     fn of_another_format(mut self, format: Option<&str>) -> OpenError {
         if let Some(format) = format {
             self.cause += &format!(", and {}", image_format::finding(format));
-            self.mend = format!("{}; or {} if it is raw all the same", image_format::conversion(format), self.mend);
+            self.fix = format!("{}; or {} if it is raw all the same", image_format::conversion(format), self.fix);
         }
         self
     }
@@ -42,44 +42,45 @@ impl OpenError {
 /// An image that passed every check.
 pub(super) struct Opened {
     pub(super) fd: OwnedFd,
-    /// As it was opened, to open it again.
+    /// The flags with which it was opened, to open it again.
     pub(super) flags: OFlags,
     pub(super) is_device: bool,
     pub(super) medium: MediumLimits,
     pub(super) logical_block: u32,
 }
 
-/// Opens and checks. Takes the image locks, which live as long as the descriptor returned.
+/// Opens and checks an image. Takes its locks, which last as long as the descriptor returned.
 pub(super) fn open(options: &FileOptions) -> Result<Opened, OpenError> {
     let path = options.path.as_path();
-    // Before opening: to open a FIFO would wait for its other end.
+    // Before opening: opening a FIFO would wait for its other end.
     check_kind(path, stat(path).map_err(|error| cannot_open(options, error.into()))?.st_mode)?;
     let access = if options.read_only { OFlags::RDONLY } else { OFlags::RDWR };
     let direct = if options.policy.opens_direct() { OFlags::DIRECT } else { OFlags::empty() };
     let flags = access | direct;
     let fd = rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
         .map_err(|error| cannot_open(options, error.into()))?;
-    let ask = |error: io::Error| fail(path, format!("cannot ask the kernel about it ({error})"), "check the storage");
+    let ask =
+        |error: io::Error| fail(path, format!("the kernel does not report its limits ({error})"), "check the storage");
     let is_device = check_kind(path, fstat(&fd).map_err(|error| ask(error.into()))?.st_mode)?;
     if options.locking == Locking::Auto && !options.lock_later {
         lock(path, fd.as_fd(), options.read_only)?;
     }
-    let medium = if is_device { geometry::of_device(fd.as_fd()) } else { geometry::of_file(fd.as_fd()) };
+    let medium = if is_device { geometry::device_limits(fd.as_fd()) } else { geometry::file_limits(fd.as_fd()) };
     let medium = medium.map_err(ask)?;
     let logical_block = check_shape(options, &medium, is_device).map_err(|error| match options.is_raw {
         // An image of another format need not be whole blocks, and rounding it up would spoil it.
         false => error.of_another_format(image_ends::format_in_time(path, fd.as_fd(), medium.size)),
         true => error,
     })?;
-    uring::probe().map_err(|error| fail(path, "the kernel gives us no way to do I/O".into(), &error.to_string()))?;
+    uring::probe().map_err(|error| fail(path, "the kernel provides no io_uring".into(), &error.to_string()))?;
     Ok(Opened { fd, flags, is_device, medium, logical_block })
 }
 
-fn fail(path: &Path, cause: String, mend: &str) -> OpenError {
-    OpenError { thing: path.display().to_string(), cause, mend: mend.into() }
+fn fail(path: &Path, cause: String, fix: &str) -> OpenError {
+    OpenError { thing: path.display().to_string(), cause, fix: fix.into() }
 }
 
-/// Whether it is a block device; an error unless it is that or a regular file.
+/// Returns whether the image is a block device. Fails unless it is that or a regular file.
 fn check_kind(path: &Path, mode: u32) -> Result<bool, OpenError> {
     let what = match FileType::from_raw_mode(mode) {
         FileType::RegularFile => return Ok(false),
@@ -88,14 +89,14 @@ fn check_kind(path: &Path, mode: u32) -> Result<bool, OpenError> {
         FileType::Fifo => "a FIFO",
         FileType::Socket => "a socket",
         FileType::CharacterDevice => "a character device",
-        _ => "no ordinary file",
+        _ => "neither a file nor a device",
     };
     Err(fail(path, format!("this is {what}"), "name a raw image file or a block device"))
 }
 
 fn cannot_open(options: &FileOptions, error: io::Error) -> OpenError {
     let path = options.path.as_path();
-    let (cause, mend) = match error.raw_os_error() {
+    let (cause, fix) = match error.raw_os_error() {
         Some(libc::ENOENT) => ("there is no such file", "create it (truncate -s 10G FILE) or correct the path"),
         Some(libc::ENOTDIR) => ("a part of the path is not a directory", "correct the path"),
         Some(libc::ELOOP) => ("too many symbolic links", "correct the path"),
@@ -111,7 +112,7 @@ fn cannot_open(options: &FileOptions, error: io::Error) -> OpenError {
             ("operation not permitted", "remove the immutable attribute (chattr -i), or serve it with --read-only")
         }
         Some(libc::EROFS) => {
-            // EROFS is also what a unit's mounts give for a file that is writable elsewhere.
+            // The mounts of a systemd unit also give EROFS, for a file that is writable elsewhere.
             (
                 "the filesystem or the device is read-only",
                 "make it writable (in a systemd unit ProtectHome= makes /home, /root and /run/user read-only, and \
@@ -133,10 +134,10 @@ fn cannot_open(options: &FileOptions, error: io::Error) -> OpenError {
         ),
         _ => return fail(path, format!("cannot be opened ({error})"), "see the kernel's log"),
     };
-    fail(path, cause.into(), mend)
+    fail(path, cause.into(), fix)
 }
 
-/// Takes the image locks, where the filesystem has them.
+/// Takes the image locks. Where the file system has none it logs a warning.
 pub(super) fn lock(path: &Path, fd: BorrowedFd<'_>, read_only: bool) -> Result<(), OpenError> {
     match lock_image(fd, read_only) {
         Ok(()) => Ok(()),
@@ -151,12 +152,12 @@ pub(super) fn lock(path: &Path, fd: BorrowedFd<'_>, read_only: bool) -> Result<(
         Err(LockError::Failed(error)) => Err(fail(
             path,
             format!("it cannot be locked ({error})"),
-            "mend the filesystem's locks, or, if you know that nobody else uses the image, use --locking off",
+            "repair the locks of the filesystem, or, if you know that no other process uses the image, use --locking off",
         )),
         Err(LockError::Unavailable(error)) => {
             log::warn!(
-                "{}: image locks are not available here ({error}); nothing keeps a second writer away. --locking off \
-                 silences this",
+                "{}: image locks are not available here ({error}); nothing excludes a second writer; --locking \
+                 off silences this",
                 path.display()
             );
             Ok(())
@@ -167,7 +168,7 @@ pub(super) fn lock(path: &Path, fd: BorrowedFd<'_>, read_only: bool) -> Result<(
 /// Checks the size against the blocks and returns the logical block size.
 fn check_shape(options: &FileOptions, medium: &MediumLimits, is_device: bool) -> Result<u32, OpenError> {
     let path = options.path.as_path();
-    // The same in every mode, so that a change of mode never changes what the guest sees.
+    // The same in every mode, so that a change of mode does not change what the guest sees.
     let usual = medium.sector.clamp(512, 4096);
     let logical = options.logical_block_size.unwrap_or(usual);
     if logical != 512 && logical != 4096 {
@@ -175,10 +176,10 @@ fn check_shape(options: &FileOptions, medium: &MediumLimits, is_device: bool) ->
         return Err(fail(path, cause, "use --logical-block-size 512 or 4096"));
     }
     if medium.size == 0 {
-        let mend = if is_device { "attach a medium" } else { "give it a size (truncate -s 10G FILE)" };
-        return Err(fail(path, "it is empty".into(), mend));
+        let fix = if is_device { "attach a medium" } else { "give it a size (truncate -s 10G FILE)" };
+        return Err(fail(path, "it is empty".into(), fix));
     }
-    // With O_DIRECT the last block must be whole for the kernel too, whatever the guest sees.
+    // With O_DIRECT the last block must be whole for the kernel, too, whatever the guest sees.
     let (unit, whose) = match medium.alignment.offset {
         offset if options.policy.opens_direct() && offset > logical => (offset, "blocks that O_DIRECT needs here"),
         _ => (logical, "logical blocks"),
@@ -187,7 +188,7 @@ fn check_shape(options: &FileOptions, medium: &MediumLimits, is_device: bool) ->
         return Ok(logical);
     }
     let cause = format!("its size, {} bytes, is not a multiple of the {unit}-byte {whose}", medium.size);
-    let mend = match (is_device, unit > 512 && medium.size.is_multiple_of(512)) {
+    let fix = match (is_device, unit > 512 && medium.size.is_multiple_of(512)) {
         (false, false) => format!("round it up: truncate -s %{unit} FILE"),
         (false, true) if whose == "logical blocks" => {
             format!("round it up (truncate -s %{unit} FILE), or use --logical-block-size 512")
@@ -195,7 +196,7 @@ fn check_shape(options: &FileOptions, medium: &MediumLimits, is_device: bool) ->
         (false, true) => format!("round it up (truncate -s %{unit} FILE), or use a mode over the host's cache"),
         (true, _) => "use --logical-block-size 512, or a device of another size".into(),
     };
-    Err(fail(path, cause, &mend))
+    Err(fail(path, cause, &fix))
 }
 
 #[cfg(test)]

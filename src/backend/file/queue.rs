@@ -1,4 +1,4 @@
-//! One ring's way to the image: ops in, completions out, over one [`Uring`].
+//! The queue of one virtqueue: takes ops and returns completions, over one io_uring ([`Uring`]).
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -12,12 +12,12 @@ use super::super::{BlockingCall, Caller, Completion, Errno, IoBuf, IoQueue, Op, 
 use super::Shared;
 use super::bounce::{BounceOp, Next};
 use super::change_counter::ChangeStamp;
-use super::helper_thread::Helper;
-use super::immediate::{Immediate, Outcome};
+use super::helper_thread::HelperThreads;
+use super::inline::{InlineIo, Outcome};
 use super::mailbox::{Mail, Mailbox};
 use super::range_locks::{QueueLocks, Ticket};
 use super::range_op::{RangeOp, Step};
-use crate::backend::bounce_pool::Pool;
+use crate::backend::bounce_pool::QueuePool;
 use crate::backend::preadv;
 use crate::base::rate_limit::{STORAGE_LOG, log_limited};
 
@@ -26,54 +26,55 @@ const WAKE: u32 = 1;
 const COPY: u32 = 2;
 const MAIL: u32 = 3;
 
-/// A queue of a [`super::FileBackend`]. `submit` and `wait` enter the kernel, which then shows what has finished; `reap`
-/// makes no system call. Who polls instead of sleeping calls `submit` between two reaps. The order of the fields
-/// matters: the ring goes first and waits for what is in flight, then the helper, and the file last.
+/// A queue of a [`super::FileBackend`]. `submit` and `wait` enter the kernel, which then posts completions; `reap`
+/// makes no system call. A caller that polls instead of sleeping calls `submit` between two reaps. Fields are dropped
+/// in their order: first `uring`, which waits for what is in flight, then the helper thread, and the file last.
 pub(super) struct FileQueue {
-    ring: Uring<Job>,
-    /// To the thread that has the ring's caller: the ring, should another thread go on.
-    leave: Option<mpsc::Sender<Uring<Job>>>,
-    /// Writes that wait to be made by plain calls.
-    calls: VecDeque<BlockingCall>,
-    helper: Option<Helper>,
-    /// With an open file description of its own, which remembers writeback errors for this queue.
+    uring: Uring<Job>,
+    /// Sends the io_uring to the thread that makes the calls ([`FileCaller`]), should another thread take the queue.
+    to_caller: Option<mpsc::Sender<Uring<Job>>>,
+    /// Writes to be made by plain calls.
+    pending_calls: VecDeque<BlockingCall>,
+    helper: Option<HelperThreads>,
+    /// An open file description of this queue alone: the kernel reports a writeback error once to each description.
     file: Arc<OwnedFd>,
-    immediate: Immediate,
+    inline: InlineIo,
     shared: Arc<Shared>,
     mailbox: Arc<Mailbox>,
     /// Where the medium's blocks are larger than the guest's.
     locks: Option<Arc<QueueLocks>>,
-    pool: Pool,
+    pool: QueuePool,
     /// Ops taken and not yet in `ready`.
     live: usize,
+    /// The most ops taken and not reaped.
     depth: usize,
-    /// Ops that wait for a range lock, by ticket, and how they begin.
-    parked: HashMap<u64, (Job, Step)>,
-    /// Ops that wait for memory, oldest first. They have their range lock already, and whoever has memory waits for the
-    /// medium only, so none of them waits for another.
-    hungry: VecDeque<Job>,
-    /// Ops that the helper thread works on.
-    helped: HashMap<u64, Job>,
+    /// Ops that wait for their range lock, by its claim, with their first step.
+    waiting_for_lock: HashMap<u64, (Job, Step)>,
+    /// Ops that wait for bounce memory, oldest first. They hold their range lock already, and an op that has memory
+    /// waits for the medium only, so none of them waits for another.
+    waiting_for_memory: VecDeque<Job>,
+    /// Ops that the helper thread works on, by the key of their task.
+    in_helper: HashMap<u64, Job>,
     last_key: u64,
     ready: Vec<Completion>,
     wakeups: Wakeups,
 }
 
-/// An op on its way.
+/// An op that was taken and is not complete.
 pub(super) struct Job {
     id: OpId,
     durable: bool,
-    /// Whether there is something to sync afterwards.
+    /// The op changes the image, so a later sync has something to do.
     changes: bool,
     work: Work,
-    /// Held until the op is over, however it ends.
+    /// The range lock, held until the op is complete, however it ends.
     _ticket: Option<Ticket>,
 }
 
 enum Work {
-    /// One command is all of it.
+    /// The op is a single command.
     Whole,
-    /// A sync, and what it covers.
+    /// A sync, and the changes that it covers.
     Sync(ChangeStamp),
     BounceOp(Box<BounceOp>),
     RangeOp(Box<RangeOp>),
@@ -81,37 +82,37 @@ enum Work {
 
 impl FileQueue {
     pub(super) fn open(shared: Arc<Shared>, file: OwnedFd, depth: usize) -> io::Result<Self> {
-        let mut ring = Uring::new(depth, file.as_fd(), shared.submission)?;
+        let mut uring = Uring::new(depth, file.as_fd(), shared.submission)?;
         let mailbox = Arc::new(Mailbox::new()?);
-        ring.watch(MAIL, mailbox.as_fd())?;
-        let locks = shared.ranges.as_ref().map(|ranges| QueueLocks::new(Arc::clone(ranges), Arc::clone(&mailbox)));
+        uring.watch(MAIL, mailbox.as_fd())?;
+        let locks = shared.range_locks.as_ref().map(|locks| QueueLocks::new(Arc::clone(locks), Arc::clone(&mailbox)));
         Ok(FileQueue {
-            ring,
-            leave: None,
-            calls: VecDeque::new(),
+            uring,
+            to_caller: None,
+            pending_calls: VecDeque::new(),
             helper: None,
             file: Arc::new(file),
-            immediate: Immediate::new(shared.medium),
-            pool: Pool::new(shared.memory.clone(), shared.align.memory as usize),
+            inline: InlineIo::new(shared.inline_policy),
+            pool: QueuePool::new(shared.memory.clone(), shared.align.memory as usize),
             shared,
             mailbox,
             locks,
             live: 0,
             depth,
-            parked: HashMap::new(),
-            hungry: VecDeque::new(),
-            helped: HashMap::new(),
+            waiting_for_lock: HashMap::new(),
+            waiting_for_memory: VecDeque::new(),
+            in_helper: HashMap::new(),
             last_key: 0,
             ready: Vec::with_capacity(depth),
             wakeups: Wakeups::default(),
         })
     }
 
-    /// A read that may need no ring: ready when this returns, or what is left of it is live.
+    /// Tries a read without the io_uring. The op is in `ready` when this returns, or the io_uring has the rest of it.
     #[inline]
-    fn read_at_once(&mut self, id: OpId, offset: u64, buf: IoBuf) {
-        match self.immediate.read(self.file.as_fd(), &buf, offset) {
-            Outcome::Over(result) => self.hand_back(id, false, result, Some(buf)),
+    fn read_inline(&mut self, id: OpId, offset: u64, buf: IoBuf) {
+        match self.inline.read(self.file.as_fd(), &buf, offset) {
+            Outcome::Over(result) => self.complete(id, false, result, Some(buf)),
             Outcome::Moved(from) => {
                 self.live += 1;
                 self.start_rest(id, false, offset, buf, from);
@@ -120,18 +121,18 @@ impl FileQueue {
         }
     }
 
-    /// A write that may need no ring: live until its call was made.
+    /// Queues a write that may need no io_uring. It is live until its call has returned.
     #[inline]
-    fn write_at_once(&mut self, id: OpId, offset: u64, buf: IoBuf) {
-        self.immediate.reserve(&buf);
+    fn write_inline(&mut self, id: OpId, offset: u64, buf: IoBuf) {
+        self.inline.reserve(&buf);
         self.live += 1;
-        self.calls.push_back(BlockingCall::new(id, offset, buf));
-        if self.leave.is_none() {
+        self.pending_calls.push_back(BlockingCall::new(id, offset, buf));
+        if self.to_caller.is_none() {
             self.make_calls();
         }
     }
 
-    /// Makes the calls here: the owner does not.
+    /// Makes the queued calls in this thread, where the owner has not taken that on itself.
     fn make_calls(&mut self) {
         let mut scratch = Vec::new();
         while let Some(mut call) = self.next_call() {
@@ -140,32 +141,32 @@ impl FileQueue {
         }
     }
 
-    /// The rest of a transfer of which so many bytes were moved takes the ring.
+    /// Gives the io_uring what is left of a transfer after `from` bytes.
     fn start_rest(&mut self, id: OpId, write: bool, offset: u64, buf: IoBuf, from: usize) {
         let len = buf.len() - from;
         let rest = Transfer { write, durable: false, offset: offset + from as u64, buf, from, len };
         let job = Job { id, durable: false, changes: write, work: Work::Whole, _ticket: None };
-        self.ring.start(Command::Transfer(rest), job);
+        self.uring.start(Command::Transfer(rest), job);
     }
 
-    /// What waits to be made takes the ring: the owner is about to sleep.
+    /// Gives the queued calls to the io_uring, because the owner is about to sleep.
     fn start_calls(&mut self) {
-        while let Some(BlockingCall { id, offset, buf, .. }) = self.calls.pop_front() {
+        while let Some(BlockingCall { id, offset, buf, .. }) = self.pending_calls.pop_front() {
             self.start_rest(id, true, offset, buf, 0);
         }
     }
 
-    /// How the op begins, and what is left of it afterwards.
+    /// Returns whether the op is a durable write, its state, and its first step.
     fn plan(&self, op: Op) -> (bool, Work, Step) {
         match op {
             Op::Read { offset, buf } => self.plan_transfer((false, false), offset, buf),
             Op::Write { offset, buf, durable } => self.plan_transfer((true, durable), offset, buf),
-            Op::Sync => match self.shared.unsynced.begin() {
-                Some(upto) => match self.immediate.sync(self.file.as_fd()) {
-                    None => (false, Work::Sync(upto), Step::Run(Command::Sync)),
-                    Some(result) => (false, Work::Whole, Step::Done(self.synced(upto, result))),
+            Op::Sync => match self.shared.changes.begin_sync() {
+                Some(stamp) => match self.inline.sync(self.file.as_fd()) {
+                    None => (false, Work::Sync(stamp), Step::Run(Command::Sync)),
+                    Some(result) => (false, Work::Whole, Step::Done(self.synced(stamp, result))),
                 },
-                None => (false, Work::Whole, Step::Done(self.shared.latch.judge(Ok(()), &self.shared.name))),
+                None => (false, Work::Whole, Step::Done(self.shared.sync_error.record(Ok(()), &self.shared.name))),
             },
             Op::Discard { offset, len } => self.plan_ranged(RangeOp::discard(offset, len, &self.shared)),
             Op::WriteZeroes { offset, len, unmap } => {
@@ -176,7 +177,7 @@ impl FileQueue {
 
     fn plan_transfer(&self, (write, durable): (bool, bool), offset: u64, buf: IoBuf) -> (bool, Work, Step) {
         let align = self.shared.align;
-        // An aligned list of parts may still add up to less than a block of the medium, or start inside one.
+        // Aligned iovecs may still add up to less than a block of the medium, or start inside one.
         let whole_blocks = (offset | buf.len() as u64) & u64::from(align.offset - 1) == 0;
         if whole_blocks && buf.is_aligned(align.memory as usize, align.offset as usize) {
             let len = buf.len();
@@ -192,48 +193,48 @@ impl FileQueue {
         (false, Work::RangeOp(Box::new(ranged)), step)
     }
 
-    /// Locks the blocks of an op that changes the image, where blocks of the medium are larger than the guest's. False: the
-    /// op must wait until it is granted.
+    /// Locks the blocks of an op that changes the image, where the medium's blocks are larger than the guest's. The
+    /// flag is false if the op must wait for its lock.
     fn lock(&self, op: &Op) -> Option<(Ticket, bool)> {
         let locks = self.locks.as_ref()?;
         Some(match op {
             Op::Read { .. } | Op::Sync => return None,
             Op::Write { offset, buf, .. } => locks.lock_written(*offset..*offset + buf.len() as u64),
             Op::WriteZeroes { offset, len, .. } => locks.lock_written(*offset..*offset + *len),
-            // Of blocks that the guest discards in part nothing is discarded.
+            // A block that the guest discards in part is left alone.
             Op::Discard { offset, len } => locks.lock_inside(*offset..*offset + *len),
         })
     }
 
     fn run(&mut self, job: Job, step: Step) {
         match step {
-            Step::Run(command) => self.ring.start(command, job),
+            Step::Run(command) => self.uring.start(command, job),
             Step::Copy => {
-                self.hungry.push_back(job);
-                self.feed();
+                self.waiting_for_memory.push_back(job);
+                self.start_bounce_ops();
             }
             Step::DiscardDevice { offset, len } => self.discard_device(job, offset, len),
             Step::Done(result) => self.finish(job, result, None),
         }
     }
 
-    /// Begins the copied transfers that there is memory for.
-    fn feed(&mut self) {
-        while let Some(job) = self.hungry.front_mut() {
+    /// Starts the bounced transfers for which there is memory.
+    fn start_bounce_ops(&mut self) {
+        while let Some(job) = self.waiting_for_memory.front_mut() {
             let begun = match &mut job.work {
                 Work::BounceOp(copied) => copied.begin(&mut self.pool),
                 Work::RangeOp(ranged) => ranged.begin(&mut self.pool),
                 Work::Whole | Work::Sync(_) => unreachable!("it needs no memory"),
             };
             let Some(command) = begun else { return };
-            let job = self.hungry.pop_front().expect("looked at just now");
-            self.ring.start(command, job);
+            let job = self.waiting_for_memory.pop_front().expect("it is the front");
+            self.uring.start(command, job);
         }
     }
 
     fn discard_device(&mut self, mut job: Job, offset: u64, len: u64) {
         if self.start_helper("a discard") {
-            let key = self.help(job);
+            let key = self.give_to_helper(job);
             self.helper.as_mut().expect("started just now").discard(key, offset, len);
         } else {
             job.work = Work::Whole;
@@ -241,25 +242,25 @@ impl FileQueue {
         }
     }
 
-    /// The ring does not get a transfer done.
-    fn by_plain_calls(&mut self, job: Job, transfer: Transfer) {
+    /// Has the helper thread make a transfer that the io_uring cannot finish.
+    fn transfer_in_helper(&mut self, job: Job, transfer: Transfer) {
         if self.start_helper("a transfer") {
-            let key = self.help(job);
+            let key = self.give_to_helper(job);
             self.helper.as_mut().expect("started just now").transfer(key, transfer);
         } else {
             self.after(job, Command::Transfer(transfer), Err(Errno(libc::ENOMEM)));
         }
     }
 
-    /// Whether there is a helper thread.
+    /// Starts the helper thread if there is none. Returns whether there is one. `what` is for the log.
     fn start_helper(&mut self, what: &str) -> bool {
         if self.helper.is_none() {
-            match Helper::start(Arc::clone(&self.file), Arc::clone(&self.mailbox)) {
+            match HelperThreads::start(Arc::clone(&self.file), Arc::clone(&self.mailbox)) {
                 Ok(helper) => self.helper = Some(helper),
                 Err(error) => log_limited!(
                     STORAGE_LOG,
                     Error,
-                    "{}: no thread for {what}: {error}; raise the limit",
+                    "{}: cannot start a thread for {what}: {error}; raise the limit of threads (ulimit -u, TasksMax=)",
                     self.shared.name
                 ),
             }
@@ -267,63 +268,64 @@ impl FileQueue {
         self.helper.is_some()
     }
 
-    /// Keeps a job while the helper thread works on it, under the key returned.
-    fn help(&mut self, job: Job) -> u64 {
+    /// Stores a job while the helper thread works on it. Returns its key.
+    fn give_to_helper(&mut self, job: Job) -> u64 {
         self.last_key += 1;
-        self.helped.insert(self.last_key, job);
+        self.in_helper.insert(self.last_key, job);
         self.last_key
     }
 
-    /// A command came out of the ring, or out of the one of a thread before.
+    /// Handles a command that this io_uring, or that of an earlier thread, has completed.
     fn finished(&mut self, job: Job, command: Command, result: Result<(), Errno>) {
         match (command, result) {
-            (Command::Transfer(transfer), Err(Errno(libc::EAGAIN))) => self.by_plain_calls(job, transfer),
+            (Command::Transfer(transfer), Err(Errno(libc::EAGAIN))) => self.transfer_in_helper(job, transfer),
             (command, result) => self.after(job, command, result),
         }
     }
 
-    /// A command is over: the op goes on, or is over.
+    /// Handles the result of a command: starts the op's next command, or completes the op.
     fn after(&mut self, mut job: Job, command: Command, result: Result<(), Errno>) {
         match (&mut job.work, command) {
             (Work::Whole, Command::Transfer(transfer)) => {
                 if self.shared.direct && result == Err(Errno(libc::EINVAL)) {
-                    return self.bounce_after_all(job, transfer);
+                    return self.bounce_instead(job, transfer);
                 }
                 self.finish(job, result, Some(transfer.buf));
             }
-            (Work::Sync(upto), _) => {
-                let result = self.synced(*upto, result);
+            (Work::Sync(stamp), _) => {
+                let result = self.synced(*stamp, result);
                 self.finish(job, result, None);
             }
-            (Work::Whole, _) => unreachable!("a range has its own work, and so has a sync"),
+            (Work::Whole, _) => unreachable!("a range op and a sync have their own work"),
             (Work::BounceOp(copied), Command::Transfer(transfer)) => {
                 match copied.after(result, transfer.buf, &mut self.pool) {
-                    Next::Run(command) => self.ring.start(command, job),
+                    Next::Run(command) => self.uring.start(command, job),
                     Next::Done(result) => self.finish(job, result, None),
                 }
-                self.feed();
+                self.start_bounce_ops();
             }
-            (Work::BounceOp(_), _) => unreachable!("a copied transfer runs transfers only"),
+            (Work::BounceOp(_), _) => unreachable!("a bounced op runs transfers only"),
             (Work::RangeOp(ranged), command) => {
                 let step = ranged.after(command, result, &self.shared, &mut self.pool);
                 self.run(job, step);
-                self.feed();
+                self.start_bounce_ops();
             }
         }
     }
 
-    /// What a sync that began with `upto` is worth.
-    fn synced(&self, upto: ChangeStamp, result: Result<(), Errno>) -> Result<(), Errno> {
+    /// Records the result of a sync that began with `stamp`, and returns the result to report.
+    fn synced(&self, stamp: ChangeStamp, result: Result<(), Errno>) -> Result<(), Errno> {
         if result.is_ok() {
-            self.shared.unsynced.synced(upto);
+            self.shared.changes.sync_succeeded(stamp);
         }
-        self.shared.latch.judge(result, &self.shared.name)
+        self.shared.sync_error.record(result, &self.shared.name)
     }
 
-    /// The kernel refused a buffer that looked aligned: a filesystem that asks for more than it tells.
-    fn bounce_after_all(&mut self, mut job: Job, transfer: Transfer) {
+    /// Repeats a transfer through bounce memory: the kernel refused a buffer that met the alignment that the file
+    /// system reported.
+    fn bounce_instead(&mut self, mut job: Job, transfer: Transfer) {
         let Transfer { write, durable, offset, from, buf, .. } = transfer;
-        // All of it again, if some was moved.
+        // The whole transfer again, even if a part succeeded.
         let offset = offset - from as u64;
         let align = self.shared.align.offset;
         job.work = Work::BounceOp(Box::new(BounceOp::new((write, durable), offset, buf, align)));
@@ -334,9 +336,9 @@ impl FileQueue {
         if job.durable {
             result = match result {
                 // Over the page cache the data may be lost and its pages marked clean, as after a failed fdatasync.
-                Err(_) if !self.shared.direct => self.shared.latch.judge(result, &self.shared.name),
+                Err(_) if !self.shared.direct => self.shared.sync_error.record(result, &self.shared.name),
                 Err(errno) => Err(errno),
-                Ok(()) => self.shared.latch.judge(Ok(()), &self.shared.name),
+                Ok(()) => self.shared.sync_error.record(Ok(()), &self.shared.name),
             };
         }
         let buf = match job.work {
@@ -344,22 +346,22 @@ impl FileQueue {
             Work::Whole | Work::Sync(_) | Work::RangeOp(_) => buf,
         };
         self.live -= 1;
-        self.hand_back(job.id, job.changes, result, buf);
+        self.complete(job.id, job.changes, result, buf);
     }
 
-    /// An op is over.
+    /// Queues the completion of an op.
     #[inline]
-    fn hand_back(&mut self, id: OpId, changes: bool, result: Result<(), Errno>, buf: Option<IoBuf>) {
+    fn complete(&mut self, id: OpId, changes: bool, result: Result<(), Errno>, buf: Option<IoBuf>) {
         if changes {
-            // Also what failed: some of it may have been stored.
-            self.shared.unsynced.changed();
+            // A failed op counts too: a part of it may have been stored.
+            self.shared.changes.add();
         }
         self.ready.push(Completion { id, result, buf });
     }
 
-    /// Works off what the ring has, without a system call.
+    /// Handles all events of the io_uring, without a system call.
     fn collect(&mut self) {
-        while let Some(event) = self.ring.next_event() {
+        while let Some(event) = self.uring.next_event() {
             match event {
                 Event::Finished(job, command, result) => self.finished(job, command, result),
                 Event::Fired(KICK) => self.wakeups.kick = true,
@@ -374,25 +376,25 @@ impl FileQueue {
         for mail in self.mailbox.take() {
             match mail {
                 Mail::Granted(ticket) => {
-                    // Not there: the queue is being dropped, or it was granted in `push`.
-                    if let Some((job, step)) = self.parked.remove(&ticket) {
+                    // The op is missing if the queue is being dropped.
+                    if let Some((job, step)) = self.waiting_for_lock.remove(&ticket) {
                         self.run(job, step);
                     }
                 }
                 Mail::Discarded(key, result) => {
-                    let mut job = self.helped.remove(&key).expect("the helper answers each task once");
+                    let mut job = self.in_helper.remove(&key).expect("the helper thread reports each task once");
                     let result = result.map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EIO)));
-                    let Work::RangeOp(ranged) = &mut job.work else { unreachable!("only a range is helped") };
+                    let Work::RangeOp(ranged) = &mut job.work else { unreachable!("only a range op is discarded") };
                     let step = ranged.discarded(result, &self.shared);
                     self.run(job, step);
                 }
                 Mail::Returned(call) => {
-                    self.immediate.is_back();
+                    self.inline.is_back();
                     self.call_made(call);
                 }
                 Mail::Finished(job, command, result) => self.finished(job, command, result),
                 Mail::Transferred(key, transfer, result) => {
-                    let job = self.helped.remove(&key).expect("the helper answers each task once");
+                    let job = self.in_helper.remove(&key).expect("the helper thread reports each task once");
                     self.after(job, Command::Transfer(transfer), result);
                 }
             }
@@ -406,19 +408,19 @@ impl FileQueue {
 
 impl IoQueue for FileQueue {
     fn push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
-        // An op counts until it was reaped: what was finished on the spot must not pile up either.
+        // An op counts until it is reaped, also one that completed inline, so that `ready` stays bounded.
         if self.live + self.ready.len() >= self.depth {
             return Err(op);
         }
         let op = match op {
-            Op::Read { offset, buf } if self.immediate.suits(&buf) => {
-                self.read_at_once(id, offset, buf);
+            Op::Read { offset, buf } if self.inline.suits(&buf) => {
+                self.read_inline(id, offset, buf);
                 return Ok(());
             }
             Op::Write { offset, buf, durable: false }
-                if !self.shared.geometry.read_only && self.immediate.suits_write(&buf) =>
+                if !self.shared.geometry.read_only && self.inline.suits_write(&buf) =>
             {
-                self.write_at_once(id, offset, buf);
+                self.write_inline(id, offset, buf);
                 return Ok(());
             }
             op => op,
@@ -439,7 +441,7 @@ impl IoQueue for FileQueue {
             Some((ticket, true)) => self.run(Job { id, durable, changes, work, _ticket: Some(ticket) }, step),
             Some((ticket, false)) => {
                 let key = ticket.claim().expect("only a claim waits");
-                self.parked.insert(key, (Job { id, durable, changes, work, _ticket: Some(ticket) }, step));
+                self.waiting_for_lock.insert(key, (Job { id, durable, changes, work, _ticket: Some(ticket) }, step));
             }
         }
         Ok(())
@@ -447,15 +449,15 @@ impl IoQueue for FileQueue {
 
     fn submit(&mut self) -> io::Result<()> {
         self.start_calls();
-        if self.ring.wants_enter() {
-            self.ring.enter(false, None)?;
+        if self.uring.wants_enter() {
+            self.uring.enter(false, None)?;
         }
         Ok(())
     }
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
         self.collect();
-        self.immediate.reaped();
+        self.inline.reaped();
         if out.is_empty() {
             std::mem::swap(out, &mut self.ready);
         } else {
@@ -469,11 +471,11 @@ impl IoQueue for FileQueue {
             Source::Wake => WAKE,
             Source::Copy => COPY,
         };
-        self.ring.watch(token, fd)
+        self.uring.watch(token, fd)
     }
 
     fn has_news(&mut self) -> bool {
-        // What fails here fails in `wait`, too, which says so.
+        // An error here comes again in `wait`, which reports it.
         let _ = self.submit();
         self.collect();
         !self.ready.is_empty() || self.wakeups.wake || self.wakeups.copy
@@ -489,7 +491,7 @@ impl IoQueue for FileQueue {
                 return Ok(std::mem::take(&mut self.wakeups));
             }
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            self.ring.enter(true, left)?;
+            self.uring.enter(true, left)?;
             self.collect();
             if left == Some(Duration::ZERO) {
                 return Ok(std::mem::take(&mut self.wakeups));
@@ -498,16 +500,16 @@ impl IoQueue for FileQueue {
     }
 
     fn caller(&mut self) -> Option<Box<dyn Caller>> {
-        let (leave, left) = mpsc::channel();
-        self.leave = Some(leave);
+        let (to_caller, old_uring) = mpsc::channel();
+        self.to_caller = Some(to_caller);
         let (file, mailbox) = (Arc::clone(&self.file), Arc::clone(&self.mailbox));
-        Some(Box::new(FileCaller { file, mailbox, left, scratch: IovecList::default() }))
+        Some(Box::new(FileCaller { file, mailbox, old_uring, scratch: IovecList::default() }))
     }
 
     #[inline]
     fn next_call(&mut self) -> Option<BlockingCall> {
-        while let Some(mut call) = self.calls.pop_front() {
-            if self.immediate.admits(&mut call) {
+        while let Some(mut call) = self.pending_calls.pop_front() {
+            if self.inline.admits(&mut call) {
                 return Some(call);
             }
             self.start_rest(call.id, true, call.offset, call.buf, 0);
@@ -517,35 +519,35 @@ impl IoQueue for FileQueue {
 
     #[inline]
     fn call_made(&mut self, call: BlockingCall) {
-        match self.immediate.made(&call) {
+        match self.inline.made(&call) {
             Outcome::Over(result) => {
                 self.live -= 1;
-                self.hand_back(call.id, true, result, Some(call.buf));
+                self.complete(call.id, true, result, Some(call.buf));
             }
             Outcome::Moved(from) => self.start_rest(call.id, true, call.offset, call.buf, from),
-            Outcome::Again => self.calls.push_front(call),
+            Outcome::Again => self.pending_calls.push_front(call),
         }
     }
 
     fn change_thread(&mut self) -> io::Result<()> {
-        let ring = self.ring.successor(self.file.as_fd())?;
-        let mut left = std::mem::replace(&mut self.ring, ring);
-        for (command, job) in left.take_queued() {
-            self.ring.start(command, job);
+        let uring = self.uring.successor(self.file.as_fd())?;
+        let mut old_uring = std::mem::replace(&mut self.uring, uring);
+        for (command, job) in old_uring.take_queued() {
+            self.uring.start(command, job);
         }
-        self.immediate.is_stuck();
-        let leave = self.leave.take().expect("the thread before has the caller, and is in one of its calls");
-        // It waits for nothing else once its call has returned.
-        assert!(leave.send(left).is_ok(), "the caller ends only after it has the ring");
+        self.inline.is_stuck();
+        let to_caller = self.to_caller.take().expect("the old thread has the caller and is in one of its calls");
+        assert!(to_caller.send(old_uring).is_ok(), "the old thread waits for the io_uring once its call returns");
         Ok(())
     }
 }
 
-/// See [`Caller`].
+/// Makes the calls of one queue; see [`Caller`].
 struct FileCaller {
     file: Arc<OwnedFd>,
     mailbox: Arc<Mailbox>,
-    left: mpsc::Receiver<Uring<Job>>,
+    /// Gets the queue's io_uring when another thread takes the queue.
+    old_uring: mpsc::Receiver<Uring<Job>>,
     scratch: IovecList,
 }
 
@@ -556,15 +558,16 @@ impl Caller for FileCaller {
 
     fn leave(self: Box<Self>, call: BlockingCall) {
         self.mailbox.post(Mail::Returned(call));
-        // Gone without a ring: so is the queue.
-        let Ok(mut ring) = self.left.recv() else { return };
-        let over = |job, command, result| self.mailbox.post(Mail::Finished(job, command, result));
-        if let Err(error) = ring.finish(over) {
-            log::error!("cannot wait for I/O in flight: {error}; requests stay unanswered");
+        // Without an io_uring the queue was dropped.
+        let Ok(mut uring) = self.old_uring.recv() else { return };
+        let finished = |job, command, result| self.mailbox.post(Mail::Finished(job, command, result));
+        if let Err(error) = uring.finish(finished) {
+            log::error!("cannot wait for I/O in flight: {error}; its requests never complete; restart virtioblkd");
         }
     }
 }
 
+/// Makes one call and records its result.
 fn make(file: BorrowedFd<'_>, call: &mut BlockingCall, scratch: &mut Vec<libc::iovec>) {
     call.result = preadv::transfer(file, true, &call.buf, 0..call.buf.len(), call.offset, call.flags, scratch);
     if call.began.is_some() {
@@ -573,12 +576,12 @@ fn make(file: BorrowedFd<'_>, call: &mut BlockingCall, scratch: &mut Vec<libc::i
 }
 
 impl Drop for FileQueue {
-    /// What was taken is carried out (clause 3), in all its parts; except what waits for a range that another queue has,
-    /// which may be this thread's own and then never lets go.
+    /// Carries out every op that was taken (clause 3), except those that wait for a range lock: another queue of this
+    /// very thread may hold it, and would then never release it.
     fn drop(&mut self) {
         self.start_calls();
-        while self.live > self.parked.len() {
-            if let Err(error) = self.ring.enter(true, None) {
+        while self.live > self.waiting_for_lock.len() {
+            if let Err(error) = self.uring.enter(true, None) {
                 log::error!("{}: cannot wait for I/O ({error}); {} ops are lost", self.shared.name, self.live);
                 return;
             }

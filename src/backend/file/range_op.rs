@@ -1,4 +1,4 @@
-//! Discard and write-zeroes: what the filesystem or the device does itself, else zeroes are written.
+//! Discard and write-zeroes: by the file system or the device where it can, otherwise by writing zeroes.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -7,9 +7,9 @@ use super::super::uring::{Command, Transfer};
 use super::super::{Errno, IoBuf};
 use super::Shared;
 use super::bounce::{BounceOp, Next};
-use crate::backend::bounce_pool::Pool;
+use crate::backend::bounce_pool::QueuePool;
 
-/// What this image turned out not to be able to do.
+/// The operations that the image's storage has refused as unsupported.
 #[derive(Default)]
 pub(super) struct Unsupported {
     punch: AtomicBool,
@@ -18,24 +18,25 @@ pub(super) struct Unsupported {
 }
 
 impl Unsupported {
-    /// Remembers, and says it the first time.
-    fn note(&self, what: &AtomicBool, name: &str, shared: &Shared) {
+    /// Records that `what` is unsupported. Logs it the first time.
+    fn record(&self, what: &AtomicBool, name: &str, shared: &Shared) {
         if !what.swap(true, Ordering::Relaxed) {
-            log::info!("{}: the host cannot {name} here; doing without", shared.name);
+            log::info!("{}: the host cannot {name} here; virtioblkd does without", shared.name);
         }
     }
 }
 
-/// One discard or write-zeroes on its way.
+/// A discard or write-zeroes in progress.
 pub(super) struct RangeOp {
-    what: RangeKind,
-    /// To do, the last one first.
+    kind: RangeKind,
+    /// The parts left to do, the next one last.
     parts: Vec<Part>,
-    /// A part that is less than a block, through read-modify-write.
-    copied: Option<BounceOp>,
-    /// Tried in this request and refused.
-    no_punch: bool,
-    no_zero_range: bool,
+    /// A part that is less than a block, in progress by read-modify-write.
+    bounce: Option<BounceOp>,
+    /// The kernel refused to punch a hole for this request.
+    punch_refused: bool,
+    /// The kernel refused to zero a range for this request.
+    zero_range_refused: bool,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -52,12 +53,12 @@ enum Part {
     Write { offset: u64, len: u64 },
 }
 
-/// What comes next.
+/// What an op does next.
 pub(super) enum Step {
     Run(Command),
-    /// A copied transfer that begins as soon as there is memory: [`RangeOp::begin`], or the op's own.
+    /// Begins a bounced transfer as soon as there is memory, by [`RangeOp::begin`] or [`BounceOp::begin`].
     Copy,
-    /// BLKDISCARD, by the helper thread.
+    /// BLKDISCARD, which the helper thread makes.
     DiscardDevice {
         offset: u64,
         len: u64,
@@ -66,7 +67,7 @@ pub(super) enum Step {
 }
 
 impl RangeOp {
-    /// A discard. It may spare the ends: only whole units are discarded.
+    /// Creates a discard. It leaves the ends alone: only whole units can be discarded.
     pub(super) fn discard(offset: u64, len: u64, shared: &Shared) -> Self {
         let unit = u64::from(shared.range_unit.max(shared.align.offset));
         let (start, end) = (offset.next_multiple_of(unit), (offset + len) / unit * unit);
@@ -74,7 +75,7 @@ impl RangeOp {
         Self::new(RangeKind::Discard, parts)
     }
 
-    /// A write-zeroes. Every byte counts: ends that the kernel cannot do are written.
+    /// Creates a write-zeroes. It covers every byte: zeroes are written to the ends that the kernel cannot zero.
     pub(super) fn zeroes(offset: u64, len: u64, unmap: bool, shared: &Shared) -> Self {
         let unit = u64::from(shared.range_unit);
         let end = offset + len;
@@ -90,11 +91,11 @@ impl RangeOp {
         Self::new(RangeKind::Zeroes { unmap: unmap && shared.may_unmap }, parts)
     }
 
-    fn new(what: RangeKind, parts: Vec<Part>) -> Self {
-        RangeOp { what, parts, copied: None, no_punch: false, no_zero_range: false }
+    fn new(kind: RangeKind, parts: Vec<Part>) -> Self {
+        RangeOp { kind, parts, bounce: None, punch_refused: false, zero_range_refused: false }
     }
 
-    /// The next step, after the last one succeeded.
+    /// Returns the next step, after the previous one succeeded.
     pub(super) fn next(&mut self, shared: &Shared) -> Step {
         loop {
             match self.parts.pop() {
@@ -109,12 +110,14 @@ impl RangeOp {
         }
     }
 
-    /// By the kernel, in the best way that was not refused yet; None: it has no way.
+    /// Returns the best step of the kernel's that was not refused yet; `None` when none is left.
     fn kernel(&self, offset: u64, len: u64, shared: &Shared) -> Option<Step> {
-        let punch = !self.no_punch && !shared.unable.punch.load(Ordering::Relaxed);
-        let zero_range = !self.no_zero_range && !shared.unable.zero_range.load(Ordering::Relaxed);
-        let mode = match self.what {
-            RangeKind::Discard if shared.unable.discard.load(Ordering::Relaxed) => return Some(Step::Done(Ok(()))),
+        let punch = !self.punch_refused && !shared.unsupported.punch.load(Ordering::Relaxed);
+        let zero_range = !self.zero_range_refused && !shared.unsupported.zero_range.load(Ordering::Relaxed);
+        let mode = match self.kind {
+            RangeKind::Discard if shared.unsupported.discard.load(Ordering::Relaxed) => {
+                return Some(Step::Done(Ok(())));
+            }
             RangeKind::Discard if shared.is_device => return Some(Step::DiscardDevice { offset, len }),
             RangeKind::Discard => libc::FALLOC_FL_PUNCH_HOLE,
             RangeKind::Zeroes { unmap: true } if punch => libc::FALLOC_FL_PUNCH_HOLE,
@@ -128,37 +131,38 @@ impl RangeOp {
         let unit = u64::from(shared.align.offset);
         let mut now = len.min(MAX_ZEROES as u64);
         if now < len {
-            // Only the first and the last block of the range may be partial: the op has locked those for that.
+            // Only the first and the last block of the range may be written in part: the op has locked those alone for
+            // it.
             now -= (offset + now) % unit;
         }
         self.parts.push(Part::Write { offset: offset + now, len: len - now });
         let buf = IoBuf::zeroes(now as usize);
         if (offset | now) & (unit - 1) != 0 {
-            self.copied = Some(BounceOp::new((true, false), offset, buf, shared.align.offset));
+            self.bounce = Some(BounceOp::new((true, false), offset, buf, shared.align.offset));
             return Step::Copy;
         }
         let transfer = Transfer { write: true, durable: false, offset, buf, from: 0, len: now as usize };
         Step::Run(Command::Transfer(transfer))
     }
 
-    /// After [`Step::Copy`]: as [`BounceOp::begin`].
-    pub(super) fn begin(&mut self, pool: &mut Pool) -> Option<Command> {
-        self.copied.as_mut().expect("the step was `Copy`").begin(pool)
+    /// Begins the bounced transfer of [`Step::Copy`], as [`BounceOp::begin`] does.
+    pub(super) fn begin(&mut self, pool: &mut QueuePool) -> Option<Command> {
+        self.bounce.as_mut().expect("the step was `Copy`").begin(pool)
     }
 
-    /// A command of this request is over.
+    /// Handles the result of a command of this request.
     pub(super) fn after(
         &mut self,
         command: Command,
         result: Result<(), Errno>,
         shared: &Shared,
-        pool: &mut Pool,
+        pool: &mut QueuePool,
     ) -> Step {
-        match (command, self.copied.as_mut()) {
-            (Command::Transfer(transfer), Some(copied)) => match copied.after(result, transfer.buf, pool) {
+        match (command, self.bounce.as_mut()) {
+            (Command::Transfer(transfer), Some(bounce)) => match bounce.after(result, transfer.buf, pool) {
                 Next::Run(command) => return Step::Run(command),
                 Next::Done(Err(errno)) => return Step::Done(Err(errno)),
-                Next::Done(Ok(())) => self.copied = None,
+                Next::Done(Ok(())) => self.bounce = None,
             },
             (Command::Fallocate { mode, offset, len }, _) => match result {
                 Err(errno) if is_unsupported(errno) => return self.refused(mode, (offset, len), errno, shared),
@@ -174,35 +178,43 @@ impl RangeOp {
         self.next(shared)
     }
 
-    /// A discard ioctl is over.
+    /// Handles the result of the discard ioctl.
     pub(super) fn discarded(&mut self, result: Result<(), Errno>, shared: &Shared) -> Step {
         match result {
             Ok(()) => self.next(shared),
             Err(errno) if is_unsupported(errno) => {
-                shared.unable.note(&shared.unable.discard, "discard", shared);
+                shared.unsupported.record(&shared.unsupported.discard, "discard", shared);
                 Step::Done(Ok(()))
             }
             Err(errno) => Step::Done(Err(errno)),
         }
     }
 
-    /// A fallocate was refused: discard is advice and well done without; zeroes go on in the next best way.
+    /// Handles a refused fallocate. A discard is advice, so it counts as done; a write-zeroes tries the next best way.
     fn refused(&mut self, mode: i32, at: (u64, u64), errno: Errno, shared: &Shared) -> Step {
-        if self.what == RangeKind::Discard {
-            shared.unable.note(&shared.unable.discard, "discard (fallocate PUNCH_HOLE)", shared);
+        if self.kind == RangeKind::Discard {
+            shared.unsupported.record(&shared.unsupported.discard, "discard (fallocate PUNCH_HOLE)", shared);
             return Step::Done(Ok(()));
         }
-        // EINVAL may be about this range only (FUSE filesystems): another may do.
-        let for_good = errno.0 != libc::EINVAL;
+        // EINVAL may concern this range only (FUSE file systems), so the next request tries again.
+        let for_all = errno.0 != libc::EINVAL;
         if mode & libc::FALLOC_FL_PUNCH_HOLE != 0 {
-            self.no_punch = true;
-            if for_good {
-                shared.unable.note(&shared.unable.punch, "deallocate zeroes (fallocate PUNCH_HOLE)", shared);
+            self.punch_refused = true;
+            if for_all {
+                shared.unsupported.record(
+                    &shared.unsupported.punch,
+                    "deallocate zeroes (fallocate PUNCH_HOLE)",
+                    shared,
+                );
             }
         } else {
-            self.no_zero_range = true;
-            if for_good {
-                shared.unable.note(&shared.unable.zero_range, "zero a range (fallocate ZERO_RANGE)", shared);
+            self.zero_range_refused = true;
+            if for_all {
+                shared.unsupported.record(
+                    &shared.unsupported.zero_range,
+                    "zero a range (fallocate ZERO_RANGE)",
+                    shared,
+                );
             }
         }
         self.parts.push(Part::Kernel { offset: at.0, len: at.1 });
@@ -210,7 +222,8 @@ impl RangeOp {
     }
 }
 
-/// What "cannot" looks like; QEMU's block/file-posix.c (translate_err and its callers) has the same list.
+/// Whether an error means that the operation is unsupported. QEMU's block/file-posix.c (translate_err and its callers)
+/// has the same list.
 fn is_unsupported(errno: Errno) -> bool {
     matches!(errno.0, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::ENOTTY | libc::EINVAL)
 }

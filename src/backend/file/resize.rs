@@ -1,7 +1,8 @@
-//! A file or block device that gets another size while it is open.
+//! Resizes a file or block device that is open.
 //!
-//! While a guest uses it nothing is noticed by itself: a block device tells nobody, and an operator who grows a file may
-//! not want the guest to see it yet. `virtioblkctl resize` makes the daemon look, and so does the start of a guest's rings.
+//! The daemon does not notice a new size by itself while a guest runs: a block device reports none, and an operator who
+//! grows a file may not want the guest to see that yet. It checks the size on `virtioblkctl resize`, and when a guest's
+//! rings start.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -12,7 +13,7 @@ use rustix::fs::{SeekFrom, fstat, ftruncate, seek};
 use super::Shared;
 use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 
-/// [`crate::backend::Backend::resize`] of a file.
+/// Implements [`crate::backend::Backend::resize`].
 pub(super) fn resize(shared: &Shared, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
     let refuse = |why: String| Err(io::Error::other(format!("{}: {why}", shared.name)));
     let before = shared.size.load(Ordering::Relaxed);
@@ -31,11 +32,11 @@ pub(super) fn resize(shared: &Shared, grow_to: Option<u64>, shrink: bool) -> io:
         }
         if bytes < size(shared)?.max(before) {
             return refuse(format!(
-                "it has {before} bytes, more than {bytes}, and is never cut from here: when the guest no longer uses its \
-                 end, cut it (truncate -s) and let the daemon see that (resize --force)"
+                "it has {before} bytes, more than {bytes}, and virtioblkd never truncates an image: when the guest no \
+                 longer uses its end, truncate it (truncate -s) and then use resize --force"
             ));
         }
-        // Not allocated: as sparse as it was made.
+        // The new part is a hole; nothing is allocated.
         ftruncate(&shared.fd, bytes).map_err(|error| {
             io::Error::other(format!("{}: it cannot be grown to {bytes} bytes: {error}", shared.name))
         })?;
@@ -43,11 +44,11 @@ pub(super) fn resize(shared: &Shared, grow_to: Option<u64>, shrink: bool) -> io:
     let found = size(shared)?;
     let bytes = found - found % unit;
     if bytes == 0 {
-        return refuse("it is empty now; give it its content back, or stop its guest".into());
+        return refuse("it is empty now; restore its content, or stop its guest".into());
     }
     if bytes < before && !shrink {
         return refuse(format!(
-            "it has {bytes} bytes now and had {before}: what the guest keeps behind the new end is lost to it. Make the \
+            "it has {bytes} bytes now and had {before}: the guest would lose what it has behind the new end. Make the \
              image as large as it was, or, if the guest no longer uses that part, use --force"
         ));
     }
@@ -55,8 +56,8 @@ pub(super) fn resize(shared: &Shared, grow_to: Option<u64>, shrink: bool) -> io:
     Ok(bytes)
 }
 
-/// A guest begins to use the image: what it grew by meanwhile is there. One that was cut is served as it was, for the guest
-/// that comes back may know it as that; what is missing fails.
+/// Takes the size of an image that grew while no guest used it. An image that was truncated keeps its size, because the
+/// guest that returns may know that size; requests for the missing part fail.
 pub(super) fn notice_growth(shared: &Shared) {
     match resize(shared, None, false) {
         Ok(_) => {}
@@ -64,10 +65,10 @@ pub(super) fn notice_growth(shared: &Shared) {
     }
 }
 
-/// Bytes that the kernel says it has.
+/// Returns the size in bytes that the kernel reports.
 fn size(shared: &Shared) -> io::Result<u64> {
     if shared.is_device {
-        // The position is nobody's: all I/O names its offset.
+        // Nothing else uses the position: all I/O names its offset.
         return Ok(seek(shared.fd.as_fd(), SeekFrom::End(0))?);
     }
     Ok(u64::try_from(fstat(&shared.fd)?.st_size).unwrap_or(0))

@@ -220,7 +220,7 @@ impl Shared {
         if result.is_ok() {
             self.health.is_writable_again(&self.events);
         }
-        if self.cached { self.sticky_error.judge(result, &self.name) } else { result }
+        if self.cached { self.sticky_error.record(result, &self.name) } else { result }
     }
 
     /// Records what an op's result means for the whole image: fenced, or locked out.

@@ -10,7 +10,7 @@ use super::super::buffer::IovecList;
 use super::super::layer::LayerQueue;
 use super::super::{Backend, Completion, Errno, IoBuf, IoQueue, Op, OpId, Wakeups};
 use super::counters::QueueCounters;
-use crate::backend::bounce_pool::{BounceBuffer, BouncePool, Pool};
+use crate::backend::bounce_pool::{BounceBuffer, BouncePool, QueuePool};
 
 /// The most parts in flight, on one queue, beyond one for each op. A long write is split into several parts.
 const MAX_EXTRA_PARTS: usize = 16;
@@ -22,7 +22,7 @@ const SPLIT_ALIGNMENT: u64 = 64 << 10;
 /// ops pass them; the contract allows that, because it orders an op only after writes that have completed.
 pub(super) struct CopyingQueue {
     inner: Box<dyn IoQueue>,
-    pool: Pool,
+    pool: QueuePool,
     counters: Arc<QueueCounters>,
     /// The caller's ops that were pushed and not reaped.
     live: usize,
@@ -79,7 +79,7 @@ impl CopyingQueue {
         let inner_depth = depth + MAX_EXTRA_PARTS;
         Ok(CopyingQueue {
             inner: image.open_queue(inner_depth)?,
-            pool: Pool::new(bounce_pool.clone(), 1),
+            pool: QueuePool::new(bounce_pool.clone(), 1),
             counters,
             live: 0,
             depth,
@@ -137,7 +137,7 @@ impl CopyingQueue {
         if let Err(op) = self.inner.push(Op::Write { offset, buf, durable: write.durable }, OpId(inner_op as u64)) {
             self.free_inner_ops.push(inner_op);
             drop(op);
-            self.pool.give(bounce);
+            self.pool.put_back(bounce);
             return false;
         }
         write.copied += len;
@@ -177,7 +177,7 @@ impl CopyingQueue {
             InnerOp::Part { write, bounce, is_extra } => {
                 self.extra_parts -= usize::from(is_extra);
                 self.iovecs.extend(completion.buf.map(|buf| IovecList(buf.into_iovecs())));
-                self.pool.give(bounce);
+                self.pool.put_back(bounce);
                 self.finish_part(write, completion.result)
             }
         }
