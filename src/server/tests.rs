@@ -274,6 +274,27 @@ fn the_next_front_end_waits_while_the_last_is_drained() {
     assert!(open(&second));
 }
 
+#[test]
+fn a_front_end_that_just_hung_up_does_not_turn_the_next_away() {
+    let disk = Arc::new(Disk::new());
+    let mut front_ends = FrontEnds::new(Arc::clone(&disk) as Arc<dyn Served>).unwrap();
+    let (first, ours) = UnixStream::pair().unwrap();
+    front_ends.sort_in(ours);
+    disk.wait_for("serve");
+    first.shutdown(std::net::Shutdown::Both).unwrap();
+    // Accepted before the end of the first was noticed.
+    let (second, ours) = UnixStream::pair().unwrap();
+    second.set_nonblocking(true).unwrap();
+    front_ends.sort_in(ours);
+    let read = (&second).read(&mut [0]);
+    assert!(read.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock), "it was turned away");
+    let (_directory, socket) = socket();
+    disk.wait_for("left");
+    wait_until_ready(&front_ends, &socket);
+    front_ends.poll(&socket).unwrap();
+    disk.wait_for("serve");
+}
+
 /// This variable in the environment makes the test's process panic.
 const PANIC: &str = "VIRTIOBLKD_TEST_PANIC";
 

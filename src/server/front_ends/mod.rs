@@ -141,10 +141,14 @@ impl FrontEnds {
     }
 
     /// Serves a new connection, makes it a candidate, or turns it away.
-    fn sort_in(&mut self, connection: UnixStream) {
+    pub(super) fn sort_in(&mut self, connection: UnixStream) {
         let peer = peer(&connection);
-        if self.current.is_none() {
-            return self.admit(connection, peer);
+        let Some(current) = self.current.as_mut() else { return self.admit(connection, peer) };
+        // The front-end may have hung up since the last check, and this may be the same QEMU, which reconnects.
+        if hung_up(&current.connection) {
+            current.draining = true;
+            self.next = Some(Candidate::new(connection, peer));
+            return;
         }
         if self.served.has_received_message() {
             return self.turn_away(&peer, ONE_AT_A_TIME);

@@ -51,6 +51,16 @@ pub struct FrontEnd {
     pub memory: GuestMemoryMmap,
     pub features: u64,
     pub rings: Vec<Ring>,
+    connection: UnixStream,
+}
+
+/// Hangs up at once: a child that another test forks holds the connection open until its exec, so that closing it tells the
+/// daemon nothing yet, and a front-end that connects meanwhile would be turned away.
+impl Drop for FrontEnd {
+    fn drop(&mut self) {
+        // The daemon may have hung up first.
+        let _ = self.connection.shutdown(std::net::Shutdown::Both);
+    }
 }
 
 /// One split ring, filled by hand. Request slot `n` uses descriptors 4n to 4n+3.
@@ -77,6 +87,7 @@ impl FrontEnd {
 
     /// Everything up to the memory table; no ring is set up.
     pub fn handshake(stream: UnixStream, rings: usize, size: u16, mask: u64) -> FrontEnd {
+        let connection = stream.try_clone().unwrap();
         let mut control = Frontend::from_stream(stream, 256);
         control.set_owner().unwrap();
         let features = control.get_features().unwrap() & (mask | F_PROTOCOL | F_VERSION_1);
@@ -87,7 +98,7 @@ impl FrontEnd {
         control.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         control.set_features(features).unwrap();
         let memory = guest_memory();
-        let mut front_end = FrontEnd { control, memory, features, rings: Vec::new() };
+        let mut front_end = FrontEnd { control, memory, features, rings: Vec::new(), connection };
         front_end.send_memory_table();
         for index in 0..rings {
             front_end.rings.push(Ring::new(index, size));
