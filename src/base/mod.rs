@@ -13,7 +13,6 @@
 //! | `rate_limit` | how often something may be logged |
 //! | `prng` | pseudo-random numbers, for the RAM disk and for tests |
 
-pub(crate) mod base64;
 pub mod logging;
 pub mod pid_file;
 pub(crate) mod prng;

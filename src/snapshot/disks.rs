@@ -9,6 +9,8 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Value, json};
 
 use super::wait::{Stop, Wake, wait};
@@ -177,7 +179,7 @@ pub enum Unanswered {
 
 /// The path of the image, from a daemon's status.
 pub fn image_path(status: &Value) -> Option<PathBuf> {
-    let bytes = status["image-path-b64"].as_str().and_then(crate::base::base64::decode);
+    let bytes = status["image-path-b64"].as_str().and_then(|text| BASE64.decode(text).ok());
     bytes.map(|bytes| OsString::from_vec(bytes).into()).or_else(|| status["image-path"].as_str().map(PathBuf::from))
 }
 
@@ -242,5 +244,20 @@ impl Disk {
     /// A failure whose message begins with the disk's name.
     pub fn blame(&self, what: &str, why: Failure) -> Failure {
         Failure::new(&why.code, format!("the disk behind '{}' {what}: {}", self.control.display(), why.message))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::ffi::OsStrExt;
+
+    #[test]
+    fn a_path_that_is_no_text_is_read_from_its_bytes() {
+        let path = |status| image_path(&status).map(|path| path.as_os_str().as_bytes().to_vec());
+        assert_eq!(path(json!({"image-path": "/a"})).unwrap(), b"/a");
+        assert_eq!(path(json!({"image-path": "/\u{fffd}", "image-path-b64": "L/8="})).unwrap(), b"/\xff");
+        assert_eq!(path(json!({"image-path": "/a", "image-path-b64": "no base64"})).unwrap(), b"/a");
+        assert_eq!(path(json!({})), None);
     }
 }

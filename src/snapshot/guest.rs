@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -237,9 +239,9 @@ impl Guest {
         let read = self.ask("guest-file-read", json!({"handle": handle, "count": 65536}), self.timeout, stop);
         self.ask("guest-file-close", json!({"handle": handle}), self.timeout, stop)?;
         let read = read?;
-        crate::base::base64::decode(read["buf-b64"].as_str().unwrap_or("")).ok_or_else(|| {
-            AgentError::Refused(format!("the guest's agent sent '{path}' in something other than base64"))
-        })
+        BASE64
+            .decode(read["buf-b64"].as_str().unwrap_or(""))
+            .map_err(|_| AgentError::Refused(format!("the guest's agent sent '{path}' in something other than base64")))
     }
 
     fn ask(&mut self, name: &str, arguments: Value, timeout: Duration, stop: Stop<'_>) -> Result<Value, AgentError> {

@@ -13,6 +13,9 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+
 pub(super) use command::{Mailbox, RingThreads, StopMode, WorkerCommand};
 use hold::Hold;
 pub(super) use hold::RingHoldStats;
@@ -400,7 +403,7 @@ impl Disk for Arc<Rings> {
             image_path: self.backend.path().map(|path| path.display().to_string()),
             image_path_b64: self.backend.path().and_then(|path| match path.to_str() {
                 Some(_) => None,
-                None => Some(crate::base::base64::encode(path.as_os_str().as_encoded_bytes())),
+                None => Some(BASE64.encode(path.as_os_str().as_encoded_bytes())),
             }),
             size: self.capacity.get(),
             logical_block_size: geometry.logical_block,

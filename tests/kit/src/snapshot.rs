@@ -10,6 +10,8 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Value, json};
 
 pub use crate::guest::tell;
@@ -399,23 +401,12 @@ fn file(command: &str, request: &Value, cmdline: Option<&str>) -> Value {
     match command {
         "guest-file-open" if request["arguments"]["path"] == "/proc/self/cmdline" => json!({"return": 7}),
         "guest-file-open" => json!({"error": {"class": "GenericError", "desc": "No such file or directory"}}),
-        "guest-file-read" => json!({"return": {"count": cmdline.len(), "buf-b64": base64(cmdline), "eof": true}}),
+        "guest-file-read" => {
+            json!({"return": {"count": cmdline.len(), "buf-b64": BASE64.encode(cmdline), "eof": true}})
+        }
         "guest-file-close" => json!({"return": {}}),
         _ => refused,
     }
-}
-
-fn base64(text: &str) -> String {
-    let digits = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::new();
-    for chunk in text.as_bytes().chunks(3) {
-        let word = (0..3).fold(0u32, |word, at| word << 8 | u32::from(chunk.get(at).copied().unwrap_or(0)));
-        for at in 0..4 {
-            let digit = digits[(word >> (18 - 6 * at)) as usize & 63] as char;
-            out.push(if at > chunk.len() { '=' } else { digit });
-        }
-    }
-    out
 }
 
 /// A directory with hooks: shell scripts.
