@@ -303,6 +303,34 @@ fn a_disabled_exclusive_lock_is_warned_of_by_auto_and_taken_when_enabled_again()
     assert!(image.content()[..PAGE] == [3; PAGE]);
 }
 
+/// librbd keeps what it read in these modes; in writeback only if it is told to.
+#[test]
+fn what_another_host_wrote_without_the_lock_is_read_once_the_lock_is_taken_again() {
+    let cluster = Cluster::shared();
+    let keep_reads = ["--rbd-option", "rbd_cache_policy=writeback"];
+    for (mode, more) in [("writeback", &keep_reads[..]), ("writethrough", &[]), ("unsafe", &[])] {
+        let image = cluster.image(4 * MIB);
+        let server = serve(&image, mode, more);
+        let mut guest = connect(&server);
+        assert_eq!((write(&mut guest, 0, 1), flush(&mut guest), lock(&server)), (0, 0, "held".into()));
+        let mut first_byte = || {
+            assert_eq!(read(&mut guest, 0), 0);
+            let page = guest.fetch(1 << 19, PAGE);
+            assert!(page.iter().all(|byte| *byte == page[0]), "{mode}: a torn page");
+            page[0]
+        };
+        disable_lock(&image);
+        wait_until("the lock is gone", || lock(&server) == "none");
+        assert_eq!(first_byte(), 1);
+        let program = "image = rbd.Image(io, sys.argv[1])\nimage.write(b'\\2' * 4096, 0)\nimage.close()";
+        cluster.python(program, &[image.name()]);
+        assert_eq!(first_byte(), 1, "{mode}: librbd keeps nothing, so this test shows nothing");
+        enable_lock(&image);
+        wait_until("the lock is taken again", || lock(&server) == "held");
+        wait_until("the other host's write is read", || first_byte() == 2);
+    }
+}
+
 #[test]
 fn one_server_hands_an_image_to_the_next_as_a_migration_does() {
     let cluster = Cluster::shared();
