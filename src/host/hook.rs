@@ -248,6 +248,7 @@ fn begin(host: &Host, disk: &Disk, deadline: Instant) -> Result<Starting, String
     let started = daemons::start(&disk.places, &host.program);
     started.inspect_err(|_| {
         let _ = fs::remove_file(path);
+        let _ = fs::remove_file(&disk.places.domain_name);
     })
 }
 

@@ -21,7 +21,7 @@ use std::path::Path;
 
 use roxmltree::{Document, Node};
 
-use super::domain::{DomainError, child, domain_node, refuse};
+use super::domain::{DomainError, child, document, domain_node, refuse};
 use crate::config;
 
 /// The namespace of our elements.
@@ -43,6 +43,12 @@ const SET_BY_HOOK: [&str; 4] = ["socket-path", "fd", "control-path", "pid-file"]
 const ELEMENTS: [(&str, &str, &[&str]); 2] =
     [("copy_dir", "copy-dir", &["path"]), ("rbd_option", "rbd-option", &["name", "value"])];
 
+/// Our element's children that are no options: what a disk was before `virtioblkctl domain convert`.
+const NOT_OPTIONS: [&str; 1] = [super::convert::KEPT];
+
+/// Attributes of `<disks>`.
+const OF_DISKS: [&str; 1] = [super::convert::ADDED];
+
 /// Whether an option may be given several times.
 pub(super) fn is_repeated(key: &str) -> bool {
     ELEMENTS.iter().any(|(_, other, _)| *other == key)
@@ -63,6 +69,11 @@ pub fn is_mentioned(xml: &str) -> bool {
     xml.contains(NAMESPACE)
 }
 
+/// [`read`] for a whole description.
+pub fn of_xml(xml: &str) -> Result<Vec<DiskOptions>, DomainError> {
+    read(&document(xml)?)
+}
+
 /// The disks that our element describes; empty without such an element. An error names the domain, the disk, and what
 /// to write instead.
 pub fn read(document: &Document<'_>) -> Result<Vec<DiskOptions>, DomainError> {
@@ -76,6 +87,12 @@ pub fn read(document: &Document<'_>) -> Result<Vec<DiskOptions>, DomainError> {
         return refuse(format!(
             "domain {name}: unknown element <{}> of {NAMESPACE} in <metadata>: it is <disks>",
             ours.tag_name().name()
+        ));
+    }
+    if let Some(other) = ours.attributes().find(|attribute| !OF_DISKS.contains(&attribute.name())) {
+        return refuse(format!(
+            "domain {name}: unknown attribute '{}' of <disks>: a disk's are <disk>'s",
+            other.name()
         ));
     }
     let mut found: Vec<DiskOptions> = Vec::new();
@@ -110,7 +127,8 @@ fn disk(node: Node<'_, '_>) -> Result<DiskOptions, DomainError> {
     for attribute in node.attributes().filter(|attribute| attribute.name() != "target") {
         options.extend(option(attribute.name(), attribute.value()).map_err(of_disk)?);
     }
-    for element in node.children().filter(Node::is_element) {
+    let elements = node.children().filter(Node::is_element);
+    for element in elements.filter(|element| !NOT_OPTIONS.contains(&element.tag_name().name())) {
         options.push(repeated_option(element).map_err(of_disk)?);
     }
     check(&options).map_err(of_disk)?;
@@ -206,7 +224,6 @@ fn check(options: &[(String, String)]) -> Result<(), DomainError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::domain::document;
 
     fn read_disks(disks: &str) -> Result<Vec<DiskOptions>, String> {
         let xml = format!(

@@ -7,13 +7,19 @@
 //! | `metadata` | PURE. Our element in the domain's `<metadata>`: a disk's options, in libvirt's words |
 //! | `places` | where a disk's files are: configuration, pid file, log, sockets |
 //! | `daemons` | starts and ends the daemon of a disk |
+//! | `edits` | PURE. Changes of XML that leave every other byte as it is |
+//! | `check/` | what keeps a domain's disks from working, each with the fix. PURE, but for `facts` |
+//! | `convert/` | PURE. A disk of QEMU's own becomes one of ours, and back |
 //! | `listing` | finds this host's disks by name, and asks their daemons how they are |
 //! | `members` | the disks of one domain: libvirt's word and `listing` joined |
 //! | `virsh` | asks libvirt through virsh, bounded in time. The hook never does |
 //! | `hook` | libvirt's hook: starts a domain's disks before the domain and ends them after it |
 
+pub mod check;
+pub mod convert;
 mod daemons;
 pub mod domain;
+mod edits;
 pub mod hook;
 pub mod listing;
 pub mod members;

@@ -1,0 +1,232 @@
+use std::path::Path;
+
+use roxmltree::{Document, Node};
+
+use super::*;
+use crate::host::domain::{Domain, document};
+use crate::host::metadata;
+
+const UUID: &str = "6fd1f7a2-4c0b-4e0f-8a65-1a3c0d2e9b11";
+
+/// As `virsh dumpxml --inactive` prints it.
+fn domain(more: &str, disks: &str) -> String {
+    format!(
+        "<domain type='kvm' id='3'>\n  <name>vm1</name>\n  <uuid>{UUID}</uuid>\n{more}  <memory unit='KiB'>1048576</memory>\n  \
+         <devices>\n    <emulator>/usr/bin/qemu</emulator>\n{disks}    <interface type='user'>\n      <mac address='52:54:00:00:00:01'/>\n    \
+         </interface>\n  </devices>\n  <!-- kept -->\n</domain>\n"
+    )
+}
+
+const FILE: &str = "    <disk type='file' device='disk' snapshot='external'>
+      <driver name='qemu' type='raw' cache='writethrough' error_policy='stop' io='threads' discard='unmap' queues='4'/>
+      <source file='/images/it&apos;s &amp; a.raw'>
+        <seclabel model='selinux' relabel='no'/>
+      </source>
+      <backingStore/>
+      <target dev='vda' bus='virtio'/>
+      <serial>root</serial>
+      <readonly/>
+      <blockio logical_block_size='4096' discard_granularity='32768'/>
+      <boot order='1'/>
+      <alias name='ua-root'/>
+      <address type='pci' domain='0x0000' bus='0x04' slot='0x00' function='0x0'/>
+    </disk>
+";
+
+const PLAIN: &str =
+    "    <disk type='block'>\n      <source dev='/dev/vg/b'/>\n      <target dev='vdb'/>\n    </disk>\n";
+
+const RBD: &str = "    <disk type='network' device='disk'>
+      <driver name='qemu' type='raw' cache='writeback'/>
+      <auth username='libvirt'>
+        <secret type='ceph' uuid='2a5b08e4-3b6b-4f1a-9d1c-0a7b6b6f0001'/>
+      </auth>
+      <source protocol='rbd' name='volumes/tenant/db'>
+        <host name='mon1' port='6789'/>
+        <host name='fd00::2' port='3300'/>
+        <config file='/etc/ceph/other.conf'/>
+      </source>
+      <target dev='vdc' bus='virtio'/>
+    </disk>
+";
+
+/// What a document says, whatever the order of attributes and elements, the quotes and the white space.
+fn meaning(node: Node<'_, '_>) -> String {
+    let mut attributes: Vec<String> =
+        node.attributes().map(|one| format!("{}={:?}", one.name(), one.value())).collect();
+    attributes.sort();
+    let mut children: Vec<String> = node.children().filter(Node::is_element).map(meaning).collect();
+    children.sort();
+    let text = node.text().unwrap_or_default().trim().to_owned();
+    format!("<{} {attributes:?} {text:?} {children:?}>", node.tag_name().name())
+}
+
+fn means(xml: &str) -> String {
+    meaning(Document::parse(xml).unwrap().root_element())
+}
+
+fn there(xml: &str, target: &str, cache: Option<&str>) -> Converted {
+    to_vhost_user(xml, target, cache, Path::new("/run/virtioblkd")).unwrap_or_else(|error| panic!("{error}\n{xml}"))
+}
+
+fn back(xml: &str, target: &str) -> Converted {
+    to_qemu(xml, target).unwrap_or_else(|error| panic!("{error}\n{xml}"))
+}
+
+fn options(xml: &str) -> Vec<(String, String)> {
+    metadata::read(&document(xml).unwrap()).unwrap().remove(0).options
+}
+
+#[test]
+fn a_disk_that_went_there_and_came_back_is_what_it_was() {
+    let osinfo = "  <metadata>\n    <l:os xmlns:l='urn:libosinfo'/>\n  </metadata>\n";
+    let shared = "  <memoryBacking><hugepages/></memoryBacking>\n";
+    for more in ["", osinfo, "  <metadata/>\n", shared, "  <memoryBacking><locked/></memoryBacking>\n"] {
+        for (disk, target) in [(FILE, "vda"), (PLAIN, "vdb"), (RBD, "vdc")] {
+            let original = domain(more, disk);
+            let converted = there(&original, target, None).xml;
+            assert!(Domain::parse(&converted).unwrap().has_shared_memory, "{converted}");
+            let returned = back(&converted, target).xml;
+            // An empty <metadata/> says nothing.
+            let without = |xml: &str| means(&xml.replace("  <metadata/>\n", ""));
+            assert_eq!(without(&returned), without(&original), "{converted}\n{returned}");
+        }
+    }
+}
+
+#[test]
+fn the_daemon_is_told_what_qemu_was() {
+    let converted = there(&domain("", FILE), "vda", None).xml;
+    let expected = [
+        ("blk-file", "/images/it's & a.raw"),
+        ("cache", "writethrough"),
+        ("discard", "unmap"),
+        ("on-error", "stop"),
+        ("serial", "root"),
+        ("read-only", "true"),
+        ("logical-block-size", "4096"),
+        ("discard-granularity", "32768"),
+    ];
+    assert_eq!(options(&converted), expected.map(|(key, value)| (key.to_owned(), value.to_owned())));
+    let disk = &Domain::parse(&converted).unwrap().disks[0];
+    assert_eq!(disk.socket, format!("/run/virtioblkd/{UUID}-vda.sock"));
+    assert_eq!((disk.queues, disk.reconnects), (Some(4), true));
+    for kept in ["<boot order='1'/>", "<alias name='ua-root'/>", "bus='0x04'", "<!-- kept -->"] {
+        assert!(converted.contains(kept), "{converted}");
+    }
+    // What QEMU does where nothing is said is said.
+    let plain = options(&there(&domain("", PLAIN), "vdb", None).xml);
+    let expected = [("blk-file", "/dev/vg/b"), ("cache", "writeback"), ("discard", "ignore")];
+    assert_eq!(plain, expected.map(|(key, value)| (key.to_owned(), value.to_owned())));
+}
+
+#[test]
+fn an_rbd_image_keeps_its_monitors_and_its_user_and_the_key_is_asked_for() {
+    let converted = there(&domain("", RBD), "vdc", Some("none"));
+    let expected = [
+        ("rbd", "volumes/tenant/db"),
+        ("ceph-user", "libvirt"),
+        ("ceph-conf", "/etc/ceph/other.conf"),
+        ("cache", "none"),
+        ("discard", "ignore"),
+        ("rbd-option", "mon_host=mon1:6789,[fd00::2]:3300"),
+    ];
+    assert_eq!(options(&converted.xml), expected.map(|(key, value)| (key.to_owned(), value.to_owned())));
+    assert!(converted.notes[0].contains("ceph.client.libvirt.keyring"), "{:?}", converted.notes);
+    assert!(back(&converted.xml, "vdc").xml.contains("cache='none'"));
+}
+
+#[test]
+fn every_other_byte_stays() {
+    let original = domain("", FILE);
+    let converted = there(&original, "vda", None).xml;
+    let (before, after) = (original.find("  <memory unit").unwrap(), original.find("    <interface").unwrap());
+    assert!(converted.ends_with(&original[after..]));
+    assert!(converted.starts_with(&original[..original.find("</uuid>").unwrap()]));
+    assert!(converted.contains(&original[before..original.find("  <devices>").unwrap()]));
+}
+
+#[test]
+fn the_last_disk_takes_the_shared_memory_with_it() {
+    let original = domain("", &[FILE, PLAIN].concat());
+    let both = there(&there(&original, "vda", None).xml, "vdb", None).xml;
+    let one = back(&both, "vda").xml;
+    assert!(Domain::parse(&one).unwrap().has_shared_memory, "{one}");
+    assert_eq!(means(&back(&one, "vdb").xml), means(&original));
+    let shared = "  <memoryBacking>\n    <source type='memfd'/>\n    <access mode='shared'/>\n  </memoryBacking>\n";
+    let original = domain(shared, FILE);
+    assert_eq!(means(&back(&there(&original, "vda", None).xml, "vda").xml), means(&original));
+}
+
+#[test]
+fn what_was_changed_meanwhile_reaches_qemus_disk() {
+    let converted = there(&domain("", FILE), "vda", None).xml;
+    let changed = converted
+        .replace(
+            "cache='writethrough' discard='unmap' error_policy='stop' serial='root' readonly='yes'",
+            "cache='none' max_hold='30s' serial='other'",
+        )
+        .replacen(
+            "<v:disk target='vda' file='/images/it&apos;s &amp; a.raw'",
+            "<v:disk target='vda' file='/images/b.raw'",
+            1,
+        );
+    let returned = back(&changed, "vda");
+    let xml = &returned.xml;
+    for new in
+        ["<source file='/images/b.raw'/>", "cache='none'", "<serial>other</serial>", "io='threads'", "discard='unmap'"]
+    {
+        assert!(xml.contains(new), "'{new}': {xml}");
+    }
+    assert!(!xml.contains("<readonly/>") && !xml.contains("writethrough"), "{xml}");
+    assert!(returned.notes.concat().contains("max_hold"), "{:?}", returned.notes);
+    // A disk that was never QEMU's.
+    let start = converted.find("<v:qemu_disk").unwrap();
+    let end = converted.find("</v:qemu_disk>").unwrap() + "</v:qemu_disk>".len();
+    let written = [&converted[..start], &converted[end..]].concat();
+    let xml = back(&written, "vda").xml;
+    for new in
+        ["<disk type='file'", "type='raw'", "cache='writethrough'", "error_policy='stop'", "<readonly/>", "queues='4'"]
+    {
+        assert!(xml.contains(new), "'{new}': {xml}");
+    }
+}
+
+#[test]
+fn what_would_mean_something_else_is_refused_by_name() {
+    let with = |from: &str, to: &str| {
+        let disk = FILE.replace(from, to);
+        assert_ne!(disk, FILE, "{from}");
+        to_vhost_user(&domain("", &disk), "vda", None, Path::new("/run")).unwrap_err().to_string()
+    };
+    let cases = [
+        ("type='raw'", "type='qcow2'", "qemu-img"),
+        ("type='file'", "type='volume'", "its type is 'volume'"),
+        ("device='disk'", "device='cdrom'", "cdrom"),
+        ("bus='virtio'", "bus='sata'", "'sata'"),
+        ("io='threads'", "detect_zeroes='unmap'", "detect_zeroes='unmap'"),
+        ("io='threads'", "copy_on_read='on'", "copy_on_read"),
+        ("error_policy='stop'", "error_policy='ignore'", "refuses"),
+        ("error_policy='stop'", "error_policy='stop' rerror_policy='report'", "rerror_policy='report'"),
+        ("<readonly/>", "<shareable/>", "<shareable/>"),
+        ("<readonly/>", "<transient/>", "<transient>"),
+        ("<readonly/>", "<encryption format='luks'/>", "<encryption>"),
+        ("<readonly/>", "<iotune><total_iops_sec>1</total_iops_sec></iotune>", "<iotune>"),
+        ("<backingStore/>", "<backingStore><source/></backingStore>", "<backingStore>"),
+        ("logical_block_size='4096'", "physical_block_size='4096'", "physical_block_size"),
+        ("<seclabel model='selinux' relabel='no'/>", "<slices/>", "<slices>"),
+        ("<source file=", "<source startupPolicy='optional' file=", "startupPolicy='optional'"),
+        ("cache='writethrough'", "cache='odd'", "odd"),
+    ];
+    for (from, to, reason) in cases {
+        let error = with(from, to);
+        assert!(error.contains(reason) && error.contains("disk vda"), "{to}: {error}");
+    }
+    let error = to_vhost_user(&domain("", FILE), "vdx", None, Path::new("/run")).unwrap_err().to_string();
+    assert!(error.contains("the disks are vda"), "{error}");
+    let private = "  <memoryBacking><access mode='private'/></memoryBacking>\n";
+    let error = to_vhost_user(&domain(private, FILE), "vda", None, Path::new("/run")).unwrap_err().to_string();
+    assert!(error.contains("mode='private'"), "{error}");
+    let error = to_qemu(&domain("", FILE), "vda").unwrap_err().to_string();
+    assert!(error.contains("no vhostuser disk"), "{error}");
+}

@@ -1,0 +1,259 @@
+//! The way back: a disk of ours becomes one that QEMU serves itself.
+
+use roxmltree::Node;
+
+use super::super::domain::{DomainError, child, document, domain_node, refuse};
+use super::super::edits::{Edits, attributes, escape, indentation};
+use super::super::metadata::{self, NAMESPACE};
+use super::settings::{Image, Settings};
+use super::{Converted, DEVICE_ELEMENTS, KEPT, disk, is_device_attribute, memory};
+
+/// Converts the disk with this target, which our `<metadata>` describes.
+pub fn to_qemu(xml: &str, target: &str) -> Result<Converted, DomainError> {
+    let document = document(xml)?;
+    let root = domain_node(&document)?;
+    let disk = disk(root, target)?;
+    if disk.attribute("type") != Some("vhostuser") {
+        return refuse(format!("disk {target}: it is no vhostuser disk"));
+    }
+    let described = metadata::read(&document)?;
+    let Some(options) = described.iter().find(|disk| disk.target == target) else {
+        return refuse(format!(
+            "disk {target}: <metadata> does not describe it, so its image is not known: it belongs to a daemon that \
+             libvirt's hook does not start"
+        ));
+    };
+    let (now, dropped) = Settings::of_options(options);
+    let mut notes = Vec::new();
+    if let Image::Rbd { user: Some(user), .. } = &now.image {
+        notes.push(format!("libvirt needs <auth> with the secret that holds the key of Ceph's client.{user}"));
+    }
+    if !dropped.is_empty() {
+        notes.push(format!("QEMU's own disk has no place for these, which are left out: {}", dropped.join(", ")));
+    }
+    let ours = our_disks(root).ok_or_else(|| DomainError("the domain has no element of ours".into()))?;
+    let element = ours.children().find(|node| node.attribute("target") == Some(target));
+    let kept = element.and_then(|element| element.children().find(|node| node.tag_name().name() == KEPT));
+    let mut edits = Edits::default();
+    match kept {
+        Some(kept) => edit_disk(xml, disk, &Kept::of(xml, kept, target)?, &now, &mut edits),
+        None => edit_disk(xml, disk, &Kept::nothing(), &now, &mut edits),
+    }
+    remove_element(xml, root, ours, element, &mut edits);
+    Ok(Converted { xml: edits.apply(xml), notes })
+}
+
+fn our_disks<'a>(domain: Node<'a, 'a>) -> Option<Node<'a, 'a>> {
+    let metadata = child(domain, "metadata")?;
+    metadata.children().find(|node| node.tag_name().namespace() == Some(NAMESPACE))
+}
+
+/// What `<qemu_disk>` keeps.
+struct Kept {
+    /// The type of `<disk>`.
+    kind: Option<String>,
+    snapshot: Option<String>,
+    /// Attributes of `<driver>`, and its children as text.
+    driver: Vec<(String, String)>,
+    driver_content: String,
+    source: Option<String>,
+    /// Other children, by name, as text.
+    others: Vec<(String, String)>,
+    /// What it was converted to.
+    settings: Option<Settings>,
+}
+
+impl Kept {
+    /// A disk that was never QEMU's.
+    fn nothing() -> Self {
+        let driver = [("name", "qemu"), ("type", "raw")].map(|(name, value)| (name.to_owned(), value.to_owned()));
+        Kept {
+            kind: None,
+            snapshot: None,
+            driver: driver.to_vec(),
+            driver_content: String::new(),
+            source: None,
+            others: Vec::new(),
+            settings: None,
+        }
+    }
+
+    fn of(xml: &str, kept: Node<'_, '_>, target: &str) -> Result<Self, DomainError> {
+        // Its children have our namespace if that is the default one: their text alone does not.
+        let of_disk = kept.attributes().map(|one| (one.name(), one.value()));
+        let children: Vec<Node<'_, '_>> = kept.children().filter(Node::is_element).collect();
+        let text: String = children.iter().map(|node| &xml[node.range()]).collect();
+        let alone = format!("<disk{}>{text}</disk>", attributes(of_disk));
+        let document = document(&alone)?;
+        let settings = Settings::of_qemu_disk(document.root_element())
+            .map_err(|error| DomainError(format!("disk {target}: <{KEPT}> in <metadata>: {error}")))?;
+        let mut found = Kept { settings: Some(settings), driver: Vec::new(), ..Kept::nothing() };
+        found.kind = kept.attribute("type").map(str::to_owned);
+        found.snapshot = kept.attribute("snapshot").map(str::to_owned);
+        for child in children {
+            let text = xml[child.range()].to_owned();
+            match child.tag_name().name() {
+                "driver" => {
+                    found.driver =
+                        child.attributes().map(|one| (one.name().to_owned(), one.value().to_owned())).collect();
+                    found.driver_content =
+                        child.children().filter(Node::is_element).map(|node| &xml[node.range()]).collect();
+                }
+                "source" => found.source = Some(text),
+                name => found.others.push((name.to_owned(), text)),
+            }
+        }
+        Ok(found)
+    }
+
+    /// Whether a setting is what it was at the conversion.
+    fn has<T: PartialEq>(&self, now: &Settings, of: impl Fn(&Settings) -> &T) -> bool {
+        self.settings.as_ref().is_some_and(|then| of(then) == of(now))
+    }
+}
+
+fn edit_disk(xml: &str, disk: Node<'_, '_>, kept: &Kept, now: &Settings, edits: &mut Edits) {
+    let same_image = kept.has(now, |settings| &settings.image);
+    let kind = match (&kept.kind, &now.image) {
+        (Some(kind), _) if same_image => kind.as_str(),
+        (_, Image::Rbd { .. }) => "network",
+        (_, Image::Path(path)) if path.starts_with("/dev/") => "block",
+        (_, Image::Path(_)) => "file",
+    };
+    for attribute in disk.attributes() {
+        match attribute.name() {
+            "type" => {
+                let snapshot = kept.snapshot.iter().map(|value| format!(" snapshot='{}'", escape(value)));
+                edits.replace(attribute.range(), format!("type='{kind}'{}", snapshot.collect::<String>()));
+            }
+            "snapshot" => edits.remove(xml, attribute.range()),
+            _ => {}
+        }
+    }
+    let source = kept.source.clone().filter(|_| same_image).unwrap_or_else(|| source(&now.image, kind));
+    let driver = driver(disk, kept, now);
+    let others = others(kept, now);
+    let target = child(disk, "target");
+    let indent = target.map_or("", |target| indentation(xml, target));
+    let mut has_driver = false;
+    for element in disk.children().filter(Node::is_element) {
+        match element.tag_name().name() {
+            "driver" => {
+                has_driver = true;
+                edits.replace(element.range(), driver.clone());
+            }
+            "source" => edits.replace(element.range(), source.clone()),
+            name if DEVICE_ELEMENTS.contains(&name) => {}
+            _ => edits.remove(xml, element.range()),
+        }
+    }
+    if let Some(target) = target {
+        if !has_driver && driver != "<driver/>" {
+            edits.insert(target.range().start, format!("{driver}{indent}"));
+        }
+        let more: String = others.iter().map(|text| format!("{indent}{text}")).collect();
+        edits.insert(target.range().end, more);
+    }
+}
+
+/// `<driver>`: the kept attributes with those settings that changed since, and the device's from now.
+fn driver(disk: Node<'_, '_>, kept: &Kept, now: &Settings) -> String {
+    let mut list: Vec<(String, String)> = Vec::new();
+    for (name, value) in &kept.driver {
+        let is_same = match name.as_str() {
+            "cache" => kept.has(now, |settings| &settings.cache),
+            "discard" => kept.has(now, |settings| &settings.discard),
+            "error_policy" | "rerror_policy" => kept.has(now, |settings| &settings.error_policy),
+            name => !is_device_attribute(name) || kept.settings.is_none(),
+        };
+        if is_same {
+            list.push((name.clone(), value.clone()));
+        }
+    }
+    let device = child(disk, "driver");
+    for one in device.iter().flat_map(|driver| driver.attributes()).filter(|one| is_device_attribute(one.name())) {
+        list.retain(|(name, _)| name != one.name());
+        list.push((one.name().to_owned(), one.value().to_owned()));
+    }
+    let mut change = |name: &str, value: &str, is_same: bool| {
+        if !is_same {
+            list.push((name.to_owned(), value.to_owned()));
+        }
+    };
+    change("cache", &now.cache, kept.has(now, |settings| &settings.cache));
+    change("discard", &now.discard, kept.has(now, |settings| &settings.discard));
+    let default_policy = kept.settings.is_none() && now.error_policy == "enospace";
+    change("error_policy", &now.error_policy, default_policy || kept.has(now, |settings| &settings.error_policy));
+    let text = attributes(list.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+    match kept.driver_content.as_str() {
+        "" => format!("<driver{text}/>"),
+        content => format!("<driver{text}>{content}</driver>"),
+    }
+}
+
+/// The other children of `<disk>`: the kept ones, but for settings that changed since.
+fn others(kept: &Kept, now: &Settings) -> Vec<String> {
+    let same_serial = kept.has(now, |settings| &settings.serial);
+    let same_readonly = kept.has(now, |settings| &settings.readonly);
+    let same_blocks = kept.has(now, |settings| &settings.logical_block_size)
+        && kept.has(now, |settings| &settings.discard_granularity);
+    let same_image = kept.has(now, |settings| &settings.image);
+    let is_same = |name: &str| match name {
+        "serial" => same_serial,
+        "readonly" => same_readonly,
+        "blockio" => same_blocks,
+        "auth" => same_image,
+        _ => true,
+    };
+    let mut list: Vec<String> =
+        kept.others.iter().filter(|(name, _)| is_same(name)).map(|(_, text)| text.clone()).collect();
+    if let (false, Some(serial)) = (same_serial, &now.serial) {
+        list.push(format!("<serial>{}</serial>", escape(serial)));
+    }
+    if !same_readonly && now.readonly {
+        list.push("<readonly/>".into());
+    }
+    if !same_blocks {
+        let sizes =
+            [("logical_block_size", &now.logical_block_size), ("discard_granularity", &now.discard_granularity)];
+        let sizes: Vec<(&str, &str)> =
+            sizes.iter().filter_map(|(name, value)| Some((*name, value.as_deref()?))).collect();
+        if !sizes.is_empty() {
+            list.push(format!("<blockio{}/>", attributes(sizes)));
+        }
+    }
+    list
+}
+
+fn source(image: &Image, kind: &str) -> String {
+    match image {
+        Image::Path(path) if kind == "block" => format!("<source dev='{}'/>", escape(path)),
+        Image::Path(path) => format!("<source file='{}'/>", escape(path)),
+        Image::Rbd { name, conf, .. } => {
+            let conf = conf.iter().map(|conf| format!("<config file='{}'/>", escape(conf))).collect::<String>();
+            format!("<source protocol='rbd' name='{}'>{conf}</source>", escape(name))
+        }
+    }
+}
+
+/// Removes our element; with the last disk also `<disks>`, what was added to share the memory, and an empty `<metadata>`.
+fn remove_element(
+    xml: &str,
+    domain: Node<'_, '_>,
+    ours: Node<'_, '_>,
+    element: Option<Node<'_, '_>>,
+    edits: &mut Edits,
+) {
+    let count = |node: Node<'_, '_>| node.children().filter(Node::is_element).count();
+    if count(ours) > 1 {
+        edits.remove(xml, element.map_or(0..0, |element| element.range()));
+        return;
+    }
+    if let Some(added) = ours.attribute(memory::ADDED) {
+        memory::unshare(xml, domain, added, edits);
+    }
+    match child(domain, "metadata") {
+        Some(metadata) if count(metadata) == 1 => edits.remove(xml, metadata.range()),
+        _ => edits.remove(xml, ours.range()),
+    }
+}
