@@ -6,6 +6,7 @@
 
 mod attend;
 mod chosen;
+mod domain;
 mod each;
 mod freezing;
 mod hold;
@@ -82,6 +83,10 @@ enum CtlCommand {
     Attend(attend::Attend),
     /// Copies in the background (`snapshot --to copy:... --background`): how far they are
     Copies(Copies),
+    /// A libvirt domain: status, check, convert
+    ///
+    /// libvirt is asked through virsh, which honours LIBVIRT_DEFAULT_URI.
+    Domain(domain::Domain),
     /// libvirt's hook: start a domain's disks before the domain, and end them after it
     ///
     /// Linked as /etc/libvirt/hooks/qemu.d/50-virtioblkd. Reads the domain's XML on standard input. The disks are described in
@@ -198,6 +203,9 @@ fn run_command() -> ExitCode {
     match &cli.command {
         CtlCommand::Snapshot(options) => return take_snapshot(options, &cli),
         CtlCommand::Attend(options) => return finish(&cli, attend::run(options, &cli.chosen, cli.json)),
+        CtlCommand::Domain(options) => {
+            return status_of(&cli, domain::run(options, &cli.chosen, cli.json), 1);
+        }
         CtlCommand::List => return finish(&cli, list::run(&cli.chosen, cli.json).and_then(|text| print(&text))),
         CtlCommand::Guard => return helper(virtioblkd::internal::snapshot::guard::serve),
         CtlCommand::LibvirtHook(options) => return libvirt_hook::run(options),
@@ -208,10 +216,14 @@ fn run_command() -> ExitCode {
         CtlCommand::Quiesce(Quiesce { command, .. }) if !command.is_empty() => hold::FAILED,
         _ => 1,
     };
-    match cli.chosen.several(&[]).and_then(|disks| run(&cli, &disks)) {
+    status_of(&cli, cli.chosen.several(&[]).and_then(|disks| run(&cli, &disks)), own_failure)
+}
+
+fn status_of(cli: &Cli, result: Result<u8, Failure>, own_failure: u8) -> ExitCode {
+    match result {
         Ok(status) => ExitCode::from(status),
         Err(failure) => {
-            tell(&cli, &failure);
+            tell(cli, &failure);
             ExitCode::from(if failure.code == USAGE { 2 } else { own_failure })
         }
     }
@@ -335,6 +347,7 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
         },
         CtlCommand::Watch => return watch::run(path, client, cli.json).map(Answer::Status),
         CtlCommand::List
+        | CtlCommand::Domain(_)
         | CtlCommand::Snapshot(_)
         | CtlCommand::Attend(_)
         | CtlCommand::LibvirtHook(_)

@@ -1,0 +1,253 @@
+//! The subcommands of `domain`: a libvirt domain whose disks virtioblkd serves, or is to serve.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+use virtioblkd::engine::cache::CacheMode;
+use virtioblkd::internal::base::logging;
+use virtioblkd::internal::base::text::{clean, clean_json};
+use virtioblkd::internal::control::client::Failure;
+use virtioblkd::internal::host::check::facts::Facts;
+use virtioblkd::internal::host::check::{self, Finding, Grade};
+use virtioblkd::internal::host::convert::{self, Converted};
+use virtioblkd::internal::host::domain::{Domain as Description, MAX_BYTES, VhostUserDisk};
+use virtioblkd::internal::host::hook::Host;
+use virtioblkd::internal::host::listing::{self, Listed, State};
+use virtioblkd::internal::host::metadata::{self, DiskOptions};
+use virtioblkd::internal::host::places::Places;
+use virtioblkd::internal::host::virsh;
+
+use crate::chosen::Chosen;
+use crate::list::table;
+use crate::print;
+
+#[derive(Args)]
+pub(crate) struct Domain {
+    #[command(subcommand)]
+    command: DomainCommand,
+}
+
+#[derive(Subcommand)]
+enum DomainCommand {
+    /// The domain's disks: target, mode, what the guest sees, state, image
+    Status {
+        /// Its name or UUID
+        #[arg(value_name = "DOMAIN")]
+        name: String,
+    },
+    /// Look for what keeps its disks from working at its next start, and say what to do about it
+    ///
+    /// Memory, queues, reconnecting, images, users, AppArmor, SELinux, QEMU's version, and what the guest will see. The
+    /// status is 1 if there is a problem.
+    Check {
+        /// Its name or UUID, a file with its XML, or - for standard input
+        #[arg(value_name = "DOMAIN")]
+        name: String,
+    },
+    /// Let virtioblkd serve a disk that QEMU serves, or with --back QEMU one that virtioblkd serves
+    ///
+    /// Prints the changed XML; with --define libvirt takes it for the next start. <disk type='file'>, 'block' and
+    /// 'network' (rbd) can be converted. What cannot be carried over is refused by name.
+    Convert(Convert),
+}
+
+#[derive(Args)]
+struct Convert {
+    /// Its name or UUID, a file with its XML, or - for standard input
+    #[arg(value_name = "DOMAIN")]
+    name: String,
+    /// The disk, such as vda
+    target: String,
+    /// Its cache mode from now on [default: as it is]
+    #[arg(long, value_name = "MODE", value_parser = str::parse::<CacheMode>, conflicts_with = "back")]
+    cache: Option<CacheMode>,
+    /// The other way: QEMU serves the disk itself again
+    #[arg(long)]
+    back: bool,
+    /// Let libvirt define the changed domain (virsh define) instead of printing it
+    #[arg(long)]
+    define: bool,
+}
+
+/// Returns our exit status.
+pub(crate) fn run(options: &Domain, chosen: &Chosen, json: bool) -> Result<u8, Failure> {
+    match &options.command {
+        DomainCommand::Status { name } => status(name, chosen, json),
+        DomainCommand::Check { name } => check(name, chosen, json),
+        DomainCommand::Convert(options) => convert(options),
+    }
+}
+
+fn failed(error: impl std::fmt::Display) -> Failure {
+    Failure::new("domain", error.to_string())
+}
+
+/// The XML of a domain, of a file, or of standard input. A name is a file's if it has a slash or ends in `.xml`.
+fn description(name: &str, of_libvirt: impl Fn(&str) -> Result<String, String>) -> Result<String, Failure> {
+    let mut xml = String::new();
+    let read = match name {
+        "-" => io::stdin().take(MAX_BYTES).read_to_string(&mut xml),
+        path if path.contains('/') || path.ends_with(".xml") => {
+            File::open(path).and_then(|file| file.take(MAX_BYTES).read_to_string(&mut xml))
+        }
+        name => return of_libvirt(name).map_err(failed),
+    };
+    read.map(|_| xml).map_err(|error| failed(format!("cannot read '{name}': {error}")))
+}
+
+fn described(xml: &str) -> Result<(Description, Vec<DiskOptions>), Failure> {
+    let domain = Description::parse(xml).map_err(failed)?;
+    Ok((domain, metadata::of_xml(xml).unwrap_or_default()))
+}
+
+fn status(name: &str, chosen: &Chosen, json: bool) -> Result<u8, Failure> {
+    let xml = virsh::describe(name, false).map_err(failed)?;
+    let (domain, described) = described(&xml)?;
+    let state = virsh::run(&["domstate", "--domain", name], virsh::QUERY_TIMEOUT).map_err(failed)?;
+    let listed = listing::find(&chosen.directories()).map_err(failed)?;
+    let disks: Vec<Listed> = domain.disks.iter().map(|disk| in_list(&domain, disk, &listed)).collect();
+    let states = listing::states(&disks);
+    let rows: Vec<Value> = disks.iter().zip(&states).map(|(disk, state)| row(disk, state, &described)).collect();
+    if json {
+        let all =
+            json!({"domain": domain.name, "state": state.trim(), "disks": rows, "other-disks": domain.other_targets});
+        print(&format!("{}\n", clean_json(&format!("{all:#}"))))?;
+        return Ok(0);
+    }
+    print(&format!("domain {}: {}\n", clean(&domain.name), clean(state.trim())))?;
+    let cell = |row: &Value, key: &str| row[key].as_str().map_or("-".to_owned(), clean);
+    let keys = ["target", "cache-mode", "guest-sees", "state", "image"];
+    let cells: Vec<[String; 5]> = rows.iter().map(|row| keys.map(|key| cell(row, key))).collect();
+    print(&table(&["TARGET", "MODE", "GUEST SEES", "STATE", "IMAGE"], &cells))?;
+    if !domain.other_targets.is_empty() {
+        print(&format!("not served by virtioblkd: {}\n", clean(&domain.other_targets.join(", "))))?;
+    }
+    Ok(0)
+}
+
+/// The disk as this host has it; without a control socket where it is not known.
+fn in_list(domain: &Description, disk: &VhostUserDisk, listed: &[Listed]) -> Listed {
+    let is_it = |found: &&Listed| {
+        found.socket.as_deref() == Some(Path::new(&disk.socket))
+            || found.target.as_deref() == Some(&disk.target)
+                && found.domain.as_ref().is_some_and(|(_, uuid)| *uuid == domain.uuid)
+    };
+    let unknown = Listed { name: String::new(), domain: None, target: None, control: None, socket: None };
+    Listed { target: Some(disk.target.clone()), ..listed.iter().find(is_it).cloned().unwrap_or(unknown) }
+}
+
+fn row(disk: &Listed, state: &State, described: &[DiskOptions]) -> Value {
+    let target = disk.target.clone().unwrap_or_default();
+    let options = described.iter().find(|described| described.target == target);
+    let of_status = |key: &str| state.status.as_ref().map_or(Value::Null, |status| status[key].clone());
+    let of_options = |keys: &[&str]| {
+        let option = options.and_then(|disk| disk.options.iter().find(|(name, _)| keys.contains(&name.as_str())));
+        option.map_or(Value::Null, |(_, value)| value.clone().into())
+    };
+    let or = |value: Value, other: Value| if value.is_null() { other } else { value };
+    json!({
+        "target": target,
+        "cache-mode": or(of_status("cache-mode"), of_options(&["cache"])),
+        "guest-sees": of_status("guest-sees"),
+        "state": if disk.control.is_none() { "not-running" } else { state.word },
+        "image": or(of_status("image"), of_options(&["blk-file", "rbd"])),
+        "control": disk.control,
+    })
+}
+
+fn check(name: &str, chosen: &Chosen, json: bool) -> Result<u8, Failure> {
+    let xml = description(name, |name| virsh::describe(name, true))?;
+    let host = Host::of_this_user().map_err(failed)?;
+    // What is wrong in the metadata is a finding.
+    let disks = metadata::of_xml(&xml).unwrap_or_default();
+    let findings = check::findings(&xml, &Facts::of_this_host(&host, &chosen.directories(), &disks));
+    let problems = findings.iter().filter(|found| found.grade == Grade::Problem).count();
+    if json {
+        let all: Vec<Value> = findings.iter().map(finding_json).collect();
+        print(&format!("{}\n", clean_json(&format!("{:#}", Value::from(all)))))?;
+    } else {
+        let mut page: String = findings.iter().map(finding_text).collect();
+        page += &match problems {
+            0 => "no problem was found\n".to_owned(),
+            some => format!("{some} problem(s)\n"),
+        };
+        print(&page)?;
+    }
+    Ok(u8::from(problems > 0))
+}
+
+fn grade(finding: &Finding) -> &'static str {
+    match finding.grade {
+        Grade::Problem => "problem",
+        Grade::Note => "note",
+    }
+}
+
+fn finding_json(finding: &Finding) -> Value {
+    json!({"grade": grade(finding), "about": finding.about, "what": finding.what, "fix": finding.fix})
+}
+
+fn finding_text(finding: &Finding) -> String {
+    let (grade, about, what) = (grade(finding), clean(&finding.about), clean(&finding.what));
+    let fix = if finding.fix.is_empty() { String::new() } else { format!("{:10}fix: {}\n", "", clean(&finding.fix)) };
+    format!("{grade:<10}{about}: {what}\n{fix}")
+}
+
+fn convert(options: &Convert) -> Result<u8, Failure> {
+    let xml = description(&options.name, virsh::describe_whole)?;
+    let Converted { xml, notes } = match options.back {
+        true => convert::to_qemu(&xml, &options.target),
+        false => {
+            let places = Places::of_this_user().map_err(failed)?;
+            let cache = options.cache.map(|mode| mode.name());
+            convert::to_vhost_user(&xml, &options.target, cache, &places.sockets)
+        }
+    }
+    .map_err(failed)?;
+    if !options.define {
+        let mut out = io::stdout().lock();
+        // As it is: libvirt reads it.
+        let printed = out.write_all(xml.as_bytes()).and_then(|()| out.flush());
+        printed.map_err(|error| Failure::new("output", format!("cannot print: {error}")))?;
+    } else {
+        let file = private_file(&xml).map_err(|error| failed(format!("cannot write a file for virsh: {error}")))?;
+        let said = virsh::run(&["define", &file.0.display().to_string()], virsh::CHANGE_TIMEOUT).map_err(failed)?;
+        logging::say(said.trim());
+        let state = virsh::run(&["domstate", "--domain", &options.name], virsh::QUERY_TIMEOUT).unwrap_or_default();
+        if !matches!(state.trim(), "" | "shut off") {
+            logging::say("the domain runs: the disk is converted at its next start");
+        }
+    }
+    notes.iter().for_each(logging::say);
+    Ok(0)
+}
+
+/// A file that is removed when dropped. Only our user may read it: secrets of the domain are in it.
+pub(crate) struct PrivateFile(pub(crate) PathBuf);
+
+impl Drop for PrivateFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+pub(crate) fn private_file(text: &str) -> io::Result<PrivateFile> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let directory = std::env::temp_dir();
+    for number in 0..1000 {
+        let path = directory.join(format!("virtioblkctl-{}-{number}.xml", std::process::id()));
+        match std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
+            Ok(mut file) => {
+                let private = PrivateFile(path);
+                file.write_all(text.as_bytes())?;
+                return Ok(private);
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::ErrorKind::AlreadyExists.into())
+}
