@@ -65,6 +65,6 @@ mod interleavings {
             }
             senders.into_iter().for_each(|sender| sender.join().unwrap());
         };
-        holds(model, &[Mutant::RingsFirst]);
+        holds(model, &[Mutant::BellBeforeMessage]);
     }
 }

@@ -250,6 +250,6 @@ mod interleavings {
             threads.into_iter().for_each(|thread| thread.join().unwrap());
             assert_eq!(answers.load(Relaxed), 1);
         };
-        holds(model, &[Mutant::RingsFirst, Mutant::SilencesLast]);
+        holds(model, &[Mutant::BellBeforeMessage, Mutant::SilenceAfterTake]);
     }
 }

@@ -157,6 +157,6 @@ mod interleavings {
             }
             senders.into_iter().for_each(|sender| sender.join().unwrap());
         };
-        holds(model, &[Mutant::RingsFirst, Mutant::SilencesLast]);
+        holds(model, &[Mutant::BellBeforeMessage, Mutant::SilenceAfterTake]);
     }
 }

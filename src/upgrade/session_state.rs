@@ -22,7 +22,7 @@ pub(crate) struct SessionState {
     /// The size of the disk that the front-end knows.
     pub(crate) knows: Option<u64>,
     /// The virtqueues, by index.
-    pub(crate) rings: Vec<Ring>,
+    pub(crate) rings: Vec<RingState>,
 }
 
 impl SessionState {
@@ -60,7 +60,7 @@ pub(crate) struct Inflight {
 
 /// A virtqueue.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Ring {
+pub(crate) struct RingState {
     pub(crate) size: u16,
     /// The guest addresses of descriptor table, available ring and used ring; `None`: the front-end has not set them.
     pub(crate) at: Option<[u64; 3]>,

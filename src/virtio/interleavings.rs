@@ -303,28 +303,28 @@ fn pauses(front_end: &mut FrontEnd, memory: &GuestMemoryMmap) {
 fn every_write_completes_and_every_hold_settles() {
     use Mutant::*;
     let sleeping = || disk_under_holds(Duration::ZERO, restarts);
-    holds(sleeping, &[RingsFirst, OneCommandAWake, JoinsOpen, GateStaysOpen, ResumeMissed]);
+    holds(sleeping, &[BellBeforeMessage, OneCommandPerWakeUp, StartsUnblocked, GateStaysOpen, IgnoresResume]);
 }
 
 #[test]
 fn a_polling_worker_misses_no_request() {
-    holds(polled_ring, &[Mutant::SleepsUnlooking]);
+    holds(polled_ring, &[Mutant::SleepsWithoutCheck]);
     holds(|| disk_under_holds(Duration::from_nanos(1), restarts), &[]);
 }
 
 #[test]
 fn a_hold_does_not_wait_for_a_ring_that_stopped() {
-    holds(stop_under_a_hold, &[Mutant::LeavesUnsettled]);
+    holds(stop_under_a_hold, &[Mutant::HoldAwaitsStoppedRing]);
 }
 
 #[test]
 fn an_image_is_claimed_while_it_is_held_and_no_longer_than_it_is_used() {
-    holds(image_that_others_want, &[Mutant::GivesHeldImage, Mutant::KeepsImage]);
+    holds(image_that_others_want, &[Mutant::ReleasesHeldImage, Mutant::NeverReleasesImage]);
 }
 
 #[test]
 fn a_ring_that_is_asked_to_pause_does_so_and_misses_nothing() {
     use Mutant::*;
-    holds(|| disk_under_holds(Duration::ZERO, pauses), &[RestsInName, RestsTooLate, OneCommandAWake]);
+    holds(|| disk_under_holds(Duration::ZERO, pauses), &[PopsWhilePaused, StopsAfterResume, OneCommandPerWakeUp]);
     holds(|| disk_under_holds(Duration::from_nanos(1), pauses), &[]);
 }

@@ -1,5 +1,5 @@
-//! How the models run: many orders of the threads, drawn at random from a seed. A thread that waits looks again and
-//! again, so a lost wake-up is a run that does not end, and fails when it has taken [`MAX_STEPS`].
+//! Runs the models: each in many orders of its threads, drawn at random from a seed. A thread that waits polls. So a lost
+//! wake-up is a run that does not end; it fails after [`MAX_STEPS`].
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -7,33 +7,33 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use shuttle::scheduler::RandomScheduler;
 use shuttle::{Config, FailurePersistence, MaxSteps, Runner};
 
-/// A fault that can be planted into a hand-off; the models must find each.
+/// A fault that can be planted into a hand-off between threads. The models must find each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mutant {
-    /// The bell is rung before the news is there.
-    RingsFirst,
-    /// The bell is silenced after the news was taken.
-    SilencesLast,
-    /// A worker takes one command for each time that it wakes.
-    OneCommandAWake,
-    /// A ring that starts during a hold starts open.
-    JoinsOpen,
-    /// A worker that looked for work in vain asks for kicks and sleeps, though something came meanwhile.
-    SleepsUnlooking,
-    /// A ring that stops during a hold is waited for.
-    LeavesUnsettled,
-    /// The image is given to others when the last ring stops, whoever holds it.
-    GivesHeldImage,
-    /// An image that rings left to a hold stays ours when it ends.
-    KeepsImage,
-    /// A ring that has said that it rests takes what comes.
-    RestsInName,
-    /// A ring that is let go before it has come to rest comes to rest all the same.
-    RestsTooLate,
-    /// The gate of a held ring stays open.
+    /// A thread rings the bell before it has posted the message.
+    BellBeforeMessage,
+    /// A thread silences the bell after it has taken the messages.
+    SilenceAfterTake,
+    /// A worker takes one command each time it wakes up, and leaves the others.
+    OneCommandPerWakeUp,
+    /// A ring that starts during a hold starts with its gate open.
+    StartsUnblocked,
+    /// A worker that polled in vain enables kicks and sleeps, without a check for requests that came before that.
+    SleepsWithoutCheck,
+    /// A hold waits for a ring that has stopped.
+    HoldAwaitsStoppedRing,
+    /// The image is released when the last ring stops, although a hold is on.
+    ReleasesHeldImage,
+    /// The image is not released when the hold ends that outlasted the rings.
+    NeverReleasesImage,
+    /// A ring that has reported that it is paused pops requests.
+    PopsWhilePaused,
+    /// A ring that is resumed before it has paused stops all the same.
+    StopsAfterResume,
+    /// A ring's gate stays open during a hold.
     GateStaysOpen,
-    /// A worker does not read its ring again when a hold ends.
-    ResumeMissed,
+    /// A worker does not read its ring when a hold ends.
+    IgnoresResume,
     /// An aligned write checks whether a gate is open, and enters after that.
     EntersUnchecked,
     /// The last aligned write that leaves a closed gate wakes no read-modify-write.
@@ -43,7 +43,7 @@ pub(crate) enum Mutant {
 }
 
 thread_local! {
-    // All threads of a model are one of the kernel's, so this is all of theirs.
+    // All threads of a model run in one thread of the kernel, so they share this.
     static PLANTED: Cell<Option<Mutant>> = const { Cell::new(None) };
 }
 
@@ -52,9 +52,9 @@ pub(crate) fn planted(mutant: Mutant) -> bool {
     PLANTED.get() == Some(mutant)
 }
 
-/// Orders that each model tries; `make check-deep` wants more (VIRTIOBLKD_ORDERS).
+/// How many orders each model is run in, unless VIRTIOBLKD_ORDERS says otherwise (`make check-deep`).
 const ORDERS: usize = 1000;
-/// A run that ends takes some hundreds.
+/// The most steps of a run. A run that ends takes a few hundred.
 const MAX_STEPS: usize = 20_000;
 const SEED: u64 = 7;
 

@@ -37,7 +37,7 @@ impl Bell {
     /// nothing, and sleeps again. Any thread; does not block.
     pub(crate) fn ring_after(&self, post: impl FnOnce() -> bool) {
         #[cfg(all(test, feature = "model"))]
-        if interleavings::planted(interleavings::Mutant::RingsFirst) {
+        if interleavings::planted(interleavings::Mutant::BellBeforeMessage) {
             self.ring();
             post();
             return;
@@ -58,7 +58,7 @@ impl Bell {
     /// the two rings again. The thread that polls.
     pub(crate) fn silence_before<T>(&self, take: impl FnOnce() -> T) -> T {
         #[cfg(all(test, feature = "model"))]
-        if interleavings::planted(interleavings::Mutant::SilencesLast) {
+        if interleavings::planted(interleavings::Mutant::SilenceAfterTake) {
             let taken = take();
             self.was_rung();
             return taken;

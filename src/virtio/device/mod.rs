@@ -154,7 +154,7 @@ impl Device {
             if let Some(channel) = backend_channel::peek(&session.front_end.stream) {
                 session.handler().offer_channel(channel);
             }
-            // Before the reply: a front-end that has one keeps its place.
+            // Before the reply: a front-end that has got a reply is not replaced by another.
             if !self.has_received_message() && FirstBytes::of(&session.front_end.stream) == FirstBytes::Message {
                 self.spoke.store(true, Relaxed);
             }

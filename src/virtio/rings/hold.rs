@@ -65,7 +65,7 @@ impl Rings {
         let hold_has_image = state.running.is_empty() && state.syncing.is_none();
         drop(state);
         #[cfg(all(test, feature = "model"))]
-        if planted(Mutant::KeepsImage) {
+        if planted(Mutant::NeverReleasesImage) {
             return;
         }
         if hold_has_image {

@@ -251,7 +251,7 @@ impl Rings {
         let counters = state.counters.entry(index).or_default().clone();
         counters.running.store(true, Relaxed);
         #[cfg(all(test, feature = "model"))]
-        if planted(Mutant::JoinsOpen) {
+        if planted(Mutant::StartsUnblocked) {
             return (counters, None);
         }
         (counters, state.hold.as_ref().map(|hold| hold.epoch))
@@ -271,7 +271,7 @@ impl Rings {
             counters.kicked_empty.store(false, Relaxed);
         }
         #[cfg(all(test, feature = "model"))]
-        if planted(Mutant::LeavesUnsettled) {
+        if planted(Mutant::HoldAwaitsStoppedRing) {
             return;
         }
         if let Some(hold) = &mut state.hold
@@ -291,7 +291,7 @@ impl Rings {
     /// vhost-user thread.
     pub(super) fn release_for_rings(&self) {
         #[cfg(all(test, feature = "model"))]
-        if planted(Mutant::GivesHeldImage) {
+        if planted(Mutant::ReleasesHeldImage) {
             return self.image_users.release_rings(&*self.backend, || false);
         }
         self.image_users.release_rings(&*self.backend, || self.lock().hold.is_some());

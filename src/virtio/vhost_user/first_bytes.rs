@@ -1,33 +1,33 @@
-//! Whether a connection speaks vhost-user, by its first bytes. They stay to be read.
+//! Recognizes by its first bytes whether a connection speaks vhost-user. The bytes stay in the socket.
 
 use std::os::unix::net::UnixStream;
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
-/// Bytes of a vhost-user message's header: request, flags, size of the body.
+/// The length in bytes of a vhost-user message's header: request, flags, size of the body.
 const HEADER_BYTES: usize = 12;
 /// No request has a larger number, and no body is larger (QEMU's docs/interop/vhost-user.rst).
 const MAX_REQUEST: u32 = 64;
 const MAX_BODY: u32 = 4096;
-/// The flags' version, which is 1, and that it is a reply.
+/// The bits of the flags that hold the version, which is 1, and mark a reply.
 const VERSION_AND_REPLY: u32 = 0b111;
 
 /// What a connection has sent so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FirstBytes {
-    /// Nothing.
+    /// The other side has sent nothing.
     None,
-    /// A vhost-user message, or its beginning.
+    /// It has sent a vhost-user message.
     Message,
-    /// Something else.
+    /// It has sent bytes that begin no vhost-user message.
     Other,
-    /// Nothing, and it is closed.
+    /// It has sent nothing and closed the connection.
     End,
 }
 
 impl FirstBytes {
-    /// Looks at what was sent and not read yet. Never blocks.
+    /// Checks the bytes that the other side has sent and this process has not read. Never blocks.
     pub(crate) fn of(connection: &UnixStream) -> FirstBytes {
         let mut header = [0; HEADER_BYTES];
         match recv(connection, &mut header, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_message_is_told_from_other_bytes_and_stays_to_be_read() {
+    fn a_vhost_user_message_is_recognized_and_stays_in_the_socket() {
         let get_features = [1u32, 1, 0].map(u32::to_ne_bytes).concat();
         let reply = [1u32, 5, 8].map(u32::to_ne_bytes).concat();
         let cases: [(&[u8], FirstBytes); 5] = [

@@ -20,7 +20,7 @@ use super::handler::Handler;
 use super::vring::Vring;
 use crate::base::sync::mpsc::Receiver;
 use crate::upgrade::Descriptors;
-use crate::upgrade::session_state::{Inflight, Region, Ring};
+use crate::upgrade::session_state::{Inflight, Region, RingState};
 use crate::virtio::rings::StopMode;
 use crate::virtio::virtqueue::split_ring::RingAddresses;
 use crate::virtio::worker::stopped_ring::StoppedRing;
@@ -181,7 +181,7 @@ impl Handler {
     }
 
     /// Restores one ring. Nothing may run until the image is claimed, so the ring is not enabled by a message.
-    fn restore_ring(&mut self, index: u32, ring: Ring, descriptors: &mut Descriptors) -> Result<()> {
+    fn restore_ring(&mut self, index: u32, ring: RingState, descriptors: &mut Descriptors) -> Result<()> {
         let mut file = |number: Option<usize>| {
             number.map(|number| descriptors.take(number).map(File::from)).transpose().map_err(failed)
         };
@@ -223,10 +223,10 @@ fn wait_for(replies: Vec<Receiver<()>>, deadline: Option<Instant>) -> bool {
     })
 }
 
-fn record_ring(stopped: &StoppedRing, descriptors: &mut Descriptors) -> io::Result<Ring> {
+fn record_ring(stopped: &StoppedRing, descriptors: &mut Descriptors) -> io::Result<RingState> {
     let mut copy = |file: &Option<File>| file.as_ref().map(|file| descriptors.add_copy(file.as_fd())).transpose();
     let (kick, call, err) = (copy(&stopped.kick)?, copy(&stopped.call)?, copy(&stopped.err)?);
-    Ok(Ring {
+    Ok(RingState {
         size: stopped.size,
         at: stopped.addresses.map(|at| [at.descriptors, at.available, at.used]),
         next_avail: stopped.next_available,

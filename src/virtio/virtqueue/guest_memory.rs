@@ -17,8 +17,8 @@ use vm_memory::{
 
 use crate::backend::IoBuf;
 
-/// Up to this many regions are searched one by one. A guest has two or three, unless memory is plugged into it.
-const INLINE_SEGMENTS: usize = 8;
+/// Up to this many regions are scanned one by one; more are searched by bisection. A guest has two or three, unless memory is plugged into it.
+const MAX_SCANNED_REGIONS: usize = 8;
 
 /// A piece of guest memory: address and length.
 pub type Segment = (GuestAddress, u32);
@@ -49,7 +49,7 @@ unsafe impl Send for GuestMemory {}
 struct Unaligned(u128);
 
 impl GuestMemory {
-    /// Covers all of `memory`, which stays mapped for as long as this value, or any [`AtomicSlice`] or buffer made from it, lives.
+    /// Covers all of `memory`, which stays mapped while this value, or any [`AtomicSlice`] or buffer made from it, lives.
     pub fn new(memory: Arc<GuestMemoryMmap>) -> Self {
         let region = |region: &GuestRegionMmap| {
             let at = NonNull::new(region.as_ptr()).expect("mmap(2) never returns a null pointer");
@@ -68,8 +68,8 @@ impl GuestMemory {
     /// one).
     #[inline]
     fn find(&self, address: GuestAddress) -> Option<(NonNull<u8>, u64)> {
-        let few = self.regions.len() <= INLINE_SEGMENTS;
-        let region = if few { self.regions.iter().find(|region| region.has(address)) } else { self.search(address) }?;
+        let scans = self.regions.len() <= MAX_SCANNED_REGIONS;
+        let region = if scans { self.regions.iter().find(|region| region.has(address)) } else { self.search(address) }?;
         let offset = address.0 - region.start;
         // SAFETY: the region contains the address, so the offset is inside its mapping, which `memory` keeps.
         Some((unsafe { region.at.add(offset as usize) }, region.len - offset))
@@ -91,7 +91,7 @@ impl GuestMemory {
                 let part = left.min(rest);
                 iovecs.push(libc::iovec { iov_base: at.as_ptr().cast(), iov_len: part as usize });
                 left -= part;
-                // This does not wrap to address 0: no region ends at the last address (`memory::map`).
+                // This does not wrap to address 0: no region ends at the last address (`memory_table`).
                 address = GuestAddress(address.0.wrapping_add(part));
             }
         }
@@ -173,8 +173,8 @@ impl<A: AtomicInteger> Deref for AtomicSlice<A> {
 
     #[inline]
     fn deref(&self) -> &[A] {
-        // SAFETY: `atomic_slice` found that many aligned atomics inside one region, which `_memory` keeps mapped for longer than the
-        // reference. The guest changes them meanwhile, which atomics allow, and every value of the bytes is valid.
+        // SAFETY: `atomic_slice` found that many aligned atomics inside one region, which `_memory` keeps mapped for longer
+        // than the reference. The guest changes them meanwhile, which atomics allow, and every value of the bytes is valid.
         unsafe { std::slice::from_raw_parts(self.first.as_ptr(), self.count) }
     }
 }
@@ -215,7 +215,7 @@ mod tests {
 
     #[test]
     fn many_regions_are_searched_and_few_looked_through() {
-        for count in [1, INLINE_SEGMENTS, INLINE_SEGMENTS + 1, 100] {
+        for count in [1, MAX_SCANNED_REGIONS, MAX_SCANNED_REGIONS + 1, 100] {
             let regions: Vec<_> =
                 (0..count as u64).map(|index| (GuestAddress(index * 0x3000 + 0x1000), 0x1000)).collect();
             let memory = GuestMemoryMmap::from_ranges(&regions).unwrap();

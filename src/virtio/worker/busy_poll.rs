@@ -91,7 +91,7 @@ impl Worker {
             // From here on the guest kicks again. It did not kick for what it has made available until now.
             let more = self.ring.enable_kicks();
             #[cfg(all(test, feature = "model"))]
-            let more = more && !planted(Mutant::SleepsUnlooking);
+            let more = more && !planted(Mutant::SleepsWithoutCheck);
             self.turn.poll_again |= more;
         }
         self.turn.poll_again |= found;

@@ -37,7 +37,7 @@ impl Worker {
     pub(super) fn resume(&mut self, done: &Sender<()>) {
         match self.lifecycle {
             #[cfg(all(test, feature = "model"))]
-            Lifecycle::Pausing(_) if planted(Mutant::RestsTooLate) => {
+            Lifecycle::Pausing(_) if planted(Mutant::StopsAfterResume) => {
                 self.lifecycle = Lifecycle::Stopping(StopMode::Restartable);
             }
             Lifecycle::Pausing(_) | Lifecycle::Paused => self.lifecycle = Lifecycle::Serving,
@@ -74,7 +74,7 @@ impl Worker {
         // The handler may have stopped waiting.
         let _ = reached.send(());
         #[cfg(all(test, feature = "model"))]
-        if planted(Mutant::RestsInName) {
+        if planted(Mutant::PopsWhilePaused) {
             self.lifecycle = Lifecycle::Serving;
         }
     }

@@ -204,7 +204,7 @@ impl Worker {
             while let Ok(command) = self.setup.commands.try_recv() {
                 self.obey(command, stopped);
                 #[cfg(all(test, feature = "model"))]
-                if planted(Mutant::OneCommandAWake) {
+                if planted(Mutant::OneCommandPerWakeUp) {
                     break;
                 }
             }
@@ -284,7 +284,7 @@ impl Worker {
                 Action::Retained { id, errno } => self.retain(id, errno),
                 Action::Quiesced(result) => self.hold_settled(result),
                 #[cfg(all(test, feature = "model"))]
-                Action::Resumed if planted(Mutant::ResumeMissed) => {}
+                Action::Resumed if planted(Mutant::IgnoresResume) => {}
                 Action::Resumed => self.requests.blocked = false,
             }
         }

@@ -1,5 +1,5 @@
 //! Guest memory that is not shared with us (QEMU's `share=off`): QEMU hands over the memory's file, but what the guest writes
-//! goes to private copies of its pages. The ring is then kicked and stays empty for us, and the guest waits for ever.
+//! goes to private copies of its pages. The guest then kicks the ring, which stays empty for us, and waits for ever.
 //!
 //! A kick alone proves nothing: a driver may kick at its start, or before it makes a request available. But no guest sets up
 //! a ring without having written to its memory before. So the file must hold nothing but zeroes, too.
@@ -26,11 +26,11 @@ const BLOCK: usize = 4096;
 /// What a ring has shown of its driver's requests since its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FirstRequest {
-    /// Neither a kick nor a request.
+    /// It has shown neither a kick nor a request.
     Awaited,
-    /// A kick at this time, and no request.
+    /// The driver kicked at this time, and the ring has shown no request.
     Kicked(Instant),
-    /// A request, now or before the ring was started here; or it is known why there is none.
+    /// It has shown a request, now or before it was started here; or the missing request was reported.
     Settled,
 }
 
@@ -54,8 +54,8 @@ impl Worker {
         }
     }
 
-    /// Reports that the guest's memory is not shared, when the ring was kicked and nothing appears in it. On
-    /// [`super::WorkerCommand::CheckStalls`].
+    /// Reports that the guest's memory is not shared, when the ring was kicked and nothing appears in it. Carries out a part
+    /// of [`super::WorkerCommand::CheckStalls`].
     pub(super) fn check_first_request(&mut self) {
         let FirstRequest::Kicked(since) = self.first_request else { return };
         let is_used = self.ring.next_available() != 0 || self.ring.has_more();
@@ -80,7 +80,8 @@ fn is_blank(memory: &GuestMemoryMmap) -> bool {
     memory.iter().all(is_region_blank)
 }
 
-/// Reads the region's file, not its mapping: that allocates no page of memory, nor a huge page that is not to be had.
+/// Reads the region's file and not its mapping, because a read through the mapping would allocate pages, and SIGBUS would
+/// follow where no huge page is left.
 fn is_region_blank(region: &GuestRegionMmap) -> bool {
     let Some(file) = region.file_offset() else { return false };
     let whole = (0..WHOLE_BYTES.min(region.len())).step_by(BLOCK);
