@@ -14,7 +14,7 @@ fn main() -> ExitCode {
         Ok(Invocation::Print(text)) => print(&text),
         Ok(Invocation::Run(config)) => run(&config),
         Err(error) => {
-            logging::say_lines(format_args!("virtioblkd: {error}"));
+            logging::message_lines(format_args!("virtioblkd: {error}"));
             logging::finish();
             ExitCode::from(2)
         }
@@ -39,7 +39,7 @@ fn print(text: &str) -> ExitCode {
     match std::io::stdout().write_all(text.as_bytes()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            logging::say_lines(format_args!("virtioblkd: cannot write to stdout: {error}"));
+            logging::message_lines(format_args!("virtioblkd: cannot write to stdout: {error}"));
             logging::finish();
             ExitCode::from(1)
         }

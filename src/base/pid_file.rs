@@ -1,4 +1,4 @@
-//! The pid file: the process that holds its lock is the running daemon, whatever the file's text is.
+//! The pid file. The process that holds its lock is the running daemon, whatever the file's text is.
 
 use std::fmt;
 use std::fs::{File, Metadata};
@@ -11,21 +11,21 @@ use rustix::io::Errno;
 
 use super::unix_listener;
 
-/// A pid file, written and locked; removed when dropped, unless the path names another file by then.
+/// A written and locked pid file. It is removed when this is dropped, unless its path names another file by then.
 #[derive(Debug)]
 pub struct PidFile {
     path: PathBuf,
     file: File,
-    /// Another process has taken the file over.
+    /// Another process has taken the file over, so it is not removed here.
     given: bool,
 }
 
 /// Why there is no pid file.
 #[derive(Debug)]
 pub enum PidFileError {
-    /// A running process holds the lock; the text of the file.
+    /// A running process holds the lock. With the text of the file.
     Held(PathBuf, String),
-    /// Another user could write the process id that a service manager reads; why.
+    /// Another user could write the process id that a service manager reads. With the reason.
     NotOurs(PathBuf, String),
     /// The file cannot be created or written.
     Io(PathBuf, io::Error),
@@ -48,7 +48,8 @@ impl fmt::Display for PidFileError {
             PidFileError::Io(path, error) => {
                 write!(
                     f,
-                    "cannot write the pid file '{}': {error}; does its directory exist, may we write there?",
+                    "cannot write the pid file '{}': {error}; check that its directory exists and that this user may write \
+                     there",
                     path.display()
                 )
             }
@@ -59,8 +60,8 @@ impl fmt::Display for PidFileError {
 impl std::error::Error for PidFileError {}
 
 impl PidFile {
-    /// Creates the file or takes over that of a dead process, locks it and writes our process id. The lock is the process's
-    /// until the end. Called by main's thread.
+    /// Creates the file, or takes over that of a dead process, locks it and writes our process id. This process has the
+    /// lock until it ends. Called by main.
     pub fn create(path: &Path) -> Result<Self, PidFileError> {
         let io_error = |error: io::Error| PidFileError::Io(path.to_path_buf(), error);
         let file = loop {
@@ -83,7 +84,8 @@ impl PidFile {
                 Err(Errno::WOULDBLOCK) => return Err(PidFileError::Held(path.to_path_buf(), owner(&mut file))),
                 Err(errno) => return Err(io_error(errno.into())),
             }
-            // Between our open and our lock the owner may have removed it: then the lock is on a file without a name.
+            // The owner may have removed the file between our open and our lock: then the lock is on a file without a
+            // name.
             if names(path, &file).map_err(io_error)? {
                 break file;
             }
@@ -93,8 +95,9 @@ impl PidFile {
         Ok(pid_file)
     }
 
-    /// Takes over a file that another process has created and locked. The lock is ours, too, because it belongs to the open
-    /// file. A failure to write is only logged: the disk is ours already. Main, after a hand-over.
+    /// Takes over a file that another process has created and locked. The lock is ours too, because it belongs to the
+    /// open file. A failure to write is only logged, because the disk is ours already. Called by main after a
+    /// hand-over.
     pub(crate) fn take_over(path: &Path, file: File) -> Self {
         let pid_file = PidFile { path: path.to_path_buf(), file, given: false };
         if let Err(error) = pid_file.write() {
@@ -103,13 +106,13 @@ impl PidFile {
         pid_file
     }
 
-    /// Its path and the locked file, for a process that takes over.
+    /// The path and the locked file, for a process that takes over.
     pub(crate) fn parts(&self) -> (&Path, &File) {
         (&self.path, &self.file)
     }
 
-    /// A process has taken over: the file and the lock stay.
-    pub(crate) fn give(mut self) {
+    /// Leaves the file and its lock to a process that has taken over.
+    pub(crate) fn hand_over(mut self) {
         self.given = true;
     }
 
@@ -125,37 +128,37 @@ impl Drop for PidFile {
         if self.given {
             return;
         }
-        // Still locked: no process can take the file over between the check and the removal.
+        // The file is still locked, so no process can take it over between the check and the removal.
         match names(&self.path, &self.file) {
             Ok(true) => {
                 if let Err(error) = std::fs::remove_file(&self.path) {
-                    // Another process may get our process id later.
+                    // The file must not name a process that gets our process id later.
                     let emptied = self.file.set_len(0).map_or("", |()| "; it is empty now");
                     let level = unix_listener::level_of(&error);
                     log::log!(level, "the pid file '{}' cannot be removed: {error}{emptied}", self.path.display());
                 }
             }
             Ok(false) => log::warn!("the pid file '{}' is no longer ours: left alone", self.path.display()),
-            Err(error) => log::warn!("cannot look at the pid file '{}': {error}", self.path.display()),
+            Err(error) => log::warn!("cannot check the pid file '{}': {error}", self.path.display()),
         }
     }
 }
 
-/// Why this file is refused: users other than `user` could write it, or it has several names. An ACL shows in the bits of
-/// the group (acl(5)).
+/// Why the file is refused, if it is: users other than `user` could write it, or it has several names. An ACL shows in
+/// the bits of the group (acl(5)).
 fn reachable_by_others(data: &Metadata, user: u32) -> Option<String> {
     match data {
         data if data.uid() != user => Some(format!("belongs to another user (uid {})", data.uid())),
         data if data.mode() & 0o022 != 0 => {
             Some(format!("may be written by others (mode {:04o})", data.mode() & 0o7777))
         }
-        // None: it was removed meanwhile, and another one is made.
+        // No name: it was removed meanwhile, and the caller makes another one.
         data if data.nlink() > 1 => Some(format!("has {} names", data.nlink())),
         _ => None,
     }
 }
 
-/// Whether the path names this open file.
+/// Whether `path` names this open file.
 fn names(path: &Path, file: &File) -> io::Result<bool> {
     let ours = file.metadata()?;
     match std::fs::symlink_metadata(path) {
@@ -165,7 +168,7 @@ fn names(path: &Path, file: &File) -> io::Result<bool> {
     }
 }
 
-/// The text of a locked file, for the message; its owner may not have written it yet.
+/// The process id in a locked file, for the message. The owner may not have written it yet.
 fn owner(file: &mut File) -> String {
     let mut text = String::new();
     let read = file.take(20).read_to_string(&mut text);

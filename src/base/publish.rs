@@ -1,7 +1,7 @@
-//! Gives a finished file its name. Snapshots and copies are written as PATH.partial and become PATH by this.
+//! Gives a finished file its name. Snapshots and copies are written as PATH.partial; this makes them PATH.
 //!
 //! The directory may belong to another user, who may put something else under the name PATH.partial at any time. So the
-//! file is linked from its open descriptor, never by that name: what appears as PATH is what was written and hashed.
+//! file is linked from its open descriptor, never by that name. So what appears as PATH is what was written and hashed.
 
 use std::ffi::OsStr;
 use std::io;
@@ -11,9 +11,9 @@ use rustix::fs::{AtFlags, CWD, RenameFlags, fstat, linkat, renameat_with, statat
 use rustix::io::Errno;
 
 /// Gives the open `file`, which `directory` has as `partial`, the name `name` there, and removes the name `partial`.
-/// Never replaces anything. Returns why the name `partial` is left behind, if it is. Errors: EEXIST if something has that
-/// name; ENOENT if `file` has no name any more; an error without a number if the filesystem has no hard links and another
-/// file is called `partial`.
+/// Replaces no file. Returns why the name `partial` is left behind, if it is. Errors: EEXIST if something has that
+/// name; ENOENT if `file` has no name any more; an error without a number if the filesystem has no hard links and
+/// another file is called `partial`.
 pub(crate) fn publish(
     file: BorrowedFd<'_>,
     directory: BorrowedFd<'_>,
@@ -31,7 +31,7 @@ pub(crate) fn publish(
     }
 }
 
-/// Renames by name, and checks afterwards that the name was the file's.
+/// Renames the file by its name, and checks afterwards that the name was this file's.
 fn rename(file: BorrowedFd<'_>, directory: BorrowedFd<'_>, partial: &OsStr, name: &OsStr) -> io::Result<()> {
     if !names(file, directory, partial)? {
         return Err(other_file());
@@ -40,8 +40,8 @@ fn rename(file: BorrowedFd<'_>, directory: BorrowedFd<'_>, partial: &OsStr, name
     if names(file, directory, name)? { Ok(()) } else { Err(other_file()) }
 }
 
-/// Why `partial` was left behind by [`publish`], and what to do about it: another file of that name is not ours, and may be
-/// a disk's image.
+/// What to tell an operator when [`publish`] left `partial` behind. Another file of that name is not ours, and may be a
+/// disk's image.
 pub(crate) fn left_behind(error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(_) => format!("is left behind ({error}); remove it by hand"),
@@ -49,7 +49,7 @@ pub(crate) fn left_behind(error: &io::Error) -> String {
     }
 }
 
-/// Removes the name `partial`, if it still is the file's.
+/// Removes the name `partial`, if it is still a name of `file`.
 fn remove(file: BorrowedFd<'_>, directory: BorrowedFd<'_>, partial: &OsStr) -> io::Result<()> {
     if names(file, directory, partial)? {
         Ok(unlinkat(directory, partial, AtFlags::empty())?)

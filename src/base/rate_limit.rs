@@ -1,4 +1,4 @@
-//! The rate limiter: for what a guest, a front-end, a client or another user of the image can cause any number of times.
+//! Limits the rate of what a guest, a front-end, a client or another user of the image can cause any number of times.
 
 use std::fmt;
 use std::sync::Mutex;
@@ -6,30 +6,32 @@ use std::time::{Duration, Instant};
 
 use log::Level;
 
-/// Admits a burst at once, and then as many in each period; counts what it does not admit. A pause earns one burst at most.
+/// Admits a burst at once, and then as many in each period. It counts what it does not admit. A pause earns one burst
+/// at most.
 #[derive(Debug)]
 pub(crate) struct RateLimiter {
     burst: u32,
-    /// Between two at the lasting rate.
+    /// The time between two admissions at the lasting rate.
     interval: Duration,
-    /// When the next one would be on time at the lasting rate. One may come `burst - 1` intervals early.
+    /// When the next admission is due at the lasting rate. It may come `burst - 1` intervals earlier.
     schedule: Option<Instant>,
     suppressed: u64,
 }
 
 impl RateLimiter {
-    /// `burst` at once, and `burst` in each `period` after that.
+    /// Admits `burst` at once, and `burst` in each `period` after that.
     pub(crate) const fn new(burst: u32, period: Duration) -> Self {
         let interval = Duration::from_nanos(period.as_nanos() as u64 / burst as u64);
         RateLimiter { burst, interval, schedule: None, suppressed: 0 }
     }
 
-    /// For events of one kind to the clients of the control socket.
+    /// The limiter of one kind of event for the clients of the control socket.
     pub(crate) const fn for_events() -> Self {
         RateLimiter::new(20, Duration::from_secs(1))
     }
 
-    /// Returns how many were not admitted since the last one that was. `None`: this one is not admitted, and counted.
+    /// Admits one, and returns how many were not admitted since the last admission. Returns `None` when it is not
+    /// admitted; it is then counted.
     pub(crate) fn admit(&mut self, now: Instant) -> Option<u64> {
         if !self.has_one(now) {
             self.suppressed += 1;
@@ -39,7 +41,7 @@ impl RateLimiter {
         Some(std::mem::take(&mut self.suppressed))
     }
 
-    /// Counts `more` that were lost before they came here.
+    /// Counts `more` that were lost before they reached this limiter.
     pub(crate) fn add_suppressed(&mut self, more: u64) {
         self.suppressed += more;
     }
@@ -50,7 +52,7 @@ impl RateLimiter {
         self.ready_at(now) <= now
     }
 
-    /// Takes one. After [`RateLimiter::has_one`].
+    /// Takes one admission. Called after [`RateLimiter::has_one`] returned `true`.
     pub(crate) fn take(&mut self) {
         self.schedule = self.schedule.map(|schedule| schedule + self.interval);
     }
@@ -62,16 +64,16 @@ impl RateLimiter {
     }
 }
 
-/// Limits the log lines of one cause. Each line that is logged says how many were left out before it.
+/// Limits the log lines of one cause. Each logged line says how many were left out before it.
 pub(crate) struct LogLimit(Mutex<RateLimiter>);
 
 impl LogLimit {
-    /// One line a second, and 60 at once: 13 MB a day at most, and all of what happens now and then.
+    /// Admits 60 lines at once and one line a second after that: 13 MB a day at most, and every line of what is rare.
     pub(crate) const fn new() -> Self {
         LogLimit::of(60, Duration::from_secs(60))
     }
 
-    /// `burst` lines at once, and `burst` in each `period` after that.
+    /// Admits `burst` lines at once, and `burst` in each `period` after that.
     pub(crate) const fn of(burst: u32, period: Duration) -> Self {
         LogLimit(Mutex::new(RateLimiter::new(burst, period)))
     }
@@ -104,20 +106,20 @@ macro_rules! log_limited {
 }
 pub(crate) use log_limited;
 
-/// What front-ends cause by their connections and messages.
+/// The limit of lines that front-ends cause by their connections and messages.
 pub(crate) static FRONT_END_LOG: LogLimit = LogLimit::new();
-/// What anyone who reaches the control socket causes.
+/// The limit of lines that any process can cause that reaches the control socket.
 pub(crate) static CONTROL_LOG: LogLimit = LogLimit::new();
-/// What clients cause that the control socket serves: holds, snapshots, upgrades. Apart, so that those who are refused
-/// cannot hide it.
+/// The limit of lines that served clients of the control socket cause: holds, snapshots, upgrades. It is separate, so
+/// that refused clients cannot suppress these lines.
 pub(crate) static COMMAND_LOG: LogLimit = LogLimit::new();
-/// What clients cause by copies.
+/// The limit of lines that clients cause by copies.
 pub(crate) static COPY_LOG: LogLimit = LogLimit::new();
-/// What other users of the image and its store cause.
+/// The limit of lines that other users of the image and its store cause.
 pub(crate) static IMAGE_LOG: LogLimit = LogLimit::new();
-/// What the image's storage causes by errors that come again and again.
+/// The limit of lines that repeated errors of the image's storage cause.
 pub(crate) static STORAGE_LOG: LogLimit = LogLimit::new();
-/// What other processes of the host cause: signals, systemd's socket.
+/// The limit of lines that other processes of the host cause: signals, systemd's socket.
 pub(crate) static HOST_LOG: LogLimit = LogLimit::new();
 
 #[cfg(test)]

@@ -4,8 +4,8 @@
 //! in QEMU, but never counts as the second: a terminal that closes sends it twice. Under nohup(1) it is ignored.
 //! SIGPIPE is ignored from the start, by Rust's runtime.
 //!
-//! The default action of most other signals ends the process, and a guest would lose its disk. So each of them is handled
-//! here:
+//! The default action of most other signals ends the process, and a guest would lose its disk. So each of them is
+//! handled here:
 //! - SIGXFSZ and SIGTTOU accompany a system call that fails or succeeds by itself (`SILENT`): they have no effect.
 //! - SIGXCPU, SIGALRM and SIGVTALRM say that a time limit has passed (`TIME_LIMITS`): they ask for an orderly end.
 //! - SIGUSR1, SIGUSR2, SIGIO and SIGPWR mean nothing to this program (`IGNORED`): they are logged and ignored.
@@ -27,23 +27,23 @@ const SILENT: [Signal; 2] = [Signal::SIGXFSZ, Signal::SIGTTOU];
 /// never count as a second signal.
 const TIME_LIMITS: [Signal; 3] = [Signal::SIGXCPU, Signal::SIGALRM, Signal::SIGVTALRM];
 
-/// Other programs rotate a log or report their progress on these; a sender may expect that here.
+/// Other programs rotate a log or report their progress on these signals, and a sender may expect that here too.
 const IGNORED: [Signal; 4] = [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGIO, Signal::SIGPWR];
 
-/// The descriptor of the signals: readable when one came.
+/// The descriptor of the signals. It is readable when a signal is pending.
 pub struct Signals {
     fd: SignalFd,
 }
 
 impl Signals {
-    /// Blocks the signals in the calling thread and in those that it starts from now on, so that none but this
-    /// descriptor sees them and no system call of a ring's thread is interrupted. Called once, by main, before any
-    /// other thread exists. Errors: no file descriptor left.
+    /// Blocks the signals in the calling thread and in those that it starts from now on. So only this descriptor
+    /// receives them, and no system call of a ring's thread is interrupted. Called once, by main, before any other
+    /// thread exists. An error: no file descriptor is left.
     pub fn block() -> io::Result<Self> {
         let mut set = SigSet::empty();
         set.add(Signal::SIGTERM);
         set.add(Signal::SIGINT);
-        // A blocked signal is queued even if it was set to be ignored, so that must be determined here.
+        // A blocked signal is queued even if the process ignores it, so this is checked here.
         if !hangups_are_ignored() {
             set.add(Signal::SIGHUP);
         }
@@ -53,8 +53,8 @@ impl Signals {
         Ok(Signals { fd: SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)? })
     }
 
-    /// Ends the reading of signals: SIGTERM and SIGINT have their default action from now on, also those that are pending.
-    /// Called by main, the thread that called [`Signals::block`], when what is left to do may be interrupted.
+    /// Gives SIGTERM and SIGINT their default action from now on, also those that are pending. Called by main, the
+    /// thread that called [`Signals::block`], when the rest of the process's work may be interrupted.
     pub fn release(&self) -> io::Result<()> {
         let mut set = SigSet::empty();
         set.add(Signal::SIGTERM);

@@ -31,8 +31,8 @@ fn one_byte(kind: libc::c_int, start: u64) -> libc::flock {
 }
 
 /// Takes a shared lock on the byte at `start`, owned by the open file description (fcntl(2), F_OFD_SETLK); closing the
-/// description releases it. Errors: EAGAIN if another description holds it exclusively; EINVAL, ENOLCK or EOPNOTSUPP if the
-/// kernel or the filesystem has no such locks.
+/// description releases it. Errors: EAGAIN if another description holds it exclusively; EINVAL, ENOLCK or EOPNOTSUPP if
+/// the kernel or the filesystem has no such locks.
 pub(crate) fn lock_byte_shared(fd: BorrowedFd<'_>, start: u64) -> io::Result<()> {
     let lock = one_byte(libc::F_RDLCK, start);
     // SAFETY: `fd` is open and `lock` lives through the call, which only reads it.
@@ -114,7 +114,8 @@ pub(crate) fn extents(fd: BorrowedFd<'_>, len: u64) -> io::Result<u64> {
 /// Gives the calling thread, and those that it starts from now on, a descriptor table of their own, in which only
 /// descriptors 0 to 2 are open (close_range(2), CLOSE_RANGE_UNSHARE). The process's other threads keep theirs.
 ///
-/// The caller owns no descriptor and never drops, uses or is sent one of the old table: its number means something else.
+/// The caller owns no descriptor and never drops, uses or is sent one of the old table: its number means something
+/// else.
 pub(crate) fn leave_descriptor_table() -> io::Result<()> {
     let (first, last) = (3 as libc::c_uint, libc::c_uint::MAX);
     // SAFETY: it changes no memory. The table is a new one that only this thread has, so no owner of a descriptor loses
@@ -158,8 +159,8 @@ pub(crate) fn fork(socket: BorrowedFd<'_>, child: impl FnOnce(BorrowedFd<'_>)) -
     }
 }
 
-/// Has the kernel reap this process's children, those that have not ended yet (sigaction(2), SIGCHLD set to SIG_IGN). For a
-/// process that starts no more of them: waiting for one fails with ECHILD from then on.
+/// Has the kernel reap this process's children, those that have not ended yet (sigaction(2), SIGCHLD set to SIG_IGN).
+/// For a process that starts no more of them: waiting for one fails with ECHILD from then on.
 pub(crate) fn ignore_children() -> io::Result<()> {
     // SAFETY: no handler is installed, so nothing of ours is called.
     match unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) } {
@@ -168,7 +169,8 @@ pub(crate) fn ignore_children() -> io::Result<()> {
     }
 }
 
-/// Adds one to the eventfd `fd`. Not by glibc's write(2), which is a cancellation point: that costs a tenth of the call.
+/// Adds one to the eventfd `fd`. Not by glibc's write(2), which is a cancellation point: that costs a tenth of the
+/// call.
 pub(crate) fn signal(fd: impl AsFd) -> io::Result<()> {
     rustix::io::write(fd, &1u64.to_ne_bytes())?;
     Ok(())

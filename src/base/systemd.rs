@@ -1,7 +1,7 @@
-//! Tells systemd what the daemon is at (sd_notify(3)), where it asked to be told (`Type=notify`).
+//! Notifies systemd of the daemon's state (sd_notify(3)), if systemd asked for it (`Type=notify`).
 //!
-//! systemd may not read for a while, and its socket then takes nothing more. No thread waits for that: what was not taken
-//! stays in a queue, and the thread that polls anyway sends it when there is room ([`pending`], [`flush`]).
+//! When systemd does not read for a while, its socket is full. No thread waits for that: states that were not sent stay
+//! in a queue, and the main thread, which polls anyway, sends them when there is room ([`pending`], [`flush`]).
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
@@ -15,20 +15,24 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// States that wait at most. A process sends fewer in its life.
+/// The most states that wait in the queue. A process sends fewer in its life.
 const MAX_QUEUED: usize = 8;
 
-/// Connected; `None`: systemd did not ask, or cannot be reached.
+/// The connection to systemd. `None`: systemd did not ask for notifications, or cannot be reached.
 static SOCKET: OnceLock<Option<Notifier>> = OnceLock::new();
 
-/// Connects to systemd, if it asked to be told. Before the sandbox is entered, in which no socket is made.
+/// Connects to systemd, if it asked for notifications. Called before the sandbox is entered, which allows no new
+/// socket.
 pub(crate) fn connect() {
     SOCKET.get_or_init(|| {
         let address = std::env::var_os("NOTIFY_SOCKET")?;
         match Notifier::new(&address) {
             Ok(notifier) => Some(notifier),
             Err(error) => {
-                log::warn!("cannot reach systemd on NOTIFY_SOCKET {}: {error}; it is told nothing", address.display());
+                log::warn!(
+                    "cannot reach systemd on NOTIFY_SOCKET {}: {error}; it gets no notifications",
+                    address.display()
+                );
                 None
             }
         }
@@ -39,13 +43,13 @@ fn notifier() -> Option<&'static Notifier> {
     SOCKET.get().and_then(Option::as_ref)
 }
 
-/// Whether a state that is sent reaches systemd's socket.
+/// Whether there is a connection to systemd.
 pub(crate) fn is_connected() -> bool {
     notifier().is_some()
 }
 
-/// Sends one state, such as `READY=1`, now or when [`flush`] is called with room for it. Never blocks. A failure costs no
-/// guest its disk: it is logged.
+/// Sends one state, such as `READY=1`, now or when [`flush`] finds room for it. Never blocks. A failure is only logged:
+/// no guest may lose its disk by it.
 pub(crate) fn systemd(state: &str) {
     connect();
     if let Some(notifier) = notifier() {
@@ -53,26 +57,26 @@ pub(crate) fn systemd(state: &str) {
     }
 }
 
-/// What to poll for `OUT` and then to call [`flush`] for; `None`: nothing waits.
+/// The socket to poll for `OUT` before the next [`flush`]. `None`: the queue is empty.
 pub(crate) fn pending() -> Option<BorrowedFd<'static>> {
     notifier().and_then(Notifier::pending)
 }
 
-/// Sends what waits, as far as there is room. Never blocks.
+/// Sends the queued states, as far as there is room. Never blocks.
 pub(crate) fn flush() {
     if let Some(notifier) = notifier() {
         notifier.flush();
     }
 }
 
-/// Sends what waits, within `limit`; for the end of a process.
+/// Sends the queued states, and waits for room for at most `limit`. Called at the end of a process.
 pub(crate) fn finish(limit: Duration) {
     if let Some(notifier) = notifier() {
         notifier.finish(limit);
     }
 }
 
-/// The connection, and the states that it has not taken.
+/// The connection, and the states that could not be sent yet.
 struct Notifier {
     socket: UnixDatagram,
     queue: Mutex<VecDeque<String>>,
@@ -87,14 +91,14 @@ impl Notifier {
         {
             let mut queue = self.lock();
             if queue.len() >= MAX_QUEUED {
-                log::warn!("systemd does not read its NOTIFY_SOCKET: it is not told {state}");
+                log::warn!("systemd does not read its NOTIFY_SOCKET: the notification {state} is dropped");
                 return;
             }
             queue.push_back(state.to_owned());
         }
         self.flush();
         if self.pending().is_some() {
-            log::warn!("systemd does not read its NOTIFY_SOCKET now: {state} is sent when it does");
+            log::warn!("systemd does not read its NOTIFY_SOCKET now: the notification {state} is sent when it does");
         }
     }
 
@@ -104,7 +108,9 @@ impl Notifier {
             match self.socket.send(state.as_bytes()) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => log::warn!("cannot tell {state} to systemd on its NOTIFY_SOCKET: {error}"),
+                Err(error) => {
+                    log::warn!("cannot send the notification {state} to systemd on its NOTIFY_SOCKET: {error}")
+                }
                 Ok(_) => {}
             }
             queue.pop_front();
@@ -124,13 +130,13 @@ impl Notifier {
                 return;
             }
             let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-            // A failure is as good as room: the next try says more.
+            // After an error the next attempt to send shows what is wrong.
             let _ = poll(&mut [PollFd::from_borrowed_fd(socket, PollFlags::OUT)], Some(&timeout));
             self.flush();
         }
     }
 
-    /// A panic while the lock is held leaves a queue that is still in order.
+    /// Takes the lock, also after a panic: the queue is consistent at every moment.
     fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<String>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -142,7 +148,7 @@ fn connect_to(address: &OsStr) -> io::Result<UnixDatagram> {
         _ => SocketAddr::from_pathname(address)?,
     };
     let socket = UnixDatagram::unbound()?;
-    // A full queue must not keep the front-ends waiting.
+    // A full socket must not delay the front-ends.
     socket.set_nonblocking(true)?;
     socket.connect_addr(&address)?;
     Ok(socket)

@@ -1,10 +1,10 @@
-//! Text that others wrote (a guest's agent, a client, a peer, a file's name), made safe for a terminal and a log.
+//! Makes text safe for a terminal and a log that other programs wrote: a guest's agent, a client, a file's name.
 
 use std::fmt::{self, Write as _};
 
-/// The text with every character escaped that a terminal obeys or that begins a new line: C0 and C1 controls, DEL, the
-/// controls of writing direction, and Unicode's separators of lines and paragraphs. So one text is one line and shows in
-/// the order in which it is stored. Whatever leaves for a terminal or a log passes here, except JSON.
+/// Escapes every character that a terminal obeys or that begins a new line: C0 and C1 controls, DEL, the controls of
+/// writing direction, and Unicode's separators of lines and paragraphs. So a text is one line and shows in the order in
+/// which it is stored. All output to a terminal or a log passes here, except JSON.
 pub fn clean(text: &str) -> String {
     let mut cleaned = String::with_capacity(text.len());
     for character in text.chars() {
@@ -17,14 +17,14 @@ pub fn clean(text: &str) -> String {
     cleaned
 }
 
-/// [`clean`] for each line of a text of several lines, which stays one.
+/// Cleans each line of a text as [`clean`] does, and keeps the line breaks.
 pub fn clean_lines(text: &str) -> String {
     text.split('\n').map(clean).collect::<Vec<_>>().join("\n")
 }
 
-/// Serialized JSON, on one line or several, made safe for a terminal: JSON's own escapes leave DEL, C1 and the controls of
-/// direction as they are. Those stand in strings only, where `\uXXXX` means the same. A newline stands between values
-/// only, and stays.
+/// Makes serialized JSON, on one line or several, safe for a terminal. JSON's own escapes leave DEL, C1 and the
+/// controls of direction as they are. Those occur in strings only, where `\uXXXX` means the same. A newline occurs only
+/// between values, and stays.
 pub fn clean_json(text: &str) -> String {
     let mut cleaned = String::with_capacity(text.len());
     for character in text.chars() {
@@ -38,7 +38,7 @@ pub fn clean_json(text: &str) -> String {
     cleaned
 }
 
-/// [`clean`] for a value that is formatted, such as a path.
+/// Formats a value, such as a path, and cleans the text as [`clean`] does.
 pub fn shown(value: impl fmt::Display) -> String {
     clean(&value.to_string())
 }

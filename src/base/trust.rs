@@ -1,12 +1,12 @@
-//! Whether a file decides what we do can be changed by others: then it is refused, as sshd and sudo do. For hooks, the
-//! configuration and passphrases.
+//! Refuses files that decide what this process does and that other users can change, as sshd and sudo do: hooks, the
+//! configuration file, passphrases.
 //!
-//! The file and every directory on the way to it must belong to root or to the user that we run as, and neither its group
-//! (but root's) nor all may write it. A directory with the sticky bit may be written by all, since nobody can replace
-//! there what is another's. Symbolic links are followed one by one, so that each directory is looked at.
+//! The file and every directory on the way to it must belong to root or to the user that we run as, and neither its
+//! group (but root's) nor all may write it. A directory with the sticky bit may be written by all, because no user can
+//! replace another user's files there. Symbolic links are followed one by one, so that each directory is checked.
 //!
-//! In a user namespace that does not map root, root's files show as 65534, and are refused, as these two refuse them: every
-//! user that is not mapped shows so, also one that may change the file.
+//! In a user namespace that does not map root, root's files show as 65534 and are refused, as sshd and sudo refuse
+//! them. Every user that is not mapped shows so, also one that may change the file.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -15,20 +15,21 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
-/// The kernel follows as many.
+/// The most symbolic links that are followed. The kernel follows as many.
 const MAX_LINKS: u32 = 40;
-/// The user that stands for every user which our user namespace does not map (/proc/sys/kernel/overflowuid; the kernel's
-/// default), and `nobody` elsewhere.
+/// The user that stands for every user which our user namespace does not map (/proc/sys/kernel/overflowuid; the
+/// kernel's default), and `nobody` elsewhere.
 const OVERFLOW_UID: u32 = 65534;
-/// What the shell calls a descriptor that we inherited: who gave it to us decides what is in it.
+/// The paths of inherited descriptors. The process that passed such a descriptor decides what is in it.
 const DESCRIPTORS: [&str; 3] = ["/dev/stdin", "/dev/fd/", "/proc/self/fd/"];
 
-/// Whether nobody but root and our user can change what is at `path`. The error names what others may change, and the mend.
+/// Checks that only root and our user can change what is at `path`. The error names what others may change, and the
+/// fix.
 pub(crate) fn check(path: &Path) -> Result<(), String> {
     walk(path).map(|_| ())
 }
 
-/// Whether `file`, which was opened as `path`, is safe as [`check`] says, and still what is there.
+/// Checks `file`, which was opened as `path`, as [`check`] does, and that it is still the file at `path`.
 pub(crate) fn check_open(path: &Path, file: &File) -> Result<(), String> {
     let shown = path.display();
     let opened = file.metadata().map_err(|error| cannot(path, &error))?;
@@ -42,7 +43,7 @@ pub(crate) fn check_open(path: &Path, file: &File) -> Result<(), String> {
     Ok(())
 }
 
-/// Goes to `path` from the root, and looks at everything on the way.
+/// Walks to `path` from the root directory, and checks everything on the way.
 fn walk(path: &Path) -> Result<Metadata, String> {
     let absolute = std::path::absolute(path).map_err(|error| cannot(path, &error))?;
     let mut rest = names(&absolute);
@@ -63,7 +64,7 @@ fn walk(path: &Path) -> Result<Metadata, String> {
             at = next;
             continue;
         }
-        // Its mode says nothing, its owner counts.
+        // The mode of a link has no meaning; its owner matters.
         owner(&next, &metadata)?;
         links += 1;
         if links > MAX_LINKS {
@@ -80,7 +81,7 @@ fn walk(path: &Path) -> Result<Metadata, String> {
     }
 }
 
-/// The names that a path is made of, `..` included.
+/// The components of a path, `..` included.
 fn names(path: &Path) -> VecDeque<OsString> {
     let is_name = |part: &Component<'_>| matches!(part, Component::Normal(_) | Component::ParentDir);
     path.components().filter(is_name).map(|part| part.as_os_str().to_owned()).collect()
@@ -90,7 +91,7 @@ fn judge(path: &Path, metadata: &Metadata) -> Result<(), String> {
     owner(path, metadata)?;
     let mode = metadata.mode();
     let kind = metadata.file_type();
-    // What is written to a character device is not found there later.
+    // A character device does not store what is written to it.
     let is_exempt = (kind.is_dir() && mode & libc::S_ISVTX != 0) || kind.is_char_device();
     let by_group = mode & libc::S_IWGRP != 0 && metadata.gid() != 0;
     let who = match (by_group, mode & libc::S_IWOTH != 0) {

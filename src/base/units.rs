@@ -1,11 +1,12 @@
-//! PURE. Times and sizes as people write them on a command line and in a configuration file.
+//! PURE. Parses times and sizes as people write them on a command line and in a configuration file.
 
 use std::time::Duration;
 
 /// The longest time that is accepted: a guest may wait for it.
 const MAX_TIME: Duration = Duration::from_secs(3600);
 
-/// A time: a whole number and a unit (ms, s, m, min, h), from a millisecond to an hour. Errors say what is allowed.
+/// Parses a time: a whole number and a unit (ms, s, m, min, h), from a millisecond to an hour. The error says what is
+/// allowed.
 pub fn time(text: &str) -> Result<Duration, String> {
     let (number, unit) = split(text);
     let milliseconds = match unit {
@@ -22,8 +23,8 @@ pub fn time(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// A number of bytes, with or without a unit: K, M, G or T, of 1024 as in QEMU, also written KiB and so on. Errors say
-/// what is allowed.
+/// Parses a number of bytes, with or without a unit: K, M, G or T, powers of 1024 as in QEMU, also written KiB and so
+/// on. The error says what is allowed.
 pub fn bytes(text: &str) -> Result<u64, String> {
     let (number, unit) = split(text);
     let unit = unit.strip_suffix("iB").unwrap_or(unit);

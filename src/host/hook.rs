@@ -107,7 +107,7 @@ pub fn run(call: &Call, host: &Host, input: impl Read, mut out: impl Write) -> R
         }
         ("reconnect", "begin") if metadata::is_mentioned(&xml) => {
             if let Err(error) = revive(host, &xml) {
-                logging::say(error);
+                logging::message(error);
             }
             Ok(())
         }
@@ -186,7 +186,7 @@ fn prepare(host: &Host, xml: &str) -> Result<(), String> {
         let deadline = Instant::now() + END_TIMEOUT;
         for disk in started {
             if let Err(error) = daemons::end(disk, deadline) {
-                logging::say(error);
+                logging::message(error);
             }
         }
     }

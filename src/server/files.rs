@@ -108,7 +108,7 @@ impl Files {
         if let Some(file) = self.pid_file
             && taken_over.pid_file
         {
-            file.give();
+            file.hand_over();
         }
     }
 

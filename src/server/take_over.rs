@@ -178,7 +178,7 @@ impl TakeOver {
         }
         let pause = upgrade::monotonic().saturating_sub(since);
         match self.descriptors.take(self.hello.log) {
-            Ok(log) => logging::go_on_to(&log, self.hello.log_is_journal),
+            Ok(log) => logging::continue_log(&log, self.hello.log_is_journal),
             Err(error) => log::warn!("cannot continue the old daemon's log: {error}; logging to standard error"),
         }
         let microseconds = |nanoseconds: u64| nanoseconds / 1000;

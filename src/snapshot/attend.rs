@@ -88,14 +88,14 @@ pub fn attend(plan: &Plan, report: impl Fn(&Receipt)) -> Result<(), Failure> {
     {
         // The guest may start later.
         let what = if plan.or_weaker { "crash consistent" } else { "refused" };
-        crate::base::logging::say(format_args!("{trouble}. Until that works snapshots are {what}"));
+        crate::base::logging::message(format_args!("{trouble}. Until that works snapshots are {what}"));
     }
     let disks = plan.disks.iter().map(|control| Attended::new(control.clone())).collect();
     let mut attendant = Attendant { plan, signals, disks, round: None, ending: None, thawed: Ok(()), report: &report };
     for at in 0..attendant.disks.len() {
         attendant.register(at, REPLY_TIMEOUT)?;
     }
-    crate::base::logging::say(format_args!("attending {} disk(s), level {}", plan.disks.len(), plan.level.name()));
+    crate::base::logging::message(format_args!("attending {} disk(s), level {}", plan.disks.len(), plan.level.name()));
     systemd::systemd("READY=1");
     attendant.serve()
 }
@@ -342,7 +342,7 @@ impl Attendant<'_> {
             }
         }
         if self.round.is_some() {
-            crate::base::logging::say(format_args!("ending when the snapshot under way is over"));
+            crate::base::logging::message(format_args!("ending when the snapshot under way is over"));
         }
         Ok(())
     }
@@ -352,6 +352,6 @@ impl Attendant<'_> {
 fn say_limited(line: std::fmt::Arguments<'_>) {
     static LINES: LogLimit = LogLimit::new();
     if let Some(line) = LINES.admit(line, Instant::now()) {
-        crate::base::logging::say(format_args!("{line}"));
+        crate::base::logging::message(format_args!("{line}"));
     }
 }

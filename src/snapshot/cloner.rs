@@ -202,7 +202,7 @@ pub fn serve(link: OwnedFd) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => ExitCode::SUCCESS,
         Err(_) => {
-            crate::base::logging::say(format_args!(
+            crate::base::logging::message(format_args!(
                 "{SUBCOMMAND}: this is started by 'virtioblkctl snapshot', not by hand"
             ));
             ExitCode::from(2)

@@ -282,7 +282,7 @@ impl Freezer {
 
     /// Prints a warning at once and keeps it for the receipt.
     pub fn warn(&mut self, text: String) {
-        crate::base::logging::say(&text);
+        crate::base::logging::message(&text);
         self.receipt.warnings.push(text);
     }
 }

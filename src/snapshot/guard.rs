@@ -217,7 +217,7 @@ pub fn serve(link: OwnedFd) -> ExitCode {
     let spec = match link.read_line(&mut line).map(|_| serde_json::from_str::<GuardSpec>(&line)) {
         Ok(Ok(spec)) => spec,
         Ok(Err(_)) | Err(_) => {
-            crate::base::logging::say(format_args!(
+            crate::base::logging::message(format_args!(
                 "{SUBCOMMAND}: this is started by 'virtioblkctl snapshot', not by hand"
             ));
             return ExitCode::from(2);

@@ -205,7 +205,7 @@ impl Target {
             let left = publish(self.file.as_fd(), directory.as_fd(), partial, name)
                 .map_err(|error| failed("cannot be given its name", error))?;
             if let Some(error) = left {
-                crate::base::logging::say(format_args!("'{}.partial' {}", path.display(), left_behind(&error)));
+                crate::base::logging::message(format_args!("'{}.partial' {}", path.display(), left_behind(&error)));
             }
         }
         self.made = Some(path.clone());
@@ -260,16 +260,16 @@ impl Drop for Target {
             // The disks and the guest go on already.
             let hangs = !self.cloner.has_ended();
             if let Err(failure) = cloner::remove(&made, &self.file) {
-                crate::base::logging::say(failure);
+                crate::base::logging::message(failure);
             }
             if hangs {
-                crate::base::logging::say(format_args!(
+                crate::base::logging::message(format_args!(
                     "the clone, process {}, still hangs in the kernel",
                     self.cloner.pid()
                 ));
             }
         } else if let Err(error) = cloner::remove_own(&made, &self.file) {
-            crate::base::logging::say(format_args!(
+            crate::base::logging::message(format_args!(
                 "'{}', which is no snapshot, cannot be removed: {error}",
                 made.display()
             ));

@@ -1,9 +1,8 @@
-//! The log: lines on stderr. Where the journal reads them, each carries its priority (sd-daemon(3)) and the journal
-//! adds the time; elsewhere each carries the time in UTC and the level. One record is one line: what would begin another
-//! is escaped.
+//! The log: lines on stderr. Where the journal reads them, each has its priority (sd-daemon(3)), and the journal adds
+//! the time. Elsewhere each has the time in UTC and the level. One record is one line; line breaks in it are escaped.
 //!
-//! No thread waits for the log (`output`): if nobody reads it, lines are dropped and counted. At the end of the
-//! process, an orderly one or not, what waits is given `FLUSH_TIMEOUT`.
+//! No thread but the log's own waits for its reader (`output`). When the log is not read, lines are dropped and
+//! counted. The end of the process waits for `FLUSH_TIMEOUT` at most.
 
 mod output;
 
@@ -18,11 +17,11 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 use super::text::{clean, clean_lines, shown};
 use output::{Output, wait_for_room, write_now};
 
-/// How long the end of the process waits for the reader of the log.
+/// How long the end of the daemon waits for the reader of the log.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
-/// And how long the end of a command waits, which nobody's disk waits for.
+/// How long the end of a command of `virtioblkctl` waits. No guest's disk depends on it.
 const COMMAND_FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the last line waits for those before it, and then for room.
+/// How long [`last_line`] waits for the lines before it, and then for room.
 const LAST_LINE_TIMEOUT: Duration = Duration::from_millis(200);
 
 struct Stderr;
@@ -34,49 +33,51 @@ static OUTPUT: Output = Output::new(rustix::stdio::stderr, |lost| {
     line(Level::Warn, &text)
 });
 
-/// Standard output. What is lost there is not said there: it may be JSON.
+/// Standard output. A loss is not reported there, because the output may be JSON.
 static PRINTED: Output = Output::new(rustix::stdio::stdout, |_| String::new());
 
 /// Whether the journal reads stderr.
 static JOURNAL: AtomicBool = AtomicBool::new(false);
 
-/// Sets up the process's log; called once, by main, before the first thread starts. Later calls change the level only.
+/// Sets up the process's log. Called once, by main, before the first thread starts. Later calls change the level only.
 pub fn start(level: LevelFilter) {
     let journal = journal_reads_stderr(std::env::var("JOURNAL_STREAM").ok().as_deref());
-    // The only error is a logger that is there already, which is what is wanted.
+    // The only error: this logger was set before.
     let _ = log::set_logger(&Stderr);
     JOURNAL.store(journal, Ordering::Relaxed);
     OUTPUT.hold_file_until_thread();
     log::set_max_level(level);
 }
 
-/// Starts the thread that writes the log; once, when the sandbox has been entered. Until then, and without it, a line
-/// that does not fit at once waits for the next one, and all wait if the log is a regular file.
+/// Starts the thread that writes the log. Called once, after the sandbox was entered. Before that, a line that the
+/// output does not take at once waits for the next one, and all lines wait if the log is a regular file.
 pub fn start_thread() {
     if let Err(error) = OUTPUT.start_thread() {
-        log::warn!("no thread for the log ({error}): lines that nobody reads at once wait for the next one");
+        log::warn!(
+            "no thread for the log ({error}): lines that the log's reader does not take at once wait for the next one"
+        );
     }
 }
 
-/// Writes a line of `virtioblkctl` on standard error, for people. Never blocks: a disk may be held or a guest frozen.
-pub fn say(text: impl fmt::Display) {
+/// Writes a message of `virtioblkctl` on standard error. Never blocks: a disk may be held or a guest frozen.
+pub fn message(text: impl fmt::Display) {
     OUTPUT.put(&format!("virtioblkctl: {}\n", shown(text)));
 }
 
-/// Writes a text of several lines on standard error as it is, but for what a terminal obeys.
-pub fn say_lines(text: impl fmt::Display) {
+/// Writes a text of several lines on standard error, and escapes only what a terminal obeys.
+pub fn message_lines(text: impl fmt::Display) {
     OUTPUT.put(&format!("{}\n", clean_lines(&text.to_string())));
 }
 
-/// Shows progress on a line that is written over and over, unless the terminal does not take the last one yet. `is_last`
-/// ends the line.
+/// Shows progress on one line, which each call overwrites, unless the terminal has not taken the previous text yet.
+/// `is_last` ends the line.
 pub fn show_progress(text: &str, is_last: bool) {
     if is_last || !OUTPUT.is_pending() {
         OUTPUT.put(&format!("\r{}{}", clean(text), if is_last { "\n" } else { "" }));
     }
 }
 
-/// Writes a line on standard output in the same way, for a process that goes on; whether there was room for it.
+/// Queues a line for standard output, for a process that continues. Returns whether there was room. Never blocks.
 pub fn print_line(text: &str) -> bool {
     if let Err(error) = PRINTED.start_thread() {
         log::debug!("no thread for standard output: {error}");
@@ -84,28 +85,28 @@ pub fn print_line(text: &str) -> bool {
     PRINTED.put(&format!("{}\n", clean(text)))
 }
 
-/// Waits at the end of a command until all that was said and printed is written, as long as a person may look at a
-/// terminal that stands still.
+/// Waits at the end of a command until all its output is written, for at most `COMMAND_FLUSH_TIMEOUT`: a person may
+/// have stopped the terminal.
 pub fn finish_command() {
     let deadline = Instant::now() + COMMAND_FLUSH_TIMEOUT;
     OUTPUT.flush(COMMAND_FLUSH_TIMEOUT);
     PRINTED.flush(deadline.saturating_duration_since(Instant::now()));
 }
 
-/// Writes on standard output within [`FLUSH_TIMEOUT`]; whether all of it was written.
+/// Writes on standard output, and waits for at most `FLUSH_TIMEOUT`. Returns whether all of it was written.
 pub(crate) fn print_in_time(text: &str) -> bool {
     PRINTED.put(text);
     PRINTED.flush(FLUSH_TIMEOUT);
     !PRINTED.is_pending()
 }
 
-/// Waits until the log is written, at most for `FLUSH_TIMEOUT`. Called at the end of the process.
+/// Waits until the log is written, for at most `FLUSH_TIMEOUT`. Called at the end of the process.
 pub fn finish() {
     OUTPUT.flush(FLUSH_TIMEOUT);
 }
 
-/// Writes the last line of a process that a signal's handler ends, after those that wait. Bounded; allocates nothing and
-/// takes no lock (signal-safety(7)).
+/// Writes the last line of a process that a signal's handler ends, after the queued ones. Waits for a limited time;
+/// allocates nothing and takes no lock (signal-safety(7)).
 pub(crate) fn last_line(text: &[u8]) {
     let deadline = Instant::now() + LAST_LINE_TIMEOUT;
     while OUTPUT.is_pending() && Instant::now() < deadline {
@@ -113,7 +114,7 @@ pub(crate) fn last_line(text: &[u8]) {
     }
     let stderr = rustix::stdio::stderr();
     if wait_for_room(stderr, LAST_LINE_TIMEOUT) {
-        // Who does not read it now never will.
+        // The process ends, so there is no further attempt.
         let _ = write_now(stderr, text);
     }
 }
@@ -123,17 +124,18 @@ pub(crate) fn is_journal() -> bool {
     JOURNAL.load(Ordering::Relaxed)
 }
 
-/// Goes on with the log of a process before us; `journal`: the journal reads it. Until then whoever started us reads.
-pub(crate) fn go_on_to(log: &OwnedFd, journal: bool) {
+/// Continues the log of the process that this one takes over from. `journal`: the journal reads that log. Lines before
+/// this went to the log that this process was started with.
+pub(crate) fn continue_log(log: &OwnedFd, journal: bool) {
     finish();
     match rustix::stdio::dup2_stderr(log) {
         Ok(()) => JOURNAL.store(journal, Ordering::Relaxed),
-        Err(errno) => log::warn!("the log of the process before us cannot be gone on with: {errno}"),
+        Err(errno) => log::warn!("the log of the daemon before this one cannot be continued: {errno}"),
     }
 }
 
-/// Whether stderr is the stream that `JOURNAL_STREAM` names, as `device:inode` (systemd.exec(5)): the variable outlives
-/// a redirection.
+/// Whether stderr is the stream that `JOURNAL_STREAM` names, as `device:inode` (systemd.exec(5)). The variable alone
+/// does not show it, because it outlives a redirection.
 fn journal_reads_stderr(variable: Option<&str>) -> bool {
     let Some((device, inode)) = variable.and_then(|text| text.split_once(':')) else {
         return false;
@@ -144,8 +146,8 @@ fn journal_reads_stderr(variable: Option<&str>) -> bool {
 
 impl Log for Stderr {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        // The libraries below us log each message of the protocol; of theirs only what went wrong is wanted, but for
-        // those who debug.
+        // The vhost crates log every message of the protocol. Only their warnings and errors are logged, unless the
+        // level is debug.
         let ours = metadata.target().starts_with(env!("CARGO_PKG_NAME"));
         metadata.level() <= log::max_level()
             && (ours || metadata.level() <= Level::Warn || log::max_level() > Level::Info)

@@ -1,13 +1,12 @@
-//! One output (standard error, standard output) whose reader may stop reading: a full pipe or socket, a terminal that was
-//! stopped with Ctrl-S. No thread waits for it. Lines wait in a bounded queue; those that do not fit
-//! are dropped and counted, and the count is written when the output flows again.
+//! One output (standard error, standard output) whose reader may stop reading: a full pipe or socket, a terminal that
+//! was stopped with Ctrl-S. No other thread waits for it. Lines wait in a bounded queue. Lines that do not fit are
+//! dropped and counted, and the count is written when the output takes data again.
 //!
-//! Until [`Output::start_thread`] the thread that puts a line also writes what the output takes at once; to a regular file
-//! nothing ([`Output::hold_file_until_thread`]). From then on
-//! a thread of its own writes, and it alone may wait. O_NONBLOCK would be shared with every process that has the same
-//! open file description (a shell, the other programs of a service), so it is never set: a socket is sent to with
-//! MSG_DONTWAIT, other files are written with RWF_NOWAIT, and where the kernel has none of these after poll(2) says
-//! that a pipe has room.
+//! Until [`Output::start_thread`] the thread that puts a line also writes what the output takes at once; to a regular
+//! file it writes nothing ([`Output::hold_file_until_thread`]). From then on a thread of the output's own writes, and
+//! it alone may wait. O_NONBLOCK is never set, because every process with the same open file description would share it
+//! (a shell, the other programs of a service). Instead, data goes to a socket with MSG_DONTWAIT and to other files with
+//! RWF_NOWAIT. Where the kernel supports neither, it is written after poll(2) has reported room.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -23,14 +22,15 @@ use rustix::fs::{AtFlags, FileType, StatxFlags, statx};
 use rustix::io::{Errno, ReadWriteFlags};
 use rustix::net::{SendFlags, send};
 
-/// The most bytes that wait: some thousand lines, which a reader that is only slow never leaves unread.
+/// The most bytes that wait: a few thousand lines, more than a reader that is merely slow leaves unread.
 const MAX_BYTES: usize = 256 << 10;
-/// What a pipe takes as one piece once poll(2) says that it has room (pipe(7)).
+/// How many bytes a pipe takes in one piece once poll(2) reports room (pipe(7)).
 const PIPE_BUF: usize = 4096;
-/// How long the thread waits for room before it looks at the descriptor again, which [`super::go_on_to`] may have
+/// How long the thread waits for room before it uses the descriptor again, which [`super::continue_log`] may have
 /// replaced.
-const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-/// After a refusal, so that a descriptor that poll(2) calls writable and that takes nothing costs no processor.
+const ROOM_INTERVAL: Duration = Duration::from_secs(1);
+/// The pause after a refused write. It saves processor time with a descriptor that poll(2) reports as writable and that
+/// takes nothing.
 const RETRY_DELAY: Duration = Duration::from_millis(10);
 
 /// An output and the lines that wait for it.
@@ -39,13 +39,13 @@ pub struct Output {
     /// The line that says how many lines were lost.
     loss: fn(u64) -> String,
     queue: Mutex<Queue>,
-    /// A line waits.
+    /// Notified when a line is queued.
     work: Condvar,
-    /// No line waits any more.
+    /// Notified when the queue is empty.
     idle: Condvar,
-    /// Something waits; for a signal's handler, which takes no lock.
+    /// The queue is not empty. A signal's handler reads this, because it may take no lock.
     pending: AtomicBool,
-    /// Nothing is written before there is a thread.
+    /// Nothing is written until the output has a thread.
     holds: AtomicBool,
 }
 
@@ -63,13 +63,13 @@ impl Output {
         }
     }
 
-    /// Writes nothing to a regular file before there is a thread: its filesystem may hang (NFS, FUSE, a frozen one), and no
-    /// flag keeps write(2) from waiting for that. Once, before the first line.
+    /// Holds lines back until there is a thread, if the output is a regular file: its filesystem may hang (NFS, FUSE, a
+    /// frozen one), and no flag keeps write(2) from waiting for that. Called once, before the first line.
     pub fn hold_file_until_thread(&self) {
         self.holds.store(is_regular((self.descriptor)()), Ordering::Relaxed);
     }
 
-    /// Puts a text, its newline included, behind those that wait; whether there was room. Never blocks. Any thread.
+    /// Queues a text, its newline included. Returns whether there was room. Never blocks. Called by any thread.
     pub fn put(&self, text: &str) -> bool {
         let mut queue = self.lock();
         let has_room = queue.put(text);
@@ -82,14 +82,14 @@ impl Output {
         has_room
     }
 
-    /// Whether something waits. Takes no lock.
+    /// Whether lines wait in the queue. Takes no lock.
     pub fn is_pending(&self) -> bool {
         self.pending.load(Ordering::Acquire)
     }
 
-    /// Makes a thread write from now on. It blocks the signals that ask for an end, which another thread reads. Called
-    /// once a process, when the sandbox, whose rules are each thread's own, has been entered. Without the thread,
-    /// lines that wait are written with the next one.
+    /// Starts the thread that writes from now on. It blocks the signals that ask for an end, which another thread
+    /// reads. Called once a process, after the sandbox was entered, because a thread inherits the sandbox's rules when
+    /// it is started. Without the thread, queued lines are written with the next one.
     pub fn start_thread(&'static self) -> std::io::Result<()> {
         let ends: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect();
         let before = ends.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
@@ -104,7 +104,8 @@ impl Output {
         started
     }
 
-    /// Waits until everything is written, at most for `limit`. For the end of the process, when a thread may be started.
+    /// Waits until everything is written, for at most `limit`. Called at the end of the process, when a thread may be
+    /// started.
     pub fn flush(&'static self, limit: Duration) {
         let deadline = Instant::now() + limit;
         if self.holds.load(Ordering::Relaxed) && self.is_pending() && self.start_thread().is_err() {
@@ -128,12 +129,12 @@ impl Output {
         }
     }
 
-    /// A panic while the lock is held leaves a queue that is still in order.
+    /// Takes the lock, also after a panic: the queue is consistent at every moment.
     fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes what the output takes at once.
+    /// Writes as much as the output takes at once.
     fn drain(&self, queue: &mut Queue) {
         while let Some((line, from)) = queue.first(self.loss) {
             match write_now((self.descriptor)(), &line[from..]) {
@@ -146,7 +147,7 @@ impl Output {
         self.pending.store(!queue.is_idle(), Ordering::Release);
     }
 
-    /// The thread.
+    /// Runs the thread that writes.
     fn serve(&self) {
         loop {
             let (line, from) = self.next();
@@ -154,7 +155,7 @@ impl Output {
                 Ok(count) => self.lock().wrote(count),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
-                    wait_for_room((self.descriptor)(), LOOK_INTERVAL);
+                    wait_for_room((self.descriptor)(), ROOM_INTERVAL);
                     thread::sleep(RETRY_DELAY);
                 }
                 Err(_) => self.lock().failed(),
@@ -162,7 +163,7 @@ impl Output {
         }
     }
 
-    /// The line to write and how much of it is written; waits for one.
+    /// Waits for a line. Returns it, and how many of its bytes are written.
     fn next(&self) -> (Arc<[u8]>, usize) {
         let mut queue = self.lock();
         loop {
@@ -176,24 +177,24 @@ impl Output {
     }
 }
 
-/// The lines that wait. Does no I/O.
+/// The queued lines. This type does no I/O.
 struct Queue {
     lines: VecDeque<Line>,
     bytes: usize,
-    /// Of the first line.
+    /// How many bytes of the first line are written.
     written: usize,
     /// Lines that were dropped and not yet reported.
     lost: u64,
-    /// No line is taken until all that wait are written, so that the count stands where the lines are missing.
+    /// No line is accepted until all queued ones are written, so that the count appears where the lines are missing.
     is_full: bool,
-    /// The last write failed, for another reason than want of room: the reader is gone, or a file system is full.
+    /// The last write failed, and not because the output is full: its reader is gone, or a file system has no space.
     is_broken: bool,
     has_thread: bool,
 }
 
 struct Line {
     text: Arc<[u8]>,
-    /// How many are lost with it: one, or those that it reports.
+    /// How many lines are lost if this one cannot be written: one, or as many as it reports.
     stands_for: u64,
 }
 
@@ -221,8 +222,8 @@ impl Queue {
         true
     }
 
-    /// The line to write, and how much of it is written. A report of lost lines is made when it is due: nothing waits
-    /// any more, or a line is put after a failure.
+    /// The line to write, and how many of its bytes are written. Adds a line that reports lost lines when that is due:
+    /// the queue is empty, or a line was queued after a failure.
     fn first(&mut self, loss: fn(u64) -> String) -> Option<(Arc<[u8]>, usize)> {
         let is_due = if self.lines.is_empty() { !self.is_broken } else { self.is_broken };
         if is_due {
@@ -238,7 +239,7 @@ impl Queue {
         self.lines.front().map(|line| (line.text.clone(), self.written))
     }
 
-    /// So much of the first line was written.
+    /// Counts `count` bytes of the first line as written.
     fn wrote(&mut self, count: usize) {
         self.written += count;
         if self.lines.front().is_some_and(|line| line.text.len() <= self.written) {
@@ -247,7 +248,7 @@ impl Queue {
         }
     }
 
-    /// Nothing that waits can be written. All of it is lost; the next line is a new attempt.
+    /// Drops all queued lines, because they cannot be written. The next line is a new attempt.
     fn failed(&mut self) {
         self.lost += self.lines.drain(..).map(|line| line.stands_for).sum::<u64>();
         (self.bytes, self.written, self.is_full, self.is_broken) = (0, 0, false, true);
@@ -258,12 +259,12 @@ impl Queue {
     }
 }
 
-/// Writes as much as the descriptor takes at once. `AGAIN`: nothing. Allocates nothing and takes no lock, so a signal's
-/// handler may call it.
+/// Writes as much as the descriptor takes at once. The error is `AGAIN` when it takes nothing. Allocates nothing and
+/// takes no lock, so a signal's handler may call it.
 ///
-/// A plain write is left for regular files, and for kernels whose pipes know no RWF_NOWAIT (before 6.4); in a pipe that
-/// several processes fill, one of these may be faster between poll(2) and the write. A terminal whose buffer has room
-/// for a part of the line waits for the rest.
+/// This may wait in two cases. Regular files, and pipes of kernels before 6.4, do not support RWF_NOWAIT and get a
+/// plain write; another process may then have filled the pipe since poll(2). And a terminal with room for a part of the
+/// line waits for the rest.
 pub(super) fn write_now(descriptor: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {
     match send(descriptor, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
         Err(Errno::NOTSOCK) => {}
@@ -273,7 +274,7 @@ pub(super) fn write_now(descriptor: BorrowedFd<'_>, bytes: &[u8]) -> Result<usiz
         return Err(Errno::AGAIN);
     }
     let piece = &bytes[..bytes.len().min(PIPE_BUF)];
-    // Where a file's position is meant, the offset is -1 (pwritev2(2)).
+    // The offset -1 stands for the file's position (pwritev2(2)).
     match rustix::io::pwritev2(descriptor, &[IoSlice::new(piece)], u64::MAX, ReadWriteFlags::NOWAIT) {
         Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::SPIPE) => rustix::io::write(descriptor, piece),
         Err(Errno::AGAIN) if is_regular(descriptor) => rustix::io::write(descriptor, piece),
@@ -281,14 +282,14 @@ pub(super) fn write_now(descriptor: BorrowedFd<'_>, bytes: &[u8]) -> Result<usiz
     }
 }
 
-/// Does not ask the file's server, which may hang (AT_STATX_DONT_SYNC).
+/// Whether the descriptor is a regular file. Does not ask the file's server, which may hang (AT_STATX_DONT_SYNC).
 fn is_regular(descriptor: BorrowedFd<'_>) -> bool {
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
     statx(descriptor, "", flags, StatxFlags::TYPE)
         .is_ok_and(|stat| FileType::from_raw_mode(stat.stx_mode.into()) == FileType::RegularFile)
 }
 
-/// Waits until the descriptor takes something, or says why not; whether it does.
+/// Waits until the descriptor takes data or reports an error, for at most `limit`. Returns whether it does.
 pub(super) fn wait_for_room(descriptor: BorrowedFd<'_>, limit: Duration) -> bool {
     let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
     poll(&mut [PollFd::from_borrowed_fd(descriptor, PollFlags::OUT)], Some(&limit)).is_ok_and(|ready| ready > 0)

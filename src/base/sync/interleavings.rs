@@ -1,5 +1,5 @@
-//! Runs the models: each in many orders of its threads, drawn at random from a seed. A thread that waits polls. So a lost
-//! wake-up is a run that does not end; it fails after [`MAX_STEPS`].
+//! Runs the models: each in many orders of its threads, drawn at random from a seed. A thread that waits polls. So a
+//! lost wake-up is a run that does not end; it fails after [`MAX_STEPS`].
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -1,8 +1,8 @@
 //! How threads hand work to each other: a mutex, channels, threads, and a [`Bell`], which poll(2) can wait for.
 //!
-//! They are std's. In unit tests with the feature `model` they are shuttle's, whose scheduler runs one thread at a time and
-//! tries orders: the models beside the hand-offs (`interleavings.rs`) then find wake-ups that are lost. Code that hands
-//! nothing over, and the counters of the request path, use std directly.
+//! They are the standard library's. In unit tests with the feature `model` they are shuttle's, whose scheduler runs one
+//! thread at a time and tries orders. The models beside the hand-offs (`interleavings.rs`) then find lost wake-ups.
+//! Code that hands nothing to another thread, and the counters of the request path, use the standard library directly.
 
 #[cfg(all(test, feature = "model"))]
 pub(crate) mod interleavings;
@@ -24,17 +24,18 @@ pub(crate) use std::{
     thread,
 };
 
-/// An eventfd beside a queue: the thread that adds to the queue rings it, the thread that takes polls it.
+/// An eventfd beside a queue: the thread that adds to the queue rings it, and the thread that takes from the queue
+/// polls it.
 pub(crate) struct Bell(OwnedFd);
 
 impl Bell {
-    /// Errors: no file descriptor left.
+    /// A bell that was not rung. An error: no file descriptor is left.
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Bell(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
     }
 
-    /// Does `post` and rings if it returns `true`. In this order: a thread that wakes before the item is in the queue finds
-    /// nothing, and sleeps again. Any thread; does not block.
+    /// Calls `post`, which adds to the queue, and rings if it returns `true`. The order matters: a thread that wakes up
+    /// before the item is in the queue finds nothing and sleeps again. Called by any thread; does not block.
     pub(crate) fn ring_after(&self, post: impl FnOnce() -> bool) {
         #[cfg(all(test, feature = "model"))]
         if interleavings::planted(interleavings::Mutant::BellBeforeMessage) {
@@ -47,15 +48,15 @@ impl Bell {
         }
     }
 
-    /// Rings.
+    /// Wakes the thread that polls the bell.
     pub(crate) fn ring(&self) {
         let_others_run();
-        // A full counter (2^64 - 2) is the only error, and it is readable as well.
+        // The only error is a full counter (2^64 - 2), and then the descriptor is readable as well.
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 
-    /// Makes the bell silent and then does `take`, which takes all there is. In this order: what is put there between
-    /// the two rings again. The thread that polls.
+    /// Silences the bell and then calls `take`, which takes all that is in the queue. The order matters: an item that
+    /// is added between the two rings the bell again. Called by the thread that polls.
     pub(crate) fn silence_before<T>(&self, take: impl FnOnce() -> T) -> T {
         #[cfg(all(test, feature = "model"))]
         if interleavings::planted(interleavings::Mutant::SilenceAfterTake) {
@@ -68,7 +69,7 @@ impl Bell {
         take()
     }
 
-    /// Makes the bell silent; whether it was rung since the last time. Never blocks.
+    /// Silences the bell. Returns whether it was rung since it was silenced last. Never blocks.
     pub(crate) fn was_rung(&self) -> bool {
         let_others_run();
         rustix::io::read(&self.0, &mut [0u8; 8]).is_ok()
@@ -81,15 +82,15 @@ impl AsFd for Bell {
     }
 }
 
-/// In a model other threads may run here, because shuttle does not see system calls.
+/// Lets the other threads of a model run, because shuttle does not see system calls.
 #[inline]
 pub(crate) fn let_others_run() {
     #[cfg(all(test, feature = "model"))]
     thread::yield_now();
 }
 
-/// In a model no thread sleeps in poll(2), because all its threads are one of the kernel's: lets the others run until one of
-/// `fds` is readable, or `until` is past.
+/// Lets the other threads of a model run until one of `fds` is readable or the time `until` has come. No thread of a
+/// model may sleep in poll(2), because one thread of the kernel runs all of them.
 #[cfg(all(test, feature = "model"))]
 pub(crate) fn yield_until_readable(fds: &[BorrowedFd<'_>], until: Option<std::time::Instant>) {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};

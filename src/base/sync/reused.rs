@@ -1,6 +1,6 @@
-//! Threads that are reused. After [`keep_threads`] a thread that has done its work waits for more: an io_uring that is
-//! prepared before the sandbox is entered belongs to the thread that first used it, for ever, and no other io_uring can be
-//! made.
+//! Threads that are reused. After [`keep_threads`] a thread that has done its work waits for more. The reason: an
+//! io_uring that was prepared before the sandbox belongs for ever to the thread that used it first, and in the sandbox
+//! no other one can be made.
 
 use std::io;
 
@@ -18,7 +18,7 @@ mod real {
 
     use super::io;
 
-    /// Does the work and returns how to say that it is done.
+    /// Does the work and returns a function that reports its end.
     type Job = Box<dyn FnOnce() -> Box<dyn FnOnce()> + Send>;
 
     struct Named {
@@ -30,22 +30,22 @@ mod real {
     /// Threads that wait for work.
     static IDLE: Mutex<Vec<Sender<Named>>> = Mutex::new(Vec::new());
 
-    /// Makes threads wait for more work from now on. Main, before the first is started.
+    /// Makes threads wait for more work from now on. Called by main before the first one is started.
     pub(crate) fn keep_threads() {
         KEEP.store(true, Ordering::Relaxed);
     }
 
-    /// Work that a thread does.
+    /// Work that a thread was given.
     pub(crate) struct Task<T>(Receiver<T>);
 
     impl<T> Task<T> {
-        /// Waits for its end. `None`: it panicked.
+        /// Waits for the end of the work. Returns `None` when it panicked.
         pub(crate) fn join(self) -> Option<T> {
             self.0.recv().ok()
         }
     }
 
-    /// Starts `work` in an idle thread, or in a new one. Errors: no thread can be made.
+    /// Starts `work` in an idle thread, or in a new one. An error: no thread can be started.
     pub(crate) fn spawn<T: Send + 'static>(
         name: String,
         work: impl FnOnce() -> T + Send + 'static,
@@ -76,13 +76,14 @@ mod real {
         let (sender, jobs) = mpsc::channel();
         let mut job = first;
         loop {
-            let say_done = job();
+            let report_end = job();
             if !KEEP.load(Ordering::Relaxed) {
-                return say_done();
+                return report_end();
             }
-            // Before the end is reported: the caller may start the next work at once, which must find this thread.
+            // This comes before the report of the end: the caller may start the next work at once, and must find this
+            // thread.
             IDLE.lock().expect("no panic while held").push(sender.clone());
-            say_done();
+            report_end();
             let Ok(named) = jobs.recv() else { return };
             let name = std::ffi::CString::new(named.name).unwrap_or_default();
             if let Err(errno) = rustix::thread::set_name(&name) {
@@ -98,11 +99,11 @@ mod model {
     use super::io;
     use crate::base::sync::thread;
 
-    /// Work that a thread does.
+    /// Work that a thread was given.
     pub(crate) struct Task<T>(thread::JoinHandle<T>);
 
     impl<T> Task<T> {
-        /// Waits for its end. `None`: it panicked.
+        /// Waits for the end of the work. Returns `None` when it panicked.
         pub(crate) fn join(self) -> Option<T> {
             self.0.join().ok()
         }

@@ -1,12 +1,14 @@
-//! Binds a Unix socket in the file system: for the vhost-user socket and the quiesce socket.
+//! Binds a Unix socket in the file system: the vhost-user socket and the control socket.
 //!
-//! The socket is never more open than its mode, not for a moment: on Linux, bind(2) makes the file with the mode of the
-//! unbound socket (fchmod(2) on its descriptor) less the umask, so neither the process-wide umask is touched nor is
-//! there a window before a chmod. The permission bits that the umask removed, and a group, are set through a descriptor
-//! of the bound file (`OwnFile`), never by its path: the directory may belong to another user, who may put a link there.
+//! The socket is never more open than its mode, not for a moment. On Linux, bind(2) makes the file with the mode of the
+//! unbound socket (fchmod(2) on its descriptor) less the umask. So the umask of the process need not change, and there
+//! is no window before a chmod. The permission bits that the umask removed, and a group, are set through a descriptor
+//! of the bound file (`OwnFile`), never by its path: the directory may belong to another user, who may put a link
+//! there.
 //!
-//! A socket that a dead server left behind is replaced; that of a running server never is: only connect(2) tells them
-//! apart. Two servers that start at once take turns by a lock on the directory, which leaves no file behind.
+//! A socket that a dead server left behind is replaced. That of a running server never is; only connect(2)
+//! distinguishes them. Two servers that start at once take turns by a lock on the directory, which leaves no file
+//! behind.
 
 use std::fmt;
 use std::fs::{self, File, Permissions};
@@ -26,8 +28,7 @@ use rustix::process::geteuid;
 pub const MAX_PATH: usize = 107;
 /// The most connections that wait to be accepted.
 const BACKLOG: i32 = 128;
-/// How often, and how long apart, the directory's lock is tried. A lock of another program
-/// on it only delays us.
+/// How often, and how long apart, to try to lock the directory. A lock of another program only delays us.
 const LOCK_TRIES: u32 = 50;
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
@@ -43,17 +44,17 @@ pub(crate) fn out_of_descriptors(error: &io::Error) -> bool {
 /// Why a socket could not be bound. Each message names the path and what to do.
 #[derive(Debug)]
 pub enum BindError {
-    /// Longer than [`MAX_PATH`].
+    /// The path is longer than [`MAX_PATH`].
     TooLong(PathBuf),
-    /// A running server has it.
+    /// A running server listens on the path.
     InUse(PathBuf),
-    /// A file of another kind has that name; which kind.
+    /// The path names a file of another kind. With the kind.
     NotASocket(PathBuf, &'static str),
     /// The directory does not exist (or is not a directory).
     NoDirectory(PathBuf),
     /// Permission denied.
     Denied(PathBuf, io::Error),
-    /// Another file had its name right after it was bound.
+    /// The path named another file right after the socket was bound.
     Replaced(PathBuf),
     /// Any other error.
     Other(PathBuf, io::Error),
@@ -125,8 +126,8 @@ impl BindError {
     }
 }
 
-/// Listens on a socket at `path` with the permission bits `mode` (whatever the umask). Replaces the socket of a dead
-/// server. Any thread; may wait up to a second for another server that starts in the same directory.
+/// Listens on a socket at `path` with the permission bits `mode`, whatever the umask is. Replaces the socket of a dead
+/// server. Called by any thread; may wait up to a second for another server that starts in the same directory.
 pub fn bind_unix(path: &Path, mode: u32) -> Result<UnixListener, BindError> {
     if path.as_os_str().len() > MAX_PATH {
         return Err(BindError::TooLong(path.to_owned()));
@@ -134,17 +135,17 @@ pub fn bind_unix(path: &Path, mode: u32) -> Result<UnixListener, BindError> {
     let failed = |errno| BindError::new(path, errno);
     let address = SocketAddrUnix::new(path).map_err(failed)?;
     let _turn = lock_directory(path)?;
-    make_way(path, &address)?;
+    remove_dead_socket(path, &address)?;
     let socket = new_socket().map_err(failed)?;
     let mode = Mode::from_raw_mode(mode & 0o777);
     fchmod(&socket, mode).map_err(failed)?;
     match bind(&socket, &address) {
         Ok(()) => {}
-        // A program that does not take the lock was faster.
+        // A program that does not use the lock was faster.
         Err(Errno::ADDRINUSE) => return Err(BindError::InUse(path.to_owned())),
         Err(errno) => return Err(failed(errno)),
     }
-    // Bound. From here on, failure must not leave the file behind.
+    // The socket is bound. From here on, a failure must not leave the file behind.
     let file = SocketFile::of(path).map_err(|error| BindError::io(path, error))?;
     let own = OwnFile::open(path)?;
     // Sets the bits that the umask removed.
@@ -154,20 +155,22 @@ pub fn bind_unix(path: &Path, mode: u32) -> Result<UnixListener, BindError> {
     Ok(UnixListener::from(socket))
 }
 
-/// Removes the socket of a dead server, if `path` names one. An error: it has a running server, or is no socket.
+/// Removes the socket of a dead server, if `path` names one. An error: a running server listens on it, or it is no
+/// socket.
 pub(crate) fn remove_dead(path: &Path) -> Result<(), BindError> {
     let address = SocketAddrUnix::new(path).map_err(|errno| BindError::new(path, errno))?;
     let _turn = lock_directory(path)?;
-    make_way(path, &address)
+    remove_dead_socket(path, &address)
 }
 
-/// The file of a socket that we have bound, by a descriptor: whatever its name means later, this is the file.
+/// The file of a socket that this process has bound, by a descriptor, so that it stays the same file whatever its path
+/// names later.
 pub(crate) struct OwnFile(OwnedFd);
 
 impl OwnFile {
-    /// Opens the file at `path` if it is a socket with one name; its owner is checked when it must be changed. A user who
-    /// may write in the directory may have put another file there: a link of either kind would lead to a file that is not
-    /// that user's.
+    /// Opens the file at `path` if it is a socket with one name; its owner is checked before a change. A user who may
+    /// write in the directory may have put another file there, and a link of either kind would lead to a file that is
+    /// not that user's.
     pub(crate) fn open(path: &Path) -> Result<OwnFile, BindError> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let opened = rustix::fs::open(path, flags, Mode::empty()).and_then(|file| Ok((fstat(&file)?, file)));
@@ -182,9 +185,9 @@ impl OwnFile {
         Ok(OwnFile(file))
     }
 
-    /// Sets its permission bits. fchmod(2) takes no such descriptor, and fchmodat2(2) is of Linux 6.6; this name leads to
-    /// the open file itself.
-    /// A mode that is right already is not set, so that this works on a host without /proc.
+    /// Sets the permission bits, by the name in /proc that leads to the open file itself: fchmod(2) takes no such
+    /// descriptor, and fchmodat2(2) needs Linux 6.6. A mode that is right already is not set, so that this works on a
+    /// host without /proc.
     pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
         let stat = fstat(&self.0)?;
         if stat.st_mode & 0o7777 == mode {
@@ -194,15 +197,15 @@ impl OwnFile {
         fs::set_permissions(format!("/proc/self/fd/{}", self.0.as_raw_fd()), Permissions::from_mode(mode))
     }
 
-    /// Sets its group.
+    /// Sets the group of the file.
     pub(crate) fn set_group(&self, group: Gid) -> io::Result<()> {
         check_owner(fstat(&self.0)?.st_uid)?;
         Ok(chownat(&self.0, "", None, Some(group), AtFlags::EMPTY_PATH)?)
     }
 }
 
-/// Another user's socket is not changed: it is not the one that we bound. Some file systems give every file one owner, so
-/// that alone is not an error.
+/// Refuses to change another user's socket, because it is not the one that this process bound. It is checked only
+/// before a change, since some file systems give every file the same owner.
 fn check_owner(owner: u32) -> io::Result<()> {
     match owner == geteuid().as_raw() {
         true => Ok(()),
@@ -210,8 +213,8 @@ fn check_owner(owner: u32) -> io::Result<()> {
     }
 }
 
-/// Removes the socket of a dead server; any other file at the path is an error.
-fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
+/// Removes the socket of a dead server. An error: the path names any other file.
+fn remove_dead_socket(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
     let metadata = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -230,7 +233,7 @@ fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
     let probe = new_socket().map_err(|errno| BindError::new(path, errno))?;
     match connect(&probe, address) {
         Err(Errno::CONNREFUSED) => {}
-        // A full queue (AGAIN) or another kind of socket (PROTOTYPE) has a running server, too.
+        // A full queue (AGAIN) and another kind of socket (PROTOTYPE) show a running server, too.
         Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => return Err(BindError::InUse(path.to_owned())),
         // It was removed meanwhile.
         Err(Errno::NOENT) => return Ok(()),
@@ -243,7 +246,7 @@ fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
     }
 }
 
-/// Non-blocking, so that a probe of a full queue does not hang.
+/// Makes a socket, which is non-blocking so that a probe of a full queue does not hang.
 fn new_socket() -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -257,8 +260,8 @@ fn directory_of(path: &Path) -> &Path {
     }
 }
 
-/// Locks this directory until the file is closed. Best effort: if the directory cannot be read, or another program keeps
-/// the lock, we go on without it.
+/// Locks the directory of `path` until the returned file is closed. Returns `None`, and the caller continues without a
+/// lock, when the directory cannot be read or another program keeps the lock.
 fn lock_directory(path: &Path) -> Result<Option<File>, BindError> {
     let directory = match File::open(directory_of(path)) {
         Ok(directory) => directory,
@@ -275,8 +278,8 @@ fn lock_directory(path: &Path) -> Result<Option<File>, BindError> {
     Ok(None)
 }
 
-/// Unlinks a socket when dropped, if the file is still the one that was there when the guard was made: a successor that
-/// has put its own socket there keeps it.
+/// Removes a socket when dropped, if its path still names the same file. A daemon that has put its own socket there
+/// keeps it.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
@@ -284,7 +287,7 @@ pub struct SocketFile {
     armed: bool,
 }
 
-/// Device, inode, and the time of birth where the file system reports it: inode numbers are reused.
+/// Device, inode, and where the file system reports it the time of birth, because inode numbers are reused.
 type Identity = (u64, u64, Option<SystemTime>);
 
 fn identity(path: &Path) -> io::Result<Identity> {
@@ -293,18 +296,18 @@ fn identity(path: &Path) -> io::Result<Identity> {
 }
 
 impl SocketFile {
-    /// Its path, absolute.
+    /// The absolute path.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Guards the socket at `path`; call it right after [`bind_unix`].
+    /// Guards the socket at `path`. Called right after [`bind_unix`].
     pub fn of(path: &Path) -> io::Result<Self> {
         let identity = identity(path)?;
         Ok(SocketFile { path: std::path::absolute(path)?, identity, armed: true })
     }
 
-    /// Does not unlink the file when dropped.
+    /// Leaves the file where it is.
     pub(crate) fn keep(mut self) {
         self.armed = false;
     }
@@ -325,8 +328,8 @@ impl Drop for SocketFile {
     }
 }
 
-/// How much a file that cannot be removed at the end matters. One that was made as root, before `--user`, is expected to
-/// stay in a directory of root's.
+/// The log level for a file that cannot be removed at the end. A file that was made as root, before `--user`, is
+/// expected to stay in a directory of root's.
 pub(crate) fn level_of(error: &io::Error) -> log::Level {
     match error.kind() {
         io::ErrorKind::PermissionDenied => log::Level::Info,

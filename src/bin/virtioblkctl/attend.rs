@@ -56,6 +56,6 @@ fn tell(receipt: &Receipt, json: bool) {
     };
     // A guest is frozen or thawed whether anybody reads of it or not.
     if !logging::print_line(&line) {
-        logging::say("nobody reads standard output: the receipt of a freeze is lost");
+        logging::message("nobody reads standard output: the receipt of a freeze is lost");
     }
 }

@@ -75,13 +75,13 @@ impl Chosen {
 fn of_domain(domain: &str, directories: &Directories) -> Result<Disks, Failure> {
     let members = members::find(domain, directories).map_err(|error| Failure::new("no-daemon", error))?;
     if let Some(why) = &members.unknown {
-        logging::say(format_args!(
+        logging::message(format_args!(
             "{why}; only the disks that libvirt's hook started for {} are known",
             members.domain
         ));
     }
     if !members.others.is_empty() {
-        logging::say(format_args!(
+        logging::message(format_args!(
             "the domain {} has disks that virtioblkd does not serve, and nothing here is done to them: {}",
             members.domain,
             members.others.join(", ")

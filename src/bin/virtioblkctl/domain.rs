@@ -215,13 +215,13 @@ fn convert(options: &Convert) -> Result<u8, Failure> {
     } else {
         let file = private_file(&xml).map_err(|error| failed(format!("cannot write a file for virsh: {error}")))?;
         let said = virsh::run(&["define", &file.0.display().to_string()], virsh::CHANGE_TIMEOUT).map_err(failed)?;
-        logging::say(said.trim());
+        logging::message(said.trim());
         let state = virsh::run(&["domstate", "--domain", &options.name], virsh::QUERY_TIMEOUT).unwrap_or_default();
         if !matches!(state.trim(), "" | "shut off") {
-            logging::say("the domain runs: the disk is converted at its next start");
+            logging::message("the domain runs: the disk is converted at its next start");
         }
     }
-    notes.iter().for_each(logging::say);
+    notes.iter().for_each(logging::message);
     Ok(0)
 }
 

@@ -44,7 +44,7 @@ pub(crate) fn run(cli: &Cli, disks: &Disks) -> Result<u8, Failure> {
             Ok(Answer::Text(text)) => print(&format!("{}:\n{text}", clean(name)))?,
             Ok(Answer::Status(own)) => status = status.max(own),
             Err(failure) => {
-                logging::say(format_args!("{name}: {failure}"));
+                logging::message(format_args!("{name}: {failure}"));
                 all.insert(name.clone(), json!({"error": {"code": failure.code, "desc": failure.message}}));
                 status = 1;
             }
@@ -96,7 +96,7 @@ fn quiesce(cli: &Cli, disks: &Disks, options: &Quiesce) -> Result<u8, Failure> {
         return Ok(0);
     }
     for (name, _, held) in &holds {
-        logging::say(format_args!("the disk {name} is held: {}", show::figures(held)));
+        logging::message(format_args!("the disk {name} is held: {}", show::figures(held)));
     }
     let tokens: Vec<String> = holds.iter().map(|(name, _, held)| format!("{}={}", target(name), token(held))).collect();
     print(&format!("{}\n", tokens.join(",")))?;
@@ -134,7 +134,7 @@ fn resume(cli: &Cli, disks: &Disks, options: &Resume) -> Result<u8, Failure> {
             }
             Ok(done) => print(&format!("{}: {}", clean(name), resumed(&done)))?,
             Err(failure) => {
-                logging::say(format_args!("{name}: {failure}"));
+                logging::message(format_args!("{name}: {failure}"));
                 all.insert(name.clone(), json!({"error": {"code": failure.code, "desc": failure.message}}));
                 status = 1;
             }

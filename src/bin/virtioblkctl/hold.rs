@@ -42,7 +42,7 @@ pub fn run(mut client: Client, arguments: Value, timeout: Duration, command: &[O
     // Until here a signal ends us, and with our connection the quiesce.
     let answer = client.ask("quiesce", arguments, timeout + REPLY_TIMEOUT)?;
     let token = answer["token"].as_str().unwrap_or_default().to_owned();
-    logging::say(format_args!("the disk is held: {}", show::figures(&answer)));
+    logging::message(format_args!("the disk is held: {}", show::figures(&answer)));
     let mut hold = Hold { client, token, lease, lost: None, renew_at: Instant::now() + lease / 3 };
     let status = match hold.start(command) {
         Ok((mut child, signals)) => match hold.wait(&mut child, &signals) {
@@ -55,7 +55,7 @@ pub fn run(mut client: Client, arguments: Value, timeout: Duration, command: &[O
         },
         Err(error) => {
             let name = command[0].to_string_lossy();
-            logging::say(format_args!("cannot run '{name}': {error}"));
+            logging::message(format_args!("cannot run '{name}': {error}"));
             hold.resume();
             return Ok(if error.kind() == std::io::ErrorKind::NotFound { NOT_FOUND } else { CANNOT_RUN });
         }
@@ -123,7 +123,7 @@ impl Hold {
     }
 
     fn lose(&mut self, why: String) {
-        logging::say(format_args!("THE HOLD IS LOST while the command runs: {why}"));
+        logging::message(format_args!("THE HOLD IS LOST while the command runs: {why}"));
         self.lost = Some(why);
     }
 
@@ -165,7 +165,7 @@ impl Hold {
         match &self.lost {
             None => own,
             Some(why) => {
-                logging::say(format_args!(
+                logging::message(format_args!(
                     "the disk was not held until the command ended, so what it copied cannot be trusted: \
                      {why}"
                 ));

@@ -39,7 +39,7 @@ pub(crate) fn run(options: &LibvirtHook) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            logging::say(error);
+            logging::message(error);
             // libvirt ends a running guest whose hook fails at `reconnect`.
             if options.operation == "reconnect" { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }

@@ -249,7 +249,7 @@ fn run(cli: &Cli, disks: &Disks) -> Result<u8, Failure> {
 }
 
 fn tell(cli: &Cli, failure: &Failure) {
-    logging::say(failure);
+    logging::message(failure);
     if cli.json {
         let error = json!({"error": {"code": failure.code, "desc": failure.message}});
         // The status tells it as well; a closed pipe is the reader's choice.
@@ -276,7 +276,7 @@ fn helper(serve: fn(OwnedFd) -> ExitCode) -> ExitCode {
     match io::stdin().as_fd().try_clone_to_owned() {
         Ok(link) => serve(link),
         Err(error) => {
-            logging::say(format_args!("no standard input: {error}"));
+            logging::message(format_args!("no standard input: {error}"));
             ExitCode::FAILURE
         }
     }
@@ -301,7 +301,7 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
             let answer = client.ask("quiesce", arguments, quiesce.timeout + REPLY_TIMEOUT)?;
             if !cli.json {
                 // Standard output has the token alone, for TOKEN=$(...).
-                logging::say(format_args!("the disk is held: {}", show::figures(&answer)));
+                logging::message(format_args!("the disk is held: {}", show::figures(&answer)));
             }
             page(cli, &answer, |answer| format!("{}\n", clean(answer["token"].as_str().unwrap_or_default())))
         }

@@ -60,7 +60,7 @@ pub struct Snapshot {
 pub fn run(options: &Snapshot, chosen: &Chosen, json: bool) -> Result<String, Failure> {
     let receipt = snapshot::take(&plan(options, chosen)?)?;
     if receipt.level != receipt.requested_level {
-        logging::say(format_args!("WEAKER THAN ASKED FOR: the snapshot is {} consistent", receipt.level));
+        logging::message(format_args!("WEAKER THAN ASKED FOR: the snapshot is {} consistent", receipt.level));
     }
     show(&receipt, json)
 }

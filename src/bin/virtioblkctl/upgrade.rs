@@ -92,7 +92,7 @@ pub fn run(options: &Upgrade, control: &Path, mut client: Client) -> Result<Outc
     match successor::run(command, control, &status["daemon"]["pid"], options.timeout) {
         Ending::TookOver(figures) => Ok(Outcome::Done(figures)),
         Ending::Stayed(Why::Signal(signal, gone)) => {
-            logging::say(format_args!("{signal}: the upgrade is given up{}; {}", lingers(gone), fate(control)));
+            logging::message(format_args!("{signal}: the upgrade is given up{}; {}", lingers(gone), fate(control)));
             Ok(Outcome::GivenUp(128 + signal as u8))
         }
         Ending::Stayed(Why::NotStarted(error)) => {
@@ -175,7 +175,7 @@ fn arguments(options: &Upgrade, line: &Value, trusted: bool, writer: Option<u32>
     let old = line["arguments"].as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect();
     let old = upgrade_lists::add(old, &options.add).map_err(|why| Failure::new("upgrade", why))?;
     for lost in upgrade_lists::replaced(&old, &options.options) {
-        logging::say(lost);
+        logging::message(lost);
     }
     Ok(replace(old, &options.options))
 }

@@ -24,8 +24,8 @@ pub fn run(path: &Path, mut client: Client, json: bool) -> Result<u8, Failure> {
         client = reconnect(path)?;
         // Standard output has events alone.
         match upgraded {
-            true => logging::say("another process has taken the disk over"),
-            false => logging::say("connected to another daemon; what happened meanwhile is not known"),
+            true => logging::message("another process has taken the disk over"),
+            false => logging::message("connected to another daemon; what happened meanwhile is not known"),
         }
     }
 }
