@@ -18,6 +18,7 @@ mod socket;
 pub use access::{Access, is_trusted};
 pub use creds::Credentials;
 pub use image_notices::ImageNotices;
+pub use protocol::return_types::CommandLine;
 pub use protocol::{AttendCommand, CopyCommand, ImageSnapshotCommand};
-pub use service::{CommandLine, Info, Upgrade};
+pub use service::{Info, Upgrade};
 pub use socket::{Server, Setup};

@@ -1,6 +1,6 @@
 //! Point-in-time copies and snapshots of a disk: the traits that the control thread calls, and their data.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Point-in-time copies of a disk. The instant is fixed while the disk is held; the image of that instant is then copied in
 /// the background, and the old data of a block is saved before the block is overwritten. Called by the control thread; no
@@ -63,8 +63,8 @@ pub struct CopyError {
 }
 
 /// The status of a copy.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
 pub struct CopyStatus {
     /// The copy's name.
     pub copy: String,

@@ -1,12 +1,13 @@
-//! The status of a disk, as clients of the control socket get it in JSON.
+//! The status of a disk, as clients of the control socket get it in JSON. `virtioblkctl` reads it by the same types, also
+//! from a daemon of another version: an unknown member is ignored, and a missing one has its default.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{FailedRequest, RingStatus};
 
 /// The status of a disk, to which `query-status` adds the holders.
-#[derive(Clone, Debug, Default, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
 pub struct DiskStatus {
     /// The back-end in one line (`Backend::describe`).
     pub image: String,
@@ -51,15 +52,15 @@ pub struct DiskStatus {
     pub copies_ending: u64,
     /// The format that the image has by its header or footer, as `qemu-img` calls it, although it is served as raw.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub detected_format: Option<&'static str>,
+    pub detected_format: Option<String>,
     /// The status of the image.
     #[serde(flatten)]
     pub image_status: ImageStatus,
 }
 
 /// A disk that is stopped because a request failed.
-#[derive(Clone, Debug, Default, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
 pub struct StoppedStatus {
     /// The request that stopped the first such virtqueue: `read`, `write`, `discard` or `write-zeroes`.
     pub operation: String,
@@ -93,8 +94,8 @@ impl StoppedStatus {
 }
 
 /// One of the last errors.
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
 pub struct LastError {
     /// What failed.
     pub what: String,
@@ -105,8 +106,8 @@ pub struct LastError {
 }
 
 /// The status of an image beyond its geometry.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
 pub struct ImageStatus {
     /// Why the image cannot be used as it should, in one word for programs (`fenced`, ...). `None`: it can.
     pub trouble: Option<String>,
@@ -121,8 +122,8 @@ pub struct ImageStatus {
 }
 
 /// The status that only a Ceph RBD image has.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
 pub struct RbdStatus {
     /// `POOL[/NAMESPACE]/IMAGE[@SNAP]`.
     pub image: String,
@@ -134,8 +135,8 @@ pub struct RbdStatus {
 }
 
 /// The quiesce requests for snapshots that other clients took of a Ceph RBD image, since the daemon started.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
 pub struct RbdQuiesceStatus {
     /// The cluster asks this daemon before a snapshot is taken.
     pub watching: bool,
@@ -149,8 +150,8 @@ pub struct RbdQuiesceStatus {
 }
 
 /// What the daemon does about writes whose buffers a guest may change in flight, and its counters over all virtqueues.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
 pub struct StableWritesStatus {
     /// The configured value: `auto`, `copy`, `detect` or `off`.
     pub asked: String,
@@ -179,8 +180,8 @@ pub struct StableWritesStatus {
 }
 
 /// A write whose buffer the guest changed while the write was in flight.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
 pub struct ChangedWrite {
     /// Byte offset in the image.
     pub offset: u64,

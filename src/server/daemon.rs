@@ -94,7 +94,12 @@ impl Daemon {
         if let Err(error) = control.take_over(listener, figures.clone(), attendant_missing) {
             log::error!("cannot serve the control socket: {error}; it gets no replies until the daemon is restarted");
         }
-        log::info!("took the guest over: {figures}");
+        log::info!(
+            "took the guest over from pid {}: it was paused for {} us, {} us of it until its requests were completed",
+            figures.from_pid,
+            figures.pause_us,
+            figures.drained_us.unwrap_or(0)
+        );
         take_over::print_figures(&figures);
         Ok(Daemon { server, front_ends, control, files })
     }

@@ -31,7 +31,6 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use serde_json::Value;
 
 use crate::base::logging;
 use crate::base::pid_file::PidFileError;
@@ -40,6 +39,7 @@ use crate::base::sync::Bell;
 use crate::base::unix_listener;
 use crate::base::unix_listener::BindError;
 use crate::config::Config;
+use crate::control::protocol::return_types::TookOver;
 use crate::disk::RingStatus;
 use crate::sandbox::SandboxError;
 use crate::upgrade::DiskFacts;
@@ -106,7 +106,7 @@ pub(crate) trait Served: Send + Sync {
 pub(crate) trait Control {
     /// Starts to serve clients on `listener`, after the disk was taken over from another process. The status shows
     /// `figures`. `attendant_missing`: an attendant was connected to the old daemon and has to connect to this one.
-    fn take_over(&self, listener: Option<UnixListener>, figures: Value, attendant_missing: bool) -> io::Result<()>;
+    fn take_over(&self, listener: Option<UnixListener>, figures: TookOver, attendant_missing: bool) -> io::Result<()>;
 }
 
 /// Why the daemon could not start, or did not end well. Each text says what failed, why, and how to fix it.

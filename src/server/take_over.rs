@@ -11,13 +11,14 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::Served;
 use super::front_ends::FrontEnds;
 use crate::base::logging;
 use crate::config::{Config, Listen};
 use crate::control::client::{Client, REPLY_TIMEOUT};
+use crate::control::protocol::return_types::TookOver;
 use crate::upgrade::{
     self, Channel, Descriptors, FilesTakenOver, FromNew, FromOld, GAVE_UP, Hello, Starter, State, VERSION,
 };
@@ -144,7 +145,7 @@ impl TakeOver {
         mut self,
         served: &dyn Served,
         front_ends: &mut FrontEnds,
-    ) -> Result<(Value, bool), TakeOverError> {
+    ) -> Result<(TookOver, bool), TakeOverError> {
         let refuse = |reason| TakeOverError(self.path.clone(), reason);
         send(&self.channel, &FromNew::Ready(self.files)).map_err(refuse)?;
         let (state, descriptors) = match receive(&self.channel, SYNC_TIMEOUT).map_err(refuse)? {
@@ -182,11 +183,11 @@ impl TakeOver {
             Err(error) => log::warn!("cannot continue the old daemon's log: {error}; logging to standard error"),
         }
         let microseconds = |nanoseconds: u64| nanoseconds / 1000;
-        let figures = json!({
-            "from-pid": self.hello.pid,
-            "pause-us": microseconds(pause),
-            "drained-us": microseconds(drained_in),
-        });
+        let figures = TookOver {
+            from_pid: self.hello.pid,
+            pause_us: microseconds(pause),
+            drained_us: Some(microseconds(drained_in)),
+        };
         Ok((figures, self.hello.misses_attendant))
     }
 
@@ -212,7 +213,7 @@ impl TakeOver {
 
 /// Prints the figures on standard output, for the program that started this one. The old daemon has ended by then, or ends
 /// at once.
-pub(super) fn print_figures(figures: &Value) {
+pub(super) fn print_figures(figures: &TookOver) {
     let line = format!("{}\n", json!({ "took-over": figures }));
     if !logging::print_in_time(&line) {
         log::debug!("standard output was not read: the figures of the take-over are not printed");

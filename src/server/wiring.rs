@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Resource, getrlimit};
-use serde_json::Value;
+
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::hand_over::{HandOverRequest, HandOverRequests};
@@ -25,6 +25,7 @@ use crate::backend::stable::StableBackend;
 use crate::backend::{Backend, Geometry};
 use crate::base::unix_listener::MORE_DESCRIPTORS;
 use crate::config::{BackendKind, Config};
+use crate::control::protocol::return_types::TookOver;
 use crate::control::{self, ImageNotices};
 use crate::disk::{Copies, Disk, DiskStatus, Events, FailedRequest, ImageSnapshots, RingStatus};
 use crate::upgrade::DiskFacts;
@@ -308,7 +309,11 @@ impl Disk for CopiedDisk {
     }
 
     fn status(&self) -> DiskStatus {
-        DiskStatus { copies_ending: self.copies.ending(), detected_format: self.format.found(), ..self.disk.status() }
+        DiskStatus {
+            copies_ending: self.copies.ending(),
+            detected_format: self.format.found().map(str::to_owned),
+            ..self.disk.status()
+        }
     }
 
     fn continue_io(&self) -> u64 {
@@ -333,7 +338,7 @@ impl Disk for CopiedDisk {
 }
 
 impl Control for control::Server {
-    fn take_over(&self, listener: Option<UnixListener>, figures: Value, attendant_missing: bool) -> io::Result<()> {
+    fn take_over(&self, listener: Option<UnixListener>, figures: TookOver, attendant_missing: bool) -> io::Result<()> {
         control::Server::take_over(self, listener, figures, attendant_missing)
     }
 }

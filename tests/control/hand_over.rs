@@ -10,6 +10,7 @@ use kit::control::*;
 use serde_json::{Value, json};
 use virtioblkd::backend::Notices;
 use virtioblkd::engine::Errno;
+use virtioblkd::internal::control::protocol::return_types::TookOver;
 
 fn hand_over(client: &mut Client) -> Result<Value, String> {
     client.ask("hand-over", json!({"version": 1}))
@@ -117,10 +118,10 @@ fn the_new_process_requires_the_attendant_of_the_old_one() {
     assert!(passed_on(&served).1, "it is not told");
 
     let next = Served::start(None, WAIT_TIMEOUT);
-    next.took_over(json!({"pause-us": 7}), true);
+    next.took_over(TookOver { from_pid: 3, pause_us: 7, drained_us: Some(5) }, true);
     let mut watcher = next.client();
     let status = watcher.ask("query-status", json!({})).unwrap();
-    assert_eq!(status["daemon"]["took-over"], json!({"pause-us": 7}));
+    assert_eq!(status["daemon"]["took-over"], json!({"from-pid": 3, "pause-us": 7, "drained-us": 5}));
     assert_eq!(status["attendant"]["present"], false);
     assert_eq!(next.store_asks().recv_timeout(WAIT_TIMEOUT), Ok(Err(Errno(libc::EBUSY))));
     let mut attendant = next.client();

@@ -149,6 +149,7 @@ mod copy;
 mod error;
 mod image_snapshot;
 pub mod json_stream;
+pub mod return_types;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

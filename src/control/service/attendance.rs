@@ -7,11 +7,10 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
-
 use super::replies;
 use crate::base::rate_limit::{COMMAND_LOG, log_limited};
 use crate::control::protocol::Error;
+use crate::control::protocol::return_types::AttendantStatus;
 use crate::control::quiesce::{PeerId, Who};
 
 /// A `PREPARE` that is sent.
@@ -194,19 +193,20 @@ impl Attendance {
         }
     }
 
-    /// The attendant, for the status; null: there is none.
-    pub(in crate::control) fn status(&self) -> Value {
+    /// The attendant, for the status. `None`: there is none, and none is needed.
+    pub(in crate::control) fn status(&self) -> Option<AttendantStatus> {
         let (who, present, required) = match (&self.attendant, &self.lost) {
             (Some(attendant), _) => (&attendant.who, true, attendant.required),
             (None, Some(who)) => (who, false, true),
             (None, None) if self.needed => (&Who::default(), false, true),
-            (None, None) => return Value::Null,
+            (None, None) => return None,
         };
-        let mut value = replies::who_json(who);
-        value["present"] = json!(present);
-        value["required"] = json!(required);
-        value["preparing"] = json!(self.asking.is_some());
-        value
+        Some(AttendantStatus {
+            requester: replies::requester(who),
+            present,
+            required,
+            preparing: self.asking.is_some(),
+        })
     }
 
     fn end_asking(&mut self, peer: PeerId, why: &str) -> Option<Outcome> {
@@ -221,6 +221,8 @@ fn not_attending() -> Error {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
     use crate::control::access::Access;
     use crate::control::protocol::parse;
@@ -277,7 +279,7 @@ mod tests {
             assert!(dead.required == required && dead.result.is_err());
             assert_eq!(a.released(), [], "the connection has ended");
             assert_eq!(matches!(a.begin(S, now), Consent::Denied(_)), required);
-            assert_eq!(a.status()["present"], if required { json!(false) } else { Value::Null });
+            assert_eq!(a.status().map(|status| status.present), required.then_some(false));
         }
     }
 
@@ -301,11 +303,8 @@ mod tests {
         let mut a = Attendance::new(true);
         let is_missed = |a: &mut Attendance| matches!(a.begin(S, now), Consent::Denied(why) if why.contains("nobody"));
         assert!(is_missed(&mut a));
-        let status = a.status();
-        assert_eq!(
-            (&status["present"], &status["required"], &status["who"]),
-            (&json!(false), &json!(true), &Value::Null)
-        );
+        let status = a.status().unwrap();
+        assert_eq!((status.present, status.required, status.requester.who), (false, true, None));
         a.attend(1, who(), false, S).unwrap();
         prepare(&mut a, now);
         a.unattend(1).unwrap();

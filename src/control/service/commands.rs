@@ -7,8 +7,12 @@ use serde_json::{Value, json};
 use super::replies;
 use super::{Client, Service, to_json};
 use crate::base::rate_limit::{COMMAND_LOG, log_limited};
+use crate::control::protocol::return_types::{
+    Continued, DaemonStatus, HolderStatus, QuiesceStatus, Resized, Resumed, Stats, Status,
+};
 use crate::control::protocol::{self, Command, Error, QuiesceArgs};
 use crate::control::quiesce::{Ask, Hold, Reason, Who};
+use crate::disk::DiskStatus;
 
 /// When a command is answered.
 pub(super) enum Answer {
@@ -47,10 +51,10 @@ impl Service {
                 Err(ended) => Err(self.no_such_hold(ended)),
             },
             Command::Resume { token } => match self.coordinator.resume(&token, now) {
-                Ok(holders) => Ok(json!({"resumed": 1, "holders": holders})),
+                Ok(holders) => to_json(&Resumed { resumed: Some(1), holders }),
                 Err(ended) => Err(self.no_such_hold(ended)),
             },
-            Command::ResumeAll => Ok(json!({"resumed": self.coordinator.resume_all(now), "holders": 0})),
+            Command::ResumeAll => to_json(&Resumed { resumed: Some(self.coordinator.resume_all(now)), holders: 0 }),
             Command::Copy(command) => {
                 let holds = self.coordinator.holds();
                 let is_held = |token: &str| holds.iter().any(|hold| hold.token == token);
@@ -60,10 +64,10 @@ impl Service {
             Command::Continue => {
                 let retried = self.disk.continue_io();
                 log_limited!(COMMAND_LOG, Info, "continue: {retried} failed requests are retried");
-                Ok(json!({ "retried": retried }))
+                to_json(&Continued { retried })
             }
             Command::Resize { size, force } => match self.disk.resize(size, force) {
-                Ok(size) => Ok(json!({ "size": size })),
+                Ok(size) => to_json(&Resized { size }),
                 Err(why) => Err(Error::new("resize", why)),
             },
             Command::Attend(command) => self.attend(client, command, now),
@@ -91,12 +95,8 @@ impl Service {
     }
 
     fn stats(&self) -> Result<Value, Error> {
-        let status = self.disk.status();
-        Ok(json!({
-            "rings": to_json(&status.rings)?,
-            "total": to_json(&status.total)?,
-            "stable-writes": to_json(&status.image_status.stable_writes)?,
-        }))
+        let DiskStatus { rings, total, image_status, .. } = self.disk.status();
+        to_json(&Stats { rings, total, stable_writes: image_status.stable_writes })
     }
 
     fn command_line(&self) -> Result<Value, Error> {
@@ -111,32 +111,37 @@ impl Service {
     }
 
     fn status(&self, now: Instant) -> Result<Value, Error> {
-        let mut status = to_json(&self.disk.status())?;
+        to_json(&Status {
+            disk: self.disk.status(),
+            quiesce: self.quiesce_status(now),
+            image_snapshots: self.disk.snapshots().is_some(),
+            attendant: self.store.attendant_status(),
+            daemon: DaemonStatus {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                pid: std::process::id(),
+                uptime_seconds: now.saturating_duration_since(self.started).as_secs(),
+                vhost_socket: self.info.vhost_socket.clone(),
+                took_over: self.upgrade.took_over().cloned(),
+            },
+        })
+    }
+
+    fn quiesce_status(&self, now: Instant) -> QuiesceStatus {
         let milliseconds = |since: Instant| now.saturating_duration_since(since).as_millis() as u64;
-        let holder = |hold: &Hold| {
-            let mut value = replies::holder_json(hold);
-            value["detached"] = json!(hold.detached);
-            value["held-ms"] = json!(milliseconds(hold.since));
-            value["lease-left-ms"] = json!(hold.until.saturating_duration_since(now).as_millis() as u64);
-            value
+        let holder = |hold: &Hold| HolderStatus {
+            requester: replies::requester(&hold.who),
+            token: hold.token.clone(),
+            detached: hold.detached,
+            held_ms: milliseconds(hold.since),
+            lease_left_ms: hold.until.saturating_duration_since(now).as_millis() as u64,
         };
-        status["quiesce"] = json!({
-            "state": self.coordinator.state(),
-            "closed-ms": self.closed_at.map(milliseconds),
-            "held-ms": self.coordinator.held_time(now).as_millis() as u64,
-            "max-hold-ms": self.coordinator.max_hold().map(|max| max.as_millis() as u64),
-            "waiting": self.coordinator.waiting(),
-            "holders": self.coordinator.holds().iter().map(holder).collect::<Vec<_>>(),
-        });
-        status["image-snapshots"] = json!(self.disk.snapshots().is_some());
-        status["attendant"] = self.store.attendant_status();
-        status["daemon"] = json!({
-            "version": env!("CARGO_PKG_VERSION"),
-            "pid": std::process::id(),
-            "uptime-seconds": now.saturating_duration_since(self.started).as_secs(),
-            "vhost-socket": self.info.vhost_socket,
-            "took-over": self.upgrade.took_over(),
-        });
-        Ok(status)
+        QuiesceStatus {
+            state: self.coordinator.state().to_owned(),
+            closed_ms: self.closed_at.map(milliseconds),
+            held_ms: self.coordinator.held_time(now).as_millis() as u64,
+            max_hold_ms: self.coordinator.max_hold().map(|max| max.as_millis() as u64),
+            waiting: self.coordinator.waiting(),
+            holders: self.coordinator.holds().iter().map(holder).collect(),
+        }
     }
 }

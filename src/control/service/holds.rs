@@ -7,6 +7,7 @@ use serde_json::json;
 use super::Service;
 use super::replies;
 use crate::base::rate_limit::{COMMAND_LOG, log_limited};
+use crate::control::protocol::return_types::{HoldEnded, QuiesceFigures, Quiesced};
 use crate::control::quiesce::{Effect, Hold, Reason, Refusal, RequestId, Who};
 use crate::disk::HoldFigures;
 
@@ -44,26 +45,32 @@ impl Service {
 
     fn granted(&mut self, request: RequestId, hold: &Hold, epoch: u64, figures: HoldFigures, holders: usize) {
         let microseconds = |time: Duration| time.as_micros() as u64;
-        let figures = json!({
-            "epoch": epoch,
-            "rings": figures.rings,
-            "drained": figures.drained,
-            "drain-us": microseconds(figures.drain),
-            "sync-us": microseconds(figures.sync),
-            "bytes-synced": figures.bytes_synced,
-            "holders": holders,
-        });
-        let holder = replies::describe_holder(&hold.who);
-        log_limited!(COMMAND_LOG, Info, "quiesced for {holder}, {holders} holder(s): {figures}");
-        let mut event = replies::holder_json(hold);
+        let figures = QuiesceFigures {
+            epoch,
+            rings: figures.rings,
+            drained: figures.drained,
+            drain_us: microseconds(figures.drain),
+            sync_us: microseconds(figures.sync),
+            bytes_synced: figures.bytes_synced,
+            holders,
+        };
+        log_limited!(
+            COMMAND_LOG,
+            Info,
+            "quiesced for {}: {} requests drained in {} us, {} bytes synced in {} us; holders now: {holders}",
+            replies::describe_holder(&hold.who),
+            figures.drained,
+            figures.drain_us,
+            figures.bytes_synced,
+            figures.sync_us
+        );
+        let lease_ms = hold.until.saturating_duration_since(hold.since).as_millis() as u64;
+        let reply = json!(Quiesced { token: hold.token.clone(), lease_ms, figures });
+        // The event has the members of the reply, and the holder.
+        let mut event = reply.clone();
         event["detached"] = json!(hold.detached);
-        let lease = hold.until.saturating_duration_since(hold.since).as_millis() as u64;
-        event["lease-ms"] = json!(lease);
-        let mut reply = json!({"token": hold.token, "lease-ms": lease});
-        for part in [&mut event, &mut reply] {
-            for (name, value) in figures.as_object().into_iter().flatten() {
-                part[name] = value.clone();
-            }
+        for (name, value) in replies::holder_json(hold).as_object().into_iter().flatten() {
+            event[name] = value.clone();
         }
         // First, because the store keeps another host's snapshot waiting.
         let is_stores = self.store.granted(request, hold);
@@ -95,11 +102,14 @@ impl Service {
             let line = format_args!("{holder} held for {held} ms, ended by {word}, {holders} holder(s) left");
             COMMAND_LOG.log(log::Level::Info, line);
         }
-        let mut data = replies::holder_json(hold);
-        data["reason"] = json!(word);
-        data["held-ms"] = json!(held as u64);
-        data["holders"] = json!(holders);
-        self.event("RESUMED", data);
+        let ended = HoldEnded {
+            requester: replies::requester(&hold.who),
+            token: hold.token.clone(),
+            reason: word.to_owned(),
+            held_ms: held as u64,
+            holders,
+        };
+        self.event("RESUMED", json!(ended));
         self.store.hold_ended(hold, reason);
     }
 }

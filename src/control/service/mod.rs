@@ -28,6 +28,7 @@ use super::image_notices::Inbox;
 use super::protocol;
 use super::protocol::Error;
 use super::protocol::json_stream::MalformedInput;
+use super::protocol::return_types::CommandLine;
 use super::quiesce::{Coordinator, PeerId};
 use copies::CopyOwners;
 use pending_replies::PendingReplies;
@@ -46,20 +47,6 @@ pub struct Info {
     pub vhost_socket: String,
     /// How the daemon was started, for the process that starts the next one; `None`: it is not reported.
     pub command_line: Option<CommandLine>,
-}
-
-/// A daemon's program, its arguments and its directory.
-#[derive(Clone, Debug, Default, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct CommandLine {
-    /// The program's path when it was started.
-    pub program: String,
-    /// Without the program's name and `--take-over`.
-    pub arguments: Vec<String>,
-    /// What relative paths are relative to.
-    pub directory: String,
-    /// Where the service manager listens (sd_notify(3)).
-    pub notify_socket: Option<String>,
 }
 
 /// Whom a line is for.

@@ -11,6 +11,7 @@ use crate::backend::QuiesceAsk;
 use crate::control::access::Access;
 use crate::control::creds::Credentials;
 use crate::control::image_notices::{ImageNotices, Note, Notes};
+use crate::control::protocol::return_types::TookOver;
 use crate::disk::{
     ChangedWrite, Copies, CopyError, CopyOptions, CopyStatus, Disk, DiskStatus, Event, FailedRequest, HoldFigures,
     ImageStatus, LastError, RbdQuiesceStatus, RbdStatus, RingStatus, StableWritesStatus, StoppedStatus,
@@ -200,7 +201,7 @@ fn conversation() -> Vec<String> {
         resized: Box::new(|_| {}),
         upgrade: None,
     });
-    service.took_over(json!({"from-pid": 7, "pause-us": 1500}), false);
+    service.took_over(TookOver { from_pid: 7, pause_us: 1500, drained_us: None }, false);
     let mut lines = Vec::new();
     let mut negotiated = true;
     let mut token = String::new();

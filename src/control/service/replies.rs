@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::control::creds::Credentials;
 use crate::control::protocol::Error;
+use crate::control::protocol::return_types::Requester;
 use crate::control::quiesce::{Hold, Reason, Refusal, Who};
 use crate::engine::Errno;
 
@@ -94,9 +95,18 @@ pub(in crate::control) fn holder_json(hold: &Hold) -> Value {
     value
 }
 
-/// A holder, for status and events.
+/// A client, for status and events.
+pub(in crate::control) fn requester(who: &Who) -> Requester {
+    Requester {
+        who: who.text.clone(),
+        pid: who.client.map(|client| client.pid),
+        uid: who.client.map(|client| client.uid),
+    }
+}
+
+/// A holder, for events.
 pub(in crate::control) fn who_json(who: &Who) -> Value {
-    json!({"who": who.text, "pid": who.client.map(|client| client.pid), "uid": who.client.map(|client| client.uid)})
+    json!(requester(who))
 }
 
 /// A holder, for the log.

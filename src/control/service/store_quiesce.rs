@@ -16,6 +16,7 @@ use super::replies;
 use crate::backend::QuiesceAsk;
 use crate::base::rate_limit::{COMMAND_LOG, IMAGE_LOG, log_limited};
 use crate::control::creds::Credentials;
+use crate::control::protocol::return_types::AttendantStatus;
 use crate::control::protocol::{AttendCommand, Error};
 use crate::control::quiesce::{Ask, Hold, PeerId, Reason, Refusal, RequestId, STORE, Who};
 
@@ -278,7 +279,7 @@ impl StoreQuiesce {
     }
 
     /// The attendant, for the status.
-    pub(super) fn attendant_status(&self) -> Value {
+    pub(super) fn attendant_status(&self) -> Option<AttendantStatus> {
         self.attendance.status()
     }
 

@@ -10,6 +10,7 @@ use super::Service;
 use crate::control::protocol::AttendCommand;
 use crate::control::protocol::CopyCommand;
 use crate::control::protocol::ImageSnapshotCommand;
+use crate::control::protocol::return_types::TookOver;
 use crate::control::protocol::{Command, Error};
 use crate::control::quiesce::PeerId;
 use crate::upgrade::VERSION;
@@ -34,17 +35,17 @@ pub(super) struct UpgradeState {
     /// The connection that asked for the hand-over, until it has its reply.
     requested_by: Option<PeerId>,
     /// Figures of the hand-over that gave us the disk.
-    took_over: Value,
+    took_over: Option<TookOver>,
 }
 
 impl UpgradeState {
     pub(super) fn new(upgrade: Option<Upgrade>) -> Self {
-        UpgradeState { upgrade, requested_by: None, took_over: Value::Null }
+        UpgradeState { upgrade, requested_by: None, took_over: None }
     }
 
-    /// Figures of the hand-over that gave us the disk, for the status; null: the disk was ours from the start.
-    pub(super) fn took_over(&self) -> &Value {
-        &self.took_over
+    /// Figures of the hand-over that gave us the disk, for the status. `None`: the disk was ours from the start.
+    pub(super) fn took_over(&self) -> Option<&TookOver> {
+        self.took_over.as_ref()
     }
 
     fn is_set(&self, flag: impl FnOnce(&Upgrade) -> &AtomicBool) -> bool {
@@ -55,8 +56,8 @@ impl UpgradeState {
 impl Service {
     /// The disk is ours by a hand-over. `figures`: for the status; `attendant_missing`: the process before us required an
     /// attendant, which is not connected to us yet.
-    pub(in crate::control) fn took_over(&mut self, figures: Value, attendant_missing: bool) {
-        self.upgrade.took_over = figures;
+    pub(in crate::control) fn took_over(&mut self, figures: TookOver, attendant_missing: bool) {
+        self.upgrade.took_over = Some(figures);
         if attendant_missing {
             self.store.attendant_missing();
         }

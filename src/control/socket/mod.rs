@@ -10,11 +10,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use serde_json::Value;
 
 use super::access::Access;
 use super::image_notices::{ImageNotices, Inbox};
 use super::peer::Peer;
+use super::protocol::return_types::TookOver;
 use super::quiesce::{PeerId, STORE};
 use super::service::{Client, Info, Recipient, Service, ServiceSetup, Upgrade};
 use crate::base::sync::{Bell, Mutex};
@@ -70,7 +70,7 @@ struct ThreadReport {
     stop: bool,
     /// The listener to serve from now on; figures of the hand-over for the status; whether a required attendant has yet to
     /// connect to this process.
-    took_over: Option<(Option<UnixListener>, Value, bool)>,
+    took_over: Option<(Option<UnixListener>, TookOver, bool)>,
 }
 
 impl Server {
@@ -112,7 +112,12 @@ impl Server {
 
     /// This process has taken the disk over: serves its clients from now on. `figures`: of the hand-over, for the status;
     /// `attendant_missing`: a required attendant has yet to connect. Errors: the listener cannot be made non-blocking.
-    pub fn take_over(&self, listener: Option<UnixListener>, figures: Value, attendant_missing: bool) -> io::Result<()> {
+    pub fn take_over(
+        &self,
+        listener: Option<UnixListener>,
+        figures: TookOver,
+        attendant_missing: bool,
+    ) -> io::Result<()> {
         if let Some(listener) = &listener {
             listener.set_nonblocking(true)?;
         }

@@ -17,6 +17,7 @@ use virtioblkd::disk::{
 };
 use virtioblkd::engine::Errno;
 use virtioblkd::internal::base::unix_listener::{BindError, bind_unix};
+use virtioblkd::internal::control::protocol::return_types::TookOver;
 use virtioblkd::internal::control::{Access, ImageNotices, Info, Server, Setup, Upgrade};
 
 /// Nothing here takes this long; a test that waits so long has failed.
@@ -465,7 +466,7 @@ impl Served {
     }
 
     /// As after a hand-over from a process that relied on an attendant, or did not.
-    pub fn took_over(&self, figures: Value, misses: bool) {
+    pub fn took_over(&self, figures: TookOver, misses: bool) {
         let listener = bind_soon(&self.path, 0o600);
         self.server.as_ref().unwrap().take_over(Some(listener), figures, misses).unwrap();
     }
