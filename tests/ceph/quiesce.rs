@@ -183,7 +183,7 @@ fn a_disk_that_its_store_lets_go_before_another_is_ready_says_so() {
     assert_eq!((figure(&early, "expired"), figure(&late, "expired")), (1, 0));
     early.wait_for_log(&["may not be of one instant"]);
     let shown = early.ctl_ok(&["status"]);
-    assert!(shown.contains("snapshots by others: 1 asked, 0 refused, 1 LET GO EARLY"), "{shown}");
+    assert!(shown.contains("snapshots by others: 1 requested, 0 refused, 1 RELEASED EARLY"), "{shown}");
     attendant.0.event("RELEASED");
     // The next one is in time.
     attendant.0.execute("unattend", json!({}));

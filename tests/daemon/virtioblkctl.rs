@@ -61,9 +61,9 @@ fn status_is_a_page_and_stats_a_table() {
         "none",
         "acknowledged when the host's device has it",
         "flush is synced",
-        "sees write back",
+        "sees a write back cache",
         "connected, driver ready (/run/vhost.sock)",
-        "2 running, 6 in flight, 0 with a held write",
+        "2 running, 6 in flight, 0 with a blocked write",
         "quiesced   no",
         "write at 4096: Input/output error",
         "virtioblkd 0.1.0",
@@ -73,7 +73,7 @@ fn status_is_a_page_and_stats_a_table() {
     client.quiesce(json!({"who": "nightly", "lease-ms": 3_600_000}));
     contains(
         &ok(&served, &["status"]),
-        &["1 with a held write", "1 holder(s)", "by nightly (pid", "lease", " min left"],
+        &["1 with a blocked write", "1 holder", "by nightly (pid", "lease", " min left"],
     );
     let table = ok(&served, &["stats"]);
     let lines: Vec<&str> = table.lines().collect();
@@ -91,15 +91,15 @@ fn status_is_a_page_and_stats_a_table() {
 fn a_quiesce_outlives_the_command() {
     let served = Served::new();
     let output = run(&served, &["quiesce", "--lease", "1m", "--timeout", "500ms", "--who", "me"]);
-    contains(&err(&output), &["12 request(s) drained in 1.5 ms", "8.0 KiB synced in 3.2 ms", "1 holder(s)"]);
+    contains(&err(&output), &["12 requests drained in 1.5 ms", "8.0 KiB synced in 3.2 ms", "1 holder"]);
     let text = out(&output);
     let token = text.strip_suffix('\n').unwrap();
     assert_eq!(token.len(), 16, "the token alone, for TOKEN=$(...)");
     assert!(served.disk.closed().is_some());
     let second: Value = serde_json::from_str(&ok(&served, &["--json", "quiesce"])).unwrap();
     assert_eq!(second["holders"], 2);
-    contains(&ok(&served, &["resume", token]), &["1 holder(s) left"]);
-    contains(&ok(&served, &["resume", "--all"]), &["goes on"]);
+    contains(&ok(&served, &["resume", token]), &["1 holder left"]);
+    contains(&ok(&served, &["resume", "--all"]), &["writes continue"]);
     assert!(served.disk.closed().is_none());
     let again = run(&served, &["resume", token]);
     assert_eq!(again.status.code(), Some(1));
@@ -214,7 +214,7 @@ fn a_hold_that_is_lost_is_no_success() {
     client.ask("resume", json!({"all": true})).unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(125));
-    contains(&err(&output), &["somebody else resumed", "cannot be trusted"]);
+    contains(&err(&output), &["another client resumed", "cannot be trusted"]);
     // The command's own failure is kept.
     let child = start(&served, &["quiesce", "--", "sh", "-c", "sleep 0.5; exit 9"]);
     client.event("RESUMED");

@@ -101,7 +101,7 @@ fn on_a_full_filesystem(kind: &str, mode: CacheMode) {
     // Reads go on; and so do writes of the other ring where there is room.
     assert_eq!(guest.read(0, 0, 4096), (OK, vec![1; 4096]), "{kind} {mode}");
     // Nothing was mended: it stops again.
-    assert!(server.ctl_ok(&["continue"]).contains("tried again"));
+    assert!(server.ctl_ok(&["continue"]).contains("retried"));
     operator.event("IO_CONTINUED");
     operator.event("IO_STOPPED");
     fs::remove_file(ballast).expect("ours");

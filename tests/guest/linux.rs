@@ -330,7 +330,7 @@ fn a_grown_image_reaches_the_running_guest() {
     let server = Server::start(&image, CacheMode::None, &["--logical-block-size", "512"]);
     let mut vm = qemu::linux(1, RESIZE_JOB).vhost_user_disk(&server.socket(), "").start();
     assert_eq!(vm.until_asked("grow"), ["sectors: 131072"]);
-    assert_eq!(server.ctl_ok(&["resize", "128M"]), "the guest's disk has 134217728 bytes\n");
+    assert_eq!(server.ctl_ok(&["resize", "128M"]), "the guest's disk now has 128 MiB (134217728 bytes)\n");
     vm.go();
     vm.until_asked("restart");
     assert_eq!(oracle::read_at(&image, 128 * MIB - 512, 512), [b'g'; 512]);

@@ -357,7 +357,7 @@ fn a_daemon_that_must_be_attended_takes_no_weaker_snapshot_between_its_start_and
     let failed = watcher.event("PREPARE_FAILED");
     assert!(failed["message"].as_str().unwrap().contains("--rbd-quiesce attended"), "{failed}");
     let shown = ctl().arg("--control").arg(&scene.disks[0].path).arg("status").output().unwrap();
-    assert!(String::from_utf8_lossy(&shown.stdout).contains("NOBODY"), "{shown:?}");
+    assert!(String::from_utf8_lossy(&shown.stdout).contains("NONE"), "{shown:?}");
     assert!(scene.disks.iter().all(|disk| disk.disk.closed().is_none()));
 }
 

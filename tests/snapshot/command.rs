@@ -264,7 +264,7 @@ fn a_weaker_level_is_taken_only_if_asked_and_said() {
         );
         assert_eq!(receipt["filesystems-frozen"], 0, "{mood:?}");
         contains(&receipt["warnings"].to_string(), &["level filesystem is not reached"]);
-        contains(&err(&output), &["WEAKER THAN ASKED FOR"]);
+        contains(&err(&output), &["WEAKER THAN REQUESTED"]);
         scene.is_over();
     }
 }

@@ -144,7 +144,7 @@ fn a_new_daemon_ends_with_an_old_one_that_dies() {
     let status = ends(&mut tool, "the tool");
     assert_eq!(status.code(), Some(1));
     let said = fs::read_to_string(disk.path("said")).unwrap();
-    contains(&said, &["did not take over", "the running daemon does not answer"]);
+    contains(&said, &["did not take over", "the running daemon does not reply"]);
     assert!(!said.contains("serves on"), "{said}");
 }
 
@@ -255,7 +255,7 @@ fn a_new_process_that_no_signal_ends_is_not_waited_for() {
         let status = ends(&mut tool, "the tool");
         let said = fs::read_to_string(disk.path("said")).unwrap();
         assert_eq!(status.code(), Some(1), "{said}");
-        contains(&said, &["--timeout", "call of the kernel", "take nothing over any more", "serves on"]);
+        contains(&said, &["--timeout", "call of the kernel", "can no longer take over", "serves on"]);
         is_as_before(&disk, &format!("{arguments:?}"));
     }
     // When the storage answers again they go on, and take nothing over.

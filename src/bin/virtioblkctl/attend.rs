@@ -1,4 +1,4 @@
-//! The subcommand `attend`: its options become a plan; each freeze is told on standard output.
+//! The subcommand `attend`: turns its options into a plan, and prints each freeze on standard output.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -17,23 +17,24 @@ use crate::freezing::Freezing;
 
 #[derive(Args)]
 pub struct Attend {
-    /// A disk of the guest: its name, or its control socket; once for each. Or --domain for all of a domain
+    /// A disk of the guest: its name, or its control socket; give it once for each. Or use --domain for all disks of a domain
     #[arg(long = "disk", value_name = "DISK")]
     disks: Vec<PathBuf>,
-    /// What is promised: filesystem (needs --qga, --libvirt or --domain), application (needs hooks besides), crash (hooks alone)
+    /// What each snapshot must hold: filesystem (needs --qga, --libvirt or --domain), application (also needs --hooks),
+    /// crash (needs --hooks alone)
     #[arg(long, value_name = "LEVEL", value_parser = str::parse::<Consistency>)]
     level: Consistency,
     #[command(flatten)]
     freezing: Freezing,
-    /// Let a weaker snapshot be taken, and say so, where the level cannot be reached; without it that one fails
+    /// If the level cannot be reached, allow a weaker snapshot and report that. Without this option the snapshot fails
     #[arg(long)]
     or_weaker: bool,
-    /// Give up if the guest's filesystems are not frozen by then; also for each hook
+    /// How long freezing the guest's file systems may take, and each hook
     #[arg(long, value_name = "TIME", default_value = "6s", value_parser = duration)]
     freeze_timeout: Duration,
 }
 
-/// Attends until a signal.
+/// Attends until a signal arrives.
 pub fn run(options: &Attend, chosen: &Chosen, json: bool) -> Result<(), Failure> {
     let disks = chosen.several(&options.disks)?;
     let plan = Plan {
@@ -44,18 +45,18 @@ pub fn run(options: &Attend, chosen: &Chosen, json: bool) -> Result<(), Failure>
         or_weaker: options.or_weaker,
         timeout: options.freeze_timeout,
     };
-    attend::attend(&plan, |receipt| tell(receipt, json))
+    attend::attend(&plan, |receipt| print_receipt(receipt, json))
 }
 
-/// One line a freeze, or its JSON.
-fn tell(receipt: &Receipt, json: bool) {
+/// Prints one line for each freeze, or its JSON.
+fn print_receipt(receipt: &Receipt, json: bool) {
     let line = match serde_json::to_string(receipt) {
         Ok(text) if json => clean_json(&text),
         Ok(_) => receipt.line(),
         Err(error) => format!("the receipt: {error}"),
     };
-    // A guest is frozen or thawed whether anybody reads of it or not.
+    // An unread standard output must not delay a freeze or a thaw.
     if !logging::print_line(&line) {
-        logging::message("nobody reads standard output: the receipt of a freeze is lost");
+        logging::message("standard output is not read: the receipt of a freeze is lost");
     }
 }

@@ -6,10 +6,13 @@ use serde_json::{Map, Value, json};
 use virtioblkd::internal::base::logging;
 use virtioblkd::internal::base::text::{clean, clean_json};
 use virtioblkd::internal::control::client::{Client, Failure, REPLY_TIMEOUT};
+use virtioblkd::internal::control::protocol::return_types::Quiesced;
 use virtioblkd::internal::snapshot::USAGE;
 
 use crate::chosen::{Disks, target};
-use crate::{Answer, ChangeCopy, Cli, Copies, CtlCommand, Quiesce, Resume, answer, arguments, print, resumed, show};
+use crate::{
+    Answer, ChangeCopy, Cli, Copies, CtlCommand, Quiesce, Resume, answer, arguments, parse, print, resumed, show,
+};
 
 /// Carries the command out for each disk. The status is 1 if one disk's failed.
 pub(crate) fn run(cli: &Cli, disks: &Disks) -> Result<u8, Failure> {
@@ -61,10 +64,11 @@ fn quiesce(cli: &Cli, disks: &Disks, options: &Quiesce) -> Result<u8, Failure> {
     let wanted = arguments(options);
     let ask = |control: &std::path::Path| {
         let mut client = Client::connect(control)?;
-        let held = client.ask("quiesce", wanted.clone(), options.timeout + REPLY_TIMEOUT)?;
-        Ok((client, held))
+        let reply = client.ask("quiesce", wanted.clone(), options.timeout + REPLY_TIMEOUT)?;
+        let held: Quiesced = parse(reply.clone())?;
+        Ok((client, held, reply))
     };
-    let asked: Vec<Result<(Client, Value), Failure>> = thread::scope(|scope| {
+    let asked: Vec<Result<(Client, Quiesced, Value), Failure>> = thread::scope(|scope| {
         let threads: Vec<_> = disks.disks.iter().map(|(_, control)| scope.spawn(|| ask(control))).collect();
         threads.into_iter().map(|one| one.join().expect("asking does not panic")).collect()
     });
@@ -72,33 +76,33 @@ fn quiesce(cli: &Cli, disks: &Disks, options: &Quiesce) -> Result<u8, Failure> {
     let mut failed = None;
     for ((name, _), one) in disks.disks.iter().zip(asked) {
         match one {
-            Ok((client, held)) => holds.push((name, client, held)),
+            Ok((client, held, reply)) => holds.push((name, client, held, reply)),
             Err(failure) => failed = Some(Failure::new(&failure.code, format!("{name}: {failure}"))),
         }
     }
     // A daemon that still knows its token has held its disk since it replied. So all were held when the last one replied.
-    for (name, client, held) in &mut holds {
-        let renewal = json!({"token": held["token"], "lease-ms": wanted["lease-ms"]});
+    for (name, client, held, _) in &mut holds {
+        let renewal = json!({"token": held.token, "lease-ms": wanted["lease-ms"]});
         if let (None, Err(failure)) = (&failed, client.ask("renew-lease", renewal, REPLY_TIMEOUT)) {
             failed = Some(Failure::new(&failure.code, format!("{name}: {failure}")));
         }
     }
     if let Some(failure) = failed {
-        for (_, client, held) in &mut holds {
-            let _ = client.ask("resume", json!({"token": held["token"]}), REPLY_TIMEOUT);
+        for (_, client, held, _) in &mut holds {
+            let _ = client.ask("resume", json!({"token": held.token}), REPLY_TIMEOUT);
         }
         return Err(failure);
     }
-    let token = |held: &Value| held["token"].as_str().map(clean).unwrap_or_default();
     if cli.json {
-        let all: Map<String, Value> = holds.iter().map(|(name, _, held)| ((*name).clone(), held.clone())).collect();
+        let all: Map<String, Value> = holds.into_iter().map(|(name, _, _, reply)| (name.clone(), reply)).collect();
         print(&format!("{}\n", clean_json(&format!("{:#}", Value::Object(all)))))?;
         return Ok(0);
     }
-    for (name, _, held) in &holds {
-        logging::message(format_args!("the disk {name} is held: {}", show::figures(held)));
+    for (name, _, held, _) in &holds {
+        logging::message(format_args!("the disk {name} is held: {}", show::figures(&held.figures)));
     }
-    let tokens: Vec<String> = holds.iter().map(|(name, _, held)| format!("{}={}", target(name), token(held))).collect();
+    let tokens: Vec<String> =
+        holds.iter().map(|(name, _, held, _)| format!("{}={}", target(name), clean(&held.token))).collect();
     print(&format!("{}\n", tokens.join(",")))?;
     Ok(0)
 }
@@ -132,7 +136,7 @@ fn resume(cli: &Cli, disks: &Disks, options: &Resume) -> Result<u8, Failure> {
             Ok(done) if cli.json => {
                 all.insert(name.clone(), done);
             }
-            Ok(done) => print(&format!("{}: {}", clean(name), resumed(&done)))?,
+            Ok(done) => print(&format!("{}: {}", clean(name), resumed(&parse(done)?)))?,
             Err(failure) => {
                 logging::message(format_args!("{name}: {failure}"));
                 all.insert(name.clone(), json!({"error": {"code": failure.code, "desc": failure.message}}));

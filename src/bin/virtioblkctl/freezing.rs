@@ -1,4 +1,4 @@
-//! The options that `snapshot` and `attend` share: which disks, and who freezes their guest.
+//! The options that `snapshot` and `attend` share: the disks, and how their guest is frozen.
 
 use std::path::PathBuf;
 
@@ -7,19 +7,20 @@ use virtioblkd::internal::snapshot::plan::{AgentAt, Consistency};
 
 #[derive(Args)]
 pub struct Freezing {
-    /// The socket of the guest's agent
+    /// Freeze the guest through the socket of its agent (qemu-ga)
     #[arg(long, value_name = "SOCKET", conflicts_with = "libvirt")]
     qga: Option<PathBuf>,
-    /// The libvirt domain, where libvirt has the agent's channel (through virsh)
+    /// Freeze the guest through virsh, if libvirt has the agent's channel of this domain
     #[arg(long, value_name = "DOMAIN")]
     libvirt: Option<String>,
-    /// Call DIR/freeze before and DIR/thaw after, on the host
+    /// Run DIR/freeze before the freeze and DIR/thaw after the thaw, on the host
     #[arg(long, value_name = "DIR")]
     pub hooks: Option<PathBuf>,
 }
 
 impl Freezing {
-    /// Where the guest's agent is, if it is asked. `domain`: that of --domain, whose agent is asked where the level needs one.
+    /// How to reach the guest's agent, if it is used. `domain`: the domain of --domain, whose agent is used if the level needs
+    /// one.
     pub fn agent(&self, level: Consistency, domain: Option<&str>) -> Option<AgentAt> {
         let named = self.qga.clone().map(AgentAt::Socket).or(self.libvirt.clone().map(AgentAt::Domain));
         let own = domain.filter(|_| level != Consistency::Crash).map(|domain| AgentAt::Domain(domain.to_owned()));

@@ -1,5 +1,5 @@
-//! `quiesce -- COMMAND`: the disk is held while a command runs, and the command's status is only passed on as a success
-//! if the hold lasted as long as the command did.
+//! `quiesce -- COMMAND`: holds the disk while a command runs. The command's status is passed on as a success only if the
+//! hold lasted as long as the command ran.
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,42 +13,49 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 
-use crate::show;
+use crate::{parse, show};
 use virtioblkd::internal::base::logging;
 use virtioblkd::internal::control::client::{Client, Failure, Message, REPLY_TIMEOUT};
+use virtioblkd::internal::control::protocol::return_types::{HoldEnded, Quiesced, Resumed};
 use virtioblkd::internal::snapshot::spawn;
 
-/// Our own failure, as timeout(1), env(1) and nice(1) say it.
+/// The exit status of a failure of virtioblkctl itself, as timeout(1), env(1) and nice(1) have it.
 pub const FAILED: u8 = 125;
 const CANNOT_RUN: u8 = 126;
 const NOT_FOUND: u8 = 127;
 
-/// The signals that are passed on to the command; they do not end us while it runs.
+/// The signals that are passed on to the command. They do not end this process while the command runs.
 const PASSED_ON: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
 
-/// A hold with a command under it.
+/// A hold during which a command runs.
 struct Hold {
     client: Client,
     token: String,
+    /// The lease that each renewal asks for.
     lease: Duration,
-    /// Why the snapshot cannot be trusted.
+    /// Why the hold ended before the command did; the snapshot cannot be trusted then.
     lost: Option<String>,
     renew_at: Instant,
 }
 
-/// Quiesces (with these arguments of the `quiesce` command), runs `command`, resumes. Returns our exit status.
-pub fn run(mut client: Client, arguments: Value, timeout: Duration, command: &[OsString]) -> Result<u8, Failure> {
-    let lease = Duration::from_millis(arguments["lease-ms"].as_u64().unwrap_or(0));
-    // Until here a signal ends us, and with our connection the quiesce.
-    let answer = client.ask("quiesce", arguments, timeout + REPLY_TIMEOUT)?;
-    let token = answer["token"].as_str().unwrap_or_default().to_owned();
-    logging::message(format_args!("the disk is held: {}", show::figures(&answer)));
-    let mut hold = Hold { client, token, lease, lost: None, renew_at: Instant::now() + lease / 3 };
+/// Quiesces the disk with these `arguments` of the command `quiesce`, runs `command`, and resumes the disk. Returns this
+/// program's exit status.
+pub fn run(
+    mut client: Client,
+    arguments: Value,
+    timeout: Duration,
+    lease: Duration,
+    command: &[OsString],
+) -> Result<u8, Failure> {
+    // A signal that arrives before the reply ends this process, and its connection's end cancels the quiesce.
+    let reply: Quiesced = parse(client.ask("quiesce", arguments, timeout + REPLY_TIMEOUT)?)?;
+    logging::message(format_args!("the disk is held: {}", show::figures(&reply.figures)));
+    let mut hold = Hold { client, token: reply.token, lease, lost: None, renew_at: Instant::now() + lease / 3 };
     let status = match hold.start(command) {
         Ok((mut child, signals)) => match hold.wait(&mut child, &signals) {
             Ok(status) => status,
             Err(failure) => {
-                // We can no longer watch; the command must not outlive the hold unnoticed.
+                // This process can no longer watch the hold, which may end before the command does.
                 hold.lost = Some(failure.message.clone());
                 child.wait().map_err(|error| Failure::new("command", format!("cannot wait: {error}")))?
             }
@@ -61,7 +68,7 @@ pub fn run(mut client: Client, arguments: Value, timeout: Duration, command: &[O
         }
     };
     hold.resume();
-    Ok(hold.verdict(status))
+    Ok(hold.exit_status(status))
 }
 
 impl Hold {
@@ -74,14 +81,14 @@ impl Hold {
         Ok((spawn::with_mask(what, before)?, signals))
     }
 
-    /// Waits for the command; meanwhile passes signals on, renews the lease and listens for the hold's end.
+    /// Waits for the command's end. Meanwhile this passes signals on, renews the lease and reads the daemon's messages.
     fn wait(&mut self, child: &mut Child, signals: &SignalFd) -> Result<ExitStatus, Failure> {
         let failed = |what: &str, error: std::io::Error| Failure::new("command", format!("{what}: {error}"));
         let pid = Pid::from_child(child);
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|errno| failed("pidfd_open", errno.into()))?;
         loop {
-            // What came together with an earlier message makes no descriptor readable.
-            self.listen(false);
+            // A message that was read together with an earlier one does not make the descriptor readable.
+            self.read_messages(false);
             let timeout = self.lost.is_none().then(|| self.renew_at.saturating_duration_since(Instant::now()));
             let timeout = timeout.map(|t| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
             let mut fds = vec![PollFd::new(&pidfd, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
@@ -95,7 +102,7 @@ impl Hold {
             let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
             pass_on(signals, &pidfd).map_err(|error| failed("passing a signal on", error))?;
             if ready.get(2) == Some(&true) {
-                self.listen(true);
+                self.read_messages(true);
             }
             if ready[0] {
                 return child.wait().map_err(|error| failed("waiting for the command", error));
@@ -104,17 +111,16 @@ impl Hold {
         }
     }
 
-    /// Reads what the daemon said (`readable`: there is something in the socket); the end of our hold is what matters.
-    fn listen(&mut self, mut readable: bool) {
+    /// Reads the daemon's messages, to detect the end of the hold. `readable`: the socket has data.
+    fn read_messages(&mut self, mut readable: bool) {
         while self.lost.is_none() && (std::mem::take(&mut readable) || self.client.has_more()) {
             match self.client.next(Some(Instant::now() + REPLY_TIMEOUT)) {
-                Ok(Message::Event(event)) if event["event"] == "RESUMED" && event["data"]["token"] == *self.token => {
-                    self.lose(match event["data"]["reason"].as_str() {
-                        Some("lease-expired") => "its lease ran out".to_owned(),
-                        Some("resume") => "somebody else resumed the disk".to_owned(),
-                        Some("shutdown") => "the daemon ends".to_owned(),
-                        other => format!("it ended: {}", other.unwrap_or("no reason given")),
-                    });
+                Ok(Message::Event(mut event)) if event["event"] == "RESUMED" => {
+                    match parse::<HoldEnded>(event["data"].take()) {
+                        Ok(ended) if ended.token == self.token => self.lose(describe_end(&ended.reason)),
+                        Ok(_) => {}
+                        Err(failure) => self.lose(failure.message),
+                    }
                 }
                 Ok(Message::Event(_) | Message::Reply(Ok(_))) => {}
                 Ok(Message::Reply(Err(failure))) | Err(failure) => self.lose(failure.message),
@@ -127,7 +133,7 @@ impl Hold {
         self.lost = Some(why);
     }
 
-    /// A third of the lease has passed: asks for all of it again. The answer comes by [`Hold::listen`].
+    /// Requests the whole lease again when a third of it has passed. [`Hold::read_messages`] reads the reply.
     fn renew(&mut self) {
         if self.lost.is_some() || Instant::now() < self.renew_at {
             return;
@@ -139,7 +145,7 @@ impl Hold {
         }
     }
 
-    /// The command is over. That the daemon still knows our token is the proof that the disk was held all the time.
+    /// Ends the hold after the command. If the daemon still knows the token, the disk was held all the time.
     fn resume(&mut self) {
         if self.lost.is_some() {
             return;
@@ -148,34 +154,49 @@ impl Hold {
         let mut sent = self.client.send("resume", json!({"token": self.token}));
         while sent.is_ok() {
             match self.client.next(Some(deadline)) {
-                Ok(Message::Reply(Ok(value))) if value.get("resumed").is_some() => return,
-                // Answers to renewals, and events.
-                Ok(Message::Reply(Ok(_)) | Message::Event(_)) => {}
+                Ok(Message::Reply(Ok(value))) => match parse::<Resumed>(value) {
+                    Ok(Resumed { resumed: Some(_), .. }) => return,
+                    // This is the reply to a renewal.
+                    Ok(_) => {}
+                    Err(failure) => sent = Err(failure),
+                },
+                Ok(Message::Event(_)) => {}
                 Ok(Message::Reply(Err(failure))) | Err(failure) => sent = Err(failure),
             }
         }
         self.lost = sent.err().map(|failure| failure.message);
     }
 
-    fn verdict(&self, status: ExitStatus) -> u8 {
-        let own = match (status.code(), status.signal()) {
+    /// The exit status of this program for the command's `status`.
+    fn exit_status(&self, status: ExitStatus) -> u8 {
+        let status = match (status.code(), status.signal()) {
             (Some(code), _) => code as u8,
             (None, signal) => 128 + signal.unwrap_or(0) as u8,
         };
         match &self.lost {
-            None => own,
+            None => status,
             Some(why) => {
                 logging::message(format_args!(
-                    "the disk was not held until the command ended, so what it copied cannot be trusted: \
-                     {why}"
+                    "the disk was not held until the command ended, so what the command copied cannot be trusted: {why}"
                 ));
-                if own == 0 { FAILED } else { own }
+                if status == 0 { FAILED } else { status }
             }
         }
     }
 }
 
-/// Hands the signals that came to the command. What the terminal sent (Ctrl-C) it has already got itself.
+/// Describes the `reason` of the event `RESUMED`.
+fn describe_end(reason: &str) -> String {
+    match reason {
+        "lease-expired" => "its lease ran out".to_owned(),
+        "resume" => "another client resumed the disk".to_owned(),
+        "shutdown" => "the daemon ends".to_owned(),
+        "" => "it ended, and the daemon gives no reason".to_owned(),
+        other => format!("it ended: {other}"),
+    }
+}
+
+/// Passes the signals that arrived on to the command. A signal of the terminal (Ctrl-C) has reached the command already.
 fn pass_on(signals: &SignalFd, command: &OwnedFd) -> std::io::Result<()> {
     while let Some(info) = signals.read_signal()? {
         if info.ssi_code == libc::SI_KERNEL {
@@ -183,7 +204,7 @@ fn pass_on(signals: &SignalFd, command: &OwnedFd) -> std::io::Result<()> {
         }
         let Some(signal) = rustix::process::Signal::from_named_raw(info.ssi_signo as i32) else { continue };
         match pidfd_send_signal(command, signal) {
-            // It ended just now.
+            // SRCH: the command has ended meanwhile.
             Ok(()) | Err(rustix::io::Errno::SRCH) => {}
             Err(errno) => return Err(errno.into()),
         }

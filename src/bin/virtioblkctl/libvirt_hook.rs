@@ -1,4 +1,4 @@
-//! `virtioblkctl libvirt-hook`: what libvirt calls before a domain starts and after it has ended.
+//! `virtioblkctl libvirt-hook`: libvirt calls it before a domain starts and after it has ended.
 
 use std::ffi::OsString;
 use std::io;
@@ -9,7 +9,7 @@ use clap::Args;
 use virtioblkd::internal::base::logging;
 use virtioblkd::internal::host::hook::{self, Call, Host};
 
-/// What libvirt gives its hooks as arguments (docs/hooks.rst).
+/// The arguments that libvirt passes to its hooks (docs/hooks.rst).
 #[derive(Args)]
 pub(crate) struct LibvirtHook {
     /// The domain's name
@@ -18,12 +18,12 @@ pub(crate) struct LibvirtHook {
     operation: String,
     /// begin or end
     sub_operation: String,
-    /// Why, at the end of a domain, or `-`
+    /// The reason for the end of a domain, or `-`
     extra: Option<String>,
 }
 
-/// Under a name that ends in `virtioblkd`, as its link in /etc/libvirt/hooks/qemu.d has, this program is the hook: libvirt
-/// gives no other argument. Returns the arguments as the subcommand takes them.
+/// Returns the program's arguments. If the program's name ends in `virtioblkd`, as that of its link in
+/// /etc/libvirt/hooks/qemu.d does, it is libvirt's hook: libvirt passes no subcommand, so this inserts `libvirt-hook`.
 pub(crate) fn arguments() -> Vec<OsString> {
     let mut arguments: Vec<OsString> = std::env::args_os().collect();
     let name = arguments.first().and_then(|name| Path::new(name).file_name()).unwrap_or_default();
@@ -40,7 +40,7 @@ pub(crate) fn run(options: &LibvirtHook) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             logging::message(error);
-            // libvirt ends a running guest whose hook fails at `reconnect`.
+            // libvirt kills a running guest whose hook fails at `reconnect`.
             if options.operation == "reconnect" { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
     }

@@ -1,8 +1,9 @@
-//! The operator's command: asks a running `virtioblkd` through its quiesce socket, and takes snapshots.
+//! The operator's command: controls a running `virtioblkd` through its control socket, and takes snapshots.
 //!
-//! Exit status: 0 success, 1 the daemon refused or could not be reached (`snapshot`: none was taken), 2 wrong usage.
-//! `upgrade` ends with 128 + n if signal n gave it up. `quiesce -- COMMAND` exits with COMMAND's status (128 + n for signal n), 125 if we failed or the hold was lost, 126
-//! and 127 if COMMAND cannot be run.
+//! The exit status is 0 on success, 1 if the daemon refused or could not be reached (`snapshot`: none was taken), and 2 for
+//! wrong usage. `upgrade` ends with 128 + n if signal n ended it. `quiesce -- COMMAND` ends with COMMAND's status (128 + n
+//! for signal n), with 125 if virtioblkctl itself failed or the hold was lost, and with 126 or 127 if COMMAND cannot be
+//! run.
 
 mod attend;
 mod chosen;
@@ -27,8 +28,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use virtioblkd::disk::CopyStatus;
 use virtioblkd::internal::base::logging;
 use virtioblkd::internal::base::text::{clean, clean_json, clean_lines};
 use virtioblkd::internal::base::units::bytes;
@@ -36,11 +39,14 @@ pub(crate) use virtioblkd::internal::base::units::time as duration;
 use virtioblkd::internal::config::disk_size;
 use virtioblkd::internal::control::client::{Client, Failure, REPLY_TIMEOUT};
 use virtioblkd::internal::control::protocol::MAX_WHO;
+use virtioblkd::internal::control::protocol::return_types::{Continued, Quiesced, Resized, Resumed};
 use virtioblkd::internal::snapshot::USAGE;
 
 use chosen::{Chosen, Disks};
 
-/// Ask a running virtioblkd, and hold its disk still
+use crate::show::units;
+
+/// Query and control a running virtioblkd, and take snapshots of its disk
 #[derive(Parser)]
 #[command(name = "virtioblkctl", version)]
 struct Cli {
@@ -55,33 +61,34 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum CtlCommand {
-    /// The disks of this host: name, domain, mode, state, image
+    /// List the disks of this host: name, domain, mode, state, image
     ///
     /// STATE is in-use, idle (no guest), held, stopped (a failed request waits for `continue`), trouble, no-answer (within
     /// a second), stale (a socket without a daemon), not-running or no-permission.
     List,
-    /// The disk: cache mode, front-end, rings, who holds it, last errors
+    /// Show the disk's cache mode, front-end, rings, holders and last errors
     Status,
-    /// Counters, a row a ring
+    /// Show the counters, a row for each ring
     Stats,
-    /// Hold the disk still: no write in flight, everything acknowledged durable
+    /// Quiesce the disk: block new writes, complete those in flight, and make everything acknowledged durable
     ///
-    /// Without COMMAND, prints a token and leaves the disk held until `resume TOKEN` or the end of the lease. With
-    /// COMMAND, holds the disk while COMMAND runs, resumes whatever happens, and exits with COMMAND's status.
+    /// Without COMMAND, prints a token, and the disk is held until `resume TOKEN` or the end of the lease. With COMMAND,
+    /// holds the disk while COMMAND runs, resumes it in any case, and exits with COMMAND's status.
     Quiesce(Quiesce),
-    /// Let the disk go on
+    /// End a hold, so that the guest's writes continue
     Resume(Resume),
-    /// Take a snapshot of one disk or several, at one instant, that holds what its level promises
+    /// Take a snapshot of one or several disks at one instant
     ///
-    /// Freezes the guest's filesystems if the level asks for it, holds every disk, takes the snapshot, lets everything
-    /// go on, and prints what was really reached. Whatever fails, every disk goes on and the guest is thawed.
+    /// Freezes the guest's file systems if the level needs it, holds every disk, takes the snapshot, resumes the disks, thaws
+    /// the guest, and prints what was reached. If anything fails, the disks are resumed and the guest is thawed, too.
     Snapshot(snapshot::Snapshot),
     /// Freeze a guest for snapshots that others take of its disks' images (rbd snap create, Cinder)
     ///
-    /// Runs until interrupted, one process for all disks of a guest. Each virtioblkd asks it before it holds its disk for
-    /// such a snapshot: the guest is frozen once for all disks, and thawed when the last one goes on.
+    /// Runs until it is interrupted; one process serves all disks of a guest. Each virtioblkd asks it for consent before it
+    /// holds its disk for such a snapshot. It freezes the guest once for all disks, and thaws it when the last disk is
+    /// resumed.
     Attend(attend::Attend),
-    /// Copies in the background (`snapshot --to copy:... --background`): how far they are
+    /// Show the copies that run in the background (`snapshot --to copy:... --background`), and their progress
     Copies(Copies),
     /// A libvirt domain: status, check, convert
     ///
@@ -89,8 +96,8 @@ enum CtlCommand {
     Domain(domain::Domain),
     /// libvirt's hook: start a domain's disks before the domain, and end them after it
     ///
-    /// Linked as /etc/libvirt/hooks/qemu.d/50-virtioblkd. Reads the domain's XML on standard input. The disks are described in
-    /// the domain's metadata: see docs/libvirt.md.
+    /// Install it as the link /etc/libvirt/hooks/qemu.d/50-virtioblkd. It reads the domain's XML on standard input. The
+    /// domain's metadata describes the disks: see docs/libvirt.md.
     LibvirtHook(libvirt_hook::LibvirtHook),
     /// The process that thaws a guest if `snapshot` or `attend` is killed
     #[command(name = virtioblkd::internal::snapshot::guard::SUBCOMMAND, hide = true)]
@@ -98,30 +105,31 @@ enum CtlCommand {
     /// The process that shares an image's blocks for `snapshot`
     #[command(name = virtioblkd::internal::snapshot::cloner::SUBCOMMAND, hide = true)]
     Cloner,
-    /// Let a stopped disk go on: what failed, and was kept from the guest, is tried again
+    /// Retry the failed requests of a stopped disk, which the guest still waits for
     ///
-    /// For a disk that `status` shows as STOPPED, after the cause was mended (space was added to a full filesystem).
+    /// For a disk that `status` shows as STOPPED, after its cause was fixed (for example, space was added to a full file
+    /// system).
     Continue,
-    /// Tell the guest that its image has another size
+    /// Report a new size of the image to the guest
     ///
-    /// With SIZE the image, a file, is grown first. Grow a block device by its own tools and leave SIZE out.
+    /// With SIZE, grows the image first, if it is a file. Grow a block device with its own tools and leave SIZE out.
     Resize(Resize),
     /// Replace the running daemon by another program, or change its options, while the guest runs
     ///
-    /// Starts virtioblkd with the running one's options, changed by OPTIONS; it opens the image and checks everything, then
-    /// takes over the guest, the sockets and the pid file, and the old one ends. The guest notices a pause of milliseconds.
-    /// Whatever fails before that, the running daemon serves on. The image, its size, --read-only and the block size
-    /// cannot change. Not while the disk is held or copied.
+    /// Starts virtioblkd with the running daemon's options, changed by OPTIONS. The new daemon opens the image and checks
+    /// everything. It then takes over the guest, the sockets and the pid file, and the old one ends. The guest sees a pause of
+    /// milliseconds. If anything fails before that, the running daemon serves on. The image, its size, --read-only and the
+    /// block size cannot change. An upgrade is refused while the disk is held or copied.
     Upgrade(upgrade::Upgrade),
-    /// Print what happens, until interrupted
+    /// Print the daemon's events until interrupted
     Watch,
-    /// End the daemon in order, as SIGTERM does
+    /// End the daemon as SIGTERM does: it drains and syncs first
     Quit,
 }
 
 impl CtlCommand {
-    /// Whether a disk or a guest waits for us, which must not wait for whoever reads our messages.
-    fn holds_still(&self) -> bool {
+    /// Whether a disk or a guest waits for this command. Such a command must not wait for the reader of its messages.
+    fn delays_a_guest(&self) -> bool {
         match self {
             CtlCommand::Snapshot(_) | CtlCommand::Attend(_) | CtlCommand::Guard => true,
             CtlCommand::Quiesce(quiesce) => !quiesce.command.is_empty(),
@@ -132,16 +140,16 @@ impl CtlCommand {
 
 #[derive(Args)]
 struct Quiesce {
-    /// Give up, and let the disk go on, if it is not still by then
+    /// How long the quiesce may take; then it is given up and the guest's writes continue
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
     timeout: Duration,
-    /// The disk goes on by itself after this time (renewed while COMMAND runs)
+    /// How long the hold lasts unless it is ended earlier; it is renewed while COMMAND runs
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     lease: Duration,
     /// A name for this hold, for status, events and the log
     #[arg(long, value_name = "TEXT")]
     who: Option<String>,
-    /// Hold the disk while this runs
+    /// The command to run while the disk is held
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<OsString>,
 }
@@ -149,7 +157,7 @@ struct Quiesce {
 #[derive(Args)]
 #[group(required = true, multiple = false)]
 struct Resume {
-    /// The hold to end, as quiesce printed it (with --domain: vda=TOKEN,vdb=TOKEN)
+    /// The token of the hold to end, which quiesce printed (with --domain: vda=TOKEN,vdb=TOKEN)
     token: Option<String>,
     /// End every hold
     #[arg(long)]
@@ -158,10 +166,10 @@ struct Resume {
 
 #[derive(Args)]
 struct Resize {
-    /// Grow the image to this many bytes first (with K, M, G or T: powers of 1024)
+    /// Grow the image to this size first, in bytes (K, M, G or T: powers of 1024)
     #[arg(value_name = "SIZE", value_parser = disk_size)]
     size: Option<u64>,
-    /// Even if the image is smaller now: the guest loses what was behind its end
+    /// Accept a smaller image, too: the guest loses what was beyond its new end
     #[arg(long)]
     force: bool,
 }
@@ -174,14 +182,14 @@ struct Copies {
 
 #[derive(Subcommand)]
 enum ChangeCopy {
-    /// End a copy and remove what there is of it
+    /// End a copy and remove its partial file
     Cancel {
-        /// Its name, as `copies` shows it
+        /// The copy's name, as `copies` shows it
         copy: String,
     },
-    /// Let a copy read at most this much a second
+    /// Limit how much a copy reads in a second
     Limit {
-        /// Its name, as `copies` shows it
+        /// The copy's name, as `copies` shows it
         copy: String,
         /// Bytes a second, such as 100M (K, M, G or T: powers of 1024); 0: no limit
         #[arg(value_parser = bytes)]
@@ -197,7 +205,7 @@ fn main() -> ExitCode {
 
 fn run_command() -> ExitCode {
     let cli = Cli::parse_from(libvirt_hook::arguments());
-    if cli.command.holds_still() {
+    if cli.command.delays_a_guest() {
         logging::start_thread();
     }
     match &cli.command {
@@ -223,7 +231,7 @@ fn status_of(cli: &Cli, result: Result<u8, Failure>, own_failure: u8) -> ExitCod
     match result {
         Ok(status) => ExitCode::from(status),
         Err(failure) => {
-            tell(cli, &failure);
+            report(cli, &failure);
             ExitCode::from(if failure.code == USAGE { 2 } else { own_failure })
         }
     }
@@ -248,11 +256,11 @@ fn run(cli: &Cli, disks: &Disks) -> Result<u8, Failure> {
     }
 }
 
-fn tell(cli: &Cli, failure: &Failure) {
+fn report(cli: &Cli, failure: &Failure) {
     logging::message(failure);
     if cli.json {
         let error = json!({"error": {"code": failure.code, "desc": failure.message}});
-        // The status tells it as well; a closed pipe is the reader's choice.
+        // The exit status reports the failure, too, so an error of a closed pipe does not matter.
         let _ = writeln!(io::stdout(), "{}", clean_json(&error.to_string()));
     }
 }
@@ -265,18 +273,18 @@ fn finish(cli: &Cli, result: Result<(), Failure>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            tell(cli, &failure);
+            report(cli, &failure);
             ExitCode::from(if failure.code == USAGE { 2 } else { 1 })
         }
     }
 }
 
-/// A process that another virtioblkctl started, with a socket as its standard input.
+/// Runs a helper process that another virtioblkctl started. Its standard input is a socket.
 fn helper(serve: fn(OwnedFd) -> ExitCode) -> ExitCode {
     match io::stdin().as_fd().try_clone_to_owned() {
         Ok(link) => serve(link),
         Err(error) => {
-            logging::message(format_args!("no standard input: {error}"));
+            logging::message(format_args!("cannot use standard input: {error}"));
             ExitCode::FAILURE
         }
     }
@@ -291,29 +299,32 @@ enum Answer {
 
 fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure> {
     let text = match &cli.command {
-        CtlCommand::Status => page(cli, &client.ask("query-status", json!({}), REPLY_TIMEOUT)?, show::status),
-        CtlCommand::Stats => page(cli, &client.ask("query-stats", json!({}), REPLY_TIMEOUT)?, show::stats),
+        CtlCommand::Status => page(cli, client.ask("query-status", json!({}), REPLY_TIMEOUT)?, show::status)?,
+        CtlCommand::Stats => page(cli, client.ask("query-stats", json!({}), REPLY_TIMEOUT)?, show::stats)?,
         CtlCommand::Quiesce(quiesce) => {
             let arguments = arguments(quiesce);
             if !quiesce.command.is_empty() {
-                return hold::run(client, arguments, quiesce.timeout, &quiesce.command).map(Answer::Status);
+                let status = hold::run(client, arguments, quiesce.timeout, quiesce.lease, &quiesce.command);
+                return status.map(Answer::Status);
             }
-            let answer = client.ask("quiesce", arguments, quiesce.timeout + REPLY_TIMEOUT)?;
-            if !cli.json {
-                // Standard output has the token alone, for TOKEN=$(...).
-                logging::message(format_args!("the disk is held: {}", show::figures(&answer)));
-            }
-            page(cli, &answer, |answer| format!("{}\n", clean(answer["token"].as_str().unwrap_or_default())))
+            let reply = client.ask("quiesce", arguments, quiesce.timeout + REPLY_TIMEOUT)?;
+            page(cli, reply, |reply: &Quiesced| {
+                // Standard output carries the token alone, for TOKEN=$(...).
+                logging::message(format_args!("the disk is held: {}", show::figures(&reply.figures)));
+                format!("{}\n", clean(&reply.token))
+            })?
         }
         CtlCommand::Resume(resume) => {
             let arguments = match &resume.token {
                 Some(token) => json!({"token": token}),
                 None => json!({"all": true}),
             };
-            page(cli, &client.ask("resume", arguments, REPLY_TIMEOUT)?, resumed)
+            page(cli, client.ask("resume", arguments, REPLY_TIMEOUT)?, resumed)?
         }
         CtlCommand::Copies(Copies { change: None }) => {
-            page(cli, &client.ask("query-copies", json!({}), REPLY_TIMEOUT)?, show::copies)
+            page(cli, client.ask("query-copies", json!({}), REPLY_TIMEOUT)?, |copies: &Vec<CopyStatus>| {
+                show::copies(copies)
+            })?
         }
         CtlCommand::Copies(Copies { change: Some(change) }) => {
             let (command, arguments) = match change {
@@ -322,28 +333,29 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
                     ("copy-bandwidth", json!({"copy": copy, "bandwidth": bandwidth}))
                 }
             };
-            page(cli, &client.ask(command, arguments, REPLY_TIMEOUT)?, |_| String::new())
+            page(cli, client.ask(command, arguments, REPLY_TIMEOUT)?, |_: &Value| String::new())?
         }
         CtlCommand::Continue => {
-            let readable = |answer: &Value| match answer["retried"].as_u64() {
-                Some(0) | None => "the disk was not stopped\n".to_owned(),
-                Some(some) => {
-                    format!("{some} failed request(s) are tried again; 'status' shows whether they fail again\n")
-                }
+            let readable = |reply: &Continued| match reply.retried {
+                0 => "the disk was not stopped\n".to_owned(),
+                1 => "1 failed request is retried; 'status' shows whether it fails again\n".to_owned(),
+                some => format!("{some} failed requests are retried; 'status' shows whether they fail again\n"),
             };
-            page(cli, &client.ask("continue", json!({}), REPLY_TIMEOUT)?, readable)
+            page(cli, client.ask("continue", json!({}), REPLY_TIMEOUT)?, readable)?
         }
         CtlCommand::Resize(Resize { size, force }) => {
             let mut arguments = json!({"force": force});
             if let Some(size) = size {
                 arguments["size"] = json!(size);
             }
-            let readable = |answer: &Value| format!("the guest's disk has {} bytes\n", answer["size"]);
-            page(cli, &client.ask("resize", arguments, REPLY_TIMEOUT)?, readable)
+            let readable = |reply: &Resized| {
+                format!("the guest's disk now has {} ({} bytes)\n", units::bytes(reply.size), reply.size)
+            };
+            page(cli, client.ask("resize", arguments, REPLY_TIMEOUT)?, readable)?
         }
         CtlCommand::Upgrade(options) => match upgrade::run(options, path, client)? {
-            upgrade::Outcome::Done(figures) => page(cli, &figures, upgrade::readable),
-            upgrade::Outcome::GivenUp(status) => return Ok(Answer::Status(status)),
+            upgrade::Done::Upgraded(figures) => page(cli, figures, upgrade::readable)?,
+            upgrade::Done::Interrupted(status) => return Ok(Answer::Status(status)),
         },
         CtlCommand::Watch => return watch::run(path, client, cli.json).map(Answer::Status),
         CtlCommand::List
@@ -353,17 +365,32 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
         | CtlCommand::LibvirtHook(_)
         | CtlCommand::Guard
         | CtlCommand::Cloner => {
-            return Err(Failure::new("internal", "this command is run elsewhere"));
+            return Err(Failure::new("internal", "this command needs no connection; please report it as a defect"));
         }
         CtlCommand::Quit => {
-            page(cli, &client.ask("quit", json!({}), REPLY_TIMEOUT)?, |_| "the daemon ends\n".to_owned())
+            let reply = client.ask("quit", json!({}), REPLY_TIMEOUT)?;
+            page(cli, reply, |_: &Value| "the daemon ends\n".to_owned())?
         }
     };
     Ok(Answer::Text(text))
 }
 
-fn page(cli: &Cli, answer: &Value, readable: impl Fn(&Value) -> String) -> String {
-    if cli.json { format!("{}\n", clean_json(&format!("{answer:#}"))) } else { readable(answer) }
+/// Formats a reply: as the daemon's JSON, or for people.
+fn page<T: DeserializeOwned>(cli: &Cli, reply: Value, readable: impl FnOnce(&T) -> String) -> Result<String, Failure> {
+    if cli.json {
+        return Ok(format!("{}\n", clean_json(&format!("{reply:#}"))));
+    }
+    parse(reply).map(|reply| readable(&reply))
+}
+
+/// Deserializes a value that the daemon sent.
+fn parse<T: DeserializeOwned>(value: Value) -> Result<T, Failure> {
+    serde_json::from_value(value).map_err(|error| {
+        let message = format!(
+            "cannot read the daemon's reply ({error}): use the virtioblkctl of the daemon's version, or --json"
+        );
+        Failure::new("internal", message)
+    })
 }
 
 fn arguments(quiesce: &Quiesce) -> Value {
@@ -383,16 +410,15 @@ fn arguments(quiesce: &Quiesce) -> Value {
     })
 }
 
-fn resumed(answer: &Value) -> String {
-    match answer["holders"].as_u64() {
-        Some(0) | None => format!("{} hold(s) ended, the disk goes on\n", answer["resumed"]),
-        Some(others) => {
-            format!("{} hold(s) ended, {others} holder(s) left: the disk is still held\n", answer["resumed"])
-        }
+fn resumed(reply: &Resumed) -> String {
+    let ended = units::count(reply.resumed.unwrap_or(0) as u64, "hold");
+    match reply.holders {
+        0 => format!("{ended} ended: the guest's writes continue\n"),
+        left => format!("{ended} ended, {} left: the disk is still held\n", units::count(left as u64, "holder")),
     }
 }
 
-/// Prints at once, also into a pipe. The text has a daemon's words in it: whatever was not cleaned before is cleaned here.
+/// Prints at once, also into a pipe. The text may contain a daemon's words, so control characters in it are replaced.
 fn print(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     out.write_all(clean_lines(text).as_bytes())
@@ -405,17 +431,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn the_definition_of_the_command_line_is_valid() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn sizes_are_written_with_units() {
+    fn sizes_on_the_command_line_may_have_units() {
         let limit = ["virtioblkctl", "--control", "c", "copies", "limit", "copy-1", "100M"];
         let CtlCommand::Copies(Copies { change: Some(ChangeCopy::Limit { bandwidth, .. }) }) =
             Cli::try_parse_from(limit).expect("a size with a unit").command
         else {
-            panic!("copies limit is something else");
+            panic!("not the subcommand copies limit");
         };
         assert_eq!(bandwidth, 100 << 20);
         let snapshot =

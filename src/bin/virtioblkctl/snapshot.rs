@@ -1,4 +1,4 @@
-//! The subcommand `snapshot`: its options become a plan, its receipt is printed.
+//! The subcommand `snapshot`: turns its options into a plan, and prints the receipt.
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -21,37 +21,39 @@ use crate::freezing::Freezing;
 
 #[derive(Args)]
 pub struct Snapshot {
-    /// A disk: its name, or its control socket (virtioblkd --control-path); once for each. Or --domain for all of a domain
+    /// A disk: its name, or its control socket (virtioblkd --control-path); give it once for each. Or use --domain for all
+    /// disks of a domain
     #[arg(long = "disk", value_name = "DISK")]
     disks: Vec<PathBuf>,
-    /// What is promised: crash, filesystem (needs --qga, --libvirt or --domain), application (needs hooks besides)
+    /// What the snapshot must hold: crash, filesystem (needs --qga, --libvirt or --domain), application (also needs
+    /// --hooks)
     #[arg(long, value_name = "LEVEL", value_parser = str::parse::<Consistency>)]
     level: Consistency,
-    /// How: reflink:PATH, copy:PATH, rbd, rbd:NAME or exec:COMMAND; one a disk, or one for all with {} for the image's
-    /// file name; an RBD image needs none
+    /// How to take it: reflink:PATH, copy:PATH, rbd, rbd:NAME or exec:COMMAND. Give one for each disk, or one for all disks
+    /// with {} in place of the image's file name. An RBD image needs none
     #[arg(long = "to", value_name = "WAY:ARG")]
     to: Vec<OsString>,
     #[command(flatten)]
     freezing: Freezing,
-    /// Take a weaker snapshot, and say so, where the level cannot be reached
+    /// If the level cannot be reached, take a weaker snapshot and report that
     #[arg(long)]
     or_weaker: bool,
-    /// Give up if the disks are not still by then
+    /// How long quiescing the disks may take
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
     timeout: Duration,
-    /// Give up if the guest's filesystems are not frozen by then; also for each hook
+    /// How long freezing the guest's file systems may take, and each hook
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     freeze_timeout: Duration,
-    /// The longest that the disks may be held, an exec: included
+    /// How long the disks may be held, including the command of exec:
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     lease: Duration,
-    /// Of copy:, in bytes a second, such as 400M (K, M, G or T: powers of 1024)
+    /// The most bytes a second that copy: may read, such as 400M (K, M, G or T: powers of 1024); 0: no limit
     #[arg(long, value_name = "BYTES", default_value = "0", hide_default_value = true, value_parser = bytes)]
     bandwidth: u64,
     /// Compute the SHA-256 of each snapshot
     #[arg(long)]
     digest: bool,
-    /// Do not wait for the end of copy:
+    /// Leave the copies of copy: running in the background
     #[arg(long)]
     background: bool,
 }
@@ -60,7 +62,7 @@ pub struct Snapshot {
 pub fn run(options: &Snapshot, chosen: &Chosen, json: bool) -> Result<String, Failure> {
     let receipt = snapshot::take(&plan(options, chosen)?)?;
     if receipt.level != receipt.requested_level {
-        logging::message(format_args!("WEAKER THAN ASKED FOR: the snapshot is {} consistent", receipt.level));
+        logging::message(format_args!("WEAKER THAN REQUESTED: the snapshot is {} consistent", receipt.level));
     }
     show(&receipt, json)
 }

@@ -1,5 +1,5 @@
-//! The new daemon of an upgrade, as a process that we started: it takes over only while we want it to, and no wait for it is
-//! without an end.
+//! Starts the new daemon of an upgrade and waits until it has taken over. It can take over only while this process wants it
+//! to, and every wait for it has a deadline.
 
 use std::io::{self, PipeWriter, Read};
 use std::path::Path;
@@ -12,139 +12,143 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
 use virtioblkd::internal::control::client::{Client, REPLY_TIMEOUT};
+use virtioblkd::internal::control::protocol::return_types::Status;
 use virtioblkd::internal::snapshot::spawn;
 use virtioblkd::internal::upgrade::STARTER_VARIABLE;
 
-/// How long a new daemon that is not wanted any more may take to end by itself, and to die when it was killed.
-const FAREWELL: Duration = Duration::from_secs(1);
+use crate::parse;
+
+/// How long a new daemon may take to end by itself after the upgrade was given up, and to end after it was killed.
+const END_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest line that a new daemon prints.
 const MAX_LINE: usize = 64 << 10;
 /// The signals that give an upgrade up.
 const SIGNALS: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
 
-/// What became of the new daemon.
-pub enum Ending {
-    /// It has the guest; its figures.
+/// The result of an upgrade.
+pub enum Outcome {
+    /// The new daemon serves the guest. The value has its figures, as it reported them.
     TookOver(Value),
-    /// It has not, and never will; why.
-    Stayed(Why),
-    /// It is not known, since the running daemon does not answer either.
+    /// The new daemon did not take over and never will, for this reason.
+    NotTakenOver(Failure),
+    /// The result is unknown, because no daemon replies.
     Unknown,
 }
 
-/// Why an upgrade was given up.
-pub enum Why {
+/// Why an upgrade failed.
+pub enum Failure {
     /// The new daemon could not be started.
     NotStarted(io::Error),
-    /// The new daemon ended, with this status, or closed its output.
+    /// The new daemon ended with this status, or closed its output.
     Ended(Option<ExitStatus>),
-    /// The time was over; whether the process is gone.
+    /// The time is over. `true`: the new process has ended.
     Late(bool),
-    /// This signal came; whether the process is gone.
+    /// This process received a signal. `true`: the new process has ended.
     Signal(Signal, bool),
 }
 
-/// A new daemon that was started, and wanted.
+/// A new daemon that was started.
 struct NewDaemon {
     child: Child,
     output: ChildStdout,
     line: Vec<u8>,
-    /// Open for as long as it may take over.
-    wanted: Option<PipeWriter>,
+    /// The starter's pipe. The new daemon may take over only while it is open ([`virtioblkd::internal::upgrade`]).
+    permission: Option<PipeWriter>,
 }
 
-/// What it said, or what kept us from waiting.
-enum Heard {
-    Line(Value),
+/// The result of a wait for the new daemon's report.
+enum Report {
+    TookOver(Value),
+    /// The new daemon closed its output, or printed something else.
     End,
-    Nothing,
+    Late,
     Signal(Signal),
 }
 
-/// Starts `command`, which takes over from the daemon `old_pid` behind `control`, and waits for the end of that.
-pub fn run(command: Command, control: &Path, old_pid: &Value, timeout: Duration) -> Ending {
+/// Starts `command`, which takes over from the daemon `old_pid` behind `control`, and waits for its result.
+pub fn run(command: Command, control: &Path, old_pid: u32, timeout: Duration) -> Outcome {
     let until = Instant::now() + timeout;
-    let signals = match Signals::catch() {
+    let signals = match Signals::block() {
         Ok(signals) => signals,
-        Err(error) => return Ending::Stayed(Why::NotStarted(error)),
+        Err(error) => return Outcome::NotTakenOver(Failure::NotStarted(error)),
     };
-    let mut successor = match start(command, &signals, until) {
-        Ok(successor) => successor,
-        Err(why) => return Ending::Stayed(why),
+    let mut new = match start(command, &signals, until) {
+        Ok(new) => new,
+        Err(failure) => return Outcome::NotTakenOver(failure),
     };
-    let why = match successor.hear(until, Some(&signals)) {
-        Heard::Line(figures) => return Ending::TookOver(figures),
-        Heard::End => return Ending::Stayed(Why::Ended(successor.status())),
-        Heard::Nothing => None,
-        Heard::Signal(signal) => Some(signal),
+    let signal = match new.report(until, Some(&signals)) {
+        Report::TookOver(figures) => return Outcome::TookOver(figures),
+        Report::End => return Outcome::NotTakenOver(Failure::Ended(new.status())),
+        Report::Late => None,
+        Report::Signal(signal) => Some(signal),
     };
-    // A second signal ends us at once; nothing can be carried out any more.
-    successor.wanted = None;
+    // From here on the new daemon cannot take over any more, so a second signal may end this process at once.
+    new.permission = None;
     drop(signals);
-    successor.dismiss(control, old_pid, why)
+    new.end(control, old_pid, signal)
 }
 
-/// Starts the program, in a thread: where its file's storage hangs, spawn waits for ever.
-fn start(mut command: Command, signals: &Signals, until: Instant) -> Result<NewDaemon, Why> {
-    let (stdin, wanted) = io::pipe().map_err(Why::NotStarted)?;
+/// Starts the program. A thread does this, because spawn waits for ever if the storage of the program's file hangs.
+fn start(mut command: Command, signals: &Signals, until: Instant) -> Result<NewDaemon, Failure> {
+    let (stdin, permission) = io::pipe().map_err(Failure::NotStarted)?;
     command.stdin(stdin).stdout(Stdio::piped()).env(STARTER_VARIABLE, "1");
     let (sender, started) = channel();
-    let (spawned, bell) = io::pipe().map_err(Why::NotStarted)?;
+    let (spawned, bell) = io::pipe().map_err(Failure::NotStarted)?;
     let mask = signals.before;
     let work = move || {
-        // Nobody waits any more when we have given up; the process's input is closed then, and it takes nothing over.
+        // This fails if the upgrade was given up meanwhile. The process's input is closed then, so it cannot take over.
         let _ = sender.send(spawn::with_mask(command, mask));
         drop(bell);
     };
-    std::thread::Builder::new().spawn(work).map_err(Why::NotStarted)?;
+    std::thread::Builder::new().spawn(work).map_err(Failure::NotStarted)?;
     match wait(&spawned, until, Some(signals)) {
         Wait::Ready => {}
-        Wait::Signal(signal) => return Err(Why::Signal(signal, false)),
-        Wait::Late => return Err(Why::Late(false)),
+        Wait::Signal(signal) => return Err(Failure::Signal(signal, false)),
+        Wait::Late => return Err(Failure::Late(false)),
     }
     let mut child = match started.recv_timeout(REPLY_TIMEOUT) {
-        Ok(spawned) => spawned.map_err(Why::NotStarted)?,
-        Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return Err(Why::Late(false)),
+        Ok(spawned) => spawned.map_err(Failure::NotStarted)?,
+        Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return Err(Failure::Late(false)),
     };
     match child.stdout.take() {
-        Some(output) => Ok(NewDaemon { child, output, line: Vec::new(), wanted: Some(wanted) }),
-        None => Err(Why::Ended(None)),
+        Some(output) => Ok(NewDaemon { child, output, line: Vec::new(), permission: Some(permission) }),
+        None => Err(Failure::Ended(None)),
     }
 }
 
 impl NewDaemon {
-    /// The line that a daemon prints when it has taken over.
-    fn hear(&mut self, until: Instant, signals: Option<&Signals>) -> Heard {
+    /// Waits for the line that a daemon prints when it has taken over.
+    fn report(&mut self, until: Instant, signals: Option<&Signals>) -> Report {
         loop {
             match wait(&self.output, until, signals) {
                 Wait::Ready => {}
-                Wait::Signal(signal) => return Heard::Signal(signal),
-                Wait::Late => return Heard::Nothing,
+                Wait::Signal(signal) => return Report::Signal(signal),
+                Wait::Late => return Report::Late,
             }
             let mut bytes = [0; 4096];
             let count = match self.output.read(&mut bytes) {
-                Ok(0) => return Heard::End,
+                Ok(0) => return Report::End,
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => return Heard::End,
+                Err(_) => return Report::End,
             };
             self.line.extend_from_slice(&bytes[..count]);
             if let Some(end) = self.line.iter().position(|byte| *byte == b'\n') {
-                let said: Option<Value> = serde_json::from_slice(&self.line[..end]).ok();
-                return match said.and_then(|mut said| said.get_mut("took-over").map(Value::take)) {
-                    Some(figures) => Heard::Line(figures),
-                    None => Heard::End,
+                let line: Option<Value> = serde_json::from_slice(&self.line[..end]).ok();
+                return match line.and_then(|mut line| line.get_mut("took-over").map(Value::take)) {
+                    Some(figures) => Report::TookOver(figures),
+                    None => Report::End,
                 };
             }
             if self.line.len() > MAX_LINE {
-                return Heard::End;
+                return Report::End;
             }
         }
     }
 
-    /// Its status, if it ends soon.
+    /// The process's status, if it ends within [`END_TIMEOUT`].
     fn status(&mut self) -> Option<ExitStatus> {
-        let until = Instant::now() + FAREWELL;
+        let until = Instant::now() + END_TIMEOUT;
         loop {
             match self.child.try_wait() {
                 Ok(None) if Instant::now() < until => std::thread::sleep(Duration::from_millis(5)),
@@ -153,39 +157,38 @@ impl NewDaemon {
         }
     }
 
-    /// Ends it, once it is not wanted any more: it is killed only if the old daemon serves, for one that has the guest must
-    /// live. `signal`: what made us give up, `None`: the time.
-    fn dismiss(mut self, control: &Path, old_pid: &Value, signal: Option<Signal>) -> Ending {
-        let why = |gone| signal.map_or(Why::Late(gone), |signal| Why::Signal(signal, gone));
-        match self.hear(Instant::now() + FAREWELL, None) {
-            Heard::Line(figures) => return Ending::TookOver(figures),
-            Heard::End if self.status().is_some() => return Ending::Stayed(why(true)),
+    /// Ends the new process after the upgrade was given up. It is killed only if the old daemon serves, because a process
+    /// that has taken the guest over must live. `signal`: why the upgrade was given up; `None`: the time is over.
+    fn end(mut self, control: &Path, old_pid: u32, signal: Option<Signal>) -> Outcome {
+        let failure = |ended| signal.map_or(Failure::Late(ended), |signal| Failure::Signal(signal, ended));
+        match self.report(Instant::now() + END_TIMEOUT, None) {
+            Report::TookOver(figures) => return Outcome::TookOver(figures),
+            Report::End if self.status().is_some() => return Outcome::NotTakenOver(failure(true)),
             _ => {}
         }
-        // Clients are answered by the old one only when it is not about to say `Go`, and it says that no more.
-        let status =
+        // The old daemon replies to clients only while it is not about to send `Go`, and without the permission it never
+        // sends `Go` again.
+        let reply =
             Client::connect(control).and_then(|mut client| client.ask("query-status", json!({}), REPLY_TIMEOUT));
-        match status {
-            Ok(status) if status["daemon"]["pid"] == *old_pid => {
-                // It is not waited for, so its number is still its own. It has died before, or the wait below says so.
-                let _ = self.child.kill();
-                let gone = self.status().is_some();
-                Ending::Stayed(why(gone))
-            }
-            Ok(status) => Ending::TookOver(status["daemon"]["took-over"].clone()),
-            Err(_) => Ending::Unknown,
+        let Ok(status) = reply.and_then(parse::<Status>) else { return Outcome::Unknown };
+        if status.daemon.pid == old_pid {
+            // The process was not waited for, so its id is still its own. If it has ended, kill fails.
+            let _ = self.child.kill();
+            let ended = self.status().is_some();
+            return Outcome::NotTakenOver(failure(ended));
         }
+        Outcome::TookOver(json!(status.daemon.took_over))
     }
 }
 
-/// What a wait ended with.
+/// The result of [`wait`].
 enum Wait {
     Ready,
     Signal(Signal),
     Late,
 }
 
-/// Waits until there is something to read, a signal came, or the time is over.
+/// Waits until `source` is readable, a signal arrives, or the time is over.
 fn wait(source: &impl std::os::fd::AsFd, until: Instant, signals: Option<&Signals>) -> Wait {
     loop {
         let left = until.saturating_duration_since(Instant::now());
@@ -202,20 +205,20 @@ fn wait(source: &impl std::os::fd::AsFd, until: Instant, signals: Option<&Signal
             Ok(_) if ready => return Wait::Ready,
             Ok(0) => return Wait::Late,
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            // Nothing can be waited for: as if the time were over.
+            // poll(2) failed, so no wait is possible.
             Err(_) => return Wait::Late,
         }
     }
 }
 
-/// The signals that give an upgrade up, as a descriptor; dropped, they have their usual effect again.
+/// Blocks the signals that give an upgrade up, and receives them. Dropping this restores the signals' usual effect.
 struct Signals {
     fd: SignalFd,
     before: SigSet,
 }
 
 impl Signals {
-    fn catch() -> io::Result<Signals> {
+    fn block() -> io::Result<Signals> {
         let set: SigSet = SIGNALS.into_iter().collect();
         let before = set.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
         Ok(Signals { fd: SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?, before })
@@ -229,7 +232,7 @@ impl Signals {
 
 impl Drop for Signals {
     fn drop(&mut self) {
-        // It cannot fail with a mask that was in force.
+        // This cannot fail, because the mask was in force before.
         let _ = self.before.thread_set_mask();
     }
 }

@@ -1,9 +1,9 @@
-//! The subcommand `upgrade`: starts another virtioblkd that takes the guest over from the one that runs.
+//! The subcommand `upgrade`: starts another virtioblkd that takes the guest over from the running one.
 //!
-//! We may be root and the daemon may not, or it may have been broken into. So the program never comes from the daemon, and
-//! its options, directory and environment only from one that runs as root or as us: any of them names files or code
-//! (`--blk-file`, `--pid-file`, `--copy-dir`, `--scratch`, `--ceph-library-path`, `--rbd-option`), or leaves a protection out (`--user`,
-//! `--sandbox`).
+//! This program may run as root while the daemon does not, and an attacker may control the daemon. So the program to start
+//! never comes from the daemon. Its options, directory and environment come only from a daemon that runs as root or as this
+//! program's user, because any of them can name files or code (`--blk-file`, `--pid-file`, `--copy-dir`, `--scratch`,
+//! `--ceph-library-path`, `--rbd-option`) or leave a protection out (`--user`, `--sandbox`).
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,34 +14,35 @@ use serde_json::{Value, json};
 use virtioblkd::internal::base::logging;
 use virtioblkd::internal::control::client::{Client, Failure, REPLY_TIMEOUT};
 use virtioblkd::internal::control::is_trusted;
+use virtioblkd::internal::control::protocol::return_types::{CommandLine, Status, TookOver};
 
-use crate::duration;
-use crate::successor::{self, Ending, Why};
+use crate::successor::{self, Failure as Reason, Outcome};
 use crate::upgrade_lists::{self, Added};
+use crate::{duration, parse};
 
 #[derive(Args)]
 pub struct Upgrade {
     /// The new program [default: the virtioblkd in the directory of this virtioblkctl]
     #[arg(long, value_name = "PATH")]
     binary: Option<PathBuf>,
-    /// Start the new one with this configuration file, and OPTIONS, alone, instead of the running one's options
+    /// Start the new daemon with this configuration file and OPTIONS alone, instead of the running one's options
     ///
-    /// Needed where the running one is neither root's nor yours, since its own word is not taken then.
+    /// Needed if the running one belongs neither to root nor to you: its options are not trusted then.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Give up, and let the running daemon serve on, if the new one has not taken over by then
+    /// Give up if the new daemon has not taken over after this time; the running one then serves on
     #[arg(long, value_name = "TIME", default_value = "2min", value_parser = duration)]
     timeout: Duration,
-    /// One more of an option that may be given several times, beside the running daemon's: copy-dir=DIR or
-    /// rbd-option=NAME=VALUE. After `--` such an option replaces all of them
+    /// Add a value to an option that may be given several times: copy-dir=DIR or rbd-option=NAME=VALUE. After `--` such an
+    /// option replaces all of the running daemon's values
     #[arg(long, value_name = "OPTION=VALUE", value_parser = upgrade_lists::parse, conflicts_with = "config")]
     add: Vec<Added>,
-    /// Options of virtioblkd that replace the running one's, such as `--cache writeback`; all others stay as they are
+    /// Options of virtioblkd that replace the running one's, such as `--cache writeback`; all others are unchanged
     #[arg(last = true, value_name = "OPTIONS")]
     options: Vec<String>,
 }
 
-/// Options that exclude others: a new one replaces those, too.
+/// Options that exclude others. A new one of them also replaces the options that it excludes.
 const EXCLUDES: [(&str, &[&str]); 5] = [
     ("--rbd", &["--blk-file", "--backend"]),
     ("--blk-file", &["--rbd"]),
@@ -50,64 +51,65 @@ const EXCLUDES: [(&str, &[&str]); 5] = [
     ("--fd", &["--socket-path", "--socket-mode", "--socket-group"]),
 ];
 
-/// The service manager's socket (systemd, sd_notify(3)): the one that is taken from any daemon.
+/// The service manager's socket (systemd, sd_notify(3)), which is accepted from any daemon.
 const SYSTEMD_NOTIFY: &str = "/run/systemd/notify";
 
-/// The new program's name, beside ours.
+/// The new program's name, in the directory of this one.
 const DAEMON: &str = "virtioblkd";
 
-/// How an upgrade ended, if it did not fail.
-pub enum Outcome {
-    /// The new daemon's figures.
-    Done(Value),
-    /// Given up by a signal; our exit status.
-    GivenUp(u8),
+/// The result of an upgrade that did not fail.
+pub enum Done {
+    /// The new daemon has taken over. The value has its figures.
+    Upgraded(Value),
+    /// A signal ended the upgrade. The value is this program's exit status.
+    Interrupted(u8),
 }
 
 /// Starts the new daemon and waits until it has taken over.
-pub fn run(options: &Upgrade, control: &Path, mut client: Client) -> Result<Outcome, Failure> {
-    let status = client.ask("query-status", json!({}), REPLY_TIMEOUT)?;
+pub fn run(options: &Upgrade, control: &Path, mut client: Client) -> Result<Done, Failure> {
+    let status: Status = parse(client.ask("query-status", json!({}), REPLY_TIMEOUT)?)?;
     let line = match client.ask("query-command-line", json!({}), REPLY_TIMEOUT) {
-        // It has arguments that are no text; they are not needed.
-        Err(failure) if failure.code == "no-upgrade" && options.config.is_some() => Value::Null,
-        line => line?,
+        // The daemon cannot report arguments that are not UTF-8. With --config they are not needed.
+        Err(failure) if failure.code == "no-upgrade" && options.config.is_some() => CommandLine::default(),
+        line => parse(line?)?,
     };
     let trusted = client.writer().is_some_and(|uid| is_trusted(uid, rustix::process::geteuid().as_raw()));
     let writer = client.writer();
     drop(client);
     let program = program(options)?;
     let failed = |what: &str, why: &dyn std::fmt::Display| {
-        Failure::new("upgrade", format!("{what} '{}': {why}; {}", program.display(), fate(control)))
+        Failure::new("upgrade", format!("{what} '{}': {why}; {}", program.display(), describe_old_daemon(control)))
     };
     let control = &std::path::absolute(control).map_err(|error| failed("cannot start", &error))?;
     let mut command = Command::new(&program);
     command.args(arguments(options, &line, trusted, writer)?).arg("--take-over").arg(control);
-    if let Some(directory) = line["directory"].as_str().filter(|_| trusted) {
-        command.current_dir(directory);
+    if trusted && !line.directory.is_empty() {
+        command.current_dir(&line.directory);
     }
-    if let Some(socket) = line["notify-socket"].as_str().filter(|socket| trusted || *socket == SYSTEMD_NOTIFY) {
+    if let Some(socket) = line.notify_socket.as_deref().filter(|socket| trusted || *socket == SYSTEMD_NOTIFY) {
         command.env("NOTIFY_SOCKET", socket);
     }
-    // Its log is for whoever looks at us, until it goes on with the other's.
-    match successor::run(command, control, &status["daemon"]["pid"], options.timeout) {
-        Ending::TookOver(figures) => Ok(Outcome::Done(figures)),
-        Ending::Stayed(Why::Signal(signal, gone)) => {
-            logging::message(format_args!("{signal}: the upgrade is given up{}; {}", lingers(gone), fate(control)));
-            Ok(Outcome::GivenUp(128 + signal as u8))
+    // The new daemon logs to this program's standard error until it continues the old one's log.
+    match successor::run(command, control, status.daemon.pid, options.timeout) {
+        Outcome::TookOver(figures) => Ok(Done::Upgraded(figures)),
+        Outcome::NotTakenOver(Reason::Signal(signal, ended)) => {
+            let (hanging, old) = (describe_hanging(ended), describe_old_daemon(control));
+            logging::message(format_args!("{signal}: the upgrade is given up{hanging}; {old}"));
+            Ok(Done::Interrupted(128 + signal as u8))
         }
-        Ending::Stayed(Why::NotStarted(error)) => {
+        Outcome::NotTakenOver(Reason::NotStarted(error)) => {
             Err(failed("cannot start", &format!("{error}; give virtioblkd's path as --binary")))
         }
-        Ending::Stayed(Why::Ended(status)) => Err(failed("no upgrade to", &not_taken_over(status))),
-        Ending::Stayed(Why::Late(gone)) => {
-            let how = if gone { " and was ended".to_owned() } else { lingers(false) };
+        Outcome::NotTakenOver(Reason::Ended(status)) => Err(failed("no upgrade to", &describe_end(status))),
+        Outcome::NotTakenOver(Reason::Late(ended)) => {
+            let how = if ended { " and was ended".to_owned() } else { describe_hanging(false) };
             Err(failed("no upgrade to", &format!("it did not take over in time (--timeout){how}")))
         }
-        Ending::Unknown => Err(Failure::new(
+        Outcome::Unknown => Err(Failure::new(
             "upgrade",
             format!(
-                "the upgrade to '{}' was given up, and whether it had been carried out is not known: no daemon answers on \
-                 '{}'; see 'virtioblkctl status' later, and the daemons' logs",
+                "the upgrade to '{}' was given up, but may have been carried out: no daemon replies on '{}'; see \
+                 'virtioblkctl status' later, and the daemons' logs",
                 program.display(),
                 control.display()
             ),
@@ -115,35 +117,39 @@ pub fn run(options: &Upgrade, control: &Path, mut client: Client) -> Result<Outc
     }
 }
 
-/// What became of the running daemon: it may have ended for a reason of its own.
-fn fate(control: &Path) -> &'static str {
+/// Describes the running daemon after a failed upgrade. It may have ended for another reason.
+fn describe_old_daemon(control: &Path) -> &'static str {
     match Client::connect(control) {
         Ok(_) => "the running daemon serves on",
-        Err(_) => "the running daemon does not answer: see its log, and whether it still runs",
+        Err(_) => "the running daemon does not reply: see its log, and whether it still runs",
     }
 }
 
-/// What to add where a process was killed: that it does not die.
-fn lingers(gone: bool) -> String {
-    if gone {
+/// Describes a killed process that did not end. Returns an empty text if it ended.
+fn describe_hanging(ended: bool) -> String {
+    if ended {
         return String::new();
     }
-    ": the new process hangs in a call of the kernel (its storage does not answer?) and can take nothing over any more"
+    ": the new process hangs in a call of the kernel (perhaps its storage does not reply) and can no longer take over"
         .into()
 }
 
-/// Why a program that ended did not take over.
-fn not_taken_over(status: Option<std::process::ExitStatus>) -> String {
+/// Describes why a program that ended did not take over.
+fn describe_end(status: Option<std::process::ExitStatus>) -> String {
     match status {
         Some(status) if status.success() => {
-            "it ended without an error and did not take over: is it virtioblkd? Give its path as --binary".into()
+            "it ended without an error and did not take over: it may not be virtioblkd; give virtioblkd's path as --binary"
+                .into()
         }
-        Some(status) => format!("it did not take over ({status}); a virtioblkd has said above why"),
-        None => "it closed its output and did not take over: is it virtioblkd? Give its path as --binary".into(),
+        Some(status) => format!("it did not take over ({status}); the lines above say why, if it is virtioblkd"),
+        None => {
+            "it closed its output and did not take over: it may not be virtioblkd; give virtioblkd's path as --binary"
+                .into()
+        }
     }
 }
 
-/// The program to start, as a path that does not depend on our directory.
+/// The program to start, as a path that does not depend on the current directory.
 fn program(options: &Upgrade) -> Result<PathBuf, Failure> {
     let program = match &options.binary {
         Some(program) => std::path::absolute(program),
@@ -155,10 +161,15 @@ fn program(options: &Upgrade) -> Result<PathBuf, Failure> {
 }
 
 /// The new daemon's arguments.
-fn arguments(options: &Upgrade, line: &Value, trusted: bool, writer: Option<u32>) -> Result<Vec<String>, Failure> {
+fn arguments(
+    options: &Upgrade,
+    line: &CommandLine,
+    trusted: bool,
+    writer: Option<u32>,
+) -> Result<Vec<String>, Failure> {
     if let Some(config) = &options.config {
         let path = std::path::absolute(config).ok().and_then(|path| path.into_os_string().into_string().ok());
-        let path = path.ok_or_else(|| Failure::new("upgrade", "the path given as --config is no text: rename it"))?;
+        let path = path.ok_or_else(|| Failure::new("upgrade", "the path of --config is not UTF-8: rename the file"))?;
         return Ok(["--config".to_owned(), path].into_iter().chain(options.options.iter().cloned()).collect());
     }
     if !trusted {
@@ -166,22 +177,22 @@ fn arguments(options: &Upgrade, line: &Value, trusted: bool, writer: Option<u32>
         return Err(Failure::new(
             "not-trusted",
             format!(
-                "the running daemon is {user}'s, neither root's nor yours, so the options that it says it was started with \
-                 are not taken: give its configuration file (upgrade --config FILE), or start 'virtioblkd OPTIONS --take-over \
+                "the running daemon belongs to {user}, neither to root nor to you, so the options that it reports are not \
+                 trusted: give its configuration file (upgrade --config FILE), or start 'virtioblkd OPTIONS --take-over \
                  CONTROL' yourself; the running daemon serves on"
             ),
         ));
     }
-    let old = line["arguments"].as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect();
+    let old = line.arguments.clone();
     let old = upgrade_lists::add(old, &options.add).map_err(|why| Failure::new("upgrade", why))?;
-    for lost in upgrade_lists::replaced(&old, &options.options) {
-        logging::message(lost);
+    for dropped in upgrade_lists::dropped(&old, &options.options) {
+        logging::message(dropped);
     }
     Ok(replace(old, &options.options))
 }
 
-/// The old arguments, but for the options that are among the new ones; then the new ones. An option is a word that begins
-/// with two dashes, and what follows up to the next one is its value.
+/// Returns the old arguments without the options that the new ones replace, followed by the new ones. An option is a word
+/// that begins with two dashes; the words up to the next option are its values.
 fn replace(old: Vec<String>, new: &[String]) -> Vec<String> {
     let name = |word: &str| word.starts_with("--").then(|| word.split('=').next().unwrap_or(word).to_owned());
     let mut replaced: Vec<String> = new.iter().filter_map(|word| name(word)).collect();
@@ -200,13 +211,13 @@ fn replace(old: Vec<String>, new: &[String]) -> Vec<String> {
     kept.chain(new.iter().cloned()).collect()
 }
 
-/// For people.
-pub fn readable(figures: &Value) -> String {
-    let milliseconds = |name: &str| figures[name].as_f64().unwrap_or_default() / 1000.0;
+/// Describes an upgrade for people.
+pub fn readable(figures: &TookOver) -> String {
+    let milliseconds = |microseconds: u64| microseconds as f64 / 1000.0;
     format!(
-        "upgraded: the guest was paused for {:.1} ms, {:.1} ms of it until its requests were answered\n",
-        milliseconds("pause-us"),
-        milliseconds("drained-us")
+        "upgraded: the guest was paused for {:.1} ms, {:.1} ms of it until its requests were completed\n",
+        milliseconds(figures.pause_us),
+        milliseconds(figures.drained_us.unwrap_or(0))
     )
 }
 

@@ -1,34 +1,34 @@
-//! Options that may be given several times, at an upgrade: `-- --copy-dir DIR` replaces the running daemon's list, and
-//! `--add copy-dir=DIR` adds to it.
+//! Changes the options that may be given several times, at an upgrade: `-- --copy-dir DIR` replaces the running daemon's
+//! list, and `--add copy-dir=DIR` adds to it.
 
 /// Options that may be given several times.
 const LISTS: [&str; 2] = ["copy-dir", "rbd-option"];
 
-/// One more of a list.
+/// A value that is added to a list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Added {
     option: String,
     value: String,
 }
 
-/// For the command line.
+/// Parses the value of `--add`.
 pub fn parse(text: &str) -> Result<Added, String> {
     match text.strip_prefix("--").unwrap_or(text).split_once('=') {
         Some((option, value)) if LISTS.contains(&option) && !value.is_empty() => {
             Ok(Added { option: option.to_owned(), value: value.to_owned() })
         }
-        _ => Err("use copy-dir=DIR or rbd-option=NAME=VALUE; other options are given once, after --".into()),
+        _ => Err("use copy-dir=DIR or rbd-option=NAME=VALUE; give other options once, after --".into()),
     }
 }
 
-/// The running daemon's arguments with these added. Errors say why that cannot be had, and what can.
+/// Returns the running daemon's arguments with `added` appended. An error says why that is not possible, and what is.
 pub fn add(mut old: Vec<String>, added: &[Added]) -> Result<Vec<String>, String> {
     for Added { option, .. } in added {
-        // The command line's list stands in the place of the file's, of which nothing is known here.
+        // A list on the command line replaces that of the configuration file, which this program has not read.
         if values(&old, option).is_empty() && !values(&old, "config").is_empty() {
             return Err(format!(
-                "--add {option}: the running daemon has its list from its --config file, if any: add it there, or give all \
-                 of them after --"
+                "--add {option}: the running daemon reads its list from its --config file: add the value there, or give all \
+                 values after --"
             ));
         }
     }
@@ -36,17 +36,19 @@ pub fn add(mut old: Vec<String>, added: &[Added]) -> Result<Vec<String>, String>
     Ok(old)
 }
 
-/// What the new arguments replace of the old one's lists, in words.
-pub fn replaced(old: &[String], new: &[String]) -> Vec<String> {
-    let said = |option: &&str| {
+/// Describes the values of the old lists that the new arguments drop, for the operator.
+pub fn dropped(old: &[String], new: &[String]) -> Vec<String> {
+    let describe = |option: &&str| {
         let (old, new) = (values(old, option), values(new, option));
-        let lost: Vec<&str> = old.iter().filter(|value| !new.contains(value)).copied().collect();
-        (!new.is_empty() && !lost.is_empty())
-            .then(|| format!("--{option} {} is given up: --add {option}=VALUE would keep it", lost.join(" and ")))
+        let dropped: Vec<&str> = old.iter().filter(|value| !new.contains(value)).copied().collect();
+        (!new.is_empty() && !dropped.is_empty()).then(|| {
+            format!("--{option} {} is dropped: use --add {option}=VALUE to keep the others", dropped.join(" and "))
+        })
     };
-    LISTS.iter().filter_map(said).collect()
+    LISTS.iter().filter_map(describe).collect()
 }
 
+/// The values that `arguments` give to `option`.
 fn values<'a>(arguments: &'a [String], option: &str) -> Vec<&'a str> {
     let mut found = Vec::new();
     let mut words = arguments.iter();
@@ -70,25 +72,25 @@ mod tests {
     }
 
     #[test]
-    fn adding_keeps_a_list_and_replacing_says_what_is_lost() {
+    fn adding_extends_a_list_and_replacing_reports_the_dropped_values() {
         let old = words("--copy-dir /a --copy-dir=/b --cache none --rbd-option x=1");
         let added = [parse("copy-dir=/c").unwrap(), parse("--rbd-option=y=2").unwrap()];
         let all = add(old.clone(), &added).unwrap();
         assert_eq!(values(&all, "copy-dir"), ["/a", "/b", "/c"]);
         assert_eq!(values(&all, "rbd-option"), ["x=1", "y=2"]);
-        assert_eq!(replaced(&old, &words("--cache unsafe")), [""; 0]);
-        assert_eq!(replaced(&old, &words("--copy-dir /a --copy-dir /b --copy-dir /c")), [""; 0]);
-        let said = replaced(&old, &words("--copy-dir=/b")).join("");
-        assert!(said.contains("--copy-dir /a is given up") && said.contains("--add copy-dir="), "{said}");
+        assert_eq!(dropped(&old, &words("--cache unsafe")), [""; 0]);
+        assert_eq!(dropped(&old, &words("--copy-dir /a --copy-dir /b --copy-dir /c")), [""; 0]);
+        let text = dropped(&old, &words("--copy-dir=/b")).join("");
+        assert!(text.contains("--copy-dir /a is dropped") && text.contains("--add copy-dir="), "{text}");
     }
 
     #[test]
-    fn what_cannot_be_added_is_refused() {
+    fn an_option_without_a_list_or_with_an_unknown_list_cannot_be_added_to() {
         for text in ["cache=none", "copy-dir", "copy-dir=", "/c"] {
             assert!(parse(text).unwrap_err().contains("copy-dir=DIR"), "{text}");
         }
         let from_file = add(words("--config /etc/disk.toml"), &[parse("copy-dir=/c").unwrap()]);
-        assert!(from_file.unwrap_err().contains("--config"), "its list would be replaced by the one that is added");
+        assert!(from_file.unwrap_err().contains("--config"), "the added list would replace the one in the file");
         assert!(add(words("--config d.toml --copy-dir /a"), &[parse("copy-dir=/c").unwrap()]).is_ok());
     }
 }

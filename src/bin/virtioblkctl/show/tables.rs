@@ -1,0 +1,142 @@
+//! The pages of `copies` and `stats`.
+
+use std::fmt::Write;
+
+use virtioblkd::disk::{CopyStatus, RingStatus};
+use virtioblkd::internal::base::text::clean;
+use virtioblkd::internal::control::protocol::return_types::Stats;
+
+use super::units::{bytes, time};
+
+/// The page of `copies`: two lines for each copy, the newest last.
+pub fn copies(copies: &[CopyStatus]) -> String {
+    if copies.is_empty() {
+        return "no copies\n".to_owned();
+    }
+    copies.iter().map(copy).collect()
+}
+
+fn copy(copy: &CopyStatus) -> String {
+    let milliseconds = |seconds: f64| time((seconds * 1e3) as u64);
+    let percent = (u128::from(copy.done_bytes) * 100 / u128::from(copy.total_bytes.max(1))) as u64;
+    let mut text = format!(
+        "{:<8}  {:<9}  {percent:>3} % of {}  {}\n          {} stored, {} saved before the guest overwrote it, {}",
+        clean(&copy.copy),
+        clean(&copy.state),
+        bytes(copy.total_bytes),
+        clean(&copy.target),
+        bytes(copy.stored_bytes),
+        bytes(copy.saved_before_write_bytes),
+        milliseconds(copy.seconds)
+    );
+    // Writing to a String cannot fail.
+    if copy.scratch_bytes > 0 {
+        let _ = write!(text, ", {} in the scratch file", bytes(copy.scratch_bytes));
+    }
+    if copy.slowed_seconds >= 1.0 {
+        let _ = write!(text, ", the guest's writes waited {} for it", milliseconds(copy.slowed_seconds));
+    }
+    if copy.ending {
+        text.push_str(", STILL WAITS for the target to end");
+    }
+    if let Some(error) = &copy.error {
+        let _ = write!(text, ": {}", clean(error));
+    }
+    text.push('\n');
+    text
+}
+
+const COLUMNS: usize = 16;
+
+/// The table of `stats`: a row for each ring, and one for their sum.
+pub fn stats(stats: &Stats) -> String {
+    let headings = [
+        "ring",
+        "size",
+        "in-flight",
+        "held",
+        "reads",
+        "read",
+        "writes",
+        "written",
+        "flushes",
+        "syncs",
+        "discards",
+        "zeroes",
+        "errors",
+        "unsupp",
+        "irqs",
+        "polled",
+    ];
+    let mut rows = vec![headings.map(str::to_owned)];
+    rows.extend(stats.rings.iter().map(|ring| row(ring, false)));
+    rows.push(row(&stats.total, true));
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..COLUMNS).map(width).collect();
+    let mut table = String::new();
+    for row in &rows {
+        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:>width$}")).collect();
+        table.push_str(cells.join("  ").trim_end());
+        table.push('\n');
+    }
+    table
+}
+
+/// The cells of one ring. The pattern names every figure, so that a new one cannot be forgotten here.
+fn row(ring: &RingStatus, is_total: bool) -> [String; COLUMNS] {
+    let RingStatus {
+        index,
+        size,
+        in_flight,
+        held,
+        reads,
+        read_bytes,
+        writes,
+        written_bytes,
+        flushes,
+        syncs,
+        discards,
+        write_zeroes,
+        errors,
+        unsupported,
+        interrupts,
+        polled,
+        // These are on the page of `status`.
+        untracked: _,
+        stalled: _,
+        oldest_stalled_ms: _,
+        kept: _,
+    } = ring;
+    let of_one_ring = |text: String| if is_total { String::new() } else { text };
+    [
+        if is_total { "total".to_owned() } else { index.to_string() },
+        of_one_ring(size.to_string()),
+        in_flight.to_string(),
+        of_one_ring(if *held { "yes" } else { "no" }.to_owned()),
+        reads.to_string(),
+        bytes(*read_bytes),
+        writes.to_string(),
+        bytes(*written_bytes),
+        flushes.to_string(),
+        syncs.to_string(),
+        discards.to_string(),
+        write_zeroes.to_string(),
+        errors.to_string(),
+        unsupported.to_string(),
+        interrupts.to_string(),
+        polled.to_string(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_that_another_daemon_does_not_send_are_zero() {
+        let table = stats(&serde_json::from_str(r#"{"rings": [{"index": 3, "reads": 5, "new": 1}]}"#).unwrap());
+        let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(rows[1][..5], ["3", "0", "0", "no", "5"], "{table}");
+        assert_eq!(rows[2][0], "total", "{table}");
+    }
+}
