@@ -1,10 +1,10 @@
 #!/bin/sh
-# The front-end's side, the same in every cache mode: qemu.sh SOCKET [QEMU ARGUMENT...]. virtioblkd must be listening.
+# Starts QEMU with the disk, in the same way for every cache mode: qemu.sh SOCKET [QEMU ARGUMENT...]. Start virtioblkd first.
 #
-# - The guest's memory is shared (share=on): virtioblkd works in it.
-# - reconnect: QEMU comes back by itself when the server does. Without it a server that ends takes the disk with it.
-#   The option counts seconds up to QEMU 9.1 and is named reconnect-ms from 9.2 on.
-# - num-queues: one a vCPU is best; no more than virtioblkd's --num-queues.
+# - The guest's memory is shared (share=on), because virtioblkd reads and writes it in place.
+# - reconnect: QEMU connects again when the server is restarted. Without it the disk fails for good when the server ends.
+#   The option is in seconds up to QEMU 9.1, and named reconnect-ms from 9.2 on.
+# - num-queues: one for each vCPU is best; at most virtioblkd's --num-queues.
 set -eu
 
 socket=${1:?usage: qemu.sh SOCKET [QEMU ARGUMENT...]}

@@ -1,13 +1,13 @@
 #!/bin/sh
-# For `virtioblkctl snapshot --to 'exec:zfs.sh NAME'`: a ZFS snapshot DATASET@NAME under every disk, all by one command:
-# within a pool it makes all or none. A disk is a volume (/dev/zvol/..., /dev/zdN) or a file in a dataset. Paths and names
-# of datasets may have spaces.
+# For `virtioblkctl snapshot --to 'exec:zfs.sh NAME'`: takes a ZFS snapshot DATASET@NAME of every disk's dataset with one
+# command, which within a pool takes all of them or none. A disk is a volume (/dev/zvol/..., /dev/zdN) or a file in a
+# dataset. Paths and names of datasets may contain spaces.
 set -eu
 
 name=${1:?usage: zfs.sh NAME}
 count=${VIRTIOBLK_DISK_COUNT:?zfs.sh is run by virtioblkctl snapshot --to exec:}
 if ! command -v zfs >/dev/null; then
-	echo "zfs.sh: there is no 'zfs': install zfsutils-linux, or add the directory that it is in to PATH" >&2
+	echo "zfs.sh: the program 'zfs' is missing: install zfsutils-linux, or add its directory to PATH" >&2
 	exit 1
 fi
 # The positional parameters are the snapshots.
@@ -27,7 +27,7 @@ while [ "$at" -lt "$count" ]; do
 	esac
 	new=$dataset@$name
 	for old; do
-		# Two files in one dataset.
+		# Two disks may be files in one dataset.
 		[ "$old" != "$new" ] || new=
 	done
 	[ -z "$new" ] || set -- "$@" "$new"

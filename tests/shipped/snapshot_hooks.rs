@@ -145,7 +145,7 @@ fn lvm_takes_all_or_none() {
     // Not thin.
     place.program("bin/lvs", "echo '  vg one '");
     let refused = place.run("lvm-thin.sh", "nightly");
-    assert!(!refused.status.success() && said(&refused).contains("no thin volume"), "{refused:?}");
+    assert!(!refused.status.success() && said(&refused).contains("not a thin volume"), "{refused:?}");
     // Not LVM's.
     place.program("bin/lvs", "exit 5");
     let refused = place.run("lvm-thin.sh", "nightly");
