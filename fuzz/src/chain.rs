@@ -1,4 +1,4 @@
-//! A guest's memory, ring and descriptors included, all of it random.
+//! Fuzzes a guest's memory, including its virtqueue and descriptors: all of it is random.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use virtioblkd::internal::virtqueue::guest_memory::GuestMemory;
 use virtioblkd::internal::virtqueue::split_ring::{RingAddresses, SplitRing};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
-/// Two regions side by side, and a hole behind them.
+/// The regions of the guest's memory: two adjacent ones, and a hole after them.
 const REGION: u64 = 0x4000;
 const SIZE: u64 = 1 << 20;
 
@@ -29,9 +29,8 @@ fn geometry(choice: u8) -> Geometry {
     }
 }
 
-/// The first byte chooses a geometry, the second the ring's size, the rest is memory from address 0 on: descriptors at
-/// 0, the available ring at 0x100, the used ring at 0x200. Returns how many
-/// requests made sense.
+/// Runs one input. The first byte chooses a geometry, and the second the size of the virtqueue. The rest is memory from
+/// address 0: descriptors at 0, the available ring at 0x100, the used ring at 0x200. Returns the number of valid requests.
 pub fn run(data: &[u8]) -> u64 {
     let [choice, size, bytes @ ..] = data else { return 0 };
     let geometry = geometry(*choice);
@@ -45,11 +44,11 @@ pub fn run(data: &[u8]) -> u64 {
     let mut ring = SplitRing::open(&mapped, &place, size, choice & 32 != 0, (0, 0)).expect("inside one region");
     let mut parser = Parser::default();
     let mut understood = 0;
-    // More entries than the ring has are an error; without one there is nothing to read.
+    // An available index that is too far ahead is an error. With an index of 0 the ring is empty.
     while let Ok(Some(head)) = ring.take() {
         let request = parser.parse(&mapped, head, ring.chain(&mapped, head), &geometry);
         if head < size {
-            // Over whatever is there, perhaps over chains that are yet to come.
+            // This overwrites the guest's memory, perhaps chains that are still to be popped.
             ring.complete(head, 1);
         }
         let Ok(request) = request else { continue };
@@ -72,7 +71,7 @@ pub fn run(data: &[u8]) -> u64 {
         if matches!(command, BlkCommand::Write { .. } | BlkCommand::Discard { .. } | BlkCommand::WriteZeroes { .. }) {
             assert!(!geometry.read_only);
         }
-        // Every byte is the guest's, or there is no buffer.
+        // Every byte of the buffer is in the guest's memory; otherwise the request has no buffer.
         if let Ok(buffer) = mapped.buffer(segments, None) {
             assert_eq!(buffer.len() as u64, total);
             assert!(segments.iter().all(|&(at, len)| len == 0 || memory.check_range(at, len as usize)));

@@ -1,10 +1,10 @@
-//! What a client writes to the control socket, in pieces of any size.
+//! Fuzzes the bytes that a client writes to the control socket, in pieces of any size.
 
 use serde_json::Value;
 use virtioblkd::internal::control::protocol::json_stream::{Decoder, MAX_BYTES, MalformedInput};
 use virtioblkd::internal::control::{Access, protocol};
 
-/// The first byte is the size of the pieces.
+/// Runs one input. The first byte is the size of the pieces.
 pub fn run(data: &[u8]) {
     let [piece, text @ ..] = data else { return };
     let whole = outcomes(text, text.len().max(1));
@@ -14,7 +14,8 @@ pub fn run(data: &[u8]) {
             let request = protocol::parse(value.clone(), negotiated, access);
             let reply = protocol::reply(request.id.as_ref(), request.command.map(|_| Value::Null));
             assert!(reply.ends_with(b"\r\n") && !reply[..reply.len() - 2].contains(&b'\n'), "one line");
-            // What is refused is shown cut, and an `id` comes back as it was: the answer to little is little.
+            // An error quotes only a part of what it refuses, and the reply repeats the `id`. So a short request has a short
+            // reply.
             assert!(reply.len() < 6 * MAX_BYTES + 1024, "{}", reply.len());
             serde_json::from_slice::<Value>(&reply).expect("JSON");
         }

@@ -1,5 +1,6 @@
-//! What strangers send us, one target a kind. Each takes any bytes, and panics if what we make of them is not what we
-//! promise. Run by `cargo fuzz` (make fuzz), and by tests/fuzz_replay/main.rs on the kept inputs and on mutations of them.
+//! The fuzz targets, one for each kind of untrusted input. Each takes any bytes, and panics if the code under test breaks a
+//! promise. `cargo fuzz` (make fuzz) runs them, and tests/fuzz_replay/main.rs runs them on the recorded inputs and on
+//! mutations of these.
 
 pub mod chain;
 pub mod config_space;

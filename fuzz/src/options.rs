@@ -1,4 +1,4 @@
-//! The command line and the disk file.
+//! Fuzzes the command line and the configuration file.
 
 use std::ffi::OsString;
 use std::os::fd::AsRawFd;
@@ -6,13 +6,13 @@ use std::os::unix::ffi::OsStringExt;
 
 use virtioblkd::internal::config::{Config, Invocation};
 
-/// The first byte chooses: arguments with zeroes between them, or the text of a disk file.
+/// Runs one input. The first byte chooses: arguments that are separated by zero bytes, or the text of a configuration file.
 pub fn run(data: &[u8]) {
     let [choice, text @ ..] = data else { return };
     let program = OsString::from("virtioblkd");
     let made = if choice % 2 == 0 {
         let arguments = text.split(|byte| *byte == 0).map(|word| OsString::from_vec(word.to_vec()));
-        // A name of a file would be read, and be another input than this one.
+        // --config would read a file, whose text is not part of this input.
         let arguments = arguments.filter(|word| !word.as_encoded_bytes().starts_with(b"--c"));
         Config::from_args(std::iter::once(program).chain(arguments))
     } else {

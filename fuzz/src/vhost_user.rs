@@ -1,4 +1,4 @@
-//! A front-end's messages, to a device in this process: any order, any content, any descriptors.
+//! Fuzzes a front-end's messages to a device in this process: in any order, with any content and any descriptors.
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,10 +16,10 @@ use virtioblkd::virtio::{Device, DeviceOptions};
 
 const MEMORY: u64 = 0x1_0000;
 
-/// Messages one after the other: request code, flags, descriptors, length of the body, body. The body's length in the
-/// header is the true one unless the flags' highest bit is set. Codes from 150 on are the guest at work meanwhile: it
-/// writes the body's rest to the address in its first two bytes and kicks; above 200 the front-end truncates the memory.
-/// Returns how many requests were answered.
+/// Runs one input: messages, each with a request code, flags, descriptors, the length of the body, and the body. The header
+/// has the true length unless the highest bit of the flags is set. A code from 150 on is an action of the guest: it writes
+/// the rest of the body to the address in the first two bytes, and kicks. A code above 200 is the front-end truncating the
+/// memory. Returns the number of requests that were completed.
 pub fn run(data: &[u8]) -> u64 {
     let options = DeviceOptions { mode: CacheMode::Writeback, num_queues: 4, queue_size: 64, serial: "fuzz".into() };
     let backend = Arc::new(MemBackend::new(MemOptions::new(1 << 16)));
@@ -28,12 +28,12 @@ pub fn run(data: &[u8]) -> u64 {
     std::thread::scope(|scope| {
         let served = device.clone();
         let server = scope.spawn(move || served.serve(theirs));
-        // Answers that nobody reads would stop both sides. An error is an end too.
+        // Replies must be read, or both sides would block. An error ends the reading, too.
         scope.spawn(|| std::io::copy(&mut &ours, &mut std::io::sink()));
         send_all(&ours, data);
-        // Everything that was sent is read before this end is.
+        // The device reads all messages before it sees the end of the connection.
         ours.shutdown(std::net::Shutdown::Write).expect("it was open");
-        // An error is an answer too; a panic is not.
+        // The device may end the session with an error, but must not panic.
         let _ = server.join().expect("no panic");
     });
     let status = device.disk().status();
@@ -42,7 +42,7 @@ pub fn run(data: &[u8]) -> u64 {
     status.total.reads + status.total.writes
 }
 
-/// A ring at 0 (descriptors), 0x1000 (available) and 0x2000 (used) with one write in it.
+/// A virtqueue with one write: descriptors at 0, the available ring at 0x1000, the used ring at 0x2000.
 fn ring() -> Vec<u8> {
     let mut memory = vec![0; 0x3000];
     let descriptor = |at: u64, len: u32, flags: u16, next: u16| {
@@ -87,7 +87,7 @@ fn send_all(wire: &UnixStream, data: &[u8]) {
         let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         assert!(chosen.is_empty() || control.push(SendAncillaryMessage::ScmRights(&chosen)));
-        // The connection may be over.
+        // This fails if the connection has ended.
         if sendmsg(wire, &[IoSlice::new(&message)], &mut control, SendFlags::NOSIGNAL).is_err() {
             return;
         }
