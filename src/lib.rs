@@ -1,13 +1,13 @@
 //! virtioblkd: a vhost-user-blk server.
 //!
 //! **Policy is a small pure module; mechanisms plug into it.** [`engine`] decides what a cache mode promises, when a
-//! write is admitted, which sync covers which writes and when a disk is quiet. It does no I/O and knows no memory, file
-//! descriptor, thread or clock. Everything else moves bytes.
+//! write is admitted, which sync covers which writes and when a disk is quiet. It does no I/O and uses no memory of the
+//! guest, file descriptor, thread or clock. All other modules move bytes.
 //!
-//! # A server of one's own
+//! # How to write a server
 //! | module | what it offers |
 //! |---|---|
-//! | [`backend`] | a [`Backend`](backend::Backend) is an opened image, an [`IoQueue`](backend::IoQueue) one ring's way to it |
+//! | [`backend`] | a [`Backend`](backend::Backend) is an opened image; an [`IoQueue`](backend::IoQueue) submits one ring's requests to it |
 //! | [`virtio`] | a [`Device`](virtio::Device) serves a back-end to one vhost-user front-end after the other |
 //! | [`engine`] | an [`Engine`](engine::Engine) is the policy of one ring; [`CacheMode`](engine::CacheMode) |
 //! | [`disk`] | [`Disk`](disk::Disk): the status and the hold of a served disk; [`Events`](disk::Events): what happens to it |
@@ -16,7 +16,8 @@
 //! `tests/backend_contract` checks an implementation. [`backend`] has back-ends for files and block devices, RBD images
 //! and RAM.
 //!
-//! A server for a RAM disk of 16 MiB. A front-end, as QEMU is one, connects to the socket and reads the disk's size:
+//! This example is a server for a RAM disk of 16 MiB. A front-end, such as QEMU, connects to the socket and reads the
+//! disk's size:
 //!
 //! ```
 //! use std::{os::unix::net::UnixListener, sync::Arc, thread};
@@ -38,7 +39,7 @@
 //! let listener = UnixListener::bind(&path)?;
 //! let server = thread::spawn(move || {
 //!     let (stream, _) = listener.accept()?;
-//!     device.serve(stream) // Returns when the front-end has left. A daemon accepts the next one.
+//!     device.serve(stream) // Returns when the front-end has hung up. A daemon then accepts the next one.
 //! });
 //!
 //! let mut front_end = Frontend::connect(&path, 1)?;
@@ -56,8 +57,8 @@
 //! ```
 //!
 //! # Layers
-//! `tests/layering` keeps the directions: `engine` imports std only; `backend` never imports `virtio`; `virtio` never
-//! names a file; `control` reaches the rings only through the [`disk::Disk`] trait.
+//! `tests/layering` checks the imports: `engine` imports std only; `backend` never imports `virtio`; `virtio` never opens a
+//! file by its name; `control` uses the rings only through the [`disk::Disk`] trait.
 
 pub mod backend;
 mod base;
@@ -72,8 +73,7 @@ mod snapshot;
 mod upgrade;
 pub mod virtio;
 
-/// What the two programs, the tests, the fuzzers and the benchmarks use besides the public modules. It changes without
-/// notice.
+/// Modules for the two programs, the tests, the fuzzers and the benchmarks. They may change without notice.
 #[doc(hidden)]
 #[rustfmt::skip]
 pub mod internal {

@@ -1,6 +1,7 @@
-//! The `virtioblkd` daemon: the command line, the log, the server, the exit status.
+//! The `virtioblkd` daemon: parses the command line, starts the log, and runs the server.
 //!
-//! Exit status: 0 well ended, 1 failed at run time, 2 wrong command line or file.
+//! The exit status is 0 after an orderly end, 1 after a failure at run time, and 2 for a wrong command line or
+//! configuration file.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -34,7 +35,7 @@ fn run(config: &Config) -> ExitCode {
     status
 }
 
-/// Whoever reads the answer must learn when it is not whole.
+/// Prints a text. If not all of it can be written, the exit status reports that.
 fn print(text: &str) -> ExitCode {
     match std::io::stdout().write_all(text.as_bytes()) {
         Ok(()) => ExitCode::SUCCESS,
