@@ -1,6 +1,10 @@
 //! Makes text safe for a terminal and a log that other programs wrote: a guest's agent, a client, a file's name.
 
+use std::ffi::OsStr;
 use std::fmt::{self, Write as _};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 
 /// Escapes every character that a terminal obeys or that begins a new line: C0 and C1 controls, DEL, the controls of
 /// writing direction, and Unicode's separators of lines and paragraphs. So a text is one line and shows in the order in
@@ -46,6 +50,11 @@ pub fn shown(value: impl fmt::Display) -> String {
 fn is_unsafe(character: char) -> bool {
     character.is_control()
         || matches!(character, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// Encodes the bytes of a path or word in base64 if they are not UTF-8: JSON has text, in which such bytes are altered.
+pub(crate) fn base64_unless_utf8(word: &OsStr) -> Option<String> {
+    word.to_str().is_none().then(|| BASE64.encode(word.as_encoded_bytes()))
 }
 
 #[cfg(test)]

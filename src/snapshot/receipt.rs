@@ -43,8 +43,14 @@ pub struct Receipt {
 pub struct DiskReceipt {
     /// Its quiesce socket.
     pub control: String,
+    /// The bytes of `control` in base64, if they are not UTF-8; `control` is then altered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub control_b64: Option<String>,
     /// The file or device, or the daemon's description of it.
     pub image: String,
+    /// The same for `image`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_b64: Option<String>,
     /// The time from the request to close its gate until it was open again: writes were held at most this long.
     pub held_us: u64,
     /// The number of requests that were in flight.
@@ -59,6 +65,9 @@ pub struct DiskReceipt {
     pub way: &'static str,
     /// Where the snapshot is, of an `rbd` as POOL/IMAGE@NAME; the command of an `exec`.
     pub target: String,
+    /// The bytes of `target` in base64, if they are not UTF-8.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_b64: Option<String>,
     /// The SHA-256 of the snapshot, if it was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
@@ -158,7 +167,9 @@ mod tests {
     fn the_json_of_a_receipt_is_what_was_recorded() {
         let disk = DiskReceipt {
             control: "/run/vda.ctl".into(),
+            control_b64: Some("AA==".into()),
             image: "/i/a".into(),
+            image_b64: Some("AQ==".into()),
             held_us: 1,
             drained: 2,
             drain_us: 3,
@@ -166,6 +177,7 @@ mod tests {
             bytes_synced: 5,
             way: "copy",
             target: "/s/a".into(),
+            target_b64: Some("Ag==".into()),
             sha256: Some("00ff".into()),
             copy: Some(Value::Null),
         };
@@ -185,8 +197,9 @@ mod tests {
         };
         let recorded = concat!(
             r#"{"level":"filesystem","requested-level":"application","instant":1.5,"held-us":6,"disks":[{"control":"#,
-            r#""/run/vda.ctl","image":"/i/a","held-us":1,"drained":2,"drain-us":3,"sync-us":4,"bytes-synced":5,"#,
-            r#""way":"copy","target":"/s/a","sha256":"00ff","copy":null}],"filesystems-frozen":7,"frozen-us":8,"#,
+            r#""/run/vda.ctl","control-b64":"AA==","image":"/i/a","image-b64":"AQ==","held-us":1,"drained":2,"#,
+            r#""drain-us":3,"sync-us":4,"bytes-synced":5,"way":"copy","target":"/s/a","target-b64":"Ag==","#,
+            r#""sha256":"00ff","copy":null}],"filesystems-frozen":7,"frozen-us":8,"#,
             r#""hooks":["a"],"verified":["b"],"trusted":["c"],"warnings":["d"],"detached":true}"#,
         );
         assert_eq!(serde_json::to_string(&receipt).unwrap(), recorded);

@@ -20,6 +20,7 @@ use super::plan::{self, Method, Plan};
 use super::receipt::{DiskReceipt, Receipt};
 use super::reflink::{self, Target};
 use crate::base::signals::Signals;
+use crate::base::text::base64_unless_utf8;
 use crate::control::client::Failure;
 
 /// The code of usage errors.
@@ -222,6 +223,8 @@ impl<'a> Run<'a> {
             let copied = copy.as_ref().and_then(|copy| copy["sha256"].as_str()).map(str::to_owned);
             DiskReceipt {
                 control: disk.control.display().to_string(),
+                control_b64: base64_unless_utf8(disk.control.as_os_str()),
+                image_b64: disk.image_path.as_ref().and_then(|path| base64_unless_utf8(path.as_os_str())),
                 image: disk.image_path.as_ref().map_or(disk.image.clone(), |path| path.display().to_string()),
                 held_us: disk.held.as_micros() as u64,
                 drained: figure("drained"),
@@ -236,6 +239,11 @@ impl<'a> Run<'a> {
                         image.and_then(|image| image.full_name.clone()).unwrap_or_default()
                     }
                     Method::Exec(command) => command.to_string_lossy().into_owned(),
+                },
+                target_b64: match way {
+                    Method::Reflink(path) | Method::Copy(path) => base64_unless_utf8(path.as_os_str()),
+                    Method::Rbd(_) => None,
+                    Method::Exec(command) => base64_unless_utf8(command),
                 },
                 sha256: digests[at].take().or(copied),
                 copy,

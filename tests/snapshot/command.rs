@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use kit::driver::{ALL, Driver};
 use kit::snapshot;
 use kit::snapshot::{Agent, Daemon, Mood, Mounted, ctl, err, hooks, out, wait_until};
@@ -363,8 +365,13 @@ fn names_of_disks_are_not_altered_and_not_ambiguous() {
     let exec = format!("exec:{tell} > $PLACE/exec");
     let options = ["--to", &exec, "--hooks", directory.to_str().unwrap()];
     let mut command = snapshot(&[&disks[0], &disks[1]], "crash", &options);
-    let output = command.env("PLACE", dir.path()).output().unwrap();
+    let output = command.arg("--json").env("PLACE", dir.path()).output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}");
+    // JSON has text only: what is altered there is there in base64, too.
+    let receipt_of_two = receipt(&output);
+    assert_eq!(receipt_of_two["disks"][0]["image-b64"], BASE64.encode(images[0].as_os_str().as_bytes()));
+    assert_eq!(receipt_of_two["disks"][1]["image"], images[1].to_str().unwrap());
+    assert_eq!(receipt_of_two["disks"][1].get("image-b64"), None);
     let control = disks[1].control();
     let words =
         [&b"2"[..], images[0].as_os_str().as_bytes(), images[1].as_os_str().as_bytes(), control.as_os_str().as_bytes()];

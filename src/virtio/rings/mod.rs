@@ -13,9 +13,6 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::time::Duration;
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD as BASE64;
-
 pub(super) use command::{Mailbox, RingThreads, StopMode, WorkerCommand};
 use hold::Hold;
 pub(super) use hold::RingHoldStats;
@@ -28,6 +25,7 @@ use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 use crate::base::sync::interleavings::{Mutant, planted};
 use crate::base::sync::mpsc;
 use crate::base::sync::{Mutex, MutexGuard, thread};
+use crate::base::text::base64_unless_utf8;
 use crate::disk::{
     Disk, DiskStatus, Event, Events, FailedRequest, ImageStatus, RingCounters, RingStatus, StoppedStatus,
 };
@@ -401,10 +399,7 @@ impl Disk for Arc<Rings> {
             detected_format: None,
             image: self.backend.describe(),
             image_path: self.backend.path().map(|path| path.display().to_string()),
-            image_path_b64: self.backend.path().and_then(|path| match path.to_str() {
-                Some(_) => None,
-                None => Some(BASE64.encode(path.as_os_str().as_encoded_bytes())),
-            }),
+            image_path_b64: self.backend.path().and_then(|path| base64_unless_utf8(path.as_os_str())),
             size: self.capacity.get(),
             logical_block_size: geometry.logical_block,
             read_only: geometry.read_only,
