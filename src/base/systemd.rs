@@ -57,6 +57,15 @@ pub(crate) fn systemd(state: &str) {
     }
 }
 
+/// Sends one state if systemd's socket takes it now, after those that wait. For a process that ends, in which no thread
+/// polls any more.
+pub(crate) fn systemd_if_room(state: &str) {
+    connect();
+    if let Some(notifier) = notifier() {
+        notifier.send_if_room(state);
+    }
+}
+
 /// The socket to poll for `OUT` before the next [`flush`]. `None`: the queue is empty.
 pub(crate) fn pending() -> Option<BorrowedFd<'static>> {
     notifier().and_then(Notifier::pending)
@@ -99,6 +108,17 @@ impl Notifier {
         self.flush();
         if self.pending().is_some() {
             log::warn!("systemd does not read its NOTIFY_SOCKET now: the notification {state} is sent when it does");
+        }
+    }
+
+    fn send_if_room(&self, state: &str) {
+        self.flush();
+        if self.pending().is_some() {
+            log::debug!("systemd does not read its NOTIFY_SOCKET: it is not told {state}");
+            return;
+        }
+        if let Err(error) = self.socket.send(state.as_bytes()) {
+            log::debug!("systemd is not told {state} on its NOTIFY_SOCKET: {error}");
         }
     }
 
@@ -210,6 +230,23 @@ mod tests {
             let length = systemd.recv(&mut text).unwrap();
             assert_eq!(std::str::from_utf8(&text[..length]), Ok(state));
         }
+    }
+
+    #[test]
+    fn a_state_of_the_end_does_not_wait_for_room() {
+        let (socket, reader) = UnixDatagram::pair().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let notifier = Notifier { socket, queue: Mutex::default() };
+        let mut text = [0; 64];
+        notifier.send_if_room("STOPPING=1");
+        let length = reader.recv(&mut text).unwrap();
+        assert_eq!(&text[..length], b"STOPPING=1");
+        while notifier.socket.send(b"STATUS=full").is_ok() {}
+        notifier.send_if_room("STOPPING=1");
+        assert!(notifier.pending().is_none(), "it is not queued");
+        notifier.send("READY=1");
+        notifier.send_if_room("STOPPING=1");
+        assert_eq!(*notifier.lock(), ["READY=1"], "it goes before no state that waits");
     }
 
     #[test]

@@ -126,7 +126,10 @@ impl Daemon {
         }
         // From here on a front-end that connects is refused at once.
         let _files = files.stop_listening();
-        systemd::systemd("STOPPING=1");
+        // Not retried if systemd's socket is full: no thread polls it while the disk drains. systemd needs it only to show
+        // the service as stopping and to count TimeoutStopSec= where it did not ask for the stop itself. It learns of the
+        // end by the end of this process (sd_notify(3)), and waiting for the socket would delay that.
+        systemd::systemd_if_room("STOPPING=1");
         let ended = server.end();
         match ended {
             // The control thread may wait for the disk, so dropping could block.
