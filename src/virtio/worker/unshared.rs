@@ -3,6 +3,11 @@
 //!
 //! A kick alone proves nothing: a driver may kick at its start, or before it makes a request available. But no guest sets up
 //! a ring without having written to its memory before. So the file must hold nothing but zeroes, too.
+//!
+//! A private file that held data before (a `mem-path` that names an existing file) is not recognized. No other sign is
+//! certain: which mapping a front-end has is in /proc/PID/maps, which the sandbox and another user's process hide; and
+//! memory that does not change may be that of a guest which sleeps, whose driver kicks at its start and asks for nothing.
+//! A false alarm would have an operator stop a guest that is well.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering::Relaxed;
