@@ -84,12 +84,12 @@ pub(crate) fn finding(format: &str) -> String {
 }
 
 fn warning(format: &str, is_rbd: bool) -> String {
-    let mend = match format {
+    let fix = match format {
         "luks" if is_rbd => "give --rbd-encryption and --rbd-passphrase-file".to_string(),
         format => conversion(format),
     };
     format!(
-        "{}, and it is served as raw: the guest sees the bytes of the format, not the disk in it; {mend}. If the guest \
+        "{}, and it is served as raw: the guest sees the bytes of the format, not the disk in it; {fix}. If the guest \
          itself wrote the header, --format raw says that it is meant",
         finding(format)
     )

@@ -298,7 +298,7 @@ pub trait Backend: Send + Sync {
     fn resize(&self, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
         let _ = (grow_to, shrink);
         Err(io::Error::other(format!(
-            "{}: it cannot be resized from here; where its store can do it (rbd resize), use that, and the guest is told",
+            "{}: it cannot be resized from here; if its store can do it (rbd resize), use that: the guest gets the new size",
             self.describe()
         )))
     }

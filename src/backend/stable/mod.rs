@@ -129,7 +129,7 @@ impl StableBackend {
     ) -> Self {
         let (effect, why) = decide(asked, &image.buffer_use(), image.geometry().read_only);
         let this = StableBackend { image, asked, effect, why, bounce_pool, counters: ImageCounters::new(events) };
-        // By default with no effect, this line interests nobody who does not debug.
+        // Without effect, as by default, this line is of use for debugging only.
         let level = if this.effect == Effect::Off && asked == StableWrites::Auto { Level::Debug } else { Level::Info };
         log::log!(level, "stable writes: {} ({asked} was asked for): {}", this.effect_name(), this.why);
         this
