@@ -2,5 +2,6 @@
 
 mod configs;
 mod documents;
+mod schema;
 mod snapshot_hooks;
 mod supply_chain;
