@@ -52,6 +52,21 @@ pub(super) fn attributes<'a>(list: impl IntoIterator<Item = (&'a str, &'a str)>)
     list.into_iter().map(|(name, value)| format!(" {name}='{}'", escape(value))).collect()
 }
 
+/// An element as text, with plain names: without prefixes, comments and declarations of namespaces.
+pub(super) fn plain(node: Node<'_, '_>) -> String {
+    let name = node.tag_name().name();
+    let list = attributes(node.attributes().map(|one| (one.name(), one.value())));
+    let content = node.children().map(|child| match child.is_element() {
+        true => plain(child),
+        false if child.is_text() => escape(child.text().unwrap_or_default().trim()),
+        false => String::new(),
+    });
+    match content.collect::<String>().as_str() {
+        "" => format!("<{name}{list}/>"),
+        content => format!("<{name}{list}>{content}</{name}>"),
+    }
+}
+
 /// The line break and indentation before a node; empty where it does not begin its line.
 pub(super) fn indentation<'a>(text: &'a str, node: Node<'_, '_>) -> &'a str {
     let before = &text[..node.range().start];

@@ -27,8 +27,10 @@ use crate::base::{logging, trust};
 
 /// How long all daemons of a domain may take together until they listen.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long after `migrate begin` or `restore begin` a `prepare begin` belongs to it.
+const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long they may take to drain and sync before libvirt goes on.
-const END_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const END_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What libvirt calls the hook with: `DOMAIN OPERATION SUB-OPERATION EXTRA`, the XML on standard input.
 #[derive(Clone, Debug)]
@@ -118,13 +120,13 @@ pub fn run(call: &Call, host: &Host, input: impl Read, mut out: impl Write) -> R
 }
 
 /// One disk of ours: what the domain and our element say of it.
-struct Disk {
+pub(super) struct Disk {
     /// The domain's name.
-    domain: String,
-    target: String,
-    socket: PathBuf,
-    options: DiskOptions,
-    places: DiskPlaces,
+    pub(super) domain: String,
+    pub(super) target: String,
+    pub(super) socket: PathBuf,
+    pub(super) options: DiskOptions,
+    pub(super) places: DiskPlaces,
 }
 
 impl Disk {
@@ -173,7 +175,8 @@ fn prepare(host: &Host, xml: &str) -> Result<(), String> {
     }
     check_user(host, &disks).map_err(|error| format!("domain {}: {error}", domain.name))?;
     let arrival = host.places.arrival(&domain);
-    let arrives = fs::remove_file(&arrival).is_ok();
+    let arrives = is_recent(&arrival);
+    let _ = fs::remove_file(&arrival);
     make_directories(&host.places)?;
     let deadline = Instant::now() + START_TIMEOUT;
     let mut started = Vec::new();
@@ -191,6 +194,27 @@ fn prepare(host: &Host, xml: &str) -> Result<(), String> {
         }
     }
     result.map_err(|error| format!("domain {}: {error}", domain.name))
+}
+
+/// Whether the mark of an arrival is of the start that goes on now: libvirt calls `prepare` right after `migrate` and
+/// `restore`. An older one is of an arrival that came to nothing, and would let an image be used twice.
+fn is_recent(arrival: &Path) -> bool {
+    let modified = fs::symlink_metadata(arrival).and_then(|metadata| metadata.modified());
+    modified.is_ok_and(|modified| modified.elapsed().is_ok_and(|age| age < ARRIVAL_TIMEOUT))
+}
+
+/// Starts the daemon of one disk and waits until it listens. The disk is not in use then, and nothing is left if it fails.
+pub(super) fn start_one(host: &Host, disk: &Disk) -> Result<(), String> {
+    check_user(host, std::slice::from_ref(disk))?;
+    make_directories(&host.places)?;
+    let deadline = Instant::now() + START_TIMEOUT;
+    let started = begin(host, disk, deadline).map_err(|error| format!("disk {}: {error}", disk.target))?;
+    let ready = started.wait(&disk.places, deadline).map_err(|error| format!("disk {}: {error}", disk.target));
+    let result = ready.and_then(|()| unused(disk));
+    if result.is_err() {
+        let _ = daemons::end(&disk.places, Instant::now() + END_TIMEOUT);
+    }
+    result
 }
 
 /// A host without our user is an error: root would be more than the domain's description asks for.
@@ -262,7 +286,7 @@ fn unused(disk: &Disk) -> Result<(), String> {
 }
 
 /// The daemon's configuration file.
-fn configuration(host: &Host, disk: &Disk) -> String {
+pub(super) fn configuration(host: &Host, disk: &Disk) -> String {
     let text = |path: &Path| path.display().to_string();
     let mut own = vec![
         ("socket-path".to_owned(), text(&disk.socket)),
@@ -342,7 +366,7 @@ fn make_directories(places: &Places) -> Result<(), String> {
 }
 
 /// Configuration files are for our eyes only (`mode`): an option of librbd may be a secret.
-fn write_atomically(path: &Path, text: &str, mode: u32) -> io::Result<()> {
+pub(super) fn write_atomically(path: &Path, text: &str, mode: u32) -> io::Result<()> {
     let new = path.with_extension("new");
     let _ = fs::remove_file(&new);
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&new)?;

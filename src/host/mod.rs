@@ -13,6 +13,7 @@
 //! | `listing` | finds this host's disks by name, and asks their daemons how they are |
 //! | `members` | the disks of one domain: libvirt's word and `listing` joined |
 //! | `virsh` | asks libvirt through virsh, bounded in time. The hook never does |
+//! | `hotplug` | attaches and detaches a running domain's disks, and applies changed metadata to them |
 //! | `hook` | libvirt's hook: starts a domain's disks before the domain and ends them after it |
 
 pub mod check;
@@ -21,6 +22,7 @@ mod daemons;
 pub mod domain;
 mod edits;
 pub mod hook;
+pub mod hotplug;
 pub mod listing;
 pub mod members;
 pub mod metadata;

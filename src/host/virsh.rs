@@ -1,6 +1,9 @@
 //! libvirt as virsh reaches it, which honours LIBVIRT_DEFAULT_URI. Each call is bounded in time.
 
-use std::io;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -37,6 +40,40 @@ fn said(err: &str) -> String {
     let lines = err.lines().map(|line| line.trim()).filter(|line| !line.is_empty());
     let parts: Vec<&str> = lines.map(|line| line.strip_prefix("error: ").unwrap_or(line)).collect();
     format!("libvirt: {}", parts.join(": "))
+}
+
+/// Calls `act` with the path of a file with this text, which only our user may read: a domain's description has secrets.
+pub fn with_file<T>(text: &str, act: impl FnOnce(&str) -> Result<T, String>) -> Result<T, String> {
+    let file = PrivateFile::create(text).map_err(|error| format!("cannot write a file for virsh: {error}"))?;
+    act(file.0.to_str().ok_or("the directory of temporary files has a name that is no text")?)
+}
+
+/// A file that is removed when dropped.
+struct PrivateFile(PathBuf);
+
+impl PrivateFile {
+    fn create(text: &str) -> io::Result<Self> {
+        let directory = std::env::temp_dir();
+        for number in 0..1000 {
+            let path = directory.join(format!("virtioblkctl-{}-{number}.xml", std::process::id()));
+            match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
+                Ok(mut file) => {
+                    let private = PrivateFile(path);
+                    file.write_all(text.as_bytes())?;
+                    return Ok(private);
+                }
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(io::ErrorKind::AlreadyExists.into())
+    }
+}
+
+impl Drop for PrivateFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
 }
 
 /// The description of a domain: the one that runs, or `inactive`, the one of its next start.

@@ -185,3 +185,69 @@ fn a_converted_disk_has_the_guests_data() {
     ctl_ok(&libvirt, &["domain", "convert", DOMAIN, "vda", "--back", "--define"]);
     run(&two);
 }
+
+/// Says each new mode of each disk, and counts on.
+const WATCH: &str = r#"
+dd if=/dev/zero of=/dev/vda bs=512 count=1 conv=fsync 2>/dev/null
+old=
+n=0
+while sleep 0.2; do
+    new=$(cd /sys/block; for disk in vd?; do echo -n "$disk=$(cat $disk/queue/write_cache)/$(cat $disk/serial) "; done)
+    [ "$new" = "$old" ] || echo "disks $new"
+    old=$new
+    n=$((n + 1)); echo $n | dd of=/dev/vda bs=512 count=1 conv=sync,fsync 2>/dev/null || exit 1
+    echo "count $n"
+done
+"#;
+
+#[test]
+fn a_running_domain_gets_a_disk_loses_it_and_has_its_daemons_options_changed() {
+    let Some(libvirt) = SystemLibvirt::start(23) else { return };
+    let xml = two_disks(&libvirt, WATCH);
+    libvirt.virsh_ok(&["define", &xml]);
+    libvirt.virsh_ok(&["start", DOMAIN]);
+    until_said(&libvirt, "disks vda=write back/ vdb=write through/");
+    let before = libvirt.left();
+    let another = image(&libvirt, "another.raw");
+    let words = [("/images/another.raw", another.to_str().expect("text"))];
+    documented(&libvirt, "domain attach example vdc file=/images/another.raw cache=directsync serial=more", &words);
+    until_said(&libvirt, "disks vda=write back/ vdb=write through/ vdc=write through/more");
+    assert!(libvirt.virsh_ok(&["dumpxml", DOMAIN]).contains("another.raw"), "its metadata travels with the domain");
+    assert!(!libvirt.virsh_ok(&["dumpxml", "--inactive", DOMAIN]).contains("another.raw"));
+    let twice = ctl(&libvirt, &["domain", "attach", DOMAIN, "vdc", "file=/x"]);
+    assert!(String::from_utf8_lossy(&twice.stderr).contains("already"), "{twice:?}");
+    let missing = ctl(&libvirt, &["domain", "attach", DOMAIN, "vdd", "file=/no/such.raw"]);
+    assert!(String::from_utf8_lossy(&missing.stderr).contains("there is no such file"), "{missing:?}");
+    let unknown = ctl(&libvirt, &["domain", "attach", DOMAIN, "vdd", "file=/x", "cahce=none"]);
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("nearest known one is 'cache'"), "{unknown:?}");
+    documented(&libvirt, "domain detach example vdc", &[]);
+    assert_eq!(libvirt.left(), before, "its daemon has ended, and nothing of it is left");
+    assert!(!libvirt.virsh_ok(&["dumpxml", DOMAIN]).contains("another.raw"));
+
+    // virsh edit or virsh metadata changes the next start; apply brings it to what runs.
+    let edited = |mode: &str| {
+        let path = |name: &str| libvirt.home().join(name).display().to_string();
+        let copies = format!("<copy_dir path='{}'/>", path("backup"));
+        let vda = format!("<disk target='vda' file='{}' cache='writeback'>{copies}</disk>", path("one.img"));
+        let vdb = format!("<disk target='vdb' file='{}' cache='{mode}'>{copies}</disk>", path("other.img"));
+        let element = format!("<disks>{vda}{vdb}</disks>");
+        let uri = "urn:virtioblkd:libvirt:1";
+        libvirt.virsh_ok(&["metadata", DOMAIN, "--uri", uri, "--key", "v", "--config", "--set", &element]);
+    };
+    edited("writethrough");
+    let count = said(&libvirt).len();
+    let applied = documented(&libvirt, "domain apply example", &[]);
+    assert_eq!(applied, "vda: unchanged\nvdb: has its new options\n");
+    assert_eq!(ctl_json(&libvirt, &["--control", "example:vdb", "status"])["cache-mode"], "writethrough");
+    wait_until("the guest goes on", || said(&libvirt).len() > count + 2);
+    assert_eq!(documented(&libvirt, "domain apply example", &[]), "vda: unchanged\nvdb: unchanged\n");
+    assert!(libvirt.virsh_ok(&["dumpxml", DOMAIN]).contains("writethrough"));
+    // What cannot change is refused, and the daemon serves on as it was.
+    edited("writethrough' readonly='yes");
+    let refused = ctl(&libvirt, &["domain", "apply", DOMAIN]);
+    assert!(!refused.status.success(), "{refused:?}");
+    edited("writethrough");
+    assert_eq!(documented(&libvirt, "domain apply example", &[]), "vda: unchanged\nvdb: unchanged\n");
+    libvirt.virsh_ok(&["destroy", DOMAIN]);
+    assert_eq!(libvirt.left(), Vec::<String>::new());
+}

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
@@ -15,6 +15,7 @@ use virtioblkd::internal::host::check::{self, Finding, Grade};
 use virtioblkd::internal::host::convert::{self, Converted};
 use virtioblkd::internal::host::domain::{Domain as Description, MAX_BYTES, VhostUserDisk};
 use virtioblkd::internal::host::hook::Host;
+use virtioblkd::internal::host::hotplug::{self, Applied, Scope};
 use virtioblkd::internal::host::listing::{self, Listed, State};
 use virtioblkd::internal::host::metadata::{self, DiskOptions};
 use virtioblkd::internal::host::places::Places;
@@ -22,7 +23,7 @@ use virtioblkd::internal::host::virsh;
 
 use crate::chosen::Chosen;
 use crate::list::table;
-use crate::print;
+use crate::{print, upgrade};
 
 #[derive(Args)]
 pub(crate) struct Domain {
@@ -52,6 +53,51 @@ enum DomainCommand {
     /// Prints the changed XML; with --define libvirt takes it for the next start. <disk type='file'>, 'block' and
     /// 'network' (rbd) can be converted. What cannot be carried over is refused by name.
     Convert(Convert),
+    /// Attach a new disk to a running domain: its daemon is started first, then libvirt is asked
+    Attach(Attach),
+    /// Detach a disk from a running domain, and end its daemon when the guest has let go of it
+    Detach(Detach),
+    /// Bring changed metadata (virsh edit) to the daemons of a running domain, by upgrade in place
+    ///
+    /// The guest notices a pause of milliseconds. What cannot change under a guest (the image, its size, readonly, the block
+    /// size) is refused, and the daemon serves on as it was.
+    Apply {
+        /// Its name or UUID
+        #[arg(value_name = "DOMAIN")]
+        name: String,
+    },
+}
+
+#[derive(Args)]
+struct Attach {
+    /// Its name or UUID
+    #[arg(value_name = "DOMAIN")]
+    name: String,
+    /// The new disk's target, such as vdb
+    target: String,
+    /// Attributes of the <disk> element in <metadata>, such as file=/images/b.raw cache=none serial=data
+    #[arg(value_name = "NAME=VALUE", required = true, value_parser = word)]
+    words: Vec<(String, String)>,
+    /// At the domain's next start, too
+    #[arg(long)]
+    config: bool,
+}
+
+#[derive(Args)]
+struct Detach {
+    /// Its name or UUID
+    #[arg(value_name = "DOMAIN")]
+    name: String,
+    /// The disk, such as vdb
+    target: String,
+    /// From the domain's next start, too
+    #[arg(long)]
+    config: bool,
+}
+
+fn word(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("give NAME=VALUE, such as file=/images/b.raw")?;
+    Ok((name.to_owned(), value.to_owned()))
 }
 
 #[derive(Args)]
@@ -78,6 +124,18 @@ pub(crate) fn run(options: &Domain, chosen: &Chosen, json: bool) -> Result<u8, F
         DomainCommand::Status { name } => status(name, chosen, json),
         DomainCommand::Check { name } => check(name, chosen, json),
         DomainCommand::Convert(options) => convert(options),
+        DomainCommand::Attach(Attach { name, target, words, config }) => {
+            let host = Host::of_this_user().map_err(failed)?;
+            changed(
+                &format!("attached {target}"),
+                hotplug::attach(&host, name, target, words, Scope { config: *config }),
+            )
+        }
+        DomainCommand::Detach(Detach { name, target, config }) => {
+            let host = Host::of_this_user().map_err(failed)?;
+            changed(&format!("detached {target}"), hotplug::detach(&host, name, target, Scope { config: *config }))
+        }
+        DomainCommand::Apply { name } => apply(name),
     }
 }
 
@@ -101,6 +159,29 @@ fn description(name: &str, of_libvirt: impl Fn(&str) -> Result<String, String>) 
 fn described(xml: &str) -> Result<(Description, Vec<DiskOptions>), Failure> {
     let domain = Description::parse(xml).map_err(failed)?;
     Ok((domain, metadata::of_xml(xml).unwrap_or_default()))
+}
+
+/// Prints what was done, and what was not reached besides. The guest has its disk, or has it no more.
+fn changed(what: &str, result: Result<Vec<String>, String>) -> Result<u8, Failure> {
+    let incomplete = result.map_err(failed)?;
+    print(&format!("{}\n", clean(what)))?;
+    incomplete.iter().for_each(logging::message);
+    Ok(u8::from(!incomplete.is_empty()))
+}
+
+fn apply(name: &str) -> Result<u8, Failure> {
+    let host = Host::of_this_user().map_err(failed)?;
+    let upgrade =
+        |control: &Path, file: &Path| upgrade::to_configuration(control, file).map_err(|error| error.to_string());
+    for (target, applied) in hotplug::apply(&host, name, upgrade).map_err(failed)? {
+        let text = match applied {
+            Applied::Unchanged => "unchanged".to_owned(),
+            Applied::Upgraded => "has its new options".to_owned(),
+            Applied::Left(why) => format!("left as it is: {why}"),
+        };
+        print(&format!("{}: {}\n", clean(&target), clean(&text)))?;
+    }
+    Ok(0)
 }
 
 fn status(name: &str, chosen: &Chosen, json: bool) -> Result<u8, Failure> {
@@ -170,6 +251,8 @@ fn check(name: &str, chosen: &Chosen, json: bool) -> Result<u8, Failure> {
         print(&format!("{}\n", clean_json(&format!("{:#}", Value::from(all)))))?;
     } else {
         let mut page: String = findings.iter().map(finding_text).collect();
+        page += "what a guest sees in each mode:\n";
+        page.extend(CacheMode::ALL.map(|mode| format!("  {mode:<14}{}\n", check::what_the_guest_sees(mode))));
         page += &match problems {
             0 => "no problem was found\n".to_owned(),
             some => format!("{some} problem(s)\n"),
@@ -213,8 +296,8 @@ fn convert(options: &Convert) -> Result<u8, Failure> {
         let printed = out.write_all(xml.as_bytes()).and_then(|()| out.flush());
         printed.map_err(|error| Failure::new("output", format!("cannot print: {error}")))?;
     } else {
-        let file = private_file(&xml).map_err(|error| failed(format!("cannot write a file for virsh: {error}")))?;
-        let said = virsh::run(&["define", &file.0.display().to_string()], virsh::CHANGE_TIMEOUT).map_err(failed)?;
+        let define = |file: &str| virsh::run(&["define", "--file", file], virsh::CHANGE_TIMEOUT);
+        let said = virsh::with_file(&xml, define).map_err(failed)?;
         logging::message(said.trim());
         let state = virsh::run(&["domstate", "--domain", &options.name], virsh::QUERY_TIMEOUT).unwrap_or_default();
         if !matches!(state.trim(), "" | "shut off") {
@@ -223,31 +306,4 @@ fn convert(options: &Convert) -> Result<u8, Failure> {
     }
     notes.iter().for_each(logging::message);
     Ok(0)
-}
-
-/// A file that is removed when dropped. Only our user may read it: secrets of the domain are in it.
-pub(crate) struct PrivateFile(pub(crate) PathBuf);
-
-impl Drop for PrivateFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
-pub(crate) fn private_file(text: &str) -> io::Result<PrivateFile> {
-    use std::os::unix::fs::OpenOptionsExt;
-    let directory = std::env::temp_dir();
-    for number in 0..1000 {
-        let path = directory.join(format!("virtioblkctl-{}-{number}.xml", std::process::id()));
-        match std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
-            Ok(mut file) => {
-                let private = PrivateFile(path);
-                file.write_all(text.as_bytes())?;
-                return Ok(private);
-            }
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Err(io::ErrorKind::AlreadyExists.into())
 }

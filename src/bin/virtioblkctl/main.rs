@@ -90,7 +90,7 @@ enum CtlCommand {
     Attend(attend::Attend),
     /// Show the copies that run in the background (`snapshot --to copy:... --background`), and their progress
     Copies(Copies),
-    /// A libvirt domain: status, check, convert
+    /// A libvirt domain: status, check, convert, attach, detach, apply
     ///
     /// libvirt is asked through virsh, which honours LIBVIRT_DEFAULT_URI.
     Domain(domain::Domain),

@@ -117,6 +117,23 @@ pub fn run(options: &Upgrade, control: &Path, mut client: Client) -> Result<Done
     }
 }
 
+/// Replaces the daemon behind `control` by the virtioblkd beside us with this configuration file.
+pub fn to_configuration(control: &Path, file: &Path) -> Result<(), Failure> {
+    let options = Upgrade {
+        binary: None,
+        config: Some(file.to_owned()),
+        timeout: Duration::from_secs(120),
+        add: Vec::new(),
+        options: Vec::new(),
+    };
+    match run(&options, control, Client::connect(control)?)? {
+        Done::Upgraded(_) => Ok(()),
+        Done::Interrupted(_) => {
+            Err(Failure::new("upgrade", "a signal ended the upgrade; the running daemon serves on"))
+        }
+    }
+}
+
 /// Describes the running daemon after a failed upgrade. It may have ended for another reason.
 fn describe_old_daemon(control: &Path) -> &'static str {
     match Client::connect(control) {

@@ -3,7 +3,7 @@
 use roxmltree::Node;
 
 use super::super::domain::{DomainError, child, document, domain_node, refuse};
-use super::super::edits::{Edits, attributes, escape, indentation};
+use super::super::edits::{Edits, attributes, escape, indentation, plain};
 use super::super::metadata::{self, NAMESPACE};
 use super::settings::{Image, Settings};
 use super::{Converted, DEVICE_ELEMENTS, KEPT, disk, is_device_attribute, memory};
@@ -36,7 +36,7 @@ pub fn to_qemu(xml: &str, target: &str) -> Result<Converted, DomainError> {
     let kept = element.and_then(|element| element.children().find(|node| node.tag_name().name() == KEPT));
     let mut edits = Edits::default();
     match kept {
-        Some(kept) => edit_disk(xml, disk, &Kept::of(xml, kept, target)?, &now, &mut edits),
+        Some(kept) => edit_disk(xml, disk, &Kept::of(kept, target)?, &now, &mut edits),
         None => edit_disk(xml, disk, &Kept::nothing(), &now, &mut edits),
     }
     remove_element(xml, root, ours, element, &mut edits);
@@ -78,11 +78,11 @@ impl Kept {
         }
     }
 
-    fn of(xml: &str, kept: Node<'_, '_>, target: &str) -> Result<Self, DomainError> {
-        // Its children have our namespace if that is the default one: their text alone does not.
+    fn of(kept: Node<'_, '_>, target: &str) -> Result<Self, DomainError> {
+        // Its children have our namespace if that is the default one, or once virsh metadata has set it.
         let of_disk = kept.attributes().map(|one| (one.name(), one.value()));
         let children: Vec<Node<'_, '_>> = kept.children().filter(Node::is_element).collect();
-        let text: String = children.iter().map(|node| &xml[node.range()]).collect();
+        let text: String = children.iter().map(|node| plain(*node)).collect();
         let alone = format!("<disk{}>{text}</disk>", attributes(of_disk));
         let document = document(&alone)?;
         let settings = Settings::of_qemu_disk(document.root_element())
@@ -91,13 +91,12 @@ impl Kept {
         found.kind = kept.attribute("type").map(str::to_owned);
         found.snapshot = kept.attribute("snapshot").map(str::to_owned);
         for child in children {
-            let text = xml[child.range()].to_owned();
+            let text = plain(child);
             match child.tag_name().name() {
                 "driver" => {
                     found.driver =
                         child.attributes().map(|one| (one.name().to_owned(), one.value().to_owned())).collect();
-                    found.driver_content =
-                        child.children().filter(Node::is_element).map(|node| &xml[node.range()]).collect();
+                    found.driver_content = child.children().filter(Node::is_element).map(plain).collect();
                 }
                 "source" => found.source = Some(text),
                 name => found.others.push((name.to_owned(), text)),
