@@ -2,21 +2,26 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, flock, inotify};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::json;
 
 use super::places::DiskPlaces;
 use crate::base::unix_listener;
 use crate::control::client::{Client, REPLY_TIMEOUT};
+use crate::snapshot::wait::wait;
 
-/// How often a daemon's end is looked for, and the readiness of one that may have failed.
+/// How often a daemon's end is looked for.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// How often the readiness of a daemon is looked for where nothing shows it.
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 /// How often a daemon that still lives is asked to end.
 const QUIT_INTERVAL: Duration = Duration::from_secs(1);
 /// So many of a log's errors say why a daemon did not start.
@@ -54,6 +59,7 @@ fn start_process(disk: &DiskPlaces, program: &Path) -> io::Result<Starting> {
 impl Starting {
     /// Waits until the daemon listens. The error is the daemon's own, in one line.
     pub(super) fn wait(mut self, disk: &DiskPlaces, deadline: Instant) -> Result<(), String> {
+        let changes = Changes::watch(&self.child, &disk.control);
         loop {
             // A daemon that answers on its control socket listens for its front-end, too: both sockets are bound before
             // either is served.
@@ -75,8 +81,40 @@ impl Starting {
                     disk.log.display()
                 ));
             }
+            changes.wait(deadline);
+        }
+    }
+}
+
+/// What shows that a daemon that starts is ready, or has failed: its control socket appears, or it ends.
+struct Changes {
+    /// Empty where the kernel gives none; then the daemon is looked for now and then.
+    descriptors: Vec<OwnedFd>,
+}
+
+impl Changes {
+    fn watch(child: &Child, control: &Path) -> Self {
+        let directory = || -> rustix::io::Result<OwnedFd> {
+            let changes = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+            let events = inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO;
+            inotify::add_watch(&changes, control.parent().unwrap_or(Path::new("/")), events)?;
+            Ok(changes)
+        };
+        let both = [directory(), pidfd_open(Pid::from_child(child), PidfdFlags::empty())];
+        Changes { descriptors: both.into_iter().flatten().collect() }
+    }
+
+    /// Returns soon after one of them; at the latest after [`LOOK_INTERVAL`], for a daemon that listens a moment after its
+    /// socket is there.
+    fn wait(&self, deadline: Instant) {
+        let descriptors: Vec<BorrowedFd<'_>> = self.descriptors.iter().map(AsFd::as_fd).collect();
+        let until = deadline.min(Instant::now() + LOOK_INTERVAL);
+        if descriptors.is_empty() || wait(&descriptors, None, until).is_err() {
             std::thread::sleep(POLL_INTERVAL);
         }
+        // What was reported must not be reported again.
+        let mut events = [0; 4096];
+        while self.descriptors.first().is_some_and(|fd| rustix::io::read(fd, &mut events).is_ok_and(|read| read > 0)) {}
     }
 }
 
