@@ -1,4 +1,6 @@
-//! What a request is read as, and what is said of one that is wrong.
+//! Tests of the parser: which command a request is read as, and the error of an invalid one.
+
+use std::time::Duration;
 
 use super::*;
 
