@@ -1,7 +1,7 @@
-//! Which way makes a 4 KiB write durable sooner: a flag on each write (RWF_DSYNC), or the write and then one fdatasync
-//! shared by all that wait (the engine's sync line)? `cargo bench --bench durable_write -- [DIRECTORY]`.
+//! Compares two ways to make a 4 KiB write durable: a flag on each write (RWF_DSYNC), and the write followed by one
+//! fdatasync that all waiting writes share (the engine's sync line). `cargo bench --bench durable_write -- [DIRECTORY]`.
 //!
-//! The two ways run in turns (A B A B ...) on the same file, random offsets, and the medians are compared.
+//! The two ways are measured in turn (A B A B ...) on the same file with random offsets, and the medians are compared.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ const PAIRS: usize = 7;
 const SYNC: OpId = OpId(u64::MAX);
 
 fn main() {
-    // cargo passes --bench; what remains is the directory.
+    // cargo passes --bench; the other argument is the directory.
     let directory = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
     let directory = directory.map_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")), PathBuf::from);
     let image = Image::make(&directory).unwrap_or_else(|error| {
@@ -36,7 +36,7 @@ fn main() {
     }
 }
 
-/// A file whose blocks are all allocated and written; removed at the end.
+/// A file whose blocks are all allocated and written. It is removed at the end.
 struct Image(PathBuf);
 
 impl Image {
@@ -80,14 +80,14 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// One way, for a while, always `depth` requests in flight: a request is done when it is durable.
+/// A measurement of one way, always with `depth` requests in flight. A request is done when it is durable.
 struct Turn {
     queue: Box<dyn IoQueue>,
     depth: usize,
     prng: u64,
-    /// Written, and waiting for a sync that starts after this.
+    /// Requests that are written and wait for a sync that starts from now on.
     written: Vec<IoBuf>,
-    /// Covered by the sync that runs.
+    /// Requests that the running sync covers.
     covered: Vec<IoBuf>,
     syncing: bool,
 }
@@ -99,7 +99,7 @@ impl Turn {
         Ok(Turn { queue, depth, prng, written: Vec::new(), covered: Vec::new(), syncing: false })
     }
 
-    /// Requests per second.
+    /// Measures the requests per second.
     fn run(mut self, durable: bool) -> Result<f64, Box<dyn std::error::Error>> {
         let start = Instant::now();
         let mut finished = 0u64;

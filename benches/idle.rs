@@ -1,13 +1,13 @@
-//! What a daemon costs that has nothing to do, and how soon it serves the first request.
+//! Measures what an idle daemon costs, and how soon it serves the first request.
 //!
 //! `cargo bench --bench idle -- [--dir DIR] [--seconds S] [--starts N]`
 //!
 //! Method: the real program in its sandbox, with a control socket, serves a file in DIR (default: the system's temporary
-//! directory). *first request*: from the moment before exec until a read was answered to a front-end that waits for the
-//! socket without sleeping (N starts, default 20; beside `qemu-storage-daemon` with an iothread, in turn). The rest is
-//! looked at in /proc: without a front-end, with one that uses one ring, and after a load on it. Processor time is the
-//! scheduler's own count over S seconds (default 10). Resident memory is shown with its two parts: memory of its own,
-//! and pages of the program's and the libraries' files, which all daemons of a host share.
+//! directory). *first request* is the time from the moment before exec until a read is completed for a front-end that waits
+//! for the socket without sleeping (N starts, default 20; in turn with `qemu-storage-daemon` with an iothread). The other
+//! figures are read from /proc: without a front-end, with one that uses one ring, and after a load on that ring. Processor
+//! time is the scheduler's own count over S seconds (default 10). Resident memory is shown in two parts: the daemon's own
+//! memory, and pages of the program's and the libraries' files, which all daemons of a host share.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -63,7 +63,7 @@ struct Killed(Child);
 
 impl Drop for Killed {
     fn drop(&mut self) {
-        // Gone already is fine.
+        // This fails if the process has ended already.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -104,9 +104,9 @@ fn first_request(image: &Path, dir: &Path, starts: usize) {
     }
 }
 
-/// From before exec to the answer of a read, in milliseconds.
+/// Starts the server and reads once. Returns the time from before exec to the completion of the read, in milliseconds.
 fn once(mut command: Command, socket: &Path) -> f64 {
-    // Left by the last, which was killed.
+    // The previous server was killed, so its socket is left.
     let _ = fs::remove_file(socket);
     let begun = Instant::now();
     let child = command.stdout(Stdio::null()).spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
@@ -131,7 +131,7 @@ fn look(image: &Path, mode: CacheMode, queues: usize, seconds: f64) {
     let name = |what: &str| format!("{mode}, {queues} queues configured, {what}");
     Idle::over(server.pid(), seconds).tell(&name("no front-end"));
     if queues > 1 {
-        // Configured is what a front-end may use; this one uses one.
+        // The front-end may use all configured queues, and this one uses one.
         let _driver = Driver::connect_soon(&server.socket(), 1, 128, 4096, ALL);
         return Idle::over(server.pid(), 0.0).tell(&name("one ring in use"));
     }
@@ -156,7 +156,7 @@ fn look(image: &Path, mode: CacheMode, queues: usize, seconds: f64) {
     Idle::over(server.pid(), seconds).tell(&name("after a load"));
 }
 
-/// A process as /proc shows it.
+/// The figures of a process in /proc.
 struct Idle {
     rss: u64,
     own: u64,
@@ -168,9 +168,9 @@ struct Idle {
 }
 
 impl Idle {
-    /// Looks at it for so long.
+    /// Measures the process over this time.
     fn over(pid: u32, seconds: f64) -> Idle {
-        // What was asked of it last is over.
+        // By then the process has finished its last request.
         std::thread::sleep(Duration::from_millis(200));
         let (begun, before) = (Instant::now(), run_seconds(pid));
         std::thread::sleep(Duration::from_secs_f64(seconds.max(0.1)));
@@ -199,7 +199,7 @@ impl Idle {
     }
 }
 
-/// Processor time of all its threads, by the scheduler's count.
+/// The processor time of all threads of a process, by the scheduler's count.
 fn run_seconds(pid: u32) -> f64 {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("a running server");
     let nanoseconds = threads.map(|thread| {

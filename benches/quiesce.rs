@@ -1,12 +1,13 @@
-//! How long a quiesce takes under full load: from the command to the answer that the disk is held.
+//! Measures how long a quiesce takes under full load: from the command to the reply that the disk is held.
 //!
 //! `cargo bench --bench quiesce -- [--dir DIR] [--rounds N] [--size MiB] [--only MODE]`
 //!
 //! Method: the real program in its sandbox serves an image in DIR (default: the system's temporary directory). A
-//! front-end keeps four queues at depth 32 full of random 4 KiB requests, half of them writes, and notes when each was
-//! asked and answered. Meanwhile somebody asks for a quiesce, lets the disk go, and asks again after a pause of varying
-//! length. Each is compared with what it had to wait for: the slowest write that was in flight at the command, start to
-//! end, and one sync, as the answer has it (`sync-us`). The goal is that it takes no more than both and 1 ms.
+//! front-end keeps four queues at depth 32 full of random 4 KiB requests, half of them writes, and records when each was
+//! submitted and completed. Meanwhile a client quiesces the disk, resumes it, and repeats that after a pause of varying
+//! length. The time of each quiesce is compared with what it had to wait for: the slowest write that was in flight at the
+//! command, from start to end, and one sync, whose time is in the reply (`sync-us`). The goal is at most 1 ms more than
+//! both.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,7 +27,8 @@ const DEPTH: usize = 32;
 const BLOCK: usize = 4096;
 const MIB: u64 = 1 << 20;
 const GOAL: Duration = Duration::from_millis(1);
-/// In which the front-end hears of the last answer, and longer than the pauses between two looks of its.
+/// The wait until the front-end has recorded the last completion. It is longer than the time between two polls of the
+/// front-end.
 const AFTERWARDS: Duration = Duration::from_millis(3);
 
 struct Options {
@@ -36,7 +38,7 @@ struct Options {
     only: String,
 }
 
-/// A write: when it was asked, and answered.
+/// A write: when it was submitted, and when it was completed.
 type Written = (Instant, Instant);
 
 /// One quiesce.
@@ -49,7 +51,7 @@ struct Held {
 }
 
 impl Held {
-    /// What nothing that had to be waited for explains.
+    /// The part of the time that neither the writes in flight nor the sync explain.
     fn beyond(&self) -> Duration {
         self.took.saturating_sub(self.in_flight + self.sync)
     }
@@ -144,7 +146,7 @@ fn tell(mode: CacheMode, found: &[Held]) {
     bars(found.iter().map(|held| held.took));
 }
 
-/// A line for each doubling of the time.
+/// Prints a line for each doubling of the time.
 fn bars(times: impl Iterator<Item = Duration>) {
     let mut counts: Vec<usize> = Vec::new();
     for time in times {
@@ -162,7 +164,7 @@ fn bars(times: impl Iterator<Item = Duration>) {
     }
 }
 
-/// The front-end, in a thread of its own until dropped.
+/// The front-end, which runs in a thread of its own until this is dropped.
 struct Load {
     written: Arc<Mutex<Vec<Written>>>,
     stop: Arc<AtomicBool>,
@@ -182,8 +184,8 @@ impl Load {
         self.written.lock().expect("the load runs").clear();
     }
 
-    /// Of the writes that were asked before and answered after: how long the slowest took. While the disk is held no
-    /// other is answered.
+    /// The time of the slowest write that was submitted before this moment and completed after it. While the disk is held,
+    /// no other write is completed.
     fn slowest_in_flight(&self, command: Instant) -> Duration {
         let written = self.written.lock().expect("the load runs");
         let over = written.iter().filter(|(asked, answered)| *asked < command && *answered > command);
@@ -236,7 +238,7 @@ fn keep_full(guest: &mut Driver, size: u64, written: &Mutex<Vec<Written>>, ended
             }
         }
         if !any {
-            // Neither a core that the server could use, nor a sleep that the end of a hold would have to end.
+            // The front-end must neither use a core that the server needs, nor sleep until the end of a hold wakes it.
             std::thread::sleep(Duration::from_micros(50));
         }
     }

@@ -1,10 +1,10 @@
-//! What `--stable-writes` costs: writes of 4 KiB to 1 MiB with `off`, `detect` and `copy`.
+//! Measures the cost of `--stable-writes`: writes of 4 KiB to 1 MiB with `off`, `detect` and `copy`.
 //!
-//! `cargo bench --bench stable_writes [-- DIR]`. The image lies in DIR (default: the system's temporary directory) and
-//! is written with O_DIRECT at depth 8, from 64 MiB of buffers in turn, so that a buffer is not in the processor's
-//! caches from its last use. The same over an image that stores nothing shows the layer alone. Method: the three ways in
-//! turn (A B C A B C ...), medians over the rounds. Printed: MiB a second with `off`, and of the others relative to that
-//! (medians of the ratios round by round); and microseconds of the ring's thread a write.
+//! `cargo bench --bench stable_writes [-- DIR]`. The image is in DIR (default: the system's temporary directory). It is
+//! written with O_DIRECT at depth 8, from 64 MiB of buffers in turn, so that a buffer is not in the processor's caches from
+//! its last use. The same writes to an image that stores nothing measure the layer alone. The three modes are measured in
+//! turn (A B C A B C ...). The output has MiB per second with `off`, and the ratios of the others to it (medians of the
+//! ratios of each round); and the processor time of the ring's thread for each write, in microseconds.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ const ROUNDS: usize = 7;
 const RUN: Duration = Duration::from_millis(300);
 const WAYS: [StableWrites; 3] = [StableWrites::Off, StableWrites::Detect, StableWrites::Copy];
 
-/// Of one run: MiB a second, and microseconds of processor time a write.
+/// The result of one run: MiB per second, and microseconds of processor time for each write.
 #[derive(Clone, Copy)]
 struct Figures {
     rate: f64,
@@ -65,7 +65,7 @@ fn disk(path: Option<&Path>, how: StableWrites) -> StableBackend {
 fn compare(name: &str, path: Option<&Path>, size: usize) {
     let mut rounds: Vec<[Figures; 3]> = Vec::new();
     for _ in 0..ROUNDS {
-        // Opened anew each time: an image can be opened by one at a time.
+        // The image is opened for each run, because only one back-end at a time can have it open.
         rounds.push(WAYS.map(|how| run(&disk(path, how), size)));
     }
     let median = |pick: &dyn Fn(&[Figures; 3]) -> f64| {
@@ -76,7 +76,7 @@ fn compare(name: &str, path: Option<&Path>, size: usize) {
     let rate = |way: usize| median(&|round| round[way].rate / round[0].rate);
     let [off, detect, copy] = [0, 1, 2].map(|way| median(&|round| round[way].cpu));
     let size = format!("{} KiB", size >> 10);
-    // Nothing is stored: the rate would be that of the layer alone.
+    // This image stores nothing, so its rate would be that of the layer alone.
     let rates = match path {
         Some(_) => format!("{:>10.0}  x {:.2}  x {:.2}", median(&|round| round[0].rate), rate(1), rate(2)),
         None => " ".repeat(26),
@@ -115,7 +115,7 @@ fn run(disk: &dyn Backend, size: usize) -> Figures {
             bufs.extend(done.buf);
         }
         if !warm && begun.0.elapsed() > RUN / 6 {
-            // The pool has its memory now, which it keeps.
+            // By now the pool has allocated its memory.
             (warm, begun, count) = (true, (Instant::now(), processor_time()), 0);
         } else if warm && begun.0.elapsed() > RUN {
             break;
@@ -128,7 +128,7 @@ fn run(disk: &dyn Backend, size: usize) -> Figures {
     }
 }
 
-/// Time that this thread has run, in the kernel and outside.
+/// The processor time of this thread, user and system.
 fn processor_time() -> Duration {
     let text = fs::read_to_string("/proc/thread-self/schedstat").expect("a kernel with schedstats");
     let nanoseconds = text.split_whitespace().next().and_then(|first| first.parse().ok()).expect("a number");

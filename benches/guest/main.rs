@@ -1,4 +1,5 @@
-//! fio in a Linux guest: the five cache modes, beside QEMU's own virtio-blk and qemu-storage-daemon with the same modes.
+//! Runs fio in a Linux guest: the five cache modes, compared with QEMU's own virtio-blk and with qemu-storage-daemon in the
+//! same modes.
 //!
 //! `cargo bench --bench guest -- [--dir DIR] [--rounds N] [--seconds S] [--out DIR]`; `make bench-guest` first installs
 //! what it needs.
@@ -24,10 +25,10 @@ use virtioblkd::engine::{CacheMode, CachePolicy};
 const IMAGE: usize = 128 << 20;
 /// The PCI slot of the first disk; the others follow.
 const FIRST_SLOT: usize = 8;
-/// With more of its processors' time than this in use before the start, the host is not idle.
+/// If more of the processors' time than this is in use before the start, the host is not idle.
 const BUSY: f64 = 0.05;
 
-/// fio's words for each case, and ours.
+/// fio's options for each case, and the case's name.
 const CASES: [(&str, &str, &str); 6] = [
     ("rr1", "4 KiB random read, depth 1", "rw=randread bs=4k iodepth=1"),
     ("rw1", "4 KiB random write, depth 1", "rw=randwrite bs=4k iodepth=1"),
@@ -37,7 +38,7 @@ const CASES: [(&str, &str, &str); 6] = [
     ("sr8", "128 KiB sequential read, depth 8", "rw=read bs=128k iodepth=8"),
 ];
 
-/// Who serves a disk.
+/// The server of a disk.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Served {
     Virtioblkd,
@@ -55,7 +56,7 @@ struct Options {
     out: PathBuf,
 }
 
-/// Of one run of one case on one disk.
+/// The result of one run of one case on one disk.
 #[derive(Clone, Copy)]
 struct Figures {
     per_second: f64,
@@ -131,8 +132,8 @@ fn boot(dir: &Path, options: &Options) -> (Vm, Vec<Server>) {
             }
             Served::Qsd => {
                 servers.push(Server::start_as(|socket, _| qsd(socket, &image, mode)));
-                // It tells the guest that its cache writes through, which makes the guest stop flushing; only in the modes
-                // that do write through is that true.
+                // With config-wce, qemu-storage-daemon shows the guest a write-through cache, and the guest stops flushing.
+                // That is right only in the modes that write through, so the option is disabled in the others.
                 let told = if CachePolicy::from(mode).guest_sees_write_cache() { ",config-wce=off" } else { "" };
                 qemu.vhost_user_disk(&servers[servers.len() - 1].socket(), &(address + told))
             }
@@ -177,10 +178,10 @@ fn qsd(socket: &Path, image: &Path, mode: CacheMode) -> Command {
     command
 }
 
-/// What the guest does: names its disks by their slots, checks them, measures.
+/// The guest's script: it names the disks by their slots, checks them, and measures.
 fn job(options: &Options) -> String {
     let disks = disks().count();
-    // fio's default clock is the processor's counter; with it a run under TCG did not end.
+    // fio's default clock is the processor's counter, with which a run under TCG did not end.
     let jobs = |words: &str| {
         let mut text =
             format!("[global]\nioengine=libaio\ndirect=1\nclocksource=clock_gettime\n{}\n", words.replace(' ', "\n"));
@@ -209,7 +210,7 @@ fn job(options: &Options) -> String {
     );
     for _ in 0..options.rounds {
         for (case, _, _) in CASES {
-            // A line a disk; see "terse output" in fio(1).
+            // fio prints a line for each disk; see "terse output" in fio(1).
             writeln!(job, "fio --eta=never --output-format=terse --terse-version=3 /tmp/{case}\necho done {case}")
                 .expect("a string");
         }
@@ -217,14 +218,14 @@ fn job(options: &Options) -> String {
     job
 }
 
-/// A line of fio's terse output, version 3: the job's name is the disk's number.
+/// Parses a line of fio's terse output, version 3. The job's name is the disk's number.
 fn figures(line: &str) -> Option<(usize, Figures)> {
     let fields: Vec<&str> = line.split(';').collect();
     if fields.len() < 87 || fields[0] != "3" {
         return None;
     }
     assert_eq!(fields[4], "0", "fio had an error: {line}");
-    // Reads, then writes: 41 fields each, the rate is the third.
+    // Reads and then writes have 41 fields each, the third of which is the rate.
     let (reads, writes) = (&fields[5..46], &fields[46..87]);
     let number = |text: &str| text.parse::<f64>().unwrap_or_else(|_| panic!("'{text}' is no number: {line}"));
     let side = if number(reads[2]) > 0.0 { reads } else { writes };
@@ -261,7 +262,7 @@ fn processors_used() -> f64 {
         let text = fs::read_to_string("/proc/stat").expect("/proc is mounted");
         let fields = text.lines().next().expect("a line of all processors").split_whitespace().skip(1);
         let times: Vec<f64> = fields.map(|field| field.parse().expect("a number")).collect();
-        // Idle, and waiting for I/O.
+        // These are the times of the idle task and of waits for I/O.
         (times.iter().sum::<f64>(), times[3] + times[4])
     };
     let before = look();

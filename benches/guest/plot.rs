@@ -1,4 +1,4 @@
-//! Bars in SVG: a panel a case, a group a mode, a bar a server.
+//! Draws bars in SVG: a panel for each case, a group for each mode, a bar for each server.
 
 use std::fmt::Write;
 
@@ -9,7 +9,7 @@ pub struct Panel {
 
 pub struct Group {
     pub name: &'static str,
-    /// A bar each, in the order of the legend.
+    /// The values of the bars, in the order of the legend.
     pub values: Vec<f64>,
 }
 
@@ -18,10 +18,10 @@ const PANEL: usize = 190;
 const BARS: usize = 120;
 const LEFT: usize = 20;
 const HEAD: usize = 40;
-/// Told apart by people who do not see colours as most do, and in grey (Okabe and Ito).
+/// Colours that colour-blind people can distinguish, and that differ in greyscale (Okabe and Ito).
 const COLOURS: [&str; 3] = ["#0072b2", "#e69f00", "#999999"];
 
-/// The whole drawing. Each panel has a scale of its own; every bar has its number.
+/// Draws all panels. Each panel has a scale of its own, and each bar shows its number.
 pub fn draw(panels: &[Panel], legend: &[&str]) -> String {
     let height = HEAD + panels.len() * PANEL;
     let mut svg = format!(
@@ -68,7 +68,7 @@ fn text(svg: &mut String, x: f64, y: f64, anchor: &str, words: &str) {
     writeln!(svg, "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{words}</text>").expect("a string");
 }
 
-/// 950, 12.3k.
+/// Formats a number: 950, 12.3k.
 fn short(value: f64) -> String {
     if value < 1000.0 { format!("{value:.0}") } else { format!("{:.1}k", value / 1000.0) }
 }

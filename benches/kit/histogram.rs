@@ -1,11 +1,12 @@
-//! Times of many requests in little memory.
+//! Records the times of many requests in little memory.
 
 use std::time::Duration;
 
-/// Half as many buckets for each power of two: a time is known to within 3%.
+/// Each power of two has half as many buckets as this, so a time is known to within 3 %.
 const FINE: u64 = 64;
 
-/// How many requests took how long. Buckets as in HdrHistogram: even within a power of two, doubling with the next.
+/// The number of requests for each range of times. As in HdrHistogram, buckets have equal widths within a power of two, and
+/// the width doubles with the next power.
 #[derive(Clone, Default)]
 pub struct Histogram {
     counts: Vec<u64>,
@@ -37,7 +38,7 @@ impl Histogram {
 
 fn bucket(nanoseconds: u64) -> usize {
     let doublings = u64::from((nanoseconds / FINE).checked_ilog2().map_or(0, |log| log + 1));
-    // Below `FINE` a bucket is a nanosecond; above, the upper half of each power of two has its own buckets.
+    // Below `FINE` a bucket is one nanosecond wide. Above, each power of two has `FINE / 2` buckets.
     (if doublings == 0 { nanoseconds } else { FINE / 2 * doublings + (nanoseconds >> doublings) }) as usize
 }
 

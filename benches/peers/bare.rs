@@ -1,4 +1,4 @@
-//! The same requests made of the kernel directly, without a server: by one system call each, and by a plain io_uring.
+//! Makes the same requests to the kernel directly, without a server: with one system call each, and with a plain io_uring.
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -19,7 +19,7 @@ pub enum Way {
     Uring,
 }
 
-/// Aligned memory for every slot. Leaked: some of it may be in flight at the end, and the process ends soon.
+/// Aligned memory for every slot. It is leaked, because requests may be in flight at the end, and the process ends soon.
 struct Buffers {
     start: *mut u8,
     block: usize,
@@ -35,7 +35,7 @@ impl Buffers {
     }
 
     fn of(&self, slot: usize) -> *mut u8 {
-        // SAFETY: slots are below the depth that the memory was made for.
+        // SAFETY: slots are below the depth for which the memory was allocated.
         unsafe { self.start.add(slot * self.block) }
     }
 }
@@ -69,7 +69,7 @@ fn by_calls(file: &File, case: &Case, mut blocks: Blocks, buffers: &Buffers, len
     while now - start < length {
         let offset = (blocks.next() * case.block as u64) as libc::off_t;
         let at = buffers.of(0);
-        // SAFETY: the memory is of this length and outlives the process's work.
+        // SAFETY: the memory has this length and is never freed.
         let moved = unsafe {
             if writes(case) {
                 libc::pwrite(file.as_raw_fd(), at.cast(), case.block, offset)
@@ -130,12 +130,12 @@ fn by_uring(file: &File, case: &Case, mut blocks: Blocks, buffers: &Buffers, len
             ask(&mut ring, slot, flush);
         }
     }
-    // What is in flight ends before the file is closed and the memory is looked at again.
+    // The requests in flight end before the file is closed.
     ring.submit_and_wait(case.depth).expect("completions");
     (done, times)
 }
 
-/// Processor time of this process, the kernel's workers of its rings included.
+/// The processor time of this process, including the kernel's workers of its io_urings.
 fn cpu_seconds() -> f64 {
     let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF).expect("our own usage");
     let seconds = |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;

@@ -1,4 +1,4 @@
-//! What is asked of the servers.
+//! The requests that the servers get.
 
 /// A pattern of requests.
 #[derive(Clone, Copy, PartialEq)]
@@ -6,19 +6,19 @@ pub enum Pattern {
     RandomRead,
     RandomWrite,
     SequentialRead,
-    /// Each request is a random write and, when that is answered, a flush.
+    /// Each request is a random write, followed by a flush when the write is completed.
     WriteFlush,
 }
 
 pub struct Case {
     /// `hot` or `direct`, pattern and block size, queue depth.
     pub name: &'static str,
-    /// O_DIRECT, or the host's page cache.
+    /// The image is opened with O_DIRECT, not through the host's page cache.
     pub direct: bool,
     pub pattern: Pattern,
     pub block: usize,
     pub queues: usize,
-    /// Of each queue.
+    /// The depth of each queue.
     pub depth: usize,
 }
 
@@ -54,7 +54,7 @@ pub const CASES: [Case; 21] = [
     Case::new("direct wf4k q16", true, WriteFlush, (4096, 1, 16)),
 ];
 
-/// Which block comes next. Everybody is asked for the same ones.
+/// Chooses the next block. Every server gets the same sequence.
 pub struct Blocks {
     sequential: bool,
     random: u64,

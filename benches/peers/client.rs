@@ -1,4 +1,4 @@
-//! The front-end: keeps every queue full and counts the answers.
+//! The front-end: keeps every queue full and counts the completed requests.
 
 use std::time::{Duration, Instant};
 
@@ -36,19 +36,19 @@ impl Client {
     }
 }
 
-/// What one measurement found.
+/// The result of one measurement.
 pub struct Figures {
     pub per_second: f64,
-    /// Of the server, user and system, microseconds a request.
+    /// The server's processor time (user and system) for each request, in microseconds.
     pub cpu_us: f64,
-    /// From a request to its answer (write + flush: to the flush's), microseconds: the median, and what one in a hundred
-    /// exceeded.
+    /// The time from a request to its completion (write + flush: to the completion of the flush), in microseconds: the median,
+    /// and the time that one request in a hundred exceeds.
     pub latency_us: f64,
     pub p99_us: f64,
 }
 
 impl Figures {
-    /// Of `cpu_seconds` of the server and the times of all requests that were answered in `seconds`.
+    /// Computes the result from the server's `cpu_seconds` and the times of all requests that were completed in `seconds`.
     pub fn new(seconds: f64, cpu_seconds: f64, answered: u64, times: &Histogram) -> Figures {
         Figures {
             per_second: answered as f64 / seconds,
@@ -63,9 +63,9 @@ struct Load<'a> {
     driver: Driver,
     blocks: Blocks,
     case: &'a Case,
-    /// By slot: the write was answered, and its flush is under way.
+    /// For each slot: the write is completed, and its flush is in flight.
     flushing: Vec<bool>,
-    /// By slot: when it was asked for.
+    /// For each slot: when its request was submitted.
     asked: Vec<Instant>,
     answered: u64,
     times: Histogram,
@@ -112,11 +112,11 @@ impl Load<'_> {
         }
     }
 
-    /// Takes answers and asks anew.
+    /// Takes completions and submits new requests.
     fn turn(&mut self, client: Client) {
         let mut any = false;
         for queue in 0..self.case.queues {
-            // Only the last queue may sleep, and only if no other had anything.
+            // Only the wait on the last queue may sleep, and only if no other queue had a completion.
             let sleep = client != Client::Poll && !any && queue + 1 == self.case.queues;
             let done = if !sleep {
                 self.driver.completed(queue)
@@ -127,7 +127,7 @@ impl Load<'_> {
                 self.driver.completed(queue)
             };
             any |= !done.is_empty();
-            // One look at the clock a batch: it ends what was answered and begins what is asked next.
+            // The clock is read once for each batch: it is the end of the completed requests and the start of the next.
             let now = Instant::now();
             for &(slot, result) in &done {
                 assert_eq!(result, 0, "an I/O error");
@@ -151,8 +151,8 @@ impl Load<'_> {
     }
 }
 
-/// The server stores and returns what it is given. Flushes, as every guest does before long: a cache that writes through
-/// until then is not what is to be measured.
+/// Checks that the server stores and returns data. This sends a flush, as every guest soon does: some caches write through
+/// until the first flush, and that is not to be measured.
 fn check(driver: &mut Driver) {
     let pattern: Vec<u8> = (0..4096).map(|at| (at * 7 + 3) as u8).collect();
     driver.fill(0, &pattern);
@@ -162,7 +162,7 @@ fn check(driver: &mut Driver) {
     assert_eq!(driver.one(0, |driver, id| driver.flush(0, id)), 0);
 }
 
-/// Puts the client's thread and every thread of the server where the measurement wants them.
+/// Pins the client's thread and every thread of the server to the CPUs of the measurement.
 fn place(client: Client, server: u32) {
     let on = |cpus: &[usize]| {
         let mut set = CpuSet::new();
@@ -179,7 +179,7 @@ fn place(client: Client, server: u32) {
     for thread in std::fs::read_dir(format!("/proc/{server}/task")).expect("a running server") {
         let id = thread.ok().and_then(|entry| entry.file_name().to_str()?.parse().ok());
         let id = id.and_then(rustix::process::Pid::from_raw);
-        // A thread that ended meanwhile needs no place.
+        // This fails for a thread that has ended meanwhile.
         let _ = sched_setaffinity(id, &theirs);
     }
 }

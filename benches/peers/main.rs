@@ -1,23 +1,24 @@
-//! Requests per second beside other vhost-user-blk servers, on the same file, in one run.
+//! Compares the requests per second with those of other vhost-user-blk servers, on the same file, in one run.
 //!
 //! `cargo bench --bench peers -- [--dir DIR] [--seconds S] [--rounds N] [--size MiB] [--only TEXT]
 //!     [--client same|poll|free] [--ours OPTIONS] [--peer 'NAME=COMMAND LINE']...`
 //!
-//! Method: all servers are given the same raw file, one after the other, in turn (A B C A B C ...), with virtio-driver
-//! as the front-end. Before each measurement the server stores and returns a pattern. Printed: our requests per second
-//! (median over the rounds), and for each peer the median of the ratios round by round, with the smallest and the
-//! largest; in brackets the processor time of the server (user and system) a request; and the latency, the median of a
-//! request's time and what one in a hundred exceeds (medians over the rounds). Only ratios mean anything, and latencies
-//! beside each other. The queue is kept full, so at depth a latency is mostly the wait for those before.
+//! Method: all servers serve the same raw file in turn (A B C A B C ...), with virtio-driver as the front-end. Before each
+//! measurement the server stores and returns a pattern. The output has virtioblkd's requests per second (median over the
+//! rounds), and for each peer the median of the ratios of each round, with the smallest and the largest; in brackets the
+//! server's processor time (user and system) for each request; and the latency: the median of a request's time, and the time
+//! that one in a hundred exceeds (medians over the rounds). Only ratios are meaningful, and latencies only in comparison.
+//! The queue is always full, so at a depth above 1 a latency is mostly the wait for earlier requests.
 //!
-//! The client: `same` shares one CPU with the server and sleeps on its call eventfd (the length of the software path);
-//! `poll` polls its rings on a CPU of its own; `free` sleeps and is put where the scheduler likes.
+//! The client has three modes: with `same` it shares one CPU with the server and sleeps on its call eventfd (this measures
+//! the length of the software path); with `poll` it polls its rings on a CPU of its own; with `free` it sleeps, and the
+//! scheduler chooses its CPU.
 //!
-//! `--ours '--poll-max-ns 32768'` lets our rings look for work before they sleep. Both servers then do: it is what
-//! qemu-storage-daemon's iothread does unless told otherwise, and is told nothing else here.
+//! With `--ours '--poll-max-ns 32768'` virtioblkd's rings poll before they sleep, as the iothread of qemu-storage-daemon does
+//! by default.
 //!
-//! A peer's command line may hold `{socket}`, `{image}` and `{direct}` (`on` or `off`). The bare kernel takes part as
-//! two more peers: `call`, one system call a request, and `uring`, a plain io_uring; neither has a virtqueue.
+//! A peer's command line may contain `{socket}`, `{image}` and `{direct}` (`on` or `off`). The bare kernel takes part as two
+//! more peers: `call` makes one system call for each request, and `uring` uses a plain io_uring; neither has a virtqueue.
 
 mod bare;
 mod case;
@@ -42,12 +43,12 @@ struct Options {
     size: u64,
     only: String,
     client: Client,
-    /// More options of ours.
+    /// Additional options of virtioblkd.
     ours: String,
     peers: Vec<(String, String)>,
 }
 
-/// Who is measured.
+/// The servers that are measured.
 enum Runner {
     Server(Server),
     Bare(bare::Way),
@@ -107,7 +108,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Options {
     options
 }
 
-/// A file with every block written: no measurement of holes.
+/// Creates a file whose blocks are all written, so that no hole is measured.
 fn prepare(image: &Path, size: u64) {
     use std::io::Write;
     let mut file = std::fs::File::create(image).expect("the image");
@@ -126,7 +127,7 @@ fn compare(options: &Options, image: &Path, case: &Case) {
     for (name, command) in &options.peers {
         runners.push((name.clone(), Runner::Server(Server::Other(command.clone()))));
     }
-    // What one thread of the kernel's can do says nothing about four queues.
+    // The bare kernel uses one thread, which is not comparable with four queues.
     if case.queues == 1 {
         runners.push(("call".into(), Runner::Bare(bare::Way::Call)));
         runners.push(("uring".into(), Runner::Bare(bare::Way::Uring)));

@@ -1,4 +1,4 @@
-//! Starting the servers, and what they cost.
+//! Starts the servers, and measures their processor time.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -6,11 +6,11 @@ use std::process::{Child, Command, Stdio};
 use super::case::Case;
 
 pub enum Server {
-    /// Ours, with more options.
+    /// virtioblkd with these additional options.
     Virtioblkd(String),
     /// qemu-storage-daemon with this `aio=`, and an iothread.
     Qsd(&'static str),
-    /// A command line with `{socket}`, `{image}` and `{direct}`.
+    /// Another server: its command line with `{socket}`, `{image}` and `{direct}`.
     Other(String),
 }
 
@@ -22,7 +22,7 @@ pub struct Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Gone already is fine.
+        // This fails if the process has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
         let _ = std::fs::remove_file(&self.socket);
@@ -34,7 +34,7 @@ impl Running {
         self.child.id()
     }
 
-    /// Processor time that all its threads used so far, in seconds. The scheduler's own count, to the nanosecond.
+    /// The processor time that all threads of the server have used so far, in seconds, by the scheduler's count.
     pub fn cpu_seconds(&self) -> f64 {
         let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("a running server");
         let nanoseconds = |thread: std::io::Result<std::fs::DirEntry>| {
@@ -57,7 +57,7 @@ pub fn require_qsd() {
 
 pub fn start(server: &Server, image: &Path, case: &Case, dir: &Path) -> Running {
     let socket = dir.join(format!("virtioblkd-bench-{}.sock", std::process::id()));
-    // Left over from a run that was killed.
+    // A killed run may have left the socket.
     let _ = std::fs::remove_file(&socket);
     let direct = if case.direct { "on" } else { "off" };
     let mut command = match server {

@@ -1,16 +1,16 @@
-//! 4 KiB random reads and writes of a Ceph RBD image, beside fio's rbd engine and qemu-storage-daemon's export of the
-//! same image, in one run.
+//! Compares 4 KiB random reads and writes of a Ceph RBD image with fio's rbd engine and with qemu-storage-daemon's export of
+//! the same image, in one run.
 //!
 //! `cargo bench --bench rbd -- [--seconds S] [--rounds N] [--size MiB] [--only TEXT] [--ours OPTIONS]`
 //!
-//! Method: a cluster of its own (`scripts/ceph-cluster`: one OSD in memory on the loopback), no librbd cache. The three
-//! are measured in turn (A B C A B C ...), the two servers with virtio-driver as the front-end; fio has none, so it is
-//! librbd alone. Printed: our requests per second (median over the rounds) with the processor time of the server a
-//! request, and for each peer the median of the ratios round by round, with the smallest and the largest. Only the
-//! ratios mean anything.
+//! Method: the benchmark starts a cluster (`scripts/ceph-cluster`: one OSD in memory on the loopback) and disables librbd's
+//! cache. The three are measured in turn (A B C A B C ...), the two servers with virtio-driver as the front-end; fio needs
+//! none, so it measures librbd alone. The output has virtioblkd's requests per second (median over the rounds) with the
+//! server's processor time for each request, and for each peer the median of the ratios of each round, with the smallest and
+//! the largest. Only the ratios are meaningful.
 //!
-//! Then `--cache unsafe` beside `--cache writeback`, ours both, in the same way: it promises less, so it must not be
-//! slower.
+//! Then virtioblkd with `--cache unsafe` is compared with `--cache writeback` in the same way: it promises less, so it must
+//! not be slower.
 
 #[allow(dead_code)]
 #[path = "../peers/case.rs"]
@@ -51,7 +51,7 @@ const CASES: [Case; 6] = [
     case("randwrite q64", Pattern::RandomWrite, 64),
 ];
 
-/// Of `unsafe` beside `writeback`.
+/// The case that compares `unsafe` with `writeback`.
 const UNSAFE_CASES: [Case; 6] = [
     case("unsafe randread q16", Pattern::RandomRead, 16),
     case("unsafe randwrite q1", Pattern::RandomWrite, 1),
@@ -66,14 +66,14 @@ struct Options {
     rounds: usize,
     size: u64,
     only: String,
-    /// More options of ours.
+    /// Additional options of virtioblkd.
     ours: String,
 }
 
-/// The image under test and what is needed to reach it.
+/// The image under test, and its cluster.
 struct Rig<'a> {
     image: Image<'a>,
-    /// The cluster's, with librbd's cache off: fio has no option for that.
+    /// The cluster's configuration file with librbd's cache disabled, for which fio has no option.
     conf: PathBuf,
     dir: tempfile::TempDir,
 }
@@ -117,7 +117,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Options {
     options
 }
 
-/// Every block written: no measurement of objects that are not there.
+/// Writes every block, so that no missing object is measured.
 fn prepare<'a>(cluster: &'a Cluster, options: &Options) -> Rig<'a> {
     let dir = tempfile::tempdir().expect("a directory");
     let conf = dir.path().join("ceph.conf");
@@ -169,7 +169,7 @@ fn report(name: &str, ratios: Vec<f64>) {
     println!("    / {name:<22} x{:.2} ({low:.2} .. {high:.2})", median(ratios.into_iter()));
 }
 
-/// One measurement of the server that this command line starts.
+/// Measures the server that this command line starts.
 fn measure(rig: &Rig, options: &Options, case: &Case, line: String) -> Figures {
     let running = server::start(&Server::Other(line), Path::new(""), case, rig.dir.path());
     let figures = client::measure(&running, case, Client::Free, options.size, options.seconds);
@@ -177,12 +177,12 @@ fn measure(rig: &Rig, options: &Options, case: &Case, line: String) -> Figures {
     figures
 }
 
-/// Ends a server in order. One that is killed keeps its lock on the image for half a minute.
+/// Ends a server in order. The lock of a killed server on the image lasts for half a minute.
 fn end(running: Running) {
     let pid = Pid::from_raw(running.pid() as i32).expect("a process");
     kill_process(pid, Signal::TERM).expect("our own child");
     let stat = format!("/proc/{}/stat", running.pid());
-    // It stays there, as a zombie, until it is dropped.
+    // The process remains as a zombie until it is dropped.
     guest::wait_until("the server ends", || std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") Z ")));
 }
 
@@ -206,7 +206,7 @@ fn qemu_storage_daemon(rig: &Rig) -> String {
     )
 }
 
-/// Requests per second.
+/// The requests per second that fio reports.
 fn fio(rig: &Rig, case: &Case, seconds: f64) -> f64 {
     let (rw, group) = match case.pattern {
         Pattern::RandomRead => ("randread", "read"),
@@ -222,7 +222,7 @@ fn fio(rig: &Rig, case: &Case, seconds: f64) -> f64 {
         .expect("fio");
     assert!(output.status.success(), "fio: {}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8(output.stdout).expect("text");
-    // Ceph's libraries may say something first.
+    // Ceph's libraries may print something before fio's output.
     let json = &text[text.find('{').expect("JSON")..];
     let report: serde_json::Value = serde_json::from_str(json).expect("JSON");
     report["jobs"][0][group]["iops"].as_f64().expect("a number")
