@@ -149,7 +149,7 @@ fn lvm_takes_all_or_none() {
     // Not LVM's.
     place.program("bin/lvs", "exit 5");
     let refused = place.run("lvm-thin.sh", "nightly");
-    assert!(!refused.status.success() && said(&refused).contains("no volume of LVM's"), "{refused:?}");
+    assert!(!refused.status.success() && said(&refused).contains("not an LVM volume"), "{refused:?}");
     // No LVM.
     let empty = place.path("empty");
     let refused = place.run_with("lvm-thin.sh", "nightly", &empty.display().to_string(), &["/dev/vg/one"]);
