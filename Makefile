@@ -1,33 +1,34 @@
-# What people do with the sources. `make help` lists it.
+# Targets for building, testing, measuring and installing. `make help` lists them.
 
 PREFIX ?= /usr/local
 DESTDIR ?=
 CARGO ?= cargo
-# A guest test is a QEMU and a server; more at once than CPUs only wait for each other.
+# A guest test runs a QEMU and a server. Running more tests at once than there are CPUs would not be faster.
 TEST_THREADS ?= 2
 # Each folder of tests/ with a main.rs is a test program (tests/README.md). guest boots guests, ceph starts a Ceph cluster
 # and needs its headers; all others need nothing but Rust.
 TEST_PROGRAMS = $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs))
 UNIT_TESTS = $(filter-out guest ceph,$(TEST_PROGRAMS))
-# One failure must not hide the others.
+# After a failure the other test programs still run.
 cargo_test = $(CARGO) test --no-fail-fast
 
 # How long `make fuzz` searches each target.
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS = $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 
-# `make check-deep`. A sanitizer runs what boots no guest and needs no Ceph. Left out: the engine, which is pure; layering
-# and the shipped files, which run nothing; the intruder, which is a library in the daemon.
+# For `make check-deep`. The sanitizers run the tests that boot no guest and need no Ceph. Excluded are the engine, which is
+# pure; layering and shipped, which run no code of the daemon; and intruder, which preloads a library into the daemon.
 NOT_SANITIZED = layering shipped intruder
-# They start the real daemon. What looks for leaks at its end takes clone(2) and ptrace(2), which the sandbox stops, so
-# there nobody looks for them; and the first race ends it, which its test notices.
+# These start the real daemon. The leak check at its end needs clone(2) and ptrace(2), which the sandbox forbids, so it is
+# disabled for them. The first race ends the daemon, which makes its test fail.
 DAEMON_TESTS = daemon control_flood limits sandbox snapshot upgrade
 IN_PROCESS_TESTS = $(filter-out $(NOT_SANITIZED) $(DAEMON_TESTS),$(UNIT_TESTS))
-# The thread sanitizer carries an atomic operation out itself, with a lock of its own held. If the memory behind it has
-# vanished, our handler of SIGBUS runs then, and its own atomics wait for that lock for ever.
+# The thread sanitizer carries out an atomic operation itself, while it holds a lock of its own. If the memory was truncated,
+# the daemon's SIGBUS handler runs meanwhile, and the handler's atomics wait for that lock for ever.
 THREAD_HANGS = hostile_memory
-# A stable compiler has the sanitizers behind RUSTC_BOOTSTRAP. The thread sanitizer has std built anew: what std
-# synchronizes, and is not instrumented, would look like a race. $(1): which, $(2): suites, $(3): more arguments.
+# RUSTC_BOOTSTRAP enables the sanitizers of a stable compiler. For the thread sanitizer std is built again with
+# instrumentation: otherwise memory that std synchronizes would look like a race. $(1): the sanitizer, $(2): the test
+# programs, $(3): further arguments.
 SANITIZE_address = test
 SANITIZE_thread = test -Zbuild-std
 sanitized = RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=$(1) CARGO_TARGET_DIR=$(abspath $(deep))/$(1) CARGO_INCREMENTAL=0 \
@@ -64,7 +65,7 @@ check: toolchain deps check-lint check-unit check-vm check-rbd check-debian13-qu
 
 check-unit: check-tests check-examples check-models ## Unit and integration tests that boot no guest
 
-# Three targets, so that `make --keep-going` runs each.
+# These are three targets, so that `make --keep-going` runs all of them.
 check-tests: toolchain
 	$(cargo_test) --lib --bins $(UNIT_TESTS:%=--test %)
 
@@ -89,8 +90,8 @@ check-stable: toolchain deps ## Guests that change buffers in flight, over a rea
 check-libvirt: toolchain deps ## The shipped domain on a real libvirt; its saves and migrations, by hand and by the hook; minutes
 	VIRTIOBLKD_LIBVIRT=long $(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) libvirt:: libvirt_moves:: libvirt_hook::
 
-# What README says of a release is tried on it: with its QEMU, libvirt, Ceph and guest kernel, in a root that
-# scripts/debian-root makes under the build directory. On the release itself the other checks do that.
+# These test what README says of a Debian release, with its QEMU, libvirt, Ceph and guest kernel, in a root that
+# scripts/debian-root creates under the build directory. On the release itself the other checks do the same.
 IN_DEBIAN13 = scripts/debian-root trixie make
 IN_DEBIAN12 = scripts/debian-root bookworm make
 
@@ -107,7 +108,7 @@ check-debian13: toolchain ## The demo, all suites with guests, libvirt, agents a
 check-debian12: toolchain ## The same on Debian 12 with its own QEMU 7.2
 	$(IN_DEBIAN12) demo check-vm check-rbd
 
-# Inside such a root. The tests need the programs in their debug build, so the demo takes these.
+# Runs inside such a root. The tests need the debug build of the programs, so the demo uses it, too.
 check-quick: toolchain deps
 	$(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) firmware:: linux:: libvirt::
 
@@ -157,7 +158,7 @@ check-orders: toolchain ## The models of the hand-offs between threads, in ten t
 check-explore-long: toolchain ## The engine's explorer over longer scripts; minutes
 	VIRTIOBLKD_EXPLORE=long $(CARGO) test --release --lib engine::explore -- --nocapture
 
-# Their names of old.
+# The old names of these targets.
 power-long: check-power-long
 explore-long: check-explore-long
 
