@@ -12,9 +12,10 @@
 //! | [`engine`] | an [`Engine`](engine::Engine) is the policy of one ring; [`CacheMode`](engine::CacheMode) |
 //! | [`disk`] | [`Disk`](disk::Disk): the status and the hold of a served disk; [`Events`](disk::Events): what happens to it |
 //!
-//! Implement `Backend` and `IoQueue` to serve storage of your own: [`backend::null`] is the shortest example, and
-//! `tests/backend_contract` checks an implementation. [`backend`] has back-ends for files and block devices, RBD images
-//! and RAM.
+//! To serve storage of your own, implement the five methods of `Backend` that have no default, and `IoQueue`:
+//! [`backend::null`] is the shortest example. What only some images can do (a lock, an upgrade in place, a store of their
+//! own) is in [`backend::capabilities`]. `kit::backend_contract!` in `tests/kit` checks an implementation. [`backend`] has
+//! back-ends for files and block devices, RBD images and RAM.
 //!
 //! This example is a server for a RAM disk of 16 MiB. A front-end, such as QEMU, connects to the socket and reads the
 //! disk's size:

@@ -136,10 +136,10 @@ impl FormatCheck {
     }
 
     fn look(&self, image: &dyn Backend) {
-        match image.ends() {
+        match image.info().ends() {
             Ok(ends) => {
                 if let Some(format) = recognize(&ends) {
-                    let is_rbd = image.image_status().rbd.is_some();
+                    let is_rbd = image.info().image_status().rbd.is_some();
                     log::warn!("{}: {}", image.describe(), warning(format, is_rbd));
                     // The only one who sets it.
                     let _ = self.found.set(format);

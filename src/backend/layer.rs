@@ -5,14 +5,13 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use super::{
-    Backend, BlockingCall, BufferUse, Caller, Completion, Errno, Geometry, ImageEnds, IoQueue, Notices, Op, OpId,
-    Source, Wakeups,
+    Backend, BlockingCall, BufferUse, Caller, Completion, Errno, Geometry, ImageClaim, ImageEnds, ImageInfo,
+    ImageStore, ImageUpgrade, IoQueue, Op, OpId, Source, Wakeups,
 };
-use crate::disk::{ImageSnapshots, ImageStatus};
+use crate::disk::ImageStatus;
 
 /// The part of a [`Backend`] that a layer may change. A type that implements `Layer` is a [`Backend`].
 pub trait Layer: Send + Sync {
@@ -22,19 +21,9 @@ pub trait Layer: Send + Sync {
     /// [`Backend::open_queue`].
     fn open_layer(&self, depth: usize) -> io::Result<Box<dyn IoQueue>>;
 
-    /// [`Backend::activate`].
-    fn activate_layer(&self) -> io::Result<()> {
-        self.image().activate()
-    }
-
-    /// [`Backend::activate_for_hold`].
-    fn activate_layer_for_hold(&self) -> io::Result<bool> {
-        self.image().activate_for_hold()
-    }
-
-    /// [`Backend::deactivate`].
-    fn deactivate_layer(&self) {
-        self.image().deactivate();
+    /// [`Backend::claim`].
+    fn layer_claim(&self) -> &dyn ImageClaim {
+        self.image().claim()
     }
 
     /// [`Backend::describe`], given the description of the back-end below.
@@ -42,12 +31,12 @@ pub trait Layer: Send + Sync {
         image
     }
 
-    /// [`Backend::buffer_use`], given that of the back-end below.
+    /// [`ImageInfo::buffer_use`], given that of the back-end below.
     fn layer_buffer_use(&self, image: BufferUse) -> BufferUse {
         image
     }
 
-    /// [`Backend::image_status`], given that of the back-end below.
+    /// [`ImageInfo::image_status`], given that of the back-end below.
     fn layer_status(&self, image: ImageStatus) -> ImageStatus {
         image
     }
@@ -66,80 +55,54 @@ impl<L: Layer> Backend for L {
         self.image().sync()
     }
 
-    fn describe(&self) -> String {
-        self.layer_description(self.image().describe())
+    fn sync_failed(&self) -> Option<Errno> {
+        self.image().sync_failed()
     }
 
-    fn path(&self) -> Option<&Path> {
-        self.image().path()
+    fn describe(&self) -> String {
+        self.layer_description(self.image().describe())
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         self.image().next_data(offset)
     }
 
-    fn ends(&self) -> io::Result<ImageEnds> {
-        self.image().ends()
-    }
-
-    fn buffer_use(&self) -> BufferUse {
-        self.layer_buffer_use(self.image().buffer_use())
-    }
-
-    fn sync_failed(&self) -> Option<Errno> {
-        self.image().sync_failed()
-    }
-
-    fn start_notices(&self, notices: Arc<dyn Notices>) {
-        self.image().start_notices(notices);
-    }
-
-    fn stop_notices(&self) {
-        self.image().stop_notices();
-    }
-
-    fn activate(&self) -> io::Result<()> {
-        self.activate_layer()
-    }
-
-    fn activate_for_hold(&self) -> io::Result<bool> {
-        self.activate_layer_for_hold()
-    }
-
-    fn gives_way(&self) -> bool {
-        self.image().gives_way()
-    }
-
-    fn deactivate(&self) {
-        self.deactivate_layer();
-    }
-
-    fn identity(&self) -> Option<String> {
-        self.image().identity()
-    }
-
-    fn wait_until_releasable(&self) {
-        self.image().wait_until_releasable();
-    }
-
-    fn hand_over(&self) {
-        self.image().hand_over();
-    }
-
-    fn take_over(&self) -> io::Result<()> {
-        self.image().take_over()
-    }
-
     fn resize(&self, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
         self.image().resize(grow_to, shrink)
     }
 
-    fn image_status(&self) -> ImageStatus {
-        self.layer_status(self.image().image_status())
+    fn info(&self) -> &dyn ImageInfo {
+        self
     }
 
-    fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {
-        self.image().snapshots()
+    fn claim(&self) -> &dyn ImageClaim {
+        self.layer_claim()
+    }
+
+    fn for_upgrade(&self) -> &dyn ImageUpgrade {
+        self.image().for_upgrade()
+    }
+
+    fn store(&self) -> &dyn ImageStore {
+        self.image().store()
+    }
+}
+
+impl<L: Layer> ImageInfo for L {
+    fn path(&self) -> Option<&Path> {
+        self.image().info().path()
+    }
+
+    fn ends(&self) -> io::Result<ImageEnds> {
+        self.image().info().ends()
+    }
+
+    fn buffer_use(&self) -> BufferUse {
+        self.layer_buffer_use(self.image().info().buffer_use())
+    }
+
+    fn image_status(&self) -> ImageStatus {
+        self.layer_status(self.image().info().image_status())
     }
 }
 
@@ -166,9 +129,9 @@ pub trait LayerQueue: Send {
         self.inner().watch(source, fd)
     }
 
-    /// [`IoQueue::has_news`].
-    fn layer_has_news(&mut self) -> bool {
-        self.inner().has_news()
+    /// [`IoQueue::has_completions`].
+    fn layer_has_completions(&mut self) -> bool {
+        self.inner().has_completions()
     }
 
     /// [`IoQueue::wait`].
@@ -194,8 +157,8 @@ impl<Q: LayerQueue> IoQueue for Q {
         self.layer_watch(source, fd)
     }
 
-    fn has_news(&mut self) -> bool {
-        self.layer_has_news()
+    fn has_completions(&mut self) -> bool {
+        self.layer_has_completions()
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {

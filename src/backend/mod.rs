@@ -1,21 +1,21 @@
 //! The storage behind the device. A [`Backend`] opens one [`IoQueue`] for each virtqueue. It knows nothing of virtio.
 //!
-//! # The contract
-//! `tests/backend/contract.rs` runs these clauses against every back-end:
+//! # The contract `tests/backend/contract.rs` runs these clauses against every back-end:
 //! 1. Each pushed op completes exactly once, in any order.
 //! 2. `Ok` means every byte: the back-end continues a short transfer, or fails the op.
 //! 3. An op owns its buffer until its completion returns it. Dropping a queue waits for what is in flight; if it cannot
 //!    wait, it leaks the buffers rather than free them.
 //! 4. A `Sync` covers every write reaped before the sync was pushed, on any queue of the same back-end.
 //! 5. A sync (or a durable write) that failed over the page cache makes every later one fail, on every queue.
-//! 6. [`IoQueue::wait`] returns when [`IoQueue::reap`] would return something or a watched descriptor became
-//!    readable; the next wait sees an event that came before it. [`IoQueue::has_news`] becomes true when a submitted op
+//! 6. [`IoQueue::wait`] returns when [`IoQueue::reap`] would return something or a watched descriptor became readable;
+//!    the next wait sees an event that came before it. [`IoQueue::has_completions`] becomes true when a submitted op
 //!    has completed.
 //! 7. A full queue returns the op; it takes ops again once something was reaped.
 
 pub mod blocking;
 pub mod bounce_pool;
 pub mod buffer;
+pub mod capabilities;
 mod eventfd_poll;
 pub mod file;
 pub(crate) mod image_format;
@@ -34,13 +34,12 @@ mod uring;
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 use std::time::Duration;
 
-use crate::disk::{ImageSnapshots, ImageStatus};
 pub use crate::engine::Errno;
 pub use blocking::{BlockingCall, Caller};
 pub use buffer::IoBuf;
+pub use capabilities::{ImageClaim, ImageInfo, ImageStore, ImageUpgrade};
 pub use image_format::ImageEnds;
 pub use notices::{Notices, QuiesceAsk};
 pub use stable::BufferUse;
@@ -190,111 +189,39 @@ pub struct Wakeups {
     pub copy: bool,
 }
 
-/// An open image, which the workers, the vhost-user thread and `main` share.
+/// An opened image. The rings' threads, the vhost-user thread, the control thread and main share it.
+///
+/// Five methods make a back-end. An image that can do more overrides one of the last four, each of which returns one
+/// capability ([`capabilities`]).
 pub trait Backend: Send + Sync {
-    /// Returns the image's geometry. Only the size may change while the image is open; [`Notices::resized`] reports
-    /// that.
+    /// The image's shape. Only the size may change while the image is open; [`Notices::resized`] reports it.
     fn geometry(&self) -> Geometry;
 
-    /// Opens a queue for one virtqueue. The worker that will use it calls this. `depth` is the most ops that the caller
-    /// wants in flight.
+    /// Opens a queue for one ring. Called in the ring's own thread, which alone uses the queue. `depth`: the most ops
+    /// that the caller wants in flight.
     fn open_queue(&self, depth: usize) -> io::Result<Box<dyn IoQueue>>;
 
-    /// Makes everything written so far durable. Blocks. The vhost-user thread calls it (GET_VRING_BASE, disconnect),
-    /// `main` at the end, and a quiesce that finds no running ring; a worker never does.
+    /// Makes everything written so far durable; blocks. Called by the vhost-user thread (GET_VRING_BASE, disconnect),
+    /// by main at the end, and by a quiesce that finds no running ring; never by a ring's thread.
     fn sync(&self) -> io::Result<()>;
 
-    /// Describes in one line what is open and how, for logs and status.
+    /// The error number of the first sync that failed for good (clause 5), if any.
+    fn sync_failed(&self) -> Option<Errno>;
+
+    /// One line for logs and status: what is open and how.
     fn describe(&self) -> String;
 
-    /// Returns the absolute path of the file or block device, if there is one: for status, and for snapshots by other
-    /// tools.
-    fn path(&self) -> Option<&std::path::Path> {
-        None
-    }
-
-    /// Returns the next range at or after `offset` that may hold data, as (start, end), or `None` if only zeroes
-    /// follow. By default the whole image may hold data. May block on metadata; a worker never calls it.
+    /// The next range at or after `offset` that may hold data, as (start, end). `None`: there are only zeroes from here
+    /// on. By default everything may hold data. May block on metadata; never called by a ring's thread.
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         let size = self.geometry().size;
         Ok((offset < size).then_some((offset, size)))
     }
 
-    /// Returns the image's first and last bytes, which show whether it has another format than raw; empty where it has none.
-    /// Reads a few KiB, and may block for as long as the image's storage hangs; a thread of its own calls it.
-    fn ends(&self) -> io::Result<ImageEnds> {
-        Ok(ImageEnds::default())
-    }
-
-    /// Returns how the storage below reads the buffer of a write. Called once, when the disk is put together.
-    fn buffer_use(&self) -> BufferUse {
-        BufferUse::ReadsOnce("nothing is below that would read a write's buffer twice".into())
-    }
-
-    /// Returns the error of the first sync that failed, if that makes all later ones fail (clause 5).
-    fn sync_failed(&self) -> Option<Errno>;
-
-    /// Starts to report events to `notices`. Called once, when the disk is put together, before the first queue is
-    /// opened. The back-end drops `notices` in [`Backend::stop_notices`].
-    fn start_notices(&self, notices: Arc<dyn Notices>) {
-        drop(notices);
-    }
-
-    /// Stops the notices, because the daemon ends. No notice comes after this returns, and every quiesce has its reply.
-    /// May block for a moment; `main` calls it.
-    fn stop_notices(&self) {}
-
-    /// Prepares the image for a guest, because the first ring starts. A back-end whose image several hosts can open
-    /// excludes the others here. After an error the ring does not run. May be called again before
-    /// [`Backend::deactivate`], where a hold or a copy used the image meanwhile. The vhost-user thread calls it; may
-    /// block.
-    fn activate(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    /// Does what [`Backend::activate`] does, for a hold while no ring runs, where only that excludes others from
-    /// changing the image. `Ok(false)` means that there was nothing to do and [`Backend::deactivate`] does not follow.
-    /// An error means that another client has the image. A thread of the hold calls it; may block.
-    fn activate_for_hold(&self) -> io::Result<bool> {
-        Ok(false)
-    }
-
-    /// Whether others, who cannot change the image now, can after [`Backend::deactivate`]. Any thread.
-    fn gives_way(&self) -> bool {
-        false
-    }
-
-    /// Lets others have the image: the last ring has stopped, everything acknowledged was synced as the cache mode
-    /// promises, and there is no hold. The vhost-user thread or that of a hold or a copy calls it, after
-    /// [`Backend::activate`] and not during it; may block.
-    fn deactivate(&self) {}
-
-    /// Returns a name of the image by which two processes can tell whether they have the same one open, by whatever
-    /// path. `None` means that no other process can have it. For upgrades in place; any thread.
-    fn identity(&self) -> Option<String> {
-        None
-    }
-
-    /// Waits until [`Backend::deactivate`] will be quick, because another process is about to take over the image while
-    /// the guest still runs. Blocks for seconds at most; the thread that hands over calls it.
-    fn wait_until_releasable(&self) {}
-
-    /// Releases what excludes others even without a guest, because another process takes over the image. A successful
-    /// sync and [`Backend::deactivate`] come before it. If the other process fails, [`Backend::take_over`] comes next,
-    /// before any I/O of the guest. The thread that hands over calls it.
-    fn hand_over(&self) {}
-
-    /// Takes what the previous process released by [`Backend::hand_over`], for an image that was opened to be taken
-    /// over; or takes it back. Fails when another process was faster. The thread that hands over or takes over calls
-    /// it.
-    fn take_over(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    /// Takes over the present size of the image, which an operator has changed. With `grow_to` it first grows the image
-    /// to so many bytes, where the back-end can. It takes a size smaller than before only with `shrink`. Returns the
-    /// size, which [`Backend::geometry`] has from then on. An error says what failed, why, and how to fix it. A thread
-    /// for `resize` on the control socket calls it; may block.
+    /// Reads the image's present size, because another program may have changed it. With `grow_to`, first grows the
+    /// image to so many bytes, if the back-end can. A size that is smaller than before is accepted only with `shrink`.
+    /// Returns the size, which [`Backend::geometry`] has from now on. An error says what failed, why and how to fix it.
+    /// Called by a thread of its own for `resize` on the control socket; may block.
     fn resize(&self, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
         let _ = (grow_to, shrink);
         Err(io::Error::other(format!(
@@ -303,15 +230,24 @@ pub trait Backend: Send + Sync {
         )))
     }
 
-    /// Returns what the status says of the image, besides its geometry. The control thread calls it; does not block on
-    /// I/O.
-    fn image_status(&self) -> ImageStatus {
-        ImageStatus::default()
+    /// What else is known of the image.
+    fn info(&self) -> &dyn ImageInfo {
+        &capabilities::NONE
     }
 
-    /// Returns the access to snapshots by the image's own store, where that has them. The control thread calls it.
-    fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {
-        None
+    /// Claims and releases an image that other processes or hosts can open.
+    fn claim(&self) -> &dyn ImageClaim {
+        &capabilities::NONE
+    }
+
+    /// Hands the image over in an upgrade in place.
+    fn for_upgrade(&self) -> &dyn ImageUpgrade {
+        &capabilities::NONE
+    }
+
+    /// The image's own store, if it has one that reports changes and takes snapshots.
+    fn store(&self) -> &dyn ImageStore {
+        &capabilities::NONE
     }
 }
 
@@ -333,7 +269,7 @@ pub trait IoQueue: Send {
 
     /// Whether `reap` would return something. For a busy-polling caller, which watches the guest's ring itself; a kick
     /// therefore does not count. Makes a system call only when there is something to do. May miss a watched descriptor.
-    fn has_news(&mut self) -> bool;
+    fn has_completions(&mut self) -> bool;
 
     /// Submits, then sleeps until there is something to reap, a source fired (clause 6), or the timeout passed.
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups>;

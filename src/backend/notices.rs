@@ -15,7 +15,7 @@ pub trait Notices: Send + Sync {
     /// The snapshot was taken or given up. May be called without a `quiesce`, and after one that was refused.
     fn unquiesce(&self);
 
-    /// [`super::Backend::image_status`] changed, so that an event can be sent.
+    /// [`super::ImageInfo::image_status`] changed, so that an event can be sent.
     fn state_changed(&self);
 }
 

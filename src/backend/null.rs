@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use super::eventfd_poll::{Watches, deadline};
-use super::{Backend, Completion, DurableWrite, Errno, Geometry, IoQueue, Op, OpId, Source, Wakeups};
+use super::{Backend, Completion, DurableWrite, Errno, Geometry, ImageUpgrade, IoQueue, Op, OpId, Source, Wakeups};
 
 /// A disk that stores nothing.
 pub struct NullBackend {
@@ -34,16 +34,22 @@ impl Backend for NullBackend {
         Ok(())
     }
 
-    fn identity(&self) -> Option<String> {
-        Some("nothing".into())
-    }
-
     fn describe(&self) -> String {
         "null: stores nothing".into()
     }
 
     fn sync_failed(&self) -> Option<Errno> {
         None
+    }
+
+    fn for_upgrade(&self) -> &dyn ImageUpgrade {
+        self
+    }
+}
+
+impl ImageUpgrade for NullBackend {
+    fn identity(&self) -> Option<String> {
+        Some("nothing".into())
     }
 }
 
@@ -90,7 +96,7 @@ impl IoQueue for NullQueue {
         self.watches.watch(source, fd)
     }
 
-    fn has_news(&mut self) -> bool {
+    fn has_completions(&mut self) -> bool {
         !self.done.is_empty()
     }
 

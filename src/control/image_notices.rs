@@ -109,7 +109,7 @@ pub struct ImageNotices {
 }
 
 impl ImageNotices {
-    /// For [`super::Server::start`] and [`crate::backend::Backend::start_notices`]. Until the server runs, the queue
+    /// For [`super::Server::start`] and [`crate::backend::ImageStore::start_notices`]. Until the server runs, the queue
     /// keeps what comes. Errors: no file descriptor left.
     pub fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(ImageNotices { inbox: Arc::new(Inbox::new()?) }))
@@ -117,7 +117,7 @@ impl ImageNotices {
 
     /// The daemon ends: asks that come later are refused, those not granted yet are refused now or within a turn of the
     /// control thread (ECANCELED). A hold that is granted goes on, because the host that asked relies on it. Called by main
-    /// or its helper before [`crate::backend::Backend::stop_notices`].
+    /// or its helper before [`crate::backend::ImageStore::stop_notices`].
     pub fn close(&self) {
         self.inbox.close();
     }

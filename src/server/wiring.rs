@@ -113,7 +113,7 @@ pub(super) fn open(
         };
         let server = control::Server::start(listener, setup)?;
         // The control thread replies to notices, so it runs by now. No front-end is served yet.
-        backend.start_notices(notices);
+        backend.store().start_notices(notices);
         if !is_raw {
             format.start(backend);
         }
@@ -252,7 +252,7 @@ impl Served for ServedDisk {
     }
 
     fn take_over(&self) -> io::Result<()> {
-        self.backend.take_over()
+        self.backend.for_upgrade().take_over()
     }
 
     fn resume_counts(&self, before: &[RingStatus]) {
@@ -260,7 +260,7 @@ impl Served for ServedDisk {
     }
 
     fn release_image(&self) {
-        self.backend.hand_over();
+        self.backend.for_upgrade().hand_over();
     }
 
     fn restore_session(&self, saved: SavedSession, steps: &Steps) -> io::Result<SessionEnd> {
@@ -274,7 +274,7 @@ impl Served for ServedDisk {
         // Nothing changes the image any more, so a snapshot of the store need not wait for this daemon. Closing replies to
         // the pending notices; the back-end could not stop before that.
         self.notices.close();
-        self.backend.stop_notices();
+        self.backend.store().stop_notices();
         // The check uses the image. If its thread ends in time, the main thread releases the image.
         self.format.wait(FORMAT_CHECK_TIMEOUT);
     }
@@ -333,7 +333,7 @@ impl Disk for CopiedDisk {
     }
 
     fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {
-        self.copies.snapshots()
+        self.copies.store().snapshots()
     }
 }
 

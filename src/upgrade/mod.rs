@@ -102,7 +102,7 @@ pub(crate) struct Hello {
 /// The properties of a disk on which a running guest relies.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DiskFacts {
-    /// The image's identity, the same in every process ([`crate::backend::Backend::identity`]).
+    /// The image's identity, the same in every process ([`crate::backend::ImageUpgrade::identity`]).
     pub(crate) image: String,
     /// Size in bytes; it may grow.
     pub(crate) size: u64,

@@ -23,7 +23,7 @@ use super::vhost_user::activation::Activation;
 use super::vhost_user::vring::{RingContext, Vring};
 use super::virtqueue::split_ring::RingAddresses;
 use crate::backend::null::NullBackend;
-use crate::backend::{Backend, Errno, Geometry, IoQueue};
+use crate::backend::{Backend, Errno, Geometry, ImageClaim, IoQueue};
 use crate::base::sync::interleavings::{Mutant, holds};
 use crate::base::sync::thread;
 use crate::base::sync::{Bell, yield_until_readable};
@@ -200,6 +200,12 @@ impl Backend for SharedImage {
         self.disk.sync_failed()
     }
 
+    fn claim(&self) -> &dyn ImageClaim {
+        self
+    }
+}
+
+impl ImageClaim for SharedImage {
     fn activate(&self) -> std::io::Result<()> {
         self.ours.store(true, SeqCst);
         Ok(())

@@ -1027,41 +1027,41 @@ fn shared_with_another_host(timeout: Duration) -> (World, FileBackend, tempfile:
 #[test]
 fn a_guest_that_left_waits_for_a_copy_as_for_a_write_and_one_that_comes_back_does_not_harm_it() {
     let (world, other, _dir) = shared_with_another_host(Duration::from_secs(1));
-    world.disk.activate().expect("free");
+    world.disk.claim().activate().expect("free");
     let copy = started(&world, 1);
     // Reset.
     for _ in 0..5 {
-        world.disk.deactivate();
-        assert!(other.activate().is_err(), "another host may write what is being copied");
-        world.disk.activate().expect("still ours");
+        world.disk.claim().deactivate();
+        assert!(other.claim().activate().is_err(), "another host may write what is being copied");
+        world.disk.claim().activate().expect("still ours");
     }
     thread::sleep(Duration::from_millis(1200));
     assert_eq!(world.status(&copy).state, "running");
-    assert!(other.activate().is_err());
+    assert!(other.claim().activate().is_err());
     // Gone.
-    world.disk.deactivate();
+    world.disk.claim().deactivate();
     let status = world.wait_ended(&copy);
     assert_eq!(status.state, "failed");
     assert!(status.error.as_ref().is_some_and(|why| why.contains("the guest has left")), "{status:?}");
-    eventually("the other host has it", || other.activate().is_ok());
-    assert!(world.disk.activate().is_err());
-    other.deactivate();
+    eventually("the other host has it", || other.claim().activate().is_ok());
+    assert!(world.disk.claim().activate().is_err());
+    other.claim().deactivate();
     // Without a copy it is given free at once.
-    world.disk.activate().expect("free");
-    world.disk.deactivate();
-    other.activate().expect("free");
+    world.disk.claim().activate().expect("free");
+    world.disk.claim().deactivate();
+    other.claim().activate().expect("free");
 }
 
 #[test]
 fn a_copy_of_a_disk_without_a_guest_keeps_the_image_to_its_end() {
     let (world, other, _dir) = shared_with_another_host(Duration::from_millis(10));
-    assert_eq!(world.disk.activate_for_hold().ok(), Some(true));
+    assert_eq!(world.disk.claim().activate_for_hold().ok(), Some(true));
     let copy = started(&world, 1);
-    world.disk.deactivate();
+    world.disk.claim().deactivate();
     thread::sleep(Duration::from_millis(200));
     assert_eq!(world.status(&copy).state, "running");
-    assert!(other.activate().is_err());
+    assert!(other.claim().activate().is_err());
     world.disk.set_bandwidth(&copy, 0).expect("it runs");
     assert_eq!(world.wait_ended(&copy).state, "completed");
-    eventually("the other host has it", || other.activate().is_ok());
+    eventually("the other host has it", || other.claim().activate().is_ok());
 }

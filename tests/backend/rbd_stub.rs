@@ -34,7 +34,7 @@ impl Listener {
     fn start(disk: &RbdBackend) -> (Arc<Listener>, mpsc::Receiver<Said>) {
         let (sender, said) = mpsc::channel();
         let listener = Arc::new(Listener { said: Mutex::new(sender), asks: Mutex::default() });
-        disk.start_notices(listener.clone());
+        disk.store().start_notices(listener.clone());
         (listener, said)
     }
 
@@ -75,7 +75,7 @@ fn hears_nothing_more(said: &mpsc::Receiver<Said>) {
 }
 
 fn trouble(disk: &RbdBackend) -> Option<String> {
-    let status = disk.image_status();
+    let status = disk.info().image_status();
     assert_eq!(status.trouble.is_some(), status.trouble_detail.is_some());
     status.trouble
 }
@@ -293,7 +293,7 @@ fn a_fenced_client_never_recovers() {
     let disk = stub.open();
     let (listener, said) = Listener::start(&disk);
     let mut driver = Driver::new(&disk, 4);
-    disk.activate().unwrap();
+    disk.claim().activate().unwrap();
     assert_eq!(trouble(&disk), None);
     // The cluster forgets it after an hour: only one op is refused by it.
     stub.tell("fail write 108 1");
@@ -305,8 +305,8 @@ fn a_fenced_client_never_recovers() {
     assert_eq!(driver.run(Op::Sync), Err(ESHUTDOWN));
     assert_eq!(driver.run(write_op(0)), Err(ESHUTDOWN));
     assert_eq!(disk.sync().unwrap_err().raw_os_error(), Some(libc::ESHUTDOWN));
-    disk.deactivate();
-    assert!(disk.activate().unwrap_err().to_string().contains("fenced"));
+    disk.claim().deactivate();
+    assert!(disk.claim().activate().unwrap_err().to_string().contains("fenced"));
     assert_eq!(stub.tell("counts"), before, "librbd was asked");
     hears_nothing_more(&said);
     drop(listener);
@@ -318,9 +318,9 @@ fn a_fence_is_learned_from_every_call_that_reports_it() {
         ("read", (|disk| drop(Driver::new(disk, 1).read(0, 512))) as fn(&RbdBackend)),
         ("flush", |disk| assert_eq!(Driver::new(disk, 1).run(Op::Sync), Err(ESHUTDOWN))),
         ("submit", |disk| drop(Driver::new(disk, 1).read(0, 512))),
-        ("lock", |disk| drop(disk.activate())),
-        ("invalidate", |disk| drop(disk.activate())),
-        ("snap", |disk| drop(disk.snapshots().unwrap().create("s"))),
+        ("lock", |disk| drop(disk.claim().activate())),
+        ("invalidate", |disk| drop(disk.claim().activate())),
+        ("snap", |disk| drop(disk.store().snapshots().unwrap().create("s"))),
     ] {
         let stub = Stub::new(CacheMode::None);
         let disk = stub.open();
@@ -364,16 +364,16 @@ fn a_lost_lock_is_said_and_so_is_its_return() {
 fn the_lock_is_held_while_a_guest_uses_the_image() {
     let stub = Stub::new(CacheMode::Unsafe);
     let disk = stub.open();
-    let lock = |disk: &RbdBackend| disk.image_status().rbd.unwrap().lock;
+    let lock = |disk: &RbdBackend| disk.info().image_status().rbd.unwrap().lock;
     assert_eq!((lock(&disk).as_str(), stub.count("locks")), ("released", 0));
     for turn in 1..4 {
-        disk.activate().unwrap();
-        disk.activate().unwrap();
+        disk.claim().activate().unwrap();
+        disk.claim().activate().unwrap();
         assert_eq!((lock(&disk).as_str(), stub.count("locks")), ("held", turn));
         assert_eq!(stub.count("invalidates"), turn, "somebody else may have written");
         Driver::new(&disk, 1).write(0, &[1; 512]).unwrap();
-        disk.deactivate();
-        disk.deactivate();
+        disk.claim().deactivate();
+        disk.claim().deactivate();
         assert_eq!((lock(&disk).as_str(), stub.count("unlocks")), ("released", turn));
         assert_eq!(stub.count("flushes"), turn, "what is cached goes first, in every mode");
     }
@@ -391,11 +391,11 @@ fn the_lock_option_decides_whether_the_lock_is_taken() {
         let mut stub = Stub::new(CacheMode::None);
         stub.set("stub_features", features).options.lock = lock;
         let disk = stub.open();
-        disk.activate().unwrap();
+        disk.claim().activate().unwrap();
         assert_eq!(stub.count("locks"), i64::from(taken), "{lock:?} {features}");
         assert_eq!(stub.count("invalidates"), 1);
-        assert_eq!(disk.image_status().rbd.unwrap().lock, if taken { "held" } else { "none" });
-        disk.deactivate();
+        assert_eq!(disk.info().image_status().rbd.unwrap().lock, if taken { "held" } else { "none" });
+        disk.claim().deactivate();
         assert_eq!(stub.count("unlocks"), i64::from(taken));
     }
     let mut stub = Stub::new(CacheMode::None);
@@ -403,7 +403,7 @@ fn the_lock_option_decides_whether_the_lock_is_taken() {
     let error = stub.try_open().err().expect("refused").to_string();
     assert!(error.contains("rbd feature enable"), "{error}");
     stub.options.read_only = true;
-    stub.open().activate().unwrap();
+    stub.open().claim().activate().unwrap();
 }
 
 #[test]
@@ -416,19 +416,19 @@ fn a_lock_that_another_has_is_waited_for_and_not_for_ever() {
             thread::sleep(Duration::from_millis(300));
             stub.tell("owner none");
         });
-        disk.activate().unwrap();
+        disk.claim().activate().unwrap();
     });
     assert_eq!(stub.count("locks"), 1);
-    disk.deactivate();
+    disk.claim().deactivate();
 
     stub.tell("owner 10.0.0.9:0/1");
-    let error = disk.activate().unwrap_err().to_string();
+    let error = disk.claim().activate().unwrap_err().to_string();
     for part in ["10.0.0.9:0/1", "rbd lock"] {
         assert!(error.contains(part), "'{part}' is missing in: {error}");
     }
-    assert_eq!(disk.image_status().rbd.unwrap().lock, "released");
+    assert_eq!(disk.info().image_status().rbd.unwrap().lock, "released");
     stub.tell("owner none");
-    disk.activate().unwrap();
+    disk.claim().activate().unwrap();
 }
 
 #[test]
@@ -437,24 +437,24 @@ fn a_dead_owner_is_waited_for_without_holding_up_the_caller() {
     let disk = stub.open();
     stub.tell("lock-hangs");
     for _ in 0..2 {
-        let error = disk.activate().unwrap_err().to_string();
+        let error = disk.claim().activate().unwrap_err().to_string();
         assert!(error.contains("waiting"), "{error}");
-        assert_eq!(disk.image_status().rbd.unwrap().lock, "waiting");
+        assert_eq!(disk.info().image_status().rbd.unwrap().lock, "waiting");
     }
     stub.tell("lock-goes");
-    eventually("the lock", || disk.activate().is_ok());
+    eventually("the lock", || disk.claim().activate().is_ok());
     assert_eq!((stub.count("locks"), stub.count("invalidates")), (1, 1));
-    disk.deactivate();
+    disk.claim().deactivate();
     assert_eq!(stub.count("unlocks"), 1);
 
     // A guest that leaves meanwhile: what nobody came for goes back, and can be had again.
     stub.tell("lock-hangs");
-    disk.activate().unwrap_err();
+    disk.claim().activate().unwrap_err();
     stub.tell("lock-goes");
     eventually("the lock is given back", || stub.count("unlocks") == 2);
-    disk.activate().unwrap();
+    disk.claim().activate().unwrap();
     assert_eq!(stub.count("locks"), 3);
-    disk.deactivate();
+    disk.claim().deactivate();
     assert_eq!(stub.count("unlocks"), 3);
 }
 
@@ -462,13 +462,13 @@ fn a_dead_owner_is_waited_for_without_holding_up_the_caller() {
 fn a_failed_flush_keeps_the_lock() {
     let stub = Stub::new(CacheMode::None);
     let disk = stub.open();
-    disk.activate().unwrap();
+    disk.claim().activate().unwrap();
     Driver::new(&disk, 1).write(0, &[1; 512]).unwrap();
     stub.tell("fail flush 5 1");
-    disk.deactivate();
+    disk.claim().deactivate();
     assert_eq!(stub.count("unlocks"), 0, "another would read what is stale");
-    disk.activate().unwrap();
-    disk.deactivate();
+    disk.claim().activate().unwrap();
+    disk.claim().deactivate();
     assert_eq!(stub.count("unlocks"), 1);
 }
 
@@ -480,14 +480,14 @@ fn a_dead_owner_of_ours_is_not_waited_for() {
     stub.options.state_file = Some(state.clone());
     let name = stub.options.name.to_string();
     let disk = stub.open();
-    disk.activate().unwrap();
+    disk.claim().activate().unwrap();
     let signed = std::fs::read_to_string(&state).unwrap();
     assert_eq!(signed, format!("{name}\n127.0.0.1:0/4711\n"));
     let mut other = Stub::new(CacheMode::None);
     other.options.state_file = Some(state.clone());
     let Err(error) = other.try_open() else { panic!("a second one with the same state file") };
     assert!(error.to_string().contains("another virtioblkd"), "{error}");
-    disk.deactivate();
+    disk.claim().deactivate();
     assert_eq!(std::fs::read_to_string(&state).unwrap(), "", "it died no more");
     drop(disk);
 
@@ -495,9 +495,9 @@ fn a_dead_owner_of_ours_is_not_waited_for() {
     std::fs::write(&state, &signed).unwrap();
     let disk = stub.open();
     stub.tell("owner 127.0.0.1:0/4711");
-    disk.activate().unwrap();
+    disk.claim().activate().unwrap();
     assert_eq!((stub.count("breaks"), stub.count("locks")), (1, 1));
-    disk.deactivate();
+    disk.claim().deactivate();
     drop(disk);
 
     // Another client has it now: it is alive, for all that we know.
@@ -509,7 +509,7 @@ fn a_dead_owner_of_ours_is_not_waited_for() {
             thread::sleep(Duration::from_millis(200));
             stub.tell("owner none");
         });
-        disk.activate().unwrap();
+        disk.claim().activate().unwrap();
     });
     assert_eq!((stub.count("breaks"), stub.count("locks")), (0, 1));
 }
@@ -519,7 +519,7 @@ const WITHOUT_LOCK: &str = "features 1";
 const WITH_LOCK: &str = "features 61";
 
 fn lock_of(disk: &RbdBackend) -> String {
-    disk.image_status().rbd.expect("an RBD image").lock
+    disk.info().image_status().rbd.expect("an RBD image").lock
 }
 
 #[test]
@@ -529,7 +529,7 @@ fn exclusive_stops_writes_when_the_feature_is_disabled_and_takes_the_lock_again(
     let disk = stub.open();
     let (_listener, said) = Listener::start(&disk);
     let mut driver = Driver::new(&disk, 4);
-    disk.activate().unwrap();
+    disk.claim().activate().unwrap();
     driver.write(0, &[1; 512]).unwrap();
     stub.tell(WITHOUT_LOCK);
     hears(&said, Said::StateChanged);
@@ -554,12 +554,12 @@ fn exclusive_stops_writes_when_the_feature_is_disabled_and_takes_the_lock_again(
     assert_eq!((lock_of(&disk).as_str(), stub.count("locks")), ("held", 2));
 
     // A guest that starts meanwhile waits.
-    disk.deactivate();
+    disk.claim().deactivate();
     stub.tell(WITHOUT_LOCK);
-    let error = disk.activate().unwrap_err().to_string();
+    let error = disk.claim().activate().unwrap_err().to_string();
     assert!(error.contains("exclusive-lock") && error.contains("rbd feature enable"), "{error}");
     stub.tell(WITH_LOCK);
-    disk.activate().unwrap();
+    disk.claim().activate().unwrap();
     driver.write(0, &[3; 512]).unwrap();
     assert_eq!((lock_of(&disk).as_str(), trouble(&disk)), ("held", None));
 }
@@ -570,14 +570,14 @@ fn auto_goes_on_without_the_feature_and_takes_the_lock_again() {
     let disk = stub.open();
     let (_listener, said) = Listener::start(&disk);
     let mut driver = Driver::new(&disk, 4);
-    disk.activate().unwrap();
+    disk.claim().activate().unwrap();
     stub.tell(WITHOUT_LOCK);
     hears(&said, Said::StateChanged);
     assert_eq!((lock_of(&disk).as_str(), trouble(&disk)), ("none", None));
     driver.write(0, &[1; 512]).unwrap();
     // A guest that starts anew does so without the lock.
-    disk.deactivate();
-    disk.activate().unwrap();
+    disk.claim().deactivate();
+    disk.claim().activate().unwrap();
     driver.write(0, &[1; 512]).unwrap();
     stub.tell(WITH_LOCK);
     eventually("the lock", || lock_of(&disk) == "held");
@@ -592,7 +592,7 @@ fn a_lock_that_another_client_took_meanwhile_is_left_to_it() {
         let disk = stub.open();
         let (_listener, _said) = Listener::start(&disk);
         let mut driver = Driver::new(&disk, 4);
-        disk.activate().unwrap();
+        disk.claim().activate().unwrap();
         stub.tell("owner 10.0.0.9:0/1");
         stub.tell(WITH_LOCK);
         eventually("trouble", || trouble(&disk).as_deref() == Some("lock-lost"));
@@ -612,8 +612,8 @@ fn a_lock_that_another_client_took_meanwhile_is_left_to_it() {
         thread::sleep(Duration::from_secs(2));
         assert_eq!(trouble(&disk).as_deref(), Some("lock-lost"));
         assert_eq!(stub.count("locks"), 1, "the guest does not know what the other wrote");
-        disk.deactivate();
-        disk.activate().unwrap();
+        disk.claim().deactivate();
+        disk.claim().activate().unwrap();
         driver.write(0, &[1; 512]).unwrap();
         assert_eq!(trouble(&disk), None);
     }
@@ -624,7 +624,7 @@ fn a_guest_stops_while_a_check_of_the_lock_waits_for_the_network() {
     let stub = Stub::new(CacheMode::None);
     let disk = stub.open();
     let (_listener, _said) = Listener::start(&disk);
-    disk.activate().unwrap();
+    disk.claim().activate().unwrap();
     stub.tell("questions-hang");
     // A change of the header, which has the lock checked.
     stub.tell(WITH_LOCK);
@@ -633,7 +633,7 @@ fn a_guest_stops_while_a_check_of_the_lock_waits_for_the_network() {
     let (stopped, is_stopped) = mpsc::channel();
     thread::scope(|scope| {
         scope.spawn(|| {
-            disk.deactivate();
+            disk.claim().deactivate();
             stopped.send(()).unwrap();
         });
         let in_time = is_stopped.recv_timeout(WAIT_TIMEOUT);
@@ -644,7 +644,7 @@ fn a_guest_stops_while_a_check_of_the_lock_waits_for_the_network() {
     eventually("an answer", || stub.count("questions") == 0);
     thread::sleep(Duration::from_millis(200));
     assert_eq!((lock_of(&disk).as_str(), stub.count("locks"), stub.count("unlocks")), ("released", 1, 1));
-    disk.activate().unwrap();
+    disk.claim().activate().unwrap();
     assert_eq!(lock_of(&disk), "held");
 }
 
@@ -653,7 +653,7 @@ fn librbds_cache_is_emptied_when_the_lock_is_taken_again() {
     let stub = Stub::new(CacheMode::Writeback);
     let disk = stub.open();
     let (_listener, _said) = Listener::start(&disk);
-    disk.activate().unwrap();
+    disk.claim().activate().unwrap();
     let before = stub.count("invalidates");
     // What is under way keeps librbd from emptying all of it, once.
     stub.tell(&format!("fail invalidate {} 1", libc::EBUSY));
@@ -700,7 +700,7 @@ fn a_snapshot_of_others_waits_until_the_disk_is_held() {
     drop(listener.ask());
     expected.push((-libc::ECANCELED).to_string());
     assert_eq!(stub.tell("answers 7"), expected.join(" "));
-    let status = disk.image_status().rbd.unwrap().quiesce.unwrap();
+    let status = disk.info().image_status().rbd.unwrap().quiesce.unwrap();
     assert!(status.watching);
     assert_eq!((status.asked, status.refused, status.expired), (7, 6, 0));
     hears_nothing_more(&said);
@@ -720,7 +720,7 @@ fn a_quiesce_request_without_a_reply_is_answered_before_its_timeout() {
     listener.ask().answer(Ok(()));
     stub.tell("unquiesce");
     hears(&said, Said::Unquiesce);
-    assert_eq!(disk.image_status().rbd.unwrap().quiesce.unwrap().refused, 1);
+    assert_eq!(disk.info().image_status().rbd.unwrap().quiesce.unwrap().refused, 1);
 }
 
 #[test]
@@ -731,13 +731,13 @@ fn pending_quiesce_requests_are_answered_at_the_end() {
     stub.tell("quiesce");
     hears(&said, Said::Quiesce);
     // The stub waits for the answer here, as librbd does.
-    disk.stop_notices();
+    disk.store().stop_notices();
     assert_eq!(stub.tell("answers 1"), (-libc::ECANCELED).to_string());
     listener.ask().answer(Ok(()));
-    disk.stop_notices();
+    disk.store().stop_notices();
     stub.tell("resize 4194304");
     hears_nothing_more(&said);
-    assert!(!disk.image_status().rbd.unwrap().quiesce.unwrap().watching);
+    assert!(!disk.info().image_status().rbd.unwrap().quiesce.unwrap().watching);
 }
 
 #[test]
@@ -754,7 +754,7 @@ fn quiesce_requests_and_the_end_may_come_at_any_moment() {
                 thread::sleep(Duration::from_micros(turn * 10));
                 ask.answer(Ok(()));
             });
-            disk.stop_notices();
+            disk.store().stop_notices();
         });
         let answer = stub.tell("answers 1");
         assert!(["0", "-125"].contains(&answer.as_str()), "{answer}");
@@ -773,7 +773,7 @@ fn a_quiesce_that_librbd_ends_early_is_counted() {
     thread::sleep(Duration::from_secs(10));
     stub.tell("unquiesce");
     hears(&said, Said::Unquiesce);
-    assert_eq!(disk.image_status().rbd.unwrap().quiesce.unwrap().expired, 1);
+    assert_eq!(disk.info().image_status().rbd.unwrap().quiesce.unwrap().expired, 1);
 }
 
 #[test]
@@ -782,22 +782,22 @@ fn no_quiesce_watch_is_set_where_it_is_off_or_impossible() {
     stub.options.quiesce = RbdQuiesce::Off;
     let disk = stub.open();
     let _listener = Listener::start(&disk);
-    assert_eq!(disk.image_status().rbd.unwrap().quiesce, None);
+    assert_eq!(disk.info().image_status().rbd.unwrap().quiesce, None);
     drop(disk);
     stub.options.quiesce = RbdQuiesce::On;
     stub.options.read_only = true;
     let disk = stub.open();
     let _listener = Listener::start(&disk);
-    assert_eq!(disk.image_status().rbd.unwrap().quiesce, None);
+    assert_eq!(disk.info().image_status().rbd.unwrap().quiesce, None);
     drop(disk);
     // A Ceph that is too old, and a watch that fails.
     stub.options.read_only = false;
     stub.options.library_path = Some(libraries(true).to_path_buf());
     let disk = stub.open();
     let _listener = Listener::start(&disk);
-    assert!(!disk.image_status().rbd.unwrap().quiesce.unwrap().watching);
+    assert!(!disk.info().image_status().rbd.unwrap().quiesce.unwrap().watching);
     random_ops(&disk, 1, 50);
-    disk.snapshots().unwrap().create("s").unwrap();
+    disk.store().snapshots().unwrap().create("s").unwrap();
     assert_eq!(stub.count("snaps"), 1);
     drop(disk);
     stub.options.library_path = Some(libraries(false).to_path_buf());
@@ -805,7 +805,7 @@ fn no_quiesce_watch_is_set_where_it_is_off_or_impossible() {
     stub.tell("fail quiesce-watch 5 1");
     stub.tell("fail update-watch 5 1");
     let _listener = Listener::start(&disk);
-    assert!(!disk.image_status().rbd.unwrap().quiesce.unwrap().watching);
+    assert!(!disk.info().image_status().rbd.unwrap().quiesce.unwrap().watching);
 }
 
 // ---- Holes
@@ -911,7 +911,7 @@ fn a_new_size_is_told_once_and_bounds_every_op() {
 fn snapshots_and_what_keeps_them_from_being_made() {
     let stub = Stub::new(CacheMode::None);
     let disk = stub.open();
-    let snapshots = disk.snapshots().unwrap();
+    let snapshots = disk.store().snapshots().unwrap();
     let full = snapshots.full_name("monday");
     assert_eq!(full, format!("{}@monday", stub.options.name));
     snapshots.create("monday").unwrap();
@@ -948,9 +948,9 @@ fn a_snapshot_is_read_only() {
     let disk = stub.open();
     let geometry = disk.geometry();
     assert!(geometry.read_only && geometry.discard.is_none() && geometry.write_zeroes.is_none());
-    assert!(disk.snapshots().is_none());
+    assert!(disk.store().snapshots().is_none());
     assert!(disk.describe().ends_with("read-only"));
-    disk.activate().unwrap();
+    disk.claim().activate().unwrap();
     assert_eq!(stub.count("locks"), 0);
     let mut driver = Driver::new(&disk, 1);
     assert_eq!(driver.read(0, 512), Ok(vec![0; 512]));

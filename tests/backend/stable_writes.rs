@@ -22,7 +22,9 @@ use virtioblkd::backend::mem::{CompletionOrder, Fault, MemBackend, MemOp, MemOpt
 use virtioblkd::backend::null::NullBackend;
 use virtioblkd::backend::point_in_time::PointInTime;
 use virtioblkd::backend::stable::{StableBackend, StableWrites};
-use virtioblkd::backend::{Backend, BufferUse, Completion, Errno, Geometry, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
+use virtioblkd::backend::{
+    Backend, BufferUse, Completion, Errno, Geometry, ImageInfo, IoBuf, IoQueue, Op, OpId, Source, Wakeups,
+};
 use virtioblkd::disk::{Copies, CopyOptions, Event, Events, StableWritesStatus};
 use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::DeviceOptions;
@@ -66,12 +68,18 @@ impl Backend for Mirror {
         "a mirror".into()
     }
 
-    fn buffer_use(&self) -> BufferUse {
-        BufferUse::ReadsTwice("each half of the mirror reads the buffer".into())
-    }
-
     fn sync_failed(&self) -> Option<Errno> {
         self.second.sync_failed()
+    }
+
+    fn info(&self) -> &dyn ImageInfo {
+        self
+    }
+}
+
+impl ImageInfo for Mirror {
+    fn buffer_use(&self) -> BufferUse {
+        BufferUse::ReadsTwice("each half of the mirror reads the buffer".into())
     }
 }
 
@@ -101,8 +109,8 @@ impl IoQueue for MirrorQueue {
         self.second.watch(source, fd)
     }
 
-    fn has_news(&mut self) -> bool {
-        self.second.has_news()
+    fn has_completions(&mut self) -> bool {
+        self.second.has_completions()
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
@@ -118,7 +126,7 @@ fn stacked(image: Arc<dyn Backend>, how: StableWrites, depot: &Arc<BouncePool>) 
 }
 
 fn seen(disk: &dyn Backend) -> StableWritesStatus {
-    disk.image_status().stable_writes.expect("the layer is there")
+    disk.info().image_status().stable_writes.expect("the layer is there")
 }
 
 const WRITE: usize = 4096;

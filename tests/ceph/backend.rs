@@ -36,9 +36,9 @@ fn each_that_stores(check: &dyn Fn(&str, &dyn Backend)) {
     ] {
         let image = small_objects(&place);
         let disk = open(&image, mode);
-        disk.activate().expect("nobody else has the image");
+        disk.claim().activate().expect("nobody else has the image");
         check(&format!("RBD, {mode}"), &disk);
-        disk.deactivate();
+        disk.claim().deactivate();
     }
 }
 
@@ -49,7 +49,7 @@ fn clause_4_a_sync_covers_what_was_reaped_on_any_queue() {
     for mode in CacheMode::ALL {
         let image = small_objects(POOL);
         let disk = open(&image, mode);
-        disk.activate().expect("nobody else has the image");
+        disk.claim().activate().expect("nobody else has the image");
         let (mut writer, mut syncer) = (Driver::new(&disk, 16), Driver::new(&disk, 16));
         // The first flush lifts what librbd does for guests that never flush.
         assert_eq!(syncer.run(Op::Sync), Ok(()));
@@ -72,7 +72,7 @@ fn clause_4_a_sync_covers_what_was_reaped_on_any_queue() {
 fn random_ops_leave_what_an_export_sees() {
     let image = small_objects(POOL);
     let disk = open(&image, CacheMode::Writeback);
-    disk.activate().expect("nobody else has the image");
+    disk.claim().activate().expect("nobody else has the image");
     random_ops(&disk, 11, 400);
     disk.sync().expect("a sync");
     let mut driver = Driver::new(&disk, 4);
@@ -110,7 +110,7 @@ fn holes_are_listed_of_clones_snapshots_and_what_only_the_cache_has() {
     let parent = cluster.image(64 * MIB);
     {
         let disk = open(&parent, CacheMode::Writeback);
-        disk.activate().expect("nobody else has the image");
+        disk.claim().activate().expect("nobody else has the image");
         let mut driver = Driver::new(&disk, 4);
         // The first flush lifts librbd's caution: what follows is in its cache alone.
         driver.write(20 * MIB, &[1; 4096]).expect("a write");
@@ -122,14 +122,14 @@ fn holes_are_listed_of_clones_snapshots_and_what_only_the_cache_has() {
         }
         lists_all_but_holes(&parent, &disk, 8 * MIB);
         disk.sync().expect("a sync");
-        disk.deactivate();
+        disk.claim().deactivate();
     }
     cluster.rbd(&["snap", "create", "--no-progress", &parent.at("base")]);
     cluster.rbd(&["snap", "protect", &parent.at("base")]);
     let clone = Image { cluster, spec: format!("{}-clone", parent.spec) };
     cluster.rbd(&["clone", &parent.at("base"), &clone.spec]);
     let disk = open(&clone, CacheMode::None);
-    disk.activate().expect("nobody else has the image");
+    disk.claim().activate().expect("nobody else has the image");
     lists_all_but_holes(&clone, &disk, 8 * MIB);
     let mut driver = Driver::new(&disk, 4);
     driver.write(60 * MIB, &[3; 512]).expect("a write");
@@ -146,7 +146,7 @@ fn holes_are_listed_of_clones_snapshots_and_what_only_the_cache_has() {
         assert_eq!(driver.run(Op::Sync), Ok(()));
         lists_all_but_holes(&clone, &disk, 16 * MIB);
     }
-    disk.deactivate();
+    disk.claim().deactivate();
 }
 
 #[test]
@@ -185,8 +185,8 @@ fn a_resize_is_noticed_and_bounds_every_op() {
     let image = small_objects(POOL);
     let disk = open(&image, CacheMode::None);
     let heard = Arc::new(Heard::default());
-    disk.start_notices(heard.clone());
-    disk.activate().expect("nobody else has the image");
+    disk.store().start_notices(heard.clone());
+    disk.claim().activate().expect("nobody else has the image");
     let mut driver = Driver::new(&disk, 4);
     driver.write(4 * MIB, &[1; 512]).expect_err("past the end");
     for size in [8 * MIB, 3 * MIB] {
@@ -201,7 +201,7 @@ fn a_resize_is_noticed_and_bounds_every_op() {
         assert_eq!(driver.read(size - 512, 512), Ok(vec![2; 512]), "what crosses the end changes nothing");
     }
     drop(driver);
-    disk.stop_notices();
+    disk.store().stop_notices();
 }
 
 #[test]
@@ -214,7 +214,7 @@ fn odd_names_and_many_images_in_one_process() {
         cluster.rbd(&["create", "--size", "1M", &spec]);
         let image = Image { cluster, spec };
         let disk = open(&image, CacheMode::Writeback);
-        disk.activate().expect("nobody else has the image");
+        disk.claim().activate().expect("nobody else has the image");
         disks.push((image, disk));
     }
     let mut drivers: Vec<Driver> = disks.iter().map(|(_, disk)| Driver::new(disk, 16)).collect();
@@ -247,7 +247,7 @@ fn a_blocklisted_client_is_fenced_for_good_and_wakes_whoever_waits() {
     let cluster = Cluster::start(&[]);
     let image = cluster.image(4 * MIB);
     let disk = open(&image, CacheMode::Writeback);
-    disk.activate().expect("nobody else has the image");
+    disk.claim().activate().expect("nobody else has the image");
     let mut driver = Driver::new(&disk, 16);
     driver.write(0, &[1; 4096]).expect("a write");
     assert_eq!(driver.run(Op::Sync), Ok(()));
@@ -259,7 +259,7 @@ fn a_blocklisted_client_is_fenced_for_good_and_wakes_whoever_waits() {
         assert!(matches!(driver.run(Op::Sync), Err(Errno(_))));
         disk.sync().expect_err("fenced");
     }
-    assert_eq!(disk.image_status().trouble.as_deref(), Some("fenced"));
+    assert_eq!(disk.info().image_status().trouble.as_deref(), Some("fenced"));
     // The queue still wakes: whoever waits for a kick is not left asleep.
     let kick = eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd");
     let mut queue = disk.open_queue(4).expect("a queue");
@@ -271,7 +271,7 @@ fn a_blocklisted_client_is_fenced_for_good_and_wakes_whoever_waits() {
     cluster.forgive();
     driver.write(4096, &[4; 4096]).expect_err("fenced for good");
     drop(driver);
-    disk.deactivate();
+    disk.claim().deactivate();
     drop(disk);
     assert!(image.content()[4096..8192] == [0; 4096], "a write that failed was carried out");
 }

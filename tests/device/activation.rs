@@ -10,7 +10,7 @@ use kit::front_end::*;
 use kit::rig::Rig;
 use vhost::vhost_user::VhostUserFrontend;
 use virtioblkd::backend::mem::{MemBackend, MemOptions};
-use virtioblkd::backend::{Backend, Errno, Geometry, IoQueue};
+use virtioblkd::backend::{Backend, Errno, Geometry, ImageClaim, IoQueue};
 use virtioblkd::disk::{Disk, Event};
 use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::DeviceOptions;
@@ -60,6 +60,12 @@ impl Backend for GuardedMapping {
         self.disk.sync_failed()
     }
 
+    fn claim(&self) -> &dyn ImageClaim {
+        self
+    }
+}
+
+impl ImageClaim for GuardedMapping {
     fn activate(&self) -> io::Result<()> {
         if self.taken.load(SeqCst) {
             return Err(io::Error::other("another host has the image; stop its guest"));

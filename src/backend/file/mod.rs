@@ -29,7 +29,9 @@ pub use open::OpenError;
 use super::bounce_pool::BouncePool;
 use super::sticky_error::StickyError;
 use super::uring::Submission;
-use super::{Backend, BufferUse, DurableWrite, Errno, Geometry, ImageEnds, IoQueue};
+use super::{
+    Backend, BufferUse, DurableWrite, Errno, Geometry, ImageClaim, ImageEnds, ImageInfo, ImageUpgrade, IoQueue,
+};
 use crate::engine::CachePolicy;
 use change_counter::ChangeCounter;
 use geometry::{Alignment, Storage};
@@ -67,7 +69,7 @@ pub struct FileOptions {
     pub is_raw: bool,
     /// How QEMU's image locks are used.
     pub locking: Locking,
-    /// Another process has the image and will release its locks later. [`Backend::take_over`] then takes them.
+    /// Another process has the image and will release its locks later. [`ImageUpgrade::take_over`] then takes them.
     pub lock_later: bool,
     /// Makes single writes durable with RWF_DSYNC ([`DurableWrite::Native`]) instead of a sync after them.
     /// [`FileOptions::new`] says which is better where.
@@ -250,14 +252,6 @@ impl Backend for FileBackend {
         self.shared.sync_error.record(result, &self.shared.name).map_err(|errno| io::Error::from_raw_os_error(errno.0))
     }
 
-    fn buffer_use(&self) -> BufferUse {
-        self.shared.buffer_use.clone()
-    }
-
-    fn path(&self) -> Option<&Path> {
-        Some(&self.shared.path)
-    }
-
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         use rustix::fs::{SeekFrom, seek};
         use rustix::io::Errno;
@@ -276,10 +270,6 @@ impl Backend for FileBackend {
         }
     }
 
-    fn ends(&self) -> io::Result<ImageEnds> {
-        image_ends::read(self.shared.fd.as_fd(), self.geometry().size, self.shared.align)
-    }
-
     fn describe(&self) -> String {
         let shared = &self.shared;
         let what = if shared.is_device { "block device" } else { "raw file" };
@@ -293,6 +283,42 @@ impl Backend for FileBackend {
         format!("{what} {} over {how}{access}{modify}", shared.name)
     }
 
+    fn resize(&self, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
+        resize::resize(&self.shared, grow_to, shrink)
+    }
+
+    fn sync_failed(&self) -> Option<Errno> {
+        self.shared.sync_error.get()
+    }
+
+    fn info(&self) -> &dyn ImageInfo {
+        self
+    }
+
+    fn for_upgrade(&self) -> &dyn ImageUpgrade {
+        self
+    }
+
+    fn claim(&self) -> &dyn ImageClaim {
+        self
+    }
+}
+
+impl ImageInfo for FileBackend {
+    fn buffer_use(&self) -> BufferUse {
+        self.shared.buffer_use.clone()
+    }
+
+    fn path(&self) -> Option<&Path> {
+        Some(&self.shared.path)
+    }
+
+    fn ends(&self) -> io::Result<ImageEnds> {
+        image_ends::read(self.shared.fd.as_fd(), self.geometry().size, self.shared.align)
+    }
+}
+
+impl ImageUpgrade for FileBackend {
     fn identity(&self) -> Option<String> {
         // By its numbers, because a device or a file may have many paths.
         let found = rustix::fs::fstat(&self.shared.fd).ok()?;
@@ -318,7 +344,9 @@ impl Backend for FileBackend {
         }
         Ok(())
     }
+}
 
+impl ImageClaim for FileBackend {
     fn activate(&self) -> io::Result<()> {
         // If the locks could not be taken back after a failed hand-over, this retries before a guest's rings run.
         self.take_over()?;
@@ -352,14 +380,6 @@ impl Backend for FileBackend {
         if self.shared.locking == Locking::InUse {
             lock::unlock_image(self.shared.fd.as_fd());
         }
-    }
-
-    fn resize(&self, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
-        resize::resize(&self.shared, grow_to, shrink)
-    }
-
-    fn sync_failed(&self) -> Option<Errno> {
-        self.shared.sync_error.get()
     }
 }
 

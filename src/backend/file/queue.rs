@@ -474,7 +474,7 @@ impl IoQueue for FileQueue {
         self.uring.watch(token, fd)
     }
 
-    fn has_news(&mut self) -> bool {
+    fn has_completions(&mut self) -> bool {
         // An error here comes again in `wait`, which reports it.
         let _ = self.submit();
         self.collect();

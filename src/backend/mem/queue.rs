@@ -102,7 +102,7 @@ impl IoQueue for MemQueue {
         self.watches.watch(source, fd)
     }
 
-    fn has_news(&mut self) -> bool {
+    fn has_completions(&mut self) -> bool {
         !self.done.is_empty() || !self.pending.is_empty()
     }
 

@@ -1,10 +1,10 @@
-//! Keeps the image activated while a copy reads it, so that no other host changes it. Another host's write does not pass
-//! through our virtqueues, so a block that it changed before the block was saved would be wrong in the copy. A running copy
-//! therefore keeps the image when its last user here releases it.
+//! Keeps the image activated while a copy reads it, so that no other host changes it. Another host's write does not
+//! pass through our virtqueues, so a block that it changed before the block was saved would be wrong in the copy. A
+//! running copy therefore keeps the image when its last user here releases it.
 //!
-//! For how long depends on who used the image. A guest that was reset soon comes back. A guest that was migrated waits for
-//! the image on its new host, and a copy makes a guest wait there no longer than it may delay a write; after that the copy
-//! fails. If no guest used the image, none waits for it, and the copy keeps it to the copy's end.
+//! For how long depends on who used the image. A guest that was reset soon comes back. A guest that was migrated waits
+//! for the image on its new host, and a copy makes a guest wait there no longer than it may delay a write; after that
+//! the copy fails. If no guest used the image, none waits for it, and the copy keeps it to the copy's end.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -40,24 +40,24 @@ impl ImageLease {
         self.state.lock().expect("no panic while held")
     }
 
-    /// [`Backend::activate`], unless a copy has kept the image activated.
+    /// [`crate::backend::ImageClaim::activate`], unless a copy has kept the image activated.
     pub(super) fn activate(&self, image: &dyn Backend) -> io::Result<()> {
         let mut state = self.lock();
         if !self.end_lease(&mut state) {
-            image.activate()?;
+            image.claim().activate()?;
         }
         state.guest = true;
         Ok(())
     }
 
-    /// [`Backend::activate_for_hold`], unless a copy has kept the image activated.
+    /// [`crate::backend::ImageClaim::activate_for_hold`], unless a copy has kept the image activated.
     pub(super) fn activate_for_hold(&self, image: &dyn Backend) -> io::Result<bool> {
         let mut state = self.lock();
         if self.end_lease(&mut state) {
             return Ok(true);
         }
         state.guest = false;
-        image.activate_for_hold()
+        image.claim().activate_for_hold()
     }
 
     /// The image has a user again: ends the lease. Returns whether there was one.
@@ -67,11 +67,12 @@ impl ImageLease {
         was_leased
     }
 
-    /// [`Backend::deactivate`]: at once, or when the running copy of `shared` no longer needs the image.
+    /// [`crate::backend::ImageClaim::deactivate`]: at once, or when the running copy of `shared` no longer needs the
+    /// image.
     pub(super) fn deactivate(self: &Arc<Self>, image: &Arc<dyn Backend>, shared: &Shared) {
         let mut state = self.lock();
-        let copy = shared.running(shared.delaying.load(Ordering::SeqCst)).filter(|_| image.gives_way());
-        let Some(copy) = copy else { return image.deactivate() };
+        let copy = shared.running(shared.delaying.load(Ordering::SeqCst)).filter(|_| image.claim().gives_way());
+        let Some(copy) = copy else { return image.claim().deactivate() };
         state.last_lease += 1;
         let number = state.last_lease;
         state.lease = Some(number);
@@ -81,12 +82,12 @@ impl ImageLease {
         if let Err(error) = thread::Builder::new().name("copy-lease".into()).spawn(work) {
             state.lease = None;
             copy.fail(format!("no thread to keep the image for it ({error}); raise the daemon's limits"));
-            image.deactivate();
+            image.claim().deactivate();
         }
     }
 
-    /// Waits until the image has a user again, the copy no longer needs it, or `timeout` has passed; deactivates the image
-    /// in the last two cases.
+    /// Waits until the image has a user again, the copy no longer needs it, or `timeout` has passed; deactivates the
+    /// image in the last two cases.
     fn wait(&self, image: &Weak<dyn Backend>, copy: &Copy, number: u64, timeout: Option<Duration>) {
         let start = Instant::now();
         let mut state = self.lock();
@@ -105,7 +106,7 @@ impl ImageLease {
             state.lease = None;
             // An image that was closed meanwhile needs no deactivation.
             if let Some(image) = image.upgrade() {
-                image.deactivate();
+                image.claim().deactivate();
             }
         }
     }

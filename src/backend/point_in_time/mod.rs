@@ -38,7 +38,7 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::layer::Layer;
-use super::{Backend, IoQueue};
+use super::{Backend, ImageClaim, IoQueue};
 use crate::base::rate_limit::{COPY_LOG, log_limited};
 use crate::base::sync::reused;
 use crate::disk::{Copies, CopyError, CopyOptions, CopyStatus, Events};
@@ -281,7 +281,8 @@ impl PointInTime {
             message: format!("no memory to copy an image of {size} bytes ({error}); give the daemon more"),
         })?;
         let started = |liveness| self.targets.lock().expect("no panic while held").push((number, liveness));
-        let (target, links) = TargetHandle::create(options, (size, self.image.path()), &self.shared.tuning, started)?;
+        let (target, links) =
+            TargetHandle::create(options, (size, self.image.info().path()), &self.shared.tuning, started)?;
         let copy = Arc::new(Copy::new(number, size, options, target, wake, Arc::clone(&self.shared), saved));
         self.start_threads(&copy, links).map_err(|error| {
             copy.abandon();
@@ -448,15 +449,25 @@ impl Layer for PointInTime {
         Ok(Box::new(DelayingQueue::new(inner, depth, Arc::clone(&self.shared))?))
     }
 
-    fn activate_layer(&self) -> io::Result<()> {
+    fn layer_claim(&self) -> &dyn ImageClaim {
+        self
+    }
+}
+
+impl ImageClaim for PointInTime {
+    fn activate(&self) -> io::Result<()> {
         self.lease.activate(&*self.image)
     }
 
-    fn activate_layer_for_hold(&self) -> io::Result<bool> {
+    fn activate_for_hold(&self) -> io::Result<bool> {
         self.lease.activate_for_hold(&*self.image)
     }
 
-    fn deactivate_layer(&self) {
+    fn gives_way(&self) -> bool {
+        self.image.claim().gives_way()
+    }
+
+    fn deactivate(&self) {
         self.lease.deactivate(&self.image, &self.shared);
     }
 }

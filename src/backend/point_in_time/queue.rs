@@ -276,8 +276,8 @@ impl LayerQueue for DelayingQueue {
         self.inner.watch(source, fd)
     }
 
-    fn layer_has_news(&mut self) -> bool {
-        !self.ready.is_empty() || self.inner.has_news()
+    fn layer_has_completions(&mut self) -> bool {
+        !self.ready.is_empty() || self.inner.has_completions()
     }
 
     fn layer_wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {

@@ -37,7 +37,8 @@ pub use open::OpenError;
 
 use super::sticky_error::StickyError;
 use super::{
-    Backend, BufferUse, Completion, Errno, Geometry, ImageEnds, IoBuf, IoQueue, Notices, Op, OpId, image_format,
+    Backend, BufferUse, Completion, Errno, Geometry, ImageClaim, ImageEnds, ImageInfo, ImageStore, ImageUpgrade, IoBuf,
+    IoQueue, Notices, Op, OpId, image_format,
 };
 use crate::disk::{ImageSnapshots, ImageStatus, RbdStatus};
 use crate::engine::CacheMode;
@@ -112,7 +113,7 @@ pub struct RbdOptions {
     pub lock: RbdLock,
     /// The file in which the lock's owner is recorded, so that a restart after a crash need not wait for the dead owner.
     pub state_file: Option<PathBuf>,
-    /// Another process has the image and the state file, and hands them over later to [`Backend::take_over`].
+    /// Another process has the image and the state file, and hands them over later to [`ImageUpgrade::take_over`].
     pub lock_later: bool,
     /// The encryption format, and the file with the passphrase.
     pub encryption: Option<(Encryption, PathBuf)>,
@@ -302,6 +303,33 @@ impl Backend for RbdBackend {
         Ok(self.data_map.next(&self.shared, offset, size, object))
     }
 
+    fn describe(&self) -> String {
+        let access = if self.shared.geometry.read_only { ", read-only" } else { "" };
+        format!("Ceph RBD image {} over {}{access}", self.shared.name, self.shared.how)
+    }
+
+    fn sync_failed(&self) -> Option<Errno> {
+        self.shared.sticky_error.get()
+    }
+
+    fn info(&self) -> &dyn ImageInfo {
+        self
+    }
+
+    fn store(&self) -> &dyn ImageStore {
+        self
+    }
+
+    fn for_upgrade(&self) -> &dyn ImageUpgrade {
+        self
+    }
+
+    fn claim(&self) -> &dyn ImageClaim {
+        self
+    }
+}
+
+impl ImageInfo for RbdBackend {
     fn ends(&self) -> io::Result<ImageEnds> {
         let size = self.geometry().size;
         let mut queue = RbdQueue::open(Arc::clone(&self.shared), 1)?;
@@ -324,20 +352,23 @@ impl Backend for RbdBackend {
         Ok(ImageEnds { head: piece(0, size.min(image_format::HEAD as u64))?, tail: piece(size - tail, tail)? })
     }
 
-    fn describe(&self) -> String {
-        let access = if self.shared.geometry.read_only { ", read-only" } else { "" };
-        format!("Ceph RBD image {} over {}{access}", self.shared.name, self.shared.how)
-    }
-
     /// librbd copies writes: opening the image checks that `rbd_disable_zero_copy_writes` is true.
     fn buffer_use(&self) -> BufferUse {
         BufferUse::Copies("librbd copies each write before it is sent".into())
     }
 
-    fn sync_failed(&self) -> Option<Errno> {
-        self.shared.sticky_error.get()
+    fn image_status(&self) -> ImageStatus {
+        let (trouble, trouble_detail) = self.shared.health.status().unzip();
+        let rbd = RbdStatus {
+            image: self.shared.name.clone(),
+            lock: self.shared.lock.status().to_string(),
+            quiesce: self.quiesce.as_ref().map(|quiesce| quiesce.status()),
+        };
+        ImageStatus { trouble, trouble_detail, rbd: Some(rbd), ..ImageStatus::default() }
     }
+}
 
+impl ImageStore for RbdBackend {
     fn start_notices(&self, notices: Arc<dyn Notices>) {
         let mut watch_thread = self.watch_thread.lock().expect("no panic while held");
         watch_thread.start(&self.shared, self.quiesce.as_ref(), notices);
@@ -347,6 +378,15 @@ impl Backend for RbdBackend {
         self.watch_thread.lock().expect("no panic while held").stop(&self.shared, self.quiesce.as_ref());
     }
 
+    fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {
+        if self.shared.geometry.read_only {
+            return None;
+        }
+        Some(Arc::new(snapshots::Snapshots(Arc::clone(&self.shared))))
+    }
+}
+
+impl ImageUpgrade for RbdBackend {
     /// The image's name, which is unique in a cluster, and the configuration file, which names the cluster.
     fn identity(&self) -> Option<String> {
         let conf = self.shared.conf.as_ref().map(|conf| format!(" by {}", conf.display())).unwrap_or_default();
@@ -364,7 +404,9 @@ impl Backend for RbdBackend {
     fn take_over(&self) -> io::Result<()> {
         self.shared.lock.take_over()
     }
+}
 
+impl ImageClaim for RbdBackend {
     fn activate(&self) -> io::Result<()> {
         self.shared.lock.activate(&self.shared)
     }
@@ -375,23 +417,6 @@ impl Backend for RbdBackend {
 
     fn deactivate(&self) {
         self.shared.lock.deactivate(&self.shared);
-    }
-
-    fn image_status(&self) -> ImageStatus {
-        let (trouble, trouble_detail) = self.shared.health.status().unzip();
-        let rbd = RbdStatus {
-            image: self.shared.name.clone(),
-            lock: self.shared.lock.status().to_string(),
-            quiesce: self.quiesce.as_ref().map(|quiesce| quiesce.status()),
-        };
-        ImageStatus { trouble, trouble_detail, rbd: Some(rbd), ..ImageStatus::default() }
-    }
-
-    fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {
-        if self.shared.geometry.read_only {
-            return None;
-        }
-        Some(Arc::new(snapshots::Snapshots(Arc::clone(&self.shared))))
     }
 }
 

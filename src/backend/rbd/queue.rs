@@ -118,7 +118,7 @@ impl IoQueue for RbdQueue {
         self.watches.watch(source, fd)
     }
 
-    fn has_news(&mut self) -> bool {
+    fn has_completions(&mut self) -> bool {
         self.has_finished()
     }
 

@@ -72,7 +72,7 @@ impl FromStr for StableWrites {
     }
 }
 
-/// How the medium reads the buffer of a write, and in words how that is known: [`Backend::buffer_use`].
+/// How the medium reads the buffer of a write, and in words how that is known: [`ImageInfo::buffer_use`](super::ImageInfo::buffer_use).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BufferUse {
     /// The medium copies the data before it uses it.
@@ -127,7 +127,7 @@ impl StableBackend {
         bounce_pool: Arc<BouncePool>,
         events: Arc<Events>,
     ) -> Self {
-        let (effect, why) = decide(asked, &image.buffer_use(), image.geometry().read_only);
+        let (effect, why) = decide(asked, &image.info().buffer_use(), image.geometry().read_only);
         let this = StableBackend { image, asked, effect, why, bounce_pool, counters: ImageCounters::new(events) };
         // Without effect, as by default, this line is of use for debugging only.
         let level = if this.effect == Effect::Off && asked == StableWrites::Auto { Level::Debug } else { Level::Info };

@@ -31,7 +31,7 @@ pub struct Setup {
     pub disk: Arc<dyn Disk>,
     /// What happens to the disk.
     pub events: Arc<Events>,
-    /// What the image's store reports. The same object is given to [`crate::backend::Backend::start_notices`].
+    /// What the image's store reports. The same object is given to [`crate::backend::ImageStore::start_notices`].
     pub notices: Arc<ImageNotices>,
     /// How long a snapshot that another host takes of the image may wait for the disk to be quiet; then it is refused.
     pub store_timeout: Duration,

@@ -56,7 +56,7 @@ impl HandedOver {
     fn reclaim_image(&self) {
         let backend = self.device.rings.backend();
         let end = Instant::now() + RECLAIM_TIMEOUT;
-        while let Err(error) = backend.take_over() {
+        while let Err(error) = backend.for_upgrade().take_over() {
             if Instant::now() > end {
                 log::error!("the image was given up for another process and cannot be taken back yet: {error}");
                 return;
@@ -198,14 +198,14 @@ impl Device {
             self.rings.sync().map_err(HandOverError::SyncFailed)?;
         }
         let (session, drained) = saved.unzip();
-        self.rings.backend().hand_over();
+        self.rings.backend().for_upgrade().hand_over();
         let drained_in = drained.map_or(0, |drained| drained - since);
         Ok(HandedOver { session, since, drained_in, device: self.clone(), commit: Some(commit) })
     }
 
     /// Syncs while the rings run, so that little is left for [`Device::hand_over`]. Called by the same thread.
     pub(crate) fn sync_ahead(&self) -> std::io::Result<()> {
-        self.rings.backend().wait_until_releasable();
+        self.rings.backend().for_upgrade().wait_until_releasable();
         self.rings.sync()
     }
 
@@ -213,7 +213,7 @@ impl Device {
     pub(crate) fn facts(&self) -> Option<DiskFacts> {
         let geometry = self.rings.backend().geometry();
         Some(DiskFacts {
-            image: self.rings.backend().identity()?,
+            image: self.rings.backend().for_upgrade().identity()?,
             size: self.rings.capacity().get(),
             logical_block: geometry.logical_block,
             read_only: geometry.read_only,

@@ -1,12 +1,12 @@
-//! What in this daemon uses the image: a front-end's rings, an operator's hold. [`Backend::activate`] comes before the first
-//! of them, [`Backend::deactivate`] after the last.
+//! What in this daemon uses the image: a front-end's rings, an operator's hold. [`ImageClaim::activate`] comes before the first
+//! of them, [`ImageClaim::deactivate`] after the last.
 //!
 //! A hold needs the image too. A guest that moves to another host while its disk is held here would otherwise continue
 //! there, and a hold of a disk whose guest is elsewhere would not stop that guest. Either way a snapshot would be of an image
 //! that changes.
 //!
-//! [`Backend::activate`]: crate::backend::Backend::activate
-//! [`Backend::deactivate`]: crate::backend::Backend::deactivate
+//! [`ImageClaim::activate`]: crate::backend::ImageClaim::activate
+//! [`ImageClaim::deactivate`]: crate::backend::ImageClaim::deactivate
 
 use std::io;
 
@@ -30,7 +30,7 @@ impl ImageUsers {
     pub(in crate::virtio) fn claim_for_rings(&self, backend: &dyn Backend) -> io::Result<()> {
         let mut users = self.0.lock().expect("no panic while held");
         if !users.rings {
-            backend.activate()?;
+            backend.claim().activate()?;
         }
         *users = Users { active: true, rings: true };
         Ok(())
@@ -49,7 +49,7 @@ impl ImageUsers {
     pub(in crate::virtio) fn claim_for_hold(&self, backend: &dyn Backend) -> io::Result<()> {
         let mut users = self.0.lock().expect("no panic while held");
         if !users.active {
-            users.active = backend.activate_for_hold()?;
+            users.active = backend.claim().activate_for_hold()?;
         }
         Ok(())
     }
@@ -63,7 +63,7 @@ impl ImageUsers {
 impl Users {
     fn release_if_unused(&mut self, backend: &dyn Backend, held: impl FnOnce() -> bool) {
         if self.active && !self.rings && !held() {
-            backend.deactivate();
+            backend.claim().deactivate();
             self.active = false;
         }
     }

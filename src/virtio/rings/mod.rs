@@ -233,7 +233,7 @@ impl Rings {
     /// The status of the image: the back-end's, unless rings wait for the image.
     fn image_status(&self) -> ImageStatus {
         let refused = self.lock().refused.clone();
-        let mut status = self.backend.image_status();
+        let mut status = self.backend.info().image_status();
         if let Some(why) = refused {
             (status.trouble, status.trouble_detail) = (Some("not-ours".into()), Some(why));
         }
@@ -398,8 +398,8 @@ impl Disk for Arc<Rings> {
             copies_ending: 0,
             detected_format: None,
             image: self.backend.describe(),
-            image_path: self.backend.path().map(|path| path.display().to_string()),
-            image_path_b64: self.backend.path().and_then(|path| base64_unless_utf8(path.as_os_str())),
+            image_path: self.backend.info().path().map(|path| path.display().to_string()),
+            image_path_b64: self.backend.info().path().and_then(|path| base64_unless_utf8(path.as_os_str())),
             size: self.capacity.get(),
             logical_block_size: geometry.logical_block,
             read_only: geometry.read_only,

@@ -1,4 +1,4 @@
-//! Claims the image for a session: [`Backend::activate`] before the first ring runs, and [`Backend::deactivate`] after the
+//! Claims the image for a session: [`ImageClaim::activate`] before the first ring runs, and [`ImageClaim::deactivate`] after the
 //! last one has stopped for good, or after the operator's hold that outlasts it ([`crate::virtio::rings::image_users`]).
 //! The claim outlives pauses (a change of the memory table, a ring set up anew).
 //!
@@ -7,8 +7,8 @@
 //! guest continues by itself once the image is free, with any front-end. To run the rings and fail their requests would cost
 //! the guest its file system for something temporary, such as the hand-over of a migration.
 //!
-//! [`Backend::activate`]: crate::backend::Backend::activate
-//! [`Backend::deactivate`]: crate::backend::Backend::deactivate
+//! [`ImageClaim::activate`]: crate::backend::ImageClaim::activate
+//! [`ImageClaim::deactivate`]: crate::backend::ImageClaim::deactivate
 
 use std::cell::{Cell, RefCell};
 use std::time::Duration;

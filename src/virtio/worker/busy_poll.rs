@@ -105,7 +105,7 @@ impl Worker {
         let start = Instant::now();
         loop {
             for _ in 0..SPINS_PER_CLOCK {
-                if self.ring.has_more() || self.backend.io.has_news() {
+                if self.ring.has_more() || self.backend.io.has_completions() {
                     return true;
                 }
                 std::hint::spin_loop();

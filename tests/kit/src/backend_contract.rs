@@ -93,7 +93,7 @@ pub fn clause_6_what_has_finished_is_seen_without_a_system_call(each: Each) {
             let id = driver.push(op);
             driver.queue.submit().expect("submit");
             let (end, mut out) = (Instant::now() + WAIT_TIMEOUT, Vec::new());
-            while !driver.queue.has_news() {
+            while !driver.queue.has_completions() {
                 assert!(Instant::now() < end, "{name}: it does not show");
             }
             while out.is_empty() {
@@ -103,7 +103,7 @@ pub fn clause_6_what_has_finished_is_seen_without_a_system_call(each: Each) {
             }
             assert_eq!(out[0].id, id, "{name}");
         }
-        assert!(!driver.queue.has_news(), "{name}: news of nothing");
+        assert!(!driver.queue.has_completions(), "{name}: news of nothing");
     });
 }
 
@@ -225,7 +225,7 @@ pub fn clause_6_a_kick_is_no_news_and_ends_the_next_wait(each: Each) {
         queue.watch(Source::Kick, kicked.as_fd()).expect("watch");
         for _ in 0..3 {
             kick(&kicked);
-            assert!((0..1000).all(|_| !queue.has_news()), "{name}");
+            assert!((0..1000).all(|_| !queue.has_completions()), "{name}");
             assert!(queue.wait(Some(WAIT_TIMEOUT)).expect("wait").kick, "{name}");
         }
     });

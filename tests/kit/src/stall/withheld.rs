@@ -104,8 +104,8 @@ impl IoQueue for Queue {
         self.inner.watch(source, fd)
     }
 
-    fn has_news(&mut self) -> bool {
-        self.inner.has_news()
+    fn has_completions(&mut self) -> bool {
+        self.inner.has_completions()
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
