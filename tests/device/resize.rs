@@ -181,10 +181,10 @@ fn a_smaller_image_is_refused_unless_forced() {
         let why = rig.disk.resize(to, force).unwrap_err();
         assert!(words.iter().all(|word| why.contains(word)), "{why}");
     };
-    refused(Some(SMALL / 2), true, ["never cut", "truncate"]);
+    refused(Some(SMALL / 2), true, ["never truncates", "truncate -s"]);
     refused(Some(SMALL + 5), false, ["whole blocks", "multiple"]);
     image.as_file().set_len(SMALL / 2).unwrap();
-    refused(None, false, ["lost", "--force"]);
+    refused(None, false, ["would lose", "--force"]);
     assert_eq!((messages(&channel), rig.status().size), (0, SMALL));
     assert_eq!(rig.disk.resize(None, true), Ok(SMALL / 2));
     assert_eq!(messages(&channel), 1);
