@@ -45,6 +45,7 @@ fn two_disks(libvirt: &SystemLibvirt, job: &str) -> String {
     let (one, other) = (image(libvirt, "one.img"), image(libvirt, "other.img"));
     let backup = libvirt.home().join("backup");
     fs::create_dir_all(&backup).expect("room");
+    std::os::unix::fs::chown(&backup, Some(DAEMON_USER), None).expect("we are root");
     let copies = format!("<v:copy_dir path='{}'/>", backup.display());
     let metadata = format!(
         "<uuid>{UUID}</uuid><metadata><v:disks xmlns:v='urn:virtioblkd:libvirt:1'>
@@ -90,6 +91,17 @@ fn a_domain_stands_for_all_its_disks_at_one_instant() {
     };
     assert_eq!((state("vda"), state("vdb")), ("quiesced".into(), "quiesced".into()));
     ctl_ok(&libvirt, &["--domain", DOMAIN, "resume", tokens.trim()]);
+    assert_eq!((state("vda"), state("vdb")), ("open".into(), "open".into()));
+
+    // Under a command that asks for the status, with the command's own status.
+    let ctl_path = programs::virtioblkctl().display().to_string();
+    let script = format!("{ctl_path} --domain {DOMAIN} --json status; exit 7");
+    let held = ctl(&libvirt, &["--domain", DOMAIN, "quiesce", "--", "sh", "-c", &script]);
+    assert_eq!(held.status.code(), Some(7), "{held:?}");
+    let both: Value = serde_json::from_slice(&held.stdout).expect("JSON");
+    for name in ["example:vda", "example:vdb"] {
+        assert_eq!(both[name]["quiesce"]["state"], "quiesced", "{both}");
+    }
     assert_eq!((state("vda"), state("vdb")), ("open".into(), "open".into()));
 
     wait_until("the agent answers", || {

@@ -1,5 +1,6 @@
 //! Commands for all disks of a domain (`--domain`).
 
+use std::ffi::OsString;
 use std::thread;
 
 use serde_json::{Map, Value, json};
@@ -11,7 +12,7 @@ use virtioblkd::internal::snapshot::USAGE;
 
 use crate::chosen::{Disks, target};
 use crate::{
-    Answer, ChangeCopy, Cli, Copies, CtlCommand, Quiesce, Resume, answer, arguments, parse, print, resumed, show,
+    Answer, ChangeCopy, Cli, Copies, CtlCommand, Quiesce, Resume, answer, arguments, hold, parse, print, resumed, show,
 };
 
 /// Carries the command out for each disk. The status is 1 if one disk's failed.
@@ -26,12 +27,7 @@ pub(crate) fn run(cli: &Cli, disks: &Disks) -> Result<u8, Failure> {
         CtlCommand::Copies(Copies { change: Some(ChangeCopy::Cancel { .. } | ChangeCopy::Limit { .. }) }) => {
             return one_disk("a copy's name is one disk's");
         }
-        CtlCommand::Quiesce(quiesce) if !quiesce.command.is_empty() => {
-            return one_disk(
-                "quiesce -- COMMAND holds one disk; for all of a domain there is 'snapshot --domain DOMAIN --level crash --to \
-                 exec:COMMAND'",
-            );
-        }
+        CtlCommand::Quiesce(options) if !options.command.is_empty() => return hold_all(disks, options),
         CtlCommand::Quiesce(options) => return quiesce(cli, disks, options),
         CtlCommand::Resume(options) => return resume(cli, disks, options),
         _ => {}
@@ -57,6 +53,27 @@ pub(crate) fn run(cli: &Cli, disks: &Disks) -> Result<u8, Failure> {
         print(&format!("{}\n", clean_json(&format!("{:#}", Value::Object(all)))))?;
     }
     Ok(status)
+}
+
+/// Runs a command while all disks are held: the command under the first disk's hold holds the second, and so on. Each of
+/// these processes passes the command's status on as a success only if its own hold lasted as long.
+fn hold_all(disks: &Disks, options: &Quiesce) -> Result<u8, Failure> {
+    let own = std::env::current_exe()
+        .map_err(|error| Failure::new("command", format!("cannot find this program's own file: {error}")))?;
+    let wanted = arguments(options);
+    let who = wanted["who"].as_str().unwrap_or_default();
+    let milliseconds = |time: std::time::Duration| format!("{}ms", time.as_millis());
+    let mut command = options.command.clone();
+    for (_, control) in disks.disks.iter().skip(1).rev() {
+        let mut outer: Vec<OsString> = vec![own.clone().into(), "--control".into(), control.into(), "quiesce".into()];
+        outer.extend(["--timeout".into(), milliseconds(options.timeout).into()]);
+        outer.extend(["--lease".into(), milliseconds(options.lease).into()]);
+        outer.extend(["--who".into(), who.into(), "--".into()]);
+        outer.append(&mut command);
+        command = outer;
+    }
+    let (_, first) = disks.disks.first().ok_or_else(|| Failure::new(USAGE, "there is no disk to hold"))?;
+    hold::run(Client::connect(first)?, wanted.clone(), options.timeout, options.lease, &command)
 }
 
 /// Holds all disks. They are all held at one instant, or none is.
