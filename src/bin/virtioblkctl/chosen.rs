@@ -10,7 +10,7 @@ use virtioblkd::internal::host::listing::{self, Directories};
 use virtioblkd::internal::host::members;
 use virtioblkd::internal::snapshot::USAGE;
 
-/// The environment variable that stands for --control.
+/// The environment variable that replaces a missing --control.
 pub(crate) const VARIABLE: &str = "VIRTIOBLK_CONTROL";
 
 #[derive(Args)]
@@ -22,7 +22,7 @@ pub(crate) struct Chosen {
     /// All disks of this libvirt domain, at one instant
     #[arg(long = "domain", id = "of_domain", value_name = "DOMAIN", global = true, conflicts_with = "control")]
     domain: Option<String>,
-    /// Where the control sockets are, NAME.ctl for the disk NAME [default: those of libvirt's hook and of the shipped
+    /// The directory of the control sockets, NAME.ctl for the disk NAME [default: those of libvirt's hook and of the shipped
     /// unit, /run/virtioblkd]
     #[arg(long, value_name = "DIR", global = true)]
     control_dir: Option<PathBuf>,
@@ -32,7 +32,7 @@ pub(crate) struct Chosen {
 pub(crate) struct Disks {
     /// The domain of --domain.
     pub(crate) domain: Option<String>,
-    /// Their names, or what stands for them on the command line, and their control sockets.
+    /// The disks' names, or the paths that were given instead, and their control sockets.
     pub(crate) disks: Vec<(String, PathBuf)>,
 }
 
@@ -48,15 +48,15 @@ impl Chosen {
         self.control_dir.as_deref().map_or_else(Directories::of_this_user, Directories::sockets)
     }
 
-    /// The disks of --domain; else those that are `named` (--disk); else the one of --control or of the environment. None
-    /// where nothing chooses any.
+    /// The disks of --domain; else those of --disk (`named`); else the one of --control or of the environment. Returns no
+    /// disks if none of these is given.
     pub(crate) fn several(&self, named: &[PathBuf]) -> Result<Disks, Failure> {
         let directories = self.directories();
         if let Some(domain) = &self.domain {
             if self.control.is_some() || !named.is_empty() {
                 return Err(Failure::new(
                     USAGE,
-                    "--domain stands for all disks of a domain: leave out the single disks",
+                    "--domain chooses all disks of a domain: leave out --control and --disk",
                 ));
             }
             return of_domain(domain, &directories);
@@ -82,7 +82,7 @@ fn of_domain(domain: &str, directories: &Directories) -> Result<Disks, Failure> 
     }
     if !members.others.is_empty() {
         logging::message(format_args!(
-            "the domain {} has disks that virtioblkd does not serve, and nothing here is done to them: {}",
+            "the domain {} has disks that virtioblkd does not serve, to which this command does nothing: {}",
             members.domain,
             members.others.join(", ")
         ));
@@ -96,7 +96,7 @@ pub(crate) fn target(name: &str) -> &str {
     name.rsplit(':').next().unwrap_or(name)
 }
 
-/// For messages.
+/// Formats a path for messages.
 pub(crate) fn path(path: &Path) -> String {
     shown(path.display())
 }

@@ -1,4 +1,4 @@
-//! The subcommands of `domain`: a libvirt domain whose disks virtioblkd serves, or is to serve.
+//! The subcommands of `domain`, for a libvirt domain whose disks virtioblkd serves, or is to serve.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -33,25 +33,25 @@ pub(crate) struct Domain {
 
 #[derive(Subcommand)]
 enum DomainCommand {
-    /// The domain's disks: target, mode, what the guest sees, state, image
+    /// Show the domain's disks: target, mode, what the guest sees, state, image
     Status {
-        /// Its name or UUID
+        /// The domain's name or UUID
         #[arg(value_name = "DOMAIN")]
         name: String,
     },
-    /// Look for what keeps its disks from working at its next start, and say what to do about it
+    /// Check for problems that would prevent the domain's disks from working at its next start, and say how to fix them
     ///
-    /// Memory, queues, reconnecting, images, users, AppArmor, SELinux, QEMU's version, and what the guest will see. The
-    /// status is 1 if there is a problem.
+    /// Checks memory, queues, reconnecting, images, users, AppArmor, SELinux, QEMU's version, and what the guest will see.
+    /// The exit status is 1 if there is a problem.
     Check {
-        /// Its name or UUID, a file with its XML, or - for standard input
+        /// The domain's name or UUID, a file with its XML, or - for standard input
         #[arg(value_name = "DOMAIN")]
         name: String,
     },
-    /// Let virtioblkd serve a disk that QEMU serves, or with --back QEMU one that virtioblkd serves
+    /// Change a disk that QEMU serves into one that virtioblkd serves, or with --back the other way
     ///
-    /// Prints the changed XML; with --define libvirt takes it for the next start. <disk type='file'>, 'block' and
-    /// 'network' (rbd) can be converted. What cannot be carried over is refused by name.
+    /// Prints the changed XML; with --define libvirt uses it for the next start. <disk type='file'>, 'block' and 'network'
+    /// (rbd) can be converted. If an element has no equivalent, the conversion is refused and names it.
     Convert(Convert),
     /// Attach a new disk to a running domain: its daemon is started first, then libvirt is asked
     Attach(Attach),
@@ -62,7 +62,7 @@ enum DomainCommand {
     /// The guest notices a pause of milliseconds. What cannot change under a guest (the image, its size, readonly, the block
     /// size) is refused, and the daemon serves on as it was.
     Apply {
-        /// Its name or UUID
+        /// The domain's name or UUID
         #[arg(value_name = "DOMAIN")]
         name: String,
     },
@@ -70,7 +70,7 @@ enum DomainCommand {
 
 #[derive(Args)]
 struct Attach {
-    /// Its name or UUID
+    /// The domain's name or UUID
     #[arg(value_name = "DOMAIN")]
     name: String,
     /// The new disk's target, such as vdb
@@ -85,7 +85,7 @@ struct Attach {
 
 #[derive(Args)]
 struct Detach {
-    /// Its name or UUID
+    /// The domain's name or UUID
     #[arg(value_name = "DOMAIN")]
     name: String,
     /// The disk, such as vdb
@@ -102,15 +102,15 @@ fn word(text: &str) -> Result<(String, String), String> {
 
 #[derive(Args)]
 struct Convert {
-    /// Its name or UUID, a file with its XML, or - for standard input
+    /// The domain's name or UUID, a file with its XML, or - for standard input
     #[arg(value_name = "DOMAIN")]
     name: String,
-    /// The disk, such as vda
+    /// The disk's target, such as vda
     target: String,
-    /// Its cache mode from now on [default: as it is]
+    /// The disk's new cache mode [default: unchanged]
     #[arg(long, value_name = "MODE", value_parser = str::parse::<CacheMode>, conflicts_with = "back")]
     cache: Option<CacheMode>,
-    /// The other way: QEMU serves the disk itself again
+    /// Convert the other way: QEMU serves the disk itself again
     #[arg(long)]
     back: bool,
     /// Let libvirt define the changed domain (virsh define) instead of printing it
@@ -118,7 +118,7 @@ struct Convert {
     define: bool,
 }
 
-/// Returns our exit status.
+/// Returns this program's exit status.
 pub(crate) fn run(options: &Domain, chosen: &Chosen, json: bool) -> Result<u8, Failure> {
     match &options.command {
         DomainCommand::Status { name } => status(name, chosen, json),
@@ -143,7 +143,7 @@ fn failed(error: impl std::fmt::Display) -> Failure {
     Failure::new("domain", error.to_string())
 }
 
-/// The XML of a domain, of a file, or of standard input. A name is a file's if it has a slash or ends in `.xml`.
+/// Reads the XML of a domain, of a file, or of standard input. A name with a slash, or one that ends in `.xml`, is a file's.
 fn description(name: &str, of_libvirt: impl Fn(&str) -> Result<String, String>) -> Result<String, Failure> {
     let mut xml = String::new();
     let read = match name {
@@ -209,7 +209,7 @@ fn status(name: &str, chosen: &Chosen, json: bool) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// The disk as this host has it; without a control socket where it is not known.
+/// Returns the disk as `list` knows it, or one without a control socket if `list` does not know it.
 fn in_list(domain: &Description, disk: &VhostUserDisk, listed: &[Listed]) -> Listed {
     let is_it = |found: &&Listed| {
         found.socket.as_deref() == Some(Path::new(&disk.socket))
@@ -242,7 +242,7 @@ fn row(disk: &Listed, state: &State, described: &[DiskOptions]) -> Value {
 fn check(name: &str, chosen: &Chosen, json: bool) -> Result<u8, Failure> {
     let xml = description(name, |name| virsh::describe(name, true))?;
     let host = Host::of_this_user().map_err(failed)?;
-    // What is wrong in the metadata is a finding.
+    // An error in the metadata is reported as a finding.
     let disks = metadata::of_xml(&xml).unwrap_or_default();
     let findings = check::findings(&xml, &Facts::of_this_host(&host, &chosen.directories(), &disks));
     let problems = findings.iter().filter(|found| found.grade == Grade::Problem).count();
@@ -255,7 +255,8 @@ fn check(name: &str, chosen: &Chosen, json: bool) -> Result<u8, Failure> {
         page.extend(CacheMode::ALL.map(|mode| format!("  {mode:<14}{}\n", check::what_the_guest_sees(mode))));
         page += &match problems {
             0 => "no problem was found\n".to_owned(),
-            some => format!("{some} problem(s)\n"),
+            1 => "1 problem\n".to_owned(),
+            some => format!("{some} problems\n"),
         };
         print(&page)?;
     }
@@ -292,7 +293,7 @@ fn convert(options: &Convert) -> Result<u8, Failure> {
     .map_err(failed)?;
     if !options.define {
         let mut out = io::stdout().lock();
-        // As it is: libvirt reads it.
+        // The XML is printed unchanged, because libvirt reads it.
         let printed = out.write_all(xml.as_bytes()).and_then(|()| out.flush());
         printed.map_err(|error| Failure::new("output", format!("cannot print: {error}")))?;
     } else {

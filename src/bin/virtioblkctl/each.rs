@@ -1,4 +1,4 @@
-//! Commands for all disks of a domain (`--domain`).
+//! Runs commands for all disks of a domain (`--domain`).
 
 use std::ffi::OsString;
 use std::thread;
@@ -15,17 +15,17 @@ use crate::{
     Answer, ChangeCopy, Cli, Copies, CtlCommand, Quiesce, Resume, answer, arguments, hold, parse, print, resumed, show,
 };
 
-/// Carries the command out for each disk. The status is 1 if one disk's failed.
+/// Runs the command for each disk. The exit status is 1 if it failed for one of them.
 pub(crate) fn run(cli: &Cli, disks: &Disks) -> Result<u8, Failure> {
     let one_disk = |why: &str| {
         let names: Vec<&str> = disks.disks.iter().map(|(name, _)| name.as_str()).collect();
         Err(Failure::new(USAGE, format!("{why}: give --control with one of {}", names.join(", "))))
     };
     match &cli.command {
-        CtlCommand::Resize(_) => return one_disk("a size is one disk's"),
+        CtlCommand::Resize(_) => return one_disk("resize changes one disk"),
         CtlCommand::Watch => return one_disk("watch shows one disk's events"),
         CtlCommand::Copies(Copies { change: Some(ChangeCopy::Cancel { .. } | ChangeCopy::Limit { .. }) }) => {
-            return one_disk("a copy's name is one disk's");
+            return one_disk("a copy's name belongs to one disk");
         }
         CtlCommand::Quiesce(options) if !options.command.is_empty() => return hold_all(disks, options),
         CtlCommand::Quiesce(options) => return quiesce(cli, disks, options),

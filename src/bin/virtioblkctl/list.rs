@@ -1,4 +1,4 @@
-//! The subcommand `list`: the disks of this host.
+//! The subcommand `list`: prints the disks of this host.
 
 use serde_json::{Value, json};
 use virtioblkd::internal::base::text::{clean, clean_json};
@@ -9,17 +9,19 @@ use crate::chosen::{self, Chosen};
 
 const HEAD: [&str; 7] = ["NAME", "DOMAIN", "TARGET", "MODE", "STATE", "IMAGE", "CONTROL"];
 
-/// The table, or its JSON.
+/// Returns the table of disks, or its JSON.
 pub(crate) fn run(chosen: &Chosen, json: bool) -> Result<String, Failure> {
     let disks = listing::find(&chosen.directories())
-        .map_err(|error| Failure::new("list", format!("cannot look for this host's disks: {error}")))?;
+        .map_err(|error| Failure::new("list", format!("cannot list this host's disks: {error}")))?;
     let rows: Vec<(Listed, State)> = disks.iter().cloned().zip(listing::states(&disks)).collect();
     if json {
         let all: Value = rows.iter().map(|(disk, state)| row_json(disk, state)).collect();
         return Ok(format!("{}\n", clean_json(&format!("{all:#}"))));
     }
     if rows.is_empty() {
-        return Ok("there is no disk on this host that virtioblkctl knows; --control-dir DIR looks elsewhere\n".into());
+        return Ok(
+            "virtioblkctl finds no disk on this host; use --control-dir DIR to search another directory\n".into()
+        );
     }
     Ok(table(&HEAD, &rows.iter().map(|(disk, state)| row(disk, state)).collect::<Vec<_>>()))
 }
@@ -51,7 +53,7 @@ fn row(disk: &Listed, state: &State) -> [String; 7] {
     ]
 }
 
-/// Columns that are as wide as their widest cell.
+/// Formats a table whose columns are as wide as their widest cell.
 pub(crate) fn table<const N: usize>(head: &[&str; N], rows: &[[String; N]]) -> String {
     let head: [String; N] = head.map(str::to_owned);
     let lines = || std::iter::once(&head).chain(rows);

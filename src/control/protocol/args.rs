@@ -10,7 +10,8 @@ use super::MAX_TIMEOUT;
 /// The longest `who`, in bytes.
 pub const MAX_WHO: usize = 256;
 
-/// The arguments of one command. Each reader removes its own; what is left at the end is unknown.
+/// The arguments of one command. Each method removes the argument that it reads. Arguments that are left at the end are
+/// unknown.
 pub(in crate::control) struct Args<'a> {
     pub(super) command: &'a str,
     pub(super) given: Map<String, Value>,

@@ -15,7 +15,7 @@ use crate::control::access::Access;
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a quiesce lasts when `lease-ms` is not given.
 pub const DEFAULT_LEASE: Duration = Duration::from_secs(30);
-/// The longest timeout and lease: an hour. To freeze a guest for longer is a mistake.
+/// The longest timeout and lease: an hour. To hold a guest's writes for longer is a mistake.
 pub const MAX_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// A command of a client.
