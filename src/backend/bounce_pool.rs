@@ -1,9 +1,9 @@
 //! Memory for transfers that are copied: aligned, reused and bounded.
 //!
-//! Each queue has a [`QueuePool`] of its own, which may always hold one buffer of the largest size, so that a queue's
+//! Each queue has a `QueuePool` of its own, which may always hold one buffer of the largest size, so that a queue's
 //! only request for memory always succeeds. What a queue needs beyond that comes from the image's [`BouncePool`].
 //!
-//! [`QueuePool::take`] never waits. A queue that gets nothing has buffers in use itself, and asks again when one of
+//! `QueuePool::take` never waits. A queue that gets nothing has buffers in use itself, and asks again when one of
 //! them comes back. An op that has a buffer waits for the storage only, never for a second buffer. So there is no
 //! deadlock, and no queue has to wake another.
 

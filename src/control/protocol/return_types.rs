@@ -102,7 +102,7 @@ pub struct DaemonStatus {
     pub took_over: Option<TookOver>,
 }
 
-/// The figures of a take-over ([`crate::upgrade`]).
+/// The figures of a take-over (`crate::upgrade`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct TookOver {
