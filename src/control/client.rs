@@ -68,9 +68,9 @@ pub struct Client {
 enum Writer {
     /// Nothing was read yet.
     Nobody,
-    /// This user wrote all of it.
-    User(u32),
-    /// Several users wrote it, or an unknown one.
+    /// One process wrote all of it; its user, and its id in our process namespace, 0 if it has none there.
+    Process(u32, i32),
+    /// Several processes wrote it, or an unknown one.
     Unknown,
 }
 
@@ -104,7 +104,16 @@ impl Client {
     /// the user that made the socket: root, for a daemon that has become another user since.
     pub fn writer(&self) -> Option<u32> {
         match self.writer {
-            Writer::User(uid) => Some(uid),
+            Writer::Process(uid, _) => Some(uid),
+            Writer::Nobody | Writer::Unknown => None,
+        }
+    }
+
+    /// The process that wrote everything which was read so far, in our process namespace; `None`: not one alone, unknown, or
+    /// not in our namespace. The kernel says so, not the daemon.
+    pub fn writer_pid(&self) -> Option<u32> {
+        match self.writer {
+            Writer::Process(_, pid) => u32::try_from(pid).ok().filter(|pid| *pid > 0),
             Writer::Nobody | Writer::Unknown => None,
         }
     }
@@ -236,7 +245,7 @@ impl Client {
         let mut from = Writer::Unknown;
         for part in message.cmsgs()? {
             if let ControlMessageOwned::ScmCredentials(credentials) = part {
-                from = Writer::User(credentials.uid());
+                from = Writer::Process(credentials.uid(), credentials.pid());
             }
         }
         if message.bytes > 0 {

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::wait::{Stop, Wake, wait};
 use crate::control::client::{Client, Failure, REPLY_TIMEOUT};
+use crate::control::is_trusted;
 
 /// How much later than the daemon's deadline ours is, so that the user sees the daemon's message and not ours.
 const REPLY_MARGIN: Duration = Duration::from_secs(1);
@@ -31,8 +32,8 @@ pub struct Disk {
     pub image_path: Option<PathBuf>,
     /// The image's store makes snapshots.
     pub image_snapshots: bool,
-    /// The daemon's process id in its own namespace.
-    pub pid: u64,
+    /// Who says what is above, by the kernel's word.
+    pub daemon: Daemon,
     /// The token of the hold.
     token: Option<String>,
     /// When its gate was asked to close.
@@ -41,6 +42,15 @@ pub struct Disk {
     pub figures: Value,
     /// From asking the gate to close until it was open again: the guest's writes waited at most this long.
     pub held: Duration,
+}
+
+/// The process that serves a disk.
+#[derive(Clone, Copy, Debug)]
+pub struct Daemon {
+    /// Its id in our process namespace, if it has one there.
+    pub pid: Option<u32>,
+    /// It is root's or ours. Another user's may have been broken into, and lie.
+    pub is_trusted: bool,
 }
 
 /// All disks of a snapshot.
@@ -199,13 +209,16 @@ impl Disk {
     fn connect(control: &Path) -> Result<Self, Failure> {
         let mut client = Client::connect(control)?;
         let status = client.ask("query-status", json!({}), REPLY_TIMEOUT)?;
+        let own = rustix::process::geteuid().as_raw();
+        let daemon =
+            Daemon { pid: client.writer_pid(), is_trusted: client.writer().is_some_and(|uid| is_trusted(uid, own)) };
         Ok(Disk {
             client: Some(client),
             control: control.to_owned(),
             image: status["image"].as_str().unwrap_or("").to_owned(),
             image_path: image_path(&status),
             image_snapshots: status["image-snapshots"] == true,
-            pid: status["daemon"]["pid"].as_u64().unwrap_or(0),
+            daemon,
             token: None,
             asked: None,
             figures: Value::Null,

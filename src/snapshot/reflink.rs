@@ -14,7 +14,7 @@ use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 use sha2::{Digest, Sha256};
 
 use super::cloner::{self, Cloner, Outcome};
-use super::disks::{Disk, interrupted};
+use super::disks::{Daemon, Disk, interrupted};
 use super::wait::{Stop, Wake, wait};
 use crate::base::publish::{left_behind, publish};
 use crate::base::syscalls;
@@ -63,13 +63,7 @@ impl Target {
             let text = format!("'{}' is a block device, which cannot be shared: give copy: or exec:", image.display());
             return Err(failed("reflink", text));
         }
-        if is_served(disk.pid, &metadata) == Some(false) {
-            let text = format!(
-                "the file '{}' is not the one that the daemon has open: it was replaced since the daemon started",
-                image.display()
-            );
-            return Err(failed("image", text));
-        }
+        check_served(disk.daemon, image, &metadata)?;
         if path.symlink_metadata().is_ok() {
             return Err(failed("target", format!("'{shown}' exists already: name a new file, or remove it")));
         }
@@ -283,17 +277,31 @@ fn partial(path: &Path) -> PathBuf {
     name.into()
 }
 
-/// Whether the process has this file open. `None`: we may not look, or the daemon runs in another process namespace and
-/// its number belongs to another process here.
-fn is_served(pid: u64, image: &fs::Metadata) -> Option<bool> {
-    let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
-    if name.trim_end() != "virtioblkd" {
-        return None;
-    }
+/// Fails if the daemon does not have this file open: the file was replaced, or the daemon, which may have been broken into,
+/// names a file that is not its own, such as the image of another guest. The word of a daemon that is root's or ours counts
+/// where we cannot look; as root we take no other's.
+fn check_served(daemon: Daemon, image: &Path, metadata: &fs::Metadata) -> Result<(), Failure> {
+    let shown = image.display();
+    let why = match daemon.pid.and_then(|pid| is_open(pid, metadata)) {
+        Some(true) => return Ok(()),
+        Some(false) => format!(
+            "the file '{shown}' is not the one that the daemon has open: it was replaced since the daemon started"
+        ),
+        None if daemon.is_trusted || !rustix::process::geteuid().is_root() => return Ok(()),
+        None => format!(
+            "whether the daemon, which is another user's, has '{shown}' open cannot be checked: run virtioblkctl in its \
+             process namespace, or give copy:"
+        ),
+    };
+    Err(Failure::new("image", why))
+}
+
+/// Whether the process has this file open. `None`: we may not look.
+fn is_open(pid: u32, file: &fs::Metadata) -> Option<bool> {
     let mut open = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
     // A link that does not exist any more was closed meanwhile.
     Some(open.any(|link| {
         let metadata = link.and_then(|link| fs::metadata(link.path()));
-        metadata.is_ok_and(|file| (file.dev(), file.ino()) == (image.dev(), image.ino()))
+        metadata.is_ok_and(|found| (found.dev(), found.ino()) == (file.dev(), file.ino()))
     }))
 }

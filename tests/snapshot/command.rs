@@ -874,3 +874,34 @@ fn copies_that_were_started_are_cancelled_if_a_hold_is_lost() {
     contains(&err(&output), &["thawed by somebody else"]);
     assert_eq!(names(dir.path()), ["a"]);
 }
+
+/// A daemon that was broken into names the image of another guest, and a process that cannot be checked.
+#[test]
+fn a_reflink_is_made_only_of_a_file_that_the_daemon_has_open() {
+    use std::io::{BufRead, BufReader, Write};
+    let dir = tempfile::tempdir().unwrap();
+    let (control, other) = (dir.path().join("control"), dir.path().join("other.raw"));
+    fs::write(&other, [1; 4096]).unwrap();
+    let listener = std::os::unix::net::UnixListener::bind(&control).unwrap();
+    let status = serde_json::json!({"return": {"image-path": other, "image": "a", "daemon": {"pid": 1}}});
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let requests = BufReader::new(stream.try_clone().unwrap()).lines();
+            let greeting = serde_json::json!({"QMP": {"version": {}, "capabilities": []}});
+            // The client goes when it likes.
+            let _ = writeln!(stream, "{greeting}");
+            for request in requests.map_while(Result::ok) {
+                let is_status = request.contains("query-status");
+                let reply = if is_status { status.clone() } else { serde_json::json!({"return": {}}) };
+                let _ = writeln!(stream, "{reply}");
+            }
+        }
+    });
+    let to = format!("reflink:{}", dir.path().join("target").display());
+    let mut command = ctl();
+    command.args(["snapshot", "--level", "crash", "--to", &to, "--disk"]).arg(&control);
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    contains(&err(&output), &["other.raw", "is not the one that the daemon has open"]);
+}
