@@ -139,7 +139,11 @@ impl Drop for PidFile {
                 }
             }
             Ok(false) => log::warn!("the pid file '{}' is no longer ours: left alone", self.path.display()),
-            Err(error) => log::warn!("cannot check the pid file '{}': {error}", self.path.display()),
+            Err(error) => {
+                let emptied = self.file.set_len(0).map_or("", |()| "; it is empty now");
+                let level = unix_listener::level_of(&error);
+                log::log!(level, "cannot check the pid file '{}': {error}{emptied}", self.path.display());
+            }
         }
     }
 }

@@ -16,6 +16,7 @@ use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use super::daemons::{self, Starting};
@@ -29,6 +30,9 @@ use crate::base::{logging, trust};
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long after `migrate begin` or `restore begin` a `prepare begin` belongs to it.
 const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long the description may take to be read. The parser's time grows with the square of some counts, and libvirt waits
+/// for the hook without an end.
+const READ_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long they may take to drain and sync before libvirt goes on.
 pub(super) const END_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -136,7 +140,31 @@ impl Disk {
     }
 }
 
+/// Runs `read` in a thread that is left behind, to end with this process, if it takes longer than `timeout`.
+fn within<T: Send + 'static>(
+    timeout: Duration,
+    read: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
+    let (sender, result) = mpsc::channel();
+    let spawned = std::thread::Builder::new().spawn(move || {
+        // Nobody waits any more after the timeout.
+        let _ = sender.send(read());
+    });
+    spawned.map_err(|error| format!("no thread to read the domain's description: {error}"))?;
+    result.recv_timeout(timeout).unwrap_or_else(|_| {
+        Err(format!(
+            "the domain's description takes longer than {timeout:?} to read: has it very many disks, or foreign elements \
+             with very many attributes?"
+        ))
+    })
+}
+
 fn disks(host: &Host, xml: &str) -> Result<(Domain, Vec<Disk>), String> {
+    let (places, xml) = (host.places.clone(), xml.to_owned());
+    within(READ_TIMEOUT, move || read_disks(&places, &xml))
+}
+
+fn read_disks(places: &Places, xml: &str) -> Result<(Domain, Vec<Disk>), String> {
     let document = domain::document(xml).map_err(|error| error.to_string())?;
     let domain = Domain::of(&document).map_err(|error| error.to_string())?;
     let described = metadata::read(&document).map_err(|error| error.to_string())?;
@@ -151,7 +179,7 @@ fn disks(host: &Host, xml: &str) -> Result<(Domain, Vec<Disk>), String> {
             };
             return Err(format!("domain {name}: <metadata> describes the disk {target}, which {why}"));
         };
-        let places = host.places.disk(&domain, &target);
+        let places = places.disk(&domain, &target);
         let socket = PathBuf::from(&disk.socket);
         if !socket.is_absolute() {
             return Err(format!("domain {}: disk {target}: path='{}' is no absolute path", domain.name, disk.socket));
@@ -315,7 +343,8 @@ pub(super) fn configuration(host: &Host, disk: &Disk) -> String {
 }
 
 fn release(host: &Host, xml: &str) -> Result<(), String> {
-    let domain = Domain::parse(xml).map_err(|error| error.to_string())?;
+    let xml = xml.to_owned();
+    let domain = within(READ_TIMEOUT, move || Domain::parse(&xml).map_err(|error| error.to_string()))?;
     let _ = fs::remove_file(host.places.arrival(&domain));
     let started = host.places.started(&domain).map_err(|error| format!("cannot look for daemons to end: {error}"))?;
     let deadline = Instant::now() + END_TIMEOUT;

@@ -406,3 +406,25 @@ fn wrong_usage_is_explained() {
     usage(&["--control", "x", "resume"], &["--all"]);
     usage(&["--control", "x", "resume", "t", "--all"], &["cannot be used with"]);
 }
+
+#[test]
+fn libvirts_hook_gives_up_on_a_description_that_takes_too_long_to_read() {
+    let dir = tempfile::tempdir().unwrap();
+    // The parser compares each attribute with all others.
+    let attributes: String = (0..800_000).map(|n| format!(" a{n}=''")).collect();
+    let uuid = "6fd1f7a2-4c0b-4e0f-8a65-1a3c0d2e9b99";
+    let xml = format!("<domain><name>a</name><uuid>{uuid}</uuid><metadata><x{attributes}/></metadata></domain>");
+    std::fs::write(dir.path().join("xml"), xml).unwrap();
+    let mut hook = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"));
+    hook.args(["libvirt-hook", "a", "release", "end", "-"]).env("XDG_RUNTIME_DIR", dir.path());
+    let hook = hook.stdin(std::fs::File::open(dir.path().join("xml")).unwrap()).stderr(Stdio::piped()).spawn().unwrap();
+    let pid = Pid::from_child(&hook);
+    let (sender, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(hook.wait_with_output().unwrap()));
+    let output = ended.recv_timeout(Duration::from_secs(60)).unwrap_or_else(|_| {
+        kill_process(pid, Signal::KILL).unwrap();
+        panic!("libvirt would wait for it");
+    });
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    contains(&err(&output), &["domain's description takes longer than 10s to read"]);
+}

@@ -213,6 +213,13 @@ fn a_daemon_is_a_user_of_its_own_and_root_only_where_the_domain_asks() {
         assert_eq!((socket.mode() & 0o777, socket.uid()), (0o660, 0), "{target}");
         assert_ne!(socket.gid(), 0, "{target}");
     }
+    for (target, kind) in
+        ["vda", "vdb"].into_iter().flat_map(|target| ["pid", "lock", "toml"].map(|kind| (target, kind)))
+    {
+        let file = libvirt.home().join(format!("disks/{UUID}-{target}.{kind}"));
+        let mode = file.metadata().expect("a file of the hook's").mode();
+        assert_eq!(mode & 0o777, 0o600, "another user could lock {file:?}, and it would count as a daemon");
+    }
     let mut upgrade = libvirt.inside(programs::virtioblkctl());
     let control = format!("/run/virtioblkd/{UUID}-vda.ctl");
     let configuration = format!("/run/virtioblkd-libvirt/{UUID}-vda.toml");
