@@ -38,7 +38,7 @@ fn main() {
     );
     for mode in [CacheMode::None, CacheMode::Writeback] {
         for queues in [1, 64, 256] {
-            look(&image, mode, queues, options.seconds);
+            measure(&image, mode, queues, options.seconds);
         }
     }
 }
@@ -126,17 +126,17 @@ fn once(mut command: Command, socket: &Path) -> f64 {
     begun.elapsed().as_secs_f64() * 1e3
 }
 
-fn look(image: &Path, mode: CacheMode, queues: usize, seconds: f64) {
+fn measure(image: &Path, mode: CacheMode, queues: usize, seconds: f64) {
     let server = Server::start(image, mode, &["--num-queues", &queues.to_string(), "--log-level", "error"]);
     let name = |what: &str| format!("{mode}, {queues} queues configured, {what}");
-    Idle::over(server.pid(), seconds).tell(&name("no front-end"));
+    Idle::over(server.pid(), seconds).print(&name("no front-end"));
     if queues > 1 {
         // The front-end may use all configured queues, and this one uses one.
         let _driver = Driver::connect_soon(&server.socket(), 1, 128, 4096, ALL);
-        return Idle::over(server.pid(), 0.0).tell(&name("one ring in use"));
+        return Idle::over(server.pid(), 0.0).print(&name("one ring in use"));
     }
     let mut driver = Driver::connect_soon(&server.socket(), 1, 256, 64 * 4096, ALL);
-    Idle::over(server.pid(), seconds).tell(&name("one ring in use"));
+    Idle::over(server.pid(), seconds).print(&name("one ring in use"));
     for round in 0..2000u64 {
         for slot in 0..64 {
             let offset = (round * 64 + slot) * 8191 % (16 << 10) * 4096;
@@ -153,7 +153,7 @@ fn look(image: &Path, mode: CacheMode, queues: usize, seconds: f64) {
             answered += done.len();
         }
     }
-    Idle::over(server.pid(), seconds).tell(&name("after a load"));
+    Idle::over(server.pid(), seconds).print(&name("after a load"));
 }
 
 /// The figures of a process in /proc.
@@ -191,7 +191,7 @@ impl Idle {
         }
     }
 
-    fn tell(&self, name: &str) {
+    fn print(&self, name: &str) {
         println!(
             "{name:<52} {:>8} {:>8} {:>8} {:>8} {:>6} {:>7.3}%",
             self.rss, self.own, self.files, self.threads, self.descriptors, self.busy

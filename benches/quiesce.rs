@@ -70,7 +70,7 @@ fn main() {
     );
     for mode in CacheMode::ALL {
         if mode.name().contains(&options.only) {
-            tell(mode, &measure(&image, mode, &options));
+            report(mode, &measure(&image, mode, &options));
         }
     }
 }
@@ -120,7 +120,7 @@ fn measure(image: &Path, mode: CacheMode, options: &Options) -> Vec<Held> {
     found
 }
 
-fn tell(mode: CacheMode, found: &[Held]) {
+fn report(mode: CacheMode, found: &[Held]) {
     let line = |what: &str, pick: &dyn Fn(&Held) -> Duration| {
         let mut values: Vec<Duration> = found.iter().map(pick).collect();
         values.sort();

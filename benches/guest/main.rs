@@ -258,16 +258,16 @@ fn medians(found: &HashMap<(String, usize), Vec<Figures>>, rounds: usize) -> Res
 
 /// The share of the processors' time that is in use, over two seconds (proc(5), /proc/stat).
 fn processors_used() -> f64 {
-    let look = || {
+    let read = || {
         let text = fs::read_to_string("/proc/stat").expect("/proc is mounted");
         let fields = text.lines().next().expect("a line of all processors").split_whitespace().skip(1);
         let times: Vec<f64> = fields.map(|field| field.parse().expect("a number")).collect();
         // These are the times of the idle task and of waits for I/O.
         (times.iter().sum::<f64>(), times[3] + times[4])
     };
-    let before = look();
+    let before = read();
     std::thread::sleep(Duration::from_secs(2));
-    let after = look();
+    let after = read();
     1.0 - (after.1 - before.1) / (after.0 - before.0)
 }
 

@@ -53,14 +53,14 @@ enum DomainCommand {
     /// Prints the changed XML; with --define libvirt uses it for the next start. <disk type='file'>, 'block' and 'network'
     /// (rbd) can be converted. If an element has no equivalent, the conversion is refused and names it.
     Convert(Convert),
-    /// Attach a new disk to a running domain: its daemon is started first, then libvirt is asked
+    /// Attach a new disk to a running domain: starts its daemon first, and then attaches it through libvirt
     Attach(Attach),
-    /// Detach a disk from a running domain, and end its daemon when the guest has let go of it
+    /// Detach a disk from a running domain, and end its daemon when the guest has released the disk
     Detach(Detach),
-    /// Bring changed metadata (virsh edit) to the daemons of a running domain, by upgrade in place
+    /// Apply changed metadata (virsh edit) to the daemons of a running domain, by an upgrade in place
     ///
-    /// The guest notices a pause of milliseconds. What cannot change under a guest (the image, its size, readonly, the block
-    /// size) is refused, and the daemon serves on as it was.
+    /// The guest sees a pause of milliseconds. Changes that are impossible while a guest runs (the image, its size, readonly,
+    /// the block size) are refused, and the daemon serves on with its old options.
     Apply {
         /// The domain's name or UUID
         #[arg(value_name = "DOMAIN")]

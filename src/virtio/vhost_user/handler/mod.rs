@@ -132,8 +132,8 @@ impl Handler {
         self.sync_and_release();
     }
 
-    /// Gives a session back that was restored and not started, because the other process keeps it. The image is released,
-    /// untouched.
+    /// Abandons a session that was restored and not started, because the old daemon continues it. Releases the image, which
+    /// this process has not used.
     pub(in crate::virtio) fn abandon_take_over(&mut self) {
         self.queues.clear();
         self.activation.release(&self.rings);
