@@ -88,7 +88,7 @@ check-stable: toolchain deps ## Guests that change buffers in flight, over a rea
 	$(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) replicas::
 
 check-libvirt: toolchain deps ## The shipped domain on a real libvirt; its saves and migrations, by hand and by the hook; minutes
-	VIRTIOBLKD_LIBVIRT=long $(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) libvirt:: libvirt_moves:: libvirt_hook::
+	VIRTIOBLKD_LIBVIRT=long $(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) libvirt:: libvirt_moves:: libvirt_hook:: libvirt_domain::
 
 # These test what README says of a Debian release, with its QEMU, libvirt, Ceph and guest kernel, in a root that
 # scripts/debian-root creates under the build directory. On the release itself the other checks do the same.

@@ -90,6 +90,13 @@ pub fn attach(
         virsh::run(&arguments, virsh::CHANGE_TIMEOUT)
     });
     if let Err(error) = attached {
+        // virsh may have been given up, and libvirt may attach the disk yet.
+        if !running(name).is_ok_and(|running| running.domain.disk(target).is_none()) {
+            return Err(format!(
+                "{error}; whether the guest has the disk {target} is not known, so its daemon serves on: see 'virtioblkctl \
+                 domain status {name}', and detach it"
+            ));
+        }
         let ended = daemons::end(&disk.places, Instant::now() + END_TIMEOUT);
         return Err(ended.err().map_or(error.clone(), |why| format!("{error}; {why}")));
     }
@@ -124,7 +131,9 @@ pub fn detach(host: &Host, name: &str, target: &str, scope: Scope) -> Result<Vec
     arguments.extend(scope.config.then_some("--config"));
     virsh::run(&arguments, virsh::CHANGE_TIMEOUT)?;
     let deadline = Instant::now() + RELEASE_TIMEOUT;
-    while running(name).is_ok_and(|running| running.domain.disk(target).is_some()) {
+    // A libvirt that does not answer may still have the disk, whose daemon must not end under the guest.
+    let is_gone = || running(name).is_ok_and(|running| running.domain.disk(target).is_none());
+    while !is_gone() {
         if Instant::now() >= deadline {
             return Err(format!(
                 "the guest has not let go of the disk {target} within {} s, and its daemon serves on: is the disk mounted? \

@@ -230,6 +230,11 @@ fn a_running_domain_gets_a_disk_loses_it_and_has_its_daemons_options_changed() {
     assert!(String::from_utf8_lossy(&twice.stderr).contains("already"), "{twice:?}");
     let missing = ctl(&libvirt, &["domain", "attach", DOMAIN, "vdd", "file=/no/such.raw"]);
     assert!(String::from_utf8_lossy(&missing.stderr).contains("there is no such file"), "{missing:?}");
+    // libvirt itself refuses: there is no such target.
+    let good = format!("file={}", image(&libvirt, "refused.raw").display());
+    let refused = ctl(&libvirt, &["domain", "attach", DOMAIN, "sda1x", &good]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("libvirt: "), "{refused:?}");
+    assert!(!libvirt.left().iter().any(|name| name.contains("sda1x")), "its daemon has ended: {:?}", libvirt.left());
     let unknown = ctl(&libvirt, &["domain", "attach", DOMAIN, "vdd", "file=/x", "cahce=none"]);
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("nearest known one is 'cache'"), "{unknown:?}");
     documented(&libvirt, "domain detach example vdc", &[]);
