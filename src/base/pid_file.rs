@@ -11,6 +11,9 @@ use rustix::io::Errno;
 
 use super::unix_listener;
 
+/// The file's mode. A user who may open it for reading may lock it, and keep the next daemon from starting.
+const OWNER_ONLY: Mode = Mode::RUSR.union(Mode::WUSR);
+
 /// A written and locked pid file. It is removed when this is dropped, unless its path names another file by then.
 #[derive(Debug)]
 pub struct PidFile {
@@ -66,8 +69,7 @@ impl PidFile {
         let io_error = |error: io::Error| PidFileError::Io(path.to_path_buf(), error);
         let file = loop {
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-            let fd =
-                rustix::fs::open(path, flags, Mode::from_raw_mode(0o644)).map_err(|errno| io_error(errno.into()))?;
+            let fd = rustix::fs::open(path, flags, OWNER_ONLY).map_err(|errno| io_error(errno.into()))?;
             let mut file = File::from(fd);
             let data = file.metadata().map_err(io_error)?;
             if !data.is_file() {
@@ -84,6 +86,7 @@ impl PidFile {
                 Err(Errno::WOULDBLOCK) => return Err(PidFileError::Held(path.to_path_buf(), owner(&mut file))),
                 Err(errno) => return Err(io_error(errno.into())),
             }
+            rustix::fs::fchmod(&file, OWNER_ONLY).map_err(|errno| io_error(errno.into()))?;
             // The owner may have removed the file between our open and our lock: then the lock is on a file without a
             // name.
             if names(path, &file).map_err(io_error)? {
@@ -192,6 +195,7 @@ mod tests {
         let path = directory.path().join("pid");
         let held = PidFile::create(&path).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
+        assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o600, "others could lock it");
         drop(held);
         assert!(!path.exists());
     }
