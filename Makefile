@@ -169,6 +169,9 @@ bench: toolchain deps ## Speed beside others and the bare kernel, quiesces, idli
 	$(CARGO) bench --bench idle
 	$(CARGO) bench --bench stable_writes
 
+bench-instructions: toolchain ## Instructions of our own code a request, beside the commit before; on any machine
+	scripts/bench-instructions
+
 bench-rbd: toolchain deps-rbd ## The same on Ceph RBD, beside fio's rbd engine and qemu-storage-daemon's export
 	$(CARGO) bench --bench rbd
 
