@@ -7,11 +7,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
 
 use super::{Agent, Qmp, WAIT_TIMEOUT, accelerator, guest_files, mortal, root, run, wait_until};
+
+/// How long a test waits for a line of a guest that says other lines meanwhile.
+const MAX_WAIT: Duration = Duration::from_secs(600);
 
 /// What the guest's kernel is told: quiet, and without the start-up work that is slow under TCG.
 pub const KERNEL_OPTIONS: &str = "console=ttyS0 panic=-1 quiet mitigations=off no_timer_check tsc=reliable \
@@ -203,9 +207,10 @@ impl Vm {
 
     /// Waits for the job's next line that starts with `start`; the lines before it, and it, are returned.
     pub fn until_line(&mut self, start: &str) -> Vec<String> {
-        let mut lines = Vec::new();
+        let (mut lines, end) = (Vec::new(), Instant::now() + MAX_WAIT);
         loop {
             let line = self.next_line(start);
+            assert!(Instant::now() < end, "the guest said other things for {MAX_WAIT:?}, not '{start}'");
             let found = line.starts_with(start);
             assert!(found || !line.starts_with("@@exit"), "the job ended before '{start}': {:?}", self.said);
             lines.push(line);

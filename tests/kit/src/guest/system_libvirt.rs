@@ -73,15 +73,23 @@ impl SystemLibvirt {
         // libvirt resolves its host's name, which must not wait for the network.
         fs::write(path.join("hosts"), format!("127.0.0.1 localhost machine{number}\n")).expect("room");
         mounts += &format!("mount --bind {}/hosts /etc/hosts\n", path.display());
-        // The user that the hook's daemons run as; the package makes it.
-        for (name, line) in [
-            ("passwd", format!("{DAEMON_USER}:{DAEMON_USER}::/:/usr/sbin/nologin")),
-            ("group", format!("{DAEMON_USER}:")),
+        // The users that packages make: that of the hook's daemons, and libvirt's of QEMU, without which libvirtd does not
+        // start; Debian 12's libvirt-daemon leaves it to another package.
+        for (name, ours, qemu) in [
+            (
+                "passwd",
+                format!("virtioblkd:x:{DAEMON_USER}:{DAEMON_USER}::/:/usr/sbin/nologin"),
+                "libvirt-qemu:x:64055:64055::/:/usr/sbin/nologin",
+            ),
+            ("group", format!("virtioblkd:x:{DAEMON_USER}:"), "libvirt-qemu:x:64055:"),
         ] {
             let all = fs::read_to_string(format!("/etc/{name}")).expect("every machine has users");
-            let others: String =
-                all.lines().filter(|line| !line.starts_with("virtioblkd:")).map(|l| l.to_owned() + "\n").collect();
-            fs::write(path.join(name), format!("{others}virtioblkd:x:{line}\n")).expect("room");
+            let mut lines: Vec<&str> = all.lines().filter(|line| !line.starts_with("virtioblkd:")).collect();
+            lines.push(&ours);
+            if !lines.iter().any(|line| line.starts_with("libvirt-qemu:")) {
+                lines.push(qemu);
+            }
+            fs::write(path.join(name), lines.join("\n") + "\n").expect("room");
             mounts += &format!("mount --bind {}/{name} /etc/{name}\n", path.display());
         }
         let hooks = path.join("etc/hooks/qemu.d");
