@@ -103,10 +103,10 @@ check-debian13-quick: toolchain ## The demo and the first suites with guests on 
 	fi
 
 check-debian13: toolchain ## The demo, all suites with guests, libvirt, agents and Ceph on Debian 13; an hour
-	$(IN_DEBIAN13) demo check-vm check-rbd
+	$(IN_DEBIAN13) --keep-going demo check-vm check-rbd
 
 check-debian12: toolchain ## The same on Debian 12 with its own QEMU 7.2
-	$(IN_DEBIAN12) demo check-vm check-rbd
+	$(IN_DEBIAN12) --keep-going demo check-vm check-rbd
 
 # Runs inside such a root. The tests need the debug build of the programs, so the demo uses it, too.
 check-quick: toolchain deps

@@ -250,6 +250,27 @@ fn a_silent_connection_gives_way_to_a_front_end() {
     daemon.ends_well();
 }
 
+/// Nobody else wants the disk, but somebody should know why the guest has none.
+#[test]
+fn a_front_end_that_sends_nothing_is_logged_once() {
+    let place = Place::new();
+    let mut daemon = Daemon::serving(&[NULL, &place.arg("socket-path", "s")]);
+    let silent = connect(&place.path("s"));
+    let line = daemon.wait_for("has sent no message");
+    assert!(line.contains(&format!("pid {}", std::process::id())) && line.contains("unplug"), "{line}");
+    assert!(still_open(&silent));
+    // One that sent something is not silent.
+    drop(silent);
+    daemon.wait_for("front-end disconnected");
+    let mut front_end = connect(&place.path("s"));
+    front_end.write_all(&[1u32, 1, 0].map(u32::to_ne_bytes).concat()).unwrap();
+    front_end.read_exact(&mut [0; 20]).unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(11));
+    daemon.signal(Signal::TERM);
+    let (status, log) = daemon.ended();
+    assert!(status.success() && log.matches("has sent no message").count() == 1, "{status}: {log}");
+}
+
 /// Silent connections are bounded in number and in time, and cost no descriptors that a front-end needs.
 #[test]
 fn silent_connections_are_bounded_in_number_and_time() {

@@ -210,10 +210,14 @@ fn a_guest_that_is_reset_finds_what_it_kept() {
         life.check();
     }
     // The server dies in the middle of the reset.
-    life.load();
-    life.monitor.execute("system_reset", json!({}));
-    life.kill(|_| ());
-    life.check();
+    if guest::qemu_can_lose_its_reconnection() {
+        tell("SKIPPED: this QEMU connects no more if it loses a daemon while the driver starts");
+    } else {
+        life.load();
+        life.monitor.execute("system_reset", json!({}));
+        life.kill(|_| ());
+        life.check();
+    }
     // Without a reset the same requests are resubmitted: so they were there.
     life.load();
     life.kill(|_| ());
@@ -372,6 +376,10 @@ fn a_driver_goes_and_comes_back_with_other_queues() {
     wait_until("QEMU tries a server with too few queues", || server.log().contains("front-end disconnected"));
     assert_eq!(server.total("writes"), 0);
     server = server.restart(&image, CacheMode::None, &queues("4"));
+    if guest::qemu_can_lose_its_reconnection() {
+        server.wait_for_log(&["has sent no message", "power the guest off"]);
+        return tell("this QEMU lost its reconnection to a server with enough queues: the log says what to do");
+    }
     ledger.hear(&vm.until_line("@put"));
 
     ledger.hear(&vm.sh("got_all /dev/vda 21"));

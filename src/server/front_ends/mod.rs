@@ -34,6 +34,9 @@ const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// While front-ends fail repeatedly for one reason, a new one is logged as connected after this delay.
 const ANNOUNCE_DELAY: Duration = Duration::from_secs(2);
 
+/// How long a front-end may send nothing before that is logged. QEMU sends its first message as soon as it has connected.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(10);
+
 const ONE_AT_A_TIME: &str = "a disk serves one at a time";
 
 pub(super) struct FrontEnds {
@@ -60,6 +63,8 @@ struct FrontEnd {
     draining: bool,
     /// When to log that the front-end is connected; `None` once that is logged.
     announce_at: Option<Instant>,
+    /// When to log that the front-end has sent nothing; `None` once that is logged, and if it was taken over.
+    silent_until: Option<Instant>,
 }
 
 impl FrontEnds {
@@ -93,7 +98,8 @@ impl FrontEnds {
     /// When [`FrontEnds::poll`] must be called even if no descriptor is ready.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let current = self.current.as_ref().filter(|current| !current.draining)?;
-        self.candidates.iter().map(|candidate| candidate.deadline).chain(current.announce_at).min()
+        let silent_until = current.silent_until.filter(|_| !self.served.has_received_message());
+        self.candidates.iter().map(|candidate| candidate.deadline).chain(current.announce_at).chain(silent_until).min()
     }
 
     /// Handles new connections, hang-ups and the ends of sessions. Never blocks, except for [`ACCEPT_RETRY_DELAY`].
@@ -117,6 +123,7 @@ impl FrontEnds {
             return Ok(());
         }
         self.announce(Instant::now());
+        self.report_silence(Instant::now());
         match socket.accept() {
             Ok(connection) => self.sort_in(connection),
             Err(error) => match rustix::io::Errno::from_io_error(&error) {
@@ -229,11 +236,33 @@ impl FrontEnds {
         }
     }
 
+    /// Logs that the front-end has sent nothing, once `silent_until` has passed. QEMU 7.2 stays so for good if it loses a
+    /// daemon while the guest's driver starts: `vhost_user_async_close_bh` then installs no handler for the next
+    /// connection.
+    fn report_silence(&mut self, now: Instant) {
+        if let Some(current) = &mut self.current
+            && current.silent_until.is_some_and(|until| until <= now)
+        {
+            current.silent_until = None;
+            if !self.served.has_received_message() {
+                log_limited!(
+                    FRONT_END_LOG,
+                    Warn,
+                    "the front-end ({}) has sent no message for {} s, so the disk is not served: QEMU 7.2 does this for \
+                     good once it has lost a daemon while the guest's driver started; power the guest off and start it \
+                     again, or unplug and plug the disk, and use a newer QEMU. End the process if it is no QEMU",
+                    current.peer,
+                    SILENCE_TIMEOUT.as_secs()
+                );
+            }
+        }
+    }
+
     /// Serves a front-end whose session the old daemon has saved.
     pub(super) fn restore_session(&mut self, saved: SavedSession, steps: Steps) -> io::Result<()> {
         let (watched, peer) = (saved.stream.try_clone()?, peer(&saved.stream));
         let current = self.spawn(watched, &peer, move |served| served.restore_session(saved, &steps))?;
-        self.current = Some(FrontEnd { announce_at: None, ..current });
+        self.current = Some(FrontEnd { announce_at: None, silent_until: None, ..current });
         Ok(())
     }
 
@@ -267,7 +296,8 @@ impl FrontEnds {
         let repeating = self.failures.lock().expect("no panic while held").are_repeating(now);
         let announce_at = if repeating { now + ANNOUNCE_DELAY } else { now };
         let peer = peer.to_string();
-        Ok(FrontEnd { connection: watched, peer, thread, draining: false, announce_at: Some(announce_at) })
+        let (announce_at, silent_until) = (Some(announce_at), Some(now + SILENCE_TIMEOUT));
+        Ok(FrontEnd { connection: watched, peer, thread, draining: false, announce_at, silent_until })
     }
 
     /// Waits for the end of the current front-end's thread, if there is one.

@@ -95,6 +95,16 @@ pub fn accelerator() -> &'static str {
     })
 }
 
+/// Whether the QEMU here is one that may install no handler for its next connection after it has lost a daemon while the
+/// guest's driver starts: `vhost_user_async_close_bh` from 7.2 until "vhost-user: fix lost reconnect", which is in 8.2.
+pub fn qemu_can_lose_its_reconnection() -> bool {
+    let version = run(Command::new("qemu-system-x86_64").arg("--version"));
+    let version = version.split("version ").nth(1).unwrap_or_else(|| panic!("no version in {version}"));
+    let mut numbers = version.split(['.', ' ']).map(|number| number.parse::<u32>());
+    let (Some(Ok(major)), Some(Ok(minor))) = (numbers.next(), numbers.next()) else { panic!("odd version {version}") };
+    ((7, 2)..(8, 2)).contains(&(major, minor))
+}
+
 fn script(name: &str) -> String {
     run(Command::new(root().join("scripts").join(name)).env("CARGO_TARGET_DIR", target_dir()))
 }
