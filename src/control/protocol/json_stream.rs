@@ -1,33 +1,33 @@
-//! PURE. Bytes in, whole JSON objects out.
+//! PURE. Cuts a stream of bytes into JSON objects.
 //!
 //! A client may send no newline, many, two requests in one write or one request in a hundred writes (`qemu.qmp` sends
-//! no newline at all), so the end of a request is where its brackets close. [`Decoder`] looks at each byte once: the
+//! no newline at all), so the end of a request is where its brackets close. [`Decoder`] reads each byte once: the
 //! work is linear however the bytes are cut, and the memory is bounded by [`MAX_BYTES`].
 //!
-//! After malformed input, reading resumes behind the next newline or 0xFF (the reset byte of QEMU's clients). What is
-//! only too long or too deep is skipped up to the end of its own brackets, and an extra closing bracket is skipped alone,
-//! so that the next request of a client without newlines is read again.
+//! After malformed input, reading resumes after the next newline or 0xFF (the reset byte of QEMU's clients). A request that
+//! is only too long or too deep is skipped up to the end of its brackets, and an extra closing bracket is skipped alone, so
+//! that the next request of a client without newlines is read.
 
 use serde_json::Value;
 
 /// The longest request, in bytes.
 pub const MAX_BYTES: usize = 64 * 1024;
 
-/// The deepest nesting. Below `serde_json`'s own limit of 128, so that the client gets our message.
+/// The deepest nesting. It is below `serde_json`'s own limit of 128, so that the client gets the message of this module.
 pub const MAX_DEPTH: u32 = 64;
 
-/// What is wrong with the bytes. Reported once for what is skipped, however long it is.
+/// Why bytes are not a request. This is reported once for all bytes that are skipped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MalformedInput {
-    /// A byte that cannot stand at this place in a JSON object.
+    /// A byte that is not allowed at this place in a JSON object.
     Stray(u8),
-    /// Longer than [`MAX_BYTES`].
+    /// The request is longer than [`MAX_BYTES`].
     TooLong,
-    /// Deeper than [`MAX_DEPTH`].
+    /// The request is nested deeper than [`MAX_DEPTH`].
     TooDeep,
-    /// 0xFF in the middle of a request: the client gave it up.
+    /// 0xFF in the middle of a request: the client abandoned the request.
     Reset,
-    /// The brackets close, but the text is not JSON; the parser's message.
+    /// The brackets close, but the text is not JSON. This is the parser's message.
     Invalid(String),
 }
 
@@ -48,7 +48,7 @@ impl std::fmt::Display for MalformedInput {
     }
 }
 
-/// Where in a request the next byte stands.
+/// The position of the next byte in a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum JsonContext {
     /// Between requests.
@@ -57,7 +57,7 @@ enum JsonContext {
     Inside,
     /// In a string.
     Text,
-    /// Behind a backslash in a string.
+    /// After a backslash in a string.
     Escape,
     /// In malformed input, up to the next newline.
     Lost,
@@ -80,8 +80,8 @@ impl Default for Decoder {
 }
 
 impl Decoder {
-    /// Takes bytes from the front of `input` until a request ends or is found unreadable, and returns it with the
-    /// number of bytes taken; `None` when all bytes were taken and the request goes on.
+    /// Takes bytes from the front of `input` until a request ends or is malformed. Returns the number of bytes taken, and the
+    /// request; `None` if all bytes were taken and the request is not complete.
     pub fn feed(&mut self, input: &[u8]) -> (usize, Option<Result<Value, MalformedInput>>) {
         for (at, &byte) in input.iter().enumerate() {
             if let Some(found) = self.step(byte) {
@@ -271,7 +271,7 @@ mod tests {
 
     #[test]
     fn the_decoder_reads_a_request_after_any_bytes() {
-        // A cheap generator is enough: what matters is that nothing panics and that a reset always mends it.
+        // A cheap generator is enough: what matters is that nothing panics and that a reset always restores the decoder.
         let mut seed = 0x9e37_79b9_7f4a_7c15u64;
         let alphabet = b"{}[]\",:\\ \n\xff\x00a1tX\xc3";
         for _ in 0..2000 {
