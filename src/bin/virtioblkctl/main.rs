@@ -7,6 +7,7 @@
 
 mod attend;
 mod chosen;
+mod cli;
 mod domain;
 mod each;
 mod freezing;
@@ -20,182 +21,28 @@ mod upgrade;
 mod upgrade_lists;
 mod watch;
 
-use std::ffi::OsString;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
 
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, Parser};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use virtioblkd::disk::CopyStatus;
 use virtioblkd::internal::base::logging;
 use virtioblkd::internal::base::text::{clean, clean_json, clean_lines};
-use virtioblkd::internal::base::units::bytes;
 pub(crate) use virtioblkd::internal::base::units::time as duration;
-use virtioblkd::internal::config::disk_size;
 use virtioblkd::internal::control::client::{Client, Failure, REPLY_TIMEOUT};
 use virtioblkd::internal::control::protocol::MAX_WHO;
 use virtioblkd::internal::control::protocol::return_types::{Continued, Quiesced, Resized, Resumed};
 use virtioblkd::internal::snapshot::USAGE;
 
-use chosen::{Chosen, Disks};
+use chosen::Disks;
+use cli::{ChangeCopy, Cli, Copies, CtlCommand, Quiesce, Resize, Resume};
 
 use crate::show::units;
-
-/// Query and control a running virtioblkd, and take snapshots of its disk
-#[derive(Parser)]
-#[command(name = "virtioblkctl", version)]
-struct Cli {
-    #[command(flatten)]
-    chosen: Chosen,
-    /// Print the daemon's JSON
-    #[arg(long, global = true)]
-    json: bool,
-    #[command(subcommand)]
-    command: CtlCommand,
-}
-
-#[derive(Subcommand)]
-enum CtlCommand {
-    /// List the disks of this host: name, domain, mode, state, image
-    ///
-    /// STATE is in-use, idle (no guest), held, stopped (a failed request waits for `continue`), trouble, no-answer (within
-    /// a second), stale (a socket without a daemon), not-running or no-permission.
-    List,
-    /// Show the disk's cache mode, front-end, rings, holders and last errors
-    Status,
-    /// Show the counters, a row for each ring
-    Stats,
-    /// Quiesce the disk: block new writes, complete those in flight, and make everything acknowledged durable
-    ///
-    /// Without COMMAND, prints a token, and the disk is held until `resume TOKEN` or the end of the lease. With COMMAND,
-    /// holds the disk while COMMAND runs, resumes it in any case, and exits with COMMAND's status.
-    Quiesce(Quiesce),
-    /// End a hold, so that the guest's writes continue
-    Resume(Resume),
-    /// Take a snapshot of one or several disks at one instant
-    ///
-    /// Freezes the guest's file systems if the level needs it, holds every disk, takes the snapshot, resumes the disks, thaws
-    /// the guest, and prints what was reached. If anything fails, the disks are resumed and the guest is thawed, too.
-    Snapshot(snapshot::Snapshot),
-    /// Freeze a guest for snapshots that others take of its disks' images (rbd snap create, Cinder)
-    ///
-    /// Runs until it is interrupted; one process serves all disks of a guest. Each virtioblkd asks it for consent before it
-    /// holds its disk for such a snapshot. It freezes the guest once for all disks, and thaws it when the last disk is
-    /// resumed.
-    Attend(attend::Attend),
-    /// Show the copies that run in the background (`snapshot --to copy:... --background`), and their progress
-    Copies(Copies),
-    /// A libvirt domain: status, check, convert, attach, detach, apply
-    ///
-    /// libvirt is asked through virsh, which honours LIBVIRT_DEFAULT_URI.
-    Domain(domain::Domain),
-    /// libvirt's hook: start a domain's disks before the domain, and end them after it
-    ///
-    /// Install it as the link /etc/libvirt/hooks/qemu.d/50-virtioblkd. It reads the domain's XML on standard input. The
-    /// domain's metadata describes the disks: see docs/libvirt.md.
-    LibvirtHook(libvirt_hook::LibvirtHook),
-    /// The process that thaws a guest if `snapshot` or `attend` is killed
-    #[command(name = virtioblkd::internal::snapshot::guard::SUBCOMMAND, hide = true)]
-    Guard,
-    /// The process that shares an image's blocks for `snapshot`
-    #[command(name = virtioblkd::internal::snapshot::cloner::SUBCOMMAND, hide = true)]
-    Cloner,
-    /// Retry the failed requests of a stopped disk, which the guest still waits for
-    ///
-    /// For a disk that `status` shows as STOPPED, after its cause was fixed (for example, space was added to a full file
-    /// system).
-    Continue,
-    /// Report a new size of the image to the guest
-    ///
-    /// With SIZE, grows the image first, if it is a file. Grow a block device with its own tools and leave SIZE out.
-    Resize(Resize),
-    /// Replace the running daemon by another program, or change its options, while the guest runs
-    ///
-    /// Starts virtioblkd with the running daemon's options, changed by OPTIONS. The new daemon opens the image and checks
-    /// everything. It then takes over the guest, the sockets and the pid file, and the old one ends. The guest sees a pause of
-    /// milliseconds. If anything fails before that, the running daemon serves on. The image, its size, --read-only and the
-    /// block size cannot change. An upgrade is refused while the disk is held or copied.
-    Upgrade(upgrade::Upgrade),
-    /// Print the daemon's events until interrupted
-    Watch,
-    /// End the daemon as SIGTERM does: it drains and syncs first
-    Quit,
-}
-
-impl CtlCommand {
-    /// Whether a disk or a guest waits for this command. Such a command must not wait for the reader of its messages.
-    fn delays_a_guest(&self) -> bool {
-        match self {
-            CtlCommand::Snapshot(_) | CtlCommand::Attend(_) | CtlCommand::Guard => true,
-            CtlCommand::Quiesce(quiesce) => !quiesce.command.is_empty(),
-            _ => false,
-        }
-    }
-}
-
-#[derive(Args)]
-struct Quiesce {
-    /// How long the quiesce may take; then it is given up and the guest's writes continue
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
-    timeout: Duration,
-    /// How long the hold lasts unless it is ended earlier; it is renewed while COMMAND runs
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
-    lease: Duration,
-    /// A name for this hold, for status, events and the log
-    #[arg(long, value_name = "TEXT")]
-    who: Option<String>,
-    /// The command to run while the disk is held
-    #[arg(last = true, value_name = "COMMAND")]
-    command: Vec<OsString>,
-}
-
-#[derive(Args)]
-#[group(required = true, multiple = false)]
-struct Resume {
-    /// The token of the hold to end, which quiesce printed (with --domain: vda=TOKEN,vdb=TOKEN)
-    token: Option<String>,
-    /// End every hold
-    #[arg(long)]
-    all: bool,
-}
-
-#[derive(Args)]
-struct Resize {
-    /// Grow the image to this size first, in bytes (K, M, G or T: powers of 1024)
-    #[arg(value_name = "SIZE", value_parser = disk_size)]
-    size: Option<u64>,
-    /// Accept a smaller image, too: the guest loses what was beyond its new end
-    #[arg(long)]
-    force: bool,
-}
-
-#[derive(Args)]
-struct Copies {
-    #[command(subcommand)]
-    change: Option<ChangeCopy>,
-}
-
-#[derive(Subcommand)]
-enum ChangeCopy {
-    /// End a copy and remove its partial file
-    Cancel {
-        /// The copy's name, as `copies` shows it
-        copy: String,
-    },
-    /// Limit how much a copy reads in a second
-    Limit {
-        /// The copy's name, as `copies` shows it
-        copy: String,
-        /// Bytes a second, such as 100M (K, M, G or T: powers of 1024); 0: no limit
-        #[arg(value_parser = bytes)]
-        bandwidth: u64,
-    },
-}
 
 fn main() -> ExitCode {
     let status = run_command();
@@ -290,10 +137,11 @@ fn helper(serve: fn(OwnedFd) -> ExitCode) -> ExitCode {
     }
 }
 
-/// What a command on one disk came to.
+/// The result of a command on one disk.
 enum Answer {
+    /// The text to print.
     Text(String),
-    /// Our exit status; all was said.
+    /// The exit status of a command that has printed its output itself.
     Status(u8),
 }
 
