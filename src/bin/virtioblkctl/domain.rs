@@ -50,7 +50,7 @@ enum DomainCommand {
     },
     /// Change a disk that QEMU serves into one that virtioblkd serves, or with --back the other way
     ///
-    /// Prints the changed XML; with --define libvirt uses it for the next start. <disk type='file'>, 'block' and 'network'
+    /// Prints the changed XML; with --define libvirt uses it for the next start. Disks of type file, block and network
     /// (rbd) can be converted. If an element has no equivalent, the conversion is refused and names it.
     Convert(Convert),
     /// Attach a new disk to a running domain: starts its daemon first, and then attaches it through libvirt
@@ -75,7 +75,7 @@ struct Attach {
     name: String,
     /// The new disk's target, such as vdb
     target: String,
-    /// Attributes of the <disk> element in <metadata>, such as file=/images/b.raw cache=none serial=data
+    /// Attributes of our disk element in the metadata, such as file=/images/b.raw cache=none serial=data
     #[arg(value_name = "NAME=VALUE", required = true, value_parser = word)]
     words: Vec<(String, String)>,
     /// At the domain's next start, too
