@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -51,18 +51,9 @@ fn start_process(disk: &DiskPlaces, program: &Path) -> io::Result<Starting> {
     // The lock lives as long as the daemon has its standard input, from its first moment on, whatever becomes of us.
     let lock = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&disk.lock)?;
     flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
-    close_to_others(&disk.pid_file)?;
     // A process group of its own: libvirt ends the hook's group when it gives the hook up.
     command.stdin(lock).stdout(log.try_clone()?).stderr(log).process_group(0);
     Ok(Starting { child: command.spawn()?, log_start })
-}
-
-/// Makes a pid file that only our user may open; the daemon keeps its mode. A user who may open it may lock it, and
-/// [`is_alive`] would take that lock for a daemon's.
-fn close_to_others(pid_file: &Path) -> io::Result<()> {
-    let mut options = OpenOptions::new();
-    let file = options.append(true).create(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(pid_file)?;
-    file.set_permissions(fs::Permissions::from_mode(0o600))
 }
 
 impl Starting {
