@@ -4,5 +4,7 @@
 mod contract;
 mod copy;
 mod file;
+mod rbd_lock;
+mod rbd_quiesce;
 mod rbd_stub;
 mod stable_writes;

@@ -5,19 +5,19 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use kit::backend::{Driver, WAIT_TIMEOUT, eventually, random_ops};
+use kit::backend::{Driver, WAIT_TIMEOUT, random_ops};
 use kit::rbd_stub::{Stub, libraries};
-use virtioblkd::backend::rbd::{Encryption, RbdBackend, RbdLock, RbdQuiesce};
+use virtioblkd::backend::rbd::{Encryption, RbdBackend};
 use virtioblkd::backend::{Backend, Errno, IoBuf, Notices, Op, OpId, QuiesceAsk};
 use virtioblkd::engine::CacheMode;
 
-const EIO: Errno = Errno(libc::EIO);
-const EROFS: Errno = Errno(libc::EROFS);
-const ESHUTDOWN: Errno = Errno(libc::ESHUTDOWN);
+pub(super) const EIO: Errno = Errno(libc::EIO);
+pub(super) const EROFS: Errno = Errno(libc::EROFS);
+pub(super) const ESHUTDOWN: Errno = Errno(libc::ESHUTDOWN);
 
 /// What a back-end said.
 #[derive(Debug, PartialEq)]
-enum Said {
+pub(super) enum Said {
     Resized(u64),
     Quiesce,
     Unquiesce,
@@ -25,24 +25,24 @@ enum Said {
 }
 
 /// Keeps what is said, and the questions until somebody answers.
-struct Listener {
-    said: Mutex<mpsc::Sender<Said>>,
-    asks: Mutex<Vec<QuiesceAsk>>,
+pub(super) struct Listener {
+    pub(super) said: Mutex<mpsc::Sender<Said>>,
+    pub(super) asks: Mutex<Vec<QuiesceAsk>>,
 }
 
 impl Listener {
-    fn start(disk: &RbdBackend) -> (Arc<Listener>, mpsc::Receiver<Said>) {
+    pub(super) fn start(disk: &RbdBackend) -> (Arc<Listener>, mpsc::Receiver<Said>) {
         let (sender, said) = mpsc::channel();
         let listener = Arc::new(Listener { said: Mutex::new(sender), asks: Mutex::default() });
         disk.store().start_notices(listener.clone());
         (listener, said)
     }
 
-    fn say(&self, what: Said) {
+    pub(super) fn say(&self, what: Said) {
         self.said.lock().unwrap().send(what).unwrap();
     }
 
-    fn ask(&self) -> QuiesceAsk {
+    pub(super) fn ask(&self) -> QuiesceAsk {
         self.asks.lock().unwrap().pop().expect("somebody asked")
     }
 }
@@ -66,21 +66,21 @@ impl Notices for Listener {
     }
 }
 
-fn hears(said: &mpsc::Receiver<Said>, what: Said) {
+pub(super) fn hears(said: &mpsc::Receiver<Said>, what: Said) {
     assert_eq!(said.recv_timeout(WAIT_TIMEOUT).expect("something is said"), what);
 }
 
-fn hears_nothing_more(said: &mpsc::Receiver<Said>) {
+pub(super) fn hears_nothing_more(said: &mpsc::Receiver<Said>) {
     assert_eq!(said.recv_timeout(Duration::from_millis(50)).ok(), None);
 }
 
-fn trouble(disk: &RbdBackend) -> Option<String> {
+pub(super) fn trouble(disk: &RbdBackend) -> Option<String> {
     let status = disk.info().image_status();
     assert_eq!(status.trouble.is_some(), status.trouble_detail.is_some());
     status.trouble
 }
 
-fn write_op(offset: u64) -> Op {
+pub(super) fn write_op(offset: u64) -> Op {
     Op::Write { offset, buf: IoBuf::owned(4096, 4096, 0), durable: false }
 }
 
@@ -337,481 +337,10 @@ fn a_fence_is_learned_from_every_call_that_reports_it() {
     assert_eq!(trouble(&disk).as_deref(), Some("fenced"));
 }
 
-#[test]
-fn a_lost_lock_is_said_and_so_is_its_return() {
-    let stub = Stub::new(CacheMode::None);
-    let disk = stub.open();
-    let (_listener, said) = Listener::start(&disk);
-    let mut driver = Driver::new(&disk, 4);
-    stub.tell("owner 10.0.0.9:0/1");
-    assert_eq!(driver.write(0, &[1; 512]), Err(EROFS));
-    assert_eq!(driver.write(0, &[1; 512]), Err(EROFS));
-    hears(&said, Said::StateChanged);
-    assert_eq!(trouble(&disk).as_deref(), Some("lock-lost"));
-    assert_eq!(driver.read(0, 512), Ok(vec![0; 512]));
-    assert_eq!(trouble(&disk).as_deref(), Some("lock-lost"), "reads go on all the time");
-    stub.tell("owner none");
-    driver.write(0, &[1; 512]).unwrap();
-    driver.run(Op::Sync).unwrap();
-    hears(&said, Said::StateChanged);
-    assert_eq!(trouble(&disk), None);
-    hears_nothing_more(&said);
-}
-
-// ---- The lock
-
-#[test]
-fn the_lock_is_held_while_a_guest_uses_the_image() {
-    let stub = Stub::new(CacheMode::Unsafe);
-    let disk = stub.open();
-    let lock = |disk: &RbdBackend| disk.info().image_status().rbd.unwrap().lock;
-    assert_eq!((lock(&disk).as_str(), stub.count("locks")), ("released", 0));
-    for turn in 1..4 {
-        disk.claim().activate().unwrap();
-        disk.claim().activate().unwrap();
-        assert_eq!((lock(&disk).as_str(), stub.count("locks")), ("held", turn));
-        assert_eq!(stub.count("invalidates"), turn, "somebody else may have written");
-        Driver::new(&disk, 1).write(0, &[1; 512]).unwrap();
-        disk.claim().deactivate();
-        disk.claim().deactivate();
-        assert_eq!((lock(&disk).as_str(), stub.count("unlocks")), ("released", turn));
-        assert_eq!(stub.count("flushes"), turn, "what is cached goes first, in every mode");
-    }
-}
-
-#[test]
-fn the_lock_option_decides_whether_the_lock_is_taken() {
-    for (lock, features, taken) in [
-        (RbdLock::Auto, "61", true),
-        (RbdLock::Exclusive, "61", true),
-        (RbdLock::None, "61", false),
-        (RbdLock::Auto, "1", false),
-        (RbdLock::None, "1", false),
-    ] {
-        let mut stub = Stub::new(CacheMode::None);
-        stub.set("stub_features", features).options.lock = lock;
-        let disk = stub.open();
-        disk.claim().activate().unwrap();
-        assert_eq!(stub.count("locks"), i64::from(taken), "{lock:?} {features}");
-        assert_eq!(stub.count("invalidates"), 1);
-        assert_eq!(disk.info().image_status().rbd.unwrap().lock, if taken { "held" } else { "none" });
-        disk.claim().deactivate();
-        assert_eq!(stub.count("unlocks"), i64::from(taken));
-    }
-    let mut stub = Stub::new(CacheMode::None);
-    stub.set("stub_features", "1").options.lock = RbdLock::Exclusive;
-    let error = stub.try_open().err().expect("refused").to_string();
-    assert!(error.contains("rbd feature enable"), "{error}");
-    stub.options.read_only = true;
-    stub.open().claim().activate().unwrap();
-}
-
-#[test]
-fn a_lock_that_another_has_is_waited_for_and_not_for_ever() {
-    let stub = Stub::new(CacheMode::None);
-    let disk = stub.open();
-    stub.tell("owner 10.0.0.9:0/1");
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            thread::sleep(Duration::from_millis(300));
-            stub.tell("owner none");
-        });
-        disk.claim().activate().unwrap();
-    });
-    assert_eq!(stub.count("locks"), 1);
-    disk.claim().deactivate();
-
-    stub.tell("owner 10.0.0.9:0/1");
-    let error = disk.claim().activate().unwrap_err().to_string();
-    for part in ["10.0.0.9:0/1", "rbd lock"] {
-        assert!(error.contains(part), "'{part}' is missing in: {error}");
-    }
-    assert_eq!(disk.info().image_status().rbd.unwrap().lock, "released");
-    stub.tell("owner none");
-    disk.claim().activate().unwrap();
-}
-
-#[test]
-fn a_dead_owner_is_waited_for_without_holding_up_the_caller() {
-    let stub = Stub::new(CacheMode::None);
-    let disk = stub.open();
-    stub.tell("lock-hangs");
-    for _ in 0..2 {
-        let error = disk.claim().activate().unwrap_err().to_string();
-        assert!(error.contains("waiting"), "{error}");
-        assert_eq!(disk.info().image_status().rbd.unwrap().lock, "waiting");
-    }
-    stub.tell("lock-goes");
-    eventually("the lock", || disk.claim().activate().is_ok());
-    assert_eq!((stub.count("locks"), stub.count("invalidates")), (1, 1));
-    disk.claim().deactivate();
-    assert_eq!(stub.count("unlocks"), 1);
-
-    // A guest that leaves meanwhile: what nobody came for goes back, and can be had again.
-    stub.tell("lock-hangs");
-    disk.claim().activate().unwrap_err();
-    stub.tell("lock-goes");
-    eventually("the lock is given back", || stub.count("unlocks") == 2);
-    disk.claim().activate().unwrap();
-    assert_eq!(stub.count("locks"), 3);
-    disk.claim().deactivate();
-    assert_eq!(stub.count("unlocks"), 3);
-}
-
-#[test]
-fn a_failed_flush_keeps_the_lock() {
-    let stub = Stub::new(CacheMode::None);
-    let disk = stub.open();
-    disk.claim().activate().unwrap();
-    Driver::new(&disk, 1).write(0, &[1; 512]).unwrap();
-    stub.tell("fail flush 5 1");
-    disk.claim().deactivate();
-    assert_eq!(stub.count("unlocks"), 0, "another would read what is stale");
-    disk.claim().activate().unwrap();
-    disk.claim().deactivate();
-    assert_eq!(stub.count("unlocks"), 1);
-}
-
-#[test]
-fn a_dead_owner_of_ours_is_not_waited_for() {
-    let dir = tempfile::tempdir().unwrap();
-    let state = dir.path().join("state");
-    let mut stub = Stub::new(CacheMode::None);
-    stub.options.state_file = Some(state.clone());
-    let name = stub.options.name.to_string();
-    let disk = stub.open();
-    disk.claim().activate().unwrap();
-    let signed = std::fs::read_to_string(&state).unwrap();
-    assert_eq!(signed, format!("{name}\n127.0.0.1:0/4711\n"));
-    let mut other = Stub::new(CacheMode::None);
-    other.options.state_file = Some(state.clone());
-    let Err(error) = other.try_open() else { panic!("a second one with the same state file") };
-    assert!(error.to_string().contains("another virtioblkd"), "{error}");
-    disk.claim().deactivate();
-    assert_eq!(std::fs::read_to_string(&state).unwrap(), "", "it died no more");
-    drop(disk);
-
-    // As a daemon that was killed leaves it.
-    std::fs::write(&state, &signed).unwrap();
-    let disk = stub.open();
-    stub.tell("owner 127.0.0.1:0/4711");
-    disk.claim().activate().unwrap();
-    assert_eq!((stub.count("breaks"), stub.count("locks")), (1, 1));
-    disk.claim().deactivate();
-    drop(disk);
-
-    // Another client has it now: it is alive, for all that we know.
-    std::fs::write(&state, &signed).unwrap();
-    let disk = stub.open();
-    stub.tell("owner 127.0.0.1:0/4712");
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            thread::sleep(Duration::from_millis(200));
-            stub.tell("owner none");
-        });
-        disk.claim().activate().unwrap();
-    });
-    assert_eq!((stub.count("breaks"), stub.count("locks")), (0, 1));
-}
-
-/// The features that `stub_features` has by default, without and with exclusive-lock and what needs it.
-const WITHOUT_LOCK: &str = "features 1";
-const WITH_LOCK: &str = "features 61";
-
-fn lock_of(disk: &RbdBackend) -> String {
-    disk.info().image_status().rbd.expect("an RBD image").lock
-}
-
-#[test]
-fn exclusive_stops_writes_when_the_feature_is_disabled_and_takes_the_lock_again() {
-    let mut stub = Stub::new(CacheMode::None);
-    stub.options.lock = RbdLock::Exclusive;
-    let disk = stub.open();
-    let (_listener, said) = Listener::start(&disk);
-    let mut driver = Driver::new(&disk, 4);
-    disk.claim().activate().unwrap();
-    driver.write(0, &[1; 512]).unwrap();
-    stub.tell(WITHOUT_LOCK);
-    hears(&said, Said::StateChanged);
-    eventually("trouble", || trouble(&disk).as_deref() == Some("lock-lost"));
-    assert_eq!(lock_of(&disk), "none");
-    let before = stub.count("writes");
-    for op in [write_op(0), Op::Discard { offset: 0, len: 65536 }, Op::WriteZeroes { offset: 0, len: 512, unmap: true }]
-    {
-        assert_eq!(driver.run(op), Err(EROFS));
-    }
-    assert_eq!(stub.count("writes"), before, "a write reached an image that any host may write");
-    // What was written before can be read, and made durable; that does not end the trouble.
-    assert_eq!(driver.read(0, 512), Ok(vec![1; 512]));
-    assert_eq!(driver.run(Op::Sync), Ok(()));
-    assert_eq!(trouble(&disk).as_deref(), Some("lock-lost"));
-    stub.tell(WITH_LOCK);
-    eventually("the lock", || lock_of(&disk) == "held" && trouble(&disk).is_none());
-    assert_eq!(stub.count("locks"), 2);
-    driver.write(0, &[2; 512]).unwrap();
-    // A change of the header that is about something else.
-    stub.tell(WITH_LOCK);
-    assert_eq!((lock_of(&disk).as_str(), stub.count("locks")), ("held", 2));
-
-    // A guest that starts meanwhile waits.
-    disk.claim().deactivate();
-    stub.tell(WITHOUT_LOCK);
-    let error = disk.claim().activate().unwrap_err().to_string();
-    assert!(error.contains("exclusive-lock") && error.contains("rbd feature enable"), "{error}");
-    stub.tell(WITH_LOCK);
-    disk.claim().activate().unwrap();
-    driver.write(0, &[3; 512]).unwrap();
-    assert_eq!((lock_of(&disk).as_str(), trouble(&disk)), ("held", None));
-}
-
-#[test]
-fn auto_goes_on_without_the_feature_and_takes_the_lock_again() {
-    let stub = Stub::new(CacheMode::None);
-    let disk = stub.open();
-    let (_listener, said) = Listener::start(&disk);
-    let mut driver = Driver::new(&disk, 4);
-    disk.claim().activate().unwrap();
-    stub.tell(WITHOUT_LOCK);
-    hears(&said, Said::StateChanged);
-    assert_eq!((lock_of(&disk).as_str(), trouble(&disk)), ("none", None));
-    driver.write(0, &[1; 512]).unwrap();
-    // A guest that starts anew does so without the lock.
-    disk.claim().deactivate();
-    disk.claim().activate().unwrap();
-    driver.write(0, &[1; 512]).unwrap();
-    stub.tell(WITH_LOCK);
-    eventually("the lock", || lock_of(&disk) == "held");
-    driver.write(0, &[2; 512]).unwrap();
-    assert_eq!(trouble(&disk), None);
-}
-
-#[test]
-fn a_lock_that_another_client_took_meanwhile_is_left_to_it() {
-    for another_leaves in [true, false] {
-        let stub = Stub::new(CacheMode::None);
-        let disk = stub.open();
-        let (_listener, _said) = Listener::start(&disk);
-        let mut driver = Driver::new(&disk, 4);
-        disk.claim().activate().unwrap();
-        stub.tell("owner 10.0.0.9:0/1");
-        stub.tell(WITH_LOCK);
-        eventually("trouble", || trouble(&disk).as_deref() == Some("lock-lost"));
-        assert_eq!(lock_of(&disk), "waiting");
-        assert_eq!(driver.write(0, &[1; 512]), Err(EROFS));
-        if another_leaves {
-            // A command of `rbd` takes the lock for a moment.
-            stub.tell("owner none");
-            eventually("the lock", || lock_of(&disk) == "held" && trouble(&disk).is_none());
-            driver.write(0, &[1; 512]).unwrap();
-            continue;
-        }
-        // One that keeps it may have written.
-        thread::sleep(Duration::from_secs(8));
-        stub.tell("owner none");
-        stub.tell(WITH_LOCK);
-        thread::sleep(Duration::from_secs(2));
-        assert_eq!(trouble(&disk).as_deref(), Some("lock-lost"));
-        assert_eq!(stub.count("locks"), 1, "the guest does not know what the other wrote");
-        disk.claim().deactivate();
-        disk.claim().activate().unwrap();
-        driver.write(0, &[1; 512]).unwrap();
-        assert_eq!(trouble(&disk), None);
-    }
-}
-
-#[test]
-fn a_guest_stops_while_a_check_of_the_lock_waits_for_the_network() {
-    let stub = Stub::new(CacheMode::None);
-    let disk = stub.open();
-    let (_listener, _said) = Listener::start(&disk);
-    disk.claim().activate().unwrap();
-    stub.tell("questions-hang");
-    // A change of the header, which has the lock checked.
-    stub.tell(WITH_LOCK);
-    eventually("a question", || stub.count("questions") > 0);
-    assert_eq!(lock_of(&disk), "held");
-    let (stopped, is_stopped) = mpsc::channel();
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            disk.claim().deactivate();
-            stopped.send(()).unwrap();
-        });
-        let in_time = is_stopped.recv_timeout(WAIT_TIMEOUT);
-        stub.tell("questions-go");
-        in_time.expect("it waits for the check");
-    });
-    // What the check learns comes too late: no guest needs the lock.
-    eventually("an answer", || stub.count("questions") == 0);
-    thread::sleep(Duration::from_millis(200));
-    assert_eq!((lock_of(&disk).as_str(), stub.count("locks"), stub.count("unlocks")), ("released", 1, 1));
-    disk.claim().activate().unwrap();
-    assert_eq!(lock_of(&disk), "held");
-}
-
-#[test]
-fn librbds_cache_is_emptied_when_the_lock_is_taken_again() {
-    let stub = Stub::new(CacheMode::Writeback);
-    let disk = stub.open();
-    let (_listener, _said) = Listener::start(&disk);
-    disk.claim().activate().unwrap();
-    let before = stub.count("invalidates");
-    // What is under way keeps librbd from emptying all of it, once.
-    stub.tell(&format!("fail invalidate {} 1", libc::EBUSY));
-    stub.tell("owner 10.0.0.9:0/1");
-    stub.tell(WITH_LOCK);
-    eventually("trouble", || trouble(&disk).as_deref() == Some("lock-lost"));
-    stub.tell("owner none");
-    eventually("the lock", || lock_of(&disk) == "held" && trouble(&disk).is_none());
-    eventually("an empty cache", || stub.count("invalidates") == before + 1);
-    // And then no more.
-    thread::sleep(Duration::from_secs(2));
-    stub.tell(WITH_LOCK);
-    thread::sleep(Duration::from_millis(500));
-    assert_eq!(stub.count("invalidates"), before + 1);
-}
-
-// ---- Quiesce
-
-#[test]
-fn a_snapshot_of_others_waits_until_the_disk_is_held() {
-    let stub = Stub::new(CacheMode::None);
-    let disk = stub.open();
-    let (listener, said) = Listener::start(&disk);
-    let answers = [
-        (Ok(()), 0),
-        (Err(libc::EBUSY), -libc::EBUSY),
-        (Err(libc::ETIMEDOUT), -libc::EAGAIN),
-        (Err(libc::ERESTART), -libc::EIO),
-        (Err(libc::EOPNOTSUPP), -libc::EIO),
-        (Err(libc::ECANCELED), -libc::ECANCELED),
-    ];
-    let mut expected = Vec::new();
-    for (answer, told) in answers {
-        stub.tell("quiesce");
-        hears(&said, Said::Quiesce);
-        listener.ask().answer(answer.map_err(Errno));
-        expected.push(told.to_string());
-        assert_eq!(stub.tell(&format!("answers {}", expected.len())), expected.join(" "));
-        stub.tell("unquiesce");
-        hears(&said, Said::Unquiesce);
-    }
-    stub.tell("quiesce");
-    hears(&said, Said::Quiesce);
-    drop(listener.ask());
-    expected.push((-libc::ECANCELED).to_string());
-    assert_eq!(stub.tell("answers 7"), expected.join(" "));
-    let status = disk.info().image_status().rbd.unwrap().quiesce.unwrap();
-    assert!(status.watching);
-    assert_eq!((status.asked, status.refused, status.expired), (7, 6, 0));
-    hears_nothing_more(&said);
-}
-
-#[test]
-fn a_quiesce_request_without_a_reply_is_answered_before_its_timeout() {
-    let mut stub = Stub::new(CacheMode::None);
-    stub.options.quiesce_timeout = Duration::from_secs(1);
-    let disk = stub.open();
-    let (listener, said) = Listener::start(&disk);
-    stub.tell("quiesce");
-    hears(&said, Said::Quiesce);
-    assert_eq!(stub.tell("answers 1"), (-libc::EAGAIN).to_string());
-    hears(&said, Said::Unquiesce);
-    // Too late: a second answer aborts in librbd.
-    listener.ask().answer(Ok(()));
-    stub.tell("unquiesce");
-    hears(&said, Said::Unquiesce);
-    assert_eq!(disk.info().image_status().rbd.unwrap().quiesce.unwrap().refused, 1);
-}
-
-#[test]
-fn pending_quiesce_requests_are_answered_at_the_end() {
-    let stub = Stub::new(CacheMode::None);
-    let disk = stub.open();
-    let (listener, said) = Listener::start(&disk);
-    stub.tell("quiesce");
-    hears(&said, Said::Quiesce);
-    // The stub waits for the answer here, as librbd does.
-    disk.store().stop_notices();
-    assert_eq!(stub.tell("answers 1"), (-libc::ECANCELED).to_string());
-    listener.ask().answer(Ok(()));
-    disk.store().stop_notices();
-    stub.tell("resize 4194304");
-    hears_nothing_more(&said);
-    assert!(!disk.info().image_status().rbd.unwrap().quiesce.unwrap().watching);
-}
-
-#[test]
-fn quiesce_requests_and_the_end_may_come_at_any_moment() {
-    for turn in 0..40 {
-        let stub = Stub::new(CacheMode::None);
-        let disk = stub.open();
-        let (listener, said) = Listener::start(&disk);
-        stub.tell("quiesce");
-        hears(&said, Said::Quiesce);
-        let ask = listener.ask();
-        thread::scope(|scope| {
-            scope.spawn(move || {
-                thread::sleep(Duration::from_micros(turn * 10));
-                ask.answer(Ok(()));
-            });
-            disk.store().stop_notices();
-        });
-        let answer = stub.tell("answers 1");
-        assert!(["0", "-125"].contains(&answer.as_str()), "{answer}");
-    }
-}
-
-#[test]
-fn a_quiesce_that_librbd_ends_early_is_counted() {
-    let stub = Stub::new(CacheMode::None);
-    let disk = stub.open();
-    let (listener, said) = Listener::start(&disk);
-    stub.tell("quiesce");
-    hears(&said, Said::Quiesce);
-    listener.ask().answer(Ok(()));
-    // What librbd does after 10 s.
-    thread::sleep(Duration::from_secs(10));
-    stub.tell("unquiesce");
-    hears(&said, Said::Unquiesce);
-    assert_eq!(disk.info().image_status().rbd.unwrap().quiesce.unwrap().expired, 1);
-}
-
-#[test]
-fn no_quiesce_watch_is_set_where_it_is_off_or_impossible() {
-    let mut stub = Stub::new(CacheMode::None);
-    stub.options.quiesce = RbdQuiesce::Off;
-    let disk = stub.open();
-    let _listener = Listener::start(&disk);
-    assert_eq!(disk.info().image_status().rbd.unwrap().quiesce, None);
-    drop(disk);
-    stub.options.quiesce = RbdQuiesce::On;
-    stub.options.read_only = true;
-    let disk = stub.open();
-    let _listener = Listener::start(&disk);
-    assert_eq!(disk.info().image_status().rbd.unwrap().quiesce, None);
-    drop(disk);
-    // A Ceph that is too old, and a watch that fails.
-    stub.options.read_only = false;
-    stub.options.library_path = Some(libraries(true).to_path_buf());
-    let disk = stub.open();
-    let _listener = Listener::start(&disk);
-    assert!(!disk.info().image_status().rbd.unwrap().quiesce.unwrap().watching);
-    random_ops(&disk, 1, 50);
-    disk.store().snapshots().unwrap().create("s").unwrap();
-    assert_eq!(stub.count("snaps"), 1);
-    drop(disk);
-    stub.options.library_path = Some(libraries(false).to_path_buf());
-    let disk = stub.open();
-    stub.tell("fail quiesce-watch 5 1");
-    stub.tell("fail update-watch 5 1");
-    let _listener = Listener::start(&disk);
-    assert!(!disk.info().image_status().rbd.unwrap().quiesce.unwrap().watching);
-}
-
 // ---- Holes
 
 /// What may hold data, as a copy asks for it.
-fn data(disk: &RbdBackend) -> Vec<(u64, u64)> {
+pub(super) fn data(disk: &RbdBackend) -> Vec<(u64, u64)> {
     let mut ranges = Vec::new();
     let mut at = 0;
     while let Some((start, end)) = disk.next_data(at).expect("a range") {
@@ -822,7 +351,7 @@ fn data(disk: &RbdBackend) -> Vec<(u64, u64)> {
     ranges
 }
 
-fn covers(ranges: &[(u64, u64)], offset: u64, len: u64) -> bool {
+pub(super) fn covers(ranges: &[(u64, u64)], offset: u64, len: u64) -> bool {
     let held = |byte| ranges.iter().any(|(start, end)| (*start..*end).contains(&byte));
     held(offset) && held(offset + len - 1)
 }

@@ -9,5 +9,6 @@ mod hostile;
 mod inflight;
 mod on_error;
 mod protocol;
+mod random;
 mod resize;
 mod stall;

@@ -8,21 +8,20 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use kit::driver::{ALL, Driver};
 use kit::snapshot;
-use kit::snapshot::{Agent, Daemon, Mood, Mounted, ctl, err, hooks, out, wait_until};
+use kit::snapshot::{Agent, Daemon, Mood, ctl, err, hooks, out, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// One disk, a guest, and a place.
-struct Scene {
-    disk: Daemon,
-    agent: Agent,
-    dir: tempfile::TempDir,
+pub(super) struct Scene {
+    pub(super) disk: Daemon,
+    pub(super) agent: Agent,
+    pub(super) dir: tempfile::TempDir,
 }
 
 impl Scene {
-    fn new(mood: Mood) -> Scene {
+    pub(super) fn new(mood: Mood) -> Scene {
         let dir = tempfile::tempdir().unwrap();
         let disk = Daemon::with_image(dir.path(), "a.raw", 1 << 20);
         let agent = Agent::start(mood, &[disk.control()]);
@@ -30,7 +29,7 @@ impl Scene {
     }
 
     /// The command with the disk, the level and the agent.
-    fn command(&self, level: &str, more: &[&str]) -> Command {
+    pub(super) fn command(&self, level: &str, more: &[&str]) -> Command {
         let mut command = snapshot(&[&self.disk], level, more);
         if level != "crash" {
             command.arg("--qga").arg(&self.agent.path);
@@ -40,31 +39,31 @@ impl Scene {
         command
     }
 
-    fn run(&self, level: &str, more: &[&str]) -> Output {
+    pub(super) fn run(&self, level: &str, more: &[&str]) -> Output {
         self.command(level, more).output().unwrap()
     }
 
     /// It fails with status 1 and says all of this; nothing is held, frozen or left behind.
-    fn fails(&self, level: &str, more: &[&str], words: &[&str]) {
+    pub(super) fn fails(&self, level: &str, more: &[&str], words: &[&str]) {
         let output = self.run(level, more);
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         contains(&err(&output), words);
         self.is_over();
     }
 
-    fn is_over(&self) {
+    pub(super) fn is_over(&self) {
         wait_until("the disk goes on", || !self.disk.is_held());
         wait_until("the guest is thawed", || !self.agent.is_frozen());
         assert!(!self.agent.held_at_thaw(), "a thaw came while the disk was held: it would hang in a real guest");
         assert!(!self.path("target").exists() && !self.path("target.partial").exists(), "something is left behind");
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 }
 
-fn snapshot(disks: &[&Daemon], level: &str, more: &[&str]) -> Command {
+pub(super) fn snapshot(disks: &[&Daemon], level: &str, more: &[&str]) -> Command {
     let mut command = ctl();
     command.args(["snapshot", "--level", level]);
     for disk in disks {
@@ -74,24 +73,32 @@ fn snapshot(disks: &[&Daemon], level: &str, more: &[&str]) -> Command {
     command
 }
 
-fn receipt(output: &Output) -> Value {
+pub(super) fn receipt(output: &Output) -> Value {
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
 }
 
-fn contains(text: &str, words: &[&str]) {
+pub(super) fn contains(text: &str, words: &[&str]) {
     for word in words {
         assert!(text.contains(word), "'{word}' is not in:\n{text}");
     }
 }
 
-fn signal(child: &Child, signal: Signal) {
+pub(super) fn signal(child: &Child, signal: Signal) {
     kill_process(Pid::from_child(child), signal).unwrap();
 }
 
 /// Waits for a file that a hook or a command makes.
-fn wait_for(path: &Path) {
+pub(super) fn wait_for(path: &Path) {
     wait_until(&path.display().to_string(), || path.exists());
+}
+
+/// What is in a directory, sorted.
+pub(super) fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
 }
 
 // Levels.
@@ -450,7 +457,7 @@ fn a_disk_that_misses_the_deadline_releases_all_disks() {
 // Death.
 
 /// Kills the client with `how` once `marker` is there; then everything goes on and is thawed. What it printed.
-fn killed(scene: &Scene, mut command: Command, marker: &Path, how: Signal) -> Output {
+pub(super) fn killed(scene: &Scene, mut command: Command, marker: &Path, how: Signal) -> Output {
     let child = command.spawn().unwrap();
     wait_for(marker);
     signal(&child, how);
@@ -570,338 +577,4 @@ esac
     let output = run("nobody");
     assert_eq!(output.status.code(), Some(1));
     contains(&err(&output), &["libvirt's domain 'nobody'", "failed to get domain"]);
-}
-
-// reflink:
-
-/// XFS asks more of O_DIRECT on a file that shares blocks. A guest's partition table counts in sectors: they must stay.
-#[test]
-fn a_reflink_does_not_change_the_sectors_that_the_guest_sees() {
-    let Some(xfs) = Mounted::xfs() else { return };
-    let image = xfs.path().join("a.raw");
-    fs::write(&image, vec![7; 1 << 20]).unwrap();
-    let sector = |disk: &Daemon| {
-        let output = ctl().args(["--json", "--control"]).arg(disk.control()).arg("status").output().unwrap();
-        let status: Value = serde_json::from_slice(&output.stdout).unwrap();
-        status["logical-block-size"].as_u64().unwrap()
-    };
-    for mode in ["none", "writeback"] {
-        let target = xfs.path().join(mode);
-        let disk = Daemon::start(&image, mode);
-        let before = sector(&disk);
-        let to = format!("reflink:{}", target.display());
-        receipt(&snapshot(&[&disk], "crash", &["--json", "--to", &to]).output().unwrap());
-        // Sectors of 512 bytes are written while the file shares its blocks, and after a restart.
-        for (disk, at) in [(disk, 3u64), (Daemon::start(&target, mode), 5)] {
-            assert_eq!(sector(&disk), before, "{mode}");
-            if before == 512 {
-                let mut guest = Driver::connect_soon(&disk.socket(), 1, 16, 8192, ALL);
-                guest.fill(0, &[at as u8; 512]);
-                assert_eq!(guest.one(0, |guest, id| guest.write(0, at * 512, 0, 512, id)), 0);
-                assert_eq!(guest.one(0, |guest, id| guest.read(0, (at - 1) * 512, 4096, 1536, id)), 0);
-                let expected = [[7; 512], [at as u8; 512], [7; 512]].concat();
-                assert_eq!(guest.fetch(4096, 1536), expected, "{mode}");
-            }
-        }
-        let again = Daemon::start(&image, mode);
-        assert_eq!(sector(&again), before, "{mode}: after a restart");
-        drop(again);
-        fs::write(&image, vec![7; 1 << 20]).unwrap();
-    }
-}
-
-#[test]
-fn a_reflink_is_the_image_at_the_instant() {
-    let Some(xfs) = Mounted::xfs() else { return };
-    let image = xfs.path().join("a.raw");
-    let content: Vec<u8> = (0..3 << 20).map(|at: u32| (at % 251) as u8).collect();
-    fs::write(&image, &content).unwrap();
-    let disk = Daemon::start(&image, "none");
-    let target = xfs.path().join("snap-a.raw");
-    let to = format!("reflink:{}/snap-{{}}", xfs.path().display());
-    let output = snapshot(&[&disk], "crash", &["--json", "--digest", "--to", &to]).output().unwrap();
-    let receipt = receipt(&output);
-    assert_eq!(fs::read(&target).unwrap(), content);
-    assert_eq!(receipt["disks"][0]["target"], target.to_str().unwrap());
-    let sum = Command::new("sha256sum").arg(&target).output().unwrap();
-    assert!(out(&sum).starts_with(receipt["disks"][0]["sha256"].as_str().unwrap()));
-    // It exists now.
-    let fails = |to: &str, words: &[&str]| {
-        let output = snapshot(&[&disk], "crash", &["--to", to]).output().unwrap();
-        assert_eq!(output.status.code(), Some(1), "{output:?}");
-        contains(&err(&output), words);
-        assert!(!disk.is_held());
-    };
-    fails(&to, &["exists already"]);
-    let partial = format!("reflink:{}/p", xfs.path().display());
-    File::create(xfs.path().join("p.partial")).unwrap();
-    fails(&partial, &["p.partial", "remove it"]);
-    fails("reflink:/nonexistent/x", &["make its directory"]);
-    let elsewhere = tempfile::tempdir().unwrap();
-    fails(&format!("reflink:{}/x", elsewhere.path().display()), &["different filesystems", "copy:PATH"]);
-    assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0, "nothing is left behind");
-    // The file of this name is no longer the one that is served.
-    fs::rename(&image, xfs.path().join("b.raw")).unwrap();
-    fs::write(&image, &content).unwrap();
-    fails(&format!("reflink:{}/y", xfs.path().display()), &["not the one that the daemon has open"]);
-}
-
-#[test]
-fn a_reflink_is_refused_where_there_is_none() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let disk = Daemon::with_image(dir.path(), "a", 1 << 20);
-    let to = format!("reflink:{}/x", dir.path().display());
-    let output = snapshot(&[&disk], "crash", &["--to", &to]).output().unwrap();
-    assert_eq!(output.status.code(), Some(1), "{output:?}");
-    contains(&err(&output), &["cannot share blocks", "copy:PATH"]);
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left behind");
-}
-
-/// An image in `count` extents, at least.
-fn fragmented(path: &Path, count: u64) {
-    let file = File::create(path).unwrap();
-    file.set_len(count * 8192).unwrap();
-    for at in 0..count {
-        std::os::unix::fs::FileExt::write_all_at(&file, &[7; 4096], at * 8192).unwrap();
-    }
-    file.sync_all().unwrap();
-}
-
-#[test]
-fn a_reflink_that_cannot_end_within_the_lease_is_refused_before_anything_is_held() {
-    let Some(xfs) = Mounted::xfs() else { return };
-    let image = xfs.path().join("a.raw");
-    fragmented(&image, 30_000);
-    let disk = Daemon::start(&image, "writeback");
-    let agent = Agent::start(Mood::Good, &[disk.control()]);
-    let to = format!("reflink:{}/snap", xfs.path().display());
-    let run = |lease: &str| {
-        let options = ["--json", "--lease", lease, "--to", &to, "--qga", agent.path.to_str().unwrap()];
-        snapshot(&[&disk], "filesystem", &options).output().unwrap()
-    };
-    let output = run("20ms");
-    assert_eq!(output.status.code(), Some(1), "{output:?}");
-    contains(&err(&output), &["30000 extents", "--lease (20ms)", "copy:PATH", "xfs_fsr"]);
-    assert_eq!(agent.asked("guest-fsfreeze-freeze"), 0, "the guest was frozen for nothing");
-    assert_eq!(names(&xfs.path()), ["a.raw"]);
-    // With room enough it is taken.
-    assert_eq!(receipt(&run("10m"))["level"], "filesystem");
-    assert!(fs::read(xfs.path().join("snap")).unwrap() == fs::read(&image).unwrap());
-}
-
-/// The guest and the disk go on when the lease is over, although the clone hangs in the kernel; nothing is published.
-#[test]
-fn a_reflink_that_hangs_is_given_up_when_the_lease_is_over() {
-    let Some(xfs) = Mounted::xfs() else { return };
-    let image = xfs.path().join("a.raw");
-    fs::write(&image, vec![7; 1 << 20]).unwrap();
-    let disk = Daemon::start(&image, "writeback");
-    let agent = Agent::start(Mood::Good, &[disk.control()]);
-    let dir = tempfile::tempdir().unwrap();
-    // The hook comes after everything was prepared.
-    let freeze = format!("PATH=$PATH:/usr/sbin:/sbin; exec fsfreeze -f {}", xfs.path().display());
-    let directory = hooks(dir.path(), &freeze, "true");
-    let to = format!("reflink:{}/snap", xfs.path().display());
-    let options = ["--lease", "2s", "--to", &to, "--hooks", directory.to_str().unwrap()];
-    let mut command = snapshot(&[&disk], "application", &options);
-    let output = command.arg("--qga").arg(&agent.path).output().unwrap();
-    assert_eq!(output.status.code(), Some(1), "{output:?}");
-    contains(&err(&output), &["did not end within --lease", "copy:PATH", "snap.partial"]);
-    agent.wait_thawed();
-    assert!(!disk.is_held());
-    disk.wait_for_log(&["ended by resume"]);
-    // It ends when the filesystem goes on.
-    assert!(xfs.set_frozen(false), "it was not frozen");
-    wait_until("nothing is left behind", || names(&xfs.path()) == ["a.raw"]);
-}
-
-#[test]
-fn a_reflink_on_btrfs_is_without_checksums_if_the_image_is() {
-    let Some(btrfs) = Mounted::btrfs() else { return };
-    let content = vec![7; 1 << 20];
-    let directory = btrfs.path().join("nocow");
-    fs::create_dir(&directory).unwrap();
-    let flags = rustix::fs::IFlags::NOCOW;
-    rustix::fs::ioctl_setflags(File::open(&directory).unwrap(), flags).unwrap();
-    // A file takes the flag from its directory; so there are four cases.
-    for (at, (image, target)) in
-        [("a", "a.snap"), ("nocow/b", "b.snap"), ("nocow/c", "nocow/c.snap"), ("d", "nocow/d.snap")].iter().enumerate()
-    {
-        let image = btrfs.path().join(image);
-        fs::write(&image, &content).unwrap();
-        let is_nocow = |path: &Path| rustix::fs::ioctl_getflags(File::open(path).unwrap()).unwrap().contains(flags);
-        assert_eq!(is_nocow(&image), at == 1 || at == 2);
-        let disk = Daemon::start(&image, "writeback");
-        let target = btrfs.path().join(target);
-        let to = format!("reflink:{}", target.display());
-        receipt(&snapshot(&[&disk], "crash", &["--json", "--to", &to]).output().unwrap());
-        assert!(fs::read(&target).unwrap() == content);
-        assert_eq!(is_nocow(&target), is_nocow(&image));
-    }
-}
-
-// copy:
-
-/// A served image of `size` bytes with something in it.
-fn filled(dir: &Path, name: &str, size: usize) -> (Daemon, Vec<u8>) {
-    let content: Vec<u8> = (0..size).map(|at| (at % 251) as u8).collect();
-    let image = dir.join(name);
-    fs::write(&image, &content).unwrap();
-    (Daemon::start(&image, "writeback"), content)
-}
-
-/// What is in a directory, sorted.
-fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<String> =
-        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
-}
-
-#[test]
-fn copies_are_the_images_at_the_instant_on_any_filesystem() {
-    let dir = tempfile::tempdir().unwrap();
-    let disks = [filled(dir.path(), "a", 5 << 20), filled(dir.path(), "b", 3 << 20)];
-    let all: Vec<&Daemon> = disks.iter().map(|(disk, _)| disk).collect();
-    let to = format!("copy:{}/snap-{{}}", dir.path().display());
-    let receipt = receipt(&snapshot(&all, "crash", &["--json", "--digest", "--to", &to]).output().unwrap());
-    assert_eq!(receipt["detached"], false);
-    for ((_, content), (at, name)) in disks.iter().zip(["snap-a", "snap-b"].into_iter().enumerate()) {
-        let target = dir.path().join(name);
-        assert_eq!(&fs::read(&target).unwrap(), content);
-        let disk = &receipt["disks"][at];
-        assert_eq!((&disk["copy"]["state"], &disk["way"]), (&"completed".into(), &"copy".into()));
-        let sum = Command::new("sha256sum").arg(&target).output().unwrap();
-        assert!(out(&sum).starts_with(disk["sha256"].as_str().unwrap()));
-        assert!(disk["copy"]["instant"].as_f64() >= receipt["instant"].as_f64(), "{receipt}");
-    }
-    // The second target exists already: the first one is not made either.
-    fs::remove_file(dir.path().join("snap-a")).unwrap();
-    let output = snapshot(&all, "crash", &["--to", &to]).output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    contains(&err(&output), &["snap-b", disks[1].0.control().to_str().unwrap()]);
-    wait_until("nothing is left behind", || names(dir.path()) == ["a", "b", "snap-b"]);
-}
-
-#[test]
-fn a_copy_in_the_background_outlives_the_command() {
-    let dir = tempfile::tempdir().unwrap();
-    let (disk, content) = filled(dir.path(), "a", 4 << 20);
-    let to = format!("copy:{}/snap", dir.path().display());
-    let slow = ["--json", "--background", "--bandwidth", "2000000", "--to", &to];
-    let receipt = receipt(&snapshot(&[&disk], "crash", &slow).output().unwrap());
-    assert_eq!((&receipt["detached"], &receipt["disks"][0]["copy"]["state"]), (&true.into(), &"running".into()));
-    assert!(!disk.is_held());
-    assert_eq!(names(dir.path()), ["a", "snap.partial"]);
-    wait_for(&dir.path().join("snap"));
-    assert_eq!(fs::read(dir.path().join("snap")).unwrap(), content);
-}
-
-#[test]
-fn a_copy_in_the_background_is_watched_limited_and_cancelled() {
-    let dir = tempfile::tempdir().unwrap();
-    let (disk, content) = filled(dir.path(), "a", 4 << 20);
-    let copies = |words: &[&str]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"));
-        let output = command.arg("--control").arg(disk.control()).arg("copies").args(words).output().unwrap();
-        assert!(output.status.success(), "{words:?}: {}", err(&output));
-        String::from_utf8(output.stdout).unwrap()
-    };
-    assert_eq!(copies(&[]), "no copies\n");
-    let name = |receipt: &serde_json::Value| receipt["disks"][0]["copy"]["copy"].as_str().unwrap().to_owned();
-    let to = format!("copy:{}/first", dir.path().display());
-    let slow = ["--json", "--background", "--bandwidth", "100000", "--to", &to];
-    let first = name(&receipt(&snapshot(&[&disk], "crash", &slow).output().unwrap()));
-    contains(&copies(&[]), &[&first, "running", "% of 4.0 MiB", "/first"]);
-    // Forty seconds otherwise.
-    copies(&["limit", &first, "0"]);
-    wait_for(&dir.path().join("first"));
-    assert_eq!(fs::read(dir.path().join("first")).unwrap(), content);
-    let to = format!("copy:{}/second", dir.path().display());
-    let slow = ["--json", "--background", "--bandwidth", "100000", "--to", &to];
-    let second = name(&receipt(&snapshot(&[&disk], "crash", &slow).output().unwrap()));
-    copies(&["cancel", &second]);
-    wait_until("nothing of it is left", || names(dir.path()) == ["a", "first"]);
-    contains(&copies(&[]), &[&first, "completed", &second, "cancelled"]);
-    let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"));
-    let output = command.arg("--control").arg(disk.control()).args(["copies", "cancel", "nonsense"]).output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    contains(&err(&output), &["no copy of this name"]);
-}
-
-#[test]
-fn a_copy_that_is_interrupted_or_fails_leaves_nothing() {
-    for how in [Signal::INT, Signal::TERM, Signal::KILL] {
-        let dir = tempfile::tempdir().unwrap();
-        let disks = [filled(dir.path(), "a", 4 << 20), filled(dir.path(), "b", 1 << 16)];
-        let all: Vec<&Daemon> = disks.iter().map(|(disk, _)| disk).collect();
-        let to = format!("copy:{}/snap-{{}}", dir.path().display());
-        let mut child = snapshot(&all, "crash", &["--bandwidth", "100000", "--to", &to]).spawn().unwrap();
-        // One is complete, the other takes half a minute yet.
-        wait_for(&dir.path().join("snap-b"));
-        signal(&child, how);
-        assert_ne!(child.wait().unwrap().code(), Some(0));
-        if how == Signal::KILL {
-            // Nobody knows any more that the complete one belongs to what failed.
-            wait_until("the daemon gives up", || names(dir.path()) == ["a", "b", "snap-b"]);
-        } else {
-            assert_eq!(names(dir.path()), ["a", "b"], "{how:?}");
-        }
-    }
-    // A daemon that dies takes its copy with it, and the snapshot.
-    let dir = tempfile::tempdir().unwrap();
-    let mut disks = [filled(dir.path(), "a", 4 << 20), filled(dir.path(), "b", 1 << 16)];
-    let all: Vec<&Daemon> = disks.iter().map(|(disk, _)| disk).collect();
-    let to = format!("copy:{}/snap-{{}}", dir.path().display());
-    let child = snapshot(&all, "crash", &["--bandwidth", "100000", "--to", &to]).spawn().unwrap();
-    wait_for(&dir.path().join("snap-b"));
-    disks[0].0.child.kill().unwrap();
-    let output = child.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(1), "{output:?}");
-    contains(&err(&output), &[disks[0].0.control().to_str().unwrap(), "lost"]);
-    assert_eq!(names(dir.path()), ["a", "b", "snap-a.partial"], "a partial file of a dead daemon looks unfinished");
-}
-
-#[test]
-fn copies_that_were_started_are_cancelled_if_a_hold_is_lost() {
-    let dir = tempfile::tempdir().unwrap();
-    let (disk, _) = filled(dir.path(), "a", 4 << 20);
-    let agent = Agent::start(Mood::ThawsEarly, &[disk.control()]);
-    let to = format!("copy:{}/snap", dir.path().display());
-    let options = ["--background", "--bandwidth", "100000", "--to", &to, "--qga", agent.path.to_str().unwrap()];
-    let output = snapshot(&[&disk], "filesystem", &options).output().unwrap();
-    assert_eq!(output.status.code(), Some(1), "{output:?}");
-    contains(&err(&output), &["thawed by somebody else"]);
-    assert_eq!(names(dir.path()), ["a"]);
-}
-
-/// A daemon that was broken into names the image of another guest, and a process that cannot be checked.
-#[test]
-fn a_reflink_is_made_only_of_a_file_that_the_daemon_has_open() {
-    use std::io::{BufRead, BufReader, Write};
-    let dir = tempfile::tempdir().unwrap();
-    let (control, other) = (dir.path().join("control"), dir.path().join("other.raw"));
-    fs::write(&other, [1; 4096]).unwrap();
-    let listener = std::os::unix::net::UnixListener::bind(&control).unwrap();
-    let status = serde_json::json!({"return": {"image-path": other, "image": "a", "daemon": {"pid": 1}}});
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let requests = BufReader::new(stream.try_clone().unwrap()).lines();
-            let greeting = serde_json::json!({"QMP": {"version": {}, "capabilities": []}});
-            // The client goes when it likes.
-            let _ = writeln!(stream, "{greeting}");
-            for request in requests.map_while(Result::ok) {
-                let is_status = request.contains("query-status");
-                let reply = if is_status { status.clone() } else { serde_json::json!({"return": {}}) };
-                let _ = writeln!(stream, "{reply}");
-            }
-        }
-    });
-    let to = format!("reflink:{}", dir.path().join("target").display());
-    let mut command = ctl();
-    command.args(["snapshot", "--level", "crash", "--to", &to, "--disk"]).arg(&control);
-    let output = command.output().unwrap();
-    assert_eq!(output.status.code(), Some(1), "{output:?}");
-    contains(&err(&output), &["other.raw", "is not the one that the daemon has open"]);
 }

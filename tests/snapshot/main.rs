@@ -3,5 +3,7 @@
 
 mod attend;
 mod command;
+mod copies;
 mod image;
+mod reflink;
 mod torn_pairs;
