@@ -1,5 +1,5 @@
-//! What librados and librbd open, at first and when they connect anew: configuration, keyrings, name resolution, parts of
-//! themselves; and where they write: their log and their admin socket.
+//! What librados and librbd open, at first and when they connect anew: configuration, keyrings, name resolution, parts
+//! of themselves; and where they write: their log and their admin socket.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! The directories of `--copy-dir` and `--scratch`, opened for their rules. Their filesystems may hang or be gone, and the disk is served
-//! all the same: each is opened by a process of its own, for which nothing waits long.
+//! The directories of `--copy-dir` and `--scratch`, opened for their rules. Their filesystems may hang or be gone, and
+//! the disk is served all the same: each is opened by a process of its own, for which nothing waits long.
 
 use std::ffi::CString;
 use std::io;
@@ -29,7 +29,7 @@ pub(super) struct Opened {
     /// `None`: there is no rule for it.
     pub(super) place: Option<OwnedFd>,
     pub(super) facts: CopyDirectory,
-    /// It is the scratch's.
+    /// The directory is the scratch's.
     pub(super) scratch: bool,
 }
 
@@ -52,7 +52,7 @@ pub(super) fn open_all(copy_dirs: &[PathBuf], scratch: Option<&PathBuf>) -> Vec<
         };
         if let Err(why) = &at_start {
             log::warn!(
-                "{} '{}' {why}: the disk is served, but {}. Once that is put right, start virtioblkd anew or run \
+                "{} '{}' {why}: the disk is served, but {}. Once that is put right, start virtioblkd again or run \
                  virtioblkctl upgrade",
                 if scratch { "--scratch" } else { "--copy-dir" },
                 path.display(),
@@ -147,7 +147,7 @@ fn send(socket: BorrowedFd<'_>, opened: Result<Found, Errno>) {
     if let Ok(fds) = &fds {
         control.push(SendAncillaryMessage::ScmRights(fds));
     }
-    // If nobody waits any more, nobody misses it.
+    // The daemon may have stopped waiting; then it does not need the result.
     let _ = sendmsg(socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL);
 }
 

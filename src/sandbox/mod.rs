@@ -12,9 +12,10 @@
 //! An image that a storage library reaches over a network (Ceph) is opened by a thread that has gone through 3 already:
 //! the library's threads inherit that. The library may open connections and what its configuration names.
 //!
-//! One warning names what the kernel lacks, and the disk is served nevertheless: a guest without its disk is the greater
-//! harm, and the operator sees the warning. What the operator asked for by name (`--user`) is an error if it fails. A
-//! `--copy-dir` or `--scratch` that cannot be opened is not, because only the image decides whether the disk is served.
+//! One warning names what the kernel lacks, and the disk is served nevertheless: a guest without its disk is the
+//! greater harm, and the operator sees the warning. What the operator asked for by name (`--user`) is an error if it
+//! fails. A `--copy-dir` or `--scratch` that cannot be opened is not, because only the image decides whether the disk
+//! is served.
 //!
 //! `virtioblkctl`, which runs hooks and commands and makes reflinks, has no sandbox.
 
@@ -97,7 +98,7 @@ impl fmt::Display for SandboxError {
             ),
             SandboxError::Image(name, path, error) => write!(
                 f,
-                "--user {name}: that user cannot open {0} ({error}), and each ring opens it anew: let the user or one of \
+                "--user {name}: that user cannot open {0} ({error}), and each ring opens it again: let the user or one of \
                  its groups read and write it, as by 'setfacl -m u:{name}:rw {0}', or ask for root (--user root)",
                 path.display()
             ),
@@ -148,7 +149,8 @@ impl Sandbox {
     }
 
     /// Runs `open`, which opens the image. A storage library starts threads then, which no rule on paths reaches later:
-    /// it is called from a thread that has been restricted before, and they inherit that. Main, before `enter`.
+    /// it is called from a thread that has been restricted before, and they inherit that. Called by main before
+    /// `enter`.
     pub fn open<T: Send>(&self, open: impl FnOnce() -> T + Send) -> Result<T, SandboxError> {
         if !self.permissions.needs.network || self.permissions.level == SandboxLevel::Off {
             return Ok(open());
@@ -168,7 +170,7 @@ impl Sandbox {
     }
 
     /// Gives up, for good, what the daemon does not need any more. Everything is open and bound, and no other thread
-    /// of ours exists: the rules on paths and root's capabilities are each thread's own. Main, once.
+    /// of ours exists: the rules on paths and root's capabilities are each thread's own. Called once, by main.
     pub fn enter(mut self) -> Result<(), SandboxError> {
         // Landlock needs access to the paths of its rules: they are opened as root.
         let rules = self.rules()?;
@@ -203,7 +205,7 @@ impl Sandbox {
 
     fn restrict(&self, rules: Vec<path_rules::Rule>) -> Result<(), SandboxError> {
         if self.permissions.level == SandboxLevel::Off {
-            log::warn!("the sandbox is off: whoever breaks into this daemon can do what its user can");
+            log::warn!("the sandbox is off: an intruder in this daemon can do what its user can");
             return Ok(());
         }
         let needs = self.permissions.needs;
@@ -221,7 +223,7 @@ impl Sandbox {
             Err(None) => {
                 log::warn!(
                     "this kernel has no rules on paths (Landlock: CONFIG_SECURITY_LANDLOCK, and landlock among the lsm= \
-                     at boot): whoever breaks into this daemon can open what its user can"
+                     at boot): an intruder in this daemon can open what its user can"
                 );
                 None
             }
@@ -245,7 +247,7 @@ impl Sandbox {
         sigsys::install().map_err(|error| SandboxError::Process("handle SIGSYS", error))?;
         let installed = syscall_filter::install(needs);
         if let Err(error) = &installed {
-            log::warn!("system calls cannot be filtered here ({error}): whoever breaks into this daemon can make any");
+            log::warn!("system calls cannot be filtered here ({error}): an intruder in this daemon can make any");
         }
         Ok(installed.is_ok())
     }
@@ -256,8 +258,8 @@ fn say_lacks(confined: &path_rules::Confined, filtered: bool) -> String {
     let (open, stopped) = confined.lacks(filtered, systemd::is_connected());
     if !open.is_empty() {
         log::warn!(
-            "this kernel's rules on paths ({confined}) are older than those that we know: whoever breaks into this daemon \
-             can {}; a newer kernel forbids that",
+            "this kernel's rules on paths ({confined}) are older than those that we know: an intruder in this daemon can \
+             {}; a newer kernel forbids that",
             open.join(", ")
         );
     }

@@ -1,6 +1,6 @@
 //! Rules on paths (Landlock): what the daemon may still open, make and remove. Everything else is refused with EACCES,
-//! whoever asks the kernel, io_uring included. Besides: no TCP unless the image is reached over a network, no signal to
-//! and no abstract socket of other processes.
+//! in every kind of call, io_uring included. Besides, the daemon can make no TCP connection, unless the image is
+//! reached over a network, and reach neither other processes' abstract sockets nor those processes by signals.
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
@@ -121,9 +121,9 @@ fn serving(permissions: &Permissions, add: &mut Add<'_>) -> Result<(), PathsErro
     Ok(())
 }
 
-/// Whether files of a directory may be removed in the sandbox. A rule holds for all that is beneath, so a directory with
-/// others beneath it, such as /run, is left alone: then the files are left at the end, and the next start replaces them.
-/// One that cannot be listed may have others beneath it.
+/// Whether files of a directory may be removed in the sandbox. A rule holds for all that is beneath, so a directory
+/// with others beneath it, such as /run, is left alone: then the files are left at the end, and the next start replaces
+/// them. One that cannot be listed may have others beneath it.
 fn may_remove(option: &str, directory: &Path) -> bool {
     let why = match directory_in(directory) {
         Ok(None) => return true,
@@ -207,8 +207,8 @@ const ADDITIONS: &[Addition] = &[
 ];
 
 impl Confined {
-    /// What the kernel lacks, each with the Linux that has it: what an intruder can do therefore, and what the filter of
-    /// system calls stops. `filtered`: there is one; `datagrams`: a datagram socket is open.
+    /// What the kernel lacks, each with the Linux that has it: what an intruder can do therefore, and what the filter
+    /// of system calls stops. `filtered`: there is one; `datagrams`: a datagram socket is open.
     pub(super) fn lacks(&self, filtered: bool, datagrams: bool) -> (Vec<String>, Vec<String>) {
         let lacking = ADDITIONS.iter().filter(|it| it.abi > self.abi && !(self.network && it.abi == ABI::V4));
         let (stopped, open): (Vec<_>, Vec<_>) = lacking.partition(|it| match it.stopped_by {
@@ -228,8 +228,8 @@ impl fmt::Display for Confined {
     }
 }
 
-/// Restricts the calling thread and those that it starts. Returns what is in force; `Err(None)`: this kernel has none of
-/// it.
+/// Restricts the calling thread and those that it starts. Returns what is in force; `Err(None)`: this kernel has none
+/// of it.
 pub(super) fn confine(rules: Vec<Rule>, needs: Needs) -> Result<Confined, Option<PathsError>> {
     let set = || -> Result<_, RulesetError> {
         // systemd's socket is connected already: scopes are about others.

@@ -29,8 +29,8 @@ pub struct Permissions {
 }
 
 impl Permissions {
-    /// Whether all io_urings that the daemon will need must be made before [`super::Sandbox::enter`]: its filter forbids
-    /// to make one.
+    /// Whether all io_urings that the daemon will need must be made before [`super::Sandbox::enter`]: its filter
+    /// forbids to make one.
     pub fn makes_io_urings_first(&self) -> bool {
         self.level == SandboxLevel::On && self.needs.io_uring
     }
@@ -41,6 +41,6 @@ impl Permissions {
 pub struct Needs {
     /// The image is reached over a network.
     pub network: bool,
-    /// Its virtqueues use io_urings.
+    /// The back-end's queues use io_urings.
     pub io_uring: bool,
 }

@@ -19,8 +19,8 @@ pub(super) fn install() -> io::Result<()> {
 }
 
 /// Writes the line and ends the process. In the thread that made the call. The call was not made; what it would have
-/// returned is undefined, so nothing of the program runs any more: the signal, sent again with its default action, waits
-/// for the handler's return.
+/// returned is undefined, so nothing of the program runs any more: the signal, sent again with its default action,
+/// waits for the handler's return.
 extern "C" fn on_sigsys(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let mut line = Line { text: [0; 400], len: 0 };
     line.add("error: the sandbox stopped the system call ");
@@ -34,7 +34,7 @@ extern "C" fn on_sigsys(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
         line.add_number(number.unsigned_abs());
     }
     line.add(
-        ": the daemon ends at once. Either somebody has broken into it, or it lacks a permission that it needs: report \
+        ": the daemon ends at once. Either an intruder made this call, or the daemon lacks a permission that it needs: report \
          this line; --sandbox no-filter serves without the filter\n",
     );
     logging::last_line(&line.text[..line.len]);

@@ -2,13 +2,13 @@
 //! process or asks for more rights. Found by tracing every test that runs the daemon, and completed with what the C
 //! library, Rust's and librados may use instead on other machines.
 //!
-//! One set for all threads: they share their memory, so whoever controls one controls what the others do. The kernel
-//! caches the answer of each call that is allowed whatever its arguments (Linux 5.11), so those cost nothing.
+//! One set for all threads: they share their memory, so an intruder who controls one controls what the others do. The
+//! kernel caches the answer of each call that is allowed whatever its arguments (Linux 5.11), so those cost nothing.
 //!
-//! Operations of io_uring pass no such filter, and half of them escape the rules on paths, too (sockets, attributes). So
-//! the io_urings are restricted to reads, writes and syncs when they are made, all of them before the filter, and
-//! io_uring_setup(2) is stopped: `backend/uring/prepared.rs`. Sockets are not made either: what the daemon speaks to it is
-//! connected to already, or it comes from accept(2). An image that is reached over a network makes Internet sockets.
+//! Operations of io_uring pass no such filter, and half of them escape the rules on paths, too (sockets, attributes).
+//! So the io_urings are restricted to reads, writes and syncs when they are made, all of them before the filter, and
+//! io_uring_setup(2) is stopped: `backend/uring/prepared.rs`. Sockets are not made either: what the daemon speaks to it
+//! is connected to already, or it comes from accept(2). An image that is reached over a network makes Internet sockets.
 
 use std::collections::BTreeMap;
 
@@ -108,8 +108,8 @@ const IOCTLS: [u64; 14] = [
     0x5401,      // TCGETS
 ];
 
-/// What the daemon does with descriptors: their flags, duplicates, locks and seals. The others (F_SETOWN, F_SETSIG, F_NOTIFY,
-/// F_SETLEASE) have the kernel send signals, to any process of the same user.
+/// What the daemon does with descriptors: their flags, duplicates, locks and seals. The others (F_SETOWN, F_SETSIG,
+/// F_NOTIFY, F_SETLEASE) have the kernel send signals, to any process of the same user.
 const FCNTLS: [c_int; 13] = [
     libc::F_DUPFD,
     libc::F_DUPFD_CLOEXEC,
@@ -129,13 +129,13 @@ const FCNTLS: [c_int; 13] = [
 /// PR_SET_VMA, by which the C library names its memory: of linux/prctl.h.
 const PR_SET_VMA: u64 = 0x5356_4d41;
 
-/// Of linux/net.h: the bits of a socket's type that are no flags.
+/// SOCK_TYPE_MASK of linux/net.h: the bits of a socket's type that are no flags.
 const SOCK_TYPE_MASK: u64 = 0xf;
 
 /// Why the filter could not be installed.
 #[derive(Debug)]
 pub enum FilterError {
-    /// It cannot be compiled: the architecture has none.
+    /// The filter cannot be compiled: there is none for this architecture.
     Compile(BackendError),
     /// The kernel refused it.
     Install(seccompiler::Error),
@@ -182,8 +182,8 @@ fn compile(needs: Needs) -> Result<Vec<BpfProgram>, BackendError> {
     Ok(programs)
 }
 
-/// What a cluster's client tries, and lives without: Unix sockets (the log of the system, a name service), to be called, modes
-/// of files, and the processors and ranks of threads by their number, which may be another process's.
+/// What a cluster's client tries, and lives without: Unix sockets (the log of the system, a name service), to be
+/// called, modes of files, and the processors and ranks of threads by their number, which may be another process's.
 fn forbidden() -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
     let others = |argument| -> Result<Vec<SeccompRule>, BackendError> {
         let other = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, 0)?;
@@ -234,8 +234,8 @@ fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError
     Ok(rules)
 }
 
-/// socket(2) of a cluster's client. Unix sockets are refused with an error, see [`forbidden`]. Of netlink only NETLINK_ROUTE,
-/// by which the C library lists the host's addresses.
+/// socket(2) of a cluster's client. Unix sockets are refused with an error, see [`forbidden`]. Of netlink only
+/// NETLINK_ROUTE, by which the C library lists the host's addresses.
 fn internet_sockets() -> Result<Vec<SeccompRule>, BackendError> {
     let mut rules = one_of(0, &[libc::AF_INET, libc::AF_INET6, libc::AF_UNIX].map(|domain| domain as u64), None)?;
     let netlink = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, libc::AF_NETLINK as u64)?;

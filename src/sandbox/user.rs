@@ -77,15 +77,15 @@ fn image_place(permissions: &Permissions) -> Option<io::Result<std::os::fd::Owne
 pub(super) fn warn_of_root() {
     if Uid::effective().is_root() {
         log::warn!(
-            "this daemon stays root: whoever breaks into it may do to files and processes what root may, as far as the \
+            "this daemon stays root: an intruder in it may do to files and processes what root may, as far as the \
              sandbox lets it; name a user that may open the image (--user, or User= in the systemd unit), or say --user root"
         );
     }
 }
 
-/// Root's, for those who do not name a user: images and directories that belong to others. `switch`: and those to become
-/// another user, which gives all of them up: a library's threads become that user with the rest, and the C library ends
-/// the process if one of them cannot. The calling thread and those that it starts.
+/// Keeps only the capabilities that let root open images and directories of other users, for the calling thread and
+/// those that it starts. `switch`: keeps also those to become another user, which gives up all of them. A library's
+/// threads become that user with the rest, and the C library ends the process if one of them cannot.
 pub(super) fn keep_few_capabilities(switch: bool) -> Result<(), SandboxError> {
     if !Uid::effective().is_root() {
         return Ok(());

@@ -3,9 +3,9 @@
 //!
 //! The socket does not distinguish clients: replies to an earlier client may still come, and a request to an agent that
 //! does not run waits in the channel until it does. So each connection begins with `guest-sync-delimited`, which is
-//! repeated after every reply that did not come in time. A byte 0xFF before the request makes the agent drop what it was
-//! reading, and 0xFF before the reply with our number marks where its replies to us begin. The agent carries out one
-//! command after the other: a reply to the sync proves that everything asked before is done, a late freeze too.
+//! repeated after every reply that did not come in time. A byte 0xFF before the request makes the agent drop what it
+//! was reading, and 0xFF before the reply with our number marks where its replies to us begin. The agent carries out
+//! one command after the other: a reply to the sync proves that everything asked before is done, a late freeze too.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -31,11 +31,11 @@ const SYNC_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// Why the agent did not do as asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AgentError {
-    /// It does not reply; it may carry the command out later.
+    /// The agent does not reply; it may carry the command out later.
     Silent(String),
-    /// It cannot be reached.
+    /// The agent cannot be reached.
     Lost(String),
-    /// It refuses: nothing was done, or it was undone.
+    /// The agent refuses: nothing was done, or it was undone.
     Refused(String),
     /// The wait was ended by a signal; the agent may carry the command out later.
     Stopped,
@@ -75,8 +75,8 @@ struct Link {
 impl Socket {
     /// Connects when the first command is sent.
     pub fn new(path: &Path) -> Self {
-        // Not the numbers of an earlier client, whose stale replies must not be taken for ours. The agent takes any number
-        // that fits into 63 bits.
+        // Not the numbers of an earlier client, whose stale replies must not be taken for ours. The agent takes any
+        // number that fits into 63 bits.
         let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let first = (clock.as_nanos() as u64 ^ u64::from(std::process::id()) << 40) >> 1;
         Socket { path: path.to_owned(), link: None, next_id: first & (u64::MAX >> 2) }
@@ -89,7 +89,7 @@ impl Socket {
     fn silent(&self) -> AgentError {
         AgentError::Silent(format!(
             "{} does not answer: check that qemu-guest-agent runs in the guest, that the guest is not paused, and that \
-             nobody else is connected to the socket (libvirt is, to those of its domains: give --libvirt DOMAIN)",
+             no other program is connected to the socket (libvirt is, to those of its domains: give --libvirt DOMAIN)",
             self.shown()
         ))
     }
@@ -135,7 +135,7 @@ impl Socket {
 
     fn send(&mut self, mut bytes: Vec<u8>, delimited: bool) -> Result<(), AgentError> {
         if delimited {
-            // 0xFF is not valid in UTF-8: the agent's parser starts anew.
+            // 0xFF is not valid in UTF-8: the agent's parser starts again.
             bytes[0] = 0xff;
         }
         match self.link()?.stream.write_all(&bytes) {

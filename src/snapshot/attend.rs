@@ -1,5 +1,5 @@
-//! `virtioblkctl attend`: freezes a guest for snapshots that somebody else takes of its disks' images (`rbd snap create`,
-//! Cinder, `rbd group snap create`), with the levels, the agent, the hooks and the guard of `snapshot`.
+//! `virtioblkctl attend`: freezes a guest for snapshots that another client takes of its disks' images (`rbd snap
+//! create`, Cinder, `rbd group snap create`), with the levels, the agent, the hooks and the guard of `snapshot`.
 //!
 //! One process attends all disks of one guest. Each daemon asks before it closes its gate (`PREPARE`) and says when the
 //! gate is open again (`RELEASED`). The first question freezes, for all disks; the last release thaws. So no freeze
@@ -31,7 +31,7 @@ const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// A guest is not frozen for longer, whatever a daemon says: the guard thaws it then.
 const MAX_FREEZE: Duration = Duration::from_secs(90);
-/// How long an end waits for the snapshots that are under way: a thaw waits for the disks. librbd lets them go 10 s after
+/// How long an end waits for the running snapshots: a thaw waits for the disks. librbd lets them go 10 s after
 /// they are still.
 const END_TIMEOUT: Duration = Duration::from_secs(15);
 /// Added to what a freeze may take, until the daemon gives up.
@@ -44,7 +44,7 @@ pub struct Plan {
     pub disks: Vec<PathBuf>,
     /// The level asked for.
     pub level: Consistency,
-    /// Who freezes the guest's filesystems.
+    /// The agent that freezes the guest's filesystems.
     pub agent: Option<plan::AgentAt>,
     /// The directory of the host's hooks.
     pub hooks: Option<PathBuf>,
@@ -162,7 +162,7 @@ impl Attendant<'_> {
 
     fn next_deadline(&self) -> Instant {
         let retries = self.disks.iter().filter(|disk| disk.client.is_none()).map(|disk| disk.retry);
-        // systemd may have been told nothing yet.
+        // systemd may not have been notified yet.
         let far = Instant::now() + Duration::from_secs(if systemd::pending().is_some() { 1 } else { 3600 });
         retries.chain(self.ending).chain([far]).min().unwrap_or(far)
     }
@@ -324,8 +324,8 @@ impl Attendant<'_> {
         (self.report)(&receipt);
     }
 
-    /// Handles a signal: the first one ends the registrations and waits for the last round. The second one ends at once,
-    /// and the guard thaws.
+    /// Handles a signal: the first one ends the registrations and waits for the last round. The second one ends at
+    /// once, and the guard thaws.
     fn stop(&mut self) -> Result<(), Failure> {
         let failed = |error: std::io::Error| Failure::new("internal", format!("signals cannot be read: {error}"));
         while self.signals.next().map_err(failed)?.is_some() {}
@@ -342,7 +342,7 @@ impl Attendant<'_> {
             }
         }
         if self.round.is_some() {
-            crate::base::logging::message(format_args!("ending when the snapshot under way is over"));
+            crate::base::logging::message(format_args!("ending when the running snapshot is over"));
         }
         Ok(())
     }

@@ -1,5 +1,5 @@
-//! Reads a reply of the guest's agent within bounds, because the guest's root may have written it: only the members that
-//! we use are kept, and no more than `MAX_VALUES` values.
+//! Reads a reply of the guest's agent within bounds, because the guest's root may have written it: only the members
+//! that we use are kept, and no more than `MAX_VALUES` values.
 
 use std::cell::Cell;
 use std::fmt;

@@ -88,8 +88,8 @@ fn watch(child: &mut Child, deadline: Instant, stop: Stop<'_>) -> io::Result<Opt
     }
 }
 
-/// Sends SIGTERM to the group, and SIGKILL if that is not enough. A command that waits for a filesystem that we had frozen
-/// cannot be killed until the thaw, which must not wait for it: such a command is left running.
+/// Sends SIGTERM to the group, and SIGKILL if that is not enough. A command that waits for a filesystem that we had
+/// frozen cannot be killed until the thaw, which must not wait for it: such a command is left running.
 fn end(child: &mut Child) -> io::Result<()> {
     let group = Pid::from_child(child);
     signal(group, Signal::TERM)?;

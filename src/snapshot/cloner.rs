@@ -67,8 +67,8 @@ impl Cloner {
 
     fn spawn() -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
-        // /proc/self/exe is this program even if the file was replaced. Our signals are blocked, and so are the cloner's.
-        // It may outlive us, and the process that started us may wait for the end of our output.
+        // /proc/self/exe is this program even if the file was replaced. Our signals are blocked, and so are the
+        // cloner's. It may outlive us, and the process that started us may wait for the end of our output.
         let mut command = Command::new("/proc/self/exe");
         command.arg(SUBCOMMAND).stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null()).stderr(Stdio::null());
         let child = command.spawn()?;
@@ -86,7 +86,7 @@ impl Cloner {
         done.errno.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)))
     }
 
-    /// Its process id.
+    /// The process id of the cloner.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -166,7 +166,7 @@ pub enum Outcome {
     Shared,
     /// The kernel refused, or the cloner ended.
     Failed(io::Error),
-    /// It was not done at the deadline.
+    /// The clone was not done at the deadline.
     TimedOut,
     /// A signal came.
     Stopped,
@@ -196,7 +196,8 @@ pub fn remove(path: &std::path::Path, file: &File) -> Result<(), Failure> {
 
 /// The cloner's side: `virtioblkctl`, when started with [`SUBCOMMAND`]. `link` is its standard input.
 pub fn serve(link: OwnedFd) -> ExitCode {
-    // Ctrl-C on our terminal is not for the cloner. This fails only for the leader of a group, which has its own already.
+    // Ctrl-C on our terminal is not for the cloner. This fails only for the leader of a group, which has its own
+    // already.
     let _ = rustix::process::setsid();
     match Channel::new(UnixStream::from(link)).and_then(|channel| carry_out(&channel)) {
         Ok(()) => ExitCode::SUCCESS,

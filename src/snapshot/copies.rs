@@ -1,5 +1,5 @@
-//! The method `copy`: the daemon fixes the instant and copies in the background; this module asks for that, waits for it
-//! and cancels it.
+//! The method `copy`: the daemon fixes the instant and copies in the background; this module asks for that, waits for
+//! it and cancels it.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -23,11 +23,11 @@ const END_POLL_INTERVAL: Duration = Duration::from_millis(5);
 pub struct Copy {
     /// The disk's index in the list.
     pub disk: usize,
-    /// Its name in the daemon.
+    /// The copy's name in the daemon.
     name: String,
     /// Where it will be.
     target: PathBuf,
-    /// Its last known status.
+    /// The copy's last known status.
     pub status: Value,
 }
 

@@ -24,7 +24,7 @@ const REPLY_MARGIN: Duration = Duration::from_secs(1);
 pub struct Disk {
     /// `None` once its daemon is lost, or owes a reply that we no longer wait for.
     client: Option<Client>,
-    /// Its quiesce socket.
+    /// The disk's control socket.
     pub control: PathBuf,
     /// The `image` of the daemon's status, for people.
     pub image: String,
@@ -99,8 +99,8 @@ impl Disks {
         self.lease_ends.unwrap_or_else(Instant::now)
     }
 
-    /// Resumes every disk, all at once, even if some fail. Errors: a disk was not held until now, so that the snapshot is
-    /// worthless; or a daemon does not reply, whose hold then ends with the connection.
+    /// Resumes every disk, all at once, even if some fail. Errors: a disk was not held until now, so that the snapshot
+    /// is worthless; or a daemon does not reply, whose hold then ends with the connection.
     pub fn resume(&mut self) -> Result<(), Failure> {
         let mut held = Vec::new();
         for (at, disk) in self.list.iter_mut().enumerate() {

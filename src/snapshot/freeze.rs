@@ -19,7 +19,7 @@ use crate::control::client::Failure;
 pub struct FreezeOptions {
     /// The level asked for.
     pub level: Consistency,
-    /// Who freezes the guest's filesystems.
+    /// The agent that freezes the guest's filesystems.
     pub agent: Option<AgentAt>,
     /// The directory of the host's hooks.
     pub hooks: Option<PathBuf>,
@@ -138,7 +138,8 @@ impl Freezer {
         }
         self.windows = checked.windows;
         let frozen = self.ask_guard(GuardRequest::Freeze, stop)?["frozen"].as_u64().unwrap_or(0);
-        // VSS began to hold writes a moment before the agent answered (`requester_freeze` waits for the provider's event).
+        // VSS began to hold writes a moment before the agent answered (`requester_freeze` waits for the provider's
+        // event).
         self.frozen_at = Some(Instant::now());
         let expected = checked.freezable.unwrap_or(1).max(1);
         if frozen < expected {
@@ -169,16 +170,16 @@ impl Freezer {
         Ok(())
     }
 
-    /// Thaws the guest, then calls the hooks. Returns whether the guest was frozen until now, with the agent's message, or
-    /// `None` if that is not known.
+    /// Thaws the guest, then calls the hooks. Returns whether the guest was frozen until now, with the agent's message,
+    /// or `None` if that is not known.
     pub fn thaw(&mut self) -> Option<Result<(), String>> {
         let was_frozen = self.thaw_guest();
         self.hooks_thaw();
         was_frozen
     }
 
-    /// When Windows ends the freeze by itself, so that whatever takes longer is useless; `None`: never, or a weaker level
-    /// is acceptable then.
+    /// When Windows ends the freeze by itself, so that whatever takes longer is useless; `None`: never, or a weaker
+    /// level is acceptable then.
     pub fn frozen_until(&self) -> Option<Instant> {
         let is_needed = self.windows && self.level > Consistency::Crash && !self.wanted.or_weaker;
         self.frozen_at.filter(|_| is_needed).map(|at| at + VSS_HOLD)
@@ -193,7 +194,7 @@ impl Freezer {
         let text = match is_over {
             true => format!("Windows (VSS) holds writes for {} s at most ({})", VSS_HOLD.as_secs(), self.agent()),
             false if self.ask_guard(GuardRequest::IsFrozen, stop)?["frozen"] == true => return Ok(()),
-            false => format!("the filesystems were thawed by somebody else meanwhile ({})", self.agent()),
+            false => format!("the filesystems were thawed by another program meanwhile ({})", self.agent()),
         };
         self.lower_level(Consistency::Crash, Failure::new("thawed-early", text))
     }
@@ -203,8 +204,8 @@ impl Freezer {
         self.guard.as_ref().is_none_or(|guard| guard.begun() == PendingUndo::default())
     }
 
-    /// A guest was frozen at the instant if it was frozen before and after. If it was not, or that is not known, the level
-    /// is not reached.
+    /// A guest was frozen at the instant if it was frozen before and after. If it was not, or that is not known, the
+    /// level is not reached.
     pub fn was_frozen(&mut self, was_frozen: Option<Result<(), String>>) -> Result<(), Failure> {
         let text = match was_frozen {
             _ if self.level == Consistency::Crash => return Ok(()),
@@ -217,11 +218,11 @@ impl Freezer {
         self.lower_level(Consistency::Crash, Failure::new("thawed-early", text))
     }
 
-    /// Thaws the guest if it was told to freeze. `Some(Err)`: it was no longer frozen. A failure is reported, and the guard
-    /// keeps trying.
+    /// Thaws the guest if a freeze was requested. `Some(Err)`: it was no longer frozen. A failure is reported, and the
+    /// guard keeps trying.
     fn thaw_guest(&mut self) -> Option<Result<(), String>> {
         let guard = self.guard.as_mut().filter(|guard| guard.begun().guest)?;
-        // The disks go on already: later writes are not in the snapshot.
+        // The disks were resumed before: later writes are not in the snapshot.
         let since = self.frozen_at.map_or(Duration::ZERO, |at| at.elapsed());
         match guard.thaw(GuardRequest::Thaw) {
             Ok(thawed) => {

@@ -1,10 +1,11 @@
 //! The guard: a small process that freezes and thaws for us, so that a guest is thawed even if we are killed.
 //!
 //! It is this program again, started with a socket as its standard input, in a session of its own and with the signals
-//! blocked that end us. Only the guard talks to the guest's agent and calls the host's hooks; we send it requests, a JSON
-//! line each way. When the socket is closed, or we send nothing for longer than any snapshot lasts, it undoes what it
-//! did, in the opposite order, and retries for [`THAW_WATCH_TIMEOUT`]: a freeze that the agent carries out long after all
-//! timeouts is found and undone. If the guard is killed instead, [`Guard::thaw`] starts another one for the rest.
+//! blocked that end us. Only the guard talks to the guest's agent and calls the host's hooks; we send it requests, a
+//! JSON line each way. When the socket is closed, or we send nothing for longer than any snapshot lasts, it undoes what
+//! it did, in the opposite order, and retries for [`THAW_WATCH_TIMEOUT`]: a freeze that the agent carries out long
+//! after all timeouts is found and undone. If the guard is killed instead, [`Guard::thaw`] starts another one for the
+//! rest.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
@@ -53,7 +54,7 @@ pub struct GuardSpec {
 /// What must be undone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PendingUndo {
-    /// The guest was told to freeze, and its thaw is not confirmed.
+    /// A freeze of the guest was requested, and its thaw is not confirmed.
     pub guest: bool,
     /// The hook `freeze` was called, and `thaw` was not.
     pub hooks: bool,
@@ -95,7 +96,8 @@ impl Guard {
         let failed =
             |error: std::io::Error| Failure::new("guard", format!("the guard process cannot be started: {error}"));
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
-        // /proc/self/exe is this program even if the file was replaced. Our signals are blocked, and the guard's stay so.
+        // /proc/self/exe is this program even if the file was replaced. Our signals are blocked, and the guard's stay
+        // so.
         let mut command = Command::new("/proc/self/exe");
         command.arg(SUBCOMMAND).stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
         let child = command.spawn().map_err(failed)?;
@@ -157,7 +159,7 @@ impl Guard {
         self.begun
     }
 
-    /// Its process id. The process outlives us while something is not undone.
+    /// The process id of the guard. The process outlives us while something is not undone.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -210,7 +212,8 @@ fn dead(why: &str) -> Failure {
 
 /// The guard's side: `virtioblkctl`, when started with [`SUBCOMMAND`]. `link` is its standard input.
 pub fn serve(link: OwnedFd) -> ExitCode {
-    // Ctrl-C on our terminal is not for the guard. This fails only for the leader of a group, which has its own already.
+    // Ctrl-C on our terminal is not for the guard. This fails only for the leader of a group, which has its own
+    // already.
     let _ = rustix::process::setsid();
     let mut link = BufReader::new(UnixStream::from(link));
     let mut line = String::new();
@@ -319,7 +322,7 @@ impl GuardState {
 
     /// Thaws the guest, then calls the hook, after the parent has ended or given up.
     fn undo(&mut self) -> ExitCode {
-        // The process that started the parent may wait for the end of our output, which nobody reads.
+        // The process that started the parent may wait for the end of our output, which it does not need.
         if let Ok(null) = std::fs::File::options().write(true).open("/dev/null") {
             // If this fails messages are lost either way.
             let _ = rustix::stdio::dup2_stderr(&null);

@@ -29,8 +29,8 @@ const WINDOWS_NEVER_FREEZES: [&str; 2] = ["cdfs", "udf"];
 const WINDOWS_MAY_FREEZE: [&str; 3] = ["fat", "fat32", "exfat"];
 /// How Windows' agent names a volume (qga/commands-win32.c, `build_guest_fsinfo`).
 const WINDOWS_VOLUME: &str = r"\\?\Volume{";
-/// How long VSS holds writes after a freeze. The agent still reports `frozen` after that, until it is told to thaw; only
-/// the thaw fails then (`requester_thaw`, VSS_E_HOLD_WRITES_TIMEOUT).
+/// How long VSS holds writes after a freeze. The agent still reports `frozen` after that, until it is told to thaw;
+/// only the thaw fails then (`requester_thaw`, VSS_E_HOLD_WRITES_TIMEOUT).
 pub const VSS_HOLD: Duration = Duration::from_secs(10);
 /// Where qemu-ga has its hook and its settings by default.
 const DEFAULT_HOOK: &str = "/etc/qemu/fsfreeze-hook";
@@ -68,12 +68,13 @@ pub struct Thawed {
 }
 
 impl Thawed {
-    /// Why the guest was not frozen all the time; `None`: nothing shows that it was not. `frozen`: the number of filesystems
-    /// that the agent froze; `since`: how long ago. The agent's status proves nothing: it is only a flag of the agent.
+    /// Why the guest was not frozen all the time; `None`: nothing shows that it was not. `frozen`: the number of
+    /// filesystems that the agent froze; `since`: how long ago. The agent's status proves nothing: it is only a flag of
+    /// the agent.
     pub fn lost(&self, frozen: u64, since: Duration, windows: bool) -> Option<String> {
         let limit = VSS_HOLD.as_secs();
         match &self.complaint {
-            _ if !self.was_frozen => Some("the filesystems were thawed by somebody else".into()),
+            _ if !self.was_frozen => Some("the filesystems were thawed by another program".into()),
             Some(why) if windows || why.contains("hold writes") => {
                 Some(format!("Windows (VSS) gave up the freeze, for it holds writes for {limit} s at most: {why}"))
             }
@@ -106,13 +107,13 @@ impl Guest {
         Guest { channel, timeout: timeout.min(AGENT_TIMEOUT) }
     }
 
-    /// Determines whether the guest can be frozen, and what to expect; changes nothing. `hooks`: also determine whether its
-    /// agent runs a hook. All commands that the agent accepts only while it is not frozen are sent here.
+    /// Determines whether the guest can be frozen, and what to expect; changes nothing. `hooks`: also determine whether
+    /// its agent runs a hook. All commands that the agent accepts only while it is not frozen are sent here.
     pub fn check(&mut self, hooks: bool, stop: Stop<'_>) -> Result<GuestReport, AgentError> {
         let status = self.ask("guest-fsfreeze-status", Value::Null, self.timeout, stop)?;
         if status != "thawed" {
             return Err(AgentError::Refused(format!(
-                "the guest's filesystems are {} already, by somebody else, who may thaw them at any time: wait for its \
+                "the guest's filesystems are {} already, by another program, which may thaw them at any time: wait for its \
                  end, thaw them (guest-fsfreeze-thaw, virsh domfsthaw), or ask for level crash",
                 status.as_str().unwrap_or("frozen")
             )));
@@ -154,15 +155,15 @@ impl Guest {
         self.ask("guest-ping", Value::Null, self.timeout, stop).map(|_| ())
     }
 
-    /// Freezes the guest and returns the number of filesystems. After `Refused` we froze nothing; after any other error that
-    /// is not known, and [`Guest::thaw`] must follow.
+    /// Freezes the guest and returns the number of filesystems. After `Refused` we froze nothing; after any other error
+    /// that is not known, and [`Guest::thaw`] must follow.
     pub fn freeze(&mut self, timeout: Duration, stop: Stop<'_>) -> Result<u64, AgentError> {
         match self.ask("guest-fsfreeze-freeze", Value::Null, timeout, stop) {
             Ok(count) => Ok(count.as_u64().unwrap_or(0)),
             // Nothing was done: the agent is in frozen state because another program froze the guest after our check
             // (qga/main.c, `ga_disable_not_allowed_freeze`), or the command was blocked. We must not thaw that freeze.
             Err(AgentError::Refused(why)) if why.contains("has been disabled") => Err(AgentError::Refused(format!(
-                "{why}; if the guest was frozen by somebody else meanwhile it is left as it is: wait for its end, thaw it \
+                "{why}; if the guest was frozen by another program meanwhile it is left as it is: wait for its end, thaw it \
                  (guest-fsfreeze-thaw, virsh domfsthaw), or ask for level crash"
             ))),
             Err(AgentError::Refused(why)) => {
@@ -202,8 +203,8 @@ impl Guest {
 
     fn thaw_once(&mut self, timeout: Duration, stop: Stop<'_>) -> Result<Thawed, AgentError> {
         let status = self.ask("guest-fsfreeze-status", Value::Null, timeout, stop)?;
-        // Even if the agent reports that nothing is frozen: the thaw is then harmless, and an agent that was restarted may
-        // not know of the freeze.
+        // Even if the agent reports that nothing is frozen: the thaw is then harmless, and an agent that was restarted
+        // may not know of the freeze.
         let (count, complaint) = match self.ask("guest-fsfreeze-thaw", Value::Null, timeout, stop) {
             Ok(count) => (count.as_u64().unwrap_or(0), None),
             // The agent calls its hook after it has thawed the filesystems: its status afterwards counts.
@@ -380,7 +381,7 @@ mod tests {
             assert_eq!(thawed.lost(2, since, windows), None, "{thawed:?}");
         }
         for (thawed, since, windows, word) in [
-            (thawed(false, 2, None), soon, false, "somebody else"),
+            (thawed(false, 2, None), soon, false, "another program"),
             (thawed(true, 1, None), soon, false, "of 2 filesystems"),
             (thawed(true, 0, None), soon, true, "of 2 filesystems"),
             (thawed(true, 0, vss), soon, false, "10 s at most"),

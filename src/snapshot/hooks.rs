@@ -36,9 +36,9 @@ pub fn check(directory: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// The environment variables of hooks and `exec:`: the disks, each with its quiesce socket and its image's path, and the
-/// level. A path may have any byte but NUL in it, so each has a variable of its own. The lists are for names without
-/// spaces.
+/// The environment variables of hooks and `exec:`: the disks, each with its quiesce socket and its image's path, and
+/// the level. A path may have any byte but NUL in it, so each has a variable of its own. The lists are for names
+/// without spaces.
 pub fn environment<'a>(
     disks: impl Iterator<Item = (&'a Path, Option<&'a Path>)>,
     level: Consistency,

@@ -1,5 +1,5 @@
-//! The method `rbd`: the daemon has the image's store make the snapshot, and removes it if our connection ends before we
-//! decided to keep it.
+//! The method `rbd`: the daemon has the image's store make the snapshot, and removes it if our connection ends before
+//! we decided to keep it.
 
 use std::time::{Duration, Instant};
 

@@ -1,11 +1,11 @@
 //! `virtioblkctl snapshot`: a snapshot of one disk or many, at one instant, that holds exactly what its level promises.
 //!
 //! The order matters: prepare what can be prepared -> hooks, guest freeze -> all gates close, all disks are still ->
-//! the instant -> all disks go on -> thaw, hooks -> what is slow. A freeze after a closed gate would hang, and so would a
-//! thaw before the gates open: both write. Whatever fails, at whatever step, what was begun is undone in the opposite
-//! order. If this process is killed, the daemons (a hold ends with its connection) and the [`guard`] undo it.
+//! the instant -> all disks resumed -> thaw, hooks -> what is slow. A freeze after a closed gate would hang, and so
+//! would a thaw before the gates open: both write. Whatever fails, at whatever step, what was begun is undone in the
+//! opposite order. If this process is killed, the daemons (a hold ends with its connection) and the [`guard`] undo it.
 //!
-//! It runs in `virtioblkctl`, in its one thread; the daemon does not use it.
+//! This code runs in `virtioblkctl`, in its only thread; the daemon does not use it.
 
 pub mod agent;
 pub mod attend;

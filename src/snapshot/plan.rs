@@ -119,7 +119,7 @@ pub struct Plan {
     pub level: Consistency,
     /// The methods: one for each disk, or one for all.
     pub ways: Vec<Method>,
-    /// Who freezes the guest's filesystems.
+    /// The agent that freezes the guest's filesystems.
     pub agent: Option<AgentAt>,
     /// The directory of the host's hooks.
     pub hooks: Option<PathBuf>,
@@ -170,8 +170,8 @@ impl Plan {
         check_agent(self.level, self.agent.as_ref())
     }
 
-    /// The method for each disk, with `{}` replaced, paths absolute and snapshots named. `disks`: the image's path of each,
-    /// where there is one, and whether its store makes snapshots, which is the default for such a disk.
+    /// The method for each disk, with `{}` replaced, paths absolute and snapshots named. `disks`: the image's path of
+    /// each, where there is one, and whether its store makes snapshots, which is the default for such a disk.
     pub fn ways(&self, disks: &[(Option<PathBuf>, bool)], default_name: &str) -> Result<Vec<Method>, String> {
         let mut resolved: Vec<Method> = Vec::new();
         for (at, (image, makes_snapshots)) in disks.iter().enumerate() {

@@ -41,7 +41,7 @@ pub struct Receipt {
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct DiskReceipt {
-    /// Its quiesce socket.
+    /// The disk's control socket.
     pub control: String,
     /// The bytes of `control` in base64, if they are not UTF-8; `control` is then altered.
     #[serde(skip_serializing_if = "Option::is_none")]

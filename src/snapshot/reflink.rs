@@ -1,5 +1,5 @@
-//! The method `reflink`: the snapshot shares the image's blocks (ioctl_ficlone(2)). Its time grows with the number of the
-//! image's extents, which are counted before any disk is held ([`Target::prepare`]).
+//! The method `reflink`: the snapshot shares the image's blocks (ioctl_ficlone(2)). Its time grows with the number of
+//! the image's extents, which are counted before any disk is held ([`Target::prepare`]).
 //!
 //! Until it is complete and durable it is called PATH.partial; any failure removes it.
 
@@ -45,8 +45,8 @@ pub struct Target {
 }
 
 impl Target {
-    /// Creates PATH.partial and checks that it can share the image's blocks, by one of them. No disk is held yet. The error
-    /// names the methods that would work.
+    /// Creates PATH.partial and checks that it can share the image's blocks, by one of them. No disk is held yet. The
+    /// error names the methods that would work.
     pub fn prepare(disk: &Disk, path: &Path) -> Result<Self, Failure> {
         let shown = path.display();
         let failed = |code: &str, text: String| Failure::new(code, text);
@@ -98,8 +98,7 @@ impl Target {
         let Some((extents, time)) = self.cost() else { return Ok(None) };
         let (image, seconds) = (self.image.display(), time.as_secs_f64());
         let facts = format!("'{image}' is in {extents} extents, and sharing them takes about {seconds:.1} s");
-        let mend =
-            "give copy:PATH, which holds nobody up, or defragment the image (xfs_fsr, btrfs filesystem defragment)";
+        let mend = "give copy:PATH, which does not hold the guest up, or defragment the image (xfs_fsr, btrfs filesystem defragment)";
         if time > lease {
             let text = format!(
                 "{facts}, but the disk is held for --lease ({lease:?}) at most: {mend}, or a longer --lease if the \
@@ -150,8 +149,8 @@ impl Target {
         })
     }
 
-    /// Makes the empty target NOCOW if the image is, and only then: btrfs shares no blocks between a file with checksums
-    /// and one without (`btrfs_remap_file_range_prep`), and takes the change for an empty file only.
+    /// Makes the empty target NOCOW if the image is, and only then: btrfs shares no blocks between a file with
+    /// checksums and one without (`btrfs_remap_file_range_prep`), and takes the change for an empty file only.
     fn like_the_image(&self) -> io::Result<()> {
         // A filesystem without such flags needs nothing.
         let (Ok(image), Ok(target)) = (ioctl_getflags(&self.source), ioctl_getflags(&self.file)) else { return Ok(()) };
@@ -234,8 +233,8 @@ impl Target {
     }
 }
 
-/// Fixes the instant: shares all blocks of all images, while their disks are held. All at once, so that it takes as long as
-/// the slowest one and not their sum. A clone that is not done by `deadline` is given up.
+/// Fixes the instant: shares all blocks of all images, while their disks are held. All at once, so that it takes as
+/// long as the slowest one and not their sum. A clone that is not done by `deadline` is given up.
 pub fn share_all(targets: &mut [(usize, Target)], deadline: Instant, stop: Stop<'_>) -> Result<(), Failure> {
     for (_, target) in targets.iter() {
         let lost = |error| Failure::new("internal", format!("the process that clones is lost: {error}"));
@@ -251,7 +250,7 @@ impl Drop for Target {
     fn drop(&mut self) {
         let Some(made) = self.made.take() else { return };
         if self.abandoned {
-            // The disks and the guest go on already.
+            // The disks and the guest run again by now.
             let hangs = !self.cloner.has_ended();
             if let Err(failure) = cloner::remove(&made, &self.file) {
                 crate::base::logging::message(failure);

@@ -31,8 +31,8 @@ const RESUME_MARGIN: Duration = Duration::from_millis(100);
 const SILENCE_MARGIN: Duration = Duration::from_secs(10);
 
 /// Takes a snapshot. SIGINT, SIGTERM and SIGHUP are blocked in this thread from now on, and end the snapshot in order.
-/// On an error nothing is left behind, every disk goes on and the guest is thawed; what could not be done was reported on
-/// standard error.
+/// After an error nothing is left behind, every disk is resumed and the guest is thawed; what could not be done was
+/// reported on standard error.
 pub fn take(plan: &Plan) -> Result<Receipt, Failure> {
     plan.check().map_err(|why| Failure::new(USAGE, why))?;
     let failed = |error: std::io::Error| Failure::new("internal", format!("signals cannot be caught: {error}"));
@@ -55,8 +55,8 @@ pub fn take(plan: &Plan) -> Result<Receipt, Failure> {
     }
 }
 
-/// A snapshot that is being taken. The order of the fields matters when it is dropped: the disks go on before the guard
-/// sees its socket closed.
+/// A snapshot that is being taken. The order of the fields matters when it is dropped: the disks are resumed before the
+/// guard sees its socket closed.
 struct Run<'a> {
     plan: &'a Plan,
     mask: SigSet,
@@ -157,8 +157,8 @@ impl<'a> Run<'a> {
         Failure::new("thawed-early", text)
     }
 
-    /// Writes back what is dirty in the host's cache now, so that less is left while the gates are closed and the guest is
-    /// frozen. Only the quiesce's own sync counts for durability.
+    /// Writes back what is dirty in the host's cache now, so that less is left while the gates are closed and the guest
+    /// is frozen. Only the quiesce's own sync counts for durability.
     fn write_back(&mut self) {
         for at in 0..self.disks.list.len() {
             let Some(path) = self.disks.list[at].image_path.clone() else { continue };
@@ -190,7 +190,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Does what is slow: durability, digests, the end of copies. The disks and the guest go on already.
+    /// Does what is slow: durability, digests, the end of copies. The disks and the guest run again by then.
     fn complete(&mut self) -> Result<(), Failure> {
         for at in 0..self.targets.len() {
             self.not_interrupted()?;

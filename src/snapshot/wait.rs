@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-/// A descriptor that becomes readable when the work is cancelled: a signal came, or the parent process ended. `None` for
-/// work that must be finished in any case (resume, thaw).
+/// A descriptor that becomes readable when the work is cancelled: a signal came, or the parent process ended. `None`
+/// for work that must be finished in any case (resume, thaw).
 pub type Stop<'a> = Option<BorrowedFd<'a>>;
 
 /// Why a wait ended.

@@ -192,7 +192,7 @@ fn an_agent_that_cannot_freeze_makes_nothing() {
     Scene::new(Mood::Refuses).fails("filesystem", quick, &["hook script exited with 3"]);
     Scene::new(Mood::Silent).fails("filesystem", quick, &["does not answer", "qemu-guest-agent", "--libvirt"]);
     Scene::new(Mood::Dies).fails("filesystem", quick, &["closed the connection"]);
-    Scene::new(Mood::ThawsEarly).fails("filesystem", &["--to", "exec:true"], &["thawed by somebody else"]);
+    Scene::new(Mood::ThawsEarly).fails("filesystem", &["--to", "exec:true"], &["thawed by another program"]);
     let missing = Scene::new(Mood::Good);
     fs::remove_file(&missing.agent.path).unwrap();
     missing.fails("filesystem", quick, &["cannot be reached", "does the guest run"]);
@@ -203,7 +203,7 @@ fn an_agent_that_cannot_freeze_makes_nothing() {
     frozen.agent.set_frozen();
     let output = frozen.run("filesystem", quick);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    contains(&err(&output), &["frozen already", "somebody else"]);
+    contains(&err(&output), &["frozen already", "another program"]);
     assert!(frozen.agent.is_frozen(), "it is not ours to thaw");
     assert!(!frozen.path("target").exists());
     assert_eq!(receipt(&frozen.run("crash", &["--json", "--to", "exec:true"]))["level"], "crash");
@@ -253,7 +253,7 @@ fn what_somebody_else_froze_after_our_check_is_left_frozen() {
     let scene = Scene::new(Mood::FrozenMeanwhile);
     let output = scene.run("filesystem", &["--to", "exec:touch \"$PLACE/target\""]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    contains(&err(&output), &["the agent is in frozen state", "somebody else"]);
+    contains(&err(&output), &["the agent is in frozen state", "another program"]);
     assert_eq!(scene.agent.asked("guest-fsfreeze-thaw"), 0, "it is not ours to thaw");
     assert!(scene.agent.is_frozen() && !scene.path("target").exists());
 }
@@ -292,7 +292,7 @@ fn a_guest_s_hook_that_fails_to_thaw_is_told() {
 fn another_client_of_the_agent_is_told_apart_from_a_dead_one() {
     let scene = Scene::new(Mood::Good);
     let _other = std::os::unix::net::UnixStream::connect(&scene.agent.path).unwrap();
-    scene.fails("filesystem", &["--to", "exec:true"], &["nobody else is connected", "--libvirt"]);
+    scene.fails("filesystem", &["--to", "exec:true"], &["no other program is connected", "--libvirt"]);
 }
 
 #[test]

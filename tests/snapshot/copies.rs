@@ -130,6 +130,6 @@ fn copies_that_were_started_are_cancelled_if_a_hold_is_lost() {
     let options = ["--background", "--bandwidth", "100000", "--to", &to, "--qga", agent.path.to_str().unwrap()];
     let output = snapshot(&[&disk], "filesystem", &options).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    contains(&err(&output), &["thawed by somebody else"]);
+    contains(&err(&output), &["thawed by another program"]);
     assert_eq!(names(dir.path()), ["a"]);
 }
