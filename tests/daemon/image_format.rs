@@ -142,3 +142,19 @@ fn an_image_whose_storage_hangs_is_served_before_its_format_is_seen() {
     disk.let_go();
     assert!(status.success(), "{status}\n{log}");
 }
+
+/// Sizes at which a read for the format could end early or be empty.
+#[test]
+fn an_image_of_a_few_bytes_is_refused_without_a_panic() {
+    let dir = scratch();
+    for (size, said) in [(0, "it is empty"), (1, "truncate"), (511, "truncate"), (513, "truncate")] {
+        let image = dir.path().join("small");
+        fs::write(&image, vec![0; size]).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkd"));
+        command.arg("--socket-path").arg(dir.path().join("vhost")).arg("--blk-file").arg(&image);
+        let refused = output(&mut command);
+        let error = String::from_utf8_lossy(&refused.stderr);
+        assert_eq!(refused.status.code(), Some(1), "{size}: {error}");
+        assert!(error.contains(said) && !error.contains("panicked"), "{size}: {error}");
+    }
+}

@@ -20,6 +20,9 @@ pub(super) fn read(file: BorrowedFd<'_>, size: u64, align: Alignment) -> io::Res
     let unit = u64::from(align.offset);
     let piece = |offset: u64, len: u64| -> io::Result<Vec<u8>> {
         let len = usize::try_from(len.next_multiple_of(unit)).expect("a few KiB");
+        if len == 0 {
+            return Ok(Vec::new());
+        }
         let buf = IoBuf::owned(len, (align.memory as usize).max(HEAD), 0);
         let read = preadv::transfer(file, false, &buf, 0..len, offset, 0, &mut Vec::new())
             .map_err(|errno| io::Error::from_raw_os_error(errno.0))?;
