@@ -64,13 +64,15 @@ impl Domain {
 
     pub(super) fn of(document: &Document<'_>) -> Result<Self, DomainError> {
         let domain = domain_node(document)?;
-        let text = |name: &str| child(domain, name).and_then(|node| node.text()).map(|text| text.trim().to_owned());
+        let text = |name: &str| child(domain, name).map(|node| content(node).trim().to_owned());
         let Some(name) = text("name").filter(|name| !name.is_empty()) else {
             return refuse("the domain's description has no <name>");
         };
-        let uuid = match text("uuid").map(|uuid| uuid.to_lowercase()) {
-            Some(uuid) if is_uuid(&uuid) => uuid,
-            Some(uuid) => return refuse(format!("domain {name}: <uuid> is '{uuid}', which is no UUID")),
+        let uuid = match text("uuid").filter(|uuid| !uuid.is_empty()) {
+            Some(text) => match uuid(&text) {
+                Some(uuid) => uuid,
+                None => return refuse(format!("domain {name}: <uuid> is '{text}', which is no UUID")),
+            },
             None => return refuse(format!("domain {name}: its description has no <uuid>")),
         };
         let (mut disks, mut other_targets) = (Vec::new(), Vec::new());
@@ -103,6 +105,11 @@ pub(super) fn domain_node<'a>(document: &'a Document<'_>) -> Result<Node<'a, 'a>
 
 pub(super) fn child<'a>(node: Node<'a, 'a>, name: &str) -> Option<Node<'a, 'a>> {
     node.children().find(|node| node.has_tag_name(name))
+}
+
+/// The whole text of an element, which comments may cut into several nodes.
+pub(super) fn content(node: Node<'_, '_>) -> String {
+    node.descendants().filter(Node::is_text).filter_map(|text| text.text()).collect()
 }
 
 fn children<'a>(node: Node<'a, 'a>, name: &'static str) -> impl Iterator<Item = Node<'a, 'a>> {
@@ -139,13 +146,15 @@ fn has_shared_memory(domain: Node<'_, '_>) -> bool {
     cells.all(|cell| cell.attribute("memAccess").or(access) == Some("shared"))
 }
 
-fn is_uuid(text: &str) -> bool {
-    let dashes = [8, 13, 18, 23];
-    text.len() == 36
-        && text.bytes().enumerate().all(|(at, byte)| match dashes.contains(&at) {
-            true => byte == b'-',
-            false => byte.is_ascii_hexdigit(),
-        })
+/// A UUID in lower case with dashes. libvirt reads it with the dashes elsewhere or without any, too (`virUUIDParse`).
+fn uuid(text: &str) -> Option<String> {
+    let digits: String = text.chars().filter(|character| *character != '-').collect();
+    if digits.len() != 32 || !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return None;
+    }
+    let digits = digits.to_lowercase();
+    let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|range| &digits[range]);
+    Some(parts.join("-"))
 }
 
 #[cfg(test)]
@@ -193,6 +202,17 @@ mod tests {
             let domain = Domain::parse(&described(&more, "")).unwrap();
             assert_eq!(domain.has_shared_memory, expected, "{more}");
         }
+    }
+
+    #[test]
+    fn a_uuid_is_read_as_libvirt_reads_it() {
+        let with = |uuid: &str| Domain::parse(&described("", "").replace(UUID, uuid)).map(|domain| domain.uuid);
+        let without_dashes = UUID.replace('-', "");
+        let cut = UUID.replacen('-', "<!-- x -->-", 1);
+        for text in [&UUID.to_uppercase(), &without_dashes, &format!("\n {without_dashes} "), &cut] {
+            assert_eq!(with(text).as_deref(), Ok(UUID), "{text}");
+        }
+        assert!(with(&without_dashes[1..]).is_err());
     }
 
     #[test]

@@ -42,9 +42,23 @@ impl Edits {
     }
 }
 
-/// Text as an attribute's value between single quotes.
+/// Text as an attribute's value between single quotes. A parser makes spaces of tabs and line breaks that are not written
+/// as references.
 pub(super) fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('\'', "&apos;")
+    let mut escaped = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '&' => escaped.push_str("&amp;"),
+            '<' => escaped.push_str("&lt;"),
+            '>' => escaped.push_str("&gt;"),
+            '\'' => escaped.push_str("&apos;"),
+            '\t' => escaped.push_str("&#9;"),
+            '\n' => escaped.push_str("&#10;"),
+            '\r' => escaped.push_str("&#13;"),
+            other => escaped.push(other),
+        }
+    }
+    escaped
 }
 
 /// ` name='value'` for each.
@@ -52,14 +66,17 @@ pub(super) fn attributes<'a>(list: impl IntoIterator<Item = (&'a str, &'a str)>)
     list.into_iter().map(|(name, value)| format!(" {name}='{}'", escape(value))).collect()
 }
 
-/// An element as text, with plain names: without prefixes, comments and declarations of namespaces.
+/// An element as text, with plain names: without prefixes, comments and declarations of namespaces. White space beside
+/// elements is indentation and is left out; in an element that has only text it is kept.
 pub(super) fn plain(node: Node<'_, '_>) -> String {
     let name = node.tag_name().name();
     let list = attributes(node.attributes().map(|one| (one.name(), one.value())));
-    let content = node.children().map(|child| match child.is_element() {
-        true => plain(child),
-        false if child.is_text() => escape(child.text().unwrap_or_default().trim()),
-        false => String::new(),
+    let has_elements = node.children().any(|child| child.is_element());
+    let content = node.children().map(|child| match child.text().filter(|_| child.is_text()) {
+        Some(text) if has_elements => escape(text.trim()),
+        Some(text) => escape(text),
+        None if child.is_element() => plain(child),
+        None => String::new(),
     });
     match content.collect::<String>().as_str() {
         "" => format!("<{name}{list}/>"),
@@ -104,5 +121,18 @@ mod tests {
         edits.insert(end_of_content(text, document.root_element()).unwrap(), format!("{}<d/>", indentation(text, c)));
         assert_eq!(edits.apply(text), "<a>\n  <c x='it&apos;s &lt;2&gt;'/>\n  <d/>\n</a>");
         assert_eq!(end_of_content(text, b), Err(b.range()));
+    }
+
+    #[test]
+    fn every_value_survives_being_written_and_read() {
+        for value in [" a  b ", "a\tb\nc\rd", "it's <\"&amp;>", "@", "über"] {
+            let text = format!("<a{}>{}</a>", attributes([("x", value)]), escape(value));
+            let document = Document::parse(&text).unwrap();
+            let (node, again) = (document.root_element(), plain(document.root_element()));
+            assert_eq!((node.attribute("x"), node.text()), (Some(value), Some(value)), "{text}");
+            assert_eq!(again, text);
+        }
+        let document = Document::parse("<a>\n  <b> x<!-- - -->y </b>\n</a>").unwrap();
+        assert_eq!(plain(document.root_element()), "<a><b> xy </b></a>");
     }
 }
