@@ -2,7 +2,8 @@
 
 use roxmltree::Node;
 
-use super::super::domain::{DomainError, child, refuse};
+use super::super::domain::{DomainError, child, content, refuse};
+use super::super::edits::attributes;
 use super::super::metadata::DiskOptions;
 use super::{DEVICE_ELEMENTS, is_device_attribute};
 
@@ -37,30 +38,28 @@ impl Settings {
     /// Those of a disk that QEMU serves. Refuses by name what virtioblkd would not do.
     pub(super) fn of_qemu_disk(disk: Node<'_, '_>) -> Result<Self, DomainError> {
         check_disk(disk)?;
-        let driver = child(disk, "driver");
-        let of_driver = |name: &str| driver.and_then(|driver| driver.attribute(name)).map(str::to_owned);
-        if let Some(driver) = driver {
+        if let Some(driver) = child(disk, "driver") {
             check_driver(driver)?;
         }
+        let Some(source) = child(disk, "source") else { return refuse("it has no <source>") };
+        check_source(kind(disk), source)?;
+        Settings::read(disk)
+    }
+
+    /// [`Settings::of_qemu_disk`] for a disk that was converted: refuses nothing that can be read.
+    pub(super) fn read(disk: Node<'_, '_>) -> Result<Self, DomainError> {
+        let driver = child(disk, "driver");
+        let of_driver = |name: &str| driver.and_then(|driver| driver.attribute(name)).map(str::to_owned);
         // libvirt's default is to say nothing to QEMU, which then has writeback, ignore, enospc for writes.
         let or = |value: Option<String>, default: &str| value.filter(|v| v != "default").unwrap_or(default.to_owned());
-        let error_policy = or(of_driver("error_policy"), "enospace");
-        let reads = of_driver("rerror_policy").filter(|policy| policy != "default");
-        let expected = if error_policy == "enospace" { "report" } else { &error_policy };
-        if reads.as_deref().is_some_and(|policy| policy != expected) {
-            return refuse(format!(
-                "rerror_policy='{}' with error_policy='{error_policy}': virtioblkd has one policy for reads and writes",
-                reads.unwrap_or_default()
-            ));
-        }
         let blockio = child(disk, "blockio");
         let of_blockio = |name: &str| blockio.and_then(|blockio| blockio.attribute(name)).map(str::to_owned);
         Ok(Settings {
             image: image(disk)?,
             cache: or(of_driver("cache"), "writeback"),
             discard: or(of_driver("discard"), "ignore"),
-            error_policy,
-            serial: child(disk, "serial").and_then(|serial| serial.text()).map(|serial| serial.trim().to_owned()),
+            error_policy: or(of_driver("error_policy"), "enospace"),
+            serial: child(disk, "serial").map(content).filter(|serial| !serial.is_empty()),
             readonly: child(disk, "readonly").is_some(),
             logical_block_size: of_blockio("logical_block_size"),
             discard_granularity: of_blockio("discard_granularity"),
@@ -70,7 +69,8 @@ impl Settings {
     /// Those that our element gives, and the names of others that QEMU's own disk has no place for.
     pub(super) fn of_options(disk: &DiskOptions) -> (Self, Vec<String>) {
         let value = |key: &str| disk.options.iter().find(|(name, _)| name == key).map(|(_, value)| value.clone());
-        let monitors = disk.options.iter().find_map(|(name, value)| match name.as_str() {
+        // The last one counts, as with Ceph.
+        let monitors = disk.options.iter().rev().find_map(|(name, value)| match name.as_str() {
             "rbd-option" => value.strip_prefix("mon_host=").map(str::to_owned),
             _ => None,
         });
@@ -135,6 +135,22 @@ impl Settings {
     }
 }
 
+/// The sentence for a setting that virtioblkd cannot have.
+fn no_equivalent<T>(what: &str) -> Result<T, DomainError> {
+    refuse(format!(
+        "virtioblkd has no equivalent of {what}. If the guest can do without it, delete it with virsh edit and convert again"
+    ))
+}
+
+/// Refuses every attribute that is not named here.
+fn check_attributes(node: Node<'_, '_>, known: &[&str]) -> Result<(), DomainError> {
+    let name = node.tag_name().name();
+    match node.attributes().find(|attribute| !known.contains(&attribute.name())) {
+        Some(other) => no_equivalent(&format!("<{name} {}='{}'>", other.name(), other.value())),
+        None => Ok(()),
+    }
+}
+
 fn check_disk(disk: Node<'_, '_>) -> Result<(), DomainError> {
     for attribute in disk.attributes() {
         match (attribute.name(), attribute.value()) {
@@ -143,33 +159,37 @@ fn check_disk(disk: Node<'_, '_>) -> Result<(), DomainError> {
                 return refuse(format!("its type is '{other}': file, block and network (rbd) can be converted"));
             }
             ("device", other) => return refuse(format!("it is a {other}: only disks can be converted")),
-            (name, value) => return refuse(format!("{name}='{value}' cannot be carried over: remove it first")),
+            (name, value) => return no_equivalent(&format!("<disk {name}='{value}'>")),
         }
     }
-    let bus = child(disk, "target").and_then(|target| target.attribute("bus"));
-    if bus.is_some_and(|bus| bus != "virtio") {
-        return refuse(format!(
-            "its bus is '{}': virtioblkd serves virtio disks; change the bus first, and see that the guest has the driver",
-            bus.unwrap_or_default()
-        ));
-    }
+    check_bus(disk)?;
     for element in disk.children().filter(Node::is_element) {
         let name = element.tag_name().name();
         match name {
-            "driver" | "source" | "serial" | "readonly" | "blockio" | "auth" => {}
+            "driver" | "source" | "serial" | "readonly" | "auth" => {}
+            "blockio" => check_attributes(element, &["logical_block_size", "discard_granularity"])?,
             "backingStore" if element.children().all(|node| !node.is_element()) => {}
-            "shareable" => return refuse("<shareable/>: virtioblkd gives an image to one guest; remove it first"),
+            "shareable" => {
+                return no_equivalent("<shareable/>, because it gives an image to one guest");
+            }
             _ if DEVICE_ELEMENTS.contains(&name) => {}
-            _ => return refuse(format!("<{name}> cannot be carried over: remove it first")),
+            _ => return no_equivalent(&format!("<{name}>")),
         }
     }
-    let unknown = child(disk, "blockio").and_then(|blockio| {
-        let known = ["logical_block_size", "discard_granularity"];
-        blockio.attributes().find(|attribute| !known.contains(&attribute.name()))
-    });
-    match unknown {
-        Some(other) => refuse(format!("<blockio {}='{}'> cannot be carried over", other.name(), other.value())),
-        None => Ok(()),
+    Ok(())
+}
+
+/// libvirt takes the bus from the target's name where none is given (`virDomainDiskDefPostParse`).
+fn check_bus(disk: Node<'_, '_>) -> Result<(), DomainError> {
+    // What `<qemu_disk>` keeps has no target.
+    let Some(target) = child(disk, "target") else { return Ok(()) };
+    let name = target.attribute("dev").unwrap_or_default();
+    let fix = "virtioblkd serves virtio disks; change the bus first, and see that the guest has the driver";
+    match target.attribute("bus") {
+        Some("virtio") => Ok(()),
+        Some(bus) => refuse(format!("its bus is '{bus}': {fix}")),
+        None if name.starts_with("vd") => Ok(()),
+        None => refuse(format!("its <target> has no bus='virtio', and '{name}' stands for another bus: {fix}")),
     }
 }
 
@@ -187,44 +207,85 @@ fn check_driver(driver: Node<'_, '_>) -> Result<(), DomainError> {
                     "error_policy='ignore' lets the guest take failed writes for done; virtioblkd refuses it",
                 );
             }
+            // libvirt and QEMU refuse the first for vhost-user-blk, and lose the second without a word.
+            ("iommu" | "packed", "on") => {
+                return no_equivalent(&format!("<driver {}='on'>", attribute.name()));
+            }
             // How QEMU does it, which the guest cannot see. `<qemu_disk>` keeps them.
             ("io" | "iothread" | "ioeventfd" | "cache" | "discard" | "error_policy" | "rerror_policy", _) => {}
             ("detect_zeroes" | "copy_on_read", "off") => {}
             (name, _) if is_device_attribute(name) => {}
-            (name, value) => return refuse(format!("{name}='{value}' cannot be carried over: remove it first")),
+            (name, value) => return no_equivalent(&format!("<driver {name}='{value}'>")),
         }
     }
+    check_error_policies(driver)?;
     match driver.children().find(|node| node.is_element() && !node.has_tag_name("iothreads")) {
-        Some(other) => refuse(format!("<driver><{}> cannot be carried over: remove it first", other.tag_name().name())),
+        Some(other) => no_equivalent(&format!("<driver><{}>", other.tag_name().name())),
         None => Ok(()),
     }
 }
 
-fn image(disk: Node<'_, '_>) -> Result<Image, DomainError> {
-    let Some(source) = child(disk, "source") else { return refuse("it has no <source>") };
-    if let Some(policy) = source.attribute("startupPolicy").filter(|policy| *policy != "mandatory") {
-        return refuse(format!("startupPolicy='{policy}' cannot be carried over: the image must exist"));
+fn check_error_policies(driver: Node<'_, '_>) -> Result<(), DomainError> {
+    let policy = |name: &str| driver.attribute(name).filter(|policy| *policy != "default");
+    let writes = policy("error_policy").unwrap_or("enospace");
+    let expected = if writes == "enospace" { "report" } else { writes };
+    match policy("rerror_policy") {
+        Some(reads) if reads != expected => refuse(format!(
+            "rerror_policy='{reads}' with error_policy='{writes}': virtioblkd has one policy for reads and writes"
+        )),
+        _ => Ok(()),
     }
-    let is_network = disk.attribute("type") == Some("network");
+}
+
+/// The disk's type; libvirt's default is a file.
+fn kind<'a>(disk: Node<'a, 'a>) -> &'a str {
+    disk.attribute("type").unwrap_or("file")
+}
+
+/// The attribute of `<source>` that names the image.
+fn image_attribute(kind: &str) -> &'static str {
+    match kind {
+        "network" => "name",
+        "block" => "dev",
+        _ => "file",
+    }
+}
+
+fn check_source(kind: &str, source: Node<'_, '_>) -> Result<(), DomainError> {
+    if let Some(policy) = source.attribute("startupPolicy").filter(|policy| *policy != "mandatory") {
+        return no_equivalent(&format!("<source startupPolicy='{policy}'>, because the image must exist"));
+    }
+    let is_network = kind == "network";
+    let protocol = source.attribute("protocol").unwrap_or_default();
+    if is_network && protocol != "rbd" {
+        return refuse(format!("its protocol is '{protocol}': only rbd can be converted"));
+    }
+    let known = [image_attribute(kind), "startupPolicy", "index", "protocol"];
+    check_attributes(source, &known[..if is_network { 4 } else { 3 }])?;
     for element in source.children().filter(Node::is_element) {
         match element.tag_name().name() {
             "seclabel" if !is_network => {}
-            "host" | "auth" | "config" if is_network => {}
-            name => return refuse(format!("<source><{name}> cannot be carried over: remove it first")),
+            "host" if is_network => match element.attribute("transport") {
+                None | Some("tcp") => check_attributes(element, &["name", "port", "transport"])?,
+                Some(other) => return no_equivalent(&format!("<host transport='{other}'>")),
+            },
+            "config" if is_network => check_attributes(element, &["file"])?,
+            "auth" if is_network => {}
+            name => return no_equivalent(&format!("<source><{name}>")),
         }
     }
-    if !is_network {
-        let path = source.attribute("file").or(source.attribute("dev"));
-        return match path {
-            Some(path) => Ok(Image::Path(path.to_owned())),
-            None => refuse("its <source> names no file and no device"),
-        };
+    Ok(())
+}
+
+fn image(disk: Node<'_, '_>) -> Result<Image, DomainError> {
+    let Some(source) = child(disk, "source") else { return refuse("it has no <source>") };
+    let kind = kind(disk);
+    let Some(name) = source.attribute(image_attribute(kind)) else {
+        return refuse(format!("its <source> has no {}='...'", image_attribute(kind)));
+    };
+    if kind != "network" {
+        return Ok(Image::Path(name.to_owned()));
     }
-    match source.attribute("protocol") {
-        Some("rbd") => {}
-        other => return refuse(format!("its protocol is '{}': only rbd can be converted", other.unwrap_or_default())),
-    }
-    let Some(name) = source.attribute("name") else { return refuse("its <source> names no image") };
     let hosts: Result<Vec<String>, DomainError> =
         source.children().filter(|node| node.has_tag_name("host")).map(monitor).collect();
     let auth = child(source, "auth").or(child(disk, "auth"));
@@ -240,4 +301,26 @@ fn monitor(host: Node<'_, '_>) -> Result<String, DomainError> {
     let Some(name) = host.attribute("name") else { return refuse("a <host> of its <source> has no name") };
     let name = if name.contains(':') && !name.starts_with('[') { format!("[{name}]") } else { name.to_owned() };
     Ok(host.attribute("port").map_or(name.clone(), |port| format!("{name}:{port}")))
+}
+
+/// Ceph's `mon_host` as `<host>` elements; `None`: it is more than names and ports, such as `[v2:...,v1:...]`.
+pub(super) fn hosts(monitors: &str) -> Option<String> {
+    let list = monitors.split(',').map(|monitor| {
+        let (name, port) = match monitor.strip_prefix('[') {
+            Some(rest) => {
+                let (name, after) = rest.split_once(']')?;
+                (name, if after.is_empty() { None } else { Some(after.strip_prefix(':')?) })
+            }
+            None => monitor.split_once(':').map_or((monitor, None), |(name, port)| (name, Some(port))),
+        };
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b".:-_%".contains(&byte);
+        // `v1:` and `v2:` name a version of the protocol.
+        let has_version = name.starts_with("v1:") || name.starts_with("v2:");
+        let is_name = !name.is_empty() && !has_version && name.bytes().all(is_plain);
+        let is_port = port.is_none_or(|port| port.parse::<u16>().is_ok());
+        let list = [("name", Some(name)), ("port", port)];
+        let list = list.into_iter().filter_map(|(key, value)| Some((key, value?)));
+        (is_name && is_port).then(|| format!("<host{}/>", attributes(list)))
+    });
+    list.collect()
 }

@@ -3,13 +3,13 @@ use std::path::Path;
 use roxmltree::{Document, Node};
 
 use super::*;
-use crate::host::domain::{Domain, document};
+use crate::host::domain::{self, Domain, document};
 use crate::host::metadata;
 
 const UUID: &str = "6fd1f7a2-4c0b-4e0f-8a65-1a3c0d2e9b11";
 
 /// As `virsh dumpxml --inactive` prints it.
-fn domain(more: &str, disks: &str) -> String {
+fn described(more: &str, disks: &str) -> String {
     format!(
         "<domain type='kvm' id='3'>\n  <name>vm1</name>\n  <uuid>{UUID}</uuid>\n{more}  <memory unit='KiB'>1048576</memory>\n  \
          <devices>\n    <emulator>/usr/bin/qemu</emulator>\n{disks}    <interface type='user'>\n      <mac address='52:54:00:00:00:01'/>\n    \
@@ -57,7 +57,10 @@ fn meaning(node: Node<'_, '_>) -> String {
     attributes.sort();
     let mut children: Vec<String> = node.children().filter(Node::is_element).map(meaning).collect();
     children.sort();
-    let text = node.text().unwrap_or_default().trim().to_owned();
+    let text = match children.is_empty() {
+        true => domain::content(node),
+        false => String::new(),
+    };
     format!("<{} {attributes:?} {text:?} {children:?}>", node.tag_name().name())
 }
 
@@ -83,7 +86,7 @@ fn a_disk_that_went_there_and_came_back_is_what_it_was() {
     let shared = "  <memoryBacking><hugepages/></memoryBacking>\n";
     for more in ["", osinfo, "  <metadata/>\n", shared, "  <memoryBacking><locked/></memoryBacking>\n"] {
         for (disk, target) in [(FILE, "vda"), (PLAIN, "vdb"), (RBD, "vdc")] {
-            let original = domain(more, disk);
+            let original = described(more, disk);
             let converted = there(&original, target, None).xml;
             assert!(Domain::parse(&converted).unwrap().has_shared_memory, "{converted}");
             let returned = back(&converted, target).xml;
@@ -96,7 +99,7 @@ fn a_disk_that_went_there_and_came_back_is_what_it_was() {
 
 #[test]
 fn the_daemon_is_told_what_qemu_was() {
-    let converted = there(&domain("", FILE), "vda", None).xml;
+    let converted = there(&described("", FILE), "vda", None).xml;
     let expected = [
         ("blk-file", "/images/it's & a.raw"),
         ("cache", "writethrough"),
@@ -115,14 +118,14 @@ fn the_daemon_is_told_what_qemu_was() {
         assert!(converted.contains(kept), "{converted}");
     }
     // What QEMU does where nothing is said is said.
-    let plain = options(&there(&domain("", PLAIN), "vdb", None).xml);
+    let plain = options(&there(&described("", PLAIN), "vdb", None).xml);
     let expected = [("blk-file", "/dev/vg/b"), ("cache", "writeback"), ("discard", "ignore")];
     assert_eq!(plain, expected.map(|(key, value)| (key.to_owned(), value.to_owned())));
 }
 
 #[test]
 fn an_rbd_image_keeps_its_monitors_and_its_user_and_the_key_is_asked_for() {
-    let converted = there(&domain("", RBD), "vdc", Some("none"));
+    let converted = there(&described("", RBD), "vdc", Some("none"));
     let expected = [
         ("rbd", "volumes/tenant/db"),
         ("ceph-user", "libvirt"),
@@ -138,7 +141,7 @@ fn an_rbd_image_keeps_its_monitors_and_its_user_and_the_key_is_asked_for() {
 
 #[test]
 fn every_other_byte_stays() {
-    let original = domain("", FILE);
+    let original = described("", FILE);
     let converted = there(&original, "vda", None).xml;
     let (before, after) = (original.find("  <memory unit").unwrap(), original.find("    <interface").unwrap());
     assert!(converted.ends_with(&original[after..]));
@@ -148,19 +151,19 @@ fn every_other_byte_stays() {
 
 #[test]
 fn the_last_disk_takes_the_shared_memory_with_it() {
-    let original = domain("", &[FILE, PLAIN].concat());
+    let original = described("", &[FILE, PLAIN].concat());
     let both = there(&there(&original, "vda", None).xml, "vdb", None).xml;
     let one = back(&both, "vda").xml;
     assert!(Domain::parse(&one).unwrap().has_shared_memory, "{one}");
     assert_eq!(means(&back(&one, "vdb").xml), means(&original));
     let shared = "  <memoryBacking>\n    <source type='memfd'/>\n    <access mode='shared'/>\n  </memoryBacking>\n";
-    let original = domain(shared, FILE);
+    let original = described(shared, FILE);
     assert_eq!(means(&back(&there(&original, "vda", None).xml, "vda").xml), means(&original));
 }
 
 #[test]
 fn what_was_changed_meanwhile_reaches_qemus_disk() {
-    let converted = there(&domain("", FILE), "vda", None).xml;
+    let converted = there(&described("", FILE), "vda", None).xml;
     let changed = converted
         .replace(
             "cache='writethrough' discard='unmap' error_policy='stop' serial='root' readonly='yes'",
@@ -174,7 +177,7 @@ fn what_was_changed_meanwhile_reaches_qemus_disk() {
     let returned = back(&changed, "vda");
     let xml = &returned.xml;
     for new in
-        ["<source file='/images/b.raw'/>", "cache='none'", "<serial>other</serial>", "io='threads'", "discard='unmap'"]
+        ["<source file='/images/b.raw'>", "cache='none'", "<serial>other</serial>", "io='threads'", "discard='unmap'"]
     {
         assert!(xml.contains(new), "'{new}': {xml}");
     }
@@ -197,13 +200,18 @@ fn what_would_mean_something_else_is_refused_by_name() {
     let with = |from: &str, to: &str| {
         let disk = FILE.replace(from, to);
         assert_ne!(disk, FILE, "{from}");
-        to_vhost_user(&domain("", &disk), "vda", None, Path::new("/run")).unwrap_err().to_string()
+        to_vhost_user(&described("", &disk), "vda", None, Path::new("/run")).unwrap_err().to_string()
     };
     let cases = [
         ("type='raw'", "type='qcow2'", "qemu-img"),
         ("type='file'", "type='volume'", "its type is 'volume'"),
         ("device='disk'", "device='cdrom'", "cdrom"),
         ("bus='virtio'", "bus='sata'", "'sata'"),
+        ("queues='4'", "iommu='on'", "no equivalent of <driver iommu='on'>"),
+        ("queues='4'", "packed='on'", "no equivalent of <driver packed='on'>"),
+        ("<source file=", "<source fdgroup='a' file=", "no equivalent of <source fdgroup='a'>"),
+        ("<source file=", "<source new='a' file=", "no equivalent of <source new='a'>"),
+        ("<source file=", "<source dev=", "no equivalent of <source dev="),
         ("io='threads'", "detect_zeroes='unmap'", "detect_zeroes='unmap'"),
         ("io='threads'", "copy_on_read='on'", "copy_on_read"),
         ("error_policy='stop'", "error_policy='ignore'", "refuses"),
@@ -222,11 +230,139 @@ fn what_would_mean_something_else_is_refused_by_name() {
         let error = with(from, to);
         assert!(error.contains(reason) && error.contains("disk vda"), "{to}: {error}");
     }
-    let error = to_vhost_user(&domain("", FILE), "vdx", None, Path::new("/run")).unwrap_err().to_string();
+    let with = |from: &str, to: &str| {
+        let disk = RBD.replace(from, to);
+        assert_ne!(disk, RBD, "{from}");
+        to_vhost_user(&described("", &disk), "vdc", None, Path::new("/run")).unwrap_err().to_string()
+    };
+    let cases = [
+        ("<host name='mon1'", "<host transport='unix' socket='/a' name='mon1'", "<host transport='unix'>"),
+        ("<host name='mon1'", "<host new='a' name='mon1'", "<host new='a'>"),
+        ("protocol='rbd'", "protocol='nbd'", "only rbd"),
+        ("protocol='rbd'", "protocol='rbd' tls='yes'", "<source tls='yes'>"),
+    ];
+    for (from, to, reason) in cases {
+        let error = with(from, to);
+        assert!(error.contains(reason) && error.contains("disk vdc"), "{to}: {error}");
+    }
+    let sda = PLAIN.replace("vdb", "sda");
+    let error = to_vhost_user(&described("", &sda), "sda", None, Path::new("/run")).unwrap_err().to_string();
+    assert!(error.contains("no bus='virtio'"), "{error}");
+    let error = to_vhost_user(&described("", FILE), "vdx", None, Path::new("/run")).unwrap_err().to_string();
     assert!(error.contains("the disks are vda"), "{error}");
     let private = "  <memoryBacking><access mode='private'/></memoryBacking>\n";
-    let error = to_vhost_user(&domain(private, FILE), "vda", None, Path::new("/run")).unwrap_err().to_string();
+    let error = to_vhost_user(&described(private, FILE), "vda", None, Path::new("/run")).unwrap_err().to_string();
     assert!(error.contains("mode='private'"), "{error}");
-    let error = to_qemu(&domain("", FILE), "vda").unwrap_err().to_string();
+    let error = to_qemu(&described("", FILE), "vda").unwrap_err().to_string();
     assert!(error.contains("no vhostuser disk"), "{error}");
+}
+
+/// Descriptions that libvirt accepts, and what the daemon must be told besides.
+fn unusual() -> Vec<(String, &'static str)> {
+    let file = |from: &str, to: &str| {
+        let disk = FILE.replace(from, to);
+        assert_ne!(disk, FILE, "{from}");
+        (described("", &disk), "vda")
+    };
+    let default_namespace = "  <metadata><disks xmlns='urn:virtioblkd:libvirt:1'/></metadata>\n";
+    let both_namespaces = "  <metadata><v:disks xmlns='urn:virtioblkd:libvirt:1' \
+                           xmlns:v='urn:virtioblkd:libvirt:1'></v:disks></metadata>\n";
+    let stale = "  <metadata><v:disks xmlns:v='urn:virtioblkd:libvirt:1' shared_memory_added='access'/></metadata>\n";
+    let comment = "  <metadata><!-- owner: a --></metadata>\n";
+    let mut all = vec![
+        file("it&apos;s &amp; a.raw", "vm@1.raw"),
+        file("it&apos;s &amp; a.raw", "@disk v: {} %s &lt;@v>&quot;"),
+        file("it&apos;s &amp; a.raw", "a&#10;b&#9;c&#13;d  e"),
+        file("<serial>root", "<serial>a@b"),
+        file("<serial>root", "<serial> a  b "),
+        file("<serial>root</serial>", "<serial>ab<!-- x -->cd</serial>"),
+        file("<serial>root</serial>", "<serial><![CDATA[a<b]]></serial>"),
+        file("<serial>root</serial>", "<serial/>"),
+        file("<disk type='file' ", "<disk "),
+        file(
+            "queues='4'/>",
+            "queues='4'>\n<iothreads>\n<iothread id='1'>\n<queue id='0'/></iothread></iothreads></driver>",
+        ),
+        file("queues='4'", "queues='4' packed='off' iommu='off' event_idx='off' queue_size='256' ats='off'"),
+        file("bus='virtio'", "bus=\"virtio\" "),
+        (described("", FILE).replace('\n', "\r\n"), "vda"),
+        (described("", FILE).replace("<devices>", "<devices><!-- <disk> @ -->"), "vda"),
+        (described("", FILE).replace(UUID, &UUID.replace('-', "")), "vda"),
+        (described("", &RBD.replace("tenant/db", "tenant/db@snap")), "vdc"),
+        (described("", &RBD.replace("<host name='mon1' port='6789'/>", "<host name='v1' transport='tcp'/>")), "vdc"),
+    ];
+    for metadata in [default_namespace, both_namespaces, stale, comment] {
+        all.push((described(metadata, FILE), "vda"));
+    }
+    all
+}
+
+#[test]
+fn every_setting_of_an_unusual_disk_goes_there_and_comes_back() {
+    for (original, target) in unusual() {
+        let converted = there(&original, target, None).xml;
+        let said = Document::parse(&original).unwrap();
+        let then = settings::Settings::of_qemu_disk(disk(said.root_element(), target).unwrap()).unwrap();
+        let described = metadata::of_xml(&converted).unwrap();
+        let (now, others) = settings::Settings::of_options(&described[0]);
+        assert_eq!((now, others), (then, Vec::new()), "{converted}");
+        let returned = back(&converted, target);
+        assert_eq!(returned.notes, Vec::<String>::new(), "{converted}");
+        // An element of ours without disks says nothing.
+        let says = |xml: &str| {
+            let parsed = Document::parse(xml).unwrap();
+            let devices = parsed.descendants().find(|node| node.has_tag_name("devices")).unwrap();
+            means(&xml[devices.range()])
+        };
+        let typed = |xml: &str| xml.replace("<disk device='disk'", "<disk type='file' device='disk'");
+        assert_eq!(says(&typed(&returned.xml)), says(&typed(&original)), "{converted}\n{}", returned.xml);
+        assert_eq!(returned.xml.contains("owner: a"), original.contains("owner: a"));
+    }
+}
+
+#[test]
+fn the_disks_own_tag_gives_the_prefix_and_takes_the_mark() {
+    for (xml, _) in unusual().into_iter().filter(|(xml, _)| xml.contains("<disks xmlns=")) {
+        let converted = there(&xml, "vda", None).xml;
+        assert!(converted.contains("<disks shared_memory_added='memoryBacking' xmlns="), "{converted}");
+    }
+}
+
+#[test]
+fn another_image_keeps_what_was_not_the_images_and_a_note_names_the_rest() {
+    let changed = |from: &str, to: &str, disk: &str, target: &str| {
+        let converted = there(&described("", disk), target, None).xml;
+        let element = converted.find("<v:disk ").unwrap();
+        let (before, after) = converted.split_at(element);
+        assert!(after.contains(from), "{from}: {after}");
+        back(&format!("{before}{}", after.replacen(from, to, 1)), target)
+    };
+    let image = "rbd='volumes/tenant/db'";
+    let moved = changed(image, "rbd='p/j'", RBD, "vdc");
+    for kept in
+        ["name='p/j'", "<host name='mon1' port='6789'/>", "<host name='fd00::2' port='3300'/>", "<auth", "other.conf"]
+    {
+        assert!(moved.xml.contains(kept), "{kept}: {}", moved.xml);
+    }
+    assert_eq!(moved.notes, Vec::<String>::new());
+    let moved = changed("mon1:6789,[fd00::2]:3300", "[v2:10.0.0.1:3300,v1:10.0.0.1:6789]", RBD, "vdc");
+    assert!(moved.notes.concat().contains("mon_host='[v2:") && !moved.xml.contains("<host"), "{moved:?}");
+    let moved = changed("ceph_user='libvirt'", "ceph_user='other'", RBD, "vdc");
+    assert!(moved.notes.concat().contains("client.other") && !moved.xml.contains("<auth"), "{moved:?}");
+    let moved = changed("file='/images/it&apos;s &amp; a.raw'", "file='/dev/b'", FILE, "vda");
+    assert!(moved.xml.contains("<source dev='/dev/b'><seclabel model='selinux' relabel='no'/></source>"), "{moved:?}");
+    assert!(moved.notes.concat().contains("<seclabel>"), "{moved:?}");
+    let moved = changed("file='/images/it&apos;s &amp; a.raw'", "rbd='p/i'", FILE, "vda");
+    assert!(
+        moved.notes.concat().contains("<seclabel> in its <source> was for the old image, and is left out"),
+        "{moved:?}"
+    );
+}
+
+#[test]
+fn a_disk_that_was_converted_with_a_setting_that_is_refused_today_comes_back() {
+    let converted = there(&described("", FILE), "vda", None).xml;
+    let old =
+        converted.replace("io='threads'", "io='threads' iommu='on'").replace("relabel='no'/>", "relabel='no'/><x/>");
+    assert!(back(&old, "vda").xml.contains("io='threads'"));
 }

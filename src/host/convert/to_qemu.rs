@@ -5,7 +5,7 @@ use roxmltree::Node;
 use super::super::domain::{DomainError, child, document, domain_node, refuse};
 use super::super::edits::{Edits, attributes, escape, indentation, plain};
 use super::super::metadata::{self, NAMESPACE};
-use super::settings::{Image, Settings};
+use super::settings::{Image, Settings, hosts};
 use super::{Converted, DEVICE_ELEMENTS, KEPT, disk, is_device_attribute, memory};
 
 /// Converts the disk with this target, which our `<metadata>` describes.
@@ -25,9 +25,6 @@ pub fn to_qemu(xml: &str, target: &str) -> Result<Converted, DomainError> {
     };
     let (now, dropped) = Settings::of_options(options);
     let mut notes = Vec::new();
-    if let Image::Rbd { user: Some(user), .. } = &now.image {
-        notes.push(format!("libvirt needs <auth> with the secret that holds the key of Ceph's client.{user}"));
-    }
     if !dropped.is_empty() {
         notes.push(format!("QEMU's own disk has no place for these, which are left out: {}", dropped.join(", ")));
     }
@@ -35,10 +32,8 @@ pub fn to_qemu(xml: &str, target: &str) -> Result<Converted, DomainError> {
     let element = ours.children().find(|node| node.attribute("target") == Some(target));
     let kept = element.and_then(|element| element.children().find(|node| node.tag_name().name() == KEPT));
     let mut edits = Edits::default();
-    match kept {
-        Some(kept) => edit_disk(xml, disk, &Kept::of(kept, target)?, &now, &mut edits),
-        None => edit_disk(xml, disk, &Kept::nothing(), &now, &mut edits),
-    }
+    let kept = kept.map_or_else(|| Ok(Kept::nothing()), |kept| Kept::of(kept, target))?;
+    edit_disk(xml, disk, &kept, &now, &mut edits, &mut notes);
     remove_element(xml, root, ours, element, &mut edits);
     Ok(Converted { xml: edits.apply(xml), notes })
 }
@@ -56,7 +51,9 @@ struct Kept {
     /// Attributes of `<driver>`, and its children as text.
     driver: Vec<(String, String)>,
     driver_content: String,
+    /// `<source>` as text, and its children, by name.
     source: Option<String>,
+    source_content: Vec<(String, String)>,
     /// Other children, by name, as text.
     others: Vec<(String, String)>,
     /// What it was converted to.
@@ -73,6 +70,7 @@ impl Kept {
             driver: driver.to_vec(),
             driver_content: String::new(),
             source: None,
+            source_content: Vec::new(),
             others: Vec::new(),
             settings: None,
         }
@@ -85,7 +83,7 @@ impl Kept {
         let text: String = children.iter().map(|node| plain(*node)).collect();
         let alone = format!("<disk{}>{text}</disk>", attributes(of_disk));
         let document = document(&alone)?;
-        let settings = Settings::of_qemu_disk(document.root_element())
+        let settings = Settings::read(document.root_element())
             .map_err(|error| DomainError(format!("disk {target}: <{KEPT}> in <metadata>: {error}")))?;
         let mut found = Kept { settings: Some(settings), driver: Vec::new(), ..Kept::nothing() };
         found.kind = kept.attribute("type").map(str::to_owned);
@@ -98,7 +96,11 @@ impl Kept {
                         child.attributes().map(|one| (one.name().to_owned(), one.value().to_owned())).collect();
                     found.driver_content = child.children().filter(Node::is_element).map(plain).collect();
                 }
-                "source" => found.source = Some(text),
+                "source" => {
+                    found.source = Some(text);
+                    let content = child.children().filter(Node::is_element);
+                    found.source_content = content.map(|one| (one.tag_name().name().to_owned(), plain(one))).collect();
+                }
                 name => found.others.push((name.to_owned(), text)),
             }
         }
@@ -109,12 +111,32 @@ impl Kept {
     fn has<T: PartialEq>(&self, now: &Settings, of: impl Fn(&Settings) -> &T) -> bool {
         self.settings.as_ref().is_some_and(|then| of(then) == of(now))
     }
+
+    /// The image at the conversion.
+    fn image(&self) -> Option<&Image> {
+        self.settings.as_ref().map(|then| &then.image)
+    }
+
+    /// Whether Ceph's user is the one of the conversion, so that its `<auth>` holds.
+    fn has_user(&self, now: &Settings) -> bool {
+        match (self.image(), &now.image) {
+            (Some(Image::Rbd { user: then, .. }), Image::Rbd { user: now, .. }) => then == now,
+            _ => false,
+        }
+    }
+
+    fn has_auth(&self) -> bool {
+        let outside = self.others.iter().map(|(name, _)| name);
+        outside.chain(self.source_content.iter().map(|(name, _)| name)).any(|name| name == "auth")
+    }
 }
 
-fn edit_disk(xml: &str, disk: Node<'_, '_>, kept: &Kept, now: &Settings, edits: &mut Edits) {
+fn edit_disk(xml: &str, disk: Node<'_, '_>, kept: &Kept, now: &Settings, edits: &mut Edits, notes: &mut Vec<String>) {
     let same_image = kept.has(now, |settings| &settings.image);
     let kind = match (&kept.kind, &now.image) {
         (Some(kind), _) if same_image => kind.as_str(),
+        // libvirt's default.
+        (None, _) if same_image => "file",
         (_, Image::Rbd { .. }) => "network",
         (_, Image::Path(path)) if path.starts_with("/dev/") => "block",
         (_, Image::Path(_)) => "file",
@@ -129,7 +151,10 @@ fn edit_disk(xml: &str, disk: Node<'_, '_>, kept: &Kept, now: &Settings, edits: 
             _ => {}
         }
     }
-    let source = kept.source.clone().filter(|_| same_image).unwrap_or_else(|| source(&now.image, kind));
+    let source = match kept.source.clone().filter(|_| same_image) {
+        Some(source) => source,
+        None => new_source(kept, now, kind, notes),
+    };
     let driver = driver(disk, kept, now);
     let others = others(kept, now);
     let target = child(disk, "target");
@@ -196,12 +221,11 @@ fn others(kept: &Kept, now: &Settings) -> Vec<String> {
     let same_readonly = kept.has(now, |settings| &settings.readonly);
     let same_blocks = kept.has(now, |settings| &settings.logical_block_size)
         && kept.has(now, |settings| &settings.discard_granularity);
-    let same_image = kept.has(now, |settings| &settings.image);
     let is_same = |name: &str| match name {
         "serial" => same_serial,
         "readonly" => same_readonly,
         "blockio" => same_blocks,
-        "auth" => same_image,
+        "auth" => kept.has_user(now),
         _ => true,
     };
     let mut list: Vec<String> =
@@ -224,18 +248,62 @@ fn others(kept: &Kept, now: &Settings) -> Vec<String> {
     list
 }
 
-fn source(image: &Image, kind: &str) -> String {
-    match image {
-        Image::Path(path) if kind == "block" => format!("<source dev='{}'/>", escape(path)),
-        Image::Path(path) => format!("<source file='{}'/>", escape(path)),
-        Image::Rbd { name, conf, .. } => {
-            let conf = conf.iter().map(|conf| format!("<config file='{}'/>", escape(conf))).collect::<String>();
-            format!("<source protocol='rbd' name='{}'>{conf}</source>", escape(name))
+/// `<source>` of an image that is not the one of the conversion. What it had besides the image's name is kept where it can
+/// be; a note says what is left out.
+fn new_source(kept: &Kept, now: &Settings, kind: &str, notes: &mut Vec<String>) -> String {
+    let carried = |name: &str| match &now.image {
+        Image::Path(_) => name == "seclabel",
+        Image::Rbd { .. } => name == "auth" && kept.has_user(now),
+    };
+    let rewritten = |name: &str| matches!(name, "host" | "config") && matches!(now.image, Image::Rbd { .. });
+    let mut content = String::new();
+    for (name, text) in &kept.source_content {
+        if carried(name) {
+            content += text;
+        } else if !rewritten(name) {
+            notes.push(format!("<{name}> in its <source> was for the old image, and is left out: {text}"));
+        }
+        if name == "seclabel" && carried(name) {
+            notes.push(format!(
+                "<seclabel> in its <source> was for the old image; see that it suits the new one: {text}"
+            ));
+        }
+    }
+    match &now.image {
+        Image::Path(path) => {
+            let name = attributes([(if kind == "block" { "dev" } else { "file" }, path.as_str())]);
+            match content.as_str() {
+                "" => format!("<source{name}/>"),
+                content => format!("<source{name}>{content}</source>"),
+            }
+        }
+        Image::Rbd { name, user, conf, monitors } => {
+            if let (Some(user), false) = (user, kept.has_user(now) && kept.has_auth()) {
+                notes.push(format!("libvirt needs <auth> with the secret that holds the key of Ceph's client.{user}"));
+            }
+            let hosts = monitors.as_deref().and_then(|monitors| {
+                let hosts = hosts(monitors);
+                if hosts.is_none() {
+                    notes.push(format!(
+                        "mon_host='{monitors}' is more than <host> elements can say, and is left out: write them, or a \
+                         <config file='...'/> that names the monitors"
+                    ));
+                }
+                hosts
+            });
+            let conf = conf.iter().map(|conf| format!("<config{}/>", attributes([("file", conf.as_str())])));
+            format!(
+                "<source{}>{}{}{content}</source>",
+                attributes([("protocol", "rbd"), ("name", name)]),
+                hosts.unwrap_or_default(),
+                conf.collect::<String>()
+            )
         }
     }
 }
 
-/// Removes our element; with the last disk also `<disks>`, what was added to share the memory, and an empty `<metadata>`.
+/// Removes our element; with the last disk also `<disks>`, what was added to share the memory, and a `<metadata>` in which
+/// nothing is left.
 fn remove_element(
     xml: &str,
     domain: Node<'_, '_>,
@@ -251,8 +319,11 @@ fn remove_element(
     if let Some(added) = ours.attribute(memory::ADDED) {
         memory::unshare(xml, domain, added, edits);
     }
+    let is_blank = |node: Node<'_, '_>| node.is_text() && node.text().unwrap_or_default().trim().is_empty();
     match child(domain, "metadata") {
-        Some(metadata) if count(metadata) == 1 => edits.remove(xml, metadata.range()),
+        Some(metadata) if metadata.children().all(|node| node == ours || is_blank(node)) => {
+            edits.remove(xml, metadata.range());
+        }
         _ => edits.remove(xml, ours.range()),
     }
 }

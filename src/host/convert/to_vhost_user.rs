@@ -36,7 +36,7 @@ pub fn to_vhost_user(xml: &str, target: &str, cache: Option<&str>, sockets: &Pat
     let added = if domain.has_shared_memory { None } else { Some(memory::share(xml, root, &mut edits)?) };
     let socket = sockets.join(format!("{}-{target}.sock", domain.uuid));
     edit_disk(xml, disk, &socket.display().to_string(), &mut edits);
-    describe(xml, root, &element(xml, disk, target, &settings), added, &mut edits);
+    describe(xml, root, |prefix| element(xml, disk, target, &settings, prefix), added, &mut edits);
     let xml = edits.apply(xml);
     check(&xml, target)?;
     Ok(Converted { xml, notes })
@@ -55,6 +55,9 @@ pub(super) fn check(xml: &str, target: &str) -> Result<(), DomainError> {
 
 /// Makes the `<disk>` a vhostuser disk.
 fn edit_disk(xml: &str, disk: Node<'_, '_>, socket: &str, edits: &mut Edits) {
+    if disk.attribute("type").is_none() {
+        edits.insert(disk.range().start + "<disk".len(), " type='vhostuser'");
+    }
     for attribute in disk.attributes() {
         match attribute.name() {
             "type" => edits.replace(attribute.range_value(), "vhostuser"),
@@ -78,36 +81,47 @@ fn edit_disk(xml: &str, disk: Node<'_, '_>, socket: &str, edits: &mut Edits) {
     }
 }
 
-/// Our element for the disk, without its namespace's prefix, which stands as `@`.
-fn element(xml: &str, disk: Node<'_, '_>, target: &str, settings: &Settings) -> String {
+/// Our element for the disk. `prefix`: what stands before its names, such as `v:`.
+fn element(xml: &str, disk: Node<'_, '_>, target: &str, settings: &Settings, prefix: &str) -> String {
     let (list, monitors) = settings.attributes();
     let list = std::iter::once(("target", target)).chain(list.iter().map(|(name, value)| (*name, value.as_str())));
-    let option = monitors
-        .map(|monitors| format!("<@rbd_option{}/>", attributes([("name", "mon_host"), ("value", monitors.as_str())])));
+    let list = attributes(list);
+    let option = monitors.map(|monitors| {
+        let option = attributes([("name", "mon_host"), ("value", monitors.as_str())]);
+        format!("<{prefix}rbd_option{option}/>")
+    });
+    let option = option.unwrap_or_default();
     let kept = disk.children().filter(|node| node.is_element() && !DEVICE_ELEMENTS.contains(&node.tag_name().name()));
     let kept: String = kept.map(|node| &xml[node.range()]).collect();
     let of_disk = disk.attributes().filter(|one| matches!(one.name(), "type" | "snapshot"));
     let of_disk = attributes(of_disk.map(|one| (one.name(), one.value())));
-    format!("<@disk{}>{}<@{KEPT}{of_disk}>{kept}</@{KEPT}></@disk>", attributes(list), option.unwrap_or_default())
+    format!("<{prefix}disk{list}>{option}<{prefix}{KEPT}{of_disk}>{kept}</{prefix}{KEPT}></{prefix}disk>")
 }
 
-/// Puts our element into the domain's `<metadata>`.
-fn describe(xml: &str, domain: Node<'_, '_>, element: &str, added: Option<&str>, edits: &mut Edits) {
+/// The name of an element as its tag has it, with the prefix.
+fn tag<'a>(xml: &'a str, node: Node<'_, '_>) -> &'a str {
+    let name = &xml[node.range()][1..];
+    &name[..name.find([' ', '\t', '\n', '\r', '/', '>']).unwrap_or(name.len())]
+}
+
+/// Puts our element into the domain's `<metadata>`. `element` has our names with this prefix.
+fn describe(xml: &str, domain: Node<'_, '_>, element: impl Fn(&str) -> String, added: Option<&str>, edits: &mut Edits) {
     let flag = added.map(|added| format!(" {}='{added}'", memory::ADDED)).unwrap_or_default();
     let ours = child(domain, "metadata")
         .and_then(|metadata| metadata.children().find(|node| node.tag_name().namespace() == Some(NAMESPACE)));
     if let Some(ours) = ours {
-        let prefix = ours.lookup_prefix(NAMESPACE).filter(|prefix| !prefix.is_empty());
-        let prefix = prefix.map(|prefix| format!("{prefix}:")).unwrap_or_default();
-        let element = element.replace('@', &prefix);
-        if !flag.is_empty() {
-            edits.insert(ours.range().start + 1 + prefix.len() + "disks".len(), flag);
+        let tag = tag(xml, ours);
+        let element = element(&tag[..tag.find(':').map_or(0, |colon| colon + 1)]);
+        match (added, ours.attribute_node(memory::ADDED)) {
+            // Of a time when the memory was shared; it no longer is.
+            (Some(added), Some(old)) => edits.replace(old.range_value(), added),
+            _ => edits.insert(ours.range().start + 1 + tag.len(), flag),
         }
         let before = ours.children().rfind(Node::is_element).map_or("", |last| indentation(xml, last));
         match end_of_content(xml, ours) {
             Ok(at) => edits.insert(at, format!("{before}{element}")),
             // `<v:disks .../>`
-            Err(range) => edits.replace(range.end - 2..range.end, format!(">{element}</{prefix}disks>")),
+            Err(range) => edits.replace(range.end - 2..range.end, format!(">{element}</{tag}>")),
         }
         return;
     }
@@ -117,7 +131,7 @@ fn describe(xml: &str, domain: Node<'_, '_>, element: &str, added: Option<&str>,
     let step = if indent.is_empty() { "" } else { "  " };
     let disks = format!(
         "{indent}{step}<v:disks xmlns:v='{NAMESPACE}'{flag}>{indent}{step}{step}{}{indent}{step}</v:disks>",
-        element.replace('@', "v:")
+        element("v:")
     );
     match metadata.map(|metadata| end_of_content(xml, metadata)) {
         Some(Ok(at)) => edits.insert(at, disks),
