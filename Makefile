@@ -87,6 +87,12 @@ check-story: toolchain deps ## Snapshots of real guests, frozen by their agents
 check-stable: toolchain deps ## Guests that change buffers in flight, over a real md RAID1 and DRBD
 	$(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) replicas::
 
+# Which commit's build a guest goes to and comes back from.
+COMMIT ?= HEAD^
+
+check-upgrade: toolchain ## Upgrades to another commit's build and back, under load, in every mode (COMMIT=...)
+	VIRTIOBLKD_OTHER=$$(scripts/build-commit $(COMMIT)) $(cargo_test) --test upgrade other_build::
+
 check-libvirt: toolchain deps ## The shipped domain on a real libvirt; its saves and migrations, by hand and by the hook; minutes
 	VIRTIOBLKD_LIBVIRT=long $(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) libvirt:: libvirt_moves:: libvirt_hook:: libvirt_domain::
 
@@ -170,7 +176,7 @@ bench: toolchain deps ## Speed beside others and the bare kernel, quiesces, idli
 	$(CARGO) bench --bench stable_writes
 
 bench-instructions: toolchain ## Instructions of our own code a request, beside the commit before; on any machine
-	scripts/bench-instructions
+	scripts/bench-instructions $(COMMIT)
 
 bench-rbd: toolchain deps-rbd ## The same on Ceph RBD, beside fio's rbd engine and qemu-storage-daemon's export
 	$(CARGO) bench --bench rbd

@@ -2,5 +2,6 @@
 
 mod front_end;
 mod given_up;
+mod other_build;
 mod take_over;
 mod trust;
