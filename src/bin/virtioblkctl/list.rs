@@ -53,10 +53,23 @@ fn row(disk: &Listed, state: &State) -> [String; 7] {
     ]
 }
 
-/// Formats a table whose columns are as wide as their widest cell.
+/// The most characters of a cell. A daemon, which may be an intruder's, says what is in it; no path of a socket is longer.
+const MAX_CELL: usize = 160;
+
+/// Returns the cell, cut to [`MAX_CELL`] characters.
+fn cut(cell: &str) -> String {
+    if cell.chars().count() <= MAX_CELL {
+        return cell.to_owned();
+    }
+    let start: String = cell.chars().take(MAX_CELL - 3).collect();
+    format!("{start}...")
+}
+
+/// Formats a table whose columns are as wide as their widest cell. A long cell is cut; `--json` prints it whole.
 pub(crate) fn table<const N: usize>(head: &[&str; N], rows: &[[String; N]]) -> String {
     let head: [String; N] = head.map(str::to_owned);
-    let lines = || std::iter::once(&head).chain(rows);
+    let rows: Vec<[String; N]> = rows.iter().map(|row| std::array::from_fn(|column| cut(&row[column]))).collect();
+    let lines = || std::iter::once(&head).chain(&rows);
     let width = |column: usize| lines().map(|line| line[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..N).map(width).collect();
     let line = |cells: &[String; N]| {
@@ -74,5 +87,14 @@ mod tests {
     fn columns_are_as_wide_as_their_widest_cell() {
         let rows = [["a".to_owned(), "longer".to_owned()], ["wide".to_owned(), "b".to_owned()]];
         assert_eq!(table(&["X", "Y"], &rows), "X     Y\na     longer\nwide  b\n");
+    }
+
+    #[test]
+    fn a_long_cell_is_cut_and_does_not_widen_its_column_without_limit() {
+        let rows = [["a".repeat(1 << 17), "b".to_owned()], ["é".repeat(MAX_CELL), "c".to_owned()]];
+        let text = table(&["X", "Y"], &rows);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[1], format!("{}...  b", "a".repeat(MAX_CELL - 3)));
+        assert_eq!(lines[2], format!("{}  c", "é".repeat(MAX_CELL)));
     }
 }
