@@ -15,7 +15,7 @@ use serde_json::json;
 
 use super::places::DiskPlaces;
 use crate::base::unix_listener;
-use crate::control::client::{Client, REPLY_TIMEOUT};
+use crate::control::client::{Client, Failure, REPLY_TIMEOUT};
 use crate::snapshot::wait::wait;
 
 /// How often a daemon's end is looked for.
@@ -153,6 +153,14 @@ pub(super) fn is_alive(disk: &DiskPlaces) -> bool {
     })
 }
 
+/// The process id of the daemon that serves the disk, in its own words.
+pub(super) fn pid(disk: &DiskPlaces) -> Result<u64, String> {
+    let status =
+        Client::connect(&disk.control).and_then(|mut client| client.ask("query-status", json!({}), REPLY_TIMEOUT));
+    let status = status.map_err(|failure| failure.message)?;
+    status["daemon"]["pid"].as_u64().ok_or_else(|| format!("'{}' reports no process id", disk.control.display()))
+}
+
 /// Ends the disk's daemon in order (it drains and syncs), and removes the files that the hook made for it. Returns when
 /// it has ended. An error: it has not ended by `deadline`; its files stay, so that it is found again.
 ///
@@ -160,17 +168,24 @@ pub(super) fn is_alive(disk: &DiskPlaces) -> bool {
 /// daemon before it has synced.
 pub(super) fn end(disk: &DiskPlaces, deadline: Instant) -> Result<(), String> {
     let mut asked: Option<Instant> = None;
+    let mut refusal = None;
     while is_alive(disk) {
         if asked.is_none_or(|at| at.elapsed() >= QUIT_INTERVAL) {
             // It may not listen yet, or no longer.
             let quit = Client::connect_within(&disk.control, POLL_INTERVAL * 10)
                 .and_then(|mut client| client.ask("quit", json!({}), REPLY_TIMEOUT));
             asked = quit.is_ok().then(Instant::now);
+            refusal = quit.err().filter(|failure| !matches!(failure.code.as_str(), "no-daemon" | "no-answer"));
+        }
+        // No later attempt is answered otherwise.
+        if let Some(refusal) = refusal.as_ref().filter(|refusal| is_final(refusal) || Instant::now() >= deadline) {
+            return Err(format!("the daemon of the disk {} does not end: {}", disk.name, refusal.message));
         }
         if Instant::now() >= deadline {
             return Err(format!(
-                "the daemon of the disk {} has not ended yet: it waits for its image; its log is {}",
+                "the daemon of the disk {} has not ended yet: {}; its log is {}",
                 disk.name,
+                if asked.is_some() { "it waits for its image" } else { "it does not reply on its control socket" },
                 disk.log.display()
             ));
         }
@@ -181,10 +196,16 @@ pub(super) fn end(disk: &DiskPlaces, deadline: Instant) -> Result<(), String> {
     {
         log::debug!("{error}");
     }
-    for path in [&disk.configuration, &disk.pid_file, &disk.control, &disk.domain_name, &disk.lock] {
+    let of_run = [&disk.applying, &disk.configuration, &disk.pid_file, &disk.control, &disk.domain_name, &disk.lock];
+    for path in of_run {
         remove(path)?;
     }
     Ok(())
+}
+
+/// Whether the daemon, or the control socket's mode, refuses this program's user.
+fn is_final(refusal: &Failure) -> bool {
+    matches!(refusal.code.as_str(), "no-permission" | "not-allowed")
 }
 
 /// The vhost-user socket, if it is in our directory of sockets, where a daemon of another user may not remove it. What is
@@ -215,5 +236,38 @@ mod tests {
         assert_eq!(reason("virtioblkd: no socket given\n").unwrap(), "no socket given");
         assert_eq!(reason("thread panicked\n").unwrap(), "thread panicked");
         assert_eq!(reason("\n"), None);
+    }
+
+    #[test]
+    fn a_daemon_that_refuses_to_end_is_not_waited_for() {
+        use std::io::{BufRead, BufReader, Write};
+        let directory = tempfile::tempdir().unwrap();
+        let run = directory.path().to_owned();
+        let places = super::super::places::Places { log: run.clone(), run: run.clone(), sockets: run };
+        let domain = super::super::domain::Domain::parse(
+            "<domain><name>vm1</name><uuid>6fd1f7a2-4c0b-4e0f-8a65-1a3c0d2e9b11</uuid></domain>",
+        );
+        let disk = places.disk(&domain.unwrap(), "vda");
+        let lock = File::create(&disk.lock).unwrap();
+        flock(&lock, FlockOperation::LockExclusive).unwrap();
+        let socket = std::os::unix::net::UnixListener::bind(&disk.control).unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = socket.accept().unwrap();
+            stream.write_all(b"{\"QMP\": {\"version\": {}, \"capabilities\": []}}\n").unwrap();
+            let mut requests = BufReader::new(stream.try_clone().unwrap()).lines();
+            let mut reply = |reply: &str| {
+                let request: serde_json::Value = serde_json::from_str(&requests.next().unwrap().unwrap()).unwrap();
+                let text = reply.replace("ID", &request["id"].to_string());
+                stream.write_all(text.as_bytes()).unwrap();
+            };
+            reply("{\"return\": {}, \"id\": ID}\n");
+            reply(
+                "{\"error\": {\"class\": \"GenericError\", \"code\": \"not-allowed\", \"desc\": \"for root\"}, \"id\": ID}\n",
+            );
+        });
+        let began = Instant::now();
+        let error = end(&disk, began + Duration::from_secs(600)).unwrap_err();
+        assert!(error.contains("does not end: ") && error.contains("for root"), "{error}");
+        assert!(began.elapsed() < Duration::from_secs(60));
     }
 }

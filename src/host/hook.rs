@@ -235,6 +235,14 @@ fn is_recent(arrival: &Path) -> bool {
 pub(super) fn start_one(host: &Host, disk: &Disk) -> Result<(), String> {
     check_user(host, std::slice::from_ref(disk))?;
     make_directories(&host.places)?;
+    if daemons::is_alive(&disk.places) {
+        return Err(format!(
+            "a daemon of the disk {target} runs already, of an attach that was interrupted or of a disk that the guest has \
+             released late: 'virtioblkctl domain detach {} {target}' ends it; then attach again",
+            disk.domain,
+            target = disk.target
+        ));
+    }
     let deadline = Instant::now() + START_TIMEOUT;
     let started = begin(host, disk, deadline).map_err(|error| format!("disk {}: {error}", disk.target))?;
     let ready = started.wait(&disk.places, deadline).map_err(|error| format!("disk {}: {error}", disk.target));
@@ -384,7 +392,7 @@ fn revive(host: &Host, xml: &str) -> Result<(), String> {
     Ok(())
 }
 
-fn make_directories(places: &Places) -> Result<(), String> {
+pub(super) fn make_directories(places: &Places) -> Result<(), String> {
     for path in [&places.run, &places.sockets, &places.log] {
         let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(path);
         made.map_err(|error| format!("cannot make the directory {}: {error}", path.display()))?;

@@ -1,4 +1,4 @@
-//! Disks of a running domain: attached, detached, and told of changed metadata. libvirt runs no hook for these, so the
+//! Disks of a running domain: attached and detached. libvirt runs no hook for these, so the
 //! daemon is started before libvirt is asked to attach its disk, and ended after QEMU has let go of it.
 
 use std::fs;
@@ -6,14 +6,16 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+pub use super::apply::{Applied, apply};
+use super::change::{Change, Element};
 use super::daemons;
-use super::domain::{Domain, child, document, domain_node};
-use super::edits::{attributes, escape, plain};
+use super::domain::Domain;
+use super::edits::{attributes, escape};
 use super::hook::{self, Disk, END_TIMEOUT, Host};
 use super::metadata::{self, DiskOptions, NAMESPACE};
 use super::virsh;
 
-/// How long a guest may take to let go of a disk. Windows asks its user's programs first.
+/// How long a guest may take to release a disk. Windows asks its user's programs first.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often libvirt is asked whether it has.
 const RELEASE_INTERVAL: Duration = Duration::from_millis(500);
@@ -25,26 +27,9 @@ pub struct Scope {
     pub config: bool,
 }
 
-/// A domain as libvirt has it now.
-struct Running {
-    domain: Domain,
-    xml: String,
-}
-
-fn running(name: &str) -> Result<Running, String> {
-    let xml = virsh::describe(name, false)?;
-    let document = document(&xml).map_err(|error| error.to_string())?;
-    let domain = Domain::of(&document).map_err(|error| error.to_string())?;
-    // libvirt numbers the domains that run.
-    if domain_node(&document).is_ok_and(|node| node.attribute("id").is_none()) {
-        return Err(format!("the domain {} does not run: virsh edit changes its next start", domain.name));
-    }
-    drop(document);
-    Ok(Running { domain, xml })
-}
-
 /// The disk that these attributes of our element describe. The error is the element's own.
 fn described(domain: &Domain, target: &str, words: &[(String, String)]) -> Result<(DiskOptions, String), String> {
+    check_words(words)?;
     let list =
         [("target", target)].into_iter().chain(words.iter().map(|(name, value)| (name.as_str(), value.as_str())));
     let element = format!("<disk{}/>", attributes(list));
@@ -57,6 +42,37 @@ fn described(domain: &Domain, target: &str, words: &[(String, String)]) -> Resul
     Ok((options, element))
 }
 
+/// What the element's own check cannot say well: these words would not become one XML element.
+fn check_words(words: &[(String, String)]) -> Result<(), String> {
+    let is_name = |name: &str| !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+    for (at, (name, value)) in words.iter().enumerate() {
+        if name == "target" {
+            return Err("target= is given twice: the disk's target is the word after the domain's name".into());
+        }
+        if metadata::is_element(name) {
+            return Err(format!(
+                "{name} is an element, which attach cannot give: describe the disk in <metadata> with virsh edit, and shut \
+                 the domain down and start it again"
+            ));
+        }
+        if !is_name(name) {
+            return Err(format!("'{name}' is no attribute's name: give attributes as NAME=VALUE, such as cache=none"));
+        }
+        if words[..at].iter().any(|(other, _)| other == name) {
+            return Err(format!("{name}= is given twice: keep one"));
+        }
+        // XML has no way to write the others (Char of XML 1.0).
+        if let Some(one) =
+            value.chars().find(|one| one.is_ascii_control() && !matches!(one, '\t' | '\n' | '\r' | '\x7f'))
+        {
+            return Err(format!(
+                "{name}= has the control character {one:?}, which a description cannot have: remove it"
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// Starts a daemon for a new disk of a running domain, then lets libvirt attach it. `words`: attributes of our element.
 /// Returns what was not reached after the guest had its disk.
 pub fn attach(
@@ -66,9 +82,17 @@ pub fn attach(
     words: &[(String, String)],
     scope: Scope,
 ) -> Result<Vec<String>, String> {
-    let Running { domain, .. } = running(name)?;
+    let change = Change::begin(host, name)?;
+    let domain = &change.domain;
+    let (options, element) = described(domain, target, words)?;
+    let places = host.places.disk(domain, target);
+    let socket = host.places.socket(domain, target);
+    let disk = Disk { domain: domain.name.clone(), target: target.to_owned(), socket, options, places };
     if domain.disk(target).is_some() || domain.other_targets.iter().any(|other| other == target) {
-        return Err(format!("the domain {} has a disk {target} already: choose another target", domain.name));
+        if !lacks_metadata_only(host, &change, &disk, scope)? {
+            return Err(format!("the domain {} has a disk {target} already: choose another target", domain.name));
+        }
+        return Ok(change.describe_again(scope.config, |described| described.put(target, &element)));
     }
     if !domain.has_shared_memory {
         return Err(format!(
@@ -77,21 +101,16 @@ pub fn attach(
             domain.name
         ));
     }
-    let (options, element) = described(&domain, target, words)?;
-    let socket = host.places.socket(&domain, target);
-    let queues = options.options.iter().find(|(key, _)| key == "num-queues").map(|(_, value)| value.clone());
-    let places = host.places.disk(&domain, target);
-    let disk = Disk { domain: domain.name.clone(), target: target.to_owned(), socket: socket.clone(), options, places };
     hook::start_one(host, &disk)?;
-    let device = device(target, &socket, queues.as_deref());
-    let attached = virsh::with_file(&device, |file| {
+    let queues = disk.options.options.iter().find(|(key, _)| key == "num-queues").map(|(_, value)| value.as_str());
+    let attached = virsh::with_file(&device(target, &disk.socket, queues), |file| {
         let mut arguments = vec!["attach-device", "--domain", name, "--file", file, "--live"];
         arguments.extend(scope.config.then_some("--config"));
-        virsh::run(&arguments, virsh::CHANGE_TIMEOUT)
+        change.virsh(&arguments)
     });
     if let Err(error) = attached {
         // virsh may have been given up, and libvirt may attach the disk yet.
-        if !running(name).is_ok_and(|running| running.domain.disk(target).is_none()) {
+        if !change.lacks(target) {
             return Err(format!(
                 "{error}; whether the guest has the disk {target} is not known, so its daemon serves on: see 'virtioblkctl \
                  domain status {name}', and detach it"
@@ -100,7 +119,27 @@ pub fn attach(
         let ended = daemons::end(&disk.places, Instant::now() + END_TIMEOUT);
         return Err(ended.err().map_or(error.clone(), |why| format!("{error}; {why}")));
     }
-    Ok(describe_again(name, scope, |list| list.push(element.clone())))
+    Ok(change.describe_again(scope.config, |described| described.put(target, &element)))
+}
+
+/// Whether an attach with the same words was interrupted before it changed `<metadata>`, and all else is done.
+fn lacks_metadata_only(host: &Host, change: &Change<'_>, disk: &Disk, scope: Scope) -> Result<bool, String> {
+    let target = disk.target.as_str();
+    let has_socket =
+        |domain: &Domain| domain.disk(target).is_some_and(|device| Path::new(&device.socket) == disk.socket);
+    let written = fs::read_to_string(&disk.places.configuration).unwrap_or_default();
+    if !has_socket(&change.domain) || written != hook::configuration(host, disk) {
+        return Ok(false);
+    }
+    let mut lacks = Element::of(&change.xml)?.disk(target).is_none();
+    if scope.config {
+        let next = change.next()?;
+        if !has_socket(&Domain::parse(&next).map_err(|error| error.to_string())?) {
+            return Ok(false);
+        }
+        lacks |= Element::of(&next)?.disk(target).is_none();
+    }
+    Ok(lacks)
 }
 
 fn device(target: &str, socket: &Path, queues: Option<&str>) -> String {
@@ -114,141 +153,70 @@ fn device(target: &str, socket: &Path, queues: Option<&str>) -> String {
     )
 }
 
-/// Lets libvirt detach a disk of a running domain, and ends its daemon when the guest has let go of it.
+/// Lets libvirt detach a disk of a running domain, and ends its daemon when the guest has released it. Finishes a detach
+/// that was interrupted, or that the guest carried out late.
 pub fn detach(host: &Host, name: &str, target: &str, scope: Scope) -> Result<Vec<String>, String> {
-    let Running { domain, .. } = running(name)?;
-    let places = host.places.disk(&domain, target);
-    if domain.disk(target).is_none() {
-        return Err(format!("the domain {} has no vhostuser disk {target}", domain.name));
+    let change = Change::begin(host, name)?;
+    let places = host.places.disk(&change.domain, target);
+    let next = scope.config.then(|| change.next()).transpose()?;
+    match change.domain.disk(target) {
+        None if !is_left(&change, target, places.configuration.exists(), next.as_deref())? => {
+            return Err(format!("the domain {} has no vhostuser disk {target}", change.domain.name));
+        }
+        None => detach_from_next_start(&change, target, next.as_deref())?,
+        Some(_) if !places.configuration.exists() => {
+            return Err(format!(
+                "the daemon of the disk {target} was not started by libvirt's hook or by attach: use virsh detach-disk, and \
+                 end it as it was started"
+            ));
+        }
+        Some(_) => {
+            let mut arguments = vec!["detach-disk", "--domain", name, "--target", target, "--live"];
+            let has_next = next.as_deref().is_some_and(|xml| has_disk(xml, target));
+            arguments.extend(has_next.then_some("--config"));
+            change.virsh(&arguments)?;
+            wait_for_release(&change, target)?;
+        }
     }
-    if !places.configuration.exists() {
-        return Err(format!(
-            "the daemon of the disk {target} was not started by libvirt's hook or by attach: use virsh detach-disk, and end \
-             it as it was started"
-        ));
+    daemons::end(&places, Instant::now() + END_TIMEOUT)?;
+    Ok(change.describe_again(scope.config, |described| described.disks.retain(|(other, _)| other != target)))
+}
+
+/// Whether a disk that the running domain does not have has left a daemon here, or an element in `<metadata>`.
+fn is_left(change: &Change<'_>, target: &str, has_daemon: bool, next: Option<&str>) -> Result<bool, String> {
+    if change.domain.other_targets.iter().any(|other| other == target) {
+        return Ok(false);
     }
-    let mut arguments = vec!["detach-disk", "--domain", name, "--target", target, "--live"];
-    arguments.extend(scope.config.then_some("--config"));
-    virsh::run(&arguments, virsh::CHANGE_TIMEOUT)?;
+    let mut described = Element::of(&change.xml)?.disk(target).is_some();
+    if let Some(next) = next {
+        described |= Element::of(next)?.disk(target).is_some();
+    }
+    Ok(described || has_daemon)
+}
+
+fn has_disk(xml: &str, target: &str) -> bool {
+    Domain::parse(xml).is_ok_and(|domain| domain.disk(target).is_some())
+}
+
+fn detach_from_next_start(change: &Change<'_>, target: &str, next: Option<&str>) -> Result<(), String> {
+    if !next.is_some_and(|xml| has_disk(xml, target)) {
+        return Ok(());
+    }
+    change.virsh(&["detach-disk", "--domain", &change.domain.uuid, "--target", target, "--config"]).map(drop)
+}
+
+fn wait_for_release(change: &Change<'_>, target: &str) -> Result<(), String> {
     let deadline = Instant::now() + RELEASE_TIMEOUT;
     // A libvirt that does not answer may still have the disk, whose daemon must not end under the guest.
-    let is_gone = || running(name).is_ok_and(|running| running.domain.disk(target).is_none());
-    while !is_gone() {
+    while !change.lacks(target) {
         if Instant::now() >= deadline {
             return Err(format!(
-                "the guest has not let go of the disk {target} within {} s, and its daemon serves on: is the disk mounted? \
-                 Ask again later",
+                "the guest has not released the disk {target} within {} s, and its daemon serves on: unmount the disk in the \
+                 guest, then run the same command again",
                 RELEASE_TIMEOUT.as_secs()
             ));
         }
         thread::sleep(RELEASE_INTERVAL);
     }
-    daemons::end(&places, Instant::now() + END_TIMEOUT)?;
-    let is_it =
-        |element: &String| document(element).is_ok_and(|d| d.root_element().attribute("target") == Some(target));
-    Ok(describe_again(name, scope, |list| list.retain(|element| !is_it(element))))
-}
-
-/// Changes our element in the running domain, and in its next start. Returns what failed.
-fn describe_again(name: &str, scope: Scope, change: impl Fn(&mut Vec<String>)) -> Vec<String> {
-    let mut failed = Vec::new();
-    let both = [(false, "--live"), (true, "--config")];
-    for (inactive, flag) in both.into_iter().filter(|(inactive, _)| !inactive || scope.config) {
-        let changed = virsh::describe(name, inactive).and_then(|xml| {
-            let (mut list, added) = elements(&xml)?;
-            change(&mut list);
-            set(name, &list, &added, flag)
-        });
-        failed.extend(changed.err().map(|error| {
-            format!("<metadata> could not be changed ({flag}): {error}; a migration or a restart of libvirtd needs it: virsh metadata")
-        }));
-    }
-    failed
-}
-
-/// The `<disk>` elements of our element, without prefixes, and the attributes of `<disks>`.
-fn elements(xml: &str) -> Result<(Vec<String>, String), String> {
-    let document = document(xml).map_err(|error| error.to_string())?;
-    let domain = domain_node(&document).map_err(|error| error.to_string())?;
-    let ours = child(domain, "metadata")
-        .and_then(|metadata| metadata.children().find(|node| node.tag_name().namespace() == Some(NAMESPACE)));
-    let Some(ours) = ours else { return Ok((Vec::new(), String::new())) };
-    let list = ours.children().filter(|node| node.is_element()).map(plain).collect();
-    Ok((list, attributes(ours.attributes().map(|one| (one.name(), one.value())))))
-}
-
-fn set(name: &str, list: &[String], added: &str, flag: &str) -> Result<String, String> {
-    let element = format!("<disks{added}>{}</disks>", list.concat());
-    let mut arguments = vec!["metadata", "--domain", name, "--uri", NAMESPACE, flag];
-    match list {
-        [] => arguments.push("--remove"),
-        _ => arguments.extend(["--key", "v", "--set", &element]),
-    }
-    virsh::run(&arguments, virsh::CHANGE_TIMEOUT)
-}
-
-/// What `apply` did to one disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Applied {
-    /// Its daemon has the options of the metadata.
-    Unchanged,
-    /// Its daemon was upgraded to them.
-    Upgraded,
-    /// Why it was left as it is.
-    Left(String),
-}
-
-/// Brings the metadata of the domain's next start to the daemons that run. `upgrade` replaces the daemon behind a control
-/// socket by one with this configuration file.
-pub fn apply(
-    host: &Host,
-    name: &str,
-    upgrade: impl Fn(&Path, &Path) -> Result<(), String>,
-) -> Result<Vec<(String, Applied)>, String> {
-    let Running { domain, xml: live } = running(name)?;
-    let next = virsh::describe(name, true)?;
-    let mut results = Vec::new();
-    for options in metadata::of_xml(&next).map_err(|error| error.to_string())? {
-        let target = options.target.clone();
-        let places = host.places.disk(&domain, &target);
-        let applied = match domain.disk(&target) {
-            None => Applied::Left("the running domain has no such disk: it starts with the domain's next start".into()),
-            Some(_) if !places.configuration.exists() => {
-                Applied::Left("libvirt's hook did not start its daemon".into())
-            }
-            Some(device) => {
-                let socket = device.socket.clone().into();
-                let disk = Disk { domain: domain.name.clone(), target: target.clone(), socket, options, places };
-                apply_one(host, &disk, &upgrade)?
-            }
-        };
-        results.push((target, applied));
-    }
-    if elements(&next)? != elements(&live)? {
-        let (list, added) = elements(&next)?;
-        set(name, &list, &added, "--live")?;
-    }
-    Ok(results)
-}
-
-fn apply_one(
-    host: &Host,
-    disk: &Disk,
-    upgrade: impl Fn(&Path, &Path) -> Result<(), String>,
-) -> Result<Applied, String> {
-    let path = &disk.places.configuration;
-    let failed = |error: std::io::Error| format!("disk {}: {}: {error}", disk.target, path.display());
-    let old = fs::read_to_string(path).map_err(failed)?;
-    let new = hook::configuration(host, disk);
-    if old == new {
-        return Ok(Applied::Unchanged);
-    }
-    hook::write_atomically(path, &new, 0o600).map_err(failed)?;
-    upgrade(&disk.places.control, path).map(|()| Applied::Upgraded).map_err(|error| {
-        // The old daemon serves on, with its own options.
-        match hook::write_atomically(path, &old, 0o600) {
-            Ok(()) => format!("disk {}: {error}", disk.target),
-            Err(why) => format!("disk {}: {error}; and {} has the new options: {why}", disk.target, path.display()),
-        }
-    })
+    Ok(())
 }

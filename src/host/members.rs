@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::connection;
 use super::domain::Domain;
 use super::listing::{self, Directories, Listed};
 use super::virsh;
@@ -38,15 +39,12 @@ pub struct Members {
 pub fn find(domain: &str, directories: &Directories) -> Result<Members, String> {
     let listed = listing::find(directories).map_err(|error| format!("cannot look for this host's disks: {error}"))?;
     let members = match virsh::describe(domain, false) {
-        Ok(xml) => joined(&Domain::parse(&xml).map_err(|error| error.to_string())?, &listed)?,
-        Err(error) => {
-            let disks: Vec<Member> = listed.iter().filter_map(|disk| of_hook(disk, domain)).collect();
-            if disks.is_empty() {
-                return Err(error);
-            }
-            let name = disks[0].name.split(':').next().unwrap_or(domain).to_owned();
-            Members { domain: name, disks, others: Vec::new(), unknown: Some(error) }
+        Ok(xml) => {
+            // Another host's domain may have the same socket paths.
+            connection::check_local()?;
+            joined(&Domain::parse(&xml).map_err(|error| error.to_string())?, &listed)?
         }
+        Err(error) => of_hooks(domain, &listed, error)?,
     };
     match members.disks.is_empty() {
         true => Err(format!(
@@ -57,12 +55,25 @@ pub fn find(domain: &str, directories: &Directories) -> Result<Members, String> 
     }
 }
 
-/// A disk of the hook's, if it is this domain's.
-fn of_hook(disk: &Listed, domain: &str) -> Option<Member> {
-    let (name, uuid) = disk.domain.as_ref()?;
+/// The domain's disks that the hook knows, where libvirt could not be asked (`error`).
+fn of_hooks(domain: &str, listed: &[Listed], error: String) -> Result<Members, String> {
+    let ours: Vec<(&(String, String), Member)> = listed.iter().filter_map(|disk| of_hook(disk, domain)).collect();
+    let Some(((name, uuid), _)) = ours.first() else { return Err(error) };
+    if ours.iter().any(|((_, other), _)| other != uuid) {
+        return Err(format!("{error}; several domains of this host are called {domain}: give the domain's UUID"));
+    }
+    let domain = name.clone();
+    let disks = ours.into_iter().map(|(_, member)| member).collect();
+    Ok(Members { domain, disks, others: Vec::new(), unknown: Some(error) })
+}
+
+/// A disk of the hook's and its domain's name and UUID, if it is this domain's.
+fn of_hook<'a>(disk: &'a Listed, domain: &str) -> Option<(&'a (String, String), Member)> {
+    let of = disk.domain.as_ref()?;
+    let (name, uuid) = of;
     let target = disk.target.clone()?;
     (name == domain || *uuid == domain.to_lowercase()).then_some(())?;
-    Some(Member { name: format!("{name}:{target}"), target, control: disk.control.clone()? })
+    Some((of, Member { name: format!("{name}:{target}"), target, control: disk.control.clone()? }))
 }
 
 fn joined(domain: &Domain, listed: &[Listed]) -> Result<Members, String> {
@@ -140,5 +151,24 @@ mod tests {
         let error = joined(&domain, std::slice::from_ref(&hooks)).unwrap_err();
         assert!(error.contains("vdb") && error.contains("virtioblkctl list"), "{error}");
         assert!(of_hook(&hooks, "vm1").is_some() && of_hook(&hooks, uuid).is_some() && of_hook(&hooks, "vm").is_none());
+    }
+
+    #[test]
+    fn a_domain_that_libvirt_does_not_describe_keeps_its_whole_name() {
+        let [one, other] = ["6fd1f7a2-4c0b-4e0f-8a65-1a3c0d2e9b11", "6fd1f7a2-4c0b-4e0f-8a65-1a3c0d2e9b12"];
+        let disk = |name: &str, uuid: &str| Listed {
+            name: format!("{name}:vda"),
+            domain: Some((name.into(), uuid.into())),
+            target: Some("vda".into()),
+            control: Some(format!("/run/{uuid}-vda.ctl").into()),
+            socket: None,
+        };
+        let of = |domain: &str, listed: &[Listed]| of_hooks(domain, listed, "libvirt: no".into());
+        let members = of("a:b", &[disk("a", other), disk("a:b", one)]).unwrap();
+        assert_eq!((members.domain.as_str(), members.disks.len()), ("a:b", 1), "the agent of this domain is asked");
+        assert_eq!(of(one, &[disk("a:b", one)]).unwrap().domain, "a:b");
+        let twice = of("a", &[disk("a", one), disk("a", other)]).unwrap_err();
+        assert!(twice.contains("give the domain's UUID"), "{twice}");
+        assert_eq!(of("c", &[disk("a", one)]), Err("libvirt: no".into()));
     }
 }

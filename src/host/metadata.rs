@@ -54,6 +54,11 @@ pub(super) fn is_repeated(key: &str) -> bool {
     ELEMENTS.iter().any(|(_, other, _)| *other == key)
 }
 
+/// Whether an element, and no attribute, stands for the option.
+pub(super) fn is_element(name: &str) -> bool {
+    ELEMENTS.iter().any(|(element, ..)| *element == name)
+}
+
 /// What our element says of one disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskOptions {

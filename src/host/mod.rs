@@ -13,13 +13,20 @@
 //! | `listing` | finds this host's disks by name, and asks their daemons how they are |
 //! | `members` | the disks of one domain: libvirt's word and `listing` joined |
 //! | `virsh` | asks libvirt through virsh, bounded in time. The hook never does |
-//! | `hotplug` | attaches and detaches a running domain's disks, and applies changed metadata to them |
+//! | `connection` | refuses a libvirt of another host or user |
+//! | `domain_lock`, `change` | one change of a running domain at a time, and of our element in its description |
+//! | `hotplug` | attaches and detaches a running domain's disks |
+//! | `apply` | brings the metadata of a domain's next start to the daemons that run |
 //! | `hook` | libvirt's hook: starts a domain's disks before the domain and ends them after it |
 
+pub mod apply;
+mod change;
 pub mod check;
+pub mod connection;
 pub mod convert;
 mod daemons;
 pub mod domain;
+mod domain_lock;
 mod edits;
 pub mod hook;
 pub mod hotplug;

@@ -27,6 +27,8 @@ pub struct DiskPlaces {
     pub pid_file: PathBuf,
     /// A file whose lock the daemon holds from the moment of its start.
     pub lock: PathBuf,
+    /// What the daemon was started with, while `apply` replaces its configuration file.
+    pub applying: PathBuf,
     /// A file with the domain's name, which other users may read.
     pub domain_name: PathBuf,
     /// The control socket.
@@ -71,6 +73,7 @@ impl Places {
             configuration: path("toml"),
             pid_file: path("pid"),
             lock: path("lock"),
+            applying: path("applying"),
             domain_name: path("domain"),
             control: self.sockets.join(format!("{name}.ctl")),
             log: self.log.join(format!("{log}.log")),
@@ -102,6 +105,11 @@ impl Places {
     /// A mark that the domain's next start is the arrival of a guest that runs elsewhere, or of one that was saved.
     pub fn arrival(&self, domain: &Domain) -> PathBuf {
         self.run.join(format!("{}.arrival", domain.uuid))
+    }
+
+    /// The file whose lock a change of the running domain's disks holds.
+    pub fn changes(&self, domain: &Domain) -> PathBuf {
+        self.run.join(format!("{}.changes", domain.uuid))
     }
 }
 

@@ -2,6 +2,7 @@
 //! that stop answering.
 
 mod copies;
+mod domain;
 mod hung_target;
 mod image_format;
 mod life_cycle;

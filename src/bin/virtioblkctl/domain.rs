@@ -12,6 +12,7 @@ use virtioblkd::internal::base::text::{clean, clean_json};
 use virtioblkd::internal::control::client::Failure;
 use virtioblkd::internal::host::check::facts::Facts;
 use virtioblkd::internal::host::check::{self, Finding, Grade};
+use virtioblkd::internal::host::connection;
 use virtioblkd::internal::host::convert::{self, Converted};
 use virtioblkd::internal::host::domain::{Domain as Description, MAX_BYTES, VhostUserDisk};
 use virtioblkd::internal::host::hook::Host;
@@ -173,19 +174,27 @@ fn apply(name: &str) -> Result<u8, Failure> {
     let host = Host::of_this_user().map_err(failed)?;
     let upgrade =
         |control: &Path, file: &Path| upgrade::to_configuration(control, file).map_err(|error| error.to_string());
-    for (target, applied) in hotplug::apply(&host, name, upgrade).map_err(failed)? {
+    let results = hotplug::apply(&host, name, upgrade).map_err(failed)?;
+    let mut is_complete = results.incomplete.is_none();
+    for (target, applied) in results.disks {
         let text = match applied {
             Applied::Unchanged => "unchanged".to_owned(),
             Applied::Upgraded => "has its new options".to_owned(),
             Applied::Left(why) => format!("left as it is: {why}"),
+            Applied::Failed(why) => {
+                is_complete = false;
+                format!("failed: {why}")
+            }
         };
         print(&format!("{}: {}\n", clean(&target), clean(&text)))?;
     }
-    Ok(0)
+    results.incomplete.iter().for_each(logging::message);
+    Ok(u8::from(!is_complete))
 }
 
 fn status(name: &str, chosen: &Chosen, json: bool) -> Result<u8, Failure> {
     let xml = virsh::describe(name, false).map_err(failed)?;
+    connection::check_local().map_err(failed)?;
     let (domain, described) = described(&xml)?;
     let state = virsh::run(&["domstate", "--domain", name], virsh::QUERY_TIMEOUT).map_err(failed)?;
     let listed = listing::find(&chosen.directories()).map_err(failed)?;
@@ -240,7 +249,7 @@ fn row(disk: &Listed, state: &State, described: &[DiskOptions]) -> Value {
 }
 
 fn check(name: &str, chosen: &Chosen, json: bool) -> Result<u8, Failure> {
-    let xml = description(name, |name| virsh::describe(name, true))?;
+    let xml = description(name, |name| connection::check_ours().and_then(|()| virsh::describe(name, true)))?;
     let host = Host::of_this_user().map_err(failed)?;
     // An error in the metadata is reported as a finding.
     let disks = metadata::of_xml(&xml).unwrap_or_default();
@@ -281,7 +290,13 @@ fn finding_text(finding: &Finding) -> String {
 }
 
 fn convert(options: &Convert) -> Result<u8, Failure> {
-    let xml = description(&options.name, virsh::describe_whole)?;
+    if options.define && !options.back {
+        connection::check_ours().map_err(failed)?;
+    }
+    let xml = description(&options.name, |name| {
+        // The converted disk has the path of a socket of this host and this user.
+        if options.back { Ok(()) } else { connection::check_ours() }.and_then(|()| virsh::describe_whole(name))
+    })?;
     let Converted { xml, notes } = match options.back {
         true => convert::to_qemu(&xml, &options.target),
         false => {
