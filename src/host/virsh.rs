@@ -1,13 +1,14 @@
 //! libvirt as virsh reaches it, which honours LIBVIRT_DEFAULT_URI. Each call is bounded in time.
 
-use std::fs::{self, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::snapshot::child::{Ended, output};
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use crate::snapshot::child::{Ended, MAX_OUTPUT, output};
 
 /// How long libvirt may take to answer a question.
 pub const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -24,15 +25,23 @@ pub fn run(arguments: &[&str], timeout: Duration) -> Result<String, String> {
         _ => format!("virsh cannot be run: {error}"),
     })?;
     match ended {
-        Ended::Status(status) if status.success() => Ok(out),
+        Ended::Status(status) if status.success() => whole(what, out),
         Ended::Status(status) => Err(match err.lines().find_map(|line| line.trim().strip_prefix("error: ")) {
             // The first line of two is virsh's ("Failed to attach device"), the second libvirt's reason.
             Some(_) => said(&err),
-            None => format!("virsh {what} failed ({status})"),
+            None => format!("virsh {what} failed ({status}) and did not say why: run it by hand"),
         }),
         Ended::TimedOut | Ended::Stopped => {
             Err(format!("virsh {what} did not end within {} s: does libvirtd answer?", timeout.as_secs()))
         }
+    }
+}
+
+/// What virsh printed, unless it was cut.
+fn whole(what: &str, out: String) -> Result<String, String> {
+    match out.len() as u64 >= MAX_OUTPUT {
+        true => Err(format!("virsh {what} printed more than {} MiB, which is too much to read", MAX_OUTPUT >> 20)),
+        false => Ok(out),
     }
 }
 
@@ -42,38 +51,17 @@ fn said(err: &str) -> String {
     format!("libvirt: {}", parts.join(": "))
 }
 
-/// Calls `act` with the path of a file with this text, which only our user may read: a domain's description has secrets.
+/// Calls `act` with the path of a file with this text. A domain's description has secrets: the file is only in memory,
+/// other users may not read it, and it ends with the processes that use it, however they end.
 pub fn with_file<T>(text: &str, act: impl FnOnce(&str) -> Result<T, String>) -> Result<T, String> {
-    let file = PrivateFile::create(text).map_err(|error| format!("cannot write a file for virsh: {error}"))?;
-    act(file.0.to_str().ok_or("the directory of temporary files has a name that is no text")?)
+    let file = memory_file(text).map_err(|error| format!("cannot make a file for virsh: {error}"))?;
+    act(&format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()))
 }
 
-/// A file that is removed when dropped.
-struct PrivateFile(PathBuf);
-
-impl PrivateFile {
-    fn create(text: &str) -> io::Result<Self> {
-        let directory = std::env::temp_dir();
-        for number in 0..1000 {
-            let path = directory.join(format!("virtioblkctl-{}-{number}.xml", std::process::id()));
-            match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
-                Ok(mut file) => {
-                    let private = PrivateFile(path);
-                    file.write_all(text.as_bytes())?;
-                    return Ok(private);
-                }
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Err(io::ErrorKind::AlreadyExists.into())
-    }
-}
-
-impl Drop for PrivateFile {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
+fn memory_file(text: &str) -> io::Result<File> {
+    let mut file = File::from(memfd_create("domain.xml", MemfdFlags::CLOEXEC)?);
+    file.write_all(text.as_bytes())?;
+    Ok(file)
 }
 
 /// The description of a domain: the one that runs, or `inactive`, the one of its next start.
@@ -82,12 +70,19 @@ pub fn describe(domain: &str, inactive: bool) -> Result<String, String> {
     if inactive {
         arguments.push("--inactive");
     }
-    run(&arguments, QUERY_TIMEOUT)
+    not_empty(run(&arguments, QUERY_TIMEOUT)?)
 }
 
 /// The description of a domain's next start with the secrets in it, which `virsh define` would lose otherwise.
 pub fn describe_whole(domain: &str) -> Result<String, String> {
-    run(&["dumpxml", "--domain", domain, "--inactive", "--security-info"], QUERY_TIMEOUT)
+    not_empty(run(&["dumpxml", "--domain", domain, "--inactive", "--security-info"], QUERY_TIMEOUT)?)
+}
+
+fn not_empty(xml: String) -> Result<String, String> {
+    match xml.trim().is_empty() {
+        true => Err("virsh dumpxml succeeded and printed nothing: run it by hand".into()),
+        false => Ok(xml),
+    }
 }
 
 #[cfg(test)]
@@ -98,5 +93,24 @@ mod tests {
     fn libvirts_reason_is_one_line() {
         let text = "error: Failed to attach device from x.xml\nerror: internal error: no slot\n\n";
         assert_eq!(said(text), "libvirt: Failed to attach device from x.xml: internal error: no slot");
+    }
+
+    #[test]
+    fn a_description_for_virsh_is_in_no_directory_and_another_process_can_read_it() {
+        let read = |path: &str| {
+            let target = std::fs::read_link(path).unwrap();
+            assert!(target.to_string_lossy().starts_with("/memfd:"), "{target:?}");
+            let cat = Command::new("cat").args([path, path]).output().unwrap();
+            String::from_utf8(cat.stdout).map_err(|error| error.to_string())
+        };
+        assert_eq!(with_file("<domain/>", read), Ok("<domain/><domain/>".into()));
+    }
+
+    #[test]
+    fn an_output_that_was_cut_and_an_empty_description_are_errors() {
+        let cut = "x".repeat(usize::try_from(MAX_OUTPUT).unwrap());
+        assert!(whole("dumpxml", cut).unwrap_err().contains("more than 4 MiB"));
+        assert_eq!(whole("dumpxml", "<a/>".into()), Ok("<a/>".into()));
+        assert!(not_empty("\n".into()).unwrap_err().contains("printed nothing"));
     }
 }

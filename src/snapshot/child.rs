@@ -16,7 +16,7 @@ use super::wait::{Stop, Wake, wait};
 /// How long a command may take to end in order after SIGTERM.
 const TERMINATION_TIMEOUT: Duration = Duration::from_secs(2);
 /// The most bytes of output that are read.
-const MAX_OUTPUT: u64 = 4 << 20;
+pub(crate) const MAX_OUTPUT: u64 = 4 << 20;
 
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
