@@ -23,11 +23,11 @@ const DEFAULT_GROUP_SOCKET_MODE: u32 = 0o660;
 /// The default mode of the control socket.
 const DEFAULT_CONTROL_MODE: u32 = 0o600;
 /// The default limit of queues. It is generous because a queue that the guest does not use costs nothing: it has no thread.
-const DEFAULT_NUM_QUEUES: u16 = 256;
+pub(crate) const DEFAULT_NUM_QUEUES: u16 = 256;
 /// The default size of a copy's scratch file, in bytes.
 const DEFAULT_SCRATCH_SIZE: u64 = 1 << 30;
 /// The default limit of a queue's size: the largest `queue-size` that QEMU accepts.
-const DEFAULT_QUEUE_SIZE: u16 = 1024;
+pub(crate) const DEFAULT_QUEUE_SIZE: u16 = 1024;
 
 /// A vhost-user-blk server: serves one raw image or Ceph RBD image to QEMU, and pauses the guest's writes on request.
 ///

@@ -28,6 +28,7 @@ use crate::control::Access;
 use crate::engine::{CacheMode, OnError};
 use crate::sandbox::SandboxLevel;
 use args::Args;
+pub(crate) use args::{DEFAULT_NUM_QUEUES, DEFAULT_QUEUE_SIZE};
 pub use file::file_keys;
 pub(crate) use file::nearest;
 pub use values::disk_size;

@@ -52,6 +52,10 @@ pub struct VhostUserDisk {
     pub socket_range: Range<usize>,
     /// `<driver queues='...'>`.
     pub queues: Option<u32>,
+    /// `<driver queue_size='...'>`.
+    pub queue_size: Option<u32>,
+    /// Settings of `<driver>` that are on and that no vhost-user disk of ours has: `iommu`, `packed`.
+    pub impossible: Vec<String>,
     /// `<reconnect enabled='yes'>`: QEMU connects again after the server was restarted.
     pub reconnects: bool,
 }
@@ -124,12 +128,17 @@ fn vhost_user_disk(domain: &str, target: &str, disk: Node<'_, '_>) -> Result<Vho
              socket that QEMU connects to"
         ));
     };
+    let driver = child(disk, "driver");
+    let of_driver = |name: &str| driver.and_then(|driver| driver.attribute(name));
+    let is_on = |name: &&str| of_driver(name) == Some("on");
     let reconnect = source.and_then(|source| child(source, "reconnect"));
     Ok(VhostUserDisk {
         target: target.to_owned(),
         socket: path.value().to_owned(),
         socket_range: path.range_value(),
-        queues: child(disk, "driver").and_then(|driver| driver.attribute("queues")?.parse().ok()),
+        queues: of_driver("queues").and_then(|queues| queues.parse().ok()),
+        queue_size: of_driver("queue_size").and_then(|size| size.parse().ok()),
+        impossible: ["iommu", "packed"].into_iter().filter(is_on).map(str::to_owned).collect(),
         reconnects: reconnect.is_some_and(|reconnect| reconnect.attribute("enabled") == Some("yes")),
     })
 }

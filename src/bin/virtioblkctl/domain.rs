@@ -144,17 +144,28 @@ fn failed(error: impl std::fmt::Display) -> Failure {
     Failure::new("domain", error.to_string())
 }
 
-/// Reads the XML of a domain, of a file, or of standard input. A name with a slash, or one that ends in `.xml`, is a file's.
+/// A name with a slash, or one that ends in `.xml`, is a file's; `-` is standard input's.
+fn is_file(name: &str) -> bool {
+    name == "-" || name.contains('/') || name.ends_with(".xml")
+}
+
+/// Reads the XML of a domain, of a file, or of standard input.
 fn description(name: &str, of_libvirt: impl Fn(&str) -> Result<String, String>) -> Result<String, Failure> {
+    if !is_file(name) {
+        return of_libvirt(name).map_err(failed);
+    }
     let mut xml = String::new();
     let read = match name {
-        "-" => io::stdin().take(MAX_BYTES).read_to_string(&mut xml),
-        path if path.contains('/') || path.ends_with(".xml") => {
-            File::open(path).and_then(|file| file.take(MAX_BYTES).read_to_string(&mut xml))
-        }
-        name => return of_libvirt(name).map_err(failed),
+        "-" => io::stdin().take(MAX_BYTES + 1).read_to_string(&mut xml),
+        path => File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_string(&mut xml)),
     };
-    read.map(|_| xml).map_err(|error| failed(format!("cannot read '{name}': {error}")))
+    read.map_err(|error| failed(format!("cannot read '{name}': {error}")))?;
+    match xml.len() as u64 > MAX_BYTES {
+        true => {
+            Err(failed(format!("'{name}' is larger than {} MiB, which no domain's description is", MAX_BYTES >> 20)))
+        }
+        false => Ok(xml),
+    }
 }
 
 fn described(xml: &str) -> Result<(Description, Vec<DiskOptions>), Failure> {
@@ -251,9 +262,7 @@ fn row(disk: &Listed, state: &State, described: &[DiskOptions]) -> Value {
 fn check(name: &str, chosen: &Chosen, json: bool) -> Result<u8, Failure> {
     let xml = description(name, |name| connection::check_ours().and_then(|()| virsh::describe(name, true)))?;
     let host = Host::of_this_user().map_err(failed)?;
-    // An error in the metadata is reported as a finding.
-    let disks = metadata::of_xml(&xml).unwrap_or_default();
-    let findings = check::findings(&xml, &Facts::of_this_host(&host, &chosen.directories(), &disks));
+    let findings = check::findings(&xml, &Facts::of_this_host(&host, &chosen.directories(), &xml));
     let problems = findings.iter().filter(|found| found.grade == Grade::Problem).count();
     if json {
         let all: Vec<Value> = findings.iter().map(finding_json).collect();

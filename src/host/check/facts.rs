@@ -1,13 +1,15 @@
 //! What the host says of a domain's disks. Nothing here changes anything, and every question is bounded in time.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use super::super::domain::Domain;
 use super::super::hook::Host;
 use super::super::listing::{self, Directories};
-use super::super::metadata::DiskOptions;
+use super::super::metadata::{self, DiskOptions};
 use super::super::virsh;
 use crate::backend::image_format::{self, ImageEnds};
 use crate::snapshot::child::{Ended, output};
@@ -20,6 +22,10 @@ const IMAGE_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Facts {
     /// Each disk's image, by its target.
     pub images: Vec<(String, ImageFact)>,
+    /// Which file or device each disk's image is, by its target. Two names of one image are equal here.
+    pub identities: Vec<(String, String)>,
+    /// Directories of the domain's sockets that do not exist, and that the hook does not make.
+    pub missing_directories: Vec<PathBuf>,
     /// vhost-user sockets that daemons of this host have.
     pub served: Vec<PathBuf>,
     /// libvirt's hook is installed.
@@ -55,18 +61,34 @@ pub enum ImageFact {
         /// The format.
         format: String,
     },
+    /// The user that its element names does not exist.
+    NoUser(String),
+    /// It can be opened, and no disk can be served from it.
+    Unsuitable {
+        /// The image.
+        path: PathBuf,
+        /// What it is, as the end of a sentence that begins with "it".
+        why: String,
+        /// What to do.
+        fix: String,
+    },
     /// Why it was not looked at.
     Unchecked(String),
 }
 
 impl Facts {
-    /// Asks this host about these disks.
-    pub fn of_this_host(host: &Host, directories: &Directories, disks: &[DiskOptions]) -> Self {
+    /// Asks this host about the disks of this description. One that cannot be read has none.
+    pub fn of_this_host(host: &Host, directories: &Directories, xml: &str) -> Self {
+        let disks = metadata::of_xml(xml).unwrap_or_default();
+        let domain = Domain::parse(xml);
+        let sockets = domain.iter().flat_map(|domain| domain.disks.iter().map(|disk| Path::new(&disk.socket)));
         let user = host.daemon_user;
-        let exists = |user: &&str| nix::unistd::User::from_name(user).is_ok_and(|user| user.is_some());
-        let image_of = |disk: &DiskOptions| (disk.target.clone(), image(disk, user));
+        let images = disks.iter().map(|disk| (disk.target.clone(), image(disk, user)));
+        let identity = |disk: &DiskOptions| Some((disk.target.clone(), stat(path(disk)?).ok()??.identity));
         Facts {
-            images: disks.iter().map(image_of).collect(),
+            images: images.collect(),
+            identities: disks.iter().filter_map(identity).collect(),
+            missing_directories: missing_directories(sockets, &host.places.sockets),
             served: served(directories),
             has_hook: has_hook(),
             missing_user: user.filter(|user| !exists(user)).map(str::to_owned),
@@ -75,6 +97,20 @@ impl Facts {
             qemu: qemu(),
         }
     }
+}
+
+/// A user by name or number: a number needs no entry.
+fn exists(user: &str) -> bool {
+    user.parse::<u32>().is_ok() || nix::unistd::User::from_name(user).is_ok_and(|user| user.is_some())
+}
+
+fn missing_directories<'a>(sockets: impl Iterator<Item = &'a Path>, made_by_hook: &Path) -> Vec<PathBuf> {
+    let directories = sockets.filter(|path| path.is_absolute()).filter_map(Path::parent);
+    let mut missing: Vec<PathBuf> = directories.filter(|path| *path != made_by_hook).map(Path::to_owned).collect();
+    missing.sort();
+    missing.dedup();
+    missing.retain(|path| !path.is_dir());
+    missing
 }
 
 fn served(directories: &Directories) -> Vec<PathBuf> {
@@ -91,15 +127,33 @@ fn has_hook() -> bool {
         false => std::env::var_os("HOME").map(|home| Path::new(&home).join(".config/libvirt")),
     };
     let entries = configuration.and_then(|path| fs::read_dir(path.join("hooks/qemu.d")).ok());
-    let names = entries.into_iter().flatten().flatten().map(|entry| entry.file_name());
-    names.into_iter().any(|name| name.as_encoded_bytes().ends_with(b"virtioblkd"))
+    entries.into_iter().flatten().flatten().any(|entry| is_hook(&entry.path()))
+}
+
+/// A link whose program is gone, or a program that cannot be run, is no hook.
+fn is_hook(path: &Path) -> bool {
+    let is_program = |metadata: fs::Metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0;
+    path.as_os_str().as_encoded_bytes().ends_with(b"virtioblkd") && fs::metadata(path).is_ok_and(is_program)
+}
+
+fn option<'a>(disk: &'a DiskOptions, key: &str) -> Option<&'a str> {
+    disk.options.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
+}
+
+fn path(disk: &DiskOptions) -> Option<&Path> {
+    option(disk, "blk-file").map(Path::new)
 }
 
 fn image(disk: &DiskOptions, user: Option<&str>) -> ImageFact {
-    let option = |key: &str| disk.options.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str());
-    let Some(path) = option("blk-file").map(Path::new) else {
+    let option = |key: &str| option(disk, key);
+    let Some(path) = path(disk) else {
         return ImageFact::Unchecked("it is Ceph's".into());
     };
+    match (option("user"), user) {
+        (Some(user), _) if !exists(user) => return ImageFact::NoUser(user.to_owned()),
+        (None, Some(user)) if !exists(user) => return ImageFact::Unchecked("its daemon's user does not exist".into()),
+        _ => {}
+    }
     let mut test = vec!["-r", "PATH"];
     if option("read-only") != Some("true") {
         test.extend(["-a", "-w", "PATH"]);
@@ -124,9 +178,58 @@ fn image(disk: &DiskOptions, user: Option<&str>) -> ImageFact {
         (_, Ok(false)) => {
             ImageFact::NotUsable { path: path.to_owned(), user: user.unwrap_or("of this session").to_owned() }
         }
-        (_, Ok(true)) if option("format") == Some("raw") => ImageFact::Usable,
-        (_, Ok(true)) => format(path),
+        (_, Ok(true)) => match unsuitable(path, option("logical-block-size")) {
+            Some(fact) => fact,
+            None if option("format") == Some("raw") => ImageFact::Usable,
+            None => format(path),
+        },
     }
+}
+
+/// What `stat` says of a file.
+#[derive(Debug, PartialEq, Eq)]
+struct Stat {
+    kind: String,
+    size: u64,
+    identity: String,
+}
+
+/// Asks in a process of its own: the storage may hang. `None`: the answer is not understood.
+fn stat(path: &Path) -> Result<Option<Stat>, String> {
+    let mut command = Command::new("stat");
+    command.args(["-L", "-c", "%d:%i|%t:%T|%s|%F", "--"]).arg(path).env("LC_ALL", "C");
+    match output(command, Instant::now() + IMAGE_TIMEOUT, None) {
+        Ok((Ended::Status(status), text, _)) if status.success() => Ok(parsed_stat(&text)),
+        Ok(_) => Ok(None),
+        Err(error) => Err(format!("stat: {error}")),
+    }
+}
+
+fn parsed_stat(text: &str) -> Option<Stat> {
+    let mut parts = text.trim_end().split('|');
+    let (inode, device, size, kind) = (parts.next()?, parts.next()?, parts.next()?.parse().ok()?, parts.next()?);
+    // A device is one device whatever file stands for it.
+    let identity = if kind == "block special file" { format!("device {device}") } else { inode.to_owned() };
+    Some(Stat { kind: kind.to_owned(), size, identity })
+}
+
+/// What the daemon would refuse at its start: see `backend::file::open`.
+fn unsuitable(path: &Path, logical_block_size: Option<&str>) -> Option<ImageFact> {
+    let stat = stat(path).ok()??;
+    let block = logical_block_size.and_then(|size| size.parse().ok()).filter(|size| *size > 0).unwrap_or(512);
+    let (why, fix) = match stat.kind.as_str() {
+        "block special file" => return None,
+        "regular file" | "regular empty file" if stat.size == 0 => {
+            ("is empty".to_owned(), "give it a size (truncate -s 10G FILE), or correct file= in <metadata>".to_owned())
+        }
+        "regular file" if !stat.size.is_multiple_of(block) => (
+            format!("has {} bytes, which is no multiple of the {block}-byte logical blocks", stat.size),
+            format!("round it up: truncate -s %{block} FILE"),
+        ),
+        "regular file" => return None,
+        other => (format!("is a {other}, and neither a file nor a block device"), "correct file= in <metadata>".into()),
+    };
+    Some(ImageFact::Unsuitable { path: path.to_owned(), why, fix })
 }
 
 fn group_of(user: &str) -> String {
@@ -198,5 +301,67 @@ mod tests {
         let text = "Using API: QEMU 11.3.0\nRunning hypervisor: QEMU 7.2.15\n";
         assert_eq!(version(text), Some((7, 2)));
         assert_eq!(version("Running hypervisor: Xen 4.1.0"), None);
+    }
+
+    fn disk(options: &[(&str, &str)]) -> DiskOptions {
+        let options = options.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        DiskOptions { target: "vda".into(), options: options.collect() }
+    }
+
+    #[test]
+    fn an_image_that_no_disk_can_be_served_from_is_unsuitable() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = |name: &str, size: u64| {
+            let path = directory.path().join(name);
+            fs::File::create(&path).and_then(|file| file.set_len(size)).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        let (empty, odd, good) = (file("empty", 0), file("odd", 513), file("good", 4096 + 512));
+        let why = |path: &str, more: &[(&str, &str)]| match image(&disk(&[&[("blk-file", path)], more].concat()), None)
+        {
+            ImageFact::Unsuitable { why, .. } => why,
+            other => format!("{other:?}"),
+        };
+        assert_eq!(why(&empty, &[]), "is empty");
+        assert!(why(&odd, &[]).contains("513 bytes"));
+        assert_eq!(why(&good, &[]), "Usable");
+        assert!(why(&good, &[("logical-block-size", "4096")]).contains("4096-byte"));
+        assert!(why(directory.path().to_str().unwrap(), &[]).contains("is a directory"));
+        assert!(why("/dev/null", &[]).contains("character special file"));
+        assert_eq!(why(&good, &[("user", "no-such-user")]), r#"NoUser("no-such-user")"#);
+    }
+
+    #[test]
+    fn two_names_of_one_image_have_one_identity() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        fs::write(path("a"), "a").unwrap();
+        fs::write(path("b"), "b").unwrap();
+        fs::hard_link(path("a"), path("hard")).unwrap();
+        std::os::unix::fs::symlink("a", path("soft")).unwrap();
+        let identity = |name: &str| stat(&path(name)).unwrap().unwrap().identity;
+        assert_eq!((identity("hard"), identity("soft")), (identity("a"), identity("a")));
+        assert_ne!(identity("b"), identity("a"));
+        let device = parsed_stat("5:9|fd:1|0|block special file\n").unwrap();
+        assert_eq!(device.identity, "device fd:1");
+    }
+
+    #[test]
+    fn a_hook_whose_program_is_gone_is_no_hook() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        std::os::unix::fs::symlink("/bin/sh", path("50-virtioblkd")).unwrap();
+        std::os::unix::fs::symlink("/no/such/program", path("51-virtioblkd")).unwrap();
+        std::os::unix::fs::symlink("/bin/sh", path("other")).unwrap();
+        fs::write(path("52-virtioblkd"), "").unwrap();
+        let found = ["50-virtioblkd", "51-virtioblkd", "52-virtioblkd", "other"].map(|name| is_hook(&path(name)));
+        assert_eq!(found, [true, false, false, false]);
+    }
+
+    #[test]
+    fn a_sockets_directory_is_missing_unless_the_hook_makes_it() {
+        let sockets = ["/no/such/a.sock", "/no/such/b.sock", "/no/hook/c.sock", "/tmp/d.sock", "relative"];
+        let missing = missing_directories(sockets.iter().map(Path::new), Path::new("/no/hook"));
+        assert_eq!(missing, [PathBuf::from("/no/such")]);
     }
 }

@@ -3,17 +3,23 @@
 
 pub mod facts;
 
+use std::path::Path;
+
 use roxmltree::Node;
 
-use super::domain::{self, Domain, child};
+use super::domain::{self, Domain, VhostUserDisk, child};
 use super::metadata::{self, DiskOptions};
 use super::places::Places;
 use facts::{Facts, ImageFact};
 
+use crate::config;
 use crate::engine::cache::{CacheMode, CachePolicy};
 
 /// Bytes of a socket's path that fit into its address.
 const MAX_SOCKET_PATH: usize = 107;
+
+/// The descriptors of a queue where the description has no `queue_size` (`vhost_user_blk_properties`).
+const QEMU_QUEUE_SIZE: u32 = 128;
 
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,16 +63,17 @@ pub fn findings(xml: &str, facts: &Facts) -> Vec<Finding> {
     let parsed = domain::document(xml).and_then(|document| {
         let domain = Domain::of(&document)?;
         let described = metadata::read(&document)?;
-        let vcpus = child(domain::domain_node(&document)?, "vcpu").and_then(vcpus).unwrap_or(1);
-        Ok((domain, described, vcpus))
+        Ok((domain, described, Machine::of(domain::domain_node(&document)?, facts)))
     });
     match parsed {
         Err(error) => found.problem("domain", error.to_string(), "correct it with virsh edit"),
-        Ok((domain, described, vcpus)) => {
+        Ok((domain, described, machine)) => {
             check_memory(&domain, &mut found);
+            check_devices(&domain, &mut found);
             for disk in &described {
-                check_described(&domain, disk, facts, vcpus, &mut found);
+                check_described(&domain, disk, facts, machine, &mut found);
             }
+            check_shared_images(&described, facts, &mut found);
             check_undescribed(&domain, &described, facts, &mut found);
             check_host(&described, facts, &mut found);
         }
@@ -74,18 +81,53 @@ pub fn findings(xml: &str, facts: &Facts) -> Vec<Finding> {
     found.0
 }
 
-fn vcpus(node: Node<'_, '_>) -> Option<u32> {
-    node.text()?.trim().parse().ok()
+/// What the queues of a disk depend on.
+#[derive(Clone, Copy)]
+struct Machine {
+    vcpus: u32,
+    /// QEMU gives a disk without `queues` one for each virtual CPU.
+    has_auto_queues: bool,
+}
+
+impl Machine {
+    /// QEMU 5.2 began with it, and not for older machine types (`hw_compat_5_1`).
+    fn of(domain: Node<'_, '_>, facts: &Facts) -> Self {
+        let vcpu = child(domain, "vcpu");
+        let current = vcpu.and_then(|vcpu| vcpu.attribute("current")?.parse().ok());
+        let vcpus = current.or_else(|| domain::content(vcpu?).trim().parse().ok()).unwrap_or(1);
+        let kind = child(domain, "os").and_then(|os| child(os, "type")?.attribute("machine"));
+        let is_new = |version: (u32, u32)| version >= (5, 2);
+        let has_auto_queues = facts.qemu.is_none_or(is_new) && kind.and_then(machine_version).is_none_or(is_new);
+        Machine { vcpus, has_auto_queues }
+    }
+}
+
+/// The version in a machine type, such as `pc-q35-4.2`.
+fn machine_version(kind: &str) -> Option<(u32, u32)> {
+    let (major, minor) = kind.rsplit('-').next()?.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// A word of a command line, quoted where a shell would take it for more than itself.
+fn quoted(word: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_./:@%+=,-".contains(&byte);
+    match !word.is_empty() && word.bytes().all(is_plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', "'\\''")),
+    }
+}
+
+/// The command that converts a disk.
+fn convert_command(domain: &str, target: &str) -> String {
+    // A name that begins with a dash is no option.
+    let end_of_options = if domain.starts_with('-') { "-- " } else { "" };
+    format!("virtioblkctl domain convert {end_of_options}{} {}", quoted(domain), quoted(target))
 }
 
 fn check_memory(domain: &Domain, found: &mut Findings) {
     if domain.disks.is_empty() {
         let some = domain.other_targets.first().map_or("TARGET", String::as_str);
-        found.note(
-            "domain",
-            "no disk of it is of type vhostuser",
-            format!("virtioblkctl domain convert {} {some}", domain.name),
-        );
+        found.note("domain", "no disk of it is of type vhostuser", convert_command(&domain.name, some));
     } else if !domain.has_shared_memory {
         found.problem(
             "memory",
@@ -95,12 +137,58 @@ fn check_memory(domain: &Domain, found: &mut Findings) {
     }
 }
 
-fn check_described(domain: &Domain, disk: &DiskOptions, facts: &Facts, vcpus: u32, found: &mut Findings) {
+/// What is wrong with `<disk type='vhostuser'>`, whether our metadata describes it or not.
+fn check_devices(domain: &Domain, found: &mut Findings) {
+    for (at, disk) in domain.disks.iter().enumerate() {
+        for setting in &disk.impossible {
+            found.problem(
+                &disk.target,
+                format!("<driver {setting}='on'> is impossible for a vhost-user disk of virtioblkd"),
+                format!("remove {setting}='on' from its <driver>"),
+            );
+        }
+        if let Some(other) = domain.disks[..at].iter().find(|other| other.socket == disk.socket) {
+            found.problem(
+                &disk.target,
+                format!("it has the socket of the disk {}: {}", other.target, disk.socket),
+                "give each disk another path= in its <source>",
+            );
+        }
+    }
+}
+
+/// The daemon of the second disk would wait for the image for ever.
+fn check_shared_images(described: &[DiskOptions], facts: &Facts, found: &mut Findings) {
+    let image = |disk: &DiskOptions| {
+        let identity = facts.identities.iter().find(|(target, _)| *target == disk.target);
+        let path = || option(disk, "blk-file").or(option(disk, "rbd")).map(str::to_owned);
+        identity.map(|(_, identity)| identity.clone()).or_else(path)
+    };
+    let is_read_only = |disk: &DiskOptions| option(disk, "read-only") == Some("true");
+    for (at, disk) in described.iter().enumerate() {
+        let has_it = |other: &&DiskOptions| image(other) == image(disk) && !(is_read_only(other) && is_read_only(disk));
+        if let Some(other) = described[..at].iter().find(has_it) {
+            found.problem(
+                &disk.target,
+                format!(
+                    "its image is the one of the disk {}, too, and a guest that writes to one destroys the other",
+                    other.target
+                ),
+                "give each disk an image of its own, or both readonly='yes'",
+            );
+        }
+    }
+}
+
+fn option<'a>(disk: &'a DiskOptions, key: &str) -> Option<&'a str> {
+    disk.options.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
+}
+
+fn check_described(domain: &Domain, disk: &DiskOptions, facts: &Facts, machine: Machine, found: &mut Findings) {
     let target = disk.target.as_str();
-    let option = |key: &str| disk.options.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str());
     let Some(device) = domain.disk(target) else {
         let fix = match domain.other_targets.iter().any(|other| other == target) {
-            true => format!("virtioblkctl domain convert {} {target}", domain.name),
+            true => convert_command(&domain.name, target),
             false => "add the <disk type='vhostuser'>, or remove the element from <metadata>".to_owned(),
         };
         return found.problem(target, "<metadata> describes it, and it is no vhostuser disk", fix);
@@ -112,32 +200,74 @@ fn check_described(domain: &Domain, disk: &DiskOptions, facts: &Facts, vcpus: u3
             "put <reconnect enabled='yes' timeout='1'/> into its <source>",
         );
     }
-    if device.socket.len() > MAX_SOCKET_PATH || !device.socket.starts_with('/') {
+    check_socket(device, facts, found);
+    check_queues(device, disk, machine, found);
+    check_image(target, facts, found);
+    let mode = option(disk, "cache").and_then(|mode| mode.parse::<CacheMode>().ok()).unwrap_or_default();
+    found.note(target, format!("cache mode {mode}: {}", what_the_guest_sees(mode)), "");
+}
+
+fn check_socket(device: &VhostUserDisk, facts: &Facts, found: &mut Findings) {
+    let (target, socket) = (device.target.as_str(), device.socket.as_str());
+    let directory = Path::new(socket).parent().filter(|path| facts.missing_directories.iter().any(|one| one == path));
+    if !socket.starts_with('/') {
         found.problem(
             target,
-            format!("the socket '{}' is no absolute path of at most {MAX_SOCKET_PATH} bytes", device.socket),
+            format!("the socket '{socket}' is no absolute path"),
+            "let path= of its <source> begin with /, such as /run/virtioblkd/NAME.sock",
+        );
+    } else if socket.len() > MAX_SOCKET_PATH {
+        found.problem(
+            target,
+            format!("the socket '{socket}' has more than {MAX_SOCKET_PATH} bytes"),
             "shorten path= of its <source>",
         );
+    } else if let Some(directory) = directory {
+        found.problem(
+            target,
+            format!("the directory of its socket does not exist: {}", directory.display()),
+            format!(
+                "put path= of its <source> into the directory that the hook makes, /run/virtioblkd, or make this one: mkdir -p {}",
+                quoted(&directory.display().to_string())
+            ),
+        );
     }
-    let most = option("num-queues").and_then(|queues| queues.parse::<u32>().ok()).unwrap_or(u32::MAX);
+}
+
+fn check_queues(device: &VhostUserDisk, disk: &DiskOptions, machine: Machine, found: &mut Findings) {
+    let target = device.target.as_str();
+    let limit =
+        |key: &str, default: u16| option(disk, key).and_then(|text| text.parse().ok()).unwrap_or(default.into());
+    let queues: u32 = limit("num-queues", config::DEFAULT_NUM_QUEUES);
     match device.queues {
-        Some(queues) if queues > most => found.problem(
+        Some(asked) if asked > queues => found.problem(
+            target,
+            format!("<driver queues='{asked}'> asks for more queues than the daemon has ({queues}): QEMU will not start"),
+            format!("set queues='{asked}' in <metadata>, or queues='{queues}' in <driver>"),
+        ),
+        None if machine.has_auto_queues && machine.vcpus > queues => found.problem(
             target,
             format!(
-                "<driver queues='{queues}'> asks for more queues than the daemon has ({most}): QEMU will not start"
+                "QEMU asks for a queue for each of the {} virtual CPUs, and the daemon has {queues}: QEMU will not start",
+                machine.vcpus
             ),
-            format!("raise queues='{most}' in <metadata>, or lower the other"),
+            format!("set queues='{queues}' in <driver>"),
         ),
-        None if vcpus > 1 => found.note(
+        None if !machine.has_auto_queues && machine.vcpus > 1 => found.note(
             target,
-            format!("its {vcpus} virtual CPUs share one queue"),
-            format!("<driver queues='{}'> gives each its own", vcpus.min(most)),
+            format!("its {} virtual CPUs share one queue", machine.vcpus),
+            format!("<driver queues='{}'> gives each its own", machine.vcpus.min(queues)),
         ),
         _ => {}
     }
-    check_image(target, facts, found);
-    let mode = option("cache").and_then(|mode| mode.parse::<CacheMode>().ok()).unwrap_or_default();
-    found.note(target, format!("cache mode {mode}: {}", what_the_guest_sees(mode)), "");
+    let (size, asked) = (limit("queue-size", config::DEFAULT_QUEUE_SIZE), device.queue_size.unwrap_or(QEMU_QUEUE_SIZE));
+    if asked > size {
+        found.problem(
+            target,
+            format!("QEMU gives it queues of {asked} descriptors, and the daemon takes at most {size}: the disk will not work"),
+            format!("set queue_size='{asked}' in <metadata>, or queue_size='{size}' in <driver>"),
+        );
+    }
 }
 
 /// What a mode means for the guest.
@@ -170,8 +300,9 @@ fn check_image(target: &str, facts: &Facts, found: &mut Findings) {
             target,
             format!("the user {user}, which its daemon runs as, cannot open the image {}", path.display()),
             format!(
-                "setfacl -m u:{user}:rw {0}, and x on its directories; or user='...' in <metadata>",
-                path.display()
+                "setfacl -m u:{}:rw {}, and x on its directories; or user='...' in <metadata>",
+                quoted(user),
+                quoted(&path.display().to_string())
             ),
         ),
         ImageFact::OfAnotherFormat { path, format } => found.problem(
@@ -179,6 +310,14 @@ fn check_image(target: &str, facts: &Facts, found: &mut Findings) {
             format!("the image {} has the format {format}, and is served as raw", path.display()),
             "convert it with qemu-img convert -O raw",
         ),
+        ImageFact::NoUser(user) => found.problem(
+            target,
+            format!("there is no user '{user}', which its daemon is to run as"),
+            "correct user= in <metadata>, or leave it out",
+        ),
+        ImageFact::Unsuitable { path, why, fix } => {
+            found.problem(target, format!("the image {} cannot be served: it {why}", path.display()), fix)
+        }
         ImageFact::Unchecked(why) => {
             found.note(target, format!("whether its image can be opened was not checked: {why}"), "")
         }
@@ -207,8 +346,8 @@ fn check_host(described: &[DiskOptions], facts: &Facts, found: &mut Findings) {
     if !facts.has_hook {
         found.problem(
             "host",
-            "libvirt's hook is not installed, so nothing starts the daemons",
-            "ln -s /usr/local/bin/virtioblkctl /etc/libvirt/hooks/qemu.d/50-virtioblkd, then restart libvirtd",
+            "libvirt's hook is not installed, or its link leads to no program, so nothing starts the daemons",
+            "ln -sf /usr/local/bin/virtioblkctl /etc/libvirt/hooks/qemu.d/50-virtioblkd, then restart libvirtd",
         );
     }
     let needs_user = described.iter().any(|disk| disk.options.iter().all(|(name, _)| name != "user"));
@@ -233,7 +372,11 @@ fn check_host(described: &[DiskOptions], facts: &Facts, found: &mut Findings) {
             false => found.problem(
                 "host",
                 format!("SELinux is on, and {places} has the label {label}, which QEMU may not connect to"),
-                format!("semanage fcontext -a -t svirt_image_t '{places}(/.*)?'; restorecon -R {places}"),
+                format!(
+                    "semanage fcontext -a -t svirt_image_t {}; restorecon -R {}",
+                    quoted(&format!("{places}(/.*)?")),
+                    quoted(&places)
+                ),
             ),
         }
     }

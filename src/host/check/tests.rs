@@ -43,6 +43,57 @@ fn each_problem_is_named_with_its_fix() {
         (domain("", OURS, &good()), good_facts(), "not shared", "mode='shared'"),
         (domain(SHARED, OURS, &disk("", "")), good_facts(), "does not connect again", "<reconnect"),
         (domain(SHARED, OURS, &disk("queues='4'", RECONNECT)), good_facts(), "more queues", "queues='2'"),
+        (
+            domain(SHARED, "<v:disk target='vda' file='/a'/>", &disk("queues='300'", RECONNECT)),
+            good_facts(),
+            "more queues than the daemon has (256)",
+            "queues='256'",
+        ),
+        (
+            domain(&format!("<vcpu>4</vcpu>{SHARED}"), OURS, &good()),
+            good_facts(),
+            "each of the 4 virtual CPUs",
+            "queues='2' in <driver>",
+        ),
+        (
+            domain(SHARED, "<v:disk target='vda' file='/a' queue_size='256'/>", &disk("queue_size='1024'", RECONNECT)),
+            good_facts(),
+            "queues of 1024 descriptors",
+            "queue_size='256' in <driver>",
+        ),
+        (
+            domain(SHARED, "<v:disk target='vda' file='/a' queue_size='64'/>", &good()),
+            good_facts(),
+            "queues of 128 descriptors",
+            "queue_size='64' in <driver>",
+        ),
+        (
+            domain(SHARED, OURS, &disk("iommu='on'", RECONNECT)),
+            good_facts(),
+            "iommu='on'> is impossible",
+            "remove iommu",
+        ),
+        (domain(SHARED, OURS, &disk("packed='on'", RECONNECT)), good_facts(), "packed='on'> is impossible", "packed"),
+        (domain(SHARED, OURS, &good().replace("/run/a", "a")), good_facts(), "no absolute path", "begin with /"),
+        (
+            domain(SHARED, OURS, &good().replace("/run/a", &format!("/{}", "a".repeat(108)))),
+            good_facts(),
+            "more than 107 bytes",
+            "shorten path=",
+        ),
+        (
+            domain(SHARED, OURS, &good().replace("/run/a", "/no such/a")),
+            Facts { missing_directories: vec!["/no such".into()], ..good_facts() },
+            "directory of its socket does not exist: /no such",
+            "mkdir -p '/no such'",
+        ),
+        (domain(SHARED, OURS, &good()), image(ImageFact::NoUser("nosuch".into())), "no user 'nosuch'", "correct user="),
+        (
+            domain(SHARED, OURS, &good()),
+            image(ImageFact::Unsuitable { path: "/a".into(), why: "is empty".into(), fix: "truncate".into() }),
+            "image /a cannot be served: it is empty",
+            "truncate",
+        ),
         (domain(SHARED, OURS, ""), good_facts(), "no vhostuser disk", "<metadata>"),
         (
             domain(SHARED, OURS, "<disk type='file'><target dev='vda'/></disk>"),
@@ -109,4 +160,59 @@ fn every_mode_says_what_the_guest_sees() {
         "unsafe: the guest sees write back, a write is acknowledged when the host's cache has it, its flushes are ignored",
     ];
     assert_eq!(said, expected);
+}
+
+fn two_disks(ours: [&str; 2], sockets: [&str; 2]) -> String {
+    let one = disk("", RECONNECT).replace("/run/a.sock", sockets[0]);
+    let other = disk("", RECONNECT).replace("vda", "vdb").replace("/run/a.sock", sockets[1]);
+    let ours = format!("<v:disk target='vda' {}/><v:disk target='vdb' {}/>", ours[0], ours[1]);
+    domain(SHARED, &ours, &[one, other].concat())
+}
+
+#[test]
+fn two_disks_with_one_socket_or_one_image_are_a_problem() {
+    let sockets = ["/run/a.sock", "/run/b.sock"];
+    let about = |xml: &str, facts: &Facts| {
+        let found = problems(xml, facts);
+        found.iter().map(|one| format!("{}: {}", one.about, one.what)).collect::<Vec<_>>().join("; ")
+    };
+    let good = two_disks(["file='/a'", "file='/b'"], sockets);
+    assert_eq!(about(&good, &good_facts()), "");
+    let found = about(&two_disks(["file='/a'", "file='/b'"], ["/run/a.sock"; 2]), &good_facts());
+    assert_eq!(found, "vdb: it has the socket of the disk vda: /run/a.sock");
+    for ours in [["file='/a'", "file='/a'"], ["rbd='p/i'", "rbd='p/i' readonly='yes'"]] {
+        let found = about(&two_disks(ours, sockets), &good_facts());
+        assert!(found.starts_with("vdb: its image is the one of the disk vda"), "{found}");
+    }
+    let same = ["vda", "vdb"].map(|target| (target.to_owned(), "1:2".to_owned())).to_vec();
+    let found = about(&good, &Facts { identities: same, ..good_facts() });
+    assert!(found.starts_with("vdb: its image is the one of the disk vda"), "{found}");
+    assert_eq!(about(&two_disks(["file='/a' readonly='yes'"; 2], sockets), &good_facts()), "");
+}
+
+#[test]
+fn virtual_cpus_share_a_queue_only_with_an_old_qemu_or_machine() {
+    let shares = |more: &str, qemu: Option<(u32, u32)>| {
+        let xml = domain(&format!("{more}{SHARED}"), OURS, &disk("", RECONNECT));
+        let found = findings(&xml, &Facts { qemu, ..good_facts() });
+        found.iter().any(|one| one.what.contains("share one queue"))
+    };
+    let machine = |kind: &str| format!("<vcpu>2</vcpu><os><type machine='{kind}'>hvm</type></os>");
+    assert!(!shares("<vcpu>2</vcpu>", Some((10, 0))));
+    assert!(!shares(&machine("pc-q35-5.2"), Some((10, 0))));
+    assert!(!shares(&machine("pc-q35-rhel9.4.0"), Some((9, 0))));
+    assert!(shares(&machine("pc-q35-5.1"), Some((10, 0))));
+    assert!(shares("<vcpu>2</vcpu>", Some((5, 1))));
+    assert!(!shares("<vcpu current='1'>2</vcpu>", Some((5, 1))));
+}
+
+#[test]
+fn names_in_a_fix_are_one_word_for_the_shell() {
+    let xml = domain("", "", "<disk type='file'><target dev='sda'/></disk>");
+    let fix = |name: &str| findings(&xml.replace("<name>vm1", &format!("<name>{name}")), &good_facts()).remove(0).fix;
+    assert_eq!(fix("vm1"), "virtioblkctl domain convert vm1 sda");
+    assert_eq!(fix("a;touch /tmp/x $(id)"), "virtioblkctl domain convert 'a;touch /tmp/x $(id)' sda");
+    assert_eq!(fix("it's"), "virtioblkctl domain convert 'it'\\''s' sda");
+    assert_eq!(fix("-x"), "virtioblkctl domain convert -- -x sda");
+    assert!(fix("~root").ends_with("'~root' sda"));
 }
