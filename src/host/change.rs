@@ -18,17 +18,31 @@ pub(super) struct Change<'a> {
     pub(super) xml: String,
 }
 
-/// Returns the domain that runs, and its description.
-pub(super) fn running(name: &str) -> Result<(Domain, String), String> {
+/// A domain as libvirt has it now.
+struct Current {
+    domain: Domain,
+    xml: String,
+    is_running: bool,
+}
+
+fn current(name: &str) -> Result<Current, String> {
     let xml = virsh::describe(name, false)?;
     let document = document(&xml).map_err(|error| error.to_string())?;
     let domain = Domain::of(&document).map_err(|error| error.to_string())?;
     // libvirt numbers the domains that run.
-    if domain_node(&document).is_ok_and(|node| node.attribute("id").is_none()) {
-        return Err(format!("the domain {} does not run: virsh edit changes its next start", domain.name));
-    }
+    let is_running = domain_node(&document).is_ok_and(|node| node.has_attribute("id"));
     drop(document);
-    Ok((domain, xml))
+    Ok(Current { domain, xml, is_running })
+}
+
+/// Returns the domain that runs, and its description.
+fn running(name: &str) -> Result<(Domain, String), String> {
+    match current(name)? {
+        Current { domain, is_running: false, .. } => {
+            Err(format!("the domain {} does not run: virsh edit changes its next start", domain.name))
+        }
+        Current { domain, xml, .. } => Ok((domain, xml)),
+    }
 }
 
 impl<'a> Change<'a> {
@@ -48,9 +62,10 @@ impl<'a> Change<'a> {
         self.lock.shared_with_children(|| virsh::run(arguments, virsh::CHANGE_TIMEOUT))
     }
 
-    /// Whether libvirt says that the running domain has no vhost-user disk with this target. An error is no such answer.
+    /// Whether libvirt says that no QEMU has a vhost-user disk with this target: the domain runs without it, or has ended. An
+    /// error is no such answer.
     pub(super) fn lacks(&self, target: &str) -> bool {
-        running(self.name).is_ok_and(|(domain, _)| domain.disk(target).is_none())
+        current(self.name).is_ok_and(|current| !current.is_running || current.domain.disk(target).is_none())
     }
 
     /// The description of the domain's next start.

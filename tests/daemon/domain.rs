@@ -18,7 +18,7 @@ const UUID: &str = "6fd1f7a2-4c0b-4e0f-8a65-1a3c0d2e9b11";
 const OTHER_USERS: u32 = 540_000;
 
 /// virsh, for the commands and options that virtioblkctl gives. `$STATE/busy`: attach-device waits while it exists.
-/// `$STATE/stubborn`: the guest releases no disk. `$STATE/uri`: what virsh is connected to.
+/// `$STATE/stubborn`: the guest releases no disk. `$STATE/ended`: the domain does not run any more. `$STATE/uri`: what virsh is connected to.
 const VIRSH: &str = r#"#!/bin/sh
 shift
 command=$1
@@ -39,7 +39,7 @@ done
 case $command in
     uri) cat $STATE/uri 2>/dev/null || echo qemu:///session ;;
     dumpxml)
-        [ $which = live ] && id=" id='1'"
+        [ $which = live ] && [ ! -e $STATE/ended ] && id=" id='1'"
         echo "<domain type='kvm'$id><name>vm1</name><uuid>$(cat $STATE/uuid)</uuid>
             <metadata>$(cat $STATE/$which.metadata 2>/dev/null)</metadata>
             <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>
@@ -49,11 +49,13 @@ case $command in
         touch $STATE/attaching
         tries=0
         while [ -e $STATE/busy ] && [ $tries -lt 600 ]; do sleep 0.1; tries=$((tries + 1)); done
+        if [ -e $STATE/ended ]; then echo "error: domain is not running" >&2; exit 1; fi
         target=$(sed -n "s/.*target dev='\([^']*\)'.*/\1/p" $STATE/device.xml)
         cp $STATE/device.xml $STATE/live/$target
         [ -z "$config" ] || cp $STATE/device.xml $STATE/config/$target ;;
     detach-disk)
         [ -e $STATE/stubborn ] || rm $STATE/live/$target
+        [ ! -e $STATE/stubborn ] || touch $STATE/detaching
         [ -z "$config" ] || rm $STATE/config/$target ;;
     metadata)
         echo "$element" | sed "s/^<disks/<disks xmlns='urn:virtioblkd:libvirt:1'/" > $STATE/$which.metadata ;;
@@ -64,6 +66,8 @@ esac
 /// because root's disks are the host's.
 struct Scene {
     home: tempfile::TempDir,
+    /// For XDG_RUNTIME_DIR: a socket's path has at most 107 bytes.
+    run: tempfile::TempDir,
     /// Each has a user of its own: the daemons of one share a limit of locked memory.
     user: u32,
 }
@@ -73,7 +77,7 @@ impl Scene {
     fn new() -> Option<Self> {
         static SCENES: AtomicU32 = AtomicU32::new(0);
         let user = OTHER_USERS + std::process::id() % 1000 * 10 + SCENES.fetch_add(1, Relaxed) % 10;
-        let scene = Scene { home: programs::disk_dir(), user };
+        let scene = Scene { home: programs::disk_dir(), run: tempfile::tempdir().expect("room"), user };
         for directory in ["", "bin", "run", "state", "state/live", "state/config"] {
             fs::create_dir_all(scene.path(directory)).expect("room");
             scene.give(directory);
@@ -89,7 +93,10 @@ impl Scene {
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.home.path().join(name)
+        match name.strip_prefix("run") {
+            Some(rest) => self.run.path().join(rest.trim_start_matches('/')),
+            None => self.home.path().join(name),
+        }
     }
 
     fn give(&self, name: &str) {
@@ -263,6 +270,31 @@ fn a_killed_attach_is_finished_by_another_with_the_same_words_and_by_no_other() 
     );
     scene.succeeds(&["detach", "vm1", "vdc", "--config"]);
     assert!(!scene.metadata("config").contains("vdc"));
+}
+
+#[test]
+fn a_domain_that_ends_meanwhile_leaves_no_daemon() {
+    let Some(scene) = Scene::new() else { return };
+    let image = scene.image("a.raw");
+    let attach = scene.spawn_busy_attach(&["vm1", "vdc", &image, "queues=1"]);
+    scene.touch("state/ended", "");
+    scene.remove("state/busy");
+    let attach = ended(attach);
+    assert!(!attach.0 && attach.1.contains("domain is not running"), "{attach:?}");
+    assert_eq!(scene.left(), Vec::<String>::new());
+
+    scene.remove("state/ended");
+    scene.succeeds(&["attach", "vm1", "vdc", &image, "queues=1"]);
+    scene.touch("state/stubborn", "");
+    let began = Instant::now();
+    let detach = scene.spawn(&["detach", "vm1", "vdc"]);
+    until("virsh detaches", || scene.path("state/detaching").exists());
+    thread::sleep(Duration::from_millis(700));
+    assert!(scene.status("vdc")["daemon"].is_object(), "its daemon serves on while the guest has the disk");
+    scene.touch("state/ended", "");
+    let detach = ended(detach);
+    assert!(detach.0 && began.elapsed() < Duration::from_secs(50), "{detach:?}");
+    assert_eq!(scene.left(), Vec::<String>::new());
 }
 
 /// The configuration's metadata for vda and vdb.
