@@ -1,5 +1,5 @@
-//! One change of a domain's disks at a time. Each domain has a file whose lock an attach, detach or apply holds from its
-//! first look at the domain to its last change of the metadata.
+//! One change of a domain's disks at a time. Each domain has a file whose lock an attach, detach, apply or convert
+//! holds from its first look at the domain to its last change of the description.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -37,7 +37,7 @@ impl DomainLock {
             }
             if Instant::now() >= deadline {
                 return Err(format!(
-                    "another attach, detach or apply changes the disks of the domain {domain}, or the virsh of one that was \
+                    "another attach, detach, apply or convert changes the disks of the domain {domain}, or the virsh of one that was \
                      killed still runs: run this command again when it has ended ('fuser {}' shows the process)",
                     path.display()
                 ));

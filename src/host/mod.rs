@@ -15,6 +15,7 @@
 //! | `virsh` | asks libvirt through virsh, bounded in time. The hook never does |
 //! | `connection` | refuses a libvirt of another host or user |
 //! | `domain_lock`, `change` | one change of a running domain at a time, and of our element in its description |
+//! | `redefine` | changes the description of a domain's next start, unless another program changed it meanwhile |
 //! | `hotplug` | attaches and detaches a running domain's disks |
 //! | `apply` | brings the metadata of a domain's next start to the daemons that run |
 //! | `hook` | libvirt's hook: starts a domain's disks before the domain and ends them after it |
@@ -34,4 +35,5 @@ pub mod listing;
 pub mod members;
 pub mod metadata;
 pub mod places;
+pub mod redefine;
 pub mod virsh;

@@ -78,6 +78,11 @@ pub fn describe_whole(domain: &str) -> Result<String, String> {
     not_empty(run(&["dumpxml", "--domain", domain, "--inactive", "--security-info"], QUERY_TIMEOUT)?)
 }
 
+/// Lets libvirt take this description for the domain's next start.
+pub fn define(xml: &str) -> Result<(), String> {
+    with_file(xml, |file| run(&["define", "--file", file], CHANGE_TIMEOUT)).map(drop)
+}
+
 fn not_empty(xml: String) -> Result<String, String> {
     match xml.trim().is_empty() {
         true => Err("virsh dumpxml succeeded and printed nothing: run it by hand".into()),

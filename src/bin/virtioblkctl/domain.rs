@@ -20,6 +20,7 @@ use virtioblkd::internal::host::hotplug::{self, Applied, Scope};
 use virtioblkd::internal::host::listing::{self, Listed, State};
 use virtioblkd::internal::host::metadata::{self, DiskOptions};
 use virtioblkd::internal::host::places::Places;
+use virtioblkd::internal::host::redefine::redefine;
 use virtioblkd::internal::host::virsh;
 
 use crate::chosen::Chosen;
@@ -299,36 +300,50 @@ fn finding_text(finding: &Finding) -> String {
 }
 
 fn convert(options: &Convert) -> Result<u8, Failure> {
-    if options.define && !options.back {
+    // The converted disk has the path of a socket of this host and this user.
+    if !options.back && (options.define || !is_file(&options.name)) {
         connection::check_ours().map_err(failed)?;
     }
-    let xml = description(&options.name, |name| {
-        // The converted disk has the path of a socket of this host and this user.
-        if options.back { Ok(()) } else { connection::check_ours() }.and_then(|()| virsh::describe_whole(name))
-    })?;
-    let Converted { xml, notes } = match options.back {
-        true => convert::to_qemu(&xml, &options.target),
-        false => {
+    let notes = match (options.define, is_file(&options.name)) {
+        (true, false) => {
             let places = Places::of_this_user().map_err(failed)?;
-            let cache = options.cache.map(|mode| mode.name());
-            convert::to_vhost_user(&xml, &options.target, cache, &places.sockets)
+            let change = |xml: &str| converted(options, xml).map(|Converted { xml, notes }| (xml, notes));
+            redefine(&places, &options.name, change).map_err(failed)?
         }
-    }
-    .map_err(failed)?;
-    if !options.define {
-        let mut out = io::stdout().lock();
-        // The XML is printed unchanged, because libvirt reads it.
-        let printed = out.write_all(xml.as_bytes()).and_then(|()| out.flush());
-        printed.map_err(|error| Failure::new("output", format!("cannot print: {error}")))?;
-    } else {
-        let define = |file: &str| virsh::run(&["define", "--file", file], virsh::CHANGE_TIMEOUT);
-        let said = virsh::with_file(&xml, define).map_err(failed)?;
-        logging::message(said.trim());
-        let state = virsh::run(&["domstate", "--domain", &options.name], virsh::QUERY_TIMEOUT).unwrap_or_default();
-        if !matches!(state.trim(), "" | "shut off") {
-            logging::message("the domain runs: the disk is converted at its next start");
+        (define, _) => {
+            let xml = description(&options.name, virsh::describe_whole)?;
+            let Converted { xml, notes } = converted(options, &xml).map_err(failed)?;
+            if define { virsh::define(&xml).map_err(failed) } else { print_xml(&xml) }?;
+            notes
         }
+    };
+    if options.define {
+        report_definition(options);
     }
     notes.iter().for_each(logging::message);
     Ok(0)
+}
+
+fn converted(options: &Convert, xml: &str) -> Result<Converted, String> {
+    if options.back {
+        return convert::to_qemu(xml, &options.target).map_err(|error| error.to_string());
+    }
+    let places = Places::of_this_user()?;
+    let cache = options.cache.map(|mode| mode.name());
+    convert::to_vhost_user(xml, &options.target, cache, &places.sockets).map_err(|error| error.to_string())
+}
+
+/// Prints the XML unchanged, because libvirt reads it.
+fn print_xml(xml: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    let printed = out.write_all(xml.as_bytes()).and_then(|()| out.flush());
+    printed.map_err(|error| Failure::new("output", format!("cannot print: {error}")))
+}
+
+fn report_definition(options: &Convert) {
+    logging::message(format!("converted the disk {} of {}", options.target, options.name));
+    let state = virsh::run(&["domstate", "--domain", &options.name], virsh::QUERY_TIMEOUT).unwrap_or_default();
+    if !matches!(state.trim(), "" | "shut off") {
+        logging::message("the domain runs: the disk is converted at its next start");
+    }
 }
