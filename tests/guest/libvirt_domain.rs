@@ -240,6 +240,18 @@ fn a_running_domain_gets_a_disk_loses_it_and_has_its_daemons_options_changed() {
     documented(&libvirt, "domain detach example vdc", &[]);
     assert_eq!(libvirt.left(), before, "its daemon has ended, and nothing of it is left");
     assert!(!libvirt.virsh_ok(&["dumpxml", DOMAIN]).contains("another.raw"));
+    // A disk that virsh alone has detached leaves its daemon and its metadata; detach ends both.
+    let file = words[0].1;
+    ctl_ok(&libvirt, &["domain", "attach", DOMAIN, "vdc", &format!("file={file}")]);
+    libvirt.virsh_ok(&["detach-disk", DOMAIN, "vdc", "--live"]);
+    wait_until("the guest releases the disk", || {
+        !libvirt.virsh_ok(&["domblklist", DOMAIN]).split_whitespace().any(|word| word == "vdc")
+    });
+    let again = ctl(&libvirt, &["domain", "attach", DOMAIN, "vdc", &format!("file={file}")]);
+    assert!(String::from_utf8_lossy(&again.stderr).contains("runs already"), "{again:?}");
+    ctl_ok(&libvirt, &["domain", "detach", DOMAIN, "vdc"]);
+    assert_eq!(libvirt.left(), before);
+    assert!(!libvirt.virsh_ok(&["dumpxml", DOMAIN]).contains("another.raw"));
 
     // virsh edit or virsh metadata changes the next start; apply brings it to what runs.
     let edited = |mode: &str| {

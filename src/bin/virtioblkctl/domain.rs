@@ -62,7 +62,8 @@ enum DomainCommand {
     /// Apply changed metadata (virsh edit) to the daemons of a running domain, by an upgrade in place
     ///
     /// The guest sees a pause of milliseconds. Changes that are impossible while a guest runs (the image, its size, readonly,
-    /// the block size) are refused, and the daemon serves on with its old options.
+    /// the block size) are refused, and the daemon serves on with its old options; the
+    /// exit status is 1 then. Disks that were attached without --config are left as they are.
     Apply {
         /// The domain's name or UUID
         #[arg(value_name = "DOMAIN")]
@@ -80,7 +81,7 @@ struct Attach {
     /// Attributes of our disk element in the metadata, such as file=/images/b.raw cache=none serial=data
     #[arg(value_name = "NAME=VALUE", required = true, value_parser = word)]
     words: Vec<(String, String)>,
-    /// At the domain's next start, too
+    /// At the domain's next start, too; without it the disk is gone when the domain has shut down
     #[arg(long)]
     config: bool,
 }
@@ -92,7 +93,7 @@ struct Detach {
     name: String,
     /// The disk, such as vdb
     target: String,
-    /// From the domain's next start, too
+    /// From the domain's next start, too; without it the disk is back then
     #[arg(long)]
     config: bool,
 }
