@@ -22,7 +22,7 @@ const DEFAULT_SOCKET_MODE: u32 = 0o600;
 const DEFAULT_GROUP_SOCKET_MODE: u32 = 0o660;
 /// The default mode of the control socket.
 const DEFAULT_CONTROL_MODE: u32 = 0o600;
-/// The default limit of queues. It is generous because a queue that the guest does not use costs nothing: it has no thread.
+/// The default limit of queues. It is generous because a queue that the guest does not use costs nothing: it has no thread. It is the largest, too.
 pub(crate) const DEFAULT_NUM_QUEUES: u16 = 256;
 /// The default size of a copy's scratch file, in bytes.
 const DEFAULT_SCRATCH_SIZE: u64 = 1 << 30;

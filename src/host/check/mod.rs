@@ -243,7 +243,10 @@ fn check_queues(device: &VhostUserDisk, disk: &DiskOptions, machine: Machine, fo
         Some(asked) if asked > queues => found.problem(
             target,
             format!("<driver queues='{asked}'> asks for more queues than the daemon has ({queues}): QEMU will not start"),
-            format!("set queues='{asked}' in <metadata>, or queues='{queues}' in <driver>"),
+            match asked <= config::DEFAULT_NUM_QUEUES.into() {
+                true => format!("set queues='{asked}' in <metadata>, or queues='{queues}' in <driver>"),
+                false => format!("set queues='{queues}' in <driver>"),
+            },
         ),
         None if machine.has_auto_queues && machine.vcpus > queues => found.problem(
             target,

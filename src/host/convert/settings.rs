@@ -6,6 +6,10 @@ use super::super::domain::{DomainError, child, content, refuse};
 use super::super::edits::attributes;
 use super::super::metadata::DiskOptions;
 use super::{DEVICE_ELEMENTS, is_device_attribute};
+use crate::config;
+
+/// The queues of a daemon whose element does not limit them, and the most that a limit can be.
+const MAX_QUEUES: u32 = config::DEFAULT_NUM_QUEUES as u32;
 
 /// What both kinds of disk can be told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -206,6 +210,11 @@ fn check_driver(driver: Node<'_, '_>) -> Result<(), DomainError> {
                 return refuse(
                     "error_policy='ignore' lets the guest take failed writes for done; virtioblkd refuses it",
                 );
+            }
+            ("queues", queues) if queues.parse::<u32>().is_ok_and(|queues| queues > MAX_QUEUES) => {
+                return refuse(format!(
+                    "queues='{queues}': virtioblkd has at most {MAX_QUEUES}; lower it with virsh edit and convert again"
+                ));
             }
             // libvirt and QEMU refuse the first for vhost-user-blk, and lose the second without a word.
             ("iommu" | "packed", "on") => {

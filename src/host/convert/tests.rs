@@ -207,6 +207,7 @@ fn what_would_mean_something_else_is_refused_by_name() {
         ("type='file'", "type='volume'", "its type is 'volume'"),
         ("device='disk'", "device='cdrom'", "cdrom"),
         ("bus='virtio'", "bus='sata'", "'sata'"),
+        ("queues='4'", "queues='257'", "at most 256"),
         ("queues='4'", "iommu='on'", "no equivalent of <driver iommu='on'>"),
         ("queues='4'", "packed='on'", "no equivalent of <driver packed='on'>"),
         ("<source file=", "<source fdgroup='a' file=", "no equivalent of <source fdgroup='a'>"),
