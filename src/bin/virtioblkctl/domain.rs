@@ -272,7 +272,7 @@ fn check(name: &str, chosen: &Chosen, json: bool) -> Result<u8, Failure> {
     } else {
         let mut page: String = findings.iter().map(finding_text).collect();
         page += "what a guest sees in each mode:\n";
-        page.extend(CacheMode::ALL.map(|mode| format!("  {mode:<14}{}\n", check::what_the_guest_sees(mode))));
+        page.extend(CacheMode::ALL.map(|mode| format!("  {:<14}{}\n", mode.name(), check::what_the_guest_sees(mode))));
         page += &match problems {
             0 => "no problem was found\n".to_owned(),
             1 => "1 problem\n".to_owned(),

@@ -149,6 +149,16 @@ fn image(disk: &DiskOptions, user: Option<&str>) -> ImageFact {
     let Some(path) = path(disk) else {
         return ImageFact::Unchecked("it is Ceph's".into());
     };
+    let mut is_there = Command::new("test");
+    is_there.arg("-e").arg(path);
+    match run(is_there) {
+        Ok(true) => {}
+        Ok(false) => return ImageFact::Missing(path.to_owned()),
+        Err(why) => return ImageFact::Unchecked(why),
+    }
+    if let Some(fact) = unsuitable(path, option("logical-block-size")) {
+        return fact;
+    }
     match (option("user"), user) {
         (Some(user), _) if !exists(user) => return ImageFact::NoUser(user.to_owned()),
         (None, Some(user)) if !exists(user) => return ImageFact::Unchecked("its daemon's user does not exist".into()),
@@ -169,20 +179,12 @@ fn image(disk: &DiskOptions, user: Option<&str>) -> ImageFact {
         }
         None => Command::new("test"),
     };
-    let mut exists = Command::new("test");
-    exists.arg("-e").arg(own_path);
     command.args(test.iter().map(fill));
-    match (run(exists), run(command)) {
-        (Ok(false), _) => ImageFact::Missing(path.to_owned()),
-        (Err(why), _) | (_, Err(why)) => ImageFact::Unchecked(why),
-        (_, Ok(false)) => {
-            ImageFact::NotUsable { path: path.to_owned(), user: user.unwrap_or("of this session").to_owned() }
-        }
-        (_, Ok(true)) => match unsuitable(path, option("logical-block-size")) {
-            Some(fact) => fact,
-            None if option("format") == Some("raw") => ImageFact::Usable,
-            None => format(path),
-        },
+    match run(command) {
+        Err(why) => ImageFact::Unchecked(why),
+        Ok(false) => ImageFact::NotUsable { path: path.to_owned(), user: user.unwrap_or("of this session").to_owned() },
+        Ok(true) if option("format") == Some("raw") => ImageFact::Usable,
+        Ok(true) => format(path),
     }
 }
 
@@ -328,6 +330,9 @@ mod tests {
         assert!(why(&good, &[("logical-block-size", "4096")]).contains("4096-byte"));
         assert!(why(directory.path().to_str().unwrap(), &[]).contains("is a directory"));
         assert!(why("/dev/null", &[]).contains("character special file"));
+        // A host without the daemons' user has a finding of its own, and this one.
+        let missing = image(&disk(&[("blk-file", "/no/such/image")]), Some("no-such-user"));
+        assert_eq!(missing, ImageFact::Missing("/no/such/image".into()));
         assert_eq!(why(&good, &[("user", "no-such-user")]), r#"NoUser("no-such-user")"#);
     }
 
