@@ -98,6 +98,8 @@ const MAX_WATCHES: usize = 8;
 
 /// The index of the image, which is the only registered file.
 const FILE: types::Fixed = types::Fixed(0);
+/// IORING_ENTER_GETEVENTS: also fetch completions (io_uring_enter(2)). The crate sets it only with something to wait for.
+const ENTER_GETEVENTS: u32 = 1;
 
 impl<J> Uring<J> {
     /// Creates a uring for at most `depth` operations at once on `file`, which the caller keeps open for longer than the
@@ -160,10 +162,14 @@ impl<J> Uring<J> {
         self.submit(block, timeout)
     }
 
-    /// Submits the entries of the submission queue. If `block`, then sleeps as [`Uring::enter`] does.
+    /// Submits the entries of the submission queue. If `block`, then sleeps as [`Uring::enter`] does. With a timeout of
+    /// zero the kernel only fetches completions: a timer of zero would make it switch to another thread.
     fn submit(&mut self, block: bool, timeout: Option<Duration>) -> io::Result<()> {
+        let queued = self.io_uring.submission().len();
         let submitter = self.io_uring.submitter();
         let entered = match timeout {
+            // SAFETY: no argument is passed, so the kernel reads no memory of ours but the rings.
+            Some(Duration::ZERO) => unsafe { submitter.enter::<()>(queued as u32, 0, ENTER_GETEVENTS, None) },
             // Without a timeout the kernel need not copy extended arguments.
             None => submitter.submit_and_wait(usize::from(block)),
             Some(timeout) => {
