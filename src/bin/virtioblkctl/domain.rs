@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use virtioblkd::engine::cache::CacheMode;
 use virtioblkd::internal::base::logging;
-use virtioblkd::internal::base::text::{clean, clean_json};
+use virtioblkd::internal::base::text::clean;
 use virtioblkd::internal::control::client::Failure;
 use virtioblkd::internal::host::check::facts::Facts;
 use virtioblkd::internal::host::check::{self, Finding, Grade};
@@ -25,7 +25,7 @@ use virtioblkd::internal::host::virsh;
 
 use crate::chosen::Chosen;
 use crate::list::table;
-use crate::{print, upgrade};
+use crate::{json_page, print, upgrade};
 
 #[derive(Args)]
 pub(crate) struct Domain {
@@ -217,7 +217,7 @@ fn status(name: &str, chosen: &Chosen, json: bool) -> Result<u8, Failure> {
     if json {
         let all =
             json!({"domain": domain.name, "state": state.trim(), "disks": rows, "other-disks": domain.other_targets});
-        print(&format!("{}\n", clean_json(&format!("{all:#}"))))?;
+        print(&json_page(&all))?;
         return Ok(0);
     }
     print(&format!("domain {}: {}\n", clean(&domain.name), clean(state.trim())))?;
@@ -268,7 +268,7 @@ fn check(name: &str, chosen: &Chosen, json: bool) -> Result<u8, Failure> {
     let problems = findings.iter().filter(|found| found.grade == Grade::Problem).count();
     if json {
         let all: Vec<Value> = findings.iter().map(finding_json).collect();
-        print(&format!("{}\n", clean_json(&format!("{:#}", Value::from(all)))))?;
+        print(&json_page(&Value::from(all)))?;
     } else {
         let mut page: String = findings.iter().map(finding_text).collect();
         page += "what a guest sees in each mode:\n";

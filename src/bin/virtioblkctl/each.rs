@@ -5,14 +5,15 @@ use std::thread;
 
 use serde_json::{Map, Value, json};
 use virtioblkd::internal::base::logging;
-use virtioblkd::internal::base::text::{clean, clean_json};
+use virtioblkd::internal::base::text::clean;
 use virtioblkd::internal::control::client::{Client, Failure, REPLY_TIMEOUT};
 use virtioblkd::internal::control::protocol::return_types::Quiesced;
 use virtioblkd::internal::snapshot::USAGE;
 
 use crate::chosen::{Disks, target};
 use crate::{
-    Answer, ChangeCopy, Cli, Copies, CtlCommand, Quiesce, Resume, answer, arguments, hold, parse, print, resumed, show,
+    Answer, ChangeCopy, Cli, Copies, CtlCommand, Quiesce, Resume, answer, arguments, error_json, hold, json_page,
+    parse, print, resumed, show,
 };
 
 /// Runs the command for each disk. The exit status is 1 if it failed for one of them.
@@ -32,27 +33,45 @@ pub(crate) fn run(cli: &Cli, disks: &Disks) -> Result<u8, Failure> {
         CtlCommand::Resume(options) => return resume(cli, disks, options),
         _ => {}
     }
-    let mut all = Map::new();
-    let mut status = 0;
+    let mut replies = Replies::default();
     for (name, control) in &disks.disks {
         let done = Client::connect(control).and_then(|client| answer(cli, control, client));
         match done {
             Ok(Answer::Text(text)) if cli.json => {
-                all.insert(name.clone(), serde_json::from_str(&text).unwrap_or(Value::Null));
+                replies.by_disk.insert(name.clone(), serde_json::from_str(&text).unwrap_or(Value::Null));
             }
             Ok(Answer::Text(text)) => print(&format!("{}:\n{text}", clean(name)))?,
-            Ok(Answer::Status(own)) => status = status.max(own),
-            Err(failure) => {
-                logging::message(format_args!("{name}: {failure}"));
-                all.insert(name.clone(), json!({"error": {"code": failure.code, "desc": failure.message}}));
-                status = 1;
-            }
+            Ok(Answer::Status(own)) => replies.status = replies.status.max(own),
+            Err(failure) => replies.add_failure(name, &failure),
         }
     }
-    if cli.json {
-        print(&format!("{}\n", clean_json(&format!("{:#}", Value::Object(all)))))?;
+    replies.finish(cli.json)
+}
+
+/// The replies of several disks' daemons to one command.
+#[derive(Default)]
+struct Replies {
+    /// For `--json`, by the disk's name.
+    by_disk: Map<String, Value>,
+    /// The exit status.
+    status: u8,
+}
+
+impl Replies {
+    /// Reports that the command failed for this disk. The others' commands are run all the same.
+    fn add_failure(&mut self, name: &str, failure: &Failure) {
+        logging::message(format_args!("{name}: {failure}"));
+        self.by_disk.insert(name.to_owned(), error_json(failure));
+        self.status = 1;
     }
-    Ok(status)
+
+    /// Prints the replies if they are wanted as JSON. Returns the exit status.
+    fn finish(self, json: bool) -> Result<u8, Failure> {
+        if json {
+            print(&json_page(&Value::Object(self.by_disk)))?;
+        }
+        Ok(self.status)
+    }
 }
 
 /// Runs a command while all disks are held: the command under the first disk's hold holds the second, and so on. Each of
@@ -112,7 +131,7 @@ fn quiesce(cli: &Cli, disks: &Disks, options: &Quiesce) -> Result<u8, Failure> {
     }
     if cli.json {
         let all: Map<String, Value> = holds.into_iter().map(|(name, _, _, reply)| (name.clone(), reply)).collect();
-        print(&format!("{}\n", clean_json(&format!("{:#}", Value::Object(all)))))?;
+        print(&json_page(&Value::Object(all)))?;
         return Ok(0);
     }
     for (name, _, held, _) in &holds {
@@ -140,8 +159,7 @@ fn resume(cli: &Cli, disks: &Disks, options: &Resume) -> Result<u8, Failure> {
     if let Some((unknown, _)) = pairs.iter().find(|(of, _)| disks.disks.iter().all(|(name, _)| target(name) != *of)) {
         return Err(Failure::new(USAGE, format!("the domain has no disk '{unknown}' that virtioblkd serves here")));
     }
-    let mut status = 0;
-    let mut all = Map::new();
+    let mut replies = Replies::default();
     for (name, control) in &disks.disks {
         let token = pairs.iter().find(|(of, _)| *of == target(name)).map(|(_, token)| *token);
         let wanted = match (token, options.all) {
@@ -151,18 +169,11 @@ fn resume(cli: &Cli, disks: &Disks, options: &Resume) -> Result<u8, Failure> {
         };
         match Client::connect(control).and_then(|mut client| client.ask("resume", wanted, REPLY_TIMEOUT)) {
             Ok(done) if cli.json => {
-                all.insert(name.clone(), done);
+                replies.by_disk.insert(name.clone(), done);
             }
             Ok(done) => print(&format!("{}: {}", clean(name), resumed(&parse(done)?)))?,
-            Err(failure) => {
-                logging::message(format_args!("{name}: {failure}"));
-                all.insert(name.clone(), json!({"error": {"code": failure.code, "desc": failure.message}}));
-                status = 1;
-            }
+            Err(failure) => replies.add_failure(name, &failure),
         }
     }
-    if cli.json {
-        print(&format!("{}\n", clean_json(&format!("{:#}", Value::Object(all)))))?;
-    }
-    Ok(status)
+    replies.finish(cli.json)
 }

@@ -1,11 +1,12 @@
 //! The subcommand `list`: prints the disks of this host.
 
 use serde_json::{Value, json};
-use virtioblkd::internal::base::text::{clean, clean_json};
+use virtioblkd::internal::base::text::clean;
 use virtioblkd::internal::control::client::Failure;
 use virtioblkd::internal::host::listing::{self, Listed, State};
 
 use crate::chosen::{self, Chosen};
+use crate::json_page;
 
 const HEAD: [&str; 7] = ["NAME", "DOMAIN", "TARGET", "MODE", "STATE", "IMAGE", "CONTROL"];
 
@@ -16,7 +17,7 @@ pub(crate) fn run(chosen: &Chosen, json: bool) -> Result<String, Failure> {
     let rows: Vec<(Listed, State)> = disks.iter().cloned().zip(listing::states(&disks)).collect();
     if json {
         let all: Value = rows.iter().map(|(disk, state)| row_json(disk, state)).collect();
-        return Ok(format!("{}\n", clean_json(&format!("{all:#}"))));
+        return Ok(json_page(&all));
     }
     if rows.is_empty() {
         return Ok(

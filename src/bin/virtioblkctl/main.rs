@@ -106,10 +106,19 @@ fn run(cli: &Cli, disks: &Disks) -> Result<u8, Failure> {
 fn report(cli: &Cli, failure: &Failure) {
     logging::message(failure);
     if cli.json {
-        let error = json!({"error": {"code": failure.code, "desc": failure.message}});
         // The exit status reports the failure, too, so an error of a closed pipe does not matter.
-        let _ = writeln!(io::stdout(), "{}", clean_json(&error.to_string()));
+        let _ = writeln!(io::stdout(), "{}", clean_json(&error_json(failure).to_string()));
     }
+}
+
+/// A failure as `--json` has it.
+fn error_json(failure: &Failure) -> Value {
+    json!({"error": {"code": failure.code, "desc": failure.message}})
+}
+
+/// Formats a value for `--json`. It may contain a daemon's words, so control characters in it are escaped.
+fn json_page(value: &Value) -> String {
+    format!("{}\n", clean_json(&format!("{value:#}")))
 }
 
 fn take_snapshot(options: &snapshot::Snapshot, cli: &Cli) -> ExitCode {
@@ -226,7 +235,7 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
 /// Formats a reply: as the daemon's JSON, or for people.
 fn page<T: DeserializeOwned>(cli: &Cli, reply: Value, readable: impl FnOnce(&T) -> String) -> Result<String, Failure> {
     if cli.json {
-        return Ok(format!("{}\n", clean_json(&format!("{reply:#}"))));
+        return Ok(json_page(&reply));
     }
     parse(reply).map(|reply| readable(&reply))
 }
