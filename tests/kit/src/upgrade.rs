@@ -1,7 +1,7 @@
 //! A daemon that may be another process by now: taken over again and again. For tests of upgrades in place.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
@@ -156,11 +156,16 @@ impl NewDaemon {
 
     /// Sends a message that announces so many descriptors.
     pub fn say(&mut self, message: &Value, descriptors: u32) {
+        self.try_say(message, descriptors).unwrap();
+    }
+
+    /// The same to a daemon that may have given up and closed the connection. What it sent before can still be heard.
+    pub fn try_say(&mut self, message: &Value, descriptors: u32) -> io::Result<()> {
         let text = message.to_string();
         let mut bytes = (text.len() as u32).to_le_bytes().to_vec();
         bytes.extend(descriptors.to_le_bytes());
         bytes.extend(text.into_bytes());
-        self.stream.write_all(&bytes).unwrap();
+        self.stream.write_all(&bytes)
     }
 
     /// The next message. The descriptors that come with it are lost.
