@@ -2,6 +2,7 @@
 
 mod configs;
 mod documents;
+mod rerun_failed;
 mod schema;
 mod snapshot_hooks;
 mod supply_chain;
