@@ -15,7 +15,10 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+
+use super::protocol::return_types::Status;
 
 /// How long a daemon may take to reply to any request but a quiesce.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -130,6 +133,11 @@ impl Client {
     pub fn ask(&mut self, command: &str, arguments: Value, timeout: Duration) -> Result<Value, Failure> {
         self.send(command, arguments)?;
         self.reply(Instant::now() + timeout)
+    }
+
+    /// Sends `query-status` and waits for the reply.
+    pub fn query_status(&mut self, timeout: Duration) -> Result<Status, Failure> {
+        parse(self.ask("query-status", json!({}), timeout)?)
     }
 
     fn reply(&mut self, deadline: Instant) -> Result<Value, Failure> {
@@ -297,6 +305,16 @@ impl AsFd for Client {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }
+}
+
+/// Deserializes a value that the daemon sent.
+pub fn parse<T: DeserializeOwned>(value: Value) -> Result<T, Failure> {
+    serde_json::from_value(value).map_err(|error| {
+        let message = format!(
+            "cannot read the daemon's reply ({error}): use the virtioblkctl of the daemon's version, or --json"
+        );
+        Failure::new("internal", message)
+    })
 }
 
 fn refusal(value: &Value) -> Option<Failure> {

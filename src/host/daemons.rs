@@ -64,7 +64,7 @@ impl Starting {
             // A daemon that answers on its control socket listens for its front-end, too: both sockets are bound before
             // either is served.
             let answers = Client::connect_within(&disk.control, POLL_INTERVAL * 10)
-                .and_then(|mut client| client.ask("query-status", json!({}), REPLY_TIMEOUT));
+                .and_then(|mut client| client.query_status(REPLY_TIMEOUT));
             if let Some(status) = self.child.try_wait().map_err(|error| error.to_string())? {
                 let said = reason(&log_tail(&disk.log, self.log_start));
                 return Err(
@@ -155,10 +155,11 @@ pub(super) fn is_alive(disk: &DiskPlaces) -> bool {
 
 /// The process id of the daemon that serves the disk, in its own words.
 pub(super) fn pid(disk: &DiskPlaces) -> Result<u64, String> {
-    let status =
-        Client::connect(&disk.control).and_then(|mut client| client.ask("query-status", json!({}), REPLY_TIMEOUT));
-    let status = status.map_err(|failure| failure.message)?;
-    status["daemon"]["pid"].as_u64().ok_or_else(|| format!("'{}' reports no process id", disk.control.display()))
+    let status = Client::connect(&disk.control).and_then(|mut client| client.query_status(REPLY_TIMEOUT));
+    match status.map_err(|failure| failure.message)?.daemon.pid {
+        0 => Err(format!("'{}' reports no process id", disk.control.display())),
+        pid => Ok(pid.into()),
+    }
 }
 
 /// Ends the disk's daemon in order (it drains and syncs), and removes the files that the hook made for it. Returns when

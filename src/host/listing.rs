@@ -15,10 +15,10 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
-
 use super::places::Places;
 use crate::control::client::{Client, Failure};
+use crate::control::protocol::return_types::Status;
+use crate::disk::DiskStatus;
 
 /// How long a daemon may take to say how it is.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
@@ -190,13 +190,27 @@ fn same(one: &Path, other: &Path) -> bool {
 }
 
 /// How a disk is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct State {
     /// One word of these: `in-use`, `idle` (no front-end), `held`, `stopped` (a failed request waits for `continue`),
-    /// `trouble`, `no-answer`, `stale` (a socket without a daemon), `not-running`, `no-permission`, `no-control-socket`.
+    /// `trouble`, `no-answer` (also: the reply is no status), `stale` (a socket without a daemon), `not-running`,
+    /// `no-permission`, `no-control-socket`.
     pub word: &'static str,
-    /// The daemon's own status.
-    pub status: Option<Value>,
+    /// The status that the daemon reports. `None`: it reported none, and `word` says why.
+    pub status: Option<Box<Status>>,
+}
+
+impl State {
+    /// Returns a text of the disk's status. `None`: there is no status, or the daemon's version does not report this text.
+    pub fn text<'a>(&'a self, member: impl Fn(&'a DiskStatus) -> &'a str) -> Option<&'a str> {
+        self.status.as_ref().map(|status| member(&status.disk)).filter(|text| !text.is_empty())
+    }
+
+    /// Returns the path of the vhost-user socket, as the daemon reports it.
+    pub fn vhost_socket(&self) -> Option<&Path> {
+        let socket = &self.status.as_ref()?.daemon.vhost_socket;
+        (!socket.is_empty()).then(|| Path::new(socket))
+    }
 }
 
 /// Asks the daemons of all these disks at once. None takes longer than a second to be given up.
@@ -216,7 +230,7 @@ fn state(disk: &Listed) -> State {
     let without = |word| State { word, status: None };
     let Some(control) = &disk.control else { return without("no-control-socket") };
     match ask(control) {
-        Ok(status) => State { word: word(&status), status: Some(status) },
+        Ok(status) => State { word: word(&status), status: Some(Box::new(status)) },
         Err(failure) => without(match failure.code.as_str() {
             "no-permission" => "no-permission",
             "no-daemon" if is_socket(control) => "stale",
@@ -226,20 +240,20 @@ fn state(disk: &Listed) -> State {
     }
 }
 
-fn ask(control: &Path) -> Result<Value, Failure> {
+fn ask(control: &Path) -> Result<Status, Failure> {
     let deadline = Instant::now() + ANSWER_TIMEOUT;
     let mut client = Client::connect_within(control, ANSWER_TIMEOUT)?;
-    client.ask("query-status", json!({}), deadline.saturating_duration_since(Instant::now()))
+    client.query_status(deadline.saturating_duration_since(Instant::now()))
 }
 
-fn word(status: &Value) -> &'static str {
-    if status["stopped"].is_object() {
+fn word(Status { disk, quiesce, .. }: &Status) -> &'static str {
+    if disk.stopped.is_some() {
         "stopped"
-    } else if !status["trouble"].is_null() || status["sync-failed"] == true {
+    } else if disk.image_status.trouble.is_some() || disk.sync_failed {
         "trouble"
-    } else if status["quiesce"]["state"].as_str().is_some_and(|state| state != "open") {
+    } else if !matches!(quiesce.state.as_str(), "" | "open") {
         "held"
-    } else if status["connected"] == true {
+    } else if disk.connected {
         "in-use"
     } else {
         "idle"
@@ -284,6 +298,18 @@ mod tests {
         assert!(resolved("nothing").unwrap_err().contains("virtioblkctl list"));
         assert!(resolved("plain").unwrap_err().contains("no control socket"));
         assert_eq!(find(&Directories::sockets(&path("none"))).unwrap(), []);
+    }
+
+    #[test]
+    fn a_status_of_another_version_is_read() {
+        let read = |status: serde_json::Value| serde_json::from_value::<Status>(status).unwrap();
+        let state = |status| State { word: word(&status), status: Some(Box::new(status)) };
+        let old = state(read(serde_json::json!({"image": "/a.raw", "quiesce": {"state": "settling"}, "new": [1]})));
+        assert_eq!((old.word, old.text(|disk| &disk.image)), ("held", Some("/a.raw")));
+        assert_eq!((old.text(|disk| &disk.guest_sees), old.vhost_socket()), (None, None));
+        assert_eq!(state(read(serde_json::json!({"trouble": "fenced", "connected": true}))).word, "trouble");
+        assert_eq!(state(read(serde_json::json!({"connected": true}))).word, "in-use");
+        assert_eq!(state(read(serde_json::json!({}))).word, "idle");
     }
 
     #[test]

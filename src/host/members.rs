@@ -3,8 +3,6 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-
 use super::connection;
 use super::domain::Domain;
 use super::listing::{self, Directories, Listed};
@@ -104,10 +102,7 @@ fn by_socket<'a>(socket: &Path, listed: &'a [Listed]) -> Option<&'a Listed> {
     }
     let unknown: Vec<Listed> = listed.iter().filter(|disk| disk.socket.is_none()).cloned().collect();
     let states = listing::states(&unknown);
-    let says = |status: &Option<Value>| {
-        status.as_ref().and_then(|status| status["daemon"]["vhost-socket"].as_str().map(PathBuf::from))
-    };
-    let at = states.iter().position(|state| says(&state.status).as_deref() == Some(socket))?;
+    let at = states.iter().position(|state| state.vhost_socket() == Some(socket))?;
     listed.iter().find(|disk| disk.control == unknown[at].control)
 }
 

@@ -175,12 +175,12 @@ impl Attendant<'_> {
             Failure::new(&why.code, format!("the disk behind '{}' cannot be attended: {why}", disk.control.display()))
         };
         let mut client = Client::connect_within(&disk.control, timeout).map_err(blame)?;
-        let status = client.ask("query-status", json!({}), timeout).map_err(blame)?;
+        let status = client.query_status(timeout).map_err(blame)?;
         let who = format!("virtioblkctl attend, level {}", plan.level.name());
         let allowed = plan.allowed().as_millis() as u64;
         let arguments = json!({"required": !plan.or_weaker, "timeout-ms": allowed, "who": who});
         client.ask("attend", arguments, timeout).map_err(blame)?;
-        disk.image = image_path(&status);
+        disk.image = image_path(&status.disk);
         disk.client = Some(client);
         Ok(())
     }

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use super::wait::{Stop, Wake, wait};
 use crate::control::client::{Client, Failure, REPLY_TIMEOUT};
 use crate::control::is_trusted;
+use crate::disk::DiskStatus;
 
 /// How much later than the daemon's deadline ours is, so that the user sees the daemon's message and not ours.
 const REPLY_MARGIN: Duration = Duration::from_secs(1);
@@ -188,9 +189,9 @@ pub enum Unanswered {
 }
 
 /// The path of the image, from a daemon's status.
-pub fn image_path(status: &Value) -> Option<PathBuf> {
-    let bytes = status["image-path-b64"].as_str().and_then(|text| BASE64.decode(text).ok());
-    bytes.map(|bytes| OsString::from_vec(bytes).into()).or_else(|| status["image-path"].as_str().map(PathBuf::from))
+pub fn image_path(status: &DiskStatus) -> Option<PathBuf> {
+    let bytes = status.image_path_b64.as_ref().and_then(|text| BASE64.decode(text).ok());
+    bytes.map(|bytes| OsString::from_vec(bytes).into()).or_else(|| status.image_path.as_ref().map(PathBuf::from))
 }
 
 /// The failure of whatever a signal ended.
@@ -208,16 +209,16 @@ fn keep_first(kept: &mut Option<Failure>, failure: Failure) {
 impl Disk {
     fn connect(control: &Path) -> Result<Self, Failure> {
         let mut client = Client::connect(control)?;
-        let status = client.ask("query-status", json!({}), REPLY_TIMEOUT)?;
+        let status = client.query_status(REPLY_TIMEOUT)?;
         let own = rustix::process::geteuid().as_raw();
         let daemon =
             Daemon { pid: client.writer_pid(), is_trusted: client.writer().is_some_and(|uid| is_trusted(uid, own)) };
         Ok(Disk {
             client: Some(client),
             control: control.to_owned(),
-            image: status["image"].as_str().unwrap_or("").to_owned(),
-            image_path: image_path(&status),
-            image_snapshots: status["image-snapshots"] == true,
+            image_path: image_path(&status.disk),
+            image: status.disk.image,
+            image_snapshots: status.image_snapshots,
             daemon,
             token: None,
             asked: None,
@@ -267,7 +268,10 @@ mod tests {
 
     #[test]
     fn a_path_that_is_no_text_is_read_from_its_bytes() {
-        let path = |status| image_path(&status).map(|path| path.as_os_str().as_bytes().to_vec());
+        let path = |status| {
+            let status: DiskStatus = serde_json::from_value(status).unwrap();
+            image_path(&status).map(|path| path.as_os_str().as_bytes().to_vec())
+        };
         assert_eq!(path(json!({"image-path": "/a"})).unwrap(), b"/a");
         assert_eq!(path(json!({"image-path": "/\u{fffd}", "image-path-b64": "L/8="})).unwrap(), b"/\xff");
         assert_eq!(path(json!({"image-path": "/a", "image-path-b64": "no base64"})).unwrap(), b"/a");

@@ -245,18 +245,16 @@ fn in_list(domain: &Description, disk: &VhostUserDisk, listed: &[Listed]) -> Lis
 fn row(disk: &Listed, state: &State, described: &[DiskOptions]) -> Value {
     let target = disk.target.clone().unwrap_or_default();
     let options = described.iter().find(|described| described.target == target);
-    let of_status = |key: &str| state.status.as_ref().map_or(Value::Null, |status| status[key].clone());
     let of_options = |keys: &[&str]| {
         let option = options.and_then(|disk| disk.options.iter().find(|(name, _)| keys.contains(&name.as_str())));
-        option.map_or(Value::Null, |(_, value)| value.clone().into())
+        option.map(|(_, value)| value.as_str())
     };
-    let or = |value: Value, other: Value| if value.is_null() { other } else { value };
     json!({
         "target": target,
-        "cache-mode": or(of_status("cache-mode"), of_options(&["cache"])),
-        "guest-sees": of_status("guest-sees"),
+        "cache-mode": state.text(|disk| &disk.cache_mode).or(of_options(&["cache"])),
+        "guest-sees": state.text(|disk| &disk.guest_sees),
         "state": if disk.control.is_none() { "not-running" } else { state.word },
-        "image": or(of_status("image"), of_options(&["blk-file", "rbd"])),
+        "image": state.text(|disk| &disk.image).or(of_options(&["blk-file", "rbd"])),
         "control": disk.control,
     })
 }

@@ -28,28 +28,26 @@ pub(crate) fn run(chosen: &Chosen, json: bool) -> Result<String, Failure> {
 }
 
 fn row_json(disk: &Listed, state: &State) -> Value {
-    let of_status = |key: &str| state.status.as_ref().map_or(Value::Null, |status| status[key].clone());
     json!({
         "name": disk.name,
         "domain": disk.domain.as_ref().map(|(name, _)| name),
         "target": disk.target,
-        "cache-mode": of_status("cache-mode"),
+        "cache-mode": state.text(|disk| &disk.cache_mode),
         "state": state.word,
-        "image": of_status("image"),
+        "image": state.text(|disk| &disk.image),
         "control": disk.control,
     })
 }
 
 fn row(disk: &Listed, state: &State) -> [String; 7] {
     let text = |text: Option<&str>| text.map_or("-".to_owned(), clean);
-    let of_status = |key: &str| text(state.status.as_ref().and_then(|status| status[key].as_str()));
     [
         clean(&disk.name),
         text(disk.domain.as_ref().map(|(name, _)| name.as_str())),
         text(disk.target.as_deref()),
-        of_status("cache-mode"),
+        text(state.text(|disk| &disk.cache_mode)),
         state.word.to_owned(),
-        of_status("image"),
+        text(state.text(|disk| &disk.image)),
         disk.control.as_deref().map_or("-".to_owned(), chosen::path),
     ]
 }

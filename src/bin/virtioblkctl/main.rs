@@ -34,6 +34,7 @@ use virtioblkd::disk::CopyStatus;
 use virtioblkd::internal::base::logging;
 use virtioblkd::internal::base::text::{clean, clean_json, clean_lines};
 pub(crate) use virtioblkd::internal::base::units::time as duration;
+pub(crate) use virtioblkd::internal::control::client::parse;
 use virtioblkd::internal::control::client::{Client, Failure, REPLY_TIMEOUT};
 use virtioblkd::internal::control::protocol::MAX_WHO;
 use virtioblkd::internal::control::protocol::return_types::{Continued, Quiesced, Resized, Resumed};
@@ -238,16 +239,6 @@ fn page<T: DeserializeOwned>(cli: &Cli, reply: Value, readable: impl FnOnce(&T) 
         return Ok(json_page(&reply));
     }
     parse(reply).map(|reply| readable(&reply))
-}
-
-/// Deserializes a value that the daemon sent.
-fn parse<T: DeserializeOwned>(value: Value) -> Result<T, Failure> {
-    serde_json::from_value(value).map_err(|error| {
-        let message = format!(
-            "cannot read the daemon's reply ({error}): use the virtioblkctl of the daemon's version, or --json"
-        );
-        Failure::new("internal", message)
-    })
 }
 
 fn arguments(quiesce: &Quiesce) -> Value {

@@ -12,11 +12,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
 use virtioblkd::internal::control::client::{Client, REPLY_TIMEOUT};
-use virtioblkd::internal::control::protocol::return_types::Status;
 use virtioblkd::internal::snapshot::spawn;
 use virtioblkd::internal::upgrade::STARTER_VARIABLE;
-
-use crate::parse;
 
 /// How long a new daemon may take to end by itself after the upgrade was given up, and to end after it was killed.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
@@ -168,9 +165,8 @@ impl NewDaemon {
         }
         // The old daemon replies to clients only while it is not about to send `Go`, and without the permission it never
         // sends `Go` again.
-        let reply =
-            Client::connect(control).and_then(|mut client| client.ask("query-status", json!({}), REPLY_TIMEOUT));
-        let Ok(status) = reply.and_then(parse::<Status>) else { return Outcome::Unknown };
+        let status = Client::connect(control).and_then(|mut client| client.query_status(REPLY_TIMEOUT));
+        let Ok(status) = status else { return Outcome::Unknown };
         if status.daemon.pid == old_pid {
             // The process was not waited for, so its id is still its own. If it has ended, kill fails.
             let _ = self.child.kill();

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use virtioblkd::internal::base::logging;
 use virtioblkd::internal::control::client::{Client, Failure, REPLY_TIMEOUT};
 use virtioblkd::internal::control::is_trusted;
-use virtioblkd::internal::control::protocol::return_types::{CommandLine, Status, TookOver};
+use virtioblkd::internal::control::protocol::return_types::{CommandLine, TookOver};
 
 use crate::successor::{self, Failure as Reason, Outcome};
 use crate::upgrade_lists::{self, Added};
@@ -67,7 +67,7 @@ pub enum Done {
 
 /// Starts the new daemon and waits until it has taken over.
 pub fn run(options: &Upgrade, control: &Path, mut client: Client) -> Result<Done, Failure> {
-    let status: Status = parse(client.ask("query-status", json!({}), REPLY_TIMEOUT)?)?;
+    let status = client.query_status(REPLY_TIMEOUT)?;
     let line = match client.ask("query-command-line", json!({}), REPLY_TIMEOUT) {
         // The daemon cannot report arguments that are not UTF-8. With --config they are not needed.
         Err(failure) if failure.code == "no-upgrade" && options.config.is_some() => CommandLine::default(),

@@ -116,8 +116,7 @@ fn missing_directories<'a>(sockets: impl Iterator<Item = &'a Path>, made_by_hook
 fn served(directories: &Directories) -> Vec<PathBuf> {
     let found = listing::find(directories).unwrap_or_default();
     let states = listing::states(&found);
-    let socket = |status: &serde_json::Value| status["daemon"]["vhost-socket"].as_str().map(PathBuf::from);
-    states.iter().filter_map(|state| socket(state.status.as_ref()?)).collect()
+    states.iter().filter_map(|state| state.vhost_socket().map(Path::to_owned)).collect()
 }
 
 /// A hook is any program there whose name ends as ours does: see `libvirt_hook::arguments`.
