@@ -3,6 +3,15 @@
 use super::*;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 
+/// Waits until nothing listens at `path`: a program that another test starts has a copy of the socket until its exec.
+fn wait_until_dead(path: &Path) {
+    let end = std::time::Instant::now() + Duration::from_secs(60);
+    while UnixStream::connect(path).is_ok() {
+        assert!(std::time::Instant::now() < end, "something still listens");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 fn mode_of(path: &Path) -> u32 {
     fs::metadata(path).unwrap().permissions().mode() & 0o777
 }
@@ -104,6 +113,7 @@ fn a_dead_servers_socket_is_replaced_and_a_living_ones_is_not() {
     assert!(error.to_string().contains("already") && error.to_string().contains("/s'"));
     UnixStream::connect(&path).expect("the living server still has its socket");
     drop(first);
+    wait_until_dead(&path);
     let second = bind_unix(&path, 0o600).expect("the dead server's is replaced");
     UnixStream::connect(&path).unwrap();
     drop(second);
@@ -167,6 +177,7 @@ fn of_many_who_start_at_once_one_wins() {
     for round in 0..20 {
         let path = dir.path().join(format!("s{round}"));
         drop(bind_unix(&path, 0o600).unwrap());
+        wait_until_dead(&path);
         let start = std::sync::Barrier::new(4);
         let won: Vec<_> = std::thread::scope(|scope| {
             let bind = || {

@@ -71,7 +71,7 @@ mod tests {
             assert_eq!(FirstBytes::of(&here), expected, "it stays");
         }
         let (there, here) = UnixStream::pair().unwrap();
-        drop(there);
+        there.shutdown(std::net::Shutdown::Both).unwrap();
         assert_eq!(FirstBytes::of(&here), FirstBytes::End);
     }
 }
