@@ -4,7 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use kit::backend::open_file_or_skip;
 use kit::front_end::*;
@@ -248,7 +247,7 @@ impl Plugging {
     /// Waits for all requests of the batch. Those that name `gone` may fail; every other is right.
     fn settle(&mut self, asked: &[Asked], gone: Option<(u64, &Plugged)>) {
         for _ in asked {
-            let (head, _) = self.guest.used_within(0, Duration::from_secs(20)).expect("an answer");
+            let (head, _) = self.guest.used_within(0, WAIT_TIMEOUT).expect("an answer");
             let slot = u64::from(head / 4);
             let status: u8 = self.guest.memory.read_obj(GuestAddress(Self::base(slot) + 64)).unwrap();
             let Asked { read, pieces, .. } = &asked[slot as usize];

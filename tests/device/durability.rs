@@ -165,7 +165,7 @@ impl Load {
     /// Works until so many more requests were answered.
     fn work(&mut self, requests: u64) {
         let goal = self.answered + requests;
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + WAIT_TIMEOUT;
         while self.answered < goal {
             for ring in 0..RINGS {
                 while self.sent[ring].len() < 12 && self.prng.below(4) > 0 {
@@ -382,7 +382,7 @@ fn one_failed_sync_is_reported_once() {
     let _guest = FrontEnd::connect(&rig.path, 1, 64, ALL);
     rig.memory.fail(Fault { op: MemOp::Sync, nth: 1, errno: EIO, transferred: 0 });
     rig.disk.close_gate(1);
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + WAIT_TIMEOUT;
     let (mut told, mut settled) = (0, false);
     while !settled {
         for event in rig.events.take().0 {
@@ -463,7 +463,7 @@ fn a_write_that_fails_while_a_hold_drains_does_not_fail_the_hold() {
     rig.memory.fail(Fault { op: MemOp::Write, nth: 1, errno: ENOSPC, transferred: 0 });
     let slot = guest.add(0, OUT, 0, &[1; BLOCK], 0);
     guest.kick(0);
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + WAIT_TIMEOUT;
     while rig.memory.waiting() == 0 {
         assert!(Instant::now() < end, "the write does not arrive");
         std::thread::yield_now();

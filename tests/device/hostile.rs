@@ -26,7 +26,6 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 pub(super) const OK: u8 = 0;
-pub(super) const WAIT_TIMEOUT: Duration = Duration::from_secs(20);
 
 pub(super) fn options() -> DeviceOptions {
     DeviceOptions { mode: CacheMode::None, num_queues: 8, queue_size: 1024, serial: "hostile".into() }
@@ -191,7 +190,7 @@ fn the_first_answer_after_event_idx_was_negotiated_is_interrupted_whatever_came_
     guest.control.set_features(features).unwrap();
     consume(&guest.rings[0].call);
     assert_eq!(guest.read(0, 0, 512).0, OK);
-    assert!(readable(&guest.rings[0].call, Duration::from_secs(5)), "the guest would wait for ever");
+    assert!(readable(&guest.rings[0].call, WAIT_TIMEOUT), "the guest would wait for ever");
 }
 
 /// Where [`largest_ring`] puts its parts.

@@ -119,9 +119,7 @@ fn in_flight_requests_are_resubmitted_in_order_before_new_ones() {
     let again = write(&mut guest, 8, 5);
     guest.front_end.kick(0);
     assert_eq!(again, id);
-    while first_disk.waiting() < 5 {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until("the requests are taken", || first_disk.waiting() >= 5);
     first_disk.release(1);
     assert_eq!(guest.front_end.wait(0), (taken[0], OK));
     let _old = guest.reconnect(&second);
@@ -140,15 +138,11 @@ fn blocked_requests_are_not_marked_in_flight() {
     let mut guest = Guest::new(&first);
     let taken = guest.front_end.add(0, OUT, 0, &[1; SECTOR], 0);
     guest.front_end.kick(0);
-    while first_disk.waiting() < 1 {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until("the requests are taken", || first_disk.waiting() >= 1);
     first.disk.close_gate(1);
     let held = guest.front_end.add(0, OUT, 8, &[2; SECTOR], 0);
     guest.front_end.kick(0);
-    while !first.status().rings[0].held {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until("the write is blocked", || first.status().rings[0].held);
     // The operator holds the next server, too, before the front-end comes.
     assert!(second.hold(1).is_ok());
     let _old = guest.reconnect(&second);
@@ -177,9 +171,7 @@ fn requests_of_an_earlier_driver_are_dropped() {
         let read = guest.front_end.add(0, IN, 0, &[], SECTOR as u32);
         let written = guest.front_end.add(0, OUT, 8, &[1; SECTOR], 0);
         guest.front_end.kick(0);
-        while first_disk.waiting() < 2 {
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        wait_until("the requests are taken", || first_disk.waiting() >= 2);
         // The reset: the new driver's ring lies where the old one did, and other things where its buffers were.
         let mine = [0x77; SECTOR];
         let places = [read, written].map(|slot| guest.front_end.data_at(0, slot));
@@ -216,9 +208,7 @@ fn blocked_requests_of_an_earlier_driver_are_dropped() {
     let mut guest = Guest::new(&first);
     guest.front_end.add(0, OUT, 0, &[1; SECTOR], 0);
     guest.front_end.kick(0);
-    while first_disk.waiting() < 1 {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until("the requests are taken", || first_disk.waiting() >= 1);
     assert!(second.hold(1).is_ok());
     let _old = guest.reconnect(&second);
     guest.front_end.stop_ring(0);
@@ -517,7 +507,7 @@ impl Walk {
     /// have nothing left to do.
     fn die(&mut self) {
         self.guest.front_end.kick(0);
-        let (end, mut still) = (Instant::now() + Duration::from_secs(20), (0, None));
+        let (end, mut still) = (Instant::now() + WAIT_TIMEOUT, (0, None));
         while still.0 < 3 {
             let (ring, waiting) = (self.rig().status().rings[0].clone(), self.disk().waiting());
             let front_end = &self.guest.front_end;
@@ -540,7 +530,7 @@ impl Walk {
     fn end(mut self) {
         self.let_go();
         self.guest.front_end.kick(0);
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + WAIT_TIMEOUT;
         while !self.asked.is_empty() {
             self.disk().release(16);
             self.collect();

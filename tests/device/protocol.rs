@@ -5,10 +5,11 @@ use std::ops::Deref;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kit::front_end::*;
 use kit::rig::Rig;
+use kit::wait::wait_until;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
@@ -159,11 +160,7 @@ fn memory_that_the_guest_writes_privately_is_reported_with_the_fix() {
     let guest = connect(&rig, 2);
     guest.kick(0);
     guest.kick(1);
-    let end = Instant::now() + Duration::from_secs(60);
-    while rig.status().last_errors.is_empty() {
-        assert!(Instant::now() < end, "nothing is reported");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    wait_until("the memory is reported", || !rig.status().last_errors.is_empty());
     std::thread::sleep(Duration::from_secs(1));
     let errors = rig.status().last_errors;
     assert_eq!(errors.len(), 1, "{errors:?}");
@@ -248,10 +245,10 @@ fn held_writes_stay_in_the_ring_and_reads_go_on() {
     let held = guest.add(0, OUT, 0, &[2; 512], 0);
     let behind = guest.add(0, IN, 0, &[], 512);
     guest.kick(0);
+    wait_until("the write is blocked", || rig.status().rings[0].held);
     assert_eq!(guest.used_within(0, Duration::from_millis(100)), None, "the write and what is behind it wait");
     assert_eq!(guest.status(0, held), UNANSWERED);
     assert_eq!(guest.read(1, 0, 512), (OK, vec![1; 512]), "another ring's reads go on, and nothing was written");
-    assert!(rig.disk.status().rings[0].held);
     rig.disk.open_gate();
     let mut answered = [guest.wait(0), guest.wait(0)];
     answered.sort();
@@ -404,12 +401,12 @@ fn the_call_descriptor_is_changed_while_running() {
     let rig = rig(CacheMode::None);
     let mut guest = connect(&rig, 1);
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
-    assert!(readable(&guest.rings[0].call, Duration::from_secs(5)), "an interrupt");
+    assert!(readable(&guest.rings[0].call, WAIT_TIMEOUT), "an interrupt");
     guest.rings[0].call = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
     guest.control.set_vring_call(0, &guest.rings[0].call).unwrap();
     consume(&guest.rings[0].call);
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
-    assert!(readable(&guest.rings[0].call, Duration::from_secs(5)), "an interrupt on the new descriptor");
+    assert!(readable(&guest.rings[0].call, WAIT_TIMEOUT), "an interrupt on the new descriptor");
 }
 
 #[test]
@@ -424,7 +421,7 @@ fn an_answer_given_before_the_call_descriptor_came_is_signalled_with_it() {
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
     assert!(!readable(&guest.rings[0].call, Duration::from_millis(20)));
     guest.control.set_vring_call(0, &guest.rings[0].call).unwrap();
-    assert!(readable(&guest.rings[0].call, Duration::from_secs(5)));
+    assert!(readable(&guest.rings[0].call, WAIT_TIMEOUT));
 }
 
 #[test]
@@ -438,7 +435,7 @@ fn without_event_idx_the_no_interrupt_flag_is_honoured() {
     assert!(!readable(&guest.rings[0].call, Duration::from_millis(50)));
     guest.memory.write_obj(0u16, flags_at).unwrap();
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
-    assert!(readable(&guest.rings[0].call, Duration::from_secs(5)));
+    assert!(readable(&guest.rings[0].call, WAIT_TIMEOUT));
 }
 
 #[test]
@@ -455,7 +452,7 @@ fn buffers_of_every_shape_are_served() {
             guest.put_chain(0, 200, &[(header, 16, 0), (start, 16384, 0), (header + 64, 1, WRITE)]);
             guest.make_available(0, 200);
             guest.kick(0);
-            assert_eq!(guest.used_within(0, Duration::from_secs(20)), Some((200, 1)));
+            assert_eq!(guest.used_within(0, WAIT_TIMEOUT), Some((200, 1)));
             assert_eq!(guest.memory.read_obj::<u8>(GuestAddress(header + 64)).unwrap(), OK);
             assert_eq!(guest.read(0, 32, 16384), (OK, data.clone()), "{mode} from {start:x}");
             // And back, in odd pieces.
@@ -471,7 +468,7 @@ fn buffers_of_every_shape_are_served() {
             guest.put_chain(0, 200, &parts);
             guest.make_available(0, 200);
             guest.kick(0);
-            assert_eq!(guest.used_within(0, Duration::from_secs(20)), Some((200, 16385)));
+            assert_eq!(guest.used_within(0, WAIT_TIMEOUT), Some((200, 16385)));
             let mut back = vec![0; 16384];
             guest.memory.read_slice(&mut back, GuestAddress(to)).unwrap();
             assert_eq!(back, data, "{mode} to {to:x}");
@@ -507,7 +504,7 @@ fn malformed_chains_are_returned_and_the_ring_goes_on() {
         guest.put_chain(0, 200, parts);
         guest.make_available(0, 200);
         guest.kick(0);
-        let (head, _) = guest.used_within(0, Duration::from_secs(20)).expect("returned");
+        let (head, _) = guest.used_within(0, WAIT_TIMEOUT).expect("returned");
         assert_eq!(head, 200);
         let answer: u8 = guest.memory.read_obj(GuestAddress(status)).unwrap();
         assert_eq!(answer, expected.unwrap_or(UNANSWERED), "{parts:x?}");
@@ -523,8 +520,8 @@ fn malformed_chains_are_returned_and_the_ring_goes_on() {
     guest.memory.write_obj((u64::from(INDIRECT) << 32) | 16, GuestAddress(page + 8)).unwrap();
     guest.make_available(0, 210);
     guest.kick(0);
-    assert_eq!(guest.used_within(0, Duration::from_secs(20)), Some((200, 0)));
-    assert_eq!(guest.used_within(0, Duration::from_secs(20)), Some((210, 0)));
+    assert_eq!(guest.used_within(0, WAIT_TIMEOUT), Some((200, 0)));
+    assert_eq!(guest.used_within(0, WAIT_TIMEOUT), Some((210, 0)));
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
 }
 
@@ -675,9 +672,7 @@ fn a_front_end_sees_the_end_after_the_last_answer() {
     guest.start_ring(0, 0);
     guest.add(0, OUT, 0, &[1; 512], 0);
     guest.kick(0);
-    while backend.waiting() == 0 {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until("the write is in flight", || backend.waiting() > 0);
     let ended = |timeout| {
         let timeout = Timespec { tv_sec: 0, tv_nsec: timeout };
         poll(&mut [PollFd::new(&wire, PollFlags::RDHUP)], Some(&timeout)).unwrap() > 0

@@ -1,10 +1,11 @@
 //! I/O that hangs is seen, while it hangs.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kit::front_end::*;
 use kit::rig::Rig;
+use kit::wait::wait_until;
 use virtioblkd::backend::mem::{CompletionOrder, MemBackend, MemOptions};
 use virtioblkd::disk::Event;
 use virtioblkd::engine::CacheMode;
@@ -25,8 +26,9 @@ fn requests_that_hang_are_counted_and_reported_when_they_hang_and_when_they_end(
         Event::IoResumed { .. } => panic!("nothing was stalled"),
         _ => None,
     });
-    assert_eq!((told.0, told.1), (1, 2));
-    assert!(told.2 >= limit, "{told:?}");
+    // The second one may have been taken a moment later than the first.
+    assert!(told.0 == 1 && (1..=2).contains(&told.1) && told.2 >= limit, "{told:?}");
+    wait_until("both have waited for too long", || rig.status().total.stalled == 2);
     let status = rig.status();
     assert_eq!((status.total.stalled, status.rings[0].stalled, status.rings[1].stalled), (2, 0, 2));
     assert!(status.total.oldest_stalled_ms >= 100, "{status:?}");
@@ -37,11 +39,7 @@ fn requests_that_hang_are_counted_and_reported_when_they_hang_and_when_they_end(
         guest
     });
     disk.release(1);
-    let end = Instant::now() + Duration::from_secs(20);
-    while rig.status().total.stalled != 1 {
-        assert!(Instant::now() < end, "{:?}", rig.status());
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until("one of them is completed", || rig.status().total.stalled == 1);
     disk.release(2);
     rig.event(|event| matches!(event, Event::IoResumed { ring: 1 }).then_some(()));
     assert_eq!(rig.status().total.stalled, 0);

@@ -21,7 +21,10 @@ use virtioblkd::internal::control::protocol::return_types::TookOver;
 use virtioblkd::internal::control::{Access, ImageNotices, Info, Server, Setup, Upgrade};
 
 /// Nothing here takes this long; a test that waits so long has failed.
-pub const WAIT_TIMEOUT: Duration = Duration::from_secs(20);
+pub const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long a quiesce of the image's own store may take, attendant included.
+pub const STORE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How the fake disk answers a closing of its gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -325,7 +328,7 @@ impl Served {
     }
 
     pub fn with_mode(mode: u32) -> Self {
-        Self::start(Some(mode), WAIT_TIMEOUT)
+        Self::start(Some(mode), STORE_TIMEOUT)
     }
 
     /// `mode`: of its socket, `None`: it has none. `store_timeout`: for somebody else's snapshot.
@@ -373,7 +376,7 @@ impl Served {
     pub fn let_others(mut self, others: Access) -> Self {
         self.stop();
         self.others = others;
-        self.serve(Some(0o666), WAIT_TIMEOUT);
+        self.serve(Some(0o666), STORE_TIMEOUT);
         let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(self.path.parent().unwrap(), open).unwrap();
         self
@@ -421,7 +424,7 @@ impl Served {
     pub fn restart(&mut self) {
         assert!(self.server.is_none());
         self.disk.gate.lock().unwrap().epochs.clear();
-        self.serve(Some(0o600), WAIT_TIMEOUT);
+        self.serve(Some(0o600), STORE_TIMEOUT);
     }
 
     /// Somebody else begins a snapshot; the answer comes out of the channel.
@@ -446,6 +449,20 @@ impl Served {
         let mut client = Client::new(self.raw());
         assert!(client.line()["QMP"]["version"]["qemu"].is_object());
         client
+    }
+
+    /// A client that has read the greeting, as soon as a place is free: the server may not have seen yet that an
+    /// earlier connection has ended.
+    pub fn greeted_soon(&self) -> Client {
+        let end = Instant::now() + WAIT_TIMEOUT;
+        loop {
+            let mut client = Client::new(self.raw());
+            if client.line()["QMP"].is_object() {
+                return client;
+            }
+            assert!(Instant::now() < end, "no place becomes free");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// A client that has negotiated.
@@ -526,6 +543,18 @@ impl Client {
         match reply["error"]["code"].as_str() {
             Some(code) => Err(code.to_owned()),
             None => Ok(reply["return"].take()),
+        }
+    }
+
+    /// `copy-prepare`; the copy's name. A busy machine may be taken for a target that hangs: then it is asked for again.
+    pub fn prepare_copy(&mut self, arguments: Value) -> String {
+        let end = Instant::now() + WAIT_TIMEOUT;
+        loop {
+            match self.ask("copy-prepare", arguments.clone()) {
+                Ok(prepared) => return prepared["copy"].as_str().unwrap().to_owned(),
+                Err(code) => assert!(code == "target" && Instant::now() < end, "{code}"),
+            }
+            std::thread::sleep(Duration::from_millis(50));
         }
     }
 

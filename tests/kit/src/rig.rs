@@ -12,6 +12,7 @@ use virtioblkd::internal::rings::Rings;
 use virtioblkd::virtio::{Device, DeviceOptions, SessionEnd, Tuning};
 
 pub use crate::prng::Prng;
+use crate::wait::WAIT_TIMEOUT;
 
 /// A served disk.
 pub struct Rig {
@@ -51,7 +52,7 @@ impl Rig {
 
     /// Waits for an event that `want` picks something from; others are dropped.
     pub fn event<T>(&self, mut want: impl FnMut(Event) -> Option<T>) -> T {
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + WAIT_TIMEOUT;
         loop {
             for event in self.events.take().0 {
                 if let Some(found) = want(event) {

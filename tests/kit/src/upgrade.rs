@@ -53,6 +53,11 @@ impl Disk {
         fs::read_to_string(self.path("log")).unwrap()
     }
 
+    /// Waits until the log contains all of `parts`, and returns it.
+    pub fn wait_for_log(&self, parts: &[&str]) -> String {
+        crate::log::wait_for(|| self.log(), parts)
+    }
+
     /// Who serves, by the pid file.
     pub fn pid(&self) -> Pid {
         let text = fs::read_to_string(self.path("pid")).unwrap();

@@ -19,6 +19,9 @@ pub const F_FLUSH: u64 = 1 << 9;
 /// Everything that is offered, packed rings apart.
 pub const ALL: u64 = !(1 << 34);
 
+/// How long a connection or a completion may take before a test fails.
+const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// A connected driver. `buffer` is a byte range of its shared memory.
 pub struct Driver {
     pub transport: Box<VirtioBlkTransport>,
@@ -47,7 +50,7 @@ impl Driver {
 
     /// Like `connect`, but waits for a server that is still starting.
     pub fn connect_soon(path: &Path, queues: usize, size: u16, memory: usize, mask: u64) -> Driver {
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + WAIT_TIMEOUT;
         loop {
             match Self::connect(path, queues, size, memory, mask) {
                 Ok(driver) => return driver,
@@ -153,9 +156,9 @@ impl Driver {
             }
             use rustix::event::{PollFd, PollFlags, Timespec, poll};
             let fd = self.transport.get_completion_fd(queue);
-            let timeout = Timespec { tv_sec: 30, tv_nsec: 0 };
+            let timeout = Timespec { tv_sec: WAIT_TIMEOUT.as_secs() as i64, tv_nsec: 0 };
             let ready = poll(&mut [PollFd::new(&*fd, PollFlags::IN)], Some(&timeout)).expect("poll");
-            assert!(ready > 0, "no completion within 30 s");
+            assert!(ready > 0, "no completion within {WAIT_TIMEOUT:?}");
             fd.read().expect("the call eventfd");
         }
     }
@@ -165,8 +168,9 @@ impl Driver {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let fds: Vec<_> = (0..queues).map(|queue| self.transport.get_completion_fd(queue)).collect();
         let mut wanted: Vec<PollFd> = fds.iter().map(|fd| PollFd::new(&**fd, PollFlags::IN)).collect();
-        let ready = poll(&mut wanted, Some(&Timespec { tv_sec: 30, tv_nsec: 0 })).expect("poll");
-        assert!(ready > 0, "no completion within 30 s");
+        let timeout = Timespec { tv_sec: WAIT_TIMEOUT.as_secs() as i64, tv_nsec: 0 };
+        let ready = poll(&mut wanted, Some(&timeout)).expect("poll");
+        assert!(ready > 0, "no completion within {WAIT_TIMEOUT:?}");
         let readable: Vec<bool> = wanted.iter().map(|fd| !fd.revents().is_empty()).collect();
         for (fd, _) in fds.iter().zip(readable).filter(|(_, readable)| *readable) {
             fd.read().expect("the call eventfd");
