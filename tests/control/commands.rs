@@ -5,7 +5,7 @@ use std::net::Shutdown;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use kit::control::{Client, Served, Settle, figures};
+use kit::control::{Client, Served, Settle, WAIT_TIMEOUT, figures};
 use serde_json::{Value, json};
 use virtioblkd::disk::{Event, FailedRequest};
 use virtioblkd::engine::{Errno, Kind};
@@ -222,11 +222,17 @@ fn a_lease_ends_a_forgotten_hold_and_says_so() {
     assert!(served.disk.closed().is_none());
     assert_eq!(client.ask("resume", json!({"token": token})), Err("lease-expired".into()));
     assert_eq!(client.ask("renew-lease", json!({"token": token})), Err("lease-expired".into()));
-    let token = client.quiesce(json!({"lease-ms": 1000}));
-    assert_eq!(
-        client.ask("renew-lease", json!({"token": token, "lease-ms": 3_000_000})),
-        Ok(json!({"lease-ms": 3_000_000}))
-    );
+    // On a loaded machine the lease may end before it is renewed.
+    let end = Instant::now() + WAIT_TIMEOUT;
+    let renewed = loop {
+        let token = client.quiesce(json!({"lease-ms": 1000}));
+        match client.ask("renew-lease", json!({"token": token, "lease-ms": 3_000_000})) {
+            Ok(renewed) => break renewed,
+            Err(code) => assert_eq!(code, "lease-expired"),
+        }
+        assert!(Instant::now() < end, "no lease is renewed");
+    };
+    assert_eq!(renewed, json!({"lease-ms": 3_000_000}));
     std::thread::sleep(Duration::from_millis(1100));
     assert!(served.disk.closed().is_some(), "renewed in time");
 }
@@ -235,28 +241,28 @@ fn a_lease_ends_a_forgotten_hold_and_says_so() {
 fn holders_together_hold_the_disk_no_longer_than_its_bound() {
     let mut served = Served::new();
     served.stop();
-    served.bound_holds(Duration::from_secs(2));
+    served.bound_holds(Duration::from_secs(10));
     served.restart();
     let start = Instant::now();
     let mut clients = [served.client(), served.client()];
     let first = clients[0].ask("quiesce", json!({"lease-ms": 60_000})).unwrap();
-    assert!(first["lease-ms"].as_u64().unwrap() <= 2000, "{first}");
+    assert!(first["lease-ms"].as_u64().unwrap() <= 10_000, "{first}");
     std::thread::sleep(Duration::from_millis(500));
     let second = clients[1].ask("quiesce", json!({"lease-ms": 60_000})).unwrap();
-    assert!(second["lease-ms"].as_u64().unwrap() <= 1500, "what is left: {second}");
+    assert!(second["lease-ms"].as_u64().unwrap() <= 9500, "what is left: {second}");
     let status = clients[0].ask("query-status", json!({})).unwrap();
-    assert_eq!(status["quiesce"]["max-hold-ms"], 2000);
+    assert_eq!(status["quiesce"]["max-hold-ms"], 10_000);
     let waited = status["quiesce"]["held-ms"].as_u64().unwrap();
-    assert!((500..=2000).contains(&waited), "the sum of both: {status}");
+    assert!((500..=10_000).contains(&waited), "the sum of both: {status}");
     for _ in 0..2 {
         clients[0].event("QUIESCED");
     }
     clients[0].event("LEASE_EXPIRED");
     served.disk.wait_closed(false);
-    assert!(start.elapsed() >= Duration::from_secs(2));
+    assert!(start.elapsed() >= Duration::from_secs(10));
     assert_eq!(clients[0].ask("resume", json!({"token": second["token"]})), Err("lease-expired".into()));
     // Until writes have flowed the disk takes no holder, and then it does.
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + WAIT_TIMEOUT;
     let again = loop {
         match clients[1].ask("quiesce", json!({"lease-ms": 1000})) {
             Ok(answer) => break answer,
@@ -374,6 +380,7 @@ fn the_disks_events_reach_those_who_negotiated() {
     assert_eq!(silent.ask("qmp_capabilities", json!({})), Ok(json!({})), "and no event before it");
     // A guest that provokes errors: some are told, the rest is counted.
     let total: u64 = 1000;
+    let start = Instant::now();
     (0..total).for_each(|_| served.disk.events.send(io_error.clone()));
     std::thread::sleep(Duration::from_millis(1100));
     served.disk.events.send(io_error);
@@ -382,13 +389,19 @@ fn the_disks_events_reach_those_who_negotiated() {
         told += 1;
         suppressed += client.event("IO_ERROR")["suppressed"].as_u64().unwrap();
     }
-    assert!(told <= 60, "{told}");
+    assert!(told <= most_told(start), "{told}");
+}
+
+/// The most errors that are told since `start`: 20 at once, and 20 a second.
+fn most_told(start: Instant) -> u64 {
+    20 * (start.elapsed().as_secs() + 2)
 }
 
 #[test]
 fn a_guest_that_provokes_errors_does_not_hide_the_disks_own() {
     let served = Served::new();
     let mut client = served.client();
+    let start = Instant::now();
     (0..200).for_each(|_| served.disk.events.send(Event::ProtocolError("descriptor loop".into())));
     served.disk.events.send(Event::SyncError(EIO));
     let mut others = 0;
@@ -400,7 +413,7 @@ fn a_guest_that_provokes_errors_does_not_hide_the_disks_own() {
         assert_eq!(line["event"], "PROTOCOL_ERROR");
         others += 1;
     }
-    assert!(others <= 40, "{others}");
+    assert!(others <= most_told(start), "{others}");
 }
 
 #[test]
@@ -469,12 +482,7 @@ fn a_hundred_connections() {
     first.ask("query-version", json!({})).unwrap();
     drop(clients);
     // Their places are free again as soon as the server has seen them go.
-    assert!((0..1000).any(|_| is_greeted(&served)), "no place became free");
-}
-
-/// Whether there is room for one more client.
-fn is_greeted(served: &Served) -> bool {
-    Client::new(served.raw()).line()["QMP"].is_object()
+    served.greeted_soon();
 }
 
 #[test]
@@ -557,7 +565,8 @@ fn a_client_that_reads_nothing_and_leaves_is_forgotten() {
         // The server may have turned us away and closed already.
         let _ = stream.write_all(br#"{"execute":"qmp_capabilities"}{"execute":"query-commands"}"#);
     }
-    assert!((0..1000).any(|_| is_greeted(&served)));
-    let status: Value = served.client().ask("query-status", json!({})).unwrap();
+    let mut client = served.greeted_soon();
+    client.ask("qmp_capabilities", json!({})).unwrap();
+    let status: Value = client.ask("query-status", json!({})).unwrap();
     assert_eq!(status["quiesce"]["holders"], json!([]));
 }

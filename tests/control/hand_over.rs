@@ -39,7 +39,7 @@ fn a_hand_over_begins_only_without_holds_copies_and_snapshots() {
     other.ask("resume", json!({"token": token})).unwrap();
     // A hold that is only asked for.
     served.disk.set(Settle::ByHand);
-    other.send(json!({"execute": "quiesce", "arguments": {"timeout-ms": 300}}).to_string());
+    other.send(json!({"execute": "quiesce", "arguments": {"timeout-ms": 5000}}).to_string());
     served.disk.wait_closed(true);
     assert_eq!(hand_over(&mut client), Err("not-now".into()));
     assert_eq!(other.reply()["error"]["code"], "timeout");
@@ -117,7 +117,7 @@ fn the_new_process_requires_the_attendant_of_the_old_one() {
     assert_eq!(hand_over(&mut client), Ok(json!({})));
     assert!(passed_on(&served).1, "it is not told");
 
-    let next = Served::start(None, WAIT_TIMEOUT);
+    let next = Served::start(None, STORE_TIMEOUT);
     next.took_over(TookOver { from_pid: 3, pause_us: 7, drained_us: Some(5) }, true);
     let mut watcher = next.client();
     let status = watcher.ask("query-status", json!({})).unwrap();

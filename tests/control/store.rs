@@ -4,7 +4,7 @@
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use kit::control::{Client, Served, Settle, WAIT_TIMEOUT, figures};
+use kit::control::{Client, STORE_TIMEOUT, Served, Settle, WAIT_TIMEOUT, figures};
 use serde_json::{Value, json};
 use virtioblkd::backend::Notices;
 use virtioblkd::disk::ImageStatus;
@@ -55,7 +55,7 @@ fn the_disk_is_held_from_the_answer_until_the_store_says_so() {
 
 #[test]
 fn a_store_can_quiesce_without_a_control_socket() {
-    let mut served = Served::start(None, WAIT_TIMEOUT);
+    let mut served = Served::start(None, STORE_TIMEOUT);
     for _ in 0..3 {
         let answer = served.store_asks();
         assert_eq!(wait(&answer), Ok(()));
@@ -72,13 +72,15 @@ fn a_store_can_quiesce_without_a_control_socket() {
 
 #[test]
 fn each_failure_has_its_errno() {
-    let served = Served::start(Some(0o600), Duration::from_millis(50));
+    let served = Served::new();
     let mut client = served.client();
     served.disk.set(Settle::Fail(Errno(libc::ENOSPC)));
     assert_eq!(wait(&served.store_asks()), refused(libc::EIO));
     assert_eq!(client.event("QUIESCE_FAILED")["code"], "sync-failed");
     // The store says that it is over also if it was refused.
     served.notices.unquiesce();
+    let served = Served::start(Some(0o600), Duration::from_millis(50));
+    let mut client = served.client();
     served.disk.set(Settle::ByHand);
     assert_eq!(wait(&served.store_asks()), refused(libc::EAGAIN));
     let failed = client.event("QUIESCE_FAILED");
@@ -258,9 +260,11 @@ fn the_attendant_is_asked_while_the_gate_is_open_and_told_when_it_is_open_again(
 fn what_the_attendant_does_not_consent_to_is_refused_if_it_is_required() {
     let served = Served::new();
     for required in [true, false] {
-        let mut attendant = attends(&served, json!({"required": required, "timeout-ms": 100}));
         // It says no; it says nothing.
         for says in [true, false] {
+            // It has time enough to say no.
+            let timeout = if says { 3_600_000 } else { 100 };
+            let mut attendant = attends(&served, json!({"required": required, "timeout-ms": timeout}));
             let answer = served.store_asks();
             let id = attendant.event("PREPARE")["id"].take();
             if says {
@@ -282,8 +286,8 @@ fn what_the_attendant_does_not_consent_to_is_refused_if_it_is_required() {
             assert_eq!(attendant.event("RELEASED")["id"], id, "it may have begun");
             assert_eq!(attendant.ask("prepared", json!({"id": id})), Err("not-asked".into()), "too late");
             served.disk.wait_closed(false);
+            attendant.ask("unattend", json!({})).unwrap();
         }
-        attendant.ask("unattend", json!({})).unwrap();
     }
     assert_eq!(served.disk.closings(), 2);
 }
