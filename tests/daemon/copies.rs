@@ -55,7 +55,7 @@ impl Served {
 
     fn prepare(&self, client: &mut Client, mut arguments: Value) -> String {
         arguments["target"] = json!(self.path("copy.img"));
-        client.ask("copy-prepare", arguments).expect("prepared")["copy"].as_str().expect("a name").into()
+        client.prepare_copy(arguments)
     }
 
     fn exists(&self) -> (bool, bool) {

@@ -83,11 +83,15 @@ impl Place {
         Driver::connect_soon(&self.path("sock"), 1, 64, 1 << 20, ALL)
     }
 
-    /// A copy that is under way to `target`.
-    fn copy(&self, client: &mut Client, target: &Path) -> String {
+    fn prepare(&self, client: &mut Client, target: &Path) -> String {
         // A busy machine may be taken for a target that hangs.
         let prepared = soon("a prepared copy", || client.ask("copy-prepare", json!({"target": target})).ok());
-        let copy = prepared["copy"].as_str().expect("a name").to_owned();
+        prepared["copy"].as_str().expect("a name").to_owned()
+    }
+
+    /// A copy that is under way to `target`.
+    fn copy(&self, client: &mut Client, target: &Path) -> String {
+        let copy = self.prepare(client, target);
         let token = client.quiesce(json!({}));
         client.ask("copy-start", json!({"copy": copy, "token": token})).expect("started");
         client.ask("resume", json!({"token": token})).expect("resumed");
@@ -125,8 +129,7 @@ fn a_killed_daemon_frees_its_guest_and_its_image_while_the_target_hangs() {
     let mut client = place.client();
     let mut front_end = UnixStream::connect(place.path("sock")).expect("served");
     front_end.set_read_timeout(Some(WAIT_TIMEOUT)).expect("a timeout");
-    let prepared = client.ask("copy-prepare", json!({"target": place.target.path().join("copy.img")}));
-    let copy = prepared.expect("prepared")["copy"].clone();
+    let copy = place.prepare(&mut client, &place.target.path().join("copy.img"));
     place.target.stop();
     let token = client.quiesce(json!({}));
     client.ask("copy-start", json!({"copy": copy, "token": token})).expect("started");

@@ -90,7 +90,7 @@ fn status_is_a_page_and_stats_a_table() {
 #[test]
 fn a_quiesce_outlives_the_command() {
     let served = Served::new();
-    let output = run(&served, &["quiesce", "--lease", "1m", "--timeout", "500ms", "--who", "me"]);
+    let output = run(&served, &["quiesce", "--lease", "1m", "--timeout", "30000ms", "--who", "me"]);
     contains(&err(&output), &["12 requests drained in 1.5 ms", "8.0 KiB synced in 3.2 ms", "1 holder"]);
     let text = out(&output);
     let token = text.strip_suffix('\n').unwrap();
@@ -161,7 +161,7 @@ fn a_hold_ends_with_its_command_while_nobody_reads_our_messages() {
 #[test]
 fn the_lease_is_renewed_while_the_command_runs() {
     let served = Served::new();
-    let output = run(&served, &["quiesce", "--lease", "1s", "--", "sleep", "2.5"]);
+    let output = run(&served, &["quiesce", "--lease", "6s", "--", "sleep", "8"]);
     assert_eq!(output.status.code(), Some(0), "{}", err(&output));
     assert_eq!(served.disk.closings(), 1);
 }
@@ -204,40 +204,52 @@ fn a_killed_command_releases_its_hold() {
     kill_process(orphan, Signal::KILL).unwrap();
 }
 
+/// A command that lasts until the test makes this file, and ends with this status.
+fn until_exists(file: &Path, status: i32) -> String {
+    format!("while [ ! -e '{}' ]; do sleep 0.02; done; exit {status}", file.display())
+}
+
 #[test]
 fn a_hold_that_is_lost_is_no_success() {
+    let dir = tempfile::tempdir().unwrap();
+    let over = |name: &str| dir.path().join(name);
+    let end = |name: &str| std::fs::write(over(name), "").unwrap();
     // Somebody resumes everything.
     let served = Served::new();
     let mut client = served.client();
-    let child = start(&served, &["quiesce", "--", "sh", "-c", "echo ready; sleep 0.5"]);
+    let child = start(&served, &["quiesce", "--", "sh", "-c", &until_exists(&over("first"), 0)]);
     client.event("QUIESCED");
     client.ask("resume", json!({"all": true})).unwrap();
+    end("first");
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(125));
     contains(&err(&output), &["another client resumed", "cannot be trusted"]);
     // The command's own failure is kept.
-    let child = start(&served, &["quiesce", "--", "sh", "-c", "sleep 0.5; exit 9"]);
+    let child = start(&served, &["quiesce", "--", "sh", "-c", &until_exists(&over("second"), 9)]);
     client.event("RESUMED");
     client.event("QUIESCED");
     client.ask("resume", json!({"all": true})).unwrap();
+    end("second");
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(9));
     contains(&err(&output), &["cannot be trusted"]);
     // The lease runs out because we were stopped, and nobody renewed it.
-    let child = start(&served, &["quiesce", "--lease", "200ms", "--", "sleep", "0.8"]);
+    let child = start(&served, &["quiesce", "--lease", "200ms", "--", "sh", "-c", &until_exists(&over("third"), 0)]);
     client.event("RESUMED");
     client.event("QUIESCED");
     kill_process(Pid::from_child(&child), Signal::STOP).unwrap();
     client.event("LEASE_EXPIRED");
+    end("third");
     kill_process(Pid::from_child(&child), Signal::CONT).unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(125), "{}", err(&output));
     contains(&err(&output), &["lease", "ran out", "cannot be trusted"]);
     // The daemon ends.
     let mut served = Served::new();
-    let child = start(&served, &["quiesce", "--", "sleep", "0.5"]);
+    let child = start(&served, &["quiesce", "--", "sh", "-c", &until_exists(&over("fourth"), 0)]);
     served.disk.wait_closed(true);
     served.stop();
+    end("fourth");
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(125), "{}", err(&output));
 }
@@ -320,6 +332,8 @@ fn errors_name_the_thing_the_cause_and_the_mend() {
     fails(&missing, &[missing.to_str().unwrap(), "no socket", "--control-path"]);
     let dead = dir.path().join("dead");
     drop(UnixListener::bind(&dead).unwrap());
+    // A program that another test starts has a copy of the socket until its exec.
+    upgrade::wait_until("nobody listens", || UnixStream::connect(&dead).is_err());
     fails(&dead, &["nobody listens", "start it again"]);
     let file = dir.path().join("file");
     std::fs::write(&file, "").unwrap();
