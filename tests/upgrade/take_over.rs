@@ -4,6 +4,7 @@
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
 
 use kit::driver::load::{Load, holds};
 use kit::driver::{ALL, Driver, F_FLUSH};
@@ -85,24 +86,28 @@ fn a_watch_goes_on_over_an_upgrade_and_ends_with_the_disk() {
     let mut watch = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"));
     watch.current_dir(&disk.dir).args(["--control", "control", "watch"]).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut watch = watch.spawn().unwrap();
-    let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
-    let mut hears = |what: &str| assert!(lines.any(|line| line.unwrap().contains(what)), "it never printed {what}");
-    let held = |hears: &mut dyn FnMut(&str), who: &str| {
+    let printed = Arc::new(Mutex::new(String::new()));
+    let lines = BufReader::new(watch.stdout.take().unwrap()).lines();
+    let reader = {
+        let printed = printed.clone();
+        std::thread::spawn(move || lines.for_each(|line| *printed.lock().unwrap() += &(line.unwrap() + "\n")))
+    };
+    let has_printed = |what: &str| printed.lock().unwrap().contains(what);
+    let held_until_printed = |who: &str| {
         // It may not have connected yet.
-        let until = std::time::Instant::now() + std::time::Duration::from_millis(1500);
-        while std::time::Instant::now() < until {
+        wait_until(who, || {
             let token = disk.ctl_ok(&["quiesce", "--who", who]);
             disk.ctl_ok(&["resume", token.trim()]);
-            std::thread::sleep(std::time::Duration::from_millis(100));
-        }
-        hears(who);
+            has_printed(who)
+        });
     };
-    held(&mut hears, "before");
+    held_until_printed("before");
     disk.upgrade(&[]);
-    hears("UPGRADE");
-    held(&mut hears, "after");
+    wait_until("UPGRADE", || has_printed("UPGRADE"));
+    held_until_printed("after");
     disk.end();
-    hears("SHUTDOWN");
+    reader.join().unwrap();
+    assert!(has_printed("SHUTDOWN"));
     let output = watch.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{said}");
@@ -154,11 +159,14 @@ fn if_the_new_daemon_fails_before_the_commit_the_old_one_serves_on() {
         assert_eq!(disk.pid(), Pid::from_child(&disk.child));
     };
     for (step, what) in ["dies", "gives up", "talks nonsense", "talks out of turn"].iter().enumerate() {
-        let end = |mut new: NewDaemon| match step {
-            0 => drop(new),
-            1 => new.say(&json!({"Failed": "no luck"}), 0),
-            2 => new.stream.write_all(&[0xff; 64]).unwrap(),
-            _ => new.say(&json!("Begin"), 0),
+        // With its rings at rest the old one waits five seconds, and may have closed the connection.
+        let end = |mut new: NewDaemon| {
+            let _ = match step {
+                0 => return,
+                1 => new.try_say(&json!({"Failed": "no luck"}), 0),
+                2 => new.stream.write_all(&[0xff; 64]),
+                _ => new.try_say(&json!("Begin"), 0),
+            };
         };
         let before = failures();
         end(begin(&disk));
@@ -177,10 +185,7 @@ fn if_the_new_daemon_fails_before_the_commit_the_old_one_serves_on() {
     silent.hear();
     goes_on("a new daemon says nothing", before);
     assert!(silent.hear()["Refused"].as_str().unwrap().contains("in time"));
-    contains(
-        &disk.log(),
-        &["it hung up", "no luck", "not a message of virtioblkd", "out of turn", "sent nothing in time"],
-    );
+    disk.wait_for_log(&["it hung up", "no luck", "not a message of virtioblkd", "out of turn", "sent nothing in time"]);
     // And the next one has it.
     disk.upgrade(&[]);
     load.wait_for(50);
@@ -240,7 +245,7 @@ fn an_upgrade_is_refused_while_a_hold_or_copy_would_be_lost() {
     let token = client.quiesce(json!({}));
     contains(&disk.refuses(&[]), &["held", "resume"]);
     let target = disk.path("copy.img");
-    let copy = client.ask("copy-prepare", json!({"target": target, "bandwidth": 4096})).unwrap()["copy"].clone();
+    let copy = client.prepare_copy(json!({"target": target, "bandwidth": 4096}));
     client.ask("copy-start", json!({"copy": copy, "token": token})).unwrap();
     client.ask("resume", json!({"token": token})).unwrap();
     guest.fill(0, &[3; 4096]);
