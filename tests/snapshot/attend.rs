@@ -148,12 +148,12 @@ fn two_disks_are_frozen_once_before_either_is_held_and_thawed_after_both() {
 
 #[test]
 fn a_freeze_that_waits_for_a_disk_that_an_operator_holds_fails_in_time() {
-    let mut scene = Scene::new(Mood::Good, &["--level", "filesystem", "--freeze-timeout", "500ms"]);
+    let mut scene = Scene::new(Mood::Good, &["--level", "filesystem", "--freeze-timeout", "2s"]);
     let mut operator = scene.disks[1].client();
     let token = operator.quiesce(json!({}));
     assert_eq!(wait(&scene.disks[0].store_asks()), BUSY, "the order that deadlocks: held, then frozen");
     assert_eq!(scene.disks[0].disk.closings(), 0);
-    assert!(scene.agent.held_at_freeze());
+    wait_until("the guest waits for the held disk", || scene.agent.held_at_freeze());
     operator.ask("resume", json!({"token": token})).unwrap();
     // The freeze comes now, when nobody wants it any more.
     scene.agent.wait_thawed();
@@ -176,7 +176,9 @@ fn what_the_guest_refuses_is_refused_or_called_weaker() {
         (Mood::Silent, "does not answer"),
         (Mood::MalformedInput, "not a reply"),
     ] {
-        let mut scene = Scene::new(mood.clone(), &["--level", "filesystem", "--freeze-timeout", "300ms"]);
+        // Only silence lasts until the timeout.
+        let timeout = if mood == Mood::Silent { "300ms" } else { "6s" };
+        let mut scene = Scene::new(mood.clone(), &["--level", "filesystem", "--freeze-timeout", timeout]);
         let mut watcher = scene.disks[0].client();
         for answer in scene.ask_all() {
             assert_eq!(wait(&answer), BUSY, "{mood:?}");
@@ -190,7 +192,7 @@ fn what_the_guest_refuses_is_refused_or_called_weaker() {
         scene.is_over();
         drop(scene);
         let mut scene =
-            Scene::new(mood.clone(), &["--level", "filesystem", "--freeze-timeout", "300ms", "--or-weaker"]);
+            Scene::new(mood.clone(), &["--level", "filesystem", "--freeze-timeout", timeout, "--or-weaker"]);
         let mut watcher = scene.disks[0].client();
         for answer in scene.ask_all() {
             assert_eq!(wait(&answer), Ok(()), "{mood:?}");
@@ -245,7 +247,7 @@ fn windows_that_gave_up_a_freeze_is_told_of() {
 
 #[test]
 fn an_attendant_killed_in_a_freeze_leaves_no_frozen_guest() {
-    let mut scene = Scene::new(Mood::Late(Duration::from_secs(1)), &["--level", "filesystem"]);
+    let mut scene = Scene::new(Mood::Late(Duration::from_secs(4)), &["--level", "filesystem"]);
     let answers = scene.ask_all();
     scene.agent.wait_for("guest-fsfreeze-freeze");
     scene.signal(Signal::KILL);
@@ -298,7 +300,7 @@ fn an_attendant_told_to_end_finishes_its_snapshot() {
 
 #[test]
 fn an_attendant_told_to_end_in_a_freeze_gives_up() {
-    let mut scene = Scene::new(Mood::Late(Duration::from_millis(500)), &["--level", "filesystem"]);
+    let mut scene = Scene::new(Mood::Late(Duration::from_secs(4)), &["--level", "filesystem"]);
     let answers = scene.ask_all();
     scene.agent.wait_for("guest-fsfreeze-freeze");
     scene.signal(Signal::INT);
@@ -446,8 +448,8 @@ fn an_agent_that_cannot_be_reached_is_said_at_the_start() {
     std::fs::remove_file(&agent.path).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let (mut attendant, _) = start(&disks, &agent, dir.path(), &["--level", "filesystem"]);
-    let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
-    assert!(log.contains("does the guest run") && log.contains("snapshots are refused"), "{log}");
+    let log = || std::fs::read_to_string(dir.path().join("log")).unwrap();
+    kit::log::wait_for(log, &["does the guest run", "snapshots are refused"]);
     attendant.kill().unwrap();
     attendant.wait().unwrap();
 }

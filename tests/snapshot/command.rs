@@ -186,22 +186,23 @@ fn wrong_usage_is_status_two() {
 
 #[test]
 fn an_agent_that_cannot_freeze_makes_nothing() {
-    let quick: &[&str] = &["--freeze-timeout", "500ms", "--to", "exec:touch \"$PLACE/target\""];
-    Scene::new(Mood::MalformedInput).fails("filesystem", quick, &["text that is not a reply"]);
-    Scene::new(Mood::HooksFail).fails("filesystem", quick, &["hook script exited with 3"]);
-    Scene::new(Mood::Refuses).fails("filesystem", quick, &["hook script exited with 3"]);
-    Scene::new(Mood::Silent).fails("filesystem", quick, &["does not answer", "qemu-guest-agent", "--libvirt"]);
-    Scene::new(Mood::Dies).fails("filesystem", quick, &["closed the connection"]);
+    let target: &[&str] = &["--to", "exec:touch \"$PLACE/target\""];
+    Scene::new(Mood::MalformedInput).fails("filesystem", target, &["text that is not a reply"]);
+    Scene::new(Mood::HooksFail).fails("filesystem", target, &["hook script exited with 3"]);
+    Scene::new(Mood::Refuses).fails("filesystem", target, &["hook script exited with 3"]);
+    let quick = [&["--freeze-timeout", "500ms"], target].concat();
+    Scene::new(Mood::Silent).fails("filesystem", &quick, &["does not answer", "qemu-guest-agent", "--libvirt"]);
+    Scene::new(Mood::Dies).fails("filesystem", target, &["closed the connection"]);
     Scene::new(Mood::ThawsEarly).fails("filesystem", &["--to", "exec:true"], &["thawed by another program"]);
     let missing = Scene::new(Mood::Good);
     fs::remove_file(&missing.agent.path).unwrap();
-    missing.fails("filesystem", quick, &["cannot be reached", "does the guest run"]);
+    missing.fails("filesystem", target, &["cannot be reached", "does the guest run"]);
     let fewer = Scene::new(Mood::Good);
     fewer.agent.set_count(1);
-    fewer.fails("filesystem", quick, &["froze 1 filesystem(s) of 2"]);
+    fewer.fails("filesystem", target, &["froze 1 filesystem(s) of 2"]);
     let frozen = Scene::new(Mood::Good);
     frozen.agent.set_frozen();
-    let output = frozen.run("filesystem", quick);
+    let output = frozen.run("filesystem", target);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     contains(&err(&output), &["frozen already", "another program"]);
     assert!(frozen.agent.is_frozen(), "it is not ours to thaw");
@@ -263,8 +264,10 @@ fn a_weaker_level_is_taken_only_if_asked_and_said() {
     let cases = [Mood::MalformedInput, Mood::Refuses, Mood::Silent, Mood::Dies, Mood::ThawsEarly];
     for mood in cases {
         let scene = Scene::new(mood.clone());
-        let output =
-            scene.run("filesystem", &["--json", "--or-weaker", "--freeze-timeout", "500ms", "--to", "exec:true"]);
+        // Only silence lasts until the timeout.
+        let timeout = if mood == Mood::Silent { "500ms" } else { "30s" };
+        let options = ["--json", "--or-weaker", "--freeze-timeout", timeout, "--to", "exec:true"];
+        let output = scene.run("filesystem", &options);
         let receipt = receipt(&output);
         assert_eq!(
             (&receipt["level"], &receipt["requested-level"]),
@@ -297,8 +300,8 @@ fn another_client_of_the_agent_is_told_apart_from_a_dead_one() {
 
 #[test]
 fn a_freeze_that_comes_late_is_found_and_thawed() {
-    let scene = Scene::new(Mood::Late(Duration::from_secs(3)));
-    let output = scene.run("filesystem", &["--freeze-timeout", "700ms", "--to", "exec:touch \"$PLACE/target\""]);
+    let scene = Scene::new(Mood::Late(Duration::from_secs(8)));
+    let output = scene.run("filesystem", &["--freeze-timeout", "3s", "--to", "exec:touch \"$PLACE/target\""]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     contains(&err(&output), &["does not answer", "MAY BE FROZEN", "goes on trying"]);
     wait_until("the freeze came", || scene.agent.journaled().contains(&"freeze".to_owned()));
@@ -310,10 +313,12 @@ fn a_freeze_that_comes_late_is_found_and_thawed() {
 
 #[test]
 fn a_hook_that_fails_or_hangs_is_followed_by_its_thaw() {
-    for (freeze, word) in [("exit 3", "failed (exit status: 3)"), ("sleep 100", "did not end within 500ms")] {
+    for (freeze, timeout, word) in
+        [("exit 3", "30s", "failed (exit status: 3)"), ("sleep 100", "4s", "did not end within 4s")]
+    {
         let scene = Scene::new(Mood::Good);
         let directory = hooks(scene.dir.path(), freeze, "echo thawed >> $JOURNAL");
-        let base = ["--hooks", directory.to_str().unwrap(), "--freeze-timeout", "500ms", "--to", "exec:true"];
+        let base = ["--hooks", directory.to_str().unwrap(), "--freeze-timeout", timeout, "--to", "exec:true"];
         scene.fails("application", &base, &[word, directory.join("freeze").to_str().unwrap()]);
         assert_eq!(scene.agent.journaled(), ["thawed"], "{freeze}");
         let weaker = receipt(&scene.run("application", &[&base[..], &["--json", "--or-weaker"]].concat()));
@@ -404,7 +409,7 @@ fn a_command_that_fails_or_takes_too_long_makes_no_snapshot() {
     let scene = Scene::new(Mood::Good);
     scene.fails("filesystem", &["--to", "exec:exit 9"], &["'exit 9'", "exit status: 9"]);
     assert!(!err(&scene.run("filesystem", &["--to", "exec:exit 9"])).contains("--lease"), "it was not too late");
-    let hangs = ["--lease", "1s", "--to", "exec:sleep 100 & echo $! > $PLACE/pid; wait"];
+    let hangs = ["--lease", "5s", "--to", "exec:sleep 100 & echo $! > $PLACE/pid; wait"];
     scene.fails("filesystem", &hangs, &["was killed", "--lease"]);
     let child: i32 = fs::read_to_string(scene.path("pid")).unwrap().trim().parse().unwrap();
     let gone = || kill_process(Pid::from_raw(child).unwrap(), Signal::TERM).is_err();
@@ -417,11 +422,12 @@ fn a_hold_that_is_lost_makes_no_snapshot() {
     let resumes = r#"exec:"$CTL" --control "$VIRTIOBLK_CONTROLS" resume --all >&2"#;
     scene.fails("filesystem", &["--to", resumes], &["was not held", "resumed already"]);
     // We sleep longer than the lease, and nobody notices but the daemon.
-    let mut child =
-        scene.command("crash", &["--lease", "1s", "--to", "exec:echo $$ > $PLACE/pid; sleep 0.2"]).spawn().unwrap();
-    wait_for(&scene.path("pid"));
+    let exec = "exec:touch $PLACE/here; while [ ! -e $PLACE/over ]; do sleep 0.02; done";
+    let mut child = scene.command("crash", &["--lease", "5s", "--to", exec]).spawn().unwrap();
+    wait_for(&scene.path("here"));
     signal(&child, Signal::STOP);
     wait_until("the lease ran out", || !scene.disk.is_held());
+    File::create(scene.path("over")).unwrap();
     signal(&child, Signal::CONT);
     assert_eq!(child.wait().unwrap().code(), Some(1));
     scene.is_over();
@@ -439,7 +445,7 @@ fn a_disk_that_misses_the_deadline_releases_all_disks() {
     // Stopped once all have answered the first question: a hook is the place.
     let stop = format!("kill -STOP {}", disks[1].child.id());
     let directory = hooks(dir.path(), &stop, "true");
-    let late = ["--timeout", "500ms", "--to", &exec, "--hooks", directory.to_str().unwrap()];
+    let late = ["--timeout", "5s", "--to", &exec, "--hooks", directory.to_str().unwrap()];
     let output = snapshot(&all, "crash", &late).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     contains(&err(&output), &[disks[1].control().to_str().unwrap(), "does not answer in time"]);
@@ -478,7 +484,7 @@ fn a_client_killed_at_any_step_leaves_nothing_held_or_frozen() {
         killed(&scene, scene.command("application", &options), &scene.path("here"), how);
         wait_until("the hook thaws", || scene.agent.journaled() == ["thawed"]);
         // While the guest freezes.
-        let scene = Scene::new(Mood::Late(Duration::from_secs(1)));
+        let scene = Scene::new(Mood::Late(Duration::from_secs(3)));
         let child = scene.command("filesystem", &["--to", "exec:true"]).spawn().unwrap();
         scene.agent.wait_for("guest-fsfreeze-freeze");
         signal(&child, how);
@@ -533,11 +539,13 @@ fn a_guard_that_is_killed_is_replaced() {
 #[test]
 fn a_client_that_stands_still_does_not_keep_the_guest_frozen() {
     let scene = Scene::new(Mood::Good);
-    let short = ["--timeout", "100ms", "--lease", "1s", "--to", "exec:touch $PLACE/here; sleep 0.5"];
+    let exec = "exec:touch $PLACE/here; while [ ! -e $PLACE/over ]; do sleep 0.02; done";
+    let short = ["--timeout", "5s", "--lease", "5s", "--to", exec];
     let mut child = scene.command("filesystem", &short).spawn().unwrap();
     wait_for(&scene.path("here"));
     signal(&child, Signal::STOP);
     scene.agent.wait_thawed();
+    File::create(scene.path("over")).unwrap();
     signal(&child, Signal::CONT);
     assert_eq!(child.wait().unwrap().code(), Some(1), "the lease ran out");
     scene.is_over();
