@@ -530,7 +530,8 @@ fn a_full_filesystem_fails_the_copy_alone() {
     let status = world.wait_ended(&copy);
     let left: Vec<_> = std::fs::read_dir(dir.path()).expect("the directory").collect();
     drop(world);
-    assert!(mount(&["umount"]), "the mount is busy: the file was not let go");
+    // A program that another test starts has a copy of every descriptor until its exec.
+    eventually("the file is let go, and the mount not busy", || mount(&["umount"]));
     assert_eq!(status.state, "failed");
     assert!(status.error.as_ref().is_some_and(|why| why.contains("make room")), "{status:?}");
     assert!(left.is_empty(), "{left:?}");
@@ -673,11 +674,7 @@ fn a_scratch_without_room_costs_nothing() {
         let status = world.wait_ended(&copy);
         (status.state, std::fs::read(world.target()).ok())
     });
-    let unmounted = (0..3000).any(|_| {
-        thread::sleep(Duration::from_millis(10));
-        mount(&["umount"])
-    });
-    assert!(unmounted, "the mount is busy: the file was not let go");
+    eventually("the file is let go, and the mount not busy", || mount(&["umount"]));
     for (state, copy) in ended {
         assert_eq!(state, "completed");
         assert!(copy.expect("the copy") == vec![1; 2 << 20]);
@@ -984,7 +981,7 @@ fn a_copy_that_is_cancelled_while_it_is_hashed_ends_soon() {
 fn the_bandwidth_is_limited_and_progress_grows() {
     let (world, mem) = World::mem(CompletionOrder::InOrder, Tuning::default());
     fill(&mem);
-    let copy = started(&world, 2 << 20);
+    let copy = started(&world, 1 << 20);
     let mut last = 0;
     let mut steps = 0;
     eventually("its end", || {
@@ -1026,7 +1023,7 @@ fn shared_with_another_host(timeout: Duration) -> (World, FileBackend, tempfile:
 
 #[test]
 fn a_guest_that_left_waits_for_a_copy_as_for_a_write_and_one_that_comes_back_does_not_harm_it() {
-    let (world, other, _dir) = shared_with_another_host(Duration::from_secs(1));
+    let (world, other, _dir) = shared_with_another_host(Duration::from_secs(4));
     world.disk.claim().activate().expect("free");
     let copy = started(&world, 1);
     // Reset.
@@ -1035,7 +1032,7 @@ fn a_guest_that_left_waits_for_a_copy_as_for_a_write_and_one_that_comes_back_doe
         assert!(other.claim().activate().is_err(), "another host may write what is being copied");
         world.disk.claim().activate().expect("still ours");
     }
-    thread::sleep(Duration::from_millis(1200));
+    thread::sleep(Duration::from_millis(4200));
     assert_eq!(world.status(&copy).state, "running");
     assert!(other.claim().activate().is_err());
     // Gone.

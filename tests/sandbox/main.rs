@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use kit::control::{Client, WAIT_TIMEOUT};
 use kit::driver::{ALL, Driver};
 use kit::unread::Unread;
+use kit::wait::wait_until;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use virtioblkd::internal::config::{Config, Invocation};
@@ -127,6 +128,11 @@ impl Daemon {
         fs::read_to_string(self.place.path("log")).unwrap()
     }
 
+    /// Waits until the log contains all of `parts`, and returns it.
+    fn wait_for_log(&self, parts: &[&str]) -> String {
+        kit::log::wait_for(|| self.log(), parts)
+    }
+
     /// A line of /proc/PID/task/TID/status, of each thread.
     fn each_thread(&self, key: &str) -> Vec<String> {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
@@ -155,8 +161,7 @@ impl Daemon {
         assert_eq!(guest.one(1, |guest, id| guest.write_zeroes(1, 131_072, 65536, true, id)), 0);
         let mut client = self.client();
         let target = self.place.path("copies/copy");
-        let options = json!({"target": target, "digest": true});
-        let copy = client.ask("copy-prepare", options).unwrap()["copy"].as_str().unwrap().to_string();
+        let copy = client.prepare_copy(json!({"target": target, "digest": true}));
         let token = client.quiesce(json!({}));
         client.ask("copy-start", json!({"copy": copy, "token": token})).unwrap();
         client.ask("resume", json!({"token": token})).unwrap();
@@ -211,7 +216,7 @@ fn every_thread_has_given_everything_up_and_every_feature_works() {
     daemon.exercise();
     let _guest = Driver::connect_soon(&daemon.place.path("run/vhost"), 4, 64, MIB, ALL);
     let _client = daemon.client();
-    assert!(daemon.each_thread("Pid").len() >= 7, "main, control, vhost-user and four rings");
+    wait_until("main, control, vhost-user and four rings run", || daemon.each_thread("Pid").len() >= 7);
     assert!(daemon.each_thread("NoNewPrivs").iter().all(|it| it == "1"));
     assert!(daemon.each_thread("Seccomp").iter().all(|it| it == "2"));
     // Of root's, the three that reach the files of others: DAC_OVERRIDE, DAC_READ_SEARCH, IPC_LOCK.
@@ -220,8 +225,7 @@ fn every_thread_has_given_everything_up_and_every_feature_works() {
     let limits = fs::read_to_string(format!("/proc/{}/limits", daemon.child.id())).unwrap();
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
     assert_eq!(core.split_whitespace().collect::<Vec<_>>()[4..6], ["0", "0"]);
-    let log = daemon.log();
-    contains(&log, &["sandbox: ", "seccomp"]);
+    let log = daemon.wait_for_log(&["sandbox: ", "seccomp"]);
     assert!(log.contains("Landlock V") || !has_landlock(), "{log}");
     let (place, _) = daemon.end();
     assert_eq!(fs::read_dir(place.path("run")).unwrap().count(), 0, "sockets and pid file are removed");
@@ -245,15 +249,10 @@ fn queues_start_again_as_often_as_front_ends_and_copies_come() {
     for count in 1..=25 {
         daemon.exercise();
         // The next one would be turned away while this one is drained.
-        let end = Instant::now() + WAIT_TIMEOUT;
-        while daemon.log().matches("front-end disconnected").count() < count {
-            assert!(Instant::now() < end, "{}", daemon.log());
-            std::thread::sleep(std::time::Duration::from_millis(2));
-        }
+        wait_until("the front-end is gone", || daemon.log().matches("front-end disconnected").count() >= count);
     }
-    // Both queues' threads, the copy's, the control thread's, main and perhaps some that end just now.
-    let threads = daemon.each_thread("Pid").len();
-    assert!(threads <= 10, "{threads} threads");
+    // Both queues' threads, the copy's, the control thread's, and main: others are ending.
+    wait_until("no threads are left over", || daemon.each_thread("Pid").len() <= 10);
     daemon.end();
 }
 
@@ -302,8 +301,7 @@ fn a_copy_goes_nowhere_but_where_it_was_allowed() {
         assert!(!daemon.place.path(&format!("{target}.partial")).exists());
     }
     fs::create_dir(daemon.place.path("copies/beneath")).unwrap();
-    let options = json!({"target": daemon.place.path("copies/beneath/copy")});
-    client.ask("copy-prepare", options).unwrap();
+    client.prepare_copy(json!({"target": daemon.place.path("copies/beneath/copy")}));
     daemon.end();
 }
 
@@ -315,8 +313,8 @@ fn a_directory_for_copies_that_cannot_be_opened_is_warned_about() {
     let late = place.text("late");
     let more = ["--copy-dir", &file, "--copy-dir", &late, "--scratch", &late].map(str::to_owned);
     let daemon = Daemon::start(place, &more.each_ref().map(String::as_str));
-    contains(&daemon.log(), &["--copy-dir", &more[1], "is not a directory", &more[3], "does not exist", "is served"]);
-    contains(&daemon.log(), &["--scratch", "copies make do without it"]);
+    daemon.wait_for_log(&["--copy-dir", &more[1], "is not a directory", &more[3], "does not exist", "is served"]);
+    daemon.wait_for_log(&["--scratch", "copies make do without it"]);
     let mut guest = Driver::connect_soon(&daemon.place.path("run/vhost"), 1, 64, MIB, ALL);
     assert_eq!(guest.one(0, |guest, id| guest.flush(0, id)), 0);
     drop(guest);
@@ -350,7 +348,7 @@ fn a_filesystem_mounted_over_a_directory_for_copies_is_named() {
     let unmounted = Command::new("umount").arg(&over).status();
     assert!(unmounted.is_ok_and(|status| status.success()));
     contains(&reply, &["mounted over it", "virtioblkctl upgrade", "a directory above the mount point"]);
-    client.ask("copy-prepare", json!({"target": over.join("copy")})).unwrap();
+    client.prepare_copy(json!({"target": over.join("copy")}));
     drop(client);
     daemon.end();
 }
@@ -360,16 +358,16 @@ fn each_level_of_the_sandbox_gives_up_what_it_says() {
     let daemon = Daemon::start(Place::new(), &["--sandbox", "no-filter"]);
     assert!(daemon.each_thread("Seccomp").iter().all(|it| it == "0"));
     assert!(daemon.each_thread("NoNewPrivs").iter().all(|it| it == "1"));
-    contains(&daemon.log(), &["system calls are not filtered"]);
+    daemon.wait_for_log(&["system calls are not filtered"]);
     let prepared = daemon.client().ask("copy-prepare", json!({"target": daemon.place.path("elsewhere/copy")}));
     assert_eq!(prepared.is_err(), has_landlock());
     daemon.end();
 
     let daemon = Daemon::start(Place::new(), &["--sandbox", "off"]);
     assert!(daemon.each_thread("NoNewPrivs").iter().all(|it| it == "0"));
-    contains(&daemon.log(), &["the sandbox is off"]);
+    daemon.wait_for_log(&["the sandbox is off"]);
     let mut client = daemon.client();
-    client.ask("copy-prepare", json!({"target": daemon.place.path("elsewhere/copy")})).unwrap();
+    client.prepare_copy(json!({"target": daemon.place.path("elsewhere/copy")}));
     daemon.end();
 }
 
