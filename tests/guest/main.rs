@@ -12,6 +12,7 @@ mod libvirt_moves;
 mod life;
 mod linux;
 mod migration;
+mod pages;
 mod power;
 mod power_cut;
 mod replicas;

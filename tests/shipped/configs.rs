@@ -42,28 +42,30 @@ fn every_key_of_the_example_disk_is_an_option() {
 
 #[test]
 fn every_option_that_the_pages_name_exists() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut known = virtioblkd("--help") + " --help ";
-    let commands = ["quiesce", "resume", "resize", "status", "snapshot", "attend", "upgrade"]
+    let commands = ["quiesce", "resume", "resize", "status", "snapshot", "attend", "upgrade", "list", "copies"]
         .map(|command| vec![command, "--help"]);
-    for words in [vec!["--help"]].into_iter().chain(commands) {
+    let domain = ["convert", "check", "attach", "detach"].map(|command| vec!["domain", command, "--help"]);
+    for words in [vec!["--help"]].into_iter().chain(commands).chain(domain) {
         let output =
             Command::new(env!("CARGO_BIN_EXE_virtioblkctl")).args(words).output().expect("virtioblkctl starts");
         known += &String::from_utf8(output.stdout).expect("text");
     }
-    for page in ["README.md", "qemu-configs/README.md"] {
-        let text = fs::read_to_string(root.join(page)).expect("a page");
+    // speed.md names options of benchmarks.
+    for page in kit::documents::pages().into_iter().filter(|page| page != "docs/speed.md") {
+        let text = kit::documents::read(&page);
         // Lines that start one of our programs, and options in running text.
         for (number, line) in text.lines().enumerate() {
             let ours = line.contains("virtioblkd ") || line.contains("virtioblkctl ") || line.contains("`--");
             // Lines about other programs.
-            let foreign = ["virsh", "lvcreate", "qemu-system", "snapshot-create", "cargo", "make "];
+            let foreign =
+                ["virsh", "lvcreate", "qemu-system", "snapshot-create", "cargo", "make ", "bench", "of `rbd`", "cp "];
             if !ours || foreign.iter().any(|word| line.contains(word)) {
                 continue;
             }
             for option in line.split(|c: char| !(c.is_ascii_lowercase() || c == '-')).filter(|w| w.starts_with("--")) {
-                let exists =
-                    option == "--" || known.split(|c: char| !(c.is_ascii_lowercase() || c == '-')).any(|w| w == option);
+                let exists = option.trim_matches('-').is_empty()
+                    || known.split(|c: char| !(c.is_ascii_lowercase() || c == '-')).any(|w| w == option);
                 assert!(exists, "{page}:{}: {option} is no option of ours", number + 1);
             }
         }

@@ -1,5 +1,6 @@
 //! What is shipped beside the programs: configuration files, hooks, documents and licences. Sanitizers find nothing here.
 
+mod commands;
 mod configs;
 mod documents;
 mod rerun_failed;

@@ -10,12 +10,13 @@
 //!   process; [`front_end_suite`]: what holds for every kind of image.
 //! - [`control`]: a fake disk behind the control socket; [`snapshot`]: disks and a fake guest agent; [`upgrade`]: a
 //!   daemon that may be another process by now.
-//! - [`guest`]: QEMU with a real guest; [`ceph`]: a real cluster.
+//! - [`guest`]: QEMU with a real guest; [`ceph`]: a real cluster; [`documents`]: the commands of the pages.
 
 pub mod backend;
 pub mod backend_contract;
 pub mod ceph;
 pub mod control;
+pub mod documents;
 pub mod driver;
 pub mod front_end;
 pub mod front_end_suite;
