@@ -36,14 +36,14 @@ pub trait ImageInfo {
 
 /// Which process may use an image that several processes or hosts can open.
 pub trait ImageClaim {
-    /// Claims the image for a guest: the first ring is about to start. An error keeps the ring from running. Called
+    /// Claims the image for a guest: the first virtqueue is about to start. An error keeps it from running. Called
     /// again before [`ImageClaim::deactivate`] when a hold or a copy has kept the image meanwhile. Called by the
     /// vhost-user thread; may block.
     fn activate(&self) -> io::Result<()> {
         Ok(())
     }
 
-    /// Claims the image for an operator's hold while no ring runs, if only a claim keeps other hosts from changing it.
+    /// Claims the image for an operator's hold while no virtqueue runs, if only a claim keeps other hosts from changing it.
     /// Returns `false` when there was nothing to do; then no [`ImageClaim::deactivate`] follows. An error: another
     /// process has the image. Called by a thread of the hold; may block.
     fn activate_for_hold(&self) -> io::Result<bool> {
@@ -56,7 +56,7 @@ pub trait ImageClaim {
         false
     }
 
-    /// Releases the image. The last ring has stopped, everything that it acknowledged was synced as its mode promises,
+    /// Releases the image. The last virtqueue has stopped, everything that it acknowledged was synced as its mode promises,
     /// and no hold is on. Called by the vhost-user thread, or by a thread of a hold or a copy, after
     /// [`ImageClaim::activate`] and not during it; may block.
     fn deactivate(&self) {}

@@ -189,7 +189,7 @@ pub struct Wakeups {
     pub copy: bool,
 }
 
-/// An opened image. The rings' threads, the vhost-user thread, the control thread and main share it.
+/// An opened image. The virtqueues' threads, the vhost-user thread, the control thread and main share it.
 ///
 /// Five methods make a back-end. An image that can do more overrides one of the last four, each of which returns one
 /// capability ([`capabilities`]).
@@ -197,12 +197,12 @@ pub trait Backend: Send + Sync {
     /// The image's shape. Only the size may change while the image is open; [`Notices::resized`] reports it.
     fn geometry(&self) -> Geometry;
 
-    /// Opens a queue for one ring. Called in the ring's own thread, which alone uses the queue. `depth`: the most ops
+    /// Opens a queue for one virtqueue. Called in the virtqueue's own thread, which alone uses the queue. `depth`: the most ops
     /// that the caller wants in flight.
     fn open_queue(&self, depth: usize) -> io::Result<Box<dyn IoQueue>>;
 
     /// Makes everything written so far durable; blocks. Called by the vhost-user thread (GET_VRING_BASE, disconnect),
-    /// by main at the end, and by a quiesce that finds no running ring; never by a ring's thread.
+    /// by main at the end, and by a quiesce that finds no running virtqueue; never by a virtqueue's thread.
     fn sync(&self) -> io::Result<()>;
 
     /// The error number of the first sync that failed for good (clause 5), if any.
@@ -212,7 +212,7 @@ pub trait Backend: Send + Sync {
     fn describe(&self) -> String;
 
     /// The next range at or after `offset` that may hold data, as (start, end). `None`: there are only zeroes from here
-    /// on. By default everything may hold data. May block on metadata; never called by a ring's thread.
+    /// on. By default everything may hold data. May block on metadata; never called by a virtqueue's thread.
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         let size = self.geometry().size;
         Ok((offset < size).then_some((offset, size)))
@@ -267,7 +267,7 @@ pub trait IoQueue: Send {
     /// queue is dropped. The queue may consume the eventfd's count; the caller never reads it.
     fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()>;
 
-    /// Whether `reap` would return something. For a busy-polling caller, which watches the guest's ring itself; a kick
+    /// Whether `reap` would return something. For a busy-polling caller, which watches the guest's virtqueue itself; a kick
     /// therefore does not count. Makes a system call only when there is something to do. May miss a watched descriptor.
     fn has_completions(&mut self) -> bool;
 

@@ -37,7 +37,7 @@ pub struct Signals {
 
 impl Signals {
     /// Blocks the signals in the calling thread and in those that it starts from now on. So only this descriptor
-    /// receives them, and no system call of a ring's thread is interrupted. Called once, by main, before any other
+    /// receives them, and no system call of a virtqueue's thread is interrupted. Called once, by main, before any other
     /// thread exists. An error: no file descriptor is left.
     pub fn block() -> io::Result<Self> {
         let mut set = SigSet::empty();

@@ -84,7 +84,7 @@ enum Quiesce {
     Quiet,
 }
 
-/// Admission, acknowledgement and quiet for one ring.
+/// Admission, acknowledgement and quiet for one virtqueue.
 ///
 /// The virtqueue's thread owns it and alone calls it. No call blocks, and none panics on anything that a guest can do.
 /// Every call takes constant time (a finished sync: constant for each request that it covered), and none allocates once the

@@ -68,7 +68,7 @@ pub struct Setup {
     pub mode: CacheMode,
     pub durable_writes: bool,
     pub driver_can_flush: bool,
-    /// The requests, in the ring's order.
+    /// The requests, in the virtqueue's order.
     pub script: Vec<Kind>,
     /// How often writes are blocked, at most.
     pub blocks: u8,
@@ -91,7 +91,7 @@ impl Setup {
 /// What a worker may do next.
 #[derive(Clone, Copy, Debug)]
 pub enum Step {
-    /// Offer the request at the head of the ring.
+    /// Offer the request at the head of the virtqueue.
     Offer,
     /// Report a completion.
     Complete(Token, Result<(), Errno>),

@@ -16,7 +16,7 @@ use kit::backend;
 use kit::backend::{Driver, Prng, disk_dir, eventually, image, opened, options, some_buffer};
 use virtioblkd::backend::file::{FileBackend, FileOptions, Locking};
 use virtioblkd::backend::mem::{CompletionOrder, Fault, MemBackend, MemOp, MemOptions};
-use virtioblkd::backend::point_in_time::{Mutant, PointInTime, ScratchOptions, Step, TargetHook, Tuning};
+use virtioblkd::backend::point_in_time::{CopyStep, Mutant, PointInTime, ScratchOptions, TargetHook, Tuning};
 use virtioblkd::backend::{Backend, Completion, DurableWrite, Errno, IoBuf, Op, OpId};
 use virtioblkd::disk::{Copies, CopyError, CopyOptions, CopyStatus, Event, Events};
 use virtioblkd::engine::CacheMode;
@@ -331,14 +331,14 @@ fn with_scratch(size: u64, fails: u32, loads: &Arc<AtomicU32>) -> (Tuning, tempf
     let dir = tempfile::tempdir_in("/dev/shm").expect("a directory");
     let (loads, stores) = (Arc::clone(loads), AtomicU32::new(0));
     let hook = move |step| match step {
-        Step::Write => {
+        CopyStep::Write => {
             thread::sleep(Duration::from_millis(1));
             Ok(())
         }
-        Step::Store if fails > 0 && stores.fetch_add(1, Ordering::Relaxed) % fails == fails - 1 => {
+        CopyStep::Store if fails > 0 && stores.fetch_add(1, Ordering::Relaxed) % fails == fails - 1 => {
             Err(io::Error::from_raw_os_error(libc::ENOSPC))
         }
-        Step::Load => {
+        CopyStep::Load => {
             loads.fetch_add(1, Ordering::Relaxed);
             Ok(())
         }
@@ -410,7 +410,7 @@ fn a_target_that_fails_at_any_time_leaves_nothing_and_the_guest_alone() {
     let mut ended = [0, 0];
     for seed in 0..60 {
         let mut prng = Prng::new(seed);
-        let step = if prng.below(8) == 0 { Step::Sync } else { Step::Write };
+        let step = if prng.below(8) == 0 { CopyStep::Sync } else { CopyStep::Write };
         let (world, _) =
             World::mem(CompletionOrder::Shuffled(seed), failing_at(step, 1 + prng.below(24) as u32, libc::ENOSPC));
         round(&world, seed, End::Failing).unwrap_or_else(|what| panic!("{what}"));
@@ -452,7 +452,7 @@ fn started(world: &World, bandwidth: u64) -> String {
     copy
 }
 
-fn failing_at(step: Step, nth: u32, errno: i32) -> Tuning {
+fn failing_at(step: CopyStep, nth: u32, errno: i32) -> Tuning {
     let seen = AtomicU32::new(0);
     let hook = move |now| {
         let fails = now == step && seen.fetch_add(1, Ordering::Relaxed) + 1 == nth;
@@ -488,10 +488,10 @@ fn fill(mem: &MemBackend) {
 #[test]
 fn a_failure_of_the_target_fails_the_copy_alone() {
     for (step, nth, errno, words) in [
-        (Step::Write, 1, libc::ENOSPC, "make room"),
-        (Step::Write, 3, libc::EIO, "medium"),
-        (Step::Sync, 1, libc::EIO, "cannot be synced"),
-        (Step::Publish, 1, libc::EROFS, "cannot be named"),
+        (CopyStep::Write, 1, libc::ENOSPC, "make room"),
+        (CopyStep::Write, 3, libc::EIO, "medium"),
+        (CopyStep::Sync, 1, libc::EIO, "cannot be synced"),
+        (CopyStep::Publish, 1, libc::EROFS, "cannot be named"),
     ] {
         let (world, mem) = World::mem(CompletionOrder::InOrder, failing_at(step, nth, errno));
         fill(&mem);
@@ -557,7 +557,7 @@ fn hanging_target() -> (mpsc::Sender<()>, TargetHook) {
     let (release, hangs) = mpsc::channel::<()>();
     let hangs = Mutex::new(hangs);
     let hook = move |step| {
-        if step == Step::Write {
+        if step == CopyStep::Write {
             // Until the test lets go.
             let _ = hangs.lock().expect("one writer").recv();
         }
@@ -621,8 +621,8 @@ fn a_scratch_that_hangs_does_not_hang_the_guest() {
     let hook = move |step| {
         match step {
             // Until the test lets go.
-            Step::Store => drop(hangs.lock().expect("some wait").recv()),
-            Step::Write => thread::sleep(Duration::from_millis(5)),
+            CopyStep::Store => drop(hangs.lock().expect("some wait").recv()),
+            CopyStep::Write => thread::sleep(Duration::from_millis(5)),
             _ => {}
         }
         Ok(())
@@ -832,7 +832,7 @@ fn a_file_put_in_the_partial_files_place_is_not_published() {
     let dir = tempfile::tempdir_in("/dev/shm").expect("a directory");
     let place = dir.path().to_path_buf();
     let hook = move |step| {
-        if step == Step::Publish {
+        if step == CopyStep::Publish {
             std::fs::rename(place.join("copy.img.partial"), place.join("elsewhere"))?;
             std::fs::write(place.join("copy.img.partial"), "forged")?;
         }

@@ -35,16 +35,24 @@ pub(super) fn buffer_use(fd: BorrowedFd<'_>, is_device: bool, sysfs: &Path) -> B
         Err(error) => return BufferUse::ReadsOnce(format!("the storage below cannot be found out ({error})")),
     };
     if is_device {
-        return device(sysfs, (stat.stx_rdev_major, stat.stx_rdev_minor), MAX_DEPTH);
+        return device(sysfs, DeviceNumber { major: stat.stx_rdev_major, minor: stat.stx_rdev_minor }, MAX_DEPTH);
     }
     let magic = fstatfs(fd).map_or(0, |found| found.f_type as u32);
     let nocow = || ioctl_getflags(fd).is_ok_and(|flags| flags.contains(IFlags::NOCOW));
     // The first word of a btrfs's identity; the second one contains the subvolume's number.
     let id = || fstatvfs(fd).map_or(0, |found| found.f_fsid as u32);
+    let below = DeviceNumber { major: stat.stx_dev_major, minor: stat.stx_dev_minor };
     match magic {
         BTRFS if nocow() => btrfs_without_checksums(sysfs, id()),
-        _ => filesystem(magic).unwrap_or_else(|| device(sysfs, (stat.stx_dev_major, stat.stx_dev_minor), MAX_DEPTH)),
+        _ => filesystem(magic).unwrap_or_else(|| device(sysfs, below, MAX_DEPTH)),
     }
+}
+
+/// The number of a block device.
+#[derive(Clone, Copy)]
+struct DeviceNumber {
+    major: u32,
+    minor: u32,
 }
 
 fn twice(why: impl Into<String>) -> BufferUse {
@@ -95,7 +103,7 @@ fn btrfs_id(uuid: &str) -> Option<u32> {
 }
 
 /// Returns how a block device uses buffers, by its number.
-fn device(sysfs: &Path, (major, minor): (u32, u32), depth_left: usize) -> BufferUse {
+fn device(sysfs: &Path, DeviceNumber { major, minor }: DeviceNumber, depth_left: usize) -> BufferUse {
     let link = sysfs.join(format!("dev/block/{major}:{minor}"));
     match fs::canonicalize(&link) {
         Ok(dir) => disk_of(sysfs, &dir, depth_left),
@@ -165,8 +173,8 @@ fn loop_device(sysfs: &Path, disk: &Path, file: &Path, depth_left: usize) -> Buf
     let (Ok(found), 1..) = (rustix::fs::stat(file), depth_left) else {
         return BufferUse::ReadsOnce(format!("{name} is a loop device, and {} cannot be examined", file.display()));
     };
-    let (major, minor) = (rustix::fs::major(found.st_dev), rustix::fs::minor(found.st_dev));
-    filesystem(magic).unwrap_or_else(|| device(sysfs, (major, minor), depth_left - 1))
+    let below = DeviceNumber { major: rustix::fs::major(found.st_dev), minor: rustix::fs::minor(found.st_dev) };
+    filesystem(magic).unwrap_or_else(|| device(sysfs, below, depth_left - 1))
 }
 
 /// Returns how several devices side by side use buffers: as the worst of them.
@@ -243,7 +251,7 @@ mod tests {
         }
 
         fn buffer_use(&self, minor: u32) -> BufferUse {
-            device(self.0.path(), (1, minor), MAX_DEPTH)
+            device(self.0.path(), DeviceNumber { major: 1, minor }, MAX_DEPTH)
         }
     }
 

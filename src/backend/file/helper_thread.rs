@@ -22,7 +22,7 @@ const RETRY_DELAY: Duration = Duration::from_millis(1);
 /// The most threads of one queue. A further one is started when a task comes while all are busy.
 const MAX_THREADS: usize = 8;
 
-enum Task {
+enum HelperTask {
     Discard {
         key: u64,
         offset: u64,
@@ -42,7 +42,7 @@ enum Task {
 
 /// Makes discards on a block device, and transfers by plain calls, in any order. Dropping it waits for its tasks.
 pub(super) struct HelperThreads {
-    tasks: Option<mpsc::Sender<Task>>,
+    tasks: Option<mpsc::Sender<HelperTask>>,
     threads: Vec<JoinHandle<()>>,
     shared: Arc<Shared>,
 }
@@ -51,7 +51,7 @@ struct Shared {
     file: Arc<OwnedFd>,
     mailbox: Arc<Mailbox>,
     /// One thread at a time waits for the next task.
-    tasks: Mutex<mpsc::Receiver<Task>>,
+    tasks: Mutex<mpsc::Receiver<HelperTask>>,
     /// Tasks that were queued and are not done.
     unfinished: AtomicUsize,
 }
@@ -59,7 +59,7 @@ struct Shared {
 impl HelperThreads {
     /// Starts the first thread, for the queue's own description of the file. Fails when no thread can be started.
     pub(super) fn start(file: Arc<OwnedFd>, mailbox: Arc<Mailbox>) -> io::Result<Self> {
-        let (tasks, queued) = mpsc::channel::<Task>();
+        let (tasks, queued) = mpsc::channel::<HelperTask>();
         let shared = Shared { file, mailbox, tasks: Mutex::new(queued), unfinished: AtomicUsize::new(0) };
         let mut helpers = HelperThreads { tasks: Some(tasks), threads: Vec::new(), shared: Arc::new(shared) };
         helpers.start_thread()?;
@@ -74,15 +74,15 @@ impl HelperThreads {
 
     /// Queues a discard. `Mail::Discarded` with this key follows.
     pub(super) fn discard(&mut self, key: u64, offset: u64, len: u64) {
-        self.queue(Task::Discard { key, offset, len });
+        self.queue(HelperTask::Discard { key, offset, len });
     }
 
     /// Queues a transfer. `Mail::Transferred` with this key follows.
     pub(super) fn transfer(&mut self, key: u64, transfer: Transfer) {
-        self.queue(Task::Transfer { key, transfer });
+        self.queue(HelperTask::Transfer { key, transfer });
     }
 
-    fn queue(&mut self, task: Task) {
+    fn queue(&mut self, task: HelperTask) {
         let unfinished = self.shared.unfinished.fetch_add(1, Ordering::Relaxed);
         if unfinished >= self.threads.len() && self.threads.len() < MAX_THREADS {
             // The task then waits for those before it.
@@ -103,13 +103,15 @@ impl Shared {
             let task = self.tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
             let mail = match task {
                 Err(mpsc::RecvError) => return,
-                Ok(Task::Discard { key, offset, len }) => Mail::Discarded(key, discard(self.file.as_fd(), offset, len)),
-                Ok(Task::Transfer { key, transfer }) => {
+                Ok(HelperTask::Discard { key, offset, len }) => {
+                    Mail::Discarded(key, discard(self.file.as_fd(), offset, len))
+                }
+                Ok(HelperTask::Transfer { key, transfer }) => {
                     let result = transfer_all(self.file.as_fd(), &transfer);
                     Mail::Transferred(key, transfer, result)
                 }
                 #[cfg(test)]
-                Ok(Task::Hang { key, until }) => {
+                Ok(HelperTask::Hang { key, until }) => {
                     let _ = until.recv();
                     Mail::Discarded(key, Ok(()))
                 }
@@ -142,12 +144,12 @@ fn discard(file: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<()> {
 
 /// Makes call after call, as long as each transfers something.
 fn transfer_all(file: BorrowedFd<'_>, transfer: &Transfer) -> Result<(), Errno> {
-    let flags = if transfer.durable { libc::RWF_DSYNC } else { 0 };
+    let flags = if transfer.kind.is_durable() { libc::RWF_DSYNC } else { 0 };
     let (mut done, mut retries, mut scratch) = (0, 0, Vec::new());
     while done < transfer.len {
         let range = transfer.from + done..transfer.from + transfer.len;
         let offset = transfer.offset + done as u64;
-        match preadv::transfer(file, transfer.write, &transfer.buf, range, offset, flags, &mut scratch) {
+        match preadv::transfer(file, transfer.kind.is_write(), &transfer.buf, range, offset, flags, &mut scratch) {
             // Inside the image this means that another process truncated the file, or that it takes no more data.
             Ok(0) => return Err(Errno(libc::EIO)),
             Ok(moved) => (done, retries) = (done + moved, 0),
@@ -192,7 +194,7 @@ mod tests {
         for key in 1..MAX_THREADS as u64 {
             let (release, until) = mpsc::channel();
             held.push(release);
-            helpers.queue(Task::Hang { key, until });
+            helpers.queue(HelperTask::Hang { key, until });
         }
         let mut done = Vec::new();
         for key in 100..103 {

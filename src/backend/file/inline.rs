@@ -62,13 +62,13 @@ enum Nowait {
 
 /// The result of an inline transfer.
 #[derive(Debug, PartialEq)]
-pub(super) enum Outcome {
+pub(super) enum InlineOutcome {
     /// It is complete.
-    Over(Result<(), Errno>),
+    Complete(Result<(), Errno>),
     /// So many bytes are transferred. The rest may sleep, so it goes to the io_uring.
-    Moved(usize),
+    Partial(usize),
     /// The call must be repeated: the file system does not support its flags.
-    Again,
+    Repeat,
 }
 
 /// The inline I/O of one queue.
@@ -98,7 +98,7 @@ impl InlineIo {
     }
 
     /// The owner has reaped, so the allowance is full again.
-    pub(super) fn reaped(&mut self) {
+    pub(super) fn refill_allowance(&mut self) {
         self.allowance = MAX_BETWEEN_REAPS;
     }
 
@@ -116,18 +116,18 @@ impl InlineIo {
 
     /// Reads what needs no waiting.
     #[inline]
-    pub(super) fn read(&mut self, file: BorrowedFd<'_>, buf: &IoBuf, offset: u64) -> Outcome {
+    pub(super) fn read(&mut self, file: BorrowedFd<'_>, buf: &IoBuf, offset: u64) -> InlineOutcome {
         let flags = match (self.policy, self.reads) {
             (InlinePolicy::Memory, _) => 0,
             (_, Nowait::Supported) => libc::RWF_NOWAIT,
-            (_, Nowait::Unsupported) => return Outcome::Moved(0),
+            (_, Nowait::Unsupported) => return InlineOutcome::Partial(0),
         };
         let result = preadv::transfer(file, false, buf, 0..buf.len(), offset, flags, &mut self.scratch.0);
         if result == Err(Errno(libc::EOPNOTSUPP)) {
             self.reads = Nowait::Unsupported;
         }
         let outcome = outcome_of(result, buf);
-        if outcome == Outcome::Over(Ok(())) {
+        if outcome == InlineOutcome::Complete(Ok(())) {
             self.allowance -= buf.len();
         }
         outcome
@@ -160,24 +160,24 @@ impl InlineIo {
 
     /// Returns what an admitted write's result means.
     #[inline]
-    pub(super) fn made(&mut self, call: &BlockingCall) -> Outcome {
+    pub(super) fn handle_result(&mut self, call: &BlockingCall) -> InlineOutcome {
         if let (Some(began), Some(ended)) = (call.began, call.ended) {
             self.backoff.record(began, ended);
         }
         if call.result == Err(Errno(libc::EOPNOTSUPP)) && call.flags == libc::RWF_NOWAIT {
             self.writes = Nowait::Unsupported;
-            return Outcome::Again;
+            return InlineOutcome::Repeat;
         }
         outcome_of(call.result, &call.buf)
     }
 
     /// The write that was admitted last has not returned, and another thread continues with the queue.
-    pub(super) fn is_stuck(&mut self) {
+    pub(super) fn call_hangs(&mut self) {
         self.stuck = true;
     }
 
     /// That write has returned.
-    pub(super) fn is_back(&mut self) {
+    pub(super) fn hung_call_returned(&mut self) {
         self.stuck = false;
     }
 
@@ -189,13 +189,13 @@ impl InlineIo {
 }
 
 /// Returns what a call's result means for its transfer. After a short transfer the io_uring finds out the cause.
-fn outcome_of(result: Result<usize, Errno>, buf: &IoBuf) -> Outcome {
+fn outcome_of(result: Result<usize, Errno>, buf: &IoBuf) -> InlineOutcome {
     match result {
-        Ok(moved) if moved >= buf.len() => Outcome::Over(Ok(())),
-        Ok(moved) => Outcome::Moved(moved),
+        Ok(moved) if moved >= buf.len() => InlineOutcome::Complete(Ok(())),
+        Ok(moved) => InlineOutcome::Partial(moved),
         // It would sleep, was interrupted, or is not supported.
-        Err(Errno(libc::EAGAIN | libc::EINTR | libc::EOPNOTSUPP)) => Outcome::Moved(0),
-        Err(errno) => Outcome::Over(Err(errno)),
+        Err(Errno(libc::EAGAIN | libc::EINTR | libc::EOPNOTSUPP)) => InlineOutcome::Partial(0),
+        Err(errno) => InlineOutcome::Complete(Err(errno)),
     }
 }
 

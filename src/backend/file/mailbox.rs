@@ -2,9 +2,9 @@
 
 use std::io;
 
-use super::super::uring::{Command, Transfer};
+use super::super::uring::{FileOp, Transfer};
 use super::super::{BlockingCall, Errno};
-use super::queue::Job;
+use super::queue::PendingOp;
 
 /// A message to a queue.
 pub(super) enum Mail {
@@ -16,8 +16,8 @@ pub(super) enum Mail {
     Transferred(u64, Transfer, Result<(), Errno>),
     /// The call of the thread that had the queue before has returned.
     Returned(BlockingCall),
-    /// A command of the io_uring of that thread is complete.
-    Finished(Job, Command, Result<(), Errno>),
+    /// A file op of the io_uring of that thread is complete.
+    Finished(PendingOp, FileOp, Result<(), Errno>),
 }
 
 /// A queue's mailbox.

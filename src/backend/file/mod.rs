@@ -37,7 +37,7 @@ use change_counter::ChangeCounter;
 use geometry::{Alignment, Storage};
 use queue::FileQueue;
 use range_locks::RangeLocks;
-use range_op::Unsupported;
+use range_op::UnsupportedOps;
 
 /// How QEMU's image locks are used (`--locking`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,7 +45,7 @@ pub enum Locking {
     /// Locks where the file system supports it, and warns where not.
     #[default]
     Auto,
-    /// Like `Auto`, but only while a guest's rings run. Two servers can then have the image open, and a live migration
+    /// Like `Auto`, but only while a guest's virtqueues run. Two servers can then have the image open, and a live migration
     /// hands it from one to the other. A paused guest holds no lock.
     InUse,
     /// Takes no locks: the user excludes other writers.
@@ -137,9 +137,9 @@ struct Shared {
     changes: ChangeCounter,
     /// What a queue's own thread may do.
     inline_policy: inline::InlinePolicy,
-    /// Which thread begins the commands of a queue's io_uring.
+    /// Which thread begins the file ops of a queue's io_uring.
     submission: Submission,
-    unsupported: Unsupported,
+    unsupported: UnsupportedOps,
     /// The locks for read-modify-write, where the guest's blocks are smaller than those that can be written.
     range_locks: Option<Arc<RangeLocks>>,
     locking: Locking,
@@ -201,7 +201,7 @@ impl FileBackend {
                 Storage::Memory | Storage::Local => Submission::Inline,
                 Storage::Remote => Submission::Worker,
             },
-            unsupported: Unsupported::default(),
+            unsupported: UnsupportedOps::default(),
             range_locks: (opened.logical_block < align.offset).then(|| RangeLocks::new(align.offset)),
             locking: options.locking,
             locks_released: AtomicBool::new(options.lock_later),
@@ -348,7 +348,7 @@ impl ImageUpgrade for FileBackend {
 
 impl ImageClaim for FileBackend {
     fn activate(&self) -> io::Result<()> {
-        // If the locks could not be taken back after a failed hand-over, this retries before a guest's rings run.
+        // If the locks could not be taken back after a failed hand-over, this retries before a guest's virtqueues run.
         self.take_over()?;
         let shared = &self.shared;
         if shared.locking == Locking::InUse {

@@ -40,7 +40,7 @@ impl OpenError {
 }
 
 /// An image that passed every check.
-pub(super) struct Opened {
+pub(super) struct OpenImage {
     pub(super) fd: OwnedFd,
     /// The flags with which it was opened, to open it again.
     pub(super) flags: OFlags,
@@ -50,7 +50,7 @@ pub(super) struct Opened {
 }
 
 /// Opens and checks an image. Takes its locks, which last as long as the descriptor returned.
-pub(super) fn open(options: &FileOptions) -> Result<Opened, OpenError> {
+pub(super) fn open(options: &FileOptions) -> Result<OpenImage, OpenError> {
     let path = options.path.as_path();
     // Before opening: opening a FIFO would wait for its other end.
     check_kind(path, stat(path).map_err(|error| cannot_open(options, error.into()))?.st_mode)?;
@@ -73,7 +73,7 @@ pub(super) fn open(options: &FileOptions) -> Result<Opened, OpenError> {
         true => error,
     })?;
     uring::probe().map_err(|error| fail(path, "the kernel provides no io_uring".into(), &error.to_string()))?;
-    Ok(Opened { fd, flags, is_device, medium, logical_block })
+    Ok(OpenImage { fd, flags, is_device, medium, logical_block })
 }
 
 fn fail(path: &Path, cause: String, fix: &str) -> OpenError {

@@ -7,16 +7,16 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use super::super::buffer::IovecList;
-use super::super::uring::{Command, Event, Transfer, Uring};
+use super::super::uring::{Event, FileOp, Transfer, TransferKind, Uring};
 use super::super::{BlockingCall, Caller, Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
 use super::Shared;
-use super::bounce::{BounceOp, Next};
+use super::bounce::{BounceOp, BounceStep};
 use super::change_counter::ChangeStamp;
 use super::helper_thread::HelperThreads;
-use super::inline::{InlineIo, Outcome};
+use super::inline::{InlineIo, InlineOutcome};
 use super::mailbox::{Mail, Mailbox};
-use super::range_locks::{QueueLocks, Ticket};
-use super::range_op::{RangeOp, Step};
+use super::range_locks::{LockTicket, QueueLocks};
+use super::range_op::{OpStep, RangeOp};
 use crate::backend::bounce_pool::QueuePool;
 use crate::backend::preadv;
 use crate::base::rate_limit::{STORAGE_LOG, log_limited};
@@ -30,9 +30,9 @@ const MAIL: u32 = 3;
 /// makes no system call. A caller that polls instead of sleeping calls `submit` between two reaps. Fields are dropped
 /// in their order: first `uring`, which waits for what is in flight, then the helper thread, and the file last.
 pub(super) struct FileQueue {
-    uring: Uring<Job>,
+    uring: Uring<PendingOp>,
     /// Sends the io_uring to the thread that makes the calls ([`FileCaller`]), should another thread take the queue.
-    to_caller: Option<mpsc::Sender<Uring<Job>>>,
+    to_caller: Option<mpsc::Sender<Uring<PendingOp>>>,
     /// Writes to be made by plain calls.
     pending_calls: VecDeque<BlockingCall>,
     helper: Option<HelperThreads>,
@@ -45,39 +45,41 @@ pub(super) struct FileQueue {
     locks: Option<Arc<QueueLocks>>,
     pool: QueuePool,
     /// Ops taken and not yet in `ready`.
-    live: usize,
+    ops_in_flight: usize,
     /// The most ops taken and not reaped.
     depth: usize,
     /// Ops that wait for their range lock, by its claim, with their first step.
-    waiting_for_lock: HashMap<u64, (Job, Step)>,
+    waiting_for_lock: HashMap<u64, (PendingOp, OpStep)>,
     /// Ops that wait for bounce memory, oldest first. They hold their range lock already, and an op that has memory
     /// waits for the medium only, so none of them waits for another.
-    waiting_for_memory: VecDeque<Job>,
+    waiting_for_memory: VecDeque<PendingOp>,
     /// Ops that the helper thread works on, by the key of their task.
-    in_helper: HashMap<u64, Job>,
+    in_helper: HashMap<u64, PendingOp>,
     last_key: u64,
     ready: Vec<Completion>,
     wakeups: Wakeups,
 }
 
 /// An op that was taken and is not complete.
-pub(super) struct Job {
+pub(super) struct PendingOp {
     id: OpId,
+    /// The op is a durable write.
     durable: bool,
     /// The op changes the image, so a later sync has something to do.
     changes: bool,
-    work: Work,
+    state: OpState,
     /// The range lock, held until the op is complete, however it ends.
-    _ticket: Option<Ticket>,
+    _ticket: Option<LockTicket>,
 }
 
-enum Work {
-    /// The op is a single command.
-    Whole,
+/// What is left to do of an op.
+enum OpState {
+    /// The op is a single file op.
+    Single,
     /// A sync, and the changes that it covers.
     Sync(ChangeStamp),
-    BounceOp(Box<BounceOp>),
-    RangeOp(Box<RangeOp>),
+    Bounce(Box<BounceOp>),
+    Range(Box<RangeOp>),
 }
 
 impl FileQueue {
@@ -97,7 +99,7 @@ impl FileQueue {
             shared,
             mailbox,
             locks,
-            live: 0,
+            ops_in_flight: 0,
             depth,
             waiting_for_lock: HashMap::new(),
             waiting_for_memory: VecDeque::new(),
@@ -112,12 +114,12 @@ impl FileQueue {
     #[inline]
     fn read_inline(&mut self, id: OpId, offset: u64, buf: IoBuf) {
         match self.inline.read(self.file.as_fd(), &buf, offset) {
-            Outcome::Over(result) => self.complete(id, false, result, Some(buf)),
-            Outcome::Moved(from) => {
-                self.live += 1;
-                self.start_rest(id, false, offset, buf, from);
+            InlineOutcome::Complete(result) => self.complete(id, false, result, Some(buf)),
+            InlineOutcome::Partial(from) => {
+                self.ops_in_flight += 1;
+                self.start_rest(id, TransferKind::Read, offset, buf, from);
             }
-            Outcome::Again => unreachable!("a read is tried once"),
+            InlineOutcome::Repeat => unreachable!("a read is tried once"),
         }
     }
 
@@ -125,7 +127,7 @@ impl FileQueue {
     #[inline]
     fn write_inline(&mut self, id: OpId, offset: u64, buf: IoBuf) {
         self.inline.reserve(&buf);
-        self.live += 1;
+        self.ops_in_flight += 1;
         self.pending_calls.push_back(BlockingCall::new(id, offset, buf));
         if self.to_caller.is_none() {
             self.make_calls();
@@ -142,60 +144,61 @@ impl FileQueue {
     }
 
     /// Gives the io_uring what is left of a transfer after `from` bytes.
-    fn start_rest(&mut self, id: OpId, write: bool, offset: u64, buf: IoBuf, from: usize) {
+    fn start_rest(&mut self, id: OpId, kind: TransferKind, offset: u64, buf: IoBuf, from: usize) {
         let len = buf.len() - from;
-        let rest = Transfer { write, durable: false, offset: offset + from as u64, buf, from, len };
-        let job = Job { id, durable: false, changes: write, work: Work::Whole, _ticket: None };
-        self.uring.start(Command::Transfer(rest), job);
+        let rest = Transfer { kind, offset: offset + from as u64, buf, from, len };
+        let op = PendingOp { id, durable: false, changes: kind.is_write(), state: OpState::Single, _ticket: None };
+        self.uring.start(FileOp::Transfer(rest), op);
     }
 
     /// Gives the queued calls to the io_uring, because the owner is about to sleep.
     fn start_calls(&mut self) {
         while let Some(BlockingCall { id, offset, buf, .. }) = self.pending_calls.pop_front() {
-            self.start_rest(id, true, offset, buf, 0);
+            self.start_rest(id, TransferKind::Write, offset, buf, 0);
         }
     }
 
-    /// Returns whether the op is a durable write, its state, and its first step.
-    fn plan(&self, op: Op) -> (bool, Work, Step) {
+    /// Returns the op's state and its first step.
+    fn plan(&self, op: Op) -> (OpState, OpStep) {
         match op {
-            Op::Read { offset, buf } => self.plan_transfer((false, false), offset, buf),
-            Op::Write { offset, buf, durable } => self.plan_transfer((true, durable), offset, buf),
+            Op::Read { offset, buf } => self.plan_transfer(TransferKind::Read, offset, buf),
+            Op::Write { offset, buf, durable: true } => self.plan_transfer(TransferKind::DurableWrite, offset, buf),
+            Op::Write { offset, buf, durable: false } => self.plan_transfer(TransferKind::Write, offset, buf),
             Op::Sync => match self.shared.changes.begin_sync() {
                 Some(stamp) => match self.inline.sync(self.file.as_fd()) {
-                    None => (false, Work::Sync(stamp), Step::Run(Command::Sync)),
-                    Some(result) => (false, Work::Whole, Step::Done(self.synced(stamp, result))),
+                    None => (OpState::Sync(stamp), OpStep::Run(FileOp::Sync)),
+                    Some(result) => (OpState::Single, OpStep::Done(self.synced(stamp, result))),
                 },
-                None => (false, Work::Whole, Step::Done(self.shared.sync_error.record(Ok(()), &self.shared.name))),
+                None => (OpState::Single, OpStep::Done(self.shared.sync_error.record(Ok(()), &self.shared.name))),
             },
-            Op::Discard { offset, len } => self.plan_ranged(RangeOp::discard(offset, len, &self.shared)),
+            Op::Discard { offset, len } => self.plan_range_op(RangeOp::discard(offset, len, &self.shared)),
             Op::WriteZeroes { offset, len, unmap } => {
-                self.plan_ranged(RangeOp::zeroes(offset, len, unmap, &self.shared))
+                self.plan_range_op(RangeOp::zeroes(offset, len, unmap, &self.shared))
             }
         }
     }
 
-    fn plan_transfer(&self, (write, durable): (bool, bool), offset: u64, buf: IoBuf) -> (bool, Work, Step) {
+    fn plan_transfer(&self, kind: TransferKind, offset: u64, buf: IoBuf) -> (OpState, OpStep) {
         let align = self.shared.align;
         // Aligned iovecs may still add up to less than a block of the medium, or start inside one.
         let whole_blocks = (offset | buf.len() as u64) & u64::from(align.offset - 1) == 0;
         if whole_blocks && buf.is_aligned(align.memory as usize, align.offset as usize) {
             let len = buf.len();
-            let transfer = Transfer { write, durable, offset, buf, from: 0, len };
-            return (durable, Work::Whole, Step::Run(Command::Transfer(transfer)));
+            let transfer = Transfer { kind, offset, buf, from: 0, len };
+            return (OpState::Single, OpStep::Run(FileOp::Transfer(transfer)));
         }
-        let copied = BounceOp::new((write, durable), offset, buf, align.offset);
-        (durable, Work::BounceOp(Box::new(copied)), Step::Copy)
+        let bounce_op = BounceOp::new(kind, offset, buf, align.offset);
+        (OpState::Bounce(Box::new(bounce_op)), OpStep::Copy)
     }
 
-    fn plan_ranged(&self, mut ranged: RangeOp) -> (bool, Work, Step) {
-        let step = ranged.next(&self.shared);
-        (false, Work::RangeOp(Box::new(ranged)), step)
+    fn plan_range_op(&self, mut range_op: RangeOp) -> (OpState, OpStep) {
+        let step = range_op.next(&self.shared);
+        (OpState::Range(Box::new(range_op)), step)
     }
 
     /// Locks the blocks of an op that changes the image, where the medium's blocks are larger than the guest's. The
     /// flag is false if the op must wait for its lock.
-    fn lock(&self, op: &Op) -> Option<(Ticket, bool)> {
+    fn lock(&self, op: &Op) -> Option<(LockTicket, bool)> {
         let locks = self.locks.as_ref()?;
         Some(match op {
             Op::Read { .. } | Op::Sync => return None,
@@ -206,49 +209,49 @@ impl FileQueue {
         })
     }
 
-    fn run(&mut self, job: Job, step: Step) {
+    fn run(&mut self, op: PendingOp, step: OpStep) {
         match step {
-            Step::Run(command) => self.uring.start(command, job),
-            Step::Copy => {
-                self.waiting_for_memory.push_back(job);
+            OpStep::Run(file_op) => self.uring.start(file_op, op),
+            OpStep::Copy => {
+                self.waiting_for_memory.push_back(op);
                 self.start_bounce_ops();
             }
-            Step::DiscardDevice { offset, len } => self.discard_device(job, offset, len),
-            Step::Done(result) => self.finish(job, result, None),
+            OpStep::DiscardDevice { offset, len } => self.discard_device(op, offset, len),
+            OpStep::Done(result) => self.finish(op, result, None),
         }
     }
 
     /// Starts the bounced transfers for which there is memory.
     fn start_bounce_ops(&mut self) {
-        while let Some(job) = self.waiting_for_memory.front_mut() {
-            let begun = match &mut job.work {
-                Work::BounceOp(copied) => copied.begin(&mut self.pool),
-                Work::RangeOp(ranged) => ranged.begin(&mut self.pool),
-                Work::Whole | Work::Sync(_) => unreachable!("it needs no memory"),
+        while let Some(op) = self.waiting_for_memory.front_mut() {
+            let begun = match &mut op.state {
+                OpState::Bounce(bounce_op) => bounce_op.begin(&mut self.pool),
+                OpState::Range(range_op) => range_op.begin(&mut self.pool),
+                OpState::Single | OpState::Sync(_) => unreachable!("it needs no memory"),
             };
-            let Some(command) = begun else { return };
-            let job = self.waiting_for_memory.pop_front().expect("it is the front");
-            self.uring.start(command, job);
+            let Some(file_op) = begun else { return };
+            let op = self.waiting_for_memory.pop_front().expect("it is the front");
+            self.uring.start(file_op, op);
         }
     }
 
-    fn discard_device(&mut self, mut job: Job, offset: u64, len: u64) {
+    fn discard_device(&mut self, mut op: PendingOp, offset: u64, len: u64) {
         if self.start_helper("a discard") {
-            let key = self.give_to_helper(job);
+            let key = self.give_to_helper(op);
             self.helper.as_mut().expect("started just now").discard(key, offset, len);
         } else {
-            job.work = Work::Whole;
-            self.finish(job, Err(Errno(libc::ENOMEM)), None);
+            op.state = OpState::Single;
+            self.finish(op, Err(Errno(libc::ENOMEM)), None);
         }
     }
 
     /// Has the helper thread make a transfer that the io_uring cannot finish.
-    fn transfer_in_helper(&mut self, job: Job, transfer: Transfer) {
+    fn transfer_in_helper(&mut self, op: PendingOp, transfer: Transfer) {
         if self.start_helper("a transfer") {
-            let key = self.give_to_helper(job);
+            let key = self.give_to_helper(op);
             self.helper.as_mut().expect("started just now").transfer(key, transfer);
         } else {
-            self.after(job, Command::Transfer(transfer), Err(Errno(libc::ENOMEM)));
+            self.after(op, FileOp::Transfer(transfer), Err(Errno(libc::ENOMEM)));
         }
     }
 
@@ -268,46 +271,46 @@ impl FileQueue {
         self.helper.is_some()
     }
 
-    /// Stores a job while the helper thread works on it. Returns its key.
-    fn give_to_helper(&mut self, job: Job) -> u64 {
+    /// Stores an op while the helper thread works on it. Returns its key.
+    fn give_to_helper(&mut self, op: PendingOp) -> u64 {
         self.last_key += 1;
-        self.in_helper.insert(self.last_key, job);
+        self.in_helper.insert(self.last_key, op);
         self.last_key
     }
 
-    /// Handles a command that this io_uring, or that of an earlier thread, has completed.
-    fn finished(&mut self, job: Job, command: Command, result: Result<(), Errno>) {
-        match (command, result) {
-            (Command::Transfer(transfer), Err(Errno(libc::EAGAIN))) => self.transfer_in_helper(job, transfer),
-            (command, result) => self.after(job, command, result),
+    /// Handles a file op that this io_uring, or that of an earlier thread, has completed.
+    fn finished(&mut self, op: PendingOp, file_op: FileOp, result: Result<(), Errno>) {
+        match (file_op, result) {
+            (FileOp::Transfer(transfer), Err(Errno(libc::EAGAIN))) => self.transfer_in_helper(op, transfer),
+            (file_op, result) => self.after(op, file_op, result),
         }
     }
 
-    /// Handles the result of a command: starts the op's next command, or completes the op.
-    fn after(&mut self, mut job: Job, command: Command, result: Result<(), Errno>) {
-        match (&mut job.work, command) {
-            (Work::Whole, Command::Transfer(transfer)) => {
+    /// Handles the result of a file op: starts the op's next file op, or completes the op.
+    fn after(&mut self, mut op: PendingOp, file_op: FileOp, result: Result<(), Errno>) {
+        match (&mut op.state, file_op) {
+            (OpState::Single, FileOp::Transfer(transfer)) => {
                 if self.shared.direct && result == Err(Errno(libc::EINVAL)) {
-                    return self.bounce_instead(job, transfer);
+                    return self.bounce_instead(op, transfer);
                 }
-                self.finish(job, result, Some(transfer.buf));
+                self.finish(op, result, Some(transfer.buf));
             }
-            (Work::Sync(stamp), _) => {
+            (OpState::Sync(stamp), _) => {
                 let result = self.synced(*stamp, result);
-                self.finish(job, result, None);
+                self.finish(op, result, None);
             }
-            (Work::Whole, _) => unreachable!("a range op and a sync have their own work"),
-            (Work::BounceOp(copied), Command::Transfer(transfer)) => {
-                match copied.after(result, transfer.buf, &mut self.pool) {
-                    Next::Run(command) => self.uring.start(command, job),
-                    Next::Done(result) => self.finish(job, result, None),
+            (OpState::Single, _) => unreachable!("a range op and a sync have their own state"),
+            (OpState::Bounce(bounce_op), FileOp::Transfer(transfer)) => {
+                match bounce_op.after(result, transfer.buf, &mut self.pool) {
+                    BounceStep::Run(file_op) => self.uring.start(file_op, op),
+                    BounceStep::Done(result) => self.finish(op, result, None),
                 }
                 self.start_bounce_ops();
             }
-            (Work::BounceOp(_), _) => unreachable!("a bounced op runs transfers only"),
-            (Work::RangeOp(ranged), command) => {
-                let step = ranged.after(command, result, &self.shared, &mut self.pool);
-                self.run(job, step);
+            (OpState::Bounce(_), _) => unreachable!("a bounced op runs transfers only"),
+            (OpState::Range(range_op), file_op) => {
+                let step = range_op.after(file_op, result, &self.shared, &mut self.pool);
+                self.run(op, step);
                 self.start_bounce_ops();
             }
         }
@@ -323,17 +326,17 @@ impl FileQueue {
 
     /// Repeats a transfer through bounce memory: the kernel refused a buffer that met the alignment that the file
     /// system reported.
-    fn bounce_instead(&mut self, mut job: Job, transfer: Transfer) {
-        let Transfer { write, durable, offset, from, buf, .. } = transfer;
+    fn bounce_instead(&mut self, mut op: PendingOp, transfer: Transfer) {
+        let Transfer { kind, offset, from, buf, .. } = transfer;
         // The whole transfer again, even if a part succeeded.
         let offset = offset - from as u64;
         let align = self.shared.align.offset;
-        job.work = Work::BounceOp(Box::new(BounceOp::new((write, durable), offset, buf, align)));
-        self.run(job, Step::Copy);
+        op.state = OpState::Bounce(Box::new(BounceOp::new(kind, offset, buf, align)));
+        self.run(op, OpStep::Copy);
     }
 
-    fn finish(&mut self, job: Job, mut result: Result<(), Errno>, buf: Option<IoBuf>) {
-        if job.durable {
+    fn finish(&mut self, op: PendingOp, mut result: Result<(), Errno>, buf: Option<IoBuf>) {
+        if op.durable {
             result = match result {
                 // Over the page cache the data may be lost and its pages marked clean, as after a failed fdatasync.
                 Err(_) if !self.shared.direct => self.shared.sync_error.record(result, &self.shared.name),
@@ -341,12 +344,12 @@ impl FileQueue {
                 Ok(()) => self.shared.sync_error.record(Ok(()), &self.shared.name),
             };
         }
-        let buf = match job.work {
-            Work::BounceOp(copied) => Some(copied.into_guest()),
-            Work::Whole | Work::Sync(_) | Work::RangeOp(_) => buf,
+        let buf = match op.state {
+            OpState::Bounce(bounce_op) => Some(bounce_op.into_guest()),
+            OpState::Single | OpState::Sync(_) | OpState::Range(_) => buf,
         };
-        self.live -= 1;
-        self.complete(job.id, job.changes, result, buf);
+        self.ops_in_flight -= 1;
+        self.complete(op.id, op.changes, result, buf);
     }
 
     /// Queues the completion of an op.
@@ -363,7 +366,7 @@ impl FileQueue {
     fn collect(&mut self) {
         while let Some(event) = self.uring.next_event() {
             match event {
-                Event::Finished(job, command, result) => self.finished(job, command, result),
+                Event::Finished(op, file_op, result) => self.finished(op, file_op, result),
                 Event::Fired(KICK) => self.wakeups.kick = true,
                 Event::Fired(WAKE) => self.wakeups.wake = true,
                 Event::Fired(COPY) => self.wakeups.copy = true,
@@ -377,25 +380,25 @@ impl FileQueue {
             match mail {
                 Mail::Granted(ticket) => {
                     // The op is missing if the queue is being dropped.
-                    if let Some((job, step)) = self.waiting_for_lock.remove(&ticket) {
-                        self.run(job, step);
+                    if let Some((op, step)) = self.waiting_for_lock.remove(&ticket) {
+                        self.run(op, step);
                     }
                 }
                 Mail::Discarded(key, result) => {
-                    let mut job = self.in_helper.remove(&key).expect("the helper thread reports each task once");
+                    let mut op = self.in_helper.remove(&key).expect("the helper thread reports each task once");
                     let result = result.map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EIO)));
-                    let Work::RangeOp(ranged) = &mut job.work else { unreachable!("only a range op is discarded") };
-                    let step = ranged.discarded(result, &self.shared);
-                    self.run(job, step);
+                    let OpState::Range(range_op) = &mut op.state else { unreachable!("only a range op is discarded") };
+                    let step = range_op.discarded(result, &self.shared);
+                    self.run(op, step);
                 }
                 Mail::Returned(call) => {
-                    self.inline.is_back();
+                    self.inline.hung_call_returned();
                     self.call_made(call);
                 }
-                Mail::Finished(job, command, result) => self.finished(job, command, result),
+                Mail::Finished(op, file_op, result) => self.finished(op, file_op, result),
                 Mail::Transferred(key, transfer, result) => {
-                    let job = self.in_helper.remove(&key).expect("the helper thread reports each task once");
-                    self.after(job, Command::Transfer(transfer), result);
+                    let op = self.in_helper.remove(&key).expect("the helper thread reports each task once");
+                    self.after(op, FileOp::Transfer(transfer), result);
                 }
             }
         }
@@ -409,7 +412,7 @@ impl FileQueue {
 impl IoQueue for FileQueue {
     fn push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
         // An op counts until it is reaped, also one that completed inline, so that `ready` stays bounded.
-        if self.live + self.ready.len() >= self.depth {
+        if self.ops_in_flight + self.ready.len() >= self.depth {
             return Err(op);
         }
         let op = match op {
@@ -425,23 +428,25 @@ impl IoQueue for FileQueue {
             }
             op => op,
         };
-        self.live += 1;
+        self.ops_in_flight += 1;
         let refused = self.shared.geometry.read_only && !matches!(op, Op::Read { .. } | Op::Sync);
         if refused {
             let buf = if let Op::Write { buf, .. } = op { Some(buf) } else { None };
-            let job = Job { id, durable: false, changes: false, work: Work::Whole, _ticket: None };
-            self.finish(job, Err(Errno(libc::EROFS)), buf);
+            let op = PendingOp { id, durable: false, changes: false, state: OpState::Single, _ticket: None };
+            self.finish(op, Err(Errno(libc::EROFS)), buf);
             return Ok(());
         }
         let changes = !matches!(op, Op::Read { .. } | Op::Sync);
+        let durable = matches!(op, Op::Write { durable: true, .. });
         let ticket = self.lock(&op);
-        let (durable, work, step) = self.plan(op);
+        let (state, step) = self.plan(op);
         match ticket {
-            None => self.run(Job { id, durable, changes, work, _ticket: None }, step),
-            Some((ticket, true)) => self.run(Job { id, durable, changes, work, _ticket: Some(ticket) }, step),
+            None => self.run(PendingOp { id, durable, changes, state, _ticket: None }, step),
+            Some((ticket, true)) => self.run(PendingOp { id, durable, changes, state, _ticket: Some(ticket) }, step),
             Some((ticket, false)) => {
                 let key = ticket.claim().expect("only a claim waits");
-                self.waiting_for_lock.insert(key, (Job { id, durable, changes, work, _ticket: Some(ticket) }, step));
+                self.waiting_for_lock
+                    .insert(key, (PendingOp { id, durable, changes, state, _ticket: Some(ticket) }, step));
             }
         }
         Ok(())
@@ -457,7 +462,7 @@ impl IoQueue for FileQueue {
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
         self.collect();
-        self.inline.reaped();
+        self.inline.refill_allowance();
         if out.is_empty() {
             std::mem::swap(out, &mut self.ready);
         } else {
@@ -512,30 +517,30 @@ impl IoQueue for FileQueue {
             if self.inline.admits(&mut call) {
                 return Some(call);
             }
-            self.start_rest(call.id, true, call.offset, call.buf, 0);
+            self.start_rest(call.id, TransferKind::Write, call.offset, call.buf, 0);
         }
         None
     }
 
     #[inline]
     fn call_made(&mut self, call: BlockingCall) {
-        match self.inline.made(&call) {
-            Outcome::Over(result) => {
-                self.live -= 1;
+        match self.inline.handle_result(&call) {
+            InlineOutcome::Complete(result) => {
+                self.ops_in_flight -= 1;
                 self.complete(call.id, true, result, Some(call.buf));
             }
-            Outcome::Moved(from) => self.start_rest(call.id, true, call.offset, call.buf, from),
-            Outcome::Again => self.pending_calls.push_front(call),
+            InlineOutcome::Partial(from) => self.start_rest(call.id, TransferKind::Write, call.offset, call.buf, from),
+            InlineOutcome::Repeat => self.pending_calls.push_front(call),
         }
     }
 
     fn change_thread(&mut self) -> io::Result<()> {
         let uring = self.uring.successor(self.file.as_fd())?;
         let mut old_uring = std::mem::replace(&mut self.uring, uring);
-        for (command, job) in old_uring.take_queued() {
-            self.uring.start(command, job);
+        for (file_op, op) in old_uring.take_queued() {
+            self.uring.start(file_op, op);
         }
-        self.inline.is_stuck();
+        self.inline.call_hangs();
         let to_caller = self.to_caller.take().expect("the old thread has the caller and is in one of its calls");
         assert!(to_caller.send(old_uring).is_ok(), "the old thread waits for the io_uring once its call returns");
         Ok(())
@@ -547,7 +552,7 @@ struct FileCaller {
     file: Arc<OwnedFd>,
     mailbox: Arc<Mailbox>,
     /// Gets the queue's io_uring when another thread takes the queue.
-    old_uring: mpsc::Receiver<Uring<Job>>,
+    old_uring: mpsc::Receiver<Uring<PendingOp>>,
     scratch: IovecList,
 }
 
@@ -560,7 +565,7 @@ impl Caller for FileCaller {
         self.mailbox.post(Mail::Returned(call));
         // Without an io_uring the queue was dropped.
         let Ok(mut uring) = self.old_uring.recv() else { return };
-        let finished = |job, command, result| self.mailbox.post(Mail::Finished(job, command, result));
+        let finished = |op, file_op, result| self.mailbox.post(Mail::Finished(op, file_op, result));
         if let Err(error) = uring.finish(finished) {
             log::error!("cannot wait for I/O in flight: {error}; its requests never complete; restart virtioblkd");
         }
@@ -580,9 +585,9 @@ impl Drop for FileQueue {
     /// very thread may hold it, and would then never release it.
     fn drop(&mut self) {
         self.start_calls();
-        while self.live > self.waiting_for_lock.len() {
+        while self.ops_in_flight > self.waiting_for_lock.len() {
             if let Err(error) = self.uring.enter(true, None) {
-                log::error!("{}: cannot wait for I/O ({error}); {} ops are lost", self.shared.name, self.live);
+                log::error!("{}: cannot wait for I/O ({error}); {} ops are lost", self.shared.name, self.ops_in_flight);
                 return;
             }
             self.collect();

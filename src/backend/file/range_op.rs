@@ -3,21 +3,21 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::super::buffer::MAX_ZEROES;
-use super::super::uring::{Command, Transfer};
+use super::super::uring::{FileOp, Transfer, TransferKind};
 use super::super::{Errno, IoBuf};
 use super::Shared;
-use super::bounce::{BounceOp, Next};
+use super::bounce::{BounceOp, BounceStep};
 use crate::backend::bounce_pool::QueuePool;
 
 /// The operations that the image's storage has refused as unsupported.
 #[derive(Default)]
-pub(super) struct Unsupported {
+pub(super) struct UnsupportedOps {
     punch: AtomicBool,
     zero_range: AtomicBool,
     discard: AtomicBool,
 }
 
-impl Unsupported {
+impl UnsupportedOps {
     /// Records that `what` is unsupported. Logs it the first time.
     fn record(&self, what: &AtomicBool, name: &str, shared: &Shared) {
         if !what.swap(true, Ordering::Relaxed) {
@@ -30,7 +30,7 @@ impl Unsupported {
 pub(super) struct RangeOp {
     kind: RangeKind,
     /// The parts left to do, the next one last.
-    parts: Vec<Part>,
+    parts: Vec<RangePart>,
     /// A part that is less than a block, in progress by read-modify-write.
     bounce: Option<BounceOp>,
     /// The kernel refused to punch a hole for this request.
@@ -46,7 +46,7 @@ enum RangeKind {
 }
 
 #[derive(Clone, Copy)]
-enum Part {
+enum RangePart {
     /// By the kernel: fallocate, or the discard ioctl.
     Kernel { offset: u64, len: u64 },
     /// By writing zeroes.
@@ -54,8 +54,8 @@ enum Part {
 }
 
 /// What an op does next.
-pub(super) enum Step {
-    Run(Command),
+pub(super) enum OpStep {
+    Run(FileOp),
     /// Begins a bounced transfer as soon as there is memory, by [`RangeOp::begin`] or [`BounceOp::begin`].
     Copy,
     /// BLKDISCARD, which the helper thread makes.
@@ -71,7 +71,7 @@ impl RangeOp {
     pub(super) fn discard(offset: u64, len: u64, shared: &Shared) -> Self {
         let unit = u64::from(shared.range_unit.max(shared.align.offset));
         let (start, end) = (offset.next_multiple_of(unit), (offset + len) / unit * unit);
-        let parts = if start < end { vec![Part::Kernel { offset: start, len: end - start }] } else { Vec::new() };
+        let parts = if start < end { vec![RangePart::Kernel { offset: start, len: end - start }] } else { Vec::new() };
         Self::new(RangeKind::Discard, parts)
     }
 
@@ -82,52 +82,52 @@ impl RangeOp {
         let (inner, inner_end) = (offset.next_multiple_of(unit), end / unit * unit);
         let mut parts = Vec::new();
         if inner >= inner_end {
-            parts.push(Part::Write { offset, len });
+            parts.push(RangePart::Write { offset, len });
         } else {
-            parts.push(Part::Write { offset: inner_end, len: end - inner_end });
-            parts.push(Part::Kernel { offset: inner, len: inner_end - inner });
-            parts.push(Part::Write { offset, len: inner - offset });
+            parts.push(RangePart::Write { offset: inner_end, len: end - inner_end });
+            parts.push(RangePart::Kernel { offset: inner, len: inner_end - inner });
+            parts.push(RangePart::Write { offset, len: inner - offset });
         }
         Self::new(RangeKind::Zeroes { unmap: unmap && shared.may_unmap }, parts)
     }
 
-    fn new(kind: RangeKind, parts: Vec<Part>) -> Self {
+    fn new(kind: RangeKind, parts: Vec<RangePart>) -> Self {
         RangeOp { kind, parts, bounce: None, punch_refused: false, zero_range_refused: false }
     }
 
     /// Returns the next step, after the previous one succeeded.
-    pub(super) fn next(&mut self, shared: &Shared) -> Step {
+    pub(super) fn next(&mut self, shared: &Shared) -> OpStep {
         loop {
             match self.parts.pop() {
-                None => return Step::Done(Ok(())),
-                Some(Part::Write { len: 0, .. }) => {}
-                Some(Part::Write { offset, len }) => return self.write(offset, len, shared),
-                Some(Part::Kernel { offset, len }) => match self.kernel(offset, len, shared) {
+                None => return OpStep::Done(Ok(())),
+                Some(RangePart::Write { len: 0, .. }) => {}
+                Some(RangePart::Write { offset, len }) => return self.write(offset, len, shared),
+                Some(RangePart::Kernel { offset, len }) => match self.kernel(offset, len, shared) {
                     Some(step) => return step,
-                    None => self.parts.push(Part::Write { offset, len }),
+                    None => self.parts.push(RangePart::Write { offset, len }),
                 },
             }
         }
     }
 
     /// Returns the best step of the kernel's that was not refused yet; `None` when none is left.
-    fn kernel(&self, offset: u64, len: u64, shared: &Shared) -> Option<Step> {
+    fn kernel(&self, offset: u64, len: u64, shared: &Shared) -> Option<OpStep> {
         let punch = !self.punch_refused && !shared.unsupported.punch.load(Ordering::Relaxed);
         let zero_range = !self.zero_range_refused && !shared.unsupported.zero_range.load(Ordering::Relaxed);
         let mode = match self.kind {
             RangeKind::Discard if shared.unsupported.discard.load(Ordering::Relaxed) => {
-                return Some(Step::Done(Ok(())));
+                return Some(OpStep::Done(Ok(())));
             }
-            RangeKind::Discard if shared.is_device => return Some(Step::DiscardDevice { offset, len }),
+            RangeKind::Discard if shared.is_device => return Some(OpStep::DiscardDevice { offset, len }),
             RangeKind::Discard => libc::FALLOC_FL_PUNCH_HOLE,
             RangeKind::Zeroes { unmap: true } if punch => libc::FALLOC_FL_PUNCH_HOLE,
             RangeKind::Zeroes { .. } if zero_range => libc::FALLOC_FL_ZERO_RANGE,
             RangeKind::Zeroes { .. } => return None,
         };
-        Some(Step::Run(Command::Fallocate { mode: mode | libc::FALLOC_FL_KEEP_SIZE, offset, len }))
+        Some(OpStep::Run(FileOp::Fallocate { mode: mode | libc::FALLOC_FL_KEEP_SIZE, offset, len }))
     }
 
-    fn write(&mut self, offset: u64, len: u64, shared: &Shared) -> Step {
+    fn write(&mut self, offset: u64, len: u64, shared: &Shared) -> OpStep {
         let unit = u64::from(shared.align.offset);
         let mut now = len.min(MAX_ZEROES as u64);
         if now < len {
@@ -135,43 +135,43 @@ impl RangeOp {
             // it.
             now -= (offset + now) % unit;
         }
-        self.parts.push(Part::Write { offset: offset + now, len: len - now });
+        self.parts.push(RangePart::Write { offset: offset + now, len: len - now });
         let buf = IoBuf::zeroes(now as usize);
         if (offset | now) & (unit - 1) != 0 {
-            self.bounce = Some(BounceOp::new((true, false), offset, buf, shared.align.offset));
-            return Step::Copy;
+            self.bounce = Some(BounceOp::new(TransferKind::Write, offset, buf, shared.align.offset));
+            return OpStep::Copy;
         }
-        let transfer = Transfer { write: true, durable: false, offset, buf, from: 0, len: now as usize };
-        Step::Run(Command::Transfer(transfer))
+        let transfer = Transfer { kind: TransferKind::Write, offset, buf, from: 0, len: now as usize };
+        OpStep::Run(FileOp::Transfer(transfer))
     }
 
-    /// Begins the bounced transfer of [`Step::Copy`], as [`BounceOp::begin`] does.
-    pub(super) fn begin(&mut self, pool: &mut QueuePool) -> Option<Command> {
+    /// Begins the bounced transfer of [`OpStep::Copy`], as [`BounceOp::begin`] does.
+    pub(super) fn begin(&mut self, pool: &mut QueuePool) -> Option<FileOp> {
         self.bounce.as_mut().expect("the step was `Copy`").begin(pool)
     }
 
-    /// Handles the result of a command of this request.
+    /// Handles the result of a file op of this request.
     pub(super) fn after(
         &mut self,
-        command: Command,
+        file_op: FileOp,
         result: Result<(), Errno>,
         shared: &Shared,
         pool: &mut QueuePool,
-    ) -> Step {
-        match (command, self.bounce.as_mut()) {
-            (Command::Transfer(transfer), Some(bounce)) => match bounce.after(result, transfer.buf, pool) {
-                Next::Run(command) => return Step::Run(command),
-                Next::Done(Err(errno)) => return Step::Done(Err(errno)),
-                Next::Done(Ok(())) => self.bounce = None,
+    ) -> OpStep {
+        match (file_op, self.bounce.as_mut()) {
+            (FileOp::Transfer(transfer), Some(bounce)) => match bounce.after(result, transfer.buf, pool) {
+                BounceStep::Run(file_op) => return OpStep::Run(file_op),
+                BounceStep::Done(Err(errno)) => return OpStep::Done(Err(errno)),
+                BounceStep::Done(Ok(())) => self.bounce = None,
             },
-            (Command::Fallocate { mode, offset, len }, _) => match result {
-                Err(errno) if is_unsupported(errno) => return self.refused(mode, (offset, len), errno, shared),
-                Err(errno) => return Step::Done(Err(errno)),
+            (FileOp::Fallocate { mode, offset, len }, _) => match result {
+                Err(errno) if is_unsupported(errno) => return self.refused(mode, offset, len, errno, shared),
+                Err(errno) => return OpStep::Done(Err(errno)),
                 Ok(()) => {}
             },
             _ => {
                 if let Err(errno) = result {
-                    return Step::Done(Err(errno));
+                    return OpStep::Done(Err(errno));
                 }
             }
         }
@@ -179,22 +179,22 @@ impl RangeOp {
     }
 
     /// Handles the result of the discard ioctl.
-    pub(super) fn discarded(&mut self, result: Result<(), Errno>, shared: &Shared) -> Step {
+    pub(super) fn discarded(&mut self, result: Result<(), Errno>, shared: &Shared) -> OpStep {
         match result {
             Ok(()) => self.next(shared),
             Err(errno) if is_unsupported(errno) => {
                 shared.unsupported.record(&shared.unsupported.discard, "discard", shared);
-                Step::Done(Ok(()))
+                OpStep::Done(Ok(()))
             }
-            Err(errno) => Step::Done(Err(errno)),
+            Err(errno) => OpStep::Done(Err(errno)),
         }
     }
 
     /// Handles a refused fallocate. A discard is advice, so it counts as done; a write-zeroes tries the next best way.
-    fn refused(&mut self, mode: i32, at: (u64, u64), errno: Errno, shared: &Shared) -> Step {
+    fn refused(&mut self, mode: i32, offset: u64, len: u64, errno: Errno, shared: &Shared) -> OpStep {
         if self.kind == RangeKind::Discard {
             shared.unsupported.record(&shared.unsupported.discard, "discard (fallocate PUNCH_HOLE)", shared);
-            return Step::Done(Ok(()));
+            return OpStep::Done(Ok(()));
         }
         // EINVAL may concern this range only (FUSE file systems), so the next request tries again.
         let for_all = errno.0 != libc::EINVAL;
@@ -217,7 +217,7 @@ impl RangeOp {
                 );
             }
         }
-        self.parts.push(Part::Kernel { offset: at.0, len: at.1 });
+        self.parts.push(RangePart::Kernel { offset, len });
         self.next(shared)
     }
 }

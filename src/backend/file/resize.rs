@@ -2,7 +2,7 @@
 //!
 //! The daemon does not notice a new size by itself while a guest runs: a block device reports none, and an operator who
 //! grows a file may not want the guest to see that yet. It checks the size on `virtioblkctl resize`, and when a guest's
-//! rings start.
+//! virtqueues start.
 
 use std::io;
 use std::os::fd::AsFd;

@@ -17,12 +17,12 @@ pub(super) struct MemQueue {
     watches: Watches,
     prng: Prng,
     depth: usize,
-    pending: VecDeque<Pending>,
+    pending: VecDeque<PendingOp>,
     done: Vec<Completion>,
 }
 
 /// An op that is not carried out.
-struct Pending {
+struct PendingOp {
     op: Op,
     id: OpId,
     /// `State::changes` when it was pushed.
@@ -59,7 +59,7 @@ impl MemQueue {
     fn carry_out(&mut self, count: usize, shuffled: bool) {
         for _ in 0..count.min(self.pending.len()) {
             let next = if shuffled { self.prng.below(self.pending.len() as u64) as usize } else { 0 };
-            let Pending { op, id, pushed, crashes } = self.pending.remove(next).expect("`next` is below the length");
+            let PendingOp { op, id, pushed, crashes } = self.pending.remove(next).expect("`next` is below the length");
             let mut state = self.shared.lock();
             state.waiting -= 1;
             let has_crashed = crashes != state.crashes;
@@ -85,7 +85,7 @@ impl IoQueue for MemQueue {
         }
         let mut state = self.shared.lock();
         state.waiting += 1;
-        self.pending.push_back(Pending { op, id, pushed: state.changes, crashes: state.crashes });
+        self.pending.push_back(PendingOp { op, id, pushed: state.changes, crashes: state.crashes });
         Ok(())
     }
 

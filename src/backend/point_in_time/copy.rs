@@ -15,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use super::bitmap::Bitmap;
 use super::scratch_thread::ScratchReply;
 use super::target_handle::TargetHandle;
-use super::waiters::{Ticket, Waiters};
+use super::waiters::{DelayTicket, Waiters};
 use super::{Mutant, Shared};
 use crate::backend::IoBuf;
 use crate::backend::mailbox::Mailbox;
@@ -235,7 +235,7 @@ impl Copy {
 
     /// Checks whether an op that changes these bytes must wait. `Some`: until this ticket is posted to `mailbox`. `None`:
     /// it may continue. Called by the virtqueue's thread.
-    pub(super) fn must_wait(&self, bytes: Range<u64>, mailbox: &Arc<Mailbox<Ticket>>) -> Option<Ticket> {
+    pub(super) fn must_wait(&self, bytes: Range<u64>, mailbox: &Arc<Mailbox<DelayTicket>>) -> Option<DelayTicket> {
         // Bytes by which the image has grown since are not part of the copy.
         let clusters = bytes.start / self.cluster..bytes.end.div_ceil(self.cluster).min(self.saved.len());
         if self.shared.tuning.mutant == Some(Mutant::SavesNothing) || self.saved.first_clear(clusters.clone()).is_none()
@@ -255,7 +255,7 @@ impl Copy {
     }
 
     /// Removes the waiting op with this ticket.
-    pub(super) fn forget(&self, ticket: Ticket) {
+    pub(super) fn forget(&self, ticket: DelayTicket) {
         let mut state = self.lock();
         state.waiters.remove(ticket);
         state.measure_waiting();

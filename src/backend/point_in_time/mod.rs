@@ -28,7 +28,7 @@ mod waiters;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -47,6 +47,7 @@ use image_lease::ImageLease;
 use queue::DelayingQueue;
 use scratch::Scratches;
 use target_handle::{Liveness, TargetHandle, TargetLinks};
+use target_thread::TargetSpec;
 
 /// The most ended copies that the status lists.
 const MAX_ENDED: usize = 8;
@@ -72,7 +73,7 @@ pub enum Mutant {
 
 /// A step of the target's or the scratch's thread, for a [`TargetHook`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
+pub enum CopyStep {
     /// Writes some clusters to the target.
     Write,
     /// Syncs the target.
@@ -87,7 +88,7 @@ pub enum Step {
 
 /// Called by the thread of the target or the scratch before each step. It may sleep; if it returns an error, the step fails
 /// with that error.
-pub type TargetHook = Arc<dyn Fn(Step) -> io::Result<()> + Send + Sync>;
+pub type TargetHook = Arc<dyn Fn(CopyStep) -> io::Result<()> + Send + Sync>;
 
 /// A directory that the sandbox lets copies go to, as it was when the daemon started.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -140,7 +141,7 @@ impl Default for Tuning {
 
 impl Tuning {
     /// Calls the hook, if there is one, before `step`.
-    fn step(&self, step: Step) -> io::Result<()> {
+    fn step(&self, step: CopyStep) -> io::Result<()> {
         self.hook.as_ref().map_or(Ok(()), |hook| hook(step))
     }
 }
@@ -219,7 +220,7 @@ impl PointInTime {
 
     /// Starts the copy's thread for the image and the one for reports of the target. They wait for the copy's start.
     fn start_threads(&self, copy: &Arc<Copy>, links: TargetLinks) -> io::Result<()> {
-        let TargetLinks { jobs, reports, publish } = links;
+        let TargetLinks { old_data, reports, publish } = links;
         let (ready, is_ready) = mpsc::sync_channel(1);
         let (open, closed) = mpsc::channel();
         let scratch = self.scratches.start(copy);
@@ -227,7 +228,7 @@ impl PointInTime {
         thread::Builder::new()
             .name("copy-reports".into())
             .spawn(move || target_reports::run(&reports_copy, &reports, &publish))?;
-        reused::spawn("copy-image".into(), move || copier::run(image, copier_copy, jobs, scratch, ready, open))?;
+        reused::spawn("copy-image".into(), move || copier::run(image, copier_copy, old_data, scratch, ready, open))?;
         self.copiers.lock().expect("no panic while held").push((copy.number, closed));
         is_ready.recv().unwrap_or_else(|_| Err(io::Error::other("its thread ended")))
     }
@@ -281,8 +282,15 @@ impl PointInTime {
             message: format!("no memory to copy an image of {size} bytes ({error}); give the daemon more"),
         })?;
         let started = |liveness| self.targets.lock().expect("no panic while held").push((number, liveness));
-        let (target, links) =
-            TargetHandle::create(options, (size, self.image.info().path()), &self.shared.tuning, started)?;
+        let spec = TargetSpec {
+            path: options.target.clone(),
+            size,
+            image: self.image.info().path().map(Path::to_owned),
+            digest: options.digest,
+            tuning: self.shared.tuning.clone(),
+            over: Arc::default(),
+        };
+        let (target, links) = TargetHandle::create(spec, started)?;
         let copy = Arc::new(Copy::new(number, size, options, target, wake, Arc::clone(&self.shared), saved));
         self.start_threads(&copy, links).map_err(|error| {
             copy.abandon();

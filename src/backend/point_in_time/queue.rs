@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::copy::Copy;
-use super::waiters::Ticket;
+use super::waiters::DelayTicket;
 use super::{Mutant, Shared};
 use crate::backend::layer::LayerQueue;
 use crate::backend::mailbox::Mailbox;
@@ -27,9 +27,9 @@ const EXTRA_DELAY_BYTES: u64 = 32 << 20;
 pub(super) struct DelayingQueue {
     inner: Box<dyn IoQueue>,
     shared: Arc<Shared>,
-    mailbox: Arc<Mailbox<Ticket>>,
+    mailbox: Arc<Mailbox<DelayTicket>>,
     /// Ops that were pushed and not reaped.
-    live: usize,
+    unreaped_ops: usize,
     /// The most ops that may be live.
     depth: usize,
     /// Pushed ops that change the image and have not completed. Only this thread writes it.
@@ -38,9 +38,9 @@ pub(super) struct DelayingQueue {
     copy: Weak<Copy>,
     copy_number: u64,
     /// By ticket: the ops that wait for the copy.
-    delayed: HashMap<Ticket, Delayed>,
+    delayed: HashMap<DelayTicket, DelayedOp>,
     /// The deadlines of these ops, earliest first.
-    deadlines: BTreeSet<(Instant, Ticket)>,
+    deadlines: BTreeSet<(Instant, DelayTicket)>,
     /// Ops that no longer wait for the copy, but that the inner queue had no room for.
     released: VecDeque<(Op, OpId)>,
     /// Completions that the caller has not reaped.
@@ -53,7 +53,7 @@ fn inner_id(id: OpId, changes: bool) -> OpId {
 }
 
 /// An op that waits until the copy has saved the clusters that it changes.
-struct Delayed {
+struct DelayedOp {
     op: Op,
     inner_id: OpId,
     deadline: Instant,
@@ -70,7 +70,7 @@ impl DelayingQueue {
             inner,
             shared,
             mailbox,
-            live: 0,
+            unreaped_ops: 0,
             depth,
             changes,
             copy: Weak::new(),
@@ -91,7 +91,7 @@ impl DelayingQueue {
 
     /// Checks whether an op that changes these bytes must wait for the copy of this number. `Some`: until this ticket
     /// arrives.
-    fn must_wait(&mut self, number: u64, changed: Range<u64>) -> Option<Ticket> {
+    fn must_wait(&mut self, number: u64, changed: Range<u64>) -> Option<DelayTicket> {
         if self.copy_number != number {
             let copy = self.shared.running(number)?;
             (self.copy, self.copy_number) = (Arc::downgrade(&copy), number);
@@ -99,7 +99,7 @@ impl DelayingQueue {
         self.copy.upgrade()?.must_wait(changed, &self.mailbox)
     }
 
-    fn delay(&mut self, op: Op, inner_id: OpId, len: u64, ticket: Ticket) {
+    fn delay(&mut self, op: Op, inner_id: OpId, len: u64, ticket: DelayTicket) {
         let timeout = self.shared.tuning.timeout;
         let timeout = match op {
             // A discard is only advice: it may be skipped, so it need not wait as long.
@@ -107,12 +107,12 @@ impl DelayingQueue {
             _ => timeout + EXTRA_DELAY.mul_f64(len as f64 / EXTRA_DELAY_BYTES as f64),
         };
         let deadline = Instant::now() + timeout;
-        self.delayed.insert(ticket, Delayed { op, inner_id, deadline });
+        self.delayed.insert(ticket, DelayedOp { op, inner_id, deadline });
         self.deadlines.insert((deadline, ticket));
     }
 
     /// Takes a delayed op; `None`: it no longer waits.
-    fn take_delayed(&mut self, ticket: Ticket) -> Option<Delayed> {
+    fn take_delayed(&mut self, ticket: DelayTicket) -> Option<DelayedOp> {
         let delayed = self.delayed.remove(&ticket)?;
         self.deadlines.remove(&(delayed.deadline, ticket));
         Some(delayed)
@@ -122,7 +122,7 @@ impl DelayingQueue {
     fn start_released(&mut self) {
         for ticket in self.mailbox.take() {
             // A ticket without an op is of a discard that waited too long and was skipped.
-            if let Some(Delayed { op, inner_id, .. }) = self.take_delayed(ticket) {
+            if let Some(DelayedOp { op, inner_id, .. }) = self.take_delayed(ticket) {
                 self.released.push_back((op, inner_id));
             }
         }
@@ -137,7 +137,7 @@ impl DelayingQueue {
     /// Ends the waits whose deadline has passed: a discard is skipped; for any other op the copy fails, which releases it.
     fn expire_delays(&mut self) {
         let now = Instant::now();
-        let late: Vec<Ticket> =
+        let late: Vec<DelayTicket> =
             self.deadlines.iter().take_while(|(deadline, _)| *deadline <= now).map(|&(_, ticket)| ticket).collect();
         for ticket in late {
             let copy = self.copy.upgrade();
@@ -146,7 +146,7 @@ impl DelayingQueue {
                 if let Some(copy) = copy {
                     copy.forget(ticket);
                 }
-                let Delayed { inner_id, .. } = self.take_delayed(ticket).expect("found just now");
+                let DelayedOp { inner_id, .. } = self.take_delayed(ticket).expect("found just now");
                 let mut done = Completion { id: inner_id, result: Ok(()), buf: None };
                 self.finish_op(&mut done);
                 self.ready.push(done);
@@ -167,7 +167,7 @@ impl DelayingQueue {
         if inner_id & 1 != 0 {
             self.count_change(-1);
         }
-        self.live -= 1;
+        self.unreaped_ops -= 1;
     }
 
     /// Reaps the inner queue into `ready`.
@@ -217,7 +217,7 @@ impl LayerQueue for DelayingQueue {
 
     fn layer_push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
         debug_assert!(id.0 < 1 << 63, "the contract of OpId");
-        if self.live == self.depth {
+        if self.unreaped_ops == self.depth {
             return Err(op);
         }
         let changed = match &op {
@@ -237,14 +237,14 @@ impl LayerQueue for DelayingQueue {
                 && !forgets
                 && let Some(ticket) = self.must_wait(copy, changed)
             {
-                self.live += 1;
+                self.unreaped_ops += 1;
                 self.delay(op, inner_id, len, ticket);
                 return Ok(());
             }
         }
         match self.inner.push(op, inner_id) {
             Ok(()) => {
-                self.live += 1;
+                self.unreaped_ops += 1;
                 Ok(())
             }
             Err(op) => {

@@ -13,7 +13,7 @@ use super::ScratchOptions;
 use super::copy::Copy;
 use super::scratch_thread::{self, ScratchCommand, ScratchReply};
 use super::target_handle::Liveness;
-use super::target_thread::Job;
+use super::target_thread::OldData;
 use crate::backend::IoBuf;
 use crate::base::rate_limit::{COPY_LOG, log_limited};
 
@@ -152,8 +152,8 @@ pub(super) struct Scratch {
 pub(super) enum AfterReply {
     /// Reuse the buffer.
     Free(IoBuf),
-    /// Send the job to the target's thread.
-    Write(Job),
+    /// Send the data to the target's thread.
+    Write(OldData),
 }
 
 impl Scratch {
@@ -162,23 +162,23 @@ impl Scratch {
         Scratch { index: Index::new(limit), commands, usable: true, storing: 0, warned: false }
     }
 
-    /// Sends the job to be stored. Returns it instead when the file has no space, or more than `memory` bytes would be
+    /// Sends old data to be stored. Returns it instead when the file has no space, or more than `memory` bytes would be
     /// waiting to be stored.
-    pub(super) fn store(&mut self, job: Job, memory: usize) -> Result<(), Job> {
-        let len = job.buf.len();
+    pub(super) fn store(&mut self, data: OldData, memory: usize) -> Result<(), OldData> {
+        let len = data.buf.len();
         if !self.usable
             || (self.storing > 0 && self.storing + len > memory)
-            || !self.index.reserve(job.offset, len as u64, job.clusters)
+            || !self.index.reserve(data.offset, len as u64, data.clusters)
         {
-            return Err(job);
+            return Err(data);
         }
         self.storing += len;
-        let offset = job.offset;
-        self.commands.send(ScratchCommand::Store(job)).map_err(|unsent| {
+        let offset = data.offset;
+        self.commands.send(ScratchCommand::Store(data)).map_err(|unsent| {
             self.usable = false;
             self.storing -= len;
             self.index.remove(offset);
-            unsent.0.job()
+            unsent.0.data()
         })
     }
 
@@ -186,8 +186,8 @@ impl Scratch {
     /// left to read.
     pub(super) fn load(&mut self, buffer: impl FnOnce(usize) -> IoBuf) -> Result<bool, String> {
         let Some((offset, len)) = self.index.load_next() else { return Ok(false) };
-        let job = Job { offset, buf: buffer(len as usize), clusters: 0 };
-        let sent = self.commands.send(ScratchCommand::Load(job));
+        let data = OldData { offset, buf: buffer(len as usize), clusters: 0 };
+        let sent = self.commands.send(ScratchCommand::Load(data));
         sent.map(|()| true)
             .map_err(|_| "the thread that writes its scratch ended; please report this as a defect".into())
     }
@@ -195,26 +195,26 @@ impl Scratch {
     /// Handles a reply of the scratch's thread. An error says, for the operator, why the copy failed.
     pub(super) fn handle(&mut self, reply: ScratchReply) -> Result<AfterReply, String> {
         Ok(match reply {
-            ScratchReply::Stored(Job { offset, buf, .. }) => {
+            ScratchReply::Stored(OldData { offset, buf, .. }) => {
                 self.storing -= buf.len();
                 self.index.set_stored(offset);
                 AfterReply::Free(buf)
             }
-            ScratchReply::NotStored { job, full, why } => {
-                self.storing -= job.buf.len();
-                self.index.remove(job.offset);
+            ScratchReply::NotStored { data, full, why } => {
+                self.storing -= data.buf.len();
+                self.index.remove(data.offset);
                 // There is space again as soon as extents are read back.
                 self.index.limit_to_used();
                 self.usable &= full;
                 self.warn(&why);
-                AfterReply::Write(job)
+                AfterReply::Write(data)
             }
-            ScratchReply::Loaded { job, freed } => {
-                let clusters = self.index.remove(job.offset).unwrap_or_default();
+            ScratchReply::Loaded { data, freed } => {
+                let clusters = self.index.remove(data.offset).unwrap_or_default();
                 if !freed {
-                    self.index.lose_space(job.buf.len() as u64);
+                    self.index.lose_space(data.buf.len() as u64);
                 }
-                AfterReply::Write(Job { clusters, ..job })
+                AfterReply::Write(OldData { clusters, ..data })
             }
             ScratchReply::Lost(why) => return Err(why),
         })

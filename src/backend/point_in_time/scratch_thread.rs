@@ -16,40 +16,40 @@ use rustix::fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, fallocate, openat, 
 use rustix::io::Errno;
 
 use super::target_handle::LiveThread;
-use super::target_thread::{Job, TargetReport, leave_descriptor_table};
-use super::{Mutant, Step, TARGET_TIMEOUT, Tuning};
+use super::target_thread::{OldData, TargetReport, leave_descriptor_table};
+use super::{CopyStep, Mutant, TARGET_TIMEOUT, Tuning};
 
 /// A command of the copier.
 pub(super) enum ScratchCommand {
-    /// Store the job's data.
-    Store(Job),
-    /// Read the job's data back into its buffer.
-    Load(Job),
+    /// Store the data.
+    Store(OldData),
+    /// Read the data back into the buffer.
+    Load(OldData),
 }
 
 impl ScratchCommand {
-    pub(super) fn job(self) -> Job {
+    pub(super) fn data(self) -> OldData {
         match self {
-            ScratchCommand::Store(job) | ScratchCommand::Load(job) => job,
+            ScratchCommand::Store(data) | ScratchCommand::Load(data) => data,
         }
     }
 }
 
 /// The reply to a command.
 pub(super) enum ScratchReply {
-    /// The job's data is in the file.
-    Stored(Job),
-    /// The job's data is not in the file.
+    /// The data is in the file.
+    Stored(OldData),
+    /// The data is not in the file.
     NotStored {
-        job: Job,
+        data: OldData,
         /// The file system or the file is full, so there may be space later.
         full: bool,
         /// For the operator.
         why: String,
     },
-    /// The job's buffer is filled.
+    /// The buffer is filled.
     Loaded {
-        job: Job,
+        data: OldData,
         /// The space in the file was freed by a hole; `false`: the file system cannot punch one.
         freed: bool,
     },
@@ -116,26 +116,26 @@ impl ScratchFile<'_> {
         let mut bytes = Vec::new();
         for command in commands {
             let reply = match command {
-                ScratchCommand::Store(job) => self.store(job, &mut bytes),
-                ScratchCommand::Load(job) => self.load(job, &mut bytes),
+                ScratchCommand::Store(data) => self.store(data, &mut bytes),
+                ScratchCommand::Load(data) => self.load(data, &mut bytes),
             };
             // The receiver ends only after the copy.
             let _ = reports.send(TargetReport::Scratch(reply));
         }
     }
 
-    fn store(&self, job: Job, bytes: &mut Vec<u8>) -> ScratchReply {
-        bytes.resize(job.buf.len(), 0);
-        job.buf.copy_to(0, bytes);
-        let step = self.tuning.step(Step::Store);
-        match step.and_then(|()| self.file.write_all_at(bytes, job.offset)) {
-            Ok(()) => ScratchReply::Stored(job),
+    fn store(&self, data: OldData, bytes: &mut Vec<u8>) -> ScratchReply {
+        bytes.resize(data.buf.len(), 0);
+        data.buf.copy_to(0, bytes);
+        let step = self.tuning.step(CopyStep::Store);
+        match step.and_then(|()| self.file.write_all_at(bytes, data.offset)) {
+            Ok(()) => ScratchReply::Stored(data),
             Err(error) => {
                 // A part may have been stored. If it cannot be freed, there is less space.
-                self.punch(&job);
+                self.punch(&data);
                 let full = matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG));
                 ScratchReply::NotStored {
-                    job,
+                    data,
                     full,
                     why: cannot(self.directory, "take more of a copy's old data", &error),
                 }
@@ -143,24 +143,24 @@ impl ScratchFile<'_> {
         }
     }
 
-    fn load(&self, job: Job, bytes: &mut Vec<u8>) -> ScratchReply {
+    fn load(&self, data: OldData, bytes: &mut Vec<u8>) -> ScratchReply {
         if self.tuning.mutant == Some(Mutant::PunchesFirst) {
-            self.punch(&job);
+            self.punch(&data);
         }
-        bytes.resize(job.buf.len(), 0);
-        let step = self.tuning.step(Step::Load);
-        if let Err(error) = step.and_then(|()| self.file.read_exact_at(bytes, job.offset)) {
+        bytes.resize(data.buf.len(), 0);
+        let step = self.tuning.step(CopyStep::Load);
+        if let Err(error) = step.and_then(|()| self.file.read_exact_at(bytes, data.offset)) {
             return ScratchReply::Lost(cannot(self.directory, "give a copy's old data back", &error));
         }
-        job.buf.copy_from(0, bytes);
-        let freed = self.punch(&job);
-        ScratchReply::Loaded { job, freed }
+        data.buf.copy_from(0, bytes);
+        let freed = self.punch(&data);
+        ScratchReply::Loaded { data, freed }
     }
 
-    /// Frees the job's range in the file. Returns `false` when the file system cannot.
-    fn punch(&self, job: &Job) -> bool {
+    /// Frees the data's range in the file. Returns `false` when the file system cannot.
+    fn punch(&self, data: &OldData) -> bool {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&self.file, flags, job.offset, job.buf.len() as u64).is_ok()
+        fallocate(&self.file, flags, data.offset, data.buf.len() as u64).is_ok()
     }
 }
 

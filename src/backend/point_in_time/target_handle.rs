@@ -2,17 +2,17 @@
 //! thread's end.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
-use super::target_thread::{self, Job, TargetReport, TargetSpec, ThreadChannels};
-use super::{TARGET_TIMEOUT, Tuning};
+use super::TARGET_TIMEOUT;
+use super::target_thread::{self, OldData, TargetReport, TargetSpec, ThreadChannels};
 use crate::base::rate_limit::{COPY_LOG, log_limited};
-use crate::disk::{CopyError, CopyOptions};
+use crate::disk::CopyError;
 
 /// Counts the threads that use a target or a scratch. It holds no descriptor, so those threads may own a clone of it.
 #[derive(Clone, Default)]
@@ -71,7 +71,7 @@ pub(super) struct TargetHandle {
 /// The ends of the target thread's channels that the copy's other threads use.
 pub(super) struct TargetLinks {
     /// For the copier: old data to write.
-    pub(super) jobs: Sender<Job>,
+    pub(super) old_data: Sender<OldData>,
     pub(super) reports: Receiver<TargetReport>,
     /// Permits the thread to give the file its final name.
     pub(super) publish: Sender<()>,
@@ -81,31 +81,20 @@ impl TargetHandle {
     /// Starts the thread and waits until it has created the file, two seconds at most. Before that wait it calls `started`
     /// with the thread's liveness.
     pub(super) fn create(
-        options: &CopyOptions,
-        (size, image): (u64, Option<&Path>),
-        tuning: &Tuning,
+        spec: TargetSpec,
         started: impl FnOnce(Liveness),
     ) -> Result<(TargetHandle, TargetLinks), CopyError> {
-        let path = options.target.clone();
-        let (to_target, jobs) = mpsc::channel();
+        let (path, over) = (spec.path.clone(), Arc::clone(&spec.over));
+        let (to_target, old_data) = mpsc::channel();
         let (reports, from_target) = mpsc::channel();
         let (publish, may_publish) = mpsc::channel();
         let (remove, is_asked) = mpsc::channel();
         let (removed, is_removed) = mpsc::channel();
         let liveness = Liveness::default();
         let (created, is_created) = mpsc::sync_channel(0);
-        let over = Arc::new(AtomicBool::new(false));
-        let spec = TargetSpec {
-            path: path.clone(),
-            size,
-            image: image.map(Path::to_owned),
-            digest: options.digest,
-            tuning: tuning.clone(),
-            over: Arc::clone(&over),
-        };
         let channels = ThreadChannels {
             created,
-            jobs,
+            old_data,
             reports: reports.clone(),
             publish: may_publish,
             remove: is_asked,
@@ -128,7 +117,7 @@ impl TargetHandle {
         }
         let remove = Mutex::new(Some((remove, is_removed)));
         let handle = TargetHandle { path, over, reports, remove, liveness };
-        Ok((handle, TargetLinks { jobs: to_target, reports: from_target, publish }))
+        Ok((handle, TargetLinks { old_data: to_target, reports: from_target, publish }))
     }
 
     /// The copy is over: the thread abandons unfinished work. Does not block.

@@ -23,13 +23,13 @@ use sha2::{Digest, Sha256};
 use super::scratch_thread::ScratchReply;
 use super::target::{Target, partial_path};
 use super::target_handle::LiveThread;
-use super::{Step, Tuning};
+use super::{CopyStep, Tuning};
 use crate::backend::IoBuf;
 use crate::base::syscalls;
 use crate::disk::CopyError;
 
 /// Old data on its way to the target.
-pub(super) struct Job {
+pub(super) struct OldData {
     pub(super) offset: u64,
     pub(super) buf: IoBuf,
     /// The number of clusters that become done when this data is written.
@@ -38,7 +38,7 @@ pub(super) struct Job {
 
 /// A report of the thread, or another event that the thread of `target_reports` acts on.
 pub(super) enum TargetReport {
-    /// A job's data is written.
+    /// Old data is written.
     Written {
         buf: IoBuf,
         /// Bytes written; blocks of zeroes are not.
@@ -77,7 +77,7 @@ pub(super) struct TargetSpec {
 pub(super) struct ThreadChannels {
     /// Sends whether the file was created. `Some`: the thread could not leave the daemon's descriptor table, and why.
     pub(super) created: SyncSender<Result<Option<io::Error>, CopyError>>,
-    pub(super) jobs: Receiver<Job>,
+    pub(super) old_data: Receiver<OldData>,
     pub(super) reports: Sender<TargetReport>,
     /// Receives the permission to give the file its final name.
     pub(super) publish: Receiver<()>,
@@ -91,7 +91,7 @@ pub(super) struct ThreadChannels {
 
 /// The thread's main function: creates the target and writes it until it is complete or the copy is over.
 pub(super) fn run(spec: &TargetSpec, channels: ThreadChannels) {
-    let ThreadChannels { created, jobs, reports, publish, remove, removed, alive } = channels;
+    let ThreadChannels { created, old_data, reports, publish, remove, removed, alive } = channels;
     let shared_table_cause = leave_descriptor_table().err();
     let (target, file) = match Target::create(&spec.path, spec.size, spec.image.as_deref(), &spec.tuning.directories) {
         Ok((target, file)) => (Arc::new(target), file),
@@ -120,7 +120,7 @@ pub(super) fn run(spec: &TargetSpec, channels: ThreadChannels) {
         return drop(target.remove_partial());
     }
     let thread = TargetThread { spec, target: &target, file, reports };
-    if let Err(why) = thread.write_all(jobs).and_then(|all| if all { thread.complete(&publish) } else { Ok(()) }) {
+    if let Err(why) = thread.write_all(old_data).and_then(|all| if all { thread.complete(&publish) } else { Ok(()) }) {
         thread.report(TargetReport::Failed(why));
     }
     drop(thread);
@@ -164,11 +164,11 @@ impl TargetThread<'_> {
         self.spec.over.load(Relaxed)
     }
 
-    /// Writes the jobs that the copier sends. Returns `false` when the copy ended before all were written.
-    fn write_all(&self, jobs: Receiver<Job>) -> Result<bool, String> {
+    /// Writes the old data that the copier sends. Returns `false` when the copy ended before all were written.
+    fn write_all(&self, old_data: Receiver<OldData>) -> Result<bool, String> {
         let mut bytes = Vec::new();
         let mut unsynced = 0;
-        for Job { offset, buf, clusters } in jobs {
+        for OldData { offset, buf, clusters } in old_data {
             if self.is_over() {
                 return Ok(false);
             }
@@ -187,7 +187,7 @@ impl TargetThread<'_> {
 
     /// Writes the blocks that are not zero. Returns how many bytes that was.
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<u64> {
-        self.spec.tuning.step(Step::Write)?;
+        self.spec.tuning.step(CopyStep::Write)?;
         let mut stored = 0;
         let mut blocks = bytes.chunks(BLOCK).zip((0..bytes.len()).step_by(BLOCK)).peekable();
         while let Some((block, start)) = blocks.next() {
@@ -205,7 +205,7 @@ impl TargetThread<'_> {
     }
 
     fn sync(&self) -> Result<(), String> {
-        let step = self.spec.tuning.step(Step::Sync);
+        let step = self.spec.tuning.step(CopyStep::Sync);
         step.and_then(|()| self.file.sync_data()).map_err(|error| self.cannot("synced", &error))?;
         if !self.spec.digest {
             // The copy's pages would only evict the guest's from the host's cache. A failure of this advice is harmless.
@@ -217,7 +217,7 @@ impl TargetThread<'_> {
     /// Everything is written: makes the file durable and, when permitted, gives it its final name.
     fn complete(&self, publish: &Receiver<()>) -> Result<(), String> {
         self.report(TargetReport::Syncing);
-        let step = self.spec.tuning.step(Step::Sync);
+        let step = self.spec.tuning.step(CopyStep::Sync);
         step.and_then(|()| self.file.sync_all()).map_err(|error| self.cannot("synced", &error))?;
         let sha256 = if self.spec.digest {
             match self.digest()? {
@@ -231,7 +231,7 @@ impl TargetThread<'_> {
         if publish.recv().is_err() {
             return Ok(());
         }
-        let published = self.spec.tuning.step(Step::Publish).and_then(|()| self.target.publish(&self.file));
+        let published = self.spec.tuning.step(CopyStep::Publish).and_then(|()| self.target.publish(&self.file));
         let left = published.map_err(|error| self.cannot_publish(&error))?;
         if let Err(error) = self.target.sync_directory() {
             let removed = self.target.unpublish().err();

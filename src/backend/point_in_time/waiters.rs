@@ -12,7 +12,7 @@ use crate::backend::mailbox::Mailbox;
 
 /// The name of a waiting op. No op of this or another copy has the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct Ticket {
+pub(super) struct DelayTicket {
     copy: u64,
     serial: u64,
 }
@@ -20,7 +20,7 @@ pub(super) struct Ticket {
 struct Waiter {
     /// The first cluster that the op changes.
     first: u64,
-    mailbox: Arc<Mailbox<Ticket>>,
+    mailbox: Arc<Mailbox<DelayTicket>>,
 }
 
 /// The waiting ops of one copy, of all queues.
@@ -28,9 +28,9 @@ pub(super) struct Waiters {
     copy: u64,
     last_serial: u64,
     /// By the last cluster that is not saved.
-    waiters: BTreeMap<(u64, Ticket), Waiter>,
+    waiters: BTreeMap<(u64, DelayTicket), Waiter>,
     /// That cluster of each waiter.
-    clusters: HashMap<Ticket, u64>,
+    clusters: HashMap<DelayTicket, u64>,
     /// How often a waiter was checked.
     #[cfg(test)]
     steps: u64,
@@ -58,22 +58,22 @@ impl Waiters {
         &mut self,
         clusters: Range<u64>,
         saved: &Bitmap,
-        mailbox: &Arc<Mailbox<Ticket>>,
-    ) -> Option<Ticket> {
+        mailbox: &Arc<Mailbox<DelayTicket>>,
+    ) -> Option<DelayTicket> {
         let last = saved.last_clear(clusters.clone())?;
         self.last_serial += 1;
-        let ticket = Ticket { copy: self.copy, serial: self.last_serial };
+        let ticket = DelayTicket { copy: self.copy, serial: self.last_serial };
         self.put(last, ticket, Waiter { first: clusters.start, mailbox: Arc::clone(mailbox) });
         Some(ticket)
     }
 
-    fn put(&mut self, last: u64, ticket: Ticket, waiter: Waiter) {
+    fn put(&mut self, last: u64, ticket: DelayTicket, waiter: Waiter) {
         self.waiters.insert((last, ticket), waiter);
         self.clusters.insert(ticket, last);
     }
 
     /// Removes the op of this ticket, if it still waits.
-    pub(super) fn remove(&mut self, ticket: Ticket) {
+    pub(super) fn remove(&mut self, ticket: DelayTicket) {
         if let Some(last) = self.clusters.remove(&ticket) {
             self.waiters.remove(&(last, ticket));
         }
@@ -81,7 +81,7 @@ impl Waiters {
 
     /// Posts the tickets of the ops that wait for nothing else, now that these clusters are saved.
     pub(super) fn release_saved(&mut self, clusters: Range<u64>, saved: &Bitmap) {
-        let from = Ticket { copy: 0, serial: 0 };
+        let from = DelayTicket { copy: 0, serial: 0 };
         while let Some((&(last, ticket), _)) =
             self.waiters.range((clusters.start, from)..(clusters.end, from)).next_back()
         {

@@ -25,7 +25,7 @@ pub(super) struct CopyingQueue {
     pool: QueuePool,
     counters: Arc<QueueCounters>,
     /// The caller's ops that were pushed and not reaped.
-    live: usize,
+    unreaped_ops: usize,
     depth: usize,
     writes: Vec<Option<Write>>,
     free_writes: Vec<usize>,
@@ -81,7 +81,7 @@ impl CopyingQueue {
             inner: image.open_queue(inner_depth)?,
             pool: QueuePool::new(bounce_pool.clone(), 1),
             counters,
-            live: 0,
+            unreaped_ops: 0,
             depth,
             writes: (0..depth).map(|_| None).collect(),
             free_writes: (0..depth).rev().collect(),
@@ -200,7 +200,7 @@ impl LayerQueue for CopyingQueue {
     }
 
     fn layer_push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
-        if self.live == self.depth {
+        if self.unreaped_ops == self.depth {
             return Err(op);
         }
         match op {
@@ -215,7 +215,7 @@ impl LayerQueue for CopyingQueue {
             }
             op => self.pass(op, id)?,
         }
-        self.live += 1;
+        self.unreaped_ops += 1;
         Ok(())
     }
 
@@ -224,7 +224,7 @@ impl LayerQueue for CopyingQueue {
         self.inner.reap(&mut finished);
         let before = out.len();
         out.extend(finished.drain(..).filter_map(|completion| self.finish(completion)));
-        self.live -= out.len() - before;
+        self.unreaped_ops -= out.len() - before;
         self.finished = finished;
         self.advance_waiting();
     }

@@ -21,14 +21,14 @@ pub(super) struct DetectingQueue {
     image_counters: Arc<ImageCounters>,
     counters: Arc<QueueCounters>,
     /// The ops that the inner queue has. The index is the op's id there.
-    slots: Vec<Slot>,
-    free: Vec<usize>,
+    inner_ops: Vec<InnerOp>,
+    free_inner_ops: Vec<usize>,
     scratch: Box<[u8]>,
 }
 
 /// An op that the inner queue has.
 #[derive(Clone, Copy)]
-struct Slot {
+struct InnerOp {
     /// The caller's id of the op.
     id: OpId,
     /// If the op is a write: its offset, and the checksum of its buffer before.
@@ -42,8 +42,8 @@ impl DetectingQueue {
             inner: image.open_queue(depth)?,
             image_counters: counters.clone(),
             counters: counters.add_queue(),
-            slots: vec![Slot { id: OpId(0), write: None }; depth],
-            free: (0..depth).rev().collect(),
+            inner_ops: vec![InnerOp { id: OpId(0), write: None }; depth],
+            free_inner_ops: (0..depth).rev().collect(),
             scratch: vec![0; SCRATCH].into(),
         })
     }
@@ -56,10 +56,10 @@ impl DetectingQueue {
 
     /// Gives a completion the caller's id, and checks the buffer of a write.
     fn finish_op(&mut self, completion: &mut Completion) {
-        let slot = completion.id.0 as usize;
-        let Slot { id, write } = self.slots[slot];
+        let index = completion.id.0 as usize;
+        let InnerOp { id, write } = self.inner_ops[index];
         completion.id = id;
-        self.free.push(slot);
+        self.free_inner_ops.push(index);
         // A failed write that lost its buffer cannot be checked.
         if let (Some((offset, before)), Some(buf)) = (write, &completion.buf) {
             QueueCounters::add(&self.counters.checked_writes, 1);
@@ -77,13 +77,13 @@ impl LayerQueue for DetectingQueue {
     }
 
     fn layer_push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
-        let Some(slot) = self.free.pop() else { return Err(op) };
+        let Some(index) = self.free_inner_ops.pop() else { return Err(op) };
         let write = match &op {
             Op::Write { offset, buf, .. } => Some((*offset, self.checksum(buf))),
             _ => None,
         };
-        self.slots[slot] = Slot { id, write };
-        self.inner.push(op, OpId(slot as u64)).inspect_err(|_| self.free.push(slot))
+        self.inner_ops[index] = InnerOp { id, write };
+        self.inner.push(op, OpId(index as u64)).inspect_err(|_| self.free_inner_ops.push(index))
     }
 
     fn layer_reap(&mut self, out: &mut Vec<Completion>) {

@@ -12,7 +12,7 @@ const MAX_IOVECS: usize = 1024;
 const MAX_RETRIES: u32 = 1000;
 
 /// An operation on the file.
-pub(in crate::backend) enum Command {
+pub(in crate::backend) enum FileOp {
     /// A read or a write.
     Transfer(Transfer),
     /// fdatasync(2).
@@ -28,11 +28,30 @@ pub(in crate::backend) enum Command {
     },
 }
 
+/// The direction of a transfer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::backend) enum TransferKind {
+    Read,
+    Write,
+    /// A write that is durable when it completes (RWF_DSYNC).
+    DurableWrite,
+}
+
+impl TransferKind {
+    #[inline]
+    pub(in crate::backend) fn is_write(self) -> bool {
+        self != TransferKind::Read
+    }
+
+    #[inline]
+    pub(in crate::backend) fn is_durable(self) -> bool {
+        self == TransferKind::DurableWrite
+    }
+}
+
 /// A read or a write of `len` bytes of `buf`, starting at byte `from` of the buffer and at `offset` of the file.
 pub(in crate::backend) struct Transfer {
-    pub(in crate::backend) write: bool,
-    /// The write is durable when it completes (RWF_DSYNC).
-    pub(in crate::backend) durable: bool,
+    pub(in crate::backend) kind: TransferKind,
     pub(in crate::backend) offset: u64,
     pub(in crate::backend) buf: IoBuf,
     pub(in crate::backend) from: usize,
@@ -40,9 +59,9 @@ pub(in crate::backend) struct Transfer {
 }
 
 /// An operation that has not completed.
-pub(super) struct Active<J> {
-    pub(super) job: J,
-    pub(super) command: Command,
+pub(super) struct ActiveOp<T> {
+    pub(super) tag: T,
+    pub(super) file_op: FileOp,
     /// Bytes transferred so far.
     done: usize,
     /// Bytes that the last submission asked for.
@@ -53,54 +72,58 @@ pub(super) struct Active<J> {
 }
 
 /// What to do after a completion.
-pub(super) enum Next {
+pub(super) enum FollowUp {
     /// Submit the operation, or its remaining part, again.
     Resubmit,
     /// Return the operation to the owner with this result.
     Finish(Result<(), Errno>),
 }
 
-impl<J> Active<J> {
-    pub(super) fn new(job: J, command: Command) -> Self {
-        Active { job, command, done: 0, asked: 0, iovecs: Vec::new(), retries: 0 }
+impl<T> ActiveOp<T> {
+    pub(super) fn new(tag: T, file_op: FileOp) -> Self {
+        ActiveOp { tag, file_op, done: 0, asked: 0, iovecs: Vec::new(), retries: 0 }
     }
 
     /// Decides what to do after a completion. A transfer of no bytes fails, because it would never end: inside the image, a
     /// read that returns 0 means that another process truncated the file.
-    pub(super) fn handle_result(&mut self, result: i32) -> Next {
+    pub(super) fn handle_result(&mut self, result: i32) -> FollowUp {
         // A retry ran in a kernel worker, which may block; so EAGAIN means a short write.
         if result == -libc::EAGAIN && self.retries > 0 && self.drop_done() {
-            return Next::Finish(Err(Errno(libc::EAGAIN)));
+            return FollowUp::Finish(Err(Errno(libc::EAGAIN)));
         }
         if result == -libc::EINTR || result == -libc::EAGAIN {
             self.retries += 1;
-            return if self.retries < MAX_RETRIES { Next::Resubmit } else { Next::Finish(Err(Errno(libc::EIO))) };
+            return if self.retries < MAX_RETRIES {
+                FollowUp::Resubmit
+            } else {
+                FollowUp::Finish(Err(Errno(libc::EIO)))
+            };
         }
         if result < 0 {
-            return Next::Finish(Err(Errno(-result)));
+            return FollowUp::Finish(Err(Errno(-result)));
         }
-        let Command::Transfer(transfer) = &self.command else {
-            return Next::Finish(Ok(()));
+        let FileOp::Transfer(transfer) = &self.file_op else {
+            return FollowUp::Finish(Ok(()));
         };
         let left = transfer.len - self.done;
         match result as usize {
-            moved if transfer.write && moved < self.asked => {
+            moved if transfer.kind.is_write() && moved < self.asked => {
                 self.drop_done();
-                Next::Finish(Err(Errno(libc::EAGAIN)))
+                FollowUp::Finish(Err(Errno(libc::EAGAIN)))
             }
-            moved if moved == left => Next::Finish(Ok(())),
-            moved if moved == 0 || moved > left => Next::Finish(Err(Errno(libc::EIO))),
+            moved if moved == left => FollowUp::Finish(Ok(())),
+            moved if moved == 0 || moved > left => FollowUp::Finish(Err(Errno(libc::EIO))),
             moved => {
                 self.done += moved;
                 self.retries = 0;
-                Next::Resubmit
+                FollowUp::Resubmit
             }
         }
     }
 
     /// Shortens a transfer by the bytes that are done. Returns whether the operation is a transfer.
     pub(super) fn drop_done(&mut self) -> bool {
-        let Command::Transfer(transfer) = &mut self.command else { return false };
+        let FileOp::Transfer(transfer) = &mut self.file_op else { return false };
         let done = std::mem::take(&mut self.done);
         transfer.offset += done as u64;
         transfer.from += done;
@@ -113,12 +136,12 @@ impl<J> Active<J> {
         // A retry runs in a kernel worker, which may sleep; here it would spin.
         let by_worker = self.retries > 0 || submission == Submission::Worker;
         let flags = if by_worker { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
-        let entry = match &self.command {
-            Command::Sync => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
-            Command::Fallocate { mode, offset, len } => {
+        let entry = match &self.file_op {
+            FileOp::Sync => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
+            FileOp::Fallocate { mode, offset, len } => {
                 opcode::Fallocate::new(file, *len).offset(*offset).mode(*mode).build()
             }
-            Command::Transfer(transfer) => {
+            FileOp::Transfer(transfer) => {
                 let whole = self.done == 0 && transfer.from == 0 && transfer.len == transfer.buf.len();
                 let iovecs = if whole && transfer.buf.iovecs().len() <= MAX_IOVECS {
                     transfer.buf.iovecs()
@@ -142,14 +165,14 @@ impl Transfer {
     /// Builds the submission queue entry that transfers `iovecs` at `offset`. Returns it with the number of bytes that it
     /// asks for.
     fn entry(&self, file: types::Fixed, iovecs: &[libc::iovec], offset: u64) -> (squeue::Entry, usize) {
-        let flags = if self.durable { libc::RWF_DSYNC } else { 0 };
+        let flags = if self.kind.is_durable() { libc::RWF_DSYNC } else { 0 };
         let asked = match iovecs {
             [one] => clamp(one.iov_len) as usize,
             // All of the buffer, whose length is known.
             all if std::ptr::eq(all, self.buf.iovecs()) => self.buf.len(),
             some => some.iter().map(|part| part.iov_len).sum(),
         };
-        let entry = match (iovecs, self.write) {
+        let entry = match (iovecs, self.kind.is_write()) {
             // With one iovec the kernel need not copy a list. A longer iovec is clamped and continued as a short transfer.
             ([one], true) => {
                 opcode::Write::new(file, one.iov_base.cast(), clamp(one.iov_len)).offset(offset).rw_flags(flags).build()
@@ -176,35 +199,38 @@ mod tests {
     #[test]
     fn a_transfer_continues_finishes_or_fails_by_its_result() {
         let transfer =
-            Transfer { write: false, durable: false, offset: 0, buf: IoBuf::owned(8192, 512, 0), from: 0, len: 8192 };
-        let command = Command::Transfer(transfer);
-        let mut active = Active { job: (), command, done: 0, asked: 0, iovecs: Vec::new(), retries: 0 };
-        assert!(matches!(active.handle_result(512), Next::Resubmit));
-        assert!(matches!(active.handle_result(-libc::EINTR), Next::Resubmit));
+            Transfer { kind: TransferKind::Read, offset: 0, buf: IoBuf::owned(8192, 512, 0), from: 0, len: 8192 };
+        let file_op = FileOp::Transfer(transfer);
+        let mut active = ActiveOp { tag: (), file_op, done: 0, asked: 0, iovecs: Vec::new(), retries: 0 };
+        assert!(matches!(active.handle_result(512), FollowUp::Resubmit));
+        assert!(matches!(active.handle_result(-libc::EINTR), FollowUp::Resubmit));
         assert!(
-            matches!(active.handle_result(0), Next::Finish(Err(Errno(libc::EIO)))),
+            matches!(active.handle_result(0), FollowUp::Finish(Err(Errno(libc::EIO)))),
             "no byte moved: none ever will"
         );
-        assert!(matches!(active.handle_result(-libc::ENOSPC), Next::Finish(Err(Errno(libc::ENOSPC)))));
-        assert!(matches!(active.handle_result(8192), Next::Finish(Err(Errno(libc::EIO)))), "more than was asked");
-        assert!(matches!(active.handle_result(512), Next::Resubmit));
-        assert!(matches!(active.handle_result(-libc::EAGAIN), Next::Resubmit), "a kernel worker may block for it");
-        assert!(matches!(active.handle_result(7168), Next::Finish(Ok(()))));
+        assert!(matches!(active.handle_result(-libc::ENOSPC), FollowUp::Finish(Err(Errno(libc::ENOSPC)))));
+        assert!(matches!(active.handle_result(8192), FollowUp::Finish(Err(Errno(libc::EIO)))), "more than was asked");
+        assert!(matches!(active.handle_result(512), FollowUp::Resubmit));
+        assert!(matches!(active.handle_result(-libc::EAGAIN), FollowUp::Resubmit), "a kernel worker may block for it");
+        assert!(matches!(active.handle_result(7168), FollowUp::Finish(Ok(()))));
     }
 
     #[test]
     fn a_short_write_is_returned_from_where_the_last_whole_submission_ended() {
         for result in [0, 512, -libc::EAGAIN] {
             let buf = IoBuf::owned(8192, 512, 0);
-            let transfer = Transfer { write: true, durable: false, offset: 4096, buf, from: 0, len: 8192 };
-            let command = Command::Transfer(transfer);
-            let mut active = Active { job: (), command, done: 0, asked: 4096, iovecs: Vec::new(), retries: 0 };
-            assert!(matches!(active.handle_result(4096), Next::Resubmit), "there were more iovecs than one call takes");
+            let transfer = Transfer { kind: TransferKind::Write, offset: 4096, buf, from: 0, len: 8192 };
+            let file_op = FileOp::Transfer(transfer);
+            let mut active = ActiveOp { tag: (), file_op, done: 0, asked: 4096, iovecs: Vec::new(), retries: 0 };
+            assert!(
+                matches!(active.handle_result(4096), FollowUp::Resubmit),
+                "there were more iovecs than one call takes"
+            );
             if result < 0 {
-                assert!(matches!(active.handle_result(result), Next::Resubmit), "a kernel worker may block");
+                assert!(matches!(active.handle_result(result), FollowUp::Resubmit), "a kernel worker may block");
             }
-            assert!(matches!(active.handle_result(result), Next::Finish(Err(Errno(libc::EAGAIN)))));
-            let Command::Transfer(transfer) = active.command else { unreachable!("the command is a transfer") };
+            assert!(matches!(active.handle_result(result), FollowUp::Finish(Err(Errno(libc::EAGAIN)))));
+            let FileOp::Transfer(transfer) = active.file_op else { unreachable!("the file_op is a transfer") };
             assert_eq!((transfer.offset, transfer.from, transfer.len), (8192, 4096, 4096));
         }
     }

@@ -1,7 +1,7 @@
 //! UNSAFE. One io_uring: operations on one file, kept in a slab until they complete, and eventfds that wake the owner.
 //!
 //! It knows transfers, not requests. It continues short reads, retries EINTR and EAGAIN, and returns everything else to
-//! the owner exactly once, with the value (`J`) that the owner passed in.
+//! the owner exactly once, with the tag (`T`) that the owner passed in.
 //!
 //! A short write is returned to the owner, which makes it again with plain calls. The kernel's count of stored bytes is
 //! not used, because it cannot be trusted. If a file system stores a part of a write, io_write in the kernel's
@@ -22,9 +22,9 @@ use std::time::Duration;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use super::Errno;
-use file_op::{Active, Next};
-pub(super) use file_op::{Command, Transfer};
-use prepared::Source;
+use file_op::{ActiveOp, FollowUp};
+pub(super) use file_op::{FileOp, Transfer, TransferKind};
+use prepared::DisabledUring;
 pub(super) use prepared::{prepare, probe};
 
 /// Which thread starts an operation.
@@ -37,20 +37,20 @@ pub(super) enum Submission {
 }
 
 /// An event of the uring.
-pub(super) enum Event<J> {
+pub(super) enum Event<T> {
     /// An operation is over; `Ok`: all of it was done. A transfer with EAGAIN holds the part that the owner must make with
     /// plain calls.
-    Finished(J, Command, Result<(), Errno>),
+    Finished(T, FileOp, Result<(), Errno>),
     /// The watched eventfd with this token was written to.
     Fired(u32),
 }
 
 /// An io_uring for one file. The kernel ties it to the thread that enabled it (IORING_SETUP_SINGLE_ISSUER). Another thread
 /// may own it and take from it what has not been submitted ([`Uring::take_queued`]), but must not enter or drop it.
-pub(super) struct Uring<J> {
+pub(super) struct Uring<T> {
     io_uring: ManuallyDrop<IoUring>,
     /// The operations until they complete. The index is their user data.
-    slots: Vec<Option<Active<J>>>,
+    slots: Vec<Option<ActiveOp<T>>>,
     free_slots: Vec<usize>,
     watches: Vec<Watch>,
     submission: Submission,
@@ -60,12 +60,12 @@ pub(super) struct Uring<J> {
     unsubmitted: bool,
 }
 
-// SAFETY: the mapped queues belong to this value alone, and the iovecs point into buffers that its jobs own, which may be
+// SAFETY: the mapped queues belong to this value alone, and the iovecs point into buffers that its operations own, which may be
 // sent, too. Everything that touches them takes `&mut self`, so one thread at a time does, on every kernel. Memory safety
 // does not depend on which thread that is: before Linux 6.1, without IORING_SETUP_SINGLE_ISSUER, the kernel takes entries
 // from every thread; from then on it answers EEXIST to every thread but the one that enabled the io_uring. An `enter` that
-// fails leaves the jobs in their slots, so no buffer is freed that the kernel still uses.
-unsafe impl<J: Send> Send for Uring<J> {}
+// fails leaves the operations in their slots, so no buffer is freed that the kernel still uses.
+unsafe impl<T: Send> Send for Uring<T> {}
 
 /// An eventfd that wakes the owner.
 struct Watch {
@@ -101,7 +101,7 @@ const FILE: types::Fixed = types::Fixed(0);
 /// IORING_ENTER_GETEVENTS: also fetch completions (io_uring_enter(2)). The crate sets it only with something to wait for.
 const ENTER_GETEVENTS: u32 = 1;
 
-impl<J> Uring<J> {
+impl<T> Uring<T> {
     /// Creates a uring for at most `depth` operations at once on `file`, which the caller keeps open for longer than the
     /// uring. Called in the thread that will use it. An error says the cause and how to fix it.
     pub(super) fn new(depth: usize, file: BorrowedFd<'_>, submission: Submission) -> io::Result<Self> {
@@ -109,10 +109,12 @@ impl<J> Uring<J> {
             Some(unused) => unused,
             None => {
                 let io_uring = match prepared::take(depth + MAX_WATCHES)? {
-                    Source::New(io_uring) => io_uring,
-                    // SAFETY: `prepare` created this io_uring and has these parameters from the kernel; nothing else owns
-                    // the descriptor.
-                    Source::Prepared(fd, parameters) => unsafe { IoUring::from_fd(fd.into_raw_fd(), parameters) }?,
+                    DisabledUring::New(io_uring) => io_uring,
+                    DisabledUring::Prepared(fd, parameters) => {
+                        // SAFETY: `prepare` created this io_uring and has these parameters from the kernel; nothing else owns
+                        // the descriptor.
+                        unsafe { IoUring::from_fd(fd.into_raw_fd(), parameters) }?
+                    }
                 };
                 // From here on only this thread may use it.
                 io_uring.submitter().register_enable_rings().map_err(prepared::explain)?;
@@ -133,9 +135,9 @@ impl<J> Uring<J> {
     }
 
     /// Queues an operation; `enter` starts it. The caller has at most `depth` operations here at once.
-    pub(super) fn start(&mut self, command: Command, job: J) {
+    pub(super) fn start(&mut self, file_op: FileOp, tag: T) {
         let slot = self.free_slots.pop().expect("the caller starts at most `depth` operations");
-        self.slots[slot] = Some(Active::new(job, command));
+        self.slots[slot] = Some(ActiveOp::new(tag, file_op));
         self.queue(slot);
     }
 
@@ -192,7 +194,7 @@ impl<J> Uring<J> {
     }
 
     /// Returns the next event, without a system call.
-    pub(super) fn next_event(&mut self) -> Option<Event<J>> {
+    pub(super) fn next_event(&mut self) -> Option<Event<T>> {
         loop {
             let entry = self.io_uring.completion().next()?;
             let data = entry.user_data();
@@ -206,11 +208,11 @@ impl<J> Uring<J> {
             let slot = data as usize;
             let active = self.slots[slot].as_mut().expect("the kernel completes only what was submitted");
             match active.handle_result(entry.result()) {
-                Next::Resubmit => self.queue(slot),
-                Next::Finish(result) => {
-                    let Active { job, command, .. } = self.slots[slot].take().expect("found just now");
+                FollowUp::Resubmit => self.queue(slot),
+                FollowUp::Finish(result) => {
+                    let ActiveOp { tag, file_op, .. } = self.slots[slot].take().expect("found just now");
                     self.free_slots.push(slot);
-                    return Some(Event::Finished(job, command, result));
+                    return Some(Event::Finished(tag, file_op, result));
                 }
             }
         }
@@ -226,7 +228,7 @@ impl<J> Uring<J> {
     }
 
     /// Takes the operations that are not submitted. A transfer holds the part that is not done.
-    pub(super) fn take_queued(&mut self) -> Vec<(Command, J)> {
+    pub(super) fn take_queued(&mut self) -> Vec<(FileOp, T)> {
         let mut taken = Vec::new();
         for data in std::mem::take(&mut self.queued) {
             if data & WATCH != 0 {
@@ -234,19 +236,19 @@ impl<J> Uring<J> {
             } else if let Some(mut active) = self.slots[data as usize].take() {
                 active.drop_done();
                 self.free_slots.push(data as usize);
-                taken.push((active.command, active.job));
+                taken.push((active.file_op, active.tag));
             }
         }
         taken
     }
 
     /// Waits for the submitted operations and passes each to `finished`. Called in the thread that created the uring.
-    pub(super) fn finish(&mut self, mut finished: impl FnMut(J, Command, Result<(), Errno>)) -> io::Result<()> {
+    pub(super) fn finish(&mut self, mut finished: impl FnMut(T, FileOp, Result<(), Errno>)) -> io::Result<()> {
         while self.free_slots.len() < self.slots.len() {
             self.enter(true, None)?;
             while let Some(event) = self.next_event() {
-                if let Event::Finished(job, command, result) = event {
-                    finished(job, command, result);
+                if let Event::Finished(tag, file_op, result) = event {
+                    finished(tag, file_op, result);
                 }
             }
         }
@@ -280,7 +282,7 @@ impl<J> Uring<J> {
     }
 
     fn push_entry(&mut self, entry: &squeue::Entry) {
-        // SAFETY: what the entry points to (iovecs, guest memory) belongs to an `Active` in `slots`, which stays there
+        // SAFETY: what the entry points to (iovecs, guest memory) belongs to an `ActiveOp` in `slots`, which stays there
         // until its completion was read; `drop` waits for that, or leaks the slots. The file and the watched descriptors
         // stay open for longer than the io_uring.
         while unsafe { self.io_uring.submission().push(entry) }.is_err() {
@@ -330,7 +332,7 @@ impl<J> Uring<J> {
     }
 }
 
-impl<J> Drop for Uring<J> {
+impl<T> Drop for Uring<T> {
     fn drop(&mut self) {
         while self.free_slots.len() < self.slots.len() {
             if let Err(error) = self.enter(true, None) {

@@ -50,7 +50,7 @@ fn store() -> MutexGuard<'static, Option<Vec<(OwnedFd, Parameters)>>> {
 }
 
 /// An io_uring that is restricted and disabled.
-pub(super) enum Source {
+pub(super) enum DisabledUring {
     /// Created on demand.
     New(IoUring),
     /// Prepared before the sandbox. Its memory is not mapped.
@@ -107,7 +107,7 @@ pub(super) fn in_use() -> bool {
 }
 
 /// Takes the next prepared io_uring, or creates one with so many entries.
-pub(super) fn take(entries: usize) -> io::Result<Source> {
+pub(super) fn take(entries: usize) -> io::Result<DisabledUring> {
     if let Some(prepared) = &mut *store() {
         let (fd, parameters) = prepared.pop().ok_or_else(|| {
             io::Error::other(
@@ -115,7 +115,7 @@ pub(super) fn take(entries: usize) -> io::Result<Source> {
                  --num-queues",
             )
         })?;
-        return Ok(Source::Prepared(fd, parameters));
+        return Ok(DisabledUring::Prepared(fd, parameters));
     }
     // Every operation and every watch has an entry, so that none waits for another.
     let rounded = u32::try_from(entries).expect("a queue's depth is small").next_power_of_two();
@@ -123,7 +123,7 @@ pub(super) fn take(entries: usize) -> io::Result<Source> {
     if (io_uring.params().sq_entries() as usize) < entries {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("queue depth {entries} is too large")));
     }
-    Ok(Source::New(io_uring))
+    Ok(DisabledUring::New(io_uring))
 }
 
 /// Creates an io_uring that is restricted and disabled.

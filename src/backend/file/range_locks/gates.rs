@@ -4,7 +4,7 @@
 //! gates of its regions and *leaves* them when the storage has completed it. A read-modify-write *closes* the gates of the
 //! blocks that it reads, and waits until no write of any queue is inside.
 //!
-//! Each queue counts its own writes in words of its own ([`Inside`]), which its thread alone changes as a rule. The
+//! Each queue counts its own writes in words of its own ([`WritesInside`]), which its thread alone changes as a rule. The
 //! [`Closures`] of the image are changed by read-modify-writes only. So an aligned write costs an addition to a cache line
 //! of its queue and a load of a line that seldom changes, and the same when it leaves.
 //!
@@ -87,11 +87,11 @@ impl Closures {
 }
 
 /// For each gate: how many of one queue's writes are inside. A guest has at most 4,096 in a queue, of 64 regions each.
-pub(super) struct Inside(Box<[AtomicU32]>);
+pub(super) struct WritesInside(Box<[AtomicU32]>);
 
-impl Inside {
+impl WritesInside {
     pub(super) fn new() -> Self {
-        Inside(zeroes())
+        WritesInside(zeroes())
     }
 
     /// A write of this queue enters. False: the gate is closed, and the write must leave. Never waits.

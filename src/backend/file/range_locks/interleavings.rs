@@ -7,7 +7,7 @@ use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use shuttle::thread;
 
 use super::super::mailbox::{Mail, Mailbox};
-use super::{QueueLocks, RangeLocks, Ticket};
+use super::{LockTicket, QueueLocks, RangeLocks};
 use crate::base::sync::interleavings::{Mutant, holds};
 
 const BLOCK: u64 = 4096;
@@ -34,7 +34,7 @@ impl Queue {
         Queue { locks: QueueLocks::new(Arc::clone(locks), Arc::clone(&mailbox)), mailbox, medium: Arc::clone(medium) }
     }
 
-    fn wait(&self, (ticket, granted): (Ticket, bool)) -> Ticket {
+    fn wait(&self, (ticket, granted): (LockTicket, bool)) -> LockTicket {
         let mut granted = granted;
         while !granted {
             let mail = self.mailbox.take();

@@ -28,7 +28,7 @@ use super::mailbox::{Mail, Mailbox};
 use crate::base::sync::interleavings::{Mutant, planted};
 use crate::base::sync::{Mutex, MutexGuard};
 use claims::{Blocks, ClaimId, Claims};
-use gates::{Closures, GateId, Inside};
+use gates::{Closures, GateId, WritesInside};
 
 /// Binary logarithm of the bytes of a region, unless a block is larger: most writes touch one or two regions.
 const REGION_BITS: u32 = 16;
@@ -51,14 +51,14 @@ struct State {
     last_id: ClaimId,
     claims: Claims,
     /// Claims that are not granted yet.
-    waiting: HashMap<ClaimId, Waiting>,
+    waiting: HashMap<ClaimId, WaitingClaim>,
     /// Of those, the claims that wait until a gate is empty. Each keeps that gate closed.
     draining: HashMap<GateId, BTreeSet<ClaimId>>,
     /// What each queue has inside the gates.
-    queues: Vec<Arc<Inside>>,
+    queues: Vec<Arc<WritesInside>>,
 }
 
-struct Waiting {
+struct WaitingClaim {
     /// Reasons to wait: earlier claims, and gates that are not empty.
     reasons: usize,
     /// Of the queue whose op it is.
@@ -68,12 +68,12 @@ struct Waiting {
 /// One queue's access to the locks.
 pub(super) struct QueueLocks {
     locks: Arc<RangeLocks>,
-    inside: Arc<Inside>,
+    inside: Arc<WritesInside>,
     mailbox: Arc<Mailbox>,
 }
 
 /// Blocks that an op holds or waits for, until this is dropped.
-pub(super) struct Ticket {
+pub(super) struct LockTicket {
     /// Regions whose gates the op is inside.
     regions: Regions,
     claim: Option<Box<Claim>>,
@@ -106,27 +106,27 @@ impl Regions {
 impl QueueLocks {
     /// `mailbox`: where [`Mail::Granted`] comes for tickets that wait.
     pub(super) fn new(locks: Arc<RangeLocks>, mailbox: Arc<Mailbox>) -> Arc<Self> {
-        let inside = Arc::new(Inside::new());
+        let inside = Arc::new(WritesInside::new());
         locks.state().queues.push(Arc::clone(&inside));
         Arc::new(QueueLocks { locks, inside, mailbox })
     }
 
-    /// A ticket for an op that writes these bytes. True: it is granted. False: [`Mail::Granted`] with [`Ticket::claim`]
+    /// A ticket for an op that writes these bytes. True: it is granted. False: [`Mail::Granted`] with [`LockTicket::claim`]
     /// comes to the mailbox when it is.
     #[inline]
-    pub(super) fn lock_written(self: &Arc<Self>, bytes: Range<u64>) -> (Ticket, bool) {
+    pub(super) fn lock_written(self: &Arc<Self>, bytes: Range<u64>) -> (LockTicket, bool) {
         self.lock(Blocks::written(bytes, self.locks.block_bits))
     }
 
     /// The same for an op that changes whole blocks only, those inside of these bytes.
-    pub(super) fn lock_inside(self: &Arc<Self>, bytes: Range<u64>) -> (Ticket, bool) {
+    pub(super) fn lock_inside(self: &Arc<Self>, bytes: Range<u64>) -> (LockTicket, bool) {
         self.lock(Blocks::inside(bytes, self.locks.block_bits))
     }
 
     #[inline]
-    fn lock(self: &Arc<Self>, blocks: Blocks) -> (Ticket, bool) {
+    fn lock(self: &Arc<Self>, blocks: Blocks) -> (LockTicket, bool) {
         if let Some(regions) = self.enter(&blocks) {
-            return (Ticket { regions, claim: None, locks: Arc::clone(self) }, true);
+            return (LockTicket { regions, claim: None, locks: Arc::clone(self) }, true);
         }
         self.claim(blocks)
     }
@@ -152,13 +152,13 @@ impl QueueLocks {
     fn leave(&self, regions: Regions) {
         for gate in regions.gates() {
             if self.inside.leave(gate, &self.locks.closures) {
-                self.locks.is_drained(gate);
+                self.locks.gate_drained(gate);
             }
         }
     }
 
     /// Claims blocks, after all earlier claims of them. True: granted.
-    fn claim(self: &Arc<Self>, blocks: Blocks) -> (Ticket, bool) {
+    fn claim(self: &Arc<Self>, blocks: Blocks) -> (LockTicket, bool) {
         let locks = &*self.locks;
         let mut state = locks.state();
         state.last_id += 1;
@@ -175,12 +175,12 @@ impl QueueLocks {
             reasons += state.claims.insert_whole(id, &blocks);
         }
         if reasons > 0 {
-            state.waiting.insert(id, Waiting { reasons, mailbox: Arc::clone(&self.mailbox) });
+            state.waiting.insert(id, WaitingClaim { reasons, mailbox: Arc::clone(&self.mailbox) });
         }
         drop(state);
         let claim = Claim { id, blocks, has_whole: entered.is_none() };
         let regions = entered.unwrap_or(Regions::NONE);
-        (Ticket { regions, claim: Some(Box::new(claim)), locks: Arc::clone(self) }, reasons == 0)
+        (LockTicket { regions, claim: Some(Box::new(claim)), locks: Arc::clone(self) }, reasons == 0)
     }
 
     /// Enters the gates of the whole blocks of a claim that is granted otherwise; with the mutex held, so no gate is closed
@@ -211,14 +211,14 @@ impl Drop for QueueLocks {
     }
 }
 
-impl Ticket {
+impl LockTicket {
     /// The name of a ticket that may have to wait.
     pub(super) fn claim(&self) -> Option<ClaimId> {
         self.claim.as_ref().map(|claim| claim.id)
     }
 }
 
-impl Drop for Ticket {
+impl Drop for LockTicket {
     #[inline]
     fn drop(&mut self) {
         if let Some(claim) = self.claim.take() {
@@ -262,7 +262,7 @@ impl RangeLocks {
 
     /// The last write of a queue has left a closed gate.
     #[cold]
-    fn is_drained(&self, gate: GateId) {
+    fn gate_drained(&self, gate: GateId) {
         #[cfg(all(test, feature = "model"))]
         if planted(Mutant::LeavesSilently) {
             return;

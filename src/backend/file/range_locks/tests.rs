@@ -82,7 +82,7 @@ fn a_late_notice_of_an_empty_gate_grants_nothing() {
     assert!(held);
     let (waiting, held) = queue.lock_written(0..512);
     assert!(!held);
-    locks.is_drained(gate);
+    locks.gate_drained(gate);
     assert!(granted(&mailbox).is_empty(), "the aligned write is under way");
     drop(aligned);
     assert_eq!(granted(&mailbox), [waiting.claim()]);
@@ -135,7 +135,7 @@ fn exclude(one: &Blocks, other: &Blocks) -> bool {
 
 /// Locks drawn at random, in the order of their arrival, of which each can be compared with all before it.
 struct Plain {
-    ticket: Ticket,
+    ticket: LockTicket,
     blocks: Blocks,
     granted: bool,
 }
@@ -186,8 +186,8 @@ fn take_and_drop(locks: &Arc<RangeLocks>, mut check: impl FnMut(&mut [Plain], Ve
             // Held or waiting.
             drop(entries.remove(random.below(entries.len() as u64) as usize));
         }
-        let told = queues.iter().flat_map(|(_, mailbox)| granted(mailbox)).collect();
-        check(&mut entries, told, step);
+        let grants = queues.iter().flat_map(|(_, mailbox)| granted(mailbox)).collect();
+        check(&mut entries, grants, step);
     }
     drop(entries);
     assert!(locks.is_idle());
@@ -199,9 +199,9 @@ fn compare_each_with_all(max_regions: u64) {
     Arc::get_mut(&mut locks).unwrap().max_regions = max_regions;
     let gates: HashSet<_> = (0..80).map(GateId::of_region).collect();
     assert_eq!(gates.len(), 80, "regions of the test share no gate");
-    take_and_drop(&locks, |entries, told, step| {
+    take_and_drop(&locks, |entries, grants, step| {
         for at in 0..entries.len() {
-            entries[at].granted |= told.contains(&entries[at].ticket.claim()) && entries[at].ticket.claim.is_some();
+            entries[at].granted |= grants.contains(&entries[at].ticket.claim()) && entries[at].ticket.claim.is_some();
             assert_eq!(entries[at].granted, !is_excluded(entries, at), "step {step}, entry {at}");
         }
     });
@@ -221,9 +221,9 @@ fn claims_alone_are_granted_as_by_comparing_all() {
 #[test]
 fn locks_of_one_region_are_granted_in_turn() {
     let locks = RangeLocks::new(4096);
-    take_and_drop(&locks, |entries, told, step| {
+    take_and_drop(&locks, |entries, grants, step| {
         for at in 0..entries.len() {
-            entries[at].granted |= told.contains(&entries[at].ticket.claim()) && entries[at].ticket.claim.is_some();
+            entries[at].granted |= grants.contains(&entries[at].ticket.claim()) && entries[at].ticket.claim.is_some();
             assert!(!entries[at].granted || !is_excluded(entries, at), "step {step}, entry {at}");
         }
         assert!(entries.first().is_none_or(|oldest| oldest.granted), "step {step}: the oldest waits for a later one");

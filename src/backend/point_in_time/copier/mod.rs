@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use super::copy::{Copy, Phase};
 use super::scratch::{AfterReply, Scratch};
-use super::target_thread::Job;
+use super::target_thread::OldData;
 use crate::backend::{Backend, Completion, IoBuf, IoQueue, Op, OpId, Source};
 use bandwidth_limiter::BandwidthLimiter;
 use plan::{DataExtent, Piece, Run};
@@ -34,8 +34,8 @@ struct Copier<'a> {
     copy: &'a Copy,
     image: &'a dyn Backend,
     queue: Box<dyn IoQueue>,
-    /// The jobs for the target's thread.
-    target_jobs: Sender<Job>,
+    /// To the target's thread.
+    to_target: Sender<OldData>,
     scratch: Option<Scratch>,
     /// By number: the runs whose data is being read.
     runs: HashMap<u64, Run>,
@@ -63,7 +63,7 @@ struct Copier<'a> {
 pub(super) fn run(
     image: Arc<dyn Backend>,
     copy: Arc<Copy>,
-    target_jobs: Sender<Job>,
+    to_target: Sender<OldData>,
     scratch: Option<Scratch>,
     ready: SyncSender<io::Result<()>>,
     open: Sender<()>,
@@ -84,7 +84,7 @@ pub(super) fn run(
         copy: &copy,
         image: &*image,
         queue,
-        target_jobs,
+        to_target,
         scratch,
         runs: HashMap::new(),
         reads: HashMap::new(),
@@ -101,7 +101,7 @@ pub(super) fn run(
     if let Err(why) = copier.run() {
         copy.fail(why);
     }
-    // Closes the queue, which waits for its reads, and the channel of jobs, which tells the target's thread that it has
+    // Closes the queue, which waits for its reads, and the channel of old data, which tells the target's thread that it has
     // all of them.
     drop(copier);
     drop((image, open));
@@ -215,7 +215,7 @@ impl Copier<'_> {
             }
             let urgent = self.runs.get(&piece.run).is_some_and(|run| run.urgent);
             let clusters = self.finish_piece(&piece, buf.len() as u64);
-            self.send_job(Job { offset, buf, clusters }, urgent);
+            self.send_old_data(OldData { offset, buf, clusters }, urgent);
         }
         Ok(())
     }
@@ -236,21 +236,21 @@ impl Copier<'_> {
         clusters.end - clusters.start
     }
 
-    /// Sends a job to the target's thread; or to the scratch, if an op waited for its data and half the memory is in use.
-    fn send_job(&mut self, job: Job, urgent: bool) {
+    /// Sends old data to the target's thread; or to the scratch, if an op waited for its data and half the memory is in use.
+    fn send_old_data(&mut self, data: OldData, urgent: bool) {
         let memory = self.copy.shared.tuning.memory;
-        let job = match &mut self.scratch {
+        let data = match &mut self.scratch {
             // A quarter of the memory at most: a scratch that hangs must leave most of it to the target.
             Some(scratch) if urgent && self.used_memory > memory / 2 => {
-                let stored = scratch.store(job, memory / 4);
+                let stored = scratch.store(data, memory / 4);
                 self.copy.scratch.store(scratch.bytes(), Relaxed);
-                let Err(job) = stored else { return };
-                job
+                let Err(data) = stored else { return };
+                data
             }
-            _ => job,
+            _ => data,
         };
         // If the target's thread has ended, so has the copy.
-        let _ = self.target_jobs.send(job);
+        let _ = self.to_target.send(data);
     }
 
     /// Handles the replies of the scratch's thread.
@@ -260,7 +260,7 @@ impl Copier<'_> {
             match scratch.handle(reply)? {
                 AfterReply::Free(buf) => self.free_buffer(buf),
                 // If the target's thread has ended, so has the copy.
-                AfterReply::Write(job) => drop(self.target_jobs.send(job)),
+                AfterReply::Write(data) => drop(self.to_target.send(data)),
             }
         }
         self.copy.scratch.store(scratch.bytes(), Relaxed);
