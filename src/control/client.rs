@@ -28,7 +28,7 @@ const MAX_LINE: usize = 16 << 20;
 /// Why a command failed: a message for people, and the daemon's code if the daemon refused.
 #[derive(Debug)]
 pub struct Failure {
-    /// The daemon's error code (listed at the head of `control::protocol`); ours are `no-daemon`, `no-permission`, `no-answer` and
+    /// The daemon's error code (docs/control-protocol.md); ours are `no-daemon`, `no-permission`, `no-answer` and
     /// `not-virtioblkd`.
     pub code: String,
     /// Says what failed, why, and how to fix it.

@@ -3,7 +3,7 @@
 //! [`protocol::json_stream`] cuts bytes into JSON values and [`protocol`] turns those into commands and replies;
 //! [`quiesce`] decides who holds the disk. All three are pure: no I/O, no clock of their own. `service` joins them to the
 //! [`crate::disk::Disk`]; `peer` and `socket` move the bytes, `image_notices` brings what the image's store reports. The
-//! commands, their arguments, the events and the error codes are listed at the head of [`protocol`].
+//! commands, their arguments, the events and the error codes are listed in `protocol/schema`.
 
 mod access;
 pub mod client;

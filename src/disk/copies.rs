@@ -56,7 +56,7 @@ pub struct CopyOptions {
 /// Why an operation on a copy or snapshot failed: a code for programs and a message for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CopyError {
-    /// For copies `busy`, `no-such-copy`, `target` or `resources`; `control::protocol` explains the codes.
+    /// For copies `busy`, `no-such-copy`, `target` or `resources`; docs/control-protocol.md explains the codes.
     pub code: &'static str,
     /// What failed, why and how to fix it.
     pub message: String,

@@ -100,7 +100,7 @@ fn every_command_of_the_pages_works_as_it_stands() {
 fn every_block_has_a_language_and_every_shell_block_is_run_or_listed() {
     let all: Vec<Block> = pages().iter().flat_map(|page| blocks(page)).collect();
     for block in &all {
-        let known = ["sh", "json", "toml", "xml", "ini", "text"].contains(&block.language.as_str());
+        let known = ["sh", "qmp", "json", "toml", "xml", "ini", "text"].contains(&block.language.as_str());
         assert!(known, "{}:{}: '{}' is no language of ours", block.page, block.line, block.language);
         // A block in another language has no commands of ours.
         let commands =

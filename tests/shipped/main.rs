@@ -3,6 +3,7 @@
 mod commands;
 mod configs;
 mod documents;
+mod protocol;
 mod rerun_failed;
 mod schema;
 mod snapshot_hooks;

@@ -43,6 +43,8 @@ pub enum Command {
     },
     /// `resume` with `all`: ends every hold and refuses every quiesce that waits.
     ResumeAll,
+    /// `query-qmp-schema`: the protocol as data.
+    QueryQmpSchema,
     /// `query-status`: the disk, its holders and the daemon.
     QueryStatus,
     /// `query-stats`: the counters of the rings.
@@ -93,6 +95,7 @@ pub(super) const COMMANDS: &[(&str, Access, Parse)] = &[
     ("qmp_capabilities", Access::ReadOnly, parse_capabilities),
     ("query-commands", Access::ReadOnly, |_| Ok(Command::QueryCommands)),
     ("query-version", Access::ReadOnly, |_| Ok(Command::QueryVersion)),
+    ("query-qmp-schema", Access::ReadOnly, |_| Ok(Command::QueryQmpSchema)),
     ("query-status", Access::ReadOnly, |_| Ok(Command::QueryStatus)),
     ("query-stats", Access::ReadOnly, |_| Ok(Command::QueryStats)),
     ("quiesce", Access::Operate, parse_quiesce),

@@ -39,6 +39,7 @@ impl Service {
             }
             Command::QueryCommands => Ok(protocol::command_list(client.access)),
             Command::QueryVersion => Ok(protocol::version()),
+            Command::QueryQmpSchema => Ok(protocol::schema()),
             Command::QueryStatus => self.status(now),
             Command::QueryStats => self.stats(),
             Command::QueryCommandLine => self.command_line(),
