@@ -45,7 +45,7 @@ debug = $(or $(CARGO_TARGET_DIR),target)/debug
 doc = $(DESTDIR)$(PREFIX)/share/doc/virtioblkd
 
 .NOTPARALLEL:
-.PHONY: toolchain check-quick check-tests check-examples check-models demo-debug power-long explore-long \
+.PHONY: toolchain check-book check-quick check-tests check-examples check-models demo-debug power-long explore-long \
 	$(shell sed -n 's/^\([a-z0-9-]*\):.*## .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## Show this list
@@ -128,7 +128,7 @@ check-power: toolchain deps ## Power cuts of a guest that serves, in every mode;
 check-power-long: toolchain deps ## The same with twenty seeds and more cuts; an hour
 	VIRTIOBLKD_POWER=long $(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) --nocapture power_cut::
 
-check-lint: toolchain check-spelling ## Formatting, clippy, documentation, spelling, dependencies, without a warning
+check-lint: toolchain check-spelling check-book ## Formatting, clippy, documentation, spelling, dependencies, without a warning
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --document-private-items
@@ -136,6 +136,12 @@ check-lint: toolchain check-spelling ## Formatting, clippy, documentation, spell
 
 check-spelling: ## Spelling, where codespell is installed (.codespellrc has our own words)
 	@if command -v codespell >/dev/null; then codespell; else echo "SKIPPED: no codespell: apt install codespell"; fi
+
+check-book:
+	@if command -v mdbook >/dev/null; then $(MAKE) book; else echo "SKIPPED: no mdbook: cargo install mdbook"; fi
+
+book: ## Build the documentation site into the build directory (needs mdbook: cargo install mdbook)
+	scripts/build-book $(or $(CARGO_TARGET_DIR),target)/book
 
 fuzz: toolchain ## Search for what breaks the parsers, FUZZ_SECONDS a target (needs cargo-fuzz)
 	@$(CARGO) fuzz --version >/dev/null 2>&1 || { echo "fuzz: run 'cargo install cargo-fuzz' first" >&2; exit 1; }
