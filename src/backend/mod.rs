@@ -41,7 +41,7 @@ pub use blocking::{BlockingCall, Caller};
 pub use buffer::IoBuf;
 pub use capabilities::{ImageClaim, ImageInfo, ImageStore, ImageUpgrade};
 pub use image_format::ImageEnds;
-pub use notices::{Notices, QuiesceAsk};
+pub use notices::{Notices, QuiesceRequest};
 pub use stable::BufferUse;
 
 /// The caller's number for an op, which its completion carries: any number below 2^63. The highest bit is for a layer

@@ -10,7 +10,7 @@ pub trait Notices: Send + Sync {
     fn resized(&self, size: u64);
 
     /// Another client is about to take a snapshot of the image and waits until the disk is quiet.
-    fn quiesce(&self, ask: QuiesceAsk);
+    fn quiesce(&self, request: QuiesceRequest);
 
     /// The snapshot was taken or given up. May be called without a `quiesce`, and after one that was refused.
     fn unquiesce(&self);
@@ -19,33 +19,33 @@ pub trait Notices: Send + Sync {
     fn state_changed(&self);
 }
 
-/// Delivers the result of a [`QuiesceAsk`] to the client.
-type Answer = Box<dyn FnOnce(Result<(), Errno>) + Send>;
+/// Delivers the result of a [`QuiesceRequest`] to the client.
+type Reply = Box<dyn FnOnce(Result<(), Errno>) + Send>;
 
-/// A request to quiesce the disk. It gets exactly one reply: by [`QuiesceAsk::answer`], or ECANCELED when it is
+/// A request to quiesce the disk. It gets exactly one reply: by [`QuiesceRequest::reply`], or ECANCELED when it is
 /// dropped.
-pub struct QuiesceAsk {
-    answer: Option<Answer>,
+pub struct QuiesceRequest {
+    reply: Option<Reply>,
 }
 
-impl QuiesceAsk {
-    /// Any thread calls `answer`, once. It must not block.
-    pub fn new(answer: impl FnOnce(Result<(), Errno>) + Send + 'static) -> Self {
-        QuiesceAsk { answer: Some(Box::new(answer)) }
+impl QuiesceRequest {
+    /// Any thread calls `reply`, once. It must not block.
+    pub fn new(reply: impl FnOnce(Result<(), Errno>) + Send + 'static) -> Self {
+        QuiesceRequest { reply: Some(Box::new(reply)) }
     }
 
     /// Replies. `Ok` means that nothing that changes the image is in flight and everything acknowledged is durable.
-    pub fn answer(mut self, result: Result<(), Errno>) {
-        if let Some(answer) = self.answer.take() {
-            answer(result);
+    pub fn reply(mut self, result: Result<(), Errno>) {
+        if let Some(reply) = self.reply.take() {
+            reply(result);
         }
     }
 }
 
-impl Drop for QuiesceAsk {
+impl Drop for QuiesceRequest {
     fn drop(&mut self) {
-        if let Some(answer) = self.answer.take() {
-            answer(Err(Errno(libc::ECANCELED)));
+        if let Some(reply) = self.reply.take() {
+            reply(Err(Errno(libc::ECANCELED)));
         }
     }
 }
@@ -61,9 +61,9 @@ mod tests {
         let (sender, answers) = mpsc::channel();
         let ask = |sender: &mpsc::Sender<_>| {
             let sender = sender.clone();
-            QuiesceAsk::new(move |result| sender.send(result).unwrap())
+            QuiesceRequest::new(move |result| sender.send(result).unwrap())
         };
-        ask(&sender).answer(Ok(()));
+        ask(&sender).reply(Ok(()));
         drop(ask(&sender));
         drop(sender);
         assert_eq!(answers.iter().collect::<Vec<_>>(), [Ok(()), Err(Errno(libc::ECANCELED))]);

@@ -70,7 +70,7 @@ pub struct Client {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Writer {
     /// Nothing was read yet.
-    Nobody,
+    None,
     /// One process wrote all of it; its user, and its id in our process namespace, 0 if it has none there.
     Process(u32, i32),
     /// Several processes wrote it, or an unknown one.
@@ -88,7 +88,7 @@ impl Client {
         let deadline = Instant::now() + timeout;
         let stream = open(path, deadline)?;
         let name = path.display().to_string();
-        let mut client = Client { stream, name, input: Vec::new(), events: VecDeque::new(), writer: Writer::Nobody };
+        let mut client = Client { stream, name, input: Vec::new(), events: VecDeque::new(), writer: Writer::None };
         // Before the greeting: a vhost-user socket sends none, but hangs up on a message that it does not know. One that
         // turns us away may have hung up already, and its reason is to be read.
         let _ = client.send("qmp_capabilities", json!({}));
@@ -108,7 +108,7 @@ impl Client {
     pub fn writer(&self) -> Option<u32> {
         match self.writer {
             Writer::Process(uid, _) => Some(uid),
-            Writer::Nobody | Writer::Unknown => None,
+            Writer::None | Writer::Unknown => None,
         }
     }
 
@@ -117,7 +117,7 @@ impl Client {
     pub fn writer_pid(&self) -> Option<u32> {
         match self.writer {
             Writer::Process(_, pid) => u32::try_from(pid).ok().filter(|pid| *pid > 0),
-            Writer::Nobody | Writer::Unknown => None,
+            Writer::None | Writer::Unknown => None,
         }
     }
 
@@ -257,7 +257,7 @@ impl Client {
             }
         }
         if message.bytes > 0 {
-            self.writer = if self.writer == Writer::Nobody || self.writer == from { from } else { Writer::Unknown };
+            self.writer = if self.writer == Writer::None || self.writer == from { from } else { Writer::Unknown };
         }
         Ok(message.bytes)
     }
@@ -408,7 +408,7 @@ fn wait_readable(socket: impl AsFd, deadline: Option<Instant>) -> io::Result<boo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::quiesce::{Reason, Refusal};
+    use crate::control::quiesce::{EndReason, Refusal};
     use crate::control::service::replies::{no_such_hold, refused};
 
     /// The protocol's words stay in what the daemon says, and `virtioblkctl` says its own.
@@ -416,8 +416,8 @@ mod tests {
     fn advice_is_in_the_readers_words() {
         for (error, protocol, cli) in [
             (refused(Refusal::Timeout), &["timeout-ms", "query-stats"][..], &["--timeout", "'virtioblkctl stats'"][..]),
-            (no_such_hold(Some(Reason::LeaseExpired), false), &["lease-ms"], &["--lease"]),
-            (no_such_hold(Some(Reason::ConnectionClosed), false), &["'detached': true"], &["without a command"]),
+            (no_such_hold(Some(EndReason::LeaseExpired), false), &["lease-ms"], &["--lease"]),
+            (no_such_hold(Some(EndReason::ConnectionClosed), false), &["'detached': true"], &["without a command"]),
         ] {
             let line: Value = serde_json::from_slice(&crate::control::protocol::reply(None, Err(error))).unwrap();
             let said = line["error"]["desc"].as_str().unwrap();

@@ -7,31 +7,31 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::backend::{Notices, QuiesceAsk};
+use crate::backend::{Notices, QuiesceRequest};
 use crate::base::sync::{Bell, Mutex, MutexGuard};
 use crate::disk::CopyError;
 use crate::engine::Errno;
 
 /// The most asks that wait for the control thread. A store asks for one at a time; a control thread that is so late will
 /// not answer more of them in time.
-const MAX_NOTES: usize = 64;
+const MAX_NOTICES: usize = 64;
 
 /// One item of the queue. Items are handled in the order in which they came.
-pub(super) enum Note {
+pub(super) enum ImageNotice {
     /// [`Notices::quiesce`], and when it came.
-    Quiesce(QuiesceAsk, Instant),
+    Quiesce(QuiesceRequest, Instant),
     /// [`Notices::unquiesce`], and when it came.
     Unquiesce(Instant),
     /// The thread that makes snapshots of the image is done: the snapshot's full name, or what went wrong.
-    JobDone(Result<String, CopyError>),
+    SnapshotDone(Result<String, CopyError>),
     /// [`ImageNotices::close`]: no ask follows, and what is not granted yet is to be refused.
     Closed,
 }
 
-/// All that came since the last [`Inbox::take`].
+/// All that came since the last [`NoticeInbox::take`].
 #[derive(Default)]
-pub(super) struct Notes {
-    pub(super) notes: VecDeque<Note>,
+pub(super) struct PendingNotices {
+    pub(super) queue: VecDeque<ImageNotice>,
     /// The image's size, as reported last.
     pub(super) resized: Option<u64>,
     /// [`Notices::state_changed`], however often.
@@ -40,22 +40,22 @@ pub(super) struct Notes {
 }
 
 /// The queue: any thread puts, the control thread takes.
-pub(super) struct Inbox {
-    notes: Mutex<Notes>,
+pub(super) struct NoticeInbox {
+    pending: Mutex<PendingNotices>,
     ready: Bell,
 }
 
-impl Inbox {
+impl NoticeInbox {
     fn new() -> io::Result<Self> {
-        Ok(Inbox { notes: Mutex::default(), ready: Bell::new()? })
+        Ok(NoticeInbox { pending: Mutex::default(), ready: Bell::new()? })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Notes> {
-        self.notes.lock().expect("no panic while held")
+    fn lock(&self) -> MutexGuard<'_, PendingNotices> {
+        self.pending.lock().expect("no panic while held")
     }
 
     /// Changes what waits for the control thread, and wakes it.
-    fn change(&self, change: impl FnOnce(&mut Notes)) {
+    fn change(&self, change: impl FnOnce(&mut PendingNotices)) {
         self.ready.ring_after(|| {
             change(&mut self.lock());
             true
@@ -65,38 +65,38 @@ impl Inbox {
     /// [`ImageNotices::close`].
     pub(super) fn close(&self) {
         let unread = {
-            let mut notes = self.lock();
-            notes.closed = true;
-            let unread = std::mem::take(&mut notes.notes);
-            notes.notes.push_back(Note::Closed);
+            let mut pending = self.lock();
+            pending.closed = true;
+            let unread = std::mem::take(&mut pending.queue);
+            pending.queue.push_back(ImageNotice::Closed);
             unread
         };
         // Without the lock: dropping an ask answers it, which calls the back-end.
-        for note in unread {
+        for notice in unread {
             // The end of a snapshot still counts.
-            if let Note::Unquiesce(_) | Note::JobDone(_) = note {
-                self.lock().notes.push_back(note);
+            if let ImageNotice::Unquiesce(_) | ImageNotice::SnapshotDone(_) = notice {
+                self.lock().queue.push_back(notice);
             }
         }
         self.ready.ring();
     }
 
     /// Adds an item; any thread.
-    pub(super) fn put(&self, note: Note) {
-        self.change(|notes| notes.notes.push_back(note));
+    pub(super) fn put(&self, notice: ImageNotice) {
+        self.change(|pending| pending.queue.push_back(notice));
     }
 
     /// Takes everything; the control thread, after the descriptor became readable.
-    pub(super) fn take(&self) -> Notes {
+    pub(super) fn take(&self) -> PendingNotices {
         self.ready.silence_before(|| {
-            let mut notes = self.lock();
-            let closed = notes.closed;
-            std::mem::replace(&mut *notes, Notes { closed, ..Notes::default() })
+            let mut pending = self.lock();
+            let closed = pending.closed;
+            std::mem::replace(&mut *pending, PendingNotices { closed, ..PendingNotices::default() })
         })
     }
 }
 
-impl AsFd for Inbox {
+impl AsFd for NoticeInbox {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.ready.as_fd()
     }
@@ -105,14 +105,14 @@ impl AsFd for Inbox {
 /// What the back-end calls to reach the control thread. No method blocks, and none calls the back-end except by answering
 /// an ask.
 pub struct ImageNotices {
-    inbox: Arc<Inbox>,
+    inbox: Arc<NoticeInbox>,
 }
 
 impl ImageNotices {
     /// For [`super::Server::start`] and [`crate::backend::ImageStore::start_notices`]. Until the server runs, the queue
     /// keeps what comes. Errors: no file descriptor left.
     pub fn new() -> io::Result<Arc<Self>> {
-        Ok(Arc::new(ImageNotices { inbox: Arc::new(Inbox::new()?) }))
+        Ok(Arc::new(ImageNotices { inbox: Arc::new(NoticeInbox::new()?) }))
     }
 
     /// The daemon ends: asks that come later are refused, those not granted yet are refused now or within a turn of the
@@ -122,45 +122,45 @@ impl ImageNotices {
         self.inbox.close();
     }
 
-    pub(super) fn inbox(&self) -> Arc<Inbox> {
+    pub(super) fn inbox(&self) -> Arc<NoticeInbox> {
         self.inbox.clone()
     }
 }
 
 impl Notices for ImageNotices {
     fn resized(&self, size: u64) {
-        self.inbox.change(|notes| notes.resized = Some(size));
+        self.inbox.change(|pending| pending.resized = Some(size));
     }
 
-    fn quiesce(&self, ask: QuiesceAsk) {
+    fn quiesce(&self, request: QuiesceRequest) {
         let mut refused = None;
         self.inbox.ready.ring_after(|| {
-            let mut notes = self.inbox.lock();
-            if notes.closed {
-                refused = Some((ask, libc::ECANCELED));
-            } else if notes.notes.len() >= MAX_NOTES {
-                refused = Some((ask, libc::EBUSY));
+            let mut pending = self.inbox.lock();
+            if pending.closed {
+                refused = Some((request, libc::ECANCELED));
+            } else if pending.queue.len() >= MAX_NOTICES {
+                refused = Some((request, libc::EBUSY));
             } else {
-                notes.notes.push_back(Note::Quiesce(ask, Instant::now()));
+                pending.queue.push_back(ImageNotice::Quiesce(request, Instant::now()));
             }
             refused.is_none()
         });
-        if let Some((ask, errno)) = refused {
-            ask.answer(Err(Errno(errno)));
+        if let Some((request, errno)) = refused {
+            request.reply(Err(Errno(errno)));
         }
     }
 
     fn unquiesce(&self) {
-        self.inbox.change(|notes| {
+        self.inbox.change(|pending| {
             // Two in a row mean no more than one.
-            if !matches!(notes.notes.back(), Some(Note::Unquiesce(_))) {
-                notes.notes.push_back(Note::Unquiesce(Instant::now()));
+            if !matches!(pending.queue.back(), Some(ImageNotice::Unquiesce(_))) {
+                pending.queue.push_back(ImageNotice::Unquiesce(Instant::now()));
             }
         });
     }
 
     fn state_changed(&self) {
-        self.inbox.change(|notes| notes.state_changed = true);
+        self.inbox.change(|pending| pending.state_changed = true);
     }
 }
 
@@ -176,9 +176,9 @@ mod tests {
         let (sender, answers) = mpsc::channel();
         let ask = || {
             let sender = sender.clone();
-            QuiesceAsk::new(move |result| sender.send(result).unwrap())
+            QuiesceRequest::new(move |result| sender.send(result).unwrap())
         };
-        for _ in 0..MAX_NOTES {
+        for _ in 0..MAX_NOTICES {
             notices.quiesce(ask());
         }
         assert!(answers.try_recv().is_err(), "the asks wait");
@@ -187,11 +187,11 @@ mod tests {
         notices.unquiesce();
         notices.unquiesce();
         notices.close();
-        assert_eq!(answers.try_iter().collect::<Vec<_>>(), [Err(Errno(libc::ECANCELED)); MAX_NOTES]);
+        assert_eq!(answers.try_iter().collect::<Vec<_>>(), [Err(Errno(libc::ECANCELED)); MAX_NOTICES]);
         notices.quiesce(ask());
         assert_eq!(answers.try_recv(), Ok(Err(Errno(libc::ECANCELED))), "closed");
-        let notes: Vec<Note> = notices.inbox().take().notes.into();
-        assert!(matches!(notes.as_slice(), [Note::Closed, Note::Unquiesce(_)]));
+        let queue: Vec<ImageNotice> = notices.inbox().take().queue.into();
+        assert!(matches!(queue.as_slice(), [ImageNotice::Closed, ImageNotice::Unquiesce(_)]));
     }
 
     #[test]
@@ -200,10 +200,10 @@ mod tests {
         notices.resized(1);
         notices.resized(2);
         notices.state_changed();
-        let notes = notices.inbox().take();
-        assert_eq!((notes.resized, notes.state_changed), (Some(2), true));
-        let notes = notices.inbox().take();
-        assert_eq!((notes.resized, notes.state_changed), (None, false));
+        let pending = notices.inbox().take();
+        assert_eq!((pending.resized, pending.state_changed), (Some(2), true));
+        let pending = notices.inbox().take();
+        assert_eq!((pending.resized, pending.state_changed), (None, false));
     }
 }
 
@@ -226,7 +226,7 @@ mod interleavings {
             let answered = answers.clone();
             let threads = [
                 thread::spawn(move || {
-                    asking.quiesce(QuiesceAsk::new(move |_| {
+                    asking.quiesce(QuiesceRequest::new(move |_| {
                         answered.fetch_add(1, Relaxed);
                     }));
                 }),
@@ -239,11 +239,11 @@ mod interleavings {
                 yield_until_readable(&[inbox.as_fd()], None);
                 let taken = inbox.take();
                 size = size.or(taken.resized);
-                for note in taken.notes {
-                    match note {
-                        Note::Quiesce(ask, _) => ask.answer(Ok(())),
-                        Note::Closed => closed = true,
-                        Note::Unquiesce(_) | Note::JobDone(_) => unreachable!("no thread sent it"),
+                for notice in taken.queue {
+                    match notice {
+                        ImageNotice::Quiesce(request, _) => request.reply(Ok(())),
+                        ImageNotice::Closed => closed = true,
+                        ImageNotice::Unquiesce(_) | ImageNotice::SnapshotDone(_) => unreachable!("no thread sent it"),
                     }
                 }
             }

@@ -20,5 +20,5 @@ pub use creds::Credentials;
 pub use image_notices::ImageNotices;
 pub use protocol::return_types::CommandLine;
 pub use protocol::{AttendCommand, CopyCommand, ImageSnapshotCommand};
-pub use service::{Info, Upgrade};
+pub use service::{DaemonInfo, Upgrade};
 pub use socket::{Server, Setup};

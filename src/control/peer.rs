@@ -8,10 +8,8 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 use serde_json::Value;
 
-use super::access::Access;
-use super::creds::Credentials;
 use super::protocol::json_stream::{Decoder, MalformedInput};
-use super::quiesce::PeerId;
+use super::service::ClientInfo;
 use crate::base::rate_limit::{CONTROL_LOG, RateLimiter, log_limited};
 
 /// Bytes read in one turn of the control thread.
@@ -27,10 +25,7 @@ const REQUEST_BURST_PERIOD: Duration = Duration::from_millis(250);
 
 /// A connection.
 pub(super) struct Peer {
-    pub(super) id: PeerId,
-    pub(super) credentials: Credentials,
-    /// Commands that the client may use.
-    pub(super) access: Access,
+    pub(super) client: ClientInfo,
     /// `qmp_capabilities` was answered.
     pub(super) negotiated: bool,
     /// When it connected.
@@ -54,17 +49,10 @@ pub(super) struct Peer {
 
 impl Peer {
     /// Serves `stream` from now on. Errors: it cannot be made non-blocking.
-    pub(super) fn new(
-        id: PeerId,
-        stream: UnixStream,
-        (credentials, access): (Credentials, Access),
-        now: Instant,
-    ) -> io::Result<Self> {
+    pub(super) fn new(client: ClientInfo, stream: UnixStream, now: Instant) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Peer {
-            id,
-            credentials,
-            access,
+            client,
             negotiated: false,
             since: now,
             stream,
@@ -164,7 +152,12 @@ impl Peer {
             self.flush();
         }
         if self.unsent() > MAX_OUTPUT {
-            log_limited!(CONTROL_LOG, Warn, "control: {:?} reads too slowly and is disconnected", self.credentials);
+            log_limited!(
+                CONTROL_LOG,
+                Warn,
+                "control: {:?} reads too slowly and is disconnected",
+                self.client.credentials
+            );
             self.dead = true;
         }
     }
@@ -196,7 +189,7 @@ impl Peer {
     }
 
     /// Whether the connection is to be closed: nothing more can be read from it or written to it.
-    pub(super) fn is_over(&self) -> bool {
+    pub(super) fn is_finished(&self) -> bool {
         self.dead || (self.input_ended && !self.busy && self.input_left() == 0 && self.unsent() == 0)
     }
 

@@ -4,12 +4,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::files::Files;
+use super::files::DaemonFiles;
 use super::front_ends::FrontEnds;
 use super::hand_over::{HandOverRequests, NewDaemon};
 use super::permissions;
-use super::socket::{self, Prepared};
-use super::take_over::{self, TakeOver};
+use super::socket::{self, PreparedSocket};
+use super::take_over::{self, TakeOver, TakenOver};
 use super::wiring::{self, OpenDisk};
 use super::{Control, Server, ServerError, new_bell};
 use crate::base::logging;
@@ -26,7 +26,7 @@ pub(super) struct Daemon {
     pub(super) server: Server,
     pub(super) front_ends: FrontEnds,
     control: Box<dyn Control>,
-    pub(super) files: Files,
+    pub(super) files: DaemonFiles,
 }
 
 impl Daemon {
@@ -61,10 +61,10 @@ impl Daemon {
         signals: Signals,
         sandbox: Sandbox,
         disk: OpenDisk,
-        prepared: Option<Prepared>,
+        prepared: Option<PreparedSocket>,
         take_over: Option<&mut TakeOver>,
     ) -> Result<Daemon, ServerError> {
-        let files = Files::create(config, prepared, take_over)?;
+        let files = DaemonFiles::create(config, prepared, take_over)?;
         let (quit, requests) = (new_bell()?, HandOverRequests::new()?);
         let listener = files.control_listener()?;
         sandbox.enter().map_err(ServerError::Sandbox)?;
@@ -81,7 +81,7 @@ impl Daemon {
     fn take_over(self, config: &Config, take_over: TakeOver) -> Result<Daemon, ServerError> {
         let Daemon { server, mut front_ends, control, files } = self;
         let taken_over = take_over.finish(&*server.served, &mut front_ends);
-        let (figures, attendant_missing) = taken_over.map_err(|error| {
+        let TakenOver { figures, attendant_missing } = taken_over.map_err(|error| {
             // The front-end's thread releases the image, which the old daemon takes back.
             front_ends.join();
             ServerError::TakeOver(error)

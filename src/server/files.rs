@@ -6,14 +6,14 @@ use std::os::unix::net::UnixListener;
 
 use super::ServerError;
 use super::hand_over::{FilesTakenOver, InheritedFiles};
-use super::socket::{self, FrontSocket, Prepared};
+use super::socket::{self, FrontSocket, PreparedSocket};
 use super::take_over::{TakeOver, TakenFiles};
 use crate::base::pid_file::PidFile;
 use crate::base::unix_listener::SocketFile;
 use crate::config::{Config, Listen};
 
 /// Dropping this removes the files, except those that still belong to another daemon.
-pub(super) struct Files {
+pub(super) struct DaemonFiles {
     pub(super) front: FrontSocket,
     control: Option<(UnixListener, Option<SocketFile>)>,
     pid_file: Option<PidFile>,
@@ -23,15 +23,15 @@ pub(super) struct Files {
     old_daemon_serves: bool,
 }
 
-impl Files {
+impl DaemonFiles {
     /// Creates the files that are not taken over. The vhost-user socket is bound after the image was opened and the
     /// control socket was bound, because a listener that does not reply freezes QEMU. `prepared` is `None` during a
     /// take-over.
     pub(super) fn create(
         config: &Config,
-        prepared: Option<Prepared>,
+        prepared: Option<PreparedSocket>,
         take_over: Option<&mut TakeOver>,
-    ) -> Result<Files, ServerError> {
+    ) -> Result<DaemonFiles, ServerError> {
         let old_daemon_serves = take_over.is_some();
         let taken = match take_over {
             Some(take_over) => take_over.files(config).map_err(ServerError::TakeOver)?,
@@ -52,13 +52,13 @@ impl Files {
         let front = taken.front.map_or_else(bind, FrontSocket::taken_over).map_err(ServerError::Socket)?;
         let pid_file = config.pid_file.as_deref().filter(|_| taken.pid_file.is_none());
         let pid_file = pid_file.map(PidFile::create).transpose().map_err(ServerError::PidFile)?;
-        Ok(Files { front, control, pid_file, taken_pid_file: taken.pid_file, old_daemon_serves })
+        Ok(DaemonFiles { front, control, pid_file, taken_pid_file: taken.pid_file, old_daemon_serves })
     }
 
     /// Files that consist of a vhost-user socket only.
     #[cfg(test)]
-    pub(super) fn of(front: FrontSocket) -> Files {
-        Files { front, control: None, pid_file: None, taken_pid_file: None, old_daemon_serves: false }
+    pub(super) fn of(front: FrontSocket) -> DaemonFiles {
+        DaemonFiles { front, control: None, pid_file: None, taken_pid_file: None, old_daemon_serves: false }
     }
 
     /// Duplicates the control socket. Returns `None` while the old daemon serves on it. Fails when no descriptor is left.
@@ -69,7 +69,7 @@ impl Files {
     }
 
     /// Makes this process remove the files at its end, after the old daemon has handed them over.
-    pub(super) fn take_ownership(self, config: &Config) -> Files {
+    pub(super) fn take_ownership(self, config: &Config) -> DaemonFiles {
         let front = match &config.listen {
             Listen::Path { path, .. } => self.front.take_ownership(path),
             Listen::Fd(_) => self.front,
@@ -82,7 +82,7 @@ impl Files {
             (Some(file), Some(path)) => Some(PidFile::take_over(path, file)),
             _ => self.pid_file,
         };
-        Files { front, control, pid_file, taken_pid_file: None, old_daemon_serves: false }
+        DaemonFiles { front, control, pid_file, taken_pid_file: None, old_daemon_serves: false }
     }
 
     /// The files that the new daemon may take over.

@@ -18,7 +18,9 @@ use crate::base::logging;
 use crate::base::rate_limit::{COMMAND_LOG, log_limited};
 use crate::base::sync::Bell;
 use crate::control::CommandLine;
-use crate::upgrade::{Channel, Descriptors, FromNew, FromOld, GAVE_UP, Hello, Starter, State};
+use crate::upgrade::{
+    Channel, Descriptors, GAVE_UP, HandOverState, Hello, NewDaemonMessage, OldDaemonMessage, Starter,
+};
 
 /// How long the requests in flight, and a message of the front-end, may take to finish.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -45,7 +47,7 @@ pub(super) struct HandOverRequests {
     pub(super) bell: Arc<Bell>,
     request: Mutex<Option<HandOverRequest>>,
     /// A hand-over was requested or is running. The control thread sets this; main clears it when the hand-over fails.
-    pub(super) under_way: Arc<AtomicBool>,
+    pub(super) is_running: Arc<AtomicBool>,
     /// The guest is about to be handed over. Clients of the control socket wait until it is known which daemon replies.
     pub(super) leaving: Arc<AtomicBool>,
 }
@@ -54,7 +56,7 @@ impl HandOverRequests {
     pub(super) fn new() -> Result<Arc<Self>, ServerError> {
         let flag = || Arc::new(AtomicBool::new(false));
         let request = Mutex::default();
-        Ok(Arc::new(HandOverRequests { bell: new_bell()?, request, under_way: flag(), leaving: flag() }))
+        Ok(Arc::new(HandOverRequests { bell: new_bell()?, request, is_running: flag(), leaving: flag() }))
     }
 
     /// Stores a request and rings the bell. Called by the control thread.
@@ -110,7 +112,7 @@ impl InheritedFiles<'_> {
 }
 
 /// The result of a hand-over.
-pub(super) enum Outcome {
+pub(super) enum HandOverOutcome {
     /// This daemon serves on, for this reason.
     Failed(String),
     /// The disk belongs to the new daemon.
@@ -134,7 +136,7 @@ pub(super) struct HandOver {
     pub(super) done: Arc<Bell>,
     /// A duplicate of the connection, for [`HandOver::cancel`].
     connection: UnixStream,
-    thread: JoinHandle<Outcome>,
+    thread: JoinHandle<HandOverOutcome>,
 }
 
 impl HandOver {
@@ -153,10 +155,10 @@ impl HandOver {
         let (served, finished, leaving) = (served.clone(), done.clone(), requests.leaving.clone());
         let work = move || {
             let outcome = match hand_over(&channel, &*served, hello, &leaving) {
-                Ok(new) => Outcome::HandedOver(new),
+                Ok(new) => HandOverOutcome::HandedOver(new),
                 Err(reason) => {
                     refuse(&channel, &reason);
-                    Outcome::Failed(reason)
+                    HandOverOutcome::Failed(reason)
                 }
             };
             finished.ring();
@@ -174,15 +176,16 @@ impl HandOver {
     }
 
     /// Waits for the end of the hand-over. Returns its result.
-    pub(super) fn outcome(self) -> Outcome {
+    pub(super) fn outcome(self) -> HandOverOutcome {
         // A panic would have ended the process.
-        self.thread.join().unwrap_or_else(|_| Outcome::Failed("a defect".into()))
+        self.thread.join().unwrap_or_else(|_| HandOverOutcome::Failed("a defect".into()))
     }
 }
 
 /// Reports to the new daemon why it is refused, if it is still connected.
 fn refuse(channel: &Channel, reason: &str) {
-    if let Err(error) = channel.send(&FromOld::Refused(reason.to_owned()), &[], MESSAGE_TIMEOUT_RINGS_STOPPED) {
+    if let Err(error) = channel.send(&OldDaemonMessage::Refused(reason.to_owned()), &[], MESSAGE_TIMEOUT_RINGS_STOPPED)
+    {
         log::debug!("cannot report to the new virtioblkd why it is refused: {error}");
     }
 }
@@ -195,15 +198,15 @@ fn hand_over(
     leaving: &AtomicBool,
 ) -> Result<NewDaemon, String> {
     let starter = match receive(channel, MESSAGE_TIMEOUT_RINGS_RUNNING, None)? {
-        (FromNew::Begin, descriptors) => Starter::received(descriptors).map_err(|error| error.to_string())?,
+        (NewDaemonMessage::Begin, descriptors) => Starter::received(descriptors).map_err(|error| error.to_string())?,
         _ => return Err(UNEXPECTED_MESSAGE.into()),
     };
     let starter = starter.as_ref();
     // An error of `hello` can be sent only now: before `Begin`, the new daemon expects JSON of the control protocol.
     let (hello, descriptors) = hello?;
-    send(channel, &FromOld::Hello(Box::new(hello)), &descriptors.into_list())?;
+    send(channel, &OldDaemonMessage::Hello(Box::new(hello)), &descriptors.into_list())?;
     let files = match receive(channel, MESSAGE_TIMEOUT_RINGS_RUNNING, starter)? {
-        (FromNew::Ready(files), _) => files,
+        (NewDaemonMessage::Ready(files), _) => files,
         _ => return Err(UNEXPECTED_MESSAGE.into()),
     };
     sync_ahead(served)?;
@@ -216,15 +219,15 @@ fn hand_over(
         front_end = Some((descriptors.add(saved.stream.into()), saved.record));
     }
     let counts = handed_over.counts();
-    let state = State { since: handed_over.since, drained_in: handed_over.drained_in, counts, front_end };
+    let state = HandOverState { since: handed_over.since, drained_in: handed_over.drained_in, counts, front_end };
     let descriptors: Vec<OwnedFd> = descriptors.into_list();
-    send(channel, &FromOld::State(Box::new(state)), &descriptors)?;
+    send(channel, &OldDaemonMessage::State(Box::new(state)), &descriptors)?;
     match receive(channel, MESSAGE_TIMEOUT_RINGS_STOPPED, starter)? {
-        (FromNew::Prepared, _) => {}
+        (NewDaemonMessage::Prepared, _) => {}
         _ => return Err(UNEXPECTED_MESSAGE.into()),
     }
     check_starter(starter)?;
-    send(channel, &FromOld::Go, &[])?;
+    send(channel, &OldDaemonMessage::Go, &[])?;
     handed_over.commit();
     let pid = getsockopt(&channel.stream().as_fd(), PeerCredentials).map_or(0, |peer| peer.pid());
     Ok(NewDaemon { pid, files })
@@ -251,14 +254,18 @@ fn check_starter(starter: Option<&Starter>) -> Result<(), String> {
 }
 
 /// Receives the next message of the new daemon. Fails early if the starter gives up.
-fn receive(channel: &Channel, timeout: Duration, starter: Option<&Starter>) -> Result<(FromNew, Vec<OwnedFd>), String> {
+fn receive(
+    channel: &Channel,
+    timeout: Duration,
+    starter: Option<&Starter>,
+) -> Result<(NewDaemonMessage, Vec<OwnedFd>), String> {
     let mut left = timeout;
     if let Some(starter) = starter {
         left = wait_for_either(channel, starter, timeout);
         check_starter(Some(starter))?;
     }
     match channel.receive(left) {
-        Ok((FromNew::Failed(reason), _)) => Err(format!("the new virtioblkd gives up: {reason}")),
+        Ok((NewDaemonMessage::Failed(reason), _)) => Err(format!("the new virtioblkd gives up: {reason}")),
         Ok(message) => Ok(message),
         Err(error) => Err(format!("the new virtioblkd: {error}")),
     }
@@ -280,7 +287,7 @@ fn wait_for_either(channel: &Channel, starter: &Starter, timeout: Duration) -> D
     }
 }
 
-fn send(channel: &Channel, message: &FromOld, descriptors: &[OwnedFd]) -> Result<(), String> {
+fn send(channel: &Channel, message: &OldDaemonMessage, descriptors: &[OwnedFd]) -> Result<(), String> {
     channel
         .send(message, descriptors, MESSAGE_TIMEOUT_RINGS_STOPPED)
         .map_err(|error| format!("the new virtioblkd does not read its messages: {error}"))
@@ -312,5 +319,5 @@ const TAKE_OVER: &str = "--take-over";
 pub(super) fn record_failure(requests: &HandOverRequests, reason: &str) {
     log_limited!(COMMAND_LOG, Error, "the upgrade failed, and this daemon serves on: {reason}");
     requests.leaving.store(false, Ordering::Release);
-    requests.under_way.store(false, Ordering::Release);
+    requests.is_running.store(false, Ordering::Release);
 }

@@ -47,9 +47,9 @@ use crate::virtio::SessionEnd;
 use crate::virtio::device::hand_over::{HandedOver, Steps};
 use crate::virtio::vhost_user::save_restore::SavedSession;
 use daemon::Daemon;
-use files::Files;
+use files::DaemonFiles;
 use front_ends::FrontEnds;
-use hand_over::{HandOver, HandOverRequests, NewDaemon, Outcome};
+use hand_over::{HandOver, HandOverOutcome, HandOverRequests, NewDaemon};
 use socket::SocketError;
 use take_over::TakeOverError;
 
@@ -213,7 +213,7 @@ impl Server {
     }
 
     /// Serves one front-end after another until the daemon is to end, or until another process has taken the disk over.
-    fn serve(&mut self, files: &Files, front_ends: &mut FrontEnds) -> Result<Ending, ServerError> {
+    fn serve(&mut self, files: &DaemonFiles, front_ends: &mut FrontEnds) -> Result<Ending, ServerError> {
         let mut hand_over: Option<HandOver> = None;
         let mut end_requested = false;
         loop {
@@ -276,8 +276,8 @@ impl Server {
             return Ok(HandOverPoll::Running(running));
         }
         Ok(match running.outcome() {
-            Outcome::HandedOver(new) => HandOverPoll::HandedOver(new),
-            Outcome::Failed(reason) => {
+            HandOverOutcome::HandedOver(new) => HandOverPoll::HandedOver(new),
+            HandOverOutcome::Failed(reason) => {
                 hand_over::record_failure(&self.requests, &reason);
                 HandOverPoll::Failed
             }

@@ -63,25 +63,25 @@ impl fmt::Display for SocketError {
 impl std::error::Error for SocketError {}
 
 /// A vhost-user socket that was checked, as far as that is possible before the image is opened.
-pub(super) enum Prepared {
+pub(super) enum PreparedSocket {
     Path { path: PathBuf, mode: u32, group: Option<Gid> },
     Fd(UnixListener),
 }
 
 /// Checks the inherited socket, or looks up the group. Called before anything else is opened: otherwise the number of
 /// `--fd`, if it was not inherited, could be the number of a file that this process opened.
-pub(super) fn prepare(listen: &Listen) -> Result<Prepared, SocketError> {
+pub(super) fn prepare(listen: &Listen) -> Result<PreparedSocket, SocketError> {
     match listen {
         Listen::Path { path, mode, group } => {
             let group = group.as_deref().map(find_group).transpose()?;
-            Ok(Prepared::Path { path: path.clone(), mode: *mode, group })
+            Ok(PreparedSocket::Path { path: path.clone(), mode: *mode, group })
         }
         Listen::Fd(number) => {
             let refuse = |why: String| SocketError::Inherited(*number, why);
             let fd = inherited::duplicate(*number)
                 .map_err(|error| refuse(format!("no usable descriptor was inherited: {error}")))?;
             check_listening(&fd).map_err(|why| refuse(why.to_string()))?;
-            Ok(Prepared::Fd(UnixListener::from(fd)))
+            Ok(PreparedSocket::Fd(UnixListener::from(fd)))
         }
     }
 }
@@ -109,19 +109,19 @@ fn check_listening(fd: &OwnedFd) -> Result<(), &'static str> {
     }
 }
 
-impl Prepared {
+impl PreparedSocket {
     /// Binds the socket, if it was not inherited. Front-ends can connect from then on.
     pub(super) fn bind(self) -> Result<FrontSocket, SocketError> {
         let socket = match self {
-            Prepared::Path { path, mode, group: None } => {
+            PreparedSocket::Path { path, mode, group: None } => {
                 FrontSocket::Ours(bind(&path, mode).map_err(SocketError::Bind)?)
             }
-            Prepared::Path { path, mode, group: Some(group) } => {
+            PreparedSocket::Path { path, mode, group: Some(group) } => {
                 let bound = bind(&path, OWNER_ONLY).map_err(SocketError::Bind)?;
                 set_group_and_mode(&path, mode, group)?;
                 FrontSocket::Ours(bound)
             }
-            Prepared::Fd(listener) => FrontSocket::Inherited(listener),
+            PreparedSocket::Fd(listener) => FrontSocket::Inherited(listener),
         };
         socket.listener().set_nonblocking(true).map_err(SocketError::Setting)?;
         Ok(socket)

@@ -20,7 +20,8 @@ use crate::config::{Config, Listen};
 use crate::control::client::{Client, REPLY_TIMEOUT};
 use crate::control::protocol::return_types::TookOver;
 use crate::upgrade::{
-    self, Channel, Descriptors, FilesTakenOver, FromNew, FromOld, GAVE_UP, Hello, Starter, State, VERSION,
+    self, Channel, Descriptors, FilesTakenOver, GAVE_UP, HandOverState, Hello, NewDaemonMessage, OldDaemonMessage,
+    Starter, VERSION,
 };
 use crate::virtio::device::hand_over::Steps;
 use crate::virtio::vhost_user::save_restore::SavedSession;
@@ -60,6 +61,14 @@ pub(super) struct TakenFiles {
     pub(super) pid_file: Option<File>,
 }
 
+/// The result of a take-over that succeeded.
+pub(super) struct TakenOver {
+    /// The figures for the status.
+    pub(super) figures: TookOver,
+    /// An attendant was connected to the old daemon and has to connect to this one.
+    pub(super) attendant_missing: bool,
+}
+
 impl TakeOver {
     /// Requests the hand-over from the old daemon, whose control socket is at `path`. Fails if the old daemon's disk is not
     /// the same as `served`. Called by the main thread, after the image was opened.
@@ -84,9 +93,11 @@ impl TakeOver {
         let channel = Channel::new(stream).map_err(|error| refuse(error.to_string()))?;
         let pipe: Result<Vec<OwnedFd>, io::Error> = starter.iter().map(Starter::copy).collect();
         let pipe = pipe.map_err(|error| refuse(error.to_string()))?;
-        channel.send(&FromNew::Begin, &pipe, MESSAGE_TIMEOUT).map_err(|error| refuse(describe_send_error(&error)))?;
+        channel
+            .send(&NewDaemonMessage::Begin, &pipe, MESSAGE_TIMEOUT)
+            .map_err(|error| refuse(describe_send_error(&error)))?;
         let (hello, descriptors) = match receive(&channel, MESSAGE_TIMEOUT).map_err(refuse)? {
-            (FromOld::Hello(hello), descriptors) => (*hello, Descriptors::new(descriptors)),
+            (OldDaemonMessage::Hello(hello), descriptors) => (*hello, Descriptors::new(descriptors)),
             _ => return Err(refuse(UNEXPECTED_MESSAGE.into())),
         };
         let files = FilesTakenOver::default();
@@ -133,7 +144,7 @@ impl TakeOver {
 
     /// Reports to the old daemon that this process gives up, and why. Returns the error for the caller.
     pub(super) fn abort(&self, reason: &str) -> TakeOverError {
-        if let Err(error) = self.channel.send(&FromNew::Failed(reason.to_owned()), &[], MESSAGE_TIMEOUT) {
+        if let Err(error) = self.channel.send(&NewDaemonMessage::Failed(reason.to_owned()), &[], MESSAGE_TIMEOUT) {
             log::debug!("cannot report to the running virtioblkd why the take-over ends: {error}");
         }
         TakeOverError(self.path.clone(), reason.to_owned())
@@ -145,14 +156,14 @@ impl TakeOver {
         mut self,
         served: &dyn Served,
         front_ends: &mut FrontEnds,
-    ) -> Result<(TookOver, bool), TakeOverError> {
+    ) -> Result<TakenOver, TakeOverError> {
         let refuse = |reason| TakeOverError(self.path.clone(), reason);
-        send(&self.channel, &FromNew::Ready(self.files)).map_err(refuse)?;
+        send(&self.channel, &NewDaemonMessage::Ready(self.files)).map_err(refuse)?;
         let (state, descriptors) = match receive(&self.channel, SYNC_TIMEOUT).map_err(refuse)? {
-            (FromOld::State(state), descriptors) => (*state, Descriptors::new(descriptors)),
+            (OldDaemonMessage::State(state), descriptors) => (*state, Descriptors::new(descriptors)),
             _ => return Err(refuse(UNEXPECTED_MESSAGE.into())),
         };
-        let State { since, drained_in, counts, front_end } = state;
+        let HandOverState { since, drained_in, counts, front_end } = state;
         served.resume_counts(&counts);
         served.take_over().map_err(|error| self.abort(&error.to_string()))?;
         let session = front_end.map(|(number, record)| Self::restore_session(number, record, descriptors, front_ends));
@@ -166,9 +177,9 @@ impl TakeOver {
             served.release_image();
             return Err(self.abort(GAVE_UP));
         }
-        send(&self.channel, &FromNew::Prepared).map_err(refuse)?;
+        send(&self.channel, &NewDaemonMessage::Prepared).map_err(refuse)?;
         match receive(&self.channel, MESSAGE_TIMEOUT).map_err(refuse)? {
-            (FromOld::Go, _) => {}
+            (OldDaemonMessage::Go, _) => {}
             _ => return Err(refuse(UNEXPECTED_MESSAGE.into())),
         }
         // From here on the guest belongs to this process, and no error may end the take-over.
@@ -188,7 +199,7 @@ impl TakeOver {
             pause_us: microseconds(pause),
             drained_us: Some(microseconds(drained_in)),
         };
-        Ok((figures, self.hello.misses_attendant))
+        Ok(TakenOver { figures, attendant_missing: self.hello.misses_attendant })
     }
 
     /// Restores the front-end's session, with its virtqueues stopped. Returns a sender that starts the virtqueues, and a
@@ -223,7 +234,7 @@ pub(super) fn print_figures(figures: &TookOver) {
 const UNEXPECTED_MESSAGE: &str =
     "the running virtioblkd sent a message out of turn; restart it instead, and please report it as a defect";
 
-fn send(channel: &Channel, message: &FromNew) -> Result<(), String> {
+fn send(channel: &Channel, message: &NewDaemonMessage) -> Result<(), String> {
     channel.send(message, &[], MESSAGE_TIMEOUT).map_err(|error| describe_send_error(&error))
 }
 
@@ -231,9 +242,9 @@ fn describe_send_error(error: &io::Error) -> String {
     format!("the running virtioblkd does not read its messages: {error}")
 }
 
-fn receive(channel: &Channel, timeout: Duration) -> Result<(FromOld, Vec<OwnedFd>), String> {
+fn receive(channel: &Channel, timeout: Duration) -> Result<(OldDaemonMessage, Vec<OwnedFd>), String> {
     match channel.receive(timeout) {
-        Ok((FromOld::Refused(reason), _)) => Err(reason),
+        Ok((OldDaemonMessage::Refused(reason), _)) => Err(reason),
         Ok(received) => Ok(received),
         Err(error) => Err(format!("the running virtioblkd: {error}; see its log")),
     }

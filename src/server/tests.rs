@@ -139,7 +139,7 @@ fn a_signal_drains_then_syncs() {
     raise(Signal::SIGTERM).unwrap();
     let (_directory, socket) = socket();
     let mut front_ends = FrontEnds::new(Arc::clone(&server.served)).unwrap();
-    let ending = server.serve(&Files::of(socket), &mut front_ends).unwrap();
+    let ending = server.serve(&DaemonFiles::of(socket), &mut front_ends).unwrap();
     assert!(matches!(ending, Ending::Requested));
     server.end().unwrap();
     assert_eq!(*disk.calls.lock().unwrap(), ["shutdown", "sync"]);
@@ -152,7 +152,7 @@ fn quit_drains_then_syncs() {
     server.quit.ring();
     let (_directory, socket) = socket();
     let mut front_ends = FrontEnds::new(Arc::clone(&server.served)).unwrap();
-    let ending = server.serve(&Files::of(socket), &mut front_ends).unwrap();
+    let ending = server.serve(&DaemonFiles::of(socket), &mut front_ends).unwrap();
     assert!(matches!(ending, Ending::Requested));
     server.end().unwrap();
     assert_eq!(*disk.calls.lock().unwrap(), ["shutdown", "sync"]);
@@ -175,7 +175,7 @@ fn a_second_signal_ends_at_once_and_says_what_was_not_drained() {
     raise(Signal::SIGTERM).unwrap();
     let (_directory, socket) = socket();
     let mut front_ends = FrontEnds::new(Arc::clone(&server.served)).unwrap();
-    let ending = server.serve(&Files::of(socket), &mut front_ends).unwrap();
+    let ending = server.serve(&DaemonFiles::of(socket), &mut front_ends).unwrap();
     assert!(matches!(ending, Ending::Requested));
     let message = server.end().unwrap_err().to_string();
     for part in ["again", "disk.img", "neither drained (3 requests in flight) nor synced"] {
@@ -215,7 +215,7 @@ fn a_second_sighup_does_not_interrupt_the_end() {
     raise(Signal::SIGHUP).unwrap();
     let (_directory, socket) = socket();
     let mut front_ends = FrontEnds::new(Arc::clone(&server.served)).unwrap();
-    let ending = server.serve(&Files::of(socket), &mut front_ends).unwrap();
+    let ending = server.serve(&DaemonFiles::of(socket), &mut front_ends).unwrap();
     assert!(matches!(ending, Ending::Requested));
     raise(Signal::SIGHUP).unwrap();
     let end_of_sync = {

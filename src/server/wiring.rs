@@ -76,7 +76,7 @@ pub(super) fn open(
     let device = Device::with_tuning(backend.clone(), &options, events.clone(), &tuning(config));
     let disk: Arc<dyn Disk> =
         Arc::new(CopiedDisk { disk: Box::new(device.disk()), copies: backend.clone(), format: format.clone() });
-    let info = control::Info { vhost_socket: config.listen.to_string(), command_line: hand_over::command_line() };
+    let info = control::DaemonInfo { vhost_socket: config.listen.to_string(), command_line: hand_over::command_line() };
     let notices = ImageNotices::new().map_err(|error| ServerError::System("cannot create an eventfd", error))?;
     let (store_timeout, attended) = match &config.backend {
         BackendKind::Rbd(options) => (options.quiesce_timeout, options.quiesce == RbdQuiesce::Attended),
@@ -90,12 +90,12 @@ pub(super) fn open(
     let served =
         Arc::new(ServedDisk { backend: backend.clone(), device, notices: notices.clone(), format: format.clone() });
     let start_control: StartControl = Box::new(move |listener, quit, requests| {
-        let (under_way, leaving) = (requests.under_way.clone(), requests.leaving.clone());
+        let (is_running, leaving) = (requests.is_running.clone(), requests.leaving.clone());
         let upgrade = control::Upgrade {
             begin: Box::new(move |stream, requires_attendant| {
                 requests.put(HandOverRequest { stream, requires_attendant });
             }),
-            under_way,
+            is_running,
             leaving,
         };
         let setup = control::Setup {

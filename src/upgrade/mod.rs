@@ -40,7 +40,7 @@ pub const VERSION: u64 = 1;
 
 /// The messages of the new daemon.
 #[derive(Serialize, Deserialize)]
-pub(crate) enum FromNew {
+pub(crate) enum NewDaemonMessage {
     /// Asks for the hand-over.
     Begin,
     /// Everything is open and checked. Names the files of the old daemon that the new one takes over.
@@ -64,11 +64,11 @@ pub(crate) struct FilesTakenOver {
 
 /// The messages of the old daemon. They refer to a descriptor by its index in the list that comes with the message.
 #[derive(Serialize, Deserialize)]
-pub(crate) enum FromOld {
+pub(crate) enum OldDaemonMessage {
     /// What the old daemon serves, and where.
     Hello(Box<Hello>),
     /// The state of the connection.
-    State(Box<State>),
+    State(Box<HandOverState>),
     /// The commit: the disk belongs to the new daemon.
     Go,
     /// The old daemon ends the hand-over, for this reason.
@@ -154,7 +154,7 @@ impl DiskFacts {
 
 /// The state from which the new daemon continues.
 #[derive(Serialize, Deserialize)]
-pub(crate) struct State {
+pub(crate) struct HandOverState {
     /// When the pause began, in nanoseconds of CLOCK_MONOTONIC, which is the same for all processes.
     pub(crate) since: u64,
     /// How long it took until nothing was in flight, in nanoseconds.

@@ -14,7 +14,7 @@ pub(crate) struct SessionState {
     /// The guest memory of SET_MEM_TABLE, ADD_MEM_REG and REM_MEM_REG.
     pub(crate) memory: Vec<Region>,
     /// The region of SET_INFLIGHT_FD.
-    pub(crate) inflight: Option<Inflight>,
+    pub(crate) inflight: Option<InflightState>,
     /// The dirty log of SET_LOG_BASE.
     pub(crate) log: Option<RegionState>,
     /// The descriptor of SET_BACKEND_REQ_FD.
@@ -52,7 +52,7 @@ pub(crate) struct RegionState {
 
 /// The region in which requests in flight are tracked.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Inflight {
+pub(crate) struct InflightState {
     pub(crate) memory: RegionState,
     pub(crate) rings: u16,
     pub(crate) entries: u16,

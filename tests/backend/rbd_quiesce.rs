@@ -29,7 +29,7 @@ fn a_snapshot_of_others_waits_until_the_disk_is_held() {
     for (answer, told) in answers {
         stub.tell("quiesce");
         hears(&said, Said::Quiesce);
-        listener.ask().answer(answer.map_err(Errno));
+        listener.ask().reply(answer.map_err(Errno));
         expected.push(told.to_string());
         assert_eq!(stub.tell(&format!("answers {}", expected.len())), expected.join(" "));
         stub.tell("unquiesce");
@@ -57,7 +57,7 @@ fn a_quiesce_request_without_a_reply_is_answered_before_its_timeout() {
     assert_eq!(stub.tell("answers 1"), (-libc::EAGAIN).to_string());
     hears(&said, Said::Unquiesce);
     // Too late: a second answer aborts in librbd.
-    listener.ask().answer(Ok(()));
+    listener.ask().reply(Ok(()));
     stub.tell("unquiesce");
     hears(&said, Said::Unquiesce);
     assert_eq!(disk.info().image_status().rbd.unwrap().quiesce.unwrap().refused, 1);
@@ -73,7 +73,7 @@ fn pending_quiesce_requests_are_answered_at_the_end() {
     // The stub waits for the answer here, as librbd does.
     disk.store().stop_notices();
     assert_eq!(stub.tell("answers 1"), (-libc::ECANCELED).to_string());
-    listener.ask().answer(Ok(()));
+    listener.ask().reply(Ok(()));
     disk.store().stop_notices();
     stub.tell("resize 4194304");
     hears_nothing_more(&said);
@@ -92,7 +92,7 @@ fn quiesce_requests_and_the_end_may_come_at_any_moment() {
         thread::scope(|scope| {
             scope.spawn(move || {
                 thread::sleep(Duration::from_micros(turn * 10));
-                ask.answer(Ok(()));
+                ask.reply(Ok(()));
             });
             disk.store().stop_notices();
         });
@@ -108,7 +108,7 @@ fn a_quiesce_that_librbd_ends_early_is_counted() {
     let (listener, said) = Listener::start(&disk);
     stub.tell("quiesce");
     hears(&said, Said::Quiesce);
-    listener.ask().answer(Ok(()));
+    listener.ask().reply(Ok(()));
     // What librbd does after 10 s.
     thread::sleep(Duration::from_secs(10));
     stub.tell("unquiesce");

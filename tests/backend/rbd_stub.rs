@@ -8,7 +8,7 @@ use std::time::Duration;
 use kit::backend::{Driver, WAIT_TIMEOUT, random_ops};
 use kit::rbd_stub::{Stub, libraries};
 use virtioblkd::backend::rbd::{Encryption, RbdBackend};
-use virtioblkd::backend::{Backend, Errno, IoBuf, Notices, Op, OpId, QuiesceAsk};
+use virtioblkd::backend::{Backend, Errno, IoBuf, Notices, Op, OpId, QuiesceRequest};
 use virtioblkd::engine::CacheMode;
 
 pub(super) const EIO: Errno = Errno(libc::EIO);
@@ -27,7 +27,7 @@ pub(super) enum Said {
 /// Keeps what is said, and the questions until somebody answers.
 pub(super) struct Listener {
     pub(super) said: Mutex<mpsc::Sender<Said>>,
-    pub(super) asks: Mutex<Vec<QuiesceAsk>>,
+    pub(super) asks: Mutex<Vec<QuiesceRequest>>,
 }
 
 impl Listener {
@@ -42,7 +42,7 @@ impl Listener {
         self.said.lock().unwrap().send(what).unwrap();
     }
 
-    pub(super) fn ask(&self) -> QuiesceAsk {
+    pub(super) fn ask(&self) -> QuiesceRequest {
         self.asks.lock().unwrap().pop().expect("somebody asked")
     }
 }
@@ -52,7 +52,7 @@ impl Notices for Listener {
         self.say(Said::Resized(size));
     }
 
-    fn quiesce(&self, ask: QuiesceAsk) {
+    fn quiesce(&self, ask: QuiesceRequest) {
         self.asks.lock().unwrap().push(ask);
         self.say(Said::Quiesce);
     }

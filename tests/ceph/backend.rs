@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use kit::backend::{Driver, WAIT_TIMEOUT, eventually, random_ops};
 use kit::ceph::{Cluster, Image, NAMESPACE, POOL};
 use rustix::event::{EventfdFlags, eventfd};
-use virtioblkd::backend::notices::{Notices, QuiesceAsk};
+use virtioblkd::backend::notices::{Notices, QuiesceRequest};
 use virtioblkd::backend::rbd::{RbdBackend, RbdOptions};
 use virtioblkd::backend::{Backend, Errno, IoBuf, Op, Source};
 use virtioblkd::engine::CacheMode;
@@ -171,8 +171,8 @@ impl Notices for Heard {
         self.sizes.lock().expect("no panic while held").push(size);
     }
 
-    fn quiesce(&self, ask: QuiesceAsk) {
-        ask.answer(Ok(()));
+    fn quiesce(&self, ask: QuiesceRequest) {
+        ask.reply(Ok(()));
     }
 
     fn unquiesce(&self) {}

@@ -11,15 +11,15 @@ use super::handle::{Image, check};
 use super::sys::{self, Api, rbd_completion_t};
 
 /// The completions that wait for their queue. librbd's threads add them, and the queue's thread takes them.
-pub(super) struct Inbox {
+pub(super) struct CompletionInbox {
     finished: Mutex<Vec<Completion>>,
     /// The queue's eventfd. It is written to only for the first completion, because several are often taken at once.
     bell: Weak<OwnedFd>,
 }
 
-impl Inbox {
+impl CompletionInbox {
     pub(super) fn new(bell: Weak<OwnedFd>) -> Arc<Self> {
-        Arc::new(Inbox { finished: Mutex::default(), bell })
+        Arc::new(CompletionInbox { finished: Mutex::default(), bell })
     }
 
     /// Whether no completion waits.
@@ -45,9 +45,9 @@ impl Inbox {
 }
 
 /// An operation that librbd has.
-struct Request {
+struct PendingOp {
     api: &'static Api,
-    inbox: Arc<Inbox>,
+    inbox: Arc<CompletionInbox>,
     id: OpId,
     /// The number of bytes that a successful read returns.
     expected: Option<usize>,
@@ -58,13 +58,19 @@ struct Request {
 /// Starts an operation whose range is inside the image; its completion comes to `inbox`. `thick`: write-zeroes never
 /// deallocates. An operation that cannot be started is returned as a completion with its error. Does not block, except that
 /// librbd may let a write wait for space in its cache.
-pub(super) fn start(image: &Image, inbox: &Arc<Inbox>, op: Op, id: OpId, thick: bool) -> Result<(), Completion> {
+pub(super) fn start(
+    image: &Image,
+    inbox: &Arc<CompletionInbox>,
+    op: Op,
+    id: OpId,
+    thick: bool,
+) -> Result<(), Completion> {
     let api = image.api;
-    let (call, buf) = Call::of(op, thick);
-    let expected = buf.as_ref().filter(|_| matches!(call, Call::Read(_))).map(IoBuf::len);
+    let (call, buf) = RbdCall::of(op, thick);
+    let expected = buf.as_ref().filter(|_| matches!(call, RbdCall::Read(_))).map(IoBuf::len);
     // The iovecs are on the heap, so they do not move with the buffer.
     let iovecs = buf.as_ref().map_or(Iovecs(ptr::null(), 0), |buf| Iovecs(buf.iovecs().as_ptr(), buf.iovecs().len()));
-    let request = Box::into_raw(Box::new(Request { api, inbox: Arc::clone(inbox), id, expected, buf }));
+    let request = Box::into_raw(Box::new(PendingOp { api, inbox: Arc::clone(inbox), id, expected, buf }));
     let mut completion = ptr::null_mut();
     // SAFETY: writes a handle; the callback's argument is the request, which only the callback uses from now on.
     let created = check(unsafe {
@@ -91,7 +97,7 @@ pub(super) fn start(image: &Image, inbox: &Arc<Inbox>, op: Op, id: OpId, thick: 
 struct Iovecs(*const libc::iovec, usize);
 
 /// A function of librbd and its arguments.
-enum Call {
+enum RbdCall {
     Read(u64),
     Write(u64),
     Flush,
@@ -99,17 +105,17 @@ enum Call {
     WriteZeroes(u64, u64, c_int),
 }
 
-impl Call {
-    fn of(op: Op, thick: bool) -> (Call, Option<IoBuf>) {
+impl RbdCall {
+    fn of(op: Op, thick: bool) -> (RbdCall, Option<IoBuf>) {
         match op {
-            Op::Read { offset, buf } => (Call::Read(offset), Some(buf)),
-            Op::Write { offset, buf, .. } => (Call::Write(offset), Some(buf)),
-            Op::Sync => (Call::Flush, None),
-            Op::Discard { offset, len } => (Call::Discard(offset, len), None),
+            Op::Read { offset, buf } => (RbdCall::Read(offset), Some(buf)),
+            Op::Write { offset, buf, .. } => (RbdCall::Write(offset), Some(buf)),
+            Op::Sync => (RbdCall::Flush, None),
+            Op::Discard { offset, len } => (RbdCall::Discard(offset, len), None),
             Op::WriteZeroes { offset, len, unmap } => {
                 let thin = unmap && !thick;
                 let flags = if thin { 0 } else { sys::RBD_WRITE_ZEROES_FLAG_THICK_PROVISION };
-                (Call::WriteZeroes(offset, len, flags), None)
+                (RbdCall::WriteZeroes(offset, len, flags), None)
             }
         }
     }
@@ -122,11 +128,11 @@ impl Call {
         // SAFETY: the caller's promise for the iovecs, and an open image.
         unsafe {
             match *self {
-                Call::Read(offset) => (rbd.rbd_aio_readv)(image, iovecs.0, count, offset, completion),
-                Call::Write(offset) => (rbd.rbd_aio_writev)(image, iovecs.0, count, offset, completion),
-                Call::Flush => (rbd.rbd_aio_flush)(image, completion),
-                Call::Discard(offset, len) => (rbd.rbd_aio_discard)(image, offset, len, completion),
-                Call::WriteZeroes(offset, len, flags) => {
+                RbdCall::Read(offset) => (rbd.rbd_aio_readv)(image, iovecs.0, count, offset, completion),
+                RbdCall::Write(offset) => (rbd.rbd_aio_writev)(image, iovecs.0, count, offset, completion),
+                RbdCall::Flush => (rbd.rbd_aio_flush)(image, completion),
+                RbdCall::Discard(offset, len) => (rbd.rbd_aio_discard)(image, offset, len, completion),
+                RbdCall::WriteZeroes(offset, len, flags) => {
                     let Ok(len) = usize::try_from(len) else { return -libc::EINVAL };
                     (rbd.rbd_aio_write_zeroes)(image, offset, len, completion, flags, 0)
                 }
@@ -138,12 +144,12 @@ impl Call {
 /// The callback of an operation. A thread of librbd calls it once for each operation that was started.
 unsafe extern "C" fn finished(completion: rbd_completion_t, request: *mut c_void) {
     // SAFETY: `start` created the argument from a box, and this is the only call that takes it back.
-    let request = unsafe { Box::from_raw(request.cast::<Request>()) };
+    let request = unsafe { Box::from_raw(request.cast::<PendingOp>()) };
     // SAFETY: the completion is finished and was not released.
     let value = unsafe { (request.api.rbd.rbd_aio_get_return_value)(completion) };
     // SAFETY: as above, and it is not used afterwards.
     unsafe { (request.api.rbd.rbd_aio_release)(completion) };
-    let Request { inbox, id, expected, buf, .. } = *request;
+    let PendingOp { inbox, id, expected, buf, .. } = *request;
     inbox.put(Completion { id, result: convert_result(value, expected), buf });
 }
 

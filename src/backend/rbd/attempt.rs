@@ -20,12 +20,12 @@ const UNCLAIMED_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An attempt to take the lock.
 pub(super) struct Attempt {
-    outcome: Mutex<Outcome>,
+    state: Mutex<AttemptState>,
     changed: Condvar,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Outcome {
+enum AttemptState {
     /// The attempt runs.
     Running,
     /// The lock was taken, or could not be taken. No caller has claimed the result.
@@ -37,7 +37,7 @@ enum Outcome {
 }
 
 /// The progress of an attempt.
-pub(super) enum Progress {
+pub(super) enum AttemptProgress {
     /// The lock now belongs to the caller, or could not be taken.
     Ended(Result<(), Errno>),
     /// The attempt still runs; claim it again later.
@@ -47,14 +47,14 @@ pub(super) enum Progress {
 impl Attempt {
     /// Starts an attempt. Fails when no thread can be created.
     pub(super) fn start(shared: &Arc<Shared>) -> io::Result<Arc<Attempt>> {
-        let attempt = Arc::new(Attempt { outcome: Mutex::new(Outcome::Running), changed: Condvar::new() });
+        let attempt = Arc::new(Attempt { state: Mutex::new(AttemptState::Running), changed: Condvar::new() });
         let (thread_attempt, shared) = (Arc::clone(&attempt), Arc::clone(shared));
         thread::Builder::new().name("rbd-lock".into()).spawn(move || thread_attempt.run(&shared))?;
         Ok(attempt)
     }
 
-    fn outcome(&self) -> MutexGuard<'_, Outcome> {
-        self.outcome.lock().expect("no panic while held")
+    fn state(&self) -> MutexGuard<'_, AttemptState> {
+        self.state.lock().expect("no panic while held")
     }
 
     /// The thread's main function: takes the lock, and releases it if no caller claims it.
@@ -66,18 +66,18 @@ impl Attempt {
                 result => break result,
             }
         };
-        let mut outcome = self.outcome();
-        *outcome = Outcome::Done(result);
+        let mut state = self.state();
+        *state = AttemptState::Done(result);
         self.changed.notify_all();
         if result.is_err() {
             return;
         }
-        let is_unclaimed = |outcome: &mut Outcome| *outcome == Outcome::Done(result);
-        let (mut outcome, _) =
-            self.changed.wait_timeout_while(outcome, UNCLAIMED_TIMEOUT, is_unclaimed).expect("no panic while held");
-        if *outcome == Outcome::Done(result) {
+        let is_unclaimed = |state: &mut AttemptState| *state == AttemptState::Done(result);
+        let (mut state, _) =
+            self.changed.wait_timeout_while(state, UNCLAIMED_TIMEOUT, is_unclaimed).expect("no panic while held");
+        if *state == AttemptState::Done(result) {
             // Under the mutex, so that an attempt that starts now takes the lock after this release.
-            *outcome = Outcome::Released;
+            *state = AttemptState::Released;
             if let Err(errno) = shared.image.unlock() {
                 log::error!("{}: the lock cannot be released: {}", shared.name, super::io_error(errno));
             }
@@ -86,28 +86,28 @@ impl Attempt {
 
     /// Waits a moment for the outcome without claiming it. Returns whether there is one.
     pub(super) fn wait(&self) -> bool {
-        *self.wait_while_running() != Outcome::Running
+        *self.wait_while_running() != AttemptState::Running
     }
 
-    fn wait_while_running(&self) -> MutexGuard<'_, Outcome> {
-        let is_running = |outcome: &mut Outcome| *outcome == Outcome::Running;
+    fn wait_while_running(&self) -> MutexGuard<'_, AttemptState> {
+        let is_running = |state: &mut AttemptState| *state == AttemptState::Running;
         // A little longer than a hand-over may take, so that its outcome is known.
         let timeout = HAND_OVER_TIMEOUT + RETRY_INTERVAL;
-        self.changed.wait_timeout_while(self.outcome(), timeout, is_running).expect("no panic while held").0
+        self.changed.wait_timeout_while(self.state(), timeout, is_running).expect("no panic while held").0
     }
 
     /// Waits a moment for the outcome and claims it. Returns `None` when the lock was released; the caller then starts another
     /// attempt.
-    pub(super) fn claim(&self) -> Option<Progress> {
-        let mut outcome = self.wait_while_running();
-        match *outcome {
-            Outcome::Running => Some(Progress::Running),
-            Outcome::Done(result) => {
-                *outcome = Outcome::Claimed;
+    pub(super) fn claim(&self) -> Option<AttemptProgress> {
+        let mut state = self.wait_while_running();
+        match *state {
+            AttemptState::Running => Some(AttemptProgress::Running),
+            AttemptState::Done(result) => {
+                *state = AttemptState::Claimed;
                 self.changed.notify_all();
-                Some(Progress::Ended(result))
+                Some(AttemptProgress::Ended(result))
             }
-            Outcome::Claimed | Outcome::Released => None,
+            AttemptState::Claimed | AttemptState::Released => None,
         }
     }
 }

@@ -28,7 +28,7 @@ impl Callbacks {
 }
 
 #[derive(Clone, Copy)]
-enum Kind {
+enum WatchKind {
     Update,
     Quiesce,
 }
@@ -37,7 +37,7 @@ enum Kind {
 /// interruption.
 pub(super) struct Watch {
     shared: Arc<Shared>,
-    kind: Kind,
+    kind: WatchKind,
     handle: u64,
 }
 
@@ -50,7 +50,7 @@ impl Watch {
         // SAFETY: the image is open; the callbacks live for ever.
         let result =
             check(unsafe { (image.api.rbd.rbd_update_watch)(image.raw, &raw mut handle, Some(call_first), callbacks) });
-        result.map(|()| Watch { shared, kind: Kind::Update, handle })
+        result.map(|()| Watch { shared, kind: WatchKind::Update, handle })
     }
 
     /// Starts a watch that calls `quiesce` before a snapshot is taken, which waits for [`Watch::complete`], and `unquiesce`
@@ -68,7 +68,7 @@ impl Watch {
         // SAFETY: as above.
         let result =
             check(unsafe { watch(image.raw, Some(call_first), Some(call_second), callbacks, &raw mut handle) });
-        result.map(|()| Watch { shared, kind: Kind::Quiesce, handle })
+        result.map(|()| Watch { shared, kind: WatchKind::Quiesce, handle })
     }
 
     /// Replies to a quiesce request with 0 or a negative error number. Called exactly once for each request, because librbd
@@ -85,8 +85,8 @@ impl Watch {
     pub(super) fn stop(&self) -> Result<(), Errno> {
         let image = &self.shared.image;
         let stop = match self.kind {
-            Kind::Update => Some(image.api.rbd.rbd_update_unwatch),
-            Kind::Quiesce => image.api.rbd.rbd_quiesce_unwatch,
+            WatchKind::Update => Some(image.api.rbd.rbd_update_unwatch),
+            WatchKind::Quiesce => image.api.rbd.rbd_quiesce_unwatch,
         };
         // SAFETY: the image is open and the watch is registered.
         stop.map_or(Ok(()), |stop| check(unsafe { stop(image.raw, self.handle) }))

@@ -42,10 +42,10 @@ pub(super) const MIN_OBJECT: u64 = 64 << 10;
 const MIN_HOLE: u64 = 1 << 20;
 
 /// How many bytes count as data where nothing is known. The caller asks again behind them.
-const UNKNOWN: u64 = 64 << 10;
+const UNKNOWN_BYTES: u64 = 64 << 10;
 
 /// A caller whose next offset is less than this behind the last range reads the image in order; it may round its offsets.
-const SAME_SCAN: u64 = 64 << 20;
+const MAX_SCAN_GAP: u64 = 64 << 20;
 
 /// The listings of one image.
 #[derive(Default)]
@@ -85,7 +85,7 @@ impl Default for Scan {
 impl Scan {
     /// Whether a call at `offset` continues this scan.
     fn continues_at(&self, offset: u64) -> bool {
-        offset.checked_sub(self.next).is_some_and(|ahead| ahead < SAME_SCAN)
+        offset.checked_sub(self.next).is_some_and(|ahead| ahead < MAX_SCAN_GAP)
     }
 
     /// Chooses the size of the next listing, after one that took so long and found data or not.
@@ -130,7 +130,7 @@ impl DataMap {
                 break None;
             }
             if !in_order || start.elapsed() >= MAX_SEARCH_TIME {
-                break Some((at, (at + UNKNOWN).min(size)));
+                break Some((at, (at + UNKNOWN_BYTES).min(size)));
             }
         };
         scan.next = range.map_or(size, |(_, end)| end);

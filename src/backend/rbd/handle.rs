@@ -133,7 +133,7 @@ unsafe impl Sync for Image {}
 
 /// The value of an option that is in force, and its source.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Effective {
+pub(super) struct EffectiveOption {
     pub value: String,
     /// `pool` or `image` if that overrides the configured value.
     pub overridden_by: Option<&'static str>,
@@ -182,7 +182,7 @@ impl Image {
     }
 
     /// The names and values of the options that are in force for this image.
-    pub(super) fn options(&self) -> Result<Vec<(String, Effective)>, Errno> {
+    pub(super) fn options(&self) -> Result<Vec<(String, EffectiveOption)>, Errno> {
         let mut length: c_int = 512;
         loop {
             let mut list: Vec<rbd_config_option_t> = Vec::with_capacity(length as usize);
@@ -204,7 +204,7 @@ impl Image {
                     sys::RBD_CONFIG_SOURCE_IMAGE => Some("image"),
                     _ => None,
                 };
-                (text(option.name), Effective { value: text(option.value), overridden_by })
+                (text(option.name), EffectiveOption { value: text(option.value), overridden_by })
             });
             let options = options.collect();
             // SAFETY: the entries are as the function left them, and not used afterwards.
@@ -238,12 +238,12 @@ impl Image {
     /// Lists the ranges in `offset..offset + len` that the image or its parents store, as (start, end). Joins ranges with a
     /// hole smaller than `min_hole` between them. librbd flushes first.
     pub(super) fn list_data(&self, offset: u64, len: u64, min_hole: u64) -> Result<Vec<(u64, u64)>, Errno> {
-        let mut found = Found { ranges: Vec::new(), min_hole };
+        let mut found = DataRanges { ranges: Vec::new(), min_hole };
         let argument = (&raw mut found).cast::<c_void>();
         // SAFETY: the image is open; the callback's argument lives through the call, which alone uses it: librbd calls
         // back one range after the other, before it returns.
         check(unsafe {
-            (self.api.rbd.rbd_diff_iterate2)(self.raw, ptr::null(), offset, len, 1, 0, Some(found_range), argument)
+            (self.api.rbd.rbd_diff_iterate2)(self.raw, ptr::null(), offset, len, 1, 0, Some(add_range), argument)
         })?;
         Ok(found.ranges)
     }
@@ -319,15 +319,15 @@ impl Image {
 }
 
 /// The ranges that [`Image::list_data`] collects.
-struct Found {
+struct DataRanges {
     ranges: Vec<(u64, u64)>,
     min_hole: u64,
 }
 
 /// Adds a range, whether librbd reports data or a hole there, because some versions confuse the two.
-unsafe extern "C" fn found_range(offset: u64, len: usize, _exists: c_int, found: *mut c_void) -> c_int {
+unsafe extern "C" fn add_range(offset: u64, len: usize, _exists: c_int, found: *mut c_void) -> c_int {
     // SAFETY: `list_data` passed this argument and waits for the callbacks.
-    let found = unsafe { &mut *found.cast::<Found>() };
+    let found = unsafe { &mut *found.cast::<DataRanges>() };
     let end = offset.saturating_add(len as u64);
     match found.ranges.last_mut() {
         Some(last) if last.0 <= offset && offset < last.1.saturating_add(found.min_hole) => last.1 = last.1.max(end),

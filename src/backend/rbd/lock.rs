@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::attempt::{Attempt, Progress};
-use super::takeover::StateFile;
+use super::attempt::{Attempt, AttemptProgress};
+use super::state_file::StateFile;
 use super::{Errno, RbdLock, Shared, queue};
 use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 
@@ -35,14 +35,14 @@ pub(super) struct State {
     pub(super) active: bool,
     pub(super) held: bool,
     /// How many checks in a row found that another client has the lock, while we are active.
-    pub(super) lost_to_another: u32,
+    pub(super) foreign_checks: u32,
     /// When the lock was taken.
-    since: Option<Instant>,
+    taken_at: Option<Instant>,
     /// The client that had the lock at the last try.
     waits_for: Option<String>,
     pub(super) attempt: Option<Arc<Attempt>>,
     /// How often to retry emptying librbd's cache, after the lock was taken again.
-    pub(super) emptyings_left: u32,
+    pub(super) cache_drops_left: u32,
 }
 
 impl Lock {
@@ -58,7 +58,7 @@ impl Lock {
 
     /// Waits until the lock can be released without a wait.
     pub(super) fn wait_until_releasable(&self) {
-        let since = self.state.lock().expect("no panic while held").since;
+        let since = self.state.lock().expect("no panic while held").taken_at;
         if let Some(left) = since.and_then(|since| NOTIFY_TIMEOUT.checked_sub(since.elapsed())) {
             thread::sleep(left);
         }
@@ -101,7 +101,7 @@ impl Lock {
             return Ok(());
         }
         shared.check_usable().map_err(|_| refused(shared, "this client was fenced"))?;
-        state.lost_to_another = 0;
+        state.foreign_checks = 0;
         self.update_feature(shared, &mut state)
             .map_err(|errno| refused(shared, &format!("its features cannot be read: {}", super::io_error(errno))))?;
         if self.required && !self.can_be_held() {
@@ -117,7 +117,7 @@ impl Lock {
             }
             self.acquire(shared, &mut state)?;
         }
-        state.emptyings_left = 0;
+        state.cache_drops_left = 0;
         if let Err(errno) = shared.image.invalidate_cache() {
             shared.record_result(Err(errno));
             return Err(refused(shared, &format!("its cache cannot be emptied: {}", super::io_error(errno))));
@@ -138,8 +138,8 @@ impl Lock {
     pub(super) fn claim(&self, shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
         take(shared, state)?;
         state.held = true;
-        state.lost_to_another = 0;
-        state.since = Some(Instant::now());
+        state.foreign_checks = 0;
+        state.taken_at = Some(Instant::now());
         shared.health.locked_again(&shared.events);
         Ok(())
     }
@@ -242,9 +242,9 @@ fn take(shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
             None => Attempt::start(shared).map_err(no_thread)?,
         };
         match attempt.claim() {
-            Some(Progress::Running) => {
+            Some(AttemptProgress::Running) => {
                 state.attempt = Some(attempt);
-                break Progress::Running;
+                break AttemptProgress::Running;
             }
             Some(ended) => break ended,
             None => {}
@@ -252,23 +252,23 @@ fn take(shared: &Arc<Shared>, state: &mut State) -> io::Result<()> {
     };
     let owner = state.waits_for.as_deref().unwrap_or("another client");
     match progress {
-        Progress::Ended(Ok(())) => {
+        AttemptProgress::Ended(Ok(())) => {
             if let Some(owner) = state.waits_for.take() {
                 log_limited!(IMAGE_LOG, Info, "{}: has the lock now, after {owner}", shared.name);
             }
             Ok(())
         }
-        Progress::Running => {
+        AttemptProgress::Running => {
             Err(refused(shared, &format!("its exclusive lock is {owner}'s, which may be dead: waiting")))
         }
-        Progress::Ended(Err(queue::LOCKED_OUT)) => Err(refused(
+        AttemptProgress::Ended(Err(queue::LOCKED_OUT)) => Err(refused(
             shared,
             &format!(
                 "{owner} has its exclusive lock: end that client, or break its lock (rbd lock ls, rbd lock rm) if it is \
                  dead"
             ),
         )),
-        Progress::Ended(Err(errno)) => {
+        AttemptProgress::Ended(Err(errno)) => {
             shared.record_result(Err(errno));
             Err(refused(shared, &format!("its lock cannot be taken: {}", super::io_error(errno))))
         }

@@ -12,16 +12,16 @@ mod data_map;
 mod handle;
 mod image_health;
 mod lock;
+mod lock_check;
 mod luks;
 mod name;
 mod open;
 mod options;
 mod queue;
 mod quiesce;
-mod recheck;
 mod snapshots;
+mod state_file;
 mod sys;
-mod takeover;
 mod watch_event;
 mod watch_thread;
 
@@ -47,7 +47,7 @@ use handle::Image;
 use image_health::ImageHealth;
 use lock::Lock;
 use queue::RbdQueue;
-use quiesce::Quiesces;
+use quiesce::QuiesceWatch;
 use watch_event::WatchEvent;
 use watch_thread::WatchThread;
 
@@ -152,7 +152,7 @@ impl RbdOptions {
 /// An open image.
 pub struct RbdBackend {
     shared: Arc<Shared>,
-    quiesce: Option<Arc<Quiesces>>,
+    quiesce: Option<Arc<QuiesceWatch>>,
     watch_thread: Mutex<WatchThread>,
     data_map: DataMap,
 }
@@ -164,7 +164,7 @@ struct Shared {
     /// The cluster's configuration file, if the options name one.
     conf: Option<PathBuf>,
     /// librbd's version and whether it caches, for people.
-    how: String,
+    librbd: String,
     /// The geometry; its size is that at the start.
     geometry: Geometry,
     /// The current size in bytes, in whole blocks.
@@ -269,7 +269,7 @@ impl RbdBackend {
         let (sender, receiver) = mpsc::channel();
         let shared = Arc::new(open::open(options, sender)?);
         let watched = options.quiesce != RbdQuiesce::Off && !shared.geometry.read_only;
-        let quiesce = watched.then(|| Arc::new(Quiesces::new(Arc::clone(&shared), options.quiesce_timeout)));
+        let quiesce = watched.then(|| Arc::new(QuiesceWatch::new(Arc::clone(&shared), options.quiesce_timeout)));
         Ok(RbdBackend {
             shared,
             quiesce,
@@ -305,7 +305,7 @@ impl Backend for RbdBackend {
 
     fn describe(&self) -> String {
         let access = if self.shared.geometry.read_only { ", read-only" } else { "" };
-        format!("Ceph RBD image {} over {}{access}", self.shared.name, self.shared.how)
+        format!("Ceph RBD image {} over {}{access}", self.shared.name, self.shared.librbd)
     }
 
     fn sync_failed(&self) -> Option<Errno> {

@@ -10,9 +10,9 @@ use super::super::{DurableWrite, Errno, Geometry, RangeLimits};
 use super::handle::{Cluster, Image, RadosPool};
 use super::image_health::ImageHealth;
 use super::lock::{self, Lock};
-use super::options::{self, InForce};
+use super::options::{self, EffectiveOptions};
+use super::state_file::StateFile;
 use super::sys::Api;
-use super::takeover::StateFile;
 use super::watch_event::WatchEvent;
 use super::{RbdOptions, Shared, luks};
 use crate::backend::sticky_error::StickyError;
@@ -72,15 +72,15 @@ pub(super) fn open(options: &RbdOptions, events: mpsc::Sender<WatchEvent>) -> Re
     let read_only = options.read_only || options.name.snapshot.is_some();
     let image = Image::open(pool, &options.name.image, options.name.snapshot.as_deref(), read_only)
         .map_err(|errno| image_error(options, errno))?;
-    let in_force = InForce::read(&image).map_err(|errno| {
+    let effective = EffectiveOptions::read(&image).map_err(|errno| {
         OpenError::from_errno(&name, errno, "its options cannot be read; see the state of the cluster")
     })?;
-    options::check(&in_force, options.mode, &name, options.allow_override)?;
+    options::check(&effective, options.mode, &name, options.allow_override)?;
     if let Some((format, passphrase)) = passphrase {
         luks::load(&image, format, &passphrase).map_err(|errno| encryption_error(options, errno))?;
     }
     let about = |errno| OpenError::from_errno(&name, errno, "it cannot be examined; see the state of the cluster");
-    let geometry = geometry(&image, &in_force, options, read_only).map_err(about)?;
+    let geometry = geometry(&image, &effective, options, read_only).map_err(about)?;
     if geometry.size == 0 {
         return Err(OpenError(format!(
             "{name}: smaller than a block of {} bytes; make it larger with rbd resize",
@@ -88,20 +88,20 @@ pub(super) fn open(options: &RbdOptions, events: mpsc::Sender<WatchEvent>) -> Re
         )));
     }
     let lock = lock_of(&image, options, read_only)?;
-    let cached = in_force.is("rbd_cache", "true");
+    let cached = effective.is("rbd_cache", "true");
     let (major, minor, extra) = api.version();
     let cache = if cached { "its cache" } else { "no cache" };
     Ok(Shared {
         image,
         name,
         conf: options.conf.clone(),
-        how: format!("librbd {major}.{minor}.{extra} with {cache}"),
+        librbd: format!("librbd {major}.{minor}.{extra} with {cache}"),
         geometry,
         size: AtomicU64::new(geometry.size),
         zeroes_may_unmap: geometry.zeroes_may_unmap,
         encrypted: options.encryption.is_some(),
         cached,
-        cached_after_flush: in_force.is("rbd_cache_writethrough_until_flush", "true"),
+        cached_after_flush: effective.is("rbd_cache_writethrough_until_flush", "true"),
         changed: AtomicBool::new(false),
         flushed: AtomicBool::new(false),
         sync_turn: Mutex::default(),
@@ -166,10 +166,15 @@ fn encryption_error(options: &RbdOptions, errno: Errno) -> OpenError {
     OpenError(format!("RBD image {} cannot be decrypted: {cause}", options.name))
 }
 
-fn geometry(image: &Image, in_force: &InForce, options: &RbdOptions, read_only: bool) -> Result<Geometry, Errno> {
+fn geometry(
+    image: &Image,
+    effective: &EffectiveOptions,
+    options: &RbdOptions,
+    read_only: bool,
+) -> Result<Geometry, Errno> {
     let block = u64::from(options.logical_block_size);
     let size = image.size()? / block * block;
-    let granularity = in_force.get("rbd_discard_granularity_bytes").and_then(|text| text.parse().ok());
+    let granularity = effective.get("rbd_discard_granularity_bytes").and_then(|text| text.parse().ok());
     let granularity = granularity.unwrap_or(DISCARD_GRANULARITY).max(options.logical_block_size);
     let writable = !read_only;
     let range = |granularity| Some(RangeLimits { max_bytes: MAX_RANGE, granularity }).filter(|_| writable);

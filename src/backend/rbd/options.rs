@@ -3,7 +3,7 @@
 
 use super::super::Errno;
 use super::OpenError;
-use super::handle::{Cluster, Effective, Image};
+use super::handle::{Cluster, EffectiveOption, Image};
 use crate::engine::{CacheMode, CachePolicy};
 
 /// The option that makes librbd copy a write before it sends it. Without it the guest may change the memory that is being
@@ -42,19 +42,19 @@ pub(super) fn set(cluster: &Cluster, policy: CachePolicy, user: &[(String, Strin
 }
 
 /// The options in force for an open image.
-pub(super) struct InForce(Vec<(String, Effective)>);
+pub(super) struct EffectiveOptions(Vec<(String, EffectiveOption)>);
 
-impl InForce {
+impl EffectiveOptions {
     pub(super) fn read(image: &Image) -> Result<Self, Errno> {
         let mut options = image.options()?;
         // Not every version lists every option for an image; an image cannot override an option that is not listed.
         for name in [COPY_WRITES.0, "rbd_cache", "rbd_cache_policy", "rbd_cache_writethrough_until_flush"] {
             if !options.iter().any(|(known, _)| known == name) {
                 let value = image.cluster_option(name)?;
-                options.push((name.to_string(), Effective { value, overridden_by: None }));
+                options.push((name.to_string(), EffectiveOption { value, overridden_by: None }));
             }
         }
-        Ok(InForce(options))
+        Ok(EffectiveOptions(options))
     }
 
     /// Returns an option's value, if this version of librbd has the option.
@@ -68,7 +68,7 @@ impl InForce {
     }
 
     /// Returns a text for each option that breaks the mode's promise: its value, its source and how to fix it.
-    fn against(&self, policy: CachePolicy) -> Vec<String> {
+    fn violations(&self, policy: CachePolicy) -> Vec<String> {
         let mut wrong = Vec::new();
         for &(name, value) in of_mode(policy) {
             let through = name == "rbd_cache_policy" && value == "writethrough" && self.is("rbd_cache_max_dirty", "0");
@@ -96,7 +96,12 @@ impl InForce {
 }
 
 /// Checks the options in force. `may_break`: an option that breaks the mode is only a warning.
-pub(super) fn check(options: &InForce, mode: CacheMode, image: &str, may_break: bool) -> Result<(), OpenError> {
+pub(super) fn check(
+    options: &EffectiveOptions,
+    mode: CacheMode,
+    image: &str,
+    may_break: bool,
+) -> Result<(), OpenError> {
     let (name, value) = COPY_WRITES;
     if !options.is(name, value) {
         return Err(OpenError::new(format!(
@@ -104,7 +109,7 @@ pub(super) fn check(options: &InForce, mode: CacheMode, image: &str, may_break: 
             options.complaint(name, value)
         )));
     }
-    let wrong = options.against(mode.into());
+    let wrong = options.violations(mode.into());
     if wrong.is_empty() {
         return Ok(());
     }
@@ -132,11 +137,13 @@ fn is_same_value(one: &str, other: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn in_force(options: &[(&str, &str, Option<&'static str>)]) -> InForce {
-        InForce(
+    fn effective(options: &[(&str, &str, Option<&'static str>)]) -> EffectiveOptions {
+        EffectiveOptions(
             options
                 .iter()
-                .map(|&(name, value, overridden_by)| (name.into(), Effective { value: value.into(), overridden_by }))
+                .map(|&(name, value, overridden_by)| {
+                    (name.into(), EffectiveOption { value: value.into(), overridden_by })
+                })
                 .collect(),
         )
     }
@@ -151,7 +158,7 @@ mod tests {
     fn every_mode_accepts_exactly_the_options_that_it_needs() {
         for mode in CacheMode::ALL {
             let good = needed_options(mode);
-            check(&in_force(&good), mode, "p/i", false).unwrap();
+            check(&effective(&good), mode, "p/i", false).unwrap();
             for at in 0..good.len() {
                 let mut options = good.clone();
                 options[at].1 = match options[at].1 {
@@ -160,12 +167,12 @@ mod tests {
                     _ => "writearound",
                 };
                 options[at].2 = Some("pool");
-                let error = check(&in_force(&options), mode, "p/i", false).unwrap_err().to_string();
+                let error = check(&effective(&options), mode, "p/i", false).unwrap_err().to_string();
                 for part in ["p/i", options[at].0, "the pool overrides", "rbd config pool"] {
                     assert!(error.contains(part), "{mode}: '{part}' is missing in: {error}");
                 }
                 // Only the option that copies the guest's memory cannot be overridden.
-                assert_eq!(check(&in_force(&options), mode, "p/i", true).is_ok(), at > 0, "{mode}: {}", options[at].0);
+                assert_eq!(check(&effective(&options), mode, "p/i", true).is_ok(), at > 0, "{mode}: {}", options[at].0);
             }
         }
     }
@@ -174,24 +181,24 @@ mod tests {
     fn other_spellings_of_the_same_value_are_accepted() {
         let mut options = needed_options(CacheMode::None);
         options[1].1 = "0";
-        check(&in_force(&options), CacheMode::None, "p/i", false).unwrap();
+        check(&effective(&options), CacheMode::None, "p/i", false).unwrap();
         let mut options = needed_options(CacheMode::Writethrough);
         options[2].1 = "writeback";
         options.push(("rbd_cache_max_dirty", "0", None));
-        check(&in_force(&options), CacheMode::Writethrough, "p/i", false).unwrap();
+        check(&effective(&options), CacheMode::Writethrough, "p/i", false).unwrap();
     }
 
     #[test]
     fn a_persistent_cache_breaks_a_mode_without_cache() {
         let mut options = needed_options(CacheMode::None);
         options.push(("rbd_persistent_cache_mode", "rwl", Some("image")));
-        let error = check(&in_force(&options), CacheMode::None, "p/i", false).unwrap_err().to_string();
+        let error = check(&effective(&options), CacheMode::None, "p/i", false).unwrap_err().to_string();
         assert!(error.contains("the image overrides rbd_persistent_cache_mode with rwl"), "{error}");
         options[2].1 = "disabled";
-        check(&in_force(&options), CacheMode::None, "p/i", false).unwrap();
+        check(&effective(&options), CacheMode::None, "p/i", false).unwrap();
         options[1].1 = "true";
         assert!(
-            check(&in_force(&options), CacheMode::Writeback, "p/i", false).is_err(),
+            check(&effective(&options), CacheMode::Writeback, "p/i", false).is_err(),
             "these are not the mode's options"
         );
     }

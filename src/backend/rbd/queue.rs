@@ -8,17 +8,17 @@ use std::time::{Duration, Instant};
 
 use super::super::{Completion, Errno, IoQueue, Op, OpId, Source, Wakeups};
 use super::Shared;
-use super::aio::{self, Inbox};
+use super::aio::{self, CompletionInbox};
 use crate::backend::eventfd_poll::{Watches, deadline};
 use crate::base::rate_limit::{STORAGE_LOG, log_limited};
 
 /// How long a queue that is dropped waits before it logs for what.
-const SILENT_WAIT: Duration = Duration::from_secs(5);
+const LOG_DELAY: Duration = Duration::from_secs(5);
 
 /// A queue of an RBD image. librbd gets an op as soon as it is pushed; its completion comes through the inbox.
 pub(super) struct RbdQueue {
     shared: Arc<Shared>,
-    inbox: Arc<Inbox>,
+    inbox: Arc<CompletionInbox>,
     watches: Watches,
     depth: usize,
     /// Ops that were pushed and not reaped.
@@ -34,7 +34,7 @@ pub(super) struct RbdQueue {
 impl RbdQueue {
     pub(super) fn open(shared: Arc<Shared>, depth: usize) -> io::Result<Self> {
         let watches = Watches::new()?;
-        let inbox = Inbox::new(watches.own());
+        let inbox = CompletionInbox::new(watches.own());
         Ok(RbdQueue {
             shared,
             inbox,
@@ -145,7 +145,7 @@ impl Drop for RbdQueue {
         let mut logged = false;
         let mut finished = Vec::new();
         while self.in_flight > 0 {
-            if !logged && start.elapsed() > SILENT_WAIT {
+            if !logged && start.elapsed() > LOG_DELAY {
                 logged = true;
                 log_limited!(
                     STORAGE_LOG,
@@ -155,7 +155,7 @@ impl Drop for RbdQueue {
                     self.in_flight
                 );
             }
-            if let Err(error) = self.wait(Some(SILENT_WAIT)) {
+            if let Err(error) = self.wait(Some(LOG_DELAY)) {
                 log_limited!(
                     STORAGE_LOG,
                     Error,

@@ -9,7 +9,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use super::super::{Errno, Notices, QuiesceAsk};
+use super::super::{Errno, Notices, QuiesceRequest};
 use super::Shared;
 use super::callbacks::Watch;
 use super::watch_event::WatchEvent;
@@ -23,7 +23,7 @@ const CONSENT_MARGIN: Duration = Duration::from_secs(2);
 const RELEASE_TIMEOUT: Duration = Duration::from_millis(9900);
 
 /// The quiesce requests of an image.
-pub(super) struct Quiesces {
+pub(super) struct QuiesceWatch {
     shared: Arc<Shared>,
     timeout: Duration,
     state: Mutex<State>,
@@ -49,9 +49,9 @@ struct History {
     status: RbdQuiesceStatus,
 }
 
-impl Quiesces {
+impl QuiesceWatch {
     pub(super) fn new(shared: Arc<Shared>, timeout: Duration) -> Self {
-        Quiesces { shared, timeout: timeout + CONSENT_MARGIN, state: Mutex::default(), history: Mutex::default() }
+        QuiesceWatch { shared, timeout: timeout + CONSENT_MARGIN, state: Mutex::default(), history: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -73,8 +73,8 @@ impl Quiesces {
         let (asked, done) = (Arc::downgrade(self), Arc::downgrade(self));
         let watch = Watch::quiesces(
             Arc::clone(&self.shared),
-            Box::new(move || asked.upgrade().into_iter().for_each(|quiesces| quiesces.ask())),
-            Box::new(move || done.upgrade().into_iter().for_each(|quiesces| quiesces.unquiesced())),
+            Box::new(move || asked.upgrade().into_iter().for_each(|quiesces| quiesces.receive_request())),
+            Box::new(move || done.upgrade().into_iter().for_each(|quiesces| quiesces.quiesce_ended())),
         );
         state.notices = Some(notices);
         match watch {
@@ -104,7 +104,7 @@ impl Quiesces {
             watch.complete(-libc::ECANCELED);
         }
         drop(state);
-        // `ask` refuses a request that comes now.
+        // `receive_request` refuses a request that comes now.
         if let Err(errno) = watch.stop() {
             log_limited!(
                 IMAGE_LOG,
@@ -121,7 +121,7 @@ impl Quiesces {
     }
 
     /// Handles a quiesce request. Called by a thread of librbd.
-    fn ask(self: &Arc<Self>) {
+    fn receive_request(self: &Arc<Self>) {
         let mut state = self.lock();
         let (Some(watch), Some(notices)) = (state.watch.clone(), state.notices.clone()) else { return };
         self.history().status.asked += 1;
@@ -135,16 +135,16 @@ impl Quiesces {
         // The watch thread runs until after `stop`.
         let _ = self.shared.events.send(WatchEvent::Quiesce);
         let quiesces = Arc::downgrade(self);
-        notices.quiesce(QuiesceAsk::new(move |result| {
+        notices.quiesce(QuiesceRequest::new(move |result| {
             // If it is gone, `stop` has replied.
             if let Some(quiesces) = quiesces.upgrade() {
-                quiesces.answer(number, result);
+                quiesces.reply(number, result);
             }
         }));
     }
 
     /// Replies to a request, unless it has a reply.
-    fn answer(&self, number: u64, result: Result<(), Errno>) {
+    fn reply(&self, number: u64, result: Result<(), Errno>) {
         let mut state = self.lock();
         let Some(at) = state.open.iter().position(|(open, _)| *open == number) else { return };
         state.open.swap_remove(at);
@@ -161,7 +161,7 @@ impl Quiesces {
 
     /// Handles the end of a quiesce: the snapshot was taken or given up, or librbd waited too long. Called by a thread of
     /// librbd.
-    fn unquiesced(&self) {
+    fn quiesce_ended(&self) {
         let mut history = self.history();
         let held = history.held_since.take().map(|since| since.elapsed());
         if let Some(held) = held.filter(|held| *held >= RELEASE_TIMEOUT) {

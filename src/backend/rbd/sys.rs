@@ -229,7 +229,7 @@ impl Library {
         let name = path.display().to_string();
         let from_elsewhere = directory.is_some();
         let failed = |cause: &str| {
-            let mend = if from_elsewhere {
+            let fix = if from_elsewhere {
                 "--ceph-library-path names the directory that holds librados.so.2 and librbd.so.1".to_string()
             } else {
                 format!(
@@ -237,7 +237,7 @@ impl Library {
                      --ceph-library-path"
                 )
             };
-            LoadError(format!("--rbd needs {soname}, which cannot be loaded: {cause}; {mend}"))
+            LoadError(format!("--rbd needs {soname}, which cannot be loaded: {cause}; {fix}"))
         };
         let path = CString::new(OsStr::as_bytes(path.as_os_str())).map_err(|_| failed("a path with a zero byte"))?;
         // SAFETY: `path` is a string that lives through the call. The library's initializers run: it is Ceph's, or

@@ -9,17 +9,17 @@ use std::time::{Duration, Instant};
 use super::super::Notices;
 use super::Shared;
 use super::callbacks::Watch;
-use super::quiesce::Quiesces;
+use super::quiesce::QuiesceWatch;
 use super::watch_event::WatchEvent;
 use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 
 /// The thread, or its event receiver before the start.
 pub(super) struct WatchThread {
     events: Option<mpsc::Receiver<WatchEvent>>,
-    running: Option<Running>,
+    running: Option<RunningThread>,
 }
 
-struct Running {
+struct RunningThread {
     thread: JoinHandle<()>,
     updates: Option<Watch>,
 }
@@ -30,7 +30,12 @@ impl WatchThread {
     }
 
     /// Starts the thread, which calls `notices`. Only the first call does so.
-    pub(super) fn start(&mut self, shared: &Arc<Shared>, quiesces: Option<&Arc<Quiesces>>, notices: Arc<dyn Notices>) {
+    pub(super) fn start(
+        &mut self,
+        shared: &Arc<Shared>,
+        quiesces: Option<&Arc<QuiesceWatch>>,
+        notices: Arc<dyn Notices>,
+    ) {
         let Some(events) = self.events.take() else { return };
         if let Some(quiesces) = quiesces {
             quiesces.start(Arc::clone(&notices));
@@ -40,7 +45,7 @@ impl WatchThread {
         let (shared, quiesces) = (Arc::clone(shared), quiesces.cloned());
         let body = move || run(&shared, quiesces.as_deref(), &*notices, &events);
         match thread::Builder::new().name("rbd-watch".into()).spawn(body) {
-            Ok(thread) => self.running = Some(Running { thread, updates }),
+            Ok(thread) => self.running = Some(RunningThread { thread, updates }),
             Err(error) => {
                 log_limited!(
                     IMAGE_LOG,
@@ -53,11 +58,11 @@ impl WatchThread {
     }
 
     /// Stops the thread: no notice follows, and every quiesce request has a reply.
-    pub(super) fn stop(&mut self, shared: &Shared, quiesces: Option<&Arc<Quiesces>>) {
+    pub(super) fn stop(&mut self, shared: &Shared, quiesces: Option<&Arc<QuiesceWatch>>) {
         if let Some(quiesces) = quiesces {
             quiesces.stop();
         }
-        let Some(Running { thread, updates }) = self.running.take() else { return };
+        let Some(RunningThread { thread, updates }) = self.running.take() else { return };
         if let Some(watch) = updates
             && let Err(errno) = watch.stop()
         {
@@ -100,10 +105,15 @@ fn watch_updates(shared: &Arc<Shared>) -> Option<Watch> {
 }
 
 /// The thread's main function.
-fn run(shared: &Arc<Shared>, quiesces: Option<&Quiesces>, notices: &dyn Notices, events: &mpsc::Receiver<WatchEvent>) {
+fn run(
+    shared: &Arc<Shared>,
+    quiesces: Option<&QuiesceWatch>,
+    notices: &dyn Notices,
+    events: &mpsc::Receiver<WatchEvent>,
+) {
     let mut check_lock: Option<Instant> = None;
     loop {
-        let next = [quiesces.and_then(Quiesces::expire), check_lock].into_iter().flatten().min();
+        let next = [quiesces.and_then(QuiesceWatch::expire), check_lock].into_iter().flatten().min();
         let received = match next {
             Some(deadline) => events.recv_timeout(deadline.saturating_duration_since(Instant::now())),
             None => events.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected),

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 /// How long the gate must be open until writes count as having flowed: by then the rings have taken what waited. A hold
 /// that begins earlier continues the wait of those before it.
-const FLOW_TIME: Duration = Duration::from_millis(100);
+const MIN_FLOW_TIME: Duration = Duration::from_millis(100);
 
 /// The time during which the gate was closed, or open too shortly to count.
 #[derive(Default)]
@@ -40,7 +40,7 @@ impl HeldTime {
 
     /// Since when writes have not flowed; `None`: they flow.
     fn since(&self, now: Instant) -> Option<Instant> {
-        let flowed = self.opened.is_some_and(|opened| now.saturating_duration_since(opened) >= FLOW_TIME);
+        let flowed = self.opened.is_some_and(|opened| now.saturating_duration_since(opened) >= MIN_FLOW_TIME);
         self.since.filter(|_| !flowed)
     }
 

@@ -33,7 +33,7 @@ const MAX_ENDED: usize = 64;
 
 /// Who sent a request, as far as the kernel and the client say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Who {
+pub struct ClientIdentity {
     /// The client's `who`.
     pub text: Option<String>,
     /// The process and its user when it connected; `None` for the image's store.
@@ -42,9 +42,9 @@ pub struct Who {
 
 /// A `quiesce` request.
 #[derive(Clone, Debug)]
-pub struct Ask {
+pub struct HoldRequest {
     /// The number of the request, which its answer repeats.
-    pub request: RequestId,
+    pub id: RequestId,
     /// The token of the hold that may be granted: unguessable, never used before.
     pub token: String,
     /// The connection that asks.
@@ -56,7 +56,7 @@ pub struct Ask {
     /// The hold outlives the connection.
     pub detached: bool,
     /// For status and events.
-    pub who: Who,
+    pub who: ClientIdentity,
 }
 
 /// Why a request was not granted.
@@ -84,7 +84,7 @@ pub enum Refusal {
 
 /// Why a hold ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
+pub enum EndReason {
     /// A client sent `resume` with its token, or for all holds.
     Resume,
     /// Its lease was not renewed in time.
@@ -97,7 +97,7 @@ pub enum Reason {
 
 /// What the caller must do, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Effect {
+pub enum HoldEffect {
     /// [`crate::disk::Disk::close_gate`].
     CloseGate(u64),
     /// [`crate::disk::Disk::open_gate`].
@@ -120,16 +120,16 @@ pub enum Effect {
         /// Which request.
         request: RequestId,
         /// Who sent it.
-        who: Who,
+        who: ClientIdentity,
         /// Why.
         why: Refusal,
     },
     /// Report that a hold has ended.
-    Left {
+    Ended {
         /// The hold that ended.
         hold: Hold,
         /// Why.
-        reason: Reason,
+        reason: EndReason,
         /// How long it lasted.
         held: Duration,
         /// The number of holders left.
@@ -147,15 +147,15 @@ pub struct Hold {
     /// The hold outlives that connection.
     pub detached: bool,
     /// Who asked.
-    pub who: Who,
+    pub who: ClientIdentity,
     /// When it was granted.
     pub since: Instant,
     /// When it ends unless it is renewed.
     pub until: Instant,
 }
 
-struct Waiting {
-    ask: Ask,
+struct WaitingRequest {
+    request: HoldRequest,
     deadline: Instant,
 }
 
@@ -173,10 +173,10 @@ enum Gate {
 pub struct Coordinator {
     gate: Gate,
     last_epoch: u64,
-    waiting: Vec<Waiting>,
+    waiting: Vec<WaitingRequest>,
     holds: Vec<Hold>,
-    ended: VecDeque<(String, Reason)>,
-    effects: VecDeque<Effect>,
+    ended: VecDeque<(String, EndReason)>,
+    effects: VecDeque<HoldEffect>,
     held: HeldTime,
 }
 
@@ -201,32 +201,32 @@ impl Coordinator {
     }
 
     /// Takes what the caller must do, oldest first, before its next call.
-    pub fn effects(&mut self) -> Vec<Effect> {
+    pub fn effects(&mut self) -> Vec<HoldEffect> {
         self.effects.drain(..).collect()
     }
 
-    /// Takes a `quiesce` request. It is answered by exactly one [`Effect::Granted`] or [`Effect::Refused`], unless its connection ends.
-    pub fn quiesce(&mut self, ask: Ask, now: Instant) {
+    /// Takes a `quiesce` request. It is answered by exactly one [`HoldEffect::Granted`] or [`HoldEffect::Refused`], unless its connection ends.
+    pub fn quiesce(&mut self, request: HoldRequest, now: Instant) {
         if self.waiting.len() + self.holds.len() >= MAX_HOLDERS {
-            self.refuse(ask, Refusal::TooMany);
+            self.refuse(request, Refusal::TooMany);
             return;
         }
         if self.held.is_spent(now) {
-            self.refuse(ask, Refusal::MaxHold);
+            self.refuse(request, Refusal::MaxHold);
             return;
         }
         match self.gate {
             Gate::Open => {
                 self.last_epoch += 1;
                 self.gate = Gate::Settling { epoch: self.last_epoch };
-                self.effects.push_back(Effect::CloseGate(self.last_epoch));
+                self.effects.push_back(HoldEffect::CloseGate(self.last_epoch));
                 self.held.close(now);
-                self.wait(ask, now);
+                self.wait(request, now);
             }
-            Gate::Settling { .. } => self.wait(ask, now),
+            Gate::Settling { .. } => self.wait(request, now),
             Gate::Quiet { epoch, rings } => {
                 let figures = HoldFigures { rings, ..HoldFigures::default() };
-                self.grant(vec![ask], epoch, figures, now);
+                self.grant(vec![request], epoch, figures, now);
             }
         }
     }
@@ -238,9 +238,9 @@ impl Coordinator {
         }
         match result {
             Ok(figures) => {
-                let asks = self.waiting.drain(..).map(|waiting| waiting.ask).collect();
+                let requests = self.waiting.drain(..).map(|waiting| waiting.request).collect();
                 self.gate = Gate::Quiet { epoch, rings: figures.rings };
-                self.grant(asks, epoch, figures, now);
+                self.grant(requests, epoch, figures, now);
             }
             Err(errno) => self.refuse_all(Refusal::SyncFailed(errno), now),
         }
@@ -259,10 +259,10 @@ impl Coordinator {
 
     /// Refuses all waiting requests. The gate opens first, because the guest waits; the replies can wait.
     fn refuse_all(&mut self, why: Refusal, now: Instant) {
-        let asks: Vec<Ask> = self.waiting.drain(..).map(|waiting| waiting.ask).collect();
+        let requests: Vec<HoldRequest> = self.waiting.drain(..).map(|waiting| waiting.request).collect();
         self.open_if_free(now);
-        for ask in asks {
-            self.refuse(ask, why);
+        for request in requests {
+            self.refuse(request, why);
         }
     }
 
@@ -274,62 +274,62 @@ impl Coordinator {
 
     /// The requester gave up: its request is refused if it still waits. If it is granted already nothing changes.
     pub fn cancel(&mut self, request: RequestId, now: Instant) {
-        let Some(at) = self.waiting.iter().position(|waiting| waiting.ask.request == request) else { return };
+        let Some(at) = self.waiting.iter().position(|waiting| waiting.request.id == request) else { return };
         let waiting = self.waiting.remove(at);
         self.open_if_free(now);
-        self.refuse(waiting.ask, Refusal::Cancelled);
+        self.refuse(waiting.request, Refusal::Cancelled);
     }
 
     /// Ends one hold and returns how many are left. `Err`: why the token's hold had ended, `None` if it never had one.
-    pub fn resume(&mut self, token: &str, now: Instant) -> Result<usize, Option<Reason>> {
+    pub fn resume(&mut self, token: &str, now: Instant) -> Result<usize, Option<EndReason>> {
         match self.holds.iter().position(|hold| hold.token == token) {
             Some(_) => {
-                self.end_holds(now, Reason::Resume, |hold| hold.token == token);
+                self.end_holds(now, EndReason::Resume, |hold| hold.token == token);
                 Ok(self.holds.len())
             }
-            None => Err(self.what_became_of(token)),
+            None => Err(self.end_reason(token)),
         }
     }
 
     /// Ends every hold and refuses every waiting request. Returns how many holds there were.
     pub fn resume_all(&mut self, now: Instant) -> usize {
         let count = self.holds.len();
-        self.end_all(now, Reason::Resume, Refusal::Cancelled);
+        self.end_all(now, EndReason::Resume, Refusal::Cancelled);
         count
     }
 
     /// Lets a hold last until `lease` from now, or the end of the bound on all holds. Returns how long that is. Errors as
     /// of [`Coordinator::resume`].
-    pub fn renew(&mut self, token: &str, lease: Duration, now: Instant) -> Result<Duration, Option<Reason>> {
+    pub fn renew(&mut self, token: &str, lease: Duration, now: Instant) -> Result<Duration, Option<EndReason>> {
         let until = self.bounded(now + lease, now);
         match self.holds.iter_mut().find(|hold| hold.token == token) {
             Some(hold) => {
                 hold.until = until;
                 Ok(until.saturating_duration_since(now))
             }
-            None => Err(self.what_became_of(token)),
+            None => Err(self.end_reason(token)),
         }
     }
 
     /// A connection ended: its requests are dropped, and its holds end unless they are detached.
     pub fn peer_gone(&mut self, peer: PeerId, now: Instant) {
-        self.waiting.retain(|waiting| waiting.ask.owner != peer);
-        self.end_holds(now, Reason::ConnectionClosed, |hold| hold.owner == peer && !hold.detached);
+        self.waiting.retain(|waiting| waiting.request.owner != peer);
+        self.end_holds(now, EndReason::ConnectionClosed, |hold| hold.owner == peer && !hold.detached);
     }
 
     /// The daemon ends: all holds end.
     pub fn shutdown(&mut self, now: Instant) {
-        self.end_all(now, Reason::Shutdown, Refusal::Shutdown);
+        self.end_all(now, EndReason::Shutdown, Refusal::Shutdown);
     }
 
     /// Ends the leases and timeouts that have run out. Called no later than [`Coordinator::next_deadline`].
     pub fn tick(&mut self, now: Instant) {
         let (late, rest) = self.waiting.drain(..).partition(|waiting| waiting.deadline <= now);
         self.waiting = rest;
-        let late: Vec<Waiting> = late;
-        self.end_holds(now, Reason::LeaseExpired, |hold| hold.until <= now);
+        let late: Vec<WaitingRequest> = late;
+        self.end_holds(now, EndReason::LeaseExpired, |hold| hold.until <= now);
         for waiting in late {
-            self.refuse(waiting.ask, Refusal::Timeout);
+            self.refuse(waiting.request, Refusal::Timeout);
         }
     }
 
@@ -377,41 +377,41 @@ impl Coordinator {
         self.held.end(now).map_or(until, |end| end.min(until))
     }
 
-    fn wait(&mut self, ask: Ask, now: Instant) {
-        let deadline = self.bounded(now + ask.timeout, now);
-        self.waiting.push(Waiting { ask, deadline });
+    fn wait(&mut self, request: HoldRequest, now: Instant) {
+        let deadline = self.bounded(now + request.timeout, now);
+        self.waiting.push(WaitingRequest { request, deadline });
     }
 
-    fn grant(&mut self, asks: Vec<Ask>, epoch: u64, figures: HoldFigures, now: Instant) {
-        let granted = asks.len();
-        let mut requests = Vec::with_capacity(granted);
-        for ask in asks {
-            let Ask { request, token, owner, lease, detached, who, timeout: _ } = ask;
-            requests.push(request);
+    fn grant(&mut self, requests: Vec<HoldRequest>, epoch: u64, figures: HoldFigures, now: Instant) {
+        let granted = requests.len();
+        let mut ids = Vec::with_capacity(granted);
+        for request in requests {
+            let HoldRequest { id, token, owner, lease, detached, who, timeout: _ } = request;
+            ids.push(id);
             let until = self.bounded(now + lease, now);
             self.holds.push(Hold { token, owner, detached, who, since: now, until });
         }
         let holders = self.holds.len();
-        for (request, hold) in requests.into_iter().zip(&self.holds[holders - granted..]) {
-            self.effects.push_back(Effect::Granted { request, hold: hold.clone(), epoch, figures, holders });
+        for (request, hold) in ids.into_iter().zip(&self.holds[holders - granted..]) {
+            self.effects.push_back(HoldEffect::Granted { request, hold: hold.clone(), epoch, figures, holders });
         }
     }
 
-    fn refuse(&mut self, ask: Ask, why: Refusal) {
-        self.effects.push_back(Effect::Refused { request: ask.request, who: ask.who, why });
+    fn refuse(&mut self, request: HoldRequest, why: Refusal) {
+        self.effects.push_back(HoldEffect::Refused { request: request.id, who: request.who, why });
     }
 
-    fn end_all(&mut self, now: Instant, reason: Reason, refusal: Refusal) {
-        let asks: Vec<Ask> = self.waiting.drain(..).map(|waiting| waiting.ask).collect();
+    fn end_all(&mut self, now: Instant, reason: EndReason, refusal: Refusal) {
+        let requests: Vec<HoldRequest> = self.waiting.drain(..).map(|waiting| waiting.request).collect();
         self.end_holds(now, reason, |_| true);
-        for ask in asks {
-            self.refuse(ask, refusal);
+        for request in requests {
+            self.refuse(request, refusal);
         }
     }
 
     /// Ends the holds for which `which` is true, and opens the gate if no hold and no request is left (also when only
     /// waiting requests ended).
-    fn end_holds(&mut self, now: Instant, reason: Reason, which: impl Fn(&Hold) -> bool) {
+    fn end_holds(&mut self, now: Instant, reason: EndReason, which: impl Fn(&Hold) -> bool) {
         let (ended, rest): (Vec<Hold>, Vec<Hold>) = self.holds.drain(..).partition(|hold| which(hold));
         self.holds = rest;
         self.open_if_free(now);
@@ -423,7 +423,7 @@ impl Coordinator {
             }
             self.ended.push_back((hold.token.clone(), reason));
             let held = now.saturating_duration_since(hold.since);
-            self.effects.push_back(Effect::Left { hold, reason, held, holders });
+            self.effects.push_back(HoldEffect::Ended { hold, reason, held, holders });
         }
     }
 
@@ -431,12 +431,12 @@ impl Coordinator {
         if self.holds.is_empty() && self.waiting.is_empty() && !matches!(self.gate, Gate::Open) {
             self.gate = Gate::Open;
             self.held.open(now);
-            self.effects.push_back(Effect::OpenGate);
+            self.effects.push_back(HoldEffect::OpenGate);
         }
     }
 
     /// Why a token's hold ended; `None`: it never had one, or still has it.
-    pub fn what_became_of(&self, token: &str) -> Option<Reason> {
+    pub fn end_reason(&self, token: &str) -> Option<EndReason> {
         self.ended.iter().rev().find(|(ended, _)| ended == token).map(|(_, reason)| *reason)
     }
 }

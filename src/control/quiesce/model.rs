@@ -27,7 +27,7 @@ impl World {
     fn apply(&mut self, coordinator: &mut Coordinator, now: Instant) {
         for effect in coordinator.effects() {
             match effect {
-                Effect::CloseGate(epoch) => {
+                HoldEffect::CloseGate(epoch) => {
                     assert!(self.closed.is_none(), "closed twice");
                     assert!(self.epochs.insert(epoch), "epoch {epoch} reused");
                     (self.closed, self.quiet) = (Some(epoch), false);
@@ -36,11 +36,11 @@ impl World {
                     }
                     self.opened = None;
                 }
-                Effect::OpenGate => {
+                HoldEffect::OpenGate => {
                     assert!(self.closed.take().is_some(), "opened twice");
                     self.opened = Some(now);
                 }
-                Effect::Granted { request, hold, epoch, holders, .. } => {
+                HoldEffect::Granted { request, hold, epoch, holders, .. } => {
                     assert!(self.quiet && self.closed == Some(epoch), "granted without the disk's answer");
                     assert!(self.answered.insert(request), "answered twice");
                     let (owner, _) = self.waiting.remove(&request).expect("an answer to nobody");
@@ -49,7 +49,7 @@ impl World {
                     self.holding.insert(hold.token, (owner, hold.detached, hold.until));
                     assert!(holders >= self.holding.len());
                 }
-                Effect::Refused { request, why, .. } => {
+                HoldEffect::Refused { request, why, .. } => {
                     assert!(self.answered.insert(request), "answered twice");
                     let (_, deadline) = self.waiting.remove(&request).expect("an answer to nobody");
                     let bound = coordinator.max_hold().zip(self.waited_since).map(|(max, since)| since + max);
@@ -57,10 +57,10 @@ impl World {
                     assert!(why != Refusal::Timeout || deadline <= now, "a timeout before its time");
                     assert!(why != Refusal::MaxHold || bound.is_some_and(|bound| bound <= now), "refused early");
                 }
-                Effect::Left { hold, reason, .. } => {
+                HoldEffect::Ended { hold, reason, .. } => {
                     let (_, detached, until) = self.holding.remove(&hold.token).expect("left twice or never held");
-                    assert!(reason != Reason::LeaseExpired || until <= now, "a lease that ended early");
-                    assert!(reason != Reason::ConnectionClosed || !detached);
+                    assert!(reason != EndReason::LeaseExpired || until <= now, "a lease that ended early");
+                    assert!(reason != EndReason::ConnectionClosed || !detached);
                 }
             }
         }
@@ -91,17 +91,17 @@ fn one_script(seed: u64, steps: u32) {
                 next_request += 1;
                 let second = Duration::from_secs(1);
                 let (timeout, lease) = (second * (1 + random.below(9) as u32), second * (1 + random.below(9) as u32));
-                let ask = Ask {
-                    request: next_request,
+                let request = HoldRequest {
+                    id: next_request,
                     token: format!("t{next_request}"),
                     owner: peer,
                     timeout,
                     lease,
                     detached: random.below(2) == 0,
-                    who: Who::default(),
+                    who: ClientIdentity::default(),
                 };
                 world.waiting.insert(next_request, (peer, now + timeout));
-                coordinator.quiesce(ask, now);
+                coordinator.quiesce(request, now);
             }
             // The disk answers: for the closing under way, or late, for one given up; well or badly.
             3..=5 => {

@@ -4,21 +4,21 @@ use super::*;
 
 const S: Duration = Duration::from_secs(1);
 
-fn ask(request: RequestId, owner: PeerId) -> Ask {
-    let token = format!("t{request}");
-    Ask { request, token, owner, timeout: 10 * S, lease: 30 * S, detached: false, who: Who::default() }
+fn ask(id: RequestId, owner: PeerId) -> HoldRequest {
+    let token = format!("t{id}");
+    HoldRequest { id, token, owner, timeout: 10 * S, lease: 30 * S, detached: false, who: ClientIdentity::default() }
 }
 
 /// The effects as short text.
 fn words(coordinator: &mut Coordinator) -> Vec<String> {
     let word = |effect| match effect {
-        Effect::CloseGate(epoch) => format!("close {epoch}"),
-        Effect::OpenGate => "open".into(),
-        Effect::Granted { request, figures, holders, epoch, hold } => {
+        HoldEffect::CloseGate(epoch) => format!("close {epoch}"),
+        HoldEffect::OpenGate => "open".into(),
+        HoldEffect::Granted { request, figures, holders, epoch, hold } => {
             format!("{} granted {request} epoch {epoch} drained {} of {holders}", hold.token, figures.drained)
         }
-        Effect::Refused { request, why, .. } => format!("refused {request} {why:?}"),
-        Effect::Left { hold, reason, holders, .. } => format!("{} left {reason:?} {holders}", hold.token),
+        HoldEffect::Refused { request, why, .. } => format!("refused {request} {why:?}"),
+        HoldEffect::Ended { hold, reason, holders, .. } => format!("{} left {reason:?} {holders}", hold.token),
     };
     coordinator.effects().into_iter().map(word).collect()
 }
@@ -46,7 +46,7 @@ fn the_last_holder_opens_the_gate() {
     assert_eq!(words(&mut c), ["t1 left Resume 1"]);
     assert_eq!(c.resume("t2", now), Ok(0));
     assert_eq!(words(&mut c), ["open", "t2 left Resume 0"]);
-    assert_eq!(c.resume("t2", now), Err(Some(Reason::Resume)));
+    assert_eq!(c.resume("t2", now), Err(Some(EndReason::Resume)));
     assert_eq!(c.resume("t9", now), Err(None));
     c.quiesce(ask(3, 1), now);
     assert_eq!(words(&mut c), ["close 2"]);
@@ -86,7 +86,7 @@ fn a_late_answer_of_the_disk_does_not_grant_the_next_epoch() {
 fn a_timeout_refuses_only_its_own_request() {
     let now = Instant::now();
     let mut c = Coordinator::default();
-    c.quiesce(Ask { timeout: S, ..ask(1, 1) }, now);
+    c.quiesce(HoldRequest { timeout: S, ..ask(1, 1) }, now);
     c.quiesce(ask(2, 2), now);
     assert_eq!(c.next_deadline(), Some(now + S));
     c.tick(now + S);
@@ -116,7 +116,7 @@ fn a_lease_ends_unless_it_is_renewed() {
     assert_eq!(words(&mut c), [""; 0]);
     c.tick(now + 59 * S);
     assert_eq!(words(&mut c), ["open", "t1 left LeaseExpired 0"]);
-    assert_eq!(c.renew("t1", S, now + 60 * S), Err(Some(Reason::LeaseExpired)));
+    assert_eq!(c.renew("t1", S, now + 60 * S), Err(Some(EndReason::LeaseExpired)));
     assert_eq!(c.next_deadline(), None);
 }
 
@@ -124,7 +124,7 @@ fn a_lease_ends_unless_it_is_renewed() {
 fn a_lease_counts_from_the_grant() {
     let now = Instant::now();
     let mut c = Coordinator::default();
-    c.quiesce(Ask { lease: S, ..ask(1, 1) }, now);
+    c.quiesce(HoldRequest { lease: S, ..ask(1, 1) }, now);
     c.settled(1, figures(), now + 9 * S);
     assert_eq!(c.next_deadline(), Some(now + 10 * S));
 }
@@ -133,7 +133,7 @@ fn a_lease_counts_from_the_grant() {
 fn holds_end_with_their_connection_unless_detached() {
     let now = Instant::now();
     let mut c = held(now);
-    c.quiesce(Ask { detached: true, ..ask(2, 1) }, now);
+    c.quiesce(HoldRequest { detached: true, ..ask(2, 1) }, now);
     c.quiesce(ask(3, 3), now);
     c.effects();
     c.peer_gone(1, now);
@@ -147,7 +147,7 @@ fn holds_end_with_their_connection_unless_detached() {
 fn waiting_requests_end_with_their_connection_even_if_detached() {
     let now = Instant::now();
     let mut c = Coordinator::default();
-    c.quiesce(Ask { detached: true, ..ask(1, 1) }, now);
+    c.quiesce(HoldRequest { detached: true, ..ask(1, 1) }, now);
     c.peer_gone(1, now);
     assert_eq!(words(&mut c), ["close 1", "open"], "nobody would ever learn the token");
 }
@@ -220,7 +220,7 @@ fn a_stopped_disk_refuses_waiting_requests_and_keeps_holds() {
 fn all_holds_together_end_at_the_bound() {
     let now = Instant::now();
     let mut c = Coordinator::new(Some(10 * S));
-    c.quiesce(Ask { lease: 8 * S, ..ask(1, 1) }, now);
+    c.quiesce(HoldRequest { lease: 8 * S, ..ask(1, 1) }, now);
     c.settled(1, figures(), now);
     assert_eq!(c.holds()[0].until, now + 8 * S, "the lease fits");
     // A second holder just before the first one's end: what is left is his.

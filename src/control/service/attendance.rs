@@ -11,7 +11,7 @@ use super::replies;
 use crate::base::rate_limit::{COMMAND_LOG, log_limited};
 use crate::control::protocol::Error;
 use crate::control::protocol::return_types::AttendantStatus;
-use crate::control::quiesce::{PeerId, Who};
+use crate::control::quiesce::{ClientIdentity, PeerId};
 
 /// A `PREPARE` that is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +35,7 @@ pub(in crate::control) enum Consent {
 
 /// How a `PREPARE` ended.
 #[derive(Debug, PartialEq, Eq)]
-pub(in crate::control) struct Outcome {
+pub(in crate::control) struct PrepareOutcome {
     /// The level that the guest was brought to (`None`: the attendant named none), or what went wrong.
     pub(in crate::control) result: Result<Option<String>, String>,
     /// Whether a failure ends the snapshot.
@@ -44,12 +44,12 @@ pub(in crate::control) struct Outcome {
 
 struct Attendant {
     peer: PeerId,
-    who: Who,
+    who: ClientIdentity,
     required: bool,
     timeout: Duration,
 }
 
-struct Asking {
+struct PendingPrepare {
     prepare: Prepare,
     until: Instant,
     required: bool,
@@ -62,8 +62,8 @@ pub(in crate::control) struct Attendance {
     needed: bool,
     attendant: Option<Attendant>,
     /// The last required attendant, if its connection was lost: operators who rely on it must not be deceived.
-    lost: Option<Who>,
-    asking: Option<Asking>,
+    lost: Option<ClientIdentity>,
+    pending: Option<PendingPrepare>,
     last_id: u64,
     /// Connections that must be sent `RELEASED` with this id once the gate is open.
     awaiting_release: Vec<(PeerId, u64)>,
@@ -79,7 +79,7 @@ impl Attendance {
     pub(in crate::control) fn attend(
         &mut self,
         peer: PeerId,
-        who: Who,
+        who: ClientIdentity,
         required: bool,
         timeout: Duration,
     ) -> Result<(), Error> {
@@ -93,15 +93,15 @@ impl Attendance {
     }
 
     /// Ends the registration of a connection. A `PREPARE` that it has not answered fails.
-    pub(in crate::control) fn unattend(&mut self, peer: PeerId) -> Result<Option<Outcome>, Error> {
+    pub(in crate::control) fn unattend(&mut self, peer: PeerId) -> Result<Option<PrepareOutcome>, Error> {
         match self.attendant.take_if(|attendant| attendant.peer == peer) {
-            Some(_) => Ok(self.end_asking(peer, "the attendant ended before it had answered")),
+            Some(_) => Ok(self.end_prepare(peer, "the attendant ended before it had answered")),
             None => Err(not_attending()),
         }
     }
 
     /// A connection ended.
-    pub(in crate::control) fn gone(&mut self, peer: PeerId) -> Option<Outcome> {
+    pub(in crate::control) fn peer_gone(&mut self, peer: PeerId) -> Option<PrepareOutcome> {
         self.awaiting_release.retain(|(waiting, _)| *waiting != peer);
         let attendant = self.attendant.take_if(|attendant| attendant.peer == peer)?;
         if attendant.required {
@@ -114,7 +114,7 @@ impl Attendance {
             );
             self.lost = Some(attendant.who);
         }
-        self.end_asking(peer, "the attendant's connection ended")
+        self.end_prepare(peer, "the attendant's connection ended")
     }
 
     /// Whether snapshots are refused without the attendant that is connected, or was.
@@ -125,7 +125,7 @@ impl Attendance {
     /// The process before us required an attendant, which must connect to us first.
     pub(in crate::control) fn attendant_missing(&mut self) {
         if self.attendant.is_none() {
-            self.lost = Some(Who::default());
+            self.lost = Some(ClientIdentity::default());
         }
     }
 
@@ -142,7 +142,7 @@ impl Attendance {
         };
         self.last_id += 1;
         let prepare = Prepare { peer: *peer, id: self.last_id, timeout: (*timeout).min(limit) };
-        self.asking = Some(Asking { prepare, until: now + prepare.timeout, required: *required });
+        self.pending = Some(PendingPrepare { prepare, until: now + prepare.timeout, required: *required });
         Consent::Pending(prepare)
     }
 
@@ -152,10 +152,10 @@ impl Attendance {
         peer: PeerId,
         id: u64,
         result: Result<Option<String>, String>,
-    ) -> Result<Outcome, Error> {
-        let is_it = |asking: &mut Asking| (asking.prepare.peer, asking.prepare.id) == (peer, id);
-        match self.asking.take_if(is_it) {
-            Some(Asking { required, .. }) => Ok(Outcome { result, required }),
+    ) -> Result<PrepareOutcome, Error> {
+        let is_it = |pending: &mut PendingPrepare| (pending.prepare.peer, pending.prepare.id) == (peer, id);
+        match self.pending.take_if(is_it) {
+            Some(PendingPrepare { required, .. }) => Ok(PrepareOutcome { result, required }),
             None => {
                 Err(Error::new("not-asked", "no PREPARE of this id waits for an answer: it is over, or came too late"))
             }
@@ -163,25 +163,25 @@ impl Attendance {
     }
 
     /// Ends the time for an answer if it has run out.
-    pub(in crate::control) fn tick(&mut self, now: Instant) -> Option<Outcome> {
-        let Asking { prepare, required, .. } = self.asking.take_if(|asking| asking.until <= now)?;
+    pub(in crate::control) fn tick(&mut self, now: Instant) -> Option<PrepareOutcome> {
+        let PendingPrepare { prepare, required, .. } = self.pending.take_if(|pending| pending.until <= now)?;
         let text = format!("the attendant did not answer within {} ms", prepare.timeout.as_millis());
-        Some(Outcome { result: Err(text), required })
+        Some(PrepareOutcome { result: Err(text), required })
     }
 
     /// When [`Attendance::tick`] is due.
     pub(in crate::control) fn next_deadline(&self) -> Option<Instant> {
-        self.asking.as_ref().map(|asking| asking.until)
+        self.pending.as_ref().map(|pending| pending.until)
     }
 
     /// The snapshot that `prepare` was sent for is over, with whatever result.
     pub(in crate::control) fn end_snapshot(&mut self, prepare: Prepare) {
-        self.asking.take_if(|asking| asking.prepare == prepare);
+        self.pending.take_if(|pending| pending.prepare == prepare);
         self.awaiting_release.push((prepare.peer, prepare.id));
     }
 
     /// The connections that must be sent `RELEASED`, with its id. For when the gate is open.
-    pub(in crate::control) fn released(&mut self) -> Vec<(PeerId, u64)> {
+    pub(in crate::control) fn take_releases(&mut self) -> Vec<(PeerId, u64)> {
         std::mem::take(&mut self.awaiting_release)
     }
 
@@ -198,20 +198,20 @@ impl Attendance {
         let (who, present, required) = match (&self.attendant, &self.lost) {
             (Some(attendant), _) => (&attendant.who, true, attendant.required),
             (None, Some(who)) => (who, false, true),
-            (None, None) if self.needed => (&Who::default(), false, true),
+            (None, None) if self.needed => (&ClientIdentity::default(), false, true),
             (None, None) => return None,
         };
         Some(AttendantStatus {
             requester: replies::requester(who),
             present,
             required,
-            preparing: self.asking.is_some(),
+            preparing: self.pending.is_some(),
         })
     }
 
-    fn end_asking(&mut self, peer: PeerId, why: &str) -> Option<Outcome> {
-        let asking = self.asking.take_if(|asking| asking.prepare.peer == peer)?;
-        Some(Outcome { result: Err(why.to_owned()), required: asking.required })
+    fn end_prepare(&mut self, peer: PeerId, why: &str) -> Option<PrepareOutcome> {
+        let pending = self.pending.take_if(|pending| pending.prepare.peer == peer)?;
+        Some(PrepareOutcome { result: Err(why.to_owned()), required: pending.required })
     }
 }
 
@@ -230,8 +230,8 @@ mod tests {
 
     const S: Duration = Duration::from_secs(1);
 
-    fn who() -> Who {
-        Who { text: Some("attend".into()), client: None }
+    fn who() -> ClientIdentity {
+        ClientIdentity { text: Some("attend".into()), client: None }
     }
 
     fn attended(required: bool) -> Attendance {
@@ -257,11 +257,11 @@ mod tests {
         assert_eq!(a.prepared(2, 1, Ok(None)).unwrap_err().code, "not-asked");
         assert_eq!(a.prepared(1, 2, Ok(None)).unwrap_err().code, "not-asked");
         assert_eq!(a.tick(now + 4 * S), None);
-        let outcome = Outcome { result: Ok(Some("filesystem".into())), required: true };
+        let outcome = PrepareOutcome { result: Ok(Some("filesystem".into())), required: true };
         assert_eq!(a.prepared(1, 1, Ok(Some("filesystem".into()))), Ok(outcome));
         assert_eq!(a.prepared(1, 1, Ok(None)).unwrap_err().code, "not-asked");
         a.end_snapshot(asked);
-        assert_eq!((a.released(), a.released()), (vec![(1, 1)], vec![]));
+        assert_eq!((a.take_releases(), a.take_releases()), (vec![(1, 1)], vec![]));
     }
 
     #[test]
@@ -275,9 +275,9 @@ mod tests {
             a.end_snapshot(asked);
             assert_eq!(a.next_deadline(), None);
             prepare(&mut a, now);
-            let dead = a.gone(1).unwrap();
+            let dead = a.peer_gone(1).unwrap();
             assert!(dead.required == required && dead.result.is_err());
-            assert_eq!(a.released(), [], "the connection has ended");
+            assert_eq!(a.take_releases(), [], "the connection has ended");
             assert_eq!(matches!(a.begin(S, now), Consent::Denied(_)), required);
             assert_eq!(a.status().map(|status| status.present), required.then_some(false));
         }
@@ -289,7 +289,7 @@ mod tests {
         let mut a = attended(true);
         assert_eq!(a.attend(2, who(), false, S).unwrap_err().code, "attended");
         assert_eq!(a.unattend(2).unwrap_err().code, "not-attending");
-        assert_eq!((a.gone(2), a.gone(1)), (None, None));
+        assert_eq!((a.peer_gone(2), a.peer_gone(1)), (None, None));
         assert!(matches!(a.begin(S, now), Consent::Denied(why) if why.contains("lost")));
         a.attend(2, who(), true, S).unwrap();
         prepare(&mut a, now);
@@ -310,7 +310,7 @@ mod tests {
         a.unattend(1).unwrap();
         assert!(is_missed(&mut a));
         a.attend(2, who(), false, S).unwrap();
-        a.gone(2);
+        a.peer_gone(2);
         assert!(is_missed(&mut a));
     }
 

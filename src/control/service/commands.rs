@@ -4,18 +4,19 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
+use super::pending_replies::NewHold;
 use super::replies;
-use super::{Client, Service, to_json};
+use super::{ClientInfo, Service, to_json};
 use crate::base::rate_limit::{COMMAND_LOG, log_limited};
 use crate::control::protocol::return_types::{
     Continued, DaemonStatus, HolderStatus, QuiesceStatus, Resized, Resumed, Stats, Status,
 };
 use crate::control::protocol::{self, Command, Error, QuiesceArgs};
-use crate::control::quiesce::{Ask, Hold, Reason, Who};
+use crate::control::quiesce::{ClientIdentity, EndReason, Hold, HoldRequest};
 use crate::disk::DiskStatus;
 
 /// When a command is answered.
-pub(super) enum Answer {
+pub(super) enum CommandReply {
     /// With this, at once.
     Now(Result<Value, Error>),
     /// By [`Service::reply_later`].
@@ -26,13 +27,13 @@ impl Service {
     /// Carries a command out. `id`: of its request.
     pub(super) fn execute(
         &mut self,
-        client: Client,
+        client: ClientInfo,
         negotiated: &mut bool,
         id: Option<&Value>,
         command: Command,
         now: Instant,
-    ) -> Answer {
-        Answer::Now(match command {
+    ) -> CommandReply {
+        CommandReply::Now(match command {
             Command::QmpCapabilities => {
                 *negotiated = true;
                 Ok(json!({}))
@@ -45,7 +46,7 @@ impl Service {
             Command::QueryCommandLine => self.command_line(),
             Command::Quiesce(args) => {
                 self.quiesce(client, id, args, now);
-                return Answer::Later;
+                return CommandReply::Later;
             }
             Command::RenewLease { token, lease } => match self.coordinator.renew(&token, lease, now) {
                 Ok(left) => Ok(json!({"lease-ms": left.as_millis() as u64})),
@@ -59,7 +60,7 @@ impl Service {
             Command::Copy(command) => {
                 let holds = self.coordinator.holds();
                 let is_held = |token: &str| holds.iter().any(|hold| hold.token == token);
-                self.copies.answer(&*self.disk, client.peer, command, is_held)
+                self.copies.execute(&*self.disk, client.peer, command, is_held)
             }
             Command::ImageSnapshot(command) => return self.image_snapshot(client.peer, id, command),
             Command::Continue => {
@@ -80,18 +81,19 @@ impl Service {
         })
     }
 
-    fn quiesce(&mut self, client: Client, id: Option<&Value>, args: QuiesceArgs, now: Instant) {
-        let (request, token) = self.pending.next_hold();
+    fn quiesce(&mut self, client: ClientInfo, id: Option<&Value>, args: QuiesceArgs, now: Instant) {
+        let NewHold { request, token } = self.pending.next_hold();
         self.pending.add(request, client.peer, id.cloned());
         let QuiesceArgs { timeout, lease, detached, who } = args;
-        let who = Who { text: who, client: Some(client.credentials) };
-        self.coordinator.quiesce(Ask { request, token, owner: client.peer, timeout, lease, detached, who }, now);
+        let who = ClientIdentity { text: who, client: Some(client.credentials) };
+        self.coordinator
+            .quiesce(HoldRequest { id: request, token, owner: client.peer, timeout, lease, detached, who }, now);
         self.carry_out(now);
         self.refuse_if_stopped(now);
     }
 
     /// The error for a token that names no hold. `ended`: why its hold ended, if it had one.
-    pub(super) fn no_such_hold(&self, ended: Option<Reason>) -> Error {
+    pub(super) fn no_such_hold(&self, ended: Option<EndReason>) -> Error {
         replies::no_such_hold(ended, !self.coordinator.holds().is_empty())
     }
 

@@ -20,7 +20,7 @@ pub(in crate::control) struct CopyOwners {
 
 impl CopyOwners {
     /// Carries a command out. `is_held`: whether the hold of a token is granted now.
-    pub(in crate::control) fn answer(
+    pub(in crate::control) fn execute(
         &mut self,
         disk: &dyn Disk,
         peer: PeerId,

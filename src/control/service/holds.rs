@@ -8,7 +8,7 @@ use super::Service;
 use super::replies;
 use crate::base::rate_limit::{COMMAND_LOG, log_limited};
 use crate::control::protocol::return_types::{HoldEnded, QuiesceFigures, Quiesced};
-use crate::control::quiesce::{Effect, Hold, Reason, Refusal, RequestId, Who};
+use crate::control::quiesce::{ClientIdentity, EndReason, Hold, HoldEffect, Refusal, RequestId};
 use crate::disk::HoldFigures;
 
 impl Service {
@@ -25,22 +25,22 @@ impl Service {
     pub(super) fn carry_out(&mut self, now: Instant) {
         for effect in self.coordinator.effects() {
             match effect {
-                Effect::CloseGate(epoch) => {
+                HoldEffect::CloseGate(epoch) => {
                     self.closed_at = Some(now);
                     self.disk.close_gate(epoch);
                 }
-                Effect::OpenGate => {
+                HoldEffect::OpenGate => {
                     self.closed_at = None;
                     self.disk.open_gate();
                 }
-                Effect::Granted { request, hold, epoch, figures, holders } => {
+                HoldEffect::Granted { request, hold, epoch, figures, holders } => {
                     self.granted(request, &hold, epoch, figures, holders);
                 }
-                Effect::Refused { request, who, why } => self.refused(request, &who, why),
-                Effect::Left { hold, reason, held, holders } => self.left(&hold, reason, held, holders),
+                HoldEffect::Refused { request, who, why } => self.refused(request, &who, why),
+                HoldEffect::Ended { hold, reason, held, holders } => self.left(&hold, reason, held, holders),
             }
         }
-        self.send_released();
+        self.send_releases();
     }
 
     fn granted(&mut self, request: RequestId, hold: &Hold, epoch: u64, figures: HoldFigures, holders: usize) {
@@ -80,7 +80,7 @@ impl Service {
         }
     }
 
-    pub(super) fn refused(&mut self, request: RequestId, who: &Who, why: Refusal) {
+    pub(super) fn refused(&mut self, request: RequestId, who: &ClientIdentity, why: Refusal) {
         let error = replies::refused(why);
         log_limited!(COMMAND_LOG, Warn, "quiesce for {} failed: {}", replies::describe_holder(who), error.desc);
         let mut event = replies::who_json(who);
@@ -91,10 +91,10 @@ impl Service {
         }
     }
 
-    fn left(&mut self, hold: &Hold, reason: Reason, held: Duration, holders: usize) {
+    fn left(&mut self, hold: &Hold, reason: EndReason, held: Duration, holders: usize) {
         let word = replies::reason(reason);
         let (holder, held) = (replies::describe_holder(&hold.who), held.as_millis());
-        if reason == Reason::LeaseExpired {
+        if reason == EndReason::LeaseExpired {
             let line = format_args!("the lease of {holder} ran out after {held} ms, {holders} holder(s) left");
             COMMAND_LOG.log(log::Level::Warn, line);
             self.event("LEASE_EXPIRED", replies::holder_json(hold));

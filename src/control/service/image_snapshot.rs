@@ -3,10 +3,10 @@
 use serde_json::{Value, json};
 
 use super::Service;
-use super::commands::Answer;
-use super::snapshot_jobs::Job;
+use super::commands::CommandReply;
+use super::snapshot_jobs::SnapshotJob;
 use crate::base::rate_limit::{COMMAND_LOG, log_limited};
-use crate::control::image_notices::Note;
+use crate::control::image_notices::ImageNotice;
 use crate::control::protocol::Error;
 use crate::control::protocol::ImageSnapshotCommand;
 use crate::control::quiesce::{PeerId, RequestId};
@@ -14,30 +14,35 @@ use crate::disk::CopyError;
 
 impl Service {
     /// Carries a command out. `id`: of its request.
-    pub(super) fn image_snapshot(&mut self, peer: PeerId, id: Option<&Value>, command: ImageSnapshotCommand) -> Answer {
+    pub(super) fn image_snapshot(
+        &mut self,
+        peer: PeerId,
+        id: Option<&Value>,
+        command: ImageSnapshotCommand,
+    ) -> CommandReply {
         if self.disk.snapshots().is_none() {
             let desc = "the store of this disk's image makes no snapshots: take the snapshot another way";
-            return Answer::Now(Err(Error::new("no-image-snapshots", desc)));
+            return CommandReply::Now(Err(Error::new("no-image-snapshots", desc)));
         }
         let request = self.pending.next_id();
         let taken = match command {
             ImageSnapshotCommand::Create { name, token } => {
                 if !self.is_held(&token) {
-                    return Answer::Now(Err(self.not_held(&token)));
+                    return CommandReply::Now(Err(self.not_held(&token)));
                 }
                 self.jobs.create(name, token, peer, request)
             }
             ImageSnapshotCommand::Remove { name } => self.jobs.remove(name, peer, request),
             ImageSnapshotCommand::Keep { name } => {
-                return Answer::Now(self.jobs.keep(&name, peer).map(|()| json!({})));
+                return CommandReply::Now(self.jobs.keep(&name, peer).map(|()| json!({})));
             }
         };
         if let Err(error) = taken {
-            return Answer::Now(Err(error));
+            return CommandReply::Now(Err(error));
         }
         self.pending.add(request, peer, id.cloned());
         self.next_job();
-        Answer::Later
+        CommandReply::Later
     }
 
     /// Starts a thread for the next job, if none is running.
@@ -46,10 +51,10 @@ impl Service {
             let (Some(snapshots), inbox) = (self.disk.snapshots(), self.inbox.clone()) else { return };
             let work = move || {
                 let result = match &job {
-                    Job::Create { name, .. } => snapshots.create(name).map(|()| snapshots.full_name(name)),
-                    Job::Remove { name, .. } => snapshots.remove(name).map(|()| snapshots.full_name(name)),
+                    SnapshotJob::Create { name, .. } => snapshots.create(name).map(|()| snapshots.full_name(name)),
+                    SnapshotJob::Remove { name, .. } => snapshots.remove(name).map(|()| snapshots.full_name(name)),
                 };
-                inbox.put(Note::JobDone(result));
+                inbox.put(ImageNotice::SnapshotDone(result));
             };
             match std::thread::Builder::new().name("image-snapshot".into()).spawn(work) {
                 Ok(_) => return,
@@ -70,8 +75,10 @@ impl Service {
     fn job_is_done(&mut self, result: Result<String, CopyError>) {
         let result = result.map_err(|error| Error::new(error.code, error.message));
         match self.jobs.done() {
-            Some(Job::Create { name, token, peer, request }) => self.created(name, &token, peer, request, result),
-            Some(Job::Remove { name, request }) => {
+            Some(SnapshotJob::Create { name, token, peer, request }) => {
+                self.created(name, &token, peer, request, result)
+            }
+            Some(SnapshotJob::Remove { name, request }) => {
                 match &result {
                     Ok(full) => {
                         log_limited!(COMMAND_LOG, Info, "the snapshot {full} is removed: it was not wanted after all")
@@ -125,6 +132,6 @@ impl Service {
     }
 
     fn not_held(&self, token: &str) -> Error {
-        self.no_such_hold(self.coordinator.what_became_of(token))
+        self.no_such_hold(self.coordinator.end_reason(token))
     }
 }

@@ -7,12 +7,12 @@ pub(super) mod copies;
 mod disk_events;
 mod holds;
 mod image_snapshot;
+mod notice_handler;
 mod pending_replies;
 #[cfg(test)]
 mod recorded;
 pub(super) mod replies;
 pub(super) mod snapshot_jobs;
-mod store_notes;
 mod store_quiesce;
 mod upgrade;
 
@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 
 use super::access::Access;
 use super::creds::Credentials;
-use super::image_notices::Inbox;
+use super::image_notices::NoticeInbox;
 use super::protocol;
 use super::protocol::Error;
 use super::protocol::json_stream::MalformedInput;
@@ -32,7 +32,7 @@ use super::protocol::return_types::CommandLine;
 use super::quiesce::{Coordinator, PeerId};
 use copies::CopyOwners;
 use pending_replies::PendingReplies;
-use snapshot_jobs::Jobs;
+use snapshot_jobs::SnapshotJobs;
 use store_quiesce::StoreQuiesce;
 pub use upgrade::Upgrade;
 use upgrade::UpgradeState;
@@ -42,7 +42,7 @@ use crate::disk::{Disk, ImageStatus};
 
 /// What `query-status` says of the daemon itself.
 #[derive(Clone, Debug, Default)]
-pub struct Info {
+pub struct DaemonInfo {
     /// Where the front-end connects, for people: a path, or `fd N`.
     pub vhost_socket: String,
     /// How the daemon was started, for the process that starts the next one; `None`: it is not reported.
@@ -53,27 +53,29 @@ pub struct Info {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Recipient {
     /// The reply that this connection waits for.
-    Reply(PeerId),
+    Requester(PeerId),
     /// An event that concerns this connection alone.
-    Only(PeerId),
+    One(PeerId),
     /// An event: every connection that has negotiated.
-    Everyone,
+    All,
 }
 
-/// A connection, as its requests are judged.
+/// The client of a connection: who it is, and which commands it may use.
 #[derive(Clone, Copy)]
-pub(super) struct Client {
+pub(super) struct ClientInfo {
+    /// The connection.
     pub(super) peer: PeerId,
+    /// The client's process and user when it connected.
     pub(super) credentials: Credentials,
-    /// The commands that it may use.
+    /// The commands that the client may use.
     pub(super) access: Access,
 }
 
 /// What a [`Service`] is made from. The fields are those of [`super::Setup`].
 pub(super) struct ServiceSetup {
     pub(super) disk: Arc<dyn Disk>,
-    pub(super) info: Info,
-    pub(super) inbox: Arc<Inbox>,
+    pub(super) info: DaemonInfo,
+    pub(super) inbox: Arc<NoticeInbox>,
     pub(super) store_timeout: Duration,
     pub(super) attended: bool,
     pub(super) max_hold: Option<Duration>,
@@ -84,16 +86,16 @@ pub(super) struct ServiceSetup {
 /// The disk, its holders, and the lines that wait to be sent.
 pub(super) struct Service {
     disk: Arc<dyn Disk>,
-    info: Info,
+    info: DaemonInfo,
     started: Instant,
     coordinator: Coordinator,
     /// When the gate closed; `None` while it is open.
     closed_at: Option<Instant>,
     copies: CopyOwners,
     /// Snapshots of the image that clients asked for.
-    jobs: Jobs,
+    jobs: SnapshotJobs,
     /// Where the threads of `jobs` report.
-    inbox: Arc<Inbox>,
+    inbox: Arc<NoticeInbox>,
     /// Snapshots of the image that others take through its store.
     store: StoreQuiesce,
     /// [`super::Setup::resized`].
@@ -121,7 +123,7 @@ impl Service {
             coordinator: Coordinator::new(max_hold),
             closed_at: None,
             copies: CopyOwners::default(),
-            jobs: Jobs::default(),
+            jobs: SnapshotJobs::default(),
             inbox,
             store: StoreQuiesce::new(store_timeout, attended),
             resized,
@@ -183,7 +185,7 @@ impl Service {
     /// Takes one request of a client. [`Service::outgoing`] returns its reply exactly once, now or later.
     pub(super) fn request(
         &mut self,
-        client: Client,
+        client: ClientInfo,
         negotiated: &mut bool,
         found: Result<Value, MalformedInput>,
         now: Instant,
@@ -198,24 +200,24 @@ impl Service {
         let command = request.command.and_then(|command| self.refuse_while_upgrading(&command).map(|()| command));
         let answer = match command {
             Ok(command) => self.execute(client, negotiated, request.id.as_ref(), command, now),
-            Err(error) => commands::Answer::Now(Err(error)),
+            Err(error) => commands::CommandReply::Now(Err(error)),
         };
         // The guest goes on before any client is told; and as in QEMU the events of a command come before its reply.
         self.carry_out(now);
-        if let commands::Answer::Now(result) = answer {
-            self.outgoing.push((Recipient::Reply(client.peer), protocol::reply(request.id.as_ref(), result)));
+        if let commands::CommandReply::Now(result) = answer {
+            self.outgoing.push((Recipient::Requester(client.peer), protocol::reply(request.id.as_ref(), result)));
         }
     }
 
-    /// Sends the reply to a request that was answered with [`commands::Answer::Later`].
+    /// Sends the reply to a request that was answered with [`commands::CommandReply::Later`].
     fn reply_later(&mut self, request: super::quiesce::RequestId, result: Result<Value, Error>) {
         // `None`: the connection ended meanwhile.
         let Some((peer, id)) = self.pending.take(request) else { return };
-        self.outgoing.push((Recipient::Reply(peer), protocol::reply(id.as_ref(), result)));
+        self.outgoing.push((Recipient::Requester(peer), protocol::reply(id.as_ref(), result)));
     }
 
     fn event(&mut self, name: &str, data: Value) {
-        self.send(Recipient::Everyone, name, data);
+        self.send(Recipient::All, name, data);
     }
 
     fn send(&mut self, to: Recipient, name: &str, data: Value) {

@@ -7,6 +7,14 @@ use serde_json::Value;
 
 use crate::control::quiesce::{PeerId, RequestId};
 
+/// A request for a hold that is not made yet.
+pub(super) struct NewHold {
+    /// The number of the request.
+    pub(super) request: RequestId,
+    /// The token of the hold, if it is granted.
+    pub(super) token: String,
+}
+
 /// The requests that wait for their reply, and the numbers and tokens given to requests.
 #[derive(Default)]
 pub(super) struct PendingReplies {
@@ -25,12 +33,12 @@ impl PendingReplies {
 
     /// A number for a request, and the token of the hold that it may get. Tokens are keyed with the system's randomness,
     /// so that a script that runs too late cannot name another client's hold.
-    pub(super) fn next_hold(&mut self) -> (RequestId, String) {
+    pub(super) fn next_hold(&mut self) -> NewHold {
         let request = self.next_id();
-        (request, format!("{:016x}", self.tokens.hash_one(request)))
+        NewHold { request, token: format!("{:016x}", self.tokens.hash_one(request)) }
     }
 
-    /// Notes who waits for the reply. `id`: of the request.
+    /// Records that a connection waits for the reply. `id`: the `id` that its request has.
     pub(super) fn add(&mut self, request: RequestId, peer: PeerId, id: Option<Value>) {
         self.waiting.insert(request, (peer, id));
     }

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{Client, CommandLine, Info, Service, ServiceSetup};
-use crate::backend::QuiesceAsk;
+use super::{ClientInfo, CommandLine, DaemonInfo, Recipient, Service, ServiceSetup};
+use crate::backend::QuiesceRequest;
 use crate::control::access::Access;
 use crate::control::creds::Credentials;
-use crate::control::image_notices::{ImageNotices, Note, Notes};
+use crate::control::image_notices::{ImageNotice, ImageNotices, PendingNotices};
 use crate::control::protocol::return_types::TookOver;
 use crate::disk::{
     ChangedWrite, Copies, CopyError, CopyOptions, CopyStatus, Disk, DiskStatus, Event, FailedRequest, HoldFigures,
@@ -180,7 +180,7 @@ fn events() -> Vec<Event> {
 
 /// Drives one service through a hold of a client and a snapshot of the store, and returns its lines.
 fn conversation() -> Vec<String> {
-    let info = Info {
+    let info = DaemonInfo {
         vhost_socket: "/run/vda.sock".into(),
         command_line: Some(CommandLine {
             program: "/usr/bin/virtioblkd".into(),
@@ -206,7 +206,7 @@ fn conversation() -> Vec<String> {
     let mut negotiated = true;
     let mut token = String::new();
     let at = |milliseconds| start + Duration::from_millis(milliseconds);
-    let client = Client { peer: 1, credentials: Credentials { pid: 41, uid: 42 }, access: Access::All };
+    let client = ClientInfo { peer: 1, credentials: Credentials { pid: 41, uid: 42 }, access: Access::All };
     let mut ask = |service: &mut Service, command: &str, arguments: Value, now: Instant| {
         let request = json!({"execute": command, "arguments": arguments, "id": command});
         service.request(client, &mut negotiated, Ok(request), now);
@@ -226,7 +226,13 @@ fn conversation() -> Vec<String> {
                 text = text.replace(token.as_str(), "TOKEN");
             }
             let (pid, version) = (format!("\"pid\":{}", std::process::id()), env!("CARGO_PKG_VERSION"));
-            lines.push(format!("{to:?} {}", text.replace(&pid, "\"pid\":PID").replace(version, "VERSION")));
+            // The recorded words stay, whatever the code calls its recipients.
+            let to = match to {
+                Recipient::Requester(peer) => format!("Reply({peer})"),
+                Recipient::One(peer) => format!("Only({peer})"),
+                Recipient::All => "Everyone".to_owned(),
+            };
+            lines.push(format!("{to} {}", text.replace(&pid, "\"pid\":PID").replace(version, "VERSION")));
         }
     };
     let query = |service: &mut Service, ask: &mut dyn FnMut(&mut Service, &str, Value, Instant), now| {
@@ -268,17 +274,20 @@ fn conversation() -> Vec<String> {
     service.disk_events((vec![Event::HoldRefused { epoch: 3 }], 0), at(3003));
     collect(&mut service, &mut token);
 
-    let note = |service: &mut Service, note: Note, now: Instant| {
-        service.image_notes(Notes { notes: [note].into(), state_changed: true, ..Notes::default() }, now);
+    let note = |service: &mut Service, note: ImageNotice, now: Instant| {
+        service.handle_image_notices(
+            PendingNotices { queue: [note].into(), state_changed: true, ..PendingNotices::default() },
+            now,
+        );
     };
-    note(&mut service, Note::Quiesce(QuiesceAsk::new(|_| {}), at(4000)), at(4000));
+    note(&mut service, ImageNotice::Quiesce(QuiesceRequest::new(|_| {}), at(4000)), at(4000));
     ask(&mut service, "attend", json!({"who": "guest"}), at(4000));
-    note(&mut service, Note::Quiesce(QuiesceAsk::new(|_| {}), at(4001)), at(4001));
+    note(&mut service, ImageNotice::Quiesce(QuiesceRequest::new(|_| {}), at(4001)), at(4001));
     ask(&mut service, "query-status", json!({}), at(4001));
     ask(&mut service, "prepared", json!({"id": 1, "level": "filesystem"}), at(4002));
     service.disk_events((vec![Event::HoldSettled { epoch: 4, result: Ok(figures) }], 0), at(4003));
-    note(&mut service, Note::Unquiesce(at(14_003)), at(14_003));
-    note(&mut service, Note::Quiesce(QuiesceAsk::new(|_| {}), at(15_000)), at(15_000));
+    note(&mut service, ImageNotice::Unquiesce(at(14_003)), at(14_003));
+    note(&mut service, ImageNotice::Quiesce(QuiesceRequest::new(|_| {}), at(15_000)), at(15_000));
     ask(&mut service, "prepared", json!({"id": 2, "error": "no agent"}), at(15_001));
     ask(&mut service, "unattend", json!({}), at(15_002));
     ask(&mut service, "quit", json!({}), at(15_003));

@@ -7,22 +7,22 @@ use serde_json::{Value, json};
 use crate::control::creds::Credentials;
 use crate::control::protocol::Error;
 use crate::control::protocol::return_types::Requester;
-use crate::control::quiesce::{Hold, Reason, Refusal, Who};
+use crate::control::quiesce::{ClientIdentity, EndReason, Hold, Refusal};
 use crate::engine::Errno;
 
 /// The error for a token that names no hold. `ended`: why its hold ended; `held`: the disk is held.
-pub(in crate::control) fn no_such_hold(ended: Option<Reason>, held: bool) -> Error {
+pub(in crate::control) fn no_such_hold(ended: Option<EndReason>, held: bool) -> Error {
     match ended {
-        Some(Reason::LeaseExpired) => Error::new(
+        Some(EndReason::LeaseExpired) => Error::new(
             "lease-expired",
             "the lease of this token ran out, and writes may have gone on since: a snapshot that was not complete by \
              then cannot be trusted. Quiesce again with a longer lease-ms, or renew-lease in time; no lease goes beyond \
              the disk's --max-hold",
         ),
-        Some(Reason::ConnectionClosed) => {
+        Some(EndReason::ConnectionClosed) => {
             Error::new("not-held", "this hold ended with its connection; ask with 'detached': true to outlive it")
         }
-        Some(Reason::Resume | Reason::Shutdown) => Error::new("not-held", "this hold was resumed already"),
+        Some(EndReason::Resume | EndReason::Shutdown) => Error::new("not-held", "this hold was resumed already"),
         None if !held => Error::new("not-quiesced", "the disk is not held, and this token is unknown"),
         None => Error::new("unknown-token", "this token is unknown; 'virtioblkctl status' names the holders"),
     }
@@ -79,12 +79,12 @@ pub(in crate::control) fn refused(why: Refusal) -> Error {
 }
 
 /// The `reason` of `RESUMED`.
-pub(in crate::control) fn reason(reason: Reason) -> &'static str {
+pub(in crate::control) fn reason(reason: EndReason) -> &'static str {
     match reason {
-        Reason::Resume => "resume",
-        Reason::LeaseExpired => "lease-expired",
-        Reason::ConnectionClosed => "connection-closed",
-        Reason::Shutdown => "shutdown",
+        EndReason::Resume => "resume",
+        EndReason::LeaseExpired => "lease-expired",
+        EndReason::ConnectionClosed => "connection-closed",
+        EndReason::Shutdown => "shutdown",
     }
 }
 
@@ -96,7 +96,7 @@ pub(in crate::control) fn holder_json(hold: &Hold) -> Value {
 }
 
 /// A client, for status and events.
-pub(in crate::control) fn requester(who: &Who) -> Requester {
+pub(in crate::control) fn requester(who: &ClientIdentity) -> Requester {
     Requester {
         who: who.text.clone(),
         pid: who.client.map(|client| client.pid),
@@ -105,12 +105,12 @@ pub(in crate::control) fn requester(who: &Who) -> Requester {
 }
 
 /// A holder, for events.
-pub(in crate::control) fn who_json(who: &Who) -> Value {
+pub(in crate::control) fn who_json(who: &ClientIdentity) -> Value {
     json!(requester(who))
 }
 
 /// A holder, for the log.
-pub(in crate::control) fn describe_holder(who: &Who) -> String {
+pub(in crate::control) fn describe_holder(who: &ClientIdentity) -> String {
     // Debug quotes what the client wrote, so that it cannot forge a log line.
     let text = who.text.as_ref().map(|text| format!("{text:?}"));
     let client = who.client.map(|Credentials { pid, uid }| format!("pid {pid}, uid {uid}"));
@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     fn a_client_cannot_forge_a_log_line() {
-        let who = Who { text: Some("a\nERROR b".into()), client: Some(Credentials { pid: 1, uid: 2 }) };
+        let who = ClientIdentity { text: Some("a\nERROR b".into()), client: Some(Credentials { pid: 1, uid: 2 }) };
         assert!(!describe_holder(&who).contains('\n'));
     }
 }

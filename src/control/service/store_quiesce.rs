@@ -11,30 +11,31 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::Recipient;
-use super::attendance::{Attendance, Consent, Outcome, Prepare};
+use super::attendance::{Attendance, Consent, Prepare, PrepareOutcome};
+use super::pending_replies::NewHold;
 use super::replies;
-use crate::backend::QuiesceAsk;
+use crate::backend::QuiesceRequest;
 use crate::base::rate_limit::{COMMAND_LOG, IMAGE_LOG, log_limited};
 use crate::control::creds::Credentials;
 use crate::control::protocol::return_types::AttendantStatus;
 use crate::control::protocol::{AttendCommand, Error};
-use crate::control::quiesce::{Ask, Hold, PeerId, Reason, Refusal, RequestId, STORE, Who};
+use crate::control::quiesce::{ClientIdentity, EndReason, Hold, HoldRequest, PeerId, Refusal, RequestId, STORE};
 
 /// The store's name in status, events and the log.
 pub(super) const WHO: &str = "rbd snapshot";
 /// How long the store's hold lasts, from our answer on. librbd releases the disk 10 s after the answer at the latest, so
 /// this is for a store whose connection is lost.
-const LEASE: Duration = Duration::from_secs(30);
+const STORE_LEASE: Duration = Duration::from_secs(30);
 /// When the store reports the end so late after our answer, it has released the disk by itself, without waiting for the
 /// snapshot: librbd does so after 10 s.
-const SELF_RELEASE: Duration = Duration::from_millis(9_900);
+const STORE_RELEASE_TIMEOUT: Duration = Duration::from_millis(9_900);
 
 /// What the service must do.
-pub(super) enum Effect {
+pub(super) enum StoreEffect {
     /// Send an event.
     Send(Recipient, &'static str, Value),
     /// Ask the coordinator to hold the disk.
-    Hold(Ask),
+    Hold(HoldRequest),
     /// Withdraw that.
     Cancel(RequestId),
     /// Report that a request is refused which the coordinator does not have.
@@ -50,7 +51,7 @@ pub(super) struct StoreQuiesce {
     attendance: Attendance,
     /// `None`: the store takes no snapshot.
     snapshot: Option<ForeignSnapshot>,
-    effects: VecDeque<Effect>,
+    effects: VecDeque<StoreEffect>,
 }
 
 /// The snapshot that another host takes. A store asks for one at a time.
@@ -58,7 +59,7 @@ struct ForeignSnapshot {
     request: RequestId,
     token: String,
     /// `None` once it is answered.
-    ask: Option<QuiesceAsk>,
+    quiesce_request: Option<QuiesceRequest>,
     /// When it is refused.
     until: Instant,
     /// What was asked of the attendant.
@@ -84,7 +85,7 @@ impl StoreQuiesce {
     }
 
     /// The oldest effect that is not carried out.
-    pub(super) fn next_effect(&mut self) -> Option<Effect> {
+    pub(super) fn next_effect(&mut self) -> Option<StoreEffect> {
         self.effects.pop_front()
     }
 
@@ -96,23 +97,29 @@ impl StoreQuiesce {
     /// The store begins a snapshot. `request` and `token` are of the hold that it may get. `arrived_at`: when it asked.
     pub(super) fn quiesce(
         &mut self,
-        ask: QuiesceAsk,
-        (request, token): (RequestId, String),
+        quiesce_request: QuiesceRequest,
+        NewHold { request, token }: NewHold,
         arrived_at: Instant,
         now: Instant,
     ) {
         let until = arrived_at + self.timeout;
         let consent = self.attendance.begin(self.timeout * 2 / 3, now);
         let prepare = if let Consent::Pending(prepare) = consent { Some(prepare) } else { None };
-        self.snapshot =
-            Some(ForeignSnapshot { request, token, ask: Some(ask), until, prepare, phase: Phase::Preparing });
+        self.snapshot = Some(ForeignSnapshot {
+            request,
+            token,
+            quiesce_request: Some(quiesce_request),
+            until,
+            prepare,
+            phase: Phase::Preparing,
+        });
         match consent {
             Consent::NotNeeded => self.hold(now),
             Consent::Pending(Prepare { peer, id, timeout }) => {
                 let data = json!({"id": id, "timeout-ms": timeout.as_millis() as u64, "who": WHO});
-                self.effects.push_back(Effect::Send(Recipient::Only(peer), "PREPARE", data));
+                self.effects.push_back(StoreEffect::Send(Recipient::One(peer), "PREPARE", data));
             }
-            Consent::Denied(why) => self.prepared(Outcome { result: Err(why.to_owned()), required: true }, now),
+            Consent::Denied(why) => self.prepared(PrepareOutcome { result: Err(why.to_owned()), required: true }, now),
         }
     }
 
@@ -120,12 +127,12 @@ impl StoreQuiesce {
     fn hold(&mut self, now: Instant) {
         let Some(snapshot) = &mut self.snapshot else { return };
         snapshot.phase = Phase::Settling;
-        self.effects.push_back(Effect::Hold(Ask {
-            request: snapshot.request,
+        self.effects.push_back(StoreEffect::Hold(HoldRequest {
+            id: snapshot.request,
             token: snapshot.token.clone(),
             owner: STORE,
             timeout: snapshot.until.saturating_duration_since(now),
-            lease: LEASE,
+            lease: STORE_LEASE,
             detached: true,
             who: store(),
         }));
@@ -141,7 +148,7 @@ impl StoreQuiesce {
     ) -> Result<(), Error> {
         let outcome = match command {
             AttendCommand::Attend { required, timeout, who } => {
-                let who = Who { text: who, client: Some(from) };
+                let who = ClientIdentity { text: who, client: Some(from) };
                 let required_words = if required { ", and is required" } else { "" };
                 log_limited!(COMMAND_LOG, Info, "{} attends{required_words}", replies::describe_holder(&who));
                 self.attendance.attend(peer, who, required, timeout)?;
@@ -162,7 +169,7 @@ impl StoreQuiesce {
 
     /// A connection ended.
     pub(super) fn peer_gone(&mut self, peer: PeerId, now: Instant) {
-        if let Some(outcome) = self.attendance.gone(peer) {
+        if let Some(outcome) = self.attendance.peer_gone(peer) {
             self.prepared(outcome, now);
         }
     }
@@ -180,7 +187,7 @@ impl StoreQuiesce {
     }
 
     /// The attendant answered, or will not answer.
-    fn prepared(&mut self, Outcome { result, required }: Outcome, now: Instant) {
+    fn prepared(&mut self, PrepareOutcome { result, required }: PrepareOutcome, now: Instant) {
         let preparing = self.snapshot.as_ref().filter(|snapshot| snapshot.phase == Phase::Preparing);
         let Some(request) = preparing.map(|snapshot| snapshot.request) else { return };
         match result {
@@ -194,7 +201,7 @@ impl StoreQuiesce {
                 self.event("PREPARE_FAILED", json!({"message": why, "required": required}));
                 if required {
                     log_limited!(IMAGE_LOG, Warn, "{WHO}: not prepared: {why:?}");
-                    self.effects.push_back(Effect::Refuse(request, Refusal::NotPrepared));
+                    self.effects.push_back(StoreEffect::Refuse(request, Refusal::NotPrepared));
                 } else {
                     let line = "goes on as after a power cut, because the guest was not prepared";
                     log_limited!(IMAGE_LOG, Warn, "{WHO}: {line}: {why:?}");
@@ -208,8 +215,8 @@ impl StoreQuiesce {
     pub(super) fn end(&mut self) {
         let Some(ForeignSnapshot { request, phase, .. }) = &self.snapshot else { return };
         match phase {
-            Phase::Preparing => self.effects.push_back(Effect::Refuse(*request, Refusal::Cancelled)),
-            Phase::Settling => self.effects.push_back(Effect::Cancel(*request)),
+            Phase::Preparing => self.effects.push_back(StoreEffect::Refuse(*request, Refusal::Cancelled)),
+            Phase::Settling => self.effects.push_back(StoreEffect::Cancel(*request)),
             Phase::Held(_) => {}
         }
     }
@@ -223,7 +230,7 @@ impl StoreQuiesce {
             return;
         };
         let since = arrived_at.saturating_duration_since(answered);
-        if since >= SELF_RELEASE {
+        if since >= STORE_RELEASE_TIMEOUT {
             log_limited!(
                 IMAGE_LOG,
                 Warn,
@@ -234,7 +241,7 @@ impl StoreQuiesce {
             );
             self.event("QUIESCE_EXPIRED", json!({"who": WHO, "held-ms": since.as_millis() as u64}));
         }
-        self.effects.push_back(Effect::Resume(token));
+        self.effects.push_back(StoreEffect::Resume(token));
     }
 
     /// The coordinator granted a request. Answers the store and returns `true` if it is the store's.
@@ -243,8 +250,8 @@ impl StoreQuiesce {
             return false;
         };
         snapshot.phase = Phase::Held(hold.since);
-        if let Some(ask) = snapshot.ask.take() {
-            ask.answer(Ok(()));
+        if let Some(request) = snapshot.quiesce_request.take() {
+            request.reply(Ok(()));
         }
         true
     }
@@ -252,8 +259,8 @@ impl StoreQuiesce {
     /// A request was refused. Answers the store, ends its snapshot and returns `true` if it is the store's.
     pub(super) fn refused(&mut self, request: RequestId, why: Refusal) -> bool {
         let Some(snapshot) = self.snapshot.take_if(|snapshot| snapshot.request == request) else { return false };
-        if let Some(ask) = snapshot.ask {
-            ask.answer(Err(replies::store_errno(why)));
+        if let Some(request) = snapshot.quiesce_request {
+            request.reply(Err(replies::store_errno(why)));
         }
         if let Some(prepare) = snapshot.prepare {
             self.attendance.end_snapshot(prepare);
@@ -262,20 +269,20 @@ impl StoreQuiesce {
     }
 
     /// A hold ended. If it was the store's, its snapshot is over for us, whatever ended it.
-    pub(super) fn hold_ended(&mut self, hold: &Hold, reason: Reason) {
+    pub(super) fn hold_ended(&mut self, hold: &Hold, reason: EndReason) {
         let Some(snapshot) = self.snapshot.take_if(|snapshot| snapshot.token == hold.token) else { return };
         if let Some(prepare) = snapshot.prepare {
             self.attendance.end_snapshot(prepare);
         }
-        if reason == Reason::LeaseExpired {
+        if reason == EndReason::LeaseExpired {
             let line = "its store never reported the end; a snapshot taken from now on was not held still";
             log_limited!(IMAGE_LOG, Warn, "{WHO}: {line}");
         }
     }
 
     /// The attendants that must be sent `RELEASED`, with the id of their `PREPARE`. For when the gate is open.
-    pub(super) fn released(&mut self) -> Vec<(PeerId, u64)> {
-        self.attendance.released()
+    pub(super) fn take_releases(&mut self) -> Vec<(PeerId, u64)> {
+        self.attendance.take_releases()
     }
 
     /// The attendant, for the status.
@@ -294,11 +301,11 @@ impl StoreQuiesce {
     }
 
     fn event(&mut self, name: &'static str, data: Value) {
-        self.effects.push_back(Effect::Send(Recipient::Everyone, name, data));
+        self.effects.push_back(StoreEffect::Send(Recipient::All, name, data));
     }
 }
 
 /// The store as a holder.
-pub(super) fn store() -> Who {
-    Who { text: Some(WHO.into()), client: None }
+pub(super) fn store() -> ClientIdentity {
+    ClientIdentity { text: Some(WHO.into()), client: None }
 }

@@ -22,7 +22,7 @@ pub struct Upgrade {
     pub begin: Box<dyn Fn(UnixStream, bool) + Send>,
     /// A hand-over is running. The control thread sets it right before `begin`; the daemon clears it when the hand-over
     /// has failed.
-    pub under_way: Arc<AtomicBool>,
+    pub is_running: Arc<AtomicBool>,
     /// It is about to be decided which of the two processes new clients belong to: they wait. The daemon sets it shortly
     /// before the decision and clears it afterwards.
     pub leaving: Arc<AtomicBool>,
@@ -65,7 +65,7 @@ impl Service {
 
     /// Whether a hand-over is running.
     pub(super) fn is_upgrading(&self) -> bool {
-        self.upgrade.is_set(|upgrade| &upgrade.under_way)
+        self.upgrade.is_set(|upgrade| &upgrade.is_running)
     }
 
     /// Whether new clients must wait: see [`Upgrade::leaving`].
@@ -121,19 +121,19 @@ impl Service {
                  guest, check the storage, and start it again",
             );
         }
-        upgrade.under_way.store(true, Ordering::Release);
+        upgrade.is_running.store(true, Ordering::Release);
         self.upgrade.requested_by = Some(peer);
         self.event("UPGRADE", json!({}));
         Ok(json!({}))
     }
 
     /// Takes the connection that asked for the hand-over and has its reply.
-    pub(in crate::control) fn hands_over(&mut self) -> Option<PeerId> {
+    pub(in crate::control) fn take_hand_over_request(&mut self) -> Option<PeerId> {
         self.upgrade.requested_by.take()
     }
 
     /// Gives the hand-over the connection that asked for it.
-    pub(in crate::control) fn pass_on(&self, stream: UnixStream) {
+    pub(in crate::control) fn hand_over_connection(&self, stream: UnixStream) {
         if let Some(upgrade) = &self.upgrade.upgrade {
             (upgrade.begin)(stream, self.store.requires_attendant());
         }

@@ -5,12 +5,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use super::Control;
+use super::ControlThread;
 use crate::base::rate_limit::{CONTROL_LOG, log_limited};
 use crate::control::access::Access;
 use crate::control::creds::Credentials;
 use crate::control::peer::Peer;
 use crate::control::protocol;
+use crate::control::service::ClientInfo;
 
 /// The most connections.
 const MAX_PEERS: usize = 32;
@@ -25,7 +26,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 /// How long no connection is accepted while another process may take the socket over.
 const HAND_OVER_PAUSE: Duration = Duration::from_millis(20);
 
-impl Control {
+impl ControlThread {
     /// Accepts the clients that wait to connect.
     pub(super) fn accept(&mut self, now: Instant) {
         self.accept_again = None;
@@ -83,7 +84,8 @@ impl Control {
             return;
         }
         self.last_peer += 1;
-        match Peer::new(self.last_peer, stream, (credentials, access), now) {
+        let client = ClientInfo { peer: self.last_peer, credentials, access };
+        match Peer::new(client, stream, now) {
             Ok(mut peer) => {
                 peer.queue(&protocol::greeting());
                 peer.flush();
@@ -106,7 +108,7 @@ impl Control {
 
     /// The limit that a further client with `access` would exceed, if there is one.
     fn limit_reached(&self, access: Access) -> Option<usize> {
-        let others = self.peers.iter().filter(|peer| peer.access < Access::All).count();
+        let others = self.peers.iter().filter(|peer| peer.client.access < Access::All).count();
         match access {
             Access::All => (self.peers.len() >= MAX_PEERS).then_some(MAX_PEERS),
             _ if self.peers.len() >= MAX_PEERS => Some(MAX_PEERS),
@@ -118,11 +120,13 @@ impl Control {
     /// may do more than that one. Returns `false` when there is none.
     fn make_room(&mut self, access: Access, now: Instant) -> bool {
         let silent = |peer: &Peer| {
-            !peer.negotiated && peer.access <= access && now.saturating_duration_since(peer.since) > NEGOTIATION_TIMEOUT
+            !peer.negotiated
+                && peer.client.access <= access
+                && now.saturating_duration_since(peer.since) > NEGOTIATION_TIMEOUT
         };
         let Some(index) = self.peers.iter().position(silent) else { return false };
         let peer = self.peers.remove(index);
-        self.service.peer_gone(peer.id, now);
+        self.service.peer_gone(peer.client.peer, now);
         self.deliver();
         true
     }

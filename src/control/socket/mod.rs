@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::access::Access;
-use super::image_notices::{ImageNotices, Inbox};
+use super::image_notices::{ImageNotices, NoticeInbox};
 use super::peer::Peer;
 use super::protocol::return_types::TookOver;
 use super::quiesce::{PeerId, STORE};
-use super::service::{Client, Info, Recipient, Service, ServiceSetup, Upgrade};
+use super::service::{DaemonInfo, Recipient, Service, ServiceSetup, Upgrade};
 use crate::base::sync::{Bell, Mutex};
 use crate::disk::{Disk, Events};
 
@@ -48,7 +48,7 @@ pub struct Setup {
     /// What users other than root and the daemon's own may do; [`Access::All`] gives no more than [`Access::Operate`].
     pub others: Access,
     /// For the status.
-    pub info: Info,
+    pub info: DaemonInfo,
     /// How a process takes over; `None`: none can.
     pub upgrade: Option<Upgrade>,
 }
@@ -68,9 +68,18 @@ struct ThreadCommands {
 #[derive(Default)]
 struct ThreadReport {
     stop: bool,
-    /// The listener to serve from now on; figures of the hand-over for the status; whether a required attendant has yet to
-    /// connect to this process.
-    took_over: Option<(Option<UnixListener>, TookOver, bool)>,
+    /// This process has taken the disk over from another one.
+    took_over: Option<TakenOver>,
+}
+
+/// What the control thread needs when this process has taken the disk over.
+struct TakenOver {
+    /// The listener to serve from now on.
+    listener: Option<UnixListener>,
+    /// The figures of the hand-over, for the status.
+    figures: TookOver,
+    /// A required attendant has yet to connect to this process.
+    attendant_missing: bool,
 }
 
 impl Server {
@@ -85,7 +94,7 @@ impl Server {
         let Setup { disk, events, notices, store_timeout, attended, max_hold, resized, quit, others, info, upgrade } =
             setup;
         let commands = Arc::new(ThreadCommands { bell: Bell::new()?, report: Mutex::default() });
-        let mut control = Control {
+        let mut control = ControlThread {
             listener,
             accept_again: None,
             service: Service::new(ServiceSetup {
@@ -121,7 +130,7 @@ impl Server {
         if let Some(listener) = &listener {
             listener.set_nonblocking(true)?;
         }
-        self.command(|report| report.took_over = Some((listener, figures, attendant_missing)));
+        self.command(|report| report.took_over = Some(TakenOver { listener, figures, attendant_missing }));
         Ok(())
     }
 
@@ -154,7 +163,7 @@ impl Drop for Server {
 }
 
 /// What poll reported, by source.
-struct Ready {
+struct ReadySources {
     commands: bool,
     events: bool,
     image: bool,
@@ -162,19 +171,19 @@ struct Ready {
     peers: Vec<(PeerId, PollFlags)>,
 }
 
-struct Control {
+struct ControlThread {
     listener: Option<UnixListener>,
     accept_again: Option<Instant>,
     service: Service,
     events: Arc<Events>,
-    inbox: Arc<Inbox>,
+    inbox: Arc<NoticeInbox>,
     peers: Vec<Peer>,
     last_peer: PeerId,
     others: Access,
     quit: Option<Arc<dyn Fn() + Send + Sync>>,
 }
 
-impl Control {
+impl ControlThread {
     fn run(&mut self, commands: &ThreadCommands) {
         loop {
             let ready = match self.wait(&commands.bell) {
@@ -184,7 +193,7 @@ impl Control {
                     break;
                 }
             };
-            if ready.commands && self.obey(commands) {
+            if ready.commands && self.carry_out_commands(commands) {
                 break;
             }
             self.turn(ready);
@@ -193,28 +202,28 @@ impl Control {
     }
 
     /// Carries out what the thread was told. Returns whether it is to stop.
-    fn obey(&mut self, commands: &ThreadCommands) -> bool {
+    fn carry_out_commands(&mut self, commands: &ThreadCommands) -> bool {
         let ThreadReport { stop, took_over } =
             commands.bell.silence_before(|| std::mem::take(&mut *commands.report.lock().expect("no panic while held")));
-        if let Some((listener, figures, attendant_missing)) = took_over {
+        if let Some(TakenOver { listener, figures, attendant_missing }) = took_over {
             self.listener = listener;
             self.service.took_over(figures, attendant_missing);
         }
         stop
     }
 
-    fn turn(&mut self, ready: Ready) {
+    fn turn(&mut self, ready: ReadySources) {
         let now = Instant::now();
         self.service.tick(now);
         if ready.events {
             self.service.disk_events(self.events.take(), now);
         }
         if ready.image {
-            self.service.image_notes(self.inbox.take(), now);
+            self.service.handle_image_notices(self.inbox.take(), now);
         }
         self.deliver();
         for (id, found) in ready.peers {
-            if let Some(peer) = self.peers.iter_mut().find(|peer| peer.id == id) {
+            if let Some(peer) = self.peers.iter_mut().find(|peer| peer.client.peer == id) {
                 peer.ready(found);
             }
         }
@@ -223,11 +232,10 @@ impl Control {
             for _ in 0..MAX_REQUESTS_PER_TURN {
                 let peer = &mut self.peers[index];
                 let Some(found) = peer.next(now) else { break };
-                let client = Client { peer: peer.id, credentials: peer.credentials, access: peer.access };
-                self.service.request(client, &mut peer.negotiated, found, now);
+                self.service.request(peer.client, &mut peer.negotiated, found, now);
                 self.deliver();
-                if self.service.hands_over().is_some() {
-                    self.pass_on(index, now);
+                if self.service.take_hand_over_request().is_some() {
+                    self.hand_over_connection(index, now);
                     // The peer was removed; the next one is at its index.
                     break;
                 }
@@ -247,18 +255,18 @@ impl Control {
     }
 
     /// Gives the connection that asked for the hand-over, and has its reply, to the hand-over.
-    fn pass_on(&mut self, index: usize, now: Instant) {
+    fn hand_over_connection(&mut self, index: usize, now: Instant) {
         let mut peer = self.peers.remove(index);
         // A line on a fresh connection fits. If it does not, the new process misses it and gives up.
         peer.flush();
-        let id = peer.id;
-        self.service.pass_on(peer.into_stream());
+        let id = peer.client.peer;
+        self.service.hand_over_connection(peer.into_stream());
         self.service.peer_gone(id, now);
         self.deliver();
     }
 
     /// Sleeps until there is something to do.
-    fn wait(&self, commands: &Bell) -> io::Result<Ready> {
+    fn wait(&self, commands: &Bell) -> io::Result<ReadySources> {
         let now = Instant::now();
         let accepting = self.accept_again.is_none_or(|again| again <= now);
         let mut fds = vec![
@@ -274,7 +282,7 @@ impl Control {
         for peer in &self.peers {
             if let Some(flags) = peer.interest() {
                 fds.push(PollFd::new(peer, flags));
-                ids.push(peer.id);
+                ids.push(peer.client.peer);
             }
         }
         let deadlines = self.peers.iter().filter_map(|peer| peer.next_turn(now));
@@ -282,7 +290,7 @@ impl Control {
             deadlines.chain(self.service.next_deadline()).chain(self.accept_again.filter(|_| !accepting)).min();
         poll_until(&mut fds, deadline)?;
         let found: Vec<PollFlags> = fds.iter().map(PollFd::revents).collect();
-        Ok(Ready {
+        Ok(ReadySources {
             commands: !found[0].is_empty(),
             events: !found[1].is_empty(),
             image: !found[2].is_empty(),
@@ -300,9 +308,9 @@ impl Control {
         for (to, line) in self.service.outgoing() {
             for peer in &mut self.peers {
                 match to {
-                    Recipient::Reply(id) if id == peer.id => peer.reply(&line),
-                    Recipient::Only(id) if id == peer.id => peer.queue(&line),
-                    Recipient::Everyone if peer.negotiated => peer.queue(&line),
+                    Recipient::Requester(id) if id == peer.client.peer => peer.reply(&line),
+                    Recipient::One(id) if id == peer.client.peer => peer.queue(&line),
+                    Recipient::All if peer.negotiated => peer.queue(&line),
                     _ => {}
                 }
             }
@@ -315,9 +323,9 @@ impl Control {
             for peer in &mut self.peers {
                 peer.flush();
             }
-            let Some(index) = self.peers.iter().position(Peer::is_over) else { return };
+            let Some(index) = self.peers.iter().position(Peer::is_finished) else { return };
             let peer = self.peers.remove(index);
-            self.service.peer_gone(peer.id, now);
+            self.service.peer_gone(peer.client.peer, now);
             self.deliver();
         }
     }

@@ -13,19 +13,19 @@ const REPEAT_PERIOD: Duration = Duration::from_secs(60);
 
 /// The last failure, if there was one.
 #[derive(Default)]
-pub(super) struct Failures(Option<Failure>);
+pub(super) struct FrontEndFailures(Option<RepeatedFailure>);
 
-struct Failure {
+struct RepeatedFailure {
     reason: String,
     logged_at: Instant,
     count: u64,
 }
 
-impl Failures {
+impl FrontEndFailures {
     /// Counts a failure. Returns the count of this reason so far if it is to be logged now.
     fn record(&mut self, reason: &str, now: Instant) -> Option<u64> {
         let Some(last) = self.0.as_mut().filter(|last| last.reason == reason) else {
-            self.0 = Some(Failure { reason: reason.to_owned(), logged_at: now, count: 1 });
+            self.0 = Some(RepeatedFailure { reason: reason.to_owned(), logged_at: now, count: 1 });
             return Some(1);
         };
         last.count += 1;
@@ -38,13 +38,13 @@ impl Failures {
 
     /// Whether front-ends fail repeatedly for one reason at this time.
     pub(super) fn are_repeating(&self, now: Instant) -> bool {
-        let is_recent = |last: &Failure| now.saturating_duration_since(last.logged_at) < REPEAT_PERIOD;
+        let is_recent = |last: &RepeatedFailure| now.saturating_duration_since(last.logged_at) < REPEAT_PERIOD;
         self.0.as_ref().is_some_and(|last| last.count > 1 && is_recent(last))
     }
 }
 
 /// Logs or counts that a front-end failed. `what` contains the front-end's name. Called by the front-end's thread.
-pub(super) fn log(failures: &Mutex<Failures>, level: Level, what: &str, reason: &str) {
+pub(super) fn log(failures: &Mutex<FrontEndFailures>, level: Level, what: &str, reason: &str) {
     let count = failures.lock().expect("no panic while held").record(reason, Instant::now());
     match count {
         None => log::debug!("{what}: {reason}"),
@@ -59,7 +59,7 @@ mod tests {
 
     #[test]
     fn a_repeated_reason_is_counted_and_logged_once_a_minute() {
-        let (mut failures, start) = (Failures::default(), Instant::now());
+        let (mut failures, start) = (FrontEndFailures::default(), Instant::now());
         assert_eq!(failures.record("a", start), Some(1));
         assert!(!failures.are_repeating(start), "one failure is no repetition");
         assert_eq!((0..5).filter_map(|_| failures.record("a", start)).count(), 0);

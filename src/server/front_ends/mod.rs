@@ -27,7 +27,7 @@ use crate::virtio::SessionEnd;
 use crate::virtio::device::hand_over::Steps;
 use crate::virtio::vhost_user::save_restore::SavedSession;
 use candidate::{Candidate, FirstBytes, MAX_CANDIDATES};
-use failures::Failures;
+use failures::FrontEndFailures;
 
 /// How long to wait before the next accept when the process or the system is out of descriptors or memory.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
@@ -48,7 +48,7 @@ pub(super) struct FrontEnds {
     candidates: Vec<Candidate>,
     /// The candidate that is served when `current` is drained.
     next: Option<Candidate>,
-    failures: Arc<Mutex<Failures>>,
+    failures: Arc<Mutex<FrontEndFailures>>,
     turned_away: LogLimit,
 }
 

@@ -20,7 +20,7 @@ use super::handler::Handler;
 use super::vring::Vring;
 use crate::base::sync::mpsc::Receiver;
 use crate::upgrade::Descriptors;
-use crate::upgrade::session_state::{Inflight, Region, RingState};
+use crate::upgrade::session_state::{InflightState, Region, RingState};
 use crate::virtio::rings::StopMode;
 use crate::virtio::virtqueue::split_ring::RingAddresses;
 use crate::virtio::worker::stopped_ring::StoppedRing;
@@ -118,7 +118,7 @@ impl Handler {
             None => None,
             Some(inflight) => {
                 let (rings, entries) = inflight.shape();
-                Some(Inflight { memory: inflight.region().record(descriptors)?, rings, entries })
+                Some(InflightState { memory: inflight.region().record(descriptors)?, rings, entries })
             }
         };
         let log = self.log.as_ref().map(|log| log.region().record(descriptors)).transpose()?;
@@ -159,7 +159,7 @@ impl Handler {
         if !regions.is_empty() {
             self.set_mem_table(&regions, files, None)?;
         }
-        if let Some(Inflight { memory, rings, entries }) = record.inflight {
+        if let Some(InflightState { memory, rings, entries }) = record.inflight {
             let message = VhostUserInflight::new(memory.len, memory.offset, rings, entries);
             let file = file(descriptors, memory.file)?;
             self.set_inflight_fd(&message, file)?;

@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use virtioblkd::backend::{Notices, QuiesceAsk};
+use virtioblkd::backend::{Notices, QuiesceRequest};
 use virtioblkd::disk::{
     Copies, CopyError, CopyOptions, CopyStatus, Disk, DiskStatus, Event, Events, FailedRequest, HoldFigures,
     ImageSnapshots, ImageStatus, LastError, RingStatus,
@@ -18,7 +18,7 @@ use virtioblkd::disk::{
 use virtioblkd::engine::Errno;
 use virtioblkd::internal::base::unix_listener::{BindError, bind_unix};
 use virtioblkd::internal::control::protocol::return_types::TookOver;
-use virtioblkd::internal::control::{Access, ImageNotices, Info, Server, Setup, Upgrade};
+use virtioblkd::internal::control::{Access, DaemonInfo, ImageNotices, Server, Setup, Upgrade};
 
 /// Nothing here takes this long; a test that waits so long has failed.
 pub const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -387,7 +387,7 @@ impl Served {
         let (quits, sizes, handed_over) = (self.quits.clone(), self.sizes.clone(), self.handed_over.clone());
         let upgrade = Upgrade {
             begin: Box::new(move |stream, relied_on| handed_over.lock().unwrap().push((stream, relied_on))),
-            under_way: self.upgrading.0.clone(),
+            is_running: self.upgrading.0.clone(),
             leaving: self.upgrading.1.clone(),
         };
         let setup = Setup {
@@ -402,7 +402,7 @@ impl Served {
                 quits.fetch_add(1, Ordering::SeqCst);
             }),
             others: self.others,
-            info: Info { vhost_socket: "/run/vhost.sock".into(), command_line: None },
+            info: DaemonInfo { vhost_socket: "/run/vhost.sock".into(), command_line: None },
             upgrade: Some(upgrade),
         };
         let listener = mode.map(|mode| bind_soon(&self.path, mode));
@@ -431,7 +431,7 @@ impl Served {
     pub fn store_asks(&self) -> mpsc::Receiver<Result<(), Errno>> {
         let (sender, answer) = mpsc::channel();
         // Nobody listens any more: the test is over.
-        self.notices.quiesce(QuiesceAsk::new(move |result| {
+        self.notices.quiesce(QuiesceRequest::new(move |result| {
             let _ = sender.send(result);
         }));
         answer

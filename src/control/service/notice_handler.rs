@@ -4,50 +4,50 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use super::store_quiesce::{Effect, WHO, store};
-use super::{Client, Recipient, Service};
-use crate::backend::QuiesceAsk;
+use super::store_quiesce::{StoreEffect, WHO, store};
+use super::{ClientInfo, Recipient, Service};
+use crate::backend::QuiesceRequest;
 use crate::base::rate_limit::{IMAGE_LOG, log_limited};
-use crate::control::image_notices::{Note, Notes};
+use crate::control::image_notices::{ImageNotice, PendingNotices};
 use crate::control::protocol::{AttendCommand, Error};
 use crate::engine::Errno;
 
 impl Service {
     /// Takes what the image's back-end has reported since the last call.
-    pub(in crate::control) fn image_notes(&mut self, notes: Notes, now: Instant) {
-        if let Some(size) = notes.resized {
+    pub(in crate::control) fn handle_image_notices(&mut self, pending: PendingNotices, now: Instant) {
+        if let Some(size) = pending.resized {
             (self.resized)(size);
         }
-        for note in notes.notes {
-            match note {
-                Note::Quiesce(ask, arrived_at) => self.store_asks(ask, arrived_at, now),
-                Note::Unquiesce(arrived_at) => self.store.unquiesce(arrived_at),
-                Note::JobDone(result) => self.job_done(result),
-                Note::Closed => self.store.end(),
+        for notice in pending.queue {
+            match notice {
+                ImageNotice::Quiesce(request, arrived_at) => self.begin_store_quiesce(request, arrived_at, now),
+                ImageNotice::Unquiesce(arrived_at) => self.store.unquiesce(arrived_at),
+                ImageNotice::SnapshotDone(result) => self.job_done(result),
+                ImageNotice::Closed => self.store.end(),
             }
             self.carry_out_store(now);
         }
-        if notes.state_changed {
+        if pending.state_changed {
             self.image_state();
         }
     }
 
-    fn store_asks(&mut self, ask: QuiesceAsk, arrived_at: Instant, now: Instant) {
+    fn begin_store_quiesce(&mut self, quiesce_request: QuiesceRequest, arrived_at: Instant, now: Instant) {
         let why = if self.is_upgrading() {
             "another process takes the disk over: take the snapshot again"
         } else if self.store.is_busy() {
             "an earlier one is not over: take one snapshot after the other"
         } else {
-            let (request, token) = self.pending.next_hold();
-            self.store.quiesce(ask, (request, token), arrived_at, now);
+            let hold = self.pending.next_hold();
+            self.store.quiesce(quiesce_request, hold, arrived_at, now);
             return;
         };
         log_limited!(IMAGE_LOG, Warn, "{WHO}: refused, because {why}");
-        ask.answer(Err(Errno(libc::EBUSY)));
+        quiesce_request.reply(Err(Errno(libc::EBUSY)));
     }
 
     /// Carries out a command of an attendant.
-    pub(super) fn attend(&mut self, client: Client, command: AttendCommand, now: Instant) -> Result<Value, Error> {
+    pub(super) fn attend(&mut self, client: ClientInfo, command: AttendCommand, now: Instant) -> Result<Value, Error> {
         self.store.attend(client.peer, client.credentials, command, now)?;
         self.carry_out_store(now);
         Ok(json!({}))
@@ -57,21 +57,21 @@ impl Service {
     pub(super) fn carry_out_store(&mut self, now: Instant) {
         while let Some(effect) = self.store.next_effect() {
             match effect {
-                Effect::Send(to, name, data) => self.send(to, name, data),
-                Effect::Hold(ask) => {
-                    self.coordinator.quiesce(ask, now);
+                StoreEffect::Send(to, name, data) => self.send(to, name, data),
+                StoreEffect::Hold(request) => {
+                    self.coordinator.quiesce(request, now);
                     self.carry_out(now);
                     self.refuse_if_stopped(now);
                 }
-                Effect::Cancel(request) => {
+                StoreEffect::Cancel(request) => {
                     self.coordinator.cancel(request, now);
                     self.carry_out(now);
                 }
-                Effect::Refuse(request, why) => {
+                StoreEffect::Refuse(request, why) => {
                     self.refused(request, &store(), why);
-                    self.send_released();
+                    self.send_releases();
                 }
-                Effect::Resume(token) => {
+                StoreEffect::Resume(token) => {
                     if self.coordinator.resume(&token, now).is_err() {
                         let line = "its hold had ended without its knowledge; please report this as a defect";
                         log_limited!(IMAGE_LOG, Error, "{WHO}: {line}");
@@ -83,12 +83,12 @@ impl Service {
     }
 
     /// Tells the attendants whose snapshots are over that they can thaw their guest: not before the gate is open.
-    pub(super) fn send_released(&mut self) {
+    pub(super) fn send_releases(&mut self) {
         if !self.coordinator.is_open() {
             return;
         }
-        for (peer, id) in self.store.released() {
-            self.send(Recipient::Only(peer), "RELEASED", json!({"id": id}));
+        for (peer, id) in self.store.take_releases() {
+            self.send(Recipient::One(peer), "RELEASED", json!({"id": id}));
         }
     }
 

@@ -24,7 +24,7 @@ const MAX_FOREIGN_CHECKS: u32 = 5;
 
 /// How often to retry emptying librbd's cache. It fails (EBUSY) while librbd reads or writes, which is over by then; each try
 /// drops the rest of the cache.
-const MAX_EMPTYINGS: u32 = 5;
+const MAX_CACHE_DROPS: u32 = 5;
 
 impl Lock {
     /// Checks that the image has its feature and we have the lock, as far as they are needed, and takes the lock again if
@@ -111,7 +111,7 @@ impl Lock {
             return Ok(false);
         }
         state.held = false;
-        if state.lost_to_another >= MAX_FOREIGN_CHECKS {
+        if state.foreign_checks >= MAX_FOREIGN_CHECKS {
             return Ok(false);
         }
         if let Some(owner) = another {
@@ -132,9 +132,9 @@ impl Lock {
 
     /// Records that another client has the lock while our guest runs.
     fn note_another(&self, shared: &Shared, state: &mut State, owner: &str) {
-        state.lost_to_another += 1;
+        state.foreign_checks += 1;
         shared.health.locked_out(&shared.name, &shared.events);
-        if state.lost_to_another == MAX_FOREIGN_CHECKS {
+        if state.foreign_checks == MAX_FOREIGN_CHECKS {
             log_limited!(
                 IMAGE_LOG,
                 Error,
@@ -159,7 +159,7 @@ impl Lock {
             log_limited!(IMAGE_LOG, Warn, "{error}");
             return true;
         }
-        state.emptyings_left = MAX_EMPTYINGS;
+        state.cache_drops_left = MAX_CACHE_DROPS;
         drop(state);
         self.write_owner(shared);
         log_limited!(IMAGE_LOG, Info, "{}: took the exclusive lock again", shared.name);
@@ -174,15 +174,15 @@ impl Lock {
     /// (`ObjectCacherObjectDispatch::invalidate_cache`). Returns whether to check again.
     fn empty_cache(&self, shared: &Shared) -> bool {
         let Some(state) = self.state_now() else { return true };
-        if state.emptyings_left == 0 {
+        if state.cache_drops_left == 0 {
             return false;
         }
         drop(state);
         let emptied = shared.image.invalidate_cache();
         let Some(mut state) = self.state_now() else { return true };
-        state.emptyings_left = if emptied.is_ok() { 0 } else { state.emptyings_left.saturating_sub(1) };
+        state.cache_drops_left = if emptied.is_ok() { 0 } else { state.cache_drops_left.saturating_sub(1) };
         if let Err(errno) = emptied
-            && (errno.0 != libc::EBUSY || state.emptyings_left == 0)
+            && (errno.0 != libc::EBUSY || state.cache_drops_left == 0)
         {
             shared.record_result(Err(errno));
             log_limited!(
@@ -193,6 +193,6 @@ impl Lock {
                 super::io_error(errno)
             );
         }
-        state.emptyings_left > 0
+        state.cache_drops_left > 0
     }
 }
