@@ -25,7 +25,7 @@ use crate::base::syscalls;
 const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A `--copy-dir` or `--scratch` at the daemon's start.
-pub(super) struct Opened {
+pub(super) struct StartDirectory {
     /// `None`: there is no rule for it.
     pub(super) place: Option<OwnedFd>,
     pub(super) facts: CopyDirectory,
@@ -34,11 +34,11 @@ pub(super) struct Opened {
 }
 
 /// Opens them all. Those that cannot be opened are warned about.
-pub(super) fn open_all(copy_dirs: &[PathBuf], scratch: Option<&PathBuf>) -> Vec<Opened> {
+pub(super) fn open_all(copy_dirs: &[PathBuf], scratch: Option<&PathBuf>) -> Vec<StartDirectory> {
     let end = Instant::now() + OPEN_TIMEOUT;
     // All of them first: they are waited for together.
     let paths = copy_dirs.iter().map(|path| (path, false)).chain(scratch.map(|path| (path, true)));
-    let started: Vec<_> = paths.map(|(path, scratch)| (Opening::start(path), path, scratch)).collect();
+    let started: Vec<_> = paths.map(|(path, scratch)| (DirectoryOpener::start(path), path, scratch)).collect();
     let mut lingering = Vec::new();
     let opened = started.into_iter().map(|(opening, path, scratch)| {
         let opened = opening.and_then(|opening| {
@@ -61,7 +61,7 @@ pub(super) fn open_all(copy_dirs: &[PathBuf], scratch: Option<&PathBuf>) -> Vec<
         }
         // Copies are named by absolute paths.
         let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
-        Opened { place, facts: CopyDirectory { path, at_start }, scratch }
+        StartDirectory { place, facts: CopyDirectory { path, at_start }, scratch }
     });
     let opened = opened.collect();
     if !lingering.is_empty() {
@@ -91,27 +91,27 @@ fn why(error: &io::Error) -> String {
 }
 
 /// An open directory, and its device and inode.
-type Found = (OwnedFd, (u64, u64));
+type OpenedDirectory = (OwnedFd, (u64, u64));
 
 /// A process that opens one directory.
-struct Opening {
+struct DirectoryOpener {
     child: Pid,
-    answer: UnixStream,
+    reply_socket: UnixStream,
 }
 
-impl Opening {
-    fn start(path: &Path) -> io::Result<Opening> {
+impl DirectoryOpener {
+    fn start(path: &Path) -> io::Result<DirectoryOpener> {
         let path = CString::new(path.as_os_str().as_bytes())?;
-        let (answer, theirs) = UnixStream::pair()?;
+        let (reply_socket, theirs) = UnixStream::pair()?;
         let child = syscalls::fork(theirs.as_fd(), |socket| send(socket, open_directory(&path)))?;
-        Ok(Opening { child, answer })
+        Ok(DirectoryOpener { child, reply_socket })
     }
 
     /// The directory. Errors: ETIMEDOUT if it is not open by `end`. With it: the process, if it
     /// has not ended.
-    fn finish(self, end: Instant) -> (io::Result<Found>, Option<Pid>) {
+    fn finish(self, end: Instant) -> (io::Result<OpenedDirectory>, Option<Pid>) {
         let left = end.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        let received = self.answer.set_read_timeout(Some(left)).and_then(|()| receive(self.answer.as_fd()));
+        let received = self.reply_socket.set_read_timeout(Some(left)).and_then(|()| receive(self.reply_socket.as_fd()));
         // It has nothing more to do. One that cannot be killed yet ends when the filesystem answers.
         let _ = kill_process(self.child, Signal::KILL);
         for _ in 0..10 {
@@ -125,14 +125,14 @@ impl Opening {
 }
 
 /// Runs in the child: only system calls.
-fn open_directory(path: &std::ffi::CStr) -> Result<Found, Errno> {
+fn open_directory(path: &std::ffi::CStr) -> Result<OpenedDirectory, Errno> {
     let directory = open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let stat = fstat(&directory)?;
     Ok((directory, (stat.st_dev, stat.st_ino)))
 }
 
 /// Runs in the child: only system calls. Three numbers: an errno or 0, the device, the inode.
-fn send(socket: BorrowedFd<'_>, opened: Result<Found, Errno>) {
+fn send(socket: BorrowedFd<'_>, opened: Result<OpenedDirectory, Errno>) {
     let (errno, device, inode) = match &opened {
         Ok((_, (device, inode))) => (0, *device, *inode),
         Err(errno) => (errno.raw_os_error() as u64, 0, 0),
@@ -151,7 +151,7 @@ fn send(socket: BorrowedFd<'_>, opened: Result<Found, Errno>) {
     let _ = sendmsg(socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL);
 }
 
-fn receive(socket: BorrowedFd<'_>) -> io::Result<Found> {
+fn receive(socket: BorrowedFd<'_>) -> io::Result<OpenedDirectory> {
     let mut bytes = [0; 24];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);

@@ -36,7 +36,7 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior,
 use crate::backend::file;
 use crate::backend::point_in_time::CopyDirectory;
 use crate::base::systemd;
-use permissions::{Needs, Permissions};
+use permissions::{ImageNeeds, Permissions};
 use user::Account;
 
 /// `--sandbox`.
@@ -53,7 +53,7 @@ pub enum SandboxLevel {
 
 /// What the rules on paths are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
+enum RulePurpose {
     /// A storage library that opens the image.
     Opening,
     /// All that follows.
@@ -125,7 +125,7 @@ impl std::error::Error for SandboxError {}
 pub struct Sandbox {
     permissions: Permissions,
     user: Option<Account>,
-    copy_dirs: Vec<copy_dirs::Opened>,
+    copy_dirs: Vec<copy_dirs::StartDirectory>,
 }
 
 impl Sandbox {
@@ -155,7 +155,8 @@ impl Sandbox {
         if !self.permissions.needs.network || self.permissions.level == SandboxLevel::Off {
             return Ok(open());
         }
-        let rules = path_rules::rules(&self.permissions, Stage::Opening, Vec::new()).map_err(SandboxError::Paths)?;
+        let rules =
+            path_rules::rules(&self.permissions, RulePurpose::Opening, Vec::new()).map_err(SandboxError::Paths)?;
         let switch = self.user.is_some();
         let restricted = move || {
             user::keep_few_capabilities(switch)?;
@@ -184,12 +185,12 @@ impl Sandbox {
         self.restrict(rules)
     }
 
-    fn rules(&mut self) -> Result<Vec<path_rules::Rule>, SandboxError> {
+    fn rules(&mut self) -> Result<Vec<path_rules::PathRule>, SandboxError> {
         match self.permissions.level {
             SandboxLevel::Off => Ok(Vec::new()),
             SandboxLevel::On | SandboxLevel::NoFilter => {
                 let copy_dirs = self.copy_dirs.drain(..).filter_map(|opened| opened.place).collect();
-                path_rules::rules(&self.permissions, Stage::Serving, copy_dirs).map_err(SandboxError::Paths)
+                path_rules::rules(&self.permissions, RulePurpose::Serving, copy_dirs).map_err(SandboxError::Paths)
             }
         }
     }
@@ -203,7 +204,7 @@ impl Sandbox {
         }
     }
 
-    fn restrict(&self, rules: Vec<path_rules::Rule>) -> Result<(), SandboxError> {
+    fn restrict(&self, rules: Vec<path_rules::PathRule>) -> Result<(), SandboxError> {
         if self.permissions.level == SandboxLevel::Off {
             log::warn!("the sandbox is off: an intruder in this daemon can do what its user can");
             return Ok(());
@@ -232,14 +233,16 @@ impl Sandbox {
         let calls = if filtered { "seccomp" } else { "no system call filter" };
         let user = rustix::process::geteuid().as_raw();
         match paths {
-            Some(confined) => log::info!("sandbox: {confined}{}, {calls}, user {user}", say_lacks(&confined, filtered)),
+            Some(confined) => {
+                log::info!("sandbox: {confined}{}, {calls}, user {user}", warn_of_lacks(&confined, filtered))
+            }
             None => log::info!("sandbox: no Landlock, {calls}, user {user}"),
         }
         Ok(())
     }
 
     /// Whether system calls are filtered from now on.
-    fn filter_calls(&self, needs: Needs) -> Result<bool, SandboxError> {
+    fn filter_calls(&self, needs: ImageNeeds) -> Result<bool, SandboxError> {
         if self.permissions.level == SandboxLevel::NoFilter {
             log::warn!("system calls are not filtered (--sandbox no-filter)");
             return Ok(false);
@@ -254,7 +257,7 @@ impl Sandbox {
 }
 
 /// Warns of what this kernel's rules cannot stop and nothing else stops; returns what the filter stops, for the log.
-fn say_lacks(confined: &path_rules::Confined, filtered: bool) -> String {
+fn warn_of_lacks(confined: &path_rules::PathRestriction, filtered: bool) -> String {
     let (open, stopped) = confined.lacks(filtered, systemd::is_connected());
     if !open.is_empty() {
         log::warn!(

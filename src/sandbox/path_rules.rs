@@ -12,8 +12,8 @@ use landlock::{
     RulesetCreatedAttr, RulesetError, RulesetStatus, Scope, make_bitflags,
 };
 
-use super::permissions::{Needs, Permissions};
-use super::{Stage, ceph};
+use super::permissions::{ImageNeeds, Permissions};
+use super::{RulePurpose, ceph};
 
 /// What was read and tested; the crate leaves out what the kernel lacks.
 const KNOWN: ABI = ABI::V9;
@@ -24,7 +24,7 @@ const CREATE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
 });
 
 /// Where a rule begins, open, so that a later rename does not matter; and what is allowed there and beneath.
-pub(super) struct Rule {
+pub(super) struct PathRule {
     place: Box<dyn AsFd + Send>,
     access: BitFlags<AccessFs>,
 }
@@ -62,12 +62,16 @@ impl From<RulesetError> for PathsError {
 
 /// The rules that a configuration needs. Once its sockets and its pid file are there, and before the user changes: who
 /// may open what counts again at each use.
-pub(super) fn rules(permissions: &Permissions, stage: Stage, copy_dirs: Vec<OwnedFd>) -> Result<Vec<Rule>, PathsError> {
-    let copies = copy_dirs.into_iter().map(|place| Rule { place: Box::new(place), access: CREATE });
-    let mut rules: Vec<Rule> = copies.collect();
+pub(super) fn rules(
+    permissions: &Permissions,
+    stage: RulePurpose,
+    copy_dirs: Vec<OwnedFd>,
+) -> Result<Vec<PathRule>, PathsError> {
+    let copies = copy_dirs.into_iter().map(|place| PathRule { place: Box::new(place), access: CREATE });
+    let mut rules: Vec<PathRule> = copies.collect();
     let mut add = |option, path: &Path, access| match PathFd::new(path) {
         Ok(place) => {
-            rules.push(Rule { place: Box::new(place), access });
+            rules.push(PathRule { place: Box::new(place), access });
             Ok(())
         }
         Err(error) => Err(PathsError::Open(option, error)),
@@ -91,12 +95,12 @@ pub(super) fn rules(permissions: &Permissions, stage: Stage, copy_dirs: Vec<Owne
             add("Ceph", path, access)?;
         }
         // It is opened once.
-        let state = options.state_file.as_deref().filter(|_| stage == Stage::Opening).map(directory_of);
+        let state = options.state_file.as_deref().filter(|_| stage == RulePurpose::Opening).map(directory_of);
         for path in written.iter().map(PathBuf::as_path).chain(state) {
             add("Ceph", path, CREATE | AccessFs::MakeSock)?;
         }
     }
-    if stage == Stage::Serving {
+    if stage == RulePurpose::Serving {
         serving(permissions, &mut add)?;
     }
     // What malloc(3) asks before it gives memory back. The image's device and the stack below it were read before.
@@ -108,10 +112,10 @@ pub(super) fn rules(permissions: &Permissions, stage: Stage, copy_dirs: Vec<Owne
 }
 
 /// How a rule is added: the option that names the place, the place, what is allowed there.
-type Add<'a> = dyn FnMut(&'static str, &Path, BitFlags<AccessFs>) -> Result<(), PathsError> + 'a;
+type AddRule<'a> = dyn FnMut(&'static str, &Path, BitFlags<AccessFs>) -> Result<(), PathsError> + 'a;
 
 /// What is needed beside the image.
-fn serving(permissions: &Permissions, add: &mut Add<'_>) -> Result<(), PathsError> {
+fn serving(permissions: &Permissions, add: &mut AddRule<'_>) -> Result<(), PathsError> {
     for (option, path) in &permissions.removable {
         let directory = directory_of(path);
         if may_remove(option, directory) {
@@ -161,23 +165,23 @@ fn directory_of(path: &Path) -> &Path {
 }
 
 /// The rules on paths that are in force.
-pub(super) struct Confined {
+pub(super) struct PathRestriction {
     /// The kernel's version of them.
     abi: ABI,
     network: bool,
 }
 
 /// What a version of Landlock brought, from which Linux on, and what an intruder can do without it.
-struct Addition {
+struct LandlockFeature {
     abi: ABI,
     linux: &'static str,
     reach: &'static str,
     /// The filter of system calls stops that as well.
-    stopped_by: Stopped,
+    stopped_by: StoppedBy,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Stopped {
+enum StoppedBy {
     /// Nothing does.
     Nowhere,
     /// The filter does.
@@ -187,42 +191,53 @@ enum Stopped {
 }
 
 /// Beside those of the first version. ABI 2 allows more than 1 does, 7 and 8 bring no rule.
-const ADDITIONS: &[Addition] = &[
-    Addition { abi: ABI::V3, linux: "6.2", reach: "truncate files of its user", stopped_by: Stopped::Nowhere },
-    Addition { abi: ABI::V4, linux: "6.7", reach: "make TCP connections", stopped_by: Stopped::Filter },
-    Addition { abi: ABI::V5, linux: "6.10", reach: "command devices by ioctl(2)", stopped_by: Stopped::Filter },
-    Addition { abi: ABI::V6, linux: "6.12", reach: "signal processes of its user", stopped_by: Stopped::Filter },
-    Addition {
+const LANDLOCK_FEATURES: &[LandlockFeature] = &[
+    LandlockFeature { abi: ABI::V3, linux: "6.2", reach: "truncate files of its user", stopped_by: StoppedBy::Nowhere },
+    LandlockFeature { abi: ABI::V4, linux: "6.7", reach: "make TCP connections", stopped_by: StoppedBy::Filter },
+    LandlockFeature {
+        abi: ABI::V5,
+        linux: "6.10",
+        reach: "command devices by ioctl(2)",
+        stopped_by: StoppedBy::Filter,
+    },
+    LandlockFeature {
+        abi: ABI::V6,
+        linux: "6.12",
+        reach: "signal processes of its user",
+        stopped_by: StoppedBy::Filter,
+    },
+    LandlockFeature {
         abi: ABI::V6,
         linux: "6.12",
         reach: "send to abstract Unix sockets",
-        stopped_by: Stopped::FilterWithoutDatagrams,
+        stopped_by: StoppedBy::FilterWithoutDatagrams,
     },
-    Addition {
+    LandlockFeature {
         abi: ABI::V9,
         linux: "7.1",
         reach: "send to Unix sockets by their path",
-        stopped_by: Stopped::FilterWithoutDatagrams,
+        stopped_by: StoppedBy::FilterWithoutDatagrams,
     },
 ];
 
-impl Confined {
+impl PathRestriction {
     /// What the kernel lacks, each with the Linux that has it: what an intruder can do therefore, and what the filter
     /// of system calls stops. `filtered`: there is one; `datagrams`: a datagram socket is open.
     pub(super) fn lacks(&self, filtered: bool, datagrams: bool) -> (Vec<String>, Vec<String>) {
-        let lacking = ADDITIONS.iter().filter(|it| it.abi > self.abi && !(self.network && it.abi == ABI::V4));
+        let lacking = LANDLOCK_FEATURES.iter().filter(|it| it.abi > self.abi && !(self.network && it.abi == ABI::V4));
         let (stopped, open): (Vec<_>, Vec<_>) = lacking.partition(|it| match it.stopped_by {
-            Stopped::Nowhere => false,
-            Stopped::Filter => filtered,
-            Stopped::FilterWithoutDatagrams => filtered && !datagrams,
+            StoppedBy::Nowhere => false,
+            StoppedBy::Filter => filtered,
+            StoppedBy::FilterWithoutDatagrams => filtered && !datagrams,
         });
-        let named = |list: Vec<&Addition>| list.iter().map(|it| format!("{} (Linux {})", it.reach, it.linux)).collect();
+        let named =
+            |list: Vec<&LandlockFeature>| list.iter().map(|it| format!("{} (Linux {})", it.reach, it.linux)).collect();
         (named(open), named(stopped))
     }
 }
 
 /// For the log.
-impl fmt::Display for Confined {
+impl fmt::Display for PathRestriction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Landlock {:?}", self.abi)
     }
@@ -230,7 +245,7 @@ impl fmt::Display for Confined {
 
 /// Restricts the calling thread and those that it starts. Returns what is in force; `Err(None)`: this kernel has none
 /// of it.
-pub(super) fn confine(rules: Vec<Rule>, needs: Needs) -> Result<Confined, Option<PathsError>> {
+pub(super) fn confine(rules: Vec<PathRule>, needs: ImageNeeds) -> Result<PathRestriction, Option<PathsError>> {
     let set = || -> Result<_, RulesetError> {
         // systemd's socket is connected already: scopes are about others.
         let mut ruleset = Ruleset::default()
@@ -247,7 +262,7 @@ pub(super) fn confine(rules: Vec<Rule>, needs: Needs) -> Result<Confined, Option
     match (status.ruleset, status.landlock) {
         (RulesetStatus::NotEnforced, _) | (_, LandlockStatus::NotEnabled | LandlockStatus::NotImplemented) => Err(None),
         (_, LandlockStatus::Available { effective_abi, .. }) => {
-            Ok(Confined { abi: effective_abi, network: needs.network })
+            Ok(PathRestriction { abi: effective_abi, network: needs.network })
         }
     }
 }
@@ -281,7 +296,7 @@ mod tests {
 
     #[test]
     fn what_the_kernel_lacks_is_named_unless_the_filter_stops_it() {
-        let lacks = |abi, network, filtered, datagrams| Confined { abi, network }.lacks(filtered, datagrams);
+        let lacks = |abi, network, filtered, datagrams| PathRestriction { abi, network }.lacks(filtered, datagrams);
         let (open, stopped) = lacks(ABI::V9, false, false, true);
         assert_eq!((open.len(), stopped.len()), (0, 0));
         // Linux 6.18.

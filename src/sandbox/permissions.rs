@@ -17,7 +17,7 @@ pub struct Permissions {
     /// The image is not written to.
     pub read_only: bool,
     /// What this kind of image needs.
-    pub needs: Needs,
+    pub needs: ImageNeeds,
     /// An RBD image: what librbd reads and writes follows from its options.
     pub ceph: Option<RbdOptions>,
     /// Directories in which copies are created (`--copy-dir`).
@@ -38,7 +38,7 @@ impl Permissions {
 
 /// What a kind of image asks of the sandbox.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Needs {
+pub struct ImageNeeds {
     /// The image is reached over a network.
     pub network: bool,
     /// The back-end's queues use io_urings.

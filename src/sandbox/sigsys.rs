@@ -22,7 +22,7 @@ pub(super) fn install() -> io::Result<()> {
 /// returned is undefined, so nothing of the program runs any more: the signal, sent again with its default action,
 /// waits for the handler's return.
 extern "C" fn on_sigsys(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    let mut line = Line { text: [0; 400], len: 0 };
+    let mut line = StackText { text: [0; 400], len: 0 };
     line.add("error: the sandbox stopped the system call ");
     // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo.
     let number = unsafe { blocked_call(info) };
@@ -54,22 +54,22 @@ extern "C" fn on_sigsys(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
 /// `info` must be a valid siginfo of a SIGSYS that a filter raised.
 unsafe fn blocked_call(info: *const libc::siginfo_t) -> libc::c_int {
     #[repr(C)]
-    struct Sys {
+    struct SigsysInfo {
         first: [libc::c_int; 3],
         call_addr: *const libc::c_void,
         syscall: libc::c_int,
     }
     // SAFETY: a siginfo is 128 bytes and aligned as a pointer, and this is the layout that the kernel has filled in.
-    unsafe { (*info.cast::<Sys>()).syscall }
+    unsafe { (*info.cast::<SigsysInfo>()).syscall }
 }
 
 /// A text on the stack.
-struct Line {
+struct StackText {
     text: [u8; 400],
     len: usize,
 }
 
-impl Line {
+impl StackText {
     fn add(&mut self, text: &str) {
         for byte in text.bytes() {
             if let Some(place) = self.text.get_mut(self.len) {
@@ -98,7 +98,7 @@ mod tests {
 
     #[test]
     fn numbers_and_words_fit_the_line() {
-        let mut line = Line { text: [0; 400], len: 0 };
+        let mut line = StackText { text: [0; 400], len: 0 };
         for number in [0, 7, 10, 435, 4_000_000_000] {
             line.add_number(number);
             line.add(" ");

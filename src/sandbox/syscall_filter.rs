@@ -18,14 +18,14 @@ use seccompiler::{
     SeccompRule, TargetArch, apply_filter_all_threads,
 };
 
-use super::permissions::Needs;
+use super::permissions::ImageNeeds;
 
 macro_rules! calls {
     ($($name:ident)*) => { [$((libc::$name, stringify!($name))),*] };
 }
 
 /// Allowed with any arguments.
-const PLAIN: &[(c_long, &str)] = &calls! {
+const ALLOWED: &[(c_long, &str)] = &calls! {
     // Data.
     SYS_read SYS_write SYS_readv SYS_writev SYS_pread64 SYS_pwrite64 SYS_preadv SYS_pwritev SYS_preadv2 SYS_pwritev2
     SYS_lseek SYS_fsync SYS_fdatasync SYS_fallocate SYS_ftruncate SYS_fadvise64 SYS_copy_file_range
@@ -71,7 +71,7 @@ const NETWORK: &[(c_long, &str)] = &calls! {
 };
 
 /// What an intruder would try; the list is only for the log. Every call that is in none of the lists is stopped, too.
-const TELLING: &[(c_long, &str)] = &calls! {
+const NAMED_ONLY: &[(c_long, &str)] = &calls! {
     SYS_execve SYS_execveat SYS_clone SYS_ptrace SYS_process_vm_readv SYS_process_vm_writev SYS_kill SYS_tkill SYS_tgkill
     SYS_socket SYS_socketpair SYS_connect SYS_bind SYS_listen SYS_sendto SYS_io_uring_setup SYS_fcntl
     SYS_sched_setaffinity SYS_setxattr SYS_getxattr SYS_mmap SYS_mprotect SYS_ioctl SYS_prctl SYS_prlimit64 SYS_setuid SYS_setgid
@@ -83,12 +83,12 @@ const TELLING: &[(c_long, &str)] = &calls! {
 };
 
 #[cfg(target_arch = "x86_64")]
-const TELLING_OLDER: &[(c_long, &str)] = &calls! {
+const NAMED_ONLY_OLDER: &[(c_long, &str)] = &calls! {
     SYS_fork SYS_vfork SYS_creat SYS_chmod SYS_chown SYS_mkdir SYS_rmdir SYS_mknod SYS_symlink SYS_setrlimit SYS_iopl
     SYS_ioperm SYS_modify_ldt
 };
 #[cfg(not(target_arch = "x86_64"))]
-const TELLING_OLDER: &[(c_long, &str)] = &[];
+const NAMED_ONLY_OLDER: &[(c_long, &str)] = &[];
 
 /// `linux/fs.h` and its kin: what the daemon asks of files, devices and sockets. All but the first change nothing.
 const IOCTLS: [u64; 14] = [
@@ -157,7 +157,7 @@ impl From<BackendError> for FilterError {
 }
 
 /// Installs the filter in every thread. Whatever is stopped raises SIGSYS.
-pub(super) fn install(needs: Needs) -> Result<(), FilterError> {
+pub(super) fn install(needs: ImageNeeds) -> Result<(), FilterError> {
     // The strict one is last: it allows no other.
     for program in compile(needs)? {
         apply_filter_all_threads(&program).map_err(FilterError::Install)?;
@@ -167,7 +167,7 @@ pub(super) fn install(needs: Needs) -> Result<(), FilterError> {
 
 /// Programs of which the kernel takes the hardest answer. The first ones refuse with an error what the libraries do
 /// without, the last stops what has no such way.
-fn compile(needs: Needs) -> Result<Vec<BpfProgram>, BackendError> {
+fn compile(needs: ImageNeeds) -> Result<Vec<BpfProgram>, BackendError> {
     let architecture = TargetArch::try_from(std::env::consts::ARCH)?;
     let refusing = |rules, errno| {
         SeccompFilter::new(rules, SeccompAction::Allow, SeccompAction::Errno(errno as u32), architecture)?.try_into()
@@ -202,11 +202,11 @@ fn forbidden() -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
     ]))
 }
 
-fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
+fn allowed(needs: ImageNeeds) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
     let network: &[(c_long, &str)] = if needs.network { NETWORK } else { &[] };
     let uring: &[(c_long, &str)] = if needs.io_uring { URING } else { &[] };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        [PLAIN, OLDER, network, uring].concat().into_iter().map(|(number, _)| (number, Vec::new())).collect();
+        [ALLOWED, OLDER, network, uring].concat().into_iter().map(|(number, _)| (number, Vec::new())).collect();
     let pid = u64::from(std::process::id());
     let executable = libc::PROT_EXEC as u64;
     let thread = libc::CLONE_THREAD as u64;
@@ -267,7 +267,7 @@ fn one_of(argument: u8, values: &[u64], mask: Option<u64>) -> Result<Vec<Seccomp
 
 /// A system call's name, if it is one of those that an intruder would try. Called in a signal's handler: only looks.
 pub(super) fn name(number: c_long) -> Option<&'static str> {
-    let found = [TELLING, TELLING_OLDER, PLAIN, OLDER, NETWORK, URING]
+    let found = [NAMED_ONLY, NAMED_ONLY_OLDER, ALLOWED, OLDER, NETWORK, URING]
         .into_iter()
         .flatten()
         .find(|(known, _)| *known == number);
@@ -281,7 +281,7 @@ mod tests {
     #[test]
     fn both_filters_compile_for_each_kind_of_image() {
         for (network, io_uring) in [(false, true), (true, false), (false, false)] {
-            let programs = compile(Needs { network, io_uring }).unwrap();
+            let programs = compile(ImageNeeds { network, io_uring }).unwrap();
             let strict = programs.last().unwrap();
             assert!(programs.len() == if network { 3 } else { 2 } && strict.len() > 100);
             // The kernel's limit on instructions (BPF_MAXINSNS).
@@ -291,8 +291,8 @@ mod tests {
 
     #[test]
     fn no_call_of_an_intruder_is_allowed_with_any_arguments() {
-        let rules = allowed(Needs::default()).unwrap();
-        for (number, name) in TELLING.iter().chain(TELLING_OLDER) {
+        let rules = allowed(ImageNeeds::default()).unwrap();
+        for (number, name) in NAMED_ONLY.iter().chain(NAMED_ONLY_OLDER) {
             assert!(rules.get(number).is_none_or(|rules| !rules.is_empty()), "{name}");
         }
     }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::config::{BackendKind, Config, Listen};
-use crate::sandbox::permissions::{Needs, Permissions};
+use crate::sandbox::permissions::{ImageNeeds, Permissions};
 
 /// Returns the permissions that the daemon needs with this configuration.
 pub fn of(config: &Config) -> Permissions {
@@ -27,7 +27,7 @@ pub fn of(config: &Config) -> Permissions {
         user: config.user.clone(),
         image: config.backend.file().map(Path::to_path_buf),
         read_only: config.read_only,
-        needs: Needs { network, io_uring },
+        needs: ImageNeeds { network, io_uring },
         ceph,
         copy_dirs: config.copy_dirs.clone(),
         scratch: config.scratch.as_ref().map(|scratch| scratch.directory.clone()),
