@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use crate::snapshot::child::{Ended, MAX_OUTPUT, output};
+use crate::snapshot::child::{CommandEnd, MAX_OUTPUT, output};
 
 /// How long libvirt may take to answer a question.
 pub const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -25,13 +25,13 @@ pub fn run(arguments: &[&str], timeout: Duration) -> Result<String, String> {
         _ => format!("virsh cannot be run: {error}"),
     })?;
     match ended {
-        Ended::Status(status) if status.success() => whole(what, out),
-        Ended::Status(status) => Err(match err.lines().find_map(|line| line.trim().strip_prefix("error: ")) {
+        CommandEnd::Status(status) if status.success() => whole(what, out),
+        CommandEnd::Status(status) => Err(match err.lines().find_map(|line| line.trim().strip_prefix("error: ")) {
             // The first line of two is virsh's ("Failed to attach device"), the second libvirt's reason.
             Some(_) => said(&err),
             None => format!("virsh {what} failed ({status}) and did not say why: run it by hand"),
         }),
-        Ended::TimedOut | Ended::Stopped => {
+        CommandEnd::TimedOut | CommandEnd::Stopped => {
             Err(format!("virsh {what} did not end within {} s: does libvirtd answer?", timeout.as_secs()))
         }
     }

@@ -51,35 +51,35 @@ impl fmt::Display for AgentError {
 }
 
 /// A channel to the agent.
-pub trait Channel {
+pub trait AgentChannel {
     /// Sends a command and waits for the reply, for `timeout` at most. All commands sent before are done by then.
     fn ask(&mut self, command: &str, arguments: Value, timeout: Duration, stop: Stop<'_>) -> Result<Value, AgentError>;
 }
 
 /// The agent's socket, as QEMU made it (`-chardev socket,path=...` with a `virtserialport` named
 /// `org.qemu.guest_agent.0`).
-pub struct Socket {
+pub struct AgentSocket {
     path: PathBuf,
-    link: Option<Link>,
+    link: Option<AgentConnection>,
     next_id: u64,
 }
 
 /// A connection.
-struct Link {
+struct AgentConnection {
     stream: UnixStream,
     input: Vec<u8>,
     /// No reply is outstanding: the next line is the reply to the next request.
     in_sync: bool,
 }
 
-impl Socket {
+impl AgentSocket {
     /// Connects when the first command is sent.
     pub fn new(path: &Path) -> Self {
         // Not the numbers of an earlier client, whose stale replies must not be taken for ours. The agent takes any
         // number that fits into 63 bits.
         let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let first = (clock.as_nanos() as u64 ^ u64::from(std::process::id()) << 40) >> 1;
-        Socket { path: path.to_owned(), link: None, next_id: first & (u64::MAX >> 2) }
+        AgentSocket { path: path.to_owned(), link: None, next_id: first & (u64::MAX >> 2) }
     }
 
     fn shown(&self) -> String {
@@ -97,7 +97,7 @@ impl Socket {
     /// Connects if necessary, and waits until the next reply of the agent is ours.
     fn synchronize(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<(), AgentError> {
         if self.link.is_none() {
-            self.link = Some(Link { stream: self.open(deadline, stop)?, input: Vec::new(), in_sync: false });
+            self.link = Some(AgentConnection { stream: self.open(deadline, stop)?, input: Vec::new(), in_sync: false });
         }
         while self.link.as_ref().is_some_and(|link| !link.in_sync) {
             self.next_id += 1;
@@ -121,14 +121,14 @@ impl Socket {
                         }
                     }
                     Err(AgentError::Silent(_)) if Instant::now() < deadline => break,
-                    Err(trouble) => return Err(trouble),
+                    Err(error) => return Err(error),
                 }
             }
         }
         Ok(())
     }
 
-    fn link(&mut self) -> Result<&mut Link, AgentError> {
+    fn link(&mut self) -> Result<&mut AgentConnection, AgentError> {
         let shown = self.shown();
         self.link.as_mut().ok_or_else(|| AgentError::Lost(format!("{shown} closed the connection")))
     }
@@ -196,14 +196,14 @@ impl Socket {
 
     fn open(&self, deadline: Instant, stop: Stop<'_>) -> Result<UnixStream, AgentError> {
         let lost = |errno: Errno| {
-            let mend = match errno {
+            let fix = match errno {
                 Errno::NOENT => ": does the guest run, and is this the socket of its agent's channel?",
                 Errno::CONNREFUSED => ": no program listens there; does the guest still run?",
                 Errno::ACCESS | Errno::PERM => ": be root or QEMU's user",
                 Errno::NAMETOOLONG | Errno::INVAL => ": a socket's path has at most 107 bytes",
                 _ => "",
             };
-            AgentError::Lost(format!("{} cannot be reached: {}{mend}", self.shown(), io::Error::from(errno)))
+            AgentError::Lost(format!("{} cannot be reached: {}{fix}", self.shown(), io::Error::from(errno)))
         };
         let address = SocketAddrUnix::new(&self.path).map_err(lost)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -226,7 +226,7 @@ impl Socket {
     }
 }
 
-impl Channel for Socket {
+impl AgentChannel for AgentSocket {
     fn ask(&mut self, command: &str, arguments: Value, timeout: Duration, stop: Stop<'_>) -> Result<Value, AgentError> {
         let deadline = Instant::now() + timeout;
         self.synchronize(deadline, stop)?;
@@ -238,15 +238,15 @@ impl Channel for Socket {
         self.send(format!("{request}\n").into_bytes(), false)?;
         let line = self.line(deadline, stop)?;
         self.link()?.in_sync = true;
-        answer(&self.shown(), command, &line).inspect_err(|trouble| {
-            if matches!(trouble, AgentError::Lost(_)) {
+        answer(&self.shown(), command, &line).inspect_err(|error| {
+            if matches!(error, AgentError::Lost(_)) {
                 self.link = None;
             }
         })
     }
 }
 
-impl AsFd for Link {
+impl AsFd for AgentConnection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }
@@ -254,17 +254,17 @@ impl AsFd for Link {
 
 /// Reads a reply: `{"return": ...}` or `{"error": {"class", "desc"}}`.
 pub fn answer(who: &str, command: &str, line: &[u8]) -> Result<Value, AgentError> {
-    let garbage = || {
+    let malformed = || {
         let start = String::from_utf8_lossy(&line[..line.len().min(80)]).into_owned();
         AgentError::Lost(format!("{who} answers {command} with text that is not a reply: {start:?}"))
     };
-    let mut value = bounded::parse(line).map_err(|_| garbage())?;
+    let mut value = bounded::parse(line).map_err(|_| malformed())?;
     if let Some(error) = value.get("error") {
         let why = error["desc"].as_str().or(error["class"].as_str()).unwrap_or("it gives no reason");
         let why: String = why.chars().take(MAX_REASON).collect();
         return Err(AgentError::Refused(format!("{who} refuses {command}: {why}")));
     }
-    value.get_mut("return").map(Value::take).ok_or_else(garbage)
+    value.get_mut("return").map(Value::take).ok_or_else(malformed)
 }
 
 #[cfg(test)]
@@ -285,7 +285,7 @@ mod tests {
             });
             let (done, result) = mpsc::channel();
             std::thread::spawn(move || {
-                let asked = Socket::new(&path).ask("guest-ping", Value::Null, Duration::from_millis(500), None);
+                let asked = AgentSocket::new(&path).ask("guest-ping", Value::Null, Duration::from_millis(500), None);
                 done.send(asked)
             });
             let asked = result.recv_timeout(Duration::from_secs(60)).expect("it waits for ever");

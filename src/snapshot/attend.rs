@@ -30,7 +30,7 @@ const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
 /// For a daemon that is reached again: others may need us meanwhile.
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// A guest is not frozen for longer, whatever a daemon says: the guard thaws it then.
-const MAX_FREEZE: Duration = Duration::from_secs(90);
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(90);
 /// How long an end waits for the running snapshots: a thaw waits for the disks. librbd lets them go 10 s after
 /// they are still.
 const END_TIMEOUT: Duration = Duration::from_secs(15);
@@ -39,13 +39,13 @@ const FREEZE_MARGIN: Duration = Duration::from_secs(1);
 
 /// What the user asked for.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct AttendPlan {
     /// The quiesce sockets of all disks of the guest.
     pub disks: Vec<PathBuf>,
     /// The level asked for.
     pub level: Consistency,
     /// The agent that freezes the guest's filesystems.
-    pub agent: Option<plan::AgentAt>,
+    pub agent: Option<plan::AgentAddress>,
     /// The directory of the host's hooks.
     pub hooks: Option<PathBuf>,
     /// A weaker snapshot is better than none.
@@ -54,7 +54,7 @@ pub struct Plan {
     pub timeout: Duration,
 }
 
-impl Plan {
+impl AttendPlan {
     fn check(&self) -> Result<(), Failure> {
         let usage = |why: String| Failure::new(super::USAGE, why);
         plan::check_disks(&self.disks)
@@ -78,19 +78,19 @@ impl Plan {
 
 /// Attends until SIGINT, SIGTERM or SIGHUP, which are blocked in this thread from now on. `report` gets the receipt of
 /// each freeze. Errors: a disk that cannot be attended from the start, or a guest that could not be thawed.
-pub fn attend(plan: &Plan, report: impl Fn(&Receipt)) -> Result<(), Failure> {
+pub fn attend(plan: &AttendPlan, report: impl Fn(&Receipt)) -> Result<(), Failure> {
     plan.check()?;
     let failed = |error: std::io::Error| Failure::new("internal", format!("signals cannot be caught: {error}"));
     let signals = Signals::block().map_err(failed)?;
     if let Some(at) = plan.agent.as_ref().filter(|_| plan.level > Consistency::Crash)
-        && let Err(trouble @ (AgentError::Silent(_) | AgentError::Lost(_))) =
+        && let Err(error @ (AgentError::Silent(_) | AgentError::Lost(_))) =
             Guest::new(at, RECONNECT_TIMEOUT).ping(Some(signals.as_fd()))
     {
         // The guest may start later.
         let what = if plan.or_weaker { "crash consistent" } else { "refused" };
-        crate::base::logging::message(format_args!("{trouble}. Until that works snapshots are {what}"));
+        crate::base::logging::message(format_args!("{error}. Until that works snapshots are {what}"));
     }
-    let disks = plan.disks.iter().map(|control| Attended::new(control.clone())).collect();
+    let disks = plan.disks.iter().map(|control| AttendedDisk::new(control.clone())).collect();
     let mut attendant = Attendant { plan, signals, disks, round: None, ending: None, thawed: Ok(()), report: &report };
     for at in 0..attendant.disks.len() {
         attendant.register(at, REPLY_TIMEOUT)?;
@@ -101,7 +101,7 @@ pub fn attend(plan: &Plan, report: impl Fn(&Receipt)) -> Result<(), Failure> {
 }
 
 /// One disk.
-struct Attended {
+struct AttendedDisk {
     control: PathBuf,
     /// The file or device, for hooks.
     image: Option<PathBuf>,
@@ -112,9 +112,9 @@ struct Attended {
     asked: BTreeSet<u64>,
 }
 
-impl Attended {
+impl AttendedDisk {
     fn new(control: PathBuf) -> Self {
-        Attended { control, image: None, client: None, retry: Instant::now(), asked: BTreeSet::new() }
+        AttendedDisk { control, image: None, client: None, retry: Instant::now(), asked: BTreeSet::new() }
     }
 }
 
@@ -127,9 +127,9 @@ struct FreezeRound {
 }
 
 struct Attendant<'a> {
-    plan: &'a Plan,
+    plan: &'a AttendPlan,
     signals: Signals,
-    disks: Vec<Attended>,
+    disks: Vec<AttendedDisk>,
     round: Option<FreezeRound>,
     /// A signal came: until when the last round is waited for.
     ending: Option<Instant>,
@@ -261,7 +261,7 @@ impl Attendant<'_> {
             hooks: plan.hooks.clone(),
             or_weaker: plan.or_weaker,
             timeout: plan.timeout,
-            silence: MAX_FREEZE,
+            silence: FREEZE_TIMEOUT,
         });
         let since = Instant::now();
         freezer.receipt.instant = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();

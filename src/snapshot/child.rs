@@ -20,7 +20,7 @@ pub(crate) const MAX_OUTPUT: u64 = 4 << 20;
 
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
+pub enum CommandEnd {
     /// It ended by itself.
     Status(ExitStatus),
     /// We ended it, because it took too long.
@@ -29,14 +29,14 @@ pub enum Ended {
     Stopped,
 }
 
-impl Ended {
+impl CommandEnd {
     /// What went wrong, as the end of a sentence that begins with the command's name; `None`: it succeeded.
     pub fn complaint(&self, allowed: Duration) -> Option<String> {
         match self {
-            Ended::Status(status) if status.success() => None,
-            Ended::Status(status) => Some(format!("failed ({status})")),
-            Ended::TimedOut => Some(format!("did not end within {allowed:?} and was killed")),
-            Ended::Stopped => Some("was ended, because the snapshot was interrupted".into()),
+            CommandEnd::Status(status) if status.success() => None,
+            CommandEnd::Status(status) => Some(format!("failed ({status})")),
+            CommandEnd::TimedOut => Some(format!("did not end within {allowed:?} and was killed")),
+            CommandEnd::Stopped => Some("was ended, because the snapshot was interrupted".into()),
         }
     }
 }
@@ -44,18 +44,24 @@ impl Ended {
 /// Runs `command` in a process group of its own, without input and with `mask` as its blocked signals, until
 /// `deadline`. The whole group is ended if it takes too long or `stop` comes. `leashed`: it gets SIGTERM if we die.
 /// Errors: it cannot be started.
-pub fn run(mut command: Command, mask: SigSet, leashed: bool, deadline: Instant, stop: Stop<'_>) -> io::Result<Ended> {
+pub fn run(
+    mut command: Command,
+    mask: SigSet,
+    leashed: bool,
+    deadline: Instant,
+    stop: Stop<'_>,
+) -> io::Result<CommandEnd> {
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
     command.stdin(Stdio::null());
     let mut child = if leashed { spawn::leashed(command, mask)? } else { spawn::with_mask(command, mask)? };
     let watched = watch(&mut child, deadline, stop);
     match watched {
-        Ok(Some(status)) => Ok(Ended::Status(status)),
+        Ok(Some(status)) => Ok(CommandEnd::Status(status)),
         Ok(None) => {
             let stopped =
                 stop.is_some_and(|fd| wait(&[fd], None, Instant::now()).is_ok_and(|wake| wake != Wake::TimedOut));
             end(&mut child)?;
-            Ok(if stopped { Ended::Stopped } else { Ended::TimedOut })
+            Ok(if stopped { CommandEnd::Stopped } else { CommandEnd::TimedOut })
         }
         Err(error) => {
             end(&mut child)?;
@@ -65,7 +71,7 @@ pub fn run(mut command: Command, mask: SigSet, leashed: bool, deadline: Instant,
 }
 
 /// Runs a command as [`run`] does and returns what it printed, standard output and standard error.
-pub fn output(mut command: Command, deadline: Instant, stop: Stop<'_>) -> io::Result<(Ended, String, String)> {
+pub fn output(mut command: Command, deadline: Instant, stop: Stop<'_>) -> io::Result<(CommandEnd, String, String)> {
     let file = || memfd_create("output", MemfdFlags::CLOEXEC).map(File::from);
     let (out, err) = (file()?, file()?);
     command.stdout(out.try_clone()?).stderr(err.try_clone()?);

@@ -46,7 +46,7 @@ enum ClonerRequest {
 
 /// The reply: the error number, if the request failed.
 #[derive(Debug, Serialize, Deserialize)]
-struct Done {
+struct ClonerReply {
     errno: Option<i32>,
 }
 
@@ -82,7 +82,7 @@ impl Cloner {
 
     /// The result, once its descriptor is readable.
     pub fn outcome(&self) -> io::Result<()> {
-        let (done, _): (Done, _) = self.channel.receive(REPLY_TIMEOUT)?;
+        let (done, _): (ClonerReply, _) = self.channel.receive(REPLY_TIMEOUT)?;
         done.errno.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)))
     }
 
@@ -125,23 +125,24 @@ impl Drop for Cloner {
 
 /// Waits for all cloners, each of which has begun. Returns the result of each, in their order; those that are still at
 /// work at `deadline` or `stop` are killed.
-pub fn wait_for(cloners: &mut [&mut Cloner], deadline: Instant, stop: Stop<'_>) -> Vec<Outcome> {
-    let mut outcomes: Vec<Option<Outcome>> = cloners.iter().map(|_| None).collect();
+pub fn wait_for(cloners: &mut [&mut Cloner], deadline: Instant, stop: Stop<'_>) -> Vec<CloneOutcome> {
+    let mut outcomes: Vec<Option<CloneOutcome>> = cloners.iter().map(|_| None).collect();
     let over = loop {
         let waiting: Vec<usize> = (0..cloners.len()).filter(|at| outcomes[*at].is_none()).collect();
         if waiting.is_empty() {
-            break Outcome::TimedOut;
+            break CloneOutcome::TimedOut;
         }
         let fds: Vec<BorrowedFd<'_>> = waiting.iter().map(|at| cloners[*at].as_fd()).collect();
         match wait(&fds, stop, deadline) {
             Ok(Wake::Ready(ready)) => {
                 for (at, _) in waiting.into_iter().zip(ready).filter(|(_, ready)| *ready) {
-                    outcomes[at] = Some(cloners[at].outcome().map_or_else(Outcome::Failed, |()| Outcome::Shared));
+                    outcomes[at] =
+                        Some(cloners[at].outcome().map_or_else(CloneOutcome::Failed, |()| CloneOutcome::Shared));
                 }
             }
-            Ok(Wake::Stopped) => break Outcome::Stopped,
-            Ok(Wake::TimedOut) => break Outcome::TimedOut,
-            Err(error) => break Outcome::Failed(error),
+            Ok(Wake::Stopped) => break CloneOutcome::Stopped,
+            Ok(Wake::TimedOut) => break CloneOutcome::TimedOut,
+            Err(error) => break CloneOutcome::Failed(error),
         }
     };
     for (cloner, outcome) in cloners.iter_mut().zip(&outcomes) {
@@ -149,11 +150,11 @@ pub fn wait_for(cloners: &mut [&mut Cloner], deadline: Instant, stop: Stop<'_>) 
             cloner.kill();
         }
     }
-    let rest = |outcome: Option<Outcome>| {
+    let rest = |outcome: Option<CloneOutcome>| {
         outcome.unwrap_or(match &over {
-            Outcome::Failed(error) => Outcome::Failed(io::Error::from(error.kind())),
-            Outcome::Stopped => Outcome::Stopped,
-            _ => Outcome::TimedOut,
+            CloneOutcome::Failed(error) => CloneOutcome::Failed(io::Error::from(error.kind())),
+            CloneOutcome::Stopped => CloneOutcome::Stopped,
+            _ => CloneOutcome::TimedOut,
         })
     };
     outcomes.into_iter().map(rest).collect()
@@ -161,7 +162,7 @@ pub fn wait_for(cloners: &mut [&mut Cloner], deadline: Instant, stop: Stop<'_>) 
 
 /// The result of one clone.
 #[derive(Debug)]
-pub enum Outcome {
+pub enum CloneOutcome {
     /// The target shares all blocks of the image.
     Shared,
     /// The kernel refused, or the cloner ended.
@@ -222,7 +223,7 @@ fn carry_out(channel: &Channel) -> io::Result<()> {
         _ => return Err(io::ErrorKind::InvalidData.into()),
     };
     let errno = done.err().map(|error| error.raw_os_error().unwrap_or(libc::EIO));
-    channel.send(&Done { errno }, &[], REPLY_TIMEOUT)
+    channel.send(&ClonerReply { errno }, &[], REPLY_TIMEOUT)
 }
 
 /// Removes the file, unless it is gone or another one has its name.

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use serde_json::{Value, json};
 
-use super::disks::{Disks, Unanswered, interrupted};
-use super::plan::Plan;
+use super::disks::{Disks, OnFailure, interrupted};
+use super::plan::SnapshotPlan;
 use super::wait::{Stop, Wake, wait};
 use crate::control::client::{Client, Failure, REPLY_TIMEOUT};
 
@@ -20,7 +20,7 @@ const END_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// One disk's copy.
 #[derive(Clone, Debug)]
-pub struct Copy {
+pub struct DiskCopy {
     /// The disk's index in the list.
     pub disk: usize,
     /// The copy's name in the daemon.
@@ -32,7 +32,7 @@ pub struct Copy {
 }
 
 /// Makes the daemon prepare a copy. The daemon removes what is prepared when our connection ends.
-pub fn prepare(disks: &mut Disks, disk: usize, target: &Path, plan: &Plan) -> Result<Copy, Failure> {
+pub fn prepare(disks: &mut Disks, disk: usize, target: &Path, plan: &SnapshotPlan) -> Result<DiskCopy, Failure> {
     let Some(text) = target.to_str() else {
         let text =
             format!("'{}' is not UTF-8, which the daemon's protocol needs: choose another name", target.display());
@@ -58,27 +58,27 @@ pub fn prepare(disks: &mut Disks, disk: usize, target: &Path, plan: &Plan) -> Re
         _ => disk_at.blame("cannot be copied", failure),
     })?;
     let name = answer["copy"].as_str().unwrap_or_default().to_owned();
-    Ok(Copy { disk, name, target: target.to_owned(), status: Value::Null })
+    Ok(DiskCopy { disk, name, target: target.to_owned(), status: Value::Null })
 }
 
 /// Fixes the instant of all copies, while all disks are held.
-pub fn start(disks: &mut Disks, copies: &[Copy], stop: Stop<'_>) -> Result<(), Failure> {
-    let request = |copy: &Copy| {
+pub fn start(disks: &mut Disks, copies: &[DiskCopy], stop: Stop<'_>) -> Result<(), Failure> {
+    let request = |copy: &DiskCopy| {
         let token = disks.list[copy.disk].token().unwrap_or_default();
         (copy.disk, "copy-start", json!({"copy": copy.name, "token": token}))
     };
     let requests = copies.iter().map(request).collect();
     let deadline = (Instant::now() + REPLY_TIMEOUT).min(disks.lease_ends());
-    for answer in disks.ask(requests, deadline, stop, Unanswered::EndsAll) {
+    for answer in disks.ask(requests, deadline, stop, OnFailure::StopWaiting) {
         answer.result.map_err(|why| disks.list[answer.disk].blame("could not be copied", why))?;
     }
     Ok(())
 }
 
 /// Queries the status of the copies. The error is that of the first copy that failed.
-pub fn ask(disks: &mut Disks, copies: &mut [Copy]) -> Result<(), Failure> {
+pub fn ask(disks: &mut Disks, copies: &mut [DiskCopy]) -> Result<(), Failure> {
     let requests = copies.iter().map(|copy| (copy.disk, "query-copies", json!({}))).collect();
-    let answers = disks.ask(requests, Instant::now() + REPLY_TIMEOUT, None, Unanswered::OnlyThat);
+    let answers = disks.ask(requests, Instant::now() + REPLY_TIMEOUT, None, OnFailure::WaitForAll);
     for (copy, answer) in copies.iter_mut().zip(answers) {
         let blame = |why| disks.list[answer.disk].blame("is copied by a daemon that is lost", why);
         let list = answer.result.map_err(blame)?;
@@ -95,7 +95,7 @@ pub fn ask(disks: &mut Disks, copies: &mut [Copy]) -> Result<(), Failure> {
 }
 
 /// Waits until all copies are complete. The error is that of the first copy that failed, or a signal.
-pub fn wait_for(disks: &mut Disks, copies: &mut [Copy], progress: bool, stop: Stop<'_>) -> Result<(), Failure> {
+pub fn wait_for(disks: &mut Disks, copies: &mut [DiskCopy], progress: bool, stop: Stop<'_>) -> Result<(), Failure> {
     let mut shown = progress.then(|| Progress { show: crate::base::logging::show_progress, last: None });
     loop {
         ask(disks, copies)?;
@@ -120,11 +120,11 @@ pub fn wait_for(disks: &mut Disks, copies: &mut [Copy], progress: bool, stop: St
 
 /// Cancels the copies that run and removes those that are complete, so that nothing is left behind. Returns what could
 /// not be removed.
-pub fn undo(disks: &mut Disks, copies: &[Copy]) -> Vec<String> {
+pub fn undo(disks: &mut Disks, copies: &[DiskCopy]) -> Vec<String> {
     copies.iter().filter_map(|copy| undo_one(disks, copy).err()).collect()
 }
 
-fn undo_one(disks: &mut Disks, copy: &Copy) -> Result<(), String> {
+fn undo_one(disks: &mut Disks, copy: &DiskCopy) -> Result<(), String> {
     let disk = &mut disks.list[copy.disk];
     let shown = copy.target.display();
     // The connection may have been closed before; a detached copy outlives it.
@@ -163,7 +163,7 @@ fn undo_one(disks: &mut Disks, copy: &Copy) -> Result<(), String> {
     }
 }
 
-impl Copy {
+impl DiskCopy {
     fn state(&self) -> &str {
         self.status["state"].as_str().unwrap_or("prepared")
     }
@@ -177,7 +177,7 @@ struct Progress<F: FnMut(&str, bool)> {
 }
 
 impl<F: FnMut(&str, bool)> Progress<F> {
-    fn update(&mut self, copies: &[Copy]) {
+    fn update(&mut self, copies: &[DiskCopy]) {
         let sum = |name: &str| copies.iter().filter_map(|copy| copy.status[name].as_u64()).sum::<u64>();
         let (done, total) = (sum("done-bytes"), sum("total-bytes").max(1));
         let text = format!("copied {} % of {} MiB", done * 100 / total, total >> 20);
@@ -201,7 +201,7 @@ mod tests {
     #[test]
     fn output_after_the_progress_begins_on_a_new_line() {
         let status = json!({"done-bytes": 1 << 20, "total-bytes": 4 << 20});
-        let copy = Copy { disk: 0, name: String::new(), target: PathBuf::new(), status };
+        let copy = DiskCopy { disk: 0, name: String::new(), target: PathBuf::new(), status };
         let mut shown = Vec::new();
         let mut progress = Progress { show: |text: &str, last| shown.push((text.to_owned(), last)), last: None };
         progress.update(std::slice::from_ref(&copy));

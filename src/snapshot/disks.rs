@@ -82,7 +82,7 @@ impl Disks {
         }
         let requests = (0..self.list.len()).map(|disk| (disk, "quiesce", arguments.clone())).collect();
         let mut failure = None;
-        for answer in self.ask(requests, now + timeout + REPLY_MARGIN, stop, Unanswered::EndsAll) {
+        for answer in self.ask(requests, now + timeout + REPLY_MARGIN, stop, OnFailure::StopWaiting) {
             let disk = &mut self.list[answer.disk];
             match answer.result {
                 Ok(figures) => {
@@ -113,7 +113,7 @@ impl Disks {
             }
         }
         let mut failure = None;
-        for answer in self.ask(held, Instant::now() + REPLY_TIMEOUT, None, Unanswered::OnlyThat) {
+        for answer in self.ask(held, Instant::now() + REPLY_TIMEOUT, None, OnFailure::WaitForAll) {
             let disk = &mut self.list[answer.disk];
             disk.held = disk.asked.map_or(Duration::ZERO, |asked| answer.when.saturating_duration_since(asked));
             if let Err(why) = answer.result {
@@ -130,22 +130,22 @@ impl Disks {
         requests: Vec<(usize, &'static str, Value)>,
         deadline: Instant,
         stop: Stop<'_>,
-        unanswered: Unanswered,
-    ) -> Vec<Answer> {
-        let mut answers: Vec<(usize, Option<Answer>)> = Vec::new();
+        unanswered: OnFailure,
+    ) -> Vec<DiskReply> {
+        let mut answers: Vec<(usize, Option<DiskReply>)> = Vec::new();
         for (disk, name, arguments) in requests {
             let sent = self.list[disk].client().and_then(|client| client.send(name, arguments));
-            answers.push((disk, sent.err().map(|lost| Answer { disk, when: Instant::now(), result: Err(lost) })));
+            answers.push((disk, sent.err().map(|lost| DiskReply { disk, when: Instant::now(), result: Err(lost) })));
         }
         let end = loop {
             for (disk, answer) in answers.iter_mut().filter(|(_, answer)| answer.is_none()) {
                 let result = self.list[*disk].try_reply();
-                *answer = result.map(|result| Answer { disk: *disk, when: Instant::now(), result });
+                *answer = result.map(|result| DiskReply { disk: *disk, when: Instant::now(), result });
             }
             let failed = answers.iter().any(|(_, answer)| answer.as_ref().is_some_and(|a| a.result.is_err()));
             let waiting: Vec<BorrowedFd<'_>> =
                 answers.iter().filter(|(_, a)| a.is_none()).filter_map(|(disk, _)| self.list[*disk].fd()).collect();
-            if waiting.is_empty() || (failed && unanswered == Unanswered::EndsAll) {
+            if waiting.is_empty() || (failed && unanswered == OnFailure::StopWaiting) {
                 break Failure::new(NOT_WAITED, "another disk failed first");
             }
             match wait(&waiting, stop, deadline) {
@@ -160,14 +160,14 @@ impl Disks {
         };
         let mut outstanding = |disk: usize| {
             self.list[disk].client = None;
-            Answer { disk, when: Instant::now(), result: Err(Failure::new(&end.code, end.message.clone())) }
+            DiskReply { disk, when: Instant::now(), result: Err(Failure::new(&end.code, end.message.clone())) }
         };
         answers.into_iter().map(|(disk, answer)| answer.unwrap_or_else(|| outstanding(disk))).collect()
     }
 }
 
 /// The reply of a disk's daemon, and when it arrived.
-pub struct Answer {
+pub struct DiskReply {
     /// The disk's index.
     pub disk: usize,
     /// When it arrived.
@@ -181,11 +181,11 @@ const NOT_WAITED: &str = "not-waited";
 
 /// What a failure does to the other requests that were sent with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unanswered {
+pub enum OnFailure {
     /// The other replies are not waited for: all or nothing.
-    EndsAll,
+    StopWaiting,
     /// The other replies are waited for.
-    OnlyThat,
+    WaitForAll,
 }
 
 /// The path of the image, from a daemon's status.

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use super::disks::interrupted;
 use super::guard::{Guard, GuardRequest, GuardSpec, PendingUndo, THAW_WATCH_TIMEOUT};
-use super::guest::{GuestReport, Thawed, VSS_HOLD};
-use super::plan::{AgentAt, Consistency};
+use super::guest::{GuestReport, ThawResult, VSS_HOLD_TIMEOUT};
+use super::plan::{AgentAddress, Consistency};
 use super::receipt::Receipt;
 use super::wait::{Stop, Wake, wait};
 use crate::control::client::Failure;
@@ -20,7 +20,7 @@ pub struct FreezeOptions {
     /// The level asked for.
     pub level: Consistency,
     /// The agent that freezes the guest's filesystems.
-    pub agent: Option<AgentAt>,
+    pub agent: Option<AgentAddress>,
     /// The directory of the host's hooks.
     pub hooks: Option<PathBuf>,
     /// Continue with a weaker level where the one asked for is not reached.
@@ -75,13 +75,14 @@ impl Freezer {
         }
         let agent = wanted.agent.as_ref().filter(|_| freezes);
         let spec = GuardSpec {
-            socket: agent.and_then(|at| if let AgentAt::Socket(path) = at { Some(path.clone().into()) } else { None }),
-            domain: agent.and_then(|at| if let AgentAt::Domain(name) = at { Some(name.clone()) } else { None }),
+            socket: agent
+                .and_then(|at| if let AgentAddress::Socket(path) = at { Some(path.clone().into()) } else { None }),
+            domain: agent.and_then(|at| if let AgentAddress::Domain(name) = at { Some(name.clone()) } else { None }),
             hooks: wanted.hooks.clone().map(Into::into),
             environment,
             timeout: wanted.timeout,
             silence: wanted.silence,
-            begun: PendingUndo::default(),
+            pending: PendingUndo::default(),
         };
         self.guard = Some(Guard::start(spec)?);
         Ok(())
@@ -182,7 +183,7 @@ impl Freezer {
     /// level is acceptable then.
     pub fn frozen_until(&self) -> Option<Instant> {
         let is_needed = self.windows && self.level > Consistency::Crash && !self.wanted.or_weaker;
-        self.frozen_at.filter(|_| is_needed).map(|at| at + VSS_HOLD)
+        self.frozen_at.filter(|_| is_needed).map(|at| at + VSS_HOLD_TIMEOUT)
     }
 
     /// Checks that the guest that was frozen still is. Errors: it is not, or that is not known.
@@ -190,9 +191,11 @@ impl Freezer {
         if self.level == Consistency::Crash {
             return Ok(());
         }
-        let is_over = self.windows && self.frozen_at.is_none_or(|at| at.elapsed() > VSS_HOLD);
+        let is_over = self.windows && self.frozen_at.is_none_or(|at| at.elapsed() > VSS_HOLD_TIMEOUT);
         let text = match is_over {
-            true => format!("Windows (VSS) holds writes for {} s at most ({})", VSS_HOLD.as_secs(), self.agent()),
+            true => {
+                format!("Windows (VSS) holds writes for {} s at most ({})", VSS_HOLD_TIMEOUT.as_secs(), self.agent())
+            }
             false if self.ask_guard(GuardRequest::IsFrozen, stop)?["frozen"] == true => return Ok(()),
             false => format!("the filesystems were thawed by another program meanwhile ({})", self.agent()),
         };
@@ -201,7 +204,7 @@ impl Freezer {
 
     /// Whether nothing that was begun is left for the guard to undo.
     pub fn is_undone(&self) -> bool {
-        self.guard.as_ref().is_none_or(|guard| guard.begun() == PendingUndo::default())
+        self.guard.as_ref().is_none_or(|guard| guard.pending_undo() == PendingUndo::default())
     }
 
     /// A guest was frozen at the instant if it was frozen before and after. If it was not, or that is not known, the
@@ -221,13 +224,13 @@ impl Freezer {
     /// Thaws the guest if a freeze was requested. `Some(Err)`: it was no longer frozen. A failure is reported, and the
     /// guard keeps trying.
     fn thaw_guest(&mut self) -> Option<Result<(), String>> {
-        let guard = self.guard.as_mut().filter(|guard| guard.begun().guest)?;
+        let guard = self.guard.as_mut().filter(|guard| guard.pending_undo().guest)?;
         // The disks were resumed before: later writes are not in the snapshot.
         let since = self.frozen_at.map_or(Duration::ZERO, |at| at.elapsed());
         match guard.thaw(GuardRequest::Thaw) {
             Ok(thawed) => {
                 self.receipt.frozen_us = thawed["frozen-us"].as_u64().unwrap_or(0);
-                let thawed: Thawed = serde_json::from_value(thawed["thawed"].clone()).ok()?;
+                let thawed: ThawResult = serde_json::from_value(thawed["thawed"].clone()).ok()?;
                 if let Some(why) = thawed.lost(self.receipt.filesystems_frozen, since, self.windows) {
                     return Some(Err(why));
                 }
@@ -251,7 +254,7 @@ impl Freezer {
     }
 
     fn hooks_thaw(&mut self) {
-        let Some(guard) = self.guard.as_mut().filter(|guard| guard.begun().hooks) else { return };
+        let Some(guard) = self.guard.as_mut().filter(|guard| guard.pending_undo().hooks) else { return };
         if let Err(failure) = guard.thaw(GuardRequest::HooksThaw) {
             self.warn(format!("{}: WHAT IT SHOULD HAVE THAWED MAY BE FROZEN", failure.message));
         }
@@ -278,7 +281,7 @@ impl Freezer {
     }
 
     fn agent(&self) -> String {
-        self.wanted.agent.as_ref().map(AgentAt::to_string).unwrap_or_default()
+        self.wanted.agent.as_ref().map(AgentAddress::to_string).unwrap_or_default()
     }
 
     /// Prints a warning at once and keeps it for the receipt.

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use super::agent::AgentError;
 use super::guest::Guest;
 use super::hooks::Hooks;
-use super::plan::AgentAt;
+use super::plan::AgentAddress;
 use super::wait::{Stop, Wake, wait};
 use crate::control::client::Failure;
 
@@ -48,7 +48,7 @@ pub struct GuardSpec {
     /// After how long without a request the guard thaws.
     pub silence: Duration,
     /// What another guard, which was killed, had begun.
-    pub begun: PendingUndo,
+    pub pending: PendingUndo,
 }
 
 /// What must be undone.
@@ -83,7 +83,7 @@ pub enum GuardRequest {
 /// The guard, as its parent sees it.
 pub struct Guard {
     spec: GuardSpec,
-    begun: PendingUndo,
+    pending: PendingUndo,
     child: Child,
     link: BufReader<UnixStream>,
     /// The number of replies to ignore: their requests were given up.
@@ -102,8 +102,8 @@ impl Guard {
         command.arg(SUBCOMMAND).stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
         let child = command.spawn().map_err(failed)?;
         drop(command);
-        let begun = spec.begun;
-        let mut guard = Guard { spec, begun, child, link: BufReader::new(ours), replies_due: 0 };
+        let pending = spec.pending;
+        let mut guard = Guard { spec, pending, child, link: BufReader::new(ours), replies_due: 0 };
         let line = serde_json::to_value(&guard.spec).map_err(|error| failed(error.into()))?;
         guard.send(&line)?;
         Ok(guard)
@@ -112,8 +112,8 @@ impl Guard {
     /// Sends a request and waits for its reply; `stop` ends the wait, but not the request.
     pub fn ask(&mut self, request: GuardRequest, stop: Stop<'_>) -> Result<Value, Failure> {
         match request {
-            GuardRequest::Freeze => self.begun.guest = true,
-            GuardRequest::HooksFreeze => self.begun.hooks = true,
+            GuardRequest::Freeze => self.pending.guest = true,
+            GuardRequest::HooksFreeze => self.pending.hooks = true,
             _ => {}
         }
         self.send(&json!(request))?;
@@ -129,13 +129,13 @@ impl Guard {
             let text = |name: &str| error[name].as_str().unwrap_or("").to_owned();
             if request == GuardRequest::Freeze && error["code"] == REFUSED {
                 // We froze nothing, and what another program froze stays frozen.
-                self.begun.guest = false;
+                self.pending.guest = false;
             }
             return Err(Failure { code: text("code"), message: text("message") });
         }
         match request {
-            GuardRequest::Thaw => self.begun.guest = false,
-            GuardRequest::HooksThaw => self.begun.hooks = false,
+            GuardRequest::Thaw => self.pending.guest = false,
+            GuardRequest::HooksThaw => self.pending.hooks = false,
             _ => {}
         }
         Ok(reply["ok"].take())
@@ -150,13 +150,13 @@ impl Guard {
         // It is dead or hangs, and must release the agent.
         let ended = self.child.kill().and_then(|()| self.child.wait());
         ended.map_err(|error| Failure::new("guard", format!("the guard process cannot be ended: {error}")))?;
-        *self = Guard::start(GuardSpec { begun: self.begun, ..self.spec.clone() })?;
+        *self = Guard::start(GuardSpec { pending: self.pending, ..self.spec.clone() })?;
         self.ask(request, None)
     }
 
     /// What the guard has begun and not undone.
-    pub fn begun(&self) -> PendingUndo {
-        self.begun
+    pub fn pending_undo(&self) -> PendingUndo {
+        self.pending
     }
 
     /// The process id of the guard. The process outlives us while something is not undone.
@@ -193,7 +193,7 @@ impl Guard {
 impl Drop for Guard {
     /// Closes the socket, which makes the guard undo what is begun. Does not wait for that.
     fn drop(&mut self) {
-        if self.begun == PendingUndo::default() {
+        if self.pending == PendingUndo::default() {
             // Both fail only if the guard has ended.
             let _ = self.link.get_ref().shutdown(std::net::Shutdown::Both);
             let _ = self.child.wait();
@@ -238,13 +238,13 @@ pub fn serve(link: OwnedFd) -> ExitCode {
     }
     // There will be no more requests: undo what is not undone yet.
     drop(link);
-    if state.begun != PendingUndo::default() { state.undo() } else { ExitCode::SUCCESS }
+    if state.pending != PendingUndo::default() { state.undo() } else { ExitCode::SUCCESS }
 }
 
 /// The next request; `None`: there will be none.
 fn next(link: &mut BufReader<UnixStream>, state: &GuardState) -> Option<GuardRequest> {
     if link.buffer().is_empty() {
-        let frozen = state.begun != PendingUndo::default();
+        let frozen = state.pending != PendingUndo::default();
         let silence = if frozen { state.spec.silence } else { Duration::from_secs(86_400) };
         let wake = wait(&[link.get_ref().as_fd()], None, Instant::now() + silence);
         if !matches!(wake, Ok(Wake::Ready(_))) {
@@ -261,7 +261,7 @@ fn next(link: &mut BufReader<UnixStream>, state: &GuardState) -> Option<GuardReq
 /// Carries out the requests, and knows what is begun.
 struct GuardState {
     spec: GuardSpec,
-    begun: PendingUndo,
+    pending: PendingUndo,
     guest: Option<Guest>,
     hooks: Option<Hooks>,
     frozen_at: Option<Instant>,
@@ -269,21 +269,22 @@ struct GuardState {
 
 impl GuardState {
     fn new(spec: GuardSpec) -> Self {
-        let socket = spec.socket.clone().map(|path| AgentAt::Socket(path.into()));
-        let guest = socket.or_else(|| spec.domain.clone().map(AgentAt::Domain)).map(|at| Guest::new(&at, spec.timeout));
+        let socket = spec.socket.clone().map(|path| AgentAddress::Socket(path.into()));
+        let guest =
+            socket.or_else(|| spec.domain.clone().map(AgentAddress::Domain)).map(|at| Guest::new(&at, spec.timeout));
         let hooks = spec.hooks.as_deref().map(|directory| Hooks::new(Path::new(directory), spec.environment.clone()));
-        GuardState { begun: spec.begun, guest, hooks, frozen_at: None, spec }
+        GuardState { pending: spec.pending, guest, hooks, frozen_at: None, spec }
     }
 
     fn carry_out(&mut self, request: GuardRequest, stop: Stop<'_>) -> Result<Value, Failure> {
         let timeout = self.spec.timeout;
         match request {
             GuardRequest::HooksFreeze => {
-                self.begun.hooks = true;
+                self.pending.hooks = true;
                 self.hook("freeze", stop)
             }
             GuardRequest::HooksThaw => {
-                self.begun.hooks = false;
+                self.pending.hooks = false;
                 self.hook("thaw", None)
             }
             GuardRequest::Check | GuardRequest::CheckAll => {
@@ -292,9 +293,9 @@ impl GuardState {
             }
             GuardRequest::Freeze => {
                 self.frozen_at = Some(Instant::now());
-                self.begun.guest = true;
+                self.pending.guest = true;
                 let frozen = self.guest()?.freeze(timeout, stop);
-                self.begun.guest = !matches!(frozen, Err(AgentError::Refused(_)));
+                self.pending.guest = !matches!(frozen, Err(AgentError::Refused(_)));
                 frozen.map(|count| json!({"frozen": count})).map_err(failure)
             }
             GuardRequest::IsFrozen => {
@@ -304,7 +305,7 @@ impl GuardState {
             GuardRequest::Thaw => {
                 let deadline = Instant::now() + timeout;
                 let thawed = self.guest()?.thaw(deadline, stop).map_err(failure)?;
-                self.begun.guest = false;
+                self.pending.guest = false;
                 let frozen = self.frozen_at.map_or(0, |since| since.elapsed().as_micros() as u64);
                 Ok(json!({"thawed": thawed, "frozen-us": frozen}))
             }
@@ -329,13 +330,13 @@ impl GuardState {
         }
         let mut status = ExitCode::SUCCESS;
         // The end of our parent releases the disks at the same time: the thaw's writes wait until then.
-        if self.begun.guest {
+        if self.pending.guest {
             let thawed = self.guest.as_mut().map(|guest| guest.thaw(Instant::now() + THAW_WATCH_TIMEOUT, None));
             if !matches!(thawed, Some(Ok(_))) {
                 status = ExitCode::FAILURE;
             }
         }
-        if self.begun.hooks && self.hook("thaw", None).is_err() {
+        if self.pending.hooks && self.hook("thaw", None).is_err() {
             status = ExitCode::FAILURE;
         }
         status
@@ -343,14 +344,14 @@ impl GuardState {
 }
 
 /// An agent's error as the error of a reply.
-fn failure(trouble: AgentError) -> Failure {
-    let code = match trouble {
+fn failure(error: AgentError) -> Failure {
+    let code = match error {
         AgentError::Silent(_) => "agent-silent",
         AgentError::Lost(_) => "agent-lost",
         AgentError::Refused(_) => REFUSED,
         AgentError::Stopped => "interrupted",
     };
-    Failure::new(code, trouble.to_string())
+    Failure::new(code, error.to_string())
 }
 
 impl AsFd for Guard {

@@ -9,9 +9,9 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::agent::{AgentError, Channel, Socket};
+use super::agent::{AgentChannel, AgentError, AgentSocket};
 use super::libvirt::Domain;
-use super::plan::AgentAt;
+use super::plan::AgentAddress;
 use super::wait::{Stop, pause};
 
 /// How long any command but freeze and thaw may take.
@@ -31,7 +31,7 @@ const WINDOWS_MAY_FREEZE: [&str; 3] = ["fat", "fat32", "exfat"];
 const WINDOWS_VOLUME: &str = r"\\?\Volume{";
 /// How long VSS holds writes after a freeze. The agent still reports `frozen` after that, until it is told to thaw;
 /// only the thaw fails then (`requester_thaw`, VSS_E_HOLD_WRITES_TIMEOUT).
-pub const VSS_HOLD: Duration = Duration::from_secs(10);
+pub const VSS_HOLD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Where qemu-ga has its hook and its settings by default.
 const DEFAULT_HOOK: &str = "/etc/qemu/fsfreeze-hook";
 const DEFAULT_CONFIG: &str = "/etc/qemu/qemu-ga.conf";
@@ -46,7 +46,7 @@ pub struct GuestReport {
     pub never: Vec<String>,
     /// Mounted filesystems of which it is not known whether they can be frozen, with their types.
     pub unsure: Vec<String>,
-    /// The guest is Windows, whose freeze ends by itself after [`VSS_HOLD`].
+    /// The guest is Windows, whose freeze ends by itself after [`VSS_HOLD_TIMEOUT`].
     pub windows: bool,
     /// The hook that the agent runs, if its settings say that it runs one.
     pub hook: Option<String>,
@@ -57,28 +57,28 @@ pub struct GuestReport {
 /// What a thaw found.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Thawed {
+pub struct ThawResult {
     /// The guest was frozen until the thaw.
     pub was_frozen: bool,
     /// Filesystems that were thawed, as the agent counts.
     pub count: u64,
     /// The filesystems are thawed, but the agent reported this error: its hook failed, or the freeze was lost
-    /// ([`Thawed::lost`]).
+    /// ([`ThawResult::lost`]).
     pub complaint: Option<String>,
 }
 
-impl Thawed {
+impl ThawResult {
     /// Why the guest was not frozen all the time; `None`: nothing shows that it was not. `frozen`: the number of
     /// filesystems that the agent froze; `since`: how long ago. The agent's status proves nothing: it is only a flag of
     /// the agent.
     pub fn lost(&self, frozen: u64, since: Duration, windows: bool) -> Option<String> {
-        let limit = VSS_HOLD.as_secs();
+        let limit = VSS_HOLD_TIMEOUT.as_secs();
         match &self.complaint {
             _ if !self.was_frozen => Some("the filesystems were thawed by another program".into()),
             Some(why) if windows || why.contains("hold writes") => {
                 Some(format!("Windows (VSS) gave up the freeze, for it holds writes for {limit} s at most: {why}"))
             }
-            _ if windows && since > VSS_HOLD => {
+            _ if windows && since > VSS_HOLD_TIMEOUT => {
                 let seconds = since.as_secs_f64();
                 Some(format!("{seconds:.1} s passed, and Windows (VSS) holds writes for {limit} s at most"))
             }
@@ -92,17 +92,17 @@ impl Thawed {
 
 /// A guest.
 pub struct Guest {
-    channel: Box<dyn Channel>,
+    channel: Box<dyn AgentChannel>,
     /// For any command but freeze and thaw.
     timeout: Duration,
 }
 
 impl Guest {
     /// Connects when the first command is sent. `timeout`: for any command but freeze and thaw.
-    pub fn new(at: &AgentAt, timeout: Duration) -> Self {
-        let channel: Box<dyn Channel> = match at {
-            AgentAt::Socket(path) => Box::new(Socket::new(path)),
-            AgentAt::Domain(name) => Box::new(Domain::new(name)),
+    pub fn new(at: &AgentAddress, timeout: Duration) -> Self {
+        let channel: Box<dyn AgentChannel> = match at {
+            AgentAddress::Socket(path) => Box::new(AgentSocket::new(path)),
+            AgentAddress::Domain(name) => Box::new(Domain::new(name)),
         };
         Guest { channel, timeout: timeout.min(AGENT_TIMEOUT) }
     }
@@ -133,18 +133,18 @@ impl Guest {
             Ok(system) => checked.windows = system["id"] == "mswindows",
             // The agent is too old, or the command is blocked: the names of the volumes show it, too.
             Err(AgentError::Refused(_)) => {}
-            Err(trouble) => return Err(trouble),
+            Err(error) => return Err(error),
         }
         match self.ask("guest-get-fsinfo", Value::Null, self.timeout, stop) {
             Ok(filesystems) => count(&filesystems, &mut checked),
             Err(AgentError::Refused(_)) => {}
-            Err(trouble) => return Err(trouble),
+            Err(error) => return Err(error),
         }
         if hooks {
             match self.hook(stop) {
                 Ok(hook) => checked.hook = hook,
                 Err(AgentError::Refused(why)) => checked.hook_unknown = Some(why),
-                Err(trouble) => return Err(trouble),
+                Err(error) => return Err(error),
             }
         }
         Ok(checked)
@@ -169,14 +169,14 @@ impl Guest {
             Err(AgentError::Refused(why)) => {
                 // The agent undoes what it began; a hook that failed half way may have left something.
                 match self.thaw(Instant::now() + timeout, None) {
-                    Ok(Thawed { complaint: Some(thaw), .. }) if thaw != why => {
+                    Ok(ThawResult { complaint: Some(thaw), .. }) if thaw != why => {
                         Err(AgentError::Refused(format!("{why}; and the thaw after it: {thaw}")))
                     }
                     Ok(_) => Err(AgentError::Refused(why)),
-                    Err(trouble) => Err(AgentError::Silent(format!("{why}; and the thaw after it: {trouble}"))),
+                    Err(error) => Err(AgentError::Silent(format!("{why}; and the thaw after it: {error}"))),
                 }
             }
-            Err(trouble) => Err(trouble),
+            Err(error) => Err(error),
         }
     }
 
@@ -187,21 +187,21 @@ impl Guest {
 
     /// Thaws, also a freeze that comes late: retries until the agent has answered or `deadline`. The agent carries out
     /// commands in order, so its answer means that no freeze of ours is still to come.
-    pub fn thaw(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<Thawed, AgentError> {
+    pub fn thaw(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<ThawResult, AgentError> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let trouble = match self.thaw_once(left.max(Duration::from_millis(1)), stop) {
+            let error = match self.thaw_once(left.max(Duration::from_millis(1)), stop) {
                 Ok(thawed) => return Ok(thawed),
-                Err(trouble) => trouble,
+                Err(error) => error,
             };
             let again = matches!(pause(THAW_RETRY_INTERVAL.min(left), stop), Ok(true));
             if !again || Instant::now() >= deadline {
-                return Err(trouble);
+                return Err(error);
             }
         }
     }
 
-    fn thaw_once(&mut self, timeout: Duration, stop: Stop<'_>) -> Result<Thawed, AgentError> {
+    fn thaw_once(&mut self, timeout: Duration, stop: Stop<'_>) -> Result<ThawResult, AgentError> {
         let status = self.ask("guest-fsfreeze-status", Value::Null, timeout, stop)?;
         // Even if the agent reports that nothing is frozen: the thaw is then harmless, and an agent that was restarted
         // may not know of the freeze.
@@ -209,14 +209,14 @@ impl Guest {
             Ok(count) => (count.as_u64().unwrap_or(0), None),
             // The agent calls its hook after it has thawed the filesystems: its status afterwards counts.
             Err(AgentError::Refused(why)) => (0, Some(why)),
-            Err(trouble) => return Err(trouble),
+            Err(error) => return Err(error),
         };
         let after = self.ask("guest-fsfreeze-status", Value::Null, timeout, stop)?;
         if after != "thawed" {
             let why = complaint.map(|why| format!(": {why}")).unwrap_or_default();
             return Err(AgentError::Silent(format!("the guest's filesystems are still frozen after a thaw{why}")));
         }
-        Ok(Thawed { was_frozen: status == "frozen", count, complaint })
+        Ok(ThawResult { was_frozen: status == "frozen", count, complaint })
     }
 
     /// The hook that the agent runs, if any: from its command line and its settings file, which the agent reads for us.
@@ -230,7 +230,7 @@ impl Guest {
             Ok(text) => Ok(hook_in_config(&String::from_utf8_lossy(&text))),
             // There is no settings file; the command line decides.
             Err(AgentError::Refused(_)) => Ok(None),
-            Err(trouble) => Err(trouble),
+            Err(error) => Err(error),
         }
     }
 
@@ -365,12 +365,12 @@ mod tests {
 
     #[test]
     fn a_lost_freeze_is_detected_although_the_agent_reports_frozen() {
-        let thawed = |was_frozen, count, complaint: Option<&str>| Thawed {
+        let thawed = |was_frozen, count, complaint: Option<&str>| ThawResult {
             was_frozen,
             count,
             complaint: complaint.map(str::to_owned),
         };
-        let (soon, late) = (Duration::from_secs(2), VSS_HOLD + Duration::from_millis(1));
+        let (soon, late) = (Duration::from_secs(2), VSS_HOLD_TIMEOUT + Duration::from_millis(1));
         let vss = Some("couldn't hold writes: fsfreeze is limited up to 10 seconds: ");
         let hook = Some("thaw hook exited with 4");
         for (thawed, since, windows) in [

@@ -25,11 +25,10 @@ pub fn check(directory: &Path) -> Result<(), String> {
     for name in ["freeze", "thaw"] {
         let path = directory.join(name);
         let shown = path.display();
-        let mend = "--hooks DIR needs two executables, DIR/freeze and DIR/thaw";
-        let metadata =
-            path.metadata().map_err(|error| format!("the hook '{shown}' cannot be used: {error}; {mend}"))?;
+        let fix = "--hooks DIR needs two executables, DIR/freeze and DIR/thaw";
+        let metadata = path.metadata().map_err(|error| format!("the hook '{shown}' cannot be used: {error}; {fix}"))?;
         if !metadata.is_file() || metadata.permissions().mode() & 0o111 == 0 {
-            return Err(format!("the hook '{shown}' is not executable: chmod +x it; {mend}"));
+            return Err(format!("the hook '{shown}' is not executable: chmod +x it; {fix}"));
         }
         crate::base::trust::check(&path).map_err(|why| format!("the hook '{shown}' is not run: {why}"))?;
     }

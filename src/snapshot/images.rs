@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::disks::{Disks, Unanswered};
+use super::disks::{Disks, OnFailure};
 use super::wait::Stop;
 use crate::control::client::{Failure, REPLY_TIMEOUT};
 
@@ -14,7 +14,7 @@ const REMOVAL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// One disk's snapshot.
 #[derive(Clone, Debug)]
-pub struct Image {
+pub struct ImageSnapshot {
     /// The disk's index in the list.
     pub disk: usize,
     name: String,
@@ -23,16 +23,16 @@ pub struct Image {
     pub full_name: Option<String>,
 }
 
-impl Image {
+impl ImageSnapshot {
     /// For the disk at this index. Makes nothing yet.
     pub fn new(disk: usize, name: String) -> Self {
-        Image { disk, name, asked: false, full_name: None }
+        ImageSnapshot { disk, name, asked: false, full_name: None }
     }
 }
 
 /// Makes all of them, at the same time, while all disks are held; until `deadline`.
-pub fn take(disks: &mut Disks, images: &mut [Image], deadline: Instant, stop: Stop<'_>) -> Result<(), Failure> {
-    let request = |image: &mut Image| {
+pub fn take(disks: &mut Disks, images: &mut [ImageSnapshot], deadline: Instant, stop: Stop<'_>) -> Result<(), Failure> {
+    let request = |image: &mut ImageSnapshot| {
         image.asked = true;
         let token = disks.list[image.disk].token().unwrap_or_default();
         (image.disk, "image-snapshot", json!({"name": image.name, "token": token}))
@@ -40,7 +40,7 @@ pub fn take(disks: &mut Disks, images: &mut [Image], deadline: Instant, stop: St
     let requests = images.iter_mut().map(request).collect();
     let mut failed = Ok(());
     // Wait for all: a snapshot that is made is known by its answer, and can be removed.
-    for (image, answer) in images.iter_mut().zip(disks.ask(requests, deadline, stop, Unanswered::OnlyThat)) {
+    for (image, answer) in images.iter_mut().zip(disks.ask(requests, deadline, stop, OnFailure::WaitForAll)) {
         match answer.result {
             Ok(made) => image.full_name = made["snapshot"].as_str().map(str::to_owned),
             Err(why) if failed.is_ok() => {
@@ -53,11 +53,11 @@ pub fn take(disks: &mut Disks, images: &mut [Image], deadline: Instant, stop: St
 }
 
 /// Makes the snapshots outlive us. The last step that can fail; [`undo`] also removes those that are kept by then.
-pub fn keep(disks: &mut Disks, images: &[Image]) -> Result<(), Failure> {
+pub fn keep(disks: &mut Disks, images: &[ImageSnapshot]) -> Result<(), Failure> {
     let requests =
         images.iter().map(|image| (image.disk, "image-snapshot-keep", json!({"name": image.name}))).collect();
     let mut failed = Ok(());
-    for answer in disks.ask(requests, Instant::now() + REPLY_TIMEOUT, None, Unanswered::OnlyThat) {
+    for answer in disks.ask(requests, Instant::now() + REPLY_TIMEOUT, None, OnFailure::WaitForAll) {
         if let Err(why) = answer.result
             && failed.is_ok()
         {
@@ -68,11 +68,11 @@ pub fn keep(disks: &mut Disks, images: &[Image]) -> Result<(), Failure> {
 }
 
 /// Removes the snapshots that were made. Returns what could not be removed.
-pub fn undo(disks: &mut Disks, images: &[Image]) -> Vec<String> {
-    let made: Vec<&Image> = images.iter().filter(|image| image.full_name.is_some()).collect();
-    let request = |image: &&Image| (image.disk, "image-snapshot-remove", json!({"name": image.name}));
+pub fn undo(disks: &mut Disks, images: &[ImageSnapshot]) -> Vec<String> {
+    let made: Vec<&ImageSnapshot> = images.iter().filter(|image| image.full_name.is_some()).collect();
+    let request = |image: &&ImageSnapshot| (image.disk, "image-snapshot-remove", json!({"name": image.name}));
     let requests = made.iter().map(request).collect();
-    let answers = disks.ask(requests, Instant::now() + REMOVAL_TIMEOUT, None, Unanswered::OnlyThat);
+    let answers = disks.ask(requests, Instant::now() + REMOVAL_TIMEOUT, None, OnFailure::WaitForAll);
     let unmade = images.iter().filter(|image| image.asked && image.full_name.is_none());
     // Refused, or not known: then the daemon removes it when our connection ends.
     let unknown = unmade.filter(|image| disks.list[image.disk].fd().is_none()).map(|image| {
@@ -82,12 +82,12 @@ pub fn undo(disks: &mut Disks, images: &[Image]) -> Vec<String> {
             image.name
         )
     });
-    let mut troubles: Vec<String> = unknown.collect();
+    let mut failures: Vec<String> = unknown.collect();
     for (image, answer) in made.iter().zip(answers) {
         if let Err(why) = answer.result {
             let full = image.full_name.as_deref().unwrap_or_default();
-            troubles.push(format!("the snapshot {full}, which is not to be relied on, may be left: {why}"));
+            failures.push(format!("the snapshot {full}, which is not to be relied on, may be left: {why}"));
         }
     }
-    troubles
+    failures
 }

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::agent::{AgentError, Channel, answer};
-use super::child::{Ended, output};
+use super::agent::{AgentChannel, AgentError, answer};
+use super::child::{CommandEnd, output};
 use super::wait::Stop;
 
 /// How long virsh may take besides the agent.
@@ -25,7 +25,7 @@ impl Domain {
     }
 }
 
-impl Channel for Domain {
+impl AgentChannel for Domain {
     fn ask(&mut self, command: &str, arguments: Value, timeout: Duration, stop: Stop<'_>) -> Result<Value, AgentError> {
         let who = format!("the guest agent of libvirt's domain '{}'", self.name);
         let mut request = json!({"execute": command});
@@ -41,10 +41,12 @@ impl Channel for Domain {
             AgentError::Lost(format!("virsh cannot be run: {error}; --libvirt needs it (Debian: libvirt-clients)"))
         })?;
         match ended {
-            Ended::Status(status) if status.success() => answer(&who, command, out.trim().as_bytes()),
-            Ended::Status(_) => Err(failed(&who, command, err.trim())),
-            Ended::TimedOut => Err(AgentError::Silent(format!("{who}: virsh does not end; does libvirtd answer?"))),
-            Ended::Stopped => Err(AgentError::Stopped),
+            CommandEnd::Status(status) if status.success() => answer(&who, command, out.trim().as_bytes()),
+            CommandEnd::Status(_) => Err(failed(&who, command, err.trim())),
+            CommandEnd::TimedOut => {
+                Err(AgentError::Silent(format!("{who}: virsh does not end; does libvirtd answer?")))
+            }
+            CommandEnd::Stopped => Err(AgentError::Stopped),
         }
     }
 }

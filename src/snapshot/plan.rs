@@ -55,7 +55,7 @@ pub enum Method {
 }
 
 /// Every method, for messages.
-pub const WAYS: &str = "reflink:PATH (XFS, btrfs), copy:PATH (any filesystem), rbd or rbd:NAME (Ceph RBD) or \
+pub const METHODS: &str = "reflink:PATH (XFS, btrfs), copy:PATH (any filesystem), rbd or rbd:NAME (Ceph RBD) or \
                         exec:COMMAND (LVM, ZFS, anything)";
 
 impl Method {
@@ -63,11 +63,11 @@ impl Method {
     pub fn parse(text: &OsString) -> Result<Self, String> {
         let bytes = text.as_bytes();
         let split = bytes.iter().position(|byte| *byte == b':');
-        let (way, rest) = split.map_or((bytes, &b""[..]), |at| (&bytes[..at], &bytes[at + 1..]));
+        let (method, rest) = split.map_or((bytes, &b""[..]), |at| (&bytes[..at], &bytes[at + 1..]));
         let rest = OsString::from_vec(rest.to_vec());
-        match way {
+        match method {
             b"reflink" | b"copy" | b"exec" if rest.is_empty() => {
-                Err(format!("'{}' lacks what follows the colon: give {WAYS}", text.to_string_lossy()))
+                Err(format!("'{}' lacks what follows the colon: give {METHODS}", text.to_string_lossy()))
             }
             b"reflink" => Ok(Method::Reflink(rest.into())),
             b"copy" => Ok(Method::Copy(rest.into())),
@@ -77,7 +77,7 @@ impl Method {
                 Some(name) => Ok(Method::Rbd(Some(name.to_owned()))),
                 None => Err(format!("'{}' is no name for a snapshot: UTF-8 without @ and /", text.to_string_lossy())),
             },
-            _ => Err(format!("'{}' is no way to take a snapshot: give {WAYS}", text.to_string_lossy())),
+            _ => Err(format!("'{}' is no way to take a snapshot: give {METHODS}", text.to_string_lossy())),
         }
     }
 
@@ -94,33 +94,33 @@ impl Method {
 
 /// Where the guest's agent is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum AgentAt {
+pub enum AgentAddress {
     /// The socket of QEMU's guest agent channel.
     Socket(PathBuf),
     /// A libvirt domain: its name, id or UUID.
     Domain(String),
 }
 
-impl fmt::Display for AgentAt {
+impl fmt::Display for AgentAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            AgentAt::Socket(path) => write!(f, "the guest agent at '{}'", path.display()),
-            AgentAt::Domain(name) => write!(f, "the guest agent of libvirt's domain '{name}'"),
+            AgentAddress::Socket(path) => write!(f, "the guest agent at '{}'", path.display()),
+            AgentAddress::Domain(name) => write!(f, "the guest agent of libvirt's domain '{name}'"),
         }
     }
 }
 
 /// What the user asked for.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct SnapshotPlan {
     /// The quiesce sockets, one a disk.
     pub disks: Vec<PathBuf>,
     /// The level asked for.
     pub level: Consistency,
     /// The methods: one for each disk, or one for all.
-    pub ways: Vec<Method>,
+    pub methods: Vec<Method>,
     /// The agent that freezes the guest's filesystems.
-    pub agent: Option<AgentAt>,
+    pub agent: Option<AgentAddress>,
     /// The directory of the host's hooks.
     pub hooks: Option<PathBuf>,
     /// Continue with a weaker level where the one asked for is not reached.
@@ -141,24 +141,34 @@ pub struct Plan {
     pub progress: bool,
 }
 
-impl Plan {
+/// What the methods need to know of a disk's image.
+#[derive(Clone, Debug)]
+pub struct DiskImage {
+    /// The path of the file or block device. `None`: the image has none.
+    pub path: Option<PathBuf>,
+    /// The image's store makes snapshots, which is then the default method.
+    pub makes_snapshots: bool,
+}
+
+impl SnapshotPlan {
     /// Checks that the options can be combined. The error is a usage error: it names what cannot, and how to fix it.
     pub fn check(&self) -> Result<(), String> {
-        let is_exec = |way: &Method| matches!(way, Method::Exec(_));
-        let all_copies = !self.ways.is_empty() && self.ways.iter().all(|way| matches!(way, Method::Copy(_)));
+        let is_exec = |method: &Method| matches!(method, Method::Exec(_));
+        let all_copies =
+            !self.methods.is_empty() && self.methods.iter().all(|method| matches!(method, Method::Copy(_)));
         check_disks(&self.disks)?;
-        if self.ways.iter().any(is_exec) && self.ways.len() > 1 {
+        if self.methods.iter().any(is_exec) && self.methods.len() > 1 {
             return Err("exec: runs once for all disks: give it alone, as the only --to".into());
         }
-        if self.ways.len() > 1 && self.ways.len() != self.disks.len() {
-            let (ways, disks) = (self.ways.len(), self.disks.len());
-            return Err(format!("{ways} --to for {disks} disk(s): give one a disk, in their order, or one for all"));
+        if self.methods.len() > 1 && self.methods.len() != self.disks.len() {
+            let (methods, disks) = (self.methods.len(), self.disks.len());
+            return Err(format!("{methods} --to for {disks} disk(s): give one a disk, in their order, or one for all"));
         }
-        if self.digest && self.ways.iter().any(is_exec) {
+        if self.digest && self.methods.iter().any(is_exec) {
             return Err("--digest is not possible with exec:, which keeps to itself what it makes".into());
         }
-        let is_rbd = |way: &Method| matches!(way, Method::Rbd(_));
-        if self.digest && (self.ways.is_empty() || self.ways.iter().any(is_rbd)) {
+        let is_rbd = |method: &Method| matches!(method, Method::Rbd(_));
+        if self.digest && (self.methods.is_empty() || self.methods.iter().any(is_rbd)) {
             return Err("--digest is for reflink: and copy:, which make files: Ceph keeps its own checksums".into());
         }
         if self.bandwidth != 0 && !all_copies {
@@ -170,20 +180,21 @@ impl Plan {
         check_agent(self.level, self.agent.as_ref())
     }
 
-    /// The method for each disk, with `{}` replaced, paths absolute and snapshots named. `disks`: the image's path of
-    /// each, where there is one, and whether its store makes snapshots, which is the default for such a disk.
-    pub fn ways(&self, disks: &[(Option<PathBuf>, bool)], default_name: &str) -> Result<Vec<Method>, String> {
+    /// Returns the method for each disk, with `{}` replaced, paths absolute and snapshots named.
+    pub fn methods(&self, disks: &[DiskImage], default_name: &str) -> Result<Vec<Method>, String> {
         let mut resolved: Vec<Method> = Vec::new();
-        for (at, (image, makes_snapshots)) in disks.iter().enumerate() {
+        for (at, DiskImage { path: image, makes_snapshots }) in disks.iter().enumerate() {
             let shown = self.disks.get(at).map(|disk| disk.display().to_string()).unwrap_or_default();
-            let way = match self.ways.as_slice() {
+            let method = match self.methods.as_slice() {
                 [] if *makes_snapshots => &Method::Rbd(None),
-                [] => return Err(format!("how to take the snapshot of '{shown}' is missing: give --to with {WAYS}")),
+                [] => {
+                    return Err(format!("how to take the snapshot of '{shown}' is missing: give --to with {METHODS}"));
+                }
                 [only] => only,
-                ways => &ways[at],
+                methods => &methods[at],
             };
             let fill = |path: &Path| absolute(path, image.as_deref());
-            let way = match way {
+            let method = match method {
                 Method::Reflink(path) => Method::Reflink(fill(path)?),
                 Method::Copy(path) => Method::Copy(fill(path)?),
                 Method::Rbd(_) if !makes_snapshots => {
@@ -192,7 +203,7 @@ impl Plan {
                 Method::Rbd(name) => Method::Rbd(Some(name.clone().unwrap_or_else(|| default_name.to_owned()))),
                 Method::Exec(command) => Method::Exec(command.clone()),
             };
-            if let Method::Reflink(path) | Method::Copy(path) = &way
+            if let Method::Reflink(path) | Method::Copy(path) = &method
                 && resolved.iter().any(|other| matches!(other, Method::Reflink(o) | Method::Copy(o) if o == path))
             {
                 return Err(format!(
@@ -201,10 +212,10 @@ impl Plan {
                     path.display()
                 ));
             }
-            if let Method::Reflink(path) | Method::Copy(path) = &way {
-                check_partial(path, disks.iter().filter_map(|(image, _)| image.as_deref()))?;
+            if let Method::Reflink(path) | Method::Copy(path) = &method {
+                check_partial(path, disks.iter().filter_map(|disk| disk.path.as_deref()))?;
             }
-            resolved.push(way);
+            resolved.push(method);
         }
         Ok(resolved)
     }
@@ -229,7 +240,7 @@ pub fn check_disks(disks: &[PathBuf]) -> Result<(), String> {
 }
 
 /// Checks that there is an agent if the level needs one.
-pub fn check_agent(level: Consistency, agent: Option<&AgentAt>) -> Result<(), String> {
+pub fn check_agent(level: Consistency, agent: Option<&AgentAddress>) -> Result<(), String> {
     if level == Consistency::Crash || agent.is_some() {
         return Ok(());
     }
@@ -285,11 +296,11 @@ fn absolute(path: &Path, image: Option<&Path>) -> Result<PathBuf, String> {
 mod tests {
     use super::*;
 
-    fn plan(disks: &[&str], ways: &[&str]) -> Plan {
-        Plan {
+    fn plan(disks: &[&str], methods: &[&str]) -> SnapshotPlan {
+        SnapshotPlan {
             disks: disks.iter().map(PathBuf::from).collect(),
             level: Consistency::Crash,
-            ways: ways.iter().map(|way| Method::parse(&OsString::from(way)).unwrap()).collect(),
+            methods: methods.iter().map(|method| Method::parse(&OsString::from(method)).unwrap()).collect(),
             agent: None,
             hooks: None,
             or_weaker: false,
@@ -310,16 +321,16 @@ mod tests {
         let cases = [
             (plan(&[], &["copy:/x"]), "--disk"),
             (plan(&["/a", "/a"], &["copy:/x"]), "twice"),
-            (Plan { digest: true, ..plan(&["/a"], &[]) }, "--digest"),
-            (Plan { digest: true, ..plan(&["/a", "/b"], &["rbd", "copy:/x"]) }, "--digest"),
-            (Plan { background: true, ..plan(&["/a"], &[]) }, "--background"),
+            (SnapshotPlan { digest: true, ..plan(&["/a"], &[]) }, "--digest"),
+            (SnapshotPlan { digest: true, ..plan(&["/a", "/b"], &["rbd", "copy:/x"]) }, "--digest"),
+            (SnapshotPlan { background: true, ..plan(&["/a"], &[]) }, "--background"),
             (plan(&["/a", "/b"], &["copy:/x", "exec:true"]), "alone"),
             (plan(&["/a", "/b", "/c"], &["copy:/x", "copy:/y"]), "one a disk"),
-            (Plan { digest: true, ..plan(&["/a"], &["exec:true"]) }, "--digest"),
-            (Plan { bandwidth: 1, ..plan(&["/a"], &["reflink:/x"]) }, "--bandwidth"),
-            (Plan { background: true, ..plan(&["/a", "/b"], &["reflink:/x", "copy:/y"]) }, "--background"),
-            (Plan { level: Consistency::Filesystem, ..base() }, "--qga"),
-            (Plan { level: Consistency::Application, hooks: Some("/h".into()), ..base() }, "--libvirt"),
+            (SnapshotPlan { digest: true, ..plan(&["/a"], &["exec:true"]) }, "--digest"),
+            (SnapshotPlan { bandwidth: 1, ..plan(&["/a"], &["reflink:/x"]) }, "--bandwidth"),
+            (SnapshotPlan { background: true, ..plan(&["/a", "/b"], &["reflink:/x", "copy:/y"]) }, "--background"),
+            (SnapshotPlan { level: Consistency::Filesystem, ..base() }, "--qga"),
+            (SnapshotPlan { level: Consistency::Application, hooks: Some("/h".into()), ..base() }, "--libvirt"),
         ];
         for (plan, word) in cases {
             let error = plan.check().expect_err(word);
@@ -329,48 +340,53 @@ mod tests {
 
     #[test]
     fn methods_are_parsed() {
-        let way = |text: &str| Method::parse(&OsString::from(text));
-        assert_eq!(way("reflink:/a:b"), Ok(Method::Reflink("/a:b".into())));
-        assert_eq!(way("exec:lvcreate -s"), Ok(Method::Exec("lvcreate -s".into())));
-        assert_eq!(way("rbd:monday"), Ok(Method::Rbd(Some("monday".into()))));
-        assert_eq!((way("rbd"), way("rbd:")), (Ok(Method::Rbd(None)), Ok(Method::Rbd(None))));
-        assert!(way("rbd:a@b").unwrap_err().contains("without @"));
+        let method = |text: &str| Method::parse(&OsString::from(text));
+        assert_eq!(method("reflink:/a:b"), Ok(Method::Reflink("/a:b".into())));
+        assert_eq!(method("exec:lvcreate -s"), Ok(Method::Exec("lvcreate -s".into())));
+        assert_eq!(method("rbd:monday"), Ok(Method::Rbd(Some("monday".into()))));
+        assert_eq!((method("rbd"), method("rbd:")), (Ok(Method::Rbd(None)), Ok(Method::Rbd(None))));
+        assert!(method("rbd:a@b").unwrap_err().contains("without @"));
         for bad in ["", "reflink", "reflink:", "zfs:/a", "exec:"] {
-            assert!(way(bad).expect_err(bad).contains("exec:COMMAND"));
+            assert!(method(bad).expect_err(bad).contains("exec:COMMAND"));
         }
     }
 
     #[test]
     fn braces_in_a_target_become_the_images_name() {
-        let file = |path: &str| (Some(PathBuf::from(path)), false);
+        let file = |path: &str| DiskImage { path: Some(path.into()), makes_snapshots: false };
         let disks = [file("/i/a.raw"), file("/i/b.raw")];
-        let ways = plan(&["/a", "/b"], &["copy:/nowhere/x-{}-{}"]).ways(&disks, "n").unwrap();
+        let methods = plan(&["/a", "/b"], &["copy:/nowhere/x-{}-{}"]).methods(&disks, "n").unwrap();
         assert_eq!(
-            ways,
+            methods,
             [Method::Copy("/nowhere/x-a.raw-a.raw".into()), Method::Copy("/nowhere/x-b.raw-b.raw".into())]
         );
-        let same = plan(&["/a", "/b"], &["copy:/nowhere/x"]).ways(&disks, "n").unwrap_err();
+        let same = plan(&["/a", "/b"], &["copy:/nowhere/x"]).methods(&disks, "n").unwrap_err();
         assert!(same.contains("{}"), "{same}");
-        let nameless = plan(&["/a"], &["reflink:/nowhere/{}"]).ways(&[(None, false)], "n").unwrap_err();
+        let nameless = plan(&["/a"], &["reflink:/nowhere/{}"])
+            .methods(&[DiskImage { path: None, makes_snapshots: false }], "n")
+            .unwrap_err();
         assert!(nameless.contains("no image"), "{nameless}");
-        for way in ["copy:/i/a", "reflink:/i/a"] {
-            let partial = plan(&["/a", "/b"], &["copy:/x", way]).ways(&[file("/i/a.partial"), file("/i/b")], "n");
+        for method in ["copy:/i/a", "reflink:/i/a"] {
+            let partial = plan(&["/a", "/b"], &["copy:/x", method]).methods(&[file("/i/a.partial"), file("/i/b")], "n");
             assert!(partial.clone().is_err_and(|why| why.contains("another name")), "{partial:?}");
         }
-        assert!(plan(&["/a"], &["copy:/nowhere/"]).ways(&disks[..1], "n").unwrap_err().contains("directory"));
-        assert!(plan(&["/a"], &["copy:/tmp"]).ways(&disks[..1], "n").unwrap_err().contains("directory"));
+        assert!(plan(&["/a"], &["copy:/nowhere/"]).methods(&disks[..1], "n").unwrap_err().contains("directory"));
+        assert!(plan(&["/a"], &["copy:/tmp"]).methods(&disks[..1], "n").unwrap_err().contains("directory"));
     }
 
     #[test]
     fn a_disk_whose_store_makes_snapshots_needs_no_method() {
-        let disks = [(None, true), (Some(PathBuf::from("/i/b.raw")), false)];
+        let disks = [
+            DiskImage { path: None, makes_snapshots: true },
+            DiskImage { path: Some("/i/b.raw".into()), makes_snapshots: false },
+        ];
         let rbd = |name: &str| Method::Rbd(Some(name.into()));
-        assert_eq!(plan(&["/a"], &[]).ways(&disks[..1], "n"), Ok(vec![rbd("n")]));
-        let missing = plan(&["/a", "/b"], &[]).ways(&disks, "n").unwrap_err();
+        assert_eq!(plan(&["/a"], &[]).methods(&disks[..1], "n"), Ok(vec![rbd("n")]));
+        let missing = plan(&["/a", "/b"], &[]).methods(&disks, "n").unwrap_err();
         assert!(missing.contains("'/b'") && missing.contains("reflink:PATH"), "{missing}");
-        let mixed = plan(&["/a", "/b"], &["rbd", "copy:/nowhere/{}"]).ways(&disks, "n").unwrap();
+        let mixed = plan(&["/a", "/b"], &["rbd", "copy:/nowhere/{}"]).methods(&disks, "n").unwrap();
         assert_eq!(mixed, [rbd("n"), Method::Copy("/nowhere/b.raw".into())]);
-        let other = plan(&["/a", "/b"], &["rbd:m"]).ways(&disks, "n").unwrap_err();
+        let other = plan(&["/a", "/b"], &["rbd:m"]).methods(&disks, "n").unwrap_err();
         assert!(other.contains("'/b'") && other.contains("no Ceph RBD image"), "{other}");
         assert_eq!(default_name(Duration::from_millis(1_795_326_732_345)), "virtioblk-20261122T055212.345Z");
     }

@@ -1,5 +1,5 @@
 //! The method `reflink`: the snapshot shares the image's blocks (ioctl_ficlone(2)). Its time grows with the number of
-//! the image's extents, which are counted before any disk is held ([`Target::prepare`]).
+//! the image's extents, which are counted before any disk is held ([`ReflinkTarget::prepare`]).
 //!
 //! Until it is complete and durable it is called PATH.partial; any failure removes it.
 
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 use sha2::{Digest, Sha256};
 
-use super::cloner::{self, Cloner, Outcome};
+use super::cloner::{self, CloneOutcome, Cloner};
 use super::disks::{Daemon, Disk, interrupted};
 use super::wait::{Stop, Wake, wait};
 use crate::base::publish::{left_behind, publish};
@@ -21,16 +21,16 @@ use crate::base::syscalls;
 use crate::control::client::Failure;
 
 /// The length that the probe clones: a multiple of every filesystem's block size.
-const PROBE: u64 = 64 * 1024;
+const PROBE_BYTES: u64 = 64 * 1024;
 /// An image of fewer extents is cloned in no time that counts, on any filesystem.
-const FEW_EXTENTS: u64 = 2000;
+const MIN_COSTLY_EXTENTS: u64 = 2000;
 /// The number of extents that are cloned, while no disk is held, to measure the time for one.
-const SAMPLE: u64 = 500;
+const SAMPLE_EXTENTS: u64 = 500;
 /// A clone that takes longer causes a warning.
-const SLOW: Duration = Duration::from_secs(1);
+const WARN_CLONE_TIME: Duration = Duration::from_secs(1);
 
 /// A snapshot that is being made.
-pub struct Target {
+pub struct ReflinkTarget {
     image: PathBuf,
     source: File,
     file: File,
@@ -44,7 +44,7 @@ pub struct Target {
     abandoned: bool,
 }
 
-impl Target {
+impl ReflinkTarget {
     /// Creates PATH.partial and checks that it can share the image's blocks, by one of them. No disk is held yet. The
     /// error names the methods that would work.
     pub fn prepare(disk: &Disk, path: &Path) -> Result<Self, Failure> {
@@ -70,7 +70,7 @@ impl Target {
         let partial = partial(path);
         let file = OpenOptions::new().write(true).read(true).create_new(true).mode(0o600).open(&partial);
         let file = file.map_err(|error| {
-            let mend = match error.kind() {
+            let fix = match error.kind() {
                 io::ErrorKind::AlreadyExists => {
                     ": another snapshot makes it, one that was killed left it, or it is another file, such as a disk's \
                      image: choose another name, or remove it if you know that it is what a snapshot left"
@@ -78,7 +78,7 @@ impl Target {
                 io::ErrorKind::NotFound => ": make its directory",
                 _ => "",
             };
-            failed("target", format!("'{}' cannot be made: {error}{mend}", partial.display()))
+            failed("target", format!("'{}' cannot be made: {error}{fix}", partial.display()))
         })?;
         let cloner = Cloner::start(&source, &file).map_err(|error| {
             // Nothing else has the file yet.
@@ -87,7 +87,7 @@ impl Target {
         })?;
         let extents = syscalls::extents(source.as_fd(), u64::MAX).ok();
         let (image, path, made) = (image.clone(), path.to_owned(), Some(partial));
-        let target = Target { image, source, file, path, made, extents, cloner, abandoned: false };
+        let target = ReflinkTarget { image, source, file, path, made, extents, cloner, abandoned: false };
         target.probe(metadata.len())?;
         Ok(target)
     }
@@ -98,26 +98,27 @@ impl Target {
         let Some((extents, time)) = self.cost() else { return Ok(None) };
         let (image, seconds) = (self.image.display(), time.as_secs_f64());
         let facts = format!("'{image}' is in {extents} extents, and sharing them takes about {seconds:.1} s");
-        let mend = "give copy:PATH, which does not hold the guest up, or defragment the image (xfs_fsr, btrfs filesystem defragment)";
+        let fix = "give copy:PATH, which does not hold the guest up, or defragment the image (xfs_fsr, btrfs filesystem defragment)";
         if time > lease {
             let text = format!(
-                "{facts}, but the disk is held for --lease ({lease:?}) at most: {mend}, or a longer --lease if the \
+                "{facts}, but the disk is held for --lease ({lease:?}) at most: {fix}, or a longer --lease if the \
                  guest's writes may wait so long"
             );
             return Err(Failure::new("reflink", text));
         }
-        Ok((time > SLOW).then(|| format!("{facts}, while the guest's writes wait. If that is too long {mend}")))
+        Ok((time > WARN_CLONE_TIME)
+            .then(|| format!("{facts}, while the guest's writes wait. If that is too long {fix}")))
     }
 
     /// The number of the image's extents, and an estimate of the time to share them, from a sample.
     fn cost(&self) -> Option<(u64, Duration)> {
-        let extents = self.extents.filter(|extents| *extents > FEW_EXTENTS)?;
+        let extents = self.extents.filter(|extents| *extents > MIN_COSTLY_EXTENTS)?;
         let size = self.source.metadata().ok()?.len();
         // The sample is at the image's start; an image may begin with a hole.
-        let mut len = (size / extents).saturating_mul(SAMPLE).next_multiple_of(PROBE);
+        let mut len = (size / extents).saturating_mul(SAMPLE_EXTENTS).next_multiple_of(PROBE_BYTES);
         let count = loop {
             let count = syscalls::extents(self.source.as_fd(), len).ok()?;
-            if count >= SAMPLE / 5 || len >= size {
+            if count >= SAMPLE_EXTENTS / 5 || len >= size {
                 break count;
             }
             len = len.saturating_mul(2);
@@ -130,7 +131,7 @@ impl Target {
     }
 
     fn probe(&self, size: u64) -> Result<(), Failure> {
-        let len = if size > PROBE { PROBE } else { 0 };
+        let len = if size > PROBE_BYTES { PROBE_BYTES } else { 0 };
         let probed =
             self.like_the_image().and_then(|()| syscalls::clone_start(self.file.as_fd(), self.source.as_fd(), len));
         let (image, path) = (self.image.display(), self.path.display());
@@ -162,15 +163,15 @@ impl Target {
     }
 
     /// Takes the result of the clone.
-    fn record(&mut self, outcome: Outcome) -> Result<(), Failure> {
+    fn record(&mut self, outcome: CloneOutcome) -> Result<(), Failure> {
         let (image, path) = (self.image.display(), self.path.display());
         let why = match outcome {
-            Outcome::Shared => return Ok(()),
-            Outcome::Failed(error) => {
+            CloneOutcome::Shared => return Ok(()),
+            CloneOutcome::Failed(error) => {
                 return Err(Failure::new("reflink", format!("cloning '{image}' to '{path}' failed: {error}")));
             }
-            Outcome::Stopped => interrupted(),
-            Outcome::TimedOut => {
+            CloneOutcome::Stopped => interrupted(),
+            CloneOutcome::TimedOut => {
                 let extents = self.extents.map(|count| format!(" ({count} extents)")).unwrap_or_default();
                 let text = format!(
                     "cloning '{image}'{extents} to '{path}' did not end within --lease: it was given up, and the disk \
@@ -184,7 +185,7 @@ impl Target {
     }
 
     /// Makes the snapshot durable and gives it its name, replacing nothing. Dropping it still removes it, until
-    /// [`Target::keep`].
+    /// [`ReflinkTarget::keep`].
     pub fn finish(&mut self) -> Result<(), Failure> {
         let path = self.path.clone();
         let failed =
@@ -235,7 +236,7 @@ impl Target {
 
 /// Fixes the instant: shares all blocks of all images, while their disks are held. All at once, so that it takes as
 /// long as the slowest one and not their sum. A clone that is not done by `deadline` is given up.
-pub fn share_all(targets: &mut [(usize, Target)], deadline: Instant, stop: Stop<'_>) -> Result<(), Failure> {
+pub fn share_all(targets: &mut [(usize, ReflinkTarget)], deadline: Instant, stop: Stop<'_>) -> Result<(), Failure> {
     for (_, target) in targets.iter() {
         let lost = |error| Failure::new("internal", format!("the process that clones is lost: {error}"));
         target.cloner.begin().map_err(lost)?;
@@ -246,7 +247,7 @@ pub fn share_all(targets: &mut [(usize, Target)], deadline: Instant, stop: Stop<
     judged.collect::<Vec<_>>().into_iter().collect()
 }
 
-impl Drop for Target {
+impl Drop for ReflinkTarget {
     fn drop(&mut self) {
         let Some(made) = self.made.take() else { return };
         if self.abandoned {

@@ -3,22 +3,21 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::sys::signal::SigSet;
 
-use super::child::{Ended, run};
-use super::copies::{self, Copy};
-use super::disks::{Disks, interrupted};
+use super::child::{CommandEnd, run};
+use super::copies::{self, DiskCopy};
+use super::disks::{Disk, Disks, interrupted};
 use super::freeze::{self, FreezeOptions, Freezer};
-use super::guest::VSS_HOLD;
+use super::guest::VSS_HOLD_TIMEOUT;
 use super::hooks;
-use super::images::{self, Image};
-use super::plan::{self, Method, Plan};
+use super::images::{self, ImageSnapshot};
+use super::plan::{self, DiskImage, Method, SnapshotPlan};
 use super::receipt::{DiskReceipt, Receipt};
-use super::reflink::{self, Target};
+use super::reflink::{self, ReflinkTarget};
 use crate::base::signals::Signals;
 use crate::base::text::base64_unless_utf8;
 use crate::control::client::Failure;
@@ -33,12 +32,12 @@ const SILENCE_MARGIN: Duration = Duration::from_secs(10);
 /// Takes a snapshot. SIGINT, SIGTERM and SIGHUP are blocked in this thread from now on, and end the snapshot in order.
 /// After an error nothing is left behind, every disk is resumed and the guest is thawed; what could not be done was
 /// reported on standard error.
-pub fn take(plan: &Plan) -> Result<Receipt, Failure> {
+pub fn take(plan: &SnapshotPlan) -> Result<Receipt, Failure> {
     plan.check().map_err(|why| Failure::new(USAGE, why))?;
     let failed = |error: std::io::Error| Failure::new("internal", format!("signals cannot be caught: {error}"));
     let mask = SigSet::thread_get_mask().map_err(|errno| failed(errno.into()))?;
     let signals = Signals::block().map_err(failed)?;
-    let mut run = Run::prepare(plan, mask, signals)?;
+    let mut run = SnapshotRun::prepare(plan, mask, signals)?;
     run.write_back();
     let taken = run.freezer.freeze(Some(run.signals.as_fd())).and_then(|()| run.hold_and_take());
     let taken = taken.map_err(|failure| run.blame_windows(failure));
@@ -57,29 +56,29 @@ pub fn take(plan: &Plan) -> Result<Receipt, Failure> {
 
 /// A snapshot that is being taken. The order of the fields matters when it is dropped: the disks are resumed before the
 /// guard sees its socket closed.
-struct Run<'a> {
-    plan: &'a Plan,
+struct SnapshotRun<'a> {
+    plan: &'a SnapshotPlan,
     mask: SigSet,
     signals: Signals,
     disks: Disks,
     freezer: Freezer,
-    ways: Vec<Method>,
-    targets: Vec<(usize, Target)>,
-    copies: Vec<Copy>,
-    images: Vec<Image>,
+    methods: Vec<Method>,
+    targets: Vec<(usize, ReflinkTarget)>,
+    copies: Vec<DiskCopy>,
+    images: Vec<ImageSnapshot>,
 }
 
-impl<'a> Run<'a> {
+impl<'a> SnapshotRun<'a> {
     /// Does whatever may fail and needs no disk to be held, so that the rest is quick.
-    fn prepare(plan: &'a Plan, mask: SigSet, signals: Signals) -> Result<Self, Failure> {
+    fn prepare(plan: &'a SnapshotPlan, mask: SigSet, signals: Signals) -> Result<Self, Failure> {
         if let Some(directory) = &plan.hooks {
             hooks::check(directory).map_err(|why| Failure::new("hook", why))?;
         }
         let disks = Disks::connect(&plan.disks, plan.lease)?;
-        let each: Vec<(Option<PathBuf>, bool)> =
-            disks.list.iter().map(|disk| (disk.image_path.clone(), disk.image_snapshots)).collect();
+        let image = |disk: &Disk| DiskImage { path: disk.image_path.clone(), makes_snapshots: disk.image_snapshots };
+        let images: Vec<DiskImage> = disks.list.iter().map(image).collect();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let ways = plan.ways(&each, &plan::default_name(now)).map_err(|why| Failure::new(USAGE, why))?;
+        let methods = plan.methods(&images, &plan::default_name(now)).map_err(|why| Failure::new(USAGE, why))?;
         let freezer = Freezer::new(FreezeOptions {
             level: plan.level,
             agent: plan.agent.clone(),
@@ -89,8 +88,8 @@ impl<'a> Run<'a> {
             silence: plan.timeout + plan.lease + SILENCE_MARGIN,
         });
         let (targets, copies, images) = (Vec::new(), Vec::new(), Vec::new());
-        let mut run = Run { plan, mask, signals, disks, freezer, ways, targets, copies, images };
-        match run.prepare_ways().and_then(|()| run.freezer.start(run.environment())) {
+        let mut run = SnapshotRun { plan, mask, signals, disks, freezer, methods, targets, copies, images };
+        match run.prepare_methods().and_then(|()| run.freezer.start(run.environment())) {
             Ok(()) => Ok(run),
             Err(failure) => {
                 run.discard();
@@ -99,18 +98,18 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn prepare_ways(&mut self) -> Result<(), Failure> {
-        for (at, way) in self.ways.iter().enumerate() {
-            match way {
+    fn prepare_methods(&mut self) -> Result<(), Failure> {
+        for (at, method) in self.methods.iter().enumerate() {
+            match method {
                 Method::Reflink(path) => {
-                    let target = Target::prepare(&self.disks.list[at], path)?;
+                    let target = ReflinkTarget::prepare(&self.disks.list[at], path)?;
                     if let Some(warning) = target.check_cost(self.plan.lease)? {
                         self.freezer.warn(warning);
                     }
                     self.targets.push((at, target));
                 }
                 Method::Copy(path) => self.copies.push(copies::prepare(&mut self.disks, at, path, self.plan)?),
-                Method::Rbd(name) => self.images.push(Image::new(at, name.clone().unwrap_or_default())),
+                Method::Rbd(name) => self.images.push(ImageSnapshot::new(at, name.clone().unwrap_or_default())),
                 Method::Exec(_) => {}
             }
         }
@@ -130,7 +129,7 @@ impl<'a> Run<'a> {
         let deadline = self.deadline();
         reflink::share_all(&mut self.targets, deadline, Some(self.signals.as_fd()))?;
         images::take(&mut self.disks, &mut self.images, deadline, Some(self.signals.as_fd()))?;
-        if let Some(Method::Exec(command)) = self.ways.first() {
+        if let Some(Method::Exec(command)) = self.methods.first() {
             self.exec(command)?;
         }
         self.not_interrupted()
@@ -148,7 +147,7 @@ impl<'a> Run<'a> {
         if !is_over || failure.code == "interrupted" {
             return failure;
         }
-        let limit = VSS_HOLD.as_secs();
+        let limit = VSS_HOLD_TIMEOUT.as_secs();
         let text = format!(
             "{}. It was given up {limit} s after the freeze, because Windows (VSS) holds writes no longer: give copy:, which \
              is quick, or ask for level crash",
@@ -180,8 +179,8 @@ impl<'a> Run<'a> {
         let ended = ended.map_err(|error| Failure::new("exec", format!("/bin/sh cannot be run: {error}")))?;
         match ended.complaint(Duration::from_millis(allowed.as_millis() as u64)) {
             None => Ok(()),
-            Some(_) if ended == Ended::Stopped => Err(interrupted()),
-            Some(what) if ended == Ended::TimedOut => {
+            Some(_) if ended == CommandEnd::Stopped => Err(interrupted()),
+            Some(what) if ended == CommandEnd::TimedOut => {
                 let lease = self.plan.lease;
                 let text = format!("the command '{shown}' {what}; the disks are held for --lease ({lease:?}) at most");
                 Err(Failure::new("exec", text))
@@ -218,7 +217,7 @@ impl<'a> Run<'a> {
     fn disk_receipts(&self, mut digests: Vec<Option<String>>) -> Vec<DiskReceipt> {
         let receipts = self.disks.list.iter().enumerate().map(|(at, disk)| {
             let figure = |name: &str| disk.figures[name].as_u64().unwrap_or(0);
-            let way = &self.ways[at];
+            let method = &self.methods[at];
             let copy = self.copies.iter().find(|copy| copy.disk == at).map(|copy| copy.status.clone());
             let copied = copy.as_ref().and_then(|copy| copy["sha256"].as_str()).map(str::to_owned);
             DiskReceipt {
@@ -231,8 +230,8 @@ impl<'a> Run<'a> {
                 drain_us: figure("drain-us"),
                 sync_us: figure("sync-us"),
                 bytes_synced: figure("bytes-synced"),
-                way: way.name(),
-                target: match way {
+                way: method.name(),
+                target: match method {
                     Method::Reflink(path) | Method::Copy(path) => path.display().to_string(),
                     Method::Rbd(_) => {
                         let image = self.images.iter().find(|image| image.disk == at);
@@ -240,7 +239,7 @@ impl<'a> Run<'a> {
                     }
                     Method::Exec(command) => command.to_string_lossy().into_owned(),
                 },
-                target_b64: match way {
+                target_b64: match method {
                     Method::Reflink(path) | Method::Copy(path) => base64_unless_utf8(path.as_os_str()),
                     Method::Rbd(_) => None,
                     Method::Exec(command) => base64_unless_utf8(command),
@@ -261,10 +260,10 @@ impl<'a> Run<'a> {
 
     /// Removes what was made. Our files are removed when they are dropped.
     fn discard(&mut self) {
-        let mut troubles = images::undo(&mut self.disks, &self.images);
-        troubles.extend(copies::undo(&mut self.disks, &self.copies));
-        for trouble in troubles {
-            self.freezer.warn(trouble);
+        let mut failures = images::undo(&mut self.disks, &self.images);
+        failures.extend(copies::undo(&mut self.disks, &self.copies));
+        for failure in failures {
+            self.freezer.warn(failure);
         }
     }
 

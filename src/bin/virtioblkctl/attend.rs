@@ -7,7 +7,7 @@ use clap::Args;
 use virtioblkd::internal::base::logging;
 use virtioblkd::internal::base::text::clean_json;
 use virtioblkd::internal::control::client::Failure;
-use virtioblkd::internal::snapshot::attend::{self, Plan};
+use virtioblkd::internal::snapshot::attend::{self, AttendPlan};
 use virtioblkd::internal::snapshot::plan::Consistency;
 use virtioblkd::internal::snapshot::receipt::Receipt;
 
@@ -37,7 +37,7 @@ pub struct Attend {
 /// Attends until a signal arrives.
 pub fn run(options: &Attend, chosen: &Chosen, json: bool) -> Result<(), Failure> {
     let disks = chosen.several(&options.disks)?;
-    let plan = Plan {
+    let plan = AttendPlan {
         disks: disks.controls(),
         level: options.level,
         agent: options.freezing.agent(options.level, disks.domain.as_deref()),

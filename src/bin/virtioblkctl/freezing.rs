@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use virtioblkd::internal::snapshot::plan::{AgentAt, Consistency};
+use virtioblkd::internal::snapshot::plan::{AgentAddress, Consistency};
 
 #[derive(Args)]
 pub struct Freezing {
@@ -21,9 +21,9 @@ pub struct Freezing {
 impl Freezing {
     /// How to reach the guest's agent, if it is used. `domain`: the domain of --domain, whose agent is used if the level needs
     /// one.
-    pub fn agent(&self, level: Consistency, domain: Option<&str>) -> Option<AgentAt> {
-        let named = self.qga.clone().map(AgentAt::Socket).or(self.libvirt.clone().map(AgentAt::Domain));
-        let own = domain.filter(|_| level != Consistency::Crash).map(|domain| AgentAt::Domain(domain.to_owned()));
+    pub fn agent(&self, level: Consistency, domain: Option<&str>) -> Option<AgentAddress> {
+        let named = self.qga.clone().map(AgentAddress::Socket).or(self.libvirt.clone().map(AgentAddress::Domain));
+        let own = domain.filter(|_| level != Consistency::Crash).map(|domain| AgentAddress::Domain(domain.to_owned()));
         named.or(own)
     }
 }

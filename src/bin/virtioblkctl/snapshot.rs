@@ -9,7 +9,7 @@ use clap::Args;
 use virtioblkd::internal::base::logging;
 use virtioblkd::internal::base::text::clean_json;
 use virtioblkd::internal::control::client::Failure;
-use virtioblkd::internal::snapshot::plan::{Consistency, Method, Plan};
+use virtioblkd::internal::snapshot::plan::{Consistency, Method, SnapshotPlan};
 use virtioblkd::internal::snapshot::receipt::Receipt;
 use virtioblkd::internal::snapshot::{self, USAGE};
 
@@ -67,14 +67,14 @@ pub fn run(options: &Snapshot, chosen: &Chosen, json: bool) -> Result<String, Fa
     show(&receipt, json)
 }
 
-fn plan(options: &Snapshot, chosen: &Chosen) -> Result<Plan, Failure> {
+fn plan(options: &Snapshot, chosen: &Chosen) -> Result<SnapshotPlan, Failure> {
     let disks = chosen.several(&options.disks)?;
     let usage = |why: String| Failure::new(USAGE, why);
-    let ways = options.to.iter().map(Method::parse).collect::<Result<_, _>>().map_err(usage)?;
-    Ok(Plan {
+    let methods = options.to.iter().map(Method::parse).collect::<Result<_, _>>().map_err(usage)?;
+    Ok(SnapshotPlan {
         disks: disks.controls(),
         level: options.level,
-        ways,
+        methods,
         agent: options.freezing.agent(options.level, disks.domain.as_deref()),
         hooks: options.freezing.hooks.clone(),
         or_weaker: options.or_weaker,

@@ -12,7 +12,7 @@ use super::super::listing::{self, Directories};
 use super::super::metadata::{self, DiskOptions};
 use super::super::virsh;
 use crate::backend::image_format::{self, ImageEnds};
-use crate::snapshot::child::{Ended, output};
+use crate::snapshot::child::{CommandEnd, output};
 
 /// How long a look at an image may take, whose storage may hang.
 const IMAGE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -200,7 +200,7 @@ fn stat(path: &Path) -> Result<Option<Stat>, String> {
     let mut command = Command::new("stat");
     command.args(["-L", "-c", "%d:%i|%t:%T|%s|%F", "--"]).arg(path).env("LC_ALL", "C");
     match output(command, Instant::now() + IMAGE_TIMEOUT, None) {
-        Ok((Ended::Status(status), text, _)) if status.success() => Ok(parsed_stat(&text)),
+        Ok((CommandEnd::Status(status), text, _)) if status.success() => Ok(parsed_stat(&text)),
         Ok(_) => Ok(None),
         Err(error) => Err(format!("stat: {error}")),
     }
@@ -243,7 +243,7 @@ fn format(path: &Path) -> ImageFact {
     let mut command = Command::new("od");
     command.args(["-An", "-v", "-tx1", "-N128"]).arg(path);
     let text = match output(command, Instant::now() + IMAGE_TIMEOUT, None) {
-        Ok((Ended::Status(status), text, _)) if status.success() => text,
+        Ok((CommandEnd::Status(status), text, _)) if status.success() => text,
         _ => return ImageFact::Usable,
     };
     let head = text.split_whitespace().filter_map(|byte| u8::from_str_radix(byte, 16).ok()).collect();
@@ -257,8 +257,8 @@ fn format(path: &Path) -> ImageFact {
 fn run(command: Command) -> Result<bool, String> {
     let name = command.get_program().to_string_lossy().into_owned();
     match output(command, Instant::now() + IMAGE_TIMEOUT, None) {
-        Ok((Ended::Status(status), ..)) if status.code() == Some(127) => Err(format!("{name} cannot be run")),
-        Ok((Ended::Status(status), ..)) => Ok(status.success()),
+        Ok((CommandEnd::Status(status), ..)) if status.code() == Some(127) => Err(format!("{name} cannot be run")),
+        Ok((CommandEnd::Status(status), ..)) => Ok(status.success()),
         Ok(_) => Err("its storage does not answer".into()),
         Err(error) => Err(format!("{name}: {error}")),
     }
