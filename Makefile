@@ -1,6 +1,7 @@
 # Targets for building, testing, measuring and installing. `make help` lists them.
 
 PREFIX ?= /usr/local
+SYSCONFDIR ?= /etc
 DESTDIR ?=
 CARGO ?= cargo
 # A guest test runs a QEMU and a server. Running more tests at once than there are CPUs would not be faster.
@@ -42,7 +43,6 @@ RACES = suppressions=$(CURDIR)/tests/thread-sanitizer.supp
 deep = $(or $(CARGO_TARGET_DIR),target)/deep
 release = $(or $(CARGO_TARGET_DIR),target)/release
 debug = $(or $(CARGO_TARGET_DIR),target)/debug
-doc = $(DESTDIR)$(PREFIX)/share/doc/virtioblkd
 
 .NOTPARALLEL:
 .PHONY: toolchain check-book check-quick check-tests check-examples check-models demo-debug power-long explore-long \
@@ -190,14 +190,13 @@ bench-rbd: toolchain deps-rbd ## The same on Ceph RBD, beside fio's rbd engine a
 bench-guest: toolchain deps ## fio in a guest, beside QEMU and qemu-storage-daemon, into benches/results; ten minutes
 	$(CARGO) bench --bench guest
 
-install: ## Install what `make build` made (PREFIX, DESTDIR)
-	@test -x $(release)/virtioblkd || { echo "install: run 'make build' first" >&2; exit 1; }
-	install -D $(release)/virtioblkd $(DESTDIR)$(PREFIX)/bin/virtioblkd
-	install -D $(release)/virtioblkctl $(DESTDIR)$(PREFIX)/bin/virtioblkctl
-	install -d $(DESTDIR)$(PREFIX)/share/qemu/vhost-user $(doc)
-	sed 's|/usr/local|$(PREFIX)|' qemu-configs/vhost-user/50-virtioblkd.json \
-		>$(DESTDIR)$(PREFIX)/share/qemu/vhost-user/50-virtioblkd.json
-	cp -r qemu-configs docs $(doc)/
+install: ## Install what `make build` made, with units, libvirt's hook, manual pages (PREFIX, DESTDIR, SYSCONFDIR)
+	@test -x $(release)/virtioblkd && test -x $(release)/virtioblkctl || \
+		{ echo "install: run 'make build' first" >&2; exit 1; }
+	BIN_DIR=$(release) PREFIX=$(PREFIX) SYSCONFDIR=$(SYSCONFDIR) DESTDIR=$(DESTDIR) scripts/install-files install
+
+uninstall: ## Remove what `make install` installed (same PREFIX, DESTDIR, SYSCONFDIR); configuration files of disks remain
+	PREFIX=$(PREFIX) SYSCONFDIR=$(SYSCONFDIR) DESTDIR=$(DESTDIR) scripts/install-files uninstall
 
 deps: ## Install what the guest tests need; fetch the guest
 	scripts/install-test-deps

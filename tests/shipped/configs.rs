@@ -74,23 +74,85 @@ fn every_option_that_the_pages_name_exists() {
 
 #[test]
 fn systemd_takes_the_units() {
-    systemd_takes("virtioblkd@");
-    systemd_takes("virtioblk-attend@");
+    for unit in UNITS {
+        systemd_takes(unit);
+    }
+}
+
+/// Every unit that is shipped.
+const UNITS: [&str; 4] =
+    ["virtioblkd@.service", "virtioblkd-rbd@.service", "virtioblkd@.socket", "virtioblk-attend@.service"];
+
+#[test]
+fn every_unit_is_in_the_list_of_units() {
+    let files = fs::read_dir(shipped("systemd")).expect("a directory");
+    let names = files.map(|file| file.expect("an entry").file_name().into_string().expect("a name"));
+    let mut units: Vec<String> = names.filter(|name| name.contains('@')).collect();
+    let mut listed = UNITS.map(str::to_owned).to_vec();
+    units.sort();
+    listed.sort();
+    assert_eq!(units, listed);
+}
+
+/// The settings of a unit: the lines that are neither empty nor comments.
+fn settings(unit: &str) -> Vec<String> {
+    let lines = read(&format!("systemd/{unit}"));
+    lines.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect()
+}
+
+#[test]
+fn the_unit_for_rbd_is_the_one_for_files_with_the_network() {
+    let (file, rbd) = (settings("virtioblkd@.service"), settings("virtioblkd-rbd@.service"));
+    let without = |lines: &[String], others: &[String]| -> Vec<String> {
+        lines.iter().filter(|line| !others.contains(line)).cloned().collect()
+    };
+    assert_eq!(
+        without(&file, &rbd),
+        ["Description=vhost-user-blk server for the disk %i", "PrivateNetwork=yes", "RestrictAddressFamilies=AF_UNIX"]
+    );
+    assert_eq!(
+        without(&rbd, &file),
+        [
+            "Description=vhost-user-blk server for the disk %i on Ceph RBD",
+            "Wants=network-online.target",
+            "After=network-online.target",
+            "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK"
+        ]
+    );
+}
+
+#[test]
+fn a_late_mount_is_waited_for_and_a_wrong_configuration_is_not_retried() {
+    for unit in ["virtioblkd@.service", "virtioblkd-rbd@.service"] {
+        let settings = settings(unit);
+        for line in ["StartLimitIntervalSec=0", "Restart=on-failure", "RestartPreventExitStatus=2"] {
+            assert!(settings.iter().any(|setting| setting == line), "{unit} lacks {line}");
+        }
+        // They would hide the host's block devices from the daemon.
+        for word in ["PrivateDevices", "DevicePolicy", "DeviceAllow", "ProtectClock"] {
+            assert!(!settings.iter().any(|setting| setting.starts_with(word)), "{unit} has {word}");
+        }
+    }
 }
 
 fn systemd_takes(name: &str) {
     let dir = tempfile::tempdir().expect("a directory");
-    // Verification looks for the programs.
-    let unit = read(&format!("systemd/{name}.service"))
-        .replace("/usr/local/bin/virtioblkd", env!("CARGO_BIN_EXE_virtioblkd"))
-        .replace("/usr/local/bin/virtioblkctl", env!("CARGO_BIN_EXE_virtioblkctl"));
-    let path = dir.path().join(format!("{name}example.service"));
-    fs::write(&path, unit).expect("room");
+    let (template, extension) = name.split_once('.').expect("a unit's name");
+    // Verification looks for the programs, and for the service of a socket.
+    for unit in UNITS {
+        let (template, extension) = unit.split_once('.').expect("a unit's name");
+        let text = read(&format!("systemd/{unit}"))
+            .replace("/usr/local/bin/virtioblkd", env!("CARGO_BIN_EXE_virtioblkd"))
+            .replace("/usr/local/bin/virtioblkctl", env!("CARGO_BIN_EXE_virtioblkctl"));
+        fs::write(dir.path().join(format!("{template}example.{extension}")), text).expect("room");
+    }
+    let path = dir.path().join(format!("{template}example.{extension}"));
     match Command::new("systemd-analyze").args(["verify", "--recursive-errors=no"]).arg(&path).output() {
         Ok(output) => {
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
             // What it says of other units is not about ours.
-            let ours: Vec<_> = said.lines().filter(|line| line.contains(name)).collect();
+            let about_us = |line: &&str| line.contains("virtioblk") && !line.contains("man virtioblk");
+            let ours: Vec<_> = said.lines().filter(about_us).collect();
             assert!(ours.is_empty(), "systemd-analyze verify: {ours:#?}");
         }
         Err(error) => {

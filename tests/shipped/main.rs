@@ -3,6 +3,7 @@
 mod commands;
 mod configs;
 mod documents;
+mod install;
 mod protocol;
 mod rerun_failed;
 mod schema;
