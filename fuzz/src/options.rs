@@ -22,12 +22,13 @@ pub fn run(data: &[u8]) {
         Config::from_args([program, path.into()])
     };
     match made {
-        Ok(Invocation::Run(config)) => {
+        Ok(Invocation::Run(config) | Invocation::Check(config)) => {
             assert!((1..=256).contains(&config.num_queues));
             assert!(config.queue_size.is_power_of_two() && config.queue_size >= 2);
             assert!(config.serial.len() <= 20 && config.serial.is_ascii());
             assert!(config.logical_block_size.is_none_or(|size| size == 512 || size == 4096));
         }
+        Ok(Invocation::RunCommand(run)) => assert!(!run.arguments.iter().any(|word| word == "--run")),
         Ok(Invocation::Print(text)) => assert!(!text.is_empty()),
         Err(error) => assert!(!error.to_string().is_empty()),
     }

@@ -11,6 +11,7 @@
 //! | `pid_file` | the pid file and its lock |
 //! | `logging` | the log on standard error |
 //! | `rate_limit` | how often something may be logged |
+//! | `version` | the version, with the git revision |
 //! | `prng` | pseudo-random numbers, for the RAM disk and for tests |
 
 pub mod logging;
@@ -26,3 +27,4 @@ pub mod text;
 pub(crate) mod trust;
 pub mod units;
 pub mod unix_listener;
+pub mod version;

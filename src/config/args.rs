@@ -12,6 +12,7 @@ use super::{BackendKind, Config, ConfigError, ControlSocket, Listen, refuse};
 use crate::backend::file::Locking;
 use crate::backend::point_in_time::ScratchOptions;
 use crate::backend::stable::StableWrites;
+use crate::base::version::VERSION;
 use crate::control::Access;
 use crate::engine::{CacheMode, OnError};
 use crate::sandbox::SandboxLevel;
@@ -35,18 +36,18 @@ pub(crate) const DEFAULT_QUEUE_SIZE: u16 = 1024;
 /// removes its sockets and ends with status 0. A second signal ends it at once. Status 1 means a failure at run time, and
 /// status 2 a wrong command line or configuration file.
 #[derive(Debug, Parser)]
-#[command(name = "virtioblkd", version, max_term_width = 100, args_override_self = false)]
+#[command(name = "virtioblkd", version = VERSION, max_term_width = 100, args_override_self = false)]
 pub(super) struct Args {
     /// Listen for the front-end (QEMU) on this Unix socket. The socket of a server that has ended is replaced
-    #[arg(long, value_name = "PATH")]
-    socket_path: Option<PathBuf>,
+    #[arg(long, alias = "socket", value_name = "PATH")]
+    pub(super) socket_path: Option<PathBuf>,
 
     /// Use the listening Unix socket that was inherited as this file descriptor, instead of --socket-path
     #[arg(long, value_name = "N", value_parser = values::fd)]
     fd: Option<i32>,
 
     /// The raw image: a file or a block device
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, alias = "file", value_name = "PATH")]
     blk_file: Option<PathBuf>,
 
     /// The image's format; only raw images are served. With this option the daemon does not warn of an image that looks like
@@ -67,7 +68,7 @@ pub(super) struct Args {
 
     /// Serve virtioblkctl and QMP clients on this Unix socket
     #[arg(long, value_name = "PATH")]
-    control_path: Option<PathBuf>,
+    pub(super) control_path: Option<PathBuf>,
 
     /// Permission bits of the control socket. A user who may connect can quiesce the disk, copy it and make snapshots; see
     /// --control-access. Only root and the daemon's user can take the guest over, end the daemon or shrink the disk
@@ -183,6 +184,18 @@ pub(super) struct Args {
     #[arg(long, value_name = "CONTROL")]
     take_over: Option<PathBuf>,
 
+    /// Check the options, the configuration file, the image and the places of the sockets, print the result, and end. Nothing
+    /// is started, and a daemon that serves the image is not disturbed. Status 1: the image or a place cannot be used. Status
+    /// 2: a wrong command line or configuration file
+    #[arg(long)]
+    pub(super) check: bool,
+
+    /// Run this shell command when the daemon listens, and end the daemon when the command has ended. The exit status is the
+    /// command's. `{socket}` in it becomes the path of the vhost-user socket, and `{control}` that of the control socket.
+    /// Without --socket-path the socket is in a directory of its own, which is removed at the end
+    #[arg(long, value_name = "COMMAND")]
+    pub(super) run: Option<String>,
+
     /// Print what this back-end supports, as JSON, and end. Other options are ignored
     #[arg(long)]
     print_capabilities: bool,
@@ -199,6 +212,7 @@ impl Args {
     /// Checks the rules that concern several options.
     pub(super) fn check(self) -> Result<Config, ConfigError> {
         self.check_paths_differ()?;
+        self.check_run()?;
         let control = self.control()?;
         let scratch = self.scratch()?;
         let discard_granularity = self.discard_granularity()?;
@@ -228,6 +242,21 @@ impl Args {
             scratch,
             take_over: self.take_over,
         })
+    }
+
+    /// Checks the rules of `--run`: the command needs a daemon of its own, with a socket that has a path.
+    fn check_run(&self) -> Result<(), ConfigError> {
+        let Some(command) = &self.run else { return Ok(()) };
+        if self.check {
+            return refuse("--check starts nothing, so --run has no effect: leave out one of them");
+        }
+        if self.fd.is_some() || self.take_over.is_some() {
+            return refuse("--run starts a daemon of its own: leave out --fd and --take-over, or leave out --run");
+        }
+        if command.contains("{control}") && self.control_path.is_none() {
+            return refuse("--run has {control}, and there is no control socket: add --control-path PATH");
+        }
+        Ok(())
     }
 
     fn scratch(&self) -> Result<Option<ScratchOptions>, ConfigError> {

@@ -15,7 +15,7 @@ use super::{ConfigError, refuse, strip};
 use crate::base::trust;
 
 /// Options that are allowed on the command line only.
-const ONLY_ARGUMENTS: [&str; 5] = ["config", "print-capabilities", "take-over", "help", "version"];
+const ONLY_ARGUMENTS: [&str; 7] = ["config", "print-capabilities", "take-over", "check", "run", "help", "version"];
 /// The largest configuration file in bytes. A larger file is something else, perhaps the image.
 const MAX_FILE: u64 = 1 << 20;
 /// Options that may be given several times: in the file, as a list or as a table of names and values.
@@ -87,6 +87,10 @@ fn check_key(place: &str, key: &str) -> Result<(), ConfigError> {
     }
     if known().any(|name| name == key) {
         return Ok(());
+    }
+    let own = super::with_own_name(&format!("--{key}"));
+    if own[2..] != *key {
+        return refuse(format!("{place}: unknown key '{key}'; in this file it is '{}'", &own[2..]));
     }
     let allowed = known().filter(|name| !ONLY_ARGUMENTS.contains(name));
     match nearest(allowed, &key.replace('_', "-")) {

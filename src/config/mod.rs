@@ -165,8 +165,43 @@ impl BackendKind {
 pub enum Invocation {
     /// Serve the disk.
     Run(Box<Config>),
+    /// Check that the disk can be served, and end (`--check`).
+    Check(Box<Config>),
+    /// Serve the disk in another process while a command runs (`--run`).
+    RunCommand(RunCommand),
     /// Print this text and end with status 0 (`--help`, `--version`, `--print-capabilities`).
     Print(String),
+}
+
+/// A command that runs while a daemon serves the disk (`--run`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunCommand {
+    /// The shell command, in which `{socket}` and `{control}` are not replaced yet.
+    pub command: String,
+    /// The arguments of the daemon, without the program's name.
+    pub arguments: Vec<OsString>,
+    /// The vhost-user socket. `None`: the options name none, so the caller chooses one.
+    pub socket: Option<PathBuf>,
+    /// The control socket, if there is one.
+    pub control: Option<PathBuf>,
+}
+
+/// Other names of options, for the habits that users of other servers have. Only the command line knows them.
+const ALIASES: [(&str, &str); 2] = [("--socket", "--socket-path"), ("--file", "--blk-file")];
+
+/// Returns the argument with the option's own name, if it has one of [`ALIASES`].
+pub fn with_own_name(argument: &str) -> String {
+    let (name, value) = match argument.find('=') {
+        Some(at) => argument.split_at(at),
+        None => (argument, ""),
+    };
+    let own = ALIASES.iter().find(|(alias, _)| *alias == name).map_or(name, |(_, own)| own);
+    format!("{own}{value}")
+}
+
+/// The definition of the command line, for the manual pages and the completions of shells.
+pub fn command() -> clap::Command {
+    Args::command()
 }
 
 /// An error in the command line or the configuration file. Its text names the option or the key, what was given and what is
@@ -206,15 +241,41 @@ impl Config {
             }
             Err(error) => return refuse(strip(&error)),
         };
+        let given = args.split_off(1.min(args.len()));
+        args.extend(given.iter().cloned());
         if let Some(path) = matches.get_one::<PathBuf>("config") {
             let given = |key: &str| matches.value_source(&key.replace('-', "_")) == Some(ValueSource::CommandLine);
             let from_file = file::read(path)?.into_iter().filter(|(key, _)| !is_overridden(key, given));
             args.splice(1..1, from_file.map(|(_, argument)| argument));
         }
         let matches = Args::command().try_get_matches_from(&args).map_err(|error| ConfigError(strip(&error)))?;
-        let args = Args::from_arg_matches(&matches).map_err(|error| ConfigError(strip(&error)))?;
-        Ok(Invocation::Run(Box::new(args.check()?)))
+        let parsed = Args::from_arg_matches(&matches).map_err(|error| ConfigError(strip(&error)))?;
+        if parsed.check {
+            return Ok(Invocation::Check(Box::new(parsed.check()?)));
+        }
+        match parsed.run.clone() {
+            Some(command) => Ok(Invocation::RunCommand(run_command(command, parsed, given)?)),
+            None => Ok(Invocation::Run(Box::new(parsed.check()?))),
+        }
     }
+}
+
+/// Checks the options of a daemon that a command is run with. `arguments`: the command line without the program's name.
+fn run_command(command: String, mut args: Args, arguments: Vec<OsString>) -> Result<RunCommand, ConfigError> {
+    let (socket, control) = (args.socket_path.clone(), args.control_path.clone());
+    // The socket that the caller chooses is checked by the daemon.
+    args.socket_path.get_or_insert_with(|| PathBuf::from("{socket}"));
+    args.check()?;
+    let mut words = arguments.into_iter();
+    let mut arguments = Vec::new();
+    while let Some(word) = words.next() {
+        match word.to_str() {
+            Some("--run") => drop(words.next()),
+            Some(word) if word.starts_with("--run=") => {}
+            _ => arguments.push(word),
+        }
+    }
+    Ok(RunCommand { command, arguments, socket, control })
 }
 
 /// Whether the command line overrides the file's `key`.

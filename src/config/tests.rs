@@ -496,7 +496,7 @@ fn help_lists_every_option_that_is_not_hidden() {
         assert_eq!(help.contains(&name), !argument.is_hide_set(), "{name}");
     }
     let Ok(Invocation::Print(version)) = parse(&["--version"]) else { panic!("--version prints") };
-    assert_eq!(version, format!("virtioblkd {}\n", env!("CARGO_PKG_VERSION")));
+    assert_eq!(version, format!("virtioblkd {}\n", crate::base::version::VERSION));
 }
 
 #[test]
@@ -509,4 +509,37 @@ fn the_discard_granularity_requires_discard_unmap() {
     good(&["--discard-granularity=32K", "--discard=unmap"]);
     let why = bad(&[REQUIRED[0], REQUIRED[1], "--discard-granularity=32K", "--discard=ignore"]);
     assert!(why.contains("--discard-granularity needs --discard unmap"), "{why}");
+}
+
+#[test]
+fn the_names_of_other_servers_are_known_on_the_command_line() {
+    let config = parse(&["--socket=/run/d.sock", "--file", "/images/a.raw"]).unwrap();
+    let Invocation::Run(config) = config else { panic!("{config:?}") };
+    assert_eq!(config.backend.file(), Some(Path::new("/images/a.raw")));
+    assert!(bad_file("socket = \"/s\"").contains("in this file it is 'socket-path'"));
+    let own = ["--socket=/s", "--socket", "--file", "--socket-group", "/file", "--fd=3"].map(with_own_name);
+    assert_eq!(own, ["--socket-path=/s", "--socket-path", "--blk-file", "--socket-group", "/file", "--fd=3"]);
+    let known: Vec<String> = Args::command()
+        .get_arguments()
+        .flat_map(|it| it.get_all_aliases().unwrap_or_default())
+        .map(|alias| format!("--{alias}"))
+        .collect();
+    assert_eq!(known, ALIASES.map(|(alias, _)| alias));
+}
+
+#[test]
+fn a_command_to_run_gets_a_daemon_without_that_option() {
+    let file = config_file("control-path = \"/run/d.ctl\"\n");
+    let path = file.path().to_str().unwrap();
+    let parsed = parse(&["--run", "qemu {socket}", "--blk-file=/a", "--config", path, "--cache", "unsafe"]).unwrap();
+    let Invocation::RunCommand(run) = parsed else { panic!("{parsed:?}") };
+    assert_eq!(run.command, "qemu {socket}");
+    assert_eq!(run.arguments, ["--blk-file=/a", "--config", path, "--cache", "unsafe"]);
+    assert_eq!((run.socket, run.control), (None, Some("/run/d.ctl".into())));
+    let parsed = parse(&["--run=true", "--blk-file=/a", "--socket-path", "/s"]).unwrap();
+    let Invocation::RunCommand(run) = parsed else { panic!("{parsed:?}") };
+    assert_eq!((run.arguments.len(), run.socket), (3, Some("/s".into())));
+    assert!(bad(&["--run=true"]).contains("no image given"));
+    assert!(bad(&["--run=true", "--blk-file=/a", "--fd=3"]).contains("--fd"));
+    assert!(bad(&["--run={control}", "--blk-file=/a"]).contains("--control-path"));
 }

@@ -17,6 +17,7 @@ use super::{Served, ServerError, new_bell};
 use crate::base::logging;
 use crate::base::rate_limit::{COMMAND_LOG, log_limited};
 use crate::base::sync::Bell;
+use crate::config::with_own_name;
 use crate::control::CommandLine;
 use crate::upgrade::{
     Channel, Descriptors, GAVE_UP, HandOverState, Hello, NewDaemonMessage, OldDaemonMessage, Starter,
@@ -304,7 +305,7 @@ pub(super) fn command_line() -> Option<CommandLine> {
         match argument.as_str() {
             TAKE_OVER => drop(given.next()),
             word if word.starts_with(TAKE_OVER) && word[TAKE_OVER.len()..].starts_with('=') => {}
-            _ => arguments.push(argument),
+            _ => arguments.push(with_own_name(&argument)),
         }
     }
     let (program, directory) = (text(std::env::current_exe())?, text(std::env::current_dir())?);

@@ -8,12 +8,14 @@
 //! A panic in any thread ends the process at once (SIGABRT). QEMU then sees that the connection is closed and reconnects
 //! to the next daemon. Otherwise the thread of a virtqueue would be missing, and its guest would hang without a message.
 
+mod check;
 mod daemon;
 mod files;
 mod front_ends;
 mod hand_over;
 mod inherited;
 pub mod permissions;
+pub mod run_command;
 mod socket;
 mod take_over;
 mod wiring;
@@ -46,6 +48,7 @@ use crate::upgrade::DiskFacts;
 use crate::virtio::SessionEnd;
 use crate::virtio::device::hand_over::{HandedOver, Steps};
 use crate::virtio::vhost_user::save_restore::SavedSession;
+use check::PlaceError;
 use daemon::Daemon;
 use files::DaemonFiles;
 use front_ends::FrontEnds;
@@ -118,6 +121,8 @@ pub enum ServerError {
     Control(BindError),
     /// The control thread cannot be started.
     ControlThread(io::Error),
+    /// The place of a socket or of the pid file cannot be used.
+    Place(PlaceError),
     /// The image cannot be opened, or has the wrong properties.
     Image(Box<dyn Error + Send + Sync>),
     /// The pid file cannot be created.
@@ -140,6 +145,7 @@ impl fmt::Display for ServerError {
             ServerError::Socket(error) => error.fmt(f),
             ServerError::Control(error) => write!(f, "--control-path: {error}"),
             ServerError::ControlThread(error) => write!(f, "cannot start the control thread: {error}"),
+            ServerError::Place(error) => error.fmt(f),
             ServerError::Image(error) => error.fmt(f),
             ServerError::PidFile(error) => error.fmt(f),
             ServerError::Sandbox(error) => error.fmt(f),
@@ -193,10 +199,17 @@ enum HandOverPoll {
 }
 
 impl Server {
+    /// Checks that the disk could be served, and starts nothing. Returns a description of the disk. Called once by main,
+    /// instead of [`Server::run`].
+    pub fn check(config: &Config) -> Result<String, ServerError> {
+        check::check(config)
+    }
+
     /// Serves the disk until a signal or a client ends the daemon, or until another process has taken the disk over.
     /// Called once by main, before any other thread exists.
     pub fn run(config: &Config) -> Result<(), ServerError> {
         abort_on_panic();
+        run_command::end_with_parent();
         let signals = Signals::block().map_err(|error| ServerError::System("cannot receive signals", error))?;
         raise_descriptor_limit();
         let mut daemon = Daemon::start(config, signals)?;

@@ -55,7 +55,7 @@ pub(super) fn open(
     let events = Events::new().map_err(|error| ServerError::System("cannot create an eventfd", error))?;
     let events = Arc::new(events);
     let bounce_pool = BouncePool::new(BouncePool::DEFAULT_BYTES);
-    let image = open_backend(config, &bounce_pool)?;
+    let image = open_backend(config, &bounce_pool, config.take_over.is_some())?;
     check_discard_granularity(config, &image.geometry())?;
     let queues = limit_to_io_urings(config, limit_to_descriptors(config.num_queues))?;
     // The layer of copies is above the layer of stable writes; backend::stable says why.
@@ -122,6 +122,13 @@ pub(super) fn open(
     Ok(OpenDisk { served, start_control })
 }
 
+/// Opens the image without claiming it, and checks it.
+pub(super) fn open_image(config: &Config) -> Result<Arc<dyn Backend>, Box<dyn Error + Send + Sync>> {
+    let image = open_backend(config, &BouncePool::new(BouncePool::DEFAULT_BYTES), true)?;
+    check_discard_granularity(config, &image.geometry())?;
+    Ok(image)
+}
+
 /// Checks `--discard-granularity`: the guest could not discard a unit that is smaller than a block (virtio 1.3, 5.2.6).
 fn check_discard_granularity(config: &Config, geometry: &Geometry) -> Result<(), String> {
     let Some(granularity) = config.discard_granularity else { return Ok(()) };
@@ -177,16 +184,18 @@ fn limit_to_io_urings(config: &Config, wanted: u16) -> io::Result<u16> {
     Ok(offered)
 }
 
-fn open_backend(config: &Config, memory: &Arc<BouncePool>) -> Result<Arc<dyn Backend>, Box<dyn Error + Send + Sync>> {
+/// `lock_later`: the image is opened and not claimed.
+fn open_backend(
+    config: &Config,
+    memory: &Arc<BouncePool>,
+    lock_later: bool,
+) -> Result<Arc<dyn Backend>, Box<dyn Error + Send + Sync>> {
     let block = config.logical_block_size.unwrap_or(512);
     Ok(match &config.backend {
-        BackendKind::File(path) => Arc::new(open_file(config, path, memory)?),
-        BackendKind::Rbd(options) => {
-            let lock_later = config.take_over.is_some();
-            Arc::new(RbdBackend::open(&RbdOptions { lock_later, ..(**options).clone() })?)
-        }
+        BackendKind::File(path) => Arc::new(open_file(config, path, memory, lock_later)?),
+        BackendKind::Rbd(options) => Arc::new(RbdBackend::open(&RbdOptions { lock_later, ..(**options).clone() })?),
         BackendKind::Slow { path, delay, .. } => {
-            Arc::new(SlowBackend::new(Arc::new(open_file(config, path, memory)?), *delay))
+            Arc::new(SlowBackend::new(Arc::new(open_file(config, path, memory, lock_later)?), *delay))
         }
         BackendKind::Null(size) => Arc::new(NullBackend::new(*size, block)),
         BackendKind::Mem(size) => {
@@ -195,7 +204,12 @@ fn open_backend(config: &Config, memory: &Arc<BouncePool>) -> Result<Arc<dyn Bac
     })
 }
 
-fn open_file(config: &Config, path: &Path, memory: &Arc<BouncePool>) -> Result<FileBackend, OpenError> {
+fn open_file(
+    config: &Config,
+    path: &Path,
+    memory: &Arc<BouncePool>,
+    lock_later: bool,
+) -> Result<FileBackend, OpenError> {
     FileBackend::open(&FileOptions {
         read_only: config.read_only,
         logical_block_size: config.logical_block_size,
@@ -203,7 +217,7 @@ fn open_file(config: &Config, path: &Path, memory: &Arc<BouncePool>) -> Result<F
         is_raw: config.is_raw,
         memory: memory.clone(),
         locking: config.locking,
-        lock_later: config.take_over.is_some(),
+        lock_later,
         ..FileOptions::new(path, config.cache.into())
     })
 }

@@ -1,6 +1,7 @@
 //! The real programs, `virtioblkd` in its sandbox and `virtioblkctl`: options, start and end, copies, media and clients
 //! that stop answering.
 
+mod check;
 mod copies;
 mod domain;
 mod hung_target;
@@ -9,6 +10,7 @@ mod life_cycle;
 mod log_unread;
 mod names;
 mod options;
+mod run_command;
 mod short_writes;
 mod stable_writes;
 mod stalled;

@@ -6,6 +6,7 @@ mod documents;
 mod install;
 mod protocol;
 mod rerun_failed;
+mod revision;
 mod schema;
 mod snapshot_hooks;
 mod supply_chain;

@@ -12,6 +12,7 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::{Value, json};
 use virtioblkd::internal::base::logging;
+use virtioblkd::internal::config::with_own_name;
 use virtioblkd::internal::control::client::{Client, Failure, REPLY_TIMEOUT};
 use virtioblkd::internal::control::is_trusted;
 use virtioblkd::internal::control::protocol::return_types::{CommandLine, TookOver};
@@ -184,10 +185,11 @@ fn arguments(
     trusted: bool,
     writer: Option<u32>,
 ) -> Result<Vec<String>, Failure> {
+    let new: Vec<String> = options.options.iter().map(|word| with_own_name(word)).collect();
     if let Some(config) = &options.config {
         let path = std::path::absolute(config).ok().and_then(|path| path.into_os_string().into_string().ok());
         let path = path.ok_or_else(|| Failure::new("upgrade", "the path of --config is not UTF-8: rename the file"))?;
-        return Ok(["--config".to_owned(), path].into_iter().chain(options.options.iter().cloned()).collect());
+        return Ok(["--config".to_owned(), path].into_iter().chain(new).collect());
     }
     if !trusted {
         let user = writer.map_or("an unknown user".to_owned(), |uid| format!("user {uid}"));
@@ -202,10 +204,10 @@ fn arguments(
     }
     let old = line.arguments.clone();
     let old = upgrade_lists::add(old, &options.add).map_err(|why| Failure::new("upgrade", why))?;
-    for dropped in upgrade_lists::dropped(&old, &options.options) {
+    for dropped in upgrade_lists::dropped(&old, &new) {
         logging::message(dropped);
     }
-    Ok(replace(old, &options.options))
+    Ok(replace(old, &new))
 }
 
 /// Returns the old arguments without the options that the new ones replace, followed by the new ones. An option is a word

@@ -23,6 +23,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::{Map, Value, json};
 
 use super::access::Access;
+use crate::base::version::VERSION;
 
 pub(super) use args::Args;
 pub use args::MAX_WHO;
@@ -130,7 +131,7 @@ pub fn version() -> Value {
             "minor": part(env!("CARGO_PKG_VERSION_MINOR")),
             "micro": part(env!("CARGO_PKG_VERSION_PATCH")),
         },
-        "package": concat!("virtioblkd ", env!("CARGO_PKG_VERSION")),
+        "package": format!("virtioblkd {VERSION}"),
     })
 }
 

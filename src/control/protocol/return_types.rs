@@ -92,6 +92,9 @@ pub struct AttendantStatus {
 pub struct DaemonStatus {
     /// The daemon's version.
     pub version: String,
+    /// The git revision that the daemon was built from, if it is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
     /// The daemon's process.
     pub pid: u32,
     /// How long the daemon has run.

@@ -8,6 +8,7 @@ use super::pending_replies::NewHold;
 use super::replies;
 use super::{ClientInfo, Service, to_json};
 use crate::base::rate_limit::{COMMAND_LOG, log_limited};
+use crate::base::version::revision;
 use crate::control::protocol::return_types::{
     Continued, DaemonStatus, HolderStatus, QuiesceStatus, Resized, Resumed, Stats, Status,
 };
@@ -121,6 +122,7 @@ impl Service {
             attendant: self.store.attendant_status(),
             daemon: DaemonStatus {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
+                revision: revision().map(str::to_owned),
                 pid: std::process::id(),
                 uptime_seconds: now.saturating_duration_since(self.started).as_secs(),
                 vhost_socket: self.info.vhost_socket.clone(),

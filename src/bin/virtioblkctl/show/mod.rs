@@ -224,9 +224,10 @@ fn errors(errors: &[LastError]) -> Vec<String> {
 }
 
 fn daemon_lines(daemon: &DaemonStatus) -> Vec<String> {
-    let DaemonStatus { version, pid, uptime_seconds, vhost_socket: _, took_over } = daemon;
+    let DaemonStatus { version, revision, pid, uptime_seconds, vhost_socket: _, took_over } = daemon;
     let up = time(uptime_seconds.saturating_mul(1000));
-    let mut lines = vec![format!("virtioblkd {}, pid {pid}, up {up}", clean(version))];
+    let revision = revision.as_ref().map(|revision| format!(" ({})", clean(revision))).unwrap_or_default();
+    let mut lines = vec![format!("virtioblkd {}{revision}, pid {pid}, up {up}", clean(version))];
     if let Some(took_over) = took_over {
         let pause = took_over.pause_us as f64 / 1e3;
         lines.push(format!("took over from pid {}, the guest was paused for {pause:.1} ms", took_over.from_pid));
