@@ -88,6 +88,28 @@ fn status_is_a_page_and_stats_a_table() {
 }
 
 #[test]
+fn a_hold_is_given_more_time_by_its_token() {
+    let served = Served::new();
+    let text = ok(&served, &["quiesce", "--lease", "10m"]);
+    let token = text.trim_end();
+    contains(&ok(&served, &["renew", token, "--lease", "2m"]), &["lasts 2 min"]);
+    contains(&ok(&served, &["renew", token, "--json"]), &["\"lease-ms\": 30000"]);
+    let wrong = run(&served, &["renew", "0123456789abcdef"]);
+    assert_eq!(wrong.status.code(), Some(1), "{wrong:?}");
+    contains(&err(&wrong), &["virtioblkctl status"]);
+    ok(&served, &["resume", token]);
+    assert_eq!(run(&served, &["renew", token]).status.code(), Some(1), "it has ended");
+}
+
+#[test]
+fn a_disk_that_is_not_stopped_is_not_waited_for() {
+    let served = Served::new();
+    assert_eq!(ok(&served, &["continue", "--wait"]), "the disk was not stopped\n");
+    assert_eq!(ok(&served, &["continue", "--wait=1s"]), "the disk was not stopped\n");
+    assert_eq!(served.disk.closings(), 0, "and not held");
+}
+
+#[test]
 fn a_quiesce_outlives_the_command() {
     let served = Served::new();
     let output = run(&served, &["quiesce", "--lease", "1m", "--timeout", "30000ms", "--who", "me"]);

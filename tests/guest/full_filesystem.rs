@@ -101,11 +101,15 @@ fn on_a_full_filesystem(kind: &str, mode: CacheMode) {
     // Reads go on; and so do writes of the other ring where there is room.
     assert_eq!(guest.read(0, 0, 4096), (OK, vec![1; 4096]), "{kind} {mode}");
     // Nothing was mended: it stops again.
-    assert!(server.ctl_ok(&["continue"]).contains("retried"));
+    let again = server.ctl(&["continue", "--wait"]);
+    assert_eq!(again.status.code(), Some(1), "{again:?}");
+    assert!(String::from_utf8_lossy(&again.stderr).contains("write failed again: No space left"), "{again:?}");
     operator.event("IO_CONTINUED");
     operator.event("IO_STOPPED");
     fs::remove_file(ballast).expect("ours");
-    server.ctl_ok(&["continue"]);
+    let done = server.ctl_ok(&["continue", "--wait"]);
+    assert!(done.contains("retried") && done.contains("completed"), "{done}");
+    assert_eq!(server.total("kept"), 0, "nothing is left to wait for");
     let mut answered: Vec<(u16, u8)> = slots.iter().map(|_| guest.wait(0)).collect();
     answered.sort_unstable();
     assert_eq!(answered, slots.iter().map(|slot| (*slot, OK)).collect::<Vec<_>>(), "{kind} {mode}");

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use virtioblkd::internal::base::units::bytes;
+use virtioblkd::internal::base::version::VERSION;
 use virtioblkd::internal::config::disk_size;
 
 use crate::chosen::Chosen;
@@ -12,7 +13,7 @@ use crate::{attend, domain, duration, libvirt_hook, snapshot, upgrade};
 
 /// Query and control a running virtioblkd, and take snapshots of its disk
 #[derive(Parser)]
-#[command(name = "virtioblkctl", version)]
+#[command(name = "virtioblkctl", version = VERSION)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) chosen: Chosen,
@@ -41,6 +42,8 @@ pub(crate) enum CtlCommand {
     Quiesce(Quiesce),
     /// End a hold, so that the guest's writes continue
     Resume(Resume),
+    /// Give a hold more time: its lease begins anew
+    Renew(Renew),
     /// Take a snapshot of one or several disks at one instant
     ///
     /// Freezes the guest's file systems if the level needs it, holds every disk, takes the snapshot, resumes the disks, thaws
@@ -73,7 +76,7 @@ pub(crate) enum CtlCommand {
     ///
     /// For a disk that `status` shows as STOPPED, after its cause was fixed (for example, space was added to a full file
     /// system).
-    Continue,
+    Continue(Continue),
     /// Report a new size of the image to the guest
     ///
     /// With SIZE, grows the image first, if it is a file. Grow a block device with its own tools and leave SIZE out.
@@ -126,6 +129,24 @@ pub(crate) struct Resume {
     /// End every hold
     #[arg(long)]
     pub(crate) all: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct Renew {
+    /// The token of the hold, which quiesce printed
+    pub(crate) token: String,
+    /// How long the hold lasts from now on, unless it is ended earlier
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
+    pub(crate) lease: Duration,
+}
+
+#[derive(Args)]
+pub(crate) struct Continue {
+    /// Wait until the retried requests are completed and durable, which a quiesce of an instant finds out. The exit status is
+    /// 1 if one of them fails again, or if TIME is over
+    #[arg(long, value_name = "TIME", num_args = 0..=1, require_equals = true, default_missing_value = "60s",
+          value_parser = duration)]
+    pub(crate) wait: Option<Duration>,
 }
 
 #[derive(Args)]

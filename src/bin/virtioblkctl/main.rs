@@ -8,6 +8,7 @@
 mod attend;
 mod chosen;
 mod cli;
+mod continuation;
 mod domain;
 mod each;
 mod freezing;
@@ -41,7 +42,7 @@ use virtioblkd::internal::control::protocol::return_types::{Continued, Quiesced,
 use virtioblkd::internal::snapshot::USAGE;
 
 use chosen::Disks;
-use cli::{ChangeCopy, Cli, Copies, CtlCommand, Quiesce, Resize, Resume};
+use cli::{ChangeCopy, Cli, Continue, Copies, CtlCommand, Quiesce, Renew, Resize, Resume};
 
 use crate::show::units;
 
@@ -179,6 +180,16 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
             };
             page(cli, client.ask("resume", arguments, REPLY_TIMEOUT)?, resumed)?
         }
+        CtlCommand::Renew(Renew { token, lease }) => {
+            let arguments = json!({"token": token, "lease-ms": lease.as_millis() as u64});
+            let readable = |reply: &Value| {
+                format!(
+                    "the hold lasts {} from now on, unless it is ended earlier\n",
+                    units::time(reply["lease-ms"].as_u64().unwrap_or(0))
+                )
+            };
+            page(cli, client.ask("renew-lease", arguments, REPLY_TIMEOUT)?, readable)?
+        }
         CtlCommand::Copies(Copies { change: None }) => {
             page(cli, client.ask("query-copies", json!({}), REPLY_TIMEOUT)?, |copies: &Vec<CopyStatus>| {
                 show::copies(copies)
@@ -193,7 +204,11 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
             };
             page(cli, client.ask(command, arguments, REPLY_TIMEOUT)?, |_: &Value| String::new())?
         }
-        CtlCommand::Continue => {
+        CtlCommand::Continue(Continue { wait: Some(timeout) }) => {
+            let reply = continuation::run(client, *timeout)?;
+            page(cli, reply, continuation::readable)?
+        }
+        CtlCommand::Continue(Continue { wait: None }) => {
             let readable = |reply: &Continued| match reply.retried {
                 0 => "the disk was not stopped\n".to_owned(),
                 1 => "1 failed request is retried; 'status' shows whether it fails again\n".to_owned(),

@@ -1,7 +1,7 @@
 //! Times, sizes and counts for people.
 
 /// `12 ms`, `3.4 s`, `12 min`, `3.5 h`, `9 days`.
-pub(super) fn time(milliseconds: u64) -> String {
+pub(crate) fn time(milliseconds: u64) -> String {
     match milliseconds {
         0..=999 => format!("{milliseconds} ms"),
         1_000..=119_999 => format!("{:.1} s", milliseconds as f64 / 1e3),
