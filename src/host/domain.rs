@@ -2,13 +2,25 @@
 //! hook reads it on its standard input and `virsh dumpxml` prints it.
 
 use std::fmt;
+use std::io::Read;
 use std::ops::Range;
 
 use roxmltree::{Document, Node};
 
 /// The largest description that is read. libvirt itself refuses more than 100 MiB; descriptions of 1,000 disks take less
 /// than 1 MiB.
-pub const MAX_BYTES: u64 = 16 << 20;
+const MAX_BYTES: u64 = 16 << 20;
+
+/// Reads a whole description. The error is the end of a sentence that begins with the description's name.
+pub fn read_description(input: impl Read) -> Result<String, String> {
+    let mut bytes = Vec::new();
+    input.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| format!("cannot be read: {error}"))?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(format!("is larger than {} MiB, which no domain's description is", MAX_BYTES >> 20));
+    }
+    let text = String::from_utf8(bytes);
+    text.map_err(|error| format!("is not UTF-8 text: see its byte {}", error.utf8_error().valid_up_to()))
+}
 
 /// A domain's description that cannot be used. Its text says what is wrong and what to change.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -155,6 +167,43 @@ fn has_shared_memory(domain: Node<'_, '_>) -> bool {
     cells.all(|cell| cell.attribute("memAccess").or(access) == Some("shared"))
 }
 
+/// The virtual CPUs that the guest begins with.
+pub(super) fn vcpus(domain: Node<'_, '_>) -> u32 {
+    let vcpu = child(domain, "vcpu");
+    let current = vcpu.and_then(|vcpu| vcpu.attribute("current")?.parse().ok());
+    current.or_else(|| content(vcpu?).trim().parse().ok()).unwrap_or(1)
+}
+
+/// The image of a disk that QEMU serves itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct QemuImage {
+    /// The disk's target.
+    pub(super) target: String,
+    /// The path of a file or device, or POOL/IMAGE.
+    pub(super) name: String,
+    pub(super) is_read_only: bool,
+}
+
+/// The images of the domain's disks of type file, block and network (rbd).
+pub(super) fn qemu_images(domain: Node<'_, '_>) -> Vec<QemuImage> {
+    let image = |disk: Node<'_, '_>| {
+        let source = child(disk, "source")?;
+        let name = match disk.attribute("type").unwrap_or("file") {
+            "file" => source.attribute("file"),
+            "block" => source.attribute("dev"),
+            "network" if source.attribute("protocol") == Some("rbd") => source.attribute("name"),
+            _ => None,
+        };
+        Some(QemuImage {
+            target: child(disk, "target")?.attribute("dev")?.to_owned(),
+            name: name?.to_owned(),
+            is_read_only: child(disk, "readonly").is_some() || disk.attribute("device") == Some("cdrom"),
+        })
+    };
+    let devices = child(domain, "devices");
+    devices.iter().flat_map(|devices| children(*devices, "disk")).filter_map(image).collect()
+}
+
 /// A UUID in lower case with dashes. libvirt reads it with the dashes elsewhere or without any, too (`virUUIDParse`).
 fn uuid(text: &str) -> Option<String> {
     let digits: String = text.chars().filter(|character| *character != '-').collect();
@@ -211,6 +260,15 @@ mod tests {
             let domain = Domain::parse(&described(&more, "")).unwrap();
             assert_eq!(domain.has_shared_memory, expected, "{more}");
         }
+    }
+
+    #[test]
+    fn a_description_that_is_cut_inside_a_character_is_too_large_and_not_foreign() {
+        let size = usize::try_from(MAX_BYTES).unwrap();
+        let text = format!("{}é", "x".repeat(size));
+        assert!(read_description(text.as_bytes()).unwrap_err().contains("larger than 16 MiB"));
+        assert!(read_description(&b"<domain>\xff"[..]).unwrap_err().contains("not UTF-8 text: see its byte 8"));
+        assert_eq!(read_description("é".as_bytes()), Ok("é".into()));
     }
 
     #[test]

@@ -95,14 +95,7 @@ fn qemu_group(configuration: &Path) -> Option<String> {
 /// Carries out one call. `out`: standard output, which replaces the description where libvirt allows it. The error is what
 /// libvirt shows to the user.
 pub fn run(call: &Call, host: &Host, input: impl Read, mut out: impl Write) -> Result<(), String> {
-    let mut xml = String::new();
-    let read = input.take(domain::MAX_BYTES + 1).read_to_string(&mut xml);
-    if let Err(error) = read {
-        return Err(format!("cannot read the domain's description: {error}"));
-    }
-    if xml.len() as u64 > domain::MAX_BYTES {
-        return Err(format!("the domain's description is larger than {} bytes", domain::MAX_BYTES));
-    }
+    let xml = domain::read_description(input).map_err(|error| format!("the domain's description {error}"))?;
     match (call.operation.as_str(), call.sub_operation.as_str()) {
         ("prepare", "begin") if metadata::is_mentioned(&xml) => prepare(host, &xml),
         ("migrate" | "restore", "begin") if metadata::is_mentioned(&xml) => {

@@ -1,7 +1,7 @@
 //! The subcommands of `domain`, for a libvirt domain whose disks virtioblkd serves, or is to serve.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::path::Path;
 
 use clap::{Args, Subcommand};
@@ -14,7 +14,7 @@ use virtioblkd::internal::host::check::facts::Facts;
 use virtioblkd::internal::host::check::{self, Finding, Grade};
 use virtioblkd::internal::host::connection;
 use virtioblkd::internal::host::convert::{self, Converted};
-use virtioblkd::internal::host::domain::{Domain as Description, MAX_BYTES, VhostUserDisk};
+use virtioblkd::internal::host::domain::{Domain as Description, VhostUserDisk, read_description};
 use virtioblkd::internal::host::hook::Host;
 use virtioblkd::internal::host::hotplug::{self, Applied, Scope};
 use virtioblkd::internal::host::listing::{self, Listed, State};
@@ -156,18 +156,11 @@ fn description(name: &str, of_libvirt: impl Fn(&str) -> Result<String, String>) 
     if !is_file(name) {
         return of_libvirt(name).map_err(failed);
     }
-    let mut xml = String::new();
     let read = match name {
-        "-" => io::stdin().take(MAX_BYTES + 1).read_to_string(&mut xml),
-        path => File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_string(&mut xml)),
+        "-" => read_description(io::stdin()),
+        path => File::open(path).map_err(|error| format!("cannot be opened: {error}")).and_then(read_description),
     };
-    read.map_err(|error| failed(format!("cannot read '{name}': {error}")))?;
-    match xml.len() as u64 > MAX_BYTES {
-        true => {
-            Err(failed(format!("'{name}' is larger than {} MiB, which no domain's description is", MAX_BYTES >> 20)))
-        }
-        false => Ok(xml),
-    }
+    read.map_err(|error| failed(format!("'{name}' {error}")))
 }
 
 fn described(xml: &str) -> Result<(Description, Vec<DiskOptions>), Failure> {

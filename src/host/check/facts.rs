@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use super::super::domain::Domain;
+use super::super::domain::{self, Domain, QemuImage};
 use super::super::hook::Host;
 use super::super::listing::{self, Directories};
 use super::super::metadata::{self, DiskOptions};
@@ -84,10 +84,13 @@ impl Facts {
         let sockets = domain.iter().flat_map(|domain| domain.disks.iter().map(|disk| Path::new(&disk.socket)));
         let user = host.daemon_user;
         let images = disks.iter().map(|disk| (disk.target.clone(), image(disk, user)));
-        let identity = |disk: &DiskOptions| Some((disk.target.clone(), stat(path(disk)?).ok()??.identity));
+        let identity = |(target, path): (String, PathBuf)| Some((target, stat(&path).ok()??.identity));
+        let ours = disks.iter().filter_map(|disk| Some((disk.target.clone(), path(disk)?.to_owned())));
+        let paths = qemu_images(xml).into_iter().map(|image| (image.target, PathBuf::from(image.name)));
+        let paths = paths.filter(|(_, path)| path.is_absolute()).chain(ours);
         Facts {
             images: images.collect(),
-            identities: disks.iter().filter_map(identity).collect(),
+            identities: paths.filter_map(identity).collect(),
             missing_directories: missing_directories(sockets, &host.places.sockets),
             served: served(directories),
             has_hook: has_hook(),
@@ -97,6 +100,12 @@ impl Facts {
             qemu: qemu(),
         }
     }
+}
+
+fn qemu_images(xml: &str) -> Vec<QemuImage> {
+    let document = domain::document(xml);
+    let images = |document: &roxmltree::Document<'_>| domain::domain_node(document).map(domain::qemu_images).ok();
+    document.ok().as_ref().and_then(images).unwrap_or_default()
 }
 
 /// A user by name or number: a number needs no entry.

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use roxmltree::Node;
 
-use super::domain::{self, Domain, VhostUserDisk, child};
+use super::domain::{self, Domain, QemuImage, VhostUserDisk, child};
 use super::metadata::{self, DiskOptions};
 use super::places::Places;
 use facts::{Facts, ImageFact};
@@ -63,17 +63,18 @@ pub fn findings(xml: &str, facts: &Facts) -> Vec<Finding> {
     let parsed = domain::document(xml).and_then(|document| {
         let domain = Domain::of(&document)?;
         let described = metadata::read(&document)?;
-        Ok((domain, described, Machine::of(domain::domain_node(&document)?, facts)))
+        let node = domain::domain_node(&document)?;
+        Ok((domain, described, domain::qemu_images(node), Machine::of(node, facts)))
     });
     match parsed {
         Err(error) => found.problem("domain", error.to_string(), "correct it with virsh edit"),
-        Ok((domain, described, machine)) => {
+        Ok((domain, described, others, machine)) => {
             check_memory(&domain, &mut found);
             check_devices(&domain, &mut found);
             for disk in &described {
                 check_described(&domain, disk, facts, machine, &mut found);
             }
-            check_shared_images(&described, facts, &mut found);
+            check_shared_images(&described, &others, facts, &mut found);
             check_undescribed(&domain, &described, facts, &mut found);
             check_host(&described, facts, &mut found);
         }
@@ -92,9 +93,7 @@ struct Machine {
 impl Machine {
     /// QEMU 5.2 began with it, and not for older machine types (`hw_compat_5_1`).
     fn of(domain: Node<'_, '_>, facts: &Facts) -> Self {
-        let vcpu = child(domain, "vcpu");
-        let current = vcpu.and_then(|vcpu| vcpu.attribute("current")?.parse().ok());
-        let vcpus = current.or_else(|| domain::content(vcpu?).trim().parse().ok()).unwrap_or(1);
+        let vcpus = domain::vcpus(domain);
         let kind = child(domain, "os").and_then(|os| child(os, "type")?.attribute("machine"));
         let is_new = |version: (u32, u32)| version >= (5, 2);
         let has_auto_queues = facts.qemu.is_none_or(is_new) && kind.and_then(machine_version).is_none_or(is_new);
@@ -158,16 +157,28 @@ fn check_devices(domain: &Domain, found: &mut Findings) {
 }
 
 /// The daemon of the second disk would wait for the image for ever.
-fn check_shared_images(described: &[DiskOptions], facts: &Facts, found: &mut Findings) {
-    let image = |disk: &DiskOptions| {
+fn check_shared_images(described: &[DiskOptions], others: &[QemuImage], facts: &Facts, found: &mut Findings) {
+    let ours = described.iter().filter_map(|disk| {
+        Some(QemuImage {
+            target: disk.target.clone(),
+            name: option(disk, "blk-file").or(option(disk, "rbd"))?.to_owned(),
+            is_read_only: option(disk, "read-only") == Some("true"),
+        })
+    });
+    // An element for a disk that is QEMU's is a finding of its own.
+    let others = others.iter().filter(|other| described.iter().all(|disk| disk.target != other.target));
+    let all: Vec<QemuImage> = others.cloned().chain(ours).collect();
+    let image = |disk: &QemuImage| {
         let identity = facts.identities.iter().find(|(target, _)| *target == disk.target);
-        let path = || option(disk, "blk-file").or(option(disk, "rbd")).map(str::to_owned);
-        identity.map(|(_, identity)| identity.clone()).or_else(path)
+        identity.map_or(disk.name.clone(), |(_, identity)| identity.clone())
     };
-    let is_read_only = |disk: &DiskOptions| option(disk, "read-only") == Some("true");
-    for (at, disk) in described.iter().enumerate() {
-        let has_it = |other: &&DiskOptions| image(other) == image(disk) && !(is_read_only(other) && is_read_only(disk));
-        if let Some(other) = described[..at].iter().find(has_it) {
+    for (at, disk) in all.iter().enumerate() {
+        let has_it = |other: &&QemuImage| image(other) == image(disk) && !(other.is_read_only && disk.is_read_only);
+        // Two disks that are QEMU's are no matter of ours.
+        if described.iter().all(|ours| ours.target != disk.target) {
+            continue;
+        }
+        if let Some(other) = all[..at].iter().find(has_it) {
             found.problem(
                 &disk.target,
                 format!(

@@ -36,6 +36,25 @@ fn a_good_domain_has_no_problem_and_says_what_the_guest_sees() {
 }
 
 #[test]
+fn an_image_that_another_disk_of_the_same_qemu_has_is_a_problem() {
+    let with = |more: &str| domain(SHARED, OURS, &(disk("queues='2'", RECONNECT) + more));
+    let qemus = |source: &str, more: &str| format!("<disk type='file'>{source}<target dev='sda'/>{more}</disk>");
+    let said = |xml: &str, facts: &Facts| problems(xml, facts).iter().map(|one| one.what.clone()).collect::<String>();
+    let same = qemus("<source file='/a'/>", "<readonly/>");
+    assert!(said(&with(&same), &good_facts()).contains("its image is the one of the disk sda"));
+    assert_eq!(said(&with(&qemus("<source file='/b'/>", "")), &good_facts()), "");
+    // Another name of the same file, as the host says.
+    let identities = ["vda", "sda"].map(|target| (target.to_owned(), "1:2".to_owned())).to_vec();
+    let facts = Facts { identities, ..good_facts() };
+    assert!(said(&with(&qemus("<source file='/b'/>", "")), &facts).contains("of the disk sda"));
+    // Two that only read, and two that are none of ours.
+    let reading = with(&same).replace("queues='2'/></v:disks>", "queues='2' readonly='yes'/></v:disks>");
+    assert_eq!(said(&reading, &good_facts()), "");
+    let others = qemus("<source file='/c'/>", "") + &qemus("<source file='/c'/>", "").replace("sda", "sdb");
+    assert_eq!(said(&with(&others), &good_facts()), "");
+}
+
+#[test]
 fn each_problem_is_named_with_its_fix() {
     let good = || disk("", RECONNECT);
     let image = |fact: ImageFact| Facts { images: vec![("vda".into(), fact)], ..good_facts() };

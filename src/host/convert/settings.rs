@@ -2,7 +2,7 @@
 
 use roxmltree::Node;
 
-use super::super::domain::{DomainError, child, content, refuse};
+use super::super::domain::{DomainError, child, content, refuse, vcpus};
 use super::super::edits::attributes;
 use super::super::metadata::DiskOptions;
 use super::{DEVICE_ELEMENTS, is_device_attribute};
@@ -176,6 +176,12 @@ fn check_disk(disk: Node<'_, '_>) -> Result<(), DomainError> {
             "shareable" => {
                 return no_equivalent("<shareable/>, because it gives an image to one guest");
             }
+            "iotune" | "throttlefilters" => {
+                return refuse(format!(
+                    "<{name}>: virtioblkd does not limit rates yet. If the domain can do without, delete it with virsh edit and \
+                     convert again; rates can be limited in the guest or in the host's storage"
+                ));
+            }
             _ if DEVICE_ELEMENTS.contains(&name) => {}
             _ => return no_equivalent(&format!("<{name}>")),
         }
@@ -231,6 +237,18 @@ fn check_driver(driver: Node<'_, '_>) -> Result<(), DomainError> {
     match driver.children().find(|node| node.is_element() && !node.has_tag_name("iothreads")) {
         Some(other) => no_equivalent(&format!("<driver><{}>", other.tag_name().name())),
         None => Ok(()),
+    }
+}
+
+/// QEMU asks for a queue for each virtual CPU of a vhost-user disk without `queues`.
+pub(super) fn check_vcpus(domain: Node<'_, '_>, disk: Node<'_, '_>) -> Result<(), DomainError> {
+    let (vcpus, queues) = (vcpus(domain), child(disk, "driver").and_then(|driver| driver.attribute("queues")));
+    match queues {
+        None if vcpus > MAX_QUEUES => refuse(format!(
+            "QEMU would ask for a queue for each of the {vcpus} virtual CPUs, and virtioblkd has at most {MAX_QUEUES}: put \
+             queues='{MAX_QUEUES}' into its <driver> with virsh edit and convert again"
+        )),
+        _ => Ok(()),
     }
 }
 

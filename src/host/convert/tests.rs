@@ -195,13 +195,28 @@ fn what_was_changed_meanwhile_reaches_qemus_disk() {
     }
 }
 
+/// Why the disk with `to` in the place of `from` is not converted.
+fn refusal(disk: &str, target: &str, from: &str, to: &str) -> String {
+    let changed = disk.replace(from, to);
+    assert_ne!(changed, disk, "{from}");
+    to_vhost_user(&described("", &changed), target, None, Path::new("/run")).unwrap_err().to_string()
+}
+
+#[test]
+fn more_virtual_cpus_than_queues_need_a_limit_on_the_queues() {
+    let convert = |vcpus: &str, disk: &str| {
+        let xml = described(&format!("  {vcpus}\n"), disk);
+        to_vhost_user(&xml, "vda", None, Path::new("/run")).map(|converted| converted.xml)
+    };
+    let automatic = FILE.replace(" queues='4'", "");
+    let error = convert("<vcpu>300</vcpu>", &automatic).unwrap_err().to_string();
+    assert!(error.contains("300 virtual CPUs") && error.contains("queues='256'"), "{error}");
+    assert!(convert("<vcpu>300</vcpu>", FILE).is_ok());
+    assert!(convert("<vcpu current='256'>300</vcpu>", &automatic).is_ok());
+}
+
 #[test]
 fn what_would_mean_something_else_is_refused_by_name() {
-    let with = |from: &str, to: &str| {
-        let disk = FILE.replace(from, to);
-        assert_ne!(disk, FILE, "{from}");
-        to_vhost_user(&described("", &disk), "vda", None, Path::new("/run")).unwrap_err().to_string()
-    };
     let cases = [
         ("type='raw'", "type='qcow2'", "qemu-img"),
         ("type='file'", "type='volume'", "its type is 'volume'"),
@@ -220,7 +235,7 @@ fn what_would_mean_something_else_is_refused_by_name() {
         ("<readonly/>", "<shareable/>", "<shareable/>"),
         ("<readonly/>", "<transient/>", "<transient>"),
         ("<readonly/>", "<encryption format='luks'/>", "<encryption>"),
-        ("<readonly/>", "<iotune><total_iops_sec>1</total_iops_sec></iotune>", "<iotune>"),
+        ("<readonly/>", "<iotune><total_iops_sec>1</total_iops_sec></iotune>", "does not limit rates yet"),
         ("<backingStore/>", "<backingStore><source/></backingStore>", "<backingStore>"),
         ("logical_block_size='4096'", "physical_block_size='4096'", "physical_block_size"),
         ("<seclabel model='selinux' relabel='no'/>", "<slices/>", "<slices>"),
@@ -228,14 +243,9 @@ fn what_would_mean_something_else_is_refused_by_name() {
         ("cache='writethrough'", "cache='odd'", "odd"),
     ];
     for (from, to, reason) in cases {
-        let error = with(from, to);
+        let error = refusal(FILE, "vda", from, to);
         assert!(error.contains(reason) && error.contains("disk vda"), "{to}: {error}");
     }
-    let with = |from: &str, to: &str| {
-        let disk = RBD.replace(from, to);
-        assert_ne!(disk, RBD, "{from}");
-        to_vhost_user(&described("", &disk), "vdc", None, Path::new("/run")).unwrap_err().to_string()
-    };
     let cases = [
         ("<host name='mon1'", "<host transport='unix' socket='/a' name='mon1'", "<host transport='unix'>"),
         ("<host name='mon1'", "<host new='a' name='mon1'", "<host new='a'>"),
@@ -243,7 +253,7 @@ fn what_would_mean_something_else_is_refused_by_name() {
         ("protocol='rbd'", "protocol='rbd' tls='yes'", "<source tls='yes'>"),
     ];
     for (from, to, reason) in cases {
-        let error = with(from, to);
+        let error = refusal(RBD, "vdc", from, to);
         assert!(error.contains(reason) && error.contains("disk vdc"), "{to}: {error}");
     }
     let sda = PLAIN.replace("vdb", "sda");

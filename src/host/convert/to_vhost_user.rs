@@ -7,7 +7,7 @@ use roxmltree::Node;
 use super::super::domain::{Domain, DomainError, child, document, domain_node, refuse};
 use super::super::edits::{Edits, attributes, end_of_content, escape, indentation};
 use super::super::metadata::{self, NAMESPACE};
-use super::settings::{Image, Settings};
+use super::settings::{self, Image, Settings};
 use super::{Converted, DEVICE_ELEMENTS, KEPT, disk, is_device_attribute, memory};
 
 /// Converts the disk with this target. `cache`: a mode in the place of the one that it has. `sockets`: the directory of its
@@ -22,6 +22,7 @@ pub fn to_vhost_user(xml: &str, target: &str, cache: Option<&str>, sockets: &Pat
     }
     let disk = disk(root, target)?;
     let mut settings = Settings::of_qemu_disk(disk).map_err(named)?;
+    settings::check_vcpus(root, disk).map_err(named)?;
     let mut notes = Vec::new();
     if let Some(cache) = cache {
         settings.cache = cache.to_owned();
