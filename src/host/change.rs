@@ -6,7 +6,7 @@ use super::domain_lock::DomainLock;
 use super::edits::{attributes, plain};
 use super::hook::{self, Host};
 use super::metadata::NAMESPACE;
-use super::virsh;
+use super::virsh::{self, VirshError};
 
 /// A running domain of which this process alone changes disks.
 pub(super) struct Change<'a> {
@@ -59,7 +59,12 @@ impl<'a> Change<'a> {
 
     /// Changes the domain with virsh.
     pub(super) fn virsh(&self, arguments: &[&str]) -> Result<String, String> {
-        self.lock.shared_with_children(|| virsh::run(arguments, virsh::CHANGE_TIMEOUT))
+        self.attempt(arguments).map_err(|error| error.message)
+    }
+
+    /// The same, for callers that must know whether an error is libvirt's answer.
+    pub(super) fn attempt(&self, arguments: &[&str]) -> Result<String, VirshError> {
+        self.lock.shared_with_children(|| virsh::attempt(arguments, virsh::CHANGE_TIMEOUT))
     }
 
     /// Whether libvirt says that no QEMU has a vhost-user disk with this target: the domain runs without it, or has ended. An

@@ -13,7 +13,7 @@ use super::domain::Domain;
 use super::edits::{attributes, escape};
 use super::hook::{self, Disk, END_TIMEOUT, Host};
 use super::metadata::{self, DiskOptions, NAMESPACE};
-use super::virsh;
+use super::virsh::{self, VirshError};
 
 /// How long a guest may take to release a disk. Windows asks its user's programs first.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -30,9 +30,14 @@ pub struct Scope {
 /// The disk that these attributes of our element describe. The error is the element's own.
 fn described(domain: &Domain, target: &str, words: &[(String, String)]) -> Result<(DiskOptions, String), String> {
     check_words(words)?;
-    let list =
-        [("target", target)].into_iter().chain(words.iter().map(|(name, value)| (name.as_str(), value.as_str())));
-    let element = format!("<disk{}/>", attributes(list));
+    let (mut list, mut elements) = (vec![("target", target)], String::new());
+    for (name, value) in words {
+        match metadata::element(name, value) {
+            Some(element) => elements += &element?,
+            None => list.push((name, value)),
+        }
+    }
+    let element = format!("<disk{}>{elements}</disk>", attributes(list));
     let xml = format!(
         "<domain><name>{}</name><metadata><disks xmlns='{NAMESPACE}'>{element}</disks></metadata></domain>",
         escape(&domain.name)
@@ -49,16 +54,10 @@ fn check_words(words: &[(String, String)]) -> Result<(), String> {
         if name == "target" {
             return Err("target= is given twice: the disk's target is the word after the domain's name".into());
         }
-        if metadata::is_element(name) {
-            return Err(format!(
-                "{name} is an element, which attach cannot give: describe the disk in <metadata> with virsh edit, and shut \
-                 the domain down and start it again"
-            ));
-        }
         if !is_name(name) {
             return Err(format!("'{name}' is no attribute's name: give attributes as NAME=VALUE, such as cache=none"));
         }
-        if words[..at].iter().any(|(other, _)| other == name) {
+        if words[..at].iter().any(|(other, _)| other == name) && metadata::element(name, value).is_none() {
             return Err(format!("{name}= is given twice: keep one"));
         }
         // XML has no way to write the others (Char of XML 1.0).
@@ -106,11 +105,15 @@ pub fn attach(
     let attached = virsh::with_file(&device(target, &disk.socket, queues), |file| {
         let mut arguments = vec!["attach-device", "--domain", name, "--file", file, "--live"];
         arguments.extend(scope.config.then_some("--config"));
-        change.virsh(&arguments)
+        // libvirt's answer, or none: then the outer error has virsh's.
+        Ok(change.attempt(&arguments))
     });
-    if let Err(error) = attached {
-        // virsh may have been given up, and libvirt may attach the disk yet.
-        if !change.lacks(target) {
+    if let Err(VirshError { message: error, is_answer }) =
+        attached.unwrap_or_else(|error| Err(VirshError::answer(error)))
+    {
+        // If virsh was given up or killed, libvirt may attach the disk yet, and QEMU, with its whole guest, would wait for a
+        // daemon that has ended.
+        if !is_answer || !change.lacks(target) {
             return Err(format!(
                 "{error}; whether the guest has the disk {target} is not known, so its daemon serves on: see 'virtioblkctl \
                  domain status {name}', and detach it"

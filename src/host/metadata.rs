@@ -22,6 +22,7 @@ use std::path::Path;
 use roxmltree::{Document, Node};
 
 use super::domain::{DomainError, child, document, domain_node, refuse};
+use super::edits;
 use crate::config;
 
 /// The namespace of our elements.
@@ -54,10 +55,27 @@ pub(super) fn is_repeated(key: &str) -> bool {
     ELEMENTS.iter().any(|(_, other, _)| *other == key)
 }
 
-/// Whether an element, and no attribute, stands for the option.
-pub(super) fn is_element(name: &str) -> bool {
-    ELEMENTS.iter().any(|(element, ..)| *element == name)
+/// The element that stands for an option which may be given several times, from the words of a command line:
+/// `copy_dir=PATH`, `rbd_option=NAME=VALUE`. `None`: an attribute stands for the option.
+pub(super) fn element(name: &str, value: &str) -> Option<Result<String, String>> {
+    let (.., attributes) = ELEMENTS.iter().find(|(element, ..)| *element == name)?;
+    let values: Vec<&str> = value.splitn(attributes.len(), '=').collect();
+    if values.len() < attributes.len() {
+        let form = attributes.iter().map(|attribute| attribute.to_uppercase()).collect::<Vec<_>>().join("=");
+        return Some(Err(format!("{name}={value} is incomplete: give {name}={form}")));
+    }
+    Some(Ok(format!("<{name}{}/>", edits::attributes(attributes.iter().copied().zip(values)))))
 }
+
+/// Whether libvirt's `<iotune>` has an element or attribute of this name (`virDomainDiskIoTuneDefFormat`).
+fn is_of_iotune(name: &str) -> bool {
+    let base = name.strip_suffix("_max_length").or(name.strip_suffix("_max")).unwrap_or(name);
+    matches!(base, "iotune" | "throttlefilters") || base.ends_with("_bytes_sec") || base.ends_with("_iops_sec")
+}
+
+/// Why rate limits are refused, and not ignored.
+const NO_IOTUNE: &str = "virtioblkd does not limit rates yet: remove it from <metadata>, and limit the rate in the guest or \
+                         in the host's storage";
 
 /// What our element says of one disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -167,6 +185,9 @@ fn option(attribute: &str, value: &str) -> Result<Option<(String, String)>, Doma
 
 fn repeated_option(element: Node<'_, '_>) -> Result<(String, String), DomainError> {
     let name = element.tag_name().name();
+    if is_of_iotune(name) {
+        return refuse(format!("<{name}>: {NO_IOTUNE}"));
+    }
     let Some((_, key, attributes)) = ELEMENTS.iter().find(|(known, ..)| *known == name) else {
         let known = ELEMENTS.map(|(known, ..)| format!("<{known}>")).join(", ");
         return refuse(format!("unknown element <{name}>: the known ones are {known}; all else is an attribute"));
@@ -205,6 +226,9 @@ fn unknown(attribute: &str) -> String {
     }
     if let Some((word, _)) = LIBVIRT_WORDS.iter().find(|(_, key)| *key == dashed) {
         return format!("unknown attribute '{attribute}'; it is '{word}' here, as in libvirt");
+    }
+    if is_of_iotune(&attribute.replace('-', "_")) {
+        return format!("{attribute}: {NO_IOTUNE}");
     }
     let known = attributes();
     match config::nearest(known.iter().map(|(name, _)| name.as_str()), &attribute.replace('-', "_")) {
@@ -300,7 +324,13 @@ mod tests {
             ("<v:disk target='vda' file='/a' backend='null'/>", "unknown attribute 'backend'"),
             ("<v:disk target='vda' file='/a' rbd='p/i'/>", "exclude each other"),
             ("<v:disk target='vda' file='/a'/><v:disk target='vda' file='/b'/>", "vda twice"),
-            ("<v:disk target='vda' file='/a'><v:iotune/></v:disk>", "unknown element <iotune>"),
+            ("<v:disk target='vda' file='/a'><v:iotune/></v:disk>", "<iotune>: virtioblkd does not limit rates yet"),
+            (
+                "<v:disk target='vda' file='/a' total_iops_sec='9'/>",
+                "total_iops_sec: virtioblkd does not limit rates yet",
+            ),
+            ("<v:disk target='vda' file='/a' read-bytes-sec_max='9'/>", "limit the rate in the guest"),
+            ("<v:disk target='vda' file='/a'><v:iotun/></v:disk>", "unknown element <iotun>"),
             ("<v:disk target='vda' file='/a'><v:copy_dir/></v:disk>", "has no path="),
             ("<v:dik target='vda'/>", "unknown element <dik>"),
         ];

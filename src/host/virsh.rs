@@ -15,16 +15,40 @@ pub const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long it may take to change a domain.
 pub const CHANGE_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Why a command of virsh failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VirshError {
+    /// What libvirt or virsh said.
+    pub message: String,
+    /// The command has failed. `false`: virsh was given up or killed, and libvirt may carry the command out yet.
+    pub is_answer: bool,
+}
+
+impl VirshError {
+    /// A command that has failed.
+    pub fn answer(message: String) -> Self {
+        VirshError { message, is_answer: true }
+    }
+}
+
 /// Runs virsh with these arguments and returns what it printed. The error says what libvirt said.
 pub fn run(arguments: &[&str], timeout: Duration) -> Result<String, String> {
+    attempt(arguments, timeout).map_err(|error| error.message)
+}
+
+/// The same, for callers that must know whether an error is libvirt's answer.
+pub fn attempt(arguments: &[&str], timeout: Duration) -> Result<String, VirshError> {
     let mut virsh = Command::new("virsh");
     virsh.arg("--quiet").args(arguments).env("LC_ALL", "C");
     let what = arguments.first().copied().unwrap_or_default();
-    let (ended, out, err) = output(virsh, Instant::now() + timeout, None).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => "virsh is not installed (Debian: libvirt-clients)".to_owned(),
-        _ => format!("virsh cannot be run: {error}"),
+    let (ended, out, err) = output(virsh, Instant::now() + timeout, None).map_err(|error| {
+        VirshError::answer(match error.kind() {
+            io::ErrorKind::NotFound => "virsh is not installed (Debian: libvirt-clients)".to_owned(),
+            _ => format!("virsh cannot be run: {error}"),
+        })
     })?;
-    match ended {
+    let is_answer = matches!(ended, CommandEnd::Status(status) if status.code().is_some());
+    let result = match ended {
         CommandEnd::Status(status) if status.success() => whole(what, out),
         CommandEnd::Status(status) => Err(match err.lines().find_map(|line| line.trim().strip_prefix("error: ")) {
             // The first line of two is virsh's ("Failed to attach device"), the second libvirt's reason.
@@ -34,7 +58,8 @@ pub fn run(arguments: &[&str], timeout: Duration) -> Result<String, String> {
         CommandEnd::TimedOut | CommandEnd::Stopped => {
             Err(format!("virsh {what} did not end within {} s: does libvirtd answer?", timeout.as_secs()))
         }
-    }
+    };
+    result.map_err(|message| VirshError { message, is_answer })
 }
 
 /// What virsh printed, unless it was cut.
