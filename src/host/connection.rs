@@ -5,10 +5,18 @@ use super::virsh;
 
 /// Refuses a libvirt of another host.
 pub fn check_local() -> Result<(), String> {
-    let uri = uri()?;
+    uri().and_then(|uri| check_local_uri(&uri))
+}
+
+/// Refuses a libvirt that is known to be another host's. For callers that find out by themselves that libvirt does not answer.
+pub fn refuse_remote() -> Result<(), String> {
+    uri().map_or(Ok(()), |uri| check_local_uri(&uri))
+}
+
+fn check_local_uri(uri: &str) -> Result<(), String> {
     refuse_unless(
-        is_local(&uri),
-        &uri,
+        is_local(uri),
+        uri,
         "is on another host, and the disks' daemons are on this one: run this command there",
     )
 }

@@ -46,6 +46,7 @@ case $command in
             <devices>$(cat $STATE/$which/* 2>/dev/null)</devices></domain>" ;;
     attach-device)
         cp "$file" $STATE/device.xml
+        echo $$ > $STATE/virsh.pid
         touch $STATE/attaching
         tries=0
         while [ -e $STATE/busy ] && [ $tries -lt 600 ]; do sleep 0.1; tries=$((tries + 1)); done
@@ -136,6 +137,11 @@ impl Scene {
         command
     }
 
+    /// Runs a command for all disks of the domain.
+    fn of_all(&self, arguments: &[&str]) -> Output {
+        self.command(&[&["--domain", "vm1"], arguments].concat()).output().expect("virtioblkctl")
+    }
+
     fn domain(&self, arguments: &[&str]) -> Output {
         self.command(&[&["domain"], arguments].concat()).output().expect("virtioblkctl")
     }
@@ -203,7 +209,7 @@ impl Drop for Scene {
     }
 }
 
-fn until(what: &str, is_so: impl Fn() -> bool) {
+fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !is_so() {
         assert!(Instant::now() < deadline, "never: {what}");
@@ -391,7 +397,162 @@ fn words_that_are_no_attributes_are_named() {
     refused(&[&image, "target=vdd"], &["target= is given twice"]);
     refused(&[&image, "file=/b"], &["file= is given twice"]);
     refused(&["fi le=/x"], &["'fi le' is no attribute's name"]);
-    refused(&[&image, "copy_dir=/x"], &["copy_dir is an element", "virsh edit"]);
+    refused(&[&image, "rbd_option=rbd_cache"], &["give rbd_option=NAME=VALUE"]);
+    refused(&[&image, "total_iops_sec=9"], &["does not limit rates yet"]);
     refused(&[&image, "cahce=none"], &["nearest known one is 'cache'"]);
     assert_eq!(scene.left(), Vec::<String>::new());
+}
+
+#[test]
+fn a_disk_that_libvirt_may_attach_yet_keeps_its_daemon() {
+    let Some(scene) = Scene::new() else { return };
+    let image = scene.image("a.raw");
+    let attach = scene.spawn_busy_attach(&["vm1", "vdc", &image, "queues=1"]);
+    // libvirt carries out what a virsh that was killed had asked for.
+    let virsh = fs::read_to_string(scene.path("state/virsh.pid")).expect("virsh says");
+    assert!(Command::new("kill").args(["-9", virsh.trim()]).status().expect("kill runs").success());
+    let (is_success, said) = ended(attach);
+    assert!(!is_success && said.contains("is not known, so its daemon serves on"), "{said}");
+    assert!(scene.status("vdc")["daemon"].is_object());
+    scene.succeeds(&["detach", "vm1", "vdc"]);
+    assert_eq!(scene.left(), Vec::<String>::new());
+}
+
+#[test]
+fn an_attached_disk_may_be_copied_into_its_directories() {
+    let Some(scene) = Scene::new() else { return };
+    let image = scene.image("a.raw");
+    let directories = ["one", "two words"].map(|name| {
+        fs::create_dir(scene.path(name)).expect("room");
+        scene.give(name);
+        scene.path(name)
+    });
+    let [one, two] = directories.each_ref().map(|path| format!("copy_dir={}", path.display()));
+    scene.succeeds(&["attach", "vm1", "vdc", &image, "queues=1", &one, &two]);
+    assert_eq!(scene.metadata("live").matches("<copy_dir path=").count(), 2, "{}", scene.metadata("live"));
+    for directory in directories {
+        let to = format!("copy:{}/{{}}", directory.display());
+        let copied = scene.of_all(&["snapshot", "--level", "crash", "--to", &to]);
+        assert!(copied.status.success() && directory.join("a.raw").exists(), "{copied:?}");
+    }
+}
+
+fn words(output: &Output) -> String {
+    String::from_utf8_lossy(&[output.stdout.as_slice(), &output.stderr].concat()).into_owned()
+}
+
+/// Attaches two disks, which may be copied into `copies`.
+fn attach_two(scene: &Scene) {
+    fs::create_dir(scene.path("copies")).expect("room");
+    scene.give("copies");
+    let directory = format!("copy_dir={}", scene.path("copies").display());
+    for (target, name) in [("vda", "a.raw"), ("vdb", "b.raw")] {
+        scene.succeeds(&["attach", "vm1", target, &scene.image(name), "cache=writeback", "queues=1", &directory]);
+    }
+}
+
+#[test]
+fn resize_and_copies_reach_all_disks_of_a_domain() {
+    let Some(scene) = Scene::new() else { return };
+    attach_two(&scene);
+    for (name, size) in [("a.raw", 2 << 20), ("b.raw", 3 << 20)] {
+        fs::File::options().write(true).open(scene.path(name)).and_then(|file| file.set_len(size)).expect("room");
+    }
+    let resized = scene.of_all(&["resize"]);
+    let said = words(&resized);
+    assert!(resized.status.success(), "{said}");
+    assert!(said.contains("vm1:vda:\n") && said.contains("2.0 MiB") && said.contains("3.0 MiB"), "{said}");
+    for arguments in [&["resize", "4M"][..], &["resize", "--force"]] {
+        let refused = scene.of_all(arguments);
+        assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+        assert!(words(&refused).contains("give --control with one of vm1:vda, vm1:vdb"), "{refused:?}");
+    }
+
+    // Slow enough to be there.
+    let to = format!("copy:{}/{{}}", scene.path("copies").display());
+    let snapshot = ["snapshot", "--level", "crash", "--background", "--bandwidth", "1K", "--to", &to];
+    let taken = scene.of_all(&snapshot);
+    assert!(taken.status.success(), "{taken:?}");
+    let states = || {
+        let all: serde_json::Value =
+            serde_json::from_slice(&scene.of_all(&["--json", "copies"]).stdout).expect("JSON of all disks");
+        ["vm1:vda", "vm1:vdb"].map(|name| all[name][0]["state"].as_str().unwrap_or_default().to_owned())
+    };
+    assert_eq!(states(), ["running", "running"]);
+    let name = "copy-1";
+    let refused = scene.of_all(&["copies", "cancel", name]);
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    assert!(words(&refused).contains("as in vda=copy-1,vdb=copy-1"), "{refused:?}");
+    let unknown = scene.of_all(&["copies", "limit", "copy-9", "1M"]);
+    assert!(unknown.status.code() == Some(1) && words(&unknown).contains("no disk has a copy 'copy-9'"), "{unknown:?}");
+    let wrong = scene.of_all(&["copies", "cancel", "vdx=copy-1"]);
+    assert!(wrong.status.code() == Some(2) && words(&wrong).contains("no disk 'vdx'"), "{wrong:?}");
+    let limited = scene.of_all(&["copies", "limit", "vda=copy-1,vdb=copy-1", "2K"]);
+    assert!(limited.status.success(), "{limited:?}");
+    let cancelled = scene.of_all(&["copies", "cancel", "vda=copy-1"]);
+    assert!(cancelled.status.success(), "{cancelled:?}");
+    until("one copy is cancelled", || states() == ["cancelled", "running"]);
+    let both = scene.of_all(&["copies", "cancel", "vda=copy-1,vdb=copy-1"]);
+    assert!(both.status.code() == Some(1) && words(&both).contains("vm1:vda: "), "{both:?}");
+    until("the other copy is cancelled, too", || states() == ["cancelled", "cancelled"]);
+}
+
+#[test]
+fn watch_shows_the_events_of_all_disks_of_a_domain() {
+    let Some(scene) = Scene::new() else { return };
+    attach_two(&scene);
+    let file = scene.path("events");
+    let out = fs::File::create(&file).expect("room");
+    let mut watch = scene.command(&["--domain", "vm1", "--json", "watch"]);
+    let mut watch = watch.stdout(out).stderr(Stdio::null()).spawn().expect("virtioblkctl");
+    let events = || fs::read_to_string(&file).unwrap_or_default();
+    let has = |disk: &str, name: &str| {
+        let lines: Vec<serde_json::Value> =
+            events().lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        lines.iter().any(|event| event["disk"] == format!("vm1:{disk}") && event["event"] == name)
+    };
+    until("both disks' events are shown", || {
+        let resized = scene.of_all(&["quiesce", "--", "true"]);
+        assert!(resized.status.success(), "{resized:?}");
+        has("vda", "RESUMED") && has("vdb", "RESUMED")
+    });
+    // One disk's end does not end the others' events.
+    scene.succeeds(&["detach", "vm1", "vda"]);
+    until("the end is shown", || has("vda", "SHUTDOWN"));
+    let lines = events().lines().count();
+    let held = scene.of_all(&["quiesce", "--", "true"]);
+    assert!(held.status.success(), "{held:?}");
+    until("the other disk's events go on", || events().lines().count() >= lines + 2);
+    assert!(watch.try_wait().expect("ours").is_none());
+    watch.kill().and_then(|()| watch.wait()).expect("ours");
+
+    // A reader that has ended ends it, whichever disk's event comes next.
+    let mut readable = scene.command(&["--domain", "vm1", "watch"]);
+    let mut readable = readable.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("virtioblkctl");
+    drop(readable.stdout.take());
+    until("it ends with its reader", || {
+        let _ = scene.of_all(&["quiesce", "--", "true"]);
+        readable.try_wait().expect("ours").is_some()
+    });
+}
+
+#[test]
+fn a_snapshot_asks_no_agent_of_another_host() {
+    let Some(scene) = Scene::new() else { return };
+    scene.succeeds(&["attach", "vm1", "vda", &scene.image("a.raw"), "queues=1"]);
+    let disk = scene.path(&format!("run/virtioblkd/{UUID}-vda.ctl")).display().to_string();
+    let snapshot =
+        ["snapshot", "--disk", &disk, "--libvirt", "vm1", "--level", "filesystem", "--or-weaker", "--to", "exec:true"];
+    let attend = ["attend", "--disk", &disk, "--libvirt", "vm1", "--level", "filesystem"];
+    let run = |arguments: &[&str]| scene.command(arguments).output().expect("virtioblkctl");
+    scene.touch("state/uri", "qemu+ssh://root@other/system\n");
+    for arguments in [&snapshot[..], &attend] {
+        let refused = run(arguments);
+        assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+        assert!(words(&refused).contains("is on another host"), "{refused:?}");
+    }
+    // A libvirt that says nothing is no other host's: the agent's absence is what counts.
+    scene.touch("bin/virsh", "#!/bin/sh\nexit 1\n");
+    let weaker = run(&snapshot);
+    assert!(weaker.status.success() && words(&weaker).contains("WEAKER"), "{weaker:?}");
 }

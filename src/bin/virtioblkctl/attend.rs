@@ -40,7 +40,7 @@ pub fn run(options: &Attend, chosen: &Chosen, json: bool) -> Result<(), Failure>
     let plan = AttendPlan {
         disks: disks.controls(),
         level: options.level,
-        agent: options.freezing.agent(options.level, disks.domain.as_deref()),
+        agent: options.freezing.agent(options.level, disks.domain.as_deref())?,
         hooks: options.freezing.hooks.clone(),
         or_weaker: options.or_weaker,
         timeout: options.freeze_timeout,

@@ -79,7 +79,8 @@ pub(crate) enum CtlCommand {
     Continue(Continue),
     /// Report a new size of the image to the guest
     ///
-    /// With SIZE, grows the image first, if it is a file. Grow a block device with its own tools and leave SIZE out.
+    /// With SIZE, grows the image first, if it is a file. Grow a block device with its own tools and leave SIZE out. With
+    /// --domain only without SIZE.
     Resize(Resize),
     /// Replace the running daemon by another program, or change its options, while the guest runs
     ///
@@ -89,6 +90,8 @@ pub(crate) enum CtlCommand {
     /// block size cannot change. An upgrade is refused while the disk is held or copied.
     Upgrade(upgrade::Upgrade),
     /// Print the daemon's events until interrupted
+    ///
+    /// With --domain, prints those of all disks that the domain has now, each with the disk's name.
     Watch,
     /// End the daemon as SIGTERM does: it drains and syncs first
     Quit,
@@ -169,15 +172,24 @@ pub(crate) struct Copies {
 pub(crate) enum ChangeCopy {
     /// End a copy and remove its partial file
     Cancel {
-        /// The copy's name, as `copies` shows it
+        /// The copy's name, as `copies` shows it (with --domain: vda=COPY,vdb=COPY, or a name that one disk alone has)
         copy: String,
     },
     /// Limit how much a copy reads in a second
     Limit {
-        /// The copy's name, as `copies` shows it
+        /// The copy's name, as `copies` shows it (with --domain: vda=COPY,vdb=COPY, or a name that one disk alone has)
         copy: String,
         /// Bytes a second, such as 100M (K, M, G or T: powers of 1024); 0: no limit
         #[arg(value_parser = bytes)]
         bandwidth: u64,
     },
+}
+
+impl ChangeCopy {
+    /// The copy's name, or those of several disks' copies.
+    pub(crate) fn copy(&self) -> &str {
+        match self {
+            ChangeCopy::Cancel { copy } | ChangeCopy::Limit { copy, .. } => copy,
+        }
+    }
 }

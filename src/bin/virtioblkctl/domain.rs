@@ -329,7 +329,7 @@ fn converted(options: &Convert, xml: &str) -> Result<Converted, String> {
 fn print_xml(xml: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     let printed = out.write_all(xml.as_bytes()).and_then(|()| out.flush());
-    printed.map_err(|error| Failure::new("output", format!("cannot print: {error}")))
+    printed.map_err(|error| Failure::new(crate::OUTPUT, format!("cannot print: {error}")))
 }
 
 fn report_definition(options: &Convert) {

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::thread;
 
 use serde_json::{Map, Value, json};
+use virtioblkd::disk::CopyStatus;
 use virtioblkd::internal::base::logging;
 use virtioblkd::internal::base::text::clean;
 use virtioblkd::internal::control::client::{Client, Failure, REPLY_TIMEOUT};
@@ -12,8 +13,8 @@ use virtioblkd::internal::snapshot::USAGE;
 
 use crate::chosen::{Disks, target};
 use crate::{
-    Answer, ChangeCopy, Cli, Copies, CtlCommand, Quiesce, Resume, answer, arguments, error_json, hold, json_page,
-    parse, print, resumed, show,
+    Answer, ChangeCopy, Cli, Copies, CtlCommand, Quiesce, Resize, Resume, answer, arguments, change_copy, error_json,
+    hold, json_page, parse, print, resumed, show, watch,
 };
 
 /// Runs the command for each disk. The exit status is 1 if it failed for one of them.
@@ -23,11 +24,14 @@ pub(crate) fn run(cli: &Cli, disks: &Disks) -> Result<u8, Failure> {
         Err(Failure::new(USAGE, format!("{why}: give --control with one of {}", names.join(", "))))
     };
     match &cli.command {
-        CtlCommand::Resize(_) => return one_disk("resize changes one disk"),
-        CtlCommand::Watch => return one_disk("watch shows one disk's events"),
-        CtlCommand::Copies(Copies { change: Some(ChangeCopy::Cancel { .. } | ChangeCopy::Limit { .. }) }) => {
-            return one_disk("a copy's name belongs to one disk");
+        CtlCommand::Resize(Resize { size: Some(_), .. }) => {
+            return one_disk("resize with a SIZE changes one disk, because disks of a domain differ in size");
         }
+        CtlCommand::Resize(Resize { force: true, .. }) => {
+            return one_disk("resize --force may cut a disk, so it is for one disk");
+        }
+        CtlCommand::Watch => return watch::run_several(disks, cli.json),
+        CtlCommand::Copies(Copies { change: Some(change) }) => return change_copies(cli, disks, change),
         CtlCommand::Quiesce(options) if !options.command.is_empty() => return hold_all(disks, options),
         CtlCommand::Quiesce(options) => return quiesce(cli, disks, options),
         CtlCommand::Resume(options) => return resume(cli, disks, options),
@@ -145,20 +149,12 @@ fn quiesce(cli: &Cli, disks: &Disks, options: &Quiesce) -> Result<u8, Failure> {
 
 /// Ends holds by the tokens that `quiesce` printed: `vda=TOKEN,vdb=TOKEN`.
 fn resume(cli: &Cli, disks: &Disks, options: &Resume) -> Result<u8, Failure> {
-    let pairs: Vec<(&str, &str)> = match &options.token {
+    let pairs = match &options.token {
         None => Vec::new(),
-        Some(tokens) => tokens
-            .split(',')
-            .map(|pair| {
-                pair.split_once('=').ok_or_else(|| {
-                    Failure::new(USAGE, "give the tokens as 'quiesce --domain' printed them: vda=TOKEN,vdb=TOKEN")
-                })
-            })
-            .collect::<Result<_, _>>()?,
+        Some(tokens) => {
+            by_target(disks, tokens, "give the tokens as 'quiesce --domain' printed them: vda=TOKEN,vdb=TOKEN")?
+        }
     };
-    if let Some((unknown, _)) = pairs.iter().find(|(of, _)| disks.disks.iter().all(|(name, _)| target(name) != *of)) {
-        return Err(Failure::new(USAGE, format!("the domain has no disk '{unknown}' that virtioblkd serves here")));
-    }
     let mut replies = Replies::default();
     for (name, control) in &disks.disks {
         let token = pairs.iter().find(|(of, _)| *of == target(name)).map(|(_, token)| *token);
@@ -176,4 +172,65 @@ fn resume(cli: &Cli, disks: &Disks, options: &Resume) -> Result<u8, Failure> {
         }
     }
     replies.finish(cli.json)
+}
+
+/// Reads `vda=X,vdb=Y`: a word for each of some disks, by its target. `form` says what to give instead of anything else.
+fn by_target<'a>(disks: &Disks, text: &'a str, form: &str) -> Result<Vec<(&'a str, &'a str)>, Failure> {
+    let pair = |pair: &'a str| pair.split_once('=').ok_or_else(|| Failure::new(USAGE, form));
+    let pairs: Vec<(&str, &str)> = text.split(',').map(pair).collect::<Result<_, _>>()?;
+    match pairs.iter().find(|(of, _)| disks.disks.iter().all(|(name, _)| target(name) != *of)) {
+        Some((unknown, _)) => {
+            Err(Failure::new(USAGE, format!("the domain has no disk '{unknown}' that virtioblkd serves here")))
+        }
+        None => Ok(pairs),
+    }
+}
+
+/// Cancels or limits copies of several disks. Each daemon numbers its own, so a name alone may be of several.
+fn change_copies(cli: &Cli, disks: &Disks, change: &ChangeCopy) -> Result<u8, Failure> {
+    let named = change.copy();
+    let found;
+    let pairs = match named.contains('=') {
+        true => by_target(disks, named, "give the copies as vda=COPY,vdb=COPY")?,
+        false => {
+            found = disk_of_copy(disks, named)?;
+            vec![(target(&found), named)]
+        }
+    };
+    let mut replies = Replies::default();
+    for (of, copy) in pairs {
+        let Some((name, control)) = disks.disks.iter().find(|(name, _)| target(name) == of) else { continue };
+        match Client::connect(control).and_then(|mut client| change_copy(&mut client, change, copy)) {
+            Ok(reply) => {
+                replies.by_disk.insert(name.clone(), reply);
+            }
+            Err(failure) => replies.add_failure(name, &failure),
+        }
+    }
+    replies.finish(cli.json)
+}
+
+/// Returns the name of the only disk that has a copy of this name.
+fn disk_of_copy(disks: &Disks, copy: &str) -> Result<String, Failure> {
+    let mut found: Vec<&str> = Vec::new();
+    for (name, control) in &disks.disks {
+        let reply =
+            Client::connect(control).and_then(|mut client| client.ask("query-copies", json!({}), REPLY_TIMEOUT));
+        let copies: Vec<CopyStatus> =
+            parse(reply.map_err(|failure| Failure::new(&failure.code, format!("{name}: {failure}")))?)?;
+        found.extend(copies.iter().any(|one| one.copy == copy).then_some(name.as_str()));
+    }
+    match found.as_slice() {
+        [name] => Ok((*name).to_owned()),
+        [] => {
+            Err(Failure::new("no-such-copy", format!("no disk has a copy '{copy}': 'virtioblkctl copies' shows them")))
+        }
+        several => {
+            let words: Vec<String> = several.iter().map(|name| format!("{}={copy}", target(name))).collect();
+            Err(Failure::new(
+                USAGE,
+                format!("several disks have a copy '{copy}': name them, as in {}", words.join(",")),
+            ))
+        }
+    }
 }

@@ -3,6 +3,9 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use virtioblkd::internal::control::client::Failure;
+use virtioblkd::internal::host::connection;
+use virtioblkd::internal::snapshot::USAGE;
 use virtioblkd::internal::snapshot::plan::{AgentAddress, Consistency};
 
 #[derive(Args)]
@@ -21,9 +24,14 @@ pub struct Freezing {
 impl Freezing {
     /// How to reach the guest's agent, if it is used. `domain`: the domain of --domain, whose agent is used if the level needs
     /// one.
-    pub fn agent(&self, level: Consistency, domain: Option<&str>) -> Option<AgentAddress> {
+    /// Errors: libvirt is another host's, whose domain of this name is another guest.
+    pub fn agent(&self, level: Consistency, domain: Option<&str>) -> Result<Option<AgentAddress>, Failure> {
         let named = self.qga.clone().map(AgentAddress::Socket).or(self.libvirt.clone().map(AgentAddress::Domain));
         let own = domain.filter(|_| level != Consistency::Crash).map(|domain| AgentAddress::Domain(domain.to_owned()));
-        named.or(own)
+        let agent = named.or(own);
+        if let Some(AgentAddress::Domain(_)) = agent {
+            connection::refuse_remote().map_err(|error| Failure::new(USAGE, error))?;
+        }
+        Ok(agent)
     }
 }

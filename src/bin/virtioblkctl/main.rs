@@ -196,13 +196,7 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
             })?
         }
         CtlCommand::Copies(Copies { change: Some(change) }) => {
-            let (command, arguments) = match change {
-                ChangeCopy::Cancel { copy } => ("copy-cancel", json!({"copy": copy})),
-                ChangeCopy::Limit { copy, bandwidth } => {
-                    ("copy-bandwidth", json!({"copy": copy, "bandwidth": bandwidth}))
-                }
-            };
-            page(cli, client.ask(command, arguments, REPLY_TIMEOUT)?, |_: &Value| String::new())?
+            page(cli, change_copy(&mut client, change, change.copy())?, |_: &Value| String::new())?
         }
         CtlCommand::Continue(Continue { wait: Some(timeout) }) => {
             let reply = continuation::run(client, *timeout)?;
@@ -248,6 +242,15 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
     Ok(Answer::Text(text))
 }
 
+/// Cancels or limits the copy with this name.
+fn change_copy(client: &mut Client, change: &ChangeCopy, copy: &str) -> Result<Value, Failure> {
+    let (command, arguments) = match change {
+        ChangeCopy::Cancel { .. } => ("copy-cancel", json!({"copy": copy})),
+        ChangeCopy::Limit { bandwidth, .. } => ("copy-bandwidth", json!({"copy": copy, "bandwidth": bandwidth})),
+    };
+    client.ask(command, arguments, REPLY_TIMEOUT)
+}
+
 /// Formats a reply: as the daemon's JSON, or for people.
 fn page<T: DeserializeOwned>(cli: &Cli, reply: Value, readable: impl FnOnce(&T) -> String) -> Result<String, Failure> {
     if cli.json {
@@ -281,12 +284,15 @@ fn resumed(reply: &Resumed) -> String {
     }
 }
 
+/// The code of the failure that standard output cannot be written.
+const OUTPUT: &str = "output";
+
 /// Prints at once, also into a pipe. The text may contain a daemon's words, so control characters in it are replaced.
 fn print(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     out.write_all(clean_lines(text).as_bytes())
         .and_then(|()| out.flush())
-        .map_err(|error| Failure::new("output", format!("cannot print: {error}")))
+        .map_err(|error| Failure::new(OUTPUT, format!("cannot print: {error}")))
 }
 
 #[cfg(test)]

@@ -75,7 +75,7 @@ fn plan(options: &Snapshot, chosen: &Chosen) -> Result<SnapshotPlan, Failure> {
         disks: disks.controls(),
         level: options.level,
         methods,
-        agent: options.freezing.agent(options.level, disks.domain.as_deref()),
+        agent: options.freezing.agent(options.level, disks.domain.as_deref())?,
         hooks: options.freezing.hooks.clone(),
         or_weaker: options.or_weaker,
         timeout: options.timeout,
