@@ -8,7 +8,8 @@ use super::change::{Change, Element};
 use super::daemons;
 use super::hook::{self, Disk, Host};
 use super::metadata::{self, DiskOptions};
-use super::places::DiskPlaces;
+use super::places::{DiskPlaces, remove};
+use super::units;
 
 /// What `apply` did to one disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,8 +79,11 @@ fn apply_to(
     }
     let disk =
         Disk { domain: change.domain.name.clone(), target, socket: device.socket.clone().into(), options, places };
-    replace_options(&disk.places, &hook::configuration(host, &disk), || {
-        upgrade(&disk.places.control, &disk.places.configuration)
+    replace_options(&disk.places, &hook::configuration(host, &disk), |pid| {
+        match units::has_process(&disk.places, pid) {
+            true => units::reload(&disk.places),
+            false => upgrade(&disk.places.control, &disk.places.configuration),
+        }
     })
     .unwrap_or_else(Applied::Failed)
 }
@@ -89,7 +93,7 @@ fn apply_to(
 fn replace_options(
     places: &DiskPlaces,
     new: &str,
-    upgrade: impl FnOnce() -> Result<(), String>,
+    upgrade: impl FnOnce(u64) -> Result<(), String>,
 ) -> Result<Applied, String> {
     let path = &places.configuration;
     let failed = |error: io::Error| format!("{}: {error}", path.display());
@@ -102,7 +106,7 @@ fn replace_options(
     hook::write_atomically(&places.applying, &format!("{pid}\n{old}"), 0o600)
         .and_then(|()| hook::write_atomically(path, new, 0o600))
         .map_err(failed)?;
-    let Err(error) = upgrade() else {
+    let Err(error) = upgrade(pid) else {
         // A file that stays names a process that has ended.
         let _ = fs::remove_file(&places.applying);
         return Ok(Applied::Upgraded);
@@ -137,8 +141,5 @@ fn restore(places: &DiskPlaces, text: &str) -> io::Result<()> {
     if fs::read_to_string(&places.configuration)? != text {
         hook::write_atomically(&places.configuration, text, 0o600)?;
     }
-    match fs::remove_file(&places.applying) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    remove(&places.applying)
 }

@@ -6,14 +6,16 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
-use std::time::{Duration, Instant};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::{FlockOperation, flock, inotify};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::json;
 
-use super::places::DiskPlaces;
+use super::logs;
+use super::places::{DiskPlaces, remove};
+use super::units;
 use crate::base::unix_listener;
 use crate::control::client::{Client, Failure, REPLY_TIMEOUT};
 use crate::snapshot::wait::wait;
@@ -24,36 +26,68 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 /// How often a daemon that still lives is asked to end.
 const QUIT_INTERVAL: Duration = Duration::from_secs(1);
-/// So many of a log's errors say why a daemon did not start.
-const MAX_REASONS: usize = 3;
-/// Bytes at a log's end that are searched for them.
-const MAX_LOG_TAIL: u64 = 16 << 10;
 
 /// A daemon that was started and may not be ready yet.
 pub(super) struct Starting {
+    /// The daemon, or systemd-run, which ends when the daemon is ready or has failed.
     child: Child,
-    /// The log's length before its start.
-    log_start: u64,
+    log: Log,
 }
 
-/// Starts the daemon of `disk` from its configuration file, and does not wait for it. `program`: virtioblkd.
-pub(super) fn start(disk: &DiskPlaces, program: &Path) -> Result<Starting, String> {
-    start_process(disk, program).map_err(|error| format!("cannot start {}: {error}", program.display()))
+/// Where the daemon's log begins.
+enum Log {
+    /// The file's length before the start.
+    File(u64),
+    /// systemd's journal, and the time of the start.
+    Journal(SystemTime),
+}
+
+/// What starts daemons.
+#[derive(Clone, Debug)]
+pub struct Launcher {
+    /// virtioblkd.
+    pub program: PathBuf,
+    /// systemd starts it, as a unit. `false`: we do.
+    pub has_systemd: bool,
+}
+
+/// Starts the daemon of `disk` from its configuration file, and does not wait for it. `domain`: the domain's name.
+pub(super) fn start(disk: &DiskPlaces, launcher: &Launcher, domain: &str) -> Result<Starting, String> {
+    let Launcher { program, has_systemd } = launcher;
+    match has_systemd {
+        true => start_unit(disk, program, domain).map_err(|error| format!("cannot start systemd-run: {error}")),
+        false => start_process(disk, program).map_err(|error| format!("cannot start {}: {error}", program.display())),
+    }
+}
+
+/// Returns the file whose lock keeps a second daemon of the disk out.
+fn locked(disk: &DiskPlaces) -> io::Result<File> {
+    let lock = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&disk.lock)?;
+    flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(lock)
+}
+
+fn start_unit(disk: &DiskPlaces, program: &Path, domain: &str) -> io::Result<Starting> {
+    let mut command = units::start_command(disk, program, domain);
+    // systemd-run has the lock until the daemon has that of its pid file, whatever becomes of us.
+    command.stdin(locked(disk)?).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
+    units::note(disk)?;
+    let log = Log::Journal(SystemTime::now());
+    Ok(Starting { child: command.spawn()?, log })
 }
 
 fn start_process(disk: &DiskPlaces, program: &Path) -> io::Result<Starting> {
     let log =
         OpenOptions::new().append(true).create(true).mode(0o640).custom_flags(libc::O_NOFOLLOW).open(&disk.log)?;
-    let log_start = log.metadata()?.len();
+    let start = Log::File(log.metadata()?.len());
     let mut command = Command::new(program);
     command.arg("--config").arg(&disk.configuration);
     command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").current_dir("/");
     // The lock lives as long as the daemon has its standard input, from its first moment on, whatever becomes of us.
-    let lock = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&disk.lock)?;
-    flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+    let lock = locked(disk)?;
     // A process group of its own: libvirt ends the hook's group when it gives the hook up.
     command.stdin(lock).stdout(log.try_clone()?).stderr(log).process_group(0);
-    Ok(Starting { child: command.spawn()?, log_start })
+    Ok(Starting { child: command.spawn()?, log: start })
 }
 
 impl Starting {
@@ -66,23 +100,42 @@ impl Starting {
             let answers = Client::connect_within(&disk.control, POLL_INTERVAL * 10)
                 .and_then(|mut client| client.query_status(REPLY_TIMEOUT));
             if let Some(status) = self.child.try_wait().map_err(|error| error.to_string())? {
-                let said = reason(&log_tail(&disk.log, self.log_start));
-                return Err(
-                    said.unwrap_or_else(|| format!("the daemon ended ({status}); its log is {}", disk.log.display()))
-                );
+                if status.success() && matches!(self.log, Log::Journal(_)) {
+                    return Ok(());
+                }
+                let said = self.reason(disk);
+                return Err(said.unwrap_or_else(|| format!("the daemon ended ({status}); {}", units::log_place(disk))));
             }
             if answers.is_ok() {
                 return Ok(());
             }
             if Instant::now() >= deadline {
                 let _ = self.child.kill();
+                if matches!(self.log, Log::Journal(_)) {
+                    units::kill(disk);
+                }
                 return Err(format!(
-                    "the daemon was not ready in time and was ended: does its image answer? Its log is {}",
-                    disk.log.display()
+                    "the daemon was not ready in time and was ended: does its image answer? See {}",
+                    units::log_place(disk)
                 ));
             }
             changes.wait(deadline);
         }
+    }
+
+    /// Why the daemon has not started, in its own words or, if it said nothing, in systemd-run's.
+    fn reason(&mut self, disk: &DiskPlaces) -> Option<String> {
+        let since = match self.log {
+            Log::File(start) => return logs::reason(&logs::tail(&disk.log, start)),
+            Log::Journal(since) => since,
+        };
+        let mut said = String::new();
+        if let Some(error) = self.child.stderr.take() {
+            // What systemd-run has not said is missing.
+            let _ = error.take(logs::MAX_TAIL).read_to_string(&mut said);
+        }
+        let of_systemd = || said.lines().find(|line| !line.trim().is_empty()).map(str::to_owned);
+        logs::reason(&units::journal(disk, since)).or_else(of_systemd)
     }
 }
 
@@ -116,32 +169,6 @@ impl Changes {
         let mut events = [0; 4096];
         while self.descriptors.first().is_some_and(|fd| rustix::io::read(fd, &mut events).is_ok_and(|read| read > 0)) {}
     }
-}
-
-/// Why the daemon did not start: its last errors, or its last line, without the log's time and level.
-fn reason(log: &str) -> Option<String> {
-    let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
-    let mut said: Vec<&str> = lines.iter().filter_map(|line| Some(line.split_once(" error: ")?.1)).collect();
-    // A wrong configuration is reported before there is a log.
-    said.extend(lines.iter().filter_map(|line| line.strip_prefix("virtioblkd: ")));
-    if said.is_empty() {
-        said.extend(lines.last());
-    }
-    let last = said.len().saturating_sub(MAX_REASONS);
-    (!said.is_empty()).then(|| said[last..].join("; "))
-}
-
-fn log_tail(path: &Path, start: u64) -> String {
-    use std::io::{Seek, SeekFrom};
-    let read = || -> io::Result<Vec<u8>> {
-        let mut file = File::open(path)?;
-        let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(start.max(length.saturating_sub(MAX_LOG_TAIL))))?;
-        let mut bytes = Vec::new();
-        file.take(MAX_LOG_TAIL).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    read().map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
 }
 
 /// Whether the disk's daemon lives: it, or the hook that starts it, has the lock of its lock file, or, after an upgrade in
@@ -184,22 +211,24 @@ pub(super) fn end(disk: &DiskPlaces, deadline: Instant) -> Result<(), String> {
         }
         if Instant::now() >= deadline {
             return Err(format!(
-                "the daemon of the disk {} has not ended yet: {}; its log is {}",
+                "the daemon of the disk {} has not ended yet: {}; {}",
                 disk.name,
                 if asked.is_some() { "it waits for its image" } else { "it does not reply on its control socket" },
-                disk.log.display()
+                units::log_place(disk)
             ));
         }
         std::thread::sleep(POLL_INTERVAL);
     }
+    // A daemon that died is not started again; one that systemd has started meanwhile ends in order.
+    units::end(disk, deadline)?;
     if let Some(socket) = socket_left(disk)
         && let Err(error) = unix_listener::remove_dead(&socket)
     {
         log::debug!("{error}");
     }
-    let of_run = [&disk.applying, &disk.configuration, &disk.pid_file, &disk.control, &disk.domain_name, &disk.lock];
-    for path in of_run {
-        remove(path)?;
+    let DiskPlaces { applying, unit, configuration, pid_file, control, domain_name, lock, .. } = disk;
+    for path in [applying, unit, configuration, pid_file, control, domain_name, lock] {
+        remove(path).map_err(|error| format!("cannot remove {}: {error}", path.display()))?;
     }
     Ok(())
 }
@@ -217,27 +246,9 @@ fn socket_left(disk: &DiskPlaces) -> Option<PathBuf> {
     (socket.parent() == disk.control.parent()).then_some(socket)
 }
 
-fn remove(path: &Path) -> Result<(), String> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(format!("cannot remove {}: {error}", path.display()))
-        }
-        _ => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_reason_is_what_the_daemon_said_last() {
-        let log = "2026-11-28T07:23:45Z info: starting\n2026-11-28T07:23:45Z error: /a: there is no such file\n";
-        assert_eq!(reason(log).unwrap(), "/a: there is no such file");
-        assert_eq!(reason("virtioblkd: no socket given\n").unwrap(), "no socket given");
-        assert_eq!(reason("thread panicked\n").unwrap(), "thread panicked");
-        assert_eq!(reason("\n"), None);
-    }
 
     #[test]
     fn a_daemon_that_refuses_to_end_is_not_waited_for() {

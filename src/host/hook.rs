@@ -19,10 +19,11 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use super::daemons::{self, Starting};
+use super::daemons::{self, Launcher, Starting};
 use super::domain::{self, Domain};
 use super::metadata::{self, DiskOptions};
 use super::places::{DiskPlaces, Places};
+use super::units;
 use crate::backend::file;
 use crate::base::{logging, trust};
 
@@ -50,8 +51,8 @@ pub struct Call {
 pub struct Host {
     /// Where the disks' files are.
     pub places: Places,
-    /// virtioblkd.
-    pub program: PathBuf,
+    /// What starts daemons.
+    pub launcher: Launcher,
     /// The group of QEMU's processes, which must reach the sockets; `None`: our own user runs them.
     pub qemu_group: Option<String>,
     /// The user that a daemon becomes if its disk names none; `None`: it stays ours.
@@ -72,7 +73,8 @@ impl Host {
         let is_root = rustix::process::geteuid().is_root();
         Ok(Host {
             places: Places::of_this_user()?,
-            program,
+            // Another user's libvirt is not systemd's to look after.
+            launcher: Launcher { program, has_systemd: is_root && units::has_systemd() },
             qemu_group: if is_root { qemu_group(Path::new("/etc/libvirt/qemu.conf")) } else { None },
             daemon_user: is_root.then_some(DAEMON_USER),
         })
@@ -298,10 +300,11 @@ fn begin(host: &Host, disk: &Disk, deadline: Instant) -> Result<Starting, String
     write_atomically(path, &configuration(host, disk), 0o600)
         .and_then(|()| write_atomically(&disk.places.domain_name, &disk.domain, 0o644))
         .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
-    let started = daemons::start(&disk.places, &host.program);
+    let started = daemons::start(&disk.places, &host.launcher, &disk.domain);
     started.inspect_err(|_| {
-        let _ = fs::remove_file(path);
-        let _ = fs::remove_file(&disk.places.domain_name);
+        for path in [path, &disk.places.domain_name, &disk.places.unit] {
+            let _ = fs::remove_file(path);
+        }
     })
 }
 
@@ -379,8 +382,9 @@ fn revive(host: &Host, xml: &str) -> Result<(), String> {
     let (_, disks) = disks(host, xml)?;
     let deadline = Instant::now() + START_TIMEOUT;
     let gone = disks.iter().filter(|disk| disk.places.configuration.exists());
-    for disk in gone.filter(|disk| !daemons::is_alive(&disk.places)) {
-        daemons::start(&disk.places, &host.program)?.wait(&disk.places, deadline)?;
+    for disk in gone.filter(|disk| !daemons::is_alive(&disk.places) && !units::is_changing(&disk.places)) {
+        units::end(&disk.places, deadline)?;
+        daemons::start(&disk.places, &host.launcher, &disk.domain)?.wait(&disk.places, deadline)?;
     }
     Ok(())
 }

@@ -7,6 +7,8 @@
 //! | `metadata` | PURE. Our element in the domain's `<metadata>`: a disk's options, in libvirt's words |
 //! | `places` | where a disk's files are: configuration, pid file, log, sockets |
 //! | `daemons` | starts and ends the daemon of a disk |
+//! | `logs` | what a daemon's log says of a start that failed |
+//! | `units` | daemons as units of systemd, where systemd runs |
 //! | `edits` | PURE. Changes of XML that leave every other byte as it is |
 //! | `check/` | what keeps a domain's disks from working, each with the fix. PURE, but for `facts` |
 //! | `convert/` | PURE. A disk of QEMU's own becomes one of ours, and back |
@@ -32,8 +34,10 @@ mod edits;
 pub mod hook;
 pub mod hotplug;
 pub mod listing;
+mod logs;
 pub mod members;
 pub mod metadata;
 pub mod places;
 pub mod redefine;
+mod units;
 pub mod virsh;

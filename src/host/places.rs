@@ -1,7 +1,7 @@
 //! Where the files of a host's disks are. Root's are below /run and /var/log; another user's, as libvirt's session daemon
 //! has them, below `XDG_RUNTIME_DIR`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::domain::Domain;
 
@@ -27,6 +27,8 @@ pub struct DiskPlaces {
     pub pid_file: PathBuf,
     /// A file whose lock the daemon holds from the moment of its start.
     pub lock: PathBuf,
+    /// A file that exists where the daemon is a unit of systemd. It has the unit's name.
+    pub unit: PathBuf,
     /// What the daemon was started with, while `apply` replaces its configuration file.
     pub applying: PathBuf,
     /// A file with the domain's name, which other users may read.
@@ -35,6 +37,21 @@ pub struct DiskPlaces {
     pub control: PathBuf,
     /// The log.
     pub log: PathBuf,
+}
+
+impl DiskPlaces {
+    /// The disk's target.
+    pub(super) fn target(&self) -> &str {
+        self.name.rsplit('-').next().unwrap_or_default()
+    }
+}
+
+/// Removes a file that may not exist.
+pub(super) fn remove(path: &Path) -> std::io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 impl Places {
@@ -73,6 +90,7 @@ impl Places {
             configuration: path("toml"),
             pid_file: path("pid"),
             lock: path("lock"),
+            unit: path("unit"),
             applying: path("applying"),
             domain_name: path("domain"),
             control: self.sockets.join(format!("{name}.ctl")),

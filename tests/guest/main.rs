@@ -9,6 +9,7 @@ mod libvirt;
 mod libvirt_domain;
 mod libvirt_hook;
 mod libvirt_moves;
+mod libvirt_systemd;
 mod life;
 mod linux;
 mod migration;

@@ -4,6 +4,7 @@
 //! Everything started here is ended by `Drop`, and a failing test prints what its server and its guest had to say.
 
 pub mod agent;
+mod booted_systemd;
 pub mod ext4;
 pub mod files;
 pub mod ledger;

@@ -1,5 +1,6 @@
 //! A libvirtd as root starts it, with hooks, on what looks like a machine of its own: namespaces of mounts and processes, and
-//! private directories in the place of libvirt's and ours. The machine's own libvirt, if it has one, is not touched.
+//! private directories in the place of libvirt's and ours. Process 1 is a shell, or a real systemd. The machine's own libvirt
+//! and systemd, if it has them, are not touched.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -10,8 +11,12 @@ use std::process::{Child, ChildStdin, Command, Output, Stdio};
 
 use rustix::process::geteuid;
 
+use super::booted_systemd::BootedSystemd;
 use super::{WAIT_TIMEOUT, output, tell, wait_until};
 use crate::programs;
+
+/// Each of our files and directories, and where a machine sees it.
+pub(super) type Mounts = Vec<(String, &'static str)>;
 
 /// What lies where on the machine that the daemon sees: a directory of ours for each of these.
 const DIRECTORIES: [(&str, &str); 7] = [
@@ -42,80 +47,61 @@ done
 
 /// A libvirtd of root's and the directories that it and our hook use. All its processes end when it is dropped.
 pub struct SystemLibvirt {
-    init: Child,
-    words: ChildStdin,
-    replies: BufReader<std::process::ChildStdout>,
+    machine: Machine,
+    daemon: &'static str,
     home: tempfile::TempDir,
+}
+
+/// What the daemon runs on.
+enum Machine {
+    /// Process 1 is [`INIT`].
+    Unshared { init: Child, words: ChildStdin, replies: BufReader<std::process::ChildStdout> },
+    /// Process 1 is systemd.
+    Booted(BootedSystemd),
 }
 
 impl SystemLibvirt {
     /// With our hook installed. `number` tells the machines of one test apart. `None`, said aloud, where libvirt is not
     /// installed or we are not root.
     pub fn start(number: u8) -> Option<SystemLibvirt> {
-        let daemon = ["/usr/sbin/libvirtd", "/usr/bin/libvirtd"].into_iter().find(|path| Path::new(path).exists());
-        let Some(daemon) = daemon.filter(|_| geteuid().is_root()) else {
-            tell("SKIPPED: no libvirtd, or not root: libvirt's hook was not tried");
-            return None;
-        };
-        let home = tempfile::tempdir().expect("a home");
-        let path = home.path();
-        // libvirt's QEMU is another user, whose files and sockets lie in here.
-        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("ours");
-        let mut mounts = String::new();
-        for (ours, theirs) in DIRECTORIES {
-            fs::create_dir(path.join(ours)).expect("room");
-            mounts += &format!("mkdir -p {theirs}; mount --bind {}/{ours} {theirs}\n", path.display());
-        }
-        // What libvirt asks each QEMU once, which takes seconds, is asked once for all tests.
-        let cache = programs::target_dir().join("libvirt-cache");
-        fs::create_dir_all(&cache).expect("room");
-        mounts += &format!("mkdir -p /var/cache/libvirt; mount --bind {} /var/cache/libvirt\n", cache.display());
-        // libvirt resolves its host's name, which must not wait for the network.
-        fs::write(path.join("hosts"), format!("127.0.0.1 localhost machine{number}\n")).expect("room");
-        mounts += &format!("mount --bind {}/hosts /etc/hosts\n", path.display());
-        // The users that packages make: that of the hook's daemons, and libvirt's of QEMU, without which libvirtd does not
-        // start; Debian 12's libvirt-daemon leaves it to another package.
-        for (name, ours, qemu) in [
-            (
-                "passwd",
-                format!("virtioblkd:x:{DAEMON_USER}:{DAEMON_USER}::/:/usr/sbin/nologin"),
-                "libvirt-qemu:x:64055:64055::/:/usr/sbin/nologin",
-            ),
-            ("group", format!("virtioblkd:x:{DAEMON_USER}:"), "libvirt-qemu:x:64055:"),
-        ] {
-            let all = fs::read_to_string(format!("/etc/{name}")).expect("every machine has users");
-            let mut lines: Vec<&str> = all.lines().filter(|line| !line.starts_with("virtioblkd:")).collect();
-            lines.push(&ours);
-            if !lines.iter().any(|line| line.starts_with("libvirt-qemu:")) {
-                lines.push(qemu);
-            }
-            fs::write(path.join(name), lines.join("\n") + "\n").expect("room");
-            mounts += &format!("mount --bind {}/{name} /etc/{name}\n", path.display());
-        }
-        let hooks = path.join("etc/hooks/qemu.d");
-        fs::create_dir_all(&hooks).expect("room");
-        symlink(programs::virtioblkctl(), hooks.join("50-virtioblkd")).expect("room");
-        let uuid = format!("host_uuid = \"1d4cbb2e-64a3-4f6c-9e6b-0000000001{number:02x}\"\nauth_unix_rw = \"none\"\n");
-        fs::write(path.join("etc/libvirtd.conf"), uuid).expect("room");
-        let qemu = "stdio_handler = \"file\"\nsecurity_driver = \"none\"\nnamespaces = []\ncgroup_controllers = []\n";
-        fs::write(path.join("etc/qemu.conf"), qemu).expect("room");
-
+        let (daemon, home, mounts) = prepare(number)?;
+        let mut script: String = mounts
+            .iter()
+            .map(|(ours, theirs)| format!("[ -e {theirs} ] || mkdir -p {theirs}; mount --bind {ours} {theirs}\n"))
+            .collect();
+        // On a machine that systemd runs, the hook would ask it to start daemons, outside of this one.
+        script += "[ ! -d /run/systemd ] || mount -t tmpfs none /run/systemd\n";
         let mut command = Command::new("unshare");
         command.args(["--mount", "--uts", "--pid", "--fork", "--kill-child", "--propagation", "private", "bash", "-c"]);
-        command.arg(format!("hostname machine{number}\n{mounts}{INIT}")).arg("init").arg(daemon).arg(path);
+        command.arg(format!("hostname machine{number}\n{script}{INIT}")).arg("init").arg(daemon).arg(home.path());
         let mut init = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("unshare runs");
         let words = init.stdin.take().expect("a pipe");
         let replies = BufReader::new(init.stdout.take().expect("a pipe"));
-        let mut libvirt = SystemLibvirt { init, words, replies, home };
+        let mut libvirt = SystemLibvirt { machine: Machine::Unshared { init, words, replies }, daemon, home };
+        libvirt.start_daemon();
+        Some(libvirt)
+    }
+
+    /// The same on a machine that systemd runs. `None`, said aloud, where none can be booted, too.
+    pub fn start_on_systemd(number: u8) -> Option<SystemLibvirt> {
+        let (daemon, home, mounts) = prepare(number)?;
+        let systemd = BootedSystemd::boot(&format!("machine{number}"), home.path(), &mounts)?;
+        let mut libvirt = SystemLibvirt { machine: Machine::Booted(systemd), daemon, home };
         libvirt.start_daemon();
         Some(libvirt)
     }
 
     fn say(&mut self, word: &str) {
-        writeln!(self.words, "{word}").expect("init listens");
-        let mut reply = String::new();
-        self.replies.read_line(&mut reply).expect("init replies");
-        assert_eq!(reply, "done\n");
+        match &mut self.machine {
+            Machine::Unshared { words, replies, .. } => {
+                writeln!(words, "{word}").expect("init listens");
+                let mut reply = String::new();
+                replies.read_line(&mut reply).expect("init replies");
+                assert_eq!(reply, "done\n");
+            }
+            Machine::Booted(systemd) if word == "start" => systemd.start_libvirtd(self.daemon, self.home.path()),
+            Machine::Booted(systemd) => systemd.kill_libvirtd(),
+        }
     }
 
     /// Starts libvirtd, which is not running, and waits until it answers.
@@ -131,11 +117,16 @@ impl SystemLibvirt {
 
     /// A program on this machine, as root.
     pub fn inside(&self, program: impl AsRef<OsStr>) -> Command {
-        let namespace = |kind: &str| format!("/proc/{}/ns/{kind}", self.init.id());
-        let mut command = Command::new("nsenter");
-        command.arg(format!("--mount={}", namespace("mnt"))).arg(format!("--pid={}", namespace("pid_for_children")));
-        command.arg("--").arg(program);
-        command
+        match &self.machine {
+            Machine::Booted(systemd) => systemd.inside(program),
+            Machine::Unshared { init, .. } => {
+                let namespace = |kind: &str| format!("/proc/{}/ns/{kind}", init.id());
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--mount={}", namespace("mnt")));
+                command.arg(format!("--pid={}", namespace("pid_for_children"))).arg("--").arg(program);
+                command
+            }
+        }
     }
 
     /// Where all its files are; QEMU, another user, may read them.
@@ -196,7 +187,64 @@ impl Drop for SystemLibvirt {
                 eprintln!("--- {}:\n{}", log.display(), String::from_utf8_lossy(&text));
             }
         }
-        let _ = self.init.kill();
-        let _ = self.init.wait();
+        if let Machine::Unshared { init, .. } = &mut self.machine {
+            let _ = init.kill();
+            let _ = init.wait();
+        }
     }
+}
+
+/// Makes the files of a machine. Returns libvirtd, the directory of all files, and what lies where: our file or directory,
+/// and the place where the machine sees it.
+fn prepare(number: u8) -> Option<(&'static str, tempfile::TempDir, Mounts)> {
+    let daemon = ["/usr/sbin/libvirtd", "/usr/bin/libvirtd"].into_iter().find(|path| Path::new(path).exists());
+    let Some(daemon) = daemon.filter(|_| geteuid().is_root()) else {
+        tell("SKIPPED: no libvirtd, or not root: libvirt's hook was not tried");
+        return None;
+    };
+    let home = tempfile::tempdir().expect("a home");
+    let path = home.path();
+    // libvirt's QEMU is another user, whose files and sockets lie in here.
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("ours");
+    let own = |name: &str| path.join(name).display().to_string();
+    let mut mounts = Mounts::new();
+    for (ours, theirs) in DIRECTORIES {
+        fs::create_dir(path.join(ours)).expect("room");
+        mounts.push((own(ours), theirs));
+    }
+    // What libvirt asks each QEMU once, which takes seconds, is asked once for all tests.
+    let cache = programs::target_dir().join("libvirt-cache");
+    fs::create_dir_all(&cache).expect("room");
+    mounts.push((cache.display().to_string(), "/var/cache/libvirt"));
+    // libvirt resolves its host's name, which must not wait for the network.
+    fs::write(path.join("hosts"), format!("127.0.0.1 localhost machine{number}\n")).expect("room");
+    mounts.push((own("hosts"), "/etc/hosts"));
+    // The users that packages make: that of the hook's daemons, and libvirt's of QEMU, without which libvirtd does not
+    // start; Debian 12's libvirt-daemon leaves it to another package.
+    for (name, theirs, ours, qemu) in [
+        (
+            "passwd",
+            "/etc/passwd",
+            format!("virtioblkd:x:{DAEMON_USER}:{DAEMON_USER}::/:/usr/sbin/nologin"),
+            "libvirt-qemu:x:64055:64055::/:/usr/sbin/nologin",
+        ),
+        ("group", "/etc/group", format!("virtioblkd:x:{DAEMON_USER}:"), "libvirt-qemu:x:64055:"),
+    ] {
+        let all = fs::read_to_string(theirs).expect("every machine has users");
+        let mut lines: Vec<&str> = all.lines().filter(|line| !line.starts_with("virtioblkd:")).collect();
+        lines.push(&ours);
+        if !lines.iter().any(|line| line.starts_with("libvirt-qemu:")) {
+            lines.push(qemu);
+        }
+        fs::write(path.join(name), lines.join("\n") + "\n").expect("room");
+        mounts.push((own(name), theirs));
+    }
+    let hooks = path.join("etc/hooks/qemu.d");
+    fs::create_dir_all(&hooks).expect("room");
+    symlink(programs::virtioblkctl(), hooks.join("50-virtioblkd")).expect("room");
+    let uuid = format!("host_uuid = \"1d4cbb2e-64a3-4f6c-9e6b-0000000001{number:02x}\"\nauth_unix_rw = \"none\"\n");
+    fs::write(path.join("etc/libvirtd.conf"), uuid).expect("room");
+    let qemu = "stdio_handler = \"file\"\nsecurity_driver = \"none\"\nnamespaces = []\ncgroup_controllers = []\n";
+    fs::write(path.join("etc/qemu.conf"), qemu).expect("room");
+    Some((daemon, home, mounts))
 }
