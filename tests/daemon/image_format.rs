@@ -4,10 +4,11 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use kit::backend::open_error;
 use kit::driver::{ALL, Driver};
 use kit::guest::{Server, output, scratch, sparse_image, tell, wait_until};
 use kit::stall::fuse::{Stalling, Unable};
-use virtioblkd::backend::file::{FileBackend, FileOptions};
+use virtioblkd::backend::file::FileOptions;
 use virtioblkd::engine::CacheMode;
 
 const MIB: u64 = 1 << 20;
@@ -105,17 +106,17 @@ fn an_image_of_another_format_and_an_odd_size_names_its_conversion() {
         fs::write(&path, bytes).unwrap();
         for mode in [CacheMode::None, CacheMode::Writeback] {
             let options = FileOptions { logical_block_size: Some(4096), ..FileOptions::new(&path, mode.into()) };
-            let why = FileBackend::open(&options).err().expect("an odd size").to_string();
+            let why = open_error(&options);
             for words in ["is not a multiple", "-O raw", "truncate -s"] {
                 assert!(why.contains(words), "{format}: '{words}' is not in: {why}");
             }
-            let why = FileBackend::open(&FileOptions { is_raw: true, ..options }).err().expect("odd").to_string();
+            let why = open_error(&FileOptions { is_raw: true, ..options });
             assert!(!why.contains("-O raw"), "{format}, --format raw: {why}");
         }
     }
     let odd = dir.path().join("odd");
     File::create(&odd).unwrap().set_len(1000).unwrap();
-    let why = FileBackend::open(&FileOptions::new(&odd, CacheMode::Writeback.into())).err().unwrap().to_string();
+    let why = open_error(&FileOptions::new(&odd, CacheMode::Writeback.into()));
     assert!(why.contains("truncate") && !why.contains("qemu-img"), "a raw one: {why}");
 }
 

@@ -222,6 +222,16 @@ pub fn opened(options: &FileOptions) -> FileBackend {
     found.expect("tried once at least").unwrap_or_else(|error| panic!("{error}"))
 }
 
+/// Why an image that nobody uses cannot be opened. See [`opened`] for what may seem to use it.
+pub fn open_error(options: &FileOptions) -> String {
+    let mut error = String::new();
+    eventually("the image is free", || {
+        error = FileBackend::open(options).err().expect("an error").to_string();
+        !error.contains("another process")
+    });
+    error
+}
+
 /// Asks again and again until it is so.
 pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let start = std::time::Instant::now();
