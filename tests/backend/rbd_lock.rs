@@ -1,4 +1,4 @@
-//! The lock of an RBD image (`--rbd-lock`) over the librbd of [`super::rbd_stub`]: taken, lost, waited for, given back.
+//! The lock of an RBD image (`--rbd-lock`) over the librbd of [`kit::rbd_stub`]: taken, lost, waited for, given back.
 
 use std::sync::mpsc;
 use std::thread;
@@ -10,7 +10,7 @@ use virtioblkd::backend::rbd::{RbdBackend, RbdLock};
 use virtioblkd::backend::{Backend, Op};
 use virtioblkd::engine::CacheMode;
 
-use super::rbd_stub::*;
+use super::rbd_listener::*;
 
 #[test]
 fn a_lost_lock_is_said_and_so_is_its_return() {

@@ -1,4 +1,4 @@
-//! Quiesce requests of a Ceph cluster over the librbd of [`super::rbd_stub`]: a snapshot of another client waits until
+//! Quiesce requests of a Ceph cluster over the librbd of [`kit::rbd_stub`]: a snapshot of another client waits until
 //! the disk is held.
 
 use std::thread;
@@ -10,7 +10,7 @@ use virtioblkd::backend::rbd::{RbdOptions, RbdQuiesce};
 use virtioblkd::backend::{Backend, Errno};
 use virtioblkd::engine::CacheMode;
 
-use super::rbd_stub::*;
+use super::rbd_listener::*;
 
 #[test]
 fn a_snapshot_of_others_waits_until_the_disk_is_held() {

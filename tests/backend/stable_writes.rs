@@ -1,136 +1,27 @@
 //! Guests that change a buffer while its write is under way, over an image that reads the buffer twice, as a mirror
 //! does: two different blocks without stable writes, none with `copy`, the exact count with `detect`.
-#![allow(unsafe_code)]
-// Each of the kits below has its own pseudo-random generator.
 
-use std::io;
-use std::os::fd::BorrowedFd;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
-use std::thread;
-use std::time::Duration;
+use std::sync::Arc;
 
 use kit::backend;
-use kit::backend::{Prng, disk_dir, eventually, image, options, stable};
+use kit::backend::{Prng, disk_dir, eventually, stable};
 use kit::driver;
 use kit::driver::ALL;
 use kit::rig::Rig;
-use virtioblkd::backend::bounce_pool::{BouncePool, MAX_PIECE};
-use virtioblkd::backend::file::FileOptions;
+use virtioblkd::backend::bounce_pool::BouncePool;
 use virtioblkd::backend::mem::{CompletionOrder, Fault, MemBackend, MemOp, MemOptions};
 use virtioblkd::backend::null::NullBackend;
 use virtioblkd::backend::point_in_time::PointInTime;
-use virtioblkd::backend::stable::{StableBackend, StableWrites};
-use virtioblkd::backend::{
-    Backend, BufferUse, Completion, Errno, Geometry, ImageInfo, IoBuf, IoQueue, Op, OpId, Source, Wakeups,
-};
+use virtioblkd::backend::stable::StableWrites;
+use virtioblkd::backend::{Backend, Errno, IoBuf, Op, OpId};
 use virtioblkd::disk::{Copies, CopyOptions, Event, Events, StableWritesStatus};
 use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::DeviceOptions;
-use vm_memory::MmapRegion;
 
-const MIB: usize = 1 << 20;
+use super::mirror::*;
 
-/// A mirror: the first half reads a write's buffer when it gets it, the second when it carries it out.
-struct Mirror {
-    first: Arc<Mutex<Vec<u8>>>,
-    second: MemBackend,
-}
-
-impl Mirror {
-    fn new(size: usize, order: CompletionOrder) -> Arc<Self> {
-        let second = MemBackend::new(MemOptions { order, ..MemOptions::new(size as u64) });
-        Arc::new(Mirror { first: Arc::new(Mutex::new(vec![0; size])), second })
-    }
-
-    /// Blocks of `len` bytes that the halves hold differently.
-    fn differences(&self, len: usize) -> usize {
-        let (first, second) = (self.first.lock().unwrap(), self.second.volatile_image());
-        first.chunks(len).zip(second.chunks(len)).filter(|(one, other)| one != other).count()
-    }
-}
-
-impl Backend for Mirror {
-    fn geometry(&self) -> Geometry {
-        self.second.geometry()
-    }
-
-    fn open_queue(&self, depth: usize) -> io::Result<Box<dyn IoQueue>> {
-        Ok(Box::new(MirrorQueue { first: self.first.clone(), second: self.second.open_queue(depth)? }))
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.second.sync()
-    }
-
-    fn describe(&self) -> String {
-        "a mirror".into()
-    }
-
-    fn sync_failed(&self) -> Option<Errno> {
-        self.second.sync_failed()
-    }
-
-    fn info(&self) -> &dyn ImageInfo {
-        self
-    }
-}
-
-impl ImageInfo for Mirror {
-    fn buffer_use(&self) -> BufferUse {
-        BufferUse::ReadsTwice("each half of the mirror reads the buffer".into())
-    }
-}
-
-struct MirrorQueue {
-    first: Arc<Mutex<Vec<u8>>>,
-    second: Box<dyn IoQueue>,
-}
-
-impl IoQueue for MirrorQueue {
-    fn push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
-        if let Op::Write { offset, buf, .. } = &op {
-            let at = *offset as usize;
-            buf.copy_to(0, &mut self.first.lock().unwrap()[at..at + buf.len()]);
-        }
-        self.second.push(op, id)
-    }
-
-    fn submit(&mut self) -> io::Result<()> {
-        self.second.submit()
-    }
-
-    fn reap(&mut self, out: &mut Vec<Completion>) {
-        self.second.reap(out);
-    }
-
-    fn watch(&mut self, source: Source, fd: BorrowedFd<'_>) -> io::Result<()> {
-        self.second.watch(source, fd)
-    }
-
-    fn has_completions(&mut self) -> bool {
-        self.second.has_completions()
-    }
-
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Wakeups> {
-        self.second.wait(timeout)
-    }
-}
-
-/// `image` as the daemon stacks it: copies of an instant in front, stable writes behind.
-fn stacked(image: Arc<dyn Backend>, how: StableWrites, depot: &Arc<BouncePool>) -> (Arc<PointInTime>, Arc<Events>) {
-    let events = Arc::new(Events::new().unwrap());
-    let stable = StableBackend::new(image, how, depot.clone(), events.clone());
-    (Arc::new(PointInTime::new(Arc::new(stable), events.clone())), events)
-}
-
-fn seen(disk: &dyn Backend) -> StableWritesStatus {
-    disk.info().image_status().stable_writes.expect("the layer is there")
-}
-
-const WRITE: usize = 4096;
 const BATCH: usize = 16;
+
 const BATCHES: usize = 64;
 
 /// A front-end that changes some of its buffers after the device has the writes and before they are carried out.
@@ -227,48 +118,6 @@ fn changed_writes_are_detected_counted_and_reported() {
     assert_eq!(told[..20.min(told.len())], differing[..20.min(told.len())], "the first ones of a second");
 }
 
-/// Memory that a queue's ops use and another thread writes to.
-struct Scribbled {
-    region: Arc<MmapRegion>,
-    stop: Arc<AtomicBool>,
-    scribbler: Option<thread::JoinHandle<()>>,
-}
-
-impl Scribbled {
-    fn new(len: usize) -> Self {
-        let region: Arc<MmapRegion> = Arc::new(MmapRegion::new(len).unwrap());
-        let stop = Arc::new(AtomicBool::new(false));
-        let (theirs, stopped) = (region.clone(), stop.clone());
-        let scribbler = thread::spawn(move || {
-            let mut value = 0u64;
-            while !stopped.load(Relaxed) {
-                value += 1;
-                for at in (0..len).step_by(1024) {
-                    // SAFETY: inside the region, which this thread keeps mapped, and aligned; no reference to it exists.
-                    unsafe { (*theirs.as_ptr().add(at).cast::<AtomicU64>()).store(value, Relaxed) };
-                }
-            }
-        });
-        Scribbled { region, stop, scribbler: Some(scribbler) }
-    }
-
-    fn buf(&self, at: usize, len: usize) -> IoBuf {
-        assert!(at + len <= self.region.size());
-        // SAFETY: inside the region, which the buffer keeps mapped; nobody makes a reference to it.
-        unsafe {
-            let base = self.region.as_ptr().add(at).cast();
-            IoBuf::from_iovecs(vec![libc::iovec { iov_base: base, iov_len: len }], self.region.clone())
-        }
-    }
-}
-
-impl Drop for Scribbled {
-    fn drop(&mut self) {
-        self.stop.store(true, Relaxed);
-        self.scribbler.take().unwrap().join().unwrap();
-    }
-}
-
 /// Writes of random lengths from memory that is scribbled on all the time, each to a place of its own.
 fn scribbled_writes(how: StableWrites, limit: usize) -> (Arc<Mirror>, StableWritesStatus, Vec<(usize, usize)>) {
     const SIZE: usize = 48 * MIB;
@@ -294,12 +143,6 @@ fn scribbled_writes(how: StableWrites, limit: usize) -> (Arc<Mirror>, StableWrit
         out -= driver.reap().len();
     }
     (mirror, seen(&disk), places)
-}
-
-/// Writes that the halves of the mirror hold differently.
-fn torn(mirror: &Mirror, places: &[(usize, usize)]) -> usize {
-    let (first, second) = (mirror.first.lock().unwrap(), mirror.second.volatile_image());
-    places.iter().filter(|&&(at, len)| first[at..at + len] != second[at..at + len]).count()
 }
 
 #[test]
@@ -374,208 +217,6 @@ fn no_false_positive_in_a_device() {
     let status = seen(&*disk);
     assert!(failed > 50 && status.checked_writes == count);
     assert_eq!(status.changed_writes, 0);
-}
-
-#[test]
-fn more_demand_than_memory_waits_and_stays_within_the_bound() {
-    const QUEUES: usize = 3;
-    const LIMIT: usize = 2 * MAX_PIECE;
-    let depot = BouncePool::new(LIMIT);
-    let mem =
-        Arc::new(MemBackend::new(MemOptions { order: CompletionOrder::Shuffled(2), ..MemOptions::new(64 << 20) }));
-    let (disk, _) = stacked(mem.clone(), StableWrites::Copy, &depot);
-    thread::scope(|scope| {
-        for ring in 0..QUEUES {
-            let disk = disk.clone();
-            scope.spawn(move || {
-                let mut driver = backend::Driver::new(&*disk, 64);
-                // From a block to 5 MiB, 20 MiB in all: ten times what there is.
-                let lens = [512, 5 * MIB, 4096, MIB + 512, 3 * MIB, 70_144, 2 * MIB, 8 * MIB - 512];
-                let base = ring as u64 * (21 << 20);
-                let mut offset = base;
-                let mut ids = Vec::new();
-                for (turn, &len) in lens.iter().enumerate() {
-                    let buf = backend::some_buffer(&mut Prng::new(turn as u64), len);
-                    buf.copy_from(0, &vec![1 + turn as u8; len]);
-                    ids.push(driver.push(Op::Write { offset, buf, durable: turn % 2 == 0 }));
-                    offset += len as u64;
-                }
-                for (id, len) in ids.into_iter().zip(lens) {
-                    let done = driver.finish(id);
-                    assert_eq!((done.result, done.buf.map(|buf| buf.len())), (Ok(()), Some(len)));
-                }
-            });
-        }
-    });
-    let stored = mem.volatile_image();
-    for ring in 0..QUEUES {
-        let mut at = ring * (21 << 20);
-        for (turn, len) in
-            [512, 5 * MIB, 4096, MIB + 512, 3 * MIB, 70_144, 2 * MIB, 8 * MIB - 512].into_iter().enumerate()
-        {
-            assert!(stored[at..at + len].iter().all(|&byte| byte == 1 + turn as u8), "write {turn} of ring {ring}");
-            at += len;
-        }
-    }
-    let status = seen(&*disk);
-    assert!(status.waited_writes > 0, "there was enough memory");
-    assert!(status.most_memory_bytes <= (LIMIT + QUEUES * MAX_PIECE) as u64, "{status:?}");
-    assert_eq!(status.shared_memory_limit, LIMIT as u64);
-    assert!(status.memory_bytes <= LIMIT as u64, "what the queues had is freed with them");
-}
-
-#[test]
-fn reads_and_syncs_pass_writes_that_wait_for_memory() {
-    let mem = Arc::new(MemBackend::new(MemOptions { order: CompletionOrder::OnRequest, ..MemOptions::new(16 << 20) }));
-    let disk = stable(mem.clone(), StableWrites::Copy, 0);
-    let mut driver = backend::Driver::new(&disk, 16);
-    let write = |offset: usize| Op::Write { offset: offset as u64, buf: IoBuf::owned(MIB, 512, 0), durable: false };
-    let writes: Vec<OpId> = (0..4).map(|turn| driver.push(write(turn * MIB))).collect();
-    assert_eq!((mem.waiting(), seen(&disk).waited_writes), (1, 3));
-    let read = driver.push(Op::Read { offset: 0, buf: IoBuf::owned(4096, 4096, 0) });
-    let sync = driver.push(Op::Sync);
-    assert_eq!(mem.waiting(), 3);
-    mem.release(3);
-    assert_eq!(driver.finish(writes[0]).result, Ok(()));
-    assert_eq!((driver.finish(read).result, driver.finish(sync).result), (Ok(()), Ok(())));
-    assert_eq!(mem.waiting(), 1, "the next write has the memory now");
-    mem.release(3);
-    for id in &writes[1..] {
-        assert_eq!(driver.finish(*id).result, Ok(()));
-    }
-}
-
-#[test]
-fn a_part_that_fails_fails_its_write_once_and_nothing_else() {
-    let enospc = Errno(libc::ENOSPC);
-    for (limit, nth) in [
-        (0, 1),
-        (0, 2),
-        (0, 4),
-        (BouncePool::DEFAULT_BYTES, 1),
-        (BouncePool::DEFAULT_BYTES, 3),
-        (BouncePool::DEFAULT_BYTES, 4),
-    ] {
-        let mem = Arc::new(MemBackend::new(MemOptions {
-            order: CompletionOrder::Shuffled(nth),
-            ..MemOptions::new(16 << 20)
-        }));
-        let disk = stable(mem.clone(), StableWrites::Copy, limit);
-        let mut driver = backend::Driver::new(&disk, 4);
-        mem.fail(Fault { op: MemOp::Write, nth, errno: enospc, transferred: 0 });
-        let long = driver.push(Op::Write { offset: 0, buf: IoBuf::owned(4 * MIB, 512, 0), durable: false });
-        let done = driver.finish(long);
-        assert_eq!((done.result, done.buf.map(|buf| buf.len())), (Err(enospc), Some(4 * MIB)), "{limit} {nth}");
-        assert_eq!(driver.write(0, &[7; 3 * MIB]), Ok(()), "{limit} {nth}");
-        assert!(driver.read(0, 3 * MIB).unwrap().iter().all(|&byte| byte == 7));
-        assert_eq!(seen(&disk).copied_writes, 2);
-    }
-}
-
-#[test]
-fn dropping_a_queue_carries_out_what_waits_for_memory() {
-    let dir = disk_dir();
-    let path = image(dir.path(), "disk.img", 32 << 20);
-    let little = FileOptions { memory: BouncePool::new(0), ..options(&path, CacheMode::None) };
-    let bounced: Arc<dyn Backend> = Arc::new(backend::opened(&little));
-    let mem = MemBackend::new(MemOptions { order: CompletionOrder::Shuffled(1), ..MemOptions::new(32 << 20) });
-    let copied = stable(Arc::new(mem), StableWrites::Copy, 0);
-    for (round, disk) in [bounced, Arc::new(copied)].into_iter().enumerate() {
-        let mut queue = disk.open_queue(16).unwrap();
-        for turn in 0..16u64 {
-            // Not aligned: O_DIRECT refuses it.
-            let buf = IoBuf::owned(2 * MIB, 4096, 1);
-            buf.copy_from(0, &vec![1 + turn as u8; 2 * MIB]);
-            queue.push(Op::Write { offset: turn << 21, buf, durable: false }, OpId(turn)).expect("room");
-        }
-        queue.submit().unwrap();
-        drop(queue);
-        let mut driver = backend::Driver::new(&*disk, 1);
-        for turn in 0..16u64 {
-            let read = driver.read(turn << 21, 2 * MIB).unwrap();
-            assert!(read.iter().all(|&byte| byte == 1 + turn as u8), "round {round}: write {turn} is lost");
-        }
-    }
-    assert!(little.memory.allocated().1 <= MAX_PIECE, "bounced within the bound: {:?}", little.memory.allocated());
-}
-
-/// A copy is aligned and goes to O_DIRECT as it is.
-#[test]
-fn a_copied_write_is_not_bounced_again() {
-    let dir = disk_dir();
-    let path = image(dir.path(), "disk.img", 8 << 20);
-    let bounces = BouncePool::new(BouncePool::DEFAULT_BYTES);
-    let file = FileOptions { memory: bounces.clone(), ..options(&path, CacheMode::None) };
-    let disk = stable(Arc::new(backend::opened(&file)), StableWrites::Copy, BouncePool::DEFAULT_BYTES);
-    let mut driver = backend::Driver::new(&disk, 4);
-    let buf = IoBuf::owned(65536, 4096, 1);
-    buf.copy_from(0, &[9; 65536]);
-    assert_eq!(driver.run(Op::Write { offset: 4096, buf, durable: true }), Ok(()));
-    assert_eq!((seen(&disk).copied_bytes, bounces.allocated().1), (65536, 0));
-    let read = driver.push(Op::Read { offset: 4096, buf: IoBuf::owned(65536, 4096, 1) });
-    assert_eq!(driver.finish(read).result, Ok(()));
-    assert_eq!(bounces.allocated().1, 65536, "the read was: the same buffer is one that O_DIRECT refuses");
-}
-
-/// A sysfs in which the disk below `file` asks for stable buffers.
-fn sysfs_that_asks(dir: &Path, file: &Path) {
-    use std::os::unix::fs::MetadataExt;
-    let device = file.metadata().unwrap().dev();
-    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-    std::fs::create_dir_all(dir.join("devices/sdx/queue")).unwrap();
-    std::fs::write(dir.join("devices/sdx/queue/stable_writes"), "1\n").unwrap();
-    std::fs::create_dir_all(dir.join("dev/block")).unwrap();
-    std::os::unix::fs::symlink(dir.join("devices/sdx"), dir.join(format!("dev/block/{major}:{minor}"))).unwrap();
-}
-
-#[test]
-fn the_medium_decides_and_the_status_says_why() {
-    let dir = disk_dir();
-    let path = image(dir.path(), "disk.img", 1 << 20);
-    sysfs_that_asks(dir.path(), &path);
-    let empty = tempfile::tempdir().unwrap();
-    let sees = |sysfs: &Path, mode: CacheMode, read_only: bool, how: StableWrites| {
-        let file = FileOptions { sysfs: sysfs.into(), read_only, ..options(&path, mode) };
-        let file = backend::opened(&file);
-        let status = seen(&stable(Arc::new(file), how, 0));
-        assert_eq!(status.asked, how.name());
-        (status.in_effect, status.why)
-    };
-    use StableWrites::{Auto, Copy, Detect, Off};
-    for (sysfs, mode, read_only, how, effect, why) in [
-        (dir.path(), CacheMode::None, false, Auto, "copy", "sdx asks"),
-        (dir.path(), CacheMode::Directsync, false, Auto, "copy", "sdx asks"),
-        (dir.path(), CacheMode::None, false, Off, "off", "although the host's sdx asks"),
-        (dir.path(), CacheMode::None, false, Detect, "detect", "sdx asks"),
-        (dir.path(), CacheMode::None, true, Copy, "off", "read-only"),
-        (empty.path(), CacheMode::None, false, Auto, "off", "no block device"),
-        (empty.path(), CacheMode::None, false, Copy, "copy", "no block device"),
-        // The page cache has a copy: nothing is copied twice.
-        (dir.path(), CacheMode::Writeback, false, Auto, "off", "page cache"),
-        (dir.path(), CacheMode::Writethrough, false, Copy, "off", "not copied a second time: the host's page cache"),
-        (dir.path(), CacheMode::Unsafe, false, Copy, "off", "page cache"),
-        (dir.path(), CacheMode::Writeback, false, Detect, "detect", "page cache"),
-    ] {
-        let (effective, told) = sees(sysfs, mode, read_only, how);
-        assert_eq!(effective, effect, "{how} in {mode}: {told}");
-        assert!(told.contains(why), "{how} in {mode}: {told}");
-    }
-}
-
-/// The real sysfs: a loop device copies into the page cache, or, told to pass O_DIRECT on, is as its file.
-#[test]
-fn a_real_loop_device_is_seen_through() {
-    let dir = disk_dir();
-    let path = image(dir.path(), "disk.img", 8 << 20);
-    let Some(device) = backend::Loop::attach(&path, 512) else { return };
-    let below_the_file = backend::opened(&options(&path, CacheMode::None)).buffer_use();
-    let used = || backend::opened(&options(&device.0, CacheMode::None)).buffer_use();
-    let BufferUse::Copies(why) = used() else { panic!("{:?}", used()) };
-    assert!(why.contains("loop") && why.contains("page cache"), "{why}");
-    match std::process::Command::new("losetup").arg("--direct-io=on").arg(&device.0).status() {
-        Ok(status) if status.success() => assert_eq!(used(), below_the_file),
-        other => drop(backend::skip::<()>(&format!("no loop device with O_DIRECT: {other:?}"))),
-    }
 }
 
 /// A copy of an instant delays writes; what is delayed is stable, too, and the copy is the instant's.

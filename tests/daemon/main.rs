@@ -4,14 +4,17 @@
 mod check;
 mod copies;
 mod domain;
+mod front_ends;
 mod hung_target;
 mod image_format;
 mod life_cycle;
 mod log_unread;
 mod names;
 mod options;
+mod process;
 mod run_command;
 mod short_writes;
+mod sockets;
 mod stable_writes;
 mod stalled;
 mod terminal;

@@ -16,7 +16,7 @@ use virtioblkd::engine::CacheMode;
 use virtioblkd::virtio::DeviceOptions;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::hostile::*;
+use super::wire::*;
 
 /// A random message that is nearly right: most have the size and the descriptors that they should have.
 fn random_message(prng: &mut Prng, wire: &UnixStream, files: &[OwnedFd]) -> std::io::Result<()> {

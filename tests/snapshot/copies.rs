@@ -7,7 +7,7 @@ use std::process::Command;
 use kit::snapshot::{Agent, Daemon, Mood, err, out, wait_until};
 use rustix::process::Signal;
 
-use super::command::*;
+use super::scene::*;
 
 /// A served image of `size` bytes with something in it.
 fn filled(dir: &Path, name: &str, size: usize) -> (Daemon, Vec<u8>) {

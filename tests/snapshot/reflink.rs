@@ -8,7 +8,7 @@ use kit::driver::{ALL, Driver};
 use kit::snapshot::{Agent, Daemon, Mood, Mounted, ctl, err, hooks, out, wait_until};
 use serde_json::Value;
 
-use super::command::*;
+use super::scene::*;
 
 /// XFS asks more of O_DIRECT on a file that shares blocks. A guest's partition table counts in sectors: they must stay.
 #[test]

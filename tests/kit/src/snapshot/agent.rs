@@ -1,12 +1,9 @@
-//! What the tests of `virtioblkctl snapshot` share: disks served by the real program, and a guest's agent that does
-//! what a test tells it.
+//! A guest's agent that does what a test tells it.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -14,91 +11,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Value, json};
 
-pub use crate::guest::tell;
-pub use crate::wait::{WAIT_TIMEOUT, wait_until};
-
-pub fn ctl() -> Command {
-    let mut command = Command::new(crate::programs::virtioblkctl());
-    command.stdin(Stdio::null());
-    command
-}
-
-/// A disk served by `virtioblkd`, killed when dropped.
-pub struct Daemon {
-    pub child: Child,
-    pub image: PathBuf,
-    // Its own directory: a socket's path must be short, and the build's may be long.
-    dir: tempfile::TempDir,
-}
-
-impl Daemon {
-    /// Serves `image`, which may be on any filesystem.
-    pub fn start(image: &Path, mode: &str) -> Daemon {
-        let dir = tempfile::tempdir().unwrap();
-        let log = File::create(dir.path().join("log")).unwrap();
-        let mut command = Command::new(crate::programs::virtioblkd());
-        command
-            .arg("--socket-path")
-            .arg(dir.path().join("vhost"))
-            .arg("--control-path")
-            .arg(dir.path().join("control"));
-        command.arg("--blk-file").arg(image).args(["--cache", mode]);
-        command.arg("--copy-dir").arg(image.parent().expect("an absolute path"));
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
-        let mut daemon = Daemon { child, image: image.to_owned(), dir };
-        wait_until("virtioblkd serves", || {
-            assert!(daemon.child.try_wait().unwrap().is_none(), "virtioblkd ended: {}", daemon.log());
-            daemon.log().contains("serving on")
-        });
-        daemon
-    }
-
-    /// Serves a new image of `size` bytes in `dir`.
-    pub fn with_image(dir: &Path, name: &str, size: u64) -> Daemon {
-        let image = dir.join(name);
-        File::create(&image).unwrap().set_len(size).unwrap();
-        Daemon::start(&image, "writeback")
-    }
-
-    pub fn log(&self) -> String {
-        fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
-    }
-
-    /// Waits until the log contains all of `parts`, and returns it.
-    pub fn wait_for_log(&self, parts: &[&str]) -> String {
-        crate::log::wait_for(|| self.log(), parts)
-    }
-
-    pub fn socket(&self) -> PathBuf {
-        self.dir.path().join("vhost")
-    }
-
-    pub fn control(&self) -> PathBuf {
-        self.dir.path().join("control")
-    }
-
-    pub fn is_held(&self) -> bool {
-        is_held(&self.control())
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // Both fail only if it is gone.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        if std::thread::panicking() {
-            eprintln!("--- virtioblkd said:\n{}", self.log());
-        }
-    }
-}
-
-/// Whether somebody holds the disk, or waits to, behind this quiesce socket.
-pub fn is_held(control: &Path) -> bool {
-    let output = ctl().arg("--control").arg(control).args(["--json", "status"]).output().unwrap();
-    let status: Value = serde_json::from_slice(&output.stdout).unwrap();
-    status["quiesce"]["closed-ms"] != Value::Null
-}
+use super::is_held;
+use crate::wait::wait_until;
 
 /// What the agent does with a freeze.
 #[derive(Clone, Debug, PartialEq)]
@@ -406,94 +320,5 @@ fn file(command: &str, request: &Value, cmdline: Option<&str>) -> Value {
         }
         "guest-file-close" => json!({"return": {}}),
         _ => refused,
-    }
-}
-
-/// A directory with hooks: shell scripts.
-pub fn hooks(dir: &Path, freeze: &str, thaw: &str) -> PathBuf {
-    let hooks = dir.join("hooks");
-    fs::create_dir_all(&hooks).unwrap();
-    for (name, body) in [("freeze", freeze), ("thaw", thaw)] {
-        let path = hooks.join(name);
-        fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-    }
-    hooks
-}
-
-pub fn out(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-pub fn err(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-/// A filesystem of its own in a file, mounted.
-pub struct Mounted {
-    dir: tempfile::TempDir,
-}
-
-impl Mounted {
-    /// `None`, said loudly, where that is not possible.
-    pub fn xfs() -> Option<Mounted> {
-        Mounted::new("XFS", Command::new("mkfs.xfs").args(["-q", "-m", "reflink=1"]))
-    }
-
-    /// `None`, said loudly, where that is not possible.
-    pub fn btrfs() -> Option<Mounted> {
-        Mounted::new("btrfs", Command::new("mkfs.btrfs").arg("-q"))
-    }
-
-    fn new(kind: &str, make: &mut Command) -> Option<Mounted> {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("filesystem");
-        File::create(&file).unwrap().set_len(512 << 20).unwrap();
-        fs::create_dir(dir.path().join("m")).unwrap();
-        let mount = &mut Command::new("mount");
-        if !(done(make.arg(&file)) && done(mount.args(["-o", "loop"]).arg(&file).arg(dir.path().join("m")))) {
-            tell(&format!(
-                "SKIPPED: no {kind} can be mounted here (root, its mkfs and loop devices are needed): no reflink tested"
-            ));
-            return None;
-        }
-        Some(Mounted { dir })
-    }
-
-    pub fn path(&self) -> PathBuf {
-        self.dir.path().join("m")
-    }
-
-    /// Freezes or thaws it (`fsfreeze`): what would change it hangs in between.
-    pub fn set_frozen(&self, frozen: bool) -> bool {
-        done(Command::new("fsfreeze").arg(if frozen { "-f" } else { "-u" }).arg(self.path()))
-    }
-}
-
-/// Whether the command succeeded; what it said otherwise.
-fn done(command: &mut Command) -> bool {
-    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
-    match command.env("PATH", path).output() {
-        Ok(output) if output.status.success() => true,
-        Ok(output) => {
-            tell(&format!("{command:?}: {}", err(&output)));
-            false
-        }
-        Err(error) => {
-            tell(&format!("{command:?}: {error}"));
-            false
-        }
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            // In case that the test had it frozen.
-            self.set_frozen(false);
-        }
-        // Lazily: a daemon that is ending may have it open.
-        let status = Command::new("umount").arg("-l").arg(self.path()).status();
-        assert!(status.is_ok_and(|status| status.success()) || std::thread::panicking(), "umount failed");
     }
 }
