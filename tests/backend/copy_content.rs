@@ -48,7 +48,7 @@ fn the_copy_of_a_sparse_image_is_sparse() {
 
 /// A block of data in each cluster, and one with zeroes: a copy by clusters would take sixteen times the room.
 #[test]
-fn a_thin_image_stays_as_thin_down_to_the_block() {
+fn the_copy_of_a_thin_image_is_as_thin_block_by_block() {
     let dir = disk_dir();
     let path = image(dir.path(), "disk.img", 64 << 20);
     let file = std::fs::OpenOptions::new().write(true).open(&path).expect("the image");

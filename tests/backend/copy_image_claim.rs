@@ -15,7 +15,7 @@ use virtioblkd::engine::CacheMode;
 use super::copy_world::*;
 
 #[test]
-fn dropping_the_disk_cancels_and_lets_the_image_go() {
+fn dropping_the_disk_cancels_its_copy_and_releases_the_image() {
     let dir = disk_dir();
     let path = image(dir.path(), "disk.img", 2 << 20);
     let world = World::new(Arc::new(backend::open(&path, CacheMode::None)), Tuning::default());
@@ -41,7 +41,7 @@ fn shared_with_another_host(timeout: Duration) -> (World, FileBackend, tempfile:
 }
 
 #[test]
-fn a_guest_that_left_waits_for_a_copy_as_for_a_write_and_one_that_comes_back_does_not_harm_it() {
+fn a_copy_fails_when_its_guest_stays_away_and_survives_one_that_returns() {
     let (world, other, _dir) = shared_with_another_host(Duration::from_secs(4));
     world.disk.claim().activate().expect("free");
     let copy = started(&world, 1);

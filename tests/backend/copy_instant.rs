@@ -269,7 +269,7 @@ fn the_copy_of_a_file_is_the_image_at_the_instant() {
 /// 4 KiB sectors shown as 512 bytes: writes of the guest read and write back what surrounds them. And a size that is
 /// not whole clusters.
 #[test]
-fn the_copy_of_a_device_with_large_sectors() {
+fn the_copy_of_a_device_with_large_sectors_is_the_image_at_the_instant() {
     let dir = disk_dir();
     let Some(device) = backend::Loop::attach(&image(dir.path(), "loop.img", (2 << 20) + 4096), 4096) else { return };
     let options = FileOptions { logical_block_size: Some(512), ..options(&device.0, CacheMode::None) };
@@ -280,7 +280,7 @@ fn the_copy_of_a_device_with_large_sectors() {
 }
 
 #[test]
-fn a_cancelled_copy_leaves_nothing_and_the_guest_alone() {
+fn a_cancelled_copy_leaves_no_file_and_disturbs_no_write() {
     let (world, _) = World::mem(CompletionOrder::Shuffled(9), Tuning::default());
     let mut ended = [0, 0];
     for seed in 0..100 {
@@ -291,7 +291,7 @@ fn a_cancelled_copy_leaves_nothing_and_the_guest_alone() {
 }
 
 #[test]
-fn a_target_that_fails_at_any_time_leaves_nothing_and_the_guest_alone() {
+fn a_target_that_fails_at_any_time_leaves_no_file_and_disturbs_no_write() {
     let mut ended = [0, 0];
     for seed in 0..60 {
         let mut prng = Prng::new(seed);
@@ -319,7 +319,7 @@ fn planted_faults_of_the_copier_are_found() {
 
 /// So is a scratch whose hole is punched too soon.
 #[test]
-fn a_scratch_that_is_freed_too_soon_is_noticed() {
+fn a_planted_fault_that_frees_the_scratch_too_soon_is_found() {
     let noticed = (0..100).any(|seed| {
         let (tuning, _dir) = with_scratch(16 << 20, 0, &Arc::default());
         let (world, _) = World::mem(CompletionOrder::InOrder, Tuning { mutant: Some(Mutant::PunchesFirst), ..tuning });

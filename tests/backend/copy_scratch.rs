@@ -77,7 +77,7 @@ fn a_scratch_that_hangs_does_not_hang_the_guest() {
 
 /// A full scratch, and one that is not there: the target is waited for, as without one.
 #[test]
-fn a_scratch_without_room_costs_nothing() {
+fn a_full_or_missing_scratch_does_not_fail_the_copy() {
     let dir = tempfile::tempdir().expect("a directory");
     let mount = |args: &[&str]| {
         let status = Command::new(args[0]).args(&args[1..]).arg(dir.path()).status();

@@ -51,7 +51,7 @@ fn invalid_copy_targets_are_refused() {
 
 /// The image may have the name that a copy has until it is complete. To remove it would cost the guest its disk.
 #[test]
-fn an_image_with_a_partial_files_name_stays() {
+fn an_image_with_the_name_of_a_partial_file_is_not_removed() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = |name: &str| dir.path().join(name);
     std::fs::write(path("disk.img.partial"), vec![7; 1 << 20]).expect("an image");
@@ -105,7 +105,7 @@ fn a_start_with_a_write_in_flight_is_refused() {
 }
 
 #[test]
-fn something_that_appears_at_the_target_is_not_replaced() {
+fn a_file_that_appears_at_the_target_is_not_replaced() {
     let (world, _) = World::mem(CompletionOrder::InOrder, Tuning::default());
     let copy = world.prepare(0);
     std::fs::write(world.target(), "precious").expect("a file");

@@ -79,7 +79,7 @@ fn a_read_only_filesystem_is_named() {
 }
 
 #[test]
-fn a_filesystem_without_o_direct_is_told_with_the_modes_that_work() {
+fn a_filesystem_without_o_direct_is_refused_naming_the_modes_that_work() {
     // procfs and sysfs know no O_DIRECT, and have regular files.
     let path = Path::new("/sys/kernel/notes");
     let read_only = FileOptions { read_only: true, locking: Locking::Off, ..options(path, DIRECT) };
@@ -133,7 +133,7 @@ fn run(program: &str, args: &[&str]) -> Option<(bool, String)> {
 }
 
 #[test]
-fn qemu_respects_our_lock() {
+fn qemu_respects_virtioblkds_lock() {
     let dir = disk_dir();
     let path = image(dir.path(), "disk.img", 1 << 20);
     let (name, copy) = (path.to_str().expect("a name"), dir.path().join("copy"));
@@ -162,7 +162,7 @@ fn qemu_respects_our_lock() {
 }
 
 #[test]
-fn we_respect_qemus_lock() {
+fn virtioblkd_respects_qemus_lock() {
     let dir = disk_dir();
     let path = image(dir.path(), "disk.img", 1 << 20);
     let Some(_qemu) = QemuIo::open(&path, &[]) else { return };

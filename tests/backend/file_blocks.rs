@@ -78,7 +78,7 @@ fn read_modify_write_never_loses_a_neighbours_write() {
 }
 
 #[test]
-fn a_queue_that_goes_leaves_no_lock_and_no_descriptor_behind() {
+fn a_dropped_queue_leaves_no_lock_and_no_descriptor() {
     let dir = disk_dir();
     let file = image(dir.path(), "disk.img", 1 << 20);
     let Some(device) = Loop::attach(&file, 4096) else { return };

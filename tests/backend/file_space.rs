@@ -71,7 +71,7 @@ fn discard_on_a_device_frees_blocks_behind_it() {
 }
 
 #[test]
-fn where_the_filesystem_cannot_zero_zeroes_are_written() {
+fn zeroes_are_written_where_the_filesystem_cannot_zero() {
     // tmpfs has no ZERO_RANGE.
     let dir = tempfile::tempdir_in("/dev/shm").expect("a directory");
     let path = image(dir.path(), "disk.img", 8 << 20);

@@ -13,7 +13,7 @@ use virtioblkd::engine::CacheMode;
 use super::rbd_listener::*;
 
 #[test]
-fn several_images_at_a_time_keep_to_themselves() {
+fn several_open_images_do_not_affect_each_other() {
     let stubs = [Stub::new(CacheMode::None), Stub::new(CacheMode::Writeback)];
     let disks = stubs.each_ref().map(Stub::open);
     thread::scope(|scope| {
@@ -36,7 +36,7 @@ fn a_short_read_is_an_error() {
 }
 
 #[test]
-fn an_error_is_of_its_op_alone_and_keeps_its_number() {
+fn an_error_fails_only_its_op_and_keeps_its_number() {
     let stub = Stub::new(CacheMode::None);
     let disk = stub.open();
     let mut driver = Driver::new(&disk, 4);
@@ -94,7 +94,7 @@ fn write_zeroes_keeps_space_unless_it_may_go() {
 }
 
 #[test]
-fn the_geometry_is_the_images() {
+fn the_geometry_is_that_of_the_image() {
     let mut stub = Stub::new(CacheMode::None);
     stub.set("stub_size", "1049088").set("rbd_discard_granularity_bytes", "131072");
     stub.options.logical_block_size = 4096;
@@ -126,7 +126,7 @@ fn a_queue_that_is_dropped_waits_for_ops_that_hang() {
 }
 
 #[test]
-fn a_sync_of_ours_waits_for_the_guests_first_flush() {
+fn a_sync_flushes_nothing_before_the_guests_first_flush() {
     let stub = Stub::new(CacheMode::Writeback);
     let disk = stub.open();
     let mut driver = Driver::new(&disk, 4);
@@ -148,7 +148,7 @@ fn a_sync_of_ours_waits_for_the_guests_first_flush() {
 }
 
 #[test]
-fn a_sync_of_ours_flushes_wherever_librbd_may_hold_something() {
+fn a_sync_flushes_where_librbd_may_hold_writes_back() {
     let mut cautious = Stub::new(CacheMode::Writeback);
     cautious.set("rbd_cache_writethrough_until_flush", "false").options.allow_override = true;
     let others = [CacheMode::None, CacheMode::Directsync, CacheMode::Unsafe].map(Stub::new);
@@ -199,7 +199,7 @@ fn a_flush_that_failed_without_a_cache_lost_nothing() {
 }
 
 #[test]
-fn a_sync_of_ours_that_failed_is_made_again() {
+fn a_failed_sync_is_retried() {
     let stub = Stub::new(CacheMode::None);
     let disk = stub.open();
     Driver::new(&disk, 4).write(0, &[1; 512]).unwrap();

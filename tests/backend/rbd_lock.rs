@@ -13,7 +13,7 @@ use virtioblkd::engine::CacheMode;
 use super::rbd_listener::*;
 
 #[test]
-fn a_lost_lock_is_said_and_so_is_its_return() {
+fn a_lost_lock_and_its_return_are_reported() {
     let stub = Stub::new(CacheMode::None);
     let disk = stub.open();
     let (_listener, said) = Listener::start(&disk);
@@ -113,7 +113,7 @@ fn a_lock_that_another_has_is_waited_for_and_not_for_ever() {
 }
 
 #[test]
-fn a_dead_owner_is_waited_for_without_holding_up_the_caller() {
+fn a_claim_that_waits_for_a_dead_owner_does_not_block_its_caller() {
     let stub = Stub::new(CacheMode::None);
     let disk = stub.open();
     stub.tell("lock-hangs");
@@ -165,7 +165,7 @@ fn opened_again(stub: &Stub) -> RbdBackend {
 }
 
 #[test]
-fn a_dead_owner_of_ours_is_not_waited_for() {
+fn the_lock_of_a_killed_daemon_is_broken_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let state = dir.path().join("state");
     let mut stub = Stub::new(CacheMode::None);

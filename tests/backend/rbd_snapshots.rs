@@ -8,7 +8,7 @@ use virtioblkd::engine::CacheMode;
 use super::rbd_listener::*;
 
 #[test]
-fn a_new_size_is_told_once_and_bounds_every_op() {
+fn a_new_size_is_reported_once_and_bounds_every_op() {
     let stub = Stub::new(CacheMode::None);
     let disk = stub.open();
     let (_listener, said) = Listener::start(&disk);
@@ -27,7 +27,7 @@ fn a_new_size_is_told_once_and_bounds_every_op() {
 }
 
 #[test]
-fn snapshots_and_what_keeps_them_from_being_made() {
+fn a_snapshot_is_created_or_its_error_names_the_fix() {
     let stub = Stub::new(CacheMode::None);
     let disk = stub.open();
     let snapshots = disk.store().snapshots().unwrap();

@@ -59,7 +59,7 @@ fn the_medium_decides_and_the_status_says_why() {
 
 /// The real sysfs: a loop device copies into the page cache, or, told to pass O_DIRECT on, is as its file.
 #[test]
-fn a_real_loop_device_is_seen_through() {
+fn the_buffer_use_of_a_loop_device_is_that_of_its_file() {
     let dir = disk_dir();
     let path = image(dir.path(), "disk.img", 8 << 20);
     let Some(device) = backend::Loop::attach(&path, 512) else { return };

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use virtioblkd::disk::Event;
 
 #[test]
-fn a_hundred_connections() {
+fn of_a_hundred_connections_all_but_the_limit_are_refused() {
     let served = Served::new();
     let mut first = served.client();
     let mut clients: Vec<Client> = (0..100).map(|_| Client::new(served.raw())).collect();

@@ -11,7 +11,7 @@ use virtioblkd::engine::{Errno, Kind};
 const EIO: Errno = Errno(5);
 
 #[test]
-fn the_disks_events_reach_those_who_negotiated() {
+fn the_disks_events_reach_clients_that_negotiated() {
     let served = Served::new();
     let (mut client, mut silent) = (served.client(), served.greeted());
     let io_error =
@@ -71,7 +71,7 @@ fn a_guest_that_provokes_errors_does_not_hide_the_disks_own() {
 }
 
 #[test]
-fn quit_is_answered_and_asked_once() {
+fn quit_is_answered_each_time_and_carried_out_once() {
     let served = Served::new();
     let mut client = served.client();
     assert_eq!(client.ask("quit", json!({})), Ok(json!({})));

@@ -10,7 +10,7 @@ use virtioblkd::engine::{Errno, Kind};
 const EIO: Errno = Errno(5);
 
 #[test]
-fn a_quiesce_and_its_resume() {
+fn a_quiesce_holds_the_disk_until_its_resume() {
     let served = Served::new();
     let (mut client, mut watcher) = (served.client(), served.client());
     let answer = client.ask("quiesce", json!({"who": "backup", "lease-ms": 60_000})).unwrap();

@@ -27,7 +27,7 @@ fn is_idle(served: &Served, client: &mut Client) {
 }
 
 #[test]
-fn the_disk_is_held_from_the_answer_until_the_store_says_so() {
+fn the_disk_is_held_from_the_reply_until_the_store_unquiesces() {
     let served = Served::new();
     let mut client = served.client();
     served.disk.set(Settle::ByHand);
@@ -224,7 +224,7 @@ fn attends(served: &Served, arguments: Value) -> Client {
 }
 
 #[test]
-fn the_attendant_is_asked_while_the_gate_is_open_and_told_when_it_is_open_again() {
+fn the_attendant_prepares_before_the_gate_closes_and_is_released_after_it_opens() {
     let served = Served::new();
     let mut watcher = served.client();
     let mut attendant = attends(&served, json!({"who": "vm1", "timeout-ms": 3_600_000}));
@@ -257,7 +257,7 @@ fn the_attendant_is_asked_while_the_gate_is_open_and_told_when_it_is_open_again(
 }
 
 #[test]
-fn what_the_attendant_does_not_consent_to_is_refused_if_it_is_required() {
+fn a_snapshot_without_the_consent_of_a_required_attendant_is_refused() {
     let served = Served::new();
     for required in [true, false] {
         // It says no; it says nothing.
@@ -293,7 +293,7 @@ fn what_the_attendant_does_not_consent_to_is_refused_if_it_is_required() {
 }
 
 #[test]
-fn a_lost_attendant_is_missed_and_one_that_ends_is_not() {
+fn a_lost_attendant_blocks_snapshots_and_one_that_unattends_does_not() {
     let served = Served::new();
     let mut watcher = served.client();
     let mut attendant = attends(&served, json!({"who": "vm1"}));

@@ -107,7 +107,7 @@ fn others(mode: CacheMode) -> Others {
 }
 
 #[test]
-fn the_device_lets_all_pass_a_stalled_read() {
+fn requests_pass_a_stalled_read_of_the_device() {
     for mode in CacheMode::ALL {
         let (disk, withheld) = Withholding::new(SIZE, STALLED * PAGE as u64);
         let options = DeviceOptions { mode, num_queues: 1, queue_size: 128, serial: String::new() };
@@ -171,7 +171,7 @@ impl Drop for Served {
 }
 
 #[test]
-fn a_real_file_lets_all_pass_a_stalled_read() {
+fn requests_pass_a_stalled_read_of_a_file() {
     for mode in CacheMode::ALL {
         let Some(mut served) = Served::start(mode) else { return };
         let Served { guest, disk, .. } = &mut served;
@@ -189,7 +189,7 @@ fn a_real_file_lets_all_pass_a_stalled_read() {
 
 /// Writes need not pass: a sync of FUSE has the file's lock, and so have they.
 #[test]
-fn a_real_file_lets_reads_pass_a_stalled_sync() {
+fn reads_pass_a_stalled_sync_of_a_file() {
     for mode in [CacheMode::None, CacheMode::Writeback] {
         let Some(mut served) = Served::start(mode) else { return };
         let Served { guest, disk, .. } = &mut served;
@@ -210,7 +210,7 @@ fn a_real_file_lets_reads_pass_a_stalled_sync() {
 /// With FUSE_ASYNC_DIO and without: then O_DIRECT transfers wait in the thread that begins them. A read that was under way
 /// before the write is answered beside it, too.
 #[test]
-fn a_real_file_lets_reads_pass_a_stalled_write() {
+fn reads_pass_a_stalled_write_of_a_file() {
     const EARLIER: u64 = STALLED - 8;
     const EARLIER_ID: u64 = STALLED_ID - 1;
     for (mode, async_dio) in CacheMode::ALL.into_iter().flat_map(|mode| [(mode, true), (mode, false)]) {

@@ -111,7 +111,7 @@ fn answer(mut stream: UnixStream, way: Way) -> std::io::Result<()> {
 }
 
 #[test]
-fn what_a_daemon_answers_is_shown_and_not_obeyed() {
+fn control_characters_in_a_daemons_replies_are_escaped() {
     let commands: [&[&str]; 11] = [
         &["status"],
         &["stats"],
@@ -140,7 +140,7 @@ fn what_a_daemon_answers_is_shown_and_not_obeyed() {
 }
 
 #[test]
-fn json_of_a_daemon_is_safe_and_keeps_its_meaning() {
+fn json_of_a_daemon_is_escaped_and_keeps_its_values() {
     let hostile = Hostile::start(Way::Replies);
     let output = ctl().arg("--control").arg(hostile.control()).args(["--json", "status"]).output().unwrap();
     is_harmless(&output);
@@ -148,7 +148,7 @@ fn json_of_a_daemon_is_safe_and_keeps_its_meaning() {
 }
 
 #[test]
-fn events_are_one_harmless_line_each() {
+fn an_event_with_control_characters_is_one_escaped_line() {
     for json in [&[][..], &["--json"]] {
         let hostile = Hostile::start(Way::Events);
         let mut command = ctl();
@@ -212,7 +212,7 @@ fn able(command: &str) -> Value {
 }
 
 #[test]
-fn what_a_guests_agent_says_is_shown_and_not_obeyed() {
+fn control_characters_in_an_agents_replies_are_escaped() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let daemon = Daemon::with_image(dir.path(), "disk.img", 1 << 20);
     let agents: [fn(&str) -> Value; 5] = [

@@ -147,7 +147,7 @@ fn a_quiesce_that_fails_says_why() {
 // With a command under it.
 
 #[test]
-fn the_disk_is_held_while_the_command_runs_and_its_status_is_ours() {
+fn the_disk_is_held_while_the_command_runs_and_its_status_is_passed_on() {
     let served = Served::new();
     let ctl = env!("CARGO_BIN_EXE_virtioblkctl");
     let script = r#""$0" --control "$1" --json status; echo "$VIRTIOBLK_QUIESCE_TOKEN" >&2; exit 7"#;
@@ -232,7 +232,7 @@ fn until_exists(file: &Path, status: i32) -> String {
 }
 
 #[test]
-fn a_hold_that_is_lost_is_no_success() {
+fn a_lost_hold_is_a_failure_of_the_command() {
     let dir = tempfile::tempdir().unwrap();
     let over = |name: &str| dir.path().join(name);
     let end = |name: &str| std::fs::write(over(name), "").unwrap();
@@ -342,7 +342,7 @@ fn quit_asks_for_the_end() {
 }
 
 #[test]
-fn errors_name_the_thing_the_cause_and_the_mend() {
+fn errors_name_the_socket_the_cause_and_the_fix() {
     let dir = tempfile::tempdir().unwrap();
     let fails = |path: &Path, words: &[&str]| {
         let output = ctl(path).arg("status").output().unwrap();
@@ -382,7 +382,7 @@ fn errors_name_the_thing_the_cause_and_the_mend() {
 
 /// The vhost-user socket of a real daemon, free and with a front-end: it says at once that it is the wrong one.
 #[test]
-fn the_front_ends_socket_is_the_wrong_one_at_once() {
+fn a_vhost_user_socket_given_as_control_socket_is_named_at_once() {
     let disk = upgrade::Disk::serve(&["--cache", "none"]);
     let says = || {
         let output = ctl(&disk.path("vhost")).arg("status").output().unwrap();
@@ -397,7 +397,7 @@ fn the_front_ends_socket_is_the_wrong_one_at_once() {
 }
 
 #[test]
-fn too_many_clients_is_told_in_words() {
+fn the_error_of_too_many_clients_names_the_limit() {
     let served = Served::new();
     let _others: Vec<_> = (0..32).map(|_| served.greeted()).collect();
     let output = run(&served, &["status"]);

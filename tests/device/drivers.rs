@@ -49,7 +49,7 @@ fn next_driver(guest: &mut FrontEnd, features: u64, rings: usize) {
 }
 
 #[test]
-fn each_driver_is_served_by_what_it_knows() {
+fn each_driver_is_served_by_the_features_it_acknowledged() {
     for mode in CacheMode::ALL {
         let (disk, rig) = memory_disk(mode, CompletionOrder::InOrder);
         let mut guest = FrontEnd::connect(&rig.path, 4, 64, ALL);

@@ -118,7 +118,7 @@ fn a_ring_that_is_stopped_and_a_front_end_that_leaves_are_synced() {
 }
 
 #[test]
-fn what_is_in_flight_when_the_front_end_dies_is_finished_and_synced() {
+fn requests_in_flight_when_the_front_end_dies_are_completed_and_synced() {
     for seed in 0..8 {
         let rig = Rig::new(CacheMode::Writeback, DurableWrite::Native, CompletionOrder::Shuffled(seed));
         let mut load = Load::new(rig.connect(ALL), Promise::Flushed, seed);

@@ -80,7 +80,7 @@ fn one_failed_sync_is_reported_once() {
 
 /// Nobody is left to tell but the operator.
 #[test]
-fn a_failed_sync_at_the_end_of_a_ring_or_a_connection_is_shown() {
+fn a_failed_sync_at_the_end_of_a_ring_or_a_connection_is_reported() {
     for ask in [false, true] {
         let rig = Rig::new(CacheMode::None, DurableWrite::Native, CompletionOrder::InOrder);
         let mut guest = rig.connect(ALL);

@@ -10,7 +10,7 @@ use virtioblkd::engine::CacheMode;
 use super::file_rig::*;
 
 #[test]
-fn held_writes_stay_in_the_ring_and_reads_go_on() {
+fn blocked_writes_stay_in_the_ring_and_reads_continue() {
     let rig = rig(CacheMode::Writeback);
     let mut guest = connect(&rig, 2);
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
@@ -48,7 +48,7 @@ fn a_hold_syncs_in_every_mode() {
 }
 
 #[test]
-fn a_hold_needs_no_front_end_and_outlives_one() {
+fn a_hold_needs_no_front_end_and_survives_a_disconnect() {
     let rig = rig(CacheMode::Writeback);
     assert_eq!(rig.hold(1).unwrap().rings, 0);
     let mut guest = connect(&rig, 1);
@@ -63,7 +63,7 @@ fn a_hold_needs_no_front_end_and_outlives_one() {
 }
 
 #[test]
-fn get_vring_base_answers_while_held_and_loses_nothing() {
+fn get_vring_base_during_a_hold_loses_no_request() {
     let rig = rig(CacheMode::None);
     let mut guest = connect(&rig, 1);
     rig.hold(1).unwrap();

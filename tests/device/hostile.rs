@@ -65,7 +65,7 @@ fn a_full_eventfd_blocks_no_thread() {
 /// virtio-queue counts the answers since it last looked for a wish to be interrupted, in 16 bits, and looks only where
 /// EVENT_IDX was negotiated.
 #[test]
-fn the_first_answer_after_event_idx_was_negotiated_is_interrupted_whatever_came_before() {
+fn the_first_completion_after_event_idx_is_negotiated_interrupts_the_guest() {
     let rig = memory_disk();
     let mut guest = FrontEnd::connect(&rig.path, 1, 256, !F_EVENT_IDX);
     let mut left = u16::MAX;
@@ -88,7 +88,7 @@ fn the_first_answer_after_event_idx_was_negotiated_is_interrupted_whatever_came_
 }
 
 #[test]
-fn a_broken_ring_is_told_of_on_its_error_descriptor() {
+fn a_broken_ring_signals_its_error_descriptor() {
     let rig = memory_disk();
     let (mut guest, _wire) = connect(&rig);
     let error = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
@@ -168,7 +168,7 @@ fn a_connection_that_ends_within_a_message_is_a_disconnect() {
 }
 
 #[test]
-fn thousands_of_malformed_requests_cost_a_bounded_log_and_status() {
+fn thousands_of_malformed_requests_fill_neither_log_nor_status() {
     let disk = Arc::new(MemBackend::new(MemOptions::new(1 << 20)));
     let rig = Rig::on(disk.clone(), &options());
     let (mut guest, _wire) = connect(&rig);

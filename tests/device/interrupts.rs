@@ -10,7 +10,7 @@ use vm_memory::Bytes;
 use super::file_rig::*;
 
 #[test]
-fn the_call_descriptor_is_changed_while_running() {
+fn a_running_ring_uses_its_new_call_descriptor() {
     let rig = rig(CacheMode::None);
     let mut guest = connect(&rig, 1);
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
@@ -23,7 +23,7 @@ fn the_call_descriptor_is_changed_while_running() {
 }
 
 #[test]
-fn an_answer_given_before_the_call_descriptor_came_is_signalled_with_it() {
+fn a_completion_before_set_vring_call_is_signalled_with_it() {
     let rig = rig(CacheMode::None);
     let mut guest = connect(&rig, 1);
     let base = guest.stop_ring(0);

@@ -111,7 +111,7 @@ pub(super) fn put_long_read(guest: &FrontEnd, table: u64, entries: u16) {
 /// The longest that there can be: in the ring, in an indirect table, and in both; and a chain that goes round for ever.
 /// One request is refused, or returned without an answer where no status byte can be found; the ring goes on.
 #[test]
-fn chains_of_65535_entries_cost_their_request() {
+fn chains_of_65535_entries_fail_only_their_request() {
     const ENTRIES: u16 = 65_535;
     const TABLE_BYTES: u32 = ENTRIES as u32 * 16;
     type Put = fn(&FrontEnd);

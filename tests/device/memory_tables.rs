@@ -11,7 +11,7 @@ use virtioblkd::disk::{Disk as _, Event};
 use super::wire::*;
 
 #[test]
-fn a_memory_table_in_any_order_is_served_and_one_that_makes_no_sense_refused() {
+fn a_memory_table_in_any_order_is_accepted_and_an_invalid_one_refused() {
     let rig = memory_disk();
     let memory = memfd(1 << 20);
     let user = 0x7000_0000_0000;
@@ -53,7 +53,7 @@ pub(super) fn connect_again(rig: &Rig, old: (FrontEnd, UnixStream)) -> (FrontEnd
 
 /// What QEMU would not start either, and what no driver does.
 #[test]
-fn a_ring_of_which_a_part_lies_in_two_regions_waits_for_a_better_place() {
+fn a_ring_that_spans_two_regions_does_not_start_until_it_is_moved() {
     let rig = memory_disk();
     let (mut guest, wire) = connect(&rig);
     guest.stop_ring(0);
@@ -90,7 +90,7 @@ fn a_ring_of_which_a_part_lies_in_two_regions_waits_for_a_better_place() {
 }
 
 #[test]
-fn no_more_regions_than_were_said_to_be_possible() {
+fn more_regions_than_get_max_mem_slots_are_refused() {
     let rig = memory_disk();
     let (mut guest, wire) = connect(&rig);
     let most = guest.control.get_max_mem_slots().unwrap();

@@ -54,7 +54,7 @@ fn is_held(rig: &Rig) -> bool {
 }
 
 #[test]
-fn a_write_without_space_is_kept_and_its_ring_reads_on_until_it_is_continued() {
+fn a_write_without_space_is_retained_and_reads_continue_until_it_is_retried() {
     let (disk, rig) = served(OnError::Enospc);
     let mut guest = FrontEnd::connect(&rig.path, 2, SIZE, ALL);
     assert_eq!(guest.write(0, 0, &[1; 1024]), OK);
@@ -203,7 +203,7 @@ fn a_hold_waits_for_retained_requests() {
 }
 
 #[test]
-fn a_ring_that_is_taken_back_is_answered_after_one_more_try() {
+fn a_stopped_ring_retries_its_retained_requests_once() {
     for fails_again in [true, false] {
         let (disk, rig) = served(OnError::Enospc);
         let mut guest = FrontEnd::connect(&rig.path, 1, SIZE, ALL);
@@ -310,7 +310,7 @@ fn retained_requests_are_carried_out_by_the_next_server() {
 /// Requests of every kind on two rings that fail at random, while rings are restarted and the operator lets them go on:
 /// each is answered once and well, and the image is what was written.
 #[test]
-fn nothing_is_lost_or_answered_twice_whatever_fails() {
+fn every_request_is_completed_once_whatever_fails() {
     for seed in 1..=20 {
         let (disk, rig) = served(OnError::Stop);
         let mut guest = FrontEnd::connect(&rig.path, 2, SIZE, ALL);

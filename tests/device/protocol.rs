@@ -44,7 +44,7 @@ fn a_ring_too_small_for_the_largest_request_is_reported() {
 }
 
 #[test]
-fn stop_and_start_under_load_answers_everything_once() {
+fn a_ring_stopped_and_started_under_load_completes_each_request_once() {
     let rig = rig(CacheMode::None);
     let mut guest = connect(&rig, 1);
     let (mut sent, mut answered) = (0, 0);
@@ -75,7 +75,7 @@ fn stop_and_start_under_load_answers_everything_once() {
 }
 
 #[test]
-fn the_memory_table_changes_under_load() {
+fn requests_complete_while_the_memory_table_changes() {
     let rig = rig(CacheMode::Writeback);
     let mut guest = connect(&rig, 2);
     for _ in 0..50 {
@@ -94,7 +94,7 @@ fn the_memory_table_changes_under_load() {
 }
 
 #[test]
-fn a_disabled_ring_rests_and_an_enabled_one_wakes() {
+fn a_disabled_ring_pops_nothing_and_continues_when_enabled() {
     let rig = rig(CacheMode::None);
     let mut guest = connect(&rig, 1);
     guest.control.set_vring_enable(0, false).unwrap();
@@ -109,7 +109,7 @@ fn a_disabled_ring_rests_and_an_enabled_one_wakes() {
 /// Between SET_VRING_ADDR and the start of a ring its indices can still change: firmware hands its disk over to a system that
 /// takes the ring up where it is.
 #[test]
-fn a_ring_goes_on_at_the_used_index_that_it_starts_with() {
+fn a_ring_continues_at_its_used_index() {
     let rig = rig(CacheMode::None);
     let mut front_end = FrontEnd::handshake(UnixStream::connect(&rig.path).unwrap(), 1, 64, ALL);
     let config = front_end.ring_config(0);
@@ -132,7 +132,7 @@ fn a_ring_goes_on_at_the_used_index_that_it_starts_with() {
 }
 
 #[test]
-fn a_broken_ring_stops_alone() {
+fn a_broken_ring_stops_no_other_ring() {
     type Break = fn(&mut FrontEnd);
     let breaks: [(&str, Break); 3] = [
         ("available index", |guest| {
@@ -208,7 +208,7 @@ fn config_space_cannot_be_written() {
 
 /// QEMU reads the used index when it sees the server gone, and gives the next one what is not answered by then.
 #[test]
-fn a_front_end_sees_the_end_after_the_last_answer() {
+fn a_front_end_sees_the_disconnect_after_the_last_completion() {
     let options = MemOptions { order: CompletionOrder::OnRequest, ..MemOptions::new(SIZE) };
     let backend = Arc::new(MemBackend::new(options));
     let device = DeviceOptions { mode: CacheMode::Writeback, num_queues: 1, queue_size: 64, serial: String::new() };

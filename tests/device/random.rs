@@ -76,7 +76,7 @@ fn random_message(prng: &mut Prng, wire: &UnixStream, files: &[OwnedFd]) -> std:
 }
 
 #[test]
-fn random_messages_end_their_connection_at_most() {
+fn random_messages_end_no_more_than_their_connection() {
     let rig = memory_disk();
     let (_reader, pipe) = full_pipe();
     let (socket, _peer) = UnixStream::pair().unwrap();
@@ -192,7 +192,7 @@ fn random_ring(prng: &mut Prng, guest: &FrontEnd) {
 }
 
 #[test]
-fn random_chains_are_answered_once_and_write_nowhere_else() {
+fn random_chains_are_completed_once_and_write_only_where_they_name() {
     for mode in [CacheMode::None, CacheMode::Writeback] {
         let disk = Disk::new(2 * HALF);
         let secret: Vec<u8> = (0..HALF).map(|at| (at % 251) as u8 ^ 0x5a).collect();

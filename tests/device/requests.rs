@@ -19,7 +19,7 @@ const BARRIER: u32 = 1 << 31;
 type Chain<'a> = &'a [(u64, u32, u16)];
 
 #[test]
-fn every_request_in_every_mode() {
+fn every_request_type_works_in_every_mode() {
     for mode in CacheMode::ALL {
         let rig = rig(mode);
         let mut guest = connect(&rig, 2);
@@ -70,7 +70,7 @@ fn old_drivers_flush_and_write_with_their_own_types() {
 }
 
 #[test]
-fn how_many_syncs_each_mode_makes() {
+fn each_mode_makes_its_number_of_syncs() {
     // mode, driver flushes, durable writes by flag: syncs after 3 writes, and after one flush more.
     for (mode, mask, native, after_writes, after_flush) in [
         (CacheMode::None, ALL, true, 0, 1),
@@ -134,7 +134,7 @@ fn buffers_of_every_shape_are_served() {
 }
 
 #[test]
-fn malformed_chains_are_returned_and_the_ring_goes_on() {
+fn malformed_chains_are_returned_and_the_ring_continues() {
     let rig = rig(CacheMode::None);
     let mut guest = connect(&rig, 1);
     let header = 0x80_0000u64;
@@ -231,7 +231,7 @@ fn the_discard_granularity_is_shown_and_discards_need_not_fill_it() {
 }
 
 #[test]
-fn read_only_is_shown_and_kept() {
+fn a_read_only_disk_is_reported_and_refuses_writes() {
     let rig = rig_with(CacheMode::None, |options| options.read_only = true);
     let mut guest = connect(&rig, 1);
     assert_ne!(guest.features & (1 << 5), 0, "VIRTIO_BLK_F_RO");

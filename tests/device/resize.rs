@@ -78,7 +78,7 @@ fn capacity(guest: &mut FrontEnd) -> u64 {
 }
 
 #[test]
-fn a_running_guest_is_told_and_may_use_what_there_is() {
+fn a_running_guest_is_informed_of_a_new_size_and_may_use_it() {
     let rig = Half::new();
     let (mut guest, channel) = connect(&rig);
     assert_eq!(capacity(&mut guest), SMALL);
@@ -103,7 +103,7 @@ fn a_running_guest_is_told_and_may_use_what_there_is() {
 }
 
 #[test]
-fn a_size_that_changed_meanwhile_is_told_when_the_rings_start() {
+fn a_size_changed_while_the_rings_were_stopped_is_announced_at_their_start() {
     let rig = Half::new();
     let (mut guest, channel) = connect(&rig);
     assert_eq!(capacity(&mut guest), SMALL);
@@ -125,7 +125,7 @@ fn a_size_that_changed_meanwhile_is_told_when_the_rings_start() {
 }
 
 #[test]
-fn a_front_end_that_reads_no_messages_holds_nobody_up() {
+fn a_front_end_that_reads_no_messages_delays_no_resize() {
     let rig = Half::new();
     let (mut guest, channel) = connect(&rig);
     guest.start_ring(0, 0);
@@ -164,7 +164,7 @@ fn file() -> (tempfile::NamedTempFile, Rig) {
 }
 
 #[test]
-fn a_file_is_grown_and_the_guest_writes_there() {
+fn a_guest_writes_to_the_grown_part_of_a_file() {
     let (image, rig) = file();
     let (mut guest, channel) = connect(&rig);
     assert_eq!(capacity(&mut guest), SMALL);

@@ -134,7 +134,7 @@ fn attempting(place: &Place, name: &str) -> Command {
 }
 
 #[test]
-fn a_call_that_is_stopped_ends_the_daemon_while_nobody_reads_its_log() {
+fn a_stopped_system_call_ends_the_daemon_while_its_log_is_not_read() {
     let place = Place::new();
     let (name, _) = DEADLY[0];
     for unread in Unread::all() {
@@ -156,7 +156,7 @@ fn a_call_that_is_stopped_ends_the_daemon_while_nobody_reads_its_log() {
 }
 
 #[test]
-fn a_call_that_is_not_needed_ends_the_daemon_and_is_named() {
+fn a_system_call_that_is_not_needed_ends_the_daemon_and_is_named() {
     let place = Place::new();
     for (name, _) in DEADLY {
         let output = attempt(&place, name);

@@ -10,7 +10,7 @@ use super::calls::has_landlock;
 use super::place::*;
 
 #[test]
-fn a_copy_goes_nowhere_but_where_it_was_allowed() {
+fn a_copy_outside_the_copy_dirs_is_refused() {
     if !has_landlock() {
         return;
     }

@@ -12,7 +12,7 @@ use super::calls::has_landlock;
 use super::place::*;
 
 #[test]
-fn every_thread_has_given_everything_up_and_every_feature_works() {
+fn no_thread_keeps_privileges_and_every_feature_works() {
     let daemon = Daemon::start(Place::new(), &["--cache", "writeback"]);
     daemon.exercise();
     let _guest = Driver::connect_soon(&daemon.place.path("run/vhost"), 4, 64, MIB, ALL);

@@ -61,7 +61,7 @@ fn running_as_root_without_user_option_is_warned_of() {
 
 /// A rule holds for all that is beneath a directory.
 #[test]
-fn nothing_is_removed_where_others_have_directories_beneath() {
+fn sockets_are_left_where_others_have_directories_beneath() {
     let place = Place::new();
     fs::create_dir_all(place.path("run/others")).unwrap();
     let (place, log) = Daemon::start(place, &[]).end();

@@ -74,7 +74,7 @@ fn the_volumes_of_windows_are_counted() {
 }
 
 #[test]
-fn what_somebody_else_froze_after_our_check_is_left_frozen() {
+fn a_guest_frozen_by_another_client_after_the_check_stays_frozen() {
     let scene = Scene::new(Mood::FrozenMeanwhile);
     let output = scene.run("filesystem", &["--to", "exec:touch \"$PLACE/target\""]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
@@ -84,7 +84,7 @@ fn what_somebody_else_froze_after_our_check_is_left_frozen() {
 }
 
 #[test]
-fn a_weaker_level_is_taken_only_if_asked_and_said() {
+fn a_weaker_level_is_taken_only_on_request_and_reported() {
     let cases = [Mood::MalformedInput, Mood::Refuses, Mood::Silent, Mood::Dies, Mood::ThawsEarly];
     for mood in cases {
         let scene = Scene::new(mood.clone());

@@ -170,7 +170,7 @@ fn a_freeze_that_waits_for_a_disk_that_an_operator_holds_fails_in_time() {
 }
 
 #[test]
-fn what_the_guest_refuses_is_refused_or_called_weaker() {
+fn a_freeze_that_the_guest_refuses_fails_or_weakens_the_snapshot() {
     for (mood, words) in [
         (Mood::Refuses, "hook script exited"),
         (Mood::Silent, "does not answer"),
@@ -207,7 +207,7 @@ fn what_the_guest_refuses_is_refused_or_called_weaker() {
 }
 
 #[test]
-fn a_guest_that_thaws_by_itself_is_told_of() {
+fn a_guest_that_thaws_by_itself_is_reported() {
     let mut scene = Scene::new(Mood::ThawsEarly, &["--level", "filesystem"]);
     assert_eq!(wait(&scene.disks[0].store_asks()), Ok(()));
     // For the second disk it is looked at again.
@@ -224,7 +224,7 @@ fn a_guest_that_thaws_by_itself_is_told_of() {
 }
 
 #[test]
-fn windows_that_gave_up_a_freeze_is_told_of() {
+fn a_freeze_that_windows_gave_up_is_reported() {
     let windows = |holds: u64, admits| Mood::Windows { holds: Duration::from_millis(holds), admits };
     // Its status is "frozen" all the time; its thaw fails.
     let mut scene = Scene::new(windows(100, true), &["--level", "filesystem"]);
@@ -402,7 +402,7 @@ fn a_hook_that_refuses_fails_the_snapshot() {
 }
 
 #[test]
-fn what_cannot_be_attended_is_said_at_once() {
+fn a_disk_that_cannot_be_attended_fails_the_start() {
     let scene = Scene::new(Mood::Good, &["--level", "filesystem"]);
     let fails = |output: Output, status: i32, words: &[&str]| {
         assert_eq!(output.status.code(), Some(status), "{output:?}");
@@ -423,7 +423,7 @@ fn what_cannot_be_attended_is_said_at_once() {
 }
 
 #[test]
-fn an_attendant_goes_on_while_nobody_reads_what_it_says() {
+fn an_attendant_works_while_its_output_is_not_read() {
     for unread in Unread::all() {
         let disks = [Served::new()];
         let agent = Agent::start(Mood::Good, &[disks[0].path.clone()]);
@@ -442,7 +442,7 @@ fn an_attendant_goes_on_while_nobody_reads_what_it_says() {
 
 /// The agent may come later, so it is no error.
 #[test]
-fn an_agent_that_cannot_be_reached_is_said_at_the_start() {
+fn an_agent_that_cannot_be_reached_is_reported_at_the_start() {
     let disks = [Served::new()];
     let agent = Agent::start(Mood::Good, &[]);
     std::fs::remove_file(&agent.path).unwrap();

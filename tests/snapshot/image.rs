@@ -31,7 +31,7 @@ fn receipt(output: &Output) -> Value {
 }
 
 #[test]
-fn a_snapshot_is_made_while_the_disk_is_held_and_outlives_its_connection_if_it_is_kept() {
+fn an_image_snapshot_needs_a_hold_and_outlives_its_connection_only_if_kept() {
     let served = Served::new();
     let mut client = served.client();
     assert_eq!(client.ask("image-snapshot", json!({"name": "a", "token": "t"})), Err("no-image-snapshots".into()));
@@ -57,7 +57,7 @@ fn a_snapshot_is_made_while_the_disk_is_held_and_outlives_its_connection_if_it_i
 }
 
 #[test]
-fn a_store_that_takes_long_holds_up_nobody_else_and_what_comes_too_late_goes() {
+fn a_slow_store_delays_no_other_client_and_its_late_snapshot_is_removed() {
     let served = Served::new();
     let store = served.with_store();
     store.hang(true);
@@ -128,7 +128,7 @@ fn if_one_image_snapshot_fails_all_are_removed() {
 }
 
 #[test]
-fn a_copy_that_gets_its_name_just_as_another_fails_goes_too() {
+fn a_copy_published_just_as_another_disk_fails_is_removed() {
     let (disks, stores) = two();
     let copied = Served::new();
     let copies = copied.with_copies();

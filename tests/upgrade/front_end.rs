@@ -160,7 +160,7 @@ fn a_front_end_may_continue_its_handshake_after_an_upgrade() {
 
 /// Half a message cannot be handed over; a whole one that nobody has read waits for the new daemon.
 #[test]
-fn messages_are_read_by_one_process_and_whole() {
+fn each_message_is_read_whole_by_one_process() {
     let disk = Disk::serve(&["--backend", "slow:300"]);
     let (mut guest, mut stream) = handshake(&disk, 1);
     guest.start_ring(0, 0);
@@ -195,7 +195,7 @@ fn messages_are_read_by_one_process_and_whole() {
 
 /// What failed and is kept from the guest is tried again by the new daemon, whether the front-end keeps marks or not.
 #[test]
-fn retained_requests_go_along() {
+fn retained_requests_are_retried_by_the_new_daemon() {
     for marks in [true, false] {
         let disk = Disk::serve(&["--cache", "writeback", "--on-error", "stop"]);
         let (mut guest, _stream) = handshake(&disk, 1);
@@ -224,7 +224,7 @@ fn retained_requests_go_along() {
 
 /// systemd's socket and its notes: whoever was given a socket gives it on, and says which process is the service's now.
 #[test]
-fn an_inherited_socket_and_the_main_pid_go_along() {
+fn the_new_daemon_gets_the_inherited_socket_and_sends_its_main_pid() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let listener = UnixListener::bind(dir.path().join("vhost")).unwrap();
     let notes = UnixDatagram::bind(dir.path().join("notify")).unwrap();

@@ -49,7 +49,7 @@ fn a_guest_under_load_goes_from_every_mode_to_every_other() {
 }
 
 #[test]
-fn counters_go_along() {
+fn counters_continue_after_an_upgrade() {
     let disk = Disk::serve(&["--cache", "none"]);
     let load = Load::start(&disk.path("vhost"));
     load.wait_for(200);
@@ -115,7 +115,7 @@ fn a_watch_goes_on_over_an_upgrade_and_ends_with_the_disk() {
 }
 
 #[test]
-fn copy_dirs_are_added_or_replaced_and_it_is_said() {
+fn copy_dirs_are_added_or_replaced_and_reported() {
     let dirs = [(); 3].map(|()| tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
     let [first, second, third] = dirs.each_ref().map(|dir| dir.path().to_str().unwrap());
     let disk = Disk::serve(&["--copy-dir", first]);
@@ -229,7 +229,7 @@ fn a_program_that_does_not_take_over_changes_nothing() {
 }
 
 #[test]
-fn a_disk_in_memory_stays_where_it_is() {
+fn a_disk_in_memory_is_not_handed_over() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let disk = Disk::serve_in(dir, &["--backend", "mem:4M"]);
     let mut guest = Driver::connect_soon(&disk.path("vhost"), 1, 64, 1 << 20, ALL);
@@ -274,7 +274,7 @@ fn an_upgrade_is_refused_while_a_hold_or_copy_would_be_lost() {
 
 /// Requests that take long are finished first; those that take too long keep the guest where it is.
 #[test]
-fn requests_in_flight_are_finished_or_the_guest_stays() {
+fn an_upgrade_completes_requests_in_flight_or_is_given_up() {
     let disk = Disk::serve(&["--cache", "none", "--backend", "slow:100"]);
     let mut guest = Driver::connect_soon(&disk.path("vhost"), 1, 64, 1 << 20, ALL);
     for round in 0..6 {
@@ -388,7 +388,7 @@ fn a_daemon_can_be_started_by_hand_and_on_other_sockets() {
 
 /// `virtioblkctl attend` follows its disk from process to process, and is told of as missing in between.
 #[test]
-fn an_attendant_comes_back_by_itself() {
+fn an_attendant_reconnects_after_an_upgrade() {
     let disk = Disk::serve(&["--cache", "none"]);
     let agent = Agent::start(Mood::Good, &[disk.path("control")]);
     let mut attend = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"));

@@ -26,7 +26,7 @@ macro_rules! backend_contract {
             clause_1_each_token_comes_back_once
             clause_6_what_has_finished_is_seen_without_a_system_call
             clause_6_wait_sees_every_event
-            clause_6_a_kick_is_no_news_and_ends_the_next_wait
+            clause_6_a_kick_is_no_completion_and_ends_the_next_wait
             clause_6_events_among_completions
             clause_7_a_full_queue_hands_the_op_back
         );
@@ -218,7 +218,7 @@ fn wait_for(queue: &mut dyn IoQueue, mut tokens: usize, mut kick: bool, name: &s
 }
 
 /// Who looks instead of sleeping looks at the guest's ring, too, and would look at a stale kick for ever.
-pub fn clause_6_a_kick_is_no_news_and_ends_the_next_wait(each: Each) {
+pub fn clause_6_a_kick_is_no_completion_and_ends_the_next_wait(each: Each) {
     each(&|name, backend| {
         let kicked = event();
         let mut queue = backend.open_queue(4).expect("a queue");

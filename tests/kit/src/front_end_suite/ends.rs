@@ -9,7 +9,7 @@ use super::*;
 use crate::driver::load::{LOAD_QUEUES, Load, PAGE, PAGES, SIZE, holds, write_numbers};
 use crate::driver::{ALL, Driver, F_FLUSH};
 
-pub fn a_quiesce_under_load_holds_the_image_still_and_lets_it_go_on(new_store: NewStore) {
+pub fn a_quiesce_under_load_changes_no_byte_until_its_resume(new_store: NewStore) {
     for mode in MODES {
         let served = Served::new(new_store, &["--cache", mode]);
         let load = Load::start(&served.socket);
@@ -77,7 +77,7 @@ pub fn a_held_daemon_told_to_end_writes_nothing_more(new_store: NewStore) {
     }
 }
 
-/// The front-end that [`a_front_end_killed_in_the_middle_leaves_everything_acknowledged_and_the_next_is_served`] kills.
+/// The front-end that [`a_killed_front_end_loses_nothing_acknowledged_and_the_next_is_served`] kills.
 pub fn the_victim() {
     let socket = std::env::var_os("VICTIMS_SOCKET").expect("run by another test");
     let mut guest = Driver::connect_soon(Path::new(&socket), LOAD_QUEUES, 64, SIZE, ALL);
@@ -85,7 +85,7 @@ pub fn the_victim() {
     write_numbers(&mut guest, || false, |page, number| println!("\nacknowledged {page} {number}"));
 }
 
-pub fn a_front_end_killed_in_the_middle_leaves_everything_acknowledged_and_the_next_is_served(new_store: NewStore) {
+pub fn a_killed_front_end_loses_nothing_acknowledged_and_the_next_is_served(new_store: NewStore) {
     for mode in MODES {
         let served = Served::new(new_store, &["--cache", mode]);
         let mut victim = Command::new(std::env::current_exe().unwrap())
@@ -124,7 +124,7 @@ pub fn a_front_end_killed_in_the_middle_leaves_everything_acknowledged_and_the_n
     }
 }
 
-pub fn one_front_end_after_another_whatever_they_negotiate(new_store: NewStore) {
+pub fn each_front_end_is_served_by_the_features_it_negotiated(new_store: NewStore) {
     let served = Served::new(new_store, &[]);
     for round in 0..12u8 {
         let mask = if round % 2 == 0 { ALL } else { !F_FLUSH };

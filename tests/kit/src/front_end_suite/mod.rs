@@ -50,17 +50,17 @@ macro_rules! front_end_suite {
     ($new_store:path) => {
         $crate::front_end_suite!(
             $new_store:
-            every_request_in_every_mode
+            every_request_type_works_in_every_mode
             many_part_vectors_arrive_in_order
-            as_many_queues_as_are_asked_for
-            a_model_at_depth_64_over_four_rings
-            a_quiesce_under_load_holds_the_image_still_and_lets_it_go_on
+            as_many_queues_run_as_are_asked_for
+            requests_at_depth_64_over_four_rings_match_a_model
+            a_quiesce_under_load_changes_no_byte_until_its_resume
             a_daemon_told_to_end_under_load_keeps_everything_acknowledged
             a_held_daemon_told_to_end_writes_nothing_more
-            a_front_end_killed_in_the_middle_leaves_everything_acknowledged_and_the_next_is_served
-            one_front_end_after_another_whatever_they_negotiate
+            a_killed_front_end_loses_nothing_acknowledged_and_the_next_is_served
+            each_front_end_is_served_by_the_features_it_negotiated
             a_4096_byte_block_is_the_smallest_there_is
-            a_read_only_disk_is_read_and_nothing_else
+            a_read_only_disk_is_read_and_never_written
         );
 
         #[test]

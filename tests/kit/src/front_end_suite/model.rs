@@ -79,7 +79,7 @@ impl Model {
     }
 }
 
-pub fn a_model_at_depth_64_over_four_rings(new_store: NewStore) {
+pub fn requests_at_depth_64_over_four_rings_match_a_model(new_store: NewStore) {
     const QUEUES: usize = 4;
     const DEPTH: usize = 64;
     for (seed, mode) in (1u64..).zip(MODES) {

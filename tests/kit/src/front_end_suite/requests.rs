@@ -4,7 +4,7 @@ use super::*;
 use crate::driver::load::SIZE;
 use crate::driver::{ALL, Driver};
 
-pub fn every_request_in_every_mode(new_store: NewStore) {
+pub fn every_request_type_works_in_every_mode(new_store: NewStore) {
     for mode in MODES {
         let served = Served::new(new_store, &["--cache", mode]);
         let mut guest = served.connect(2, 128, 4 << 20);
@@ -66,7 +66,7 @@ pub fn many_part_vectors_arrive_in_order(new_store: NewStore) {
     }
 }
 
-pub fn as_many_queues_as_are_asked_for(new_store: NewStore) {
+pub fn as_many_queues_run_as_are_asked_for(new_store: NewStore) {
     let served = Served::new(new_store, &[]);
     for queues in [1, 16, 256] {
         let mut guest = served.connect_again(queues, 16, 256 * 512);
@@ -108,7 +108,7 @@ pub fn a_4096_byte_block_is_the_smallest_there_is(new_store: NewStore) {
     }
 }
 
-pub fn a_read_only_disk_is_read_and_nothing_else(new_store: NewStore) {
+pub fn a_read_only_disk_is_read_and_never_written(new_store: NewStore) {
     for mode in MODES {
         let served = Served::new(new_store, &["--cache", mode, "--read-only"]);
         let mut guest = served.connect(1, 64, 8192);
