@@ -1,23 +1,23 @@
-//! PURE. Which commands a client may use, by its user.
+//! PURE. Decides by a client's user which commands the client may use.
 //!
 //! Root and the daemon's own user may use all of them. Other users reach the socket only where the operator widened its
-//! mode (`--control-mode`); `--control-access` says what they may do then. They may never take the guest over, end the
-//! daemon, or cut the guest's disk: that is more than the right to hold a disk still.
+//! mode (`--control-mode`), and `--control-access` sets what they may do. They may never take the guest over, end the
+//! daemon or shrink the guest's disk: the right to hold a disk still does not include that.
 
 use std::fmt;
 use std::str::FromStr;
 
 use super::creds::Credentials;
 
-/// Commands that a client may use; each value includes those before it.
+/// The commands that a client may use. Each value includes those before it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Access {
     /// Queries and events.
     ReadOnly,
-    /// Besides, all commands that hold, copy, snapshot, continue or grow the disk.
+    /// Queries and events, and all commands that hold, copy, snapshot, continue or grow the disk.
     #[default]
     Operate,
-    /// Besides, `hand-over`, `query-command-line`, `quit` and `resize` with `force`.
+    /// All commands, also `hand-over`, `query-command-line`, `quit` and `resize` with `force`.
     All,
 }
 
@@ -26,14 +26,14 @@ pub enum Access {
 const OVERFLOW_UID: u32 = 65534;
 
 impl Access {
-    /// The access of a client. `daemon`: the daemon's effective user; `others`: what users other than root and that one
-    /// may do.
+    /// Returns the access of a client. `daemon`: the daemon's effective user; `others`: the access of users other than
+    /// root and that one.
     pub fn of(client: Credentials, daemon: u32, others: Access) -> Access {
         if is_trusted(client.uid, daemon) { Access::All } else { others.min(Access::Operate) }
     }
 }
 
-/// Whether `uid` is root or `own`, and certainly so: see `OVERFLOW_UID`.
+/// Whether `uid` is certainly root or `own`; the overflow user (`OVERFLOW_UID`) is not.
 pub fn is_trusted(uid: u32, own: u32) -> bool {
     uid == 0 || (uid == own && uid != OVERFLOW_UID)
 }
@@ -41,7 +41,7 @@ pub fn is_trusted(uid: u32, own: u32) -> bool {
 impl FromStr for Access {
     type Err = String;
 
-    /// Values of `--control-access`.
+    /// Parses a value of `--control-access`.
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "read-only" => Ok(Access::ReadOnly),

@@ -1,6 +1,6 @@
-//! A client of the quiesce socket: connects, negotiates, sends requests, reads events. Each wait is bounded.
-//!
-//! For `virtioblkctl`, its snapshots, and a daemon that takes over from another.
+//! A client of the control socket: connects, negotiates, sends requests and reads replies and events. `virtioblkctl`,
+//! its snapshots, libvirt's hook and a daemon that takes over use it. Each wait has a deadline, unless the caller gives
+//! none.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -20,23 +20,23 @@ use serde_json::{Value, json};
 
 use super::protocol::return_types::Status;
 
-/// How long a daemon may take to reply to any request but a quiesce.
+/// How long a daemon may take to reply to any request except `quiesce`.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
-/// A line that is longer does not come from virtioblkd.
+/// The longest line in bytes. virtioblkd sends no longer one.
 const MAX_LINE: usize = 16 << 20;
 
-/// Why a command failed: a message for people, and the daemon's code if the daemon refused.
+/// Why a command failed: a code for programs and a message for people.
 #[derive(Debug)]
 pub struct Failure {
-    /// The daemon's error code (docs/control-protocol.md); ours are `no-daemon`, `no-permission`, `no-answer` and
-    /// `not-virtioblkd`.
+    /// The daemon's error code (docs/control-protocol.md), or one of this client: `no-daemon`, `no-permission`,
+    /// `no-answer`, `not-virtioblkd`.
     pub code: String,
-    /// Says what failed, why, and how to fix it.
+    /// What failed, why, and how to fix it.
     pub message: String,
 }
 
 impl Failure {
-    /// A failure that this program found.
+    /// Creates a failure that this program detected.
     pub fn new(code: &str, message: impl Into<String>) -> Self {
         Failure { code: code.into(), message: message.into() }
     }
@@ -52,28 +52,28 @@ impl fmt::Display for Failure {
 pub enum Message {
     /// The reply to the oldest request that has none yet.
     Reply(Result<Value, Failure>),
-    /// An event: the whole message.
+    /// An event, as the whole JSON message.
     Event(Value),
 }
 
-/// A connection that has negotiated.
+/// A connection to a daemon that has negotiated.
 pub struct Client {
     stream: UnixStream,
     name: String,
     input: Vec<u8>,
     events: VecDeque<Value>,
-    /// Who wrote all that was read.
+    /// The process that wrote everything which was read.
     writer: Writer,
 }
 
-/// Who wrote what was read, as far as the kernel says (SCM_CREDENTIALS, unix(7)).
+/// The process that wrote the bytes that were read, according to the kernel (SCM_CREDENTIALS, unix(7)).
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Writer {
     /// Nothing was read yet.
     None,
-    /// One process wrote all of it; its user, and its id in our process namespace, 0 if it has none there.
+    /// One process wrote all bytes: its user, and its id in our process namespace (0: it has none there).
     Process(u32, i32),
-    /// Several processes wrote it, or an unknown one.
+    /// Several processes wrote the bytes, or an unknown one did.
     Unknown,
 }
 
@@ -83,14 +83,14 @@ impl Client {
         Self::connect_within(path, REPLY_TIMEOUT)
     }
 
-    /// [`Client::connect`], within `timeout`.
+    /// Like [`Client::connect`], within `timeout`.
     pub fn connect_within(path: &Path, timeout: Duration) -> Result<Self, Failure> {
         let deadline = Instant::now() + timeout;
         let stream = open(path, deadline)?;
         let name = path.display().to_string();
         let mut client = Client { stream, name, input: Vec::new(), events: VecDeque::new(), writer: Writer::None };
-        // Before the greeting: a vhost-user socket sends none, but hangs up on a message that it does not know. One that
-        // turns us away may have hung up already, and its reason is to be read.
+        // Sent before the greeting is read: a vhost-user socket sends no greeting, but hangs up after a message that it
+        // does not know. A daemon that refuses us may have hung up already; then its reason is read below.
         let _ = client.send("qmp_capabilities", json!({}));
         let greeting = client.line(Some(deadline)).map_err(|failure| client.ungreeted(failure))?;
         if let Some(failure) = refusal(&greeting) {
@@ -103,8 +103,9 @@ impl Client {
         Ok(client)
     }
 
-    /// The user that wrote everything which was read so far; `None`: not one user alone, or unknown. SO_PEERCRED would name
-    /// the user that made the socket: root, for a daemon that has become another user since.
+    /// Returns the user that wrote everything which was read so far. `None`: several users did, or the user is unknown.
+    /// SO_PEERCRED would name the user that created the socket, which is root for a daemon that became another user
+    /// later.
     pub fn writer(&self) -> Option<u32> {
         match self.writer {
             Writer::Process(uid, _) => Some(uid),
@@ -112,8 +113,9 @@ impl Client {
         }
     }
 
-    /// The process that wrote everything which was read so far, in our process namespace; `None`: not one alone, unknown, or
-    /// not in our namespace. The kernel says so, not the daemon.
+    /// Returns the process that wrote everything which was read so far, in our process namespace. `None`: several
+    /// processes did, or the process is unknown or outside of our namespace. The id comes from the kernel, not from the
+    /// daemon.
     pub fn writer_pid(&self) -> Option<u32> {
         match self.writer {
             Writer::Process(_, pid) => u32::try_from(pid).ok().filter(|pid| *pid > 0),
@@ -121,7 +123,8 @@ impl Client {
         }
     }
 
-    /// Returns the connection, after a reply from which on it speaks another protocol. Errors: more was read already.
+    /// Returns the stream, on which another protocol is spoken after the last reply. Fails if more than that reply was
+    /// read.
     pub(crate) fn into_stream(self) -> Result<UnixStream, Failure> {
         match self.input.is_empty() {
             true => Ok(self.stream),
@@ -129,7 +132,7 @@ impl Client {
         }
     }
 
-    /// Sends a request and waits for its reply; events that come meanwhile are kept for [`Client::next`].
+    /// Sends a request and waits for its reply. [`Client::next`] returns the events that arrive meanwhile.
     pub fn ask(&mut self, command: &str, arguments: Value, timeout: Duration) -> Result<Value, Failure> {
         self.send(command, arguments)?;
         self.reply(Instant::now() + timeout)
@@ -152,11 +155,11 @@ impl Client {
     /// Sends a request; [`Client::next`] returns its reply.
     pub fn send(&mut self, command: &str, arguments: Value) -> Result<(), Failure> {
         let request = json!({"execute": command, "arguments": arguments});
-        // A request is far smaller than the socket's buffer; one that does not fit means that nobody reads.
+        // A request is far smaller than the socket's buffer. If it does not fit, the daemon does not read.
         self.stream.write_all(format!("{request}\n").as_bytes()).map_err(|error| self.lost(&error))
     }
 
-    /// The next message, kept or new. Without a deadline it waits for ever.
+    /// Returns the next event or reply. Without a deadline it waits for ever.
     pub fn next(&mut self, deadline: Option<Instant>) -> Result<Message, Failure> {
         match self.events.pop_front() {
             Some(event) => Ok(Message::Event(event)),
@@ -164,7 +167,7 @@ impl Client {
         }
     }
 
-    /// The next message if there is one: never waits. For callers that poll many daemons.
+    /// Returns the next event or reply if it has arrived. Never waits. For callers that poll several daemons.
     pub fn try_next(&mut self) -> Result<Option<Message>, Failure> {
         match self.events.pop_front() {
             Some(event) => Ok(Some(Message::Event(event))),
@@ -172,7 +175,7 @@ impl Client {
         }
     }
 
-    /// The reply if it is there; events on the way are kept for [`Client::next`]. Never waits.
+    /// Returns the reply if it has arrived. [`Client::next`] returns the events before it. Never waits.
     pub fn try_reply(&mut self) -> Result<Option<Result<Value, Failure>>, Failure> {
         loop {
             match self.try_message()? {
@@ -196,7 +199,7 @@ impl Client {
         self.message(Some(Instant::now())).map(Some)
     }
 
-    /// Whether [`Client::next`] has something without reading.
+    /// Whether [`Client::next`] would return a message without reading from the socket.
     pub fn has_more(&self) -> bool {
         !self.events.is_empty() || self.input.contains(&b'\n')
     }
@@ -245,7 +248,8 @@ impl Client {
         }
     }
 
-    /// read(2) that also notes who wrote it. Descriptors that come along are closed by the kernel: there is no room for them.
+    /// Reads bytes and records which process wrote them. The kernel closes descriptors that come with them, because
+    /// there is no room for them.
     fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let mut space = nix::cmsg_space!(UnixCredentials);
         let mut into = [IoSliceMut::new(buffer)];
@@ -262,7 +266,8 @@ impl Client {
         Ok(message.bytes)
     }
 
-    /// The failure of a connection that ended before the greeting: its cause is the socket rather than the daemon.
+    /// Returns the failure of a connection that ended before the greeting. The likely cause is the wrong socket, not
+    /// the daemon.
     fn ungreeted(&self, failure: Failure) -> Failure {
         if failure.code != "no-daemon" || !self.input.is_empty() {
             return failure;
@@ -323,7 +328,7 @@ fn refusal(value: &Value) -> Option<Failure> {
     Some(Failure::new(code, in_cli_words(error["desc"].as_str().unwrap_or("the daemon gave no reason"))))
 }
 
-/// What the daemon advises in the words of its protocol, in those of `virtioblkctl`: whoever reads it cannot type the others.
+/// Replaces words of the protocol in the daemon's advice by those of `virtioblkctl`, which the user can type.
 fn in_cli_words(text: &str) -> String {
     const WORDS: [(&str, &str); 6] = [
         ("query-status", "'virtioblkctl status'"),
@@ -336,14 +341,15 @@ fn in_cli_words(text: &str) -> String {
     WORDS.iter().fold(text.to_owned(), |text, (protocol, cli)| text.replace(protocol, cli))
 }
 
-/// connect(2) on a socket whose queue is full would wait for ever, so it is retried without waiting.
+/// Connects to the socket, within `deadline`. The socket is non-blocking and connect(2) is retried, because it would
+/// wait for ever on a socket whose queue is full.
 fn open(path: &Path, deadline: Instant) -> Result<UnixStream, Failure> {
     let shown = path.display();
     let failed = |errno: Errno| describe(path, errno);
     let address = SocketAddrUnix::new(path).map_err(failed)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed)?;
-    // Before anything is written to it, or the kernel would not say by whom.
+    // Set before any byte is written to the socket, because the kernel attaches credentials only then.
     setsockopt(&socket, PassCred, &true).map_err(|errno| failed(Errno::from_raw_os_error(errno as i32)))?;
     loop {
         match connect(&socket, &address) {
@@ -411,7 +417,7 @@ mod tests {
     use crate::control::quiesce::{EndReason, Refusal};
     use crate::control::service::replies::{no_such_hold, refused};
 
-    /// The protocol's words stay in what the daemon says, and `virtioblkctl` says its own.
+    /// The daemon's errors have the words of the protocol, and `virtioblkctl` shows its own words.
     #[test]
     fn advice_is_in_the_readers_words() {
         for (error, protocol, cli) in [

@@ -1,21 +1,21 @@
-//! Who is at the other end of a Unix socket (SO_PEERCRED, unix(7)).
+//! Identifies the process at the other end of a Unix socket (SO_PEERCRED, unix(7)).
 
 use std::io;
 use std::os::fd::AsFd;
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
-/// The process at the other end, as it was when it connected.
+/// The process at the other end of a Unix socket, as it was when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Credentials {
-    /// Its process id; 0: it is outside of our process namespace.
+    /// The process id. 0: the process is outside of our process namespace.
     pub pid: i32,
-    /// Its effective user.
+    /// The effective user of the process.
     pub uid: u32,
 }
 
 impl Credentials {
-    /// Asks the kernel for the peer of `socket`.
+    /// Reads the credentials of the peer of `socket` from the kernel. Fails if `socket` is not a Unix socket.
     pub fn of(socket: impl AsFd) -> io::Result<Self> {
         let credentials = getsockopt(&socket, PeerCredentials)?;
         Ok(Credentials { pid: credentials.pid(), uid: credentials.uid() })

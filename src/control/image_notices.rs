@@ -1,5 +1,5 @@
-//! The queue of what reaches the control thread besides requests and the disk's events. The image's store calls from
-//! threads of its own that must never block; so do our threads that wait for the store.
+//! The queue through which the image's back-end, and our threads that wait for the image's store, notify the control
+//! thread. The back-end's threads must never block, so putting a notice into the queue never blocks.
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,34 +12,35 @@ use crate::base::sync::{Bell, Mutex, MutexGuard};
 use crate::disk::CopyError;
 use crate::engine::Errno;
 
-/// The most asks that wait for the control thread. A store asks for one at a time; a control thread that is so late will
-/// not answer more of them in time.
+/// The most notices that wait for the control thread. A store sends one quiesce request at a time, and a control thread
+/// that is so late would not reply to more of them in time.
 const MAX_NOTICES: usize = 64;
 
-/// One item of the queue. Items are handled in the order in which they came.
+/// A notice for the control thread, which handles notices in the order of their arrival.
 pub(super) enum ImageNotice {
-    /// [`Notices::quiesce`], and when it came.
+    /// The back-end called [`Notices::quiesce`] at this time.
     Quiesce(QuiesceRequest, Instant),
-    /// [`Notices::unquiesce`], and when it came.
+    /// The back-end called [`Notices::unquiesce`] at this time.
     Unquiesce(Instant),
-    /// The thread that makes snapshots of the image is done: the snapshot's full name, or what went wrong.
+    /// The thread that makes or removes snapshots of the image has finished: the snapshot's full name, or the error.
     SnapshotDone(Result<String, CopyError>),
-    /// [`ImageNotices::close`]: no ask follows, and what is not granted yet is to be refused.
+    /// [`ImageNotices::close`] was called: no quiesce request follows, and one that is not granted yet must be refused.
     Closed,
 }
 
-/// All that came since the last [`NoticeInbox::take`].
+/// The notices since the last [`NoticeInbox::take`].
 #[derive(Default)]
 pub(super) struct PendingNotices {
     pub(super) queue: VecDeque<ImageNotice>,
-    /// The image's size, as reported last.
+    /// The image's size in bytes, as [`Notices::resized`] reported it last.
     pub(super) resized: Option<u64>,
-    /// [`Notices::state_changed`], however often.
+    /// [`Notices::state_changed`] was called at least once.
     pub(super) state_changed: bool,
+    /// [`ImageNotices::close`] was called, now or earlier.
     pub(super) closed: bool,
 }
 
-/// The queue: any thread puts, the control thread takes.
+/// The queue of notices. Any thread puts notices in, and the control thread takes them out.
 pub(super) struct NoticeInbox {
     pending: Mutex<PendingNotices>,
     ready: Bell,
@@ -54,7 +55,7 @@ impl NoticeInbox {
         self.pending.lock().expect("no panic while held")
     }
 
-    /// Changes what waits for the control thread, and wakes it.
+    /// Changes the pending notices and wakes the control thread.
     fn change(&self, change: impl FnOnce(&mut PendingNotices)) {
         self.ready.ring_after(|| {
             change(&mut self.lock());
@@ -62,7 +63,7 @@ impl NoticeInbox {
         });
     }
 
-    /// [`ImageNotices::close`].
+    /// See [`ImageNotices::close`].
     pub(super) fn close(&self) {
         let unread = {
             let mut pending = self.lock();
@@ -71,9 +72,9 @@ impl NoticeInbox {
             pending.queue.push_back(ImageNotice::Closed);
             unread
         };
-        // Without the lock: dropping an ask answers it, which calls the back-end.
+        // Without the lock: dropping a quiesce request replies to it, which calls the back-end.
         for notice in unread {
-            // The end of a snapshot still counts.
+            // The end of a snapshot must still be handled.
             if let ImageNotice::Unquiesce(_) | ImageNotice::SnapshotDone(_) = notice {
                 self.lock().queue.push_back(notice);
             }
@@ -81,12 +82,12 @@ impl NoticeInbox {
         self.ready.ring();
     }
 
-    /// Adds an item; any thread.
+    /// Adds a notice. Any thread may call it.
     pub(super) fn put(&self, notice: ImageNotice) {
         self.change(|pending| pending.queue.push_back(notice));
     }
 
-    /// Takes everything; the control thread, after the descriptor became readable.
+    /// Takes all notices. Called by the control thread when [`NoticeInbox::as_fd`] is readable.
     pub(super) fn take(&self) -> PendingNotices {
         self.ready.silence_before(|| {
             let mut pending = self.lock();
@@ -102,22 +103,23 @@ impl AsFd for NoticeInbox {
     }
 }
 
-/// What the back-end calls to reach the control thread. No method blocks, and none calls the back-end except by answering
-/// an ask.
+/// The receiver of the back-end's notices, which passes them to the control thread. No method blocks, and none calls
+/// the back-end except by replying to a quiesce request.
 pub struct ImageNotices {
     inbox: Arc<NoticeInbox>,
 }
 
 impl ImageNotices {
-    /// For [`super::Server::start`] and [`crate::backend::ImageStore::start_notices`]. Until the server runs, the queue
-    /// keeps what comes. Errors: no file descriptor left.
+    /// Creates the receiver for [`super::Server::start`] and [`crate::backend::ImageStore::start_notices`]. Until the
+    /// server runs, notices wait in the queue. Fails when no file descriptor is left.
     pub fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(ImageNotices { inbox: Arc::new(NoticeInbox::new()?) }))
     }
 
-    /// The daemon ends: asks that come later are refused, those not granted yet are refused now or within a turn of the
-    /// control thread (ECANCELED). A hold that is granted goes on, because the host that asked relies on it. Called by main
-    /// or its helper before [`crate::backend::ImageStore::stop_notices`].
+    /// Refuses quiesce requests (ECANCELED), because the daemon ends: later ones at once, and those that are not
+    /// granted yet within a turn of the control thread. A hold that is granted continues, because the host that
+    /// requested it relies on it. Called by the thread that ends the daemon, before
+    /// [`crate::backend::ImageStore::stop_notices`].
     pub fn close(&self) {
         self.inbox.close();
     }
@@ -152,7 +154,7 @@ impl Notices for ImageNotices {
 
     fn unquiesce(&self) {
         self.inbox.change(|pending| {
-            // Two in a row mean no more than one.
+            // Two in a row mean the same as one.
             if !matches!(pending.queue.back(), Some(ImageNotice::Unquiesce(_))) {
                 pending.queue.push_back(ImageNotice::Unquiesce(Instant::now()));
             }
@@ -171,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_ask_is_answered_and_the_queue_is_bounded() {
+    fn every_quiesce_request_gets_a_reply_and_the_queue_is_bounded() {
         let notices = ImageNotices::new().unwrap();
         let (sender, answers) = mpsc::channel();
         let ask = || {
@@ -181,7 +183,7 @@ mod tests {
         for _ in 0..MAX_NOTICES {
             notices.quiesce(ask());
         }
-        assert!(answers.try_recv().is_err(), "the asks wait");
+        assert!(answers.try_recv().is_err(), "the requests wait");
         notices.quiesce(ask());
         assert_eq!(answers.try_recv(), Ok(Err(Errno(libc::EBUSY))), "one too many");
         notices.unquiesce();
@@ -215,10 +217,10 @@ mod interleavings {
     use crate::base::sync::interleavings::{Mutant, holds};
     use crate::base::sync::{thread, yield_until_readable};
 
-    /// An ask, a new size and the end, from three threads: the control thread sees the end, and the ask is answered once,
-    /// whether it came before the end or after.
+    /// Three threads send a quiesce request, a new size and the end: the control thread sees the end, and the request
+    /// gets one reply, whether it came before the end or after.
     #[test]
-    fn no_item_is_missed_and_each_ask_is_answered_once() {
+    fn no_notice_is_missed_and_each_quiesce_request_gets_one_reply() {
         let model = || {
             let notices = ImageNotices::new().unwrap();
             let answers = Arc::new(AtomicU32::new(0));

@@ -1,9 +1,10 @@
-//! The quiesce socket: QMP's dialect on a Unix socket, served by one thread.
+//! The control socket: a dialect of QMP on a Unix socket, served by one thread.
 //!
-//! [`protocol::json_stream`] cuts bytes into JSON values and [`protocol`] turns those into commands and replies;
-//! [`quiesce`] decides who holds the disk. All three are pure: no I/O, no clock of their own. `service` joins them to the
-//! [`crate::disk::Disk`]; `peer` and `socket` move the bytes, `image_notices` brings what the image's store reports. The
-//! commands, their arguments, the events and the error codes are listed in `protocol/schema`.
+//! [`protocol::json_stream`] cuts bytes into JSON values, and [`protocol`] turns those into commands and replies;
+//! [`quiesce`] decides who holds the disk. All three are pure: they do no I/O and have no clock of their own. `service`
+//! connects them to the [`crate::disk::Disk`], `peer` and `socket` transfer the bytes, and `image_notices` passes on
+//! the notices of the image's back-end. The commands, their arguments, the events and the error codes are listed in
+//! `protocol/schema`.
 
 mod access;
 pub mod client;

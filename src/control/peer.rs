@@ -1,4 +1,5 @@
-//! One connection: bounded input, bounded output, bounded rate. Non-blocking; owned by the control thread.
+//! One connection of the control socket, with bounded input, bounded output and a bounded rate of requests. The control
+//! thread owns it, and no method blocks.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,43 +13,47 @@ use super::protocol::json_stream::{Decoder, MalformedInput};
 use super::service::ClientInfo;
 use crate::base::rate_limit::{CONTROL_LOG, RateLimiter, log_limited};
 
-/// Bytes read in one turn of the control thread.
+/// The most bytes that are read from a connection in one turn of the control thread.
 const READ_SIZE: usize = 16 * 1024;
-/// While this much waits to be written, no further request of this connection is carried out.
+/// While more bytes than this wait to be written, no further request of the connection is carried out.
 const OUTPUT_HIGH_WATER: usize = 64 * 1024;
-/// A client that reads so slowly that this much waits to be written (events, then) is disconnected.
+/// A client is disconnected when more bytes than this wait to be written. Only events can add up to it, if the client
+/// does not read them.
 pub(super) const MAX_OUTPUT: usize = 256 * 1024;
 
-/// Requests carried out at once after a pause, and in each [`REQUEST_BURST_PERIOD`]: 200 a second.
+/// The most requests of a connection that are carried out in each [`REQUEST_BURST_PERIOD`]: 200 a second.
 const REQUEST_BURST: u32 = 50;
+/// The period of [`REQUEST_BURST`].
 const REQUEST_BURST_PERIOD: Duration = Duration::from_millis(250);
 
 /// A connection.
 pub(super) struct Peer {
     pub(super) client: ClientInfo,
-    /// `qmp_capabilities` was answered.
+    /// The client has sent `qmp_capabilities` and got the reply.
     pub(super) negotiated: bool,
-    /// When it connected.
+    /// When the client connected.
     pub(super) since: Instant,
     stream: UnixStream,
     decoder: Decoder,
+    /// Bytes that were read. The decoder has taken the first `taken` of them.
     input: Vec<u8>,
     taken: usize,
+    /// Lines to write. The first `sent` bytes are written.
     output: Vec<u8>,
     sent: usize,
-    /// A request is being carried out: the next one waits, so that replies come in order.
+    /// A request is being carried out. The next one waits, so that replies keep the order of the requests.
     busy: bool,
-    /// The client will send no more.
+    /// The client has closed its sending side.
     input_ended: bool,
-    /// The client reads no more; what it sent is still carried out.
+    /// Writing failed, so output is dropped. Requests that were received are still carried out.
     output_ended: bool,
-    /// The connection is to be closed, even if input or output is left.
+    /// The connection must be closed, even if input or output is left.
     dead: bool,
     requests: RateLimiter,
 }
 
 impl Peer {
-    /// Serves `stream` from now on. Errors: it cannot be made non-blocking.
+    /// Serves `client` on `stream` from now on. Fails if the stream cannot be made non-blocking.
     pub(super) fn new(client: ClientInfo, stream: UnixStream, now: Instant) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Peer {
@@ -69,8 +74,8 @@ impl Peer {
         })
     }
 
-    /// What to poll for. `None`: the connection is not polled at all, because only time helps; poll would report a
-    /// hang-up over and over.
+    /// Returns the events to poll for. `None`: the connection must not be polled, because it waits only for time to
+    /// pass, and poll would report a hang-up again and again.
     pub(super) fn interest(&self) -> Option<PollFlags> {
         let mut flags = PollFlags::empty();
         if self.unsent() > 0 {
@@ -82,7 +87,7 @@ impl Peer {
         (!flags.is_empty() || self.busy).then_some(flags)
     }
 
-    /// Acts on what poll reported.
+    /// Reads or writes, as poll reported in `found`.
     pub(super) fn ready(&mut self, found: PollFlags) {
         if found.contains(PollFlags::IN) || (found.contains(PollFlags::HUP) && !self.busy && !self.input_ended) {
             self.read();
@@ -110,7 +115,7 @@ impl Peer {
         }
     }
 
-    /// The next request, if there is one and the connection's rate allows it.
+    /// Returns the next request, if one is complete and the connection's rate allows it. [`Peer::reply`] must follow.
     pub(super) fn next(&mut self, now: Instant) -> Option<Result<Value, MalformedInput>> {
         while !self.is_throttled() && self.input_left() > 0 {
             if !self.requests.has_one(now) {
@@ -127,7 +132,7 @@ impl Peer {
         None
     }
 
-    /// When [`Peer::next`] may return a request although poll reports nothing.
+    /// Returns when [`Peer::next`] may return a request without new input. `None`: it needs new input or a reply first.
     pub(super) fn next_turn(&self, now: Instant) -> Option<Instant> {
         (!self.is_throttled() && self.input_left() > 0).then(|| self.requests.ready_at(now))
     }
@@ -162,7 +167,7 @@ impl Peer {
         }
     }
 
-    /// Writes as much as the socket takes.
+    /// Writes as much of the output as the socket accepts now.
     pub(super) fn flush(&mut self) {
         while self.unsent() > 0 {
             match self.stream.write(&self.output[self.sent..]) {
@@ -183,17 +188,18 @@ impl Peer {
         }
     }
 
-    /// Returns the connection for another purpose. What the client sent after its last request is lost.
+    /// Returns the stream, for another use than the control protocol. Bytes that the client sent after its last request
+    /// are lost.
     pub(super) fn into_stream(self) -> UnixStream {
         self.stream
     }
 
-    /// Whether the connection is to be closed: nothing more can be read from it or written to it.
+    /// Whether the connection must be closed: nothing more can be read from it or written to it.
     pub(super) fn is_finished(&self) -> bool {
         self.dead || (self.input_ended && !self.busy && self.input_left() == 0 && self.unsent() == 0)
     }
 
-    /// Bytes that wait to be written.
+    /// Returns the number of bytes that wait to be written.
     pub(super) fn unsent(&self) -> usize {
         self.output.len() - self.sent
     }

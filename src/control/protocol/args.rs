@@ -1,4 +1,4 @@
-//! The arguments of one command, each checked for its type and its bounds.
+//! Reads the arguments of one command, and checks the type and bounds of each.
 
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ pub(in crate::control) struct Args<'a> {
 }
 
 impl Args<'_> {
+    /// Reads a boolean argument. `None`: it is not given.
     pub(in crate::control) fn boolean(&mut self, name: &str) -> Result<Option<bool>, Error> {
         match self.given.remove(name) {
             None => Ok(None),
@@ -26,6 +27,7 @@ impl Args<'_> {
         }
     }
 
+    /// Reads a string of at most `longest` bytes. `None`: it is not given.
     pub(in crate::control) fn text(&mut self, name: &str, longest: usize) -> Result<Option<String>, Error> {
         match self.given.remove(name) {
             None => Ok(None),
@@ -35,6 +37,7 @@ impl Args<'_> {
         }
     }
 
+    /// Reads a time from 1 ms to [`MAX_TIMEOUT`]. `None`: it is not given.
     pub(in crate::control) fn milliseconds(&mut self, name: &str) -> Result<Option<Duration>, Error> {
         let most = MAX_TIMEOUT.as_millis() as u64;
         let Some(value) = self.given.remove(name) else { return Ok(None) };
@@ -47,10 +50,12 @@ impl Args<'_> {
         }
     }
 
+    /// Reads a number of bytes. `None`: it is not given.
     pub(in crate::control) fn bytes(&mut self, name: &str) -> Result<Option<u64>, Error> {
         self.whole(name, "a whole number of bytes")
     }
 
+    /// Reads a number. `None`: it is not given.
     pub(in crate::control) fn number(&mut self, name: &str) -> Result<Option<u64>, Error> {
         self.whole(name, "a whole number")
     }
@@ -64,6 +69,7 @@ impl Args<'_> {
         }
     }
 
+    /// Fails if an argument is left, which the command does not know.
     pub(super) fn finish(self) -> Result<(), Error> {
         match self.given.keys().next() {
             None => Ok(()),
@@ -87,7 +93,7 @@ fn wrong_type(name: &str, wanted: &str, value: &Value) -> Error {
     Error::argument(format!("'{name}' must be {wanted}, not {kind}"))
 }
 
-/// A name from a request, cut so that it fits into a message.
+/// Cuts a name from a request, so that it fits into an error message.
 pub(super) fn shown(name: &str) -> String {
     match name.char_indices().nth(64) {
         Some((end, _)) => format!("{}...", &name[..end]),

@@ -7,23 +7,23 @@ use super::{Args, Command, Error, MAX_WHO};
 /// A command of an attendant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AttendCommand {
-    /// `attend`: it is to be asked from now on.
+    /// `attend`: the connection is the attendant from now on.
     Attend {
-        /// A snapshot needs its consent.
+        /// Snapshots that other hosts take need the attendant's consent.
         required: bool,
-        /// How long it may take for each `prepared`.
+        /// How long the attendant may take to send each `prepared`.
         timeout: Duration,
-        /// A name for it, given by the operator.
+        /// A name for the attendant, given by the operator.
         who: Option<String>,
     },
-    /// `prepared`: the answer to a `PREPARE`.
+    /// `prepared`: the reply to a `PREPARE`.
     Prepared {
         /// The id of the `PREPARE`.
         id: u64,
-        /// The level that the guest was brought to, or why it was not.
+        /// The level that the guest reached (`None`: not given), or why the guest was not prepared.
         result: Result<Option<String>, String>,
     },
-    /// `unattend`: it is not to be asked any more.
+    /// `unattend`: the connection is the attendant no longer.
     Unattend,
 }
 

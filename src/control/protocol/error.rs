@@ -1,4 +1,4 @@
-//! Error replies. [`schema`](mod@super::schema) lists the codes.
+//! Error replies. `schema` lists the codes.
 
 /// QEMU's error classes, as far as they are used. Clients know a closed list of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,7 +14,7 @@ pub enum Class {
 pub struct Error {
     /// For clients that know QEMU.
     pub class: Class,
-    /// For programs; the list is in [`schema`](mod@super::schema).
+    /// For programs; the list is in `schema`.
     pub code: &'static str,
     /// For people.
     pub desc: String,

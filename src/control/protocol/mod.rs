@@ -1,12 +1,12 @@
 //! PURE. The protocol of the control socket: a dialect of QMP (QEMU, docs/interop/qmp-spec), so that clients such as
-//! `qmp-shell`, `qemu.qmp` and `socat` work. docs/control-protocol.md explains it; [`schema`](mod@schema) lists all commands, arguments,
-//! replies, events and error codes, and tests compare both with the code.
+//! `qmp-shell`, `qemu.qmp` and `socat` work. docs/control-protocol.md explains it; `schema` lists all commands,
+//! arguments, replies, events and error codes, and tests compare both with the code.
 //!
 //! The daemon sends a greeting; the client sends `{"execute": "qmp_capabilities"}` and then commands
 //! `{"execute": NAME, "arguments": {...}, "id": ANYTHING}`. The daemon replies to each, in the order received, with one
 //! line, `{"return": ...}` or `{"error": {"class": ..., "code": ..., "desc": ...}}`, with the `id` if there was one.
 //!
-//! [`commands`] says which client may use which command, by its user (SO_PEERCRED).
+//! `commands` lists which client may use which command, by its user (SO_PEERCRED).
 
 mod args;
 mod attend;

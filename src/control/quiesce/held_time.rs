@@ -1,19 +1,19 @@
-//! PURE. How long the guest's writes have waited for holds, and the bound on that (`--max-hold`).
+//! PURE. Measures how long the guest's writes have waited for holds, and bounds that time (`--max-hold`).
 
 use std::time::{Duration, Instant};
 
-/// How long the gate must be open until writes count as having flowed: by then the rings have taken what waited. A hold
-/// that begins earlier continues the wait of those before it.
+/// How long the gate must be open until writes count as having flowed: by then the rings have taken the waiting writes.
+/// A hold that begins sooner counts together with the holds before it.
 const MIN_FLOW_TIME: Duration = Duration::from_millis(100);
 
-/// The time during which the gate was closed, or open too shortly to count.
+/// Measures the time during which the gate was closed, or open too shortly to count.
 #[derive(Default)]
 pub(super) struct HeldTime {
     /// The bound, if there is one.
     max: Option<Duration>,
     /// When the gate closed for the first of the holds that count together.
     since: Option<Instant>,
-    /// When it opened after the last of them; `None`: it is closed, or was never closed.
+    /// When the gate opened after the last of these holds. `None`: the gate is closed, or was never closed.
     opened: Option<Instant>,
 }
 
@@ -22,7 +22,7 @@ impl HeldTime {
         HeldTime { max, ..HeldTime::default() }
     }
 
-    /// The bound, if there is one.
+    /// Returns the bound, if there is one.
     pub(super) fn max(&self) -> Option<Duration> {
         self.max
     }
@@ -38,23 +38,23 @@ impl HeldTime {
         self.opened = Some(now);
     }
 
-    /// Since when writes have not flowed; `None`: they flow.
+    /// Returns since when writes have not flowed. `None`: they flow.
     fn since(&self, now: Instant) -> Option<Instant> {
         let flowed = self.opened.is_some_and(|opened| now.saturating_duration_since(opened) >= MIN_FLOW_TIME);
         self.since.filter(|_| !flowed)
     }
 
-    /// How long writes have not flowed; zero: they flow.
+    /// Returns how long writes have not flowed. Zero: they flow.
     pub(super) fn sum(&self, now: Instant) -> Duration {
         self.since(now).map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
     }
 
-    /// When a hold that is granted or requested now must end.
+    /// Returns when a hold that is granted or requested now must end. `None`: there is no bound.
     pub(super) fn end(&self, now: Instant) -> Option<Instant> {
         self.max.map(|max| self.since(now).unwrap_or(now) + max)
     }
 
-    /// Whether the bound is reached: no new hold until writes have flowed.
+    /// Whether the bound is reached. Then there must be no new hold until writes have flowed.
     pub(super) fn is_spent(&self, now: Instant) -> bool {
         self.end(now).is_some_and(|end| end <= now)
     }

@@ -1,13 +1,13 @@
-//! PURE. Decides who holds the disk: a state machine with the clock passed in.
+//! PURE. Decides who holds the disk: a state machine to which the caller passes the time.
 //!
-//! The write gate is closed exactly while there is a hold or a request that waits for one. The first request closes it
-//! and begins an epoch. Requests that come while it settles join that epoch and share its answer. Requests that come when
-//! the disk is quiet are granted at once, because nothing can have changed since. The gate opens when the last hold or
-//! waiting request has ended, for whatever reason. An answer of the disk counts only for the epoch it was asked for:
-//! after a timeout, the late answer of the abandoned closing must not grant the next one.
+//! The write gate is closed exactly while there is a hold or a request that waits for one. The first request closes the
+//! gate and begins an epoch. Requests that arrive while the disk settles join that epoch and share its result. Requests
+//! that arrive when the disk is quiet are granted at once, because nothing can have changed since. The gate opens when
+//! the last hold or waiting request has ended, for whatever reason. A result of the disk counts only for its own epoch:
+//! after a timeout, the late result of the abandoned epoch must not grant the next one.
 //!
-//! Holds that overlap or follow each other closely add up for the guest. With a bound on their sum (`--max-hold`) no lease
-//! and no timeout goes beyond it, and a request that comes then is refused until writes have flowed.
+//! Holds that overlap or follow each other closely add up for the guest. With a bound on their sum (`--max-hold`) no
+//! lease and no timeout exceeds it, and a request that arrives at the bound is refused until writes have flowed again.
 
 mod held_time;
 
@@ -19,43 +19,43 @@ use crate::disk::HoldFigures;
 use crate::engine::Errno;
 use held_time::HeldTime;
 
-/// A connection.
+/// Identifies a connection of the control socket.
 pub type PeerId = u64;
-/// The image's store in place of a connection: another host takes a snapshot of the image.
+/// Stands for the image's store in place of a connection: another host takes a snapshot of the image.
 pub const STORE: PeerId = 0;
-/// A `quiesce` request that waits for its answer.
+/// Identifies a request that waits for its reply.
 pub type RequestId = u64;
 
 /// The most holds and waiting requests together.
 pub const MAX_HOLDERS: usize = 64;
-/// How many ended holds are remembered, so that the error of a late `resume` can say why its hold had ended.
+/// The most ended holds that are remembered, so that the error of a late `resume` can give the reason of its end.
 const MAX_ENDED: usize = 64;
 
-/// Who sent a request, as far as the kernel and the client say.
+/// The client that sent a request, as the kernel and the client itself describe it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ClientIdentity {
-    /// The client's `who`.
+    /// The name that the client gave (`who`).
     pub text: Option<String>,
-    /// The process and its user when it connected; `None` for the image's store.
+    /// The client's process and user when it connected. `None`: the request is the image's store's.
     pub client: Option<Credentials>,
 }
 
-/// A `quiesce` request.
+/// A request to hold the disk: a client's `quiesce`, or one of the image's store.
 #[derive(Clone, Debug)]
 pub struct HoldRequest {
-    /// The number of the request, which its answer repeats.
+    /// The number of the request, which its [`HoldEffect`] repeats.
     pub id: RequestId,
-    /// The token of the hold that may be granted: unguessable, never used before.
+    /// The token of the hold that may be granted. It cannot be guessed and is never used twice.
     pub token: String,
-    /// The connection that asks.
+    /// The connection that sent the request.
     pub owner: PeerId,
     /// How long the request may wait until it is refused.
     pub timeout: Duration,
-    /// How long the hold lasts, from its grant on; what is left of the bound on all holds, if that is less.
+    /// How long the hold lasts from its grant on, unless less is left of the bound on all holds.
     pub lease: Duration,
     /// The hold outlives the connection.
     pub detached: bool,
-    /// For status and events.
+    /// The client, for status and events.
     pub who: ClientIdentity,
 }
 
@@ -68,11 +68,11 @@ pub enum Refusal {
     SyncFailed(Errno),
     /// A request that changes the disk failed with this error and is retained: part of it may be in the image.
     Stopped(Errno),
-    /// Another process uses the image: it changes, whoever holds it here.
+    /// Another process uses the image, so the image may change although the disk is held here.
     NotOurs,
-    /// A client resumed everything, or the requester gave up.
+    /// A client resumed all holds, or the store that sent the request withdrew it.
     Cancelled,
-    /// There are [`MAX_HOLDERS`] already.
+    /// There are [`MAX_HOLDERS`] holds and waiting requests already.
     TooMany,
     /// The disk was held for as long as its holders together may hold it.
     MaxHold,
@@ -85,11 +85,11 @@ pub enum Refusal {
 /// Why a hold ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EndReason {
-    /// A client sent `resume` with its token, or for all holds.
+    /// A client sent `resume` with the hold's token, or for all holds.
     Resume,
-    /// Its lease was not renewed in time.
+    /// The hold's lease ended without a renewal.
     LeaseExpired,
-    /// Its connection ended.
+    /// The connection that requested the hold ended.
     ConnectionClosed,
     /// The daemon ends.
     Shutdown,
@@ -98,59 +98,59 @@ pub enum EndReason {
 /// What the caller must do, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HoldEffect {
-    /// [`crate::disk::Disk::close_gate`].
+    /// Call [`crate::disk::Disk::close_gate`] with this epoch.
     CloseGate(u64),
-    /// [`crate::disk::Disk::open_gate`].
+    /// Call [`crate::disk::Disk::open_gate`].
     OpenGate,
-    /// Reply to a request: the disk is held still.
+    /// Reply that a request is granted.
     Granted {
-        /// Which request.
+        /// The number of the request.
         request: RequestId,
-        /// The hold that it got.
+        /// The hold that was granted.
         hold: Hold,
         /// The epoch that settled.
         epoch: u64,
-        /// What settling the gate took.
+        /// The measurements of the hold.
         figures: HoldFigures,
         /// The number of holders now.
         holders: usize,
     },
-    /// Reply to a request: it is refused.
+    /// Reply that a request is refused.
     Refused {
-        /// Which request.
+        /// The number of the request.
         request: RequestId,
-        /// Who sent it.
+        /// The client that sent the request.
         who: ClientIdentity,
-        /// Why.
+        /// Why the request is refused.
         why: Refusal,
     },
     /// Report that a hold has ended.
     Ended {
         /// The hold that ended.
         hold: Hold,
-        /// Why.
+        /// Why the hold ended.
         reason: EndReason,
-        /// How long it lasted.
+        /// How long the hold lasted.
         held: Duration,
         /// The number of holders left.
         holders: usize,
     },
 }
 
-/// One holder.
+/// A hold: one client's claim that keeps the disk quiet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hold {
-    /// Names the hold.
+    /// The token that names the hold.
     pub token: String,
-    /// The connection that asked.
+    /// The connection that requested the hold.
     pub owner: PeerId,
     /// The hold outlives that connection.
     pub detached: bool,
-    /// Who asked.
+    /// The client that requested the hold.
     pub who: ClientIdentity,
-    /// When it was granted.
+    /// When the hold was granted.
     pub since: Instant,
-    /// When it ends unless it is renewed.
+    /// When the lease ends, unless it is renewed.
     pub until: Instant,
 }
 
@@ -161,15 +161,16 @@ struct WaitingRequest {
 
 #[derive(Clone, Copy)]
 enum Gate {
-    /// There is no hold and no waiting request.
+    /// The gate is open: there is no hold and no waiting request.
     Open,
-    /// Requests wait, and there is no hold.
+    /// The gate is closed and the disk is not quiet yet: requests wait, and there is no hold.
     Settling { epoch: u64 },
-    /// There is a hold, and no request waits.
+    /// The disk is quiet: there is a hold, and no request waits.
     Quiet { epoch: u64, rings: u32 },
 }
 
-/// The holders of one disk. Every method takes the time and leaves what the caller must do in [`Coordinator::effects`].
+/// The holders of one disk. Methods that change the state get the current time, and leave what the caller must do in
+/// [`Coordinator::effects`]. Owned by the control thread.
 pub struct Coordinator {
     gate: Gate,
     last_epoch: u64,
@@ -187,7 +188,8 @@ impl Default for Coordinator {
 }
 
 impl Coordinator {
-    /// `max_hold`: how long the holders together may keep writes waiting; `None`: no bound.
+    /// Creates a coordinator for a disk that no client holds. `max_hold`: how long the holders together may keep writes
+    /// waiting; `None`: no bound.
     pub fn new(max_hold: Option<Duration>) -> Self {
         Coordinator {
             gate: Gate::Open,
@@ -200,12 +202,13 @@ impl Coordinator {
         }
     }
 
-    /// Takes what the caller must do, oldest first, before its next call.
+    /// Takes the effects that the caller must carry out, oldest first, before it calls another method.
     pub fn effects(&mut self) -> Vec<HoldEffect> {
         self.effects.drain(..).collect()
     }
 
-    /// Takes a `quiesce` request. It is answered by exactly one [`HoldEffect::Granted`] or [`HoldEffect::Refused`], unless its connection ends.
+    /// Takes a request to hold the disk. Exactly one [`HoldEffect::Granted`] or [`HoldEffect::Refused`] follows, unless
+    /// the request's connection ends first.
     pub fn quiesce(&mut self, request: HoldRequest, now: Instant) {
         if self.waiting.len() + self.holds.len() >= MAX_HOLDERS {
             self.refuse(request, Refusal::TooMany);
@@ -231,7 +234,8 @@ impl Coordinator {
         }
     }
 
-    /// The disk has settled, or failed to. Ignored for another epoch than the one that settles now.
+    /// Grants the waiting requests when the disk is quiet, or refuses them when it failed to become quiet. A result of
+    /// another epoch than the current one is ignored.
     pub fn settled(&mut self, epoch: u64, result: Result<HoldFigures, Errno>, now: Instant) {
         if !self.is_settling(epoch) {
             return;
@@ -246,7 +250,7 @@ impl Coordinator {
         }
     }
 
-    /// The disk cannot settle, because another process uses the image.
+    /// Refuses the waiting requests of this epoch, because another process uses the image.
     pub fn not_ours(&mut self, epoch: u64, now: Instant) {
         if self.is_settling(epoch) {
             self.refuse_all(Refusal::NotOurs, now);
@@ -257,7 +261,7 @@ impl Coordinator {
         matches!(self.gate, Gate::Settling { epoch: current } if current == epoch)
     }
 
-    /// Refuses all waiting requests. The gate opens first, because the guest waits; the replies can wait.
+    /// Refuses all waiting requests. The gate opens before the replies are sent, because the guest waits for it.
     fn refuse_all(&mut self, why: Refusal, now: Instant) {
         let requests: Vec<HoldRequest> = self.waiting.drain(..).map(|waiting| waiting.request).collect();
         self.open_if_free(now);
@@ -266,13 +270,14 @@ impl Coordinator {
         }
     }
 
-    /// A request that changes the disk failed and is retained, for an unknown time: the requests that wait for the disk to
-    /// settle are refused. Holds that are granted stay, because their disk is still.
+    /// Refuses the requests that wait, because a guest's request that changes the disk failed and is retained for an
+    /// unknown time. Granted holds stay, because the disk is quiet under them.
     pub fn stopped(&mut self, errno: Errno, now: Instant) {
         self.refuse_all(Refusal::Stopped(errno), now);
     }
 
-    /// The requester gave up: its request is refused if it still waits. If it is granted already nothing changes.
+    /// Refuses a request that its sender withdrew, if the request still waits. A request that is granted already stays
+    /// granted.
     pub fn cancel(&mut self, request: RequestId, now: Instant) {
         let Some(at) = self.waiting.iter().position(|waiting| waiting.request.id == request) else { return };
         let waiting = self.waiting.remove(at);
@@ -280,7 +285,8 @@ impl Coordinator {
         self.refuse(waiting.request, Refusal::Cancelled);
     }
 
-    /// Ends one hold and returns how many are left. `Err`: why the token's hold had ended, `None` if it never had one.
+    /// Ends the hold with this token. Returns how many holds are left. The error is the reason why the hold had ended
+    /// before; `None`: no hold ever had this token.
     pub fn resume(&mut self, token: &str, now: Instant) -> Result<usize, Option<EndReason>> {
         match self.holds.iter().position(|hold| hold.token == token) {
             Some(_) => {
@@ -291,15 +297,15 @@ impl Coordinator {
         }
     }
 
-    /// Ends every hold and refuses every waiting request. Returns how many holds there were.
+    /// Ends every hold and refuses every waiting request. Returns the number of holds that ended.
     pub fn resume_all(&mut self, now: Instant) -> usize {
         let count = self.holds.len();
         self.end_all(now, EndReason::Resume, Refusal::Cancelled);
         count
     }
 
-    /// Lets a hold last until `lease` from now, or the end of the bound on all holds. Returns how long that is. Errors as
-    /// of [`Coordinator::resume`].
+    /// Extends a hold until `lease` from now, or until the bound on all holds, if that is sooner. Returns how long the
+    /// hold lasts from now on. The errors are those of [`Coordinator::resume`].
     pub fn renew(&mut self, token: &str, lease: Duration, now: Instant) -> Result<Duration, Option<EndReason>> {
         let until = self.bounded(now + lease, now);
         match self.holds.iter_mut().find(|hold| hold.token == token) {
@@ -311,18 +317,19 @@ impl Coordinator {
         }
     }
 
-    /// A connection ended: its requests are dropped, and its holds end unless they are detached.
+    /// Drops the requests of a connection that ended, and ends its holds unless they are detached.
     pub fn peer_gone(&mut self, peer: PeerId, now: Instant) {
         self.waiting.retain(|waiting| waiting.request.owner != peer);
         self.end_holds(now, EndReason::ConnectionClosed, |hold| hold.owner == peer && !hold.detached);
     }
 
-    /// The daemon ends: all holds end.
+    /// Ends all holds, because the daemon ends.
     pub fn shutdown(&mut self, now: Instant) {
         self.end_all(now, EndReason::Shutdown, Refusal::Shutdown);
     }
 
-    /// Ends the leases and timeouts that have run out. Called no later than [`Coordinator::next_deadline`].
+    /// Ends the holds whose lease has run out, and refuses the requests whose timeout has passed. Called no later than
+    /// [`Coordinator::next_deadline`].
     pub fn tick(&mut self, now: Instant) {
         let (late, rest) = self.waiting.drain(..).partition(|waiting| waiting.deadline <= now);
         self.waiting = rest;
@@ -333,7 +340,7 @@ impl Coordinator {
         }
     }
 
-    /// When the next lease or timeout runs out.
+    /// Returns when the next lease or timeout runs out. `None`: the disk is not held and no request waits.
     pub fn next_deadline(&self) -> Option<Instant> {
         let waiting = self.waiting.iter().map(|waiting| waiting.deadline);
         waiting.chain(self.holds.iter().map(|hold| hold.until)).min()
@@ -344,7 +351,7 @@ impl Coordinator {
         &self.holds
     }
 
-    /// How many requests wait for the gate to settle.
+    /// Returns the number of requests that wait for the disk to become quiet.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
     }
@@ -354,7 +361,7 @@ impl Coordinator {
         matches!(self.gate, Gate::Open)
     }
 
-    /// `open`, `settling` or `quiesced`.
+    /// Returns the gate's state for the status: `open`, `settling` or `quiesced`.
     pub fn state(&self) -> &'static str {
         match self.gate {
             Gate::Open => "open",
@@ -363,12 +370,12 @@ impl Coordinator {
         }
     }
 
-    /// How long writes have been waiting, for all holds and requests that add up.
+    /// Returns how long writes have been waiting, over all holds and requests that add up.
     pub fn held_time(&self, now: Instant) -> Duration {
         self.held.sum(now)
     }
 
-    /// The bound on that, if there is one.
+    /// Returns the bound on [`Coordinator::held_time`], if there is one.
     pub fn max_hold(&self) -> Option<Duration> {
         self.held.max()
     }
@@ -435,7 +442,7 @@ impl Coordinator {
         }
     }
 
-    /// Why a token's hold ended; `None`: it never had one, or still has it.
+    /// Returns why the hold with this token ended. `None`: the hold still lasts, or no hold had this token.
     pub fn end_reason(&self, token: &str) -> Option<EndReason> {
         self.ended.iter().rev().find(|(ended, _)| ended == token).map(|(_, reason)| *reason)
     }

@@ -1,8 +1,8 @@
-//! PURE. The attendant: a connection that is asked before the disk is held for another host's snapshot, so that a guest
-//! can be frozen while its disks still take writes.
+//! PURE. The attendant: a client that must consent before the disk is held for another host's snapshot, so that it can
+//! freeze the guest while the guest's disks still take writes.
 //!
-//! `PREPARE` is sent before any gate is closed, and the gate waits for `prepared`. With one attendant for all disks of a
-//! guest no freeze ever waits for a disk that is held. Each `PREPARE` is followed by exactly one `RELEASED`, when the
+//! The daemon sends `PREPARE` before it closes the gate, and waits for `prepared`. With one attendant for all disks of
+//! a guest no freeze ever waits for a disk that is held. Each `PREPARE` is followed by exactly one `RELEASED`, when the
 //! gate is open again, unless the connection ends first.
 
 use std::time::{Duration, Instant};
@@ -13,32 +13,32 @@ use crate::control::protocol::Error;
 use crate::control::protocol::return_types::AttendantStatus;
 use crate::control::quiesce::{ClientIdentity, PeerId};
 
-/// A `PREPARE` that is sent.
+/// A `PREPARE` that was sent to an attendant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::control) struct Prepare {
     pub(in crate::control) peer: PeerId,
     pub(in crate::control) id: u64,
-    /// How long the attendant may take to answer.
+    /// How long the attendant may take to reply.
     pub(in crate::control) timeout: Duration,
 }
 
-/// Whether a snapshot may begin.
+/// Whether the attendant consents to a snapshot.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::control) enum Consent {
-    /// No attendant must be asked.
+    /// The snapshot needs no consent.
     NotNeeded,
-    /// The snapshot waits for the answer to this.
+    /// The snapshot waits for the reply to this `PREPARE`.
     Pending(Prepare),
-    /// No, for this reason: an attendant must consent, and none is connected.
+    /// The snapshot is refused for this reason: an attendant must consent, and none is connected.
     Denied(&'static str),
 }
 
 /// How a `PREPARE` ended.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::control) struct PrepareOutcome {
-    /// The level that the guest was brought to (`None`: the attendant named none), or what went wrong.
+    /// The level that the attendant reached (`None`: it named none), or its error.
     pub(in crate::control) result: Result<Option<String>, String>,
-    /// Whether a failure ends the snapshot.
+    /// An error refuses the snapshot.
     pub(in crate::control) required: bool,
 }
 
@@ -55,22 +55,23 @@ struct PendingPrepare {
     required: bool,
 }
 
-/// The attendant, and what it was asked.
+/// The attendant and its pending `PREPARE`. Owned by the control thread.
 #[derive(Default)]
 pub(in crate::control) struct Attendance {
     /// Snapshots are refused without an attendant, even if none has ever registered.
     needed: bool,
     attendant: Option<Attendant>,
-    /// The last required attendant, if its connection was lost: operators who rely on it must not be deceived.
+    /// The last required attendant, if its connection was lost. Snapshots are refused until an attendant registers,
+    /// because the operator relies on it.
     lost: Option<ClientIdentity>,
     pending: Option<PendingPrepare>,
     last_id: u64,
-    /// Connections that must be sent `RELEASED` with this id once the gate is open.
+    /// The connections that get `RELEASED`, with this id, once the gate is open.
     awaiting_release: Vec<(PeerId, u64)>,
 }
 
 impl Attendance {
-    /// `needed`: no snapshot begins without an attendant.
+    /// Creates the state without an attendant. `needed`: every snapshot needs one.
     pub(in crate::control) fn new(needed: bool) -> Self {
         Attendance { needed, ..Attendance::default() }
     }
@@ -92,7 +93,7 @@ impl Attendance {
         Ok(())
     }
 
-    /// Ends the registration of a connection. A `PREPARE` that it has not answered fails.
+    /// Ends the registration of a connection. Its pending `PREPARE` fails.
     pub(in crate::control) fn unattend(&mut self, peer: PeerId) -> Result<Option<PrepareOutcome>, Error> {
         match self.attendant.take_if(|attendant| attendant.peer == peer) {
             Some(_) => Ok(self.end_prepare(peer, "the attendant ended before it had answered")),
@@ -100,7 +101,7 @@ impl Attendance {
         }
     }
 
-    /// A connection ended.
+    /// Ends the registration of a connection that ended. Its pending `PREPARE` fails.
     pub(in crate::control) fn peer_gone(&mut self, peer: PeerId) -> Option<PrepareOutcome> {
         self.awaiting_release.retain(|(waiting, _)| *waiting != peer);
         let attendant = self.attendant.take_if(|attendant| attendant.peer == peer)?;
@@ -117,19 +118,21 @@ impl Attendance {
         self.end_prepare(peer, "the attendant's connection ended")
     }
 
-    /// Whether snapshots are refused without the attendant that is connected, or was.
+    /// Whether snapshots are refused without the consent of an attendant that is or was connected.
     pub(in crate::control) fn requires_attendant(&self) -> bool {
         self.lost.is_some() || self.attendant.as_ref().is_some_and(|attendant| attendant.required)
     }
 
-    /// The process before us required an attendant, which must connect to us first.
+    /// Refuses snapshots until an attendant registers, because the process from which we took the disk over required
+    /// one.
     pub(in crate::control) fn attendant_missing(&mut self) {
         if self.attendant.is_none() {
             self.lost = Some(ClientIdentity::default());
         }
     }
 
-    /// Another host begins a snapshot. The attendant may take `limit` at most.
+    /// Determines whether the attendant must consent to a snapshot that another host begins. The attendant may take
+    /// `limit` at most.
     pub(in crate::control) fn begin(&mut self, limit: Duration, now: Instant) -> Consent {
         let Some(Attendant { peer, required, timeout, .. }) = &self.attendant else {
             return match (&self.lost, self.needed) {
@@ -146,7 +149,7 @@ impl Attendance {
         Consent::Pending(prepare)
     }
 
-    /// An attendant answers. Errors: it was not asked, or the answer is too late.
+    /// Takes the reply of an attendant. Fails if it got no `PREPARE` with this id, or replies too late.
     pub(in crate::control) fn prepared(
         &mut self,
         peer: PeerId,
@@ -162,30 +165,30 @@ impl Attendance {
         }
     }
 
-    /// Ends the time for an answer if it has run out.
+    /// Fails the pending `PREPARE` if its time has run out.
     pub(in crate::control) fn tick(&mut self, now: Instant) -> Option<PrepareOutcome> {
         let PendingPrepare { prepare, required, .. } = self.pending.take_if(|pending| pending.until <= now)?;
         let text = format!("the attendant did not answer within {} ms", prepare.timeout.as_millis());
         Some(PrepareOutcome { result: Err(text), required })
     }
 
-    /// When [`Attendance::tick`] is due.
+    /// Returns when [`Attendance::tick`] is due.
     pub(in crate::control) fn next_deadline(&self) -> Option<Instant> {
         self.pending.as_ref().map(|pending| pending.until)
     }
 
-    /// The snapshot that `prepare` was sent for is over, with whatever result.
+    /// Ends the snapshot for which `prepare` was sent, whatever its result.
     pub(in crate::control) fn end_snapshot(&mut self, prepare: Prepare) {
         self.pending.take_if(|pending| pending.prepare == prepare);
         self.awaiting_release.push((prepare.peer, prepare.id));
     }
 
-    /// The connections that must be sent `RELEASED`, with its id. For when the gate is open.
+    /// Takes the connections that must get `RELEASED`, with its id. The gate must be open.
     pub(in crate::control) fn take_releases(&mut self) -> Vec<(PeerId, u64)> {
         std::mem::take(&mut self.awaiting_release)
     }
 
-    /// What happens to snapshots that others take of the image while no attendant is registered, for the log.
+    /// Describes for the log what happens to snapshots of other hosts while no attendant is registered.
     pub(in crate::control) fn unattended_policy(&self) -> &'static str {
         match self.needed {
             true => "snapshots of the image by others are refused until one is back",
@@ -193,7 +196,7 @@ impl Attendance {
         }
     }
 
-    /// The attendant, for the status. `None`: there is none, and none is needed.
+    /// Returns the attendant's status. `None`: there is none, and none is needed.
     pub(in crate::control) fn status(&self) -> Option<AttendantStatus> {
         let (who, present, required) = match (&self.attendant, &self.lost) {
             (Some(attendant), _) => (&attendant.who, true, attendant.required),

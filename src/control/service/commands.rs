@@ -1,4 +1,4 @@
-//! Carries out one command. Every [`Command`] has its arm, so a command that is not answered does not compile.
+//! Carries out one command. Every [`Command`] has a match arm, so a command without a reply does not compile.
 
 use std::time::Instant;
 
@@ -16,16 +16,16 @@ use crate::control::protocol::{self, Command, Error, QuiesceArgs};
 use crate::control::quiesce::{ClientIdentity, EndReason, Hold, HoldRequest};
 use crate::disk::DiskStatus;
 
-/// When a command is answered.
+/// When the reply to a command is sent.
 pub(super) enum CommandReply {
-    /// With this, at once.
+    /// This reply is sent at once.
     Now(Result<Value, Error>),
-    /// By [`Service::reply_later`].
+    /// [`Service::reply_later`] sends the reply.
     Later,
 }
 
 impl Service {
-    /// Carries a command out. `id`: of its request.
+    /// Carries a command out. `id`: the `id` that its request has.
     pub(super) fn execute(
         &mut self,
         client: ClientInfo,

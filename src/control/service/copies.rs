@@ -1,5 +1,5 @@
-//! The commands for point-in-time copies: which connection asked for which copy, and what happens to the copy when that
-//! connection ends. The copies themselves are made behind [`crate::disk::Copies`].
+//! Carries out the commands for point-in-time copies, and cancels the copies of a connection that ends. The copies
+//! themselves are made behind [`crate::disk::Copies`].
 
 use crate::base::rate_limit::{COPY_LOG, log_limited};
 use crate::control::protocol::CopyCommand;
@@ -11,15 +11,15 @@ use crate::control::protocol::Error;
 use crate::control::quiesce::PeerId;
 use crate::disk::{Copies, CopyError, Disk};
 
-/// Which connection prepared which copy.
+/// The connections that prepared copies.
 #[derive(Default)]
 pub(in crate::control) struct CopyOwners {
-    /// By the copy's name: the connection, and whether the copy outlives it once it runs.
+    /// For each copy, by its name: the connection, and whether the copy outlives it once it runs.
     owners: HashMap<String, (PeerId, bool)>,
 }
 
 impl CopyOwners {
-    /// Carries a command out. `is_held`: whether the hold of a token is granted now.
+    /// Carries a command out. `is_held`: whether a hold with this token exists.
     pub(in crate::control) fn execute(
         &mut self,
         disk: &dyn Disk,
@@ -56,7 +56,7 @@ impl CopyOwners {
         .map_err(refused)
     }
 
-    /// A connection ended: the copies that it prepared are cancelled, and those that it started unless they are detached.
+    /// Cancels the copies of a connection that ended, except those that run and are detached.
     pub(in crate::control) fn peer_gone(&mut self, disk: &dyn Disk, peer: PeerId) {
         let Some(copies) = disk.copies() else { return };
         self.owners.retain(|copy, &mut (owner, detached)| {
@@ -65,7 +65,7 @@ impl CopyOwners {
             }
             if !detached || is_prepared(copies, copy) {
                 log_limited!(COPY_LOG, Info, "{copy} is cancelled: the connection that asked for it ended");
-                // It may have ended meanwhile: its event says how.
+                // The copy may have ended meanwhile; its event gives the result.
                 if let Err(error) = copies.cancel(copy) {
                     log::debug!("{copy}: {}", error.message);
                 }
@@ -74,7 +74,7 @@ impl CopyOwners {
         });
     }
 
-    /// A copy ended.
+    /// Forgets a copy that ended.
     pub(in crate::control) fn ended(&mut self, copy: &str) {
         self.owners.remove(copy);
     }

@@ -1,4 +1,4 @@
-//! Reports the events of the disk to the clients.
+//! Handles the disk's events: passes them to the coordinator or reports them to the clients.
 
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use super::replies;
 use crate::disk::{Event, FailedRequest};
 
 impl Service {
-    /// Takes the disk's events since the last call, and the number of those that were lost.
+    /// Handles the disk's events since the last call. `dropped`: how many more events the queue dropped.
     pub(in crate::control) fn disk_events(&mut self, (events, dropped): (Vec<Event>, u64), now: Instant) {
         self.error_events.add_suppressed(dropped);
         for event in events {
@@ -61,7 +61,8 @@ impl Service {
         }
     }
 
-    /// `admitted`: what the event's limiter said.
+    /// Sends an error event if its rate limiter admitted it. `admitted`: the number of suppressed events before it;
+    /// `None`: the limiter suppressed this one, too.
     fn error_event(&mut self, name: &str, mut data: Value, admitted: Option<u64>) {
         if let Some(suppressed) = admitted {
             data["suppressed"] = json!(suppressed);

@@ -1,4 +1,4 @@
-//! Carries out what the coordinator decided: gates, replies and events.
+//! Carries out the coordinator's decisions: opens and closes the gate, and sends replies and events.
 
 use std::time::{Duration, Instant};
 
@@ -12,8 +12,8 @@ use crate::control::quiesce::{ClientIdentity, EndReason, Hold, HoldEffect, Refus
 use crate::disk::HoldFigures;
 
 impl Service {
-    /// Refuses the requests that wait for a hold while a failed change is retained: no hold can succeed before it is
-    /// done, so they need not wait for their deadlines.
+    /// Refuses the requests that wait for a hold while a failed change is retained. No hold can succeed before that
+    /// change is done, so they need not wait for their deadlines.
     pub(super) fn refuse_if_stopped(&mut self, now: Instant) {
         if let Some(failed) = self.disk.stopped_change() {
             self.coordinator.stopped(failed.errno, now);
@@ -72,7 +72,7 @@ impl Service {
         for (name, value) in replies::holder_json(hold).as_object().into_iter().flatten() {
             event[name] = value.clone();
         }
-        // First, because the store keeps another host's snapshot waiting.
+        // Before the events, because another host's snapshot waits for the store's consent.
         let is_stores = self.store.granted(request, hold);
         self.event("QUIESCED", event);
         if !is_stores {

@@ -1,4 +1,4 @@
-//! Snapshots that the image's own store makes while a client holds the disk.
+//! Carries out the commands for snapshots that the image's own store makes while a client holds the disk.
 
 use serde_json::{Value, json};
 
@@ -13,7 +13,7 @@ use crate::control::quiesce::{PeerId, RequestId};
 use crate::disk::CopyError;
 
 impl Service {
-    /// Carries a command out. `id`: of its request.
+    /// Carries a command out. `id`: the `id` that its request has.
     pub(super) fn image_snapshot(
         &mut self,
         peer: PeerId,
@@ -66,7 +66,7 @@ impl Service {
         }
     }
 
-    /// The thread of a job is done.
+    /// Handles the result of a job's thread, and starts the next job.
     pub(super) fn job_done(&mut self, result: Result<String, CopyError>) {
         self.job_is_done(result);
         self.next_job();
@@ -97,14 +97,15 @@ impl Service {
             None => log_limited!(
                 COMMAND_LOG,
                 Error,
-                "a snapshot was made that nobody asked for; please report this as a defect"
+                "a snapshot was made that no client requested; please report this as a defect"
             ),
         }
     }
 
     fn created(&mut self, name: String, token: &str, peer: PeerId, request: RequestId, result: Result<String, Error>) {
         let result = result.and_then(|full| {
-            // Only if the disk was held until now, so that the snapshot is of one instant, and the client still waits for it.
+            // The snapshot is of one instant only if the disk was held until now. If the client no longer waits, the
+            // snapshot is removed.
             if self.is_held(token) && self.pending.contains(request) {
                 log_limited!(COMMAND_LOG, Info, "made the snapshot {full}");
                 self.jobs.made(name, peer);
@@ -116,13 +117,13 @@ impl Service {
         self.reply_later(request, result);
     }
 
-    /// Logs the snapshots that nobody decided to keep, when the daemon ends.
+    /// Logs the snapshots that no client decided to keep. Called when the daemon ends.
     pub(super) fn report_left_snapshots(&self) {
         for name in self.jobs.left() {
             log_limited!(
                 COMMAND_LOG,
                 Warn,
-                "the snapshot '{name}' was made for somebody who did not keep it, and stays: remove it"
+                "the snapshot '{name}' was made for a client that did not keep it, and stays: remove it"
             );
         }
     }

@@ -1,5 +1,5 @@
-//! Carries commands out: gives the coordinator's decisions to the disk, and replies and events to the peers. Knows no
-//! socket.
+//! Carries commands out: applies the coordinator's decisions to the disk, and makes replies and events for the clients.
+//! Does not know sockets. Only the control thread calls it.
 
 pub(super) mod attendance;
 mod commands;
@@ -40,23 +40,23 @@ use upgrade::UpgradeState;
 use crate::base::rate_limit::RateLimiter;
 use crate::disk::{Disk, ImageStatus};
 
-/// What `query-status` says of the daemon itself.
+/// The properties of the daemon itself that `query-status` shows.
 #[derive(Clone, Debug, Default)]
 pub struct DaemonInfo {
-    /// Where the front-end connects, for people: a path, or `fd N`.
+    /// The vhost-user socket, for people: a path, or `fd N`.
     pub vhost_socket: String,
-    /// How the daemon was started, for the process that starts the next one; `None`: it is not reported.
+    /// How the daemon was started, for the process that starts the next one. `None`: the arguments cannot be reported.
     pub command_line: Option<CommandLine>,
 }
 
-/// Whom a line is for.
+/// The connections that get a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Recipient {
-    /// The reply that this connection waits for.
+    /// This connection, which waits for the line as its reply.
     Requester(PeerId),
-    /// An event that concerns this connection alone.
+    /// This connection alone gets the line, which is an event.
     One(PeerId),
-    /// An event: every connection that has negotiated.
+    /// Every connection that has negotiated gets the line, which is an event.
     All,
 }
 
@@ -71,7 +71,7 @@ pub(super) struct ClientInfo {
     pub(super) access: Access,
 }
 
-/// What a [`Service`] is made from. The fields are those of [`super::Setup`].
+/// The arguments of [`Service::new`]. The fields are those of [`super::Setup`].
 pub(super) struct ServiceSetup {
     pub(super) disk: Arc<dyn Disk>,
     pub(super) info: DaemonInfo,
@@ -83,7 +83,7 @@ pub(super) struct ServiceSetup {
     pub(super) upgrade: Option<Upgrade>,
 }
 
-/// The disk, its holders, and the lines that wait to be sent.
+/// The state behind the control socket: the disk, its holders, and the lines that wait to be sent.
 pub(super) struct Service {
     disk: Arc<dyn Disk>,
     info: DaemonInfo,
@@ -92,21 +92,22 @@ pub(super) struct Service {
     /// When the gate closed; `None` while it is open.
     closed_at: Option<Instant>,
     copies: CopyOwners,
-    /// Snapshots of the image that clients asked for.
+    /// The snapshots that clients have the image's store make.
     jobs: SnapshotJobs,
-    /// Where the threads of `jobs` report.
+    /// The queue into which the threads of `jobs` put their results.
     inbox: Arc<NoticeInbox>,
-    /// Snapshots of the image that others take through its store.
+    /// Snapshots that other hosts take of the image.
     store: StoreQuiesce,
-    /// [`super::Setup::resized`].
+    /// See [`super::Setup::resized`].
     resized: Box<dyn Fn(u64) + Send>,
-    /// As the last `IMAGE_STATE` reported it.
+    /// The image's state in the last `IMAGE_STATE`.
     image_state: ImageStatus,
-    /// Requests whose reply comes later.
+    /// Requests whose reply is sent later.
     pending: PendingReplies,
-    /// Limits the events of the disk's own errors.
+    /// Limits the rate of events about the disk's own errors.
     error_events: RateLimiter,
-    /// Limits the events of errors that a guest or a front-end causes: they cannot crowd out the disk's own.
+    /// Limits the rate of events about errors that a guest or a front-end causes, apart from the disk's own, so that
+    /// those are not suppressed, too.
     guest_error_events: RateLimiter,
     upgrade: UpgradeState,
     outgoing: Vec<(Recipient, Vec<u8>)>,
@@ -147,12 +148,12 @@ impl Service {
         self.quit
     }
 
-    /// When [`Service::tick`] is due.
+    /// Returns when [`Service::tick`] is due.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         [self.coordinator.next_deadline(), self.store.next_deadline()].into_iter().flatten().min()
     }
 
-    /// Ends the leases and timeouts that have run out.
+    /// Carries out what is due: the ends of leases and timeouts.
     pub(super) fn tick(&mut self, now: Instant) {
         self.coordinator.tick(now);
         self.carry_out(now);
@@ -160,7 +161,7 @@ impl Service {
         self.carry_out_store(now);
     }
 
-    /// A connection ended.
+    /// Ends the holds, copies and snapshots of a connection that ended, as far as they do not outlive it.
     pub(super) fn peer_gone(&mut self, peer: PeerId, now: Instant) {
         self.pending.peer_gone(peer);
         self.coordinator.peer_gone(peer, now);
@@ -172,7 +173,7 @@ impl Service {
         self.carry_out_store(now);
     }
 
-    /// The daemon ends: every hold ends, and every client is told.
+    /// Ends every hold and reports the end to every client, because the daemon ends.
     pub(super) fn shutdown(&mut self, now: Instant) {
         self.coordinator.shutdown(now);
         self.carry_out(now);
@@ -182,7 +183,7 @@ impl Service {
         self.event("SHUTDOWN", json!({}));
     }
 
-    /// Takes one request of a client. [`Service::outgoing`] returns its reply exactly once, now or later.
+    /// Carries out one request of a client. [`Service::outgoing`] returns its reply exactly once, now or later.
     pub(super) fn request(
         &mut self,
         client: ClientInfo,
@@ -202,14 +203,14 @@ impl Service {
             Ok(command) => self.execute(client, negotiated, request.id.as_ref(), command, now),
             Err(error) => commands::CommandReply::Now(Err(error)),
         };
-        // The guest goes on before any client is told; and as in QEMU the events of a command come before its reply.
+        // The gate opens before any client gets its line, and as in QEMU the events of a command precede its reply.
         self.carry_out(now);
         if let commands::CommandReply::Now(result) = answer {
             self.outgoing.push((Recipient::Requester(client.peer), protocol::reply(request.id.as_ref(), result)));
         }
     }
 
-    /// Sends the reply to a request that was answered with [`commands::CommandReply::Later`].
+    /// Sends the reply to a request that got [`commands::CommandReply::Later`].
     fn reply_later(&mut self, request: super::quiesce::RequestId, result: Result<Value, Error>) {
         // `None`: the connection ended meanwhile.
         let Some((peer, id)) = self.pending.take(request) else { return };
@@ -226,7 +227,7 @@ impl Service {
 }
 
 impl Drop for Service {
-    /// Opens the gate, whatever ends the control thread: a guest is not left frozen.
+    /// Opens the gate, whatever ended the control thread, so that no guest stays frozen.
     fn drop(&mut self) {
         if self.closed_at.is_some() {
             log::error!("the control thread ends while the disk is quiesced: the disk is released");

@@ -1,4 +1,5 @@
-//! What the image's back-end reports to the control thread, and what [`StoreQuiesce`](super::store_quiesce) decides on it.
+//! Handles the notices of the image's back-end, and carries out the decisions of
+//! [`StoreQuiesce`](super::store_quiesce::StoreQuiesce).
 
 use std::time::Instant;
 
@@ -13,7 +14,7 @@ use crate::control::protocol::{AttendCommand, Error};
 use crate::engine::Errno;
 
 impl Service {
-    /// Takes what the image's back-end has reported since the last call.
+    /// Handles the notices since the last call.
     pub(in crate::control) fn handle_image_notices(&mut self, pending: PendingNotices, now: Instant) {
         if let Some(size) = pending.resized {
             (self.resized)(size);
@@ -53,7 +54,7 @@ impl Service {
         Ok(json!({}))
     }
 
-    /// Carries out what the store's state machine decided, in order.
+    /// Carries out the decisions of the store's state machine, in order.
     pub(super) fn carry_out_store(&mut self, now: Instant) {
         while let Some(effect) = self.store.next_effect() {
             match effect {
@@ -82,7 +83,8 @@ impl Service {
         }
     }
 
-    /// Tells the attendants whose snapshots are over that they can thaw their guest: not before the gate is open.
+    /// Sends `RELEASED` to the attendants whose snapshots are over, once the gate is open, so that they thaw their
+    /// guest.
     pub(super) fn send_releases(&mut self) {
         if !self.coordinator.is_open() {
             return;

@@ -1,4 +1,4 @@
-//! Requests whose reply comes later: who waits, under which number.
+//! The requests whose reply is sent later, by their number.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
@@ -15,7 +15,7 @@ pub(super) struct NewHold {
     pub(super) token: String,
 }
 
-/// The requests that wait for their reply, and the numbers and tokens given to requests.
+/// The requests that wait for their reply. Also makes the numbers and tokens of requests.
 #[derive(Default)]
 pub(super) struct PendingReplies {
     /// The connection that waits, and the `id` of its request.
@@ -25,14 +25,14 @@ pub(super) struct PendingReplies {
 }
 
 impl PendingReplies {
-    /// A number for a request.
+    /// Makes a number for a request.
     pub(super) fn next_id(&mut self) -> RequestId {
         self.last += 1;
         self.last
     }
 
-    /// A number for a request, and the token of the hold that it may get. Tokens are keyed with the system's randomness,
-    /// so that a script that runs too late cannot name another client's hold.
+    /// Makes a number for a request, and the token of the hold that it may get. Tokens are keyed with the system's
+    /// random numbers, so that a script that runs too late cannot name another client's hold.
     pub(super) fn next_hold(&mut self) -> NewHold {
         let request = self.next_id();
         NewHold { request, token: format!("{:016x}", self.tokens.hash_one(request)) }
@@ -48,12 +48,12 @@ impl PendingReplies {
         self.waiting.contains_key(&request)
     }
 
-    /// Returns who waits for the reply, which is to be sent now.
+    /// Returns the connection that waits for the reply, and the `id` of its request. The caller sends the reply now.
     pub(super) fn take(&mut self, request: RequestId) -> Option<(PeerId, Option<Value>)> {
         self.waiting.remove(&request)
     }
 
-    /// A connection ended: it waits for nothing any more.
+    /// Forgets the requests of a connection that ended.
     pub(super) fn peer_gone(&mut self, peer: PeerId) {
         self.waiting.retain(|_, (waiting, _)| *waiting != peer);
     }

@@ -1,4 +1,4 @@
-//! The words and JSON of replies and events for holders and failures.
+//! Words and JSON for holders and failures, in replies, events and the log.
 
 use std::io;
 
@@ -10,7 +10,7 @@ use crate::control::protocol::return_types::Requester;
 use crate::control::quiesce::{ClientIdentity, EndReason, Hold, Refusal};
 use crate::engine::Errno;
 
-/// The error for a token that names no hold. `ended`: why its hold ended; `held`: the disk is held.
+/// Returns the error for a token that names no hold. `ended`: why its hold ended; `held`: the disk is held.
 pub(in crate::control) fn no_such_hold(ended: Option<EndReason>, held: bool) -> Error {
     match ended {
         Some(EndReason::LeaseExpired) => Error::new(
@@ -28,7 +28,7 @@ pub(in crate::control) fn no_such_hold(ended: Option<EndReason>, held: bool) -> 
     }
 }
 
-/// The error for a quiesce that was refused.
+/// Returns the error for a request to hold the disk that was refused.
 pub(in crate::control) fn refused(why: Refusal) -> Error {
     match why {
         Refusal::Timeout => Error::new(
@@ -78,7 +78,7 @@ pub(in crate::control) fn refused(why: Refusal) -> Error {
     }
 }
 
-/// The `reason` of `RESUMED`.
+/// Returns the word for `reason` of the event `RESUMED`.
 pub(in crate::control) fn reason(reason: EndReason) -> &'static str {
     match reason {
         EndReason::Resume => "resume",
@@ -88,14 +88,14 @@ pub(in crate::control) fn reason(reason: EndReason) -> &'static str {
     }
 }
 
-/// A hold's token and holder, for status and events.
+/// Returns a hold's token and client, for events.
 pub(in crate::control) fn holder_json(hold: &Hold) -> Value {
     let mut value = who_json(&hold.who);
     value["token"] = json!(hold.token);
     value
 }
 
-/// A client, for status and events.
+/// Returns a client, for status and events.
 pub(in crate::control) fn requester(who: &ClientIdentity) -> Requester {
     Requester {
         who: who.text.clone(),
@@ -104,14 +104,14 @@ pub(in crate::control) fn requester(who: &ClientIdentity) -> Requester {
     }
 }
 
-/// A holder, for events.
+/// Returns a client in JSON, for events.
 pub(in crate::control) fn who_json(who: &ClientIdentity) -> Value {
     json!(requester(who))
 }
 
-/// A holder, for the log.
+/// Describes a client, for the log.
 pub(in crate::control) fn describe_holder(who: &ClientIdentity) -> String {
-    // Debug quotes what the client wrote, so that it cannot forge a log line.
+    // Debug quotes the client's text, so that it cannot forge a log line.
     let text = who.text.as_ref().map(|text| format!("{text:?}"));
     let client = who.client.map(|Credentials { pid, uid }| format!("pid {pid}, uid {uid}"));
     match (text, client) {
@@ -120,8 +120,8 @@ pub(in crate::control) fn describe_holder(who: &ClientIdentity) -> String {
     }
 }
 
-/// Why a quiesce failed, for the image's store: only error numbers with which librbd's client fails cleanly. With
-/// ETIMEDOUT and ERESTART it would ask again for ever, and it takes EOPNOTSUPP for consent.
+/// Returns the error number that the image's store gets for a refusal. It is one with which librbd's client fails
+/// cleanly: after ETIMEDOUT and ERESTART librbd would retry for ever, and it takes EOPNOTSUPP for consent.
 pub(in crate::control) fn store_errno(why: Refusal) -> Errno {
     Errno(match why {
         Refusal::Timeout => libc::EAGAIN,
@@ -131,7 +131,7 @@ pub(in crate::control) fn store_errno(why: Refusal) -> Errno {
     })
 }
 
-/// The system's message for an error number.
+/// Returns the system's message for an error number.
 pub(in crate::control) fn errno(errno: Errno) -> String {
     io::Error::from_raw_os_error(errno.0).to_string()
 }

@@ -1,21 +1,22 @@
-//! PURE. Snapshots that the image's own store makes while the disk is held: what is to be done, in which order. The
-//! snapshots themselves are made behind [`crate::disk::ImageSnapshots`], by one thread at a time, because it may take long.
+//! PURE. Orders the jobs that make and remove snapshots in the image's own store, and knows which connection made which
+//! snapshot. The jobs themselves run behind [`crate::disk::ImageSnapshots`], one at a time and in a thread of their
+//! own, because they may take long.
 
 use std::collections::VecDeque;
 
 use crate::control::protocol::Error;
 use crate::control::quiesce::{PeerId, RequestId};
 
-/// A job for the thread.
+/// A job for the thread that makes and removes snapshots.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::control) enum SnapshotJob {
-    /// Make a snapshot, and reply to this request.
+    /// Make a snapshot, and then reply to this request.
     Create { name: String, token: String, peer: PeerId, request: RequestId },
-    /// Remove a snapshot, and reply to this request, if there is one.
+    /// Remove a snapshot, and then reply to this request, if there is one.
     Remove { name: String, request: Option<RequestId> },
 }
 
-/// The jobs that run or wait, and the snapshots that were made.
+/// The jobs that run or wait, and the snapshots that clients made. Owned by the control thread.
 #[derive(Default)]
 pub(in crate::control) struct SnapshotJobs {
     running: Option<SnapshotJob>,
@@ -23,7 +24,7 @@ pub(in crate::control) struct SnapshotJobs {
     made: Vec<ClientSnapshot>,
 }
 
-/// A snapshot whose connection has not ended.
+/// A snapshot that a client made, while its connection lasts.
 struct ClientSnapshot {
     peer: PeerId,
     name: String,
@@ -32,8 +33,8 @@ struct ClientSnapshot {
 }
 
 impl SnapshotJobs {
-    /// Adds a job that makes a snapshot. Errors: another job runs or waits, and this one would have to wait for it while
-    /// its disk is held.
+    /// Adds a job that makes a snapshot. Fails if another job runs or waits, because this one would have to wait for it
+    /// while the disk is held.
     pub(in crate::control) fn create(
         &mut self,
         name: String,
@@ -48,7 +49,7 @@ impl SnapshotJobs {
         Ok(())
     }
 
-    /// Adds a job that removes a snapshot. Errors: this connection made none of this name.
+    /// Adds a job that removes a snapshot. Fails if this connection made no snapshot of this name.
     pub(in crate::control) fn remove(&mut self, name: String, peer: PeerId, request: RequestId) -> Result<(), Error> {
         let at = self.find(&name, peer)?;
         self.made.remove(at);
@@ -56,7 +57,7 @@ impl SnapshotJobs {
         Ok(())
     }
 
-    /// Makes a snapshot outlive its connection. Errors as of [`SnapshotJobs::remove`].
+    /// Makes a snapshot outlive its connection. Fails if this connection made no snapshot of this name.
     pub(in crate::control) fn keep(&mut self, name: &str, peer: PeerId) -> Result<(), Error> {
         let at = self.find(name, peer)?;
         self.made[at].kept = true;
@@ -73,7 +74,7 @@ impl SnapshotJobs {
         at.ok_or_else(|| Error::new("no-such-snapshot", "this connection made no snapshot of this name"))
     }
 
-    /// A connection ended: the snapshots that it made and did not keep are removed.
+    /// Adds jobs that remove the snapshots of a connection that ended, except those that it kept.
     pub(in crate::control) fn peer_gone(&mut self, peer: PeerId) {
         let (gone, rest) = std::mem::take(&mut self.made).into_iter().partition(|made| made.peer == peer);
         self.made = rest;
@@ -82,7 +83,7 @@ impl SnapshotJobs {
         self.waiting.extend(unwanted.map(|made| SnapshotJob::Remove { name: made.name, request: None }));
     }
 
-    /// The next job, if none is running. The caller runs it, and [`SnapshotJobs::done`] follows.
+    /// Takes the next job, if none is running. The caller runs it, and then calls [`SnapshotJobs::done`].
     pub(in crate::control) fn next(&mut self) -> Option<SnapshotJob> {
         if self.running.is_none() {
             self.running = self.waiting.pop_front();
@@ -91,22 +92,23 @@ impl SnapshotJobs {
         None
     }
 
-    /// The thread has ended; returns its job.
+    /// Ends the running job and returns it.
     pub(in crate::control) fn done(&mut self) -> Option<SnapshotJob> {
         self.running.take()
     }
 
-    /// A snapshot was made, and its client still waits for it.
+    /// Records a snapshot that was made while its client waited for it.
     pub(in crate::control) fn made(&mut self, name: String, peer: PeerId) {
         self.made.push(ClientSnapshot { peer, name, kept: false });
     }
 
-    /// A snapshot was made that no client waits for any more: it is to be removed.
+    /// Adds a job that removes a snapshot which was made when no client waited for it any more.
     pub(in crate::control) fn unwanted(&mut self, name: String) {
         self.waiting.push_back(SnapshotJob::Remove { name, request: None });
     }
 
-    /// The snapshots that no client decided to keep, and those that are not removed yet: they stay when the daemon ends.
+    /// Returns the snapshots that stay when the daemon ends although no client kept them, or their removal was
+    /// requested.
     pub(in crate::control) fn left(&self) -> Vec<&str> {
         let removed = self.waiting.iter().filter_map(|job| match job {
             SnapshotJob::Remove { name, .. } => Some(name.as_str()),

@@ -1,9 +1,10 @@
-//! PURE. The store of the image asks to hold the disk still while another host takes a snapshot of the image.
+//! PURE. Holds the disk for the image's store while another host takes a snapshot of the image.
 //!
-//! [`StoreQuiesce`] is its state machine: the attendant is asked first, then the coordinator, whose hold for the store is
-//! one among others. The store is answered once, with an error number that librbd's client handles well
-//! ([`replies::store_errno`]). The hold ends when the store reports the end of the snapshot, or by the lease: a store that
-//! gave up waiting reports nothing. Each method leaves what the caller must do in [`StoreQuiesce::next_effect`].
+//! [`StoreQuiesce`] is a state machine: first the attendant must consent, then the coordinator must grant the store's
+//! hold, which is a hold like any other. The store gets one reply; a refusal has an error number that librbd's client
+//! handles well ([`replies::store_errno`]). The hold ends when the store reports the end of the snapshot, or by its
+//! lease, because a store that gave up waiting reports nothing. Each method leaves what the caller must do in
+//! [`StoreQuiesce::next_effect`].
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -21,13 +22,13 @@ use crate::control::protocol::return_types::AttendantStatus;
 use crate::control::protocol::{AttendCommand, Error};
 use crate::control::quiesce::{ClientIdentity, EndReason, Hold, HoldRequest, PeerId, Refusal, RequestId, STORE};
 
-/// The store's name in status, events and the log.
+/// The name of the store as a holder, in status, events and the log.
 pub(super) const WHO: &str = "rbd snapshot";
-/// How long the store's hold lasts, from our answer on. librbd releases the disk 10 s after the answer at the latest, so
-/// this is for a store whose connection is lost.
+/// How long the store's hold lasts after our consent. librbd releases the disk 10 s after the consent at the latest, so
+/// the lease ends the hold only if the store's connection is lost.
 const STORE_LEASE: Duration = Duration::from_secs(30);
-/// When the store reports the end so late after our answer, it has released the disk by itself, without waiting for the
-/// snapshot: librbd does so after 10 s.
+/// An end that the store reports so late after our consent means that the store released the disk by itself, without
+/// waiting for the snapshot: librbd does so after 10 s.
 const STORE_RELEASE_TIMEOUT: Duration = Duration::from_millis(9_900);
 
 /// What the service must do.
@@ -36,9 +37,9 @@ pub(super) enum StoreEffect {
     Send(Recipient, &'static str, Value),
     /// Ask the coordinator to hold the disk.
     Hold(HoldRequest),
-    /// Withdraw that.
+    /// Withdraw this request to hold the disk.
     Cancel(RequestId),
-    /// Report that a request is refused which the coordinator does not have.
+    /// Report that this request is refused, which the coordinator does not have yet.
     Refuse(RequestId, Refusal),
     /// End the hold of this token.
     Resume(String),
@@ -46,7 +47,7 @@ pub(super) enum StoreEffect {
 
 /// The snapshot that another host takes, and the attendant that must consent to it.
 pub(super) struct StoreQuiesce {
-    /// How long the store may wait; then it is refused.
+    /// How long a quiesce request may wait, before it is refused.
     timeout: Duration,
     attendance: Attendance,
     /// `None`: the store takes no snapshot.
@@ -54,47 +55,49 @@ pub(super) struct StoreQuiesce {
     effects: VecDeque<StoreEffect>,
 }
 
-/// The snapshot that another host takes. A store asks for one at a time.
+/// The snapshot that another host takes. A store takes one at a time.
 struct ForeignSnapshot {
     request: RequestId,
     token: String,
-    /// `None` once it is answered.
+    /// The store's request. `None`: it has its reply.
     quiesce_request: Option<QuiesceRequest>,
-    /// When it is refused.
+    /// When the request is refused, if it is not granted by then.
     until: Instant,
-    /// What was asked of the attendant.
+    /// The `PREPARE` that was sent to the attendant, if there is one.
     prepare: Option<Prepare>,
     phase: Phase,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    /// The gate is open, and the attendant is asked.
+    /// The gate is open, and the attendant has not replied yet.
     Preparing,
     /// The coordinator has the request.
     Settling,
-    /// Granted and answered at this time.
+    /// The hold was granted at this time, and the store has our consent.
     Held(Instant),
 }
 
 impl StoreQuiesce {
-    /// `timeout`: [`super::super::Setup::store_timeout`]; `attended`: [`super::super::Setup::attended`].
+    /// Creates the state machine. `timeout`: see [`super::super::Setup::store_timeout`]; `attended`: see
+    /// [`super::super::Setup::attended`].
     pub(super) fn new(timeout: Duration, attended: bool) -> Self {
         let attendance = Attendance::new(attended);
         StoreQuiesce { timeout, attendance, snapshot: None, effects: VecDeque::new() }
     }
 
-    /// The oldest effect that is not carried out.
+    /// Takes the oldest effect that the caller has not carried out.
     pub(super) fn next_effect(&mut self) -> Option<StoreEffect> {
         self.effects.pop_front()
     }
 
-    /// Whether a snapshot of the store is not over. Then it cannot begin another one.
+    /// Whether a snapshot of the store is running. The store cannot begin another one until it is over.
     pub(super) fn is_busy(&self) -> bool {
         self.snapshot.is_some()
     }
 
-    /// The store begins a snapshot. `request` and `token` are of the hold that it may get. `arrived_at`: when it asked.
+    /// Begins a snapshot of the store. `arrived_at`: when its request arrived. [`StoreQuiesce::is_busy`] must be
+    /// `false`.
     pub(super) fn quiesce(
         &mut self,
         quiesce_request: QuiesceRequest,
@@ -123,7 +126,7 @@ impl StoreQuiesce {
         }
     }
 
-    /// Asks the coordinator for the hold.
+    /// Has the coordinator hold the disk.
     fn hold(&mut self, now: Instant) {
         let Some(snapshot) = &mut self.snapshot else { return };
         snapshot.phase = Phase::Settling;
@@ -167,26 +170,26 @@ impl StoreQuiesce {
         Ok(())
     }
 
-    /// A connection ended.
+    /// Ends the registration of an attendant whose connection ended.
     pub(super) fn peer_gone(&mut self, peer: PeerId, now: Instant) {
         if let Some(outcome) = self.attendance.peer_gone(peer) {
             self.prepared(outcome, now);
         }
     }
 
-    /// Ends the time that the attendant has for its answer, if it has run out.
+    /// Ends the wait for the attendant's reply, if its time has run out.
     pub(super) fn tick(&mut self, now: Instant) {
         if let Some(outcome) = self.attendance.tick(now) {
             self.prepared(outcome, now);
         }
     }
 
-    /// When [`StoreQuiesce::tick`] is due.
+    /// Returns when [`StoreQuiesce::tick`] is due.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         self.attendance.next_deadline()
     }
 
-    /// The attendant answered, or will not answer.
+    /// Continues or refuses the snapshot after the attendant's reply, or when no reply will come.
     fn prepared(&mut self, PrepareOutcome { result, required }: PrepareOutcome, now: Instant) {
         let preparing = self.snapshot.as_ref().filter(|snapshot| snapshot.phase == Phase::Preparing);
         let Some(request) = preparing.map(|snapshot| snapshot.request) else { return };
@@ -211,7 +214,7 @@ impl StoreQuiesce {
         }
     }
 
-    /// Refuses a snapshot that is not granted yet.
+    /// Refuses the snapshot, unless its hold is granted already.
     pub(super) fn end(&mut self) {
         let Some(ForeignSnapshot { request, phase, .. }) = &self.snapshot else { return };
         match phase {
@@ -221,7 +224,8 @@ impl StoreQuiesce {
         }
     }
 
-    /// The store has taken the snapshot or given it up. Ignored for one that was refused, or that ended before.
+    /// Ends the hold, because the store has taken the snapshot or given it up. Does nothing if the snapshot was
+    /// refused, or ended before.
     pub(super) fn unquiesce(&mut self, arrived_at: Instant) {
         let Some(ForeignSnapshot { token, phase, .. }) = &self.snapshot else { return };
         let token = token.clone();
@@ -244,7 +248,7 @@ impl StoreQuiesce {
         self.effects.push_back(StoreEffect::Resume(token));
     }
 
-    /// The coordinator granted a request. Answers the store and returns `true` if it is the store's.
+    /// Consents to the snapshot, if the request that the coordinator granted is the store's. Returns whether it is.
     pub(super) fn granted(&mut self, request: RequestId, hold: &Hold) -> bool {
         let Some(snapshot) = self.snapshot.as_mut().filter(|snapshot| snapshot.request == request) else {
             return false;
@@ -256,7 +260,7 @@ impl StoreQuiesce {
         true
     }
 
-    /// A request was refused. Answers the store, ends its snapshot and returns `true` if it is the store's.
+    /// Refuses the snapshot and ends it, if the request that was refused is the store's. Returns whether it is.
     pub(super) fn refused(&mut self, request: RequestId, why: Refusal) -> bool {
         let Some(snapshot) = self.snapshot.take_if(|snapshot| snapshot.request == request) else { return false };
         if let Some(request) = snapshot.quiesce_request {
@@ -268,7 +272,7 @@ impl StoreQuiesce {
         true
     }
 
-    /// A hold ended. If it was the store's, its snapshot is over for us, whatever ended it.
+    /// Ends the snapshot, if the hold that ended was the store's, whatever ended it.
     pub(super) fn hold_ended(&mut self, hold: &Hold, reason: EndReason) {
         let Some(snapshot) = self.snapshot.take_if(|snapshot| snapshot.token == hold.token) else { return };
         if let Some(prepare) = snapshot.prepare {
@@ -280,22 +284,23 @@ impl StoreQuiesce {
         }
     }
 
-    /// The attendants that must be sent `RELEASED`, with the id of their `PREPARE`. For when the gate is open.
+    /// Takes the attendants that must get `RELEASED`, with the id of their `PREPARE`. The gate must be open.
     pub(super) fn take_releases(&mut self) -> Vec<(PeerId, u64)> {
         self.attendance.take_releases()
     }
 
-    /// The attendant, for the status.
+    /// Returns the attendant's status.
     pub(super) fn attendant_status(&self) -> Option<AttendantStatus> {
         self.attendance.status()
     }
 
-    /// Whether snapshots are refused while the attendant is not there.
+    /// Whether snapshots are refused while the attendant is not connected.
     pub(super) fn requires_attendant(&self) -> bool {
         self.attendance.requires_attendant()
     }
 
-    /// The process before us required an attendant, which must connect to us first.
+    /// Refuses snapshots until an attendant registers, because the process from which we took the disk over required
+    /// one.
     pub(super) fn attendant_missing(&mut self) {
         self.attendance.attendant_missing();
     }
@@ -305,7 +310,7 @@ impl StoreQuiesce {
     }
 }
 
-/// The store as a holder.
+/// Returns the store as a client.
 pub(super) fn store() -> ClientIdentity {
     ClientIdentity { text: Some(WHO.into()), client: None }
 }

@@ -1,4 +1,5 @@
-//! The hand-over to another process ([`crate::upgrade`]): whether it may begin, and what is refused while it lasts.
+//! The control thread's part of a hand-over to another process ([`crate::upgrade`]): decides whether it may begin, and
+//! refuses commands while it runs.
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -15,26 +16,26 @@ use crate::control::protocol::{Command, Error};
 use crate::control::quiesce::PeerId;
 use crate::upgrade::VERSION;
 
-/// What the daemon does for a process that takes over.
+/// The connection between the control thread and the daemon's hand-over.
 pub struct Upgrade {
-    /// Called from the control thread with the connection that the two processes use from now on, and whether an attendant
-    /// is required; must not block.
+    /// The control thread calls this with the connection that the two processes use from now on, and whether an
+    /// attendant is required. It must not block.
     pub begin: Box<dyn Fn(UnixStream, bool) + Send>,
-    /// A hand-over is running. The control thread sets it right before `begin`; the daemon clears it when the hand-over
+    /// A hand-over is running. The control thread sets the flag right before `begin`; main clears it when the hand-over
     /// has failed.
     pub is_running: Arc<AtomicBool>,
-    /// It is about to be decided which of the two processes new clients belong to: they wait. The daemon sets it shortly
-    /// before the decision and clears it afterwards.
+    /// New clients wait, because it is about to be decided which of the two processes serves them. The hand-over's
+    /// thread sets the flag shortly before the decision; main clears it when the hand-over has failed.
     pub leaving: Arc<AtomicBool>,
 }
 
-/// The state of hand-overs: from the process before us, and to the next one.
+/// The state of hand-overs, from the old process and to the next one.
 pub(super) struct UpgradeState {
     /// `None`: no process can take over.
     upgrade: Option<Upgrade>,
     /// The connection that asked for the hand-over, until it has its reply.
     requested_by: Option<PeerId>,
-    /// Figures of the hand-over that gave us the disk.
+    /// The figures of the hand-over through which this process got the disk.
     took_over: Option<TookOver>,
 }
 
@@ -43,7 +44,7 @@ impl UpgradeState {
         UpgradeState { upgrade, requested_by: None, took_over: None }
     }
 
-    /// Figures of the hand-over that gave us the disk, for the status. `None`: the disk was ours from the start.
+    /// Returns the figures of the hand-over through which this process got the disk. `None`: there was no hand-over.
     pub(super) fn took_over(&self) -> Option<&TookOver> {
         self.took_over.as_ref()
     }
@@ -54,8 +55,8 @@ impl UpgradeState {
 }
 
 impl Service {
-    /// The disk is ours by a hand-over. `figures`: for the status; `attendant_missing`: the process before us required an
-    /// attendant, which is not connected to us yet.
+    /// Records that this process has taken the disk over. `figures`: shown by the status; `attendant_missing`: the old
+    /// process required an attendant, which is not connected to this one yet.
     pub(in crate::control) fn took_over(&mut self, figures: TookOver, attendant_missing: bool) {
         self.upgrade.took_over = Some(figures);
         if attendant_missing {
@@ -68,13 +69,13 @@ impl Service {
         self.upgrade.is_set(|upgrade| &upgrade.is_running)
     }
 
-    /// Whether new clients must wait: see [`Upgrade::leaving`].
+    /// Whether new clients must wait; see [`Upgrade::leaving`].
     pub(in crate::control) fn is_leaving(&self) -> bool {
         self.upgrade.is_set(|upgrade| &upgrade.leaving)
     }
 
-    /// Refuses, during a hand-over, a command whose effect would be lost with this process, or would change the disk
-    /// without the next process knowing.
+    /// Refuses, during a hand-over, a command whose effect would be lost with this process, or that would change the
+    /// disk without the next process's knowledge.
     pub(super) fn refuse_while_upgrading(&self, command: &Command) -> Result<(), Error> {
         let lasting = matches!(
             command,
@@ -92,7 +93,7 @@ impl Service {
         Ok(())
     }
 
-    /// Carries out `hand-over`. After its reply the connection belongs to the hand-over, not to a client.
+    /// Carries out `hand-over`. After the reply the connection belongs to the hand-over, no longer to a client.
     pub(super) fn hand_over(&mut self, peer: PeerId, version: u64) -> Result<Value, Error> {
         let Some(upgrade) = &self.upgrade.upgrade else {
             return Err(Error::new("no-upgrade", "this daemon cannot be upgraded in place: restart it"));
@@ -127,12 +128,12 @@ impl Service {
         Ok(json!({}))
     }
 
-    /// Takes the connection that asked for the hand-over and has its reply.
+    /// Returns the connection that sent `hand-over`, once, after its reply was queued.
     pub(in crate::control) fn take_hand_over_request(&mut self) -> Option<PeerId> {
         self.upgrade.requested_by.take()
     }
 
-    /// Gives the hand-over the connection that asked for it.
+    /// Passes the connection that sent `hand-over` to the hand-over.
     pub(in crate::control) fn hand_over_connection(&self, stream: UnixStream) {
         if let Some(upgrade) = &self.upgrade.upgrade {
             (upgrade.begin)(stream, self.store.requires_attendant());

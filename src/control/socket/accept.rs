@@ -1,4 +1,4 @@
-//! Accepting clients: which users are served, and how many at a time.
+//! Accepts clients. Decides which users are served, and how many at a time.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -13,11 +13,12 @@ use crate::control::peer::Peer;
 use crate::control::protocol;
 use crate::control::service::ClientInfo;
 
-/// The most connections.
+/// The most connections at a time.
 const MAX_PEERS: usize = 32;
-/// The most connections of users other than root and the daemon's own: the operator can always connect.
+/// The most connections of users other than root and the daemon's own. The rest is reserved, so that the operator can
+/// always connect.
 const MAX_OTHERS: usize = 28;
-/// When all places are taken, a client that has not negotiated after this time is disconnected in favour of a new one.
+/// When [`MAX_PEERS`] clients are connected, one that has not negotiated after this time is disconnected for a new one.
 const NEGOTIATION_TIMEOUT: Duration = Duration::from_secs(10);
 /// The most connections that are accepted in one turn.
 const MAX_ACCEPTS_PER_TURN: usize = 8;
@@ -34,7 +35,7 @@ impl ControlThread {
             self.accept_again = Some(now + HAND_OVER_PAUSE);
             return;
         }
-        // A few at a time: the clients that are connected come first.
+        // Only a few in one turn, so that the connected clients do not wait.
         for _ in 0..MAX_ACCEPTS_PER_TURN {
             let Some(listener) = &self.listener else { return };
             match listener.accept() {
@@ -53,7 +54,7 @@ impl ControlThread {
         }
     }
 
-    /// Serves a client from now on, or refuses it with one line.
+    /// Serves a new client, or refuses it with one line.
     fn add_peer(&mut self, stream: UnixStream, now: Instant) {
         let credentials = match Credentials::of(&stream) {
             Ok(credentials) => credentials,
@@ -95,8 +96,8 @@ impl ControlThread {
         }
     }
 
-    /// Whether a client is served: our own user and root are. Other users are if the operator widened the socket's mode:
-    /// then the file system has checked them.
+    /// Whether a client is served. Root and the daemon's user always are; other users are if the operator widened the
+    /// socket's mode, because the file system has checked them then.
     fn allows(&self, peer: Credentials) -> bool {
         if peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw() {
             return true;
@@ -106,7 +107,7 @@ impl ControlThread {
         mode.is_some_and(|mode| mode & 0o077 != 0)
     }
 
-    /// The limit that a further client with `access` would exceed, if there is one.
+    /// Returns the limit that one more client with `access` would exceed, if there is one.
     fn limit_reached(&self, access: Access) -> Option<usize> {
         let others = self.peers.iter().filter(|peer| peer.client.access < Access::All).count();
         match access {
@@ -116,8 +117,8 @@ impl ControlThread {
         }
     }
 
-    /// Disconnects the oldest client that has not negotiated in time, in favour of a client with `access`, but none that
-    /// may do more than that one. Returns `false` when there is none.
+    /// Disconnects the oldest client that has not negotiated in time, so that a new client with `access` can be served.
+    /// Never disconnects a client with more access. Returns `false` when there is no such client.
     fn make_room(&mut self, access: Access, now: Instant) -> bool {
         let silent = |peer: &Peer| {
             !peer.negotiated
@@ -132,11 +133,11 @@ impl ControlThread {
     }
 }
 
-/// Sends one error line in place of the greeting. A fresh socket has room for it.
+/// Sends one error line in place of the greeting. A new socket has room for it, so this does not block.
 fn turn_away(mut stream: &UnixStream, error: protocol::Error) {
-    let told =
+    let sent =
         stream.set_nonblocking(true).and_then(|()| io::Write::write(&mut stream, &protocol::reply(None, Err(error))));
-    if let Err(error) = told {
-        log::debug!("control: the refused client disconnected before it could be told why: {error}");
+    if let Err(error) = sent {
+        log::debug!("control: the refused client disconnected before the reason could be sent: {error}");
     }
 }

@@ -1,4 +1,5 @@
-//! The control thread: one `poll` over the listener, the peers, the disk's events and what its image's store reports.
+//! The control thread: one `poll` over the listener, the connections, the disk's events and the notices of the image's
+//! back-end.
 
 mod accept;
 
@@ -22,44 +23,45 @@ use crate::disk::{Disk, Events};
 
 /// The most requests of one connection that are carried out in one turn.
 const MAX_REQUESTS_PER_TURN: usize = 8;
-/// How long the peers may take to read their last lines when the server stops.
+/// How long the clients may take to read their last lines when the server stops.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(250);
 
-/// What the control thread works with.
+/// The arguments of [`Server::start`].
 pub struct Setup {
     /// The disk that clients hold.
     pub disk: Arc<dyn Disk>,
-    /// What happens to the disk.
+    /// The queue of the disk's events.
     pub events: Arc<Events>,
-    /// What the image's store reports. The same object is given to [`crate::backend::ImageStore::start_notices`].
+    /// The notices of the image's back-end. [`crate::backend::ImageStore::start_notices`] gets the same object.
     pub notices: Arc<ImageNotices>,
-    /// How long a snapshot that another host takes of the image may wait for the disk to be quiet; then it is refused.
+    /// How long a snapshot that another host takes of the image may wait for the disk to be quiet, before it is
+    /// refused.
     pub store_timeout: Duration,
-    /// Such a snapshot is refused while no attendant is registered.
+    /// Refuse snapshots that other hosts take of the image while no attendant is registered.
     pub attended: bool,
     /// How long the holders together may keep writes waiting (`--max-hold`).
     pub max_hold: Option<Duration>,
-    /// Called from the control thread when the image's size may have changed, with the size in bytes; must not block on
-    /// I/O.
+    /// The control thread calls this with the image's size in bytes when the size may have changed. It must not block
+    /// on I/O.
     pub resized: Box<dyn Fn(u64) + Send>,
-    /// Called from the control thread, once, when a client asked for the daemon's end and its reply is on its way. It
-    /// must not call [`Server::stop`] itself, because that joins the thread; another thread must.
+    /// The control thread calls this once, after the reply to a client's `quit` was queued. It must not call
+    /// [`Server::stop`], which joins the control thread; another thread must.
     pub quit: Arc<dyn Fn() + Send + Sync>,
-    /// What users other than root and the daemon's own may do; [`Access::All`] gives no more than [`Access::Operate`].
+    /// The access of users other than root and the daemon's own; [`Access::All`] counts as [`Access::Operate`].
     pub others: Access,
-    /// For the status.
+    /// The properties of the daemon that the status shows.
     pub info: DaemonInfo,
-    /// How a process takes over; `None`: none can.
+    /// How another process takes the disk over. `None`: no process can.
     pub upgrade: Option<Upgrade>,
 }
 
-/// The running control thread, with or without a quiesce socket. Dropping it stops the thread.
+/// The running control thread, with or without a control socket. Dropping it stops the thread.
 pub struct Server {
     commands: Arc<ThreadCommands>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the thread that started the control thread tells it.
+/// The commands of the thread that started the control thread.
 struct ThreadCommands {
     bell: Bell,
     report: Mutex<ThreadReport>,
@@ -83,10 +85,9 @@ struct TakenOver {
 }
 
 impl Server {
-    /// Serves in a thread named `control`. Without a listener no client connects, but the image's store is answered. The
-    /// listener's file is the caller's to unlink.
-    ///
-    /// Errors: the process has no thread or file descriptor left.
+    /// Starts the control thread, named `control`. Without a listener it serves no clients, but still handles the
+    /// notices of the image's back-end. The caller removes the listener's path at the end. Fails when no thread or file
+    /// descriptor is left.
     pub fn start(listener: Option<UnixListener>, setup: Setup) -> io::Result<Server> {
         if let Some(listener) = &listener {
             listener.set_nonblocking(true)?;
@@ -119,8 +120,9 @@ impl Server {
         Ok(Server { commands, thread: Some(thread) })
     }
 
-    /// This process has taken the disk over: serves its clients from now on. `figures`: of the hand-over, for the status;
-    /// `attendant_missing`: a required attendant has yet to connect. Errors: the listener cannot be made non-blocking.
+    /// Serves the clients on `listener` from now on, because this process has taken the disk over. `figures`: the
+    /// hand-over's figures for the status; `attendant_missing`: a required attendant has yet to connect to this
+    /// process. Fails if the listener cannot be made non-blocking.
     pub fn take_over(
         &self,
         listener: Option<UnixListener>,
@@ -141,8 +143,8 @@ impl Server {
         });
     }
 
-    /// Ends every hold, tells the peers (`RESUMED`, `SHUTDOWN`), closes and joins the thread. Takes a quarter of a
-    /// second at most. Not from the control thread.
+    /// Ends every hold, sends the clients their last events (`RESUMED`, `SHUTDOWN`), closes the connections and joins
+    /// the thread. Takes a quarter of a second at most. The control thread must not call it.
     pub fn stop(mut self) {
         self.join();
     }
@@ -162,7 +164,7 @@ impl Drop for Server {
     }
 }
 
-/// What poll reported, by source.
+/// The sources that poll reported as ready.
 struct ReadySources {
     commands: bool,
     events: bool,
@@ -201,7 +203,7 @@ impl ControlThread {
         self.finish();
     }
 
-    /// Carries out what the thread was told. Returns whether it is to stop.
+    /// Carries out the commands of the thread that started this one. Returns whether to stop.
     fn carry_out_commands(&mut self, commands: &ThreadCommands) -> bool {
         let ThreadReport { stop, took_over } =
             commands.bell.silence_before(|| std::mem::take(&mut *commands.report.lock().expect("no panic while held")));
@@ -254,10 +256,10 @@ impl ControlThread {
         }
     }
 
-    /// Gives the connection that asked for the hand-over, and has its reply, to the hand-over.
+    /// Passes the connection that sent `hand-over`, after its reply, to the hand-over.
     fn hand_over_connection(&mut self, index: usize, now: Instant) {
         let mut peer = self.peers.remove(index);
-        // A line on a fresh connection fits. If it does not, the new process misses it and gives up.
+        // The reply fits into the socket's buffer. If it does not, the new process misses it and gives up.
         peer.flush();
         let id = peer.client.peer;
         self.service.hand_over_connection(peer.into_stream());
@@ -265,7 +267,7 @@ impl ControlThread {
         self.deliver();
     }
 
-    /// Sleeps until there is something to do.
+    /// Sleeps until a source is ready or a deadline has passed.
     fn wait(&self, commands: &Bell) -> io::Result<ReadySources> {
         let now = Instant::now();
         let accepting = self.accept_again.is_none_or(|again| again <= now);
@@ -303,7 +305,7 @@ impl ControlThread {
         })
     }
 
-    /// Gives the service's lines to the peers.
+    /// Queues the service's lines for the connections that they are for.
     fn deliver(&mut self) {
         for (to, line) in self.service.outgoing() {
             for peer in &mut self.peers {
@@ -317,7 +319,7 @@ impl ControlThread {
         }
     }
 
-    /// Writes to the peers and removes those that are over, which may cause events for the others.
+    /// Writes to the connections and removes those that have ended, which may cause events for the others.
     fn sweep(&mut self, now: Instant) {
         loop {
             for peer in &mut self.peers {
@@ -330,10 +332,10 @@ impl ControlThread {
         }
     }
 
-    /// Sends the peers their last lines, for [`FLUSH_TIMEOUT`] at most.
+    /// Ends the holds and sends the clients their last lines, for [`FLUSH_TIMEOUT`] at most.
     fn finish(&mut self) {
         let now = Instant::now();
-        // This thread takes nothing out of it any more.
+        // This thread takes no more notices from it.
         self.inbox.close();
         self.service.shutdown(now);
         self.deliver();
@@ -355,7 +357,7 @@ impl ControlThread {
     }
 }
 
-/// `poll` until a deadline; returns early, with nothing, when a signal came.
+/// Calls `poll` until a deadline. Returns early, with no source ready, when a signal arrived.
 fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<()> {
     let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
     let timeout = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
