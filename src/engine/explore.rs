@@ -16,7 +16,9 @@ use std::collections::HashSet;
 use std::fmt;
 use std::hash::{BuildHasherDefault, Hash, Hasher};
 
-use super::model::{Oracle, Setup, Step, World};
+use super::model::{WorkerStep, World};
+use super::oracle::Oracle;
+use super::setup::Setup;
 use super::{CacheMode, Kind};
 
 /// Scripts of every run, beside all of one and two requests: letters are [`kind`]s, then how many blocks and errors
@@ -49,7 +51,7 @@ const LONG: [(&str, u8, u8); 8] = [
 struct Violation {
     oracle: Oracle,
     setup: Setup,
-    trace: Vec<Step>,
+    trace: Vec<WorkerStep>,
 }
 
 impl fmt::Display for Violation {
@@ -109,7 +111,7 @@ struct Walk<'a> {
     /// does not. `None`: stop where any fails.
     wanted: Option<&'a str>,
     seen: Seen,
-    trace: Vec<Step>,
+    trace: Vec<WorkerStep>,
     transitions: u64,
 }
 

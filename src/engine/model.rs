@@ -2,6 +2,8 @@
 //! in any order, a worker that may be late, and the [`Oracle`]s. It shares nothing with the engine but its public types; even
 //! the table of the modes is written a second time.
 
+use super::oracle::Oracle;
+use super::setup::{RequestSet, Setup};
 use super::{Action, Admission, CacheMode, CachePolicy, Engine, Errno, Kind, OnError, RequestId, Token};
 
 /// Requests in one script, at most.
@@ -11,86 +13,9 @@ pub const DATA_ERROR: Errno = Errno(5);
 /// The error of every sync that fails.
 pub const SYNC_ERROR: Errno = Errno(28);
 
-/// A set of requests of the script, one bit each.
-type Set = u8;
-
-/// The promises. A path that breaks one ends there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Oracle {
-    /// A request was done that is not in flight.
-    DoneTwice,
-    /// Every op has completed and every action was taken, but a request has no result.
-    NeverDone,
-    /// A change or a flush was admitted while writes were blocked or a request was retained.
-    AdmittedWhileBlocked,
-    /// A read was blocked, or any request while the gate was open.
-    BlockedWithoutReason,
-    /// A change was acknowledged under write-through and is not durable.
-    ThroughNotDurable,
-    /// A flush was acknowledged, and a write acknowledged before the flush was offered is not durable.
-    FlushNotDurable,
-    /// A request whose transfer failed, or whose sync failed, was acknowledged (or got the other's error).
-    FailureAcknowledged,
-    /// A request failed though neither its transfer nor a sync that covered it did.
-    FailedWithoutReason,
-    /// Quiesced(Ok) while a change was in flight.
-    QuietInFlight,
-    /// Quiesced(Ok) while an acknowledged write was not durable.
-    QuietNotDurable,
-    /// Quiesced, but not with the result of a sync that began within this quiesce after the last change was done.
-    QuietUnsynced,
-    /// Quiesced while no quiesce waits for its result.
-    QuiescedTwice,
-    /// Every op has completed and writes are still blocked, but no Quiesced came.
-    QuiesceNeverEnds,
-    /// Resumed while writes were blocked, or without an unblock.
-    ResumedWithoutReason,
-    /// Writes are unblocked and Resumed never came.
-    ResumedLost,
-    /// A sync was submitted while one was running.
-    TwoSyncs,
-    /// The durable flag on anything but a write, or where the back-end has no durable writes.
-    DurableFlagMisused,
-    /// A failure was retained that should go to the guest, was retained twice, or went to the guest although it should be
-    /// retained.
-    RetainedWrongly,
-    /// Retained requests were retried, but not in the order in which they failed.
-    RetriedOutOfOrder,
-    /// `writes_in_flight` differs from the number of requests admitted and not done.
-    Miscounted,
-    /// `is_idle` while something is in flight, or not although nothing is.
-    IdleWrong,
-}
-
-/// What one exploration starts from.
-#[derive(Clone, Debug)]
-pub struct Setup {
-    pub mode: CacheMode,
-    pub durable_writes: bool,
-    pub driver_can_flush: bool,
-    /// The requests, in the virtqueue's order.
-    pub script: Vec<Kind>,
-    /// How often writes are blocked, at most.
-    pub blocks: u8,
-    /// How many completions fail, at most.
-    pub errors: u8,
-    /// Failed transfers are retained.
-    pub retains: bool,
-}
-
-impl Setup {
-    fn is_through(&self) -> bool {
-        match self.mode {
-            CacheMode::Directsync | CacheMode::Writethrough => true,
-            CacheMode::None | CacheMode::Writeback => !self.driver_can_flush,
-            CacheMode::Unsafe => false,
-        }
-    }
-}
-
 /// What a worker may do next.
 #[derive(Clone, Copy, Debug)]
-pub enum Step {
+pub enum WorkerStep {
     /// Offer the request at the head of the virtqueue.
     Offer,
     /// Report a completion.
@@ -119,9 +44,9 @@ enum QuiesceState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Sync {
     /// Transfers that had finished: these it makes durable.
-    landed: Set,
+    landed: RequestSet,
     /// Requests that waited for nothing but a sync.
-    waiting: Set,
+    waiting: RequestSet,
     /// It began within a quiesce with no change in flight; which quiesce.
     barrier: Option<u8>,
 }
@@ -149,26 +74,26 @@ pub struct World {
     act_due: bool,
     sync: Option<Sync>,
     /// The back-end has their transfer.
-    in_backend: Set,
+    in_backend: RequestSet,
     /// Of those, the ones with the durable flag.
-    flagged: Set,
-    offered: Set,
-    done: Set,
-    acked: Set,
-    landed: Set,
-    durable: Set,
-    data_failed: Set,
-    sync_failed: Set,
+    flagged: RequestSet,
+    offered: RequestSet,
+    done: RequestSet,
+    acked: RequestSet,
+    landed: RequestSet,
+    durable: RequestSet,
+    data_failed: RequestSet,
+    sync_failed: RequestSet,
     /// A transfer that fails now is retained.
     retains: bool,
     /// Retained, in the order in which they failed: each failed, and was not submitted again.
     retained: Vec<u8>,
     /// Of `retained`: the engine reported it, or the retry is due.
-    reported: Set,
+    reported: RequestSet,
     /// To be submitted again before anything else, in this order.
     retries: Vec<u8>,
     /// For a flush: the changes that had been acknowledged when it was offered.
-    to_cover: [Set; MAX_REQUESTS],
+    to_cover: [RequestSet; MAX_REQUESTS],
 }
 
 impl World {
@@ -210,18 +135,18 @@ impl World {
 
     /// All that may happen now. A blocked request is offered again only once the gate is open, whether or not `Resumed`
     /// has come: a kick may come first.
-    pub fn steps(&self, setup: &Setup, steps: &mut Vec<Step>) {
+    pub fn steps(&self, setup: &Setup, steps: &mut Vec<WorkerStep>) {
         steps.clear();
         if self.act_due {
-            steps.push(Step::Act);
+            steps.push(WorkerStep::Act);
         }
         if usize::from(self.next) < setup.script.len() && !(self.head_is_blocked && self.is_blocked()) {
-            steps.push(Step::Offer);
+            steps.push(WorkerStep::Offer);
         }
         let mut complete = |token, error| {
-            steps.push(Step::Complete(token, Ok(())));
+            steps.push(WorkerStep::Complete(token, Ok(())));
             if self.errors_left > 0 {
-                steps.push(Step::Complete(token, Err(error)));
+                steps.push(WorkerStep::Complete(token, Err(error)));
             }
         };
         for (id, request) in self.requests.iter().enumerate() {
@@ -233,13 +158,13 @@ impl World {
             complete(Token::Sync, SYNC_ERROR);
         }
         if self.blocks_left > 0 {
-            steps.push(Step::Block);
+            steps.push(WorkerStep::Block);
         }
         if self.holders > 0 {
-            steps.push(Step::Unblock);
+            steps.push(WorkerStep::Unblock);
         }
         if !self.retained.is_empty() {
-            steps.extend([Step::Retry, Step::StopRetaining]);
+            steps.extend([WorkerStep::Retry, WorkerStep::StopRetaining]);
         }
     }
 
@@ -248,11 +173,11 @@ impl World {
     }
 
     /// Does one step and asks the oracles that judge events. [`World::judge`] asks the others.
-    pub fn step(&mut self, setup: &Setup, step: Step) -> Result<(), Oracle> {
+    pub fn step(&mut self, setup: &Setup, step: WorkerStep) -> Result<(), Oracle> {
         match step {
-            Step::Offer => self.offer(setup)?,
-            Step::Complete(token, result) => self.complete(setup, token, result),
-            Step::Block => {
+            WorkerStep::Offer => self.offer(setup)?,
+            WorkerStep::Complete(token, result) => self.complete(setup, token, result),
+            WorkerStep::Block => {
                 self.blocks_left -= 1;
                 self.holders += 1;
                 if self.holders == 1 {
@@ -263,7 +188,7 @@ impl World {
                 }
                 self.engine.block_writes();
             }
-            Step::Unblock => {
+            WorkerStep::Unblock => {
                 self.holders -= 1;
                 if self.holders == 0 {
                     self.quiesce = QuiesceState::Open;
@@ -271,21 +196,21 @@ impl World {
                 }
                 self.engine.unblock_writes();
             }
-            Step::Retry => self.retry(),
-            Step::StopRetaining => {
+            WorkerStep::Retry => self.retry(),
+            WorkerStep::StopRetaining => {
                 self.retains = false;
                 self.retry();
             }
-            Step::Act => {
+            WorkerStep::Act => {
                 while let Some(action) = self.engine.next_action() {
                     self.act(setup, action)?;
                 }
             }
         }
         self.act_due = match step {
-            Step::Act => false,
+            WorkerStep::Act => false,
             // A blocked request changes nothing, so there is nothing to do.
-            Step::Offer => self.act_due || !self.head_is_blocked,
+            WorkerStep::Offer => self.act_due || !self.head_is_blocked,
             _ => true,
         };
         Ok(())
@@ -315,7 +240,7 @@ impl World {
         self.next += 1;
         self.requests[id] = Some(request);
         self.offered |= 1 << request;
-        self.to_cover[usize::from(request)] = if kind == Kind::Flush { self.acked & changes(setup) } else { 0 };
+        self.to_cover[usize::from(request)] = if kind == Kind::Flush { self.acked & setup.changes() } else { 0 };
         Ok(())
     }
 
@@ -328,7 +253,7 @@ impl World {
                 let bit = 1 << request;
                 self.in_backend &= !bit;
                 match result {
-                    Ok(()) => self.landed |= bit & changes(setup),
+                    Ok(()) => self.landed |= bit & setup.changes(),
                     Err(_) if self.retains => self.retained.push(request),
                     Err(_) => self.data_failed |= bit,
                 }
@@ -372,8 +297,8 @@ impl World {
                     return Err(Oracle::TwoSyncs);
                 }
                 let open = self.offered & !self.done;
-                let waiting = open & ((self.landed & changes(setup)) | flushes(setup));
-                let quiet = self.holders > 0 && open & !reads(setup) == 0;
+                let waiting = open & ((self.landed & setup.changes()) | setup.flushes());
+                let quiet = self.holders > 0 && open & !setup.reads() == 0;
                 self.sync = Some(Sync { landed: self.landed, waiting, barrier: quiet.then_some(self.quiesces) });
             }
             Action::Retained { id, errno } => {
@@ -415,7 +340,7 @@ impl World {
             (Ok(()), Ok(())) => {}
         }
         self.acked |= bit;
-        if setup.is_through() && bit & changes(setup) & !self.durable != 0 {
+        if setup.is_through() && bit & setup.changes() & !self.durable != 0 {
             return Err(Oracle::ThroughNotDurable);
         }
         if setup.mode != CacheMode::Unsafe && self.to_cover[usize::from(request)] & !self.durable != 0 {
@@ -429,10 +354,10 @@ impl World {
             return Err(Oracle::QuiescedTwice);
         }
         self.quiesce = QuiesceState::Ended;
-        if result.is_ok() && self.offered & !self.done & !reads(setup) != 0 {
+        if result.is_ok() && self.offered & !self.done & !setup.reads() != 0 {
             return Err(Oracle::QuietInFlight);
         }
-        if result.is_ok() && self.acked & changes(setup) & !self.durable != 0 {
+        if result.is_ok() && self.acked & setup.changes() & !self.durable != 0 {
             return Err(Oracle::QuietNotDurable);
         }
         if self.barrier != Some(result) {
@@ -451,7 +376,7 @@ impl World {
         if self.act_due {
             return Ok(());
         }
-        if self.engine.writes_in_flight() != (open & !reads(setup)).count_ones() {
+        if self.engine.writes_in_flight() != (open & !setup.reads()).count_ones() {
             return Err(Oracle::Miscounted);
         }
         let only_retained = self.in_backend == 0 && self.sync.is_none();
@@ -462,7 +387,7 @@ impl World {
         match () {
             _ if open != retained => Err(Oracle::NeverDone),
             _ if retained != self.reported => Err(Oracle::RetainedWrongly),
-            _ if self.quiesce == QuiesceState::Waiting && retained & !reads(setup) == 0 => {
+            _ if self.quiesce == QuiesceState::Waiting && retained & !setup.reads() == 0 => {
                 Err(Oracle::QuiesceNeverEnds)
             }
             _ if self.resume_due => Err(Oracle::ResumedLost),
@@ -472,20 +397,4 @@ impl World {
             _ => Ok(()),
         }
     }
-}
-
-fn of(setup: &Setup, is: impl Fn(Kind) -> bool) -> Set {
-    setup.script.iter().enumerate().filter(|(_, kind)| is(**kind)).map(|(request, _)| 1 << request).sum()
-}
-
-fn reads(setup: &Setup) -> Set {
-    of(setup, |kind| kind == Kind::Read)
-}
-
-fn flushes(setup: &Setup) -> Set {
-    of(setup, |kind| kind == Kind::Flush)
-}
-
-fn changes(setup: &Setup) -> Set {
-    of(setup, |kind| !matches!(kind, Kind::Read | Kind::Flush))
 }

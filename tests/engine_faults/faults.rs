@@ -1,4 +1,4 @@
-//! Faults of the engine: each a change of its source, and the oracles of `src/engine/model.rs` that must find it.
+//! Faults of the engine: each a change of its source, and the oracles of `src/engine/oracle.rs` that must find it.
 
 /// One fault. The old text of each change occurs exactly once in its file.
 pub struct Fault {
