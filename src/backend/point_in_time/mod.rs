@@ -18,20 +18,22 @@ mod copier;
 mod copy;
 mod image_lease;
 mod queue;
+mod registry;
 mod scratch;
 mod scratch_thread;
 mod target;
 mod target_handle;
 mod target_reports;
 mod target_thread;
+mod tuning;
 mod waiters;
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, TryRecvError};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -45,106 +47,18 @@ use crate::disk::{Copies, CopyError, CopyOptions, CopyStatus, Events};
 use copy::{Copy, Phase};
 use image_lease::ImageLease;
 use queue::DelayingQueue;
+use registry::{Registry, Shared};
 use scratch::Scratches;
 use target_handle::{Liveness, TargetHandle, TargetLinks};
 use target_thread::TargetSpec;
 
-/// The most ended copies that the status lists.
-const MAX_ENDED: usize = 8;
+pub use tuning::{CopyDirectory, CopyStep, Mutant, ScratchOptions, TargetHook, Tuning};
 
 /// The most ended copies whose threads still run, because the image or a target hangs.
 const MAX_ENDING: usize = 4;
 
 /// How long a caller waits for the file system of a target or scratch.
 const TARGET_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// A deliberate defect, with which tests show that they detect it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mutant {
-    /// No write is ever delayed.
-    SavesNothing,
-    /// Discards and write-zeroes are never delayed.
-    ForgetsRanges,
-    /// A write continues when the read of its clusters has started, not when it is complete.
-    ReleasesEarly,
-    /// A hole is punched in the scratch before the data there is read back.
-    PunchesFirst,
-}
-
-/// A step of the target's or the scratch's thread, for a [`TargetHook`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CopyStep {
-    /// Writes some clusters to the target.
-    Write,
-    /// Syncs the target.
-    Sync,
-    /// Gives the target its final name.
-    Publish,
-    /// Stores old data in the scratch.
-    Store,
-    /// Reads old data back from the scratch.
-    Load,
-}
-
-/// Called by the thread of the target or the scratch before each step. It may sleep; if it returns an error, the step fails
-/// with that error.
-pub type TargetHook = Arc<dyn Fn(CopyStep) -> io::Result<()> + Send + Sync>;
-
-/// A directory that the sandbox lets copies go to, as it was when the daemon started.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CopyDirectory {
-    /// The path as the operator wrote it.
-    pub path: PathBuf,
-    /// The directory's device and inode, or a text that says why it could not be opened.
-    pub at_start: Result<(u64, u64), String>,
-}
-
-/// The scratch: where old data may go first while the target is too slow to take it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ScratchOptions {
-    /// The directory in which each copy creates a file without a name.
-    pub directory: PathBuf,
-    /// The most bytes that one scratch file holds.
-    pub size: u64,
-}
-
-/// Options that the daemon sets, and settings that only tests change.
-#[derive(Clone)]
-pub struct Tuning {
-    /// How long a write may be delayed before the copy fails (longer by a second for each 32 MiB). A discard waits a
-    /// fifth of this and is then skipped.
-    pub timeout: Duration,
-    /// The most bytes of old data in memory. May be exceeded by one read.
-    pub memory: usize,
-    /// For tests: makes the target or the scratch slow or failing.
-    pub hook: Option<TargetHook>,
-    /// For tests: the defect to have.
-    pub mutant: Option<Mutant>,
-    /// The directories that the sandbox lets copies go to. Only for error messages.
-    pub directories: Arc<[CopyDirectory]>,
-    /// The scratch for old data; `None`: no scratch.
-    pub scratch: Option<ScratchOptions>,
-}
-
-impl Default for Tuning {
-    fn default() -> Self {
-        Tuning {
-            timeout: Duration::from_secs(5),
-            memory: 32 << 20,
-            hook: None,
-            mutant: None,
-            directories: Arc::default(),
-            scratch: None,
-        }
-    }
-}
-
-impl Tuning {
-    /// Calls the hook, if there is one, before `step`.
-    fn step(&self, step: CopyStep) -> io::Result<()> {
-        self.hook.as_ref().map_or(Ok(()), |hook| hook(step))
-    }
-}
 
 /// A back-end that wraps another and can copy its image. Dropping it cancels a running copy and removes its partial file.
 pub struct PointInTime {
@@ -156,33 +70,6 @@ pub struct PointInTime {
     /// By copy number: whether threads still use its target. Includes targets that could not be created.
     targets: Mutex<Vec<(u64, Liveness)>>,
     scratches: Scratches,
-}
-
-/// The state that the virtqueues' queues and the copies share.
-struct Shared {
-    /// The number of the copy that delays ops; 0: none.
-    delaying: AtomicU64,
-    events: Arc<Events>,
-    tuning: Tuning,
-    registry: Mutex<Registry>,
-}
-
-#[derive(Default)]
-struct Registry {
-    last_number: u64,
-    /// The one copy that is prepared or running.
-    current: Option<Arc<Copy>>,
-    /// Copies that can no longer be cancelled because they get their names, and copies that are over but not cleaned up.
-    /// They do not keep another copy from being made.
-    finishing: Vec<Arc<Copy>>,
-    /// A copy is being prepared, without the lock.
-    preparing: bool,
-    /// The last copies that are over and cleaned up.
-    ended: VecDeque<(CopyStatus, Liveness)>,
-    /// One counter for each queue: its ops in flight that change the image.
-    changes: Vec<Weak<AtomicU64>>,
-    /// The daemon ends; no new copy is taken.
-    closed: bool,
 }
 
 impl PointInTime {
@@ -320,52 +207,6 @@ impl Drop for PointInTime {
             // The copier sends nothing: this waits until it drops its end.
             let _ = closed.recv();
         }
-    }
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Registry> {
-        self.registry.lock().expect("no panic while held")
-    }
-
-    /// Adds a new queue's counter of ops in flight that change the image.
-    fn add_change_counter(&self, changes: &Arc<AtomicU64>) {
-        let mut registry = self.lock();
-        registry.changes.retain(|counter| counter.strong_count() > 0);
-        registry.changes.push(Arc::downgrade(changes));
-    }
-
-    /// The current copy, if it has this number.
-    fn running(&self, number: u64) -> Option<Arc<Copy>> {
-        self.lock().current.clone().filter(|copy| copy.number == number)
-    }
-
-    /// Moves a copy that is cleaned up to the list of ended ones.
-    fn record_end(&self, copy: &Copy, status: CopyStatus) {
-        let mut registry = self.lock();
-        if registry.current.as_ref().is_some_and(|current| current.number == copy.number) {
-            registry.current = None;
-        }
-        registry.finishing.retain(|finishing| finishing.number != copy.number);
-        if registry.ended.len() == MAX_ENDED {
-            registry.ended.pop_front();
-        }
-        registry.ended.push_back((status, copy.target.liveness()));
-    }
-}
-
-impl Registry {
-    fn find(&self, name: &str) -> Result<&Arc<Copy>, CopyError> {
-        let mut known = self.current.iter().chain(&self.finishing);
-        known.find(|copy| copy.name == name && !copy.phase().is_over()).ok_or_else(|| {
-            let message = match self.ended.iter().find(|(ended, _)| ended.copy == name) {
-                Some((ended, _)) => {
-                    format!("{name} has already ended ({}); 'virtioblkctl copies' shows how", ended.state)
-                }
-                None => "there is no copy of this name; 'virtioblkctl copies' lists them".into(),
-            };
-            CopyError { code: "no-such-copy", message }
-        })
     }
 }
 

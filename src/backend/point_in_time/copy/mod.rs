@@ -5,12 +5,17 @@
 //! passes on a change of a cluster only if the cluster's bit is set. A cluster whose bit is clear therefore still holds
 //! what it held at the instant.
 
+mod ending;
+mod phase;
+mod status;
+mod wait_clock;
+
 use std::collections::{TryReserveError, VecDeque};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::bitmap::Bitmap;
 use super::scratch_thread::ScratchReply;
@@ -19,8 +24,9 @@ use super::waiters::{DelayTicket, Waiters};
 use super::{Mutant, Shared};
 use crate::backend::IoBuf;
 use crate::backend::mailbox::Mailbox;
-use crate::base::rate_limit::{COPY_LOG, log_limited};
-use crate::disk::{CopyOptions, CopyStatus, Event};
+use crate::disk::CopyOptions;
+pub(super) use phase::Phase;
+use wait_clock::WaitClock;
 
 /// The smallest cluster, in bytes.
 const MIN_CLUSTER: u64 = 64 << 10;
@@ -31,37 +37,6 @@ const MAX_CLUSTERS: u64 = 1 << 29;
 /// The cluster size for an image of `size` bytes: 64 KiB up to 32 TiB; beyond that it grows with the image.
 fn cluster_of(size: u64) -> u64 {
     size.div_ceil(MAX_CLUSTERS).next_power_of_two().max(MIN_CLUSTER)
-}
-
-/// The phase of a copy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Phase {
-    Prepared,
-    Running,
-    Syncing,
-    /// The target gets its final name; the copy can no longer be cancelled.
-    Publishing,
-    Completed,
-    Failed,
-    Cancelled,
-}
-
-impl Phase {
-    pub(super) fn is_over(self) -> bool {
-        matches!(self, Phase::Completed | Phase::Failed | Phase::Cancelled)
-    }
-
-    /// The phase as the status reports it.
-    fn name(self) -> &'static str {
-        match self {
-            Phase::Prepared => "prepared",
-            Phase::Running => "running",
-            Phase::Syncing | Phase::Publishing => "syncing",
-            Phase::Completed => "completed",
-            Phase::Failed => "failed",
-            Phase::Cancelled => "cancelled",
-        }
-    }
 }
 
 /// One copy of the image.
@@ -98,12 +73,7 @@ struct State {
     phase: Phase,
     /// The delayed ops of all virtqueues.
     waiters: Waiters,
-    /// Since when `waiters` has not been empty; `None`: it is empty.
-    waiting_since: Option<Instant>,
-    /// For how long `waiters` was not empty before `waiting_since`.
-    waited: Duration,
-    /// The waiting time at which to log the next warning.
-    warn_at: Duration,
+    wait_clock: WaitClock,
     /// Clusters that delayed ops wait for and that the copier has not taken.
     urgent: VecDeque<Range<u64>>,
     /// The instant that the copy is of.
@@ -118,26 +88,10 @@ struct State {
     cleaned_up: bool,
 }
 
-/// How long the guest's writes wait for a copy, in total, before the first warning. Each further warning comes at twice
-/// the time of the one before.
-const FIRST_WARNING: Duration = Duration::from_secs(10);
-
 impl State {
     /// Updates the waiting time; called after each change of `waiters`.
     fn measure_waiting(&mut self) {
-        match (self.waiters.is_empty(), self.waiting_since) {
-            (false, None) => self.waiting_since = Some(Instant::now()),
-            (true, Some(since)) => {
-                self.waited += since.elapsed();
-                self.waiting_since = None;
-            }
-            _ => {}
-        }
-    }
-
-    /// For how long at least one op has been delayed, in total.
-    fn total_wait(&self) -> Duration {
-        self.waited + self.waiting_since.map_or(Duration::ZERO, |since| since.elapsed())
+        self.wait_clock.set_waiting(!self.waiters.is_empty());
     }
 }
 
@@ -177,9 +131,7 @@ impl Copy {
             state: Mutex::new(State {
                 phase: Phase::Prepared,
                 waiters: Waiters::new(number),
-                waiting_since: None,
-                waited: Duration::ZERO,
-                warn_at: FIRST_WARNING,
+                wait_clock: WaitClock::default(),
                 urgent: VecDeque::new(),
                 instant: None,
                 started: None,
@@ -304,97 +256,6 @@ impl Copy {
         std::mem::take(&mut self.scratch_replies.lock().expect("no panic while held"))
     }
 
-    /// The target's thread has written everything and makes it durable. Returns `false` when the copy is over.
-    pub(super) fn begin_sync(&self) -> bool {
-        let mut state = self.lock();
-        let is_running = state.phase == Phase::Running;
-        if is_running {
-            state.phase = Phase::Syncing;
-        }
-        is_running
-    }
-
-    /// The file is durable and may get its final name; from now on the copy cannot be cancelled. Returns `false` when the
-    /// copy is over.
-    pub(super) fn begin_publish(&self, sha256: Option<String>) -> bool {
-        let mut state = self.lock();
-        let is_syncing = state.phase == Phase::Syncing;
-        if is_syncing {
-            state.phase = Phase::Publishing;
-            state.sha256 = sha256;
-        }
-        is_syncing
-    }
-
-    /// Ends the copy and lets every delayed op continue. Returns `false` when it is already over, or too late to cancel.
-    pub(super) fn end(&self, phase: Phase, error: Option<String>) -> bool {
-        let mut state = self.lock();
-        if state.phase.is_over() || (state.phase == Phase::Publishing && phase == Phase::Cancelled) {
-            return false;
-        }
-        state.phase = phase;
-        state.took = state.started.map(|started| started.elapsed());
-        state.error = error;
-        self.stop_delaying();
-        state.urgent.clear();
-        state.waiters.release_all();
-        state.measure_waiting();
-        drop(state);
-        self.target.copy_is_over();
-        self.wake_copier();
-        true
-    }
-
-    /// Logs a warning if the guest's writes have waited long for this copy; see [`FIRST_WARNING`].
-    pub(super) fn warn_if_slow(&self) {
-        let mut state = self.lock();
-        let (waited, took) = (state.total_wait(), state.started.map(|started| started.elapsed()).unwrap_or_default());
-        if waited < state.warn_at {
-            return;
-        }
-        state.warn_at = waited * 2;
-        drop(state);
-        log_limited!(
-            COPY_LOG,
-            Warn,
-            "{} to {}: the guest has been slowed for {:.0} s of {:.0} s by the copy, because its writes waited until old \
-             data was saved; use a faster target, give the daemon a faster disk for old data (--scratch, --scratch-size), \
-             or leave more of the target's bandwidth to the guest's writes (virtioblkctl copies limit)",
-            self.name,
-            self.target.path.display(),
-            waited.as_secs_f64(),
-            took.as_secs_f64()
-        );
-    }
-
-    /// Ends the copy as failed.
-    pub(super) fn fail(&self, why: String) {
-        let line = format!("{} to {} failed: {why}", self.name, self.target.path.display());
-        if self.end(Phase::Failed, Some(why)) {
-            log_limited!(COPY_LOG, Error, "{line}");
-        }
-    }
-
-    /// Removes the partial file and sends the event of the copy's end. Only the first call after the end does so. Waits
-    /// for the target's file system, two seconds at most; not called by a virtqueue's thread.
-    pub(super) fn clean_up(&self) {
-        let mut state = self.lock();
-        if !state.phase.is_over() || std::mem::replace(&mut state.cleaned_up, true) {
-            return;
-        }
-        let completed = state.phase == Phase::Completed;
-        drop(state);
-        if completed {
-            self.target.finish();
-        } else {
-            self.target.remove();
-        }
-        let status = self.status();
-        log_limited!(COPY_LOG, Info, "{} to {}: {}", self.name, status.target, status.state);
-        self.shared.record_end(self, status.clone());
-        self.shared.events.send(Event::CopyEnded(status));
-    }
-
     /// Whether the copier still has clusters to read.
     pub(super) fn needs_image(&self) -> bool {
         self.shared.delaying.load(Ordering::SeqCst) == self.number
@@ -403,29 +264,6 @@ impl Copy {
     fn stop_delaying(&self) {
         // Only this copy's number is cleared, not another copy's.
         let _ = self.shared.delaying.compare_exchange(self.number, 0, Ordering::SeqCst, Ordering::SeqCst);
-    }
-
-    /// The copy's state for operators.
-    pub(super) fn status(&self) -> CopyStatus {
-        let state = self.lock();
-        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let took = state.took.or_else(|| state.started.map(|started| started.elapsed()));
-        CopyStatus {
-            copy: self.name.clone(),
-            target: self.target.path.display().to_string(),
-            state: state.phase.name().into(),
-            total_bytes: self.size,
-            done_bytes: load(&self.done).saturating_mul(self.cluster).min(self.size),
-            saved_before_write_bytes: load(&self.saved_before_write),
-            stored_bytes: load(&self.stored),
-            scratch_bytes: if state.phase.is_over() { 0 } else { load(&self.scratch) },
-            instant: state.instant.map(|instant| instant.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()),
-            seconds: took.unwrap_or_default().as_secs_f64(),
-            slowed_seconds: state.total_wait().as_secs_f64(),
-            sha256: state.sha256.clone(),
-            error: state.error.clone(),
-            ending: false,
-        }
     }
 }
 
