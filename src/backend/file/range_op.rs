@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::super::buffer::MAX_ZEROES;
 use super::super::uring::{FileOp, Transfer, TransferKind};
 use super::super::{Errno, IoBuf};
-use super::Shared;
 use super::bounce::{BounceOp, BounceStep};
+use super::image::FileImage;
 use crate::backend::bounce_pool::QueuePool;
 
 /// The operations that the image's storage has refused as unsupported.
@@ -19,9 +19,9 @@ pub(super) struct UnsupportedOps {
 
 impl UnsupportedOps {
     /// Records that `what` is unsupported. Logs it the first time.
-    fn record(&self, what: &AtomicBool, name: &str, shared: &Shared) {
+    fn record(&self, what: &AtomicBool, name: &str, image: &FileImage) {
         if !what.swap(true, Ordering::Relaxed) {
-            log::info!("{}: the host cannot {name} here; virtioblkd does without", shared.name);
+            log::info!("{}: the host cannot {name} here; virtioblkd does without", image.file.name);
         }
     }
 }
@@ -68,16 +68,16 @@ pub(super) enum OpStep {
 
 impl RangeOp {
     /// Creates a discard. It leaves the ends alone: only whole units can be discarded.
-    pub(super) fn discard(offset: u64, len: u64, shared: &Shared) -> Self {
-        let unit = u64::from(shared.range_unit.max(shared.align.offset));
+    pub(super) fn discard(offset: u64, len: u64, image: &FileImage) -> Self {
+        let unit = u64::from(image.limits.range_unit.max(image.limits.align.offset));
         let (start, end) = (offset.next_multiple_of(unit), (offset + len) / unit * unit);
         let parts = if start < end { vec![RangePart::Kernel { offset: start, len: end - start }] } else { Vec::new() };
         Self::new(RangeKind::Discard, parts)
     }
 
     /// Creates a write-zeroes. It covers every byte: zeroes are written to the ends that the kernel cannot zero.
-    pub(super) fn zeroes(offset: u64, len: u64, unmap: bool, shared: &Shared) -> Self {
-        let unit = u64::from(shared.range_unit);
+    pub(super) fn zeroes(offset: u64, len: u64, unmap: bool, image: &FileImage) -> Self {
+        let unit = u64::from(image.limits.range_unit);
         let end = offset + len;
         let (inner, inner_end) = (offset.next_multiple_of(unit), end / unit * unit);
         let mut parts = Vec::new();
@@ -88,7 +88,7 @@ impl RangeOp {
             parts.push(RangePart::Kernel { offset: inner, len: inner_end - inner });
             parts.push(RangePart::Write { offset, len: inner - offset });
         }
-        Self::new(RangeKind::Zeroes { unmap: unmap && shared.may_unmap }, parts)
+        Self::new(RangeKind::Zeroes { unmap: unmap && image.limits.may_unmap }, parts)
     }
 
     fn new(kind: RangeKind, parts: Vec<RangePart>) -> Self {
@@ -96,13 +96,13 @@ impl RangeOp {
     }
 
     /// Returns the next step, after the previous one succeeded.
-    pub(super) fn next(&mut self, shared: &Shared) -> OpStep {
+    pub(super) fn next(&mut self, image: &FileImage) -> OpStep {
         loop {
             match self.parts.pop() {
                 None => return OpStep::Done(Ok(())),
                 Some(RangePart::Write { len: 0, .. }) => {}
-                Some(RangePart::Write { offset, len }) => return self.write(offset, len, shared),
-                Some(RangePart::Kernel { offset, len }) => match self.kernel(offset, len, shared) {
+                Some(RangePart::Write { offset, len }) => return self.write(offset, len, image),
+                Some(RangePart::Kernel { offset, len }) => match self.kernel(offset, len, image) {
                     Some(step) => return step,
                     None => self.parts.push(RangePart::Write { offset, len }),
                 },
@@ -111,14 +111,14 @@ impl RangeOp {
     }
 
     /// Returns the best step of the kernel's that was not refused yet; `None` when none is left.
-    fn kernel(&self, offset: u64, len: u64, shared: &Shared) -> Option<OpStep> {
-        let punch = !self.punch_refused && !shared.unsupported.punch.load(Ordering::Relaxed);
-        let zero_range = !self.zero_range_refused && !shared.unsupported.zero_range.load(Ordering::Relaxed);
+    fn kernel(&self, offset: u64, len: u64, image: &FileImage) -> Option<OpStep> {
+        let punch = !self.punch_refused && !image.unsupported.punch.load(Ordering::Relaxed);
+        let zero_range = !self.zero_range_refused && !image.unsupported.zero_range.load(Ordering::Relaxed);
         let mode = match self.kind {
-            RangeKind::Discard if shared.unsupported.discard.load(Ordering::Relaxed) => {
+            RangeKind::Discard if image.unsupported.discard.load(Ordering::Relaxed) => {
                 return Some(OpStep::Done(Ok(())));
             }
-            RangeKind::Discard if shared.is_device => return Some(OpStep::DiscardDevice { offset, len }),
+            RangeKind::Discard if image.file.is_device => return Some(OpStep::DiscardDevice { offset, len }),
             RangeKind::Discard => libc::FALLOC_FL_PUNCH_HOLE,
             RangeKind::Zeroes { unmap: true } if punch => libc::FALLOC_FL_PUNCH_HOLE,
             RangeKind::Zeroes { .. } if zero_range => libc::FALLOC_FL_ZERO_RANGE,
@@ -127,8 +127,8 @@ impl RangeOp {
         Some(OpStep::Run(FileOp::Fallocate { mode: mode | libc::FALLOC_FL_KEEP_SIZE, offset, len }))
     }
 
-    fn write(&mut self, offset: u64, len: u64, shared: &Shared) -> OpStep {
-        let unit = u64::from(shared.align.offset);
+    fn write(&mut self, offset: u64, len: u64, image: &FileImage) -> OpStep {
+        let unit = u64::from(image.limits.align.offset);
         let mut now = len.min(MAX_ZEROES as u64);
         if now < len {
             // Only the first and the last block of the range may be written in part: the op has locked those alone for
@@ -138,7 +138,7 @@ impl RangeOp {
         self.parts.push(RangePart::Write { offset: offset + now, len: len - now });
         let buf = IoBuf::zeroes(now as usize);
         if (offset | now) & (unit - 1) != 0 {
-            self.bounce = Some(BounceOp::new(TransferKind::Write, offset, buf, shared.align.offset));
+            self.bounce = Some(BounceOp::new(TransferKind::Write, offset, buf, image.limits.align.offset));
             return OpStep::Copy;
         }
         let transfer = Transfer { kind: TransferKind::Write, offset, buf, from: 0, len: now as usize };
@@ -155,7 +155,7 @@ impl RangeOp {
         &mut self,
         file_op: FileOp,
         result: Result<(), Errno>,
-        shared: &Shared,
+        image: &FileImage,
         pool: &mut QueuePool,
     ) -> OpStep {
         match (file_op, self.bounce.as_mut()) {
@@ -165,7 +165,7 @@ impl RangeOp {
                 BounceStep::Done(Ok(())) => self.bounce = None,
             },
             (FileOp::Fallocate { mode, offset, len }, _) => match result {
-                Err(errno) if is_unsupported(errno) => return self.refused(mode, offset, len, errno, shared),
+                Err(errno) if is_unsupported(errno) => return self.refused(mode, offset, len, errno, image),
                 Err(errno) => return OpStep::Done(Err(errno)),
                 Ok(()) => {}
             },
@@ -175,15 +175,15 @@ impl RangeOp {
                 }
             }
         }
-        self.next(shared)
+        self.next(image)
     }
 
     /// Handles the result of the discard ioctl.
-    pub(super) fn discarded(&mut self, result: Result<(), Errno>, shared: &Shared) -> OpStep {
+    pub(super) fn discarded(&mut self, result: Result<(), Errno>, image: &FileImage) -> OpStep {
         match result {
-            Ok(()) => self.next(shared),
+            Ok(()) => self.next(image),
             Err(errno) if is_unsupported(errno) => {
-                shared.unsupported.record(&shared.unsupported.discard, "discard", shared);
+                image.unsupported.record(&image.unsupported.discard, "discard", image);
                 OpStep::Done(Ok(()))
             }
             Err(errno) => OpStep::Done(Err(errno)),
@@ -191,9 +191,9 @@ impl RangeOp {
     }
 
     /// Handles a refused fallocate. A discard is advice, so it counts as done; a write-zeroes tries the next best way.
-    fn refused(&mut self, mode: i32, offset: u64, len: u64, errno: Errno, shared: &Shared) -> OpStep {
+    fn refused(&mut self, mode: i32, offset: u64, len: u64, errno: Errno, image: &FileImage) -> OpStep {
         if self.kind == RangeKind::Discard {
-            shared.unsupported.record(&shared.unsupported.discard, "discard (fallocate PUNCH_HOLE)", shared);
+            image.unsupported.record(&image.unsupported.discard, "discard (fallocate PUNCH_HOLE)", image);
             return OpStep::Done(Ok(()));
         }
         // EINVAL may concern this range only (FUSE file systems), so the next request tries again.
@@ -201,24 +201,16 @@ impl RangeOp {
         if mode & libc::FALLOC_FL_PUNCH_HOLE != 0 {
             self.punch_refused = true;
             if for_all {
-                shared.unsupported.record(
-                    &shared.unsupported.punch,
-                    "deallocate zeroes (fallocate PUNCH_HOLE)",
-                    shared,
-                );
+                image.unsupported.record(&image.unsupported.punch, "deallocate zeroes (fallocate PUNCH_HOLE)", image);
             }
         } else {
             self.zero_range_refused = true;
             if for_all {
-                shared.unsupported.record(
-                    &shared.unsupported.zero_range,
-                    "zero a range (fallocate ZERO_RANGE)",
-                    shared,
-                );
+                image.unsupported.record(&image.unsupported.zero_range, "zero a range (fallocate ZERO_RANGE)", image);
             }
         }
         self.parts.push(RangePart::Kernel { offset, len });
-        self.next(shared)
+        self.next(image)
     }
 }
 

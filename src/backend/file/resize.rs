@@ -10,38 +10,39 @@ use std::sync::atomic::Ordering;
 
 use rustix::fs::{SeekFrom, fstat, ftruncate, seek};
 
-use super::Shared;
+use super::image::FileImage;
 use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 
 /// Implements [`crate::backend::Backend::resize`].
-pub(super) fn resize(shared: &Shared, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
-    let refuse = |why: String| Err(io::Error::other(format!("{}: {why}", shared.name)));
-    let before = shared.size.load(Ordering::Relaxed);
-    let unit = u64::from(shared.geometry.logical_block.max(if shared.direct { shared.align.offset } else { 1 }));
+pub(super) fn resize(image: &FileImage, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {
+    let refuse = |why: String| Err(io::Error::other(format!("{}: {why}", image.file.name)));
+    let before = image.size.load(Ordering::Relaxed);
+    let unit =
+        u64::from(image.geometry.logical_block.max(if image.limits.direct { image.limits.align.offset } else { 1 }));
     if let Some(bytes) = grow_to {
-        if shared.is_device {
+        if image.file.is_device {
             return refuse(
                 "a block device is grown by its own tools (lvextend, ...); then resize without a size".into(),
             );
         }
-        if shared.geometry.read_only {
+        if image.geometry.read_only {
             return refuse("it is served with --read-only and cannot be grown from here".into());
         }
         if !bytes.is_multiple_of(unit) {
             return refuse(format!("{bytes} bytes are not whole blocks of {unit}; use a multiple of that"));
         }
-        if bytes < size(shared)?.max(before) {
+        if bytes < size(image)?.max(before) {
             return refuse(format!(
                 "it has {before} bytes, more than {bytes}, and virtioblkd never truncates an image: when the guest no \
                  longer uses its end, truncate it (truncate -s) and then use resize --force"
             ));
         }
         // The new part is a hole; nothing is allocated.
-        ftruncate(&shared.fd, bytes).map_err(|error| {
-            io::Error::other(format!("{}: it cannot be grown to {bytes} bytes: {error}", shared.name))
+        ftruncate(&image.file.fd, bytes).map_err(|error| {
+            io::Error::other(format!("{}: it cannot be grown to {bytes} bytes: {error}", image.file.name))
         })?;
     }
-    let found = size(shared)?;
+    let found = size(image)?;
     let bytes = found - found % unit;
     if bytes == 0 {
         return refuse("it is empty now; restore its content, or stop its guest".into());
@@ -52,24 +53,24 @@ pub(super) fn resize(shared: &Shared, grow_to: Option<u64>, shrink: bool) -> io:
              image as large as it was, or, if the guest no longer uses that part, use --force"
         ));
     }
-    shared.size.store(bytes, Ordering::Relaxed);
+    image.size.store(bytes, Ordering::Relaxed);
     Ok(bytes)
 }
 
 /// Takes the size of an image that grew while no guest used it. An image that was truncated keeps its size, because the
 /// guest that returns may know that size; requests for the missing part fail.
-pub(super) fn notice_growth(shared: &Shared) {
-    match resize(shared, None, false) {
+pub(super) fn notice_growth(image: &FileImage) {
+    match resize(image, None, false) {
         Ok(_) => {}
         Err(error) => log_limited!(IMAGE_LOG, Warn, "{error}"),
     }
 }
 
 /// Returns the size in bytes that the kernel reports.
-fn size(shared: &Shared) -> io::Result<u64> {
-    if shared.is_device {
+fn size(image: &FileImage) -> io::Result<u64> {
+    if image.file.is_device {
         // Nothing else uses the position: all I/O names its offset.
-        return Ok(seek(shared.fd.as_fd(), SeekFrom::End(0))?);
+        return Ok(seek(image.file.fd.as_fd(), SeekFrom::End(0))?);
     }
-    Ok(u64::try_from(fstat(&shared.fd)?.st_size).unwrap_or(0))
+    Ok(u64::try_from(fstat(&image.file.fd)?.st_size).unwrap_or(0))
 }
