@@ -9,15 +9,15 @@ use super::Backend;
 
 /// Bytes of an image's start that show its format.
 pub(crate) const HEAD: usize = 4096;
-/// Bytes of an image's end that do: the footer of a VHD.
+/// Bytes of an image's end that show its format: the footer of a VHD.
 pub(crate) const TAIL: usize = 512;
 
 /// The first and the last bytes of an image, a few KiB at most.
 #[derive(Default)]
 pub struct ImageEnds {
-    /// From byte 0.
+    /// The bytes from byte 0 on.
     pub head: Vec<u8>,
-    /// Up to the last byte; the last sector and perhaps more.
+    /// The bytes up to the last one: the last sector, and perhaps more.
     pub tail: Vec<u8>,
 }
 
@@ -33,11 +33,12 @@ const MAGICS: [(&[u8], &str); 8] = [
     (b"QFI\xfb\0\0\0\x01", "qcow"),
 ];
 const QCOW2: &[u8] = b"QFI\xfb";
-/// VDI_SIGNATURE of QEMU's block/vdi.c, and where it stands.
+/// VDI_SIGNATURE of QEMU's block/vdi.c.
 const VDI: [u8; 4] = 0xbeda_107f_u32.to_le_bytes();
+/// The byte at which the header of a VDI image has [`VDI`].
 const VDI_AT: usize = 0x40;
 
-/// The format that an image has by its header or footer, as `qemu-img` calls it; `None`: as far as can be seen it is raw.
+/// Returns the format that an image's header or footer shows, as `qemu-img` calls it; `None`: neither shows one.
 pub(crate) fn recognize(ends: &ImageEnds) -> Option<&'static str> {
     let head = ends.head.as_slice();
     if let Some((_, name)) = MAGICS.iter().find(|(magic, _)| head.starts_with(magic)) {
@@ -54,7 +55,7 @@ pub(crate) fn recognize(ends: &ImageEnds) -> Option<&'static str> {
     footer.is_some_and(|footer| footer.starts_with(b"conectix")).then_some("vpc")
 }
 
-/// What people call the format.
+/// Returns the format's name as people write it.
 fn full_name(format: &str) -> &str {
     match format {
         "vpc" => "VHD (vpc)",
@@ -66,7 +67,7 @@ fn full_name(format: &str) -> &str {
     }
 }
 
-/// How to make a raw image of one in `format`.
+/// Returns the text that says how to make a raw image of one in `format`.
 pub(crate) fn conversion(format: &str) -> String {
     match format {
         "luks" => "convert it (qemu-img convert --object secret,id=key,file=PASSPHRASE --image-opts \
@@ -77,7 +78,7 @@ pub(crate) fn conversion(format: &str) -> String {
     }
 }
 
-/// `it is a qcow2 image by its header`.
+/// Returns the text that names the format and where it was found: `it is an image of the format qcow2 by its header`.
 pub(crate) fn finding(format: &str) -> String {
     let place = if format == "vpc" { "header or footer" } else { "header" };
     format!("it is an image of the format {} by its {place}", full_name(format))
@@ -95,58 +96,59 @@ fn warning(format: &str, is_rbd: bool) -> String {
     )
 }
 
-/// Looks at an image once, in a thread of its own: the image's storage may hang.
+/// Checks an image's format once, in a thread of its own, because the image's storage may hang.
 #[derive(Default)]
 pub(crate) struct FormatCheck {
     found: OnceLock<&'static str>,
-    runs: Mutex<bool>,
+    /// The thread has not ended.
+    is_running: Mutex<bool>,
     ended: Condvar,
 }
 
 impl FormatCheck {
-    /// Starts to look. Once the sandbox has been entered; main.
+    /// Starts the check. Called by main once the sandbox has been entered.
     pub(crate) fn start(self: &Arc<Self>, image: Arc<dyn Backend>) {
         let check = Arc::clone(self);
         *self.lock() = true;
         let work = move || {
-            check.look(&*image);
+            check.run(&*image);
             drop(image);
             *check.lock() = false;
             check.ended.notify_all();
         };
         if let Err(error) = thread::Builder::new().name("format".into()).spawn(work) {
             *self.lock() = false;
-            log::warn!("no thread to see whether the image is raw: {error}");
+            log::warn!("cannot start a thread to check whether the image is raw: {error}");
         }
     }
 
-    /// The format that was found, unless the image is raw.
+    /// Returns the format that was found; `None`: the check has not ended, or found none.
     pub(crate) fn found(&self) -> Option<&'static str> {
         self.found.get().copied()
     }
 
-    /// Waits until the image is not used here any more, at most for `limit`.
+    /// Waits until the check no longer uses the image, for `limit` at most.
     pub(crate) fn wait(&self, limit: Duration) {
-        let ended = self.ended.wait_timeout_while(self.lock(), limit, |runs| *runs);
+        let ended = self.ended.wait_timeout_while(self.lock(), limit, |is_running| *is_running);
         drop(ended.unwrap_or_else(PoisonError::into_inner));
     }
 
     fn lock(&self) -> MutexGuard<'_, bool> {
-        self.runs.lock().unwrap_or_else(PoisonError::into_inner)
+        self.is_running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn look(&self, image: &dyn Backend) {
+    fn run(&self, image: &dyn Backend) {
         match image.info().ends() {
             Ok(ends) => {
                 if let Some(format) = recognize(&ends) {
                     let is_rbd = image.info().image_status().rbd.is_some();
                     log::warn!("{}: {}", image.describe(), warning(format, is_rbd));
-                    // The only one who sets it.
+                    // Never set before: the check runs once.
                     let _ = self.found.set(format);
                 }
             }
-            // The guest's business, when it reads that.
-            Err(error) => log::debug!("{}: its format cannot be seen: {error}", image.describe()),
+            // The guest gets this error when it reads there itself.
+            Err(error) => log::debug!("{}: cannot read its format: {error}", image.describe()),
         }
     }
 }
@@ -189,7 +191,7 @@ mod tests {
         assert_eq!(recognize(&ends), None);
         ends.tail[..8].copy_from_slice(b"conectix");
         assert_eq!(recognize(&ends), Some("vpc"));
-        // Of a longer piece the last sector counts.
+        // Of a longer end, only the last sector counts.
         ends.tail.splice(..0, [0; 512]);
         assert_eq!(recognize(&ends), Some("vpc"));
         ends.tail.extend([0; 512]);
@@ -197,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn the_warning_says_what_to_do() {
+    fn the_warning_says_how_to_fix_it() {
         for (format, is_rbd, words) in [
             ("qcow2", false, "qemu-img convert -f qcow2 -O raw"),
             ("vpc", false, "VHD"),

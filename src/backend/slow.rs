@@ -25,6 +25,7 @@ impl SlowBackend {
 struct SlowQueue {
     inner: Box<dyn IoQueue>,
     delay: Duration,
+    /// Writes pushed so far.
     writes: u32,
     /// The delayed writes and when each is due, the earliest first.
     delayed: VecDeque<(Instant, Op, OpId)>,

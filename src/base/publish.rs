@@ -40,8 +40,8 @@ fn rename(file: BorrowedFd<'_>, directory: BorrowedFd<'_>, partial: &OsStr, name
     if names(file, directory, name)? { Ok(()) } else { Err(other_file()) }
 }
 
-/// What to tell an operator when [`publish`] left `partial` behind. Another file of that name is not ours, and may be a
-/// disk's image.
+/// Returns the operator's text for a name `partial` that [`publish`] left behind. If another file has that name, it is not
+/// ours and may be a disk's image, so the text does not advise removal.
 pub(crate) fn left_behind(error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(_) => format!("is left behind ({error}); remove it by hand"),

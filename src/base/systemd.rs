@@ -114,11 +114,11 @@ impl Notifier {
     fn send_if_room(&self, state: &str) {
         self.flush();
         if self.pending().is_some() {
-            log::debug!("systemd does not read its NOTIFY_SOCKET: it is not told {state}");
+            log::debug!("systemd does not read its NOTIFY_SOCKET: {state} was not sent");
             return;
         }
         if let Err(error) = self.socket.send(state.as_bytes()) {
-            log::debug!("systemd is not told {state} on its NOTIFY_SOCKET: {error}");
+            log::debug!("cannot send {state} to systemd's NOTIFY_SOCKET: {error}");
         }
     }
 
@@ -216,14 +216,14 @@ mod tests {
             let timeout = Timespec { tv_sec: limit, tv_nsec: 0 };
             poll(&mut [PollFd::from_borrowed_fd(socket, PollFlags::OUT)], Some(&timeout)).unwrap() > 0
         };
-        assert!(!ready(0), "whoever polls sleeps");
+        assert!(!ready(0), "the main thread's poll sleeps");
         notifier.finish(Duration::from_millis(20));
         assert!(notifier.pending().is_some(), "it has an end without a reader, too");
         let mut text = [0; 64];
         for _ in 0..foreign {
             systemd.recv(&mut text).unwrap();
         }
-        assert!(ready(30), "whoever polls is woken");
+        assert!(ready(30), "the main thread's poll returns");
         notifier.flush();
         assert!(notifier.pending().is_none());
         for state in ["READY=1", "MAINPID=7"] {

@@ -3,8 +3,8 @@
 //! [`super::model`] after every step.
 //!
 //! States that were seen are not walked again: two paths that lead to equal worlds have the same future. A seen state
-//! is remembered by a 64-bit hash; a walk has some 10^6 states at most, so the chance that
-//! one of them is mistaken for another is about one in 10^7.
+//! is remembered by a 64-bit hash; a walk has some 10^6 states at most, so the chance that one of them is mistaken for
+//! another is about one in 10^7.
 //!
 //! `cargo test` walks [`short`] in a few seconds. `VIRTIOBLKD_EXPLORE=long cargo test --lib no_order_of_events` walks
 //! [`long`], more than a hundred times as much: a few minutes in a debug build.
@@ -117,7 +117,7 @@ struct Walk<'a> {
 
 impl Walk<'_> {
     /// Walks depth first. `Some`: this oracle failed, and `trace` leads there.
-    fn go(&mut self, world: &World) -> Option<Oracle> {
+    fn walk(&mut self, world: &World) -> Option<Oracle> {
         let mut steps = Vec::new();
         world.steps(self.setup, &mut steps);
         for step in steps {
@@ -132,7 +132,7 @@ impl Walk<'_> {
                 return failed;
             }
             if stepped.is_ok() && self.is_new(&next) {
-                let found = self.go(&next);
+                let found = self.walk(&next);
                 if found.is_some() {
                     return found;
                 }
@@ -157,8 +157,8 @@ struct Totals {
     transitions: u64,
 }
 
-/// Walks every script in every mode, until an oracle fails. `retains`: whether failures are retained,
-/// where there are any.
+/// Walks every script in every mode, until an oracle fails. `retains`: failures are retained; scripts without failures are
+/// then skipped.
 fn explore(
     scripts: &[(String, u8, u8)],
     retains: bool,
@@ -183,7 +183,7 @@ fn explore(
 
 fn walk(setup: Setup, wanted: Option<&str>, totals: &mut Totals) -> Option<Violation> {
     let mut walk = Walk { setup: &setup, wanted, seen: Seen::default(), trace: Vec::new(), transitions: 0 };
-    let found = walk.go(&World::new(&setup));
+    let found = walk.walk(&World::new(&setup));
     totals.setups += 1;
     totals.states += walk.seen.len() as u64;
     totals.transitions += walk.transitions;

@@ -1,4 +1,4 @@
-//! The types that the engine shares with its callers, who name them as `crate::engine::...`.
+//! The types that the engine shares with its callers.
 
 /// An operating system error number. Never zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

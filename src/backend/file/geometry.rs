@@ -23,9 +23,9 @@ const MAX_WRITTEN_ZEROES: u64 = 16 << 20;
 /// The alignment that O_DIRECT requires, in bytes; powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Alignment {
-    /// Of a buffer's address.
+    /// The alignment of a buffer's address.
     pub(super) memory: u32,
-    /// Of offsets and lengths.
+    /// The alignment of offsets and lengths.
     pub(super) offset: u32,
 }
 

@@ -1,4 +1,4 @@
-//! Reads what shows the format of an image file.
+//! Reads the ends of an image file, which show its format.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,13 +12,13 @@ use super::super::{ImageEnds, IoBuf};
 use super::geometry::{self, Alignment};
 use crate::backend::preadv;
 
-/// How long an image that cannot be served may take to show its format.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long to wait for the format of an image that cannot be served.
+const FORMAT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The first and the last bytes of a file of `size` bytes, which need not be whole blocks. Blocks.
+/// Reads the first and the last bytes of a file of `size` bytes, which need not be whole blocks. May block.
 pub(super) fn read(file: BorrowedFd<'_>, size: u64, align: Alignment) -> io::Result<ImageEnds> {
     let unit = u64::from(align.offset);
-    let piece = |offset: u64, len: u64| -> io::Result<Vec<u8>> {
+    let read_at = |offset: u64, len: u64| -> io::Result<Vec<u8>> {
         let len = usize::try_from(len.next_multiple_of(unit)).expect("a few KiB");
         if len == 0 {
             return Ok(Vec::new());
@@ -31,25 +31,25 @@ pub(super) fn read(file: BorrowedFd<'_>, size: u64, align: Alignment) -> io::Res
         Ok(bytes)
     };
     let last = size.saturating_sub(TAIL as u64) / unit * unit;
-    let mut tail = piece(last, size - last)?;
+    let mut tail = read_at(last, size - last)?;
     // A file may have grown meanwhile.
     tail.truncate(usize::try_from(size - last).expect("a few KiB"));
-    Ok(ImageEnds { head: piece(0, HEAD as u64)?, tail })
+    Ok(ImageEnds { head: read_at(0, HEAD as u64)?, tail })
 }
 
-/// The format of a file that cannot be served as raw, for its error. Waits for [`LOOK_TIMEOUT`] at most; the thread that
-/// reads may go on until the process ends, which the error is about to bring.
+/// Returns the format of a file that cannot be served as raw, for the error's text. Waits for [`FORMAT_TIMEOUT`] at most;
+/// the thread that reads may continue until the error ends the process.
 pub(super) fn format_in_time(path: &Path, file: BorrowedFd<'_>, size: u64) -> Option<&'static str> {
     let file = geometry::reopen(file, rustix::fs::OFlags::RDONLY).ok()?;
     let (sender, found) = mpsc::channel();
-    let look = move || {
+    let work = move || {
         let ends = read(file.as_fd(), size, Alignment { memory: 1, offset: 1 });
         // The receiver may have stopped waiting.
         let _ = sender.send(ends.ok().and_then(|ends| recognize(&ends)));
     };
-    if let Err(error) = thread::Builder::new().name("format".into()).spawn(look) {
+    if let Err(error) = thread::Builder::new().name("format".into()).spawn(work) {
         log::debug!("{}: cannot start a thread to read its format: {error}", path.display());
         return None;
     }
-    found.recv_timeout(LOOK_TIMEOUT).ok().flatten()
+    found.recv_timeout(FORMAT_TIMEOUT).ok().flatten()
 }

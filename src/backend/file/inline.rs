@@ -27,7 +27,7 @@ const SLOW_WRITE: Duration = Duration::from_millis(1);
 
 /// How long the io_uring gets all writes after a slow one. Each further slow write doubles it, up to [`MAX_PAUSE`].
 const MIN_PAUSE: Duration = Duration::from_millis(10);
-/// The longest such time.
+/// The longest time for which the io_uring gets all writes after a slow one.
 const MAX_PAUSE: Duration = Duration::from_secs(2);
 
 /// After this many fast writes in a row, the next slow one costs [`MIN_PAUSE`] again.
@@ -35,7 +35,7 @@ const FAST_WRITES_TO_RESET: u32 = 4096;
 
 /// Bytes of the longest transfer made inline. Requests behind it wait until it is copied.
 const MAX_TRANSFER: usize = 256 << 10;
-/// Bytes transferred inline between two reaps, for the same reason.
+/// Bytes transferred inline between two reaps. Requests behind them wait until they are copied.
 const MAX_BETWEEN_REAPS: usize = 2 << 20;
 
 /// What the image's storage lets a thread do without sleeping.
@@ -45,16 +45,16 @@ pub(super) enum InlinePolicy {
     Device,
     /// A filesystem or a block device over the page cache.
     Cache,
-    /// The same, served by another process or host, for which a write waits.
+    /// A file over the page cache that another process or host serves: a write waits for that.
     RemoteCache,
-    /// Memory alone.
+    /// A file in memory (tmpfs): nothing sleeps.
     Memory,
 }
 
 /// Whether the file system supports RWF_NOWAIT for a kind of call.
 #[derive(Clone, Copy, PartialEq)]
 enum Nowait {
-    /// As far as known.
+    /// No call has shown otherwise.
     Supported,
     /// It returned EOPNOTSUPP.
     Unsupported,
@@ -202,9 +202,9 @@ fn outcome_of(result: Result<usize, Errno>, buf: &IoBuf) -> InlineOutcome {
 /// How long recent writes took, and what follows from that.
 #[derive(Default)]
 struct WriteBackoff {
-    /// Until then writes go to the io_uring.
+    /// Until when writes go to the io_uring; `None`: they do not.
     until: Option<Instant>,
-    /// How long they did after the last slow write.
+    /// For how long writes went to the io_uring after the last slow one.
     pause: Duration,
     /// Fast writes in a row.
     fast: u32,

@@ -24,7 +24,7 @@ pub(super) struct Target {
     directory: OwnedFd,
     name: OsString,
     partial: OsString,
-    /// What was created, to know it again: device and inode.
+    /// Device and inode of the file that was created, to recognize it.
     created: (u64, u64),
 }
 
@@ -82,7 +82,7 @@ impl Target {
                 "a copy has this name until it is complete, and it is the name of this disk's image",
                 "choose another target, and keep the image",
             ),
-            // Perhaps another disk's image.
+            // The file may be another disk's image.
             Errno::EXIST => refused(
                 &self.partial_path(),
                 "a copy has this name until it is complete, and it exists already: it belongs to a running copy, was left \

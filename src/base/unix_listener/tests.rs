@@ -119,7 +119,7 @@ fn a_dead_servers_socket_is_replaced_and_a_living_ones_is_not() {
     drop(second);
     fs::remove_file(&path).unwrap();
     let _datagram = UnixDatagram::bind(&path).unwrap();
-    assert!(matches!(bind_unix(&path, 0o600), Err(BindError::InUse(_))), "somebody's, if no stream");
+    assert!(matches!(bind_unix(&path, 0o600), Err(BindError::InUse(_))), "another process's socket, though no stream");
 }
 
 #[test]
@@ -166,7 +166,7 @@ fn errors_name_the_cause() {
     assert!(error.to_string().contains("create it"), "{error}");
     let error = bind_unix(Path::new("/proc/s"), 0o600).unwrap_err();
     assert!(error.to_string().contains("/proc/s"), "{error}");
-    // Root is never denied, so the kernel's answer is made up here.
+    // Root is never denied, so the test makes up the kernel's error.
     let error = BindError::new(Path::new("/there/s"), Errno::ACCESS);
     assert!(matches!(error, BindError::Denied(..)) && error.to_string().contains("/there/s"), "{error}");
 }

@@ -15,7 +15,7 @@ pub(super) enum ClaimSet {
 }
 
 impl ClaimSet {
-    /// Adds a claim. False: it was there.
+    /// Adds a claim. Returns `false` when it was in the set already.
     pub(super) fn insert(&mut self, id: ClaimId) -> bool {
         match self {
             ClaimSet::Empty => *self = ClaimSet::One(id),
@@ -26,7 +26,7 @@ impl ClaimSet {
         true
     }
 
-    /// Removes a claim. `Some`: it was the earliest; the number of the next, or the highest number if there is none.
+    /// Removes a claim. If it was the earliest, returns the number of the next, or the highest number if there is none.
     pub(super) fn remove(&mut self, id: ClaimId) -> Option<ClaimId> {
         let was_first = self.first() == Some(id);
         match self {

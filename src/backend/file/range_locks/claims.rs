@@ -22,7 +22,7 @@ use std::ops::Range;
 
 use super::claim_set::ClaimSet;
 
-/// Number of a claim. Later claims have higher ones.
+/// The number of a claim. Later claims have higher numbers.
 pub(super) type ClaimId = u64;
 
 /// Binary logarithm of the nodes below one node.
@@ -135,7 +135,7 @@ impl Claims {
         reasons
     }
 
-    /// The same for the whole blocks of the claim.
+    /// Adds a claim on whole blocks. Returns how many reasons it has to wait, as [`Claims::insert_parts`] does.
     pub(super) fn insert_whole(&mut self, id: ClaimId, blocks: &Blocks) -> usize {
         let mut reasons = 0;
         for key in nodes_of(&blocks.whole) {
@@ -163,7 +163,7 @@ impl Claims {
         self.count_steps(freed.len());
     }
 
-    /// The same for the whole blocks of the claim.
+    /// Removes a claim on whole blocks. Appends to `freed` as [`Claims::remove_parts`] does.
     pub(super) fn remove_whole(&mut self, id: ClaimId, blocks: &Blocks, freed: &mut Vec<ClaimId>) {
         let before = freed.len();
         for key in nodes_of(&blocks.whole) {

@@ -13,7 +13,7 @@
 //! that of [`super::RangeLocks`].
 //! 1. An aligned write W adds itself, then loads the closures. A read-modify-write R adds its closure, then loads what is
 //!    inside. So W sees the closure, or R sees W, or both.
-//! 2. W sees no closure: it goes on. R sees W, or R's closure came later than W's departure. R waits while a write is
+//! 2. W sees no closure: it continues. R sees W, or R's closure came after W had left. R waits while a write is
 //!    inside, so R reads its block after W's completion.
 //! 3. W sees a closure: it leaves, and queues at the mutex, where claims of the same blocks are granted in the order of
 //!    their arrival (`claims.rs`).
@@ -36,7 +36,8 @@ use shuttle::sync::atomic::AtomicU32;
 #[cfg(all(test, feature = "model"))]
 use crate::base::sync::interleavings::{Mutant, planted};
 
-/// Gates of an image. Each queue has a word for each: 16 KiB. Many more than the regions that are written at one time.
+/// The number of gates of an image: many more than the regions that are written at one time. Each queue has a word for
+/// each of them, 16 KiB in all.
 const GATES: usize = 1 << GATE_BITS;
 const GATE_BITS: u32 = if cfg!(all(test, feature = "model")) { 4 } else { 12 };
 
@@ -56,7 +57,7 @@ fn zeroes() -> Box<[AtomicU32]> {
     (0..GATES).map(|_| AtomicU32::new(0)).collect()
 }
 
-/// For each gate of an image: how many read-modify-writes keep it closed. Changed with the mutex held.
+/// For each gate of an image: how many read-modify-writes keep it closed. Changed only while the mutex is held.
 pub(super) struct Closures(Box<[AtomicU32]>);
 
 impl Closures {
@@ -64,7 +65,7 @@ impl Closures {
         Closures(zeroes())
     }
 
-    /// Closes a gate, once more if it is closed.
+    /// Closes a gate, or adds a closure to one that is closed.
     pub(super) fn close(&self, gate: GateId) {
         self.0[gate.0].fetch_add(1, SeqCst);
     }
@@ -94,7 +95,7 @@ impl WritesInside {
         WritesInside(zeroes())
     }
 
-    /// A write of this queue enters. False: the gate is closed, and the write must leave. Never waits.
+    /// A write of this queue enters. Returns `false` when the gate is closed; the write must then leave. Never waits.
     #[inline]
     pub(super) fn enter(&self, gate: GateId, closures: &Closures) -> bool {
         #[cfg(all(test, feature = "model"))]
@@ -107,7 +108,7 @@ impl WritesInside {
         closures.count(gate) == 0
     }
 
-    /// A write leaves. True: it was its queue's last one inside, and a read-modify-write may wait for that.
+    /// A write of this queue leaves. Returns whether it was the last one inside and a read-modify-write may wait for that.
     #[inline]
     pub(super) fn leave(&self, gate: GateId, closures: &Closures) -> bool {
         self.0[gate.0].fetch_sub(1, SeqCst) == 1 && closures.count(gate) != 0
