@@ -13,19 +13,19 @@ use std::sync::{Arc, Mutex};
 use super::IoBuf;
 use super::buffer::Memory;
 
-/// Bytes of the largest buffer. Longer transfers go in several parts.
-pub const MAX_PIECE: usize = 1 << 20;
+/// Bytes of the largest buffer. Longer transfers are made in several parts.
+pub const MAX_BUFFER: usize = 1 << 20;
 
 /// Bytes of the smallest buffer.
-const MIN_PIECE: usize = 4096;
+const MIN_BUFFER: usize = 4096;
 
 /// A buffer is aligned to its size or to this, whichever is less.
 const MAX_ALIGNMENT: usize = 64 << 10;
 
 /// Number of buffer sizes, which are the powers of two.
-const SIZES: usize = (MAX_PIECE / MIN_PIECE).ilog2() as usize + 1;
+const SIZES: usize = (MAX_BUFFER / MIN_BUFFER).ilog2() as usize + 1;
 
-/// The memory that all queues of an image share, beyond the [`MAX_PIECE`] bytes that each of them has.
+/// The memory that all queues of an image share, beyond the [`MAX_BUFFER`] bytes that each of them has.
 pub struct BouncePool {
     budget: Arc<Budget>,
     free: Mutex<FreeLists>,
@@ -60,7 +60,7 @@ impl BouncePool {
     }
 }
 
-/// Bytes allocated for an image, whoever they are charged to.
+/// Bytes allocated for an image, under every budget.
 #[derive(Default)]
 struct Usage {
     now: AtomicUsize,
@@ -125,7 +125,7 @@ struct FreeLists {
 impl FreeLists {
     /// Takes a buffer of this size class: a kept one, or a new one, for which kept ones of other sizes may be freed.
     fn take(&mut self, budget: &Arc<Budget>, class: usize) -> Option<BounceBuffer> {
-        let size = MIN_PIECE << class;
+        let size = MIN_BUFFER << class;
         if let Some(buffer) = self.lists[class].pop() {
             self.bytes -= size;
             return Some(buffer);
@@ -151,7 +151,7 @@ impl FreeLists {
 
 /// The size class of a buffer for `len` bytes; the largest class where `len` is more than that.
 fn class_of(len: usize) -> usize {
-    (len.clamp(MIN_PIECE, MAX_PIECE).next_power_of_two() / MIN_PIECE).ilog2() as usize
+    (len.clamp(MIN_BUFFER, MAX_BUFFER).next_power_of_two() / MIN_BUFFER).ilog2() as usize
 }
 
 /// The memory of one queue, which its thread alone uses.
@@ -167,11 +167,11 @@ impl QueuePool {
     /// Creates a pool whose buffers are aligned to `align` bytes (a power of two, [`MAX_ALIGNMENT`] at most) and to a
     /// page.
     pub(super) fn new(common: Arc<BouncePool>, align: usize) -> Self {
-        let budget = Budget::new(MAX_PIECE, &common.usage);
+        let budget = Budget::new(MAX_BUFFER, &common.usage);
         QueuePool { common, budget, free: FreeLists::default(), min_bytes: align }
     }
 
-    /// Takes a buffer of `wanted` bytes or more, or one of [`MAX_PIECE`] bytes. Returns `None` only when buffers of
+    /// Takes a buffer of `wanted` bytes or more, or one of [`MAX_BUFFER`] bytes. Returns `None` only when buffers of
     /// this pool are in use; the caller asks again when one of them was put back.
     pub(super) fn take(&mut self, wanted: usize) -> Option<BounceBuffer> {
         let class = class_of(wanted.max(self.min_bytes));
@@ -202,7 +202,9 @@ mod tests {
     fn buffer_sizes_are_powers_of_two_from_a_page_to_the_largest() {
         let common = BouncePool::new(0);
         let mut pool = QueuePool::new(common, 1);
-        for (wanted, len) in [(1, 4096), (4096, 4096), (4097, 8192), (MAX_PIECE - 1, MAX_PIECE), (1 << 30, MAX_PIECE)] {
+        for (wanted, len) in
+            [(1, 4096), (4096, 4096), (4097, 8192), (MAX_BUFFER - 1, MAX_BUFFER), (1 << 30, MAX_BUFFER)]
+        {
             let buffer = pool.take(wanted).expect("the only one");
             assert_eq!(buffer.len(), len);
             assert!(buffer.lend(512, Vec::new()).is_aligned(4096, 512));
@@ -212,27 +214,27 @@ mod tests {
 
     #[test]
     fn a_pool_that_has_nothing_gets_a_buffer_and_the_limit_holds() {
-        let common = BouncePool::new(2 * MAX_PIECE);
+        let common = BouncePool::new(2 * MAX_BUFFER);
         let mut pools: Vec<QueuePool> = (0..3).map(|_| QueuePool::new(common.clone(), 512)).collect();
         let mut taken = Vec::new();
         for _ in 0..3 {
-            taken.push(pools[0].take(MAX_PIECE).expect("its own, and two shared ones"));
+            taken.push(pools[0].take(MAX_BUFFER).expect("its own, and two shared ones"));
         }
         assert!(pools[0].take(1).is_none());
         for pool in &mut pools[1..] {
-            let own = pool.take(MAX_PIECE).expect("its own");
+            let own = pool.take(MAX_BUFFER).expect("its own");
             assert!(pool.take(4096).is_none());
             pool.put_back(own);
         }
-        assert_eq!(common.allocated(), (5 * MAX_PIECE, 5 * MAX_PIECE));
+        assert_eq!(common.allocated(), (5 * MAX_BUFFER, 5 * MAX_BUFFER));
         let shared = taken.pop().expect("three were taken");
         pools[0].put_back(shared);
         assert!(
-            pools[1].take(MAX_PIECE).is_some() && pools[1].take(MAX_PIECE).is_some(),
+            pools[1].take(MAX_BUFFER).is_some() && pools[1].take(MAX_BUFFER).is_some(),
             "a queue gets what another put back"
         );
         drop((pools, taken));
-        assert_eq!(common.allocated().0, MAX_PIECE, "one is kept for reuse, and one was dropped");
+        assert_eq!(common.allocated().0, MAX_BUFFER, "one is kept for reuse, and one was dropped");
     }
 
     #[test]
@@ -242,23 +244,23 @@ mod tests {
         let small: Vec<BounceBuffer> = (0..256).map(|_| pool.take(4096).expect("within a largest buffer")).collect();
         assert!(pool.take(4096).is_none());
         small.into_iter().for_each(|buffer| pool.put_back(buffer));
-        let large = pool.take(MAX_PIECE).expect("all the small ones are free");
-        assert_eq!(common.allocated(), (MAX_PIECE, MAX_PIECE));
+        let large = pool.take(MAX_BUFFER).expect("all the small ones are free");
+        assert_eq!(common.allocated(), (MAX_BUFFER, MAX_BUFFER));
         pool.put_back(large);
         let small: Vec<BounceBuffer> = (0..256).map_while(|_| pool.take(4096)).collect();
         assert_eq!(small.len(), 256, "the large one made room again");
         drop(small);
-        assert_eq!(common.allocated(), (0, MAX_PIECE));
+        assert_eq!(common.allocated(), (0, MAX_BUFFER));
     }
 
     #[test]
     fn memory_still_in_use_is_not_lent_again() {
         let mut pool = QueuePool::new(BouncePool::new(0), 512);
-        let buffer = pool.take(MAX_PIECE).expect("memory");
+        let buffer = pool.take(MAX_BUFFER).expect("memory");
         let kept = buffer.lend(512, Vec::new());
         pool.put_back(buffer);
         kept.copy_from(0, &[7; 512]);
-        let other = pool.take(MAX_PIECE).expect("another");
+        let other = pool.take(MAX_BUFFER).expect("another");
         let mut seen = [1; 512];
         other.lend(512, Vec::new()).copy_to(0, &mut seen);
         assert_eq!(seen, [0; 512]);

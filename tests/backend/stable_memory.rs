@@ -5,7 +5,7 @@ use std::thread;
 
 use kit::backend;
 use kit::backend::{Prng, disk_dir, image, options, stable};
-use virtioblkd::backend::bounce_pool::{BouncePool, MAX_PIECE};
+use virtioblkd::backend::bounce_pool::{BouncePool, MAX_BUFFER};
 use virtioblkd::backend::file::FileOptions;
 use virtioblkd::backend::mem::{CompletionOrder, Fault, MemBackend, MemOp, MemOptions};
 use virtioblkd::backend::stable::StableWrites;
@@ -17,7 +17,7 @@ use super::mirror::*;
 #[test]
 fn more_demand_than_memory_waits_and_stays_within_the_bound() {
     const QUEUES: usize = 3;
-    const LIMIT: usize = 2 * MAX_PIECE;
+    const LIMIT: usize = 2 * MAX_BUFFER;
     let depot = BouncePool::new(LIMIT);
     let mem =
         Arc::new(MemBackend::new(MemOptions { order: CompletionOrder::Shuffled(2), ..MemOptions::new(64 << 20) }));
@@ -57,7 +57,7 @@ fn more_demand_than_memory_waits_and_stays_within_the_bound() {
     }
     let status = seen(&*disk);
     assert!(status.waited_writes > 0, "there was enough memory");
-    assert!(status.most_memory_bytes <= (LIMIT + QUEUES * MAX_PIECE) as u64, "{status:?}");
+    assert!(status.most_memory_bytes <= (LIMIT + QUEUES * MAX_BUFFER) as u64, "{status:?}");
     assert_eq!(status.shared_memory_limit, LIMIT as u64);
     assert!(status.memory_bytes <= LIMIT as u64, "what the queues had is freed with them");
 }
@@ -134,7 +134,7 @@ fn dropping_a_queue_carries_out_what_waits_for_memory() {
             assert!(read.iter().all(|&byte| byte == 1 + turn as u8), "round {round}: write {turn} is lost");
         }
     }
-    assert!(little.memory.allocated().1 <= MAX_PIECE, "bounced within the bound: {:?}", little.memory.allocated());
+    assert!(little.memory.allocated().1 <= MAX_BUFFER, "bounced within the bound: {:?}", little.memory.allocated());
 }
 
 /// A copy is aligned and goes to O_DIRECT as it is.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::Advice;
 
-use super::{FileBackend, FileOptions, Locking, lock, open, resize};
+use super::{FileBackend, FileOptions, Locking, open, qemu_locks, resize};
 use crate::backend::{ImageClaim, ImageUpgrade};
 
 /// The image locks of an open image.
@@ -35,7 +35,7 @@ impl ImageUpgrade for FileBackend {
     fn hand_over(&self) {
         if self.image.image_locks.mode == Locking::Auto {
             self.image.image_locks.released.store(true, Ordering::Release);
-            lock::unlock_image(self.image.file.fd.as_fd());
+            qemu_locks::unlock_image(self.image.file.fd.as_fd());
         }
     }
 
@@ -82,7 +82,7 @@ impl ImageClaim for FileBackend {
 
     fn deactivate(&self) {
         if self.image.image_locks.mode == Locking::InUse {
-            lock::unlock_image(self.image.file.fd.as_fd());
+            qemu_locks::unlock_image(self.image.file.fd.as_fd());
         }
     }
 }

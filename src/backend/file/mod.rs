@@ -5,14 +5,14 @@ mod change_counter;
 mod claim;
 mod device_stack;
 mod geometry;
-mod helper_thread;
+mod helper_threads;
 mod image;
 mod image_ends;
 mod inline;
-mod lock;
-mod mailbox;
+mod mail;
 mod open;
 mod options;
+mod qemu_locks;
 mod queue;
 mod range_locks;
 mod range_op;
@@ -26,9 +26,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-pub use lock::check_unused;
 pub use open::OpenError;
 pub use options::{FileOptions, Locking};
+pub use qemu_locks::check_unused;
 
 use super::{Backend, BufferUse, Errno, Geometry, ImageClaim, ImageEnds, ImageInfo, ImageUpgrade, IoQueue};
 use image::{FileImage, OpenFile};

@@ -8,7 +8,7 @@ use std::path::Path;
 use rustix::fs::{FileType, Mode, OFlags, fstat, stat};
 
 use super::geometry::{self, MediumLimits};
-use super::lock::{LockError, lock_image};
+use super::qemu_locks::{LockError, lock_image};
 use super::{FileOptions, Locking, image_ends};
 use crate::backend::{image_format, uring};
 
@@ -29,7 +29,7 @@ impl fmt::Display for OpenError {
 impl std::error::Error for OpenError {}
 
 impl OpenError {
-    /// The same failure of an image that has another format than raw, which is the cause then.
+    /// Adds that the image has another format than raw, if it has: then that is the cause.
     fn of_another_format(mut self, format: Option<&str>) -> OpenError {
         if let Some(format) = format {
             self.cause += &format!(", and {}", image_format::finding(format));
@@ -59,14 +59,14 @@ pub(super) fn open(options: &FileOptions) -> Result<OpenImage, OpenError> {
     let flags = access | direct;
     let fd = rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
         .map_err(|error| cannot_open(options, error.into()))?;
-    let ask =
+    let no_limits =
         |error: io::Error| fail(path, format!("the kernel does not report its limits ({error})"), "check the storage");
-    let is_device = check_kind(path, fstat(&fd).map_err(|error| ask(error.into()))?.st_mode)?;
+    let is_device = check_kind(path, fstat(&fd).map_err(|error| no_limits(error.into()))?.st_mode)?;
     if options.locking == Locking::Auto && !options.lock_later {
         lock(path, fd.as_fd(), options.read_only)?;
     }
     let medium = if is_device { geometry::device_limits(fd.as_fd()) } else { geometry::file_limits(fd.as_fd()) };
-    let medium = medium.map_err(ask)?;
+    let medium = medium.map_err(no_limits)?;
     let logical_block = check_shape(options, &medium, is_device).map_err(|error| match options.is_raw {
         // An image of another format need not be whole blocks, and rounding it up would spoil it.
         false => error.of_another_format(image_ends::format_in_time(path, fd.as_fd(), medium.size)),
@@ -180,17 +180,17 @@ fn check_shape(options: &FileOptions, medium: &MediumLimits, is_device: bool) ->
         return Err(fail(path, "it is empty".into(), fix));
     }
     // With O_DIRECT the last block must be whole for the kernel, too, whatever the guest sees.
-    let (unit, whose) = match medium.alignment.offset {
+    let (unit, unit_name) = match medium.alignment.offset {
         offset if options.policy.opens_direct() && offset > logical => (offset, "blocks that O_DIRECT needs here"),
         _ => (logical, "logical blocks"),
     };
     if medium.size.is_multiple_of(u64::from(unit)) {
         return Ok(logical);
     }
-    let cause = format!("its size, {} bytes, is not a multiple of the {unit}-byte {whose}", medium.size);
+    let cause = format!("its size, {} bytes, is not a multiple of the {unit}-byte {unit_name}", medium.size);
     let fix = match (is_device, unit > 512 && medium.size.is_multiple_of(512)) {
         (false, false) => format!("round it up: truncate -s %{unit} FILE"),
-        (false, true) if whose == "logical blocks" => {
+        (false, true) if unit_name == "logical blocks" => {
             format!("round it up (truncate -s %{unit} FILE), or use --logical-block-size 512")
         }
         (false, true) => format!("round it up (truncate -s %{unit} FILE), or use a mode over the host's cache"),

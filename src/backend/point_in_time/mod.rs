@@ -2,7 +2,7 @@
 //! guest continues to write. The old data of a block is saved before a write overwrites it (copy before write).
 //!
 //! Without a copy, an op costs one shifted id, and an op that changes the image also one atomic load. During a copy, an
-//! op that changes unsaved clusters waits in its virtqueue's queue (`queue`) until the thread of `copier` has read them;
+//! op that changes unsaved clusters waits in its virtqueue's queue (`delaying_queue`) until the thread of `copier` has read them;
 //! no other op waits. A cluster is 64 KiB, more for images over 32 TiB. Old data goes in memory to the thread that writes
 //! the target (`target_thread`), at most 32 MiB of it. With a `scratch`, old data that the guest's writes wait for goes to
 //! a local file first while the target is slow. The copy never harms the guest: if any part of it fails, or it makes a
@@ -16,8 +16,8 @@
 mod bitmap;
 mod copier;
 mod copy;
+mod delaying_queue;
 mod image_lease;
-mod queue;
 mod registry;
 mod scratch;
 mod scratch_thread;
@@ -45,8 +45,8 @@ use crate::base::rate_limit::{COPY_LOG, log_limited};
 use crate::base::sync::reused;
 use crate::disk::{Copies, CopyError, CopyOptions, CopyStatus, Events};
 use copy::{Copy, Phase};
+use delaying_queue::DelayingQueue;
 use image_lease::ImageLease;
-use queue::DelayingQueue;
 use registry::{Registry, Shared};
 use scratch::Scratches;
 use target_handle::{Liveness, TargetHandle, TargetLinks};
@@ -121,7 +121,7 @@ impl PointInTime {
     }
 
     /// Returns the number for a new copy, unless another is under way or too many hang.
-    fn reserve(&self) -> Result<u64, CopyError> {
+    fn reserve_number(&self) -> Result<u64, CopyError> {
         let mut registry = self.shared.lock();
         if registry.closed {
             return Err(busy("the daemon ends"));
@@ -147,7 +147,7 @@ impl PointInTime {
         let ending = self.count_ending(&registry);
         if ending >= MAX_ENDING {
             return Err(busy(format!(
-                "{ending} earlier copies still wait for storage that does not answer (virtioblkctl copies); repair it, or \
+                "{ending} earlier copies still wait for storage that does not respond (virtioblkctl copies); repair it, or \
                  restart virtioblkd"
             )));
         }
@@ -156,7 +156,7 @@ impl PointInTime {
         Ok(registry.last_number)
     }
 
-    fn make(&self, number: u64, options: &CopyOptions) -> Result<Arc<Copy>, CopyError> {
+    fn create_copy(&self, number: u64, options: &CopyOptions) -> Result<Arc<Copy>, CopyError> {
         let size = self.geometry().size;
         let no_resources = |error: io::Error| CopyError {
             code: "resources",
@@ -216,9 +216,9 @@ fn busy(message: impl Into<String>) -> CopyError {
 
 impl Copies for PointInTime {
     fn prepare(&self, options: &CopyOptions) -> Result<String, CopyError> {
-        let number = self.reserve()?;
+        let number = self.reserve_number()?;
         // Without the lock: a virtqueue that starts meanwhile must not wait for the target's file system.
-        let made = self.make(number, options);
+        let made = self.create_copy(number, options);
         let mut registry = self.shared.lock();
         registry.preparing = false;
         let copy = made?;

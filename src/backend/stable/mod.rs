@@ -11,9 +11,9 @@
 //! occupy the bounce pool for as long as the copy's target takes.) The point-in-time copy reads old data from the image,
 //! which only got stable data.
 
-mod copy;
+mod copying_queue;
 mod counters;
-mod detect;
+mod detecting_queue;
 
 use std::fmt;
 use std::io;
@@ -26,9 +26,9 @@ use super::bounce_pool::BouncePool;
 use super::layer::Layer;
 use super::{Backend, IoQueue};
 use crate::disk::{Events, ImageStatus, StableWritesStatus};
-use copy::CopyingQueue;
+use copying_queue::CopyingQueue;
 use counters::ImageCounters;
-use detect::DetectingQueue;
+use detecting_queue::DetectingQueue;
 
 /// The option `--stable-writes`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

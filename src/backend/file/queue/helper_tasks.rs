@@ -5,8 +5,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::super::helper_thread::HelperThreads;
-use super::super::mailbox::Mailbox;
+use super::super::helper_threads::HelperThreads;
+use super::super::mail::Mailbox;
 use super::PendingOp;
 use crate::backend::uring::Transfer;
 

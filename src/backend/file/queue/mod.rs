@@ -15,7 +15,7 @@ use super::bounce::BounceOp;
 use super::change_counter::ChangeStamp;
 use super::image::FileImage;
 use super::inline::{InlineIo, InlineOutcome};
-use super::mailbox::{Mail, Mailbox};
+use super::mail::{Mail, Mailbox};
 use super::range_locks::{LockTicket, QueueLocks};
 use super::range_op::{OpStep, RangeOp};
 use crate::backend::bounce_pool::QueuePool;

@@ -6,7 +6,7 @@ use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
 use super::super::inline::InlineOutcome;
-use super::super::mailbox::{Mail, Mailbox};
+use super::super::mail::{Mail, Mailbox};
 use super::{FileQueue, OpState, PendingOp};
 use crate::backend::buffer::IovecList;
 use crate::backend::preadv;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use shuttle::thread;
 
-use super::super::mailbox::{Mail, Mailbox};
+use super::super::mail::{Mail, Mailbox};
 use super::{LockTicket, QueueLocks, RangeLocks};
 use crate::base::sync::interleavings::{Mutant, holds};
 

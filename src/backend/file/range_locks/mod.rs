@@ -3,7 +3,7 @@
 //! A write of a part of a block reads the block, changes it and writes it back. Any other write of that block meanwhile
 //! would be lost. So each op that changes the image takes a ticket for its blocks and holds it until it is over:
 //! - An op of whole blocks (an aligned write) enters the [`gates`] of its regions, with one atomic addition for each.
-//!   It takes the mutex only where a gate is closed: a read-modify-write is under way or waits nearby.
+//!   It takes the mutex only where a gate is closed: a read-modify-write runs or waits nearby.
 //! - A read-modify-write closes the gates of its first and its last block, waits until the aligned writes that are
 //!   inside have left, and waits for earlier [`claims`] of the same blocks. If it need not wait, the whole blocks
 //!   between the two enter their gates, as an aligned write does; otherwise they are claimed too.
@@ -23,17 +23,17 @@ use std::collections::hash_map::{Entry, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::mailbox::{Mail, Mailbox};
+use super::mail::{Mail, Mailbox};
 #[cfg(all(test, feature = "model"))]
 use crate::base::sync::interleavings::{Mutant, planted};
 use crate::base::sync::{Mutex, MutexGuard};
 use claims::{Blocks, ClaimId, Claims};
 use gates::{Closures, GateId, WritesInside};
 
-/// Binary logarithm of the bytes of a region, unless a block is larger: most writes touch one or two regions.
+/// Binary logarithm of the bytes of a region, unless a block is larger. Most writes touch one or two regions.
 const REGION_BITS: u32 = 16;
 
-/// Regions of the longest op that passes at the gates; 4 MiB. A longer one makes a claim: that costs less.
+/// Regions of the longest op that passes at the gates: 4 MiB. For a longer one a claim costs less.
 const MAX_REGIONS: u64 = 64;
 
 /// The locks of one image, for all of its queues.
@@ -52,7 +52,7 @@ struct State {
     claims: Claims,
     /// Claims that are not granted yet.
     waiting: HashMap<ClaimId, WaitingClaim>,
-    /// Of those, the claims that wait until a gate is empty. Each keeps that gate closed.
+    /// By gate: the claims that wait until it is empty. Each of them keeps the gate closed.
     draining: HashMap<GateId, BTreeSet<ClaimId>>,
     /// What each queue has inside the gates.
     queues: Vec<Arc<WritesInside>>,
@@ -61,7 +61,7 @@ struct State {
 struct WaitingClaim {
     /// Reasons to wait: earlier claims, and gates that are not empty.
     reasons: usize,
-    /// Of the queue whose op it is.
+    /// The mailbox of the queue that the op belongs to.
     mailbox: Arc<Mailbox>,
 }
 
@@ -104,21 +104,22 @@ impl Regions {
 }
 
 impl QueueLocks {
-    /// `mailbox`: where [`Mail::Granted`] comes for tickets that wait.
+    /// Creates a queue's access. `mailbox` receives [`Mail::Granted`] for tickets that wait.
     pub(super) fn new(locks: Arc<RangeLocks>, mailbox: Arc<Mailbox>) -> Arc<Self> {
         let inside = Arc::new(WritesInside::new());
         locks.state().queues.push(Arc::clone(&inside));
         Arc::new(QueueLocks { locks, inside, mailbox })
     }
 
-    /// A ticket for an op that writes these bytes. True: it is granted. False: [`Mail::Granted`] with [`LockTicket::claim`]
-    /// comes to the mailbox when it is.
+    /// Locks the blocks of an op that writes these bytes. Returns whether the ticket is granted; if not, [`Mail::Granted`]
+    /// with [`LockTicket::claim`] is posted to the mailbox when it is.
     #[inline]
     pub(super) fn lock_written(self: &Arc<Self>, bytes: Range<u64>) -> (LockTicket, bool) {
         self.lock(Blocks::written(bytes, self.locks.block_bits))
     }
 
-    /// The same for an op that changes whole blocks only, those inside of these bytes.
+    /// Locks the whole blocks inside these bytes, for an op that changes no others. Returns as
+    /// [`QueueLocks::lock_written`] does.
     pub(super) fn lock_inside(self: &Arc<Self>, bytes: Range<u64>) -> (LockTicket, bool) {
         self.lock(Blocks::inside(bytes, self.locks.block_bits))
     }
@@ -131,7 +132,7 @@ impl QueueLocks {
         self.claim(blocks)
     }
 
-    /// Enters the gates of an op of whole blocks, without the mutex. `None`: it must make a claim.
+    /// Enters the gates of an op of whole blocks, without the mutex. Returns `None` when the op must make a claim.
     #[inline]
     fn enter(&self, blocks: &Blocks) -> Option<Regions> {
         if blocks.has_partial() {
@@ -157,7 +158,7 @@ impl QueueLocks {
         }
     }
 
-    /// Claims blocks, after all earlier claims of them. True: granted.
+    /// Claims blocks, after all earlier claims of them. Returns whether the claim is granted.
     fn claim(self: &Arc<Self>, blocks: Blocks) -> (LockTicket, bool) {
         let locks = &*self.locks;
         let mut state = locks.state();
@@ -183,8 +184,8 @@ impl QueueLocks {
         (LockTicket { regions, claim: Some(Box::new(claim)), locks: Arc::clone(self) }, reasons == 0)
     }
 
-    /// Enters the gates of the whole blocks of a claim that is granted otherwise; with the mutex held, so no gate is closed
-    /// meanwhile. `None`: another claim keeps one of them closed.
+    /// Enters the gates of the whole blocks of a claim whose partial blocks are granted. The caller holds the mutex, so no
+    /// gate is closed meanwhile. Returns `None` when another claim keeps one of them closed.
     fn enter_whole(&self, blocks: &Blocks) -> Option<Regions> {
         let regions = self.locks.regions_of(&blocks.whole)?;
         let is_open = |gate| {
@@ -212,7 +213,7 @@ impl Drop for QueueLocks {
 }
 
 impl LockTicket {
-    /// The name of a ticket that may have to wait.
+    /// The claim of a ticket that may have to wait.
     pub(super) fn claim(&self) -> Option<ClaimId> {
         self.claim.as_ref().map(|claim| claim.id)
     }
@@ -229,7 +230,7 @@ impl Drop for LockTicket {
 }
 
 impl RangeLocks {
-    /// For a medium of blocks of this many bytes, a power of two.
+    /// Creates the locks for a medium whose blocks have this many bytes, a power of two.
     pub(super) fn new(block: u32) -> Arc<Self> {
         let block_bits = block.ilog2();
         Arc::new(RangeLocks {
@@ -249,7 +250,7 @@ impl RangeLocks {
         block >> (self.region_bits - self.block_bits)
     }
 
-    /// The regions of these blocks. `None`: there are too many.
+    /// Returns the regions of these blocks; `None` when there are too many.
     #[inline]
     fn regions_of(&self, blocks: &Range<u64>) -> Option<Regions> {
         if blocks.is_empty() {

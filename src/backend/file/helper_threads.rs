@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::super::Errno;
 use super::super::uring::Transfer;
-use super::mailbox::{Mail, Mailbox};
+use super::mail::{Mail, Mailbox};
 use crate::backend::preadv;
 use crate::base::syscalls;
 
@@ -96,7 +96,7 @@ impl HelperThreads {
 }
 
 impl Shared {
-    /// What a thread does: one task after the other, until the queue is dropped.
+    /// A thread's main function: carries out one task after the other, until the queue is dropped.
     fn serve(&self) {
         loop {
             // A thread that panicked leaves the channel in order.
