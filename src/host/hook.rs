@@ -131,7 +131,12 @@ pub(super) struct Disk {
 impl Disk {
     /// Whether our element gives this option.
     fn has(&self, key: &str) -> bool {
-        self.options.options.iter().any(|(name, _)| name == key)
+        self.option(key).is_some()
+    }
+
+    /// The value of an option that our element gives.
+    pub(super) fn option(&self, key: &str) -> Option<&str> {
+        self.options.options.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
     }
 }
 
@@ -196,14 +201,20 @@ fn prepare(host: &Host, xml: &str) -> Result<(), String> {
             domain.name
         ));
     }
-    check_user(host, &disks).map_err(|error| format!("domain {}: {error}", domain.name))?;
     let arrival = host.places.arrival(&domain);
     let arrives = is_recent(&arrival);
     let _ = fs::remove_file(&arrival);
+    start_disks(host, &disks, arrives).map_err(|error| format!("domain {}: {error}", domain.name))
+}
+
+/// Starts the daemons of all disks of a machine, and returns when they listen; none is left if one fails. `arrives`: the guest
+/// runs elsewhere, where another daemon has each image.
+pub(super) fn start_disks(host: &Host, disks: &[Disk], arrives: bool) -> Result<(), String> {
+    check_user(host, disks)?;
     make_directories(&host.places)?;
     let deadline = Instant::now() + START_TIMEOUT;
     let mut started = Vec::new();
-    let result = start_all(host, &disks, deadline, &mut started).and_then(|()| match arrives {
+    let result = start_all(host, disks, deadline, &mut started).and_then(|()| match arrives {
         // Another host's daemon still has the image.
         true => Ok(()),
         false => disks.iter().try_for_each(unused),
@@ -216,7 +227,7 @@ fn prepare(host: &Host, xml: &str) -> Result<(), String> {
             }
         }
     }
-    result.map_err(|error| format!("domain {}: {error}", domain.name))
+    result
 }
 
 /// Whether the mark of an arrival is of the start that goes on now: libvirt calls `prepare` right after `migrate` and
@@ -311,9 +322,8 @@ fn begin(host: &Host, disk: &Disk, deadline: Instant) -> Result<Starting, String
 /// A file image that another process uses is refused before the guest starts. The daemon itself takes QEMU's locks only
 /// once the guest's rings run, so that a guest can migrate between two daemons of one image.
 fn unused(disk: &Disk) -> Result<(), String> {
-    let value = |key: &str| disk.options.options.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str());
-    let (Some(path), None) = (value("blk-file"), value("locking")) else { return Ok(()) };
-    let read_only = value("read-only") == Some("true");
+    let (Some(path), None) = (disk.option("blk-file"), disk.option("locking")) else { return Ok(()) };
+    let read_only = disk.option("read-only") == Some("true");
     file::check_unused(Path::new(path), read_only).map_err(|error| format!("disk {}: {error}", disk.target))
 }
 
@@ -350,7 +360,12 @@ fn release(host: &Host, xml: &str) -> Result<(), String> {
     let xml = xml.to_owned();
     let domain = within(READ_TIMEOUT, move || Domain::parse(&xml).map_err(|error| error.to_string()))?;
     let _ = fs::remove_file(host.places.arrival(&domain));
-    let started = host.places.started(&domain).map_err(|error| format!("cannot look for daemons to end: {error}"))?;
+    end_disks(host, &domain)
+}
+
+/// Ends the daemons that were started for the machine, and no others.
+pub(super) fn end_disks(host: &Host, domain: &Domain) -> Result<(), String> {
+    let started = host.places.started(domain).map_err(|error| format!("cannot look for daemons to end: {error}"))?;
     let deadline = Instant::now() + END_TIMEOUT;
     let mut result = Ok(());
     for disk in started {

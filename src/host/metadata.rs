@@ -97,6 +97,15 @@ pub fn of_xml(xml: &str) -> Result<Vec<DiskOptions>, DomainError> {
     read(&document(xml)?)
 }
 
+/// [`read`] for our element alone, in a file of its own. `name`: what stands for the domain's name in errors.
+pub(super) fn of_element(name: &str, text: &str) -> Result<Vec<DiskOptions>, DomainError> {
+    let element =
+        text.trim_start().strip_prefix("<?xml").and_then(|rest| Some(rest.split_once("?>")?.1)).unwrap_or(text);
+    // An element that does not end would end with the wrong reason.
+    document(text)?;
+    of_xml(&format!("<domain><name>{}</name><metadata>{element}</metadata></domain>", edits::escape(name)))
+}
+
 /// The disks that our element describes; empty without such an element. An error names the domain, the disk, and what
 /// to write instead.
 pub fn read(document: &Document<'_>) -> Result<Vec<DiskOptions>, DomainError> {

@@ -20,6 +20,7 @@
 //! | `redefine` | changes the description of a domain's next start, unless another program changed it meanwhile |
 //! | `hotplug` | attaches and detaches a running domain's disks |
 //! | `apply` | brings the metadata of a domain's next start to the daemons that run |
+//! | `proxmox` | Proxmox VE's hookscript: the same for its VMs |
 //! | `hook` | libvirt's hook: starts a domain's disks before the domain and ends them after it |
 
 pub mod apply;
@@ -38,6 +39,7 @@ mod logs;
 pub mod members;
 pub mod metadata;
 pub mod places;
+pub mod proxmox;
 pub mod redefine;
 mod units;
 pub mod virsh;

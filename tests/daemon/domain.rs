@@ -65,7 +65,7 @@ esac
 
 /// A running domain in files, and our own XDG_RUNTIME_DIR. virtioblkctl and its daemons run as another user if we are root,
 /// because root's disks are the host's.
-struct Scene {
+pub(crate) struct Scene {
     home: tempfile::TempDir,
     /// For XDG_RUNTIME_DIR: a socket's path has at most 107 bytes.
     run: tempfile::TempDir,
@@ -75,7 +75,7 @@ struct Scene {
 
 impl Scene {
     /// `None`: another user may not use here what was built.
-    fn new() -> Option<Self> {
+    pub(crate) fn new() -> Option<Self> {
         static SCENES: AtomicU32 = AtomicU32::new(0);
         let user = OTHER_USERS + std::process::id() % 1000 * 10 + SCENES.fetch_add(1, Relaxed) % 10;
         let scene = Scene { home: programs::disk_dir(), run: tempfile::tempdir().expect("room"), user };
@@ -93,20 +93,20 @@ impl Scene {
         Some(scene)
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         match name.strip_prefix("run") {
             Some(rest) => self.run.path().join(rest.trim_start_matches('/')),
             None => self.home.path().join(name),
         }
     }
 
-    fn give(&self, name: &str) {
+    pub(crate) fn give(&self, name: &str) {
         if rustix::process::geteuid().is_root() {
             chown(self.path(name), Some(self.user), Some(self.user)).expect("we are root");
         }
     }
 
-    fn touch(&self, name: &str, text: &str) {
+    pub(crate) fn touch(&self, name: &str, text: &str) {
         fs::write(self.path(name), text).expect("room");
         self.give(name);
     }
@@ -116,14 +116,28 @@ impl Scene {
     }
 
     /// `file=` of a new image.
-    fn image(&self, name: &str) -> String {
+    pub(crate) fn image(&self, name: &str) -> String {
         fs::write(self.path(name), vec![0; 1 << 20]).expect("room");
         self.give(name);
         format!("file={}", self.path(name).display())
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(programs::virtioblkctl());
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        self.program(programs::virtioblkctl().as_os_str(), arguments)
+    }
+
+    /// A script of a shell, as our user.
+    pub(crate) fn shell(&self, script: &str) -> Command {
+        self.program("sh".as_ref(), &["-ec", script])
+    }
+
+    /// The user of the daemons, if we are root.
+    pub(crate) fn user(&self) -> u32 {
+        self.user
+    }
+
+    fn program(&self, program: &std::ffi::OsStr, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program);
         command
             .args(arguments)
             .current_dir("/")
@@ -179,7 +193,7 @@ impl Scene {
     }
 
     /// Files of the disks' daemons.
-    fn left(&self) -> Vec<String> {
+    pub(crate) fn left(&self) -> Vec<String> {
         let entries = ["run/virtioblkd", "run/virtioblkd-libvirt"].map(|name| fs::read_dir(self.path(name)));
         let names = entries.into_iter().flatten().flatten().flatten().map(|entry| entry.file_name());
         names.filter_map(|name| name.into_string().ok()).filter(|name| !name.ends_with(".log")).collect()
@@ -209,7 +223,7 @@ impl Drop for Scene {
     }
 }
 
-fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !is_so() {
         assert!(Instant::now() < deadline, "never: {what}");
@@ -437,7 +451,7 @@ fn an_attached_disk_may_be_copied_into_its_directories() {
     }
 }
 
-fn words(output: &Output) -> String {
+pub(crate) fn words(output: &Output) -> String {
     String::from_utf8_lossy(&[output.stdout.as_slice(), &output.stderr].concat()).into_owned()
 }
 

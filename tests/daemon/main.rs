@@ -12,6 +12,7 @@ mod log_unread;
 mod names;
 mod options;
 mod process;
+mod proxmox;
 mod run_command;
 mod short_writes;
 mod sockets;

@@ -22,6 +22,8 @@ const OTHERS: &[(&str, &str, &str)] = &[
     ("docs/libvirt.md", "virtioblkctl --domain example", "tests/guest/libvirt_domain.rs"),
     ("docs/migration.md", "virsh", "tests/guest/libvirt_moves.rs"),
     ("docs/migration.md", "virtioblkd --socket-path /run/virtioblkd", "tests/guest/libvirt_moves.rs"),
+    ("docs/proxmox.md", "ln -s", "tests/daemon/proxmox.rs"),
+    ("docs/proxmox.md", "qm set", "tests/daemon/proxmox.rs"),
     (
         "docs/snapshots.md",
         "virtioblkctl snapshot --disk vda.ctl --level filesystem --libvirt",

@@ -9,7 +9,7 @@ use virtioblkd::internal::base::version::VERSION;
 use virtioblkd::internal::config::disk_size;
 
 use crate::chosen::Chosen;
-use crate::{attend, domain, duration, libvirt_hook, snapshot, upgrade};
+use crate::{attend, domain, duration, libvirt_hook, proxmox, snapshot, upgrade};
 
 /// Query and control a running virtioblkd, and take snapshots of its disk
 #[derive(Parser)]
@@ -66,6 +66,13 @@ pub(crate) enum CtlCommand {
     /// Install it as the link /etc/libvirt/hooks/qemu.d/50-virtioblkd. It reads the domain's XML on standard input. The
     /// domain's metadata describes the disks: see docs/libvirt.md.
     LibvirtHook(libvirt_hook::LibvirtHook),
+    /// Proxmox VE's hookscript: start a VM's disks before the VM, and end them after it
+    ///
+    /// Install it as the link /var/lib/vz/snippets/virtioblkd-proxmox. /etc/virtioblkd/proxmox/VMID.xml describes the VM's
+    /// disks: see docs/proxmox.md.
+    ProxmoxHook(proxmox::ProxmoxHook),
+    /// Print the arguments for `args:` of a Proxmox VE machine that connect QEMU to its disks
+    ProxmoxArgs(proxmox::Vm),
     /// The process that thaws a guest if `snapshot` or `attend` is killed
     #[command(name = virtioblkd::internal::snapshot::guard::SUBCOMMAND, hide = true)]
     Guard,

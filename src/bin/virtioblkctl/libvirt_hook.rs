@@ -23,12 +23,15 @@ pub(crate) struct LibvirtHook {
 }
 
 /// Returns the program's arguments. If the program's name ends in `virtioblkd`, as that of its link in
-/// /etc/libvirt/hooks/qemu.d does, it is libvirt's hook: libvirt passes no subcommand, so this inserts `libvirt-hook`.
+/// /etc/libvirt/hooks/qemu.d does, it is libvirt's hook: libvirt passes no subcommand, so this inserts `libvirt-hook`. If it
+/// ends in `virtioblkd-proxmox`, it is Proxmox VE's hookscript.
 pub(crate) fn arguments() -> Vec<OsString> {
     let mut arguments: Vec<OsString> = std::env::args_os().collect();
     let name = arguments.first().and_then(|name| Path::new(name).file_name()).unwrap_or_default();
     if name.as_encoded_bytes().ends_with(b"virtioblkd") {
         arguments.insert(1, "libvirt-hook".into());
+    } else if name.as_encoded_bytes().ends_with(b"virtioblkd-proxmox") {
+        arguments.insert(1, "proxmox-hook".into());
     }
     arguments
 }

@@ -15,6 +15,7 @@ mod freezing;
 mod hold;
 mod libvirt_hook;
 mod list;
+mod proxmox;
 mod show;
 mod snapshot;
 mod successor;
@@ -66,6 +67,8 @@ fn run_command() -> ExitCode {
         CtlCommand::List => return finish(&cli, list::run(&cli.chosen, cli.json).and_then(|text| print(&text))),
         CtlCommand::Guard => return helper(virtioblkd::internal::snapshot::guard::serve),
         CtlCommand::LibvirtHook(options) => return libvirt_hook::run(options),
+        CtlCommand::ProxmoxHook(options) => return proxmox::run(options),
+        CtlCommand::ProxmoxArgs(vm) => return finish(&cli, proxmox::print_arguments(vm)),
         CtlCommand::Cloner => return helper(virtioblkd::internal::snapshot::cloner::serve),
         _ => {}
     }
@@ -230,6 +233,8 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
         | CtlCommand::Snapshot(_)
         | CtlCommand::Attend(_)
         | CtlCommand::LibvirtHook(_)
+        | CtlCommand::ProxmoxHook(_)
+        | CtlCommand::ProxmoxArgs(_)
         | CtlCommand::Guard
         | CtlCommand::Cloner => {
             return Err(Failure::new("internal", "this command needs no connection; please report it as a defect"));
