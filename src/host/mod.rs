@@ -14,6 +14,7 @@
 //! | `convert/` | PURE. A disk of QEMU's own becomes one of ours, and back |
 //! | `listing` | finds this host's disks by name, and asks their daemons how they are |
 //! | `members` | the disks of one domain: libvirt's word and `listing` joined |
+//! | `usage` | how much of the host's storage an image takes |
 //! | `virsh` | asks libvirt through virsh, bounded in time. The hook never does |
 //! | `connection` | refuses a libvirt of another host or user |
 //! | `domain_lock`, `change` | one change of a running domain at a time, and of our element in its description |
@@ -42,4 +43,5 @@ pub mod places;
 pub mod proxmox;
 pub mod redefine;
 mod units;
+pub mod usage;
 pub mod virsh;

@@ -570,3 +570,49 @@ fn a_snapshot_asks_no_agent_of_another_host() {
     let weaker = run(&snapshot);
     assert!(weaker.status.success() && words(&weaker).contains("WEAKER"), "{weaker:?}");
 }
+
+#[test]
+fn commands_of_virsh_have_twins_with_its_output() {
+    let Some(scene) = Scene::new() else { return };
+    attach_two(&scene);
+    let run = |arguments: &[&str]| scene.command(arguments).output().expect("virtioblkctl");
+    let said = |arguments: &[&str]| {
+        let output = run(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).expect("text")
+    };
+    let none = "vda rd_req 0\nvda rd_bytes 0\nvda wr_req 0\nvda wr_bytes 0\nvda errs 0\nvda flush_operations 0\n";
+    assert_eq!(said(&["domblkstat", "vm1", "vda"]), none);
+    assert_eq!(said(&["domblkstat", "vm1"]), none.replace("vda", ""));
+    assert!(
+        said(&["domblkstat", "vm1", "vda", "--human"]).starts_with("Device: vda\n number of read operations:      0\n")
+    );
+    let image = scene.path("a.raw").display().to_string();
+    // The image has been written once, with zeroes.
+    let info = said(&["domblkinfo", "vm1", &image]);
+    assert!(
+        info.starts_with("Capacity:       1048576\nAllocation:     ") && info.ends_with("Physical:       1048576\n"),
+        "{info}"
+    );
+    let all = said(&["domblkinfo", "vm1", "--all", "--human"]);
+    let rows: Vec<Vec<&str>> = all.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(rows[0], ["Target", "Capacity", "Allocation", "Physical"]);
+    assert_eq!((rows[2][..3].join(" "), rows[3][0]), ("vda 1.000 MiB".into(), "vdb"));
+    let json: serde_json::Value = serde_json::from_str(&said(&["--json", "domblkinfo", "vm1", "vdb"])).expect("JSON");
+    assert_eq!(json["vdb"]["capacity"], 1 << 20);
+
+    // KiB, as virsh takes it.
+    assert_eq!(said(&["blockresize", "vm1", "vda", "2048"]), "Block device 'vda' is resized\n");
+    assert_eq!(
+        (scene.status("vda")["size"].as_u64(), scene.status("vdb")["size"].as_u64()),
+        (Some(2 << 20), Some(1 << 20))
+    );
+    fs::File::options().write(true).open(&image).and_then(|file| file.set_len(3 << 20)).expect("room");
+    assert_eq!(said(&["blockresize", "vm1", &image, "--capacity"]), format!("Block device '{image}' is resized\n"));
+    assert_eq!(scene.status("vda")["size"], 3 << 20);
+    let smaller = run(&["blockresize", "vm1", "vda", "1M"]);
+    assert_eq!(smaller.status.code(), Some(1), "{smaller:?}");
+    let unknown = run(&["domblkinfo", "vm1", "sda"]);
+    assert!(unknown.status.code() == Some(1) && words(&unknown).contains("for others use virsh"), "{unknown:?}");
+    assert_eq!(run(&["domblkinfo", "vm1"]).status.code(), Some(2));
+}

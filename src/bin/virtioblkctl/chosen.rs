@@ -48,6 +48,11 @@ impl Chosen {
         self.control_dir.as_deref().map_or_else(Directories::of_this_user, Directories::sockets)
     }
 
+    /// The disks of this libvirt domain.
+    pub(crate) fn of_domain(&self, domain: &str) -> Result<Disks, Failure> {
+        of_domain(domain, &self.directories())
+    }
+
     /// The disks of --domain; else those of --disk (`named`); else the one of --control or of the environment. Returns no
     /// disks if none of these is given.
     pub(crate) fn several(&self, named: &[PathBuf]) -> Result<Disks, Failure> {

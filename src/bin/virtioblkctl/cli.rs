@@ -9,7 +9,7 @@ use virtioblkd::internal::base::version::VERSION;
 use virtioblkd::internal::config::disk_size;
 
 use crate::chosen::Chosen;
-use crate::{attend, domain, duration, libvirt_hook, proxmox, snapshot, upgrade};
+use crate::{attend, domain, duration, libvirt_hook, proxmox, snapshot, twins, upgrade};
 
 /// Query and control a running virtioblkd, and take snapshots of its disk
 #[derive(Parser)]
@@ -61,6 +61,12 @@ pub(crate) enum CtlCommand {
     ///
     /// libvirt is asked through virsh, which honours LIBVIRT_DEFAULT_URI.
     Domain(domain::Domain),
+    /// As virsh's domblkstat: a disk's counters
+    Domblkstat(twins::Domblkstat),
+    /// As virsh's domblkinfo: a disk's size, and what its image takes
+    Domblkinfo(twins::Domblkinfo),
+    /// As virsh's blockresize: grow a disk
+    Blockresize(twins::Blockresize),
     /// libvirt's hook: start a domain's disks before the domain, and end them after it
     ///
     /// Install it as the link /etc/libvirt/hooks/qemu.d/50-virtioblkd. It reads the domain's XML on standard input. The

@@ -19,6 +19,7 @@ mod proxmox;
 mod show;
 mod snapshot;
 mod successor;
+mod twins;
 mod upgrade;
 mod upgrade_lists;
 mod watch;
@@ -68,6 +69,9 @@ fn run_command() -> ExitCode {
         CtlCommand::Guard => return helper(virtioblkd::internal::snapshot::guard::serve),
         CtlCommand::LibvirtHook(options) => return libvirt_hook::run(options),
         CtlCommand::ProxmoxHook(options) => return proxmox::run(options),
+        CtlCommand::Domblkstat(options) => return finish(&cli, twins::domblkstat(options, &cli.chosen, cli.json)),
+        CtlCommand::Domblkinfo(options) => return finish(&cli, twins::domblkinfo(options, &cli.chosen, cli.json)),
+        CtlCommand::Blockresize(options) => return finish(&cli, twins::blockresize(options, &cli.chosen, cli.json)),
         CtlCommand::ProxmoxArgs(vm) => return finish(&cli, proxmox::print_arguments(vm)),
         CtlCommand::Cloner => return helper(virtioblkd::internal::snapshot::cloner::serve),
         _ => {}
@@ -235,6 +239,9 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
         | CtlCommand::LibvirtHook(_)
         | CtlCommand::ProxmoxHook(_)
         | CtlCommand::ProxmoxArgs(_)
+        | CtlCommand::Domblkstat(_)
+        | CtlCommand::Domblkinfo(_)
+        | CtlCommand::Blockresize(_)
         | CtlCommand::Guard
         | CtlCommand::Cloner => {
             return Err(Failure::new("internal", "this command needs no connection; please report it as a defect"));
