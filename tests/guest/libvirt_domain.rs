@@ -11,7 +11,7 @@ use kit::guest::wait_until;
 use kit::programs;
 use serde_json::Value;
 
-use crate::libvirt_hook::{UUID, disk_device, image, is_long_run, linux, said, until_said};
+use crate::libvirt_hook::{UUID, disk_device, image, is_long_run, linux, said, status, until_said};
 
 /// `virtioblkctl` on the machine of this libvirt.
 fn ctl(libvirt: &SystemLibvirt, arguments: &[&str]) -> Output {
@@ -114,6 +114,10 @@ fn a_domain_stands_for_all_its_disks_at_one_instant() {
     for name in ["one.img", "other.img"] {
         assert!(libvirt.home().join("backup").join(name).exists());
     }
+    assert!(documented(&libvirt, "domblkstat example vda --human", &[]).contains("number of write operations:"));
+    assert!(documented(&libvirt, "domblkinfo example --all", &[]).contains("16777216"));
+    documented(&libvirt, "blockresize example vda 20G", &[]);
+    assert_eq!(status(&libvirt, "vda")["size"], 20_u64 << 30);
     libvirt.virsh_ok(&["destroy", DOMAIN]);
     assert_eq!(libvirt.left(), Vec::<String>::new());
     assert_eq!(said(&libvirt).iter().filter(|line| *line == "up").count(), 1);

@@ -17,6 +17,7 @@ const OTHERS: &[(&str, &str, &str)] = &[
     ("docs/ceph.md", "virtioblkctl attend", "tests/ceph/attend.rs"),
     ("docs/libvirt.md", "mkdir -p /etc/libvirt/hooks/qemu.d", "tests/guest/libvirt_hook.rs"),
     ("docs/libvirt.md", "virtioblkctl domain", "tests/guest/libvirt_domain.rs"),
+    ("docs/libvirt.md", "virtioblkctl domblkstat", "tests/guest/libvirt_domain.rs"),
     ("docs/libvirt.md", "virtioblkctl list", "tests/guest/libvirt_domain.rs"),
     ("docs/libvirt.md", "virtioblkctl --control example:vda", "tests/guest/libvirt_domain.rs"),
     ("docs/libvirt.md", "virtioblkctl --domain example", "tests/guest/libvirt_domain.rs"),

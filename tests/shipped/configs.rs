@@ -43,8 +43,21 @@ fn every_key_of_the_example_disk_is_an_option() {
 #[test]
 fn every_option_that_the_pages_name_exists() {
     let mut known = virtioblkd("--help") + " --help ";
-    let commands = ["quiesce", "resume", "resize", "status", "snapshot", "attend", "upgrade", "list", "copies"]
-        .map(|command| vec![command, "--help"]);
+    let commands = [
+        "quiesce",
+        "resume",
+        "resize",
+        "status",
+        "snapshot",
+        "attend",
+        "upgrade",
+        "list",
+        "copies",
+        "domblkstat",
+        "domblkinfo",
+        "blockresize",
+    ]
+    .map(|command| vec![command, "--help"]);
     let domain = ["convert", "check", "attach", "detach"].map(|command| vec!["domain", command, "--help"]);
     for words in [vec!["--help"]].into_iter().chain(commands).chain(domain) {
         let output =
@@ -58,8 +71,18 @@ fn every_option_that_the_pages_name_exists() {
         for (number, line) in text.lines().enumerate() {
             let ours = line.contains("virtioblkd ") || line.contains("virtioblkctl ") || line.contains("`--");
             // Lines about other programs.
-            let foreign =
-                ["virsh", "lvcreate", "qemu-system", "snapshot-create", "cargo", "make ", "bench", "of `rbd`", "cp "];
+            let foreign = [
+                "virsh",
+                "qm set",
+                "lvcreate",
+                "qemu-system",
+                "snapshot-create",
+                "cargo",
+                "make ",
+                "bench",
+                "of `rbd`",
+                "cp ",
+            ];
             if !ours || foreign.iter().any(|word| line.contains(word)) {
                 continue;
             }
