@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_exceeds_the_rate_is_counted() {
+    fn messages_beyond_the_rate_are_counted() {
         let mut limiter = RateLimiter::new(20, Duration::from_secs(1));
         let now = Instant::now();
         assert_eq!((0..100).filter(|_| limiter.admit(now).is_some()).count(), 20);

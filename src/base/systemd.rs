@@ -179,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_and_an_abstract_name_are_told() {
+    fn a_path_and_an_abstract_name_are_notified() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("notify");
         let abstract_name = format!("virtioblkd-test-{}", std::process::id());
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_is_bounded() {
+    fn queued_states_are_bounded() {
         let (socket, _reader) = UnixDatagram::pair().unwrap();
         socket.set_nonblocking(true).unwrap();
         while socket.send(b"STATUS=full").is_ok() {}

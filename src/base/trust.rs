@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_may_change_is_refused_wherever_it_is() {
+    fn a_path_that_others_may_change_anywhere_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let inner = dir.path().join("inner");
         fs::create_dir(&inner).unwrap();
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn what_belongs_to_others_is_refused() {
+    fn a_path_that_belongs_to_others_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let (file, link) = (dir.path().join("file"), dir.path().join("link"));
         fs::write(&file, "").unwrap();

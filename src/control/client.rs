@@ -419,7 +419,7 @@ mod tests {
 
     /// The daemon's errors have the words of the protocol, and `virtioblkctl` shows its own words.
     #[test]
-    fn advice_is_in_the_readers_words() {
+    fn an_error_advises_clients_of_arguments_and_operators_of_options() {
         for (error, protocol, cli) in [
             (refused(Refusal::Timeout), &["timeout-ms", "query-stats"][..], &["--timeout", "'virtioblkctl stats'"][..]),
             (no_such_hold(Some(EndReason::LeaseExpired), false), &["lease-ms"], &["--lease"]),

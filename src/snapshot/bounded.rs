@@ -97,7 +97,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn only_what_is_used_is_kept_and_not_without_bound() {
+    fn parsing_keeps_only_members_that_are_used_and_a_bounded_number() {
         let text =
             br#"{"return": [{"name": "a\u00e9", "disk": [1, 2, {"dev": 3}], "type": "ext4"}, -1, 1.5, null, true]}"#;
         assert_eq!(parse(text).unwrap(), json!({"return": [{"name": "aé", "type": "ext4"}, -1, 1.5, null, true]}));

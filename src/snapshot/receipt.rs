@@ -146,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_weaker_level_is_shouted_and_nothing_plays_with_the_terminal() {
+    fn a_receipt_warns_of_a_weaker_level_and_is_escaped() {
         let disk = DiskReceipt {
             image: "/i/\u{1b}[2J\u{9b}a\u{202e}".into(),
             way: "reflink",

@@ -281,7 +281,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_missing_library_is_named_with_its_package_and_the_mend() {
+    fn a_missing_library_is_named_with_its_package_and_the_fix() {
         let empty = tempfile::tempdir().unwrap();
         let Err(error) = Library::open(None, "librbd-that-is-not.so.1", "librbd1") else { panic!("it was found") };
         for part in ["librbd-that-is-not.so.1", "apt install librbd1", "--ceph-library-path"] {

@@ -216,7 +216,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_calendar() {
+    fn seconds_are_converted_to_dates() {
         // From date(1): date -u -d @N
         for (seconds, text) in [
             (0, "1970-01-01T00:00:00.000Z"),
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn people_get_time_and_level() {
+    fn a_log_line_outside_the_journal_has_time_and_level() {
         assert_eq!(for_people(Duration::ZERO, Level::Warn, "x\n"), "1970-01-01T00:00:00.000Z warn: x\n");
         let forged = "x\n1970-01-01T00:00:00.000Z info: y\u{9b}";
         assert_eq!(for_people(Duration::ZERO, Level::Warn, forged).lines().count(), 1);

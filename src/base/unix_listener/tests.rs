@@ -17,7 +17,7 @@ fn mode_of(path: &Path) -> u32 {
 }
 
 #[test]
-fn the_mode_is_exact_and_there_is_no_window() {
+fn a_socket_has_its_exact_mode_from_the_start() {
     let dir = tempfile::tempdir().unwrap();
     for mode in [0o600, 0o660, 0o666, 0o777] {
         let path = dir.path().join(format!("{mode:o}"));
@@ -50,7 +50,7 @@ fn only_a_socket_of_our_own_is_given_permissions() {
 }
 
 #[test]
-fn a_mode_that_is_right_is_left_alone() {
+fn a_correct_mode_is_not_set_again() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let _listener = bind_unix(&path, 0o600).unwrap();
@@ -140,7 +140,7 @@ fn a_server_too_busy_to_accept_is_alive() {
 }
 
 #[test]
-fn whatever_is_no_socket_stays() {
+fn a_path_that_is_no_socket_is_not_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
     fs::write(&file, "precious").unwrap();
@@ -172,7 +172,7 @@ fn errors_name_the_cause() {
 }
 
 #[test]
-fn of_many_who_start_at_once_one_wins() {
+fn of_servers_that_start_at_once_one_binds_the_socket() {
     let dir = tempfile::tempdir().unwrap();
     for round in 0..20 {
         let path = dir.path().join(format!("s{round}"));
@@ -193,7 +193,7 @@ fn of_many_who_start_at_once_one_wins() {
 }
 
 #[test]
-fn the_guard_unlinks_only_its_own() {
+fn the_guard_removes_only_its_own_socket() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let first = bind_unix(&path, 0o600).unwrap();
