@@ -3,7 +3,7 @@
 //! libvirt.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
@@ -77,14 +77,13 @@ impl Scene {
     /// `None`: another user may not use here what was built.
     pub(crate) fn new() -> Option<Self> {
         static SCENES: AtomicU32 = AtomicU32::new(0);
-        let user = OTHER_USERS + std::process::id() % 1000 * 10 + SCENES.fetch_add(1, Relaxed) % 10;
+        let user = OTHER_USERS + std::process::id() % 1000 * 100 + SCENES.fetch_add(1, Relaxed) % 100;
         let scene = Scene { home: programs::disk_dir(), run: tempfile::tempdir().expect("room"), user };
         for directory in ["", "bin", "run", "state", "state/live", "state/config"] {
             fs::create_dir_all(scene.path(directory)).expect("room");
             scene.give(directory);
         }
-        fs::write(scene.path("bin/virsh"), VIRSH).expect("room");
-        fs::set_permissions(scene.path("bin/virsh"), fs::Permissions::from_mode(0o755)).expect("ours");
+        programs::make_script(&scene.path("bin/virsh"), VIRSH);
         fs::write(scene.path("state/uuid"), UUID).expect("room");
         if let Err(error) = scene.command(&["--version"]).output() {
             eprintln!("SKIPPED: another user cannot run virtioblkctl here: {error}");
@@ -566,7 +565,7 @@ fn a_snapshot_asks_no_agent_of_another_host() {
         assert!(words(&refused).contains("is on another host"), "{refused:?}");
     }
     // A libvirt that says nothing is no other host's: the agent's absence is what counts.
-    scene.touch("bin/virsh", "#!/bin/sh\nexit 1\n");
+    programs::make_script(&scene.path("bin/virsh"), "#!/bin/sh\nexit 1\n");
     let weaker = run(&snapshot);
     assert!(weaker.status.success() && words(&weaker).contains("WEAKER"), "{weaker:?}");
 }

@@ -417,7 +417,7 @@ fn another_user_is_let_in_only_if_the_mode_says_so() {
         std::fs::set_permissions(directory, open).unwrap();
         // The binary's own directory may be closed to that user, so it gets a copy.
         let copy = directory.join("ctl");
-        std::fs::copy(env!("CARGO_BIN_EXE_virtioblkctl"), &copy).unwrap();
+        kit::programs::copy_program(Path::new(env!("CARGO_BIN_EXE_virtioblkctl")), &copy);
         let mut command = Command::new(&copy);
         std::os::unix::process::CommandExt::uid(&mut command, 65534);
         let output = command.arg("--control").arg(&served.path).arg("status").output().unwrap();

@@ -25,10 +25,7 @@ fn rerun(arguments: &[&str], log: &str) -> Output {
 }
 
 fn path_with_failing_cargo(dir: &std::path::Path) -> String {
-    use std::os::unix::fs::PermissionsExt;
-    let cargo = dir.join("cargo");
-    std::fs::write(&cargo, "#!/bin/sh\necho \"cargo $*\"\nexit 101\n").unwrap();
-    std::fs::set_permissions(&cargo, std::fs::Permissions::from_mode(0o755)).unwrap();
+    kit::programs::make_script(&dir.join("cargo"), "#!/bin/sh\necho \"cargo $*\"\nexit 101\n");
     format!("{}:{}", dir.display(), std::env::var("PATH").unwrap())
 }
 

@@ -29,8 +29,7 @@ impl Place {
         let path = self.path(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         let text = format!("#!/bin/sh\necho \"${{0##*/}} $*\" >> \"{}\"\n{body}\n", self.path("journal").display());
-        fs::write(&path, text).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        kit::programs::make_script(&path, &text);
     }
 
     /// Runs a shipped script under dash, with our programs first.

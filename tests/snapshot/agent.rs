@@ -150,8 +150,7 @@ case $last in
 *) echo "error: internal error: unable to execute QEMU agent command 'x': disabled" >&2; exit 1 ;;
 esac
 "#;
-    fs::write(bin.join("virsh"), virsh).unwrap();
-    fs::set_permissions(bin.join("virsh"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    kit::programs::make_script(&bin.join("virsh"), virsh);
     let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
     let run = |domain: &str| {
         let mut command = snapshot(&[&scene.disk], "filesystem", &["--json", "--to", "exec:true", "--libvirt", domain]);

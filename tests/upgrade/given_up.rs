@@ -5,7 +5,6 @@ use std::fs;
 use std::io::{IoSlice, PipeWriter};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -46,8 +45,7 @@ fn slow_program(disk: &Disk) {
         "#!/bin/sh\necho $$ > started.new && mv started.new started\nwhile [ ! -e go ]; do sleep 0.02; done\nexec {} \"$@\"\n",
         env!("CARGO_BIN_EXE_virtioblkd")
     );
-    fs::write(disk.path("slow"), text).unwrap();
-    fs::set_permissions(disk.path("slow"), fs::Permissions::from_mode(0o755)).unwrap();
+    kit::programs::make_script(&disk.path("slow"), &text);
 }
 
 fn started(disk: &Disk) -> Pid {
@@ -113,22 +111,34 @@ fn a_tool_that_is_ended_before_the_new_daemon_begins_leaves_the_old_one() {
 #[test]
 fn a_tool_that_dies_in_the_middle_leaves_the_old_one() {
     for signal in [Signal::TERM, Signal::KILL] {
-        // The tool begins within eight seconds, and dies within five more.
-        let disk = Disk::serve(&["--cache", "none", "--backend", "slow:4000"]);
-        let mut guest = with_writes_in_flight(&disk);
-        let mut client = disk.client();
-        let mut tool = start_upgrade(&disk, &["--", "--cache", "unsafe"]);
-        wait_until("the hand-over has begun", || client.line()["event"] == "UPGRADE");
-        kill_process(Pid::from_child(&tool), signal).unwrap();
-        ends(&mut tool, "the tool");
-        let mut done = 0;
-        while done < 16 {
-            done += guest.wait(0).iter().map(|&(_, result)| assert_eq!(result, 0)).count();
-        }
-        disk.wait_for_log(&["serves on", "has ended or given up"]);
-        is_as_before(&disk, &format!("{signal:?}"));
-        assert_eq!(guest.one(0, |guest, id| guest.read(0, 0, 8192, 4096, id)), 0);
+        let in_time = (0..20).any(|_| dies_in_the_middle(signal));
+        assert!(in_time, "{signal:?}: the tool never dies before the upgrade is over");
     }
+}
+
+/// The last write ends after almost five seconds, which is as long as the old daemon waits. On a loaded machine the tool may
+/// die only after that: then `false`.
+fn dies_in_the_middle(signal: Signal) -> bool {
+    let disk = Disk::serve(&["--cache", "none", "--backend", "slow:2400"]);
+    let mut guest = with_writes_in_flight(&disk);
+    let mut client = disk.client();
+    let mut tool = start_upgrade(&disk, &["--", "--cache", "unsafe"]);
+    wait_until("the hand-over has begun", || client.line()["event"] == "UPGRADE");
+    kill_process(Pid::from_child(&tool), signal).unwrap();
+    ends(&mut tool, "the tool");
+    let mut done = 0;
+    while done < 16 {
+        done += guest.wait(0).iter().map(|&(_, result)| assert_eq!(result, 0)).count();
+    }
+    wait_until("the old one serves on, or the new one serves", || {
+        disk.log().contains("serves on") || disk.pid() != Pid::from_child(&disk.child)
+    });
+    if !disk.log().contains("has ended or given up") {
+        return false;
+    }
+    is_as_before(&disk, &format!("{signal:?}"));
+    assert_eq!(guest.one(0, |guest, id| guest.read(0, 0, 8192, 4096, id)), 0);
+    true
 }
 
 /// The old daemon dies while the new one waits for the guest: that one ends, and nobody claims that the disk is served.

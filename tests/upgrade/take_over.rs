@@ -218,9 +218,7 @@ fn a_program_that_does_not_take_over_changes_nothing() {
         contains(&disk.refuses(arguments), words);
         load.wait_for(20);
     }
-    let hangs = disk.path("hangs");
-    fs::write(&hangs, "#!/bin/sh\nexec sleep 1000\n").unwrap();
-    fs::set_permissions(&hangs, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    kit::programs::make_script(&disk.path("hangs"), "#!/bin/sh\nexec sleep 1000\n");
     contains(&disk.refuses(&["--timeout", "300ms", "--binary", "./hangs"]), &["--timeout", "serves on"]);
     load.wait_for(20);
     check(&disk, &load, "at the end");

@@ -100,8 +100,7 @@ fn another_users_daemon_names_neither_program_nor_options() {
 /// A program that writes down what it was started with, in its directory.
 fn recorder(dir: &Path) {
     let text = "#!/bin/sh\n{ pwd; echo \"$@\"; echo \"notify=$NOTIFY_SOCKET\"; } > \"$(dirname \"$0\")/started\"\n";
-    std::fs::write(dir.join("recorder"), text).unwrap();
-    std::fs::set_permissions(dir.join("recorder"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    kit::programs::make_script(&dir.join("recorder"), text);
 }
 
 #[test]

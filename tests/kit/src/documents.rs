@@ -102,10 +102,7 @@ impl Terminal {
 
     /// Adds a program that comes first in the PATH.
     pub fn program(&self, name: &str, text: &str) {
-        use std::os::unix::fs::PermissionsExt;
-        let path = self.dir().join("bin").join(name);
-        fs::write(&path, text).expect("room");
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("our own file");
+        crate::programs::make_script(&self.dir().join("bin").join(name), text);
     }
 
     /// Everything that was printed so far.

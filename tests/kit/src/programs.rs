@@ -4,6 +4,7 @@
 //! are found beside the running test program, which cargo puts into `deps` beside them.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::OnceLock;
 
 /// The directory of the programs that were built with this test program: `target/debug`, for example.
@@ -36,6 +37,20 @@ pub fn disk_dir() -> tempfile::TempDir {
     let dir = target_dir().join("tmp");
     std::fs::create_dir_all(&dir).expect("a directory");
     tempfile::tempdir_in(dir).expect("a directory")
+}
+
+/// Makes an executable of `text`, a script. A process of its own writes it: a program that another test starts has, until its
+/// exec, a copy of each descriptor of this process, and no file can be executed while one is open for writing (ETXTBSY).
+pub fn make_script(path: &Path, text: &str) {
+    let write = r#"printf %s "$1" > "$0" && chmod 755 "$0""#;
+    let written = Command::new("sh").args(["-c", write]).arg(path).arg(text).status().expect("sh starts");
+    assert!(written.success(), "{} is not written", path.display());
+}
+
+/// Copies an executable, as [`make_script`] writes one.
+pub fn copy_program(from: &Path, to: &Path) {
+    let copied = Command::new("cp").arg(from).arg(to).status().expect("cp starts");
+    assert!(copied.success(), "{} is not written", to.display());
 }
 
 /// The sources' directory.

@@ -2,7 +2,6 @@
 //! what a test tells it.
 
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -106,8 +105,7 @@ pub fn hooks(dir: &Path, freeze: &str, thaw: &str) -> PathBuf {
     fs::create_dir_all(&hooks).unwrap();
     for (name, body) in [("freeze", freeze), ("thaw", thaw)] {
         let path = hooks.join(name);
-        fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        crate::programs::make_script(&path, &format!("#!/bin/sh\n{body}\n"));
     }
     hooks
 }
