@@ -12,8 +12,10 @@
 //! | `logging` | the log on standard error |
 //! | `rate_limit` | how often something may be logged |
 //! | `version` | the version, with the git revision |
+//! | `units`, `figures` | times and sizes as people write them; sizes and counts as they read them |
 //! | `prng` | pseudo-random numbers, for the RAM disk and for tests |
 
+pub mod figures;
 pub mod logging;
 pub mod pid_file;
 pub(crate) mod prng;

@@ -197,7 +197,7 @@ impl AgentSocket {
     fn open(&self, deadline: Instant, stop: Stop<'_>) -> Result<UnixStream, AgentError> {
         let lost = |errno: Errno| {
             let fix = match errno {
-                Errno::NOENT => ": does the guest run, and is this the socket of its agent's channel?",
+                Errno::NOENT => ": start the guest, and give the socket of its agent's channel",
                 Errno::CONNREFUSED => ": no program listens there; does the guest still run?",
                 Errno::ACCESS | Errno::PERM => ": be root or QEMU's user",
                 Errno::NAMETOOLONG | Errno::INVAL => ": a socket's path has at most 107 bytes",

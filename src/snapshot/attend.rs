@@ -20,6 +20,7 @@ use super::hooks;
 use super::plan::{self, Consistency};
 use super::receipt::Receipt;
 use super::wait::{Wake, wait};
+use crate::base::figures::count;
 use crate::base::rate_limit::LogLimit;
 use crate::base::signals::Signals;
 use crate::base::systemd;
@@ -95,7 +96,11 @@ pub fn attend(plan: &AttendPlan, report: impl Fn(&Receipt)) -> Result<(), Failur
     for at in 0..attendant.disks.len() {
         attendant.register(at, REPLY_TIMEOUT)?;
     }
-    crate::base::logging::message(format_args!("attending {} disk(s), level {}", plan.disks.len(), plan.level.name()));
+    crate::base::logging::message(format_args!(
+        "attending {}, level {}",
+        count(plan.disks.len() as u64, "disk"),
+        plan.level.name()
+    ));
     systemd::systemd("READY=1");
     attendant.serve()
 }

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::disks::{Disks, OnFailure, interrupted};
 use super::plan::SnapshotPlan;
 use super::wait::{Stop, Wake, wait};
+use crate::base::figures::bytes;
 use crate::control::client::{Client, Failure, REPLY_TIMEOUT};
 
 /// How often to query the progress of a copy when no event comes.
@@ -96,7 +97,7 @@ pub fn ask(disks: &mut Disks, copies: &mut [DiskCopy]) -> Result<(), Failure> {
 
 /// Waits until all copies are complete. The error is that of the first copy that failed, or a signal.
 pub fn wait_for(disks: &mut Disks, copies: &mut [DiskCopy], progress: bool, stop: Stop<'_>) -> Result<(), Failure> {
-    let mut shown = progress.then(|| Progress { show: crate::base::logging::show_progress, last: None });
+    let mut shown = progress.then(|| Progress { show: crate::base::logging::show_progress, start: None, last: None });
     loop {
         ask(disks, copies)?;
         if let Some(shown) = &mut shown {
@@ -169,10 +170,25 @@ impl DiskCopy {
     }
 }
 
+/// The bytes done in a second, from a second on.
+fn rate(done: u64, elapsed: Duration) -> Option<u64> {
+    (elapsed >= Duration::from_secs(1)).then(|| (done as f64 / elapsed.as_secs_f64()) as u64).filter(|rate| *rate > 0)
+}
+
+fn progress_text(done: u64, total: u64, rate: Option<u64>) -> String {
+    let text = format!("copied {} % of {}", done * 100 / total, bytes(total));
+    match rate {
+        Some(rate) => format!("{text}, {}/s, {} s left", bytes(rate), total.saturating_sub(done).div_ceil(rate)),
+        None => text,
+    }
+}
+
 /// Shows the progress of the copies on one line that is rewritten. Output that follows begins on a new line, whatever
 /// ended the progress. `show` gets the text, and whether it is the last.
 struct Progress<F: FnMut(&str, bool)> {
     show: F,
+    /// When the progress was first shown, and the bytes that were done then.
+    start: Option<(Instant, u64)>,
     last: Option<String>,
 }
 
@@ -180,7 +196,8 @@ impl<F: FnMut(&str, bool)> Progress<F> {
     fn update(&mut self, copies: &[DiskCopy]) {
         let sum = |name: &str| copies.iter().filter_map(|copy| copy.status[name].as_u64()).sum::<u64>();
         let (done, total) = (sum("done-bytes"), sum("total-bytes").max(1));
-        let text = format!("copied {} % of {} MiB", done * 100 / total, total >> 20);
+        let (start, done_before) = *self.start.get_or_insert((Instant::now(), done));
+        let text = progress_text(done, total, rate(done.saturating_sub(done_before), start.elapsed()));
         (self.show)(&text, false);
         self.last = Some(text);
     }
@@ -203,10 +220,19 @@ mod tests {
         let status = json!({"done-bytes": 1 << 20, "total-bytes": 4 << 20});
         let copy = DiskCopy { disk: 0, name: String::new(), target: PathBuf::new(), status };
         let mut shown = Vec::new();
-        let mut progress = Progress { show: |text: &str, last| shown.push((text.to_owned(), last)), last: None };
+        let mut progress =
+            Progress { show: |text: &str, last| shown.push((text.to_owned(), last)), start: None, last: None };
         progress.update(std::slice::from_ref(&copy));
         drop(progress);
-        let text = "copied 25 % of 4 MiB".to_owned();
+        let text = "copied 25 % of 4.0 MiB".to_owned();
         assert_eq!(shown, [(text.clone(), false), (text, true)]);
+    }
+
+    #[test]
+    fn the_progress_has_a_rate_and_the_time_that_is_left() {
+        assert_eq!(rate(10 << 20, Duration::from_millis(900)), None);
+        assert_eq!(rate(0, Duration::from_secs(2)), None);
+        let rate = rate(400 << 20, Duration::from_secs(4));
+        assert_eq!(progress_text(400 << 20, 4 << 30, rate), "copied 9 % of 4.0 GiB, 100 MiB/s, 37 s left");
     }
 }

@@ -12,6 +12,7 @@ use super::guest::{GuestReport, ThawResult, VSS_HOLD_TIMEOUT};
 use super::plan::{AgentAddress, Consistency};
 use super::receipt::Receipt;
 use super::wait::{Stop, Wake, wait};
+use crate::base::figures::count;
 use crate::control::client::Failure;
 
 /// What is to be frozen, and how.
@@ -145,8 +146,9 @@ impl Freezer {
         let expected = checked.freezable.unwrap_or(1).max(1);
         if frozen < expected {
             let text = format!(
-                "{} froze {frozen} filesystem(s) of {expected} that are mounted: see the guest's log",
-                self.agent()
+                "{} froze {} of {expected} that are mounted: see the guest's log",
+                self.agent(),
+                count(frozen, "file system")
             );
             return Err(Failure::new("fewer", text));
         }

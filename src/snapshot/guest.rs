@@ -13,6 +13,7 @@ use super::agent::{AgentChannel, AgentError, AgentSocket};
 use super::libvirt::Domain;
 use super::plan::AgentAddress;
 use super::wait::{Stop, pause};
+use crate::base::figures;
 
 /// How long any command but freeze and thaw may take.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -285,7 +286,7 @@ impl GuestReport {
         }
         // An agent may freeze more than it lists: Windows' does not list a volume that it cannot read.
         let of = if frozen == freezable { freezable } else { all.max(frozen) };
-        (Some(format!("{frozen} filesystem(s) frozen of {of} that can be")), open)
+        (Some(format!("{} frozen of {of} that can be", figures::count(frozen, "file system"))), open)
     }
 }
 
@@ -358,9 +359,9 @@ mod tests {
             (verified.unwrap(), open.len())
         };
         // The EFI partition is frozen or not; and the agent freezes a volume that it does not list.
-        assert_eq!(said(1), ("1 filesystem(s) frozen of 1 that can be".into(), 3));
-        assert_eq!(said(2), ("2 filesystem(s) frozen of 2 that can be".into(), 2));
-        assert_eq!(said(3), ("3 filesystem(s) frozen of 3 that can be".into(), 2));
+        assert_eq!(said(1), ("1 file system frozen of 1 that can be".into(), 3));
+        assert_eq!(said(2), ("2 file systems frozen of 2 that can be".into(), 2));
+        assert_eq!(said(3), ("3 file systems frozen of 3 that can be".into(), 2));
     }
 
     #[test]

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::base::figures::count;
+
 /// What a snapshot promises. Ordered: a later one promises more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Consistency {
@@ -162,7 +164,10 @@ impl SnapshotPlan {
         }
         if self.methods.len() > 1 && self.methods.len() != self.disks.len() {
             let (methods, disks) = (self.methods.len(), self.disks.len());
-            return Err(format!("{methods} --to for {disks} disk(s): give one a disk, in their order, or one for all"));
+            return Err(format!(
+                "{methods} --to for {}: give one for each disk, in their order, or one for all",
+                count(disks as u64, "disk")
+            ));
         }
         if self.digest && self.methods.iter().any(is_exec) {
             return Err("--digest is not possible with exec:, which keeps to itself what it makes".into());
@@ -325,7 +330,7 @@ mod tests {
             (SnapshotPlan { digest: true, ..plan(&["/a", "/b"], &["rbd", "copy:/x"]) }, "--digest"),
             (SnapshotPlan { background: true, ..plan(&["/a"], &[]) }, "--background"),
             (plan(&["/a", "/b"], &["copy:/x", "exec:true"]), "alone"),
-            (plan(&["/a", "/b", "/c"], &["copy:/x", "copy:/y"]), "one a disk"),
+            (plan(&["/a", "/b", "/c"], &["copy:/x", "copy:/y"]), "one for each disk"),
             (SnapshotPlan { digest: true, ..plan(&["/a"], &["exec:true"]) }, "--digest"),
             (SnapshotPlan { bandwidth: 1, ..plan(&["/a"], &["reflink:/x"]) }, "--bandwidth"),
             (SnapshotPlan { background: true, ..plan(&["/a", "/b"], &["reflink:/x", "copy:/y"]) }, "--background"),

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::base::figures::count;
 use crate::base::text::clean;
 
 /// The receipt of a snapshot.
@@ -80,7 +81,7 @@ impl Receipt {
     /// One line for people, about a freeze without disks (`attend`).
     pub fn line(&self) -> String {
         let when = crate::base::logging::utc(std::time::Duration::try_from_secs_f64(self.instant).unwrap_or_default());
-        let frozen = format!("{} filesystem(s) frozen for {}", self.filesystems_frozen, time(self.frozen_us));
+        let frozen = format!("{} frozen for {}", count(self.filesystems_frozen, "file system"), time(self.frozen_us));
         let mut line = format!("{when} level {} of {}: {frozen}", self.level, self.requested_level);
         for warning in &self.warnings {
             line += &format!("; WARNING: {warning}");
@@ -107,12 +108,12 @@ impl Receipt {
         );
         line("held", format!("writes waited at most {}", time(self.held_us)));
         if self.filesystems_frozen > 0 {
-            line("frozen", format!("{} filesystem(s) for {}", self.filesystems_frozen, time(self.frozen_us)));
+            line("frozen", format!("{} for {}", count(self.filesystems_frozen, "file system"), time(self.frozen_us)));
         }
         for disk in &self.disks {
             line("disk", format!("{} ({})", disk.image, disk.control));
             let (held, drain, sync) = (time(disk.held_us), time(disk.drain_us), time(disk.sync_us));
-            line("", format!("held {held}: {} request(s) drained in {drain}, synced in {sync}", disk.drained));
+            line("", format!("held {held}: {} drained in {drain}, synced in {sync}", count(disk.drained, "request")));
             let going_on = if self.detached { " (being copied in the background)" } else { "" };
             line("", format!("{}: {}{going_on}", disk.way, disk.target));
             if let Some(digest) = &disk.sha256 {

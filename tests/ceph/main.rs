@@ -7,6 +7,7 @@ mod backend;
 mod front_end;
 mod guest;
 mod modes;
+mod pages;
 mod quiesce;
 mod snapshot;
 mod story;

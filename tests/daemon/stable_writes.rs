@@ -45,7 +45,7 @@ fn the_daemon_reports_its_stable_writes() {
         String::from_utf8(output.stdout).unwrap()
     };
     let status = page(&["status"]);
-    assert!(status.contains("buffers    copied before each write (copy): "), "{status}");
+    assert!(status.contains("stable writes copy (copy): "), "{status}");
     let json: serde_json::Value = serde_json::from_str(&page(&["stats", "--json"])).unwrap();
     assert_eq!(json["stable-writes"]["copied-writes"], 3, "{json}");
     assert_eq!(json["stable-writes"]["copied-bytes"], 3 * WRITE);

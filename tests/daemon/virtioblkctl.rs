@@ -64,7 +64,7 @@ fn status_is_a_page_and_stats_a_table() {
         "sees a write back cache",
         "connected, driver ready (/run/vhost.sock)",
         "2 running, 6 in flight, 0 with a blocked write",
-        "quiesced   no",
+        "quiesced      no",
         "write at 4096: Input/output error",
         "virtioblkd 0.1.0",
     ];
@@ -78,7 +78,7 @@ fn status_is_a_page_and_stats_a_table() {
     let table = ok(&served, &["stats"]);
     let lines: Vec<&str> = table.lines().collect();
     assert_eq!(lines.len(), 4, "{table}");
-    contains(lines[0], &["ring", "in-flight", "written", "syncs", "irqs"]);
+    contains(lines[0], &["queue", "in-flight", "written", "syncs"]);
     contains(lines[2], &["1", "2000", "2.0 MiB", "yes"]);
     contains(lines[3], &["total", "3000"]);
     let status: Value = serde_json::from_str(&ok(&served, &["--json", "status"])).unwrap();

@@ -130,13 +130,13 @@ fn disk_of(sysfs: &Path, dir: &Path, depth_left: usize) -> BufferUse {
     }
     let flag = text(&disk.join("queue/stable_writes")).or_else(|| text(&disk.join("bdi/stable_pages_required")));
     if flag.as_deref() == Some("1") {
-        return twice(format!("the host's {name} asks for buffers that stay as they are (queue/stable_writes)"));
+        return twice(format!("the host device {name} needs unchanged buffers (queue/stable_writes)"));
     }
     let slaves = entries(&disk.join("slaves"));
     if depth_left == 0 || slaves.is_empty() {
-        return BufferUse::ReadsOnce(format!("the host's {name} does not ask for buffers that stay as they are"));
+        return BufferUse::ReadsOnce(format!("the host device {name} does not need unchanged buffers"));
     }
-    let why = format!("neither the host's {name} nor what it is made of asks for buffers that stay as they are");
+    let why = format!("neither the host device {name} nor the devices below it need unchanged buffers");
     all(slaves.iter().map(|slave| disk_of(sysfs, slave, depth_left - 1)), &why)
 }
 
@@ -277,8 +277,8 @@ mod tests {
         tree.put("devices/old/bdi/stable_pages_required", "1\n").number(3, "old");
         check(&tree.buffer_use(0), "once", "sda");
         check(&tree.buffer_use(1), "once", "sda");
-        check(&tree.buffer_use(2), "twice", "the host's nvme0n1 asks");
-        check(&tree.buffer_use(3), "twice", "old asks");
+        check(&tree.buffer_use(2), "twice", "the host device nvme0n1 needs");
+        check(&tree.buffer_use(3), "twice", "old needs");
         check(&tree.buffer_use(9), "once", "no block device");
     }
 
@@ -316,7 +316,7 @@ mod tests {
         tree.disk("dm-0", false).slave("dm-0", "sda").slave("dm-0", "drbd0/drbd0p1").number(0, "dm-0");
         tree.disk("dm-1", false).slave("dm-1", "sda").number(1, "dm-1");
         check(&tree.buffer_use(0), "twice", "drbd0");
-        check(&tree.buffer_use(1), "once", "neither the host's dm-1");
+        check(&tree.buffer_use(1), "once", "neither the host device dm-1");
         // dm-crypt in front of DRBD: what DRBD reads twice is dm-crypt's.
         tree.disk("dm-2", true).slave("dm-2", "drbd0").put("devices/dm-2/dm/uuid", "CRYPT-LUKS2-12ab-name\n");
         check(&tree.number(2, "dm-2").buffer_use(2), "copies", "dm-crypt");
@@ -324,7 +324,7 @@ mod tests {
         tree.disk("dm-3", false).slave("dm-3", "dm-2").number(3, "dm-3");
         check(&tree.buffer_use(3), "copies", "dm-crypt");
         tree.slave("dm-3", "sda");
-        check(&tree.buffer_use(3), "once", "neither the host's dm-3");
+        check(&tree.buffer_use(3), "once", "neither the host device dm-3");
         tree.disk("md0", false).put("devices/md0/md/level", "raid1").slave("md0", "dm-2").number(4, "md0");
         check(&tree.buffer_use(4), "twice", "md raid1");
         tree.disk("dm-5", true).put("devices/dm-5/dm/uuid", "CRYPT-INTEGRITY-name").number(5, "dm-5");

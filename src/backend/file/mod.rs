@@ -112,14 +112,14 @@ impl Backend for FileBackend {
     fn describe(&self) -> String {
         let image = &self.image;
         let what = if image.file.is_device { "block device" } else { "raw file" };
-        let how = if image.limits.direct { "O_DIRECT" } else { "the host's cache" };
+        let how = if image.limits.direct { "O_DIRECT" } else { "page cache" };
         let access = if image.geometry.read_only { ", read-only" } else { "" };
         let modify = if image.range_locks.is_some() {
             format!(", read-modify-write of {}-byte blocks", image.limits.align.offset)
         } else {
             String::new()
         };
-        format!("{what} {} over {how}{access}{modify}", image.file.name)
+        format!("{what} {} ({how}){access}{modify}", image.file.name)
     }
 
     fn resize(&self, grow_to: Option<u64>, shrink: bool) -> io::Result<u64> {

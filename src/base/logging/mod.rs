@@ -28,8 +28,10 @@ struct Stderr;
 
 /// Standard error.
 static OUTPUT: Output = Output::new(rustix::stdio::stderr, |lost| {
-    let text =
-        format!("{lost} line(s) of the log are missing here: its reader did not keep up, or it could not be written");
+    let text = format!(
+        "{} missing here in the log: its reader did not keep up, or it could not be written",
+        if lost == 1 { "1 line is".to_owned() } else { format!("{lost} lines are") }
+    );
     line(Level::Warn, &text)
 });
 
@@ -73,7 +75,8 @@ pub fn message_lines(text: impl fmt::Display) {
 /// `is_last` ends the line.
 pub fn show_progress(text: &str, is_last: bool) {
     if is_last || !OUTPUT.is_pending() {
-        OUTPUT.put(&format!("\r{}{}", clean(text), if is_last { "\n" } else { "" }));
+        // Padded, because it may be shorter than the text before it.
+        OUTPUT.put(&format!("\r{:<50}{}", clean(text), if is_last { "\n" } else { "" }));
     }
 }
 

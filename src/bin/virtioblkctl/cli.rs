@@ -31,10 +31,10 @@ pub(crate) enum CtlCommand {
     /// STATE is in-use, idle (no guest), held, stopped (a failed request waits for `continue`), trouble, no-answer (within
     /// a second), stale (a socket without a daemon), not-running or no-permission.
     List,
-    /// Show the disk's cache mode, front-end, rings, holders and last errors
+    /// Show the disk's cache mode, front-end, queues, holders and last errors
     Status,
-    /// Show the counters, a row for each ring
-    Stats,
+    /// Show the counters, a row for each queue
+    Stats(Stats),
     /// Quiesce the disk: block new writes, complete those in flight, and make everything acknowledged durable
     ///
     /// Without COMMAND, prints a token, and the disk is held until `resume TOKEN` or the end of the lease. With COMMAND,
@@ -119,6 +119,13 @@ impl CtlCommand {
             _ => false,
         }
     }
+}
+
+#[derive(Args)]
+pub(crate) struct Stats {
+    /// Show the columns of counts that are zero, too
+    #[arg(long)]
+    pub(crate) all: bool,
 }
 
 #[derive(Args)]

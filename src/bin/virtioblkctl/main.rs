@@ -166,7 +166,10 @@ enum Answer {
 fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure> {
     let text = match &cli.command {
         CtlCommand::Status => page(cli, client.ask("query-status", json!({}), REPLY_TIMEOUT)?, show::status)?,
-        CtlCommand::Stats => page(cli, client.ask("query-stats", json!({}), REPLY_TIMEOUT)?, show::stats)?,
+        CtlCommand::Stats(stats) => {
+            let reply = client.ask("query-stats", json!({}), REPLY_TIMEOUT)?;
+            page(cli, reply, |reply| show::stats(reply, stats.all))?
+        }
         CtlCommand::Quiesce(quiesce) => {
             let arguments = arguments(quiesce);
             if !quiesce.command.is_empty() {
@@ -203,7 +206,7 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
             })?
         }
         CtlCommand::Copies(Copies { change: Some(change) }) => {
-            page(cli, change_copy(&mut client, change, change.copy())?, |_: &Value| String::new())?
+            page(cli, change_copy(&mut client, change, change.copy())?, |_: &Value| changed_copy(change))?
         }
         CtlCommand::Continue(Continue { wait: Some(timeout) }) => {
             let reply = continuation::run(client, *timeout)?;
@@ -261,6 +264,17 @@ fn change_copy(client: &mut Client, change: &ChangeCopy, copy: &str) -> Result<V
         ChangeCopy::Limit { bandwidth, .. } => ("copy-bandwidth", json!({"copy": copy, "bandwidth": bandwidth})),
     };
     client.ask(command, arguments, REPLY_TIMEOUT)
+}
+
+/// Says that a copy was cancelled or limited.
+fn changed_copy(change: &ChangeCopy) -> String {
+    match change {
+        ChangeCopy::Cancel { copy } => format!("{copy} is cancelled; its partial file is removed\n"),
+        ChangeCopy::Limit { copy, bandwidth: 0 } => format!("{copy} has no limit\n"),
+        ChangeCopy::Limit { copy, bandwidth } => {
+            format!("{copy} reads at most {} a second\n", units::bytes(*bandwidth))
+        }
+    }
 }
 
 /// Formats a reply: as the daemon's JSON, or for people.

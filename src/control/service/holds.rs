@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::Service;
 use super::replies;
+use crate::base::figures::count;
 use crate::base::rate_limit::{COMMAND_LOG, log_limited};
 use crate::control::protocol::return_types::{HoldEnded, QuiesceFigures, Quiesced};
 use crate::control::quiesce::{ClientIdentity, EndReason, Hold, HoldEffect, Refusal, RequestId};
@@ -94,12 +95,13 @@ impl Service {
     fn left(&mut self, hold: &Hold, reason: EndReason, held: Duration, holders: usize) {
         let word = replies::reason(reason);
         let (holder, held) = (replies::describe_holder(&hold.who), held.as_millis());
+        let left = count(holders as u64, "holder");
         if reason == EndReason::LeaseExpired {
-            let line = format_args!("the lease of {holder} ran out after {held} ms, {holders} holder(s) left");
+            let line = format_args!("the lease of {holder} ran out after {held} ms, {left} left");
             COMMAND_LOG.log(log::Level::Warn, line);
             self.event("LEASE_EXPIRED", replies::holder_json(hold));
         } else {
-            let line = format_args!("{holder} held for {held} ms, ended by {word}, {holders} holder(s) left");
+            let line = format_args!("{holder} held for {held} ms, ended by {word}, {left} left");
             COMMAND_LOG.log(log::Level::Info, line);
         }
         let ended = HoldEnded {

@@ -7,7 +7,7 @@ use std::fmt::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
-use virtioblkd::disk::{ImageStatus, LastError, RbdStatus, RingStatus, StableWritesStatus, StoppedStatus};
+use virtioblkd::disk::{DiskStatus, ImageStatus, LastError, RbdStatus, RingStatus, StableWritesStatus, StoppedStatus};
 use virtioblkd::internal::base::text::{clean, clean_json};
 use virtioblkd::internal::control::protocol::return_types::{
     AttendantStatus, DaemonStatus, HolderStatus, QuiesceFigures, QuiesceStatus, Requester, Status,
@@ -23,7 +23,7 @@ struct Page(String);
 impl Page {
     fn line(&mut self, name: &str, text: impl AsRef<str>) {
         // Writing to a String cannot fail.
-        let _ = writeln!(self.0, "{name:<11}{}", text.as_ref());
+        let _ = writeln!(self.0, "{name:<14}{}", text.as_ref());
     }
 
     fn lines(&mut self, name: &str, lines: &[String]) {
@@ -57,12 +57,14 @@ pub fn status(status: &Status) -> String {
         page.lines("STOPPED", &stopped_lines(stopped));
     }
     page.line("cache mode", clean(&disk.cache_mode));
-    page.line("", format!("a write is acknowledged {}", clean(&disk.write_acknowledged)));
+    let cannot_flush =
+        if cannot_flush(disk) { " (the guest's driver cannot flush: every write is synced)" } else { "" };
+    page.line("", format!("a write is acknowledged {}{cannot_flush}", clean(&disk.write_acknowledged)));
     let (flush, cache) = (clean(&disk.guest_flush), clean(&disk.guest_sees));
     page.line("", format!("a guest's flush is {flush}; the guest sees a {cache} cache"));
-    page.lines("buffers", &stable_writes.as_ref().map(stable_writes_lines).unwrap_or_default());
+    page.lines("stable writes", &stable_writes.as_ref().map(stable_writes_lines).unwrap_or_default());
     page.line("front-end", front_end(status));
-    page.line("rings", rings(&disk.rings));
+    page.line("queues", queues(&disk.rings));
     let untracked = disk.rings.iter().filter(|ring| ring.untracked).count();
     if untracked > 0 {
         let text = "whose requests in flight are NOT TRACKED: the guest may hang if this daemon is killed";
@@ -89,6 +91,11 @@ pub fn status(status: &Status) -> String {
     page.0
 }
 
+/// Whether the driver knows no flush, so that each of its writes is synced although the mode does not need it.
+fn cannot_flush(disk: &DiskStatus) -> bool {
+    disk.driver_ready && disk.guest_sees == "write back" && disk.write_acknowledged == "when durable"
+}
+
 fn stopped_lines(stopped: &StoppedStatus) -> [String; 2] {
     let StoppedStatus { operation, ring, offset, length, errno: _, message, requests } = stopped;
     let retained = match requests {
@@ -96,7 +103,7 @@ fn stopped_lines(stopped: &StoppedStatus) -> [String; 2] {
         requests => format!("{requests} failed requests are"),
     };
     [
-        format!("{} of {length} bytes at {offset} (ring {ring}) failed: {}", clean(operation), clean(message)),
+        format!("{} of {length} bytes at {offset} (queue {ring}) failed: {}", clean(operation), clean(message)),
         format!("{retained} retained: fix the cause, then run 'virtioblkctl continue'"),
     ]
 }
@@ -106,12 +113,12 @@ fn stable_writes_lines(stable: &StableWritesStatus) -> Vec<String> {
     let (configured, why) = (clean(&stable.asked), clean(&stable.why));
     let mut lines = match stable.in_effect.as_str() {
         "" => return Vec::new(),
-        "copy" => vec![format!("copied before each write ({configured}): {why}")],
+        "copy" => vec![format!("copy ({configured}): {why}")],
         "detect" => vec![
-            format!("compared before and after each write: {why}"),
+            format!("detect ({configured}): {why}"),
             format!("{} of {} writes changed in flight", stable.changed_writes, stable.checked_writes),
         ],
-        _ => vec![format!("not copied ({configured}): {why}")],
+        _ => vec![format!("off ({configured}): {why}")],
     };
     if let Some(last) = stable.last_changed.last() {
         lines.push(format!("the last change: {} bytes at {}", last.length, last.offset));
@@ -131,7 +138,7 @@ fn front_end(status: &Status) -> String {
     }
 }
 
-fn rings(rings: &[RingStatus]) -> String {
+fn queues(rings: &[RingStatus]) -> String {
     let in_flight: u64 = rings.iter().map(|ring| ring.in_flight).sum();
     let blocked = rings.iter().filter(|ring| ring.held).count();
     let stalled: u64 = rings.iter().map(|ring| ring.stalled).sum();
@@ -244,7 +251,7 @@ pub fn figures(figures: &QuiesceFigures) -> String {
         short_time(*drain_us),
         bytes(*bytes_synced),
         short_time(*sync_us),
-        count(*rings, "ring"),
+        count(*rings, "queue"),
         count(*holders as u64, "holder")
     )
 }

@@ -47,14 +47,17 @@ fn copy(copy: &CopyStatus) -> String {
 }
 
 const COLUMNS: usize = 16;
+/// The first columns, up to the syncs, are always shown.
+const FIXED: usize = 10;
 
-/// The table of `stats`: a row for each ring, and one for their sum.
-pub fn stats(stats: &Stats) -> String {
+/// The table of `stats`: a row for each queue, and one for their sum. Columns of counts that are all zero are left out, unless
+/// `all`.
+pub fn stats(stats: &Stats, all: bool) -> String {
     let headings = [
-        "ring",
+        "queue",
         "size",
         "in-flight",
-        "held",
+        "blocked",
         "reads",
         "read",
         "writes",
@@ -73,9 +76,12 @@ pub fn stats(stats: &Stats) -> String {
     rows.push(row(&stats.total, true));
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..COLUMNS).map(width).collect();
+    let is_used = |column: usize| rows[1..].iter().any(|row| !["0", "0 B", ""].contains(&row[column].as_str()));
+    let shown: Vec<bool> = (0..COLUMNS).map(|column| all || column < FIXED || is_used(column)).collect();
     let mut table = String::new();
     for row in &rows {
-        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:>width$}")).collect();
+        let cells = row.iter().zip(&widths).enumerate().filter(|(column, _)| shown[*column]);
+        let cells: Vec<String> = cells.map(|(_, (cell, width))| format!("{cell:>width$}")).collect();
         table.push_str(cells.join("  ").trim_end());
         table.push('\n');
     }
@@ -134,9 +140,12 @@ mod tests {
 
     #[test]
     fn figures_that_another_daemon_does_not_send_are_zero() {
-        let table = stats(&serde_json::from_str(r#"{"rings": [{"index": 3, "reads": 5, "new": 1}]}"#).unwrap());
+        let table = stats(&serde_json::from_str(r#"{"rings": [{"index": 3, "reads": 5, "new": 1}]}"#).unwrap(), false);
         let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(rows[1][..5], ["3", "0", "0", "no", "5"], "{table}");
         assert_eq!(rows[2][0], "total", "{table}");
+        assert!(!table.contains("discards"), "{table}");
+        let all = stats(&serde_json::from_str(r#"{"rings": []}"#).unwrap(), true);
+        assert!(all.contains("discards") && all.contains("polled"), "{all}");
     }
 }

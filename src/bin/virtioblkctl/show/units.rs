@@ -1,5 +1,7 @@
 //! Times, sizes and counts for people.
 
+pub(crate) use virtioblkd::internal::base::figures::{bytes, count};
+
 /// `12 ms`, `3.4 s`, `12 min`, `3.5 h`, `9 days`.
 pub(crate) fn time(milliseconds: u64) -> String {
     match milliseconds {
@@ -20,40 +22,14 @@ pub(super) fn short_time(microseconds: u64) -> String {
     }
 }
 
-/// `512 B`, `4.0 KiB`, `10 GiB`.
-pub(crate) fn bytes(count: u64) -> String {
-    let units = ["KiB", "MiB", "GiB", "TiB", "PiB"];
-    if count < 1024 {
-        return format!("{count} B");
-    }
-    let mut size = count as f64 / 1024.0;
-    let mut unit = 0;
-    while size >= 1024.0 && unit + 1 < units.len() {
-        size /= 1024.0;
-        unit += 1;
-    }
-    if size < 10.0 { format!("{size:.1} {}", units[unit]) } else { format!("{size:.0} {}", units[unit]) }
-}
-
-/// `1 holder`, `2 holders`.
-pub(crate) fn count(number: impl Into<u64>, noun: &str) -> String {
-    match number.into() {
-        1 => format!("1 {noun}"),
-        number => format!("{number} {noun}s"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn numbers_have_readable_units() {
+    fn times_have_readable_units() {
         let times = [0, 999, 1000, 119_999, 120_000, 7_200_000, 864_000_000].map(time);
         assert_eq!(times, ["0 ms", "999 ms", "1.0 s", "120.0 s", "2 min", "2.0 h", "10 days"]);
-        let sizes = [0, 1023, 1024, 10 << 20, 10 << 30, u64::MAX].map(bytes);
-        assert_eq!(sizes, ["0 B", "1023 B", "1.0 KiB", "10 MiB", "10 GiB", "16384 PiB"]);
         assert_eq!([12, 1500, 2_500_000, 0].map(short_time), ["12 us", "1.5 ms", "2.5 s", "0 us"]);
-        assert_eq!([0_u64, 1, 2].map(|number| count(number, "hold")), ["0 holds", "1 hold", "2 holds"]);
     }
 }
