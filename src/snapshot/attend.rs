@@ -322,7 +322,7 @@ impl Attendant<'_> {
         }
         self.thawed = match freezer.is_undone() {
             true => Ok(()),
-            false => Err(Failure::new("frozen", "the guest may be frozen still; the guard goes on trying to thaw it")),
+            false => Err(Failure::new("frozen", "the guest may be frozen still; the guard process retries the thaw")),
         };
         let mut receipt = freezer.receipt.clone();
         receipt.level = if outcome.is_ok() { freezer.level.name() } else { "none" };

@@ -244,7 +244,7 @@ impl Freezer {
             Err(failure) => {
                 let minutes = THAW_WATCH_TIMEOUT.as_secs() / 60;
                 let text = format!(
-                    "THE GUEST MAY BE FROZEN, or freeze later: {}. Process {} goes on trying to thaw it for {minutes} \
+                    "THE GUEST MAY BE FROZEN, or freeze later: {}. Process {} retries the thaw for {minutes} \
                      minutes",
                     failure.message,
                     guard.pid()

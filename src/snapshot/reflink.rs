@@ -174,8 +174,8 @@ impl ReflinkTarget {
             CloneOutcome::TimedOut => {
                 let extents = self.extents.map(|count| format!(" ({count} extents)")).unwrap_or_default();
                 let text = format!(
-                    "cloning '{image}'{extents} to '{path}' did not end within --lease: it was given up, and the disk \
-                     goes on. Give copy:PATH, a longer --lease, or defragment the image"
+                    "cloning '{image}'{extents} to '{path}' did not end within --lease: it was given up, and the guest's \
+                     writes continue. Give copy:PATH, a longer --lease, or defragment the image"
                 );
                 Failure::new("reflink", text)
             }

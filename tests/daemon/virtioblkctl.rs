@@ -136,7 +136,7 @@ fn a_quiesce_that_fails_says_why() {
     served.disk.set(Settle::Fail(Errno(28)));
     let output = run(&served, &["quiesce"]);
     assert_eq!(output.status.code(), Some(1));
-    contains(&err(&output), &["No space left on device", "goes on"]);
+    contains(&err(&output), &["No space left on device", "writes continue"]);
     served.disk.set(Settle::ByHand);
     let output = run(&served, &["quiesce", "--timeout", "30ms", "--", "touch", "/nonexistent/never-run"]);
     assert_eq!(output.status.code(), Some(125));

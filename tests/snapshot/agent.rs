@@ -20,7 +20,7 @@ fn an_agent_that_cannot_freeze_makes_nothing() {
     Scene::new(Mood::ThawsEarly).fails("filesystem", &["--to", "exec:true"], &["thawed by another program"]);
     let missing = Scene::new(Mood::Good);
     fs::remove_file(&missing.agent.path).unwrap();
-    missing.fails("filesystem", target, &["cannot be reached", "does the guest run"]);
+    missing.fails("filesystem", target, &["cannot be reached", "start the guest"]);
     let fewer = Scene::new(Mood::Good);
     fewer.agent.set_count(1);
     fewer.fails("filesystem", target, &["froze 1 file system of 2"]);
@@ -127,7 +127,7 @@ fn a_freeze_that_comes_late_is_found_and_thawed() {
     let scene = Scene::new(Mood::Late(Duration::from_secs(8)));
     let output = scene.run("filesystem", &["--freeze-timeout", "3s", "--to", "exec:touch \"$PLACE/target\""]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    contains(&err(&output), &["does not answer", "MAY BE FROZEN", "goes on trying"]);
+    contains(&err(&output), &["does not answer", "MAY BE FROZEN", "retries the thaw"]);
     wait_until("the freeze came", || scene.agent.journaled().contains(&"freeze".to_owned()));
     scene.agent.wait_thawed();
     scene.is_over();

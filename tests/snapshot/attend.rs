@@ -449,7 +449,7 @@ fn an_agent_that_cannot_be_reached_is_reported_at_the_start() {
     let dir = tempfile::tempdir().unwrap();
     let (mut attendant, _) = start(&disks, &agent, dir.path(), &["--level", "filesystem"]);
     let log = || std::fs::read_to_string(dir.path().join("log")).unwrap();
-    kit::log::wait_for(log, &["does the guest run", "snapshots are refused"]);
+    kit::log::wait_for(log, &["start the guest", "snapshots are refused"]);
     attendant.kill().unwrap();
     attendant.wait().unwrap();
 }

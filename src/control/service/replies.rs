@@ -15,7 +15,7 @@ pub(in crate::control) fn no_such_hold(ended: Option<EndReason>, held: bool) -> 
     match ended {
         Some(EndReason::LeaseExpired) => Error::new(
             "lease-expired",
-            "the lease of this token ran out, and writes may have gone on since: a snapshot that was not complete by \
+            "the lease of this token ran out, and writes may have continued since: a snapshot that was not complete by \
              then cannot be trusted. Quiesce again with a longer lease-ms, or renew-lease in time; no lease goes beyond \
              the disk's --max-hold",
         ),
@@ -39,7 +39,7 @@ pub(in crate::control) fn refused(why: Refusal) -> Error {
         Refusal::SyncFailed(errno) => Error::new(
             "sync-failed",
             format!(
-                "the data could not be made durable ({}), and the disk goes on: nothing is promised. See the \
+                "the data could not be made durable ({}), and the guest's writes continue: nothing is promised. See the \
                  daemon's log and the image's device",
                 self::errno(errno)
             ),
@@ -47,8 +47,8 @@ pub(in crate::control) fn refused(why: Refusal) -> Error {
         Refusal::Stopped(errno) => Error::new(
             "stopped",
             format!(
-                "the disk stands still because a request of the guest failed ({}), part of which may be in the image: \
-                 nothing is promised. Fix the cause, let the disk go on ('virtioblkctl continue'), and ask again",
+                "the disk is stopped because a request of the guest failed ({}), part of which may be in the image: \
+                 nothing is promised. Fix the cause, continue the disk ('virtioblkctl continue'), and ask again",
                 self::errno(errno)
             ),
         ),

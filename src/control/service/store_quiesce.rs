@@ -206,7 +206,7 @@ impl StoreQuiesce {
                     log_limited!(IMAGE_LOG, Warn, "{WHO}: not prepared: {why:?}");
                     self.effects.push_back(StoreEffect::Refuse(request, Refusal::NotPrepared));
                 } else {
-                    let line = "goes on as after a power cut, because the guest was not prepared";
+                    let line = "is as after a power cut, because the guest was not prepared";
                     log_limited!(IMAGE_LOG, Warn, "{WHO}: {line}: {why:?}");
                     self.hold(now);
                 }

@@ -37,7 +37,7 @@ impl fmt::Display for SessionEnd {
                  ulimit -n, or LimitNOFILE= in the systemd unit), or allow fewer queues (--num-queues)"
             ),
             SessionEnd::ProtocolViolation(error) => write!(f, "the front-end broke the protocol: {error}"),
-            SessionEnd::HandedOver => f.write_str("another process goes on with it"),
+            SessionEnd::HandedOver => f.write_str("another process has taken it over"),
             SessionEnd::NotTakenOver => f.write_str("it stays with the daemon that had it"),
         }
     }

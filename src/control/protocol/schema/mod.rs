@@ -136,7 +136,10 @@ const OBJECTS: &[(&str, &[&str])] = &[
         "AttendantStatus",
         &["who: str|null, pid: int|null, uid: int|null, present: bool, required: bool, preparing: bool"],
     ),
-    ("DaemonStatus", &["version: str, pid: int, uptime-seconds: int, vhost-socket: str, took-over: TookOver|null"]),
+    (
+        "DaemonStatus",
+        &["version: str, revision?: str, pid: int, uptime-seconds: int, vhost-socket: str, took-over: TookOver|null"],
+    ),
     ("TookOver", &["from-pid: int, pause-us: int, drained-us?: int"]),
     (
         "Quiesced",
