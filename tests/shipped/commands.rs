@@ -1,26 +1,31 @@
 //! Every command of README and `docs` works as it stands: a shell runs the `sh` blocks of a page in their order, on a disk that
-//! the real programs serve. [`OTHERS`] lists the blocks that need more than that, each with the test that runs it, and
-//! [`NOT_RUN`] those that nothing runs, each with the reason.
+//! the real programs serve. [`OTHERS`] lists the blocks that another test pastes, [`ALIKE`] those of which a test does the same
+//! elsewhere, and [`NOT_RUN`] those that nothing runs, each with the reason. The last two lists have a limit.
 
-use kit::documents::{Block, Terminal, blocks, installed, pages, pasted};
+use kit::documents::{Block, Terminal, blocks, installed, pages, pasted, read};
 use kit::programs;
 use kit::snapshot::{Agent, Mood, hooks, tell};
 
-/// Blocks that another test runs: the page, the beginning of the block's first line (empty: each block), and the test's file.
+/// Blocks that another test pastes: the page, the beginning of the block's first line, and the test's file.
 const OTHERS: &[(&str, &str, &str)] = &[
     ("README.md", "mkdir -p backup", "tests/guest/pages.rs"),
     ("README.md", "qemu-system-x86_64", "tests/guest/pages.rs"),
     ("README.md", "virtioblkctl --control vda.ctl quiesce", "tests/guest/pages.rs"),
     ("README.md", "virtioblkctl --control vda.ctl upgrade", "tests/guest/pages.rs"),
-    ("README.md", "sudo virtioblkctl domain convert", "tests/guest/libvirt_domain.rs"),
     ("docs/ceph.md", "virtioblkd --socket-path vda.sock --rbd", "tests/ceph/pages.rs"),
     ("docs/ceph.md", "virtioblkctl attend", "tests/ceph/pages.rs"),
-    ("docs/libvirt.md", "mkdir -p /etc/libvirt/hooks/qemu.d", "tests/guest/libvirt_hook.rs"),
     ("docs/libvirt.md", "virtioblkctl domain", "tests/guest/libvirt_domain.rs"),
     ("docs/libvirt.md", "virtioblkctl domblkstat", "tests/guest/libvirt_domain.rs"),
     ("docs/libvirt.md", "virtioblkctl list", "tests/guest/libvirt_domain.rs"),
     ("docs/libvirt.md", "virtioblkctl --control example:vda", "tests/guest/libvirt_domain.rs"),
     ("docs/libvirt.md", "virtioblkctl --domain example", "tests/guest/libvirt_domain.rs"),
+];
+
+/// Blocks of which a test does the same with other paths or hosts, because the block changes the host it runs on: the page, the
+/// beginning of the block's first line, and the test's file.
+const ALIKE: &[(&str, &str, &str)] = &[
+    ("README.md", "sudo virtioblkctl domain convert", "tests/guest/libvirt_domain.rs"),
+    ("docs/libvirt.md", "mkdir -p /etc/libvirt/hooks/qemu.d", "tests/guest/libvirt_hook.rs"),
     ("docs/migration.md", "virsh", "tests/guest/libvirt_moves.rs"),
     ("docs/migration.md", "virtioblkd --socket-path /run/virtioblkd", "tests/guest/libvirt_moves.rs"),
     ("docs/proxmox.md", "ln -s", "tests/daemon/proxmox.rs"),
@@ -40,7 +45,8 @@ const NOT_RUN: &[(&str, &str, &str)] = &[
     ("docs/stable-writes.md", "echo repair", "it needs an md array and a DRBD device with differences"),
 ];
 
-/// How many blocks [`NOT_RUN`] may have.
+/// How many entries [`ALIKE`] and [`NOT_RUN`] may have.
+const MOST_ALIKE: usize = 6;
 const MOST_NOT_RUN: usize = 3;
 
 /// Programs that a block needs and this host may lack.
@@ -51,7 +57,7 @@ fn is_listed(list: &[(&str, &str, &str)], block: &Block) -> bool {
 }
 
 fn is_ours(block: &Block) -> bool {
-    block.language == "sh" && !is_listed(OTHERS, block) && !is_listed(NOT_RUN, block)
+    block.language == "sh" && [OTHERS, ALIKE, NOT_RUN].iter().all(|list| !is_listed(list, block))
 }
 
 /// What stands in the directory before the first block: two disks with a daemon each, a guest's agent, hooks, an image of
@@ -110,8 +116,11 @@ fn every_block_has_a_language_and_every_shell_block_is_run_or_listed() {
             block.text.lines().any(|line| line.starts_with("virtioblkctl ") || line.starts_with("virtioblkd "));
         assert!(block.language == "sh" || !commands, "{}:{}: make it a block in sh", block.page, block.line);
     }
-    for (page, start, test) in OTHERS {
+    for (page, start, test) in OTHERS.iter().chain(ALIKE) {
         assert!(programs::root().join(test).exists(), "{page}: there is no {test}");
+        let is_pasted =
+            is_listed(OTHERS, &Block { page: (*page).into(), line: 0, language: "sh".into(), text: (*start).into() });
+        assert!(!is_pasted || read(test).contains(page), "{test} does not read {page}");
         let exists = all.iter().any(|block| is_listed(&[(page, start, test)], block));
         assert!(exists, "{page} has no block that begins with '{start}'");
     }
@@ -120,9 +129,10 @@ fn every_block_has_a_language_and_every_shell_block_is_run_or_listed() {
         assert!(exists, "{page} has no block that begins with '{start}'");
         assert!(reason.len() > 20, "{page}: say why nothing runs '{start}'");
     }
-    assert!(NOT_RUN.len() <= MOST_NOT_RUN, "let a test run the new block instead");
-    let both = all.iter().find(|block| is_listed(OTHERS, block) && is_listed(NOT_RUN, block));
-    assert!(both.is_none(), "{both:?} is in both lists");
+    assert!(NOT_RUN.len() <= MOST_NOT_RUN && ALIKE.len() <= MOST_ALIKE, "let a test paste the new block instead");
+    let lists = |block: &&Block| [OTHERS, ALIKE, NOT_RUN].iter().filter(|list| is_listed(list, block)).count();
+    let twice = all.iter().find(|block| lists(block) > 1);
+    assert!(twice.is_none(), "{twice:?} is in several lists");
 }
 
 /// A page whose command fails, and one that nothing lists, are found.

@@ -193,7 +193,7 @@ fn check_shape(options: &FileOptions, medium: &MediumLimits, is_device: bool) ->
         (false, true) if unit_name == "logical blocks" => {
             format!("round it up (truncate -s %{unit} FILE), or use --logical-block-size 512")
         }
-        (false, true) => format!("round it up (truncate -s %{unit} FILE), or use a mode over the host's cache"),
+        (false, true) => format!("round it up (truncate -s %{unit} FILE), or use a mode through the page cache"),
         (true, _) => "use --logical-block-size 512, or a device of another size".into(),
     };
     Err(fail(path, cause, &fix))
