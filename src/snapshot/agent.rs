@@ -1,11 +1,12 @@
-//! QEMU's guest agent on its socket: one JSON line each way, and the synchronization that it needs (QEMU,
+//! Talks to QEMU's guest agent on its socket, with one JSON line each way, and synchronizes with it (QEMU,
 //! docs/interop/qemu-ga-ref).
 //!
-//! The socket does not distinguish clients: replies to an earlier client may still come, and a request to an agent that
-//! does not run waits in the channel until it does. So each connection begins with `guest-sync-delimited`, which is
-//! repeated after every reply that did not come in time. A byte 0xFF before the request makes the agent drop what it
-//! was reading, and 0xFF before the reply with our number marks where its replies to us begin. The agent carries out
-//! one command after the other: a reply to the sync proves that everything asked before is done, a late freeze too.
+//! The socket does not distinguish clients: replies to an earlier client may still arrive, and a request to an agent
+//! that does not run waits in the channel until the agent runs. Each connection therefore begins with
+//! `guest-sync-delimited`, which is repeated after every reply that was late. A byte 0xFF before the request makes the
+//! agent drop what it was reading, and 0xFF before the reply with our number marks where the replies to us begin. The
+//! agent carries out one command after the other, so a reply to the sync proves that every earlier request is done,
+//! also a late freeze.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -23,21 +24,21 @@ use super::wait::{Stop, Wake, pause, wait};
 
 /// The most bytes that are read for one reply, stale replies included.
 const MAX_INPUT: usize = 4 << 20;
-/// The most characters of an agent's error that are shown.
+/// The most characters of an agent's error message that are shown.
 const MAX_REASON: usize = 1000;
-/// After how long a sync without a reply is sent again: the agent may have been restarted.
+/// How often a sync without a reply is sent again, because the agent may have been restarted.
 const SYNC_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Why the agent did not do as asked.
+/// Why the agent did not carry out a command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AgentError {
     /// The agent does not reply; it may carry the command out later.
     Silent(String),
     /// The agent cannot be reached.
     Lost(String),
-    /// The agent refuses: nothing was done, or it was undone.
+    /// The agent refuses: it did nothing, or has undone what it did.
     Refused(String),
-    /// The wait was ended by a signal; the agent may carry the command out later.
+    /// A signal ended the wait; the agent may carry the command out later.
     Stopped,
 }
 
@@ -50,9 +51,10 @@ impl fmt::Display for AgentError {
     }
 }
 
-/// A channel to the agent.
+/// A channel to a guest's agent.
 pub trait AgentChannel {
-    /// Sends a command and waits for the reply, for `timeout` at most. All commands sent before are done by then.
+    /// Sends a command and waits for the reply, for `timeout` at most. All earlier commands are done when the reply
+    /// arrives. `stop` ends the wait, but not the command.
     fn ask(&mut self, command: &str, arguments: Value, timeout: Duration, stop: Stop<'_>) -> Result<Value, AgentError>;
 }
 
@@ -64,7 +66,7 @@ pub struct AgentSocket {
     next_id: u64,
 }
 
-/// A connection.
+/// A connection to the agent's socket.
 struct AgentConnection {
     stream: UnixStream,
     input: Vec<u8>,
@@ -73,10 +75,10 @@ struct AgentConnection {
 }
 
 impl AgentSocket {
-    /// Connects when the first command is sent.
+    /// Creates a channel that connects when the first command is sent.
     pub fn new(path: &Path) -> Self {
-        // Not the numbers of an earlier client, whose stale replies must not be taken for ours. The agent takes any
-        // number that fits into 63 bits.
+        // The numbers differ from those of earlier clients, so that their stale replies are not taken for ours. The
+        // agent accepts any number of at most 63 bits.
         let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let first = (clock.as_nanos() as u64 ^ u64::from(std::process::id()) << 40) >> 1;
         AgentSocket { path: path.to_owned(), link: None, next_id: first & (u64::MAX >> 2) }
@@ -94,7 +96,7 @@ impl AgentSocket {
         ))
     }
 
-    /// Connects if necessary, and waits until the next reply of the agent is ours.
+    /// Connects if necessary, and waits until the agent's next reply is one to us.
     fn synchronize(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<(), AgentError> {
         if self.link.is_none() {
             self.link = Some(AgentConnection { stream: self.open(deadline, stop)?, input: Vec::new(), in_sync: false });
@@ -108,14 +110,14 @@ impl AgentSocket {
             loop {
                 match self.line(again, stop) {
                     Ok(line) => {
-                        // What stands before the 0xFF was for an earlier client.
+                        // The bytes before the 0xFF belong to an earlier client.
                         let at = line.iter().rposition(|byte| *byte == 0xff);
                         let answer = at.and_then(|at| bounded::parse(&line[at + 1..]).ok());
                         if answer.is_some_and(|answer| answer["return"] == id) {
                             self.link()?.in_sync = true;
                             break;
                         }
-                        // There may be more of these, without end.
+                        // The agent may send such lines without end.
                         if Instant::now() >= deadline {
                             return Err(self.silent());
                         }
@@ -135,12 +137,12 @@ impl AgentSocket {
 
     fn send(&mut self, mut bytes: Vec<u8>, delimited: bool) -> Result<(), AgentError> {
         if delimited {
-            // 0xFF is not valid in UTF-8: the agent's parser starts again.
+            // 0xFF is not valid in UTF-8 and makes the agent's parser start again.
             bytes[0] = 0xff;
         }
         match self.link()?.stream.write_all(&bytes) {
             Ok(()) => Ok(()),
-            // The channel is full: no agent reads it in the guest.
+            // The channel is full, because no agent in the guest reads it.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 self.link = None;
                 Err(self.silent())
@@ -152,7 +154,7 @@ impl AgentSocket {
         }
     }
 
-    /// The next line, without its end.
+    /// Reads the next line, without its newline.
     fn line(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<Vec<u8>, AgentError> {
         let (mut searched, mut read) = (0, 0);
         loop {
@@ -252,7 +254,7 @@ impl AsFd for AgentConnection {
     }
 }
 
-/// Reads a reply: `{"return": ...}` or `{"error": {"class", "desc"}}`.
+/// Parses a reply: `{"return": ...}` or `{"error": {"class", "desc"}}`. `who` names the agent in errors.
 pub fn answer(who: &str, command: &str, line: &[u8]) -> Result<Value, AgentError> {
     let malformed = || {
         let start = String::from_utf8_lossy(&line[..line.len().min(80)]).into_owned();

@@ -1,9 +1,9 @@
 //! `virtioblkctl attend`: freezes a guest for snapshots that another client takes of its disks' images (`rbd snap
 //! create`, Cinder, `rbd group snap create`), with the levels, the agent, the hooks and the guard of `snapshot`.
 //!
-//! One process attends all disks of one guest. Each daemon asks before it closes its gate (`PREPARE`) and says when the
-//! gate is open again (`RELEASED`). The first question freezes, for all disks; the last release thaws. So no freeze
-//! waits for a disk that is held already, and no thaw comes before the last disk goes on.
+//! One process attends all disks of one guest. Each daemon sends `PREPARE` before it closes its gate, and `RELEASED`
+//! when the gate is open again. The first `PREPARE` freezes the guest, for all disks; the last `RELEASED` thaws it. So
+//! no freeze waits for a disk that is held already, and no thaw precedes the resume of the last disk.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -26,32 +26,32 @@ use crate::base::signals::Signals;
 use crate::base::systemd;
 use crate::control::client::{Client, Failure, Message, REPLY_TIMEOUT};
 
-/// Between two attempts to reach a daemon that is gone.
+/// The time between two attempts to reach a daemon whose connection was lost.
 const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
-/// For a daemon that is reached again: others may need us meanwhile.
+/// How long a daemon may take when it is reached again. Other daemons may send `PREPARE` meanwhile.
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// A guest is not frozen for longer, whatever a daemon says: the guard thaws it then.
+/// After this time the guard thaws a frozen guest, whatever the daemons send.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(90);
-/// How long an end waits for the running snapshots: a thaw waits for the disks. librbd lets them go 10 s after
-/// they are still.
+/// How long this process waits at its end for the running snapshots, because a thaw waits for held disks. librbd
+/// releases them 10 s after its consent at the latest.
 const END_TIMEOUT: Duration = Duration::from_secs(15);
-/// Added to what a freeze may take, until the daemon gives up.
+/// How much longer the daemon waits than a freeze may take.
 const FREEZE_MARGIN: Duration = Duration::from_secs(1);
 
-/// What the user asked for.
+/// The options of `virtioblkctl attend`.
 #[derive(Clone, Debug)]
 pub struct AttendPlan {
-    /// The quiesce sockets of all disks of the guest.
+    /// The control sockets of all disks of the guest.
     pub disks: Vec<PathBuf>,
-    /// The level asked for.
+    /// The level to reach.
     pub level: Consistency,
     /// The agent that freezes the guest's filesystems.
     pub agent: Option<plan::AgentAddress>,
     /// The directory of the host's hooks.
     pub hooks: Option<PathBuf>,
-    /// A weaker snapshot is better than none.
+    /// Consent to snapshots also if the level is not reached.
     pub or_weaker: bool,
-    /// For the guest's freeze, its thaw, and each hook.
+    /// How long the guest's freeze, its thaw, and each hook may take.
     pub timeout: Duration,
 }
 
@@ -71,14 +71,14 @@ impl AttendPlan {
         Ok(())
     }
 
-    /// How long a `prepared` may take: a hook, a freeze, and the thaw of one that failed.
+    /// Returns how long a reply to `PREPARE` may take: a hook, a freeze, and the thaw of a freeze that failed.
     fn allowed(&self) -> Duration {
         self.timeout * if self.hooks.is_some() { 3 } else { 2 } + FREEZE_MARGIN
     }
 }
 
-/// Attends until SIGINT, SIGTERM or SIGHUP, which are blocked in this thread from now on. `report` gets the receipt of
-/// each freeze. Errors: a disk that cannot be attended from the start, or a guest that could not be thawed.
+/// Attends until SIGINT, SIGTERM or SIGHUP, which are blocked in this thread from now on. Calls `report` with the
+/// receipt of each freeze. Fails if a disk cannot be attended from the start, or a guest could not be thawed.
 pub fn attend(plan: &AttendPlan, report: impl Fn(&Receipt)) -> Result<(), Failure> {
     plan.check()?;
     let failed = |error: std::io::Error| Failure::new("internal", format!("signals cannot be caught: {error}"));
@@ -105,15 +105,15 @@ pub fn attend(plan: &AttendPlan, report: impl Fn(&Receipt)) -> Result<(), Failur
     attendant.serve()
 }
 
-/// One disk.
+/// One disk of the guest, and the connection to its daemon.
 struct AttendedDisk {
     control: PathBuf,
-    /// The file or device, for hooks.
+    /// The image's file or device, for hooks.
     image: Option<PathBuf>,
     /// `None`: the connection to its daemon is lost.
     client: Option<Client>,
     retry: Instant,
-    /// The ids of the `PREPARE`s that it has not released.
+    /// The ids of the `PREPARE`s for which the daemon has not sent `RELEASED`.
     asked: BTreeSet<u64>,
 }
 
@@ -123,10 +123,10 @@ impl AttendedDisk {
     }
 }
 
-/// A freeze, which answers every `PREPARE` that comes until the thaw.
+/// A freeze, whose result is the reply to every `PREPARE` until the thaw.
 struct FreezeRound {
     freezer: Freezer,
-    /// The answer to each of them.
+    /// The result, which is the reply to each `PREPARE`.
     outcome: Result<(), String>,
     since: Instant,
 }
@@ -136,7 +136,7 @@ struct Attendant<'a> {
     signals: Signals,
     disks: Vec<AttendedDisk>,
     round: Option<FreezeRound>,
-    /// A signal came: until when the last round is waited for.
+    /// A signal arrived: this process ends after the running round, at this time at the latest.
     ending: Option<Instant>,
     /// The last failure to thaw.
     thawed: Result<(), Failure>,
@@ -150,7 +150,7 @@ impl Attendant<'_> {
             self.listen();
             self.thaw_if_over();
             if self.ending.is_some_and(|until| self.round.is_none() || until <= Instant::now()) {
-                // In the middle of a snapshot that takes too long: its disks are held, and the thaw waits for them.
+                // A snapshot that takes too long may still run: its disks are held, and the thaw waits for them.
                 self.thaw();
                 return self.thawed;
             }
@@ -172,7 +172,7 @@ impl Attendant<'_> {
         retries.chain(self.ending).chain([far]).min().unwrap_or(far)
     }
 
-    /// Connects and registers. Errors name the disk.
+    /// Connects to the disk's daemon and registers as its attendant. Errors name the disk.
     fn register(&mut self, at: usize, timeout: Duration) -> Result<(), Failure> {
         let plan = self.plan;
         let disk = &mut self.disks[at];
@@ -190,7 +190,8 @@ impl Attendant<'_> {
         Ok(())
     }
 
-    /// Connects to the daemons that were lost; not while a guest is frozen, because a daemon that hangs costs time.
+    /// Connects again to the daemons whose connection was lost, but not while a guest is frozen, because a daemon that
+    /// hangs takes time.
     fn retry(&mut self) {
         for at in 0..self.disks.len() {
             let disk = &self.disks[at];
@@ -198,7 +199,7 @@ impl Attendant<'_> {
                 continue;
             }
             if self.round.is_none() && self.ending.is_none() && self.register(at, RECONNECT_TIMEOUT).is_ok() {
-                say_limited(format_args!("'{}' is back and attended again", self.disks[at].control.display()));
+                print_limited(format_args!("'{}' is back and attended again", self.disks[at].control.display()));
             }
             self.disks[at].retry = Instant::now() + RECONNECT_INTERVAL;
         }
@@ -211,7 +212,7 @@ impl Attendant<'_> {
                 match client.try_next() {
                     Ok(Some(Message::Event(event))) => self.event(at, &event),
                     Ok(Some(Message::Reply(Ok(_)))) => {}
-                    Ok(Some(Message::Reply(Err(failure)))) => self.complain(at, &failure),
+                    Ok(Some(Message::Reply(Err(failure)))) => self.print_failure(at, &failure),
                     Ok(None) => break,
                     Err(lost) => self.lose(at, &lost),
                 }
@@ -233,10 +234,10 @@ impl Attendant<'_> {
         }
     }
 
-    /// Freezes the guest, unless it is frozen, and answers.
+    /// Freezes the guest, unless it is frozen already, and replies to a `PREPARE`.
     fn prepare(&mut self, at: usize, id: u64) {
         if self.ending.is_some() {
-            return self.answer(at, json!({"id": id, "error": "virtioblkctl attend is ending"}));
+            return self.reply(at, json!({"id": id, "error": "virtioblkctl attend is ending"}));
         }
         let is_first = self.round.is_none();
         if is_first {
@@ -247,13 +248,14 @@ impl Attendant<'_> {
         if !is_first && round.outcome.is_ok() {
             round.outcome = round.freezer.is_frozen_still(Some(self.signals.as_fd())).map_err(|why| why.message);
         }
-        let answer = match &round.outcome {
+        let reply = match &round.outcome {
             Ok(()) => json!({"id": id, "level": round.freezer.level.name()}),
             Err(why) => json!({"id": id, "error": why}),
         };
-        self.answer(at, answer);
+        self.reply(at, reply);
         if is_first && let Some(round) = &mut self.round.as_mut().filter(|round| round.outcome.is_err()) {
-            // Undo what was begun. Until all disks are released each `PREPARE` gets the same answer.
+            // Undo the part of the freeze that succeeded. Until all disks are released each `PREPARE` gets the same
+            // reply.
             round.freezer.thaw();
         }
     }
@@ -280,7 +282,7 @@ impl Attendant<'_> {
         FreezeRound { freezer, outcome, since }
     }
 
-    fn answer(&mut self, at: usize, arguments: Value) {
+    fn reply(&mut self, at: usize, arguments: Value) {
         if let Some(client) = &mut self.disks[at].client
             && let Err(lost) = client.send("prepared", arguments)
         {
@@ -288,19 +290,19 @@ impl Attendant<'_> {
         }
     }
 
-    /// The connection to a daemon is lost: it holds nothing for us any more.
+    /// Records that the connection to a daemon is lost. The daemon then holds nothing for us any more.
     fn lose(&mut self, at: usize, lost: &Failure) {
         let disk = &mut self.disks[at];
         disk.client = None;
         disk.asked.clear();
         disk.retry = Instant::now();
         if self.ending.is_none() {
-            say_limited(format_args!("{lost}; looking for it every second"));
+            print_limited(format_args!("{lost}; looking for it every second"));
         }
     }
 
-    fn complain(&self, at: usize, failure: &Failure) {
-        say_limited(format_args!("'{}': {failure}", self.disks[at].control.display()));
+    fn print_failure(&self, at: usize, failure: &Failure) {
+        print_limited(format_args!("'{}': {failure}", self.disks[at].control.display()));
     }
 
     fn thaw_if_over(&mut self) {
@@ -313,12 +315,12 @@ impl Attendant<'_> {
         let Some(FreezeRound { mut freezer, outcome, since }) = self.round.take() else { return };
         let was_frozen = freezer.thaw();
         if outcome.is_ok() {
-            if let Err(failure) = freezer.was_frozen(was_frozen) {
+            if let Err(failure) = freezer.record_thaw(was_frozen) {
                 freezer.warn(format!("THE SNAPSHOT IS CRASH CONSISTENT AT MOST: {}", failure.message));
                 freezer.level = Consistency::Crash;
             }
             let seconds = since.elapsed().as_secs_f64();
-            say_limited(format_args!("thawed after {seconds:.1} s, level {}", freezer.level.name()));
+            print_limited(format_args!("thawed after {seconds:.1} s, level {}", freezer.level.name()));
         }
         self.thawed = match freezer.is_undone() {
             true => Ok(()),
@@ -329,8 +331,8 @@ impl Attendant<'_> {
         (self.report)(&receipt);
     }
 
-    /// Handles a signal: the first one ends the registrations and waits for the last round. The second one ends at
-    /// once, and the guard thaws.
+    /// Handles a signal. The first one ends the registrations, and this process waits for the running round. The second
+    /// one ends this process at once, and the guard thaws the guest.
     fn stop(&mut self) -> Result<(), Failure> {
         let failed = |error: std::io::Error| Failure::new("internal", format!("signals cannot be read: {error}"));
         while self.signals.next().map_err(failed)?.is_some() {}
@@ -353,8 +355,9 @@ impl Attendant<'_> {
     }
 }
 
-/// Prints a line that daemons, the agent or other users of the image can cause any number of times.
-fn say_limited(line: std::fmt::Arguments<'_>) {
+/// Prints a line, with a limit on the rate, because daemons, the agent or other users of the image can cause it any
+/// number of times.
+fn print_limited(line: std::fmt::Arguments<'_>) {
     static LINES: LogLimit = LogLimit::new();
     if let Some(line) = LINES.admit(line, Instant::now()) {
         crate::base::logging::message(format_args!("{line}"));

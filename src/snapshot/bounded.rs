@@ -1,5 +1,5 @@
-//! Reads a reply of the guest's agent within bounds, because the guest's root may have written it: only the members
-//! that we use are kept, and no more than `MAX_VALUES` values.
+//! Parses a reply of the guest's agent within bounds, because an attacker in the guest may have written it. The result
+//! has only the members that we use, and no more than `MAX_VALUES` values.
 
 use std::cell::Cell;
 use std::fmt;
@@ -9,11 +9,11 @@ use serde_json::{Map, Value};
 
 /// The most values in a reply. A guest with thousands of filesystems needs as many; each takes well below a kilobyte.
 const MAX_VALUES: u32 = 50_000;
-/// The members of objects that are kept.
+/// The members of objects that the result has; all others are skipped.
 const MEMBERS: [&str; 10] =
     ["return", "error", "class", "desc", "id", "name", "type", "enabled", "supported_commands", "buf-b64"];
 
-/// Reads one JSON text. Errors: it is not JSON, or has too many values.
+/// Parses one JSON text. Fails if it is not JSON, or has too many values.
 pub fn parse(text: &[u8]) -> Result<Value, serde_json::Error> {
     let left = Cell::new(MAX_VALUES);
     let mut json = serde_json::Deserializer::from_slice(text);

@@ -1,4 +1,4 @@
-//! Runs a command within a time limit: hooks, `exec:`, virsh.
+//! Runs a command within a time limit: a hook, `exec:`, virsh.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -13,7 +13,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use super::spawn;
 use super::wait::{Stop, Wake, wait};
 
-/// How long a command may take to end in order after SIGTERM.
+/// How long a command may take to end after SIGTERM.
 const TERMINATION_TIMEOUT: Duration = Duration::from_secs(2);
 /// The most bytes of output that are read.
 pub(crate) const MAX_OUTPUT: u64 = 4 << 20;
@@ -21,16 +21,17 @@ pub(crate) const MAX_OUTPUT: u64 = 4 << 20;
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CommandEnd {
-    /// It ended by itself.
+    /// The command ended by itself, with this status.
     Status(ExitStatus),
-    /// We ended it, because it took too long.
+    /// We ended the command, because it took too long.
     TimedOut,
-    /// We ended it, because a signal came.
+    /// We ended the command, because a signal arrived.
     Stopped,
 }
 
 impl CommandEnd {
-    /// What went wrong, as the end of a sentence that begins with the command's name; `None`: it succeeded.
+    /// Returns what went wrong, as the end of a sentence that begins with the command's name. `None`: the command
+    /// succeeded. `allowed`: how long the command was allowed to take.
     pub fn complaint(&self, allowed: Duration) -> Option<String> {
         match self {
             CommandEnd::Status(status) if status.success() => None,
@@ -42,8 +43,8 @@ impl CommandEnd {
 }
 
 /// Runs `command` in a process group of its own, without input and with `mask` as its blocked signals, until
-/// `deadline`. The whole group is ended if it takes too long or `stop` comes. `leashed`: it gets SIGTERM if we die.
-/// Errors: it cannot be started.
+/// `deadline`. If the command takes too long, or `stop` becomes readable, the whole group is ended. `leashed`: the
+/// kernel sends the command SIGTERM if we die. Fails if the command cannot be started.
 pub fn run(
     mut command: Command,
     mask: SigSet,
@@ -94,8 +95,9 @@ fn watch(child: &mut Child, deadline: Instant, stop: Stop<'_>) -> io::Result<Opt
     }
 }
 
-/// Sends SIGTERM to the group, and SIGKILL if that is not enough. A command that waits for a filesystem that we had
-/// frozen cannot be killed until the thaw, which must not wait for it: such a command is left running.
+/// Sends SIGTERM to the group, and SIGKILL if the command has not ended in time. A command that waits for a filesystem
+/// which we had frozen cannot be killed before the thaw, and the thaw must not wait for it, so such a command is left
+/// running.
 fn end(child: &mut Child) -> io::Result<()> {
     let group = Pid::from_child(child);
     signal(group, Signal::TERM)?;
@@ -103,7 +105,7 @@ fn end(child: &mut Child) -> io::Result<()> {
         signal(group, Signal::KILL)?;
         watch(child, Instant::now() + TERMINATION_TIMEOUT, None)?;
     }
-    // The processes that it started and left behind end, too.
+    // This ends the processes that the command started and left behind.
     signal(group, Signal::KILL)
 }
 

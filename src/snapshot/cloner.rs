@@ -1,11 +1,11 @@
 //! The cloner: a small process that lets a file share an image's blocks (ioctl_ficlone(2)).
 //!
 //! The time of the call grows with the number of the image's extents, and in a filesystem that hangs it never returns;
-//! the calling process can then not even exit. So another process makes the call: when the lease is over we kill that
-//! process and go on. XFS (`xfs_reflink_remap_blocks`) and btrfs (`btrfs_clone`) stop between two extents at a fatal
-//! signal, so the guest can soon write to the image again. A process that hangs in the kernel is left behind.
+//! the calling process then cannot even exit. Therefore another process makes the call: at the end of the lease we kill
+//! that process and continue. XFS (`xfs_reflink_remap_blocks`) and btrfs (`btrfs_clone`) stop between two extents at a
+//! fatal signal, so the guest can soon write to the image again. A process that hangs in the kernel is left behind.
 //!
-//! It is this program again, started with a socket as its standard input. It ends when the socket is closed.
+//! The cloner is this program again, started with a socket as its standard input. It ends when the socket is closed.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -36,21 +36,21 @@ const END_TIMEOUT: Duration = Duration::from_secs(2);
 /// A request to the cloner.
 #[derive(Debug, Serialize, Deserialize)]
 enum ClonerRequest {
-    /// Two descriptors come with it: the image and the target.
+    /// Sends two descriptors: the image and the target.
     Files,
-    /// Shares all blocks of the image.
+    /// Makes the target share all blocks of the image.
     Clone,
-    /// Removes this file, if it is still the one whose descriptor comes with it.
+    /// Removes the file of this name, if it is still the one whose descriptor comes with the request.
     Remove(OsString),
 }
 
-/// The reply: the error number, if the request failed.
+/// The cloner's reply: the error number, if the request failed.
 #[derive(Debug, Serialize, Deserialize)]
 struct ClonerReply {
     errno: Option<i32>,
 }
 
-/// A cloner, as its parent sees it.
+/// The parent's handle of a cloner.
 pub struct Cloner {
     child: Child,
     channel: Channel,
@@ -75,34 +75,34 @@ impl Cloner {
         Ok(Cloner { child, channel: Channel::new(ours)? })
     }
 
-    /// Makes it begin. [`Cloner::outcome`] follows.
+    /// Makes the cloner begin to share the blocks. [`Cloner::outcome`] returns the result.
     pub fn begin(&self) -> io::Result<()> {
         self.channel.send(&ClonerRequest::Clone, &[], REPLY_TIMEOUT)
     }
 
-    /// The result, once its descriptor is readable.
+    /// Returns the result. Called when [`Cloner::as_fd`] is readable.
     pub fn outcome(&self) -> io::Result<()> {
         let (done, _): (ClonerReply, _) = self.channel.receive(REPLY_TIMEOUT)?;
         done.errno.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)))
     }
 
-    /// The process id of the cloner.
+    /// Returns the process id of the cloner.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Kills it without waiting for its end.
+    /// Kills the cloner without waiting for its end.
     pub fn kill(&mut self) {
-        // This fails only if it has ended.
+        // This fails only if the cloner has ended.
         let _ = self.child.kill();
     }
 
-    /// Waits a short time for its end; `false`: it hangs in the kernel.
+    /// Waits a short time for the end of a killed cloner. Returns `false` if it hangs in the kernel.
     pub fn has_ended(&mut self) -> bool {
         let Ok(pidfd) = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()) else { return true };
         let ended = matches!(wait(&[pidfd.as_fd()], None, Instant::now() + END_TIMEOUT), Ok(Wake::Ready(_)));
         if ended {
-            // It has ended; reap it.
+            // The cloner has ended; reap it.
             let _ = self.child.wait();
         }
         ended
@@ -123,8 +123,8 @@ impl Drop for Cloner {
     }
 }
 
-/// Waits for all cloners, each of which has begun. Returns the result of each, in their order; those that are still at
-/// work at `deadline` or `stop` are killed.
+/// Waits for the results of all cloners, each of which has begun. Returns the results in the same order. Kills the
+/// cloners that have not finished at `deadline`, or when `stop` becomes readable.
 pub fn wait_for(cloners: &mut [&mut Cloner], deadline: Instant, stop: Stop<'_>) -> Vec<CloneOutcome> {
     let mut outcomes: Vec<Option<CloneOutcome>> = cloners.iter().map(|_| None).collect();
     let over = loop {
@@ -165,16 +165,16 @@ pub fn wait_for(cloners: &mut [&mut Cloner], deadline: Instant, stop: Stop<'_>) 
 pub enum CloneOutcome {
     /// The target shares all blocks of the image.
     Shared,
-    /// The kernel refused, or the cloner ended.
+    /// The kernel refused the clone, or the cloner ended.
     Failed(io::Error),
-    /// The clone was not done at the deadline.
+    /// The clone had not finished at the deadline.
     TimedOut,
-    /// A signal came.
+    /// A signal arrived before the clone had finished.
     Stopped,
 }
 
-/// Removes `path`, the name of `file`, in a process of its own, because the filesystem may hang. The error says what is
-/// left.
+/// Removes `path`, the name of `file`, in a process of its own, because the filesystem may hang. The error names what
+/// is left behind.
 pub fn remove(path: &std::path::Path, file: &File) -> Result<(), Failure> {
     let shown = path.display();
     let left = |why: String| Failure::new("target", format!("'{shown}', which is no snapshot, is left behind: {why}"));
@@ -195,10 +195,10 @@ pub fn remove(path: &std::path::Path, file: &File) -> Result<(), Failure> {
     }
 }
 
-/// The cloner's side: `virtioblkctl`, when started with [`SUBCOMMAND`]. `link` is its standard input.
+/// Runs the cloner: the main function of `virtioblkctl` when started with [`SUBCOMMAND`]. `link`: its standard input.
 pub fn serve(link: OwnedFd) -> ExitCode {
-    // Ctrl-C on our terminal is not for the cloner. This fails only for the leader of a group, which has its own
-    // already.
+    // A new session, so that Ctrl-C on our terminal does not end the cloner. This fails only for the leader of a
+    // process group, which Ctrl-C does not reach.
     let _ = rustix::process::setsid();
     match Channel::new(UnixStream::from(link)).and_then(|channel| carry_out(&channel)) {
         Ok(()) => ExitCode::SUCCESS,
@@ -226,7 +226,7 @@ fn carry_out(channel: &Channel) -> io::Result<()> {
     channel.send(&ClonerReply { errno }, &[], REPLY_TIMEOUT)
 }
 
-/// Removes the file, unless it is gone or another one has its name.
+/// Removes the file, unless it is gone already or another file has its name.
 pub fn remove_own(path: &std::path::Path, file: &impl AsFd) -> io::Result<()> {
     let file = File::from(file.as_fd().try_clone_to_owned()?).metadata()?;
     match std::fs::symlink_metadata(path) {

@@ -1,5 +1,5 @@
-//! The method `copy`: the daemon fixes the instant and copies in the background; this module asks for that, waits for
-//! it and cancels it.
+//! The method `copy`: the daemon fixes the instant and copies in the background. This module starts the copies, waits
+//! for them and cancels them.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -26,13 +26,13 @@ pub struct DiskCopy {
     pub disk: usize,
     /// The copy's name in the daemon.
     name: String,
-    /// Where it will be.
+    /// The path of the complete copy.
     target: PathBuf,
     /// The copy's last known status.
     pub status: Value,
 }
 
-/// Makes the daemon prepare a copy. The daemon removes what is prepared when our connection ends.
+/// Has the daemon prepare a copy. The daemon removes a prepared copy when our connection ends.
 pub fn prepare(disks: &mut Disks, disk: usize, target: &Path, plan: &SnapshotPlan) -> Result<DiskCopy, Failure> {
     let Some(text) = target.to_str() else {
         let text =
@@ -77,7 +77,7 @@ pub fn start(disks: &mut Disks, copies: &[DiskCopy], stop: Stop<'_>) -> Result<(
 }
 
 /// Queries the status of the copies. The error is that of the first copy that failed.
-pub fn ask(disks: &mut Disks, copies: &mut [DiskCopy]) -> Result<(), Failure> {
+pub fn query(disks: &mut Disks, copies: &mut [DiskCopy]) -> Result<(), Failure> {
     let requests = copies.iter().map(|copy| (copy.disk, "query-copies", json!({}))).collect();
     let answers = disks.ask(requests, Instant::now() + REPLY_TIMEOUT, None, OnFailure::WaitForAll);
     for (copy, answer) in copies.iter_mut().zip(answers) {
@@ -95,11 +95,12 @@ pub fn ask(disks: &mut Disks, copies: &mut [DiskCopy]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Waits until all copies are complete. The error is that of the first copy that failed, or a signal.
+/// Waits until all copies are complete. The error is that of the first copy that failed; `interrupted`: `stop` became
+/// readable. `progress`: show the progress on standard error.
 pub fn wait_for(disks: &mut Disks, copies: &mut [DiskCopy], progress: bool, stop: Stop<'_>) -> Result<(), Failure> {
     let mut shown = progress.then(|| Progress { show: crate::base::logging::show_progress, start: None, last: None });
     loop {
-        ask(disks, copies)?;
+        query(disks, copies)?;
         if let Some(shown) = &mut shown {
             shown.update(copies);
         }
@@ -142,7 +143,7 @@ fn undo_one(disks: &mut Disks, copy: &DiskCopy) -> Result<(), String> {
     loop {
         match client.ask("copy-cancel", json!({"copy": copy.name}), REPLY_TIMEOUT) {
             Ok(_) => return Ok(()),
-            // It has ended, with whatever result; or it is just getting its name, which cannot be stopped.
+            // The copy has ended, or it is just getting its name, which cannot be stopped.
             Err(failure) if matches!(failure.code.as_str(), "no-such-copy" | "busy") => {}
             Err(why) => return Err(format!("the copy to '{shown}' could not be cancelled: {why}")),
         }
@@ -154,7 +155,7 @@ fn undo_one(disks: &mut Disks, copy: &DiskCopy) -> Result<(), String> {
             Some("completed") => break,
             Some("syncing") if Instant::now() < end => std::thread::sleep(END_POLL_INTERVAL),
             Some("syncing") => return Err(format!("the copy to '{shown}' does not end: remove it once it is there")),
-            // The daemon has removed it; a file of the target's name is then not ours.
+            // The daemon has removed the copy. A file of the target's name is then not ours.
             _ => return Ok(()),
         }
     }
@@ -170,7 +171,7 @@ impl DiskCopy {
     }
 }
 
-/// The bytes done in a second, from a second on.
+/// Returns the average rate in bytes a second. `None`: less than a second has passed, or nothing was copied.
 fn rate(done: u64, elapsed: Duration) -> Option<u64> {
     (elapsed >= Duration::from_secs(1)).then(|| (done as f64 / elapsed.as_secs_f64()) as u64).filter(|rate| *rate > 0)
 }
@@ -183,8 +184,8 @@ fn progress_text(done: u64, total: u64, rate: Option<u64>) -> String {
     }
 }
 
-/// Shows the progress of the copies on one line that is rewritten. Output that follows begins on a new line, whatever
-/// ended the progress. `show` gets the text, and whether it is the last.
+/// Shows the progress of the copies on one line that is rewritten. Later output begins on a new line, whatever ended
+/// the progress. `show` is called with the text, and whether it is the last one.
 struct Progress<F: FnMut(&str, bool)> {
     show: F,
     /// When the progress was first shown, and the bytes that were done then.

@@ -1,7 +1,7 @@
-//! The disks of a snapshot, each a connection to its daemon: held all together or not at all.
+//! The disks of a snapshot, with a connection to each daemon. They are all held together or not at all.
 //!
-//! A hold is bound to its connection: whatever ends this process ends the hold. If the daemon still accepts our token
-//! when we resume, the disk was held all the time.
+//! A hold is bound to its connection, so whatever ends this process ends the hold. If a daemon still accepts our token
+//! when we resume, its disk was held all the time.
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -18,59 +18,60 @@ use crate::control::client::{Client, Failure, REPLY_TIMEOUT};
 use crate::control::is_trusted;
 use crate::disk::DiskStatus;
 
-/// How much later than the daemon's deadline ours is, so that the user sees the daemon's message and not ours.
+/// How much later our deadline is than the daemon's, so that the user sees the daemon's message and not ours.
 const REPLY_MARGIN: Duration = Duration::from_secs(1);
 
-/// One disk.
+/// One disk of a snapshot.
 pub struct Disk {
-    /// `None` once its daemon is lost, or owes a reply that we no longer wait for.
+    /// The connection to the daemon. `None`: it is lost, or a reply is outstanding for which we no longer wait.
     client: Option<Client>,
     /// The disk's control socket.
     pub control: PathBuf,
-    /// The `image` of the daemon's status, for people.
+    /// The member `image` of the daemon's status, for people.
     pub image: String,
-    /// The file or device.
+    /// The path of the image's file or device, if it has one.
     pub image_path: Option<PathBuf>,
     /// The image's store makes snapshots.
     pub image_snapshots: bool,
-    /// Who says what is above, by the kernel's word.
+    /// The process that reported the members above, according to the kernel.
     pub daemon: Daemon,
     /// The token of the hold.
     token: Option<String>,
-    /// When its gate was asked to close.
+    /// When we requested to close the gate. `None`: not requested yet.
     asked: Option<Instant>,
-    /// The figures of the quiesce.
+    /// The daemon's reply to `quiesce`, with its figures.
     pub figures: Value,
-    /// From asking the gate to close until it was open again: the guest's writes waited at most this long.
+    /// The time from the request to close the gate until the gate was open again. The guest's writes waited at most
+    /// this long.
     pub held: Duration,
 }
 
 /// The process that serves a disk.
 #[derive(Clone, Copy, Debug)]
 pub struct Daemon {
-    /// Its id in our process namespace, if it has one there.
+    /// The process id in our process namespace, if the process has one there.
     pub pid: Option<u32>,
-    /// It is root's or ours. Another user's may have been broken into, and lie.
+    /// The process is root's or ours. Another user's daemon may be controlled by an intruder, and lie.
     pub is_trusted: bool,
 }
 
 /// All disks of a snapshot.
 pub struct Disks {
-    /// In the user's order.
+    /// The disks, in the order of the command line.
     pub list: Vec<Disk>,
     lease: Duration,
     lease_ends: Option<Instant>,
 }
 
 impl Disks {
-    /// Connects to every daemon and queries what it serves. No disk is held yet.
+    /// Connects to every daemon and queries its status. Holds no disk yet.
     pub fn connect(controls: &[PathBuf], lease: Duration) -> Result<Self, Failure> {
         let list = controls.iter().map(|control| Disk::connect(control)).collect::<Result<_, _>>()?;
         Ok(Disks { list, lease, lease_ends: None })
     }
 
     /// Closes every gate at once and waits until all disks are still. Returns the instant: from now until
-    /// [`Disks::resume`] nothing changes on any of them. On an error the caller must [`Disks::resume`], too.
+    /// [`Disks::resume`] nothing changes on any disk. The caller must call [`Disks::resume`] also after an error.
     pub fn hold(&mut self, timeout: Duration, who: &str, stop: Stop<'_>) -> Result<SystemTime, Failure> {
         let lease = self.lease.as_millis() as u64;
         let arguments = json!({"timeout-ms": timeout.as_millis() as u64, "lease-ms": lease, "who": who});
@@ -89,25 +90,25 @@ impl Disks {
                     disk.token = figures["token"].as_str().map(str::to_owned);
                     disk.figures = figures;
                 }
-                Err(why) => keep_first(&mut failure, disk.blame("could not be held", why)),
+                Err(why) => record_first(&mut failure, disk.blame("could not be held", why)),
             }
         }
         failure.map_or(Ok(SystemTime::now()), Err)
     }
 
-    /// When the first lease may end: whatever needs the disks to be held must be done by then.
+    /// Returns when the first lease may end. Whatever needs the disks to be held must be done by then.
     pub fn lease_ends(&self) -> Instant {
         self.lease_ends.unwrap_or_else(Instant::now)
     }
 
-    /// Resumes every disk, all at once, even if some fail. Errors: a disk was not held until now, so that the snapshot
-    /// is worthless; or a daemon does not reply, whose hold then ends with the connection.
+    /// Resumes all disks at once, even if some fail. Fails if a disk was not held until now, so that the snapshot is
+    /// useless, or if a daemon does not reply; its hold then ends with the connection.
     pub fn resume(&mut self) -> Result<(), Failure> {
         let mut held = Vec::new();
         for (at, disk) in self.list.iter_mut().enumerate() {
             match disk.token.take() {
                 Some(token) => held.push((at, "resume", json!({"token": token}))),
-                // Its quiesce may still be waiting; it ends with the connection.
+                // The quiesce of this disk may still be waiting. It ends with the connection.
                 None if disk.asked.is_some() => disk.client = None,
                 None => {}
             }
@@ -117,20 +118,21 @@ impl Disks {
             let disk = &mut self.list[answer.disk];
             disk.held = disk.asked.map_or(Duration::ZERO, |asked| answer.when.saturating_duration_since(asked));
             if let Err(why) = answer.result {
-                keep_first(&mut failure, disk.blame("was not held until the snapshot was taken", why));
+                record_first(&mut failure, disk.blame("was not held until the snapshot was taken", why));
             }
         }
         failure.map_or(Ok(()), Err)
     }
 
-    /// Sends commands to disks, all at once: (index, command, arguments). Returns the answers in the same order. A
-    /// connection that owes a reply at the end is closed.
+    /// Sends commands to disks, all at once: (index of the disk, command, arguments). Returns the replies in the same
+    /// order. Closes a connection whose reply has not arrived at the end. `on_failure`: what a failure does to the
+    /// other requests.
     pub fn ask(
         &mut self,
         requests: Vec<(usize, &'static str, Value)>,
         deadline: Instant,
         stop: Stop<'_>,
-        unanswered: OnFailure,
+        on_failure: OnFailure,
     ) -> Vec<DiskReply> {
         let mut answers: Vec<(usize, Option<DiskReply>)> = Vec::new();
         for (disk, name, arguments) in requests {
@@ -145,7 +147,7 @@ impl Disks {
             let failed = answers.iter().any(|(_, answer)| answer.as_ref().is_some_and(|a| a.result.is_err()));
             let waiting: Vec<BorrowedFd<'_>> =
                 answers.iter().filter(|(_, a)| a.is_none()).filter_map(|(disk, _)| self.list[*disk].fd()).collect();
-            if waiting.is_empty() || (failed && unanswered == OnFailure::StopWaiting) {
+            if waiting.is_empty() || (failed && on_failure == OnFailure::StopWaiting) {
                 break Failure::new(NOT_WAITED, "another disk failed first");
             }
             match wait(&waiting, stop, deadline) {
@@ -168,41 +170,41 @@ impl Disks {
 
 /// The reply of a disk's daemon, and when it arrived.
 pub struct DiskReply {
-    /// The disk's index.
+    /// The disk's index in [`Disks::list`].
     pub disk: usize,
-    /// When it arrived.
+    /// When the reply arrived, or the failure was detected.
     pub when: Instant,
     /// The reply, or the failure.
     pub result: Result<Value, Failure>,
 }
 
-/// The code of replies that were not waited for. It is never the cause of a failure.
+/// The code for replies that were not waited for. Such a failure is never the cause of another one.
 const NOT_WAITED: &str = "not-waited";
 
 /// What a failure does to the other requests that were sent with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnFailure {
-    /// The other replies are not waited for: all or nothing.
+    /// The other replies are not waited for, because all requests must succeed.
     StopWaiting,
     /// The other replies are waited for.
     WaitForAll,
 }
 
-/// The path of the image, from a daemon's status.
+/// Returns the path of the image from a daemon's status.
 pub fn image_path(status: &DiskStatus) -> Option<PathBuf> {
     let bytes = status.image_path_b64.as_ref().and_then(|text| BASE64.decode(text).ok());
     bytes.map(|bytes| OsString::from_vec(bytes).into()).or_else(|| status.image_path.as_ref().map(PathBuf::from))
 }
 
-/// The failure of whatever a signal ended.
+/// Creates the failure of an operation that a signal ended.
 pub fn interrupted() -> Failure {
     Failure::new("interrupted", "interrupted by a signal")
 }
 
-/// Keeps the first failure, but prefers a cause to "another disk failed first".
-fn keep_first(kept: &mut Option<Failure>, failure: Failure) {
-    if kept.as_ref().is_none_or(|kept| kept.code == NOT_WAITED) {
-        *kept = Some(failure);
+/// Stores the first failure, but prefers a cause to "another disk failed first".
+fn record_first(first: &mut Option<Failure>, failure: Failure) {
+    if first.as_ref().is_none_or(|first| first.code == NOT_WAITED) {
+        *first = Some(failure);
     }
 }
 
@@ -227,7 +229,7 @@ impl Disk {
         })
     }
 
-    /// The connection to its daemon, or why there is none.
+    /// Returns the connection to the daemon. Fails if it was closed.
     pub fn client(&mut self) -> Result<&mut Client, Failure> {
         let Disk { client, control, .. } = self;
         client.as_mut().ok_or_else(|| {
@@ -235,12 +237,12 @@ impl Disk {
         })
     }
 
-    /// The token of its hold.
+    /// Returns the token of the hold, if the disk is held.
     pub fn token(&self) -> Option<&str> {
         self.token.as_deref()
     }
 
-    /// The descriptor to poll.
+    /// Returns the descriptor to poll for replies, if there is a connection.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.client.as_ref().map(AsFd::as_fd)
     }
@@ -255,7 +257,7 @@ impl Disk {
         }
     }
 
-    /// A failure whose message begins with the disk's name.
+    /// Returns the failure with a message that begins with the disk's control socket.
     pub fn blame(&self, what: &str, why: Failure) -> Failure {
         Failure::new(&why.code, format!("the disk behind '{}' {what}: {}", self.control.display(), why.message))
     }

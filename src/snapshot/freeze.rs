@@ -1,4 +1,5 @@
-//! Freezes and thaws a guest and its hooks, and determines which level is reached. For `snapshot` and `attend`.
+//! Freezes and thaws a guest, calls the host's hooks, and determines which level is reached. Used by `snapshot` and
+//! `attend`.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -15,38 +16,38 @@ use super::wait::{Stop, Wake, wait};
 use crate::base::figures::count;
 use crate::control::client::Failure;
 
-/// What is to be frozen, and how.
+/// What to freeze, and how.
 #[derive(Clone, Debug)]
 pub struct FreezeOptions {
-    /// The level asked for.
+    /// The level to reach.
     pub level: Consistency,
     /// The agent that freezes the guest's filesystems.
     pub agent: Option<AgentAddress>,
     /// The directory of the host's hooks.
     pub hooks: Option<PathBuf>,
-    /// Continue with a weaker level where the one asked for is not reached.
+    /// Continue with a weaker level if `level` is not reached.
     pub or_weaker: bool,
     /// How long the guest's freeze, its thaw, and each hook may take.
     pub timeout: Duration,
-    /// While something is frozen, the guard thaws by itself after so long without a message from us.
+    /// While something is frozen, the guard thaws by itself after this time without a message from us.
     pub silence: Duration,
 }
 
-/// One freeze and its thaw. Whatever is frozen when this is dropped, the guard thaws.
+/// One freeze and its thaw. If this is dropped while something is frozen, the guard thaws it.
 pub struct Freezer {
-    wanted: FreezeOptions,
+    options: FreezeOptions,
     guard: Option<Guard>,
-    /// When the guest's filesystems were frozen.
+    /// When the guest's filesystems were frozen. `None`: they were not.
     frozen_at: Option<Instant>,
     /// The guest is Windows.
     windows: bool,
     /// The level that is reached so far.
     pub level: Consistency,
-    /// What was found on the way.
+    /// The findings so far.
     pub receipt: Receipt,
 }
 
-/// Checks `stop` without waiting. Errors: `interrupted`.
+/// Fails with `interrupted` if `stop` is readable. Never waits.
 pub fn check(stop: Stop<'_>) -> Result<(), Failure> {
     match wait(&[], stop, Instant::now()) {
         Ok(Wake::Stopped) => Err(interrupted()),
@@ -56,54 +57,53 @@ pub fn check(stop: Stop<'_>) -> Result<(), Failure> {
 }
 
 impl Freezer {
-    /// Starts nothing yet.
-    pub fn new(wanted: FreezeOptions) -> Self {
-        let level = wanted.level;
+    /// Creates a freezer. Starts no process yet.
+    pub fn new(options: FreezeOptions) -> Self {
+        let level = options.level;
         let receipt = Receipt { requested_level: level.name(), ..Receipt::default() };
-        Freezer { wanted, guard: None, frozen_at: None, windows: false, level, receipt }
+        Freezer { options, guard: None, frozen_at: None, windows: false, level, receipt }
     }
 
-    /// Starts the guard, if there is anything to freeze. `environment`: for hooks.
+    /// Starts the guard, if there is anything to freeze. `environment`: the environment variables of the hooks.
     pub fn start(&mut self, environment: Vec<(String, OsString)>) -> Result<(), Failure> {
-        let wanted = &self.wanted;
-        let freezes = wanted.level > Consistency::Crash;
-        if !freezes && wanted.agent.is_some() {
+        let options = &self.options;
+        let freezes = options.level > Consistency::Crash;
+        if !freezes && options.agent.is_some() {
             self.warn("level crash freezes nothing: the guest's agent is not asked".into());
         }
-        let wanted = &self.wanted;
-        if !freezes && wanted.hooks.is_none() {
+        let options = &self.options;
+        if !freezes && options.hooks.is_none() {
             return Ok(());
         }
-        let agent = wanted.agent.as_ref().filter(|_| freezes);
+        let agent = options.agent.as_ref().filter(|_| freezes);
         let spec = GuardSpec {
             socket: agent
                 .and_then(|at| if let AgentAddress::Socket(path) = at { Some(path.clone().into()) } else { None }),
             domain: agent.and_then(|at| if let AgentAddress::Domain(name) = at { Some(name.clone()) } else { None }),
-            hooks: wanted.hooks.clone().map(Into::into),
+            hooks: options.hooks.clone().map(Into::into),
             environment,
-            timeout: wanted.timeout,
-            silence: wanted.silence,
+            timeout: options.timeout,
+            silence: options.silence,
             pending: PendingUndo::default(),
         };
         self.guard = Some(Guard::start(spec)?);
         Ok(())
     }
 
-    /// Calls the hooks, then freezes the guest's filesystems. Determines which level is reached, and whether that is
-    /// enough.
+    /// Calls the hook, then freezes the guest's filesystems. Fails if the level that is reached is too weak.
     pub fn freeze(&mut self, stop: Stop<'_>) -> Result<(), Failure> {
-        if let Some(directory) = &self.wanted.hooks {
+        if let Some(directory) = &self.options.hooks {
             let shown = directory.join("freeze").display().to_string();
             match self.ask_guard(GuardRequest::HooksFreeze, stop) {
                 Ok(_) => self.receipt.hooks.push(shown.clone()),
                 Err(failure) if self.level == Consistency::Application => {
                     self.lower_level(Consistency::Filesystem, failure)?
                 }
-                Err(failure) if failure.code == "interrupted" || !self.wanted.or_weaker => return Err(failure),
+                Err(failure) if failure.code == "interrupted" || !self.options.or_weaker => return Err(failure),
                 Err(failure) => self.warn(failure.message),
             }
             if self.receipt.hooks.is_empty() {
-                // The hook may have frozen a part.
+                // The hook may have frozen a part of its application.
                 self.hooks_thaw();
             } else {
                 self.receipt.verified.push(format!("the hook '{shown}' succeeded"));
@@ -113,7 +113,8 @@ impl Freezer {
         if self.level > Consistency::Crash
             && let Err(failure) = self.freeze_guest(stop)
         {
-            // Before the gates close: a freeze that the agent still carries out would wait for them.
+            // This thaw precedes the closing of the gates: a freeze that the agent still carries out would wait for
+            // them.
             self.thaw_guest();
             self.lower_level(Consistency::Crash, failure)?;
         }
@@ -122,15 +123,15 @@ impl Freezer {
 
     fn freeze_guest(&mut self, stop: Stop<'_>) -> Result<(), Failure> {
         let host_hooks = !self.receipt.hooks.is_empty();
-        let ask = if self.level == Consistency::Application && !host_hooks {
+        let request = if self.level == Consistency::Application && !host_hooks {
             GuardRequest::CheckAll
         } else {
             GuardRequest::Check
         };
-        let checked = self.ask_guard(ask, stop)?;
+        let checked = self.ask_guard(request, stop)?;
         let checked: GuestReport = serde_json::from_value(checked)
             .map_err(|error| Failure::new("internal", format!("the guard's answer: {error}")))?;
-        if ask == GuardRequest::CheckAll && checked.hook.is_none() {
+        if request == GuardRequest::CheckAll && checked.hook.is_none() {
             let why = checked.hook_unknown.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
             let text = format!(
                 "no application was told: there are no --hooks, and the guest's agent does not say that it runs \
@@ -173,22 +174,22 @@ impl Freezer {
         Ok(())
     }
 
-    /// Thaws the guest, then calls the hooks. Returns whether the guest was frozen until now, with the agent's message,
-    /// or `None` if that is not known.
+    /// Thaws the guest, then calls the hook. Returns whether the guest was frozen until now; the error is the agent's
+    /// message. `None`: that is not known.
     pub fn thaw(&mut self) -> Option<Result<(), String>> {
         let was_frozen = self.thaw_guest();
         self.hooks_thaw();
         was_frozen
     }
 
-    /// When Windows ends the freeze by itself, so that whatever takes longer is useless; `None`: never, or a weaker
-    /// level is acceptable then.
+    /// Returns when Windows ends the freeze by itself, so that a longer snapshot is useless. `None`: the guest does not
+    /// end it, or a weaker level is acceptable.
     pub fn frozen_until(&self) -> Option<Instant> {
-        let is_needed = self.windows && self.level > Consistency::Crash && !self.wanted.or_weaker;
+        let is_needed = self.windows && self.level > Consistency::Crash && !self.options.or_weaker;
         self.frozen_at.filter(|_| is_needed).map(|at| at + VSS_HOLD_TIMEOUT)
     }
 
-    /// Checks that the guest that was frozen still is. Errors: it is not, or that is not known.
+    /// Checks that the guest is still frozen. Fails if it is not, or if that is not known.
     pub fn is_frozen_still(&mut self, stop: Stop<'_>) -> Result<(), Failure> {
         if self.level == Consistency::Crash {
             return Ok(());
@@ -204,14 +205,14 @@ impl Freezer {
         self.lower_level(Consistency::Crash, Failure::new("thawed-early", text))
     }
 
-    /// Whether nothing that was begun is left for the guard to undo.
+    /// Whether the guard has nothing left to undo.
     pub fn is_undone(&self) -> bool {
         self.guard.as_ref().is_none_or(|guard| guard.pending_undo() == PendingUndo::default())
     }
 
-    /// A guest was frozen at the instant if it was frozen before and after. If it was not, or that is not known, the
-    /// level is not reached.
-    pub fn was_frozen(&mut self, was_frozen: Option<Result<(), String>>) -> Result<(), Failure> {
+    /// Takes the result of [`Freezer::thaw`]: a guest was frozen at the instant if it was frozen before and after it.
+    /// Lowers the level, or fails, if the guest was not frozen all the time or that is not known.
+    pub fn record_thaw(&mut self, was_frozen: Option<Result<(), String>>) -> Result<(), Failure> {
         let text = match was_frozen {
             _ if self.level == Consistency::Crash => return Ok(()),
             Some(Ok(())) => return Ok(()),
@@ -223,11 +224,11 @@ impl Freezer {
         self.lower_level(Consistency::Crash, Failure::new("thawed-early", text))
     }
 
-    /// Thaws the guest if a freeze was requested. `Some(Err)`: it was no longer frozen. A failure is reported, and the
-    /// guard keeps trying.
+    /// Thaws the guest if a freeze was requested. `Some(Err)`: the guest was frozen no longer. If the thaw fails, this
+    /// warns, and the guard continues to try.
     fn thaw_guest(&mut self) -> Option<Result<(), String>> {
         let guard = self.guard.as_mut().filter(|guard| guard.pending_undo().guest)?;
-        // The disks were resumed before: later writes are not in the snapshot.
+        // The disks were resumed before this, so later writes are not in the snapshot.
         let since = self.frozen_at.map_or(Duration::ZERO, |at| at.elapsed());
         match guard.thaw(GuardRequest::Thaw) {
             Ok(thawed) => {
@@ -262,9 +263,9 @@ impl Freezer {
         }
     }
 
-    /// Continues with a weaker level where that is allowed, with a warning; fails otherwise.
+    /// Lowers the level and warns, if a weaker level is allowed. Fails otherwise.
     fn lower_level(&mut self, level: Consistency, failure: Failure) -> Result<(), Failure> {
-        if failure.code == "interrupted" || !self.wanted.or_weaker {
+        if failure.code == "interrupted" || !self.options.or_weaker {
             return Err(failure);
         }
         self.warn(format!("level {} is not reached, {} is: {}", self.level.name(), level.name(), failure.message));
@@ -276,17 +277,17 @@ impl Freezer {
         Ok(())
     }
 
-    fn ask_guard(&mut self, ask: GuardRequest, stop: Stop<'_>) -> Result<Value, Failure> {
+    fn ask_guard(&mut self, request: GuardRequest, stop: Stop<'_>) -> Result<Value, Failure> {
         check(stop)?;
         let Some(guard) = &mut self.guard else { return Err(Failure::new("internal", "there is no guard")) };
-        guard.ask(ask, stop)
+        guard.ask(request, stop)
     }
 
     fn agent(&self) -> String {
-        self.wanted.agent.as_ref().map(AgentAddress::to_string).unwrap_or_default()
+        self.options.agent.as_ref().map(AgentAddress::to_string).unwrap_or_default()
     }
 
-    /// Prints a warning at once and keeps it for the receipt.
+    /// Prints a warning and adds it to the receipt.
     pub fn warn(&mut self, text: String) {
         crate::base::logging::message(&text);
         self.receipt.warnings.push(text);

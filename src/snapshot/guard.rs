@@ -1,11 +1,11 @@
-//! The guard: a small process that freezes and thaws for us, so that a guest is thawed even if we are killed.
+//! The guard: a small process that freezes and thaws for us, so that the guest is thawed even if we are killed.
 //!
-//! It is this program again, started with a socket as its standard input, in a session of its own and with the signals
-//! blocked that end us. Only the guard talks to the guest's agent and calls the host's hooks; we send it requests, a
-//! JSON line each way. When the socket is closed, or we send nothing for longer than any snapshot lasts, it undoes what
-//! it did, in the opposite order, and retries for [`THAW_WATCH_TIMEOUT`]: a freeze that the agent carries out long
-//! after all timeouts is found and undone. If the guard is killed instead, [`Guard::thaw`] starts another one for the
-//! rest.
+//! The guard is this program again, started with a socket as its standard input, in a session of its own and with the
+//! signals blocked that end us. Only the guard talks to the guest's agent and calls the host's hooks; we send it
+//! requests, with one JSON line each way. When the socket is closed, or we send nothing for longer than any snapshot
+//! lasts, the guard undoes what it did, in the opposite order, and retries for [`THAW_WATCH_TIMEOUT`], so that it also
+//! undoes a freeze which the agent carries out long after all timeouts. If the guard is killed, [`Guard::thaw`] starts
+//! another one, which undoes the rest.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
@@ -29,15 +29,16 @@ use crate::control::client::Failure;
 pub const SUBCOMMAND: &str = "snapshot-guard";
 /// How long the guard tries to thaw a guest whose agent does not answer.
 pub const THAW_WATCH_TIMEOUT: Duration = Duration::from_secs(600);
-/// How much later than the guard's deadline ours is, so that the user sees the guard's message.
+/// How much later our deadline is than the guard's, so that the user sees the guard's message.
 const GUARD_MARGIN: Duration = Duration::from_secs(15);
 
-/// What the guard works with: the first line that it reads. Paths are not `PathBuf`, which serde takes as UTF-8 only.
+/// The guard's options, which are the first line that it reads. Paths are no `PathBuf`, because serde accepts that in
+/// UTF-8 only.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct GuardSpec {
     /// The socket of the guest's agent.
     pub socket: Option<OsString>,
-    /// The libvirt domain instead of the socket.
+    /// The libvirt domain through which the agent is reached, instead of the socket.
     pub domain: Option<String>,
     /// The directory of hooks.
     pub hooks: Option<OsString>,
@@ -45,18 +46,18 @@ pub struct GuardSpec {
     pub environment: Vec<(String, OsString)>,
     /// How long a freeze, a thaw and each hook may take.
     pub timeout: Duration,
-    /// After how long without a request the guard thaws.
+    /// The guard thaws after this time without a request.
     pub silence: Duration,
-    /// What another guard, which was killed, had begun.
+    /// What another guard, which was killed, has left to undo.
     pub pending: PendingUndo,
 }
 
-/// What must be undone.
+/// What the guard must undo.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PendingUndo {
     /// A freeze of the guest was requested, and its thaw is not confirmed.
     pub guest: bool,
-    /// The hook `freeze` was called, and `thaw` was not.
+    /// The hook `freeze` was called, and the hook `thaw` was not.
     pub hooks: bool,
 }
 
@@ -64,40 +65,40 @@ pub struct PendingUndo {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum GuardRequest {
-    /// Calls the hook.
+    /// Calls the hook `freeze`.
     HooksFreeze,
-    /// [`Guest::check`], its hook included.
+    /// Calls [`Guest::check`], and also determines whether the agent runs a hook.
     CheckAll,
-    /// [`Guest::check`].
+    /// Calls [`Guest::check`].
     Check,
-    /// [`Guest::freeze`].
+    /// Calls [`Guest::freeze`].
     Freeze,
-    /// [`Guest::is_frozen`].
+    /// Calls [`Guest::is_frozen`].
     IsFrozen,
-    /// [`Guest::thaw`].
+    /// Calls [`Guest::thaw`].
     Thaw,
-    /// Calls the hook.
+    /// Calls the hook `thaw`.
     HooksThaw,
 }
 
-/// The guard, as its parent sees it.
+/// The parent's handle of a guard.
 pub struct Guard {
     spec: GuardSpec,
     pending: PendingUndo,
     child: Child,
     link: BufReader<UnixStream>,
-    /// The number of replies to ignore: their requests were given up.
+    /// The number of outstanding replies. All but the last one are ignored, because the wait for them was given up.
     replies_due: u32,
 }
 
 impl Guard {
-    /// Starts a guard. Errors: no process can be started.
+    /// Starts a guard. Fails if no process can be started.
     pub fn start(spec: GuardSpec) -> Result<Self, Failure> {
         let failed =
             |error: std::io::Error| Failure::new("guard", format!("the guard process cannot be started: {error}"));
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
-        // /proc/self/exe is this program even if the file was replaced. Our signals are blocked, and the guard's stay
-        // so.
+        // /proc/self/exe is this program even if the file was replaced. Our signals are blocked, and the guard inherits
+        // that.
         let mut command = Command::new("/proc/self/exe");
         command.arg(SUBCOMMAND).stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
         let child = command.spawn().map_err(failed)?;
@@ -109,7 +110,7 @@ impl Guard {
         Ok(guard)
     }
 
-    /// Sends a request and waits for its reply; `stop` ends the wait, but not the request.
+    /// Sends a request and waits for its reply. `stop` ends the wait, but not the request.
     pub fn ask(&mut self, request: GuardRequest, stop: Stop<'_>) -> Result<Value, Failure> {
         match request {
             GuardRequest::Freeze => self.pending.guest = true,
@@ -128,7 +129,7 @@ impl Guard {
         if let Some(error) = reply.get("error") {
             let text = |name: &str| error[name].as_str().unwrap_or("").to_owned();
             if request == GuardRequest::Freeze && error["code"] == REFUSED {
-                // We froze nothing, and what another program froze stays frozen.
+                // The guard froze nothing, and what another program froze must stay frozen.
                 self.pending.guest = false;
             }
             return Err(Failure { code: text("code"), message: text("message") });
@@ -141,25 +142,26 @@ impl Guard {
         Ok(reply["ok"].take())
     }
 
-    /// Requests a thaw of either kind, which no signal interrupts; if the guard is dead, from a new one.
+    /// Requests `Thaw` or `HooksThaw`; no signal interrupts it. Starts a new guard if the present one has died or
+    /// hangs.
     pub fn thaw(&mut self, request: GuardRequest) -> Result<Value, Failure> {
         let first = self.ask(request, None);
         if !matches!(&first, Err(failure) if failure.code == DEAD) {
             return first;
         }
-        // It is dead or hangs, and must release the agent.
+        // The guard is dead or hangs. It must release the agent before the next one starts.
         let ended = self.child.kill().and_then(|()| self.child.wait());
         ended.map_err(|error| Failure::new("guard", format!("the guard process cannot be ended: {error}")))?;
         *self = Guard::start(GuardSpec { pending: self.pending, ..self.spec.clone() })?;
         self.ask(request, None)
     }
 
-    /// What the guard has begun and not undone.
+    /// Returns what the guard has begun and not undone.
     pub fn pending_undo(&self) -> PendingUndo {
         self.pending
     }
 
-    /// The process id of the guard. The process outlives us while something is not undone.
+    /// Returns the process id of the guard. The process outlives us while something is not undone.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -170,7 +172,7 @@ impl Guard {
 
     fn line(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<Value, Failure> {
         loop {
-            // Two replies may have come at once; the socket does not become readable again for the second one.
+            // Two replies may have arrived at once; the socket does not become readable again for the second one.
             let is_here = self.link.buffer().contains(&b'\n');
             let wake = if is_here { Ok(Wake::Ready(Vec::new())) } else { wait(&[self.as_fd()], stop, deadline) };
             match wake {
@@ -191,7 +193,7 @@ impl Guard {
 }
 
 impl Drop for Guard {
-    /// Closes the socket, which makes the guard undo what is begun. Does not wait for that.
+    /// Closes the socket, which makes the guard undo what it began. Does not wait for that.
     fn drop(&mut self) {
         if self.pending == PendingUndo::default() {
             // Both fail only if the guard has ended.
@@ -210,10 +212,10 @@ fn dead(why: &str) -> Failure {
     Failure::new(DEAD, format!("the guard process is lost: {why}"))
 }
 
-/// The guard's side: `virtioblkctl`, when started with [`SUBCOMMAND`]. `link` is its standard input.
+/// Runs the guard: the main function of `virtioblkctl` when started with [`SUBCOMMAND`]. `link`: its standard input.
 pub fn serve(link: OwnedFd) -> ExitCode {
-    // Ctrl-C on our terminal is not for the guard. This fails only for the leader of a group, which has its own
-    // already.
+    // A new session, so that Ctrl-C on our terminal does not end the guard. This fails only for the leader of a process
+    // group, which Ctrl-C does not reach.
     let _ = rustix::process::setsid();
     let mut link = BufReader::new(UnixStream::from(link));
     let mut line = String::new();
@@ -236,12 +238,12 @@ pub fn serve(link: OwnedFd) -> ExitCode {
             break;
         }
     }
-    // There will be no more requests: undo what is not undone yet.
+    // No more requests follow: undo what is not undone yet.
     drop(link);
     if state.pending != PendingUndo::default() { state.undo() } else { ExitCode::SUCCESS }
 }
 
-/// The next request; `None`: there will be none.
+/// Reads the next request. `None`: no request follows, because the parent has ended or was silent for too long.
 fn next(link: &mut BufReader<UnixStream>, state: &GuardState) -> Option<GuardRequest> {
     if link.buffer().is_empty() {
         let frozen = state.pending != PendingUndo::default();
@@ -258,7 +260,7 @@ fn next(link: &mut BufReader<UnixStream>, state: &GuardState) -> Option<GuardReq
     }
 }
 
-/// Carries out the requests, and knows what is begun.
+/// The state of the guard's process: carries out the requests, and knows what to undo.
 struct GuardState {
     spec: GuardSpec,
     pending: PendingUndo,
@@ -321,15 +323,15 @@ impl GuardState {
         hooks.call(name, self.spec.timeout, stop).map(|()| Value::Null).map_err(|why| Failure::new("hook", why))
     }
 
-    /// Thaws the guest, then calls the hook, after the parent has ended or given up.
+    /// Thaws the guest, then calls the hook `thaw`, after the parent has ended or given up.
     fn undo(&mut self) -> ExitCode {
         // The process that started the parent may wait for the end of our output, which it does not need.
         if let Ok(null) = std::fs::File::options().write(true).open("/dev/null") {
-            // If this fails messages are lost either way.
+            // If this fails, the messages are lost as well.
             let _ = rustix::stdio::dup2_stderr(&null);
         }
         let mut status = ExitCode::SUCCESS;
-        // The end of our parent releases the disks at the same time: the thaw's writes wait until then.
+        // The daemons release the disks when our parent has ended. The thaw's writes wait until then.
         if self.pending.guest {
             let thawed = self.guest.as_mut().map(|guest| guest.thaw(Instant::now() + THAW_WATCH_TIMEOUT, None));
             if !matches!(thawed, Some(Ok(_))) {
@@ -343,7 +345,7 @@ impl GuardState {
     }
 }
 
-/// An agent's error as the error of a reply.
+/// Converts an agent's error to the error of a reply.
 fn failure(error: AgentError) -> Failure {
     let code = match error {
         AgentError::Silent(_) => "agent-silent",

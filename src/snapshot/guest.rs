@@ -1,4 +1,4 @@
-//! Freezes and thaws a guest's filesystems through its agent, and determines what was really frozen.
+//! Freezes and thaws a guest's filesystems through its agent, and determines which filesystems were really frozen.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,53 +15,55 @@ use super::plan::AgentAddress;
 use super::wait::{Stop, pause};
 use crate::base::figures;
 
-/// How long any command but freeze and thaw may take.
+/// How long any command except freeze and thaw may take.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The time between two attempts to thaw a guest that does not answer.
 const THAW_RETRY_INTERVAL: Duration = Duration::from_millis(200);
-/// Filesystems that Linux mounts from a disk and cannot freeze (no `freeze_fs`), so that the agent skips them.
+/// The filesystems that Linux mounts from a disk and cannot freeze (they have no `freeze_fs`), so that the agent skips
+/// them.
 const NEVER_FREEZE: [&str; 12] =
     ["vfat", "msdos", "fat", "exfat", "iso9660", "udf", "squashfs", "erofs", "cramfs", "ntfs", "ntfs3", "fuseblk"];
-/// Windows' filesystems of CDs and DVDs. The agent freezes all volumes of fixed drives, whatever is on them,
-/// and no others (qga/vss-win32/requester.cpp, `requester_freeze`).
+/// Windows' filesystems of CDs and DVDs, which the agent never freezes. It freezes all volumes of fixed drives, and no
+/// others (qga/vss-win32/requester.cpp, `requester_freeze`).
 const WINDOWS_NEVER_FREEZES: [&str; 2] = ["cdfs", "udf"];
-/// Windows' filesystems that may be on a fixed drive (an EFI partition) or on a removable one; the agent does not say
-/// which.
+/// Windows' filesystems that may be on a fixed drive (an EFI partition) or on a removable one. The agent does not
+/// report which.
 const WINDOWS_MAY_FREEZE: [&str; 3] = ["fat", "fat32", "exfat"];
-/// How Windows' agent names a volume (qga/commands-win32.c, `build_guest_fsinfo`).
+/// The start of a volume's name that Windows' agent reports (qga/commands-win32.c, `build_guest_fsinfo`).
 const WINDOWS_VOLUME: &str = r"\\?\Volume{";
-/// How long VSS holds writes after a freeze. The agent still reports `frozen` after that, until it is told to thaw;
-/// only the thaw fails then (`requester_thaw`, VSS_E_HOLD_WRITES_TIMEOUT).
+/// How long VSS holds writes after a freeze. The agent still reports `frozen` after that, until it gets a thaw; only
+/// that thaw fails (`requester_thaw`, VSS_E_HOLD_WRITES_TIMEOUT).
 pub const VSS_HOLD_TIMEOUT: Duration = Duration::from_secs(10);
-/// Where qemu-ga has its hook and its settings by default.
+/// The default path of qemu-ga's hook.
 const DEFAULT_HOOK: &str = "/etc/qemu/fsfreeze-hook";
+/// The default path of qemu-ga's settings.
 const DEFAULT_CONFIG: &str = "/etc/qemu/qemu-ga.conf";
 
-/// What a guest's agent reports before the freeze.
+/// What the guest's agent reports before a freeze.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct GuestReport {
-    /// Filesystems that a freeze should freeze; `None`: the agent does not list them.
+    /// The number of filesystems that a freeze should freeze. `None`: the agent does not list them.
     pub freezable: Option<u64>,
-    /// Mounted filesystems that cannot be frozen, with their types.
+    /// The mounted filesystems that cannot be frozen, with their types.
     pub never: Vec<String>,
-    /// Mounted filesystems of which it is not known whether they can be frozen, with their types.
+    /// The mounted filesystems that perhaps cannot be frozen, with their types.
     pub unsure: Vec<String>,
     /// The guest is Windows, whose freeze ends by itself after [`VSS_HOLD_TIMEOUT`].
     pub windows: bool,
-    /// The hook that the agent runs, if its settings say that it runs one.
+    /// The hook that the agent runs, if its settings name one.
     pub hook: Option<String>,
     /// Why it is not known whether the agent runs a hook.
     pub hook_unknown: Option<String>,
 }
 
-/// What a thaw found.
+/// The result of a thaw.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct ThawResult {
     /// The guest was frozen until the thaw.
     pub was_frozen: bool,
-    /// Filesystems that were thawed, as the agent counts.
+    /// The number of filesystems that were thawed, as the agent counts them.
     pub count: u64,
     /// The filesystems are thawed, but the agent reported this error: its hook failed, or the freeze was lost
     /// ([`ThawResult::lost`]).
@@ -69,9 +71,9 @@ pub struct ThawResult {
 }
 
 impl ThawResult {
-    /// Why the guest was not frozen all the time; `None`: nothing shows that it was not. `frozen`: the number of
-    /// filesystems that the agent froze; `since`: how long ago. The agent's status proves nothing: it is only a flag of
-    /// the agent.
+    /// Returns why the guest was not frozen all the time. `None`: nothing shows that it was not. `frozen`: the number
+    /// of filesystems that the agent froze; `since`: how long ago. The agent's status alone proves nothing, because it
+    /// is only a flag of the agent.
     pub fn lost(&self, frozen: u64, since: Duration, windows: bool) -> Option<String> {
         let limit = VSS_HOLD_TIMEOUT.as_secs();
         match &self.complaint {
@@ -91,15 +93,16 @@ impl ThawResult {
     }
 }
 
-/// A guest.
+/// A guest, reached through its agent.
 pub struct Guest {
     channel: Box<dyn AgentChannel>,
-    /// For any command but freeze and thaw.
+    /// How long any command except freeze and thaw may take.
     timeout: Duration,
 }
 
 impl Guest {
-    /// Connects when the first command is sent. `timeout`: for any command but freeze and thaw.
+    /// Creates a guest, to which the first command connects. `timeout`: how long any command except freeze and thaw may
+    /// take.
     pub fn new(at: &AgentAddress, timeout: Duration) -> Self {
         let channel: Box<dyn AgentChannel> = match at {
             AgentAddress::Socket(path) => Box::new(AgentSocket::new(path)),
@@ -108,8 +111,9 @@ impl Guest {
         Guest { channel, timeout: timeout.min(AGENT_TIMEOUT) }
     }
 
-    /// Determines whether the guest can be frozen, and what to expect; changes nothing. `hooks`: also determine whether
-    /// its agent runs a hook. All commands that the agent accepts only while it is not frozen are sent here.
+    /// Determines whether the guest can be frozen, and what to expect of a freeze. Changes nothing. `hooks`: also
+    /// determine whether the agent runs a hook. All commands that the agent accepts only while it is not frozen are
+    /// sent here.
     pub fn check(&mut self, hooks: bool, stop: Stop<'_>) -> Result<GuestReport, AgentError> {
         let status = self.ask("guest-fsfreeze-status", Value::Null, self.timeout, stop)?;
         if status != "thawed" {
@@ -132,7 +136,7 @@ impl Guest {
         let mut checked = GuestReport::default();
         match self.ask("guest-get-osinfo", Value::Null, self.timeout, stop) {
             Ok(system) => checked.windows = system["id"] == "mswindows",
-            // The agent is too old, or the command is blocked: the names of the volumes show it, too.
+            // The agent is too old, or the command is blocked. The names of the volumes show Windows, too.
             Err(AgentError::Refused(_)) => {}
             Err(error) => return Err(error),
         }
@@ -151,24 +155,24 @@ impl Guest {
         Ok(checked)
     }
 
-    /// Checks that its agent answers; `Refused`: it does, with an error.
+    /// Checks that the agent replies. `Refused`: it replies with an error.
     pub fn ping(&mut self, stop: Stop<'_>) -> Result<(), AgentError> {
         self.ask("guest-ping", Value::Null, self.timeout, stop).map(|_| ())
     }
 
-    /// Freezes the guest and returns the number of filesystems. After `Refused` we froze nothing; after any other error
-    /// that is not known, and [`Guest::thaw`] must follow.
+    /// Freezes the guest. Returns the number of filesystems that were frozen. After `Refused` nothing is frozen by us;
+    /// after any other error that is not known, and [`Guest::thaw`] must follow.
     pub fn freeze(&mut self, timeout: Duration, stop: Stop<'_>) -> Result<u64, AgentError> {
         match self.ask("guest-fsfreeze-freeze", Value::Null, timeout, stop) {
             Ok(count) => Ok(count.as_u64().unwrap_or(0)),
-            // Nothing was done: the agent is in frozen state because another program froze the guest after our check
+            // The agent did nothing: it is in frozen state because another program froze the guest after our check
             // (qga/main.c, `ga_disable_not_allowed_freeze`), or the command was blocked. We must not thaw that freeze.
             Err(AgentError::Refused(why)) if why.contains("has been disabled") => Err(AgentError::Refused(format!(
                 "{why}; if the guest was frozen by another program meanwhile it is left as it is: wait for its end, thaw it \
                  (guest-fsfreeze-thaw, virsh domfsthaw), or ask for level crash"
             ))),
             Err(AgentError::Refused(why)) => {
-                // The agent undoes what it began; a hook that failed half way may have left something.
+                // The agent undoes what it began, but a hook that failed half way may have left something frozen.
                 match self.thaw(Instant::now() + timeout, None) {
                     Ok(ThawResult { complaint: Some(thaw), .. }) if thaw != why => {
                         Err(AgentError::Refused(format!("{why}; and the thaw after it: {thaw}")))
@@ -181,13 +185,13 @@ impl Guest {
         }
     }
 
-    /// Whether its filesystems are frozen now.
+    /// Whether the guest's filesystems are frozen now, according to the agent.
     pub fn is_frozen(&mut self, stop: Stop<'_>) -> Result<bool, AgentError> {
         Ok(self.ask("guest-fsfreeze-status", Value::Null, self.timeout, stop)? == "frozen")
     }
 
-    /// Thaws, also a freeze that comes late: retries until the agent has answered or `deadline`. The agent carries out
-    /// commands in order, so its answer means that no freeze of ours is still to come.
+    /// Thaws the guest, also after a freeze that the agent carries out late: retries until the agent has replied, until
+    /// `deadline` at most. The agent carries out commands in order, so after its reply no freeze of ours can follow.
     pub fn thaw(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<ThawResult, AgentError> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -204,11 +208,11 @@ impl Guest {
 
     fn thaw_once(&mut self, timeout: Duration, stop: Stop<'_>) -> Result<ThawResult, AgentError> {
         let status = self.ask("guest-fsfreeze-status", Value::Null, timeout, stop)?;
-        // Even if the agent reports that nothing is frozen: the thaw is then harmless, and an agent that was restarted
-        // may not know of the freeze.
+        // Thaw even if the agent reports that nothing is frozen: that is harmless, and an agent that was restarted may
+        // not know of the freeze.
         let (count, complaint) = match self.ask("guest-fsfreeze-thaw", Value::Null, timeout, stop) {
             Ok(count) => (count.as_u64().unwrap_or(0), None),
-            // The agent calls its hook after it has thawed the filesystems: its status afterwards counts.
+            // The agent calls its hook after it has thawed the filesystems, so the status afterwards decides.
             Err(AgentError::Refused(why)) => (0, Some(why)),
             Err(error) => return Err(error),
         };
@@ -220,7 +224,7 @@ impl Guest {
         Ok(ThawResult { was_frozen: status == "frozen", count, complaint })
     }
 
-    /// The hook that the agent runs, if any: from its command line and its settings file, which the agent reads for us.
+    /// Returns the hook that the agent runs, if any. The agent reads its own command line and its settings file for us.
     fn hook(&mut self, stop: Stop<'_>) -> Result<Option<String>, AgentError> {
         let line = self.read("/proc/self/cmdline", stop)?;
         let words: Vec<String> = line.split(|byte| *byte == 0).map(|w| String::from_utf8_lossy(w).into()).collect();
@@ -229,7 +233,7 @@ impl Guest {
         }
         match self.read(&config_in_words(&words), stop) {
             Ok(text) => Ok(hook_in_config(&String::from_utf8_lossy(&text))),
-            // There is no settings file; the command line decides.
+            // There is no settings file, so the command line decides.
             Err(AgentError::Refused(_)) => Ok(None),
             Err(error) => Err(error),
         }
@@ -251,7 +255,7 @@ impl Guest {
     }
 }
 
-/// Counts the filesystems of `guest-get-fsinfo`, each device once.
+/// Counts the filesystems in the reply to `guest-get-fsinfo`, each device once.
 fn count(filesystems: &Value, checked: &mut GuestReport) {
     let mut devices = BTreeMap::new();
     for filesystem in filesystems.as_array().map(Vec::as_slice).unwrap_or_default() {
@@ -275,8 +279,8 @@ fn count(filesystems: &Value, checked: &mut GuestReport) {
 }
 
 impl GuestReport {
-    /// After the agent has frozen `frozen` filesystems: what that verifies, if the guest lists its filesystems, and the
-    /// filesystems that may not be frozen.
+    /// Returns what a freeze of `frozen` filesystems verifies (`None`: the guest does not list its filesystems), and
+    /// the filesystems that may not be frozen.
     pub fn verified(&self, frozen: u64) -> (Option<String>, Vec<&str>) {
         let mut open: Vec<&str> = self.never.iter().map(String::as_str).collect();
         let Some(freezable) = self.freezable else { return (None, open) };
@@ -284,13 +288,13 @@ impl GuestReport {
         if frozen < all {
             open.extend(self.unsure.iter().map(String::as_str));
         }
-        // An agent may freeze more than it lists: Windows' does not list a volume that it cannot read.
+        // An agent may freeze more than it lists: Windows' agent does not list a volume that it cannot read.
         let of = if frozen == freezable { freezable } else { all.max(frozen) };
         (Some(format!("{} frozen of {of} that can be", figures::count(frozen, "file system"))), open)
     }
 }
 
-/// `-F`, `-FPATH`, `--fsfreeze-hook` and `--fsfreeze-hook=PATH` of qemu-ga.
+/// Returns the hook that qemu-ga's arguments name: `-F`, `-FPATH`, `--fsfreeze-hook` or `--fsfreeze-hook=PATH`.
 fn hook_in_words(words: &[String]) -> Option<String> {
     words.iter().find_map(|word| {
         let path = word.strip_prefix("--fsfreeze-hook").or(word.strip_prefix("-F"))?;
@@ -299,14 +303,14 @@ fn hook_in_words(words: &[String]) -> Option<String> {
     })
 }
 
-/// `-c PATH` and `--config PATH`.
+/// Returns the settings file that qemu-ga's arguments name (`-c PATH`, `--config PATH`), or the default one.
 fn config_in_words(words: &[String]) -> String {
     let after = words.iter().position(|word| word == "-c" || word == "--config").and_then(|at| words.get(at + 1));
     let joined = words.iter().find_map(|word| word.strip_prefix("--config="));
     after.map(String::as_str).or(joined).unwrap_or(DEFAULT_CONFIG).to_owned()
 }
 
-/// `fsfreeze-hook=PATH` in the agent's settings, an INI file.
+/// Returns the hook that the agent's settings, an INI file, name: `fsfreeze-hook=PATH`.
 fn hook_in_config(text: &str) -> Option<String> {
     text.lines().find_map(|line| {
         let (key, value) = line.split_once('=')?;

@@ -1,5 +1,5 @@
-//! The host's hooks: executables `freeze` and `thaw` in a directory, as librbd's quiesce callbacks allow. The exit
-//! status of `freeze` says whether the application is still; `thaw` is called in either case.
+//! The host's hooks: executables `freeze` and `thaw` in a directory, as librbd's quiesce callbacks allow. `freeze`
+//! succeeds if it has made its application still; `thaw` is called in either case.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::PermissionsExt;
@@ -35,9 +35,9 @@ pub fn check(directory: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// The environment variables of hooks and `exec:`: the disks, each with its quiesce socket and its image's path, and
-/// the level. A path may have any byte but NUL in it, so each has a variable of its own. The lists are for names
-/// without spaces.
+/// Returns the environment variables of hooks and `exec:`: the level, and the control socket and the image's path of
+/// each disk. A path may have any byte except NUL in it, so each has a variable of its own. The variables with lists
+/// are for names without spaces.
 pub fn environment<'a>(
     disks: impl Iterator<Item = (&'a Path, Option<&'a Path>)>,
     level: Consistency,
@@ -58,7 +58,8 @@ pub fn environment<'a>(
 }
 
 impl Hooks {
-    /// `environment`: variables that the hooks get besides our own environment.
+    /// Creates the hooks of a directory. `environment`: variables that the hooks get in addition to our own
+    /// environment.
     pub fn new(directory: &Path, environment: Vec<(String, OsString)>) -> Self {
         Hooks { directory: directory.to_owned(), environment }
     }

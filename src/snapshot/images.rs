@@ -1,5 +1,5 @@
 //! The method `rbd`: the daemon has the image's store make the snapshot, and removes it if our connection ends before
-//! we decided to keep it.
+//! we have decided to keep it.
 
 use std::time::{Duration, Instant};
 
@@ -18,28 +18,29 @@ pub struct ImageSnapshot {
     /// The disk's index in the list.
     pub disk: usize,
     name: String,
-    asked: bool,
-    /// Once it is made: POOL/IMAGE@NAME.
+    /// The daemon got the request to make the snapshot.
+    requested: bool,
+    /// POOL/IMAGE@NAME. `None`: the snapshot is not made, or that is not known.
     pub full_name: Option<String>,
 }
 
 impl ImageSnapshot {
-    /// For the disk at this index. Makes nothing yet.
+    /// Creates the request for the disk with this index. Sends nothing yet.
     pub fn new(disk: usize, name: String) -> Self {
-        ImageSnapshot { disk, name, asked: false, full_name: None }
+        ImageSnapshot { disk, name, requested: false, full_name: None }
     }
 }
 
-/// Makes all of them, at the same time, while all disks are held; until `deadline`.
+/// Makes all snapshots at the same time, while all disks are held, until `deadline` at most.
 pub fn take(disks: &mut Disks, images: &mut [ImageSnapshot], deadline: Instant, stop: Stop<'_>) -> Result<(), Failure> {
     let request = |image: &mut ImageSnapshot| {
-        image.asked = true;
+        image.requested = true;
         let token = disks.list[image.disk].token().unwrap_or_default();
         (image.disk, "image-snapshot", json!({"name": image.name, "token": token}))
     };
     let requests = images.iter_mut().map(request).collect();
     let mut failed = Ok(());
-    // Wait for all: a snapshot that is made is known by its answer, and can be removed.
+    // Wait for all replies: a snapshot that was made can be removed only if its reply is known.
     for (image, answer) in images.iter_mut().zip(disks.ask(requests, deadline, stop, OnFailure::WaitForAll)) {
         match answer.result {
             Ok(made) => image.full_name = made["snapshot"].as_str().map(str::to_owned),
@@ -52,7 +53,8 @@ pub fn take(disks: &mut Disks, images: &mut [ImageSnapshot], deadline: Instant, 
     failed
 }
 
-/// Makes the snapshots outlive us. The last step that can fail; [`undo`] also removes those that are kept by then.
+/// Makes the snapshots outlive our connection. This is the last step that can fail; [`undo`] also removes those that
+/// outlive it by then.
 pub fn keep(disks: &mut Disks, images: &[ImageSnapshot]) -> Result<(), Failure> {
     let requests =
         images.iter().map(|image| (image.disk, "image-snapshot-keep", json!({"name": image.name}))).collect();
@@ -67,14 +69,14 @@ pub fn keep(disks: &mut Disks, images: &[ImageSnapshot]) -> Result<(), Failure> 
     failed
 }
 
-/// Removes the snapshots that were made. Returns what could not be removed.
+/// Removes the snapshots that were made. Returns a text for each one that could not be removed.
 pub fn undo(disks: &mut Disks, images: &[ImageSnapshot]) -> Vec<String> {
     let made: Vec<&ImageSnapshot> = images.iter().filter(|image| image.full_name.is_some()).collect();
     let request = |image: &&ImageSnapshot| (image.disk, "image-snapshot-remove", json!({"name": image.name}));
     let requests = made.iter().map(request).collect();
     let answers = disks.ask(requests, Instant::now() + REMOVAL_TIMEOUT, None, OnFailure::WaitForAll);
-    let unmade = images.iter().filter(|image| image.asked && image.full_name.is_none());
-    // Refused, or not known: then the daemon removes it when our connection ends.
+    let unmade = images.iter().filter(|image| image.requested && image.full_name.is_none());
+    // These were refused, or their result is not known; then the daemon removes them when our connection ends.
     let unknown = unmade.filter(|image| disks.list[image.disk].fd().is_none()).map(|image| {
         let control = disks.list[image.disk].control.display();
         format!(

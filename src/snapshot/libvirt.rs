@@ -1,5 +1,5 @@
-//! The guest agent whose channel libvirt has: through virsh, which honours LIBVIRT_DEFAULT_URI and its own
-//! configuration. libvirt itself synchronizes with the agent before each command.
+//! Talks to a guest agent whose channel libvirt has, through virsh, which honours LIBVIRT_DEFAULT_URI and its own
+//! configuration. libvirt synchronizes with the agent before each command.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -10,16 +10,16 @@ use super::agent::{AgentChannel, AgentError, answer};
 use super::child::{CommandEnd, output};
 use super::wait::Stop;
 
-/// How long virsh may take besides the agent.
+/// How much longer virsh may take than the agent.
 const VIRSH_MARGIN: Duration = Duration::from_secs(5);
 
-/// A domain's agent.
+/// The agent of a libvirt domain.
 pub struct Domain {
     name: String,
 }
 
 impl Domain {
-    /// `name`: what virsh takes as a domain: name, id or UUID.
+    /// Creates the channel to a domain's agent. `name`: the domain's name, id or UUID, as virsh accepts it.
     pub fn new(name: &str) -> Self {
         Domain { name: name.to_owned() }
     }
@@ -52,12 +52,15 @@ impl AgentChannel for Domain {
 }
 
 /// Classifies an error message of virsh.
-fn failed(who: &str, command: &str, said: &str) -> AgentError {
-    let said = said.trim_start_matches("error: ").replace('\n', "; ");
-    let text = format!("{who}: {command}: {said}");
-    if said.contains("unable to execute QEMU agent command") {
+fn failed(who: &str, command: &str, message: &str) -> AgentError {
+    let message = message.trim_start_matches("error: ").replace('\n', "; ");
+    let text = format!("{who}: {command}: {message}");
+    if message.contains("unable to execute QEMU agent command") {
         AgentError::Refused(text)
-    } else if said.contains("not responding") || said.contains("not available for now") || said.contains("timed out") {
+    } else if message.contains("not responding")
+        || message.contains("not available for now")
+        || message.contains("timed out")
+    {
         AgentError::Silent(format!("{text}. See that qemu-guest-agent runs in the guest, and that it is not paused"))
     } else {
         AgentError::Lost(text)

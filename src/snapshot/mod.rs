@@ -2,8 +2,8 @@
 //!
 //! The order matters: prepare what can be prepared -> hooks, guest freeze -> all gates close, all disks are still ->
 //! the instant -> all disks resumed -> thaw, hooks -> what is slow. A freeze after a closed gate would hang, and so
-//! would a thaw before the gates open: both write. Whatever fails, at whatever step, what was begun is undone in the
-//! opposite order. If this process is killed, the daemons (a hold ends with its connection) and the [`guard`] undo it.
+//! would a thaw before the gates open, because both write. If a step fails, the earlier ones are undone in the opposite
+//! order. If this process is killed, the daemons (a hold ends with its connection) and the [`guard`] undo them.
 //!
 //! This code runs in `virtioblkctl`, in its only thread; the daemon does not use it.
 

@@ -1,4 +1,5 @@
-//! PURE. What the user asked for: the level, the disks, and the method for each. Checked before anything is changed.
+//! PURE. The options of `virtioblkctl snapshot`: the level, the disks, and the method for each. They are checked before
+//! anything is changed.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -9,19 +10,20 @@ use std::time::Duration;
 
 use crate::base::figures::count;
 
-/// What a snapshot promises. Ordered: a later one promises more.
+/// What a snapshot promises. A later value promises more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Consistency {
-    /// What a power cut would leave, at one instant over all disks.
+    /// All disks hold what a power cut at one instant would leave.
     Crash,
-    /// Besides, the guest's filesystems were frozen: they contain all that its programs wrote, and need no repair.
+    /// The guest's filesystems were also frozen at that instant: they hold everything that programs wrote, and need no
+    /// repair.
     Filesystem,
-    /// Besides, hooks on the host or in the guest made the programs still, and succeeded.
+    /// Hooks on the host or in the guest have also made the applications still, and succeeded.
     Application,
 }
 
 impl Consistency {
-    /// The name on the command line.
+    /// Returns the level's name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Consistency::Crash => "crash",
@@ -43,7 +45,7 @@ impl FromStr for Consistency {
     }
 }
 
-/// How a snapshot is taken. Paths may hold `{}`, which becomes the image's file name.
+/// How a snapshot is taken. Paths may contain `{}`, which becomes the image's file name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Method {
     /// FICLONE to this path: XFS, btrfs, bcachefs.
@@ -56,12 +58,12 @@ pub enum Method {
     Exec(OsString),
 }
 
-/// Every method, for messages.
+/// All methods, for messages.
 pub const METHODS: &str = "reflink:PATH (XFS, btrfs), copy:PATH (any filesystem), rbd or rbd:NAME (Ceph RBD) or \
                         exec:COMMAND (LVM, ZFS, anything)";
 
 impl Method {
-    /// Reads `METHOD:ARGUMENT`.
+    /// Parses `METHOD:ARGUMENT`.
     pub fn parse(text: &OsString) -> Result<Self, String> {
         let bytes = text.as_bytes();
         let split = bytes.iter().position(|byte| *byte == b':');
@@ -83,7 +85,7 @@ impl Method {
         }
     }
 
-    /// The name in the receipt.
+    /// Returns the method's name in the receipt.
     pub fn name(&self) -> &'static str {
         match self {
             Method::Reflink(_) => "reflink",
@@ -94,7 +96,7 @@ impl Method {
     }
 }
 
-/// Where the guest's agent is reached.
+/// How the guest's agent is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AgentAddress {
     /// The socket of QEMU's guest agent channel.
@@ -112,12 +114,12 @@ impl fmt::Display for AgentAddress {
     }
 }
 
-/// What the user asked for.
+/// The options of `virtioblkctl snapshot`.
 #[derive(Clone, Debug)]
 pub struct SnapshotPlan {
-    /// The quiesce sockets, one a disk.
+    /// The control sockets, one for each disk.
     pub disks: Vec<PathBuf>,
-    /// The level asked for.
+    /// The level to reach.
     pub level: Consistency,
     /// The methods: one for each disk, or one for all.
     pub methods: Vec<Method>,
@@ -125,15 +127,15 @@ pub struct SnapshotPlan {
     pub agent: Option<AgentAddress>,
     /// The directory of the host's hooks.
     pub hooks: Option<PathBuf>,
-    /// Continue with a weaker level where the one asked for is not reached.
+    /// Continue with a weaker level if `level` is not reached.
     pub or_weaker: bool,
-    /// How long the disks may take until all are still.
+    /// How long the disks may take until all of them are still.
     pub timeout: Duration,
     /// How long the guest's freeze and each hook may take.
     pub freeze_timeout: Duration,
-    /// How long the disks may be held at most, however slow the method is.
+    /// The longest time for which the disks may be held.
     pub lease: Duration,
-    /// The limit of a copy, in bytes a second; 0: no limit.
+    /// The bandwidth limit of each copy, in bytes a second; 0: no limit.
     pub bandwidth: u64,
     /// Compute the SHA-256 of each snapshot.
     pub digest: bool,
@@ -153,7 +155,7 @@ pub struct DiskImage {
 }
 
 impl SnapshotPlan {
-    /// Checks that the options can be combined. The error is a usage error: it names what cannot, and how to fix it.
+    /// Checks that the options can be combined. The error names those that cannot, and how to fix it.
     pub fn check(&self) -> Result<(), String> {
         let is_exec = |method: &Method| matches!(method, Method::Exec(_));
         let all_copies =
@@ -226,12 +228,13 @@ impl SnapshotPlan {
     }
 }
 
-/// `virtioblk-20261122T055212.345Z`: the name of a snapshot for which none was given, the same for all disks.
+/// Returns the default name of a snapshot, the same for all disks: `virtioblk-20261122T055212.345Z`. `now`: the time
+/// since the epoch.
 pub fn default_name(now: Duration) -> String {
     format!("virtioblk-{}", crate::base::logging::utc(now).replace([':', '-'], ""))
 }
 
-/// Checks that disks are named, each once.
+/// Checks that at least one disk is named, and none twice.
 pub fn check_disks(disks: &[PathBuf]) -> Result<(), String> {
     if disks.is_empty() {
         return Err("no disk is named: give --disk with its name or control socket, or --domain DOMAIN".into());
@@ -244,7 +247,7 @@ pub fn check_disks(disks: &[PathBuf]) -> Result<(), String> {
     Ok(())
 }
 
-/// Checks that there is an agent if the level needs one.
+/// Fails if the level needs an agent and there is none.
 pub fn check_agent(level: Consistency, agent: Option<&AgentAddress>) -> Result<(), String> {
     if level == Consistency::Crash || agent.is_some() {
         return Ok(());
@@ -255,7 +258,7 @@ pub fn check_agent(level: Consistency, agent: Option<&AgentAddress>) -> Result<(
     ))
 }
 
-/// Checks that no image has the name that the snapshot at `path` has until it is complete: PATH.partial.
+/// Fails if an image has the name of the incomplete snapshot at `path`: PATH.partial.
 fn check_partial<'a>(path: &Path, mut images: impl Iterator<Item = &'a Path>) -> Result<(), String> {
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
@@ -275,7 +278,7 @@ fn same(one: &Path, other: &Path) -> bool {
     one == other || matches!((one.canonicalize(), other.canonicalize()), (Ok(one), Ok(other)) if one == other)
 }
 
-/// `path` with `{}` replaced, absolute.
+/// Returns `path` as an absolute path, with `{}` replaced.
 fn absolute(path: &Path, image: Option<&Path>) -> Result<PathBuf, String> {
     let shown = path.display();
     let bytes = path.as_os_str().as_bytes();

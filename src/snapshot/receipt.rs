@@ -1,4 +1,4 @@
-//! What a snapshot really reached, for programs and for people.
+//! The receipt of a snapshot: what it really reached, for programs and for people.
 
 use std::fmt::Write;
 
@@ -14,25 +14,25 @@ use crate::base::text::clean;
 pub struct Receipt {
     /// The level that was reached: `crash`, `filesystem` or `application`.
     pub level: &'static str,
-    /// The level that was asked for.
+    /// The level that was requested.
     pub requested_level: &'static str,
     /// When all disks were still, in seconds since the epoch.
     pub instant: f64,
-    /// The longest that writes were held on a disk.
+    /// The longest time for which writes were held on a disk, in microseconds.
     pub held_us: u64,
     /// The disks, in the order of the command line.
     pub disks: Vec<DiskReceipt>,
     /// The number of frozen filesystems, as the agent counted them; 0 at level crash.
     pub filesystems_frozen: u64,
-    /// The time from the request for the freeze until the thaw was confirmed.
+    /// The time from the request for the freeze until the thaw was confirmed, in microseconds.
     pub frozen_us: u64,
-    /// Hooks that were called and succeeded.
+    /// The hooks that were called and succeeded.
     pub hooks: Vec<String>,
     /// What was checked.
     pub verified: Vec<String>,
     /// What the level relies on and cannot be checked from here.
     pub trusted: Vec<String>,
-    /// What the operator should know.
+    /// What the operator must know.
     pub warnings: Vec<String>,
     /// Copies continue in the background; the snapshot is complete when they are.
     pub detached: bool,
@@ -49,36 +49,37 @@ pub struct DiskReceipt {
     pub control_b64: Option<String>,
     /// The file or device, or the daemon's description of it.
     pub image: String,
-    /// The same for `image`.
+    /// The bytes of `image` in base64, if they are not UTF-8; `image` is then altered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_b64: Option<String>,
-    /// The time from the request to close its gate until it was open again: writes were held at most this long.
+    /// The time from the request to close the gate until it was open again, in microseconds. Writes were held at most
+    /// this long.
     pub held_us: u64,
-    /// The number of requests that were in flight.
+    /// The number of requests that were in flight when the gate closed.
     pub drained: u64,
-    /// How long these took to finish.
+    /// How long these requests took to finish, in microseconds.
     pub drain_us: u64,
-    /// How long it took to make all of it durable.
+    /// How long the sync after that took, in microseconds.
     pub sync_us: u64,
-    /// The most bytes that this wrote back.
+    /// The most bytes that the sync wrote back.
     pub bytes_synced: u64,
     /// The method: `reflink`, `copy`, `rbd` or `exec`.
     pub way: &'static str,
-    /// Where the snapshot is, of an `rbd` as POOL/IMAGE@NAME; the command of an `exec`.
+    /// The path of the snapshot; for `rbd` its name, POOL/IMAGE@NAME; for `exec` the command.
     pub target: String,
-    /// The bytes of `target` in base64, if they are not UTF-8.
+    /// The bytes of `target` in base64, if they are not UTF-8; `target` is then altered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_b64: Option<String>,
-    /// The SHA-256 of the snapshot, if it was asked for.
+    /// The SHA-256 of the snapshot in hexadecimal, if it was requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
-    /// The `CopyStatus` of the daemon, of a `copy`.
+    /// The daemon's `CopyStatus`, for `copy`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub copy: Option<Value>,
 }
 
 impl Receipt {
-    /// One line for people, about a freeze without disks (`attend`).
+    /// Formats one line for people, about a freeze by `attend`.
     pub fn line(&self) -> String {
         let when = crate::base::logging::utc(std::time::Duration::try_from_secs_f64(self.instant).unwrap_or_default());
         let frozen = format!("{} frozen for {}", count(self.filesystems_frozen, "file system"), time(self.frozen_us));
@@ -89,7 +90,7 @@ impl Receipt {
         clean(&line)
     }
 
-    /// A page for people.
+    /// Formats the receipt as a page for people.
     pub fn page(&self) -> String {
         let mut page = String::new();
         let mut line = |name: &str, text: String| {
@@ -133,7 +134,7 @@ impl Receipt {
     }
 }
 
-/// `812 us`, `3.4 ms`, `1.2 s`.
+/// Formats a time: `812 us`, `3.4 ms`, `1.2 s`.
 fn time(microseconds: u64) -> String {
     match microseconds {
         0..=999 => format!("{microseconds} us"),

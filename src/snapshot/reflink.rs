@@ -1,7 +1,7 @@
 //! The method `reflink`: the snapshot shares the image's blocks (ioctl_ficlone(2)). Its time grows with the number of
 //! the image's extents, which are counted before any disk is held ([`ReflinkTarget::prepare`]).
 //!
-//! Until it is complete and durable it is called PATH.partial; any failure removes it.
+//! Until the snapshot is complete and durable its name is PATH.partial. Any failure removes it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -20,13 +20,13 @@ use crate::base::publish::{left_behind, publish};
 use crate::base::syscalls;
 use crate::control::client::Failure;
 
-/// The length that the probe clones: a multiple of every filesystem's block size.
+/// How many bytes the probe clones: a multiple of every filesystem's block size.
 const PROBE_BYTES: u64 = 64 * 1024;
-/// An image of fewer extents is cloned in no time that counts, on any filesystem.
+/// An image with fewer extents is cloned quickly on any filesystem.
 const MIN_COSTLY_EXTENTS: u64 = 2000;
-/// The number of extents that are cloned, while no disk is held, to measure the time for one.
+/// The number of extents that are cloned, while no disk is held, to measure the time for one extent.
 const SAMPLE_EXTENTS: u64 = 500;
-/// A clone that takes longer causes a warning.
+/// A clone that would take longer than this causes a warning.
 const WARN_CLONE_TIME: Duration = Duration::from_secs(1);
 
 /// A snapshot that is being made.
@@ -35,18 +35,18 @@ pub struct ReflinkTarget {
     source: File,
     file: File,
     path: PathBuf,
-    /// The file that exists now and is removed when this is dropped.
+    /// The file that exists now and is removed when this is dropped. `None`: no file is removed.
     made: Option<PathBuf>,
-    /// The number of the image's extents at the preparation; `None`: the filesystem does not report it.
+    /// The number of the image's extents when it was prepared. `None`: the filesystem does not report it.
     extents: Option<u64>,
     cloner: Cloner,
-    /// The cloner was killed at work, and may hang in the kernel.
+    /// The cloner was killed before it had finished, and may hang in the kernel.
     abandoned: bool,
 }
 
 impl ReflinkTarget {
-    /// Creates PATH.partial and checks that it can share the image's blocks, by one of them. No disk is held yet. The
-    /// error names the methods that would work.
+    /// Creates PATH.partial and checks that it can share one of the image's blocks. No disk is held yet. The error
+    /// names the methods that would work.
     pub fn prepare(disk: &Disk, path: &Path) -> Result<Self, Failure> {
         let shown = path.display();
         let failed = |code: &str, text: String| Failure::new(code, text);
@@ -81,7 +81,7 @@ impl ReflinkTarget {
             failed("target", format!("'{}' cannot be made: {error}{fix}", partial.display()))
         })?;
         let cloner = Cloner::start(&source, &file).map_err(|error| {
-            // Nothing else has the file yet.
+            // No other process has the file yet.
             let _ = cloner::remove_own(&partial, &file);
             failed("internal", format!("the process that clones cannot be started: {error}"))
         })?;
@@ -92,8 +92,8 @@ impl ReflinkTarget {
         Ok(target)
     }
 
-    /// Checks that the clone can be made while the disk is held for `lease`. `Some`: it can, with this warning.
-    /// The error names what would work.
+    /// Checks that the clone can be made while the disk is held for `lease`. Returns a warning if that takes long. The
+    /// error names the methods that would work.
     pub fn check_cost(&self, lease: Duration) -> Result<Option<String>, Failure> {
         let Some((extents, time)) = self.cost() else { return Ok(None) };
         let (image, seconds) = (self.image.display(), time.as_secs_f64());
@@ -110,7 +110,8 @@ impl ReflinkTarget {
             .then(|| format!("{facts}, while the guest's writes wait. If that is too long {fix}")))
     }
 
-    /// The number of the image's extents, and an estimate of the time to share them, from a sample.
+    /// Returns the number of the image's extents, and an estimate of the time to share them, from a sample. `None`:
+    /// there are few extents, or it cannot be measured.
     fn cost(&self) -> Option<(u64, Duration)> {
         let extents = self.extents.filter(|extents| *extents > MIN_COSTLY_EXTENTS)?;
         let size = self.source.metadata().ok()?.len();
@@ -133,7 +134,7 @@ impl ReflinkTarget {
     fn probe(&self, size: u64) -> Result<(), Failure> {
         let len = if size > PROBE_BYTES { PROBE_BYTES } else { 0 };
         let probed =
-            self.like_the_image().and_then(|()| syscalls::clone_start(self.file.as_fd(), self.source.as_fd(), len));
+            self.copy_nocow_flag().and_then(|()| syscalls::clone_start(self.file.as_fd(), self.source.as_fd(), len));
         let (image, path) = (self.image.display(), self.path.display());
         probed.and_then(|()| self.file.set_len(0)).map_err(|error| {
             let why = match error.raw_os_error() {
@@ -150,10 +151,10 @@ impl ReflinkTarget {
         })
     }
 
-    /// Makes the empty target NOCOW if the image is, and only then: btrfs shares no blocks between a file with
-    /// checksums and one without (`btrfs_remap_file_range_prep`), and takes the change for an empty file only.
-    fn like_the_image(&self) -> io::Result<()> {
-        // A filesystem without such flags needs nothing.
+    /// Makes the empty target NOCOW if and only if the image is NOCOW: btrfs shares no blocks between a file with
+    /// checksums and one without (`btrfs_remap_file_range_prep`), and accepts the change for an empty file only.
+    fn copy_nocow_flag(&self) -> io::Result<()> {
+        // A filesystem without such flags needs no change.
         let (Ok(image), Ok(target)) = (ioctl_getflags(&self.source), ioctl_getflags(&self.file)) else { return Ok(()) };
         let wanted = (target & !IFlags::NOCOW) | (image & IFlags::NOCOW);
         if wanted != target {
@@ -162,7 +163,7 @@ impl ReflinkTarget {
         Ok(())
     }
 
-    /// Takes the result of the clone.
+    /// Records the result of the clone, and converts it to a failure.
     fn record(&mut self, outcome: CloneOutcome) -> Result<(), Failure> {
         let (image, path) = (self.image.display(), self.path.display());
         let why = match outcome {
@@ -184,8 +185,8 @@ impl ReflinkTarget {
         Err(why)
     }
 
-    /// Makes the snapshot durable and gives it its name, replacing nothing. Dropping it still removes it, until
-    /// [`ReflinkTarget::keep`].
+    /// Makes the snapshot durable and renames it to its final name, without replacing a file. Dropping this still
+    /// removes the snapshot, until [`ReflinkTarget::keep`].
     pub fn finish(&mut self) -> Result<(), Failure> {
         let path = self.path.clone();
         let failed =
@@ -206,7 +207,7 @@ impl ReflinkTarget {
         directory.sync_all().map_err(|error| failed("cannot be given its name durably", error))
     }
 
-    /// The SHA-256 of the snapshot, in hexadecimal.
+    /// Returns the SHA-256 of the snapshot in hexadecimal.
     pub fn digest(&mut self, stop: Stop<'_>) -> Result<String, Failure> {
         let failed =
             |error: io::Error| Failure::new("target", format!("'{}' cannot be read: {error}", self.path.display()));
@@ -228,14 +229,14 @@ impl ReflinkTarget {
         Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// The snapshot is complete: dropping this does not remove it.
+    /// Makes the snapshot stay when this is dropped, because it is complete.
     pub fn keep(&mut self) {
         self.made = None;
     }
 }
 
-/// Fixes the instant: shares all blocks of all images, while their disks are held. All at once, so that it takes as
-/// long as the slowest one and not their sum. A clone that is not done by `deadline` is given up.
+/// Fixes the instant: shares all blocks of all images, while their disks are held. The clones run at the same time, so
+/// that all of them take as long as the slowest one. A clone that has not finished at `deadline` is given up.
 pub fn share_all(targets: &mut [(usize, ReflinkTarget)], deadline: Instant, stop: Stop<'_>) -> Result<(), Failure> {
     for (_, target) in targets.iter() {
         let lost = |error| Failure::new("internal", format!("the process that clones is lost: {error}"));
@@ -243,15 +244,15 @@ pub fn share_all(targets: &mut [(usize, ReflinkTarget)], deadline: Instant, stop
     }
     let mut cloners: Vec<&mut Cloner> = targets.iter_mut().map(|(_, target)| &mut target.cloner).collect();
     let outcomes = cloner::wait_for(&mut cloners, deadline, stop);
-    let judged = targets.iter_mut().zip(outcomes).map(|((_, target), outcome)| target.record(outcome));
-    judged.collect::<Vec<_>>().into_iter().collect()
+    let results = targets.iter_mut().zip(outcomes).map(|((_, target), outcome)| target.record(outcome));
+    results.collect::<Vec<_>>().into_iter().collect()
 }
 
 impl Drop for ReflinkTarget {
     fn drop(&mut self) {
         let Some(made) = self.made.take() else { return };
         if self.abandoned {
-            // The disks and the guest run again by now.
+            // The disks are resumed and the guest is thawed by now, so this may take time.
             let hangs = !self.cloner.has_ended();
             if let Err(failure) = cloner::remove(&made, &self.file) {
                 crate::base::logging::message(failure);
@@ -277,9 +278,9 @@ fn partial(path: &Path) -> PathBuf {
     name.into()
 }
 
-/// Fails if the daemon does not have this file open: the file was replaced, or the daemon, which may have been broken into,
-/// names a file that is not its own, such as the image of another guest. The word of a daemon that is root's or ours counts
-/// where we cannot look; as root we take no other's.
+/// Fails if the daemon does not have this file open: the file was replaced, or the daemon, which an intruder may
+/// control, names a file that is not its own, such as the image of another guest. Where we cannot check it, we trust a
+/// daemon that is root's or ours; as root we trust no other user's.
 fn check_served(daemon: Daemon, image: &Path, metadata: &fs::Metadata) -> Result<(), Failure> {
     let shown = image.display();
     let why = match daemon.pid.and_then(|pid| is_open(pid, metadata)) {
@@ -296,10 +297,10 @@ fn check_served(daemon: Daemon, image: &Path, metadata: &fs::Metadata) -> Result
     Err(Failure::new("image", why))
 }
 
-/// Whether the process has this file open. `None`: we may not look.
+/// Whether the process has this file open. `None`: we may not list its descriptors.
 fn is_open(pid: u32, file: &fs::Metadata) -> Option<bool> {
     let mut open = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
-    // A link that does not exist any more was closed meanwhile.
+    // If a link does not exist any more, its descriptor was closed meanwhile.
     Some(open.any(|link| {
         let metadata = link.and_then(|link| fs::metadata(link.path()));
         metadata.is_ok_and(|found| (found.dev(), found.ino()) == (file.dev(), file.ino()))

@@ -1,4 +1,5 @@
-//! UNSAFE. Starts a command with the signal mask that this process had at its start, not its present one.
+//! UNSAFE. Starts a command with another signal mask than this process has now, such as the one that it had at its
+//! start.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -7,13 +8,13 @@ use std::process::{Child, Command};
 
 use nix::sys::signal::SigSet;
 
-/// Starts `command` with the signals blocked that are in `mask`, and no others.
+/// Starts `command` with exactly the signals in `mask` blocked.
 pub fn with_mask(command: Command, mask: SigSet) -> io::Result<Child> {
     start(command, move || Ok(mask.thread_set_mask()?))
 }
 
-/// Starts `command` as [`with_mask`] does, and has the kernel send it SIGTERM if the calling thread ends before it
-/// (prctl(2), PR_SET_PDEATHSIG): its result would be useless then.
+/// Starts `command` as [`with_mask`] does, and has the kernel send it SIGTERM if the calling thread ends first
+/// (prctl(2), PR_SET_PDEATHSIG), because its result would then be useless.
 pub fn leashed(command: Command, mask: SigSet) -> io::Result<Child> {
     start(command, move || {
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;

@@ -1,4 +1,4 @@
-//! One snapshot, from start to end.
+//! Takes one snapshot, from start to end.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -22,15 +22,16 @@ use crate::base::signals::Signals;
 use crate::base::text::base64_unless_utf8;
 use crate::control::client::Failure;
 
-/// The code of usage errors.
+/// The code of a [`Failure`] that wrong options caused.
 pub const USAGE: &str = "usage";
 /// The part of a lease that is reserved for the resume.
 const RESUME_MARGIN: Duration = Duration::from_millis(100);
-/// How long we may send the guard nothing, besides the timeouts: connections, figures, a machine under load.
+/// How much longer than all timeouts together we may send the guard nothing: connections and a machine under load take
+/// time.
 const SILENCE_MARGIN: Duration = Duration::from_secs(10);
 
 /// Takes a snapshot. SIGINT, SIGTERM and SIGHUP are blocked in this thread from now on, and end the snapshot in order.
-/// After an error nothing is left behind, every disk is resumed and the guest is thawed; what could not be done was
+/// After an error every disk is resumed, the guest is thawed and no snapshot is left behind; failures of that are
 /// reported on standard error.
 pub fn take(plan: &SnapshotPlan) -> Result<Receipt, Failure> {
     plan.check().map_err(|why| Failure::new(USAGE, why))?;
@@ -41,10 +42,10 @@ pub fn take(plan: &SnapshotPlan) -> Result<Receipt, Failure> {
     run.write_back();
     let taken = run.freezer.freeze(Some(run.signals.as_fd())).and_then(|()| run.hold_and_take());
     let taken = taken.map_err(|failure| run.blame_windows(failure));
-    // Whatever happened, and in this order.
+    // Always, and in this order.
     let resumed = run.disks.resume();
     let was_frozen = run.freezer.thaw();
-    let done = taken.and(resumed).and_then(|()| run.freezer.was_frozen(was_frozen)).and_then(|()| run.complete());
+    let done = taken.and(resumed).and_then(|()| run.freezer.record_thaw(was_frozen)).and_then(|()| run.complete());
     match done {
         Ok(()) => Ok(run.receipt()),
         Err(failure) => {
@@ -54,8 +55,8 @@ pub fn take(plan: &SnapshotPlan) -> Result<Receipt, Failure> {
     }
 }
 
-/// A snapshot that is being taken. The order of the fields matters when it is dropped: the disks are resumed before the
-/// guard sees its socket closed.
+/// A snapshot that is being taken. The order of the fields matters when this is dropped: the disks are resumed before
+/// the guard's socket is closed.
 struct SnapshotRun<'a> {
     plan: &'a SnapshotPlan,
     mask: SigSet,
@@ -69,7 +70,7 @@ struct SnapshotRun<'a> {
 }
 
 impl<'a> SnapshotRun<'a> {
-    /// Does whatever may fail and needs no disk to be held, so that the rest is quick.
+    /// Does everything that may fail and needs no disk to be held, so that the rest is quick.
     fn prepare(plan: &'a SnapshotPlan, mask: SigSet, signals: Signals) -> Result<Self, Failure> {
         if let Some(directory) = &plan.hooks {
             hooks::check(directory).map_err(|why| Failure::new("hook", why))?;
@@ -116,7 +117,7 @@ impl<'a> SnapshotRun<'a> {
         Ok(())
     }
 
-    /// Closes the gates and fixes the instant. The caller resumes.
+    /// Closes the gates and fixes the instant. The caller resumes the disks.
     fn hold_and_take(&mut self) -> Result<(), Failure> {
         self.not_interrupted()?;
         let who = format!("virtioblkctl snapshot, level {}", self.freezer.level.name());
@@ -135,13 +136,14 @@ impl<'a> SnapshotRun<'a> {
         self.not_interrupted()
     }
 
-    /// By when the work that needs the disks to be held must be done, so that they are resumed before their lease ends.
+    /// Returns when the work that needs the disks to be held must be done, so that they are resumed before their leases
+    /// end.
     fn deadline(&self) -> Instant {
         let ends = self.freezer.frozen_until().map_or(self.disks.lease_ends(), |end| end.min(self.disks.lease_ends()));
         ends.checked_sub(RESUME_MARGIN).unwrap_or_else(Instant::now)
     }
 
-    /// Names the cause of a failure that came because Windows does not stay frozen.
+    /// Adds the cause to a failure that occurred because Windows does not stay frozen.
     fn blame_windows(&self, failure: Failure) -> Failure {
         let is_over = self.freezer.frozen_until().is_some_and(|end| end <= Instant::now() + RESUME_MARGIN);
         if !is_over || failure.code == "interrupted" {
@@ -156,8 +158,8 @@ impl<'a> SnapshotRun<'a> {
         Failure::new("thawed-early", text)
     }
 
-    /// Writes back what is dirty in the host's cache now, so that less is left while the gates are closed and the guest
-    /// is frozen. Only the quiesce's own sync counts for durability.
+    /// Writes back the dirty pages of the host's cache now, so that fewer are left while the gates are closed and the
+    /// guest is frozen. Only the quiesce's own sync counts for durability.
     fn write_back(&mut self) {
         for at in 0..self.disks.list.len() {
             let Some(path) = self.disks.list[at].image_path.clone() else { continue };
@@ -189,7 +191,8 @@ impl<'a> SnapshotRun<'a> {
         }
     }
 
-    /// Does what is slow: durability, digests, the end of copies. The disks and the guest run again by then.
+    /// Does what is slow, after the disks were resumed and the guest was thawed: durability, digests, the end of
+    /// copies.
     fn complete(&mut self) -> Result<(), Failure> {
         for at in 0..self.targets.len() {
             self.not_interrupted()?;
@@ -203,7 +206,7 @@ impl<'a> SnapshotRun<'a> {
         }
         let stop = Some(self.signals.as_fd());
         if self.plan.background {
-            copies::ask(&mut self.disks, &mut self.copies)?;
+            copies::query(&mut self.disks, &mut self.copies)?;
         } else {
             copies::wait_for(&mut self.disks, &mut self.copies, self.plan.progress, stop)?;
         }
@@ -258,7 +261,7 @@ impl<'a> SnapshotRun<'a> {
         self.freezer.receipt
     }
 
-    /// Removes what was made. Our files are removed when they are dropped.
+    /// Removes the snapshots that were made. The reflinks are removed when they are dropped.
     fn discard(&mut self) {
         let mut failures = images::undo(&mut self.disks, &self.images);
         failures.extend(copies::undo(&mut self.disks, &self.copies));
@@ -271,7 +274,7 @@ impl<'a> SnapshotRun<'a> {
         freeze::check(Some(self.signals.as_fd()))
     }
 
-    /// The environment variables of hooks and `exec:`.
+    /// Returns the environment variables of hooks and `exec:`.
     fn environment(&self) -> Vec<(String, OsString)> {
         let disks = self.disks.list.iter().map(|disk| (disk.control.as_path(), disk.image_path.as_deref()));
         hooks::environment(disks, self.freezer.level)

@@ -1,4 +1,4 @@
-//! Waits for several descriptors at once, until a deadline or until the caller's work is cancelled.
+//! Waits for several descriptors at once, until a deadline or until the caller's operation is cancelled.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -7,16 +7,16 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-/// A descriptor that becomes readable when the work is cancelled: a signal came, or the parent process ended. `None`
-/// for work that must be finished in any case (resume, thaw).
+/// A descriptor that becomes readable when the operation is cancelled, because a signal arrived or the parent process
+/// ended. `None`: the operation must be finished in any case (resume, thaw).
 pub type Stop<'a> = Option<BorrowedFd<'a>>;
 
 /// Why a wait ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Wake {
-    /// These descriptors are readable, or closed at the other end.
+    /// At least one descriptor is readable, or closed at the other end: `true` at its index.
     Ready(Vec<bool>),
-    /// The [`Stop`] is readable, whatever else is.
+    /// The [`Stop`] is readable. Other descriptors may be, too.
     Stopped,
     /// The deadline has passed.
     TimedOut,
@@ -43,7 +43,7 @@ pub fn wait(fds: &[BorrowedFd<'_>], stop: Stop<'_>, deadline: Instant) -> io::Re
     }
 }
 
-/// Sleeps; `false`: `stop` came first.
+/// Sleeps for `time`. Returns `false` if `stop` became readable first.
 pub fn pause(time: Duration, stop: Stop<'_>) -> io::Result<bool> {
     Ok(wait(&[], stop, Instant::now() + time)? != Wake::Stopped)
 }
