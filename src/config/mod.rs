@@ -189,7 +189,7 @@ pub struct RunCommand {
 /// Other names of options, for the habits that users of other servers have. Only the command line knows them.
 const ALIASES: [(&str, &str); 2] = [("--socket", "--socket-path"), ("--file", "--blk-file")];
 
-/// Returns the argument with the option's own name, if it has one of [`ALIASES`].
+/// Returns the argument with the option's own name, if it has one of `ALIASES`.
 pub fn with_own_name(argument: &str) -> String {
     let (name, value) = match argument.find('=') {
         Some(at) => argument.split_at(at),
