@@ -2,16 +2,16 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Point-in-time copies of a disk. The instant is fixed while the disk is held; the image of that instant is then copied in
-/// the background, and the old data of a block is saved before the block is overwritten. Called by the control thread; no
-/// call blocks on I/O of the image or the target for longer than it takes to create a file.
+/// Point-in-time copies of a disk. `start` fixes the instant while the disk is held; the image of that instant is then
+/// copied in the background, and the old data of a block is saved before the guest overwrites it. The control thread
+/// calls the methods; none blocks on I/O of the image or the target for longer than it takes to create a file.
 pub trait Copies: Send + Sync {
     /// Prepares a copy, so that `start` is quick: creates the target's partial file and the bookkeeping. Only one copy can
     /// be prepared or running. Returns the copy's name.
     fn prepare(&self, options: &CopyOptions) -> Result<String, CopyError>;
 
-    /// Fixes the instant of a prepared copy. Only called while the disk is held and the hold is settled. Takes no time that
-    /// depends on the image's size. Fails if a write is in flight.
+    /// Fixes the instant of a prepared copy. Called only while the disk is held and quiet. The time that this takes
+    /// does not depend on the image's size. Fails if a write is in flight.
     fn start(&self, copy: &str) -> Result<(), CopyError>;
 
     /// Ends a copy and removes its partial file.
@@ -20,12 +20,13 @@ pub trait Copies: Send + Sync {
     /// Changes the copy's bandwidth limit, in bytes a second; 0: no limit.
     fn set_bandwidth(&self, copy: &str, bandwidth: u64) -> Result<(), CopyError>;
 
-    /// The number of copies that are over and still have a thread that waits for the image or the target.
+    /// Returns the number of copies that are over and still have a thread that waits for the image or the target.
     fn ending(&self) -> u64 {
         0
     }
 
-    /// The status of the copy that is prepared or running, and of the last ones that ended (at most eight, newest last).
+    /// Returns the status of the copies that ended last (at most eight, newest last), and of the one that is prepared
+    /// or running.
     fn status(&self) -> Vec<CopyStatus>;
 }
 
@@ -38,7 +39,7 @@ pub trait ImageSnapshots: Send + Sync {
     /// Removes a snapshot that [`ImageSnapshots::create`] made, because another part of its instant failed.
     fn remove(&self, name: &str) -> Result<(), CopyError>;
 
-    /// The snapshot's full name in the store: `POOL/IMAGE@NAME`.
+    /// Returns the snapshot's full name in the store: `POOL/IMAGE@NAME`.
     fn full_name(&self, name: &str) -> String;
 }
 
@@ -88,7 +89,7 @@ pub struct CopyStatus {
     pub seconds: f64,
     /// Seconds during which a change of the guest waited for old data to be saved.
     pub slowed_seconds: f64,
-    /// The SHA-256 of the complete copy in hexadecimal, if it was asked for.
+    /// The SHA-256 of the complete copy in hexadecimal, if it was requested.
     pub sha256: Option<String>,
     /// Why the copy failed.
     pub error: Option<String>,

@@ -1,4 +1,4 @@
-//! What a disk reports to the control thread: events, and the bounded queue for them.
+//! The events that a disk reports to the control thread, and the bounded queue for them.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -56,8 +56,8 @@ pub enum Event {
     SyncError(Errno),
     /// A point-in-time copy ended: completed, failed or cancelled.
     CopyEnded(CopyStatus),
-    /// A virtqueue or the front-end violated the protocol and was stopped, or was set up so that requests cannot complete.
-    /// The text says why.
+    /// A virtqueue or the front-end violated the protocol and was stopped, or was set up so that requests cannot
+    /// complete. The text gives the reason.
     ProtocolError(String),
     /// The guest changed the buffer of a write while the write was in flight. Only with `--stable-writes detect`.
     BufferChanged {

@@ -31,12 +31,13 @@ pub trait Disk: Send + Sync {
     /// Returns the disk's state, from counters of the virtqueues; they may lag by one batch of requests.
     fn status(&self) -> DiskStatus;
 
-    /// Retries the failed requests that are retained, and lets their virtqueues continue. Returns how many there are.
+    /// Retries the failed requests that are retained, and lets their virtqueues continue. Returns the number of these
+    /// requests.
     fn continue_io(&self) -> u64 {
         0
     }
 
-    /// A retained failed request that changes the disk: no hold can succeed before it is done.
+    /// Returns a retained failed request that changes the disk, if there is one. No hold can succeed before it is done.
     fn stopped_change(&self) -> Option<FailedRequest> {
         None
     }
@@ -49,12 +50,12 @@ pub trait Disk: Send + Sync {
         Err("this disk's size does not change".into())
     }
 
-    /// The disk's point-in-time copies, if the daemon makes them.
+    /// Returns the disk's point-in-time copies. `None`: the daemon makes none.
     fn copies(&self) -> Option<&dyn Copies> {
         None
     }
 
-    /// The snapshots of the image's own store, if it makes any.
+    /// Returns the snapshots of the image's own store. `None`: the store makes none.
     fn snapshots(&self) -> Option<std::sync::Arc<dyn ImageSnapshots>> {
         None
     }
@@ -63,15 +64,15 @@ pub trait Disk: Send + Sync {
 /// A request that failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FailedRequest {
-    /// What was requested.
+    /// The kind of the request.
     pub kind: Kind,
-    /// The ring of the request.
+    /// The index of the request's virtqueue.
     pub ring: u32,
     /// The byte offset in the image; 0 for a flush.
     pub offset: u64,
     /// The length in bytes.
     pub len: u64,
-    /// The error.
+    /// The error with which the request failed.
     pub errno: Errno,
 }
 

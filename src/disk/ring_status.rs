@@ -1,11 +1,11 @@
-//! What a ring counts. Each figure is listed once, below, for the worker that counts it, the status that shows it, and the
-//! sum over all rings.
+//! The figures of a ring. The macro `ring_figures` lists each figure once, for the worker that counts it, the status
+//! that shows it, and the sum over all rings.
 
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::Relaxed};
 
 use serde::{Deserialize, Serialize};
 
-/// The atomic that holds a figure of this type.
+/// Expands to the atomic type that holds a figure of this type.
 macro_rules! atomic {
     (u16) => {
         AtomicU16
@@ -18,7 +18,7 @@ macro_rules! atomic {
     };
 }
 
-/// How a ring's figure enters the sum over all rings.
+/// Adds a ring's figure to the sum over all rings, by the figure's rule.
 macro_rules! accumulate {
     (each, $total:expr, $ring:expr) => {};
     (any, $total:expr, $ring:expr) => {
@@ -35,7 +35,7 @@ macro_rules! accumulate {
     };
 }
 
-/// Continues a count of another process.
+/// Adds the count of another process to a counter, if the figure's rule is `count`.
 macro_rules! resume {
     (count, $counter:expr, $before:expr) => {
         $counter.fetch_add($before, Relaxed)
@@ -47,7 +47,7 @@ macro_rules! resume {
 /// `each` not at all, `any`, `max` or `sum` as of now, `count` over the disk's life.
 macro_rules! ring_figures {
     ($($(#[$doc:meta])* $figure:ident: $type:ident, $rule:ident;)*) => {
-        /// One ring, as status and stats show it. An upgrade takes the counts along.
+        /// The figures of one ring, as status and stats show them. An upgrade takes the counts along.
         #[derive(Clone, Debug, Default, Serialize, Deserialize)]
         #[serde(rename_all = "kebab-case", default)]
         pub struct RingStatus {
@@ -74,12 +74,12 @@ macro_rules! ring_figures {
         }
 
         impl RingCounters {
-            /// The figures as they are now, of the ring of this number.
+            /// Returns the present figures, for the status of the ring with this index.
             pub(crate) fn status(&self, index: u32) -> RingStatus {
                 RingStatus { index, $($figure: self.$figure.load(Relaxed),)* }
             }
 
-            /// Continues the counts that another process made for this ring. No worker serves the ring yet.
+            /// Adds the counts of another process for this ring. Called before a worker serves the ring.
             pub(crate) fn resume_counts(&self, before: &RingStatus) {
                 $(resume!($rule, self.$figure, before.$figure);)*
             }
@@ -95,7 +95,7 @@ ring_figures! {
     untracked: bool, any;
     /// Requests taken and not yet completed.
     in_flight: u64, sum;
-    /// How many of them have been in flight for so long that something must be wrong (10 s). Checked every 2.5 s.
+    /// Requests that have been in flight for more than 10 s, which means that something is wrong. Checked every 2.5 s.
     stalled: u64, sum;
     /// How many milliseconds the oldest stalled request has been in flight.
     oldest_stalled_ms: u64, max;

@@ -138,11 +138,11 @@ pub struct RbdStatus {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct RbdQuiesceStatus {
-    /// The cluster asks this daemon before a snapshot is taken.
+    /// The cluster sends this daemon a quiesce request before a snapshot is taken.
     pub watching: bool,
-    /// How often the cluster asked.
+    /// The number of quiesce requests from the cluster.
     pub asked: u64,
-    /// How often the daemon refused.
+    /// The number of requests that the daemon refused.
     pub refused: u64,
     /// How often the cluster released the disk before the snapshot was taken, because another disk of a group took too
     /// long.
@@ -153,11 +153,11 @@ pub struct RbdQuiesceStatus {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct StableWritesStatus {
-    /// The configured value: `auto`, `copy`, `detect` or `off`.
+    /// The configured value of `--stable-writes`: `auto`, `copy`, `detect` or `off`.
     pub asked: String,
     /// The value in effect: `copy`, `detect` or `off`.
     pub in_effect: String,
-    /// Why it is in effect: what the medium does with the buffer of a write, and how that is known.
+    /// Why that value is in effect: what the medium does with the buffer of a write, and how that is known.
     pub why: String,
     /// Writes that were copied and have completed.
     pub copied_writes: u64,

@@ -75,7 +75,7 @@ pub(crate) enum OldDaemonMessage {
     Refused(String),
 }
 
-/// What must not change, and what outlives the old daemon.
+/// The properties of the disk that must not change, and the files that outlive the old daemon.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Hello {
     /// The old daemon's process. The kernel reports the process that created the control socket, which may be an earlier
@@ -83,19 +83,19 @@ pub(crate) struct Hello {
     pub(crate) pid: u32,
     /// The properties of the disk that the guest knows.
     pub(crate) disk: DiskFacts,
-    /// The path on which it listens for front-ends; `None`: it listens on a socket that it was given.
+    /// The path on which the old daemon listens for front-ends. `None`: the service manager bound the socket.
     pub(crate) front_path: Option<PathBuf>,
-    /// The socket on which it listens for front-ends.
+    /// The socket on which the old daemon listens for front-ends.
     pub(crate) front_socket: usize,
-    /// The path and the socket on which it listens for clients.
+    /// The path and the socket on which the old daemon listens for clients.
     pub(crate) control: Option<(PathBuf, usize)>,
     /// The pid file's path and the open, locked file.
     pub(crate) pid_file: Option<(PathBuf, usize)>,
-    /// The descriptor to which it logs.
+    /// The descriptor to which the old daemon logs.
     pub(crate) log: usize,
     /// `log` is the journal.
     pub(crate) log_is_journal: bool,
-    /// Snapshots by others need an attendant, which must connect to the new daemon before it can serve them.
+    /// Snapshots of other hosts need the consent of an attendant, which must connect to the new daemon first.
     pub(crate) misses_attendant: bool,
 }
 
@@ -104,13 +104,13 @@ pub(crate) struct Hello {
 pub(crate) struct DiskFacts {
     /// The image's identity, the same in every process ([`crate::backend::ImageUpgrade::identity`]).
     pub(crate) image: String,
-    /// Size in bytes; it may grow.
+    /// The size of the disk in bytes. The new daemon's may be larger.
     pub(crate) size: u64,
     /// Size of a logical block in bytes.
     pub(crate) logical_block: u32,
-    /// Writes are refused.
+    /// The disk is read-only.
     pub(crate) read_only: bool,
-    /// The most virtqueues.
+    /// The largest number of virtqueues.
     pub(crate) num_queues: u16,
     /// The largest size of a virtqueue.
     pub(crate) queue_size: u16,
@@ -152,12 +152,12 @@ impl DiskFacts {
     }
 }
 
-/// The state from which the new daemon continues.
+/// The state from which the new daemon continues to serve the guest.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct HandOverState {
     /// When the pause began, in nanoseconds of CLOCK_MONOTONIC, which is the same for all processes.
     pub(crate) since: u64,
-    /// How long it took until nothing was in flight, in nanoseconds.
+    /// How long it took from then until no request was in flight, in nanoseconds.
     pub(crate) drained_in: u64,
     /// The virtqueues' counters; empty from an older daemon that does not send them.
     #[serde(default)]
@@ -166,7 +166,7 @@ pub(crate) struct HandOverState {
     pub(crate) front_end: Option<(usize, SessionState)>,
 }
 
-/// The current time in nanoseconds of CLOCK_MONOTONIC.
+/// Returns the current time in nanoseconds of CLOCK_MONOTONIC.
 pub(crate) fn monotonic() -> u64 {
     // This cannot fail on Linux, and 0 would only make the reported pause wrong.
     let now = nix::time::ClockId::CLOCK_MONOTONIC.now().map(std::time::Duration::from);

@@ -1,4 +1,5 @@
-//! UNSAFE. Operations in flight. Each is a value on the heap, which librbd returns when the operation has finished.
+//! UNSAFE. Starts asynchronous operations of librbd. Each is a value on the heap, which librbd's callback hands back
+//! when the operation has finished.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};
@@ -44,7 +45,7 @@ impl CompletionInbox {
     }
 }
 
-/// An operation that librbd has.
+/// An op that librbd carries out.
 struct PendingOp {
     api: &'static Api,
     inbox: Arc<CompletionInbox>,

@@ -15,7 +15,7 @@ use super::handle::check;
 /// A function that a watch calls.
 pub(super) type Callback = Box<dyn Fn() + Send + Sync>;
 
-/// The functions of a watch: `first` for an update or a quiesce, `second` for an unquiesce.
+/// The functions that a watch calls: `first` at an update or a quiesce, `second` at an unquiesce.
 struct Callbacks {
     first: Callback,
     second: Callback,

@@ -160,12 +160,12 @@ impl Image {
         Ok(value)
     }
 
-    /// The image's size in bytes; for an encrypted image, without the encryption header.
+    /// Returns the image's size in bytes; for an encrypted image, without the encryption header.
     pub(super) fn size(&self) -> Result<u64, Errno> {
         self.number(self.api.rbd.rbd_get_size)
     }
 
-    /// The number of consecutive bytes that one object stores.
+    /// Returns the number of consecutive bytes that one object stores.
     pub(super) fn stripe_unit(&self) -> Result<u64, Errno> {
         self.number(self.api.rbd.rbd_get_stripe_unit)
     }
@@ -181,7 +181,7 @@ impl Image {
         Ok(self.number(op_features)? & sys::RBD_OPERATION_FEATURE_GROUP != 0)
     }
 
-    /// The names and values of the options that are in force for this image.
+    /// Returns the names and values of the options that are in force for this image.
     pub(super) fn options(&self) -> Result<Vec<(String, EffectiveOption)>, Errno> {
         let mut length: c_int = 512;
         loop {
@@ -269,7 +269,7 @@ impl Image {
         Ok(is_owner != 0)
     }
 
-    /// The address of the client that has the lock, as `rbd lock ls` prints it.
+    /// Returns the address of the client that has the lock, as `rbd lock ls` prints it. `None`: no client has it.
     pub(super) fn lock_owner(&self) -> Result<Option<String>, Errno> {
         let mut owners = [ptr::null_mut::<c_char>(); 8];
         let mut count = owners.len();

@@ -6,14 +6,14 @@ use std::sync::mpsc;
 use super::watch_event::WatchEvent;
 use super::{Errno, queue};
 
-/// The flag: the cluster has shut this client out, for ever.
+/// Flag: the cluster has shut this client out, for ever.
 const FENCED: u8 = 1;
-/// The flag: this client does not have the lock that writes need.
+/// Flag: this client does not have the lock that writes need.
 const LOCKED_OUT: u8 = 2;
-/// The flag: writes need the lock, and the image no longer has the feature exclusive-lock.
+/// Flag: writes need the lock, and the image no longer has the feature exclusive-lock.
 const UNLOCKABLE: u8 = 4;
 
-/// What is wrong with the image, if anything. It is checked for every op, so a check costs one load.
+/// The reasons why the image cannot be used, as flags. Every op checks them, so a check is one atomic load.
 #[derive(Default)]
 pub(super) struct ImageHealth {
     flags: AtomicU8,
@@ -34,6 +34,7 @@ impl ImageHealth {
         self.has(flags) && self.flags.fetch_and(!flags, Ordering::AcqRel) & flags != 0
     }
 
+    /// Whether the cluster has shut this client out.
     pub(super) fn is_fenced(&self) -> bool {
         self.has(FENCED)
     }
@@ -53,7 +54,7 @@ impl ImageHealth {
         }
     }
 
-    /// The cluster has shut this client out.
+    /// Records and logs that the cluster has shut this client out.
     pub(super) fn fenced(&self, image: &str, events: &mpsc::Sender<WatchEvent>) {
         if self.set(FENCED) {
             log::error!("{image}: fenced: {}", FENCED_TEXT.1);
@@ -61,7 +62,7 @@ impl ImageHealth {
         }
     }
 
-    /// librbd refused a write, or another client has the lock.
+    /// Records and logs that librbd refused a write, or that another client has the lock.
     pub(super) fn locked_out(&self, image: &str, events: &mpsc::Sender<WatchEvent>) {
         if !self.has(UNLOCKABLE) && self.set(LOCKED_OUT) {
             log::error!("{image}: lock lost: {}", LOCKED_OUT_TEXT.1);
@@ -69,8 +70,8 @@ impl ImageHealth {
         }
     }
 
-    /// The image no longer has the feature exclusive-lock and must not be written without it. From now on librbd gets no op
-    /// that changes the image, because it would carry it out.
+    /// Records and logs that the image no longer has the feature exclusive-lock and must not be written without it.
+    /// From now on librbd gets no op that changes the image, because it would carry the op out.
     pub(super) fn unlockable(&self, image: &str, events: &mpsc::Sender<WatchEvent>) {
         if self.set(UNLOCKABLE) {
             log::error!("{image}: lock lost: {}", UNLOCKABLE_TEXT.1);
@@ -78,21 +79,21 @@ impl ImageHealth {
         }
     }
 
-    /// The lock was taken, or can be taken again before the image is used.
+    /// Records that the lock was taken, or can be taken again before the image is used.
     pub(super) fn locked_again(&self, events: &mpsc::Sender<WatchEvent>) {
         if self.clear(LOCKED_OUT | UNLOCKABLE) {
             report_change(events);
         }
     }
 
-    /// A flush succeeded, so writes are possible again.
-    pub(super) fn is_writable_again(&self, events: &mpsc::Sender<WatchEvent>) {
+    /// Records that a flush succeeded, so writes are possible again.
+    pub(super) fn writable_again(&self, events: &mpsc::Sender<WatchEvent>) {
         if self.clear(LOCKED_OUT) {
             report_change(events);
         }
     }
 
-    /// One word for programs, and the cause and the fix for people.
+    /// Returns a word for programs, and the cause and the fix for people. `None`: the image can be used.
     pub(super) fn status(&self) -> Option<(String, String)> {
         let (word, detail) = match self.flags.load(Ordering::Acquire) {
             0 => return None,
@@ -122,7 +123,7 @@ const UNLOCKABLE_TEXT: (&str, &str) = (
      then taken again if no other client has it",
 );
 
-/// Has an event sent about the changed state.
+/// Makes the watch thread report that the state changed. Any thread may call it.
 pub(super) fn report_change(events: &mpsc::Sender<WatchEvent>) {
     // No thread receives it before notices are started and after they are stopped; the status shows the state anyway.
     let _ = events.send(WatchEvent::StateChanged);

@@ -14,9 +14,9 @@ use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 
 /// The lock and its state.
 pub(super) struct Lock {
-    /// The lock is taken while a guest uses the image, if the image has the feature.
+    /// Take the lock while a guest uses the image, if the image has the feature.
     pub(super) wanted: bool,
-    /// A guest's writes need the lock.
+    /// Refuse a guest's writes without the lock (`--rbd-lock exclusive`).
     pub(super) required: bool,
     /// The image had the feature exclusive-lock at the last check.
     pub(super) feature: AtomicBool,
@@ -33,6 +33,7 @@ const NOTIFY_TIMEOUT: Duration = Duration::from_millis(5200);
 pub(super) struct State {
     /// A guest, a hold or a copy uses the image.
     pub(super) active: bool,
+    /// This client has the lock.
     pub(super) held: bool,
     /// How many checks in a row found that another client has the lock, while we are active.
     pub(super) foreign_checks: u32,
@@ -51,7 +52,7 @@ impl Lock {
         Lock { wanted, required, feature: AtomicBool::new(wanted), file, state: Mutex::default() }
     }
 
-    /// Whether the lock is taken while the image is used: the option wants it and the image has the feature.
+    /// Whether to take the lock while the image is used: the option requires it and the image has the feature.
     fn can_be_held(&self) -> bool {
         self.wanted && self.feature.load(Ordering::Acquire)
     }
@@ -76,7 +77,7 @@ impl Lock {
         self.file.as_ref().map_or(Ok(()), StateFile::lock).map_err(io::Error::other)
     }
 
-    /// Whether the lock is taken while the image is used.
+    /// Whether the lock is taken while the image is used, so that another client may have the image after that.
     pub(super) fn is_used(&self) -> bool {
         self.can_be_held()
     }
@@ -93,8 +94,8 @@ impl Lock {
         }
     }
 
-    /// A guest starts to use the image: takes the lock and empties librbd's cache, because the client that had the lock
-    /// before may have written.
+    /// Takes the lock for a guest that starts to use the image, and empties librbd's cache, because the client that had
+    /// the lock before may have written. Called by the vhost-user thread.
     pub(super) fn activate(&self, shared: &Arc<Shared>) -> io::Result<()> {
         let mut state = self.state.lock().expect("no panic while held");
         if state.active {
@@ -144,8 +145,8 @@ impl Lock {
         Ok(())
     }
 
-    /// The guest has stopped: flushes librbd's cache in every mode, because the next client may read the image, and releases
-    /// the lock.
+    /// Releases the lock when the guest has stopped. First flushes librbd's cache, in every mode, because the next
+    /// client may read the image.
     pub(super) fn deactivate(&self, shared: &Shared) {
         let mut state = self.state.lock().expect("no panic while held");
         if !state.active {
@@ -153,7 +154,7 @@ impl Lock {
         }
         state.active = false;
         if shared.health.is_fenced() {
-            // The cluster has released the lock, and the status and the log say so.
+            // The cluster has released the lock, and the status and the log show that.
             state.held = false;
             return;
         }

@@ -101,7 +101,7 @@ impl Lock {
         image_health::report_change(&shared.events);
     }
 
-    /// The guest runs and we do not have the lock. Returns whether to check again.
+    /// Takes the lock again while the guest runs. Returns whether to check again.
     fn take_again(&self, shared: &Arc<Shared>) -> Result<bool, (&'static str, Errno)> {
         let owner = shared.image.lock_owner().map_err(|errno| ("the lock's owner", errno))?;
         let another = owner.filter(|_| !matches!(shared.image.is_lock_owner(), Ok(true)));

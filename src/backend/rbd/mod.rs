@@ -219,12 +219,12 @@ impl Shared {
     /// Records the result of a sync and returns the result that its caller must see (clause 5).
     fn record_sync(&self, result: Result<(), Errno>) -> Result<(), Errno> {
         if result.is_ok() {
-            self.health.is_writable_again(&self.events);
+            self.health.writable_again(&self.events);
         }
         if self.cached { self.sticky_error.record(result, &self.name) } else { result }
     }
 
-    /// Records what an op's result means for the whole image: fenced, or locked out.
+    /// Records that the image is fenced or locked out, if an op's result shows that.
     fn record_result(&self, result: Result<(), Errno>) {
         match result {
             Err(queue::FENCED) => self.health.fenced(&self.name, &self.events),
@@ -233,9 +233,9 @@ impl Shared {
         }
     }
 
-    /// Makes everything durable that was reaped. librbd writes through until the first flush, for guests that never flush.
-    /// A flush of the daemon would end that, so it sends none before the guest's first one: until then librbd acknowledges
-    /// a write only when the cluster has it, and no flush is needed.
+    /// Makes every write durable whose completion was reaped. librbd writes through until the first flush, for guests
+    /// that never flush. A flush of the daemon would end that, so it sends none before the guest's first one: until
+    /// then librbd acknowledges a write only when the cluster has it, and no flush is needed.
     fn sync(&self) -> Result<(), Errno> {
         let _turn = self.sync_turn.lock().expect("no panic while held");
         self.check_sync()?;

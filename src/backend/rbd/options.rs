@@ -13,7 +13,7 @@ const COPY_WRITES: (&str, &str) = ("rbd_disable_zero_copy_writes", "true");
 /// How long a connection waits for a monitor, in seconds. Ceph's default of 300 would hold up a virtual machine's start.
 const MOUNT_TIMEOUT: (&str, &str) = ("client_mount_timeout", "30");
 
-/// The options that a cache mode needs.
+/// Returns the options that a cache mode needs.
 pub(super) fn of_mode(policy: CachePolicy) -> &'static [(&'static str, &'static str)] {
     if policy.opens_direct() {
         &[("rbd_cache", "false")]

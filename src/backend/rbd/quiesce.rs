@@ -22,7 +22,7 @@ const CONSENT_MARGIN: Duration = Duration::from_secs(2);
 /// A quiesce that librbd ends after this time was ended by its timeout of 10 s.
 const RELEASE_TIMEOUT: Duration = Duration::from_millis(9900);
 
-/// The quiesce requests of an image.
+/// Receives the quiesce requests of an image, and replies to them.
 pub(super) struct QuiesceWatch {
     shared: Arc<Shared>,
     timeout: Duration,
@@ -50,6 +50,8 @@ struct History {
 }
 
 impl QuiesceWatch {
+    /// Creates the receiver; [`QuiesceWatch::start`] begins to watch. `timeout`: how long the daemon may take to hold
+    /// the disk.
     pub(super) fn new(shared: Arc<Shared>, timeout: Duration) -> Self {
         QuiesceWatch { shared, timeout: timeout + CONSENT_MARGIN, state: Mutex::default(), history: Mutex::default() }
     }
@@ -62,6 +64,7 @@ impl QuiesceWatch {
         self.history.lock().expect("no panic while held")
     }
 
+    /// Returns the counters for the image's status.
     pub(super) fn status(&self) -> RbdQuiesceStatus {
         self.history().status.clone()
     }

@@ -13,12 +13,13 @@ use super::quiesce::QuiesceWatch;
 use super::watch_event::WatchEvent;
 use crate::base::rate_limit::{IMAGE_LOG, log_limited};
 
-/// The thread, or its event receiver before the start.
+/// The watch thread, or the receiver for its events before it is started.
 pub(super) struct WatchThread {
     events: Option<mpsc::Receiver<WatchEvent>>,
     running: Option<RunningThread>,
 }
 
+/// The running thread, and the watch for updates that sends it events.
 struct RunningThread {
     thread: JoinHandle<()>,
     updates: Option<Watch>,
