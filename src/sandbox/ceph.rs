@@ -1,5 +1,5 @@
-//! What librados and librbd open, at first and when they connect anew: configuration, keyrings, name resolution, parts
-//! of themselves; and where they write: their log and their admin socket.
+//! The paths that librados and librbd open, at the start and when they reconnect: configuration, keyrings, name
+//! resolution and their own plugins; and the directories of their log and their admin socket, which they write.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::{env, fs};
 
 use crate::backend::rbd::RbdOptions;
 
-/// The paths that Ceph reads everywhere.
+/// The paths that Ceph reads on every host.
 const READ: &[&str] = &[
     "/etc/ceph",
     "/etc/hosts",
@@ -36,15 +36,15 @@ const READ: &[&str] = &[
     "/dev/random",
     "/dev/null",
 ];
-/// The directories that Ceph writes to everywhere: logs, admin sockets.
+/// The directories that Ceph writes to on every host, for logs and admin sockets.
 const WRITTEN: &[&str] = &["/var/log/ceph", "/run/ceph"];
 
-/// Paths to read, and directories to create files and sockets in. Those that do not exist are left out.
+/// Returns the paths to read, and the directories in which to create files and sockets, as far as they exist.
 pub(super) fn paths(options: &RbdOptions) -> (Vec<PathBuf>, Vec<PathBuf>) {
     let mut read: Vec<PathBuf> = READ.iter().map(PathBuf::from).collect();
     let mut written: Vec<PathBuf> = WRITTEN.iter().map(PathBuf::from).collect();
     let confs = configurations(options, |name| env::var_os(name));
-    // Ceph itself reports what it cannot read. It reads the first file that exists.
+    // Ceph itself reports a file that it cannot read. It reads the first file that exists.
     let text = confs.iter().find_map(|conf| fs::read_to_string(conf).ok()).unwrap_or_default();
     let given = options.options.iter().map(|(name, value)| (name.as_str(), value.as_str()));
     for (name, value) in text.lines().filter_map(|line| line.split_once('=')).chain(given) {
@@ -66,7 +66,7 @@ pub(super) fn paths(options: &RbdOptions) -> (Vec<PathBuf>, Vec<PathBuf>) {
     (read, written)
 }
 
-/// The files that librados takes its configuration from, the first of them that exists (conf_files and `home` in its
+/// Returns the files of which librados reads the first that exists as its configuration (conf_files and `home` in its
 /// common/config.cc).
 fn configurations(options: &RbdOptions, environment: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
     if let Some(conf) = &options.conf {
@@ -79,14 +79,14 @@ fn configurations(options: &RbdOptions, environment: impl Fn(&str) -> Option<OsS
     [Some("/etc/ceph/ceph.conf".into()), home, Some("ceph.conf".into())].into_iter().flatten().collect()
 }
 
-/// The directory of a value, in front of what Ceph puts in (`$name` and its like).
+/// Returns the directory in an option's value, before the first variable that Ceph replaces (`$name`).
 fn directory(value: &str) -> Option<PathBuf> {
     let fixed = value.split('$').next()?;
     let directory = match fixed.ends_with('/') {
         true => Path::new(fixed),
         false => Path::new(fixed).parent()?,
     };
-    // A value at the root would open everything.
+    // A rule for the root directory would permit everything.
     (directory != Path::new("/")).then(|| directory.to_owned())
 }
 

@@ -1,5 +1,6 @@
-//! The directories of `--copy-dir` and `--scratch`, opened for their rules. Their filesystems may hang or be gone, and
-//! the disk is served all the same: each is opened by a process of its own, for which nothing waits long.
+//! Opens the directories of `--copy-dir` and `--scratch` for their rules on paths. Their filesystems may hang or be
+//! gone, and the disk must be served regardless. Therefore a process of its own opens each directory, and the daemon
+//! waits for it only a short time.
 
 use std::ffi::CString;
 use std::io;
@@ -21,22 +22,23 @@ use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use crate::backend::point_in_time::CopyDirectory;
 use crate::base::syscalls;
 
-/// How long the daemon's start waits for all of them.
+/// How long the daemon's start waits for all directories together.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A `--copy-dir` or `--scratch` at the daemon's start.
 pub(super) struct StartDirectory {
-    /// `None`: there is no rule for it.
+    /// The open directory. `None`: it could not be opened, so there is no rule for it.
     pub(super) place: Option<OwnedFd>,
+    /// The path, and the result of opening it.
     pub(super) facts: CopyDirectory,
-    /// The directory is the scratch's.
+    /// The directory is that of `--scratch`.
     pub(super) scratch: bool,
 }
 
-/// Opens them all. Those that cannot be opened are warned about.
+/// Opens all directories, and warns of each one that cannot be opened. Called by main.
 pub(super) fn open_all(copy_dirs: &[PathBuf], scratch: Option<&PathBuf>) -> Vec<StartDirectory> {
     let end = Instant::now() + OPEN_TIMEOUT;
-    // All of them first: they are waited for together.
+    // All processes are started first, so that one wait is enough for all of them.
     let paths = copy_dirs.iter().map(|path| (path, false)).chain(scratch.map(|path| (path, true)));
     let started: Vec<_> = paths.map(|(path, scratch)| (DirectoryOpener::start(path), path, scratch)).collect();
     let mut lingering = Vec::new();
@@ -59,7 +61,7 @@ pub(super) fn open_all(copy_dirs: &[PathBuf], scratch: Option<&PathBuf>) -> Vec<
                 if scratch { "copies make do without it" } else { "no copy can go there" }
             );
         }
-        // Copies are named by absolute paths.
+        // Clients name copies by absolute paths.
         let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
         StartDirectory { place, facts: CopyDirectory { path, at_start }, scratch }
     });
@@ -70,13 +72,14 @@ pub(super) fn open_all(copy_dirs: &[PathBuf], scratch: Option<&PathBuf>) -> Vec<
     opened
 }
 
-/// Has the kernel reap the processes that hang in their filesystem, whenever they end. The daemon starts no others.
+/// Makes the kernel reap the processes that hang in their filesystem, whenever they end. The daemon starts no other
+/// processes.
 fn leave_to_kernel(children: &[Pid]) {
     if let Err(error) = syscalls::ignore_children() {
         log::debug!("processes that hang in a filesystem are not reaped when they end: {error}");
     }
     for child in children {
-        // One that ended before that is still to be reaped; ECHILD: the kernel has done so.
+        // A process that ended before that must still be reaped. ECHILD: the kernel has reaped it.
         let _ = waitpid(Some(*child), WaitOptions::NOHANG);
     }
 }
@@ -107,12 +110,12 @@ impl DirectoryOpener {
         Ok(DirectoryOpener { child, reply_socket })
     }
 
-    /// The directory. Errors: ETIMEDOUT if it is not open by `end`. With it: the process, if it
-    /// has not ended.
+    /// Returns the directory, and the process if it has not ended. The error is ETIMEDOUT if the directory is not open
+    /// at `end`.
     fn finish(self, end: Instant) -> (io::Result<OpenedDirectory>, Option<Pid>) {
         let left = end.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         let received = self.reply_socket.set_read_timeout(Some(left)).and_then(|()| receive(self.reply_socket.as_fd()));
-        // It has nothing more to do. One that cannot be killed yet ends when the filesystem answers.
+        // The process has nothing more to do. If it cannot be killed yet, it ends when the filesystem replies.
         let _ = kill_process(self.child, Signal::KILL);
         for _ in 0..10 {
             match waitpid(Some(self.child), WaitOptions::NOHANG) {
@@ -124,14 +127,15 @@ impl DirectoryOpener {
     }
 }
 
-/// Runs in the child: only system calls.
+/// Opens the directory. Runs in the child process, which may make only system calls.
 fn open_directory(path: &std::ffi::CStr) -> Result<OpenedDirectory, Errno> {
     let directory = open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let stat = fstat(&directory)?;
     Ok((directory, (stat.st_dev, stat.st_ino)))
 }
 
-/// Runs in the child: only system calls. Three numbers: an errno or 0, the device, the inode.
+/// Sends the result to the daemon: an errno or 0, the device and the inode, and the directory's descriptor. Runs in the
+/// child process, which may make only system calls.
 fn send(socket: BorrowedFd<'_>, opened: Result<OpenedDirectory, Errno>) {
     let (errno, device, inode) = match &opened {
         Ok((_, (device, inode))) => (0, *device, *inode),

@@ -1,21 +1,23 @@
 //! The rights that the daemon gives up once everything is open, so that a guest or a front-end that takes control of it
 //! gains little.
 //!
-//! In this order, by main, before any other thread exists:
+//! Main takes these steps in this order, before any other thread exists:
 //!
-//! 1. Another user (`--user`), or as root all capabilities but three.
-//! 2. No core dump, no debugger of the same user (prctl(2), PR_SET_DUMPABLE): guest memory is mapped here.
-//! 3. No new privileges by any program (PR_SET_NO_NEW_PRIVS), and rules on paths (Landlock): the image, the directories
-//!    for copies (`--copy-dir`, `--scratch`), and the removal of sockets and pid file.
-//! 4. The filter of system calls (seccomp): no program is started, no process made or touched, no network.
+//! 1. Become another user (`--user`), or as root give up all capabilities but three.
+//! 2. Forbid core dumps and debuggers of the same user (prctl(2), PR_SET_DUMPABLE), because guest memory is mapped here.
+//! 3. Give up new privileges by any program (PR_SET_NO_NEW_PRIVS), and install rules on paths (Landlock) that permit the
+//!    image, the directories for copies (`--copy-dir`, `--scratch`), and the removal of sockets and pid file.
+//! 4. Install the filter of system calls (seccomp): no program can be started, no process created or touched, no network
+//!    reached.
 //!
-//! An image that a storage library reaches over a network (Ceph) is opened by a thread that has gone through 3 already:
-//! the library's threads inherit that. The library may open connections and what its configuration names.
+//! An image that a storage library reaches over a network (Ceph) is opened by a thread that has taken step 3 already,
+//! because the library's threads inherit its restrictions. The library may open connections and the files that its
+//! configuration names.
 //!
-//! One warning names what the kernel lacks, and the disk is served nevertheless: a guest without its disk is the
-//! greater harm, and the operator sees the warning. What the operator asked for by name (`--user`) is an error if it
-//! fails. A `--copy-dir` or `--scratch` that cannot be opened is not, because only the image decides whether the disk
-//! is served.
+//! If the kernel lacks a feature, a warning names it, and the disk is served regardless: a guest without its disk is
+//! the greater harm, and the operator sees the warning. If `--user` fails, the daemon does not start, because the
+//! operator required it. A `--copy-dir` or `--scratch` that cannot be opened is no error, because only the image
+//! decides whether the disk is served.
 //!
 //! `virtioblkctl`, which runs hooks and commands and makes reflinks, has no sandbox.
 
@@ -39,7 +41,7 @@ use crate::base::systemd;
 use permissions::{ImageNeeds, Permissions};
 use user::Account;
 
-/// `--sandbox`.
+/// The values of `--sandbox`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SandboxLevel {
     /// The whole sandbox.
@@ -51,33 +53,34 @@ pub enum SandboxLevel {
     Off,
 }
 
-/// What the rules on paths are for.
+/// The phase for which rules on paths are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum RulePurpose {
-    /// A storage library that opens the image.
+    /// A storage library opens the image.
     Opening,
-    /// All that follows.
+    /// The daemon serves the disk.
     Serving,
 }
 
-/// Why the daemon does not start. Each text says what failed, why, and how to fix it.
+/// Why the sandbox cannot be prepared or entered, so that the daemon does not start. Each text says what failed, why,
+/// and how to fix it.
 #[derive(Debug)]
 pub enum SandboxError {
     /// `--user` names no user; the lookup's error, if it failed.
     NoUser(String, Option<io::Error>),
     /// Only root can become another user.
     NotRoot(String),
-    /// A step of becoming that user failed; which.
+    /// A step of becoming that user failed; the text names it.
     Switch(String, &'static str, io::Error),
     /// That user may not open the image.
     Image(String, PathBuf, io::Error),
     /// Capabilities cannot be dropped.
     Capabilities(io::Error),
-    /// With the rights that are left no io_uring can be made.
+    /// No io_uring can be created with the rights that are left.
     IoUring(io::Error),
-    /// prctl(2), setrlimit(2) or sigaction(2); what for.
+    /// prctl(2), setrlimit(2) or sigaction(2) failed; the text says what the call was for.
     Process(&'static str, io::Error),
-    /// Rules on paths.
+    /// The rules on paths cannot be made or installed.
     Paths(path_rules::PathsError),
 }
 
@@ -129,7 +132,8 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Looks up the user and the directories that `permissions` name. Main, before anything is opened.
+    /// Looks up the user and opens the directories that `permissions` name. Called by main before anything else is
+    /// opened.
     pub fn prepare(permissions: Permissions) -> Result<Self, SandboxError> {
         let user = permissions.user.as_deref().map(Account::find).transpose()?;
         let copy_dirs = match permissions.level {
@@ -142,15 +146,15 @@ impl Sandbox {
         Ok(Sandbox { permissions, user, copy_dirs })
     }
 
-    /// The result for each `--copy-dir`.
+    /// Returns the result of opening each `--copy-dir`.
     pub fn copy_directories(&self) -> Vec<CopyDirectory> {
         let copies = self.copy_dirs.iter().filter(|opened| !opened.scratch);
         copies.map(|opened| opened.facts.clone()).collect()
     }
 
-    /// Runs `open`, which opens the image. A storage library starts threads then, which no rule on paths reaches later:
-    /// it is called from a thread that has been restricted before, and they inherit that. Called by main before
-    /// `enter`.
+    /// Calls `open`, which opens the image. A storage library starts threads then, to which later rules on paths do not
+    /// apply. It is therefore called in a thread that is restricted already, and its threads inherit the restriction.
+    /// Called by main before `enter`.
     pub fn open<T: Send>(&self, open: impl FnOnce() -> T + Send) -> Result<T, SandboxError> {
         if !self.permissions.needs.network || self.permissions.level == SandboxLevel::Off {
             return Ok(open());
@@ -170,10 +174,10 @@ impl Sandbox {
         std::thread::scope(|scope| scope.spawn(restricted).join().expect("no panic"))
     }
 
-    /// Gives up, for good, what the daemon does not need any more. Everything is open and bound, and no other thread
-    /// of ours exists: the rules on paths and root's capabilities are each thread's own. Called once, by main.
+    /// Gives up, for good, the rights that the daemon does not need any more. Called once, by main, when everything is
+    /// open and bound and no other thread of ours exists, because rules on paths and capabilities apply to one thread.
     pub fn enter(mut self) -> Result<(), SandboxError> {
-        // Landlock needs access to the paths of its rules: they are opened as root.
+        // The rules' paths are opened as root, because Landlock needs access to them.
         let rules = self.rules()?;
         match &self.user {
             Some(user) => user.assume(&self.permissions)?,
@@ -195,8 +199,9 @@ impl Sandbox {
         }
     }
 
-    /// Without the filter each virtqueue makes an io_uring when it starts, with the rights that are left:
-    /// kernel.io_uring_disabled=1 asks for one that is gone now. With it they are made already.
+    /// Checks that io_urings can be created with the rights that are left, because without the filter each virtqueue
+    /// creates one when it starts; kernel.io_uring_disabled=1 requires a right that is gone now. With the filter they
+    /// exist already.
     fn check_io_uring(&self) -> Result<(), SandboxError> {
         match self.permissions.makes_io_urings_first() || !self.permissions.needs.io_uring {
             true => Ok(()),
@@ -241,7 +246,7 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Whether system calls are filtered from now on.
+    /// Installs the filter of system calls, unless it is off. Returns whether it is in force.
     fn filter_calls(&self, needs: ImageNeeds) -> Result<bool, SandboxError> {
         if self.permissions.level == SandboxLevel::NoFilter {
             log::warn!("system calls are not filtered (--sandbox no-filter)");
@@ -256,7 +261,8 @@ impl Sandbox {
     }
 }
 
-/// Warns of what this kernel's rules cannot stop and nothing else stops; returns what the filter stops, for the log.
+/// Warns of what neither this kernel's rules on paths nor the filter stop. Returns a text for the log with what the
+/// filter stops in place of the rules.
 fn warn_of_lacks(confined: &path_rules::PathRestriction, filtered: bool) -> String {
     let (open, stopped) = confined.lacks(filtered, systemd::is_connected());
     if !open.is_empty() {

@@ -1,6 +1,7 @@
-//! Rules on paths (Landlock): what the daemon may still open, make and remove. Everything else is refused with EACCES,
-//! in every kind of call, io_uring included. Besides, the daemon can make no TCP connection, unless the image is
-//! reached over a network, and reach neither other processes' abstract sockets nor those processes by signals.
+//! Rules on paths (Landlock), which list what the daemon may still open, create and remove. The kernel refuses
+//! everything else with EACCES, in every kind of call, io_uring included. The daemon also cannot make TCP connections,
+//! unless the image is reached over a network, and cannot send to other processes' abstract sockets or signal those
+//! processes.
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,26 +16,27 @@ use landlock::{
 use super::permissions::{ImageNeeds, Permissions};
 use super::{RulePurpose, ceph};
 
-/// What was read and tested; the crate leaves out what the kernel lacks.
+/// The newest version of Landlock that we know and have tested. The crate leaves out what the kernel lacks.
 const KNOWN: ABI = ABI::V9;
 
-/// To make files, to write, read and rename them, and to remove them.
+/// The access to create files, write, read and rename them, and remove them.
 const CREATE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
     ReadDir | ReadFile | WriteFile | Truncate | MakeReg | RemoveFile
 });
 
-/// Where a rule begins, open, so that a later rename does not matter; and what is allowed there and beneath.
+/// A rule: a file or directory, and what is allowed on it and beneath it. The place is open, so that a later rename
+/// does not matter.
 pub(super) struct PathRule {
     place: Box<dyn AsFd + Send>,
     access: BitFlags<AccessFs>,
 }
 
-/// Why there are no rules.
+/// Why the rules cannot be made or installed.
 #[derive(Debug)]
 pub enum PathsError {
-    /// A path that a rule begins at cannot be opened; which option named it.
+    /// The path of a rule cannot be opened. The text is the option that names the path.
     Open(&'static str, PathFdError),
-    /// The kernel does not take them.
+    /// The kernel refuses the rules.
     Rules(RulesetError),
 }
 
@@ -60,8 +62,8 @@ impl From<RulesetError> for PathsError {
     }
 }
 
-/// The rules that a configuration needs. Once its sockets and its pid file are there, and before the user changes: who
-/// may open what counts again at each use.
+/// Makes the rules that a configuration needs. Called when the sockets and the pid file exist, and before the user
+/// changes; the kernel still checks the new user's permissions at each use.
 pub(super) fn rules(
     permissions: &Permissions,
     stage: RulePurpose,
@@ -77,7 +79,7 @@ pub(super) fn rules(
         Err(error) => Err(PathsError::Open(option, error)),
     };
     if let Some(path) = &permissions.image {
-        // Each ring opens it for itself.
+        // Each virtqueue opens the image for itself.
         let write = AccessFs::WriteFile | AccessFs::Truncate;
         let write = if permissions.read_only { BitFlags::EMPTY } else { write };
         add("--blk-file", path, write | AccessFs::ReadFile | AccessFs::IoctlDev)?;
@@ -88,13 +90,13 @@ pub(super) fn rules(
             let access = AccessFs::ReadFile | AccessFs::ReadDir;
             let access = match path {
                 path if path.is_dir() => access,
-                // The only one among them that is written to.
+                // The only one of these paths that is written to.
                 path if path == Path::new("/dev/null") => AccessFs::ReadFile | AccessFs::WriteFile,
                 _ => AccessFs::ReadFile.into(),
             };
             add("Ceph", path, access)?;
         }
-        // It is opened once.
+        // The state file is opened only once.
         let state = options.state_file.as_deref().filter(|_| stage == RulePurpose::Opening).map(directory_of);
         for path in written.iter().map(PathBuf::as_path).chain(state) {
             add("Ceph", path, CREATE | AccessFs::MakeSock)?;
@@ -103,7 +105,8 @@ pub(super) fn rules(
     if stage == RulePurpose::Serving {
         serving(permissions, &mut add)?;
     }
-    // What malloc(3) asks before it gives memory back. The image's device and the stack below it were read before.
+    // malloc(3) reads this file before it returns memory to the kernel. The properties of the image's device were read
+    // before.
     let memory = Path::new("/proc/sys/vm/overcommit_memory");
     if memory.exists() {
         add("/proc", memory, AccessFs::ReadFile.into())?;
@@ -111,10 +114,11 @@ pub(super) fn rules(
     Ok(rules)
 }
 
-/// How a rule is added: the option that names the place, the place, what is allowed there.
+/// The function that adds a rule. Its arguments are the option that names the path, the path, and what is allowed
+/// there.
 type AddRule<'a> = dyn FnMut(&'static str, &Path, BitFlags<AccessFs>) -> Result<(), PathsError> + 'a;
 
-/// What is needed beside the image.
+/// Adds the rules for serving the disk, besides those for the image.
 fn serving(permissions: &Permissions, add: &mut AddRule<'_>) -> Result<(), PathsError> {
     for (option, path) in &permissions.removable {
         let directory = directory_of(path);
@@ -125,9 +129,9 @@ fn serving(permissions: &Permissions, add: &mut AddRule<'_>) -> Result<(), Paths
     Ok(())
 }
 
-/// Whether files of a directory may be removed in the sandbox. A rule holds for all that is beneath, so a directory
-/// with others beneath it, such as /run, is left alone: then the files are left at the end, and the next start replaces
-/// them. One that cannot be listed may have others beneath it.
+/// Whether to permit the removal of files in a directory. A rule applies to everything beneath the directory, so there
+/// is none for a directory with others beneath it, such as /run. The daemon's files are then left at its end, and the
+/// next start replaces them. A directory that cannot be listed counts as one with others beneath it.
 fn may_remove(option: &str, directory: &Path) -> bool {
     let why = match directory_in(directory) {
         Ok(None) => return true,
@@ -142,14 +146,14 @@ fn may_remove(option: &str, directory: &Path) -> bool {
     false
 }
 
-/// The name of a directory that lies in `directory`. Errors: not all of it can be listed.
+/// Returns the name of a directory in `directory`, if there is one. Fails if `directory` cannot be listed completely.
 fn directory_in(directory: &Path) -> io::Result<Option<OsString>> {
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
         match entry.file_type() {
             Ok(kind) if kind.is_dir() => return Ok(Some(entry.file_name())),
             Ok(_) => {}
-            // It was removed meanwhile.
+            // The entry was removed meanwhile.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
@@ -166,31 +170,32 @@ fn directory_of(path: &Path) -> &Path {
 
 /// The rules on paths that are in force.
 pub(super) struct PathRestriction {
-    /// The kernel's version of them.
+    /// The kernel's version of Landlock.
     abi: ABI,
     network: bool,
 }
 
-/// What a version of Landlock brought, from which Linux on, and what an intruder can do without it.
+/// A feature that a version of Landlock introduced: since which Linux, and what an intruder can do without it.
 struct LandlockFeature {
     abi: ABI,
     linux: &'static str,
     reach: &'static str,
-    /// The filter of system calls stops that as well.
+    /// Whether the filter of system calls stops the same.
     stopped_by: StoppedBy,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum StoppedBy {
-    /// Nothing does.
+    /// Nothing else stops it.
     Nowhere,
-    /// The filter does.
+    /// The filter stops it.
     Filter,
-    /// The filter does, if no datagram socket is open: systemd's (NOTIFY_SOCKET) is one, and sends to any.
+    /// The filter stops it if no datagram socket is open. systemd's socket (NOTIFY_SOCKET) is one, and can send to any
+    /// socket.
     FilterWithoutDatagrams,
 }
 
-/// Beside those of the first version. ABI 2 allows more than 1 does, 7 and 8 bring no rule.
+/// The features after those of the first version. ABI 2 permits more than ABI 1; ABI 7 and 8 introduce no rule.
 const LANDLOCK_FEATURES: &[LandlockFeature] = &[
     LandlockFeature { abi: ABI::V3, linux: "6.2", reach: "truncate files of its user", stopped_by: StoppedBy::Nowhere },
     LandlockFeature { abi: ABI::V4, linux: "6.7", reach: "make TCP connections", stopped_by: StoppedBy::Filter },
@@ -221,8 +226,9 @@ const LANDLOCK_FEATURES: &[LandlockFeature] = &[
 ];
 
 impl PathRestriction {
-    /// What the kernel lacks, each with the Linux that has it: what an intruder can do therefore, and what the filter
-    /// of system calls stops. `filtered`: there is one; `datagrams`: a datagram socket is open.
+    /// Returns what an intruder can do because the kernel lacks a feature, and what only the filter of system calls
+    /// stops; each with the Linux that has the feature. `filtered`: there is a filter; `datagrams`: a datagram socket
+    /// is open.
     pub(super) fn lacks(&self, filtered: bool, datagrams: bool) -> (Vec<String>, Vec<String>) {
         let lacking = LANDLOCK_FEATURES.iter().filter(|it| it.abi > self.abi && !(self.network && it.abi == ABI::V4));
         let (stopped, open): (Vec<_>, Vec<_>) = lacking.partition(|it| match it.stopped_by {
@@ -236,18 +242,18 @@ impl PathRestriction {
     }
 }
 
-/// For the log.
+/// The text for the log.
 impl fmt::Display for PathRestriction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Landlock {:?}", self.abi)
     }
 }
 
-/// Restricts the calling thread and those that it starts. Returns what is in force; `Err(None)`: this kernel has none
-/// of it.
+/// Restricts the calling thread and the threads that it starts later. Returns what is in force. `Err(None)`: this
+/// kernel does not have Landlock.
 pub(super) fn confine(rules: Vec<PathRule>, needs: ImageNeeds) -> Result<PathRestriction, Option<PathsError>> {
     let set = || -> Result<_, RulesetError> {
-        // systemd's socket is connected already: scopes are about others.
+        // Scopes do not affect systemd's socket, which is connected already.
         let mut ruleset = Ruleset::default()
             .handle_access(AccessFs::from_all(KNOWN))?
             .scope(Scope::Signal)?

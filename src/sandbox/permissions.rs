@@ -1,11 +1,11 @@
-//! What one daemon may do once the sandbox is entered. The server fills it in from the configuration.
+//! The rights that a daemon needs once it is in the sandbox. The server derives them from the configuration.
 
 use std::path::PathBuf;
 
 use super::SandboxLevel;
 use crate::backend::rbd::RbdOptions;
 
-/// What the image and the options ask of the sandbox.
+/// The rights that the image and the options need in the sandbox.
 #[derive(Debug)]
 pub struct Permissions {
     /// How strict the sandbox is (`--sandbox`).
@@ -18,7 +18,7 @@ pub struct Permissions {
     pub read_only: bool,
     /// What this kind of image needs.
     pub needs: ImageNeeds,
-    /// An RBD image: what librbd reads and writes follows from its options.
+    /// The options of an RBD image, from which follows what librbd reads and writes. `None`: the image is no RBD image.
     pub ceph: Option<RbdOptions>,
     /// Directories in which copies are created (`--copy-dir`).
     pub copy_dirs: Vec<PathBuf>,
@@ -29,14 +29,14 @@ pub struct Permissions {
 }
 
 impl Permissions {
-    /// Whether all io_urings that the daemon will need must be made before [`super::Sandbox::enter`]: its filter
-    /// forbids to make one.
+    /// Whether all io_urings that the daemon will need must be created before [`super::Sandbox::enter`], because the
+    /// filter forbids to create one later.
     pub fn makes_io_urings_first(&self) -> bool {
         self.level == SandboxLevel::On && self.needs.io_uring
     }
 }
 
-/// What a kind of image asks of the sandbox.
+/// The rights that a kind of image needs in the sandbox.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ImageNeeds {
     /// The image is reached over a network.

@@ -1,4 +1,4 @@
-//! UNSAFE. Reports the system call that the filter stopped; then the daemon ends by SIGSYS.
+//! UNSAFE. Logs the name of a system call that the filter stopped, and ends the daemon by SIGSYS.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -7,7 +7,7 @@ use std::ptr::null_mut;
 use super::syscall_filter;
 use crate::base::logging;
 
-/// Installs the handler; the filter comes after it. Main, once. Errors: sigaction(2) failed.
+/// Installs the handler. Called once, by main, before the filter is installed. Fails if sigaction(2) fails.
 pub(super) fn install() -> io::Result<()> {
     // SAFETY: all zeroes is a valid sigaction (no flags, an empty mask, the default action).
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
@@ -18,9 +18,9 @@ pub(super) fn install() -> io::Result<()> {
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Writes the line and ends the process. In the thread that made the call. The call was not made; what it would have
-/// returned is undefined, so nothing of the program runs any more: the signal, sent again with its default action,
-/// waits for the handler's return.
+/// Writes the log line and ends the process. Runs in the thread that made the call. The kernel did not carry the call
+/// out, and its return value is undefined, so the program must not continue: the signal is sent again with its default
+/// action, which takes effect when the handler returns.
 extern "C" fn on_sigsys(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let mut line = StackText { text: [0; 400], len: 0 };
     line.add("error: the sandbox stopped the system call ");
@@ -46,8 +46,8 @@ extern "C" fn on_sigsys(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     }
 }
 
-/// `si_syscall`, which libc does not name: after the three ints (and padding) that begin the structure come the address
-/// of the call and its number (sigaction(2), SIGSYS).
+/// Returns `si_syscall`, which libc does not declare. The structure begins with three ints (and padding), then follow
+/// the address of the call and its number (sigaction(2), SIGSYS).
 ///
 /// # Safety
 ///
@@ -63,7 +63,7 @@ unsafe fn blocked_call(info: *const libc::siginfo_t) -> libc::c_int {
     unsafe { (*info.cast::<SigsysInfo>()).syscall }
 }
 
-/// A text on the stack.
+/// A text on the stack, because a signal handler must not allocate.
 struct StackText {
     text: [u8; 400],
     len: usize,

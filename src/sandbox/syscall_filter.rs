@@ -1,14 +1,15 @@
-//! The system call filter (seccomp(2)): what the daemon uses, and nothing that starts a program, reaches another
-//! process or asks for more rights. Found by tracing every test that runs the daemon, and completed with what the C
-//! library, Rust's and librados may use instead on other machines.
+//! The filter of system calls (seccomp(2)). It permits the calls that the daemon uses, and none that starts a program,
+//! reaches another process or requests more rights. The lists come from a trace of every test that runs the daemon, and
+//! have in addition the calls that the C library, Rust's library and librados may use instead on other machines.
 //!
-//! One set for all threads: they share their memory, so an intruder who controls one controls what the others do. The
-//! kernel caches the answer of each call that is allowed whatever its arguments (Linux 5.11), so those cost nothing.
+//! All threads have the same filter: they share their memory, so an intruder who controls one controls the others, too.
+//! The kernel caches the result for each call that is allowed with any arguments (Linux 5.11), so those cost nothing.
 //!
-//! Operations of io_uring pass no such filter, and half of them escape the rules on paths, too (sockets, attributes).
-//! So the io_urings are restricted to reads, writes and syncs when they are made, all of them before the filter, and
-//! io_uring_setup(2) is stopped: `backend/uring/prepared.rs`. Sockets are not made either: what the daemon speaks to it
-//! is connected to already, or it comes from accept(2). An image that is reached over a network makes Internet sockets.
+//! Operations of io_uring do not pass the filter, and half of them escape the rules on paths, too (sockets,
+//! attributes). The io_urings are therefore restricted to reads, writes and syncs when they are created, all before the
+//! filter, and io_uring_setup(2) is stopped: `backend/uring/prepared.rs`. Sockets cannot be created either: the daemon
+//! is connected already, or gets connections from accept(2). Only for an image that is reached over a network, Internet
+//! sockets can.
 
 use std::collections::BTreeMap;
 
@@ -24,12 +25,12 @@ macro_rules! calls {
     ($($name:ident)*) => { [$((libc::$name, stringify!($name))),*] };
 }
 
-/// Allowed with any arguments.
+/// The calls that are allowed with any arguments.
 const ALLOWED: &[(c_long, &str)] = &calls! {
     // Data.
     SYS_read SYS_write SYS_readv SYS_writev SYS_pread64 SYS_pwrite64 SYS_preadv SYS_pwritev SYS_preadv2 SYS_pwritev2
     SYS_lseek SYS_fsync SYS_fdatasync SYS_fallocate SYS_ftruncate SYS_fadvise64 SYS_copy_file_range
-    // Files: which ones is for the rules on paths to say.
+    // Files. The rules on paths decide which ones.
     SYS_openat SYS_close SYS_close_range SYS_dup SYS_dup3 SYS_flock SYS_fstat SYS_newfstatat SYS_statx SYS_statfs
     SYS_fstatfs SYS_readlinkat SYS_faccessat SYS_faccessat2 SYS_getdents64 SYS_unlinkat SYS_linkat
     SYS_renameat2 SYS_getcwd SYS_umask SYS_memfd_create
@@ -37,12 +38,12 @@ const ALLOWED: &[(c_long, &str)] = &calls! {
     SYS_ppoll SYS_pselect6 SYS_epoll_create1 SYS_epoll_ctl SYS_epoll_pwait SYS_eventfd2 SYS_signalfd4 SYS_timerfd_create
     SYS_timerfd_settime SYS_timerfd_gettime SYS_pipe2 SYS_futex SYS_nanosleep SYS_clock_nanosleep SYS_sched_yield
     SYS_restart_syscall
-    // Sockets that are there already, and their clients.
+    // Sockets that exist already, and the connections of their clients.
     SYS_accept4 SYS_accept SYS_recvfrom SYS_sendmsg SYS_recvmsg SYS_shutdown SYS_getsockopt SYS_setsockopt
     SYS_getsockname SYS_getpeername
     // Memory.
     SYS_brk SYS_munmap SYS_mremap SYS_madvise SYS_mlock SYS_munlock SYS_membarrier SYS_mincore
-    // Threads, and what they ask about themselves. Whether clone makes one is checked below; clone3 is refused.
+    // Threads, and queries about them. Below, clone is restricted to threads, and clone3 is refused.
     SYS_clone3 SYS_set_robust_list SYS_set_tid_address SYS_rseq SYS_exit SYS_exit_group SYS_gettid SYS_getpid SYS_getppid
     SYS_getuid SYS_geteuid SYS_getgid SYS_getegid SYS_getrusage SYS_times SYS_uname SYS_sysinfo SYS_getrandom SYS_getcpu
     SYS_getpriority SYS_sched_getaffinity SYS_sched_getparam SYS_sched_getscheduler
@@ -52,7 +53,7 @@ const ALLOWED: &[(c_long, &str)] = &calls! {
     SYS_rt_sigaction SYS_rt_sigprocmask SYS_rt_sigreturn SYS_sigaltstack
 };
 
-/// Older forms, which new architectures do not have.
+/// The older forms of these calls, which new architectures do not have.
 #[cfg(target_arch = "x86_64")]
 const OLDER: &[(c_long, &str)] = &calls! {
     SYS_open SYS_stat SYS_lstat SYS_access SYS_readlink SYS_unlink SYS_rename SYS_link SYS_dup2 SYS_poll SYS_select
@@ -61,16 +62,17 @@ const OLDER: &[(c_long, &str)] = &calls! {
 #[cfg(not(target_arch = "x86_64"))]
 const OLDER: &[(c_long, &str)] = &[];
 
-/// Allowed in addition when io_urings were made before.
+/// The calls that are allowed in addition if io_urings were created before.
 const URING: &[(c_long, &str)] = &calls! { SYS_io_uring_enter SYS_io_uring_register };
 
-/// Allowed in addition for a client of a storage cluster, which connects again when a connection breaks.
+/// The calls that are allowed in addition for a client of a storage cluster, which reconnects when a connection breaks.
 const NETWORK: &[(c_long, &str)] = &calls! {
     SYS_socketpair SYS_connect SYS_bind SYS_listen SYS_sendto SYS_sendmmsg SYS_recvmmsg SYS_sched_setaffinity
     SYS_sched_setscheduler SYS_setpriority SYS_fchmod SYS_fchmodat
 };
 
-/// What an intruder would try; the list is only for the log. Every call that is in none of the lists is stopped, too.
+/// Calls that are stopped and that an intruder would try. The list only provides their names for the log; every call
+/// that is in no list is stopped, too.
 const NAMED_ONLY: &[(c_long, &str)] = &calls! {
     SYS_execve SYS_execveat SYS_clone SYS_ptrace SYS_process_vm_readv SYS_process_vm_writev SYS_kill SYS_tkill SYS_tgkill
     SYS_socket SYS_socketpair SYS_connect SYS_bind SYS_listen SYS_sendto SYS_io_uring_setup SYS_fcntl
@@ -90,7 +92,8 @@ const NAMED_ONLY_OLDER: &[(c_long, &str)] = &calls! {
 #[cfg(not(target_arch = "x86_64"))]
 const NAMED_ONLY_OLDER: &[(c_long, &str)] = &[];
 
-/// `linux/fs.h` and its kin: what the daemon asks of files, devices and sockets. All but the first change nothing.
+/// The ioctl(2) commands that the daemon uses for files, devices and sockets (`linux/fs.h` and others). All but the
+/// first change nothing.
 const IOCTLS: [u64; 14] = [
     0x1277,      // BLKDISCARD
     0x1268,      // BLKSSZGET
@@ -108,8 +111,8 @@ const IOCTLS: [u64; 14] = [
     0x5401,      // TCGETS
 ];
 
-/// What the daemon does with descriptors: their flags, duplicates, locks and seals. The others (F_SETOWN, F_SETSIG,
-/// F_NOTIFY, F_SETLEASE) have the kernel send signals, to any process of the same user.
+/// The fcntl(2) commands that the daemon uses, for flags, duplicates, locks and seals. The others (F_SETOWN, F_SETSIG,
+/// F_NOTIFY, F_SETLEASE) make the kernel send signals, to any process of the same user.
 const FCNTLS: [c_int; 13] = [
     libc::F_DUPFD,
     libc::F_DUPFD_CLOEXEC,
@@ -126,7 +129,7 @@ const FCNTLS: [c_int; 13] = [
     libc::F_GET_SEALS,
 ];
 
-/// PR_SET_VMA, by which the C library names its memory: of linux/prctl.h.
+/// PR_SET_VMA of linux/prctl.h, with which the C library names its memory.
 const PR_SET_VMA: u64 = 0x5356_4d41;
 
 /// SOCK_TYPE_MASK of linux/net.h: the bits of a socket's type that are no flags.
@@ -137,7 +140,7 @@ const SOCK_TYPE_MASK: u64 = 0xf;
 pub enum FilterError {
     /// The filter cannot be compiled: there is none for this architecture.
     Compile(BackendError),
-    /// The kernel refused it.
+    /// The kernel refused the filter.
     Install(seccompiler::Error),
 }
 
@@ -156,23 +159,23 @@ impl From<BackendError> for FilterError {
     }
 }
 
-/// Installs the filter in every thread. Whatever is stopped raises SIGSYS.
+/// Installs the filter in every thread. A call that it stops raises SIGSYS.
 pub(super) fn install(needs: ImageNeeds) -> Result<(), FilterError> {
-    // The strict one is last: it allows no other.
+    // The strict program is last, because it forbids to install another one.
     for program in compile(needs)? {
         apply_filter_all_threads(&program).map_err(FilterError::Install)?;
     }
     Ok(())
 }
 
-/// Programs of which the kernel takes the hardest answer. The first ones refuse with an error what the libraries do
-/// without, the last stops what has no such way.
+/// Compiles the programs of the filter; the kernel applies the strictest result of them. The first ones make calls fail
+/// that the libraries can do without. The last one stops all other calls that are not allowed.
 fn compile(needs: ImageNeeds) -> Result<Vec<BpfProgram>, BackendError> {
     let architecture = TargetArch::try_from(std::env::consts::ARCH)?;
     let refusing = |rules, errno| {
         SeccompFilter::new(rules, SeccompAction::Allow, SeccompAction::Errno(errno as u32), architecture)?.try_into()
     };
-    // Its arguments lie in memory, where no filter looks. The C library then uses clone.
+    // A filter cannot check the arguments of clone3, because they lie in memory. The C library then uses clone.
     let mut programs = vec![refusing(BTreeMap::from([(libc::SYS_clone3, Vec::new())]), libc::ENOSYS)?];
     if needs.network {
         programs.push(refusing(forbidden()?, libc::EPERM)?);
@@ -182,8 +185,9 @@ fn compile(needs: ImageNeeds) -> Result<Vec<BpfProgram>, BackendError> {
     Ok(programs)
 }
 
-/// What a cluster's client tries, and lives without: Unix sockets (the log of the system, a name service), to be
-/// called, modes of files, and the processors and ranks of threads by their number, which may be another process's.
+/// The calls that a cluster's client tries and can do without: Unix sockets (the system log, a name service),
+/// listening, modes of files, and the processors and priorities of threads by their number, which may be another
+/// process's.
 fn forbidden() -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
     let others = |argument| -> Result<Vec<SeccompRule>, BackendError> {
         let other = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, 0)?;
@@ -196,7 +200,7 @@ fn forbidden() -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
         (libc::SYS_sched_setscheduler, others(0)?),
         (libc::SYS_setpriority, others(1)?),
         (libc::SYS_listen, Vec::new()),
-        // No rule on paths knows them.
+        // The rules on paths do not cover these.
         (libc::SYS_fchmod, Vec::new()),
         (libc::SYS_fchmodat, Vec::new()),
     ]))
@@ -211,15 +215,15 @@ fn allowed(needs: ImageNeeds) -> Result<BTreeMap<i64, Vec<SeccompRule>>, Backend
     let executable = libc::PROT_EXEC as u64;
     let thread = libc::CLONE_THREAD as u64;
     let conditional = [
-        // A new process is what an intruder would want.
+        // Only threads: an intruder would start a process.
         (libc::SYS_clone, one_of(0, &[thread], Some(thread))?),
         (libc::SYS_tgkill, one_of(0, &[pid], None)?),
-        // Only for this process.
+        // The limits of this process only.
         (libc::SYS_prlimit64, one_of(0, &[0, pid], None)?),
         (libc::SYS_fcntl, one_of(1, &FCNTLS.map(|command| command as u64), None)?),
         (libc::SYS_ioctl, one_of(1, &IOCTLS, None)?),
         (libc::SYS_prctl, one_of(0, &[libc::PR_SET_NAME as u64, libc::PR_GET_NAME as u64, PR_SET_VMA], None)?),
-        // No new code. A cluster's client loads parts of itself when they are first used.
+        // No executable memory, except for a cluster's client, which loads parts of itself when they are first used.
         (libc::SYS_mmap, if needs.network { Vec::new() } else { one_of(2, &[0], Some(executable))? }),
         (libc::SYS_mprotect, if needs.network { Vec::new() } else { one_of(2, &[0], Some(executable))? }),
     ];
@@ -228,14 +232,14 @@ fn allowed(needs: ImageNeeds) -> Result<BTreeMap<i64, Vec<SeccompRule>>, Backend
         rules.insert(libc::SYS_socket, internet_sockets()?);
     } else {
         rules.insert(libc::SYS_sendto, without_address()?);
-        // A pair leads nowhere else. Datagram sockets would, to any Unix socket by its path.
+        // A pair of stream sockets reaches no other socket. A datagram socket reaches any Unix socket by its path.
         rules.insert(libc::SYS_socketpair, one_of(1, &[libc::SOCK_STREAM as u64], Some(SOCK_TYPE_MASK))?);
     }
     Ok(rules)
 }
 
-/// socket(2) of a cluster's client. Unix sockets are refused with an error, see [`forbidden`]. Of netlink only
-/// NETLINK_ROUTE, by which the C library lists the host's addresses.
+/// The rules for socket(2) of a cluster's client: Internet sockets, and of netlink NETLINK_ROUTE, with which the C
+/// library lists the host's addresses. Unix sockets pass here, and [`forbidden`] refuses them with an error.
 fn internet_sockets() -> Result<Vec<SeccompRule>, BackendError> {
     let mut rules = one_of(0, &[libc::AF_INET, libc::AF_INET6, libc::AF_UNIX].map(|domain| domain as u64), None)?;
     let netlink = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, libc::AF_NETLINK as u64)?;
@@ -244,19 +248,19 @@ fn internet_sockets() -> Result<Vec<SeccompRule>, BackendError> {
     Ok(rules)
 }
 
-/// sendto(2) that names no receiver (send(2)).
+/// The rule for sendto(2) without a receiver's address, which is send(2).
 fn without_address() -> Result<Vec<SeccompRule>, BackendError> {
     let none = SeccompCondition::new(4, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
     Ok(vec![SeccompRule::new(vec![none])?])
 }
 
-/// socketpair(2) of datagram sockets, which send to any Unix socket by its path.
+/// The rules for socketpair(2) of datagram sockets, which can send to any Unix socket by its path.
 fn datagrams() -> Result<Vec<SeccompRule>, BackendError> {
     one_of(1, &[libc::SOCK_DGRAM as u64, libc::SOCK_RAW as u64], Some(SOCK_TYPE_MASK))
 }
 
-/// A rule for each value that an argument may have, all of its bits or those of `mask`. Arguments are compared in their
-/// lower 32 bits, which is what the kernel looks at in all of these.
+/// Makes a rule for each value that an argument may have; with `mask` only these bits are compared. The lower 32 bits
+/// of the argument are compared, because the kernel uses only these in all such calls.
 fn one_of(argument: u8, values: &[u64], mask: Option<u64>) -> Result<Vec<SeccompRule>, BackendError> {
     let rule = |&value: &u64| {
         let how = mask.map_or(SeccompCmpOp::Eq, SeccompCmpOp::MaskedEq);
@@ -265,7 +269,7 @@ fn one_of(argument: u8, values: &[u64], mask: Option<u64>) -> Result<Vec<Seccomp
     values.iter().map(rule).collect()
 }
 
-/// A system call's name, if it is one of those that an intruder would try. Called in a signal's handler: only looks.
+/// Returns a system call's name, if it is in one of the lists. Called in a signal handler, so it only reads.
 pub(super) fn name(number: c_long) -> Option<&'static str> {
     let found = [NAMED_ONLY, NAMED_ONLY_OLDER, ALLOWED, OLDER, NETWORK, URING]
         .into_iter()

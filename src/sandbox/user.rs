@@ -1,4 +1,4 @@
-//! Another user than root, and what root itself does not need.
+//! Becomes another user than root, and gives up the capabilities that root does not need.
 
 use std::ffi::CString;
 use std::io;
@@ -18,7 +18,7 @@ pub(super) struct Account {
 }
 
 impl Account {
-    /// Looks up a name or a number. Before anything is opened: a lookup may start a conversation with a name service.
+    /// Looks up a name or a number. Called before anything is opened, because a lookup may connect to a name service.
     pub(super) fn find(name: &str) -> Result<Account, SandboxError> {
         let found = match name.parse() {
             Ok(number) => User::from_uid(Uid::from_raw(number)),
@@ -35,7 +35,8 @@ impl Account {
         Ok(Account { name: user.name, uid: user.uid, gid: user.gid })
     }
 
-    /// Becomes this user for good, with the groups that it is a member of. Every thread; Linux drops all capabilities.
+    /// Makes every thread this user for good, with the groups of which it is a member. Linux drops all capabilities
+    /// then.
     pub(super) fn assume(&self, permissions: &Permissions) -> Result<(), SandboxError> {
         if Uid::effective().is_root() && !self.uid.is_root() {
             let failed = |what: &'static str| {
@@ -52,7 +53,7 @@ impl Account {
         Ok(())
     }
 
-    /// Each ring opens the image itself, later: report now that it cannot.
+    /// Fails if this user cannot open the image, because each virtqueue opens it for itself later.
     fn check_image(
         &self,
         permissions: &Permissions,
@@ -67,13 +68,13 @@ impl Account {
     }
 }
 
-/// The image's path, opened while we may still reach it.
+/// Opens the image's path while this process may still reach it. `None`: there is no such path.
 fn image_place(permissions: &Permissions) -> Option<io::Result<std::os::fd::OwnedFd>> {
     let path = permissions.image.as_ref()?;
     Some(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(Into::into))
 }
 
-/// Warns unless the operator asked for root (`--user root`): an intruder in this daemon would be root on the host, too.
+/// Warns that this daemon stays root, because an intruder in it would be root on the host, too.
 pub(super) fn warn_of_root() {
     if Uid::effective().is_root() {
         log::warn!(
@@ -83,9 +84,10 @@ pub(super) fn warn_of_root() {
     }
 }
 
-/// Keeps only the capabilities that let root open images and directories of other users, for the calling thread and
-/// those that it starts. `switch`: keeps also those to become another user, which gives up all of them. A library's
-/// threads become that user with the rest, and the C library ends the process if one of them cannot.
+/// Drops all capabilities of the calling thread and the threads that it starts later, except those with which root
+/// opens images and directories of other users. `switch`: also keep those to become another user, which drops all of
+/// them. A library's threads become that user together with the others, and the C library ends the process if one of
+/// them cannot.
 pub(super) fn keep_few_capabilities(switch: bool) -> Result<(), SandboxError> {
     if !Uid::effective().is_root() {
         return Ok(());

@@ -12,7 +12,7 @@ use crate::base::pid_file::PidFile;
 use crate::base::unix_listener::SocketFile;
 use crate::config::{Config, Listen};
 
-/// Dropping this removes the files, except those that still belong to another daemon.
+/// The daemon's files. Dropping this removes them, except those that still belong to another daemon.
 pub(super) struct DaemonFiles {
     pub(super) front: FrontSocket,
     control: Option<(UnixListener, Option<SocketFile>)>,

@@ -39,15 +39,17 @@ const MAX_SYNCS: u32 = 4;
 pub(super) struct HandOverRequest {
     /// The connection of the control socket on which the new daemon sent the request.
     pub(super) stream: UnixStream,
-    /// Snapshots by others need an attendant, which must connect to the new daemon before that can serve them.
+    /// Snapshots of other hosts need the consent of an attendant, which must connect to the new daemon first.
     pub(super) requires_attendant: bool,
 }
 
 /// Passes the request of a new daemon from the control thread to the main thread.
 pub(super) struct HandOverRequests {
+    /// The control thread rings this when it has stored a request.
     pub(super) bell: Arc<Bell>,
     request: Mutex<Option<HandOverRequest>>,
-    /// A hand-over was requested or is running. The control thread sets this; main clears it when the hand-over fails.
+    /// A hand-over was requested or is running. The control thread sets the flag; main clears it when the hand-over
+    /// fails.
     pub(super) is_running: Arc<AtomicBool>,
     /// The guest is about to be handed over. Clients of the control socket wait until it is known which daemon replies.
     pub(super) leaving: Arc<AtomicBool>,
@@ -78,7 +80,9 @@ impl HandOverRequests {
 pub(super) struct InheritedFiles<'a> {
     /// The path of the vhost-user socket, unless the service manager bound it, and the socket.
     pub(super) front: (Option<&'a Path>, &'a dyn AsFd),
+    /// The path of the control socket, and the socket.
     pub(super) control: Option<(&'a Path, &'a dyn AsFd)>,
+    /// The path of the pid file, and the open file.
     pub(super) pid_file: Option<(&'a Path, &'a dyn AsFd)>,
 }
 

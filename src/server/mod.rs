@@ -178,7 +178,7 @@ pub struct Server {
     end_signals: u32,
 }
 
-/// A bell that threads share.
+/// Creates a bell that threads share. Fails when no file descriptor is left.
 fn new_bell() -> Result<Arc<Bell>, ServerError> {
     Bell::new().map(Arc::new).map_err(|error| ServerError::System("cannot create an eventfd", error))
 }

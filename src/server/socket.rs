@@ -64,7 +64,9 @@ impl std::error::Error for SocketError {}
 
 /// A vhost-user socket that was checked, as far as that is possible before the image is opened.
 pub(super) enum PreparedSocket {
+    /// The socket will be bound to this path, with these permissions.
     Path { path: PathBuf, mode: u32, group: Option<Gid> },
+    /// The socket was inherited.
     Fd(UnixListener),
 }
 

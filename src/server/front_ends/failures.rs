@@ -15,6 +15,7 @@ const REPEAT_PERIOD: Duration = Duration::from_secs(60);
 #[derive(Default)]
 pub(super) struct FrontEndFailures(Option<RepeatedFailure>);
 
+/// A reason for which front-ends failed, and how often.
 struct RepeatedFailure {
     reason: String,
     logged_at: Instant,

@@ -39,6 +39,7 @@ const SILENCE_TIMEOUT: Duration = Duration::from_secs(10);
 
 const ONE_AT_A_TIME: &str = "a disk serves one at a time";
 
+/// The front-end that is served, and the connections that may replace it. Owned by the main thread.
 pub(super) struct FrontEnds {
     served: Arc<dyn Served>,
     /// The front-end's thread rings this at its end.
@@ -52,6 +53,7 @@ pub(super) struct FrontEnds {
     turned_away: LogLimit,
 }
 
+/// The front-end that is served, and its thread.
 struct FrontEnd {
     /// A duplicate of the connection, to detect that the front-end hangs up. It is dropped as soon as the thread has
     /// ended: the front-end would not see that the daemon hung up while a duplicate is open.
