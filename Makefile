@@ -187,7 +187,7 @@ bench-instructions: toolchain ## Instructions of our own code a request, beside 
 bench-rbd: toolchain deps-rbd ## The same on Ceph RBD, beside fio's rbd engine and qemu-storage-daemon's export
 	$(CARGO) bench --bench rbd
 
-bench-guest: toolchain deps ## fio in a guest, beside QEMU and qemu-storage-daemon, into benches/results; ten minutes
+bench-guest: toolchain deps ## fio in a guest, beside QEMU and qemu-storage-daemon; needs KVM; ten minutes
 	$(CARGO) bench --bench guest
 
 install: ## Install what `make build` made, with units, libvirt's hook, manual pages (PREFIX, DESTDIR, SYSCONFDIR)
