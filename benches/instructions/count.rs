@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -14,11 +14,48 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::case::{Case, Pattern};
+use super::functions::{self, Addresses, Mappings};
 
 const BLOCK: usize = 4096;
 const IMAGE: u64 = 16 << 20;
 /// What the server executes no more instructions for is over.
 const QUIET: Duration = Duration::from_millis(100);
+
+/// What has been executed.
+#[derive(Default)]
+struct Steps {
+    count: AtomicU64,
+    /// Where, if that is asked for.
+    addresses: Option<Mutex<Addresses>>,
+}
+
+impl Steps {
+    /// The addresses since the last call.
+    fn take_addresses(&self) -> Addresses {
+        let addresses = self.addresses.as_ref().expect("--functions asks for them");
+        std::mem::take(&mut addresses.lock().expect("no panic while held"))
+    }
+}
+
+/// Prints how many instructions each function takes for one request of `case`, in `program`.
+pub fn print_functions(program: &Path, case: &Case, requests: u64, dir: &Path) {
+    let socket = dir.join("vhost");
+    let mut server = start(program, case, &socket, dir);
+    let mut driver = Driver::connect_soon(&socket, 1, 128, case.depth * BLOCK, ALL);
+    load(&mut driver, case, 1024);
+    let (steps, tracer) = step(&server, Steps { addresses: Some(Mutex::default()), ..Steps::default() });
+    load(&mut driver, case, 2 * case.depth as u64);
+    settled(&steps);
+    steps.take_addresses();
+    let sent = load(&mut driver, case, 3 * requests);
+    settled(&steps);
+    let (mappings, addresses) = (Mappings::of(server.id()), steps.take_addresses());
+    server.kill().expect("our own child");
+    tracer.join().expect("it ends with the server");
+    let _ = server.wait();
+    // Only now: the tracer waits for every child.
+    mappings.print(&addresses, sent);
+}
 
 /// Instructions in user mode for one request of `case`, in `program`.
 pub fn count(program: &Path, case: &Case, requests: u64, dir: &Path) -> f64 {
@@ -28,7 +65,8 @@ pub fn count(program: &Path, case: &Case, requests: u64, dir: &Path) -> f64 {
         let mut driver = Driver::connect_soon(&socket, 1, 128, case.depth * BLOCK, ALL);
         // Buffers are made, and what is learned of the medium is learned.
         load(&mut driver, case, 1024);
-        let (steps, tracer) = step(&server);
+        let (steps, tracer) = step(&server, Steps::default());
+        let threads = ring_threads(server.id());
         load(&mut driver, case, 2 * case.depth as u64);
         let mut counted = |requests| {
             let before = settled(&steps);
@@ -37,6 +75,7 @@ pub fn count(program: &Path, case: &Case, requests: u64, dir: &Path) -> f64 {
         };
         // The difference is free of what happens once in each.
         let ((few, sent_few), (many, sent_many)) = (counted(requests), counted(3 * requests));
+        assert_eq!(ring_threads(server.id()), threads, "another thread serves: the machine is too slow to count here");
         server.kill().expect("our own child");
         tracer.join().expect("it ends with the server");
         // The tracer has reaped it.
@@ -68,17 +107,15 @@ fn image(dir: &Path) -> PathBuf {
     image
 }
 
-/// Has all threads of `server` execute one instruction at a time, until the server ends. Returns the number of instructions
-/// so far, and the thread that does this.
-fn step(server: &Child) -> (Arc<AtomicU64>, JoinHandle<()>) {
-    let steps = Arc::new(AtomicU64::new(0));
+/// Has the threads of the server's virtqueue execute one instruction at a time, until the server ends. Returns what was
+/// executed so far, beginning with `steps`, and the thread that does this.
+fn step(server: &Child, steps: Steps) -> (Arc<Steps>, JoinHandle<()>) {
+    let steps = Arc::new(steps);
     let (counter, pid) = (steps.clone(), server.id());
     let (attached, all_attached) = std::sync::mpsc::channel();
     // The thread that attaches is the one that may step.
     let tracer = std::thread::spawn(move || {
-        for thread in std::fs::read_dir(format!("/proc/{pid}/task")).expect("a running server") {
-            let name = thread.expect("a thread").file_name();
-            let thread = Pid::from_raw(name.to_str().expect("a number").parse().expect("a number"));
+        for thread in ring_threads(pid) {
             ptrace::seize(thread, ptrace::Options::PTRACE_O_TRACECLONE).expect("ptrace: our own child");
             ptrace::interrupt(thread).expect("it was attached to");
         }
@@ -89,11 +126,25 @@ fn step(server: &Child) -> (Arc<AtomicU64>, JoinHandle<()>) {
     (steps, tracer)
 }
 
+/// The threads that serve the virtqueue. Others run now and then, however many requests there are: what they do is no part
+/// of a request.
+fn ring_threads(server: u32) -> Vec<Pid> {
+    let threads = std::fs::read_dir(format!("/proc/{server}/task")).expect("a running server");
+    let paths = threads.map(|thread| thread.expect("a thread").path());
+    let is_ring =
+        |path: &PathBuf| std::fs::read_to_string(path.join("comm")).is_ok_and(|name| name.starts_with("ring"));
+    let number = |path: PathBuf| path.file_name()?.to_str()?.parse().ok();
+    paths.filter(is_ring).map(|path| Pid::from_raw(number(path).expect("a number"))).collect()
+}
+
 /// Waits until a thread of the server has stopped, and has it execute its next instruction.
-fn has_ended(server: u32, counter: &AtomicU64) -> bool {
+fn has_ended(server: u32, steps: &Steps) -> bool {
     let (thread, signal) = match waitpid(None, Some(WaitPidFlag::__WALL)) {
         Ok(WaitStatus::Stopped(thread, Signal::SIGTRAP)) => {
-            counter.fetch_add(1, Ordering::Relaxed);
+            steps.count.fetch_add(1, Ordering::Relaxed);
+            if let (Some(addresses), Some(address)) = (&steps.addresses, functions::program_counter(thread)) {
+                *addresses.lock().expect("no panic while held").entry(address).or_default() += 1;
+            }
             (thread, None)
         }
         Ok(WaitStatus::Stopped(thread, signal)) => (thread, Some(signal)),
@@ -110,11 +161,11 @@ fn has_ended(server: u32, counter: &AtomicU64) -> bool {
 }
 
 /// The number of instructions when no thread executes any for a while.
-fn settled(steps: &AtomicU64) -> u64 {
-    let mut before = steps.load(Ordering::Relaxed);
+fn settled(steps: &Steps) -> u64 {
+    let mut before = steps.count.load(Ordering::Relaxed);
     loop {
         std::thread::sleep(QUIET);
-        let now = steps.load(Ordering::Relaxed);
+        let now = steps.count.load(Ordering::Relaxed);
         if now == before {
             return now;
         }

@@ -1,25 +1,31 @@
 //! Instructions of the server's own code for one request, beside another build of it. They hardly depend on what else
 //! the machine does, so that a change that costs is seen where times say nothing.
 //!
-//! `cargo bench --bench instructions -- [--server NAME=PROGRAM]... [--only TEXT] [--requests N] [--dir DIR]`
+//! `cargo bench --bench instructions -- [--server NAME=PROGRAM]... [--only TEXT] [--requests N] [--dir DIR]
+//! [--functions]`
 //!
-//! Method: the server's threads are single-stepped (ptrace(2)), which counts the instructions in user mode on any machine,
-//! virtual ones included; a system call counts as one. The front-end queues as many requests as the case is deep, kicks
+//! Method: the threads of the server's virtqueue are single-stepped (ptrace(2)), which counts the instructions in user mode
+//! on any machine, virtual ones included; a system call counts as one. The front-end queues as many requests as the case is deep, kicks
 //! once, and takes all answers before the next batch, so that every run has the same batches. A case is counted
 //! for N requests (default 32) and for 3 N, each time between two moments at which all threads of the server sleep, and
 //! the difference divided by 2 N. That is done twice and the smaller figure printed: a wait that something interrupts
 //! only adds. The sandbox is off, since it allows no ptrace. A server that is stepped is slow: where it chooses a way by
-//! time (writes over the page cache), this counts the way that it takes then.
+//! time (writes over the page cache), this counts the way that it takes then, which differs from run to run on a busy
+//! machine. With `--dir` on tmpfs there is no such choice.
+//!
+//! `--functions` prints after each case which functions the instructions belong to, in every server: the innermost function
+//! of this package, inlined ones included, or else the outermost. It needs addr2line (binutils).
 //!
 //! Without `--server` only this build is counted. `scripts/bench-instructions` builds another commit and compares.
 
 mod case;
 mod count;
+mod functions;
 
 use std::path::PathBuf;
 
 use case::CASES;
-use count::count;
+use count::{count, print_functions};
 use rustix::thread::CpuSet;
 
 struct Options {
@@ -28,6 +34,7 @@ struct Options {
     only: String,
     requests: u64,
     dir: PathBuf,
+    functions: bool,
 }
 
 fn main() {
@@ -48,6 +55,10 @@ fn main() {
             worst = worst.max(first / last);
         }
         println!();
+        for (name, program) in options.servers.iter().filter(|_| options.functions) {
+            println!("  {name}");
+            print_functions(program, case, options.requests, dir.path());
+        }
     }
     if options.servers.len() > 1 {
         println!("largest ratio: {worst:.3}");
@@ -69,6 +80,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Options {
         only: String::new(),
         requests: 32,
         dir: std::env::temp_dir(),
+        functions: false,
     };
     while let Some(arg) = args.next() {
         let mut value = || args.next().unwrap_or_else(|| panic!("{arg} needs a value"));
@@ -81,6 +93,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Options {
             "--only" => options.only = value(),
             "--requests" => options.requests = value().parse().expect("a number of requests"),
             "--dir" => options.dir = value().into(),
+            "--functions" => options.functions = true,
             "--bench" => {}
             other => panic!("unknown option {other}"),
         }
