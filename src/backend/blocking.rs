@@ -6,12 +6,17 @@
 //! the queue ([`super::IoQueue::call_made`]). If the call does not return, another thread takes the queue
 //! ([`super::IoQueue::change_thread`]). When the call does return, [`Caller::leave`] passes it to that thread.
 
+use std::ops::{Deref, DerefMut};
 use std::time::Instant;
 
 use super::{Errno, IoBuf, OpId};
 
-/// A write to be made by one plain call.
-pub struct BlockingCall {
+/// A write to be made by one plain call. A queue, its layers and the ring's thread pass it on several times, so it is a
+/// pointer, and the queue reuses the memory ([`BlockingCall::reuse`]).
+pub struct BlockingCall(Box<WriteCall>);
+
+/// The content of a [`BlockingCall`].
+pub struct WriteCall {
     pub(super) id: OpId,
     pub(super) offset: u64,
     pub(super) buf: IoBuf,
@@ -25,9 +30,39 @@ pub struct BlockingCall {
     pub(super) result: Result<usize, Errno>,
 }
 
+impl WriteCall {
+    #[inline]
+    fn new(id: OpId, offset: u64, buf: IoBuf) -> Self {
+        WriteCall { id, offset, buf, flags: 0, began: None, ended: None, result: Ok(0) }
+    }
+}
+
 impl BlockingCall {
     pub(super) fn new(id: OpId, offset: u64, buf: IoBuf) -> Self {
-        BlockingCall { id, offset, buf, flags: 0, began: None, ended: None, result: Ok(0) }
+        BlockingCall(Box::new(WriteCall::new(id, offset, buf)))
+    }
+
+    /// Makes a new call of one that is over and whose buffer was taken.
+    #[inline]
+    pub(super) fn reuse(mut self, id: OpId, offset: u64, buf: IoBuf) -> Self {
+        *self.0 = WriteCall::new(id, offset, buf);
+        self
+    }
+}
+
+impl Deref for BlockingCall {
+    type Target = WriteCall;
+
+    #[inline]
+    fn deref(&self) -> &WriteCall {
+        &self.0
+    }
+}
+
+impl DerefMut for BlockingCall {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut WriteCall {
+        &mut self.0
     }
 }
 

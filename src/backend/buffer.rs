@@ -187,6 +187,12 @@ impl IoBuf {
         self.walk(offset, len, |part, _, len| to.push(libc::iovec { iov_base: part.cast(), iov_len: len }));
     }
 
+    /// Returns the buffer and leaves one without any memory.
+    #[inline]
+    pub(super) fn take(&mut self) -> IoBuf {
+        std::mem::replace(self, IoBuf { iovecs: Vec::new(), len: 0, _keep: None })
+    }
+
     /// Returns the emptied iovec list for reuse, and releases the memory.
     pub fn into_iovecs(self) -> Vec<libc::iovec> {
         self.into_parts().0

@@ -111,7 +111,13 @@ impl InlineIo {
     /// Whether to try a write of this buffer inline.
     #[inline]
     pub(super) fn suits_write(&self, buf: &IoBuf) -> bool {
-        self.policy != InlinePolicy::RemoteCache && self.suits(buf)
+        self.makes_writes() && self.suits(buf)
+    }
+
+    /// Whether any write is tried inline.
+    #[inline]
+    pub(super) fn makes_writes(&self) -> bool {
+        matches!(self.policy, InlinePolicy::Cache | InlinePolicy::Memory)
     }
 
     /// Reads what needs no waiting.

@@ -106,8 +106,8 @@ struct Worker {
 
 /// What the worker learns during one turn. The step that uses a field resets it.
 struct Turn {
-    /// When the turn popped requests: one clock read for the batch.
-    popped_at: Instant,
+    /// When the turn popped its first request: one clock read for the batch, and none in a turn that pops nothing.
+    popped_at: Option<Instant>,
     /// The virtqueue may hold requests that this turn did not take, so the next turn begins without a sleep.
     poll_again: bool,
     /// A request was put into the used ring, and the guest was not interrupted for it yet.
@@ -142,7 +142,7 @@ impl Worker {
             requests: Requests::new(size),
             lifecycle: Lifecycle::Serving,
             turn: Turn {
-                popped_at: Instant::now(),
+                popped_at: None,
                 poll_again: false,
                 completed: false,
                 notifications_disabled: false,

@@ -13,6 +13,15 @@ use crate::virtio::blk::request::{self, BlkCommand, ID_BYTES, Request, Status};
 /// seconds, in which its worker would obey no command.
 const MAX_WALKED: u64 = 1 << 16;
 
+/// A request that the engine may admit.
+struct Prepared {
+    command: BlkCommand,
+    kind: Kind,
+    offset: u64,
+    len: u64,
+    op: Option<Op>,
+}
+
 impl Worker {
     /// Pops requests until the virtqueue is empty or broken, a write is blocked, the back-end is full, or the turn has
     /// read enough descriptors.
@@ -21,7 +30,7 @@ impl Worker {
         if self.broken || self.requests.blocked || (!self.is_serving() && self.requests.resubmit.is_empty()) {
             return;
         }
-        self.turn.popped_at = Instant::now();
+        self.turn.popped_at = None;
         let walk_limit = self.parser.walked() + MAX_WALKED;
         self.resubmit(walk_limit);
         if self.broken || self.requests.blocked || !self.is_serving() || self.turn.poll_again {
@@ -79,7 +88,7 @@ impl Worker {
             }
         };
         match self.prepare(&request) {
-            Ok(pending) => self.offer(head, pending),
+            Ok(prepared) => self.offer(&request, prepared),
             Err(status) => {
                 self.complete(head, request.status_at, status, request.writable.saturating_add(1));
                 Admission::Admitted
@@ -87,23 +96,40 @@ impl Worker {
         }
     }
 
+    /// Offers a request to the engine, and keeps it if it is admitted. It is built where it stays: it is large, and a copy
+    /// costs as much as the rest of this.
     #[inline]
-    fn offer(&mut self, head: u16, pending: PendingRequest) -> Admission {
-        let admission = self.engine.offer(head, pending.kind);
-        if admission == Admission::Admitted {
-            self.requests.insert(head, pending);
-            if let Some(inflight) = &mut self.setup.inflight {
-                inflight.taken(head);
+    fn offer(&mut self, request: &Request, Prepared { command, kind, offset, len, op }: Prepared) -> Admission {
+        let admission = self.engine.offer(request.head, kind);
+        if admission == Admission::Blocked {
+            if let Some(Op::Write { buf, .. }) = op {
+                self.backend.spare_buffers.push(buf);
             }
-        } else if let Some(Op::Write { buf, .. }) = pending.op {
-            self.backend.spare_buffers.push(buf);
+            return admission;
+        }
+        let data_in = if kind == Kind::Read { len as u32 } else { 0 };
+        let pending = PendingRequest {
+            kind,
+            op,
+            retained: false,
+            unmap: matches!(command, BlkCommand::WriteZeroes { unmap: true, .. }),
+            status_at: request.status_at,
+            written: data_in.saturating_add(1),
+            offset,
+            len,
+            since: *self.turn.popped_at.get_or_insert_with(Instant::now),
+            writes: self.segments_to_log(&command),
+        };
+        self.requests.insert(request.head, pending);
+        if let Some(inflight) = &mut self.setup.inflight {
+            inflight.taken(request.head);
         }
         admission
     }
 
-    /// The pending request that the engine gets. `Err`: the status of a request that is completed at once.
+    /// What the engine gets. `Err`: the status of a request that is completed at once.
     #[inline]
-    fn prepare(&mut self, request: &Request) -> Result<PendingRequest, Status> {
+    fn prepare(&mut self, request: &Request) -> Result<Prepared, Status> {
         let command = request.command?;
         let (kind, offset, len, op) = match command {
             BlkCommand::GetId => return Err(self.write_serial()),
@@ -125,19 +151,7 @@ impl Worker {
                 (Kind::WriteZeroes, offset, len, Some(Op::WriteZeroes { offset, len, unmap }))
             }
         };
-        let data_in = if kind == Kind::Read { len as u32 } else { 0 };
-        Ok(PendingRequest {
-            kind,
-            op,
-            retained: false,
-            unmap: matches!(command, BlkCommand::WriteZeroes { unmap: true, .. }),
-            status_at: request.status_at,
-            written: data_in.saturating_add(1),
-            offset,
-            len,
-            since: self.turn.popped_at,
-            writes: self.segments_to_log(&command),
-        })
+        Ok(Prepared { command, kind, offset, len, op })
     }
 
     fn buffer(&mut self, command: &BlkCommand) -> Result<IoBuf, Status> {

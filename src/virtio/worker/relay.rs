@@ -152,6 +152,10 @@ impl Relay {
         number: u64,
         caller: &mut Option<Box<dyn Caller>>,
     ) -> Result<Guard<'a>, BlockingCall> {
+        let Some(caller) = caller else {
+            served(&mut guard).worker.drain_completions();
+            return Ok(guard);
+        };
         loop {
             let worker = &mut served(&mut guard).worker;
             let call = worker.backend.io.next_call().or_else(|| {
@@ -160,7 +164,7 @@ impl Relay {
                 worker.backend.io.next_call()
             });
             let Some(call) = call else { return Ok(guard) };
-            guard = self.make_call(guard, number, caller.as_mut().expect("a queue with calls has a caller"), call)?;
+            guard = self.make_call(guard, number, caller, call)?;
         }
     }
 

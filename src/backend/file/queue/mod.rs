@@ -19,7 +19,7 @@ use super::mail::{Mail, Mailbox};
 use super::range_locks::{LockTicket, QueueLocks};
 use super::range_op::{OpStep, RangeOp};
 use crate::backend::bounce_pool::QueuePool;
-use crate::backend::uring::{Event, FileOp, TransferKind, Uring};
+use crate::backend::uring::{Event, FileOp, Uring};
 use crate::backend::{BlockingCall, Caller, Completion, Errno, IoBuf, IoQueue, Op, OpId, Source, Wakeups};
 use helper_tasks::HelperTasks;
 use plain_calls::FileCaller;
@@ -39,6 +39,8 @@ pub(super) struct FileQueue {
     to_caller: Option<mpsc::Sender<Uring<PendingOp>>>,
     /// Writes to be made by plain calls.
     pending_calls: VecDeque<BlockingCall>,
+    /// Calls that are over, whose memory new ones reuse.
+    spare_calls: Vec<BlockingCall>,
     helpers: HelperTasks,
     /// An open file description of this queue alone: the kernel reports a writeback error once to each description.
     file: Arc<OwnedFd>,
@@ -93,6 +95,7 @@ impl FileQueue {
             uring,
             to_caller: None,
             pending_calls: VecDeque::new(),
+            spare_calls: Vec::new(),
             helpers: HelperTasks::default(),
             file: Arc::new(file),
             inline: InlineIo::new(image.inline_policy),
@@ -262,31 +265,29 @@ impl IoQueue for FileQueue {
     }
 
     fn caller(&mut self) -> Option<Box<dyn Caller>> {
+        if !self.inline.makes_writes() {
+            return None;
+        }
         let (to_caller, old_uring) = mpsc::channel();
         self.to_caller = Some(to_caller);
         let (file, mailbox) = (Arc::clone(&self.file), Arc::clone(&self.mailbox));
         Some(Box::new(FileCaller::new(file, mailbox, old_uring)))
     }
 
-    #[inline]
     fn next_call(&mut self) -> Option<BlockingCall> {
-        while let Some(mut call) = self.pending_calls.pop_front() {
-            if self.inline.admits(&mut call) {
-                return Some(call);
-            }
-            self.start_rest(call.id, TransferKind::Write, call.offset, call.buf, 0);
-        }
-        None
+        if self.pending_calls.is_empty() { None } else { self.next_admitted_call() }
     }
 
     #[inline]
-    fn call_made(&mut self, call: BlockingCall) {
+    fn call_made(&mut self, mut call: BlockingCall) {
         match self.inline.handle_result(&call) {
             InlineOutcome::Complete(result) => {
                 self.ops_in_flight -= 1;
-                self.complete(call.id, true, result, Some(call.buf));
+                let buf = call.buf.take();
+                self.complete(call.id, true, result, Some(buf));
+                self.spare_calls.push(call);
             }
-            InlineOutcome::Partial(from) => self.start_rest(call.id, TransferKind::Write, call.offset, call.buf, from),
+            InlineOutcome::Partial(from) => self.continue_call(call, from),
             InlineOutcome::Repeat => self.pending_calls.push_front(call),
         }
     }

@@ -32,7 +32,11 @@ impl FileQueue {
     pub(super) fn write_inline(&mut self, id: OpId, offset: u64, buf: IoBuf) {
         self.inline.reserve(&buf);
         self.ops_in_flight += 1;
-        self.pending_calls.push_back(BlockingCall::new(id, offset, buf));
+        let call = match self.spare_calls.pop() {
+            Some(spare) => spare.reuse(id, offset, buf),
+            None => BlockingCall::new(id, offset, buf),
+        };
+        self.pending_calls.push_back(call);
         if self.to_caller.is_none() {
             self.make_calls();
         }
@@ -55,10 +59,30 @@ impl FileQueue {
         self.uring.start(FileOp::Transfer(rest), op);
     }
 
+    /// Returns the first queued call that may be made now. Apart from `next_call`, which has nothing to return in most cases,
+    /// and would save and restore registers for this.
+    #[inline(never)]
+    pub(super) fn next_admitted_call(&mut self) -> Option<BlockingCall> {
+        while let Some(mut call) = self.pending_calls.pop_front() {
+            if self.inline.admits(&mut call) {
+                return Some(call);
+            }
+            self.continue_call(call, 0);
+        }
+        None
+    }
+
+    /// Gives the io_uring what is left of a write after `from` bytes.
+    pub(super) fn continue_call(&mut self, mut call: BlockingCall, from: usize) {
+        let buf = call.buf.take();
+        self.start_rest(call.id, TransferKind::Write, call.offset, buf, from);
+        self.spare_calls.push(call);
+    }
+
     /// Gives the queued calls to the io_uring, because the owner is about to sleep.
     pub(super) fn start_calls(&mut self) {
-        while let Some(BlockingCall { id, offset, buf, .. }) = self.pending_calls.pop_front() {
-            self.start_rest(id, TransferKind::Write, offset, buf, 0);
+        while let Some(call) = self.pending_calls.pop_front() {
+            self.continue_call(call, 0);
         }
     }
 }

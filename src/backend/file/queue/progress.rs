@@ -68,6 +68,7 @@ impl FileQueue {
     }
 
     /// Handles a file op that this io_uring, or that of an earlier thread, has completed.
+    #[inline]
     pub(super) fn finished(&mut self, op: PendingOp, file_op: FileOp, result: Result<(), Errno>) {
         match (file_op, result) {
             (FileOp::Transfer(transfer), Err(Errno(libc::EAGAIN))) => self.transfer_in_helper(op, transfer),
