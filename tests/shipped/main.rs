@@ -1,9 +1,11 @@
 //! What is shipped beside the programs: configuration files, hooks, documents and licences. Sanitizers find nothing here.
 
+mod access_policies;
 mod commands;
 mod configs;
 mod documents;
 mod install;
+mod manual;
 mod protocol;
 mod rerun_failed;
 mod revision;

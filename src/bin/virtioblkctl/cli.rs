@@ -9,7 +9,7 @@ use virtioblkd::internal::base::version::VERSION;
 use virtioblkd::internal::config::disk_size;
 
 use crate::chosen::Chosen;
-use crate::{attend, domain, duration, libvirt_hook, proxmox, snapshot, twins, upgrade};
+use crate::{attend, domain, duration, libvirt_hook, pages, proxmox, snapshot, twins, upgrade};
 
 /// Query and control a running virtioblkd, and take snapshots of its disk
 #[derive(Parser)]
@@ -102,6 +102,9 @@ pub(crate) enum CtlCommand {
     /// milliseconds. If anything fails before that, the running daemon serves on. The image, its size, --read-only and the
     /// block size cannot change. An upgrade is refused while the disk is held or copied.
     Upgrade(upgrade::Upgrade),
+    /// Write the manual pages and the completions of shells
+    #[command(hide = true)]
+    Pages(pages::Pages),
     /// Print the daemon's events until interrupted
     ///
     /// With --domain, prints those of all disks that the domain has now, each with the disk's name.

@@ -15,6 +15,7 @@ mod freezing;
 mod hold;
 mod libvirt_hook;
 mod list;
+mod pages;
 mod proxmox;
 mod show;
 mod snapshot;
@@ -65,6 +66,7 @@ fn run_command() -> ExitCode {
         CtlCommand::Domain(options) => {
             return status_of(&cli, domain::run(options, &cli.chosen, cli.json), 1);
         }
+        CtlCommand::Pages(options) => return finish(&cli, pages::run(options)),
         CtlCommand::List => return finish(&cli, list::run(&cli.chosen, cli.json).and_then(|text| print(&text))),
         CtlCommand::Guard => return helper(virtioblkd::internal::snapshot::guard::serve),
         CtlCommand::LibvirtHook(options) => return libvirt_hook::run(options),
@@ -245,6 +247,7 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
         | CtlCommand::Domblkstat(_)
         | CtlCommand::Domblkinfo(_)
         | CtlCommand::Blockresize(_)
+        | CtlCommand::Pages(_)
         | CtlCommand::Guard
         | CtlCommand::Cloner => {
             return Err(Failure::new("internal", "this command needs no connection; please report it as a defect"));
