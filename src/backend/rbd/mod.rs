@@ -15,6 +15,7 @@ mod lock;
 mod lock_check;
 mod luks;
 mod name;
+mod network;
 mod open;
 mod options;
 mod queue;

@@ -14,7 +14,7 @@ use super::options::{self, EffectiveOptions};
 use super::state_file::StateFile;
 use super::sys::Api;
 use super::watch_event::WatchEvent;
-use super::{RbdOptions, Shared, luks};
+use super::{RbdOptions, Shared, luks, network};
 use crate::backend::sticky_error::StickyError;
 use crate::engine::CachePolicy;
 
@@ -64,6 +64,7 @@ impl OpenError {
 /// Opens the image. Takes as long as the cluster does, and seconds for an encrypted image.
 pub(super) fn open(options: &RbdOptions, events: mpsc::Sender<WatchEvent>) -> Result<Shared, OpenError> {
     check_trust(options)?;
+    network::check()?;
     let api = Api::load(options.library_path.as_deref()).map_err(|error| OpenError(error.to_string()))?;
     let name = options.name.to_string();
     let passphrase = options.encryption.as_ref().map(|(format, path)| Ok((*format, read_passphrase(path)?)));
