@@ -9,7 +9,7 @@ TEST_THREADS ?= 2
 # Each folder of tests/ with a main.rs is a test program (tests/README.md). guest boots guests, ceph starts a Ceph cluster
 # and needs its headers; all others need nothing but Rust.
 TEST_PROGRAMS = $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs))
-UNIT_TESTS = $(filter-out guest ceph,$(TEST_PROGRAMS))
+UNIT_TESTS = $(filter-out guest ceph debian,$(TEST_PROGRAMS))
 # After a failure the other test programs still run.
 cargo_test = $(CARGO) test --no-fail-fast
 
@@ -86,6 +86,12 @@ check-story: toolchain deps ## Snapshots of real guests, frozen by their agents
 
 check-stable: toolchain deps ## Guests that change buffers in flight, over a real md RAID1 and DRBD
 	$(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) replicas::
+
+check-systemd: toolchain ## The shipped units under a real systemd, in a container; minutes
+	$(cargo_test) --test debian -- --test-threads=1 --nocapture units::
+
+check-deb: deb ## The package on bare Debian 12 and 13 under a real systemd: install, serve, upgrade, purge; minutes
+	VIRTIOBLKD_DEB=$$(ls $(packages)/virtioblkd_*.deb) $(cargo_test) --test debian -- --test-threads=1 --nocapture package::
 
 # Which commit's build a guest goes to and comes back from.
 COMMIT ?= HEAD^
@@ -197,6 +203,15 @@ install: ## Install what `make build` made, with units, libvirt's hook, manual p
 
 uninstall: ## Remove what `make install` installed (same PREFIX, DESTDIR, SYSCONFDIR); configuration files of disks remain
 	PREFIX=$(PREFIX) SYSCONFDIR=$(SYSCONFDIR) DESTDIR=$(DESTDIR) scripts/install-files uninstall
+
+# Of the build directory, so that no file is written beside the sources.
+packages = $(abspath $(or $(CARGO_TARGET_DIR),target))/packages
+
+deb: ## Build the Debian package, with its debug symbols apart, and check it with lintian
+	scripts/install-test-deps package
+	rm -rf $(packages) && mkdir -p $(packages)
+	DEB_DIR=$(packages) VIRTIOBLKD_BIN_DIR=$(VIRTIOBLKD_BIN_DIR) debian/rules clean binary
+	lintian --fail-on error --tag-display-limit 0 $(packages)/virtioblkd_*.deb
 
 deps: ## Install what the guest tests need; fetch the guest
 	scripts/install-test-deps
