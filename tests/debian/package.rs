@@ -27,13 +27,14 @@ fn packages(directory: &Path) -> Option<()> {
     Some(())
 }
 
-/// Every file of the machine that names us, except what the system itself writes.
+/// Every file of the machine that names us, except what the system itself writes, and every unit. systemd may remember the name
+/// of a unit that was enabled, as not found.
 fn traces(machine: &Machine) -> String {
     machine.ok(
         "find / -xdev \\( -path /proc -o -path /sys -o -path /packages -o -path /images -o -path /var/log/journal \
          -o -path /var/cache -o -path /var/lib/apt -o -path /var/lib/systemd/coredump -o -path /tmp \\) -prune -o -name '*virtioblk*' -print; \
          find /run /etc -name '*virtioblk*' -not -path '/run/systemd/*' | sort -u; \
-         systemctl list-units --all --plain --no-legend 'virtioblk*@*'",
+         systemctl list-units --all --plain --no-legend 'virtioblk*@*' | { grep -v not-found || true; }",
     )
 }
 
