@@ -1,6 +1,7 @@
 //! The storage behind the device. A [`Backend`] opens one [`IoQueue`] for each virtqueue. It knows nothing of virtio.
 //!
-//! # The contract `tests/backend/contract.rs` runs these clauses against every back-end:
+//! # The contract
+//! `tests/backend/contract.rs` runs these clauses against every back-end:
 //! 1. Each pushed op completes exactly once, in any order.
 //! 2. `Ok` means every byte: the back-end continues a short transfer, or fails the op.
 //! 3. An op owns its buffer until its completion returns it. Dropping a queue waits for what is in flight; if it cannot

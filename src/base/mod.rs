@@ -11,6 +11,10 @@
 //! | `pid_file` | the pid file and its lock |
 //! | `logging` | the log on standard error |
 //! | `rate_limit` | how often something may be logged |
+//! | `text` | text of other programs, made safe for a terminal and a log |
+//! | `units` | times and sizes as people write them |
+//! | `publish` | gives a finished file its name, and replaces none |
+//! | `trust` | refuses files that other users can change |
 //! | `version` | the version, with the git revision |
 //! | `units`, `figures` | times and sizes as people write them; sizes and counts as they read them |
 //! | `prng` | pseudo-random numbers, for the RAM disk and for tests |

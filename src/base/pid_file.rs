@@ -20,15 +20,15 @@ pub struct PidFile {
     path: PathBuf,
     file: File,
     /// Another process has taken the file over, so it is not removed here.
-    given: bool,
+    handed_over: bool,
 }
 
 /// Why there is no pid file.
 #[derive(Debug)]
 pub enum PidFileError {
-    /// A running process holds the lock. With the text of the file.
+    /// A running process holds the lock; the text is the process id in the file.
     Held(PathBuf, String),
-    /// Another user could write the process id that a service manager reads. With the reason.
+    /// Another user could write the process id that a service manager reads; the text says why.
     NotOurs(PathBuf, String),
     /// The file cannot be created or written.
     Io(PathBuf, io::Error),
@@ -93,7 +93,7 @@ impl PidFile {
                 break file;
             }
         };
-        let pid_file = PidFile { path: path.to_path_buf(), file, given: false };
+        let pid_file = PidFile { path: path.to_path_buf(), file, handed_over: false };
         pid_file.write().map_err(io_error)?;
         Ok(pid_file)
     }
@@ -102,7 +102,7 @@ impl PidFile {
     /// open file. A failure to write is only logged, because the disk is ours already. Called by main after a
     /// hand-over.
     pub(crate) fn take_over(path: &Path, file: File) -> Self {
-        let pid_file = PidFile { path: path.to_path_buf(), file, given: false };
+        let pid_file = PidFile { path: path.to_path_buf(), file, handed_over: false };
         if let Err(error) = pid_file.write() {
             log::warn!("{}", PidFileError::Io(path.to_path_buf(), error));
         }
@@ -116,7 +116,7 @@ impl PidFile {
 
     /// Leaves the file and its lock to a process that has taken over.
     pub(crate) fn hand_over(mut self) {
-        self.given = true;
+        self.handed_over = true;
     }
 
     fn write(&self) -> io::Result<()> {
@@ -128,7 +128,7 @@ impl PidFile {
 
 impl Drop for PidFile {
     fn drop(&mut self) {
-        if self.given {
+        if self.handed_over {
             return;
         }
         // The file is still locked, so no process can take it over between the check and the removal.

@@ -78,7 +78,7 @@ impl LogLimit {
         LogLimit(Mutex::new(RateLimiter::new(burst, period)))
     }
 
-    /// Logs the line, or counts it. Any thread.
+    /// Logs the line, or counts it. Called by any thread.
     pub(crate) fn log(&self, level: Level, line: fmt::Arguments<'_>) {
         if !log::log_enabled!(level) {
             return;
@@ -88,7 +88,7 @@ impl LogLimit {
         }
     }
 
-    /// The line as it is to be logged, if it is; [`LogLimit::log`] logs it.
+    /// Returns the line to log, with the number of lines that were left out before it; `None` when it is not admitted.
     pub(crate) fn admit(&self, line: fmt::Arguments<'_>, now: Instant) -> Option<String> {
         let admitted = self.0.lock().expect("no panic while held").admit(now)?;
         Some(match admitted {
@@ -98,7 +98,7 @@ impl LogLimit {
     }
 }
 
-/// Logs through a [`LogLimit`]: `log_limited!(FRONT_END_LOG, Warn, "ring {index} ...")`.
+/// Logs through a [`LogLimit`]: `log_limited!(FRONT_END_LOG, Warn, "virtqueue {index} ...")`.
 macro_rules! log_limited {
     ($limit:expr, $level:ident, $($line:tt)+) => {
         $limit.log(log::Level::$level, format_args!($($line)+))

@@ -1,8 +1,8 @@
 //! Refuses files that decide what this process does and that other users can change, as sshd and sudo do: hooks, the
 //! configuration file, passphrases.
 //!
-//! The file and every directory on the way to it must belong to root or to the user that we run as, and neither its
-//! group (but root's) nor all may write it. A directory with the sticky bit may be written by all, because no user can
+//! The file and every directory on the way to it must belong to root or to the user that we run as. Neither its group,
+//! unless that is root's, nor every user may write it. A directory with the sticky bit is exempt, because no user can
 //! replace another user's files there. Symbolic links are followed one by one, so that each directory is checked.
 //!
 //! In a user namespace that does not map root, root's files show as 65534 and are refused, as sshd and sudo refuse
@@ -17,14 +17,14 @@ use std::path::{Component, Path, PathBuf};
 
 /// The most symbolic links that are followed. The kernel follows as many.
 const MAX_LINKS: u32 = 40;
-/// The user that stands for every user which our user namespace does not map (/proc/sys/kernel/overflowuid; the
-/// kernel's default), and `nobody` elsewhere.
+/// The user id that stands for every user whom our user namespace does not map (/proc/sys/kernel/overflowuid, by default).
+/// Where all users are mapped it is that of `nobody`.
 const OVERFLOW_UID: u32 = 65534;
 /// The paths of inherited descriptors. The process that passed such a descriptor decides what is in it.
 const DESCRIPTORS: [&str; 3] = ["/dev/stdin", "/dev/fd/", "/proc/self/fd/"];
 
-/// Checks that only root and our user can change what is at `path`. The error names what others may change, and the
-/// fix.
+/// Checks that only root and our user can change what is at `path`. The error says what others may change and how to fix
+/// it.
 pub(crate) fn check(path: &Path) -> Result<(), String> {
     walk(path).map(|_| ())
 }
@@ -34,7 +34,7 @@ pub(crate) fn check_open(path: &Path, file: &File) -> Result<(), String> {
     let shown = path.display();
     let opened = file.metadata().map_err(|error| cannot(path, &error))?;
     if DESCRIPTORS.iter().any(|prefix| path.as_os_str().as_encoded_bytes().starts_with(prefix.as_bytes())) {
-        return judge(path, &opened);
+        return check_permissions(path, &opened);
     }
     let found = walk(path)?;
     if (found.dev(), found.ino()) != (opened.dev(), opened.ino()) {
@@ -51,7 +51,7 @@ fn walk(path: &Path) -> Result<Metadata, String> {
     let mut metadata = symlink_metadata(&at).map_err(|error| cannot(&at, &error))?;
     let mut links = 0;
     loop {
-        judge(&at, &metadata)?;
+        check_permissions(&at, &metadata)?;
         let Some(name) = rest.pop_front() else { return Ok(metadata) };
         if name == ".." {
             at.pop();
@@ -65,7 +65,7 @@ fn walk(path: &Path) -> Result<Metadata, String> {
             continue;
         }
         // The mode of a link has no meaning; its owner matters.
-        owner(&next, &metadata)?;
+        check_owner(&next, &metadata)?;
         links += 1;
         if links > MAX_LINKS {
             return Err(format!("'{}' has too many symbolic links on the way", path.display()));
@@ -87,8 +87,9 @@ fn names(path: &Path) -> VecDeque<OsString> {
     path.components().filter(is_name).map(|part| part.as_os_str().to_owned()).collect()
 }
 
-fn judge(path: &Path, metadata: &Metadata) -> Result<(), String> {
-    owner(path, metadata)?;
+/// Checks the owner and the mode of one file or directory on the way.
+fn check_permissions(path: &Path, metadata: &Metadata) -> Result<(), String> {
+    check_owner(path, metadata)?;
     let mode = metadata.mode();
     let kind = metadata.file_type();
     // A character device does not store what is written to it.
@@ -106,7 +107,7 @@ fn judge(path: &Path, metadata: &Metadata) -> Result<(), String> {
     Err(format!("'{shown}' may be written by {who}, who could change what is done here: chmod go-w '{shown}'"))
 }
 
-fn owner(path: &Path, metadata: &Metadata) -> Result<(), String> {
+fn check_owner(path: &Path, metadata: &Metadata) -> Result<(), String> {
     let (owner, user) = (metadata.uid(), rustix::process::geteuid().as_raw());
     if owner == 0 || owner == user {
         return Ok(());
@@ -157,7 +158,7 @@ mod tests {
             }
             set_mode(path, before);
         }
-        // Nobody can replace what is another's in a sticky directory.
+        // No user can replace another user's files in a sticky directory.
         set_mode(&inner, 0o1777);
         assert_eq!(check(&file), Ok(()));
         assert!(check(&dir.path().join("nothing")).unwrap_err().contains("cannot be checked"));
@@ -199,7 +200,7 @@ mod tests {
         fs::rename(&path, dir.path().join("other")).unwrap();
         fs::write(&path, "").unwrap();
         assert!(check_open(&path, &file).unwrap_err().contains("replaced"));
-        // A pipe of the shell's.
+        // A pipe that a shell passes as a descriptor.
         let (pipe, _writer) = rustix::pipe::pipe().unwrap();
         let name = format!("/dev/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&pipe));
         assert_eq!(check_open(Path::new(&name), &File::open(&name).unwrap()), Ok(()));

@@ -1,4 +1,18 @@
 //! Raw image files and host block devices: an io_uring for each virtqueue, and plain calls for what need not wait.
+//!
+//! | file | what |
+//! |---|---|
+//! | `options`, `open` | what to open and how; every check before a guest waits |
+//! | `geometry`, `device_stack` | the limits of the medium; whether it reads a write's buffer twice |
+//! | `image` | an open image, which all of its queues share |
+//! | `qemu_locks`, `claim` | QEMU's image locks, and when they are taken and released |
+//! | `resize`, `image_ends` | a new size; the bytes that show the image's format |
+//! | `queue` | the queue of one virtqueue: how an op begins, continues and completes |
+//! | `inline` | reads and writes that are tried without the io_uring |
+//! | `bounce`, `range_op` | transfers through memory of our own; discard and write-zeroes |
+//! | `range_locks` | read-modify-write, where the medium's blocks are larger than the guest's |
+//! | `helper_threads`, `mail` | threads for what io_uring cannot do, and their messages to a queue |
+//! | `change_counter` | whether a sync has anything to do |
 
 mod bounce;
 mod change_counter;

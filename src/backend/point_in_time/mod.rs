@@ -12,6 +12,17 @@
 //! change is in flight. From then on, no op here changes a cluster whose bit is clear. The bit is set only when the
 //! cluster's old data is in memory, and the copier reads only clusters whose bit is clear. Another host's guest could
 //! change the image past these checks, so a running copy keeps the image from other hosts (`image_lease`).
+//!
+//! | file | what |
+//! |---|---|
+//! | `delaying_queue`, `waiters` | the queue in front of the image's; the ops that wait for a copy |
+//! | `registry`, `copy`, `bitmap` | all copies of the image; one copy; which of its clusters are saved |
+//! | `copier` | the thread that reads the image |
+//! | `target`, `target_thread` | the file that a copy is written to; the thread that writes it and may hang |
+//! | `target_handle`, `target_reports` | the daemon's side of that thread: its start and end; its reports |
+//! | `scratch`, `scratch_thread` | old data in a local file while the target is slow; the thread that uses the file |
+//! | `image_lease` | keeps other hosts from the image while a copy reads it |
+//! | `tuning` | what the daemon sets, and what only tests change |
 
 mod bitmap;
 mod copier;

@@ -131,7 +131,7 @@ pub(super) fn run(spec: &TargetSpec, channels: ThreadChannels) {
 /// 0 to 2 are all standard error, so that the target's files get other numbers: a library may write to 0 to 2.
 pub(super) fn leave_descriptor_table() -> io::Result<()> {
     syscalls::leave_descriptor_table()?;
-    // SAFE: standard error stays open, and belongs to no value of ours.
+    // Standard error stays open, because no value of ours owns it.
     dup2_stdin(stderr())?;
     Ok(dup2_stdout(stderr())?)
 }

@@ -77,8 +77,7 @@ impl ImageCounters {
         queue
     }
 
-    /// Records a write whose buffer changed in flight. Only the first one is logged, because a guest can do this as often
-    /// as it likes.
+    /// Records a write whose buffer changed in flight. Only the first one is logged, because a guest can cause any number.
     pub(super) fn record_change(&self, offset: u64, len: u64) {
         let when = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let (is_first, admitted) = {

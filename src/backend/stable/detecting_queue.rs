@@ -31,8 +31,16 @@ pub(super) struct DetectingQueue {
 struct InnerOp {
     /// The caller's id of the op.
     id: OpId,
-    /// If the op is a write: its offset, and the checksum of its buffer before.
-    write: Option<(u64, u32)>,
+    /// `None`: the op is no write.
+    write: Option<WriteCheck>,
+}
+
+/// What is known of a write before the inner queue gets it.
+#[derive(Clone, Copy)]
+struct WriteCheck {
+    offset: u64,
+    /// The checksum of the write's buffer.
+    checksum: u32,
 }
 
 impl DetectingQueue {
@@ -61,9 +69,9 @@ impl DetectingQueue {
         completion.id = id;
         self.free_inner_ops.push(index);
         // A failed write that lost its buffer cannot be checked.
-        if let (Some((offset, before)), Some(buf)) = (write, &completion.buf) {
+        if let (Some(WriteCheck { offset, checksum }), Some(buf)) = (write, &completion.buf) {
             QueueCounters::add(&self.counters.checked_writes, 1);
-            if self.checksum(buf) != before {
+            if self.checksum(buf) != checksum {
                 QueueCounters::add(&self.counters.changed_writes, 1);
                 self.image_counters.record_change(offset, buf.len() as u64);
             }
@@ -79,7 +87,7 @@ impl LayerQueue for DetectingQueue {
     fn layer_push(&mut self, op: Op, id: OpId) -> Result<(), Op> {
         let Some(index) = self.free_inner_ops.pop() else { return Err(op) };
         let write = match &op {
-            Op::Write { offset, buf, .. } => Some((*offset, self.checksum(buf))),
+            Op::Write { offset, buf, .. } => Some(WriteCheck { offset: *offset, checksum: self.checksum(buf) }),
             _ => None,
         };
         self.inner_ops[index] = InnerOp { id, write };

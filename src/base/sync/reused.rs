@@ -1,6 +1,6 @@
 //! Threads that are reused. After [`keep_threads`] a thread that has done its work waits for more. The reason: an
 //! io_uring that was prepared before the sandbox belongs for ever to the thread that used it first, and in the sandbox
-//! no other one can be made.
+//! no new one can be created.
 
 use std::io;
 
@@ -21,14 +21,14 @@ mod real {
     /// Does the work and returns a function that reports its end.
     type Job = Box<dyn FnOnce() -> Box<dyn FnOnce()> + Send>;
 
-    struct Named {
+    struct NamedJob {
         name: String,
         job: Job,
     }
 
     static KEEP: AtomicBool = AtomicBool::new(false);
     /// Threads that wait for work.
-    static IDLE: Mutex<Vec<Sender<Named>>> = Mutex::new(Vec::new());
+    static IDLE: Mutex<Vec<Sender<NamedJob>>> = Mutex::new(Vec::new());
 
     /// Makes threads wait for more work from now on. Called by main before the first one is started.
     pub(crate) fn keep_threads() {
@@ -56,19 +56,19 @@ mod real {
             // The thread that started the work may not wait for it.
             Box::new(move || drop(done.send(result))) as Box<dyn FnOnce()>
         };
-        let mut named = Named { name, job: Box::new(job) };
+        let mut named = NamedJob { name, job: Box::new(job) };
         while let Some(idle) = take_idle() {
             match idle.send(named) {
                 Ok(()) => return Ok(Task(outcome)),
                 Err(mpsc::SendError(back)) => named = back,
             }
         }
-        let Named { name, job } = named;
+        let NamedJob { name, job } = named;
         thread::Builder::new().name(name).spawn(move || serve(job))?;
         Ok(Task(outcome))
     }
 
-    fn take_idle() -> Option<Sender<Named>> {
+    fn take_idle() -> Option<Sender<NamedJob>> {
         IDLE.lock().expect("no panic while held").pop()
     }
 

@@ -28,9 +28,10 @@ use rustix::process::geteuid;
 pub const MAX_PATH: usize = 107;
 /// The most connections that wait to be accepted.
 const BACKLOG: i32 = 128;
-/// How often, and how long apart, to try to lock the directory. A lock of another program only delays us.
-const LOCK_TRIES: u32 = 50;
-const LOCK_PAUSE: Duration = Duration::from_millis(20);
+/// How often to try to lock the directory. A lock of another program only delays us.
+const MAX_LOCK_TRIES: u32 = 50;
+/// The delay between two of these tries.
+const LOCK_RETRY_DELAY: Duration = Duration::from_millis(20);
 
 /// The advice of the message when no descriptors are left.
 pub(crate) const MORE_DESCRIPTORS: &str =
@@ -48,7 +49,7 @@ pub enum BindError {
     TooLong(PathBuf),
     /// A running server listens on the path.
     InUse(PathBuf),
-    /// The path names a file of another kind. With the kind.
+    /// The path names a file of another kind; the text names the kind.
     NotASocket(PathBuf, &'static str),
     /// The directory does not exist (or is not a directory).
     NoDirectory(PathBuf),
@@ -90,7 +91,7 @@ impl fmt::Display for BindError {
             ),
             BindError::Replaced(path) => write!(
                 f,
-                "the socket '{}' was replaced by another file while it was made: see who may write in its directory, or \
+                "the socket '{}' was replaced by another file while it was created: check who may write in its directory, or \
                  use another one",
                 path.display()
             ),
@@ -155,7 +156,7 @@ pub fn bind_unix(path: &Path, mode: u32) -> Result<UnixListener, BindError> {
     Ok(UnixListener::from(socket))
 }
 
-/// Removes the socket of a dead server, if `path` names one. An error: a running server listens on it, or it is no
+/// Removes the socket of a dead server, if `path` names one. Fails when a running server listens on it, or it is no
 /// socket.
 pub(crate) fn remove_dead(path: &Path) -> Result<(), BindError> {
     let address = SocketAddrUnix::new(path).map_err(|errno| BindError::new(path, errno))?;
@@ -213,7 +214,7 @@ fn check_owner(owner: u32) -> io::Result<()> {
     }
 }
 
-/// Removes the socket of a dead server. An error: the path names any other file.
+/// Removes the socket of a dead server. Fails when the path names any other file.
 fn remove_dead_socket(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
     let metadata = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
@@ -246,7 +247,7 @@ fn remove_dead_socket(path: &Path, address: &SocketAddrUnix) -> Result<(), BindE
     }
 }
 
-/// Makes a socket, which is non-blocking so that a probe of a full queue does not hang.
+/// Creates a socket, which is non-blocking so that a probe of a full queue does not hang.
 fn new_socket() -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -268,10 +269,10 @@ fn lock_directory(path: &Path) -> Result<Option<File>, BindError> {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(None),
         Err(error) => return Err(BindError::io(path, error)),
     };
-    for _ in 0..LOCK_TRIES {
+    for _ in 0..MAX_LOCK_TRIES {
         match flock(directory.as_fd(), FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(Some(directory)),
-            Err(Errno::WOULDBLOCK) => std::thread::sleep(LOCK_PAUSE),
+            Err(Errno::WOULDBLOCK) => std::thread::sleep(LOCK_RETRY_DELAY),
             Err(_) => return Ok(None),
         }
     }
