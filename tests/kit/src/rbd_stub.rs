@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use virtioblkd::backend::rbd::{OpenError, RbdBackend, RbdOptions};
 use virtioblkd::engine::CacheMode;
 
+use crate::wait::wait_until;
+
 /// The directory that holds both libraries. `old`: as of a Ceph that asks nobody before a snapshot.
 pub fn libraries(old: bool) -> &'static Path {
     static BUILT: [OnceLock<PathBuf>; 2] = [OnceLock::new(), OnceLock::new()];
@@ -66,7 +68,10 @@ impl Stub {
         self.try_open().unwrap_or_else(|error| panic!("{error}"))
     }
 
+    /// Opens the image once it is closed: a thread that tries to take the lock keeps it open for a moment longer than its
+    /// back-end.
     pub fn try_open(&self) -> Result<RbdBackend, OpenError> {
+        wait_until("the image is closed", || !self.control.exists());
         RbdBackend::open(&self.options)
     }
 
