@@ -139,7 +139,7 @@ fn the_hookscript_starts_a_machines_disks_and_ends_them() {
         assert!(vm.hookscript(phase, None).status.success(), "{phase}");
     }
     assert!(other.hookscript("post-stop", None).status.success());
-    assert_eq!(vm.status("vda")["connected"], false);
+    until("the daemon sees QEMU's end and serves on", || vm.status("vda")["connected"] == false);
     let ended = vm.hookscript("post-stop", None);
     assert!(ended.status.success(), "{ended:?}");
     assert_eq!(scene.left(), Vec::<String>::new());

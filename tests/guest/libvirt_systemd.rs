@@ -3,13 +3,15 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
+use kit::documents::{Block, blocks, pasted};
 use kit::guest::libvirt::DOMAIN;
 use kit::guest::system_libvirt::SystemLibvirt;
 use kit::guest::{output, wait_until};
 use kit::programs;
 
-use crate::libvirt_hook::{UUID, domain, image, said, status, until_said};
+use crate::libvirt_hook::{UUID, domain, image, is_long_run, kill_hooks, linux, said, status, until_said};
 
 /// What a command on the machine prints.
 fn shown(libvirt: &SystemLibvirt, program: &str, arguments: &[&str]) -> String {
@@ -121,4 +123,71 @@ fn systemd_starts_a_daemon_again_that_died_and_the_hook_ends_its_own_units_only(
     assert!(error.contains("disk vdb") && error.contains("there is no such file"), "{error}");
     assert_eq!(libvirt.left(), Vec::<String>::new());
     assert_eq!(units(&libvirt), [others[0]]);
+}
+
+/// What stands on the machine before the page: the users of libvirt's packages, and our programs where `make install` puts
+/// them.
+const BEFORE: &str = "
+mkdir -p /etc/sysusers.d
+echo 'u libvirt-qemu 64055 - /var/lib/libvirt' > /etc/sysusers.d/libvirt.conf
+systemd-sysusers
+";
+
+#[test]
+fn the_pages_first_section_converts_an_existing_machine_as_it_stands() {
+    if !is_long_run() {
+        return;
+    }
+    let Some(libvirt) = SystemLibvirt::boot(31) else { return };
+    fs::create_dir(libvirt.home().join("lib/images")).expect("room");
+    let image = libvirt.home().join("lib/images/example.raw");
+    fs::File::create(&image).and_then(|file| file.set_len(16 << 20)).expect("room");
+    let disk = "<disk type='file' device='disk'><driver name='qemu' type='raw'/>
+        <source file='/var/lib/libvirt/images/example.raw'/><target dev='vda' bus='virtio'/></disk>";
+    let job = format!("echo \"sees $(cat /sys/block/vda/queue/write_cache)\"\n{COUNT}");
+    let xml = libvirt.file("domain.xml", linux(&libvirt, &job, disk));
+    let mut script = format!("{BEFORE}\nsystemctl start libvirtd\nvirsh define {xml}\n");
+    let section = |block: &Block| {
+        ["mkdir -p /etc/libvirt", "install -D", "virtioblkctl domain convert example vda --define", "virsh start"]
+            .iter()
+            .any(|start| block.first_line().starts_with(start))
+    };
+    let blocks: Vec<Block> =
+        blocks("docs/libvirt.md").into_iter().filter(|block| block.language == "sh").take(4).collect();
+    assert!(blocks.iter().all(section), "{blocks:#?}");
+    for block in &blocks {
+        script += &pasted(block);
+    }
+    if !Command::new("setfacl").arg("--version").output().is_ok_and(|output| output.status.success()) {
+        kit::guest::tell("SKIPPED: no setfacl (Debian: acl): the page's command was replaced by chown");
+        script = script.replace("setfacl -m u:virtioblkd:rw ", "chown virtioblkd ");
+    }
+    let mut shell = libvirt.inside("bash");
+    shell.args(["-ec", &format!("cd {}\n{script}", programs::root().join("qemu-configs/systemd").display())]);
+    let ran = output(&mut shell);
+    let said = String::from_utf8_lossy(&ran.stdout).into_owned();
+    assert!(ran.status.success(), "{script}: {ran:?}");
+    assert!(said.contains("no problem was found"), "{said}");
+    until_said(&libvirt, "sees write back");
+    goes_on(&libvirt);
+    let show = |arguments: &[&str]| {
+        let mut command = libvirt.inside(programs::virtioblkctl());
+        String::from_utf8_lossy(&output(command.args(arguments)).stdout).into_owned()
+    };
+    assert!(show(&["domain", "status", DOMAIN]).contains("in-use"), "{said}");
+    // The guest's flushes have reached the image.
+    let counted = show(&["domblkstat", DOMAIN, "vda"]);
+    assert!(!counted.contains("flush_operations 0\n") && counted.contains("flush_operations"), "{counted}");
+    libvirt.virsh_ok(&["destroy", DOMAIN]);
+    assert_eq!(libvirt.left(), Vec::<String>::new());
+}
+
+#[test]
+fn a_hook_that_is_killed_leaves_no_unit_that_the_next_one_does_not_end() {
+    if !is_long_run() {
+        return;
+    }
+    let Some(libvirt) = SystemLibvirt::start_on_systemd(32) else { return };
+    kill_hooks(&libvirt, 12);
+    assert_eq!(units(&libvirt), Vec::<String>::new());
 }

@@ -3,7 +3,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -19,18 +19,49 @@ pub struct BootedSystemd {
     nspawn: Child,
     /// Process 1, as this machine sees it.
     leader: u32,
+    /// Control groups of its own: two systemds in one would end each other's units.
+    groups: Vec<PathBuf>,
 }
+
+/// Where this machine's hierarchies of control groups may be that systemd uses.
+const HIERARCHIES: [&str; 3] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd"];
+
+/// Makes a control group in each hierarchy.
+fn make_groups(name: &str) -> Vec<PathBuf> {
+    let hierarchies = HIERARCHIES.iter().map(Path::new).filter(|path| path.join("cgroup.procs").exists());
+    let groups = hierarchies.map(|path| path.join(name));
+    groups.filter(|group| fs::create_dir(group).is_ok()).collect()
+}
+
+/// Removes a control group and those in it.
+fn remove_group(group: &Path) {
+    for entry in fs::read_dir(group).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_group(&entry.path());
+        }
+    }
+    // One that has processes stays.
+    let _ = fs::remove_dir(group);
+}
+
+/// Enters the groups of `$GROUPS_OF_MACHINE` and becomes the machine.
+const ENTER: &str =
+    "for group in $GROUPS_OF_MACHINE; do echo $$ > $group/cgroup.procs; done; exec systemd-nspawn \"$@\"";
 
 impl BootedSystemd {
     /// `home`: a directory that both machines have. `mounts`: our file or directory, and where the machine sees it. `None`,
     /// said aloud, where no systemd can be booted.
     pub fn boot(name: &str, home: &Path, mounts: &[(String, &'static str)]) -> Option<BootedSystemd> {
         let log = fs::File::create(home.join("nspawn.log")).expect("room");
-        let mut command = Command::new("systemd-nspawn");
+        let name = format!("{name}-{}", std::process::id());
+        let groups = make_groups(&format!("virtioblkd-{name}"));
+        let listed: Vec<String> = groups.iter().map(|group| group.display().to_string()).collect();
+        let mut command = Command::new("sh");
+        command.env("GROUPS_OF_MACHINE", listed.join(" ")).args(["-c", ENTER, "sh"]);
         // The daemon has filters of its own, which are tried here, too.
         command.env("SYSTEMD_SECCOMP", "0").args(["--quiet", "--directory=/", "--volatile=yes", "--register=no"]);
         command.args(["--keep-unit", "--console=pipe", "--private-network", "--capability=all", "--link-journal=no"]);
-        command.args(["--resolv-conf=off", "--timezone=off", &format!("--machine={name}-{}", std::process::id())]);
+        command.args(["--resolv-conf=off", "--timezone=off", &format!("--machine={name}")]);
         for shared in [home, programs::target_dir(), programs::root()] {
             command.arg(format!("--bind={}", shared.display()));
         }
@@ -43,18 +74,14 @@ impl BootedSystemd {
         command.arg(format!("--bind={}:/etc/machine-id", id.display()));
         command.args(["--", "/usr/lib/systemd/systemd", "--unit=basic.target"]);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("ours")).stderr(log);
-        let Ok(nspawn) = command.spawn() else {
-            tell("SKIPPED: no systemd-nspawn (Debian: systemd-container): daemons were not tried as units of systemd");
-            return None;
-        };
-        let mut machine = BootedSystemd { nspawn, leader: 0 };
+        let mut machine = BootedSystemd { nspawn: command.spawn().expect("a shell"), leader: 0, groups };
         let deadline = Instant::now() + BOOT_TIMEOUT;
         while !machine.is_booted() {
             let has_ended = machine.nspawn.try_wait().expect("ours").is_some();
             if has_ended || Instant::now() >= deadline {
                 let said = fs::read_to_string(home.join("nspawn.log")).unwrap_or_default();
                 tell(&format!(
-                    "SKIPPED: no systemd can be booted here, so daemons were not tried as its units: {said}"
+                    "SKIPPED: no systemd can be booted here (Debian: systemd-container), so daemons were not tried as its units: {said}"
                 ));
                 return None;
             }
@@ -112,5 +139,11 @@ impl Drop for BootedSystemd {
         }
         let _ = self.nspawn.kill();
         let _ = self.nspawn.wait();
+        // The last processes of a machine end a moment after its first.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.groups.iter().any(|group| group.exists()) && Instant::now() < deadline {
+            self.groups.iter().for_each(|group| remove_group(group));
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 }

@@ -91,6 +91,22 @@ impl SystemLibvirt {
         Some(libvirt)
     }
 
+    /// The same without our hook, without the users that [`prepare`] makes, and without a libvirtd that runs. Our programs are
+    /// in /usr/local/bin.
+    pub fn boot(number: u8) -> Option<SystemLibvirt> {
+        let (daemon, home, mut mounts) = prepare(number)?;
+        fs::remove_dir_all(home.path().join("etc/hooks")).expect("ours");
+        mounts.retain(|(_, theirs)| !matches!(*theirs, "/etc/passwd" | "/etc/group"));
+        let programs = home.path().join("bin");
+        fs::create_dir(&programs).expect("room");
+        for program in [programs::virtioblkd(), programs::virtioblkctl()] {
+            symlink(&program, programs.join(program.file_name().expect("a program"))).expect("room");
+        }
+        mounts.push((programs.display().to_string(), "/usr/local/bin"));
+        let systemd = BootedSystemd::boot(&format!("machine{number}"), home.path(), &mounts)?;
+        Some(SystemLibvirt { machine: Machine::Booted(systemd), daemon, home })
+    }
+
     fn say(&mut self, word: &str) {
         match &mut self.machine {
             Machine::Unshared { words, replies, .. } => {
