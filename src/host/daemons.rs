@@ -71,6 +71,7 @@ fn start_unit(disk: &DiskPlaces, program: &Path, domain: &str) -> io::Result<Sta
     let mut command = units::start_command(disk, program, domain);
     // systemd-run has the lock until the daemon has that of its pid file, whatever becomes of us.
     command.stdin(locked(disk)?).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
+    units::wait_until_unloaded(disk);
     units::note(disk)?;
     let log = Log::Journal(SystemTime::now());
     Ok(Starting { child: command.spawn()?, log })

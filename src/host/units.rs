@@ -18,6 +18,8 @@ use crate::snapshot::child::{CommandEnd, output};
 const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long an upgrade may take, which begins with opening the image a second time.
 const RELOAD_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long systemd may take to unload a unit that has ended.
+const UNLOAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the unit's state is asked for while it ends.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -148,6 +150,16 @@ pub(super) fn end(disk: &DiskPlaces, deadline: Instant) -> Result<(), String> {
     // One that has not failed is forgotten already.
     let _ = systemctl(&["reset-failed", &name(disk)], QUERY_TIMEOUT);
     Ok(())
+}
+
+/// Waits until systemd has unloaded an earlier unit of the disk, which it does a moment after the unit's end.
+pub(super) fn wait_until_unloaded(disk: &DiskPlaces) {
+    let deadline = Instant::now() + UNLOAD_TIMEOUT;
+    // Of one that is still there, systemd-run says so.
+    while Instant::now() < deadline && property(disk, "LoadState").is_ok_and(|state| state != "not-found") {
+        let _ = systemctl(&["reset-failed", &name(disk)], QUERY_TIMEOUT);
+        thread::sleep(POLL_INTERVAL);
+    }
 }
 
 /// Does not wait for the job: while the host shuts down, it waits for libvirt's guests, and they for the hook.
