@@ -38,10 +38,10 @@ fn the_medium_decides_and_the_status_says_why() {
     };
     use StableWrites::{Auto, Copy, Detect, Off};
     for (sysfs, mode, read_only, how, effect, why) in [
-        (dir.path(), CacheMode::None, false, Auto, "copy", "sdx asks"),
-        (dir.path(), CacheMode::Directsync, false, Auto, "copy", "sdx asks"),
-        (dir.path(), CacheMode::None, false, Off, "off", "although the host's sdx asks"),
-        (dir.path(), CacheMode::None, false, Detect, "detect", "sdx asks"),
+        (dir.path(), CacheMode::None, false, Auto, "copy", "sdx needs unchanged buffers"),
+        (dir.path(), CacheMode::Directsync, false, Auto, "copy", "sdx needs unchanged buffers"),
+        (dir.path(), CacheMode::None, false, Off, "off", "although the host device sdx needs unchanged buffers"),
+        (dir.path(), CacheMode::None, false, Detect, "detect", "sdx needs unchanged buffers"),
         (dir.path(), CacheMode::None, true, Copy, "off", "read-only"),
         (empty.path(), CacheMode::None, false, Auto, "off", "no block device"),
         (empty.path(), CacheMode::None, false, Copy, "copy", "no block device"),
