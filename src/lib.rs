@@ -67,6 +67,7 @@ mod config;
 mod control;
 pub mod disk;
 pub mod engine;
+mod export;
 mod host;
 mod sandbox;
 mod server;
@@ -81,6 +82,7 @@ pub mod internal {
     pub mod base { pub use crate::base::*; }
     pub mod config { pub use crate::config::*; }
     pub mod control { pub use crate::control::*; }
+    pub mod export { pub use crate::export::*; }
     pub mod host { pub use crate::host::*; }
     pub mod sandbox { pub use crate::sandbox::*; }
     pub mod server { pub use crate::server::*; }

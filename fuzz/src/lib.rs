@@ -5,5 +5,6 @@
 pub mod chain;
 pub mod config_space;
 pub mod control;
+pub mod nbd;
 pub mod options;
 pub mod vhost_user;

@@ -100,6 +100,11 @@ fn control_requests() {
 }
 
 #[test]
+fn nbd_clients() {
+    replay("nbd", 20_000, targets::nbd::run);
+}
+
+#[test]
 fn options() {
     replay("options", 1_000, targets::options::run);
 }
