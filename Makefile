@@ -22,7 +22,7 @@ FUZZ_TARGETS = $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 NOT_SANITIZED = layering shipped intruder
 # These start the real daemon. The leak check at its end needs clone(2) and ptrace(2), which the sandbox forbids, so it is
 # disabled for them. The first race ends the daemon, which makes its test fail.
-DAEMON_TESTS = daemon control_flood limits sandbox snapshot upgrade
+DAEMON_TESTS = daemon export control_flood limits sandbox snapshot upgrade
 IN_PROCESS_TESTS = $(filter-out $(NOT_SANITIZED) $(DAEMON_TESTS),$(UNIT_TESTS))
 # The thread sanitizer carries out an atomic operation itself, while it holds a lock of its own. If the memory was truncated,
 # the daemon's SIGBUS handler runs meanwhile, and the handler's atomics wait for that lock for ever.

@@ -4,7 +4,8 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::io::{self, IoSliceMut, Write};
+use std::io::{self, IoSlice, IoSliceMut, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
@@ -14,7 +15,10 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, setsockopt, sockopt::PassCred};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    connect, sendmsg, socket_with,
+};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -150,6 +154,27 @@ impl Client {
                 Message::Event(event) => self.events.push_back(event),
             }
         }
+    }
+
+    /// Sends a request together with a descriptor, and waits for the reply as [`Client::ask`] does.
+    pub fn pass_descriptor(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        descriptor: BorrowedFd<'_>,
+        timeout: Duration,
+    ) -> Result<Value, Failure> {
+        let request = format!("{}\n", json!({"execute": command, "arguments": arguments}));
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let descriptors = [descriptor];
+        ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+        let parts = [IoSlice::new(request.as_bytes())];
+        let sent = sendmsg(&self.stream, &parts, &mut ancillary, SendFlags::NOSIGNAL);
+        let sent = sent.map_err(|errno| self.lost(&errno.into()))?;
+        // Rarely anything is left.
+        self.stream.write_all(&request.as_bytes()[sent..]).map_err(|error| self.lost(&error))?;
+        self.reply(Instant::now() + timeout)
     }
 
     /// Sends a request; [`Client::next`] returns its reply.

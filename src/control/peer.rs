@@ -1,14 +1,17 @@
 //! One connection of the control socket, with bounded input, bounded output and a bounded rate of requests. The control
 //! thread owns it, and no method blocks.
 
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, IoSliceMut, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::Value;
 
+use super::access::Access;
 use super::protocol::json_stream::{Decoder, MalformedInput};
 use super::service::ClientInfo;
 use crate::base::rate_limit::{CONTROL_LOG, RateLimiter, log_limited};
@@ -20,6 +23,9 @@ const OUTPUT_HIGH_WATER: usize = 64 * 1024;
 /// A client is disconnected when more bytes than this wait to be written. Only events can add up to it, if the client
 /// does not read them.
 pub(super) const MAX_OUTPUT: usize = 256 * 1024;
+
+/// The most descriptors that are received with one read(2); the kernel closes the others.
+const MAX_DESCRIPTORS: usize = 4;
 
 /// The most requests of a connection that are carried out in each [`REQUEST_BURST_PERIOD`]: 200 a second.
 const REQUEST_BURST: u32 = 50;
@@ -38,6 +44,8 @@ pub(super) struct Peer {
     /// Bytes that were read. The decoder has taken the first `taken` of them.
     input: Vec<u8>,
     taken: usize,
+    /// Descriptors that came with the input.
+    descriptors: Vec<OwnedFd>,
     /// Lines to write. The first `sent` bytes are written.
     output: Vec<u8>,
     sent: usize,
@@ -63,6 +71,7 @@ impl Peer {
             stream,
             decoder: Decoder::default(),
             input: Vec::new(),
+            descriptors: Vec::new(),
             taken: 0,
             output: Vec::new(),
             sent: 0,
@@ -105,7 +114,7 @@ impl Peer {
         }
         self.input.resize(READ_SIZE, 0);
         self.taken = 0;
-        let result = self.stream.read(&mut self.input);
+        let result = self.receive();
         self.input.truncate(*result.as_ref().unwrap_or(&0));
         match result {
             Ok(0) => self.input_ended = true,
@@ -113,6 +122,27 @@ impl Peer {
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(_) => self.input_ended = true,
         }
+    }
+
+    /// read(2) into the input, which takes the descriptors that came along.
+    fn receive(&mut self) -> io::Result<usize> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut into = [IoSliceMut::new(&mut self.input)];
+        let got = recvmsg(&self.stream, &mut into, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(received) = message {
+                // Of a client that may not change anything they are closed.
+                let wanted = received.filter(|_| self.client.access >= Access::Operate);
+                self.descriptors.extend(wanted);
+            }
+        }
+        Ok(got.bytes)
+    }
+
+    /// Takes the descriptors that came with the input.
+    pub(super) fn take_descriptors(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.descriptors)
     }
 
     /// Returns the next request, if one is complete and the connection's rate allows it. [`Peer::reply`] must follow.

@@ -20,6 +20,11 @@ pub trait Copies: Send + Sync {
     /// Changes the copy's bandwidth limit, in bytes a second; 0: no limit.
     fn set_bandwidth(&self, copy: &str, bandwidth: u64) -> Result<(), CopyError>;
 
+    /// Ends every export with this error, for the operator: the daemon cannot serve it any longer.
+    fn end_exports(&self, why: &str) {
+        let _ = why;
+    }
+
     /// Returns the number of copies that are over and still have a thread that waits for the image or the target.
     fn ending(&self) -> u64 {
         0
@@ -52,6 +57,33 @@ pub struct CopyOptions {
     pub bandwidth: u64,
     /// Compute the SHA-256 of the whole copy.
     pub digest: bool,
+}
+
+/// The options of an export: an instant that clients read while the guest goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportOptions {
+    /// The export's name in NBD.
+    pub name: String,
+    /// The socket's path, for messages.
+    pub target: std::path::PathBuf,
+    /// The most bytes of old data in the scratch; `None`: `--scratch-size`, or half of what the file system has free.
+    pub scratch_size: Option<u64>,
+    /// The most bytes a second that clients read from the image; 0: no limit.
+    pub bandwidth: u64,
+    /// The export ends when no client has been connected for this long.
+    pub idle: std::time::Duration,
+}
+
+/// What the status of a copy says in addition if it is an export.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct ExportStatus {
+    /// The export's name in NBD.
+    pub name: String,
+    /// The connected clients.
+    pub clients: u64,
+    /// Bytes that clients have read.
+    pub read_bytes: u64,
 }
 
 /// Why an operation on a copy or snapshot failed: a code for programs and a message for people.
@@ -96,4 +128,7 @@ pub struct CopyStatus {
     /// The copy is over, and one of its threads still waits for the target: a call has not returned, or a file is not
     /// removed yet.
     pub ending: bool,
+    /// This is no copy but an export, and what clients do with it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub export: Option<ExportStatus>,
 }

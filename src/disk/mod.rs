@@ -7,10 +7,11 @@ mod events;
 mod ring_status;
 mod status;
 
+use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 use crate::engine::{Errno, Kind};
-pub use copies::{Copies, CopyError, CopyOptions, CopyStatus, ImageSnapshots};
+pub use copies::{Copies, CopyError, CopyOptions, CopyStatus, ExportOptions, ExportStatus, ImageSnapshots};
 pub use events::{Event, Events};
 pub use ring_status::RingStatus;
 pub(crate) use ring_status::{RingCounters, add};
@@ -53,6 +54,14 @@ pub trait Disk: Send + Sync {
     /// Returns the disk's point-in-time copies. `None`: the daemon makes none.
     fn copies(&self) -> Option<&dyn Copies> {
         None
+    }
+
+    /// Prepares an export of the next instant, which [`Copies::start`] fixes, to the clients of `listener`. It is one of
+    /// [`Disk::copies`] from then on. Returns its name.
+    fn prepare_export(&self, listener: UnixListener, options: &ExportOptions) -> Result<String, CopyError> {
+        drop(listener);
+        let _ = options;
+        Err(CopyError { code: "no-copies", message: "this disk's daemon exports nothing".into() })
     }
 
     /// Returns the snapshots of the image's own store. `None`: the store makes none.

@@ -27,7 +27,10 @@ use crate::base::unix_listener::MORE_DESCRIPTORS;
 use crate::config::{BackendKind, Config};
 use crate::control::protocol::return_types::TookOver;
 use crate::control::{self, ImageNotices};
-use crate::disk::{Copies, Disk, DiskStatus, Events, FailedRequest, ImageSnapshots, RingStatus};
+use crate::disk::{
+    Copies, CopyError, Disk, DiskStatus, Events, ExportOptions, FailedRequest, ImageSnapshots, RingStatus,
+};
+use crate::export;
 use crate::upgrade::DiskFacts;
 use crate::virtio::device::hand_over::{HandedOver, Steps};
 use crate::virtio::vhost_user::save_restore::SavedSession;
@@ -344,6 +347,18 @@ impl Disk for CopiedDisk {
 
     fn copies(&self) -> Option<&dyn Copies> {
         Some(&*self.copies)
+    }
+
+    fn prepare_export(&self, listener: UnixListener, options: &ExportOptions) -> Result<String, CopyError> {
+        let (copy, reader) = self.copies.prepare_instant(options)?;
+        let served = export::ServerOptions { name: options.name.clone(), idle: options.idle };
+        export::start(listener, reader, served).map_err(|error| {
+            let message = format!("no thread or descriptor for the export ({error}); raise the daemon's limits");
+            // It has no client yet, so its own end is no news.
+            let _ = self.copies.cancel(&copy);
+            CopyError { code: "resources", message }
+        })?;
+        Ok(copy)
     }
 
     fn snapshots(&self) -> Option<Arc<dyn ImageSnapshots>> {

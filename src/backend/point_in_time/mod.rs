@@ -29,6 +29,7 @@ mod copier;
 mod copy;
 mod delaying_queue;
 mod image_lease;
+mod instant;
 mod registry;
 mod scratch;
 mod scratch_thread;
@@ -58,6 +59,7 @@ use crate::disk::{Copies, CopyError, CopyOptions, CopyStatus, Events};
 use copy::{Copy, Phase};
 use delaying_queue::DelayingQueue;
 use image_lease::ImageLease;
+pub use instant::{InstantReader, PendingRead, ReadError, StatusExtent};
 use registry::{Registry, Shared};
 use scratch::Scratches;
 use target_handle::{Liveness, TargetHandle, TargetLinks};
@@ -225,14 +227,19 @@ fn busy(message: impl Into<String>) -> CopyError {
     CopyError { code: "busy", message: message.into() }
 }
 
-impl Copies for PointInTime {
-    fn prepare(&self, options: &CopyOptions) -> Result<String, CopyError> {
+impl PointInTime {
+    /// Makes a copy, or an instant for readers, with `make`, and records it as the current one. Returns its name, and what
+    /// else was made.
+    fn prepare_with<T>(
+        &self,
+        make: impl FnOnce(u64) -> Result<(Arc<Copy>, T), CopyError>,
+    ) -> Result<(String, T), CopyError> {
         let number = self.reserve_number()?;
         // Without the lock: a virtqueue that starts meanwhile must not wait for the target's file system.
-        let made = self.create_copy(number, options);
+        let made = make(number);
         let mut registry = self.shared.lock();
         registry.preparing = false;
-        let copy = made?;
+        let (copy, rest) = made?;
         let name = copy.name.clone();
         if registry.closed {
             drop(registry);
@@ -240,6 +247,13 @@ impl Copies for PointInTime {
             return Err(busy("the daemon ends"));
         }
         registry.current = Some(copy);
+        Ok((name, rest))
+    }
+}
+
+impl Copies for PointInTime {
+    fn prepare(&self, options: &CopyOptions) -> Result<String, CopyError> {
+        let (name, ()) = self.prepare_with(|number| Ok((self.create_copy(number, options)?, ())))?;
         Ok(name)
     }
 
@@ -282,6 +296,14 @@ impl Copies for PointInTime {
         copy.bandwidth.store(bandwidth, Ordering::Relaxed);
         copy.wake_copier();
         Ok(())
+    }
+
+    fn end_exports(&self, why: &str) {
+        let exports: Vec<_> = {
+            let registry = self.shared.lock();
+            registry.current.iter().filter(|copy| copy.export.is_some()).map(Arc::clone).collect()
+        };
+        exports.iter().for_each(|copy| copy.fail(why.to_owned()));
     }
 
     fn ending(&self) -> u64 {

@@ -77,7 +77,7 @@ pub(super) fn start(
         if created.send(result).is_ok()
             && let Ok(file) = file
         {
-            ScratchFile { directory: &place, tuning: &tuning, file }.run(&commands, &reports);
+            ScratchFile { directory: &place, tuning: &tuning, file: &file }.run(&commands, &reports);
         }
         drop((commands, reports, alive));
     };
@@ -90,7 +90,7 @@ pub(super) fn start(
 }
 
 /// Creates a file without a name.
-fn create(directory: &Path) -> io::Result<File> {
+pub(super) fn create(directory: &Path) -> io::Result<File> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let (flags, mode) = (OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR);
     match openat(CWD, directory, flags | OFlags::TMPFILE, mode) {
@@ -105,14 +105,16 @@ fn create(directory: &Path) -> io::Result<File> {
     Ok(File::from(file))
 }
 
-struct ScratchFile<'a> {
-    directory: &'a Path,
-    tuning: &'a Tuning,
-    file: File,
+/// The file, as the thread that stores uses it.
+pub(super) struct ScratchFile<'a> {
+    pub(super) directory: &'a Path,
+    pub(super) tuning: &'a Tuning,
+    pub(super) file: &'a File,
 }
 
 impl ScratchFile<'_> {
-    fn run(&self, commands: &Receiver<ScratchCommand>, reports: &Sender<TargetReport>) {
+    /// Carries the commands out until their sender is gone.
+    pub(super) fn run(&self, commands: &Receiver<ScratchCommand>, reports: &Sender<TargetReport>) {
         let mut bytes = Vec::new();
         for command in commands {
             let reply = match command {
@@ -160,12 +162,12 @@ impl ScratchFile<'_> {
     /// Frees the data's range in the file. Returns `false` when the file system cannot.
     fn punch(&self, data: &OldData) -> bool {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&self.file, flags, data.offset, data.buf.len() as u64).is_ok()
+        fallocate(self.file, flags, data.offset, data.buf.len() as u64).is_ok()
     }
 }
 
 /// An error text for the operator: what failed, why and how to fix it.
-fn cannot(directory: &Path, what: &str, error: &io::Error) -> String {
+pub(super) fn cannot(directory: &Path, what: &str, error: &io::Error) -> String {
     let fix = match error.raw_os_error() {
         Some(libc::ENOSPC | libc::EDQUOT) => "make room there, or lower --scratch-size",
         Some(libc::EFBIG) => "raise RLIMIT_FSIZE, or use a file system that supports larger files",

@@ -120,6 +120,12 @@ impl TargetHandle {
         Ok((handle, TargetLinks { old_data: to_target, reports: from_target, publish }))
     }
 
+    /// The handle of an instant that others read: no file is made under a name. `path`: the socket, for messages.
+    /// `reports`: where the copy's end is reported. `liveness`: of the scratch's threads.
+    pub(super) fn of_export(path: PathBuf, reports: Sender<TargetReport>, liveness: Liveness) -> Self {
+        TargetHandle { path, over: Arc::default(), reports, remove: Mutex::default(), liveness }
+    }
+
     /// The copy is over: the thread abandons unfinished work. Does not block.
     pub(super) fn copy_is_over(&self) {
         self.over.store(true, Relaxed);

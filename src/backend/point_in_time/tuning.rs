@@ -16,6 +16,8 @@ pub enum Mutant {
     ReleasesEarly,
     /// A hole is punched in the scratch before the data there is read back.
     PunchesFirst,
+    /// A reader of the instant does not check again whether a cluster was saved, after it has read the image.
+    LooksOnce,
 }
 
 /// A step of the target's or the scratch's thread, for a [`TargetHook`].

@@ -8,6 +8,7 @@ use super::args::{Args, MAX_WHO};
 use super::attend::{self, AttendCommand};
 use super::copy::{self, CopyCommand};
 use super::error::Error;
+use super::export::{self, ExportCommand};
 use super::image_snapshot::{self, ImageSnapshotCommand};
 use crate::control::access::Access;
 
@@ -51,6 +52,8 @@ pub enum Command {
     QueryStats,
     /// A command for point-in-time copies.
     Copy(CopyCommand),
+    /// A command for exports, or for the descriptors that they need.
+    Export(ExportCommand),
     /// `continue`: retries the failed requests that are retained.
     Continue,
     /// `resize`: takes the image's size, which has changed.
@@ -105,6 +108,9 @@ pub(super) const COMMANDS: &[(&str, Access, Parse)] = &[
     ("copy-start", Access::Operate, copy::parse_start),
     ("copy-cancel", Access::Operate, copy::parse_cancel),
     ("copy-bandwidth", Access::Operate, copy::parse_bandwidth),
+    ("getfd", Access::Operate, export::parse_getfd),
+    ("closefd", Access::Operate, export::parse_closefd),
+    ("export-prepare", Access::Operate, export::parse_prepare),
     ("query-copies", Access::ReadOnly, copy::parse_query),
     ("continue", Access::Operate, |_| Ok(Command::Continue)),
     ("resize", Access::Operate, parse_resize),

@@ -13,6 +13,7 @@ mod attend;
 mod commands;
 mod copy;
 mod error;
+mod export;
 mod image_snapshot;
 pub mod json_stream;
 pub mod return_types;
@@ -33,6 +34,7 @@ use commands::COMMANDS;
 pub use commands::{Command, DEFAULT_LEASE, DEFAULT_TIMEOUT, MAX_TIMEOUT, QuiesceArgs, command_list};
 pub use copy::CopyCommand;
 pub use error::{Class, Error};
+pub use export::{DEFAULT_IDLE, ExportCommand};
 pub use image_snapshot::ImageSnapshotCommand;
 pub use schema::schema;
 

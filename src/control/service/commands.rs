@@ -63,6 +63,7 @@ impl Service {
                 let is_held = |token: &str| holds.iter().any(|hold| hold.token == token);
                 self.copies.execute(&*self.disk, client.peer, command, is_held)
             }
+            Command::Export(command) => self.export(client.peer, command),
             Command::ImageSnapshot(command) => return self.image_snapshot(client.peer, id, command),
             Command::Continue => {
                 let retried = self.disk.continue_io();

@@ -36,7 +36,7 @@ impl CopyOwners {
         match command {
             CopyCommand::Prepare { options, detached } => {
                 let copy = copies.prepare(&options).map_err(refused)?;
-                self.owners.insert(copy.clone(), (peer, detached));
+                self.own(&copy, peer, detached);
                 return Ok(json!({"copy": copy}));
             }
             CopyCommand::Start { copy, token } => {
@@ -54,6 +54,11 @@ impl CopyOwners {
         }
         .map(|()| json!({}))
         .map_err(refused)
+    }
+
+    /// A connection has prepared a copy or an export.
+    pub(super) fn own(&mut self, copy: &str, peer: PeerId, detached: bool) {
+        self.owners.insert(copy.to_owned(), (peer, detached));
     }
 
     /// Cancels the copies of a connection that ended, except those that run and are detached.

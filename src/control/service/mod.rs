@@ -5,6 +5,7 @@ pub(super) mod attendance;
 mod commands;
 pub(super) mod copies;
 mod disk_events;
+mod exports;
 mod holds;
 mod image_snapshot;
 mod notice_handler;
@@ -31,6 +32,7 @@ use super::protocol::json_stream::MalformedInput;
 use super::protocol::return_types::CommandLine;
 use super::quiesce::{Coordinator, PeerId};
 use copies::CopyOwners;
+use exports::ClientDescriptors;
 use pending_replies::PendingReplies;
 use snapshot_jobs::SnapshotJobs;
 use store_quiesce::StoreQuiesce;
@@ -92,6 +94,8 @@ pub(super) struct Service {
     /// When the gate closed; `None` while it is open.
     closed_at: Option<Instant>,
     copies: CopyOwners,
+    /// What clients passed by SCM_RIGHTS.
+    descriptors: ClientDescriptors,
     /// The snapshots that clients have the image's store make.
     jobs: SnapshotJobs,
     /// The queue into which the threads of `jobs` put their results.
@@ -124,6 +128,7 @@ impl Service {
             coordinator: Coordinator::new(max_hold),
             closed_at: None,
             copies: CopyOwners::default(),
+            descriptors: ClientDescriptors::default(),
             jobs: SnapshotJobs::default(),
             inbox,
             store: StoreQuiesce::new(store_timeout, attended),
@@ -167,6 +172,7 @@ impl Service {
         self.coordinator.peer_gone(peer, now);
         self.carry_out(now);
         self.copies.peer_gone(&*self.disk, peer);
+        self.descriptors.peer_gone(peer);
         self.jobs.peer_gone(peer);
         self.next_job();
         self.store.peer_gone(peer, now);

@@ -13,8 +13,8 @@ use crate::control::creds::Credentials;
 use crate::control::image_notices::{ImageNotice, ImageNotices, PendingNotices};
 use crate::control::protocol::return_types::TookOver;
 use crate::disk::{
-    ChangedWrite, Copies, CopyError, CopyOptions, CopyStatus, Disk, DiskStatus, Event, FailedRequest, HoldFigures,
-    ImageStatus, LastError, RbdQuiesceStatus, RbdStatus, RingStatus, StableWritesStatus, StoppedStatus,
+    ChangedWrite, Copies, CopyError, CopyOptions, CopyStatus, Disk, DiskStatus, Event, ExportStatus, FailedRequest,
+    HoldFigures, ImageStatus, LastError, RbdQuiesceStatus, RbdStatus, RingStatus, StableWritesStatus, StoppedStatus,
 };
 use crate::engine::{Errno, Kind};
 
@@ -130,6 +130,7 @@ fn copy() -> CopyStatus {
         sha256: Some("00ff".into()),
         error: Some("it failed".into()),
         ending: true,
+        export: Some(ExportStatus { name: "vda".into(), clients: 2, read_bytes: 4096 }),
     }
 }
 

@@ -10,10 +10,12 @@ use serde_json::{Value, json};
 use super::Service;
 use crate::control::protocol::AttendCommand;
 use crate::control::protocol::CopyCommand;
+use crate::control::protocol::ExportCommand;
 use crate::control::protocol::ImageSnapshotCommand;
 use crate::control::protocol::return_types::TookOver;
 use crate::control::protocol::{Command, Error};
 use crate::control::quiesce::PeerId;
+use crate::disk::CopyStatus;
 use crate::upgrade::VERSION;
 
 /// The connection between the control thread and the daemon's hand-over.
@@ -83,6 +85,7 @@ impl Service {
                 | Command::Resize { .. }
                 | Command::HandOver { .. }
                 | Command::Copy(CopyCommand::Prepare { .. } | CopyCommand::Start { .. })
+                | Command::Export(ExportCommand::Prepare { .. })
                 | Command::ImageSnapshot(ImageSnapshotCommand::Create { .. })
                 | Command::Attend(AttendCommand::Attend { .. })
         );
@@ -110,7 +113,8 @@ impl Service {
             return busy("the disk is held, or is to be: `virtioblkctl status` says by whom; resume it first");
         }
         let copies = self.disk.copies().map(|copies| copies.status()).unwrap_or_default();
-        if copies.iter().any(|copy| matches!(copy.state.as_str(), "prepared" | "running" | "syncing")) {
+        let goes_on = |copy: &&CopyStatus| matches!(copy.state.as_str(), "prepared" | "running" | "syncing");
+        if copies.iter().filter(goes_on).any(|copy| copy.export.is_none()) {
             return busy("a point-in-time copy is running: wait for it (`virtioblkctl copies`), or cancel it");
         }
         if self.jobs.is_busy() {
@@ -121,6 +125,10 @@ impl Service {
                 "a sync has failed, so what the guest wrote may be lost, and the next process would not know: stop the \
                  guest, check the storage, and start it again",
             );
+        }
+        // An export lasts as long as its slowest client, which cannot be waited for.
+        if let Some(copies) = self.disk.copies() {
+            copies.end_exports("the daemon is upgraded, and the next one does not know the instant; take it again");
         }
         upgrade.is_running.store(true, Ordering::Release);
         self.upgrade.requested_by = Some(peer);

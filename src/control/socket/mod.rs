@@ -227,6 +227,9 @@ impl ControlThread {
         for (id, found) in ready.peers {
             if let Some(peer) = self.peers.iter_mut().find(|peer| peer.client.peer == id) {
                 peer.ready(found);
+                for descriptor in peer.take_descriptors() {
+                    self.service.add_descriptor(id, descriptor);
+                }
             }
         }
         let mut index = 0;

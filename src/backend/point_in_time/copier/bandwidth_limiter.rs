@@ -6,7 +6,7 @@ use super::MAX_READ;
 
 /// The bandwidth limit: each read delays the next one by the time that its bytes take at the limit.
 #[derive(Default)]
-pub(super) struct BandwidthLimiter {
+pub(in crate::backend::point_in_time) struct BandwidthLimiter {
     /// Bytes a second; 0: no limit.
     limit: u64,
     /// When the next read may start.
@@ -15,7 +15,7 @@ pub(super) struct BandwidthLimiter {
 
 impl BandwidthLimiter {
     /// Sets the limit; called before each use of the limiter.
-    pub(super) fn set_limit(&mut self, limit: u64, now: Instant) {
+    pub(in crate::backend::point_in_time) fn set_limit(&mut self, limit: u64, now: Instant) {
         if limit != self.limit {
             (self.limit, self.next) = (limit, None);
         }
@@ -24,13 +24,13 @@ impl BandwidthLimiter {
     }
 
     /// Returns how long the next read must wait; `None`: it may start now.
-    pub(super) fn delay(&self, now: Instant) -> Option<Duration> {
+    pub(in crate::backend::point_in_time) fn delay(&self, now: Instant) -> Option<Duration> {
         let delay = self.next?.saturating_duration_since(now);
         (self.limit > 0 && delay > Duration::ZERO).then_some(delay)
     }
 
     /// Counts the bytes of a read that starts.
-    pub(super) fn charge(&mut self, bytes: u64) {
+    pub(in crate::backend::point_in_time) fn charge(&mut self, bytes: u64) {
         if self.limit > 0 {
             let time = Duration::from_secs_f64((bytes as f64 / self.limit as f64).min(3600.0));
             self.next = self.next.map(|next| next + time);
@@ -38,7 +38,7 @@ impl BandwidthLimiter {
     }
 
     /// The most bytes of one run: those of about an eighth of a second.
-    pub(super) fn max_read(&self) -> u64 {
+    pub(in crate::backend::point_in_time) fn max_read(&self) -> u64 {
         if self.limit == 0 { MAX_READ } else { (self.limit / 8).min(MAX_READ) }
     }
 }

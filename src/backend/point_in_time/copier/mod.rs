@@ -17,7 +17,7 @@ use super::copy::{Copy, Phase};
 use super::scratch::{AfterReply, Scratch};
 use super::target_thread::OldData;
 use crate::backend::{Backend, Completion, IoBuf, IoQueue, Op, OpId, Source};
-use bandwidth_limiter::BandwidthLimiter;
+pub(super) use bandwidth_limiter::BandwidthLimiter;
 use plan::{DataExtent, Piece, Run};
 
 /// The most reads in flight.

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::bitmap::Bitmap;
+use super::instant::ExportCounters;
 use super::scratch_thread::ScratchReply;
 use super::target_handle::TargetHandle;
 use super::waiters::{DelayTicket, Waiters};
@@ -67,6 +68,8 @@ pub(super) struct Copy {
     /// Replies of the scratch's thread that the copier has not taken.
     scratch_replies: Mutex<Vec<ScratchReply>>,
     state: Mutex<State>,
+    /// What others read of the instant; `None`: it is copied.
+    pub(super) export: Option<Arc<ExportCounters>>,
 }
 
 struct State {
@@ -140,6 +143,7 @@ impl Copy {
                 sha256: None,
                 cleaned_up: false,
             }),
+            export: None,
         }
     }
 

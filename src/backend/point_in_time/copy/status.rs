@@ -27,6 +27,7 @@ impl Copy {
             sha256: state.sha256.clone(),
             error: state.error.clone(),
             ending: false,
+            export: self.export.as_ref().map(|export| export.status()),
         }
     }
 }

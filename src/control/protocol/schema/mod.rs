@@ -21,6 +21,13 @@ const COMMANDS: &[(&str, &str, &str)] = &[
     ("copy-start", "copy: str, token: str", "Nothing"),
     ("copy-cancel", "copy: str", "Nothing"),
     ("copy-bandwidth", "copy: str, bandwidth: int", "Nothing"),
+    ("getfd", "fdname: str", "Nothing"),
+    ("closefd", "fdname: str", "Nothing"),
+    (
+        "export-prepare",
+        "fdname: str, name: str, scratch-size?: int, bandwidth?: int, idle-ms?: int, detached?: bool",
+        "CopyName",
+    ),
     ("query-copies", "", "[CopyStatus]"),
     ("continue", "", "Continued"),
     ("resize", "size?: int, force?: bool", "Resized"),
@@ -73,7 +80,7 @@ const EVENTS: &[(&str, &str)] = &[
 
 const COPY_STATUS: &str = "copy: str, target: str, state: CopyState, total-bytes: int, done-bytes: int, \
     saved-before-write-bytes: int, stored-bytes: int, scratch-bytes: int, instant: number|null, seconds: number, \
-    slowed-seconds: number, sha256: str|null, error: str|null, ending: bool";
+    slowed-seconds: number, sha256: str|null, error: str|null, ending: bool, export?: ExportStatus";
 
 const IMAGE_STATUS: &str =
     "trouble: str|null, trouble-detail: str|null, stable-writes?: StableWritesStatus, rbd?: RbdStatus";
@@ -150,6 +157,7 @@ const OBJECTS: &[(&str, &[&str])] = &[
     ("Resumed", &["resumed: int, holders: int"]),
     ("CopyName", &["copy: str"]),
     ("CopyStatus", &[COPY_STATUS]),
+    ("ExportStatus", &["name: str, clients: int, read-bytes: int"]),
     ("Continued", &["retried: int"]),
     ("Resized", &["size: int"]),
     ("SnapshotName", &["snapshot: str"]),
@@ -190,6 +198,8 @@ pub(super) const ERROR_CODES: &[&str] = &[
     "too-many-holders",
     "max-hold",
     "busy",
+    "no-descriptor",
+    "scratch",
     "no-such-copy",
     "target",
     "resources",
