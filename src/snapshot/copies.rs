@@ -32,6 +32,13 @@ pub struct DiskCopy {
     pub status: Value,
 }
 
+impl DiskCopy {
+    /// A copy that the daemon has prepared under this name.
+    pub fn new(disk: usize, name: String, target: &Path) -> Self {
+        DiskCopy { disk, name, target: target.to_owned(), status: Value::Null }
+    }
+}
+
 /// Has the daemon prepare a copy. The daemon removes a prepared copy when our connection ends.
 pub fn prepare(disks: &mut Disks, disk: usize, target: &Path, plan: &SnapshotPlan) -> Result<DiskCopy, Failure> {
     let Some(text) = target.to_str() else {
@@ -59,7 +66,7 @@ pub fn prepare(disks: &mut Disks, disk: usize, target: &Path, plan: &SnapshotPla
         _ => disk_at.blame("cannot be copied", failure),
     })?;
     let name = answer["copy"].as_str().unwrap_or_default().to_owned();
-    Ok(DiskCopy { disk, name, target: target.to_owned(), status: Value::Null })
+    Ok(DiskCopy::new(disk, name, target))
 }
 
 /// Fixes the instant of all copies, while all disks are held.
@@ -89,6 +96,12 @@ pub fn query(disks: &mut Disks, copies: &mut [DiskCopy]) -> Result<(), Failure> 
     for copy in copies.iter() {
         if matches!(copy.state(), "failed" | "cancelled") {
             let why = copy.status["error"].as_str().unwrap_or(copy.state()).to_owned();
+            if copy.status["export"].is_object() {
+                return Err(Failure::new(
+                    "export-failed",
+                    format!("the export at '{}' failed: {why}", copy.target.display()),
+                ));
+            }
             return Err(Failure::new("copy-failed", format!("the copy to '{}' failed: {why}", copy.target.display())));
         }
     }

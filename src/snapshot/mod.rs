@@ -14,6 +14,7 @@ pub mod child;
 pub mod cloner;
 pub mod copies;
 pub mod disks;
+pub mod exports;
 pub mod freeze;
 pub mod guard;
 pub mod guest;

@@ -52,6 +52,8 @@ pub enum Method {
     Reflink(PathBuf),
     /// A point-in-time copy to this path, made by the daemon.
     Copy(PathBuf),
+    /// An NBD export of the instant to the clients of a socket at this path, served by the daemon.
+    Nbd(PathBuf),
     /// A snapshot of this name, made by the image's store (Ceph RBD) through the daemon; `None`: [`default_name`].
     Rbd(Option<String>),
     /// A command, run once while all disks are held.
@@ -59,7 +61,7 @@ pub enum Method {
 }
 
 /// All methods, for messages.
-pub const METHODS: &str = "reflink:PATH (XFS, btrfs), copy:PATH (any filesystem), rbd or rbd:NAME (Ceph RBD) or \
+pub const METHODS: &str = "reflink:PATH (XFS, btrfs), copy:PATH (any filesystem), nbd:SOCKET (read by NBD clients), rbd or rbd:NAME (Ceph RBD) or \
                         exec:COMMAND (LVM, ZFS, anything)";
 
 impl Method {
@@ -70,11 +72,12 @@ impl Method {
         let (method, rest) = split.map_or((bytes, &b""[..]), |at| (&bytes[..at], &bytes[at + 1..]));
         let rest = OsString::from_vec(rest.to_vec());
         match method {
-            b"reflink" | b"copy" | b"exec" if rest.is_empty() => {
+            b"reflink" | b"copy" | b"nbd" | b"exec" if rest.is_empty() => {
                 Err(format!("'{}' lacks what follows the colon: give {METHODS}", text.to_string_lossy()))
             }
             b"reflink" => Ok(Method::Reflink(rest.into())),
             b"copy" => Ok(Method::Copy(rest.into())),
+            b"nbd" => Ok(Method::Nbd(rest.into())),
             b"exec" => Ok(Method::Exec(rest)),
             b"rbd" if rest.is_empty() => Ok(Method::Rbd(None)),
             b"rbd" => match rest.to_str().filter(|name| !name.contains(['@', '/'])) {
@@ -90,6 +93,7 @@ impl Method {
         match self {
             Method::Reflink(_) => "reflink",
             Method::Copy(_) => "copy",
+            Method::Nbd(_) => "nbd",
             Method::Rbd(_) => "rbd",
             Method::Exec(_) => "exec",
         }
@@ -143,6 +147,12 @@ pub struct SnapshotPlan {
     pub background: bool,
     /// Show the progress of copies on standard error.
     pub progress: bool,
+    /// The name of each disk's export.
+    pub export_names: Vec<String>,
+    /// An export ends when no client has been connected for this long.
+    pub idle: Duration,
+    /// The most bytes of old data that an export keeps; `None`: the daemon decides.
+    pub scratch_size: Option<u64>,
 }
 
 /// What the methods need to know of a disk's image.
@@ -158,8 +168,9 @@ impl SnapshotPlan {
     /// Checks that the options can be combined. The error names those that cannot, and how to fix it.
     pub fn check(&self) -> Result<(), String> {
         let is_exec = |method: &Method| matches!(method, Method::Exec(_));
-        let all_copies =
-            !self.methods.is_empty() && self.methods.iter().all(|method| matches!(method, Method::Copy(_)));
+        let is_nbd = |method: &Method| matches!(method, Method::Nbd(_));
+        let by_daemon = |method: &Method| matches!(method, Method::Copy(_)) || is_nbd(method);
+        let all_copies = !self.methods.is_empty() && self.methods.iter().all(by_daemon);
         check_disks(&self.disks)?;
         if self.methods.iter().any(is_exec) && self.methods.len() > 1 {
             return Err("exec: runs once for all disks: give it alone, as the only --to".into());
@@ -178,11 +189,16 @@ impl SnapshotPlan {
         if self.digest && (self.methods.is_empty() || self.methods.iter().any(is_rbd)) {
             return Err("--digest is for reflink: and copy:, which make files: Ceph keeps its own checksums".into());
         }
+        if self.digest && self.methods.iter().any(is_nbd) {
+            return Err(
+                "--digest is for reflink: and copy:, which make files: have the client of nbd: compute it".into()
+            );
+        }
         if self.bandwidth != 0 && !all_copies {
-            return Err("--bandwidth limits copy: alone; the other ways copy nothing".into());
+            return Err("--bandwidth limits copy: and nbd: alone; the other ways copy nothing".into());
         }
         if self.background && !all_copies {
-            return Err("--background is for copy: alone; the other ways are done at the instant".into());
+            return Err("--background is for copy: and nbd: alone; the other ways are done at the instant".into());
         }
         check_agent(self.level, self.agent.as_ref())
     }
@@ -204,14 +220,17 @@ impl SnapshotPlan {
             let method = match method {
                 Method::Reflink(path) => Method::Reflink(fill(path)?),
                 Method::Copy(path) => Method::Copy(fill(path)?),
+                Method::Nbd(path) => Method::Nbd(fill(path)?),
                 Method::Rbd(_) if !makes_snapshots => {
                     return Err(format!("the disk behind '{shown}' is no Ceph RBD image: give it another --to"));
                 }
                 Method::Rbd(name) => Method::Rbd(Some(name.clone().unwrap_or_else(|| default_name.to_owned()))),
                 Method::Exec(command) => Method::Exec(command.clone()),
             };
-            if let Method::Reflink(path) | Method::Copy(path) = &method
-                && resolved.iter().any(|other| matches!(other, Method::Reflink(o) | Method::Copy(o) if o == path))
+            if let Method::Reflink(path) | Method::Copy(path) | Method::Nbd(path) = &method
+                && resolved
+                    .iter()
+                    .any(|other| matches!(other, Method::Reflink(o) | Method::Copy(o) | Method::Nbd(o) if o == path))
             {
                 return Err(format!(
                     "two disks would go to '{}': put {{}} into --to, which becomes the image's file name, or give one \
@@ -319,6 +338,9 @@ mod tests {
             digest: false,
             background: false,
             progress: false,
+            export_names: vec![],
+            idle: Duration::from_secs(60),
+            scratch_size: None,
         }
     }
 
@@ -335,6 +357,7 @@ mod tests {
             (plan(&["/a", "/b"], &["copy:/x", "exec:true"]), "alone"),
             (plan(&["/a", "/b", "/c"], &["copy:/x", "copy:/y"]), "one for each disk"),
             (SnapshotPlan { digest: true, ..plan(&["/a"], &["exec:true"]) }, "--digest"),
+            (SnapshotPlan { digest: true, ..plan(&["/a"], &["nbd:/x"]) }, "--digest"),
             (SnapshotPlan { bandwidth: 1, ..plan(&["/a"], &["reflink:/x"]) }, "--bandwidth"),
             (SnapshotPlan { background: true, ..plan(&["/a", "/b"], &["reflink:/x", "copy:/y"]) }, "--background"),
             (SnapshotPlan { level: Consistency::Filesystem, ..base() }, "--qga"),
@@ -350,11 +373,12 @@ mod tests {
     fn methods_are_parsed() {
         let method = |text: &str| Method::parse(&OsString::from(text));
         assert_eq!(method("reflink:/a:b"), Ok(Method::Reflink("/a:b".into())));
+        assert_eq!(method("nbd:/run/b.sock"), Ok(Method::Nbd("/run/b.sock".into())));
         assert_eq!(method("exec:lvcreate -s"), Ok(Method::Exec("lvcreate -s".into())));
         assert_eq!(method("rbd:monday"), Ok(Method::Rbd(Some("monday".into()))));
         assert_eq!((method("rbd"), method("rbd:")), (Ok(Method::Rbd(None)), Ok(Method::Rbd(None))));
         assert!(method("rbd:a@b").unwrap_err().contains("without @"));
-        for bad in ["", "reflink", "reflink:", "zfs:/a", "exec:"] {
+        for bad in ["", "reflink", "reflink:", "nbd:", "zfs:/a", "exec:"] {
             assert!(method(bad).expect_err(bad).contains("exec:COMMAND"));
         }
     }

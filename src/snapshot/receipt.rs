@@ -63,9 +63,9 @@ pub struct DiskReceipt {
     pub sync_us: u64,
     /// The most bytes that the sync wrote back.
     pub bytes_synced: u64,
-    /// The method: `reflink`, `copy`, `rbd` or `exec`.
+    /// The method: `reflink`, `copy`, `nbd`, `rbd` or `exec`.
     pub way: &'static str,
-    /// The path of the snapshot; for `rbd` its name, POOL/IMAGE@NAME; for `exec` the command.
+    /// The path of the snapshot; for `nbd` the socket; for `rbd` its name, POOL/IMAGE@NAME; for `exec` the command.
     pub target: String,
     /// The bytes of `target` in base64, if they are not UTF-8; `target` is then altered.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -73,7 +73,7 @@ pub struct DiskReceipt {
     /// The SHA-256 of the snapshot in hexadecimal, if it was requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
-    /// The daemon's `CopyStatus`, for `copy`.
+    /// The daemon's `CopyStatus`, for `copy` and `nbd`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub copy: Option<Value>,
 }
@@ -115,7 +115,11 @@ impl Receipt {
             line("disk", format!("{} ({})", disk.image, disk.control));
             let (held, drain, sync) = (time(disk.held_us), time(disk.drain_us), time(disk.sync_us));
             line("", format!("held {held}: {} drained in {drain}, synced in {sync}", count(disk.drained, "request")));
-            let going_on = if self.detached { " (being copied in the background)" } else { "" };
+            let going_on = match (self.detached, disk.way) {
+                (false, _) => "",
+                (true, "nbd") => " (served in the background)",
+                (true, _) => " (being copied in the background)",
+            };
             line("", format!("{}: {}{going_on}", disk.way, disk.target));
             if let Some(digest) = &disk.sha256 {
                 line("", format!("sha256 {digest}"));

@@ -11,6 +11,7 @@ use nix::sys::signal::SigSet;
 use super::child::{CommandEnd, run};
 use super::copies::{self, DiskCopy};
 use super::disks::{Disk, Disks, interrupted};
+use super::exports::{self, Socket};
 use super::freeze::{self, FreezeOptions, Freezer};
 use super::guest::VSS_HOLD_TIMEOUT;
 use super::hooks;
@@ -66,6 +67,8 @@ struct SnapshotRun<'a> {
     methods: Vec<Method>,
     targets: Vec<(usize, ReflinkTarget)>,
     copies: Vec<DiskCopy>,
+    /// The sockets of exports.
+    sockets: Vec<Socket>,
     images: Vec<ImageSnapshot>,
 }
 
@@ -88,8 +91,8 @@ impl<'a> SnapshotRun<'a> {
             timeout: plan.freeze_timeout,
             silence: plan.timeout + plan.lease + SILENCE_MARGIN,
         });
-        let (targets, copies, images) = (Vec::new(), Vec::new(), Vec::new());
-        let mut run = SnapshotRun { plan, mask, signals, disks, freezer, methods, targets, copies, images };
+        let (targets, copies, sockets, images) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut run = SnapshotRun { plan, mask, signals, disks, freezer, methods, targets, copies, sockets, images };
         match run.prepare_methods().and_then(|()| run.freezer.start(run.environment())) {
             Ok(()) => Ok(run),
             Err(failure) => {
@@ -110,6 +113,11 @@ impl<'a> SnapshotRun<'a> {
                     self.targets.push((at, target));
                 }
                 Method::Copy(path) => self.copies.push(copies::prepare(&mut self.disks, at, path, self.plan)?),
+                Method::Nbd(path) => {
+                    let (export, socket) = exports::prepare(&mut self.disks, at, path, self.plan)?;
+                    self.copies.push(export);
+                    self.sockets.push(socket);
+                }
                 Method::Rbd(name) => self.images.push(ImageSnapshot::new(at, name.clone().unwrap_or_default())),
                 Method::Exec(_) => {}
             }
@@ -205,10 +213,14 @@ impl<'a> SnapshotRun<'a> {
             }
         }
         let stop = Some(self.signals.as_fd());
+        exports::report(&self.copies, self.plan, &self.methods);
         if self.plan.background {
             copies::query(&mut self.disks, &mut self.copies)?;
+            self.sockets.iter_mut().for_each(Socket::keep);
         } else {
-            copies::wait_for(&mut self.disks, &mut self.copies, self.plan.progress, stop)?;
+            // How far a client is, nobody else knows.
+            let progress = self.plan.progress && self.sockets.is_empty();
+            copies::wait_for(&mut self.disks, &mut self.copies, progress, stop)?;
         }
         self.not_interrupted()?;
         images::keep(&mut self.disks, &self.images)?;
@@ -235,7 +247,7 @@ impl<'a> SnapshotRun<'a> {
                 bytes_synced: figure("bytes-synced"),
                 way: method.name(),
                 target: match method {
-                    Method::Reflink(path) | Method::Copy(path) => path.display().to_string(),
+                    Method::Reflink(path) | Method::Copy(path) | Method::Nbd(path) => path.display().to_string(),
                     Method::Rbd(_) => {
                         let image = self.images.iter().find(|image| image.disk == at);
                         image.and_then(|image| image.full_name.clone()).unwrap_or_default()
@@ -243,7 +255,9 @@ impl<'a> SnapshotRun<'a> {
                     Method::Exec(command) => command.to_string_lossy().into_owned(),
                 },
                 target_b64: match method {
-                    Method::Reflink(path) | Method::Copy(path) => base64_unless_utf8(path.as_os_str()),
+                    Method::Reflink(path) | Method::Copy(path) | Method::Nbd(path) => {
+                        base64_unless_utf8(path.as_os_str())
+                    }
                     Method::Rbd(_) => None,
                     Method::Exec(command) => base64_unless_utf8(command),
                 },

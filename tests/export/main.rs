@@ -2,6 +2,7 @@
 //! meanwhile; and whatever clients do, the guest goes on.
 
 mod clients;
+mod command;
 mod instant;
 mod tools;
 mod world;

@@ -51,7 +51,7 @@ const MOST_ALIKE: usize = 7;
 const MOST_NOT_RUN: usize = 2;
 
 /// Programs that a block needs and this host may lack.
-const NEEDED: [&str; 2] = ["qemu-img", "socat"];
+const NEEDED: [&str; 4] = ["nbdcopy", "nbdinfo", "qemu-img", "socat"];
 
 fn is_listed(list: &[(&str, &str, &str)], block: &Block) -> bool {
     list.iter().any(|(page, start, _)| *page == block.page && block.first_line().starts_with(start))

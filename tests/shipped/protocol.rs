@@ -15,7 +15,7 @@ use virtioblkd::engine::cache::CacheMode;
 const PAGE: &str = "docs/control-protocol.md";
 
 /// Commands whose examples no daemon of this test can answer: those of Ceph's snapshots and their attendant, those that need a
-/// descriptor, and those that end the daemon or the protocol.
+/// descriptor (tests/export/command.rs sends them), and those that end the daemon or the protocol.
 const NOT_SENT: [&str; 9] = [
     "image-snapshot",
     "image-snapshot-keep",

@@ -55,7 +55,7 @@ pub(crate) enum CtlCommand {
     /// holds its disk for such a snapshot. It freezes the guest once for all disks, and thaws it when the last disk is
     /// resumed.
     Attend(attend::Attend),
-    /// Show the copies that run in the background (`snapshot --to copy:... --background`), and their progress
+    /// Show the copies and exports that run in the background (`snapshot --background`), and their progress
     Copies(Copies),
     /// A libvirt domain: status, check, convert, attach, detach, apply
     ///

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -15,7 +15,7 @@ use virtioblkd::internal::snapshot::{self, USAGE};
 
 use virtioblkd::internal::base::units::bytes;
 
-use crate::chosen::Chosen;
+use crate::chosen::{Chosen, target};
 use crate::duration;
 use crate::freezing::Freezing;
 
@@ -29,7 +29,7 @@ pub struct Snapshot {
     /// --hooks)
     #[arg(long, value_name = "LEVEL", value_parser = str::parse::<Consistency>)]
     level: Consistency,
-    /// How to take it: reflink:PATH, copy:PATH, rbd, rbd:NAME or exec:COMMAND. Give one for each disk, or one for all disks
+    /// How to take it: reflink:PATH, copy:PATH, nbd:SOCKET, rbd, rbd:NAME or exec:COMMAND. Give one for each disk, or one for all disks
     /// with {} in place of the image's file name. An RBD image needs none
     #[arg(long = "to", value_name = "WAY:ARG")]
     to: Vec<OsString>,
@@ -47,15 +47,22 @@ pub struct Snapshot {
     /// How long the disks may be held, including the command of exec:
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     lease: Duration,
-    /// The most bytes a second that copy: may read, such as 400M (K, M, G or T: powers of 1024); 0: no limit
+    /// The most bytes a second that copy: and nbd: may read, such as 400M (K, M, G or T: powers of 1024); 0: no limit
     #[arg(long, value_name = "BYTES", default_value = "0", hide_default_value = true, value_parser = bytes)]
     bandwidth: u64,
     /// Compute the SHA-256 of each snapshot
     #[arg(long)]
     digest: bool,
-    /// Leave the copies of copy: running in the background
+    /// Leave the copies of copy: and the exports of nbd: running in the background
     #[arg(long)]
     background: bool,
+    /// How long an export of nbd: lasts without a client
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
+    idle: Duration,
+    /// The most bytes that nbd: may save of what the guest overwrites meanwhile, such as 10G; when it is more, the export
+    /// fails [default: the daemon's --scratch-size, or half of what is free in its --copy-dir]
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    scratch_size: Option<u64>,
 }
 
 /// Takes the snapshot.
@@ -69,6 +76,7 @@ pub fn run(options: &Snapshot, chosen: &Chosen, json: bool) -> Result<String, Fa
 
 fn plan(options: &Snapshot, chosen: &Chosen) -> Result<SnapshotPlan, Failure> {
     let disks = chosen.several(&options.disks)?;
+    let export_names = disks.disks.iter().map(|(name, _)| export_name(name)).collect();
     let usage = |why: String| Failure::new(USAGE, why);
     let methods = options.to.iter().map(Method::parse).collect::<Result<_, _>>().map_err(usage)?;
     Ok(SnapshotPlan {
@@ -85,7 +93,16 @@ fn plan(options: &Snapshot, chosen: &Chosen) -> Result<SnapshotPlan, Failure> {
         digest: options.digest,
         background: options.background,
         progress: std::io::stderr().is_terminal(),
+        export_names,
+        idle: options.idle,
+        scratch_size: options.scratch_size,
     })
+}
+
+/// The name of a disk's export: libvirt's target of the disk, or the file name of its socket without its extension.
+fn export_name(disk: &str) -> String {
+    let name = Path::new(disk).file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+    target(&name).to_owned()
 }
 
 fn show(receipt: &Receipt, json: bool) -> Result<String, Failure> {

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use virtioblkd::disk::{CopyStatus, RingStatus};
+use virtioblkd::disk::{CopyStatus, ExportStatus, RingStatus};
 use virtioblkd::internal::base::text::clean;
 use virtioblkd::internal::control::protocol::return_types::Stats;
 
@@ -16,7 +16,28 @@ pub fn copies(copies: &[CopyStatus]) -> String {
     copies.iter().map(copy).collect()
 }
 
+/// Two lines for an export.
+fn export(copy: &CopyStatus, export: &ExportStatus) -> String {
+    let mut text = format!(
+        "{:<8}  {:<9}  NBD export {} of {}  {}\n          {} client(s), {} read, {} saved before the guest overwrote it, {}",
+        clean(&copy.copy),
+        clean(&copy.state),
+        clean(&export.name),
+        bytes(copy.total_bytes),
+        clean(&copy.target),
+        export.clients,
+        bytes(export.read_bytes),
+        bytes(copy.saved_before_write_bytes),
+        time((copy.seconds * 1e3) as u64)
+    );
+    add_state(copy, &mut text);
+    text
+}
+
 fn copy(copy: &CopyStatus) -> String {
+    if let Some(status) = &copy.export {
+        return export(copy, status);
+    }
     let milliseconds = |seconds: f64| time((seconds * 1e3) as u64);
     let percent = (u128::from(copy.done_bytes) * 100 / u128::from(copy.total_bytes.max(1))) as u64;
     let mut text = format!(
@@ -29,6 +50,13 @@ fn copy(copy: &CopyStatus) -> String {
         bytes(copy.saved_before_write_bytes),
         milliseconds(copy.seconds)
     );
+    add_state(copy, &mut text);
+    text
+}
+
+/// Adds what copies and exports have in common.
+fn add_state(copy: &CopyStatus, text: &mut String) {
+    let milliseconds = |seconds: f64| time((seconds * 1e3) as u64);
     // Writing to a String cannot fail.
     if copy.scratch_bytes > 0 {
         let _ = write!(text, ", {} in the scratch file", bytes(copy.scratch_bytes));
@@ -43,7 +71,6 @@ fn copy(copy: &CopyStatus) -> String {
         let _ = write!(text, ": {}", clean(error));
     }
     text.push('\n');
-    text
 }
 
 const COLUMNS: usize = 16;
