@@ -12,7 +12,7 @@ use std::time::Instant;
 use super::{Errno, IoBuf, OpId};
 
 /// A write to be made by one plain call. A queue, its layers and the ring's thread pass it on several times, so it is a
-/// pointer, and the queue reuses the memory ([`BlockingCall::reuse`]).
+/// pointer, and the queue reuses the memory (`BlockingCall::reuse`).
 pub struct BlockingCall(Box<WriteCall>);
 
 /// The content of a [`BlockingCall`].
