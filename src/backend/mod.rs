@@ -213,7 +213,8 @@ pub trait Backend: Send + Sync {
     fn describe(&self) -> String;
 
     /// The next range at or after `offset` that may hold data, as (start, end). `None`: there are only zeroes from here
-    /// on. By default everything may hold data. May block on metadata; never called by a virtqueue's thread.
+    /// on. By default everything may hold data. An image that was truncated behind [`Backend::geometry`]'s back is an error
+    /// where only that part is left. May block on metadata; never called by a virtqueue's thread.
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         let size = self.geometry().size;
         Ok((offset < size).then_some((offset, size)))

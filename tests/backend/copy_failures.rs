@@ -1,14 +1,16 @@
 //! A target or a source that fails, hangs or is full fails its copy alone.
 
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use kit::backend;
-use kit::backend::{Driver, eventually};
+use kit::backend::{Driver, eventually, opened, options};
 use virtioblkd::backend::mem::{CompletionOrder, Fault, MemOp};
 use virtioblkd::backend::point_in_time::{CopyStep, Tuning};
-use virtioblkd::backend::{Errno, IoBuf, Op};
+use virtioblkd::backend::{Backend, Errno, IoBuf, Op};
 use virtioblkd::disk::{Copies, CopyOptions};
+use virtioblkd::engine::CacheMode;
 
 use super::copy_world::*;
 
@@ -76,6 +78,30 @@ fn a_source_that_cannot_be_read_fails_the_copy_alone() {
         assert!(status.error.as_ref().is_some_and(|why| why.contains("image cannot be read")), "{status:?}");
         write_everywhere(&world.disk);
         assert!(world.files().is_empty());
+    }
+}
+
+/// What is cut off an image looks like a hole, and a copy must not store zeroes for what the guest had written there. The
+/// daemon may not know the new size yet.
+#[test]
+fn an_image_that_is_truncated_during_the_copy_fails_it() {
+    const SIZE: u64 = 8 << 20;
+    for (mode, is_resized) in [(CacheMode::Writeback, false), (CacheMode::Writeback, true), (CacheMode::None, false)] {
+        let dir = backend::disk_dir();
+        let path = backend::image(dir.path(), "disk.img", SIZE);
+        std::fs::write(&path, vec![7; SIZE as usize]).expect("data");
+        let world = World::new(Arc::new(opened(&options(&path, mode))), Tuning::default());
+        // It cannot reach the second half before the half is cut off.
+        let copy = started(&world, 1 << 20);
+        std::fs::File::options().write(true).open(&path).and_then(|file| file.set_len(SIZE / 2)).expect("truncated");
+        if is_resized {
+            world.disk.resize(None, true).expect("resized");
+        }
+        let status = world.wait_ended(&copy);
+        let why = status.error.expect("why it failed");
+        assert_eq!(status.state, "failed");
+        assert!(why.contains("truncated") || why.contains("shrunk") || why.contains("cannot be read"), "{why}");
+        assert!(world.files().is_empty(), "{:?}", world.files());
     }
 }
 

@@ -116,7 +116,8 @@ impl Backend for FileBackend {
         match seek(&self.image.file.fd, SeekFrom::Data(offset)) {
             Ok(start) if start >= size => Ok(None),
             Ok(start) => Ok(Some((start, seek(&self.image.file.fd, SeekFrom::Hole(start))?.min(size)))),
-            Err(Errno::NXIO) => Ok(None),
+            // What was cut off the file is no hole.
+            Err(Errno::NXIO) => resize::check_not_truncated(&self.image, size).map(|()| None),
             // Devices, and file systems that cannot report holes.
             Err(Errno::INVAL | Errno::NOTSUP) => Ok(Some((offset, size))),
             Err(error) => Err(error.into()),

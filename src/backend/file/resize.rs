@@ -31,7 +31,7 @@ pub(super) fn resize(image: &FileImage, grow_to: Option<u64>, shrink: bool) -> i
         if !bytes.is_multiple_of(unit) {
             return refuse(format!("{bytes} bytes are not whole blocks of {unit}; use a multiple of that"));
         }
-        if bytes < size(image)?.max(before) {
+        if bytes < size_now(image)?.max(before) {
             return refuse(format!(
                 "it has {before} bytes, more than {bytes}, and virtioblkd never truncates an image: when the guest no \
                  longer uses its end, truncate it (truncate -s) and then use resize --force"
@@ -42,7 +42,7 @@ pub(super) fn resize(image: &FileImage, grow_to: Option<u64>, shrink: bool) -> i
             io::Error::other(format!("{}: it cannot be grown to {bytes} bytes: {error}", image.file.name))
         })?;
     }
-    let found = size(image)?;
+    let found = size_now(image)?;
     let bytes = found - found % unit;
     if bytes == 0 {
         return refuse("it is empty now; restore its content, or stop its guest".into());
@@ -66,8 +66,17 @@ pub(super) fn notice_growth(image: &FileImage) {
     }
 }
 
+/// Returns an error if the image has fewer than `size` bytes now.
+pub(super) fn check_not_truncated(image: &FileImage, size: u64) -> io::Result<()> {
+    let found = size_now(image)?;
+    if found < size {
+        return Err(io::Error::other(format!("{}: it was truncated from {size} bytes to {found}", image.file.name)));
+    }
+    Ok(())
+}
+
 /// Returns the size in bytes that the kernel reports.
-fn size(image: &FileImage) -> io::Result<u64> {
+fn size_now(image: &FileImage) -> io::Result<u64> {
     if image.file.is_device {
         // Nothing else uses the position: all I/O names its offset.
         return Ok(seek(image.file.fd.as_fd(), SeekFrom::End(0))?);

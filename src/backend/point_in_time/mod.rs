@@ -17,7 +17,9 @@
 //! |---|---|
 //! | `delaying_queue`, `waiters` | the queue in front of the image's; the ops that wait for a copy |
 //! | `registry`, `copy`, `bitmap` | all copies of the image; one copy; which of its clusters are saved |
-//! | `copier` | the thread that reads the image |
+//! | `copier` | the thread that reads the image for a copy |
+//! | `instant` | the instant as others read it (`crate::export`), from the image and a scratch file |
+//! | `holes` | where the image holds data; an image that was shrunk |
 //! | `target`, `target_thread` | the file that a copy is written to; the thread that writes it and may hang |
 //! | `target_handle`, `target_reports` | the daemon's side of that thread: its start and end; its reports |
 //! | `scratch`, `scratch_thread` | old data in a local file while the target is slow; the thread that uses the file |
@@ -28,6 +30,7 @@ mod bitmap;
 mod copier;
 mod copy;
 mod delaying_queue;
+mod holes;
 mod image_lease;
 mod instant;
 mod registry;

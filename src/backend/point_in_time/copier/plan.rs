@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use super::{Copier, MAX_READ};
 use crate::backend::point_in_time::Mutant;
+use crate::backend::point_in_time::holes::next_data;
 
 /// The most background reads in flight, which are those that no op waits for. A guest's request queues behind the reads in
 /// flight: in `benches/point_in_time.rs`, two reads of 256 KiB copied as fast as four of 512 KiB, and a guest's write took
@@ -100,9 +101,7 @@ impl Copier<'_> {
     /// Returns the first byte from `at` on that may hold data, or the image's end rounded up to clusters.
     fn data_from(&mut self, at: u64) -> Result<u64, String> {
         if !(self.data.from..self.data.end).contains(&at) {
-            let found = self.image.next_data(at).map_err(|error| {
-                format!("cannot find the image's holes from byte {at} on ({error}); check the image's medium")
-            })?;
+            let found = next_data(self.image, self.copy.size, at)?;
             let no_data = (self.copy.size.next_multiple_of(self.copy.cluster), u64::MAX);
             let (start, end) = found.unwrap_or(no_data);
             self.data = DataExtent { from: at, start, end };

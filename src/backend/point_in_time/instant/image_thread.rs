@@ -14,6 +14,7 @@ use super::{Instant, StatusExtent};
 use crate::backend::point_in_time::Mutant;
 use crate::backend::point_in_time::copier::BandwidthLimiter;
 use crate::backend::point_in_time::copy::Phase;
+use crate::backend::point_in_time::holes::next_data;
 use crate::backend::point_in_time::scratch_thread::{ScratchCommand, ScratchReply};
 use crate::backend::point_in_time::target_thread::OldData;
 use crate::backend::{Backend, Completion, IoBuf, IoQueue, Op, OpId, Source as WakeSource};
@@ -258,14 +259,8 @@ impl ImageThread<'_> {
     fn data_from(&mut self, at: u64) -> Result<u64, String> {
         let (from, _, end) = self.data;
         if !(from..end).contains(&at) {
-            let found = self.image.next_data(at).map_err(|error| {
-                format!("cannot find the image's holes from byte {at} on ({error}); check the image's medium")
-            })?;
             let copy = &self.instant.copy;
-            if self.image.geometry().size < copy.size {
-                // What is cut off is gone, and would look like a hole.
-                return Err("the image was shrunk, so its end can no longer be read; take the instant again".into());
-            }
+            let found = next_data(self.image, copy.size, at)?;
             let (start, end) = found.unwrap_or((copy.size.next_multiple_of(copy.cluster), u64::MAX));
             self.data = (at, start, end);
         }
