@@ -44,9 +44,10 @@ fn remove_group(group: &Path) {
     let _ = fs::remove_dir(group);
 }
 
-/// Enters the groups of `$GROUPS_OF_MACHINE` and becomes the machine.
-const ENTER: &str =
-    "for group in $GROUPS_OF_MACHINE; do echo $$ > $group/cgroup.procs; done; exec systemd-nspawn \"$@\"";
+/// Enters the groups of `$GROUPS_OF_MACHINE` and becomes the machine. If this process is killed, SIGTERM has systemd-nspawn
+/// shut the machine down.
+const ENTER: &str = "for group in $GROUPS_OF_MACHINE; do echo $$ > $group/cgroup.procs; done; \
+     exec setpriv --pdeathsig TERM systemd-nspawn \"$@\"";
 
 impl BootedSystemd {
     /// `home`: a directory that both machines have. `mounts`: our file or directory, and where the machine sees it. `None`,
