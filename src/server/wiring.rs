@@ -265,6 +265,8 @@ impl Served for ServedDisk {
     }
 
     fn hand_over(&self, timeout: Duration) -> Result<HandedOver, String> {
+        // The new daemon is ready. A guest's write may wait for an export, which this daemon cannot pass on.
+        self.backend.end_exports("an upgrade has begun, and the next daemon does not know the instant; take it again");
         self.device.hand_over(timeout).map_err(|error| error.to_string())
     }
 

@@ -151,12 +151,15 @@ fn an_upgrade_or_a_kill_ends_an_export_and_the_guest_goes_on() {
     assert_eq!(read(&mut client, 0, 512).unwrap(), [5; 512]);
     overwrite(&mut guest);
     let old = disk.pid();
+    // One that is refused leaves the export alone.
+    assert!(!disk.ctl(&["upgrade", "--", "--read-only"]).status.success());
+    assert_eq!((disk.pid(), read(&mut client, 4096, 512).unwrap()), (old, vec![5; 512]));
     disk.upgrade(&[]);
     assert_ne!(disk.pid(), old);
     overwrite(&mut guest);
     // The reason, or the end of the connection: the old process may be gone already.
     assert_eq!(client.read(&mut [0; 1]).unwrap_or(0), 0, "no data after the end");
-    contains(&disk.log(), &["the daemon is upgraded"]);
+    contains(&disk.log(), &["an upgrade has begun"]);
     receipt(&snapshot(&[&disk], &["--background"]).output().unwrap());
     let mut client = connect_to(&disk.path("nbd"), b"control");
     assert_eq!(read(&mut client, 0, 512).unwrap(), [0x77; 512]);

@@ -100,7 +100,7 @@ pub(crate) enum CtlCommand {
     /// Starts virtioblkd with the running daemon's options, changed by OPTIONS. The new daemon opens the image and checks
     /// everything. It then takes over the guest, the sockets and the pid file, and the old one ends. The guest sees a pause of
     /// milliseconds. If anything fails before that, the running daemon serves on. The image, its size, --read-only and the
-    /// block size cannot change. An upgrade is refused while the disk is held or copied.
+    /// block size cannot change. An upgrade is refused while the disk is held or copied; it ends exports.
     Upgrade(upgrade::Upgrade),
     /// Write the manual pages and the completions of shells
     #[command(hide = true)]

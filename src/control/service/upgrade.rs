@@ -114,6 +114,7 @@ impl Service {
         }
         let copies = self.disk.copies().map(|copies| copies.status()).unwrap_or_default();
         let goes_on = |copy: &&CopyStatus| matches!(copy.state.as_str(), "prepared" | "running" | "syncing");
+        // An export lasts as long as its slowest client, which cannot be waited for: it ends when the new daemon is ready.
         if copies.iter().filter(goes_on).any(|copy| copy.export.is_none()) {
             return busy("a point-in-time copy is running: wait for it (`virtioblkctl copies`), or cancel it");
         }
@@ -125,10 +126,6 @@ impl Service {
                 "a sync has failed, so what the guest wrote may be lost, and the next process would not know: stop the \
                  guest, check the storage, and start it again",
             );
-        }
-        // An export lasts as long as its slowest client, which cannot be waited for.
-        if let Some(copies) = self.disk.copies() {
-            copies.end_exports("the daemon is upgraded, and the next one does not know the instant; take it again");
         }
         upgrade.is_running.store(true, Ordering::Release);
         self.upgrade.requested_by = Some(peer);
