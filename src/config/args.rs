@@ -185,8 +185,8 @@ pub(super) struct Args {
     take_over: Option<PathBuf>,
 
     /// Check the options, the configuration file, the image and the places of the sockets, print the result, and end. Nothing
-    /// is started, and a daemon that serves the image is not disturbed. Status 1: the image or a place cannot be used. Status
-    /// 2: a wrong command line or configuration file
+    /// is started, and a daemon that serves the image is not disturbed: whether another process uses the image or a socket is
+    /// not checked. Status 1: the image or a place cannot be used. Status 2: a wrong command line or configuration file
     #[arg(long)]
     pub(super) check: bool,
 

@@ -1,5 +1,7 @@
-//! `--check`: whether the daemon could serve its disk. Everything that the start checks is checked, and nothing is started:
-//! no socket is bound, no lock is taken, and a daemon that serves the image is not disturbed.
+//! `--check`: whether the daemon could serve its disk. The options, the image, the sandbox and the places of the sockets are
+//! checked, and nothing is started: no socket is bound, no lock is taken, and a daemon that serves the image is not disturbed.
+//! Whether another process uses the image or listens on a socket is not checked, and neither is a descriptor of `--fd`: that
+//! may be different at the start.
 
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
@@ -54,7 +56,8 @@ pub fn check(config: &Config) -> Result<String, ServerError> {
     let image = sandbox.open(open).map_err(ServerError::Sandbox)??;
     let size = image.geometry().size;
     let description = format!(
-        "{} of {size} bytes: it can be served in cache mode {} on {}",
+        "{} of {size} bytes: it can be served in cache mode {} on {}, unless another \
+         process uses the image or a socket by then",
         image.describe(),
         config.cache,
         config.listen

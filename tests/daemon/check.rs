@@ -104,6 +104,7 @@ fn a_daemon_that_serves_the_image_is_not_disturbed() {
     let text = |path: PathBuf| path.into_os_string().into_string().expect("UTF-8");
     let output = check(&["--socket-path", &text(server.socket()), "--blk-file", &text(image)]);
     assert!(output.status.success(), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("unless another process uses"), "{output:?}");
     assert!(server.socket().exists());
     assert!(server.ctl_ok(&["status"]).contains("raw file"));
 }
