@@ -1,10 +1,17 @@
 //! Which commands which user may use: a user beside root and the daemon's can neither take the guest over nor end the
 //! daemon, nor keep root out.
 
+use std::io::IoSlice;
+use std::mem::{ManuallyDrop, MaybeUninit};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use kit::control::{Client, Served, WAIT_TIMEOUT};
+use kit::stall::fuse::Stalling;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::thread::set_thread_res_uid;
 use serde_json::json;
 use virtioblkd::internal::control::Access;
@@ -36,12 +43,58 @@ fn client_of(user: u32, served: &Served) -> Client {
 }
 
 /// The commands that only root and the daemon's user may use.
-const RESERVED: [(&str, &str); 4] = [
+const RESERVED: [(&str, &str); 7] = [
     ("query-command-line", "{}"),
     ("hand-over", r#"{"version": 1}"#),
     ("resize", r#"{"force": true}"#),
     ("quit", "{}"),
+    ("getfd", r#"{"fdname": "a"}"#),
+    ("closefd", r#"{"fdname": "a"}"#),
+    ("export-prepare", r#"{"fdname": "a", "name": "a"}"#),
 ];
+
+/// Close(2) of a received descriptor waits for its file system, which may be the client's own and never answer.
+#[test]
+fn a_descriptor_of_another_user_does_not_stop_the_control_thread() {
+    if !kit::can_become_another_user() {
+        return;
+    }
+    let Ok(stalling) = Stalling::mount(vec![0; 4096]) else {
+        eprintln!("SKIPPED: this machine mounts no FUSE filesystem");
+        return;
+    };
+    stalling.stall_closes();
+    let file = ManuallyDrop::new(std::fs::File::open(stalling.image()).unwrap());
+    // Nothing ends a thread that waits in close(2), so a failure lets it go.
+    let (stalling, is_stuck) = (Arc::new(stalling), Arc::new(AtomicBool::new(false)));
+    let (weak, stuck) = (Arc::downgrade(&stalling), is_stuck.clone());
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(20));
+        if let Some(stalling) = weak.upgrade() {
+            stuck.store(true, Ordering::SeqCst);
+            stalling.let_go();
+        }
+    });
+    for access in [Access::ReadOnly, Access::Operate] {
+        let served = Served::new().let_others(access);
+        let stream = connect_as(OTHER, &served);
+        let descriptors = [file.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)));
+        let text = b"{\"execute\": \"qmp_capabilities\"}\n{\"execute\": \"query-status\"}\n";
+        sendmsg(&stream, &[IoSlice::new(text)], &mut ancillary, SendFlags::empty()).unwrap();
+        let mut client = Client::new(stream);
+        assert!(client.line()["QMP"].is_object());
+        assert!(client.reply()["return"].is_object());
+        assert!(client.reply()["return"].is_object(), "{access}");
+        served.client().ask("query-status", json!({})).unwrap();
+        assert_eq!(stalling.waiting(), 0, "{access}");
+        assert!(!is_stuck.load(Ordering::SeqCst), "{access}: the control thread closed the descriptor");
+    }
+    stalling.let_go();
+    drop(ManuallyDrop::into_inner(file));
+}
 
 #[test]
 fn another_user_cannot_take_the_guest_over_or_end_the_daemon() {

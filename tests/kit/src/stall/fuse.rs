@@ -35,6 +35,8 @@ struct State {
     write: Option<u64>,
     /// Syncs wait.
     sync: bool,
+    /// Flushes wait: each close(2) of the file sends one.
+    flush: bool,
     /// FUSE_ASYNC_DIO.
     async_dio: bool,
     /// Bytes that one write stores at most.
@@ -92,6 +94,7 @@ impl Stalling {
             read: None,
             write: None,
             sync: false,
+            flush: false,
             async_dio,
             most_written,
             waiting: Vec::new(),
@@ -119,6 +122,11 @@ impl Stalling {
         self.lock().sync = true;
     }
 
+    /// From now on each close(2) of the file waits.
+    pub fn stall_closes(&self) {
+        self.lock().flush = true;
+    }
+
     /// How many wait now.
     pub fn waiting(&self) -> usize {
         self.lock().waiting.len()
@@ -127,7 +135,7 @@ impl Stalling {
     /// Answers those that wait; nothing waits from now on.
     pub fn let_go(&self) {
         let mut state = self.lock();
-        (state.read, state.write, state.sync) = (None, None, false);
+        (state.read, state.write, state.sync, state.flush) = (None, None, false, false);
         for waiting in std::mem::take(&mut state.waiting) {
             state.answer(waiting);
         }
@@ -245,6 +253,12 @@ impl Filesystem for Tree {
         } else {
             state.write(reply, offset, data);
         }
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        let mut state = self.lock();
+        // The kernel sends no more of them after the first ENOSYS.
+        if state.flush { state.waiting.push(Waiting::Sync(reply)) } else { reply.error(Errno::ENOSYS) }
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
