@@ -1,6 +1,6 @@
 //! Accepts the clients of one export until it is over, or until no client has been connected for a while.
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
@@ -55,7 +55,7 @@ pub fn start(listener: UnixListener, reader: InstantReader, options: ServerOptio
         left,
         clients: Vec::new(),
         accept_again: None,
-        served_any: false,
+        served_any: Arc::default(),
     };
     thread::Builder::new().name("export-accept".into()).spawn(move || server.run())?;
     Ok(())
@@ -70,8 +70,8 @@ struct Server {
     left: Arc<Bell>,
     clients: Vec<Client>,
     accept_again: Option<Instant>,
-    /// A client has begun to use the export.
-    served_any: bool,
+    /// A client has begun to use the export: it has negotiated.
+    served_any: Arc<AtomicBool>,
 }
 
 impl Server {
@@ -122,11 +122,11 @@ impl Server {
     }
 
     fn end_idle(&self) {
-        if self.served_any {
+        if self.served_any.load(Ordering::Acquire) {
             return self.reader.complete();
         }
         let idle = self.options.idle;
-        self.reader.fail(&format!("no client has connected within {idle:?}; connect sooner, or allow more (--idle)"));
+        self.reader.fail(&format!("no client has used it within {idle:?}; connect sooner, or allow more (--idle)"));
     }
 
     fn may_accept(&self) -> bool {
@@ -145,6 +145,12 @@ impl Server {
             self.accept_again.filter(|again| *again > Instant::now()).map_or(idle_end, |again| again.min(idle_end));
         let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         sleep(&mut sources, left)?;
+        // Whoever made the socket has shut it down. accept(2) only says that there is no client.
+        let is_shut =
+            |source: &PollFd<'_>| source.revents().intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL);
+        if sources.get(2).is_some_and(is_shut) {
+            self.reader.fail("its socket was shut down, so no client can connect any more");
+        }
         changed.was_rung();
         self.left.was_rung();
         Ok(())
@@ -157,13 +163,11 @@ impl Server {
                     self.pause(&error);
                 }
             }
-            // Otherwise there is no client, it has disconnected already, or a signal came.
-            Err(error) => {
-                let lacking = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
-                if error.raw_os_error().is_some_and(|errno| lacking.contains(&errno)) {
-                    self.pause(&error);
-                }
-            }
+            Err(error) => match error.kind() {
+                // There is no client, it has disconnected already, or a signal came.
+                ErrorKind::WouldBlock | ErrorKind::ConnectionAborted | ErrorKind::Interrupted => {}
+                _ => self.pause(&error),
+            },
         }
     }
 
@@ -183,17 +187,17 @@ impl Server {
         let stream = Arc::clone(&socket);
         let gone = Arc::new(AtomicBool::new(false));
         let (is_gone, left) = (Arc::clone(&gone), Arc::clone(&self.left));
-        let (reader, export) = (self.reader.clone(), Arc::clone(&self.export));
+        let (reader, export, negotiated) =
+            (self.reader.clone(), Arc::clone(&self.export), Arc::clone(&self.served_any));
         thread::Builder::new().name("export-client".into()).spawn(move || {
             reader.count_client(1);
-            session::serve(&stream, &reader, export);
+            session::serve(&stream, &reader, export, &negotiated);
             drop(stream);
             reader.count_client(-1);
             is_gone.store(true, Ordering::Release);
             left.ring();
         })?;
         self.clients.push(Client { socket, gone });
-        self.served_any = true;
         Ok(())
     }
 }

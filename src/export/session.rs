@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::protocol::{Connection, End, Errno, Export, Extent, HOLE, MAX_CHUNK, Request, Span, Step};
@@ -23,9 +24,9 @@ const RECEIVE_SIZE: usize = 16 << 10;
 /// The parts of one read that are read ahead, [`MAX_CHUNK`] bytes each.
 const READ_AHEAD: usize = 4;
 
-/// Serves the client until one of the two sides ends the connection.
-pub(super) fn serve(stream: &UnixStream, reader: &InstantReader, export: Arc<Export>) {
-    let mut session = Session { stream, reader, connection: Connection::new(export) };
+/// Serves the client until one of the two sides ends the connection. Sets `negotiated` when the client may send requests.
+pub(super) fn serve(stream: &UnixStream, reader: &InstantReader, export: Arc<Export>, negotiated: &AtomicBool) {
+    let mut session = Session { stream, reader, connection: Connection::new(export), negotiated };
     match session.run() {
         Ok(End::Client) => {}
         Ok(End::Violation(why)) => {
@@ -44,6 +45,7 @@ struct Session<'a> {
     stream: &'a UnixStream,
     reader: &'a InstantReader,
     connection: Connection,
+    negotiated: &'a AtomicBool,
 }
 
 impl Session<'_> {
@@ -59,6 +61,7 @@ impl Session<'_> {
                         // From now on the client may pause.
                         self.stream.set_read_timeout(None)?;
                         is_negotiated = true;
+                        self.negotiated.store(true, Ordering::Release);
                     }
                     match self.stream.read(&mut buffer) {
                         Ok(0) => return Ok(End::Client),

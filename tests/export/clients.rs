@@ -1,7 +1,7 @@
 //! Clients that break the protocol, stall, die, or are too many; and exports that break. The guest goes on.
 
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -12,6 +12,8 @@ use std::time::Duration;
 use kit::backend::{Driver, eventually};
 use virtioblkd::backend::point_in_time::{CopyStep, ScratchOptions, Tuning};
 use virtioblkd::disk::Copies;
+use virtioblkd::engine::CacheMode;
+use virtioblkd::internal::export::{ServerOptions, start};
 
 use super::world::*;
 
@@ -197,4 +199,44 @@ fn an_export_without_a_client_ends() {
     assert_eq!(read(&mut client, 0, 512).unwrap(), held[..512]);
     world.disk.cancel(&next).expect("it runs");
     assert_eq!(client.read_to_end(&mut Vec::new()).unwrap(), 0, "its client is disconnected");
+}
+
+/// A probe that only connects is no backup.
+#[test]
+fn an_export_that_no_client_used_has_failed() {
+    let world = World::mem(14, Tuning::default());
+    let (name, _) = world.serve(Duration::from_millis(300));
+    drop(UnixStream::connect(world.socket()).expect("it listens"));
+    let status = world.wait_ended(&name);
+    assert!(
+        status.state == "failed" && status.error.clone().is_some_and(|why| why.contains("no client has used")),
+        "{status:?}"
+    );
+}
+
+/// What is cut off looks like a hole, also when the image grows again.
+#[test]
+fn an_image_that_is_truncated_ends_its_export() {
+    let (world, dir) = World::file(CacheMode::Writeback);
+    let (name, _) = world.serve(LONG);
+    let mut client = connect(&world);
+    let image = std::fs::File::options().write(true).open(dir.path().join("image")).expect("the image");
+    image.set_len(1 << 20).expect("truncated");
+    assert!(read(&mut client, (3 << 20) as u64, 512).is_err(), "it is gone");
+    image.set_len(SIZE).expect("grown");
+    assert_eq!(world.wait_ended(&name).state, "failed");
+}
+
+/// Whoever made the socket can shut it down: poll(2) reports that again and again.
+#[test]
+fn a_socket_that_is_shut_down_ends_its_export() {
+    let world = World::mem(14, Tuning::default());
+    let (name, reader) = world.disk.prepare_instant(&world.options(LONG)).expect("a prepared export");
+    let listener = UnixListener::bind(world.socket()).expect("a socket");
+    let ours = listener.try_clone().expect("a descriptor");
+    start(listener, reader, ServerOptions { name: "vda".into(), idle: LONG }).expect("a served export");
+    world.disk.start(&name).expect("nothing is in flight");
+    rustix::net::shutdown(&ours, rustix::net::Shutdown::Both).expect("shut down");
+    let status = world.wait_ended(&name);
+    assert!(status.error.as_ref().is_some_and(|why| why.contains("shut down")), "{status:?}");
 }

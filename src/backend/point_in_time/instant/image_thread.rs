@@ -163,8 +163,14 @@ impl ImageThread<'_> {
             for request in self.instant.take_requests() {
                 match request {
                     Request::Read(read) => self.client_reads.push_back(read),
-                    // A reader that no longer waits needs no reply.
-                    Request::Status { bytes, reply } => drop(reply.send(self.status(bytes))),
+                    Request::Status { bytes, reply } => {
+                        let status = self.status(bytes);
+                        let failure = status.as_ref().err().cloned();
+                        // A reader that no longer waits needs no reply.
+                        drop(reply.send(status));
+                        // What could not be known once may be read wrongly later: the image may be cut off and grow again.
+                        failure.map_or(Ok(()), Err)?;
+                    }
                 }
             }
             let wait = self.start_client_reads()?;
@@ -347,8 +353,10 @@ impl ImageThread<'_> {
                         buf.copy_to(0, &mut data);
                         data
                     });
+                    let failure = data.as_ref().err().cloned();
                     // A reader that no longer waits needs no reply.
                     let _ = read.reply.send(data);
+                    failure.map_or(Ok(()), Err)?;
                 }
             }
         }
