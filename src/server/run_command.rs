@@ -7,7 +7,7 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -178,7 +178,8 @@ impl Running {
             if self.read_notices() {
                 return Ok(Ready::Listens);
             }
-            if let Some(signal) = self.next_signal() {
+            // There is no command yet, so a signal of the terminal is for this process.
+            if let Some((signal, _)) = self.read_signal() {
                 return Ok(Ready::Signal(signal));
             }
             if woken.server_ended {
@@ -194,7 +195,8 @@ impl Running {
         let pidfd = pidfd_open(Pid::from_child(&command), PidfdFlags::empty()).map_err(|errno| failed(errno.into()))?;
         loop {
             let woken = self.wait(Some(&pidfd))?;
-            self.read_notices();
+            // An upgrade's new daemon may be named by the time that the old one has ended.
+            let server_ended = !self.replaced_server() && woken.server_ended;
             while let Some(signal) = self.next_signal() {
                 // SRCH: the command has ended meanwhile.
                 let _ = pidfd_send_signal(&pidfd, as_rustix(signal));
@@ -203,7 +205,7 @@ impl Running {
                 let status = command.wait().map_err(failed)?;
                 return Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)) as u8);
             }
-            if woken.server_ended && self.server.take().is_some() {
+            if server_ended && self.server.take().is_some() {
                 logging::message("the daemon has ended before the command of --run: the command is ended");
                 let _ = pidfd_send_signal(&pidfd, rustix::process::Signal::TERM);
             }
@@ -219,15 +221,20 @@ impl Running {
         self.server = Some(server);
         loop {
             let woken = self.wait(None)?;
-            if woken.server_ended {
+            if self.replaced_server() {
+                // An upgrade was under way: the new daemon ends, too.
+                if let Some(server) = &self.server {
+                    let _ = pidfd_send_signal(server, rustix::process::Signal::TERM);
+                }
+            } else if woken.server_ended {
                 break;
             }
-            while let Some(signal) = self.next_signal() {
+            // The daemon is in a group of its own, which the terminal sends nothing to.
+            while let Some((signal, _)) = self.read_signal() {
                 if let Some(server) = &self.server {
                     let _ = pidfd_send_signal(server, as_rustix(signal));
                 }
             }
-            self.read_notices();
         }
         // A daemon that took over is no child of this process: its status is in its log only.
         self.daemon.wait().map(|status| status.success()).map_err(failed("cannot wait for the daemon"))
@@ -249,6 +256,13 @@ impl Running {
         Ok(Woken { server_ended, command_ended: ended.next().unwrap_or(false) })
     }
 
+    /// Reads the daemon's messages. Returns whether an upgrade's named a new process, which is the server from now on.
+    fn replaced_server(&mut self) -> bool {
+        let before = self.server.as_ref().map(AsRawFd::as_raw_fd);
+        self.read_notices();
+        before != self.server.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
     /// Reads the daemon's messages. Returns whether one of them says that it listens. An upgrade's names the new process.
     fn read_notices(&mut self) -> bool {
         let mut listens = false;
@@ -265,13 +279,21 @@ impl Running {
         listens
     }
 
+    /// The next signal that is to be passed on to the command. The terminal sends its signals to the command, too.
     fn next_signal(&self) -> Option<Signal> {
-        while let Ok(Some(info)) = self.signals.read_signal() {
-            // The terminal has sent it to the command, too.
-            if info.ssi_code != libc::SI_KERNEL
-                && let Ok(signal) = Signal::try_from(info.ssi_signo as i32)
-            {
+        while let Some((signal, is_of_terminal)) = self.read_signal() {
+            if !is_of_terminal {
                 return Some(signal);
+            }
+        }
+        None
+    }
+
+    /// The next signal, and whether the terminal sent it.
+    fn read_signal(&self) -> Option<(Signal, bool)> {
+        while let Ok(Some(info)) = self.signals.read_signal() {
+            if let Ok(signal) = Signal::try_from(info.ssi_signo as i32) {
+                return Some((signal, info.ssi_code == libc::SI_KERNEL));
             }
         }
         None
