@@ -58,6 +58,28 @@ struct Copier<'a> {
     bandwidth: BandwidthLimiter,
 }
 
+/// Opens a queue of the image for a thread that reads it, which `copy` wakes, and sends `ready` whether that succeeded.
+/// `None`: it did not, or the caller no longer waits.
+pub(super) fn open_queue(
+    image: &dyn Backend,
+    depth: usize,
+    copy: &Copy,
+    ready: SyncSender<io::Result<()>>,
+) -> Option<Box<dyn IoQueue>> {
+    let queue = image.open_queue(depth).and_then(|mut queue| {
+        queue.watch(Source::Wake, copy.wake_fd())?;
+        Ok(queue)
+    });
+    match queue {
+        Ok(queue) => ready.send(Ok(())).is_ok().then_some(queue),
+        Err(error) => {
+            // A caller that no longer waits needs no error.
+            let _ = ready.send(Err(error));
+            None
+        }
+    }
+}
+
 /// The thread's main function. It sends `ready` whether it can read the image, waits for the copy's start, and reads until
 /// everything is saved or the copy is over. It drops `open` when it has closed its queue of the image.
 pub(super) fn run(
@@ -68,18 +90,7 @@ pub(super) fn run(
     ready: SyncSender<io::Result<()>>,
     open: Sender<()>,
 ) {
-    let queue = image.open_queue(DEPTH).and_then(|mut queue| {
-        queue.watch(Source::Wake, copy.wake_fd())?;
-        Ok(queue)
-    });
-    let queue = match queue {
-        Ok(queue) => queue,
-        // A caller that no longer waits needs no error.
-        Err(error) => return drop(ready.send(Err(error))),
-    };
-    if ready.send(Ok(())).is_err() {
-        return;
-    }
+    let Some(queue) = open_queue(&*image, DEPTH, &copy, ready) else { return };
     let mut copier = Copier {
         copy: &copy,
         image: &*image,

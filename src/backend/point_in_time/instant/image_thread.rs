@@ -12,12 +12,12 @@ use std::time::{Duration, Instant as Time};
 use super::sources::{Source, sources};
 use super::{Instant, StatusExtent};
 use crate::backend::point_in_time::Mutant;
-use crate::backend::point_in_time::copier::BandwidthLimiter;
+use crate::backend::point_in_time::copier::{BandwidthLimiter, open_queue};
 use crate::backend::point_in_time::copy::Phase;
 use crate::backend::point_in_time::holes::next_data;
 use crate::backend::point_in_time::scratch_thread::{ScratchCommand, ScratchReply};
 use crate::backend::point_in_time::target_thread::OldData;
-use crate::backend::{Backend, Completion, IoBuf, IoQueue, Op, OpId, Source as WakeSource};
+use crate::backend::{Backend, Completion, IoBuf, IoQueue, Op, OpId};
 
 /// The most reads in flight.
 const DEPTH: usize = 32;
@@ -105,18 +105,7 @@ pub(super) fn run(
     ready: SyncSender<io::Result<()>>,
     open: Sender<()>,
 ) {
-    let queue = image.open_queue(DEPTH).and_then(|mut queue| {
-        queue.watch(WakeSource::Wake, instant.copy.wake_fd())?;
-        Ok(queue)
-    });
-    let queue = match queue {
-        Ok(queue) => queue,
-        // A caller that no longer waits needs no error.
-        Err(error) => return drop(ready.send(Err(error))),
-    };
-    if ready.send(Ok(())).is_err() {
-        return;
-    }
+    let Some(queue) = open_queue(&*image, DEPTH, &instant.copy, ready) else { return };
     let mut thread = ImageThread {
         instant: &instant,
         image: &*image,
