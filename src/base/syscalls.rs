@@ -159,6 +159,12 @@ pub(crate) fn fork(socket: BorrowedFd<'_>, child: impl FnOnce(BorrowedFd<'_>)) -
     }
 }
 
+/// Ends the process at once (_exit(2)): no exit handler of a library and no destructor of a static runs.
+pub(crate) fn exit(status: i32) -> ! {
+    // SAFETY: no memory is involved, and the call does not return.
+    unsafe { libc::_exit(status) }
+}
+
 /// Has the kernel reap this process's children, those that have not ended yet (sigaction(2), SIGCHLD set to SIG_IGN).
 /// For a process that starts no more of them: waiting for one fails with ECHILD from then on.
 pub(crate) fn ignore_children() -> io::Result<()> {

@@ -10,7 +10,7 @@ use super::hand_over::{HandOverRequests, NewDaemon};
 use super::permissions;
 use super::socket::{self, PreparedSocket};
 use super::take_over::{self, TakeOver, TakenOver};
-use super::wiring::{self, OpenDisk};
+use super::wiring::{self, OpenDisk, OpenImage};
 use super::{Control, Server, ServerError, new_bell};
 use crate::base::logging;
 use crate::base::signals::Signals;
@@ -21,12 +21,16 @@ use crate::sandbox::Sandbox;
 /// How long a process that handed its disk over waits until systemd has read its messages. It has nothing else to do.
 const NOTIFY_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How long the end waits for other threads that use the image. Releasing an RBD image takes a few requests to the cluster.
+const IMAGE_CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// A running daemon: its disk, its sockets and its files.
 pub(super) struct Daemon {
     pub(super) server: Server,
     pub(super) front_ends: FrontEnds,
     control: Box<dyn Control>,
     pub(super) files: DaemonFiles,
+    image: OpenImage,
 }
 
 impl Daemon {
@@ -74,12 +78,12 @@ impl Daemon {
             .map_err(ServerError::ControlThread)?;
         let server = Server { served: disk.served, signals, quit, requests, end_signals: 0 };
         let front_ends = FrontEnds::new(Arc::clone(&server.served))?;
-        Ok(Daemon { server, front_ends, control, files })
+        Ok(Daemon { server, front_ends, control, files, image: disk.image })
     }
 
     /// Takes the guest over. Once the guest is ours, failures are logged and it is served regardless.
     fn take_over(self, config: &Config, take_over: TakeOver) -> Result<Daemon, ServerError> {
-        let Daemon { server, mut front_ends, control, files } = self;
+        let Daemon { server, mut front_ends, control, files, image } = self;
         let taken_over = take_over.finish(&*server.served, &mut front_ends);
         let TakenOver { figures, attendant_missing } = taken_over.map_err(|error| {
             // The front-end's thread releases the image, which the old daemon takes back.
@@ -101,25 +105,28 @@ impl Daemon {
             figures.drained_us.unwrap_or(0)
         );
         take_over::print_figures(&figures);
-        Ok(Daemon { server, front_ends, control, files })
+        Ok(Daemon { server, front_ends, control, files, image })
     }
 
     /// Ends this process after a hand-over: it touches neither the disk nor the files that the new daemon took over.
-    pub(super) fn end_after_hand_over(mut self, new: NewDaemon) {
+    pub(super) fn end_after_hand_over(self, new: NewDaemon) {
+        let Daemon { server, mut front_ends, control, files, image } = self;
         log::info!("another process (pid {}) serves the disk: ending", new.pid);
         if new.pid != 0 {
             systemd::systemd(&format!("MAINPID={}", new.pid));
         }
-        self.files.hand_over(new.files);
-        drop(self.control);
-        self.front_ends.join();
+        files.hand_over(new.files);
+        drop(control);
+        front_ends.join();
         // If systemd misses the new MAINPID, it takes the end of this process for the end of the service.
         systemd::finish(NOTIFY_TIMEOUT);
+        drop((front_ends, server));
+        image.close(IMAGE_CLOSE_TIMEOUT);
     }
 
     /// Drains, syncs and ends. `served`: the result of serving.
     pub(super) fn end(self, served: Result<(), ServerError>) -> Result<(), ServerError> {
-        let Daemon { mut server, mut front_ends, control, files } = self;
+        let Daemon { mut server, mut front_ends, control, files, image } = self;
         if matches!(served, Err(ServerError::Interrupted(_))) {
             std::mem::forget(control);
             return served;
@@ -147,8 +154,9 @@ impl Daemon {
             log::warn!("a second signal will not end the process: {error}; use SIGKILL if it hangs");
         }
         served?;
-        // A library's exit handlers must not run while another thread releases the image.
         front_ends.join();
+        drop((front_ends, server));
+        image.close(IMAGE_CLOSE_TIMEOUT);
         Ok(())
     }
 }

@@ -38,6 +38,7 @@ use crate::base::logging;
 use crate::base::pid_file::PidFileError;
 use crate::base::signals::Signals;
 use crate::base::sync::Bell;
+use crate::base::syscalls;
 use crate::base::unix_listener;
 use crate::base::unix_listener::BindError;
 use crate::config::Config;
@@ -365,6 +366,15 @@ impl Server {
             self.served.describe()
         )
     }
+}
+
+/// Writes what is left of the log, and ends the process. Called last by main.
+///
+/// exit(3) would run the destructors of static variables in libraries. librbd's and librados' threads run as long as an image is open
+/// or a call to a cluster hangs, and abort when they find their options destroyed.
+pub fn exit(status: u8) -> ! {
+    logging::finish();
+    syscalls::exit(status.into())
 }
 
 /// Waits until a source is ready or the deadline has passed. The caller then checks each source itself, without blocking.

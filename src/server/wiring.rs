@@ -5,7 +5,8 @@ use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, getrlimit};
 
@@ -47,7 +48,33 @@ pub(super) type StartControl =
 /// A disk whose image is open and checked, and the function that starts its control thread.
 pub(super) struct OpenDisk {
     pub served: Arc<dyn Served>,
+    pub image: OpenImage,
     pub start_control: StartControl,
+}
+
+/// The main thread's reference to the image. It is the last one at the end, so that the main thread closes the image.
+pub(super) struct OpenImage(Arc<dyn Backend>);
+
+impl OpenImage {
+    /// Waits until no other thread uses the image, for `limit` at most, and closes it. A thread may still release the image
+    /// after a hold, or look at its format. Called by main at the end, when the disk and the control thread are dropped.
+    ///
+    /// An RBD image that is not closed keeps its watch, and for others its exclusive lock, until the cluster notices that the
+    /// client is gone.
+    pub(super) fn close(self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        while Arc::strong_count(&self.0) > 1 {
+            if Instant::now() >= deadline {
+                log::warn!(
+                    "{}: a thread still uses the image after {} s: the daemon ends without closing it. Everything is synced",
+                    self.0.describe(),
+                    limit.as_secs()
+                );
+                return;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 /// Opens the image and creates the device. No socket is bound yet.
@@ -61,6 +88,7 @@ pub(super) fn open(
     let image = open_backend(config, &bounce_pool, config.take_over.is_some())?;
     check_discard_granularity(config, &image.geometry())?;
     let queues = limit_to_io_urings(config, limit_to_descriptors(config.num_queues))?;
+    let open_image = OpenImage(Arc::clone(&image));
     // The layer of copies is above the layer of stable writes; backend::stable says why.
     let stable = StableBackend::new(image, config.stable_writes, bounce_pool, events.clone());
     let copies = point_in_time::Tuning {
@@ -122,7 +150,7 @@ pub(super) fn open(
         }
         Ok(Box::new(server) as Box<dyn Control>)
     });
-    Ok(OpenDisk { served, start_control })
+    Ok(OpenDisk { served, image: open_image, start_control })
 }
 
 /// Opens the image without claiming it, and checks it.

@@ -193,3 +193,21 @@ fn a_disk_that_its_store_lets_go_before_another_is_ready_says_so() {
     load.wait_for(100);
     load.stop();
 }
+
+#[test]
+fn a_daemon_that_ends_while_its_disk_is_held_closes_its_image() {
+    let cluster = Cluster::shared();
+    for (mode, round) in [("none", 1), ("writeback", 1), ("none", 2), ("writeback", 2)] {
+        let image = cluster.image(SIZE as u64);
+        let server = serve(&image, mode, &[]);
+        let load = Load::start(&server.socket());
+        load.wait_for(100);
+        server.ctl_ok(&["quiesce"]);
+        let (status, log) = server.terminate();
+        assert!(status.success(), "{mode}: {status}: {log}");
+        // An image that is not closed keeps its watch for half a minute.
+        let left = cluster.rbd(&["status", "--format", "json", &image.spec]);
+        assert!(!left.contains("address"), "{mode}, round {round}: {left}\n{log}");
+        load.stop();
+    }
+}

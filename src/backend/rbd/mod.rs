@@ -426,13 +426,27 @@ impl Drop for RbdBackend {
         self.stop_notices();
         // A callback may be about to return. If it owned the last reference to the image, librbd's own thread would close
         // the image and wait for itself.
-        let start = Instant::now();
-        while self.quiesce.as_ref().is_some_and(|quiesces| Arc::strong_count(quiesces) > 1) {
-            if start.elapsed() > Duration::from_secs(5) {
-                log::error!("{}: a callback of librbd does not return", self.shared.name);
-                break;
-            }
-            thread::sleep(Duration::from_millis(1));
+        let returned = wait_for(|| self.quiesce.as_ref().is_none_or(|quiesces| Arc::strong_count(quiesces) == 1));
+        if !returned {
+            log::error!("{}: a callback of librbd does not return", self.shared.name);
+        }
+        self.quiesce = None;
+        // A thread that takes the lock, lists holes or takes a snapshot may be in a call. The process may end after this, and
+        // the image would not be closed.
+        if !wait_for(|| Arc::strong_count(&self.shared) == 1) {
+            log::warn!("{}: a call of librbd does not return: the image stays open", self.shared.name);
         }
     }
+}
+
+/// Waits until the condition is true, for 5 s at most. Returns whether it is.
+fn wait_for(condition: impl Fn() -> bool) -> bool {
+    let start = Instant::now();
+    while !condition() {
+        if start.elapsed() > Duration::from_secs(5) {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    true
 }
