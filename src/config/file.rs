@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::ops::Range;
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use clap::CommandFactory;
 use toml::de::{DeTable, DeValue};
 
 use super::args::Args;
-use super::{ConfigError, refuse, strip};
+use super::{ConfigError, refuse, strip, toml_error};
 use crate::base::trust;
 
 /// Options that are allowed on the command line only.
@@ -20,6 +20,8 @@ const ONLY_ARGUMENTS: [&str; 7] = ["config", "print-capabilities", "take-over", 
 const MAX_FILE: u64 = 1 << 20;
 /// Options that may be given several times: in the file, as a list or as a table of names and values.
 const REPEATED: [&str; 2] = ["rbd-option", "copy-dir"];
+/// The option of [`REPEATED`] whose values have names, so that it may be a table.
+const TABLE: &str = "rbd-option";
 /// Options with permission bits, which must be in quotes because they are octal and a number in TOML is decimal.
 const QUOTED: [&str; 2] = ["socket-mode", "control-mode"];
 
@@ -27,8 +29,14 @@ const QUOTED: [&str; 2] = ["socket-mode", "control-mode"];
 pub(super) fn read(path: &Path) -> Result<Vec<(String, OsString)>, ConfigError> {
     let name = path.display();
     let mut text = String::new();
-    let failed =
-        |error: std::io::Error| ConfigError(format!("--config {name}: cannot read the configuration file: {error}"));
+    let failed = |error: io::Error| {
+        let fix = match error.kind() {
+            io::ErrorKind::NotFound => "create it (virtioblkd.toml(5) has an example), or correct the path",
+            io::ErrorKind::PermissionDenied => "let the user that starts virtioblkd read it",
+            _ => "give a TOML file (virtioblkd.toml(5) has an example)",
+        };
+        ConfigError(format!("--config {name}: cannot read the configuration file: {error}; {fix}"))
+    };
     let file = File::open(path).map_err(failed)?;
     trust::check_open(path, &file).map_err(|why| ConfigError(format!("--config {name}: {why}")))?;
     file.take(MAX_FILE + 1).read_to_string(&mut text).map_err(failed)?;
@@ -40,11 +48,16 @@ pub(super) fn read(path: &Path) -> Result<Vec<(String, OsString)>, ConfigError> 
     parse(&name.to_string(), &text)
 }
 
-/// Returns the name in `known` that is most similar to `given`, for an error about an unknown name.
+/// Names that are less similar than this have nothing in common but a few letters.
+const LEAST_SIMILARITY: f64 = 0.75;
+
+/// Returns the name in `known` that is most similar to `given`, for an error about an unknown name. Returns `None` if none is
+/// similar.
 pub(crate) fn nearest<'a>(known: impl Iterator<Item = &'a str>, given: &str) -> Option<&'a str> {
     let given = given.to_lowercase();
     let rated = known.map(|name| (strsim::jaro_winkler(name, &given), name));
-    rated.max_by(|one, other| one.0.total_cmp(&other.0)).map(|(_, name)| name)
+    let (similarity, name) = rated.max_by(|one, other| one.0.total_cmp(&other.0))?;
+    (similarity >= LEAST_SIMILARITY).then_some(name)
 }
 
 /// The keys that a configuration file may have: the long options, except those that are allowed on the command line only
@@ -56,15 +69,18 @@ pub fn file_keys() -> Vec<String> {
     keys.filter(|name| !ONLY_ARGUMENTS.contains(name)).map(str::to_owned).collect()
 }
 
-fn parse(name: &str, text: &str) -> Result<Vec<(String, OsString)>, ConfigError> {
+pub(super) fn parse(name: &str, text: &str) -> Result<Vec<(String, OsString)>, ConfigError> {
     let table = DeTable::parse(text).map_err(|error| {
-        let line = error.span().map_or(String::new(), |span| format!(":{}", line_of(text, span)));
-        ConfigError(format!("{name}{line}: not TOML ({}); put text in quotes: key = \"text\"", error.message()))
+        let line = error.span().map(|span| line_of(text, span));
+        let place = line.map_or(String::new(), |line| format!(":{line}"));
+        let content = line.and_then(|line| text.lines().nth(line - 1)).unwrap_or_default();
+        ConfigError(format!("{name}{place}: not TOML: {}", toml_error::explain(error.message(), content)))
     })?;
     let mut arguments = Vec::new();
     for (key, value) in table.get_ref() {
         let place = format!("{name}:{}", line_of(text, key.span()));
         let key = key.get_ref().as_ref();
+        check_section(&place, key, value.get_ref())?;
         check_key(&place, key)?;
         for word in argument_values(&place, key, value.get_ref())? {
             let argument = OsString::from(format!("--{key}={word}"));
@@ -77,6 +93,27 @@ fn parse(name: &str, text: &str) -> Result<Vec<(String, OsString)>, ConfigError>
 
 fn line_of(text: &str, span: Range<usize>) -> usize {
     1 + text.as_bytes()[..span.start.min(text.len())].iter().filter(|byte| **byte == b'\n').count()
+}
+
+/// Refuses a section, such as `[disk]`, and a dotted key. The only option that may be a section is [`TABLE`].
+fn check_section(place: &str, key: &str, value: &DeValue<'_>) -> Result<(), ConfigError> {
+    let is_section = match value {
+        DeValue::Table(_) => key != TABLE,
+        DeValue::Array(values) => {
+            !values.is_empty() && values.iter().all(|value| matches!(value.get_ref(), DeValue::Table(_)))
+        }
+        _ => false,
+    };
+    match is_section {
+        false => Ok(()),
+        true if key == TABLE => {
+            refuse(format!("{place}: write [{TABLE}] once, in single brackets, before its options"))
+        }
+        true => refuse(format!(
+            "{place}: '{key}' is a section or a table, and options are in none: remove the line [{key}] or the prefix '{key}.', \
+             and write each option as key = value. The only section is [{TABLE}], at the end of the file"
+        )),
+    }
 }
 
 fn check_key(place: &str, key: &str) -> Result<(), ConfigError> {
@@ -95,7 +132,7 @@ fn check_key(place: &str, key: &str) -> Result<(), ConfigError> {
     let allowed = known().filter(|name| !ONLY_ARGUMENTS.contains(name));
     match nearest(allowed, &key.replace('_', "-")) {
         Some(name) => refuse(format!("{place}: unknown key '{key}'; the nearest known one is '{name}'")),
-        None => refuse(format!("{place}: unknown key '{key}'")),
+        None => refuse(format!("{place}: unknown key '{key}'; virtioblkd.toml(5) lists the known ones")),
     }
 }
 

@@ -8,6 +8,7 @@
 mod args;
 mod file;
 mod rbd;
+mod toml_error;
 mod values;
 
 use std::ffi::OsString;

@@ -82,7 +82,7 @@ fn the_error_of_an_unknown_key_names_its_line_and_the_nearest_known_key() {
             assert!(message.contains(part), "'{part}' is missing in: {message}");
         }
     }
-    assert!(bad_file("\n[disk]\ncache = \"none\"\n").contains(":2: unknown key 'disk'"));
+    assert!(bad_file("\n[disk]\ncache = \"none\"\n").contains(":2: 'disk' is a section"));
 }
 
 #[test]
@@ -113,6 +113,7 @@ fn a_file_that_is_not_a_readable_toml_file_is_refused() {
     assert!(bad_file("serial = \"a\"\nserial = \"b\"\n").contains(":2: not TOML"));
     let message = bad(&["--config=/does/not/exist.toml"]);
     assert!(message.contains("/does/not/exist.toml") && message.contains("--config"), "{message}");
+    assert!(message.contains("create it") && message.contains("or correct the path"), "{message}");
     assert!(bad(&["--config=/"]).contains("--config"));
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(2 << 20).unwrap();
