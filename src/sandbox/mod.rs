@@ -267,13 +267,13 @@ fn warn_of_lacks(confined: &path_rules::PathRestriction, filtered: bool) -> Stri
     let (open, stopped) = confined.lacks(filtered, systemd::is_connected());
     if !open.is_empty() {
         log::warn!(
-            "this kernel's rules on paths ({confined}) are older than those that we know: an intruder in this daemon can \
-             {}; a newer kernel forbids that",
+            "this kernel's rules on paths ({confined}) do not forbid everything: an intruder in this daemon can {}; a newer \
+             kernel, as named, forbids that",
             open.join(", ")
         );
     }
     match stopped.is_empty() {
         true => String::new(),
-        false => format!(" (too old to forbid to {}: the filter does)", stopped.join(", ")),
+        false => format!(" (which cannot forbid to {}, so that seccomp alone does)", stopped.join(", ")),
     }
 }

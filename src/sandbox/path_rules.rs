@@ -120,30 +120,50 @@ type AddRule<'a> = dyn FnMut(&'static str, &Path, BitFlags<AccessFs>) -> Result<
 
 /// Adds the rules for serving the disk, besides those for the image.
 fn serving(permissions: &Permissions, add: &mut AddRule<'_>) -> Result<(), PathsError> {
+    let mut directories: Vec<(&Path, Vec<&'static str>)> = Vec::new();
     for (option, path) in &permissions.removable {
         let directory = directory_of(path);
-        if may_remove(option, directory) {
-            add(option, directory, AccessFs::RemoveFile.into())?;
+        match directories.iter_mut().find(|(known, _)| *known == directory) {
+            Some((_, options)) => options.push(option),
+            None => directories.push((directory, vec![option])),
+        }
+    }
+    for (directory, options) in directories {
+        match reason_to_keep(directory) {
+            None => add(options[0], directory, AccessFs::RemoveFile.into())?,
+            Some(reason) => log::log!(
+                // The daemon that this one replaces has warned.
+                if permissions.is_take_over { log::Level::Debug } else { log::Level::Warn },
+                "{}",
+                kept_files(&options, directory, &reason)
+            ),
         }
     }
     Ok(())
 }
 
-/// Whether to permit the removal of files in a directory. A rule applies to everything beneath the directory, so there
-/// is none for a directory with others beneath it, such as /run. The daemon's files are then left at its end, and the
-/// next start replaces them. A directory that cannot be listed counts as one with others beneath it.
-fn may_remove(option: &str, directory: &Path) -> bool {
-    let why = match directory_in(directory) {
-        Ok(None) => return true,
-        Ok(Some(name)) => format!("has directories beneath it ('{}')", name.display()),
-        Err(error) => format!("may have directories beneath it, for it cannot be listed ({error})"),
-    };
-    log::warn!(
-        "{option}: '{}' {why}, in which an intruder could remove files: ours is left there at the end, and the next start \
-         replaces it; put it into a directory of its own, which virtioblkd may list",
+/// Returns why the removal of files in a directory is not permitted, or `None` if it is. A rule applies to everything
+/// beneath the directory, so there is none for a directory with others beneath it, such as /run. The daemon's files are
+/// then left at its end, and the next start replaces them. A directory that cannot be listed counts as one with others
+/// beneath it.
+fn reason_to_keep(directory: &Path) -> Option<String> {
+    match directory_in(directory) {
+        Ok(None) => None,
+        Ok(Some(name)) => Some(format!("contains the directory '{}'", name.display())),
+        Err(error) => Some(format!("cannot be listed ({error}), so it may contain directories")),
+    }
+}
+
+/// Returns the warning that the daemon's files will be left in a directory. `options`: those that name the files.
+fn kept_files(options: &[&str], directory: &Path, reason: &str) -> String {
+    let (files, them) = if options.len() == 1 { ("file", "it") } else { ("files", "them") };
+    format!(
+        "the {files} of {} will remain when virtioblkd ends, and its next start replaces {them}: '{}' {reason}, and with the \
+         right to remove files there an intruder in virtioblkd could remove those in directories beneath, too; to have {them} \
+         removed, put {them} into a directory that contains no others and that virtioblkd may list",
+        options.join(" and "),
         directory.display()
-    );
-    false
+    )
 }
 
 /// Returns the name of a directory in `directory`, if there is one. Fails if `directory` cannot be listed completely.
@@ -281,9 +301,9 @@ mod tests {
     #[test]
     fn a_directory_that_cannot_be_listed_counts_as_one_with_directories_beneath() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(may_remove("--pid-file", dir.path()));
+        assert_eq!(reason_to_keep(dir.path()), None);
         fs::create_dir(dir.path().join("beneath")).unwrap();
-        assert!(!may_remove("--pid-file", dir.path()));
+        assert_eq!(reason_to_keep(dir.path()), Some("contains the directory 'beneath'".into()));
         fs::remove_dir(dir.path().join("beneath")).unwrap();
         // Files can be made and removed there by everybody, and be seen by none.
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o333)).unwrap();
@@ -294,10 +314,19 @@ mod tests {
                 let uid = rustix::process::Uid::from_raw(54321);
                 rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
             }
-            may_remove("--pid-file", &path)
+            reason_to_keep(&path)
         });
-        assert!(!may.join().unwrap());
+        let reason = may.join().unwrap().expect("a reason");
+        assert!(reason.contains("cannot be listed"), "{reason}");
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
+    }
+
+    #[test]
+    fn the_warning_of_files_that_remain_names_their_options_once() {
+        let text = kept_files(&["--socket-path", "--control-path"], Path::new("."), "contains the directory 'backup'");
+        assert!(text.starts_with("the files of --socket-path and --control-path will remain"), "{text}");
+        assert!(text.contains("'.' contains the directory 'backup'") && text.contains("put them into"), "{text}");
+        assert!(kept_files(&["--pid-file"], Path::new("/run"), "x").starts_with("the file of --pid-file will remain"));
     }
 
     #[test]

@@ -24,6 +24,8 @@ pub struct Permissions {
     pub copy_dirs: Vec<PathBuf>,
     /// The directory for old data while a copy's target is slow (`--scratch`).
     pub scratch: Option<PathBuf>,
+    /// The daemon takes a guest over from another one, which has warned of what the sandbox cannot do.
+    pub is_take_over: bool,
     /// Files that are removed at the end, each with the option that names it.
     pub removable: Vec<(&'static str, PathBuf)>,
 }

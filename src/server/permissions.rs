@@ -31,6 +31,7 @@ pub fn of(config: &Config) -> Permissions {
         ceph,
         copy_dirs: config.copy_dirs.clone(),
         scratch: config.scratch.as_ref().map(|scratch| scratch.directory.clone()),
+        is_take_over: config.take_over.is_some(),
         removable: removable.into_iter().filter_map(|(option, path)| Some((option, path?.clone()))).collect(),
     }
 }

@@ -65,7 +65,7 @@ fn sockets_are_left_where_others_have_directories_beneath() {
     let place = Place::new();
     fs::create_dir_all(place.path("run/others")).unwrap();
     let (place, log) = Daemon::start(place, &[]).end();
-    contains(&log, &["--socket-path", "others", "a directory of its own", "cannot be removed"]);
+    contains(&log, &["--socket-path", "others", "a directory that contains no others", "cannot be removed"]);
     assert!(place.path("run/vhost").exists());
     Daemon::start(place, &[]).end();
 }

@@ -49,6 +49,20 @@ fn a_guest_under_load_goes_from_every_mode_to_every_other() {
 }
 
 #[test]
+fn an_upgrade_does_not_repeat_the_warning_of_files_that_remain() {
+    let dir = kit::programs::disk_dir();
+    fs::create_dir(dir.path().join("beneath")).unwrap();
+    fs::write(dir.path().join("disk.img"), vec![0; SIZE]).unwrap();
+    let disk = Disk::serve_in(dir, &["--blk-file", "disk.img"]);
+    let warning = "will remain when virtioblkd ends";
+    disk.wait_for_log(&["the files of --socket-path and --control-path and --pid-file", warning]);
+    let output = disk.ctl(&["upgrade"]);
+    assert!(output.status.success(), "{output:?}");
+    let log = disk.wait_for_log(&["took the guest over"]) + &String::from_utf8(output.stderr).unwrap();
+    assert_eq!(log.matches(warning).count(), 1, "{log}");
+}
+
+#[test]
 fn counters_continue_after_an_upgrade() {
     let disk = Disk::serve(&["--cache", "none"]);
     let load = Load::start(&disk.path("vhost"));
