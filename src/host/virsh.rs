@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::snapshot::child::{CommandEnd, MAX_OUTPUT, output};
+use crate::snapshot::libvirt;
 
 /// How long libvirt may take to answer a question.
 pub const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -55,9 +56,10 @@ pub fn attempt(arguments: &[&str], timeout: Duration) -> Result<String, VirshErr
             Some(_) => said(&err),
             None => format!("virsh {what} failed ({status}) and did not say why: run it by hand"),
         }),
-        CommandEnd::TimedOut | CommandEnd::Stopped => {
-            Err(format!("virsh {what} did not end within {} s: does libvirtd answer?", timeout.as_secs()))
-        }
+        CommandEnd::TimedOut | CommandEnd::Stopped => Err(format!(
+            "virsh {what} did not end within {} s: see whether libvirtd works (systemctl status libvirtd)",
+            timeout.as_secs()
+        )),
     };
     result.map_err(|message| VirshError { message, is_answer })
 }
@@ -73,7 +75,7 @@ fn whole(what: &str, out: String) -> Result<String, String> {
 fn said(err: &str) -> String {
     let lines = err.lines().map(|line| line.trim()).filter(|line| !line.is_empty());
     let parts: Vec<&str> = lines.map(|line| line.strip_prefix("error: ").unwrap_or(line)).collect();
-    format!("libvirt: {}", parts.join(": "))
+    format!("libvirt: {}{}", parts.join(": "), libvirt::fix(err))
 }
 
 /// Calls `act` with the path of a file with this text. A domain's description has secrets: the file is only in memory,

@@ -43,9 +43,9 @@ impl AgentChannel for Domain {
         match ended {
             CommandEnd::Status(status) if status.success() => answer(&who, command, out.trim().as_bytes()),
             CommandEnd::Status(_) => Err(failed(&who, command, err.trim())),
-            CommandEnd::TimedOut => {
-                Err(AgentError::Silent(format!("{who}: virsh does not end; does libvirtd answer?")))
-            }
+            CommandEnd::TimedOut => Err(AgentError::Silent(format!(
+                "{who}: virsh does not end; see whether libvirtd works (systemctl status libvirtd)"
+            ))),
             CommandEnd::Stopped => Err(AgentError::Stopped),
         }
     }
@@ -63,13 +63,40 @@ fn failed(who: &str, command: &str, message: &str) -> AgentError {
     {
         AgentError::Silent(format!("{text}. See that qemu-guest-agent runs in the guest, and that it is not paused"))
     } else {
-        AgentError::Lost(text)
+        AgentError::Lost(format!("{text}{}", fix(&message)))
     }
+}
+
+/// Returns the fix for an error message of virsh with the punctuation before it, or nothing if none is known.
+pub fn fix(message: &str) -> &'static str {
+    const FIXES: [(&str, &str); 4] = [
+        (
+            "ailed to connect to the hypervisor",
+            "; start libvirt's daemon (systemctl start libvirtd, or virtqemud), or name another one in LIBVIRT_DEFAULT_URI",
+        ),
+        ("failed to get domain", "; 'virsh list --all' shows the domains that libvirt has"),
+        ("domain is not running", "; start it first"),
+        (
+            "guest agent is not configured",
+            "; add the channel org.qemu.guest_agent.0 to the domain, and start qemu-guest-agent in the guest",
+        ),
+    ];
+    FIXES.iter().find(|(part, _)| message.contains(part)).map_or("", |(_, fix)| fix)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_of_libvirt_that_has_a_fix_names_it() {
+        let refused = "error: failed to connect to the hypervisor\nerror: Failed to connect socket to '/run/x'";
+        assert!(fix(refused).contains("systemctl start libvirtd") && fix(refused).contains("LIBVIRT_DEFAULT_URI"));
+        assert!(
+            fix("error: argument unsupported: QEMU guest agent is not configured").contains("org.qemu.guest_agent.0")
+        );
+        assert_eq!(fix("error: internal error"), "");
+    }
 
     #[test]
     fn the_messages_of_virsh_are_classified() {
@@ -80,5 +107,6 @@ mod tests {
         let lost = "error: failed to get domain 'x'\nerror: Domain not found";
         let AgentError::Lost(text) = failed("it", "c", lost) else { panic!("not lost") };
         assert!(text.contains("Domain not found") && !text.contains('\n'), "{text}");
+        assert!(text.contains("virsh list --all"), "{text}");
     }
 }

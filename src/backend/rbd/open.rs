@@ -119,8 +119,18 @@ fn connect(api: &'static Api, options: &RbdOptions) -> Result<RadosPool, OpenErr
         OpenError::from_errno(&format!("--ceph-user {user}"), errno, "use a Ceph user's name without 'client.'")
     })?;
     cluster.read_file(options.conf.as_deref()).map_err(|errno| {
-        let what = options.conf.as_ref().map_or("Ceph's configuration file".into(), |conf| conf.display().to_string());
-        OpenError::from_errno(&what, errno, "name the cluster's configuration file with --ceph-conf")
+        let (what, fix) = match &options.conf {
+            Some(conf) => (
+                format!("--ceph-conf {}", conf.display()),
+                "copy the cluster's configuration file there, or correct the path",
+            ),
+            None => (
+                "no configuration file of Ceph in CEPH_CONF, /etc/ceph/ceph.conf, ~/.ceph/ceph.conf and ./ceph.conf"
+                    .into(),
+                "copy the cluster's there, or name it with --ceph-conf",
+            ),
+        };
+        OpenError::from_errno(&what, errno, fix)
     })?;
     options::set(&cluster, CachePolicy::from(options.mode), &options.options)?;
     cluster.connect().map_err(|errno| {
