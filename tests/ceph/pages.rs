@@ -26,11 +26,11 @@ fn the_pages_commands_serve_an_image_and_freeze_its_guest_for_a_snapshot() {
     let mut terminal = Terminal::default();
     let conf = cluster.conf();
     let environment = [("CEPH_CONF", conf.as_path())];
-    let serve = block("virtioblkd ");
+    let serve = block("mkdir -p run");
     terminal.start(&serve, &environment);
     // The same command, for the second disk that the page's attendant has.
     terminal.start(&serve.replace("vda", "vdb").replace("volumes/db", "volumes/other"), &environment);
-    let controls = ["vda.ctl", "vdb.ctl"].map(|name| terminal.dir().join(name));
+    let controls = ["run/vda.ctl", "run/vdb.ctl"].map(|name| terminal.dir().join(name));
     wait_until("both disks are served", || controls.iter().all(|control| control.exists()));
 
     let agent = Agent::start(Mood::Good, &controls);

@@ -21,13 +21,16 @@ fn readmes_commands_work_in_their_order_and_qemu_survives_a_killed_daemon() {
     let real = kit::documents::installed("qemu-system-x86_64").expect("QEMU");
     terminal
         .program("qemu-system-x86_64", &format!("#!/bin/sh\n{older}exec {} \"$@\" -display none\n", real.display()));
-    let first = block("mkdir -p backup");
-    let starts =
-        ["qemu-system-x86_64", "virtioblkctl --control vda.ctl quiesce", "virtioblkctl --control vda.ctl upgrade"];
+    let first = block("mkdir -p run backup");
+    let starts = [
+        "qemu-system-x86_64",
+        "virtioblkctl --control run/vda.ctl quiesce",
+        "virtioblkctl --control run/vda.ctl upgrade",
+    ];
     let script: String = starts.iter().map(|start| pasted(&block(start))).collect();
     terminal.run_ok(&(pasted(&first) + &script), &[]);
 
-    let control = terminal.dir().join("vda.ctl");
+    let control = terminal.dir().join("run/vda.ctl");
     let status = || Qmp::connect(&control).execute("query-status", json!({}));
     wait_until("QEMU is connected", || status()["connected"] == true);
     assert_eq!(status()["cache-mode"], "writeback", "the upgrade changed it");
@@ -37,6 +40,6 @@ fn readmes_commands_work_in_their_order_and_qemu_survives_a_killed_daemon() {
     let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("a process that we started");
     wait_until("it is dead", || rustix::process::test_kill_process(pid).is_err());
-    terminal.run_ok(&format!("rm vda.ctl\n{}", pasted(&first)), &[]);
+    terminal.run_ok(&format!("rm run/vda.ctl\n{}", pasted(&first)), &[]);
     wait_until("QEMU has reconnected", || status()["connected"] == true);
 }

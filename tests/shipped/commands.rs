@@ -8,11 +8,11 @@ use kit::snapshot::{Agent, Mood, hooks, tell};
 
 /// Blocks that another test pastes: the page, the beginning of the block's first line, and the test's file.
 const OTHERS: &[(&str, &str, &str)] = &[
-    ("README.md", "mkdir -p backup", "tests/guest/pages.rs"),
+    ("README.md", "mkdir -p run backup", "tests/guest/pages.rs"),
     ("README.md", "qemu-system-x86_64", "tests/guest/pages.rs"),
-    ("README.md", "virtioblkctl --control vda.ctl quiesce", "tests/guest/pages.rs"),
-    ("README.md", "virtioblkctl --control vda.ctl upgrade", "tests/guest/pages.rs"),
-    ("docs/ceph.md", "virtioblkd --socket-path vda.sock --rbd", "tests/ceph/pages.rs"),
+    ("README.md", "virtioblkctl --control run/vda.ctl quiesce", "tests/guest/pages.rs"),
+    ("README.md", "virtioblkctl --control run/vda.ctl upgrade", "tests/guest/pages.rs"),
+    ("docs/ceph.md", "mkdir -p run", "tests/ceph/pages.rs"),
     ("docs/ceph.md", "virtioblkctl attend", "tests/ceph/pages.rs"),
     ("docs/libvirt.md", "mkdir -p /etc/libvirt/hooks/qemu.d", "tests/guest/libvirt_systemd.rs"),
     ("docs/libvirt.md", "install -D", "tests/guest/libvirt_systemd.rs"),
@@ -34,7 +34,7 @@ const ALIKE: &[(&str, &str, &str)] = &[
     ("docs/proxmox.md", "qm set", "tests/daemon/proxmox.rs"),
     (
         "docs/snapshots.md",
-        "virtioblkctl snapshot --disk vda.ctl --level filesystem --libvirt",
+        "virtioblkctl snapshot --disk run/vda.ctl --level filesystem --libvirt",
         "tests/guest/libvirt.rs",
     ),
     ("docs/upgrade.md", "virtioblkctl --control /run/virtioblkd", "tests/upgrade/trust.rs"),
@@ -64,20 +64,20 @@ fn is_ours(block: &Block) -> bool {
 /// What stands in the directory before the first block: two disks with a daemon each, a guest's agent, hooks, an image of
 /// another format.
 const BEFORE: &str = r#"
-mkdir -p backup
+mkdir -p backup run
 truncate -s 64M disk.img vdb.img
 truncate -s 1M disk.qcow2
 ! command -v qemu-img || qemu-img create -q -f qcow2 disk.qcow2 1M
 for disk in disk vdb; do
     name=$disk
     [ $disk = vdb ] || name=vda
-    virtioblkd --socket-path $name.sock --blk-file $disk.img --control-path $name.ctl --copy-dir "$PWD/backup" &
-    until [ -S $name.ctl ]; do sleep 0.05; done
+    virtioblkd --socket-path run/$name.sock --blk-file $disk.img --control-path run/$name.ctl --copy-dir "$PWD/backup" &
+    until [ -S run/$name.ctl ]; do sleep 0.05; done
 done
 "#;
 
 /// Whether the daemons still serve, and end in order.
-const AFTER: &str = "virtioblkctl --control vda.ctl quit\nvirtioblkctl --control vdb.ctl quit\n";
+const AFTER: &str = "virtioblkctl --control run/vda.ctl quit\nvirtioblkctl --control run/vdb.ctl quit\n";
 
 #[test]
 fn every_command_of_the_pages_works_as_it_stands() {
@@ -95,7 +95,7 @@ fn every_command_of_the_pages_works_as_it_stands() {
             continue;
         }
         let mut terminal = Terminal::default();
-        let controls = ["vda.ctl", "vdb.ctl"].map(|name| terminal.dir().join(name));
+        let controls = ["run/vda.ctl", "run/vdb.ctl"].map(|name| terminal.dir().join(name));
         let agent = Agent::start(Mood::Good, &controls);
         std::os::unix::fs::symlink(&agent.path, terminal.dir().join("agent.sock")).expect("room");
         hooks(terminal.dir(), "true", "true");
@@ -134,6 +134,24 @@ fn every_block_has_a_language_and_every_shell_block_is_run_or_listed() {
     let lists = |block: &&Block| [OTHERS, ALIKE, NOT_RUN].iter().filter(|list| is_listed(list, block)).count();
     let twice = all.iter().find(|block| lists(block) > 1);
     assert!(twice.is_none(), "{twice:?} is in several lists");
+}
+
+/// A user who pastes README's first commands sees no warning of what those commands could do better, and finds no dead socket
+/// afterwards. As root the daemon rightly warns that it stays root, and on an old kernel of what the kernel lacks.
+#[test]
+fn readmes_first_disk_starts_without_a_warning_and_leaves_no_socket() {
+    let start = "mkdir -p run backup";
+    let first = blocks("README.md").into_iter().find(|block| block.first_line().starts_with(start));
+    let first = first.unwrap_or_else(|| panic!("README.md has no block that begins with '{start}'"));
+    let mut terminal = Terminal::default();
+    let run = terminal.dir().join("run");
+    terminal.run_ok(&format!("{}virtioblkctl --control run/vda.ctl quit\nwait\n", pasted(&first)), &[]);
+    let output = terminal.output();
+    let warnings = output.lines().filter(|line| line.contains(" warn: "));
+    let of_the_host = ["this daemon stays root", "this kernel", "system calls cannot be filtered"];
+    let ours: Vec<&str> = warnings.filter(|line| !of_the_host.iter().any(|known| line.contains(known))).collect();
+    assert!(ours.is_empty(), "{ours:#?}");
+    assert_eq!(std::fs::read_dir(run).expect("run").count(), 0, "{output}");
 }
 
 /// A page whose command fails, and one that nothing lists, are found.
