@@ -1,4 +1,4 @@
-//! Writes that a queue's own thread makes by plain calls, and that may never return (a frozen file system, a FUSE
+//! Writes that a queue's own thread makes by plain calls, and that may never return (a frozen filesystem, a FUSE
 //! server that stopped). The thread borrows nothing of the queue during such a call, so that another thread can
 //! continue with it.
 //!

@@ -156,7 +156,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "LEVEL", value_parser = values::log_level)]
     log_level: Option<LevelFilter>,
 
-    /// The rights that the daemon gives up once everything is open: on (most of the file system, new programs, other
+    /// The rights that the daemon gives up once everything is open: on (most of the filesystem, new programs, other
     /// processes, the network), no-filter (the same without the filter of system calls), off (none) [default: on]
     #[arg(long, value_name = "on|no-filter|off", value_parser = values::sandbox)]
     sandbox: Option<SandboxLevel>,
@@ -166,7 +166,7 @@ pub(super) struct Args {
     user: Option<String>,
 
     /// Allow point-in-time copies in this directory and those below it; may be given several times. The sandbox prevents
-    /// copies elsewhere. For a file system that is mounted later, give a directory above its mount point
+    /// copies elsewhere. For a filesystem that is mounted later, give a directory above its mount point
     #[arg(long, value_name = "DIR")]
     copy_dir: Vec<PathBuf>,
 

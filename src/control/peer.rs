@@ -125,7 +125,7 @@ impl Peer {
     }
 
     /// read(2) into the input, which takes the descriptors that came along. Only from a client that may use all commands:
-    /// a received descriptor must be closed some day, and close(2) of a file waits for its file system, which may be the
+    /// a received descriptor must be closed some day, and close(2) of a file waits for its filesystem, which may be the
     /// client's own (FUSE_FLUSH). Without room for them, the kernel drops the descriptors and does not flush.
     fn receive(&mut self) -> io::Result<usize> {
         if self.client.access < Access::All {

@@ -66,7 +66,7 @@ pub struct ExportOptions {
     pub name: String,
     /// The socket's path, for messages.
     pub target: std::path::PathBuf,
-    /// The most bytes of old data in the scratch; `None`: `--scratch-size`, or half of what the file system has free.
+    /// The most bytes of old data in the scratch; `None`: `--scratch-size`, or half of what the filesystem has free.
     pub scratch_size: Option<u64>,
     /// The most bytes a second that clients read from the image; 0: no limit.
     pub bandwidth: u64,

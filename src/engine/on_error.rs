@@ -35,7 +35,7 @@ impl OnError {
         }
     }
 
-    /// Whether a request that failed with `errno` is retained. An exceeded quota is fixed as a full file system is.
+    /// Whether a request that failed with `errno` is retained. An exceeded quota is fixed as a full filesystem is.
     pub fn retains(self, errno: Errno) -> bool {
         const ENOSPC: Errno = Errno(28);
         const EDQUOT: Errno = Errno(122);

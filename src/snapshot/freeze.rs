@@ -149,7 +149,7 @@ impl Freezer {
             let text = format!(
                 "{} froze {} of {expected} that are mounted: see the guest's log",
                 self.agent(),
-                count(frozen, "file system")
+                count(frozen, "filesystem")
             );
             return Err(Failure::new("fewer", text));
         }

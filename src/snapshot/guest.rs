@@ -290,7 +290,7 @@ impl GuestReport {
         }
         // An agent may freeze more than it lists: Windows' agent does not list a volume that it cannot read.
         let of = if frozen == freezable { freezable } else { all.max(frozen) };
-        (Some(format!("{} frozen of {of} that can be", figures::count(frozen, "file system"))), open)
+        (Some(format!("{} frozen of {of} that can be", figures::count(frozen, "filesystem"))), open)
     }
 }
 
@@ -363,9 +363,9 @@ mod tests {
             (verified.unwrap(), open.len())
         };
         // The EFI partition is frozen or not; and the agent freezes a volume that it does not list.
-        assert_eq!(said(1), ("1 file system frozen of 1 that can be".into(), 3));
-        assert_eq!(said(2), ("2 file systems frozen of 2 that can be".into(), 2));
-        assert_eq!(said(3), ("3 file systems frozen of 3 that can be".into(), 2));
+        assert_eq!(said(1), ("1 filesystem frozen of 1 that can be".into(), 3));
+        assert_eq!(said(2), ("2 filesystems frozen of 2 that can be".into(), 2));
+        assert_eq!(said(3), ("3 filesystems frozen of 3 that can be".into(), 2));
     }
 
     #[test]

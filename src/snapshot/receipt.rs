@@ -82,7 +82,7 @@ impl Receipt {
     /// Formats one line for people, about a freeze by `attend`.
     pub fn line(&self) -> String {
         let when = crate::base::logging::utc(std::time::Duration::try_from_secs_f64(self.instant).unwrap_or_default());
-        let frozen = format!("{} frozen for {}", count(self.filesystems_frozen, "file system"), time(self.frozen_us));
+        let frozen = format!("{} frozen for {}", count(self.filesystems_frozen, "filesystem"), time(self.frozen_us));
         let mut line = format!("{when} level {} of {}: {frozen}", self.level, self.requested_level);
         for warning in &self.warnings {
             line += &format!("; WARNING: {warning}");
@@ -109,7 +109,7 @@ impl Receipt {
         );
         line("held", format!("writes waited at most {}", time(self.held_us)));
         if self.filesystems_frozen > 0 {
-            line("frozen", format!("{} for {}", count(self.filesystems_frozen, "file system"), time(self.frozen_us)));
+            line("frozen", format!("{} for {}", count(self.filesystems_frozen, "filesystem"), time(self.frozen_us)));
         }
         for disk in &self.disks {
             line("disk", format!("{} ({})", disk.image, disk.control));

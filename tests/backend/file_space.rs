@@ -1,4 +1,4 @@
-//! Space of files and block devices: discards, zeroes, and file systems that are full.
+//! Space of files and block devices: discards, zeroes, and filesystems that are full.
 
 use std::fs;
 

@@ -1,4 +1,4 @@
-//! Small file systems in memory, and the two modes that most tests of files need.
+//! Small filesystems in memory, and the two modes that most tests of files need.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;

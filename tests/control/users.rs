@@ -53,7 +53,7 @@ const RESERVED: [(&str, &str); 7] = [
     ("export-prepare", r#"{"fdname": "a", "name": "a"}"#),
 ];
 
-/// Close(2) of a received descriptor waits for its file system, which may be the client's own and never answer.
+/// Close(2) of a received descriptor waits for its filesystem, which may be the client's own and never answer.
 #[test]
 fn a_descriptor_of_another_user_does_not_stop_the_control_thread() {
     if !kit::can_become_another_user() {

@@ -1,4 +1,4 @@
-//! A file system that takes a part of each write, of which the daemon sees no sign from io_uring, is served all the same.
+//! A filesystem that takes a part of each write, of which the daemon sees no sign from io_uring, is served all the same.
 
 use kit::driver::{ALL, Driver};
 use kit::guest;
@@ -16,7 +16,7 @@ fn a_file_system_that_takes_512_bytes_at_a_time_takes_every_write() {
     for mode in CacheMode::ALL {
         let disk = match Stalling::mount_as(vec![0; SIZE], false, 512) {
             Ok(disk) => disk,
-            Err(Unable(why)) => return guest::tell(&format!("SKIPPED: a file system with short writes: {why}")),
+            Err(Unable(why)) => return guest::tell(&format!("SKIPPED: a filesystem with short writes: {why}")),
         };
         let server = guest::Server::start(&disk.image(), mode, &[]);
         let mut guest = Driver::connect_soon(&server.socket(), 1, 128, SIZE, ALL);

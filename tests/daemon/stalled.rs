@@ -242,7 +242,7 @@ fn reads_pass_a_stalled_write_of_a_file() {
     }
 }
 
-/// Reads, a change of the interrupt and the status beside writes that wait for a frozen file system.
+/// Reads, a change of the interrupt and the status beside writes that wait for a frozen filesystem.
 fn beside_frozen_writes(kind: &str, mode: CacheMode) -> Result<(), String> {
     let dir = guest::scratch();
     let filesystem = Freezable::mount(dir.path(), kind)?;

@@ -23,7 +23,7 @@ fn an_agent_that_cannot_freeze_makes_nothing() {
     missing.fails("filesystem", target, &["cannot be reached", "start the guest"]);
     let fewer = Scene::new(Mood::Good);
     fewer.agent.set_count(1);
-    fewer.fails("filesystem", target, &["froze 1 file system of 2"]);
+    fewer.fails("filesystem", target, &["froze 1 filesystem of 2"]);
     let frozen = Scene::new(Mood::Good);
     frozen.agent.set_frozen();
     let output = frozen.run("filesystem", target);
@@ -70,7 +70,7 @@ fn the_volumes_of_windows_are_counted() {
         contains(&receipt["trusted"].to_string(), &[open]);
     }
     scene.agent.set_count(0);
-    scene.fails("filesystem", &["--to", "exec:true"], &["froze 0 file systems of 1"]);
+    scene.fails("filesystem", &["--to", "exec:true"], &["froze 0 filesystems of 1"]);
 }
 
 #[test]

@@ -43,7 +43,7 @@ fn the_text_receipt_has_the_facts_of_the_json_one() {
     let scene = Scene::new(Mood::Stale);
     let output = scene.run("filesystem", &["--to", "exec:true"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
-    let words = ["filesystem consistent", "2 file systems", "writes waited at most", "exec: true", "vda15 (vfat)"];
+    let words = ["filesystem consistent", "2 filesystems", "writes waited at most", "exec: true", "vda15 (vfat)"];
     contains(&out(&output), &words);
     scene.is_over();
 }

@@ -2,7 +2,7 @@
 //!
 //! The kernel reports it of a block device in `queue/stable_writes` (md's parity RAID, iSCSI and NVMe/TCP with data
 //! digests, krbd, zram), but not of every one that does it: md's mirrors never set it, DRBD did not for some years
-//! (fixed in Linux 7.0), and a file system has no such attribute. So this module walks the stack of devices, from the
+//! (fixed in Linux 7.0), and a filesystem has no such attribute. So this module walks the stack of devices, from the
 //! image down through partitions, md and device-mapper, and holds what is known of each kind, with the reason.
 
 use std::fs;
@@ -17,7 +17,7 @@ use super::geometry;
 /// The most levels of devices to walk: more than any stack that was built on purpose.
 const MAX_DEPTH: usize = 16;
 
-// From linux/magic.h, and from the headers of file systems that are not in it.
+// From linux/magic.h, and from the headers of filesystems that are not in it.
 const BTRFS: u32 = 0x9123_683e;
 const BCACHEFS: u32 = 0xca45_1a4e;
 const ZFS: u32 = 0x2fc1_2fc1;
@@ -59,7 +59,7 @@ fn twice(why: impl Into<String>) -> BufferUse {
     BufferUse::ReadsTwice(why.into())
 }
 
-/// Returns what is known of a file system on any device. `None`: it depends on the device.
+/// Returns what is known of a filesystem on any device. `None`: it depends on the device.
 fn filesystem(magic: u32) -> Option<BufferUse> {
     let text = match magic {
         // Since Linux 6.14 (and stable kernels of early 2025) btrfs copies such writes into memory of its own.

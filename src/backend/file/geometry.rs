@@ -13,8 +13,8 @@ use crate::base::syscalls;
 /// Longest range offered for a discard, in bytes, so that no single op takes very long.
 const MAX_DISCARD: u64 = 1 << 30;
 
-/// Longest range offered for a write-zeroes where the file system zeroes ranges. It is shorter than a discard, because
-/// zeroes are written if the file system turns out not to.
+/// Longest range offered for a write-zeroes where the filesystem zeroes ranges. It is shorter than a discard, because
+/// zeroes are written if the filesystem turns out not to.
 const MAX_ZEROES: u64 = 64 << 20;
 
 /// Longest range offered for a write-zeroes where the kernel writes the zeroes to the device.
@@ -56,9 +56,9 @@ pub(super) struct MediumLimits {
 pub(super) enum Storage {
     /// Nothing, unless the memory was swapped out.
     Memory,
-    /// A device of this host, by a file system that honours a request not to wait.
+    /// A device of this host, by a filesystem that honours a request not to wait.
     Local,
-    /// Another process or host (FUSE, NFS and others), or an unknown file system. Any call may wait for it, even one
+    /// Another process or host (FUSE, NFS and others), or an unknown filesystem. Any call may wait for it, even one
     /// that asks not to wait.
     Remote,
 }
@@ -75,7 +75,7 @@ pub(super) fn file_limits(fd: BorrowedFd<'_>) -> io::Result<MediumLimits> {
     let block = if block.is_power_of_two() { block } else { 4096 };
     Ok(MediumLimits {
         size: stat.stx_size,
-        // File systems without a single disk below (btrfs, tmpfs, NFS) always require the same.
+        // Filesystems without a single disk below (btrfs, tmpfs, NFS) always require the same.
         sector: u32::try_from(Sysfs::below(&stat).read("logical_block_size"))
             .ok()
             .filter(|sector| *sector != 0)
@@ -121,7 +121,7 @@ pub(super) fn device_limits(fd: BorrowedFd<'_>) -> io::Result<MediumLimits> {
     })
 }
 
-/// Returns what a file waits for, by its file system.
+/// Returns what a file waits for, by its filesystem.
 fn storage_of(fd: BorrowedFd<'_>) -> io::Result<Storage> {
     use rustix::fs::FsWord;
     // From linux/magic.h, and the headers of ZFS and bcachefs.
@@ -146,7 +146,7 @@ pub(super) fn stat(fd: BorrowedFd<'_>) -> io::Result<Statx> {
     Ok(statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS | StatxFlags::DIOALIGN)?)
 }
 
-/// Returns the alignment that statx(2) reports, which it does since Linux 6.1 and on some file systems.
+/// Returns the alignment that statx(2) reports, which it does since Linux 6.1 and on some filesystems.
 fn reported_alignment(stat: &Statx) -> Option<Alignment> {
     let known = stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0 && stat.stx_dio_offset_align != 0;
     known.then(|| Alignment {
@@ -162,11 +162,11 @@ fn bounded_alignment(align: u32) -> u32 {
 }
 
 /// Finds the alignment by trial where the kernel does not report it: the smallest read that is not refused. On some
-/// file systems a hole can be read with less alignment than data; a transfer that is refused later is bounced.
+/// filesystems a hole can be read with less alignment than data; a transfer that is refused later is bounced.
 fn probe(fd: BorrowedFd<'_>) -> io::Result<Alignment> {
     const NONE: Alignment = Alignment { memory: 1, offset: 512 };
     let Ok(direct) = reopen(fd, OFlags::RDONLY | OFlags::DIRECT) else {
-        // The file system has no O_DIRECT, so there is no requirement.
+        // The filesystem has no O_DIRECT, so there is no requirement.
         return Ok(NONE);
     };
     let mut memory = vec![0u8; 2 * 4096];
@@ -201,7 +201,7 @@ impl Sysfs {
         Self::at(stat.stx_rdev_major, stat.stx_rdev_minor)
     }
 
-    /// The attributes of the disk below a file's file system, if there is a single one.
+    /// The attributes of the disk below a file's filesystem, if there is a single one.
     fn below(stat: &Statx) -> Self {
         Self::at(stat.stx_dev_major, stat.stx_dev_minor)
     }

@@ -1,5 +1,5 @@
-//! A queue's helper threads, for what io_uring cannot do on every kernel and file system: ioctls that sleep, and writes of
-//! which the file system takes only a part at a time. A task that hangs holds up no other until [`MAX_THREADS`] hang.
+//! A queue's helper threads, for what io_uring cannot do on every kernel and filesystem: ioctls that sleep, and writes of
+//! which the filesystem takes only a part at a time. A task that hangs holds up no other until [`MAX_THREADS`] hang.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

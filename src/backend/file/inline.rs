@@ -1,17 +1,17 @@
 //! Inline I/O: requests over the page cache that need not wait are made by plain calls, in the queue's thread.
 //!
 //! For data in the cache a plain call is cheaper than io_uring, and much cheaper for writes: io_uring passes buffered
-//! writes that *may* sleep to a kernel worker, and on most file systems every buffered write may. What would sleep
+//! writes that *may* sleep to a kernel worker, and on most filesystems every buffered write may. What would sleep
 //! still goes to the io_uring, so that it delays no other request:
 //! - A read uses RWF_NOWAIT: it returns what is in the cache and never sleeps.
-//! - A write uses RWF_NOWAIT where the file system supports it (XFS, btrfs). Elsewhere (ext4) it is made without, as
+//! - A write uses RWF_NOWAIT where the filesystem supports it (XFS, btrfs). Elsewhere (ext4) it is made without, as
 //!   long as writes have been fast. The first that takes longer than [`SLOW_WRITE`] sends all writes to the io_uring
 //!   for a while, longer each time. The kernel throttles writers, and devices stall, for many requests in a row; this
 //!   way only one of them waits in the queue's thread.
 //! - In memory (tmpfs) nothing sleeps, and syncs are made inline, too.
 //! - Where another process or host serves the file (FUSE, NFS), all writes go to the io_uring.
 //!
-//! A write may also never return, even with RWF_NOWAIT: pwritev2(2) waits for a frozen file system (file_start_write in
+//! A write may also never return, even with RWF_NOWAIT: pwritev2(2) waits for a frozen filesystem (file_start_write in
 //! the kernel's fs/read_write.c), or for a device. So writes are [`BlockingCall`]s. If one does not return, another
 //! thread continues with the queue, and gives writes to the io_uring until the call returns.
 
@@ -51,7 +51,7 @@ pub(super) enum InlinePolicy {
     Memory,
 }
 
-/// Whether the file system supports RWF_NOWAIT for a kind of call.
+/// Whether the filesystem supports RWF_NOWAIT for a kind of call.
 #[derive(Clone, Copy, PartialEq)]
 enum Nowait {
     /// No call has shown otherwise.
@@ -67,7 +67,7 @@ pub(super) enum InlineOutcome {
     Complete(Result<(), Errno>),
     /// So many bytes are transferred. The rest may sleep, so it goes to the io_uring.
     Partial(usize),
-    /// The call must be repeated: the file system does not support its flags.
+    /// The call must be repeated: the filesystem does not support its flags.
     Repeat,
 }
 

@@ -118,7 +118,7 @@ impl Backend for FileBackend {
             Ok(start) => Ok(Some((start, seek(&self.image.file.fd, SeekFrom::Hole(start))?.min(size)))),
             // What was cut off the file is no hole.
             Err(Errno::NXIO) => resize::check_not_truncated(&self.image, size).map(|()| None),
-            // Devices, and file systems that cannot report holes.
+            // Devices, and filesystems that cannot report holes.
             Err(Errno::INVAL | Errno::NOTSUP) => Ok(Some((offset, size))),
             Err(error) => Err(error.into()),
         }

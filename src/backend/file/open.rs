@@ -137,7 +137,7 @@ fn cannot_open(options: &FileOptions, error: io::Error) -> OpenError {
     fail(path, cause.into(), fix)
 }
 
-/// Takes the image locks. Where the file system has none it logs a warning.
+/// Takes the image locks. Where the filesystem has none it logs a warning.
 pub(super) fn lock(path: &Path, fd: BorrowedFd<'_>, read_only: bool) -> Result<(), OpenError> {
     match lock_image(fd, read_only) {
         Ok(()) => Ok(()),

@@ -9,7 +9,7 @@ use crate::engine::CachePolicy;
 /// How QEMU's image locks are used (`--locking`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Locking {
-    /// Locks where the file system supports it, and warns where not.
+    /// Locks where the filesystem supports it, and warns where not.
     #[default]
     Auto,
     /// Like `Auto`, but only while a guest's virtqueues run. Two servers can then have the image open, and a live migration

@@ -67,7 +67,7 @@ pub fn check_unused(path: &std::path::Path, read_only: bool) -> Result<(), Strin
              another image",
             path.display()
         )),
-        // The daemon warns about a file system without locks.
+        // The daemon warns about a filesystem without locks.
         _ => Ok(()),
     }
 }

@@ -1,4 +1,4 @@
-//! Discard and write-zeroes: by the file system or the device where it can, otherwise by writing zeroes.
+//! Discard and write-zeroes: by the filesystem or the device where it can, otherwise by writing zeroes.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -196,7 +196,7 @@ impl RangeOp {
             image.unsupported.record(&image.unsupported.discard, "discard (fallocate PUNCH_HOLE)", image);
             return OpStep::Done(Ok(()));
         }
-        // EINVAL may concern this range only (FUSE file systems), so the next request tries again.
+        // EINVAL may concern this range only (FUSE filesystems), so the next request tries again.
         let for_all = errno.0 != libc::EINVAL;
         if mode & libc::FALLOC_FL_PUNCH_HOLE != 0 {
             self.punch_refused = true;

@@ -61,7 +61,7 @@ fn a_sync_after_a_sync_makes_no_system_call() {
     assert_eq!(inline_result(&mut *queue, Op::Sync), Some(Err(Errno(libc::EIO))), "a failure is final");
 }
 
-/// A guest's request must not fail because a file system requires more alignment than it reported.
+/// A guest's request must not fail because a filesystem requires more alignment than it reported.
 #[test]
 fn a_transfer_that_the_kernel_refuses_is_bounced() {
     let (_file, backend) = image(CacheMode::None);

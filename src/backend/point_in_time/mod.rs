@@ -73,7 +73,7 @@ pub use tuning::{CopyDirectory, CopyStep, Mutant, ScratchOptions, TargetHook, Tu
 /// The most ended copies whose threads still run, because the image or a target hangs.
 const MAX_ENDING: usize = 4;
 
-/// How long a caller waits for the file system of a target or scratch.
+/// How long a caller waits for the filesystem of a target or scratch.
 const TARGET_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A back-end that wraps another and can copy its image. Dropping it cancels a running copy and removes its partial file.
@@ -238,7 +238,7 @@ impl PointInTime {
         make: impl FnOnce(u64) -> Result<(Arc<Copy>, T), CopyError>,
     ) -> Result<(String, T), CopyError> {
         let number = self.reserve_number()?;
-        // Without the lock: a virtqueue that starts meanwhile must not wait for the target's file system.
+        // Without the lock: a virtqueue that starts meanwhile must not wait for the target's filesystem.
         let made = make(number);
         let mut registry = self.shared.lock();
         registry.preparing = false;

@@ -17,10 +17,10 @@ use super::target_thread::OldData;
 use crate::backend::IoBuf;
 use crate::base::rate_limit::{COPY_LOG, log_limited};
 
-/// The most threads of scratch files, over all copies: if that many are still alive, their file system hangs.
+/// The most threads of scratch files, over all copies: if that many are still alive, their filesystem hangs.
 const MAX_THREADS: usize = 2;
 
-/// The unit in which space is counted, because a file system allocates no less.
+/// The unit in which space is counted, because a filesystem allocates no less.
 const BLOCK: u64 = 4096;
 
 /// Which bytes of the image, as it was at the instant, are in the scratch. They are at the same offset as in the image.
@@ -94,12 +94,12 @@ impl Index {
         Some(extent.clusters)
     }
 
-    /// Lowers the limit to what is used now, because the file system is full.
+    /// Lowers the limit to what is used now, because the filesystem is full.
     fn limit_to_used(&mut self) {
         self.limit = self.limit.min(self.bytes);
     }
 
-    /// Lowers the limit by `len` bytes, because the file system could not free them.
+    /// Lowers the limit by `len` bytes, because the filesystem could not free them.
     fn lose_space(&mut self, len: u64) {
         self.limit = self.limit.saturating_sub(len.next_multiple_of(BLOCK));
     }
@@ -130,7 +130,7 @@ impl Scratches {
             threads.push(liveness);
             scratch_thread::start(directory, tuning, copy.target.reports(), alive)
         } else {
-            Err(format!("earlier copies still wait for --scratch '{}'; repair its file system", directory.display()))
+            Err(format!("earlier copies still wait for --scratch '{}'; repair its filesystem", directory.display()))
         };
         let warn = |why| log_limited!(COPY_LOG, Warn, "{}: {why}. The copy runs without a scratch", copy.name);
         started.map(|commands| Scratch::new(*size, commands)).map_err(warn).ok()
@@ -275,6 +275,6 @@ mod tests {
         assert!(index.reserve(BLOCK, BLOCK, 1), "as much as was there before");
         index.remove(BLOCK);
         index.lose_space(1);
-        assert!(!index.reserve(BLOCK, BLOCK, 1), "the file system has not freed the block");
+        assert!(!index.reserve(BLOCK, BLOCK, 1), "the filesystem has not freed the block");
     }
 }

@@ -42,7 +42,7 @@ pub(super) enum ScratchReply {
     /// The data is not in the file.
     NotStored {
         data: OldData,
-        /// The file system or the file is full, so there may be space later.
+        /// The filesystem or the file is full, so there may be space later.
         full: bool,
         /// For the operator.
         why: String,
@@ -50,7 +50,7 @@ pub(super) enum ScratchReply {
     /// The buffer is filled.
     Loaded {
         data: OldData,
-        /// The space in the file was freed by a hole; `false`: the file system cannot punch one.
+        /// The space in the file was freed by a hole; `false`: the filesystem cannot punch one.
         freed: bool,
     },
     /// Old data cannot be read back, and why, for the operator.
@@ -84,7 +84,7 @@ pub(super) fn start(
     let shown = directory.display();
     let thread = thread::Builder::new().name("copy-scratch".into()).spawn(work);
     thread.map_err(|error| format!("no thread for --scratch '{shown}' ({error}); raise the daemon's limits"))?;
-    let hangs = |_| Err(format!("--scratch '{shown}' does not respond: its file system hangs; repair it"));
+    let hangs = |_| Err(format!("--scratch '{shown}' does not respond: its filesystem hangs; repair it"));
     is_created.recv_timeout(TARGET_TIMEOUT).unwrap_or_else(hangs)?;
     Ok(to_thread)
 }
@@ -94,7 +94,7 @@ pub(super) fn create(directory: &Path) -> io::Result<File> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let (flags, mode) = (OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR);
     match openat(CWD, directory, flags | OFlags::TMPFILE, mode) {
-        // The file system does not support O_TMPFILE: create a file with a name and remove the name.
+        // The filesystem does not support O_TMPFILE: create a file with a name and remove the name.
         Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {}
         opened => return Ok(File::from(opened?)),
     }
@@ -159,7 +159,7 @@ impl ScratchFile<'_> {
         ScratchReply::Loaded { data, freed }
     }
 
-    /// Frees the data's range in the file. Returns `false` when the file system cannot.
+    /// Frees the data's range in the file. Returns `false` when the filesystem cannot.
     fn punch(&self, data: &OldData) -> bool {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(self.file, flags, data.offset, data.buf.len() as u64).is_ok()
@@ -170,9 +170,9 @@ impl ScratchFile<'_> {
 pub(super) fn cannot(directory: &Path, what: &str, error: &io::Error) -> String {
     let fix = match error.raw_os_error() {
         Some(libc::ENOSPC | libc::EDQUOT) => "make room there, or lower --scratch-size",
-        Some(libc::EFBIG) => "raise RLIMIT_FSIZE, or use a file system that supports larger files",
+        Some(libc::EFBIG) => "raise RLIMIT_FSIZE, or use a filesystem that supports larger files",
         Some(libc::EACCES | libc::EPERM) => "let the daemon's user write there, and restart virtioblkd",
-        _ => "check its file system, or name another directory with --scratch",
+        _ => "check its filesystem, or name another directory with --scratch",
     };
     format!("--scratch '{}' cannot {what} ({error}); {fix}", directory.display())
 }

@@ -30,7 +30,7 @@ pub(super) struct Target {
 
 impl Target {
     /// Creates the partial file as a hole of `size` bytes. `image`: the disk's image file, if it has one. Fails, with code
-    /// `target`, when the path exists already, the directory cannot be written, or the file system cannot hold a file of
+    /// `target`, when the path exists already, the directory cannot be written, or the filesystem cannot hold a file of
     /// this size.
     pub(super) fn create(
         path: &Path,
@@ -69,8 +69,8 @@ impl Target {
         target.created = (created.st_dev, created.st_ino);
         if let Err(error) = file.set_len(size) {
             let left = target.remove_partial().err().map_or(String::new(), |why| format!("; {why}"));
-            let cause = format!("its file system refuses a file of {size} bytes ({error})");
-            return Err(refused(path, &cause, &format!("use another file system{left}")));
+            let cause = format!("its filesystem refuses a file of {size} bytes ({error})");
+            return Err(refused(path, &cause, &format!("use another filesystem{left}")));
         }
         Ok((target, file))
     }
@@ -170,7 +170,7 @@ fn denied(path: &Path, error: Errno, directories: &[CopyDirectory]) -> CopyError
         if now.is_ok_and(|now| now != *opened) {
             let cause = format!(
                 "permission denied: '{shown}' is no longer the directory that --copy-dir opened when virtioblkd started: \
-                 another file system was mounted over it, or it was replaced"
+                 another filesystem was mounted over it, or it was replaced"
             );
             let fix = "restart virtioblkd or run virtioblkctl upgrade; or name a directory above the mount point with \
                        --copy-dir, for which mounting makes no difference";
@@ -189,11 +189,11 @@ fn cannot_create(path: &Path, error: Errno) -> CopyError {
             "start virtioblkd with --copy-dir for its directory, and let the user that runs it write there; or choose \
              another directory",
         ),
-        Errno::ROFS => ("its file system is read-only", "choose another path"),
-        Errno::NOSPC | Errno::DQUOT => ("no space is left on its file system", "make room, or choose another path"),
+        Errno::ROFS => ("its filesystem is read-only", "choose another path"),
+        Errno::NOSPC | Errno::DQUOT => ("no space is left on its filesystem", "make room, or choose another path"),
         Errno::NAMETOOLONG => ("the name is too long", "use a shorter name"),
         Errno::INVAL => ("the path has a byte that a path cannot have", "correct the path"),
-        error => return refused(path, &format!("cannot be created ({error})"), "check its file system"),
+        error => return refused(path, &format!("cannot be created ({error})"), "check its filesystem"),
     };
     refused(path, cause, fix)
 }

@@ -109,7 +109,7 @@ impl TargetHandle {
         started(liveness.clone());
         let created = is_created.recv_timeout(TARGET_TIMEOUT).unwrap_or_else(|_| {
             let message =
-                format!("{}: its file system does not respond; repair it, or choose another target", path.display());
+                format!("{}: its filesystem does not respond; repair it, or choose another target", path.display());
             Err(CopyError { code: "target", message })
         });
         if let Some(error) = created? {
@@ -133,7 +133,7 @@ impl TargetHandle {
         let _ = self.reports.send(TargetReport::Over);
     }
 
-    /// Has the partial file removed. Waits two seconds at most; after that, the file is removed when its file system
+    /// Has the partial file removed. Waits two seconds at most; after that, the file is removed when its filesystem
     /// responds.
     pub(super) fn remove(&self) {
         let Some((remove, removed)) = self.take_remove() else { return };
@@ -147,7 +147,7 @@ impl TargetHandle {
                 log_limited!(
                     COPY_LOG,
                     Warn,
-                    "{}: its file system does not respond; the file is removed as soon as it does",
+                    "{}: its filesystem does not respond; the file is removed as soon as it does",
                     partial.display()
                 );
             }

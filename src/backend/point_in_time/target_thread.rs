@@ -146,7 +146,7 @@ struct TargetThread<'a> {
 /// The most bytes written between two syncs: dirty pages in the host's cache would make a guest's flush wait.
 const MAX_UNSYNCED: u64 = 32 << 20;
 
-/// The unit in which zeroes are found: a block that holds only zeroes is not written. Most file systems use this size.
+/// The unit in which zeroes are found: a block that holds only zeroes is not written. Most filesystems use this size.
 const BLOCK: usize = 4096;
 
 /// How many bytes are hashed between two checks whether the copy is over.
@@ -259,7 +259,7 @@ impl TargetThread<'_> {
                 hole_end = match seek(file, SeekFrom::Data(at)) {
                     Ok(data) => data.min(size),
                     Err(rustix::io::Errno::NXIO) => size,
-                    // The file system does not support SEEK_DATA: read everything.
+                    // The filesystem does not support SEEK_DATA: read everything.
                     Err(_) => at,
                 };
             }
@@ -280,7 +280,7 @@ impl TargetThread<'_> {
     fn cannot(&self, what: &str, error: &io::Error) -> String {
         let fix = match error.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT) => "make room, or choose a target elsewhere",
-            Some(libc::EFBIG) => "raise RLIMIT_FSIZE, or use a file system that supports larger files",
+            Some(libc::EFBIG) => "raise RLIMIT_FSIZE, or use a filesystem that supports larger files",
             _ => "check the target's medium and the host's kernel log",
         };
         format!("{} cannot be {what} ({error}); {fix}", self.partial().display())
@@ -290,7 +290,7 @@ impl TargetThread<'_> {
         let fix = match error.raw_os_error() {
             Some(libc::EEXIST) => "a file of that name was created meanwhile, and a copy replaces nothing",
             Some(libc::ENOENT) => "another process removed or renamed the file",
-            _ => "check the target's file system",
+            _ => "check the target's filesystem",
         };
         let (partial, path) = (self.partial(), self.spec.path.display());
         format!("{} cannot be named {path} ({error}); {fix}", partial.display())

@@ -4,7 +4,7 @@
 //! the owner exactly once, with the tag (`T`) that the owner passed in.
 //!
 //! A short write is returned to the owner, which makes it again with plain calls. The kernel's count of stored bytes is
-//! not used, because it cannot be trusted. If a file system stores a part of a write, io_write in the kernel's
+//! not used, because it cannot be trusted. If a filesystem stores a part of a write, io_write in the kernel's
 //! io_uring/rw.c continues the write itself; if that is short again, it reports EAGAIN without the bytes that were stored.
 //! Over FUSE it may also continue from the wrong byte of the buffer: fuse_perform_write in fs/fuse/file.c has advanced by
 //! more than was stored.
@@ -30,9 +30,9 @@ pub(super) use prepared::{prepare, probe};
 /// Which thread starts an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Submission {
-    /// The thread that submits it. If the file system would block, a kernel worker continues.
+    /// The thread that submits it. If the filesystem would block, a kernel worker continues.
     Inline,
-    /// A kernel worker, for file systems that block in spite of IOCB_NOWAIT.
+    /// A kernel worker, for filesystems that block in spite of IOCB_NOWAIT.
     Worker,
 }
 

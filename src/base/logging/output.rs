@@ -187,7 +187,7 @@ struct Queue {
     lost: u64,
     /// No line is accepted until all queued ones are written, so that the count appears where the lines are missing.
     is_full: bool,
-    /// The last write failed, and not because the output is full: its reader is gone, or a file system has no space.
+    /// The last write failed, and not because the output is full: its reader is gone, or a filesystem has no space.
     is_broken: bool,
     has_thread: bool,
 }

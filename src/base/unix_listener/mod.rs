@@ -1,4 +1,4 @@
-//! Binds a Unix socket in the file system: the vhost-user socket and the control socket.
+//! Binds a Unix socket in the filesystem: the vhost-user socket and the control socket.
 //!
 //! The socket is never more open than its mode, not for a moment. On Linux, bind(2) makes the file with the mode of the
 //! unbound socket (fchmod(2) on its descriptor) less the umask. So the umask of the process need not change, and there
@@ -100,7 +100,7 @@ impl fmt::Display for BindError {
             }
             BindError::Other(path, error) => write!(
                 f,
-                "the socket '{}' cannot be created: {error}; check the directory and its file system",
+                "the socket '{}' cannot be created: {error}; check the directory and its filesystem",
                 path.display()
             ),
         }
@@ -206,7 +206,7 @@ impl OwnFile {
 }
 
 /// Refuses to change another user's socket, because it is not the one that this process bound. It is checked only
-/// before a change, since some file systems give every file the same owner.
+/// before a change, since some filesystems give every file the same owner.
 fn check_owner(owner: u32) -> io::Result<()> {
     match owner == geteuid().as_raw() {
         true => Ok(()),
@@ -288,7 +288,7 @@ pub struct SocketFile {
     armed: bool,
 }
 
-/// Device, inode, and where the file system reports it the time of birth, because inode numbers are reused.
+/// Device, inode, and where the filesystem reports it the time of birth, because inode numbers are reused.
 type Identity = (u64, u64, Option<SystemTime>);
 
 fn identity(path: &Path) -> io::Result<Identity> {

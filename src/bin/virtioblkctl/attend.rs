@@ -29,7 +29,7 @@ pub struct Attend {
     /// If the level cannot be reached, allow a weaker snapshot and report that. Without this option the snapshot fails
     #[arg(long)]
     or_weaker: bool,
-    /// How long freezing the guest's file systems may take, and each hook
+    /// How long freezing the guest's filesystems may take, and each hook
     #[arg(long, value_name = "TIME", default_value = "6s", value_parser = duration)]
     freeze_timeout: Duration,
 }

@@ -46,7 +46,7 @@ pub(crate) enum CtlCommand {
     Renew(Renew),
     /// Take a snapshot of one or several disks at one instant
     ///
-    /// Freezes the guest's file systems if the level needs it, holds every disk, takes the snapshot, resumes the disks, thaws
+    /// Freezes the guest's filesystems if the level needs it, holds every disk, takes the snapshot, resumes the disks, thaws
     /// the guest, and prints what was reached. If anything fails, the disks are resumed and the guest is thawed, too.
     Snapshot(snapshot::Snapshot),
     /// Freeze a guest for snapshots that others take of its disks' images (rbd snap create, Cinder)

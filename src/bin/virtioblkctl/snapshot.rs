@@ -41,7 +41,7 @@ pub struct Snapshot {
     /// How long quiescing the disks may take
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
     timeout: Duration,
-    /// How long freezing the guest's file systems may take, and each hook
+    /// How long freezing the guest's filesystems may take, and each hook
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     freeze_timeout: Duration,
     /// How long the disks may be held, including the command of exec:

@@ -97,7 +97,7 @@ impl ControlThread {
     }
 
     /// Whether a client is served. Root and the daemon's user always are; other users are if the operator widened the
-    /// socket's mode, because the file system has checked them then.
+    /// socket's mode, because the filesystem has checked them then.
     fn allows(&self, peer: Credentials) -> bool {
         if peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw() {
             return true;

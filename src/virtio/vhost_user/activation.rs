@@ -5,7 +5,7 @@
 //! When the image is refused (another host holds its lock), the rings do not run, and the guest waits. Status and an event
 //! say so. The vhost-user thread retries every [`RETRY_INTERVAL`] until it succeeds or the front-end stops the rings. So the
 //! guest continues by itself once the image is free, with any front-end. To run the rings and fail their requests would cost
-//! the guest its file system for something temporary, such as the hand-over of a migration.
+//! the guest its filesystem for something temporary, such as the hand-over of a migration.
 //!
 //! [`ImageClaim::activate`]: crate::backend::ImageClaim::activate
 //! [`ImageClaim::deactivate`]: crate::backend::ImageClaim::deactivate

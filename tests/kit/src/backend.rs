@@ -21,7 +21,7 @@ pub use crate::prng::Prng;
 /// Longest that anything may hang before a test fails instead of the whole run.
 pub const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Opens a file as a back-end. Returns `None`, and says so, where its file system has no O_DIRECT and `mode` wants it.
+/// Opens a file as a back-end. Returns `None`, and says so, where its filesystem has no O_DIRECT and `mode` wants it.
 pub fn open_file_or_skip(options: &FileOptions, mode: CacheMode) -> Option<FileBackend> {
     match FileBackend::open(options) {
         Ok(backend) => Some(backend),

@@ -74,7 +74,7 @@ impl Copy {
     }
 
     /// Removes the partial file and sends the event of the copy's end. Only the first call after the end does so. Waits
-    /// for the target's file system, two seconds at most; not called by a virtqueue's thread.
+    /// for the target's filesystem, two seconds at most; not called by a virtqueue's thread.
     pub(in crate::backend::point_in_time) fn clean_up(&self) {
         let mut state = self.lock();
         if !state.phase.is_over() || std::mem::replace(&mut state.cleaned_up, true) {

@@ -137,7 +137,7 @@ impl PointInTime {
     }
 }
 
-/// Where the scratch goes, and the most bytes that it may hold; `None`: half of what its file system has free. That is
+/// Where the scratch goes, and the most bytes that it may hold; `None`: half of what its filesystem has free. That is
 /// `--scratch`, else the first directory of `--copy-dir`.
 fn scratch_place(tuning: &Tuning, wanted: Option<u64>) -> Result<(PathBuf, Option<u64>), CopyError> {
     if let Some(scratch) = &tuning.scratch {

@@ -45,7 +45,7 @@ struct ThreadEnds {
 }
 
 /// Starts the threads and waits until the file is created, two seconds at most. What was stored is reported through
-/// `reports`. `limit`: the most bytes to hold; `None`: half of what the file system has free. An error is for the operator.
+/// `reports`. `limit`: the most bytes to hold; `None`: half of what the filesystem has free. An error is for the operator.
 pub(super) fn start(
     directory: &Path,
     limit: Option<u64>,
@@ -61,7 +61,7 @@ pub(super) fn start(
     let shown = directory.display();
     let thread = thread::Builder::new().name("export-scratch".into()).spawn(move || run(&place, &tuning, ends));
     thread.map_err(|error| format!("no thread for the scratch in '{shown}' ({error}); raise the daemon's limits"))?;
-    let hangs = |_| Err(format!("the scratch in '{shown}' does not respond: its file system hangs; repair it"));
+    let hangs = |_| Err(format!("the scratch in '{shown}' does not respond: its filesystem hangs; repair it"));
     let half_of_free = is_created.recv_timeout(TARGET_TIMEOUT).unwrap_or_else(hangs)?;
     Ok(ScratchLinks { stores: to_stores, reads: to_reads, limit: limit.unwrap_or(half_of_free) })
 }
@@ -101,7 +101,7 @@ fn read_for_clients(file: &File, tuning: &Tuning, reads: &Receiver<ScratchRead>)
         // A reader that no longer waits needs no reply.
         let _ = reply.send(match read {
             Ok(()) => Ok(data),
-            Err(error) => Err(format!("the scratch cannot be read ({error}); check its file system")),
+            Err(error) => Err(format!("the scratch cannot be read ({error}); check its filesystem")),
         });
     }
 }

@@ -1,4 +1,4 @@
-//! File systems of a test's own, mounted, for reflinks.
+//! Filesystems of a test's own, mounted, for reflinks.
 
 use std::fs::{self, File};
 use std::path::PathBuf;

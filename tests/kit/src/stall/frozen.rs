@@ -1,4 +1,4 @@
-//! A file system on a loop device that can be frozen: writes wait until it is thawed, reads go on.
+//! A filesystem on a loop device that can be frozen: writes wait until it is thawed, reads go on.
 
 use std::fs;
 use std::path::{Path, PathBuf};
