@@ -2,19 +2,19 @@
 //!
 //! A write of a part of a block reads the block, changes it and writes it back. Any other write of that block meanwhile
 //! would be lost. So each op that changes the image takes a ticket for its blocks and holds it until it is over:
-//! - An op of whole blocks (an aligned write) enters the [`gates`] of its regions, with one atomic addition for each.
-//!   It takes the mutex only where a gate is closed: a read-modify-write runs or waits nearby.
-//! - A read-modify-write closes the gates of its first and its last block, waits until the aligned writes that are
+//! - An op of whole blocks (an aligned write) enters the [`stripes`] of its regions, with one atomic addition for each.
+//!   It takes the mutex only where a stripe is closed: a read-modify-write runs or waits nearby.
+//! - A read-modify-write closes the stripes of its first and its last block, waits until the aligned writes that are
 //!   inside have left, and waits for earlier [`claims`] of the same blocks. If it need not wait, the whole blocks
-//!   between the two enter their gates, as an aligned write does; otherwise they are claimed too.
+//!   between the two enter their stripes, as an aligned write does; otherwise they are claimed too.
 //!
 //! Where the guest's blocks are not smaller than the medium's there are no such locks at all.
 
 mod claim_set;
 mod claims;
-mod gates;
 #[cfg(all(test, feature = "model"))]
 mod interleavings;
+mod stripes;
 #[cfg(test)]
 mod tests;
 
@@ -28,12 +28,12 @@ use super::mail::{Mail, Mailbox};
 use crate::base::sync::interleavings::{Mutant, planted};
 use crate::base::sync::{Mutex, MutexGuard};
 use claims::{Blocks, ClaimId, Claims};
-use gates::{Closures, GateId, WritesInside};
+use stripes::{Closures, StripeId, WritesInside};
 
 /// Binary logarithm of the bytes of a region, unless a block is larger. Most writes touch one or two regions.
 const REGION_BITS: u32 = 16;
 
-/// Regions of the longest op that passes at the gates: 4 MiB. For a longer one a claim costs less.
+/// Regions of the longest op that passes at the stripes: 4 MiB. For a longer one a claim costs less.
 const MAX_REGIONS: u64 = 64;
 
 /// The locks of one image, for all of its queues.
@@ -52,14 +52,14 @@ struct State {
     claims: Claims,
     /// Claims that are not granted yet.
     waiting: HashMap<ClaimId, WaitingClaim>,
-    /// By gate: the claims that wait until it is empty. Each of them keeps the gate closed.
-    draining: HashMap<GateId, BTreeSet<ClaimId>>,
-    /// What each queue has inside the gates.
+    /// By stripe: the claims that wait until it is empty. Each of them keeps the stripe closed.
+    draining: HashMap<StripeId, BTreeSet<ClaimId>>,
+    /// What each queue has inside the stripes.
     queues: Vec<Arc<WritesInside>>,
 }
 
 struct WaitingClaim {
-    /// Reasons to wait: earlier claims, and gates that are not empty.
+    /// Reasons to wait: earlier claims, and stripes that are not empty.
     reasons: usize,
     /// The mailbox of the queue that the op belongs to.
     mailbox: Arc<Mailbox>,
@@ -74,7 +74,7 @@ pub(super) struct QueueLocks {
 
 /// Blocks that an op holds or waits for, until this is dropped.
 pub(super) struct LockTicket {
-    /// Regions whose gates the op is inside.
+    /// Regions whose stripes the op is inside.
     regions: Regions,
     claim: Option<Box<Claim>>,
     locks: Arc<QueueLocks>,
@@ -83,7 +83,7 @@ pub(super) struct LockTicket {
 struct Claim {
     id: ClaimId,
     blocks: Blocks,
-    /// The whole blocks are claimed, too. They are inside the gates if not.
+    /// The whole blocks are claimed, too. They are inside the stripes if not.
     has_whole: bool,
 }
 
@@ -98,8 +98,8 @@ impl Regions {
     const NONE: Regions = Regions { first: 0, count: 0 };
 
     #[inline]
-    fn gates(self) -> impl Iterator<Item = GateId> {
-        (self.first..self.first + self.count).map(GateId::of_region)
+    fn stripes(self) -> impl Iterator<Item = StripeId> {
+        (self.first..self.first + self.count).map(StripeId::of_region)
     }
 }
 
@@ -132,15 +132,15 @@ impl QueueLocks {
         self.claim(blocks)
     }
 
-    /// Enters the gates of an op of whole blocks, without the mutex. Returns `None` when the op must make a claim.
+    /// Enters the stripes of an op of whole blocks, without the mutex. Returns `None` when the op must make a claim.
     #[inline]
     fn enter(&self, blocks: &Blocks) -> Option<Regions> {
         if blocks.has_partial() {
             return None;
         }
         let regions = self.locks.regions_of(&blocks.whole)?;
-        for (before, gate) in regions.gates().enumerate() {
-            if !self.inside.enter(gate, &self.locks.closures) {
+        for (before, stripe) in regions.stripes().enumerate() {
+            if !self.inside.enter(stripe, &self.locks.closures) {
                 self.leave(Regions { count: before as u64 + 1, ..regions });
                 return None;
             }
@@ -148,12 +148,12 @@ impl QueueLocks {
         Some(regions)
     }
 
-    /// Leaves gates that were entered.
+    /// Leaves stripes that were entered.
     #[inline]
     fn leave(&self, regions: Regions) {
-        for gate in regions.gates() {
-            if self.inside.leave(gate, &self.locks.closures) {
-                self.locks.gate_drained(gate);
+        for stripe in regions.stripes() {
+            if self.inside.leave(stripe, &self.locks.closures) {
+                self.locks.stripe_drained(stripe);
             }
         }
     }
@@ -165,9 +165,9 @@ impl QueueLocks {
         state.last_id += 1;
         let id = state.last_id;
         let mut reasons = state.claims.insert_parts(id, &blocks);
-        for gate in locks.closed_gates(&blocks) {
-            locks.closures.close(gate);
-            if state.has_writes(gate) && state.draining.entry(gate).or_default().insert(id) {
+        for stripe in locks.closed_stripes(&blocks) {
+            locks.closures.close(stripe);
+            if state.has_writes(stripe) && state.draining.entry(stripe).or_default().insert(id) {
                 reasons += 1;
             }
         }
@@ -184,23 +184,23 @@ impl QueueLocks {
         (LockTicket { regions, claim: Some(Box::new(claim)), locks: Arc::clone(self) }, reasons == 0)
     }
 
-    /// Enters the gates of the whole blocks of a claim whose partial blocks are granted. The caller holds the mutex, so no
-    /// gate is closed meanwhile. Returns `None` when another claim keeps one of them closed.
+    /// Enters the stripes of the whole blocks of a claim whose partial blocks are granted. The caller holds the mutex, so no
+    /// stripe is closed meanwhile. Returns `None` when another claim keeps one of them closed.
     fn enter_whole(&self, blocks: &Blocks) -> Option<Regions> {
         let regions = self.locks.regions_of(&blocks.whole)?;
-        let is_open = |gate| {
-            let own = self.locks.closed_gates(blocks).filter(|&closed| closed == gate).count();
-            self.locks.closures.count(gate) == own as u32
+        let is_open = |stripe| {
+            let own = self.locks.closed_stripes(blocks).filter(|&closed| closed == stripe).count();
+            self.locks.closures.count(stripe) == own as u32
         };
-        if !regions.gates().all(is_open) {
+        if !regions.stripes().all(is_open) {
             return None;
         }
         #[cfg(all(test, feature = "model"))]
         if planted(Mutant::EntersUnseen) {
             return Some(Regions::NONE);
         }
-        for gate in regions.gates() {
-            self.inside.enter(gate, &self.locks.closures);
+        for stripe in regions.stripes() {
+            self.inside.enter(stripe, &self.locks.closures);
         }
         Some(regions)
     }
@@ -261,20 +261,20 @@ impl RangeLocks {
         (count <= self.max_regions).then_some(Regions { first, count })
     }
 
-    /// The last write of a queue has left a closed gate.
+    /// The last write of a queue has left a closed stripe.
     #[cold]
-    fn gate_drained(&self, gate: GateId) {
+    fn stripe_drained(&self, stripe: StripeId) {
         #[cfg(all(test, feature = "model"))]
         if planted(Mutant::LeavesSilently) {
             return;
         }
         let mut state = self.state();
-        // A write of another queue is inside, or one that entered after the gate was opened and closed again. When that
+        // A write of another queue is inside, or one that entered after the stripe was opened and closed again. When that
         // leaves, its thread comes here in turn.
-        if state.has_writes(gate) {
+        if state.has_writes(stripe) {
             return;
         }
-        let waiting = state.draining.remove(&gate).unwrap_or_default();
+        let waiting = state.draining.remove(&stripe).unwrap_or_default();
         let granted = state.take_reasons(waiting);
         drop(state);
         post(granted);
@@ -290,10 +290,10 @@ impl RangeLocks {
         if has_whole {
             state.claims.remove_whole(id, blocks, &mut freed);
         }
-        for gate in self.closed_gates(blocks) {
-            self.closures.open(gate);
+        for stripe in self.closed_stripes(blocks) {
+            self.closures.open(stripe);
             if gave_up {
-                state.stop_draining(gate, id);
+                state.stop_draining(stripe, id);
             }
         }
         let granted = state.take_reasons(freed);
@@ -301,24 +301,24 @@ impl RangeLocks {
         post(granted);
     }
 
-    /// The gates that a claim keeps closed. An op of whole blocks excludes no aligned write.
-    fn closed_gates(&self, blocks: &Blocks) -> impl Iterator<Item = GateId> {
-        blocks.partial().map(|block| GateId::of_region(self.region_of(block)))
+    /// The stripes that a claim keeps closed. An op of whole blocks excludes no aligned write.
+    fn closed_stripes(&self, blocks: &Blocks) -> impl Iterator<Item = StripeId> {
+        blocks.partial().map(|block| StripeId::of_region(self.region_of(block)))
     }
 }
 
 impl State {
-    /// Whether a write of any queue is inside a gate.
-    fn has_writes(&self, gate: GateId) -> bool {
-        self.queues.iter().any(|inside| inside.has_writes(gate))
+    /// Whether a write of any queue is inside a stripe.
+    fn has_writes(&self, stripe: StripeId) -> bool {
+        self.queues.iter().any(|inside| inside.has_writes(stripe))
     }
 
-    /// A claim gave up waiting for a gate.
-    fn stop_draining(&mut self, gate: GateId, id: ClaimId) {
-        if let Some(waiting) = self.draining.get_mut(&gate) {
+    /// A claim gave up waiting for a stripe.
+    fn stop_draining(&mut self, stripe: StripeId, id: ClaimId) {
+        if let Some(waiting) = self.draining.get_mut(&stripe) {
             waiting.remove(&id);
             if waiting.is_empty() {
-                self.draining.remove(&gate);
+                self.draining.remove(&stripe);
             }
         }
     }

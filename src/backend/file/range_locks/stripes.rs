@@ -1,8 +1,8 @@
-//! Gates: how an aligned write passes without a mutex, yet never during a read-modify-write of its blocks.
+//! Lock stripes: how an aligned write passes without a mutex, yet never during a read-modify-write of its blocks.
 //!
-//! The image is divided into regions, and each region belongs to one of [`GATES`] gates. An aligned write *enters* the
-//! gates of its regions and *leaves* them when the storage has completed it. A read-modify-write *closes* the gates of the
-//! blocks that it reads, and waits until no write of any queue is inside.
+//! The image is divided into regions, and each region belongs to one of [`STRIPES`] stripes, by a hash. An aligned
+//! write *enters* the stripes of its regions and *leaves* them when the storage has completed it. A read-modify-write
+//! *closes* the stripes of the blocks that it reads, and waits until no write of any queue is inside.
 //!
 //! Each queue counts its own writes in words of its own ([`WritesInside`]), which its thread alone changes as a rule. The
 //! [`Closures`] of the image are changed by read-modify-writes only. So an aligned write costs an addition to a cache line
@@ -21,9 +21,9 @@
 //!    leaves later. If that write is the last of its queue, it then loads the closures, finds R's, takes the mutex and
 //!    checks whether any queue is still inside. Of several writes that leave, the last one finds nothing inside. A write
 //!    that only came to see the closure leaves in the same way.
-//! 5. A gate opens after the read-modify-write has completed, so what enters later overwrites what that wrote.
+//! 5. A stripe opens after the read-modify-write has completed, so what enters later overwrites what that wrote.
 //!
-//! Two regions may share a gate. Then a read-modify-write waits for a write that it need not wait for. That costs time
+//! Two regions may share a stripe. Then a read-modify-write waits for a write that it need not wait for. That costs time
 //! only: a write that is inside waits for the storage, never for a lock.
 
 #[cfg(not(all(test, feature = "model")))]
@@ -36,28 +36,28 @@ use shuttle::sync::atomic::AtomicU32;
 #[cfg(all(test, feature = "model"))]
 use crate::base::sync::interleavings::{Mutant, planted};
 
-/// The number of gates of an image: many more than the regions that are written at one time. Each queue has a word for
+/// The number of stripes of an image: many more than the regions that are written at one time. Each queue has a word for
 /// each of them, 16 KiB in all.
-const GATES: usize = 1 << GATE_BITS;
-const GATE_BITS: u32 = if cfg!(all(test, feature = "model")) { 4 } else { 12 };
+const STRIPES: usize = 1 << STRIPE_BITS;
+const STRIPE_BITS: u32 = if cfg!(all(test, feature = "model")) { 4 } else { 12 };
 
-/// A gate.
+/// The number of a stripe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct GateId(usize);
+pub(super) struct StripeId(usize);
 
-impl GateId {
-    /// The gate of a region. Those of neighbours are far apart, so that no few regions fill a gate.
+impl StripeId {
+    /// The stripe of a region. Those of neighbours are far apart, so that no few regions fill a stripe.
     #[inline]
     pub(super) fn of_region(region: u64) -> Self {
-        GateId((region.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - GATE_BITS)) as usize)
+        StripeId((region.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - STRIPE_BITS)) as usize)
     }
 }
 
 fn zeroes() -> Box<[AtomicU32]> {
-    (0..GATES).map(|_| AtomicU32::new(0)).collect()
+    (0..STRIPES).map(|_| AtomicU32::new(0)).collect()
 }
 
-/// For each gate of an image: how many read-modify-writes keep it closed. Changed only while the mutex is held.
+/// For each stripe of an image: how many read-modify-writes keep it closed. Changed only while the mutex is held.
 pub(super) struct Closures(Box<[AtomicU32]>);
 
 impl Closures {
@@ -65,20 +65,20 @@ impl Closures {
         Closures(zeroes())
     }
 
-    /// Closes a gate, or adds a closure to one that is closed.
-    pub(super) fn close(&self, gate: GateId) {
-        self.0[gate.0].fetch_add(1, SeqCst);
+    /// Closes a stripe, or adds a closure to one that is closed.
+    pub(super) fn close(&self, stripe: StripeId) {
+        self.0[stripe.0].fetch_add(1, SeqCst);
     }
 
     /// Takes one closure back.
-    pub(super) fn open(&self, gate: GateId) {
-        self.0[gate.0].fetch_sub(1, SeqCst);
+    pub(super) fn open(&self, stripe: StripeId) {
+        self.0[stripe.0].fetch_sub(1, SeqCst);
     }
 
     /// How many read-modify-writes keep it closed.
     #[inline]
-    pub(super) fn count(&self, gate: GateId) -> u32 {
-        self.0[gate.0].load(SeqCst)
+    pub(super) fn count(&self, stripe: StripeId) -> u32 {
+        self.0[stripe.0].load(SeqCst)
     }
 
     #[cfg(test)]
@@ -87,7 +87,7 @@ impl Closures {
     }
 }
 
-/// For each gate: how many of one queue's writes are inside. A guest has at most 4,096 in a queue, of 64 regions each.
+/// For each stripe: how many of one queue's writes are inside. A guest has at most 4,096 in a queue, of 64 regions each.
 pub(super) struct WritesInside(Box<[AtomicU32]>);
 
 impl WritesInside {
@@ -95,28 +95,28 @@ impl WritesInside {
         WritesInside(zeroes())
     }
 
-    /// A write of this queue enters. Returns `false` when the gate is closed; the write must then leave. Never waits.
+    /// A write of this queue enters. Returns `false` when the stripe is closed; the write must then leave. Never waits.
     #[inline]
-    pub(super) fn enter(&self, gate: GateId, closures: &Closures) -> bool {
+    pub(super) fn enter(&self, stripe: StripeId, closures: &Closures) -> bool {
         #[cfg(all(test, feature = "model"))]
         if planted(Mutant::EntersUnchecked) {
-            let is_open = closures.count(gate) == 0;
-            self.0[gate.0].fetch_add(1, SeqCst);
+            let is_open = closures.count(stripe) == 0;
+            self.0[stripe.0].fetch_add(1, SeqCst);
             return is_open;
         }
-        self.0[gate.0].fetch_add(1, SeqCst);
-        closures.count(gate) == 0
+        self.0[stripe.0].fetch_add(1, SeqCst);
+        closures.count(stripe) == 0
     }
 
     /// A write of this queue leaves. Returns whether it was the last one inside and a read-modify-write may wait for that.
     #[inline]
-    pub(super) fn leave(&self, gate: GateId, closures: &Closures) -> bool {
-        self.0[gate.0].fetch_sub(1, SeqCst) == 1 && closures.count(gate) != 0
+    pub(super) fn leave(&self, stripe: StripeId, closures: &Closures) -> bool {
+        self.0[stripe.0].fetch_sub(1, SeqCst) == 1 && closures.count(stripe) != 0
     }
 
     /// Whether a write of this queue is inside.
-    pub(super) fn has_writes(&self, gate: GateId) -> bool {
-        self.0[gate.0].load(SeqCst) != 0
+    pub(super) fn has_writes(&self, stripe: StripeId) -> bool {
+        self.0[stripe.0].load(SeqCst) != 0
     }
 
     #[cfg(test)]

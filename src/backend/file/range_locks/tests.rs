@@ -67,22 +67,22 @@ fn a_claim_that_gives_up_waiting_lets_the_next_pass() {
     assert!(locks.is_idle());
 }
 
-/// After a write has left a closed gate, and before it takes the mutex, the gate is opened, entered and closed again.
+/// After a write has left a closed stripe, and before it takes the mutex, the stripe is opened, entered and closed again.
 #[test]
 fn a_late_notice_of_an_empty_gate_grants_nothing() {
     let locks = RangeLocks::new(4096);
     let (queue, mailbox) = queue(&locks);
-    let gate = GateId::of_region(0);
-    assert!(queue.inside.enter(gate, &locks.closures));
+    let stripe = StripeId::of_region(0);
+    assert!(queue.inside.enter(stripe, &locks.closures));
     let (gives_up, held) = queue.lock_written(0..512);
     assert!(!held);
-    assert!(queue.inside.leave(gate, &locks.closures), "the last one that leaves a closed gate must check");
+    assert!(queue.inside.leave(stripe, &locks.closures), "the last one that leaves a closed stripe must check");
     drop(gives_up);
     let (aligned, held) = queue.lock_written(0..4096);
     assert!(held);
     let (waiting, held) = queue.lock_written(0..512);
     assert!(!held);
-    locks.gate_drained(gate);
+    locks.stripe_drained(stripe);
     assert!(granted(&mailbox).is_empty(), "the aligned write is under way");
     drop(aligned);
     assert_eq!(granted(&mailbox), [waiting.claim()]);
@@ -193,12 +193,12 @@ fn take_and_drop(locks: &Arc<RangeLocks>, mut check: impl FnMut(&mut [Plain], Ve
     assert!(locks.is_idle());
 }
 
-/// Where no two regions share a gate, and each block is a region, a lock is granted exactly when none before it excludes it.
+/// Where no two regions share a stripe, and each block is a region, a lock is granted exactly when none before it excludes it.
 fn compare_each_with_all(max_regions: u64) {
     let mut locks = RangeLocks::new(LARGE_BLOCK as u32);
     Arc::get_mut(&mut locks).unwrap().max_regions = max_regions;
-    let gates: HashSet<_> = (0..80).map(GateId::of_region).collect();
-    assert_eq!(gates.len(), 80, "regions of the test share no gate");
+    let stripes: HashSet<_> = (0..80).map(StripeId::of_region).collect();
+    assert_eq!(stripes.len(), 80, "regions of the test share no stripe");
     take_and_drop(&locks, |entries, grants, step| {
         for at in 0..entries.len() {
             entries[at].granted |= grants.contains(&entries[at].ticket.claim()) && entries[at].ticket.claim.is_some();
