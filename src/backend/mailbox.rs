@@ -3,28 +3,28 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use crate::base::sync::{Bell, Mutex};
+use crate::base::sync::{EventNotifier, Mutex};
 
 /// A queue's mailbox. Any thread posts messages, and the queue's thread takes them.
 pub(super) struct Mailbox<T> {
-    bell: Bell,
+    notifier: EventNotifier,
     messages: Mutex<Vec<T>>,
 }
 
 impl<T> Mailbox<T> {
     pub(super) fn new() -> io::Result<Self> {
-        Ok(Mailbox { bell: Bell::new()?, messages: Mutex::new(Vec::new()) })
+        Ok(Mailbox { notifier: EventNotifier::new()?, messages: Mutex::new(Vec::new()) })
     }
 
     /// Adds a message and wakes the queue.
     pub(super) fn post(&self, message: T) {
-        self.bell.ring_after(|| {
+        self.notifier.notify_after(|| {
             self.messages.lock().expect("no panic while held").push(message);
             true
         });
     }
 
-    /// Takes all messages. Called after the queue woke up, which silences the bell.
+    /// Takes all messages. Called after the queue woke up, which clears the notifier.
     pub(super) fn take(&self) -> Vec<T> {
         std::mem::take(&mut self.messages.lock().expect("no panic while held"))
     }
@@ -32,7 +32,7 @@ impl<T> Mailbox<T> {
 
 impl<T> AsFd for Mailbox<T> {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.bell.as_fd()
+        self.notifier.as_fd()
     }
 }
 
@@ -65,6 +65,6 @@ mod interleavings {
             }
             senders.into_iter().for_each(|sender| sender.join().unwrap());
         };
-        holds(model, &[Mutant::BellBeforeMessage]);
+        holds(model, &[Mutant::NotifyBeforeMessage]);
     }
 }

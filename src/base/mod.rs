@@ -3,7 +3,7 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `sync` | a mutex, channels and a bell, with which threads hand work to each other |
+//! | `sync` | a mutex, channels and an event notifier, with which threads hand work to each other |
 //! | `syscalls` | system calls that no safe wrapper has (unsafe) |
 //! | `signals` | signals as events that the main thread waits for |
 //! | `systemd` | sd_notify(3) |

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::backend::{Notices, QuiesceRequest};
-use crate::base::sync::{Bell, Mutex, MutexGuard};
+use crate::base::sync::{EventNotifier, Mutex, MutexGuard};
 use crate::disk::CopyError;
 use crate::engine::Errno;
 
@@ -43,12 +43,12 @@ pub(super) struct PendingNotices {
 /// The queue of notices. Any thread puts notices in, and the control thread takes them out.
 pub(super) struct NoticeInbox {
     pending: Mutex<PendingNotices>,
-    ready: Bell,
+    ready: EventNotifier,
 }
 
 impl NoticeInbox {
     fn new() -> io::Result<Self> {
-        Ok(NoticeInbox { pending: Mutex::default(), ready: Bell::new()? })
+        Ok(NoticeInbox { pending: Mutex::default(), ready: EventNotifier::new()? })
     }
 
     fn lock(&self) -> MutexGuard<'_, PendingNotices> {
@@ -57,7 +57,7 @@ impl NoticeInbox {
 
     /// Changes the pending notices and wakes the control thread.
     fn change(&self, change: impl FnOnce(&mut PendingNotices)) {
-        self.ready.ring_after(|| {
+        self.ready.notify_after(|| {
             change(&mut self.lock());
             true
         });
@@ -79,7 +79,7 @@ impl NoticeInbox {
                 self.lock().queue.push_back(notice);
             }
         }
-        self.ready.ring();
+        self.ready.notify();
     }
 
     /// Adds a notice. Any thread may call it.
@@ -89,7 +89,7 @@ impl NoticeInbox {
 
     /// Takes all notices. Called by the control thread when [`NoticeInbox::as_fd`] is readable.
     pub(super) fn take(&self) -> PendingNotices {
-        self.ready.silence_before(|| {
+        self.ready.clear_before(|| {
             let mut pending = self.lock();
             let closed = pending.closed;
             std::mem::replace(&mut *pending, PendingNotices { closed, ..PendingNotices::default() })
@@ -136,7 +136,7 @@ impl Notices for ImageNotices {
 
     fn quiesce(&self, request: QuiesceRequest) {
         let mut refused = None;
-        self.inbox.ready.ring_after(|| {
+        self.inbox.ready.notify_after(|| {
             let mut pending = self.inbox.lock();
             if pending.closed {
                 refused = Some((request, libc::ECANCELED));
@@ -252,6 +252,6 @@ mod interleavings {
             threads.into_iter().for_each(|thread| thread.join().unwrap());
             assert_eq!(answers.load(Relaxed), 1);
         };
-        holds(model, &[Mutant::BellBeforeMessage, Mutant::SilenceAfterTake]);
+        holds(model, &[Mutant::NotifyBeforeMessage, Mutant::ClearAfterTake]);
     }
 }

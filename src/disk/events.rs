@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use super::{CopyStatus, FailedRequest, HoldFigures, ImageStatus};
-use crate::base::sync::{Bell, Mutex};
+use crate::base::sync::{EventNotifier, Mutex};
 use crate::engine::Errno;
 
 /// An event of a disk for its operators.
@@ -76,7 +76,7 @@ pub enum Event {
 /// `HoldSettled`, `HoldRefused` and `CopyEnded`, which operators cause, are never dropped.
 pub struct Events {
     state: Mutex<EventsState>,
-    ready: Bell,
+    ready: EventNotifier,
 }
 
 #[derive(Default)]
@@ -91,12 +91,12 @@ const MAX_EVENTS: usize = 256;
 impl Events {
     /// Creates an empty queue. Fails when no file descriptor is left.
     pub fn new() -> std::io::Result<Self> {
-        Ok(Events { state: Mutex::default(), ready: Bell::new()? })
+        Ok(Events { state: Mutex::default(), ready: EventNotifier::new()? })
     }
 
     /// Adds an event. Any thread may call it; it never blocks on I/O.
     pub fn send(&self, event: Event) {
-        self.ready.ring_after(|| self.add(event));
+        self.ready.notify_after(|| self.add(event));
     }
 
     /// Adds an event unless the queue is full. Returns whether it was added.
@@ -119,7 +119,7 @@ impl Events {
     /// Takes all events. Also returns how many were dropped since the last call. Called by the control thread when
     /// [`Events::as_fd`] is readable.
     pub fn take(&self) -> (Vec<Event>, u64) {
-        self.ready.silence_before(|| {
+        self.ready.clear_before(|| {
             let mut state = self.state.lock().expect("no panic while held");
             (state.queue.drain(..).collect(), std::mem::take(&mut state.dropped))
         })
@@ -140,7 +140,7 @@ mod interleavings {
     use crate::base::sync::interleavings::{Mutant, holds};
     use crate::base::sync::{thread, yield_until_readable};
 
-    /// A thread that polls until the bell rings, and then takes all events, gets every event.
+    /// A thread that polls the notifier, and then takes all events, gets every event.
     #[test]
     fn a_polling_thread_misses_no_event() {
         let model = || {
@@ -157,6 +157,6 @@ mod interleavings {
             }
             senders.into_iter().for_each(|sender| sender.join().unwrap());
         };
-        holds(model, &[Mutant::BellBeforeMessage, Mutant::SilenceAfterTake]);
+        holds(model, &[Mutant::NotifyBeforeMessage, Mutant::ClearAfterTake]);
     }
 }

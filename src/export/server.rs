@@ -14,7 +14,7 @@ use super::protocol::{BASE_ALLOCATION, Export};
 use super::session;
 use crate::backend::point_in_time::InstantReader;
 use crate::base::rate_limit::{COPY_LOG, log_limited};
-use crate::base::sync::Bell;
+use crate::base::sync::EventNotifier;
 
 /// The most clients. Others wait in the socket's queue until one leaves, as with `max-connections` of QEMU's NBD server.
 const MAX_CLIENTS: usize = 16;
@@ -46,7 +46,7 @@ struct Client {
 pub fn start(listener: UnixListener, reader: InstantReader, options: ServerOptions) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let export = Export { name: options.name.clone(), size: reader.size(), contexts: vec![BASE_ALLOCATION.to_owned()] };
-    let left = Arc::new(Bell::new()?);
+    let left = Arc::new(EventNotifier::new()?);
     let server = Server {
         listener,
         reader,
@@ -66,8 +66,8 @@ struct Server {
     reader: InstantReader,
     options: ServerOptions,
     export: Arc<Export>,
-    /// Rung when a client's thread ends.
-    left: Arc<Bell>,
+    /// Notified when a client's thread ends.
+    left: Arc<EventNotifier>,
     clients: Vec<Client>,
     accept_again: Option<Instant>,
     /// A client has begun to use the export: it has negotiated.
@@ -111,7 +111,7 @@ impl Server {
             if sleep(&mut [PollFd::new(&*left, PollFlags::IN)], wait).is_err() {
                 break;
             }
-            left.was_rung();
+            left.test_and_clear();
             clients.retain(|client| !client.gone.load(Ordering::Acquire));
         }
         for client in &clients {
@@ -151,8 +151,8 @@ impl Server {
         if sources.get(2).is_some_and(is_shut) {
             self.reader.fail("its socket was shut down, so no client can connect any more");
         }
-        changed.was_rung();
-        self.left.was_rung();
+        changed.test_and_clear();
+        self.left.test_and_clear();
         Ok(())
     }
 
@@ -195,7 +195,7 @@ impl Server {
             drop(stream);
             reader.count_client(-1);
             is_gone.store(true, Ordering::Release);
-            left.ring();
+            left.notify();
         })?;
         self.clients.push(Client { socket, gone });
         Ok(())

@@ -11,7 +11,7 @@ use super::permissions;
 use super::socket::{self, PreparedSocket};
 use super::take_over::{self, TakeOver, TakenOver};
 use super::wiring::{self, OpenDisk, OpenImage};
-use super::{Control, Server, ServerError, new_bell};
+use super::{Control, Server, ServerError, new_notifier};
 use crate::base::logging;
 use crate::base::signals::Signals;
 use crate::base::systemd;
@@ -69,12 +69,12 @@ impl Daemon {
         take_over: Option<&mut TakeOver>,
     ) -> Result<Daemon, ServerError> {
         let files = DaemonFiles::create(config, prepared, take_over)?;
-        let (quit, requests) = (new_bell()?, HandOverRequests::new()?);
+        let (quit, requests) = (new_notifier()?, HandOverRequests::new()?);
         let listener = files.control_listener()?;
         sandbox.enter().map_err(ServerError::Sandbox)?;
         logging::start_thread();
-        let quit_bell = Arc::clone(&quit);
-        let control = (disk.start_control)(listener, Arc::new(move || quit_bell.ring()), Arc::clone(&requests))
+        let quit_notifier = Arc::clone(&quit);
+        let control = (disk.start_control)(listener, Arc::new(move || quit_notifier.notify()), Arc::clone(&requests))
             .map_err(ServerError::ControlThread)?;
         let server = Server { served: disk.served, signals, quit, requests, end_signals: 0 };
         let front_ends = FrontEnds::new(Arc::clone(&server.served))?;

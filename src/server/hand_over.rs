@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{Served, ServerError, new_bell};
+use super::{Served, ServerError, new_notifier};
 use crate::base::logging;
 use crate::base::rate_limit::{COMMAND_LOG, log_limited};
-use crate::base::sync::Bell;
+use crate::base::sync::EventNotifier;
 use crate::config::with_own_name;
 use crate::control::CommandLine;
 use crate::upgrade::{
@@ -46,7 +46,7 @@ pub(super) struct HandOverRequest {
 /// Passes the request of a new daemon from the control thread to the main thread.
 pub(super) struct HandOverRequests {
     /// The control thread rings this when it has stored a request.
-    pub(super) bell: Arc<Bell>,
+    pub(super) notifier: Arc<EventNotifier>,
     request: Mutex<Option<HandOverRequest>>,
     /// A hand-over was requested or is running. The control thread sets the flag; main clears it when the hand-over
     /// fails.
@@ -59,12 +59,12 @@ impl HandOverRequests {
     pub(super) fn new() -> Result<Arc<Self>, ServerError> {
         let flag = || Arc::new(AtomicBool::new(false));
         let request = Mutex::default();
-        Ok(Arc::new(HandOverRequests { bell: new_bell()?, request, is_running: flag(), leaving: flag() }))
+        Ok(Arc::new(HandOverRequests { notifier: new_notifier()?, request, is_running: flag(), leaving: flag() }))
     }
 
-    /// Stores a request and rings the bell. Called by the control thread.
+    /// Stores a request and notifies the main thread. Called by the control thread.
     pub(super) fn put(&self, request: HandOverRequest) {
-        self.bell.ring_after(|| {
+        self.notifier.notify_after(|| {
             *self.request.lock().expect("no panic while held") = Some(request);
             true
         });
@@ -72,7 +72,7 @@ impl HandOverRequests {
 
     /// Takes the request, if there is one. Called by the main thread.
     pub(super) fn take(&self) -> Option<HandOverRequest> {
-        self.bell.silence_before(|| self.request.lock().expect("no panic while held").take())
+        self.notifier.clear_before(|| self.request.lock().expect("no panic while held").take())
     }
 }
 
@@ -138,7 +138,7 @@ pub(super) use crate::upgrade::FilesTakenOver;
 /// A running hand-over. It has a thread of its own, so that main can react to signals meanwhile.
 pub(super) struct HandOver {
     /// The thread rings this at its end.
-    pub(super) done: Arc<Bell>,
+    pub(super) done: Arc<EventNotifier>,
     /// A duplicate of the connection, for [`HandOver::cancel`].
     connection: UnixStream,
     thread: JoinHandle<HandOverOutcome>,
@@ -156,7 +156,7 @@ impl HandOver {
         let connection = request.stream.try_clone().map_err(failed)?;
         let channel = Channel::new(request.stream).map_err(failed)?;
         let hello = files.hello(&**served, request.requires_attendant);
-        let done = Bell::new().map(Arc::new).map_err(failed)?;
+        let done = EventNotifier::new().map(Arc::new).map_err(failed)?;
         let (served, finished, leaving) = (served.clone(), done.clone(), requests.leaving.clone());
         let work = move || {
             let outcome = match hand_over(&channel, &*served, hello, &leaving) {
@@ -166,7 +166,7 @@ impl HandOver {
                     HandOverOutcome::Failed(reason)
                 }
             };
-            finished.ring();
+            finished.notify();
             outcome
         };
         let thread = thread::Builder::new().name("hand-over".into()).spawn(work).map_err(failed)?;

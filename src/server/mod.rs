@@ -37,7 +37,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use crate::base::logging;
 use crate::base::pid_file::PidFileError;
 use crate::base::signals::Signals;
-use crate::base::sync::Bell;
+use crate::base::sync::EventNotifier;
 use crate::base::syscalls;
 use crate::base::unix_listener;
 use crate::base::unix_listener::BindError;
@@ -172,16 +172,16 @@ pub struct Server {
     served: Arc<dyn Served>,
     signals: Signals,
     /// The control thread rings this when a client sends `quit`.
-    quit: Arc<Bell>,
+    quit: Arc<EventNotifier>,
     /// Requests of new daemons to take over.
     requests: Arc<HandOverRequests>,
     /// How many SIGTERM and SIGINT have arrived.
     end_signals: u32,
 }
 
-/// Creates a bell that threads share. Fails when no file descriptor is left.
-fn new_bell() -> Result<Arc<Bell>, ServerError> {
-    Bell::new().map(Arc::new).map_err(|error| ServerError::System("cannot create an eventfd", error))
+/// Creates a notifier that threads share. Fails when no file descriptor is left.
+fn new_notifier() -> Result<Arc<EventNotifier>, ServerError> {
+    EventNotifier::new().map(Arc::new).map_err(|error| ServerError::System("cannot create an eventfd", error))
 }
 
 /// Why the daemon stopped serving.
@@ -235,7 +235,7 @@ impl Server {
             match &hand_over {
                 Some(running) => sources.push(PollFd::new(&*running.done, PollFlags::IN)),
                 None => {
-                    sources.push(PollFd::new(&*self.requests.bell, PollFlags::IN));
+                    sources.push(PollFd::new(&*self.requests.notifier, PollFlags::IN));
                     front_ends.watch(&files.front, &mut sources);
                 }
             }
@@ -250,7 +250,7 @@ impl Server {
                 log::info!("{signal}: draining, then ending");
                 end_requested = true;
             }
-            if self.quit.was_rung() {
+            if self.quit.test_and_clear() {
                 log::info!("a client of the control socket sent quit: draining, then ending");
                 end_requested = true;
             }
@@ -286,7 +286,7 @@ impl Server {
         if self.end_signals > 1 {
             return Err(ServerError::Interrupted(self.describe_undone(Signal::SIGTERM, false)));
         }
-        if !running.done.was_rung() {
+        if !running.done.test_and_clear() {
             return Ok(HandOverPoll::Running(running));
         }
         Ok(match running.outcome() {
@@ -312,7 +312,7 @@ impl Server {
     /// Completes the requests in flight and syncs. A thread does this, so that main can react to a second signal.
     fn end(&mut self) -> Result<(), ServerError> {
         let (sender, outcome) = mpsc::channel();
-        let finished = new_bell()?;
+        let finished = new_notifier()?;
         let drained = Arc::new(AtomicBool::new(false));
         let work = {
             let (served, finished, drained) = (Arc::clone(&self.served), Arc::clone(&finished), Arc::clone(&drained));
@@ -321,7 +321,7 @@ impl Server {
                 drained.store(true, Ordering::Relaxed);
                 // This fails if main has returned after a second signal.
                 let _ = sender.send(served.sync());
-                finished.ring();
+                finished.notify();
             }
         };
         let mut thread = match thread::Builder::new().name("end".into()).spawn(work.clone()) {

@@ -10,16 +10,16 @@ use nix::sys::signal::raise;
 use super::socket::FrontSocket;
 use super::*;
 
-/// A gate at which a call of the disk waits until the test opens it.
+/// A latch at which a call of the disk waits until the test opens it.
 #[derive(Default)]
-struct Gate {
+struct Latch {
     open: Mutex<bool>,
     changed: Condvar,
 }
 
-impl Gate {
+impl Latch {
     fn opened() -> Self {
-        Gate { open: Mutex::new(true), changed: Condvar::new() }
+        Latch { open: Mutex::new(true), changed: Condvar::new() }
     }
 
     fn pass(&self) {
@@ -35,9 +35,9 @@ impl Gate {
 
 /// A disk that serves by reading until the front-end hangs up.
 struct Disk {
-    serve_returns: Gate,
-    shutdown_returns: Gate,
-    sync_returns: Gate,
+    serve_returns: Latch,
+    shutdown_returns: Latch,
+    sync_returns: Latch,
     sync_fails: bool,
     /// The calls in their order.
     calls: Mutex<Vec<&'static str>>,
@@ -46,9 +46,9 @@ struct Disk {
 impl Disk {
     fn new() -> Self {
         Disk {
-            serve_returns: Gate::opened(),
-            shutdown_returns: Gate::opened(),
-            sync_returns: Gate::opened(),
+            serve_returns: Latch::opened(),
+            shutdown_returns: Latch::opened(),
+            sync_returns: Latch::opened(),
             sync_fails: false,
             calls: Mutex::default(),
         }
@@ -121,7 +121,13 @@ impl Served for Disk {
 fn server(disk: &Arc<Disk>) -> Server {
     let signals = Signals::block().unwrap();
     let requests = HandOverRequests::new().unwrap();
-    Server { served: Arc::clone(disk) as Arc<dyn Served>, signals, quit: new_bell().unwrap(), requests, end_signals: 0 }
+    Server {
+        served: Arc::clone(disk) as Arc<dyn Served>,
+        signals,
+        quit: new_notifier().unwrap(),
+        requests,
+        end_signals: 0,
+    }
 }
 
 /// Binds a socket in a temporary directory.
@@ -149,7 +155,7 @@ fn a_signal_drains_then_syncs() {
 fn quit_drains_then_syncs() {
     let disk = Arc::new(Disk::new());
     let mut server = server(&disk);
-    server.quit.ring();
+    server.quit.notify();
     let (_directory, socket) = socket();
     let mut front_ends = FrontEnds::new(Arc::clone(&server.served)).unwrap();
     let ending = server.serve(&DaemonFiles::of(socket), &mut front_ends).unwrap();
@@ -169,7 +175,7 @@ fn a_failed_final_sync_is_an_error_that_names_the_image() {
 
 #[test]
 fn a_second_signal_ends_at_once_and_says_what_was_not_drained() {
-    let disk = Arc::new(Disk { shutdown_returns: Gate::default(), ..Disk::new() });
+    let disk = Arc::new(Disk { shutdown_returns: Latch::default(), ..Disk::new() });
     let mut server = server(&disk);
     raise(Signal::SIGINT).unwrap();
     raise(Signal::SIGTERM).unwrap();
@@ -186,7 +192,7 @@ fn a_second_signal_ends_at_once_and_says_what_was_not_drained() {
 
 #[test]
 fn a_second_signal_during_the_final_sync_says_that_the_sync_had_not_finished() {
-    let disk = Arc::new(Disk { sync_returns: Gate::default(), ..Disk::new() });
+    let disk = Arc::new(Disk { sync_returns: Latch::default(), ..Disk::new() });
     let mut server = server(&disk);
     server.end_signals = 1;
     let main = nix::sys::pthread::pthread_self();
@@ -210,7 +216,7 @@ fn a_second_sighup_does_not_interrupt_the_end() {
         println!("SKIPPED: SIGHUP is ignored");
         return;
     }
-    let disk = Arc::new(Disk { sync_returns: Gate::default(), ..Disk::new() });
+    let disk = Arc::new(Disk { sync_returns: Latch::default(), ..Disk::new() });
     let mut server = server(&disk);
     raise(Signal::SIGHUP).unwrap();
     let (_directory, socket) = socket();
@@ -237,7 +243,7 @@ fn wait_until_ready(front_ends: &FrontEnds, socket: &FrontSocket) {
 
 #[test]
 fn the_next_front_end_waits_while_the_last_is_drained() {
-    let disk = Arc::new(Disk { serve_returns: Gate::default(), ..Disk::new() });
+    let disk = Arc::new(Disk { serve_returns: Latch::default(), ..Disk::new() });
     let (directory, socket) = socket();
     let path = directory.path().join("s");
     let mut front_ends = FrontEnds::new(Arc::clone(&disk) as Arc<dyn Served>).unwrap();

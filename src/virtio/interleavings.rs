@@ -26,7 +26,7 @@ use crate::backend::null::NullBackend;
 use crate::backend::{Backend, Errno, Geometry, ImageClaim, IoQueue};
 use crate::base::sync::interleavings::{Mutant, holds};
 use crate::base::sync::thread;
-use crate::base::sync::{Bell, yield_until_readable};
+use crate::base::sync::{EventNotifier, yield_until_readable};
 use crate::disk::{Disk, Event, Events};
 use crate::engine::CacheMode;
 
@@ -48,7 +48,7 @@ struct FrontEnd {
     memory: MemoryTable,
     activation: Activation,
     queue: Vring,
-    kick: Arc<Bell>,
+    kick: Arc<EventNotifier>,
     _peer: UnixStream,
 }
 
@@ -61,7 +61,7 @@ impl FrontEnd {
         let region = VhostUserMemoryRegion { guest_phys_addr: 0, memory_size: MEMORY, user_addr: 0, mmap_offset: 0 };
         memory.replace(&[region], vec![file]).unwrap();
         let queue = Vring::new(0, SIZE, true);
-        let kick = Arc::new(Bell::new().unwrap());
+        let kick = Arc::new(EventNotifier::new().unwrap());
         FrontEnd { rings, memory, activation: Activation::default(), queue, kick, _peer: peer }
     }
 
@@ -89,7 +89,7 @@ impl FrontEnd {
 }
 
 /// Writes one sector after the other, each when the one before is completed.
-fn guest(memory: &GuestMemoryMmap, kick: &Bell) {
+fn guest(memory: &GuestMemoryMmap, kick: &EventNotifier) {
     let put = |value: u64, at: u64| memory.write_obj(value, GuestAddress(at)).unwrap();
     let parts = [(HEADER, 16 | NEXT), (DATA, 512 | NEXT), (STATUS, 1 | WRITE)];
     for (entry, (address, rest)) in (0u64..).zip(parts) {
@@ -106,7 +106,7 @@ fn guest(memory: &GuestMemoryMmap, kick: &Bell) {
         thread::yield_now();
         // A driver does not kick while the device says that it polls (VIRTQ_USED_F_NO_NOTIFY).
         if memory.read_obj::<u16>(GuestAddress(USED)).unwrap() & 1 == 0 {
-            kick.ring();
+            kick.notify();
         }
         while completed(memory) != number {
             thread::yield_now();
@@ -309,7 +309,7 @@ fn pauses(front_end: &mut FrontEnd, memory: &GuestMemoryMmap) {
 fn every_write_completes_and_every_hold_settles() {
     use Mutant::*;
     let sleeping = || disk_under_holds(Duration::ZERO, restarts);
-    holds(sleeping, &[BellBeforeMessage, OneCommandPerWakeUp, StartsUnblocked, GateStaysOpen, IgnoresResume]);
+    holds(sleeping, &[NotifyBeforeMessage, OneCommandPerWakeUp, StartsUnblocked, GateStaysOpen, IgnoresResume]);
 }
 
 #[test]

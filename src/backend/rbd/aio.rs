@@ -15,12 +15,12 @@ use super::sys::{self, Api, rbd_completion_t};
 pub(super) struct CompletionInbox {
     finished: Mutex<Vec<Completion>>,
     /// The queue's eventfd. It is written to only for the first completion, because several are often taken at once.
-    bell: Weak<OwnedFd>,
+    eventfd: Weak<OwnedFd>,
 }
 
 impl CompletionInbox {
-    pub(super) fn new(bell: Weak<OwnedFd>) -> Arc<Self> {
-        Arc::new(CompletionInbox { finished: Mutex::default(), bell })
+    pub(super) fn new(eventfd: Weak<OwnedFd>) -> Arc<Self> {
+        Arc::new(CompletionInbox { finished: Mutex::default(), eventfd })
     }
 
     /// Whether no completion waits.
@@ -38,9 +38,9 @@ impl CompletionInbox {
         let was_empty = finished.is_empty();
         finished.push(completion);
         drop(finished);
-        if was_empty && let Some(bell) = self.bell.upgrade() {
+        if was_empty && let Some(eventfd) = self.eventfd.upgrade() {
             // The only error is a counter that is full, which is readable, too.
-            let _ = rustix::io::write(&*bell, &1u64.to_ne_bytes());
+            let _ = rustix::io::write(&*eventfd, &1u64.to_ne_bytes());
         }
     }
 }

@@ -10,10 +10,10 @@ use shuttle::{Config, FailurePersistence, MaxSteps, Runner};
 /// A fault that can be planted into a hand-off between threads. The models must find each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mutant {
-    /// A thread rings the bell before it has posted the message.
-    BellBeforeMessage,
-    /// A thread silences the bell after it has taken the messages.
-    SilenceAfterTake,
+    /// A thread notifies before it has posted the message.
+    NotifyBeforeMessage,
+    /// A thread clears the notifier after it has taken the messages.
+    ClearAfterTake,
     /// A worker takes one command each time it wakes up, and leaves the others.
     OneCommandPerWakeUp,
     /// A ring that starts during a hold starts with its gate open.

@@ -1,4 +1,4 @@
-//! How threads hand work to each other: a mutex, channels, threads, and a [`Bell`], which poll(2) can wait for.
+//! How threads hand work to each other: a mutex, channels, threads, and an [`EventNotifier`] for poll(2).
 //!
 //! They are the standard library's. In unit tests with the feature `model` they are shuttle's, whose scheduler runs one
 //! thread at a time and tries orders. The models beside the hand-offs (`interleavings.rs`) then find lost wake-ups.
@@ -24,59 +24,59 @@ pub(crate) use std::{
     thread,
 };
 
-/// An eventfd beside a queue: the thread that adds to the queue rings it, and the thread that takes from the queue
-/// polls it.
-pub(crate) struct Bell(OwnedFd);
+/// An eventfd beside a queue: the thread that adds to the queue notifies, and the thread that takes from the queue
+/// polls. QEMU and vmm-sys-util have the same thing under this name.
+pub(crate) struct EventNotifier(OwnedFd);
 
-impl Bell {
-    /// A bell that was not rung. An error: no file descriptor is left.
+impl EventNotifier {
+    /// A notifier on which `notify` was not called yet. An error: no file descriptor is left.
     pub(crate) fn new() -> io::Result<Self> {
-        Ok(Bell(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+        Ok(EventNotifier(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
     }
 
-    /// Calls `post`, which adds to the queue, and rings if it returns `true`. The order matters: a thread that wakes up
+    /// Calls `post`, which adds to the queue, and notifies if it returns `true`. The order matters: a thread that wakes up
     /// before the item is in the queue finds nothing and sleeps again. Called by any thread; does not block.
-    pub(crate) fn ring_after(&self, post: impl FnOnce() -> bool) {
+    pub(crate) fn notify_after(&self, post: impl FnOnce() -> bool) {
         #[cfg(all(test, feature = "model"))]
-        if interleavings::planted(interleavings::Mutant::BellBeforeMessage) {
-            self.ring();
+        if interleavings::planted(interleavings::Mutant::NotifyBeforeMessage) {
+            self.notify();
             post();
             return;
         }
         if post() {
-            self.ring();
+            self.notify();
         }
     }
 
-    /// Wakes the thread that polls the bell.
-    pub(crate) fn ring(&self) {
+    /// Wakes the thread that polls the notifier.
+    pub(crate) fn notify(&self) {
         let_others_run();
         // The only error is a full counter (2^64 - 2), and then the descriptor is readable as well.
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 
-    /// Silences the bell and then calls `take`, which takes all that is in the queue. The order matters: an item that
-    /// is added between the two rings the bell again. Called by the thread that polls.
-    pub(crate) fn silence_before<T>(&self, take: impl FnOnce() -> T) -> T {
+    /// Clears the notifier and then calls `take`, which takes all that is in the queue. The order matters: for an item
+    /// that is added between the two, the notifier is set again. Called by the thread that polls.
+    pub(crate) fn clear_before<T>(&self, take: impl FnOnce() -> T) -> T {
         #[cfg(all(test, feature = "model"))]
-        if interleavings::planted(interleavings::Mutant::SilenceAfterTake) {
+        if interleavings::planted(interleavings::Mutant::ClearAfterTake) {
             let taken = take();
-            self.was_rung();
+            self.test_and_clear();
             return taken;
         }
-        // It may be silent already: an earlier wake-up was enough.
-        self.was_rung();
+        // It may be clear already: an earlier wake-up was enough.
+        self.test_and_clear();
         take()
     }
 
-    /// Silences the bell. Returns whether it was rung since it was silenced last. Never blocks.
-    pub(crate) fn was_rung(&self) -> bool {
+    /// Clears the notifier. Returns whether it was notified since it was cleared last. Never blocks.
+    pub(crate) fn test_and_clear(&self) -> bool {
         let_others_run();
         rustix::io::read(&self.0, &mut [0u8; 8]).is_ok()
     }
 }
 
-impl AsFd for Bell {
+impl AsFd for EventNotifier {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }

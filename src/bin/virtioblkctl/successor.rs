@@ -90,12 +90,12 @@ fn start(mut command: Command, signals: &Signals, until: Instant) -> Result<NewD
     let (stdin, permission) = io::pipe().map_err(Failure::NotStarted)?;
     command.stdin(stdin).stdout(Stdio::piped()).env(STARTER_VARIABLE, "1");
     let (sender, started) = channel();
-    let (spawned, bell) = io::pipe().map_err(Failure::NotStarted)?;
+    let (spawned, has_spawned) = io::pipe().map_err(Failure::NotStarted)?;
     let mask = signals.before;
     let work = move || {
         // This fails if the upgrade was given up meanwhile. The process's input is closed then, so it cannot take over.
         let _ = sender.send(spawn::with_mask(command, mask));
-        drop(bell);
+        drop(has_spawned);
     };
     std::thread::Builder::new().spawn(work).map_err(Failure::NotStarted)?;
     match wait(&spawned, until, Some(signals)) {

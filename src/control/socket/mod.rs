@@ -18,7 +18,7 @@ use super::peer::Peer;
 use super::protocol::return_types::TookOver;
 use super::quiesce::{PeerId, STORE};
 use super::service::{DaemonInfo, Recipient, Service, ServiceSetup, Upgrade};
-use crate::base::sync::{Bell, Mutex};
+use crate::base::sync::{EventNotifier, Mutex};
 use crate::disk::{Disk, Events};
 
 /// The most requests of one connection that are carried out in one turn.
@@ -63,7 +63,7 @@ pub struct Server {
 
 /// The commands of the thread that started the control thread.
 struct ThreadCommands {
-    bell: Bell,
+    notifier: EventNotifier,
     report: Mutex<ThreadReport>,
 }
 
@@ -94,7 +94,7 @@ impl Server {
         }
         let Setup { disk, events, notices, store_timeout, attended, max_hold, resized, quit, others, info, upgrade } =
             setup;
-        let commands = Arc::new(ThreadCommands { bell: Bell::new()?, report: Mutex::default() });
+        let commands = Arc::new(ThreadCommands { notifier: EventNotifier::new()?, report: Mutex::default() });
         let mut control = ControlThread {
             listener,
             accept_again: None,
@@ -137,7 +137,7 @@ impl Server {
     }
 
     fn command(&self, change: impl FnOnce(&mut ThreadReport)) {
-        self.commands.bell.ring_after(|| {
+        self.commands.notifier.notify_after(|| {
             change(&mut self.commands.report.lock().expect("no panic while held"));
             true
         });
@@ -188,7 +188,7 @@ struct ControlThread {
 impl ControlThread {
     fn run(&mut self, commands: &ThreadCommands) {
         loop {
-            let ready = match self.wait(&commands.bell) {
+            let ready = match self.wait(&commands.notifier) {
                 Ok(ready) => ready,
                 Err(error) => {
                     log::error!("control: poll failed, the quiesce socket ends: {error}");
@@ -205,8 +205,9 @@ impl ControlThread {
 
     /// Carries out the commands of the thread that started this one. Returns whether to stop.
     fn carry_out_commands(&mut self, commands: &ThreadCommands) -> bool {
-        let ThreadReport { stop, took_over } =
-            commands.bell.silence_before(|| std::mem::take(&mut *commands.report.lock().expect("no panic while held")));
+        let ThreadReport { stop, took_over } = commands
+            .notifier
+            .clear_before(|| std::mem::take(&mut *commands.report.lock().expect("no panic while held")));
         if let Some(TakenOver { listener, figures, attendant_missing }) = took_over {
             self.listener = listener;
             self.service.took_over(figures, attendant_missing);
@@ -271,7 +272,7 @@ impl ControlThread {
     }
 
     /// Sleeps until a source is ready or a deadline has passed.
-    fn wait(&self, commands: &Bell) -> io::Result<ReadySources> {
+    fn wait(&self, commands: &EventNotifier) -> io::Result<ReadySources> {
         let now = Instant::now();
         let accepting = self.accept_again.is_none_or(|again| again <= now);
         let mut fds = vec![

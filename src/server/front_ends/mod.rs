@@ -20,9 +20,9 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::socket::FrontSocket;
-use super::{Served, ServerError, new_bell};
+use super::{Served, ServerError, new_notifier};
 use crate::base::rate_limit::{FRONT_END_LOG, LogLimit, log_limited};
-use crate::base::sync::Bell;
+use crate::base::sync::EventNotifier;
 use crate::virtio::SessionEnd;
 use crate::virtio::device::hand_over::Steps;
 use crate::virtio::vhost_user::save_restore::SavedSession;
@@ -43,7 +43,7 @@ const ONE_AT_A_TIME: &str = "a disk serves one at a time";
 pub(super) struct FrontEnds {
     served: Arc<dyn Served>,
     /// The front-end's thread rings this at its end.
-    session_ended: Arc<Bell>,
+    session_ended: Arc<EventNotifier>,
     current: Option<FrontEnd>,
     /// Oldest first. Empty unless `current` has sent nothing yet.
     candidates: Vec<Candidate>,
@@ -73,7 +73,7 @@ impl FrontEnds {
     pub(super) fn new(served: Arc<dyn Served>) -> Result<Self, ServerError> {
         Ok(FrontEnds {
             served,
-            session_ended: new_bell()?,
+            session_ended: new_notifier()?,
             current: None,
             candidates: Vec::new(),
             next: None,
@@ -106,7 +106,7 @@ impl FrontEnds {
 
     /// Handles new connections, hang-ups and the ends of sessions. Never blocks, except for [`ACCEPT_RETRY_DELAY`].
     pub(super) fn poll(&mut self, socket: &FrontSocket) -> Result<(), ServerError> {
-        if self.session_ended.was_rung() {
+        if self.session_ended.test_and_clear() {
             self.join();
             let next = self.next.take().or_else(|| (!self.candidates.is_empty()).then(|| self.candidates.remove(0)));
             if let Some(Candidate { connection, peer, .. }) = next {
@@ -292,7 +292,7 @@ impl FrontEnds {
                     failures::log(&failures, Level::Warn, &format!("front-end dropped ({name})"), &error.to_string());
                 }
             }
-            ended.ring();
+            ended.notify();
         })?;
         let now = Instant::now();
         let repeating = self.failures.lock().expect("no panic while held").are_repeating(now);

@@ -145,7 +145,7 @@ impl Device {
 
     /// Carries out a [`HandOverRequest`], if there is one. Returns whether another process has the session now.
     pub(in crate::virtio) fn was_handed_over(&self, session: &Session) -> bool {
-        session.front_end.bell.was_rung();
+        session.front_end.notifier.test_and_clear();
         let Some(HandOverRequest { timeout, reply, verdict }) = self.lock().hand_over.take() else { return false };
         let saved = Self::pause_and_save(session, timeout);
         let is_saved = saved.is_ok();
@@ -176,15 +176,15 @@ impl Device {
         let since = upgrade::monotonic();
         let (reply, replied) = mpsc::channel();
         let (commit, verdict) = mpsc::channel();
-        let bell = {
+        let notifier = {
             let mut connection = self.lock();
-            let bell = connection.front_end.as_ref().map(|front_end| front_end.bell.clone());
-            connection.hand_over = bell.as_ref().map(|_| HandOverRequest { timeout, reply, verdict });
-            bell
+            let notifier = connection.front_end.as_ref().map(|front_end| front_end.notifier.clone());
+            connection.hand_over = notifier.as_ref().map(|_| HandOverRequest { timeout, reply, verdict });
+            notifier
         };
         let mut saved = None;
-        if let Some(bell) = bell {
-            bell.ring();
+        if let Some(notifier) = notifier {
+            notifier.notify();
             let received = replied.recv_timeout(timeout);
             let is_late = matches!(received, Err(RecvTimeoutError::Timeout));
             if is_late && self.lock().hand_over.take().is_some() {

@@ -20,7 +20,7 @@ use super::vhost_user::handler::{AdvertisedFeatures, DeviceLimits};
 use super::vhost_user::session::{FrontEnd, Session};
 use super::vhost_user::session_end::SessionEnd;
 use crate::backend::Backend;
-use crate::base::sync::Bell;
+use crate::base::sync::EventNotifier;
 use crate::disk::Events;
 use hand_over::HandOverRequest;
 
@@ -113,12 +113,12 @@ impl Device {
 
     /// Records a front-end as connected. Returns `None` after [`Device::shutdown`].
     pub(super) fn connect(&self, stream: &UnixStream) -> std::io::Result<Option<FrontEnd>> {
-        let front_end = FrontEnd { stream: stream.try_clone()?, bell: Arc::new(Bell::new()?) };
+        let front_end = FrontEnd { stream: stream.try_clone()?, notifier: Arc::new(EventNotifier::new()?) };
         let mut connection = self.lock();
         if connection.closed {
             return Ok(None);
         }
-        connection.front_end = Some(FrontEnd { stream: stream.try_clone()?, bell: front_end.bell.clone() });
+        connection.front_end = Some(FrontEnd { stream: stream.try_clone()?, notifier: front_end.notifier.clone() });
         Ok(Some(front_end))
     }
 
@@ -138,13 +138,13 @@ impl Device {
         let watch = Watch::start(&self.rings);
         let error = loop {
             let timeout = session.handler().waits_for_image().then_some(activation::RETRY_INTERVAL);
-            match backend_channel::wait_for_message(&session.front_end.stream, &session.front_end.bell, timeout) {
+            match backend_channel::wait_for_message(&session.front_end.stream, &session.front_end.notifier, timeout) {
                 Woken::Message => {}
                 Woken::Timeout => {
                     session.handler().start_all();
                     continue;
                 }
-                Woken::Bell => {
+                Woken::Notified => {
                     if self.was_handed_over(&session) {
                         break None;
                     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::base::sync::Bell;
+use crate::base::sync::EventNotifier;
 use crate::base::sync::mpsc::Sender;
 
 /// A command for a worker; the only way to reach a running virtqueue.
@@ -28,18 +28,18 @@ pub(in crate::virtio) enum WorkerCommand {
     Stop(StopMode),
 }
 
-/// Sends commands to one worker: the queue of its commands, and the bell that wakes it.
+/// Sends commands to one worker: the queue of its commands, and the notifier that wakes it.
 #[derive(Clone)]
 pub(in crate::virtio) struct Mailbox {
     commands: Sender<WorkerCommand>,
-    wake: Arc<Bell>,
+    wake: Arc<EventNotifier>,
     threads: Arc<dyn RingThreads>,
 }
 
 impl Mailbox {
     pub(in crate::virtio) fn new(
         commands: Sender<WorkerCommand>,
-        wake: Arc<Bell>,
+        wake: Arc<EventNotifier>,
         threads: Arc<dyn RingThreads>,
     ) -> Self {
         Mailbox { commands, wake, threads }
@@ -53,7 +53,7 @@ impl Mailbox {
     /// Sends a command and wakes the worker. A worker that has ended takes no commands. The sender learns that by other
     /// means: a hold by `Rings::ring_left`, a change of the virtqueue when it joins the thread.
     pub(in crate::virtio) fn send(&self, command: WorkerCommand) {
-        self.wake.ring_after(|| self.commands.send(command).is_ok());
+        self.wake.notify_after(|| self.commands.send(command).is_ok());
     }
 }
 

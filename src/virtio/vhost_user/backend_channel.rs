@@ -11,7 +11,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recv, recvmsg};
 
-use crate::base::sync::Bell;
+use crate::base::sync::EventNotifier;
 
 /// VHOST_USER_SET_BACKEND_REQ_FD.
 const SET_BACKEND_REQ_FD: u32 = 21;
@@ -35,22 +35,26 @@ pub(in crate::virtio) fn message(request: u32, argument: Option<u64>) -> Vec<u8>
 pub(in crate::virtio) enum Woken {
     /// There is a message, the end of the connection, or an error. Reading shows which.
     Message,
-    /// The bell was rung.
-    Bell,
+    /// Another thread notified.
+    Notified,
     /// The timeout passed.
     Timeout,
 }
 
-/// Waits for a message, the bell or the timeout. The bell comes first if there is a message as well.
-pub(in crate::virtio) fn wait_for_message(stream: &UnixStream, bell: &Bell, timeout: Option<Duration>) -> Woken {
+/// Waits for a message, the notifier or the timeout. The notifier comes first if there is a message as well.
+pub(in crate::virtio) fn wait_for_message(
+    stream: &UnixStream,
+    notifier: &EventNotifier,
+    timeout: Option<Duration>,
+) -> Woken {
     let timeout = timeout.map(|timeout| Timespec {
         tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: timeout.subsec_nanos().into(),
     });
-    let mut sources = [PollFd::new(bell, PollFlags::IN), PollFd::new(stream, PollFlags::IN)];
+    let mut sources = [PollFd::new(notifier, PollFlags::IN), PollFd::new(stream, PollFlags::IN)];
     match poll(&mut sources, timeout.as_ref()) {
         Ok(0) => Woken::Timeout,
-        Ok(_) if !sources[0].revents().is_empty() => Woken::Bell,
+        Ok(_) if !sources[0].revents().is_empty() => Woken::Notified,
         _ => Woken::Message,
     }
 }

@@ -10,16 +10,16 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 use super::backend_channel::{self, GET_FEATURES, SET_FEATURES, SET_PROTOCOL_FEATURES};
 use super::handler::{AdvertisedFeatures, DeviceLimits, Handler};
 use super::session_end::SessionEnd;
-use crate::base::sync::Bell;
+use crate::base::sync::EventNotifier;
 use crate::base::syscalls;
 use crate::upgrade::session_state::SessionState;
 use crate::virtio::rings::Rings;
 use crate::virtio::shared_memory::sigbus::SessionSocket;
 
-/// The front-end's socket, and the bell that wakes its thread for anything but a message.
+/// The front-end's socket, and the notifier that wakes its thread for anything but a message.
 pub(in crate::virtio) struct FrontEnd {
     pub(in crate::virtio) stream: UnixStream,
-    pub(in crate::virtio) bell: Arc<Bell>,
+    pub(in crate::virtio) notifier: Arc<EventNotifier>,
 }
 
 /// One front-end's session, from its connection to its end. The vhost-user thread owns it.

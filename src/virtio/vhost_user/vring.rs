@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::activation::Activation;
 use crate::base::sync::reused::{self, Task};
-use crate::base::sync::{Bell, mpsc};
+use crate::base::sync::{EventNotifier, mpsc};
 use crate::disk::Event;
 use crate::virtio::blk::features;
 use crate::virtio::blk::request::ID_BYTES;
@@ -222,7 +222,7 @@ impl Vring {
         };
         context.report_small_ring(stopped.size);
         let (sender, commands) = mpsc::channel();
-        let wake = match Bell::new() {
+        let wake = match EventNotifier::new() {
             Ok(wake) => Arc::new(wake),
             Err(error) => return self.not_started(stopped, context, &error),
         };

@@ -47,7 +47,7 @@ pub(super) struct BackendOps {
 }
 
 impl BackendOps {
-    /// Opens a queue of the back-end for a virtqueue of `size` descriptors, which watches the worker's bell and `kick`.
+    /// Opens a queue of the back-end for a virtqueue of `size` descriptors, which watches the worker's notifier and `kick`.
     /// When the back-end cannot open one, reports that, and every request fails.
     pub(super) fn open(setup: &Setup, size: u16, kick: Option<&File>) -> Self {
         // One more than the virtqueue holds: the engine's sync.

@@ -52,7 +52,7 @@ use super::shared_memory::inflight::Tracker;
 use super::virtqueue::guest_memory::GuestMemory;
 use super::virtqueue::split_ring::SplitRing;
 use crate::backend::{Completion, DurableWrite, Geometry, Op};
-use crate::base::sync::Bell;
+use crate::base::sync::EventNotifier;
 #[cfg(all(test, feature = "model"))]
 use crate::base::sync::interleavings::{Mutant, planted};
 use crate::base::sync::mpsc::Receiver;
@@ -81,7 +81,7 @@ pub(super) struct Setup {
     pub acked_features: u64,
     pub serial: Arc<[u8; ID_BYTES]>,
     pub commands: Receiver<WorkerCommand>,
-    pub wake: Arc<Bell>,
+    pub wake: Arc<EventNotifier>,
 }
 
 struct Worker {

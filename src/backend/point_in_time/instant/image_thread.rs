@@ -144,7 +144,7 @@ impl ImageThread<'_> {
         while copy.phase() == Phase::Prepared {
             self.queue.wait(None).map_err(cannot_wait)?;
         }
-        self.instant.changed.ring();
+        self.instant.changed.notify();
         while let Some(urgent) = copy.take_urgent() {
             self.urgent.extend(urgent);
             self.handle_stored()?;

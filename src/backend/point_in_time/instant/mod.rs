@@ -23,7 +23,7 @@ use super::copy::Copy;
 use super::target_handle::{Liveness, TargetHandle};
 use super::{PointInTime, Tuning, target_reports};
 use crate::backend::Backend;
-use crate::base::sync::{Bell, reused};
+use crate::base::sync::{EventNotifier, reused};
 use crate::disk::{CopyError, CopyOptions, ExportOptions, ExportStatus};
 use image_thread::Request;
 pub use reader::{InstantReader, PendingRead, ReadError, StatusExtent};
@@ -38,8 +38,8 @@ pub(super) struct Instant {
     pub(super) zero: Bitmap,
     /// `None`: the thread that reads the image has ended.
     links: Mutex<Option<Links>>,
-    /// Rung when the instant begins, and when it is over.
-    pub(super) changed: Bell,
+    /// Notified when the instant begins, and when it is over.
+    pub(super) changed: EventNotifier,
 }
 
 /// Where readers send what they want.
@@ -103,7 +103,7 @@ impl PointInTime {
         copy.export = Some(Arc::new(counters));
         let copy = Arc::new(copy);
         let links = Mutex::new(Some(Links { requests: Vec::new(), scratch: scratch.reads }));
-        let changed = Bell::new().map_err(no_resources)?;
+        let changed = EventNotifier::new().map_err(no_resources)?;
         let instant = Arc::new(Instant { copy: Arc::clone(&copy), zero, links, changed });
         let started = self.start_instant_threads(&instant, scratch.stores, scratch.limit, from_threads);
         started.map_err(|error| {
@@ -124,7 +124,7 @@ impl PointInTime {
         thread::Builder::new().name("export-reports".into()).spawn(move || {
             let (publish, _) = mpsc::channel();
             target_reports::run(&reports_instant.copy, &from_threads, &publish);
-            reports_instant.changed.ring();
+            reports_instant.changed.notify();
         })?;
         let (ready, is_ready) = mpsc::sync_channel(1);
         let (open, closed) = mpsc::channel();

@@ -17,7 +17,7 @@ use super::sources::sources;
 use super::{Instant, Links};
 use crate::backend::point_in_time::Mutant;
 use crate::backend::point_in_time::copy::Phase;
-use crate::base::sync::Bell;
+use crate::base::sync::EventNotifier;
 
 /// Reads of the image start and end at multiples of this, except at its end. It is the largest logical block.
 const ALIGN: u64 = 4096;
@@ -160,8 +160,8 @@ impl InstantReader {
         &self.0.copy.name
     }
 
-    /// Rung when the instant begins and when it is over.
-    pub(crate) fn changed(&self) -> &Bell {
+    /// Notified when the instant begins and when it is over.
+    pub(crate) fn changed(&self) -> &EventNotifier {
         &self.0.changed
     }
 
