@@ -101,7 +101,7 @@ impl fmt::Display for SandboxError {
             ),
             SandboxError::Image(name, path, error) => write!(
                 f,
-                "--user {name}: that user cannot open {0} ({error}), and each ring opens it again: let the user or one of \
+                "--user {name}: that user cannot open {0} ({error}), and each queue opens it again: let the user or one of \
                  its groups read and write it, as by 'setfacl -m u:{name}:rw {0}', or ask for root (--user root)",
                 path.display()
             ),

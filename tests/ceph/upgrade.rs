@@ -70,7 +70,7 @@ fn dies_with_the_lock(server: &Server, mut new: Command, log: &Path) -> Option<i
     kill_process(pid, Signal::STOP).expect("the old daemon");
     guest::wait_until("the image is claimed", || said("the image is claimed"));
     std::thread::sleep(Duration::from_millis(300));
-    let too_late = said("ring 0 runs");
+    let too_late = said("queue 0 runs");
     if !too_late {
         new.kill().expect("our own child");
     }

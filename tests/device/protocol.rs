@@ -159,7 +159,7 @@ fn a_broken_ring_stops_no_other_ring() {
             Event::ProtocolError(why) => Some(why),
             _ => None,
         });
-        assert!(why.starts_with("ring 0 stopped"), "{what}: {why}");
+        assert!(why.starts_with("queue 0 stopped"), "{what}: {why}");
         assert_eq!(guest.write(1, 0, &[1; 512]), OK, "{what}: the other ring goes on");
         // A hold still settles, and a reset ring works again.
         rig.hold(1).unwrap();

@@ -237,7 +237,7 @@ fn random_chains_are_completed_once_and_write_only_where_they_name() {
                     .take()
                     .0
                     .iter()
-                    .any(|event| matches!(event, Event::ProtocolError(why) if why.starts_with("ring 0 stopped")));
+                    .any(|event| matches!(event, Event::ProtocolError(why) if why.starts_with("queue 0 stopped")));
                 assert!(Instant::now() < timeout, "unanswered: {:?}", rig.status());
                 std::thread::yield_now();
             }

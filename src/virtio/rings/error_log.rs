@@ -44,19 +44,19 @@ pub(in crate::virtio) fn text(event: &Event) -> Option<String> {
     Some(match event {
         Event::IoError(FailedRequest { kind, ring, offset, len, errno }) => {
             let why = std::io::Error::from_raw_os_error(errno.0);
-            format!("{} of {len} bytes at {offset} (ring {ring}) failed: {why}", kind.name())
+            format!("{} of {len} bytes at {offset} (queue {ring}) failed: {why}", kind.name())
         }
         Event::SyncError(errno) => {
             format!("sync failed: {}: acknowledged writes may be lost", std::io::Error::from_raw_os_error(errno.0))
         }
         Event::ProtocolError(what) => what.clone(),
         Event::IoStalled { ring, requests, oldest } => format!(
-            "ring {ring}: {requests} requests wait for the image's storage, the oldest for {} s: see the host's \
+            "queue {ring}: {requests} requests wait for the image's storage, the oldest for {} s: see the host's \
                  kernel log, and the storage",
             oldest.as_secs()
         ),
         Event::IoStopped(FailedRequest { kind, ring, offset, len, errno }) => format!(
-            "ring {ring} stopped: {} of {len} bytes at {offset} failed: {}. It is retained and not reported to the guest: fix \
+            "queue {ring} stopped: {} of {len} bytes at {offset} failed: {}. It is retained and not reported to the guest: fix \
              the cause, then 'virtioblkctl continue'",
             kind.name(),
             std::io::Error::from_raw_os_error(errno.0)

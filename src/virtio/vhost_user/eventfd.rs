@@ -19,7 +19,7 @@ pub(in crate::virtio) fn checked(fd: Option<File>, what: &str, ring: u8) -> Resu
         log_limited!(
             FRONT_END_LOG,
             Error,
-            "the front-end's {what} descriptor for ring {ring} is not an eventfd; it must be one"
+            "the front-end's {what} descriptor for queue {ring} is not an eventfd; it must be one"
         );
         return Err(Error::InvalidParam);
     }

@@ -76,7 +76,7 @@ impl Handler {
         drained: impl FnOnce(),
     ) -> std::result::Result<(), HandOverError> {
         if let Err(error) = self.pause_workers(timeout) {
-            wait_for(self.queues.iter().filter_map(Vring::ask_to_resume).collect(), None);
+            wait_for(self.queues.iter().filter_map(Vring::request_resume).collect(), None);
             return Err(error);
         }
         drained();
@@ -95,7 +95,7 @@ impl Handler {
 
     /// Pauses all workers at once, so that the pause is as long as the slowest request, and not as all of them together.
     fn pause_workers(&mut self, timeout: Duration) -> std::result::Result<(), HandOverError> {
-        let pausing: Vec<_> = self.queues.iter().filter_map(Vring::ask_to_pause).collect();
+        let pausing: Vec<_> = self.queues.iter().filter_map(Vring::request_pause).collect();
         if wait_for(pausing, Some(Instant::now() + timeout)) {
             return Ok(());
         }
@@ -211,7 +211,7 @@ impl Handler {
 
     /// Returns when the worker of every running ring has popped what was in it.
     pub(in crate::virtio) fn wait_until_polled(&self) {
-        wait_for(self.queues.iter().filter_map(Vring::ask_to_resume).collect(), None);
+        wait_for(self.queues.iter().filter_map(Vring::request_resume).collect(), None);
     }
 }
 

@@ -46,8 +46,8 @@ impl RingContext<'_> {
             return;
         }
         self.rings.report(Event::ProtocolError(format!(
-            "a ring has {size} descriptors, and its driver does not use indirect descriptors: a request of {} segments, \
-             which the driver may make, does not fit into the ring, and the guest would wait for it for ever: start \
+            "a queue has {size} descriptors, and its driver does not use indirect descriptors: a request of {} segments, \
+             which the driver may make, does not fit into the queue, and the guest would wait for it for ever: start \
              virtioblkd with --queue-size {size}, or give the disk a queue-size of {} in QEMU",
             self.max_segments,
             self.max_segments.saturating_add(2).next_power_of_two(),
@@ -104,8 +104,9 @@ impl Vring {
             // The ring did not start again, because its memory is gone or the image was refused. So there is no place to
             // complete these requests, or no image to retry them on.
             let (index, failed) = (self.index, std::mem::take(&mut stopped.resubmit).len());
-            let what =
-                format!("ring {index}: {failed} failed requests stay unanswered: reset the guest if it waits for them");
+            let what = format!(
+                "queue {index}: {failed} failed requests stay unanswered: reset the guest if it waits for them"
+            );
             rings.report(Event::ProtocolError(what));
         }
         self.state = Some(VringState::Stopped(stopped));
@@ -145,7 +146,7 @@ impl Vring {
             let (sender, done) = mpsc::channel();
             mailbox.send(WorkerCommand::SetCall(call, sender));
             if done.recv().is_err() {
-                log::error!("ring {}: the worker ended before it took the new call descriptor", self.index);
+                log::error!("queue {}: the worker ended before it took the new call descriptor", self.index);
             }
         } else {
             let index = self.index;
@@ -192,7 +193,7 @@ impl Vring {
                     thread.join().expect("a worker's panic ends the process");
                 }
                 rings.ring_left(self.index);
-                log::debug!("ring {} stopped at {}", self.index, stopped.next_available);
+                log::debug!("queue {} stopped at {}", self.index, stopped.next_available);
                 stopped
             }
         }
@@ -214,7 +215,7 @@ impl Vring {
         });
         let Some(ring) = ring else {
             let what = format!(
-                "ring {}: its descriptors lie outside the guest's memory, or a part of it in two regions of that; not started",
+                "queue {}: its descriptors lie outside the guest's memory, or a part of it in two regions of that; not started",
                 self.index
             );
             context.rings.report(Event::ProtocolError(what));
@@ -252,9 +253,9 @@ impl Vring {
         };
         match reused::spawn(name, body) {
             Ok(thread) => {
-                log::debug!("ring {} runs, {} descriptors", self.index, stopped.size);
+                log::debug!("queue {} runs, {} descriptors", self.index, stopped.size);
                 let sent = hand_over.send(stopped);
-                assert!(sent.is_ok(), "the thread waits for its ring");
+                assert!(sent.is_ok(), "the thread waits for its queue");
                 VringState::Running { mailbox, thread, ended }
             }
             Err(error) => {
@@ -265,7 +266,7 @@ impl Vring {
     }
 
     fn not_started(&self, stopped: StoppedRing, context: &RingContext, error: &std::io::Error) -> VringState {
-        let what = format!("ring {} cannot run: {error}; raise the limit on threads and files", self.index);
+        let what = format!("queue {} cannot run: {error}; raise the limit on threads and files", self.index);
         context.rings.report(Event::ProtocolError(what));
         VringState::Stopped(stopped)
     }

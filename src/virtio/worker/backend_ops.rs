@@ -53,7 +53,7 @@ impl BackendOps {
         // One more than the virtqueue holds: the engine's sync.
         let depth = usize::from(size).min(MAX_OPS) + 1;
         let mut io = setup.rings.backend().open_queue(depth).unwrap_or_else(|error| {
-            let what = format!("ring {}: the image's queue cannot be opened: {error}; all I/O fails", setup.index);
+            let what = format!("queue {}: the image cannot be opened for it: {error}; all I/O fails", setup.index);
             setup.rings.report(Event::ProtocolError(what));
             // Without a descriptor even for that the process ends, which the front-end sees.
             null::failing_queue(depth, errno_of(&error)).unwrap_or_else(|error| abort(setup.index, &error))
@@ -124,8 +124,8 @@ fn watch(io: &mut dyn IoQueue, ring: u32, source: Source, fd: BorrowedFd<'_>) {
 /// This is a limit and not a bug, so it is no panic.
 fn abort(ring: u32, error: &std::io::Error) -> ! {
     log::error!(
-        "ring {ring} cannot be watched: {error}; raise the limit of open files (RLIMIT_NOFILE; ulimit -n, or LimitNOFILE= \
-         in the systemd unit: ten for each ring), or allow fewer queues (--num-queues). Ended at once so that no guest \
+        "queue {ring} cannot be watched: {error}; raise the limit of open files (RLIMIT_NOFILE; ulimit -n, or LimitNOFILE= \
+         in the systemd unit: ten for each queue), or allow fewer queues (--num-queues). Ended at once so that no guest \
          hangs silently"
     );
     log::logger().flush();

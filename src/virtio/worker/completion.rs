@@ -117,7 +117,7 @@ impl Worker {
         if !self.broken {
             self.broken = true;
             self.turn.signal_broken = true;
-            self.setup.rings.report(Event::ProtocolError(format!("ring {} stopped: {why}", self.setup.index)));
+            self.setup.rings.report(Event::ProtocolError(format!("queue {} stopped: {why}", self.setup.index)));
         }
     }
 }

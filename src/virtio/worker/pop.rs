@@ -74,14 +74,14 @@ impl Worker {
     /// put the head back.
     pub(super) fn take(&mut self, head: u16) -> Admission {
         if !self.requests.is_free(head) {
-            self.break_ring("a descriptor head was made available twice or lies outside the ring");
+            self.break_ring("a descriptor head was made available twice or lies outside the queue");
             return Admission::Admitted;
         }
         let chain = self.ring.chain(&self.setup.memory, head);
         let request = match self.parser.parse(&self.setup.memory, head, chain, &self.geometry) {
             Ok(request) => request,
             Err(malformed) => {
-                let what = format!("ring {}: request {head}: {}", self.setup.index, malformed.fault);
+                let what = format!("queue {}: request {head}: {}", self.setup.index, malformed.fault);
                 self.setup.rings.report(Event::ProtocolError(what));
                 self.publish(head, 0);
                 return Admission::Admitted;

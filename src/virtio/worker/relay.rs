@@ -99,7 +99,7 @@ impl Relay {
         if let Err(error) = served.worker.backend.io.change_thread() {
             return self.log_stranded(&error);
         }
-        log::debug!("ring {}: a write does not return; another thread serves the ring", self.index);
+        log::debug!("queue {}: a write does not return; another thread serves the queue", self.index);
         let number = self.in_charge.load(Relaxed) + 1;
         self.in_charge.store(number, Release);
         self.calls.store(call + 1, Release);
@@ -116,7 +116,7 @@ impl Relay {
     /// again to start a thread.
     fn stranded_line(&self, error: &std::io::Error, now: Instant) -> Option<String> {
         let line = format_args!(
-            "ring {}: a write does not return from the image's storage, and no thread can serve the ring meanwhile: \
+            "queue {}: a write does not return from the image's storage, and no thread can serve the queue meanwhile: \
              {error}; raise the limits on threads and files",
             self.index
         );
@@ -194,7 +194,7 @@ impl Relay {
         loop {
             match self.served.try_lock() {
                 Ok(guard) => return (self.in_charge.load(Relaxed) == number).then_some(guard),
-                Err(TryLockError::Poisoned(_)) => panic!("another thread of the ring panicked"),
+                Err(TryLockError::Poisoned(_)) => panic!("another thread of the queue panicked"),
                 Err(TryLockError::WouldBlock) if self.in_charge.load(Acquire) != number => return None,
                 // A thread that wants to take over holds the lock while it checks whether it may.
                 Err(TryLockError::WouldBlock) => thread::yield_now(),
@@ -232,7 +232,7 @@ mod tests {
         let (relay, start) = (Relay::new(3), Instant::now());
         let error = std::io::Error::from_raw_os_error(libc::EAGAIN);
         let line = |after| relay.stranded_line(&error, start + after);
-        assert!(line(Duration::ZERO).unwrap().starts_with("ring 3: a write does not return"));
+        assert!(line(Duration::ZERO).unwrap().starts_with("queue 3: a write does not return"));
         // The session's watch checks four times a second.
         assert!((1..40).all(|at| line(Duration::from_millis(250) * at).is_none()));
         assert!(line(STRANDED_LOG_INTERVAL).unwrap().ends_with("(left out before it: 39 like it)"));

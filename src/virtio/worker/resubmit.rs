@@ -31,8 +31,10 @@ impl Worker {
                 // While requests are retained, a front-end can have its rings restarted as often as it likes.
                 let level = if left.is_empty() { log::Level::Info } else { log::Level::Debug };
                 let found = heads.len();
-                FRONT_END_LOG
-                    .log(level, format_args!("ring {index}: {found} requests that were not completed are resubmitted"));
+                FRONT_END_LOG.log(
+                    level,
+                    format_args!("queue {index}: {found} requests that were not completed are resubmitted"),
+                );
                 // The sum is at most the ring's size, which has 16 bits.
                 self.ring.set_next_available(used.wrapping_add(heads.len() as u16));
                 self.requests.resubmit = heads.into();

@@ -84,7 +84,7 @@ impl Worker {
         }
         if self.requests.stopped_by.take().is_some() {
             let ring = self.setup.index;
-            log::debug!("ring {ring}: {} requests are left to be resubmitted", left.len());
+            log::debug!("queue {ring}: {} requests are left to be resubmitted", left.len());
             self.setup.rings.set_retained(ring, None);
             self.setup.rings.report(Event::IoContinued { ring });
         }

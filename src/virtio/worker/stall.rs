@@ -32,7 +32,7 @@ impl Worker {
                 log_limited!(
                     STORAGE_LOG,
                     Info,
-                    "ring {ring}: the requests that waited for the image's storage are completed"
+                    "queue {ring}: the requests that waited for the image's storage are completed"
                 );
                 self.setup.rings.report(Event::IoResumed { ring });
             }

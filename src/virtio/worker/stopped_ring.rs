@@ -91,6 +91,6 @@ fn signal(index: u32, what: &str, fd: Option<&File>) {
     if let Some(fd) = fd
         && let Err(error) = syscalls::signal(fd)
     {
-        log::debug!("ring {index}: the {what} descriptor cannot be signalled: {error}");
+        log::debug!("queue {index}: the {what} descriptor cannot be signalled: {error}");
     }
 }

@@ -72,7 +72,7 @@ impl Worker {
         if !is_used && is_blank(self.setup.memory.table()) {
             // One text for all rings of the disk, so that it is logged once.
             self.setup.rings.report(Event::ProtocolError(format!(
-                "the guest kicked a ring and nothing appears in it, and its memory holds only zeroes: the memory is not \
+                "the guest kicked a queue and nothing appears in it, and its memory holds only zeroes: the memory is not \
                  shared with virtioblkd (share=off), and the guest waits for its disk for ever. Share the memory. \
                  {SHARE_MEMORY}"
             )));

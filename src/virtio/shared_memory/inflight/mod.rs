@@ -145,7 +145,7 @@ impl Inflight {
             log_limited!(
                 FRONT_END_LOG,
                 Error,
-                "the front-end's in-flight region has {has} bytes; {rings} rings of {entries} need {needed}"
+                "the front-end's in-flight region has {has} bytes; {rings} queues of {entries} need {needed}"
             );
             return Err(Error::InvalidParam);
         }
@@ -187,7 +187,7 @@ impl Inflight {
             log_limited!(
                 FRONT_END_LOG,
                 Warn,
-                "ring {index} has {size} descriptors, and the front-end's in-flight region is for {rings} rings of {}: its \
+                "queue {index} has {size} descriptors, and the front-end's in-flight region is for {rings} queues of {}: its \
                  requests in flight are not tracked, so a guest may hang if virtioblkd is killed. Another server made the \
                  region; reset the guest, and virtioblkd makes a large enough one",
                 entries + more
@@ -215,8 +215,8 @@ impl fmt::Display for InflightFault {
         f.write_str(match self {
             InflightFault::UnknownLayout => "the in-flight region is of an unknown kind",
             InflightFault::TooManyRequests => "the in-flight region has more requests than the driver waits for",
-            InflightFault::OtherRun => "the in-flight region is not of this ring's last run",
-            InflightFault::HeadOutside => "the in-flight region names a head outside the ring",
+            InflightFault::OtherRun => "the in-flight region is not of this queue's last run",
+            InflightFault::HeadOutside => "the in-flight region names a head outside the queue",
         })
     }
 }

@@ -101,7 +101,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             log_limited!(
                 FRONT_END_LOG,
                 Error,
-                "the front-end asks for a ring of {num} descriptors: a power of two up to {largest} is allowed; give \
+                "the front-end asks for a queue of {num} descriptors: a power of two up to {largest} is allowed; give \
                  --queue-size a larger number, or the front-end's queue-size a smaller one (QEMU 10.0.13 ignores it and \
                  needs --queue-size 1024)"
             );
@@ -129,7 +129,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             let (Some(descriptors), Some(available), Some(used)) = (descriptors, available, used) else {
                 let shared = memory.record().count();
                 rings.report(Event::ProtocolError(format!(
-                    "the front-end places ring {index} in guest memory that it does not share with virtioblkd (it shares {shared} regions): the disk \
+                    "the front-end places queue {index} in guest memory that it does not share with virtioblkd (it shares {shared} regions): the disk \
                      cannot be served. Share the memory. \
                      {SHARE_MEMORY}"
                 )));
@@ -137,7 +137,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             };
             let addresses = RingAddresses { descriptors, available, used };
             ring.set_addresses(addresses, memory.memory()).map_err(|fault| {
-                log_limited!(FRONT_END_LOG, Error, "the front-end places ring {index} at {addresses:x?}: {fault}");
+                log_limited!(FRONT_END_LOG, Error, "the front-end places queue {index} at {addresses:x?}: {fault}");
                 Error::InvalidParam
             })
         })
@@ -169,7 +169,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             log_limited!(
                 FRONT_END_LOG,
                 Error,
-                "the front-end wants ring {index} to be polled without a kick descriptor: not supported"
+                "the front-end wants queue {index} to be polled without a kick descriptor: not supported"
             );
             return Err(Error::InvalidParam);
         }
@@ -270,7 +270,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             log_limited!(
                 FRONT_END_LOG,
                 Error,
-                "the front-end asks for an in-flight region of {rings} rings of {entries}; {most} of {MAX_ENTRIES} are \
+                "the front-end asks for an in-flight region of {rings} queues of {entries}; {most} of {MAX_ENTRIES} are \
                  allowed: give its num-queues a smaller number, or --num-queues a larger one"
             );
             return Err(Error::InvalidParam);

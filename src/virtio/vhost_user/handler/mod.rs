@@ -156,7 +156,7 @@ impl Handler {
             log_limited!(
                 FRONT_END_LOG,
                 Error,
-                "the front-end names ring {index}, but only {} are allowed: give its num-queues a smaller number or \
+                "the front-end names queue {index}, but only {} are allowed: give its num-queues a smaller number or \
                  --num-queues a larger one",
                 self.limits.num_queues
             );
