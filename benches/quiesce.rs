@@ -101,7 +101,7 @@ fn measure(image: &Path, mode: CacheMode, options: &Options) -> Vec<Held> {
         std::thread::sleep(Duration::from_micros(20_000 + prng.below(20_000)));
         load.forget();
         let begun = Instant::now();
-        let reply = operator.ask("quiesce", json!({"timeout-ms": 60_000}), Duration::from_secs(70));
+        let reply = operator.execute("quiesce", json!({"timeout-ms": 60_000}), Duration::from_secs(70));
         let took = begun.elapsed();
         let reply = reply.unwrap_or_else(|failure| panic!("{failure}"));
         std::thread::sleep(AFTERWARDS);
@@ -114,7 +114,7 @@ fn measure(image: &Path, mode: CacheMode, options: &Options) -> Vec<Held> {
             drain: Duration::from_micros(number("drain-us")),
             drained: number("drained"),
         });
-        let resumed = operator.ask("resume", json!({"token": reply["token"]}), Duration::from_secs(10));
+        let resumed = operator.execute("resume", json!({"token": reply["token"]}), Duration::from_secs(10));
         resumed.unwrap_or_else(|failure| panic!("{failure}"));
     }
     found

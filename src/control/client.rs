@@ -137,14 +137,14 @@ impl Client {
     }
 
     /// Sends a request and waits for its reply. [`Client::next`] returns the events that arrive meanwhile.
-    pub fn ask(&mut self, command: &str, arguments: Value, timeout: Duration) -> Result<Value, Failure> {
+    pub fn execute(&mut self, command: &str, arguments: Value, timeout: Duration) -> Result<Value, Failure> {
         self.send(command, arguments)?;
         self.reply(Instant::now() + timeout)
     }
 
     /// Sends `query-status` and waits for the reply.
     pub fn query_status(&mut self, timeout: Duration) -> Result<Status, Failure> {
-        parse(self.ask("query-status", json!({}), timeout)?)
+        parse(self.execute("query-status", json!({}), timeout)?)
     }
 
     fn reply(&mut self, deadline: Instant) -> Result<Value, Failure> {
@@ -156,7 +156,7 @@ impl Client {
         }
     }
 
-    /// Sends a request together with a descriptor, and waits for the reply as [`Client::ask`] does.
+    /// Sends a request together with a descriptor, and waits for the reply as [`Client::execute`] does.
     pub fn pass_descriptor(
         &mut self,
         command: &str,

@@ -202,7 +202,7 @@ pub(super) fn end(disk: &DiskPlaces, deadline: Instant) -> Result<(), String> {
         if asked.is_none_or(|at| at.elapsed() >= QUIT_INTERVAL) {
             // It may not listen yet, or no longer.
             let quit = Client::connect_within(&disk.control, POLL_INTERVAL * 10)
-                .and_then(|mut client| client.ask("quit", json!({}), REPLY_TIMEOUT));
+                .and_then(|mut client| client.execute("quit", json!({}), REPLY_TIMEOUT));
             asked = quit.is_ok().then(Instant::now);
             refusal = quit.err().filter(|failure| !matches!(failure.code.as_str(), "no-daemon" | "no-answer"));
         }

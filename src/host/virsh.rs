@@ -56,7 +56,7 @@ pub fn attempt(arguments: &[&str], timeout: Duration) -> Result<String, VirshErr
             Some(_) => said(&err),
             None => format!("virsh {what} failed ({status}) and did not say why: run it by hand"),
         }),
-        CommandEnd::TimedOut | CommandEnd::Stopped => Err(format!(
+        CommandEnd::TimedOut | CommandEnd::Cancelled => Err(format!(
             "virsh {what} did not end within {} s: see whether libvirtd works (systemctl status libvirtd)",
             timeout.as_secs()
         )),

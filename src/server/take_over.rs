@@ -84,7 +84,7 @@ impl TakeOver {
             return Err(refuse(GAVE_UP.into()));
         }
         let mut client = Client::connect(path).map_err(|failure| refuse(failure.message))?;
-        let reply = client.ask("hand-over", json!({ "version": VERSION }), REPLY_TIMEOUT);
+        let reply = client.execute("hand-over", json!({ "version": VERSION }), REPLY_TIMEOUT);
         reply.map_err(|failure| match failure.code.as_str() {
             "unknown-command" => refuse("the running virtioblkd is too old for an upgrade: restart it instead".into()),
             _ => refuse(failure.message),

@@ -20,7 +20,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use serde_json::{Value, json};
 
 use super::bounded;
-use super::wait::{Stop, Wake, pause, wait};
+use super::wait::{CancelFd, WaitEnd, pause, wait};
 
 /// The most bytes that are read for one reply, stale replies included.
 const MAX_INPUT: usize = 4 << 20;
@@ -39,14 +39,14 @@ pub enum AgentError {
     /// The agent refuses: it did nothing, or has undone what it did.
     Refused(String),
     /// A signal ended the wait; the agent may carry the command out later.
-    Stopped,
+    Cancelled,
 }
 
 impl fmt::Display for AgentError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             AgentError::Silent(text) | AgentError::Lost(text) | AgentError::Refused(text) => f.write_str(text),
-            AgentError::Stopped => f.write_str("interrupted"),
+            AgentError::Cancelled => f.write_str("interrupted"),
         }
     }
 }
@@ -54,8 +54,14 @@ impl fmt::Display for AgentError {
 /// A channel to a guest's agent.
 pub trait AgentChannel {
     /// Sends a command and waits for the reply, for `timeout` at most. All earlier commands are done when the reply
-    /// arrives. `stop` ends the wait, but not the command.
-    fn ask(&mut self, command: &str, arguments: Value, timeout: Duration, stop: Stop<'_>) -> Result<Value, AgentError>;
+    /// arrives. `cancel` ends the wait, but not the command.
+    fn execute(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        timeout: Duration,
+        cancel: CancelFd<'_>,
+    ) -> Result<Value, AgentError>;
 }
 
 /// The agent's socket, as QEMU made it (`-chardev socket,path=...` with a `virtserialport` named
@@ -97,9 +103,10 @@ impl AgentSocket {
     }
 
     /// Connects if necessary, and waits until the agent's next reply is one to us.
-    fn synchronize(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<(), AgentError> {
+    fn synchronize(&mut self, deadline: Instant, cancel: CancelFd<'_>) -> Result<(), AgentError> {
         if self.link.is_none() {
-            self.link = Some(AgentConnection { stream: self.open(deadline, stop)?, input: Vec::new(), in_sync: false });
+            self.link =
+                Some(AgentConnection { stream: self.open(deadline, cancel)?, input: Vec::new(), in_sync: false });
         }
         while self.link.as_ref().is_some_and(|link| !link.in_sync) {
             self.next_id += 1;
@@ -108,7 +115,7 @@ impl AgentSocket {
             self.send(format!("\u{00}{request}\n").into_bytes(), true)?;
             let again = (Instant::now() + SYNC_RETRY_INTERVAL).min(deadline);
             loop {
-                match self.line(again, stop) {
+                match self.line(again, cancel) {
                     Ok(line) => {
                         // The bytes before the 0xFF belong to an earlier client.
                         let at = line.iter().rposition(|byte| *byte == 0xff);
@@ -155,7 +162,7 @@ impl AgentSocket {
     }
 
     /// Reads the next line, without its newline.
-    fn line(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<Vec<u8>, AgentError> {
+    fn line(&mut self, deadline: Instant, cancel: CancelFd<'_>) -> Result<Vec<u8>, AgentError> {
         let (mut searched, mut read) = (0, 0);
         loop {
             let silent = self.silent();
@@ -171,10 +178,10 @@ impl AgentSocket {
                 self.link = None;
                 return Err(AgentError::Lost(format!("{shown} sends without end: it is no guest agent")));
             }
-            match wait(&[link.stream.as_fd()], stop, deadline) {
-                Ok(Wake::Ready(_)) => {}
-                Ok(Wake::Stopped) => return Err(AgentError::Stopped),
-                Ok(Wake::TimedOut) => return Err(silent),
+            match wait(&[link.stream.as_fd()], cancel, deadline) {
+                Ok(WaitEnd::Ready(_)) => {}
+                Ok(WaitEnd::Cancelled) => return Err(AgentError::Cancelled),
+                Ok(WaitEnd::TimedOut) => return Err(silent),
                 Err(error) => return Err(AgentError::Lost(format!("{shown}: poll: {error}"))),
             }
             let mut buffer = [0; 16 * 1024];
@@ -196,7 +203,7 @@ impl AgentSocket {
         }
     }
 
-    fn open(&self, deadline: Instant, stop: Stop<'_>) -> Result<UnixStream, AgentError> {
+    fn open(&self, deadline: Instant, cancel: CancelFd<'_>) -> Result<UnixStream, AgentError> {
         let lost = |errno: Errno| {
             let fix = match errno {
                 Errno::NOENT => ": start the guest, and give the socket of its agent's channel",
@@ -215,9 +222,9 @@ impl AgentSocket {
                 Ok(()) => return Ok(UnixStream::from(socket)),
                 // The queue of connections to accept is full.
                 Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => {
-                    match pause(Duration::from_millis(50), stop) {
+                    match pause(Duration::from_millis(50), cancel) {
                         Ok(true) => {}
-                        Ok(false) => return Err(AgentError::Stopped),
+                        Ok(false) => return Err(AgentError::Cancelled),
                         Err(error) => return Err(AgentError::Lost(format!("{}: poll: {error}", self.shown()))),
                     }
                 }
@@ -229,16 +236,22 @@ impl AgentSocket {
 }
 
 impl AgentChannel for AgentSocket {
-    fn ask(&mut self, command: &str, arguments: Value, timeout: Duration, stop: Stop<'_>) -> Result<Value, AgentError> {
+    fn execute(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        timeout: Duration,
+        cancel: CancelFd<'_>,
+    ) -> Result<Value, AgentError> {
         let deadline = Instant::now() + timeout;
-        self.synchronize(deadline, stop)?;
+        self.synchronize(deadline, cancel)?;
         let mut request = json!({"execute": command});
         if !arguments.is_null() {
             request["arguments"] = arguments;
         }
         self.link()?.in_sync = false;
         self.send(format!("{request}\n").into_bytes(), false)?;
-        let line = self.line(deadline, stop)?;
+        let line = self.line(deadline, cancel)?;
         self.link()?.in_sync = true;
         answer(&self.shown(), command, &line).inspect_err(|error| {
             if matches!(error, AgentError::Lost(_)) {
@@ -287,7 +300,8 @@ mod tests {
             });
             let (done, result) = mpsc::channel();
             std::thread::spawn(move || {
-                let asked = AgentSocket::new(&path).ask("guest-ping", Value::Null, Duration::from_millis(500), None);
+                let asked =
+                    AgentSocket::new(&path).execute("guest-ping", Value::Null, Duration::from_millis(500), None);
                 done.send(asked)
             });
             let asked = result.recv_timeout(Duration::from_secs(60)).expect("it waits for ever");

@@ -19,7 +19,7 @@ use super::guest::Guest;
 use super::hooks;
 use super::plan::{self, Consistency};
 use super::receipt::Receipt;
-use super::wait::{Wake, wait};
+use super::wait::{WaitEnd, wait};
 use crate::base::figures::count;
 use crate::base::rate_limit::LogLimit;
 use crate::base::signals::Signals;
@@ -157,9 +157,9 @@ impl Attendant<'_> {
             let fds: Vec<BorrowedFd<'_>> =
                 self.disks.iter().filter_map(|disk| disk.client.as_ref().map(AsFd::as_fd)).collect();
             match wait(&fds, Some(self.signals.as_fd()), self.next_deadline()) {
-                Ok(Wake::Stopped) => self.stop()?,
-                Ok(Wake::Ready(_)) => {}
-                Ok(Wake::TimedOut) => self.retry(),
+                Ok(WaitEnd::Cancelled) => self.stop()?,
+                Ok(WaitEnd::Ready(_)) => {}
+                Ok(WaitEnd::TimedOut) => self.retry(),
                 Err(error) => return Err(Failure::new("internal", format!("poll: {error}"))),
             }
         }
@@ -184,7 +184,7 @@ impl Attendant<'_> {
         let who = format!("virtioblkctl attend, level {}", plan.level.name());
         let allowed = plan.allowed().as_millis() as u64;
         let arguments = json!({"required": !plan.or_weaker, "timeout-ms": allowed, "who": who});
-        client.ask("attend", arguments, timeout).map_err(blame)?;
+        client.execute("attend", arguments, timeout).map_err(blame)?;
         disk.image = image_path(&status.disk);
         disk.client = Some(client);
         Ok(())
@@ -274,8 +274,9 @@ impl Attendant<'_> {
         freezer.receipt.instant = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         let disks = self.disks.iter().map(|disk| (disk.control.as_path(), disk.image.as_deref()));
         let environment = hooks::environment(disks, plan.level);
-        let stop = Some(self.signals.as_fd());
-        let outcome = freezer.start(environment).and_then(|()| freezer.freeze(stop)).map_err(|failure| failure.message);
+        let cancel = Some(self.signals.as_fd());
+        let outcome =
+            freezer.start(environment).and_then(|()| freezer.freeze(cancel)).map_err(|failure| failure.message);
         if let Err(why) = &outcome {
             freezer.warn(format!("not prepared: {why}"));
         }

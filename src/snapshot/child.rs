@@ -11,7 +11,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
 use super::spawn;
-use super::wait::{Stop, Wake, wait};
+use super::wait::{CancelFd, WaitEnd, wait};
 
 /// How long a command may take to end after SIGTERM.
 const TERMINATION_TIMEOUT: Duration = Duration::from_secs(2);
@@ -26,43 +26,44 @@ pub enum CommandEnd {
     /// We ended the command, because it took too long.
     TimedOut,
     /// We ended the command, because a signal arrived.
-    Stopped,
+    Cancelled,
 }
 
 impl CommandEnd {
     /// Returns what went wrong, as the end of a sentence that begins with the command's name. `None`: the command
     /// succeeded. `allowed`: how long the command was allowed to take.
-    pub fn complaint(&self, allowed: Duration) -> Option<String> {
+    pub fn describe_failure(&self, allowed: Duration) -> Option<String> {
         match self {
             CommandEnd::Status(status) if status.success() => None,
             CommandEnd::Status(status) => Some(format!("failed ({status})")),
             CommandEnd::TimedOut => Some(format!("did not end within {allowed:?} and was killed")),
-            CommandEnd::Stopped => Some("was ended, because the snapshot was interrupted".into()),
+            CommandEnd::Cancelled => Some("was ended, because the snapshot was interrupted".into()),
         }
     }
 }
 
 /// Runs `command` in a process group of its own, without input and with `mask` as its blocked signals, until
-/// `deadline`. If the command takes too long, or `stop` becomes readable, the whole group is ended. `leashed`: the
+/// `deadline`. If the command takes too long, or `cancel` becomes readable, the whole group is ended. `ends_with_parent`: the
 /// kernel sends the command SIGTERM if we die. Fails if the command cannot be started.
 pub fn run(
     mut command: Command,
     mask: SigSet,
-    leashed: bool,
+    ends_with_parent: bool,
     deadline: Instant,
-    stop: Stop<'_>,
+    cancel: CancelFd<'_>,
 ) -> io::Result<CommandEnd> {
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
     command.stdin(Stdio::null());
-    let mut child = if leashed { spawn::leashed(command, mask)? } else { spawn::with_mask(command, mask)? };
-    let watched = watch(&mut child, deadline, stop);
+    let mut child =
+        if ends_with_parent { spawn::ended_with_parent(command, mask)? } else { spawn::with_mask(command, mask)? };
+    let watched = watch(&mut child, deadline, cancel);
     match watched {
         Ok(Some(status)) => Ok(CommandEnd::Status(status)),
         Ok(None) => {
-            let stopped =
-                stop.is_some_and(|fd| wait(&[fd], None, Instant::now()).is_ok_and(|wake| wake != Wake::TimedOut));
+            let is_cancelled =
+                cancel.is_some_and(|fd| wait(&[fd], None, Instant::now()).is_ok_and(|wake| wake != WaitEnd::TimedOut));
             end(&mut child)?;
-            Ok(if stopped { CommandEnd::Stopped } else { CommandEnd::TimedOut })
+            Ok(if is_cancelled { CommandEnd::Cancelled } else { CommandEnd::TimedOut })
         }
         Err(error) => {
             end(&mut child)?;
@@ -72,11 +73,15 @@ pub fn run(
 }
 
 /// Runs a command as [`run`] does and returns what it printed, standard output and standard error.
-pub fn output(mut command: Command, deadline: Instant, stop: Stop<'_>) -> io::Result<(CommandEnd, String, String)> {
+pub fn output(
+    mut command: Command,
+    deadline: Instant,
+    cancel: CancelFd<'_>,
+) -> io::Result<(CommandEnd, String, String)> {
     let file = || memfd_create("output", MemfdFlags::CLOEXEC).map(File::from);
     let (out, err) = (file()?, file()?);
     command.stdout(out.try_clone()?).stderr(err.try_clone()?);
-    let ended = run(command, SigSet::empty(), false, deadline, stop)?;
+    let ended = run(command, SigSet::empty(), false, deadline, cancel)?;
     Ok((ended, text(out)?, text(err)?))
 }
 
@@ -87,11 +92,11 @@ fn text(mut file: File) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-fn watch(child: &mut Child, deadline: Instant, stop: Stop<'_>) -> io::Result<Option<ExitStatus>> {
+fn watch(child: &mut Child, deadline: Instant, cancel: CancelFd<'_>) -> io::Result<Option<ExitStatus>> {
     let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
-    match wait(&[pidfd.as_fd()], stop, deadline)? {
-        Wake::Ready(_) => Ok(Some(child.wait()?)),
-        Wake::Stopped | Wake::TimedOut => Ok(None),
+    match wait(&[pidfd.as_fd()], cancel, deadline)? {
+        WaitEnd::Ready(_) => Ok(Some(child.wait()?)),
+        WaitEnd::Cancelled | WaitEnd::TimedOut => Ok(None),
     }
 }
 

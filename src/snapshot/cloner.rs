@@ -20,7 +20,7 @@ use rustix::fs::ioctl_ficlone;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
-use super::wait::{Stop, Wake, wait};
+use super::wait::{CancelFd, WaitEnd, wait};
 use crate::control::client::Failure;
 use crate::upgrade::Channel;
 
@@ -100,7 +100,7 @@ impl Cloner {
     /// Waits a short time for the end of a killed cloner. Returns `false` if it hangs in the kernel.
     pub fn has_ended(&mut self) -> bool {
         let Ok(pidfd) = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()) else { return true };
-        let ended = matches!(wait(&[pidfd.as_fd()], None, Instant::now() + END_TIMEOUT), Ok(Wake::Ready(_)));
+        let ended = matches!(wait(&[pidfd.as_fd()], None, Instant::now() + END_TIMEOUT), Ok(WaitEnd::Ready(_)));
         if ended {
             // The cloner has ended; reap it.
             let _ = self.child.wait();
@@ -124,8 +124,8 @@ impl Drop for Cloner {
 }
 
 /// Waits for the results of all cloners, each of which has begun. Returns the results in the same order. Kills the
-/// cloners that have not finished at `deadline`, or when `stop` becomes readable.
-pub fn wait_for(cloners: &mut [&mut Cloner], deadline: Instant, stop: Stop<'_>) -> Vec<CloneOutcome> {
+/// cloners that have not finished at `deadline`, or when `cancel` becomes readable.
+pub fn wait_for(cloners: &mut [&mut Cloner], deadline: Instant, cancel: CancelFd<'_>) -> Vec<CloneOutcome> {
     let mut outcomes: Vec<Option<CloneOutcome>> = cloners.iter().map(|_| None).collect();
     let over = loop {
         let waiting: Vec<usize> = (0..cloners.len()).filter(|at| outcomes[*at].is_none()).collect();
@@ -133,15 +133,15 @@ pub fn wait_for(cloners: &mut [&mut Cloner], deadline: Instant, stop: Stop<'_>) 
             break CloneOutcome::TimedOut;
         }
         let fds: Vec<BorrowedFd<'_>> = waiting.iter().map(|at| cloners[*at].as_fd()).collect();
-        match wait(&fds, stop, deadline) {
-            Ok(Wake::Ready(ready)) => {
+        match wait(&fds, cancel, deadline) {
+            Ok(WaitEnd::Ready(ready)) => {
                 for (at, _) in waiting.into_iter().zip(ready).filter(|(_, ready)| *ready) {
                     outcomes[at] =
                         Some(cloners[at].outcome().map_or_else(CloneOutcome::Failed, |()| CloneOutcome::Shared));
                 }
             }
-            Ok(Wake::Stopped) => break CloneOutcome::Stopped,
-            Ok(Wake::TimedOut) => break CloneOutcome::TimedOut,
+            Ok(WaitEnd::Cancelled) => break CloneOutcome::Cancelled,
+            Ok(WaitEnd::TimedOut) => break CloneOutcome::TimedOut,
             Err(error) => break CloneOutcome::Failed(error),
         }
     };
@@ -153,7 +153,7 @@ pub fn wait_for(cloners: &mut [&mut Cloner], deadline: Instant, stop: Stop<'_>) 
     let rest = |outcome: Option<CloneOutcome>| {
         outcome.unwrap_or(match &over {
             CloneOutcome::Failed(error) => CloneOutcome::Failed(io::Error::from(error.kind())),
-            CloneOutcome::Stopped => CloneOutcome::Stopped,
+            CloneOutcome::Cancelled => CloneOutcome::Cancelled,
             _ => CloneOutcome::TimedOut,
         })
     };
@@ -170,7 +170,7 @@ pub enum CloneOutcome {
     /// The clone had not finished at the deadline.
     TimedOut,
     /// A signal arrived before the clone had finished.
-    Stopped,
+    Cancelled,
 }
 
 /// Removes `path`, the name of `file`, in a process of its own, because the filesystem may hang. The error names what
@@ -185,7 +185,7 @@ pub fn remove(path: &std::path::Path, file: &File) -> Result<(), Failure> {
     });
     sent.map_err(|error| left(error.to_string()))?;
     match wait(&[cloner.as_fd()], None, Instant::now() + END_TIMEOUT) {
-        Ok(Wake::Ready(_)) => cloner.outcome().map_err(|error| left(format!("{error}; remove it"))),
+        Ok(WaitEnd::Ready(_)) => cloner.outcome().map_err(|error| left(format!("{error}; remove it"))),
         _ => {
             let pid = cloner.pid();
             // The process continues the removal.

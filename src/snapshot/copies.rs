@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::disks::{Disks, OnFailure, interrupted};
 use super::plan::SnapshotPlan;
-use super::wait::{Stop, Wake, wait};
+use super::wait::{CancelFd, WaitEnd, wait};
 use crate::base::figures::bytes;
 use crate::control::client::{Client, Failure, REPLY_TIMEOUT};
 
@@ -57,7 +57,7 @@ pub fn prepare(disks: &mut Disks, disk: usize, target: &Path, plan: &SnapshotPla
         arguments["detached"] = json!(true);
     }
     let disk_at = &mut disks.list[disk];
-    let answer = disk_at.client()?.ask("copy-prepare", arguments, REPLY_TIMEOUT);
+    let answer = disk_at.client()?.execute("copy-prepare", arguments, REPLY_TIMEOUT);
     let answer = answer.map_err(|failure| match failure.code.as_str() {
         "unknown-command" => Failure::new(
             "unknown-command",
@@ -70,14 +70,14 @@ pub fn prepare(disks: &mut Disks, disk: usize, target: &Path, plan: &SnapshotPla
 }
 
 /// Fixes the instant of all copies, while all disks are held.
-pub fn start(disks: &mut Disks, copies: &[DiskCopy], stop: Stop<'_>) -> Result<(), Failure> {
+pub fn start(disks: &mut Disks, copies: &[DiskCopy], cancel: CancelFd<'_>) -> Result<(), Failure> {
     let request = |copy: &DiskCopy| {
         let token = disks.list[copy.disk].token().unwrap_or_default();
         (copy.disk, "copy-start", json!({"copy": copy.name, "token": token}))
     };
     let requests = copies.iter().map(request).collect();
     let deadline = (Instant::now() + REPLY_TIMEOUT).min(disks.lease_ends());
-    for answer in disks.ask(requests, deadline, stop, OnFailure::StopWaiting) {
+    for answer in disks.execute(requests, deadline, cancel, OnFailure::StopWaiting) {
         answer.result.map_err(|why| disks.list[answer.disk].blame("could not be copied", why))?;
     }
     Ok(())
@@ -86,7 +86,7 @@ pub fn start(disks: &mut Disks, copies: &[DiskCopy], stop: Stop<'_>) -> Result<(
 /// Queries the status of the copies. The error is that of the first copy that failed.
 pub fn query(disks: &mut Disks, copies: &mut [DiskCopy]) -> Result<(), Failure> {
     let requests = copies.iter().map(|copy| (copy.disk, "query-copies", json!({}))).collect();
-    let answers = disks.ask(requests, Instant::now() + REPLY_TIMEOUT, None, OnFailure::WaitForAll);
+    let answers = disks.execute(requests, Instant::now() + REPLY_TIMEOUT, None, OnFailure::WaitForAll);
     for (copy, answer) in copies.iter_mut().zip(answers) {
         let blame = |why| disks.list[answer.disk].blame("is copied by a daemon that is lost", why);
         let list = answer.result.map_err(blame)?;
@@ -108,9 +108,14 @@ pub fn query(disks: &mut Disks, copies: &mut [DiskCopy]) -> Result<(), Failure> 
     Ok(())
 }
 
-/// Waits until all copies are complete. The error is that of the first copy that failed; `interrupted`: `stop` became
+/// Waits until all copies are complete. The error is that of the first copy that failed; `interrupted`: `cancel` became
 /// readable. `progress`: show the progress on standard error.
-pub fn wait_for(disks: &mut Disks, copies: &mut [DiskCopy], progress: bool, stop: Stop<'_>) -> Result<(), Failure> {
+pub fn wait_for(
+    disks: &mut Disks,
+    copies: &mut [DiskCopy],
+    progress: bool,
+    cancel: CancelFd<'_>,
+) -> Result<(), Failure> {
     let mut shown = progress.then(|| Progress { show: crate::base::logging::show_progress, start: None, last: None });
     loop {
         query(disks, copies)?;
@@ -121,9 +126,9 @@ pub fn wait_for(disks: &mut Disks, copies: &mut [DiskCopy], progress: bool, stop
             return Ok(());
         }
         let fds: Vec<_> = copies.iter().filter_map(|copy| disks.list[copy.disk].fd()).collect();
-        match wait(&fds, stop, Instant::now() + STATUS_INTERVAL) {
-            Ok(Wake::Stopped) => return Err(interrupted()),
-            Ok(Wake::Ready(_) | Wake::TimedOut) => {}
+        match wait(&fds, cancel, Instant::now() + STATUS_INTERVAL) {
+            Ok(WaitEnd::Cancelled) => return Err(interrupted()),
+            Ok(WaitEnd::Ready(_) | WaitEnd::TimedOut) => {}
             Err(error) => return Err(Failure::new("internal", format!("poll: {error}"))),
         }
         for copy in copies.iter() {
@@ -154,14 +159,15 @@ fn undo_one(disks: &mut Disks, copy: &DiskCopy) -> Result<(), String> {
     };
     let end = Instant::now() + REPLY_TIMEOUT;
     loop {
-        match client.ask("copy-cancel", json!({"copy": copy.name}), REPLY_TIMEOUT) {
+        match client.execute("copy-cancel", json!({"copy": copy.name}), REPLY_TIMEOUT) {
             Ok(_) => return Ok(()),
             // The copy has ended, or it is just getting its name, which cannot be stopped.
             Err(failure) if matches!(failure.code.as_str(), "no-such-copy" | "busy") => {}
             Err(why) => return Err(format!("the copy to '{shown}' could not be cancelled: {why}")),
         }
-        let list =
-            client.ask("query-copies", json!({}), REPLY_TIMEOUT).map_err(|why| format!("is '{shown}' there? {why}"))?;
+        let list = client
+            .execute("query-copies", json!({}), REPLY_TIMEOUT)
+            .map_err(|why| format!("is '{shown}' there? {why}"))?;
         let list = list.as_array().map(Vec::as_slice).unwrap_or_default();
         let found = list.iter().find(|status| status["copy"] == *copy.name);
         match found.and_then(|status| status["state"].as_str()) {

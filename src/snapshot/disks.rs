@@ -13,7 +13,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Value, json};
 
-use super::wait::{Stop, Wake, wait};
+use super::wait::{CancelFd, WaitEnd, wait};
 use crate::control::client::{Client, Failure, REPLY_TIMEOUT};
 use crate::control::is_trusted;
 use crate::disk::DiskStatus;
@@ -72,7 +72,7 @@ impl Disks {
 
     /// Closes every gate at once and waits until all disks are still. Returns the instant: from now until
     /// [`Disks::resume`] nothing changes on any disk. The caller must call [`Disks::resume`] also after an error.
-    pub fn hold(&mut self, timeout: Duration, who: &str, stop: Stop<'_>) -> Result<SystemTime, Failure> {
+    pub fn hold(&mut self, timeout: Duration, who: &str, cancel: CancelFd<'_>) -> Result<SystemTime, Failure> {
         let lease = self.lease.as_millis() as u64;
         let arguments = json!({"timeout-ms": timeout.as_millis() as u64, "lease-ms": lease, "who": who});
         let now = Instant::now();
@@ -83,7 +83,7 @@ impl Disks {
         }
         let requests = (0..self.list.len()).map(|disk| (disk, "quiesce", arguments.clone())).collect();
         let mut failure = None;
-        for answer in self.ask(requests, now + timeout + REPLY_MARGIN, stop, OnFailure::StopWaiting) {
+        for answer in self.execute(requests, now + timeout + REPLY_MARGIN, cancel, OnFailure::StopWaiting) {
             let disk = &mut self.list[answer.disk];
             match answer.result {
                 Ok(figures) => {
@@ -114,7 +114,7 @@ impl Disks {
             }
         }
         let mut failure = None;
-        for answer in self.ask(held, Instant::now() + REPLY_TIMEOUT, None, OnFailure::WaitForAll) {
+        for answer in self.execute(held, Instant::now() + REPLY_TIMEOUT, None, OnFailure::WaitForAll) {
             let disk = &mut self.list[answer.disk];
             disk.held = disk.asked.map_or(Duration::ZERO, |asked| answer.when.saturating_duration_since(asked));
             if let Err(why) = answer.result {
@@ -127,11 +127,11 @@ impl Disks {
     /// Sends commands to disks, all at once: (index of the disk, command, arguments). Returns the replies in the same
     /// order. Closes a connection whose reply has not arrived at the end. `on_failure`: what a failure does to the
     /// other requests.
-    pub fn ask(
+    pub fn execute(
         &mut self,
         requests: Vec<(usize, &'static str, Value)>,
         deadline: Instant,
-        stop: Stop<'_>,
+        cancel: CancelFd<'_>,
         on_failure: OnFailure,
     ) -> Vec<DiskReply> {
         let mut answers: Vec<(usize, Option<DiskReply>)> = Vec::new();
@@ -150,10 +150,10 @@ impl Disks {
             if waiting.is_empty() || (failed && on_failure == OnFailure::StopWaiting) {
                 break Failure::new(NOT_WAITED, "another disk failed first");
             }
-            match wait(&waiting, stop, deadline) {
-                Ok(Wake::Ready(_)) => {}
-                Ok(Wake::Stopped) => break interrupted(),
-                Ok(Wake::TimedOut) => {
+            match wait(&waiting, cancel, deadline) {
+                Ok(WaitEnd::Ready(_)) => {}
+                Ok(WaitEnd::Cancelled) => break interrupted(),
+                Ok(WaitEnd::TimedOut) => {
                     let late = "its daemon does not answer in time: it is stopped or stuck; see its log";
                     break Failure::new("timeout", late);
                 }

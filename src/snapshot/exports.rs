@@ -73,7 +73,7 @@ pub fn prepare(
     }
     let client = disk_at.client()?;
     let passed = client.pass_descriptor("getfd", json!({"fdname": FDNAME}), listener.as_fd(), REPLY_TIMEOUT);
-    let prepared = passed.and_then(|_| client.ask("export-prepare", arguments, REPLY_TIMEOUT));
+    let prepared = passed.and_then(|_| client.execute("export-prepare", arguments, REPLY_TIMEOUT));
     let prepared = prepared.map_err(|failure| match failure.code.as_str() {
         "unknown-command" => Failure::new(
             "unknown-command",

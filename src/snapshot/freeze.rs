@@ -12,7 +12,7 @@ use super::guard::{Guard, GuardRequest, GuardSpec, PendingUndo, THAW_WATCH_TIMEO
 use super::guest::{GuestReport, ThawResult, VSS_HOLD_TIMEOUT};
 use super::plan::{AgentAddress, Consistency};
 use super::receipt::Receipt;
-use super::wait::{Stop, Wake, wait};
+use super::wait::{CancelFd, WaitEnd, wait};
 use crate::base::figures::count;
 use crate::control::client::Failure;
 
@@ -47,10 +47,10 @@ pub struct Freezer {
     pub receipt: Receipt,
 }
 
-/// Fails with `interrupted` if `stop` is readable. Never waits.
-pub fn check(stop: Stop<'_>) -> Result<(), Failure> {
-    match wait(&[], stop, Instant::now()) {
-        Ok(Wake::Stopped) => Err(interrupted()),
+/// Fails with `interrupted` if `cancel` is readable. Never waits.
+pub fn check(cancel: CancelFd<'_>) -> Result<(), Failure> {
+    match wait(&[], cancel, Instant::now()) {
+        Ok(WaitEnd::Cancelled) => Err(interrupted()),
         Ok(_) => Ok(()),
         Err(error) => Err(Failure::new("internal", format!("poll: {error}"))),
     }
@@ -91,10 +91,10 @@ impl Freezer {
     }
 
     /// Calls the hook, then freezes the guest's filesystems. Fails if the level that is reached is too weak.
-    pub fn freeze(&mut self, stop: Stop<'_>) -> Result<(), Failure> {
+    pub fn freeze(&mut self, cancel: CancelFd<'_>) -> Result<(), Failure> {
         if let Some(directory) = &self.options.hooks {
             let shown = directory.join("freeze").display().to_string();
-            match self.ask_guard(GuardRequest::HooksFreeze, stop) {
+            match self.execute_in_guard(GuardRequest::HooksFreeze, cancel) {
                 Ok(_) => self.receipt.hooks.push(shown.clone()),
                 Err(failure) if self.level == Consistency::Application => {
                     self.lower_level(Consistency::Filesystem, failure)?
@@ -111,7 +111,7 @@ impl Freezer {
             }
         }
         if self.level > Consistency::Crash
-            && let Err(failure) = self.freeze_guest(stop)
+            && let Err(failure) = self.freeze_guest(cancel)
         {
             // This thaw precedes the closing of the gates: a freeze that the agent still carries out would wait for
             // them.
@@ -121,14 +121,14 @@ impl Freezer {
         Ok(())
     }
 
-    fn freeze_guest(&mut self, stop: Stop<'_>) -> Result<(), Failure> {
+    fn freeze_guest(&mut self, cancel: CancelFd<'_>) -> Result<(), Failure> {
         let host_hooks = !self.receipt.hooks.is_empty();
         let request = if self.level == Consistency::Application && !host_hooks {
             GuardRequest::CheckAll
         } else {
             GuardRequest::Check
         };
-        let checked = self.ask_guard(request, stop)?;
+        let checked = self.execute_in_guard(request, cancel)?;
         let checked: GuestReport = serde_json::from_value(checked)
             .map_err(|error| Failure::new("internal", format!("the guard's answer: {error}")))?;
         if request == GuardRequest::CheckAll && checked.hook.is_none() {
@@ -140,7 +140,7 @@ impl Freezer {
             self.lower_level(Consistency::Filesystem, Failure::new("no-hooks", text))?;
         }
         self.windows = checked.windows;
-        let frozen = self.ask_guard(GuardRequest::Freeze, stop)?["frozen"].as_u64().unwrap_or(0);
+        let frozen = self.execute_in_guard(GuardRequest::Freeze, cancel)?["frozen"].as_u64().unwrap_or(0);
         // VSS began to hold writes a moment before the agent answered (`requester_freeze` waits for the provider's
         // event).
         self.frozen_at = Some(Instant::now());
@@ -190,7 +190,7 @@ impl Freezer {
     }
 
     /// Checks that the guest is still frozen. Fails if it is not, or if that is not known.
-    pub fn is_frozen_still(&mut self, stop: Stop<'_>) -> Result<(), Failure> {
+    pub fn is_frozen_still(&mut self, cancel: CancelFd<'_>) -> Result<(), Failure> {
         if self.level == Consistency::Crash {
             return Ok(());
         }
@@ -199,7 +199,7 @@ impl Freezer {
             true => {
                 format!("Windows (VSS) holds writes for {} s at most ({})", VSS_HOLD_TIMEOUT.as_secs(), self.agent())
             }
-            false if self.ask_guard(GuardRequest::IsFrozen, stop)?["frozen"] == true => return Ok(()),
+            false if self.execute_in_guard(GuardRequest::IsFrozen, cancel)?["frozen"] == true => return Ok(()),
             false => format!("the filesystems were thawed by another program meanwhile ({})", self.agent()),
         };
         self.lower_level(Consistency::Crash, Failure::new("thawed-early", text))
@@ -237,7 +237,7 @@ impl Freezer {
                 if let Some(why) = thawed.lost(self.receipt.filesystems_frozen, since, self.windows) {
                     return Some(Err(why));
                 }
-                if let Some(why) = thawed.complaint {
+                if let Some(why) = thawed.agent_error {
                     self.warn(format!("the guest's filesystems are thawed, but its applications may not be: {why}"));
                 }
                 Some(Ok(()))
@@ -277,10 +277,10 @@ impl Freezer {
         Ok(())
     }
 
-    fn ask_guard(&mut self, request: GuardRequest, stop: Stop<'_>) -> Result<Value, Failure> {
-        check(stop)?;
+    fn execute_in_guard(&mut self, request: GuardRequest, cancel: CancelFd<'_>) -> Result<Value, Failure> {
+        check(cancel)?;
         let Some(guard) = &mut self.guard else { return Err(Failure::new("internal", "there is no guard")) };
-        guard.ask(request, stop)
+        guard.execute(request, cancel)
     }
 
     fn agent(&self) -> String {

@@ -22,7 +22,7 @@ use super::agent::AgentError;
 use super::guest::Guest;
 use super::hooks::Hooks;
 use super::plan::AgentAddress;
-use super::wait::{Stop, Wake, wait};
+use super::wait::{CancelFd, WaitEnd, wait};
 use crate::control::client::Failure;
 
 /// The hidden subcommand of `virtioblkctl` that calls [`serve`].
@@ -110,8 +110,8 @@ impl Guard {
         Ok(guard)
     }
 
-    /// Sends a request and waits for its reply. `stop` ends the wait, but not the request.
-    pub fn ask(&mut self, request: GuardRequest, stop: Stop<'_>) -> Result<Value, Failure> {
+    /// Sends a request and waits for its reply. `cancel` ends the wait, but not the request.
+    pub fn execute(&mut self, request: GuardRequest, cancel: CancelFd<'_>) -> Result<Value, Failure> {
         match request {
             GuardRequest::Freeze => self.pending.guest = true,
             GuardRequest::HooksFreeze => self.pending.hooks = true,
@@ -123,7 +123,7 @@ impl Guard {
         let deadline = Instant::now() + 2 * self.spec.timeout + GUARD_MARGIN;
         let mut reply = Value::Null;
         while self.replies_due > 0 {
-            reply = self.line(deadline, stop)?;
+            reply = self.line(deadline, cancel)?;
             self.replies_due -= 1;
         }
         if let Some(error) = reply.get("error") {
@@ -145,7 +145,7 @@ impl Guard {
     /// Requests `Thaw` or `HooksThaw`; no signal interrupts it. Starts a new guard if the present one has died or
     /// hangs.
     pub fn thaw(&mut self, request: GuardRequest) -> Result<Value, Failure> {
-        let first = self.ask(request, None);
+        let first = self.execute(request, None);
         if !matches!(&first, Err(failure) if failure.code == DEAD) {
             return first;
         }
@@ -153,7 +153,7 @@ impl Guard {
         let ended = self.child.kill().and_then(|()| self.child.wait());
         ended.map_err(|error| Failure::new("guard", format!("the guard process cannot be ended: {error}")))?;
         *self = Guard::start(GuardSpec { pending: self.pending, ..self.spec.clone() })?;
-        self.ask(request, None)
+        self.execute(request, None)
     }
 
     /// Returns what the guard has begun and not undone.
@@ -170,15 +170,15 @@ impl Guard {
         self.link.get_mut().write_all(format!("{value}\n").as_bytes()).map_err(|error| dead(&error.to_string()))
     }
 
-    fn line(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<Value, Failure> {
+    fn line(&mut self, deadline: Instant, cancel: CancelFd<'_>) -> Result<Value, Failure> {
         loop {
             // Two replies may have arrived at once; the socket does not become readable again for the second one.
             let is_here = self.link.buffer().contains(&b'\n');
-            let wake = if is_here { Ok(Wake::Ready(Vec::new())) } else { wait(&[self.as_fd()], stop, deadline) };
+            let wake = if is_here { Ok(WaitEnd::Ready(Vec::new())) } else { wait(&[self.as_fd()], cancel, deadline) };
             match wake {
-                Ok(Wake::Ready(_)) => {}
-                Ok(Wake::Stopped) => return Err(super::disks::interrupted()),
-                Ok(Wake::TimedOut) => return Err(dead("it does not answer")),
+                Ok(WaitEnd::Ready(_)) => {}
+                Ok(WaitEnd::Cancelled) => return Err(super::disks::interrupted()),
+                Ok(WaitEnd::TimedOut) => return Err(dead("it does not answer")),
                 Err(error) => return Err(Failure::new("internal", format!("poll: {error}"))),
             }
             let mut line = String::new();
@@ -249,7 +249,7 @@ fn next(link: &mut BufReader<UnixStream>, state: &GuardState) -> Option<GuardReq
         let frozen = state.pending != PendingUndo::default();
         let silence = if frozen { state.spec.silence } else { Duration::from_secs(86_400) };
         let wake = wait(&[link.get_ref().as_fd()], None, Instant::now() + silence);
-        if !matches!(wake, Ok(Wake::Ready(_))) {
+        if !matches!(wake, Ok(WaitEnd::Ready(_))) {
             return None;
         }
     }
@@ -278,35 +278,35 @@ impl GuardState {
         GuardState { pending: spec.pending, guest, hooks, frozen_at: None, spec }
     }
 
-    fn carry_out(&mut self, request: GuardRequest, stop: Stop<'_>) -> Result<Value, Failure> {
+    fn carry_out(&mut self, request: GuardRequest, cancel: CancelFd<'_>) -> Result<Value, Failure> {
         let timeout = self.spec.timeout;
         match request {
             GuardRequest::HooksFreeze => {
                 self.pending.hooks = true;
-                self.hook("freeze", stop)
+                self.hook("freeze", cancel)
             }
             GuardRequest::HooksThaw => {
                 self.pending.hooks = false;
                 self.hook("thaw", None)
             }
             GuardRequest::Check | GuardRequest::CheckAll => {
-                let checked = self.guest()?.check(request == GuardRequest::CheckAll, stop).map_err(failure)?;
+                let checked = self.guest()?.check(request == GuardRequest::CheckAll, cancel).map_err(failure)?;
                 Ok(json!(checked))
             }
             GuardRequest::Freeze => {
                 self.frozen_at = Some(Instant::now());
                 self.pending.guest = true;
-                let frozen = self.guest()?.freeze(timeout, stop);
+                let frozen = self.guest()?.freeze(timeout, cancel);
                 self.pending.guest = !matches!(frozen, Err(AgentError::Refused(_)));
                 frozen.map(|count| json!({"frozen": count})).map_err(failure)
             }
             GuardRequest::IsFrozen => {
-                let frozen = self.guest()?.is_frozen(stop).map_err(failure)?;
+                let frozen = self.guest()?.is_frozen(cancel).map_err(failure)?;
                 Ok(json!({"frozen": frozen}))
             }
             GuardRequest::Thaw => {
                 let deadline = Instant::now() + timeout;
-                let thawed = self.guest()?.thaw(deadline, stop).map_err(failure)?;
+                let thawed = self.guest()?.thaw(deadline, cancel).map_err(failure)?;
                 self.pending.guest = false;
                 let frozen = self.frozen_at.map_or(0, |since| since.elapsed().as_micros() as u64);
                 Ok(json!({"thawed": thawed, "frozen-us": frozen}))
@@ -318,9 +318,9 @@ impl GuardState {
         self.guest.as_mut().ok_or_else(|| Failure::new("internal", "the guard was given no agent"))
     }
 
-    fn hook(&self, name: &str, stop: Stop<'_>) -> Result<Value, Failure> {
+    fn hook(&self, name: &str, cancel: CancelFd<'_>) -> Result<Value, Failure> {
         let Some(hooks) = &self.hooks else { return Err(Failure::new("internal", "the guard was given no hooks")) };
-        hooks.call(name, self.spec.timeout, stop).map(|()| Value::Null).map_err(|why| Failure::new("hook", why))
+        hooks.call(name, self.spec.timeout, cancel).map(|()| Value::Null).map_err(|why| Failure::new("hook", why))
     }
 
     /// Thaws the guest, then calls the hook `thaw`, after the parent has ended or given up.
@@ -351,7 +351,7 @@ fn failure(error: AgentError) -> Failure {
         AgentError::Silent(_) => "agent-silent",
         AgentError::Lost(_) => "agent-lost",
         AgentError::Refused(_) => REFUSED,
-        AgentError::Stopped => "interrupted",
+        AgentError::Cancelled => "interrupted",
     };
     Failure::new(code, error.to_string())
 }

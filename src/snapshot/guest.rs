@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::agent::{AgentChannel, AgentError, AgentSocket};
 use super::libvirt::Domain;
 use super::plan::AgentAddress;
-use super::wait::{Stop, pause};
+use super::wait::{CancelFd, pause};
 use crate::base::figures;
 
 /// How long any command except freeze and thaw may take.
@@ -67,7 +67,7 @@ pub struct ThawResult {
     pub count: u64,
     /// The filesystems are thawed, but the agent reported this error: its hook failed, or the freeze was lost
     /// ([`ThawResult::lost`]).
-    pub complaint: Option<String>,
+    pub agent_error: Option<String>,
 }
 
 impl ThawResult {
@@ -76,7 +76,7 @@ impl ThawResult {
     /// is only a flag of the agent.
     pub fn lost(&self, frozen: u64, since: Duration, windows: bool) -> Option<String> {
         let limit = VSS_HOLD_TIMEOUT.as_secs();
-        match &self.complaint {
+        match &self.agent_error {
             _ if !self.was_frozen => Some("the filesystems were thawed by another program".into()),
             Some(why) if windows || why.contains("hold writes") => {
                 Some(format!("Windows (VSS) gave up the freeze, for it holds writes for {limit} s at most: {why}"))
@@ -114,8 +114,8 @@ impl Guest {
     /// Determines whether the guest can be frozen, and what to expect of a freeze. Changes nothing. `hooks`: also
     /// determine whether the agent runs a hook. All commands that the agent accepts only while it is not frozen are
     /// sent here.
-    pub fn check(&mut self, hooks: bool, stop: Stop<'_>) -> Result<GuestReport, AgentError> {
-        let status = self.ask("guest-fsfreeze-status", Value::Null, self.timeout, stop)?;
+    pub fn check(&mut self, hooks: bool, cancel: CancelFd<'_>) -> Result<GuestReport, AgentError> {
+        let status = self.execute("guest-fsfreeze-status", Value::Null, self.timeout, cancel)?;
         if status != "thawed" {
             return Err(AgentError::Refused(format!(
                 "the guest's filesystems are {} already, by another program, which may thaw them at any time: wait for its \
@@ -123,7 +123,7 @@ impl Guest {
                 status.as_str().unwrap_or("frozen")
             )));
         }
-        let info = self.ask("guest-info", Value::Null, self.timeout, stop)?;
+        let info = self.execute("guest-info", Value::Null, self.timeout, cancel)?;
         let known = info["supported_commands"].as_array().map(Vec::as_slice).unwrap_or_default();
         let freeze = known.iter().find(|command| command["name"] == "guest-fsfreeze-freeze");
         if freeze.is_none_or(|command| command["enabled"] == false) {
@@ -134,19 +134,19 @@ impl Guest {
             ));
         }
         let mut checked = GuestReport::default();
-        match self.ask("guest-get-osinfo", Value::Null, self.timeout, stop) {
+        match self.execute("guest-get-osinfo", Value::Null, self.timeout, cancel) {
             Ok(system) => checked.windows = system["id"] == "mswindows",
             // The agent is too old, or the command is blocked. The names of the volumes show Windows, too.
             Err(AgentError::Refused(_)) => {}
             Err(error) => return Err(error),
         }
-        match self.ask("guest-get-fsinfo", Value::Null, self.timeout, stop) {
+        match self.execute("guest-get-fsinfo", Value::Null, self.timeout, cancel) {
             Ok(filesystems) => count(&filesystems, &mut checked),
             Err(AgentError::Refused(_)) => {}
             Err(error) => return Err(error),
         }
         if hooks {
-            match self.hook(stop) {
+            match self.hook(cancel) {
                 Ok(hook) => checked.hook = hook,
                 Err(AgentError::Refused(why)) => checked.hook_unknown = Some(why),
                 Err(error) => return Err(error),
@@ -156,14 +156,14 @@ impl Guest {
     }
 
     /// Checks that the agent replies. `Refused`: it replies with an error.
-    pub fn ping(&mut self, stop: Stop<'_>) -> Result<(), AgentError> {
-        self.ask("guest-ping", Value::Null, self.timeout, stop).map(|_| ())
+    pub fn ping(&mut self, cancel: CancelFd<'_>) -> Result<(), AgentError> {
+        self.execute("guest-ping", Value::Null, self.timeout, cancel).map(|_| ())
     }
 
     /// Freezes the guest. Returns the number of filesystems that were frozen. After `Refused` nothing is frozen by us;
     /// after any other error that is not known, and [`Guest::thaw`] must follow.
-    pub fn freeze(&mut self, timeout: Duration, stop: Stop<'_>) -> Result<u64, AgentError> {
-        match self.ask("guest-fsfreeze-freeze", Value::Null, timeout, stop) {
+    pub fn freeze(&mut self, timeout: Duration, cancel: CancelFd<'_>) -> Result<u64, AgentError> {
+        match self.execute("guest-fsfreeze-freeze", Value::Null, timeout, cancel) {
             Ok(count) => Ok(count.as_u64().unwrap_or(0)),
             // The agent did nothing: it is in frozen state because another program froze the guest after our check
             // (qga/main.c, `ga_disable_not_allowed_freeze`), or the command was blocked. We must not thaw that freeze.
@@ -174,7 +174,7 @@ impl Guest {
             Err(AgentError::Refused(why)) => {
                 // The agent undoes what it began, but a hook that failed half way may have left something frozen.
                 match self.thaw(Instant::now() + timeout, None) {
-                    Ok(ThawResult { complaint: Some(thaw), .. }) if thaw != why => {
+                    Ok(ThawResult { agent_error: Some(thaw), .. }) if thaw != why => {
                         Err(AgentError::Refused(format!("{why}; and the thaw after it: {thaw}")))
                     }
                     Ok(_) => Err(AgentError::Refused(why)),
@@ -186,52 +186,52 @@ impl Guest {
     }
 
     /// Whether the guest's filesystems are frozen now, according to the agent.
-    pub fn is_frozen(&mut self, stop: Stop<'_>) -> Result<bool, AgentError> {
-        Ok(self.ask("guest-fsfreeze-status", Value::Null, self.timeout, stop)? == "frozen")
+    pub fn is_frozen(&mut self, cancel: CancelFd<'_>) -> Result<bool, AgentError> {
+        Ok(self.execute("guest-fsfreeze-status", Value::Null, self.timeout, cancel)? == "frozen")
     }
 
     /// Thaws the guest, also after a freeze that the agent carries out late: retries until the agent has replied, until
     /// `deadline` at most. The agent carries out commands in order, so after its reply no freeze of ours can follow.
-    pub fn thaw(&mut self, deadline: Instant, stop: Stop<'_>) -> Result<ThawResult, AgentError> {
+    pub fn thaw(&mut self, deadline: Instant, cancel: CancelFd<'_>) -> Result<ThawResult, AgentError> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let error = match self.thaw_once(left.max(Duration::from_millis(1)), stop) {
+            let error = match self.thaw_once(left.max(Duration::from_millis(1)), cancel) {
                 Ok(thawed) => return Ok(thawed),
                 Err(error) => error,
             };
-            let again = matches!(pause(THAW_RETRY_INTERVAL.min(left), stop), Ok(true));
+            let again = matches!(pause(THAW_RETRY_INTERVAL.min(left), cancel), Ok(true));
             if !again || Instant::now() >= deadline {
                 return Err(error);
             }
         }
     }
 
-    fn thaw_once(&mut self, timeout: Duration, stop: Stop<'_>) -> Result<ThawResult, AgentError> {
-        let status = self.ask("guest-fsfreeze-status", Value::Null, timeout, stop)?;
+    fn thaw_once(&mut self, timeout: Duration, cancel: CancelFd<'_>) -> Result<ThawResult, AgentError> {
+        let status = self.execute("guest-fsfreeze-status", Value::Null, timeout, cancel)?;
         // Thaw even if the agent reports that nothing is frozen: that is harmless, and an agent that was restarted may
         // not know of the freeze.
-        let (count, complaint) = match self.ask("guest-fsfreeze-thaw", Value::Null, timeout, stop) {
+        let (count, agent_error) = match self.execute("guest-fsfreeze-thaw", Value::Null, timeout, cancel) {
             Ok(count) => (count.as_u64().unwrap_or(0), None),
             // The agent calls its hook after it has thawed the filesystems, so the status afterwards decides.
             Err(AgentError::Refused(why)) => (0, Some(why)),
             Err(error) => return Err(error),
         };
-        let after = self.ask("guest-fsfreeze-status", Value::Null, timeout, stop)?;
+        let after = self.execute("guest-fsfreeze-status", Value::Null, timeout, cancel)?;
         if after != "thawed" {
-            let why = complaint.map(|why| format!(": {why}")).unwrap_or_default();
+            let why = agent_error.map(|why| format!(": {why}")).unwrap_or_default();
             return Err(AgentError::Silent(format!("the guest's filesystems are still frozen after a thaw{why}")));
         }
-        Ok(ThawResult { was_frozen: status == "frozen", count, complaint })
+        Ok(ThawResult { was_frozen: status == "frozen", count, agent_error })
     }
 
     /// Returns the hook that the agent runs, if any. The agent reads its own command line and its settings file for us.
-    fn hook(&mut self, stop: Stop<'_>) -> Result<Option<String>, AgentError> {
-        let line = self.read("/proc/self/cmdline", stop)?;
+    fn hook(&mut self, cancel: CancelFd<'_>) -> Result<Option<String>, AgentError> {
+        let line = self.read("/proc/self/cmdline", cancel)?;
         let words: Vec<String> = line.split(|byte| *byte == 0).map(|w| String::from_utf8_lossy(w).into()).collect();
         if let Some(hook) = hook_in_words(&words) {
             return Ok(Some(hook));
         }
-        match self.read(&config_in_words(&words), stop) {
+        match self.read(&config_in_words(&words), cancel) {
             Ok(text) => Ok(hook_in_config(&String::from_utf8_lossy(&text))),
             // There is no settings file, so the command line decides.
             Err(AgentError::Refused(_)) => Ok(None),
@@ -240,18 +240,24 @@ impl Guest {
     }
 
     /// Reads a small file of the guest.
-    fn read(&mut self, path: &str, stop: Stop<'_>) -> Result<Vec<u8>, AgentError> {
-        let handle = self.ask("guest-file-open", json!({"path": path, "mode": "r"}), self.timeout, stop)?;
-        let read = self.ask("guest-file-read", json!({"handle": handle, "count": 65536}), self.timeout, stop);
-        self.ask("guest-file-close", json!({"handle": handle}), self.timeout, stop)?;
+    fn read(&mut self, path: &str, cancel: CancelFd<'_>) -> Result<Vec<u8>, AgentError> {
+        let handle = self.execute("guest-file-open", json!({"path": path, "mode": "r"}), self.timeout, cancel)?;
+        let read = self.execute("guest-file-read", json!({"handle": handle, "count": 65536}), self.timeout, cancel);
+        self.execute("guest-file-close", json!({"handle": handle}), self.timeout, cancel)?;
         let read = read?;
         BASE64
             .decode(read["buf-b64"].as_str().unwrap_or(""))
             .map_err(|_| AgentError::Refused(format!("the guest's agent sent '{path}' in something other than base64")))
     }
 
-    fn ask(&mut self, name: &str, arguments: Value, timeout: Duration, stop: Stop<'_>) -> Result<Value, AgentError> {
-        self.channel.ask(name, arguments, timeout, stop)
+    fn execute(
+        &mut self,
+        name: &str,
+        arguments: Value,
+        timeout: Duration,
+        cancel: CancelFd<'_>,
+    ) -> Result<Value, AgentError> {
+        self.channel.execute(name, arguments, timeout, cancel)
     }
 }
 
@@ -370,10 +376,10 @@ mod tests {
 
     #[test]
     fn a_lost_freeze_is_detected_although_the_agent_reports_frozen() {
-        let thawed = |was_frozen, count, complaint: Option<&str>| ThawResult {
+        let thawed = |was_frozen, count, agent_error: Option<&str>| ThawResult {
             was_frozen,
             count,
-            complaint: complaint.map(str::to_owned),
+            agent_error: agent_error.map(str::to_owned),
         };
         let (soon, late) = (Duration::from_secs(2), VSS_HOLD_TIMEOUT + Duration::from_millis(1));
         let vss = Some("couldn't hold writes: fsfreeze is limited up to 10 seconds: ");

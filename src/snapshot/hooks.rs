@@ -11,7 +11,7 @@ use nix::sys::signal::SigSet;
 
 use super::child::run;
 use super::plan::Consistency;
-use super::wait::Stop;
+use super::wait::CancelFd;
 
 /// A directory of hooks.
 pub struct Hooks {
@@ -65,14 +65,14 @@ impl Hooks {
     }
 
     /// Runs `freeze` or `thaw` for `timeout` at most; a hook that hangs is killed. The error names the hook.
-    pub fn call(&self, name: &str, timeout: Duration, stop: Stop<'_>) -> Result<(), String> {
+    pub fn call(&self, name: &str, timeout: Duration, cancel: CancelFd<'_>) -> Result<(), String> {
         let path = self.directory.join(name);
         let mut command = Command::new(&path);
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         // Our standard output is for the receipt.
         command.stdout(std::io::stderr());
-        let ended = run(command, SigSet::empty(), false, Instant::now() + timeout, stop)
+        let ended = run(command, SigSet::empty(), false, Instant::now() + timeout, cancel)
             .map_err(|error| format!("the hook '{}' cannot be run: {error}", path.display()))?;
-        ended.complaint(timeout).map_or(Ok(()), |what| Err(format!("the hook '{}' {what}", path.display())))
+        ended.describe_failure(timeout).map_or(Ok(()), |what| Err(format!("the hook '{}' {what}", path.display())))
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::disks::{Disks, OnFailure};
-use super::wait::Stop;
+use super::wait::CancelFd;
 use crate::control::client::{Failure, REPLY_TIMEOUT};
 
 /// How long a removal may take: the store may be slow, and no guest waits.
@@ -32,7 +32,12 @@ impl ImageSnapshot {
 }
 
 /// Makes all snapshots at the same time, while all disks are held, until `deadline` at most.
-pub fn take(disks: &mut Disks, images: &mut [ImageSnapshot], deadline: Instant, stop: Stop<'_>) -> Result<(), Failure> {
+pub fn take(
+    disks: &mut Disks,
+    images: &mut [ImageSnapshot],
+    deadline: Instant,
+    cancel: CancelFd<'_>,
+) -> Result<(), Failure> {
     let request = |image: &mut ImageSnapshot| {
         image.requested = true;
         let token = disks.list[image.disk].token().unwrap_or_default();
@@ -41,7 +46,7 @@ pub fn take(disks: &mut Disks, images: &mut [ImageSnapshot], deadline: Instant, 
     let requests = images.iter_mut().map(request).collect();
     let mut failed = Ok(());
     // Wait for all replies: a snapshot that was made can be removed only if its reply is known.
-    for (image, answer) in images.iter_mut().zip(disks.ask(requests, deadline, stop, OnFailure::WaitForAll)) {
+    for (image, answer) in images.iter_mut().zip(disks.execute(requests, deadline, cancel, OnFailure::WaitForAll)) {
         match answer.result {
             Ok(made) => image.full_name = made["snapshot"].as_str().map(str::to_owned),
             Err(why) if failed.is_ok() => {
@@ -59,7 +64,7 @@ pub fn keep(disks: &mut Disks, images: &[ImageSnapshot]) -> Result<(), Failure> 
     let requests =
         images.iter().map(|image| (image.disk, "image-snapshot-keep", json!({"name": image.name}))).collect();
     let mut failed = Ok(());
-    for answer in disks.ask(requests, Instant::now() + REPLY_TIMEOUT, None, OnFailure::WaitForAll) {
+    for answer in disks.execute(requests, Instant::now() + REPLY_TIMEOUT, None, OnFailure::WaitForAll) {
         if let Err(why) = answer.result
             && failed.is_ok()
         {
@@ -74,7 +79,7 @@ pub fn undo(disks: &mut Disks, images: &[ImageSnapshot]) -> Vec<String> {
     let made: Vec<&ImageSnapshot> = images.iter().filter(|image| image.full_name.is_some()).collect();
     let request = |image: &&ImageSnapshot| (image.disk, "image-snapshot-remove", json!({"name": image.name}));
     let requests = made.iter().map(request).collect();
-    let answers = disks.ask(requests, Instant::now() + REMOVAL_TIMEOUT, None, OnFailure::WaitForAll);
+    let answers = disks.execute(requests, Instant::now() + REMOVAL_TIMEOUT, None, OnFailure::WaitForAll);
     let unmade = images.iter().filter(|image| image.requested && image.full_name.is_none());
     // These were refused, or their result is not known; then the daemon removes them when our connection ends.
     let unknown = unmade.filter(|image| disks.list[image.disk].fd().is_none()).map(|image| {

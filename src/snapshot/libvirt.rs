@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::agent::{AgentChannel, AgentError, answer};
 use super::child::{CommandEnd, output};
-use super::wait::Stop;
+use super::wait::CancelFd;
 
 /// How much longer virsh may take than the agent.
 const VIRSH_MARGIN: Duration = Duration::from_secs(5);
@@ -26,7 +26,13 @@ impl Domain {
 }
 
 impl AgentChannel for Domain {
-    fn ask(&mut self, command: &str, arguments: Value, timeout: Duration, stop: Stop<'_>) -> Result<Value, AgentError> {
+    fn execute(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        timeout: Duration,
+        cancel: CancelFd<'_>,
+    ) -> Result<Value, AgentError> {
         let who = format!("the guest agent of libvirt's domain '{}'", self.name);
         let mut request = json!({"execute": command});
         if !arguments.is_null() {
@@ -37,7 +43,7 @@ impl AgentChannel for Domain {
         virsh.args(["--quiet", "qemu-agent-command", "--timeout", &seconds, "--domain", &self.name]);
         // `failed` matches virsh's messages.
         virsh.arg(request.to_string()).env("LC_ALL", "C");
-        let (ended, out, err) = output(virsh, Instant::now() + timeout + VIRSH_MARGIN, stop).map_err(|error| {
+        let (ended, out, err) = output(virsh, Instant::now() + timeout + VIRSH_MARGIN, cancel).map_err(|error| {
             AgentError::Lost(format!("virsh cannot be run: {error}; --libvirt needs it (Debian: libvirt-clients)"))
         })?;
         match ended {
@@ -46,7 +52,7 @@ impl AgentChannel for Domain {
             CommandEnd::TimedOut => Err(AgentError::Silent(format!(
                 "{who}: virsh does not end; see whether libvirtd works (systemctl status libvirtd)"
             ))),
-            CommandEnd::Stopped => Err(AgentError::Stopped),
+            CommandEnd::Cancelled => Err(AgentError::Cancelled),
         }
     }
 }

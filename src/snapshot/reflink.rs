@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 
 use super::cloner::{self, CloneOutcome, Cloner};
 use super::disks::{Daemon, Disk, interrupted};
-use super::wait::{Stop, Wake, wait};
+use super::wait::{CancelFd, WaitEnd, wait};
 use crate::base::publish::{left_behind, publish};
 use crate::base::syscalls;
 use crate::control::client::Failure;
@@ -171,7 +171,7 @@ impl ReflinkTarget {
             CloneOutcome::Failed(error) => {
                 return Err(Failure::new("reflink", format!("cloning '{image}' to '{path}' failed: {error}")));
             }
-            CloneOutcome::Stopped => interrupted(),
+            CloneOutcome::Cancelled => interrupted(),
             CloneOutcome::TimedOut => {
                 let extents = self.extents.map(|count| format!(" ({count} extents)")).unwrap_or_default();
                 let text = format!(
@@ -208,7 +208,7 @@ impl ReflinkTarget {
     }
 
     /// Returns the SHA-256 of the snapshot in hexadecimal.
-    pub fn digest(&mut self, stop: Stop<'_>) -> Result<String, Failure> {
+    pub fn digest(&mut self, cancel: CancelFd<'_>) -> Result<String, Failure> {
         let failed =
             |error: io::Error| Failure::new("target", format!("'{}' cannot be read: {error}", self.path.display()));
         let mut hash = Sha256::new();
@@ -216,7 +216,7 @@ impl ReflinkTarget {
         let mut file = &self.file;
         io::Seek::rewind(&mut file).map_err(failed)?;
         loop {
-            if stop.is_some() && wait(&[], stop, Instant::now()).map_err(failed)? == Wake::Stopped {
+            if cancel.is_some() && wait(&[], cancel, Instant::now()).map_err(failed)? == WaitEnd::Cancelled {
                 return Err(interrupted());
             }
             match file.read(&mut buffer) {
@@ -237,13 +237,17 @@ impl ReflinkTarget {
 
 /// Fixes the instant: shares all blocks of all images, while their disks are held. The clones run at the same time, so
 /// that all of them take as long as the slowest one. A clone that has not finished at `deadline` is given up.
-pub fn share_all(targets: &mut [(usize, ReflinkTarget)], deadline: Instant, stop: Stop<'_>) -> Result<(), Failure> {
+pub fn share_all(
+    targets: &mut [(usize, ReflinkTarget)],
+    deadline: Instant,
+    cancel: CancelFd<'_>,
+) -> Result<(), Failure> {
     for (_, target) in targets.iter() {
         let lost = |error| Failure::new("internal", format!("the process that clones is lost: {error}"));
         target.cloner.begin().map_err(lost)?;
     }
     let mut cloners: Vec<&mut Cloner> = targets.iter_mut().map(|(_, target)| &mut target.cloner).collect();
-    let outcomes = cloner::wait_for(&mut cloners, deadline, stop);
+    let outcomes = cloner::wait_for(&mut cloners, deadline, cancel);
     let results = targets.iter_mut().zip(outcomes).map(|((_, target), outcome)| target.record(outcome));
     results.collect::<Vec<_>>().into_iter().collect()
 }

@@ -15,7 +15,7 @@ pub fn with_mask(command: Command, mask: SigSet) -> io::Result<Child> {
 
 /// Starts `command` as [`with_mask`] does, and has the kernel send it SIGTERM if the calling thread ends first
 /// (prctl(2), PR_SET_PDEATHSIG), because its result would then be useless.
-pub fn leashed(command: Command, mask: SigSet) -> io::Result<Child> {
+pub fn ended_with_parent(command: Command, mask: SigSet) -> io::Result<Child> {
     start(command, move || {
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
         Ok(mask.thread_set_mask()?)

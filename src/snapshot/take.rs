@@ -187,9 +187,9 @@ impl<'a> SnapshotRun<'a> {
         let ended = run(command, self.mask, true, deadline, Some(self.signals.as_fd()));
         let shown = script.to_string_lossy();
         let ended = ended.map_err(|error| Failure::new("exec", format!("/bin/sh cannot be run: {error}")))?;
-        match ended.complaint(Duration::from_millis(allowed.as_millis() as u64)) {
+        match ended.describe_failure(Duration::from_millis(allowed.as_millis() as u64)) {
             None => Ok(()),
-            Some(_) if ended == CommandEnd::Stopped => Err(interrupted()),
+            Some(_) if ended == CommandEnd::Cancelled => Err(interrupted()),
             Some(what) if ended == CommandEnd::TimedOut => {
                 let lease = self.plan.lease;
                 let text = format!("the command '{shown}' {what}; the disks are held for --lease ({lease:?}) at most");
@@ -212,7 +212,7 @@ impl<'a> SnapshotRun<'a> {
                 digests[*at] = Some(target.digest(Some(self.signals.as_fd()))?);
             }
         }
-        let stop = Some(self.signals.as_fd());
+        let cancel = Some(self.signals.as_fd());
         exports::report(&self.copies, self.plan, &self.methods);
         if self.plan.background {
             copies::query(&mut self.disks, &mut self.copies)?;
@@ -220,7 +220,7 @@ impl<'a> SnapshotRun<'a> {
         } else {
             // How far a client is, nobody else knows.
             let progress = self.plan.progress && self.sockets.is_empty();
-            copies::wait_for(&mut self.disks, &mut self.copies, progress, stop)?;
+            copies::wait_for(&mut self.disks, &mut self.copies, progress, cancel)?;
         }
         self.not_interrupted()?;
         images::keep(&mut self.disks, &self.images)?;

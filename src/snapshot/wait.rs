@@ -9,41 +9,41 @@ use rustix::io::Errno;
 
 /// A descriptor that becomes readable when the operation is cancelled, because a signal arrived or the parent process
 /// ended. `None`: the operation must be finished in any case (resume, thaw).
-pub type Stop<'a> = Option<BorrowedFd<'a>>;
+pub type CancelFd<'a> = Option<BorrowedFd<'a>>;
 
 /// Why a wait ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Wake {
+pub enum WaitEnd {
     /// At least one descriptor is readable, or closed at the other end: `true` at its index.
     Ready(Vec<bool>),
-    /// The [`Stop`] is readable. Other descriptors may be, too.
-    Stopped,
+    /// The [`CancelFd`] is readable. Other descriptors may be, too.
+    Cancelled,
     /// The deadline has passed.
     TimedOut,
 }
 
-/// Sleeps until one of `fds` or `stop` is readable, at most until `deadline`.
-pub fn wait(fds: &[BorrowedFd<'_>], stop: Stop<'_>, deadline: Instant) -> io::Result<Wake> {
+/// Sleeps until one of `fds` or `cancel` is readable, at most until `deadline`.
+pub fn wait(fds: &[BorrowedFd<'_>], cancel: CancelFd<'_>, deadline: Instant) -> io::Result<WaitEnd> {
     let mut polled: Vec<PollFd<'_>> =
-        fds.iter().copied().chain(stop).map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+        fds.iter().copied().chain(cancel).map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
         match poll(&mut polled, Some(&timeout)) {
-            Ok(0) => return Ok(Wake::TimedOut),
+            Ok(0) => return Ok(WaitEnd::TimedOut),
             Ok(_) => {}
             Err(Errno::INTR) => continue,
             Err(errno) => return Err(errno.into()),
         }
         let mut ready: Vec<bool> = polled.iter().map(|fd| !fd.revents().is_empty()).collect();
-        if stop.is_some() && ready.pop() == Some(true) {
-            return Ok(Wake::Stopped);
+        if cancel.is_some() && ready.pop() == Some(true) {
+            return Ok(WaitEnd::Cancelled);
         }
-        return Ok(Wake::Ready(ready));
+        return Ok(WaitEnd::Ready(ready));
     }
 }
 
-/// Sleeps for `time`. Returns `false` if `stop` became readable first.
-pub fn pause(time: Duration, stop: Stop<'_>) -> io::Result<bool> {
-    Ok(wait(&[], stop, Instant::now() + time)? != Wake::Stopped)
+/// Sleeps for `time`. Returns `false` if `cancel` became readable first.
+pub fn pause(time: Duration, cancel: CancelFd<'_>) -> io::Result<bool> {
+    Ok(wait(&[], cancel, Instant::now() + time)? != WaitEnd::Cancelled)
 }

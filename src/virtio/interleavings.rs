@@ -288,7 +288,7 @@ fn restarts(front_end: &mut FrontEnd, _: &GuestMemoryMmap) {
 fn pauses(front_end: &mut FrontEnd, memory: &GuestMemoryMmap) {
     for upgrade in 1..=3 {
         thread::yield_now();
-        let pause = front_end.queue.ask_to_pause().expect("it runs");
+        let pause = front_end.queue.request_pause().expect("it runs");
         if upgrade != 2 {
             pause.recv().expect("it pauses");
             let before = completed(memory);
@@ -301,7 +301,7 @@ fn pauses(front_end: &mut FrontEnd, memory: &GuestMemoryMmap) {
             front_end.change(|_| ());
         }
         // This command also goes to a ring that has just started, or did not pause.
-        front_end.queue.ask_to_resume().expect("it runs").recv().expect("it resumes");
+        front_end.queue.request_resume().expect("it runs").recv().expect("it resumes");
     }
 }
 

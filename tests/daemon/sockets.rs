@@ -105,7 +105,7 @@ fn the_image_is_opened_before_anything_listens() {
         &place.arg("control-path", "none/c"),
         &place.arg("blk-file", "none.img"),
     ]);
-    // Were a socket bound first, its missing directory would be the complaint.
+    // Were a socket bound first, its missing directory would be the error.
     daemon.fails(&[image.to_str().unwrap(), "such file"]);
 }
 

@@ -177,21 +177,21 @@ fn what_cannot_be_exported_is_refused() {
     let timeout = Duration::from_secs(60);
     let mut client = Client::connect_within(&disk.path("control"), timeout).unwrap();
     let code = |failure: Result<Value, virtioblkd::internal::control::client::Failure>| failure.unwrap_err().code;
-    assert_eq!(code(client.ask("getfd", json!({"fdname": "a"}), timeout)), "no-descriptor");
-    assert_eq!(code(client.ask("closefd", json!({"fdname": "a"}), timeout)), "no-descriptor");
+    assert_eq!(code(client.execute("getfd", json!({"fdname": "a"}), timeout)), "no-descriptor");
+    assert_eq!(code(client.execute("closefd", json!({"fdname": "a"}), timeout)), "no-descriptor");
     let prepare = json!({"fdname": "a", "name": "vda"});
-    assert_eq!(code(client.ask("export-prepare", prepare.clone(), timeout)), "no-descriptor");
+    assert_eq!(code(client.execute("export-prepare", prepare.clone(), timeout)), "no-descriptor");
     let (stream, _other) = UnixStream::pair().unwrap();
     let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
     let network = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     for wrong in [stream.as_fd(), datagram.as_fd(), network.as_fd()] {
         client.pass_descriptor("getfd", json!({"fdname": "a"}), wrong, timeout).unwrap();
-        assert_eq!(code(client.ask("export-prepare", prepare.clone(), timeout)), "no-descriptor");
+        assert_eq!(code(client.execute("export-prepare", prepare.clone(), timeout)), "no-descriptor");
     }
     for _ in 0..3 {
         let listener = UnixListener::bind(disk.path("other")).unwrap();
         client.pass_descriptor("getfd", json!({"fdname": "a"}), listener.as_fd(), timeout).unwrap();
-        client.ask("closefd", json!({"fdname": "a"}), timeout).unwrap();
+        client.execute("closefd", json!({"fdname": "a"}), timeout).unwrap();
         drop(listener);
         wait_until("the daemon has closed it", || UnixStream::connect(disk.path("other")).is_err());
         fs::remove_file(disk.path("other")).unwrap();

@@ -290,7 +290,7 @@ fn drbds_own_checksums_hold() {
     let mut laboratory = Laboratory::new(Layer::Drbd);
     laboratory.vm.sh("reconnect_drbd --data-integrity-alg=crc32c");
     let title = "/dev/drbd0, \"buffer modified by upper layers\"";
-    only_off_does_damage(&mut laboratory, title, |laboratory| laboratory.ask("drbd_complaints", "complaints: "));
+    only_off_does_damage(&mut laboratory, title, |laboratory| laboratory.ask("drbd_changed_buffers", "changed: "));
 }
 
 /// Counts what a guest does, whether it does harm below or not.

@@ -74,9 +74,9 @@ compare_drbd() {
 }
 
 # Prints how often DRBD's own checksum found that a buffer was changed while it was sent, since this was last asked.
-drbd_complaints() {
+drbd_changed_buffers() {
 	wait_for 'drbd_is cs:Connected && drbd_is ds:UpToDate/UpToDate' || return 1
-	echo "complaints: $(dmesg -c | grep -c 'buffer modified by upper layers')"
+	echo "changed: $(dmesg -c | grep -c 'buffer modified by upper layers')"
 }
 
 # --- btrfs, which keeps a checksum of each block ---

@@ -24,7 +24,7 @@ fn names(text: &str) -> impl Iterator<Item = &str> {
 }
 
 /// What is wrong with a name of the form `file` or `file::test`.
-fn complaint(name: &str) -> Option<String> {
+fn fault(name: &str) -> Option<String> {
     let (file, test) = name.split_once("::").map_or((name, None), |(file, test)| (file, Some(test)));
     // A name in capitals or with a star stands for many.
     if file.contains(|c: char| c == '*' || c.is_ascii_uppercase()) && !file.ends_with(".S") && !file.ends_with(".md") {
@@ -48,7 +48,7 @@ fn every_file_and_test_that_a_document_names_exists() {
         let text = fs::read_to_string(&page).expect("a page");
         for name in names(&text) {
             checked += 1;
-            wrong.extend(complaint(name).map(|complaint| format!("{}: {complaint}", page.display())));
+            wrong.extend(fault(name).map(|fault| format!("{}: {fault}", page.display())));
         }
     }
     assert!(checked > 100, "only {checked} names were found");
@@ -58,10 +58,10 @@ fn every_file_and_test_that_a_document_names_exists() {
 #[test]
 fn a_name_that_does_not_exist_is_found() {
     let own = "tests/shipped/documents.rs";
-    assert_eq!(complaint(own), None);
-    assert_eq!(complaint(&format!("{own}::a_name_that_does_not_exist_is_found")), None);
-    assert!(complaint(&format!("{own}::nothing")).is_some());
-    assert!(complaint("tests/shipped/nothing.rs").is_some());
+    assert_eq!(fault(own), None);
+    assert_eq!(fault(&format!("{own}::a_name_that_does_not_exist_is_found")), None);
+    assert!(fault(&format!("{own}::nothing")).is_some());
+    assert!(fault("tests/shipped/nothing.rs").is_some());
 }
 
 /// The links of a page that lead to this repository: file and anchor.

@@ -73,17 +73,17 @@ impl EffectiveOptions {
         for &(name, value) in of_mode(policy) {
             let through = name == "rbd_cache_policy" && value == "writethrough" && self.is("rbd_cache_max_dirty", "0");
             if !self.is(name, value) && !through {
-                wrong.push(self.complaint(name, value));
+                wrong.push(self.describe_difference(name, value));
             }
         }
         let persistent = "rbd_persistent_cache_mode";
         if policy.opens_direct() && self.get(persistent).is_some() && !self.is(persistent, "disabled") {
-            wrong.push(self.complaint(persistent, "disabled"));
+            wrong.push(self.describe_difference(persistent, "disabled"));
         }
         wrong
     }
 
-    fn complaint(&self, name: &str, value: &str) -> String {
+    fn describe_difference(&self, name: &str, value: &str) -> String {
         let found = self.get(name).unwrap_or("missing");
         let source = self.0.iter().find(|(known, _)| known == name).and_then(|(_, option)| option.overridden_by);
         match source {
@@ -106,7 +106,7 @@ pub(super) fn check(
     if !options.is(name, value) {
         return Err(OpenError::new(format!(
             "{image}: {}; a guest that changes its memory while it is written would hang the disk for ever",
-            options.complaint(name, value)
+            options.describe_difference(name, value)
         )));
     }
     let wrong = options.violations(mode.into());

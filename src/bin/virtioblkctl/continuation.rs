@@ -15,7 +15,7 @@ const LEASE: Duration = Duration::from_secs(5);
 /// Retries the requests and waits. Returns the daemon's reply to `continue`. Fails if a request fails again.
 pub(crate) fn run(mut client: Client, timeout: Duration) -> Result<Value, Failure> {
     let until = Instant::now() + timeout;
-    let before: Status = parse(client.ask("query-status", json!({}), REPLY_TIMEOUT)?)?;
+    let before: Status = parse(client.execute("query-status", json!({}), REPLY_TIMEOUT)?)?;
     let mut stopped: BTreeSet<u64> =
         before.disk.rings.iter().filter(|ring| ring.kept > 0).map(|ring| u64::from(ring.index)).collect();
     client.send("continue", json!({}))?;
@@ -38,7 +38,7 @@ pub(crate) fn run(mut client: Client, timeout: Duration) -> Result<Value, Failur
         }
     }
     drain(&mut client, until)?;
-    let after: Status = parse(client.ask("query-status", json!({}), REPLY_TIMEOUT)?)?;
+    let after: Status = parse(client.execute("query-status", json!({}), REPLY_TIMEOUT)?)?;
     match after.disk.stopped {
         Some(stopped) => Err(failed_again(&json!(stopped))),
         None => Ok(reply.unwrap_or_default()),
@@ -53,12 +53,12 @@ fn drain(client: &mut Client, until: Instant) -> Result<(), Failure> {
         "lease-ms": LEASE.as_millis() as u64,
         "who": "virtioblkctl continue",
     });
-    let held = client.ask("quiesce", arguments, left + REPLY_TIMEOUT);
+    let held = client.execute("quiesce", arguments, left + REPLY_TIMEOUT);
     let held: Quiesced = parse(held.map_err(|failure| match failure.code.as_str() {
         "stopped" => Failure::new(&failure.code, format!("a retried request failed again: {}", failure.message)),
         _ => failure,
     })?)?;
-    client.ask("resume", json!({"token": held.token}), REPLY_TIMEOUT).map(drop)
+    client.execute("resume", json!({"token": held.token}), REPLY_TIMEOUT).map(drop)
 }
 
 /// `failed`: the request, as the event `IO_STOPPED` and the status have it.

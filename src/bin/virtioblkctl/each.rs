@@ -104,7 +104,7 @@ fn quiesce(cli: &Cli, disks: &Disks, options: &Quiesce) -> Result<u8, Failure> {
     let wanted = arguments(options);
     let ask = |control: &std::path::Path| {
         let mut client = Client::connect(control)?;
-        let reply = client.ask("quiesce", wanted.clone(), options.timeout + REPLY_TIMEOUT)?;
+        let reply = client.execute("quiesce", wanted.clone(), options.timeout + REPLY_TIMEOUT)?;
         let held: Quiesced = parse(reply.clone())?;
         Ok((client, held, reply))
     };
@@ -123,13 +123,13 @@ fn quiesce(cli: &Cli, disks: &Disks, options: &Quiesce) -> Result<u8, Failure> {
     // A daemon that still knows its token has held its disk since it replied. So all were held when the last one replied.
     for (name, client, held, _) in &mut holds {
         let renewal = json!({"token": held.token, "lease-ms": wanted["lease-ms"]});
-        if let (None, Err(failure)) = (&failed, client.ask("renew-lease", renewal, REPLY_TIMEOUT)) {
+        if let (None, Err(failure)) = (&failed, client.execute("renew-lease", renewal, REPLY_TIMEOUT)) {
             failed = Some(Failure::new(&failure.code, format!("{name}: {failure}")));
         }
     }
     if let Some(failure) = failed {
         for (_, client, held, _) in &mut holds {
-            let _ = client.ask("resume", json!({"token": held.token}), REPLY_TIMEOUT);
+            let _ = client.execute("resume", json!({"token": held.token}), REPLY_TIMEOUT);
         }
         return Err(failure);
     }
@@ -163,7 +163,7 @@ fn resume(cli: &Cli, disks: &Disks, options: &Resume) -> Result<u8, Failure> {
             (None, true) => json!({"all": true}),
             (None, false) => continue,
         };
-        match Client::connect(control).and_then(|mut client| client.ask("resume", wanted, REPLY_TIMEOUT)) {
+        match Client::connect(control).and_then(|mut client| client.execute("resume", wanted, REPLY_TIMEOUT)) {
             Ok(done) if cli.json => {
                 replies.by_disk.insert(name.clone(), done);
             }
@@ -215,7 +215,7 @@ fn disk_of_copy(disks: &Disks, copy: &str) -> Result<String, Failure> {
     let mut found: Vec<&str> = Vec::new();
     for (name, control) in &disks.disks {
         let reply =
-            Client::connect(control).and_then(|mut client| client.ask("query-copies", json!({}), REPLY_TIMEOUT));
+            Client::connect(control).and_then(|mut client| client.execute("query-copies", json!({}), REPLY_TIMEOUT));
         let copies: Vec<CopyStatus> =
             parse(reply.map_err(|failure| Failure::new(&failure.code, format!("{name}: {failure}")))?)?;
         found.extend(copies.iter().any(|one| one.copy == copy).then_some(name.as_str()));

@@ -48,7 +48,7 @@ pub fn run(
     command: &[OsString],
 ) -> Result<u8, Failure> {
     // A signal that arrives before the reply ends this process, and its connection's end cancels the quiesce.
-    let reply: Quiesced = parse(client.ask("quiesce", arguments, timeout + REPLY_TIMEOUT)?)?;
+    let reply: Quiesced = parse(client.execute("quiesce", arguments, timeout + REPLY_TIMEOUT)?)?;
     logging::message(format_args!("the disk is held: {}", show::figures(&reply.figures)));
     let mut hold = Hold { client, token: reply.token, lease, lost: None, renew_at: Instant::now() + lease / 3 };
     let status = match hold.start(command) {

@@ -167,9 +167,9 @@ enum Answer {
 
 fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure> {
     let text = match &cli.command {
-        CtlCommand::Status => page(cli, client.ask("query-status", json!({}), REPLY_TIMEOUT)?, show::status)?,
+        CtlCommand::Status => page(cli, client.execute("query-status", json!({}), REPLY_TIMEOUT)?, show::status)?,
         CtlCommand::Stats(stats) => {
-            let reply = client.ask("query-stats", json!({}), REPLY_TIMEOUT)?;
+            let reply = client.execute("query-stats", json!({}), REPLY_TIMEOUT)?;
             page(cli, reply, |reply| show::stats(reply, stats.all))?
         }
         CtlCommand::Quiesce(quiesce) => {
@@ -178,7 +178,7 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
                 let status = hold::run(client, arguments, quiesce.timeout, quiesce.lease, &quiesce.command);
                 return status.map(Answer::Status);
             }
-            let reply = client.ask("quiesce", arguments, quiesce.timeout + REPLY_TIMEOUT)?;
+            let reply = client.execute("quiesce", arguments, quiesce.timeout + REPLY_TIMEOUT)?;
             page(cli, reply, |reply: &Quiesced| {
                 // Standard output carries the token alone, for TOKEN=$(...).
                 logging::message(format_args!("the disk is held: {}", show::figures(&reply.figures)));
@@ -190,7 +190,7 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
                 Some(token) => json!({"token": token}),
                 None => json!({"all": true}),
             };
-            page(cli, client.ask("resume", arguments, REPLY_TIMEOUT)?, resumed)?
+            page(cli, client.execute("resume", arguments, REPLY_TIMEOUT)?, resumed)?
         }
         CtlCommand::Renew(Renew { token, lease }) => {
             let arguments = json!({"token": token, "lease-ms": lease.as_millis() as u64});
@@ -200,10 +200,10 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
                     units::time(reply["lease-ms"].as_u64().unwrap_or(0))
                 )
             };
-            page(cli, client.ask("renew-lease", arguments, REPLY_TIMEOUT)?, readable)?
+            page(cli, client.execute("renew-lease", arguments, REPLY_TIMEOUT)?, readable)?
         }
         CtlCommand::Copies(Copies { change: None }) => {
-            page(cli, client.ask("query-copies", json!({}), REPLY_TIMEOUT)?, |copies: &Vec<CopyStatus>| {
+            page(cli, client.execute("query-copies", json!({}), REPLY_TIMEOUT)?, |copies: &Vec<CopyStatus>| {
                 show::copies(copies)
             })?
         }
@@ -220,7 +220,7 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
                 1 => "1 failed request is retried; 'status' shows whether it fails again\n".to_owned(),
                 some => format!("{some} failed requests are retried; 'status' shows whether they fail again\n"),
             };
-            page(cli, client.ask("continue", json!({}), REPLY_TIMEOUT)?, readable)?
+            page(cli, client.execute("continue", json!({}), REPLY_TIMEOUT)?, readable)?
         }
         CtlCommand::Resize(Resize { size, force }) => {
             let mut arguments = json!({"force": force});
@@ -230,7 +230,7 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
             let readable = |reply: &Resized| {
                 format!("the guest's disk now has {} ({} bytes)\n", units::bytes(reply.size), reply.size)
             };
-            page(cli, client.ask("resize", arguments, REPLY_TIMEOUT)?, readable)?
+            page(cli, client.execute("resize", arguments, REPLY_TIMEOUT)?, readable)?
         }
         CtlCommand::Upgrade(options) => match upgrade::run(options, path, client)? {
             upgrade::Done::Upgraded(figures) => page(cli, figures, upgrade::readable)?,
@@ -253,7 +253,7 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
             return Err(Failure::new("internal", "this command needs no connection; please report it as a defect"));
         }
         CtlCommand::Quit => {
-            let reply = client.ask("quit", json!({}), REPLY_TIMEOUT)?;
+            let reply = client.execute("quit", json!({}), REPLY_TIMEOUT)?;
             page(cli, reply, |_: &Value| "the daemon ends\n".to_owned())?
         }
     };
@@ -266,7 +266,7 @@ fn change_copy(client: &mut Client, change: &ChangeCopy, copy: &str) -> Result<V
         ChangeCopy::Cancel { .. } => ("copy-cancel", json!({"copy": copy})),
         ChangeCopy::Limit { bandwidth, .. } => ("copy-bandwidth", json!({"copy": copy, "bandwidth": bandwidth})),
     };
-    client.ask(command, arguments, REPLY_TIMEOUT)
+    client.execute(command, arguments, REPLY_TIMEOUT)
 }
 
 /// Says that a copy was cancelled or limited.

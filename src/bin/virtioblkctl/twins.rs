@@ -125,7 +125,7 @@ fn figures(total: &RingStatus) -> [(&'static str, &'static str, u64); 6] {
 pub(crate) fn domblkstat(options: &Domblkstat, chosen: &Chosen, json: bool) -> Result<(), Failure> {
     let mut sums = figures(&RingStatus::default());
     for device in &mut devices(chosen, &options.domain, options.device.as_deref())? {
-        let stats: Stats = parse(device.client.ask("query-stats", json!({}), REPLY_TIMEOUT)?)?;
+        let stats: Stats = parse(device.client.execute("query-stats", json!({}), REPLY_TIMEOUT)?)?;
         for (sum, figure) in sums.iter_mut().zip(figures(&stats.total)) {
             sum.2 = sum.2.wrapping_add(figure.2);
         }
@@ -238,7 +238,7 @@ pub(crate) fn blockresize(options: &Blockresize, chosen: &Chosen, json: bool) ->
     if let Some(size) = options.size {
         arguments["size"] = json!(size);
     }
-    let reply = device.client.ask("resize", arguments, REPLY_TIMEOUT)?;
+    let reply = device.client.execute("resize", arguments, REPLY_TIMEOUT)?;
     if json {
         return print(&json_page(&reply));
     }

@@ -69,7 +69,7 @@ pub enum Done {
 /// Starts the new daemon and waits until it has taken over.
 pub fn run(options: &Upgrade, control: &Path, mut client: Client) -> Result<Done, Failure> {
     let status = client.query_status(REPLY_TIMEOUT)?;
-    let line = match client.ask("query-command-line", json!({}), REPLY_TIMEOUT) {
+    let line = match client.execute("query-command-line", json!({}), REPLY_TIMEOUT) {
         // The daemon cannot report arguments that are not UTF-8. With --config they are not needed.
         Err(failure) if failure.code == "no-upgrade" && options.config.is_some() => CommandLine::default(),
         line => parse(line?)?,

@@ -155,17 +155,17 @@ impl Vring {
     }
 
     /// Asks the worker of a running ring to pause. The receiver gets a message when it has. `None`: the ring does not run.
-    pub(in crate::virtio) fn ask_to_pause(&self) -> Option<mpsc::Receiver<()>> {
-        self.ask(WorkerCommand::Pause)
+    pub(in crate::virtio) fn request_pause(&self) -> Option<mpsc::Receiver<()>> {
+        self.send_with_reply(WorkerCommand::Pause)
     }
 
     /// Asks the worker of a running ring to resume. The receiver gets a message when it has. The worker of a ring that has
     /// just started has popped what was in it by then. `None`: the ring does not run.
-    pub(in crate::virtio) fn ask_to_resume(&self) -> Option<mpsc::Receiver<()>> {
-        self.ask(WorkerCommand::Resume)
+    pub(in crate::virtio) fn request_resume(&self) -> Option<mpsc::Receiver<()>> {
+        self.send_with_reply(WorkerCommand::Resume)
     }
 
-    fn ask(&self, command: impl FnOnce(mpsc::Sender<()>) -> WorkerCommand) -> Option<mpsc::Receiver<()>> {
+    fn send_with_reply(&self, command: impl FnOnce(mpsc::Sender<()>) -> WorkerCommand) -> Option<mpsc::Receiver<()>> {
         let Some(VringState::Running { mailbox, .. }) = &self.state else { return None };
         let (sender, reply) = mpsc::channel();
         mailbox.send(command(sender));

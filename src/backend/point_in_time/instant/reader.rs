@@ -78,7 +78,7 @@ impl Instant {
     }
 
     /// Adds a request, unless the instant is over.
-    fn ask(&self, add: impl FnOnce(&mut Links)) {
+    fn submit(&self, add: impl FnOnce(&mut Links)) {
         if let Some(links) = &mut *self.links.lock().expect("no panic while held") {
             add(links);
         }
@@ -137,7 +137,7 @@ impl Instant {
                 let (reply, is_read) = mpsc::sync_channel(1);
                 let read = ScratchRead { bytes: part.bytes, reply };
                 // If the thread has ended, so has its reply.
-                self.ask(|links| drop(links.scratch.send(read)));
+                self.submit(|links| drop(links.scratch.send(read)));
                 data[range].copy_from_slice(&self.wait(&is_read)?);
             }
         }
@@ -202,7 +202,7 @@ impl InstantReader {
             let start = bytes.start / ALIGN * ALIGN;
             let end = bytes.end.next_multiple_of(ALIGN).min(copy.size);
             let (reply, is_read) = mpsc::sync_channel(1);
-            self.0.ask(|links| links.requests.push(Request::Read(ClientRead { bytes: start..end, reply })));
+            self.0.submit(|links| links.requests.push(Request::Read(ClientRead { bytes: start..end, reply })));
             (start, is_read)
         });
         PendingRead { bytes, image, saved_before }
@@ -239,7 +239,7 @@ impl InstantReader {
     /// at its start.
     pub fn status(&self, bytes: Range<u64>) -> Result<Vec<StatusExtent>, ReadError> {
         let (reply, is_known) = mpsc::sync_channel(1);
-        self.0.ask(|links| links.requests.push(Request::Status { bytes, reply }));
+        self.0.submit(|links| links.requests.push(Request::Status { bytes, reply }));
         let extents = self.0.wait(&is_known)?;
         self.0.check()?;
         Ok(extents)
