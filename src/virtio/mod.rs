@@ -1,8 +1,8 @@
 //! The virtio-blk device behind vhost-user. It opens no files.
 //!
-//! Each room uses only the rooms below it (`tests/layering`):
+//! Each module uses only the modules below it (`tests/layering`):
 //!
-//! | room | what |
+//! | module | what |
 //! |---|---|
 //! | `device` | one disk: serves one front-end after the other, and hands its front-end to another process |
 //! | `vhost_user` | one connection: messages, and the rings that they set up |

@@ -1,4 +1,4 @@
-//! The rule that holds the house together, checked on the text of `src/`: which room may name what, and which files
+//! The order of the folders, checked on the text of `src/`: which folder may name what, and which files
 //! may be unsafe. Comments and the insides of string literals are blanked first.
 
 mod imports;
@@ -24,27 +24,27 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/server/inherited.rs", "a descriptor that is known by its number alone"),
 ];
 
-/// In files under `room` none of `words` may stand, `but` apart.
+/// In files under `folder` none of `words` may stand, `but` apart.
 struct Rule {
-    room: &'static str,
+    folder: &'static str,
     words: &'static [&'static str],
     but: Option<&'static str>,
 }
 
 const RULES: [Rule; 22] = [
     Rule {
-        room: "src/engine/",
+        folder: "src/engine/",
         words: &["std::fs", "std::net", "std::os", "std::thread", "std::time", "std::io", "std::sync", "std::process"],
         but: None,
     },
-    Rule { room: "src/backend/", words: &["crate::virtio", "crate::control"], but: None },
-    Rule { room: "src/virtio/", words: &["crate::control", "File::open", "File::create", "OpenOptions"], but: None },
+    Rule { folder: "src/backend/", words: &["crate::virtio", "crate::control"], but: None },
+    Rule { folder: "src/virtio/", words: &["crate::control", "File::open", "File::create", "OpenOptions"], but: None },
     // Descriptors that the front-end hands over arrive as `std::fs::File`.
-    Rule { room: "src/virtio/", words: &["std::fs"], but: Some("std::fs::File") },
-    Rule { room: "src/control/", words: &["crate::virtio"], but: None },
-    // Each room of the device uses only those below it.
+    Rule { folder: "src/virtio/", words: &["std::fs"], but: Some("std::fs::File") },
+    Rule { folder: "src/control/", words: &["crate::virtio"], but: None },
+    // Each folder of the device uses only those below it.
     Rule {
-        room: "src/virtio/virtqueue/",
+        folder: "src/virtio/virtqueue/",
         words: &[
             "virtio::blk",
             "virtio::shared_memory",
@@ -56,40 +56,40 @@ const RULES: [Rule; 22] = [
         but: None,
     },
     Rule {
-        room: "src/virtio/blk/",
+        folder: "src/virtio/blk/",
         words: &["virtio::shared_memory", "virtio::rings", "virtio::worker", "virtio::vhost_user", "virtio::device"],
         but: None,
     },
     Rule {
-        room: "src/virtio/shared_memory/",
+        folder: "src/virtio/shared_memory/",
         words: &["virtio::rings", "virtio::worker", "virtio::vhost_user", "virtio::device"],
         but: None,
     },
-    Rule { room: "src/virtio/rings/", words: &["virtio::worker", "virtio::vhost_user", "virtio::device"], but: None },
-    Rule { room: "src/virtio/worker/", words: &["virtio::vhost_user", "virtio::device"], but: None },
-    Rule { room: "src/virtio/vhost_user/", words: &["virtio::device"], but: None },
+    Rule { folder: "src/virtio/rings/", words: &["virtio::worker", "virtio::vhost_user", "virtio::device"], but: None },
+    Rule { folder: "src/virtio/worker/", words: &["virtio::vhost_user", "virtio::device"], but: None },
+    Rule { folder: "src/virtio/vhost_user/", words: &["virtio::device"], but: None },
     // The back-ends do not know who reads an instant, and its readers know nothing of the device.
-    Rule { room: "src/backend/", words: &["crate::export"], but: None },
+    Rule { folder: "src/backend/", words: &["crate::export"], but: None },
     Rule {
-        room: "src/export/",
+        folder: "src/export/",
         words: &["crate::virtio", "crate::control", "crate::config", "crate::server"],
         but: None,
     },
-    Rule { room: "src/upgrade/", words: &["crate::virtio", "crate::backend", "crate::control"], but: None },
+    Rule { folder: "src/upgrade/", words: &["crate::virtio", "crate::backend", "crate::control"], but: None },
     // Only the server, main and the tools know the configuration.
-    Rule { room: "src/backend/", words: &["crate::config"], but: None },
-    Rule { room: "src/virtio/", words: &["crate::config"], but: None },
-    Rule { room: "src/control/", words: &["crate::config"], but: None },
-    Rule { room: "src/sandbox/", words: &["crate::config"], but: None },
-    Rule { room: "src/snapshot/", words: &["crate::config"], but: None },
-    Rule { room: "src/upgrade/", words: &["crate::config"], but: None },
+    Rule { folder: "src/backend/", words: &["crate::config"], but: None },
+    Rule { folder: "src/virtio/", words: &["crate::config"], but: None },
+    Rule { folder: "src/control/", words: &["crate::config"], but: None },
+    Rule { folder: "src/sandbox/", words: &["crate::config"], but: None },
+    Rule { folder: "src/snapshot/", words: &["crate::config"], but: None },
+    Rule { folder: "src/upgrade/", words: &["crate::config"], but: None },
     Rule {
-        room: "src/disk/",
+        folder: "src/disk/",
         words: &["crate::config", "crate::virtio", "crate::control", "crate::backend"],
         but: None,
     },
     Rule {
-        room: "src/base/",
+        folder: "src/base/",
         words: &[
             "crate::backend",
             "crate::virtio",
@@ -104,7 +104,7 @@ const RULES: [Rule; 22] = [
     },
 ];
 
-/// Where a path in the engine may begin, beside its own modules and types. Anything else names another room or another
+/// Where a path in the engine may begin, beside its own modules and types. Anything else names another folder or another
 /// crate.
 const ENGINE_MAY_USE: [&str; 4] = ["std", "super", "self", "crate::engine"];
 
@@ -112,7 +112,7 @@ const ENGINE_MAY_USE: [&str; 4] = ["std", "super", "self", "crate::engine"];
 fn every_room_names_only_what_it_may() {
     let files = sources();
     assert!(files.iter().any(|file| file.path.starts_with("src/engine/")), "src/engine/ was not found");
-    let broken: Vec<String> = files.iter().flat_map(complaints).collect();
+    let broken: Vec<String> = files.iter().flat_map(violations).collect();
     assert!(broken.is_empty(), "the layering is broken (see the head of src/lib.rs):\n{}", broken.join("\n"));
 }
 
@@ -141,7 +141,7 @@ fn each_rule_refuses_text_that_breaks_it() {
         ("src/backend/uring/mod.rs", "//! About rings.\nunsafe impl Send for Uring {}"),
     ];
     for (path, text) in cases {
-        assert!(!complaints(&Source::new(path, text)).is_empty(), "not refused: {path}: {text}");
+        assert!(!violations(&Source::new(path, text)).is_empty(), "not refused: {path}: {text}");
     }
 }
 
@@ -161,7 +161,7 @@ fn text_that_keeps_the_rules_passes() {
         ("src/engine/mod.rs", "mod gate;\npub use gate::WriteGate;\nuse Kind::*;\nfn f() -> impl Sized + use<'_> {}"),
     ];
     for (path, text) in cases {
-        assert_eq!(complaints(&Source::new(path, text)), Vec::<String>::new());
+        assert_eq!(violations(&Source::new(path, text)), Vec::<String>::new());
     }
 }
 
@@ -199,16 +199,16 @@ fn sources() -> Vec<Source> {
 }
 
 /// What is wrong with a file, a line each.
-fn complaints(file: &Source) -> Vec<String> {
+fn violations(file: &Source) -> Vec<String> {
     let Source { path, code, .. } = file;
     let mut found = Vec::new();
     let paths = named_paths(code);
-    for rule in RULES.iter().filter(|rule| path.starts_with(rule.room)) {
+    for rule in RULES.iter().filter(|rule| path.starts_with(rule.folder)) {
         let allowed = rule.but.unwrap_or("");
         let code = if allowed.is_empty() { code.clone() } else { code.replace(allowed, "") };
         for word in rule.words {
             if has_path(&code, word) || paths.iter().any(|used| used != allowed && begins_with(used, word)) {
-                found.push(format!("{path} names {word}, which {} must not", rule.room));
+                found.push(format!("{path} names {word}, which {} must not", rule.folder));
             }
         }
     }
@@ -220,15 +220,15 @@ fn complaints(file: &Source) -> Vec<String> {
         }
         for (at, _) in code.match_indices("crate::") {
             if !code[at..].starts_with("crate::engine") {
-                found.push(format!("{path} names another room: {}", code[at..].lines().next().unwrap_or_default()));
+                found.push(format!("{path} names another folder: {}", code[at..].lines().next().unwrap_or_default()));
             }
         }
     }
-    found.extend(unsafe_complaint(file));
+    found.extend(unsafe_violation(file));
     found
 }
 
-fn unsafe_complaint(file: &Source) -> Option<String> {
+fn unsafe_violation(file: &Source) -> Option<String> {
     let Source { path, first_line, code } = file;
     // The mode's name is a word of the trade: only the keyword counts, which is followed by a space or a brace.
     let keyword = |word: &str| words_at(code, word).any(|end| code[end..].trim_start().starts_with(KEYWORD_FOLLOWERS));
