@@ -8,7 +8,7 @@ use super::change::{Change, Element};
 use super::daemons;
 use super::hook::{self, Disk, Host};
 use super::metadata::{self, DiskOptions};
-use super::places::{DiskPlaces, remove};
+use super::places::{DiskPlaces, remove, write_atomically};
 use super::units;
 
 /// What `apply` did to one disk.
@@ -103,8 +103,8 @@ fn replace_options(
         return Ok(Applied::Unchanged);
     }
     let pid = daemons::pid(places)?;
-    hook::write_atomically(&places.applying, &format!("{pid}\n{old}"), 0o600)
-        .and_then(|()| hook::write_atomically(path, new, 0o600))
+    write_atomically(&places.applying, &format!("{pid}\n{old}"), 0o600)
+        .and_then(|()| write_atomically(path, new, 0o600))
         .map_err(failed)?;
     let Err(error) = upgrade(pid) else {
         // A file that stays names a process that has ended.
@@ -139,7 +139,7 @@ fn served(places: &DiskPlaces) -> Result<String, String> {
 /// Leaves `text` as the configuration file, and no trace of an interrupted `apply`.
 fn restore(places: &DiskPlaces, text: &str) -> io::Result<()> {
     if fs::read_to_string(&places.configuration)? != text {
-        hook::write_atomically(&places.configuration, text, 0o600)?;
+        write_atomically(&places.configuration, text, 0o600)?;
     }
     remove(&places.applying)
 }

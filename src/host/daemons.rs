@@ -14,7 +14,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::json;
 
 use super::logs;
-use super::places::{DiskPlaces, remove};
+use super::places::DiskPlaces;
 use super::units;
 use crate::base::unix_listener;
 use crate::control::client::{Client, Failure, REPLY_TIMEOUT};
@@ -222,16 +222,10 @@ pub(super) fn end(disk: &DiskPlaces, deadline: Instant) -> Result<(), String> {
     }
     // A daemon that died is not started again; one that systemd has started meanwhile ends in order.
     units::end(disk, deadline)?;
-    if let Some(socket) = socket_left(disk)
-        && let Err(error) = unix_listener::remove_dead(&socket)
-    {
-        log::debug!("{error}");
+    if let Some(socket) = configured_socket(disk) {
+        remove_socket(disk, &socket);
     }
-    let DiskPlaces { applying, unit, configuration, pid_file, control, domain_name, lock, .. } = disk;
-    for path in [applying, unit, configuration, pid_file, control, domain_name, lock] {
-        remove(path).map_err(|error| format!("cannot remove {}: {error}", path.display()))?;
-    }
-    Ok(())
+    disk.remove_files()
 }
 
 /// Whether the daemon, or the control socket's mode, refuses this program's user.
@@ -239,12 +233,20 @@ fn is_final(refusal: &Failure) -> bool {
     matches!(refusal.code.as_str(), "no-permission" | "not-allowed")
 }
 
-/// The vhost-user socket, if it is in our directory of sockets, where a daemon of another user may not remove it. What is
-/// elsewhere is the daemon's to remove.
-fn socket_left(disk: &DiskPlaces) -> Option<PathBuf> {
+/// The vhost-user socket that the disk's configuration file names.
+fn configured_socket(disk: &DiskPlaces) -> Option<PathBuf> {
     let options: toml::Table = fs::read_to_string(&disk.configuration).ok()?.parse().ok()?;
-    let socket = PathBuf::from(options.get("socket-path")?.as_str()?);
-    (socket.parent() == disk.control.parent()).then_some(socket)
+    Some(options.get("socket-path")?.as_str()?.into())
+}
+
+/// Removes the vhost-user socket of a daemon that has ended, if it is in our directory of sockets, where a daemon of another
+/// user may not remove it. What is elsewhere is the daemon's to remove.
+pub(super) fn remove_socket(disk: &DiskPlaces, socket: &Path) {
+    if socket.parent() == disk.control.parent()
+        && let Err(error) = unix_listener::remove_dead(socket)
+    {
+        log::debug!("{error}");
+    }
 }
 
 #[cfg(test)]

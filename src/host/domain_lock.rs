@@ -63,6 +63,15 @@ impl Drop for DomainLock {
     }
 }
 
+/// Removes the file of a change that was killed, unless a process still holds its lock.
+pub(super) fn remove_unused(path: &Path) {
+    if path.exists()
+        && let Ok(Some(file)) = try_lock(path)
+    {
+        drop(DomainLock { file, path: path.to_owned() });
+    }
+}
+
 /// Returns the locked file, or `None` while another process holds the lock.
 fn try_lock(path: &Path) -> io::Result<Option<File>> {
     let mut options = OpenOptions::new();
@@ -92,7 +101,12 @@ mod tests {
         let first = DomainLock::take(&path, "vm1").unwrap();
         let refused = DomainLock::take_within(&path, "vm1", SHORT).map(drop).unwrap_err();
         assert!(refused.contains("domain vm1") && refused.contains("run this command again"), "{refused}");
+        remove_unused(&path);
+        assert!(path.exists());
         drop(first);
+        assert!(!path.exists());
+        fs::write(&path, "").unwrap();
+        remove_unused(&path);
         assert!(!path.exists());
         // A program that another test starts shares the lock until its exec.
         drop(DomainLock::take_within(&path, "vm1", Duration::from_secs(30)).unwrap());

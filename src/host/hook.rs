@@ -9,20 +9,22 @@
 //! | `reconnect begin` | starts daemons that are gone; never fails, since libvirt would end the guest |
 //!
 //! It never calls libvirt, which waits for it. State is files only (`places`): a configuration file stands for a daemon
-//! that was started and not ended, whatever became of the hook or of libvirtd meanwhile; after a crash of the host /run is
-//! empty.
+//! that was started and not ended, whatever became of the hook or of libvirtd meanwhile. After a crash of the host /run is
+//! empty; where it is not, no lock is held, and the next call removes what is left.
 
 use std::fs;
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::io::{Read, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use super::daemons::{self, Launcher, Starting};
+pub use super::daemons::Launcher;
+use super::daemons::{self, Starting};
 use super::domain::{self, Domain};
+use super::domain_lock;
 use super::metadata::{self, DiskOptions};
-use super::places::{DiskPlaces, Places};
+use super::places::{DiskPlaces, NEW, Places, write_atomically};
 use super::units;
 use crate::backend::file;
 use crate::base::{logging, trust};
@@ -36,6 +38,10 @@ const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(120);
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long they may take to drain and sync before libvirt goes on.
 pub(super) const END_TIMEOUT: Duration = Duration::from_secs(60);
+/// The same after a start that failed: no guest has used them, and one that its storage holds up does not end.
+pub(super) const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(5);
+/// Why a domain ends that could not be started (`virDomainShutoffReasonTypeToString`; libvirt says it since 10.5).
+const FAILED: &str = "failed";
 
 /// What libvirt calls the hook with: `DOMAIN OPERATION SUB-OPERATION EXTRA`, the XML on standard input.
 #[derive(Clone, Debug)]
@@ -44,6 +50,8 @@ pub struct Call {
     pub operation: String,
     /// `begin` or `end`.
     pub sub_operation: String,
+    /// Why a domain has ended, at `release end`, or `-`.
+    pub reason: String,
 }
 
 /// The hook's surroundings.
@@ -113,7 +121,7 @@ pub fn run(call: &Call, host: &Host, input: impl Read, mut out: impl Write) -> R
             Ok(())
         }
         // The element may have been removed while the domain ran.
-        ("release", "end") => release(host, &xml),
+        ("release", "end") => release(host, &xml, if call.reason == FAILED { GIVE_UP_TIMEOUT } else { END_TIMEOUT }),
         _ => Ok(()),
     }
 }
@@ -203,7 +211,7 @@ fn prepare(host: &Host, xml: &str) -> Result<(), String> {
     }
     let arrival = host.places.arrival(&domain);
     let arrives = is_recent(&arrival);
-    let _ = fs::remove_file(&arrival);
+    forget(&arrival);
     start_disks(host, &disks, arrives).map_err(|error| format!("domain {}: {error}", domain.name))
 }
 
@@ -220,7 +228,7 @@ pub(super) fn start_disks(host: &Host, disks: &[Disk], arrives: bool) -> Result<
         false => disks.iter().try_for_each(unused),
     });
     if result.is_err() {
-        let deadline = Instant::now() + END_TIMEOUT;
+        let deadline = Instant::now() + GIVE_UP_TIMEOUT;
         for disk in started {
             if let Err(error) = daemons::end(disk, deadline) {
                 logging::message(error);
@@ -254,7 +262,7 @@ pub(super) fn start_one(host: &Host, disk: &Disk) -> Result<(), String> {
     let ready = started.wait(&disk.places, deadline).map_err(|error| format!("disk {}: {error}", disk.target));
     let result = ready.and_then(|()| unused(disk));
     if result.is_err() {
-        let _ = daemons::end(&disk.places, Instant::now() + END_TIMEOUT);
+        let _ = daemons::end(&disk.places, Instant::now() + GIVE_UP_TIMEOUT);
     }
     result
 }
@@ -295,7 +303,11 @@ fn start_all<'a>(
             }
         }
     }
+    let mut deadline = deadline;
     for (disk, one) in starting {
+        if result.is_err() {
+            deadline = deadline.min(Instant::now() + GIVE_UP_TIMEOUT);
+        }
         let ready = one.wait(&disk.places, deadline).map_err(|error| format!("disk {}: {error}", disk.target));
         result = result.and(ready);
     }
@@ -303,18 +315,17 @@ fn start_all<'a>(
 }
 
 fn begin(host: &Host, disk: &Disk, deadline: Instant) -> Result<Starting, String> {
-    // Of a start that was interrupted, or of a domain that ended while no hook ran.
-    if disk.places.configuration.exists() {
-        daemons::end(&disk.places, deadline)?;
-    }
+    // Of a start that was interrupted, of a domain that ended while no hook ran, or from before a crash of the host.
+    daemons::end(&disk.places, deadline)?;
     let path = &disk.places.configuration;
     write_atomically(path, &configuration(host, disk), 0o600)
         .and_then(|()| write_atomically(&disk.places.domain_name, &disk.domain, 0o644))
         .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
     let started = daemons::start(&disk.places, &host.launcher, &disk.domain);
     started.inspect_err(|_| {
-        for path in [path, &disk.places.domain_name, &disk.places.unit] {
-            let _ = fs::remove_file(path);
+        // Another hook may have started the daemon meanwhile, whose files these are then.
+        if !daemons::is_alive(&disk.places) {
+            let _ = disk.places.remove_files();
         }
     })
 }
@@ -356,20 +367,39 @@ pub(super) fn configuration(host: &Host, disk: &Disk) -> String {
     format!("# Written by libvirt's hook from the domain's <metadata>, which is the place to change it.\n{table}")
 }
 
-fn release(host: &Host, xml: &str) -> Result<(), String> {
+fn release(host: &Host, xml: &str, timeout: Duration) -> Result<(), String> {
     let xml = xml.to_owned();
     let domain = within(READ_TIMEOUT, move || Domain::parse(&xml).map_err(|error| error.to_string()))?;
-    let _ = fs::remove_file(host.places.arrival(&domain));
-    end_disks(host, &domain)
+    forget(&host.places.arrival(&domain));
+    domain_lock::remove_unused(&host.places.changes(&domain));
+    let socket = |target: &str| domain.disk(target).map(|disk| PathBuf::from(&disk.socket));
+    end_disks(host, &domain, socket, timeout)
 }
 
-/// Ends the daemons that were started for the machine, and no others.
-pub(super) fn end_disks(host: &Host, domain: &Domain) -> Result<(), String> {
+/// Removes the mark of an arrival.
+fn forget(arrival: &Path) {
+    for path in [arrival, &arrival.with_extension(NEW)] {
+        let _ = fs::remove_file(path);
+    }
+}
+
+/// Ends the daemons that were started for the machine, and no others, and removes all that they left. `socket`: the
+/// vhost-user socket of a target, for a disk whose configuration file is lost.
+pub(super) fn end_disks(
+    host: &Host,
+    domain: &Domain,
+    socket: impl Fn(&str) -> Option<PathBuf>,
+    timeout: Duration,
+) -> Result<(), String> {
     let started = host.places.started(domain).map_err(|error| format!("cannot look for daemons to end: {error}"))?;
-    let deadline = Instant::now() + END_TIMEOUT;
+    let deadline = Instant::now() + timeout;
     let mut result = Ok(());
     for disk in started {
-        result = result.and(daemons::end(&disk, deadline));
+        let ended = daemons::end(&disk, deadline);
+        if let (Ok(()), Some(socket)) = (&ended, socket(disk.target())) {
+            daemons::remove_socket(&disk, &socket);
+        }
+        result = result.and(ended);
     }
     result
 }
@@ -412,13 +442,4 @@ pub(super) fn make_directories(places: &Places) -> Result<(), String> {
     // What daemons are started with is read from the first, and what they say is written below the second. The sockets'
     // directory may be the daemons' user's, as systemd makes it: sockets are bound and found with that in mind.
     [&places.run, &places.log].into_iter().try_for_each(|path| trust::check(path))
-}
-
-/// Configuration files are for our eyes only (`mode`): an option of librbd may be a secret.
-pub(super) fn write_atomically(path: &Path, text: &str, mode: u32) -> io::Result<()> {
-    let new = path.with_extension("new");
-    let _ = fs::remove_file(&new);
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&new)?;
-    file.write_all(text.as_bytes())?;
-    fs::rename(&new, path)
 }

@@ -1,6 +1,10 @@
 //! Where the files of a host's disks are. Root's are below /run and /var/log; another user's, as libvirt's session daemon
 //! has them, below `XDG_RUNTIME_DIR`.
 
+use std::collections::BTreeSet;
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::domain::Domain;
@@ -33,13 +37,28 @@ pub struct DiskPlaces {
     pub applying: PathBuf,
     /// A file with the domain's name, which other users may read.
     pub domain_name: PathBuf,
+    /// One of these files while it is written.
+    pub new: PathBuf,
     /// The control socket.
     pub control: PathBuf,
     /// The log.
     pub log: PathBuf,
 }
 
+/// The extension of a file while it is written.
+pub(super) const NEW: &str = "new";
+/// The extensions of a disk's files in [`Places::run`]; see [`DiskPlaces`].
+const EXTENSIONS: [&str; 7] = ["toml", "pid", "lock", "unit", "applying", "domain", NEW];
+
 impl DiskPlaces {
+    /// Removes all files but the vhost-user socket and the log.
+    pub(super) fn remove_files(&self) -> Result<(), String> {
+        let DiskPlaces { applying, unit, configuration, pid_file, control, domain_name, lock, new, .. } = self;
+        [new, applying, unit, configuration, pid_file, control, domain_name, lock]
+            .into_iter()
+            .try_for_each(|path| remove(path).map_err(|error| format!("cannot remove {}: {error}", path.display())))
+    }
+
     /// The disk's target.
     pub(super) fn target(&self) -> &str {
         self.name.rsplit('-').next().unwrap_or_default()
@@ -52,6 +71,18 @@ pub(super) fn remove(path: &Path) -> std::io::Result<()> {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
+}
+
+/// Writes a file that is whole whenever it exists, even after a crash of the host. Configuration files are for our eyes only
+/// (`mode`): an option of librbd may be a secret.
+pub(super) fn write_atomically(path: &Path, text: &str, mode: u32) -> io::Result<()> {
+    let new = path.with_extension(NEW);
+    let _ = std::fs::remove_file(&new);
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&new)?;
+    file.write_all(text.as_bytes())?;
+    // /run is in memory almost everywhere; elsewhere a file could be renamed before it has its text.
+    file.sync_all()?;
+    std::fs::rename(&new, path)
 }
 
 impl Places {
@@ -93,6 +124,7 @@ impl Places {
             unit: path("unit"),
             applying: path("applying"),
             domain_name: path("domain"),
+            new: path(NEW),
             control: self.sockets.join(format!("{name}.ctl")),
             log: self.log.join(format!("{log}.log")),
         }
@@ -103,7 +135,8 @@ impl Places {
         self.sockets.join(format!("{}-{target}.sock", domain.uuid))
     }
 
-    /// The disks of a domain that were started here and not ended yet, found by their configuration files.
+    /// The disks of a domain that were started here and not ended yet. Any of its files stands for a disk: a hook may have
+    /// been killed between two of them, or the host may have crashed.
     pub fn started(&self, domain: &Domain) -> std::io::Result<Vec<DiskPlaces>> {
         let entries = match std::fs::read_dir(&self.run) {
             Ok(entries) => entries,
@@ -111,13 +144,15 @@ impl Places {
             Err(error) => return Err(error),
         };
         let start = format!("{}-", domain.uuid);
-        let mut found = Vec::new();
+        let mut targets = BTreeSet::new();
         for entry in entries {
             let name = entry?.file_name();
-            let target = name.to_str().and_then(|name| name.strip_prefix(&start)?.strip_suffix(".toml"));
-            found.extend(target.map(|target| self.disk(domain, target)));
+            let parts = name.to_str().and_then(|name| name.strip_prefix(&start)?.rsplit_once('.'));
+            targets.extend(
+                parts.filter(|(_, extension)| EXTENSIONS.contains(extension)).map(|(target, _)| target.to_owned()),
+            );
         }
-        Ok(found)
+        Ok(targets.iter().map(|target| self.disk(domain, target)).collect())
     }
 
     /// A mark that the domain's next start is the arrival of a guest that runs elsewhere, or of one that was saved.
@@ -155,10 +190,11 @@ mod tests {
         let places = Places { log: run.clone(), run: run.clone(), sockets: run.clone() };
         let (one, other) = (domain("vm1", "uuid-1"), domain("vm2", "uuid-2"));
         assert_eq!(places.started(&one).unwrap(), []);
-        for name in ["uuid-1-vda.toml", "uuid-1-vda.ctl", "uuid-2-vda.toml", "uuid-1.arrival"] {
-            std::fs::write(run.join(name), "").unwrap();
+        for name in ["1-vda.toml", "1-vda.pid", "1-vdb.lock", "1-vdc.ctl", "1-vdd.toml.old", "1.arrival", "2-vda.toml"]
+        {
+            std::fs::write(run.join(format!("uuid-{name}")), "").unwrap();
         }
-        assert_eq!(places.started(&one).unwrap(), [places.disk(&one, "vda")]);
+        assert_eq!(places.started(&one).unwrap(), ["vda", "vdb"].map(|target| places.disk(&one, target)));
         assert_eq!(places.started(&other).unwrap()[0].name, "uuid-2-vda");
         let nowhere = Places { run: run.join("none"), ..places };
         assert_eq!(nowhere.started(&one).unwrap(), []);

@@ -51,7 +51,7 @@ impl<'a> Machine<'a> {
 
     /// Ends the daemons that were started for the VM.
     pub fn after_stop(&self, host: &Host) -> Result<(), String> {
-        hook::end_disks(host, &self.domain())
+        hook::end_disks(host, &self.domain(), |target| Some(self.socket(host, target)), hook::END_TIMEOUT)
     }
 
     /// The line `args:` for the VM's configuration that connects QEMU to its disks.
@@ -86,11 +86,16 @@ impl<'a> Machine<'a> {
         let disk = |options: metadata::DiskOptions| Disk {
             domain: domain.name.clone(),
             target: options.target.clone(),
-            socket: host.places.sockets.join(format!("{}-{}.sock", self.id, options.target)),
+            socket: self.socket(host, &options.target),
             places: host.places.disk(&domain, &options.target),
             options,
         };
         Ok(described.into_iter().map(disk).collect())
+    }
+
+    /// The vhost-user socket of a disk.
+    fn socket(&self, host: &Host, target: &str) -> PathBuf {
+        host.places.sockets.join(format!("{}-{target}.sock", self.id))
     }
 
     fn configuration(&self) -> Result<String, String> {

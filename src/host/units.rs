@@ -54,9 +54,9 @@ pub(super) fn name(disk: &DiskPlaces) -> String {
     format!("virtioblkd-hook-{}.service", disk.name)
 }
 
-/// Whether the hook started the disk's daemon as a unit.
+/// Whether the hook started the disk's daemon as a unit. No unit runs where systemd does not.
 pub(super) fn is_unit(disk: &DiskPlaces) -> bool {
-    disk.unit.exists()
+    disk.unit.exists() && has_systemd()
 }
 
 /// The command that starts the disk's daemon, and ends when it is ready or has failed. `program`: virtioblkd.

@@ -5,6 +5,8 @@ mod check;
 mod copies;
 mod domain;
 mod front_ends;
+mod hook_killed;
+mod host_crash;
 mod hung_target;
 mod image_format;
 mod life_cycle;

@@ -37,7 +37,11 @@ pub(crate) fn arguments() -> Vec<OsString> {
 }
 
 pub(crate) fn run(options: &LibvirtHook) -> ExitCode {
-    let call = Call { operation: options.operation.clone(), sub_operation: options.sub_operation.clone() };
+    let call = Call {
+        operation: options.operation.clone(),
+        sub_operation: options.sub_operation.clone(),
+        reason: options.extra.clone().unwrap_or_default(),
+    };
     let result = Host::of_this_user().and_then(|host| hook::run(&call, &host, io::stdin().lock(), io::stdout().lock()));
     match result {
         Ok(()) => ExitCode::SUCCESS,

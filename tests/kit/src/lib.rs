@@ -10,7 +10,8 @@
 //!   process; [`front_end_suite`]: what holds for every kind of image.
 //! - [`control`]: a fake disk behind the control socket; [`snapshot`]: disks and a fake guest agent; [`upgrade`]: a
 //!   daemon that may be another process by now.
-//! - [`guest`]: QEMU with a real guest; [`ceph`]: a real cluster; [`documents`]: the commands of the pages.
+//! - [`guest`]: QEMU with a real guest; [`hook`]: what libvirt's hook started; [`ceph`]: a real cluster; [`documents`]: the
+//!   commands of the pages.
 
 pub mod backend;
 pub mod backend_contract;
@@ -21,6 +22,7 @@ pub mod driver;
 pub mod front_end;
 pub mod front_end_suite;
 pub mod guest;
+pub mod hook;
 pub mod log;
 pub mod prng;
 pub mod programs;
