@@ -5,6 +5,9 @@ use std::io;
 
 use nix::unistd::{Gid, Uid, User, initgroups, setresgid, setresuid};
 use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, accessat};
+use rustix::process::{
+    Pid, Signal, getpid, getppid, kill_process, parent_process_death_signal, set_parent_process_death_signal,
+};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 
 use super::SandboxError;
@@ -45,9 +48,11 @@ impl Account {
             let name = CString::new(self.name.as_str())
                 .map_err(|error| SandboxError::Switch(self.name.clone(), "initgroups", error.into()))?;
             let image = image_place(permissions);
+            let death_signal = DeathSignal::of_parent();
             initgroups(&name, self.gid).map_err(failed("initgroups"))?;
             setresgid(self.gid, self.gid, self.gid).map_err(failed("setresgid"))?;
             setresuid(self.uid, self.uid, self.uid).map_err(failed("setresuid"))?;
+            death_signal.renew();
             self.check_image(permissions, image)?;
         }
         Ok(())
@@ -65,6 +70,34 @@ impl Account {
         let access = if permissions.read_only { Access::READ_OK } else { Access::READ_OK | Access::WRITE_OK };
         let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&image));
         accessat(CWD, again, access, AtFlags::EACCESS).map_err(|errno| refused(errno.into()))
+    }
+}
+
+/// The signal that the kernel sends this process when its parent ends. A change of the user clears it (prctl(2),
+/// PR_SET_PDEATHSIG).
+struct DeathSignal {
+    signal: Option<Signal>,
+    parent: Option<Pid>,
+}
+
+impl DeathSignal {
+    fn of_parent() -> Self {
+        DeathSignal { signal: parent_process_death_signal().ok().flatten(), parent: getppid() }
+    }
+
+    /// Sets the signal again after the user has changed. If the parent has ended meanwhile, sends it.
+    fn renew(&self) {
+        if self.signal.is_none() {
+            return;
+        }
+        if let Err(errno) = set_parent_process_death_signal(self.signal) {
+            log::warn!("if the process that started this daemon is killed, the daemon serves on: {errno}");
+        } else if getppid() != self.parent
+            && let Some(signal) = self.signal
+        {
+            // A process may send itself any signal.
+            let _ = kill_process(getpid(), signal);
+        }
     }
 }
 

@@ -30,7 +30,7 @@ const CANNOT_RUN: u8 = 126;
 const SIGNALS: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
 
 /// Has the kernel end this process when the process ends that started it for `--run`. Called once by main, before any other
-/// thread exists. Changing the user (`--user`) cancels this.
+/// thread exists. A change of the user (`--user`) keeps it.
 pub fn end_with_parent() {
     let parent = std::env::var(PARENT_VARIABLE).ok().and_then(|pid| pid.parse().ok()).and_then(Pid::from_raw);
     if parent.is_none() || parent != rustix::process::getppid() {

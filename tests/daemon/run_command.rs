@@ -37,12 +37,17 @@ fn is_empty(directory: &Path) -> bool {
 
 /// Starts a command that writes the daemon's status and sleeps.
 fn sleeping(temporary: &Path, pids: &Path) -> Child {
+    sleeping_with(temporary, pids, &[])
+}
+
+/// [`sleeping`] with more options of the daemon.
+fn sleeping_with(temporary: &Path, pids: &Path, options: &[&str]) -> Child {
     let control = pids.with_extension("ctl");
     let (control, pids) = (control.to_str().expect("UTF-8"), pids.to_str().expect("UTF-8"));
     let ctl = programs::virtioblkctl();
     let status = format!("{} --control {{control}} --json status", ctl.display());
     let command = format!("trap 'exit 7' TERM; {status} >{pids}.new; mv {pids}.new {pids}; sleep 60 & wait");
-    virtioblkd(temporary, &["--control-path", control, "--run", &command])
+    virtioblkd(temporary, &[options, &["--control-path", control, "--run", &command]].concat())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
@@ -114,8 +119,26 @@ fn sigterm_reaches_the_command_and_then_the_daemon_ends() {
 fn a_runner_that_is_killed_takes_the_daemon_with_it() {
     let temporary = tempfile::tempdir().expect("room");
     let pids = temporary.path().join("pids");
-    let mut runner = sleeping(temporary.path(), &pids);
+    let runner = sleeping(temporary.path(), &pids);
     daemon(&pids);
+    kill_runner(runner, &pids);
+}
+
+/// A change of the user would have the kernel forget that the daemon ends with its parent.
+#[test]
+fn a_runner_that_is_killed_takes_the_daemon_of_another_user_with_it() {
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("SKIPPED: a daemon of another user (--user): only root can start one");
+    }
+    let temporary = tempfile::tempdir().expect("room");
+    let pids = temporary.path().join("pids");
+    let runner = sleeping_with(temporary.path(), &pids, &["--user", "nobody"]);
+    daemon(&pids);
+    kill_runner(runner, &pids);
+}
+
+/// Kills the runner and waits for the daemon's end.
+fn kill_runner(mut runner: Child, pids: &Path) {
     runner.kill().expect("it runs");
     assert_eq!(runner.wait().expect("it ends").signal(), Some(9));
     // A process that nobody waits for may remain as a zombie, whose control socket gets no connection.
