@@ -43,6 +43,14 @@ impl Bitmap {
         })
     }
 
+    /// Returns the first set bit of a range; `None` when all are clear.
+    pub(super) fn first_set(&self, range: Range<u64>) -> Option<u64> {
+        masks(range).find_map(|(word, mask)| {
+            let set = mask & self.words[word].load(Ordering::Acquire);
+            (set != 0).then(|| word as u64 * 64 + u64::from(set.trailing_zeros()))
+        })
+    }
+
     /// Returns the last clear bit of a range; `None` when all are set.
     pub(super) fn last_clear(&self, range: Range<u64>) -> Option<u64> {
         masks(range).rev().find_map(|(word, mask)| {
@@ -73,6 +81,7 @@ mod tests {
         assert!(Bitmap::new(1 << 62).is_err(), "more memory than there is");
         assert_eq!(bits.len(), 300);
         assert_eq!(bits.first_clear(0..300), Some(0));
+        assert_eq!(bits.first_set(0..300), None);
         assert_eq!(bits.set(5..5), 0);
         assert_eq!(bits.set(3..130), 127);
         assert_eq!(bits.set(0..64), 3);
@@ -80,6 +89,8 @@ mod tests {
         assert_eq!(bits.first_clear(0..300), Some(130));
         assert_eq!(bits.first_clear(7..130), None);
         assert_eq!(bits.first_clear(9..9), None);
+        assert_eq!(bits.first_set(129..300), Some(129));
+        assert_eq!(bits.first_set(130..300), None);
         assert_eq!(bits.set(131..300), 169);
         assert_eq!(bits.first_clear(0..300), Some(130));
         assert_eq!(bits.first_clear(131..300), None);

@@ -9,8 +9,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Sender, SyncSender};
 use std::time::{Duration, Instant as Time};
 
-use super::sources::{Source, sources};
-use super::{Instant, StatusExtent};
+use super::{Instant, StatusExtent, status};
 use crate::backend::point_in_time::Mutant;
 use crate::backend::point_in_time::copier::{BandwidthLimiter, open_queue};
 use crate::backend::point_in_time::copy::Phase;
@@ -31,16 +30,16 @@ const MAX_READ: u64 = 256 << 10;
 /// Extents start and end at multiples of this, except at the image's end.
 const ALIGN: u64 = 4096;
 
-/// The most extents of one reply.
-const MAX_EXTENTS: usize = 1024;
-
 /// Asks for something of the image.
 pub(super) enum Request {
     /// The bytes of a range, which starts and ends at blocks.
     Read(ClientRead),
     /// What a range held at the instant.
-    Status { bytes: Range<u64>, reply: SyncSender<Result<Vec<StatusExtent>, String>> },
+    Status { bytes: Range<u64>, reply: StatusReply },
 }
+
+/// Receives holes and data in order, or why they are not known, for the operator.
+type StatusReply = SyncSender<Result<Vec<StatusExtent>, String>>;
 
 /// A read of a client.
 pub(super) struct ClientRead {
@@ -88,6 +87,7 @@ struct ImageThread<'a> {
     urgent: VecDeque<Range<u64>>,
     pieces: VecDeque<Piece>,
     client_reads: VecDeque<ClientRead>,
+    statuses: VecDeque<(Range<u64>, StatusReply)>,
     /// The last result of `next_data`: no data is between the first two numbers, and there may be data up to the third.
     data: (u64, u64, u64),
     /// The bytes of old data in memory.
@@ -120,6 +120,7 @@ pub(super) fn run(
         urgent: VecDeque::new(),
         pieces: VecDeque::new(),
         client_reads: VecDeque::new(),
+        statuses: VecDeque::new(),
         data: (0, 0, 0),
         used_memory: 0,
         bandwidth: BandwidthLimiter::default(),
@@ -131,6 +132,7 @@ pub(super) fn run(
     instant.close_links();
     thread.reads.clear();
     thread.client_reads.clear();
+    thread.statuses.clear();
     // Waits for the reads in flight.
     drop(thread);
     drop((image, open));
@@ -152,17 +154,12 @@ impl ImageThread<'_> {
             for request in self.instant.take_requests() {
                 match request {
                     Request::Read(read) => self.client_reads.push_back(read),
-                    Request::Status { bytes, reply } => {
-                        let status = self.status(bytes);
-                        let failure = status.as_ref().err().cloned();
-                        // A reader that no longer waits needs no reply.
-                        drop(reply.send(status));
-                        // What could not be known once may be read wrongly later: the image may be cut off and grow again.
-                        failure.map_or(Ok(()), Err)?;
-                    }
+                    Request::Status { bytes, reply } => self.statuses.push_back((bytes, reply)),
                 }
             }
+            self.reply_status()?;
             let wait = self.start_client_reads()?;
+            let wait = if self.statuses.is_empty() { wait } else { Some(Duration::ZERO) };
             self.queue.wait(wait).map_err(cannot_wait)?;
             self.reap()?;
         }
@@ -352,33 +349,17 @@ impl ImageThread<'_> {
         Ok(())
     }
 
-    /// What a range held at the instant: holes and data, in order, without gaps. It may end earlier.
-    fn status(&mut self, bytes: Range<u64>) -> Result<Vec<StatusExtent>, String> {
-        let (cluster, saved) = (self.instant.copy.cluster, &self.instant.copy.saved);
-        let mut found: Vec<StatusExtent> = Vec::new();
-        for Source { bytes, saved } in sources(bytes, cluster, saved) {
-            let mut at = bytes.start;
-            while at < bytes.end {
-                if found.len() == MAX_EXTENTS {
-                    return Ok(found);
-                }
-                let (end, hole) = if saved { self.saved_status(at) } else { self.image_status(at)? };
-                let len = end.min(bytes.end) - at;
-                at += len;
-                match found.last_mut() {
-                    Some(last) if last.hole == hole => last.len += len,
-                    _ => found.push(StatusExtent { len, hole }),
-                }
-            }
-        }
-        Ok(found)
-    }
-
-    /// Whether a saved cluster held only zeroes, and where it ends.
-    fn saved_status(&self, at: u64) -> (u64, bool) {
-        let number = at / self.instant.copy.cluster;
-        let hole = self.instant.zero.first_clear(number..number + 1).is_none();
-        ((number + 1) * self.instant.copy.cluster, hole)
+    /// Replies to one reader that asked for holes. The others wait for the thread's next turn, so that saving comes first.
+    fn reply_status(&mut self) -> Result<(), String> {
+        let Some((bytes, reply)) = self.statuses.pop_front() else { return Ok(()) };
+        let instant = self.instant;
+        let (cluster, saved) = (instant.copy.cluster, &instant.copy.saved);
+        let found = status::list(bytes, cluster, saved, &instant.zero, |at| self.image_status(at));
+        let failure = found.as_ref().err().cloned();
+        // A reader that no longer waits needs no reply.
+        drop(reply.send(found));
+        // What could not be known once may be read wrongly later: the image may be cut off and grow again.
+        failure.map_or(Ok(()), Err)
     }
 
     /// Whether the image has a hole at a byte of no saved cluster, and where it, or the data, ends.

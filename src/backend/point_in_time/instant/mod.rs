@@ -10,6 +10,7 @@ mod image_thread;
 mod reader;
 mod scratch_file;
 mod sources;
+mod status;
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
