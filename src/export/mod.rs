@@ -9,3 +9,4 @@ mod server;
 mod session;
 
 pub use server::{ServerOptions, start};
+pub use session::ClientTimeouts;

@@ -381,7 +381,8 @@ impl Disk for CopiedDisk {
 
     fn prepare_export(&self, listener: UnixListener, options: &ExportOptions) -> Result<String, CopyError> {
         let (copy, reader) = self.copies.prepare_instant(options)?;
-        let served = export::ServerOptions { name: options.name.clone(), idle: options.idle };
+        let timeouts = export::ClientTimeouts::default();
+        let served = export::ServerOptions { name: options.name.clone(), idle: options.idle, timeouts };
         export::start(listener, reader, served).map_err(|error| {
             let message = format!("no thread or descriptor for the export ({error}); raise the daemon's limits");
             // It has no client yet, so its own end is no news.

@@ -1,19 +1,19 @@
 //! Clients that break the protocol, stall, die, or are too many; and exports that break. The guest goes on.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kit::backend::{Driver, eventually};
 use virtioblkd::backend::point_in_time::{CopyStep, ScratchOptions, Tuning};
 use virtioblkd::disk::Copies;
 use virtioblkd::engine::CacheMode;
-use virtioblkd::internal::export::{ServerOptions, start};
+use virtioblkd::internal::export::{ClientTimeouts, ServerOptions, start};
 
 use super::world::*;
 
@@ -121,6 +121,66 @@ fn hostile_clients_lose_their_connection_and_nothing_else() {
     drop(stalls);
 }
 
+/// The time is for the whole negotiation: each byte does not renew it.
+#[test]
+fn a_client_that_negotiates_forever_is_disconnected() {
+    let world = World::mem(14, Tuning::default());
+    let timeouts = ClientTimeouts { negotiation: Duration::from_millis(300), ..ClientTimeouts::default() };
+    let (name, _) = world.serve_within(LONG, timeouts);
+    let mut stream = UnixStream::connect(world.socket()).expect("a connection");
+    stream.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    stream.read_exact(&mut [0; 18]).expect("the greeting");
+    stream.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x03\0\0\xff\xff").unwrap();
+    let end = Instant::now() + TIMEOUT;
+    // The end of the connection, or a reset because of the bytes that nobody has read.
+    let is_served = |stream: &mut UnixStream| {
+        let read = stream.read(&mut [0; 1]);
+        stream.write_all(b"a").is_ok() && read.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+    };
+    while is_served(&mut stream) {
+        assert!(Instant::now() < end, "it is still served");
+    }
+    world.disk.cancel(&name).expect("it runs");
+}
+
+/// The place goes to a client that waits for it, and not before one waits.
+#[test]
+fn the_longest_silent_client_makes_room_for_one_that_waits() {
+    let world = World::mem(14, Tuning::default());
+    let timeouts = ClientTimeouts { silence: Duration::from_millis(200), ..ClientTimeouts::default() };
+    let (name, held) = world.serve_within(LONG, timeouts);
+    let mut silent: Vec<UnixStream> = (0..16).map(|_| connect(&world)).collect();
+    std::thread::sleep(2 * timeouts.silence);
+    assert_eq!(read(&mut silent[0], 0, 512).expect("no other client waits"), held[..512]);
+    let mut next = connect(&world);
+    assert_eq!(read(&mut next, 512, 512).expect("a read"), held[512..1024]);
+    assert_eq!(silent[1].read(&mut [0; 1]).expect("the end"), 0, "it was silent for longest");
+    assert_eq!(read(&mut silent[0], 0, 512).expect("it keeps its place"), held[..512]);
+    assert_eq!(read(&mut silent[2], 0, 512).expect("it keeps its place"), held[..512]);
+    world.disk.cancel(&name).expect("it runs");
+}
+
+/// O_NONBLOCK belongs to the socket, which the process that made it may go on to use.
+#[test]
+fn the_flags_of_the_makers_socket_stay_as_they_were() {
+    let world = World::mem(14, Tuning::default());
+    for is_nonblocking in [false, true] {
+        let (name, reader) = world.disk.prepare_instant(&world.options(LONG)).expect("a prepared export");
+        let _ = std::fs::remove_file(world.socket());
+        let listener = UnixListener::bind(world.socket()).expect("a socket");
+        listener.set_nonblocking(is_nonblocking).unwrap();
+        let ours = listener.try_clone().expect("a descriptor");
+        let options = ServerOptions { name: "vda".into(), idle: LONG, timeouts: ClientTimeouts::default() };
+        start(listener, reader, options).expect("a served export");
+        world.disk.start(&name).expect("nothing is in flight");
+        let mut client = connect(&world);
+        read(&mut client, 0, 512).expect("a read");
+        let flags = rustix::fs::fcntl_getfl(&ours).unwrap();
+        assert_eq!(flags.contains(rustix::fs::OFlags::NONBLOCK), is_nonblocking);
+        world.disk.cancel(&name).expect("it runs");
+    }
+}
+
 #[test]
 fn a_full_scratch_breaks_the_export_and_not_the_guest() {
     let scratch = tempfile::tempdir_in("/dev/shm").expect("a directory");
@@ -205,7 +265,7 @@ fn an_export_without_a_client_ends() {
 #[test]
 fn an_export_that_no_client_used_has_failed() {
     let world = World::mem(14, Tuning::default());
-    let (name, _) = world.serve(Duration::from_millis(300));
+    let (name, _) = world.serve(Duration::from_secs(2));
     drop(UnixStream::connect(world.socket()).expect("it listens"));
     let status = world.wait_ended(&name);
     assert!(
@@ -234,7 +294,8 @@ fn a_socket_that_is_shut_down_ends_its_export() {
     let (name, reader) = world.disk.prepare_instant(&world.options(LONG)).expect("a prepared export");
     let listener = UnixListener::bind(world.socket()).expect("a socket");
     let ours = listener.try_clone().expect("a descriptor");
-    start(listener, reader, ServerOptions { name: "vda".into(), idle: LONG }).expect("a served export");
+    start(listener, reader, ServerOptions { name: "vda".into(), idle: LONG, timeouts: ClientTimeouts::default() })
+        .expect("a served export");
     world.disk.start(&name).expect("nothing is in flight");
     rustix::net::shutdown(&ours, rustix::net::Shutdown::Both).expect("shut down");
     let status = world.wait_ended(&name);

@@ -15,7 +15,7 @@ use virtioblkd::backend::point_in_time::{InstantReader, PointInTime, ScratchOpti
 use virtioblkd::backend::{Backend, Op};
 use virtioblkd::disk::{Copies, CopyStatus, Events, ExportOptions};
 use virtioblkd::engine::CacheMode;
-use virtioblkd::internal::export::{ServerOptions, start};
+use virtioblkd::internal::export::{ClientTimeouts, ServerOptions, start};
 
 pub const CLUSTER: u64 = 64 << 10;
 
@@ -93,10 +93,15 @@ impl World {
 
     /// Fixes an instant and serves it on [`World::socket`]: its name, and what it holds.
     pub fn serve(&self, idle: Duration) -> (String, Vec<u8>) {
+        self.serve_within(idle, ClientTimeouts::default())
+    }
+
+    /// [`World::serve`] to clients that have so much time.
+    pub fn serve_within(&self, idle: Duration, timeouts: ClientTimeouts) -> (String, Vec<u8>) {
         let (name, reader) = self.disk.prepare_instant(&self.options(idle)).expect("a prepared export");
         let _ = std::fs::remove_file(self.socket());
         let listener = UnixListener::bind(self.socket()).expect("a socket");
-        start(listener, reader, ServerOptions { name: "vda".into(), idle }).expect("a served export");
+        start(listener, reader, ServerOptions { name: "vda".into(), idle, timeouts }).expect("a served export");
         let held = self.contents();
         self.disk.start(&name).expect("nothing is in flight");
         (name, held)
