@@ -126,6 +126,50 @@ fn an_export_in_the_background_is_shown_and_cancelled() {
 }
 
 #[test]
+fn the_map_is_that_of_nbdinfo() {
+    let dir = kit::programs::disk_dir();
+    let image = fs::File::create(dir.path().join("disk.img")).unwrap();
+    image.set_len(SIZE as u64).unwrap();
+    for at in [0, 4096, 1 << 20, (2 << 20) + 8192, SIZE as u64 - 4096] {
+        std::os::unix::fs::FileExt::write_all_at(&image, &[1; 4096], at).unwrap();
+    }
+    let disk = Disk::serve_in(dir, &["--blk-file", "disk.img", "--cache", "writeback", "--copy-dir", "."]);
+    let none = disk.ctl(&["map"]);
+    assert_eq!(none.status.code(), Some(1));
+    contains(&String::from_utf8_lossy(&none.stderr), &["no export runs", "--to nbd:"]);
+    receipt(&snapshot(&[&disk], &["--background", "--idle", "600s"]).output().unwrap());
+    let map: Value = serde_json::from_str(&disk.ctl_ok(&["--json", "map"])).unwrap();
+    let lengths = map.as_array().unwrap().iter().map(|extent| extent["length"].as_u64().unwrap());
+    assert_eq!(lengths.sum::<u64>(), SIZE as u64, "{map}");
+    assert_eq!(map, serde_json::from_str::<Value>(&disk.ctl_ok(&["--json", "map", "copy-1"])).unwrap());
+    let uri = format!("nbd+unix:///control?socket={}", disk.path("nbd").display());
+    let nbdinfo = |arguments: &[&str]| match Command::new("nbdinfo").args(arguments).arg(&uri).output() {
+        Ok(output) if output.status.success() => Some(String::from_utf8(output.stdout).unwrap()),
+        Ok(output) => panic!("{output:?}"),
+        Err(error) => {
+            eprintln!("SKIPPED: nbdinfo is not installed (scripts/install-test-deps): {error}");
+            None
+        }
+    };
+    // Once more when the guest has gone on: what is saved has holes of whole clusters only.
+    for has_gone_on in [false, true] {
+        if has_gone_on {
+            overwrite(&mut guest(&disk));
+        }
+        if let Some(theirs) = nbdinfo(&["--map", "--json"]) {
+            let value = |text: &str| serde_json::from_str::<Value>(text).unwrap();
+            assert_eq!(value(&disk.ctl_ok(&["--json", "map"])), value(&theirs));
+        }
+        if let Some(theirs) = nbdinfo(&["--map"]) {
+            let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+            assert_eq!(words(&disk.ctl_ok(&["map"])), words(&theirs));
+        }
+    }
+    let wrong = disk.ctl(&["map", "copy-7"]);
+    contains(&String::from_utf8_lossy(&wrong.stderr), &["copy-7", "virtioblkctl copies"]);
+}
+
+#[test]
 fn an_export_ends_with_the_command_that_began_it() {
     let disk = filled(4);
     let mut guest = guest(&disk);

@@ -9,7 +9,7 @@ use virtioblkd::internal::base::version::VERSION;
 use virtioblkd::internal::config::disk_size;
 
 use crate::chosen::Chosen;
-use crate::{attend, domain, duration, libvirt_hook, pages, proxmox, snapshot, twins, upgrade};
+use crate::{attend, domain, duration, libvirt_hook, map, pages, proxmox, snapshot, twins, upgrade};
 
 /// Query and control a running virtioblkd, and take snapshots of its disk
 #[derive(Parser)]
@@ -57,6 +57,10 @@ pub(crate) enum CtlCommand {
     Attend(attend::Attend),
     /// Show the copies and exports that run in the background (`snapshot --background`), and their progress
     Copies(Copies),
+    /// Show which parts of a running export's instant hold data, as `nbdinfo --map` does
+    ///
+    /// The export is one of `snapshot --to nbd:SOCKET`. With --json, the output is that of `nbdinfo --map --json`.
+    Map(map::Map),
     /// A libvirt domain: status, check, convert, attach, detach, apply
     ///
     /// libvirt is asked through virsh, which honours LIBVIRT_DEFAULT_URI.

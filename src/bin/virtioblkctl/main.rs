@@ -15,6 +15,7 @@ mod freezing;
 mod hold;
 mod libvirt_hook;
 mod list;
+mod map;
 mod pages;
 mod proxmox;
 mod show;
@@ -210,6 +211,7 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
         CtlCommand::Copies(Copies { change: Some(change) }) => {
             page(cli, change_copy(&mut client, change, change.copy())?, |_: &Value| changed_copy(change))?
         }
+        CtlCommand::Map(options) => map::run(client, options, cli.json)?,
         CtlCommand::Continue(Continue { wait: Some(timeout) }) => {
             let reply = continuation::run(client, *timeout)?;
             page(cli, reply, continuation::readable)?

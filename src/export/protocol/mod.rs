@@ -13,7 +13,7 @@ mod replies;
 #[cfg(test)]
 mod tests;
 mod transmission;
-mod wire;
+pub(super) mod wire;
 
 use std::sync::Arc;
 

@@ -3,9 +3,6 @@
 use super::wire::*;
 use super::{Connection, End, Errno, MAX_CHUNK, MAX_READ, Request, Span, Step};
 
-/// The length of a request without its payload.
-const REQUEST: usize = 28;
-
 impl Connection {
     pub(super) fn next_request(&mut self) -> Step {
         let mut fields = Fields(&self.input);
@@ -15,7 +12,7 @@ impl Connection {
         else {
             return Step::Wait;
         };
-        self.input.drain(..REQUEST);
+        self.input.drain(..REQUEST_SIZE);
         if magic != Some(REQUEST_MAGIC) {
             return Step::End(End::Violation("a request has another magic number"));
         }
