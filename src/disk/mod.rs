@@ -4,6 +4,7 @@
 
 mod copies;
 mod events;
+mod latency;
 mod ring_status;
 mod status;
 
@@ -13,10 +14,13 @@ use std::time::Duration;
 use crate::engine::{Errno, Kind};
 pub use copies::{Copies, CopyError, CopyOptions, CopyStatus, ExportOptions, ExportStatus, ImageSnapshots};
 pub use events::{Event, Events};
+pub use latency::{LatencyByKind, LatencyHistogram, LatencyStatus};
+pub(crate) use latency::{LatencyCounters, duration, ticks};
 pub use ring_status::RingStatus;
 pub(crate) use ring_status::{RingCounters, add};
 pub use status::{
     ChangedWrite, DiskStatus, ImageStatus, LastError, RbdQuiesceStatus, RbdStatus, StableWritesStatus, StoppedStatus,
+    UnsyncedStatus,
 };
 
 /// A disk that can be held. Implemented by `virtio::rings::Rings` and called by the control thread. No call blocks on I/O.
@@ -31,6 +35,16 @@ pub trait Disk: Send + Sync {
 
     /// Returns the disk's state, from counters of the virtqueues; they may lag by one batch of requests.
     fn status(&self) -> DiskStatus;
+
+    /// Returns the latencies of all virtqueues that ever ran, together.
+    fn latency(&self) -> LatencyStatus {
+        LatencyStatus::default()
+    }
+
+    /// Returns which acknowledged data is not durable yet.
+    fn unsynced(&self) -> UnsyncedStatus {
+        UnsyncedStatus::default()
+    }
 
     /// Retries the failed requests that are retained, and lets their virtqueues continue. Returns the number of these
     /// requests.

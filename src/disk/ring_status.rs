@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::Relaxed};
 
 use serde::{Deserialize, Serialize};
 
+use super::LatencyCounters;
+
 /// Expands to the atomic type that holds a figure of this type.
 macro_rules! atomic {
     (u16) => {
@@ -70,6 +72,11 @@ macro_rules! ring_figures {
             pub(crate) running: AtomicBool,
             /// The ring was kicked and has shown no request since its start.
             pub(crate) kicked_empty: AtomicBool,
+            /// Bytes of writes that were acknowledged and not durable then. It only grows.
+            pub(crate) acknowledged: AtomicU64,
+            /// How many of `acknowledged` a sync has covered. Every ring's worker raises it.
+            pub(crate) durable: AtomicU64,
+            pub(crate) latency: LatencyCounters,
             $($(#[$doc])* pub(crate) $figure: atomic!($type),)*
         }
 

@@ -58,6 +58,18 @@ pub struct DiskStatus {
     pub image_status: ImageStatus,
 }
 
+/// Acknowledged data that is not durable yet, as far as this daemon knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct UnsyncedStatus {
+    /// Bytes of writes that were acknowledged before they were durable, and that no sync has covered since. The kernel or the
+    /// cluster may have made some of them durable by itself.
+    pub unsynced_bytes: u64,
+    /// Milliseconds since the begin of the last sync that succeeded: what was acknowledged before it is durable. `None`: this
+    /// daemon made none yet.
+    pub last_sync_ms: Option<u64>,
+}
+
 /// A disk that is stopped because a request failed.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]

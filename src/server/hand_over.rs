@@ -223,8 +223,13 @@ fn hand_over(
         descriptors = saved.descriptors;
         front_end = Some((descriptors.add(saved.stream.into()), saved.record));
     }
-    let counts = handed_over.counts();
-    let state = HandOverState { since: handed_over.since, drained_in: handed_over.drained_in, counts, front_end };
+    let state = HandOverState {
+        since: handed_over.since,
+        drained_in: handed_over.drained_in,
+        counts: handed_over.counts(),
+        latency: handed_over.latencies(),
+        front_end,
+    };
     let descriptors: Vec<OwnedFd> = descriptors.into_list();
     send(channel, &OldDaemonMessage::State(Box::new(state)), &descriptors)?;
     match receive(channel, MESSAGE_TIMEOUT_RINGS_STOPPED, starter)? {

@@ -43,7 +43,7 @@ use crate::base::unix_listener;
 use crate::base::unix_listener::BindError;
 use crate::config::Config;
 use crate::control::protocol::return_types::TookOver;
-use crate::disk::RingStatus;
+use crate::disk::{LatencyStatus, RingStatus};
 use crate::sandbox::SandboxError;
 use crate::upgrade::DiskFacts;
 use crate::virtio::SessionEnd;
@@ -96,7 +96,7 @@ pub(crate) trait Served: Send + Sync {
     fn take_over(&self) -> io::Result<()>;
 
     /// Adds the old daemon's counts to this process's. Called by the main thread before [`Served::restore_session`].
-    fn resume_counts(&self, _before: &[RingStatus]) {}
+    fn resume_counts(&self, _before: &[RingStatus], _latency: &LatencyStatus) {}
 
     /// Releases the image again, because the old daemon serves on after all. Called by the main thread.
     fn release_image(&self);

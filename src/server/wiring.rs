@@ -29,7 +29,8 @@ use crate::config::{BackendKind, Config};
 use crate::control::protocol::return_types::TookOver;
 use crate::control::{self, ImageNotices};
 use crate::disk::{
-    Copies, CopyError, Disk, DiskStatus, Events, ExportOptions, FailedRequest, ImageSnapshots, RingStatus,
+    Copies, CopyError, Disk, DiskStatus, Events, ExportOptions, FailedRequest, ImageSnapshots, LatencyStatus,
+    RingStatus, UnsyncedStatus,
 };
 use crate::export;
 use crate::upgrade::DiskFacts;
@@ -302,8 +303,8 @@ impl Served for ServedDisk {
         self.backend.for_upgrade().take_over()
     }
 
-    fn resume_counts(&self, before: &[RingStatus]) {
-        self.device.resume_counts(before);
+    fn resume_counts(&self, before: &[RingStatus], latency: &LatencyStatus) {
+        self.device.resume_counts(before, latency);
     }
 
     fn release_image(&self) {
@@ -361,6 +362,14 @@ impl Disk for CopiedDisk {
             detected_format: self.format.found().map(str::to_owned),
             ..self.disk.status()
         }
+    }
+
+    fn latency(&self) -> LatencyStatus {
+        self.disk.latency()
+    }
+
+    fn unsynced(&self) -> UnsyncedStatus {
+        self.disk.unsynced()
     }
 
     fn continue_io(&self) -> u64 {

@@ -29,7 +29,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::disk::RingStatus;
+use crate::disk::{LatencyStatus, RingStatus};
 pub(crate) use channel::{Channel, Descriptors};
 use session_state::SessionState;
 pub use starter::VARIABLE as STARTER_VARIABLE;
@@ -162,6 +162,9 @@ pub(crate) struct HandOverState {
     /// The virtqueues' counters; empty from an older daemon that does not send them.
     #[serde(default)]
     pub(crate) counts: Vec<RingStatus>,
+    /// The disk's latencies; empty from an older daemon that does not send them.
+    #[serde(default)]
+    pub(crate) latency: LatencyStatus,
     /// The front-end's connection and its state; `None`: no front-end is connected.
     pub(crate) front_end: Option<(usize, SessionState)>,
 }

@@ -14,6 +14,7 @@ mod inflight;
 mod inflight_random;
 mod inflight_region;
 mod interrupts;
+mod latency;
 mod long_chains;
 mod memory_sharing;
 mod memory_tables;

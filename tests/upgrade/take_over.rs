@@ -72,12 +72,14 @@ fn counters_continue_after_an_upgrade() {
     let counted = |disk: &Disk| -> Value { serde_json::from_str(&disk.ctl_ok(&["stats", "--json"])).unwrap() };
     let before = counted(&disk);
     assert!(before["total"]["writes"].as_u64().unwrap() >= 200, "{before}");
+    assert!(before["latency"]["request"]["write"]["sum-ns"].as_u64().unwrap() > 0, "{before}");
     for mode in ["none", "writeback"] {
         disk.upgrade(&["--cache", mode]);
         let after = counted(&disk);
         for figure in ["reads", "read-bytes", "writes", "written-bytes", "flushes", "syncs", "interrupts"] {
             assert_eq!(after["total"][figure], before["total"][figure], "{figure}");
         }
+        assert_eq!(after["latency"]["request"], before["latency"]["request"]);
     }
     // Nobody is connected; a guest that comes counts on.
     let load = Load::start(&disk.path("vhost"));

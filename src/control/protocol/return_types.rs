@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::disk::{DiskStatus, RingStatus, StableWritesStatus};
+use crate::disk::{DiskStatus, LatencyStatus, RingStatus, StableWritesStatus, UnsyncedStatus};
 
 /// What `query-status` returns.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -128,6 +128,11 @@ pub struct Stats {
     pub total: RingStatus,
     /// The counters of `--stable-writes`.
     pub stable_writes: Option<StableWritesStatus>,
+    /// The latencies of all virtqueues that ever ran, together.
+    pub latency: LatencyStatus,
+    /// Acknowledged data that is not durable yet.
+    #[serde(flatten)]
+    pub unsynced: UnsyncedStatus,
 }
 
 /// What `quiesce` returns.

@@ -101,7 +101,13 @@ impl Service {
 
     fn stats(&self) -> Result<Value, Error> {
         let DiskStatus { rings, total, image_status, .. } = self.disk.status();
-        to_json(&Stats { rings, total, stable_writes: image_status.stable_writes })
+        to_json(&Stats {
+            rings,
+            total,
+            stable_writes: image_status.stable_writes,
+            latency: self.disk.latency(),
+            unsynced: self.disk.unsynced(),
+        })
     }
 
     fn command_line(&self) -> Result<Value, Error> {

@@ -14,7 +14,8 @@ use crate::control::image_notices::{ImageNotice, ImageNotices, PendingNotices};
 use crate::control::protocol::return_types::TookOver;
 use crate::disk::{
     ChangedWrite, Copies, CopyError, CopyOptions, CopyStatus, Disk, DiskStatus, Event, ExportStatus, FailedRequest,
-    HoldFigures, ImageStatus, LastError, RbdQuiesceStatus, RbdStatus, RingStatus, StableWritesStatus, StoppedStatus,
+    HoldFigures, ImageStatus, LastError, LatencyByKind, LatencyHistogram, LatencyStatus, RbdQuiesceStatus, RbdStatus,
+    RingStatus, StableWritesStatus, StoppedStatus, UnsyncedStatus,
 };
 use crate::engine::{Errno, Kind};
 
@@ -73,6 +74,22 @@ impl Disk for FixedDisk {
             detected_format: None,
             image_status: image_status(),
         }
+    }
+
+    fn latency(&self) -> LatencyStatus {
+        let one = |bin| LatencyHistogram { sum_ns: bin * 1250, boundaries: vec![1000, 1250], bins: vec![0, bin, 0] };
+        let kinds = |first| LatencyByKind {
+            read: one(first),
+            write: one(first + 1),
+            flush: one(first + 2),
+            discard: one(first + 3),
+            write_zeroes: one(first + 4),
+        };
+        LatencyStatus { request: kinds(1), backend: kinds(6), held: one(11) }
+    }
+
+    fn unsynced(&self) -> UnsyncedStatus {
+        UnsyncedStatus { unsynced_bytes: 49_152, last_sync_ms: Some(250) }
     }
 
     fn continue_io(&self) -> u64 {

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Device;
-use crate::disk::RingStatus;
+use crate::disk::{LatencyStatus, RingStatus};
 use crate::upgrade::session_state::SessionState;
 use crate::upgrade::{self, Descriptors, DiskFacts};
 use crate::virtio::vhost_user::save_restore::{HandOverError, SavedSession};
@@ -41,6 +41,11 @@ impl HandedOver {
     /// What the disk's rings have counted.
     pub(crate) fn counts(&self) -> Vec<RingStatus> {
         self.device.rings.counts()
+    }
+
+    /// The latencies that the disk's rings have recorded.
+    pub(crate) fn latencies(&self) -> LatencyStatus {
+        self.device.rings.latencies()
     }
 
     /// Leaves the disk to the other process. Nothing here touches the image any more, and the vhost-user thread ends.
@@ -90,8 +95,8 @@ const RECLAIM_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Device {
     /// Continues what another process counted. Called before [`Device::restore_session`].
-    pub(crate) fn resume_counts(&self, before: &[RingStatus]) {
-        self.rings.resume_counts(before);
+    pub(crate) fn resume_counts(&self, before: &[RingStatus], latency: &LatencyStatus) {
+        self.rings.resume_counts(before, latency);
     }
 
     /// Continues a session that another process served ([`crate::upgrade`]), then serves as [`Device::serve`] does.

@@ -143,13 +143,10 @@ impl Rings {
             let start = Instant::now();
             let claimed = self.image_users.claim_for_hold(&*self.backend);
             let result = match &claimed {
-                Ok(()) => self.backend.sync(),
+                Ok(()) => self.sync(),
                 Err(_) => Ok(()),
             };
             let took = start.elapsed();
-            if let Err(error) = &result {
-                self.report(Event::SyncError(errno_of(error)));
-            }
             let mut state = self.lock();
             let synced = state.syncing.take();
             let Some(hold) = &mut state.hold else { return };

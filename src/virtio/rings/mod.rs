@@ -6,12 +6,13 @@ pub(super) mod error_log;
 mod hold;
 pub(super) mod image_users;
 pub(super) mod stall_watch;
+mod synced;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::{Duration, Instant};
 
 pub(super) use command::{Mailbox, RingThreads, StopMode, WorkerCommand};
 use hold::Hold;
@@ -27,7 +28,8 @@ use crate::base::sync::mpsc;
 use crate::base::sync::{Mutex, MutexGuard, thread};
 use crate::base::text::base64_unless_utf8;
 use crate::disk::{
-    Disk, DiskStatus, Event, Events, FailedRequest, ImageStatus, RingCounters, RingStatus, StoppedStatus,
+    Disk, DiskStatus, Event, Events, FailedRequest, ImageStatus, LatencyStatus, RingCounters, RingStatus,
+    StoppedStatus, UnsyncedStatus, duration, ticks,
 };
 use crate::engine::{CacheMode, CachePolicy};
 use capacity::Capacity;
@@ -35,6 +37,7 @@ use capacity::Capacity;
 use error_log::ErrorLog;
 use image_users::ImageUsers;
 use stall_watch::CallWatch;
+pub(super) use synced::SyncCover;
 
 /// The failed requests that one ring retains.
 pub(super) struct RetainedRequests {
@@ -55,6 +58,12 @@ pub struct Rings {
     /// A [`Disk::resize`] is running.
     resizing: AtomicBool,
     call_watch: CallWatch,
+    /// What the workers' clocks count from.
+    started: Instant,
+    /// Grows when a ring runs for the first time.
+    generation: AtomicU64,
+    /// When the last sync that succeeded began, in ticks since `started`, plus one. 0: none did.
+    synced_at: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -72,6 +81,8 @@ struct State {
     /// Why the back-end refuses the image, while rings wait for it.
     refused: Option<String>,
     errors: ErrorLog,
+    /// The latencies that earlier daemons of this disk recorded.
+    latency_before: LatencyStatus,
 }
 
 /// How an operator shares a guest's memory with virtioblkd.
@@ -94,6 +105,9 @@ impl Rings {
             image_users: ImageUsers::default(),
             resizing: AtomicBool::new(false),
             call_watch: CallWatch::default(),
+            started: Instant::now(),
+            generation: AtomicU64::new(0),
+            synced_at: AtomicU64::new(0),
             state: Mutex::default(),
         })
     }
@@ -107,12 +121,27 @@ impl Rings {
         self.lock().counters.iter().map(|(index, counters)| counters.status(*index)).collect()
     }
 
+    /// The latencies of every ring that ever ran, in this process and before it.
+    pub(super) fn latencies(&self) -> LatencyStatus {
+        let state = self.lock();
+        let mut total = state.latency_before.clone();
+        state.counters.values().for_each(|counters| total.accumulate(&counters.latency.read()));
+        total
+    }
+
     /// Continues what another process counted. Called before any ring runs.
-    pub(super) fn resume_counts(&self, before: &[RingStatus]) {
+    pub(super) fn resume_counts(&self, before: &[RingStatus], latency: &LatencyStatus) {
         let mut state = self.lock();
         for ring in before {
             state.counters.entry(ring.index).or_default().resume_counts(ring);
         }
+        state.latency_before = latency.clone();
+        self.generation.fetch_add(1, Release);
+    }
+
+    /// What the workers' clocks count from.
+    pub(super) fn started(&self) -> Instant {
+        self.started
     }
 
     /// The cache policy of the disk.
@@ -246,6 +275,9 @@ impl Rings {
         let mut state = self.lock();
         state.running.insert(index, mailbox);
         self.capacity.ring_started();
+        if !state.counters.contains_key(&index) {
+            self.generation.fetch_add(1, Release);
+        }
         let counters = state.counters.entry(index).or_default().clone();
         counters.running.store(true, Relaxed);
         #[cfg(all(test, feature = "model"))]
@@ -307,7 +339,14 @@ impl Rings {
 
     /// Makes acknowledged writes durable, in every mode, and reports an error. Called by a thread that may block.
     pub(super) fn sync(&self) -> std::io::Result<()> {
-        self.backend.sync().inspect_err(|error| self.report(Event::SyncError(errno_of(error))))
+        let mut cover = SyncCover::default();
+        cover.begin(self, ticks(self.started.elapsed()));
+        let result = self.backend.sync();
+        match &result {
+            Ok(()) => cover.succeeded(self),
+            Err(error) => self.report(Event::SyncError(errno_of(error))),
+        }
+        result
     }
 
     /// A front-end has connected.
@@ -362,6 +401,22 @@ impl Disk for Arc<Rings> {
 
     fn resize(&self, grow_to: Option<u64>, shrink: bool) -> Result<u64, String> {
         self.resize_in_thread(grow_to, shrink)
+    }
+
+    fn latency(&self) -> LatencyStatus {
+        self.latencies()
+    }
+
+    fn unsynced(&self) -> UnsyncedStatus {
+        let not_durable = |counters: &RingCounters| {
+            // In this order: the first is never more than the second was then.
+            let durable = counters.durable.load(Acquire);
+            counters.acknowledged.load(Acquire).saturating_sub(durable)
+        };
+        let unsynced_bytes = self.lock().counters.values().map(|counters| not_durable(counters)).sum();
+        let since = |at: u64| self.started.elapsed().saturating_sub(duration(at));
+        let began = self.synced_at.load(Relaxed).checked_sub(1);
+        UnsyncedStatus { unsynced_bytes, last_sync_ms: began.map(|at| since(at).as_millis() as u64) }
     }
 
     fn continue_io(&self) -> u64 {

@@ -17,10 +17,12 @@ impl Worker {
     pub(super) fn finish(&mut self, head: u16, result: Result<(), Errno>) {
         let request = self.requests.get_mut(head);
         let (kind, offset, len) = (request.kind, request.offset, request.len);
-        let (written, status_at) = (request.written, request.status_at);
+        let (written, status_at, popped) = (request.written, request.status_at, request.popped);
         let writes = std::mem::take(&mut request.writes);
         self.requests.remove(head);
         self.count(kind, if result.is_ok() { len } else { 0 });
+        let took = self.clock.now().saturating_sub(popped);
+        self.counters.latency.request[kind as usize].record(took);
         self.log_writes(&writes);
         let status = match result {
             Ok(()) => request::OK,
@@ -44,6 +46,9 @@ impl Worker {
                 add(&counters.writes, 1);
                 add(&counters.written_bytes, bytes);
                 self.unsynced.written(bytes);
+                if !self.acknowledges_durable {
+                    add(&counters.acknowledged, bytes);
+                }
             }
             Kind::Flush => add(&counters.flushes, 1),
             Kind::Discard => add(&counters.discards, 1),

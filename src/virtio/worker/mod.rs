@@ -18,6 +18,7 @@
 //! | `backend_ops` | the ops that the back-end has, and those that it has no room for |
 //! | `completion` | status byte, used ring, interrupt |
 //! | `busy_poll` | spinning before a sleep (`--poll-max-ns`) |
+//! | `clock` | the time, read once for a batch |
 //! | `hold` | the virtqueue's part in an operator's hold |
 //! | `retained` | failed requests that are retried instead of completed |
 //! | `resubmit` | requests that an earlier server took and did not complete |
@@ -27,6 +28,7 @@
 
 mod backend_ops;
 mod busy_poll;
+mod clock;
 mod completion;
 mod hold;
 mod lifecycle;
@@ -41,12 +43,11 @@ mod unshared;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::blk::features;
 use super::blk::request::{ID_BYTES, Parser};
-use super::rings::Rings;
-use super::rings::WorkerCommand;
+use super::rings::{Rings, SyncCover, WorkerCommand};
 use super::shared_memory::dirty_log::DirtyLog;
 use super::shared_memory::inflight::Tracker;
 use super::virtqueue::guest_memory::GuestMemory;
@@ -58,9 +59,10 @@ use crate::base::sync::interleavings::{Mutant, planted};
 use crate::base::sync::mpsc::Receiver;
 use crate::disk::Event;
 use crate::disk::{RingCounters, add};
-use crate::engine::{Action, Engine, Token};
+use crate::engine::{Action, Engine, Kind, Token};
 use backend_ops::{BackendOps, SYNC, op_id, token};
 use busy_poll::Polling;
+use clock::TurnClock;
 use hold::{HoldTimer, UnsyncedBytes};
 use lifecycle::Lifecycle;
 pub(super) use relay::Relay;
@@ -98,16 +100,20 @@ struct Worker {
     requests: Requests,
     lifecycle: Lifecycle,
     turn: Turn,
+    clock: TurnClock,
     polling: Polling,
     hold: Option<HoldTimer>,
     unsynced: UnsyncedBytes,
+    /// Writes are acknowledged when they are durable.
+    acknowledges_durable: bool,
+    sync_cover: SyncCover,
+    /// When the running sync was given to the back-end, on `clock`.
+    sync_since: u64,
     first_request: FirstRequest,
 }
 
 /// What the worker learns during one turn. The step that uses a field resets it.
 struct Turn {
-    /// When the turn popped its first request: one clock read for the batch, and none in a turn that pops nothing.
-    popped_at: Option<Instant>,
     /// The virtqueue may hold requests that this turn did not take, so the next turn begins without a sleep.
     poll_again: bool,
     /// A request was put into the used ring, and the guest was not interrupted for it yet.
@@ -127,9 +133,12 @@ impl Worker {
         let geometry = Geometry { size: setup.rings.capacity().get(), ..setup.rings.backend().geometry() };
         let backend = BackendOps::open(&setup, size, stopped.kick.as_ref());
         let mut engine = Engine::new(setup.rings.policy(), geometry.durable_write == DurableWrite::Native);
-        engine.set_driver_can_flush(features::driver_can_flush(setup.acked_features));
+        let driver_can_flush = features::driver_can_flush(setup.acked_features);
+        engine.set_driver_can_flush(driver_can_flush);
         engine.set_on_error(setup.rings.tuning().on_error);
         let polling = Polling::new(setup.rings.tuning().poll_max);
+        let acknowledges_durable = setup.rings.policy().syncs_each_write(driver_can_flush);
+        let clock = TurnClock::new(setup.rings.started());
         Worker {
             setup,
             ring,
@@ -141,16 +150,14 @@ impl Worker {
             backend,
             requests: Requests::new(size),
             lifecycle: Lifecycle::Serving,
-            turn: Turn {
-                popped_at: None,
-                poll_again: false,
-                completed: false,
-                notifications_disabled: false,
-                signal_broken: false,
-            },
+            turn: Turn { poll_again: false, completed: false, notifications_disabled: false, signal_broken: false },
+            clock,
             polling,
             hold: None,
             unsynced: UnsyncedBytes::default(),
+            acknowledges_durable,
+            sync_cover: SyncCover::default(),
+            sync_since: 0,
             first_request: FirstRequest::at_start(stopped.next_available),
         }
     }
@@ -158,6 +165,7 @@ impl Worker {
     /// Reaps what the back-end has finished, pops what the guest has made available, and carries out what the engine
     /// decides about both. The status shows the new requests before the thread makes any call that may block.
     fn begin_turn(&mut self) {
+        self.clock.forget();
         self.reap();
         self.act();
         self.backend.retry_backlog();
@@ -168,6 +176,7 @@ impl Worker {
 
     /// Reaps and completes what the back-end did on the spot in this turn, because the next turn may sleep at once.
     fn drain_completions(&mut self) {
+        self.clock.forget();
         let (was_blocked, had_backlog) = (self.requests.blocked, self.backend.has_backlog());
         while self.reap() {
             self.act();
@@ -242,8 +251,12 @@ impl Worker {
         let any = !completions.is_empty();
         for Completion { id, result, buf } in completions.drain(..) {
             let token = token(id);
+            self.record_backend(token);
             match (token, result) {
-                (Token::Sync, Ok(())) => self.unsynced.sync_succeeded(),
+                (Token::Sync, Ok(())) => {
+                    self.unsynced.sync_succeeded();
+                    self.sync_cover.succeeded(&self.setup.rings);
+                }
                 (Token::Sync, Err(errno)) => {
                     self.setup.rings.report(Event::SyncError(errno));
                     if self.setup.rings.backend().sync_failed().is_some() {
@@ -271,22 +284,54 @@ impl Worker {
                 Action::Submit { token: Token::Sync, .. } => {
                     add(&self.counters.syncs, 1);
                     self.unsynced.sync_started();
+                    self.sync_since = self.clock.now();
+                    self.sync_cover.begin(&self.setup.rings, self.sync_since);
                     self.note_drained();
                     self.backend.push(Op::Sync, SYNC);
                 }
-                Action::Submit { token: token @ Token::Data(head), durable } => match self.requests.take_op(head) {
-                    Op::Write { offset, buf, .. } => {
-                        self.backend.push(Op::Write { offset, buf, durable }, op_id(token));
+                Action::Submit { token: token @ Token::Data(head), durable } => {
+                    match self.requests.take_op(head, self.clock.now()) {
+                        Op::Write { offset, buf, .. } => {
+                            self.backend.push(Op::Write { offset, buf, durable }, op_id(token));
+                        }
+                        op => self.backend.push(op, op_id(token)),
                     }
-                    op => self.backend.push(op, op_id(token)),
-                },
+                }
                 Action::Done { id, result } => self.finish(id, result),
                 Action::Retained { id, errno } => self.retain(id, errno),
                 Action::Quiesced(result) => self.hold_settled(result),
                 #[cfg(all(test, feature = "model"))]
                 Action::Resumed if planted(Mutant::IgnoresResume) => {}
-                Action::Resumed => self.requests.blocked = false,
+                Action::Resumed => self.unblock(),
             }
+        }
+    }
+
+    /// Records how long the back-end took for an op.
+    #[inline]
+    fn record_backend(&mut self, token: Token) {
+        let now = self.clock.now();
+        let (kind, since) = match token {
+            Token::Data(head) => {
+                let request = self.requests.get_mut(head);
+                (request.kind, request.since)
+            }
+            Token::Sync => (Kind::Flush, self.sync_since),
+        };
+        self.counters.latency.backend[kind as usize].record(now.saturating_sub(since));
+    }
+
+    /// A write at the head of the virtqueue waits at the closed gate.
+    fn block(&mut self) {
+        self.requests.blocked = true;
+        self.requests.blocked_since = self.clock.now();
+    }
+
+    /// The gate may be open again.
+    fn unblock(&mut self) {
+        if std::mem::take(&mut self.requests.blocked) {
+            let waited = self.clock.now().saturating_sub(self.requests.blocked_since);
+            self.counters.latency.held.record(waited);
         }
     }
 

@@ -1,7 +1,5 @@
 //! From the guest's available ring to the engine: pop a head, parse its chain, offer the request.
 
-use std::time::Instant;
-
 use super::Worker;
 use super::requests::PendingRequest;
 use crate::backend::{IoBuf, Op};
@@ -30,7 +28,6 @@ impl Worker {
         if self.broken || self.requests.blocked || (!self.is_serving() && self.requests.resubmit.is_empty()) {
             return;
         }
-        self.turn.popped_at = None;
         let walk_limit = self.parser.walked() + MAX_WALKED;
         self.resubmit(walk_limit);
         if self.broken || self.requests.blocked || !self.is_serving() || self.turn.poll_again {
@@ -58,7 +55,7 @@ impl Worker {
                 };
                 if self.take(head) == Admission::Blocked {
                     self.ring.put_back();
-                    self.requests.blocked = true;
+                    self.block();
                     break;
                 }
             }
@@ -117,7 +114,8 @@ impl Worker {
             written: data_in.saturating_add(1),
             offset,
             len,
-            since: *self.turn.popped_at.get_or_insert_with(Instant::now),
+            popped: self.clock.now(),
+            since: self.clock.now(),
             writes: self.segments_to_log(&command),
         };
         self.requests.insert(request.head, pending);

@@ -1,7 +1,6 @@
 //! The requests of one virtqueue between their pop and their completion.
 
 use std::collections::VecDeque;
-use std::time::Instant;
 
 use vm_memory::GuestAddress;
 
@@ -24,8 +23,10 @@ pub(super) struct PendingRequest {
     pub(super) written: u32,
     pub(super) offset: u64,
     pub(super) len: u64,
-    /// When the request's batch was popped, or when the request was retried last.
-    pub(super) since: Instant,
+    /// When the request's batch was popped, on the worker's clock.
+    pub(super) popped: u64,
+    /// When its op was given to the back-end, or when the request was retried last. A flush: when it was popped.
+    pub(super) since: u64,
     /// The guest memory that the request writes, for the dirty log. Empty without a log.
     pub(super) writes: Vec<Segment>,
 }
@@ -40,6 +41,8 @@ pub(super) struct Requests {
     pub(super) resubmit: VecDeque<u16>,
     /// A write waits at the head of the virtqueue (or of `resubmit`) for the gate to open.
     pub(super) blocked: bool,
+    /// When `blocked` was set last, on the worker's clock.
+    pub(super) blocked_since: u64,
     /// The retained request that `Event::IoStopped` named: the first change, or the first request while no change is
     /// retained.
     pub(super) stopped_by: Option<FailedRequest>,
@@ -55,6 +58,7 @@ impl Requests {
             in_flight: 0,
             resubmit: VecDeque::new(),
             blocked: false,
+            blocked_since: 0,
             stopped_by: None,
             stall_reported: false,
         }
@@ -86,11 +90,12 @@ impl Requests {
         self.in_flight -= 1;
     }
 
-    /// Takes the op of a request that is being submitted.
+    /// Takes the op of a request that is being submitted `now`.
     #[inline]
-    pub(super) fn take_op(&mut self, head: u16) -> Op {
+    pub(super) fn take_op(&mut self, head: u16, now: u64) -> Op {
         let request = self.get_mut(head);
         request.retained = false;
+        request.since = now;
         request.op.take().expect("the engine submits an op once")
     }
 

@@ -54,7 +54,7 @@ impl Worker {
                 return;
             }
             if self.take(head) == Admission::Blocked {
-                self.requests.blocked = true;
+                self.block();
                 return;
             }
             self.requests.resubmit.pop_front();

@@ -6,8 +6,6 @@
 //! disabled or handed back (GET_VRING_BASE) is another matter: it may continue elsewhere, where the marks are not known, and
 //! the guest would wait for ever. So what is retained is then retried once more, and the guest gets the result.
 
-use std::time::Instant;
-
 use super::Worker;
 use super::lifecycle::Lifecycle;
 use crate::disk::{Event, FailedRequest};
@@ -56,7 +54,8 @@ impl Worker {
 
     /// Carries out [`super::WorkerCommand::Retry`]: retries what is retained.
     pub(super) fn retry(&mut self) {
-        let now = Instant::now();
+        self.clock.forget();
+        let now = self.clock.now();
         for &head in self.engine.retained() {
             if let Some(Some(request)) = self.requests.pending.get_mut(usize::from(head)) {
                 request.since = now;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::Worker;
 use crate::base::rate_limit::{STORAGE_LOG, log_limited};
-use crate::disk::Event;
+use crate::disk::{Event, duration};
 
 impl Worker {
     /// Counts the requests that have been in flight for too long. Called on [`super::WorkerCommand::CheckStalls`], and
@@ -14,9 +14,11 @@ impl Worker {
         let limit = self.setup.rings.tuning().stall_after;
         let (mut requests, mut oldest) = (0, Duration::ZERO);
         if self.requests.in_flight > 0 {
+            self.clock.forget();
+            let now = self.clock.now();
             // A retained request waits for the operator, to whom `IoStopped` was reported.
             for request in self.requests.pending.iter().flatten().filter(|request| !request.retained) {
-                let age = request.since.elapsed();
+                let age = duration(now.saturating_sub(request.since));
                 if age >= limit {
                     requests += 1;
                     oldest = oldest.max(age);

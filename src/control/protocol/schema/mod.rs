@@ -109,7 +109,18 @@ const OBJECTS: &[(&str, &[&str])] = &[
             IMAGE_STATUS,
         ],
     ),
-    ("Stats", &["rings: [RingStatus], total: RingStatus, stable-writes: StableWritesStatus|null"]),
+    (
+        "Stats",
+        &["rings: [RingStatus], total: RingStatus, stable-writes: StableWritesStatus|null, latency: LatencyStatus, \
+           unsynced-bytes: int, last-sync-ms: int|null"],
+    ),
+    ("LatencyStatus", &["request: LatencyByKind, backend: LatencyByKind, held: LatencyHistogram"]),
+    (
+        "LatencyByKind",
+        &["read: LatencyHistogram, write: LatencyHistogram, flush: LatencyHistogram, discard: LatencyHistogram, \
+           write-zeroes: LatencyHistogram"],
+    ),
+    ("LatencyHistogram", &["sum-ns: int, boundaries: [int], bins: [int]"]),
     (
         "RingStatus",
         &["index: int, size: int, untracked: bool, in-flight: int, stalled: int, oldest-stalled-ms: int, held: bool, \
