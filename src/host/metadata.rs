@@ -178,7 +178,9 @@ fn option(attribute: &str, value: &str) -> Result<Option<(String, String)>, Doma
                 "error_policy='ignore' would let the guest take failed writes for done: use stop, report or enospace",
             );
         }
-        ("error_policy", "enospc") => return refuse("error_policy is stop, report or enospace (libvirt's words)"),
+        ("error_policy", other) if !["stop", "report"].contains(&other) => {
+            return refuse("error_policy is stop, report or enospace (libvirt's words)");
+        }
         ("readonly" | "rbd_allow_override", _) => match value {
             "yes" => "true",
             "no" => "false",
@@ -255,8 +257,44 @@ fn check(options: &[(String, String)]) -> Result<(), DomainError> {
     let program = ["virtioblkd", "--socket-path=/socket", "--control-path=/control"].map(str::to_owned);
     match config::Config::from_args(program.into_iter().chain(arguments)) {
         Ok(_) => Ok(()),
-        Err(error) => Err(DomainError(error.to_string().replace('\n', " "))),
+        Err(error) => Err(DomainError(in_attributes(error.to_string().lines().next().unwrap_or_default()))),
     }
+}
+
+/// Replaces the options in a message of virtioblkd by the attributes and elements that stand for them: `'--queue-size <N>'`
+/// becomes `queue_size`.
+fn in_attributes(message: &str) -> String {
+    let known = attributes();
+    let word = |option: &str| match ELEMENTS.iter().find(|(_, key, _)| *key == option) {
+        Some((element, ..)) => Some(format!("<{element}>")),
+        None => known.iter().find(|(_, key)| key == option).map(|(attribute, _)| attribute.clone()),
+    };
+    let mut parts = message.split("--");
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let end =
+            part.find(|character: char| !(character.is_ascii_lowercase() || character == '-')).unwrap_or(part.len());
+        let (option, rest) = part.split_at(end);
+        let Some(word) = word(option) else {
+            text += "--";
+            text += part;
+            continue;
+        };
+        // clap quotes an option together with the name of its value.
+        let value = rest.strip_prefix(" <").and_then(|rest| rest.split_once(">'"));
+        match (value, text.ends_with('\'')) {
+            (Some((_, rest)), true) => {
+                text.pop();
+                text += &word;
+                text += rest;
+            }
+            _ => {
+                text += &word;
+                text += rest;
+            }
+        }
+    }
+    text
 }
 
 #[cfg(test)]
@@ -298,6 +336,30 @@ mod tests {
         ]);
         assert_eq!(options(disk), expected);
         assert_eq!(options("<v:disk target='vda' file='/a' cache='default'/>"), pairs(&[("blk-file", "/a")]));
+    }
+
+    #[test]
+    fn errors_of_virtioblkd_name_attributes_instead_of_its_options() {
+        let cases = [
+            ("file='/a' cache='nonne'", "invalid value 'nonne' for cache:"),
+            ("file='/a' queue_size='100'", "invalid value '100' for queue_size: use a power of two"),
+            ("file='/a' queues='0'", "for queues: use a number from 1 to 256"),
+            ("file='/a' error_policy='halt'", "error_policy is stop, report or enospace"),
+            ("file='/a' rbd='p/i'", "rbd and file exclude each other"),
+            ("rbd='p/i' locking='off'", "locking is for files: use rbd_lock for an RBD image"),
+            ("file='/a' scratch_size='1G'", "scratch_size needs scratch"),
+            ("file='/a' format='qcow2'", "with format raw or without"),
+        ];
+        for (attributes, part) in cases {
+            let error = read_disks(&format!("<v:disk target='vda' {attributes}/>")).unwrap_err();
+            assert!(error.contains(part), "{error}");
+            let ours = error.replace("qemu-img convert", "");
+            assert!(!ours.contains("--"), "{error}");
+        }
+        let element = "<v:disk target='vda' rbd='p/i'><v:rbd_option name=' ' value='1'/></v:disk>";
+        let error = read_disks(element).unwrap_err();
+        assert!(error.contains("for <rbd_option>: use"), "{error}");
+        assert_eq!(in_attributes("see --help, 'a --b' and --take-over"), "see --help, 'a --b' and --take-over");
     }
 
     #[test]
