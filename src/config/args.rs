@@ -247,6 +247,9 @@ impl Args {
     /// Checks the rules of `--run`: the command needs a daemon of its own, with a socket that has a path.
     fn check_run(&self) -> Result<(), ConfigError> {
         let Some(command) = &self.run else { return Ok(()) };
+        if command.trim().is_empty() {
+            return refuse("--run needs a command, such as --run 'qemu-system-x86_64 ... {socket} ...'");
+        }
         if self.check {
             return refuse("--check starts nothing, so --run has no effect: leave out one of them");
         }

@@ -4,7 +4,6 @@
 //! may be different at the start.
 
 use std::fmt;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,11 +12,10 @@ use rustix::fs::Access;
 
 use super::{ServerError, permissions, socket, wiring};
 use crate::backend::image_format::FormatCheck;
+use crate::base::unix_listener;
 use crate::config::{Config, Listen};
 use crate::sandbox::Sandbox;
 
-/// The longest path of a Unix socket in bytes (unix(7)).
-const MAX_SOCKET_PATH: usize = 107;
 /// How long the look at the image's first and last bytes may take.
 const FORMAT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -49,9 +47,7 @@ pub fn check(config: &Config) -> Result<String, ServerError> {
     if let Some(control) = &config.control {
         check_socket("--control-path", &control.path)?;
     }
-    if let Some(path) = &config.pid_file {
-        check_directory("--pid-file", path)?;
-    }
+    check_places(config)?;
     let open = || wiring::open_image(config).map_err(ServerError::Image);
     let image = sandbox.open(open).map_err(ServerError::Sandbox)??;
     let size = image.geometry().size;
@@ -73,10 +69,33 @@ pub fn check(config: &Config) -> Result<String, ServerError> {
 }
 
 fn check_socket(option: &'static str, path: &Path) -> Result<(), ServerError> {
-    if path.as_os_str().as_bytes().len() > MAX_SOCKET_PATH {
-        return refuse(option, path, format!("a socket's path has at most {MAX_SOCKET_PATH} bytes: use a shorter one"));
+    match unix_listener::check_path(path) {
+        Ok(()) => check_directory(option, path),
+        Err(error) => refuse(option, path, error.to_string()),
     }
-    check_directory(option, path)
+}
+
+/// Checks the places of `--pid-file`, `--copy-dir` and `--scratch`. The daemon serves the disk without the last two, but an
+/// operator who checks a configuration wants to know that they are missing.
+fn check_places(config: &Config) -> Result<(), ServerError> {
+    if let Some(path) = &config.pid_file {
+        check_directory("--pid-file", path)?;
+        if path.symlink_metadata().is_ok_and(|found| !found.is_file()) {
+            return refuse("--pid-file", path, "it is not a regular file: remove it, or use another path".into());
+        }
+    }
+    let copy_dirs = config.copy_dirs.iter().map(|path| ("--copy-dir", path));
+    let scratch = config.scratch.iter().map(|scratch| ("--scratch", &scratch.directory));
+    for (option, path) in copy_dirs.chain(scratch) {
+        let why = match std::fs::metadata(path) {
+            Ok(found) if found.is_dir() => continue,
+            Ok(_) => "it is not a directory".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        let fix = "create it, or correct the path (virtioblkd would serve the disk, without copies there)";
+        return refuse(option, path, format!("{why}; {fix}"));
+    }
+    Ok(())
 }
 
 /// Checks that a file can be created at `path`.

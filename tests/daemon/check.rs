@@ -76,8 +76,20 @@ fn what_cannot_be_served_is_refused_with_the_status_of_the_start() {
         &["--config", &good, "--socket-path", &disk.path("no/d.sock")],
         &["--socket-path", "/no'", "No such file"],
     );
-    refused(1, &["--config", &good, "--socket-path", &format!("/tmp/{}", "a".repeat(200))], &["107 bytes"]);
+    refused(1, &["--config", &good, "--socket-path", &format!("/tmp/{}", "a".repeat(200))], &["--socket-path", "107"]);
     refused(1, &["--config", &good, "--pid-file", &disk.path("no/pid")], &["--pid-file", "No such file"]);
+    fs::create_dir(disk.path("dir")).expect("room");
+    let directory = disk.path("dir");
+    for option in ["--socket-path", "--control-path"] {
+        refused(1, &["--config", &good, option, &directory], &[option, "is a directory, not a socket"]);
+        fs::write(disk.path("file"), "").expect("room");
+        refused(1, &["--config", &good, option, &disk.path("file")], &[option, "is a file, not a socket"]);
+    }
+    refused(1, &["--config", &good, "--pid-file", &directory], &["--pid-file", "not a regular file"]);
+    for option in ["--copy-dir", "--scratch"] {
+        refused(1, &["--config", &good, option, &disk.path("no")], &[option, "No such file", "create it"]);
+        refused(1, &["--config", &good, option, &image], &[option, "not a directory"]);
+    }
     refused(1, &["--config", &good, "--socket-group", "no-such-group"], &["--socket-group", "no-such-group"]);
     refused(1, &["--config", &good, "--user", "no-such-user"], &["--user", "no-such-user"]);
     refused(2, &["--config", &good, "--run", "true"], &["--check", "--run"]);

@@ -221,16 +221,7 @@ fn remove_dead_socket(path: &Path, address: &SocketAddrUnix) -> Result<(), BindE
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(BindError::io(path, error)),
     };
-    let kind = metadata.file_type();
-    if !kind.is_socket() {
-        let what = match kind {
-            _ if kind.is_dir() => "a directory",
-            _ if kind.is_symlink() => "a symbolic link",
-            _ if kind.is_file() => "a file",
-            _ => "a device or a pipe",
-        };
-        return Err(BindError::NotASocket(path.to_owned(), what));
-    }
+    check_is_socket(path, metadata.file_type())?;
     let probe = new_socket().map_err(|errno| BindError::new(path, errno))?;
     match connect(&probe, address) {
         Err(Errno::CONNREFUSED) => {}
@@ -245,6 +236,29 @@ fn remove_dead_socket(path: &Path, address: &SocketAddrUnix) -> Result<(), BindE
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(BindError::io(path, error)),
         _ => Ok(()),
     }
+}
+
+/// Checks that a socket can be bound at `path` as far as its length and a file that exists there matter. Binds nothing.
+pub(crate) fn check_path(path: &Path) -> Result<(), BindError> {
+    if path.as_os_str().len() > MAX_PATH {
+        return Err(BindError::TooLong(path.to_owned()));
+    }
+    match fs::symlink_metadata(path) {
+        Ok(metadata) => check_is_socket(path, metadata.file_type()),
+        // The directory is checked by the caller.
+        Err(_) => Ok(()),
+    }
+}
+
+fn check_is_socket(path: &Path, kind: fs::FileType) -> Result<(), BindError> {
+    let what = match kind {
+        _ if kind.is_socket() => return Ok(()),
+        _ if kind.is_dir() => "a directory",
+        _ if kind.is_symlink() => "a symbolic link",
+        _ if kind.is_file() => "a file",
+        _ => "a device or a pipe",
+    };
+    Err(BindError::NotASocket(path.to_owned(), what))
 }
 
 /// Creates a socket, which is non-blocking so that a probe of a full queue does not hang.

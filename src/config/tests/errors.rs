@@ -55,7 +55,7 @@ fn the_error_of_a_wrong_value_names_its_option_and_what_is_allowed() {
 
 #[test]
 fn missing_and_contradicting_options_are_refused() {
-    let table: [(&[&str], &str); 14] = [
+    let table: [(&[&str], &str); 16] = [
         (&["--blk-file=/d"], "no socket given"),
         (&["--socket-path=/s"], "no image given"),
         (&["--socket-path=/s", "--fd=3", "--blk-file=/d"], "exclude each other"),
@@ -69,6 +69,8 @@ fn missing_and_contradicting_options_are_refused() {
         (&["--socket-path=/s", "--blk-file=/d", "--control-path=/c", "--pid-file=/c"], "both '/c'"),
         (&["--socket-path=/s", "--blk-file=/d", "--sockt-mode=0600"], "--socket-mode"),
         (&["--socket-path=/s", "--blk-file=/d", "disk"], "disk"),
+        (&["--blk-file=/d", "--run="], "--run"),
+        (&["--blk-file=/d", "--run= "], "--run needs a command"),
         (&["--socket-path=", "--blk-file=/d"], "--socket-path"),
     ];
     for (args, part) in table {
