@@ -122,7 +122,8 @@ impl DiskFacts {
     pub(crate) fn allow(&self, new: &DiskFacts) -> Result<(), String> {
         if new.image != self.image {
             return Err(format!(
-                "the image is another one ({}; the guest has {}): a running guest keeps its image, so give the same one",
+                "the image is another one ({}; the guest has {}): a running guest keeps its image, so leave out --blk-file \
+                 and --rbd; to serve another image, end the guest and this daemon, and start a new one",
                 new.image, self.image
             ));
         }

@@ -139,6 +139,8 @@ fn copy_dirs_are_added_or_replaced_and_reported() {
         let line = disk.client().ask("query-command-line", json!({})).unwrap();
         line["arguments"].to_string()
     };
+    let missing = format!("copy-dir={second}/missing");
+    contains(&disk.refuses(&["--add", &missing]), &["/missing'", "create the directory first", "serves on"]);
     disk.ctl_ok(&["upgrade", "--add", &format!("copy-dir={second}")]);
     contains(&arguments(&disk), &[first, second]);
     let output = disk.ctl(&["upgrade", "--", "--copy-dir", third]);
@@ -220,7 +222,7 @@ fn a_program_that_does_not_take_over_changes_nothing() {
     let cases: [(&[&str], &[&str]); 11] = [
         (&["--", "--cache", "sometimes"], &["--cache", "sometimes"]),
         (&["--", "--blk-file", "missing.img"], &["missing.img", "no such file"]),
-        (&["--", "--blk-file", "other.img"], &["another one", "give the same one"]),
+        (&["--", "--blk-file", "other.img"], &["another one", "leave out --blk-file", "its messages are above"]),
         (&["--", "--blk-file", "small.img"], &["another one"]),
         (&["--", "--read-only"], &["read-only", "--read-only"]),
         (&["--", "--logical-block-size", "4096"], &["logical block size", "512", "4096"]),

@@ -186,8 +186,8 @@ fn cannot_create(path: &Path, error: Errno) -> CopyError {
         Errno::NOTDIR => ("a part of the path is not a directory", "correct the path"),
         Errno::ACCESS | Errno::PERM => (
             "permission denied",
-            "start virtioblkd with --copy-dir for its directory, and let the user that runs it write there; or choose \
-             another directory",
+            "allow copies in its directory ('virtioblkctl upgrade --add copy-dir=DIR' while the guest runs, or --copy-dir DIR \
+             at the start), and let virtioblkd's user write there; or choose another directory",
         ),
         Errno::ROFS => ("its filesystem is read-only", "choose another path"),
         Errno::NOSPC | Errno::DQUOT => ("no space is left on its filesystem", "make room, or choose another path"),

@@ -159,7 +159,7 @@ fn describe_end(status: Option<std::process::ExitStatus>) -> String {
             "it ended without an error and did not take over: it may not be virtioblkd; give virtioblkd's path as --binary"
                 .into()
         }
-        Some(status) => format!("it did not take over ({status}); the lines above say why, if it is virtioblkd"),
+        Some(status) => format!("it ended with {status} and did not take over; its messages are above"),
         None => {
             "it closed its output and did not take over: it may not be virtioblkd; give virtioblkd's path as --binary"
                 .into()
@@ -203,7 +203,9 @@ fn arguments(
         ));
     }
     let old = line.arguments.clone();
-    let old = upgrade_lists::add(old, &options.add).map_err(|why| Failure::new("upgrade", why))?;
+    let added = || upgrade_lists::add(old, &options.add);
+    let checked = upgrade_lists::check_directories(&line.directory, &options.add, &new).and_then(|()| added());
+    let old = checked.map_err(|why| Failure::new("upgrade", format!("{why}; the running daemon serves on")))?;
     for dropped in upgrade_lists::dropped(&old, &new) {
         logging::message(dropped);
     }

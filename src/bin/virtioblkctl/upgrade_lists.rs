@@ -1,6 +1,11 @@
 //! Changes the options that may be given several times, at an upgrade: `-- --copy-dir DIR` replaces the running daemon's
 //! list, and `--add copy-dir=DIR` adds to it.
 
+use std::fs;
+use std::path::Path;
+
+use virtioblkd::internal::base::text::shown;
+
 /// Options that may be given several times.
 const LISTS: [&str; 2] = ["copy-dir", "rbd-option"];
 
@@ -34,6 +39,28 @@ pub fn add(mut old: Vec<String>, added: &[Added]) -> Result<Vec<String>, String>
     }
     old.extend(added.iter().map(|Added { option, value }| format!("--{option}={value}")));
     Ok(old)
+}
+
+/// Checks that the new directories for copies exist. virtioblkd serves a disk without them, for the sake of its guest, but an
+/// operator who names one now wants it. `directory`: that of the running daemon, from which relative paths lead.
+pub fn check_directories(directory: &str, added: &[Added], new: &[String]) -> Result<(), String> {
+    let added =
+        added.iter().filter(|added| added.option == "copy-dir").map(|added| ("--copy-dir", added.value.as_str()));
+    let given = ["copy-dir", "scratch"].into_iter().zip(["--copy-dir", "--scratch"]);
+    let given = given.flat_map(|(option, name)| values(new, option).into_iter().map(move |value| (name, value)));
+    for (name, value) in added.chain(given) {
+        let path = Path::new(directory).join(value);
+        let why = match fs::metadata(&path) {
+            Ok(found) if found.is_dir() => continue,
+            Ok(_) => "it is not a directory".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        return Err(format!(
+            "{name} '{}': {why}; create the directory first, or correct the path",
+            shown(path.display())
+        ));
+    }
+    Ok(())
 }
 
 /// Describes the values of the old lists that the new arguments drop, for the operator.
@@ -82,6 +109,26 @@ mod tests {
         assert_eq!(dropped(&old, &words("--copy-dir /a --copy-dir /b --copy-dir /c")), [""; 0]);
         let text = dropped(&old, &words("--copy-dir=/b")).join("");
         assert!(text.contains("--copy-dir /a is dropped") && text.contains("--add copy-dir="), "{text}");
+    }
+
+    #[test]
+    fn a_directory_that_does_not_exist_cannot_be_added() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("there")).unwrap();
+        fs::write(directory.path().join("file"), "").unwrap();
+        let check = |add: &[&str], new: &str| {
+            let added: Vec<Added> = add.iter().map(|text| parse(text).unwrap()).collect();
+            check_directories(directory.path().to_str().unwrap(), &added, &words(new))
+        };
+        assert_eq!(
+            check(&["copy-dir=there", "rbd-option=x=1"], "--copy-dir there --scratch=there --cache none"),
+            Ok(())
+        );
+        for (add, new) in [(&["copy-dir=missing"][..], ""), (&[], "--copy-dir missing"), (&[], "--scratch=missing")] {
+            let why = check(add, new).unwrap_err();
+            assert!(why.contains("missing'") && why.contains("create the directory first"), "{why}");
+        }
+        assert!(check(&["copy-dir=file"], "").unwrap_err().contains("not a directory"));
     }
 
     #[test]
