@@ -135,8 +135,11 @@ fn the_hookscript_starts_a_machines_disks_and_ends_them() {
         qemu.kill().and_then(|()| qemu.wait()).expect("ours");
     }
     // The phases that do nothing, and another VM's end.
-    for phase in ["post-start", "pre-stop", "new-phase"] {
-        assert!(vm.hookscript(phase, None).status.success(), "{phase}");
+    for (phase, is_known) in [("post-start", true), ("pre-stop", true), ("new-phase", false)] {
+        let output = vm.hookscript(phase, None);
+        assert!(output.status.success(), "{phase}: {output:?}");
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(text.contains("nothing at the phase 'new-phase'"), !is_known, "{phase}: {text}");
     }
     assert!(other.hookscript("post-stop", None).status.success());
     until("the daemon sees QEMU's end and serves on", || vm.status("vda")["connected"] == false);

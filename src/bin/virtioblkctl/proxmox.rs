@@ -37,7 +37,7 @@ impl Vm {
 pub(crate) struct ProxmoxHook {
     #[command(flatten)]
     vm: Vm,
-    /// pre-start or post-stop; others do nothing
+    /// pre-start or post-stop; nothing is done at post-start and pre-stop, and at others a message says so
     phase: String,
 }
 
@@ -55,7 +55,14 @@ pub(crate) fn run(options: &ProxmoxHook) -> ExitCode {
     let result = match options.phase.as_str() {
         "pre-start" => host().and_then(|host| machine.before_start(&host, is_migrated)),
         "post-stop" => host().and_then(|host| machine.after_stop(&host)),
-        _ => Ok(()),
+        "post-start" | "pre-stop" => Ok(()),
+        phase => {
+            logging::message(format_args!(
+                "proxmox-hook does nothing at the phase '{}': only pre-start and post-stop concern the VM's disks",
+                clean(phase)
+            ));
+            Ok(())
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
