@@ -355,12 +355,13 @@ fn refusal(value: &Value) -> Option<Failure> {
 
 /// Replaces words of the protocol in the daemon's advice by those of `virtioblkctl`, which the user can type.
 fn in_cli_words(text: &str) -> String {
-    const WORDS: [(&str, &str); 6] = [
+    const WORDS: [(&str, &str); 7] = [
         ("query-status", "'virtioblkctl status'"),
         ("query-stats", "'virtioblkctl stats'"),
         ("query-copies", "'virtioblkctl copies'"),
         ("timeout-ms", "--timeout"),
         ("lease-ms", "--lease"),
+        ("renew-lease", "'virtioblkctl renew'"),
         ("'detached': true", "'virtioblkctl quiesce' without a command"),
     ];
     WORDS.iter().fold(text.to_owned(), |text, (protocol, cli)| text.replace(protocol, cli))
@@ -447,7 +448,11 @@ mod tests {
     fn an_error_advises_clients_of_arguments_and_operators_of_options() {
         for (error, protocol, cli) in [
             (refused(Refusal::Timeout), &["timeout-ms", "query-stats"][..], &["--timeout", "'virtioblkctl stats'"][..]),
-            (no_such_hold(Some(EndReason::LeaseExpired), false), &["lease-ms"], &["--lease"]),
+            (
+                no_such_hold(Some(EndReason::LeaseExpired), false),
+                &["lease-ms", "renew-lease"],
+                &["--lease", "'virtioblkctl renew'"],
+            ),
             (no_such_hold(Some(EndReason::ConnectionClosed), false), &["'detached': true"], &["without a command"]),
         ] {
             let line: Value = serde_json::from_slice(&crate::control::protocol::reply(None, Err(error))).unwrap();

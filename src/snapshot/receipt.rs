@@ -115,10 +115,11 @@ impl Receipt {
             line("disk", format!("{} ({})", disk.image, disk.control));
             let (held, drain, sync) = (time(disk.held_us), time(disk.drain_us), time(disk.sync_us));
             line("", format!("held {held}: {} drained in {drain}, synced in {sync}", count(disk.drained, "request")));
+            let name = disk.copy.as_ref().and_then(|copy| copy["copy"].as_str()).unwrap_or("the copy");
             let going_on = match (self.detached, disk.way) {
-                (false, _) => "",
-                (true, "nbd") => " (served in the background)",
-                (true, _) => " (being copied in the background)",
+                (true, "nbd") => format!(" ({name}, served in the background)"),
+                (true, "copy") => format!(" ({name}, being copied in the background)"),
+                _ => String::new(),
             };
             line("", format!("{}: {}{going_on}", disk.way, disk.target));
             if let Some(digest) = &disk.sha256 {
@@ -164,6 +165,10 @@ mod tests {
         let page = receipt.page();
         assert!(page.contains("crash consistent, ASKED FOR filesystem"), "{page}");
         assert!(!page.contains(['\u{1b}', '\u{9b}', '\u{202e}']) && page.contains("reflink: /s/a"), "{page}");
+        let (way, copy) = ("copy", Some(serde_json::json!({"copy": "copy-7"})));
+        let background = DiskReceipt { way, target: "/s/a".into(), copy, ..Default::default() };
+        let page = Receipt { detached: true, disks: vec![background], ..Default::default() }.page();
+        assert!(page.contains("copy: /s/a (copy-7, being copied in the background)"), "{page}");
         let json = serde_json::to_value(&receipt).unwrap();
         assert_eq!(json["requested-level"], "filesystem");
         assert_eq!(json["disks"][0].get("sha256"), None);

@@ -102,6 +102,44 @@ fn a_hold_is_given_more_time_by_its_token() {
 }
 
 #[test]
+fn a_lease_that_max_hold_cuts_short_is_said_to_be_shorter() {
+    let mut served = Served::new();
+    contains(&err(&run(&served, &["quiesce", "--lease", "30s"])), &["the disk is held: "]);
+    assert_eq!(ok(&served, &["resume", "--all"]), "1 hold ended: the guest's writes continue\n");
+    assert_eq!(ok(&served, &["resume", "--all"]), "the disk was not held\n");
+    served.stop();
+    served.bound_holds(Duration::from_secs(60));
+    served.restart();
+    let output = run(&served, &["quiesce", "--lease", "5m"]);
+    contains(&err(&output), &["the disk is held for ", " only, not 5 min, because the daemon's --max-hold"]);
+    let renewed = ok(&served, &["renew", out(&output).trim_end(), "--lease", "5m"]);
+    contains(&renewed, &["the hold lasts for ", " only, not 5 min", "--max-hold"]);
+    ok(&served, &["resume", "--all"]);
+    let output = run(&served, &["quiesce", "--lease", "5m", "--", "true"]);
+    contains(&err(&output), &[" only, not 5 min, because the daemon's --max-hold"]);
+}
+
+#[test]
+fn the_help_of_a_command_does_not_repeat_the_options_of_every_command() {
+    let help = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_virtioblkctl")).args(arguments).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        out(&output)
+    };
+    contains(&help(&["--help"]), &["--control <DISK>", "--control-dir <DIR>", "VIRTIOBLK_CONTROL"]);
+    for command in [&["quiesce", "--help"][..], &["domain", "check", "-h"], &["copies", "limit", "--help"]] {
+        let text = help(command);
+        assert!(!text.contains("--control <DISK>") && !text.contains("VIRTIOBLK_CONTROL"), "{text}");
+        contains(&text, &["Options of every command: --control DISK, ", "virtioblkctl --help"]);
+    }
+    let served = Served::new();
+    let path = served.path.to_str().unwrap();
+    let mut after = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"));
+    let output = after.args(["status", "--control", path, "--json"]).output().unwrap();
+    assert!(output.status.success() && out(&output).starts_with('{'), "{output:?}");
+}
+
+#[test]
 fn a_disk_that_is_not_stopped_is_not_waited_for() {
     let served = Served::new();
     assert_eq!(ok(&served, &["continue", "--wait"]), "the disk was not stopped\n");
@@ -440,6 +478,9 @@ fn wrong_usage_is_explained() {
     contains(&out(&version), &["virtioblkctl ", env!("CARGO_PKG_VERSION")]);
     usage(&["--control", "x", "quiesce", "--lease", "30"], &["500ms", "--lease"]);
     usage(&["--control", "x", "resume"], &["--all"]);
+    usage(&["domblkinfo", "vm1"], &["domblkinfo [--human] <DOMAIN> <DEVICE|--all>"]);
+    usage(&["list", "--control-dir", "/no/such/place"], &["--control-dir '/no/such/place': No such file"]);
+    usage(&["--control-dir", "/dev/null", "--control", "x", "status"], &["/dev/null': it is not a directory"]);
     usage(&["--control", "x", "resume", "t", "--all"], &["cannot be used with"]);
 }
 

@@ -117,7 +117,10 @@ fn an_export_in_the_background_is_shown_and_cancelled() {
     let refused = snapshot(&[&disk], &[]).output().unwrap();
     assert_eq!(refused.status.code(), Some(1));
     contains(&String::from_utf8_lossy(&refused.stderr), &["a server is listening"]);
-    disk.ctl_ok(&["copies", "cancel", &copy]);
+    assert_eq!(
+        disk.ctl_ok(&["copies", "cancel", &copy]),
+        format!("{copy} is cancelled; its clients' connections end\n")
+    );
     wait_until("nobody listens", || UnixStream::connect(disk.path("nbd")).is_err());
     contains(&disk.ctl_ok(&["copies"]), &[&copy, "cancelled"]);
     // The socket that is left is replaced.

@@ -79,7 +79,7 @@ fn a_copy_in_the_background_is_watched_limited_and_cancelled() {
     let to = format!("copy:{}/second", dir.path().display());
     let slow = ["--json", "--background", "--bandwidth", "100000", "--to", &to];
     let second = name(&receipt(&snapshot(&[&disk], "crash", &slow).output().unwrap()));
-    copies(&["cancel", &second]);
+    contains(&copies(&["cancel", &second]), &["is cancelled; its partial file is removed"]);
     wait_until("nothing of it is left", || names(dir.path()) == ["a", "first"]);
     contains(&copies(&[]), &[&first, "completed", &second, "cancelled"]);
     let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"));

@@ -44,6 +44,20 @@ impl Disks {
 }
 
 impl Chosen {
+    /// Refuses a --control-dir that does not exist: it would count as one without disks.
+    pub(crate) fn check(&self) -> Result<(), Failure> {
+        let Some(directory) = &self.control_dir else { return Ok(()) };
+        let why = match std::fs::metadata(directory) {
+            Ok(found) if found.is_dir() => return Ok(()),
+            Ok(_) => "it is not a directory".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        Err(Failure::new(
+            USAGE,
+            format!("--control-dir '{}': {why}; give the directory that has the control sockets", path(directory)),
+        ))
+    }
+
     pub(crate) fn directories(&self) -> Directories {
         self.control_dir.as_deref().map_or_else(Directories::of_this_user, Directories::sockets)
     }

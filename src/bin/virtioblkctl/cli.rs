@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Arg, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 use virtioblkd::internal::base::units::bytes;
 use virtioblkd::internal::base::version::VERSION;
 use virtioblkd::internal::config::disk_size;
@@ -22,6 +22,30 @@ pub(crate) struct Cli {
     pub(crate) json: bool,
     #[command(subcommand)]
     pub(crate) command: CtlCommand,
+}
+
+/// What a command's help says in place of the options of every command.
+const GLOBAL_OPTIONS: &str = "Options of every command: --control DISK, --domain DOMAIN, --control-dir DIR, --json. See \
+                              'virtioblkctl --help'";
+
+/// The definition of the command line, in which a command's help does not repeat the options of every command.
+pub(crate) fn command() -> Command {
+    let command = Cli::command();
+    let global: Vec<Arg> = command.get_arguments().filter(|option| option.is_global_set()).cloned().collect();
+    // clap gives a subcommand the global options that it does not have.
+    let hidden: Vec<Arg> = global.into_iter().map(|option| option.hide(true)).collect();
+    command.mut_subcommands(|subcommand| with_hidden(subcommand, &hidden))
+}
+
+fn with_hidden(command: Command, hidden: &[Arg]) -> Command {
+    let command = command.args(hidden).after_help(GLOBAL_OPTIONS);
+    command.mut_subcommands(|subcommand| with_hidden(subcommand, hidden))
+}
+
+/// Parses the arguments, which begin with the program's name. Ends this process if they are wrong or ask for help.
+pub(crate) fn parse(arguments: Vec<OsString>) -> Cli {
+    let matches = command().get_matches_from(arguments);
+    Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
 }
 
 #[derive(Subcommand)]

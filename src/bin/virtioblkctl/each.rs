@@ -139,7 +139,8 @@ fn quiesce(cli: &Cli, disks: &Disks, options: &Quiesce) -> Result<u8, Failure> {
         return Ok(0);
     }
     for (name, _, held, _) in &holds {
-        logging::message(format_args!("the disk {name} is held: {}", show::figures(&held.figures)));
+        let shorter = hold::shorter(options.lease, held.lease_ms);
+        logging::message(format_args!("the disk {name} is held{shorter}: {}", show::figures(&held.figures)));
     }
     let tokens: Vec<String> =
         holds.iter().map(|(name, _, held, _)| format!("{}={}", target(name), clean(&held.token))).collect();

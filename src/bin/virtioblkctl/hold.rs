@@ -13,6 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 
+use crate::show::units;
 use crate::{parse, show};
 use virtioblkd::internal::base::logging;
 use virtioblkd::internal::control::client::{Client, Failure, Message, REPLY_TIMEOUT};
@@ -23,6 +24,8 @@ use virtioblkd::internal::snapshot::spawn;
 pub const FAILED: u8 = 125;
 const CANNOT_RUN: u8 = 126;
 const NOT_FOUND: u8 = 127;
+/// How much shorter than asked for a lease may be that is not said to be shorter.
+const GRANT_TOLERANCE_MS: u64 = 50;
 
 /// The signals that are passed on to the command. They do not end this process while the command runs.
 const PASSED_ON: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
@@ -49,7 +52,11 @@ pub fn run(
 ) -> Result<u8, Failure> {
     // A signal that arrives before the reply ends this process, and its connection's end cancels the quiesce.
     let reply: Quiesced = parse(client.execute("quiesce", arguments, timeout + REPLY_TIMEOUT)?)?;
-    logging::message(format_args!("the disk is held: {}", show::figures(&reply.figures)));
+    logging::message(format_args!(
+        "the disk is held{}: {}",
+        shorter(lease, reply.lease_ms),
+        show::figures(&reply.figures)
+    ));
     let mut hold = Hold { client, token: reply.token, lease, lost: None, renew_at: Instant::now() + lease / 3 };
     let status = match hold.start(command) {
         Ok((mut child, signals)) => match hold.wait(&mut child, &signals) {
@@ -185,10 +192,27 @@ impl Hold {
     }
 }
 
+/// Says for how long the disk is held if that is shorter than the lease that was asked for. Returns an empty text otherwise.
+pub fn shorter(asked: Duration, granted_ms: u64) -> String {
+    match Duration::from_millis(granted_ms) < asked {
+        // The reply counts whole milliseconds, from which those since the grant are missing.
+        true if asked.as_millis() as u64 > granted_ms + GRANT_TOLERANCE_MS => format!(
+            " for {} only, not {}, because the daemon's --max-hold ends every hold then",
+            units::time(granted_ms),
+            units::time(asked.as_millis() as u64)
+        ),
+        _ => String::new(),
+    }
+}
+
 /// Describes the `reason` of the event `RESUMED`.
 fn describe_end(reason: &str) -> String {
     match reason {
-        "lease-expired" => "its lease ran out".to_owned(),
+        "lease-expired" => {
+            "its lease ran out, because the daemon's --max-hold ended it or virtioblkctl could not renew it in \
+                            time (a longer --lease allows for that)"
+                .to_owned()
+        }
         "resume" => "another client resumed the disk".to_owned(),
         "shutdown" => "the daemon ends".to_owned(),
         "" => "it ended, and the daemon gives no reason".to_owned(),

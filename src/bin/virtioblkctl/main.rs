@@ -31,7 +31,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -57,7 +57,10 @@ fn main() -> ExitCode {
 }
 
 fn run_command() -> ExitCode {
-    let cli = Cli::parse_from(libvirt_hook::arguments());
+    let cli = cli::parse(libvirt_hook::arguments());
+    if let Err(failure) = cli.chosen.check() {
+        return finish(&cli, Err(failure));
+    }
     if cli.command.delays_a_guest() {
         logging::start_thread();
     }
@@ -182,7 +185,8 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
             let reply = client.execute("quiesce", arguments, quiesce.timeout + REPLY_TIMEOUT)?;
             page(cli, reply, |reply: &Quiesced| {
                 // Standard output carries the token alone, for TOKEN=$(...).
-                logging::message(format_args!("the disk is held: {}", show::figures(&reply.figures)));
+                let shorter = hold::shorter(quiesce.lease, reply.lease_ms);
+                logging::message(format_args!("the disk is held{shorter}: {}", show::figures(&reply.figures)));
                 format!("{}\n", clean(&reply.token))
             })?
         }
@@ -196,10 +200,13 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
         CtlCommand::Renew(Renew { token, lease }) => {
             let arguments = json!({"token": token, "lease-ms": lease.as_millis() as u64});
             let readable = |reply: &Value| {
-                format!(
-                    "the hold lasts {} from now on, unless it is ended earlier\n",
-                    units::time(reply["lease-ms"].as_u64().unwrap_or(0))
-                )
+                let granted = reply["lease-ms"].as_u64().unwrap_or(0);
+                match hold::shorter(*lease, granted) {
+                    shorter if shorter.is_empty() => {
+                        format!("the hold lasts {} from now on, unless it is ended earlier\n", units::time(granted))
+                    }
+                    shorter => format!("the hold lasts{shorter}\n"),
+                }
             };
             page(cli, client.execute("renew-lease", arguments, REPLY_TIMEOUT)?, readable)?
         }
@@ -209,7 +216,9 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
             })?
         }
         CtlCommand::Copies(Copies { change: Some(change) }) => {
-            page(cli, change_copy(&mut client, change, change.copy())?, |_: &Value| changed_copy(change))?
+            let reply = change_copy(&mut client, change, change.copy())?;
+            let is_export = matches!(change, ChangeCopy::Cancel { .. }) && is_export(&mut client, change.copy())?;
+            page(cli, reply, |_: &Value| changed_copy(change, is_export))?
         }
         CtlCommand::Map(options) => map::run(client, options, cli.json)?,
         CtlCommand::Continue(Continue { wait: Some(timeout) }) => {
@@ -271,9 +280,16 @@ fn change_copy(client: &mut Client, change: &ChangeCopy, copy: &str) -> Result<V
     client.execute(command, arguments, REPLY_TIMEOUT)
 }
 
+/// Whether the daemon's copy of this name is an export, which has no file.
+fn is_export(client: &mut Client, copy: &str) -> Result<bool, Failure> {
+    let copies: Vec<CopyStatus> = parse(client.execute("query-copies", json!({}), REPLY_TIMEOUT)?)?;
+    Ok(copies.iter().any(|one| one.copy == copy && one.export.is_some()))
+}
+
 /// Says that a copy was cancelled or limited.
-fn changed_copy(change: &ChangeCopy) -> String {
+fn changed_copy(change: &ChangeCopy, is_export: bool) -> String {
     match change {
+        ChangeCopy::Cancel { copy } if is_export => format!("{copy} is cancelled; its clients' connections end\n"),
         ChangeCopy::Cancel { copy } => format!("{copy} is cancelled; its partial file is removed\n"),
         ChangeCopy::Limit { copy, bandwidth: 0 } => format!("{copy} has no limit\n"),
         ChangeCopy::Limit { copy, bandwidth } => {
@@ -308,8 +324,10 @@ fn arguments(quiesce: &Quiesce) -> Value {
 }
 
 fn resumed(reply: &Resumed) -> String {
-    let ended = units::count(reply.resumed.unwrap_or(0) as u64, "hold");
+    let resumed = reply.resumed.unwrap_or(0) as u64;
+    let ended = units::count(resumed, "hold");
     match reply.holders {
+        0 if resumed == 0 => "the disk was not held\n".to_owned(),
         0 => format!("{ended} ended: the guest's writes continue\n"),
         left => format!("{ended} ended, {} left: the disk is still held\n", units::count(left as u64, "holder")),
     }
@@ -330,9 +348,11 @@ fn print(text: &str) -> Result<(), Failure> {
 mod tests {
     use super::*;
 
+    use clap::Parser;
+
     #[test]
     fn the_definition_of_the_command_line_is_valid() {
-        Cli::command().debug_assert();
+        cli::command().debug_assert();
     }
 
     #[test]

@@ -27,6 +27,7 @@ pub(crate) struct Domblkstat {
 }
 
 #[derive(Args)]
+#[command(override_usage = "virtioblkctl domblkinfo [--human] <DOMAIN> <DEVICE|--all>")]
 pub(crate) struct Domblkinfo {
     /// The domain's name or UUID
     domain: String,
@@ -42,6 +43,7 @@ pub(crate) struct Domblkinfo {
 }
 
 #[derive(Args)]
+#[command(override_usage = "virtioblkctl blockresize <DOMAIN> <PATH> <SIZE|--capacity>")]
 pub(crate) struct Blockresize {
     /// The domain's name or UUID
     domain: String,

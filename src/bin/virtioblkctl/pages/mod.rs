@@ -16,7 +16,7 @@ use virtioblkd::internal::base::version::VERSION;
 use virtioblkd::internal::config;
 use virtioblkd::internal::control::client::Failure;
 
-use crate::cli::Cli;
+use crate::cli::{self, Cli};
 
 #[derive(Args)]
 pub(crate) struct Pages {
@@ -38,7 +38,9 @@ fn write(options: &Pages) -> io::Result<()> {
         fs::create_dir_all(man.join(section))?;
     }
     let daemon = built(config::command(), "virtioblkd");
-    let ctl = built(Cli::command(), "virtioblkctl");
+    let ctl = built(cli::command(), "virtioblkctl");
+    // A shell completes the options of every command, which the commands' help does not repeat.
+    let completed = built(Cli::command(), "virtioblkctl");
     write_command(&daemon, "virtioblkd", options)?;
     write_commands(&ctl, "virtioblkctl", options)?;
     let keys = roff::title("VIRTIOBLKD.TOML", "5")
@@ -52,7 +54,7 @@ fn write(options: &Pages) -> io::Result<()> {
         let directory = completions.join(name);
         fs::create_dir_all(&directory)?;
         generate_to(shell, &mut daemon.clone(), "virtioblkd", &directory)?;
-        generate_to(shell, &mut ctl.clone(), "virtioblkctl", &directory)?;
+        generate_to(shell, &mut completed.clone(), "virtioblkctl", &directory)?;
     }
     Ok(())
 }
