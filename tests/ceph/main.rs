@@ -4,6 +4,7 @@
 mod abi;
 mod attend;
 mod backend;
+mod export;
 mod front_end;
 mod guest;
 mod modes;

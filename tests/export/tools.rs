@@ -31,12 +31,15 @@ fn tools_read_the_instant_while_the_guest_goes_on() {
         let (name, held) = world.serve(LONG);
         let target = world.dir.path().join("copy");
         let (uri, to) = (world.uri(), target.display().to_string());
+        let (plugin, pipe) = (format!("uri={uri}"), format!("nbdcopy \"$uri\" - > '{to}'"));
         under_load(&world, || {
             for (program, arguments) in [
                 ("nbdcopy", vec!["--connections=1", &*uri, &*to]),
                 ("nbdcopy", vec!["--connections=4", "--request-size=65536", &*uri, &*to]),
                 ("nbdcopy", vec!["--synchronous", "--allocated", &*uri, &*to]),
                 ("qemu-img", vec!["convert", "-f", "raw", "-O", "raw", &*uri, &*to]),
+                // With nbdkit in front, and as a stream.
+                ("nbdkit", vec!["-U", "-", "nbd", &*plugin, "--run", &*pipe]),
             ] {
                 let _ = fs::remove_file(&target);
                 let Some(output) = world.client(program, &arguments) else { continue };
