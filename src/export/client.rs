@@ -18,6 +18,9 @@ const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
 /// The longest message that is read, in bytes. A server of ours sends less.
 const MAX_MESSAGE: u32 = 16 << 20;
 
+/// The most messages that reply to one question. A server of ours sends three at most.
+const MAX_MESSAGES: usize = 100;
+
 /// The longest range that is asked for at once: a whole number of any server's blocks.
 const MAX_REQUEST: u64 = u32::MAX as u64 + 1 - (64 << 10);
 
@@ -125,8 +128,7 @@ impl Client {
         message.put32(data.len() as u32);
         message.extend_from_slice(data);
         self.stream.write_all(&message)?;
-        // A server of ours sends three at most.
-        for _ in 0..100 {
+        for _ in 0..MAX_MESSAGES {
             let reply = self.option_reply(option)?;
             match reply.kind {
                 REP_ACK => return Ok(()),
@@ -168,7 +170,7 @@ impl Client {
         self.stream.write_all(&request)?;
         let mut found = Vec::new();
         let mut left = self.size - offset;
-        loop {
+        for _ in 0..MAX_MESSAGES {
             let chunk = self.chunk()?;
             let mut fields = Fields(&chunk.payload);
             match chunk.kind {
@@ -184,13 +186,13 @@ impl Client {
                 _ => return Err(violation("it replies to a block status with something else")),
             }
             if chunk.is_last {
-                break;
+                return match found.is_empty() {
+                    true => Err(violation("it replies to a block status with nothing")),
+                    false => Ok(found),
+                };
             }
         }
-        if found.is_empty() {
-            return Err(violation("it replies to a block status with nothing"));
-        }
-        Ok(found)
+        Err(violation("it does not come to an end of its replies"))
     }
 
     fn chunk(&mut self) -> io::Result<Chunk> {
@@ -264,4 +266,117 @@ fn error_of(mut fields: Fields<'_>) -> io::Error {
     let errno = fields.u32().unwrap_or(0);
     let text = fields.u16().and_then(|len| fields.bytes(len.into())).unwrap_or_default();
     io::Error::other(format!("{} (NBD error {errno})", String::from_utf8_lossy(text)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::prng::Prng;
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    /// An option's reply.
+    fn option(kind: u32, of: u32, data: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        bytes.put64(OPTION_REPLY_MAGIC);
+        bytes.put32(of);
+        bytes.put32(kind);
+        bytes.put32(data.len() as u32);
+        bytes.extend_from_slice(data);
+        bytes
+    }
+
+    fn chunk(flags: u16, kind: u16, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        bytes.put32(STRUCTURED_REPLY_MAGIC);
+        bytes.put16(flags);
+        bytes.put16(kind);
+        bytes.put64(1);
+        bytes.put32(payload.len() as u32);
+        bytes.extend_from_slice(payload);
+        bytes
+    }
+
+    /// All that a server says to a client that asks for one block status of an export of 1 MiB.
+    fn talk(chunks: &[Vec<u8>]) -> Vec<u8> {
+        let mut info = b"\0\0".to_vec();
+        info.put64(1 << 20);
+        info.put16(FLAG_HAS_FLAGS);
+        [
+            b"NBDMAGICIHAVEOPT\0\x03".to_vec(),
+            option(REP_ACK, OPT_STRUCTURED_REPLY, b""),
+            option(REP_META_CONTEXT, OPT_SET_META_CONTEXT, b"\0\0\0\x05base:allocation"),
+            option(REP_ACK, OPT_SET_META_CONTEXT, b""),
+            option(REP_INFO, OPT_GO, &info),
+            option(REP_ACK, OPT_GO, b""),
+            chunks.concat(),
+        ]
+        .concat()
+    }
+
+    fn extents(of: u32, extents: &[(u32, u32)]) -> Vec<u8> {
+        let mut payload = of.to_be_bytes().to_vec();
+        extents.iter().for_each(|(len, status)| {
+            payload.put32(*len);
+            payload.put32(*status);
+        });
+        payload
+    }
+
+    /// What a client makes of a server that says this and hangs up.
+    fn ask(said: &[u8]) -> Result<Vec<(u64, u32)>, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("nbd");
+        let listener = UnixListener::bind(&socket).unwrap();
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                // The client may have left.
+                let _ = stream.write_all(said);
+                let _ = stream.shutdown(std::net::Shutdown::Write);
+                let _ = io::copy(&mut stream, &mut io::sink());
+            });
+            let client = Client::connect(&socket, "vda", "base:allocation");
+            client.and_then(|mut client| client.block_status(0)).map_err(|error| error.to_string())
+        })
+    }
+
+    #[test]
+    fn extents_end_with_the_export() {
+        let status = |extents: &[u8]| ask(&talk(&[chunk(REPLY_FLAG_DONE, REPLY_TYPE_BLOCK_STATUS, extents)]));
+        assert_eq!(status(&extents(5, &[(4096, 0), (8192, 3)])), Ok(vec![(4096, 0), (8192, 3)]));
+        assert_eq!(status(&extents(5, &[(u32::MAX, 3), (4096, 0)])), Ok(vec![(1 << 20, 3)]));
+    }
+
+    #[test]
+    fn a_server_that_lies_is_an_error() {
+        let status = |extents: &[u8]| chunk(REPLY_FLAG_DONE, REPLY_TYPE_BLOCK_STATUS, extents);
+        let unfinished = vec![chunk(0, REPLY_TYPE_NONE, b""); MAX_MESSAGES];
+        let error = [&extents(108, &[])[..], &[0, 2], b"no"].concat();
+        for (said, words) in [
+            (b"SSH-2.0-OpenSSH_9.2\r\n".to_vec(), "no NBD server"),
+            (talk(&[status(&extents(6, &[(4096, 0)]))]), "something else"),
+            (talk(&[status(&extents(5, &[]))]), "with nothing"),
+            (talk(&[status(&extents(5, &[(0, 0)]))]), "with nothing"),
+            (talk(&unfinished), "an end"),
+            (talk(&[chunk(REPLY_FLAG_DONE, REPLY_TYPE_ERROR, &error)]), "no (NBD error 108)"),
+            (talk(&[]), "fill whole buffer"),
+        ] {
+            let refused = ask(&said).expect_err(words);
+            assert!(refused.contains(words), "'{words}' is not in '{refused}'");
+        }
+    }
+
+    #[test]
+    fn damaged_bytes_never_panic() {
+        let good = talk(&[chunk(REPLY_FLAG_DONE, REPLY_TYPE_BLOCK_STATUS, &extents(5, &[(4096, 0)]))]);
+        let mut prng = Prng::new(1);
+        for _ in 0..300 {
+            let mut bad = good.clone();
+            let at = prng.below(bad.len() as u64) as usize;
+            bad[at] ^= 1 << prng.below(8);
+            bad.truncate(bad.len() - prng.below(3) as usize * 7);
+            let _ = ask(&bad);
+        }
+    }
 }

@@ -14,6 +14,9 @@ pub(crate) struct Map {
     pub(crate) copy: Option<String>,
 }
 
+/// The most parts of a map that are kept in memory. The daemon may be an intruder's.
+const MAX_EXTENTS: usize = 16 << 20;
+
 /// Some bytes with one status.
 struct Extent {
     offset: u64,
@@ -61,6 +64,9 @@ fn read_map(socket: &Path, export: &str) -> std::io::Result<Vec<Extent>> {
                 _ => map.push(Extent { offset, len, status }),
             }
             offset += len;
+        }
+        if map.len() > MAX_EXTENTS {
+            return Err(std::io::Error::other(format!("the map has more than {MAX_EXTENTS} parts")));
         }
     }
     Ok(map)
