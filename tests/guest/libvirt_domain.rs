@@ -20,13 +20,13 @@ fn ctl(libvirt: &SystemLibvirt, arguments: &[&str]) -> Output {
     output(&mut command)
 }
 
-fn ctl_ok(libvirt: &SystemLibvirt, arguments: &[&str]) -> String {
+pub(crate) fn ctl_ok(libvirt: &SystemLibvirt, arguments: &[&str]) -> String {
     let output = ctl(libvirt, arguments);
     assert!(output.status.success(), "{arguments:?}: {output:?}");
     String::from_utf8(output.stdout).expect("text")
 }
 
-fn ctl_json(libvirt: &SystemLibvirt, arguments: &[&str]) -> Value {
+pub(crate) fn ctl_json(libvirt: &SystemLibvirt, arguments: &[&str]) -> Value {
     let text = ctl_ok(libvirt, &[&["--json"], arguments].concat());
     serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
 }

@@ -321,7 +321,7 @@ fn a_domain_without_our_element_is_left_alone() {
 }
 
 /// Calls the hook as libvirt does.
-fn hook(libvirt: &SystemLibvirt, operation: [&str; 2], xml: &str) -> Child {
+pub(crate) fn hook(libvirt: &SystemLibvirt, operation: [&str; 2], xml: &str) -> Child {
     let mut command = libvirt.inside(programs::virtioblkctl());
     command.arg("libvirt-hook").arg(DOMAIN).args(operation).arg("-");
     let mut child =
@@ -332,7 +332,7 @@ fn hook(libvirt: &SystemLibvirt, operation: [&str; 2], xml: &str) -> Child {
     child
 }
 
-fn succeeds(child: Child) {
+pub(crate) fn succeeds(child: Child) {
     let output = child.wait_with_output().expect("our own child");
     assert!(output.status.success(), "{output:?}");
 }

@@ -2,6 +2,7 @@
 //! not installed, where no systemd can be booted, or if we are not root.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -24,12 +25,12 @@ fn unit(target: &str) -> String {
     format!("virtioblkd-hook-{UUID}-{target}.service")
 }
 
-fn property(libvirt: &SystemLibvirt, target: &str, property: &str) -> String {
+pub(crate) fn property(libvirt: &SystemLibvirt, target: &str, property: &str) -> String {
     shown(libvirt, "systemctl", &["show", "--value", "--property", property, &unit(target)])
 }
 
 /// All units of the hook that systemd knows, whatever their state.
-fn units(libvirt: &SystemLibvirt) -> Vec<String> {
+pub(crate) fn units(libvirt: &SystemLibvirt) -> Vec<String> {
     let text =
         shown(libvirt, "systemctl", &["list-units", "--all", "--plain", "--no-legend", "--full", "virtioblkd-hook-*"]);
     text.lines().filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect()
@@ -43,12 +44,12 @@ while sleep 0.1; do
 done
 "#;
 
-fn goes_on(libvirt: &SystemLibvirt) {
+pub(crate) fn goes_on(libvirt: &SystemLibvirt) {
     let lines = said(libvirt).len();
     wait_until("the guest writes", || said(libvirt).len() > lines + 2);
 }
 
-fn describe(libvirt: &SystemLibvirt, images: &[PathBuf; 2], mode: &str) -> String {
+pub(crate) fn describe(libvirt: &SystemLibvirt, images: &[PathBuf; 2], mode: &str) -> String {
     let [one, other] = images;
     let disks = [
         ("vda", format!("file='{}' cache='{mode}'", one.display())),
@@ -191,4 +192,52 @@ fn a_hook_that_is_killed_leaves_no_unit_that_the_next_one_does_not_end() {
     let Some(libvirt) = SystemLibvirt::start_on_systemd(32) else { return };
     kill_hooks(&libvirt, 12);
     assert_eq!(units(&libvirt), Vec::<String>::new());
+}
+
+#[test]
+fn a_domain_migrates_between_two_machines_of_systemd_and_back_with_its_units() {
+    if !is_long_run() {
+        return;
+    }
+    let Some(here) = SystemLibvirt::start_on_systemd(33) else { return };
+    // The images, the guest's files and the socket of the migration lie in a directory that both machines have.
+    let Some(there) = SystemLibvirt::start_on_systemd_with(34, &[here.home()]) else { return };
+    let ways = here.home().join("ways");
+    fs::create_dir(&ways).and_then(|()| fs::set_permissions(&ways, fs::Permissions::from_mode(0o777))).expect("ours");
+    let images = [image(&here, "one.img"), image(&here, "other.img")];
+    here.virsh_ok(&["define", &describe(&here, &images, "writeback")]);
+    here.virsh_ok(&["start", DOMAIN]);
+    until_said(&here, "count 3");
+    let own = [unit("vda"), unit("vdb")];
+    let migrate = |from: &SystemLibvirt, to: &SystemLibvirt, way: &str, more: &[&str]| {
+        let way = format!("unix://{}", ways.join(way).display());
+        let how = ["migrate", "--live", "--persistent", "--undefinesource", "--unsafe", "--migrateuri", &way, DOMAIN];
+        from.virsh(&[&how[..], &[to.uri().as_str()], more].concat())
+    };
+    // Given up half way: the guest goes on with its daemons, and the other machine keeps neither files nor units.
+    let daemons = ["vda", "vdb"].map(|target| property(&here, target, "MainPID"));
+    std::thread::scope(|scope| {
+        let given_up = scope.spawn(|| migrate(&here, &there, "given-up", &["--bandwidth", "1"]));
+        wait_until("it is on its way", || {
+            String::from_utf8_lossy(&here.virsh(&["domjobinfo", DOMAIN]).stdout).contains("Memory processed")
+        });
+        assert_eq!(units(&there), own, "the target's daemons are units");
+        here.virsh_ok(&["domjobabort", DOMAIN]);
+        let said = given_up.join().expect("no panic");
+        assert!(!said.status.success(), "{said:?}");
+    });
+    goes_on(&here);
+    assert_eq!((there.left(), units(&there)), (Vec::new(), Vec::new()));
+    assert_eq!(["vda", "vdb"].map(|target| property(&here, target, "MainPID")), daemons);
+    for (from, to, way) in [(&here, &there, "there"), (&there, &here, "back")] {
+        let moved = migrate(from, to, way, &["--timeout", "5", "--timeout-suspend"]);
+        assert!(moved.status.success(), "{moved:?}");
+        goes_on(&here);
+        assert_eq!((from.left(), units(from)), (Vec::new(), Vec::new()), "the source's daemons have ended");
+        assert_eq!(units(to), own);
+        assert_eq!(property(to, "vda", "ActiveState"), "active");
+        assert_eq!(to.virsh_ok(&["domstate", DOMAIN]), "running");
+    }
+    here.virsh_ok(&["destroy", DOMAIN]);
+    assert_eq!((here.left(), units(&here)), (Vec::new(), Vec::new()));
 }

@@ -50,9 +50,9 @@ const ENTER: &str = "for group in $GROUPS_OF_MACHINE; do echo $$ > $group/cgroup
      exec setpriv --pdeathsig TERM systemd-nspawn \"$@\"";
 
 impl BootedSystemd {
-    /// `home`: a directory that both machines have. `mounts`: our file or directory, and where the machine sees it. `None`,
-    /// said aloud, where no systemd can be booted.
-    pub fn boot(name: &str, home: &Path, mounts: &[(String, &'static str)]) -> Option<BootedSystemd> {
+    /// `home` and `shared`: directories that both machines have. `mounts`: our file or directory, and where the machine sees
+    /// it. `None`, said aloud, where no systemd can be booted.
+    pub fn boot(name: &str, home: &Path, shared: &[&Path], mounts: &[(String, &'static str)]) -> Option<BootedSystemd> {
         let log = fs::File::create(home.join("nspawn.log")).expect("room");
         let name = format!("{name}-{}", std::process::id());
         let groups = make_groups(&format!("virtioblkd-{name}"));
@@ -63,7 +63,7 @@ impl BootedSystemd {
         command.env("SYSTEMD_SECCOMP", "0").args(["--quiet", "--directory=/", "--volatile=yes", "--register=no"]);
         command.args(["--keep-unit", "--console=pipe", "--private-network", "--capability=all", "--link-journal=no"]);
         command.args(["--resolv-conf=off", "--timezone=off", &format!("--machine={name}")]);
-        for shared in [home, programs::target_dir(), programs::root()] {
+        for shared in [home, programs::target_dir(), programs::root()].iter().chain(shared) {
             command.arg(format!("--bind={}", shared.display()));
         }
         for (ours, theirs) in mounts {

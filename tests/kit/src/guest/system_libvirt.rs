@@ -84,8 +84,13 @@ impl SystemLibvirt {
 
     /// The same on a machine that systemd runs. `None`, said aloud, where none can be booted, too.
     pub fn start_on_systemd(number: u8) -> Option<SystemLibvirt> {
+        SystemLibvirt::start_on_systemd_with(number, &[])
+    }
+
+    /// The same on a machine that has these directories of ours, too, at the same paths.
+    pub fn start_on_systemd_with(number: u8, shared: &[&Path]) -> Option<SystemLibvirt> {
         let (daemon, home, mounts) = prepare(number)?;
-        let systemd = BootedSystemd::boot(&format!("machine{number}"), home.path(), &mounts)?;
+        let systemd = BootedSystemd::boot(&format!("machine{number}"), home.path(), shared, &mounts)?;
         let mut libvirt = SystemLibvirt { machine: Machine::Booted(systemd), daemon, home };
         libvirt.start_daemon();
         Some(libvirt)
@@ -103,7 +108,7 @@ impl SystemLibvirt {
             symlink(&program, programs.join(program.file_name().expect("a program"))).expect("room");
         }
         mounts.push((programs.display().to_string(), "/usr/local/bin"));
-        let systemd = BootedSystemd::boot(&format!("machine{number}"), home.path(), &mounts)?;
+        let systemd = BootedSystemd::boot(&format!("machine{number}"), home.path(), &[], &mounts)?;
         Some(SystemLibvirt { machine: Machine::Booted(systemd), daemon, home })
     }
 
