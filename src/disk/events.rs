@@ -79,6 +79,15 @@ pub struct Events {
     ready: EventNotifier,
 }
 
+/// The events that [`Events::take`] returned.
+#[derive(Debug, Default)]
+pub struct EventBatch {
+    /// The events, oldest first.
+    pub events: Vec<Event>,
+    /// How many events were dropped since the batch before, because the queue was full.
+    pub dropped: u64,
+}
+
 #[derive(Default)]
 struct EventsState {
     queue: VecDeque<Event>,
@@ -116,12 +125,11 @@ impl Events {
         true
     }
 
-    /// Takes all events. Also returns how many were dropped since the last call. Called by the control thread when
-    /// [`Events::as_fd`] is readable.
-    pub fn take(&self) -> (Vec<Event>, u64) {
+    /// Takes all events. Called by the control thread when [`Events::as_fd`] is readable.
+    pub fn take(&self) -> EventBatch {
         self.ready.clear_before(|| {
             let mut state = self.state.lock().expect("no panic while held");
-            (state.queue.drain(..).collect(), std::mem::take(&mut state.dropped))
+            EventBatch { events: state.queue.drain(..).collect(), dropped: std::mem::take(&mut state.dropped) }
         })
     }
 }
@@ -153,7 +161,7 @@ mod interleavings {
             let mut taken = 0;
             while taken < senders.len() {
                 yield_until_readable(&[events.as_fd()], None);
-                taken += events.take().0.len();
+                taken += events.take().events.len();
             }
             senders.into_iter().for_each(|sender| sender.join().unwrap());
         };

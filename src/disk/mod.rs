@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use crate::engine::{Errno, Kind};
 pub use copies::{Copies, CopyError, CopyOptions, CopyStatus, ExportOptions, ExportStatus, ImageSnapshots};
-pub use events::{Event, Events};
+pub use events::{Event, EventBatch, Events};
 pub use latency::{LatencyByKind, LatencyHistogram, LatencyStatus};
 pub(crate) use latency::{LatencyCounters, duration, ticks};
 pub use ring_status::RingStatus;

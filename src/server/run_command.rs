@@ -7,7 +7,7 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -16,10 +16,11 @@ use std::process::{Child, Command, ExitStatus};
 
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal, set_parent_process_death_signal};
 
 use crate::base::logging;
+use crate::base::wait::poll_until;
 use crate::config::RunCommand;
 
 /// The environment variable that has the process id of a parent with which the daemon is to end.
@@ -152,6 +153,15 @@ struct Woken {
     server_ended: bool,
 }
 
+/// What the daemon's messages said (sd_notify(3)).
+#[derive(Default)]
+struct Notices {
+    /// The daemon listens.
+    is_ready: bool,
+    /// An upgrade replaced the process that serves the disk.
+    server_replaced: bool,
+}
+
 impl Running {
     fn start(run: &RunCommand, place: &Place, socket: &Path, signals: SignalFd) -> Result<Running, String> {
         let address = place.path.join("notify");
@@ -175,7 +185,7 @@ impl Running {
     fn wait_until_ready(&mut self) -> Result<Ready, String> {
         loop {
             let woken = self.wait(None)?;
-            if self.read_notices() {
+            if self.read_notices().is_ready {
                 return Ok(Ready::Listens);
             }
             // There is no command yet, so a signal of the terminal is for this process.
@@ -196,7 +206,7 @@ impl Running {
         loop {
             let woken = self.wait(Some(&pidfd))?;
             // An upgrade's new daemon may be named by the time that the old one has ended.
-            let server_ended = !self.replaced_server() && woken.server_ended;
+            let server_ended = !self.read_notices().server_replaced && woken.server_ended;
             while let Some(signal) = self.next_signal() {
                 // SRCH: the command has ended meanwhile.
                 let _ = pidfd_send_signal(&pidfd, as_rustix(signal));
@@ -221,7 +231,7 @@ impl Running {
         self.server = Some(server);
         loop {
             let woken = self.wait(None)?;
-            if self.replaced_server() {
+            if self.read_notices().server_replaced {
                 // An upgrade was under way: the new daemon ends, too.
                 if let Some(server) = &self.server {
                     let _ = pidfd_send_signal(server, rustix::process::Signal::TERM);
@@ -247,36 +257,27 @@ impl Running {
             PollFd::from_borrowed_fd(self.signals.as_fd(), PollFlags::IN),
         ];
         sources.extend(self.server.iter().chain(command).map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)));
-        match poll(&mut sources, None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(failed("cannot wait")(errno.into())),
-        }
+        poll_until(&mut sources, None).map_err(failed("cannot wait"))?;
         let mut ended = sources[2..].iter().map(|source| !source.revents().is_empty());
         let server_ended = self.server.is_some() && ended.next().unwrap_or(false);
         Ok(Woken { server_ended, command_ended: ended.next().unwrap_or(false) })
     }
 
-    /// Reads the daemon's messages. Returns whether an upgrade's named a new process, which is the server from now on.
-    fn replaced_server(&mut self) -> bool {
-        let before = self.server.as_ref().map(AsRawFd::as_raw_fd);
-        self.read_notices();
-        before != self.server.as_ref().map(AsRawFd::as_raw_fd)
-    }
-
-    /// Reads the daemon's messages. Returns whether one of them says that it listens. An upgrade's names the new process.
-    fn read_notices(&mut self) -> bool {
-        let mut listens = false;
+    /// Reads the daemon's messages. An upgrade's names a new process, which is the server from now on.
+    fn read_notices(&mut self) -> Notices {
+        let mut notices = Notices::default();
         let mut text = [0; 4096];
         while let Ok(length) = self.notices.recv(&mut text) {
             for state in String::from_utf8_lossy(&text[..length]).lines() {
-                listens |= state == "READY=1";
+                notices.is_ready |= state == "READY=1";
                 let pid = state.strip_prefix("MAINPID=").and_then(|pid| pid.parse().ok()).and_then(Pid::from_raw);
                 if let Some(server) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) {
                     self.server = Some(server);
+                    notices.server_replaced = true;
                 }
             }
         }
-        listens
+        notices
     }
 
     /// The next signal that is to be passed on to the command. The terminal sends its signals to the command, too.

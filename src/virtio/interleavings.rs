@@ -126,7 +126,7 @@ fn hold(rings: &Arc<Rings>, events: &Events, wanted: u64) {
     let settled = |event: &Event| matches!(event, Event::HoldSettled { epoch, result: Ok(_) } if *epoch == wanted);
     loop {
         yield_until_readable(&[events.as_fd()], None);
-        if events.take().0.iter().any(settled) {
+        if events.take().events.iter().any(settled) {
             return;
         }
     }

@@ -24,7 +24,7 @@ fn dropping_the_disk_cancels_its_copy_and_releases_the_image() {
     drop(disk);
     assert!(std::fs::read_dir(dir.path()).expect("the directory").next().is_none());
     let ended = |event| matches!(event, Event::CopyEnded(status) if status.copy == copy && status.state == "cancelled");
-    assert!(events.take().0.into_iter().any(ended));
+    assert!(events.take().events.into_iter().any(ended));
     // Its locks are free: nothing of the copy has it open.
     backend::open(&path, CacheMode::None);
 }

@@ -51,7 +51,7 @@ impl World {
     pub(super) fn wait_ended(&self, copy: &str) -> CopyStatus {
         let mut ended = None;
         eventually("the copy's end", || {
-            for event in self.events.take().0 {
+            for event in self.events.take().events {
                 if let Event::CopyEnded(status) = event {
                     assert_eq!(status.copy, copy);
                     assert!(ended.replace(status).is_none(), "told twice");

@@ -107,7 +107,7 @@ fn changed_writes_are_detected_counted_and_reported() {
     assert_eq!(last, differing[differing.len() - 8..], "the last ones, newest last");
     assert!(status.last_changed.iter().all(|write| write.length == WRITE as u64 && write.when > 1_600_000_000));
     let (mut told, mut suppressed) = (Vec::new(), 0);
-    for event in events.take().0 {
+    for event in events.take().events {
         if let Event::BufferChanged { offset, len, suppressed: before } = event {
             assert_eq!(len, WRITE as u64);
             told.push(offset);

@@ -68,7 +68,7 @@ fn one_failed_sync_is_reported_once() {
     let end = Instant::now() + WAIT_TIMEOUT;
     let (mut told, mut settled) = (0, false);
     while !settled {
-        for event in rig.events.take().0 {
+        for event in rig.events.take().events {
             told += usize::from(matches!(event, Event::SyncError(_)));
             settled |= matches!(event, Event::HoldSettled { .. });
         }

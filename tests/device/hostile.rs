@@ -15,7 +15,7 @@ use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use virtioblkd::backend::Errno;
 use virtioblkd::backend::mem::{Fault, MemBackend, MemOp, MemOptions};
-use virtioblkd::disk::Event;
+use virtioblkd::disk::{Event, EventBatch};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::wire::*;
@@ -192,7 +192,7 @@ fn thousands_of_malformed_requests_fill_neither_log_nor_status() {
     assert_eq!(status.last_errors.len(), 8);
     let first = &status.last_errors[0].what;
     assert!(first.contains("No space left"), "the guest hid the disk's own error: {status:?}");
-    let (events, dropped) = rig.events.take();
+    let EventBatch { events, dropped } = rig.events.take();
     assert!(events.len() <= 256 && dropped > 0, "{} events, {dropped} dropped", events.len());
     assert!(matches!(events.last(), Some(Event::IoError(_))), "{:?}", events.last());
 }

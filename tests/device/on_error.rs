@@ -181,7 +181,7 @@ fn a_hold_waits_for_retained_requests() {
     rig.disk.close_gate(1);
     std::thread::sleep(Duration::from_millis(30));
     let settled = |event: &Event| matches!(event, Event::HoldSettled { .. });
-    assert!(!rig.events.take().0.iter().any(settled));
+    assert!(!rig.events.take().events.iter().any(settled));
     rig.disk.continue_io();
     let settled = rig.event(|event| match event {
         Event::HoldSettled { epoch: 1, result } => Some(result),

@@ -235,7 +235,7 @@ fn random_chains_are_completed_once_and_write_only_where_they_name() {
                 broken = rig
                     .events
                     .take()
-                    .0
+                    .events
                     .iter()
                     .any(|event| matches!(event, Event::ProtocolError(why) if why.starts_with("queue 0 stopped")));
                 assert!(Instant::now() < timeout, "unanswered: {:?}", rig.status());

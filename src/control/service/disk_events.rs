@@ -6,13 +6,13 @@ use serde_json::{Value, json};
 
 use super::Service;
 use super::replies;
-use crate::disk::{Event, FailedRequest};
+use crate::disk::{Event, EventBatch, FailedRequest};
 
 impl Service {
-    /// Handles the disk's events since the last call. `dropped`: how many more events the queue dropped.
-    pub(in crate::control) fn disk_events(&mut self, (events, dropped): (Vec<Event>, u64), now: Instant) {
-        self.error_events.add_suppressed(dropped);
-        for event in events {
+    /// Handles the disk's events since the last call.
+    pub(in crate::control) fn disk_events(&mut self, batch: EventBatch, now: Instant) {
+        self.error_events.add_suppressed(batch.dropped);
+        for event in batch.events {
             match event {
                 Event::HoldSettled { epoch, result } => {
                     self.coordinator.settled(epoch, result, now);

@@ -13,11 +13,15 @@ use crate::control::creds::Credentials;
 use crate::control::image_notices::{ImageNotice, ImageNotices, PendingNotices};
 use crate::control::protocol::return_types::TookOver;
 use crate::disk::{
-    ChangedWrite, Copies, CopyError, CopyOptions, CopyStatus, Disk, DiskStatus, Event, ExportStatus, FailedRequest,
+    ChangedWrite, Copies, CopyError, CopyOptions, CopyStatus, Disk, DiskStatus, Event, EventBatch, ExportStatus, FailedRequest,
     HoldFigures, ImageStatus, LastError, LatencyByKind, LatencyHistogram, LatencyStatus, RbdQuiesceStatus, RbdStatus,
     RingStatus, StableWritesStatus, StoppedStatus, UnsyncedStatus,
 };
 use crate::engine::{Errno, Kind};
+
+fn batch(events: Vec<Event>) -> EventBatch {
+    EventBatch { events, dropped: 0 }
+}
 
 /// A disk whose every figure is fixed and none is zero.
 struct FixedDisk;
@@ -268,7 +272,7 @@ fn conversation() -> Vec<String> {
     ask(&mut service, "resume", json!({"token": "none"}), at(0));
     ask(&mut service, "image-snapshot-keep", json!({"name": "s"}), at(0));
     ask(&mut service, "hand-over", json!({"version": 1}), at(0));
-    service.disk_events((events(), 5), at(0));
+    service.disk_events(EventBatch { events: events(), dropped: 5 }, at(0));
     collect(&mut service, &mut token);
 
     let figures = HoldFigures {
@@ -279,7 +283,7 @@ fn conversation() -> Vec<String> {
         bytes_synced: 6,
     };
     ask(&mut service, "quiesce", json!({"who": "backup", "detached": true}), at(0));
-    service.disk_events((vec![Event::HoldSettled { epoch: 1, result: Ok(figures) }], 0), at(20));
+    service.disk_events(batch(vec![Event::HoldSettled { epoch: 1, result: Ok(figures) }]), at(20));
     collect(&mut service, &mut token);
     ask(&mut service, "query-status", json!({}), at(1020));
     ask(&mut service, "renew-lease", json!({"token": token.as_str(), "lease-ms": 1000}), at(1020));
@@ -287,9 +291,9 @@ fn conversation() -> Vec<String> {
     ask(&mut service, "resume", json!({"token": token.as_str()}), at(3000));
     ask(&mut service, "resume", json!({"all": true}), at(3000));
     ask(&mut service, "quiesce", json!({}), at(3000));
-    service.disk_events((vec![Event::HoldSettled { epoch: 2, result: Err(Errno(libc::EIO)) }], 0), at(3001));
+    service.disk_events(batch(vec![Event::HoldSettled { epoch: 2, result: Err(Errno(libc::EIO)) }]), at(3001));
     ask(&mut service, "quiesce", json!({}), at(3002));
-    service.disk_events((vec![Event::HoldRefused { epoch: 3 }], 0), at(3003));
+    service.disk_events(batch(vec![Event::HoldRefused { epoch: 3 }]), at(3003));
     collect(&mut service, &mut token);
 
     let note = |service: &mut Service, note: ImageNotice, now: Instant| {
@@ -303,7 +307,7 @@ fn conversation() -> Vec<String> {
     note(&mut service, ImageNotice::Quiesce(QuiesceRequest::new(|_| {}), at(4001)), at(4001));
     ask(&mut service, "query-status", json!({}), at(4001));
     ask(&mut service, "prepared", json!({"id": 1, "level": "filesystem"}), at(4002));
-    service.disk_events((vec![Event::HoldSettled { epoch: 4, result: Ok(figures) }], 0), at(4003));
+    service.disk_events(batch(vec![Event::HoldSettled { epoch: 4, result: Ok(figures) }]), at(4003));
     note(&mut service, ImageNotice::Unquiesce(at(14_003)), at(14_003));
     note(&mut service, ImageNotice::Quiesce(QuiesceRequest::new(|_| {}), at(15_000)), at(15_000));
     ask(&mut service, "prepared", json!({"id": 2, "error": "no agent"}), at(15_001));

@@ -54,7 +54,7 @@ impl Rig {
     pub fn event<T>(&self, mut want: impl FnMut(Event) -> Option<T>) -> T {
         let end = Instant::now() + WAIT_TIMEOUT;
         loop {
-            for event in self.events.take().0 {
+            for event in self.events.take().events {
                 if let Some(found) = want(event) {
                     return found;
                 }
