@@ -5,8 +5,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
+
+use crate::base::wait::poll_until;
 
 use super::{Source, Wakeups};
 
@@ -43,10 +45,6 @@ impl Watches {
     /// The body of a queue's `wait`: sleeps until an eventfd is readable, a signal came or `until` has passed. Empties the
     /// eventfds that were readable. With `until` in the past it does not sleep.
     pub(super) fn sleep(&self, until: Option<Instant>) -> io::Result<Wakeups> {
-        let timeout = until.map(|until| {
-            let left = until.saturating_duration_since(Instant::now());
-            Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
-        });
         let mut fds = vec![PollFd::new(&*self.own, PollFlags::IN)];
         fds.extend([&self.kick, &self.wake, &self.copy].into_iter().flatten().map(|fd| PollFd::new(fd, PollFlags::IN)));
         #[cfg(all(test, feature = "model"))]
@@ -55,10 +53,8 @@ impl Watches {
             let eventfds: Vec<BorrowedFd<'_>> = eventfds.into_iter().flatten().map(AsFd::as_fd).collect();
             crate::base::sync::yield_until_readable(&eventfds, until);
         }
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) => {}
-            Err(Errno::INTR) => return Ok(Wakeups::default()),
-            Err(error) => return Err(error.into()),
+        if !poll_until(&mut fds, until)? {
+            return Ok(Wakeups::default());
         }
         let fired: Vec<bool> = fds.iter().map(|fd| fd.revents().contains(PollFlags::IN)).collect();
         let mut fired = fired.into_iter();

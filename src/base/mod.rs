@@ -12,8 +12,8 @@
 //! | `logging` | the log on standard error |
 //! | `rate_limit` | how often something may be logged |
 //! | `text` | text of other programs, made safe for a terminal and a log |
-//! | `units` | times and sizes as people write them |
 //! | `publish` | gives a finished file its name, and replaces none |
+//! | `wait` | one wait with a deadline for several descriptors |
 //! | `trust` | refuses files that other users can change |
 //! | `version` | the version, with the git revision |
 //! | `units`, `figures` | times and sizes as people write them; sizes and counts as they read them |
@@ -34,3 +34,4 @@ pub(crate) mod trust;
 pub mod units;
 pub mod unix_listener;
 pub mod version;
+pub mod wait;

@@ -13,7 +13,9 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
+
+use crate::base::wait::poll_until;
 
 /// The most states that wait in the queue. A process sends fewer in its life.
 const MAX_QUEUED: usize = 8;
@@ -145,13 +147,11 @@ impl Notifier {
         let deadline = Instant::now() + limit;
         self.flush();
         while let Some(socket) = self.pending() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if deadline <= Instant::now() {
                 return;
             }
-            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
             // After an error the next attempt to send shows what is wrong.
-            let _ = poll(&mut [PollFd::from_borrowed_fd(socket, PollFlags::OUT)], Some(&timeout));
+            let _ = poll_until(&mut [PollFd::from_borrowed_fd(socket, PollFlags::OUT)], Some(deadline));
             self.flush();
         }
     }
@@ -212,9 +212,9 @@ mod tests {
         notifier.send("READY=1");
         notifier.send("MAINPID=7");
         let socket = notifier.pending().expect("the queue is full");
-        let ready = |limit: i64| {
-            let timeout = Timespec { tv_sec: limit, tv_nsec: 0 };
-            poll(&mut [PollFd::from_borrowed_fd(socket, PollFlags::OUT)], Some(&timeout)).unwrap() > 0
+        let ready = |limit| {
+            let deadline = Instant::now() + Duration::from_secs(limit);
+            poll_until(&mut [PollFd::from_borrowed_fd(socket, PollFlags::OUT)], Some(deadline)).unwrap()
         };
         assert!(!ready(0), "the main thread's poll sleeps");
         notifier.finish(Duration::from_millis(20));

@@ -13,12 +13,14 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, setsockopt, sockopt::PassCred};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
     connect, sendmsg, socket_with,
 };
+
+use crate::base::wait::wait_until;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -426,15 +428,7 @@ fn describe(path: &Path, errno: Errno) -> Failure {
 }
 
 fn wait_readable(socket: impl AsFd, deadline: Option<Instant>) -> io::Result<bool> {
-    loop {
-        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        let timeout = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
-        match poll(&mut [PollFd::new(&socket, PollFlags::IN)], timeout.as_ref()) {
-            Ok(count) => return Ok(count > 0),
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
+    wait_until(&mut [PollFd::new(&socket, PollFlags::IN)], deadline)
 }
 
 #[cfg(test)]

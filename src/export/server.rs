@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 use super::protocol::{BASE_ALLOCATION, Export};
@@ -16,6 +16,7 @@ use super::session::{self, Activity, ClientTimeouts};
 use crate::backend::point_in_time::InstantReader;
 use crate::base::rate_limit::{COPY_LOG, log_limited};
 use crate::base::sync::EventNotifier;
+use crate::base::wait::poll_until;
 
 /// The most clients. Others wait in the socket's queue until one leaves, as with `max-connections` of QEMU's NBD server, or
 /// until one has been silent for [`ClientTimeouts::silence`].
@@ -114,8 +115,7 @@ impl Server {
         drop(listener);
         let end = Instant::now() + FAREWELL;
         while !clients.is_empty() && Instant::now() < end {
-            let wait = end.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-            if sleep(&mut [PollFd::new(&*left, PollFlags::IN)], wait).is_err() {
+            if poll_until(&mut [PollFd::new(&*left, PollFlags::IN)], Some(end)).is_err() {
                 break;
             }
             left.test_and_clear();
@@ -177,8 +177,7 @@ impl Server {
         }
         // While a client is connected the idle time does not run, and its end says when to look again.
         let until = accept_from.filter(|_| !accepts).map_or(idle_end, |from| from.min(idle_end));
-        let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-        sleep(&mut sources, left)?;
+        poll_until(&mut sources, Some(until))?;
         // Whoever made the socket has shut it down. accept(2) only says that there is no client.
         let is_shut =
             |source: &PollFd<'_>| source.revents().intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL);
@@ -250,13 +249,4 @@ fn accept_now(listener: &UnixListener) -> io::Result<UnixStream> {
     let accepted = listener.accept();
     fcntl_setfl(listener, flags)?;
     accepted.map(|(stream, _)| stream)
-}
-
-/// Sleeps until one of the sources is readable, a signal comes, or the time is over.
-fn sleep(sources: &mut [PollFd<'_>], time: Duration) -> io::Result<()> {
-    let timeout = Timespec { tv_sec: time.as_secs() as i64, tv_nsec: time.subsec_nanos().into() };
-    match poll(sources, Some(&timeout)) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-        Err(errno) => Err(errno.into()),
-    }
 }

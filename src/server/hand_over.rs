@@ -11,12 +11,13 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 
 use super::{Served, ServerError, new_notifier};
 use crate::base::logging;
 use crate::base::rate_limit::{COMMAND_LOG, log_limited};
 use crate::base::sync::EventNotifier;
+use crate::base::wait::wait_until;
 use crate::config::with_own_name;
 use crate::control::CommandLine;
 use crate::upgrade::{
@@ -45,7 +46,7 @@ pub(super) struct HandOverRequest {
 
 /// Passes the request of a new daemon from the control thread to the main thread.
 pub(super) struct HandOverRequests {
-    /// The control thread rings this when it has stored a request.
+    /// The control thread notifies when it has stored a request.
     pub(super) notifier: Arc<EventNotifier>,
     request: Mutex<Option<HandOverRequest>>,
     /// A hand-over was requested or is running. The control thread sets the flag; main clears it when the hand-over
@@ -137,7 +138,7 @@ pub(super) use crate::upgrade::FilesTakenOver;
 
 /// A running hand-over. It has a thread of its own, so that main can react to signals meanwhile.
 pub(super) struct HandOver {
-    /// The thread rings this at its end.
+    /// The thread notifies at its end.
     pub(super) done: Arc<EventNotifier>,
     /// A duplicate of the connection, for [`HandOver::cancel`].
     connection: UnixStream,
@@ -284,16 +285,10 @@ fn receive(
 /// Waits until the new daemon sends something or hangs up, or the starter gives up. Returns how long to wait for the whole
 /// message: `timeout` if it has begun, and 1 ms if the time is over.
 fn wait_for_either(channel: &Channel, starter: &Starter, timeout: Duration) -> Duration {
-    let end = Instant::now() + timeout;
-    loop {
-        let left = end.saturating_duration_since(Instant::now());
-        let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-        let mut fds = [PollFd::new(channel.stream(), PollFlags::IN), PollFd::new(starter, PollFlags::empty())];
-        match poll(&mut fds, Some(&left)) {
-            Err(rustix::io::Errno::INTR) => {}
-            Ok(0) => return Duration::from_millis(1),
-            _ => return timeout,
-        }
+    let mut sources = [PollFd::new(channel.stream(), PollFlags::IN), PollFd::new(starter, PollFlags::empty())];
+    match wait_until(&mut sources, Some(Instant::now() + timeout)) {
+        Ok(false) => Duration::from_millis(1),
+        _ => timeout,
     }
 }
 

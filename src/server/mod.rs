@@ -31,7 +31,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::base::logging;
@@ -41,6 +41,7 @@ use crate::base::sync::EventNotifier;
 use crate::base::syscalls;
 use crate::base::unix_listener;
 use crate::base::unix_listener::BindError;
+use crate::base::wait::poll_until;
 use crate::config::Config;
 use crate::control::protocol::return_types::TookOver;
 use crate::disk::{LatencyStatus, RingStatus};
@@ -171,7 +172,7 @@ impl Error for ServerError {}
 pub struct Server {
     served: Arc<dyn Served>,
     signals: Signals,
-    /// The control thread rings this when a client sends `quit`.
+    /// The control thread notifies when a client sends `quit`.
     quit: Arc<EventNotifier>,
     /// Requests of new daemons to take over.
     requests: Arc<HandOverRequests>,
@@ -379,15 +380,7 @@ pub fn exit(status: u8) -> ! {
 
 /// Waits until a source is ready or the deadline has passed. The caller then checks each source itself, without blocking.
 fn wait(sources: &mut [PollFd<'_>], deadline: Option<Instant>) -> Result<(), ServerError> {
-    let timeout = deadline.map(|deadline| {
-        // A millisecond more, so that it has passed when poll returns.
-        let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-        Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
-    });
-    match poll(sources, timeout.as_ref()) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-        Err(errno) => Err(ServerError::System("cannot wait for front-ends", errno.into())),
-    }
+    poll_until(sources, deadline).map(drop).map_err(|error| ServerError::System("cannot wait for front-ends", error))
 }
 
 /// Makes a panic in any thread end the process; see this module's head.

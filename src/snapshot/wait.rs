@@ -4,8 +4,9 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::event::{PollFd, PollFlags};
+
+use crate::base::wait::wait_until;
 
 /// A descriptor that becomes readable when the operation is cancelled, because a signal arrived or the parent process
 /// ended. `None`: the operation must be finished in any case (resume, thaw).
@@ -26,21 +27,14 @@ pub enum WaitEnd {
 pub fn wait(fds: &[BorrowedFd<'_>], cancel: CancelFd<'_>, deadline: Instant) -> io::Result<WaitEnd> {
     let mut polled: Vec<PollFd<'_>> =
         fds.iter().copied().chain(cancel).map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-        match poll(&mut polled, Some(&timeout)) {
-            Ok(0) => return Ok(WaitEnd::TimedOut),
-            Ok(_) => {}
-            Err(Errno::INTR) => continue,
-            Err(errno) => return Err(errno.into()),
-        }
-        let mut ready: Vec<bool> = polled.iter().map(|fd| !fd.revents().is_empty()).collect();
-        if cancel.is_some() && ready.pop() == Some(true) {
-            return Ok(WaitEnd::Cancelled);
-        }
-        return Ok(WaitEnd::Ready(ready));
+    if !wait_until(&mut polled, Some(deadline))? {
+        return Ok(WaitEnd::TimedOut);
     }
+    let mut ready: Vec<bool> = polled.iter().map(|fd| !fd.revents().is_empty()).collect();
+    if cancel.is_some() && ready.pop() == Some(true) {
+        return Ok(WaitEnd::Cancelled);
+    }
+    Ok(WaitEnd::Ready(ready))
 }
 
 /// Sleeps for `time`. Returns `false` if `cancel` became readable first.

@@ -11,8 +11,10 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::PollFlags;
 use rustix::fs::FileType;
+
+use crate::base::wait::is_ready;
 
 /// The environment variable that is set if a new daemon's standard input is its starter's pipe. Older daemons ignore it and
 /// take over all the same.
@@ -54,8 +56,7 @@ impl Starter {
     /// Whether the starter no longer wants the upgrade. Never blocks. An error counts as yes, because then the guest stays
     /// with the old daemon.
     pub(crate) fn has_given_up(&self) -> bool {
-        let mut fds = [PollFd::new(&self.pipe, PollFlags::empty())];
-        poll(&mut fds, Some(&Timespec::default())).map_or(true, |ready| ready > 0)
+        is_ready(&self.pipe, PollFlags::empty()).unwrap_or(true)
     }
 }
 

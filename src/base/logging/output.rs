@@ -17,10 +17,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{AtFlags, FileType, StatxFlags, statx};
 use rustix::io::{Errno, ReadWriteFlags};
 use rustix::net::{SendFlags, send};
+
+use crate::base::wait::poll_until;
 
 /// The most bytes that wait: a few thousand lines, more than a reader that is merely slow leaves unread.
 const MAX_BYTES: usize = 256 << 10;
@@ -291,8 +293,8 @@ fn is_regular(descriptor: BorrowedFd<'_>) -> bool {
 
 /// Waits until the descriptor takes data or reports an error, for at most `limit`. Returns whether it does.
 pub(super) fn wait_for_room(descriptor: BorrowedFd<'_>, limit: Duration) -> bool {
-    let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
-    poll(&mut [PollFd::from_borrowed_fd(descriptor, PollFlags::OUT)], Some(&limit)).is_ok_and(|ready| ready > 0)
+    let sources = &mut [PollFd::from_borrowed_fd(descriptor, PollFlags::OUT)];
+    poll_until(sources, Some(Instant::now() + limit)).unwrap_or(false)
 }
 
 #[cfg(test)]

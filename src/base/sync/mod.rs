@@ -93,12 +93,12 @@ pub(crate) fn let_others_run() {
 /// model may sleep in poll(2), because one thread of the kernel runs all of them.
 #[cfg(all(test, feature = "model"))]
 pub(crate) fn yield_until_readable(fds: &[BorrowedFd<'_>], until: Option<std::time::Instant>) {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    use rustix::event::PollFlags;
+
+    use super::wait::is_ready;
+    let is_readable = |fd: &BorrowedFd<'_>| is_ready(fd, PollFlags::IN).expect("poll(2) of an open descriptor");
     loop {
-        let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
-        let readable = poll(&mut polled, Some(&now)).expect("poll(2) of open descriptors, which does not sleep");
-        if readable > 0 || until.is_some_and(|until| until <= std::time::Instant::now()) {
+        if fds.iter().any(is_readable) || until.is_some_and(|until| until <= std::time::Instant::now()) {
             return;
         }
         thread::yield_now();

@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 
 use crate::show::units;
 use crate::{parse, show};
 use virtioblkd::internal::base::logging;
+use virtioblkd::internal::base::wait::poll_until;
 use virtioblkd::internal::control::client::{Client, Failure, Message, REPLY_TIMEOUT};
 use virtioblkd::internal::control::protocol::return_types::{HoldEnded, Quiesced, Resumed};
 use virtioblkd::internal::snapshot::spawn;
@@ -96,16 +97,12 @@ impl Hold {
         loop {
             // A message that was read together with an earlier one does not make the descriptor readable.
             self.read_messages(false);
-            let timeout = self.lost.is_none().then(|| self.renew_at.saturating_duration_since(Instant::now()));
-            let timeout = timeout.map(|t| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
             let mut fds = vec![PollFd::new(&pidfd, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
             if self.lost.is_none() {
                 fds.push(PollFd::from_borrowed_fd(self.client.as_fd(), PollFlags::IN));
             }
-            match poll(&mut fds, timeout.as_ref()) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(errno) => return Err(failed("poll", errno.into())),
-            }
+            let deadline = self.lost.is_none().then_some(self.renew_at);
+            poll_until(&mut fds, deadline).map_err(|error| failed("poll", error))?;
             let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
             pass_on(signals, &pidfd).map_err(|error| failed("passing a signal on", error))?;
             if ready.get(2) == Some(&true) {

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 use serde_json::{Value, json};
+use virtioblkd::internal::base::wait::poll_until;
 use virtioblkd::internal::control::client::{Client, REPLY_TIMEOUT};
 use virtioblkd::internal::snapshot::spawn;
 use virtioblkd::internal::upgrade::STARTER_VARIABLE;
@@ -187,11 +188,9 @@ enum Wait {
 /// Waits until `source` is readable, a signal arrives, or the time is over.
 fn wait(source: &impl std::os::fd::AsFd, until: Instant, signals: Option<&Signals>) -> Wait {
     loop {
-        let left = until.saturating_duration_since(Instant::now());
-        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
         let mut fds = vec![PollFd::new(source, PollFlags::IN)];
         fds.extend(signals.map(|signals| PollFd::new(&signals.fd, PollFlags::IN)));
-        let polled = poll(&mut fds, Some(&timeout));
+        let polled = poll_until(&mut fds, Some(until));
         let ready = polled.is_ok() && !fds[0].revents().is_empty();
         drop(fds);
         if let Some(signal) = signals.and_then(Signals::next) {
@@ -199,8 +198,8 @@ fn wait(source: &impl std::os::fd::AsFd, until: Instant, signals: Option<&Signal
         }
         match polled {
             Ok(_) if ready => return Wait::Ready,
-            Ok(0) => return Wait::Late,
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) if Instant::now() < until => {}
+            Ok(_) => return Wait::Late,
             // poll(2) failed, so no wait is possible.
             Err(_) => return Wait::Late,
         }

@@ -13,9 +13,9 @@ use crate::control::creds::Credentials;
 use crate::control::image_notices::{ImageNotice, ImageNotices, PendingNotices};
 use crate::control::protocol::return_types::TookOver;
 use crate::disk::{
-    ChangedWrite, Copies, CopyError, CopyOptions, CopyStatus, Disk, DiskStatus, Event, EventBatch, ExportStatus, FailedRequest,
-    HoldFigures, ImageStatus, LastError, LatencyByKind, LatencyHistogram, LatencyStatus, RbdQuiesceStatus, RbdStatus,
-    RingStatus, StableWritesStatus, StoppedStatus, UnsyncedStatus,
+    ChangedWrite, Copies, CopyError, CopyOptions, CopyStatus, Disk, DiskStatus, Event, EventBatch, ExportStatus,
+    FailedRequest, HoldFigures, ImageStatus, LastError, LatencyByKind, LatencyHistogram, LatencyStatus,
+    RbdQuiesceStatus, RbdStatus, RingStatus, StableWritesStatus, StoppedStatus, UnsyncedStatus,
 };
 use crate::engine::{Errno, Kind};
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 
 use super::access::Access;
 use super::image_notices::{ImageNotices, NoticeInbox};
@@ -19,6 +19,7 @@ use super::protocol::return_types::TookOver;
 use super::quiesce::{PeerId, STORE};
 use super::service::{DaemonInfo, Recipient, Service, ServiceSetup, Upgrade};
 use crate::base::sync::{EventNotifier, Mutex};
+use crate::base::wait::poll_until;
 use crate::disk::{Disk, Events};
 
 /// The most requests of one connection that are carried out in one turn.
@@ -358,15 +359,5 @@ impl ControlThread {
                 return;
             }
         }
-    }
-}
-
-/// Calls `poll` until a deadline. Returns early, with no source ready, when a signal arrived.
-fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<()> {
-    let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-    let timeout = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
-    match poll(fds, timeout.as_ref()) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-        Err(error) => Err(error.into()),
     }
 }

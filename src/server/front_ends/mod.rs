@@ -17,12 +17,13 @@ use std::time::{Duration, Instant};
 
 use log::Level;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 
 use super::socket::FrontSocket;
 use super::{Served, ServerError, new_notifier};
 use crate::base::rate_limit::{FRONT_END_LOG, LogLimit, log_limited};
 use crate::base::sync::EventNotifier;
+use crate::base::wait::is_ready;
 use crate::virtio::SessionEnd;
 use crate::virtio::device::hand_over::Steps;
 use crate::virtio::vhost_user::save_restore::SavedSession;
@@ -42,7 +43,7 @@ const ONE_AT_A_TIME: &str = "a disk serves one at a time";
 /// The front-end that is served, and the connections that may replace it. Owned by the main thread.
 pub(super) struct FrontEnds {
     served: Arc<dyn Served>,
-    /// The front-end's thread rings this at its end.
+    /// The front-end's thread notifies at its end.
     session_ended: Arc<EventNotifier>,
     current: Option<FrontEnd>,
     /// Oldest first. Empty unless `current` has sent nothing yet.
@@ -313,8 +314,7 @@ impl FrontEnds {
 
 /// Whether the other end is closed.
 fn hung_up(connection: &UnixStream) -> bool {
-    let mut fds = [PollFd::new(connection, PollFlags::RDHUP)];
-    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    is_ready(connection, PollFlags::RDHUP).unwrap_or(false)
 }
 
 /// The connected process and its user, for the log (SO_PEERCRED, unix(7)).

@@ -6,12 +6,13 @@ use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recv, recvmsg};
 
 use crate::base::sync::EventNotifier;
+use crate::base::wait::wait_until;
 
 /// VHOST_USER_SET_BACKEND_REQ_FD.
 const SET_BACKEND_REQ_FD: u32 = 21;
@@ -47,13 +48,10 @@ pub(in crate::virtio) fn wait_for_message(
     notifier: &EventNotifier,
     timeout: Option<Duration>,
 ) -> Woken {
-    let timeout = timeout.map(|timeout| Timespec {
-        tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: timeout.subsec_nanos().into(),
-    });
+    let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     let mut sources = [PollFd::new(notifier, PollFlags::IN), PollFd::new(stream, PollFlags::IN)];
-    match poll(&mut sources, timeout.as_ref()) {
-        Ok(0) => Woken::Timeout,
+    match wait_until(&mut sources, deadline) {
+        Ok(false) => Woken::Timeout,
         Ok(_) if !sources[0].revents().is_empty() => Woken::Notified,
         _ => Woken::Message,
     }
