@@ -6,7 +6,7 @@ use std::process::{Child, Output, Stdio};
 
 use kit::hook::FileEvents;
 
-use crate::domain::{Scene, words};
+use crate::domain_scene::{Scene, words};
 
 const UUID: &str = "6fd1f7a2-4c0b-4e0f-8a65-1a3c0d2e9b11";
 

@@ -4,7 +4,10 @@
 mod check;
 mod copies;
 mod domain;
+mod domain_commands;
+mod domain_scene;
 mod front_ends;
+mod hold_command;
 mod hook_killed;
 mod host_crash;
 mod hung_target;

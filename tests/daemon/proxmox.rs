@@ -11,7 +11,7 @@ use kit::documents::blocks;
 use kit::programs;
 use kit::snapshot::tell;
 
-use crate::domain::{Scene, until, words};
+use crate::domain_scene::{Scene, until, words};
 
 /// qemu-server, with one VM of a node.
 struct StandIn<'a> {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use kit::guest;
 use kit::guest::ledger::{self, Ledger};
-use kit::guest::{Qmp, Server, Vm, oracle, qemu, run, scratch, sparse_image, tell, wait_until};
+use kit::guest::{Qmp, Server, Vm, initramfs, oracle, qemu, run, scratch, sparse_image, tell, wait_until};
 use serde_json::json;
 use virtioblkd::engine::cache::CacheMode;
 
@@ -395,7 +395,7 @@ fn a_driver_goes_and_comes_back_with_other_queues() {
 /// A guest with `kexec`, and a kernel and an initramfs on its disk; their bytes, as `kernel_from` takes them.
 fn life_with_another_kernel(options: &str) -> (Life, String) {
     let kernel = std::fs::read(guest::guest_files().join("vmlinuz")).expect("the guest's kernel");
-    let initrd = qemu::initramfs_with_kexec(FUNCTIONS);
+    let initrd = initramfs::initramfs_with_kexec(FUNCTIONS);
     let options = format!("{} {options}", qemu::KERNEL_OPTIONS);
     let guest = qemu::Qemu::new(guest::accelerator(), 768, 2).boot(&initrd).args(["-append", &options]);
     let life = Life::of(guest, |image| {

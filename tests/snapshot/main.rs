@@ -3,6 +3,7 @@
 
 mod agent;
 mod attend;
+mod attend_scene;
 mod command;
 mod copies;
 mod hooks;

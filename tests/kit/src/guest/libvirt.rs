@@ -9,7 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use rustix::process::geteuid;
 use virtioblkd::engine::cache::CacheMode;
 
-use super::{Server, WAIT_TIMEOUT, guest_files, output, qemu, root, tell, wait_until};
+use super::{Server, WAIT_TIMEOUT, guest_files, initramfs, output, qemu, root, tell, wait_until};
 
 /// "nobody": libvirt's privileged daemon wants the whole machine, its session daemon does not.
 const NOBODY: u32 = 65534;
@@ -156,7 +156,7 @@ impl Drop for Libvirt {
 /// into the file `job` there.
 pub fn linux_domain(home: &Path, job: &str, options: &str, devices: &str) -> String {
     fs::copy(guest_files().join("vmlinuz"), home.join("vmlinuz")).expect("room");
-    let initramfs = qemu::initramfs(&format!("{AGENT}\n{job}"), "initramfs-agent.cpio");
+    let initramfs = initramfs::initramfs(&format!("{AGENT}\n{job}"), "initramfs-agent.cpio");
     fs::write(home.join("initramfs"), initramfs).expect("room");
     LINUX
         .replace("@HOME@", home.to_str().expect("a plain path"))

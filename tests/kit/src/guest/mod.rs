@@ -7,6 +7,7 @@ pub mod agent;
 mod booted_systemd;
 pub mod ext4;
 pub mod files;
+pub mod initramfs;
 pub mod ledger;
 pub mod libvirt;
 pub mod oracle;
