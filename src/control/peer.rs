@@ -39,6 +39,8 @@ pub(super) struct Peer {
     pub(super) negotiated: bool,
     /// When the client connected.
     pub(super) since: Instant,
+    /// When its last request came, or else when it connected.
+    last_request: Instant,
     stream: UnixStream,
     decoder: Decoder,
     /// Bytes that were read. The decoder has taken the first `taken` of them.
@@ -68,6 +70,7 @@ impl Peer {
             client,
             negotiated: false,
             since: now,
+            last_request: now,
             stream,
             decoder: Decoder::default(),
             input: Vec::new(),
@@ -158,6 +161,7 @@ impl Peer {
             self.taken += taken;
             if found.is_some() {
                 self.requests.take();
+                self.last_request = now;
                 self.busy = true;
                 return found;
             }
@@ -168,6 +172,12 @@ impl Peer {
     /// Returns when [`Peer::next`] may return a request without new input. `None`: it needs new input or a reply first.
     pub(super) fn next_turn(&self, now: Instant) -> Option<Instant> {
         (!self.is_throttled() && self.input_left() > 0).then(|| self.requests.ready_at(now))
+    }
+
+    /// Whether the client has negotiated, all its requests have replies, and no request has come for `time`.
+    pub(super) fn is_idle(&self, time: Duration, now: Instant) -> bool {
+        let waits = self.negotiated && !self.busy && !self.dead && self.input_left() == 0;
+        waits && now.saturating_duration_since(self.last_request) > time
     }
 
     fn is_throttled(&self) -> bool {

@@ -115,3 +115,27 @@ fn a_client_that_reads_nothing_and_leaves_is_forgotten() {
     let status: Value = client.ask("query-status", json!({})).unwrap();
     assert_eq!(status["quiesce"]["holders"], json!([]));
 }
+
+#[test]
+fn clients_that_only_listen_do_not_keep_commands_out() {
+    let served = Served::new();
+    let mut holder = served.client();
+    holder.quiesce(json!({"lease-ms": 60_000}));
+    let mut listening: Vec<Client> = (0..31).map(|_| served.client()).collect();
+    let end = std::time::Instant::now() + Duration::from_secs(60);
+    // Not at once: each may be about to send a command.
+    while Client::new(served.raw()).line()["QMP"].is_null() {
+        assert!(std::time::Instant::now() < end, "the places stay taken");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // The newest of them has gone, and was told why.
+    let mut newest = listening.pop().unwrap();
+    let line = newest.reply();
+    assert_eq!(line["error"]["code"], "too-many-clients", "{line}");
+    newest.ends();
+    // The others stay, and so does the client with a hold, which says nothing either.
+    for client in &mut listening {
+        client.ask("query-version", json!({})).unwrap();
+    }
+    assert_eq!(holder.ask("query-status", json!({})).unwrap()["quiesce"]["state"], "quiesced");
+}

@@ -192,6 +192,12 @@ impl Coordinator {
         self.end_holds(now, EndReason::ConnectionClosed, |hold| hold.owner == peer && !hold.detached);
     }
 
+    /// Whether a hold or a request for one would end with a connection.
+    pub fn ends_with(&self, peer: PeerId) -> bool {
+        self.waiting.iter().any(|waiting| waiting.request.owner == peer)
+            || self.holds.iter().any(|hold| hold.owner == peer && !hold.detached)
+    }
+
     /// Ends all holds, because the daemon ends.
     pub fn shutdown(&mut self, now: Instant) {
         self.end_all(now, EndReason::Shutdown, Refusal::Shutdown);

@@ -93,6 +93,12 @@ impl Attendance {
         Ok(())
     }
 
+    /// Whether a connection is the attendant, or waits for `RELEASED`.
+    pub(in crate::control) fn has(&self, peer: PeerId) -> bool {
+        self.attendant.as_ref().is_some_and(|attendant| attendant.peer == peer)
+            || self.awaiting_release.iter().any(|(waiting, _)| *waiting == peer)
+    }
+
     /// Ends the registration of a connection. Its pending `PREPARE` fails.
     pub(in crate::control) fn unattend(&mut self, peer: PeerId) -> Result<Option<PrepareOutcome>, Error> {
         match self.attendant.take_if(|attendant| attendant.peer == peer) {

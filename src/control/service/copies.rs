@@ -61,6 +61,11 @@ impl CopyOwners {
         self.owners.insert(copy.to_owned(), (peer, detached));
     }
 
+    /// Whether a copy may end with a connection.
+    pub(super) fn owns_some(&self, peer: PeerId) -> bool {
+        self.owners.values().any(|&(owner, _)| owner == peer)
+    }
+
     /// Cancels the copies of a connection that ended, except those that run and are detached.
     pub(in crate::control) fn peer_gone(&mut self, disk: &dyn Disk, peer: PeerId) {
         let Some(copies) = disk.copies() else { return };

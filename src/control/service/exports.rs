@@ -48,6 +48,11 @@ impl ClientDescriptors {
         found.ok_or_else(|| Error::new("no-descriptor", "no descriptor of this name was given by getfd"))
     }
 
+    /// Whether a connection has given descriptors that it has not used yet.
+    pub(super) fn has_some(&self, peer: PeerId) -> bool {
+        self.unnamed.contains_key(&peer) || self.named.get(&peer).is_some_and(|named| !named.is_empty())
+    }
+
     /// A connection ended: closes its descriptors.
     pub(super) fn peer_gone(&mut self, peer: PeerId) {
         self.unnamed.remove(&peer);

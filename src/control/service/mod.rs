@@ -179,6 +179,16 @@ impl Service {
         self.carry_out_store(now);
     }
 
+    /// Whether something would end with a connection: a reply that it awaits, a hold, a copy, a snapshot, an attendant.
+    pub(super) fn depends_on(&self, peer: PeerId) -> bool {
+        self.pending.awaits(peer)
+            || self.coordinator.ends_with(peer)
+            || self.copies.owns_some(peer)
+            || self.descriptors.has_some(peer)
+            || self.jobs.owns_some(peer)
+            || self.store.has(peer)
+    }
+
     /// Ends every hold and reports the end to every client, because the daemon ends.
     pub(super) fn shutdown(&mut self, now: Instant) {
         self.coordinator.shutdown(now);

@@ -53,6 +53,11 @@ impl PendingReplies {
         self.waiting.remove(&request)
     }
 
+    /// Whether a connection waits for a reply.
+    pub(super) fn awaits(&self, peer: PeerId) -> bool {
+        self.waiting.values().any(|(waiting, _)| *waiting == peer)
+    }
+
     /// Forgets the requests of a connection that ended.
     pub(super) fn peer_gone(&mut self, peer: PeerId) {
         self.waiting.retain(|_, (waiting, _)| *waiting != peer);

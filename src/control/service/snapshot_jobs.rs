@@ -74,6 +74,11 @@ impl SnapshotJobs {
         at.ok_or_else(|| Error::new("no-such-snapshot", "this connection made no snapshot of this name"))
     }
 
+    /// Whether a snapshot would be removed if this connection ended.
+    pub(in crate::control) fn owns_some(&self, peer: PeerId) -> bool {
+        self.made.iter().any(|made| made.peer == peer && !made.kept)
+    }
+
     /// Adds jobs that remove the snapshots of a connection that ended, except those that it kept.
     pub(in crate::control) fn peer_gone(&mut self, peer: PeerId) {
         let (gone, rest) = std::mem::take(&mut self.made).into_iter().partition(|made| made.peer == peer);

@@ -177,6 +177,11 @@ impl StoreQuiesce {
         }
     }
 
+    /// Whether a connection takes part in the snapshots of others.
+    pub(super) fn has(&self, peer: PeerId) -> bool {
+        self.attendance.has(peer)
+    }
+
     /// Ends the wait for the attendant's reply, if its time has run out.
     pub(super) fn tick(&mut self, now: Instant) {
         if let Some(outcome) = self.attendance.tick(now) {

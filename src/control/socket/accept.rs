@@ -20,6 +20,11 @@ const MAX_PEERS: usize = 32;
 const MAX_OTHERS: usize = 28;
 /// When [`MAX_PEERS`] clients are connected, one that has not negotiated after this time is disconnected for a new one.
 const NEGOTIATION_TIMEOUT: Duration = Duration::from_secs(10);
+/// The places that clients which only listen may have for as long as they like. The others are for commands.
+const MAX_LISTENING: usize = 24;
+/// When [`MAX_PEERS`] clients are connected, and more than [`MAX_LISTENING`] of them have sent no request for this time, the
+/// newest of these is disconnected for a new one.
+const LISTENING_TIMEOUT: Duration = Duration::from_secs(5);
 /// The most connections that are accepted in one turn.
 const MAX_ACCEPTS_PER_TURN: usize = 8;
 /// How long no connection is accepted after file descriptors ran out.
@@ -117,19 +122,38 @@ impl ControlThread {
         }
     }
 
-    /// Disconnects the oldest client that has not negotiated in time, so that a new client with `access` can be served.
-    /// Never disconnects a client with more access. Returns `false` when there is no such client.
+    /// Disconnects a client, so that a new client with `access` can be served: the oldest that has not negotiated in time,
+    /// or the newest of too many that only listen. Never disconnects a client with more access, or one that something
+    /// depends on. Returns `false` when there is no such client.
     fn make_room(&mut self, access: Access, now: Instant) -> bool {
-        let silent = |peer: &Peer| {
-            !peer.negotiated
-                && peer.client.access <= access
-                && now.saturating_duration_since(peer.since) > NEGOTIATION_TIMEOUT
-        };
-        let Some(index) = self.peers.iter().position(silent) else { return false };
-        let peer = self.peers.remove(index);
+        let Some(index) = self.silent(access, now).or_else(|| self.listening(access, now)) else { return false };
+        let mut peer = self.peers.remove(index);
+        if peer.negotiated {
+            let desc = "all places are taken, and this connection has sent no request lately: connect again to listen";
+            peer.queue(&protocol::reply(None, Err(protocol::Error::new("too-many-clients", desc))));
+            peer.flush();
+        }
         self.service.peer_gone(peer.client.peer, now);
         self.deliver();
         true
+    }
+
+    fn silent(&self, access: Access, now: Instant) -> Option<usize> {
+        self.peers.iter().position(|peer| {
+            !peer.negotiated
+                && peer.client.access <= access
+                && now.saturating_duration_since(peer.since) > NEGOTIATION_TIMEOUT
+        })
+    }
+
+    fn listening(&self, access: Access, now: Instant) -> Option<usize> {
+        let listens = |peer: &Peer| peer.is_idle(LISTENING_TIMEOUT, now) && !self.service.depends_on(peer.client.peer);
+        let listening: Vec<usize> = (0..self.peers.len()).filter(|&index| listens(&self.peers[index])).collect();
+        if listening.len() <= MAX_LISTENING {
+            return None;
+        }
+        // The newest is the last one. Monitors that have listened for long keep their places.
+        listening.into_iter().rev().find(|&index| self.peers[index].client.access <= access)
     }
 }
 

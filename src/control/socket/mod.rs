@@ -22,8 +22,10 @@ use crate::base::sync::{EventNotifier, Mutex};
 use crate::base::wait::poll_until;
 use crate::disk::{Disk, Events};
 
-/// The most requests of one connection that are carried out in one turn.
-const MAX_REQUESTS_PER_TURN: usize = 8;
+/// The most requests of one connection that are carried out in one turn. One: a quiesce beside clients that ask for the
+/// status again and again waits for one status of each, not for all that they have sent. Describing hundreds of rings takes
+/// milliseconds.
+const MAX_REQUESTS_PER_TURN: usize = 1;
 /// How long the clients may take to read their last lines when the server stops.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(250);
 
