@@ -37,6 +37,7 @@ mod setup;
 mod sync_line;
 #[cfg(test)]
 mod tests;
+pub mod throttle;
 mod types;
 
 use std::collections::VecDeque;
