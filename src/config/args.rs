@@ -123,6 +123,12 @@ pub(super) struct Args {
     #[arg(long, value_name = "NS", value_parser = values::poll_max)]
     poll_max_ns: Option<Duration>,
 
+    /// Limit the disk's rates, in libvirt's words (virsh blkdeviotune): {total,read,write}-{bytes,iops}-sec, each with -max
+    /// (the rate of a burst) and -max-length (its seconds), and size-iops-sec. Bytes may have a unit, such as
+    /// total-iops-sec=500,read-bytes-sec=10M; may be given several times. virtioblkctl throttle changes them
+    #[arg(long, value_name = "NAME=VALUE,...", value_delimiter = ',', value_parser = values::throttle)]
+    throttle: Vec<values::Throttle>,
+
     /// How long the holders of a quiesced disk together may make the guest's writes wait, such as 30s. No hold lasts longer,
     /// and new holders are refused until writes have continued [default: only each hold's lease limits it]
     #[arg(long, value_name = "TIME", value_parser = crate::base::units::time)]
@@ -216,6 +222,7 @@ impl Args {
         let control = self.control()?;
         let scratch = self.scratch()?;
         let discard_granularity = self.discard_granularity()?;
+        let limits = values::limits(&self.throttle).map_err(|why| ConfigError(format!("--throttle: {why}")))?;
         Ok(Config {
             listen: self.listen()?,
             backend: self.backend()?,
@@ -232,6 +239,7 @@ impl Args {
             stable_writes: self.stable_writes.unwrap_or_default(),
             on_error: self.on_error.unwrap_or_default(),
             poll_max: self.poll_max_ns.unwrap_or_default(),
+            limits,
             max_hold: self.max_hold,
             locking: self.locking.unwrap_or_default(),
             pid_file: self.pid_file,

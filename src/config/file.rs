@@ -19,9 +19,9 @@ const ONLY_ARGUMENTS: [&str; 7] = ["config", "print-capabilities", "take-over", 
 /// The largest configuration file in bytes. A larger file is something else, perhaps the image.
 const MAX_FILE: u64 = 1 << 20;
 /// Options that may be given several times: in the file, as a list or as a table of names and values.
-const REPEATED: [&str; 2] = ["rbd-option", "copy-dir"];
-/// The option of [`REPEATED`] whose values have names, so that it may be a table.
-const TABLE: &str = "rbd-option";
+const REPEATED: [&str; 3] = ["rbd-option", "copy-dir", "throttle"];
+/// The options of [`REPEATED`] whose values have names, so that they may be tables.
+const TABLES: [&str; 2] = ["rbd-option", "throttle"];
 /// Options with permission bits, which must be in quotes because they are octal and a number in TOML is decimal.
 const QUOTED: [&str; 2] = ["socket-mode", "control-mode"];
 
@@ -95,10 +95,10 @@ fn line_of(text: &str, span: Range<usize>) -> usize {
     1 + text.as_bytes()[..span.start.min(text.len())].iter().filter(|byte| **byte == b'\n').count()
 }
 
-/// Refuses a section, such as `[disk]`, and a dotted key. The only option that may be a section is [`TABLE`].
+/// Refuses a section, such as `[disk]`, and a dotted key. Only the options of [`TABLES`] may be sections.
 fn check_section(place: &str, key: &str, value: &DeValue<'_>) -> Result<(), ConfigError> {
     let is_section = match value {
-        DeValue::Table(_) => key != TABLE,
+        DeValue::Table(_) => !TABLES.contains(&key),
         DeValue::Array(values) => {
             !values.is_empty() && values.iter().all(|value| matches!(value.get_ref(), DeValue::Table(_)))
         }
@@ -106,12 +106,13 @@ fn check_section(place: &str, key: &str, value: &DeValue<'_>) -> Result<(), Conf
     };
     match is_section {
         false => Ok(()),
-        true if key == TABLE => {
-            refuse(format!("{place}: write [{TABLE}] once, in single brackets, before its options"))
+        true if TABLES.contains(&key) => {
+            refuse(format!("{place}: write [{key}] once, in single brackets, before its options"))
         }
         true => refuse(format!(
             "{place}: '{key}' is a section or a table, and options are in none: remove the line [{key}] or the prefix '{key}.', \
-             and write each option as key = value. The only section is [{TABLE}], at the end of the file"
+             and write each option as key = value. The only sections are [{}], at the end of the file",
+            TABLES.join("] and [")
         )),
     }
 }

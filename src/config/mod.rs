@@ -26,13 +26,14 @@ use crate::backend::point_in_time::ScratchOptions;
 use crate::backend::rbd::RbdOptions;
 use crate::backend::stable::StableWrites;
 use crate::control::Access;
+use crate::engine::throttle::Limits;
 use crate::engine::{CacheMode, OnError};
 use crate::sandbox::SandboxLevel;
 use args::Args;
 pub(crate) use args::{DEFAULT_NUM_QUEUES, DEFAULT_QUEUE_SIZE};
 pub use file::file_keys;
 pub(crate) use file::nearest;
-pub use values::disk_size;
+pub use values::{disk_size, limit};
 
 /// The output of `--print-capabilities`: the features that QEMU's conventions define for a block back-end.
 pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
@@ -72,6 +73,8 @@ pub struct Config {
     pub on_error: OnError,
     /// How long a queue's thread may poll for the next request before it sleeps.
     pub poll_max: Duration,
+    /// The limits of the disk's rates at the start.
+    pub limits: Limits,
     /// How long the holders of a quiesced disk together may make the guest's writes wait. `None`: no limit.
     pub max_hold: Option<Duration>,
     /// When the daemon holds QEMU's image locks.

@@ -8,6 +8,7 @@ use crate::backend::file::Locking;
 use crate::backend::rbd::{Encryption, RbdLock, RbdName, RbdQuiesce};
 use crate::backend::stable::StableWrites;
 use crate::control::Access;
+use crate::engine::throttle::{Limits, Words};
 use crate::engine::{CacheMode, OnError};
 use crate::sandbox::SandboxLevel;
 
@@ -155,6 +156,51 @@ pub(super) fn stable_writes(text: &str) -> Result<StableWrites, String> {
 
 pub(super) fn on_error(text: &str) -> Result<OnError, String> {
     text.parse()
+}
+
+/// One limit of `--throttle`.
+#[derive(Clone, Debug)]
+pub(super) struct Throttle {
+    name: String,
+    value: u64,
+}
+
+/// Parses one NAME=VALUE of `--throttle`.
+pub(super) fn throttle(text: &str) -> Result<Throttle, String> {
+    let (name, value) = text.split_once('=').ok_or("use NAME=VALUE, such as total-iops-sec=500")?;
+    let value = limit(name, value)?;
+    Ok(Throttle { name: name.to_owned(), value })
+}
+
+/// Parses the value of a limit with libvirt's word `name`. `virtioblkctl` uses this, too.
+pub fn limit(name: &str, value: &str) -> Result<u64, String> {
+    let names = Limits::names(Words::Libvirt);
+    if name == "group-name" {
+        return Err("group-name: limits that several disks share are not built yet; give each disk its own".into());
+    }
+    if !names.iter().any(|known| known == name) {
+        let nearest = super::nearest(names.iter().map(String::as_str), &name.replace('_', "-")).unwrap_or_default();
+        return Err(format!("there is no limit '{name}'; the nearest known one is '{nearest}'"));
+    }
+    let is_bytes = name == "size-iops-sec" || name.contains("-bytes-") && !name.ends_with("-length");
+    let number = if is_bytes { crate::base::units::bytes(value).ok() } else { value.parse().ok() };
+    number.ok_or_else(|| match is_bytes {
+        true => format!("{name} is a whole number of bytes, which may have a unit: 1048576, 512K, 10M"),
+        false => format!("{name} is a whole number without a unit, such as 500"),
+    })
+}
+
+/// The limits that are given together.
+pub(super) fn limits(given: &[Throttle]) -> Result<Limits, String> {
+    let mut limits = Limits::default();
+    for (at, one) in given.iter().enumerate() {
+        if given[..at].iter().any(|other| other.name == one.name) {
+            return Err(format!("{} is given twice: keep one", one.name));
+        }
+        limits.set(Words::Libvirt, &one.name, one.value);
+    }
+    limits.check(Words::Libvirt)?;
+    Ok(limits)
 }
 
 pub(super) fn mode(text: &str) -> Result<Mode, String> {

@@ -17,7 +17,7 @@ pub enum Access {
     /// Queries and events, and all commands that hold, copy, snapshot, continue or grow the disk.
     #[default]
     Operate,
-    /// All commands, also `hand-over`, `query-command-line`, `quit`, `resize` with `force`, and `getfd` and `export-prepare`,
+    /// All commands, also `hand-over`, `query-command-line`, `quit`, `block_set_io_throttle`, `resize` with `force`, and `getfd` and `export-prepare`,
     /// for which the client passes descriptors.
     All,
 }

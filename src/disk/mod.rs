@@ -7,10 +7,12 @@ mod events;
 mod latency;
 mod ring_status;
 mod status;
+mod throttle_status;
 
 use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
+use crate::engine::throttle::Limits;
 use crate::engine::{Errno, Kind};
 pub use copies::{Copies, CopyError, CopyOptions, CopyStatus, ExportOptions, ExportStatus, ImageSnapshots};
 pub use events::{Event, EventBatch, Events};
@@ -22,6 +24,7 @@ pub use status::{
     ChangedWrite, DiskStatus, ImageStatus, LastError, RbdQuiesceStatus, RbdStatus, StableWritesStatus, StoppedStatus,
     UnsyncedStatus,
 };
+pub use throttle_status::ThrottleStatus;
 
 /// A disk that can be held. Implemented by `virtio::rings::Rings` and called by the control thread. No call blocks on I/O.
 pub trait Disk: Send + Sync {
@@ -55,6 +58,16 @@ pub trait Disk: Send + Sync {
     /// Returns a retained failed request that changes the disk, if there is one. No hold can succeed before it is done.
     fn stopped_change(&self) -> Option<FailedRequest> {
         None
+    }
+
+    /// The limits of the disk's rates; all zero: there are none.
+    fn limits(&self) -> Limits {
+        Limits::default()
+    }
+
+    /// Replaces the limits, which were checked. Requests that wait go on by the new ones at once.
+    fn set_limits(&self, limits: Limits) {
+        let _ = limits;
     }
 
     /// Adopts the image's current size and notifies the guest. With `grow_to`, first grows the image to that many bytes. A

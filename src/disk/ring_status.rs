@@ -108,6 +108,8 @@ ring_figures! {
     oldest_stalled_ms: u64, max;
     /// Whether a request waits in the ring because writes are blocked.
     held: bool, any;
+    /// Whether a request waits in the ring because of the disk's limits (`--throttle`).
+    limited: bool, any;
     /// Failed requests that are retained until `continue`, instead of reported to the guest.
     kept: u64, sum;
     /// Reads completed since the first daemon of the disk started. This and the following counts continue over reconnects

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{FailedRequest, RingStatus};
+use super::{FailedRequest, RingStatus, ThrottleStatus};
 
 /// The status of a disk, to which `query-status` adds the holders.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -44,6 +44,9 @@ pub struct DiskStatus {
     pub stopped: Option<StoppedStatus>,
     /// Which failed requests are retained: `enospc`, `report` (none) or `stop` (all).
     pub on_error: String,
+    /// The limits of the disk's rates. Absent: it has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub throttle: Option<ThrottleStatus>,
     /// The last errors, newest last; at most eight.
     pub last_errors: Vec<LastError>,
     /// A sync failed for good: writes are no longer made durable.

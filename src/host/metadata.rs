@@ -21,7 +21,7 @@ use std::path::Path;
 
 use roxmltree::{Document, Node};
 
-use super::domain::{DomainError, child, document, domain_node, refuse};
+use super::domain::{DomainError, child, content, document, domain_node, refuse};
 use super::edits;
 use crate::config;
 
@@ -50,14 +50,23 @@ const NOT_OPTIONS: [&str; 1] = [super::convert::KEPT];
 /// Attributes of `<disks>`.
 const OF_DISKS: [&str; 1] = [super::convert::ADDED];
 
+/// libvirt's element of limits: it has an element for each.
+const IOTUNE: &str = "iotune";
+
+/// The option that stands for [`IOTUNE`]'s elements.
+const THROTTLE: &str = "throttle";
+
 /// Whether an option may be given several times.
 pub(super) fn is_repeated(key: &str) -> bool {
-    ELEMENTS.iter().any(|(_, other, _)| *other == key)
+    key == THROTTLE || ELEMENTS.iter().any(|(_, other, _)| *other == key)
 }
 
 /// The element that stands for an option which may be given several times, from the words of a command line:
 /// `copy_dir=PATH`, `rbd_option=NAME=VALUE`. `None`: an attribute stands for the option.
 pub(super) fn element(name: &str, value: &str) -> Option<Result<String, String>> {
+    if name != IOTUNE && is_of_iotune(name) {
+        return Some(Ok(format!("<{IOTUNE}><{name}>{}</{name}></{IOTUNE}>", edits::escape(value))));
+    }
     let (.., attributes) = ELEMENTS.iter().find(|(element, ..)| *element == name)?;
     let values: Vec<&str> = value.splitn(attributes.len(), '=').collect();
     if values.len() < attributes.len() {
@@ -73,17 +82,26 @@ fn is_of_iotune(name: &str) -> bool {
     matches!(base, "iotune" | "throttlefilters") || base.ends_with("_bytes_sec") || base.ends_with("_iops_sec")
 }
 
-/// Why rate limits are refused, and not ignored.
-const NO_IOTUNE: &str = "virtioblkd does not limit rates yet: remove it from <metadata>, and limit the rate in the guest or \
-                         in the host's storage";
+/// The options that libvirt's `<iotune>` stands for, one for each of its elements.
+fn iotune(element: Node<'_, '_>) -> Result<Vec<(String, String)>, DomainError> {
+    if let Some(other) = element.attributes().next() {
+        return refuse(format!("unknown attribute '{}' of <{IOTUNE}>: its limits are elements", other.name()));
+    }
+    let limits = element.children().filter(Node::is_element);
+    let limits = limits.map(|limit| {
+        let (name, value) = (limit.tag_name().name(), content(limit));
+        (THROTTLE.to_owned(), format!("{}={}", name.replace('_', "-"), value.trim()))
+    });
+    Ok(limits.collect())
+}
 
 /// What our element says of one disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskOptions {
     /// The disk's `<target dev='...'>`.
     pub target: String,
-    /// Options of virtioblkd without their dashes, each with its value, in the element's order. Only `copy-dir` and
-    /// `rbd-option` may occur several times.
+    /// Options of virtioblkd without their dashes, each with its value, in the element's order. Only `copy-dir`,
+    /// `rbd-option` and `throttle` may occur several times.
     pub options: Vec<(String, String)>,
 }
 
@@ -161,7 +179,10 @@ fn disk(node: Node<'_, '_>) -> Result<DiskOptions, DomainError> {
     }
     let elements = node.children().filter(Node::is_element);
     for element in elements.filter(|element| !NOT_OPTIONS.contains(&element.tag_name().name())) {
-        options.push(repeated_option(element).map_err(of_disk)?);
+        match element.tag_name().name() {
+            IOTUNE => options.extend(iotune(element).map_err(of_disk)?),
+            _ => options.push(repeated_option(element).map_err(of_disk)?),
+        }
     }
     check(&options).map_err(of_disk)?;
     Ok(DiskOptions { target: target.to_owned(), options })
@@ -196,11 +217,15 @@ fn option(attribute: &str, value: &str) -> Result<Option<(String, String)>, Doma
 
 fn repeated_option(element: Node<'_, '_>) -> Result<(String, String), DomainError> {
     let name = element.tag_name().name();
+    if name == "throttlefilters" {
+        return refuse("<throttlefilters>: virtioblkd has one set of limits for a disk: use <iotune>");
+    }
     if is_of_iotune(name) {
-        return refuse(format!("<{name}>: {NO_IOTUNE}"));
+        return refuse(format!("<{name}> is an element of <{IOTUNE}>"));
     }
     let Some((_, key, attributes)) = ELEMENTS.iter().find(|(known, ..)| *known == name) else {
         let known = ELEMENTS.map(|(known, ..)| format!("<{known}>")).join(", ");
+        let known = format!("{known}, <{IOTUNE}>");
         return refuse(format!("unknown element <{name}>: the known ones are {known}; all else is an attribute"));
     };
     let mut values = Vec::new();
@@ -238,8 +263,10 @@ fn unknown(attribute: &str) -> String {
     if let Some((word, _)) = LIBVIRT_WORDS.iter().find(|(_, key)| *key == dashed) {
         return format!("unknown attribute '{attribute}'; it is '{word}' here, as in libvirt");
     }
-    if is_of_iotune(&attribute.replace('-', "_")) {
-        return format!("{attribute}: {NO_IOTUNE}");
+    if is_of_iotune(&attribute.replace('-', "_")) || attribute == THROTTLE {
+        return format!(
+            "{attribute}: limits are elements, as in libvirt: <{IOTUNE}><total_iops_sec>500</total_iops_sec></{IOTUNE}>"
+        );
     }
     let known = attributes();
     match config::nearest(known.iter().map(|(name, _)| name.as_str()), &attribute.replace('-', "_")) {
@@ -376,6 +403,26 @@ mod tests {
     }
 
     #[test]
+    fn libvirts_iotune_becomes_limits() {
+        let disk = "<v:disk target='vda' file='/a'><v:iotune><v:total_iops_sec>500</v:total_iops_sec>\
+                    <v:write_bytes_sec_max_length> 3 </v:write_bytes_sec_max_length>\
+                    <v:write_bytes_sec_max>20</v:write_bytes_sec_max><v:write_bytes_sec>10</v:write_bytes_sec>\
+                    </v:iotune></v:disk>";
+        let expected = [
+            ("blk-file", "/a"),
+            ("throttle", "total-iops-sec=500"),
+            ("throttle", "write-bytes-sec-max-length=3"),
+            ("throttle", "write-bytes-sec-max=20"),
+            ("throttle", "write-bytes-sec=10"),
+        ];
+        assert_eq!(options(disk), pairs(&expected));
+        assert_eq!(options("<v:disk target='vda' file='/a'><v:iotune/></v:disk>"), pairs(&[("blk-file", "/a")]));
+        let word = element("read_iops_sec", "5").unwrap().unwrap();
+        let disk = format!("<disk target='vda' file='/a' xmlns='{NAMESPACE}'>{word}</disk>");
+        assert_eq!(options(&disk)[1], ("throttle".to_owned(), "read-iops-sec=5".to_owned()));
+    }
+
+    #[test]
     fn errors_name_domain_disk_and_what_to_write() {
         let cases = [
             ("<v:disk file='/a'/>", "has no target"),
@@ -395,12 +442,22 @@ mod tests {
             ("<v:disk target='vda' file='/a' backend='null'/>", "unknown attribute 'backend'"),
             ("<v:disk target='vda' file='/a' rbd='p/i'/>", "exclude each other"),
             ("<v:disk target='vda' file='/a'/><v:disk target='vda' file='/b'/>", "vda twice"),
-            ("<v:disk target='vda' file='/a'><v:iotune/></v:disk>", "<iotune>: virtioblkd does not limit rates yet"),
+            ("<v:disk target='vda' file='/a'><v:iotune a='1'/></v:disk>", "unknown attribute 'a' of <iotune>"),
+            ("<v:disk target='vda' file='/a'><v:throttlefilters/></v:disk>", "use <iotune>"),
             (
-                "<v:disk target='vda' file='/a' total_iops_sec='9'/>",
-                "total_iops_sec: virtioblkd does not limit rates yet",
+                "<v:disk target='vda' file='/a'><v:total_iops_sec>1</v:total_iops_sec></v:disk>",
+                "an element of <iotune>",
             ),
-            ("<v:disk target='vda' file='/a' read-bytes-sec_max='9'/>", "limit the rate in the guest"),
+            ("<v:disk target='vda' file='/a' total_iops_sec='9'/>", "total_iops_sec: limits are elements"),
+            ("<v:disk target='vda' file='/a' throttle='total-iops-sec=9'/>", "throttle: limits are elements"),
+            (
+                "<v:disk target='vda' file='/a'><v:iotune><v:total_iops_sek>1</v:total_iops_sek></v:iotune></v:disk>",
+                "the nearest known one is 'total-iops-sec'",
+            ),
+            (
+                "<v:disk target='vda' file='/a'><v:iotune><v:group_name>a</v:group_name></v:iotune></v:disk>",
+                "not built yet",
+            ),
             ("<v:disk target='vda' file='/a'><v:iotun/></v:disk>", "unknown element <iotun>"),
             ("<v:disk target='vda' file='/a'><v:copy_dir/></v:disk>", "has no path="),
             ("<v:dik target='vda'/>", "unknown element <dik>"),

@@ -229,6 +229,7 @@ fn hand_over(
         drained_in: handed_over.drained_in,
         counts: handed_over.counts(),
         latency: handed_over.latencies(),
+        limits: Some(handed_over.limits()),
         front_end,
     };
     let descriptors: Vec<OwnedFd> = descriptors.into_list();

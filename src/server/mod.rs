@@ -46,7 +46,7 @@ use crate::config::Config;
 use crate::control::protocol::return_types::TookOver;
 use crate::disk::{LatencyStatus, RingStatus};
 use crate::sandbox::SandboxError;
-use crate::upgrade::DiskFacts;
+use crate::upgrade::{DiskFacts, LimitsState};
 use crate::virtio::SessionEnd;
 use crate::virtio::device::hand_over::{HandedOver, Steps};
 use crate::virtio::vhost_user::save_restore::SavedSession;
@@ -98,6 +98,10 @@ pub(crate) trait Served: Send + Sync {
 
     /// Adds the old daemon's counts to this process's. Called by the main thread before [`Served::restore_session`].
     fn resume_counts(&self, _before: &[RingStatus], _latency: &LatencyStatus) {}
+
+    /// Continues with the limits that were in effect, unless this process is started with other ones than the old daemon.
+    /// Called by the main thread before [`Served::restore_session`].
+    fn resume_limits(&self, _before: &LimitsState) {}
 
     /// Releases the image again, because the old daemon serves on after all. Called by the main thread.
     fn release_image(&self);

@@ -163,8 +163,11 @@ impl TakeOver {
             (OldDaemonMessage::State(state), descriptors) => (*state, Descriptors::new(descriptors)),
             _ => return Err(refuse(UNEXPECTED_MESSAGE.into())),
         };
-        let HandOverState { since, drained_in, counts, latency, front_end } = state;
+        let HandOverState { since, drained_in, counts, latency, limits, front_end } = state;
         served.resume_counts(&counts, &latency);
+        if let Some(limits) = limits {
+            served.resume_limits(&limits);
+        }
         served.take_over().map_err(|error| self.abort(&error.to_string()))?;
         let session = front_end.map(|(number, record)| Self::restore_session(number, record, descriptors, front_ends));
         let session = session.transpose().map_err(|reason| {

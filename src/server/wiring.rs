@@ -32,8 +32,9 @@ use crate::disk::{
     Copies, CopyError, Disk, DiskStatus, Events, ExportOptions, FailedRequest, ImageSnapshots, LatencyStatus,
     RingStatus, UnsyncedStatus,
 };
+use crate::engine::throttle::Limits;
 use crate::export;
-use crate::upgrade::DiskFacts;
+use crate::upgrade::{DiskFacts, LimitsState};
 use crate::virtio::device::hand_over::{HandedOver, Steps};
 use crate::virtio::vhost_user::save_restore::SavedSession;
 use crate::virtio::{Device, DeviceOptions, SessionEnd, Tuning};
@@ -260,6 +261,7 @@ fn tuning(config: &Config) -> Tuning {
         on_error: config.on_error,
         poll_max: config.poll_max,
         discard_granularity: config.discard_granularity,
+        limits: config.limits,
         ..Tuning::default()
     };
     if let BackendKind::Slow { forgets: true, .. } = config.backend {
@@ -305,6 +307,10 @@ impl Served for ServedDisk {
 
     fn resume_counts(&self, before: &[RingStatus], latency: &LatencyStatus) {
         self.device.resume_counts(before, latency);
+    }
+
+    fn resume_limits(&self, before: &LimitsState) {
+        self.device.resume_limits(before);
     }
 
     fn release_image(&self) {
@@ -382,6 +388,14 @@ impl Disk for CopiedDisk {
 
     fn resize(&self, grow_to: Option<u64>, shrink: bool) -> Result<u64, String> {
         self.disk.resize(grow_to, shrink)
+    }
+
+    fn limits(&self) -> Limits {
+        self.disk.limits()
+    }
+
+    fn set_limits(&self, limits: Limits) {
+        self.disk.set_limits(limits);
     }
 
     fn copies(&self) -> Option<&dyn Copies> {

@@ -29,7 +29,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::disk::{LatencyStatus, RingStatus};
+use crate::disk::{LatencyStatus, RingStatus, ThrottleStatus};
 pub(crate) use channel::{Channel, Descriptors};
 use session_state::SessionState;
 pub use starter::VARIABLE as STARTER_VARIABLE;
@@ -166,8 +166,20 @@ pub(crate) struct HandOverState {
     /// The disk's latencies; empty from an older daemon that does not send them.
     #[serde(default)]
     pub(crate) latency: LatencyStatus,
+    /// The limits of the disk's rates; `None` from an older daemon that has none.
+    #[serde(default)]
+    pub(crate) limits: Option<LimitsState>,
     /// The front-end's connection and its state; `None`: no front-end is connected.
     pub(crate) front_end: Option<(usize, SessionState)>,
+}
+
+/// The limits of a disk's rates.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct LimitsState {
+    /// Those with which the old daemon was started.
+    pub(crate) configured: ThrottleStatus,
+    /// Those in effect, which an operator may have changed since.
+    pub(crate) current: ThrottleStatus,
 }
 
 /// Returns the current time in nanoseconds of CLOCK_MONOTONIC.

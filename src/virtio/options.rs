@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
+use crate::engine::throttle::Limits;
 use crate::engine::{CacheMode, OnError};
 
 /// The options of a device that every user should know.
@@ -31,6 +32,8 @@ pub struct Tuning {
     /// The granularity of discards that the guest sees, in bytes. `None`: the back-end's. Discards that do not fill it are
     /// served like any other.
     pub discard_granularity: Option<u32>,
+    /// The limits of the disk's rates at the start.
+    pub limits: Limits,
     /// The protocol features that may be offered. Tests leave out INFLIGHT_SHMFD, to show that they would notice.
     pub protocol_features: VhostUserProtocolFeatures,
 }
@@ -42,6 +45,7 @@ impl Default for Tuning {
             on_error: OnError::Report,
             poll_max: Duration::ZERO,
             discard_granularity: None,
+            limits: Limits::default(),
             protocol_features: VhostUserProtocolFeatures::all(),
         }
     }

@@ -8,7 +8,7 @@ use kit::front_end::*;
 use kit::rig::Rig;
 use virtioblkd::backend::file::{FileBackend, FileOptions};
 use virtioblkd::engine::CacheMode;
-use virtioblkd::virtio::DeviceOptions;
+use virtioblkd::virtio::{DeviceOptions, Tuning};
 
 pub(super) const OK: u8 = 0;
 
@@ -40,6 +40,10 @@ pub(super) fn rig(mode: CacheMode) -> FileRig {
 }
 
 pub(super) fn rig_with(mode: CacheMode, change: impl FnOnce(&mut FileOptions)) -> FileRig {
+    rig_tuned(mode, change, &Tuning::default())
+}
+
+pub(super) fn rig_tuned(mode: CacheMode, change: impl FnOnce(&mut FileOptions), tuning: &Tuning) -> FileRig {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("disk.img");
     std::fs::File::create(&image).unwrap().set_len(SIZE).unwrap();
@@ -48,7 +52,7 @@ pub(super) fn rig_with(mode: CacheMode, change: impl FnOnce(&mut FileOptions)) -
     change(&mut options);
     let backend = Arc::new(FileBackend::open(&options).unwrap());
     let options = DeviceOptions { mode, num_queues: 8, queue_size: 256, serial: "rig-0123456789-too-long".into() };
-    FileRig { rig: Rig::on(backend, &options), image, _dir: dir }
+    FileRig { rig: Rig::tuned(backend, &options, tuning), image, _dir: dir }
 }
 
 pub(super) fn connect(rig: &Rig, rings: usize) -> FrontEnd {

@@ -15,6 +15,7 @@ mod inflight_random;
 mod inflight_region;
 mod interrupts;
 mod latency;
+mod limits;
 mod long_chains;
 mod memory_sharing;
 mod memory_tables;

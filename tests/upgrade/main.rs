@@ -2,6 +2,7 @@
 
 mod front_end;
 mod given_up;
+mod limits;
 mod other_build;
 mod take_over;
 mod trust;

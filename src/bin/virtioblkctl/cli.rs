@@ -9,7 +9,7 @@ use virtioblkd::internal::base::version::VERSION;
 use virtioblkd::internal::config::disk_size;
 
 use crate::chosen::Chosen;
-use crate::{attend, domain, duration, libvirt_hook, map, pages, proxmox, snapshot, twins, upgrade};
+use crate::{attend, domain, duration, libvirt_hook, map, pages, proxmox, snapshot, throttle, twins, upgrade};
 
 /// Query and control a running virtioblkd, and take snapshots of its disk
 #[derive(Parser)]
@@ -123,6 +123,10 @@ pub(crate) enum CtlCommand {
     /// With SIZE, grows the image first, if it is a file. Grow a block device with its own tools and leave SIZE out. With
     /// --domain only without SIZE.
     Resize(Resize),
+    /// Show the limits of the disk's rates, or change them while the guest runs
+    ///
+    /// In libvirt's words, as `virtioblkd --throttle` has them. An upgrade keeps them.
+    Throttle(throttle::Throttle),
     /// Replace the running daemon by another program, or change its options, while the guest runs
     ///
     /// Starts virtioblkd with the running daemon's options, changed by OPTIONS. The new daemon opens the image and checks

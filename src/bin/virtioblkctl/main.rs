@@ -21,6 +21,7 @@ mod proxmox;
 mod show;
 mod snapshot;
 mod successor;
+mod throttle;
 mod twins;
 mod upgrade;
 mod upgrade_lists;
@@ -35,7 +36,7 @@ use clap::CommandFactory;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use virtioblkd::disk::CopyStatus;
+use virtioblkd::disk::{CopyStatus, ThrottleStatus};
 use virtioblkd::internal::base::logging;
 use virtioblkd::internal::base::text::{clean, clean_json, clean_lines};
 pub(crate) use virtioblkd::internal::base::units::time as duration;
@@ -242,6 +243,11 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
                 format!("the guest's disk now has {} ({} bytes)\n", units::bytes(reply.size), reply.size)
             };
             page(cli, client.execute("resize", arguments, REPLY_TIMEOUT)?, readable)?
+        }
+        CtlCommand::Throttle(options) => {
+            let limits = throttle::run(options, &mut client)?;
+            let reply = serde_json::to_value(ThrottleStatus::of(&limits)).unwrap_or(Value::Null);
+            page(cli, reply, |_: &Value| throttle::readable(&limits))?
         }
         CtlCommand::Upgrade(options) => match upgrade::run(options, path, client)? {
             upgrade::Done::Upgraded(figures) => page(cli, figures, upgrade::readable)?,

@@ -7,7 +7,7 @@ use std::path::Path;
 use virtioblkd::internal::base::text::shown;
 
 /// Options that may be given several times.
-const LISTS: [&str; 2] = ["copy-dir", "rbd-option"];
+const LISTS: [&str; 3] = ["copy-dir", "rbd-option", "throttle"];
 
 /// A value that is added to a list.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,7 +22,10 @@ pub fn parse(text: &str) -> Result<Added, String> {
         Some((option, value)) if LISTS.contains(&option) && !value.is_empty() => {
             Ok(Added { option: option.to_owned(), value: value.to_owned() })
         }
-        _ => Err("use copy-dir=DIR or rbd-option=NAME=VALUE; give other options once, after --".into()),
+        _ => {
+            Err("use copy-dir=DIR, rbd-option=NAME=VALUE or throttle=NAME=VALUE; give other options once, after --"
+                .into())
+        }
     }
 }
 

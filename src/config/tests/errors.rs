@@ -26,6 +26,11 @@ fn the_error_of_a_wrong_value_names_its_option_and_what_is_allowed() {
         ("--discard-granularity", "2G", "power of two from 512 to 1G"),
         ("--stable-writes", "on", "auto, copy, detect or off"),
         ("--sandbox", "paranoid", "on, no-filter or off"),
+        ("--throttle", "fast", "use NAME=VALUE"),
+        ("--throttle", "total-iops=5", "the nearest known one is 'total-iops-sec'"),
+        ("--throttle", "total-iops-sec=5K", "without a unit"),
+        ("--throttle", "total-bytes-sec=5X", "10M"),
+        ("--throttle", "group-name=a", "not built yet"),
         ("--locking", "on", "auto, in-use or off"),
         ("--socket-mode", "0888", "octal"),
         ("--socket-mode", "1777", "octal"),
@@ -55,7 +60,7 @@ fn the_error_of_a_wrong_value_names_its_option_and_what_is_allowed() {
 
 #[test]
 fn missing_and_contradicting_options_are_refused() {
-    let table: [(&[&str], &str); 16] = [
+    let table: [(&[&str], &str); 18] = [
         (&["--blk-file=/d"], "no socket given"),
         (&["--socket-path=/s"], "no image given"),
         (&["--socket-path=/s", "--fd=3", "--blk-file=/d"], "exclude each other"),
@@ -72,6 +77,8 @@ fn missing_and_contradicting_options_are_refused() {
         (&["--blk-file=/d", "--run="], "--run"),
         (&["--blk-file=/d", "--run= "], "--run needs a command"),
         (&["--socket-path=", "--blk-file=/d"], "--socket-path"),
+        (&["--fd=3", "--blk-file=/d", "--throttle=total-iops-sec=5,total-iops-sec=6"], "given twice"),
+        (&["--fd=3", "--blk-file=/d", "--throttle=total-iops-sec-max=5"], "needs total-iops-sec"),
     ];
     for (args, part) in table {
         assert!(bad(args).contains(part), "{args:?}: {}", bad(args));

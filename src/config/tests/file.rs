@@ -28,6 +28,9 @@ fn a_key_of_the_file_means_the_same_as_its_option() {
         copy-dir = ["/backup", "/more"]
         scratch = "/fast"
         scratch-size = "4G"
+        [throttle]
+        total-iops-sec = 500
+        write-bytes-sec = "10M"
     "#;
     let arguments = [
         "--read-only",
@@ -51,6 +54,7 @@ fn a_key_of_the_file_means_the_same_as_its_option() {
         "--copy-dir=/more",
         "--scratch=/fast",
         "--scratch-size=4G",
+        "--throttle=total-iops-sec=500,write-bytes-sec=10M",
     ];
     assert_eq!(good_file(text, &[]), good(&arguments));
 }

@@ -9,6 +9,7 @@ use std::io::Write;
 use super::*;
 use crate::backend::point_in_time::ScratchOptions;
 use crate::backend::rbd::{Encryption, RbdLock, RbdQuiesce};
+use crate::engine::throttle::Words;
 
 const REQUIRED: [&str; 2] = ["--socket-path=/run/d.sock", "--blk-file=/d.img"];
 
@@ -21,6 +22,14 @@ fn good(more: &[&str]) -> Config {
         Ok(Invocation::Run(config)) => *config,
         other => panic!("{more:?}: {other:?}"),
     }
+}
+
+fn limits(values: &[(&str, u64)]) -> Limits {
+    let mut limits = Limits::default();
+    for (name, value) in values {
+        assert!(limits.set(Words::Libvirt, name, *value));
+    }
+    limits
 }
 
 fn bad(args: &[&str]) -> String {
@@ -73,6 +82,7 @@ fn only_the_required_options_give_the_defaults() {
             stable_writes: StableWrites::Auto,
             on_error: OnError::Enospc,
             poll_max: Duration::ZERO,
+            limits: Limits::default(),
             max_hold: None,
             locking: Locking::Auto,
             pid_file: None,
@@ -105,6 +115,9 @@ fn every_option_sets_its_field() {
         "--stable-writes=detect",
         "--on-error=stop",
         "--poll-max-ns=32768",
+        "--throttle=total-iops-sec=500,write-bytes-sec=10M",
+        "--throttle",
+        "size-iops-sec=4K",
         "--max-hold=90s",
         "--locking=off",
         "--socket-mode=0o666",
@@ -137,6 +150,7 @@ fn every_option_sets_its_field() {
             stable_writes: StableWrites::Detect,
             on_error: OnError::Stop,
             poll_max: Duration::from_nanos(32768),
+            limits: limits(&[("total-iops-sec", 500), ("write-bytes-sec", 10 << 20), ("size-iops-sec", 4096)]),
             max_hold: Some(Duration::from_secs(90)),
             locking: Locking::Off,
             pid_file: Some("/run/d.pid".into()),

@@ -10,7 +10,9 @@ use super::copy::{self, CopyCommand};
 use super::error::Error;
 use super::export::{self, ExportCommand};
 use super::image_snapshot::{self, ImageSnapshotCommand};
+use super::throttle;
 use crate::control::access::Access;
+use crate::engine::throttle::Limits;
 
 /// How long a quiesce may take when `timeout-ms` is not given.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -63,6 +65,8 @@ pub enum Command {
         /// Take the size even if it is smaller than before.
         force: bool,
     },
+    /// `block_set_io_throttle`: replaces the limits of the disk's rates.
+    SetIoThrottle(Limits),
     /// A command for snapshots that the image's store makes.
     ImageSnapshot(ImageSnapshotCommand),
     /// A command of an attendant.
@@ -114,6 +118,7 @@ pub(super) const COMMANDS: &[(&str, Access, Parse)] = &[
     ("query-copies", Access::ReadOnly, copy::parse_query),
     ("continue", Access::Operate, |_| Ok(Command::Continue)),
     ("resize", Access::Operate, parse_resize),
+    ("block_set_io_throttle", Access::All, throttle::parse),
     ("image-snapshot", Access::Operate, image_snapshot::parse_create),
     ("image-snapshot-keep", Access::Operate, image_snapshot::parse_keep),
     ("image-snapshot-remove", Access::Operate, image_snapshot::parse_remove),

@@ -18,6 +18,7 @@ mod image_snapshot;
 pub mod json_stream;
 pub mod return_types;
 mod schema;
+mod throttle;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -108,8 +109,8 @@ fn permit(command: &str, needed: Access, access: Access) -> Result<(), Error> {
     }
     let desc = match needed {
         Access::All => format!(
-            "{command} is for root and the daemon's user, since it ends the daemon, takes its guest over or shrinks its \
-             disk: run it as one of them (sudo)"
+            "{command} is for root and the daemon's user, since it ends the daemon, takes its guest over, shrinks its \
+             disk or changes its limits: run it as one of them (sudo)"
         ),
         _ => format!(
             "{command} is not a query, and the daemon allows this user only queries: run it as root or as the daemon's user, or \

@@ -103,7 +103,9 @@ fn each_access_has_its_commands() {
         ["qmp_capabilities", "query-commands", "query-version", "query-qmp-schema", "query-status", "query-stats"];
     assert_eq!(asks, [&queries[..], &["query-copies"]].concat());
     let added: Vec<&String> = all.iter().filter(|name| !operates.contains(name)).collect();
-    assert_eq!(added, ["getfd", "closefd", "export-prepare", "query-command-line", "hand-over", "quit"]);
+    let expected =
+        ["getfd", "closefd", "export-prepare", "block_set_io_throttle", "query-command-line", "hand-over", "quit"];
+    assert_eq!(added, expected);
     for name in &all {
         for (access, allowed) in [(Access::ReadOnly, &asks), (Access::Operate, &operates), (Access::All, &all)] {
             let negotiated = name != "qmp_capabilities";

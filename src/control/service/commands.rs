@@ -74,6 +74,11 @@ impl Service {
                 Ok(size) => to_json(&Resized { size }),
                 Err(why) => Err(Error::new("resize", why)),
             },
+            Command::SetIoThrottle(limits) => {
+                self.disk.set_limits(limits);
+                log_limited!(COMMAND_LOG, Info, "block_set_io_throttle: {limits}");
+                Ok(json!({}))
+            }
             Command::Attend(command) => self.attend(client, command, now),
             Command::HandOver { version } => self.hand_over(client.peer, version),
             Command::Quit => {

@@ -15,7 +15,7 @@ use crate::control::protocol::return_types::TookOver;
 use crate::disk::{
     ChangedWrite, Copies, CopyError, CopyOptions, CopyStatus, Disk, DiskStatus, Event, EventBatch, ExportStatus,
     FailedRequest, HoldFigures, ImageStatus, LastError, LatencyByKind, LatencyHistogram, LatencyStatus,
-    RbdQuiesceStatus, RbdStatus, RingStatus, StableWritesStatus, StoppedStatus, UnsyncedStatus,
+    RbdQuiesceStatus, RbdStatus, RingStatus, StableWritesStatus, StoppedStatus, ThrottleStatus, UnsyncedStatus,
 };
 use crate::engine::{Errno, Kind};
 
@@ -40,6 +40,7 @@ impl Disk for FixedDisk {
             stalled: 2,
             oldest_stalled_ms: 10_500,
             held: true,
+            limited: true,
             kept: 1,
             reads: 11,
             read_bytes: 11 << 12,
@@ -72,6 +73,7 @@ impl Disk for FixedDisk {
             total: ring(0, 0),
             stopped: Some(StoppedStatus::new(&failed(), 4)),
             on_error: "enospc".into(),
+            throttle: Some(ThrottleStatus([("total-iops-sec".to_owned(), 500)].into())),
             last_errors: vec![LastError { what: "write failed".into(), when: 1_700_000_000, times: 2 }],
             sync_failed: true,
             copies_ending: 1,

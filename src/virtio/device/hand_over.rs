@@ -8,9 +8,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Device;
-use crate::disk::{LatencyStatus, RingStatus};
+use crate::disk::{Disk, LatencyStatus, RingStatus, ThrottleStatus};
 use crate::upgrade::session_state::SessionState;
-use crate::upgrade::{self, Descriptors, DiskFacts};
+use crate::upgrade::{self, Descriptors, DiskFacts, LimitsState};
 use crate::virtio::vhost_user::save_restore::{HandOverError, SavedSession};
 use crate::virtio::vhost_user::session::{FrontEnd, Session};
 use crate::virtio::vhost_user::session_end::SessionEnd;
@@ -46,6 +46,15 @@ impl HandedOver {
     /// The latencies that the disk's rings have recorded.
     pub(crate) fn latencies(&self) -> LatencyStatus {
         self.device.rings.latencies()
+    }
+
+    /// The limits of the disk's rates.
+    pub(crate) fn limits(&self) -> LimitsState {
+        let rings = &self.device.rings;
+        LimitsState {
+            configured: ThrottleStatus::of(&rings.tuning().limits),
+            current: ThrottleStatus::of(&rings.limits()),
+        }
     }
 
     /// Leaves the disk to the other process. Nothing here touches the image any more, and the vhost-user thread ends.
@@ -97,6 +106,15 @@ impl Device {
     /// Continues what another process counted. Called before [`Device::restore_session`].
     pub(crate) fn resume_counts(&self, before: &[RingStatus], latency: &LatencyStatus) {
         self.rings.resume_counts(before, latency);
+    }
+
+    /// Keeps the limits that were changed while the old daemon ran. If this one is started with other limits than that was,
+    /// the operator wants those instead.
+    pub(crate) fn resume_limits(&self, before: &LimitsState) {
+        if before.configured == ThrottleStatus::of(&self.rings.tuning().limits) && before.current != before.configured {
+            log::info!("the limits that were set with 'virtioblkctl throttle' are kept");
+            self.rings.set_limits(before.current.limits());
+        }
     }
 
     /// Continues a session that another process served ([`crate::upgrade`]), then serves as [`Device::serve`] does.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::limiter::Limiter;
 use crate::base::sync::EventNotifier;
 use crate::base::sync::mpsc::Sender;
 
@@ -15,6 +16,8 @@ pub(in crate::virtio) enum WorkerCommand {
     Resize(u64),
     /// Check whether requests have been in flight for too long.
     CheckStalls,
+    /// Keep these limits from now on; `None`: there are none.
+    Limit(Option<Arc<Limiter>>),
     /// Replace the call descriptor, then reply.
     SetCall(Option<std::fs::File>, Sender<()>),
     /// Retry the failed requests that are retained.

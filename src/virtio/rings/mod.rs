@@ -5,6 +5,7 @@ pub(super) mod command;
 pub(super) mod error_log;
 mod hold;
 pub(super) mod image_users;
+mod limiter;
 pub(super) mod stall_watch;
 mod synced;
 
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 pub(super) use command::{Mailbox, RingThreads, StopMode, WorkerCommand};
 use hold::Hold;
 pub(super) use hold::RingHoldStats;
+pub(super) use limiter::Limiter;
 
 use super::blk::features;
 use super::options::Tuning;
@@ -29,8 +31,9 @@ use crate::base::sync::{Mutex, MutexGuard, thread};
 use crate::base::text::base64_unless_utf8;
 use crate::disk::{
     Disk, DiskStatus, Event, Events, FailedRequest, ImageStatus, LatencyStatus, RingCounters, RingStatus,
-    StoppedStatus, UnsyncedStatus, duration, ticks,
+    StoppedStatus, ThrottleStatus, UnsyncedStatus, duration, ticks,
 };
+use crate::engine::throttle::Limits;
 use crate::engine::{CacheMode, CachePolicy};
 use capacity::Capacity;
 
@@ -83,6 +86,17 @@ struct State {
     errors: ErrorLog,
     /// The latencies that earlier daemons of this disk recorded.
     latency_before: LatencyStatus,
+    /// The limits of the disk's rates. `None`: it has none.
+    limiter: Option<Arc<Limiter>>,
+}
+
+/// What a ring gets that starts.
+pub(super) struct RingJoined {
+    pub counters: Arc<RingCounters>,
+    /// The epoch of a hold that is on: the worker starts with its gate closed.
+    pub hold: Option<u64>,
+    /// The disk's limits, if it has any.
+    pub limiter: Option<Arc<Limiter>>,
 }
 
 /// How an operator shares a guest's memory with virtioblkd.
@@ -96,6 +110,7 @@ impl Rings {
     /// The rings of a disk on `backend` in this mode. `events` gets what happens.
     pub fn new(backend: Arc<dyn Backend>, mode: CacheMode, events: Arc<Events>, tuning: Tuning) -> Arc<Self> {
         let capacity = Capacity::new(backend.geometry().size);
+        let state = State { limiter: limiter_of(tuning.limits), ..State::default() };
         Arc::new(Rings {
             backend,
             events,
@@ -108,7 +123,7 @@ impl Rings {
             started: Instant::now(),
             generation: AtomicU64::new(0),
             synced_at: AtomicU64::new(0),
-            state: Mutex::default(),
+            state: Mutex::new(state),
         })
     }
 
@@ -269,9 +284,8 @@ impl Rings {
         status
     }
 
-    /// Adds a ring that starts. Returns its counters and, if a hold is on, the epoch of that: the worker then starts with
-    /// its gate closed.
-    pub(super) fn ring_joined(&self, index: u32, mailbox: Mailbox) -> (Arc<RingCounters>, Option<u64>) {
+    /// Adds a ring that starts.
+    pub(super) fn ring_joined(&self, index: u32, mailbox: Mailbox) -> RingJoined {
         let mut state = self.lock();
         state.running.insert(index, mailbox);
         self.capacity.ring_started();
@@ -280,11 +294,12 @@ impl Rings {
         }
         let counters = state.counters.entry(index).or_default().clone();
         counters.running.store(true, Relaxed);
+        let limiter = state.limiter.clone();
         #[cfg(all(test, feature = "model"))]
         if planted(Mutant::StartsUnblocked) {
-            return (counters, None);
+            return RingJoined { counters, hold: None, limiter };
         }
-        (counters, state.hold.as_ref().map(|hold| hold.epoch))
+        RingJoined { counters, hold: state.hold.as_ref().map(|hold| hold.epoch), limiter }
     }
 
     /// Removes a ring that has stopped.
@@ -297,6 +312,7 @@ impl Rings {
         if let Some(counters) = state.counters.get(&index) {
             counters.running.store(false, Relaxed);
             counters.held.store(false, Relaxed);
+            counters.limited.store(false, Relaxed);
             counters.untracked.store(false, Relaxed);
             counters.kicked_empty.store(false, Relaxed);
         }
@@ -384,6 +400,10 @@ impl Rings {
     }
 }
 
+fn limiter_of(limits: Limits) -> Option<Arc<Limiter>> {
+    limits.is_limited().then(|| Arc::new(Limiter::new(limits)))
+}
+
 /// The error number of an I/O error; EIO if it has none.
 pub(super) fn errno_of(error: &std::io::Error) -> Errno {
     Errno(error.raw_os_error().unwrap_or(libc::EIO))
@@ -433,6 +453,18 @@ impl Disk for Arc<Rings> {
         self.lock().retained.values().map(|retained| &retained.first).find(|failed| failed.is_change()).cloned()
     }
 
+    fn limits(&self) -> Limits {
+        self.lock().limiter.as_ref().map(|limiter| limiter.limits()).unwrap_or_default()
+    }
+
+    fn set_limits(&self, limits: Limits) {
+        let mut state = self.lock();
+        state.limiter = limiter_of(limits);
+        for mailbox in state.running.values() {
+            mailbox.send(WorkerCommand::Limit(state.limiter.clone()));
+        }
+    }
+
     fn status(&self) -> DiskStatus {
         let geometry = self.backend.geometry();
         let policy = self.policy();
@@ -475,6 +507,7 @@ impl Disk for Arc<Rings> {
             rings,
             stopped: state.retained.values().next().map(|retained| StoppedStatus::new(&retained.first, total.kept)),
             on_error: self.tuning.on_error.to_string(),
+            throttle: state.limiter.as_ref().map(|limiter| ThrottleStatus::of(&limiter.limits())),
             total,
             last_errors: state.errors.last(),
             sync_failed: self.backend.sync_failed().is_some(),

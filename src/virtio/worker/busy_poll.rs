@@ -69,8 +69,13 @@ impl Worker {
     /// Whether this turn leaves the guest's kicks disabled, because the worker is about to poll. It does not while
     /// something keeps it from taking what it would find.
     pub(super) fn will_poll(&self) -> bool {
-        let takes_requests = !self.requests.blocked && !self.broken && self.is_serving() && !self.backend.has_backlog();
-        takes_requests && self.polling.is_due()
+        self.takes_requests() && self.polling.is_due() && !self.is_limited()
+    }
+
+    /// Whether nothing but the limits can keep the worker from popping.
+    #[inline]
+    pub(super) fn takes_requests(&self) -> bool {
+        !self.requests.blocked && !self.broken && self.is_serving() && !self.backend.has_backlog()
     }
 
     /// Spins if this turn left kicks disabled. Returns whether the next turn can begin without the back-end's `wait`.

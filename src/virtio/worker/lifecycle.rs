@@ -50,6 +50,7 @@ impl Worker {
     /// Carries out [`super::WorkerCommand::Stop`].
     pub(super) fn stop(&mut self, mode: StopMode) {
         self.lifecycle = Lifecycle::Stopping(mode);
+        self.stop_limiting(mode);
         if mode == StopMode::Final {
             self.stop_retaining();
         }

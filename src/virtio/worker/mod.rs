@@ -20,6 +20,7 @@
 //! | `busy_poll` | spinning before a sleep (`--poll-max-ns`) |
 //! | `clock` | the time, read once for a batch |
 //! | `hold` | the virtqueue's part in an operator's hold |
+//! | `limit` | requests that wait in the virtqueue for the disk's limits |
 //! | `retained` | failed requests that are retried instead of completed |
 //! | `resubmit` | requests that an earlier server took and did not complete |
 //! | `stall` | requests that have been in flight for too long |
@@ -32,6 +33,7 @@ mod clock;
 mod completion;
 mod hold;
 mod lifecycle;
+mod limit;
 mod pop;
 mod relay;
 mod requests;
@@ -47,7 +49,7 @@ use std::time::Duration;
 
 use super::blk::features;
 use super::blk::request::{ID_BYTES, Parser};
-use super::rings::{Rings, SyncCover, WorkerCommand};
+use super::rings::{RingJoined, Rings, SyncCover, WorkerCommand};
 use super::shared_memory::dirty_log::DirtyLog;
 use super::shared_memory::inflight::Tracker;
 use super::virtqueue::guest_memory::GuestMemory;
@@ -65,6 +67,7 @@ use busy_poll::Polling;
 use clock::TurnClock;
 use hold::{HoldTimer, UnsyncedBytes};
 use lifecycle::Lifecycle;
+use limit::RingLimit;
 pub(super) use relay::Relay;
 use requests::Requests;
 use stopped_ring::StoppedRing;
@@ -103,6 +106,8 @@ struct Worker {
     clock: TurnClock,
     polling: Polling,
     hold: Option<HoldTimer>,
+    /// The disk's limits, if it has any.
+    limit: Option<Box<RingLimit>>,
     unsynced: UnsyncedBytes,
     /// Writes are acknowledged when they are durable.
     acknowledges_durable: bool,
@@ -125,7 +130,8 @@ struct Turn {
 }
 
 impl Worker {
-    fn new(setup: Setup, ring: SplitRing, stopped: &StoppedRing, counters: Arc<RingCounters>) -> Self {
+    fn new(setup: Setup, ring: SplitRing, stopped: &StoppedRing, joined: RingJoined) -> Self {
+        let counters = joined.counters;
         let size = ring.size();
         counters.size.store(size, Relaxed);
         counters.untracked.store(setup.inflight.is_none(), Relaxed);
@@ -154,6 +160,7 @@ impl Worker {
             clock,
             polling,
             hold: None,
+            limit: joined.limiter.map(|limiter| Box::new(RingLimit::new(limiter))),
             unsynced: UnsyncedBytes::default(),
             acknowledges_durable,
             sync_cover: SyncCover::default(),
@@ -203,7 +210,10 @@ impl Worker {
         if self.skips_sleep() {
             return;
         }
-        let timeout = self.turn.poll_again.then_some(Duration::ZERO);
+        let timeout = match self.turn.poll_again {
+            true => Some(Duration::ZERO),
+            false => self.time_until_limit_allows(),
+        };
         // The back-end retries what can be retried, so an error means that the process cannot go on.
         let woken = self.backend.io.wait(timeout).unwrap_or_else(|error| panic!("cannot wait for I/O: {error}"));
         if self.first_request != FirstRequest::Settled {
@@ -230,6 +240,7 @@ impl Worker {
                 self.check_first_request();
             }
             WorkerCommand::Retry => self.retry(),
+            WorkerCommand::Limit(limiter) => self.set_limit(limiter),
             WorkerCommand::SetCall(call, done) => {
                 stopped.set_call(self.setup.index, call);
                 // The handler may have ended with its connection; then nothing waits for the reply.

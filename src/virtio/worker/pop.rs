@@ -33,12 +33,15 @@ impl Worker {
         if self.broken || self.requests.blocked || !self.is_serving() || self.turn.poll_again {
             return;
         }
-        self.pop_new(walk_limit);
+        if self.limit.is_some() {
+            return self.pop_within_limits(walk_limit);
+        }
+        self.pop_new::<false>(walk_limit);
     }
 
     /// Pops requests that no server has seen. `walk_limit`: no further chain is taken once the parser has walked more
-    /// descriptors than this.
-    fn pop_new(&mut self, walk_limit: u64) {
+    /// descriptors than this. `LIMITED`: the disk has limits, which may make the request at the head wait.
+    pub(super) fn pop_new<const LIMITED: bool>(&mut self, walk_limit: u64) {
         let mut budget = self.requests.pending.len();
         loop {
             self.ring.disable_kicks();
@@ -53,15 +56,19 @@ impl Worker {
                     Ok(None) => break,
                     Err(why) => return self.break_ring(why),
                 };
-                if self.take(head) == Admission::Blocked {
+                let admission = if LIMITED { self.take_within_limits(head) } else { self.take(head) };
+                if admission == Admission::Blocked {
                     self.ring.put_back();
-                    self.block();
+                    if !LIMITED || !self.is_limited() {
+                        self.block();
+                    }
                     break;
                 }
             }
             self.turn.notifications_disabled = self.will_poll();
             let more = if self.turn.notifications_disabled { self.ring.has_more() } else { self.ring.enable_kicks() };
-            if !more || self.requests.blocked || self.broken || self.backend.has_backlog() {
+            let waits = self.requests.blocked || LIMITED && self.is_limited();
+            if !more || waits || self.broken || self.backend.has_backlog() {
                 return;
             }
         }
@@ -69,25 +76,41 @@ impl Worker {
 
     /// Parses the chain at `head` and offers its request to the engine, or completes it at once. `Blocked`: the caller must
     /// put the head back.
+    #[inline]
     pub(super) fn take(&mut self, head: u16) -> Admission {
+        match self.parse(head) {
+            Some(request) => self.carry_out(&request),
+            None => Admission::Admitted,
+        }
+    }
+
+    /// Parses the chain at `head`. `None`: it has no request and is done with.
+    #[inline(always)]
+    pub(super) fn parse(&mut self, head: u16) -> Option<Request> {
         if !self.requests.is_free(head) {
             self.break_ring("a descriptor head was made available twice or lies outside the queue");
-            return Admission::Admitted;
+            return None;
         }
         let chain = self.ring.chain(&self.setup.memory, head);
-        let request = match self.parser.parse(&self.setup.memory, head, chain, &self.geometry) {
-            Ok(request) => request,
+        match self.parser.parse(&self.setup.memory, head, chain, &self.geometry) {
+            Ok(request) => Some(request),
             Err(malformed) => {
                 let what = format!("queue {}: request {head}: {}", self.setup.index, malformed.fault);
                 self.setup.rings.report(Event::ProtocolError(what));
                 self.publish(head, 0);
-                return Admission::Admitted;
+                None
             }
-        };
-        match self.prepare(&request) {
-            Ok(prepared) => self.offer(&request, prepared),
+        }
+    }
+
+    /// Offers the request that was parsed last to the engine, or completes it at once. `Blocked`: the caller must put its
+    /// head back.
+    #[inline(always)]
+    pub(super) fn carry_out(&mut self, request: &Request) -> Admission {
+        match self.prepare(request) {
+            Ok(prepared) => self.offer(request, prepared),
             Err(status) => {
-                self.complete(head, request.status_at, status, request.writable.saturating_add(1));
+                self.complete(request.head, request.status_at, status, request.writable.saturating_add(1));
                 Admission::Admitted
             }
         }

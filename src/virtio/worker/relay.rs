@@ -17,8 +17,7 @@ use crate::backend::{BlockingCall, Caller};
 use crate::base::rate_limit::LogLimit;
 use crate::base::sync::mpsc::Sender;
 use crate::base::sync::{Mutex, MutexGuard, reused, thread};
-use crate::disk::RingCounters;
-use crate::virtio::rings::RingThreads;
+use crate::virtio::rings::{RingJoined, RingThreads};
 use crate::virtio::virtqueue::split_ring::SplitRing;
 
 /// How often to log that no thread can serve a ring.
@@ -69,16 +68,17 @@ impl Relay {
     }
 
     /// Serves the virtqueue until [`super::WorkerCommand::Stop`], in this thread or in others after it, and sends it to
-    /// `ended` with everything completed but [`StoppedRing::resubmit`]. `hold`: the epoch of a hold that is on at the start.
+    /// `ended` with everything completed but [`StoppedRing::resubmit`].
     pub(in super::super) fn run(
         &self,
         setup: Setup,
         ring: SplitRing,
         mut stopped: StoppedRing,
-        (counters, hold): (Arc<RingCounters>, Option<u64>),
+        joined: RingJoined,
         ended: Sender<StoppedRing>,
     ) {
-        let mut worker = Worker::new(setup, ring, &stopped, counters);
+        let hold = joined.hold;
+        let mut worker = Worker::new(setup, ring, &stopped, joined);
         if let Some(epoch) = hold {
             worker.close_gate(epoch);
         }

@@ -70,6 +70,10 @@ pub fn status(status: &Status) -> String {
         let text = "whose requests in flight are NOT TRACKED: the guest may hang if this daemon is killed";
         page.line("", format!("{untracked} {text}"));
     }
+    if let Some(throttle) = &disk.throttle {
+        let waits = if disk.rings.iter().any(|ring| ring.limited) { "; a request waits for them" } else { "" };
+        page.line("limits", format!("{}{waits}", throttle.limits()));
+    }
     page.lines("quiesced", &quiesce_lines(quiesce));
     page.lines("rbd", &rbd.as_ref().map(rbd_lines).unwrap_or_default());
     if let Some(attendant) = attendant {

@@ -139,6 +139,7 @@ fn row(ring: &RingStatus, is_total: bool) -> [String; COLUMNS] {
         stalled: _,
         oldest_stalled_ms: _,
         kept: _,
+        limited: _,
     } = ring;
     let of_one_ring = |text: String| if is_total { String::new() } else { text };
     [

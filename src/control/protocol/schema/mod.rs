@@ -31,6 +31,15 @@ const COMMANDS: &[(&str, &str, &str)] = &[
     ("query-copies", "", "[CopyStatus]"),
     ("continue", "", "Continued"),
     ("resize", "size?: int, force?: bool", "Resized"),
+    (
+        "block_set_io_throttle",
+        "device?: str, id?: str, bps?: int, bps_max?: int, bps_max_length?: int, bps_rd?: int, \
+         bps_rd_max?: int, bps_rd_max_length?: int, bps_wr?: int, bps_wr_max?: int, bps_wr_max_length?: int, \
+         iops?: int, iops_max?: int, iops_max_length?: int, iops_rd?: int, iops_rd_max?: int, \
+         iops_rd_max_length?: int, iops_wr?: int, iops_wr_max?: int, iops_wr_max_length?: int, \
+         iops_size?: int",
+        "Nothing",
+    ),
     ("image-snapshot", "name: str, token: str", "SnapshotName"),
     ("image-snapshot-keep", "name: str", "Nothing"),
     ("image-snapshot-remove", "name: str", "Nothing"),
@@ -103,7 +112,8 @@ const OBJECTS: &[(&str, &[&str])] = &[
             "image: str, image-path: str|null, image-path-b64?: str, size: int, logical-block-size: int, \
              read-only: bool, cache-mode: CacheMode, write-acknowledged: str, guest-flush: str, guest-sees: str, \
              connected: bool, driver-ready: bool, acked-features: int, rings: [RingStatus], total: RingStatus, \
-             stopped: StoppedStatus|null, on-error: OnError, last-errors: [LastError], sync-failed: bool, \
+             stopped: StoppedStatus|null, on-error: OnError, throttle?: ThrottleStatus, last-errors: [LastError], \
+             sync-failed: bool, \
              copies-ending: int, detected-format?: str, quiesce: QuiesceStatus, image-snapshots: bool, \
              attendant: AttendantStatus|null, daemon: DaemonStatus",
             IMAGE_STATUS,
@@ -124,12 +134,21 @@ const OBJECTS: &[(&str, &[&str])] = &[
     (
         "RingStatus",
         &["index: int, size: int, untracked: bool, in-flight: int, stalled: int, oldest-stalled-ms: int, held: bool, \
-           kept: int, reads: int, read-bytes: int, writes: int, written-bytes: int, flushes: int, syncs: int, \
+           limited: bool, kept: int, reads: int, read-bytes: int, writes: int, written-bytes: int, flushes: int, syncs: int, \
            discards: int, write-zeroes: int, errors: int, unsupported: int, interrupts: int, polled: int"],
     ),
     (
         "StoppedStatus",
         &["operation: str, ring: int, offset: int, length: int, errno: int, message: str, requests: int"],
+    ),
+    (
+        "ThrottleStatus",
+        &["total-bytes-sec?: int, total-bytes-sec-max?: int, total-bytes-sec-max-length?: int, \
+           read-bytes-sec?: int, read-bytes-sec-max?: int, read-bytes-sec-max-length?: int, \
+           write-bytes-sec?: int, write-bytes-sec-max?: int, write-bytes-sec-max-length?: int, \
+           total-iops-sec?: int, total-iops-sec-max?: int, total-iops-sec-max-length?: int, \
+           read-iops-sec?: int, read-iops-sec-max?: int, read-iops-sec-max-length?: int, write-iops-sec?: int, \
+           write-iops-sec-max?: int, write-iops-sec-max-length?: int, size-iops-sec?: int"],
     ),
     ("LastError", &["what: str, when: int, times: int"]),
     (

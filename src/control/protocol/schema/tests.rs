@@ -60,7 +60,8 @@ fn each_command_takes_the_arguments_of_the_schema_and_no_others() {
             let mut arguments = base.clone();
             arguments[name] = sample(kind);
             let refused = ask(command, &arguments).is_err_and(|why| why.contains("has no argument"));
-            assert_eq!(refused, !own.contains(&(name, kind)), "{command}: '{name}' of the type {kind}");
+            let is_known = own.iter().any(|(own, _)| own == name);
+            assert_eq!(refused, !is_known, "{command}: '{name}' of the type {kind}");
         }
         // Each argument that must be there is missed.
         for (name, _) in members(list).into_iter().filter(|(name, _)| !name.ends_with('?')) {
