@@ -3,7 +3,7 @@
 use roxmltree::Node;
 
 use super::super::domain::{DomainError, child, content, refuse, vcpus};
-use super::super::edits::attributes;
+use super::super::edits::{attributes, escape};
 use super::super::metadata::DiskOptions;
 use super::{DEVICE_ELEMENTS, is_device_attribute};
 use crate::config;
@@ -22,6 +22,8 @@ pub(super) struct Settings {
     pub(super) readonly: bool,
     pub(super) logical_block_size: Option<String>,
     pub(super) discard_granularity: Option<String>,
+    /// Limits: the names of `<iotune>`'s elements and their values.
+    pub(super) iotune: Vec<(String, String)>,
 }
 
 /// Where the data is.
@@ -67,6 +69,7 @@ impl Settings {
             readonly: child(disk, "readonly").is_some(),
             logical_block_size: of_blockio("logical_block_size"),
             discard_granularity: of_blockio("discard_granularity"),
+            iotune: child(disk, "iotune").map(iotune).unwrap_or_default(),
         })
     }
 
@@ -94,8 +97,9 @@ impl Settings {
             readonly: value("read-only").as_deref() == Some("true"),
             logical_block_size: value("logical-block-size"),
             discard_granularity: value("discard-granularity"),
+            iotune: limits(&disk.options),
         };
-        const CARRIED: [&str; 11] = [
+        const CARRIED: [&str; 12] = [
             "blk-file",
             "rbd",
             "ceph-user",
@@ -107,12 +111,23 @@ impl Settings {
             "read-only",
             "logical-block-size",
             "discard-granularity",
+            "throttle",
         ];
         let is_carried = |(name, value): &&(String, String)| {
             CARRIED.contains(&name.as_str()) || name == "rbd-option" && value.starts_with("mon_host=")
         };
         let others = disk.options.iter().filter(|option| !is_carried(option)).map(|(name, _)| name.replace('-', "_"));
         (settings, others.collect())
+    }
+
+    /// `<iotune>` as text; empty without limits. `prefix`: what stands before its names.
+    pub(super) fn iotune_text(&self, prefix: &str) -> String {
+        if self.iotune.is_empty() {
+            return String::new();
+        }
+        let limits =
+            self.iotune.iter().map(|(name, value)| format!("<{prefix}{name}>{}</{prefix}{name}>", escape(value)));
+        format!("<{prefix}iotune>{}</{prefix}iotune>", limits.collect::<String>())
     }
 
     /// The attributes of our `<disk>` element, and its children (monitors).
@@ -137,6 +152,18 @@ impl Settings {
         list.push(("discard_granularity", self.discard_granularity.clone()));
         (list.into_iter().filter_map(|(name, value)| Some((name, value?))).collect(), option)
     }
+}
+
+/// The limits of an `<iotune>` of libvirt's.
+fn iotune(element: Node<'_, '_>) -> Vec<(String, String)> {
+    let limits = element.children().filter(Node::is_element);
+    limits.map(|limit| (limit.tag_name().name().to_owned(), content(limit).trim().to_owned())).collect()
+}
+
+/// The same from options.
+fn limits(options: &[(String, String)]) -> Vec<(String, String)> {
+    let limits = options.iter().filter(|(name, _)| name == "throttle").filter_map(|(_, value)| value.split_once('='));
+    limits.map(|(name, value)| (name.replace('-', "_"), value.to_owned())).collect()
 }
 
 /// The sentence for a setting that virtioblkd cannot have.
@@ -176,11 +203,12 @@ fn check_disk(disk: Node<'_, '_>) -> Result<(), DomainError> {
             "shareable" => {
                 return no_equivalent("<shareable/>, because it gives an image to one guest");
             }
-            "iotune" | "throttlefilters" => {
-                return refuse(format!(
-                    "<{name}>: virtioblkd does not limit rates yet. If the domain can do without, delete it with virsh edit and \
-                     convert again; rates can be limited in the guest or in the host's storage"
-                ));
+            "iotune" if element.children().filter(Node::is_element).all(|limit| limit.attributes().len() == 0) => {}
+            "throttlefilters" => {
+                return refuse(
+                    "<throttlefilters>: virtioblkd has one set of limits for a disk: give the disk an <iotune> instead, with virsh \
+                     edit, and convert again",
+                );
             }
             _ if DEVICE_ELEMENTS.contains(&name) => {}
             _ => return no_equivalent(&format!("<{name}>")),

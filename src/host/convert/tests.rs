@@ -195,6 +195,23 @@ fn what_was_changed_meanwhile_reaches_qemus_disk() {
     }
 }
 
+#[test]
+fn limits_go_there_and_come_back_as_they_are_then() {
+    let limits = "<iotune>\n<total_iops_sec>500</total_iops_sec>\n<size_iops_sec>4096</size_iops_sec>\n</iotune>";
+    let original = described("", &FILE.replace("<readonly/>", limits));
+    let converted = there(&original, "vda", None).xml;
+    let given: Vec<_> = options(&converted).into_iter().filter(|(name, _)| name == "throttle").collect();
+    let expected = ["total-iops-sec=500", "size-iops-sec=4096"].map(|value| ("throttle".to_owned(), value.to_owned()));
+    assert_eq!(given, expected);
+    assert_eq!(means(&back(&converted, "vda").xml), means(&original));
+    let ours = "<v:total_iops_sec>500</v:total_iops_sec>";
+    let changed = back(&converted.replace(ours, &ours.replace("500", "7")), "vda").xml;
+    assert!(changed.contains("<iotune><total_iops_sec>7</total_iops_sec><size_iops_sec>4096</size_iops_sec></iotune>"));
+    let (start, end) = (converted.find("<v:iotune>").unwrap(), converted.find("</v:iotune>").unwrap());
+    let lifted = [&converted[..start], &converted[end + "</v:iotune>".len()..]].concat();
+    assert!(!back(&lifted, "vda").xml.contains("iotune"));
+}
+
 /// Why the disk with `to` in the place of `from` is not converted.
 fn refusal(disk: &str, target: &str, from: &str, to: &str) -> String {
     let changed = disk.replace(from, to);
@@ -235,7 +252,8 @@ fn what_would_mean_something_else_is_refused_by_name() {
         ("<readonly/>", "<shareable/>", "<shareable/>"),
         ("<readonly/>", "<transient/>", "<transient>"),
         ("<readonly/>", "<encryption format='luks'/>", "<encryption>"),
-        ("<readonly/>", "<iotune><total_iops_sec>1</total_iops_sec></iotune>", "does not limit rates yet"),
+        ("<readonly/>", "<iotune><group_name>a</group_name></iotune>", "not built yet"),
+        ("<readonly/>", "<throttlefilters/>", "give the disk an <iotune>"),
         ("<backingStore/>", "<backingStore><source/></backingStore>", "<backingStore>"),
         ("logical_block_size='4096'", "physical_block_size='4096'", "physical_block_size"),
         ("<seclabel model='selinux' relabel='no'/>", "<slices/>", "<slices>"),

@@ -221,17 +221,22 @@ fn others(kept: &Kept, now: &Settings) -> Vec<String> {
     let same_readonly = kept.has(now, |settings| &settings.readonly);
     let same_blocks = kept.has(now, |settings| &settings.logical_block_size)
         && kept.has(now, |settings| &settings.discard_granularity);
+    let same_limits = kept.has(now, |settings| &settings.iotune);
     let is_same = |name: &str| match name {
         "serial" => same_serial,
         "readonly" => same_readonly,
         "blockio" => same_blocks,
         "auth" => kept.has_user(now),
+        "iotune" => same_limits,
         _ => true,
     };
     let mut list: Vec<String> =
         kept.others.iter().filter(|(name, _)| is_same(name)).map(|(_, text)| text.clone()).collect();
     if let (false, Some(serial)) = (same_serial, &now.serial) {
         list.push(format!("<serial>{}</serial>", escape(serial)));
+    }
+    if !same_limits {
+        list.extend(Some(now.iotune_text("")).filter(|text| !text.is_empty()));
     }
     if !same_readonly && now.readonly {
         list.push("<readonly/>".into());

@@ -91,7 +91,7 @@ fn element(xml: &str, disk: Node<'_, '_>, target: &str, settings: &Settings, pre
         let option = attributes([("name", "mon_host"), ("value", monitors.as_str())]);
         format!("<{prefix}rbd_option{option}/>")
     });
-    let option = option.unwrap_or_default();
+    let option = option.unwrap_or_default() + &settings.iotune_text(prefix);
     let kept = disk.children().filter(|node| node.is_element() && !DEVICE_ELEMENTS.contains(&node.tag_name().name()));
     let kept: String = kept.map(|node| &xml[node.range()]).collect();
     let of_disk = disk.attributes().filter(|one| matches!(one.name(), "type" | "snapshot"));
