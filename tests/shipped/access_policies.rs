@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use kit::guest::tell;
@@ -26,6 +27,72 @@ fn the_apparmor_rule_is_compiled() {
             None => return tell("SKIPPED: apparmor_parser is not installed: the rule was not compiled"),
         }
     }
+}
+
+/// A copy of this machine's AppArmor rules, with a directory for local ones. `None`: libvirt has none here.
+fn copied_rules(lacking: &str) -> Option<tempfile::TempDir> {
+    let rules = Path::new("/etc/apparmor.d");
+    if !rules.join(lacking).exists() {
+        tell(&format!(
+            "SKIPPED: this machine has no {}: libvirt's profiles were not compiled",
+            rules.join(lacking).display()
+        ));
+        return None;
+    }
+    let copy = tempfile::tempdir().expect("room");
+    let copied = Command::new("cp").arg("-r").arg(rules.join(".")).arg(copy.path()).status().expect("cp runs");
+    assert!(copied.success());
+    Some(copy)
+}
+
+/// The text of a profile with all that it includes, if the compiler accepts it. `None`, said aloud, where there is no compiler.
+fn compiled(rules: &Path, profile: &str) -> Option<String> {
+    let parser = |arguments: &[&str]| {
+        run("apparmor_parser", |command| {
+            command.args(arguments).arg("--base").arg(rules).arg(rules.join(profile)).output()
+        })
+    };
+    let Some(compiled) = parser(&["-Q", "-K"]) else {
+        tell("SKIPPED: apparmor_parser is not installed: libvirt's profiles were not compiled");
+        return None;
+    };
+    assert!(compiled.status.success(), "{profile}: {compiled:?}");
+    Some(String::from_utf8_lossy(&parser(&["-p"])?.stdout).into_owned())
+}
+
+#[test]
+fn the_profile_of_a_domain_includes_the_rule_for_its_sockets() {
+    let Some(rules) = copied_rules("libvirt/TEMPLATE.qemu") else { return };
+    let path = |name: &str| rules.path().join(name);
+    // As virt-aa-helper makes the profile of a domain (create_profile).
+    let template = fs::read_to_string(path("libvirt/TEMPLATE.qemu")).expect("copied");
+    fs::write(path("libvirt/domain"), template.replace("LIBVIRT_TEMPLATE", "libvirt-test")).expect("room");
+    let rule = "abstractions/libvirt-qemu.d/virtioblkd";
+    let _ = fs::remove_file(path(rule));
+    let Some(without) = compiled(rules.path(), "libvirt/domain") else { return };
+    fs::create_dir_all(path("abstractions/libvirt-qemu.d")).expect("room");
+    fs::copy(programs::root().join("qemu-configs/apparmor/libvirt-qemu.d/virtioblkd"), path(rule)).expect("shipped");
+    let with = compiled(rules.path(), "libvirt/domain").expect("as before");
+    let allows = |text: &str| text.lines().any(|line| line.trim() == "/run/virtioblkd/*.sock rw,");
+    assert!(allows(&with) && !allows(&without), "{with}");
+}
+
+#[test]
+fn libvirtd_may_execute_the_hook_where_the_page_says_so() {
+    let Some(rules) = copied_rules("usr.sbin.libvirtd") else { return };
+    let page = fs::read_to_string(programs::root().join("docs/libvirt.md")).expect("shipped");
+    let rule = "  /usr/local/bin/virtioblkctl PUx,";
+    assert!(page.contains(&format!("`{rule}`")), "the page has the rule");
+    let local = rules.path().join("local/usr.sbin.libvirtd");
+    let _ = fs::remove_file(&local);
+    let Some(without) = compiled(rules.path(), "usr.sbin.libvirtd") else { return };
+    fs::create_dir_all(rules.path().join("local")).expect("room");
+    fs::write(&local, format!("{rule}\n")).expect("room");
+    let with = compiled(rules.path(), "usr.sbin.libvirtd").expect("as before");
+    // What the package's program needs is there; of /usr/local no rule lets libvirtd execute anything.
+    assert!(without.lines().any(|line| line.trim() == "/usr/bin/* PUx,"), "{without}");
+    assert!(!without.contains("/usr/local/bin"), "{without}");
+    assert!(with.lines().any(|line| line == rule), "{with}");
 }
 
 /// If libvirt made the rule itself, ours would be superfluous.

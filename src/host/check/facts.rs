@@ -11,6 +11,7 @@ use super::super::hook::Host;
 use super::super::listing::{self, Directories};
 use super::super::metadata::{self, DiskOptions};
 use super::super::virsh;
+use super::apparmor::{self, MissingRule};
 use crate::backend::image_format::{self, ImageEnds};
 use crate::snapshot::child::{CommandEnd, output};
 
@@ -34,6 +35,8 @@ pub struct Facts {
     pub missing_user: Option<String>,
     /// AppArmor is on: whether the rule for our sockets is installed.
     pub apparmor_rule: Option<bool>,
+    /// AppArmor is on, and does not let libvirt's daemon execute the hook.
+    pub apparmor_hook: Option<MissingRule>,
     /// SELinux enforces: the label of the sockets' directory.
     pub selinux_label: Option<String>,
     /// QEMU's version, as libvirt says it.
@@ -88,14 +91,18 @@ impl Facts {
         let ours = disks.iter().filter_map(|disk| Some((disk.target.clone(), path(disk)?.to_owned())));
         let paths = qemu_images(xml).into_iter().map(|image| (image.target, PathBuf::from(image.name)));
         let paths = paths.filter(|(_, path)| path.is_absolute()).chain(ours);
+        let (hook, rules) = (hook(), Path::new(apparmor::RULES));
+        // A user's own libvirt is not confined.
+        let confines = rustix::process::geteuid().is_root() && apparmor::is_on();
         Facts {
             images: images.collect(),
             identities: paths.filter_map(identity).collect(),
             missing_directories: missing_directories(sockets, &host.places.sockets),
             served: served(directories),
-            has_hook: has_hook(),
+            has_hook: hook.is_some(),
             missing_user: user.filter(|user| !exists(user)).map(str::to_owned),
-            apparmor_rule: apparmor_rule(),
+            apparmor_rule: confines.then(|| apparmor::has_socket_rule(rules)).flatten(),
+            apparmor_hook: hook.filter(|_| confines).and_then(|hook| apparmor::missing_hook_rule(rules, &hook)),
             selinux_label: selinux_label(&host.places.sockets),
             qemu: qemu(),
         }
@@ -129,13 +136,15 @@ fn served(directories: &Directories) -> Vec<PathBuf> {
 }
 
 /// A hook is any program there whose name ends as ours does: see `libvirt_hook::arguments`.
-fn has_hook() -> bool {
+/// The program that is libvirt's hook here, without links.
+fn hook() -> Option<PathBuf> {
     let configuration = match rustix::process::geteuid().is_root() {
         true => Some(PathBuf::from("/etc/libvirt")),
         false => std::env::var_os("HOME").map(|home| Path::new(&home).join(".config/libvirt")),
     };
     let entries = configuration.and_then(|path| fs::read_dir(path.join("hooks/qemu.d")).ok());
-    entries.into_iter().flatten().flatten().any(|entry| is_hook(&entry.path()))
+    let mut paths = entries.into_iter().flatten().flatten().map(|entry| entry.path());
+    paths.find(|path| is_hook(path)).map(|path| path.canonicalize().unwrap_or(path))
 }
 
 /// A link whose program is gone, or a program that cannot be run, is no hook.
@@ -271,13 +280,6 @@ fn run(command: Command) -> Result<bool, String> {
         Ok(_) => Err("its storage does not answer".into()),
         Err(error) => Err(format!("{name}: {error}")),
     }
-}
-
-fn apparmor_rule() -> Option<bool> {
-    let enabled = fs::read_to_string("/sys/module/apparmor/parameters/enabled").ok()?;
-    let is_libvirts = Path::new("/etc/apparmor.d/abstractions/libvirt-qemu").exists();
-    (enabled.trim() == "Y" && is_libvirts)
-        .then(|| Path::new("/etc/apparmor.d/abstractions/libvirt-qemu.d/virtioblkd").exists())
 }
 
 fn selinux_label(sockets: &Path) -> Option<String> {

@@ -1,6 +1,7 @@
 //! PURE. What keeps a domain's disks from working with virtioblkd, each with what to do about it. `facts` collects what
 //! the host says.
 
+pub mod apparmor;
 pub mod facts;
 
 use std::path::Path;
@@ -377,6 +378,21 @@ fn check_host(described: &[DiskOptions], facts: &Facts, found: &mut Findings) {
             "host",
             "AppArmor is on, and its rules do not let QEMU connect to the disks' sockets",
             "copy qemu-configs/apparmor/libvirt-qemu.d/virtioblkd to /etc/apparmor.d/abstractions/libvirt-qemu.d/",
+        );
+    }
+    if let Some(rule) = &facts.apparmor_hook {
+        found.problem(
+            "host",
+            format!(
+                "AppArmor does not let libvirt execute its hook, {}: no domain starts, whatever its disks are",
+                rule.program.display()
+            ),
+            format!(
+                "echo {} >> {} && apparmor_parser -r {}",
+                quoted(&format!("  {} PUx,", rule.program.display())),
+                quoted(&rule.local.display().to_string()),
+                quoted(&rule.profile.display().to_string())
+            ),
         );
     }
     if let Some(label) = &facts.selinux_label {

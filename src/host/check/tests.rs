@@ -1,3 +1,4 @@
+use super::apparmor::MissingRule;
 use super::*;
 
 const SHARED: &str = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>";
@@ -152,6 +153,19 @@ fn each_problem_is_named_with_its_fix() {
             Facts { apparmor_rule: Some(false), ..good_facts() },
             "AppArmor",
             "libvirt-qemu.d",
+        ),
+        (
+            domain(SHARED, OURS, &good()),
+            Facts {
+                apparmor_hook: Some(MissingRule {
+                    program: "/usr/local/bin/virtioblkctl".into(),
+                    local: "/rules/local/usr.sbin.libvirtd".into(),
+                    profile: "/rules/usr.sbin.libvirtd".into(),
+                }),
+                ..good_facts()
+            },
+            "AppArmor does not let libvirt execute its hook, /usr/local/bin/virtioblkctl",
+            "echo '  /usr/local/bin/virtioblkctl PUx,' >> /rules/local/usr.sbin.libvirtd",
         ),
         (
             domain(SHARED, OURS, &good()),
