@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use kit::hook::DaemonsOf;
 use kit::programs;
 
 pub(crate) const UUID: &str = "6fd1f7a2-4c0b-4e0f-8a65-1a3c0d2e9b11";
@@ -64,6 +65,8 @@ esac
 /// A running domain in files, and our own XDG_RUNTIME_DIR. virtioblkctl and its daemons run as another user if we are root,
 /// because root's disks are the host's.
 pub(crate) struct Scene {
+    /// Whatever a test that fails leaves: daemons of all its machines, QEMUs, other daemons of its images.
+    _daemons: [DaemonsOf; 2],
     home: tempfile::TempDir,
     /// For XDG_RUNTIME_DIR: a socket's path has at most 107 bytes.
     run: tempfile::TempDir,
@@ -76,7 +79,9 @@ impl Scene {
     pub(crate) fn new() -> Option<Self> {
         static SCENES: AtomicU32 = AtomicU32::new(0);
         let user = OTHER_USERS + std::process::id() % 1000 * 100 + SCENES.fetch_add(1, Relaxed) % 100;
-        let scene = Scene { home: programs::disk_dir(), run: tempfile::tempdir().expect("room"), user };
+        let (home, run) = (programs::disk_dir(), tempfile::tempdir().expect("room"));
+        let _daemons = [home.path(), run.path()].map(|path| DaemonsOf(path.to_owned()));
+        let scene = Scene { _daemons, home, run, user };
         for directory in ["", "bin", "run", "state", "state/live", "state/config"] {
             fs::create_dir_all(scene.path(directory)).expect("room");
             scene.give(directory);
@@ -211,12 +216,6 @@ impl Drop for Scene {
     fn drop(&mut self) {
         let _ = fs::remove_file(self.path("state/busy"));
         let _ = fs::remove_file(self.path("state/stubborn"));
-        for target in ["vda", "vdb", "vdc"] {
-            let pid = fs::read_to_string(self.path(&self.of_hook(&format!("{target}.pid")))).unwrap_or_default();
-            if !pid.trim().is_empty() {
-                let _ = Command::new("kill").args(["-9", pid.trim()]).status();
-            }
-        }
     }
 }
 

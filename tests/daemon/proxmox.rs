@@ -219,3 +219,23 @@ fn the_documented_commands_configure_a_machine() {
     let wrong = Command::new(&link).args(["not-an-id", "post-start"]).output().expect("a link to virtioblkctl");
     assert_eq!(wrong.status.code(), Some(2), "{wrong:?}");
 }
+
+#[test]
+fn a_test_that_fails_leaves_no_daemon_of_a_machine() {
+    let Some(scene) = Scene::new() else { return };
+    let vm = StandIn::new(&scene, "100");
+    let image = scene.image("a.raw").replace("file=", "");
+    vm.describe(&format!("<disk target='vda' file='{image}' queues='1'/>"));
+    let args = words(&vm.command("proxmox-args", &[]).output().expect("virtioblkctl"));
+    vm.configure(&format!("args: {args}memory: 64\n"));
+    assert_eq!(vm.pre_start(), Ok(()));
+    let pid = vm.status("vda")["daemon"]["pid"].to_string();
+    let serves = || {
+        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&words).contains("virtioblkd")
+    };
+    assert!(serves());
+    // As the end of a test that panics does.
+    drop(scene);
+    until("the daemon has ended", || !serves());
+}
