@@ -215,22 +215,32 @@ impl State {
 
 /// Asks the daemons of all these disks at once. None takes longer than a second to be given up.
 pub fn states(disks: &[Listed]) -> Vec<State> {
-    let mut states = Vec::new();
-    for some in disks.chunks(MAX_ASKED) {
-        thread::scope(|scope| {
-            let asked: Vec<_> = some.iter().map(|disk| scope.spawn(|| state(disk))).collect();
-            let ended = asked.into_iter().map(|one| one.join().expect("asking does not panic"));
-            states.extend(ended);
-        });
-    }
-    states
+    each(disks, |disk| state_and(disk, |_, _| Ok(())).0)
 }
 
-fn state(disk: &Listed) -> State {
-    let without = |word| State { word, status: None };
+/// Calls `ask` for each disk, for [`MAX_ASKED`] disks at a time.
+pub(super) fn each<T: Send>(disks: &[Listed], ask: impl Fn(&Listed) -> T + Sync) -> Vec<T> {
+    let mut replies = Vec::new();
+    for some in disks.chunks(MAX_ASKED) {
+        thread::scope(|scope| {
+            let asked: Vec<_> = some.iter().map(|disk| scope.spawn(|| ask(disk))).collect();
+            let ended = asked.into_iter().map(|one| one.join().expect("asking does not panic"));
+            replies.extend(ended);
+        });
+    }
+    replies
+}
+
+/// Asks a disk's daemon how it is, and then `more`, which gets the connection and the time that is left. A daemon that does
+/// not answer all of it in time counts as one that does not answer.
+pub(super) fn state_and<T>(
+    disk: &Listed,
+    more: impl FnOnce(&mut Client, &dyn Fn() -> Duration) -> Result<T, Failure>,
+) -> (State, Option<T>) {
+    let without = |word| (State { word, status: None }, None);
     let Some(control) = &disk.control else { return without("no-control-socket") };
-    match ask(control) {
-        Ok(status) => State { word: word(&status), status: Some(Box::new(status)) },
+    match ask(control, more) {
+        Ok((status, more)) => (State { word: word(&status), status: Some(Box::new(status)) }, Some(more)),
         Err(failure) => without(match failure.code.as_str() {
             "no-permission" => "no-permission",
             "no-daemon" if is_socket(control) => "stale",
@@ -240,10 +250,15 @@ fn state(disk: &Listed) -> State {
     }
 }
 
-fn ask(control: &Path) -> Result<Status, Failure> {
+fn ask<T>(
+    control: &Path,
+    more: impl FnOnce(&mut Client, &dyn Fn() -> Duration) -> Result<T, Failure>,
+) -> Result<(Status, T), Failure> {
     let deadline = Instant::now() + ANSWER_TIMEOUT;
+    let left = || deadline.saturating_duration_since(Instant::now());
     let mut client = Client::connect_within(control, ANSWER_TIMEOUT)?;
-    client.query_status(deadline.saturating_duration_since(Instant::now()))
+    let status = client.query_status(left())?;
+    Ok((status, more(&mut client, &left)?))
 }
 
 fn word(Status { disk, quiesce, .. }: &Status) -> &'static str {

@@ -13,6 +13,7 @@
 //! | `check/` | what keeps a domain's disks from working, each with the fix. PURE, but for `facts` |
 //! | `convert/` | PURE. A disk of QEMU's own becomes one of ours, and back |
 //! | `listing` | finds this host's disks by name, and asks their daemons how they are |
+//! | `measure` | asks the daemons of this host's disks for all their figures |
 //! | `members` | the disks of one domain: libvirt's word and `listing` joined |
 //! | `usage` | how much of the host's storage an image takes |
 //! | `virsh` | asks libvirt through virsh, bounded in time. The hook never does |
@@ -37,6 +38,7 @@ pub mod hook;
 pub mod hotplug;
 pub mod listing;
 mod logs;
+pub mod measure;
 pub mod members;
 pub mod metadata;
 pub mod places;

@@ -14,6 +14,7 @@ mod hung_target;
 mod image_format;
 mod life_cycle;
 mod log_unread;
+mod metrics;
 mod names;
 mod options;
 mod process;

@@ -50,6 +50,8 @@ fn every_option_that_the_pages_name_exists() {
         "status",
         "snapshot",
         "attend",
+        "exporter",
+        "stats",
         "upgrade",
         "list",
         "copies",
@@ -103,14 +105,19 @@ fn systemd_takes_the_units() {
 }
 
 /// Every unit that is shipped.
-const UNITS: [&str; 4] =
-    ["virtioblkd@.service", "virtioblkd-rbd@.service", "virtioblkd@.socket", "virtioblk-attend@.service"];
+const UNITS: [&str; 5] = [
+    "virtioblkd@.service",
+    "virtioblkd-rbd@.service",
+    "virtioblkd@.socket",
+    "virtioblk-attend@.service",
+    "virtioblk-exporter.service",
+];
 
 #[test]
 fn every_unit_is_in_the_list_of_units() {
     let files = fs::read_dir(shipped("systemd")).expect("a directory");
     let names = files.map(|file| file.expect("an entry").file_name().into_string().expect("a name"));
-    let mut units: Vec<String> = names.filter(|name| name.contains('@')).collect();
+    let mut units: Vec<String> = names.filter(|name| name.contains('@') || name.ends_with(".service")).collect();
     let mut listed = UNITS.map(str::to_owned).to_vec();
     units.sort();
     listed.sort();

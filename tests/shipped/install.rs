@@ -47,6 +47,7 @@ fn what_is_installed_is_where_the_system_looks_and_is_removed_again() {
             "lib/systemd/system/virtioblkd-rbd@.service",
             "lib/systemd/system/virtioblkd@.socket",
             "lib/systemd/system/virtioblk-attend@.service",
+            "lib/systemd/system/virtioblk-exporter.service",
             "lib/sysusers.d/virtioblkd.conf",
             "lib/tmpfiles.d/virtioblkd.conf",
             "share/qemu/vhost-user/50-virtioblkd.json",

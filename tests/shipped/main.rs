@@ -6,6 +6,7 @@ mod configs;
 mod documents;
 mod install;
 mod manual;
+mod monitoring;
 mod protocol;
 mod rerun_failed;
 mod revision;

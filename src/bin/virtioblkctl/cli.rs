@@ -9,7 +9,7 @@ use virtioblkd::internal::base::version::VERSION;
 use virtioblkd::internal::config::disk_size;
 
 use crate::chosen::Chosen;
-use crate::{attend, domain, duration, libvirt_hook, map, pages, proxmox, snapshot, throttle, twins, upgrade};
+use crate::{attend, domain, duration, libvirt_hook, map, metrics, pages, proxmox, snapshot, throttle, twins, upgrade};
 
 /// Query and control a running virtioblkd, and take snapshots of its disk
 #[derive(Parser)]
@@ -57,8 +57,14 @@ pub(crate) enum CtlCommand {
     List,
     /// Show the disk's cache mode, front-end, queues, holders and last errors
     Status,
-    /// Show the counters, a row for each queue
+    /// Show the counters, a row for each queue, or metrics of all disks for Prometheus
     Stats(Stats),
+    /// Serve the metrics of all disks of this host to Prometheus, over HTTP
+    ///
+    /// /metrics has every disk that `list` shows. A daemon that does not answer within a second has virtioblkd_up 0 and holds
+    /// nothing up. It needs no more than a user whom the control sockets let in (--control-mode, --control-access read-only).
+    /// See docs/monitoring.md.
+    Exporter(metrics::Exporter),
     /// Quiesce the disk: block new writes, complete those in flight, and make everything acknowledged durable
     ///
     /// Without COMMAND, prints a token, and the disk is held until `resume TOKEN` or the end of the lease. With COMMAND,
@@ -161,6 +167,23 @@ pub(crate) struct Stats {
     /// Show the columns of counts that are zero, too
     #[arg(long)]
     pub(crate) all: bool,
+    /// Print the metrics in the text format OpenMetrics 1.0 instead; without --control those of all disks of this host
+    #[arg(long, conflicts_with_all = ["all", "json"])]
+    pub(crate) openmetrics: bool,
+    /// The same in Prometheus' text format 0.0.4, for node_exporter's textfile collector
+    #[arg(long, conflicts_with_all = ["all", "json", "openmetrics"])]
+    pub(crate) prometheus: bool,
+}
+
+impl Stats {
+    /// The text format in which metrics are wanted.
+    pub(crate) fn format(&self) -> Option<metrics::Format> {
+        match (self.openmetrics, self.prometheus) {
+            (true, _) => Some(metrics::Format::OpenMetrics),
+            (_, true) => Some(metrics::Format::Prometheus),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Args)]

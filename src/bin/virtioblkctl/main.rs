@@ -16,6 +16,7 @@ mod hold;
 mod libvirt_hook;
 mod list;
 mod map;
+mod metrics;
 mod pages;
 mod proxmox;
 mod show;
@@ -73,6 +74,7 @@ fn run_command() -> ExitCode {
         }
         CtlCommand::Pages(options) => return finish(&cli, pages::run(options)),
         CtlCommand::List => return finish(&cli, list::run(&cli.chosen, cli.json).and_then(|text| print(&text))),
+        CtlCommand::Exporter(options) => return finish(&cli, metrics::serve(options, &cli.chosen)),
         CtlCommand::Guard => return helper(virtioblkd::internal::snapshot::guard::serve),
         CtlCommand::LibvirtHook(options) => return libvirt_hook::run(options),
         CtlCommand::ProxmoxHook(options) => return proxmox::run(options),
@@ -82,6 +84,11 @@ fn run_command() -> ExitCode {
         CtlCommand::ProxmoxArgs(vm) => return finish(&cli, proxmox::print_arguments(vm)),
         CtlCommand::Cloner => return helper(virtioblkd::internal::snapshot::cloner::serve),
         _ => {}
+    }
+    if let CtlCommand::Stats(stats) = &cli.command
+        && let Some(format) = stats.format()
+    {
+        return finish(&cli, metrics::print_page(&cli.chosen, format));
     }
     let own_failure = match &cli.command {
         CtlCommand::Quiesce(Quiesce { command, .. }) if !command.is_empty() => hold::FAILED,
@@ -255,6 +262,7 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
         },
         CtlCommand::Watch => return watch::run(path, client, cli.json).map(Answer::Status),
         CtlCommand::List
+        | CtlCommand::Exporter(_)
         | CtlCommand::Domain(_)
         | CtlCommand::Snapshot(_)
         | CtlCommand::Attend(_)
