@@ -12,6 +12,20 @@
 //!    the next wait sees an event that came before it. [`IoQueue::has_completions`] becomes true when a submitted op
 //!    has completed.
 //! 7. A full queue returns the op; it takes ops again once something was reaped.
+//!
+//! # The files
+//!
+//! | file | what |
+//! |---|---|
+//! | `capabilities`, `notices` | what some images can do besides; what an image reports without being asked |
+//! | `file/`, `rbd/` | raw files and block devices; Ceph RBD |
+//! | `mem/`, `null`, `slow` | for tests and benchmarks |
+//! | `layer`, `point_in_time/`, `stable/` | back-ends in front of another: copies of an instant, stable writes |
+//! | `uring/`, `preadv`, `blocking` | one io_uring (UNSAFE); a plain call (UNSAFE); calls that may never return |
+//! | `eventfd_poll`, `mailbox` | how a queue without io_uring sleeps; messages to a queue |
+//! | `buffer`, `bounce_pool` | the memory of a transfer (UNSAFE); memory for transfers that are copied |
+//! | `sticky_error` | after a failed sync every later one fails |
+//! | `image_format` | recognizes images of other formats |
 
 pub mod blocking;
 pub mod bounce_pool;

@@ -7,6 +7,16 @@
 //!
 //! A panic in any thread ends the process at once (SIGABRT). QEMU then sees that the connection is closed and reconnects
 //! to the next daemon. Otherwise the thread of a virtqueue would be missing, and its guest would hang without a message.
+//!
+//! | file | what |
+//! |---|---|
+//! | `daemon`, `files` | the steps of the start and of the end; sockets and pid file |
+//! | `wiring` | builds the disk that a configuration describes, from its parts |
+//! | `permissions` | what the sandbox must permit for it |
+//! | `socket`, `inherited` | the vhost-user socket, bound here or inherited from the service manager (UNSAFE) |
+//! | `front_ends/` | accepts front-ends and serves one at a time |
+//! | `hand_over`, `take_over` | an upgrade in place: the old daemon's side, and the new one's |
+//! | `check`, `run_command` | `--check` starts nothing; `--run` serves as long as a command runs |
 
 mod check;
 mod daemon;

@@ -6,6 +6,17 @@
 //! order. If this process is killed, the daemons (a hold ends with its connection) and the [`guard`] undo them.
 //!
 //! This code runs in `virtioblkctl`, in its only thread; the daemon does not use it.
+//!
+//! | file | what |
+//! |---|---|
+//! | `plan`, `take`, `receipt` | PURE: the options; one snapshot from start to end; what it really reached |
+//! | `disks` | the disks, held together or not at all |
+//! | `freeze`, `guard`, `hooks` | freezes and thaws the guest and calls the hooks; a process that thaws if this one is killed |
+//! | `guest`, `agent`, `libvirt`, `bounded` | the guest's agent: its commands, its socket, virsh instead of the socket, bounds for its replies |
+//! | `copies`, `exports`, `images` | the methods that the daemon carries out: `copy`, `nbd`, `rbd` |
+//! | `reflink`, `cloner` | the method `reflink`, and the process that makes the call |
+//! | `attend` | freezes a guest for snapshots that other clients take |
+//! | `child`, `spawn`, `wait` | commands within a time limit; their signal mask (UNSAFE); a wait that can be cancelled |
 
 pub mod agent;
 pub mod attend;

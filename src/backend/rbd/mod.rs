@@ -4,6 +4,17 @@
 //! mean the same as for a file (`options`). Clause 5 of the contract: with librbd's cache, a failed flush is as final as a
 //! failed sync of the page cache; without it nothing was lost, and only that flush fails. A client that was shut out of
 //! the cluster (blocklisted) stays so: every later op fails, and the daemon does not open the image again by itself.
+//!
+//! | file | what |
+//! |---|---|
+//! | `name`, `options`, `open` | the image's name, librbd's options, and every check before a guest waits |
+//! | `network`, `image_health` | whether a cluster can be reached; why an image cannot be used |
+//! | `sys`, `handle`, `luks`, `aio`, `callbacks` | UNSAFE: librbd's functions, their calls, and the calls that it makes |
+//! | `queue` | the queue of one virtqueue |
+//! | `watch_thread`, `watch_event` | does what librbd's own threads must not |
+//! | `lock`, `attempt`, `lock_check`, `state_file` | the image's lock: taken in a thread, checked, and named for the next daemon |
+//! | `quiesce`, `snapshots` | snapshots that others take, and those that the daemon has taken |
+//! | `data_map` | where the image may hold data |
 
 mod aio;
 mod attempt;

@@ -4,6 +4,18 @@
 //! wrong usage. `upgrade` ends with 128 + n if signal n ended it. `quiesce -- COMMAND` ends with COMMAND's status (128 + n
 //! for signal n), with 125 if virtioblkctl itself failed or the hold was lost, and with 126 or 127 if COMMAND cannot be
 //! run.
+//!
+//! | file | what |
+//! |---|---|
+//! | `cli`, `chosen` | the options and subcommands; the options that choose disks |
+//! | `each` | commands for all disks of a domain |
+//! | `show/` | replies and events, for people |
+//! | `hold`, `continuation`, `watch`, `list`, `map` | subcommands: `quiesce -- COMMAND`, `continue --wait`, and those of these names |
+//! | `snapshot`, `attend`, `freezing` | turn their options into plans for [`virtioblkd::internal::snapshot`] |
+//! | `upgrade`, `upgrade_lists`, `successor` | an upgrade: the new daemon's options, and the wait for it |
+//! | `domain`, `twins` | libvirt domains; commands of virsh that libvirt refuses for these disks |
+//! | `libvirt_hook`, `proxmox` | called by libvirt and by Proxmox VE |
+//! | `pages/` | manual pages and completions, for `make install` |
 
 mod attend;
 mod chosen;

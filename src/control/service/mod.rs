@@ -1,5 +1,17 @@
 //! Carries commands out: applies the coordinator's decisions to the disk, and makes replies and events for the clients.
 //! Does not know sockets. Only the control thread calls it.
+//!
+//! | file | what |
+//! |---|---|
+//! | `commands` | one match arm a command |
+//! | `holds` | carries out the decisions of [`super::quiesce`] |
+//! | `disk_events`, `notice_handler` | what the disk and the image's back-end report |
+//! | `attendance`, `store_quiesce` | PURE: the client that must consent, and the hold for another host's snapshot |
+//! | `image_snapshot`, `snapshot_jobs` | snapshots by the image's own store; PURE: their order and their owners |
+//! | `copies`, `exports` | the commands for copies and exports |
+//! | `upgrade` | whether a hand-over may begin, and what is refused while it runs |
+//! | `pending_replies`, `replies` | replies that are sent later; words and JSON for holders and failures |
+//! | `recorded` | (test) the JSON that clients parse, byte for byte |
 
 pub(super) mod attendance;
 mod commands;
