@@ -138,11 +138,11 @@ fn socket() -> (tempfile::TempDir, FrontSocket) {
     (directory, socket.unwrap())
 }
 
-#[test]
-fn a_signal_drains_then_syncs() {
+/// Starts a server and serves until `request_end` has effect.
+fn assert_drains_then_syncs(request_end: impl FnOnce(&Server)) {
     let disk = Arc::new(Disk::new());
     let mut server = server(&disk);
-    raise(Signal::SIGTERM).unwrap();
+    request_end(&server);
     let (_directory, socket) = socket();
     let mut front_ends = FrontEnds::new(Arc::clone(&server.served)).unwrap();
     let ending = server.serve(&DaemonFiles::of(socket), &mut front_ends).unwrap();
@@ -152,16 +152,13 @@ fn a_signal_drains_then_syncs() {
 }
 
 #[test]
+fn a_signal_drains_then_syncs() {
+    assert_drains_then_syncs(|_| raise(Signal::SIGTERM).unwrap());
+}
+
+#[test]
 fn quit_drains_then_syncs() {
-    let disk = Arc::new(Disk::new());
-    let mut server = server(&disk);
-    server.quit.notify();
-    let (_directory, socket) = socket();
-    let mut front_ends = FrontEnds::new(Arc::clone(&server.served)).unwrap();
-    let ending = server.serve(&DaemonFiles::of(socket), &mut front_ends).unwrap();
-    assert!(matches!(ending, Ending::Requested));
-    server.end().unwrap();
-    assert_eq!(*disk.calls.lock().unwrap(), ["shutdown", "sync"]);
+    assert_drains_then_syncs(|server| server.quit.notify());
 }
 
 #[test]

@@ -245,10 +245,7 @@ impl AgentChannel for AgentSocket {
     ) -> Result<Value, AgentError> {
         let deadline = Instant::now() + timeout;
         self.synchronize(deadline, cancel)?;
-        let mut request = json!({"execute": command});
-        if !arguments.is_null() {
-            request["arguments"] = arguments;
-        }
+        let request = request(command, arguments);
         self.link()?.in_sync = false;
         self.send(format!("{request}\n").into_bytes(), false)?;
         let line = self.line(deadline, cancel)?;
@@ -264,6 +261,14 @@ impl AgentChannel for AgentSocket {
 impl AsFd for AgentConnection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
+    }
+}
+
+/// The request for a command, in the agent's JSON.
+pub fn request(command: &str, arguments: Value) -> Value {
+    match arguments.is_null() {
+        true => json!({"execute": command}),
+        false => json!({"execute": command, "arguments": arguments}),
     }
 }
 

@@ -4,9 +4,9 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::agent::{AgentChannel, AgentError, answer};
+use super::agent::{AgentChannel, AgentError, answer, request};
 use super::child::{CommandEnd, output};
 use super::wait::CancelFd;
 
@@ -34,10 +34,7 @@ impl AgentChannel for Domain {
         cancel: CancelFd<'_>,
     ) -> Result<Value, AgentError> {
         let who = format!("the guest agent of libvirt's domain '{}'", self.name);
-        let mut request = json!({"execute": command});
-        if !arguments.is_null() {
-            request["arguments"] = arguments;
-        }
+        let request = request(command, arguments);
         let seconds = timeout.as_secs().max(1).to_string();
         let mut virsh = Command::new("virsh");
         virsh.args(["--quiet", "qemu-agent-command", "--timeout", &seconds, "--domain", &self.name]);

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use kit::control::schema::{EmptyWord, entry, type_fault};
 use kit::documents::{blocks, read};
 use kit::guest::{Qmp, Server, sparse_image};
 use kit::programs::disk_dir;
@@ -39,11 +40,6 @@ fn server(dir: &Path) -> (Server, PathBuf) {
 fn schema(server: &Server) -> Vec<Value> {
     let reply = Qmp::connect(&server.control()).execute("query-qmp-schema", json!({}));
     reply.as_array().expect("a list").clone()
-}
-
-fn entry<'a>(schema: &'a [Value], name: &str) -> &'a Value {
-    let found = schema.iter().find(|entry| entry["name"] == name);
-    found.unwrap_or_else(|| panic!("the schema has no '{name}'"))
 }
 
 fn text(value: &Value) -> &str {
@@ -149,45 +145,6 @@ fn examples() -> Vec<(bool, Value)> {
     messages.iter().map(|(sent, text)| (*sent, parse(text))).collect()
 }
 
-/// What is wrong with a value of this type. An example may leave out what a list could have.
-fn complaint(schema: &[Value], kind: &str, value: &Value) -> Option<String> {
-    let entry = entry(schema, kind);
-    let wrong = || Some(format!("{value} is not of the type {kind}"));
-    match text(&entry["meta-type"]) {
-        "builtin" => {
-            let right = match kind {
-                "str" => value.is_string(),
-                "int" => value.is_i64() || value.is_u64(),
-                "number" => value.is_number(),
-                "bool" => value.is_boolean(),
-                _ => value.is_null(),
-            };
-            if right { None } else { wrong() }
-        }
-        "enum" if entry["values"].as_array().expect("a list").contains(value) => None,
-        "enum" => wrong(),
-        "array" => {
-            let Some(list) = value.as_array() else { return wrong() };
-            list.iter().find_map(|value| complaint(schema, text(&entry["element-type"]), value))
-        }
-        "alternate" if value.is_null() => None,
-        "alternate" => complaint(schema, text(&entry["members"][0]["type"]), value),
-        _ => {
-            let Some(given) = value.as_object() else { return wrong() };
-            let members = members(schema, kind);
-            let unknown = given.keys().find(|name| !members.iter().any(|(member, ..)| member == *name));
-            if let Some(name) = unknown {
-                return Some(format!("{kind} has no member '{name}'"));
-            }
-            members.iter().find_map(|(name, kind, optional)| match given.get(name) {
-                Some(value) => complaint(schema, kind, value),
-                None if *optional => None,
-                None => Some(format!("{value} lacks '{name}'")),
-            })
-        }
-    }
-}
-
 #[test]
 fn every_example_is_of_the_schemas_types_and_a_real_daemon_replies_as_it_says() {
     let dir = disk_dir();
@@ -197,8 +154,8 @@ fn every_example_is_of_the_schemas_types_and_a_real_daemon_replies_as_it_says() 
     let (mut command, mut sent, mut seen) = (String::new(), 0, BTreeSet::new());
     let mut token = Value::Null;
     let check = |kind: &Value, value: &Value| {
-        let complaint = complaint(&schema, text(kind), value);
-        assert_eq!(complaint, None, "{PAGE}: {value}");
+        let fault = type_fault(&schema, text(kind), value, EmptyWord::Refused);
+        assert_eq!(fault, None, "{PAGE}: {value}");
     };
     for (is_sent, message) in examples() {
         if let Some(event) = message["event"].as_str() {

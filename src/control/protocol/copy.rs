@@ -88,25 +88,23 @@ fn named(args: &mut Args) -> Result<String, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::access::Access;
-    use crate::control::protocol::parse;
-    use serde_json::{Value, json};
-
-    fn ask(command: &str, arguments: Value) -> Result<Command, Error> {
-        parse(json!({"execute": command, "arguments": arguments}), true, Access::All).command
-    }
+    use crate::control::protocol::tests::parse_command;
+    use serde_json::json;
 
     #[test]
     fn the_arguments_have_defaults() {
         let options = |bandwidth, digest| CopyOptions { target: "/b/vda.img".into(), bandwidth, digest };
         let plain = CopyCommand::Prepare { options: options(0, false), detached: false };
-        assert_eq!(ask("copy-prepare", json!({"target": "/b/vda.img"})), Ok(Command::Copy(plain)));
+        assert_eq!(parse_command("copy-prepare", json!({"target": "/b/vda.img"})), Ok(Command::Copy(plain)));
         let all = json!({"target": "/b/vda.img", "bandwidth": 1u64 << 40, "digest": true, "detached": true});
         let full = CopyCommand::Prepare { options: options(1 << 40, true), detached: true };
-        assert_eq!(ask("copy-prepare", all), Ok(Command::Copy(full)));
+        assert_eq!(parse_command("copy-prepare", all), Ok(Command::Copy(full)));
         let limit = CopyCommand::Bandwidth { copy: "copy-1".into(), bandwidth: 0 };
-        assert_eq!(ask("copy-bandwidth", json!({"copy": "copy-1", "bandwidth": 0})), Ok(Command::Copy(limit)));
-        assert_eq!(ask("query-copies", json!({})), Ok(Command::Copy(CopyCommand::Query)));
+        assert_eq!(
+            parse_command("copy-bandwidth", json!({"copy": "copy-1", "bandwidth": 0})),
+            Ok(Command::Copy(limit))
+        );
+        assert_eq!(parse_command("query-copies", json!({})), Ok(Command::Copy(CopyCommand::Query)));
     }
 
     #[test]
@@ -128,7 +126,7 @@ mod tests {
             ("copy-bandwidth", json!({"copy": "copy-1"}), "'bandwidth'"),
             ("query-copies", json!({"copy": "copy-1"}), "query-copies"),
         ] {
-            let error = ask(command, arguments.clone()).unwrap_err();
+            let error = parse_command(command, arguments.clone()).unwrap_err();
             assert_eq!(error.code, "bad-argument", "{command} {arguments}: {error:?}");
             assert!(error.desc.contains(words), "{command} {arguments}: '{words}' is not in '{}'", error.desc);
         }

@@ -67,13 +67,8 @@ fn fdname(args: &mut Args) -> Result<String, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::access::Access;
-    use crate::control::protocol::parse;
-    use serde_json::{Value, json};
-
-    fn ask(command: &str, arguments: Value) -> Result<Command, Error> {
-        parse(json!({"execute": command, "arguments": arguments}), true, Access::All).command
-    }
+    use crate::control::protocol::tests::parse_command;
+    use serde_json::json;
 
     #[test]
     fn the_arguments_have_defaults() {
@@ -86,12 +81,15 @@ mod tests {
             bandwidth: 0,
             idle: DEFAULT_IDLE,
         };
-        assert_eq!(ask("export-prepare", json!({"fdname": "nbd", "name": "vda"})), prepare(plain.clone(), false));
+        assert_eq!(
+            parse_command("export-prepare", json!({"fdname": "nbd", "name": "vda"})),
+            prepare(plain.clone(), false)
+        );
         let full = ExportOptions { scratch_size: Some(1 << 30), bandwidth: 5, idle: Duration::from_millis(7), ..plain };
         let all = json!({"fdname": "nbd", "name": "vda", "scratch-size": 1 << 30, "bandwidth": 5, "idle-ms": 7, "detached": true});
-        assert_eq!(ask("export-prepare", all), prepare(full, true));
+        assert_eq!(parse_command("export-prepare", all), prepare(full, true));
         assert_eq!(
-            ask("getfd", json!({"fdname": "nbd"})),
+            parse_command("getfd", json!({"fdname": "nbd"})),
             Ok(Command::Export(ExportCommand::GetFd { name: "nbd".into() }))
         );
     }
@@ -108,7 +106,7 @@ mod tests {
             ("export-prepare", json!({"fdname": "nbd", "name": "vda", "scratch-size": "1G"}), "a string"),
             ("export-prepare", json!({"fdname": "nbd", "name": "vda", "writable": true}), "writable"),
         ] {
-            let error = ask(command, arguments.clone()).unwrap_err();
+            let error = parse_command(command, arguments.clone()).unwrap_err();
             assert_eq!(error.code, "bad-argument", "{command} {arguments}: {error:?}");
             assert!(error.desc.contains(words), "{command} {arguments}: '{words}' is not in '{}'", error.desc);
         }

@@ -4,6 +4,11 @@ use std::time::Duration;
 
 use super::*;
 
+/// Reads a command as a client with all rights sends it.
+pub(super) fn parse_command(command: &str, arguments: Value) -> Result<Command, Error> {
+    parse(json!({"execute": command, "arguments": arguments}), true, Access::All).command
+}
+
 fn ask(text: &str) -> Result<Command, Error> {
     parse(serde_json::from_str(text).unwrap(), true, Access::All).command
 }

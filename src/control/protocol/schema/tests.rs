@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use kit::control::schema::{EmptyWord, entry, type_fault};
+
 use super::*;
 use crate::control::access::Access;
 use crate::control::protocol::{commands, parse};
@@ -72,57 +74,6 @@ fn each_command_takes_the_arguments_of_the_schema_and_no_others() {
     }
 }
 
-/// The entry of a name.
-fn entry<'a>(schema: &'a [Value], name: &str) -> &'a Value {
-    let found = schema.iter().find(|entry| entry["name"] == name);
-    found.unwrap_or_else(|| panic!("the schema has no '{name}'"))
-}
-
-/// What is wrong with a value of this type.
-fn complaint(schema: &[Value], kind: &str, value: &Value) -> Option<String> {
-    let entry = entry(schema, kind);
-    let wrong = || Some(format!("{value} is not of the type {kind}"));
-    match entry["meta-type"].as_str().expect("a string") {
-        "builtin" => {
-            let right = match kind {
-                "str" => value.is_string(),
-                "int" => value.is_i64() || value.is_u64(),
-                "number" => value.is_number(),
-                "bool" => value.is_boolean(),
-                _ => value.is_null(),
-            };
-            if right { None } else { wrong() }
-        }
-        "enum" => {
-            let known = entry["values"].as_array().expect("a list").contains(value);
-            if known || value == "" { None } else { wrong() }
-        }
-        "array" => {
-            let Some(list) = value.as_array() else { return wrong() };
-            let element = entry["element-type"].as_str().expect("a string");
-            list.iter().find_map(|value| complaint(schema, element, value))
-        }
-        "alternate" if value.is_null() => None,
-        "alternate" => complaint(schema, entry["members"][0]["type"].as_str().expect("a string"), value),
-        _ => {
-            let Some(given) = value.as_object() else { return wrong() };
-            let members = entry["members"].as_array().expect("a list");
-            let unknown = given.keys().find(|name| !members.iter().any(|member| member["name"] == **name));
-            if let Some(name) = unknown {
-                return Some(format!("{kind} has no member '{name}' in the schema"));
-            }
-            members.iter().find_map(|member| {
-                let name = member["name"].as_str().expect("a string");
-                match given.get(name) {
-                    Some(value) => complaint(schema, member["type"].as_str().expect("a string"), value),
-                    None if member.get("default").is_some() => None,
-                    None => Some(format!("{value} lacks the member '{name}' of {kind}")),
-                }
-            })
-        }
-    }
-}
-
 /// Every reply and event of the recorded conversation, whose figures are none of them absent.
 #[test]
 fn every_recorded_reply_and_event_is_of_the_schemas_types() {
@@ -143,8 +94,8 @@ fn every_recorded_reply_and_event_is_of_the_schemas_types() {
             seen.insert(command.to_owned());
             (entry(schema, command)["ret-type"].clone(), &message["return"])
         };
-        let complaint = complaint(schema, kind.as_str().expect("a string"), value);
-        assert_eq!(complaint, None, "{text}");
+        let fault = type_fault(schema, kind.as_str().expect("a string"), value, EmptyWord::Allowed);
+        assert_eq!(fault, None, "{text}");
     }
     assert!(seen.len() > 30, "{seen:?}");
 }

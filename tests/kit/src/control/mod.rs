@@ -16,6 +16,7 @@ use virtioblkd::internal::control::{Access, DaemonInfo, ImageNotices, Server, Se
 
 mod client;
 mod disk;
+pub mod schema;
 
 pub use client::Client;
 pub use disk::{FakeDisk, FakeStore, LateCopies, Settle, figures};
