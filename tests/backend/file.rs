@@ -86,6 +86,21 @@ fn a_filesystem_without_o_direct_is_refused_naming_the_modes_that_work() {
     refused(&read_only, &["refuses O_DIRECT", "writeback", "writethrough", "unsafe"]);
 }
 
+/// As docs/troubleshooting.md says.
+#[test]
+fn tmpfs_has_o_direct_since_linux_6_6() {
+    let dir = disk_dir();
+    let Some(tmpfs) = Tmpfs::mount(&dir.path().join("mnt"), "size=2m") else { return };
+    let direct = options(&image(&tmpfs.0, "disk.img", 1 << 20), DIRECT);
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("/proc is mounted");
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse().unwrap_or(0));
+    let version: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    match version >= (6, 6) {
+        true => drop(opened(&direct)),
+        false => refused(&direct, &["refuses O_DIRECT", "writeback"]),
+    }
+}
+
 #[test]
 fn two_writers_refuse_each_other_and_two_readers_do_not() {
     let dir = disk_dir();
