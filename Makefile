@@ -90,7 +90,7 @@ check-stable: toolchain deps ## Guests that change buffers in flight, over a rea
 check-systemd: toolchain ## The shipped units under a real systemd, in a container; minutes
 	$(cargo_test) --test debian -- --test-threads=1 --nocapture units::
 
-check-deb: deb ## The package on bare Debian 12 and 13 under a real systemd: install, serve, upgrade, purge; minutes
+check-deb: deb deps ## The package on bare Debian 12 and 13 under a real systemd: install, serve a guest, upgrade, purge; minutes
 	VIRTIOBLKD_DEB=$$(ls $(packages)/virtioblkd_*.deb) $(cargo_test) --test debian -- --test-threads=1 --nocapture package::
 
 # Which commit's build a guest goes to and comes back from.
