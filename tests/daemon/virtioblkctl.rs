@@ -11,7 +11,7 @@ use kit::control::{Served, WAIT_TIMEOUT};
 use kit::upgrade;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use virtioblkd::disk::Event;
+use virtioblkd::disk::{Event, ImageStatus};
 
 pub(crate) fn ctl(path: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_virtioblkctl"));
@@ -82,6 +82,54 @@ fn status_is_a_page_and_stats_a_table() {
     assert_eq!(status["quiesce"]["holders"][0]["who"], "nightly");
     let stats: Value = serde_json::from_str(&ok(&served, &["stats", "--json"])).unwrap();
     assert_eq!(stats["total"]["reads"], 3000);
+}
+
+#[test]
+fn a_check_has_an_exit_status_for_monitoring() {
+    let served = Served::new();
+    let well = run(&served, &["status", "--check"]);
+    assert_eq!(well.status.code(), Some(0), "{well:?}");
+    contains(&out(&well), &["OK: ", ": nothing is wrong\n"]);
+    served.disk.set_image_status(ImageStatus {
+        trouble: Some("fenced".into()),
+        trouble_detail: Some("by another client".into()),
+        ..ImageStatus::default()
+    });
+    let fenced = run(&served, &["status", "--check"]);
+    assert_eq!(fenced.status.code(), Some(2), "{fenced:?}");
+    contains(&out(&fenced), &["CRITICAL: ", "fenced: by another client"]);
+    let json: Value = serde_json::from_str(&out(&run(&served, &["status", "--check", "--json"]))).unwrap();
+    let only = json.as_object().unwrap().values().next().unwrap();
+    assert_eq!(only["state"], "critical");
+    let gone = ctl(Path::new("/nowhere/vda.ctl")).args(["status", "--check"]).output().unwrap();
+    assert_eq!(gone.status.code(), Some(2), "{gone:?}");
+    contains(&out(&gone), &["CRITICAL: /nowhere/vda.ctl: there is no socket"]);
+    let unknown = ctl(Path::new("nothing")).args(["status", "--check"]).output().unwrap();
+    assert_eq!(unknown.status.code(), Some(2), "{unknown:?}");
+}
+
+#[test]
+fn an_interval_shows_rates_and_goes_on_with_the_next_daemon() {
+    let mut served = Served::new();
+    let lines = ok(&served, &["stats", "50ms", "3"]);
+    let lines: Vec<&str> = lines.lines().collect();
+    assert_eq!(lines.len(), 4, "{lines:?}");
+    contains(lines[0], &["time", "r/s", "w-p99", "state"]);
+    let json = ok(&served, &["--json", "stats", "50ms", "1"]);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&json["read"]["requests-per-second"], &json["stopped"]), (&json!(0.0), &json!(false)));
+    let mut running = start(&served, &["stats", "20ms"]);
+    let mut lines = BufReader::new(running.stdout.take().unwrap()).lines();
+    assert!(lines.next().unwrap().unwrap().starts_with("time"));
+    served.stop();
+    served.restart();
+    let mut errors = BufReader::new(running.stderr.take().unwrap()).lines();
+    contains(&errors.next().unwrap().unwrap(), &["connected to another daemon"]);
+    assert!(lines.next().unwrap().unwrap().contains(':'));
+    running.kill().unwrap();
+    running.wait().unwrap();
+    let wrong = run(&served, &["stats", "often"]);
+    assert_eq!(wrong.status.code(), Some(2), "{wrong:?}");
 }
 
 #[test]
@@ -165,10 +213,10 @@ fn watch_prints_until_no_daemon_is_left() {
         connected.store(true, Ordering::SeqCst);
         first
     });
-    contains(&first.unwrap().unwrap(), &["Z FRONTEND_DISCONNECTED reason=\"test\""]);
+    contains(&first.unwrap().unwrap(), &["Z FRONTEND_DISCONNECTED the front-end disconnected: test"]);
     served.client().quiesce(json!({"who": "x\u{1b}[2J"}));
     let line = lines.find(|line| line.as_ref().unwrap().contains("QUIESCED")).unwrap().unwrap();
-    contains(&line, &["token=", "who=\"x\\u001b[2J\"", "drained=12"]);
+    contains(&line, &["x\\u{1b}[2J (pid ", "holds the disk (", "12 requests drained in 1.5 ms"]);
     served.stop();
     assert!(lines.any(|line| line.unwrap().contains("SHUTDOWN")));
     // Another daemon is watched, too.

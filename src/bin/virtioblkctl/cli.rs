@@ -9,7 +9,9 @@ use virtioblkd::internal::base::version::VERSION;
 use virtioblkd::internal::config::disk_size;
 
 use crate::chosen::Chosen;
-use crate::{attend, domain, duration, libvirt_hook, map, metrics, pages, proxmox, snapshot, throttle, twins, upgrade};
+use crate::{
+    attend, domain, duration, libvirt_hook, map, metrics, pages, proxmox, rates, snapshot, throttle, twins, upgrade,
+};
 
 /// Query and control a running virtioblkd, and take snapshots of its disk
 #[derive(Parser)]
@@ -56,8 +58,11 @@ pub(crate) enum CtlCommand {
     /// a second), stale (a socket without a daemon), not-running or no-permission.
     List,
     /// Show the disk's cache mode, front-end, queues, holders and last errors
-    Status,
-    /// Show the counters, a row for each queue, or metrics of all disks for Prometheus
+    ///
+    /// With --check prints one line and ends with a status for monitoring: 0 well; 1 a warning, such as STALLED requests or a
+    /// failed copy; 2 STOPPED, fenced, a sync that failed, or no answer.
+    Status(StatusOptions),
+    /// Show the counters, a row for each queue; the rates in each interval; or metrics of all disks for Prometheus
     Stats(Stats),
     /// Serve the metrics of all disks of this host to Prometheus, over HTTP
     ///
@@ -163,7 +168,20 @@ impl CtlCommand {
 }
 
 #[derive(Args)]
+pub(crate) struct StatusOptions {
+    /// Print one line; the exit status says how well the disk is
+    #[arg(long)]
+    pub(crate) check: bool,
+}
+
+#[derive(Args)]
 pub(crate) struct Stats {
+    /// Print the rates and latencies of each interval, a whole number of seconds or a time such as 500ms, until interrupted
+    #[arg(value_name = "INTERVAL", value_parser = rates::interval, conflicts_with_all = ["all", "openmetrics", "prometheus"])]
+    pub(crate) interval: Option<Duration>,
+    /// The number of intervals after which to end
+    #[arg(value_name = "COUNT", requires = "interval")]
+    pub(crate) count: Option<u64>,
     /// Show the columns of counts that are zero, too
     #[arg(long)]
     pub(crate) all: bool,

@@ -13,8 +13,8 @@ use virtioblkd::internal::snapshot::USAGE;
 
 use crate::chosen::{Disks, target};
 use crate::{
-    Answer, ChangeCopy, Cli, Copies, CtlCommand, Quiesce, Resize, Resume, answer, arguments, change_copy, error_json,
-    hold, json_page, parse, print, resumed, show, watch,
+    Answer, ChangeCopy, Cli, Copies, CtlCommand, Quiesce, Resize, Resume, Stats, answer, arguments, change_copy,
+    error_json, hold, json_page, parse, print, resumed, show, watch,
 };
 
 /// Runs the command for each disk. The exit status is 1 if it failed for one of them.
@@ -29,6 +29,9 @@ pub(crate) fn run(cli: &Cli, disks: &Disks) -> Result<u8, Failure> {
         }
         CtlCommand::Resize(Resize { force: true, .. }) => {
             return one_disk("resize --force may cut a disk, so it is for one disk");
+        }
+        CtlCommand::Stats(Stats { interval: Some(_), .. }) => {
+            return one_disk("stats with an INTERVAL shows one disk");
         }
         CtlCommand::Watch => return watch::run_several(disks, cli.json),
         CtlCommand::Copies(Copies { change: Some(change) }) => return change_copies(cli, disks, change),

@@ -24,6 +24,7 @@ mod continuation;
 mod domain;
 mod each;
 mod freezing;
+mod health;
 mod hold;
 mod libvirt_hook;
 mod list;
@@ -31,6 +32,7 @@ mod map;
 mod metrics;
 mod pages;
 mod proxmox;
+mod rates;
 mod show;
 mod snapshot;
 mod successor;
@@ -60,7 +62,7 @@ use virtioblkd::internal::control::protocol::return_types::{Continued, Quiesced,
 use virtioblkd::internal::snapshot::USAGE;
 
 use chosen::Disks;
-use cli::{ChangeCopy, Cli, Continue, Copies, CtlCommand, Quiesce, Renew, Resize, Resume};
+use cli::{ChangeCopy, Cli, Continue, Copies, CtlCommand, Quiesce, Renew, Resize, Resume, Stats, StatusOptions};
 
 use crate::show::units;
 
@@ -103,6 +105,7 @@ fn run_command() -> ExitCode {
         return finish(&cli, metrics::print_page(&cli.chosen, format));
     }
     let own_failure = match &cli.command {
+        CtlCommand::Status(StatusOptions { check: true }) => 2,
         CtlCommand::Quiesce(Quiesce { command, .. }) if !command.is_empty() => hold::FAILED,
         _ => 1,
     };
@@ -120,6 +123,11 @@ fn status_of(cli: &Cli, result: Result<u8, Failure>, own_failure: u8) -> ExitCod
 }
 
 fn run(cli: &Cli, disks: &Disks) -> Result<u8, Failure> {
+    if let CtlCommand::Status(StatusOptions { check: true }) = &cli.command
+        && !disks.disks.is_empty()
+    {
+        return health::run(disks, cli.json);
+    }
     let path = match disks.disks.as_slice() {
         [] => {
             let error = Cli::command().error(
@@ -191,7 +199,10 @@ enum Answer {
 
 fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure> {
     let text = match &cli.command {
-        CtlCommand::Status => page(cli, client.execute("query-status", json!({}), REPLY_TIMEOUT)?, show::status)?,
+        CtlCommand::Status(_) => page(cli, client.execute("query-status", json!({}), REPLY_TIMEOUT)?, show::status)?,
+        CtlCommand::Stats(Stats { interval: Some(interval), count, .. }) => {
+            return rates::run(path, client, *interval, *count, cli.json).map(Answer::Status);
+        }
         CtlCommand::Stats(stats) => {
             let reply = client.execute("query-stats", json!({}), REPLY_TIMEOUT)?;
             page(cli, reply, |reply| show::stats(reply, stats.all))?

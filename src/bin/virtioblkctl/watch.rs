@@ -128,7 +128,8 @@ fn watch(mut client: Client, format: &Format) -> Result<End, Failure> {
     }
 }
 
-fn reconnect(path: &Path) -> Result<Client, Failure> {
+/// Connects to the next daemon on this socket, within [`RECONNECT_TIMEOUT`].
+pub(crate) fn reconnect(path: &Path) -> Result<Client, Failure> {
     let deadline = Instant::now() + RECONNECT_TIMEOUT;
     loop {
         match Client::connect_within(path, REPLY_TIMEOUT) {

@@ -79,6 +79,9 @@ const FAMILIES: &[Family] = &[
     ("virtioblkd_queues_blocked", Gauge, "Virtqueues in which a write waits at the closed gate.", |of, page| {
         page.sample(&[], of.stats.rings.iter().filter(|ring| ring.held).count());
     }),
+    ("virtioblkd_queues_limited", Gauge, "Virtqueues in which a request waits because of --throttle.", |of, page| {
+        page.sample(&[], of.stats.rings.iter().filter(|ring| ring.limited).count());
+    }),
     ("virtioblkd_stopped", Gauge, "The disk is stopped: failed requests are retained until 'continue'.", |of, page| {
         page.sample(&[], u8::from(of.disk.stopped.is_some()));
     }),

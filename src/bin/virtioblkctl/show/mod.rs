@@ -1,18 +1,19 @@
 //! Prints replies and events for people. What a daemon of another version does not send is left out, or has its default.
 
+mod events;
 mod tables;
 pub mod units;
 
 use std::fmt::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde_json::Value;
 use virtioblkd::disk::{DiskStatus, ImageStatus, LastError, RbdStatus, RingStatus, StableWritesStatus, StoppedStatus};
-use virtioblkd::internal::base::text::{clean, clean_json};
+use virtioblkd::internal::base::text::clean;
 use virtioblkd::internal::control::protocol::return_types::{
     AttendantStatus, DaemonStatus, HolderStatus, QuiesceFigures, QuiesceStatus, Requester, Status,
 };
 
+pub use events::event;
 pub use tables::{copies, stats};
 use units::{bytes, count, short_time, time};
 
@@ -260,26 +261,10 @@ pub fn figures(figures: &QuiesceFigures) -> String {
     )
 }
 
-/// An event in one line: the time (UTC), the name and the data, whatever it has.
-pub fn event(event: &Value) -> String {
-    let seconds = event["timestamp"]["seconds"].as_u64().unwrap_or(0);
-    let milliseconds = event["timestamp"]["microseconds"].as_u64().unwrap_or(0) / 1000;
-    let (hours, minutes) = (seconds / 3600 % 24, seconds / 60 % 60);
-    let name = clean(event["event"].as_str().unwrap_or_default());
-    let mut line = format!("{hours:02}:{minutes:02}:{:02}.{milliseconds:03}Z {name}", seconds % 60);
-    for (name, value) in event["data"].as_object().into_iter().flatten() {
-        if !value.is_null() {
-            // Writing to a String cannot fail.
-            let _ = write!(line, " {}={}", clean(name), clean_json(&value.to_string()));
-        }
-    }
-    line
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     fn page(reply: Value) -> String {
         status(&serde_json::from_value(reply).expect("a reply that is understood"))

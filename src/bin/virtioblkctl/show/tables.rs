@@ -77,8 +77,11 @@ const COLUMNS: usize = 16;
 /// The first columns, up to the syncs, are always shown.
 const FIXED: usize = 10;
 
+/// The most characters of a line of `stats`.
+const MAX_LINE: usize = 100;
+
 /// The table of `stats`: a row for each queue, and one for their sum. Columns of counts that are all zero are left out, unless
-/// `all`.
+/// `all`. Columns for which a line has no room follow in a second table.
 pub fn stats(stats: &Stats, all: bool) -> String {
     let headings = [
         "queue",
@@ -104,15 +107,22 @@ pub fn stats(stats: &Stats, all: bool) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..COLUMNS).map(width).collect();
     let is_used = |column: usize| rows[1..].iter().any(|row| !["0", "0 B", ""].contains(&row[column].as_str()));
-    let shown: Vec<bool> = (0..COLUMNS).map(|column| all || column < FIXED || is_used(column)).collect();
-    let mut table = String::new();
-    for row in &rows {
-        let cells = row.iter().zip(&widths).enumerate().filter(|(column, _)| shown[*column]);
-        let cells: Vec<String> = cells.map(|(_, (cell, width))| format!("{cell:>width$}")).collect();
-        table.push_str(cells.join("  ").trim_end());
-        table.push('\n');
+    let mut tables: Vec<Vec<usize>> = Vec::new();
+    for column in (1..COLUMNS).filter(|&column| all || column < FIXED || is_used(column)) {
+        let length = |columns: &[usize]| columns.iter().map(|&column| widths[column] + 2).sum::<usize>();
+        match tables.last_mut() {
+            Some(columns) if length(columns) + widths[column] <= MAX_LINE => columns.push(column),
+            // Each table begins with the queue.
+            _ => tables.push(vec![0, column]),
+        }
     }
-    table
+    let line = |row: &[String; COLUMNS], columns: &[usize]| {
+        let cells: Vec<String> =
+            columns.iter().map(|&column| format!("{:>width$}", row[column], width = widths[column])).collect();
+        format!("{}\n", cells.join("  ").trim_end())
+    };
+    let table = |columns: &Vec<usize>| rows.iter().map(|row| line(row, columns)).collect::<String>();
+    tables.iter().map(table).collect::<Vec<_>>().join("\n")
 }
 
 /// The cells of one ring. The pattern names every figure, so that a new one cannot be forgotten here.
@@ -175,5 +185,6 @@ mod tests {
         assert!(!table.contains("discards"), "{table}");
         let all = stats(&serde_json::from_str(r#"{"rings": []}"#).unwrap(), true);
         assert!(all.contains("discards") && all.contains("polled"), "{all}");
+        assert!(all.lines().all(|line| line.len() <= MAX_LINE), "{all}");
     }
 }
