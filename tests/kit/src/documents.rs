@@ -67,13 +67,14 @@ pub fn blocks(page: &str) -> Vec<Block> {
 }
 
 /// The shell's commands for a block: the block as it stands. If it starts a daemon in the background, the shell then waits
-/// until the daemon listens, as a reader who types does.
+/// until the daemon answers, as a reader who types does: a socket's file exists a moment before its server listens.
 pub fn pasted(block: &Block) -> String {
     let mut script = format!("echo '--- {}:{}'\n{}", block.page, block.line, block.text);
     let words: Vec<&str> = block.text.split_whitespace().collect();
     if block.text.trim_end().ends_with('&') {
         for pair in words.windows(2).filter(|pair| pair[0] == "--control-path") {
-            script += &format!("until [ -S {} ]; do sleep 0.05; done\n", pair[1]);
+            let ask = format!("virtioblkctl --control {} status >/dev/null 2>&1", pair[1]);
+            script += &format!("until [ -S {} ] && {ask}; do sleep 0.05; done\n", pair[1]);
         }
     }
     script
