@@ -101,7 +101,7 @@ check-upgrade: toolchain ## Upgrades to another commit's build and back, under l
 
 check-libvirt: toolchain deps ## The shipped domain on a real libvirt; its saves and migrations, by hand and by the hook; minutes
 	VIRTIOBLKD_LIBVIRT=long $(cargo_test) --test guest -- --test-threads=$(TEST_THREADS) libvirt
-	VIRTIOBLKD_LIBVIRT=long $(cargo_test) --test daemon -- --test-threads=$(TEST_THREADS) host_crash:: hook_killed::
+	VIRTIOBLKD_LIBVIRT=long $(cargo_test) --test daemon -- --test-threads=$(TEST_THREADS) host_crash:: hook_
 
 # These test what README says of a Debian release, with its QEMU, libvirt, Ceph and guest kernel, in a root that
 # scripts/debian-root creates under the build directory. On the release itself the other checks do the same.

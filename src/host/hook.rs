@@ -23,10 +23,10 @@ pub use super::daemons::Launcher;
 use super::daemons::{self, Starting};
 use super::domain::{self, Domain};
 use super::domain_lock;
+use super::image_use;
 use super::metadata::{self, DiskOptions};
 use super::places::{DiskPlaces, NEW, Places, write_atomically};
 use super::units;
-use crate::backend::file;
 use crate::base::{logging, trust};
 
 /// How long all daemons of a domain may take together until they listen.
@@ -225,7 +225,7 @@ pub(super) fn start_disks(host: &Host, disks: &[Disk], arrives: bool) -> Result<
     let result = start_all(host, disks, deadline, &mut started).and_then(|()| match arrives {
         // Another host's daemon still has the image.
         true => Ok(()),
-        false => disks.iter().try_for_each(unused),
+        false => all_unused(host, disks, deadline),
     });
     if result.is_err() {
         let deadline = Instant::now() + GIVE_UP_TIMEOUT;
@@ -260,7 +260,7 @@ pub(super) fn start_one(host: &Host, disk: &Disk) -> Result<(), String> {
     let deadline = Instant::now() + START_TIMEOUT;
     let started = begin(host, disk, deadline).map_err(|error| format!("disk {}: {error}", disk.target))?;
     let ready = started.wait(&disk.places, deadline).map_err(|error| format!("disk {}: {error}", disk.target));
-    let result = ready.and_then(|()| unused(disk));
+    let result = ready.and_then(|()| all_unused(host, std::slice::from_ref(disk), deadline));
     if result.is_err() {
         let _ = daemons::end(&disk.places, Instant::now() + GIVE_UP_TIMEOUT);
     }
@@ -332,10 +332,16 @@ fn begin(host: &Host, disk: &Disk, deadline: Instant) -> Result<Starting, String
 
 /// A file image that another process uses is refused before the guest starts. The daemon itself takes QEMU's locks only
 /// once the guest's rings run, so that a guest can migrate between two daemons of one image.
-fn unused(disk: &Disk) -> Result<(), String> {
-    let (Some(path), None) = (disk.option("blk-file"), disk.option("locking")) else { return Ok(()) };
-    let read_only = disk.option("read-only") == Some("true");
-    file::check_unused(Path::new(path), read_only).map_err(|error| format!("disk {}: {error}", disk.target))
+fn all_unused(host: &Host, disks: &[Disk], deadline: Instant) -> Result<(), String> {
+    // The daemons may have taken nearly all of the time.
+    let deadline = deadline.max(Instant::now() + GIVE_UP_TIMEOUT);
+    let program = host.launcher.program.with_file_name("virtioblkctl");
+    disks.iter().try_for_each(|disk| {
+        let (Some(path), None) = (disk.option("blk-file"), disk.option("locking")) else { return Ok(()) };
+        let is_read_only = disk.option("read-only") == Some("true");
+        image_use::check(&program, path, is_read_only, deadline)
+            .map_err(|error| format!("disk {}: {error}", disk.target))
+    })
 }
 
 /// The daemon's configuration file.

@@ -23,6 +23,7 @@
 //! | `hotplug` | attaches and detaches a running domain's disks |
 //! | `apply` | brings the metadata of a domain's next start to the daemons that run |
 //! | `proxmox` | Proxmox VE's hookscript: the same for its VMs |
+//! | `image_use` | whether another process uses a file image, asked in a process of its own |
 //! | `hook` | libvirt's hook: starts a domain's disks before the domain and ends them after it |
 
 pub mod apply;
@@ -36,6 +37,7 @@ mod domain_lock;
 mod edits;
 pub mod hook;
 pub mod hotplug;
+pub mod image_use;
 pub mod listing;
 mod logs;
 pub mod measure;

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
@@ -17,8 +17,8 @@ use virtioblkd::internal::host::places::Places;
 const UUID: &str = "6fd1f7a2-4c0b-4e0f-8a65-1a3c0d2e9b11";
 
 /// A host in a directory, and a domain with one disk.
-struct World {
-    host: Host,
+pub(crate) struct World {
+    pub(crate) host: Host,
     image: PathBuf,
     _daemons: DaemonsOf,
     _directory: tempfile::TempDir,
@@ -26,7 +26,7 @@ struct World {
 }
 
 impl World {
-    fn new() -> World {
+    pub(crate) fn new() -> World {
         let (directory, images) = (tempfile::tempdir().expect("room"), programs::disk_dir());
         let path = |name: &str| directory.path().join(name);
         let places = Places { run: path("run"), sockets: path("sockets"), log: path("log") };
@@ -55,7 +55,7 @@ impl World {
         )
     }
 
-    fn call(&self, operation: &str, sub_operation: &str) -> Result<(), String> {
+    pub(crate) fn call(&self, operation: &str, sub_operation: &str) -> Result<(), String> {
         let [operation, sub_operation, reason] = [operation, sub_operation, "-"].map(str::to_owned);
         let call = Call { operation, sub_operation, reason };
         let mut printed = Vec::new();
@@ -71,7 +71,7 @@ impl World {
     }
 
     /// The names of all files but logs.
-    fn left(&self) -> Vec<String> {
+    pub(crate) fn left(&self) -> Vec<String> {
         let Places { run, sockets, .. } = &self.host.places;
         let entries = [run, sockets].into_iter().flat_map(|path| fs::read_dir(path).expect("ours"));
         entries.map(|entry| entry.expect("ours").file_name().to_string_lossy().into_owned()).collect()
@@ -112,7 +112,9 @@ impl World {
         }
         for socket in [self.host.places.sockets.join(format!("{UUID}-vda.ctl")), self.socket()] {
             let _ = fs::remove_file(&socket);
-            drop(UnixListener::bind(socket).expect("room"));
+            drop(UnixListener::bind(&socket).expect("room"));
+            // A program that another test starts has a copy of the listener until its exec.
+            wait_until("no process listens any more", || UnixStream::connect(&socket).is_err());
         }
     }
 }

@@ -8,6 +8,7 @@ mod domain_commands;
 mod domain_scene;
 mod front_ends;
 mod hold_command;
+mod hook_bounds;
 mod hook_killed;
 mod host_crash;
 mod hung_target;

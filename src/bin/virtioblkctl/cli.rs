@@ -124,6 +124,9 @@ pub(crate) enum CtlCommand {
     /// The process that shares an image's blocks for `snapshot`
     #[command(name = virtioblkd::internal::snapshot::cloner::SUBCOMMAND, hide = true)]
     Cloner,
+    /// The process that asks whether another process uses an image, for the hooks
+    #[command(name = virtioblkd::internal::host::image_use::SUBCOMMAND, hide = true)]
+    ImageUse(libvirt_hook::ImageUse),
     /// Retry the failed requests of a stopped disk, which the guest still waits for
     ///
     /// For a disk that `status` shows as STOPPED, after its cause was fixed (for example, space was added to a full file

@@ -2,12 +2,13 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
 use virtioblkd::internal::base::logging;
 use virtioblkd::internal::host::hook::{self, Call, Host};
+use virtioblkd::internal::host::image_use;
 
 /// The arguments that libvirt passes to its hooks (docs/hooks.rst).
 #[derive(Args)]
@@ -49,6 +50,26 @@ pub(crate) fn run(options: &LibvirtHook) -> ExitCode {
             logging::message(error);
             // libvirt kills a running guest whose hook fails at `reconnect`.
             if options.operation == "reconnect" { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+    }
+}
+
+/// The arguments that the hook passes to the process that asks for an image's locks.
+#[derive(Args)]
+pub(crate) struct ImageUse {
+    /// The disk only reads
+    #[arg(long)]
+    read_only: bool,
+    /// The image
+    image: PathBuf,
+}
+
+pub(crate) fn check_image_use(options: &ImageUse) -> ExitCode {
+    match image_use::check_here(&options.image, options.read_only) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            logging::message(error);
+            ExitCode::FAILURE
         }
     }
 }

@@ -92,6 +92,7 @@ fn run_command() -> ExitCode {
         CtlCommand::Guard => return helper(virtioblkd::internal::snapshot::guard::serve),
         CtlCommand::LibvirtHook(options) => return libvirt_hook::run(options),
         CtlCommand::ProxmoxHook(options) => return proxmox::run(options),
+        CtlCommand::ImageUse(options) => return libvirt_hook::check_image_use(options),
         CtlCommand::Domblkstat(options) => return finish(&cli, twins::domblkstat(options, &cli.chosen, cli.json)),
         CtlCommand::Domblkinfo(options) => return finish(&cli, twins::domblkinfo(options, &cli.chosen, cli.json)),
         CtlCommand::Blockresize(options) => return finish(&cli, twins::blockresize(options, &cli.chosen, cli.json)),
@@ -291,6 +292,7 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
         | CtlCommand::Attend(_)
         | CtlCommand::LibvirtHook(_)
         | CtlCommand::ProxmoxHook(_)
+        | CtlCommand::ImageUse(_)
         | CtlCommand::ProxmoxArgs(_)
         | CtlCommand::Domblkstat(_)
         | CtlCommand::Domblkinfo(_)
