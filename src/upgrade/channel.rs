@@ -6,7 +6,7 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::retry_on_intr;
 use rustix::net::{
@@ -42,13 +42,13 @@ impl Channel {
         &self.stream
     }
 
-    /// Sends a message. Fails if the other end does not read it within `timeout`.
+    /// Sends a message. Fails if the other end does not read all of it within `timeout`.
     pub(crate) fn send(&self, message: &impl Serialize, descriptors: &[OwnedFd], timeout: Duration) -> io::Result<()> {
-        self.stream.set_write_timeout(Some(timeout))?;
+        let end = Instant::now() + timeout;
         let text = serde_json::to_vec(message)?;
         let mut bytes = [text.len(), descriptors.len()].map(|length| length as u32).map(u32::to_le_bytes).concat();
         bytes.extend(text);
-        (&self.stream).write_all(&bytes)?;
+        self.write(&bytes, end)?;
         for bundle in descriptors.chunks(MAX_BUNDLE) {
             let bundle: Vec<BorrowedFd<'_>> = bundle.iter().map(AsFd::as_fd).collect();
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_BUNDLE))];
@@ -56,36 +56,64 @@ impl Channel {
             if !ancillary.push(SendAncillaryMessage::ScmRights(&bundle)) {
                 return Err(io::Error::other("too many descriptors at once"));
             }
+            self.stream.set_write_timeout(Some(left_until(end)?))?;
             retry_on_intr(|| sendmsg(&self.stream, &[IoSlice::new(b"+")], &mut ancillary, SendFlags::NOSIGNAL))?;
         }
         Ok(())
     }
 
-    /// Receives a message. Fails if the other end hangs up, sends nothing for `timeout`, or sends something else; the
-    /// error's text says which.
+    /// Receives a message. Fails if the other end hangs up, does not send all of it within `timeout`, or sends something else;
+    /// the error's text says which.
     pub(crate) fn receive<T: DeserializeOwned>(&self, timeout: Duration) -> io::Result<(T, Vec<OwnedFd>)> {
-        self.stream.set_read_timeout(Some(timeout))?;
+        let end = Instant::now() + timeout;
         let mut header = [0; 8];
-        self.read(&mut header)?;
+        self.read(&mut header, end)?;
         let field = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
         let (length, count) = (field(0), field(4));
         if length > MAX_BYTES || count > MAX_DESCRIPTORS {
             return Err(io::Error::other("it sent something that is not a message of virtioblkd"));
         }
         let mut text = vec![0; length as usize];
-        self.read(&mut text)?;
+        self.read(&mut text, end)?;
         let mut descriptors = Vec::with_capacity(count as usize);
         while descriptors.len() < count as usize {
-            self.receive_bundle(&mut descriptors)?;
+            self.receive_bundle(&mut descriptors, end)?;
         }
         Ok((serde_json::from_slice(&text)?, descriptors))
     }
 
-    fn read(&self, bytes: &mut [u8]) -> io::Result<()> {
-        (&self.stream).read_exact(bytes).map_err(explain)
+    /// Reads all of the bytes. One that comes now and then does not renew the time, because a guest may wait for this.
+    fn read(&self, bytes: &mut [u8], end: Instant) -> io::Result<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            self.stream.set_read_timeout(Some(left_until(end)?))?;
+            match (&self.stream).read(&mut bytes[done..]) {
+                Ok(0) => return Err(explain(io::ErrorKind::UnexpectedEof.into())),
+                Ok(count) => done += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(explain(error)),
+            }
+        }
+        Ok(())
     }
 
-    fn receive_bundle(&self, descriptors: &mut Vec<OwnedFd>) -> io::Result<()> {
+    /// Writes all of the bytes.
+    fn write(&self, bytes: &[u8], end: Instant) -> io::Result<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            self.stream.set_write_timeout(Some(left_until(end)?))?;
+            match (&self.stream).write(&bytes[done..]) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => done += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn receive_bundle(&self, descriptors: &mut Vec<OwnedFd>, end: Instant) -> io::Result<()> {
+        self.stream.set_read_timeout(Some(left_until(end)?))?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_BUNDLE))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut byte = [0];
@@ -111,11 +139,17 @@ impl Channel {
     }
 }
 
+/// The time until then, which is not 0. Fails when there is none left.
+fn left_until(end: Instant) -> io::Result<Duration> {
+    let left = end.saturating_duration_since(Instant::now());
+    if left.is_zero() { Err(explain(io::ErrorKind::TimedOut.into())) } else { Ok(left) }
+}
+
 /// Explains what an error means for the other end, which the caller's message names.
 fn explain(error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-            io::Error::new(io::ErrorKind::TimedOut, "it sent nothing in time")
+            io::Error::new(io::ErrorKind::TimedOut, "it sent nothing, or not all, in time")
         }
         io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
             io::Error::new(io::ErrorKind::UnexpectedEof, "it hung up")
@@ -198,6 +232,34 @@ mod tests {
         assert!(descriptors.take(0).is_err() && descriptors.take(300).is_err());
         assert_eq!(there.receive::<String>(LONG_TIMEOUT).unwrap().0, "second");
         sender.join().unwrap();
+    }
+
+    /// Each byte would renew the time, while the guest is paused.
+    #[test]
+    fn a_message_without_end_is_given_up() {
+        let (here, there) = pair();
+        let sender = std::thread::spawn(move || {
+            let end = Instant::now() + 3 * LONG_TIMEOUT;
+            here.stream.set_write_timeout(Some(LONG_TIMEOUT)).unwrap();
+            (&here.stream).write_all(&[0, 0, 1, 0, 0, 0, 0, 0]).unwrap();
+            while (&here.stream).write_all(b" ").is_ok() {
+                assert!(Instant::now() < end, "it is still received");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        assert!(there.receive::<String>(4 * SHORT_TIMEOUT).err().unwrap().to_string().contains("in time"));
+        drop(there);
+        sender.join().unwrap();
+        // One that is read a byte now and then.
+        let (here, there) = pair();
+        let reader = std::thread::spawn(move || {
+            while (&there.stream).read(&mut [0; 1000]).is_ok_and(|count| count > 0) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        assert!(here.send(&"x".repeat(4 << 20), &[], 4 * SHORT_TIMEOUT).is_err());
+        drop(here);
+        reader.join().unwrap();
     }
 
     #[test]
