@@ -98,6 +98,8 @@ pub(crate) struct LatencyCounters {
     pub(crate) backend: [Histogram; 5],
     /// How long the first blocked write waited at the gate, in the guest's ring.
     pub(crate) held: Histogram,
+    /// How long the foremost request of a direction waited for the disk's limits, in the guest's ring.
+    pub(crate) limited: Histogram,
 }
 
 impl LatencyCounters {
@@ -113,7 +115,12 @@ impl LatencyCounters {
                 write_zeroes: of(Kind::WriteZeroes),
             }
         };
-        LatencyStatus { request: by_kind(&self.request), backend: by_kind(&self.backend), held: self.held.read() }
+        LatencyStatus {
+            request: by_kind(&self.request),
+            backend: by_kind(&self.backend),
+            held: self.held.read(),
+            limited: self.limited.read(),
+        }
     }
 }
 
@@ -129,6 +136,9 @@ pub struct LatencyStatus {
     /// How long a write waited in the guest's ring at the closed gate (a hold, or a failed request that is retained). The
     /// latency of a request does not include this time. Only the first of several waiting writes is counted.
     pub held: LatencyHistogram,
+    /// How long a request waited in the guest's ring for the disk's limits (`--throttle`), from the time when it was the
+    /// foremost of the reads or of the writes. The latency of a request does not include this time.
+    pub limited: LatencyHistogram,
 }
 
 impl LatencyStatus {
@@ -137,6 +147,7 @@ impl LatencyStatus {
         self.request.accumulate(&other.request);
         self.backend.accumulate(&other.backend);
         self.held.accumulate(&other.held);
+        self.limited.accumulate(&other.limited);
     }
 }
 

@@ -57,6 +57,12 @@ fn a_limit_is_kept_and_what_waits_is_in_the_ring() {
     // A tenth of a second's worth and one more go at once: 54 are left, of which the last has gone after 1.06 s.
     assert!(start.elapsed() > Duration::from_secs(1), "{:?}", start.elapsed());
     assert!(!rig.status().total.limited && rig.status().total.reads == 60);
+    // Each waits a fiftieth of a second as the foremost, or shorter if the machine was late.
+    let latency = rig.disk.latency();
+    let waited = &latency.limited;
+    assert!((1..=59).contains(&waited.count()), "{waited:?}");
+    assert!(waited.quantile(1.0) > Some(Duration::from_millis(10)), "{waited:?}");
+    assert_eq!(latency.request.read.count(), 60);
     assert_eq!(rig.status().throttle.unwrap().limits(), limits(&[("total-iops-sec", 50)]));
 }
 

@@ -91,7 +91,7 @@ impl Disk for FixedDisk {
             discard: one(first + 3),
             write_zeroes: one(first + 4),
         };
-        LatencyStatus { request: kinds(1), backend: kinds(6), held: one(11) }
+        LatencyStatus { request: kinds(1), backend: kinds(6), held: one(11), limited: one(12) }
     }
 
     fn unsynced(&self) -> UnsyncedStatus {

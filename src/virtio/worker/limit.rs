@@ -17,6 +17,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use super::Worker;
+use crate::disk::ticks;
 use crate::engine::Admission;
 use crate::engine::throttle::{Direction, Slot};
 use crate::virtio::blk::request::{BlkCommand, Request};
@@ -27,6 +28,8 @@ pub(super) struct RingLimit {
     limiter: Arc<Limiter>,
     /// The foremost request of each direction, from the time at which it was counted until it is admitted.
     slots: [Option<Slot>; 2],
+    /// When each of `slots` was counted, on the limiter's clock.
+    counted_at: [u64; 2],
     /// When the request at the head of the virtqueue may go, while it must wait.
     head_goes_at: Option<u64>,
     /// Heads that were popped and must wait, oldest first. All are of `aside_direction`.
@@ -48,6 +51,7 @@ impl RingLimit {
         RingLimit {
             limiter,
             slots: [None; 2],
+            counted_at: [0; 2],
             head_goes_at: None,
             aside: VecDeque::new(),
             aside_direction: Direction::Write,
@@ -63,7 +67,10 @@ impl RingLimit {
         if let Some(other) = place.take_if(|slot| slot.bytes != bytes) {
             self.limiter.give_back(other, now);
         }
-        let slot = *place.get_or_insert_with(|| self.limiter.take(direction, bytes, now));
+        let slot = *place.get_or_insert_with(|| {
+            self.counted_at[direction as usize] = now;
+            self.limiter.take(direction, bytes, now)
+        });
         if slot.at <= now { Verdict::Goes } else { Verdict::Waits(slot.at) }
     }
 
@@ -226,10 +233,14 @@ impl Worker {
         }
     }
 
-    /// Forgets when the request was to go: it has been admitted, or completed at once.
+    /// Forgets when the request was to go, because it has been admitted or completed. Records how long it waited.
     fn forget_slot(&mut self, request: &Request) {
-        if let (Some(limit), Some((direction, _))) = (&mut self.limit, counted(request)) {
-            limit.slots[direction as usize] = None;
+        if let (Some(limit), Some((direction, _))) = (&mut self.limit, counted(request))
+            && let Some(slot) = limit.slots[direction as usize].take()
+            && slot.at > limit.counted_at[direction as usize]
+        {
+            let waited = limit.limiter.now().saturating_sub(limit.counted_at[direction as usize]);
+            self.counters.latency.limited.record(ticks(Duration::from_nanos(waited)));
         }
     }
 

@@ -117,6 +117,14 @@ const FAMILIES: &[Family] = &[
     ("virtioblkd_held_duration_seconds", Histogram, "How long writes waited at the closed gate.", |of, page| {
         page.histogram(&[], &of.stats.latency.held);
     }),
+    (
+        "virtioblkd_limited_duration_seconds",
+        Histogram,
+        "How long the foremost requests waited for --throttle.",
+        |of, page| {
+            page.histogram(&[], &of.stats.latency.limited);
+        },
+    ),
     ("virtioblkd_quiesced", Gauge, "The disk is held still (1), or the gate is open or settling (0).", |of, page| {
         page.sample(&[], u8::from(of.status.quiesce.state == "quiesced"));
     }),

@@ -124,7 +124,10 @@ const OBJECTS: &[(&str, &[&str])] = &[
         &["rings: [RingStatus], total: RingStatus, stable-writes: StableWritesStatus|null, latency: LatencyStatus, \
            unsynced-bytes: int, last-sync-ms: int|null"],
     ),
-    ("LatencyStatus", &["request: LatencyByKind, backend: LatencyByKind, held: LatencyHistogram"]),
+    (
+        "LatencyStatus",
+        &["request: LatencyByKind, backend: LatencyByKind, held: LatencyHistogram, limited: LatencyHistogram"],
+    ),
     (
         "LatencyByKind",
         &["read: LatencyHistogram, write: LatencyHistogram, flush: LatencyHistogram, discard: LatencyHistogram, \
