@@ -8,6 +8,7 @@
 mod args;
 mod file;
 mod rbd;
+pub mod throttle_section;
 mod toml_error;
 mod values;
 

@@ -21,6 +21,7 @@
 //! | `domain_lock`, `change` | one change of a running domain at a time, and of our element in its description |
 //! | `redefine` | changes the description of a domain's next start, unless another program changed it meanwhile |
 //! | `hotplug` | attaches and detaches a running domain's disks |
+//! | `iotune` | changes the limits in a domain's description |
 //! | `apply` | brings the metadata of a domain's next start to the daemons that run |
 //! | `proxmox` | Proxmox VE's hookscript: the same for its VMs |
 //! | `image_use` | whether another process uses a file image, asked in a process of its own |
@@ -38,6 +39,7 @@ mod edits;
 pub mod hook;
 pub mod hotplug;
 pub mod image_use;
+pub mod iotune;
 pub mod listing;
 mod logs;
 pub mod measure;

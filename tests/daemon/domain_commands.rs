@@ -153,6 +153,20 @@ fn commands_of_virsh_have_twins_with_its_output() {
     let json: serde_json::Value = serde_json::from_str(&said(&["--json", "domblkinfo", "vm1", "vdb"])).expect("JSON");
     assert_eq!(json["vdb"]["capacity"], 1 << 20);
 
+    let limits = ["blkdeviotune", "vm1", "vda", "--total-iops-sec", "500", "--write-bytes-sec=10M", "--live"];
+    assert_eq!(said(&limits), "");
+    assert_eq!(scene.status("vda")["throttle"]["write-bytes-sec"], 10 << 20);
+    assert!(said(&["blkdeviotune", "vm1", "vda"]).contains("\ntotal_iops_sec : 500\n"));
+    let live = scene.metadata("live");
+    assert!(live.contains("<total_iops_sec>500</total_iops_sec></iotune>"), "{live}");
+    let later = run(&["blkdeviotune", "vm1", "vda", "--config"]);
+    assert!(later.status.code() == Some(1) && words(&later).contains("does not describe the disk vda"), "{later:?}");
+    assert_eq!(said(&["blkdeviotune", "vm1", "vda", "--read-iops-sec", "7"]), "");
+    let now: serde_json::Value = serde_json::from_str(&said(&["--json", "blkdeviotune", "vm1", "vda"])).expect("JSON");
+    assert_eq!((now["total_iops_sec"].as_u64(), now["read_iops_sec"].as_u64()), (Some(0), Some(7)));
+    let wrong = run(&["blkdeviotune", "vm1", "vda", "--total-iops-sec-max", "7"]);
+    assert!(wrong.status.code() == Some(2) && words(&wrong).contains("needs total-iops-sec"), "{wrong:?}");
+
     // KiB, as virsh takes it.
     assert_eq!(said(&["blockresize", "vm1", "vda", "2048"]), "Block device 'vda' is resized\n");
     assert_eq!(

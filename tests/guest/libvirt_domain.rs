@@ -117,6 +117,7 @@ fn a_domain_stands_for_all_its_disks_at_one_instant() {
     assert!(documented(&libvirt, "domblkstat example vda --human", &[]).contains("number of write operations:"));
     assert!(documented(&libvirt, "domblkinfo example --all", &[]).contains("16777216"));
     documented(&libvirt, "blockresize example vda 20G", &[]);
+    documented(&libvirt, "blkdeviotune example vda --total-iops-sec 500 --live --config", &[]);
     assert_eq!(status(&libvirt, "vda")["size"], 20_u64 << 30);
     libvirt.virsh_ok(&["destroy", DOMAIN]);
     assert_eq!(libvirt.left(), Vec::<String>::new());

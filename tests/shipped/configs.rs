@@ -58,6 +58,8 @@ fn every_option_that_the_pages_name_exists() {
         "domblkstat",
         "domblkinfo",
         "blockresize",
+        "blkdeviotune",
+        "throttle",
     ]
     .map(|command| vec![command, "--help"]);
     let domain = ["convert", "check", "attach", "detach"].map(|command| vec!["domain", command, "--help"]);

@@ -1,7 +1,7 @@
 //! Limits of the disk's rates over upgrades in place, and changed while a guest waits for them.
 
 use kit::driver::load::Load;
-use kit::upgrade::{Disk, wait_until};
+use kit::upgrade::{Disk, contains, wait_until};
 use serde_json::{Value, json};
 
 fn limits(disk: &Disk) -> Value {
@@ -25,6 +25,24 @@ fn limits_that_were_changed_are_kept_over_an_upgrade_unless_it_brings_others() {
     assert_eq!(limits(&disk), json!({"read-iops-sec": 3000}), "the operator wants these now");
     load.wait_for(50);
     load.stop();
+    disk.end();
+}
+
+#[test]
+fn limits_that_were_changed_are_written_into_the_configuration_file() {
+    let dir = kit::programs::disk_dir();
+    let (image, file) = (dir.path().join("disk.img"), dir.path().join("disk.toml"));
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let text = format!("# Mine.\nblk-file = \"{}\"\n", image.display());
+    std::fs::write(&file, &text).unwrap();
+    let disk = Disk::serve_in(dir, &["--config", file.to_str().unwrap()]);
+    let said = disk.ctl(&["throttle", "total-iops-sec=700"]);
+    contains(&String::from_utf8_lossy(&said.stderr), &["disk.toml keeps the limits"]);
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), format!("{text}\n[throttle]\ntotal-iops-sec = 700\n"));
+    disk.upgrade(&[]);
+    assert_eq!(limits(&disk), json!({"total-iops-sec": 700}));
+    disk.ctl_ok(&["throttle", "none"]);
+    assert_eq!((std::fs::read_to_string(&file).unwrap(), limits(&disk)), (text, Value::Null));
     disk.end();
 }
 

@@ -10,7 +10,8 @@ use virtioblkd::internal::config::disk_size;
 
 use crate::chosen::Chosen;
 use crate::{
-    attend, domain, duration, libvirt_hook, map, metrics, pages, proxmox, rates, snapshot, throttle, twins, upgrade,
+    attend, blkdeviotune, domain, duration, libvirt_hook, map, metrics, pages, proxmox, rates, snapshot, throttle,
+    twins, upgrade,
 };
 
 /// Query and control a running virtioblkd, and take snapshots of its disk
@@ -106,6 +107,10 @@ pub(crate) enum CtlCommand {
     Domblkinfo(twins::Domblkinfo),
     /// As virsh's blockresize: grow a disk
     Blockresize(twins::Blockresize),
+    /// As virsh's blkdeviotune: show or change the limits of a disk
+    ///
+    /// A total replaces the limits of reads and writes, and the other way round. Bytes may have a unit, such as 10M.
+    Blkdeviotune(blkdeviotune::Blkdeviotune),
     /// libvirt's hook: start a domain's disks before the domain, and end them after it
     ///
     /// Install it as the link /etc/libvirt/hooks/qemu.d/50-virtioblkd. It reads the domain's XML on standard input. The

@@ -18,6 +18,7 @@
 //! | `pages/` | manual pages and completions, for `make install` |
 
 mod attend;
+mod blkdeviotune;
 mod chosen;
 mod cli;
 mod continuation;
@@ -96,6 +97,9 @@ fn run_command() -> ExitCode {
         CtlCommand::Domblkstat(options) => return finish(&cli, twins::domblkstat(options, &cli.chosen, cli.json)),
         CtlCommand::Domblkinfo(options) => return finish(&cli, twins::domblkinfo(options, &cli.chosen, cli.json)),
         CtlCommand::Blockresize(options) => return finish(&cli, twins::blockresize(options, &cli.chosen, cli.json)),
+        CtlCommand::Blkdeviotune(options) => {
+            return finish(&cli, blkdeviotune::run(options, &cli.chosen, cli.json));
+        }
         CtlCommand::ProxmoxArgs(vm) => return finish(&cli, proxmox::print_arguments(vm)),
         CtlCommand::Cloner => return helper(virtioblkd::internal::snapshot::cloner::serve),
         _ => {}
@@ -276,7 +280,7 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
             page(cli, client.execute("resize", arguments, REPLY_TIMEOUT)?, readable)?
         }
         CtlCommand::Throttle(options) => {
-            let limits = throttle::run(options, &mut client)?;
+            let limits = throttle::run(options, path, &mut client)?;
             let reply = serde_json::to_value(ThrottleStatus::of(&limits)).unwrap_or(Value::Null);
             page(cli, reply, |_: &Value| throttle::readable(&limits))?
         }
@@ -297,6 +301,7 @@ fn answer(cli: &Cli, path: &Path, mut client: Client) -> Result<Answer, Failure>
         | CtlCommand::Domblkstat(_)
         | CtlCommand::Domblkinfo(_)
         | CtlCommand::Blockresize(_)
+        | CtlCommand::Blkdeviotune(_)
         | CtlCommand::Pages(_)
         | CtlCommand::Guard
         | CtlCommand::Cloner => {

@@ -1,12 +1,22 @@
-//! `virtioblkctl throttle`: shows or changes the limits of a disk's rates while it is served.
+//! `virtioblkctl throttle`: shows or changes the limits of a disk's rates while it is served, and in its configuration file.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::{Map, Value, json};
 use virtioblkd::disk::ThrottleStatus;
 use virtioblkd::engine::throttle::{Limits, Words};
+use virtioblkd::internal::base::logging;
 use virtioblkd::internal::config::limit;
+use virtioblkd::internal::config::throttle_section::with_limits;
+use virtioblkd::internal::control::CommandLine;
 use virtioblkd::internal::control::client::{Client, Failure, REPLY_TIMEOUT};
 use virtioblkd::internal::snapshot::USAGE;
+
+use crate::chosen::path;
 
 #[derive(Args)]
 pub(crate) struct Throttle {
@@ -46,15 +56,74 @@ pub(crate) fn changed(mut limits: Limits, words: &[String]) -> Result<Limits, Fa
     Ok(limits)
 }
 
-/// Shows or changes the limits. Returns those in effect.
-pub(crate) fn run(options: &Throttle, client: &mut Client) -> Result<Limits, Failure> {
+/// Shows or changes the limits. Returns those in effect. `control`: the daemon's control socket.
+pub(crate) fn run(options: &Throttle, control: &Path, client: &mut Client) -> Result<Limits, Failure> {
     let limits = current(client)?;
     if options.limits.is_empty() {
         return Ok(limits);
     }
     let limits = changed(limits, &options.limits)?;
     set(client, &limits)?;
+    match keep(client, &limits) {
+        Ok(Some(file)) => logging::message(format_args!("{} keeps the limits for the next start", path(&file))),
+        Ok(None) => logging::message(format_args!(
+            "{}: the daemon was started without --config: start it with --throttle, else its next start has no limits",
+            path(control)
+        )),
+        Err(why) => {
+            logging::message(format_args!("{}: the limits are in effect until the next start: {why}", path(control)));
+        }
+    }
     Ok(limits)
+}
+
+/// Writes the limits into the daemon's configuration file. Returns its path; `None`: it has none.
+fn keep(client: &mut Client, limits: &Limits) -> Result<Option<PathBuf>, String> {
+    let line = client.execute("query-command-line", json!({}), REPLY_TIMEOUT).map_err(|failure| failure.message)?;
+    let line: CommandLine = serde_json::from_value(line).map_err(|error| error.to_string())?;
+    if values(&line.arguments, "throttle").next().is_some() {
+        return Err("its command line has --throttle: change it there".into());
+    }
+    let Some(file) = values(&line.arguments, "config").next().map(|file| Path::new(&line.directory).join(file)) else {
+        return Ok(None);
+    };
+    let failed = |error: std::io::Error| format!("{}: {error}", path(&file));
+    let old = fs::read_to_string(&file).map_err(failed)?;
+    let new = with_limits(&old, limits).map_err(|why| format!("{}: {why}", path(&file)))?;
+    if new != old {
+        replace(&file, &new).map_err(failed)?;
+    }
+    Ok(Some(file))
+}
+
+/// Puts a new file with the same mode and owner in the place of a file, so that no reader finds half of it.
+fn replace(file: &Path, text: &str) -> std::io::Result<()> {
+    let file = fs::canonicalize(file)?;
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    let new = file.with_file_name(format!(".{name}.{}", std::process::id()));
+    let old = fs::metadata(&file)?;
+    let written = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new).and_then(|mut created| {
+        fchown(&created, Some(old.uid()), Some(old.gid()))?;
+        created.set_permissions(old.permissions())?;
+        created.write_all(text.as_bytes())?;
+        created.sync_all()
+    });
+    written.and_then(|()| fs::rename(&new, &file)).inspect_err(|_| {
+        // It may not exist.
+        let _ = fs::remove_file(&new);
+    })
+}
+
+/// The values that the arguments give to an option.
+fn values<'a>(arguments: &'a [String], option: &'a str) -> impl Iterator<Item = &'a str> {
+    arguments.iter().enumerate().filter_map(move |(at, word)| {
+        let rest = word.strip_prefix("--")?.strip_prefix(option)?;
+        match rest.strip_prefix('=') {
+            Some(value) => Some(value),
+            None if rest.is_empty() => arguments.get(at + 1).map(String::as_str),
+            None => None,
+        }
+    })
 }
 
 /// The limits as lines.

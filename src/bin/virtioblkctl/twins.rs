@@ -80,14 +80,14 @@ fn scaled(text: &str) -> Result<u64, String> {
 }
 
 /// One disk of the domain, and its daemon's client.
-struct Device {
-    target: String,
-    client: Client,
-    status: Status,
+pub(crate) struct Device {
+    pub(crate) target: String,
+    pub(crate) client: Client,
+    pub(crate) status: Status,
 }
 
 /// The disks of the domain that virtioblkd serves; of them the one that `wanted` names by its target or its image.
-fn devices(chosen: &Chosen, domain: &str, wanted: Option<&str>) -> Result<Vec<Device>, Failure> {
+pub(crate) fn devices(chosen: &Chosen, domain: &str, wanted: Option<&str>) -> Result<Vec<Device>, Failure> {
     let disks = chosen.of_domain(domain)?;
     let mut devices = Vec::new();
     for (name, control) in &disks.disks {
