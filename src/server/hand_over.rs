@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use rustix::event::{PollFd, PollFlags};
 
+use super::hand_over_failure::HandOverFailure;
 use super::{Served, ServerError, new_notifier};
 use crate::base::logging;
 use crate::base::rate_limit::{COMMAND_LOG, log_limited};
@@ -20,9 +21,7 @@ use crate::base::sync::EventNotifier;
 use crate::base::wait::wait_until;
 use crate::config::with_own_name;
 use crate::control::CommandLine;
-use crate::upgrade::{
-    Channel, Descriptors, GAVE_UP, HandOverState, Hello, NewDaemonMessage, OldDaemonMessage, Starter,
-};
+use crate::upgrade::{Channel, Descriptors, HandOverState, Hello, NewDaemonMessage, OldDaemonMessage, Starter};
 
 /// How long the requests in flight, and a message of the front-end, may take to finish.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -88,8 +87,8 @@ pub(super) struct InheritedFiles<'a> {
 }
 
 impl InheritedFiles<'_> {
-    fn hello(&self, served: &dyn Served, requires_attendant: bool) -> Result<(Hello, Descriptors), String> {
-        let disk = served.facts().ok_or("its image lives in this process and ends with it")?;
+    fn hello(&self, served: &dyn Served, requires_attendant: bool) -> Result<(Hello, Descriptors), HandOverFailure> {
+        let disk = served.facts().ok_or(HandOverFailure::ImageInProcess)?;
         let mut descriptors = Descriptors::default();
         let hello = (|| {
             let mut duplicate = |file: Option<(&Path, &dyn AsFd)>| {
@@ -113,14 +112,14 @@ impl InheritedFiles<'_> {
                 misses_attendant: requires_attendant,
             })
         })();
-        hello.map(|hello| (hello, descriptors)).map_err(|error: io::Error| format!("no descriptor is left: {error}"))
+        hello.map(|hello| (hello, descriptors)).map_err(HandOverFailure::OutOfDescriptors)
     }
 }
 
 /// The result of a hand-over.
 pub(super) enum HandOverOutcome {
     /// This daemon serves on, for this reason.
-    Failed(String),
+    Failed(HandOverFailure),
     /// The disk belongs to the new daemon.
     HandedOver(NewDaemon),
 }
@@ -152,8 +151,8 @@ impl HandOver {
         served: &Arc<dyn Served>,
         files: &InheritedFiles<'_>,
         requests: &HandOverRequests,
-    ) -> Result<HandOver, String> {
-        let failed = |error: io::Error| format!("no thread or descriptor is left: {error}");
+    ) -> Result<HandOver, HandOverFailure> {
+        let failed = HandOverFailure::OutOfResources;
         let connection = request.stream.try_clone().map_err(failed)?;
         let channel = Channel::new(request.stream).map_err(failed)?;
         let hello = files.hello(&**served, request.requires_attendant);
@@ -163,7 +162,7 @@ impl HandOver {
             let outcome = match hand_over(&channel, &*served, hello, &leaving) {
                 Ok(new) => HandOverOutcome::HandedOver(new),
                 Err(reason) => {
-                    refuse(&channel, &reason);
+                    refuse(&channel, &reason.to_string());
                     HandOverOutcome::Failed(reason)
                 }
             };
@@ -184,7 +183,7 @@ impl HandOver {
     /// Waits for the end of the hand-over. Returns its result.
     pub(super) fn outcome(self) -> HandOverOutcome {
         // A panic would have ended the process.
-        self.thread.join().unwrap_or_else(|_| HandOverOutcome::Failed("a defect".into()))
+        self.thread.join().unwrap_or(HandOverOutcome::Failed(HandOverFailure::Panicked))
     }
 }
 
@@ -200,12 +199,12 @@ fn refuse(channel: &Channel, reason: &str) {
 fn hand_over(
     channel: &Channel,
     served: &dyn Served,
-    hello: Result<(Hello, Descriptors), String>,
+    hello: Result<(Hello, Descriptors), HandOverFailure>,
     leaving: &AtomicBool,
-) -> Result<NewDaemon, String> {
+) -> Result<NewDaemon, HandOverFailure> {
     let starter = match receive(channel, MESSAGE_TIMEOUT_RINGS_RUNNING, None)? {
-        (NewDaemonMessage::Begin, descriptors) => Starter::received(descriptors).map_err(|error| error.to_string())?,
-        _ => return Err(UNEXPECTED_MESSAGE.into()),
+        (NewDaemonMessage::Begin, descriptors) => Starter::received(descriptors).map_err(HandOverFailure::Starter)?,
+        _ => return Err(HandOverFailure::UnexpectedMessage),
     };
     let starter = starter.as_ref();
     // An error of `hello` can be sent only now: before `Begin`, the new daemon expects JSON of the control protocol.
@@ -213,12 +212,12 @@ fn hand_over(
     send(channel, &OldDaemonMessage::Hello(Box::new(hello)), &descriptors.into_list())?;
     let files = match receive(channel, MESSAGE_TIMEOUT_RINGS_RUNNING, starter)? {
         (NewDaemonMessage::Ready(files), _) => files,
-        _ => return Err(UNEXPECTED_MESSAGE.into()),
+        _ => return Err(HandOverFailure::UnexpectedMessage),
     };
     sync_ahead(served)?;
     check_starter(starter)?;
     leaving.store(true, Ordering::Release);
-    let mut handed_over = served.hand_over(DRAIN_TIMEOUT)?;
+    let mut handed_over = served.hand_over(DRAIN_TIMEOUT).map_err(HandOverFailure::Disk)?;
     let (mut descriptors, mut front_end) = (Descriptors::default(), None);
     if let Some(saved) = handed_over.session.take() {
         descriptors = saved.descriptors;
@@ -236,7 +235,7 @@ fn hand_over(
     send(channel, &OldDaemonMessage::State(Box::new(state)), &descriptors)?;
     match receive(channel, MESSAGE_TIMEOUT_RINGS_STOPPED, starter)? {
         (NewDaemonMessage::Prepared, _) => {}
-        _ => return Err(UNEXPECTED_MESSAGE.into()),
+        _ => return Err(HandOverFailure::UnexpectedMessage),
     }
     check_starter(starter)?;
     send(channel, &OldDaemonMessage::Go, &[])?;
@@ -246,10 +245,10 @@ fn hand_over(
 }
 
 /// Syncs the image while the virtqueues run, so that the sync during the guest's pause is short.
-fn sync_ahead(served: &dyn Served) -> Result<(), String> {
+fn sync_ahead(served: &dyn Served) -> Result<(), HandOverFailure> {
     for _ in 0..MAX_SYNCS {
         let start = Instant::now();
-        served.sync_ahead().map_err(|error| format!("the image cannot be synced: {error}; fix the storage"))?;
+        served.sync_ahead().map_err(HandOverFailure::NotSynced)?;
         if start.elapsed() < LONG_SYNC {
             break;
         }
@@ -257,12 +256,9 @@ fn sync_ahead(served: &dyn Served) -> Result<(), String> {
     Ok(())
 }
 
-const UNEXPECTED_MESSAGE: &str =
-    "the new virtioblkd sent a message out of turn; restart this daemon instead, and please report it as a defect";
-
 /// Fails if the starter has given up. The caller takes its next step right after this check.
-fn check_starter(starter: Option<&Starter>) -> Result<(), String> {
-    if starter.is_some_and(Starter::has_given_up) { Err(GAVE_UP.into()) } else { Ok(()) }
+fn check_starter(starter: Option<&Starter>) -> Result<(), HandOverFailure> {
+    if starter.is_some_and(Starter::has_given_up) { Err(HandOverFailure::StarterGaveUp) } else { Ok(()) }
 }
 
 /// Receives the next message of the new daemon. Fails early if the starter gives up.
@@ -270,16 +266,16 @@ fn receive(
     channel: &Channel,
     timeout: Duration,
     starter: Option<&Starter>,
-) -> Result<(NewDaemonMessage, Vec<OwnedFd>), String> {
+) -> Result<(NewDaemonMessage, Vec<OwnedFd>), HandOverFailure> {
     let mut left = timeout;
     if let Some(starter) = starter {
         left = wait_for_either(channel, starter, timeout);
         check_starter(Some(starter))?;
     }
     match channel.receive(left) {
-        Ok((NewDaemonMessage::Failed(reason), _)) => Err(format!("the new virtioblkd gives up: {reason}")),
+        Ok((NewDaemonMessage::Failed(reason), _)) => Err(HandOverFailure::NewDaemon(reason)),
         Ok(message) => Ok(message),
-        Err(error) => Err(format!("the new virtioblkd: {error}")),
+        Err(error) => Err(HandOverFailure::NotReceived(error)),
     }
 }
 
@@ -293,10 +289,8 @@ fn wait_for_either(channel: &Channel, starter: &Starter, timeout: Duration) -> D
     }
 }
 
-fn send(channel: &Channel, message: &OldDaemonMessage, descriptors: &[OwnedFd]) -> Result<(), String> {
-    channel
-        .send(message, descriptors, MESSAGE_TIMEOUT_RINGS_STOPPED)
-        .map_err(|error| format!("the new virtioblkd does not read its messages: {error}"))
+fn send(channel: &Channel, message: &OldDaemonMessage, descriptors: &[OwnedFd]) -> Result<(), HandOverFailure> {
+    channel.send(message, descriptors, MESSAGE_TIMEOUT_RINGS_STOPPED).map_err(HandOverFailure::NotRead)
 }
 
 /// How this process was started, for `virtioblkctl upgrade`, which starts the new daemon the same way. Returns `None` if a
@@ -322,7 +316,7 @@ pub(super) fn command_line() -> Option<CommandLine> {
 const TAKE_OVER: &str = "--take-over";
 
 /// Logs that a hand-over failed, and allows the next one. Called by the main thread.
-pub(super) fn record_failure(requests: &HandOverRequests, reason: &str) {
+pub(super) fn record_failure(requests: &HandOverRequests, reason: &HandOverFailure) {
     log_limited!(COMMAND_LOG, Error, "the upgrade failed, and this daemon serves on: {reason}");
     requests.leaving.store(false, Ordering::Release);
     requests.is_running.store(false, Ordering::Release);

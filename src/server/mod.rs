@@ -15,7 +15,7 @@
 //! | `permissions` | what the sandbox must permit for it |
 //! | `socket`, `inherited` | the vhost-user socket, bound here or inherited from the service manager (UNSAFE) |
 //! | `front_ends/` | accepts front-ends and serves one at a time |
-//! | `hand_over`, `take_over` | an upgrade in place: the old daemon's side, and the new one's |
+//! | `hand_over`, `hand_over_failure`, `take_over` | an upgrade in place: the old daemon's side, and the new one's |
 //! | `check`, `run_command` | `--check` starts nothing; `--run` serves as long as a command runs |
 
 mod check;
@@ -23,6 +23,7 @@ mod daemon;
 mod files;
 mod front_ends;
 mod hand_over;
+mod hand_over_failure;
 mod inherited;
 pub mod permissions;
 pub mod run_command;
@@ -59,7 +60,7 @@ use crate::sandbox::SandboxError;
 use crate::upgrade::{DiskFacts, LimitsState};
 use crate::virtio::SessionEnd;
 use crate::virtio::device::hand_over::{HandedOver, Steps};
-use crate::virtio::vhost_user::save_restore::SavedSession;
+use crate::virtio::vhost_user::save_restore::{HandOverError, SavedSession};
 use check::PlaceError;
 use daemon::Daemon;
 use files::DaemonFiles;
@@ -101,7 +102,7 @@ pub(crate) trait Served: Send + Sync {
     /// Pauses the disk and makes it durable, so that another process can take it over. The caller starts no front-end
     /// meanwhile. Requests in flight have `timeout` to finish. On an error, which says why, this process serves on. Called
     /// by the hand-over's thread.
-    fn hand_over(&self, timeout: Duration) -> Result<HandedOver, String>;
+    fn hand_over(&self, timeout: Duration) -> Result<HandedOver, HandOverError>;
 
     /// Claims the image, which the old daemon has released. Called by the main thread.
     fn take_over(&self) -> io::Result<()>;

@@ -17,7 +17,7 @@ use super::Served;
 use super::front_ends::FrontEnds;
 use crate::base::logging;
 use crate::config::{Config, Listen};
-use crate::control::client::{Client, REPLY_TIMEOUT};
+use crate::control::client::{Client, Failure, REPLY_TIMEOUT};
 use crate::control::protocol::return_types::TookOver;
 use crate::upgrade::{
     self, Channel, Descriptors, FilesTakenOver, GAVE_UP, HandOverState, Hello, NewDaemonMessage, OldDaemonMessage,
@@ -33,15 +33,65 @@ const SYNC_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Why this process does not take over, and how to fix it.
 #[derive(Debug)]
-pub struct TakeOverError(PathBuf, String);
+pub struct TakeOverError {
+    /// The path of the old daemon's control socket.
+    control: PathBuf,
+    cause: TakeOverFailure,
+}
 
 impl fmt::Display for TakeOverError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "--take-over '{}': {}", self.0.display(), self.1)
+        write!(f, "--take-over '{}': {}", self.control.display(), self.cause)
     }
 }
 
 impl std::error::Error for TakeOverError {}
+
+/// What ended a take-over.
+#[derive(Debug)]
+enum TakeOverFailure {
+    /// The starter's pipe cannot be used.
+    Starter(io::Error),
+    /// The starter no longer wants the upgrade.
+    StarterGaveUp,
+    /// The old daemon's control socket cannot be used, or it refuses the request.
+    Control(Failure),
+    /// The old daemon does not know the request.
+    TooOld,
+    /// The connection cannot be used.
+    Channel(io::Error),
+    /// The old daemon does not read its messages.
+    NotRead(io::Error),
+    /// The old daemon sends nothing, or nothing that can be read.
+    NotReceived(io::Error),
+    /// The old daemon gave this reason and serves on.
+    Refused(String),
+    /// The old daemon sent a message that is not the next one.
+    UnexpectedMessage,
+    /// A step of this process failed, and the old daemon got this reason.
+    Aborted(String),
+}
+
+impl fmt::Display for TakeOverFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            TakeOverFailure::Starter(error) | TakeOverFailure::Channel(error) => error.fmt(f),
+            TakeOverFailure::StarterGaveUp => f.write_str(GAVE_UP),
+            TakeOverFailure::Control(failure) => f.write_str(&failure.message),
+            TakeOverFailure::TooOld => {
+                f.write_str("the running virtioblkd is too old for an upgrade: restart it instead")
+            }
+            TakeOverFailure::NotRead(error) => {
+                write!(f, "the running virtioblkd does not read its messages: {error}")
+            }
+            TakeOverFailure::NotReceived(error) => write!(f, "the running virtioblkd: {error}; see its log"),
+            TakeOverFailure::UnexpectedMessage => f.write_str(
+                "the running virtioblkd sent a message out of turn; restart it instead, and please report it as a defect",
+            ),
+            TakeOverFailure::Refused(reason) | TakeOverFailure::Aborted(reason) => f.write_str(reason),
+        }
+    }
+}
 
 /// A take-over: the connection to the old daemon, and what that sent with `Hello`.
 pub(super) struct TakeOver {
@@ -78,27 +128,27 @@ impl TakeOver {
         if let Err(errno) = rustix::process::setsid() {
             log::debug!("cannot start a session: {errno}");
         }
-        let refuse = |reason: String| TakeOverError(path.to_owned(), reason);
-        let starter = Starter::of_this_process().map_err(|error| refuse(error.to_string()))?;
+        let refuse = |cause| TakeOverError { control: path.to_owned(), cause };
+        let starter = Starter::of_this_process().map_err(|error| refuse(TakeOverFailure::Starter(error)))?;
         if starter.as_ref().is_some_and(Starter::has_given_up) {
-            return Err(refuse(GAVE_UP.into()));
+            return Err(refuse(TakeOverFailure::StarterGaveUp));
         }
-        let mut client = Client::connect(path).map_err(|failure| refuse(failure.message))?;
+        let mut client = Client::connect(path).map_err(|failure| refuse(TakeOverFailure::Control(failure)))?;
         let reply = client.execute("hand-over", json!({ "version": VERSION }), REPLY_TIMEOUT);
         reply.map_err(|failure| match failure.code.as_str() {
-            "unknown-command" => refuse("the running virtioblkd is too old for an upgrade: restart it instead".into()),
-            _ => refuse(failure.message),
+            "unknown-command" => refuse(TakeOverFailure::TooOld),
+            _ => refuse(TakeOverFailure::Control(failure)),
         })?;
-        let stream = client.into_stream().map_err(|failure| refuse(failure.message))?;
-        let channel = Channel::new(stream).map_err(|error| refuse(error.to_string()))?;
+        let stream = client.into_stream().map_err(|failure| refuse(TakeOverFailure::Control(failure)))?;
+        let channel = Channel::new(stream).map_err(|error| refuse(TakeOverFailure::Channel(error)))?;
         let pipe: Result<Vec<OwnedFd>, io::Error> = starter.iter().map(Starter::copy).collect();
-        let pipe = pipe.map_err(|error| refuse(error.to_string()))?;
+        let pipe = pipe.map_err(|error| refuse(TakeOverFailure::Starter(error)))?;
         channel
             .send(&NewDaemonMessage::Begin, &pipe, MESSAGE_TIMEOUT)
-            .map_err(|error| refuse(describe_send_error(&error)))?;
+            .map_err(|error| refuse(TakeOverFailure::NotRead(error)))?;
         let (hello, descriptors) = match receive(&channel, MESSAGE_TIMEOUT).map_err(refuse)? {
             (OldDaemonMessage::Hello(hello), descriptors) => (*hello, Descriptors::new(descriptors)),
-            _ => return Err(refuse(UNEXPECTED_MESSAGE.into())),
+            _ => return Err(refuse(TakeOverFailure::UnexpectedMessage)),
         };
         let files = FilesTakenOver::default();
         let take_over = TakeOver { path: path.to_owned(), channel, hello, descriptors, files, starter };
@@ -147,7 +197,7 @@ impl TakeOver {
         if let Err(error) = self.channel.send(&NewDaemonMessage::Failed(reason.to_owned()), &[], MESSAGE_TIMEOUT) {
             log::debug!("cannot report to the running virtioblkd why the take-over ends: {error}");
         }
-        TakeOverError(self.path.clone(), reason.to_owned())
+        TakeOverError { control: self.path.clone(), cause: TakeOverFailure::Aborted(reason.to_owned()) }
     }
 
     /// Takes the guest over. On success the guest's virtqueues run in this process. Returns the figures for the status, and
@@ -157,11 +207,11 @@ impl TakeOver {
         served: &dyn Served,
         front_ends: &mut FrontEnds,
     ) -> Result<TakenOver, TakeOverError> {
-        let refuse = |reason| TakeOverError(self.path.clone(), reason);
+        let refuse = |cause| TakeOverError { control: self.path.clone(), cause };
         send(&self.channel, &NewDaemonMessage::Ready(self.files)).map_err(refuse)?;
         let (state, descriptors) = match receive(&self.channel, SYNC_TIMEOUT).map_err(refuse)? {
             (OldDaemonMessage::State(state), descriptors) => (*state, Descriptors::new(descriptors)),
-            _ => return Err(refuse(UNEXPECTED_MESSAGE.into())),
+            _ => return Err(refuse(TakeOverFailure::UnexpectedMessage)),
         };
         let HandOverState { since, drained_in, counts, latency, limits, front_end } = state;
         served.resume_counts(&counts, &latency);
@@ -173,7 +223,7 @@ impl TakeOver {
         let session = session.transpose().map_err(|reason| {
             // The image is released before the old daemon is informed, because that claims it at once.
             served.release_image();
-            self.abort(&reason)
+            self.abort(&reason.to_string())
         })?;
         // An old daemon of a version before the starter's pipe does not check the starter itself.
         if self.starter.as_ref().is_some_and(Starter::has_given_up) {
@@ -183,7 +233,7 @@ impl TakeOver {
         send(&self.channel, &NewDaemonMessage::Prepared).map_err(refuse)?;
         match receive(&self.channel, MESSAGE_TIMEOUT).map_err(refuse)? {
             (OldDaemonMessage::Go, _) => {}
-            _ => return Err(refuse(UNEXPECTED_MESSAGE.into())),
+            _ => return Err(refuse(TakeOverFailure::UnexpectedMessage)),
         }
         // From here on the guest belongs to this process, and no error may end the take-over.
         if let Some((go, running)) = session
@@ -212,15 +262,21 @@ impl TakeOver {
         record: crate::upgrade::session_state::SessionState,
         mut descriptors: Descriptors,
         front_ends: &mut FrontEnds,
-    ) -> Result<(mpsc::Sender<()>, mpsc::Receiver<()>), String> {
-        let stream = descriptors.take(number).map(UnixStream::from).map_err(|error| error.to_string())?;
+    ) -> io::Result<(mpsc::Sender<()>, mpsc::Receiver<()>)> {
+        let stream = descriptors.take(number).map(UnixStream::from)?;
         let (prepared, is_prepared) = mpsc::channel();
         let (go, may_go) = mpsc::channel();
         let (running, is_running) = mpsc::channel();
         let steps = Steps { prepared, go: may_go, running };
         let started = front_ends.restore_session(SavedSession { stream, record, descriptors }, steps);
-        started.map_err(|error| format!("no thread or descriptor left for the front-end: {error}"))?;
-        is_prepared.recv().unwrap_or_else(|_| Err("the front-end's thread ended".into()))?;
+        let failed = |what: &str, error: io::Error| io::Error::new(error.kind(), format!("{what}: {error}"));
+        started.map_err(|error| failed("no thread or descriptor left for the front-end", error))?;
+        match is_prepared.recv() {
+            Ok(prepared) => {
+                prepared.map_err(|error| failed("the front-end's connection cannot be taken over", error))?;
+            }
+            Err(_) => return Err(io::Error::other("the front-end's thread ended")),
+        }
         Ok((go, is_running))
     }
 }
@@ -234,21 +290,14 @@ pub(super) fn print_figures(figures: &TookOver) {
     }
 }
 
-const UNEXPECTED_MESSAGE: &str =
-    "the running virtioblkd sent a message out of turn; restart it instead, and please report it as a defect";
-
-fn send(channel: &Channel, message: &NewDaemonMessage) -> Result<(), String> {
-    channel.send(message, &[], MESSAGE_TIMEOUT).map_err(|error| describe_send_error(&error))
+fn send(channel: &Channel, message: &NewDaemonMessage) -> Result<(), TakeOverFailure> {
+    channel.send(message, &[], MESSAGE_TIMEOUT).map_err(TakeOverFailure::NotRead)
 }
 
-fn describe_send_error(error: &io::Error) -> String {
-    format!("the running virtioblkd does not read its messages: {error}")
-}
-
-fn receive(channel: &Channel, timeout: Duration) -> Result<(OldDaemonMessage, Vec<OwnedFd>), String> {
+fn receive(channel: &Channel, timeout: Duration) -> Result<(OldDaemonMessage, Vec<OwnedFd>), TakeOverFailure> {
     match channel.receive(timeout) {
-        Ok((OldDaemonMessage::Refused(reason), _)) => Err(reason),
+        Ok((OldDaemonMessage::Refused(reason), _)) => Err(TakeOverFailure::Refused(reason)),
         Ok(received) => Ok(received),
-        Err(error) => Err(format!("the running virtioblkd: {error}; see its log")),
+        Err(error) => Err(TakeOverFailure::NotReceived(error)),
     }
 }

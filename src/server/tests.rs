@@ -101,7 +101,7 @@ impl Served for Disk {
         unimplemented!("no test takes over")
     }
 
-    fn hand_over(&self, _: Duration) -> Result<HandedOver, String> {
+    fn hand_over(&self, _: Duration) -> Result<HandedOver, HandOverError> {
         unimplemented!("no test takes over")
     }
 

@@ -36,7 +36,7 @@ use crate::engine::throttle::Limits;
 use crate::export;
 use crate::upgrade::{DiskFacts, LimitsState};
 use crate::virtio::device::hand_over::{HandedOver, Steps};
-use crate::virtio::vhost_user::save_restore::SavedSession;
+use crate::virtio::vhost_user::save_restore::{HandOverError, SavedSession};
 use crate::virtio::{Device, DeviceOptions, SessionEnd, Tuning};
 
 /// The control thread calls this when a client sends `quit`.
@@ -295,10 +295,10 @@ impl Served for ServedDisk {
         self.device.sync_ahead()
     }
 
-    fn hand_over(&self, timeout: Duration) -> Result<HandedOver, String> {
+    fn hand_over(&self, timeout: Duration) -> Result<HandedOver, HandOverError> {
         // The new daemon is ready. A guest's write may wait for an export, which this daemon cannot pass on.
         self.backend.end_exports("an upgrade has begun, and the next daemon does not know the instant; take it again");
-        self.device.hand_over(timeout).map_err(|error| error.to_string())
+        self.device.hand_over(timeout)
     }
 
     fn take_over(&self) -> io::Result<()> {

@@ -92,7 +92,7 @@ impl Drop for HandedOver {
 /// How the thread of [`Device::restore_session`] and the one that talks to the other process agree on each step.
 pub(crate) struct Steps {
     /// Gets a message when the session is restored and the image claimed, or the reason why not.
-    pub(crate) prepared: mpsc::Sender<Result<(), String>>,
+    pub(crate) prepared: mpsc::Sender<std::io::Result<()>>,
     /// A message: the session is this process's. The end of the channel: it stays with the other process.
     pub(crate) go: mpsc::Receiver<()>,
     /// Gets a message when every ring has popped what was in it.
@@ -124,7 +124,7 @@ impl Device {
         self.spoke.store(record.negotiated() != (None, 0), Relaxed);
         let (session, restored) = match self.restore(front_end, record, &mut descriptors) {
             Ok(session) => (Some(session), Ok(())),
-            Err(error) => (None, Err(format!("the front-end's connection cannot be taken over: {error}"))),
+            Err(error) => (None, Err(error)),
         };
         // When no thread receives this, the hand-over has been abandoned.
         let heard = steps.prepared.send(restored).is_ok();
