@@ -60,7 +60,8 @@ pub enum Refusal {
     TooMany,
     /// The disk was held for as long as its holders together may hold it.
     MaxHold,
-    /// The attendant that must consent did not ([`super::AttendCommand`]). The coordinator itself never returns this.
+    /// The attendant that must consent did not ([`crate::control::protocol::AttendCommand`]). The coordinator itself never
+    /// returns this.
     NotPrepared,
     /// The daemon ends.
     Shutdown,
