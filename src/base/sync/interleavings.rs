@@ -58,10 +58,15 @@ const ORDERS: usize = 1000;
 const MAX_STEPS: usize = 20_000;
 const SEED: u64 = 7;
 
+/// The stack of a model's thread in bytes; shuttle's default is 32 KiB. A worker of the device needs more than that in a
+/// build without optimization, and an overflow ends the tests by SIGSEGV.
+const STACK_SIZE: usize = 1 << 20;
+
 fn run(model: impl Fn() + Send + Sync + 'static) {
     let mut config = Config::new();
     config.max_steps = MaxSteps::FailAfter(MAX_STEPS);
     config.failure_persistence = FailurePersistence::None;
+    config.stack_size = STACK_SIZE;
     let orders = std::env::var("VIRTIOBLKD_ORDERS").map_or(ORDERS, |orders| orders.parse().expect("a number"));
     Runner::new(RandomScheduler::new_from_seed(SEED, orders), config).run(model);
 }
