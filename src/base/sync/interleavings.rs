@@ -58,7 +58,7 @@ const ORDERS: usize = 1000;
 const MAX_STEPS: usize = 20_000;
 const SEED: u64 = 7;
 
-/// The stack of a model's thread in bytes; shuttle's default is 32 KiB. A worker of the device needs more than that in a
+/// The stack of a model's thread in bytes; shuttle's default is 60 KiB. A worker of the device needs more than that in a
 /// build without optimization, and an overflow ends the tests by SIGSEGV.
 const STACK_SIZE: usize = 1 << 20;
 
