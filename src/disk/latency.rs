@@ -78,7 +78,12 @@ impl Histogram {
     /// Records a time in [`ticks`]. Only one thread may call this.
     #[inline]
     pub(crate) fn record(&self, ticks: u64) {
-        add(&self.bins[bin(ticks)], 1);
+        self.record_in(bin(ticks), ticks);
+    }
+
+    #[inline]
+    fn record_in(&self, bin: usize, ticks: u64) {
+        add(&self.bins[bin], 1);
         add(&self.sum, ticks);
     }
 
@@ -103,6 +108,18 @@ pub(crate) struct LatencyCounters {
 }
 
 impl LatencyCounters {
+    /// Records a completed request, and its back-end's share if it has one. Most often the two are the same, in one bin.
+    #[inline]
+    pub(crate) fn record(&self, kind: Kind, took: u64, backend_took: Option<u64>) {
+        let at = bin(took);
+        self.request[kind as usize].record_in(at, took);
+        match backend_took {
+            Some(share) if share == took => self.backend[kind as usize].record_in(at, share),
+            Some(share) => self.backend[kind as usize].record(share),
+            None => {}
+        }
+    }
+
     /// The present values, for clients.
     pub(crate) fn read(&self) -> LatencyStatus {
         let by_kind = |histograms: &[Histogram; 5]| {

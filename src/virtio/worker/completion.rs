@@ -17,12 +17,13 @@ impl Worker {
     pub(super) fn finish(&mut self, head: u16, result: Result<(), Errno>) {
         let request = self.requests.get_mut(head);
         let (kind, offset, len) = (request.kind, request.offset, request.len);
-        let (written, status_at, popped) = (request.written, request.status_at, request.popped);
+        let (written, status_at) = (request.written, request.status_at);
+        let (popped, backend_took) = (request.popped, request.backend_took);
         let writes = std::mem::take(&mut request.writes);
         self.requests.remove(head);
         self.count(kind, if result.is_ok() { len } else { 0 });
         let took = self.clock.now().saturating_sub(popped);
-        self.counters.latency.request[kind as usize].record(took);
+        self.counters.latency.record(kind, took, backend_took);
         self.log_writes(&writes);
         let status = match result {
             Ok(()) => request::OK,

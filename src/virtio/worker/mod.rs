@@ -262,7 +262,7 @@ impl Worker {
         let any = !completions.is_empty();
         for Completion { id, result, buf } in completions.drain(..) {
             let token = token(id);
-            self.record_backend(token);
+            self.note_backend_latency(token);
             match (token, result) {
                 (Token::Sync, Ok(())) => {
                     self.unsynced.sync_succeeded();
@@ -275,6 +275,7 @@ impl Worker {
                     }
                 }
                 (Token::Data(head), Err(errno)) if self.retains(errno) => {
+                    self.record_failed_attempt(head);
                     self.requests.restore_op(head, buf);
                     self.engine.complete(token, result);
                     continue;
@@ -318,18 +319,28 @@ impl Worker {
         }
     }
 
-    /// Records how long the back-end took for an op.
+    /// The completion of an op was found: records how long a sync took, and notes how long an op of a request took.
     #[inline]
-    fn record_backend(&mut self, token: Token) {
+    fn note_backend_latency(&mut self, token: Token) {
         let now = self.clock.now();
-        let (kind, since) = match token {
+        match token {
             Token::Data(head) => {
                 let request = self.requests.get_mut(head);
-                (request.kind, request.since)
+                request.backend_took = Some(now.saturating_sub(request.since));
             }
-            Token::Sync => (Kind::Flush, self.sync_since),
-        };
-        self.counters.latency.backend[kind as usize].record(now.saturating_sub(since));
+            Token::Sync => {
+                let took = now.saturating_sub(self.sync_since);
+                self.counters.latency.backend[Kind::Flush as usize].record(took);
+            }
+        }
+    }
+
+    /// Records the latency of an op that failed and will be tried again.
+    fn record_failed_attempt(&mut self, head: u16) {
+        let request = self.requests.get_mut(head);
+        if let Some(took) = request.backend_took.take() {
+            self.counters.latency.backend[request.kind as usize].record(took);
+        }
     }
 
     /// A write at the head of the virtqueue waits at the closed gate.

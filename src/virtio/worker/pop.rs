@@ -128,6 +128,7 @@ impl Worker {
             return admission;
         }
         let data_in = if kind == Kind::Read { len as u32 } else { 0 };
+        let now = self.clock.now();
         let pending = PendingRequest {
             kind,
             op,
@@ -137,8 +138,9 @@ impl Worker {
             written: data_in.saturating_add(1),
             offset,
             len,
-            popped: self.clock.now(),
-            since: self.clock.now(),
+            popped: now,
+            since: now,
+            backend_took: None,
             writes: self.segments_to_log(&command),
         };
         self.requests.insert(request.head, pending);

@@ -27,6 +27,8 @@ pub(super) struct PendingRequest {
     pub(super) popped: u64,
     /// When its op was given to the back-end, or when the request was retried last. A flush: when it was popped.
     pub(super) since: u64,
+    /// How long the back-end took. `None`: it has not completed the op, or there is none (a flush).
+    pub(super) backend_took: Option<u64>,
     /// The guest memory that the request writes, for the dirty log. Empty without a log.
     pub(super) writes: Vec<Segment>,
 }
