@@ -185,7 +185,7 @@ fn words_that_are_no_attributes_are_named() {
     refused(&[&image, "file=/b"], &["file= is given twice"]);
     refused(&["fi le=/x"], &["'fi le' is no attribute's name"]);
     refused(&[&image, "rbd_option=rbd_cache"], &["give rbd_option=NAME=VALUE"]);
-    refused(&[&image, "total_iops_sec=9"], &["does not limit rates yet"]);
+    refused(&[&image, "total_iops_sec=a"], &["total-iops-sec is a whole number"]);
     refused(&[&image, "cahce=none"], &["nearest known one is 'cache'"]);
     assert_eq!(scene.left(), Vec::<String>::new());
 }

@@ -64,11 +64,7 @@ fn survived(fault: &Fault, place: &Path) -> Vec<String> {
 /// The changed engine's test program.
 fn compile(fault: &Fault, place: &Path) -> PathBuf {
     let engine = place.join("engine");
-    fs::create_dir_all(&engine).unwrap();
-    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/engine")).unwrap() {
-        let file = entry.unwrap().path();
-        fs::copy(&file, engine.join(file.file_name().unwrap())).unwrap();
-    }
+    copy_folder(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src/engine"), &engine);
     for change in fault.changes {
         let file = engine.join(change.file);
         let source = fs::read_to_string(&file).unwrap();
@@ -96,6 +92,20 @@ fn compile(fault: &Fault, place: &Path) -> PathBuf {
         .expect("rustc runs");
     assert!(output.status.success(), "{} does not compile: {}", fault.name, text(&output));
     program
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy_folder(&entry.path(), &target),
+            false => {
+                fs::copy(entry.path(), target).unwrap();
+            }
+        }
+    }
 }
 
 fn explore(explorer: &Path, test: &str, variables: &[(&str, &str)]) -> Output {

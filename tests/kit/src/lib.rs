@@ -42,3 +42,15 @@ pub fn can_become_another_user() -> bool {
     }
     root
 }
+
+/// Whether this process ignores SIGHUP, as below nohup(1). The programs that it starts then ignore it too, by their design.
+/// Says so, because what SIGHUP does is then not tested.
+pub fn ignores_sighup() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").expect("the kernel's own file");
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).expect("a mask of signals");
+    let ignores = u64::from_str_radix(ignored.trim(), 16).expect("a mask in hexadecimal") & 1 != 0;
+    if ignores {
+        eprintln!("SKIPPED: SIGHUP, which this process was told to ignore (nohup)");
+    }
+    ignores
+}
