@@ -26,6 +26,8 @@ use crate::base::signals::Signals;
 use crate::base::systemd;
 use crate::control::client::{Client, Failure, Message, REPLY_TIMEOUT};
 
+/// A daemon that sends more messages than this at once is treated as lost, so that it delays no other.
+const MAX_MESSAGES_PER_TURN: usize = 1000;
 /// The time between two attempts to reach a daemon whose connection was lost.
 const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a daemon may take when it is reached again. Other daemons may send `PREPARE` meanwhile.
@@ -208,7 +210,14 @@ impl Attendant<'_> {
     /// Handles all messages of the daemons.
     fn listen(&mut self) {
         for at in 0..self.disks.len() {
+            let mut messages = 0;
             while let Some(client) = &mut self.disks[at].client {
+                messages += 1;
+                if messages > MAX_MESSAGES_PER_TURN {
+                    let desc = format!("'{}' sends events without end", self.disks[at].control.display());
+                    self.lose(at, &Failure::new("not-virtioblkd", desc));
+                    break;
+                }
                 match client.try_next() {
                     Ok(Some(Message::Event(event))) => self.event(at, &event),
                     Ok(Some(Message::Reply(Ok(_)))) => {}

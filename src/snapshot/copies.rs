@@ -13,6 +13,9 @@ use super::wait::{CancelFd, WaitEnd, wait};
 use crate::base::figures::bytes;
 use crate::control::client::{Client, Failure, REPLY_TIMEOUT};
 
+/// The most events of a daemon that are read before its copies are queried again.
+const MAX_EVENTS_PER_QUERY: usize = 1000;
+
 /// How often to query the progress of a copy when no event comes.
 const STATUS_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -132,8 +135,12 @@ pub fn wait_for(
             Err(error) => return Err(Failure::new("internal", format!("poll: {error}"))),
         }
         for copy in copies.iter() {
-            // An event only means that it is time to query again.
-            while disks.list[copy.disk].client()?.try_next()?.is_some() {}
+            // An event only means that it is time to query again. A daemon may send without end.
+            for _ in 0..MAX_EVENTS_PER_QUERY {
+                if disks.list[copy.disk].client()?.try_next()?.is_none() {
+                    break;
+                }
+            }
         }
     }
 }

@@ -29,6 +29,9 @@ pub const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest line in bytes. virtioblkd sends no longer one.
 const MAX_LINE: usize = 16 << 20;
 
+/// The most bytes of events that are kept while a reply is awaited. virtioblkd disconnects a client long before.
+const MAX_EVENT_BYTES: usize = 16 << 20;
+
 /// Why a command failed: a code for programs and a message for people.
 #[derive(Debug)]
 pub struct Failure {
@@ -66,6 +69,8 @@ pub struct Client {
     name: String,
     input: Vec<u8>,
     events: VecDeque<Value>,
+    /// The length of all `events` as text.
+    event_bytes: usize,
     /// The process that wrote everything which was read.
     writer: Writer,
 }
@@ -92,7 +97,8 @@ impl Client {
         let deadline = Instant::now() + timeout;
         let stream = open(path, deadline)?;
         let name = path.display().to_string();
-        let mut client = Client { stream, name, input: Vec::new(), events: VecDeque::new(), writer: Writer::None };
+        let mut client =
+            Client { stream, name, input: Vec::new(), events: VecDeque::new(), event_bytes: 0, writer: Writer::None };
         // Sent before the greeting is read: a vhost-user socket sends no greeting, but hangs up after a message that it
         // does not know. A daemon that refuses us may have hung up already; then its reason is read below.
         let _ = client.send("qmp_capabilities", json!({}));
@@ -151,9 +157,27 @@ impl Client {
         loop {
             match self.message(Some(deadline))? {
                 Message::Reply(reply) => return reply,
-                Message::Event(event) => self.events.push_back(event),
+                Message::Event(event) => self.keep(event)?,
             }
         }
+    }
+
+    /// Keeps an event for [`Client::next`]. Fails if the daemon sends so many that memory would run out.
+    fn keep(&mut self, event: Value) -> Result<(), Failure> {
+        self.event_bytes += event.to_string().len();
+        if self.event_bytes > MAX_EVENT_BYTES {
+            return Err(Failure::new("not-virtioblkd", format!("'{}' sends events without end", self.name)));
+        }
+        self.events.push_back(event);
+        Ok(())
+    }
+
+    fn kept(&mut self) -> Option<Value> {
+        let event = self.events.pop_front();
+        if self.events.is_empty() {
+            self.event_bytes = 0;
+        }
+        event
     }
 
     /// Sends a request together with a descriptor, and waits for the reply as [`Client::execute`] does.
@@ -186,7 +210,7 @@ impl Client {
 
     /// Returns the next event or reply. Without a deadline it waits for ever.
     pub fn next(&mut self, deadline: Option<Instant>) -> Result<Message, Failure> {
-        match self.events.pop_front() {
+        match self.kept() {
             Some(event) => Ok(Message::Event(event)),
             None => self.message(deadline),
         }
@@ -194,7 +218,7 @@ impl Client {
 
     /// Returns the next event or reply if it has arrived. Never waits. For callers that poll several daemons.
     pub fn try_next(&mut self) -> Result<Option<Message>, Failure> {
-        match self.events.pop_front() {
+        match self.kept() {
             Some(event) => Ok(Some(Message::Event(event))),
             None => self.try_message(),
         }
@@ -205,7 +229,7 @@ impl Client {
         loop {
             match self.try_message()? {
                 Some(Message::Reply(reply)) => return Ok(Some(reply)),
-                Some(Message::Event(event)) => self.events.push_back(event),
+                Some(Message::Event(event)) => self.keep(event)?,
                 None => return Ok(None),
             }
         }
@@ -252,6 +276,10 @@ impl Client {
             searched = self.input.len();
             if searched > MAX_LINE {
                 return Err(Failure::new("not-virtioblkd", format!("'{}' does not speak QMP", self.name)));
+            }
+            // Also where something can be read at once: a daemon may send without end.
+            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                return Err(self.no_answer());
             }
             self.read_more(deadline)?;
         }
@@ -373,6 +401,8 @@ fn wait_readable(socket: impl AsFd, deadline: Option<Instant>) -> io::Result<boo
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixListener;
+
     use super::*;
     use crate::control::quiesce::{EndReason, Refusal};
     use crate::control::service::replies::{no_such_hold, refused};
@@ -394,6 +424,29 @@ mod tests {
             let shown = refusal(&line).unwrap().message;
             assert!(protocol.iter().all(|word| said.contains(word) && !shown.contains(word)), "{said}: {shown}");
             assert!(cli.iter().all(|word| shown.contains(word)), "{shown}");
+        }
+    }
+
+    /// A broken daemon holds nobody up, however much it sends.
+    #[test]
+    fn events_without_end_are_no_answer() {
+        let place = tempfile::tempdir().unwrap();
+        for event_bytes in [10, 1 << 20] {
+            let path = place.path().join(format!("control-{event_bytes}"));
+            let listener = UnixListener::bind(&path).unwrap();
+            let flooding = std::thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                stream.write_all(b"{\"QMP\": {}}\n{\"return\": {}}\n").unwrap();
+                let event = format!("{}\n", json!({"event": "X", "data": "x".repeat(event_bytes)}));
+                while stream.write_all(event.as_bytes()).is_ok() {}
+            });
+            let mut client = Client::connect(&path).unwrap();
+            let start = Instant::now();
+            let failure = client.execute("query-status", json!({}), Duration::from_millis(300)).unwrap_err();
+            assert!(start.elapsed() < Duration::from_secs(60), "{failure:?}");
+            assert!(["no-answer", "not-virtioblkd"].contains(&failure.code.as_str()), "{failure:?}");
+            drop(client);
+            flooding.join().unwrap();
         }
     }
 }
