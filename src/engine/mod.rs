@@ -158,6 +158,16 @@ impl Engine {
     /// `Blocked`.
     #[inline]
     pub fn offer(&mut self, id: RequestId, kind: Kind) -> Admission {
+        if kind != Kind::Read && !self.retained.is_empty() {
+            return Admission::Blocked;
+        }
+        self.offer_taken(id, kind)
+    }
+
+    /// Does the same for a request that the caller cannot leave in the virtqueue: it does not wait for those retained. While
+    /// the gate is closed, it is blocked like any other.
+    #[inline]
+    pub fn offer_taken(&mut self, id: RequestId, kind: Kind) -> Admission {
         let index = usize::from(id);
         if index >= self.stages.len() {
             self.stages.resize(index + 1, Stage::Free);
@@ -172,7 +182,7 @@ impl Engine {
             self.submit(id, false);
             return Admission::Admitted;
         }
-        if !self.retained.is_empty() || !self.gate.enter() {
+        if !self.gate.enter() {
             return Admission::Blocked;
         }
         match kind {
@@ -227,6 +237,16 @@ impl Engine {
         self.quiesce = Quiesce::Open;
         self.resumed = true;
         self.quiesce_result = None;
+    }
+
+    /// Whether a holder keeps the gate closed.
+    pub fn is_gate_closed(&self) -> bool {
+        self.gate.is_closed()
+    }
+
+    /// Whether [`Engine::offer`] blocks writes: the gate is closed, or a failed request is retained.
+    pub fn blocks_writes(&self) -> bool {
+        self.gate.is_closed() || !self.retained.is_empty()
     }
 
     /// The number of requests that passed the gate and are not done (flushes too): what a quiesce would drain.

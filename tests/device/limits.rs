@@ -1,15 +1,22 @@
 //! Limits of the disk's rates: what must wait stays in the ring, and nothing but the guest waits for a limit.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use kit::front_end::*;
+use kit::rig::Rig;
 use kit::wait::wait_until;
+use virtioblkd::backend::Errno;
+use virtioblkd::backend::mem::{CompletionOrder, Fault, MemBackend, MemOp, MemOptions};
 use virtioblkd::disk::Disk;
-use virtioblkd::engine::CacheMode;
 use virtioblkd::engine::throttle::{Limits, Words};
-use virtioblkd::virtio::Tuning;
+use virtioblkd::engine::{CacheMode, OnError};
+use virtioblkd::virtio::{DeviceOptions, Tuning};
 
 use super::file_rig::*;
+use super::tracking;
 
 /// A request of this size fills the bucket of [`SLOW`] for two minutes.
 static LARGE: [u8; 64 << 10] = [7; 64 << 10];
@@ -28,6 +35,15 @@ fn limits(values: &[(&str, u64)]) -> Limits {
 
 fn limited(values: &[(&str, u64)]) -> FileRig {
     rig_tuned(CacheMode::Writeback, |_| (), &Tuning { limits: limits(values), ..Tuning::default() })
+}
+
+/// A RAM disk with these limits, for a front-end that keeps the region of requests in flight.
+fn ram_disk(order: CompletionOrder, values: &[(&str, u64)], on_error: OnError) -> (Arc<MemBackend>, Rig) {
+    let disk = Arc::new(MemBackend::new(MemOptions { order, ..MemOptions::new(1 << 20) }));
+    let options =
+        DeviceOptions { mode: CacheMode::None, num_queues: 2, queue_size: tracking::SIZE, serial: String::new() };
+    let tuning = Tuning { limits: limits(values), on_error, ..Tuning::default() };
+    (disk.clone(), Rig::tuned(disk, &options, &tuning))
 }
 
 /// A disk whose ring 0 has written once and whose next write, at this slot, must wait for two minutes.
@@ -95,16 +111,104 @@ fn a_changed_limit_takes_effect_for_a_request_that_waits() {
 
 #[test]
 fn reads_and_flushes_pass_a_write_that_waits_for_a_limit_of_writes() {
-    let (rig, mut guest, slot) = waiting("write-bytes-sec");
+    let (_rig, mut guest, slot) = waiting("write-bytes-sec");
     let next = guest.add(0, OUT, 256, &LARGE, 0);
     assert_eq!(guest.read(0, 128, 512), (OK, vec![0; 512]), "behind both writes");
     assert_eq!(guest.flush(0), OK);
-    assert_eq!((rig.hold(1).unwrap().drained, rig.status().rings[0].in_flight), (0, 0));
-    rig.disk.open_gate();
     assert_eq!(guest.used_within(0, SOON), None);
     // What was set aside cannot be handed back to the front-end, so a stop has it done without the limit.
     assert_eq!(guest.stop_ring(0), 5);
     assert_eq!((guest.status(0, slot), guest.status(0, next)), (OK, OK));
+}
+
+/// Where the ring is stopped in a hold, nothing may be left but what the next server finds in it: it may run on another host,
+/// which has no region of requests in flight.
+#[test]
+fn a_stop_in_a_hold_leaves_nothing_that_was_set_aside() {
+    let rig = ram_disk(CompletionOrder::InOrder, &[("write-bytes-sec", SLOW)], OnError::Report).1;
+    let mut guest = tracking::Guest::new(&rig).front_end;
+    assert_eq!(guest.write(0, 0, &LARGE), OK);
+    let aside = guest.add(0, OUT, 128, &LARGE, 0);
+    assert_eq!(guest.read(0, 0, 512).0, OK, "behind the write");
+    assert_eq!(rig.hold(1).unwrap().drained, 1, "it goes before the gate closes");
+    assert_eq!(guest.wait(0), (aside, OK));
+    assert_eq!(rig.status().rings[0].in_flight, 0);
+    let held = guest.add(0, OUT, 256, &LARGE, 0);
+    guest.kick(0);
+    wait_until("the next one waits", || rig.status().rings[0].limited);
+    assert_eq!((guest.stop_ring(0), guest.status(0, held)), (3, UNANSWERED), "it was not taken");
+    rig.disk.open_gate();
+    rig.disk.set_limits(Limits::default());
+    let avail = guest.rings[0].avail;
+    guest.restart_ring(0, 3, avail);
+    assert_eq!(guest.wait(0), (held, OK));
+}
+
+#[test]
+fn a_hold_keeps_no_read_that_was_set_aside() {
+    let rig = limited(&[("read-bytes-sec", SLOW)]);
+    let mut guest = connect(&rig, 1);
+    assert_eq!(guest.read(0, 0, LARGE.len() as u32).0, OK);
+    let read = guest.add(0, IN, 0, &[], 512);
+    assert_eq!(guest.write(0, 0, &LARGE), OK, "behind the read");
+    rig.hold(1).unwrap();
+    assert_eq!(guest.wait(0), (read, OK));
+    rig.disk.open_gate();
+}
+
+#[test]
+fn what_was_set_aside_goes_before_a_hold_also_behind_a_retained_request() {
+    let (disk, rig) = ram_disk(CompletionOrder::OnRequest, &[("write-bytes-sec", SLOW)], OnError::Stop);
+    let _released = tracking::Released(disk.clone());
+    disk.fail(Fault { op: MemOp::Write, nth: 1, errno: Errno(28), transferred: 0 });
+    let mut guest = tracking::Guest::new(&rig).front_end;
+    let failing = guest.add(0, OUT, 0, &LARGE, 0);
+    let aside = guest.add(0, OUT, 128, &LARGE, 0);
+    guest.add(0, IN, 0, &[], 512);
+    guest.kick(0);
+    wait_until("the read passed", || disk.waiting() == 2);
+    disk.release(2);
+    assert_eq!(guest.wait(0).1, OK);
+    wait_until("the write is retained", || rig.status().rings[0].in_flight == 1);
+    rig.disk.close_gate(1);
+    wait_until("the other write goes", || disk.waiting() == 1);
+    disk.release(1);
+    assert_eq!(guest.wait(0), (aside, OK));
+    let stopped = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stopped.load(Relaxed) {
+                disk.release(1);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        assert_eq!(guest.stop_ring(0), 3);
+        stopped.store(true, Relaxed);
+    });
+    assert_eq!(guest.status(0, failing), OK);
+    rig.disk.open_gate();
+}
+
+/// What was set aside is counted when it goes early, and nothing is set aside until that has leaked.
+#[test]
+fn a_guest_that_resets_its_ring_again_and_again_keeps_the_limit() {
+    const QUEUED: u16 = 40;
+    let rig = limited(&[("write-iops-sec", 1)]);
+    let mut guest = connect(&rig, 1);
+    for _ in 0..QUEUED {
+        guest.add(0, OUT, 0, &[1; 512], 0);
+    }
+    assert_eq!(guest.read(0, 0, 512).0, OK, "behind the writes");
+    assert_eq!((guest.stop_ring(0), rig.status().total.writes), (QUEUED + 1, QUEUED.into()));
+    guest.reset_ring_memory(0);
+    guest.start_ring(0, 0);
+    let write = guest.add(0, OUT, 0, &[2; 512], 0);
+    guest.add(0, IN, 0, &[], 512);
+    guest.kick(0);
+    wait_until("the write waits", || rig.status().rings[0].limited);
+    // Its second is over, but those before it count.
+    assert_eq!(guest.used_within(0, Duration::from_millis(2500)), None);
+    assert_eq!((guest.stop_ring(0), guest.status(0, write)), (0, UNANSWERED));
 }
 
 #[test]
@@ -128,8 +232,16 @@ fn a_write_whose_time_comes_during_a_hold_waits_for_the_hold() {
     guest.kick(0);
     wait_until("the write is blocked", || rig.status().rings[0].held && !rig.status().rings[0].limited);
     assert_eq!(guest.used_within(0, SOON), None);
+    std::thread::sleep(Duration::from_secs(2));
     rig.disk.open_gate();
     assert_eq!(guest.wait(0), (held, OK));
+    let latency = rig.disk.latency();
+    assert!(
+        latency.limited.quantile(1.0) < Some(Duration::from_secs(1)),
+        "the hold is no limit: {:?}",
+        latency.limited
+    );
+    assert!(latency.held.quantile(1.0) > Some(Duration::from_secs(1)), "{:?}", latency.held);
 }
 
 #[test]

@@ -265,7 +265,7 @@ pub const FAULTS: &[Fault] = &[
     ),
     retaining(
         "a change is admitted while another one is retained",
-        &[engine("if !self.retained.is_empty() || !self.gate.enter() {", "if !self.gate.enter() {")],
+        &[engine("kind != Kind::Read && !self.retained.is_empty()", "false")],
         &["AdmittedWhileBlocked"],
     ),
     retaining(

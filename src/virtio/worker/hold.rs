@@ -47,6 +47,9 @@ impl UnsyncedBytes {
 impl Worker {
     /// Carries out [`super::WorkerCommand::CloseGate`].
     pub(super) fn close_gate(&mut self, epoch: u64) {
+        if !self.engine.is_gate_closed() {
+            self.admit_taken();
+        }
         let drained = u64::from(self.engine.writes_in_flight());
         self.hold = Some(HoldTimer { epoch, closed: Instant::now(), drained, drained_at: None });
         #[cfg(all(test, feature = "model"))]

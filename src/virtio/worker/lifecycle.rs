@@ -30,6 +30,8 @@ impl Worker {
 
     /// Carries out [`super::WorkerCommand::Pause`].
     pub(super) fn pause(&mut self, reached: Sender<()>) {
+        // What was popped must not depend on what the next server knows.
+        self.admit_aside();
         self.lifecycle = Lifecycle::Pausing(reached);
     }
 
@@ -50,7 +52,7 @@ impl Worker {
     /// Carries out [`super::WorkerCommand::Stop`].
     pub(super) fn stop(&mut self, mode: StopMode) {
         self.lifecycle = Lifecycle::Stopping(mode);
-        self.stop_limiting(mode);
+        self.stop_limiting();
         if mode == StopMode::Final {
             self.stop_retaining();
         }

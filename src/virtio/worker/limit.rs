@@ -4,9 +4,10 @@
 //! for what is in flight (a quiesce, a stop, an upgrade) waits for a limit. The worker sleeps until the request may go.
 //!
 //! Where reads and writes have limits of their own, a write that must wait would keep back the reads behind it. It is then
-//! popped and *set aside*: it is marked in the in-flight region and otherwise treated as if it were in the ring. Such heads
-//! are given to the next worker or server like those of [`super::resubmit`]. When the virtqueue stops for good, or when the
-//! limits are lifted, they go at once.
+//! popped and *set aside*, and marked in the in-flight region. From then on only this worker can be relied on to complete
+//! it: the position in the ring is past it, and another host does not get the region. So what was set aside goes at once,
+//! beyond the limits but counted, before a hold closes the gate, and when the virtqueue pauses or stops or the limits are
+//! lifted ([`Worker::admit_aside`]). Nothing is set aside while writes are blocked.
 //!
 //! Flushes are free. So are GET_ID, empty requests and refused ones, which do no I/O. A discard is one operation of no
 //! bytes: it transfers none, and a large one would keep the guest waiting for minutes.
@@ -21,7 +22,7 @@ use crate::disk::ticks;
 use crate::engine::Admission;
 use crate::engine::throttle::{Direction, Slot};
 use crate::virtio::blk::request::{BlkCommand, Request};
-use crate::virtio::rings::{Limiter, StopMode};
+use crate::virtio::rings::Limiter;
 
 /// A virtqueue's view of the limits.
 pub(super) struct RingLimit {
@@ -59,7 +60,7 @@ impl RingLimit {
         }
     }
 
-    /// Asks for the foremost request of its direction.
+    /// Whether the foremost request of its direction may go.
     fn ask(&mut self, direction: Direction, bytes: u64) -> Verdict {
         let now = self.limiter.now();
         let place = &mut self.slots[direction as usize];
@@ -88,6 +89,14 @@ impl RingLimit {
     fn time_left(&self) -> Option<Duration> {
         let at = self.head_goes_at.into_iter().chain(self.aside_goes_at).min()?;
         Some(self.limiter.time_until(at))
+    }
+
+    /// Counts a request that goes before its time. Returns when its time would have come.
+    fn charge(&mut self, direction: Direction, bytes: u64) -> u64 {
+        match self.ask(direction, bytes) {
+            Verdict::Goes => 0,
+            Verdict::Waits(at) => at,
+        }
     }
 
     fn give_back(&mut self) {
@@ -129,7 +138,7 @@ impl Worker {
         self.counters.limited.store(waits, Relaxed);
     }
 
-    /// Pops nothing: takes on what was set aside and may go by now.
+    /// Takes the requests that were set aside and may go now. Pops nothing from the ring.
     fn pop_aside(&mut self, walk_limit: u64) {
         if let Some(limit) = &mut self.limit {
             limit.aside_goes_at = None;
@@ -214,10 +223,12 @@ impl Worker {
     }
 
     /// Whether requests behind this one may be popped though this one must wait: the other direction has limits of its own.
-    /// Only one direction is set aside at a time.
+    /// Only one direction is set aside at a time. Nothing is while writes are blocked: a hold would keep it from completing.
     fn may_set_aside(&self, request: &Request) -> bool {
         let (Some(limit), Some((direction, _))) = (&self.limit, counted(request)) else { return false };
-        (limit.aside.is_empty() || limit.aside_direction == direction) && limit.limiter.limits().is_split()
+        !self.engine.blocks_writes()
+            && (limit.aside.is_empty() || limit.aside_direction == direction)
+            && limit.limiter.may_set_aside()
     }
 
     fn set_aside(&mut self, head: u16, request: &Request, at: Option<u64>) {
@@ -239,7 +250,9 @@ impl Worker {
             && let Some(slot) = limit.slots[direction as usize].take()
             && slot.at > limit.counted_at[direction as usize]
         {
-            let waited = limit.limiter.now().saturating_sub(limit.counted_at[direction as usize]);
+            // What it waited after its time, it waited at the gate.
+            let waited_until = slot.at.min(limit.limiter.now());
+            let waited = waited_until.saturating_sub(limit.counted_at[direction as usize]);
             self.counters.latency.limited.record(ticks(Duration::from_nanos(waited)));
         }
     }
@@ -254,30 +267,56 @@ impl Worker {
 
     /// Carries out [`super::WorkerCommand::Limit`].
     pub(super) fn set_limit(&mut self, limiter: Option<Arc<Limiter>>) {
+        if limiter.is_none() {
+            self.admit_aside();
+        }
         let old = self.limit.take();
         self.limit = limiter.map(|limiter| Box::new(RingLimit::new(limiter)));
-        let Some(old) = old else { return };
-        match &mut self.limit {
-            Some(new) => (new.aside, new.aside_direction) = (old.aside, old.aside_direction),
-            None => self.requests.resubmit.extend(old.aside),
+        if let (Some(new), Some(old)) = (&mut self.limit, old) {
+            (new.aside, new.aside_direction) = (old.aside, old.aside_direction);
         }
         self.counters.limited.store(false, Relaxed);
     }
 
-    /// Has everything that was set aside go at once if the virtqueue stops for good: the next server may not know the marks
-    /// in the in-flight region.
-    pub(super) fn stop_limiting(&mut self, mode: StopMode) {
-        if mode == StopMode::Final
-            && let Some(limit) = &mut self.limit
-        {
-            self.requests.resubmit.extend(limit.aside.drain(..));
+    /// Has everything that was set aside go at once, because the virtqueue stops: the next server may not know the marks in
+    /// the in-flight region. The guest can cause this (a reset of the device), so until that has leaked nothing is set aside.
+    pub(super) fn stop_limiting(&mut self) {
+        let in_debt_until = self.admit_aside();
+        if let Some(limit) = &self.limit {
+            limit.limiter.owe_until(in_debt_until);
         }
     }
 
-    /// Leaves the limits to the other virtqueues, when this one has stopped. Returns the heads that were set aside.
-    pub(super) fn leave_limit(&mut self) -> VecDeque<u16> {
-        let Some(mut limit) = self.limit.take() else { return VecDeque::new() };
-        limit.give_back();
-        limit.aside
+    /// Admits everything that was set aside, and counts it. Returns when the last of it might have gone. The caller has not
+    /// closed the gate.
+    pub(super) fn admit_aside(&mut self) -> u64 {
+        self.clock.forget();
+        let mut last_goes_at = 0;
+        while !self.broken
+            && let Some(limit) = &mut self.limit
+            && let Some(head) = limit.aside.pop_front()
+        {
+            limit.aside_goes_at = None;
+            let Some(request) = self.parse(head) else { continue };
+            let admission = self.carry_out_taken(&request);
+            debug_assert_eq!(admission, Admission::Admitted, "nothing is set aside while the gate is closed");
+            if let (Some(limit), Some((direction, bytes))) = (&mut self.limit, counted(&request)) {
+                let was_foremost = limit.slots[direction as usize].is_some();
+                last_goes_at = last_goes_at.max(limit.charge(direction, bytes));
+                if was_foremost {
+                    self.forget_slot(&request);
+                } else {
+                    limit.slots[direction as usize] = None;
+                }
+            }
+        }
+        last_goes_at
+    }
+
+    /// Leaves the limits to the other virtqueues, when this one has stopped.
+    pub(super) fn leave_limit(&mut self) {
+        if let Some(mut limit) = self.limit.take() {
+            limit.give_back();
+        }
     }
 }

@@ -4,7 +4,7 @@ use super::Worker;
 use super::requests::PendingRequest;
 use crate::backend::{IoBuf, Op};
 use crate::disk::Event;
-use crate::engine::{Admission, Kind};
+use crate::engine::{Admission, Engine, Kind};
 use crate::virtio::blk::request::{self, BlkCommand, ID_BYTES, Request, Status};
 
 /// How many descriptors the worker reads in one turn, the last chain apart. A ring full of the longest chains takes
@@ -84,7 +84,7 @@ impl Worker {
         }
     }
 
-    /// Parses the chain at `head`. `None`: it has no request and is done with.
+    /// Parses the chain at `head`. `None`: it is malformed and was completed, or the queue broke.
     #[inline(always)]
     pub(super) fn parse(&mut self, head: u16) -> Option<Request> {
         if !self.requests.is_free(head) {
@@ -107,8 +107,22 @@ impl Worker {
     /// head back.
     #[inline(always)]
     pub(super) fn carry_out(&mut self, request: &Request) -> Admission {
+        self.carry_out_by(request, Engine::offer)
+    }
+
+    /// Does the same for a request that was popped before, and that must not wait for a retained one.
+    pub(super) fn carry_out_taken(&mut self, request: &Request) -> Admission {
+        self.carry_out_by(request, Engine::offer_taken)
+    }
+
+    #[inline(always)]
+    fn carry_out_by(
+        &mut self,
+        request: &Request,
+        offer: impl FnOnce(&mut Engine, u16, Kind) -> Admission,
+    ) -> Admission {
         match self.prepare(request) {
-            Ok(prepared) => self.offer(request, prepared),
+            Ok(prepared) => self.offer(request, prepared, offer),
             Err(status) => {
                 self.complete(request.head, request.status_at, status, request.writable.saturating_add(1));
                 Admission::Admitted
@@ -119,8 +133,13 @@ impl Worker {
     /// Offers a request to the engine, and keeps it if it is admitted. It is built where it stays: it is large, and a copy
     /// costs as much as the rest of this.
     #[inline]
-    fn offer(&mut self, request: &Request, Prepared { command, kind, offset, len, op }: Prepared) -> Admission {
-        let admission = self.engine.offer(request.head, kind);
+    fn offer(
+        &mut self,
+        request: &Request,
+        Prepared { command, kind, offset, len, op }: Prepared,
+        offer: impl FnOnce(&mut Engine, u16, Kind) -> Admission,
+    ) -> Admission {
+        let admission = offer(&mut self.engine, request.head, kind);
         if admission == Admission::Blocked {
             if let Some(Op::Write { buf, .. }) = op {
                 self.backend.spare_buffers.push(buf);

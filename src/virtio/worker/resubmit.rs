@@ -61,6 +61,20 @@ impl Worker {
         }
     }
 
+    /// Admits everything that was popped and waits, before the gate closes: only this worker can be relied on to complete it.
+    pub(super) fn admit_taken(&mut self) {
+        self.clock.forget();
+        while !self.broken
+            && let Some(head) = self.requests.resubmit.pop_front()
+        {
+            if let Some(request) = self.parse(head) {
+                let admission = self.carry_out_taken(&request);
+                debug_assert_eq!(admission, Admission::Admitted, "the gate is open");
+            }
+        }
+        self.admit_aside();
+    }
+
     /// Whether the virtqueue may stop though requests still wait to be resubmitted, because a hold blocks them. If it
     /// restarts here, the next worker gets them. If it does not, the next server finds them in the in-flight region. When
     /// the guest moves to another host (the dirty log is on) that region stays behind, so the stop waits until the

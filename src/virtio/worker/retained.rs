@@ -73,11 +73,11 @@ impl Worker {
     }
 
     /// Takes the heads that this worker leaves to the next one, when the virtqueue has stopped: those retained, and those
-    /// that an earlier worker left and this one did not resubmit, and those that wait for the limits.
+    /// that an earlier worker left and this one did not resubmit.
     pub(super) fn take_unfinished(&mut self) -> Vec<u16> {
         let mut left = self.engine.retained().to_vec();
         left.extend(&self.requests.resubmit);
-        left.extend(self.leave_limit());
+        self.leave_limit();
         if self.broken || matches!(self.lifecycle, Lifecycle::Stopping(StopMode::Final)) {
             // What an operator's hold kept from being resubmitted is still marked in the in-flight region.
             left.clear();
