@@ -224,6 +224,23 @@ fn writes_pass_a_read_that_waits_for_a_limit_of_reads() {
 }
 
 #[test]
+fn reads_pass_a_waiting_write_also_behind_reads_that_waited() {
+    let rig = limited(&[("read-iops-sec", 10), ("write-bytes-sec", SLOW)]);
+    let mut guest = connect(&rig, 1);
+    assert_eq!(guest.write(0, 0, &LARGE), OK);
+    let mut reads: Vec<u16> = (0..4).map(|_| guest.add(0, IN, 0, &[], 512)).collect();
+    let write = guest.add(0, OUT, 128, &LARGE, 0);
+    reads.extend((0..4).map(|_| guest.add(0, IN, 0, &[], 512)));
+    guest.kick(0);
+    for read in reads {
+        assert_eq!(guest.wait(0), (read, OK));
+    }
+    assert_eq!(guest.used_within(0, SOON), None);
+    rig.disk.set_limits(Limits::default());
+    assert_eq!(guest.wait(0), (write, OK));
+}
+
+#[test]
 fn a_write_whose_time_comes_during_a_hold_waits_for_the_hold() {
     let rig = limited(&[("total-iops-sec", 5)]);
     let mut guest = connect(&rig, 1);

@@ -173,6 +173,11 @@ impl Worker {
     fn forget_aside(&mut self) {
         if let Some(limit) = &mut self.limit {
             limit.aside.pop_front();
+            if limit.aside.is_empty() {
+                // The request at the head of the virtqueue waited in the ring because those of the other direction were set
+                // aside. Now it can be, so that what is behind it need not wait.
+                limit.head_goes_at = None;
+            }
         }
     }
 
