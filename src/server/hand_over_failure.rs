@@ -51,7 +51,7 @@ impl fmt::Display for HandOverFailure {
             ),
             HandOverFailure::NotSynced(error) => write!(f, "the image cannot be synced: {error}; fix the storage"),
             HandOverFailure::Disk(error) => error.fmt(f),
-            HandOverFailure::Panicked => f.write_str("a defect"),
+            HandOverFailure::Panicked => f.write_str("its thread panicked; please report the lines above as a defect"),
         }
     }
 }

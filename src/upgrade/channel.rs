@@ -56,8 +56,9 @@ impl Channel {
             if !ancillary.push(SendAncillaryMessage::ScmRights(&bundle)) {
                 return Err(io::Error::other("too many descriptors at once"));
             }
-            self.stream.set_write_timeout(Some(left_until(end)?))?;
-            retry_on_intr(|| sendmsg(&self.stream, &[IoSlice::new(b"+")], &mut ancillary, SendFlags::NOSIGNAL))?;
+            self.stream.set_write_timeout(Some(left_until(end).map_err(explain_write)?))?;
+            retry_on_intr(|| sendmsg(&self.stream, &[IoSlice::new(b"+")], &mut ancillary, SendFlags::NOSIGNAL))
+                .map_err(|errno| explain_write(errno.into()))?;
         }
         Ok(())
     }
@@ -86,12 +87,12 @@ impl Channel {
     fn read(&self, bytes: &mut [u8], end: Instant) -> io::Result<()> {
         let mut done = 0;
         while done < bytes.len() {
-            self.stream.set_read_timeout(Some(left_until(end)?))?;
+            self.stream.set_read_timeout(Some(left_until(end).map_err(explain_read)?))?;
             match (&self.stream).read(&mut bytes[done..]) {
-                Ok(0) => return Err(explain(io::ErrorKind::UnexpectedEof.into())),
+                Ok(0) => return Err(explain_read(io::ErrorKind::UnexpectedEof.into())),
                 Ok(count) => done += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(explain(error)),
+                Err(error) => return Err(explain_read(error)),
             }
         }
         Ok(())
@@ -101,25 +102,25 @@ impl Channel {
     fn write(&self, bytes: &[u8], end: Instant) -> io::Result<()> {
         let mut done = 0;
         while done < bytes.len() {
-            self.stream.set_write_timeout(Some(left_until(end)?))?;
+            self.stream.set_write_timeout(Some(left_until(end).map_err(explain_write)?))?;
             match (&self.stream).write(&bytes[done..]) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(count) => done += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(error) => return Err(explain_write(error)),
             }
         }
         Ok(())
     }
 
     fn receive_bundle(&self, descriptors: &mut Vec<OwnedFd>, end: Instant) -> io::Result<()> {
-        self.stream.set_read_timeout(Some(left_until(end)?))?;
+        self.stream.set_read_timeout(Some(left_until(end).map_err(explain_read)?))?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_BUNDLE))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut byte = [0];
         let flags = RecvFlags::CMSG_CLOEXEC;
         let got = retry_on_intr(|| recvmsg(&self.stream, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, flags))
-            .map_err(|errno| explain(errno.into()))?;
+            .map_err(|errno| explain_read(errno.into()))?;
         let before = descriptors.len();
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(bundle) = message {
@@ -127,7 +128,7 @@ impl Channel {
             }
         }
         if got.bytes == 0 {
-            return Err(explain(io::ErrorKind::UnexpectedEof.into()));
+            return Err(explain_read(io::ErrorKind::UnexpectedEof.into()));
         }
         if got.flags.contains(ReturnFlags::CTRUNC) || descriptors.len() == before {
             return Err(io::Error::other(format!(
@@ -142,11 +143,11 @@ impl Channel {
 /// The time until then, which is not 0. Fails when there is none left.
 fn left_until(end: Instant) -> io::Result<Duration> {
     let left = end.saturating_duration_since(Instant::now());
-    if left.is_zero() { Err(explain(io::ErrorKind::TimedOut.into())) } else { Ok(left) }
+    if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
 }
 
-/// Explains what an error means for the other end, which the caller's message names.
-fn explain(error: io::Error) -> io::Error {
+/// Explains what an error of a read means for the other end, which the caller's message names.
+fn explain_read(error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
             io::Error::new(io::ErrorKind::TimedOut, "it sent nothing, or not all, in time")
@@ -154,6 +155,17 @@ fn explain(error: io::Error) -> io::Error {
         io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
             io::Error::new(io::ErrorKind::UnexpectedEof, "it hung up")
         }
+        _ => error,
+    }
+}
+
+/// Explains what an error of a write means for the other end, which the caller's message names.
+fn explain_write(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            io::Error::new(io::ErrorKind::TimedOut, "not all was read in time")
+        }
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => io::Error::new(error.kind(), "it hung up"),
         _ => error,
     }
 }
@@ -257,9 +269,29 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(5));
             }
         });
-        assert!(here.send(&"x".repeat(4 << 20), &[], 4 * SHORT_TIMEOUT).is_err());
+        let error = here.send(&"x".repeat(4 << 20), &[], 4 * SHORT_TIMEOUT).unwrap_err();
+        assert_eq!(error.to_string(), "not all was read in time");
         drop(here);
         reader.join().unwrap();
+    }
+
+    #[test]
+    fn a_message_that_is_not_read_is_said_to_be_unread() {
+        // The bytes fill the socket.
+        let (here, _there) = pair();
+        let error = here.send(&"x".repeat(4 << 20), &[], SHORT_TIMEOUT).unwrap_err();
+        assert_eq!((error.kind(), error.to_string().as_str()), (io::ErrorKind::TimedOut, "not all was read in time"));
+        // The descriptors do.
+        let (here, _there) = pair();
+        let error = (0..100_000).find_map(|_| {
+            let null = std::fs::File::open("/dev/null").unwrap();
+            here.send(&"x", &[null.into()], SHORT_TIMEOUT).err()
+        });
+        assert_eq!(error.unwrap().to_string(), "not all was read in time");
+        assert_eq!(here.send(&"x", &[], Duration::ZERO).unwrap_err().to_string(), "not all was read in time");
+        let (here, there) = pair();
+        drop(there);
+        assert_eq!(here.send(&"x", &[], LONG_TIMEOUT).unwrap_err().to_string(), "it hung up");
     }
 
     #[test]
