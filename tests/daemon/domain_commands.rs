@@ -182,3 +182,32 @@ fn commands_of_virsh_have_twins_with_its_output() {
     assert!(unknown.status.code() == Some(1) && words(&unknown).contains("for others use virsh"), "{unknown:?}");
     assert_eq!(run(&["domblkinfo", "vm1"]).status.code(), Some(2));
 }
+
+#[test]
+fn limits_of_the_next_start_are_found_by_the_image_and_are_those_of_a_domain_that_is_off() {
+    let Some(scene) = Scene::new() else { return };
+    let ctl = |arguments: &[&str]| {
+        let output = scene.command(&[&["blkdeviotune", "vm1"], arguments].concat()).output().expect("virtioblkctl");
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        words(&output)
+    };
+    scene.touch(
+        "state/config.metadata",
+        "<disks xmlns='urn:virtioblkd:libvirt:1'><disk target='vda' file='/images/a.raw'>\
+         <iotune><read_iops_sec>9</read_iops_sec></iotune></disk></disks>",
+    );
+    assert!(ctl(&["/images/a.raw", "--config"]).contains("read_iops_sec  : 9\n"));
+    ctl(&["/images/a.raw", "--config", "--write-iops-sec", "3"]);
+    let defined = || fs::read_to_string(scene.path("state/defined")).expect("virsh define");
+    assert!(defined().contains("<write_iops_sec>3</write_iops_sec>"), "{}", defined());
+    scene.remove("state/defined");
+    // A domain that runs: its daemon is asked, and it has none here.
+    let live = scene.command(&["blkdeviotune", "vm1", "vda"]).output().expect("virtioblkctl");
+    assert_eq!(live.status.code(), Some(1), "{live:?}");
+    // As virsh: without --live and --config, one that is off has the limits of its next start.
+    scene.touch("state/ended", "");
+    scene.touch("state/live.metadata", "");
+    assert!(ctl(&["vda"]).contains("read_iops_sec  : 9\n"));
+    ctl(&["vda", "--write-iops-sec", "4"]);
+    assert!(defined().contains("<write_iops_sec>4</write_iops_sec>"), "{}", defined());
+}

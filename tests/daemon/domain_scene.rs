@@ -57,6 +57,7 @@ case $command in
         [ -e $STATE/stubborn ] || rm $STATE/live/$target
         [ ! -e $STATE/stubborn ] || touch $STATE/detaching
         [ -z "$config" ] || rm $STATE/config/$target ;;
+    define) cp "$file" $STATE/defined ;;
     metadata)
         echo "$element" | sed "s/^<disks/<disks xmlns='urn:virtioblkd:libvirt:1'/" > $STATE/$which.metadata ;;
 esac

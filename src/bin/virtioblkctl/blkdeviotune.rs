@@ -26,7 +26,7 @@ pub(crate) struct Blkdeviotune {
     /// Show or change the domain's next start
     #[arg(long)]
     config: bool,
-    /// Show or change the domain that runs, which is the default
+    /// Show or change the domain that runs. Without --live and --config: this if it runs, else its next start
     #[arg(long)]
     live: bool,
     #[command(flatten)]
@@ -93,10 +93,15 @@ fn one_device(options: &Blkdeviotune, chosen: &Chosen) -> Result<Device, Failure
 }
 
 pub(crate) fn run(options: &Blkdeviotune, chosen: &Chosen, json: bool) -> Result<(), Failure> {
-    let device = match options.config && !options.live {
-        true => None,
-        false => Some(one_device(options, chosen)?),
+    let (live, config) = match (options.live, options.config) {
+        // As virsh: VIR_DOMAIN_AFFECT_CURRENT. Where libvirt does not answer, only the daemon can be asked.
+        (false, false) => match iotune::runs(&options.domain) {
+            Ok(false) => (false, true),
+            Ok(true) | Err(_) => (true, false),
+        },
+        given => given,
     };
+    let device = if live { Some(one_device(options, chosen)?) } else { None };
     if options.limits.0.is_empty() {
         let limits = match device {
             Some(device) => device.status.disk.throttle.unwrap_or_default().limits(),
@@ -114,7 +119,7 @@ pub(crate) fn run(options: &Blkdeviotune, chosen: &Chosen, json: bool) -> Result
             logging::message(format_args!("the limits are in effect, but {why}"));
         }
     }
-    if options.config {
+    if config {
         let change = |limits| options.limits.change(limits);
         iotune::change_next_start(&host, &options.domain, &target, change).map_err(failed)?;
     }
