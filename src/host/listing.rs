@@ -94,7 +94,10 @@ pub fn find(directories: &Directories) -> io::Result<Vec<Listed>> {
     }
     for stem in stems(directories.sockets.as_deref(), "ctl")? {
         let control = sockets.join(format!("{stem}.ctl"));
-        let is_known = found.iter().any(|disk: &Listed| disk.control.as_deref() == Some(&control));
+        let is_known = found
+            .iter()
+            .filter_map(|disk: &Listed| disk.control.as_deref())
+            .any(|known| known == control || same(known, &control));
         if !is_known && is_socket(&control) {
             found.push(Listed { name: stem, domain: None, target: None, control: Some(control), socket: None });
         }
@@ -213,7 +216,7 @@ impl State {
     }
 }
 
-/// Asks the daemons of all these disks at once. None takes longer than a second to be given up.
+/// Asks the daemons of all these disks at once. A daemon that does not answer within a second is given up.
 pub fn states(disks: &[Listed]) -> Vec<State> {
     each(disks, |disk| state_and(disk, |_, _| Ok(())).0)
 }

@@ -18,7 +18,7 @@ pub struct Measured {
     pub copies: Vec<CopyStatus>,
 }
 
-/// Asks the daemons of all these disks at once. None takes longer than a second to be given up.
+/// Asks the daemons of all these disks at once. A daemon that does not answer within a second is given up.
 pub fn measure(disks: &[Listed]) -> Vec<Measured> {
     each(disks, one)
 }

@@ -66,6 +66,75 @@ fn the_page_about_monitoring_names_metrics_that_exist_and_all_of_them() {
     assert_eq!(shown, known);
 }
 
+/// What the alerts say of samples, each of which lasts 20 minutes. `None`: promtool is not installed.
+fn alerts(series: &str, alert: &str, disks: &[&str]) -> Option<()> {
+    let directory = tempfile::tempdir().expect("room");
+    let expected: Vec<String> = disks.iter().map(|labels| format!("{{exp_labels: {{{labels}}}}}")).collect();
+    // promtool compares whole alerts, so the rules that it gets have no annotations.
+    let rules = read("alerts.yml");
+    let bare: Vec<&str> = rules
+        .lines()
+        .filter(|line| !["annotations:", "summary:", "description:"].iter().any(|key| line.trim().starts_with(key)))
+        .collect();
+    std::fs::write(directory.path().join("rules.yml"), bare.join("\n")).expect("room");
+    let test = format!(
+        "rule_files: [rules.yml]\nevaluation_interval: 1m\ntests:\n- interval: 1m\n  input_series:\n{series}  alert_rule_test:\n  - \
+         {{eval_time: 20m, alertname: {alert}, exp_alerts: [{}]}}\n",
+        expected.join(", ")
+    );
+    std::fs::write(directory.path().join("test.yml"), &test).expect("room");
+    let Ok(output) =
+        Command::new("promtool").args(["test", "rules", "test.yml"]).current_dir(directory.path()).output()
+    else {
+        kit::guest::tell("SKIPPED: promtool is not installed (scripts/install-test-deps metrics)");
+        return None;
+    };
+    assert!(output.status.success(), "{test}: {output:?}");
+    Some(())
+}
+
+/// A series that has one value.
+fn series(sample: &str, value: &str) -> String {
+    format!("  - {{series: '{sample}', values: '{value}x20'}}\n")
+}
+
+#[test]
+fn the_alerts_fire_for_what_they_say_and_for_nothing_else() {
+    let of = |disk: &str, mode: &str| format!("disk=\"{disk}\",mode=\"{mode}\"");
+    let mut unsynced = String::new();
+    for (disk, mode, age) in [
+        ("never", "writeback", None),
+        ("old", "writeback", Some("400")),
+        ("new", "writeback", Some("2")),
+        ("unsafe", "unsafe", None),
+    ] {
+        unsynced += &series(&format!("virtioblkd_unsynced_bytes{{{}}}", of(disk, mode)), "2000000000+0");
+        if let Some(age) = age {
+            unsynced +=
+                &series(&format!("virtioblkd_last_sync_age_seconds{{{}}}", of(disk, mode)), &format!("{age}+0"));
+        }
+    }
+    let fired = ["never", "old"].map(|disk| format!("disk: {disk}, mode: writeback, severity: warning"));
+    let Some(()) = alerts(&unsynced, "VirtioblkdUnsynced", &fired.each_ref().map(String::as_str)) else { return };
+
+    let mut states = String::new();
+    for state in ["in-use", "idle", "held", "no-answer", "stale", "not-running", "no-permission", "no-control-socket"] {
+        states += &series(&format!("virtioblkd_state{{disk=\"{state}\",state=\"{state}\"}}"), "1+0");
+    }
+    let fired = ["no-answer", "stale"].map(|disk| format!("disk: {disk}, severity: critical"));
+    alerts(&states, "VirtioblkdDown", &fired.each_ref().map(String::as_str));
+
+    // Two hosts have a disk of this name; the reads of one are slow, and those of the other are many.
+    let mut reads = String::new();
+    for (instance, fast, all) in [("slow", "0", "10"), ("fast", "100000", "100000")] {
+        for (limit, count) in [("0.1", fast), ("2", all), ("+Inf", all)] {
+            let labels = format!("instance=\"{instance}\",disk=\"vda\",kind=\"read\",le=\"{limit}\"");
+            reads += &series(&format!("virtioblkd_request_duration_seconds_bucket{{{labels}}}"), &format!("0+{count}"));
+        }
+    }
+    alerts(&reads, "VirtioblkdSlowReads", &["disk: vda, instance: slow, severity: warning"]);
+}
+
 #[test]
 fn prometheus_takes_the_alerts_and_the_configuration() {
     for arguments in [["check", "rules", "alerts.yml"], ["check", "config", "prometheus.yml"]] {

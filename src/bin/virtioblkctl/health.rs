@@ -1,4 +1,4 @@
-//! `status --check`: one line and an exit status for monitoring, as its plugins have them.
+//! `status --check`: one line and an exit status for monitoring, as monitoring plugins (Nagios) print them.
 
 use std::path::Path;
 

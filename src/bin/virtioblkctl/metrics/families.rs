@@ -1,11 +1,13 @@
 //! PURE. The metrics: each with its name, its type, its meaning, and where its samples are in a disk's figures.
 
+use std::collections::{HashMap, HashSet};
+
 use virtioblkd::disk::{CopyStatus, DiskStatus, RingStatus};
 use virtioblkd::internal::control::protocol::return_types::{Stats, Status};
 use virtioblkd::internal::host::listing::Listed;
 use virtioblkd::internal::host::measure::Measured;
 
-use super::text::{Format, Kind, Page};
+use super::text::{Format, Kind, Page, escaped};
 use Kind::{Counter, Gauge, Histogram, Info};
 
 /// What a daemon reported.
@@ -186,22 +188,115 @@ pub(super) fn page(disks: &[(Listed, Measured)], format: Format) -> String {
     page.metric("virtioblkd_disks", Gauge, "Disks that were found on this host.");
     page.sample(&[], disks.len());
     page.metric("virtioblkd_up", Gauge, "The disk's daemon answered (1) or not (0).");
-    for (listed, measured) in disks {
-        page.disk(&[("disk", &listed.name), ("domain", domain(listed))]);
+    let names = names(disks);
+    let named = || names.iter().zip(disks).map(|(name, (listed, measured))| (name, domain(listed), measured));
+    for (name, domain, measured) in named() {
+        page.disk(&[("disk", name), ("domain", domain)]);
         page.sample(&[], u8::from(measured.stats.is_some()));
+    }
+    page.metric("virtioblkd_state", Gauge, "1 for the state that 'virtioblkctl list' shows.");
+    for (name, domain, measured) in named() {
+        page.disk(&[("disk", name), ("domain", domain)]);
+        page.sample(&[("state", measured.state.word)], 1);
     }
     for (name, kind, help, samples) in FAMILIES {
         page.metric(name, *kind, help);
-        for (listed, measured) in disks {
+        for (disk_name, domain, measured) in named() {
             let (Some(status), Some(stats)) = (&measured.state.status, &measured.stats) else { continue };
             let disk = &status.disk;
-            page.disk(&[("disk", &listed.name), ("domain", domain(listed)), ("mode", &disk.cache_mode)]);
+            page.disk(&[("disk", disk_name), ("domain", domain), ("mode", &disk.cache_mode)]);
             samples(&Figures { status, disk, stats, total: &stats.total, copies: &measured.copies }, &mut page);
         }
     }
     page.finish()
 }
 
+/// The disks' names for the label `disk`. Where two disks have one name, the path of the control socket stands for it, which
+/// `--control` takes, too: Prometheus refuses two samples with the same labels.
+fn names(disks: &[(Listed, Measured)]) -> Vec<String> {
+    let labels = |name: &str, listed: &Listed| (escaped(name), escaped(domain(listed)));
+    let mut count: HashMap<_, usize> = HashMap::new();
+    for (listed, _) in disks {
+        *count.entry(labels(&listed.name, listed)).or_default() += 1;
+    }
+    let mut taken = HashSet::new();
+    let name = |(listed, _): &(Listed, Measured)| {
+        let control = listed.control.as_ref().map(|control| control.display().to_string());
+        let name = match (count[&labels(&listed.name, listed)], control) {
+            (2.., Some(control)) => control,
+            _ => listed.name.clone(),
+        };
+        // A label is cut when it is long.
+        let mut numbered = (1..).map(|number| if number == 1 { name.clone() } else { format!("{number}: {name}") });
+        numbered.find(|name| taken.insert(labels(name, listed))).unwrap_or(name)
+    };
+    disks.iter().map(name).collect()
+}
+
 fn domain(listed: &Listed) -> &str {
     listed.domain.as_ref().map_or("", |(name, _)| name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{from_value, json};
+    use std::io::Write;
+    use std::path::PathBuf;
+    use std::process::{Command, Stdio};
+    use virtioblkd::internal::host::listing::State;
+
+    /// A disk whose daemon answered.
+    fn disk(name: &str, domain: Option<(&str, &str)>, control: Option<&str>) -> (Listed, Measured) {
+        let listed = Listed {
+            name: name.into(),
+            domain: domain.map(|(name, uuid)| (name.into(), uuid.into())),
+            target: None,
+            control: control.map(PathBuf::from),
+            socket: None,
+        };
+        let state = State { word: "idle", status: Some(from_value(json!({})).unwrap()) };
+        (listed, Measured { state, stats: Some(from_value(json!({})).unwrap()), copies: Vec::new() })
+    }
+
+    #[test]
+    fn two_disks_of_one_name_have_different_labels() {
+        let disks = [
+            disk("vda", None, Some("/elsewhere/vda.ctl")),
+            disk("vda", None, Some("/run/virtioblkd/vda.ctl")),
+            disk("vm1:vda", Some(("vm1", "U1")), Some("/run/virtioblkd/U1-vda.ctl")),
+            disk("vm1:vda", Some(("vm1", "U2")), Some("/run/virtioblkd/U2-vda.ctl")),
+            disk("vm1:vda", None, Some("/run/virtioblkd/vm1:vda.ctl")),
+            disk("vdb", None, None),
+            disk("vdb", None, Some("/run/virtioblkd/vdb.ctl")),
+            disk("vdc", None, Some("/same.ctl")),
+            disk("vdc", None, Some("/same.ctl")),
+        ];
+        let names = names(&disks);
+        let expected = [
+            "/elsewhere/vda.ctl",
+            "/run/virtioblkd/vda.ctl",
+            "/run/virtioblkd/U1-vda.ctl",
+            "/run/virtioblkd/U2-vda.ctl",
+            "vm1:vda",
+            "vdb",
+            "/run/virtioblkd/vdb.ctl",
+            "/same.ctl",
+            "2: /same.ctl",
+        ];
+        assert_eq!(names, expected);
+        for format in [Format::Prometheus, Format::OpenMetrics] {
+            let text = page(&disks, format);
+            let mut series = HashSet::new();
+            for line in text.lines().filter(|line| !line.starts_with('#')) {
+                assert!(series.insert(line.rsplit_once(' ').unwrap().0), "{line}");
+            }
+            assert!(series.len() > 9 * 30, "{text}");
+            let checker = Command::new("promtool").args(["check", "metrics"]).stdin(Stdio::piped()).spawn();
+            if let (Format::Prometheus, Ok(mut checker)) = (format, checker) {
+                checker.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+                assert!(checker.wait().unwrap().success(), "{text}");
+            }
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! A small HTTP/1.1 server for one page. It bounds what a client may send, how long it may take and how many clients there
-//! are, so no client keeps others from the metrics for longer than [`CLIENT_TIMEOUT`].
+//! are, so slow clients keep others from the metrics for no longer than [`REQUEST_TIMEOUT`] and [`PAGE_TIMEOUT`] together,
+//! 10 s, and the collection of the metrics.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -11,10 +12,10 @@ use virtioblkd::internal::base::logging;
 
 use super::text::Format;
 
-/// How long a client may take to send its request, and then to take a part of the page.
-const CLIENT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the whole page may take to send.
-const PAGE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a client may take to send its request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a client may then take to read the whole page.
+const PAGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// The most clients at a time. Others get 503.
 const MAX_CLIENTS: usize = 8;
 /// The longest head of a request in bytes.
@@ -70,7 +71,6 @@ fn refuse(stream: &TcpStream) {
 }
 
 fn answer(mut stream: TcpStream, collect: &Collect) -> std::io::Result<()> {
-    stream.set_write_timeout(Some(CLIENT_TIMEOUT))?;
     let head = head(&mut stream)?;
     let (status, content_type, body) = reply(&head, collect);
     let length = body.len();
@@ -80,9 +80,20 @@ fn answer(mut stream: TcpStream, collect: &Collect) -> std::io::Result<()> {
     if !head.starts_with("HEAD ") {
         text.push_str(&body);
     }
-    let (mut rest, end) = (text.as_bytes(), Instant::now() + PAGE_TIMEOUT);
-    while !rest.is_empty() && Instant::now() < end {
+    send(&mut stream, text.as_bytes(), PAGE_TIMEOUT)
+}
+
+/// Sends all of the bytes. A client that reads a few now and then does not get more time.
+fn send(stream: &mut TcpStream, mut rest: &[u8], timeout: Duration) -> std::io::Result<()> {
+    let end = Instant::now() + timeout;
+    while !rest.is_empty() {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        stream.set_write_timeout(Some(left))?;
         match stream.write(rest) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
             Ok(sent) => rest = &rest[sent..],
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
@@ -93,7 +104,7 @@ fn answer(mut stream: TcpStream, collect: &Collect) -> std::io::Result<()> {
 
 /// Reads a request up to the empty line.
 fn head(stream: &mut TcpStream) -> std::io::Result<String> {
-    let end = Instant::now() + CLIENT_TIMEOUT;
+    let end = Instant::now() + REQUEST_TIMEOUT;
     let mut head = Vec::new();
     let mut buffer = [0; 2048];
     while !head.windows(4).any(|four| four == b"\r\n\r\n") {
@@ -143,6 +154,32 @@ fn accepts_openmetrics(head: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_client_that_reads_slowly_or_not_is_given_up() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        for reads in [false, true] {
+            let mut client = TcpStream::connect(address).unwrap();
+            let (mut stream, _) = listener.accept().unwrap();
+            let reader = thread::spawn(move || {
+                // Until the server hangs up.
+                while reads && client.read(&mut [0; 1000]).is_ok_and(|count| count > 0) {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                client
+            });
+            let page = vec![b'x'; 64 << 20];
+            let error = send(&mut stream, &page, Duration::from_millis(300)).unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock), "{error}");
+            // What was sent already takes the slow reader long.
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+            drop(stream);
+            if !reads {
+                reader.join().unwrap();
+            }
+        }
+    }
 
     #[test]
     fn each_request_gets_its_reply() {

@@ -143,7 +143,7 @@ fn joined(before: &str, labels: &[(&str, &str)]) -> String {
 }
 
 /// A label's value. A daemon, which may be an intruder's, says what is in it.
-fn escaped(value: &str) -> String {
+pub(super) fn escaped(value: &str) -> String {
     let mut text = String::new();
     for c in value.chars().take(256) {
         match c {
