@@ -114,13 +114,13 @@ fn an_interval_shows_rates_and_goes_on_with_the_next_daemon() {
     let lines = ok(&served, &["stats", "50ms", "3"]);
     let lines: Vec<&str> = lines.lines().collect();
     assert_eq!(lines.len(), 4, "{lines:?}");
-    contains(lines[0], &["time", "r/s", "w-p99", "state"]);
+    contains(lines[0], &["UTC", "r/s", "w-p99", "state"]);
     let json = ok(&served, &["--json", "stats", "50ms", "1"]);
     let json: Value = serde_json::from_str(&json).unwrap();
     assert_eq!((&json["read"]["requests-per-second"], &json["stopped"]), (&json!(0.0), &json!(false)));
     let mut running = start(&served, &["stats", "20ms"]);
     let mut lines = BufReader::new(running.stdout.take().unwrap()).lines();
-    assert!(lines.next().unwrap().unwrap().starts_with("time"));
+    assert!(lines.next().unwrap().unwrap().starts_with("UTC"));
     served.stop();
     served.restart();
     let mut errors = BufReader::new(running.stderr.take().unwrap()).lines();
@@ -241,6 +241,49 @@ fn watch_prints_until_no_daemon_is_left() {
     assert_eq!((&last["event"], &error["error"]["code"]), (&json!("SHUTDOWN"), &json!("no-daemon")));
     assert_eq!(text.wait().unwrap().code(), Some(1));
     assert_eq!(json.wait().unwrap().code(), Some(1));
+}
+
+#[test]
+fn watch_that_loses_its_place_says_so_and_connects_again() {
+    let served = Served::new();
+    let listening: Vec<_> = (0..24).map(|_| served.client()).collect();
+    let mut watch = start(&served, &["watch"]);
+    let mut events = BufReader::new(watch.stdout.take().unwrap()).lines();
+    let mut messages = BufReader::new(watch.stderr.take().unwrap()).lines();
+    let mut shows_an_event = || {
+        let is_shown = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let end = Instant::now() + WAIT_TIMEOUT;
+                while !is_shown.load(Ordering::SeqCst) && Instant::now() < end {
+                    served.disk.events.send(Event::Disconnected("test".into()));
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+            });
+            assert!(events.next().is_some_and(|line| line.unwrap().contains("test")));
+            is_shown.store(true, Ordering::SeqCst);
+        });
+    };
+    shows_an_event();
+    let mut others: Vec<_> = (0..7).map(|_| served.client()).collect();
+    // The newest of 25 that only listen is the watch, and it has sent nothing for 5 s at last.
+    let end = Instant::now() + WAIT_TIMEOUT;
+    let newest = loop {
+        for other in &mut others {
+            other.ask("query-version", json!({})).unwrap();
+        }
+        let mut client = kit::control::Client::new(served.raw());
+        if client.line()["QMP"].is_object() {
+            break client;
+        }
+        assert!(Instant::now() < end, "the places stay taken");
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    drop((listening, newest, others));
+    contains(&messages.next().unwrap().unwrap(), &["all places are taken", "connected again"]);
+    shows_an_event();
+    watch.kill().unwrap();
+    watch.wait().unwrap();
 }
 
 #[test]

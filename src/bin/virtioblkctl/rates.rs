@@ -186,7 +186,7 @@ impl Columns {
         let mut names = vec!["depth", "r/s", "rMB/s", "r-p50", "r-p99", "w/s", "wMB/s", "w-p50", "w-p99"];
         names.extend(if self.flush { &["f/s", "f-p99"][..] } else { &[] });
         names.extend(if self.discard { &["d/s"][..] } else { &[] });
-        joined("time", names.into_iter().map(str::to_owned), "state")
+        joined("UTC", names.into_iter().map(str::to_owned), "state")
     }
 
     fn line(&self, rates: &Rates) -> String {

@@ -95,6 +95,9 @@ fn follow(path: &Path, mut client: Client, format: &Format) -> Failure {
         };
         format.message(match end {
             End::Upgraded => "another process has taken the disk over",
+            End::TurnedAway => {
+                "the daemon closed this connection, because all places are taken; connected again, events meanwhile are lost"
+            }
             End::Disconnected => "connected to another daemon; events between the two connections are lost",
         });
     }
@@ -104,6 +107,8 @@ fn follow(path: &Path, mut client: Client, format: &Format) -> Failure {
 enum End {
     /// The daemon handed its disk over to another process.
     Upgraded,
+    /// The daemon needed the place for another client (`too-many-clients`).
+    TurnedAway,
     /// The daemon ended, or the connection broke.
     Disconnected,
 }
@@ -113,6 +118,7 @@ fn watch(mut client: Client, format: &Format) -> Result<End, Failure> {
     loop {
         let event = match client.next(None) {
             Ok(Message::Event(event)) => event,
+            Ok(Message::Reply(Err(failure))) if failure.code == "too-many-clients" => return Ok(End::TurnedAway),
             Ok(Message::Reply(_)) => continue,
             Err(failure) if failure.code == "not-virtioblkd" => return Err(failure),
             Err(_) => return Ok(end),
@@ -134,6 +140,7 @@ pub(crate) fn reconnect(path: &Path) -> Result<Client, Failure> {
     loop {
         match Client::connect_within(path, REPLY_TIMEOUT) {
             Ok(client) => return Ok(client),
+            Err(failure) if Instant::now() >= deadline && failure.code == "too-many-clients" => return Err(failure),
             Err(failure) if Instant::now() >= deadline => {
                 let message = format!("the daemon has ended, and no other one was started: {}", failure.message);
                 return Err(Failure::new(&failure.code, message));
