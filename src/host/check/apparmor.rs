@@ -46,15 +46,95 @@ pub(super) fn missing_hook_rule(rules: &Path, program: &Path) -> Option<MissingR
     };
     PROFILES.iter().map(|name| rule(name)).find(|rule| {
         let is_disabled = rules.join("disable").join(rule.profile.file_name().unwrap_or_default()).exists();
-        rule.profile.exists() && !is_disabled && !names(&rule.profile, program) && !names(&rule.local, program)
+        rule.profile.exists() && !is_disabled && !allows(&[&rule.profile, &rule.local], program)
     })
 }
 
-/// Whether a rule in this file names the program.
-fn names(file: &Path, program: &Path) -> bool {
-    let text = fs::read_to_string(file).unwrap_or_default();
-    let program = program.display().to_string();
-    text.lines().filter(|line| !line.trim_start().starts_with('#')).any(|line| line.contains(&program))
+/// Whether the rules in these files let their profile execute the program. A rule that denies it wins.
+fn allows(files: &[&Path], program: &Path) -> bool {
+    let texts = files.iter().map(|file| fs::read_to_string(file).unwrap_or_default());
+    let text = texts.collect::<Vec<_>>().join("\n");
+    let program = program.as_os_str().as_encoded_bytes();
+    let mut rules = text.lines().filter_map(ExecuteRule::parse).filter(|rule| matches(rule.path.as_bytes(), program));
+    let first = rules.next();
+    first.is_some_and(|first| !first.denies && rules.all(|rule| !rule.denies))
+}
+
+/// A rule of a profile about the execution of a program (apparmor.d(5), "FILE RULE").
+struct ExecuteRule<'a> {
+    /// The program's path, which may have wildcards.
+    path: &'a str,
+    denies: bool,
+}
+
+impl<'a> ExecuteRule<'a> {
+    /// The rule in this line. `None`: the line is something else.
+    fn parse(line: &'a str) -> Option<Self> {
+        let line = line.trim();
+        let line = line.split_once(" #").map_or(line, |(rule, _comment)| rule);
+        // A profile's name may follow.
+        let line = line.split_once("->").map_or(line, |(rule, _)| rule).trim_end().trim_end_matches(',');
+        let words = || line.split_whitespace();
+        let path = match line.split('"').nth(1) {
+            Some(quoted) => quoted,
+            None => words().find(|word| word.starts_with(['/', '{']))?,
+        };
+        let is_mode = |word: &str| word.contains('x') && word.chars().all(|letter| "rwalkmixpPcCuU".contains(letter));
+        let is_rule = !line.starts_with('#') && words().any(is_mode);
+        is_rule.then(|| ExecuteRule { path, denies: words().any(|word| word == "deny") })
+    }
+}
+
+/// Whether a path matches a pattern of AppArmor (apparmor.d(5), "Globbing"). A pattern with a variable matches nothing, since
+/// its values are in other files.
+fn matches(pattern: &[u8], path: &[u8]) -> bool {
+    let first_is = |is_so: &dyn Fn(u8) -> bool| path.first().is_some_and(|first| is_so(*first));
+    match pattern {
+        [] => path.is_empty(),
+        [b'*', b'*', rest @ ..] => (0..=path.len()).any(|at| matches(rest, &path[at..])),
+        [b'*', rest @ ..] => {
+            let most = path.iter().position(|byte| *byte == b'/').unwrap_or(path.len());
+            (0..=most).any(|at| matches(rest, &path[at..]))
+        }
+        [b'?', rest @ ..] => first_is(&|first| first != b'/') && matches(rest, &path[1..]),
+        [b'\\', literal, rest @ ..] => first_is(&|first| first == *literal) && matches(rest, &path[1..]),
+        [b'{', inner @ ..] => match alternatives(inner) {
+            Some((alternatives, rest)) => alternatives.iter().any(|one| matches(&[one, rest].concat(), path)),
+            None => false,
+        },
+        [b'[', inner @ ..] => match inner.iter().position(|byte| *byte == b']') {
+            Some(end) => first_is(&|first| in_class(&inner[..end], first)) && matches(&inner[end + 1..], &path[1..]),
+            None => false,
+        },
+        [literal, rest @ ..] => first_is(&|first| first == *literal) && matches(rest, &path[1..]),
+    }
+}
+
+/// The alternatives of `{A,B}` and what is behind it. `inner`: what is behind the `{`.
+fn alternatives(inner: &[u8]) -> Option<(Vec<&[u8]>, &[u8])> {
+    let (mut found, mut start, mut depth) = (Vec::new(), 0, 0_usize);
+    for (at, byte) in inner.iter().enumerate() {
+        match byte {
+            b'{' => depth += 1,
+            b'}' if depth > 0 => depth -= 1,
+            b',' | b'}' if depth == 0 => {
+                found.push(&inner[start..at]);
+                start = at + 1;
+                if *byte == b'}' {
+                    return Some((found, &inner[start..]));
+                }
+            }
+            _ => {}
+        }
+    }
+    None
+}
+
+/// Whether `[CLASS]` has the byte.
+fn in_class(class: &[u8], byte: u8) -> bool {
+    let (class, is_negated) = class.strip_prefix(b"^").map_or((class, false), |rest| (rest, true));
+    let is_in_range = class.windows(3).any(|range| range[1] == b'-' && (range[0]..=range[2]).contains(&byte));
+    (class.contains(&byte) || is_in_range) != is_negated
 }
 
 #[cfg(test)]
@@ -81,6 +161,43 @@ mod tests {
         assert_eq!(missing(program), Some(path("local/usr.sbin.virtqemud")));
         fs::write(path("disable/usr.sbin.virtqemud"), "").unwrap();
         assert_eq!(missing(program), None, "a disabled profile confines nothing");
+    }
+
+    #[test]
+    fn a_rule_allows_the_program_only_if_it_is_about_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("rules");
+        let program = Path::new("/usr/local/bin/virtioblkctl");
+        let allowed = |rules: &str| {
+            fs::write(&file, rules).unwrap();
+            allows(&[&file, Path::new("/does/not/exist")], program)
+        };
+        for rules in [
+            "/usr/local/bin/* PUx,",
+            "/usr/{,local/}{bin,sbin}/virtioblkctl ix, # ours",
+            "  audit /usr/** rpix -> other,",
+            "\"/usr/local/bin/virtioblkctl\" Ux,",
+            "rix /usr/local/bin/virtioblkct[a-m],",
+            "/usr/local/bin/v?rtioblk[^x]tl Cx,",
+            "/usr/bin/a ix,\n/usr/local/bin/virtioblkctl PUx,",
+        ] {
+            assert!(allowed(rules), "{rules}");
+        }
+        for rules in [
+            "",
+            "deny /usr/local/bin/virtioblkctl x,",
+            "/usr/local/bin/* PUx,\naudit deny /usr/local/bin/virtioblk* x,",
+            "/usr/local/bin/virtioblkctl-old PUx,",
+            "/opt/usr/local/bin/virtioblkctl PUx,",
+            "/usr/local/bin/virtioblkctl r,",
+            "/usr/local/* PUx,",
+            "/usr/bin/a PUx, # as /usr/local/bin/virtioblkctl",
+            "#include </usr/local/bin/virtioblkctl> PUx",
+            "/usr/{local PUx,",
+            "/usr/[ PUx,",
+        ] {
+            assert!(!allowed(rules), "{rules}");
+        }
     }
 
     #[test]

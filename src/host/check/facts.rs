@@ -135,8 +135,8 @@ fn served(directories: &Directories) -> Vec<PathBuf> {
     states.iter().filter_map(|state| state.vhost_socket().map(Path::to_owned)).collect()
 }
 
-/// A hook is any program there whose name ends as ours does: see `libvirt_hook::arguments`.
-/// The program that is libvirt's hook here, without links.
+/// The program that is libvirt's hook here, with links resolved. Any program whose name ends as ours does: see
+/// `libvirt_hook::arguments`.
 fn hook() -> Option<PathBuf> {
     let configuration = match rustix::process::geteuid().is_root() {
         true => Some(PathBuf::from("/etc/libvirt")),
