@@ -3,7 +3,10 @@
 
 /// The beginnings of the parser's messages for which one advice fits each line.
 const ADVICE: [(&str, &str); 9] = [
-    ("duplicate key", "the key occurs twice: remove one line; copy-dir and rbd-option may be lists: [\"A\", \"B\"]"),
+    (
+        "duplicate key",
+        "the key occurs twice: remove one line; copy-dir, rbd-option and throttle may be lists: [\"A\", \"B\"]",
+    ),
     ("unclosed table", "the section's name is not closed: add ]"),
     ("unclosed array", "the list is not closed: add ]"),
     ("missing comma", "two values of a list have no comma between them: add one"),
@@ -84,6 +87,7 @@ mod tests {
             ("cache = # none", "'cache' has no value"),
             ("[disk", "the section's name is not closed"),
             ("cache = \"a\"\ncache = \"b\"", "f:2: not TOML: the key occurs twice"),
+            ("throttle = \"a=1\"\nthrottle = \"b=1\"", "copy-dir, rbd-option and throttle may be lists"),
             ("cache = \"none", "quotes do not match"),
             ("cache = 'none", "quotes do not match"),
             ("cache = \u{201c}none\u{201d}", r#"these quotes are not TOML's: write cache = "none""#),

@@ -38,7 +38,7 @@ const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(120);
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long they may take to drain and sync before libvirt goes on.
 pub(super) const END_TIMEOUT: Duration = Duration::from_secs(60);
-/// The same after a start that failed: no guest has used them, and one that its storage holds up does not end.
+/// The same after a start that failed. No guest has used these daemons, and one that waits for its storage cannot end.
 pub(super) const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Why a domain ends that could not be started (`virDomainShutoffReasonTypeToString`; libvirt says it since 10.5).
 const FAILED: &str = "failed";

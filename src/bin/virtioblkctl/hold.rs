@@ -25,7 +25,7 @@ use virtioblkd::internal::snapshot::spawn;
 pub const FAILED: u8 = 125;
 const CANNOT_RUN: u8 = 126;
 const NOT_FOUND: u8 = 127;
-/// How much shorter than asked for a lease may be that is not said to be shorter.
+/// How much shorter than requested a lease may be without a message.
 const GRANT_TOLERANCE_MS: u64 = 50;
 
 /// The signals that are passed on to the command. They do not end this process while the command runs.
