@@ -30,6 +30,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::disk::{LatencyStatus, RingStatus, ThrottleStatus};
+use crate::engine::throttle::{Limits, Words};
 pub(crate) use channel::{Channel, Descriptors};
 use session_state::SessionState;
 pub use starter::VARIABLE as STARTER_VARIABLE;
@@ -182,9 +183,39 @@ pub(crate) struct LimitsState {
     pub(crate) current: ThrottleStatus,
 }
 
+impl LimitsState {
+    /// The limits that a daemon started with `configured` must keep, because they were changed while the old one ran. `None`:
+    /// none were, or the new daemon is started with others than the old one was, so the operator wants those.
+    pub(crate) fn changed(&self, configured: &Limits) -> Option<Result<Limits, String>> {
+        if self.configured != ThrottleStatus::of(configured) || self.current == self.configured {
+            return None;
+        }
+        let limits = self.current.limits();
+        Some(limits.check(Words::Libvirt).map(|()| limits))
+    }
+}
+
 /// Returns the current time in nanoseconds of CLOCK_MONOTONIC.
 pub(crate) fn monotonic() -> u64 {
     // This cannot fail on Linux, and 0 would only make the reported pause wrong.
     let now = nix::time::ClockId::CLOCK_MONOTONIC.now().map(std::time::Duration::from);
     now.map_or(0, |now| now.as_nanos() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_of_the_old_daemon_are_kept_if_they_were_changed_and_are_valid() {
+        let status = |json: &str| serde_json::from_str::<ThrottleStatus>(json).unwrap();
+        let state = |current| LimitsState { configured: status("{}"), current: status(current) };
+        let own = Limits::default();
+        let changed = state(r#"{"total-iops-sec": 5}"#).changed(&own).unwrap().unwrap();
+        assert_eq!(changed.to_string(), "total-iops-sec=5");
+        assert_eq!(state("{}").changed(&own), None);
+        assert_eq!(state(r#"{"total-iops-sec": 5}"#).changed(&changed), None, "started with others");
+        let wrong = state(r#"{"total-iops-sec": 5, "total-iops-sec-max-length": 2}"#);
+        assert!(wrong.changed(&own).unwrap().unwrap_err().contains("needs total-iops-sec-max"));
+    }
 }

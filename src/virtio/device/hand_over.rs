@@ -111,9 +111,16 @@ impl Device {
     /// Keeps the limits that were changed while the old daemon ran. If this one is started with other limits than that was,
     /// the operator wants those instead.
     pub(crate) fn resume_limits(&self, before: &LimitsState) {
-        if before.configured == ThrottleStatus::of(&self.rings.tuning().limits) && before.current != before.configured {
-            log::info!("the limits that were set with 'virtioblkctl throttle' are kept");
-            self.rings.set_limits(before.current.limits());
+        match before.changed(&self.rings.tuning().limits) {
+            Some(Ok(limits)) => {
+                log::info!("the limits that were changed at run time are kept");
+                self.rings.set_limits(limits);
+            }
+            Some(Err(why)) => log::warn!(
+                "the limits that were changed at run time are not kept, because the old virtioblkd gave invalid ones \
+                 ({why}): set them again with 'virtioblkctl throttle'"
+            ),
+            None => {}
         }
     }
 
