@@ -74,6 +74,7 @@ fn a_hand_over_refuses_new_holds_copies_and_snapshots() {
         ("hand-over", json!({"version": 1})),
         ("resize", json!({})),
         ("attend", json!({})),
+        ("block_set_io_throttle", json!({"iops": 5})),
         ("copy-prepare", json!({"target": "/copy"})),
         ("image-snapshot", json!({"name": "x", "token": "y"})),
     ] {

@@ -83,6 +83,7 @@ impl Service {
             command,
             Command::Quiesce(_)
                 | Command::Resize { .. }
+                | Command::SetIoThrottle(_)
                 | Command::HandOver { .. }
                 | Command::Copy(CopyCommand::Prepare { .. } | CopyCommand::Start { .. })
                 | Command::Export(ExportCommand::Prepare { .. })
