@@ -179,8 +179,10 @@ pub fn limit(name: &str, value: &str) -> Result<u64, String> {
         return Err("group-name: limits that several disks share are not built yet; give each disk its own".into());
     }
     if !names.iter().any(|known| known == name) {
-        let nearest = super::nearest(names.iter().map(String::as_str), &name.replace('_', "-")).unwrap_or_default();
-        return Err(format!("there is no limit '{name}'; the nearest known one is '{nearest}'"));
+        return Err(match super::nearest(names.iter().map(String::as_str), &name.replace('_', "-")) {
+            Some(nearest) => format!("there is no limit '{name}'; the nearest known one is '{nearest}'"),
+            None => format!("there is no limit '{name}'; the known ones are {}", names.join(", ")),
+        });
     }
     let is_bytes = name == "size-iops-sec" || name.contains("-bytes-") && !name.ends_with("-length");
     let number = if is_bytes { crate::base::units::bytes(value).ok() } else { value.parse().ok() };

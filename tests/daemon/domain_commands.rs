@@ -161,6 +161,9 @@ fn commands_of_virsh_have_twins_with_its_output() {
     assert!(live.contains("<total_iops_sec>500</total_iops_sec></iotune>"), "{live}");
     let later = run(&["blkdeviotune", "vm1", "vda", "--config"]);
     assert!(later.status.code() == Some(1) && words(&later).contains("does not describe the disk vda"), "{later:?}");
+    let control = scene.path(&format!("run/virtioblkd/{UUID}-vda.ctl")).display().to_string();
+    let throttled = run(&["--control", &control, "throttle", "size-iops-sec=4K"]);
+    assert!(throttled.status.success() && words(&throttled).contains("--live --config"), "{throttled:?}");
     assert_eq!(said(&["blkdeviotune", "vm1", "vda", "--read-iops-sec", "7"]), "");
     let now: serde_json::Value = serde_json::from_str(&said(&["--json", "blkdeviotune", "vm1", "vda"])).expect("JSON");
     assert_eq!((now["total_iops_sec"].as_u64(), now["read_iops_sec"].as_u64()), (Some(0), Some(7)));

@@ -70,10 +70,8 @@ impl FromArgMatches for Given {
 
 impl Given {
     fn change(&self, mut limits: Limits) -> Result<Limits, String> {
-        for (name, value) in &self.0 {
-            limits.change(name, limit(name, value)?);
-        }
-        limits.check(Words::Libvirt)?;
+        let values = self.0.iter().map(|(name, value)| Ok((name.clone(), limit(name, value)?)));
+        limits.change(&values.collect::<Result<Vec<_>, String>>()?)?;
         Ok(limits)
     }
 }

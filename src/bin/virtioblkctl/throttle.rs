@@ -42,17 +42,19 @@ pub(crate) fn set(client: &mut Client, limits: &Limits) -> Result<Value, Failure
 /// The limits after these words of a command line.
 pub(crate) fn changed(mut limits: Limits, words: &[String]) -> Result<Limits, Failure> {
     let usage = |why: String| Failure::new(USAGE, why);
+    let mut given = Vec::new();
     for word in words {
         if word == "none" {
             limits = Limits::default();
+            given.clear();
             continue;
         }
         let (name, value) = word
             .split_once('=')
             .ok_or_else(|| usage(format!("'{word}' is no limit: use NAME=VALUE, such as total-iops-sec=500")))?;
-        limits.change(name, limit(name, value).map_err(usage)?);
+        given.push((name.to_owned(), limit(name, value).map_err(usage)?));
     }
-    limits.check(Words::Libvirt).map_err(usage)?;
+    limits.change(&given).map_err(usage)?;
     Ok(limits)
 }
 
@@ -87,6 +89,13 @@ fn keep(client: &mut Client, limits: &Limits) -> Result<Option<PathBuf>, String>
     let Some(file) = values(&line.arguments, "config").next().map(|file| Path::new(&line.directory).join(file)) else {
         return Ok(None);
     };
+    if is_hooks(&file) {
+        return Err(format!(
+            "libvirt's hook writes {} from the domain's metadata at each start. To keep them, use 'virtioblkctl \
+             blkdeviotune DOMAIN DEVICE ... --live --config'",
+            path(&file)
+        ));
+    }
     let failed = |error: std::io::Error| format!("{}: {error}", path(&file));
     let old = fs::read_to_string(&file).map_err(failed)?;
     let new = with_limits(&old, limits).map_err(|why| format!("{}: {why}", path(&file)))?;
@@ -94,6 +103,11 @@ fn keep(client: &mut Client, limits: &Limits) -> Result<Option<PathBuf>, String>
         replace(&file, &new).map_err(failed)?;
     }
     Ok(Some(file))
+}
+
+/// Whether libvirt's hook generates this configuration file: it lies in the run directory of root's hook, or of a user's.
+fn is_hooks(file: &Path) -> bool {
+    file.parent().and_then(Path::file_name).is_some_and(|directory| directory == "virtioblkd-libvirt")
 }
 
 /// Puts a new file with the same mode and owner in the place of a file, so that no reader finds half of it.
@@ -141,6 +155,8 @@ mod tests {
     #[test]
     fn words_change_what_they_name() {
         let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        let after_none = changed(Limits::default(), &words("total-iops-sec=5 none read-iops-sec=5")).unwrap();
+        assert_eq!(after_none.to_string(), "read-iops-sec=5");
         let first = changed(Limits::default(), &words("total-iops-sec=500 write-bytes-sec=10M")).unwrap();
         assert_eq!(first.to_string(), "write-bytes-sec=10485760, total-iops-sec=500");
         let next = changed(first, &words("read-iops-sec=5")).unwrap();
@@ -149,6 +165,8 @@ mod tests {
         for (text, reason) in [
             ("fast", "use NAME=VALUE"),
             ("total-iops=5", "nearest known one is 'total-iops-sec'"),
+            ("foo=5", "the known ones are total-bytes-sec, total-bytes-sec-max, "),
+            ("total-iops-sec=500 read-iops-sec=100", "exclude each other"),
             ("total-iops-sec=5K", "without a unit"),
             ("total-iops-sec-max=5", "needs total-iops-sec"),
             ("group-name=a", "not built yet"),

@@ -126,26 +126,35 @@ impl Limits {
         self.rates.iter().enumerate().any(|(index, rate)| index % 3 != 0 && rate.average > 0)
     }
 
-    /// Changes one value as an operator means it: a limit of the total replaces those of reads and writes, and the other way
-    /// round. 0 lifts the limit, with its burst. `false`: there is no such name in libvirt's words.
-    pub fn change(&mut self, name: &str, value: u64) -> bool {
-        if !self.set(Words::Libvirt, name, value) {
-            return false;
+    /// Changes the values that one command gives, in libvirt's words, as an operator means them: a limit of the total
+    /// replaces those of reads and writes, and the other way round. 0 lifts the limit, with its burst, and the size of an
+    /// operation with the last limit of operations. The error uses libvirt's words.
+    pub fn change(&mut self, given: &[(String, u64)]) -> Result<(), String> {
+        let mut together = Limits::default();
+        for (name, value) in given {
+            if !together.set(Words::Libvirt, name, *value) {
+                return Err(format!("there is no limit '{name}'"));
+            }
         }
-        if let Some(index) = NAMES.iter().position(|(known, _)| *known == name) {
+        together.check_totals(Words::Libvirt)?;
+        let mut lifts_operations = false;
+        for (name, value) in given {
+            self.set(Words::Libvirt, name, *value);
+            let Some(index) = NAMES.iter().position(|(known, _)| known == name) else { continue };
             let total = index - index % 3;
-            if value == 0 {
+            if *value == 0 {
                 self.rates[index] = Rate::default();
+                lifts_operations |= index >= RATES / 2;
             } else if index == total {
                 self.rates[total + 1..total + 3].fill(Rate::default());
             } else {
                 self.rates[total] = Rate::default();
             }
         }
-        if self.rates[3..].iter().all(|rate| rate.average == 0) && name != SIZE_NAME.0 {
+        if lifts_operations && together.op_size == 0 && self.rates[RATES / 2..].iter().all(|rate| rate.average == 0) {
             self.op_size = 0;
         }
-        true
+        self.check(Words::Libvirt)
     }
 
     /// Checks the rules that concern several values. The error uses the names in `words`.
@@ -153,19 +162,24 @@ impl Limits {
         for (index, rate) in self.rates.iter().enumerate() {
             let [name, max, length] = words.suffixes().map(|suffix| format!("{}{suffix}", words.of(NAMES[index])));
             self.check_rate(rate, &name, &max, &length)?;
-            let total = NAMES[index - index % 3];
-            if index % 3 != 0 && rate.average > 0 && self.rates[index - index % 3].average > 0 {
-                return Err(format!(
-                    "{} and {name} exclude each other: give the total, or reads and writes",
-                    words.of(total)
-                ));
-            }
         }
+        self.check_totals(words)?;
         if self.op_size > MAX_VALUE {
             return Err(format!("{} is larger than {MAX_VALUE}", words.of(SIZE_NAME)));
         }
         if self.op_size > 0 && self.rates[3..].iter().all(|rate| rate.average == 0) {
             return Err(format!("{} needs a limit of operations, such as {}", words.of(SIZE_NAME), words.of(NAMES[3])));
+        }
+        Ok(())
+    }
+
+    fn check_totals(&self, words: Words) -> Result<(), String> {
+        for (index, rate) in self.rates.iter().enumerate() {
+            let total = index - index % 3;
+            if index != total && rate.average > 0 && self.rates[total].average > 0 {
+                let (name, total) = (words.of(NAMES[index]), words.of(NAMES[total]));
+                return Err(format!("{total} and {name} exclude each other: give the total, or reads and writes"));
+            }
         }
         Ok(())
     }

@@ -169,12 +169,21 @@ fn the_rules_are_those_of_qemu() {
 #[test]
 fn a_total_replaces_reads_and_writes_and_zero_lifts_a_limit_with_its_burst() {
     let mut one = limits(&[("read-iops-sec", 5), ("read-iops-sec-max", 9), ("total-bytes-sec", 7)]);
-    assert!(one.change("total-iops-sec", 3) && !one.change("iops", 3));
-    assert_eq!(one.to_string(), "total-bytes-sec=7, total-iops-sec=3");
-    assert!(one.change("write-bytes-sec", 2) && one.change("size-iops-sec", 4096));
-    assert_eq!(one.to_string(), "write-bytes-sec=2, total-iops-sec=3, size-iops-sec=4096");
-    assert!(one.change("total-iops-sec", 0) && one.change("write-bytes-sec", 0));
-    assert_eq!(one.to_string(), "no limits");
+    let mut change = |given: &[(&str, u64)]| {
+        let given: Vec<_> = given.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
+        one.change(&given).map(|()| one.to_string())
+    };
+    assert_eq!(change(&[("total-iops-sec", 3)]).unwrap(), "total-bytes-sec=7, total-iops-sec=3");
+    assert!(change(&[("iops", 3)]).unwrap_err().contains("no limit 'iops'"));
+    let both = change(&[("total-iops-sec", 500), ("read-iops-sec", 100)]);
+    assert!(both.unwrap_err().contains("total-iops-sec and read-iops-sec exclude each other"));
+    let next = change(&[("write-bytes-sec", 2), ("size-iops-sec", 4096)]);
+    assert_eq!(next.unwrap(), "write-bytes-sec=2, total-iops-sec=3, size-iops-sec=4096");
+    let other = change(&[("total-iops-sec", 0), ("read-iops-sec", 4)]);
+    assert_eq!(other.unwrap(), "write-bytes-sec=2, read-iops-sec=4, size-iops-sec=4096");
+    assert_eq!(change(&[("read-iops-sec", 0), ("write-bytes-sec", 0)]).unwrap(), "no limits");
+    let first = change(&[("size-iops-sec", 4096), ("read-bytes-sec", 5), ("total-iops-sec", 5)]);
+    assert_eq!(first.unwrap(), "read-bytes-sec=5, total-iops-sec=5, size-iops-sec=4096");
 }
 
 #[test]
