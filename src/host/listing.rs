@@ -298,6 +298,11 @@ mod tests {
         write(&format!("hook/{UUID}-vdb.toml"), "");
         write("units/db.toml", "control-path = '/elsewhere/db.ctl'\nsocket-path = '/run/db.sock'\n");
         write("units/plain.toml", "");
+        // As /var/run for /run.
+        std::os::unix::fs::symlink(path("sockets"), path("link")).unwrap();
+        let linked = path("link/linked.ctl");
+        write("units/linked.toml", &format!("control-path = '{}'", linked.display()));
+        let _linked = UnixListener::bind(&linked).unwrap();
         write("sockets/file.ctl", "no socket");
         let _other = UnixListener::bind(path("sockets/other.ctl")).unwrap();
         let _hooks = UnixListener::bind(path(&format!("sockets/{UUID}-vda.ctl"))).unwrap();
@@ -305,9 +310,9 @@ mod tests {
             Directories { hook: Some(path("hook")), units: Some(path("units")), sockets: Some(path("sockets")) };
         let found = find(&directories).unwrap();
         let names: Vec<&str> = found.iter().map(|disk| disk.name.as_str()).collect();
-        assert_eq!(names, [&format!("{UUID}-vdb"), "db", "other", "plain", "vm1:vda"]);
-        assert_eq!(found[4].domain, Some(("vm1".into(), UUID.into())));
-        assert_eq!((found[1].control.as_deref(), &found[3].control), (Some(Path::new("/elsewhere/db.ctl")), &None));
+        assert_eq!(names, [&format!("{UUID}-vdb"), "db", "linked", "other", "plain", "vm1:vda"]);
+        assert_eq!(found[5].domain, Some(("vm1".into(), UUID.into())));
+        assert_eq!((found[1].control.as_deref(), &found[4].control), (Some(Path::new("/elsewhere/db.ctl")), &None));
 
         let resolved = |name: &str| resolve(Path::new(name), &directories).map_err(|failure| failure.message);
         assert_eq!(resolved("db"), Ok("/elsewhere/db.ctl".into()));
