@@ -241,6 +241,23 @@ fn reads_pass_a_waiting_write_also_behind_reads_that_waited() {
 }
 
 #[test]
+fn reads_pass_a_waiting_write_that_came_during_a_hold() {
+    let rig = limited(&[("write-bytes-sec", SLOW)]);
+    let mut guest = connect(&rig, 1);
+    assert_eq!(guest.write(0, 0, &LARGE), OK);
+    rig.hold(1).unwrap();
+    let write = guest.add(0, OUT, 128, &LARGE, 0);
+    let read = guest.add(0, IN, 0, &[], 512);
+    guest.kick(0);
+    wait_until("the write waits", || rig.status().rings[0].limited);
+    rig.disk.open_gate();
+    assert_eq!(guest.wait(0), (read, OK));
+    assert_eq!(guest.used_within(0, SOON), None);
+    rig.disk.set_limits(Limits::default());
+    assert_eq!(guest.wait(0), (write, OK));
+}
+
+#[test]
 fn a_write_whose_time_comes_during_a_hold_waits_for_the_hold() {
     let rig = limited(&[("total-iops-sec", 5)]);
     let mut guest = connect(&rig, 1);

@@ -174,10 +174,16 @@ impl Worker {
         if let Some(limit) = &mut self.limit {
             limit.aside.pop_front();
             if limit.aside.is_empty() {
-                // The request at the head of the virtqueue waited in the ring because those of the other direction were set
-                // aside. Now it can be, so that what is behind it need not wait.
-                limit.head_goes_at = None;
+                self.look_at_head_again();
             }
+        }
+    }
+
+    /// Whatever kept the request at the head of the virtqueue from being set aside is over: requests of the other direction
+    /// that were, a closed gate, a retained request. Now it can be, so that what is behind it need not wait for its time.
+    pub(super) fn look_at_head_again(&mut self) {
+        if let Some(limit) = &mut self.limit {
+            limit.head_goes_at = None;
         }
     }
 
@@ -315,6 +321,7 @@ impl Worker {
                 }
             }
         }
+        self.look_at_head_again();
         last_goes_at
     }
 

@@ -351,6 +351,7 @@ impl Worker {
 
     /// The gate may be open again.
     fn unblock(&mut self) {
+        self.look_at_head_again();
         if std::mem::take(&mut self.requests.blocked) {
             let waited = self.clock.now().saturating_sub(self.requests.blocked_since);
             self.counters.latency.held.record(waited);
