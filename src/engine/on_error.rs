@@ -2,9 +2,9 @@
 //! further change until an operator has fixed the cause (QEMU's `werror` and `rerror`).
 //!
 //! A retained request is still in flight: it is not completed, a quiesce waits for it, and no request that changes the disk
-//! is admitted after it; reads continue. (Those that the worker popped before go when a hold or a stop begins:
-//! [`Engine::offer_taken`].) A failed sync is never retained: the data that it should have covered may be gone, and a
-//! second sync would report success.
+//! is admitted after it; reads continue. (Those that the worker popped before go when a hold, a pause or a stop begins, or
+//! when limits are lifted: [`Engine::offer_taken`].) A failed sync is never retained: the data that it should have covered
+//! may be gone, and a second sync would report success.
 
 use std::fmt;
 use std::str::FromStr;

@@ -179,7 +179,7 @@ struct Columns {
 impl Columns {
     fn used_by(stats: &Stats) -> Columns {
         let total = &stats.total;
-        Columns { flush: total.flushes > 0, discard: total.discards + total.write_zeroes > 0 }
+        Columns { flush: total.flushes > 0, discard: total.discards > 0 || total.write_zeroes > 0 }
     }
 
     fn heading(&self) -> String {
