@@ -10,8 +10,10 @@ use std::time::{Duration, Instant};
 use kit::driver::{ALL, Driver};
 use kit::programs;
 use kit::wait::wait_until;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::Value;
+
+use super::names::Daemon;
 
 /// A process that is killed when dropped.
 struct Running(Child);
@@ -21,18 +23,6 @@ impl Drop for Running {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-/// A daemon whose control socket is NAME.ctl in `directory`.
-fn daemon(directory: &Path, name: &str) -> Running {
-    let path = |extension: &str| directory.join(format!("{name}.{extension}"));
-    std::fs::File::create(path("img")).and_then(|file| file.set_len(1 << 20)).expect("room");
-    let mut command = Command::new(programs::virtioblkd());
-    command.arg("--socket-path").arg(path("sock")).arg("--control-path").arg(path("ctl"));
-    command.arg("--blk-file").arg(path("img")).args(["--cache", "writeback"]).stderr(Stdio::null());
-    let daemon = Running(command.spawn().expect("it runs"));
-    wait_until("the daemon serves", || path("ctl").exists());
-    daemon
 }
 
 fn ctl(directory: &Path) -> Command {
@@ -93,15 +83,15 @@ fn piped(program: &str, arguments: &[&str], input: &str) -> Option<Output> {
 #[test]
 fn the_metrics_of_all_disks_are_what_they_did_and_a_daemon_that_hangs_is_down() {
     let directory = tempfile::tempdir().expect("room");
-    let _busy = daemon(directory.path(), "busy");
-    let silent = daemon(directory.path(), "silent");
+    let _busy = Daemon::start(directory.path(), "busy");
+    let silent = Daemon::start(directory.path(), "silent");
     let mut driver = Driver::connect_soon(&directory.path().join("busy.sock"), 1, 128, 4096, ALL);
     for at in 0..20 {
         driver.write(0, at * 4096, 0, 4096, at);
         driver.kick(0);
         while driver.wait(0).is_empty() {}
     }
-    kill_process(Pid::from_child(&silent.0), Signal::STOP).expect("our own child");
+    silent.signal(Signal::STOP);
     let (_exporter, address) = exporter(directory.path());
     let mut page = String::new();
     // On a loaded machine the good one may take longer than a second, too.
@@ -162,7 +152,7 @@ fn clients_that_are_slow_wrong_or_many_keep_nobody_from_the_metrics() {
 #[test]
 fn a_real_prometheus_scrapes_the_exporter() {
     let directory = tempfile::tempdir().expect("room");
-    let _disk = daemon(directory.path(), "vda");
+    let _disk = Daemon::start(directory.path(), "vda");
     let (_exporter, address) = exporter(directory.path());
     let path = |name: &str| directory.path().join(name);
     let config = format!(

@@ -10,11 +10,11 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// A daemon that is killed when dropped.
-struct Daemon(Child);
+pub(super) struct Daemon(Child);
 
 impl Daemon {
     /// One whose control socket is NAME.ctl in `directory`.
-    fn start(directory: &Path, name: &str) -> Daemon {
+    pub(super) fn start(directory: &Path, name: &str) -> Daemon {
         let path = |extension: &str| directory.join(format!("{name}.{extension}"));
         std::fs::File::create(path("img")).and_then(|file| file.set_len(1 << 20)).expect("room");
         let mut command = Command::new(programs::virtioblkd());
@@ -29,7 +29,7 @@ impl Daemon {
         daemon
     }
 
-    fn signal(&self, signal: Signal) {
+    pub(super) fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.0), signal).expect("our own child");
     }
 }
